@@ -1,0 +1,99 @@
+"""Who may read which cached repository. The digest is where the bytes are, never the right to read them.
+
+What counts is upstream's word, remembered by (registry, repository) and the identity it was given to. It is on disk, so
+that a restart while upstream is gone still serves what it served before.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from enum import Enum
+
+from dockerproxy.cache.identity import PUBLIC
+from dockerproxy.store.records import Records
+
+FRESH = 300.0
+"""Seconds for which upstream's yes is not asked for again."""
+
+OUTAGE = 86400.0
+"""Seconds for which a client's own yes is believed while upstream cannot be asked. What is public, or what our own
+credential reads, is believed for as long as upstream is gone."""
+
+_SAVE_EVERY = 60.0
+_MAX_IDENTITIES = 200
+_MAX_REMEMBERED = 50_000
+
+
+class Standing(Enum):
+    """What is known of an identity before a repository."""
+
+    PROVEN = "upstream said yes a moment ago"
+    STALE = "upstream said yes once: enough while it cannot be asked"
+    UNKNOWN = "upstream has to be asked"
+
+
+class Access:
+    """Upstream's yeses; `clock` is POSIX time."""
+
+    def __init__(self, records: Records, clock: Callable[[], float]) -> None:
+        self._records = records
+        self._clock = clock
+        self._recent: OrderedDict[tuple[str, str], float] = OrderedDict()
+
+    def standing(self, key: str, identity: str) -> Standing:
+        """Return how `identity` stands before the repository `key`; what all may read, each may."""
+        now = self._clock()
+        best = Standing.UNKNOWN
+        for who in (identity, PUBLIC) if identity != PUBLIC else (PUBLIC,):
+            standing = self._judge(self._when(key, who, now), now, who)
+            if standing is Standing.PROVEN:
+                return standing
+            if standing is Standing.STALE:
+                best = standing
+        return best
+
+    def proven(self, key: str, identity: str) -> None:
+        """Note that upstream let `identity` read from `key` now."""
+        now = self._clock()
+        known = self._recent.get((key, identity))
+        self._recent[key, identity] = now
+        self._recent.move_to_end((key, identity))
+        if len(self._recent) > _MAX_REMEMBERED:
+            self._recent.popitem(last=False)
+        if known is None or now - self._saved(key).get(identity, 0) > _SAVE_EVERY:
+            self._save(key, identity, now)
+
+    def refused(self, key: str, identity: str) -> None:
+        """Note that upstream does not let `identity` read from `key` (any more)."""
+        self._recent.pop((key, identity), None)
+        if identity in self._saved(key):
+            self._save(key, identity, None)
+
+    def _when(self, key: str, identity: str, now: float) -> float | None:
+        when = self._recent.get((key, identity))
+        if when is not None and now - when < FRESH:
+            return when
+        return self._saved(key).get(identity, when)
+
+    def _judge(self, when: float | None, now: float, identity: str) -> Standing:
+        if when is None:
+            return Standing.UNKNOWN
+        age = now - when
+        if 0 <= age < FRESH:
+            return Standing.PROVEN
+        if identity.startswith("own:") and not 0 <= age < OUTAGE:
+            return Standing.UNKNOWN
+        return Standing.STALE
+
+    def _saved(self, key: str) -> dict[str, float]:
+        saved = self._records.get("access", key)
+        return {name: when for name, when in saved.items() if isinstance(when, int | float)} if saved else {}
+
+    def _save(self, key: str, identity: str, when: float | None) -> None:
+        saved = self._saved(key)
+        saved.pop(identity, None)
+        if when is not None:
+            saved[identity] = when
+        newest = sorted(saved.items(), key=lambda item: (item[0].startswith("own:"), -item[1]))
+        self._records.put(dict(newest[:_MAX_IDENTITIES]), "access", key)

@@ -1,0 +1,142 @@
+"""What each registry asks of its clients: its answer to `/v2/`, remembered, and told to our clients.
+
+Clients begin with `/v2/` and do what its challenge says. It is remembered on disk, so that with upstream gone they get as
+far as the cache. A realm on a host that is not intercepted would lead them past us (and nowhere, with upstream
+gone): it is replaced by a path of the registry's own host, where we answer for the realm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+
+from attrs import frozen
+
+from dockerproxy.cache.origin import Exchange, refuse
+from dockerproxy.errors import NameInvalid, RegistryError, UpstreamBroken, is_outage
+from dockerproxy.http.headers import Headers
+from dockerproxy.oci.challenge import Challenge, parse_challenges
+from dockerproxy.oci.names import Host, Registry
+from dockerproxy.store.records import Records
+from dockerproxy.tasks import Coalescing
+
+TOKEN_PATH = "/.well-known/docker-registry-proxy/token"
+"""Where, on a registry's own host, we answer for a realm elsewhere."""
+
+_FRESH = 3600.0
+
+_HUB = "registry-1.docker.io"
+_HUB_CHALLENGE = 'Bearer realm="https://auth.docker.io/token",service="registry.docker.io"'
+
+
+@frozen
+class Realm:
+    """A token server: its origin, and the path (without query) of its tokens."""
+
+    server: Registry
+    path: str
+
+    @classmethod
+    def parse(cls, url: str) -> Realm | None:
+        """Return the realm at `url`, None where that is none that can be asked."""
+        scheme, found, rest = url.partition("://")
+        authority, _, path = rest.partition("/")
+        if not found:
+            return None
+        try:
+            return cls(Registry.parse(f"{scheme.lower()}://{authority}"), "/" + path.partition("?")[0])
+        except NameInvalid:
+            return None
+
+
+class Challenges:
+    """The challenges of the registries that are intercepted.
+
+    `intercepted` are the hosts under which clients reach us, `learned` is told of each challenge that upstream makes.
+    """
+
+    def __init__(
+        self,
+        transport: Exchange,
+        records: Records,
+        intercepted: Iterable[Host],
+        learned: Callable[[Registry, list[Challenge]], None],
+        clock: Callable[[], float],
+    ) -> None:
+        self._transport = transport
+        self._learned = learned
+        self._records = records
+        self._intercepted = frozenset(intercepted)
+        self._clock = clock
+        self._asking: Coalescing[Registry, list[str]] = Coalescing()
+
+    async def of(self, registry: Registry) -> list[Challenge]:
+        """Return what `registry` asks for; nothing where it lets anyone in. Raise `UpstreamError` if it never said."""
+        fields, age = self._remembered(registry)
+        if fields is None or not 0 <= age < _FRESH:
+            try:
+                fields = await self._asking.do(registry, lambda: self._ask(registry))
+            except RegistryError as error:
+                if fields is None or not is_outage(error):
+                    raise
+        return parse_challenges(fields)
+
+    def remembered(self, registry: Registry) -> list[Challenge]:
+        """Return what `registry` was last known to ask for, without asking."""
+        return parse_challenges(self._remembered(registry)[0] or [])
+
+    async def meet(self, registry: Registry) -> None:
+        """See to it that it is known what `registry` asks for, if it can be: whose login is good there depends on it."""
+        if self._remembered(registry)[0] is None:
+            with suppress(RegistryError):
+                await self.of(registry)
+
+    def recall(self, registries: Iterable[Registry]) -> None:
+        """Tell `learned` what is remembered of `registries` from before."""
+        for registry in registries:
+            self._learned(registry, self.remembered(registry))
+
+    def realm(self, registry: Registry) -> Realm | None:
+        """Return where `registry` was last known to send its clients for tokens."""
+        for challenge in self.remembered(registry):
+            if challenge.scheme == "bearer":
+                return Realm.parse(challenge.parameters.get("realm", ""))
+        return None
+
+    def tell(self, registry: Registry, fields: Iterable[str], *, secure: bool) -> list[tuple[str, str]]:
+        """Return WWW-Authenticate fields for a client that reached us as `registry`, over TLS if `secure`."""
+        told = []
+        for challenge in parse_challenges(fields):
+            if challenge.scheme == "bearer":
+                challenge = self._with_our_realm(registry, challenge, secure)
+            told.append(("WWW-Authenticate", challenge.render()))
+        return told
+
+    def _with_our_realm(self, registry: Registry, challenge: Challenge, secure: bool) -> Challenge:
+        realm = Realm.parse(challenge.parameters.get("realm", ""))
+        if realm is not None and realm.server.host in self._intercepted:
+            return challenge
+        scheme = "https" if secure else "http"
+        return challenge.with_parameter("realm", Registry(registry.host, scheme).origin + TOKEN_PATH)
+
+    def _remembered(self, registry: Registry) -> tuple[list[str] | None, float]:
+        record = self._records.get("challenge", str(registry))
+        if record is None:
+            return ([_HUB_CHALLENGE], _FRESH) if str(registry) == _HUB else (None, 0.0)
+        fields, checked = record.get("fields"), record.get("checked")
+        if not isinstance(fields, list) or not isinstance(checked, int | float):
+            return None, 0.0
+        return [str(field) for field in fields], self._clock() - checked
+
+    async def _ask(self, registry: Registry) -> list[str]:
+        answer = await self._transport.request("GET", registry.origin + "/v2/", Headers())
+        fields = answer.headers.all("www-authenticate") if answer.status == 401 else []
+        # A redirect (registry.k8s.io) leads to where the content is open to all.
+        if answer.status != 401 and not 200 <= answer.status < 400:
+            raise await refuse(registry, answer)
+        await answer.discard()
+        if answer.status == 200 and (answer.headers.get("content-type") or "").startswith("text/html"):
+            raise UpstreamBroken(f"{registry} answers /v2/ with a web page: it is no registry")
+        self._records.put({"fields": fields, "checked": self._clock()}, "challenge", str(registry))
+        self._learned(registry, parse_challenges(fields))
+        return fields

@@ -1,0 +1,130 @@
+"""One blob from upstream, from an offset to its end, over as many connections as it takes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from twisted.internet.task import deferLater
+from twisted.logger import Logger
+
+from dockerproxy.cache.origin import Answer, Origin, Upstream, refuse
+from dockerproxy.errors import RegistryError, UpstreamBroken, UpstreamError
+from dockerproxy.http.headers import Headers
+from dockerproxy.oci.names import Digest
+from dockerproxy.oci.ranges import parse_content_range
+
+_PAUSES = (0.2, 0.5, 1, 2, 4, 8)  # seconds before each further try; progress starts the row anew
+_TRIES_TO_OPEN = 2
+
+log = Logger()
+
+
+class Download:
+    """The bytes of a blob, in order.
+
+    After `open`, `size` is the whole blob's length in bytes, or None where upstream does not say. `read` resumes by
+    Range what breaks off or stalls; an upstream that ignores the Range sends again what is then skipped.
+    """
+
+    def __init__(self, clock: Any, upstream: Upstream, origin: Origin, digest: Digest, offset: int = 0) -> None:
+        self._clock = clock
+        self._upstream = upstream
+        self._origin = origin
+        self._digest = digest
+        self._answer: Answer | None = None
+        self._rest = b""  # read of the answer already
+        self.offset = offset
+        self.size: int | None = None
+
+    async def open(self) -> None:
+        """Send the request. Raise what upstream refuses with, or an `UpstreamError` after a second try."""
+        for pause in _PAUSES[:_TRIES_TO_OPEN - 1]:
+            try:
+                await self._connect()
+                return
+            except UpstreamBroken as error:
+                await self._wait(pause, error)
+        await self._connect()
+
+    async def read(self) -> bytes:
+        """Return the next bytes, ``b""`` at the end. Raise `UpstreamError` when upstream has failed too often."""
+        pauses = iter(_PAUSES)
+        while True:
+            if self.offset == self.size:
+                self._answer = None
+                return b""
+            try:
+                if self._answer is None:
+                    await self._connect()
+                assert self._answer is not None
+                rest, self._rest = self._rest, b""
+                data = rest or await self._answer.read_chunk()
+                if data or self.size is None:
+                    self.offset += len(data)
+                    return data
+                raise UpstreamBroken(f"{self._origin.registry} sent too little of {self._digest}")
+            except UpstreamError as error:
+                self.abort()
+                pause = next(pauses, None)
+                if pause is None:
+                    raise
+                await self._wait(pause, error)
+
+    def abort(self) -> None:
+        """Close the connection to upstream."""
+        answer, self._answer, self._rest = self._answer, None, b""
+        if answer is not None:
+            answer.abort()
+
+    async def _wait(self, seconds: float, error: RegistryError) -> None:
+        log.info(
+            "{digest} broke off at byte {offset} ({why}): going on in {seconds} s",
+            digest=str(self._digest), offset=self.offset, why=error.message, seconds=seconds,
+        )  # fmt: skip
+        await deferLater(self._clock, seconds)
+
+    async def _connect(self) -> None:
+        origin = self._origin
+        headers = Headers([("range", f"bytes={self.offset}-")] if self.offset else [])
+        answer = await self._upstream.request(
+            "GET", origin.registry, origin.blob_path(self._digest),
+            name=origin.name, credential=origin.credential, headers=headers,
+        )  # fmt: skip
+        try:
+            await self._accept(answer)
+        except BaseException:
+            answer.abort()
+            raise
+
+    async def _accept(self, answer: Answer) -> None:
+        if answer.status == 206 and self.offset:
+            start, size = self._range_of(answer)
+            skip = self.offset - start
+        elif answer.status == 200:
+            size, skip = answer.length, self.offset
+        else:
+            raise await refuse(self._origin.registry, answer)
+        if self.size is not None and size is not None and size != self.size:
+            raise UpstreamBroken(f"{self._origin.registry} changed its mind about the length of {self._digest}")
+        if self.size is None:
+            self.size = size
+        await self._skip(answer, skip)
+
+    def _range_of(self, answer: Answer) -> tuple[int, int | None]:
+        try:
+            start, _, size = parse_content_range(answer.headers.get("content-range") or "")
+        except ValueError:
+            raise UpstreamBroken(f"{self._origin.registry} sent a range that it does not describe") from None
+        if start > self.offset:
+            raise UpstreamBroken(f"{self._origin.registry} sent another range than was asked for")
+        return start, size
+
+    async def _skip(self, answer: Answer, count: int) -> None:
+        """Read `count` bytes that are here already; keep what the last piece has beyond them."""
+        rest = b""
+        while count:
+            data = await answer.read_chunk()
+            if not data:
+                raise UpstreamBroken(f"{self._origin.registry} sent too little of {self._digest}")
+            rest, count = data[count:], max(0, count - len(data))
+        self._rest, self._answer = rest, answer

@@ -1,0 +1,108 @@
+"""Who a client is, without keeping what it said: identities by keyed hash, and tokens of our own.
+
+A client that shows nothing at a token endpoint gets a token of ours, not upstream's. It means "no credential of its
+own": so a credential of AUTH_REGISTRIES serves that client without ever reaching it, and with upstream gone the
+token dance still ends well. A client that once proved a credential upstream gets such a token, with its identity in it,
+while the token server cannot answer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import secrets
+from base64 import urlsafe_b64decode, urlsafe_b64encode
+from collections import OrderedDict
+from pathlib import Path
+
+from dockerproxy.oci.names import Registry
+from dockerproxy.upstream.credentials import Anonymous, Configured, Credential
+
+PUBLIC = "public"
+"""The identity of everyone: what it may read, all may."""
+
+LIFETIME = 3600
+"""Seconds for which a token of ours holds."""
+
+_PREFIX = "drp."
+_MAX_BOUND = 10_000
+
+
+class Identities:
+    """Makes identities and tokens with one secret, so that they hold over a restart and in every worker process."""
+
+    def __init__(self, secret: bytes) -> None:
+        self._secret = secret
+        self._bound: OrderedDict[str, str] = OrderedDict()
+
+    @classmethod
+    def open(cls, path: Path) -> Identities:
+        """Use the secret kept at `path` (mode 0600), made on first use. Raises OSError."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        except FileExistsError:
+            pass
+        else:
+            with os.fdopen(fd, "wb") as file:
+                file.write(secrets.token_bytes(32))
+        secret = path.read_bytes()
+        # A crash between creating and writing: nothing was signed with it yet.
+        if len(secret) < 32:
+            path.unlink()
+            return cls.open(path)
+        return cls(secret)
+
+    def of(self, registry: Registry, credential: Credential) -> str:
+        """Return the identity that `credential` stands for at `registry`."""
+        if isinstance(credential, Anonymous):
+            return PUBLIC
+        if isinstance(credential, Configured):
+            return "login:" + self._hash(f"{registry}\n{credential.user}")
+        own = self._own(credential.authorization)
+        return self._bound.get(own, own)
+
+    def bind(self, token: str, authorization: str) -> None:
+        """Note that upstream gave `token` for `authorization`: the two are one client."""
+        self._bound[self._own(f"Bearer {token}")] = self._own(authorization)
+        while len(self._bound) > _MAX_BOUND:
+            self._bound.popitem(last=False)
+
+    def of_authorization(self, authorization: str) -> str:
+        """Return the identity of a client's own Authorization."""
+        return self._own(authorization)
+
+    def issue(self, registry: Registry, identity: str, now: float) -> str:
+        """Return a token of ours for `registry` that vouches for `identity` (PUBLIC: for nobody)."""
+        payload = f"{registry}\n{identity}\n{int(now) + LIFETIME}".encode()
+        return _PREFIX + urlsafe_b64encode(payload + self._sign(payload)).decode()
+
+    def read(self, registry: Registry, authorization: str, now: float) -> str | None:
+        """Return the identity that an Authorization with a token of ours vouches for.
+
+        None where it is no token of ours: then it is the client's own. A token of ours that has ended, was altered or
+        was given for another registry gives ``""``.
+        """
+        scheme, _, token = authorization.partition(" ")
+        token = token.strip()
+        if scheme.lower() != "bearer" or not token.startswith(_PREFIX):
+            return None
+        try:
+            signed = urlsafe_b64decode(token.removeprefix(_PREFIX))
+            payload, signature = signed[:-32], signed[-32:]
+            if not hmac.compare_digest(signature, self._sign(payload)):
+                return ""
+            host, identity, ends = payload.decode().split("\n")
+        except ValueError:
+            return ""
+        return identity if host == str(registry) and now < int(ends) else ""
+
+    def _own(self, authorization: str) -> str:
+        return "own:" + self._hash(authorization)
+
+    def _hash(self, text: str) -> str:
+        return hmac.new(self._secret, text.encode("utf-8", "surrogateescape"), hashlib.sha256).hexdigest()[:32]
+
+    def _sign(self, payload: bytes) -> bytes:
+        return hmac.new(self._secret, b"token\n" + payload, hashlib.sha256).digest()

@@ -1,0 +1,103 @@
+"""Where content is had from, and what the cache needs of the client that goes there."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from attrs import frozen
+
+from dockerproxy.errors import RegistryError, UpstreamFailing, UpstreamRefused
+from dockerproxy.http.headers import Headers
+from dockerproxy.net.dial import Permit
+from dockerproxy.oci.names import Registry, Repository
+from dockerproxy.upstream.credentials import Credential
+
+_MAX_ERROR = 64 * 1024
+
+
+@frozen
+class Origin:
+    """A repository upstream, and the credential that is shown there."""
+
+    registry: Registry
+    name: Repository
+    credential: Credential
+
+    @property
+    def key(self) -> str:
+        """The repository's name in the cache's store: it starts with the registry's host."""
+        return f"{self.registry.host}/{self.name}"
+
+    def blob_path(self, digest: object) -> str:
+        return f"/v2/{self.name}/blobs/{digest}"
+
+    def manifest_path(self, reference: object) -> str:
+        return f"/v2/{self.name}/manifests/{reference}"
+
+
+class Answer(Protocol):
+    """An answer of upstream's, its body not read yet."""
+
+    status: int
+    headers: Headers
+    length: int | None
+
+    async def read_chunk(self) -> bytes: ...
+
+    async def read_all(self, limit: int) -> bytes: ...
+
+    async def discard(self) -> None: ...
+
+    def abort(self) -> None: ...
+
+
+class Exchange(Protocol):
+    """One exchange with any server, as it is: no redirects, no authorization but what `headers` hold."""
+
+    async def request(
+        self, method: str, url: str, headers: Headers = ..., body: Any = ..., *, permit: Permit | None = ...
+    ) -> Answer: ...
+
+
+class Upstream(Protocol):
+    """What asks registries: authorization, redirects and time-outs are its business."""
+
+    async def request(
+        self,
+        method: str,
+        registry: Registry,
+        path: str,
+        *,
+        name: Repository | None,
+        credential: Credential,
+        headers: Headers = ...,
+        body: Any = ...,
+        actions: str = ...,
+        follow: bool = ...,
+    ) -> Answer: ...
+
+
+async def refuse(registry: Registry, answer: Answer) -> RegistryError:
+    """Return the error that an answer which is not a success stands for, its body read."""
+    retry = tuple(field for field in answer.headers if field[0] == "retry-after" or "ratelimit" in field[0])
+    if answer.status == 429:
+        await answer.discard()
+        return UpstreamFailing(f"{registry} limits the rate of pulls", 429, headers=retry)
+    if answer.status >= 500 or answer.status < 400:
+        await answer.discard()
+        return UpstreamFailing(f"{registry} answered {answer.status}", headers=retry)
+    content = await answer.read_all(_MAX_ERROR)
+    return UpstreamRefused(answer.status, content, tuple(answer.headers))
+
+
+@frozen
+class Visitor:
+    """A client before a repository: whose word counts, and what is known of it.
+
+    `origin` holds the credential that speaks for the client upstream; `identity` is what access is remembered by;
+    `voucher` is the identity that a token of ours vouches for, to be believed only while upstream cannot be asked.
+    """
+
+    origin: Origin
+    identity: str
+    voucher: str | None = None

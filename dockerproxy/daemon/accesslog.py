@@ -1,0 +1,48 @@
+"""One line in the log for each request."""
+
+from __future__ import annotations
+
+from twisted.logger import Logger
+
+NAMESPACE = "dockerproxy.access"
+
+FIELDS = ("client", "method", "host", "path", "status", "size", "seconds", "verdict")
+"""What an access event holds as data, under these names, beside its `line`."""
+
+
+log = Logger(NAMESPACE)  # of the module: a class's own Logger takes that class's name as its namespace
+
+
+class AccessLog:
+    """The log of requests: events of the namespace ``dockerproxy.access``."""
+
+    def record(
+        self, client: str, method: str, host: str, path: str, status: int, size: int, seconds: float, verdict: str
+    ) -> None:
+        """Log one request that is over.
+
+        `path` loses its query (signed URLs are credentials); characters that could forge or break a line are escaped.
+        `size` is the number of body bytes sent to the client.
+        """
+        method, host, path = _printable(method), _printable(host), _printable(path.partition("?")[0])
+        # Made here, once: Twisted's formatting of eight fields takes longer than everything else that a line costs.
+        line = f"{client} {method} {host}{path} {status} {size} {seconds:.3f} {verdict}"
+        log.info(
+            "{line}",
+            line=line,
+            client=client,
+            method=method,
+            host=host,
+            path=path,
+            status=status,
+            size=size,
+            seconds=seconds,
+            verdict=verdict,
+        )
+
+
+def _printable(text: str) -> str:
+    """Return `text` with everything that is not printable, and the space between fields, as Python escapes it."""
+    if text.isprintable() and " " not in text:
+        return text
+    return "".join(c if c.isprintable() and c != " " else f"\\x{ord(c):02x}" for c in text)

@@ -1,0 +1,80 @@
+"""The daemon's open doors as a Twisted service: all of them listen or the start fails; at the end, transfers may finish."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+from attrs import frozen
+from twisted.application.service import Service
+from twisted.internet.defer import Deferred, TimeoutError
+from twisted.internet.interfaces import IListeningPort
+from twisted.logger import Logger
+
+from dockerproxy.daemon.listeners import listen, where
+from dockerproxy.daemon.transfers import Transfers
+from dockerproxy.http.channel import Site
+
+GRACE = 25.0
+"""Seconds that transfers have to finish when the daemon stops (systemd kills after 30: TimeoutStopSec)."""
+
+log = Logger()
+
+
+@frozen
+class Door:
+    """Where a site listens: the endpoint `descriptions` that are the value of `setting`."""
+
+    setting: str
+    descriptions: tuple[str, ...]
+    site: Site
+
+
+class Doors(Service):
+    """Opens the doors at start. At stop: close them, let transfers finish for a while, then `close` what is behind."""
+
+    def __init__(
+        self, reactor: Any, doors: Sequence[Door], transfers: Transfers, close: Callable[[], Awaitable[None]]
+    ) -> None:
+        self._reactor = reactor
+        self._doors = doors
+        self._transfers = transfers
+        self._close = close
+        self._ports: list[IListeningPort] = []
+
+    def startService(self) -> None:
+        super().startService()
+        failed: list[BaseException] = []
+        Deferred.fromCoroutine(self._open()).addErrback(lambda failure: failed.append(failure.value))
+        if failed:
+            raise SystemExit(str(failed[0]))
+
+    def stopService(self) -> Deferred[None]:
+        super().stopService()
+        return Deferred.fromCoroutine(self._stop())
+
+    async def _open(self) -> None:
+        for door in self._doors:
+            ports = await listen(self._reactor, door.descriptions, door.site, door.setting)
+            self._ports.extend(ports)
+            for port in ports:
+                log.info("listening on {where} ({setting})", where=where(port), setting=door.setting)
+
+    async def _stop(self) -> None:
+        for port in self._ports:
+            await port.stopListening()
+        ends = self._reactor.seconds() + GRACE
+        aborted = 0
+        for door in self._doors:
+            aborted += await self._drain(door.site, ends)
+        aborted += await self._transfers.drain(self._reactor, max(0.0, ends - self._reactor.seconds()))
+        if aborted:
+            log.warn("{count} transfers were broken off after {grace} s", count=aborted, grace=GRACE)
+        await self._close()
+
+    async def _drain(self, site: Site, ends: float) -> int:
+        try:
+            await site.drain().addTimeout(max(0.0, ends - self._reactor.seconds()), self._reactor)
+        except TimeoutError:
+            return site.abort()
+        return 0

@@ -1,0 +1,95 @@
+"""The log as JSON: one object a line, for LOG_FORMAT=json."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from datetime import UTC, datetime
+from typing import Any, Protocol
+
+from attrs import frozen
+from twisted.internet.interfaces import IReactorFromThreads
+from twisted.logger import ILogObserver, LogEvent, formatEvent
+from twisted.python.components import Componentized
+from twisted.python.failure import Failure
+from twisted.python.logfile import LogFile
+from zope.interface import implementer
+
+from dockerproxy.daemon.accesslog import FIELDS, NAMESPACE
+
+
+class TextStream(Protocol):
+    """Where lines go: an open text file, or Twisted's `LogFile`."""
+
+    def write(self, data: str, /) -> object: ...
+
+    def flush(self) -> object: ...
+
+
+@implementer(ILogObserver)
+@frozen
+class JsonLog:
+    """Writes each event as ``{"time", "level", "namespace", "message"}``; never raises.
+
+    The time is ISO 8601 in UTC. A failure adds its ``traceback``, an access event its fields by name.
+    """
+
+    _stream: TextStream
+
+    def __call__(self, event: LogEvent) -> None:
+        # What is being logged matters more than its line: a full disk or a closed pipe must not end a transfer.
+        with suppress(Exception):
+            line = _line(event)
+            if line is not None:
+                self._stream.write(line)
+                self._stream.flush()
+
+
+def install(application: Componentized, stream: TextStream) -> None:
+    """Make `application` log JSON to `stream`.
+
+    To be called before twistd starts its log: by the top service's ``setServiceParent(application)``, or in a .tac
+    file. It replaces ``--logfile`` and ``--syslog`` (give it `twistd_stream` to keep to the former); ``--logger`` wins
+    over it (`twisted.application.app.AppLogger.start`, the same from Twisted 24.3 to 26.10).
+    """
+    application.setComponent(ILogObserver, JsonLog(stream))  # type: ignore[no-untyped-call]
+
+
+def twistd_stream(options: Mapping[str, Any], reactor: IReactorFromThreads) -> TextStream:
+    """Return where twistd would write its log under its own `options` (``logfile``, ``nodaemon``).
+
+    A plugin finds them as the `parent` of its own options. As with twistd, SIGUSR1 rotates a file, and a daemon cannot
+    log to standard output: SystemExit.
+    """
+    name, nodaemon = options.get("logfile") or "", options.get("nodaemon", False)
+    if name == "-" and not nodaemon:
+        raise SystemExit("Daemons cannot log to stdout, exiting!")
+    if name == "-" or (nodaemon and not name):
+        return sys.stdout
+    file: LogFile = LogFile.fromFullPath(name or "twistd.log")  # type: ignore[no-untyped-call]
+    if signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL:
+        signal.signal(signal.SIGUSR1, lambda *_: reactor.callFromThread(file.rotate))
+    return file
+
+
+def _line(event: LogEvent) -> str | None:
+    failure: Failure | None = event.get("log_failure")
+    message = formatEvent(event)
+    if not message and failure is None:
+        return None
+    time, level = event.get("log_time"), event.get("log_level")
+    entry = {
+        "time": None if time is None else datetime.fromtimestamp(time, UTC).isoformat(timespec="microseconds"),
+        "level": None if level is None else level.name,
+        "namespace": event.get("log_namespace"),
+        "message": message,
+    }
+    if failure is not None:
+        entry["traceback"] = failure.getTraceback()
+    if event.get("log_namespace") == NAMESPACE:
+        entry.update((name, event.get(name)) for name in FIELDS)
+    # ASCII only, so that no stream's encoding can refuse it; whatever is no JSON value is told as text.
+    return json.dumps(entry, default=repr) + "\n"

@@ -1,0 +1,66 @@
+"""Header fields, the same for what clients send us and what upstreams answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+# RFC 9110, section 7.6.1: these speak of one connection and are never passed on.
+HOP_BY_HOP = frozenset({
+    "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection",
+    "te", "trailer", "transfer-encoding", "upgrade",
+})  # fmt: skip
+
+
+class Headers:
+    """Header fields in order, looked up by lower-case name; values are text as Latin-1 has it."""
+
+    __slots__ = ("_fields",)
+
+    def __init__(self, fields: Iterable[tuple[str, str]] = ()) -> None:
+        self._fields = [(name.lower(), value) for name, value in fields]
+
+    @classmethod
+    def of_lowered(cls, fields: list[tuple[str, str]]) -> Headers:
+        """Return headers of fields whose names are lower-case already (what a parser made)."""
+        headers = cls.__new__(cls)
+        headers._fields = fields
+        return headers
+
+    def get(self, name: str) -> str | None:
+        """Return the first value of `name` (lower-case), or None."""
+        for field, value in self._fields:
+            if field == name:
+                return value
+        return None
+
+    def all(self, name: str) -> list[str]:
+        """Return every value of `name` (lower-case), in order."""
+        return [value for field, value in self._fields if field == name]
+
+    def joined(self, name: str) -> str | None:
+        """Return the values of `name` as one list (RFC 9110, section 5.3), or None where there is none."""
+        values = self.all(name)
+        return ", ".join(values) if values else None
+
+    def without(self, *names: str) -> Headers:
+        """Return a copy that lacks `names` (lower-case)."""
+        return Headers.of_lowered([field for field in self._fields if field[0] not in names])
+
+    def end_to_end(self) -> Headers:
+        """Return a copy without the fields that concern one connection only (RFC 9110, section 7.6.1)."""
+        named = {token.strip().lower() for value in self.all("connection") for token in value.split(",")}
+        dropped = HOP_BY_HOP | named
+        return Headers.of_lowered([field for field in self._fields if field[0] not in dropped])
+
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        return iter(self._fields)
+
+    def __contains__(self, name: str) -> bool:
+        return any(field == name for field, _ in self._fields)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Headers) and self._fields == other._fields
+
+    def __repr__(self) -> str:
+        """Names only: values may be credentials."""
+        return f"<Headers {' '.join(name for name, _ in self._fields)}>"

@@ -1,0 +1,189 @@
+"""One request, and the answer to it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from email.utils import formatdate
+from typing import TYPE_CHECKING, Any, Protocol
+
+from dockerproxy.errors import SizeInvalid
+from dockerproxy.http.headers import Headers
+from dockerproxy.http.message import RequestHead, expects_continue, render_head
+
+if TYPE_CHECKING:
+    from dockerproxy.http.stream import ByteStream
+
+Fields = Iterable[tuple[str, str]]
+
+_BODILESS = frozenset({204, 304})  # RFC 9112, section 6.3
+
+
+class ClientGone(Exception):
+    """The client closed its connection; there is nobody left to answer."""
+
+
+class Connection(Protocol):
+    """What a request needs of the connection that it came by."""
+
+    client: str
+    secure: bool
+
+    def write(self, data: bytes) -> None: ...
+
+    async def writable(self) -> None: ...
+
+    def abort(self) -> None: ...
+
+    def finished(self) -> None: ...
+
+    def detach(self) -> tuple[Any, bytes]: ...
+
+
+class Request:
+    """One request and its answer.
+
+    `path` and `query` are those of the origin-form target, as sent (still percent-encoded). `verdict` says for the
+    access log and `X-Cache` how the answer came about. `host` is whom the client wanted to speak to, for the log.
+    An answer is either `answer`, or `start`, any number of `write` and `drain`, and `finish`.
+    """
+
+    def __init__(self, connection: Connection, head: RequestHead, body: ByteStream | None) -> None:
+        self._connection = connection
+        self._body = body
+        self._awaits_continue = body is not None and expects_continue(head)
+        self._length: int | None = 0
+        self._chunked = self._suppressed = False
+        self.head = head
+        self.method = head.method
+        self.headers: Headers = head.headers
+        self.path, _, self.query = head.target.partition("?")
+        self.client = connection.client
+        self.secure = connection.secure
+        self.host = ""
+        self.verdict = "-"
+        self.status = 0
+        self.size = 0  # bytes of the answer's body that were written
+        self.finished = False
+        self.closing = False  # whether the connection ends with this answer
+
+    @property
+    def started(self) -> bool:
+        """Whether a status was sent, after which no other answer is possible."""
+        return self.status != 0
+
+    # the request's body
+
+    @property
+    def has_body(self) -> bool:
+        """Whether a body comes with the request (an empty one does not count)."""
+        return self._body is not None
+
+    async def read_chunk(self) -> bytes:
+        """Return what has come of the body, at least one byte; ``b""`` at its end. Raise `ClientGone`."""
+        if self._body is None:
+            return b""
+        if self._awaits_continue:
+            self._awaits_continue = False
+            if not self.started:
+                self._connection.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        return await self._body.read()
+
+    async def read_all(self, limit: int) -> bytes:
+        """Return the whole body; raise `SizeInvalid` where it is longer than `limit` bytes."""
+        parts, size = [], 0
+        while data := await self.read_chunk():
+            size += len(data)
+            if size > limit:
+                raise SizeInvalid(f"the body is longer than {limit} bytes")
+            parts.append(data)
+        return b"".join(parts)
+
+    # the answer
+
+    def answer(self, status: int, fields: Fields, content: bytes = b"") -> None:
+        """Send a whole answer."""
+        self._begin(status, fields, len(content), content)
+        self.finish()
+
+    def start(self, status: int, fields: Fields, length: int | None) -> None:
+        """Send the head of an answer whose body has `length` bytes; None where that is not known before the end."""
+        self._begin(status, fields, length, b"")
+
+    def write(self, data: bytes) -> None:
+        """Send a piece of the body; the transport keeps what the client does not take: `drain` before the next."""
+        if self._suppressed or not data:
+            return
+        self.size += len(data)
+        self._connection.write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
+
+    async def drain(self) -> None:
+        """Wait until the client has taken what was written. Raise `ClientGone`."""
+        await self._connection.writable()
+
+    def finish(self) -> None:
+        """End the answer; one that lacks bytes of what it promised breaks the connection off, so that it is noticed."""
+        if self.finished:
+            return
+        if self._chunked and not self._suppressed:
+            self._connection.write(b"0\r\n\r\n")
+        elif self._length is not None and not self._suppressed and self.size != self._length:
+            self.abort()
+            return
+        self.finished = True
+        self._connection.finished()
+
+    def abort(self) -> None:
+        """Break the connection off: the client must not take what it has for the whole."""
+        if not self.finished:
+            self.finished = True
+            self.closing = True
+            self._connection.abort()
+
+    def detach(self) -> tuple[Any, bytes]:
+        """Take the connection over: its transport, and what was read beyond this request's head."""
+        self.finished = True
+        return self._connection.detach()
+
+    def _begin(self, status: int, fields: Fields, length: int | None, content: bytes) -> None:
+        self.status = status
+        self._suppressed = self.method == "HEAD" or status in _BODILESS
+        self._length = length
+        lines = list(fields)
+        if length is not None:
+            # RFC 9110, section 8.6: a 204 has no length; a 304 tells the length that the content would have.
+            if status not in _BODILESS:
+                lines.append(("Content-Length", str(length)))
+        elif self.head.version == (1, 1):
+            self._chunked = True
+            lines.append(("Transfer-Encoding", "chunked"))
+        else:
+            self.closing = True
+        if self.closing:
+            lines.append(("Connection", "close"))
+        elif self.head.version == (1, 0):
+            lines.append(("Connection", "keep-alive"))
+        lines.append(("Date", _date.now()))
+        head = render_head(status, lines)
+        if content and not self._suppressed:
+            self.size = len(content)
+            self._connection.write(head + content)
+        else:
+            self._connection.write(head)
+
+
+class _Date:
+    """The Date field, made anew once a second only."""
+
+    def __init__(self) -> None:
+        self._second = 0
+        self._text = ""
+
+    def now(self) -> str:
+        second = int(time.time())
+        if second != self._second:
+            self._second, self._text = second, formatdate(second, usegmt=True)
+        return self._text
+
+
+_date = _Date()

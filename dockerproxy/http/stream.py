@@ -1,0 +1,94 @@
+"""Bytes on their way from a transport to a coroutine, with a bound on how many may wait."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from twisted.internet.defer import Deferred
+
+
+class Producer(Protocol):
+    """What can be asked to hold its bytes back: a transport."""
+
+    def pauseProducing(self) -> object: ...
+
+    def resumeProducing(self) -> object: ...
+
+
+class ByteStream:
+    """A bounded queue of bytes between one producer and one reader.
+
+    The producer side calls `feed`, then once `finish` or `fail`. The reader awaits `read` until it returns ``b""``.
+    The producer is paused while more than `high` bytes wait, and resumed when the reader took them.
+    """
+
+    def __init__(self, producer: Producer | None = None, *, high: int = 256 * 1024) -> None:
+        self._producer = producer
+        self._high = high
+        self._chunks: list[bytes] = []
+        self._waiting = 0
+        self._paused = False
+        self._ended = False
+        self._failure: BaseException | None = None
+        self._reader: Deferred[None] | None = None
+
+    @property
+    def ended(self) -> bool:
+        """Whether the producer has no more to give (what it gave may still wait here)."""
+        return self._ended
+
+    @property
+    def starved(self) -> bool:
+        """Whether the reader waits for the producer (and not the other way round)."""
+        return self._reader is not None and not self._ended
+
+    def feed(self, data: bytes) -> None:
+        """Take what the producer has."""
+        self._chunks.append(data)
+        self._waiting += len(data)
+        if self._waiting > self._high and not self._paused and self._producer is not None:
+            self._paused = True
+            self._producer.pauseProducing()
+        self._wake()
+
+    def finish(self) -> None:
+        """Say that all is given."""
+        self._ended = True
+        self._wake()
+
+    def fail(self, error: BaseException) -> None:
+        """Say that no more can come; the reader gets what waits and then `error`."""
+        if not self._ended:
+            self._failure = error
+            self.finish()
+
+    async def read(self) -> bytes:
+        """Return all bytes that wait, at least one; ``b""`` at the end. Raise what `fail` was given."""
+        while not self._chunks and not self._ended:
+            self._reader = Deferred()
+            await self._reader
+        if self._chunks:
+            data = self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
+            self._chunks.clear()
+            self._waiting = 0
+            self._resume()
+            return data
+        if self._failure is not None:
+            raise self._failure
+        return b""
+
+    def release(self) -> None:
+        """Drop what waits and let the producer go on: nobody reads any more."""
+        self._chunks.clear()
+        self._waiting = 0
+        self._resume()
+
+    def _resume(self) -> None:
+        if self._paused and not self._ended and self._producer is not None:
+            self._paused = False
+            self._producer.resumeProducing()
+
+    def _wake(self) -> None:
+        reader, self._reader = self._reader, None
+        if reader is not None:
+            reader.callback(None)

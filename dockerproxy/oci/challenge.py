@@ -1,0 +1,111 @@
+"""Challenges (WWW-Authenticate) and Basic credentials.
+
+RFC 9110, section 11.6.1, warns that one field may hold several challenges and that commas separate both challenges and
+parameters; the Bearer challenge of a registry further holds commas within quotes (``scope="repository:a:pull,push"``).
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from collections.abc import Iterable, Mapping
+
+from attrs import evolve, field, frozen
+
+from dockerproxy.oci.lists import elements
+
+_TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+_QUOTED = r'"((?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*+)"'
+_PARAMETER = re.compile(rf"({_TOKEN})[ \t]*=[ \t]*(?:({_TOKEN})|{_QUOTED})")
+_SCHEME = re.compile(rf"({_TOKEN})(?:[ \t]+(.+))?", re.DOTALL)
+_TOKEN68 = re.compile(r"[A-Za-z0-9._~+/-]+=*")
+_QUOTABLE = re.compile(r"[\t -~\x80-\xff]*")
+
+_MAX_CHALLENGES = 16
+_MAX_PARAMETERS = 32
+_MAX_CREDENTIAL = 16 * 1024
+
+
+@frozen
+class Challenge:
+    """One challenge: `scheme` and the names of `parameters` are lower-case; `token68` is what Negotiate and NTLM have
+    in the place of parameters."""
+
+    scheme: str
+    parameters: Mapping[str, str] = field(factory=dict)
+    token68: str = ""
+
+    def with_parameter(self, name: str, value: str) -> Challenge:
+        """Return this challenge with parameter `name` set to `value`."""
+        return evolve(self, parameters={**self.parameters, name.lower(): value})
+
+    def render(self) -> str:
+        """Return the challenge as a field's value; raise ValueError where a quoted string cannot hold a parameter."""
+        # Some clients compare the scheme's case in spite of RFC 9110, and the registered names are capitalized.
+        parts = [f"{name}={_quote(value)}" for name, value in self.parameters.items()]
+        return f"{self.scheme.capitalize()} {','.join(parts) or self.token68}".rstrip(" ")
+
+
+def parse_challenges(values: Iterable[str]) -> list[Challenge]:
+    """Return the challenges of all WWW-Authenticate fields, in order; what cannot be read is left out."""
+    challenges: list[Challenge] = []
+    for value in values:
+        challenges += _field_challenges(value)
+    return challenges[:_MAX_CHALLENGES]
+
+
+def _field_challenges(value: str) -> list[Challenge]:
+    challenges: list[Challenge] = []
+    # The parameters of the challenge that is being read; None while it is one that cannot be read.
+    current: dict[str, str] | None = None
+    for element in elements(value):
+        if parameter := _PARAMETER.fullmatch(element):
+            _add(current, parameter)
+        elif opening := _SCHEME.fullmatch(element):
+            current = None
+            scheme, rest = opening[1].lower(), opening[2] or ""
+            parameter = _PARAMETER.fullmatch(rest)
+            if parameter is not None or not rest:
+                current = {}
+                _add(current, parameter)
+                challenges.append(Challenge(scheme, current))
+            elif _TOKEN68.fullmatch(rest):
+                challenges.append(Challenge(scheme, token68=rest))
+    return challenges
+
+
+def _add(parameters: dict[str, str] | None, parameter: re.Match[str] | None) -> None:
+    """Add a parameter; of one that is given twice, which RFC 9110 forbids, the first counts."""
+    if parameters is not None and parameter is not None and len(parameters) < _MAX_PARAMETERS:
+        value = parameter[2] if parameter[3] is None else re.sub(r"\\(.)", r"\1", parameter[3])
+        parameters.setdefault(parameter[1].lower(), value)
+
+
+def _quote(value: str) -> str:
+    if not _QUOTABLE.fullmatch(value):
+        raise ValueError("a parameter's value cannot hold control characters")
+    return '"' + re.sub(r'(["\\])', r"\\\1", value) + '"'
+
+
+def parse_basic(authorization: str) -> tuple[str, str] | None:
+    """Return user and password of a Basic Authorization value (RFC 7617, in UTF-8), or None where it is none.
+
+    Control characters are let through: the password that goes with Google's ``_json_key`` holds line ends.
+    """
+    scheme, _, encoded = authorization.partition(" ")
+    if scheme.lower() != "basic" or len(encoded) > _MAX_CREDENTIAL:
+        return None
+    try:
+        text = base64.b64decode(encoded.strip(" ").encode("ascii"), validate=True).decode("utf-8")
+    except (binascii.Error, UnicodeError):
+        return None
+    user, colon, password = text.partition(":")
+    return (user, password) if colon else None
+
+
+def basic(user: str, password: str) -> str:
+    """Return the Basic Authorization value for `user` and `password`; raise ValueError for a user with a colon."""
+    if ":" in user:
+        raise ValueError("a user's name cannot hold a colon")
+    return "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode("ascii")

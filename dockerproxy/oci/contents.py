@@ -1,0 +1,50 @@
+"""What a registry answers with: values that the HTTP face sends, whoever made them."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from attrs import frozen
+
+from dockerproxy.oci.names import Digest
+
+
+class Content(Protocol):
+    """The bytes of a blob, by offset; perhaps still arriving."""
+
+    @property
+    def size(self) -> int | None:
+        """The whole length in bytes, or None while nobody knows it."""
+
+    async def read(self, offset: int, at_most: int) -> bytes | bytearray:
+        """Return bytes from `offset` on, at least one, waiting for them; ``b""`` at the end. Raise `UpstreamError`.
+
+        `offset` grows from call to call.
+        """
+
+    async def settled(self) -> None:
+        """Wait until it is certain that the content can be had whole; raise where it cannot."""
+
+    def close(self) -> None:
+        """Let go of it."""
+
+
+@frozen
+class BlobAnswer:
+    """A blob to send. `content` is to be closed; it is None where only the head was asked for and is all there is."""
+
+    digest: Digest
+    size: int | None
+    content: Content | None
+    verdict: str
+
+
+@frozen
+class ManifestAnswer:
+    """A manifest to send. `content` is None where only the head was asked for and is all there is."""
+
+    digest: Digest
+    media_type: str
+    size: int
+    content: bytes | None
+    verdict: str

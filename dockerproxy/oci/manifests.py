@@ -1,0 +1,245 @@
+"""Manifests: their media types, what they refer to, and what a client accepts of them.
+
+A manifest is always kept and sent as the bytes it came in; what is parsed here only tells what those bytes refer to.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from typing import Any, NoReturn
+
+from attrs import frozen
+
+from dockerproxy.errors import DigestInvalid, ManifestInvalid
+from dockerproxy.oci.lists import elements
+from dockerproxy.oci.names import Digest, Tag
+
+DOCKER_SCHEMA1 = "application/vnd.docker.distribution.manifest.v1+json"
+DOCKER_SCHEMA1_SIGNED = "application/vnd.docker.distribution.manifest.v1+prettyjws"
+DOCKER_MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"
+DOCKER_LIST = "application/vnd.docker.distribution.manifest.list.v2+json"
+OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
+OCI_INDEX = "application/vnd.oci.image.index.v1+json"
+
+IMAGE_TYPES = frozenset({DOCKER_MANIFEST, OCI_MANIFEST})
+INDEX_TYPES = frozenset({DOCKER_LIST, OCI_INDEX})
+SCHEMA1_TYPES = frozenset({DOCKER_SCHEMA1, DOCKER_SCHEMA1_SIGNED})
+
+MAX_MANIFEST = 4 * 1024 * 1024  # distribution-spec 1.1, "Pushing Manifests": at least 4 MiB
+EMPTY_INDEX = b'{"schemaVersion":2,"mediaType":"application/vnd.oci.image.index.v1+json","manifests":[]}'
+
+# What a server says that does not know; the content knows better.
+_UNTOLD = frozenset({"", "application/json", "application/octet-stream", "binary/octet-stream", "text/plain"})
+_MEDIA_TYPE = re.compile(r"[a-z0-9][a-z0-9!#$&^_.+-]{0,126}/[a-z0-9][a-z0-9!#$&^_.+-]{0,126}")
+_MEDIA_RANGE = re.compile(rf"\*/\*|[a-z0-9][a-z0-9!#$&^_.+-]{{0,126}}/\*|{_MEDIA_TYPE.pattern}")
+_NOT_ACCEPTED = re.compile(r";[ \t]*q[ \t]*=[ \t]*0(?:\.0*)?[ \t]*(?:;|$)", re.IGNORECASE)
+_MAX_ACCEPTED = 100
+
+_Document = dict[str, Any]
+
+
+@frozen(slots=True)
+class Descriptor:
+    """A reference to a content. `media_type` is empty and `size` (bytes) None where the manifest does not tell, as
+    schema 1 never does."""
+
+    media_type: str
+    digest: Digest
+    size: int | None
+
+
+@frozen(slots=True)
+class Manifest:
+    """What a manifest refers to: `config` and `layers` are blobs, `manifests` (an index's) are manifests.
+
+    `artifact_type` is the one that the referrers API reports (distribution-spec 1.1, "Listing Referrers"): the
+    manifest's own, for an image manifest without one its config's media type.
+    """
+
+    media_type: str
+    config: Descriptor | None = None
+    layers: tuple[Descriptor, ...] = ()
+    manifests: tuple[Descriptor, ...] = ()
+    subject: Descriptor | None = None
+    artifact_type: str | None = None
+
+
+def parse_manifest(content: bytes, media_type: str | None) -> Manifest:
+    """Return what `content` refers to, read as `media_type` (a Content-Type; None or a generic one: as the content
+    itself says). Raise `ManifestInvalid` for content that is no manifest, or not one of that type."""
+    document = _load(content)
+    told = _essence(media_type or "")
+    if told in _UNTOLD:
+        told = _own_type(document)
+    elif document.get("mediaType") not in (None, "") and _own_type(document) != told:
+        raise ManifestInvalid("the manifest's mediaType is not its Content-Type")
+    _refuse_confusion(document)
+    if told in SCHEMA1_TYPES:
+        return Manifest(told, layers=tuple(_schema1_layer(layer) for layer in _list(document, "fsLayers")))
+    if told in INDEX_TYPES:
+        _require(document, "manifests")
+    elif told in IMAGE_TYPES:
+        _require(document, "config", "layers")
+    config = _optional(document, "config")
+    if config is None and told in IMAGE_TYPES:
+        raise ManifestInvalid("the manifest has no config")
+    artifact_type = _text(document, "artifactType") or (config.media_type if config is not None else "")
+    return Manifest(
+        told,
+        config=config,
+        layers=tuple(_descriptor(item) for item in _list(document, "layers")),
+        manifests=tuple(_descriptor(item) for item in _list(document, "manifests")),
+        subject=_optional(document, "subject"),
+        artifact_type=artifact_type or None,
+    )
+
+
+def media_type_of(content: bytes) -> str:
+    """Return the media type of a manifest that came without one: its `mediaType` field, else by its shape.
+
+    Raise `ManifestInvalid` for content that is no manifest.
+    """
+    return _own_type(_load(content))
+
+
+def _own_type(document: _Document) -> str:
+    own = _text(document, "mediaType").lower()
+    if own:
+        if not _MEDIA_TYPE.fullmatch(own):
+            raise ManifestInvalid("the manifest's mediaType is not a media type")
+        return own
+    if "manifests" in document:
+        return OCI_INDEX
+    if "config" in document or "layers" in document:
+        return OCI_MANIFEST
+    if document.get("schemaVersion") == 1:
+        return DOCKER_SCHEMA1_SIGNED if "signatures" in document else DOCKER_SCHEMA1
+    raise ManifestInvalid("the content is not a manifest")
+
+
+def _load(content: bytes) -> _Document:
+    """Return the JSON object in `content`, read so that every other parser reads the same in it."""
+    if len(content) > MAX_MANIFEST:
+        raise ManifestInvalid(f"the manifest is longer than {MAX_MANIFEST} bytes")
+    try:
+        document = json.loads(content.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError):
+        raise ManifestInvalid("the manifest is not JSON") from None
+    if not isinstance(document, dict):
+        raise ManifestInvalid("the manifest is not a JSON object")
+    return document
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> _Document:
+    document = dict(pairs)
+    if len(document) != len(pairs):
+        raise ManifestInvalid("the manifest holds a field twice")
+    return document
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _refuse_confusion(document: _Document) -> None:
+    """Refuse a content that is one thing to one reader and another to the next (CVE-2021-41190)."""
+    shapes = (("manifests",), ("config", "layers"), ("fsLayers",))
+    if sum(any(document.get(name) is not None for name in shape) for shape in shapes) > 1:
+        raise ManifestInvalid("the content is an image and an index at the same time")
+
+
+def _require(document: _Document, *names: str) -> None:
+    for name in names:
+        if name not in document:
+            raise ManifestInvalid(f"the manifest has no {name}")
+
+
+def _text(document: _Document, name: str) -> str:
+    value = document.get(name)
+    if value is not None and not isinstance(value, str):
+        raise ManifestInvalid(f"{name} is not a string")
+    return value or ""
+
+
+def _list(document: _Document, name: str) -> list[Any]:
+    # Go writes an empty slice as null.
+    value = document.get(name)
+    if value is not None and not isinstance(value, list):
+        raise ManifestInvalid(f"{name} is not a list")
+    return value or []
+
+
+def _optional(document: _Document, name: str) -> Descriptor | None:
+    value = document.get(name)
+    return None if value is None else _descriptor(value)
+
+
+def _descriptor(value: Any) -> Descriptor:
+    if not isinstance(value, dict):
+        raise ManifestInvalid("a descriptor is not a JSON object")
+    size = value.get("size")
+    if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size < 2**63:
+        raise ManifestInvalid("a descriptor has no valid size")
+    return Descriptor(_text(value, "mediaType"), _digest(value, "digest"), size)
+
+
+def _schema1_layer(value: Any) -> Descriptor:
+    if not isinstance(value, dict):
+        raise ManifestInvalid("a layer is not a JSON object")
+    return Descriptor("", _digest(value, "blobSum"), None)
+
+
+def _digest(document: _Document, name: str) -> Digest:
+    try:
+        return Digest.parse(_text(document, name))
+    except DigestInvalid as error:
+        raise ManifestInvalid(error.message) from None
+
+
+def _essence(media_type: str) -> str:
+    return media_type.partition(";")[0].strip(" \t").lower()
+
+
+def accept_set(values: Iterable[str]) -> frozenset[str]:
+    """Return the media ranges of all Accept fields, lower-case and without parameters; those refused by ``q=0`` and
+    what is no media range are left out, and all behind the first hundred."""
+    accepted: set[str] = set()
+    for value in values:
+        for element in elements(value):
+            media_range = _essence(element)
+            if _MEDIA_RANGE.fullmatch(media_range) and not _NOT_ACCEPTED.search(element):
+                accepted.add(media_range)
+            if len(accepted) == _MAX_ACCEPTED:
+                return frozenset(accepted)
+    return frozenset(accepted)
+
+
+def accepts(accepted: frozenset[str], media_type: str) -> bool:
+    """Whether a client that sent `accepted` takes `media_type`; one that sent nothing takes everything."""
+    essence = _essence(media_type)
+    return not accepted or bool(accepted & {essence, essence.partition("/")[0] + "/*", "*/*"})
+
+
+def accept_key(accepted: frozenset[str]) -> str:
+    """Return a name for `accepted`, 32 hex digits, the same on every machine and in every run."""
+    return hashlib.sha256("\n".join(sorted(accepted)).encode("ascii")).hexdigest()[:32]
+
+
+def fallback_tag(digest: Digest) -> Tag:
+    """Return the tag under which registries without a referrers API list what refers to `digest` (distribution-spec
+    1.1, "Referrers Tag Schema": a longer encoding is cut to 64 characters)."""
+    return Tag(f"{digest.algorithm}-{digest.hex[:64]}")
+
+
+def filter_referrers(index: bytes, artifact_type: str) -> bytes:
+    """Return the referrers `index` with only the descriptors of `artifact_type`; raise `ManifestInvalid`."""
+    document = _load(index)
+    listed = [item for item in _list(document, "manifests") if isinstance(item, dict)]
+    kept = [item for item in listed if item.get("artifactType") == artifact_type]
+    try:
+        return json.dumps({**document, "manifests": kept}, separators=(",", ":"), allow_nan=False).encode("ascii")
+    except (ValueError, RecursionError):
+        raise ManifestInvalid("the index holds what cannot be written as JSON") from None

@@ -1,0 +1,160 @@
+"""What a URL of the distribution API asks for: one path in, one value out.
+
+    /v2/                                    BASE
+    /v2/_catalog                            CATALOG
+    /v2/NAME/tags/list                      TAGS
+    /v2/NAME/manifests/TAG-or-DIGEST        MANIFEST
+    /v2/NAME/blobs/DIGEST                   BLOB
+    /v2/NAME/referrers/DIGEST               REFERRERS
+    /v2/NAME/blobs/uploads/                 UPLOADS
+    /v2/NAME/blobs/uploads/SESSION          UPLOAD
+
+A repository's name may itself hold `blobs`, `manifests` or `tags` as components, so a path is read from its right end.
+"""
+
+from __future__ import annotations
+
+import re
+from enum import Enum, auto
+from urllib.parse import unquote_plus
+
+from attrs import frozen
+
+from dockerproxy.errors import BadRequest, NameInvalid, NameUnknown
+from dockerproxy.oci.names import Digest, Reference, Repository, parse_reference, parse_repository
+
+_VISIBLE = re.compile(r"[!-~]*")
+_ESCAPE = re.compile(r"%([0-9A-Fa-f]{2})?")
+_SESSION = re.compile(r"[A-Za-z0-9_=.~-]{1,512}")
+
+_MAX_QUERY = 8192
+_MAX_PARAMETERS = 100
+
+
+class Kind(Enum):
+    """The resources of distribution-spec 1.1, "Endpoints", and the catalog of CNCF distribution."""
+
+    BASE = auto()
+    CATALOG = auto()
+    TAGS = auto()
+    MANIFEST = auto()
+    BLOB = auto()
+    REFERRERS = auto()
+    UPLOADS = auto()
+    UPLOAD = auto()
+
+
+@frozen(slots=True)
+class Target:
+    """What one path names: `name` for all but BASE and CATALOG, `reference` (a `Digest` for BLOB and REFERRERS) for
+    MANIFEST, BLOB and REFERRERS, `session` for UPLOAD."""
+
+    kind: Kind
+    name: Repository | None = None
+    reference: Reference | None = None
+    session: str | None = None
+
+
+def route(path: str) -> Target:
+    """Return what `path` (without its query, percent-encoded as it came) asks for.
+
+    Raise `NameInvalid` or `DigestInvalid` for a name that the grammar does not allow, and `NameUnknown` for a path that
+    is no resource of this API.
+    """
+    parts = _segments(path)
+    if len(parts) < 2 or parts[0] or parts[1] != "v2":
+        raise NameUnknown("the path is not below /v2/")
+    match parts[2:]:
+        case [] | [""]:
+            return Target(Kind.BASE)
+        case ["_catalog"]:
+            return Target(Kind.CATALOG)
+        case [*name, "tags", "list"]:
+            return Target(Kind.TAGS, _repository(name))
+        case [*name, "manifests", reference]:
+            return Target(Kind.MANIFEST, _repository(name), parse_reference(reference))
+        case [*name, "blobs", "uploads"] | [*name, "blobs", "uploads", ""]:
+            return Target(Kind.UPLOADS, _repository(name))
+        case [*name, "blobs", digest]:
+            return Target(Kind.BLOB, _repository(name), Digest.parse(digest))
+        case [*name, "referrers", digest]:
+            return Target(Kind.REFERRERS, _repository(name), Digest.parse(digest))
+        case [*name, "blobs", "uploads", session]:
+            return Target(Kind.UPLOAD, _repository(name), session=_session(session))
+    raise NameUnknown("the path is no resource of the distribution API")
+
+
+def _repository(parts: list[str]) -> Repository:
+    return parse_repository("/".join(parts))
+
+
+def _session(text: str) -> str:
+    if not _SESSION.fullmatch(text):
+        raise NameInvalid("the upload session's identifier is malformed")
+    return text
+
+
+def _segments(path: str) -> list[str]:
+    """Return the path's segments, decoded once.
+
+    An escape that would change how the path is cut, or that needs a second decoding, is how a path comes to mean one
+    thing to us and another to an upstream; dot segments would be resolved by some and not by others.
+    """
+    if not _VISIBLE.fullmatch(path):
+        raise NameInvalid("the path holds characters that a URL cannot hold")
+    if "%" in path:
+        path = _ESCAPE.sub(_octet, path)
+    parts = path.split("/")
+    if "." in parts or ".." in parts:
+        raise NameInvalid("the path holds a dot segment")
+    return parts
+
+
+def _octet(escape: re.Match[str]) -> str:
+    character = chr(int(escape[1], 16)) if escape[1] else "%"
+    # No name of this API holds anything but visible ASCII.
+    if character in "/%" or not "!" <= character <= "~":
+        raise NameInvalid("the path holds a percent-encoding that no name needs")
+    return character
+
+
+def parse_query(query: str) -> list[tuple[str, str]]:
+    """Return the decoded (name, value) pairs of `query` in order; raise `BadRequest` for one that is too long, or whose
+    escapes are broken or not UTF-8."""
+    if len(query) > _MAX_QUERY or query.count("&") >= _MAX_PARAMETERS:
+        raise BadRequest("the URL's query is too long")
+    pairs = []
+    for part in query.split("&"):
+        if part:
+            name, _, value = part.partition("=")
+            pairs.append((_plain(name), _plain(value)))
+    return pairs
+
+
+def _plain(text: str) -> str:
+    if any(escape[1] is None for escape in _ESCAPE.finditer(text)):
+        raise BadRequest("the URL's query holds a broken percent-encoding")
+    try:
+        return unquote_plus(text, errors="strict")
+    except UnicodeDecodeError:
+        raise BadRequest("the URL's query is not UTF-8") from None
+
+
+def take_parameter(query: str, name: str) -> tuple[str | None, str]:
+    """Return the decoded value of parameter `name` (None where there is none) and `query` without it.
+
+    The rest stays as it is, byte for byte: a signed URL would break otherwise. Raise `BadRequest` where the parameter
+    occurs with two different values, or as `parse_query` does for this one parameter.
+    """
+    if len(query) > _MAX_QUERY:
+        raise BadRequest("the URL's query is too long")
+    rest, values = [], set()
+    for part in query.split("&"):
+        key, _, value = part.partition("=")
+        if unquote_plus(key) == name:
+            values.add(_plain(value))
+        else:
+            rest.append(part)
+    if len(values) > 1:
+        raise BadRequest(f"the URL's query gives {name} twice")
+    return (values.pop() if values else None), "&".join(rest)

@@ -1,0 +1,196 @@
+"""The certificate authority: a TLS context for any host name, its certificate made when first asked for."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from attrs import define, field, frozen
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from OpenSSL import SSL, crypto
+
+from dockerproxy.oci.names import Host
+from dockerproxy.proxy.issuer import (
+    BACKDATE,
+    DAY,
+    AuthorityError,
+    Issuer,
+    extension_of,
+    key_usage,
+    moment,
+    named_issuer,
+)
+from dockerproxy.proxy.root import own_issuer
+
+__all__ = ["AuthorityError", "CertificateAuthority"]
+
+_LIFE = 90 * DAY
+_MOST_CONTEXTS = 1000
+_MOST_COMMON_NAME = 64  # characters, X.520's ub-common-name
+
+# For TLS 1.2; the leaves have EC keys. The client's order holds: it knows whether its processor has AES.
+_CIPHERS = b"ECDHE-ECDSA-AES128-GCM-SHA256:ECDHE-ECDSA-AES256-GCM-SHA384:ECDHE-ECDSA-CHACHA20-POLY1305"
+
+
+@frozen
+class _Leaf:
+    """A context in use between two moments, in seconds since the epoch."""
+
+    context: SSL.Context
+    begins: float
+    renewal: float
+
+
+@define
+class CertificateAuthority:
+    """Signs certificates for the hosts whose TLS we end ourselves.
+
+    One EC key, made at start and never written, serves all leaves. Not for several threads at once.
+    """
+
+    _issuer: Issuer
+    _now: Callable[[], float]
+    _leaf_key: ec.EllipticCurvePrivateKey = field(
+        init=False, repr=False, factory=lambda: ec.generate_private_key(ec.SECP256R1())
+    )
+    _leaves: OrderedDict[Host, _Leaf] = field(init=False, repr=False, factory=OrderedDict)
+
+    @classmethod
+    def open(
+        cls,
+        directory: Path,
+        *,
+        certificate_file: Path | None,
+        key_file: Path | None,
+        passphrase: str | None,
+        now: Callable[[], float],
+    ) -> CertificateAuthority:
+        """Return the authority that the files hold (CA_CRT_FILE, CA_KEY_FILE, CA_KEY_PASSPHRASE), or our own.
+
+        Our own lies in `directory`, and is made there if need be. `now` gives seconds since the epoch. Raises
+        `AuthorityError`. Blocks on the disk: call it before the reactor runs.
+        """
+        if certificate_file is not None and key_file is not None:
+            return cls(named_issuer(certificate_file, key_file, passphrase, now()), now)
+        if certificate_file is not None:
+            raise AuthorityError(f"CA_CRT_FILE names {certificate_file}, but CA_KEY_FILE does not say where its key is")
+        if key_file is not None:
+            raise AuthorityError(f"CA_KEY_FILE names {key_file}, but CA_CRT_FILE does not say where its certificate is")
+        return cls(own_issuer(directory, passphrase, now()), now)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What the operator should be told of, a sentence each; none of it keeps the authority from working."""
+        return self._issuer.warnings
+
+    @property
+    def certificate_pem(self) -> bytes:
+        """The one certificate, in PEM, that clients must trust."""
+        return self._issuer.trusted.public_bytes(serialization.Encoding.PEM)
+
+    def context_for(self, name: str) -> SSL.Context:
+        """Return a server's context for the host `name`: a DNS name, or an IP address without brackets.
+
+        Raises `NameInvalid` where it is neither, and `AuthorityError` once the authority has expired. The context must
+        not be changed: others use it too.
+        """
+        host = Host.parse(f"[{name}]" if ":" in name else name)
+        now = self._now()
+        leaf = self._leaves.get(host)
+        if leaf is None or not leaf.begins <= now < leaf.renewal:
+            leaf = self._leaves[host] = self._make_leaf(host, now)
+            if len(self._leaves) > _MOST_CONTEXTS:
+                self._leaves.popitem(last=False)
+        self._leaves.move_to_end(host)
+        return leaf.context
+
+    def _make_leaf(self, host: Host, now: float) -> _Leaf:
+        issuer = self._issuer
+        begins, ends = max(now - BACKDATE, issuer.begins), min(now + _LIFE, issuer.ends)
+        if not begins <= now < ends:
+            life = f"{moment(issuer.begins):%Y-%m-%d} to {moment(issuer.ends):%Y-%m-%d}"
+            raise AuthorityError(f"the CA certificate is valid from {life}, and this machine's clock is outside that")
+        certificate = self._sign(host, begins, ends)
+        context = _server_context(certificate, self._leaf_key, issuer.sent)
+        return _Leaf(context, begins, ends - (ends - now) / 3)
+
+    def _sign(self, host: Host, begins: float, ends: float) -> x509.Certificate:
+        issuer, public_key = self._issuer.certificate, self._leaf_key.public_key()
+        named = len(host.name) <= _MOST_COMMON_NAME
+        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, host.name)] if named else [])
+        return (
+            x509.CertificateBuilder()
+            .subject_name(subject)
+            .issuer_name(issuer.subject)
+            .public_key(public_key)
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(moment(begins))
+            .not_valid_after(moment(ends))
+            # RFC 5280, section 4.2.1.6: critical where the subject is empty.
+            .add_extension(x509.SubjectAlternativeName([_general_name(host)]), critical=not named)
+            .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+            .add_extension(key_usage(issuer=False), critical=True)
+            .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+            .add_extension(x509.SubjectKeyIdentifier.from_public_key(public_key), critical=False)
+            .add_extension(_authority_key_identifier(issuer), critical=False)
+            .sign(self._issuer.key, hashes.SHA256())
+        )
+
+
+def _general_name(host: Host) -> x509.GeneralName:
+    return x509.IPAddress(ipaddress.ip_address(host.name)) if host.is_address else x509.DNSName(host.name)
+
+
+def _authority_key_identifier(issuer: x509.Certificate) -> x509.AuthorityKeyIdentifier:
+    # RFC 5280, section 4.2.1.1: the issuer's own identifier, byte for byte. There are several ways to compute one, and
+    # a client that finds another value than the issuer has looks for another issuer.
+    identifier = extension_of(issuer, x509.SubjectKeyIdentifier)
+    if identifier is not None:
+        return x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(identifier)
+    return x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer.public_key())  # type: ignore[arg-type]
+
+
+def _server_context(
+    certificate: x509.Certificate, key: ec.EllipticCurvePrivateKey, sent: Sequence[x509.Certificate]
+) -> SSL.Context:
+    context = SSL.Context(SSL.TLS_SERVER_METHOD)
+    context.set_min_proto_version(SSL.TLS1_2_VERSION)
+    context.set_cipher_list(_CIPHERS)
+    context.set_options(SSL.OP_NO_COMPRESSION | SSL.OP_NO_RENEGOTIATION)
+    context.set_mode(SSL.MODE_RELEASE_BUFFERS)  # 34 KiB less for each connection that is idle
+    # Sessions are resumed by tickets, which clients keep. The cache would keep them here, and serve nobody of today.
+    context.set_session_cache_mode(SSL.SESS_CACHE_OFF)
+    context.set_session_id(b"docker-registry-proxy")
+    context.set_alpn_select_callback(_select_protocol)
+    _present(context, certificate, key, sent)
+    return context
+
+
+def _present(
+    context: SSL.Context,
+    certificate: x509.Certificate,
+    key: ec.EllipticCurvePrivateKey,
+    sent: Sequence[x509.Certificate],
+) -> None:
+    """Give `context` what it shows to clients, in the one form that this pyOpenSSL takes without complaint."""
+    try:
+        context.use_certificate(certificate)
+    except TypeError:  # pyOpenSSL < 24.3 knows only its own wrappers, of which later ones warn
+        context.use_certificate(crypto.X509.from_cryptography(certificate))
+        context.use_privatekey(crypto.PKey.from_cryptography_key(key))
+        for above in sent:
+            context.add_extra_chain_cert(crypto.X509.from_cryptography(above))
+    else:
+        context.use_privatekey(key)
+        for above in sent:
+            context.add_extra_chain_cert(above)
+
+
+def _select_protocol(connection: SSL.Connection, offered: list[bytes]) -> bytes | SSL._NoOverlappingProtocols:
+    # Without an overlap the handshake goes on without ALPN: a client that only hoped for h2 still speaks HTTP/1.1.
+    return b"http/1.1" if b"http/1.1" in offered else SSL.NO_OVERLAPPING_PROTOCOLS

@@ -1,0 +1,116 @@
+"""The two ways to a registry elsewhere: reached under its own name (interception), and as its mirror."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+from dockerproxy.errors import NameUnknown, RegistryError
+from dockerproxy.http.request import Request
+from dockerproxy.oci.names import Registry
+from dockerproxy.oci.routes import Kind, Target, route, take_parameter
+from dockerproxy.registry.answers import API_VERSION, answer_error
+from dockerproxy.registry.face import Face
+from dockerproxy.registry.mirrored import Mirrored, Remote, check_push, pass_on
+
+_MAX_FORM = 64 * 1024
+
+Open = Callable[[Registry, str | None], Remote]
+"""Returns a registry for a client that shows an Authorization, or none."""
+
+
+class Realms(Protocol):
+    """Answers for the token servers of the registries."""
+
+    def served_at(self, host: Registry, path: str) -> Registry | None:
+        """Return the registry whose tokens are given out at `path` of `host`, if any."""
+
+    async def token(self, registry: Registry, query: str, authorization: str | None, form: bytes | None) -> bytes:
+        """Return the JSON that a client gets."""
+
+
+class Intercepted:
+    """Answers for registries under their own names, in their place."""
+
+    def __init__(self, face: Face, open_remote: Open, realms: Realms, *, allow_push: bool) -> None:
+        self._face = face
+        self._open = open_remote
+        self._realms = realms
+        self._allow_push = allow_push
+
+    async def answer(self, registry: Registry, request: Request) -> None:
+        """Answer a request that the client means for `registry`."""
+        request.host = str(registry)
+        remote = self._open(registry, request.headers.get("authorization"))
+        try:
+            await self._answer(registry, request, remote)
+        except RegistryError as error:
+            refuse(request, error, remote.challenge(error, secure=request.secure) if error.status == 401 else [])
+
+    async def _answer(self, registry: Registry, request: Request, remote: Remote) -> None:
+        served = self._realms.served_at(registry, request.path)
+        if served is not None and request.method in ("GET", "POST"):
+            await self._token(served, request)
+            return
+        target = _target(request.path)
+        if target is not None:
+            await self._face.answer(request, target, Mirrored(remote, self._allow_push))
+            return
+        if request.method not in ("GET", "HEAD", "OPTIONS"):
+            check_push(request, self._allow_push)
+        await pass_on(request, remote, None)
+
+    async def _token(self, registry: Registry, request: Request) -> None:
+        request.verdict = "PASS"
+        form = await request.read_all(_MAX_FORM) if request.method == "POST" else None
+        content = await self._realms.token(registry, request.query, request.headers.get("authorization"), form)
+        request.answer(200, [("Content-Type", "application/json"), ("Cache-Control", "no-store")], content)
+
+
+class Mirror:
+    """Answers as a mirror: `?ns=HOST` names one of the registries, and without it Docker Hub is meant.
+
+    A mirror's client brings no login of upstream's, so what it shows goes nowhere, and our own or none speaks for it.
+    """
+
+    def __init__(self, face: Face, open_remote: Open, registries: Mapping[str, Registry], hub: Registry) -> None:
+        self._face = face
+        self._open = open_remote
+        self._registries = registries
+        self._hub = hub
+
+    async def answer(self, request: Request) -> None:
+        """Answer a request to `/v2/`."""
+        try:
+            await self._answer(request)
+        except RegistryError as error:
+            refuse(request, error, [])
+
+    async def _answer(self, request: Request) -> None:
+        target = route(request.path)
+        namespace, request.query = take_parameter(request.query, "ns")
+        registry = self._hub if namespace is None else self._registries.get(namespace.lower())
+        if registry is None:
+            raise NameUnknown(f"{namespace!r} is not mirrored here: its administrator can add it to REGISTRIES")
+        request.host = str(registry)
+        if target.kind is Kind.BASE:
+            request.answer(200, [("Content-Type", "application/json"), API_VERSION], b"{}")
+            return
+        await self._face.answer(request, target, Mirrored(self._open(registry, None), allow_push=False))
+
+
+def refuse(request: Request, error: RegistryError, challenge: list[tuple[str, str]]) -> None:
+    """Answer with `error` under `challenge`; break off where an answer has begun, so that nobody takes it for whole."""
+    if request.started:
+        request.abort()
+        return
+    error.headers = (*(field for field in error.headers if field[0].lower() != "www-authenticate"), *challenge)
+    answer_error(request, error)
+
+
+def _target(path: str) -> Target | None:
+    """Return what a path of the API means; None for one that is none of it, and is upstream's business."""
+    try:
+        return route(path)
+    except NameUnknown:
+        return None

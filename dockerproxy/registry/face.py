@@ -1,0 +1,142 @@
+"""The OCI distribution API over HTTP: pulling, the same for whichever `Source` answers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dockerproxy.http.request import Request
+from dockerproxy.oci.contents import BlobAnswer, ManifestAnswer
+from dockerproxy.oci.names import Digest, Reference, Repository
+from dockerproxy.oci.ranges import Span, content_range, select
+from dockerproxy.oci.routes import Kind, Target
+from dockerproxy.registry.answers import API_VERSION
+from dockerproxy.registry.senders import send
+from dockerproxy.registry.source import Source
+
+_SMALL = 64 * 1024
+"""Bytes up to which a blob under way is sent only when it is verified: then a bad one is a clean error."""
+
+_STALE = ("Warning", '110 - "Response is Stale"')  # RFC 7234, section 5.5.1; the spec's own 299 is for upstream's words
+
+Fields = list[tuple[str, str]]
+
+
+class Face:
+    """Answers requests to `/v2/`."""
+
+    def __init__(self, clock: Any) -> None:
+        self._clock = clock
+
+    async def answer(self, request: Request, target: Target, source: Source) -> None:
+        """Answer `request`, whose path was found to mean `target`, from `source`. Raise `RegistryError`."""
+        if request.method in ("GET", "HEAD") and target.name is not None and target.reference is not None:
+            if target.kind is Kind.MANIFEST:
+                await self._manifest(request, target.name, target.reference, source)
+                return
+            if target.kind is Kind.BLOB and isinstance(target.reference, Digest):
+                await self._blob(request, target.name, target.reference, source)
+                return
+        await source.other(request, target)
+
+    async def _manifest(self, request: Request, name: Repository, reference: Reference, source: Source) -> None:
+        head = request.method == "HEAD"
+        found = await source.manifest(name, reference, request.headers.all("accept"), head=head)
+        request.verdict = found.verdict
+        fields = [("Content-Type", found.media_type), *_common(found, found.verdict)]
+        if _has(request, found.digest):
+            request.answer(304, fields)
+        elif found.content is None:
+            request.start(200, fields, found.size)
+            request.finish()
+        else:
+            span = _span(request, found.digest, found.size)
+            if span is None:
+                request.answer(200, fields, found.content)
+            else:
+                fields.append(("Content-Range", content_range(span, found.size)))
+                request.answer(206, fields, found.content[span.start : span.stop])
+
+    async def _blob(self, request: Request, name: Repository, digest: Digest, source: Source) -> None:
+        found = await source.blob(name, digest, head=request.method == "HEAD")
+        request.verdict = found.verdict
+        try:
+            await self._send_blob(request, found)
+        finally:
+            if found.content is not None:
+                found.content.close()
+
+    async def _send_blob(self, request: Request, found: BlobAnswer) -> None:
+        fields = [("Content-Type", "application/octet-stream"), *_common(found, found.verdict), ("Accept-Ranges", "bytes")]
+        if _has(request, found.digest):
+            request.answer(304, fields)
+            return
+        content, size = found.content, found.size
+        if content is None:
+            request.start(200, fields, size)
+            request.finish()
+            return
+        if size is not None and size <= _SMALL:
+            await content.settled()
+        span = _span(request, found.digest, size) if size is not None else None
+        if span is not None and size is not None:
+            fields.append(("Content-Range", content_range(span, size)))
+        start, stop = (span.start, span.stop) if span is not None else (0, size)
+        status = 200 if span is None else 206
+        length = None if stop is None else stop - start
+        if length is not None and length <= _SMALL:
+            # Head and body in one write: one system call, one packet for the client to wait for.
+            await self._send_small(request, status, fields, content, start, length)
+            return
+        request.start(status, fields, length)
+        if request.method == "HEAD":
+            request.finish()
+        else:
+            await send(request, content, start, stop, self._clock)
+
+    async def _send_small(
+        self, request: Request, status: int, fields: Fields, content: Any, start: int, length: int
+    ) -> None:
+        data = b""
+        if request.method != "HEAD":
+            while len(data) < length:
+                piece = await content.read(start + len(data), length - len(data))
+                if not piece:
+                    break
+                data = data + piece if data else bytes(piece)
+        if len(data) == length:
+            request.answer(status, fields, data)
+        else:
+            request.start(status, fields, length)
+            request.write(data)
+            request.finish()
+
+
+def _common(found: BlobAnswer | ManifestAnswer, verdict: str) -> Fields:
+    fields = [
+        ("Docker-Content-Digest", str(found.digest)),
+        ("Etag", f'"{found.digest}"'),
+        API_VERSION,
+        ("X-Cache", verdict),
+    ]
+    if verdict == "STALE":
+        fields.append(_STALE)
+    return fields
+
+
+def _has(request: Request, digest: Digest) -> bool:
+    """Whether the client says that it has this content (If-None-Match, RFC 9110, section 13.1.2)."""
+    condition = request.headers.joined("if-none-match")
+    if condition is None:
+        return False
+    tags = {tag.strip().removeprefix("W/").strip('"') for tag in condition.split(",")}
+    return "*" in tags or str(digest) in tags
+
+
+def _span(request: Request, digest: Digest, size: int) -> Span | None:
+    """Return the part that the client asks for; None for the whole. Raise `RangeInvalid`."""
+    if request.method != "GET":  # RFC 9110, section 14.2
+        return None
+    condition = request.headers.get("if-range")
+    if condition is not None and condition.strip('"') != str(digest):
+        return None
+    return select(request.headers.joined("range"), size)

@@ -1,0 +1,57 @@
+"""Content on its way to a client: read and written a piece at a time, as fast as the client takes it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from twisted.internet.task import deferLater
+
+from dockerproxy.http.request import Request
+from dockerproxy.oci.contents import Content
+
+_SMALLEST = 16 * 1024
+_LARGEST = 256 * 1024
+_QUICK = 0.02  # seconds in which a client takes a piece, to be given a larger one
+_SLOW = 0.2
+
+_UNBOUNDED = 1 << 62
+
+
+class Pace:
+    """How large the next piece is, in bytes.
+
+    Large pieces cost least for each byte; but what the kernel does not take waits in memory, and with hundreds of slow
+    clients that adds up. So it grows while pieces are taken quickly and shrinks when they are not.
+    """
+
+    def __init__(self) -> None:
+        self.size = _SMALLEST * 4
+
+    def took(self, seconds: float) -> None:
+        """Note how long the client took for the last piece."""
+        if seconds < _QUICK:
+            self.size = min(_LARGEST, self.size * 2)
+        elif seconds > _SLOW:
+            self.size = max(_SMALLEST, self.size // 4)
+
+
+async def send(request: Request, content: Content, start: int, stop: int | None, clock: Any) -> None:
+    """Send the bytes from `start` to before `stop` (None: to the end) as the body that was announced, and finish.
+
+    Raise `ClientGone`, or what reading raised. The reactor gets its turn after each piece.
+    """
+    pace, offset, end = Pace(), start, _UNBOUNDED if stop is None else stop
+    while offset < end:
+        data = await content.read(offset, min(pace.size, end - offset))
+        if not data:
+            break
+        offset += len(data)
+        request.write(data)
+        if offset >= end:
+            break
+        began = clock.seconds()
+        await request.drain()
+        pace.took(clock.seconds() - began)
+        if len(data) >= _SMALLEST:
+            await deferLater(clock, 0)
+    request.finish()

@@ -1,0 +1,257 @@
+"""The environment becomes one frozen `Settings`; every check of a value is made here or in `dockerproxy.values`."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from attrs import Attribute, field, fields, frozen
+
+from dockerproxy import values
+from dockerproxy.net.addresses import AddressSet, Destinations
+from dockerproxy.net.parent import ParentProxy
+from dockerproxy.oci.names import Host, Registry
+from dockerproxy.values import UpstreamLogin
+
+DOCKER_HUB = Registry.parse("registry-1.docker.io")
+DOCKER_HUB_TOKENS = Registry.parse("auth.docker.io")
+_DOCKER_HUB_NAMES = {DOCKER_HUB, DOCKER_HUB_TOKENS, Registry.parse("docker.io")}
+
+_METADATA = "dockerproxy"  # what attrs keeps of a setting: its reader, and the default as text
+
+
+class SettingsError(Exception):
+    """A setting that cannot be used: one sentence that names the variable, its value and what is expected.
+
+    A value that is or may hold a password is not in it.
+    """
+
+
+def _setting(read: Callable[[str], Any], default: str | None = None, **options: Any) -> Any:
+    return field(metadata={_METADATA: (read, default)}, **options)
+
+
+def _derived(**options: Any) -> Any:
+    """An attribute that is made from several variables."""
+    return field(metadata={_METADATA: None}, **options)
+
+
+@frozen(kw_only=True)
+class Settings:
+    """What the administrator decided. Durations are in seconds, sizes in bytes; None and empty mean not set.
+
+    An attribute is the variable of the same name, but for `extra_registries` (REGISTRIES without Docker Hub). What
+    each means is in the README.
+    """
+
+    extra_registries: tuple[Registry, ...] = _derived()
+    auth_registries: Mapping[Host, UpstreamLogin] = _derived()
+    auth_registries_delimiter: str = _setting(str, " ")
+    auth_registry_delimiter: str = _setting(str, ":")
+    allow_push: bool = _setting(values.boolean, "false")
+    cache_max_size: int = _setting(values.size, "32g")
+    cache_inactive: float = _setting(values.timeout, "60d")
+    enable_manifest_cache: bool = _setting(values.boolean, "false")
+    manifest_cache_primary_regex: re.Pattern[str] = _setting(values.pattern, "(stable|nightly|production|test)")
+    manifest_cache_primary_time: float = _setting(values.interval, "10m")
+    manifest_cache_secondary_regex: re.Pattern[str] = _setting(values.pattern, r"(.*)(\d|\.)+(.*)(\d|\.)+(.*)(\d|\.)+")
+    manifest_cache_secondary_time: float = _setting(values.interval, "60d")
+    manifest_cache_default_time: float = _setting(values.interval, "1h")
+    verify_ssl: bool = _setting(values.boolean, "true")
+    disable_ipv6: bool = _setting(values.boolean, "false")
+    ca_crt_file: Path | None = _setting(values.path)
+    ca_key_file: Path | None = _setting(values.path)
+    ca_key_passphrase: str | None = _setting(str, repr=False)
+    keepalive_timeout: float = _setting(values.interval, "300s")
+    client_header_timeout: float = _setting(values.timeout, "60s")
+    client_body_timeout: float = _setting(values.timeout, "60s")
+    send_timeout: float = _setting(values.timeout, "60s")
+    proxy_connect_timeout: float = _setting(values.timeout, "60s")
+    proxy_read_timeout: float = _setting(values.timeout, "60s")
+    proxy_send_timeout: float = _setting(values.timeout, "60s")
+    proxy_connect_connect_timeout: float = _setting(values.timeout, "60s")
+    proxy_connect_read_timeout: float = _setting(values.timeout, "60s")
+    proxy_connect_send_timeout: float = _setting(values.timeout, "60s")
+    proxy_request_buffering: bool = _setting(values.boolean, "false")
+
+    state_dir: Path = _derived()
+    cache_dir: Path = _derived()
+    registry_dir: Path = _derived()
+    ca_dir: Path = _derived()
+    proxy_listen: tuple[str, ...] = _setting(values.endpoints, "tcp:3128")
+    registry_listen: tuple[str, ...] = _setting(values.optional_endpoints, "tcp:5443")
+    registry_http_listen: tuple[str, ...] = _setting(values.optional_endpoints, "none")
+    registry_hostname: tuple[str, ...] = _setting(values.host_names, "docker-registry.local")
+    upstream_addresses: Mapping[Host, Host] = _setting(values.addresses, "")
+    upstream_ca_file: Path | None = _setting(values.path)
+    upstream_proxy: ParentProxy | None = _derived()
+    allow_clients: AddressSet = _setting(AddressSet.parse, "private loopback link-local")
+    tunnel_ports: frozenset[int] = _setting(values.ports, "443")
+    tunnel_allow: Destinations = _setting(Destinations.parse, "all")
+    tunnel_deny: Destinations = _setting(Destinations.parse, "loopback link-local metadata")
+    share_auth_registries: bool = _setting(values.boolean, "true")
+    htpasswd_file: Path | None = _setting(values.path)
+    anonymous_pull: bool = _setting(values.boolean, "false")
+    workers: int = _derived()
+    log_format: str = _setting(values.one_of("text", "json"), "text")
+
+    warnings: tuple[str, ...] = _derived()
+    """Sentences about what was ignored and perhaps was meant to be something else."""
+
+    @classmethod
+    def from_environment(cls, env: Mapping[str, str], file: Mapping[str, str] = MappingProxyType({})) -> Settings:
+        """Return the settings that `env` has, and `file` (of `read_env_file`) for what `env` does not have.
+
+        An empty variable is as good as none. Raise `SettingsError` for the first value that cannot be used.
+        """
+        environment = _Environment({**file, **env})
+        found = {
+            attribute.name: environment.setting(attribute)
+            for attribute in fields(cls)
+            if attribute.metadata[_METADATA] is not None
+        }
+        found |= _upstreams(environment, found["auth_registries_delimiter"], found["auth_registry_delimiter"])
+        found |= _folders(environment)
+        found["workers"] = environment.read("WORKERS", values.number(1, 64), str(_cores()))
+        found["warnings"] = tuple(_near_misses(file, _names(cls)))
+        for given, missing in (("CA_CRT_FILE", "CA_KEY_FILE"), ("CA_KEY_FILE", "CA_CRT_FILE")):
+            if found[given.lower()] is not None and found[missing.lower()] is None:
+                raise SettingsError(f"{given} is set and {missing} is not: expected are both files of a CA or neither.")
+        return cls(**found)
+
+    @property
+    def registries(self) -> tuple[Registry, ...]:
+        """Every registry that is cached: Docker Hub first, then those of REGISTRIES."""
+        return (DOCKER_HUB, *self.extra_registries)
+
+    @property
+    def intercepted(self) -> tuple[Registry, ...]:
+        """What is intercepted: the registries, and Docker Hub's token server."""
+        return (*self.registries, DOCKER_HUB_TOKENS)
+
+
+class _Environment:
+    """Variables, and the sentence that says which of them is wrong."""
+
+    def __init__(self, variables: Mapping[str, str]) -> None:
+        self._variables = variables
+
+    def text(self, name: str) -> str:
+        """Return the variable's text; `""` where it is not set."""
+        return self._variables.get(name, "")
+
+    def setting(self, attribute: Attribute[Any]) -> Any:
+        """Return the value of the setting that `attribute` declares."""
+        read, default = attribute.metadata[_METADATA]
+        return self.read(attribute.name.upper(), read, default)
+
+    def read(self, names: str | tuple[str, ...], read: Callable[[str], Any], default: str | None) -> Any:
+        """Return the value of the first of `names` that is set, else of `default`; None where that is None."""
+        for name in (names,) if isinstance(names, str) else names:
+            # A delimiter may consist of spaces; elsewhere they mean nothing at the ends.
+            text = self.text(name) if read is str else self.text(name).strip()
+            if text:
+                return self._value(name, read, text)
+        return None if default is None else read(default)
+
+    @staticmethod
+    def _value(name: str, read: Callable[[str], Any], text: str) -> Any:
+        try:
+            text.encode()
+            return read(text)
+        except UnicodeEncodeError:  # the system hands over bytes that are not UTF-8 as lone surrogates
+            raise SettingsError(f"{name} is not UTF-8 text.") from None
+        except ValueError as error:
+            raise SettingsError(f"{name}: {error}.") from None
+
+
+def _upstreams(environment: _Environment, between: str, within: str) -> dict[str, Any]:
+    registries = environment.read("REGISTRIES", values.registries, "")
+    no_proxy = environment.text("NO_PROXY") or environment.text("no_proxy")
+    known = [registry.host for registry in (*_DOCKER_HUB_NAMES, *registries)]
+    return {
+        "extra_registries": tuple(registry for registry in registries if registry not in _DOCKER_HUB_NAMES),
+        "auth_registries": environment.read(
+            "AUTH_REGISTRIES", lambda text: values.logins(text, between, within, known), ""
+        ),
+        "upstream_proxy": environment.read(
+            ("UPSTREAM_PROXY", "HTTPS_PROXY", "https_proxy"), lambda text: values.upstream_proxy(text, no_proxy), "none"
+        ),
+    }
+
+
+def _folders(environment: _Environment) -> dict[str, Any]:
+    # systemd separates several state directories by colons; ours is the first.
+    state = environment.text("STATE_DIRECTORY").partition(":")[0] or "var"
+    found: dict[str, Any] = {"state_dir": environment.read("STATE_DIR", values.path, state)}
+    for name in ("cache", "registry", "ca"):
+        found[f"{name}_dir"] = environment.read(f"{name.upper()}_DIR", values.path, str(found["state_dir"] / name))
+    return found
+
+
+def _cores() -> int:
+    return min(8, len(os.sched_getaffinity(0)))
+
+
+def _names(settings: type[Settings]) -> list[str]:
+    attributes = [attribute.name for attribute in fields(settings) if attribute.name != "warnings"]
+    return ["REGISTRIES" if name == "extra_registries" else name.upper() for name in attributes]
+
+
+# Names that are somebody else's business, however near they are to ours.
+_FOREIGN = set("HTTP_PROXY HTTPS_PROXY ALL_PROXY NO_PROXY STATE_DIRECTORY DEBUG DEBUG_HUB DEBUG_NGINX".split())
+
+
+def _near_misses(file: Mapping[str, str], known: list[str]) -> list[str]:
+    warnings = []
+    for name in file:
+        upper = name.upper()
+        if name in known or upper in _FOREIGN:
+            continue
+        near = [upper] if upper in known else difflib.get_close_matches(upper, known, n=2, cutoff=0.77)
+        if near:
+            warnings.append(f"{name} is not a setting and has no effect; is {' or '.join(near)} meant?")
+    return warnings
+
+
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
+_COMMENT = re.compile(r"\s+#.*")
+_QUOTED = re.compile(r"(['\"])(.*?)\1(?:\s+#.*)?")
+
+
+def read_env_file(path: str | Path) -> dict[str, str]:
+    """Return the variables of a ``.env`` file as docker-compose reads it, none expanded.
+
+    ``NAME=value``, with or without ``export``; the value goes to the end of the line or to a ``#`` after a space, and
+    loses one pair of quotes around it, within which a ``#`` stays. The last line of a name counts. Raise
+    `SettingsError` where the file cannot be read, or a line is none of this; its text is not in the sentence.
+    """
+    try:
+        text = Path(path).read_text("utf-8-sig")
+    except OSError as error:
+        raise SettingsError(f"{path} cannot be read: {error.strerror}.") from None
+    except UnicodeDecodeError:
+        raise SettingsError(f"{path} is not UTF-8 text.") from None
+    variables = {}
+    for number, line in enumerate(text.split("\n"), 1):
+        line = line.strip()
+        if not line or line.startswith("#"):
+            continue
+        name, equals, value = line.partition("=")
+        name = re.sub(r"^export\s+", "", name).strip()
+        if not equals or not _NAME.fullmatch(name):
+            raise SettingsError(f"{path}, line {number}, is not NAME=value.")
+        variables[name] = _unquoted(value.strip())
+    return variables
+
+
+def _unquoted(value: str) -> str:
+    quoted = _QUOTED.fullmatch(value)
+    if quoted:
+        return quoted[2]
+    return "" if value.startswith("#") else _COMMENT.sub("", value, count=1)

@@ -1,0 +1,10 @@
+"""What is kept on disk: one tree (`layout`), used twice - as the bounded cache and as the durable hosted registry.
+
+`blobs` holds contents by digest, `links` says which repository may serve which of them, `ingest` is a blob under way,
+`records` are small remembered facts. `eviction` and `usage` decide what goes when the cache is full; they touch no
+disk.
+All writes go through `files`: written beside, then renamed, so that no reader and no crash meets half of anything.
+
+What is said to block does disk I/O that can wait and belongs in a thread. The rest is a system call or two on names
+that are in use, and may be called from the reactor.
+"""

@@ -1,0 +1,166 @@
+"""Writing so that a reader, or a machine that comes back from a crash, finds the old state or the new one."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Sequence
+from contextlib import suppress
+
+from attrs import frozen
+
+# A directory may be removed (the last of its files went) between making it and renaming into it. Each round needs
+# another removal at that very moment.
+_ATTEMPTS = 8
+
+# Linux takes so many buffers in one writev (limits.h, IOV_MAX).
+_IOV_MAX = 1024
+
+
+@frozen
+class Staging:
+    """A directory of temp files, on the file system of the places they go to.
+
+    `sync_data`: contents are on the disk before they get their name. `sync_names`: the name is when the call ends.
+    `private`: only the daemon's user may read (else the process's umask says who may).
+    """
+
+    directory: str
+    sync_data: bool = False
+    sync_names: bool = False
+    private: bool = False
+
+    def empty(self) -> None:
+        """Drop what a crash left. For one process at start, before any other uses the directory."""
+        for name in _listed(self.directory):
+            _drop(f"{self.directory}/{name}")
+
+    def write(self, content: bytes, path: str) -> None:
+        """Make `content` the file at `path`, in place of one that may be there."""
+        staged = self._name()
+        fd = self._create(staged)
+        try:
+            try:
+                write_all(fd, [content], 0)
+                if self.sync_data:
+                    os.fdatasync(fd)
+            finally:
+                os.close(fd)
+            self.move(staged, path)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(staged)
+            raise
+
+    def move(self, staged: str, path: str) -> None:
+        """Rename `staged`, whose data is synced already where it has to be, to `path`."""
+        parent = os.path.dirname(path)
+        for _ in range(_ATTEMPTS):
+            try:
+                os.rename(staged, path)
+                break
+            except FileNotFoundError:
+                if not os.path.exists(staged):
+                    raise
+                self.make_directory(parent)
+        else:
+            raise FileNotFoundError(f"{parent} is removed as fast as it is made")
+        if self.sync_names:
+            _sync_directory(parent)
+
+    def take_away(self, path: str) -> bool:
+        """Remove the directory at `path` with all it holds, in one step to every reader; say whether it was there."""
+        self.make_directory(self.directory)
+        staged = self._name()
+        try:
+            os.rename(path, staged)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        try:
+            if self.sync_names:
+                _sync_directory(os.path.dirname(path))
+        finally:
+            _drop(staged)
+        return True
+
+    def make_directory(self, path: str) -> None:
+        """Make the directory at `path` and those above it that are missing."""
+        mode = 0o700 if self.private else 0o777
+        try:
+            os.mkdir(path, mode)
+        except FileExistsError:
+            return
+        except FileNotFoundError:
+            self.make_directory(os.path.dirname(path))
+            with suppress(FileExistsError):
+                os.mkdir(path, mode)
+        # Only who made a directory syncs the one above it. Journals keep the order of changes (ext4, XFS), so whoever
+        # found it there and then syncs what is in it has this name on disk as well.
+        if self.sync_names:
+            _sync_directory(os.path.dirname(path))
+
+    def _name(self) -> str:
+        return f"{self.directory}/{secrets.token_hex(8)}"
+
+    def _create(self, staged: str) -> int:
+        mode = 0o600 if self.private else 0o666
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        try:
+            return os.open(staged, flags, mode)
+        except FileNotFoundError:
+            self.make_directory(self.directory)
+            return os.open(staged, flags, mode)
+
+
+def write_all(fd: int, chunks: Sequence[bytes], offset: int) -> int:
+    """Write `chunks` at `offset`, however often the file system takes less than all; return their length."""
+    start = offset
+    waiting: list[bytes | memoryview] = [chunk for chunk in chunks if chunk]
+    while waiting:
+        written = os.pwritev(fd, waiting[:_IOV_MAX], offset)
+        offset += written
+        taken = 0
+        while taken < len(waiting) and written >= len(waiting[taken]):
+            written -= len(waiting[taken])
+            taken += 1
+        del waiting[:taken]
+        if written:
+            waiting[0] = memoryview(waiting[0])[written:]
+    return offset - start
+
+
+def read_small(path: str, limit: int) -> bytes | None:
+    """Return the first `limit` bytes of the file at `path`, None where there is no file."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    try:
+        return os.read(fd, limit)
+    finally:
+        os.close(fd)
+
+
+def _sync_directory(path: str) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _listed(directory: str) -> list[str]:
+    try:
+        return os.listdir(directory)
+    except FileNotFoundError:
+        return []
+
+
+def _drop(path: str) -> None:
+    # What cannot be removed now is in nobody's way, and is tried again at the next start.
+    if os.path.isdir(path) and not os.path.islink(path):
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            os.unlink(path)

@@ -1,0 +1,183 @@
+"""A blob under way: a file that grows while it is hashed, survives the process, and becomes a blob or goes.
+
+The lock on the file says who writes. It goes with the process, so that after a `kill -9` the next one takes up what is
+there; what it cannot know - whether the bytes are right - the digest says at the end.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from attrs import define, field
+
+from dockerproxy.errors import DigestInvalid
+from dockerproxy.oci.names import Digest
+from dockerproxy.store.blobs import Blobs
+from dockerproxy.store.files import write_all
+from dockerproxy.store.layout import Layout, digest_in
+
+if TYPE_CHECKING:
+    from hashlib import _Hash
+
+_PIECE = 1024 * 1024
+
+
+@define(eq=False)
+class Ingest:
+    """The one right to write a blob's ingest file. Ends with `publish`, `discard` or `release`.
+
+    `size` is the number of bytes that are there. The caller `rehash`es those of an earlier run before it appends.
+    Of `rehash`, `append`, `verify` and `publish` one runs at a time, in whatever thread.
+    """
+
+    digest: Digest
+    size: int
+    _path: str
+    _fd: int
+    _hasher: _Hash
+    _hashed: int = field(default=0, init=False)
+
+    @classmethod
+    def open(cls, layout: Layout, digest: Digest) -> Ingest | None:
+        """Return the ingest of `digest`, made if need be, or None while another holds it (`follow` it then).
+
+        The other may have published in between: look for the blob after this, not before. Raises `OSError`.
+        """
+        path = layout.ingest(digest)
+        while True:
+            fd = _open_writable(path)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # Between open and lock the one who held it may have published or discarded the file.
+                if _names(path, fd):
+                    return cls(digest, os.fstat(fd).st_size, path, fd, digest.hasher())
+            except BlockingIOError:
+                os.close(fd)
+                return None
+            except BaseException:
+                os.close(fd)
+                raise
+            os.close(fd)
+
+    def rehash(self) -> None:
+        """Hash what an earlier run left. Blocks: a GiB takes about a second, and the reading of it."""
+        hasher, offset = self.digest.hasher(), 0
+        buffer = bytearray(min(_PIECE, self.size))
+        while offset < self.size:
+            length = os.preadv(self._fd, [buffer], offset)
+            if not length:
+                break
+            hasher.update(memoryview(buffer)[:length])
+            offset += length
+        # Shorter than it was: somebody else's hand. What is left is what there is.
+        self.size = offset
+        self._hasher, self._hashed = hasher, offset
+
+    def append(self, chunks: Sequence[bytes]) -> None:
+        """Write `chunks` after what is there, and hash them. Blocks.
+
+        Raises `OSError` (a full disk); then nothing of them is kept, and it may be tried again.
+        """
+        self._check_hashed()
+        try:
+            length = write_all(self._fd, chunks, self.size)
+        except OSError:
+            # What reached the disk is cut off, or a resume would hash what no one was told of.
+            with suppress(OSError):
+                os.ftruncate(self._fd, self.size)
+            raise
+        for chunk in chunks:
+            self._hasher.update(chunk)
+        self.size += length
+        self._hashed = self.size
+
+    def hasher_copy(self) -> _Hash:
+        """Return a copy of the hash of all that is there, e.g. to try bytes that are not appended yet."""
+        self._check_hashed()
+        return self._hasher.copy()
+
+    def verify(self) -> bool:
+        """Say whether what is there is the whole blob, by its digest."""
+        self._check_hashed()
+        return self._hasher.hexdigest() == self.digest.hex
+
+    def publish(self, blobs: Blobs) -> None:
+        """Make it a blob, and end. Blocks.
+
+        Raise `DigestInvalid` where it is not whole, `OSError` where it cannot be done; the ingest is then as before.
+        """
+        if not self.verify():
+            raise DigestInvalid(f"what was received is not the content of {self.digest}")
+        blobs.publish(self._path, self.digest)
+        self.release()
+
+    def discard(self) -> None:
+        """Remove what is there, and end; who reads it goes on reading."""
+        if self._fd >= 0:
+            with suppress(FileNotFoundError):
+                os.unlink(self._path)
+        self.release()
+
+    def release(self) -> None:
+        """Leave what is there to be resumed, and end; a second time does nothing."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            # Closing alone would not do: the readers' descriptors are copies of this one and share its lock.
+            fcntl.flock(fd, fcntl.LOCK_UN)
+            os.close(fd)
+
+    def reader(self) -> int:
+        """Return a descriptor to read from, the caller's to close; it outlives the end of the ingest.
+
+        Up to `size` the bytes stay as they are; beyond it a failed `append` may take them back.
+        """
+        return os.dup(self._fd)
+
+    def _check_hashed(self) -> None:
+        if self._hashed != self.size:
+            raise RuntimeError("what an earlier run left has to be hashed first")
+
+
+def follow(layout: Layout, digest: Digest) -> int | None:
+    """Return a descriptor to read an ingest that another process writes, None where there is none (or no longer)."""
+    try:
+        return os.open(layout.ingest(digest), os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+
+
+def stale_ingests(layout: Layout, older_than: float) -> list[Digest]:
+    """Return the ingests last written before `older_than` (POSIX time), to be opened and discarded. Blocks."""
+    stale = []
+    try:
+        names = os.listdir(layout.ingests)
+    except FileNotFoundError:
+        return []
+    for name in names:
+        digest = digest_in(*name.split("-", 1)) if "-" in name else None
+        if digest is not None:
+            with suppress(FileNotFoundError):
+                if os.stat(layout.ingest(digest)).st_mtime < older_than:
+                    stale.append(digest)
+    return stale
+
+
+def _open_writable(path: str) -> int:
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+    try:
+        return os.open(path, flags, 0o666)
+    except FileNotFoundError:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        return os.open(path, flags, 0o666)
+
+
+def _names(path: str, fd: int) -> bool:
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        return False
+    return os.path.samestat(status, os.fstat(fd))

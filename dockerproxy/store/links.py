@@ -1,0 +1,156 @@
+"""Which repository has which blobs and manifests, and what its tags mean: small files that hold a digest.
+
+A link that a power cut left empty or torn counts as absent.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+from attrs import define, field
+
+from dockerproxy.errors import DigestInvalid, NameInvalid
+from dockerproxy.oci.names import Digest, parse_tag
+from dockerproxy.store.files import Staging, read_small
+from dockerproxy.store.layout import Layout
+
+# The longest link is that of a sha512; what is longer than a media type can be (RFC 6838, section 4.2: 127 + 1 + 127)
+# is none.
+_LINK_LIMIT = 256
+_MEDIA_TYPE_LIMIT = 255
+
+
+@define
+class Links:
+    """The repositories below a root. `durable`: what is written outlives a power cut. Writing blocks.
+
+    Callers build `repository` from validated parts; every method raises `NameInvalid` for one that is not.
+    """
+
+    _layout: Layout
+    _durable: bool
+    _staging: Staging = field(init=False)
+
+    @_staging.default
+    def _make_staging(self) -> Staging:
+        return Staging(self._layout.staging, sync_data=self._durable, sync_names=self._durable)
+
+    def has_layer(self, repository: str, digest: Digest) -> bool:
+        """Say whether the repository has this blob."""
+        return _is_link(self._layout.layer(repository, digest))
+
+    def link_layer(self, repository: str, digest: Digest) -> None:
+        """Let the repository have this blob."""
+        self._link(self._layout.layer(repository, digest), digest)
+
+    def unlink_layer(self, repository: str, digest: Digest) -> bool:
+        """Take this blob from the repository, and say whether it had it."""
+        return self._staging.take_away(os.path.dirname(self._layout.layer(repository, digest)))
+
+    def has_manifest(self, repository: str, digest: Digest) -> bool:
+        """Say whether the repository has this manifest."""
+        return _is_link(self._layout.manifest(repository, digest))
+
+    def link_manifest(self, repository: str, digest: Digest, media_type: str) -> None:
+        """Let the repository have this manifest, of the type that upstream or the pushing client said."""
+        # distribution's catalogue, and with it its garbage collector's mark phase, knows a repository by its `_layers`
+        # (catalog.go, handleRepository): it would sweep the manifests of one that has none.
+        self._staging.make_directory(self._layout.layers(repository))
+        # The type first: where the link is, the type is.
+        if self.manifest_media_type(repository, digest) != media_type:
+            self._staging.write(media_type.encode(), self._layout.media_type(repository, digest))
+        self._link(self._layout.manifest(repository, digest), digest)
+
+    def unlink_manifest(self, repository: str, digest: Digest) -> bool:
+        """Take this manifest from the repository, and say whether it had it. Its tags are the caller's to remove."""
+        return self._staging.take_away(os.path.dirname(self._layout.manifest(repository, digest)))
+
+    def manifest_media_type(self, repository: str, digest: Digest) -> str | None:
+        """Return the manifest's media type; None where it is not known (a tree that another registry wrote)."""
+        content = read_small(self._layout.media_type(repository, digest), _MEDIA_TYPE_LIMIT + 1)
+        # It goes into a header: nothing but a torn or foreign file has other characters.
+        if not content or len(content) > _MEDIA_TYPE_LIMIT or not content.isascii():
+            return None
+        text = content.decode("ascii")
+        return text if text.isprintable() else None
+
+    def tag(self, repository: str, tag: str) -> Digest | None:
+        """Return the digest of the manifest that a tag means, None where there is no such tag."""
+        return _read_link(self._layout.tag_current(repository, tag))
+
+    def set_tag(self, repository: str, tag: str, digest: Digest) -> None:
+        """Let a tag mean `digest`."""
+        # In distribution's order (tagstore.go, Tag): what is current is always in the index.
+        self._link(self._layout.tag_index(repository, tag, digest), digest)
+        self._link(self._layout.tag_current(repository, tag), digest)
+
+    def remove_tag(self, repository: str, tag: str) -> bool:
+        """Remove a tag, not what it means, and say whether it was there."""
+        there = self.tag(repository, tag) is not None
+        return self._staging.take_away(self._layout.tag(repository, tag)) and there
+
+    def tags(self, repository: str) -> list[str]:
+        """Return the repository's tags in order. Blocks."""
+        found = _names(self._layout.tags(repository))
+        return sorted(tag for tag in found if _is_tag(tag) and _is_link(self._layout.tag_current(repository, tag)))
+
+    def repositories(self) -> Iterator[str]:
+        """Yield the repositories that have, or had, a blob or manifest, in no order. Blocks."""
+        waiting = [""]
+        while waiting:
+            parent = waiting.pop()
+            for name in _names(f"{self._layout.repositories}/{parent}"):
+                if name in ("_layers", "_manifests"):
+                    continue
+                repository = f"{parent}/{name}" if parent else name
+                directory = self._repository_directory(repository)
+                if directory is None:
+                    continue
+                waiting.append(repository)
+                if os.path.isdir(f"{directory}/_layers") or os.path.isdir(f"{directory}/_manifests"):
+                    yield repository
+
+    def _repository_directory(self, repository: str) -> str | None:
+        # `_uploads`, and whatever else is no repository.
+        try:
+            return self._layout.repository(repository)
+        except NameInvalid:
+            return None
+
+    def _link(self, path: str, digest: Digest) -> None:
+        if _read_link(path) != digest:
+            self._staging.write(str(digest).encode(), path)
+
+
+def _is_link(path: str) -> bool:
+    # The path says what it holds; one look suffices to tell a whole one from one that a power cut left empty.
+    try:
+        return os.stat(path).st_size > 0
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
+def _read_link(path: str) -> Digest | None:
+    content = read_small(path, _LINK_LIMIT)
+    if not content:
+        return None
+    try:
+        return Digest.parse(content.decode("ascii").strip())
+    except (DigestInvalid, UnicodeDecodeError):
+        return None
+
+
+def _is_tag(name: str) -> bool:
+    try:
+        parse_tag(name)
+    except NameInvalid:
+        return False
+    return True
+
+
+def _names(directory: str) -> list[str]:
+    try:
+        return os.listdir(directory)
+    except (FileNotFoundError, NotADirectoryError):
+        return []

@@ -1,0 +1,62 @@
+"""Coroutines at work: started and logged, run in a thread, shared by all who ask for the same."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Coroutine, Hashable
+from typing import Any, Generic, TypeVar
+
+from twisted.internet.defer import Deferred
+from twisted.internet.threads import deferToThreadPool
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+
+log = Logger()
+
+T = TypeVar("T")
+K = TypeVar("K", bound=Hashable)
+
+
+def spawn(work: Coroutine[Any, Any, object], what: str) -> Deferred[None]:
+    """Start `work` and let it run; a failure that it does not deal with is logged as that of `what`."""
+
+    def report(failure: Failure) -> None:
+        log.failure("{what} failed", failure, what=what)
+
+    deferred: Deferred[Any] = Deferred.fromCoroutine(work)
+    return deferred.addErrback(report)
+
+
+async def in_thread(reactor: Any, function: Callable[..., T], *args: object) -> T:
+    """Return what `function`, which may block, returns in a thread of the reactor's pool."""
+    return await deferToThreadPool(reactor, reactor.getThreadPool(), function, *args)
+
+
+class Coalescing(Generic[K, T]):
+    """Work that is under way once for each key, however many ask.
+
+    A caller that is cancelled leaves the work alone: others may wait for it. Nothing is remembered afterwards.
+    """
+
+    def __init__(self) -> None:
+        self._under_way: dict[K, list[Deferred[T]]] = {}
+
+    async def do(self, key: K, work: Callable[[], Awaitable[T]]) -> T:
+        """Return what `work` gives, joining it where it is under way for `key` already."""
+        waiter: Deferred[T] = Deferred()
+        waiting = self._under_way.get(key)
+        if waiting is not None:
+            waiting.append(waiter)
+        else:
+            # The entry stands before the work starts: work that ends at once must find its waiters.
+            self._under_way[key] = [waiter]
+            Deferred.fromCoroutine(self._run(key, work))
+        return await waiter
+
+    async def _run(self, key: K, work: Callable[[], Awaitable[T]]) -> None:
+        result: T | Failure
+        try:
+            result = await work()
+        except Exception:
+            result = Failure()
+        for waiter in self._under_way.pop(key):
+            waiter.callback(result)

@@ -1,0 +1,118 @@
+"""Who a request upstream is made as, and to whom our logins may be shown."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import secrets
+from collections.abc import Mapping
+from typing import Protocol
+
+from attrs import field, frozen
+
+from dockerproxy.oci.challenge import basic
+from dockerproxy.oci.names import Host, Registry
+
+_SECRET = secrets.token_bytes(32)
+
+
+def _identity(kind: str, *parts: str) -> str:
+    """Return a name for a credential that says nothing about it, and means nothing outside this process."""
+    text = "\0".join((kind, *(f"{len(part)}:{part}" for part in parts)))
+    return hmac.new(_SECRET, text.encode("utf-8", "surrogateescape"), hashlib.sha256).hexdigest()
+
+
+@frozen
+class Anonymous:
+    """Nobody in particular."""
+
+    @property
+    def key(self) -> str:
+        """What results that this credential brought are remembered under."""
+        return "anonymous"
+
+
+@frozen
+class Configured:
+    """A login for one registry, most often one of AUTH_REGISTRIES."""
+
+    user: str = field(repr=False)
+    password: str = field(repr=False)
+
+    @property
+    def key(self) -> str:
+        """What results that this credential brought are remembered under."""
+        return _identity("configured", self.user, self.password)
+
+    @property
+    def authorization(self) -> str:
+        """The Basic value of an Authorization field."""
+        return basic(self.user, self.password)
+
+
+@frozen
+class Own:
+    """What the client itself sent as Authorization, passed on as it is."""
+
+    authorization: str = field(repr=False)
+
+    @property
+    def key(self) -> str:
+        """What results that this credential brought are remembered under."""
+        return _identity("own", self.authorization)
+
+
+Credential = Anonymous | Configured | Own
+
+
+class Login(Protocol):
+    """An entry of AUTH_REGISTRIES."""
+
+    @property
+    def user(self) -> str: ...
+
+    @property
+    def password(self) -> str: ...
+
+
+class Logins:
+    """The logins of AUTH_REGISTRIES by host, with the rule about who may be shown which.
+
+    A realm is named by the registry, so it is the registry's word against our secret. A login goes to the host that
+    it is for and nowhere else. And on behalf of a registry it goes to the host of its realm only where the two belong
+    together, by their names or because the administrator gave both the same login: else any registry could name
+    ``auth.docker.io`` as its realm and be handed the token that our login there is worth.
+    """
+
+    def __init__(self, logins: Mapping[Host, Login]) -> None:
+        self._by_host = {host: Configured(login.user, login.password) for host, login in logins.items()}
+
+    def effective(self, registry: Registry, realm: Host | None) -> Configured | None:
+        """Return the login that requests to `registry`, whose tokens `realm` gives out, are made with."""
+        own = self._by_host.get(registry.host)
+        return self._for_realm(realm, registry) if own is None and realm is not None else own
+
+    def shown(self, credential: Credential, host: Host, registry: Registry) -> Configured | None:
+        """Return the login to show to `host` in a request for `registry` made as `credential`, or None."""
+        if not isinstance(credential, Configured):
+            return None
+        if credential not in self._by_host.values():
+            return credential if host == registry.host else None
+        return self._for_realm(host, registry)
+
+    def _for_realm(self, realm: Host, registry: Registry) -> Configured | None:
+        login = self._by_host.get(realm)
+        if related(realm.name, registry.host.name) or self._by_host.get(registry.host) == login:
+            return login
+        return None
+
+
+def related(one: str, other: str) -> bool:
+    """Whether two host names are the same, one below the other, or below the same domain of two labels or more."""
+    if one == other:
+        return True
+    parent, other_parent = one.partition(".")[2], other.partition(".")[2]
+    if parent.replace(".", "").isdigit() or ":" in one:  # addresses are not below anything
+        return False
+    below = ("." in other and one.endswith(f".{other}")) or ("." in one and other.endswith(f".{one}"))
+    return below or ("." in parent and parent == other_parent)

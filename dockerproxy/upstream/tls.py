@@ -1,0 +1,111 @@
+"""TLS to upstreams: whom we trust, and the check that a certificate is that of the host which was meant."""
+
+from __future__ import annotations
+
+from OpenSSL import SSL
+from service_identity import CertificateError, VerificationError
+from service_identity.pyopenssl import verify_hostname, verify_ip_address
+from twisted.internet.interfaces import IOpenSSLClientConnectionCreator
+from twisted.python.failure import Failure
+from zope.interface import implementer
+
+from dockerproxy.errors import UpstreamUnreachable
+from dockerproxy.oci.names import Host
+
+# The errors of X509_verify_cert that an operator meets (openssl-verification-options(1)); others keep their number.
+_REASONS = {
+    9: "it is not valid yet (is the clock right?)",
+    10: "it has expired",
+    18: "it is self-signed; UPSTREAM_CA_FILE can name it",
+    19: "its CA is not trusted here; UPSTREAM_CA_FILE can name it",
+    20: "its CA is not trusted here; UPSTREAM_CA_FILE can name it",
+    21: "its CA is not trusted here; UPSTREAM_CA_FILE can name it",
+    23: "it was revoked",
+    24: "its CA is none",
+    26: "it is not for servers",
+}
+
+
+class TLSClient:
+    """The trust of all connections to upstreams.
+
+    With `verify`, certificates have to come from a CA of the system's or of `ca_file` (PEM), and to name the host.
+    Raise `ValueError` with one sentence where `ca_file` cannot be used.
+    """
+
+    def __init__(self, *, verify: bool = True, ca_file: str | None = None) -> None:
+        self.verify = verify
+        context = SSL.Context(SSL.TLS_METHOD)
+        context.set_min_proto_version(SSL.TLS1_2_VERSION)
+        context.set_mode(SSL.MODE_RELEASE_BUFFERS)  # idle connections keep some 34 KiB less each
+        if verify:
+            context.set_verify(SSL.VERIFY_PEER)
+            context.set_default_verify_paths()
+            if ca_file is not None:
+                _trust(context, ca_file)
+        # pyOpenSSL lets nobody change a context once a connection has used it: this one is complete.
+        self._context = context
+
+    def session(self, host: Host) -> TLSSession:
+        """Return what one connection to `host` needs."""
+        return TLSSession(self._context, host, verify=self.verify)
+
+
+@implementer(IOpenSSLClientConnectionCreator)
+class TLSSession:
+    """The TLS side of one connection to `host`."""
+
+    def __init__(self, context: SSL.Context, host: Host, *, verify: bool) -> None:
+        self._context = context
+        self._host = host
+        self._verify = verify
+        self._connection: SSL.Connection | None = None
+        self._error = 0
+
+    def clientConnectionForTLS(self, tlsProtocol: object) -> SSL.Connection:
+        connection = SSL.Connection(self._context, None)
+        if self._verify:
+            connection.set_verify(SSL.VERIFY_PEER, self._note)
+        connection.set_alpn_protos([b"http/1.1"])
+        if not self._host.is_address:  # RFC 6066, section 3: addresses are not allowed as server names
+            connection.set_tlsext_host_name(self._host.name.encode("ascii"))
+        self._connection = connection
+        return connection
+
+    def check(self) -> None:
+        """Raise `UpstreamUnreachable` where the server's certificate is not one for the host (RFC 9110, 4.3.4)."""
+        connection, self._connection = self._connection, None
+        if not self._verify or connection is None:
+            return
+        check = verify_ip_address if self._host.is_address else verify_hostname
+        try:
+            check(connection, self._host.name)
+        except (VerificationError, CertificateError):
+            raise UpstreamUnreachable(f"{self._host.authority}: its certificate is for another name") from None
+
+    def explain(self, reason: Failure) -> str:
+        """Return why the handshake failed, as a phrase to go behind the host."""
+        self._connection = None
+        if self._error:
+            detail = _REASONS.get(self._error, f"OpenSSL's error {self._error}")
+            return f"its certificate is not acceptable: {detail}"
+        entries = reason.value.args[0] if isinstance(reason.value, SSL.Error) and reason.value.args else None
+        detail = str(entries[0][-1]) if isinstance(entries, list) and entries else "unexpected eof"
+        return "closed the connection in the TLS handshake" if "eof" in detail else f"no TLS with it: {detail}"
+
+    def _note(self, connection: SSL.Connection, certificate: object, error: int, depth: int, ok: int) -> bool:
+        """Keep what OpenSSL finds wrong, which its exception does not say, and let it stand."""
+        if not ok:
+            self._error = error
+        return bool(ok)
+
+
+def _trust(context: SSL.Context, ca_file: str) -> None:
+    try:
+        with open(ca_file, "rb"):
+            pass  # OpenSSL words a missing file badly
+        context.load_verify_locations(ca_file)
+    except OSError as error:
+        raise ValueError(f"UPSTREAM_CA_FILE {ca_file!r} cannot be read: {error.strerror}") from None
+    except SSL.Error:
+        raise ValueError(f"UPSTREAM_CA_FILE {ca_file!r} holds no certificates in PEM form") from None

@@ -1,0 +1,265 @@
+"""How the text of a setting becomes a value.
+
+Each reader takes the text, never empty, and returns the value or raises `ValueError` with the middle of a sentence:
+what was written, without what may be a password in it, and what is expected.
+"""
+
+from __future__ import annotations
+
+import re
+from base64 import b64encode
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from urllib.parse import unquote_to_bytes, urlsplit
+
+from attrs import field, frozen
+
+from dockerproxy.errors import NameInvalid
+from dockerproxy.net.addresses import quoted
+from dockerproxy.net.parent import ParentProxy
+from dockerproxy.oci.names import Host, Registry
+
+_BOOLEANS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
+_SECONDS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+_DURATION_PART = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,3})?)(ms|[smhdw])")
+_DURATION = re.compile(rf"(?:{_DURATION_PART.pattern})+")
+_PLAIN_SECONDS = re.compile(r"[0-9]{1,9}(?:\.[0-9]{1,3})?")
+_LAST_PORT = 65535
+_LONGEST = 100 * 365 * 86400.0
+_SIZE = re.compile(r"([0-9]{1,15})(?:([kmgt])(?:i?b)?)?", re.IGNORECASE)
+_ENDPOINT = re.compile(r"(?!tcp6?:)[a-z][a-z0-9+-]*:\S+|tcp6?:(?:\S*=\S*|(?P<port>[0-9]{1,5})(?::\S*)?)")
+
+
+@frozen
+class UpstreamLogin:
+    """User and password for a registry, or for the server that gives out its tokens."""
+
+    user: str
+    password: str = field(repr=False)
+
+
+def boolean(text: str) -> bool:
+    """true, 1, yes, on; false, 0, no, off."""
+    value = _BOOLEANS.get(text.lower())
+    if value is None:
+        raise ValueError(f"{quoted(text)} is neither true nor false")
+    return value
+
+
+def interval(text: str) -> float:
+    """``90s``, ``10m``, ``1h30m``, ``60d`` or plain seconds, as seconds."""
+    if _PLAIN_SECONDS.fullmatch(text):
+        seconds = float(text)
+    elif _DURATION.fullmatch(text):
+        seconds = sum(float(number) * _SECONDS[unit] for number, unit in _DURATION_PART.findall(text))
+    else:
+        raise ValueError(f"{quoted(text)} is not a time such as 90s, 10m, 1h or 60d")
+    if seconds > _LONGEST:
+        raise ValueError(f"{quoted(text)} is a time of more than 100 years")
+    return seconds
+
+
+def timeout(text: str) -> float:
+    """As `interval`, but not 0."""
+    seconds = interval(text)
+    if seconds == 0:
+        raise ValueError(f"{quoted(text)} is no time at all, expected is one such as 90s, 10m, 1h or 60d")
+    return seconds
+
+
+def size(text: str) -> int:
+    """``512m``, ``32g`` or plain bytes, as bytes; the units are powers of 1024, as nginx has them."""
+    match = _SIZE.fullmatch(text)
+    if match is None or int(match[1]) == 0:
+        raise ValueError(f"{quoted(text)} is not a size such as 512m or 32g")
+    return int(match[1]) << 10 * " kmgt".index((match[2] or " ").lower())
+
+
+def number(lowest: int, highest: int) -> Callable[[str], int]:
+    """Return a reader of whole numbers from `lowest` to `highest`."""
+
+    def read(text: str) -> int:
+        if not re.fullmatch(r"[0-9]{1,9}", text) or not lowest <= int(text) <= highest:
+            raise ValueError(f"{quoted(text)} is not a number from {lowest} to {highest}")
+        return int(text)
+
+    return read
+
+
+def one_of(*words: str) -> Callable[[str], str]:
+    """Return a reader of one of `words`, in whatever case."""
+
+    def read(text: str) -> str:
+        if text.lower() not in words:
+            raise ValueError(f"{quoted(text)} is not one of {', '.join(words)}")
+        return text.lower()
+
+    return read
+
+
+def path(text: str) -> Path:
+    """A file or folder; a relative one starts from the folder the daemon is started in."""
+    if "\0" in text:
+        raise ValueError(f"{quoted(text)} is not a path")
+    return Path(text).absolute()
+
+
+def pattern(text: str) -> re.Pattern[str]:
+    """A regular expression for tags, which are ASCII; `match` it: nginx anchored it after ``/manifests/`` only."""
+    try:
+        return re.compile(text, re.ASCII)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"{quoted(text)} is not a regular expression ({error})") from None
+
+
+def ports(text: str) -> frozenset[int]:
+    """Port numbers and ranges (``8000-8999``), separated by spaces."""
+    found: set[int] = set()
+    for word in text.split():
+        match = re.fullmatch(r"([0-9]{1,5})(?:-([0-9]{1,5}))?", word)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+        if not 0 < first <= last <= _LAST_PORT:
+            raise ValueError(f"{quoted(word)} is not a port such as 443 or a range of ports such as 8000-8999")
+        found.update(range(first, last + 1))
+    return frozenset(found)
+
+
+def endpoints(text: str) -> tuple[str, ...]:
+    """Twisted endpoint descriptions, separated by spaces; their form is checked here, the rest by who listens."""
+    descriptions = tuple(text.split())
+    for word in descriptions:
+        match = _ENDPOINT.fullmatch(word)
+        if match is None or int(match["port"] or 0) > _LAST_PORT:
+            raise ValueError(f"{quoted(word)} is not an endpoint such as tcp:3128 or tcp:3128:interface=127.0.0.1")
+    return descriptions
+
+
+def optional_endpoints(text: str) -> tuple[str, ...]:
+    """As `endpoints`, or ``none``."""
+    return () if text.lower() == "none" else endpoints(text)
+
+
+def host_names(text: str) -> tuple[str, ...]:
+    """Host names without ports, separated by spaces."""
+    return tuple(dict.fromkeys(_host_name(word) for word in text.split()))
+
+
+def _host_name(word: str) -> str:
+    try:
+        host = Host.parse(word)
+    except NameInvalid:
+        raise ValueError(f"{quoted(word)} is not a host name") from None
+    if word.endswith(f":{host.port}"):
+        raise ValueError(f"{quoted(word)} is a host name with a port, expected is one without")
+    return host.name
+
+
+def registries(text: str) -> tuple[Registry, ...]:
+    """Registries as ``host``, ``host:port`` or ``http://host:port``, separated by spaces; each once."""
+    found: dict[Host, Registry] = {}
+    for word in text.split():
+        try:
+            registry = Registry.parse(word.removesuffix("/"))
+        except NameInvalid:
+            raise ValueError(
+                f"{_quoted_host(word)} is not a registry such as quay.io, registry.example.com:5000 or "
+                "http://registry.example.com:5000"
+            ) from None
+        if found.setdefault(registry.host, registry) != registry:
+            raise ValueError(f"{registry.host.authority!r} is there both with http:// and without")
+    return tuple(found.values())
+
+
+def _quoted_host(word: str) -> str:
+    """Return `word` for an error, without a login that strayed there (``host:user:password``)."""
+    scheme, separator, rest = word.rpartition("://")
+    name, colon, port = rest.partition(":")
+    strayed = colon and not port.isdigit() and not name.startswith("[") and "@" not in word
+    return quoted(f"{scheme}{separator}{name}:…" if strayed else word)
+
+
+def addresses(text: str) -> Mapping[Host, Host]:
+    """``host=address:port`` entries: where to connect for a host; without a port, to the host's own."""
+    found: dict[Host, Host] = {}
+    for word in text.split():
+        left, _, right = word.partition("=")
+        try:
+            host = Host.parse(left)
+            address = Host.parse(right, host.port)
+            if not address.is_address:
+                raise NameInvalid("a name cannot stand in for a look-up")
+        except NameInvalid:
+            raise ValueError(
+                f"{quoted(word)} is not host=address:port, such as registry.test:5000=127.0.0.1:25000"
+            ) from None
+        if found.setdefault(host, address) != address:
+            raise ValueError(f"{host.authority!r} is there twice, with different addresses")
+    return MappingProxyType(found)
+
+
+def upstream_proxy(text: str, no_proxy: str) -> ParentProxy | None:
+    """``http://[user:password@]host[:port]``, the scheme may be left out; ``none`` for no proxy.
+
+    `no_proxy` is what NO_PROXY has: entries separated by commas or spaces, their grammar is `ParentProxy`'s.
+    """
+    if text.lower() == "none":
+        return None
+    try:
+        parts = urlsplit(text if "://" in text else f"http://{text}")
+        login, at, authority = parts.netloc.rpartition("@")
+        if parts.scheme != "http" or parts.path not in ("", "/") or parts.query or parts.fragment:
+            raise ValueError
+        host = Host.parse(authority, 80)
+    except (ValueError, NameInvalid):
+        raise ValueError(
+            f"{_quoted_host(text)} is not an HTTP proxy such as http://proxy.example.com:3128, or none"
+        ) from None
+    authorization = f"Basic {b64encode(unquote_to_bytes(login)).decode()}" if at else None
+    return ParentProxy(host.name, host.port, authorization, tuple(no_proxy.replace(",", " ").split()))
+
+
+def logins(text: str, between: str, within: str, known: Iterable[Host]) -> Mapping[Host, UpstreamLogin]:
+    """``host:user:password`` entries: `between` separates them, `within` their three parts.
+
+    The password is the rest, whatever it holds; spaces around an entry are no part of it. `known` are hosts that
+    the other settings name: only these, and that of the first entry, are shown in an error. What another entry begins
+    with may be the rest of a password that holds the separator.
+    """
+    public = set(known)
+    found: dict[Host, UpstreamLogin] = {}
+    entries = filter(None, (entry.strip() for entry in text.split(None if between == " " else between)))
+    for position, entry in enumerate(entries, 1):
+        start, user, password = _login_parts(entry, within)
+        try:
+            host = Registry.parse(start).host
+        except NameInvalid:
+            raise ValueError(f"entry {position} does not begin with a host, expected is {_form(within)}") from None
+        name = f"entry {position} ({host})" if (user and position == 1) or host in public else f"entry {position}"
+        if not user or not password:
+            raise ValueError(f"{name} has no {'password' if user else 'user'}, expected is {_form(within)}")
+        login = UpstreamLogin(user, password)
+        if found.setdefault(host, login) != login:
+            raise ValueError(f"{name} is for a host that an earlier entry has with another login")
+    return MappingProxyType(found)
+
+
+def _login_parts(entry: str, within: str) -> tuple[str, str, str]:
+    """Return the host (with the scheme and port it may be written with), user and password."""
+    scheme = next((scheme for scheme in ("https://", "http://") if entry.startswith(scheme)), "")
+    rest = entry.removeprefix(scheme)
+    # The colons within an IPv6 address separate nothing.
+    bracket = rest.find("]") + 1 if rest.startswith("[") else 0
+    name, _, rest = rest[bracket:].partition(within)
+    user, _, password = rest.partition(within)
+    if within == ":" and _is_port(user) and ":" in password:
+        name, (user, _, password) = f"{name}:{user}", password.partition(":")
+    return f"{scheme}{entry.removeprefix(scheme)[:bracket]}{name.strip()}", user, password
+
+
+def _is_port(text: str) -> bool:
+    return re.fullmatch(r"[0-9]{1,5}", text) is not None and 0 < int(text) <= _LAST_PORT
+
+
+def _form(within: str) -> str:
+    return f"host{within}user{within}password"
