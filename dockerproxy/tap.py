@@ -6,7 +6,7 @@ import errno
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from attrs import frozen
 from twisted.application.service import IService, MultiService
@@ -28,7 +28,7 @@ from dockerproxy.daemon import jsonlog
 from dockerproxy.daemon.accesslog import AccessLog
 from dockerproxy.daemon.doors import Door, Doors
 from dockerproxy.daemon.transfers import Transfers
-from dockerproxy.http.channel import Handler, Site, Timeouts
+from dockerproxy.http.channel import Site, Timeouts
 from dockerproxy.http.request import Request
 from dockerproxy.net.dial import Dialer
 from dockerproxy.oci.names import Digest
@@ -63,7 +63,7 @@ class Options(usage.Options):
 
     synopsis = "twistd [options] dockerproxy [--env-file FILE]"
     longdesc = "A caching proxy for Docker registries. Its settings are environment variables: see the README."
-    optParameters = [["env-file", None, None, "A .env file with settings; real environment variables win over it."]]
+    optParameters: ClassVar = [["env-file", None, None, "A .env file with settings; the environment wins over it."]]
 
 
 def makeService(options: Options) -> IService:
@@ -124,11 +124,10 @@ def make_daemon(reactor: Any, settings: Settings, twistd_options: Any) -> IServi
         log=log_access,
     )
     site = make_site(reactor, settings, front)
-    daemon = Daemon(settings, twistd_options)
-    cache.room.service().setServiceParent(daemon)
-    Doors(reactor, [Door("PROXY_LISTEN", settings.proxy_listen, site)], transfers, net.transport.close).setServiceParent(
-        daemon
-    )
+    daemon = Daemon(reactor, settings, twistd_options)
+    doors = [Door("PROXY_LISTEN", settings.proxy_listen, site)]
+    daemon.addService(cache.room.service())  # type: ignore[no-untyped-call]
+    daemon.addService(Doors(reactor, doors, transfers, net.transport.close))  # type: ignore[no-untyped-call]
     announce(settings)
     return daemon
 
@@ -136,17 +135,16 @@ def make_daemon(reactor: Any, settings: Settings, twistd_options: Any) -> IServi
 class Daemon(MultiService):
     """The top service. It sets up LOG_FORMAT=json at the one moment when twistd lets a plugin do so."""
 
-    def __init__(self, settings: Settings, twistd_options: Any) -> None:
-        super().__init__()
+    def __init__(self, reactor: Any, settings: Settings, twistd_options: Any) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._reactor = reactor
         self._settings = settings
         self._twistd_options = twistd_options
 
     def setServiceParent(self, parent: Any) -> None:
         if self._settings.log_format == "json":
-            from twisted.internet import reactor
-
-            jsonlog.install(parent, jsonlog.twistd_stream(self._twistd_options, reactor))
-        super().setServiceParent(parent)
+            jsonlog.install(parent, jsonlog.twistd_stream(self._twistd_options, self._reactor))
+        super().setServiceParent(parent)  # type: ignore[no-untyped-call]
 
 
 @frozen
@@ -223,9 +221,7 @@ def make_cache(reactor: Any, settings: Settings, policy: Policy, transport: Tran
     def keep(digest: Digest, size: int) -> None:
         spawn(room.count(digest, size), f"making room for {digest}")
 
-    manifests = CachedManifests(
-        reactor, upstream, blobs, links, records, access, freshness, clock=time.time, keep=keep
-    )
+    manifests = CachedManifests(reactor, upstream, blobs, links, records, access, freshness, clock=time.time, keep=keep)
     flights = Flights(reactor, upstream, room, lambda digest: Ingest.open(layout, digest))
     return Cache(
         PullThrough(
@@ -273,7 +269,14 @@ _access_log = AccessLog()
 def log_access(request: Request, seconds: float) -> None:
     """Log one request."""
     _access_log.record(
-        request.client, request.method, request.host, request.path, request.status, request.size, seconds, request.verdict
+        request.client,
+        request.method,
+        request.host,
+        request.path,
+        request.status,
+        request.size,
+        seconds,
+        request.verdict,
     )
 
 

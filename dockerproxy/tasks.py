@@ -57,6 +57,6 @@ class Coalescing(Generic[K, T]):
         try:
             result = await work()
         except Exception:
-            result = Failure()
+            result = Failure()  # type: ignore[no-untyped-call]
         for waiter in self._under_way.pop(key):
             waiter.callback(result)

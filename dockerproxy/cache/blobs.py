@@ -157,7 +157,12 @@ class CachedBlobs:
         origin = visitor.origin
         # A redirect is a yes. It is not followed: signed URLs are often good for GET only.
         answer = await self._upstream.request(
-            "HEAD", origin.registry, origin.blob_path(digest), name=origin.name, credential=origin.credential, follow=False
+            "HEAD",
+            origin.registry,
+            origin.blob_path(digest),
+            name=origin.name,
+            credential=origin.credential,
+            follow=False,
         )
         if 300 <= answer.status < 400:
             await answer.discard()
@@ -171,7 +176,7 @@ class CachedBlobs:
         return int(length) if length.isascii() and length.isdigit() and len(length) < 20 else None
 
     async def _measure(self, visitor: Visitor, digest: Digest) -> int | None:
-        """Return the size of a blob that upstream redirects to: from the head of a GET, since a HEAD may not be signed."""
+        """Return the size of a blob that upstream redirects to: by the head of a GET, as a HEAD may not be signed."""
         download = Download(self._reactor, self._upstream, visitor.origin, digest)
         try:
             await download.open()

@@ -1,7 +1,7 @@
 """What each registry asks of its clients: its answer to `/v2/`, remembered, and told to our clients.
 
-Clients begin with `/v2/` and do what its challenge says. It is remembered on disk, so that with upstream gone they get as
-far as the cache. A realm on a host that is not intercepted would lead them past us (and nowhere, with upstream
+Clients begin with `/v2/` and do what its challenge says. It is remembered on disk, so that with upstream gone they get
+as far as the cache. A realm on a host that is not intercepted would lead them past us (and nowhere, with upstream
 gone): it is replaced by a path of the registry's own host, where we answer for the realm.
 """
 
@@ -86,7 +86,7 @@ class Challenges:
         return parse_challenges(self._remembered(registry)[0] or [])
 
     async def meet(self, registry: Registry) -> None:
-        """See to it that it is known what `registry` asks for, if it can be: whose login is good there depends on it."""
+        """Find out what `registry` asks for, where that is unknown: which login is good there depends on it."""
         if self._remembered(registry)[0] is None:
             with suppress(RegistryError):
                 await self.of(registry)

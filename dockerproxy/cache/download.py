@@ -38,7 +38,7 @@ class Download:
 
     async def open(self) -> None:
         """Send the request. Raise what upstream refuses with, or an `UpstreamError` after a second try."""
-        for pause in _PAUSES[:_TRIES_TO_OPEN - 1]:
+        for pause in _PAUSES[: _TRIES_TO_OPEN - 1]:
             try:
                 await self._connect()
                 return

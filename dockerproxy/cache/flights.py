@@ -208,7 +208,7 @@ class FlightContent:
         """The blob's length in bytes, or None while nobody knows it."""
         return self._flight.size
 
-    async def read(self, offset: int, at_most: int) -> bytes:
+    async def read(self, offset: int, at_most: int) -> bytes | bytearray:
         """Return bytes from `offset` on, at least one; ``b""`` at the end. Raise `UpstreamError`."""
         flight = self._flight
         while True:
@@ -237,18 +237,18 @@ class FlightContent:
         if self._rest is not None:
             self._rest.close()
 
-    async def _read_file(self, offset: int, size: int) -> bytes:
+    async def _read_file(self, offset: int, size: int) -> bytes | bytearray:
         data = read_cached(self._fd, offset, size)
         return data if data is not None else await in_thread(self._reactor, read_blocking, self._fd, offset, size)
 
-    async def _read_on(self, offset: int, at_most: int) -> bytes:
+    async def _read_on(self, offset: int, at_most: int) -> bytes | bytearray:
         """Go on without the flight where that has stranded; where upstream has failed it, so it has this reader."""
         failure = self._flight.failure
         if isinstance(failure, UpstreamError):
             raise failure
         if self._rest is None:
             held_back = self._flight.written - self._flight.readable
-            tail = await self._read_file(self._flight.readable, held_back) if held_back else b""
+            tail = bytes(await self._read_file(self._flight.readable, held_back)) if held_back else b""
             self._rest = _Rest(self.digest, *self._flight.carry_on(self._origin), self._flight.readable, tail)
         return await self._rest.read(offset, at_most)
 
@@ -294,7 +294,9 @@ class _Rest:
 class Flights:
     """The flights under way, by digest."""
 
-    def __init__(self, reactor: Any, upstream: Upstream, room: Room, open_ingest: Callable[[Digest], Ingest | None]) -> None:
+    def __init__(
+        self, reactor: Any, upstream: Upstream, room: Room, open_ingest: Callable[[Digest], Ingest | None]
+    ) -> None:
         self._reactor = reactor
         self._upstream = upstream
         self._room = room

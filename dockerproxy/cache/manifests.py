@@ -21,7 +21,14 @@ from dockerproxy.errors import (
 )
 from dockerproxy.http.headers import Headers
 from dockerproxy.oci.contents import ManifestAnswer
-from dockerproxy.oci.manifests import DOCKER_SCHEMA1_SIGNED, MAX_MANIFEST, accept_key, accept_set, accepts, media_type_of
+from dockerproxy.oci.manifests import (
+    DOCKER_SCHEMA1_SIGNED,
+    MAX_MANIFEST,
+    accept_key,
+    accept_set,
+    accepts,
+    media_type_of,
+)
 from dockerproxy.oci.names import Digest, Reference, Tag
 from dockerproxy.store.blobs import Blobs
 from dockerproxy.store.links import Links
@@ -239,10 +246,12 @@ class CachedManifests:
         if blob is None:
             return None
         with blob:
-            content = blob.read(0, blob.size)
-            if content is None:
+            cached = blob.read(0, blob.size)
+            if cached is None:
                 content = await in_thread(self._reactor, blob.read_blocking, 0, blob.size)
-            return ManifestAnswer(digest, media_type, blob.size, bytes(content), "HIT")
+            else:
+                content = bytes(cached)
+            return ManifestAnswer(digest, media_type, blob.size, content, "HIT")
 
     async def _store(self, key: str, digest: Digest, media_type: str, content: bytes) -> None:
         try:

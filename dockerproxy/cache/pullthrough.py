@@ -104,7 +104,9 @@ class CachedRegistry:
         identity = self.cache.identities.of(self.registry, credential)
         return Visitor(Origin(self.registry, name, credential), identity, self.voucher)
 
-    async def manifest(self, name: Repository, reference: Reference, accept: list[str], *, head: bool) -> ManifestAnswer:
+    async def manifest(
+        self, name: Repository, reference: Reference, accept: list[str], *, head: bool
+    ) -> ManifestAnswer:
         """Return a manifest. Raise `UpstreamRefused`, `UpstreamError`."""
         return await self.cache.manifests.get(await self.visitor(name), reference, accept, head=head)
 

@@ -41,7 +41,9 @@ class CacheRoom:
 
     def service(self) -> TimerService:
         """Return the service that maintains the cache; its first round is at start."""
-        timer = TimerService(MAINTENANCE, lambda: spawn(self.maintain(), "the cache's maintenance"))
+        timer = TimerService(  # type: ignore[no-untyped-call]
+            MAINTENANCE, lambda: spawn(self.maintain(), "the cache's maintenance")
+        )
         timer.clock = self._reactor
         return timer
 

@@ -50,8 +50,8 @@ class TokenRequest:
 class TokenDesk:
     """Answers for the realms of intercepted registries; `clock` is POSIX time.
 
-    `permits` gives what a connection to a realm's host has to be asked by: upstream chooses the realm, so it must not lead
-    us into our own network.
+    `permits` gives what a connection to a realm's host has to be asked by: upstream chooses the realm, so it must not
+    lead us into our own network.
     """
 
     def __init__(
@@ -123,9 +123,7 @@ class TokenDesk:
         now = self._clock()
         token = self._identities.issue(registry, identity, now)
         issued = datetime.fromtimestamp(now, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-        return json.dumps(
-            {"token": token, "access_token": token, "expires_in": LIFETIME, "issued_at": issued}
-        ).encode()
+        return json.dumps({"token": token, "access_token": token, "expires_in": LIFETIME, "issued_at": issued}).encode()
 
 
 @implementer(IBodyProducer)

@@ -1,4 +1,4 @@
-"""The daemon's open doors as a Twisted service: all of them listen or the start fails; at the end, transfers may finish."""
+"""The daemon's doors as a Twisted service: all of them listen, or the start fails; at the end, transfers may finish."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import Any
 
 from attrs import frozen
 from twisted.application.service import Service
-from twisted.internet.defer import Deferred, TimeoutError
+from twisted.internet.defer import Deferred, TimeoutError, maybeDeferred
 from twisted.internet.interfaces import IListeningPort
 from twisted.logger import Logger
+from twisted.python.failure import Failure
 
 from dockerproxy.daemon.listeners import listen, where
 from dockerproxy.daemon.transfers import Transfers
@@ -43,14 +44,15 @@ class Doors(Service):
         self._ports: list[IListeningPort] = []
 
     def startService(self) -> None:
-        super().startService()
-        failed: list[BaseException] = []
-        Deferred.fromCoroutine(self._open()).addErrback(lambda failure: failed.append(failure.value))
-        if failed:
-            raise SystemExit(str(failed[0]))
+        super().startService()  # type: ignore[no-untyped-call]
+        opening = Deferred.fromCoroutine(self._open())
+        opened = getattr(opening, "result", None)
+        if isinstance(opened, Failure):
+            opening.addErrback(lambda failure: None)
+            raise SystemExit(f"docker-registry-proxy: {opened.getErrorMessage()}")
 
     def stopService(self) -> Deferred[None]:
-        super().stopService()
+        super().stopService()  # type: ignore[no-untyped-call]
         return Deferred.fromCoroutine(self._stop())
 
     async def _open(self) -> None:
@@ -62,7 +64,7 @@ class Doors(Service):
 
     async def _stop(self) -> None:
         for port in self._ports:
-            await port.stopListening()
+            await maybeDeferred(port.stopListening)
         ends = self._reactor.seconds() + GRACE
         aborted = 0
         for door in self._doors:

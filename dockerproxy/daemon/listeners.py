@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Sequence
 from typing import Any
 
+from twisted.internet.defer import maybeDeferred
 from twisted.internet.endpoints import serverFromString
 from twisted.internet.error import CannotListenError
 from twisted.internet.interfaces import IListeningPort
@@ -25,25 +25,22 @@ async def listen(reactor: Any, descriptions: Sequence[str], factory: Factory, se
             ports.append(await _listen(reactor, description, factory, setting))
     except ListenError:
         for port in ports:
-            await _stop(port)
+            await maybeDeferred(port.stopListening)
         raise
     return ports
 
 
 async def _listen(reactor: Any, description: str, factory: Factory, setting: str) -> IListeningPort:
     try:
-        port: IListeningPort = await serverFromString(reactor, description).listen(factory)
+        endpoint = serverFromString(reactor, description)  # type: ignore[no-untyped-call]
+        port: IListeningPort = await endpoint.listen(factory)
     except CannotListenError as error:
         why = error.socketError
         reason = os.strerror(why.errno) if isinstance(why, OSError) and why.errno else str(why)
         raise ListenError(f"{setting}: {description} cannot be listened on: {reason}.") from None
-    except (ValueError, TypeError, LookupError, OSError, socket.error) as error:
+    except (ValueError, TypeError, LookupError, OSError) as error:
         raise ListenError(f"{setting}: {description} cannot be listened on: {error}.") from None
     return port
-
-
-async def _stop(port: IListeningPort) -> None:
-    await port.stopListening()
 
 
 def where(port: IListeningPort) -> str:

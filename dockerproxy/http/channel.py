@@ -127,6 +127,8 @@ class HTTPChannel(Protocol):
     for there when the answer before it has ended. So pipelined requests wait, and are answered in order.
     """
 
+    transport: Any
+
     def __init__(self, site: Site, handler: Handler, *, secure: bool) -> None:
         self._site = site
         self._handler = handler
@@ -147,9 +149,8 @@ class HTTPChannel(Protocol):
     # Protocol
 
     def connectionMade(self) -> None:
-        assert self.transport is not None
         self.client = str(getattr(self.transport.getPeer(), "host", "-"))
-        self.transport.registerProducer(self._outflow, True)  # type: ignore[attr-defined]
+        self.transport.registerProducer(self._outflow, True)
         self._site.opened(self)
         self._since = self._now()
         self._timer = self._site.reactor.callLater(self._site.timeouts.header, self._check_time)
@@ -169,7 +170,7 @@ class HTTPChannel(Protocol):
             self._advance()
         elif len(self._buffer) > MAX_HEAD and not self._held:
             self._held = True
-            self.transport.pauseProducing()  # type: ignore[union-attr]
+            self.transport.pauseProducing()
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         self._stop_timer()
@@ -194,14 +195,14 @@ class HTTPChannel(Protocol):
 
     # what a request does with its connection
 
-    def write(self, data: bytes) -> None:
-        self.transport.write(data)  # type: ignore[union-attr]
+    def write(self, data: bytes | bytearray) -> None:
+        self.transport.write(data)
 
     async def writable(self) -> None:
         await self._outflow.open()
 
     def abort(self) -> None:
-        self.transport.abortConnection()  # type: ignore[union-attr]
+        self.transport.abortConnection()
 
     def finished(self) -> None:
         """Log the request whose answer has ended, and go on to the next, or close."""
@@ -216,14 +217,14 @@ class HTTPChannel(Protocol):
             self._incoming.abandon()
         elif self._held:
             self._held = False
-            self.transport.resumeProducing()  # type: ignore[union-attr]
+            self.transport.resumeProducing()
         self._advance()
 
     def detach(self) -> tuple[Any, bytes]:
         """Leave the connection to another protocol: return its transport and the bytes not read as HTTP."""
         assert self._request is not None
         self._stop_timer()
-        self.transport.unregisterProducer()  # type: ignore[attr-defined]
+        self.transport.unregisterProducer()
         self._request = self._serving = None
         self._site.closed(self)
         rest, self._buffer = self._buffer, b""
@@ -265,7 +266,7 @@ class HTTPChannel(Protocol):
         framing = 0 if head.method == "CONNECT" else body_framing(head)
         stream = None
         if framing != 0:
-            stream = ByteStream(self.transport)  # type: ignore[arg-type]
+            stream = ByteStream(self.transport)
             self._incoming = _Incoming(stream, framing)
         request = self._request = Request(self, head, stream)
         request.closing = self._site.draining or not keeps_alive(head)
@@ -352,11 +353,11 @@ class HTTPChannel(Protocol):
             self._discarded = 0
             self._stop_timer()
             self._timer = self._site.reactor.callLater(_LINGER, self._lose)
-            self.transport.resumeProducing()  # type: ignore[union-attr]
+            self.transport.resumeProducing()
 
     def _lose(self) -> None:
-        self.transport.unregisterProducer()  # type: ignore[attr-defined]
-        self.transport.loseConnection()  # type: ignore[union-attr]
+        self.transport.unregisterProducer()
+        self.transport.loseConnection()
 
     # time
 
@@ -468,7 +469,7 @@ class _Outflow:
         self._failure = error
         waiter, self._waiter = self._waiter, None
         if waiter is not None:
-            waiter.errback(Failure(error))
+            waiter.errback(error)
 
     def pauseProducing(self) -> None:
         self.closed = True

@@ -29,7 +29,7 @@ class Connection(Protocol):
     client: str
     secure: bool
 
-    def write(self, data: bytes) -> None: ...
+    def write(self, data: bytes | bytearray) -> None: ...
 
     async def writable(self) -> None: ...
 
@@ -110,12 +110,12 @@ class Request:
         """Send the head of an answer whose body has `length` bytes; None where that is not known before the end."""
         self._begin(status, fields, length, b"")
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes | bytearray) -> None:
         """Send a piece of the body; the transport keeps what the client does not take: `drain` before the next."""
         if self._suppressed or not data:
             return
         self.size += len(data)
-        self._connection.write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
+        self._connection.write(b"%x\r\n%b\r\n" % (len(data), bytes(data)) if self._chunked else data)
 
     async def drain(self) -> None:
         """Wait until the client has taken what was written. Raise `ClientGone`."""

@@ -10,14 +10,21 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from OpenSSL import SSL
-from twisted.internet.interfaces import IAddress, IProtocol, IPushProducer, IReadWriteDescriptor, ITransport
+from twisted.internet.interfaces import (
+    IAddress,
+    IOpenSSLServerConnectionCreator,
+    IProtocol,
+    IPushProducer,
+    IReadWriteDescriptor,
+    ITransport,
+)
 from twisted.internet.main import CONNECTION_DONE, CONNECTION_LOST
-from twisted.internet.protocol import Protocol
+from twisted.internet.protocol import Factory, Protocol
 from twisted.logger import Logger
-from twisted.protocols.policies import ProtocolWrapper
 from twisted.protocols.tls import TLSMemoryBIOFactory
 from twisted.python.failure import Failure
 from zope.interface import implementer
@@ -27,6 +34,8 @@ if TYPE_CHECKING:
 
 _READ_SIZE = 64 * 1024
 _READS_AT_ONCE = 8  # then other connections get their turn
+
+_DISTRUST = ("unknown ca", "certificate unknown", "bad certificate")  # alerts (RFC 8446, section 6.2)
 
 log = Logger()
 
@@ -88,8 +97,8 @@ class SocketTransport:
 
     def _upgrade_in_memory(self, context: SSL.Context, protocol: IProtocol, received: bytes) -> None:
         # A client that did not wait for the answer to its CONNECT: OpenSSL cannot be given bytes for a socket.
-        factory: Any = TLSMemoryBIOFactory(_ServerContext(context), False, _Once(protocol))
-        wrapper: ProtocolWrapper = factory.buildProtocol(self.getPeer())
+        factory = TLSMemoryBIOFactory(_ServerContext(context), False, _Once(protocol))
+        wrapper: Any = factory.buildProtocol(self.getPeer())
         self.protocol = wrapper
         wrapper.makeConnection(self)
         wrapper.dataReceived(received)
@@ -132,7 +141,7 @@ class SocketTransport:
             self.disconnecting = True
             self._pending.clear()
             self._stop()
-            self._reactor.callLater(0, self._lose, Failure(CONNECTION_LOST))
+            self._reactor.callLater(0, self._lose, Failure(CONNECTION_LOST))  # type: ignore[no-untyped-call]
 
     def getPeer(self) -> IAddress:
         address: IAddress = self._tcp.getPeer()
@@ -183,7 +192,7 @@ class SocketTransport:
     def logPrefix(self) -> str:
         return type(self.protocol).__name__
 
-    def doRead(self) -> Exception | None:
+    def doRead(self) -> Any:
         try:
             data = self._socket.recv(_READ_SIZE)
         except (BlockingIOError, InterruptedError):
@@ -195,7 +204,7 @@ class SocketTransport:
         self.protocol.dataReceived(data)
         return None
 
-    def doWrite(self) -> Exception | None:
+    def doWrite(self) -> Any:
         while self._pending and not self._broken:
             data = self._pending[0]
             sent = self._send(data)
@@ -280,7 +289,7 @@ class TLSTransport(SocketTransport):
         if preface:
             self._start_writing()
 
-    def doRead(self) -> Exception | None:
+    def doRead(self) -> Any:
         if not self._ready and not self._shake_hands():
             return CONNECTION_LOST if self._broken else None
         for _ in range(_READS_AT_ONCE):
@@ -297,7 +306,7 @@ class TLSTransport(SocketTransport):
                 return None
         return None
 
-    def doWrite(self) -> Exception | None:
+    def doWrite(self) -> Any:
         if self._preface:
             self._preface = self._preface[super()._send(self._preface) :]
             if self._preface:
@@ -343,20 +352,19 @@ class TLSTransport(SocketTransport):
         return sent
 
     def _say_goodbye(self) -> None:
-        try:
+        with suppress(SSL.Error):  # the peer is gone already
             self._tls.shutdown()
-        except SSL.Error:
-            pass  # the peer is gone already
 
 
 def _explain(error: SSL.Error) -> str:
     """Say what OpenSSL found; where the client rejects our certificate, say what that means."""
     reasons = [str(entry[-1]) for entry in error.args[0]] if error.args and isinstance(error.args[0], list) else []
-    if any("unknown ca" in reason or "certificate unknown" in reason or "bad certificate" in reason for reason in reasons):
+    if any(distrust in reason for reason in reasons for distrust in _DISTRUST):
         return "the client does not trust our CA (/ca.crt)"
     return "; ".join(reasons) or "the client hung up"
 
 
+@implementer(IOpenSSLServerConnectionCreator)
 class _ServerContext:
     """An `IOpenSSLServerConnectionCreator` that uses one context."""
 
@@ -369,7 +377,7 @@ class _ServerContext:
         return connection
 
 
-class _Once:
+class _Once(Factory):
     """A factory that gives the one protocol it was made with."""
 
     noisy = False
@@ -377,9 +385,5 @@ class _Once:
     def __init__(self, protocol: IProtocol) -> None:
         self._protocol = protocol
 
-    def doStart(self) -> None: ...
-
-    def doStop(self) -> None: ...
-
-    def buildProtocol(self, address: object) -> IProtocol:
+    def buildProtocol(self, address: object) -> Any:
         return self._protocol

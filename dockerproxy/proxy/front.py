@@ -1,8 +1,8 @@
 """The front door: what a client of the proxy port wants, decided by the first line of its request.
 
-    CONNECT host:port     a registry's name: intercepted; any other: a tunnel, if the policy lets it pass
-    GET http://host/...   a registry's name: answered in its place; our own: see below; any other: forwarded
-    GET /...              for ourselves: the page, /ca.crt, the set-up script, and as a mirror /v2/
+CONNECT host:port     a registry's name: intercepted; any other: a tunnel, if the policy lets it pass
+GET http://host/...   a registry's name: answered in its place; our own: see below; any other: forwarded
+GET /...              for ourselves: the page, /ca.crt, the set-up script, and as a mirror /v2/
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Transfers(Protocol):
 
 @frozen
 class Permitted:
-    """Asks the policy about the addresses of one host; equal to another for the same, so that connections are shared."""
+    """Asks the policy about the addresses of one host. Equal to another for the same host: connections are shared."""
 
     policy: Policy
     host: Host
@@ -72,7 +72,7 @@ class Interception:
 
 @frozen
 class FrontDoor:
-    """Answers the requests of the proxy port; `local` answers those that are for ourselves, `own_names` are our names."""
+    """Answers the requests of the proxy port; `local` answers those that are for us, under one of `own_names`."""
 
     clock: Any
     policy: Policy

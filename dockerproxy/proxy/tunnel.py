@@ -22,8 +22,8 @@ class TunnelTimeouts:
 class Tunnel:
     """Two connections, each of which gets what the other sends.
 
-    Whichever end is slow holds the other back. When one closes, the other is closed after what is on its way. `ended` is
-    called once, with the bytes that went to the client.
+    Whichever end is slow holds the other back. When one closes, the other is closed after what is on its way. `ended`
+    is called once, with the bytes that went to the client.
     """
 
     def __init__(self, clock: Any, timeouts: TunnelTimeouts, ended: Callable[[int], None]) -> None:
@@ -112,4 +112,3 @@ class ToEnd(Factory):
 
     def buildProtocol(self, address: object) -> Protocol:
         return self._end
-

@@ -66,7 +66,11 @@ class Face:
                 found.content.close()
 
     async def _send_blob(self, request: Request, found: BlobAnswer) -> None:
-        fields = [("Content-Type", "application/octet-stream"), *_common(found, found.verdict), ("Accept-Ranges", "bytes")]
+        fields = [
+            ("Content-Type", "application/octet-stream"),
+            *_common(found, found.verdict),
+            ("Accept-Ranges", "bytes"),
+        ]
         if _has(request, found.digest):
             request.answer(304, fields)
             return

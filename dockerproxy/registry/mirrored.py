@@ -41,9 +41,7 @@ class Remote(Protocol):
 
     async def ping(self) -> None: ...
 
-    async def referrers(
-        self, name: Repository, digest: Digest, query: str, artifact_type: str | None
-    ) -> Referrers: ...
+    async def referrers(self, name: Repository, digest: Digest, query: str, artifact_type: str | None) -> Referrers: ...
 
     async def forward(
         self, method: str, path: str, name: Repository | None, headers: Headers, body: Any = None
@@ -59,7 +57,9 @@ class Mirrored:
     remote: Remote
     allow_push: bool
 
-    async def manifest(self, name: Repository, reference: Reference, accept: list[str], *, head: bool) -> ManifestAnswer:
+    async def manifest(
+        self, name: Repository, reference: Reference, accept: list[str], *, head: bool
+    ) -> ManifestAnswer:
         return await self.remote.manifest(name, reference, accept, head=head)
 
     async def blob(self, name: Repository, digest: Digest, *, head: bool) -> BlobAnswer:
@@ -72,7 +72,9 @@ class Mirrored:
             check_push(request, self.allow_push)
         if reading and target.kind is Kind.BASE:
             await self.remote.ping()
-            request.answer(200, [("Content-Type", "application/json"), API_VERSION, ("X-Cache", request.verdict)], b"{}")
+            request.answer(
+                200, [("Content-Type", "application/json"), API_VERSION, ("X-Cache", request.verdict)], b"{}"
+            )
         elif reading and target.kind is Kind.REFERRERS:
             await self._referrers(request, target)
         else:

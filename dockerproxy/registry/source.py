@@ -13,7 +13,9 @@ from dockerproxy.oci.routes import Target
 class Source(Protocol):
     """A registry, as one client sees it. Every method raises `RegistryError` for what it cannot or must not give."""
 
-    async def manifest(self, name: Repository, reference: Reference, accept: list[str], *, head: bool) -> ManifestAnswer:
+    async def manifest(
+        self, name: Repository, reference: Reference, accept: list[str], *, head: bool
+    ) -> ManifestAnswer:
         """Return a manifest; `accept` are the client's Accept fields. With `head` the content may be left out."""
 
     async def blob(self, name: Repository, digest: Digest, *, head: bool) -> BlobAnswer:

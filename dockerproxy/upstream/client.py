@@ -66,13 +66,14 @@ class UpstreamClient:
 
         Authorization is added for `actions` (``pull``, ``pull,push``) on the repository `name`, as `credential` has
         it; one that `headers` hold is replaced. A 401 is answered with a token and the request repeated, where it has
-        no `body` and the credential is not the client's own. Redirects of GET and HEAD are followed, unless `follow` says
-        not to: then they are the answer.
+        no `body` and the credential is not the client's own. Redirects of GET and HEAD are followed; where `follow` is
+        false they are the answer.
 
         Raise `UpstreamError`s, and `Unauthorized` or `TooManyRequests` where no token is given out.
         """
         scope = None if name is None else f"repository:{name}:{actions}"
-        request = _Request(method, registry, path, headers.without("authorization"), body, follow and method in ("GET", "HEAD"))
+        follow = follow and method in ("GET", "HEAD")
+        request = _Request(method, registry, path, headers.without("authorization"), body, follow)
         grant = await self._first_grant(registry, scope, credential)
         response = await self._follow(request, grant)
         for _ in range(_MAX_REPEATS):

@@ -8,7 +8,7 @@ from urllib.parse import quote, urljoin
 from dockerproxy.errors import NameInvalid, UpstreamBroken
 from dockerproxy.oci.names import Host, Registry
 
-_ABSOLUTE = re.compile(r"(https?)://([^/?#\\]+)([^#]*)(?:#.*)?", re.IGNORECASE | re.DOTALL)
+_ABSOLUTE = re.compile(r"(https?)://([^/?#\\]+)((?:[/?][^#]*)?)(?:#.*)?", re.IGNORECASE | re.DOTALL)
 _HAS_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 _UNSENDABLE = re.compile(r"[^!-~]+")
 _MAX_LENGTH = 16 * 1024  # signed URLs have some 2 KiB; the longest line that common servers take is half of this
@@ -31,7 +31,12 @@ def split_url(url: str) -> tuple[Registry, str]:
 
 
 def resolve(base: str, location: str) -> str:
-    """Return the URL that a Location field `location` means in an answer from `base` (RFC 3986, section 5)."""
+    """Return the URL that a Location field `location` means in an answer from `base` (RFC 3986, section 5); raise `UpstreamBroken`."""
     # Some servers put a file's name there unescaped; what a field can hold of that is Latin-1.
     location = _UNSENDABLE.sub(lambda found: quote(found[0].encode("latin-1")), location.strip(" \t"))
-    return location if _HAS_SCHEME.match(location) else urljoin(base, location)
+    if _HAS_SCHEME.match(location):
+        return location
+    try:
+        return urljoin(base, location)
+    except ValueError:  # of brackets, which Python reads as an IPv6 address
+        raise UpstreamBroken("an upstream named a URL that is malformed") from None

@@ -1,0 +1,69 @@
+# `make help` lists what there is.
+
+PYTHON ?= python3
+
+# What the tests that use real programs need, as program=Debian package; | stands between the names of several releases.
+TEST_PROGRAMS = dockerd=docker.io docker=docker-cli|docker.io containerd=containerd ctr=containerd skopeo=skopeo \
+    docker-registry=docker-registry update-ca-certificates=ca-certificates iptables=iptables nginx=nginx-light
+BENCH_PROGRAMS = nginx=nginx-light
+
+# The oldest versions that setup.cfg allows; Twisted's is what Ubuntu 24.04 has.
+OLDEST = twisted==24.3.0 pyopenssl==24.0.0 cryptography==41.0.7 service-identity==23.1.0 attrs==23.2.0
+
+ROOT := $(filter 0,$(shell id -u))
+METADATA = setup.cfg setup.py pyproject.toml
+PIP_INSTALL = -m pip --disable-pip-version-check install --quiet
+# setuptools' other ways of an editable install hide twisted/plugins from Twisted, which looks along sys.path.
+EDITABLE = --config-settings editable_mode=compat --editable
+
+.PHONY: help venv run test lint test-oldest test-programs bench clean
+
+help: ## say what can be made
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+
+venv: .venv/made ## make .venv with the project and the newest of what it needs
+
+run: venv ## run the proxy in the foreground, on port 3128, state in ./var
+	exec .venv/bin/twistd --nodaemon --pidfile= dockerproxy $(if $(wildcard .env),--env-file .env)
+
+test: .venv/made-test lint test-programs ## run every test; as root, install the Debian packages they need
+ifeq ($(ROOT),0)
+	.venv/bin/python -m pytest -ra
+else
+	@echo "You are not root: tests/e2e is left out, for it starts dockerd and containerd and installs Debian packages."
+	.venv/bin/python -m pytest -ra --ignore=tests/e2e
+endif
+
+lint: .venv/made-test ## check style and types
+	.venv/bin/ruff check
+	.venv/bin/mypy
+
+test-oldest: .venv-oldest/made ## run the unit tests on the oldest versions that are supported
+	.venv-oldest/bin/python -m pytest -ra --ignore=tests/e2e
+
+test-programs:
+ifeq ($(ROOT),0)
+	@tools/apt-install $(foreach pair,$(TEST_PROGRAMS),'$(pair)')
+endif
+
+bench: venv ## measure throughput beside nginx
+	@tools/apt-install $(foreach pair,$(BENCH_PROGRAMS),'$(pair)')
+	.venv/bin/python -m bench
+
+clean: ## remove what was made; ./var, the cache and the CA, stays
+	rm -rf .venv .venv-oldest .cache build dist *.egg-info .hypothesis _trial_temp* tests.* twisted/plugins/dropin.cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/made: $(METADATA)
+	@PYTHON=$(PYTHON) tools/make-venv .venv
+	.venv/bin/python $(PIP_INSTALL) --upgrade --upgrade-strategy eager $(EDITABLE) .
+	@touch $@
+
+.venv/made-test: .venv/made
+	.venv/bin/python $(PIP_INSTALL) --upgrade --upgrade-strategy eager $(EDITABLE) '.[test]'
+	@touch $@
+
+.venv-oldest/made: $(METADATA) Makefile
+	@PYTHON=$(PYTHON) tools/make-venv .venv-oldest
+	.venv-oldest/bin/python $(PIP_INSTALL) $(EDITABLE) . pytest hypothesis $(OLDEST)
+	@touch $@

@@ -1,0 +1,73 @@
+"""The access log: one line and its fields for each request."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from twisted.logger import ILogObserver, LogEvent, LogLevel, formatEvent, globalLogPublisher
+from zope.interface import implementer
+
+from dockerproxy.daemon.accesslog import AccessLog
+
+
+def record(**changes: Any) -> LogEvent:
+    """Return the one event that recording a request makes."""
+    request: dict[str, Any] = {
+        "client": "192.168.1.7", "method": "GET", "host": "registry-1.docker.io",
+        "path": "/v2/library/ubuntu/tags/list", "status": 200, "size": 1234, "seconds": 0.12345, "verdict": "HIT",
+    }  # fmt: skip
+    events: list[LogEvent] = []
+
+    @implementer(ILogObserver)
+    def observer(event: LogEvent) -> None:
+        events.append(event)
+
+    globalLogPublisher.addObserver(observer)
+    try:
+        AccessLog().record(**(request | changes))
+    finally:
+        globalLogPublisher.removeObserver(observer)
+    (event,) = events
+    return event
+
+
+def test_line_and_fields() -> None:
+    event = record()
+    assert formatEvent(event) == "192.168.1.7 GET registry-1.docker.io/v2/library/ubuntu/tags/list 200 1234 0.123 HIT"
+    assert event["log_namespace"] == "dockerproxy.access"
+    assert event["log_level"] is LogLevel.info
+    assert (event["client"], event["method"], event["host"]) == ("192.168.1.7", "GET", "registry-1.docker.io")
+    assert (event["path"], event["status"], event["size"]) == ("/v2/library/ubuntu/tags/list", 200, 1234)
+    assert (event["seconds"], event["verdict"]) == (0.12345, "HIT")
+
+
+@pytest.mark.parametrize(
+    ("path", "logged"),
+    [
+        ("/blob?X-Amz-Signature=secret", "/blob"),
+        ("/a\r\nforged line", "/a\\x0d\\x0aforged\\x20line"),
+        ("/a\x1b[31m\x7f\x85", "/a\\x1b[31m\\x7f\\x85"),
+        ("/{client.secret} {}", "/{client.secret}\\x20{}"),
+        ("/caf\u00e9", "/caf\u00e9"),
+        ("", ""),
+    ],
+)
+def test_path_has_no_query_and_no_control_characters(path: str, logged: str) -> None:
+    event = record(path=path)
+    assert event["path"] == logged
+    assert formatEvent(event) == f"192.168.1.7 GET registry-1.docker.io{logged} 200 1234 0.123 HIT"
+
+
+@given(method=st.text(), host=st.text(), path=st.text())
+def test_any_request_is_one_line_of_seven_words(method: str, host: str, path: str) -> None:
+    line = formatEvent(record(method=f"M{method}", host=f"h{host}", path=path))
+    assert line.splitlines() == [line]
+    assert len(line.split()) == 7
+    line.encode()
+
+
+def test_a_secret_in_a_query_is_nowhere_in_the_event() -> None:
+    assert "s3cret" not in repr(record(path="/v2/?token=s3cret"))

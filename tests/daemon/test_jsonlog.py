@@ -1,0 +1,221 @@
+"""JSON lines: what they hold, that nothing makes the log raise, and that twistd takes them up."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from twisted.internet.interfaces import IReactorFromThreads
+from twisted.logger import Logger
+from twisted.python.logfile import LogFile
+
+from dockerproxy.daemon.accesslog import FIELDS
+from dockerproxy.daemon.jsonlog import JsonLog, twistd_stream
+
+PROJECT = Path(__file__).parents[2]
+REACTOR: IReactorFromThreads = object()  # type: ignore[assignment]  # asked only when a signal comes
+
+
+class Unspeakable:
+    """Something that cannot be told as text."""
+
+    def __repr__(self) -> str:
+        raise RuntimeError("no words")
+
+
+def logged(**fields: Any) -> list[dict[str, Any]]:
+    """Return the objects that an event of `fields` becomes."""
+    stream = io.StringIO()
+    JsonLog(stream)(fields)
+    return [json.loads(line) for line in stream.getvalue().splitlines()]
+
+
+def emitted(format: str, namespace: str = "a.b", **fields: Any) -> dict[str, Any]:
+    """Return the object that a `Logger`'s event becomes."""
+    stream = io.StringIO()
+    Logger(namespace, observer=JsonLog(stream)).info(format, **fields)
+    return dict(json.loads(stream.getvalue()))
+
+
+def test_an_event() -> None:
+    entry = emitted("{n} of {total}\nsecond line", n=1, total=2)
+    time = datetime.fromisoformat(entry.pop("time"))
+    assert time.utcoffset() is not None
+    assert abs(time.timestamp() - datetime.now().timestamp()) < 60
+    assert entry == {"level": "info", "namespace": "a.b", "message": "1 of 2\nsecond line"}
+
+
+def test_time_is_iso_8601_in_utc() -> None:
+    (entry,) = logged(log_format="x", log_time=1700000000.25)
+    assert entry["time"] == "2023-11-14T22:13:20.250000+00:00"
+
+
+def test_an_access_event_has_its_fields() -> None:
+    fields = dict(zip(FIELDS, ("::1", "GET", "quay.io", "/v2/", 200, 2, 0.25, "HIT"), strict=True))
+    entry = emitted("{line}", "dockerproxy.access", line="the line", **fields)
+    assert entry["message"] == "the line"
+    assert {name: entry[name] for name in FIELDS} == fields
+
+
+def test_other_fields_stay_inside() -> None:
+    assert "password" not in emitted("hello", password="s3cret")
+
+
+def test_a_failure_has_its_traceback() -> None:
+    stream = io.StringIO()
+    log = Logger("a.b", observer=JsonLog(stream))
+    try:
+        raise KeyError("lost")
+    except KeyError:
+        log.failure("It went wrong")
+    entry = json.loads(stream.getvalue())
+    assert entry["level"] == "critical"
+    assert entry["message"] == "It went wrong"
+    assert "KeyError: 'lost'" in entry["traceback"]
+    assert "test_jsonlog.py" in entry["traceback"]
+
+
+def test_an_event_without_a_message_is_left_out() -> None:
+    assert logged(log_time=1.0) == []
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        {"log_format": "{missing}", "log_time": 1.0},
+        {"log_format": "{x}", "x": Unspeakable(), "log_time": 1.0},
+        {"log_format": 7},
+        {"log_format": b"bytes \xff"},
+        {"log_format": "surrogate \udc80"},
+        {"log_format": "x", "log_namespace": "dockerproxy.access", "client": Path("/")},
+    ],
+)
+def test_an_odd_event_is_told_nevertheless(event: dict[str, Any]) -> None:
+    assert len(logged(**event)) == 1
+
+
+@given(st.dictionaries(st.sampled_from(["log_format", "log_time", "log_level", "log_namespace", "log_failure", "x"]),
+                       st.none() | st.text() | st.floats() | st.binary() | st.builds(Unspeakable)))  # fmt: skip
+def test_never_raises(event: dict[str, Any]) -> None:
+    logged(**event)
+
+
+def test_a_stream_that_fails_harms_nobody() -> None:
+    stream = io.StringIO()
+    stream.close()
+    JsonLog(stream)({"log_format": "x", "log_time": 1.0})
+
+
+def test_a_stream_of_another_encoding_takes_every_line() -> None:
+    raw = io.BytesIO()
+    stream = io.TextIOWrapper(raw, encoding="ascii")
+    JsonLog(stream)({"log_format": "caf\u00e9 \U0001f40b"})
+    assert json.loads(raw.getvalue())["message"] == "caf\u00e9 \U0001f40b"
+
+
+# Where twistd would write.
+
+
+def test_standard_output_in_the_foreground() -> None:
+    assert twistd_stream({"logfile": None, "nodaemon": True}, REACTOR) is sys.stdout
+    assert twistd_stream({"logfile": "-", "nodaemon": True}, REACTOR) is sys.stdout
+
+
+def test_a_daemon_has_no_standard_output() -> None:
+    with pytest.raises(SystemExit, match="cannot log to stdout"):
+        twistd_stream({"logfile": "-", "nodaemon": False}, REACTOR)
+
+
+def test_a_file_by_name_or_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    for options, name in (({"logfile": "x.log", "nodaemon": True}, "x.log"), ({"nodaemon": False}, "twistd.log")):
+        stream = twistd_stream(options, REACTOR)
+        assert isinstance(stream, LogFile)
+        stream.close()
+        assert Path(stream.path) == tmp_path / name
+
+
+# twistd itself. The service makes one access event and one failure, says what it has to, and stops.
+
+TAC = """
+import sys
+from twisted.application.service import Application, MultiService
+from twisted.internet import reactor
+from twisted.logger import Logger
+from dockerproxy.daemon.accesslog import AccessLog
+from dockerproxy.daemon.jsonlog import install, twistd_stream
+
+class Top(MultiService):
+    def setServiceParent(self, parent):
+        install(parent, twistd_stream(OPTIONS, reactor))
+        super().setServiceParent(parent)
+
+    def startService(self):
+        super().startService()
+        AccessLog().record("::1", "GET", "quay.io", "/v2/?x=1", 200, 2, 0.25, "HIT")
+        try:
+            1 / 0
+        except ZeroDivisionError:
+            Logger("test").failure("divided")
+        print("printed")
+        reactor.callLater(0, self.rotate)
+
+    def rotate(self):
+        if OPTIONS["logfile"]:
+            import os, signal
+            os.kill(os.getpid(), signal.SIGUSR1)
+        reactor.callLater(0, reactor.stop)
+
+OPTIONS = {"logfile": LOGFILE, "nodaemon": True}
+application = Application("t")
+Top().setServiceParent(application)
+"""
+
+
+def run_twistd(directory: Path, logfile: str | None, *arguments: str) -> str:
+    """Run twistd on the service above until it stops itself, and return its standard output."""
+    (directory / "t.tac").write_text(TAC.replace("LOGFILE", repr(logfile)))
+    program = "from twisted.scripts.twistd import run; run()"
+    command = [sys.executable, "-c", program, "-ny", "t.tac", "--pidfile=", *arguments]
+    environment = os.environ | {"PYTHONPATH": str(PROJECT)}
+    done = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def check_entries(lines: list[str]) -> None:
+    entries = [json.loads(line) for line in lines]
+    messages = [entry["message"] for entry in entries]
+    assert any("starting up" in message for message in messages)
+    (access,) = (entry for entry in entries if entry["namespace"] == "dockerproxy.access")
+    assert (access["path"], access["status"], access["verdict"]) == ("/v2/", 200, "HIT")
+    (failure,) = (entry for entry in entries if "traceback" in entry)
+    assert "ZeroDivisionError" in failure["traceback"]
+    assert "printed" in messages
+
+
+def test_twistd_writes_nothing_but_json_lines(tmp_path: Path) -> None:
+    lines = run_twistd(tmp_path, None).splitlines()
+    check_entries(lines)
+    assert json.loads(lines[-1])["message"] == "Server Shut Down."
+
+
+def test_twistd_keeps_to_its_log_file_and_rotates_it(tmp_path: Path) -> None:
+    assert run_twistd(tmp_path, "log", "--logfile=log") == ""
+    check_entries([line for name in ("log.1", "log") for line in (tmp_path / name).read_text().splitlines()])
+
+
+def test_a_logger_on_the_command_line_wins(tmp_path: Path) -> None:
+    lines = run_twistd(tmp_path, None, "--logger=dockerproxy.daemon.priority.observer").splitlines()
+    assert any("[dockerproxy.access#info] ::1 GET quay.io/v2/ 200 2 0.250 HIT" in line for line in lines)
+    assert not any(line.startswith("{") for line in lines)

@@ -1,0 +1,60 @@
+"""Lines for the journal: a priority instead of a time stamp, and only where the journal reads them."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).parents[2]
+
+PROGRAM = """
+import os, sys
+if len(sys.argv) > 1:
+    status = os.fstat(1)
+    os.environ["JOURNAL_STREAM"] = sys.argv[1].format(here=f"{status.st_dev}:{status.st_ino}")
+from twisted.logger import Logger, LogLevel
+from dockerproxy.daemon.priority import observer
+log = Logger("n", observer=observer())
+for level in LogLevel.iterconstants():
+    log.emit(level, "a {x}", x="message")
+log.info("two\\nlines")
+try:
+    1 / 0
+except ZeroDivisionError:
+    log.failure("failed")
+log.info("")
+"""
+
+
+def run(*arguments: str) -> list[str]:
+    """Return the lines that the program writes to a pipe."""
+    environment = {name: value for name, value in os.environ.items() if name != "JOURNAL_STREAM"}
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, *arguments],
+        env=environment | {"PYTHONPATH": str(PROJECT)}, capture_output=True, text=True, check=True, timeout=60,
+    )  # fmt: skip
+    return done.stdout.splitlines()
+
+
+def test_in_the_journal() -> None:
+    lines = run("{here}")
+    assert lines[:7] == [
+        "<7>[n#debug] a message", "<6>[n#info] a message", "<4>[n#warn] a message", "<3>[n#error] a message",
+        "<2>[n#critical] a message", "<6>[n#info] two", "<6>lines",
+    ]  # fmt: skip
+    assert lines[7] == "<2>[n#critical] failed"
+    assert len(lines) > 9
+    assert all(line.startswith("<2>") for line in lines[7:])
+    assert lines[-1] == "<2>builtins.ZeroDivisionError: division by zero"
+
+
+@pytest.mark.parametrize("arguments", [(), ("1:2",), ("",)], ids=["unset", "of another stream", "empty"])
+def test_elsewhere_lines_have_a_time_and_no_priority(arguments: tuple[str, ...]) -> None:
+    lines = run(*arguments)
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d{4} \[n#debug\] a message", lines[0])
+    assert not any(line.startswith("<") for line in lines)

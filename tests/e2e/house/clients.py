@@ -1,0 +1,188 @@
+"""Real clients, each a machine of its own: skopeo, dockerd, containerd. What they know of the world is a proxy."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from house.process import Process, free_port, need
+
+
+def clean_environment(more: Mapping[str, str]) -> dict[str, str]:
+    """Return an environment without any proxy, CA or login of whoever runs the tests."""
+    return {"PATH": os.environ["PATH"], "LANG": "C.UTF-8", **more}
+
+
+def run(
+    argv: Sequence[str], environment: Mapping[str, str], *, timeout: float = 120
+) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end; its output is text."""
+    return subprocess.run(
+        list(argv), env=dict(environment), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout,
+        check=False,
+    )  # fmt: skip
+
+
+def check(done: subprocess.CompletedProcess[str]) -> str:
+    """Return what the command wrote; fail with all of it where it failed."""
+    assert done.returncode == 0, f"{done.args}\n{done.stdout}{done.stderr}"
+    return done.stdout
+
+
+class Skopeo:
+    """skopeo with its own home in `folder`."""
+
+    def __init__(self, folder: Path, environment: Mapping[str, str]) -> None:
+        need("skopeo")
+        self._folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "registries.conf").write_text('unqualified-search-registries = ["docker.io"]\n')
+        (folder / "policy.json").write_text('{"default": [{"type": "insecureAcceptAnything"}]}')
+        self._environment = clean_environment({
+            **environment,
+            "HOME": str(folder),
+            "XDG_RUNTIME_DIR": str(folder),
+            "TMPDIR": str(folder),
+            "CONTAINERS_REGISTRIES_CONF": str(folder / "registries.conf"),
+        })
+        self._count = 0
+
+    def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        base = ["skopeo", "--policy", str(self._folder / "policy.json"), "--registries.d", str(self._folder)]
+        return run([*base, *arguments], self._environment)
+
+    def pull(self, image: str, *options: str, plain: bool = False) -> Path:
+        """Copy `image` to a new folder and return that; skopeo checks every digest."""
+        self._count += 1
+        target = self._folder / f"pulled-{self._count}"
+        insecure = ["--src-tls-verify=false"] if plain else []
+        check(self.run("copy", *insecure, *options, f"docker://{image}", f"dir:{target}"))
+        return target
+
+    def try_pull(self, image: str, *options: str) -> subprocess.CompletedProcess[str]:
+        self._count += 1
+        return self.run("copy", *options, f"docker://{image}", f"dir:{self._folder}/pulled-{self._count}")
+
+    def inspect_raw(self, image: str) -> bytes:
+        """Return the manifest's bytes."""
+        return check(self.run("inspect", "--raw", f"docker://{image}")).encode()
+
+
+class Docker(Process):
+    """A dockerd with its own disk and socket."""
+
+    def __init__(
+        self, folder: Path, environment: Mapping[str, str], *, insecure: Sequence[str] = (), mirrors: Sequence[str] = ()
+    ) -> None:
+        need("dockerd", "docker", "containerd", root=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._host = f"unix://{folder}/docker.sock"
+        self._home = folder / "home"
+        self._home.mkdir(exist_ok=True)
+        (folder / "daemon.json").write_text(json.dumps({
+            "data-root": str(folder / "root"),
+            "exec-root": str(folder / "exec"),
+            "hosts": [self._host],
+            "pidfile": str(folder / "pid"),
+            "storage-driver": "vfs",
+            "bridge": "none",
+            "iptables": False,
+            "ip6tables": False,
+            "insecure-registries": list(insecure),
+            "registry-mirrors": list(mirrors),
+        }))
+        argv = ["dockerd", "--config-file", str(folder / "daemon.json")]
+        super().__init__(argv, folder / "log", clean_environment({**environment, "HOME": str(self._home)}), folder)
+
+    def start(self) -> None:
+        self.launch()
+        self.wait_for(lambda: self.run("version").returncode == 0)
+
+    def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        environment = clean_environment({"HOME": str(self._home), "DOCKER_HOST": self._host})
+        return run(["docker", *arguments], environment)
+
+    def do(self, *arguments: str) -> str:
+        """Run a docker command that has to succeed."""
+        return check(self.run(*arguments))
+
+    def login(self, registry: str, user: str, password: str) -> None:
+        """Keep a login as `docker login` does without a credential helper."""
+        auth = base64.b64encode(f"{user}:{password}".encode()).decode()
+        folder = self._home / ".docker"
+        folder.mkdir(exist_ok=True)
+        (folder / "config.json").write_text(json.dumps({"auths": {registry: {"auth": auth}}}))
+
+    def digest_of(self, image: str) -> str:
+        """Return the digest by which `image` was pulled."""
+        digests = json.loads(self.do("image", "inspect", "--format", "{{json .RepoDigests}}", image))
+        return str(digests[0].partition("@")[2])
+
+    def forget_images(self) -> None:
+        """Remove every image, so that the next pull needs all of it."""
+        images = self.do("images", "-aq").split()
+        if images:
+            self.do("rmi", "-f", *dict.fromkeys(images))
+
+
+class Containerd(Process):
+    """A containerd with its own disk and socket, and ctr to speak to it."""
+
+    def __init__(self, folder: Path, environment: Mapping[str, str] | None = None) -> None:
+        need("containerd", "ctr", root=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+        self._address = str(folder / "sock")
+        self._environment = clean_environment(environment or {})
+        (folder / "config.toml").write_text(f"""\
+version = 2
+root = "{folder}/root"
+state = "{folder}/state"
+disabled_plugins = [
+  "io.containerd.grpc.v1.cri", "io.containerd.snapshotter.v1.aufs", "io.containerd.snapshotter.v1.btrfs",
+  "io.containerd.snapshotter.v1.devmapper", "io.containerd.snapshotter.v1.zfs",
+]
+[grpc]
+address = "{self._address}"
+""")
+        argv = ["containerd", "--config", str(folder / "config.toml")]
+        super().__init__(argv, folder / "log", self._environment, folder)
+
+    def start(self) -> None:
+        self.launch()
+        self.wait_for(lambda: self.ctr("version").returncode == 0)
+
+    def ctr(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return run(["ctr", "--address", self._address, *arguments], self._environment)
+
+    def mirror(self, host: str, url: str) -> None:
+        """Have what belongs to `host` asked for at `url` (and nowhere else: the host itself is a closed port)."""
+        folder = self._folder / "hosts" / host
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "hosts.toml").write_text(
+            f'server = "http://127.0.0.1:{free_port()}"\n[host."{url}"]\n  capabilities = ["pull", "resolve"]\n'
+        )
+
+    def try_pull(self, image: str, *options: str) -> subprocess.CompletedProcess[str]:
+        hosts = ["--hosts-dir", str(self._folder / "hosts")] if (self._folder / "hosts").exists() else []
+        return self.ctr("images", "pull", "--snapshotter", "native", *hosts, *options, image)
+
+    def pull(self, image: str, *options: str) -> None:
+        """Pull and unpack `image`."""
+        check(self.try_pull(image, *options))
+
+    def forget_images(self) -> None:
+        """Remove every image and its content, before the next pull."""
+        names = check(self.ctr("images", "ls", "-q")).split()
+        if names:
+            check(self.ctr("images", "rm", "--sync", *names))
+
+    def digest_of(self, image: str) -> str:
+        for line in check(self.ctr("images", "ls")).splitlines()[1:]:
+            if line.split()[0] == image:
+                return line.split()[2]
+        raise AssertionError(f"{image} is not there")

@@ -1,0 +1,144 @@
+"""Images made of a few bytes, the same at every run: schema 2, OCI, lists of platforms, referrers."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import json
+import random
+import tarfile
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from attrs import field, frozen
+
+OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
+OCI_INDEX = "application/vnd.oci.image.index.v1+json"
+OCI_CONFIG = "application/vnd.oci.image.config.v1+json"
+OCI_LAYER = "application/vnd.oci.image.layer.v1.tar+gzip"
+DOCKER_MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"
+DOCKER_LIST = "application/vnd.docker.distribution.manifest.list.v2+json"
+DOCKER_CONFIG = "application/vnd.docker.container.image.v1+json"
+DOCKER_LAYER = "application/vnd.docker.image.rootfs.diff.tar.gzip"
+
+EVERY_MANIFEST = ", ".join((OCI_MANIFEST, OCI_INDEX, DOCKER_MANIFEST, DOCKER_LIST))
+
+
+def noise(size: int, seed: str) -> bytes:
+    """Return `size` bytes that no compression makes shorter."""
+    source = random.Random(seed)
+    return b"".join(source.randbytes(min(size - start, 1 << 20)) for start in range(0, size, 1 << 20))
+
+
+def sha256(data: bytes) -> str:
+    return "sha256:" + hashlib.sha256(data).hexdigest()
+
+
+@frozen
+class Content:
+    """Bytes with their media type; `digest` is their name."""
+
+    media_type: str
+    data: bytes = field(repr=False)
+
+    @property
+    def digest(self) -> str:
+        return sha256(self.data)
+
+    def descriptor(self, **more: Any) -> dict[str, Any]:
+        return {"mediaType": self.media_type, "digest": self.digest, "size": len(self.data), **more}
+
+
+@frozen
+class Image:
+    """A manifest and all that it speaks of; an index has `children` and no blobs of its own."""
+
+    manifest: Content
+    blobs: tuple[Content, ...] = ()
+    children: tuple[Image, ...] = ()
+
+    @property
+    def digest(self) -> str:
+        return self.manifest.digest
+
+    @property
+    def layers(self) -> tuple[Content, ...]:
+        return self.blobs[1:]
+
+    def walk(self) -> Iterator[Image]:
+        """Yield the children first, as they have to be pushed."""
+        for child in self.children:
+            yield from child.walk()
+        yield self
+
+
+def image(
+    layers: Sequence[Mapping[str, bytes]],
+    *,
+    oci: bool = True,
+    architecture: str = "amd64",
+    command: Sequence[str] = ("/hello",),
+    subject: Content | None = None,
+) -> Image:
+    """Return an image whose layers hold the given files (path to content, all of them executable)."""
+    tars = [_tar(files) for files in layers]
+    packed = [Content(OCI_LAYER if oci else DOCKER_LAYER, gzip.compress(tar, mtime=0)) for tar in tars]
+    config = Content(
+        OCI_CONFIG if oci else DOCKER_CONFIG,
+        _json({
+            "architecture": architecture,
+            "os": "linux",
+            "created": "2025-06-15T00:00:00Z",
+            "config": {"Cmd": list(command)},
+            "rootfs": {"type": "layers", "diff_ids": [sha256(tar) for tar in tars]},
+            "history": [{"created": "2025-06-15T00:00:00Z", "created_by": "the tests"} for _ in tars],
+        }),
+    )
+    return of_blobs(config, packed, oci=oci, subject=subject)
+
+
+def of_blobs(
+    config: Content, layers: Sequence[Content], *, oci: bool = True, subject: Content | None = None
+) -> Image:
+    """Return the image that has these blobs, whatever is in them."""
+    media_type = OCI_MANIFEST if oci else DOCKER_MANIFEST
+    manifest: dict[str, Any] = {
+        "schemaVersion": 2,
+        "mediaType": media_type,
+        "config": config.descriptor(),
+        "layers": [layer.descriptor() for layer in layers],
+    }
+    if subject is not None:
+        manifest["subject"] = subject.descriptor()
+    return Image(Content(media_type, _json(manifest)), (config, *layers))
+
+
+def index(children: Mapping[str, Image], *, oci: bool = True) -> Image:
+    """Return the list of `children`, by architecture."""
+    media_type = OCI_INDEX if oci else DOCKER_LIST
+    manifests = [
+        child.manifest.descriptor(platform={"architecture": architecture, "os": "linux"})
+        for architecture, child in children.items()
+    ]
+    content = Content(media_type, _json({"schemaVersion": 2, "mediaType": media_type, "manifests": manifests}))
+    return Image(content, children=tuple(children.values()))
+
+
+def small(seed: str, *, oci: bool = True, size: int = 40_000, layers: int = 2) -> Image:
+    """Return an image of its own for `seed`, of `layers` layers of `size` bytes."""
+    return image([{f"data/{seed}-{number}": noise(size, f"{seed}/{number}")} for number in range(layers)], oci=oci)
+
+
+def _json(value: object) -> bytes:
+    return json.dumps(value, indent=1).encode()
+
+
+def _tar(files: Mapping[str, bytes]) -> bytes:
+    raw = io.BytesIO()
+    with tarfile.open(fileobj=raw, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for name, data in files.items():
+            entry = tarfile.TarInfo(name)
+            entry.size, entry.mode, entry.mtime = len(data), 0o755, 1_750_000_000
+            tar.addfile(entry, io.BytesIO(data))
+    return raw.getvalue()

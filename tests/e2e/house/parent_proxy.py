@@ -1,0 +1,77 @@
+"""A proxy that only passes on.
+
+It stands for a company's own, and shows that the clients and the upstreams work together without ours.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+from collections.abc import Mapping
+from urllib.parse import urlsplit
+
+
+class ParentProxy:
+    """Connects where `addresses` ("host:port" to a port of 127.0.0.1) say, and nowhere else; logs what it was asked."""
+
+    def __init__(self, addresses: Mapping[str, int]) -> None:
+        self.targets: list[str] = []
+        self.heads: list[bytes] = []
+        self._addresses = addresses
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=64)
+        self.port: int = self._listener.getsockname()[1]
+
+    def start(self) -> None:
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def stop(self) -> None:
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._serve, args=(client,), daemon=True).start()
+
+    def _serve(self, client: socket.socket) -> None:
+        with contextlib.suppress(OSError), client:
+            head = b""
+            while b"\r\n\r\n" not in head:
+                piece = client.recv(65536)
+                if not piece:
+                    return
+                head += piece
+            self.heads.append(head.partition(b"\r\n\r\n")[0])
+            method, target, rest = head.split(b" ", 2)
+            where = target.decode() if method == b"CONNECT" else urlsplit(target.decode()).netloc
+            where = where if ":" in where else f"{where}:80"
+            self.targets.append(where)
+            if where not in self._addresses:
+                client.sendall(b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+                return
+            with socket.create_connection(("127.0.0.1", self._addresses[where])) as server:
+                if method == b"CONNECT":
+                    client.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
+                    server.sendall(head.partition(b"\r\n\r\n")[2])
+                else:
+                    # Only the first request of a connection is rewritten: say so, and it is the only one.
+                    path = target.decode().partition("://")[2].partition("/")[2]
+                    fields = rest.replace(b"\r\n", b"\r\nConnection: close\r\n", 1)
+                    server.sendall(method + b" /" + path.encode() + b" " + fields)
+                other = threading.Thread(target=_copy, args=(client, server), daemon=True)
+                other.start()
+                _copy(server, client)
+                other.join()
+
+
+def _copy(source: socket.socket, sink: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while piece := source.recv(262_144):
+            sink.sendall(piece)
+    with contextlib.suppress(OSError):
+        sink.shutdown(socket.SHUT_WR)

@@ -1,0 +1,138 @@
+"""Programs that run beside the tests, free ports for them, and the tools that this machine may lack."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import pytest
+
+_PACKAGES = {
+    "docker-registry": "docker-registry",
+    "skopeo": "skopeo",
+    "dockerd": "docker.io",
+    "docker": "docker.io (docker-cli from Debian 13 on)",
+    "containerd": "containerd",
+    "ctr": "containerd",
+    "podman": "podman",
+    "curl": "curl",
+    "gcc": "gcc",
+}
+
+_random = random.SystemRandom()
+
+
+def need(*programs: str, root: bool = False) -> None:
+    """Skip the test, saying why, where a program (or the right to run it) is missing."""
+    for program in programs:
+        if shutil.which(program) is None:
+            pytest.skip(f"{program} is not installed (Debian package {_PACKAGES.get(program, program)})")
+    if root and os.geteuid() != 0:
+        pytest.skip(f"{programs[0] if programs else 'this'} needs root")
+
+
+def free_port() -> int:
+    """Return a TCP port of 127.0.0.1 that nobody listens on, from below the range of ephemeral ports."""
+    for _ in range(200):
+        port = _random.randrange(20000, 31000)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise RuntimeError("no free port between 20000 and 31000")
+
+
+def eventually(condition: Callable[[], object], what: str, timeout: float = 20) -> None:
+    """Wait until `condition()` is true; fail with `what` after `timeout` seconds."""
+    end = time.monotonic() + timeout
+    while not condition():
+        if time.monotonic() > end:
+            raise AssertionError(f"{what}: not after {timeout:g} s")
+        time.sleep(0.02)
+
+
+class Process:
+    """A program with its output in a file; it ends with the tests, even where these are killed."""
+
+    def __init__(self, argv: Sequence[str], output: Path, environment: Mapping[str, str], folder: Path) -> None:
+        leash = ["setpriv", "--pdeathsig", "TERM"] if shutil.which("setpriv") else []
+        self.argv = [*leash, *argv]
+        self.output = output
+        self.environment = dict(environment)
+        self.folder = folder
+        self._popen: subprocess.Popen[bytes] | None = None
+
+    @property
+    def pid(self) -> int:
+        assert self._popen is not None
+        return self._popen.pid
+
+    @property
+    def running(self) -> bool:
+        return self._popen is not None and self._popen.poll() is None
+
+    @property
+    def exit_code(self) -> int | None:
+        return None if self._popen is None else self._popen.poll()
+
+    @property
+    def text(self) -> str:
+        """All that the program wrote so far, over all its runs."""
+        return self.output.read_text(errors="replace") if self.output.exists() else ""
+
+    def launch(self) -> None:
+        """Start the program, without waiting for it to be of use."""
+        assert not self.running
+        with self.output.open("ab") as output:
+            self._popen = subprocess.Popen(
+                self.argv, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=self.environment, cwd=self.folder
+            )
+
+    def wait_for(self, ready: Callable[[], object], timeout: float = 20) -> None:
+        """Wait until the program is `ready`; fail with its output where it ends or takes too long."""
+        end = time.monotonic() + timeout
+        while not ready():
+            if not self.running or time.monotonic() > end:
+                raise AssertionError(f"{self.argv[-1]} did not come up:\n{self.text[-4000:]}")
+            time.sleep(0.02)
+
+    def stop(self, timeout: float = 30) -> int:
+        """End the program with SIGTERM and return its exit status; one that stays is killed and the test fails."""
+        if self._popen is None:
+            return 0
+        if self.running:
+            self._popen.terminate()
+        try:
+            return self._popen.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise AssertionError(f"{self.argv} stayed {timeout} s after SIGTERM:\n{self.text[-4000:]}") from None
+
+    def terminate(self) -> None:
+        """Ask the program to end, and do not wait for it."""
+        self.signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End the program as a power cut would."""
+        if self._popen is not None and self.running:
+            self._popen.kill()
+            self._popen.wait()
+
+    def signal(self, number: signal.Signals) -> None:
+        assert self._popen is not None
+        self._popen.send_signal(number)
+
+
+def listening(port: int) -> bool:
+    """Tell whether something accepts connections at `port` of 127.0.0.1."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0

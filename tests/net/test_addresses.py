@@ -1,0 +1,182 @@
+"""Sets of addresses and names, and the ways around them that must not work."""
+
+from __future__ import annotations
+
+from ipaddress import IPv4Address, IPv6Address, ip_network
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dockerproxy.net.addresses import AddressSet, Destinations, quoted
+
+
+def mapped(address: IPv4Address) -> str:
+    return str(IPv6Address(0xFFFF << 32 | int(address)))
+
+
+def nat64(address: IPv4Address) -> str:
+    return str(IPv6Address(0x0064FF9B << 96 | int(address)))
+
+
+def six_to_four(address: IPv4Address) -> str:
+    return str(IPv6Address(0x2002 << 112 | int(address) << 80 | 1))
+
+
+IPV4 = st.ip_addresses(v=4)
+NETWORK = st.builds(lambda address, prefix: str(ip_network((address, prefix), strict=False)), IPV4, st.integers(0, 32))
+
+
+@pytest.mark.parametrize(
+    ("text", "address", "rule"),
+    [
+        ("10.0.0.0/8", "10.255.0.1", "10.0.0.0/8"),
+        ("10.0.0.0/8", "11.0.0.1", None),
+        ("192.0.2.7", "192.0.2.7", "192.0.2.7"),
+        ("192.0.2.7", "192.0.2.8", None),
+        ("2001:db8::/32", "2001:db8:1::1", "2001:db8::/32"),
+        ("10.0.0.0/8 Private", "192.168.1.1", "Private"),
+        ("private", "172.31.255.255", "private"),
+        ("private", "172.32.0.0", None),
+        ("private", "100.127.0.1", "private"),
+        ("private", "fd12::1", "private"),
+        ("loopback", "127.8.8.8", "loopback"),
+        ("loopback", "::1", "loopback"),
+        ("link-local", "169.254.1.1", "link-local"),
+        ("link-local", "fe80::1%eth0", "link-local"),
+        ("metadata", "169.254.169.254", "metadata"),
+        ("metadata", "fd00:ec2::254", "metadata"),
+        ("metadata", "100.100.100.200", "metadata"),
+        ("metadata", "192.0.0.192", "metadata"),
+        ("metadata", "168.63.129.16", "metadata"),
+        ("metadata", "169.254.169.253", None),
+        ("all", "203.0.113.1", "all"),
+        ("all", "2001:db8::1", "all"),
+        ("none", "203.0.113.1", None),
+        ("", "203.0.113.1", None),
+        ("::ffff:10.0.0.0/104", "10.1.2.3", "::ffff:10.0.0.0/104"),
+    ],
+)
+def test_rule_for(text: str, address: str, rule: str | None) -> None:
+    assert AddressSet.parse(text).rule_for(address) == rule
+    assert (address in AddressSet.parse(text)) == (rule is not None)
+
+
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [
+        ("loopback", "0.0.0.0"),
+        ("loopback", "::"),
+        ("127.0.0.0/8", "0.0.0.0"),
+        ("::1", "::"),
+        ("127.0.0.1", "::ffff:0.0.0.0"),
+        ("metadata", "::ffff:169.254.169.254"),
+        ("metadata", "64:ff9b::a9fe:a9fe"),
+        ("metadata", "64:ff9b:1::a9fe:a9fe"),
+        ("metadata", "2002:a9fe:a9fe::1"),
+        ("loopback", "64:ff9b::"),
+    ],
+)
+def test_a_disguise_is_seen_through(text: str, address: str) -> None:
+    assert address in AddressSet.parse(text)
+
+
+@given(NETWORK, IPV4)
+def test_embedded_addresses_are_judged_as_what_they_lead_to(network: str, address: IPv4Address) -> None:
+    rules = AddressSet.parse(network)
+    if rules.rule_for(str(address)) is not None:
+        for disguise in (mapped, nat64, six_to_four):
+            assert rules.rule_for(disguise(address)) == network
+
+
+@given(NETWORK, IPV4)
+def test_an_allow_list_takes_mapped_addresses_and_no_other_disguise(network: str, address: IPv4Address) -> None:
+    rules = AddressSet.parse(network)
+    assert rules.rule_for(mapped(address), exactly=True) == rules.rule_for(str(address), exactly=True)
+    assert rules.rule_for(nat64(address), exactly=True) is None
+    assert rules.rule_for(six_to_four(address), exactly=True) is None
+
+
+@given(NETWORK, IPV4)
+def test_membership_is_that_of_the_network(network: str, address: IPv4Address) -> None:
+    assert (AddressSet.parse(network).rule_for(str(address), exactly=True) is not None) == (
+        address in ip_network(network)
+    )
+
+
+@pytest.mark.parametrize("word", ["10.0.0.256", "10.0.0.0/33", "localnet", "1.2.3", "10.0.0.0/", "/8"])
+def test_a_word_that_is_none_is_named(word: str) -> None:
+    with pytest.raises(ValueError, match="is not an address") as caught:
+        AddressSet.parse(f"127.0.0.1 {word}")
+    assert repr(word) in str(caught.value)
+
+
+def test_bits_beyond_the_prefix_are_a_mistake() -> None:
+    with pytest.raises(ValueError, match=r"'10.1.2.3/8' has bits beyond its prefix, the network is 10.0.0.0/8"):
+        AddressSet.parse("10.1.2.3/8")
+
+
+def test_no_address_is_no_answer() -> None:
+    with pytest.raises(ValueError, match="example"):
+        AddressSet.parse("all").rule_for("example.com")
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "word"),
+    [
+        ("example.com", "example.com", "example.com"),
+        ("example.com", "www.example.com", None),
+        ("example.com", "notexample.com", None),
+        ("*.example.com", "www.example.com", "*.example.com"),
+        ("*.example.com", "a.b.example.com", "*.example.com"),
+        ("*.example.com", "example.com", None),
+        ("*.example.com", "notexample.com", None),
+        (".example.com", "example.com", ".example.com"),
+        (".example.com", "www.example.com", ".example.com"),
+        (".example.com", "notexample.com", None),
+        ("Example.COM.", "example.com", "Example.COM."),
+        ("private 10.0.0.0/8", "example.com", None),
+        ("none", "example.com", None),
+        ("private All", "example.com", "All"),
+        ("127.0.0.1", "127.0.0.1", None),
+    ],
+)
+def test_match_name(text: str, name: str, word: str | None) -> None:
+    assert Destinations.parse(text).match_name(name) == word
+
+
+def test_match_address() -> None:
+    destinations = Destinations.parse("*.example.com metadata 10.0.0.0/8 loopback")
+    assert destinations.match_address("10.1.1.1") == "10.0.0.0/8"
+    assert destinations.match_address("2002:a9fe:a9fe::1") == "metadata"
+    assert destinations.match_address("2002:a9fe:a9fe::1", exactly=True) is None
+    assert destinations.match_address("192.0.2.1") is None
+
+
+def test_names_only() -> None:
+    assert Destinations.parse("example.com none").names_only
+    assert not Destinations.parse("example.com 10.0.0.0/8").names_only
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "*",
+        "*example.com",
+        "**.example.com",
+        "..example.com",
+        "example.com:443",
+        "a/b",
+        "*.10.0.0.1",
+        "exa mple..com",
+        "10.0.0.0/40",
+    ],
+)
+def test_no_destination(word: str) -> None:
+    with pytest.raises(ValueError, match="is not a host name such as"):
+        Destinations.parse(word)
+
+
+def test_quoted_hides_logins_and_length() -> None:
+    assert quoted("http://user:secret@proxy") == "'…@proxy'"
+    assert len(quoted("x" * 5000)) < 110

@@ -1,0 +1,104 @@
+"""Ranges, against Python's own slices."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dockerproxy.errors import RangeInvalid
+from dockerproxy.oci.ranges import Span, content_range, parse_content_range, select
+
+sizes = st.integers(1, 50)
+positions = st.integers(0, 60)
+
+
+def whole(size: int) -> bytes:
+    return bytes(range(size))
+
+
+@given(positions, st.one_of(st.none(), positions), sizes)
+def test_selects_what_a_slice_selects(first: int, last: int | None, size: int) -> None:
+    header = f"bytes={first}-{'' if last is None else last}"
+    if last is not None and last < first:
+        assert select(header, size) is None
+    elif first >= size:
+        with pytest.raises(RangeInvalid) as caught:
+            select(header, size)
+        assert caught.value.headers == (("Content-Range", f"bytes */{size}"),)
+    else:
+        span = select(header, size)
+        assert span is not None
+        expected = whole(size)[first : None if last is None else last + 1]
+        assert whole(size)[span.start : span.stop] == expected
+        assert span.length == len(expected)
+
+
+@given(st.integers(1, 60), sizes)
+def test_suffix(length: int, size: int) -> None:
+    span = select(f"bytes=-{length}", size)
+    assert span is not None
+    assert whole(size)[span.start : span.stop] == whole(size)[-length:]
+
+
+@pytest.mark.parametrize(
+    ("header", "size"), [("bytes=-0", 5), ("bytes=5-", 5), ("bytes=5-9", 5), ("bytes=9999999999999999999-", 5)]
+)
+def test_unsatisfiable(header: str, size: int) -> None:
+    with pytest.raises(RangeInvalid) as caught:
+        select(header, size)
+    assert dict(caught.value.headers) == {"Content-Range": f"bytes */{size}"}
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        None, "", "bytes", "bytes=", "bytes=-", "bytes=a-b", "bytes=0-1,3-4", "bytes=0-1,", "bytes=3-1", "lines=0-1",
+        "bytes=+0-1", "bytes=0--1", "bytes=-1-2", "bytes=0x0-1", "bytes=0 - 1", "bytes=٠-١", "bytes:0-1", "bytes=0-1\n",
+        "bytes=0-" + "9" * 20, "bytes=" + "0" * 5000 + "-",
+    ],
+)  # fmt: skip
+def test_whole_content(header: str | None) -> None:
+    assert select(header, 5) is None
+
+
+@pytest.mark.parametrize("header", ["bytes=0-", "bytes=0-0", "bytes=-5", "bytes=-0", "bytes=7-", None])
+def test_empty_content_is_always_whole(header: str | None) -> None:
+    assert select(header, 0) is None
+
+
+def test_spelling() -> None:
+    assert select("Bytes = 1-2 ", 5) == Span(1, 3)
+
+
+@given(st.text())
+def test_any_header(header: str) -> None:
+    select(header, 0)
+    span = None
+    try:
+        span = select(header, 7)
+    except RangeInvalid:
+        pass
+    assert span is None or 0 <= span.start < span.stop <= 7
+
+
+@given(st.integers(0, 2**62), st.integers(1, 2**30), st.integers(0, 2**30))
+def test_content_range_round_trip(start: int, length: int, more: int) -> None:
+    span = Span(start, start + length)
+    size = span.stop + more
+    assert parse_content_range(content_range(span, size)) == (span.start, span.stop, size)
+    assert parse_content_range(f"bytes {span.start}-{span.stop - 1}/*") == (span.start, span.stop, None)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "", "bytes", "bytes */5", "bytes */*", "bytes 0-4", "bytes 0-5/5", "bytes 3-2/5", "bytes 0-0/0", "bytes=0-4/5",
+        "0-4/5", "bytes 0-/5", "bytes -4/5", "bytes  0-4/5", "bytes 0-4/5 ", " bytes 0-4/5", "bytes 0-4/5\n",
+        "bytes 0-4/+5",
+        "lines 0-4/5", "bytes 0-4/٥", "bytes 0-4/5, bytes 0-4/5", "bytes 0-" + "9" * 20 + "/*",
+    ],
+)  # fmt: skip
+def test_no_content_range(value: str) -> None:
+    with pytest.raises(ValueError):
+        parse_content_range(value)

@@ -1,0 +1,202 @@
+"""Routes: every path of the distribution API, names that look like paths, and paths that try to be two things."""
+
+from __future__ import annotations
+
+from urllib.parse import parse_qsl, quote, urlencode
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dockerproxy.errors import BadRequest, DigestInvalid, NameInvalid, NameUnknown, RegistryError
+from dockerproxy.oci.names import Digest, parse_reference, parse_repository
+from dockerproxy.oci.routes import Kind, Target, parse_query, route, take_parameter
+
+DIGEST = "sha256:" + "0a" * 32
+NAME = parse_repository("library/ubuntu")
+
+words = st.sampled_from(["blobs", "manifests", "tags", "uploads", "referrers", "list", "v2", "a", "b-c", "d__e", "f.g"])
+names = st.lists(words, min_size=1, max_size=5).map("/".join)
+tags = st.one_of(words, st.from_regex(r"[a-zA-Z0-9_][a-zA-Z0-9._-]{0,20}", fullmatch=True))
+digests = st.one_of(
+    st.from_regex(r"sha256:[0-9a-f]{64}", fullmatch=True), st.from_regex(r"sha512:[0-9a-f]{128}", fullmatch=True)
+)
+sessions = st.from_regex(r"[A-Za-z0-9_=.~-]{1,80}", fullmatch=True).filter(lambda text: text not in (".", ".."))
+
+
+@pytest.mark.parametrize(
+    ("path", "target"),
+    [
+        ("/v2", Target(Kind.BASE)),
+        ("/v2/", Target(Kind.BASE)),
+        ("/v2/_catalog", Target(Kind.CATALOG)),
+        ("/v2/library/ubuntu/tags/list", Target(Kind.TAGS, NAME)),
+        ("/v2/library/ubuntu/manifests/v1", Target(Kind.MANIFEST, NAME, parse_reference("v1"))),
+        (f"/v2/library/ubuntu/manifests/{DIGEST}", Target(Kind.MANIFEST, NAME, Digest.parse(DIGEST))),
+        (f"/v2/library/ubuntu/blobs/{DIGEST}", Target(Kind.BLOB, NAME, Digest.parse(DIGEST))),
+        (f"/v2/library/ubuntu/blobs/{DIGEST.replace(':', '%3A')}", Target(Kind.BLOB, NAME, Digest.parse(DIGEST))),
+        (f"/v2/library/ubuntu/blobs/{DIGEST.replace(':', '%3a')}", Target(Kind.BLOB, NAME, Digest.parse(DIGEST))),
+        (f"/v2/library/ubuntu/referrers/{DIGEST}", Target(Kind.REFERRERS, NAME, Digest.parse(DIGEST))),
+        ("/v2/library/ubuntu/blobs/uploads/", Target(Kind.UPLOADS, NAME)),
+        ("/v2/library/ubuntu/blobs/uploads", Target(Kind.UPLOADS, NAME)),
+        ("/v2/library/ubuntu/blobs/uploads/a_B=.~-9", Target(Kind.UPLOAD, NAME, session="a_B=.~-9")),
+        (
+            "/v2/a/blobs/b/manifests/latest",
+            Target(Kind.MANIFEST, parse_repository("a/blobs/b"), parse_reference("latest")),
+        ),
+        ("/v2/a/tags/list/tags/list", Target(Kind.TAGS, parse_repository("a/tags/list"))),
+        ("/v2/a/blobs/uploads/blobs/uploads/", Target(Kind.UPLOADS, parse_repository("a/blobs/uploads"))),
+        ("/v2/a/manifests/list", Target(Kind.MANIFEST, parse_repository("a"), parse_reference("list"))),
+        ("/%76%32/%5fcatalog", Target(Kind.CATALOG)),
+    ],
+)
+def test_route(path: str, target: Target) -> None:
+    assert route(path) == target
+
+
+@given(names, tags, digests, sessions)
+def test_every_kind_by_any_name(name: str, tag: str, digest: str, session: str) -> None:
+    repository = parse_repository(name)
+    assert route(f"/v2/{name}/tags/list") == Target(Kind.TAGS, repository)
+    assert route(f"/v2/{name}/manifests/{tag}") == Target(Kind.MANIFEST, repository, parse_reference(tag))
+    assert route(f"/v2/{name}/manifests/{digest}") == Target(Kind.MANIFEST, repository, Digest.parse(digest))
+    assert route(f"/v2/{name}/blobs/{quote(digest)}") == Target(Kind.BLOB, repository, Digest.parse(digest))
+    assert route(f"/v2/{name}/referrers/{digest}") == Target(Kind.REFERRERS, repository, Digest.parse(digest))
+    assert route(f"/v2/{name}/blobs/uploads/") == Target(Kind.UPLOADS, repository)
+    assert route(f"/v2/{name}/blobs/uploads/{session}") == Target(Kind.UPLOAD, repository, session=session)
+
+
+@pytest.mark.parametrize(
+    ("path", "error"),
+    [
+        ("", NameUnknown),
+        ("/", NameUnknown),
+        ("v2/", NameUnknown),
+        ("//v2/", NameUnknown),
+        ("/v1/a/manifests/b", NameUnknown),
+        ("/v2x/", NameUnknown),
+        ("/V2/", NameUnknown),
+        ("/v2//", NameUnknown),
+        ("/v2/a", NameUnknown),
+        ("/v2/_catalog/", NameUnknown),
+        ("/v2/a/tags", NameUnknown),
+        ("/v2/a/tags/list/", NameUnknown),
+        ("/v2/a/tags/other", NameUnknown),
+        (f"/v2/a/blobs/{DIGEST}/x", NameUnknown),
+        ("/v2/a/blobs/uploads/s/x", NameUnknown),
+        ("/v2/tags/list", NameInvalid),
+        ("/v2/manifests/latest", NameInvalid),
+        ("/v2/blobs/uploads/", NameInvalid),
+        ("/v2/A/manifests/latest", NameInvalid),
+        ("/v2/a//manifests/latest", NameInvalid),
+        ("/v2/a/manifests/", NameInvalid),
+        ("/v2/a/manifests/.x", NameInvalid),
+        ("/v2/a/manifests/" + "x" * 129, NameInvalid),
+        ("/v2/a/blobs/uploads/x:y", NameInvalid),
+        ("/v2/a/blobs/uploads/" + "x" * 513, NameInvalid),
+        ("/v2/a/manifests/sha256:00", DigestInvalid),
+        ("/v2/a/blobs/latest", DigestInvalid),
+        ("/v2/a/blobs/", DigestInvalid),
+        ("/v2/a/referrers/latest", DigestInvalid),
+        ("/v2/a%2Fb/manifests/latest", NameInvalid),
+        ("/v2/a%2fb/manifests/latest", NameInvalid),
+        ("/v2/a/manifests%2flatest", NameInvalid),
+        ("/v2/a%252Fb/manifests/latest", NameInvalid),
+        ("/v2/a%00/manifests/latest", NameInvalid),
+        ("/v2/a/manifests/latest%0d%0aX:", NameInvalid),
+        ("/v2/a/manifests/latest%20", NameInvalid),
+        ("/v2/a/manifests/caf%C3%A9", NameInvalid),
+        ("/v2/a/manifests/%", NameInvalid),
+        ("/v2/a/manifests/%4", NameInvalid),
+        ("/v2/a/manifests/%zz", NameInvalid),
+        ("/v2/a/manifests/%+1", NameInvalid),
+        ("/v2/a/manifests/é", NameInvalid),
+        ("/v2/a/manifests/a b", NameInvalid),
+        ("/v2/a/manifests/a\0", NameInvalid),
+        ("/v2/a/manifests/a\n", NameInvalid),
+        ("/v2/a/../b/manifests/latest", NameInvalid),
+        ("/v2/a/./manifests/latest", NameInvalid),
+        ("/v2/a/%2e%2E/b/manifests/latest", NameInvalid),
+        ("/v2/a/.%2e/manifests/latest", NameInvalid),
+        ("/v2/../etc", NameInvalid),
+        ("/../v2/", NameInvalid),
+        ("/v2/a/blobs/uploads/..", NameInvalid),
+        ("/v2/a/blobs/uploads/%2e", NameInvalid),
+        ("/v2/a\\..\\b/manifests/latest", NameInvalid),
+    ],
+)
+def test_no_route(path: str, error: type[RegistryError]) -> None:
+    with pytest.raises(error) as caught:
+        route(path)
+    assert type(caught.value) is error
+
+
+pieces = st.sampled_from(
+    ["v2", "a", "blobs", "uploads", "manifests", "tags", "list", DIGEST, "", ".", "..", "%2e", "%2f"]
+)
+
+
+@given(st.one_of(st.text().map("/".__add__), st.lists(pieces).map(lambda parts: "/v2/" + "/".join(parts))))
+def test_any_path_is_a_target_or_a_registry_error(path: str) -> None:
+    try:
+        target = route(path)
+    except (NameInvalid, NameUnknown, DigestInvalid):
+        return
+    assert (target.name is None) == (target.kind in (Kind.BASE, Kind.CATALOG))
+    assert (target.reference is not None) == (target.kind in (Kind.MANIFEST, Kind.BLOB, Kind.REFERRERS))
+    assert (target.session is not None) == (target.kind is Kind.UPLOAD)
+    if target.name is not None:
+        assert parse_repository(target.name) == target.name
+
+
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
+
+
+@given(st.lists(st.tuples(texts.filter(bool), texts), max_size=8))
+def test_query_is_what_the_standard_library_reads(pairs: list[tuple[str, str]]) -> None:
+    query = urlencode(pairs)
+    assert parse_query(query) == pairs == parse_qsl(query, keep_blank_values=True)
+
+
+def test_query_forms() -> None:
+    assert parse_query("") == []
+    assert parse_query("a&b=&=c&&d=e=f&g=+%2B") == [("a", ""), ("b", ""), ("", "c"), ("d", "e=f"), ("g", " +")]
+    assert parse_query("a;b=c") == [("a;b", "c")]
+
+
+@pytest.mark.parametrize("query", ["a=%", "a=%4", "a=%zz", "%=a", "a=%ff", "a=" + "x" * 8192, "&".join("a" * 101)])
+def test_no_query(query: str) -> None:
+    with pytest.raises(BadRequest):
+        parse_query(query)
+
+
+parts = st.from_regex(r"[a-m%&=+]{0,12}", fullmatch=True)
+
+
+@given(parts, parts)
+def test_taking_leaves_the_rest_alone(before: str, after: str) -> None:
+    assert take_parameter(f"{before}&ns=quay.io%3A5000&{after}", "ns") == ("quay.io:5000", f"{before}&{after}")
+
+
+@pytest.mark.parametrize(
+    ("query", "expected"),
+    [
+        ("", (None, "")),
+        ("ns=a", ("a", "")),
+        ("ns=", ("", "")),
+        ("ns", ("", "")),
+        ("x=1&ns=a&y=%7e", ("a", "x=1&y=%7e")),
+        ("n%73=a&x", ("a", "x")),
+        ("ns=a&x=1&ns=a", ("a", "x=1")),
+        ("NS=a&nsx=b", (None, "NS=a&nsx=b")),
+        ("x=%zz&&ns=docker.io&", ("docker.io", "x=%zz&&")),
+    ],
+)
+def test_take(query: str, expected: tuple[str | None, str]) -> None:
+    assert take_parameter(query, "ns") == expected
+
+
+@pytest.mark.parametrize("query", ["ns=a&ns=b", "ns=%ff", "ns=%zz", "x=" + "y" * 8192])
+def test_no_take(query: str) -> None:
+    with pytest.raises(BadRequest):
+        take_parameter(query, "ns")

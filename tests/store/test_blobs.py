@@ -1,0 +1,235 @@
+from __future__ import annotations
+
+import errno
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, rule
+
+from dockerproxy.errors import DigestInvalid
+from dockerproxy.oci.names import Digest
+from dockerproxy.store.blobs import Blobs, OpenBlob, fill_cached, read_cached
+from dockerproxy.store.layout import Layout
+
+CONTENTS = [b"", b"a", b"bb", b"c" * 5000]
+
+
+class Clock:
+    now = 1_000_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class BlobsMachine(RuleBasedStateMachine):
+    """`Blobs` beside a dict; readers that stay open keep their bytes whatever happens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.directory = tempfile.TemporaryDirectory()
+        self.layout = Layout(Path(self.directory.name))
+        self.clock = Clock()
+        self.blobs = Blobs(self.layout, False, self.clock)
+        self.model: dict[Digest, tuple[bytes, float]] = {}
+        self.readers: list[tuple[OpenBlob, bytes]] = []
+
+    def teardown(self) -> None:
+        for reader, content in self.readers:
+            with reader:
+                assert reader.read_blocking(0, 10_000) == content
+        assert not os.path.exists(self.layout.staging) or os.listdir(self.layout.staging) == []
+        self.directory.cleanup()
+
+    @rule(content=st.sampled_from(CONTENTS), algorithm=st.sampled_from(["sha256", "sha512"]))
+    def put(self, content: bytes, algorithm: str) -> None:
+        digest = Digest.of(content, algorithm)
+        self.blobs.put(content, digest)
+        self.model.setdefault(digest, (content, self.written(digest)))
+
+    @rule(content=st.sampled_from(CONTENTS))
+    def publish(self, content: bytes) -> None:
+        os.makedirs(self.layout.staging, exist_ok=True)
+        staged = f"{self.layout.staging}/mine"
+        Path(staged).write_bytes(content)
+        digest = Digest.of(content)
+        self.blobs.publish(staged, digest)
+        assert not os.path.exists(staged)
+        self.model.setdefault(digest, (content, self.clock.now))
+
+    @rule(content=st.sampled_from(CONTENTS))
+    def remove(self, content: bytes) -> None:
+        digest = Digest.of(content)
+        assert self.blobs.remove(digest) == (self.model.pop(digest, None) is not None)
+
+    @rule(content=st.sampled_from(CONTENTS), seconds=st.integers(0, 100))
+    def open(self, content: bytes, seconds: int) -> None:
+        self.clock.now += seconds
+        digest = Digest.of(content)
+        blob = self.blobs.open(digest)
+        assert (blob is not None) == (digest in self.model)
+        if blob is not None:
+            assert (blob.size, blob.digest) == (len(content), digest)
+            self.readers.append((blob, content))
+            last = self.model[digest][1]
+            if not 0 <= self.clock.now - last < 60:
+                self.model[digest] = (content, self.clock.now)
+
+    @rule()
+    def walk(self) -> None:
+        found = {entry.digest: (entry.size, entry.last_used) for entry in self.blobs.walk()}
+        assert found == {digest: (len(content), last) for digest, (content, last) in self.model.items()}
+
+    @rule(content=st.sampled_from(CONTENTS))
+    def ask(self, content: bytes) -> None:
+        digest = Digest.of(content)
+        assert self.blobs.exists(digest) == (digest in self.model)
+        assert self.blobs.size(digest) == (len(content) if digest in self.model else None)
+
+    def written(self, digest: Digest) -> float:
+        return os.stat(self.layout.blob(digest)).st_mtime
+
+
+TestBlobs = BlobsMachine.TestCase
+TestBlobs.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+
+
+@pytest.fixture
+def layout(tmp_path: Path) -> Layout:
+    return Layout(tmp_path)
+
+
+def test_put_refuses_content_of_another_digest(layout: Layout) -> None:
+    with pytest.raises(DigestInvalid):
+        Blobs(layout, True).put(b"a", Digest.of(b"b"))
+    assert not Blobs(layout, True).exists(Digest.of(b"b"))
+
+
+def test_publish_mends_a_damaged_length(layout: Layout) -> None:
+    blobs, digest = Blobs(layout, True), Digest.of(b"whole")
+    blobs.put(b"whole", digest)
+    os.truncate(layout.blob(digest), 2)
+    blobs.put(b"whole", digest)
+    assert Path(layout.blob(digest)).read_bytes() == b"whole"
+    os.truncate(layout.blob(digest), 2)
+    staged = Path(layout.staging) / "x"
+    staged.write_bytes(b"whole")
+    blobs.publish(str(staged), digest)
+    assert Path(layout.blob(digest)).read_bytes() == b"whole"
+
+
+def test_publish_survives_a_directory_that_goes_while_it_comes(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    blobs, digest = Blobs(layout, True), Digest.of(b"x")
+    real, calls = os.rename, []
+
+    def rename(source: str, target: str) -> None:
+        calls.append(target)
+        if len(calls) == 2:
+            # `remove` of the same digest, between our mkdir and our rename.
+            os.rmdir(os.path.dirname(target))
+        real(source, target)
+
+    monkeypatch.setattr(os, "rename", rename)
+    blobs.put(b"x", digest)
+    assert len(calls) == 3
+    assert blobs.exists(digest)
+
+
+def test_a_date_in_the_future_is_put_right(layout: Layout) -> None:
+    clock = Clock()
+    blobs, digest = Blobs(layout, False, clock), Digest.of(b"x")
+    blobs.put(b"x", digest)
+    os.utime(layout.blob(digest), (clock.now + 1e6, clock.now + 1e6))
+    blob = blobs.open(digest)
+    assert blob is not None
+    blob.close()
+    blob.close()
+    assert [entry.last_used for entry in blobs.walk()] == [clock.now]
+
+
+def test_walk_passes_foreign_files(layout: Layout) -> None:
+    blobs, digest = Blobs(layout, False), Digest.of(b"x")
+    assert list(blobs.walk()) == []
+    blobs.put(b"x", digest)
+    root = Path(layout.blobs)
+    (root / "README").write_text("?")
+    (root / "sha256" / "file").write_text("?")
+    (root / "sha256" / digest.hex[:2] / "nohex").mkdir()
+    (root / "sha256" / digest.hex[:2] / (digest.hex[:2] + "0" * 62)).mkdir()  # a removal that stopped half-way
+    (root / "sha256" / digest.hex[:2] / (digest.hex[:2] + "1" * 62)).write_text("?")
+    (root / "sha256" / "zz" / digest.hex).mkdir(parents=True)
+    assert [entry.digest for entry in blobs.walk()] == [digest]
+
+
+def test_walk_passes_what_goes_meanwhile(layout: Layout) -> None:
+    blobs = Blobs(layout, False)
+    digests = {Digest.of(bytes([number])) for number in range(20)}
+    for number in range(20):
+        blobs.put(bytes([number]), Digest.of(bytes([number])))
+    entries = blobs.walk()
+    seen = {next(entries).digest}
+    for digest in digests - seen:
+        blobs.remove(digest)
+    assert list(entries) == []
+
+
+def test_reads_from_memory(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(range(256)) * 4096)
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        whole = os.pread(fd, 1 << 20, 0)  # brings it into memory
+        data = read_cached(fd, 1000, 5000)
+        if data is None:
+            pytest.skip("this file system does not tell what is in memory")
+        assert bytes(data) == whole[1000:6000]
+        assert bytes(read_cached(fd, (1 << 20) - 10, 5000) or b"") == whole[-10:]
+        assert read_cached(fd, 1 << 20, 5000) == bytearray()
+        buffer = bytearray(b"-" * 10)
+        assert fill_cached(fd, memoryview(buffer)[2:5], 7) == 3
+        assert buffer == b"--\x07\x08\x09-----"
+    finally:
+        os.close(fd)
+
+
+def test_a_read_never_asks_for_more_than_there_is(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = b"0123456789"
+    blobs, digest = Blobs(layout, False), Digest.of(content)
+    blobs.put(content, digest)
+    asked = []
+    real = os.preadv
+
+    def preadv(fd: int, buffers: list[bytearray], offset: int, flags: int) -> int:
+        asked.append(len(buffers[0]))
+        return real(fd, buffers, offset, flags)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    blob = blobs.open(digest)
+    assert blob is not None
+    with blob:
+        for offset in (2, 10, 11):
+            assert blob.read_blocking(offset, 100) == content[offset:]
+            assert blob.read(offset, 1 << 20) in (None, content[offset:])
+    assert asked == [8, 0, 0]
+    assert blob.fd == -1
+
+
+@pytest.mark.parametrize("code", [errno.EAGAIN, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_none_where_memory_has_it_not_or_cannot_tell(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    def preadv(*_: object) -> int:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    assert read_cached(0, 0, 10) is None
+
+
+def test_other_errors_of_a_read_pass(tmp_path: Path) -> None:
+    fd = os.open(tmp_path / "file", os.O_WRONLY | os.O_CREAT)
+    try:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            read_cached(fd, 0, 10)
+    finally:
+        os.close(fd)

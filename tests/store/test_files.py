@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dockerproxy.store import files
+from dockerproxy.store.files import Staging, read_small, write_all
+
+
+@given(st.lists(st.binary(max_size=9), max_size=8), st.lists(st.integers(1, 7), max_size=40))
+def test_writes_all_however_little_is_taken_at_once(chunks: list[bytes], taken: list[int]) -> None:
+    fd = os.memfd_create("x")
+    real, left = os.pwritev, iter(taken)
+
+    def pwritev(fd: int, buffers: list[bytes], offset: int) -> int:
+        return real(fd, [b"".join(buffers)[: next(left, None)]], offset)
+
+    try:
+        os.write(fd, b"start")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, "pwritev", pwritev)
+            assert write_all(fd, chunks, 5) == sum(map(len, chunks))
+        assert os.pread(fd, 1000, 0) == b"start" + b"".join(chunks)
+    finally:
+        os.close(fd)
+
+
+def test_writes_more_buffers_than_one_call_takes(tmp_path: Path) -> None:
+    fd = os.open(tmp_path / "x", os.O_RDWR | os.O_CREAT)
+    try:
+        chunks = [b"%d," % number for number in range(3000)]
+        write_all(fd, chunks, 0)
+        assert (tmp_path / "x").read_bytes() == b"".join(chunks)
+    finally:
+        os.close(fd)
+
+
+def test_emptying_drops_whatever_is_there(tmp_path: Path) -> None:
+    Staging(str(tmp_path / "none")).empty()
+    (tmp_path / "tree" / "deep").mkdir(parents=True)
+    (tmp_path / "tree" / "deep" / "file").write_text("x")
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "link").symlink_to("/")
+    Staging(str(tmp_path)).empty()
+    assert list(tmp_path.iterdir()) == []
+    assert os.path.isdir("/")
+
+
+def test_a_directory_removed_for_ever_ends_with_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    staging = Staging(str(tmp_path / "staging"))
+    monkeypatch.setattr(Staging, "make_directory", lambda self, path: os.makedirs(self.directory, exist_ok=True))
+    with pytest.raises(FileNotFoundError, match="removed"):
+        staging.write(b"x", str(tmp_path / "gone" / "file"))
+    assert os.listdir(staging.directory) == []
+
+
+def test_a_staged_file_that_is_gone_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        Staging(str(tmp_path)).move(str(tmp_path / "gone"), str(tmp_path / "a" / "b"))
+    assert not (tmp_path / "a").exists()
+
+
+def test_taking_away_says_whether_it_was_there(tmp_path: Path) -> None:
+    staging = Staging(str(tmp_path / "staging"), sync_names=True)
+    (tmp_path / "tree" / "deep").mkdir(parents=True)
+    assert staging.take_away(str(tmp_path / "tree"))
+    assert not staging.take_away(str(tmp_path / "tree"))
+    assert os.listdir(staging.directory) == []
+
+
+def test_reads_no_more_than_the_limit(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"0123456789")
+    assert read_small(str(tmp_path / "x"), 4) == b"0123"
+    assert read_small(str(tmp_path / "x" / "y"), 4) is None
+    assert read_small(str(tmp_path / "y"), 4) is None
+
+
+def test_private_files_are_private(tmp_path: Path) -> None:
+    Staging(str(tmp_path / "s"), private=True).write(b"x", str(tmp_path / "a" / "b" / "c"))
+    assert (tmp_path / "a" / "b" / "c").stat().st_mode & 0o777 == 0o600
+    assert {(tmp_path / name).stat().st_mode & 0o777 for name in ("s", "a", "a/b")} == {0o700}
+    assert files.read_small(str(tmp_path / "a" / "b" / "c"), 9) == b"x"

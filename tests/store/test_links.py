@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, rule
+
+from dockerproxy.errors import NameInvalid
+from dockerproxy.oci.names import Digest
+from dockerproxy.store.layout import Layout
+from dockerproxy.store.links import Links
+
+INDEX = "application/vnd.oci.image.index.v1+json"
+REPOSITORIES = st.sampled_from(["a", "a/b", "a/b/c", "a-b", "registry-1.docker.io/library/ubuntu", "host:5000/a"])
+TAGS = st.sampled_from(["latest", "v1", "_x", "link", "current"])
+DIGESTS = st.sampled_from([Digest.of(b"1"), Digest.of(b"2"), Digest.of(b"1", "sha512")])
+TYPES = st.sampled_from([INDEX, "application/vnd.docker.distribution.manifest.v2+json"])
+
+
+class LinksMachine(RuleBasedStateMachine):
+    """`Links` beside dicts; each answer comes from a second one on the same tree, as another process would see it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.directory = tempfile.TemporaryDirectory()
+        self.layout = Layout(Path(self.directory.name))
+        self.links = Links(self.layout, False)
+        self.other = Links(self.layout, True)
+        self.layers: set[tuple[str, Digest]] = set()
+        self.manifests: dict[tuple[str, Digest], str] = {}
+        self.tags: dict[str, dict[str, Digest]] = {}
+        self.touched: set[str] = set()
+
+    def teardown(self) -> None:
+        assert not os.path.exists(self.layout.staging) or os.listdir(self.layout.staging) == []
+        self.directory.cleanup()
+
+    @rule(repository=REPOSITORIES, digest=DIGESTS)
+    def link_layer(self, repository: str, digest: Digest) -> None:
+        self.links.link_layer(repository, digest)
+        self.layers.add((repository, digest))
+        self.touched.add(repository)
+
+    @rule(repository=REPOSITORIES, digest=DIGESTS)
+    def unlink_layer(self, repository: str, digest: Digest) -> None:
+        assert self.links.unlink_layer(repository, digest) == ((repository, digest) in self.layers)
+        self.layers.discard((repository, digest))
+
+    @rule(repository=REPOSITORIES, digest=DIGESTS, media_type=TYPES)
+    def link_manifest(self, repository: str, digest: Digest, media_type: str) -> None:
+        self.links.link_manifest(repository, digest, media_type)
+        self.manifests[repository, digest] = media_type
+        self.touched.add(repository)
+
+    @rule(repository=REPOSITORIES, digest=DIGESTS)
+    def unlink_manifest(self, repository: str, digest: Digest) -> None:
+        there = self.manifests.pop((repository, digest), None)
+        assert self.links.unlink_manifest(repository, digest) == (there is not None)
+
+    @rule(repository=REPOSITORIES, tag=TAGS, digest=DIGESTS)
+    def set_tag(self, repository: str, tag: str, digest: Digest) -> None:
+        self.links.set_tag(repository, tag, digest)
+        self.tags.setdefault(repository, {})[tag] = digest
+        self.touched.add(repository)
+
+    @rule(repository=REPOSITORIES, tag=TAGS)
+    def remove_tag(self, repository: str, tag: str) -> None:
+        there = self.tags.get(repository, {}).pop(tag, None)
+        assert self.links.remove_tag(repository, tag) == (there is not None)
+
+    @rule(repository=REPOSITORIES, digest=DIGESTS, tag=TAGS)
+    def ask(self, repository: str, digest: Digest, tag: str) -> None:
+        assert self.other.has_layer(repository, digest) == ((repository, digest) in self.layers)
+        assert self.other.has_manifest(repository, digest) == ((repository, digest) in self.manifests)
+        assert self.other.manifest_media_type(repository, digest) == self.manifests.get((repository, digest))
+        assert self.other.tag(repository, tag) == self.tags.get(repository, {}).get(tag)
+        assert self.other.tags(repository) == sorted(self.tags.get(repository, {}))
+
+    @rule()
+    def list_repositories(self) -> None:
+        assert sorted(self.other.repositories()) == sorted(self.touched)
+
+
+TestLinks = LinksMachine.TestCase
+TestLinks.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
+
+
+@pytest.fixture
+def layout(tmp_path: Path) -> Layout:
+    return Layout(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"sha256:", b"sha256:abc", b"\0" * 71, b"\xff"])
+def test_a_torn_tag_is_no_tag_and_can_be_set_again(layout: Layout, content: bytes) -> None:
+    links, digest = Links(layout, False), Digest.of(b"1")
+    links.set_tag("a", "v1", digest)
+    Path(layout.tag_current("a", "v1")).write_bytes(content)
+    assert links.tag("a", "v1") is None
+    links.set_tag("a", "v1", digest)
+    assert links.tag("a", "v1") == digest
+
+
+def test_an_empty_link_links_nothing_and_can_be_made_again(layout: Layout) -> None:
+    links, digest = Links(layout, False), Digest.of(b"1")
+    links.link_layer("a", digest)
+    links.link_manifest("a", digest, INDEX)
+    links.set_tag("a", "v1", digest)
+    for path in (layout.layer("a", digest), layout.manifest("a", digest), layout.tag_current("a", "v1")):
+        os.truncate(path, 0)
+    assert not links.has_layer("a", digest)
+    assert not links.has_manifest("a", digest)
+    assert links.tags("a") == []
+    links.link_layer("a", digest)
+    assert links.has_layer("a", digest)
+
+
+@pytest.mark.parametrize("content", [b"", b"a/b\r\nX: y", b"\0\0\0", b"a/" + b"b" * 300, "é".encode()])
+def test_a_media_type_that_could_not_be_a_header_is_none(layout: Layout, content: bytes) -> None:
+    links, digest = Links(layout, False), Digest.of(b"1")
+    links.link_manifest("a", digest, INDEX)
+    Path(layout.media_type("a", digest)).write_bytes(content)
+    assert links.manifest_media_type("a", digest) is None
+
+
+def test_a_link_with_a_line_end_is_read(layout: Layout) -> None:
+    links, digest = Links(layout, False), Digest.of(b"1")
+    links.set_tag("a", "v1", digest)
+    Path(layout.tag_current("a", "v1")).write_text(f"{digest}\n")
+    assert links.tag("a", "v1") == digest
+
+
+def test_foreign_names_are_passed(layout: Layout) -> None:
+    links, digest = Links(layout, False), Digest.of(b"1")
+    assert list(links.repositories()) == []
+    assert links.tags("a") == []
+    links.link_layer("a", digest)
+    links.set_tag("a", "v1", digest)
+    (Path(layout.tags("a")) / ".hidden" / "current").mkdir(parents=True)
+    (Path(layout.tags("a")) / "file").write_text("?")
+    (Path(layout.repository("a")) / "_uploads" / "x").mkdir(parents=True)
+    (Path(layout.repositories) / "lost+found" / "_layers").mkdir(parents=True)
+    (Path(layout.repositories) / "file").write_text("?")
+    assert links.tags("a") == ["v1"]
+    assert list(links.repositories()) == ["a"]
+
+
+@pytest.mark.parametrize("name", ["../x", "a/_layers", ""])
+def test_no_method_takes_a_name_that_leads_elsewhere(layout: Layout, name: str) -> None:
+    links, digest = Links(layout, False), Digest.of(b"1")
+    for call in (
+        lambda: links.has_layer(name, digest), lambda: links.link_layer(name, digest), lambda: links.tags(name),
+        lambda: links.unlink_layer(name, digest), lambda: links.has_manifest(name, digest),
+        lambda: links.link_manifest(name, digest, INDEX), lambda: links.unlink_manifest(name, digest),
+        lambda: links.manifest_media_type(name, digest), lambda: links.tag(name, "v1"),
+        lambda: links.set_tag(name, "v1", digest), lambda: links.remove_tag(name, "v1"),
+    ):  # fmt: skip
+        with pytest.raises(NameInvalid):
+            call()

@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import os
+import stat
+import tempfile
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dockerproxy.store import records as module
+from dockerproxy.store.records import Records
+
+KEYS = st.lists(st.text(max_size=200), min_size=1, max_size=3).map(tuple)
+AWKWARD = ["", ".", "..", "a", "A", "a~.json", "a~", "~", "~staging", "%7E", "a/b", "é", "\ud800", "a" * 300, "a\0b"]
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.tuples(KEYS, st.one_of(st.none(), st.integers())), max_size=12))
+def test_a_record_is_what_was_put_last(writes: list[tuple[tuple[str, ...], int | None]]) -> None:
+    model: dict[tuple[str, ...], dict[str, int]] = {}
+    with tempfile.TemporaryDirectory() as directory:
+        records, other = Records(Path(directory), remembered=3), Records(Path(directory))
+        for key, value in writes:
+            other.get(*key)
+            if value is None:
+                records.remove(*key)
+                model.pop(key, None)
+            else:
+                model[key] = {"value": value}
+                records.put(model[key], *key)
+            for known in {key for key, _ in writes}:
+                assert records.get(*known) == other.get(*known) == model.get(known)
+
+
+def test_awkward_keys_are_apart(tmp_path: Path) -> None:
+    records = Records(tmp_path / "records")
+    keys = [*((one,) for one in AWKWARD), *((one, two) for one in AWKWARD for two in AWKWARD)]
+    for number, key in enumerate(keys):
+        records.put({"number": number}, *key)
+    fresh = Records(tmp_path / "records")
+    assert [fresh.get(*key) for key in keys] == [{"number": number} for number in range(len(keys))]
+    assert os.listdir(tmp_path) == ["records"]
+    for directory, _, files in os.walk(tmp_path / "records"):
+        assert stat.S_IMODE(os.stat(directory).st_mode) == 0o700
+        for file in files:
+            assert stat.S_IMODE(os.stat(f"{directory}/{file}").st_mode) == 0o600
+
+
+def test_the_root_can_be_read_by_a_person(tmp_path: Path) -> None:
+    Records(tmp_path).put({}, "tag", "registry-1.docker.io:443", "library/ubuntu", "latest")
+    path = tmp_path / "tag" / "registry-1.docker.io:443" / "library%2Fubuntu" / "latest~.json"
+    assert path.read_text() == ('{"key":["tag","registry-1.docker.io:443","library/ubuntu","latest"],"value":{}}')
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"\xff\xfe", b'{"key":["b"],"value":{}}', b'{"key":["a"],"value":1}', b"1" * 5000]
+)
+def test_what_is_torn_or_anothers_counts_as_absent(tmp_path: Path, content: bytes) -> None:
+    records = Records(tmp_path)
+    records.put({"x": 1}, "a")
+    (tmp_path / "a~.json").write_bytes(content)
+    assert records.get("a") is None
+    records.put({"x": 2}, "a")
+    assert records.get("a") == {"x": 2}
+
+
+def test_a_known_record_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    records = Records(tmp_path, remembered=2)
+    for key in "abc":
+        records.put({"key": key}, key)
+    reads = []
+    real = module._load
+
+    def load(path: str, key: tuple[str, ...]) -> Any:
+        reads.append("".join(key))
+        return real(path, key)
+
+    monkeypatch.setattr(module, "_load", load)
+    for key in "aabacabx":
+        assert (records.get(key) is None) == (key == "x")
+    # Two are remembered, the least recently used one goes; what does not exist is not read at all.
+    assert reads == ["a", "b", "c", "b"]
+
+
+def test_no_key_is_no_record(tmp_path: Path) -> None:
+    with pytest.raises(ValueError):
+        Records(tmp_path).get()
+
+
+def test_several_threads_may_use_one(tmp_path: Path) -> None:
+    records = Records(tmp_path, remembered=2)
+    errors: list[BaseException] = []
+
+    def use(name: str) -> None:
+        try:
+            for number in range(200):
+                records.put({"number": number}, name)
+                assert records.get(name) == {"number": number}
+                records.get(f"{number}")
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=use, args=(name,)) for name in "abcd"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []

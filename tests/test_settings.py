@@ -1,0 +1,539 @@
+"""The environment and .env files as users write them: what is understood, what is refused, and that nothing leaks."""
+
+from __future__ import annotations
+
+import base64
+import re
+from pathlib import Path
+
+import pytest
+from attrs import fields
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dockerproxy.oci.names import Host, Registry
+from dockerproxy.settings import DOCKER_HUB, DOCKER_HUB_TOKENS, Settings, SettingsError, read_env_file
+from dockerproxy.values import UpstreamLogin
+
+ROOT = Path(__file__).parent.parent
+NAMES = [
+    "REGISTRIES",
+    *(one.name.upper() for one in fields(Settings) if one.name not in ("extra_registries", "warnings")),
+]
+SECRET = "Pa55wOrd"
+
+SEED = """\
+REGISTRIES=k8s.gcr.io quat.io mirror.gcr.io mirrors--dockerhub.company.com
+AUTH_REGISTRIES=auth.docker.io:meermanr:dckr_pat_myPASSWORD registry-1.docker.io:meermanr:dckr_pat_myPASSWORD mirrors--dockerhub.company.com:robert.meerman@company.com:REDACTEDREDACTED
+"""  # noqa: E501 - the file as users have it
+
+
+def settings(**env: str) -> Settings:
+    return Settings.from_environment(env)
+
+
+def refusal(**env: str) -> str:
+    with pytest.raises(SettingsError) as caught:
+        settings(**env)
+    return str(caught.value)
+
+
+def env_file(folder: Path, text: str) -> dict[str, str]:
+    path = folder / ".env"
+    path.write_bytes(text.encode())
+    return read_env_file(path)
+
+
+# Defaults and derived values
+
+
+def test_an_empty_environment_gives_the_documented_defaults(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = settings()
+    assert found.registries == (Registry.parse("registry-1.docker.io"),)
+    assert found.intercepted == (DOCKER_HUB, DOCKER_HUB_TOKENS)
+    assert found.extra_registries == ()
+    assert found.auth_registries == {}
+    assert found.cache_max_size == 32 * 1024**3
+    assert found.cache_inactive == 60 * 86400
+    assert (found.allow_push, found.enable_manifest_cache, found.verify_ssl, found.disable_ipv6) == (
+        False,
+        False,
+        True,
+        False,
+    )
+    assert found.manifest_cache_primary_time == 600
+    assert found.manifest_cache_secondary_time == 60 * 86400
+    assert found.manifest_cache_default_time == 3600
+    assert (found.keepalive_timeout, found.client_header_timeout, found.proxy_read_timeout) == (300, 60, 60)
+    assert found.state_dir == tmp_path / "var"
+    assert found.cache_dir == tmp_path / "var/cache"
+    assert found.registry_dir == tmp_path / "var/registry"
+    assert found.ca_dir == tmp_path / "var/ca"
+    assert (found.ca_crt_file, found.ca_key_file, found.ca_key_passphrase) == (None, None, None)
+    assert found.proxy_listen == ("tcp:3128",)
+    assert found.registry_listen == ("tcp:5443",)
+    assert found.registry_http_listen == ()
+    assert found.registry_hostname == ("docker-registry.local",)
+    assert found.upstream_addresses == {}
+    assert found.upstream_proxy is None
+    assert found.tunnel_ports == {443}
+    assert "192.168.1.1" in found.allow_clients
+    assert "203.0.113.1" not in found.allow_clients
+    assert found.tunnel_allow.match_address("203.0.113.1") == "all"
+    assert found.tunnel_deny.match_address("169.254.169.254")
+    assert not found.tunnel_deny.match_address("10.0.0.1")
+    assert (found.share_auth_registries, found.anonymous_pull, found.htpasswd_file) == (True, False, None)
+    assert 1 <= found.workers <= 8
+    assert found.log_format == "text"
+    assert found.warnings == ()
+
+
+def test_every_setting_may_be_empty() -> None:
+    assert Settings.from_environment(dict.fromkeys([*NAMES, "STATE_DIRECTORY"], "")) == settings()
+
+
+def test_the_state_directory_of_systemd() -> None:
+    assert settings(STATE_DIRECTORY="/var/lib/a:/var/lib/b").cache_dir == Path("/var/lib/a/cache")
+    found = settings(STATE_DIRECTORY="/var/lib/a", STATE_DIR="/srv/b", CACHE_DIR="/mnt/cache")
+    assert (found.state_dir, found.cache_dir, found.ca_dir) == (Path("/srv/b"), Path("/mnt/cache"), Path("/srv/b/ca"))
+
+
+def test_relative_paths_start_from_where_the_daemon_is_started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert settings(STATE_DIR="state").ca_dir == tmp_path / "state/ca"
+
+
+# The .env file
+
+
+def test_the_env_file_of_the_readme(tmp_path: Path) -> None:
+    found = Settings.from_environment({}, env_file(tmp_path, SEED))
+    assert [str(registry) for registry in found.registries] == [
+        "registry-1.docker.io",
+        "k8s.gcr.io",
+        "quat.io",
+        "mirror.gcr.io",
+        "mirrors--dockerhub.company.com",
+    ]
+    assert found.auth_registries == {
+        Host("auth.docker.io", 443): UpstreamLogin("meermanr", "dckr_pat_myPASSWORD"),
+        Host("registry-1.docker.io", 443): UpstreamLogin("meermanr", "dckr_pat_myPASSWORD"),
+        Host("mirrors--dockerhub.company.com", 443): UpstreamLogin("robert.meerman@company.com", "REDACTEDREDACTED"),
+    }
+    assert found.warnings == ()
+
+
+def test_the_readme_tells_of_every_setting() -> None:
+    told = set(re.findall(r"`([A-Z][A-Z0-9_]+)`", (ROOT / "README.md").read_text("utf-8")))
+    assert told >= set(NAMES)
+
+
+def test_the_example_file_is_one() -> None:
+    example = ROOT / ".env.example"
+    text = re.sub(r"^#(?=[A-Z_]+=)", "", example.read_text("utf-8"), flags=re.MULTILINE)
+    variables = dict(line.split("=", 1) for line in text.splitlines() if line and not line.startswith("#"))
+    found = Settings.from_environment({}, variables)
+    assert found.warnings == ()
+    assert found.auth_registries[Host("gcr.io", 443)].user == "_json_key"
+
+
+@pytest.mark.parametrize(
+    ("line", "value"),
+    [
+        ("A=b", "b"),
+        ("export A=b", "b"),
+        ("  A = b  ", "b"),
+        ("A=b c:d  e", "b c:d  e"),
+        ("A=b=c", "b=c"),
+        ("A='b c '", "b c "),
+        ('A="b"', "b"),
+        ('A=" "', " "),
+        ('A="b # c"', "b # c"),
+        ('A="b" # "c"', "b"),
+        ("A=b # c", "b"),
+        ("A=b#c", "b#c"),
+        ("A=#c", ""),
+        ("A= # c", ""),
+        ("A=", ""),
+        ('A=""', ""),
+        ('A="b', '"b'),
+        ("A=b'c'", "b'c'"),
+        ('A="b" "c"', 'b" "c'),
+        ("A=$HOME\\n", "$HOME\\n"),
+        ('A=x:_json_key:{"a": "b"}', 'x:_json_key:{"a": "b"}'),
+        ("A=1\nA=2", "2"),
+        ("# A=1\n\nA=2\n#A=3\n", "2"),
+        ("A=b\r\n", "b"),
+        ("\ufeffA=b", "b"),
+    ],
+)
+def test_env_file_lines(tmp_path: Path, line: str, value: str) -> None:
+    assert env_file(tmp_path, line) == {"A": value}
+
+
+@pytest.mark.parametrize("line", ["PASSWORD secret", "secret", "=secret", "A B=secret", "1A=secret", "export secret"])
+def test_a_line_that_is_none_is_named_and_not_shown(tmp_path: Path, line: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        env_file(tmp_path, f"A=1\n\n{line}\n")
+    assert str(caught.value) == f"{tmp_path}/.env, line 3, is not NAME=value."
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"/missing cannot be read: No such file or directory\.$"):
+        read_env_file(tmp_path / "missing")
+    (tmp_path / "latin").write_bytes(b"A=\xe4")
+    with pytest.raises(SettingsError, match=r"/latin is not UTF-8 text\.$"):
+        read_env_file(tmp_path / "latin")
+
+
+@given(
+    st.dictionaries(
+        st.from_regex(r"[A-Z_][A-Z0-9_]{0,9}", fullmatch=True),
+        st.text(st.characters(codec="utf-8", exclude_characters="\r\n")),
+    )
+)
+def test_quoted_values_come_back(tmp_path_factory: pytest.TempPathFactory, variables: dict[str, str]) -> None:
+    kept = {name: value for name, value in variables.items() if not re.search(r'"\s+#', value)}
+    text = "".join(f'{name}="{value}"\n' for name, value in kept.items())
+    assert env_file(tmp_path_factory.mktemp("env"), text) == kept
+
+
+def test_the_environment_wins_over_the_file() -> None:
+    found = Settings.from_environment({"WORKERS": "3"}, {"WORKERS": "2", "LOG_FORMAT": "json"})
+    assert (found.workers, found.log_format) == (3, "json")
+
+
+def test_a_near_miss_in_the_file_is_warned_of() -> None:
+    file = {
+        "REGISTRY": "quay.io",
+        "AUTH_REGISTRY": "a:b:secret",
+        "cache_max_size": "1g",
+        "HTTP_PROXY": "x",
+        "LANG": "C",
+    }
+    found = Settings.from_environment({"REGISTRYS": "not in the file"}, file)
+    assert found.warnings == (
+        "REGISTRY is not a setting and has no effect; is REGISTRY_DIR or REGISTRIES meant?",
+        "AUTH_REGISTRY is not a setting and has no effect; is AUTH_REGISTRIES meant?",
+        "cache_max_size is not a setting and has no effect; is CACHE_MAX_SIZE meant?",
+    )
+
+
+# Registries and logins
+
+
+def test_registries_in_each_form_and_once() -> None:
+    text = "quay.io  https://quay.io/ QUAY.IO. registry.test:5000 http://plain.test http://plain.test:8080 [::1]:5000"
+    assert settings(REGISTRIES=text).extra_registries == tuple(
+        Registry.parse(one)
+        for one in ("quay.io", "registry.test:5000", "http://plain.test", "http://plain.test:8080", "[::1]:5000")
+    )
+
+
+def test_docker_hub_is_there_anyway() -> None:
+    found = settings(REGISTRIES="docker.io auth.docker.io ghcr.io registry-1.docker.io")
+    assert found.registries == (DOCKER_HUB, Registry.parse("ghcr.io"))
+    assert found.intercepted == (DOCKER_HUB, Registry.parse("ghcr.io"), DOCKER_HUB_TOKENS)
+
+
+def test_a_registry_is_not_both_plain_and_tls() -> None:
+    assert refusal(REGISTRIES="http://a.test:5000 a.test:5000") == (
+        "REGISTRIES: 'a.test:5000' is there both with http:// and without."
+    )
+
+
+def login(text: str, between: str = "", within: str = "") -> dict[str, tuple[str, str]]:
+    found = settings(AUTH_REGISTRIES=text, AUTH_REGISTRIES_DELIMITER=between, AUTH_REGISTRY_DELIMITER=within)
+    return {str(host): (login.user, login.password) for host, login in found.auth_registries.items()}
+
+
+@pytest.mark.parametrize(
+    ("text", "between", "within", "found"),
+    [
+        ("quay.io:u:p", "", "", {"quay.io": ("u", "p")}),
+        ("quay.io:u:p:w:", "", "", {"quay.io": ("u", "p:w:")}),
+        ("  quay.io:u:p\n ghcr.io:v:q ", "", "", {"quay.io": ("u", "p"), "ghcr.io": ("v", "q")}),
+        ("host:5000:user:pass", "", "", {"host:5000": ("user", "pass")}),
+        ("host:5000:user:pa:ss", "", "", {"host:5000": ("user", "pa:ss")}),
+        ("host:5000:pass", "", "", {"host": ("5000", "pass")}),
+        ("host:99999:pa:ss", "", "", {"host": ("99999", "pa:ss")}),
+        ("[::1]:5000:user:pass [::1]:user:pass", "", "", {"[::1]:5000": ("user", "pass"), "[::1]": ("user", "pass")}),
+        ("https://quay.io:u:p", "", "", {"quay.io": ("u", "p")}),
+        ("http://plain.test:u:p", "", "", {"plain.test:80": ("u", "p")}),
+        ("quay.io:u:p quay.io:u:p", "", "", {"quay.io": ("u", "p")}),
+        (
+            'gcr.io:_json_key:{"a": "b c"};;;quay.io:u:p',
+            ";;;",
+            "",
+            {"gcr.io": ("_json_key", '{"a": "b c"}'), "quay.io": ("u", "p")},
+        ),
+        ("host:5000|us:er|pa|ss ;; quay.io|u|p", ";;", "|", {"host:5000": ("us:er", "pa|ss"), "quay.io": ("u", "p")}),
+        ("a.test:::u:::p:::q;;;b.test:::u:::p", ";;;", ":::", {"a.test": ("u", "p:::q"), "b.test": ("u", "p")}),
+    ],
+)
+def test_logins(text: str, between: str, within: str, found: dict[str, tuple[str, str]]) -> None:
+    assert login(text, between, within) == found
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("SECRET", "entry 1 has no user, expected is host:user:password"),
+        ("quay.io:SECRET", "entry 1 (quay.io) has no password, expected is host:user:password"),
+        (
+            "quay.io:u:p registry-1.docker.io:SECRET:",
+            "entry 2 (registry-1.docker.io) has no password, expected is host:user:password",
+        ),
+        ("quay.io:u:p SECRET:x", "entry 2 has no password, expected is host:user:password"),
+        ("quay.io:u:SECRET SECRET", "entry 2 has no user, expected is host:user:password"),
+        ("quay.io:u:SECRET SEC/RET:a:b", "entry 2 does not begin with a host, expected is host:user:password"),
+        ("quay.io:u:SECRET quay.io:u:SECRET2", "entry 2 is for a host that an earlier entry has with another login"),
+    ],
+)
+def test_a_login_that_is_none(text: str, sentence: str) -> None:
+    assert refusal(AUTH_REGISTRIES=text) == f"AUTH_REGISTRIES: {sentence}."
+
+
+PASSWORDS = st.text(st.characters(codec="utf-8", exclude_characters="\0|;"), min_size=1).filter(
+    lambda p: p == p.strip()
+)
+USERS = st.from_regex(r"[a-zA-Z_][a-zA-Z0-9._@-]{0,20}", fullmatch=True)
+HOSTS = st.from_regex(r"[a-z][a-z0-9]{0,10}\.(test|example)(:[1-9][0-9]{0,3})?", fullmatch=True)
+
+
+@given(st.dictionaries(HOSTS.map(lambda text: str(Host.parse(text))), st.tuples(USERS, PASSWORDS), max_size=4))
+def test_logins_come_back(logins: dict[str, tuple[str, str]]) -> None:
+    text = ";;;".join(f"{host}|{user}|{password}" for host, (user, password) in logins.items())
+    assert login(text, ";;;", "|") == logins
+
+
+@given(
+    st.dictionaries(
+        HOSTS.map(lambda text: str(Host.parse(text))),
+        st.tuples(USERS, PASSWORDS.filter(lambda p: not re.search(r"\s", p))),
+        max_size=4,
+    )
+)
+def test_logins_come_back_with_the_usual_separators(logins: dict[str, tuple[str, str]]) -> None:
+    assert login(" ".join(f"{host}:{user}:{password}" for host, (user, password) in logins.items())) == logins
+
+
+# Single kinds of values
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("90s", 90),
+        ("10m", 600),
+        ("1h", 3600),
+        ("60d", 60 * 86400),
+        ("2w", 14 * 86400),
+        ("250ms", 0.25),
+        ("1h30m", 5400),
+        ("1.5s", 1.5),
+        ("45", 45),
+        ("0s", 0),
+    ],
+)
+def test_times(text: str, seconds: float) -> None:
+    assert settings(MANIFEST_CACHE_DEFAULT_TIME=text).manifest_cache_default_time == pytest.approx(seconds)
+
+
+@given(
+    st.integers(1, 10**6),
+    st.sampled_from(
+        [("", 1), ("k", 2**10), ("m", 2**20), ("g", 2**30), ("t", 2**40), ("GB", 2**30), ("MiB", 2**20), ("G", 2**30)]
+    ),
+)
+def test_sizes(number: int, unit: tuple[str, int]) -> None:
+    assert settings(CACHE_MAX_SIZE=f"{number}{unit[0]}").cache_max_size == number * unit[1]
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("true", True),
+        ("YES", True),
+        ("1", True),
+        ("On", True),
+        ("false", False),
+        ("no", False),
+        ("0", False),
+        ("OFF", False),
+        (" true ", True),
+    ],
+)
+def test_booleans(text: str, value: bool) -> None:
+    assert settings(ALLOW_PUSH=text).allow_push is value
+
+
+def test_tag_patterns_are_anchored_at_the_start_only() -> None:
+    found = settings()
+    assert found.manifest_cache_primary_regex.match("stable-slim")
+    assert not found.manifest_cache_primary_regex.match("unstable")
+    assert found.manifest_cache_secondary_regex.match("v1.2.3")
+    assert not found.manifest_cache_secondary_regex.match("latest")
+    assert settings(MANIFEST_CACHE_PRIMARY_REGEX="dev|main").manifest_cache_primary_regex.match("main")
+
+
+def test_ports_and_ranges() -> None:
+    assert settings(TUNNEL_PORTS="443 8000-8002").tunnel_ports == {443, 8000, 8001, 8002}
+
+
+def test_endpoints() -> None:
+    text = r"tcp:3128 tcp6:3128:interface=\:\:1 systemd:domain=INET:index=0 unix:/run/p tcp:port=80"
+    assert settings(PROXY_LISTEN=text).proxy_listen == tuple(text.split())
+    assert settings(REGISTRY_LISTEN="none").registry_listen == ()
+
+
+def test_registry_host_names() -> None:
+    assert settings(REGISTRY_HOSTNAME="Registry.local docker.example registry.local").registry_hostname == (
+        "registry.local",
+        "docker.example",
+    )
+
+
+def test_upstream_addresses() -> None:
+    found = settings(UPSTREAM_ADDRESSES="registry.test:5000=127.0.0.1:25000 quay.io=[::1]:5443 plain.test:80=10.0.0.1")
+    assert found.upstream_addresses == {
+        Host("registry.test", 5000): Host("127.0.0.1", 25000),
+        Host("quay.io", 443): Host("::1", 5443),
+        Host("plain.test", 80): Host("10.0.0.1", 80),
+    }
+
+
+def test_the_upstream_proxy() -> None:
+    found = settings(
+        UPSTREAM_PROXY="http://us%3Aer:p%40ss/w@proxy.test:3128/".replace("/w", "%2Fw"),
+        NO_PROXY="a.test,.b.test c.test",
+    )
+    assert found.upstream_proxy is not None
+    assert (found.upstream_proxy.host, found.upstream_proxy.port) == ("proxy.test", 3128)
+    assert found.upstream_proxy.authorization == "Basic " + base64.b64encode(b"us:er:p@ss/w").decode()
+    assert found.upstream_proxy.no_proxy == ("a.test", ".b.test", "c.test")
+
+
+def test_where_the_upstream_proxy_is_looked_for() -> None:
+    def port(**env: str) -> int | None:
+        proxy = settings(**env).upstream_proxy
+        return None if proxy is None else proxy.port
+
+    assert port(https_proxy="proxy.test:1") == 1
+    assert port(https_proxy="proxy.test:1", HTTPS_PROXY="http://proxy.test:2") == 2
+    assert port(HTTPS_PROXY="http://proxy.test:2", UPSTREAM_PROXY="http://proxy.test") == 80
+    assert port(HTTPS_PROXY="http://proxy.test:2", UPSTREAM_PROXY="none") is None
+    assert port(HTTP_PROXY="http://proxy.test:2") is None
+
+
+# What is refused
+
+BAD = [
+    ("REGISTRIES", "quay.io/v2/", "'quay.io/v2/' is not a registry such as quay.io"),
+    ("REGISTRIES", "quay.io ftp://x", "'ftp://x' is not a registry"),
+    ("REGISTRIES", "quay.io:99999", "'quay.io:99999' is not a registry"),
+    ("REGISTRIES", "quay.io:user:SECRET", "'quay.io:…' is not a registry"),
+    ("REGISTRIES", "https://user:SECRET@quay.io", "'…@quay.io' is not a registry"),
+    ("ALLOW_PUSH", "maybe", "'maybe' is neither true nor false"),
+    ("CACHE_MAX_SIZE", "32x", "'32x' is not a size such as 512m or 32g"),
+    ("CACHE_MAX_SIZE", "0", "'0' is not a size"),
+    ("CACHE_MAX_SIZE", "-1g", "'-1g' is not a size"),
+    ("CACHE_INACTIVE", "60 d", "'60 d' is not a time such as 90s, 10m, 1h or 60d"),
+    ("CACHE_INACTIVE", "0s", "'0s' is no time at all"),
+    ("CACHE_INACTIVE", "999999d", "'999999d' is a time of more than 100 years"),
+    ("PROXY_READ_TIMEOUT", "-5s", "'-5s' is not a time"),
+    ("PROXY_READ_TIMEOUT", "inf", "'inf' is not a time"),
+    ("MANIFEST_CACHE_PRIMARY_REGEX", "(stable", "'(stable' is not a regular expression ("),
+    ("MANIFEST_CACHE_SECONDARY_REGEX", "a{99999999999999999999}", "is not a regular expression ("),
+    ("MANIFEST_CACHE_SECONDARY_REGEX", "(" * 20000, "is not a regular expression ("),
+    ("PROXY_LISTEN", "3128", "'3128' is not an endpoint such as tcp:3128"),
+    ("PROXY_LISTEN", "0.0.0.0:3128", "'0.0.0.0:3128' is not an endpoint"),
+    ("PROXY_LISTEN", "tcp:3128 tcp:http", "'tcp:http' is not an endpoint"),
+    ("PROXY_LISTEN", "tcp:70000", "'tcp:70000' is not an endpoint"),
+    ("PROXY_LISTEN", "none", "'none' is not an endpoint"),
+    ("REGISTRY_HOSTNAME", "a_b/c", "'a_b/c' is not a host name"),
+    ("REGISTRY_HOSTNAME", "a.test:443", "'a.test:443' is a host name with a port"),
+    ("UPSTREAM_ADDRESSES", "a.test", "'a.test' is not host=address:port"),
+    ("UPSTREAM_ADDRESSES", "a.test=b.test:1", "'a.test=b.test:1' is not host=address:port"),
+    ("UPSTREAM_ADDRESSES", "a.test=1.2.3.4 a.test=1.2.3.5", "'a.test:443' is there twice, with different addresses"),
+    ("UPSTREAM_PROXY", "socks5://user:SECRET@proxy:1080", "'…@proxy:1080' is not an HTTP proxy such as"),
+    ("UPSTREAM_PROXY", "http://user:SEC/RET@proxy:1080", "'…@proxy:1080' is not an HTTP proxy such as"),
+    ("UPSTREAM_PROXY", "http://[::1", "'http://[::1' is not an HTTP proxy such as"),
+    ("HTTPS_PROXY", "https://proxy", "'https://proxy' is not an HTTP proxy such as"),
+    (
+        "ALLOW_CLIENTS",
+        "example.com",
+        "'example.com' is not an address, a network such as 10.0.0.0/8 or one of all, none, private",
+    ),
+    ("ALLOW_CLIENTS", "https://user:SECRET@x", "'…@x' is not an address"),
+    ("TUNNEL_PORTS", "443 https", "'https' is not a port such as 443 or a range of ports such as 8000-8999"),
+    ("TUNNEL_PORTS", "9-8", "'9-8' is not a port"),
+    ("TUNNEL_PORTS", "0", "'0' is not a port"),
+    ("TUNNEL_PORTS", "1-70000", "'1-70000' is not a port"),
+    ("TUNNEL_DENY", "*", "'*' is not a host name such as example.com or *.example.com"),
+    ("WORKERS", "0", "'0' is not a number from 1 to 64"),
+    ("WORKERS", "two", "'two' is not a number from 1 to 64"),
+    ("LOG_FORMAT", "xml", "'xml' is not one of text, json"),
+    ("STATE_DIR", "a\0b", "'a\\x00b' is not a path"),
+    ("CA_KEY_PASSPHRASE", "\udce4SECRET", "is not UTF-8 text"),
+    ("CA_CRT_FILE", "/etc/ca.crt", "is set and CA_KEY_FILE is not: expected are both files of a CA or neither"),
+    ("CA_KEY_FILE", "/etc/ca.key", "is set and CA_CRT_FILE is not"),
+]
+
+
+@pytest.mark.parametrize(("name", "text", "part"), BAD)
+def test_a_value_that_cannot_be_read_gives_one_sentence(name: str, text: str, part: str) -> None:
+    sentence = refusal(**{name: text})
+    assert sentence.startswith(name)
+    assert part in sentence
+    assert sentence.endswith(".")
+    assert "\n" not in sentence
+    assert len(sentence) < 400
+    assert "SEC" not in sentence.removeprefix(name)
+
+
+# Nothing leaks
+
+
+# A URL with a login in it may get anywhere; bare words only where a login may be thought to belong.
+URLS = ["user:{}@host", "https://user:{}@host/x", "AUTH {} quay.io:u:{}@x"]
+WORDS = ["quay.io:user:{}", "quay.io:u:a b:{}"]
+LOGINS = ["AUTH_REGISTRIES", "UPSTREAM_PROXY", "CA_KEY_PASSPHRASE"]
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [*((name, form) for name in NAMES for form in URLS), *((n, f) for n in ["REGISTRIES", *LOGINS] for f in WORDS)],
+)
+def test_a_login_in_the_wrong_place_is_neither_in_the_error_nor_in_the_repr(name: str, form: str) -> None:
+    text = form.replace("{}", SECRET)
+    try:
+        found = settings(**{name: text})
+    except SettingsError as error:
+        assert SECRET not in str(error)
+        assert error.__context__ is None or error.__suppress_context__  # a traceback shows the context
+    else:
+        if name in LOGINS:
+            assert SECRET not in repr(found)
+
+
+@given(st.text(st.characters(codec="utf-8", exclude_characters="\0")))
+def test_no_text_breaks_the_logins_and_none_of_the_password_is_told(text: str) -> None:
+    try:
+        settings(AUTH_REGISTRIES=f"quay.io:user:{SECRET}{text} x")
+    except SettingsError as error:
+        assert re.fullmatch(
+            r"AUTH_REGISTRIES: entry \d+( \(quay\.io(:\d+)?\))? [a-z ]+(, expected is host:user:password)?\.",
+            str(error),
+        )
+
+
+@given(st.sampled_from(NAMES), st.text(st.characters(codec="utf-8", exclude_characters="\0")))
+def test_no_value_raises_anything_but_settings_error(name: str, text: str) -> None:
+    try:
+        found = settings(**{name: text})
+    except SettingsError as error:
+        assert str(error).startswith(name)
+    else:
+        assert isinstance(found, Settings)

@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dockerproxy.http.headers import Headers
+from dockerproxy.upstream.retry import LONGEST_WAIT, Backoff, retry_after
+
+NOW = 1_700_000_000.0  # Tue, 14 Nov 2023 22:13:20 GMT
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [
+        ("0", 0.0),
+        ("120", 120.0),
+        ("99999999999999999999", LONGEST_WAIT),
+        ("Tue, 14 Nov 2023 22:14:20 GMT", 60.0),
+        ("Tuesday, 14-Nov-23 22:14:20 GMT", 60.0),
+        ("Tue Nov 14 22:14:20 2023", 60.0),
+        ("Tue, 14 Nov 2023 22:13:00 GMT", 0.0),
+        ("Tue, 14 Nov 2033 22:13:00 GMT", LONGEST_WAIT),
+        ("-1", None),
+        ("1.5", None),
+        ("٣", None),
+        ("soon", None),
+        ("", None),
+    ],
+)
+def test_retry_after(value: str, seconds: float | None) -> None:
+    assert retry_after(Headers([("Retry-After", value)]), NOW) == seconds
+
+
+def test_no_field() -> None:
+    assert retry_after(Headers(), NOW) is None
+
+
+@given(st.text(max_size=80))
+def test_any_text_is_read_or_not(value: str) -> None:
+    seconds = retry_after(Headers([("retry-after", value)]), NOW)
+    assert seconds is None or 0 <= seconds <= LONGEST_WAIT
+
+
+def test_backoff_grows_to_its_limit_and_ends() -> None:
+    schedule = Backoff(attempts=6, first=1, factor=3, longest=20)
+    assert [schedule.delay(failures) for failures in range(1, 7)] == [1, 3, 9, 20, 20, None]
+    assert schedule.delay(3, chance=0.0) == 4.5
