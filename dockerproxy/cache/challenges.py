@@ -69,6 +69,7 @@ class Challenges:
         self._intercepted = frozenset(intercepted)
         self._clock = clock
         self._asking: Coalescing[Registry, list[str]] = Coalescing()
+        self._met: set[Registry] = set()  # those of which it is known what they ask for: as many as are intercepted
 
     async def of(self, registry: Registry) -> list[Challenge]:
         """Return what `registry` asks for; nothing where it lets anyone in. Raise `UpstreamError` if it never said."""
@@ -87,9 +88,14 @@ class Challenges:
 
     async def meet(self, registry: Registry) -> None:
         """Find out what `registry` asks for, where that is unknown: which login is good there depends on it."""
+        if registry in self._met:
+            return
         if self._remembered(registry)[0] is None:
             with suppress(RegistryError):
                 await self.of(registry)
+                self._met.add(registry)
+        else:
+            self._met.add(registry)
 
     def recall(self, registries: Iterable[Registry]) -> None:
         """Tell `learned` what is remembered of `registries` from before."""

@@ -151,14 +151,18 @@ class Flight:
 
     async def _begin(self, open_ingest: Callable[[Digest], Ingest | None]) -> Ingest | None:
         """Open the ingest file and take up what an earlier run left there."""
+        ingest = None
         try:
-            self._ingest = await in_thread(self._reactor, open_ingest, self.digest)
-            if self._ingest is not None and self._ingest.size:
-                await in_thread(self._reactor, self._ingest.rehash)
+            ingest = await in_thread(self._reactor, open_ingest, self.digest)
+            if ingest is not None and ingest.size:
+                await in_thread(self._reactor, ingest.rehash)
         except OSError as error:
             log.error("no ingest file for {digest}: {why}", digest=str(self.digest), why=error.strerror)
+            if ingest is not None:
+                ingest.release()
             return None
-        return self._ingest
+        self._ingest = ingest
+        return ingest
 
     def _offer(self, download: Download) -> None:
         """Leave the open connection to the first reader that goes on by itself, for a moment."""

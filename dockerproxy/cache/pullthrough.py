@@ -12,7 +12,7 @@ from typing import Any
 from attrs import define, frozen
 
 from dockerproxy.cache.blobs import CachedBlobs
-from dockerproxy.cache.challenges import TOKEN_PATH, Challenges, Realm
+from dockerproxy.cache.challenges import TOKEN_PATH, Challenges
 from dockerproxy.cache.identity import Identities
 from dockerproxy.cache.manifests import CachedManifests
 from dockerproxy.cache.origin import Answer, Origin, Upstream, Visitor, refuse
@@ -55,9 +55,9 @@ class PullThrough:
         """Return the registry whose tokens are given out at `path` of `host`, if any."""
         if path == TOKEN_PATH:
             return host if self.challenges.realm(host) is not None else None
-        asked = Realm(Registry(host.host), path)
         for registry in self.registries:
-            if self.challenges.realm(registry) == asked:
+            realm = self.challenges.realm(registry)
+            if realm is not None and realm.server.host == host.host and realm.path == path:
                 return registry
         return None
 

@@ -181,10 +181,10 @@ def _present(
     try:
         context.use_certificate(certificate)
     except TypeError:  # pyOpenSSL < 24.3 knows only its own wrappers, of which later ones warn
-        context.use_certificate(crypto.X509.from_cryptography(certificate))
+        context.use_certificate(crypto.X509.from_cryptography(certificate))  # noqa: TID251
         context.use_privatekey(crypto.PKey.from_cryptography_key(key))
         for above in sent:
-            context.add_extra_chain_cert(crypto.X509.from_cryptography(above))
+            context.add_extra_chain_cert(crypto.X509.from_cryptography(above))  # noqa: TID251
     else:
         context.use_privatekey(key)
         for above in sent:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import quote, urlencode
@@ -72,7 +72,13 @@ class Tokens:
     `permit` is asked for the addresses of realms that are not on the registry's own host; `clock` gives Unix time.
     """
 
-    def __init__(self, transport: Transport, clock: Any, permit: Permit | None, logins: Mapping[Host, Login]) -> None:
+    def __init__(
+        self,
+        transport: Transport,
+        clock: Callable[[], float],
+        permit: Permit | None,
+        logins: Mapping[Host, Login],
+    ) -> None:
         self._transport = transport
         self._clock = clock
         self._permit = permit
@@ -153,7 +159,7 @@ class Tokens:
             return refused
         kept = self._kept.get(asked)
         stale = kept is not None and refused is not None and kept.grant.authorization == refused.authorization
-        if kept is not None and not stale and self._clock.seconds() < kept.renew:
+        if kept is not None and not stale and self._clock() < kept.renew:
             self._kept.move_to_end(asked)
             return evolve(kept.grant, reused=True)
         self._kept.pop(asked, None)
@@ -187,11 +193,11 @@ class Tokens:
         found = answer.get("token") or answer.get("access_token") if isinstance(answer, dict) else None
         if not isinstance(found, str) or not _TOKEN.fullmatch(found):
             raise UpstreamBroken(f"{asked.host}: what it answers holds no token for {asked.registry}")
-        return Grant(f"Bearer {found}", asked), remaining_life(answer, self._clock.seconds())
+        return Grant(f"Bearer {found}", asked), remaining_life(answer, self._clock())
 
     def _keep(self, asked: Asked, grant: Grant, life: float) -> None:
         margin = min(max(life / 10, 10.0), life / 2)
-        self._kept[asked] = _Token(grant, self._clock.seconds() + life - margin)
+        self._kept[asked] = _Token(grant, self._clock() + life - margin)
         if len(self._kept) > _MAX_TOKENS:
             self._kept.popitem(last=False)
 

@@ -31,7 +31,7 @@ def split_url(url: str) -> tuple[Registry, str]:
 
 
 def resolve(base: str, location: str) -> str:
-    """Return the URL that a Location field `location` means in an answer from `base` (RFC 3986, section 5); raise `UpstreamBroken`."""
+    """Return the URL that a Location in an answer from `base` means (RFC 3986, section 5); raise `UpstreamBroken`."""
     # Some servers put a file's name there unescaped; what a field can hold of that is Latin-1.
     location = _UNSENDABLE.sub(lambda found: quote(found[0].encode("latin-1")), location.strip(" \t"))
     if _HAS_SCHEME.match(location):

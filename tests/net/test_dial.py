@@ -28,7 +28,9 @@ class Resolver:
         self.answers = answers
         self.asked: list[tuple[str, Any]] = []
 
-    def resolveHostName(self, receiver: Any, hostName: str, portNumber: int = 0, addressTypes: Any = None, **_: Any) -> None:
+    def resolveHostName(
+        self, receiver: Any, hostName: str, portNumber: int = 0, addressTypes: Any = None, **_: Any
+    ) -> None:
         self.asked.append((hostName, addressTypes))
         receiver.resolutionBegan(None)
         if hostName == "slow.example":
@@ -49,7 +51,9 @@ class Dialling(SynchronousTestCase):
         self.made = Factory.forProtocol(Protocol)
 
     def dial(self, *addresses: str, host: Host = HOST, permit: Any = None, **settings: Any) -> Deferred[Any]:
-        self.net.nameResolver = self.resolver = Resolver({"registry.example": list(addresses), **settings.pop("names", {})})
+        self.net.nameResolver = self.resolver = Resolver(
+            {"registry.example": list(addresses), **settings.pop("names", {})}
+        )
         dialer = Dialer(self.net, connect_timeout=20, **settings)
         return dialer.endpoint(host, permit).connect(self.made)
 
@@ -80,9 +84,7 @@ class Dialling(SynchronousTestCase):
         self.dial("2001:db8::1", "2001:db8::2", "2001:db8::1", "192.0.2.1", "192.0.2.2")
         for _ in range(4):
             self.net.advance(0.25)
-        self.assertEqual(
-            [host for host, _ in self.tried], ["2001:db8::1", "192.0.2.1", "2001:db8::2", "192.0.2.2"]
-        )
+        self.assertEqual([host for host, _ in self.tried], ["2001:db8::1", "192.0.2.1", "2001:db8::2", "192.0.2.2"])
 
     def test_next_after_a_quarter_of_a_second_or_a_failure(self) -> None:
         work = self.dial("2001:db8::1", "192.0.2.1", "2001:db8::2")

@@ -10,7 +10,15 @@ ONE, TWO = Configured("one", "pw1"), Configured("two", "pw2")
 
 
 def test_keys_tell_apart_and_say_nothing() -> None:
-    credentials = [Anonymous(), ONE, TWO, Configured("one:p", "w1"), Own("Basic b25lOnB3MQ=="), Own("one\0pw1"), Own("")]
+    credentials = [
+        Anonymous(),
+        ONE,
+        TWO,
+        Configured("one:p", "w1"),
+        Own("Basic b25lOnB3MQ=="),
+        Own("one\0pw1"),
+        Own(""),
+    ]
     keys = [credential.key for credential in credentials]
     assert len(set(keys)) == len(keys)
     assert Configured("one", "pw1").key == ONE.key

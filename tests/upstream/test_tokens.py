@@ -22,7 +22,7 @@ from dockerproxy.oci.challenge import Challenge
 from dockerproxy.oci.names import Host, Registry
 from dockerproxy.upstream.credentials import Anonymous, Configured, Own
 from dockerproxy.upstream.tokens import Tokens, remaining_life
-from dockerproxy.upstream.transport import TLSClient, Timeouts, Transport
+from dockerproxy.upstream.transport import Timeouts, TLSClient, Transport
 
 NOW = 1_700_000_000.0
 REGISTRY = Registry.parse("http://registry.example")
@@ -106,16 +106,14 @@ class TokensTests(TestCase):
         await until(lambda: not self.realm.connections)
 
     def make(self, logins: dict[Host, Configured], permit: Any = None) -> Tokens:
-        return Tokens(self.transport, self.clock, permit, logins)
+        return Tokens(self.transport, self.clock.seconds, permit, logins)
 
     async def ask(self, credential: Any = ANONYMOUS, scope: str | None = SCOPE, challenges: Any = None) -> str | None:
         return await self.tokens.authorize(REGISTRY, bearer() if challenges is None else challenges, scope, credential)
 
     async def test_anonymous(self) -> None:
         self.assertEqual(await self.ask(), "Bearer token-1")
-        self.assertEqual(
-            self.realm.asked, [("registry.example", [("service", "the registry"), ("scope", SCOPE)], [])]
-        )
+        self.assertEqual(self.realm.asked, [("registry.example", [("service", "the registry"), ("scope", SCOPE)], [])])
 
     async def test_access_token_is_another_name_for_it(self) -> None:
         self.realm.answer = lambda number: (200, {"access_token": "other"})
@@ -198,8 +196,9 @@ class TokensTests(TestCase):
         await self.ask(LOGIN)
         await self.ask(LOGIN, challenges=bearer("http://auth.example/token"))
         await self.ask(LOGIN, challenges=bearer("http://evil.test/token"))
-        self.assertEqual([(host, shown) for host, _, shown in self.realm.asked],
-                         [("registry.example", [LOGIN.authorization]), ("auth.example", []), ("evil.test", [])])  # fmt: skip
+        shown = [(host, fields) for host, _, fields in self.realm.asked]
+        expected = [("registry.example", [LOGIN.authorization]), ("auth.example", []), ("evil.test", [])]
+        self.assertEqual(shown, expected)
 
     async def test_login_of_the_realms_host(self) -> None:
         registry = Registry.parse("http://registry.example.test")
@@ -303,6 +302,10 @@ def test_remaining_life(answer: dict[str, Any], life: float) -> None:
     assert remaining_life(answer, NOW) == pytest.approx(life, abs=1e-5)
 
 
-@given(st.dictionaries(st.sampled_from(["expires_in", "issued_at"]), st.integers() | st.floats() | st.text() | st.datetimes().map(str)))
+@given(
+    st.dictionaries(
+        st.sampled_from(["expires_in", "issued_at"]), st.integers() | st.floats() | st.text() | st.datetimes().map(str)
+    )
+)
 def test_life_is_never_longer_than_said(answer: dict[str, Any]) -> None:
     assert 0 < remaining_life(answer, NOW) <= 86400

@@ -9,7 +9,7 @@ import os
 import tempfile
 import tracemalloc
 from collections.abc import Callable
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
@@ -33,9 +33,9 @@ from dockerproxy.errors import BadRequest, Denied, UpstreamBroken, UpstreamTimeo
 from dockerproxy.http.headers import Headers
 from dockerproxy.net.dial import Dialer
 from dockerproxy.oci.names import Host
-from dockerproxy.upstream.transport import TLSClient, Timeouts, Transport
+from dockerproxy.upstream.transport import Timeouts, TLSClient, Transport
 
-NOW = datetime.now(timezone.utc)
+NOW = datetime.now(UTC)
 
 
 class Authority:
@@ -57,7 +57,9 @@ class Authority:
             serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
         )
 
-    def _sign(self, subject: x509.Name, key: Any, ends: datetime, names: Any = (), ca: bool = False) -> x509.Certificate:
+    def _sign(
+        self, subject: x509.Name, key: Any, ends: datetime, names: Any = (), ca: bool = False
+    ) -> x509.Certificate:
         builder = (
             x509.CertificateBuilder()
             .subject_name(subject)
@@ -70,7 +72,8 @@ class Authority:
         )
         if names:
             alternatives = [
-                x509.IPAddress(ip_address(name)) if name[0].isdigit() or ":" in name else x509.DNSName(name) for name in names
+                x509.IPAddress(ip_address(name)) if name[0].isdigit() or ":" in name else x509.DNSName(name)
+                for name in names
             ]
             builder = builder.add_extension(x509.SubjectAlternativeName(alternatives), critical=not len(list(subject)))
         return builder.sign(self.key, hashes.SHA256())
@@ -237,7 +240,9 @@ class LoopbackTests(TestCase):
 
 class Plain(LoopbackTests):
     async def test_head_and_body(self) -> None:
-        server, port = self.serve(says(b"HTTP/1.1 200 OK\r\nX-Tag: one\r\nX-Tag: two\r\nContent-Length: 5\r\n\r\nhello"))
+        server, port = self.serve(
+            says(b"HTTP/1.1 200 OK\r\nX-Tag: one\r\nX-Tag: two\r\nContent-Length: 5\r\n\r\nhello")
+        )
         headers = Headers([("Accept", "a"), ("Connection", "x-hop"), ("X-Hop", "1"), ("Accept-Encoding", "gzip")])
         response = await self.transport().request("GET", f"http://127.0.0.1:{port}/v2/?n=1", headers)
         self.assertEqual((response.status, response.length), (200, 5))
@@ -309,7 +314,9 @@ class Plain(LoopbackTests):
         self.assertEqual(server.accepted, 1)
 
     async def test_chunked(self) -> None:
-        _, port = self.serve(says(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nfoo\r\n", b"3\r\nbar\r\n0\r\n\r\n"))
+        _, port = self.serve(
+            says(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nfoo\r\n", b"3\r\nbar\r\n0\r\n\r\n")
+        )
         response = await self.transport().request("GET", f"http://127.0.0.1:{port}/")
         self.assertIs(response.length, None)
         self.assertEqual(await response.read_all(6), b"foobar")
@@ -340,7 +347,9 @@ class Plain(LoopbackTests):
 
     async def test_no_such_name_and_refused(self) -> None:
         transport = self.transport()
-        await self.refused(UpstreamUnreachable, transport.request("GET", "http://a.invalid/"), "a.invalid:80", "no such name")
+        await self.refused(
+            UpstreamUnreachable, transport.request("GET", "http://a.invalid/"), "a.invalid:80", "no such name"
+        )
         _, port = self.serve(says(OK))
         await self.ports.pop().stopListening()
         await self.refused(
@@ -348,7 +357,7 @@ class Plain(LoopbackTests):
         )
 
     async def test_reading_stops_at_the_limit(self) -> None:
-        server, port = self.serve(says(OK))
+        _, port = self.serve(says(OK))
         response = await self.transport().request("GET", f"http://127.0.0.1:{port}/")
         await self.refused(UpstreamBroken, response.read_all(4), "4 bytes")
 
@@ -440,7 +449,7 @@ class Sending(LoopbackTests):
 
     async def test_body_of_another_length_than_declared(self) -> None:
         for pieces in ([b"abc"], [b"abc", b"defg"]):
-            server, port = self.serve(says())
+            _, port = self.serve(says())
             work = self.transport().request("PUT", f"http://127.0.0.1:{port}/", body=Given(*pieces, length=6))
             await self.refused(BadRequest, work, "length")
 
@@ -457,7 +466,7 @@ class Sending(LoopbackTests):
         def answer(connection: Any, head: bytes) -> None:
             connection.transport.pauseProducing()
 
-        server, port = self.serve(answer)
+        _, port = self.serve(answer)
         body = Given(*[bytes(1024 * 1024)] * 64)
         work = Deferred.fromCoroutine(self.transport().request("PUT", f"http://127.0.0.1:{port}/", body=body))
         await until(lambda: body.paused)
@@ -525,7 +534,9 @@ class TLS(LoopbackTests):
     async def test_verification_switched_off(self) -> None:
         tls = ServerTLS(Authority().issue("other.example"))
         _, port = self.serve(says(OK), tls)
-        response = await self.transport(verify=False, overrides=self.place(port)).request("GET", "https://registry.example/")
+        response = await self.transport(verify=False, overrides=self.place(port)).request(
+            "GET", "https://registry.example/"
+        )
         self.assertEqual(await response.read_all(9), b"hello")
         self.assertEqual(tls.names, [b"registry.example"])
 
@@ -572,7 +583,9 @@ class TLS(LoopbackTests):
             def take(data: bytes) -> None:
                 counted.append(len(data))
                 if sum(counted) == size:
-                    connection.transport.write(b"HTTP/1.1 201 Created\r\nContent-Length: %d\r\n\r\n" % size + bytes(size))
+                    connection.transport.write(
+                        b"HTTP/1.1 201 Created\r\nContent-Length: %d\r\n\r\n" % size + bytes(size)
+                    )
 
             connection.dataReceived = take
             rest, connection.buffer = connection.buffer, b""

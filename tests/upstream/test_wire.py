@@ -8,7 +8,10 @@ from dockerproxy.upstream.wire import body_of, keeps_alive, parse_response_head,
 
 
 def test_request() -> None:
-    assert render_request("GET", "/v2/?a=b", [("Host", "h"), ("X", "ä")]) == b"GET /v2/?a=b HTTP/1.1\r\nHost: h\r\nX: \xe4\r\n\r\n"
+    assert (
+        render_request("GET", "/v2/?a=b", [("Host", "h"), ("X", "ä")])
+        == b"GET /v2/?a=b HTTP/1.1\r\nHost: h\r\nX: \xe4\r\n\r\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -33,7 +36,11 @@ def test_request_that_cannot_be_sent(method: str, target: str, fields: list[tupl
     assert "secret" not in str(caught.value)
 
 
-@given(st.dictionaries(st.from_regex(r"[a-z-]{1,8}", fullmatch=True), st.text(st.characters(max_codepoint=255)), max_size=5))
+@given(
+    st.dictionaries(
+        st.from_regex(r"[a-z-]{1,8}", fullmatch=True), st.text(st.characters(max_codepoint=255)), max_size=5
+    )
+)
 def test_fields_arrive_as_they_were_sent_or_not_at_all(fields: dict[str, str]) -> None:
     try:
         raw = render_request("GET", "/", fields.items())

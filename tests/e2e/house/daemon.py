@@ -117,7 +117,7 @@ class Proxy(Process):
     def logged(self, since: int = 0) -> list[Logged]:
         """Return the requests that were logged."""
         return [
-            Logged(*match.group("client", "method", "target"), *map(int, match.group("status", "size")), match["verdict"])
+            Logged(*match.group("client", "method", "target"), *map(int, match.group("status", "size")), match[6])
             for match in _ACCESS.finditer(self.text[since:])
         ]
 
