@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Coroutine, Hashable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Hashable
+from contextlib import asynccontextmanager
 from typing import Any, Generic, TypeVar
 
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import Deferred, DeferredLock
 from twisted.internet.threads import deferToThreadPool
 from twisted.logger import Logger
 from twisted.python.failure import Failure
@@ -29,6 +30,42 @@ def spawn(work: Coroutine[Any, Any, object], what: str) -> Deferred[None]:
 async def in_thread(reactor: Any, function: Callable[..., T], *args: object) -> T:
     """Return what `function`, which may block, returns in a thread of the reactor's pool."""
     return await deferToThreadPool(reactor, reactor.getThreadPool(), function, *args)
+
+
+async def to_the_end(work: Coroutine[Any, Any, T], what: str) -> T:
+    """Return what `work` gives; it goes on where the caller is cancelled.
+
+    A failure is logged as that of `what` then.
+    """
+    waiter: Deferred[T] = Deferred()
+
+    def failed(failure: Failure) -> None:
+        if waiter.called:
+            log.failure("{what} failed", failure, what=what)
+        else:
+            waiter.errback(failure)
+
+    Deferred.fromCoroutine(work).addCallbacks(lambda result: None if waiter.called else waiter.callback(result), failed)
+    return await waiter
+
+
+class Turns(Generic[K]):
+    """One at a time for each key, in the order they asked."""
+
+    def __init__(self) -> None:
+        self._locks: dict[K, DeferredLock] = {}
+
+    @asynccontextmanager
+    async def of(self, key: K) -> AsyncIterator[None]:
+        """Wait for one's turn, and have it for the length of the block."""
+        lock = self._locks.setdefault(key, DeferredLock())
+        await lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
+            if not lock.locked and self._locks.get(key) is lock:
+                del self._locks[key]
 
 
 class Coalescing(Generic[K, T]):

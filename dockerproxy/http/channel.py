@@ -7,40 +7,61 @@ port (two parsers that differ are how requests are smuggled), and CONNECT hands 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Awaitable, Callable
+from http import HTTPStatus
 from typing import Any
 
 from attrs import frozen
 from OpenSSL import SSL
 from twisted.internet.defer import CancelledError, Deferred
-from twisted.internet.interfaces import IAddress, IPushProducer
+from twisted.internet.interfaces import IAddress
 from twisted.internet.protocol import Factory, Protocol, connectionDone
 from twisted.logger import Logger
 from twisted.python.failure import Failure
-from zope.interface import implementer
 
 from dockerproxy.errors import BadRequest, RegistryError
-from dockerproxy.http.message import MAX_HEAD, ChunkedDecoder, body_framing, keeps_alive, parse_head
-from dockerproxy.http.request import ClientGone, Request
+from dockerproxy.http.flow import Incoming, Outflow
+from dockerproxy.http.message import (
+    MAX_HEAD,
+    RequestHead,
+    body_framing,
+    keeps_alive,
+    may_become_head,
+    parse_head,
+    render_head,
+)
+from dockerproxy.http.request import ClientGone, Fields, Request
 from dockerproxy.http.stream import ByteStream
-from dockerproxy.http.transport import SocketTransport, TLSTransport
+from dockerproxy.http.transport import SocketTransport, TLSTransport, explain_handshake
 
 Handler = Callable[[Request], Awaitable[None]]
 
-_MAX_DISCARDED = 256 * 1024  # of a body that nobody reads, before the connection is given up instead
+_FULL = MAX_HEAD + 4  # bytes, the empty line included: with so many, there is a head or there will be none
+_AT_ONCE = 32  # requests of one client that are answered before others get their turn
 _LINGER = 5.0  # seconds in which a client may notice an answer that came before its request was whole
+
+_PLAIN = [("Content-Type", "text/plain; charset=utf-8")]
 
 log = Logger()
 
 
 @frozen
 class Timeouts:
-    """Seconds that a client may keep us waiting: between requests, for a head, for more of a body, to take bytes."""
+    """Seconds that a client may keep us waiting: between requests, for a head, for more of a body, to take bytes.
+
+    None is observed more exactly than to `tick` seconds.
+    """
 
     keepalive: float = 300
     header: float = 60
     body: float = 60
     send: float = 60
+
+    @property
+    def tick(self) -> float:
+        """How often a connection looks at the clock."""
+        return min(self.keepalive, self.header, self.body, self.send) / 4
 
 
 class Site(Factory):
@@ -78,7 +99,7 @@ class Site(Factory):
         if self._tls is None:
             SocketTransport(self.reactor, tcp).start(channel)
         else:
-            TLSTransport(self.reactor, tcp, self._tls()).start(channel)
+            TLSTransport.server(self.reactor, tcp, self._tls()).start(channel)
 
     def opened(self, channel: HTTPChannel) -> None:
         self._channels.add(channel)
@@ -120,11 +141,22 @@ class _Acceptor(Protocol):
         self._site.accept(self.transport)
 
 
+class _BodyOverdue(BadRequest):
+    """The rest of a request's body did not come in time."""
+
+    status = 408
+
+
 class HTTPChannel(Protocol):
     """One client's connection.
 
     Bytes go to the body of the request under way until that is complete, then to `_buffer`; the next head is looked
-    for there when the answer before it has ended. So pipelined requests wait, and are answered in order.
+    for there when the answer before it has ended and the client has taken it. So pipelined requests wait, are
+    answered in order, and never make more than one answer wait in memory.
+
+    The end has two steps, of which the first may be left out: *lingering*, in which a client that is still sending
+    may notice its answer, and *closing*, in which the transport hands over what it has. From either on, nothing that
+    comes is looked at.
     """
 
     transport: Any
@@ -135,52 +167,53 @@ class HTTPChannel(Protocol):
         self._buffer = b""
         self._request: Request | None = None
         self._serving: Deferred[None] | None = None
-        self._incoming: _Incoming | None = None
-        self._outflow = _Outflow()
-        self._advancing = self._held = self._lingering = False
-        self._discarded = 0
+        self._incoming: Incoming | None = None
+        self._outflow = Outflow(self._advance)
+        self._advancing = self._due = self._held = False
+        self._deaf = self._lingering = self._closing = False
+        self._served = 0
         self._timer: Any = None
-        self._since = 0.0  # when the connection began to wait for a head, or last got bytes of a body
-        self._progress = (0, 0.0)  # what was sent, and when that was last seen to grow
+        self._since = 0.0  # when the connection began to wait for a head, or to linger
+        self._mark: tuple[object, float] = (None, 0.0)  # what moves while a client makes progress, and since when not
         self._began = 0.0
         self.secure = secure
         self.client = "-"
+        self.port = 0
 
     # Protocol
 
     def connectionMade(self) -> None:
         self.client = str(getattr(self.transport.getPeer(), "host", "-"))
-        self.transport.registerProducer(self._outflow, True)
+        self.port = getattr(self.transport.getHost(), "port", 0)
         self._site.opened(self)
         self._since = self._now()
-        self._timer = self._site.reactor.callLater(self._site.timeouts.header, self._check_time)
+        self._timer = self._site.reactor.callLater(self._site.timeouts.tick, self._check_time)
+        self.transport.registerProducer(self._outflow, True)
 
     def dataReceived(self, data: bytes) -> None:
-        if self._lingering:
-            self._discard(len(data))
+        if self._deaf:
             return
         if self._incoming is not None:
             data = self._feed_body(data)
-        if not data:
-            return
-        if self._request is None and not self._buffer:
-            self._since = self._now()
-        self._buffer += data
-        if self._request is None:
+        if data:
+            began = not self._buffer
+            self._buffer += data
             self._advance()
-        elif len(self._buffer) > MAX_HEAD and not self._held:
-            self._held = True
-            self.transport.pauseProducing()
+            if began and self._served and self._request is None and self._buffer not in (b"", b"\r"):
+                self._since = self._now()
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
+        if isinstance(reason.value, SSL.Error):
+            log.info("{client} broke off: {why}", client=self.client, why=explain_handshake(reason.value))
+        self._deaf = True
         self._stop_timer()
-        self._outflow.fail(ClientGone())
-        if self._incoming is not None:
-            self._incoming.stream.fail(ClientGone())
         request, self._request = self._request, None
         if request is not None:
             request.finished = True
             self._site.log_finished(request, self._now() - self._began)
+        self._outflow.fail(ClientGone())
+        if self._incoming is not None:
+            self._incoming.stream.fail(ClientGone())
         serving, self._serving = self._serving, None
         if serving is not None:
             serving.cancel()  # the coroutine's wait ends; what others share goes on (it is never ours to cancel)
@@ -198,34 +231,48 @@ class HTTPChannel(Protocol):
     def write(self, data: bytes | bytearray) -> None:
         self.transport.write(data)
 
-    async def writable(self) -> None:
-        await self._outflow.open()
+    def offer(self, data: bytes | bytearray) -> int:
+        if isinstance(self.transport, SocketTransport):
+            return self.transport.offer(data)
+        self.transport.write(data)
+        return len(data)
+
+    def writable(self) -> Awaitable[None]:
+        return self._outflow.open()  # as it is: with each coroutine around it, a slow client costs memory
 
     def abort(self) -> None:
+        self._deaf = True
         self.transport.abortConnection()
+
+    def overburdened(self) -> bool:
+        """Whether more of the request's body is to come than is read for the sake of the next request."""
+        return self._incoming is not None and self._incoming.too_long
 
     def finished(self) -> None:
         """Log the request whose answer has ended, and go on to the next, or close."""
-        request, self._request = self._request, None
+        request, self._request, self._serving = self._request, None, None
         assert request is not None
+        self._served += 1
         self._since = self._now()
         self._site.log_finished(request, self._since - self._began)
-        if request.closing or self._site.draining:
-            self._close()
-            return
         if self._incoming is not None:
-            self._incoming.abandon()
-        elif self._held:
-            self._held = False
-            self.transport.resumeProducing()
-        self._advance()
+            if self._incoming.done:
+                self._incoming = None
+            else:
+                self._incoming.abandon(ClientGone())
+        if request.closing or self._site.draining or self.overburdened():
+            self._close()
+        else:
+            self._advance()
 
     def detach(self) -> tuple[Any, bytes]:
         """Leave the connection to another protocol: return its transport and the bytes not read as HTTP."""
         assert self._request is not None
         self._stop_timer()
         self.transport.unregisterProducer()
+        self._outflow.fail(ClientGone())
         self._request = self._serving = None
+        self._deaf = True
         self._site.closed(self)
         rest, self._buffer = self._buffer, b""
         return self.transport, rest
@@ -237,44 +284,74 @@ class HTTPChannel(Protocol):
         if self._advancing:
             return
         self._advancing = True
-        try:
-            while self._request is None and self._incoming is None and self._buffer and not self._lingering:
-                head = self._take_head()
-                if head is None:
-                    return
-                self._begin(head)
-        finally:
-            self._advancing = False
+        for _ in range(_AT_ONCE):
+            if not self._may_begin():
+                break
+            head = self._take_head()
+            if head is None:
+                break
+            self._begin(head)
+        else:
+            self._advance_later()
+        self._advancing = False
+        self._hold()
 
-    def _take_head(self) -> Any:
+    def _may_begin(self) -> bool:
+        occupied = self._request is not None or self._incoming is not None or self._outflow.closed
+        return bool(self._buffer) and not occupied and not self._deaf
+
+    def _advance_later(self) -> None:
+        if not self._due:
+            self._due = True
+            self._site.reactor.callLater(0, self._advance_now)
+
+    def _advance_now(self) -> None:
+        self._due = False
+        self._advance()
+
+    def _hold(self) -> None:
+        """Keep the client from sending more than can be made use of."""
+        if not self._deaf and (len(self._buffer) >= _FULL) != self._held:
+            self._held = not self._held
+            if self._held:
+                self.transport.pauseProducing()
+            else:
+                self.transport.resumeProducing()
+
+    def _take_head(self) -> RequestHead | None:
         """Return the head at the start of the buffer, parsed, or None where it is not complete or not acceptable."""
-        buffer = self._buffer.removeprefix(b"\r\n")  # RFC 9112, section 2.2
+        # RFC 9112, section 2.2: empty lines before a request are passed over. What is left of the buffer after them is
+        # what counts as having come.
+        start = 0
+        while self._buffer.startswith(b"\r\n", start):
+            start += 2
+        buffer = self._buffer = self._buffer[start:]
         end = buffer.find(b"\r\n\r\n", 0, MAX_HEAD + 4)
         try:
             if end >= 0:
                 self._buffer = buffer[end + 4 :]
                 return parse_head(buffer[:end])
-            if len(buffer) > MAX_HEAD:
+            if len(buffer) >= _FULL:
                 raise BadRequest(f"the request's head is longer than {MAX_HEAD} bytes")
-            if buffer and not buffer[:1].isalpha():
+            if not may_become_head(buffer):
                 raise BadRequest("this is not HTTP")
-        except RegistryError as error:
-            self._refuse(error)
+        except BadRequest as error:
+            self._refuse(error.status, error.message)
         return None
 
-    def _begin(self, head: Any) -> None:
+    def _begin(self, head: RequestHead) -> None:
         framing = 0 if head.method == "CONNECT" else body_framing(head)
         stream = None
         if framing != 0:
             stream = ByteStream(self.transport)
-            self._incoming = _Incoming(stream, framing)
+            self._incoming = Incoming(stream, framing)
         request = self._request = Request(self, head, stream)
         request.closing = self._site.draining or not keeps_alive(head)
-        self._began = self._since = self._now()
-        self._progress = (0, self._began)
+        self._began = self._now()
         if self._incoming is not None:
             rest, self._buffer = self._buffer, b""
-            self._buffer = self._feed_body(rest)
+            self._hold()  # from here on, the body's stream has the say over that
+            self._buffer = self._feed_body(rest) if rest else b""
         serving = Deferred.fromCoroutine(self._serve(request))
         if not serving.called and self._request is request:
             self._serving = serving
@@ -282,80 +359,85 @@ class HTTPChannel(Protocol):
     async def _serve(self, request: Request) -> None:
         try:
             await self._handler(request)
-        except (ClientGone, CancelledError):
+        except ClientGone:
             request.abort()
-        except Exception:
+        except RegistryError as error:
+            self._give_up(request, error.status, error.message, error.headers)
+        except Exception as error:
+            if isinstance(error, CancelledError) and request.finished:
+                return  # by us
             log.failure("{method} {path} failed", method=request.method, path=request.path)
-            if request.started:
-                request.abort()
-            else:
-                request.closing = True
-                request.answer(500, [("Content-Type", "text/plain")], b"internal error\n")
+            self._give_up(request, 500, "internal error")
         else:
             if not request.finished:
                 log.error("{method} {path} was left without an answer", method=request.method, path=request.path)
-                request.abort()
+                self._give_up(request, 500, "internal error")
+
+    def _give_up(self, request: Request, status: int, why: str, fields: Fields = ()) -> None:
+        """Say that the request failed, by an answer where none was begun, else by breaking off."""
+        if request.started:
+            request.abort()
+        elif not request.finished:
+            request.closing = True
+            request.answer(status, [*_PLAIN, *fields], f"{why}\n".encode())
 
     def _feed_body(self, data: bytes) -> bytes:
         """Give `data` to the body under way; return what lies beyond its end."""
         incoming = self._incoming
         assert incoming is not None
-        self._since = self._now()
         try:
             rest = incoming.feed(data)
         except BadRequest as error:
-            incoming.stream.fail(error)
+            # Where the next request would begin, nobody knows.
             self._incoming = None
-            if self._request is not None:
+            self._deaf = True
+            if self._request is None:
+                self._close()
+            else:
                 self._request.closing = True
-            self._lingering = True
+                incoming.stream.fail(error)
             return b""
-        if incoming.abandoned:
-            self._discard(len(data))
         if incoming.done:
             self._incoming = None
-            if self._request is None and not self._lingering:
+            if self._request is None:
                 self._since = self._now()
+        elif incoming.abandoned and incoming.too_long:
+            self._close()
         return rest
 
-    def _discard(self, size: int) -> None:
-        self._discarded += size
-        if self._discarded > _MAX_DISCARDED:
-            if self._lingering:
-                self._lose()
-            else:
-                self._close()
-
-    def _refuse(self, error: RegistryError) -> None:
+    def _refuse(self, status: int, why: str) -> None:
         """Answer what is no request, and close."""
-        body = f"{error.message}\n".encode()
-        self.write(
-            b"HTTP/1.1 %d Bad Request\r\nContent-Type: text/plain; charset=utf-8\r\nContent-Length: %d\r\n"
-            b"Connection: close\r\n\r\n%b" % (error.status, len(body), body)
-        )
-        log.info("{client} sent no acceptable request: {why}", client=self.client, why=error.message)
-        self._buffer = b""
+        body = f"{why}\n".encode()
+        fields = [*_PLAIN, ("Content-Length", str(len(body))), ("Connection", "close")]
+        self.write(render_head(status, fields) + body)
+        log.info("{client} sent no acceptable request: {why}", client=self.client, why=why)
         self._linger()
 
     # the end
 
     def _close(self) -> None:
         """Close; where the client is still sending, let it first see the answer (RFC 9112, section 9.6)."""
-        if self._incoming is not None:
-            self._incoming.abandon()
+        if self._lingering or self._closing:
+            return
+        if self._incoming is not None or self._deaf:
             self._linger()
-        elif not self._lingering:
+        else:
             self._lose()
 
     def _linger(self) -> None:
-        if not self._lingering:
-            self._lingering = True
-            self._discarded = 0
-            self._stop_timer()
-            self._timer = self._site.reactor.callLater(_LINGER, self._lose)
-            self.transport.resumeProducing()
+        self._deaf = self._lingering = True
+        self._buffer = b""
+        if self._incoming is not None:
+            self._incoming.abandon(ClientGone())
+            self._incoming = None
+        self._since = self._now()
+        self._restart_timer(_LINGER)
+        self.transport.resumeProducing()
 
     def _lose(self) -> None:
+        self._deaf = self._closing = True
+        self._buffer = b""
+        self._restart_timer(self._site.timeouts.tick)
         self.transport.unregisterProducer()
         self.transport.loseConnection()
 
@@ -370,115 +452,48 @@ class HTTPChannel(Protocol):
         if timer is not None and timer.active():
             timer.cancel()
 
+    def _restart_timer(self, delay: float) -> None:
+        self._stop_timer()
+        self._timer = self._site.reactor.callLater(delay, self._check_time)
+
     def _check_time(self) -> None:
         """End what has waited too long; come again when the next thing could have."""
-        now = self._now()
+        self._timer = None
         limit, since, expired = self._waiting_for()
-        remaining = limit - (now - since)
+        remaining = limit - (self._now() - since)
         if remaining > 0:
-            self._timer = self._site.reactor.callLater(remaining, self._check_time)
+            self._restart_timer(min(remaining, self._site.timeouts.tick))
         else:
-            self._timer = None
             expired()
 
     def _waiting_for(self) -> tuple[float, float, Callable[[], None]]:
         """Return the limit that holds now, since when, and what to do when it is over."""
         timeouts = self._site.timeouts
-        if self._request is None and self._incoming is None:
-            if self._buffer:
-                return timeouts.header, self._since, self._head_overdue
-            return timeouts.keepalive, self._since, self._lose
-        if self._outflow.closed:
-            sent = getattr(self.transport, "sent", 0)
-            if sent != self._progress[0]:
-                self._progress = (sent, self._now())
-            return timeouts.send, self._progress[1], self.abort
-        self._progress = (self._progress[0], self._now())
-        if self._incoming is not None and (self._incoming.stream.starved or self._incoming.abandoned):
-            return timeouts.body, self._since, self._body_overdue
-        return min(timeouts.body, timeouts.send), self._now(), self.abort
+        if self._lingering and not self._closing:
+            return _LINGER, self._since, self._lose
+        if self._closing or self._outflow.closed:
+            return timeouts.send, self._unmoved_since(("sent", getattr(self.transport, "sent", 0))), self.abort
+        if self._incoming is not None and self._incoming.stream.starved:
+            return timeouts.body, self._unmoved_since(("body", self._incoming.stream.waits)), self._body_overdue
+        if self._request is not None:
+            return math.inf, 0.0, self.abort  # it is not the client who keeps us waiting
+        if self._incoming is not None:
+            return timeouts.body, self._since, self._lose
+        if self._buffer:
+            return timeouts.header, self._since, self._head_overdue
+        return (timeouts.keepalive if self._served else timeouts.header), self._since, self._lose
+
+    def _unmoved_since(self, mark: object) -> float:
+        """Return when a check first found what it finds now."""
+        if mark != self._mark[0]:
+            self._mark = (mark, self._now())
+        return self._mark[1]
 
     def _head_overdue(self) -> None:
-        self._refuse(BadRequest("the request's head took too long"))
+        self._refuse(HTTPStatus.REQUEST_TIMEOUT, "the request's head took too long")
 
     def _body_overdue(self) -> None:
-        if self._incoming is not None and self._request is not None:
-            self._request.closing = True
-            self._incoming.stream.fail(ClientGone())
-        else:
-            self._lose()
-
-
-class _Incoming:
-    """The body of the request under way: `framing` is its length in bytes, or None for the chunked coding."""
-
-    def __init__(self, stream: ByteStream, framing: int | None) -> None:
-        self.stream = stream
-        self.done = False
-        self.abandoned = False
-        self._remaining = framing
-        self._decoder = ChunkedDecoder() if framing is None else None
-
-    def feed(self, data: bytes) -> bytes:
-        """Pass on what belongs to the body; return the rest."""
-        if self._decoder is not None:
-            for piece in self._decoder.feed(data):
-                self._pass_on(piece)
-            if not self._decoder.done:
-                return b""
-            rest = self._decoder.rest
-        else:
-            assert self._remaining is not None
-            mine, rest = data[: self._remaining], data[self._remaining :]
-            self._remaining -= len(mine)
-            self._pass_on(mine)
-            if self._remaining:
-                return b""
-        self.done = True
-        self.stream.finish()
-        return rest
-
-    def abandon(self) -> None:
-        """Throw away what still comes: nobody reads it."""
-        self.abandoned = True
-        self.stream.release()
-
-    def _pass_on(self, piece: bytes) -> None:
-        if piece and not self.abandoned:
-            self.stream.feed(piece)
-
-
-@implementer(IPushProducer)
-class _Outflow:
-    """Whether the transport takes more: what a transport tells a push producer, made awaitable."""
-
-    def __init__(self) -> None:
-        self.closed = False
-        self._failure: BaseException | None = None
-        self._waiter: Deferred[None] | None = None
-
-    async def open(self) -> None:
-        """Wait until the transport wants bytes; raise what `fail` was given."""
-        if self._failure is not None:
-            raise self._failure
-        if self.closed:
-            self._waiter = Deferred()
-            await self._waiter
-
-    def fail(self, error: BaseException) -> None:
-        self._failure = error
-        waiter, self._waiter = self._waiter, None
-        if waiter is not None:
-            waiter.errback(error)
-
-    def pauseProducing(self) -> None:
-        self.closed = True
-
-    def resumeProducing(self) -> None:
-        self.closed = False
-        waiter, self._waiter = self._waiter, None
-        if waiter is not None:
-            waiter.callback(None)
-
-    def stopProducing(self) -> None:
-        self.closed = False
+        assert self._request is not None and self._incoming is not None
+        self._restart_timer(self._site.timeouts.tick)
+        self._request.closing = True
+        self._incoming.stream.fail(_BodyOverdue("the request's body took too long"))

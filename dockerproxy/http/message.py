@@ -70,6 +70,13 @@ def parse_head(raw: bytes) -> RequestHead:
     return RequestHead(method, target, version, headers)
 
 
+def may_become_head(raw: bytes) -> bool:
+    """Whether `raw`, which has no end yet, is the beginning of what `parse_head` might accept."""
+    controls = len(raw) - len(raw.translate(None, _CONTROLS))
+    pairs = 2 * raw.count(b"\r\n") + raw.endswith(b"\r")
+    return controls == pairs and (raw in (b"", b"\r") or _TOKEN.match(raw[:1].decode("latin-1")) is not None)
+
+
 def _request_line(line: str) -> tuple[str, str, tuple[int, int]]:
     parts = line.split(" ")
     if len(parts) != 3:

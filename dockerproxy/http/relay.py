@@ -22,7 +22,8 @@ class Answer(Protocol):
     headers: Headers
 
     @property
-    def length(self) -> int | None: ...
+    def length(self) -> int | None:
+        """Its Content-Length (in an answer to HEAD, that which GET would have), or None where there is none."""
 
     async def read_chunk(self) -> bytes: ...
 
@@ -44,6 +45,7 @@ class RequestBody:
         self._request = request
         self._paused: Deferred[None] | None = None
         self._pump: Deferred[None] | None = None
+        self._stopped = False
 
     def startProducing(self, consumer: IConsumer) -> Deferred[None]:
         self._pump = Deferred.fromCoroutine(self._produce(consumer))
@@ -57,6 +59,8 @@ class RequestBody:
             consumer.write(data)
             if self._paused is not None:
                 await self._paused
+            if self._stopped:  # from within that `write`, when there was nothing to cancel
+                raise CancelledError
 
     def pauseProducing(self) -> None:
         if self._paused is None:
@@ -68,6 +72,7 @@ class RequestBody:
             paused.callback(None)
 
     def stopProducing(self) -> None:
+        self._stopped = True
         if self._pump is not None:
             self._pump.cancel()
 
@@ -75,7 +80,7 @@ class RequestBody:
 async def relay(request: Request, answer: Answer, fields: Iterable[tuple[str, str]]) -> None:
     """Answer `request` with `answer`, under the header fields `fields`."""
     try:
-        request.start(answer.status, fields, 0 if request.method == "HEAD" else answer.length)
+        request.start(answer.status, fields, answer.length)
         while data := await answer.read_chunk():
             request.write(data)
             await request.drain()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Awaitable, Iterable
 from email.utils import formatdate
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -27,13 +27,18 @@ class Connection(Protocol):
     """What a request needs of the connection that it came by."""
 
     client: str
+    port: int
     secure: bool
 
     def write(self, data: bytes | bytearray) -> None: ...
 
-    async def writable(self) -> None: ...
+    def offer(self, data: bytes | bytearray) -> int: ...
+
+    def writable(self) -> Awaitable[None]: ...
 
     def abort(self) -> None: ...
+
+    def overburdened(self) -> bool: ...
 
     def finished(self) -> None: ...
 
@@ -45,7 +50,8 @@ class Request:
 
     `path` and `query` are those of the origin-form target, as sent (still percent-encoded). `verdict` says for the
     access log and `X-Cache` how the answer came about. `host` is whom the client wanted to speak to, for the log.
-    An answer is either `answer`, or `start`, any number of `write` and `drain`, and `finish`.
+    An answer is either `answer`, or `start`, any number of `write` and `drain`, and `finish`. Once it has ended, or the
+    client is gone, what is written goes nowhere.
     """
 
     def __init__(self, connection: Connection, head: RequestHead, body: ByteStream | None) -> None:
@@ -59,6 +65,7 @@ class Request:
         self.headers: Headers = head.headers
         self.path, _, self.query = head.target.partition("?")
         self.client = connection.client
+        self.port = connection.port  # ours, that the client connected to; 0 where there is none
         self.secure = connection.secure
         self.host = ""
         self.verdict = "-"
@@ -112,14 +119,25 @@ class Request:
 
     def write(self, data: bytes | bytearray) -> None:
         """Send a piece of the body; the transport keeps what the client does not take: `drain` before the next."""
-        if self._suppressed or not data:
-            return
-        self.size += len(data)
-        self._connection.write(b"%x\r\n%b\r\n" % (len(data), bytes(data)) if self._chunked else data)
+        if self._accepts(data):
+            self.size += len(data)
+            self._connection.write(b"%x\r\n%b\r\n" % (len(data), bytes(data)) if self._chunked else data)
 
-    async def drain(self) -> None:
+    def offer(self, data: bytes | bytearray) -> int:
+        """Send what the client takes at once of a piece of the body, and little more; return how much that was.
+
+        `drain` before the rest is offered again: for content that need not wait in memory.
+        """
+        if self._chunked or not self._accepts(data):  # the length of a chunk is said before it is sent
+            self.write(data)
+            return len(data)
+        taken = self._connection.offer(data)
+        self.size += taken
+        return taken
+
+    def drain(self) -> Awaitable[None]:
         """Wait until the client has taken what was written. Raise `ClientGone`."""
-        await self._connection.writable()
+        return self._connection.writable()
 
     def finish(self) -> None:
         """End the answer; one that lacks bytes of what it promised breaks the connection off, so that it is noticed."""
@@ -145,26 +163,40 @@ class Request:
         self.finished = True
         return self._connection.detach()
 
+    def _accepts(self, data: bytes | bytearray) -> bool:
+        """Whether `data` is to be sent."""
+        if self._suppressed or self.finished or not data:
+            return False
+        if self._length is not None and self.size + len(data) > self._length:
+            self.abort()  # what is too much would be read as the next answer
+            return False
+        return True
+
     def _begin(self, status: int, fields: Fields, length: int | None, content: bytes) -> None:
-        self.status = status
-        self._suppressed = self.method == "HEAD" or status in _BODILESS
-        self._length = length
+        if self.started:
+            raise RuntimeError("an answer was started already")
         lines = list(fields)
-        if length is not None:
-            # RFC 9110, section 8.6: a 204 has no length; a 304 tells the length that the content would have.
-            if status not in _BODILESS:
-                lines.append(("Content-Length", str(length)))
+        chunked = False
+        if status in _BODILESS:
+            # RFC 9110, section 8.6: a 204 has no length; a 304 may tell the content's, which is left unsaid.
+            length = 0
+        elif length is not None:
+            lines.append(("Content-Length", str(length)))
         elif self.head.version == (1, 1):
-            self._chunked = True
+            chunked = True
             lines.append(("Transfer-Encoding", "chunked"))
         else:
             self.closing = True
+        if self._awaits_continue or self._connection.overburdened():
+            self.closing = True  # what is left of the body is not asked for, or not worth reading
         if self.closing:
             lines.append(("Connection", "close"))
         elif self.head.version == (1, 0):
             lines.append(("Connection", "keep-alive"))
         lines.append(("Date", _date.now()))
         head = render_head(status, lines)
+        self.status, self._length, self._chunked = status, length, chunked
+        self._suppressed = self.method == "HEAD" or status in _BODILESS
         if content and not self._suppressed:
             self.size = len(content)
             self._connection.write(head + content)

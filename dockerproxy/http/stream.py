@@ -6,6 +6,8 @@ from typing import Protocol
 
 from twisted.internet.defer import Deferred
 
+_MOST_PIECES = 4096  # that may wait: tiny ones take many times their bytes in memory
+
 
 class Producer(Protocol):
     """What can be asked to hold its bytes back: a transport."""
@@ -19,7 +21,8 @@ class ByteStream:
     """A bounded queue of bytes between one producer and one reader.
 
     The producer side calls `feed`, then once `finish` or `fail`. The reader awaits `read` until it returns ``b""``.
-    The producer is paused while more than `high` bytes wait, and resumed when the reader took them.
+    The producer is paused while more than `high` bytes wait, or very many pieces. It is resumed when the reader took
+    them, or when nothing more is to come: what the producer has then is not for this stream, nor for it to hold back.
     """
 
     def __init__(self, producer: Producer | None = None, *, high: int = 256 * 1024) -> None:
@@ -31,6 +34,7 @@ class ByteStream:
         self._ended = False
         self._failure: BaseException | None = None
         self._reader: Deferred[None] | None = None
+        self.waits = 0  # how often the reader had to wait for the producer: while it waits, this tells one wait apart
 
     @property
     def ended(self) -> bool:
@@ -46,13 +50,15 @@ class ByteStream:
         """Take what the producer has."""
         self._chunks.append(data)
         self._waiting += len(data)
-        if self._waiting > self._high and not self._paused and self._producer is not None:
+        full = self._waiting > self._high or len(self._chunks) > _MOST_PIECES
+        if full and not self._paused and self._producer is not None:
             self._paused = True
             self._producer.pauseProducing()
         self._wake()
 
     def finish(self) -> None:
         """Say that all is given."""
+        self._resume()
         self._ended = True
         self._wake()
 
@@ -65,8 +71,13 @@ class ByteStream:
     async def read(self) -> bytes:
         """Return all bytes that wait, at least one; ``b""`` at the end. Raise what `fail` was given."""
         while not self._chunks and not self._ended:
-            self._reader = Deferred()
-            await self._reader
+            reader = self._reader = Deferred()
+            self.waits += 1
+            try:
+                await reader
+            finally:
+                if self._reader is reader:  # cancelled
+                    self._reader = None
         if self._chunks:
             data = self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
             self._chunks.clear()
@@ -84,7 +95,7 @@ class ByteStream:
         self._resume()
 
     def _resume(self) -> None:
-        if self._paused and not self._ended and self._producer is not None:
+        if self._paused and self._producer is not None:
             self._paused = False
             self._producer.resumeProducing()
 

@@ -8,14 +8,17 @@ takes it, so that a small answer costs no round through the reactor, and nothing
 
 from __future__ import annotations
 
+import socket
 from collections import deque
 from collections.abc import Iterable
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from OpenSSL import SSL
+from twisted.internet.error import ConnectionAborted
 from twisted.internet.interfaces import (
     IAddress,
+    IHandshakeListener,
     IOpenSSLServerConnectionCreator,
     IProtocol,
     IPushProducer,
@@ -29,11 +32,15 @@ from twisted.protocols.tls import TLSMemoryBIOFactory
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-if TYPE_CHECKING:
-    import socket
-
 _READ_SIZE = 64 * 1024
 _READS_AT_ONCE = 8  # then other connections get their turn
+
+_RECORD = 16 * 1024  # bytes of content in a TLS record (RFC 8446, section 5.1)
+# A record that the kernel did not take waits here twice: encrypted, and as OpenSSL wants to be given it once more. With
+# a client that reads slowly it comes to that before more was sent than the kernel keeps for a connection (4 MiB by
+# tcp_wmem). Until then records are small; a large one costs less for each byte.
+_FIRST_RECORD = 8 * 1024
+_QUICK = 4 * 1024 * 1024
 
 _DISTRUST = ("unknown ca", "certificate unknown", "bad certificate")  # alerts (RFC 8446, section 6.2)
 
@@ -46,7 +53,7 @@ class _Yielded(Protocol):
 
 @implementer(ITransport, IReadWriteDescriptor, IPushProducer)
 class SocketTransport:
-    """A connected TCP socket, taken over from Twisted's transport `tcp`.
+    """A connected TCP or Unix socket, taken over from Twisted's transport `tcp`.
 
     An `ITransport` for `protocol`, and an `IConsumer` for one push producer: it is paused as soon as the kernel takes
     no more, and resumed when all is handed over. `sent` counts bytes given to the kernel: what a time-out looks at.
@@ -63,6 +70,7 @@ class SocketTransport:
         self._reading = self._writing = False
         self._ready = True  # whether application data can be written: TLS first shakes hands
         self._broken = False
+        self._reason: Exception = CONNECTION_LOST
         self.protocol: IProtocol = _Yielded()
         self.connected = True
         self.disconnecting = False
@@ -73,8 +81,9 @@ class SocketTransport:
         self._tcp.stopReading()
         self._tcp.stopWriting()
         self._tcp.protocol = _Yielded()
-        self._tcp.setTcpNoDelay(True)
-        self._tcp.setTcpKeepAlive(True)
+        if self._socket.family != socket.AF_UNIX:
+            self._tcp.setTcpNoDelay(True)
+            self._tcp.setTcpKeepAlive(True)
         self.protocol = protocol
         self.resumeProducing()
         protocol.makeConnection(self)
@@ -93,14 +102,15 @@ class SocketTransport:
         pending = b"".join(self._pending)
         self._pending.clear()
         self._stop()
-        TLSTransport(self._reactor, self._tcp, context, pending).start(protocol)
+        self.connected = False
+        self.protocol = _Yielded()
+        TLSTransport.server(self._reactor, self._tcp, context, pending).start(protocol)
 
     def _upgrade_in_memory(self, context: SSL.Context, protocol: IProtocol, received: bytes) -> None:
         # A client that did not wait for the answer to its CONNECT: OpenSSL cannot be given bytes for a socket.
-        factory = TLSMemoryBIOFactory(_ServerContext(context), False, _Once(protocol))
+        factory = TLSMemoryBIOFactory(_ServerContext(context), False, _Once(protocol), self._reactor)
         wrapper: Any = factory.buildProtocol(self.getPeer())
-        self.protocol = wrapper
-        wrapper.makeConnection(self)
+        self.hand_over(wrapper)
         wrapper.dataReceived(received)
 
     # ITransport
@@ -115,11 +125,21 @@ class SocketTransport:
                 return
             if sent:
                 data = memoryview(data)[sent:]  # type: ignore[assignment]
-        self._pending.append(data)
-        self._start_writing()
-        if self._producer is not None and not self._producer_paused:
-            self._producer_paused = True
-            self._producer.pauseProducing()
+        self._keep(data)
+
+    def offer(self, data: bytes | bytearray) -> int:
+        """Hand as much of `data` to the kernel as it takes, and keep little of the rest; return how much was taken.
+
+        That is at least one byte. Whoever can get at the rest again offers that when the producer is resumed, and so
+        a client that reads slowly costs less memory than by `write`.
+        """
+        if not self.connected or self.disconnecting or self._broken:
+            return len(data)
+        sent = self._send(data) if not self._pending and self._ready else 0
+        kept = bytes(memoryview(data)[sent : sent + self._record()])
+        if kept:
+            self._keep(kept)
+        return sent + len(kept)
 
     def writeSequence(self, data: Iterable[bytes]) -> None:
         self.write(b"".join(data))
@@ -129,19 +149,19 @@ class SocketTransport:
         if self.connected and not self.disconnecting:
             self.disconnecting = True
             self.pauseProducing()
-            if self._ready or self._pending:
+            if self._ready:
                 self._start_writing()
             else:
-                self.abortConnection()  # in the middle of a handshake there is nothing to say
+                self.abortConnection()  # nothing can be said before the handshake, and the peer may never end it
 
     def abortConnection(self) -> None:
-        """Close now, whatever has not been sent."""
+        """Reset the connection, whatever has not been sent: the peer does not take that for an end that was meant."""
         if self.connected and not self._broken:
             self._broken = True
             self.disconnecting = True
             self._pending.clear()
             self._stop()
-            self._reactor.callLater(0, self._lose, Failure(CONNECTION_LOST))  # type: ignore[no-untyped-call]
+            self._reactor.callLater(0, self._lose, Failure(ConnectionAborted()))  # type: ignore[no-untyped-call]
 
     def getPeer(self) -> IAddress:
         address: IAddress = self._tcp.getPeer()
@@ -150,6 +170,13 @@ class SocketTransport:
     def getHost(self) -> IAddress:
         address: IAddress = self._tcp.getHost()
         return address
+
+    def _keep(self, data: bytes | memoryview) -> None:
+        self._pending.append(data)
+        self._start_writing()
+        if self._producer is not None and not self._producer_paused:
+            self._producer_paused = True
+            self._producer.pauseProducing()
 
     # IConsumer
 
@@ -230,7 +257,11 @@ class SocketTransport:
 
     # the socket
 
-    def _send(self, data: bytes | memoryview) -> int:
+    def _record(self) -> int:
+        """Return how many bytes are encrypted together."""
+        return _FIRST_RECORD if self.sent < _QUICK else _RECORD
+
+    def _send(self, data: bytes | bytearray | memoryview) -> int:
         """Return how many bytes the kernel took."""
         try:
             sent = self._socket.send(data)
@@ -278,47 +309,65 @@ class SocketTransport:
 
 
 class TLSTransport(SocketTransport):
-    """The server's side of TLS on a taken-over socket; `preface` is sent in the clear before the handshake."""
+    """TLS on a taken-over socket, by `tls`, which knows that socket and which side it is.
 
-    def __init__(self, reactor: Any, tcp: Any, context: SSL.Context, preface: bytes = b"") -> None:
+    `preface` is sent in the clear before the handshake. An `IHandshakeListener` is told when that is complete; where
+    it fails, the protocol's `connectionLost` gets the `SSL.Error`.
+    """
+
+    def __init__(self, reactor: Any, tcp: Any, tls: SSL.Connection, preface: bytes = b"") -> None:
         super().__init__(reactor, tcp)
-        self._tls = SSL.Connection(context, self._socket)
-        self._tls.set_accept_state()
+        self._tls = tls
         self._ready = False
         self._preface = preface
-        if preface:
+
+    def start(self, protocol: IProtocol) -> None:
+        """Take the socket, and begin with the handshake."""
+        super().start(protocol)
+        if self.connected and not self._broken:
             self._start_writing()
+
+    def resumeProducing(self) -> None:
+        if not self._preface:  # what comes before that is sent would not be read, and wake the reactor again and again
+            super().resumeProducing()
+
+    @classmethod
+    def server(cls, reactor: Any, tcp: Any, context: SSL.Context, preface: bytes = b"") -> TLSTransport:
+        """Return the server's side, as `context` has it."""
+        tls = SSL.Connection(context, tcp.getHandle())
+        tls.set_accept_state()
+        return cls(reactor, tcp, tls, preface)
 
     def doRead(self) -> Any:
         if not self._ready and not self._shake_hands():
-            return CONNECTION_LOST if self._broken else None
-        for _ in range(_READS_AT_ONCE):
-            try:
-                data = self._tls.recv(_READ_SIZE)  # one record, 16 KiB at most
-            except (SSL.WantReadError, SSL.WantWriteError):
-                return None
-            except SSL.ZeroReturnError:
-                return CONNECTION_DONE
-            except SSL.Error:
-                return CONNECTION_LOST
-            self.protocol.dataReceived(data)
-            if not self._reading:
-                return None
-        return None
+            return self._reason if self._broken else None
+        records: list[bytes] = []
+        end: Exception | None = None
+        try:
+            while len(records) < _READS_AT_ONCE:
+                records.append(self._tls.recv(_READ_SIZE))  # one record, 16 KiB at most
+        except (SSL.WantReadError, SSL.WantWriteError):
+            pass
+        except SSL.ZeroReturnError:
+            end = CONNECTION_DONE
+        except SSL.Error:
+            end = CONNECTION_LOST
+        if records:
+            self.protocol.dataReceived(records[0] if len(records) == 1 else b"".join(records))
+        return end
 
     def doWrite(self) -> Any:
         if self._preface:
             self._preface = self._preface[super()._send(self._preface) :]
             if self._preface:
                 return CONNECTION_LOST if self._broken else None
+            self.resumeProducing()
         if not self._ready and not self._shake_hands():
-            return CONNECTION_LOST if self._broken else None
+            return self._reason if self._broken else None
         return super().doWrite()
 
     def _shake_hands(self) -> bool:
         """Go on with the handshake; return whether it is complete."""
-        if self._preface:
-            return False
         try:
             self._tls.do_handshake()
         except SSL.WantReadError:
@@ -328,7 +377,7 @@ class TLSTransport(SocketTransport):
             self._start_writing()
             return False
         except SSL.Error as error:
-            log.info("TLS handshake with {client} failed: {why}", client=self.getPeer(), why=_explain(error))
+            self._reason = error
             self._break()
             return False
         self._ready = True
@@ -336,14 +385,15 @@ class TLSTransport(SocketTransport):
             self._start_writing()
         else:
             self._stop_writing()
+        if IHandshakeListener.providedBy(self.protocol):
+            self.protocol.handshakeCompleted()
         return True
 
-    def _send(self, data: bytes | memoryview) -> int:
-        view = memoryview(data)
-        sent = 0
+    def _send(self, data: bytes | bytearray | memoryview) -> int:
+        view, size, sent = memoryview(data), self._record(), 0
         try:
             while sent < len(view):
-                sent += self._tls.send(view[sent:])  # one record a call: partial writes are on
+                sent += self._tls.send(view[sent : sent + size])
         except (SSL.WantWriteError, SSL.WantReadError):
             pass
         except SSL.Error:
@@ -356,8 +406,8 @@ class TLSTransport(SocketTransport):
             self._tls.shutdown()
 
 
-def _explain(error: SSL.Error) -> str:
-    """Say what OpenSSL found; where the client rejects our certificate, say what that means."""
+def explain_handshake(error: SSL.Error) -> str:
+    """Say why a client's handshake failed, as OpenSSL has it; but in our words where our certificate is rejected."""
     reasons = [str(entry[-1]) for entry in error.args[0]] if error.args and isinstance(error.args[0], list) else []
     if any(distrust in reason for reason in reasons for distrust in _DISTRUST):
         return "the client does not trust our CA (/ca.crt)"

@@ -1,0 +1,252 @@
+"""Real sockets on loopback: the reactor on our side, clients that block, each in its thread, on the other."""
+
+from __future__ import annotations
+
+import hashlib
+import socket
+import ssl
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from twisted.internet import reactor as _reactor
+from twisted.internet.defer import Deferred
+from twisted.internet.interfaces import IPushProducer
+from twisted.internet.protocol import Factory, Protocol, connectionDone
+from twisted.internet.task import deferLater
+from twisted.internet.threads import deferToThread
+from twisted.python.failure import Failure
+from twisted.trial.unittest import TestCase
+from zope.interface import implementer
+
+from dockerproxy.proxy.authority import CertificateAuthority
+
+reactor: Any = _reactor
+
+T = TypeVar("T")
+
+MIB = 1 << 20
+PATIENCE = 20  # seconds: what takes longer has failed
+MUCH = 50 * MIB
+PIECE = 64 * 1024
+KERNEL = 16 * MIB  # more than the kernel keeps of a connection, however it tunes its buffers
+
+with tempfile.TemporaryDirectory() as _directory:
+    authority = CertificateAuthority.open(
+        Path(_directory), certificate_file=None, key_file=None, passphrase=None, now=time.time
+    )
+
+
+def client_context(version: ssl.TLSVersion = ssl.TLSVersion.TLSv1_3) -> ssl.SSLContext:
+    context = ssl.create_default_context(cadata=authority.certificate_pem.decode())
+    context.minimum_version = context.maximum_version = version
+    return context
+
+
+class Recorder(Protocol):
+    """Keeps what arrives, or its length and hash only; fires `lost` once."""
+
+    transport: Any
+
+    def __init__(self, *, keep: bool = True) -> None:
+        self._keep = keep
+        self._awaited: tuple[int, Deferred[None]] | None = None
+        self.made: Deferred[None] = Deferred()
+        self.lost: Deferred[BaseException] = Deferred()
+        self.received = b""
+        self.size = 0
+        self.hash = hashlib.sha256()
+
+    def connectionMade(self) -> None:
+        self.made.callback(None)
+
+    def dataReceived(self, data: bytes) -> None:
+        self.size += len(data)
+        self.hash.update(data)
+        if self._keep:
+            self.received += data
+        if self._awaited is not None and self.size >= self._awaited[0]:
+            (_, deferred), self._awaited = self._awaited, None
+            deferred.callback(None)
+
+    def until(self, size: int) -> Deferred[None]:
+        """Fires when so many bytes have arrived."""
+        deferred: Deferred[None] = Deferred()
+        if self.size >= size:
+            deferred.callback(None)
+        else:
+            self._awaited = (size, deferred)
+        return deferred
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        self.lost.callback(reason.value)  # a second call would raise AlreadyCalledError
+
+
+@implementer(IPushProducer)
+class Source:
+    """Writes `size` bytes as the transport takes them; notes how many waited in it at most."""
+
+    def __init__(self, transport: Any, size: int) -> None:
+        self._transport = transport
+        self._left = size
+        self._written = 0
+        self._paused = False
+        self.most = 0
+        self.pauses = 0
+        self.stopped = False
+        self.done: Deferred[None] = Deferred()
+        self.paused: Deferred[None] = Deferred()
+
+    def begin(self) -> None:
+        self._transport.registerProducer(self, True)
+        self._go_on()
+
+    def _go_on(self) -> None:
+        while self._left and not self._paused and not self.stopped:
+            piece = bytes(min(PIECE, self._left))
+            self._left -= len(piece)
+            self._transport.write(piece)
+            self._written += len(piece)
+            self.most = max(self.most, self._written - self._transport.sent)
+        if not self._left and not self._paused and not self.done.called:
+            self.done.callback(None)
+
+    def pauseProducing(self) -> None:
+        assert not self._paused
+        self._paused = True
+        self.pauses += 1
+        if not self.paused.called:
+            self.paused.callback(None)
+
+    def resumeProducing(self) -> None:
+        assert self._paused
+        self._paused = False
+        self._go_on()
+
+    def stopProducing(self) -> None:
+        self.stopped = True
+
+
+class _Taking(Protocol):
+    def __init__(self, take: Callable[[Any], None]) -> None:
+        self._take = take
+
+    def connectionMade(self) -> None:
+        self._take(self.transport)
+
+
+class _Taker(Factory):
+    noisy = False
+
+    def __init__(self, take: Callable[[Any], None]) -> None:
+        self._take = take
+
+    def buildProtocol(self, address: object) -> Protocol:
+        return _Taking(self._take)
+
+
+class SocketCase(TestCase):
+    """Trial itself sees to it that no test leaves a socket, a reader, a writer or a delayed call behind."""
+
+    timeout = 60
+
+    def listen(self, take: Callable[[Any], None]) -> int:
+        """Call `take` with each connection's transport of Twisted's; return the port."""
+        port = reactor.listenTCP(0, _Taker(take), interface="127.0.0.1")
+        self.addCleanup(port.stopListening)
+        number: int = port.getHost().port
+        return number
+
+    def in_thread(self, function: Callable[..., T], *args: Any) -> Deferred[T]:
+        deferred: Deferred[T] = deferToThread(function, *args)
+        return deferred
+
+    async def turn(self) -> None:
+        """Let the reactor look at its sockets once or twice."""
+        for _ in range(3):
+            await deferLater(reactor, 0)
+
+
+def dial(port: int) -> socket.socket:
+    sock = socket.create_connection(("127.0.0.1", port), timeout=PATIENCE)
+    sock.settimeout(PATIENCE)
+    return sock
+
+
+def read_all(sock: socket.socket) -> bytes:
+    """Return what comes until the peer closes in good order; raise OSError where it breaks off."""
+    parts = []
+    while data := sock.recv(MIB):
+        parts.append(data)
+    return b"".join(parts)
+
+
+def read(sock: socket.socket, size: int) -> bytes:
+    data = b""
+    while len(data) < size:
+        piece = sock.recv(min(MIB, size - len(data)))
+        if not piece:
+            raise EOFError
+        data += piece
+    return data
+
+
+class MemoryTLS:
+    """A TLS client whose bytes the test sends when and how it likes."""
+
+    def __init__(self, version: ssl.TLSVersion = ssl.TLSVersion.TLSv1_3) -> None:
+        self.incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._session = client_context(version).wrap_bio(self.incoming, self._outgoing, server_hostname="a.test")
+
+    def next_flight(self) -> bytes | None:
+        """Return what is to be sent next in the handshake; None where it was complete already."""
+        try:
+            self._session.do_handshake()
+        except ssl.SSLWantReadError:
+            pass
+        else:
+            return self._outgoing.read() or None
+        return self._outgoing.read()
+
+    def shake_hands(self, sock: socket.socket, *, one_by_one: bool = False) -> None:
+        while (flight := self.next_flight()) is not None:
+            for piece in [bytes([byte]) for byte in flight] if one_by_one else [flight]:
+                sock.sendall(piece)
+            try:
+                self._session.do_handshake()
+            except ssl.SSLWantReadError:
+                self.incoming.write(sock.recv(MIB))
+            else:
+                sock.sendall(self._outgoing.read())
+                return
+
+    def encrypt(self, data: bytes) -> bytes:
+        self._session.write(data)
+        return self._outgoing.read()
+
+    def read(self, sock: socket.socket) -> bytes:
+        """Return what comes until the server says that it ends."""
+        data = b""
+        while True:
+            try:
+                piece = self._session.read(MIB)
+            except ssl.SSLWantReadError:
+                more = sock.recv(MIB)
+                if not more:
+                    raise EOFError("no close_notify") from None
+                self.incoming.write(more)
+            except ssl.SSLZeroReturnError:
+                return data
+            else:
+                if not piece:
+                    return data
+                data += piece
+
+
+def hello() -> bytes:
+    """Return a ClientHello."""
+    flight = MemoryTLS().next_flight()
+    assert flight
+    return flight

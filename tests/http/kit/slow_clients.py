@@ -1,0 +1,74 @@
+"""A server of its own process, for what a process takes of memory. Prints the ports of TLS and of plain HTTP.
+
+`/large` is answered with a GiB of zeros, `/blocked` as soon as so many answers as its query says wait for clients.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from twisted.internet import reactor as _reactor
+from twisted.internet.task import deferLater
+
+from dockerproxy.http.channel import Site, Timeouts
+from dockerproxy.http.request import Request
+from dockerproxy.proxy.authority import CertificateAuthority
+from dockerproxy.registry.senders import send
+
+reactor: Any = _reactor
+SIZE = 1 << 30
+
+
+class Zeros:
+    """A content as it lies on disk."""
+
+    size: int | None = SIZE
+
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile()
+        self._file.truncate(SIZE)
+
+    async def read(self, offset: int, at_most: int) -> bytes:
+        return os.pread(self._file.fileno(), at_most, offset)
+
+    async def settled(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def main() -> None:
+    content, waiting = Zeros(), 0
+
+    async def handle(request: Request) -> None:
+        nonlocal waiting
+        if request.path == "/large":
+            waiting += 1
+            request.start(200, [], SIZE)
+            await send(request, content, 0, SIZE, reactor)
+            return
+        while request.path == "/blocked" and sum(channel._outflow.closed for channel in site._channels) < int(
+            request.query
+        ):
+            await deferLater(reactor, 0.01)
+        request.answer(200, [], b"yes")
+
+    with tempfile.TemporaryDirectory() as directory:
+        authority = CertificateAuthority.open(
+            Path(directory), certificate_file=None, key_file=None, passphrase=None, now=time.time
+        )
+
+    def nothing(request: Request, seconds: float) -> None: ...
+
+    context = authority.context_for("a.test")
+    site = Site(reactor, handle, timeouts=Timeouts(), finished=nothing, tls=lambda: context)
+    plain = Site(reactor, handle, timeouts=Timeouts(), finished=nothing)
+    ports = [reactor.listenTCP(0, each, backlog=1000, interface="127.0.0.1") for each in (site, plain)]
+    print(*(port.getHost().port for port in ports), flush=True)
+    reactor.run()
+
+
+main()

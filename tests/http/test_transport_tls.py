@@ -1,0 +1,351 @@
+"""TLS on real sockets: handshakes that fail or take their time, and what CONNECT makes of a connection."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+import threading
+import warnings
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from kit.loopback import (
+    KERNEL,
+    MIB,
+    PATIENCE,
+    MemoryTLS,
+    Recorder,
+    SocketCase,
+    Source,
+    authority,
+    client_context,
+    dial,
+    hello,
+    reactor,
+    read,
+    read_all,
+)
+from OpenSSL import SSL
+from twisted.internet.interfaces import IHandshakeListener
+from twisted.internet.protocol import Protocol, connectionDone
+from twisted.internet.task import deferLater
+from twisted.python.failure import Failure
+from zope.interface import implementer
+
+from dockerproxy.http.transport import SocketTransport, TLSTransport, explain_handshake
+
+
+class Handshakes(SocketCase):
+    def serve(self, protocol: Recorder | None = None) -> tuple[int, Recorder, list[TLSTransport]]:
+        recorder = protocol or Recorder()
+        transports: list[TLSTransport] = []
+
+        def take(tcp: Any) -> None:
+            transports.append(TLSTransport.server(reactor, tcp, authority.context_for("a.test")))
+            transports[0].start(recorder)
+
+        return self.listen(take), recorder, transports
+
+    async def why(self, client: Callable[[int], object]) -> str:
+        """Return how the failed handshake of `client` is explained."""
+        port, recorder, _ = self.serve()
+        await self.in_thread(client, port)
+        reason = await recorder.lost
+        self.assertIsInstance(reason, SSL.Error)
+        assert isinstance(reason, SSL.Error)
+        self.assertEqual(recorder.size, 0)
+        return explain_handshake(reason)
+
+    async def test_the_client_does_not_trust_us(self) -> None:
+        for version in (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3):
+
+            def client(port: int, version: ssl.TLSVersion = version) -> None:
+                context = ssl.create_default_context(cadata=None)
+                context.maximum_version = version
+                with dial(port) as sock, self.assertRaises(ssl.SSLCertVerificationError):
+                    context.wrap_socket(sock, server_hostname="a.test")
+
+            self.assertEqual(await self.why(client), "the client does not trust our CA (/ca.crt)")
+
+    async def test_plain_http(self) -> None:
+        heard = b""
+
+        def client(port: int) -> None:
+            nonlocal heard
+            with dial(port) as sock:
+                sock.sendall(b"GET / HTTP/1.1\r\nHost: a.test\r\n\r\n")
+                try:
+                    heard = read_all(sock)
+                except ConnectionResetError:
+                    pass
+
+        self.assertEqual(await self.why(client), "http request")
+
+    async def test_rubbish(self) -> None:
+        def client(port: int) -> None:
+            with dial(port) as sock:
+                sock.sendall(bytes(range(256)))
+                try:
+                    read_all(sock)
+                except ConnectionResetError:
+                    pass
+
+        self.assertTrue(await self.why(client))
+
+    async def test_an_old_version(self) -> None:
+        def client(port: int) -> None:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+            context.set_ciphers("ALL:@SECLEVEL=0")
+            with warnings.catch_warnings():  # they are deprecated indeed
+                warnings.simplefilter("ignore", DeprecationWarning)
+                context.minimum_version = ssl.TLSVersion.TLSv1
+                context.maximum_version = ssl.TLSVersion.TLSv1_1
+            with dial(port) as sock, self.assertRaises(OSError):
+                context.wrap_socket(sock, server_hostname="a.test")
+
+        self.assertRegex(await self.why(client), "protocol")
+
+    async def test_the_client_hangs_up(self) -> None:
+        def begun(port: int) -> None:
+            with dial(port) as sock:
+                sock.sendall(hello()[:100])
+
+        def not_begun(port: int) -> None:
+            dial(port).close()
+
+        for client in (begun, not_begun):
+            self.assertEqual(await self.why(client), "the client hung up")
+
+    async def test_drop_by_drop(self) -> None:
+        port, recorder, _ = self.serve()
+
+        def client() -> None:
+            with dial(port) as sock:
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                session = MemoryTLS()
+                session.shake_hands(sock, one_by_one=True)
+                sock.sendall(session.encrypt(b"hello"))
+
+        await self.in_thread(client)
+        await recorder.lost
+        self.assertEqual(recorder.received, b"hello")
+
+    async def test_what_is_written_before_waits(self) -> None:
+        @implementer(IHandshakeListener)
+        class Eager(Recorder):
+            events: ClassVar[list[str]] = []
+
+            def connectionMade(self) -> None:
+                super().connectionMade()
+                self.transport.write(b"hel")
+                self.transport.write(b"lo")
+                self.events.append("made")
+
+            def handshakeCompleted(self) -> None:
+                self.events.append("shaken")
+
+            def dataReceived(self, data: bytes) -> None:
+                super().dataReceived(data)
+                self.events.append("data")
+                self.transport.loseConnection()
+
+        port, recorder, _ = self.serve(Eager())
+
+        def client() -> bytes:
+            with client_context().wrap_socket(dial(port), server_hostname="a.test") as sock:
+                sock.sendall(b"x")
+                return read_all(sock)
+
+        self.assertEqual(await self.in_thread(client), b"hello")
+        await recorder.lost
+        self.assertEqual(Eager.events, ["made", "shaken", "data"])
+
+    async def test_close_before_the_end(self) -> None:
+        """The client may never go on with it: there is nothing to wait for, whatever was written."""
+        for written in (b"", b"for nobody"):
+            port, recorder, transports = self.serve()
+            sock = dial(port)
+            await recorder.made
+            transports[0].write(written)
+            transports[0].loseConnection()
+            await recorder.lost
+            sock.close()
+
+    async def test_a_client_that_waits_costs_nothing(self) -> None:
+        """The reactor is not woken again and again while a handshake waits for the client."""
+        port, recorder, transports = self.serve()
+        sock = dial(port)
+        sock.sendall(hello()[:100])
+        await recorder.made
+        await self.turn()
+        wakes = 0
+        (transport,) = transports
+        for name in ("doRead", "doWrite"):
+            called = getattr(transport, name)
+
+            def count(called: Callable[[], Any] = called) -> Any:
+                nonlocal wakes
+                wakes += 1
+                return called()
+
+            setattr(transport, name, count)
+        await deferLater(reactor, 0.05)
+        self.assertEqual(wakes, 0)
+        sock.close()
+        await recorder.lost
+
+
+class Upgrades(SocketCase):
+    """As CONNECT does: some bytes in the clear, our answer, then TLS."""
+
+    ASK, ANSWER = b"CONNECT\r\n", b"200 OK\r\n"
+
+    def serve(self, protocol: Protocol, before: bytes = b"") -> tuple[int, list[SocketTransport]]:
+        transports: list[SocketTransport] = []
+        case = self
+
+        class Front(Protocol):
+            def dataReceived(self, data: bytes) -> None:
+                transport: Any = self.transport
+                assert data.startswith(case.ASK)
+                transport.write(before)
+                transport.write(case.ANSWER)
+                transport.upgrade(authority.context_for("a.test"), protocol, data.removeprefix(case.ASK))
+
+            def connectionLost(self, reason: Failure = connectionDone) -> None:
+                raise AssertionError("the connection is not this protocol's any more")
+
+        def take(tcp: Any) -> None:
+            transports.append(SocketTransport(reactor, tcp))
+            transports[0].start(Front())
+
+        return self.listen(take), transports
+
+    async def exchange(self, version: ssl.TLSVersion, *, early: bool) -> tuple[bytes, Recorder]:
+        class Answering(Recorder):
+            def dataReceived(self, data: bytes) -> None:
+                super().dataReceived(data)
+                if self.received.endswith(b"!"):
+                    self.transport.write(bytes(5 * MIB))
+                    self.transport.loseConnection()
+
+        recorder = Answering()
+        port, _ = self.serve(recorder)
+
+        def client() -> bytes:
+            session = MemoryTLS(version)
+            with dial(port) as sock:
+                sock.sendall(self.ASK + (session.next_flight() or b"" if early else b""))
+                assert read(sock, len(self.ANSWER)) == self.ANSWER
+                if early:
+                    session.incoming.write(sock.recv(MIB))
+                session.shake_hands(sock)
+                sock.sendall(session.encrypt(b"hello "))
+                sock.sendall(session.encrypt(b"world!"))
+                data = session.read(sock)
+                sock.sendall(session.encrypt(b""))
+                return data
+
+        data = await self.in_thread(client)
+        await recorder.lost
+        return data, recorder
+
+    async def test_after_the_answer(self) -> None:
+        for version in (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3):
+            data, recorder = await self.exchange(version, early=False)
+            self.assertEqual(data, bytes(5 * MIB))
+            self.assertEqual(recorder.received, b"hello world!")
+            self.assertIsInstance(recorder.transport, TLSTransport)
+
+    async def test_a_client_that_did_not_wait(self) -> None:
+        for version in (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3):
+            data, recorder = await self.exchange(version, early=True)
+            self.assertEqual(data, bytes(5 * MIB))
+            self.assertEqual(recorder.received, b"hello world!")
+
+    async def test_the_client_takes_the_answer_late(self) -> None:
+        """What is still to be sent in the clear goes first, and its client wakes nobody while it waits for that."""
+        recorder = Recorder()
+        port, transports = self.serve(recorder, before=bytes(KERNEL))
+        sock = dial(port)
+        session = MemoryTLS()
+        await self.in_thread(sock.sendall, self.ASK)
+        await recorder.made
+        await self.in_thread(sock.sendall, session.next_flight())
+        transport: Any = recorder.transport
+        wakes = 0
+        read_before = transport.doRead
+
+        def count() -> Any:
+            nonlocal wakes
+            wakes += 1
+            return read_before()
+
+        transport.doRead = count
+        await deferLater(reactor, 0.05)
+        self.assertEqual(wakes, 0)
+        del transport.doRead
+
+        def client() -> None:
+            with sock:
+                clear = read(sock, KERNEL + len(self.ANSWER))
+                assert clear == bytes(KERNEL) + self.ANSWER
+                session.incoming.write(sock.recv(MIB))
+                session.shake_hands(sock)
+                sock.sendall(session.encrypt(b"hello"))
+
+        await self.in_thread(client)
+        await recorder.lost
+        self.assertEqual(recorder.received, b"hello")
+        del transports
+
+    async def test_back_pressure_for_a_client_that_did_not_wait(self) -> None:
+        recorder = Recorder(keep=False)
+        port, transports = self.serve(recorder)
+        reading = threading.Event()
+
+        def client() -> int:
+            session = MemoryTLS()
+            with dial(port) as sock:
+                sock.sendall(self.ASK + (session.next_flight() or b""))
+                read(sock, len(self.ANSWER))
+                session.incoming.write(sock.recv(MIB))
+                session.shake_hands(sock)
+                sock.sendall(session.encrypt(b"go"))
+                reading.wait(PATIENCE)
+                return len(session.read(sock))
+
+        running = self.in_thread(client)
+        await recorder.until(2)
+        source = Source(recorder.transport, KERNEL)
+        source.begin()
+        await source.paused
+        self.assertGreater(source._left, 0)
+        reading.set()
+        await source.done
+        recorder.transport.unregisterProducer()
+        recorder.transport.loseConnection()
+        self.assertEqual(await running, KERNEL)
+        await recorder.lost
+        self.assertGreater(transports[0].sent, KERNEL)
+
+    async def test_a_handshake_that_fails(self) -> None:
+        for early in (b"", b"GET / HTTP/1.1\r\n\r\n"):
+            recorder = Recorder()
+            port, _ = self.serve(recorder)
+
+            def client(port: int = port, early: bytes = early) -> None:
+                with dial(port) as sock:
+                    sock.sendall(self.ASK + early)
+                    read(sock, len(self.ANSWER))
+                    if not early:
+                        sock.sendall(b"GET / HTTP/1.1\r\n\r\n")
+                    try:
+                        read_all(sock)
+                    except OSError:
+                        pass
+
+            await self.in_thread(client)
+            reason = await recorder.lost
+            assert isinstance(reason, SSL.Error)
+            self.assertEqual(explain_handshake(reason), "http request")
