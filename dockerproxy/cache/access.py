@@ -11,6 +11,8 @@ from collections.abc import Callable
 from enum import Enum
 
 from dockerproxy.cache.identity import PUBLIC
+from dockerproxy.cache.notes import remember
+from dockerproxy.cache.origin import Visitor
 from dockerproxy.store.records import Records
 
 FRESH = 300.0
@@ -53,16 +55,26 @@ class Access:
                 best = standing
         return best
 
-    def proven(self, key: str, identity: str) -> None:
-        """Note that upstream let `identity` read from `key` now."""
-        now = self._clock()
+    def was_admitted(self, visitor: Visitor) -> bool:
+        """Whether upstream let the visitor in once, which has to do while it cannot be asked."""
+        identities = [visitor.identity] if visitor.voucher is None else [visitor.identity, visitor.voucher]
+        return any(self.standing(visitor.origin.key, identity) is not Standing.UNKNOWN for identity in identities)
+
+    def now(self) -> float:
+        """Return the time, as `proven` takes it."""
+        return self._clock()
+
+    def proven(self, key: str, identity: str, when: float) -> None:
+        """Note that upstream let `identity` read from `key` at the time `when`."""
         known = self._recent.get((key, identity))
-        self._recent[key, identity] = now
+        if known is not None and when < known <= self._clock():
+            return
+        self._recent[key, identity] = when
         self._recent.move_to_end((key, identity))
         if len(self._recent) > _MAX_REMEMBERED:
             self._recent.popitem(last=False)
-        if known is None or now - self._saved(key).get(identity, 0) > _SAVE_EVERY:
-            self._save(key, identity, now)
+        if known is None or when - self._saved(key).get(identity, 0) > _SAVE_EVERY:
+            self._save(key, identity, when)
 
     def refused(self, key: str, identity: str) -> None:
         """Note that upstream does not let `identity` read from `key` (any more)."""
@@ -96,4 +108,4 @@ class Access:
         if when is not None:
             saved[identity] = when
         newest = sorted(saved.items(), key=lambda item: (item[0].startswith("own:"), -item[1]))
-        self._records.put(dict(newest[:_MAX_IDENTITIES]), "access", key)
+        remember(self._records, dict(newest[:_MAX_IDENTITIES]), "access", key)

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
-from dockerproxy.cache.access import Access, Standing
-from dockerproxy.cache.download import Download
-from dockerproxy.cache.flights import Flights
-from dockerproxy.cache.origin import Upstream, Visitor, refuse
+from attrs import evolve
+
+from dockerproxy.cache.access import FRESH, Access, Standing
+from dockerproxy.cache.flights import Flight, Flights
+from dockerproxy.cache.notes import note_link
+from dockerproxy.cache.origin import Answer, Upstream, Visitor, is_refusal, refuse
 from dockerproxy.cache.room import CacheRoom
-from dockerproxy.errors import RegistryError, UpstreamFailing, UpstreamRefused, is_outage
+from dockerproxy.errors import RegistryError, Unauthorized, UpstreamBroken, UpstreamError, UpstreamFailing, is_outage
+from dockerproxy.http.headers import Headers
 from dockerproxy.oci.contents import BlobAnswer
 from dockerproxy.oci.names import Digest
+from dockerproxy.oci.ranges import parse_content_range
 from dockerproxy.store.blobs import Blobs, OpenBlob
 from dockerproxy.store.links import Links
 from dockerproxy.tasks import Coalescing, in_thread
 
+_NONE = Headers()
 _ATTEMPTS = 3  # a blob may be evicted between being seen and being opened
 
 
@@ -66,7 +71,7 @@ class CachedBlobs:
         self._flights = flights
         self._access = access
         self._room = room
-        self._confirming: Coalescing[tuple[str, str, Digest], int | None] = Coalescing()
+        self._confirming: Coalescing[tuple[object, ...], tuple[int | None, bool]] = Coalescing()
 
     async def get(self, visitor: Visitor, digest: Digest) -> BlobAnswer:
         """Return the blob for `visitor`. Raise what upstream refuses with, or `UpstreamError`."""
@@ -74,7 +79,7 @@ class CachedBlobs:
             answer = await self._find(visitor, digest)
             if answer is not None:
                 return answer
-        raise UpstreamFailing(f"{digest} is evicted as fast as it is fetched: the cache is too small")
+        raise UpstreamFailing(f"{digest} goes as fast as it is fetched: the cache may be too small")
 
     async def head(self, visitor: Visitor, digest: Digest) -> BlobAnswer:
         """Return the blob's size, without fetching it."""
@@ -82,26 +87,33 @@ class CachedBlobs:
             answer = await self.get(visitor, digest)
             if answer.content is not None:
                 answer.content.close()
-            return answer
-        size = await self._confirm(visitor, digest)
-        return BlobAnswer(digest, size if size is not None else await self._measure(visitor, digest), None, "MISS")
+            return evolve(answer, content=None)
+        return BlobAnswer(digest, await self._confirm(visitor, digest, self._size_of(digest)), None, "MISS")
 
     async def _find(self, visitor: Visitor, digest: Digest) -> BlobAnswer | None:
+        """Return the blob; None where it went while it was looked for, or its download was another's and failed."""
         key = visitor.origin.key
         linked = self._links.has_layer(key, digest)
-        if linked and self._access.standing(key, visitor.identity) is Standing.PROVEN:
-            stored = self._stored(digest, "HIT")
+        known = linked and self._access.standing(key, visitor.identity) is Standing.PROVEN
+        flight = self._flights.get(digest)
+        if flight is None:
+            stored = self._stored(digest, "HIT") if known else None
             if stored is not None:
                 return stored
-        flight = self._flights.get(digest)
-        if flight is None and not self._blobs.exists(digest):
-            return await self._fetch(visitor, digest)
-        if flight is not None and flight.origin == visitor.origin:
-            return await self._join(visitor, digest)
+            if not self._blobs.exists(digest):
+                return await self._follow(self._start(visitor, digest), visitor, "MISS")
+        elif known or (flight.origin == visitor.origin and flight.is_recent(FRESH)):
+            # What upstream answers to the request that is out, or answered to it just now, it answers to this visitor.
+            return await self._follow(flight, visitor, "JOINED")
+        elif not await self._ready(flight, visitor):
+            return None
+        else:
+            await flight.measured()
         verdict = await self._admit(visitor, digest, linked)
-        if self._flights.get(digest) is not None:
-            return await self._join(visitor, digest)
-        return self._stored(digest, verdict)
+        flight = self._flights.get(digest)
+        if flight is not None and verdict is not None:
+            return await self._follow(flight, visitor, "JOINED")
+        return self._stored(digest, verdict) if verdict is not None else None
 
     def _stored(self, digest: Digest, verdict: str) -> BlobAnswer | None:
         blob = self._blobs.open(digest)
@@ -109,86 +121,140 @@ class CachedBlobs:
             return None
         return BlobAnswer(digest, blob.size, StoredContent(self._reactor, blob, self._room), verdict)
 
-    async def _fetch(self, visitor: Visitor, digest: Digest) -> BlobAnswer:
-        flight = self._flights.start(visitor.origin, digest)
+    def _start(self, visitor: Visitor, digest: Digest) -> Flight:
+        began = self._access.now()
+        # That upstream sends something is no yes yet: a page that it answers everything with would make everyone's of
+        # all that the repository has here.
+        return self._flights.start(visitor.origin, digest, lambda: self._note_yes(visitor, digest, began))
+
+    async def _follow(self, flight: Flight, visitor: Visitor, verdict: str) -> BlobAnswer | None:
+        content = flight.content(visitor.origin) if await self._ready(flight, visitor) else None
+        return None if content is None else BlobAnswer(flight.digest, flight.size, content, verdict)
+
+    async def _ready(self, flight: Flight, visitor: Visitor) -> bool:
+        """Wait until upstream sends, and raise what it says instead; False where it said that to another only."""
         try:
             await flight.ready()
-        except UpstreamRefused as error:
+        except RegistryError as error:
+            if flight.origin != visitor.origin and not _is_common(flight, visitor, error):
+                return False
             self._note_refusal(visitor, error)
             raise
-        content = flight.content(visitor.origin)
-        await self._note_yes(visitor, digest)
-        return BlobAnswer(digest, flight.size, content, "MISS")
+        return True
 
-    async def _join(self, visitor: Visitor, digest: Digest) -> BlobAnswer | None:
-        flight = self._flights.get(digest)
-        if flight is None:
+    async def _admit(self, visitor: Visitor, digest: Digest, linked: bool) -> str | None:
+        """Make sure that `visitor` may have what is here; return how that was found out, None where it went."""
+        here = self._size_of(digest)
+        if here is None:
             return None
-        await flight.ready()
-        content = flight.content(visitor.origin)
-        await self._note_yes(visitor, digest)
-        return BlobAnswer(digest, flight.size, content, "JOINED")
-
-    async def _admit(self, visitor: Visitor, digest: Digest, linked: bool) -> str:
-        """Make sure that `visitor` may have what is here; return how that was found out."""
         try:
-            await self._confirm(visitor, digest)
+            await self._confirm(visitor, digest, here)
         except RegistryError as error:
-            if is_outage(error) and linked and self._was_admitted(visitor):
+            if is_outage(error) and linked and self._access.was_admitted(visitor):
                 return "STALE"
             raise
         return "REVALIDATED"
 
-    def _was_admitted(self, visitor: Visitor) -> bool:
-        identities = [visitor.identity] if visitor.voucher is None else [visitor.identity, visitor.voucher]
-        return any(
-            self._access.standing(visitor.origin.key, identity) is not Standing.UNKNOWN for identity in identities
-        )
+    # upstream's word on whether its repository has a blob for a visitor
 
-    async def _confirm(self, visitor: Visitor, digest: Digest) -> int | None:
-        """Ask upstream whether its repository has `digest` for the visitor; return the size it tells, if any."""
-        size = await self._confirming.do(
-            (visitor.origin.key, visitor.identity, digest), lambda: self._ask(visitor, digest)
+    async def _confirm(self, visitor: Visitor, digest: Digest, here: int | None) -> int | None:
+        """Ask upstream, joining whoever asks the same; return the size that it tells.
+
+        `here` is the size that it has to be, so that an answer is a yes and not just an answer.
+        """
+        now = self._access.now()
+        size, certain = await self._confirming.do(
+            (visitor.origin.key, visitor.identity, digest, here), lambda: self._ask(visitor, digest, here)
         )
-        await self._note_yes(visitor, digest)
+        if certain:
+            await self._note_yes(visitor, digest, now)
         return size
 
-    async def _ask(self, visitor: Visitor, digest: Digest) -> int | None:
-        origin = visitor.origin
-        # A redirect is a yes. It is not followed: signed URLs are often good for GET only.
-        answer = await self._upstream.request(
-            "HEAD",
-            origin.registry,
-            origin.blob_path(digest),
-            name=origin.name,
-            credential=origin.credential,
-            follow=False,
-        )
-        if 300 <= answer.status < 400:
+    async def _ask(self, visitor: Visitor, digest: Digest, here: int | None) -> tuple[int | None, bool]:
+        answer = await self._request("HEAD", visitor, digest, follow=False)
+        if answer.status == 200:
             await answer.discard()
-            return None
-        if answer.status != 200:
-            error = await refuse(origin.registry, answer)
-            self._note_refusal(visitor, error)
-            raise error
+            if answer.length is not None and here in (None, answer.length):
+                named = answer.headers.get("docker-content-digest") == str(digest)
+                return answer.length, named or here is not None
+        elif 300 <= answer.status < 400 or answer.status in (405, 501):
+            await answer.discard()
+        else:
+            raise await self._refusal(visitor, answer)
+        # A redirect is no yes: registry.k8s.io sends every name and digest elsewhere, and it is there that the answer
+        # is given. With GET, for which alone a signed URL may be good.
+        return await self._probe(visitor, digest, here)
+
+    async def _probe(self, visitor: Visitor, digest: Digest, here: int | None) -> tuple[int | None, bool]:
+        """Ask for the first byte, wherever that leads."""
+        answer = await self._request("GET", visitor, digest, headers=Headers([("range", "bytes=0-0")]))
+        if answer.status == 200:
+            size = answer.length
+            if size is None:
+                return await _measure(answer, digest), True
+        elif answer.status == 206:
+            size = _whole(answer)
+        elif answer.status == 416:
+            size = 0  # RFC 9110, section 14.1.2: only an empty content has no first byte
+        else:
+            raise await self._refusal(visitor, answer)
         await answer.discard()
-        length = answer.headers.get("content-length") or ""
-        return int(length) if length.isascii() and length.isdigit() and len(length) < 20 else None
+        if here is not None and size != here:
+            raise UpstreamBroken(f"{visitor.origin.registry} has something else by the name of {digest}")
+        return size, here is not None
 
-    async def _measure(self, visitor: Visitor, digest: Digest) -> int | None:
-        """Return the size of a blob that upstream redirects to: by the head of a GET, as a HEAD may not be signed."""
-        download = Download(self._reactor, self._upstream, visitor.origin, digest)
+    async def _request(
+        self, method: str, visitor: Visitor, digest: Digest, *, headers: Headers = _NONE, follow: bool = True
+    ) -> Answer:
+        origin = visitor.origin
         try:
-            await download.open()
-        finally:
-            download.abort()
-        return download.size
+            return await self._upstream.request(
+                method, origin.registry, origin.blob_path(digest),
+                name=origin.name, credential=origin.credential, headers=headers, follow=follow,
+            )  # fmt: skip
+        except Unauthorized as error:
+            self._note_refusal(visitor, error)
+            raise
 
-    async def _note_yes(self, visitor: Visitor, digest: Digest) -> None:
-        self._access.proven(visitor.origin.key, visitor.identity)
+    async def _refusal(self, visitor: Visitor, answer: Answer) -> RegistryError:
+        error = await refuse(visitor.origin.registry, answer, "BLOB_UNKNOWN")
+        self._note_refusal(visitor, error)
+        return error
+
+    def _size_of(self, digest: Digest) -> int | None:
+        flight = self._flights.get(digest)
+        return self._blobs.size(digest) if flight is None else flight.size
+
+    async def _note_yes(self, visitor: Visitor, digest: Digest, when: float) -> None:
+        self._access.proven(visitor.origin.key, visitor.identity, when)
         if not self._links.has_layer(visitor.origin.key, digest):
-            await in_thread(self._reactor, self._links.link_layer, visitor.origin.key, digest)
+            await note_link(self._reactor, self._links.link_layer, visitor.origin.key, digest)
 
     def _note_refusal(self, visitor: Visitor, error: RegistryError) -> None:
-        if isinstance(error, UpstreamRefused) and error.status in (401, 403):
+        if is_refusal(error):
             self._access.refused(visitor.origin.key, visitor.identity)
+
+
+def _is_common(flight: Flight, visitor: Visitor, error: RegistryError) -> bool:
+    """Whether what failed `flight` is its registry's trouble, so that it would fail this visitor in the same way."""
+    same = flight.origin.registry == visitor.origin.registry
+    return same and isinstance(error, UpstreamError) and error.status != 429
+
+
+async def _measure(answer: Answer, digest: Digest) -> int:
+    """Read an answer whose length is not told, and return that; raise `UpstreamBroken` where it is not the blob."""
+    hasher, size = digest.hasher(), 0
+    while data := await answer.read_chunk():
+        hasher.update(data)
+        size += len(data)
+    if hasher.hexdigest() != digest.hex:
+        raise UpstreamBroken(f"upstream has something else by the name of {digest}")
+    return size
+
+
+def _whole(answer: Answer) -> int | None:
+    """Return the size of the whole that a 206 tells."""
+    try:
+        return parse_content_range(answer.headers.get("content-range") or "")[2]
+    except ValueError:
+        return None

@@ -7,11 +7,12 @@ gone): it is replaced by a path of the registry's own host, where we answer for 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from contextlib import suppress
 
 from attrs import frozen
 
+from dockerproxy.cache.notes import remember
 from dockerproxy.cache.origin import Exchange, refuse
 from dockerproxy.errors import NameInvalid, RegistryError, UpstreamBroken, is_outage
 from dockerproxy.http.headers import Headers
@@ -52,21 +53,22 @@ class Realm:
 class Challenges:
     """The challenges of the registries that are intercepted.
 
-    `intercepted` are the hosts under which clients reach us, `learned` is told of each challenge that upstream makes.
+    `intercepted` has the hosts under which clients reach us at the time, `learned` is told of each challenge that
+    upstream makes.
     """
 
     def __init__(
         self,
         transport: Exchange,
         records: Records,
-        intercepted: Iterable[Host],
+        intercepted: Container[Host],
         learned: Callable[[Registry, list[Challenge]], None],
         clock: Callable[[], float],
     ) -> None:
         self._transport = transport
         self._learned = learned
         self._records = records
-        self._intercepted = frozenset(intercepted)
+        self._intercepted = intercepted
         self._clock = clock
         self._asking: Coalescing[Registry, list[str]] = Coalescing()
         self._met: set[Registry] = set()  # those of which it is known what they ask for: as many as are intercepted
@@ -141,8 +143,8 @@ class Challenges:
         if answer.status != 401 and not 200 <= answer.status < 400:
             raise await refuse(registry, answer)
         await answer.discard()
-        if answer.status == 200 and (answer.headers.get("content-type") or "").startswith("text/html"):
+        if answer.status == 200 and (answer.headers.get("content-type") or "").lower().startswith("text/html"):
             raise UpstreamBroken(f"{registry} answers /v2/ with a web page: it is no registry")
-        self._records.put({"fields": fields, "checked": self._clock()}, "challenge", str(registry))
+        remember(self._records, {"fields": fields, "checked": self._clock()}, "challenge", str(registry))
         self._learned(registry, parse_challenges(fields))
         return fields

@@ -12,18 +12,25 @@ from dockerproxy.errors import RegistryError, UpstreamBroken, UpstreamError
 from dockerproxy.http.headers import Headers
 from dockerproxy.oci.names import Digest
 from dockerproxy.oci.ranges import parse_content_range
+from dockerproxy.upstream.retry import retry_after
 
 _PAUSES = (0.2, 0.5, 1, 2, 4, 8)  # seconds before each further try; progress starts the row anew
 _TRIES_TO_OPEN = 2
+_PATIENCE = 20.0  # seconds, the most that an upstream's Retry-After makes of a pause
 
 log = Logger()
+
+
+class TooLong(UpstreamBroken):
+    """What is here is longer than what upstream has: no beginning of the same blob."""
 
 
 class Download:
     """The bytes of a blob, in order.
 
-    After `open`, `size` is the whole blob's length in bytes, or None where upstream does not say. `read` resumes by
-    Range what breaks off or stalls; an upstream that ignores the Range sends again what is then skipped.
+    After `open`, `size` is the whole blob's length in bytes, or None where upstream does not say; it is known when
+    `read` has given all. `read` resumes by Range what breaks off or stalls; an upstream that ignores the Range sends
+    again what is then skipped.
     """
 
     def __init__(self, clock: Any, upstream: Upstream, origin: Origin, digest: Digest, offset: int = 0) -> None:
@@ -37,11 +44,13 @@ class Download:
         self.size: int | None = None
 
     async def open(self) -> None:
-        """Send the request. Raise what upstream refuses with, or an `UpstreamError` after a second try."""
+        """Send the request. Raise what upstream refuses with, `TooLong`, or an `UpstreamError` after a second try."""
         for pause in _PAUSES[: _TRIES_TO_OPEN - 1]:
             try:
                 await self._connect()
                 return
+            except TooLong:
+                raise
             except UpstreamBroken as error:
                 await self._wait(pause, error)
         await self._connect()
@@ -50,31 +59,48 @@ class Download:
         """Return the next bytes, ``b""`` at the end. Raise `UpstreamError` when upstream has failed too often."""
         pauses = iter(_PAUSES)
         while True:
-            if self.offset == self.size:
-                self._answer = None
-                return b""
             try:
-                if self._answer is None:
-                    await self._connect()
-                assert self._answer is not None
-                rest, self._rest = self._rest, b""
-                data = rest or await self._answer.read_chunk()
-                if data or self.size is None:
-                    self.offset += len(data)
-                    return data
-                raise UpstreamBroken(f"{self._origin.registry} sent too little of {self._digest}")
+                return await self._read()
             except UpstreamError as error:
                 self.abort()
                 pause = next(pauses, None)
-                if pause is None:
+                if pause is None or isinstance(error, TooLong):  # which no further try makes shorter
                     raise
-                await self._wait(pause, error)
+                await self._wait(max(pause, self._asked_for(error)), error)
+
+    def unread(self, data: bytes) -> None:
+        """Take back what `read` gave last; it is what the next `read` gives."""
+        self._rest = data + self._rest
+        self.offset -= len(data)
 
     def abort(self) -> None:
         """Close the connection to upstream."""
         answer, self._answer, self._rest = self._answer, None, b""
         if answer is not None:
             answer.abort()
+
+    async def _read(self) -> bytes:
+        if self._answer is None and not self._rest and self.offset != self.size:
+            await self._connect()
+        if not self._rest:
+            if self.offset == self.size:
+                self.abort()
+                return b""
+            assert self._answer is not None
+            self._rest = await self._answer.read_chunk()
+        data, self._rest = self._rest, b""
+        if not data and self.size is None:
+            self.size = self.offset
+        elif not data:
+            raise UpstreamBroken(f"{self._origin.registry} sent too little of {self._digest}")
+        elif self.size is not None and self.offset + len(data) > self.size:
+            raise UpstreamBroken(f"{self._origin.registry} sent more of {self._digest} than it has")
+        self.offset += len(data)
+        return data
+
+    def _asked_for(self, error: UpstreamError) -> float:
+        """Return for how many seconds upstream wants to be left alone, up to what clients have patience for."""
+        return min(retry_after(Headers(error.headers), self._clock.seconds()) or 0.0, _PATIENCE)
 
     async def _wait(self, seconds: float, error: RegistryError) -> None:
         log.info(
@@ -85,7 +111,9 @@ class Download:
 
     async def _connect(self) -> None:
         origin = self._origin
-        headers = Headers([("range", f"bytes={self.offset}-")] if self.offset else [])
+        # From the last byte that is here, and not the one behind it: if that was all, there is an answer to this too,
+        # where upstream could only say 416 to the other.
+        headers = Headers([("range", f"bytes={self.offset - 1}-")] if self.offset else [])
         answer = await self._upstream.request(
             "GET", origin.registry, origin.blob_path(self._digest),
             name=origin.name, credential=origin.credential, headers=headers,
@@ -97,18 +125,22 @@ class Download:
             raise
 
     async def _accept(self, answer: Answer) -> None:
+        registry = self._origin.registry
+        start, size = 0, answer.length
         if answer.status == 206 and self.offset:
             start, size = self._range_of(answer)
-            skip = self.offset - start
-        elif answer.status == 200:
-            size, skip = answer.length, self.offset
-        else:
-            raise await refuse(self._origin.registry, answer)
+        elif answer.status == 416 and self.offset:
+            await answer.discard()
+            raise TooLong(f"{registry} has less of {self._digest} than {self.offset} bytes")
+        elif answer.status != 200:
+            raise await refuse(registry, answer, "BLOB_UNKNOWN")
         if self.size is not None and size is not None and size != self.size:
-            raise UpstreamBroken(f"{self._origin.registry} changed its mind about the length of {self._digest}")
+            raise UpstreamBroken(f"{registry} changed its mind about the length of {self._digest}")
+        if size is not None and size < self.offset:
+            raise TooLong(f"{registry} has {size} bytes of {self._digest}, and here are {self.offset}")
         if self.size is None:
             self.size = size
-        await self._skip(answer, skip)
+        await self._skip(answer, self.offset - start)
 
     def _range_of(self, answer: Answer) -> tuple[int, int | None]:
         try:
@@ -125,6 +157,8 @@ class Download:
         while count:
             data = await answer.read_chunk()
             if not data:
-                raise UpstreamBroken(f"{self._origin.registry} sent too little of {self._digest}")
+                # A whole answer that ends before is shorter than what is here; a part may be cut at any place.
+                kind = TooLong if answer.status == 200 else UpstreamBroken
+                raise kind(f"{self._origin.registry} sent too little of {self._digest}")
             rest, count = data[count:], max(0, count - len(data))
         self._rest, self._answer = rest, answer

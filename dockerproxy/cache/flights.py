@@ -16,29 +16,31 @@ byte where the file ends, with a copy of the hash.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 from twisted.internet.defer import Deferred
 from twisted.logger import Logger
 
-from dockerproxy.cache.download import Download
+from dockerproxy.cache.download import Download, TooLong
 from dockerproxy.cache.origin import Origin, Upstream
-from dockerproxy.errors import RegistryError, UpstreamBroken, UpstreamError
+from dockerproxy.cache.reading import HELD_BACK, FlightContent
+from dockerproxy.errors import RegistryError, UpstreamBroken
 from dockerproxy.oci.names import Digest
-from dockerproxy.store.blobs import read_blocking, read_cached
 from dockerproxy.store.ingest import Ingest
 from dockerproxy.tasks import in_thread, spawn
 
 if TYPE_CHECKING:
     from hashlib import _Hash
 
-HELD_BACK = 1
-"""Bytes at the end of a blob that no reader gets before it is verified: without them no client takes it for whole."""
-
 _OFFERED = 5.0  # seconds for which a stranded flight keeps its connection open for a reader
+_OWN_FAULT = "the download failed in this proxy itself: its log says why"
 
 log = Logger()
+
+
+Landing = Callable[[], Awaitable[None]]
+"""What is to be done when a blob is verified and kept, before anyone can have the last of it."""
 
 
 class Stranded(Exception):
@@ -46,9 +48,9 @@ class Stranded(Exception):
 
 
 class Room(Protocol):
-    """Says whether a blob may be kept, and makes room for it."""
+    """Says whether a blob may be kept, and makes room for it; see `CacheRoom`."""
 
-    async def reserve(self, digest: Digest, size: int | None) -> bool: ...
+    async def reserve(self, digest: Digest, size: int, present: int) -> bool: ...
 
     def release(self, digest: Digest) -> None: ...
 
@@ -58,12 +60,18 @@ class Room(Protocol):
 class Flight:
     """The download of one blob, begun by the first who asked, from `origin`."""
 
-    def __init__(self, reactor: Any, upstream: Upstream, origin: Origin, digest: Digest, room: Room) -> None:
+    def __init__(
+        self, reactor: Any, upstream: Upstream, origin: Origin, digest: Digest, room: Room, landing: Landing
+    ) -> None:
         self._reactor = reactor
         self._upstream = upstream
         self._room = room
+        self._landing = landing
+        self._opened_at = 0.0
         self._waiting: list[Deferred[None]] = []
         self._ingest: Ingest | None = None
+        self._fd = -1  # of the ingest file, for readers to copy: the ingest closes its own in a thread
+        self._reserved = -1  # bytes
         self._spare: Download | None = None  # of a stranded flight: open, and at the byte where the file ends
         self.origin = origin
         self.digest = digest
@@ -72,9 +80,10 @@ class Flight:
         self.opened = False  # whether upstream has begun to send
         self.landed = False  # verified and published
         self.failure: Exception | None = None
+        self.ended = False  # nobody can join any more
 
     async def run(self, open_ingest: Callable[[Digest], Ingest | None]) -> None:
-        """Fetch the blob into an ingest file; never raises: what went wrong is `failure`."""
+        """Fetch the blob into an ingest file; never raises: what went wrong is `failure`. `end` has to follow."""
         download = Download(self._reactor, self._upstream, self.origin, self.digest)
         try:
             await self._fly(download, open_ingest)
@@ -85,10 +94,13 @@ class Flight:
             self._offer(download)
         else:
             download.abort()
-        self._room.release(self.digest)
+        await self._put_away()
+
+    def end(self) -> None:
+        """Let all go who wait; nobody joins any more."""
+        self.ended = True
+        self._close()
         self._wake()
-        if self._ingest is not None:
-            self._ingest.release()
 
     async def changed(self) -> None:
         """Wait until more is written, or the flight has ended."""
@@ -98,20 +110,33 @@ class Flight:
 
     async def ready(self) -> None:
         """Wait until upstream has begun to send. Raise what it refused with, or that it failed."""
-        while not self.opened and self.failure is None:
+        while not self.opened and not self.ended:
             await self.changed()
-        if not self.opened and self.failure is not None:
-            raise self.failure
+        if not self.opened:
+            raise self.failure if isinstance(self.failure, RegistryError) else RegistryError(_OWN_FAULT)
+
+    async def measured(self) -> None:
+        """Wait until it is known how long the blob is, or the flight has ended."""
+        while self.size is None and not self.ended:
+            await self.changed()
+
+    def is_recent(self, seconds: float) -> bool:
+        """Whether upstream began to send less than `seconds` ago, or has yet to begin."""
+        return not self.opened or self._reactor.seconds() - self._opened_at < seconds
 
     @property
     def readable(self) -> int:
         """How many bytes from the start may be given to clients."""
         return self.written if self.landed else max(0, self.written - HELD_BACK)
 
-    def content(self, origin: Origin) -> FlightContent:
-        """Return the content for one reader, who could go to `origin` itself if the flight were stranded."""
-        fd = self._ingest.reader() if self._ingest is not None else -1
-        return FlightContent(self._reactor, self, fd, origin)
+    def content(self, origin: Origin) -> FlightContent | None:
+        """Return the content for one reader, who could go to `origin` itself if the flight were stranded.
+
+        None where the flight has ended: what became of it shows in the store. Raises OSError (too many open files).
+        """
+        if self.ended:
+            return None
+        return FlightContent(self._reactor, self, os.dup(self._fd) if self._fd >= 0 else -1, origin)
 
     def carry_on(self, origin: Origin) -> tuple[Download, _Hash]:
         """Return what a reader needs to go on without the file: the rest from upstream, and the hash so far."""
@@ -124,21 +149,16 @@ class Flight:
         return download, hasher
 
     async def _fly(self, download: Download, open_ingest: Callable[[Digest], Ingest | None]) -> None:
-        ingest = await self._begin(open_ingest)
-        if ingest is not None:
-            download.offset = self.written = ingest.size
-        await download.open()
+        ingest = await self._depart(download, open_ingest)
         self.size = download.size
-        self.opened = True
+        self.opened, self._opened_at = True, self._reactor.seconds()
         self._wake()
         if ingest is None:
             raise Stranded("its file cannot be opened")
-        if not await self._room.reserve(self.digest, self.size):
-            raise Stranded("the cache has no room for it")
+        await self._reserve(self.written if self.size is None else self.size)
         while data := await download.read():
-            await self._append(ingest, data)
-            self.written = ingest.size
-            self._wake()
+            await self._append(ingest, download, data)
+        self.size = download.size
         if not ingest.verify():
             await in_thread(self._reactor, ingest.discard)
             raise UpstreamBroken(f"{self.origin.registry} sent content that is not {self.digest}")
@@ -146,23 +166,90 @@ class Flight:
             await self._room.keep(ingest)
         except OSError as error:
             raise Stranded(f"it cannot be kept: {error.strerror}") from error
-        self.size = self.written
+        await self._landing()
         self.landed = True
+
+    async def _depart(self, download: Download, open_ingest: Callable[[Digest], Ingest | None]) -> Ingest | None:
+        """Open the ingest file, and the connection at the byte where ends what an earlier run left there."""
+        while True:
+            ingest = await self._begin(open_ingest)
+            download.offset = self.written
+            try:
+                await download.open()
+            except TooLong:
+                pass
+            else:
+                if ingest is None or not self.written or self.written != download.size or ingest.verify():
+                    return ingest
+            # What was left is not this blob, or not its beginning; without it there is no second time.
+            log.warn("what was left of {digest} is not part of it: from the start", digest=str(self.digest))
+            assert ingest is not None
+            download.abort()
+            self._close()
+            await in_thread(self._reactor, ingest.discard)
 
     async def _begin(self, open_ingest: Callable[[Digest], Ingest | None]) -> Ingest | None:
         """Open the ingest file and take up what an earlier run left there."""
+        self._ingest, self.written = None, 0
         ingest = None
         try:
             ingest = await in_thread(self._reactor, open_ingest, self.digest)
             if ingest is not None and ingest.size:
                 await in_thread(self._reactor, ingest.rehash)
+            if ingest is not None:
+                self._fd = ingest.reader()
         except OSError as error:
             log.error("no ingest file for {digest}: {why}", digest=str(self.digest), why=error.strerror)
             if ingest is not None:
                 ingest.release()
             return None
-        self._ingest = ingest
+        if ingest is not None:
+            self._ingest, self.written = ingest, ingest.size
         return ingest
+
+    async def _reserve(self, size: int) -> None:
+        """Make sure that there is room for `size` bytes of the blob."""
+        if size <= self._reserved:
+            return
+        try:
+            granted = await self._room.reserve(self.digest, size, self.written)
+        except OSError as error:
+            raise Stranded(f"no room can be made for it: {error.strerror}") from error
+        if not granted:
+            raise Stranded("the cache has no room for it")
+        self._reserved = size
+
+    async def _append(self, ingest: Ingest, download: Download, data: bytes) -> None:
+        end = self.written + len(data)
+        try:
+            await self._reserve(end if download.size is None else download.size)
+            await in_thread(self._reactor, ingest.append, [data])
+        except OSError as error:
+            download.unread(data)
+            raise Stranded(f"it cannot be written: {error.strerror}") from error
+        except Stranded:
+            download.unread(data)
+            raise
+        self.written = end
+        self._wake()
+
+    async def _put_away(self) -> None:
+        """Give back the room, and the file for the next flight to go on with.
+
+        Of a flight that has stranded nothing is left: the next one would strand as well, and what it has on the disk
+        may be what the disk is full of.
+        """
+        ingest = self._ingest
+        try:
+            try:
+                if ingest is not None and isinstance(self.failure, Stranded):
+                    await in_thread(self._reactor, ingest.discard)
+            finally:
+                if ingest is not None:
+                    ingest.release()
+                self._room.release(self.digest)
+        except Exception:
+            log.failure("the end of the download of {digest} failed", digest=str(self.digest))
 
     def _offer(self, download: Download) -> None:
         """Leave the open connection to the first reader that goes on by itself, for a moment."""
@@ -174,12 +261,6 @@ class Flight:
         if spare is not None:
             spare.abort()
 
-    async def _append(self, ingest: Ingest, data: bytes) -> None:
-        try:
-            await in_thread(self._reactor, ingest.append, [data])
-        except OSError as error:
-            raise Stranded(f"it cannot be written: {error.strerror}") from error
-
     def _report(self, error: Exception) -> None:
         if isinstance(error, RegistryError):
             why = error.message
@@ -190,109 +271,15 @@ class Flight:
             return
         log.warn("{digest} from {key} was not cached: {why}", digest=str(self.digest), key=self.origin.key, why=why)
 
+    def _close(self) -> None:
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
     def _wake(self) -> None:
         waiting, self._waiting = self._waiting, []
         for waiter in waiting:
             waiter.callback(None)
-
-
-class FlightContent:
-    """A blob under way, read from any offset; each reader has one of its own."""
-
-    def __init__(self, reactor: Any, flight: Flight, fd: int, origin: Origin) -> None:
-        self._reactor = reactor
-        self._flight = flight
-        self._fd = fd
-        self._origin = origin
-        self._rest: _Rest | None = None
-        self.digest = flight.digest
-
-    @property
-    def size(self) -> int | None:
-        """The blob's length in bytes, or None while nobody knows it."""
-        return self._flight.size
-
-    async def read(self, offset: int, at_most: int) -> bytes | bytearray:
-        """Return bytes from `offset` on, at least one; ``b""`` at the end. Raise `UpstreamError`."""
-        flight = self._flight
-        while True:
-            available = flight.readable - offset
-            if available > 0:
-                return await self._read_file(offset, min(available, at_most))
-            if flight.landed:
-                return b""
-            if flight.failure is not None:
-                return await self._read_on(offset, at_most)
-            await flight.changed()
-
-    async def settled(self) -> None:
-        """Wait until the flight has ended; raise where the content cannot be had."""
-        flight = self._flight
-        while not flight.landed and flight.failure is None:
-            await flight.changed()
-        if isinstance(flight.failure, UpstreamError):
-            raise flight.failure
-
-    def close(self) -> None:
-        """Give back the descriptor, and any connection of this reader's own."""
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
-        if self._rest is not None:
-            self._rest.close()
-
-    async def _read_file(self, offset: int, size: int) -> bytes | bytearray:
-        data = read_cached(self._fd, offset, size)
-        return data if data is not None else await in_thread(self._reactor, read_blocking, self._fd, offset, size)
-
-    async def _read_on(self, offset: int, at_most: int) -> bytes | bytearray:
-        """Go on without the flight where that has stranded; where upstream has failed it, so it has this reader."""
-        failure = self._flight.failure
-        if isinstance(failure, UpstreamError):
-            raise failure
-        if self._rest is None:
-            held_back = self._flight.written - self._flight.readable
-            tail = bytes(await self._read_file(self._flight.readable, held_back)) if held_back else b""
-            self._rest = _Rest(self.digest, *self._flight.carry_on(self._origin), self._flight.readable, tail)
-        return await self._rest.read(offset, at_most)
-
-
-class _Rest:
-    """The end of a blob, straight from upstream for one reader, checked as it passes."""
-
-    def __init__(self, digest: Digest, download: Download, hasher: _Hash, start: int, tail: bytes) -> None:
-        self._digest = digest
-        self._download = download
-        self._hasher = hasher
-        self._start = start  # of `_tail` in the blob
-        self._tail = tail  # what was read, and is held back or not asked for yet
-        self._verified = False
-
-    async def read(self, offset: int, at_most: int) -> bytes:
-        """Return bytes from `offset` on, which only ever grows."""
-        while True:
-            if offset > self._start:
-                drop = min(offset - self._start, len(self._tail))
-                self._tail, self._start = self._tail[drop:], self._start + drop
-            ready = len(self._tail) - (0 if self._verified else HELD_BACK)
-            if offset == self._start and ready > 0:
-                return self._tail[: min(ready, at_most)]
-            if self._verified:
-                return b""
-            await self._fetch()
-
-    async def _fetch(self) -> None:
-        data = await self._download.read()
-        if data:
-            self._hasher.update(data)
-            self._tail += data
-        elif self._hasher.hexdigest() != self._digest.hex:
-            raise UpstreamBroken(f"upstream sent content that is not {self._digest}")
-        else:
-            self._verified = True
-
-    def close(self) -> None:
-        self._download.abort()
 
 
 class Flights:
@@ -311,9 +298,9 @@ class Flights:
         """Return the flight of `digest` that is under way, if any."""
         return self._flights.get(digest)
 
-    def start(self, origin: Origin, digest: Digest) -> Flight:
+    def start(self, origin: Origin, digest: Digest, landing: Landing) -> Flight:
         """Begin to fetch `digest` from `origin`; the flight goes on whoever leaves."""
-        flight = self._flights[digest] = Flight(self._reactor, self._upstream, origin, digest, self._room)
+        flight = self._flights[digest] = Flight(self._reactor, self._upstream, origin, digest, self._room, landing)
         spawn(self._run(flight), f"the download of {digest}")
         return flight
 
@@ -322,3 +309,4 @@ class Flights:
             await flight.run(self._open_ingest)
         finally:
             del self._flights[flight.digest]
+            flight.end()

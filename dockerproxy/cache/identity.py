@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import os
-import secrets
 from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections import OrderedDict
 from pathlib import Path
 
 from dockerproxy.oci.names import Registry
+from dockerproxy.store.secret import kept_secret
 from dockerproxy.upstream.credentials import Anonymous, Configured, Credential
 
 PUBLIC = "public"
@@ -39,20 +38,7 @@ class Identities:
     @classmethod
     def open(cls, path: Path) -> Identities:
         """Use the secret kept at `path` (mode 0600), made on first use. Raises OSError."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        except FileExistsError:
-            pass
-        else:
-            with os.fdopen(fd, "wb") as file:
-                file.write(secrets.token_bytes(32))
-        secret = path.read_bytes()
-        # A crash between creating and writing: nothing was signed with it yet.
-        if len(secret) < 32:
-            path.unlink()
-            return cls.open(path)
-        return cls(secret)
+        return cls(kept_secret(path))
 
     def of(self, registry: Registry, credential: Credential) -> str:
         """Return the identity that `credential` stands for at `registry`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from attrs import evolve, frozen
@@ -10,11 +11,13 @@ from twisted.logger import Logger
 
 from dockerproxy.cache.access import Access, Standing
 from dockerproxy.cache.freshness import Freshness
-from dockerproxy.cache.origin import Answer, Upstream, Visitor, refuse
+from dockerproxy.cache.notes import forget, note_link, remember
+from dockerproxy.cache.origin import Answer, Upstream, Visitor, is_refusal, refuse
 from dockerproxy.errors import (
     DigestInvalid,
     ManifestInvalid,
     RegistryError,
+    Unauthorized,
     UpstreamBroken,
     UpstreamRefused,
     is_outage,
@@ -95,7 +98,7 @@ class CachedManifests:
                 return evolve(kept, verdict="REVALIDATED") if kept is not None else asked
             return await self._ask("GET", visitor, digest, accept)
         except RegistryError as error:
-            if kept is not None and is_outage(error) and self._was_admitted(visitor):
+            if kept is not None and is_outage(error) and self._access.was_admitted(visitor):
                 return evolve(kept, verdict="STALE")
             raise
 
@@ -129,6 +132,8 @@ class CachedManifests:
             return await self._ask("GET", visitor, tag, accept)
         # HEAD first: Docker Hub counts no HEAD as a pull.
         asked = await self._ask("HEAD", visitor, tag, accept)
+        if asked.content is not None:
+            return asked  # only a GET could tell: that was the one pull to be counted
         now = kept if kept is not None and asked.digest == kept.digest else None
         if now is None:
             now = await self._kept(visitor.origin.key, asked.digest, asked.media_type)
@@ -139,7 +144,7 @@ class CachedManifests:
     async def _stale(self, visitor: Visitor, tag: Tag, accepted: frozenset[str]) -> ManifestAnswer | None:
         """Return the last good answer that suits the client, for a visitor that upstream once let in."""
         key = visitor.origin.key
-        if not self._was_admitted(visitor):
+        if not self._access.was_admitted(visitor):
             return None
         known = self._known(key, tag)
         exact = known.pop(accept_key(accepted), None)
@@ -150,12 +155,6 @@ class CachedManifests:
                 if kept is not None:
                     return evolve(kept, verdict="STALE")
         return None
-
-    def _was_admitted(self, visitor: Visitor) -> bool:
-        identities = [visitor.identity] if visitor.voucher is None else [visitor.identity, visitor.voucher]
-        return any(
-            self._access.standing(visitor.origin.key, identity) is not Standing.UNKNOWN for identity in identities
-        )
 
     # upstream
 
@@ -169,18 +168,21 @@ class CachedManifests:
     ) -> ManifestAnswer:
         origin = visitor.origin
         headers = Headers([("accept", value) for value in accept])
-        answer = await self._upstream.request(
-            method, origin.registry, origin.manifest_path(reference),
-            name=origin.name, credential=origin.credential, headers=headers,
-        )  # fmt: skip
-        if answer.status == 405 and method == "HEAD":
+        try:
+            answer = await self._upstream.request(
+                method, origin.registry, origin.manifest_path(reference),
+                name=origin.name, credential=origin.credential, headers=headers,
+            )  # fmt: skip
+        except Unauthorized as error:
+            self._note_refusal(visitor, reference, error)
+            raise
+        if answer.status in (405, 501) and method == "HEAD":
             await answer.discard()
             return await self._ask("GET", visitor, reference, accept)
         if answer.status != 200:
-            error = await refuse(origin.registry, answer)
-            self._note_refusal(visitor, reference, error)
-            raise error
-        self._access.proven(origin.key, visitor.identity)
+            refusal = await refuse(origin.registry, answer, "MANIFEST_UNKNOWN")
+            self._note_refusal(visitor, reference, refusal)
+            raise refusal
         if method == "HEAD":
             return await self._accept_head(visitor, reference, accept, answer)
         return await self._accept_content(visitor, reference, accept, answer)
@@ -188,21 +190,23 @@ class CachedManifests:
     async def _accept_head(
         self, visitor: Visitor, reference: Reference, accept: list[str], answer: Answer
     ) -> ManifestAnswer:
-        digest = _digest_field(answer)
-        length = answer.headers.get("content-length") or ""
+        told, size = _digest_field(answer), answer.length
         await answer.discard()
-        if isinstance(reference, Digest):
-            digest = reference
-        if digest is None or not (length.isascii() and length.isdigit()):
-            # A registry that does not say the digest in a HEAD: only the content tells.
+        digest = reference if isinstance(reference, Digest) else told
+        here = self._blobs.size(digest) if digest is not None else None
+        certain = told == digest if told is not None else here is not None
+        if digest is None or size is None or here not in (None, size) or not certain:
+            # A registry that does not say it in a HEAD, or something that says yes to all: only the content tells.
             return await self._ask("GET", visitor, reference, accept)
+        self._note_yes(visitor)
         media_type = _media_type_field(answer) or "application/octet-stream"
         if isinstance(reference, Digest):
-            if self._blobs.exists(digest):
-                await in_thread(self._reactor, self._links.link_manifest, visitor.origin.key, digest, media_type)
-        else:
+            if here is not None:
+                await note_link(self._reactor, self._links.link_manifest, visitor.origin.key, digest, media_type)
+        elif here is not None and self._links.has_manifest(visitor.origin.key, digest):
+            # Not what is yet to be fetched: that may fail, and then the last good answer is what it was.
             self._note_tag(visitor.origin.key, reference, accept, digest, media_type)
-        return ManifestAnswer(digest, media_type, int(length), None, "MISS")
+        return ManifestAnswer(digest, media_type, size, None, "MISS")
 
     async def _accept_content(
         self, visitor: Visitor, reference: Reference, accept: list[str], answer: Answer
@@ -210,30 +214,36 @@ class CachedManifests:
         registry = visitor.origin.registry
         content = await answer.read_all(MAX_MANIFEST)
         try:
-            media_type = _media_type_field(answer) or media_type_of(content)
-            media_type_of(content)
+            own_type = media_type_of(content)
+            media_type = _media_type_field(answer) or own_type
         except ManifestInvalid:
             raise UpstreamBroken(f"{registry} sent something that is no manifest") from None
         claimed = reference if isinstance(reference, Digest) else _digest_field(answer)
-        if media_type == DOCKER_SCHEMA1_SIGNED and claimed is not None:
+        if media_type == own_type == DOCKER_SCHEMA1_SIGNED and claimed is not None:
             # Its digest is that of a part of it (the JWS payload): it is passed on, and not kept.
+            self._note_yes(visitor)
             return ManifestAnswer(claimed, media_type, len(content), content, "PASS")
         digest = Digest.of(content, claimed.algorithm if claimed is not None else "sha256")
         if claimed is not None and digest != claimed:
             raise UpstreamBroken(f"{registry} sent content that is not {claimed}")
+        self._note_yes(visitor)
         await self._store(visitor.origin.key, digest, media_type, content)
         if not isinstance(reference, Digest):
             self._note_tag(visitor.origin.key, reference, accept, digest, media_type)
-            await in_thread(self._reactor, self._links.set_tag, visitor.origin.key, reference, digest)
+            await note_link(self._reactor, self._links.set_tag, visitor.origin.key, reference, digest)
         return ManifestAnswer(digest, media_type, len(content), content, "MISS")
 
+    def _note_yes(self, visitor: Visitor) -> None:
+        # Once it is certain that the answer is one: upstream may be a page that is shown for everything.
+        self._access.proven(visitor.origin.key, visitor.identity, self._access.now())
+
     def _note_refusal(self, visitor: Visitor, reference: Reference, error: RegistryError) -> None:
-        if not isinstance(error, UpstreamRefused):
-            return
-        if error.status in (401, 403):
+        if is_refusal(error):
             self._access.refused(visitor.origin.key, visitor.identity)
-        elif error.status == 404 and not isinstance(reference, Digest):
-            self._records.remove("tag", visitor.origin.key, reference)  # deleted upstream: not to be served as stale
+        elif error.status == 404 and isinstance(error, UpstreamRefused) and not isinstance(reference, Digest):
+            # Deleted upstream: not to be served as stale. Unless that is what a stranger is told, of what is not his.
+            if self._access.was_admitted(visitor):
+                forget(self._records, "tag", visitor.origin.key, reference)
 
     # the store
 
@@ -247,11 +257,17 @@ class CachedManifests:
             return None
         with blob:
             cached = blob.read(0, blob.size)
-            if cached is None:
-                content = await in_thread(self._reactor, blob.read_blocking, 0, blob.size)
-            else:
+            if cached is not None and len(cached) == blob.size:
                 content = bytes(cached)
-            return ManifestAnswer(digest, media_type, blob.size, content, "HIT")
+            else:  # memory has none of it, or the beginning only
+                content = await in_thread(self._reactor, blob.read_blocking, 0, blob.size)
+        if Digest.of(content, digest.algorithm) != digest:
+            # It costs some microseconds to notice it, and all that is pulled by a wrong manifest is wrong.
+            log.error("{digest} is damaged on the disk: it is fetched again", digest=str(digest))
+            with suppress(OSError):
+                self._blobs.remove(digest)
+            return None
+        return ManifestAnswer(digest, media_type, len(content), content, "HIT")
 
     async def _store(self, key: str, digest: Digest, media_type: str, content: bytes) -> None:
         try:
@@ -280,7 +296,7 @@ class CachedManifests:
             name: {"digest": str(entry.digest), "type": entry.media_type, "checked": entry.checked}
             for name, entry in newest
         }
-        self._records.put(record, "tag", key, tag)
+        remember(self._records, record, "tag", key, tag)
 
 
 def _digest_field(answer: Answer) -> Digest | None:

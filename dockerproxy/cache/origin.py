@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any, Protocol
 
 from attrs import frozen
 
-from dockerproxy.errors import RegistryError, UpstreamFailing, UpstreamRefused
+from dockerproxy.errors import RegistryError, Unauthorized, UpstreamFailing, UpstreamRefused
 from dockerproxy.http.headers import Headers
 from dockerproxy.net.dial import Permit
 from dockerproxy.oci.names import Registry, Repository
 from dockerproxy.upstream.credentials import Credential
 
 _MAX_ERROR = 64 * 1024
+_CODES = {401: "UNAUTHORIZED", 403: "DENIED", 405: "UNSUPPORTED", 416: "RANGE_INVALID"}
 
 
 @frozen
@@ -77,8 +79,11 @@ class Upstream(Protocol):
     ) -> Answer: ...
 
 
-async def refuse(registry: Registry, answer: Answer) -> RegistryError:
-    """Return the error that an answer which is not a success stands for, its body read."""
+async def refuse(registry: Registry, answer: Answer, unknown: str = "NAME_UNKNOWN") -> RegistryError:
+    """Return the error that an answer which is not a success stands for, its body read.
+
+    `unknown` is the error code that a 404 has; it is written where upstream wrote nothing, as it must to a HEAD.
+    """
     retry = tuple(field for field in answer.headers if field[0] == "retry-after" or "ratelimit" in field[0])
     if answer.status == 429:
         await answer.discard()
@@ -86,8 +91,18 @@ async def refuse(registry: Registry, answer: Answer) -> RegistryError:
     if answer.status >= 500 or answer.status < 400:
         await answer.discard()
         return UpstreamFailing(f"{registry} answered {answer.status}", headers=retry)
-    content = await answer.read_all(_MAX_ERROR)
-    return UpstreamRefused(answer.status, content, tuple(answer.headers))
+    content, fields = await answer.read_all(_MAX_ERROR), tuple(answer.headers)
+    if not content:
+        code = unknown if answer.status == 404 else _CODES.get(answer.status, "UNKNOWN")
+        message = f"{registry} answered {answer.status}"
+        content = json.dumps({"errors": [{"code": code, "message": message}]}).encode()
+        fields = (*answer.headers.without("content-type"), ("content-type", "application/json"))
+    return UpstreamRefused(answer.status, content, fields)
+
+
+def is_refusal(error: RegistryError) -> bool:
+    """Whether upstream, or its token server, said that the client may not: and not that it has no such thing."""
+    return isinstance(error, Unauthorized) or (isinstance(error, UpstreamRefused) and error.status in (401, 403))
 
 
 @frozen

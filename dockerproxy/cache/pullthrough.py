@@ -6,10 +6,10 @@ credential speaks for the client upstream, and hands the questions to `manifests
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from attrs import define, frozen
+from attrs import define, field, frozen
 
 from dockerproxy.cache.blobs import CachedBlobs
 from dockerproxy.cache.challenges import TOKEN_PATH, Challenges
@@ -17,7 +17,15 @@ from dockerproxy.cache.identity import Identities
 from dockerproxy.cache.manifests import CachedManifests
 from dockerproxy.cache.origin import Answer, Origin, Upstream, Visitor, refuse
 from dockerproxy.cache.tokens import TokenDesk, TokenRequest
-from dockerproxy.errors import NameUnknown, RegistryError, Unauthorized, UpstreamRefused, is_outage
+from dockerproxy.errors import (
+    ManifestInvalid,
+    NameUnknown,
+    RegistryError,
+    Unauthorized,
+    UpstreamBroken,
+    UpstreamRefused,
+    is_outage,
+)
 from dockerproxy.http.headers import Headers
 from dockerproxy.oci.challenge import Challenge
 from dockerproxy.oci.contents import BlobAnswer, ManifestAnswer
@@ -30,7 +38,8 @@ from dockerproxy.upstream.credentials import Anonymous, Configured, Credential, 
 class PullThrough:
     """What the cache of all registries is made of.
 
-    `login` returns the login of ours at a registry that serves every client, or None.
+    `registries` are those that are served at the time, `login` returns the login of ours at a registry that serves
+    every client, or None.
     """
 
     upstream: Upstream
@@ -39,7 +48,7 @@ class PullThrough:
     desk: TokenDesk
     manifests: CachedManifests
     blobs: CachedBlobs
-    registries: tuple[Registry, ...]
+    registries: Iterable[Registry]
     login: Callable[[Registry], Configured | None]
     clock: Callable[[], float]
 
@@ -86,7 +95,7 @@ class CachedRegistry:
 
     cache: PullThrough
     registry: Registry
-    authorization: str | None
+    authorization: str | None = field(repr=False)
     voucher: str | None
 
     @property
@@ -145,11 +154,17 @@ class CachedRegistry:
 
     async def referrers(self, name: Repository, digest: Digest, query: str, artifact_type: str | None) -> Referrers:
         """Return the referrers of `digest`; those of the fallback tag where upstream has no referrers API."""
+        self._check_token()
         path = f"/v2/{name}/referrers/{digest}" + (f"?{query}" if query else "")
-        answer = await self.forward("GET", path, name, Headers([("accept", OCI_INDEX)]))
+        answer = await self.cache.upstream.request(
+            "GET", self.registry, path,
+            name=name, credential=self.credential, headers=Headers([("accept", OCI_INDEX)]),
+        )  # fmt: skip
         if answer.status == 200:
             filtered = "artifactType" in (answer.headers.get("oci-filters-applied") or "")
-            return Referrers(await answer.read_all(MAX_MANIFEST), filtered)
+            content = await answer.read_all(MAX_MANIFEST)
+            self._filter(content, "")
+            return Referrers(content, filtered)
         if answer.status != 404:
             raise await refuse(self.registry, answer)
         await answer.discard()
@@ -162,7 +177,13 @@ class CachedRegistry:
             content = EMPTY_INDEX
         if artifact_type is None:
             return Referrers(content, False)
-        return Referrers(filter_referrers(content, artifact_type), True)
+        return Referrers(self._filter(content, artifact_type), True)
+
+    def _filter(self, index: bytes, artifact_type: str) -> bytes:
+        try:
+            return filter_referrers(index, artifact_type)
+        except ManifestInvalid:
+            raise UpstreamBroken(f"{self.registry} sent something that is no index of referrers") from None
 
     async def forward(
         self, method: str, path: str, name: Repository | None, headers: Headers, body: Any = None
@@ -170,8 +191,8 @@ class CachedRegistry:
         """Return upstream's answer to a request as it is, redirects included; its body is the caller's to read."""
         self._check_token()
         credential = self.credential
-        if method not in ("GET", "HEAD") and self.authorization is None:
-            # What our credential can read is shared; what it can write is not.
+        if self.authorization is None and (method not in ("GET", "HEAD") or not path.startswith("/v2/")):
+            # What our credential can pull is shared; what it can write, and what the registry has beside, is not.
             credential = Anonymous()
         return await self.cache.upstream.request(
             method, self.registry, path,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
+from math import inf
 from typing import Any
 
 from twisted.application.internet import TimerService
@@ -12,6 +13,7 @@ from twisted.logger import Logger
 
 from dockerproxy.oci.names import Digest
 from dockerproxy.store.blobs import Blobs
+from dockerproxy.store.eviction import Entry
 from dockerproxy.store.ingest import Ingest, stale_ingests
 from dockerproxy.store.layout import Layout
 from dockerproxy.store.usage import DoesNotFit, Usage
@@ -37,6 +39,8 @@ class CacheRoom:
         self._blobs = blobs
         self._inactive = inactive
         self._clock = clock
+        self._reserved: set[Digest] = set()
+        self._changed: dict[Digest, Entry | None] | None = None  # since the walk began that is under way, if one is
         self.usage = Usage(limit)
 
     def service(self) -> TimerService:
@@ -49,32 +53,44 @@ class CacheRoom:
 
     async def maintain(self) -> None:
         """Count what the disk holds; remove what is over the limit, was not used for too long, or was abandoned."""
-        entries = await in_thread(self._reactor, lambda: list(self._blobs.walk()))
-        self.usage.load(entries)
-        await self._remove(self.usage.expire(self._inactive, self._clock()))
-        await in_thread(self._reactor, self._drop_abandoned)
-
-    async def reserve(self, digest: Digest, size: int | None) -> bool:
-        """Make room for a blob of `size` bytes (None: as many as come) that is about to be written, if that can be.
-
-        A True is to be followed by `release`.
-        """
-        wanted = size or 0
+        changed = self._changed = {}
         try:
-            chosen = self.usage.make_room(wanted)
+            entries = await in_thread(self._reactor, self._walk)
+        finally:
+            self._changed = None
+        # What came and went meanwhile the walk may have seen as it was before.
+        found = {entry.digest: entry for entry in entries} | changed
+        self.usage.load(entry for entry in found.values() if entry is not None)
+        await self._remove(self.usage.expire(self._inactive, self._clock()))
+
+    async def reserve(self, digest: Digest, size: int, present: int) -> bool:
+        """Make room for a blob of `size` bytes, of which `present` are on the disk already, if that can be.
+
+        For a blob whose size nobody tells it is called again as that grows. `release` has to follow.
+        """
+        self.usage.remove(digest)  # what was left of it from before is part of it
+        try:
+            chosen = self.usage.make_room(size)
         except DoesNotFit:
             return False
-        self.usage.add(digest, wanted, self._clock())
-        self.usage.pin(digest)
+        self.usage.add(digest, size, self._clock())
+        if digest not in self._reserved:
+            self._reserved.add(digest)
+            self.usage.pin(digest)
         await self._remove(chosen)
-        return size is None or await self._fits_on_disk(size)
+        return await self._fits_on_disk(size - present)
 
     def release(self, digest: Digest) -> None:
-        """End a reservation; what was not kept counts no longer."""
-        with suppress(KeyError):
-            self.usage.unpin(digest)
-            if not self._blobs.exists(digest):
-                self.usage.remove(digest)
+        """End what `reserve` began, if it did: from now on what is on the disk counts, and may go."""
+        if digest not in self._reserved:
+            return
+        self._reserved.remove(digest)
+        self.usage.unpin(digest)
+        if not self._blobs.exists(digest):
+            self.usage.remove(digest)
+            left = _entry(self._layout, digest)
+            if left is not None:
+                self._add(digest, left.size)
 
     def hold(self, digest: Digest) -> None:
         """Note that a content is used now and must not go before `let_go`."""
@@ -93,13 +109,26 @@ class CacheRoom:
 
     async def count(self, digest: Digest, size: int) -> None:
         """Count a content that was written, and make others go where it is one too many."""
-        self.usage.add(digest, size, self._clock())
+        self._add(digest, size)
         self.usage.pin(digest)
         try:
             with suppress(DoesNotFit):
                 await self._remove(self.usage.make_room(0))
         finally:
             self.usage.unpin(digest)
+
+    async def purge(self, digests: Iterable[Digest]) -> None:
+        """Remove contents, whoever may use them; who reads one goes on reading."""
+        purged = list(digests)
+        for digest in purged:
+            self.usage.remove(digest)
+        await self._remove(purged)
+
+    def _add(self, digest: Digest, size: int) -> None:
+        now = self._clock()
+        self.usage.add(digest, size, now)
+        if self._changed is not None:
+            self._changed[digest] = Entry(digest, size, now)
 
     async def _fits_on_disk(self, wanted: int) -> bool:
         """Say whether the disk has `wanted` bytes, after making others go for it where it has not."""
@@ -119,10 +148,46 @@ class CacheRoom:
     async def _remove(self, digests: list[Digest]) -> None:
         if digests:
             log.info("{count} contents leave the cache", count=len(digests))
-            await in_thread(self._reactor, lambda: [self._blobs.remove(digest) for digest in digests])
+            if self._changed is not None:
+                self._changed |= dict.fromkeys(digests)
+            await in_thread(self._reactor, self._drop, digests)
 
-    def _drop_abandoned(self) -> None:
-        for digest in stale_ingests(self._layout, self._clock() - _ABANDONED):
+    def _drop(self, digests: list[Digest]) -> None:
+        for digest in digests:
+            # What there is of one that did not come whole goes first: while there is a content nobody fetches it.
+            if _entry(self._layout, digest) is not None:
+                self._discard(digest)
+            try:
+                self._blobs.remove(digest)
+            except OSError as error:
+                _complain(digest, error)
+
+    def _discard(self, digest: Digest) -> None:
+        try:
             ingest = Ingest.open(self._layout, digest)
             if ingest is not None:
-                ingest.discard()
+                try:
+                    ingest.discard()
+                finally:
+                    ingest.release()
+        except OSError as error:
+            _complain(digest, error)
+
+    def _walk(self) -> list[Entry]:
+        for digest in stale_ingests(self._layout, self._clock() - _ABANDONED):
+            self._discard(digest)
+        left = [_entry(self._layout, digest) for digest in stale_ingests(self._layout, inf)]
+        return [*(entry for entry in left if entry is not None), *self._blobs.walk()]
+
+
+def _complain(digest: Digest, error: OSError) -> None:
+    log.error("{digest} cannot be removed: {why}", digest=str(digest), why=error.strerror)
+
+
+def _entry(layout: Layout, digest: Digest) -> Entry | None:
+    """Return what there is of a blob that is, or was, under way."""
+    try:
+        status = os.stat(layout.ingest(digest))
+    except FileNotFoundError:
+        return None
+    return Entry(digest, status.st_size, status.st_mtime)

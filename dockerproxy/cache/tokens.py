@@ -7,7 +7,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from urllib.parse import parse_qsl
 
-from attrs import frozen
+from attrs import field, frozen
 from twisted.internet.defer import Deferred, succeed
 from twisted.internet.interfaces import IConsumer
 from twisted.web.iweb import IBodyProducer
@@ -15,8 +15,9 @@ from zope.interface import implementer
 
 from dockerproxy.cache.challenges import Realm
 from dockerproxy.cache.identity import LIFETIME, PUBLIC, Identities
-from dockerproxy.cache.origin import Exchange, refuse
-from dockerproxy.errors import RegistryError, UpstreamBroken, is_outage
+from dockerproxy.cache.notes import forget, remember
+from dockerproxy.cache.origin import Exchange, is_refusal, refuse
+from dockerproxy.errors import BadRequest, RegistryError, UpstreamBroken, is_outage
 from dockerproxy.http.headers import Headers
 from dockerproxy.net.dial import Permit
 from dockerproxy.oci.challenge import basic
@@ -26,6 +27,7 @@ from dockerproxy.store.records import Records
 _MAX_ANSWER = 256 * 1024
 _OUTAGE = 86400.0  # seconds for which a client that proved itself is believed while the realm cannot be asked
 _SAVE_EVERY = 300.0
+_MAX_FIELDS = 50
 
 
 @frozen
@@ -33,16 +35,22 @@ class TokenRequest:
     """What a client asks a realm: `form` is the body of a POST (OAuth 2), None for GET."""
 
     query: str
-    authorization: str | None
-    form: bytes | None = None
+    authorization: str | None = field(repr=False)
+    form: bytes | None = field(default=None, repr=False)
 
     def shown(self) -> str | None:
-        """Return what the client shows, as an Authorization that stands for it; None where it shows nothing."""
+        """Return what the client shows, as an Authorization that stands for it; None where it shows nothing.
+
+        Raise `BadRequest`.
+        """
         if self.authorization is not None:
             return self.authorization
-        fields = dict(parse_qsl((self.form or b"").decode("utf-8", "replace"), max_num_fields=50))
-        if "username" in fields and "password" in fields:
-            return basic(fields["username"], fields["password"])
+        try:
+            fields = dict(parse_qsl((self.form or b"").decode("utf-8", "replace"), max_num_fields=_MAX_FIELDS))
+            if "username" in fields and "password" in fields:
+                return basic(fields["username"], fields["password"])
+        except ValueError:
+            raise BadRequest("the form has too many fields, or a user's name that none can be") from None
         refresh = fields.get("refresh_token")
         return f"Refresh {refresh}" if refresh else None
 
@@ -76,11 +84,14 @@ class TokenDesk:
         identity = self._identities.of_authorization(shown)
         try:
             content = await self._ask(realm, request)
+            tokens = _tokens_in(realm, content)
         except RegistryError as error:
             if is_outage(error) and self._was_known(registry, identity):
                 return self._ours(registry, identity)
+            if is_refusal(error):
+                forget(self._records, "client", str(registry), identity)
             raise
-        self._note(registry, identity, shown, content)
+        self._note(registry, identity, shown, tokens)
         return content
 
     async def _ask(self, realm: Realm, request: TokenRequest) -> bytes:
@@ -100,17 +111,12 @@ class TokenDesk:
             raise await refuse(realm.server, answer)
         return await answer.read_all(_MAX_ANSWER)
 
-    def _note(self, registry: Registry, identity: str, shown: str, content: bytes) -> None:
-        try:
-            answer = json.loads(content)
-            tokens = [answer[name] for name in ("token", "access_token") if isinstance(answer.get(name), str)]
-        except (ValueError, AttributeError):
-            raise UpstreamBroken(f"the token server of {registry} answered with something else than JSON") from None
+    def _note(self, registry: Registry, identity: str, shown: str, tokens: list[str]) -> None:
         for token in tokens:
             self._identities.bind(token, shown)
         now = self._clock()
         if now - self._last_known(registry, identity) > _SAVE_EVERY:
-            self._records.put({"at": now}, "client", str(registry), identity)
+            remember(self._records, {"at": now}, "client", str(registry), identity)
 
     def _was_known(self, registry: Registry, identity: str) -> bool:
         return 0 <= self._clock() - self._last_known(registry, identity) < _OUTAGE
@@ -124,6 +130,19 @@ class TokenDesk:
         token = self._identities.issue(registry, identity, now)
         issued = datetime.fromtimestamp(now, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         return json.dumps({"token": token, "access_token": token, "expires_in": LIFETIME, "issued_at": issued}).encode()
+
+
+def _tokens_in(realm: Realm, content: bytes) -> list[str]:
+    """Return the token that a realm gave, under either of its names; raise `UpstreamBroken` where there is none."""
+    try:
+        answer = json.loads(content)
+    except (ValueError, RecursionError):
+        answer = None
+    given = [answer.get(name) for name in ("token", "access_token")] if isinstance(answer, dict) else []
+    tokens = [token for token in given if isinstance(token, str) and token]
+    if not tokens:
+        raise UpstreamBroken(f"{realm.server}: what it answers holds no token")
+    return tokens
 
 
 @implementer(IBodyProducer)

@@ -1,34 +1,13 @@
-"""When to try again. Pure: whoever waits brings clock and chance."""
+"""When an upstream wants to be asked again. Pure."""
 
 from __future__ import annotations
 
 from datetime import UTC
 from email.utils import parsedate_to_datetime
 
-from attrs import frozen
-
 from dockerproxy.http.headers import Headers
 
 LONGEST_WAIT = 3600.0  # seconds; an upstream that asks for more is asked again after this
-
-
-@frozen
-class Backoff:
-    """A schedule of growing delays: `first` seconds, each `factor` times the one before, `longest` at most."""
-
-    attempts: int = 6  # the first one included
-    first: float = 0.25
-    factor: float = 2.0
-    longest: float = 10.0
-
-    def delay(self, failures: int, chance: float = 1.0) -> float | None:
-        """Return the seconds to wait after so many failures in a row (1 and more), None where it is time to give up.
-
-        `chance`, from 0 to 1, spreads those who fail together: half of the delay is sure, the rest is a matter of it.
-        """
-        if failures >= self.attempts:
-            return None
-        return float(min(self.first * self.factor ** (failures - 1), self.longest)) * (0.5 + chance / 2)
 
 
 def retry_after(headers: Headers, now: float) -> float | None:

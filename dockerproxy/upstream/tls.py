@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import socket
+from collections.abc import Callable
+from typing import Any
+
 from OpenSSL import SSL
 from service_identity import CertificateError, VerificationError
 from service_identity.pyopenssl import verify_hostname, verify_ip_address
-from twisted.internet.interfaces import IOpenSSLClientConnectionCreator
+from twisted.internet.interfaces import IAddress
+from twisted.internet.protocol import Factory, Protocol
 from twisted.python.failure import Failure
-from zope.interface import implementer
 
 from dockerproxy.errors import UpstreamUnreachable
+from dockerproxy.http.transport import TLSTransport
 from dockerproxy.oci.names import Host
 
 # The errors of X509_verify_cert that an operator meets (openssl-verification-options(1)); others keep their number.
@@ -51,7 +56,6 @@ class TLSClient:
         return TLSSession(self._context, host, verify=self.verify)
 
 
-@implementer(IOpenSSLClientConnectionCreator)
 class TLSSession:
     """The TLS side of one connection to `host`."""
 
@@ -62,8 +66,10 @@ class TLSSession:
         self._connection: SSL.Connection | None = None
         self._error = 0
 
-    def clientConnectionForTLS(self, tlsProtocol: object) -> SSL.Connection:
-        connection = SSL.Connection(self._context, None)
+    def begin(self, sock: socket.socket) -> SSL.Connection:
+        """Return the client's side of TLS on `sock`, before its handshake."""
+        connection = SSL.Connection(self._context, sock)
+        connection.set_connect_state()
         if self._verify:
             connection.set_verify(SSL.VERIFY_PEER, self._note)
         connection.set_alpn_protos([b"http/1.1"])
@@ -98,6 +104,32 @@ class TLSSession:
         if not ok:
             self._error = error
         return bool(ok)
+
+
+class TLSConnector(Factory):
+    """Makes what puts `protocol` on TLS as soon as there is a connection."""
+
+    noisy = False
+
+    def __init__(self, session: TLSSession, protocol: Protocol) -> None:
+        self._session = session
+        self._protocol = protocol
+
+    def buildProtocol(self, address: IAddress | None) -> Protocol:
+        return _Connected(self._start)
+
+    def _start(self, tcp: Any) -> None:
+        TLSTransport(tcp.reactor, tcp, self._session.begin(tcp.getHandle())).start(self._protocol)
+
+
+class _Connected(Protocol):
+    """Hands its transport on."""
+
+    def __init__(self, start: Callable[[Any], None]) -> None:
+        self._start = start
+
+    def connectionMade(self) -> None:
+        self._start(self.transport)
 
 
 def _trust(context: SSL.Context, ca_file: str) -> None:

@@ -87,6 +87,10 @@ class Tokens:
         self._challenges: OrderedDict[Registry, tuple[Challenge, ...]] = OrderedDict()
         self._asking: Coalescing[Asked, Grant] = Coalescing()
 
+    def use(self, logins: Mapping[Host, Login]) -> None:
+        """Show these logins from now on, and no other of ours."""
+        self._logins = Logins(logins)
+
     # what registries ask for
 
     def remember(self, registry: Registry, challenges: Sequence[Challenge]) -> None:

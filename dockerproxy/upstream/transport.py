@@ -6,7 +6,6 @@ from collections.abc import Hashable
 from typing import Any
 
 from twisted.internet.defer import CancelledError, Deferred, TimeoutError
-from twisted.internet.endpoints import wrapClientTLS
 from twisted.internet.interfaces import IAddress
 from twisted.internet.protocol import Factory
 from twisted.web.iweb import IBodyProducer
@@ -18,7 +17,7 @@ from dockerproxy.oci.names import Registry
 from dockerproxy.upstream.connection import Connection, Dropped, Outgoing, Response, Timeouts
 from dockerproxy.upstream.pool import Pool
 from dockerproxy.upstream.sending import framing_field
-from dockerproxy.upstream.tls import TLSClient
+from dockerproxy.upstream.tls import TLSClient, TLSConnector
 from dockerproxy.upstream.urls import split_url
 from dockerproxy.upstream.wire import render_request
 
@@ -105,10 +104,8 @@ class Transport:
     async def _establish(self, key: Hashable, origin: Registry, permit: Permit | None) -> Connection:
         session = self._tls.session(origin.host) if origin.scheme == "https" else None
         connection = Connection(self._reactor, origin.host.authority, session, self._timeouts, self, key)
-        endpoint = self._dialer.endpoint(origin.host, permit)
-        if session is not None:
-            endpoint = wrapClientTLS(session, endpoint)
-        await endpoint.connect(_Once(connection))
+        factory = _Once(connection) if session is None else TLSConnector(session, connection)
+        await self._dialer.endpoint(origin.host, permit).connect(factory)
         self._open.add(connection)
         try:
             await connection.opened

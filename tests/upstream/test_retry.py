@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dockerproxy.http.headers import Headers
-from dockerproxy.upstream.retry import LONGEST_WAIT, Backoff, retry_after
+from dockerproxy.upstream.retry import LONGEST_WAIT, retry_after
 
 NOW = 1_700_000_000.0  # Tue, 14 Nov 2023 22:13:20 GMT
 
@@ -40,9 +40,3 @@ def test_no_field() -> None:
 def test_any_text_is_read_or_not(value: str) -> None:
     seconds = retry_after(Headers([("retry-after", value)]), NOW)
     assert seconds is None or 0 <= seconds <= LONGEST_WAIT
-
-
-def test_backoff_grows_to_its_limit_and_ends() -> None:
-    schedule = Backoff(attempts=6, first=1, factor=3, longest=20)
-    assert [schedule.delay(failures) for failures in range(1, 7)] == [1, 3, 9, 20, 20, None]
-    assert schedule.delay(3, chance=0.0) == 4.5

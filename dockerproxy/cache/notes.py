@@ -1,0 +1,40 @@
+"""What is written down beside the content: facts that cost another question where they are lost, and never an answer.
+
+So a disk that takes no more (or a file system that became read-only) is complained about here, and nobody fails for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from twisted.logger import Logger
+
+from dockerproxy.store.records import Records
+from dockerproxy.tasks import in_thread
+
+log = Logger()
+
+
+def remember(records: Records, value: Mapping[str, Any], *key: str) -> None:
+    """Keep `value`, if the disk takes it."""
+    try:
+        records.put(value, *key)
+    except OSError as error:
+        log.warn("{kind} of {name} is not remembered: {why}", kind=key[0], name=key[1], why=error.strerror)
+
+
+def forget(records: Records, *key: str) -> None:
+    """Remove what is kept, if the disk lets it go."""
+    try:
+        records.remove(*key)
+    except OSError as error:
+        log.warn("{kind} of {name} is not forgotten: {why}", kind=key[0], name=key[1], why=error.strerror)
+
+
+async def note_link(reactor: Any, write: Callable[..., None], repository: str, *what: Any) -> None:
+    """Call `write`, which makes a link of `repository`, in a thread; go on where the disk does not take it."""
+    try:
+        await in_thread(reactor, write, repository, *what)
+    except OSError as error:
+        log.warn("{repository} is not linked to its content: {why}", repository=repository, why=error.strerror)
