@@ -62,6 +62,36 @@ class BlobUnknown(RegistryError):
     status, code = 404, "BLOB_UNKNOWN"
 
 
+class ManifestBlobUnknown(RegistryError):
+    """A manifest that refers to blobs or manifests which its repository does not have."""
+
+    status, code = 404, "MANIFEST_BLOB_UNKNOWN"
+
+
+class BlobUploadUnknown(RegistryError):
+    """There is no such upload session in this repository: never, or no longer."""
+
+    status, code = 404, "BLOB_UPLOAD_UNKNOWN"
+
+
+class BlobUploadInvalid(RegistryError):
+    """A chunk that contradicts itself; the session stays as it was before."""
+
+    status, code = 400, "BLOB_UPLOAD_INVALID"
+
+
+class BlobUploadBusy(BlobUploadInvalid):
+    """Another request writes to the session at this moment."""
+
+    status = 409
+
+
+class PaginationInvalid(RegistryError):
+    """A page size that is no number (a code of CNCF distribution)."""
+
+    status, code = 400, "PAGINATION_NUMBER_INVALID"
+
+
 class SizeInvalid(RegistryError):
     """A body that is longer than what is accepted."""
 
@@ -102,6 +132,12 @@ class TooManyRequests(RegistryError):
     """The rate limit (ours or upstream's) is reached."""
 
     status, code = 429, "TOOMANYREQUESTS"
+
+
+class InsufficientStorage(RegistryError):
+    """Our own disk is full. Of a 5xx docker prints the status line, which says as much."""
+
+    status, code = 507, "UNAVAILABLE"
 
 
 class UpstreamError(RegistryError):

@@ -28,6 +28,9 @@ IMAGE_TYPES = frozenset({DOCKER_MANIFEST, OCI_MANIFEST})
 INDEX_TYPES = frozenset({DOCKER_LIST, OCI_INDEX})
 SCHEMA1_TYPES = frozenset({DOCKER_SCHEMA1, DOCKER_SCHEMA1_SIGNED})
 
+KNOWN_TYPES = IMAGE_TYPES | INDEX_TYPES | SCHEMA1_TYPES
+"""The types of which `parse_manifest` knows what they have to have."""
+
 MAX_MANIFEST = 4 * 1024 * 1024  # distribution-spec 1.1, "Pushing Manifests": at least 4 MiB
 EMPTY_INDEX = b'{"schemaVersion":2,"mediaType":"application/vnd.oci.image.index.v1+json","manifests":[]}'
 
@@ -37,6 +40,9 @@ _MEDIA_TYPE = re.compile(r"[a-z0-9][a-z0-9!#$&^_.+-]{0,126}/[a-z0-9][a-z0-9!#$&^
 _MEDIA_RANGE = re.compile(rf"\*/\*|[a-z0-9][a-z0-9!#$&^_.+-]{{0,126}}/\*|{_MEDIA_TYPE.pattern}")
 _NOT_ACCEPTED = re.compile(r";[ \t]*q[ \t]*=[ \t]*0(?:\.0*)?[ \t]*(?:;|$)", re.IGNORECASE)
 _MAX_ACCEPTED = 100
+_ELSEWHERE = re.compile(
+    r"application/vnd\.(?:oci\.image\.layer\.nondistributable\.v1|docker\.image\.rootfs\.foreign\.diff)\b"
+)
 
 _Document = dict[str, Any]
 
@@ -95,6 +101,12 @@ def parse_manifest(content: bytes, media_type: str | None) -> Manifest:
         subject=_optional(document, "subject"),
         artifact_type=artifact_type or None,
     )
+
+
+def is_elsewhere(media_type: str) -> bool:
+    """Whether a layer of this type is one that clients fetch from its vendor, who lets nobody else distribute it
+    (image-spec 1.1, "Non-distributable Layers"): no push brings it."""
+    return _ELSEWHERE.match(media_type) is not None
 
 
 def media_type_of(content: bytes) -> str:

@@ -26,7 +26,9 @@ _TAG = re.compile(r"[a-zA-Z0-9_][a-zA-Z0-9._-]{0,127}")
 _MAX_REPOSITORY = 255  # what distribution and Docker Hub accept
 
 # image-spec 1.1, "Registered Algorithms", with the length of the encoded part.
-_ALGORITHMS = {"sha256": 64, "sha512": 128}
+ALGORITHMS = {"sha256": 64, "sha512": 128}
+"""The algorithms of digests, and how many hex digits each has."""
+
 _HEX = re.compile(r"[0-9a-f]+")
 
 # RFC 1123 labels; underscores occur in compose service names.
@@ -63,7 +65,7 @@ class Digest:
     def parse(cls, text: str) -> Digest:
         """Return the digest written in `text` (image-spec, "Digests"), or raise `DigestInvalid`."""
         algorithm, _, encoded = text.partition(":")
-        if _ALGORITHMS.get(algorithm) != len(encoded) or not _HEX.fullmatch(encoded):
+        if ALGORITHMS.get(algorithm) != len(encoded) or not _HEX.fullmatch(encoded):
             raise DigestInvalid(f"{text[:150]!r} is not a sha256 or sha512 digest")
         return cls(algorithm, encoded)
 

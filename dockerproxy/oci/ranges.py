@@ -32,14 +32,13 @@ def select(header: str | None, size: int) -> Span | None:
     A field that is absent, in another unit, malformed or asks for several ranges selects the whole (RFC 9110, section
     14.2 lets a server ignore it, and lazy pullers accept that). So does any range of an empty content: no
     Content-Range could describe the answer, and containerd asks for ``bytes=0-`` of everything. A range that begins
-    behind the end raises `RangeInvalid`.
+    behind the content's end or its own raises `RangeInvalid`: section 14.2 lets a server reject the latter too, and
+    the conformance suite of the distribution-spec wants that.
     """
     found = _RANGE.fullmatch(header) if header is not None else None
     if found is None or size == 0 or not (found[1] or found[2]):
         return None
     first, last = found[1], found[2]
-    if first and last and int(last) < int(first):
-        return None
     start = int(first) if first else max(size - int(last), 0)
     stop = min(int(last) + 1, size) if first and last else size
     if start >= stop:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 
 from attrs import define, field, frozen
@@ -13,7 +13,9 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from OpenSSL import SSL, crypto
+from twisted.logger import Logger
 
+from dockerproxy.errors import NameInvalid
 from dockerproxy.oci.names import Host
 from dockerproxy.proxy.issuer import (
     BACKDATE,
@@ -35,6 +37,9 @@ _MOST_COMMON_NAME = 64  # characters, X.520's ub-common-name
 
 # For TLS 1.2; the leaves have EC keys. The client's order holds: it knows whether its processor has AES.
 _CIPHERS = b"ECDHE-ECDSA-AES128-GCM-SHA256:ECDHE-ECDSA-AES256-GCM-SHA384:ECDHE-ECDSA-CHACHA20-POLY1305"
+
+
+log = Logger()
 
 
 @frozen
@@ -109,6 +114,26 @@ class CertificateAuthority:
         self._leaves.move_to_end(host)
         return leaf.context
 
+    def context_by_name(self, names: Container[str]) -> SSL.Context:
+        """Return a server's context that shows each client the leaf for the name it asks for, if that is in `names`.
+
+        Who asks for none (a client that was given an IP address does not) or for another gets the leaf for the address
+        that the connection came to. For connections on sockets.
+        """
+        context = _bare_context()
+
+        def choose(connection: SSL.Connection) -> None:
+            asked = connection.get_servername()
+            name = asked.decode("ascii", "replace").lower() if asked is not None else ""
+            try:
+                connection.set_context(self.context_for(name if name in names else _address_of(connection)))
+            except (AuthorityError, NameInvalid) as error:
+                # Without a certificate the handshake fails, which is all that can be said to the client.
+                log.error("no certificate for a client: {why}", why=str(error))
+
+        context.set_tlsext_servername_callback(choose)
+        return context
+
     def _make_leaf(self, host: Host, now: float) -> _Leaf:
         issuer = self._issuer
         begins, ends = max(now - BACKDATE, issuer.begins), min(now + _LIFE, issuer.ends)
@@ -158,6 +183,12 @@ def _authority_key_identifier(issuer: x509.Certificate) -> x509.AuthorityKeyIden
 def _server_context(
     certificate: x509.Certificate, key: ec.EllipticCurvePrivateKey, sent: Sequence[x509.Certificate]
 ) -> SSL.Context:
+    context = _bare_context()
+    _present(context, certificate, key, sent)
+    return context
+
+
+def _bare_context() -> SSL.Context:
     context = SSL.Context(SSL.TLS_SERVER_METHOD)
     context.set_min_proto_version(SSL.TLS1_2_VERSION)
     context.set_cipher_list(_CIPHERS)
@@ -167,8 +198,15 @@ def _server_context(
     context.set_session_cache_mode(SSL.SESS_CACHE_OFF)
     context.set_session_id(b"docker-registry-proxy")
     context.set_alpn_select_callback(_select_protocol)
-    _present(context, certificate, key, sent)
     return context
+
+
+def _address_of(connection: SSL.Connection) -> str:
+    """Return the address of this machine that a connection came to, as a client writes it."""
+    host: str = connection.getsockname()[0]
+    address = ipaddress.ip_address(host.partition("%")[0])
+    mapped = getattr(address, "ipv4_mapped", None)
+    return str(mapped or address)
 
 
 def _present(

@@ -1,7 +1,9 @@
 """The front door: what a client of the proxy port wants, decided by the first line of its request.
 
-CONNECT host:port     a registry's name: intercepted; any other: a tunnel, if the policy lets it pass
-GET http://host/...   a registry's name: answered in its place; our own: see below; any other: forwarded
+CONNECT host:port     a registry's name: intercepted; our own: the hosted registry, answered here as well; any other: a
+                      tunnel, if the policy lets it pass
+GET http://host/...   a registry's name: answered in its place; our own with this port: see below, with another: the
+                      hosted registry; any other: forwarded
 GET /...              for ourselves: the page, /ca.crt, the set-up script, and as a mirror /v2/
 """
 
@@ -72,7 +74,11 @@ class Interception:
 
 @frozen
 class FrontDoor:
-    """Answers the requests of the proxy port; `local` answers those that are for us, under one of `own_names`."""
+    """Answers the requests of the proxy port.
+
+    `local` answers those that are for this port itself, `own` those for the registry that is hosted here, under one of
+    `own_names`: what its doors would answer, were the client to go there without the proxy.
+    """
 
     clock: Any
     policy: Policy
@@ -80,6 +86,7 @@ class FrontDoor:
     dial: Dial
     transport: Exchange
     local: Handler
+    own: Handler
     own_names: frozenset[str]
     timeouts: TunnelTimeouts
     transfers: Transfers
@@ -104,22 +111,22 @@ class FrontDoor:
     # CONNECT
 
     async def _connect(self, site: Site, request: Request) -> None:
+        request.path = request.query = ""  # before it is parsed: a login may be in it, which is nothing for the log
         host = authority_form(request.head.target)
-        request.host, request.path, request.query = host.authority, "", ""
+        request.host = host.authority
         registry = self.interception.registries.get(host)
         if registry is not None:
-            self._intercept(site, request, registry)
+            self._intercept(site, request, host, lambda inner: self.interception.answer(registry, inner))
+            return
+        if host.name in self.own_names:
+            self._intercept(site, request, host, self.own)
             return
         self.policy.check_port(host)
         self.policy.check_name(host)
         await self._tunnel(request, host)
 
-    def _intercept(self, site: Site, request: Request, registry: Registry) -> None:
-        context = self.interception.context(registry.host.name)
-
-        async def answer(inner: Request) -> None:
-            await self.interception.answer(registry, inner)
-
+    def _intercept(self, site: Site, request: Request, host: Host, answer: Handler) -> None:
+        context = self.interception.context(host.name)
         transport, received = request.detach()
         transport.write(_ESTABLISHED)
         transport.upgrade(context, HTTPChannel(site, answer, secure=True), received)
@@ -146,14 +153,15 @@ class FrontDoor:
     # absolute-form
 
     async def _forward(self, request: Request) -> None:
+        request.path = request.query = ""  # as in `_connect`
         scheme, host, target = absolute_form(request.head.target)
         request.path, _, request.query = target.partition("?")
-        request.host = str(Registry(host, scheme).host)
+        request.host = str(host)
         registry = self.interception.registries.get(host)
         if registry is not None:
             await self.interception.answer(registry, request)
         elif host.name in self.own_names:
-            await self.local(request)
+            await (self.local(request) if host.port == request.port else self.own(request))
         else:
             await self._forward_elsewhere(request, Registry(host, scheme))
 

@@ -22,8 +22,9 @@ class TunnelTimeouts:
 class Tunnel:
     """Two connections, each of which gets what the other sends.
 
-    Whichever end is slow holds the other back. When one closes, the other is closed after what is on its way. `ended`
-    is called once, with the bytes that went to the client.
+    Whichever end is slow holds the other back. When one closes, or only says that it has no more to send, the other is
+    closed after what is on its way. When neither sends nor takes a byte for too long, both are. `ended` is called once,
+    with the bytes that went to the client.
     """
 
     def __init__(self, clock: Any, timeouts: TunnelTimeouts, ended: Callable[[int], None]) -> None:
@@ -54,10 +55,11 @@ class Tunnel:
         self._last = self._clock.seconds()
 
     def lost(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        self.passed()
         if self.client.lost and self.server.lost:
+            timer, self._timer = self._timer, None
+            if timer is not None:
+                timer.cancel()
             self._ended(self.server.received)
 
     def _check(self) -> None:

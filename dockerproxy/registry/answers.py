@@ -6,23 +6,48 @@ import json
 from collections.abc import Iterable
 
 from dockerproxy.errors import RegistryError, UpstreamRefused
-from dockerproxy.http.headers import HOP_BY_HOP
+from dockerproxy.http.headers import Headers
+from dockerproxy.http.relay import relayed_fields
 from dockerproxy.http.request import Request
 
 API_VERSION = ("Docker-Distribution-Api-Version", "registry/2.0")
 
-_NOT_RELAYED = HOP_BY_HOP | {"content-length", "date", "server", "set-cookie", "strict-transport-security"}
+Fields = list[tuple[str, str]]
+
+# What upstream says about itself as a server: we stand in its place. Alt-Svc would lead clients past us, and a
+# content delivery network's X-Cache tells of another cache than ours.
+_NOT_RELAYED = ("alt-svc", "server", "strict-transport-security", "x-cache")
 
 
-def answer_error(request: Request, error: RegistryError) -> None:
-    """Answer with `error`; upstream's own refusal in upstream's own words."""
+def told(verdict: str) -> Fields:
+    """Return the field that says how an answer came about; none where no cache had a part in it."""
+    return [] if verdict == "-" else [("X-Cache", verdict)]
+
+
+def upstream_fields(headers: Headers) -> Fields:
+    """Return the fields of a registry's answer that a client of ours gets."""
+    return relayed_fields(headers.without(*_NOT_RELAYED))
+
+
+def without_cookies(headers: Headers) -> Headers:
+    """Return `headers` without cookies, which the API does not know.
+
+    A cookie that upstream gives may be a session of our own login; one that a client sends may be for another server
+    than the one that it is passed on to.
+    """
+    return headers.without("cookie", "set-cookie")
+
+
+def answer_error(request: Request, error: RegistryError, challenge: Iterable[tuple[str, str]] = ()) -> None:
+    """Answer with `error`, upstream's own refusal in upstream's own words.
+
+    The fields `challenge` take the place of whatever challenge `error` holds: that was not made for this client. The
+    error is left as it is, for it may be the answer to several requests.
+    """
+    headers = Headers(error.headers).without("www-authenticate")
     if isinstance(error, UpstreamRefused):
-        relayed = [(name, value) for name, value in error.headers if name not in _NOT_RELAYED]
-        _answer(request, error.status, relayed, error.content)
-        return
-    body = json.dumps({"errors": [{"code": error.code, "message": error.message}]}).encode()
-    _answer(request, error.status, [("Content-Type", "application/json"), API_VERSION, *error.headers], body)
-
-
-def _answer(request: Request, status: int, fields: Iterable[tuple[str, str]], body: bytes) -> None:
-    request.answer(status, [*fields, ("X-Cache", request.verdict)], body)
+        fields, body = upstream_fields(without_cookies(headers)), error.content
+    else:
+        fields = [("Content-Type", "application/json"), API_VERSION, *headers]
+        body = json.dumps({"errors": [{"code": error.code, "message": error.message}]}).encode()
+    request.answer(error.status, [*fields, *challenge, *told(request.verdict)], body)

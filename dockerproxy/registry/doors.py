@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
-from dockerproxy.errors import NameUnknown, RegistryError
+from dockerproxy.errors import NameUnknown, RegistryError, Unsupported
+from dockerproxy.http.message import origin_form
 from dockerproxy.http.request import Request
-from dockerproxy.oci.names import Registry
+from dockerproxy.oci.names import Host, Registry
 from dockerproxy.oci.routes import Kind, Target, route, take_parameter
 from dockerproxy.registry.answers import API_VERSION, answer_error
 from dockerproxy.registry.face import Face
-from dockerproxy.registry.mirrored import Mirrored, Remote, check_push, pass_on
+from dockerproxy.registry.mirrored import READING, Mirrored, Remote, check_push, pass_on
 
 _MAX_FORM = 64 * 1024
 
@@ -48,15 +49,16 @@ class Intercepted:
             refuse(request, error, remote.challenge(error, secure=request.secure) if error.status == 401 else [])
 
     async def _answer(self, registry: Registry, request: Request, remote: Remote) -> None:
-        served = self._realms.served_at(registry, request.path)
-        if served is not None and request.method in ("GET", "POST"):
-            await self._token(served, request)
-            return
+        _check_path(request)
         target = _target(request.path)
         if target is not None:
             await self._face.answer(request, target, Mirrored(remote, self._allow_push))
             return
-        if request.method not in ("GET", "HEAD", "OPTIONS"):
+        served = self._realms.served_at(registry, request.path)
+        if served is not None and request.method in ("GET", "POST"):
+            await self._token(served, request)
+            return
+        if request.method not in (*READING, "OPTIONS"):
             check_push(request, self._allow_push)
         await pass_on(request, remote, None)
 
@@ -64,16 +66,17 @@ class Intercepted:
         request.verdict = "PASS"
         form = await request.read_all(_MAX_FORM) if request.method == "POST" else None
         content = await self._realms.token(registry, request.query, request.headers.get("authorization"), form)
-        request.answer(200, [("Content-Type", "application/json"), ("Cache-Control", "no-store")], content)
+        fields = [("Content-Type", "application/json"), ("Cache-Control", "no-store"), ("X-Cache", request.verdict)]
+        request.answer(200, fields, content)
 
 
 class Mirror:
-    """Answers as a mirror: `?ns=HOST` names one of the registries, and without it Docker Hub is meant.
+    """Answers as a mirror: `?ns=HOST` names one of `registries`, and without it `hub` is meant.
 
     A mirror's client brings no login of upstream's, so what it shows goes nowhere, and our own or none speaks for it.
     """
 
-    def __init__(self, face: Face, open_remote: Open, registries: Mapping[str, Registry], hub: Registry) -> None:
+    def __init__(self, face: Face, open_remote: Open, registries: Mapping[Host, Registry], hub: Registry) -> None:
         self._face = face
         self._open = open_remote
         self._registries = registries
@@ -84,28 +87,38 @@ class Mirror:
         try:
             await self._answer(request)
         except RegistryError as error:
+            # Without a challenge: a login for the registry that is mirrored is nothing to show to us.
             refuse(request, error, [])
 
     async def _answer(self, request: Request) -> None:
+        _check_path(request)
         target = route(request.path)
         namespace, request.query = take_parameter(request.query, "ns")
-        registry = self._hub if namespace is None else self._registries.get(namespace.lower())
+        registry = self._hub if namespace is None else self._registries.get(Host.parse(namespace))
         if registry is None:
             raise NameUnknown(f"{namespace!r} is not mirrored here: its administrator can add it to REGISTRIES")
         request.host = str(registry)
+        if request.method not in READING:
+            sentence = "a mirror is pulled from only: push to the registry itself"
+            raise Unsupported(sentence, headers=[("Allow", ", ".join(READING))])
         if target.kind is Kind.BASE:
             request.answer(200, [("Content-Type", "application/json"), API_VERSION], b"{}")
             return
-        await self._face.answer(request, target, Mirrored(self._open(registry, None), allow_push=False))
+        await self._face.answer(request, target, Mirrored(self._open(registry, None), False, namespace))
 
 
 def refuse(request: Request, error: RegistryError, challenge: list[tuple[str, str]]) -> None:
     """Answer with `error` under `challenge`; break off where an answer has begun, so that nobody takes it for whole."""
     if request.started:
         request.abort()
-        return
-    error.headers = (*(field for field in error.headers if field[0].lower() != "www-authenticate"), *challenge)
-    answer_error(request, error)
+    else:
+        answer_error(request, error, challenge)
+
+
+def _check_path(request: Request) -> None:
+    """Refuse what is no path: behind a registry's origin, `.example.com/` would make another server's URL of it."""
+    path, request.path = request.path, ""  # it may hold a login, which is nothing for the log
+    request.path = origin_form(path)
 
 
 def _target(path: str) -> Target | None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from dockerproxy.errors import UpstreamBroken
 from dockerproxy.http.request import Request
-from dockerproxy.oci.contents import BlobAnswer, ManifestAnswer
+from dockerproxy.oci.contents import BlobAnswer, Content, ManifestAnswer
 from dockerproxy.oci.names import Digest, Reference, Repository
 from dockerproxy.oci.ranges import Span, content_range, select
 from dockerproxy.oci.routes import Kind, Target
-from dockerproxy.registry.answers import API_VERSION
+from dockerproxy.registry.answers import API_VERSION, told
 from dockerproxy.registry.senders import send
 from dockerproxy.registry.source import Source
 
@@ -66,11 +67,7 @@ class Face:
                 found.content.close()
 
     async def _send_blob(self, request: Request, found: BlobAnswer) -> None:
-        fields = [
-            ("Content-Type", "application/octet-stream"),
-            *_common(found, found.verdict),
-            ("Accept-Ranges", "bytes"),
-        ]
+        fields = [("Content-Type", "application/octet-stream"), *_common(found, found.verdict)]
         if _has(request, found.digest):
             request.answer(304, fields)
             return
@@ -87,40 +84,34 @@ class Face:
         start, stop = (span.start, span.stop) if span is not None else (0, size)
         status = 200 if span is None else 206
         length = None if stop is None else stop - start
-        if length is not None and length <= _SMALL:
-            # Head and body in one write: one system call, one packet for the client to wait for.
-            await self._send_small(request, status, fields, content, start, length)
-            return
-        request.start(status, fields, length)
         if request.method == "HEAD":
+            request.start(status, fields, length)
             request.finish()
-        else:
-            await send(request, content, start, stop, self._clock)
-
-    async def _send_small(
-        self, request: Request, status: int, fields: Fields, content: Any, start: int, length: int
-    ) -> None:
-        data = b""
-        if request.method != "HEAD":
-            while len(data) < length:
-                piece = await content.read(start + len(data), length - len(data))
-                if not piece:
-                    break
-                data = data + piece if data else bytes(piece)
-        if len(data) == length:
-            request.answer(status, fields, data)
+        elif length is not None and length <= _SMALL:
+            # Head and body in one write: one system call, one packet for the client to wait for.
+            request.answer(status, fields, await _read_small(content, start, length))
         else:
             request.start(status, fields, length)
-            request.write(data)
-            request.finish()
+            await send(request, content, start, stop, self._clock)
+
+
+async def _read_small(content: Content, start: int, length: int) -> bytes:
+    data = b""
+    while len(data) < length:
+        piece = await content.read(start + len(data), length - len(data))
+        if not piece:
+            raise UpstreamBroken(f"the content ends {length - len(data)} bytes too early")
+        data = data + piece if data else bytes(piece)
+    return data
 
 
 def _common(found: BlobAnswer | ManifestAnswer, verdict: str) -> Fields:
     fields = [
         ("Docker-Content-Digest", str(found.digest)),
         ("Etag", f'"{found.digest}"'),
+        ("Accept-Ranges", "bytes"),
         API_VERSION,
-        ("X-Cache", verdict),
+        *told(verdict),
     ]
     if verdict == "STALE":
         fields.append(_STALE)
@@ -133,7 +124,7 @@ def _has(request: Request, digest: Digest) -> bool:
     if condition is None:
         return False
     tags = {tag.strip().removeprefix("W/").strip('"') for tag in condition.split(",")}
-    return "*" in tags or str(digest) in tags
+    return condition.strip() == "*" or str(digest) in tags
 
 
 def _span(request: Request, digest: Digest, size: int) -> Span | None:

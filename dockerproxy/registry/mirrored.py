@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Protocol
+from urllib.parse import quote
 
 from attrs import frozen
 
-from dockerproxy.errors import RegistryError, Unsupported
+from dockerproxy.errors import RegistryError, Unsupported, UpstreamError, UpstreamRefused
 from dockerproxy.http.headers import Headers
-from dockerproxy.http.relay import Answer, relay, relayed_fields, request_body
+from dockerproxy.http.relay import Answer, relay, request_body
 from dockerproxy.http.request import Request
 from dockerproxy.oci.contents import BlobAnswer, ManifestAnswer
 from dockerproxy.oci.manifests import OCI_INDEX
 from dockerproxy.oci.names import Digest, Reference, Repository
 from dockerproxy.oci.routes import Kind, Target, parse_query
-from dockerproxy.registry.answers import API_VERSION
+from dockerproxy.registry.answers import API_VERSION, upstream_fields, without_cookies
 
 # What a client says to us and not to upstream: its login is dealt with, the body's framing is ours to say anew.
 _NOT_FORWARDED = ("authorization", "host", "content-length", "expect", "accept-encoding")
+
+READING = ("GET", "HEAD")
+
+_MAX_REFUSAL = 64 * 1024
+
+# RFC 8288, section 3; a target that is a path is one of ours.
+_LINK = re.compile(r"<(/[^<>]*)>")
+
+
+class Passed(Answer, Protocol):
+    """Another server's answer."""
+
+    async def read_all(self, limit: int) -> bytes: ...
 
 
 class Referrers(Protocol):
@@ -45,17 +60,18 @@ class Remote(Protocol):
 
     async def forward(
         self, method: str, path: str, name: Repository | None, headers: Headers, body: Any = None
-    ) -> Answer: ...
+    ) -> Passed: ...
 
     def challenge(self, error: RegistryError, *, secure: bool) -> list[tuple[str, str]]: ...
 
 
 @frozen
 class Mirrored:
-    """A `Source` over a `Remote`."""
+    """A `Source` over a `Remote`. `namespace` is what a client names it by at every request (`?ns=`), if it does."""
 
     remote: Remote
     allow_push: bool
+    namespace: str | None = None
 
     async def manifest(
         self, name: Repository, reference: Reference, accept: list[str], *, head: bool
@@ -67,7 +83,7 @@ class Mirrored:
 
     async def other(self, request: Request, target: Target) -> None:
         """Answer the ping and referrers ourselves; pass on the rest, and writing only where the settings say so."""
-        reading = request.method in ("GET", "HEAD")
+        reading = request.method in READING
         if not reading:
             check_push(request, self.allow_push)
         if reading and target.kind is Kind.BASE:
@@ -78,7 +94,7 @@ class Mirrored:
         elif reading and target.kind is Kind.REFERRERS:
             await self._referrers(request, target)
         else:
-            await pass_on(request, self.remote, target.name)
+            await pass_on(request, self.remote, target, self.namespace)
 
     async def _referrers(self, request: Request, target: Target) -> None:
         assert target.name is not None and isinstance(target.reference, Digest)
@@ -98,15 +114,39 @@ def check_push(request: Request, allow_push: bool) -> None:
         raise Unsupported("pushing through this proxy is switched off: its administrator can set ALLOW_PUSH=true")
 
 
-async def pass_on(request: Request, remote: Remote, name: Repository | None) -> None:
-    """Answer `request` with what upstream answers to it, body and answer streamed."""
+async def pass_on(request: Request, remote: Remote, target: Target | None, namespace: str | None = None) -> None:
+    """Answer `request` with what upstream answers to it, body and answer streamed; raise `UpstreamRefused` for a 401.
+
+    `target` is what its path means in the API, None where that is nothing.
+    """
     request.verdict = "PASS"
     path = request.path + (f"?{request.query}" if request.query else "")
     headers = request.headers.end_to_end().without(*_NOT_FORWARDED)
-    answer = await remote.forward(request.method, path, name, headers, request_body(request))
-    fields = relayed_fields(answer.headers)
+    repository = None
+    if target is not None:
+        repository, headers = target.name, without_cookies(headers)
+    answer = await remote.forward(request.method, path, repository, headers, request_body(request))
     if answer.status == 401:
-        refusal = RegistryError("upstream asks for a login", headers=fields)
-        fields = [field for field in fields if field[0] != "www-authenticate"]
-        fields += remote.challenge(refusal, secure=request.secure)
+        raise UpstreamRefused(401, await _words(answer), tuple(answer.headers))
+    told = answer.headers if target is None else without_cookies(answer.headers)
+    fields = [(name, _within(namespace, value) if name == "link" else value) for name, value in upstream_fields(told)]
     await relay(request, answer, [*fields, ("X-Cache", request.verdict)])
+
+
+async def _words(answer: Passed) -> bytes:
+    """Return the body of a refusal; nothing where it is too long or breaks off, for its status says enough."""
+    try:
+        return await answer.read_all(_MAX_REFUSAL)
+    except UpstreamError:
+        return b""
+
+
+def _within(namespace: str | None, link: str) -> str:
+    """Return a Link field that leads on within `namespace`: without it, the next page would be another registry's."""
+    if namespace is None:
+        return link
+
+    def add(found: re.Match[str]) -> str:
+        return f"<{found[1]}{'&' if '?' in found[1] else '?'}ns={quote(namespace)}>"
+
+    return _LINK.sub(add, link)

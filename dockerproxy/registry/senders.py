@@ -45,13 +45,14 @@ async def send(request: Request, content: Content, start: int, stop: int | None,
         data = await content.read(offset, min(pace.size, end - offset))
         if not data:
             break
-        offset += len(data)
-        request.write(data)
+        taken = request.offer(data)
+        del data  # what was not taken is read again when it will be, and does not wait in memory
+        offset += taken
         if offset >= end:
             break
         began = clock.seconds()
         await request.drain()
         pace.took(clock.seconds() - began)
-        if len(data) >= _SMALLEST:
+        if taken >= _SMALLEST:
             await deferLater(clock, 0)
     request.finish()

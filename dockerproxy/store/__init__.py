@@ -3,6 +3,8 @@
 `blobs` holds contents by digest, `links` says which repository may serve which of them, `ingest` is a blob under way,
 `records` are small remembered facts. `eviction` and `usage` decide what goes when the cache is full; they touch no
 disk.
+The hosted registry alone has `uploads`, blobs that are being pushed, and `referrers`, an index of what refers to what;
+`hosting` holds its parts together.
 All writes go through `files`: written beside, then renamed, so that no reader and no crash meets half of anything.
 
 What is said to block does disk I/O that can wait and belongs in a thread. The rest is a system call or two on names

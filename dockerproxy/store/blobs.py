@@ -88,6 +88,26 @@ class Blobs:
                 os.utime(fd, (now, now))
         return OpenBlob(fd, status.st_size, digest)
 
+    def touch(self, digest: Digest) -> int | None:
+        """Note the content as used now, and return its length in bytes; None where there is none.
+
+        Garbage collection leaves alone what was used within the hour: what was found here stays here (`removal`).
+        """
+        path = self._layout.blob(digest)
+        try:
+            status = os.stat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        now = self._clock()
+        if not 0 <= now - status.st_mtime < _TOUCH_INTERVAL:
+            try:
+                os.utime(path, (now, now))
+            except FileNotFoundError:
+                return None
+            except OSError:
+                pass  # as in `open`; nothing removes what it could not date
+        return status.st_size
+
     def size(self, digest: Digest) -> int | None:
         """Return the content's length in bytes, None where there is none."""
         try:
@@ -107,7 +127,7 @@ class Blobs:
         fd = os.open(staged, os.O_RDONLY | os.O_CLOEXEC)
         try:
             # One of another length is no content of this digest: damage, which ours mends.
-            if self.size(digest) == os.fstat(fd).st_size:
+            if self.touch(digest) == os.fstat(fd).st_size:
                 os.unlink(staged)
                 return
             now = self._clock()
@@ -122,7 +142,7 @@ class Blobs:
         """Keep a small content, a manifest. Blocks. Raise `DigestInvalid` where `digest` is not its digest."""
         if Digest.of(content, digest.algorithm) != digest:
             raise DigestInvalid(f"the content is not that of {digest}")
-        if self.size(digest) != len(content):
+        if self.touch(digest) != len(content):
             self._staging.write(content, self._layout.blob(digest))
 
     def remove(self, digest: Digest) -> bool:
@@ -155,7 +175,7 @@ def read_cached(fd: int, offset: int, size: int) -> bytearray | None:
     Empty at the file's end only. The bytearray is the caller's: nothing writes to it afterwards.
     """
     # CPU seconds per GiB at 256 KiB a piece, measured: 0.12 this way (a new bytearray, 0.02 of it for the zeroing),
-    # 0.14 to 0.16 with a copy into bytes, 0.10 with `os.pread`, which waits for the disk, 0.11 with `fill_cached` alone.
+    # 0.14 to 0.16 with a copy into bytes, 0.10 with `os.pread`, which waits for the disk, 0.11 with `fill_cached`.
     buffer = bytearray(size)
     length = fill_cached(fd, buffer, offset)
     if length is None:

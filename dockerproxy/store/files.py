@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import shutil
@@ -34,7 +35,7 @@ class Staging:
     def empty(self) -> None:
         """Drop what a crash left. For one process at start, before any other uses the directory."""
         for name in _listed(self.directory):
-            _drop(f"{self.directory}/{name}")
+            drop(f"{self.directory}/{name}")
 
     def write(self, content: bytes, path: str) -> None:
         """Make `content` the file at `path`, in place of one that may be there."""
@@ -67,38 +68,47 @@ class Staging:
         else:
             raise FileNotFoundError(f"{parent} is removed as fast as it is made")
         if self.sync_names:
-            _sync_directory(parent)
+            sync_directory(parent)
 
     def take_away(self, path: str) -> bool:
         """Remove the directory at `path` with all it holds, in one step to every reader; say whether it was there."""
+        staged = self.set_aside(path)
+        if staged is None:
+            return False
+        try:
+            if self.sync_names:
+                sync_directory(os.path.dirname(path))
+        finally:
+            drop(staged)
+        return True
+
+    def set_aside(self, path: str) -> str | None:
+        """Rename what is at `path` to a new name here, and return that; None where there is nothing."""
         self.make_directory(self.directory)
         staged = self._name()
         try:
             os.rename(path, staged)
         except (FileNotFoundError, NotADirectoryError):
-            return False
-        try:
-            if self.sync_names:
-                _sync_directory(os.path.dirname(path))
-        finally:
-            _drop(staged)
-        return True
+            return None
+        return staged
 
     def make_directory(self, path: str) -> None:
         """Make the directory at `path` and those above it that are missing."""
         mode = 0o700 if self.private else 0o777
-        try:
-            os.mkdir(path, mode)
-        except FileExistsError:
-            return
-        except FileNotFoundError:
-            self.make_directory(os.path.dirname(path))
-            with suppress(FileExistsError):
+        for _ in range(_ATTEMPTS):
+            try:
                 os.mkdir(path, mode)
+                break
+            except FileExistsError:
+                return
+            except FileNotFoundError:
+                self.make_directory(os.path.dirname(path))
+        else:
+            raise FileNotFoundError(f"{os.path.dirname(path)} is removed as fast as it is made")
         # Only who made a directory syncs the one above it. Journals keep the order of changes (ext4, XFS), so whoever
         # found it there and then syncs what is in it has this name on disk as well.
         if self.sync_names:
-            _sync_directory(os.path.dirname(path))
+            sync_directory(os.path.dirname(path))
 
     def _name(self) -> str:
         return f"{self.directory}/{secrets.token_hex(8)}"
@@ -142,10 +152,20 @@ def read_small(path: str, limit: int) -> bytes | None:
         os.close(fd)
 
 
-def _sync_directory(path: str) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+def sync_directory(path: str) -> None:
+    """Make sure that the names in the directory at `path`, if it is there, are on the disk. Blocks.
+
+    On a file system that cannot sync directories (shared folders of virtual machines) nothing is done.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return  # `Links.prune` was faster: it had no names any more
     try:
         os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+            raise
     finally:
         os.close(fd)
 
@@ -157,7 +177,8 @@ def _listed(directory: str) -> list[str]:
         return []
 
 
-def _drop(path: str) -> None:
+def drop(path: str) -> None:
+    """Remove what is at `path`, a file or a directory with all it holds, if that can be. Blocks."""
     # What cannot be removed now is in nobody's way, and is tried again at the next start.
     if os.path.isdir(path) and not os.path.islink(path):
         shutil.rmtree(path, ignore_errors=True)

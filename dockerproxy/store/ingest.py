@@ -12,22 +12,20 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from attrs import define, field
+from attrs import define
 
 from dockerproxy.errors import DigestInvalid
 from dockerproxy.oci.names import Digest
 from dockerproxy.store.blobs import Blobs
-from dockerproxy.store.files import write_all
+from dockerproxy.store.growing import GrowingFile
 from dockerproxy.store.layout import Layout, digest_in
 
 if TYPE_CHECKING:
     from hashlib import _Hash
 
-_PIECE = 1024 * 1024
-
 
 @define(eq=False)
-class Ingest:
+class Ingest(GrowingFile):
     """The one right to write a blob's ingest file. Ends with `publish`, `discard` or `release`.
 
     `size` is the number of bytes that are there. The caller `rehash`es those of an earlier run before it appends.
@@ -35,11 +33,7 @@ class Ingest:
     """
 
     digest: Digest
-    size: int
     _path: str
-    _fd: int
-    _hasher: _Hash
-    _hashed: int = field(default=0, init=False)
 
     @classmethod
     def open(cls, layout: Layout, digest: Digest) -> Ingest | None:
@@ -54,7 +48,7 @@ class Ingest:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 # Between open and lock the one who held it may have published or discarded the file.
                 if _names(path, fd):
-                    return cls(digest, os.fstat(fd).st_size, path, fd, digest.hasher())
+                    return cls(os.fstat(fd).st_size, fd, digest.hasher(), digest, path)
             except BlockingIOError:
                 os.close(fd)
                 return None
@@ -63,37 +57,13 @@ class Ingest:
                 raise
             os.close(fd)
 
-    def rehash(self) -> None:
-        """Hash what an earlier run left. Blocks: a GiB takes about a second, and the reading of it."""
-        hasher, offset = self.digest.hasher(), 0
-        buffer = bytearray(min(_PIECE, self.size))
-        while offset < self.size:
-            length = os.preadv(self._fd, [buffer], offset)
-            if not length:
-                break
-            hasher.update(memoryview(buffer)[:length])
-            offset += length
-        # Shorter than it was: somebody else's hand. What is left is what there is.
-        self.size = offset
-        self._hasher, self._hashed = hasher, offset
-
     def append(self, chunks: Sequence[bytes]) -> None:
         """Write `chunks` after what is there, and hash them. Blocks.
 
         Raises `OSError` (a full disk); then nothing of them is kept, and it may be tried again.
         """
         self._check_hashed()
-        try:
-            length = write_all(self._fd, chunks, self.size)
-        except OSError:
-            # What reached the disk is cut off, or a resume would hash what no one was told of.
-            with suppress(OSError):
-                os.ftruncate(self._fd, self.size)
-            raise
-        for chunk in chunks:
-            self._hasher.update(chunk)
-        self.size += length
-        self._hashed = self.size
+        super().append(chunks)
 
     def hasher_copy(self) -> _Hash:
         """Return a copy of the hash of all that is there, e.g. to try bytes that are not appended yet."""
@@ -138,7 +108,7 @@ class Ingest:
         return os.dup(self._fd)
 
     def _check_hashed(self) -> None:
-        if self._hashed != self.size:
+        if self.hashed != self.size:
             raise RuntimeError("what an earlier run left has to be hashed first")
 
 

@@ -5,13 +5,19 @@
     │   ├── blobs/ALG/HH/HEX/data                        a content; HH = the first two digits of HEX
     │   └── repositories/NAME
     │       ├── _layers/ALG/HEX/link                     the repository has this blob
-    │       └── _manifests
-    │           ├── revisions/ALG/HEX/link               the repository has this manifest
-    │           ├── revisions/ALG/HEX/media-type         (ours) the type it was served or pushed with
-    │           └── tags/TAG
-    │               ├── current/link                     what the tag means
-    │               └── index/ALG/HEX/link               what it ever meant
+    │       ├── _manifests
+    │       │   ├── revisions/ALG/HEX/link               the repository has this manifest
+    │       │   ├── revisions/ALG/HEX/media-type         (ours) the type it was served or pushed with
+    │       │   ├── revisions/ALG/HEX/subject            (ours) what it refers to, ``-`` for nothing; see `referrers`
+    │       │   └── tags/TAG
+    │       │       ├── current/link                     what the tag means
+    │       │       └── index/ALG/HEX/link               what it ever meant
+    │       ├── _referrers/ALG/HEX/ALG-HEX               (ours) the descriptor of the second, which refers to the first
+    │       └── _uploads/UUID                            a blob that is being pushed
+    │           ├── data                                 what has arrived
+    │           └── startedat                            when it began (RFC 3339)
     ├── ingest/ALG-HEX                                   (ours) a blob under way, to be resumed after a crash
+    ├── damaged/ALG-HEX                                  (ours) what was no content of its digest; see `check`
     └── staging/                                         (ours) nameless files on their way to their place
 
 A link holds ``alg:hex`` and no line end. In the cache NAME starts with the upstream host, ``host`` or ``host:port``.
@@ -43,6 +49,7 @@ class Layout:
     repositories: str = field(init=False)
     ingests: str = field(init=False)
     staging: str = field(init=False)
+    damaged: str = field(init=False)
 
     @blobs.default
     def _blobs(self) -> str:
@@ -59,6 +66,10 @@ class Layout:
     @staging.default
     def _staging(self) -> str:
         return f"{self.root}/staging"
+
+    @damaged.default
+    def _damaged(self) -> str:
+        return f"{self.root}/damaged"
 
     def blob(self, digest: Digest) -> str:
         """The data file of a content."""
@@ -90,6 +101,22 @@ class Layout:
         """The file that holds a manifest's media type."""
         return f"{self._revision(repository, digest)}/media-type"
 
+    def subject(self, repository: str, digest: Digest) -> str:
+        """The file that holds what a manifest refers to, and by being there says that its referrer is noted."""
+        return f"{self._revision(repository, digest)}/subject"
+
+    def referrers(self, repository: str, subject: Digest) -> str:
+        """The directory of the descriptors of what refers to `subject`."""
+        return f"{self.repository(repository)}/_referrers/{subject.algorithm}/{subject.hex}"
+
+    def referrer(self, repository: str, subject: Digest, digest: Digest) -> str:
+        """The file that holds the descriptor of manifest `digest`, which refers to `subject`."""
+        return f"{self.referrers(repository, subject)}/{digest.algorithm}-{digest.hex}"
+
+    def uploads(self, repository: str) -> str:
+        """The directory of a repository's upload sessions."""
+        return f"{self.repository(repository)}/_uploads"
+
     def tags(self, repository: str) -> str:
         """The directory of a repository's tags."""
         return f"{self.repository(repository)}/_manifests/tags"
@@ -106,8 +133,12 @@ class Layout:
         """The link that remembers that a tag meant `digest` once."""
         return f"{self.tag(repository, tag)}/index/{digest.algorithm}/{digest.hex}/link"
 
+    def revisions(self, repository: str) -> str:
+        """The directory of a repository's manifest links."""
+        return f"{self.repository(repository)}/_manifests/revisions"
+
     def _revision(self, repository: str, digest: Digest) -> str:
-        return f"{self.repository(repository)}/_manifests/revisions/{digest.algorithm}/{digest.hex}"
+        return f"{self.revisions(repository)}/{digest.algorithm}/{digest.hex}"
 
 
 def digest_in(algorithm: str, encoded: str) -> Digest | None:

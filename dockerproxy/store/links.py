@@ -6,14 +6,14 @@ A link that a power cut left empty or torn counts as absent.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 
 from attrs import define, field
 
 from dockerproxy.errors import DigestInvalid, NameInvalid
 from dockerproxy.oci.names import Digest, parse_tag
 from dockerproxy.store.files import Staging, read_small
-from dockerproxy.store.layout import Layout
+from dockerproxy.store.layout import Layout, digest_in
 
 # The longest link is that of a sha512; what is longer than a media type can be (RFC 6838, section 4.2: 127 + 1 + 127)
 # is none.
@@ -54,13 +54,13 @@ class Links:
 
     def link_manifest(self, repository: str, digest: Digest, media_type: str) -> None:
         """Let the repository have this manifest, of the type that upstream or the pushing client said."""
-        # distribution's catalogue, and with it its garbage collector's mark phase, knows a repository by its `_layers`
-        # (catalog.go, handleRepository): it would sweep the manifests of one that has none.
-        self._staging.make_directory(self._layout.layers(repository))
         # The type first: where the link is, the type is.
         if self.manifest_media_type(repository, digest) != media_type:
             self._staging.write(media_type.encode(), self._layout.media_type(repository, digest))
         self._link(self._layout.manifest(repository, digest), digest)
+        # distribution's catalogue, and with it its garbage collector's mark phase, knows a repository by its `_layers`
+        # (catalog.go, handleRepository): it would sweep the manifests of one that has none.
+        self._staging.make_directory(self._layout.layers(repository))
 
     def unlink_manifest(self, repository: str, digest: Digest) -> bool:
         """Take this manifest from the repository, and say whether it had it. Its tags are the caller's to remove."""
@@ -95,32 +95,70 @@ class Links:
         found = _names(self._layout.tags(repository))
         return sorted(tag for tag in found if _is_tag(tag) and _is_link(self._layout.tag_current(repository, tag)))
 
+    def layers(self, repository: str) -> Iterator[Digest]:
+        """Yield the blobs that the repository has a link to, a torn one too, in no order. Blocks."""
+        yield from _digests(self._layout.layers(repository))
+
+    def manifests(self, repository: str) -> Iterator[Digest]:
+        """Yield the manifests that the repository has a link to, a torn one too, in no order. Blocks."""
+        yield from _digests(self._layout.revisions(repository))
+
+    def forget(self, repository: str, digests: Container[Digest]) -> Iterator[None]:
+        """Take from the memory of what tags meant once what is in `digests`, a tag a step. Blocks."""
+        for tag in filter(_is_tag, _names(self._layout.tags(repository))):
+            for digest in _digests(f"{self._layout.tag(repository, tag)}/index"):
+                if digest in digests and self.tag(repository, tag) != digest:
+                    self._staging.take_away(os.path.dirname(self._layout.tag_index(repository, tag, digest)))
+            yield None
+
+    def prune(self, repository: str) -> None:
+        """Remove the directories of a repository that has nothing any more. Blocks.
+
+        Whoever writes there at this moment makes them anew (`Staging.move`).
+        """
+        directory = self._layout.repository(repository)
+        revisions, tags = self._layout.revisions(repository), self._layout.tags(repository)
+        layers, referrers = self._layout.layers(repository), f"{directory}/_referrers"
+        for top in (revisions, tags, layers):
+            for name in _names(top):
+                _remove_empty(f"{top}/{name}")
+        if any(_names(top) for top in (revisions, tags, layers)):
+            return
+        for algorithm in _names(referrers):
+            for encoded in _names(f"{referrers}/{algorithm}"):
+                _remove_empty(f"{referrers}/{algorithm}/{encoded}")
+            _remove_empty(f"{referrers}/{algorithm}")
+        for empty in (revisions, tags, f"{directory}/_manifests", layers, referrers):
+            _remove_empty(empty)
+        if _names(revisions):
+            self._staging.make_directory(layers)
+        while directory != self._layout.repositories and _remove_empty(directory):
+            directory = os.path.dirname(directory)
+
     def repositories(self) -> Iterator[str]:
         """Yield the repositories that have, or had, a blob or manifest, in no order. Blocks."""
-        waiting = [""]
-        while waiting:
-            parent = waiting.pop()
-            for name in _names(f"{self._layout.repositories}/{parent}"):
-                if name in ("_layers", "_manifests"):
-                    continue
-                repository = f"{parent}/{name}" if parent else name
-                directory = self._repository_directory(repository)
-                if directory is None:
-                    continue
-                waiting.append(repository)
-                if os.path.isdir(f"{directory}/_layers") or os.path.isdir(f"{directory}/_manifests"):
-                    yield repository
-
-    def _repository_directory(self, repository: str) -> str | None:
-        # `_uploads`, and whatever else is no repository.
-        try:
-            return self._layout.repository(repository)
-        except NameInvalid:
-            return None
+        return repositories(self._layout, "_layers", "_manifests")
 
     def _link(self, path: str, digest: Digest) -> None:
         if _read_link(path) != digest:
             self._staging.write(str(digest).encode(), path)
+
+
+def repositories(layout: Layout, *holding: str) -> Iterator[str]:
+    """Yield the repositories that hold one of these directories, in no order. Blocks."""
+    waiting = [""]
+    while waiting:
+        parent = waiting.pop()
+        for name in _names(f"{layout.repositories}/{parent}"):
+            # `_uploads` and whatever else is no repository is no name of one either.
+            repository = f"{parent}/{name}" if parent else name
+            try:
+                directory = layout.repository(repository)
+            except NameInvalid:
+                continue
+            waiting.append(repository)
+            if any(os.path.isdir(f"{directory}/{part}") for part in holding):
+                yield repository
 
 
 def _is_link(path: str) -> bool:
@@ -154,3 +192,20 @@ def _names(directory: str) -> list[str]:
         return os.listdir(directory)
     except (FileNotFoundError, NotADirectoryError):
         return []
+
+
+def _digests(directory: str) -> Iterator[Digest]:
+    """Yield the digests that the names below a directory, ``ALG/HEX``, make."""
+    for algorithm in _names(directory):
+        for encoded in _names(f"{directory}/{algorithm}"):
+            digest = digest_in(algorithm, encoded)
+            if digest is not None:
+                yield digest
+
+
+def _remove_empty(directory: str) -> bool:
+    try:
+        os.rmdir(directory)
+    except OSError:
+        return False
+    return True

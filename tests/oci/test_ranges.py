@@ -20,9 +20,7 @@ def whole(size: int) -> bytes:
 @given(positions, st.one_of(st.none(), positions), sizes)
 def test_selects_what_a_slice_selects(first: int, last: int | None, size: int) -> None:
     header = f"bytes={first}-{'' if last is None else last}"
-    if last is not None and last < first:
-        assert select(header, size) is None
-    elif first >= size:
+    if first >= size or (last is not None and last < first):
         with pytest.raises(RangeInvalid) as caught:
             select(header, size)
         assert caught.value.headers == (("Content-Range", f"bytes */{size}"),)
@@ -42,7 +40,8 @@ def test_suffix(length: int, size: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("header", "size"), [("bytes=-0", 5), ("bytes=5-", 5), ("bytes=5-9", 5), ("bytes=9999999999999999999-", 5)]
+    ("header", "size"),
+    [("bytes=-0", 5), ("bytes=5-", 5), ("bytes=3-1", 5), ("bytes=5-9", 5), ("bytes=9999999999999999999-", 5)],
 )
 def test_unsatisfiable(header: str, size: int) -> None:
     with pytest.raises(RangeInvalid) as caught:
@@ -53,7 +52,7 @@ def test_unsatisfiable(header: str, size: int) -> None:
 @pytest.mark.parametrize(
     "header",
     [
-        None, "", "bytes", "bytes=", "bytes=-", "bytes=a-b", "bytes=0-1,3-4", "bytes=0-1,", "bytes=3-1", "lines=0-1",
+        None, "", "bytes", "bytes=", "bytes=-", "bytes=a-b", "bytes=0-1,3-4", "bytes=0-1,", "lines=0-1",
         "bytes=+0-1", "bytes=0--1", "bytes=-1-2", "bytes=0x0-1", "bytes=0 - 1", "bytes=٠-١", "bytes:0-1", "bytes=0-1\n",
         "bytes=0-" + "9" * 20, "bytes=" + "0" * 5000 + "-",
     ],

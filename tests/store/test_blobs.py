@@ -48,7 +48,8 @@ class BlobsMachine(RuleBasedStateMachine):
     def put(self, content: bytes, algorithm: str) -> None:
         digest = Digest.of(content, algorithm)
         self.blobs.put(content, digest)
-        self.model.setdefault(digest, (content, self.written(digest)))
+        if not self.used(digest):
+            self.model[digest] = (content, self.written(digest))
 
     @rule(content=st.sampled_from(CONTENTS))
     def publish(self, content: bytes) -> None:
@@ -58,7 +59,8 @@ class BlobsMachine(RuleBasedStateMachine):
         digest = Digest.of(content)
         self.blobs.publish(staged, digest)
         assert not os.path.exists(staged)
-        self.model.setdefault(digest, (content, self.clock.now))
+        if not self.used(digest):
+            self.model[digest] = (content, self.clock.now)
 
     @rule(content=st.sampled_from(CONTENTS))
     def remove(self, content: bytes) -> None:
@@ -74,9 +76,13 @@ class BlobsMachine(RuleBasedStateMachine):
         if blob is not None:
             assert (blob.size, blob.digest) == (len(content), digest)
             self.readers.append((blob, content))
-            last = self.model[digest][1]
-            if not 0 <= self.clock.now - last < 60:
-                self.model[digest] = (content, self.clock.now)
+            self.used(digest)
+
+    @rule(content=st.sampled_from(CONTENTS), seconds=st.integers(0, 100))
+    def touch(self, content: bytes, seconds: int) -> None:
+        self.clock.now += seconds
+        digest = Digest.of(content)
+        assert self.blobs.touch(digest) == (len(content) if self.used(digest) else None)
 
     @rule()
     def walk(self) -> None:
@@ -88,6 +94,15 @@ class BlobsMachine(RuleBasedStateMachine):
         digest = Digest.of(content)
         assert self.blobs.exists(digest) == (digest in self.model)
         assert self.blobs.size(digest) == (len(content) if digest in self.model else None)
+
+    def used(self, digest: Digest) -> bool:
+        """Note a use of what is there; say whether it is."""
+        if digest not in self.model:
+            return False
+        content, last = self.model[digest]
+        if not 0 <= self.clock.now - last < 60:
+            self.model[digest] = (content, self.clock.now)
+        return True
 
     def written(self, digest: Digest) -> float:
         return os.stat(self.layout.blob(digest)).st_mtime

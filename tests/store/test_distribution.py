@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import http.client
 import json
 import os
 import shutil
@@ -14,11 +15,19 @@ from pathlib import Path
 
 import pytest
 from attrs import frozen
+from workbench.images import BOTH, ONE, TWO, Content, age, index
+from workbench.images import image as oci_image
+from workbench.reactor import Reactor
 
 from dockerproxy.oci.names import Digest
 from dockerproxy.store.blobs import Blobs
+from dockerproxy.store.check import Checker, Finding
+from dockerproxy.store.hosting import HostedStore
+from dockerproxy.store.importing import Importer
 from dockerproxy.store.layout import Layout
 from dockerproxy.store.links import Links
+from dockerproxy.store.slices import Watch
+from dockerproxy.store.sweep import Sweeper, Swept
 
 pytestmark = pytest.mark.skipif(
     not (shutil.which("docker-registry") and shutil.which("skopeo")), reason="needs docker-registry and skopeo"
@@ -178,3 +187,113 @@ def test_what_we_write_it_serves_and_its_garbage_collector_keeps(tmp_path: Path)
         check=True, capture_output=True, timeout=60,
     )  # fmt: skip
     assert [entry.digest for entry in blobs.walk()] == [Digest.of(index)]
+
+
+def push(host: str, repository: str, content: Content, tag: str) -> None:
+    """Push as docker does."""
+    connection = http.client.HTTPConnection(host)
+
+    def ask(status: int, method: str, target: str, body: bytes = b"", media_type: str = "") -> str:
+        connection.request(method, target, body, {"Content-Type": media_type} if media_type else {})
+        response = connection.getresponse()
+        text = response.read()
+        assert response.status == status, text
+        return response.getheader("Location") or ""
+
+    for part in content.walk():
+        for blob in part.blobs:
+            location = ask(202, "POST", f"/v2/{repository}/blobs/uploads/")
+            ask(201, "PUT", f"{location}&digest={Digest.of(blob)}", blob)
+        reference = tag if part is content else part.digest
+        ask(201, "PUT", f"/v2/{repository}/manifests/{reference}", part.data, part.media_type)
+    connection.close()
+
+
+THREE = oci_image(b"config3", b"base", b"layer3")
+
+
+@pytest.fixture
+def theirs(tmp_path: Path) -> Path:
+    """A directory that it wrote: an index, tags that moved on, tags that were deleted as seed's recipe does."""
+    root = tmp_path / "theirs"
+    with registry(root) as host:
+        push(host, "multi", BOTH, "v1")
+        push(host, "multi", THREE, "v1.1")
+        push(host, "moved", ONE, "latest")
+        push(host, "moved", TWO, "latest")
+        push(host, "deleted", index(TWO, THREE), "v1")
+        push(host, "deleted", ONE, "v2")
+    shutil.rmtree(f"{Layout(root).tags('deleted')}/v1")
+    store = HostedStore.below(Layout(root))
+    age(store)
+    return root
+
+
+def left(root: Path) -> dict[str, set[str]]:
+    """What is there: the contents, and the manifests and blobs of each repository."""
+    store = HostedStore.below(Layout(root))
+    found = {repository: {f"m {digest}" for digest in store.links.manifests(repository)}
+             | {f"b {digest}" for digest in store.links.layers(repository)}
+             for repository in store.links.repositories()}  # fmt: skip
+    return {**found, "": {str(entry.digest) for entry in store.blobs.walk()}}
+
+
+def sweep(root: Path, *, delete_untagged: bool = True) -> Swept:
+    reactor = Reactor()
+    return reactor.run(Sweeper(reactor, HostedStore.below(Layout(root))).sweep(delete_untagged=delete_untagged))
+
+
+def findings(root: Path) -> list[Finding]:
+    reactor, found = Reactor(), list[Finding]()
+    reactor.run(Checker(reactor, Layout(root)).check(Watch(found=found.append)))
+    return found
+
+
+@pytest.mark.parametrize("delete_untagged", [False, True])
+def test_our_garbage_collection_beside_its_own(theirs: Path, tmp_path: Path, delete_untagged: bool) -> None:
+    """What it takes for garbage is garbage to us, but for the children of an index: those it deletes, and breaks it
+    (distribution 3178)."""
+    copied = tmp_path / "copied"
+    shutil.copytree(theirs, copied)
+    subprocess.run(
+        ["docker-registry", "garbage-collect", f"--delete-untagged={str(delete_untagged).lower()}",
+         str(configure(copied))],
+        check=True, capture_output=True, timeout=60,
+    )  # fmt: skip
+    assert sweep(theirs, delete_untagged=delete_untagged).problems == ()
+    ours, its = left(theirs), left(copied)
+    children = {str(child.digest) for child in BOTH.children} if delete_untagged else set()
+    assert ours[""] - its[""] <= children | {str(Digest.of(blob)) for child in BOTH.children for blob in child.blobs}
+    assert its[""] <= ours[""]
+    for repository in ours:
+        manifests = {name for name in ours[repository] if name.startswith("m ")}
+        its_own = {name for name in its[repository] if name.startswith("m ")}
+        assert manifests - its_own <= {f"m {child}" for child in children}
+        assert its_own <= manifests
+    assert findings(theirs) == []
+    with registry(theirs) as host:
+        connection = http.client.HTTPConnection(host)
+        for child in BOTH.children:
+            connection.request("GET", f"/v2/multi/manifests/{child.digest}", headers={"Accept": child.media_type})
+            response = connection.getresponse()
+            assert (response.status, response.read()) == (200, child.data)
+    if delete_untagged:
+        assert {repository: len(names) for repository, names in ours.items()} == {
+            "multi": 4 + 7, "moved": 1 + 3, "deleted": 1 + 3, "": 4 + 7
+        }  # fmt: skip
+
+
+def test_its_directory_imported_and_checked(theirs: Path, tmp_path: Path) -> None:
+    store = HostedStore.below(Layout(tmp_path / "ours"))
+    reactor = Reactor()
+    imported = reactor.run(Importer(reactor, store).take(theirs))
+    assert (imported.untaken, imported.repositories, imported.tags) == (0, 3, 4)
+    assert findings(store.layout.root) == findings(theirs) == []
+    assert left(store.layout.root) == left(theirs)
+    with registry(store.layout.root) as host:
+        for tag in ("v1", "v1.1"):
+            connection = http.client.HTTPConnection(host)
+            connection.request(
+                "GET", f"/v2/multi/manifests/{tag}", headers={"Accept": f"{BOTH.media_type}, {ONE.media_type}"}
+            )
+            assert connection.getresponse().status == 200

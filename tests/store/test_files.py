@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dockerproxy.store import files
-from dockerproxy.store.files import Staging, read_small, write_all
+from dockerproxy.store.files import Staging, read_small, sync_directory, write_all
 
 
 @given(st.lists(st.binary(max_size=9), max_size=8), st.lists(st.integers(1, 7), max_size=40))
@@ -84,3 +85,21 @@ def test_private_files_are_private(tmp_path: Path) -> None:
     assert (tmp_path / "a" / "b" / "c").stat().st_mode & 0o777 == 0o600
     assert {(tmp_path / name).stat().st_mode & 0o777 for name in ("s", "a", "a/b")} == {0o700}
     assert files.read_small(str(tmp_path / "a" / "b" / "c"), 9) == b"x"
+
+
+def test_syncs_what_can_be_synced(tmp_path: Path) -> None:
+    """A shared folder of VirtualBox answers as /proc does: EINVAL, for its directories have nothing to sync."""
+    with pytest.raises(OSError, match="Invalid argument"):
+        os.fsync(os.open("/proc/self", os.O_RDONLY | os.O_DIRECTORY))
+    sync_directory("/proc/self")
+    sync_directory(str(tmp_path))
+    sync_directory(str(tmp_path / "none"))
+
+
+def test_a_disk_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fsync(fd: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError, match="Input/output error"):
+        sync_directory(str(tmp_path))

@@ -14,7 +14,7 @@ import pytest
 
 from dockerproxy.errors import DigestInvalid
 from dockerproxy.oci.names import Digest
-from dockerproxy.store import ingest as module
+from dockerproxy.store import growing
 from dockerproxy.store.blobs import Blobs
 from dockerproxy.store.ingest import Ingest, follow, stale_ingests
 from dockerproxy.store.layout import Layout
@@ -133,7 +133,7 @@ def test_resumes_what_an_earlier_run_left(layout: Layout, blobs: Blobs) -> None:
 
 
 def test_rehashes_pieces_larger_than_its_buffer(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_PIECE", 1000)
+    monkeypatch.setattr(growing, "_PIECE", 1000)
     first = opened(layout)
     first.append([CONTENT])
     first.release()

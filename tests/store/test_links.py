@@ -160,3 +160,72 @@ def test_no_method_takes_a_name_that_leads_elsewhere(layout: Layout, name: str) 
     ):  # fmt: skip
         with pytest.raises(NameInvalid):
             call()
+
+
+def test_prune_removes_what_is_empty_and_nothing_else(tmp_path: Path) -> None:
+    layout = Layout(tmp_path)
+    links = Links(layout, durable=True)
+    digest = Digest.of(b"a")
+    links.link_layer("a/b", digest)
+    links.link_manifest("a/b/c", digest, "x/y")
+    links.set_tag("a/b/c", "v1", digest)
+    os.makedirs(layout.referrers("a/b/c", digest))
+    for repository in ("a/b", "a/b/c"):
+        links.prune(repository)
+    assert links.has_layer("a/b", digest)
+    assert links.tag("a/b/c", "v1") == digest
+    links.unlink_manifest("a/b/c", digest)
+    links.remove_tag("a/b/c", "v1")
+    links.prune("a/b/c")
+    assert os.listdir(f"{layout.repositories}/a/b") == ["_layers"]
+    os.makedirs(layout.uploads("a/b"))
+    links.unlink_layer("a/b", digest)
+    links.prune("a/b")
+    assert os.listdir(f"{layout.repositories}/a/b") == ["_uploads"]
+    assert list(links.repositories()) == []
+    links.prune("never/there")
+
+
+def test_a_manifest_that_is_linked_while_its_repository_is_pruned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before any of the directories is removed: it is there then, and so is `_layers`, for distribution's sake."""
+    digest = Digest.of(b"a")
+    real, moment = os.rmdir, 0
+
+    def rmdir(path: str) -> None:
+        nonlocal countdown
+        countdown -= 1
+        if countdown == 0:
+            links.link_manifest("a", digest, "x/y")
+        real(path)
+
+    while True:
+        layout = Layout(tmp_path / str(moment))
+        links = Links(layout, durable=True)
+        links.link_manifest("a", digest, "x/y")
+        links.set_tag("a", "v1", digest)
+        links.unlink_manifest("a", digest)
+        links.remove_tag("a", "v1")
+        moment += 1
+        countdown = moment
+        monkeypatch.setattr(os, "rmdir", rmdir)
+        links.prune("a")
+        monkeypatch.undo()
+        if countdown > 0:
+            break
+        assert links.has_manifest("a", digest)
+        assert os.path.isdir(layout.layers("a"))
+    assert moment > 5
+
+
+def test_forget_leaves_what_a_tag_means(tmp_path: Path) -> None:
+    layout = Layout(tmp_path)
+    links = Links(layout, durable=True)
+    one, two = Digest.of(b"1"), Digest.of(b"2")
+    for digest in (one, two):
+        links.set_tag("a", "v1", digest)
+    assert len(list(links.forget("a", {one, two}))) == 1
+    assert not os.path.exists(layout.tag_index("a", "v1", one))
+    assert os.path.exists(layout.tag_index("a", "v1", two))
+    assert links.tag("a", "v1") == two

@@ -1,0 +1,38 @@
+"""What refers to a manifest (distribution-spec 1.1, "Listing Referrers"): descriptors, and the index of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from attrs import frozen
+
+from dockerproxy.oci.manifests import OCI_INDEX, Manifest
+from dockerproxy.oci.names import Digest
+
+
+@frozen
+class Referrer:
+    """A manifest that refers to `subject`, as the referrers of that list it."""
+
+    subject: Digest
+    descriptor: dict[str, Any]
+
+
+def referrer(manifest: Manifest, content: bytes, digest: Digest) -> Referrer | None:
+    """Return what `manifest`, parsed from `content`, is in the list of its subject; None where it has none."""
+    if manifest.subject is None:
+        return None
+    descriptor: dict[str, Any] = {"mediaType": manifest.media_type, "digest": str(digest), "size": len(content)}
+    if manifest.artifact_type is not None:
+        descriptor["artifactType"] = manifest.artifact_type
+    annotations = json.loads(content).get("annotations")
+    if isinstance(annotations, dict) and annotations:
+        descriptor["annotations"] = annotations
+    return Referrer(manifest.subject.digest, descriptor)
+
+
+def index_of(descriptors: Iterable[bytes]) -> bytes:
+    """Return the index that lists `descriptors`, each as JSON."""
+    return b'{"schemaVersion":2,"mediaType":"%b","manifests":[%b]}' % (OCI_INDEX.encode(), b",".join(descriptors))

@@ -1,0 +1,39 @@
+"""The doors of the hosted registry, which are no proxy: what comes there is for ourselves."""
+
+from __future__ import annotations
+
+from attrs import frozen
+
+from dockerproxy.errors import RegistryError, Unsupported
+from dockerproxy.http.channel import Handler
+from dockerproxy.http.message import absolute_form
+from dockerproxy.http.request import Request
+from dockerproxy.proxy.front import answer_plainly
+from dockerproxy.proxy.policy import Policy
+
+
+@frozen
+class OwnDoor:
+    """Lets in whom ALLOW_CLIENTS allows, and hands their requests to `page`."""
+
+    policy: Policy
+    page: Handler
+
+    async def answer(self, request: Request) -> None:
+        """Answer `request`."""
+        try:
+            self.policy.check_client(request.client)
+            if request.method == "CONNECT":
+                raise Unsupported("this is the registry's port; the proxy has another (PROXY_LISTEN)")
+            if not request.head.target.startswith("/"):
+                # Only proxies are sent these, but every server has to understand them (RFC 9112, section 3.2.2).
+                request.path = request.query = ""
+                _, host, target = absolute_form(request.head.target)
+                request.path, _, request.query = target.partition("?")
+                request.host = str(host)
+            await self.page(request)
+        except RegistryError as error:
+            if request.started:
+                request.abort()
+            else:
+                answer_plainly(request, error)

@@ -1,0 +1,213 @@
+"""The registry that is hosted here, as the HTTP face meets it: what can be read of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from attrs import frozen
+from twisted.application.internet import TimerService
+from twisted.logger import Logger
+
+from dockerproxy.errors import BlobUnknown, ManifestInvalid, ManifestUnknown, NameUnknown, Unsupported
+from dockerproxy.http.request import Request
+from dockerproxy.oci.contents import BlobAnswer, ManifestAnswer
+from dockerproxy.oci.manifests import MAX_MANIFEST, OCI_INDEX, media_type_of
+from dockerproxy.oci.names import Digest, Reference, Repository
+from dockerproxy.oci.paging import Page, next_link
+from dockerproxy.oci.referrers import index_of
+from dockerproxy.oci.routes import Kind, Target, parse_query
+from dockerproxy.registry.answers import API_VERSION
+from dockerproxy.registry.push import Push
+from dockerproxy.store.blobs import OpenBlob
+from dockerproxy.store.hosting import HostedStore
+from dockerproxy.store.uploads import Uploads
+from dockerproxy.tasks import in_thread, spawn
+
+_VERDICT = "-"  # nothing of it comes from a cache
+
+_MOST_ENTRIES = 10_000  # in one answer; what is behind them is behind its Link
+_MOST_REFERRERS = 3 * 1024 * 1024  # bytes of descriptors in one index: clients read 4 MiB of a manifest
+
+_JSON = [("Content-Type", "application/json"), API_VERSION]
+
+_ALLOWED = {
+    Kind.BASE: "GET, HEAD",
+    Kind.CATALOG: "GET, HEAD",
+    Kind.TAGS: "GET, HEAD",
+    Kind.REFERRERS: "GET, HEAD",
+    Kind.MANIFEST: "GET, HEAD, PUT, DELETE",
+    Kind.BLOB: "GET, HEAD, DELETE",
+    Kind.UPLOADS: "POST",
+    Kind.UPLOAD: "GET, HEAD, PATCH, PUT, DELETE",
+}
+
+
+_PURGE_INTERVAL = 3600.0  # seconds between two looks for uploads that were given up
+_GIVEN_UP = 86400.0  # seconds without a byte after which an upload is
+
+log = Logger()
+
+
+def purging(reactor: Any, uploads: Uploads, clock: Callable[[], float]) -> TimerService:
+    """Return the service that removes uploads that were given up, at start and then hourly. `clock`: POSIX time."""
+
+    async def purge() -> None:
+        count = await in_thread(reactor, uploads.purge, clock() - _GIVEN_UP)
+        if count:
+            log.info("{count} uploads were given up and are removed", count=count)
+
+    timer = TimerService(_PURGE_INTERVAL, lambda: spawn(purge(), "the removal of old uploads"))  # type: ignore[no-untyped-call]
+    timer.clock = reactor
+    return timer
+
+
+class OnDisk:
+    """A blob's content, open."""
+
+    def __init__(self, reactor: Any, blob: OpenBlob) -> None:
+        self._reactor = reactor
+        self._blob = blob
+        self.size: int | None = blob.size
+
+    async def read(self, offset: int, at_most: int) -> bytes | bytearray:
+        """Return bytes from `offset` on, at least one; ``b""`` at the end."""
+        data = self._blob.read(offset, at_most)
+        return data if data is not None else await in_thread(self._reactor, self._blob.read_blocking, offset, at_most)
+
+    async def settled(self) -> None:
+        """What is stored was verified."""
+
+    def close(self) -> None:
+        self._blob.close()
+
+
+@frozen
+class Hosted:
+    """A `Source` over a `HostedStore`. Who may do what was asked before (`guard`)."""
+
+    reactor: Any
+    store: HostedStore
+    push: Push
+
+    async def manifest(
+        self, name: Repository, reference: Reference, accept: list[str], *, head: bool
+    ) -> ManifestAnswer:
+        # What Accept asks for makes no difference: a tag means one manifest (the spec lets a registry ignore it).
+        links = self.store.links
+        digest = reference if isinstance(reference, Digest) else links.tag(name, reference)
+        # Used first, then looked for: garbage collection takes a link away only with a content that nobody used.
+        size = None if digest is None else self.store.blobs.touch(digest)
+        if digest is None or size is None or not links.has_manifest(name, digest):
+            self._check_repository(name)
+            raise ManifestUnknown(f"{name} has no manifest {reference}")
+        media_type = links.manifest_media_type(name, digest)
+        if head and media_type is not None:
+            return ManifestAnswer(digest, media_type, size, None, _VERDICT)
+        content = await self._read(digest)
+        if content is None:
+            raise ManifestUnknown(f"{name} has no manifest {reference}")
+        if media_type is None:
+            media_type = _told_by(content)
+        return ManifestAnswer(digest, media_type, len(content), content, _VERDICT)
+
+    async def blob(self, name: Repository, digest: Digest, *, head: bool) -> BlobAnswer:
+        size = self.store.blobs.touch(digest)
+        linked = size is not None and self.store.links.has_layer(name, digest)
+        if linked and head:
+            return BlobAnswer(digest, size, None, _VERDICT)
+        blob = self.store.blobs.open(digest) if linked else None
+        if blob is None:
+            self._check_repository(name)
+            raise BlobUnknown(f"{name} has no blob {digest}")
+        return BlobAnswer(digest, blob.size, OnDisk(self.reactor, blob), _VERDICT)
+
+    async def other(self, request: Request, target: Target) -> None:
+        """Answer the ping, lists, referrers; leave what writes to `push`."""
+        name, reference = target.name, target.reference
+        reading = request.method in ("GET", "HEAD")
+        match target.kind:
+            case Kind.BASE if reading:
+                request.answer(200, _JSON, b"{}")
+            case Kind.CATALOG if reading:
+                await self._catalog(request)
+            case Kind.TAGS if reading and name is not None:
+                await self._tags(request, name)
+            case Kind.REFERRERS if reading and name is not None and isinstance(reference, Digest):
+                await self._referrers(request, name, reference)
+            case _ if not await self.push.answer(request, target):
+                allowed = _ALLOWED[target.kind]
+                raise Unsupported(f"{request.method} is not one of {allowed}", headers=[("Allow", allowed)])
+
+    def _check_repository(self, name: Repository) -> None:
+        if not self.store.has_repository(name):
+            raise NameUnknown(f"there is no repository {name}")
+
+    async def _read(self, digest: Digest) -> bytes | None:
+        blob = self.store.blobs.open(digest)
+        if blob is None:
+            return None
+        with blob:
+            content = blob.read(0, blob.size) if blob.size <= MAX_MANIFEST else None
+            if content is None or len(content) != blob.size:
+                return await in_thread(self.reactor, blob.read_blocking, 0, blob.size)
+        return bytes(content)
+
+    async def _tags(self, request: Request, name: Repository) -> None:
+        page = Page.parse(request.query)
+        self._check_repository(name)
+        tags, more = page.cut(await in_thread(self.reactor, self.store.links.tags, name), _MOST_ENTRIES)
+        fields = list(_JSON)
+        if more:
+            fields.append(next_link(f"/v2/{name}/tags/list", {"n": str(len(tags)), "last": tags[-1]}))
+        request.answer(200, fields, json.dumps({"name": name, "tags": tags}).encode())
+
+    async def _catalog(self, request: Request) -> None:
+        page = Page.parse(request.query)
+        found = await in_thread(self.reactor, lambda: sorted(self.store.links.repositories()))
+        names, more = page.cut(found, _MOST_ENTRIES)
+        fields = list(_JSON)
+        if more:
+            fields.append(next_link("/v2/_catalog", {"n": str(len(names)), "last": names[-1]}))
+        request.answer(200, fields, json.dumps({"repositories": names}).encode())
+
+    async def _referrers(self, request: Request, name: Repository, subject: Digest) -> None:
+        parameters = dict(parse_query(request.query))
+        artifact_type, after = parameters.get("artifactType"), parameters.get("last")
+        if not self.store.referrers.is_complete(name):
+            async with self.store.turns.of(name):
+                await in_thread(self.reactor, self.store.referrers.complete, name)
+        descriptors, last = await in_thread(self.reactor, self._list, name, subject, artifact_type, after)
+        fields = [("Content-Type", OCI_INDEX), API_VERSION]
+        filtered = {}
+        if artifact_type is not None:
+            fields.append(("OCI-Filters-Applied", "artifactType"))
+            filtered = {"artifactType": artifact_type}
+        if last is not None:
+            fields.append(next_link(f"/v2/{name}/referrers/{subject}", {**filtered, "last": last}))
+        request.answer(200, fields, index_of(descriptors))
+
+    def _list(
+        self, name: Repository, subject: Digest, artifact_type: str | None, after: str | None
+    ) -> tuple[list[bytes], str | None]:
+        """Return the descriptors of one answer, and the name of the last where there are more. Blocks."""
+        descriptors: list[bytes] = []
+        size, last = 0, None
+        for entry, content in self.store.referrers.list(name, subject, after):
+            if artifact_type is not None and json.loads(content).get("artifactType") != artifact_type:
+                continue
+            size += len(content)
+            if descriptors and size > _MOST_REFERRERS:
+                return descriptors, last
+            descriptors.append(content)
+            last = entry
+        return descriptors, None
+
+
+def _told_by(content: bytes) -> str:
+    """Return the media type of a manifest that another registry took in, by what it says itself."""
+    try:
+        return media_type_of(content)
+    except ManifestInvalid:
+        return "application/octet-stream"

@@ -1,0 +1,179 @@
+"""Blobs on their way in: upload sessions over HTTP, and blobs that another repository has already."""
+
+from __future__ import annotations
+
+from collections.abc import Coroutine
+from typing import Any
+
+from attrs import frozen
+
+from dockerproxy.errors import BlobUploadInvalid, DigestInvalid, RangeInvalid
+from dockerproxy.http.message import body_framing
+from dockerproxy.http.request import Request
+from dockerproxy.oci.names import Digest, Repository, parse_repository
+from dockerproxy.oci.routes import parse_query
+from dockerproxy.oci.uploads import algorithm_for, announced, progress
+from dockerproxy.registry.answers import API_VERSION
+from dockerproxy.store.hosting import HostedStore
+from dockerproxy.store.uploads import Upload
+from dockerproxy.tasks import in_thread
+
+Fields = list[tuple[str, str]]
+
+
+@frozen
+class BlobPush:
+    """Answers the requests of upload sessions."""
+
+    reactor: Any
+    store: HostedStore
+
+    async def start(self, request: Request, name: Repository) -> None:
+        """Mount the blob that is asked for, take it whole, or begin a session."""
+        parameters = dict(parse_query(request.query))
+        mount, whole = _digest(parameters, "mount"), _digest(parameters, "digest")
+        if mount is not None and await self._mount(name, mount, parameters.get("from")):
+            request.answer(201, _created(name, mount))
+            return
+        algorithm = algorithm_for(whole, parameters.get("digest-algorithm"))
+        upload = await in_thread(self.reactor, self.store.uploads.start, name, algorithm)
+        try:
+            if whole is not None and mount is None:
+                # Nobody is told of this session, so a client that goes cannot come back to it.
+                try:
+                    await self._receive(request, upload, None)
+                    await self._commit(name, upload, whole)
+                finally:
+                    await in_thread(self.reactor, upload.cancel)
+                request.answer(201, _created(name, whole))
+            else:
+                request.answer(202, _state(name, upload.session, 0))
+        finally:
+            self.store.uploads.suspend(upload)
+
+    def go_on(self, request: Request, name: Repository, session: str) -> Coroutine[Any, Any, None] | None:
+        """Return the answering of a request to a session; None where its method is none of a session's."""
+        match request.method:
+            case "GET" | "HEAD":
+                return self._tell(request, name, session)
+            case "PATCH":
+                return self._patch(request, name, session)
+            case "PUT":
+                return self._finish(request, name, session)
+            case "DELETE":
+                return self._cancel(request, name, session)
+        return None
+
+    async def _tell(self, request: Request, name: Repository, session: str) -> None:
+        request.answer(204, _state(name, session, self.store.uploads.size(name, session)))
+
+    async def _patch(self, request: Request, name: Repository, session: str) -> None:
+        upload = self.store.uploads.resume(name, session)
+        try:
+            await self._receive(request, upload, _expected(request, name, upload))
+            size = upload.size
+        finally:
+            self.store.uploads.suspend(upload)
+        request.answer(202, _state(name, session, size))
+
+    async def _finish(self, request: Request, name: Repository, session: str) -> None:
+        digest = _digest(dict(parse_query(request.query)), "digest")
+        if digest is None:
+            raise DigestInvalid("the end of an upload has to name the digest of what was uploaded")
+        upload = self.store.uploads.resume(name, session)
+        try:
+            await self._receive(request, upload, _expected(request, name, upload))
+            await self._commit(name, upload, digest)
+        finally:
+            self.store.uploads.suspend(upload)
+        request.answer(201, _created(name, digest))
+
+    async def _cancel(self, request: Request, name: Repository, session: str) -> None:
+        upload = self.store.uploads.resume(name, session)
+        await in_thread(self.reactor, upload.cancel)
+        request.answer(204, [API_VERSION])
+
+    async def _receive(self, request: Request, upload: Upload, length: int | None) -> None:
+        """Append the request's body, which has to have `length` bytes if that is given.
+
+        What arrived before the client went stays. Where it does not fit on the disk, nothing of the session does:
+        clients begin anew, and would have even less room.
+        """
+        start = upload.size
+        try:
+            while data := await request.read_chunk():
+                await in_thread(self.reactor, upload.append, [data])
+        except OSError:
+            await in_thread(self.reactor, upload.cancel)
+            raise
+        if length is not None and upload.size - start != length:
+            received = upload.size - start
+            await in_thread(self.reactor, upload.truncate, start)
+            raise BlobUploadInvalid(f"the chunk has {received} bytes, and its Content-Range {length}")
+
+    async def _commit(self, name: Repository, upload: Upload, digest: Digest) -> None:
+        """Make the session's bytes a blob that `name` has; it is on the disk when this returns."""
+
+        def commit() -> bool:
+            if not upload.verify(digest):
+                return False
+            upload.publish(self.store.blobs, digest)
+            self.store.links.link_layer(name, digest)
+            return True
+
+        try:
+            right = await in_thread(self.reactor, commit)
+        except OSError:
+            await in_thread(self.reactor, upload.cancel)
+            raise
+        if not right:
+            await in_thread(self.reactor, upload.cancel)
+            raise DigestInvalid(f"what was uploaded is not the content of {digest}")
+
+    async def _mount(self, name: Repository, digest: Digest, source: str | None) -> bool:
+        """Let `name` have a blob that another repository has, and say whether one has it.
+
+        Without a `source`, any repository will do: who may push here may read all of them.
+        """
+        links = self.store.links
+        if self.store.blobs.touch(digest) is None:
+            return False
+        if links.has_layer(name, digest):
+            return True
+        if source is not None:
+            found = links.has_layer(parse_repository(source), digest)
+        else:
+            found = await in_thread(self.reactor, self._is_linked, digest)
+        if found:
+            await in_thread(self.reactor, links.link_layer, name, digest)
+        return found
+
+    def _is_linked(self, digest: Digest) -> bool:
+        links = self.store.links
+        return any(links.has_layer(repository, digest) for repository in links.repositories())
+
+
+def _digest(parameters: dict[str, str], name: str) -> Digest | None:
+    text = parameters.get(name)
+    return None if text is None else Digest.parse(text)
+
+
+def _expected(request: Request, name: Repository, upload: Upload) -> int | None:
+    """Return the length that a chunk says it has; where it is not the next one, the refusal tells which would be."""
+    try:
+        return announced(request.headers.get("content-range"), body_framing(request.head), upload.size)
+    except RangeInvalid as error:
+        raise RangeInvalid(error.message, headers=_state(name, upload.session, upload.size)) from None
+
+
+def _state(name: Repository, session: str, size: int) -> Fields:
+    return [
+        API_VERSION,
+        ("Location", f"/v2/{name}/blobs/uploads/{session}"),
+        ("Range", progress(size)),
+        ("Docker-Upload-UUID", session),
+    ]
+
+
+def _created(name: Repository, digest: Digest) -> Fields:
+    return [API_VERSION, ("Location", f"/v2/{name}/blobs/{digest}"), ("Docker-Content-Digest", str(digest))]

@@ -1,0 +1,144 @@
+"""Manifests on their way in and out: what they are taken to be, what they need, what they are called."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from attrs import frozen
+from twisted.internet.task import deferLater
+
+from dockerproxy.errors import DigestInvalid, ManifestBlobUnknown, ManifestInvalid, ManifestUnknown, SizeInvalid
+from dockerproxy.http.request import Request
+from dockerproxy.oci.manifests import KNOWN_TYPES, MAX_MANIFEST, Manifest, is_elsewhere, media_type_of, parse_manifest
+from dockerproxy.oci.names import Digest, Reference, Repository, Tag, parse_tag
+from dockerproxy.oci.referrers import Referrer, referrer
+from dockerproxy.oci.routes import parse_query
+from dockerproxy.registry.answers import API_VERSION
+from dockerproxy.store.hosting import HostedStore
+from dockerproxy.tasks import in_thread
+
+_AT_ONCE = 100  # references that are looked for before others get their turn
+_NAMED = 10  # missing references that an error tells of
+
+_UNTOLD = ("", "application/json", "application/octet-stream")
+_MEDIA_TYPE = re.compile(r"[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]{0,126}/[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]{0,126}")
+
+
+@frozen
+class _Taken:
+    """A manifest that was looked through. `manifest` is None for a type that nobody here knows to read."""
+
+    content: bytes
+    digest: Digest
+    media_type: str
+    manifest: Manifest | None
+    refers: Referrer | None
+
+
+@frozen
+class ManifestPush:
+    """Answers PUT and DELETE of manifests."""
+
+    reactor: Any
+    store: HostedStore
+
+    async def put(self, request: Request, name: Repository, reference: Reference) -> None:
+        """Take a manifest in under a digest or a tag."""
+        tags = _tags(request, reference)
+        try:
+            content = await request.read_all(MAX_MANIFEST)
+        except SizeInvalid:
+            raise SizeInvalid(f"a manifest has at most {MAX_MANIFEST} bytes") from None
+        wanted = reference if isinstance(reference, Digest) else None
+        media_type = (request.headers.get("content-type") or "").partition(";")[0].strip()
+        taken = await in_thread(self.reactor, _look_through, content, wanted, media_type)
+        if taken.manifest is not None:
+            await self._require(name, taken.manifest)
+        async with self.store.turns.of(name):
+            await in_thread(self.reactor, self._keep, name, taken, tags)
+        fields = [
+            API_VERSION,
+            ("Location", f"/v2/{name}/manifests/{taken.digest}"),
+            ("Docker-Content-Digest", str(taken.digest)),
+        ]
+        if taken.refers is not None:
+            fields.append(("OCI-Subject", str(taken.refers.subject)))
+        if wanted is not None and tags:
+            fields.append(("OCI-Tag", ", ".join(tags)))
+        request.answer(201, fields)
+
+    async def delete(self, request: Request, name: Repository, reference: Reference) -> None:
+        """Remove a tag, or a manifest with its tags."""
+        async with self.store.turns.of(name):
+            if isinstance(reference, Digest):
+                removed = await in_thread(self.reactor, self.store.remove_manifest, name, reference)
+            else:
+                removed = await in_thread(self.reactor, self.store.links.remove_tag, name, reference)
+        if not removed:
+            raise ManifestUnknown(f"{name} has no manifest {reference}")
+        request.answer(202, [API_VERSION])
+
+    def _keep(self, name: Repository, taken: _Taken, tags: list[Tag]) -> None:
+        self.store.blobs.put(taken.content, taken.digest)
+        self.store.link_manifest(name, taken.digest, taken.media_type, taken.refers, tags)
+
+    async def _require(self, name: Repository, manifest: Manifest) -> None:
+        """Raise `ManifestBlobUnknown` unless `name` has all that `manifest` needs, and use that: it stays."""
+        missing = []
+        for count, (digest, is_manifest) in enumerate(_needed(manifest), 1):
+            if self.store.blobs.touch(digest) is None or not self._has(name, digest, is_manifest):
+                missing.append(str(digest))
+            if count % _AT_ONCE == 0:
+                await deferLater(self.reactor, 0)
+        if missing:
+            more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
+            raise ManifestBlobUnknown(f"{name} has no {', '.join(missing[:_NAMED])}{more}, which the manifest needs")
+
+    def _has(self, name: Repository, digest: Digest, is_manifest: bool) -> bool:
+        # BuildKit's cache is an index of blobs. As CNCF distribution, we take a blob for a child too.
+        links = self.store.links
+        return (is_manifest and links.has_manifest(name, digest)) or links.has_layer(name, digest)
+
+
+def _tags(request: Request, reference: Reference) -> list[Tag]:
+    """Return the tags that a pushed manifest gets: its reference, or beside a digest those of the query."""
+    if not isinstance(reference, Digest):
+        return [reference]
+    tags = [parse_tag(value) for name, value in parse_query(request.query) if name == "tag"]
+    return list(dict.fromkeys(tags))
+
+
+def _look_through(content: bytes, wanted: Digest | None, told: str) -> _Taken:
+    """Return what `content` is, said to be of the media type `told`. Blocks for as long as 4 MiB of JSON take.
+
+    Raise `DigestInvalid`, or `ManifestInvalid` for content that is not of a type that we know.
+    """
+    digest = Digest.of(content, "sha256" if wanted is None else wanted.algorithm)
+    if wanted is not None and digest != wanted:
+        raise DigestInvalid(f"the manifest's digest is {digest}, and not {wanted}")
+    if told in _UNTOLD:
+        told = media_type_of(content)
+    if not _MEDIA_TYPE.fullmatch(told):
+        raise ManifestInvalid("the manifest's Content-Type is not a media type")
+    try:
+        manifest = parse_manifest(content, told)
+    except ManifestInvalid:
+        if told.lower() in KNOWN_TYPES:
+            raise
+        return _Taken(content, digest, told, None, None)
+    return _Taken(content, digest, told, manifest, referrer(manifest, content, digest))
+
+
+def _needed(manifest: Manifest) -> Iterator[tuple[Digest, bool]]:
+    """Yield what has to be there before `manifest`, and whether it is a manifest itself. Its subject may come later."""
+    if manifest.media_type not in KNOWN_TYPES:
+        return
+    if manifest.config is not None:
+        yield manifest.config.digest, False
+    for layer in manifest.layers:
+        if not is_elsewhere(layer.media_type):
+            yield layer.digest, False
+    for child in manifest.manifests:
+        yield child.digest, True

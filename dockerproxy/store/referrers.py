@@ -1,0 +1,134 @@
+"""Which manifests refer to which: an index on disk, so that listing them does not read every manifest.
+
+It lies beside distribution's tree, which knows nothing of it. So what another registry wrote, or an import brought, is
+found here by what it lacks: the note of its subject.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+
+from attrs import define, field
+
+from dockerproxy.errors import ManifestInvalid
+from dockerproxy.oci.manifests import MAX_MANIFEST, parse_manifest
+from dockerproxy.oci.names import ALGORITHMS, Digest
+from dockerproxy.oci.referrers import Referrer, referrer
+from dockerproxy.store.blobs import Blobs
+from dockerproxy.store.files import Staging, read_small
+from dockerproxy.store.layout import Layout, digest_in
+from dockerproxy.store.links import Links
+
+_NOTHING = b"-"
+
+_Signature = tuple[tuple[int, int], ...]
+
+
+@define(eq=False)
+class Referrers:
+    """The referrers of the repositories below a root. Everything blocks, but for `is_complete`.
+
+    What changes a repository runs alone in it: see `HostedStore.turns`.
+    """
+
+    _layout: Layout
+    _blobs: Blobs
+    _links: Links
+    _complete: dict[str, _Signature] = field(factory=dict, init=False)
+    _staging: Staging = field(init=False)
+
+    @_staging.default
+    def _make_staging(self) -> Staging:
+        return Staging(self._layout.staging, sync_data=True, sync_names=True)
+
+    def note(self, repository: str, digest: Digest, found: Referrer | None) -> None:
+        """Note what manifest `digest` refers to, before the repository has it."""
+        if found is not None:
+            content = json.dumps(found.descriptor, separators=(",", ":"), ensure_ascii=False)
+            path = self._layout.referrer(repository, found.subject, digest)
+            self._staging.write(content.encode("utf-8", "surrogatepass"), path)
+        noted = _NOTHING if found is None else str(found.subject).encode()
+        if read_small(self._layout.subject(repository, digest), 256) != noted:
+            self._staging.write(noted, self._layout.subject(repository, digest))
+
+    def forget(self, repository: str, digest: Digest, subject: Digest | None) -> None:
+        """Take a manifest that the repository had, and that referred to `subject`, from the list of that."""
+        if subject is not None:
+            with suppress(FileNotFoundError, NotADirectoryError):
+                os.unlink(self._layout.referrer(repository, subject, digest))
+
+    def subject(self, repository: str, digest: Digest) -> Digest | None:
+        """Return what manifest `digest` is noted to refer to."""
+        content = read_small(self._layout.subject(repository, digest), 256) or b""
+        algorithm, _, encoded = content.decode("ascii", "replace").partition(":")
+        return digest_in(algorithm, encoded)
+
+    def list(self, repository: str, subject: Digest, after: str | None) -> Iterator[tuple[str, bytes]]:
+        """Yield the descriptors of what refers to `subject`, as JSON, each with its name in this list's order.
+
+        Those behind the name `after` only. A referrer that is gone, by whatever hand, is left out.
+        """
+        directory = self._layout.referrers(repository, subject)
+        try:
+            names = sorted(os.listdir(directory))
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        for name in names:
+            digest = digest_in(*name.split("-", 1)) if "-" in name else None
+            if (
+                digest is None
+                or (after is not None and name <= after)
+                or not self._links.has_manifest(repository, digest)
+            ):
+                continue
+            content = read_small(f"{directory}/{name}", 2 * MAX_MANIFEST)
+            if content:
+                yield name, content
+
+    def is_complete(self, repository: str) -> bool:
+        """Say whether every manifest of the repository is known to be noted."""
+        return self._complete.get(repository) == self.signature(repository)
+
+    def complete(self, repository: str) -> None:
+        """Note the manifests that others brought into the repository."""
+        signature = self.signature(repository)
+        for digest in self._links.manifests(repository):
+            if not read_small(self._layout.subject(repository, digest), 1) and self._links.has_manifest(
+                repository, digest
+            ):
+                self.note(repository, digest, self._read(repository, digest))
+        self._complete[repository] = signature
+
+    def wrote(self, repository: str, before: _Signature) -> None:
+        """Say that one noted manifest was linked or removed since `before`, and nothing else changed by our hand."""
+        if self._complete.get(repository) == before:
+            self._complete[repository] = self.signature(repository)
+
+    def signature(self, repository: str) -> _Signature:
+        """Return what changes when the repository gets or loses a manifest."""
+        revisions = self._layout.revisions(repository)
+        return tuple(_directory_signature(f"{revisions}/{algorithm}") for algorithm in ALGORITHMS)
+
+    def _read(self, repository: str, digest: Digest) -> Referrer | None:
+        blob = self._blobs.open(digest)
+        if blob is None:
+            return None
+        with blob:
+            content = blob.read_blocking(0, MAX_MANIFEST + 1)
+        try:
+            manifest = parse_manifest(content, self._links.manifest_media_type(repository, digest))
+        except ManifestInvalid:
+            return None
+        return referrer(manifest, content, digest)
+
+
+def _directory_signature(path: str) -> tuple[int, int]:
+    try:
+        status = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return 0, 0
+    # The number of links counts the directories in it: two changes may fall into one tick of the clock.
+    return status.st_mtime_ns, status.st_nlink

@@ -1,0 +1,27 @@
+"""A secret that outlives the daemon, so that what was signed with it still holds after a restart."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+
+_LENGTH = 32
+
+
+def kept_secret(path: Path) -> bytes:
+    """Return the secret kept at `path` (mode 0600), made on first use. Raises OSError. Blocks."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    except FileExistsError:
+        pass
+    else:
+        with os.fdopen(fd, "wb") as file:
+            file.write(secrets.token_bytes(_LENGTH))
+    secret = path.read_bytes()
+    # A crash between creating and writing: nothing was signed with it yet.
+    if len(secret) < _LENGTH:
+        path.unlink()
+        return kept_secret(path)
+    return secret

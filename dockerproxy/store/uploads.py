@@ -1,0 +1,211 @@
+"""Blobs that are being pushed: a session's bytes on disk, where they outlive the connection and the daemon.
+
+Sessions lie where CNCF distribution has them. The lock on a session's file says who writes: one request at a time, in
+whatever process, and none once the process is gone.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import re
+import shutil
+import time
+import uuid
+from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from attrs import define, field
+
+from dockerproxy.errors import BlobUploadBusy, BlobUploadUnknown
+from dockerproxy.oci.names import Digest
+from dockerproxy.store.blobs import Blobs
+from dockerproxy.store.growing import GrowingFile
+from dockerproxy.store.layout import Layout
+from dockerproxy.store.links import repositories
+
+if TYPE_CHECKING:
+    from hashlib import _Hash
+
+_SESSION = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+_REMEMBERED = 1000  # sessions between two of their requests whose hash is kept; the others are hashed again at the end
+_ATTEMPTS = 8  # a repository's directory may be removed, being empty, as it is made
+
+
+@define(eq=False)
+class Upload(GrowingFile):
+    """The one right to write to a session. Ends with `publish`, `cancel` or `Uploads.suspend`."""
+
+    session: str
+    _directory: str
+
+    def truncate(self, size: int) -> None:
+        """Drop what is behind the first `size` bytes. Blocks. Raises `OSError`."""
+        os.ftruncate(self._fd, size)
+        self.size = size
+        self.hashed = -1  # a hash cannot be taken back
+
+    def is_hashed(self, algorithm: str) -> bool:
+        """Say whether `verify` for a digest of this algorithm has nothing left to read."""
+        return self.hashed == self.size and self._hasher.name == algorithm
+
+    def verify(self, digest: Digest) -> bool:
+        """Say whether what arrived is the content of `digest`. Blocks unless `is_hashed`. Raises `OSError`."""
+        if not self.is_hashed(digest.algorithm):
+            self.rehash(digest.algorithm)
+        return self._hasher.hexdigest() == digest.hex
+
+    def publish(self, blobs: Blobs, digest: Digest) -> None:
+        """Make it the blob `digest`, for which it was verified, and end. Blocks.
+
+        Raises `OSError`; the session is then as before.
+        """
+        blobs.publish(f"{self._directory}/data", digest)
+        self.cancel()
+
+    def cancel(self) -> None:
+        """Remove the session with what arrived, and end; a second time does nothing. Blocks."""
+        if self._fd >= 0:
+            shutil.rmtree(self._directory, ignore_errors=True)
+        self._close()
+
+    def _close(self) -> _Hash:
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+        return self._hasher
+
+
+@define
+class Uploads:
+    """The sessions below a root.
+
+    Methods raise `NameInvalid` for what is no repository, and `OSError` for the disk's trouble. For the reactor's
+    thread, but for `start` and `purge`.
+    """
+
+    _layout: Layout
+    _clock: Callable[[], float] = time.time
+    _hashers: OrderedDict[str, tuple[_Hash, int]] = field(factory=OrderedDict, init=False)
+
+    def start(self, repository: str, algorithm: str = "sha256") -> Upload:
+        """Begin a session whose bytes are hashed by `algorithm` as they arrive. Blocks."""
+        session = str(uuid.uuid4())
+        directory = self._directory(repository, session)
+        try:
+            _make(directory)
+            began = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self._clock()))
+            with open(f"{directory}/startedat", "x", encoding="ascii") as file:
+                file.write(began)
+            os.close(os.open(f"{directory}/data", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
+            return self._take(session, directory, hashlib.new(algorithm))
+        except BaseException:
+            shutil.rmtree(directory, ignore_errors=True)
+            raise
+
+    def resume(self, repository: str, session: str) -> Upload:
+        """Return the right to go on with a session; raise `BlobUploadUnknown`, or `BlobUploadBusy`."""
+        directory = self._directory(repository, session)
+        hasher, hashed = self._hashers.get(session) or (hashlib.sha256(), 0)
+        upload = self._take(session, directory, hasher)
+        self._hashers.pop(session, None)
+        # Another process may have gone on with it: what is hashed is the start of what is there all the same.
+        upload.hashed = hashed if hashed <= upload.size else -1
+        return upload
+
+    def suspend(self, upload: Upload) -> None:
+        """Leave a session to be gone on with; nothing where it has ended."""
+        if upload._fd >= 0:
+            self._hashers[upload.session] = (upload._close(), upload.hashed)
+            if len(self._hashers) > _REMEMBERED:
+                self._hashers.popitem(last=False)
+
+    def size(self, repository: str, session: str) -> int:
+        """Return how many bytes a session has, also while it is written to; raise `BlobUploadUnknown`."""
+        try:
+            return os.stat(f"{self._directory(repository, session)}/data").st_size
+        except (FileNotFoundError, NotADirectoryError):
+            raise _unknown() from None
+
+    def purge(self, before: float) -> int:
+        """Remove the sessions that nobody touched since `before` (POSIX time); return how many. Blocks."""
+        count = 0
+        for repository in repositories(self._layout, "_uploads"):
+            for session in _listed(self._layout.uploads(repository)):
+                if _SESSION.fullmatch(session):
+                    count += self._purge(f"{self._layout.uploads(repository)}/{session}", session, before)
+        return count
+
+    def _purge(self, directory: str, session: str, before: float) -> bool:
+        names = (directory, f"{directory}/data", f"{directory}/startedat")
+        if max(map(_changed, names)) >= before:
+            return False
+        try:
+            self._take(session, directory, hashlib.sha256()).cancel()
+        except BlobUploadBusy:
+            return False
+        except BlobUploadUnknown:  # a crash between publishing its data and removing it
+            shutil.rmtree(directory, ignore_errors=True)
+        return True
+
+    def _directory(self, repository: str, session: str) -> str:
+        if not _SESSION.fullmatch(session):
+            raise _unknown()
+        return f"{self._layout.uploads(repository)}/{session}"
+
+    def _take(self, session: str, directory: str, hasher: _Hash) -> Upload:
+        path = f"{directory}/data"
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except (FileNotFoundError, NotADirectoryError):
+            raise _unknown() from None
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            status = os.fstat(fd)
+            # Between open and lock the one who held it may have published or cancelled.
+            if _identity(path) != (status.st_dev, status.st_ino):
+                raise _unknown()
+            return Upload(status.st_size, fd, hasher, session, directory)
+        except BlockingIOError:
+            os.close(fd)
+            raise BlobUploadBusy("another request is writing to this upload") from None
+        except BaseException:
+            os.close(fd)
+            raise
+
+
+def _make(directory: str) -> None:
+    for _ in range(_ATTEMPTS - 1):
+        with suppress(FileNotFoundError):
+            os.makedirs(directory)
+            return
+    os.makedirs(directory)
+
+
+def _listed(directory: str) -> list[str]:
+    try:
+        return os.listdir(directory)
+    except FileNotFoundError:  # the repository was removed at this moment
+        return []
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    try:
+        status = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _changed(path: str) -> float:
+    try:
+        return os.stat(path).st_mtime
+    except (FileNotFoundError, NotADirectoryError):
+        return 0.0
+
+
+def _unknown() -> BlobUploadUnknown:
+    return BlobUploadUnknown("there is no such upload in this repository")

@@ -1,0 +1,101 @@
+"""The doors of the hosted registry: whose certificate they show, and whom they let in."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from twisted.internet import reactor
+from twisted.internet.endpoints import serverFromString
+from twisted.internet.threads import deferToThread
+from twisted.trial.unittest import TestCase
+
+from dockerproxy.errors import NameUnknown
+from dockerproxy.http.channel import Site, Timeouts
+from dockerproxy.http.request import Request
+from dockerproxy.net.addresses import AddressSet, Destinations
+from dockerproxy.proxy.authority import CertificateAuthority
+from dockerproxy.proxy.own import OwnDoor
+from dockerproxy.proxy.policy import Policy
+
+NAME = "docker-registry.local"
+
+
+async def page(request: Request) -> None:
+    if request.path == "/none":
+        raise NameUnknown("there is no such page")
+    request.answer(200, [], f"{request.host} {request.path} {request.query}".encode())
+
+
+@pytest.fixture
+def door() -> OwnDoor:
+    policy = Policy(
+        AddressSet.parse("10.0.0.0/8"), frozenset(), Destinations.parse("all"), Destinations.parse("metadata")
+    )
+    return OwnDoor(policy, page)
+
+
+def test_it_answers(visit: Any, door: OwnDoor) -> None:
+    visitor = visit(door.answer)
+    assert visitor.ask("GET", "/v2/?n=1").body == b" /v2/ n=1"
+    assert visitor.ask("GET", f"http://{NAME}:80/v2/x?n=1").body == f"{NAME}:80 /v2/x n=1".encode()
+    assert visitor.ask("GET", "/none").status == 404
+    assert visitor.ask("GET", "http://user:secret@host/").status == 400
+
+
+def test_it_lets_in_whom_allow_clients_allows(visit: Any, door: OwnDoor) -> None:
+    answer = visit(door.answer, client="192.0.2.1").ask("GET", "/v2/")
+    assert (answer.status, b"ALLOW_CLIENTS" in answer.body) == (403, True)
+
+
+def test_it_is_no_proxy(visit: Any, door: OwnDoor) -> None:
+    assert visit(door.answer).ask("CONNECT", f"{NAME}:443").status == 405
+
+
+class Certificates(TestCase):
+    """On real sockets: the choice is made from what OpenSSL and the kernel tell."""
+
+    async def open(self, description: str) -> int:
+        folder = Path(self.mktemp())
+        authority = CertificateAuthority.open(
+            folder, certificate_file=None, key_file=None, passphrase=None, now=time.time
+        )
+        self.context = ssl.create_default_context(cadata=authority.certificate_pem.decode())
+        certificates = authority.context_by_name({NAME, "registry"})
+        site = Site(
+            reactor, page, timeouts=Timeouts(), finished=lambda request, seconds: None, tls=lambda: certificates
+        )
+        port = await serverFromString(reactor, description).listen(site)
+        self.addCleanup(port.stopListening)
+        self.addCleanup(site.drain)
+        return int(port.getHost().port)
+
+    def shown(self, address: str, port: int, name: str | None) -> list[tuple[str, str]]:
+        """Return the names in the certificate that a client is shown, which it must be able to verify."""
+        context = self.context
+        context.check_hostname = name is not None
+        with socket.create_connection((address, port), timeout=10) as plain:
+            with context.wrap_socket(plain, server_hostname=name) as tls:
+                tls.sendall(b"GET /v2/ HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+                assert tls.recv(65536).startswith(b"HTTP/1.1 200 ")
+                certificate = tls.getpeercert()
+                assert certificate is not None
+                return list(certificate["subjectAltName"])  # type: ignore[arg-type]
+
+    async def test_by_name_and_by_address(self) -> None:
+        port = await self.open("tcp:0:interface=0.0.0.0")
+        for name in (NAME, "registry", NAME.upper()):
+            self.assertEqual(await deferToThread(self.shown, "127.0.0.1", port, name), [("DNS", name.lower())])
+        for address in ("127.0.0.1", "127.0.0.5"):
+            for name in (address, None):
+                self.assertEqual(await deferToThread(self.shown, address, port, name), [("IP Address", address)])
+        with self.assertRaises(ssl.SSLCertVerificationError):
+            await deferToThread(self.shown, "127.0.0.1", port, "registry-1.docker.io")
+
+    async def test_an_ipv4_client_of_an_ipv6_door(self) -> None:
+        port = await self.open(r"tcp6:0:interface=\:\:")
+        self.assertEqual(await deferToThread(self.shown, "127.0.0.1", port, None), [("IP Address", "127.0.0.1")])

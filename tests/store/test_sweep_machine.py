@@ -1,0 +1,281 @@
+"""Pushes, deletions and garbage collection, cut into pieces that run in any order, against a model.
+
+Nothing is asked of the real threads: the reactor here is a clock whose thread pool keeps each call until the test lets
+it run. So a collection stands still between any two of its slices while clients go on, and the other way round. Time
+passes by making files older.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from attrs import define, field
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from twisted.internet.defer import Deferred
+from workbench.images import Content, age, image, index
+from workbench.reactor import Reactor
+
+from dockerproxy.errors import RegistryError
+from dockerproxy.http.headers import Headers
+from dockerproxy.http.message import RequestHead
+from dockerproxy.http.request import Request
+from dockerproxy.http.stream import ByteStream
+from dockerproxy.oci.names import Digest
+from dockerproxy.oci.routes import route
+from dockerproxy.registry.face import Face
+from dockerproxy.registry.hosted import Hosted
+from dockerproxy.registry.push import Push
+from dockerproxy.store.hosting import HostedStore
+from dockerproxy.store.layout import Layout
+from dockerproxy.store.slices import Slices
+from dockerproxy.store.sweep import Sweeper, Swept
+
+
+def contents() -> list[Content]:
+    """Images that share layers, indexes of them and of an index, signatures, and a signature of a signature."""
+    images = [image(b"config%d" % number, b"base", b"layer%d" % number) for number in range(3)]
+    one, two, three = images
+    both = index(one, two)
+    signatures = [image(b"sig", b"signature", subject=both), image(b"sig", b"base", subject=three)]
+    return [*images, both, index(both, three), *signatures, image(b"sig", b"again", subject=signatures[0])]
+
+
+CONTENTS = contents()
+BY_DIGEST = {content.digest: content for content in CONTENTS}
+REPOSITORIES, TAGS = ("one", "two/three"), ("v1", "v2")
+
+
+class Wire:
+    """A connection that keeps what is sent."""
+
+    client, secure, port = "test", False, 0
+
+    def __init__(self) -> None:
+        self.sent = b""
+
+    def write(self, data: bytes) -> None:
+        self.sent += data
+
+    async def writable(self) -> None: ...
+
+    def abort(self) -> None: ...
+
+    def overburdened(self) -> bool:
+        return False
+
+    def finished(self) -> None: ...
+
+    def detach(self) -> Any: ...
+
+
+@define
+class Registry:
+    """The hosted registry's HTTP face, without a socket."""
+
+    reactor: Reactor
+    store: HostedStore
+    hosted: Hosted = field(init=False)
+
+    @hosted.default
+    def _make_hosted(self) -> Hosted:
+        return Hosted(self.reactor, self.store, Push(self.reactor, self.store))
+
+    async def ask(self, method: str, target: str, body: bytes = b"", media_type: str = "") -> int:
+        """Return the status of the answer."""
+        headers = Headers([("host", "test"), ("content-length", str(len(body))), ("content-type", media_type)])
+        stream = ByteStream()
+        stream.feed(body)
+        stream.finish()
+        request = Request(Wire(), RequestHead(method, target, (1, 1), headers), stream if body else None)
+        try:
+            await Face(self.reactor).answer(request, route(request.path), self.hosted)
+        except RegistryError as error:
+            return error.status
+        return request.status
+
+    async def push(self, repository: str, content: Content, tag: str | None) -> int:
+        """Push as docker does: look for each blob, bring what is missing, then the manifest."""
+        for blob in content.blobs:
+            digest = Digest.of(blob)
+            if await self.ask("HEAD", f"/v2/{repository}/blobs/{digest}") != 200:
+                status = await self.ask("POST", f"/v2/{repository}/blobs/uploads/?digest={digest}", blob)
+                assert status == 201, status
+        for child in content.children:
+            if await self.ask("HEAD", f"/v2/{repository}/manifests/{child.digest}") != 200:
+                status = await self.push(repository, child, None)
+                assert status == 201, status
+        path = f"/v2/{repository}/manifests/{tag or content.digest}"
+        return await self.ask("PUT", path, content.data, content.media_type)
+
+
+class SweepMachine(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        # In memory where that can be: every link is synced to the disk.
+        self.directory = tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
+        self.reactor = Reactor()
+        self.layout = Layout(Path(self.directory.name))
+        self.store = HostedStore.below(self.layout)
+        self.registry = Registry(self.reactor, self.store)
+        # No length: each step is a slice of its own.
+        self.sweeper = Sweeper(self.reactor, self.store, slices=Slices(self.reactor, length=-1))
+        self.sweep: Deferred[Swept] | None = None
+        self.under_way: set[tuple[str, str | None]] = set()
+        self.tags: dict[tuple[str, str], Content] = {}
+        self.failures: list[Any] = []
+
+    def teardown(self) -> None:
+        try:
+            self.settle()
+            self.quiet_collection()
+        finally:
+            self.directory.cleanup()
+
+    # what clients do
+
+    @rule(
+        repository=st.sampled_from(REPOSITORIES),
+        content=st.sampled_from(CONTENTS),
+        tag=st.sampled_from((*TAGS, *TAGS, None)),
+    )
+    def push(self, repository: str, content: Content, tag: str | None) -> None:
+        if tag is not None and (repository, tag) in self.under_way:
+            return
+        self.under_way.add((repository, tag))
+        if tag is not None:
+            self.tags.pop((repository, tag), None)
+
+        async def run() -> None:
+            status = await self.registry.push(repository, content, tag)
+            assert status == 201, f"{content.media_type} refused: {status}"
+            if tag is not None:
+                self.tags[repository, tag] = content
+            self.under_way.discard((repository, tag))
+
+        Deferred.fromCoroutine(run()).addErrback(self.failures.append)
+
+    @rule(repository=st.sampled_from(REPOSITORIES), tag=st.sampled_from(TAGS))
+    def delete_tag(self, repository: str, tag: str) -> None:
+        if (repository, tag) in self.under_way or (repository, tag) not in self.tags:
+            return
+        self.under_way.add((repository, tag))
+        del self.tags[repository, tag]
+
+        async def run() -> None:
+            assert await self.registry.ask("DELETE", f"/v2/{repository}/manifests/{tag}") == 202
+            self.under_way.discard((repository, tag))
+
+        Deferred.fromCoroutine(run()).addErrback(self.failures.append)
+
+    # the collection
+
+    @precondition(lambda self: self.sweep is None)
+    @rule(delete_untagged=st.booleans(), dry_run=st.sampled_from((False, False, False, True)))
+    def collect(self, delete_untagged: bool, dry_run: bool) -> None:
+        self.start_sweep(delete_untagged, dry_run)
+
+    @precondition(lambda self: self.sweep is not None)
+    @rule()
+    def cancel(self) -> None:
+        assert self.sweep is not None
+        self.sweep.cancel()
+
+    # time
+
+    @precondition(lambda self: self.reactor.busy)
+    @rule(order=st.lists(st.integers(0, 3), min_size=1, max_size=25))
+    def go_on(self, order: list[int]) -> None:
+        for number in order:
+            self.reactor.run_one(number)
+
+    @precondition(lambda self: self.sweep is None and not self.under_way)
+    @rule()
+    def age(self) -> None:
+        age(self.store)
+
+    @rule()
+    def settle(self) -> None:
+        for _ in range(100_000):
+            if not self.reactor.busy:
+                break
+            self.reactor.run_one(0)
+        assert self.sweep is None
+        self.check()
+        assert not self.under_way
+
+    # what has to hold
+
+    @invariant()
+    def check(self) -> None:
+        assert not self.failures, self.failures[0].getTraceback()
+        for (repository, tag), content in self.tags.items():
+            assert self.store.links.tag(repository, tag) == content.digest
+            assert self.store.links.has_manifest(repository, content.digest), f"{repository}:{tag} is gone"
+        for repository in REPOSITORIES:
+            for digest in self.store.links.manifests(repository):
+                if self.store.links.has_manifest(repository, digest):
+                    self.check_complete(repository, BY_DIGEST[digest])
+
+    def check_complete(self, repository: str, content: Content) -> None:
+        assert self.store.blobs.exists(content.digest), f"{content} has no data"
+        for blob in content.blobs:
+            assert self.store.links.has_layer(repository, Digest.of(blob)), f"{repository} lacks {blob!r}"
+            assert self.store.blobs.exists(Digest.of(blob)), f"{blob!r} is gone"
+        for child in content.children:
+            assert self.store.links.has_manifest(repository, child.digest), f"{repository} lacks a child"
+
+    def quiet_collection(self) -> None:
+        """With nobody about, what is left is what tags lead to, and nothing else."""
+        self.age()
+        self.start_sweep(True, False)
+        self.settle()
+        assert set(self.store.links.repositories()) == {repository for repository, _ in self.tags}
+        all_needed: set[Digest] = set()
+        for repository in REPOSITORIES:
+            manifests, blobs = self.reachable(repository)
+            assert set(self.store.links.manifests(repository)) == manifests
+            assert set(self.store.links.layers(repository)) == blobs
+            all_needed |= manifests | blobs
+        assert {entry.digest for entry in self.store.blobs.walk()} == all_needed
+        assert not os.path.exists(self.layout.staging) or os.listdir(self.layout.staging) == []
+
+    def reachable(self, repository: str) -> tuple[set[Digest], set[Digest]]:
+        linked = self.linked_before
+        found: set[Digest] = set()
+        waiting = [content for (name, _), content in self.tags.items() if name == repository]
+        while waiting:
+            content = waiting.pop()
+            if content.digest in found:
+                continue
+            found.add(content.digest)
+            waiting.extend(content.children)
+            there = [BY_DIGEST[digest] for digest in linked[repository]]
+            waiting.extend(other for other in there if other.subject == content.digest)
+            waiting.extend(other for other in there if other.digest == content.subject)
+        return found, {Digest.of(blob) for digest in found for blob in BY_DIGEST[digest].blobs}
+
+    def start_sweep(self, delete_untagged: bool, dry_run: bool) -> None:
+        self.linked_before = {name: set(self.store.links.manifests(name)) for name in REPOSITORIES}
+        sweep = Deferred.fromCoroutine(self.sweeper.sweep(delete_untagged=delete_untagged, dry_run=dry_run))
+        self.sweep = sweep
+
+        def ended(result: Any) -> None:
+            self.sweep = None
+            if not isinstance(result, Swept) and "CancelledError" not in str(result.type):
+                self.failures.append(result)
+            elif isinstance(result, Swept):
+                assert not result.problems
+
+        sweep.addBoth(ended)
+        sweep.addErrback(self.failures.append)
+
+
+TestSweep = SweepMachine.TestCase
+TestSweep.settings = settings(
+    max_examples=100, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)

@@ -1,0 +1,305 @@
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from dockerproxy.errors import BlobUploadBusy, BlobUploadUnknown, DigestInvalid, RangeInvalid
+from dockerproxy.oci.names import Digest
+from dockerproxy.oci.uploads import announced, progress
+from dockerproxy.store import growing
+from dockerproxy.store.blobs import Blobs
+from dockerproxy.store.hosting import HostedStore
+from dockerproxy.store.layout import Layout
+from dockerproxy.store.uploads import Upload, Uploads
+
+NAME = "some/where"
+DAY = 86400.0
+
+
+@pytest.fixture
+def layout(tmp_path: Path) -> Layout:
+    return Layout(tmp_path)
+
+
+@pytest.fixture
+def uploads(layout: Layout) -> Uploads:
+    return Uploads(layout)
+
+
+def begun(uploads: Uploads, data: bytes = b"", algorithm: str = "sha256") -> str:
+    upload = uploads.start(NAME, algorithm)
+    upload.append([data])
+    uploads.suspend(upload)
+    return upload.session
+
+
+def sessions(layout: Layout) -> list[str]:
+    try:
+        return os.listdir(layout.uploads(NAME))
+    except FileNotFoundError:
+        return []
+
+
+class Sessions(RuleBasedStateMachine):
+    """A session as a client drives it, through restarts, against the bytes it should have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        import tempfile
+
+        self.folder = tempfile.TemporaryDirectory()
+        self.layout = Layout(Path(self.folder.name))
+        self.uploads = Uploads(self.layout)
+        self.blobs = Blobs(self.layout, False)
+        self.session = ""
+        self.model: bytes | None = b""
+        self.other = ""
+
+    @initialize(algorithm=st.sampled_from(["sha256", "sha512"]))
+    def start(self, algorithm: str) -> None:
+        self.session = begun(self.uploads, algorithm=algorithm)
+        self.other = begun(self.uploads, b"untouched")
+
+    def resume(self) -> Upload | None:
+        try:
+            return self.uploads.resume(NAME, self.session)
+        except BlobUploadUnknown:
+            assert self.model is None
+            return None
+
+    @rule(chunk=st.binary(max_size=64), skip=st.integers(-3, 3), ranged=st.booleans())
+    def patch(self, chunk: bytes, skip: int, ranged: bool) -> None:
+        upload = self.resume()
+        if upload is None:
+            return
+        assert self.model is not None
+        start = max(0, upload.size + skip)
+        field = f"{start}-{start + len(chunk) - 1}" if ranged and chunk else None
+        try:
+            announced(field, len(chunk), upload.size)
+            assert field is None or start == len(self.model)
+            upload.append([chunk])
+            self.model += chunk
+        except RangeInvalid:
+            assert start != len(self.model)
+        finally:
+            self.uploads.suspend(upload)
+
+    @precondition(lambda self: self.model)
+    @rule(chunk=st.binary(min_size=1, max_size=64))
+    def send_a_chunk_that_is_taken_back(self, chunk: bytes) -> None:
+        upload = self.resume()
+        assert upload is not None and self.model is not None
+        upload.append([chunk])
+        upload.truncate(len(self.model))
+        self.uploads.suspend(upload)
+
+    @rule()
+    def restart(self) -> None:
+        self.uploads = Uploads(self.layout)
+
+    @precondition(lambda self: self.model is not None)
+    @rule()
+    def is_for_one_at_a_time(self) -> None:
+        upload = self.resume()
+        assert upload is not None
+        with pytest.raises(BlobUploadBusy):
+            self.uploads.resume(NAME, self.session)
+        with pytest.raises(BlobUploadBusy):
+            Uploads(self.layout).resume(NAME, self.session)
+        self.uploads.suspend(upload)
+
+    @precondition(lambda self: self.model is not None)
+    @rule(algorithm=st.sampled_from(["sha256", "sha512"]), right=st.booleans())
+    def finish(self, algorithm: str, right: bool) -> None:
+        upload = self.resume()
+        assert upload is not None and self.model is not None
+        digest = Digest.of(self.model if right else self.model + b"!", algorithm)
+        assert upload.verify(digest) is right
+        if right:
+            upload.publish(self.blobs, digest)
+            with open(self.layout.blob(digest), "rb") as file:
+                assert file.read() == self.model
+            self.model = None
+        else:
+            self.uploads.suspend(upload)
+
+    @precondition(lambda self: self.model is not None)
+    @rule()
+    def cancel(self) -> None:
+        upload = self.resume()
+        assert upload is not None
+        upload.cancel()
+        self.model = None
+
+    @invariant()
+    def tells_what_it_has(self) -> None:
+        if not self.session:
+            return
+        if self.model is None:
+            with pytest.raises(BlobUploadUnknown):
+                self.uploads.size(NAME, self.session)
+            assert sessions(self.layout) == [self.other]
+        else:
+            size = self.uploads.size(NAME, self.session)
+            assert (size, progress(size)) == (len(self.model), f"0-{max(0, len(self.model) - 1)}")
+        assert self.uploads.size(NAME, self.other) == len(b"untouched")
+
+    def teardown(self) -> None:
+        self.folder.cleanup()
+
+
+Sessions.TestCase.settings = settings(max_examples=60, stateful_step_count=20, deadline=None)
+TestSessions = Sessions.TestCase
+
+
+def test_it_lies_where_distribution_has_it(layout: Layout) -> None:
+    uploads = Uploads(layout, lambda: 1_750_000_000.0)
+    session = begun(uploads, b"data")
+    folder = Path(layout.repositories) / NAME / "_uploads" / session
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
+        "data": b"data", "startedat": b"2025-06-15T15:06:40Z",
+    }  # fmt: skip
+
+
+def test_it_is_hashed_once_as_it_arrives(uploads: Uploads, layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    upload = uploads.start(NAME, "sha512")
+    for chunk in (b"one", b"two", b"three"):
+        upload.append([chunk])
+        uploads.suspend(upload)
+        upload = uploads.resume(NAME, upload.session)
+    monkeypatch.setattr(growing.os, "preadv", None)  # type: ignore[attr-defined]
+    digest = Digest.of(b"onetwothree", "sha512")
+    assert upload.is_hashed("sha512") and not upload.is_hashed("sha256")
+    assert upload.verify(digest)
+    upload.publish(Blobs(layout, True), digest)
+
+
+@pytest.mark.parametrize(
+    "session", ["", "x", "..", "../../x", "0" * 36, "A" * 36, "00000000-0000-0000-0000-00000000000g"]
+)
+def test_what_is_no_session(uploads: Uploads, session: str) -> None:
+    begun(uploads)
+    with pytest.raises(BlobUploadUnknown):
+        uploads.resume(NAME, session)
+    with pytest.raises(BlobUploadUnknown):
+        uploads.size(NAME, session)
+
+
+def test_a_session_belongs_to_its_repository(uploads: Uploads) -> None:
+    session = begun(uploads)
+    with pytest.raises(BlobUploadUnknown):
+        uploads.resume("some/where/else", session)
+
+
+def test_what_a_process_that_was_killed_left(layout: Layout) -> None:
+    code = (
+        "import os, sys; from pathlib import Path; from dockerproxy.store.uploads import Uploads;"
+        "from dockerproxy.store.layout import Layout; upload = Uploads(Layout(Path(sys.argv[1]))).start('some/where');"
+        "upload.append([b'before']); print(upload.session, flush=True); os.kill(os.getpid(), 9)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(layout.root)], capture_output=True, text=True, check=False)
+    session = done.stdout.strip()
+    uploads = Uploads(layout)
+    assert uploads.size(NAME, session) == 6
+    upload = uploads.resume(NAME, session)
+    upload.append([b" and after"])
+    digest = Digest.of(b"before and after")
+    assert upload.verify(digest)
+    upload.publish(Blobs(layout, True), digest)
+    assert sessions(layout) == []
+
+
+def test_purge_takes_what_nobody_touched(uploads: Uploads, layout: Layout) -> None:
+    old, fresh, busy, torn = (begun(uploads, b"x") for _ in range(4))
+    held = uploads.resume(NAME, busy)
+    folder = Path(layout.uploads(NAME))
+    (folder / torn / "data").unlink()
+    for session in (old, busy, torn):
+        for path in (folder / session, *(folder / session).iterdir()):
+            os.utime(path, (1000, 1000))
+    (folder / "somebody-elses").mkdir()
+    assert uploads.purge(DAY) == 2
+    assert set(sessions(layout)) == {fresh, busy, "somebody-elses"}
+    uploads.suspend(held)
+    assert uploads.purge(DAY) == 1
+    assert set(sessions(layout)) == {fresh, "somebody-elses"}
+
+
+def test_a_session_of_distributions_is_gone_on_with(uploads: Uploads, layout: Layout) -> None:
+    session = "01234567-89ab-cdef-0123-456789abcdef"
+    folder = Path(layout.uploads(NAME)) / session
+    (folder / "hashstates" / "sha256").mkdir(parents=True)
+    (folder / "hashstates" / "sha256" / "0").write_bytes(b"state")
+    (folder / "data").write_bytes(b"theirs")
+    (folder / "startedat").write_text("2025-06-15T15:06:40Z")
+    upload = uploads.resume(NAME, session)
+    upload.append([b" and ours"])
+    assert upload.verify(Digest.of(b"theirs and ours"))
+    upload.publish(Blobs(layout, True), Digest.of(b"theirs and ours"))
+    assert sessions(layout) == []
+
+
+def test_how_many_hashes_are_kept_is_bounded(uploads: Uploads, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dockerproxy.store import uploads as module
+
+    monkeypatch.setattr(module, "_REMEMBERED", 2)
+    first, *rest = (begun(uploads, b"some") for _ in range(3))
+    assert not uploads.resume(NAME, first).is_hashed("sha256")
+    assert all(uploads.resume(NAME, session).is_hashed("sha256") for session in rest)
+    assert uploads.resume("some/where", begun(uploads, b"x")).verify(Digest.of(b"x"))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("needs root, to mount a small file system")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_full_disk_takes_back_what_did_not_fit(small_disk: Path) -> None:
+    uploads = Uploads(Layout(small_disk))
+    upload = uploads.start(NAME)
+    upload.append([b"fits"])
+    with pytest.raises(OSError) as caught:
+        upload.append([bytes(512 * 1024)])
+    assert caught.value.errno == errno.ENOSPC
+    assert upload.size == uploads.size(NAME, upload.session) == 4
+    upload.append([b" too"])
+    assert upload.verify(Digest.of(b"fits too"))
+
+
+def test_a_session_that_cannot_be_begun_leaves_nothing(small_disk: Path) -> None:
+    layout = Layout(small_disk)
+    uploads = Uploads(layout)
+    begun(uploads)
+    count = 0
+    with pytest.raises(OSError):
+        for count in range(1000):
+            (small_disk / f"{count}").write_bytes(bytes(4096))
+    before = len(sessions(layout))
+    with pytest.raises(OSError):
+        uploads.start(NAME)
+    assert len(sessions(layout)) == before
+
+
+def test_a_wrong_digest_is_not_published(layout: Layout) -> None:
+    store = HostedStore.below(layout)
+    upload = store.uploads.start(NAME)
+    upload.append([b"content"])
+    assert not upload.verify(Digest.of(b"another content"))
+    with pytest.raises(DigestInvalid):
+        store.blobs.put(b"content", Digest.of(b"another content"))
