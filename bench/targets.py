@@ -1,0 +1,86 @@
+"""What a client talks to: TLS to a server, directly or through CONNECT, on blocking sockets."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+import struct
+
+from attrs import frozen
+
+_HEAD_END = b"\r\n\r\n"
+_OK = (b"HTTP/1.1 200", b"HTTP/1.0 200")
+
+# A socket with Python's own time-out is polled before each read, which the clients' CPU time would show.
+_TIMEOUT = struct.pack("ll", 60, 0)
+
+
+@frozen
+class Target:
+    """A server as its clients know it: `host` by TLS, at a port of 127.0.0.1 or through the proxy there."""
+
+    name: str
+    port: int
+    host: str
+    ca_file: str
+    through_connect: bool
+
+    def context(self) -> ssl.SSLContext:
+        """Return a context that trusts the server's CA and no other."""
+        return ssl.create_default_context(cafile=self.ca_file)
+
+    def open(self, context: ssl.SSLContext, session: ssl.SSLSession | None = None) -> ssl.SSLSocket:
+        """Return a new connection, its handshake done."""
+        plain = socket.create_connection(("127.0.0.1", self.port))
+        try:
+            plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _TIMEOUT)
+            if self.through_connect:
+                plain.sendall(f"CONNECT {self.host}:443 HTTP/1.1\r\nHost: {self.host}:443\r\n\r\n".encode())
+                _read_connected(plain)
+            return context.wrap_socket(plain, server_hostname=self.host, session=session)
+        except BaseException:
+            plain.close()
+            raise
+
+    def request(self, path: str) -> bytes:
+        """Return a GET of `path`."""
+        return f"GET {path} HTTP/1.1\r\nHost: {self.host}\r\nUser-Agent: bench\r\nAccept: */*\r\n\r\n".encode()
+
+
+def _read_connected(plain: socket.socket) -> None:
+    answer = b""
+    while not answer.endswith(_HEAD_END):
+        data = plain.recv(4096)
+        if not data:
+            raise ConnectionError("the proxy hung up on CONNECT")
+        answer += data
+    if not answer.startswith(_OK):
+        raise ConnectionError(f"the proxy answered CONNECT with {answer[:200]!r}")
+
+
+def read_head(connection: ssl.SSLSocket, buffer: bytearray) -> tuple[int, int]:
+    """Read an answer's head into `buffer`; return its length, and how many bytes of the body came with it."""
+    received = connection.recv_into(buffer)
+    end = buffer.find(_HEAD_END, 0, received)
+    while end < 0:
+        count = connection.recv_into(memoryview(buffer)[received:]) if received else 0
+        if not count:
+            raise ConnectionError("the server hung up")
+        received += count
+        end = buffer.find(_HEAD_END, 0, received)
+    if not buffer.startswith(_OK):
+        raise ConnectionError(f"the server answered {bytes(buffer[:600])!r}")
+    length = end + len(_HEAD_END)
+    return length, received - length
+
+
+def read_body(connection: ssl.SSLSocket, buffer: bytearray, missing: int) -> None:
+    """Read the `missing` bytes of a body into `buffer`, over and over."""
+    while missing > 0:
+        count = connection.recv_into(buffer)
+        if not count:
+            raise ConnectionError("the server hung up within a body")
+        missing -= count
+    if missing < 0:
+        raise ConnectionError("the server sent more than was asked for")
