@@ -10,7 +10,7 @@ from house.daemon import Proxy, RunProxy
 from house.images import EVERY_MANIFEST, Image
 from house.machines import Machines
 from house.upstreams import BASIC, FAKE, HUB, REGISTRY, STORE, TOKENS, Upstreams
-from house.wire import Answer
+from house.wire import Answer, request
 
 PRIVATE = "alice/app"
 
@@ -191,14 +191,14 @@ def test_our_credential_goes_to_no_realm_of_upstreams_choice(upstreams: Upstream
     proxy.check_log(["pw-robot-1234"])
 
 
-def test_tokens_are_shared_and_renewed(upstreams: Upstreams, run_proxy: RunProxy) -> None:
+def test_a_token_serves_for_a_whole_pull(upstreams: Upstreams, run_proxy: RunProxy) -> None:
     login = f"alice:{upstreams.users['alice']}"
     proxy = run_proxy(AUTH_REGISTRIES=f"auth.docker.io:{login} registry-1.docker.io:{login}")
     image = upstreams.on_hub("alice/tokens", "1", images.small("tokens", layers=4), owners={"alice"})
     before = len(upstreams.tokens.requests)
     mirror = f"http://127.0.0.1:{proxy.port}/v2/alice/tokens"
     for path in ["manifests/1", *(f"blobs/{blob.digest}" for blob in image.blobs)]:
-        assert proxy.client.get(f"{mirror}/{path}", Accept=EVERY_MANIFEST).status == 200
+        assert request("GET", f"{mirror}/{path}", {"Accept": EVERY_MANIFEST}).status == 200
     assert len(upstreams.tokens.requests) - before == 1
 
 

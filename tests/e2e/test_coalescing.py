@@ -16,6 +16,7 @@ from house.images import EVERY_MANIFEST
 from house.process import eventually
 from house.serving import moment
 from house.upstreams import FAKE, REGISTRY, Upstreams
+from house.wire import request
 
 MIB = 1 << 20
 CLIENTS = 20
@@ -122,7 +123,7 @@ def test_everyone_leaves_and_the_download_goes_on(upstreams: Upstreams, proxy: P
     upstreams.fake.on("GET", digest, gated(2 * MIB, gate))
     with proxy.client.open("GET", url) as first:
         first.read(MIB)
-    proxy.client.get(f"http://127.0.0.1:{proxy.port}/healthz")
+    request("GET", f"{proxy.url}/healthz")  # it has seen by now that nobody is left
     gate.set()
     [fetched] = upstreams.fake.seen("GET", digest)
     eventually(lambda: fetched.ended is not None, "the end of the download")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import http.client
 import subprocess
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from house.fake_registry import chunked, gated
 from house.images import EVERY_MANIFEST
 from house.process import eventually, need
 from house.upstreams import FAKE, Upstreams
+from house.wire import request
 
 MIB = 1 << 20
 
@@ -108,6 +111,29 @@ def test_what_nobody_reads_goes(upstreams: Upstreams, run_proxy: RunProxy) -> No
     assert proxy.client.get(url).verdict == "MISS"
 
 
+def test_a_client_that_takes_nothing_is_let_go(upstreams: Upstreams, run_proxy: RunProxy) -> None:
+    proxy = run_proxy(SEND_TIMEOUT="1s")
+    url = _blob(upstreams, "taking/nothing", 48 * MIB, "large")
+    with proxy.client.open("GET", url) as response:
+        assert response.read(1000)
+        eventually(lambda: any("/taking/nothing/" in line.target for line in proxy.logged()), "the end of the request")
+        with pytest.raises((http.client.IncompleteRead, OSError)):
+            response.read()
+    assert proxy.client.get(url).body == images.noise(48 * MIB, "taking/nothing/large")
+
+
+def test_memory_is_flat_however_large_the_blob_and_slow_its_readers(upstreams: Upstreams, run_proxy: RunProxy) -> None:
+    proxy = run_proxy()
+    url = _blob(upstreams, "flat", 128 * MIB, "large")
+    with ExitStack() as stack:
+        before = proxy.memory
+        readers = [stack.enter_context(proxy.client.open("GET", url)) for _ in range(30)]
+        for reader in readers:
+            assert reader.read(1000)
+        assert proxy.client.get(url).status == 200  # it is all here now, and thirty still want nearly all of it
+        assert proxy.memory - before < 64 * MIB
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     need("mount", root=True)
@@ -138,7 +164,7 @@ def test_a_disk_that_fills_up_under_way(upstreams: Upstreams, run_proxy: RunProx
     url = _blob(upstreams, "filling", 20 * MIB, "large")
     upstreams.fake.on("GET", url.rpartition("/")[2], chunked, times=1)
     assert proxy.client.get(url).body == images.noise(20 * MIB, "filling/large")
-    assert proxy.client.get(f"{proxy.url}/healthz").status == 200
+    assert request("GET", f"{proxy.url}/healthz").status == 200
 
 
 def _blob(upstreams: Upstreams, name: str, size: int, seed: str) -> str:

@@ -63,9 +63,8 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, name: str) -> None:
     """Permissions do not stop root; a file in the folder's place, and a file system without files, do."""
     file = tmp_path / "a-file"
     file.write_text("")
-    for place in (str(file / "below"), "/proc/nothing/here"):
-        text = _fails(tmp_path, {name: place})
-        assert place in text
+    for place, shown in ((str(file / "below"), str(file)), ("/proc/nothing/here", "/proc/nothing")):
+        assert shown in _fails(tmp_path, {name: place})
 
 
 def test_a_key_that_is_not_the_certificates(tmp_path: Path) -> None:
@@ -106,10 +105,6 @@ def test_a_certificate_that_is_no_ca(tmp_path: Path) -> None:
 def test_an_env_file_that_is_not_there(tmp_path: Path) -> None:
     text = _fails(tmp_path, {}, "--env-file", str(tmp_path / "missing.env"))
     assert "missing.env" in text
-
-
-def test_an_unknown_option(tmp_path: Path) -> None:
-    assert "no-such-option" in _fails(tmp_path, {}, "--no-such-option")
 
 
 # and what is right

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
+import socket
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -11,7 +13,7 @@ from pathlib import Path
 import pytest
 from house import images, wire
 from house.daemon import Proxy
-from house.fake_registry import Behaviour
+from house.fake_registry import Behaviour, refuse
 from house.images import EVERY_MANIFEST, Content
 from house.machines import Machines
 from house.process import eventually, need
@@ -200,6 +202,67 @@ def test_a_refusal_of_upstreams_comes_back(upstreams: Upstreams, open_proxy: Pro
         {"Authorization": f"Bearer {token.json['token']}"},
     )  # fmt: skip
     assert (answer.status, answer.error_code) == (401, "UNAUTHORIZED")
+
+
+def test_a_refusal_that_comes_before_the_body_is_through(upstreams: Upstreams, open_proxy: Proxy) -> None:
+    """Upstream reads no more after it has answered; the client hears of it while it is still sending."""
+    heard = threading.Event()
+    upstreams.fake.on("PATCH", "/push/early/", _refuse_at_once(heard))
+    connection = open_proxy.client.connection(FAKE)
+    try:
+        connection.putrequest("PATCH", "/v2/push/early/blobs/uploads/s", skip_accept_encoding=True)
+        connection.putheader("Content-Length", str(64 << 20))
+        connection.endheaders()
+        sock = connection.sock
+        sender = threading.Thread(target=_send_while_taken, args=(sock,), daemon=True)
+        sender.start()
+        try:
+            # The connection would close its socket with the answer's end, and the thread go on with whatever gets the
+            # descriptor next.
+            response = http.client.HTTPResponse(sock)
+            response.begin()
+            answer = wire.read(response)
+        finally:
+            sock.shutdown(socket.SHUT_RDWR)
+            sender.join()
+    finally:
+        heard.set()
+        connection.close()
+    assert (answer.status, answer.error_code) == (413, "SIZE_INVALID")
+
+
+@pytest.mark.parametrize("framing", ["length", "chunked"])
+def test_a_push_that_breaks_off_is_not_completed(upstreams: Upstreams, open_proxy: Proxy, framing: str) -> None:
+    connection = open_proxy.client.connection(FAKE)
+    path = f"/v2/push/broken-{framing}/blobs/uploads/s"
+    connection.putrequest("PATCH", path, skip_accept_encoding=True)
+    if framing == "length":
+        connection.putheader("Content-Length", "300000")
+    else:
+        connection.putheader("Transfer-Encoding", "chunked")
+    connection.endheaders()
+    _send(connection, bytes(100_000), framing)
+    eventually(lambda: any(seen.received for seen in upstreams.fake.seen("PATCH", path)), "the first bytes upstream")
+    connection.close()
+    [seen] = upstreams.fake.seen("PATCH", path)
+    eventually(lambda: seen.ended is not None, "the end of the request upstream")
+    assert seen.status == 0  # the fake registry had nothing that it could answer
+    assert path not in upstreams.fake.uploads
+
+
+def _refuse_at_once(heard: threading.Event) -> Behaviour:
+    def behave(exchange: Exchange, content: Content | None) -> None:
+        refuse(exchange, 413, "SIZE_INVALID")
+        heard.wait(20)
+        exchange.hang_up()
+
+    return behave
+
+
+def _send_while_taken(sock: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        for _ in range(64):
+            sock.sendall(bytes(1 << 20))
 
 
 def _absolute(origin: str, location: str) -> str:

@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 from house import images
 from house.daemon import Proxy, RunProxy
-from house.fake_registry import gated, paced
-from house.images import EVERY_MANIFEST
+from house.fake_registry import Behaviour, gated, paced
+from house.images import EVERY_MANIFEST, Content
 from house.machines import Machines
 from house.process import eventually, listening
+from house.serving import Exchange
 from house.upstreams import FAKE, Upstreams
 
 MIB = 1 << 20
@@ -42,6 +43,24 @@ def test_kill_in_mid_download_and_pull_again(upstreams: Upstreams, run_proxy: Ru
     start = int(again.headers["range"].removeprefix("bytes=").removesuffix("-"))
     assert 9 * MIB <= start <= 10 * MIB
     assert proxy.client.get(url).verdict == "HIT"
+
+
+def test_kill_when_only_the_end_was_missing(upstreams: Upstreams, run_proxy: RunProxy) -> None:
+    """All bytes lie in the ingest file, and nothing follows them upstream: a Range from there on is 416."""
+    proxy = run_proxy()
+    data = images.noise(3 * MIB, "nearly")
+    digest = upstreams.fake.put_blob("nearly", data)
+    url = f"{FAKE}/v2/nearly/blobs/{digest}"
+    gate = threading.Event()
+    upstreams.fake.on("GET", digest, _all_but_the_end(gate), times=1)
+    with proxy.client.open("GET", url) as response:
+        assert response.read(3 * MIB - 1) == data[:-1]
+        proxy.kill()
+    gate.set()
+    proxy.start()
+    for verdict in ("MISS", "HIT"):
+        answer = proxy.client.get(url)
+        assert (answer.status, answer.body, answer.verdict) == (200, data, verdict)
 
 
 def test_what_was_under_way_is_damaged_meanwhile(upstreams: Upstreams, run_proxy: RunProxy) -> None:
@@ -168,3 +187,15 @@ def _read_some(proxy: Proxy, url: str, amount: int) -> None:
             response.read(amount)
     except (http.client.HTTPException, OSError):
         pass
+
+
+def _all_but_the_end(gate: threading.Event) -> Behaviour:
+    """Send the whole in chunks, and wait before the last chunk, the empty one."""
+
+    def behave(exchange: Exchange, content: Content | None) -> None:
+        assert content is not None
+        exchange.begin(200, {"Content-Type": content.media_type, "Transfer-Encoding": "chunked"})
+        exchange.send_chunk(content.data)
+        gate.wait(60)
+
+    return behave

@@ -1,4 +1,4 @@
-"""Real clients, each a machine of its own: skopeo, dockerd, containerd. What they know of the world is a proxy."""
+"""Real clients, each a machine of its own: skopeo, podman, dockerd, containerd. What they know of the world is a proxy."""
 
 from __future__ import annotations
 
@@ -42,13 +42,15 @@ class Skopeo:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "registries.conf").write_text('unqualified-search-registries = ["docker.io"]\n')
         (folder / "policy.json").write_text('{"default": [{"type": "insecureAcceptAnything"}]}')
-        self._environment = clean_environment({
-            **environment,
-            "HOME": str(folder),
-            "XDG_RUNTIME_DIR": str(folder),
-            "TMPDIR": str(folder),
-            "CONTAINERS_REGISTRIES_CONF": str(folder / "registries.conf"),
-        })
+        self._environment = clean_environment(
+            {
+                **environment,
+                "HOME": str(folder),
+                "XDG_RUNTIME_DIR": str(folder),
+                "TMPDIR": str(folder),
+                "CONTAINERS_REGISTRIES_CONF": str(folder / "registries.conf"),
+            }
+        )
         self._count = 0
 
     def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -72,6 +74,24 @@ class Skopeo:
         return check(self.run("inspect", "--raw", f"docker://{image}")).encode()
 
 
+class Podman:
+    """podman with its own home and storage in `folder`, whose path has to be short."""
+
+    def __init__(self, folder: Path, environment: Mapping[str, str]) -> None:
+        need("podman", root=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "policy.json").write_text('{"default": [{"type": "insecureAcceptAnything"}]}')
+        self._folder = folder
+        self._environment = clean_environment(
+            {**environment, "HOME": str(folder), "XDG_RUNTIME_DIR": str(folder), "TMPDIR": str(folder)}
+        )
+
+    def run(self, command: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        places = ["--root", f"{self._folder}/root", "--runroot", f"{self._folder}/run", "--storage-driver=vfs"]
+        policy = [f"--signature-policy={self._folder}/policy.json"] if command == "pull" else []
+        return run(["podman", *places, command, *policy, *arguments], self._environment)
+
+
 class Docker(Process):
     """A dockerd with its own disk and socket."""
 
@@ -83,18 +103,22 @@ class Docker(Process):
         self._host = f"unix://{folder}/docker.sock"
         self._home = folder / "home"
         self._home.mkdir(exist_ok=True)
-        (folder / "daemon.json").write_text(json.dumps({
-            "data-root": str(folder / "root"),
-            "exec-root": str(folder / "exec"),
-            "hosts": [self._host],
-            "pidfile": str(folder / "pid"),
-            "storage-driver": "vfs",
-            "bridge": "none",
-            "iptables": False,
-            "ip6tables": False,
-            "insecure-registries": list(insecure),
-            "registry-mirrors": list(mirrors),
-        }))
+        (folder / "daemon.json").write_text(
+            json.dumps(
+                {
+                    "data-root": str(folder / "root"),
+                    "exec-root": str(folder / "exec"),
+                    "hosts": [self._host],
+                    "pidfile": str(folder / "pid"),
+                    "storage-driver": "vfs",
+                    "bridge": "none",
+                    "iptables": False,
+                    "ip6tables": False,
+                    "insecure-registries": list(insecure),
+                    "registry-mirrors": list(mirrors),
+                }
+            )
+        )
         argv = ["dockerd", "--config-file", str(folder / "daemon.json")]
         super().__init__(argv, folder / "log", clean_environment({**environment, "HOME": str(self._home)}), folder)
 
@@ -161,15 +185,27 @@ address = "{self._address}"
 
     def mirror(self, host: str, url: str) -> None:
         """Have what belongs to `host` asked for at `url` (and nowhere else: the host itself is a closed port)."""
+        nowhere = f'server = "http://127.0.0.1:{free_port()}"\n'
+        self._configure(host, f'{nowhere}[host."{url}"]\n  capabilities = ["pull", "resolve"]\n')
+
+    def trust(self, host: str, ca_file: Path) -> None:
+        """Have `host` spoken to over TLS, by a certificate of this authority."""
+        self._configure(host, f'server = "https://{host}"\nca = "{ca_file}"\n')
+
+    def _configure(self, host: str, text: str) -> None:
         folder = self._folder / "hosts" / host
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "hosts.toml").write_text(
-            f'server = "http://127.0.0.1:{free_port()}"\n[host."{url}"]\n  capabilities = ["pull", "resolve"]\n'
-        )
+        (folder / "hosts.toml").write_text(text)
+
+    def _hosts(self) -> list[str]:
+        return ["--hosts-dir", str(self._folder / "hosts")] if (self._folder / "hosts").exists() else []
+
+    def try_push(self, image: str, source: str, *options: str) -> subprocess.CompletedProcess[str]:
+        """Push the image that is here as `source`."""
+        return self.ctr("images", "push", *self._hosts(), *options, image, source)
 
     def try_pull(self, image: str, *options: str) -> subprocess.CompletedProcess[str]:
-        hosts = ["--hosts-dir", str(self._folder / "hosts")] if (self._folder / "hosts").exists() else []
-        return self.ctr("images", "pull", "--snapshotter", "native", *hosts, *options, image)
+        return self.ctr("images", "pull", "--snapshotter", "native", *self._hosts(), *options, image)
 
     def pull(self, image: str, *options: str) -> None:
         """Pull and unpack `image`."""

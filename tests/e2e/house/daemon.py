@@ -20,9 +20,7 @@ _PROJECT = Path(__file__).resolve().parents[3]
 
 # CLIENT METHOD HOST/PATH STATUS BYTES SECONDS VERDICT, after whatever the log puts before it
 _ACCESS = re.compile(
-    r"(?P<client>[0-9a-f.:]+) (?P<method>[A-Z]+) (?P<target>\S+) (?P<status>\d{3}) (?P<size>\d+) (?P<seconds>[\d.]+) "
-    r"(?P<verdict>HIT|MISS|JOINED|REVALIDATED|STALE|PASS|-)$",
-    re.M,
+    r"([0-9a-f.:]+) ([A-Z]+) (\S+) (\d{3}) (\d+) [\d.]+ (HIT|MISS|JOINED|REVALIDATED|STALE|PASS|-)$", re.MULTILINE
 )
 _CRASH = re.compile(r"Traceback \(most recent call last\)|Unhandled (?:E|e)rror|Unhandled exception|was never awaited")
 
@@ -110,15 +108,15 @@ class Proxy(Process):
         names = ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy")
         return {**dict.fromkeys(names, self.url), "SSL_CERT_FILE": str(self.ca_file)}
 
-    def forget(self) -> int:
+    def log_end(self) -> int:
         """Return the present end of the log, for `logged`."""
         return len(self.text)
 
     def logged(self, since: int = 0) -> list[Logged]:
         """Return the requests that were logged."""
         return [
-            Logged(*match.group("client", "method", "target"), *map(int, match.group("status", "size")), match[6])
-            for match in _ACCESS.finditer(self.text[since:])
+            Logged(client, method, target, int(status), int(size), verdict)
+            for client, method, target, status, size, verdict in _ACCESS.findall(self.text[since:])
         ]
 
     def check_log(self, secrets: list[str]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TypeVar
 
-from house.clients import Containerd, Docker, Skopeo
+from house.clients import Containerd, Docker, Podman, Skopeo
 from house.daemon import Proxy
 from house.process import Process
 
@@ -22,6 +22,9 @@ class Machines:
 
     def skopeo(self, proxy: Proxy) -> Skopeo:
         return Skopeo(self._place("skopeo"), proxy.client_environment)
+
+    def podman(self, proxy: Proxy) -> Podman:
+        return Podman(self._place("p"), proxy.client_environment)
 
     def docker(self, proxy: Proxy) -> Docker:
         """A dockerd that has the daemon as its proxy."""

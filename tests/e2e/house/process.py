@@ -70,6 +70,7 @@ class Process:
         self.environment = dict(environment)
         self.folder = folder
         self._popen: subprocess.Popen[bytes] | None = None
+        self._asked_to_end = False
 
     @property
     def pid(self) -> int:
@@ -92,6 +93,7 @@ class Process:
     def launch(self) -> None:
         """Start the program, without waiting for it to be of use."""
         assert not self.running
+        self._asked_to_end = False
         with self.output.open("ab") as output:
             self._popen = subprocess.Popen(
                 self.argv, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=self.environment, cwd=self.folder
@@ -109,8 +111,8 @@ class Process:
         """End the program with SIGTERM and return its exit status; one that stays is killed and the test fails."""
         if self._popen is None:
             return 0
-        if self.running:
-            self._popen.terminate()
+        if not self._asked_to_end:
+            self.terminate()
         try:
             return self._popen.wait(timeout)
         except subprocess.TimeoutExpired:
@@ -119,6 +121,7 @@ class Process:
 
     def terminate(self) -> None:
         """Ask the program to end, and do not wait for it."""
+        self._asked_to_end = True
         self.signal(signal.SIGTERM)
 
     def kill(self) -> None:

@@ -93,7 +93,7 @@ class Exchange:
         if self.seen.headers.get("transfer-encoding", "").lower() == "chunked":
             while size := int(reader.readline().split(b";")[0], 16):
                 while size:
-                    piece = reader.read1(min(size, 65536))  # type: ignore[attr-defined]
+                    piece = reader.read1(min(size, 65536))
                     if not piece:
                         raise ConnectionError("the body broke off")
                     size -= len(piece)
@@ -104,7 +104,7 @@ class Exchange:
             return
         left = int(self.seen.headers.get("content-length", "0"))
         while left:
-            piece = reader.read1(min(left, 65536))  # type: ignore[attr-defined]
+            piece = reader.read1(min(left, 65536))
             if not piece:
                 raise ConnectionError("the body broke off")
             left -= len(piece)

@@ -55,8 +55,8 @@ class TokenServer(Server):
         query = parse_qs(exchange.query)
         token = self.sign(user, query.get("scope", []))
         now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-        answer = {"token": token, "access_token": token, "expires_in": self.lifetime, "issued_at": now}
-        exchange.answer(200, {"Content-Type": "application/json"}, json.dumps(answer).encode())
+        grant = {"token": token, "access_token": token, "expires_in": self.lifetime, "issued_at": now}
+        exchange.answer(200, {"Content-Type": "application/json"}, json.dumps(grant).encode())
 
     def sign(self, user: str, scopes: list[str], *, everything: bool = False) -> str:
         """Return a token for what `user` may do of what `scopes` ask for."""

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import ctypes
 import secrets
-import shutil
 import ssl
-import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -175,13 +174,14 @@ def _token_auth(tokens: TokenServer) -> dict[str, object]:
 
 
 def _basic_auth(file: Path, users: Mapping[str, str]) -> dict[str, object]:
-    need("htpasswd")
-    lines = [
-        subprocess.run(
-            [shutil.which("htpasswd") or "htpasswd", "-niB", "-C", "4", user],
-            input=password.encode(), capture_output=True, check=True,
-        ).stdout.decode().strip()
-        for user, password in users.items()
-    ]  # fmt: skip
-    file.write_text("\n".join(lines) + "\n")
+    file.write_text("".join(f"{user}:{_bcrypt(password)}\n" for user, password in users.items()))
     return {"htpasswd": {"realm": "basic-realm", "path": str(file)}}
+
+
+def _bcrypt(password: str) -> str:
+    """Hash as htpasswd -B does; the C library has it, Python from 3.13 on has not."""
+    crypt = ctypes.CDLL("libcrypt.so.1").crypt
+    crypt.restype = ctypes.c_char_p
+    hashed = crypt(password.encode(), b"$2b$04$" + secrets.token_hex(11).encode())
+    assert isinstance(hashed, bytes) and hashed.startswith(b"$2b$")
+    return hashed.decode()

@@ -138,3 +138,12 @@ def raw(port: int, data: bytes, *, timeout: float = 20) -> bytes:
         while piece := sock.recv(65536):
             received += piece
     return received
+
+
+def raw_answer(port: int, data: bytes, *, timeout: float = 20) -> Answer:
+    """Send `data` as it is to `port` and return the first answer, without waiting for the connection's end."""
+    with socket.create_connection(("127.0.0.1", port), timeout=timeout) as sock:
+        sock.sendall(data)
+        response = http.client.HTTPResponse(sock)
+        response.begin()
+        return read(response)
