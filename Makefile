@@ -8,7 +8,7 @@ TEST_PROGRAMS = dockerd=docker.io docker=docker-cli|docker.io containerd=contain
 BENCH_PROGRAMS = nginx=nginx-light
 
 # The oldest versions that setup.cfg allows; Twisted's is what Ubuntu 24.04 has.
-OLDEST = twisted==24.3.0 pyopenssl==24.0.0 cryptography==41.0.7 service-identity==23.1.0 attrs==23.2.0
+OLDEST = twisted==24.3.0 pyopenssl==24.0.0 cryptography==41.0.7 service-identity==23.1.0 attrs==23.2.0 bcrypt==3.2.2
 
 ROOT := $(filter 0,$(shell id -u))
 METADATA = setup.cfg setup.py pyproject.toml
@@ -16,7 +16,7 @@ PIP_INSTALL = -m pip --disable-pip-version-check install --quiet
 # setuptools' other ways of an editable install hide twisted/plugins from Twisted, which looks along sys.path.
 EDITABLE = --config-settings editable_mode=compat --editable
 
-.PHONY: help venv run test lint test-oldest test-programs bench clean
+.PHONY: help venv run test lint test-oldest test-programs deb test-deb bench clean
 
 help: ## say what can be made
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -45,6 +45,15 @@ test-programs:
 ifeq ($(ROOT),0)
 	@tools/apt-install $(foreach pair,$(TEST_PROGRAMS),'$(pair)')
 endif
+
+deb: ## build dist/docker-registry-proxy_VERSION_all.deb for Debian 13; as root, which makes the tree it is built in
+	@rm -rf dist
+	@tools/build-deb dist
+	@ls dist/*.deb
+
+test-deb: ## build the package and try it out on machines that boot Debian 13; as root
+	@rm -rf dist
+	@tests/deb/run
 
 bench: venv ## measure throughput beside nginx
 	@tools/apt-install $(foreach pair,$(BENCH_PROGRAMS),'$(pair)')

@@ -83,6 +83,7 @@ class Settings:
     cache_dir: Path = _derived()
     registry_dir: Path = _derived()
     ca_dir: Path = _derived()
+    runtime_dir: Path = _derived()
     proxy_listen: tuple[str, ...] = _setting(values.endpoints, "tcp:3128")
     registry_listen: tuple[str, ...] = _setting(values.optional_endpoints, "tcp:5443")
     registry_http_listen: tuple[str, ...] = _setting(values.optional_endpoints, "none")
@@ -107,9 +108,13 @@ class Settings:
     def from_environment(cls, env: Mapping[str, str], file: Mapping[str, str] = MappingProxyType({})) -> Settings:
         """Return the settings that `env` has, and `file` (of `read_env_file`) for what `env` does not have.
 
-        An empty variable is as good as none. Raise `SettingsError` for the first value that cannot be used.
+        An empty variable is as good as none. AUTH_REGISTRIES, where it is in neither, may be a credential of systemd's.
+        Raise `SettingsError` for the first value that cannot be used.
         """
-        environment = _Environment({**file, **env})
+        variables = {**file, **env}
+        if not variables.get("AUTH_REGISTRIES", "").strip():
+            variables |= _credential(env, "AUTH_REGISTRIES")
+        environment = _Environment(variables)
         found = {
             attribute.name: environment.setting(attribute)
             for attribute in fields(cls)
@@ -118,7 +123,7 @@ class Settings:
         found |= _upstreams(environment, found["auth_registries_delimiter"], found["auth_registry_delimiter"])
         found |= _folders(environment)
         found["workers"] = environment.read("WORKERS", values.number(1, 64), str(_cores()))
-        found["warnings"] = tuple(_near_misses(file, _names(cls)))
+        found["warnings"] = (*_near_misses(file, _names(cls)), *_overruled(env, file, _names(cls)))
         for given, missing in (("CA_CRT_FILE", "CA_KEY_FILE"), ("CA_KEY_FILE", "CA_CRT_FILE")):
             if found[given.lower()] is not None and found[missing.lower()] is None:
                 raise SettingsError(f"{given} is set and {missing} is not: expected are both files of a CA or neither.")
@@ -170,6 +175,20 @@ class _Environment:
             raise SettingsError(f"{name}: {error}.") from None
 
 
+def _credential(env: Mapping[str, str], name: str) -> dict[str, str]:
+    """Return the variable `name` as systemd's credential of that name in small letters has it, if there is one."""
+    folder = env.get("CREDENTIALS_DIRECTORY", "")
+    path = Path(folder) / name.lower()
+    try:
+        return {name: path.read_text("utf-8")} if folder else {}
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise SettingsError(f"{path} cannot be read: {error.strerror}.") from None
+    except UnicodeDecodeError:
+        raise SettingsError(f"{path} is not UTF-8 text.") from None
+
+
 def _upstreams(environment: _Environment, between: str, within: str) -> dict[str, Any]:
     registries = environment.read("REGISTRIES", values.registries, "")
     no_proxy = environment.text("NO_PROXY") or environment.text("no_proxy")
@@ -186,11 +205,13 @@ def _upstreams(environment: _Environment, between: str, within: str) -> dict[str
 
 
 def _folders(environment: _Environment) -> dict[str, Any]:
-    # systemd separates several state directories by colons; ours is the first.
+    # systemd separates several directories by colons; ours is the first.
     state = environment.text("STATE_DIRECTORY").partition(":")[0] or "var"
     found: dict[str, Any] = {"state_dir": environment.read("STATE_DIR", values.path, state)}
     for name in ("cache", "registry", "ca"):
         found[f"{name}_dir"] = environment.read(f"{name.upper()}_DIR", values.path, str(found["state_dir"] / name))
+    runtime = environment.text("RUNTIME_DIRECTORY").partition(":")[0] or str(found["state_dir"] / "run")
+    found["runtime_dir"] = environment.read("RUNTIME_DIR", values.path, runtime)
     return found
 
 
@@ -204,7 +225,9 @@ def _names(settings: type[Settings]) -> list[str]:
 
 
 # Names that are somebody else's business, however near they are to ours.
-_FOREIGN = set("HTTP_PROXY HTTPS_PROXY ALL_PROXY NO_PROXY STATE_DIRECTORY DEBUG DEBUG_HUB DEBUG_NGINX".split())
+_FOREIGN = set(
+    "HTTP_PROXY HTTPS_PROXY ALL_PROXY NO_PROXY STATE_DIRECTORY RUNTIME_DIRECTORY DEBUG DEBUG_HUB DEBUG_NGINX".split()
+)
 
 
 def _near_misses(file: Mapping[str, str], known: list[str]) -> list[str]:
@@ -217,6 +240,14 @@ def _near_misses(file: Mapping[str, str], known: list[str]) -> list[str]:
         if near:
             warnings.append(f"{name} is not a setting and has no effect; is {' or '.join(near)} meant?")
     return warnings
+
+
+def _overruled(env: Mapping[str, str], file: Mapping[str, str], known: list[str]) -> list[str]:
+    return [
+        f"{name} has no effect in the file: the environment, which wins, has another value."
+        for name in known
+        if name in file and env.get(name, file[name]) != file[name]
+    ]
 
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")

@@ -27,7 +27,10 @@ ALLOWED = {
     "daemon": {"http"},
     "values": {"net", "oci", "errors"},
     "settings": {"values", "net", "oci", "errors"},
+    "reload": {"daemon", "registry", "settings", "oci"},
     "admin": {"cache", "registry", "proxy", "store", "http", "oci", "errors"},
+    "screen": set(),
+    "cli": {"screen"},  # it asks the daemon, and starts fast
 }
 COMPOSE = {"tap"}  # these put the parts together and may import all of them
 EVERYWHERE = {"tasks"}  # helpers that know of no part

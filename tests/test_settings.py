@@ -99,6 +99,12 @@ def test_the_state_directory_of_systemd() -> None:
     assert (found.state_dir, found.cache_dir, found.ca_dir) == (Path("/srv/b"), Path("/mnt/cache"), Path("/srv/b/ca"))
 
 
+def test_the_runtime_directory() -> None:
+    assert settings(STATE_DIR="/srv/b").runtime_dir == Path("/srv/b/run")
+    assert settings(STATE_DIR="/srv/b", RUNTIME_DIRECTORY="/run/a:/run/b").runtime_dir == Path("/run/a")
+    assert settings(RUNTIME_DIR="/run/mine", RUNTIME_DIRECTORY="/run/a").runtime_dir == Path("/run/mine")
+
+
 def test_relative_paths_start_from_where_the_daemon_is_started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     assert settings(STATE_DIR="state").ca_dir == tmp_path / "state/ca"

@@ -6,11 +6,13 @@ from collections.abc import Awaitable, Callable
 
 from attrs import frozen
 
-from dockerproxy.admin.setup import systemd_script
-from dockerproxy.errors import NameUnknown, Unsupported
+from dockerproxy.admin.setup import setup_script
+from dockerproxy.errors import BadRequest, NameInvalid, NameUnknown, Unsupported
 from dockerproxy.http.request import Request
+from dockerproxy.oci.names import Host
 
-_TEXT = [("Content-Type", "text/plain; charset=utf-8"), ("Cache-Control", "no-store")]
+_NOT_KEPT = ("Cache-Control", "no-store")
+_TEXT = [("Content-Type", "text/plain; charset=utf-8"), _NOT_KEPT]
 
 _WELCOME = """\
 docker-registry-proxy
@@ -18,48 +20,65 @@ docker-registry-proxy
 Docker hosts use this as their HTTP and HTTPS proxy; images are served from its cache.
 
   /ca.crt           the CA certificate that clients have to trust
-  /setup/systemd    a script that sets up dockerd on a host with systemd:
-                    curl -fsS {url}setup/systemd | sudo sh
+  /setup            a script that sets up dockerd, containerd, CRI-O and podman on a host:
+                    curl -fsS {url}setup | sudo sh
   /healthz          whether the proxy is well
 """
 
 
 @frozen
 class Page:
-    """Answers origin-form requests; `mirror` those to `/v2/`."""
+    """Answers origin-form requests; `registry` those to `/v2/`.
+
+    `proxy_port` is the proxy's port where the page is at another.
+    """
 
     certificate_pem: bytes
-    mirror: Callable[[Request], Awaitable[None]]
+    registry: Callable[[Request], Awaitable[None]]
+    proxy_port: int | None = None
 
     async def answer(self, request: Request) -> None:
         """Answer `request`. Raise `RegistryError`."""
         request.host = request.host or (request.headers.get("host") or "")
         if request.path == "/v2" or request.path.startswith("/v2/"):
-            await self.mirror(request)
+            await self.registry(request)
             return
         if request.method not in ("GET", "HEAD"):
             raise Unsupported(f"{request.path} can only be read", headers=[("Allow", "GET, HEAD")])
         match request.path:
             case "/":
-                request.answer(200, _TEXT, _WELCOME.format(url=_url(request)).encode())
+                self._welcome(request)
             case "/ca.crt":
                 fields = [("Content-Type", "application/x-x509-ca-cert"), ("Cache-Control", "no-cache")]
                 request.answer(200, fields, self.certificate_pem)
-            case "/setup/systemd":
+            case "/setup" | "/setup/systemd":  # the latter is rpardini/docker-registry-proxy's address
                 self._setup(request)
             case "/healthz":
                 request.answer(200, _TEXT, b"ok\n")
             case _:
                 raise NameUnknown("there is no such page; / tells which there are")
 
-    def _setup(self, request: Request) -> None:
+    def _welcome(self, request: Request) -> None:
         try:
-            script = systemd_script(_url(request))
-        except ValueError as error:
-            raise NameUnknown(f"no script for you: {error}") from None
-        request.answer(200, [("Content-Type", "text/x-shellscript; charset=utf-8"), _TEXT[1]], script.encode())
+            url = _own_url(request, None)
+        except BadRequest:
+            url = "http://THIS-HOST:PORT/"
+        request.answer(200, _TEXT, _WELCOME.format(url=url).encode())
+
+    def _setup(self, request: Request) -> None:
+        script = setup_script(_own_url(request, self.proxy_port)).encode()
+        request.answer(200, [("Content-Type", "text/x-shellscript; charset=utf-8"), _NOT_KEPT], script)
 
 
-def _url(request: Request) -> str:
-    """Return our own address as the client writes it."""
-    return f"http://{request.headers.get('host') or ''}/"
+def _own_url(request: Request, port: int | None) -> str:
+    """Return our own address as the client knows it, checked: it goes into commands that are run as root.
+
+    With a `port`, that of our door there.
+    """
+    try:
+        host = Host.parse(request.host, 80)
+    except NameInvalid:
+        raise BadRequest("your Host field does not tell under which address you reach this proxy") from None
+    if port is not None:
+        host = Host(host.name, port)
+    return f"http://{host.authority.removesuffix(':80')}/"

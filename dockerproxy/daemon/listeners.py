@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Sequence
 from typing import Any
 
 from twisted.internet.defer import maybeDeferred
-from twisted.internet.endpoints import serverFromString
+from twisted.internet.endpoints import AdoptedStreamServerEndpoint, serverFromString
 from twisted.internet.error import CannotListenError
 from twisted.internet.interfaces import IListeningPort
 from twisted.internet.protocol import Factory
@@ -17,8 +18,15 @@ class ListenError(Exception):
     """One sentence about an address that cannot be listened on."""
 
 
+class NotHandedIn(ListenError):
+    """It is to be a socket of systemd's, who has handed in no such."""
+
+
 async def listen(reactor: Any, descriptions: Sequence[str], factory: Factory, setting: str) -> list[IListeningPort]:
-    """Listen with `factory` on every endpoint of `descriptions`, the value of `setting`; on all of them, or on none."""
+    """Listen with `factory` on every endpoint of `descriptions`, the value of `setting`; on all of them, or on none.
+
+    Raise `ListenError`, `NotHandedIn`.
+    """
     ports: list[IListeningPort] = []
     try:
         for description in descriptions:
@@ -33,18 +41,41 @@ async def listen(reactor: Any, descriptions: Sequence[str], factory: Factory, se
 async def _listen(reactor: Any, description: str, factory: Factory, setting: str) -> IListeningPort:
     try:
         endpoint = serverFromString(reactor, description)  # type: ignore[no-untyped-call]
+        if isinstance(endpoint, AdoptedStreamServerEndpoint):
+            endpoint.addressFamily = _family(endpoint.fileno)
         port: IListeningPort = await endpoint.listen(factory)
     except CannotListenError as error:
-        why = error.socketError
-        reason = os.strerror(why.errno) if isinstance(why, OSError) and why.errno else str(why)
-        raise ListenError(f"{setting}: {description} cannot be listened on: {reason}.") from None
-    except (ValueError, TypeError, LookupError, OSError) as error:
-        raise ListenError(f"{setting}: {description} cannot be listened on: {error}.") from None
-    return port
+        reason = _reason(error.socketError)
+    except (TypeError, LookupError) as error:  # what Twisted raises for arguments that an endpoint does not know
+        if isinstance(error, LookupError) and description.startswith("systemd:"):
+            raise NotHandedIn(f"{setting}: {description} cannot be listened on: systemd has no such socket.") from None
+        reason = "it describes no endpoint"
+    except (ValueError, ArithmeticError, OSError) as error:
+        reason = _reason(error)
+    else:
+        return port
+    raise ListenError(f"{setting}: {description} cannot be listened on: {reason}.")
+
+
+def _family(descriptor: int) -> int:
+    """Return the address family of a socket that was handed in.
+
+    `domain=` cannot know it: of ``ListenStream=3128`` systemd makes a socket for IPv6, and one for IPv4 where the
+    kernel has no IPv6.
+    """
+    with socket.socket(fileno=os.dup(descriptor)) as handed_in:
+        return handed_in.family
+
+
+def _reason(error: BaseException) -> str:
+    # The resolver's errors have numbers of their own, so the text that came with the error is the one to show.
+    return (isinstance(error, OSError) and error.strerror) or str(error)
 
 
 def where(port: IListeningPort) -> str:
     """Return the address of `port` for a log line."""
     address = port.getHost()
     host, number = getattr(address, "host", None), getattr(address, "port", None)
-    return f"{host}:{number}" if host is not None else str(address)
+    if host is None:
+        return str(address)
+    return f"[{host}]:{number}" if ":" in host else f"{host}:{number}"

@@ -1,12 +1,14 @@
-"""The log as journald likes it: ``twistd --logger=dockerproxy.daemon.priority.observer``."""
+"""The log as journald likes it. twistd's ``--logger=dockerproxy.daemon.priority.observer`` asks for it, too."""
 
 from __future__ import annotations
 
 import os
 import sys
-from typing import TextIO
+from collections.abc import Mapping
+from typing import Any, TextIO
 
-from twisted.logger import FileLogObserver, LogEvent, LogLevel, eventAsText, textFileLogObserver
+from twisted.logger import FileLogObserver, ILogObserver, LogEvent, LogLevel, eventAsText, textFileLogObserver
+from twisted.python.components import Componentized
 
 # sd-daemon(3): the levels of syslog. The unit's SyslogLevel= is for lines without one.
 _PRIORITIES = {LogLevel.debug: 7, LogLevel.info: 6, LogLevel.warn: 4, LogLevel.error: 3, LogLevel.critical: 2}
@@ -22,6 +24,24 @@ def observer() -> FileLogObserver:
     if _is_journal(sys.stdout, os.environ.get("JOURNAL_STREAM", "")):
         return FileLogObserver(sys.stdout, _with_priority)
     return textFileLogObserver(sys.stdout)
+
+
+def fits(options: Mapping[str, Any]) -> bool:
+    """Say whether twistd, by its `options`, would log to standard output, and that is the journal."""
+    elsewhere = options.get("syslog") or options.get("logfile") or not options.get("nodaemon")
+    return not elsewhere and _is_journal(sys.stdout, os.environ.get("JOURNAL_STREAM", ""))
+
+
+def install(application: Componentized) -> None:
+    """Make `application` log by `observer`. When to call it is told at `dockerproxy.daemon.jsonlog.install`."""
+    application.setComponent(ILogObserver, observer())  # type: ignore[no-untyped-call]
+
+
+def complain(text: str) -> None:
+    """Write a line to standard error, there being no log yet."""
+    error = _PRIORITIES[LogLevel.error]
+    prefix = f"<{error}>" if _is_journal(sys.stderr, os.environ.get("JOURNAL_STREAM", "")) else ""
+    print(f"{prefix}{text}", file=sys.stderr)
 
 
 def _is_journal(stream: TextIO, named: str) -> bool:

@@ -1,0 +1,392 @@
+#!/bin/sh
+# Makes the container engines on this host pull through the proxy named below, and makes the host trust the proxy's CA
+# certificate: dockerd, containerd and CRI-O under systemd or OpenRC, podman; those that are installed, and nothing else.
+# Run it as root; run it again at any time: it changes what differs, and restarts only what something changed for.
+# With --remove it takes away what it brought.
+
+set -eu
+umask 022
+PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin
+
+proxy=@PROXY@
+mark='# Written by the set-up script of docker-registry-proxy.'
+tail=' # by the set-up script of docker-registry-proxy'
+never_proxied='localhost,127.0.0.1,::1'
+unfinished=/var/lib/docker-registry-proxy-setup.unfinished
+podman_conf=/etc/containers/containers.conf.d/docker-registry-proxy.conf
+services='containerd docker crio' # in the order of a restart: dockerd needs containerd
+pending=                          # the services that something changed for
+
+say() {
+    printf '%s\n' "$*"
+}
+
+fail() {
+    printf '%s\n' "Failed: $*" >&2
+    exit 1
+}
+
+usage() {
+    say "Usage: curl -fsS ${proxy}setup | sudo sh"
+    say "       curl -fsS ${proxy}setup | sudo sh -s -- --remove"
+}
+
+has() {
+    command -v "$1" >/dev/null
+}
+
+# Whether the second file is there and holds the text of the first.
+is_same() {
+    [ -f "$2" ] && [ "$(cat "$1")" = "$(cat "$2")" ]
+}
+
+# Remembers that something changed for a service, also if this script is stopped before it restarts it.
+change() {
+    : >"$unfinished"
+    pending="$pending $1"
+}
+
+# The same for all of them: each reads the trust store when it starts, and not again.
+change_all() {
+    change "$services podman"
+}
+
+# Puts the first file in place of the second, of which there is at no moment a part.
+put() {
+    mkdir -p "${2%/*}"
+    cp "$1" "$2.new"
+    mv "$2.new" "$2"
+}
+
+# The certificate.
+
+# Sets $update, the command that makes the system's trust store anew, and $anchor, where our certificate goes in it.
+find_store() {
+    if has update-ca-trust && [ -d /etc/pki/ca-trust/source/anchors ]; then # Fedora, RHEL
+        update='update-ca-trust'
+        anchor=/etc/pki/ca-trust/source/anchors/docker_registry_proxy.crt
+    elif has update-ca-trust && [ -d /etc/ca-certificates/trust-source ]; then # Arch
+        update='update-ca-trust'
+        anchor=/etc/ca-certificates/trust-source/anchors/docker_registry_proxy.crt
+    elif has update-ca-certificates && [ -d /usr/share/ca-certificates ]; then # Debian, Ubuntu, Alpine
+        update='update-ca-certificates --fresh'
+        anchor=/usr/local/share/ca-certificates/docker_registry_proxy.crt
+    else
+        fail 'no trust store as Debian, Alpine, Fedora or Arch have it was found; is ca-certificates installed?'
+    fi
+}
+
+update_store() {
+    # shellcheck disable=SC2086 # a command and its argument
+    $update >/dev/null || fail "the system's trust store could not be updated: $update"
+}
+
+fetch() {
+    if has curl; then
+        curl -fsSg --max-time 30 -o "$2" "$1"
+    elif has wget; then
+        wget -q -T 30 -O "$2" "$1"
+    else
+        fail 'neither curl nor wget is installed'
+    fi
+}
+
+# One PEM certificate and nothing else: not an error page, not half of one.
+is_certificate() {
+    [ "$(sed -n '1p' "$1")" = '-----BEGIN CERTIFICATE-----' ] || return 1
+    [ "$(sed -n '$p' "$1")" = '-----END CERTIFICATE-----' ] || return 1
+    sed -n '2p' "$1" | grep -q '^MI' || return 1
+    if sed '1d;$d' "$1" | grep -qv '^[A-Za-z0-9+/]\{1,64\}=\{0,2\}$'; then return 1; fi
+    if has openssl; then openssl x509 -noout -in "$1" 2>/dev/null || return 1; fi
+}
+
+install_certificate() {
+    fetch "${proxy}ca.crt" "$work/ca.crt" || fail "${proxy}ca.crt cannot be fetched"
+    is_certificate "$work/ca.crt" || fail "${proxy}ca.crt is not a certificate; nothing was changed"
+    if [ -z "$pending" ] && is_same "$work/ca.crt" "$anchor"; then
+        say "The CA certificate is trusted already: $anchor"
+        return
+    fi
+    change_all
+    put "$work/ca.crt" "$anchor"
+    update_store
+    say "The CA certificate is now trusted: $anchor"
+}
+
+remove_certificate() {
+    [ -e "$anchor" ] || return 0
+    change_all
+    rm -f "$anchor"
+    update_store
+    say "The CA certificate is no longer trusted: $anchor"
+}
+
+# The engines.
+
+has_systemd() {
+    has systemctl && [ -d /run/systemd/system ]
+}
+
+has_openrc() {
+    has rc-service && [ -d /run/openrc ]
+}
+
+# Whether there is a service to set up; where neither systemd nor OpenRC runs, whether there is a program.
+is_installed() {
+    if [ "$1" = podman ]; then
+        has podman
+    elif has_systemd; then
+        systemctl cat "$1.service" >/dev/null 2>&1
+    elif has_openrc; then
+        [ -e "/etc/init.d/$1" ]
+    elif [ "$1" = docker ]; then
+        has dockerd
+    else
+        has "$1"
+    fi
+}
+
+drop_in_of() {
+    printf '%s' "/etc/systemd/system/$1.service.d/http-proxy.conf"
+}
+
+# The hosts that are not to be proxied: those that the file of the settings names, and those that never are.
+no_proxy_list() {
+    list=
+    if [ -f "$1" ]; then
+        list=$(sed -n "s/^[^#]*NO_PROXY=[\"']*\([^\"' ]*\).*\$/\1/p" "$1" | tail -n 1)
+    fi
+    for host in $(printf '%s' "$never_proxied" | tr ',' ' '); do
+        case ",$list," in
+            *",$host,"*) ;;
+            *) list=${list:+$list,}$host ;;
+        esac
+    done
+    printf '%s' "$list"
+}
+
+# Makes the second argument, a file that is all this script's, of what is in $work/new, for the service named first.
+settle() {
+    if is_same "$work/new" "$2"; then
+        say "$1 is set up already: $2"
+        return
+    fi
+    change "$1"
+    if [ -e "$2" ] && ! grep -qxF "$mark" "$2"; then
+        mv "$2" "$2.before-docker-registry-proxy"
+        say "The file that was there is kept: $2.before-docker-registry-proxy"
+    fi
+    put "$work/new" "$2"
+    say "$1 is now set up to use $proxy: $2"
+}
+
+# Takes away what `settle` made of the second argument, a file for the service named first.
+unsettle() {
+    if [ -e "$2" ] && grep -qxF "$mark" "$2"; then
+        change "$1"
+        rm -f "$2"
+        say "$1 no longer uses the proxy: $2"
+        if [ -e "$2.before-docker-registry-proxy" ]; then
+            mv "$2.before-docker-registry-proxy" "$2"
+            say "The file that was there before is back: $2"
+        fi
+        rmdir "${2%/*}" 2>/dev/null || true
+    elif [ -e "$2" ]; then
+        say "Left alone, not being of this script's making: $2"
+    fi
+}
+
+configure_systemd() {
+    file=$(drop_in_of "$1")
+    {
+        say "$mark"
+        say '[Service]'
+        say "Environment=\"HTTP_PROXY=$proxy\""
+        say "Environment=\"HTTPS_PROXY=$proxy\""
+        say "Environment=\"NO_PROXY=$(no_proxy_list "$file")\""
+    } >"$work/new"
+    settle "$1" "$file"
+}
+
+# The other lines of an OpenRC service's settings, all of which are in one file.
+other_lines() {
+    if [ -f "$1" ]; then grep -v "$tail\$" "$1" || true; fi
+}
+
+configure_openrc() {
+    file=/etc/conf.d/$1
+    {
+        other_lines "$file"
+        say "export HTTP_PROXY='$proxy'$tail"
+        say "export HTTPS_PROXY='$proxy'$tail"
+        say "export NO_PROXY='$(no_proxy_list "$file")'$tail"
+    } >"$work/new"
+    if is_same "$work/new" "$file"; then
+        say "$1 is set up already: $file"
+        return
+    fi
+    change "$1"
+    put "$work/new" "$file"
+    say "$1 is now set up to use $proxy: $file"
+}
+
+remove_openrc() {
+    file=/etc/conf.d/$1
+    grep -q "$tail\$" "$file" 2>/dev/null || return 0
+    change "$1"
+    other_lines "$file" >"$work/new"
+    if [ -s "$work/new" ]; then
+        put "$work/new" "$file"
+    else
+        rm -f "$file"
+    fi
+    say "$1 no longer uses the proxy: $file"
+}
+
+# podman has no daemon, so there is no environment to set but its own. What it pulls with goes through the proxy; what
+# runs in its containers does not, as with the other engines.
+configure_podman() {
+    {
+        say "$mark"
+        say '[engine]'
+        say "env = ['HTTP_PROXY=$proxy', 'HTTPS_PROXY=$proxy', 'NO_PROXY=$(no_proxy_list "$podman_conf")']"
+        say '[containers]'
+        say 'http_proxy = false'
+    } >"$work/new"
+    settle podman "$podman_conf"
+}
+
+# Sets up what is installed. Sets $found, whether anything is, and $by_hand, the services that only a person can set up.
+configure_engines() {
+    found=
+    by_hand=
+    for service in $services; do
+        is_installed "$service" || continue
+        found=yes
+        if has_systemd; then
+            configure_systemd "$service"
+        elif has_openrc; then
+            configure_openrc "$service"
+        else
+            by_hand="$by_hand $service"
+        fi
+    done
+    if is_installed podman; then
+        found=yes
+        configure_podman
+    fi
+}
+
+# Takes away what is there, be the engine still installed or not.
+remove_settings() {
+    for service in $services; do
+        unsettle "$service" "$(drop_in_of "$service")"
+        remove_openrc "$service"
+    done
+    unsettle podman "$podman_conf"
+}
+
+restart_with_systemd() {
+    if systemctl is-active --quiet "$1.service"; then
+        systemctl restart "$1.service" || fail "$1 did not restart; see: journalctl -u $1.service"
+        say "$1 was restarted."
+    elif [ "$1" != podman ]; then # which runs when it is called
+        say "$1 is not running; it will use the new settings when it is started."
+    fi
+}
+
+restart_with_openrc() {
+    [ "$1" != podman ] || return 0
+    if rc-service --quiet "$1" status >/dev/null 2>&1; then
+        rc-service "$1" restart >/dev/null || fail "$1 did not restart"
+        say "$1 was restarted."
+    else
+        say "$1 is not running; it will use the new settings when it is started."
+    fi
+}
+
+restart_engines() {
+    if [ -z "$pending" ]; then
+        say 'Nothing has changed, so nothing was restarted.'
+        return
+    fi
+    if has_systemd; then systemctl daemon-reload; fi
+    for service in $services podman; do
+        is_installed "$service" || continue
+        case " $pending " in
+            *" $service "*) ;;
+            *) continue ;;
+        esac
+        if has_systemd; then
+            restart_with_systemd "$service"
+        elif has_openrc; then
+            restart_with_openrc "$service"
+        fi
+    done
+}
+
+# Looks for settings of others that go before ours.
+check_engines() {
+    if is_installed docker && grep -q '"proxies"' /etc/docker/daemon.json 2>/dev/null; then
+        fail 'docker does not use the proxy yet: take "proxies" out of /etc/docker/daemon.json, and restart it'
+    fi
+    has_systemd || return 0
+    for service in $services; do
+        is_installed "$service" || continue
+        case "$(systemctl show --property=Environment "$service.service") " in
+            *"HTTPS_PROXY=$proxy"[\"\'\ ]*) ;;
+            *) fail "$service does not use the proxy yet: another file sets HTTPS_PROXY too; see: systemctl cat $service" ;;
+        esac
+    done
+}
+
+set_up() {
+    install_certificate
+    configure_engines
+    restart_engines
+    rm -f "$unfinished"
+    if [ -n "$by_hand" ]; then
+        say "There is neither systemd nor OpenRC here. Restart yourself, with this environment:$by_hand"
+        say "    HTTP_PROXY=$proxy"
+        say "    HTTPS_PROXY=$proxy"
+        say "    NO_PROXY=$never_proxied"
+        exit 1
+    fi
+    if [ -z "$found" ]; then
+        say 'Neither dockerd, containerd, CRI-O nor podman is installed. Run this again when one is.'
+    fi
+    check_engines
+}
+
+remove() {
+    remove_certificate
+    remove_settings
+    restart_engines
+    rm -f "$unfinished"
+}
+
+main() {
+    case "$*" in
+        '' | --remove) ;;
+        -h | --help) usage; exit 0 ;;
+        *) usage >&2; exit 2 ;;
+    esac
+    [ "$(id -u)" = 0 ] || fail 'this changes the configuration of the system, so it has to be run as root (with sudo)'
+    find_store
+
+    # The proxy is reached directly, whatever proxy this shell is told to use.
+    unset http_proxy HTTP_PROXY all_proxy ALL_PROXY
+    work=$(mktemp -d)
+    trap 'rm -rf "$work"' EXIT
+    trap 'exit 1' HUP INT TERM
+    if [ -e "$unfinished" ]; then change_all; fi
+    if [ "$*" = --remove ]; then
+        remove
+    else
+        set_up
+    fi
+}
+
+# All of it is functions until this line, which a shell runs only when it is there to its closing brace: a download that
+# breaks off does nothing.
+{ main "$@"; exit; }

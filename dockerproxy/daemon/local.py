@@ -1,0 +1,96 @@
+"""The Unix socket on which the daemon listens to who administers this machine."""
+
+from __future__ import annotations
+
+import socket
+import stat
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from twisted.application.service import Service
+from twisted.internet.defer import Deferred, maybeDeferred
+from twisted.internet.endpoints import UNIXServerEndpoint
+from twisted.internet.error import CannotListenError
+from twisted.internet.interfaces import IListeningPort
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+
+from dockerproxy.http.channel import Site
+
+log = Logger()
+
+
+class LocalDoor(Service):
+    """Listens with `site` on a socket at `path`, which the daemon's user and group may use and nobody else.
+
+    At stop, what is under way there is broken off: it is for people who are told so, and can be done again.
+    """
+
+    def __init__(self, reactor: Any, path: Path, site: Site) -> None:
+        self._reactor = reactor
+        self._path = path
+        self._site = site
+        self._port: IListeningPort | None = None
+
+    def startService(self) -> None:
+        super().startService()  # type: ignore[no-untyped-call]
+        try:
+            _make_directory(self._path.parent)
+            _clear(self._path)
+            endpoint: Any = UNIXServerEndpoint(self._reactor, str(self._path), mode=0o660)  # type: ignore[no-untyped-call]
+            opening = maybeDeferred(endpoint.listen, self._site)
+            opened = getattr(opening, "result", None)
+            if isinstance(opened, Failure):
+                opening.addErrback(lambda failure: None)
+                opened.raiseException()
+        except CannotListenError as error:
+            raise SystemExit(_sentence(self._path, error.socketError)) from None
+        except OSError as error:
+            raise SystemExit(_sentence(self._path, error)) from None
+        self._port = opened
+        log.info("listening on {where} for commands", where=str(self._path))
+
+    def stopService(self) -> Deferred[None]:
+        super().stopService()  # type: ignore[no-untyped-call]
+        return Deferred.fromCoroutine(self._stop())
+
+    async def _stop(self) -> None:
+        port, self._port = self._port, None
+        if port is not None:
+            with suppress(FileNotFoundError):  # somebody removed the socket
+                await maybeDeferred(port.stopListening)
+        self._site.abort()
+        await self._site.drain()
+
+
+def _make_directory(path: Path) -> None:
+    """Make the directory of the socket; one that is there (systemd's) is as its maker wants it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(FileExistsError):
+        path.mkdir(mode=0o750)
+        path.chmod(0o750)
+
+
+def _clear(path: Path) -> None:
+    """Remove the socket that a daemon left which was killed. Raise `OSError` where one listens."""
+    try:
+        if not stat.S_ISSOCK(path.lstat().st_mode):
+            raise FileExistsError(0, "there is a file that is no socket")
+    except FileNotFoundError:
+        return
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)  # one that listens takes the connection at once, or its queue is full
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            path.unlink()
+            return
+        except BlockingIOError:
+            pass
+    raise FileExistsError(0, "another daemon listens there")
+
+
+def _sentence(path: Path, error: BaseException) -> str:
+    reason = (isinstance(error, OSError) and error.strerror) or str(error)
+    return f"docker-registry-proxy: {path} cannot be listened on: {reason}."

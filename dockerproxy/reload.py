@@ -1,0 +1,97 @@
+"""SIGHUP: the settings are read again, and those that may change under a running daemon do.
+
+These are REGISTRIES, AUTH_REGISTRIES, HTPASSWD_FILE and ANONYMOUS_PULL. Whoever uses them holds a mapping, or asks an
+object, whose content is changed between two requests; so no connection ends and no transfer notices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from attrs import define, fields
+from twisted.logger import Logger
+
+from dockerproxy.daemon.notify import Notifier
+from dockerproxy.oci.names import Host, Registry
+from dockerproxy.registry.users import HtpasswdError
+from dockerproxy.settings import DOCKER_HUB, Settings, SettingsError
+
+_CHANGING = {
+    "extra_registries",
+    "auth_registries",
+    "auth_registries_delimiter",
+    "auth_registry_delimiter",
+    "htpasswd_file",
+    "anonymous_pull",
+    "warnings",
+}
+
+log = Logger()
+
+
+class Served:
+    """The registries that are served. The mappings stay the same objects, and always hold what is served now."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.intercepted: dict[Host, Registry] = {}
+        """By the host under which clients reach them."""
+        self.mirrored: dict[Host, Registry] = {}
+        """By what `?ns=` may call them; Docker Hub has a name that is none of its hosts."""
+        self.use(settings)
+
+    def use(self, settings: Settings) -> None:
+        """Serve what `settings` say."""
+        self.intercepted.clear()
+        self.intercepted.update((registry.host, registry) for registry in settings.intercepted)
+        self.mirrored.clear()
+        self.mirrored.update((registry.host, registry) for registry in settings.registries)
+        self.mirrored[Host.parse("docker.io")] = DOCKER_HUB
+
+    @property
+    def status(self) -> str:
+        """What `systemctl status` says."""
+        return f"serving {', '.join(str(registry) for registry in self.mirrored if registry.name != 'docker.io')}"
+
+
+@define
+class Reload:
+    """Reads the settings again with `read` and has them used by `use`, which changes everything or raises.
+
+    `running` are the settings that the daemon started with.
+    """
+
+    read: Callable[[], Settings]
+    use: Callable[[Settings], None]
+    running: Settings
+    served: Served
+    notifier: Notifier
+
+    def __call__(self) -> None:
+        """Reload, or say in the log and to systemd why not."""
+        self.notifier.reloading()
+        try:
+            settings = self.read()
+            self.use(settings)
+        except (SettingsError, HtpasswdError, OSError) as error:
+            why = sentence(error)
+            log.error("not reloaded, the settings stay as they were: {why}", why=why)
+            self.notifier.ready(f"{self.served.status}; not reloaded: {why}")
+            return
+        for warning in settings.warnings:
+            log.warn("{warning}", warning=warning)
+        for name in self._unchanged(settings):
+            log.warn("{name} has changed, which takes effect at the next start only", name=name)
+        log.info("reloaded: {status}", status=self.served.status)
+        self.notifier.ready(self.served.status)
+
+    def _unchanged(self, settings: Settings) -> list[str]:
+        names = [attribute.name for attribute in fields(Settings) if attribute.name not in _CHANGING]
+        return [name.upper() for name in names if getattr(settings, name) != getattr(self.running, name)]
+
+
+def sentence(error: Exception) -> str:
+    """Return what is wrong with a setting, or with a file that one names, as one sentence."""
+    why = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        why = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return f"{why.removesuffix('.')}."

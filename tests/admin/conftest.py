@@ -1,0 +1,190 @@
+"""A system for the set-up script to change.
+
+The script is run for real, with several shells, in a mount namespace: the directories it writes to are bound to ones of
+the test; ``systemctl``, ``rc-service`` and the trust store's commands are stand-ins that note how they were called, the
+few other commands it needs are the real ones, and there are none but these. What it fetches comes from a server on
+loopback. That needs root; without it those tests are skipped.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from dockerproxy.admin.setup import setup_script
+
+COMMANDS = "curl sed grep cat mkdir mv cp rm rmdir tr tail id mktemp openssl"
+
+# What `systemctl show` says of an environment, in short: what the unit's drop-ins say, the last one at last.
+SYSTEMCTL = """case "$1" in
+cat) test -e {root}/units/"$2" ;;
+is-active) test -e {root}/active/"$3" ;;
+restart) test ! -e {root}/fails ;;
+show)
+    printf Environment=
+    cat /etc/systemd/system/"$3".d/*.conf | sed -n 's/^Environment="\\(.*\\)"$/\\1/p' | tr '\\n' ' '
+    ;;
+esac"""
+OPENRC = """case "$*" in
+*status) test -e {root}/active/"$2".service ;;
+*restart) test ! -e {root}/fails ;;
+esac"""
+
+
+class Host:
+    """A system to set up: its directories, its commands, and a proxy that serves `certificate`.
+
+    `kind` says whose trust store it has: ``debian``, ``fedora``, ``arch``, or ``alpine``, which also has OpenRC in
+    place of systemd. dockerd is installed, and runs.
+    """
+
+    def __init__(self, root: Path, kind: str) -> None:
+        self.root = root
+        self.url = ""
+        self.certificate = b""
+        self.etc, self.share, self.local = root / "etc", root / "usr-share", root / "usr-local-share"
+        self.tools = root / "tools"
+        for name in ("units", "active", "tools", "lib", "run", "sbin"):
+            (root / name).mkdir()
+        for directory in (self.etc, self.share, self.local):
+            directory.mkdir()
+        for name in COMMANDS.split():
+            executable = shutil.which(name)
+            assert executable is not None, name
+            (self.tools / name).symlink_to(executable)
+        self.drop_in = self.etc / "systemd/system/docker.service.d/http-proxy.conf"
+        self.saved = Path(f"{self.drop_in}.before-docker-registry-proxy")
+        self.podman = self.etc / "containers/containers.conf.d/docker-registry-proxy.conf"
+        if kind == "alpine":
+            for directory in (root / "run/openrc", self.etc / "init.d", self.etc / "conf.d"):
+                directory.mkdir(parents=True)
+            self.tool("rc-service", OPENRC)
+        else:
+            for directory in (root / "run/systemd/system", self.etc / "systemd/system"):
+                directory.mkdir(parents=True)
+            self.tool("systemctl", SYSTEMCTL)
+        if kind in ("debian", "alpine"):
+            (self.share / "ca-certificates").mkdir()
+            anchors, command = self.local / "ca-certificates", "update-ca-certificates"
+        elif kind == "fedora":
+            anchors, command = self.etc / "pki/ca-trust/source/anchors", "update-ca-trust"
+            anchors.mkdir(parents=True)
+        else:
+            anchors, command = self.etc / "ca-certificates/trust-source/anchors", "update-ca-trust"
+            anchors.mkdir(parents=True)
+        self.anchor = anchors / "docker_registry_proxy.crt"
+        self.tool(command, "test ! -e {root}/fails")
+        self.install("docker")
+
+    def tool(self, name: str, then: str) -> None:
+        """Put in a command `name` that notes its call and does `then`."""
+        path = self.tools / name
+        path.unlink(missing_ok=True)
+        path.write_text(f'#!/bin/sh\necho "{name} $*" >>{self.root}/calls\n{then.replace("{root}", str(self.root))}\n')
+        path.chmod(0o755)
+
+    def install(self, service: str, *, running: bool = True) -> None:
+        """Install a container engine that is a service, and start it."""
+        (self.root / f"units/{service}.service").touch()
+        if (self.etc / "init.d").exists():
+            (self.etc / "init.d" / service).touch()
+        self.tool({"docker": "dockerd"}.get(service, service), "exit 1")
+        if running:
+            (self.root / f"active/{service}.service").touch()
+
+    def uninstall(self, service: str) -> None:
+        """Take it out again."""
+        for path in (f"units/{service}.service", f"active/{service}.service", f"etc/init.d/{service}"):
+            (self.root / path).unlink(missing_ok=True)
+        (self.tools / {"docker": "dockerd"}.get(service, service)).unlink()
+
+    def enter(self, *command: str, sbin: bool = False) -> list[str]:
+        """Return `command` as one that is run on this host; with the real system's /usr/sbin if `sbin`."""
+        binds = {"etc": self.etc, "usr/share": self.share, "usr/local/share": self.local, "run": self.root / "run",
+                 "var/lib": self.root / "lib", "usr/local/sbin": self.root / "sbin"}  # fmt: skip
+        if not sbin:
+            binds["usr/sbin"] = self.root / "sbin"
+        mounts = "".join(f"mount --bind {here} /{there}\n" for there, here in binds.items())
+        return ["unshare", "-m", "sh", "-c", f'set -e\n{mounts}exec "$@"', "sh", *command]
+
+    def run(
+        self, shell: list[str], *arguments: str, user: str | None = None, sbin: bool = False
+    ) -> subprocess.CompletedProcess[str]:
+        """Feed the script to `shell` on this host."""
+        (self.root / "calls").write_text("")
+        # Others than root cannot look into a directory of pytest's.
+        environment = [
+            "/usr/bin/env",
+            f"PATH={self.tools if user is None else '/usr/bin'}",
+            "http_proxy=http://127.0.0.1:1/",
+        ]
+        become = [] if user is None else ["/usr/bin/setpriv", f"--reuid={user}", "--clear-groups"]
+        executable = shutil.which(shell[0])
+        assert executable is not None
+        command = [*become, *environment, executable, *shell[1:], "-s", "--", *arguments]
+        return subprocess.run(
+            self.enter(*command, sbin=sbin), input=setup_script(self.url), capture_output=True, text=True, timeout=60,
+            check=False,
+        )  # fmt: skip
+
+    @property
+    def calls(self) -> list[str]:
+        """How the stand-ins were called in the last run, to do something."""
+        lines = (self.root / "calls").read_text().splitlines()
+        return [line for line in lines if not line.startswith(("systemctl cat ", "systemctl show "))]
+
+    def files(self) -> dict[str, str]:
+        """The files of the system, and what is in them."""
+        tops = (self.etc, self.share, self.local, self.root / "lib")
+        paths = [path for top in tops for path in top.rglob("*") if path.is_file()]
+        return {str(path.relative_to(self.root)): path.read_text() for path in paths}
+
+
+def can_mount() -> bool:
+    trial = ["unshare", "-m", "true"]
+    return os.geteuid() == 0 and subprocess.run(trial, capture_output=True, check=False).returncode == 0
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
+    """Two certificates such as an authority of ours has."""
+    directory = tmp_path_factory.mktemp("certificates")
+    made = []
+    for number in "12":
+        command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+        files = ["-keyout", "key", "-out", f"{number}.crt", "-subj", f"/CN=CA {number}"]
+        subprocess.run([*command, *files], cwd=directory, check=True, capture_output=True)
+        made.append((directory / f"{number}.crt").read_bytes())
+    return made
+
+
+@pytest.fixture
+def host(request: pytest.FixtureRequest, tmp_path: Path, certificates: list[bytes]) -> Iterator[Host]:
+    if not can_mount():
+        pytest.skip("needs root and mount namespaces")
+    host = Host(tmp_path, getattr(request, "param", "debian"))
+    host.certificate = certificates[0]
+
+    class Proxy(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200 if self.path == "/ca.crt" and host.certificate else 404)
+            self.end_headers()
+            self.wfile.write(host.certificate)
+
+        def log_message(self, format: str, *arguments: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Proxy) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        host.url = f"http://127.0.0.1:{server.server_port}/"
+        yield host
+        server.shutdown()
+        thread.join()
