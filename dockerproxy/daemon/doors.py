@@ -33,7 +33,9 @@ class Door:
 
 
 class Doors(Service):
-    """Opens the doors at start, the first of them in any case. At stop: close them, let transfers finish for a while, then `close` what is behind.
+    """Opens the doors at start, the first of them in any case.
+
+    At stop: close them, let transfers finish for a while, then `close` what is behind.
 
     `on_repeat` is told at stop what to call when the daemon is asked to stop once more.
     """

@@ -42,6 +42,11 @@ _RECORD = 16 * 1024  # bytes of content in a TLS record (RFC 8446, section 5.1)
 _FIRST_RECORD = 8 * 1024
 _QUICK = 4 * 1024 * 1024
 
+# What `SSL.Context.set_mode` is to be given for a `TLSTransport`: that a record may be offered again from another place
+# in memory (SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER, which pyOpenSSL has no name for; 25.0 does not set it), and
+# that a connection without traffic keeps no buffers, which are 34 KiB.
+TLS_MODE = SSL.MODE_RELEASE_BUFFERS | 0x2
+
 _DISTRUST = ("unknown ca", "certificate unknown", "bad certificate")  # alerts (RFC 8446, section 6.2)
 
 log = Logger()
@@ -75,6 +80,9 @@ class SocketTransport:
         self.connected = True
         self.disconnecting = False
         self.sent = 0
+        # Whether `write` sends at once. Else that is left to the reactor, and what can be read is read before: so a
+        # peer's last words are heard before it is found that it takes no more (after which OpenSSL reads nothing).
+        self.eager = True
 
     def start(self, protocol: IProtocol) -> None:
         """Take the socket from Twisted's transport and give `protocol` what arrives from now on."""
@@ -119,7 +127,7 @@ class SocketTransport:
         """Hand `data` to the kernel, and keep what it does not take yet."""
         if not self.connected or self.disconnecting or self._broken or not data:
             return
-        if not self._pending and self._ready:
+        if not self._pending and self._ready and self.eager:
             sent = self._send(data)
             if sent == len(data):
                 return
@@ -309,7 +317,7 @@ class SocketTransport:
 
 
 class TLSTransport(SocketTransport):
-    """TLS on a taken-over socket, by `tls`, which knows that socket and which side it is.
+    """TLS on a taken-over socket, by `tls`, which knows that socket, which side it is, and has `TLS_MODE`.
 
     `preface` is sent in the clear before the handshake. An `IHandshakeListener` is told when that is complete; where
     it fails, the protocol's `connectionLost` gets the `SSL.Error`.
@@ -364,6 +372,8 @@ class TLSTransport(SocketTransport):
             self.resumeProducing()
         if not self._ready and not self._shake_hands():
             return self._reason if self._broken else None
+        if not self.eager and self._reading and (end := self.doRead()) is not None:
+            return end
         return super().doWrite()
 
     def _shake_hands(self) -> bool:

@@ -16,9 +16,8 @@ from urllib.parse import quote, urljoin, urlsplit
 import pytest
 from attrs import Factory, define
 from house import wire
-from house.daemon import Proxy
+from house.hosting import Hosting
 from house.images import OCI_CONFIG, OCI_INDEX, OCI_MANIFEST, noise
-from house.process import free_port
 from house.upstreams import Upstreams
 from house.wire import Answer
 
@@ -159,11 +158,9 @@ CHECKED: list[Way] = [post_only, post_put, stream, chunked, chunked_put]
 
 @pytest.fixture(scope="module")
 def registry(upstreams: Upstreams, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
-    port = free_port()
-    settings = {**upstreams.settings, "REGISTRY_HTTP_LISTEN": f"tcp:{port}:interface=127.0.0.1"}
-    proxy = Proxy(tmp_path_factory.mktemp("conformance"), settings)
+    proxy = Hosting(tmp_path_factory.mktemp("conformance"), upstreams.settings)
     with proxy.running_for(lambda: upstreams.secrets):
-        yield Registry(port)
+        yield Registry(proxy.plain_port)
 
 
 @pytest.fixture

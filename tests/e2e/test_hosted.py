@@ -19,39 +19,18 @@ from house import images, wire
 from house.clients import Skopeo, check
 from house.daemon import Proxy, RunProxy
 from house.docker_registry import DockerRegistry
+from house.hosting import OWN, USERS, Hosting, folder_of, users_file
 from house.images import EVERY_MANIFEST, OCI_MANIFEST, Image
 from house.machines import Machines
 from house.process import eventually, free_port, need
 from house.upstreams import Upstreams
 
-OWN = "docker-registry.local"
-
 
 @pytest.fixture(scope="module")
-def hosting(upstreams: Upstreams, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
-    """A daemon with the hosted registry on a plain port too."""
-    plain = free_port()
-    settings = {**upstreams.settings, "REGISTRY_HTTP_LISTEN": f"tcp:{plain}:interface=127.0.0.1"}
-    proxy = Proxy(tmp_path_factory.mktemp("hosting"), settings)
-    proxy.plain_port = plain  # type: ignore[attr-defined]
+def hosting(upstreams: Upstreams, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosting]:
+    proxy = Hosting(tmp_path_factory.mktemp("hosting"), upstreams.settings)
     with proxy.running_for(lambda: upstreams.secrets):
         yield proxy
-
-
-def plain_host(proxy: Proxy) -> str:
-    return f"127.0.0.1:{proxy.plain_port}"  # type: ignore[attr-defined]
-
-
-def folder_of(image: Image, folder: Path) -> Path:
-    """Return `image` as skopeo's dir: transport has it."""
-    folder.mkdir()
-    (folder / "version").write_text("Directory Transport Version: 1.1\n")
-    for part in image.walk():
-        name = "manifest.json" if part is image else f"{part.digest.partition(':')[2]}.manifest.json"
-        (folder / name).write_bytes(part.manifest.data)
-        for blob in part.blobs:
-            (folder / blob.digest.partition(":")[2]).write_bytes(blob.data)
-    return folder
 
 
 def push(skopeo: Skopeo, image: Image, folder: Path, target: str, *options: str) -> None:
@@ -60,7 +39,7 @@ def push(skopeo: Skopeo, image: Image, folder: Path, target: str, *options: str)
 
 @pytest.mark.parametrize("oci", [True, False], ids=["oci", "schema2"])
 def test_skopeo_by_the_proxy_and_straight_over_tls(
-    hosting: Proxy, machines: Machines, tmp_path: Path, oci: bool
+    hosting: Hosting, machines: Machines, tmp_path: Path, oci: bool
 ) -> None:
     kind = "oci" if oci else "schema2"
     multi = images.index(
@@ -71,16 +50,16 @@ def test_skopeo_by_the_proxy_and_straight_over_tls(
     push(by_proxy, multi, folder, f"{OWN}/skopeo/{kind}:1")
     assert by_proxy.inspect_raw(f"{OWN}/skopeo/{kind}:1") == multi.manifest.data
     straight = Skopeo(tmp_path / "straight", {"SSL_CERT_FILE": str(hosting.ca_file)})
-    pulled = straight.pull(f"127.0.0.1:{hosting.registry_port}/skopeo/{kind}:1", "--all")
+    pulled = straight.pull(f"{hosting.straight}/skopeo/{kind}:1", "--all")
     assert (pulled / "manifest.json").read_bytes() == multi.manifest.data
-    push(straight, multi, folder, f"127.0.0.1:{hosting.registry_port}/skopeo/{kind}:2")
-    push(straight, multi, folder, f"{plain_host(hosting)}/skopeo/{kind}-copy:1", "--dest-tls-verify=false")
-    check(straight.run("delete", f"docker://127.0.0.1:{hosting.registry_port}/skopeo/{kind}:2"))
-    assert straight.try_pull(f"127.0.0.1:{hosting.registry_port}/skopeo/{kind}:1").returncode != 0
-    straight.pull(f"{plain_host(hosting)}/skopeo/{kind}-copy:1", "--all", plain=True)
+    push(straight, multi, folder, f"{hosting.straight}/skopeo/{kind}:2")
+    push(straight, multi, folder, f"{hosting.plain}/skopeo/{kind}-copy:1", "--dest-tls-verify=false")
+    check(straight.run("delete", f"docker://{hosting.straight}/skopeo/{kind}:2"))
+    assert straight.try_pull(f"{hosting.straight}/skopeo/{kind}:1").returncode != 0
+    straight.pull(f"{hosting.plain}/skopeo/{kind}-copy:1", "--all", plain=True)
 
 
-def test_docker_pushes_and_pulls_through_the_proxy(upstreams: Upstreams, hosting: Proxy, machines: Machines) -> None:
+def test_docker_pushes_and_pulls_through_the_proxy(upstreams: Upstreams, hosting: Hosting, machines: Machines) -> None:
     """As seed.md has it: pull from Docker Hub, tag, push, and pull it on another machine."""
     upstreams.on_hub("library/hosted", "1", images.small("docker-hosted", oci=False))
     docker = machines.docker(hosting)
@@ -98,20 +77,20 @@ def test_docker_pushes_and_pulls_through_the_proxy(upstreams: Upstreams, hosting
 
 
 def test_docker_straight_over_tls_and_in_the_clear(
-    upstreams: Upstreams, hosting: Proxy, machines: Machines, tmp_path: Path
+    upstreams: Upstreams, hosting: Hosting, machines: Machines, tmp_path: Path
 ) -> None:
     upstreams.on_hub("library/straight", "1", images.small("docker-straight", oci=False))
     docker = machines.docker(hosting)
     docker.do("pull", "straight:1")
     # Go asks no proxy for loopback addresses: these go to the doors themselves.
-    for host in (f"127.0.0.1:{hosting.registry_port}", plain_host(hosting)):
+    for host in (hosting.straight, hosting.plain):
         docker.do("tag", "straight:1", f"{host}/docker/straight:1")
         docker.do("push", f"{host}/docker/straight:1")
         docker.do("rmi", f"{host}/docker/straight:1")
         docker.do("pull", f"{host}/docker/straight:1")
 
 
-def test_every_door_and_name(hosting: Proxy) -> None:
+def test_every_door_and_name(hosting: Hosting) -> None:
     """SNI chooses the leaf; without it the address does. A name that is not ours gets no certificate for itself."""
     for host in (OWN, "127.0.0.1"):
         connection = wire.Straight(host, ("127.0.0.1", hosting.registry_port), hosting.context)
@@ -122,17 +101,17 @@ def test_every_door_and_name(hosting: Proxy) -> None:
         wire.Straight("registry-1.docker.io", ("127.0.0.1", hosting.registry_port), hosting.context).connect()
     for url in (f"https://{OWN}/v2/", f"https://{OWN}:5443/v2/", f"http://{OWN}/v2/"):
         assert hosting.client.get(url + "_catalog").json["repositories"] is not None
-    assert wire.request("GET", f"http://{plain_host(hosting)}/ca.crt").body == hosting.ca_file.read_bytes()
-    script = wire.request("GET", f"http://{plain_host(hosting)}/setup/systemd").body.decode()
+    assert wire.request("GET", f"http://{hosting.plain}/ca.crt").body == hosting.ca_file.read_bytes()
+    script = wire.request("GET", f"http://{hosting.plain}/setup/systemd").body.decode()
     assert f"127.0.0.1:{hosting.port}/" in script
-    assert wire.raw(hosting.plain_port, f"CONNECT {OWN}:443 HTTP/1.1\r\nHost: x\r\n\r\n".encode()).startswith(  # type: ignore[attr-defined]
+    assert wire.raw(hosting.plain_port, f"CONNECT {OWN}:443 HTTP/1.1\r\nHost: x\r\n\r\n".encode()).startswith(
         b"HTTP/1.1 405 "
     )
 
 
-def test_ns_asks_for_a_mirror_unless_it_names_ourselves(upstreams: Upstreams, hosting: Proxy, tmp_path: Path) -> None:
+def test_ns_asks_for_a_mirror_unless_it_names_ourselves(upstreams: Upstreams, hosting: Hosting, tmp_path: Path) -> None:
     hub = upstreams.on_hub("library/mirrored-here", "1", images.small("mirrored-here"))
-    base = f"http://{plain_host(hosting)}/v2/library/mirrored-here/manifests/1"
+    base = f"http://{hosting.plain}/v2/library/mirrored-here/manifests/1"
     accept = {"Accept": EVERY_MANIFEST}
     assert wire.request("GET", base, accept).status == 404
     assert wire.request("GET", f"{base}?ns=docker.io", accept).body == hub.manifest.data
@@ -193,19 +172,8 @@ def test_a_tree_of_docker_registry_is_served_and_ours_by_it(
         theirs.stop()
 
 
-USERS = {"alice": "wonder:land", "bob": "x" * 80}
-
-
 def with_users(tmp_path: Path, run_proxy: RunProxy, **settings: str) -> Proxy:
-    import bcrypt
-
-    lines = [
-        f"{user}:{bcrypt.hashpw(password.encode()[:72], bcrypt.gensalt(4)).decode()}"
-        for user, password in USERS.items()
-    ]
-    file = tmp_path / "htpasswd"
-    file.write_text("\n".join(["# users", *lines, ""]))
-    return run_proxy("users", HTPASSWD_FILE=str(file), **settings)
+    return run_proxy("users", HTPASSWD_FILE=str(users_file(tmp_path)), **settings)
 
 
 def test_docker_with_users(upstreams: Upstreams, run_proxy: RunProxy, machines: Machines, tmp_path: Path) -> None:
@@ -305,7 +273,7 @@ def patch(proxy: Proxy, url: str, data: bytes, start: int) -> int:
     return proxy.client.ask("PATCH", url, fields, data).status
 
 
-def test_memory_stays_flat_and_nothing_is_read_twice(hosting: Proxy) -> None:
+def test_memory_stays_flat_and_nothing_is_read_twice(hosting: Hosting) -> None:
     size, piece = 256 << 20, os.urandom(1 << 20)
     hasher = hashlib.sha256()
     url = upload(hosting, "big/blob")
@@ -326,7 +294,7 @@ def test_memory_stays_flat_and_nothing_is_read_twice(hosting: Proxy) -> None:
     assert hosting.client.ask("PUT", f"{url}?digest=sha256:{hasher.hexdigest()}").status == 201
 
 
-def test_two_clients_push_the_same_at_once(hosting: Proxy) -> None:
+def test_two_clients_push_the_same_at_once(hosting: Hosting) -> None:
     image = images.small("same", size=2_000_000)
     failures: list[str] = []
 

@@ -7,6 +7,7 @@ import os
 import random
 import socket
 import ssl
+import struct
 import threading
 from typing import Any, ClassVar
 
@@ -100,6 +101,31 @@ class AnyTransport:
         self.assertEqual(recorder.hash.digest(), hashlib.sha256(b"go" + b"y" * MUCH).digest())
         self.assertLessEqual(source.most, PIECE)
         self.assertGreater(source.pauses, 1)
+
+    async def test_last_words_of_a_peer_that_takes_no_more(self: Any) -> None:
+        """A server that refuses a push says why and closes; what is being written to it must not drown that out."""
+        port, recorder, transports = self.serve()
+        said, go = threading.Event(), threading.Event()
+
+        def client() -> None:
+            sock = self.connect(port)
+            sock.sendall(b"hello")
+            go.wait(PATIENCE)
+            sock.sendall(b"last words")
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            sock.close()  # a reset: writing to it is an error from now on
+            said.set()
+
+        running = self.in_thread(client)
+        await recorder.until(5)
+        go.set()
+        said.wait(PATIENCE)  # the reactor stands still: what was said has not been read
+        transports[0].eager = False
+        transports[0].write(b"x")
+        transports[0].write(b"x")
+        await running
+        await recorder.lost
+        self.assertEqual(recorder.received, b"hellolast words")
 
     async def test_small_answers_at_once(self: Any) -> None:
         """What the kernel takes needs no turn of the reactor, and nothing is kept."""

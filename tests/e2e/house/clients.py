@@ -1,4 +1,4 @@
-"""Real clients, each a machine of its own: skopeo, podman, dockerd, containerd. What they know of the world is a proxy."""
+"""Real clients, each a machine of its own: skopeo, podman, dockerd, containerd. All they know of is a proxy."""
 
 from __future__ import annotations
 
@@ -190,7 +190,8 @@ address = "{self._address}"
 
     def trust(self, host: str, ca_file: Path) -> None:
         """Have `host` spoken to over TLS, by a certificate of this authority."""
-        self._configure(host, f'server = "https://{host}"\nca = "{ca_file}"\n')
+        able = f'capabilities = ["pull", "resolve", "push"]\n  ca = "{ca_file}"'
+        self._configure(host, f'server = "https://{host}"\n[host."https://{host}"]\n  {able}\n')
 
     def _configure(self, host: str, text: str) -> None:
         folder = self._folder / "hosts" / host
