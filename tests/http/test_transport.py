@@ -109,6 +109,7 @@ class AnyTransport:
 
         def client() -> None:
             sock = self.connect(port)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # a reset drops what waits to be sent
             sock.sendall(b"hello")
             go.wait(PATIENCE)
             sock.sendall(b"last words")
