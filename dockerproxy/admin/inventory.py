@@ -11,7 +11,7 @@ from dockerproxy.errors import ManifestInvalid
 from dockerproxy.oci.manifests import MAX_MANIFEST, media_type_of
 from dockerproxy.oci.names import Digest
 from dockerproxy.store.files import read_small
-from dockerproxy.store.survey import References, references_in
+from dockerproxy.store.references import References, references_in
 
 Row = dict[str, Any]
 

@@ -20,8 +20,8 @@ _UNBOUNDED = 1 << 62
 class Pace:
     """How large the next piece is, in bytes.
 
-    Large pieces cost least for each byte; but what the kernel does not take waits in memory, and with hundreds of slow
-    clients that adds up. So it grows while pieces are taken quickly and shrinks when they are not.
+    Large pieces cost least for each byte; but what a slow client does not take of one was read for nothing, or, where
+    it goes out as a chunk, waits in memory. So it grows while pieces are taken quickly and shrinks when they are not.
     """
 
     def __init__(self) -> None:

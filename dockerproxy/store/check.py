@@ -17,7 +17,6 @@ from dockerproxy.errors import ManifestInvalid
 from dockerproxy.oci.manifests import MAX_MANIFEST, is_elsewhere, parse_manifest
 from dockerproxy.oci.names import Digest
 from dockerproxy.store.blobs import Blobs
-from dockerproxy.store.eviction import Entry
 from dockerproxy.store.files import read_small
 from dockerproxy.store.layout import Layout
 from dockerproxy.store.links import Links
@@ -105,12 +104,13 @@ class _Run:
 
     def contents(self) -> Iterator[Finding | None]:
         """Check every content, up to a piece of it a step."""
-        entries: list[Entry] = []
+        total = 0
         for entry in self._blobs.walk():
-            entries.append(entry)
+            total += entry.size
             yield None
-        self.total = sum(entry.size for entry in entries)
-        for entry in entries:
+        self.total = total
+        # Once more, rather than with a list of all of them.
+        for entry in self._blobs.walk():
             try:
                 yield from self._content(entry.digest)
             except (FileNotFoundError, NotADirectoryError):

@@ -126,7 +126,7 @@ class _Run:
     _watch: Watch[Untaken]
     repositories: list[str] = field(factory=list, init=False)
     counts: Counter[str] = field(factory=Counter, init=False)
-    _wanted: dict[Digest, int] = field(factory=dict, init=False)  # their lengths
+    _wanted: dict[str, int] = field(factory=dict, init=False)  # digests as text (as `survey.Text`), and lengths
     total: int | None = field(default=None, init=False)  # bytes, once they are known
     looked_at: int = field(default=0, init=False)
     _links: Links = field(init=False)
@@ -165,15 +165,16 @@ class _Run:
             self.repositories.append(repository)
             for links in (self._links.layers, self._links.manifests):
                 for digest in links(repository):
-                    if digest not in self._wanted:
+                    if str(digest) not in self._wanted:
                         with suppress(FileNotFoundError, NotADirectoryError):
-                            self._wanted[digest] = os.stat(self._source.blob(digest)).st_size
+                            self._wanted[str(digest)] = os.stat(self._source.blob(digest)).st_size
                     yield None
 
     def contents(self) -> Iterator[Untaken | None]:
         """Bring the contents, up to a piece of one a step."""
         self.total = sum(self._wanted.values())
-        for digest, size in self._wanted.items():
+        for text, size in self._wanted.items():
+            digest = Digest.parse(text)
             if self._our_blobs.touch(digest) == size:
                 self.counts.update(present=1)
                 self.looked_at += size

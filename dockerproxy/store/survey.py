@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections import defaultdict
 from collections.abc import Container, Generator, Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -11,12 +10,11 @@ from contextlib import suppress
 from attrs import define, field, frozen
 
 from dockerproxy.errors import ManifestInvalid
-from dockerproxy.oci.manifests import KNOWN_TYPES, MAX_MANIFEST, Manifest, media_type_of, parse_manifest
+from dockerproxy.oci.manifests import MAX_MANIFEST
 from dockerproxy.oci.names import Digest
 from dockerproxy.store.layout import Layout
 from dockerproxy.store.links import Links
-
-_DIGEST = re.compile(rb"(?:sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128})(?![0-9a-f])")
+from dockerproxy.store.references import references_in
 
 _PART = 32
 """So many manifests go in one step at most. An image for all platforms, with its signatures, has fewer."""
@@ -24,19 +22,14 @@ _PART = 32
 _SOME = 200  # names looked at in one step of reading
 
 
-@frozen
-class References:
-    """What one manifest refers to: `contents` are all but the subject, `manifests` those of them that may be manifests.
+Text = str
+"""A digest as text. Python's garbage collection does not look at text, and at every `Digest` it does: with 100,000 of
+them a full run holds the whole process for 100 ms."""
 
-    They may be blobs too: BuildKit's cache is an index of blobs.
-    """
+Needs = tuple[tuple[Text, ...], tuple[Text, ...], Text | None]
+"""What a manifest refers to: contents, those of them that may be manifests, and its subject (`References`)."""
 
-    contents: frozenset[Digest] = frozenset()
-    manifests: tuple[Digest, ...] = ()
-    subject: Digest | None = None
-
-
-_NOTHING = References()
+_NOTHING: Needs = ((), (), None)
 
 
 @frozen(eq=False)
@@ -47,8 +40,8 @@ class Group:
     """
 
     repository: str
-    parts: tuple[tuple[Digest, ...], ...]
-    references: Mapping[Digest, References] = field(repr=False)
+    parts: tuple[tuple[Text, ...], ...]
+    needs: Mapping[Text, Needs] = field(repr=False)
 
 
 @frozen
@@ -79,9 +72,9 @@ class Survey:
     _links: Links
     cutoff: float
     delete_untagged: bool
-    needed: set[Digest] = field(factory=set, init=False)
+    needed: set[Text] = field(factory=set, init=False)
     idle_manifests: list[Group] = field(factory=list, init=False)
-    idle_layers: dict[str, set[Digest]] = field(factory=dict, init=False)
+    idle_layers: dict[str, set[Text]] = field(factory=dict, init=False)
     problems: list[Problem] = field(factory=list, init=False)
     repositories: list[str] = field(factory=list, init=False)
     manifests: int = field(default=0, init=False)
@@ -93,23 +86,23 @@ class Survey:
             yield from self._survey(repository)
             self.repositories.append(repository)
 
-    def keep(self, group: Group, members: Iterable[Digest]) -> None:
+    def keep(self, group: Group, members: Iterable[Text]) -> None:
         """Need `members` of a group after all."""
         idle = self.idle_layers.get(group.repository, set())
         for member in members:
-            contents = group.references[member].contents
+            contents = group.needs[member][0]
             self.needed.add(member)
-            self.needed |= contents
-            idle -= contents
+            self.needed.update(contents)
+            idle.difference_update(contents)
 
     def _survey(self, repository: str) -> Iterator[None]:
         graph = _Graph(self._layout, self._links, repository)
-        kept: set[Digest] = set()
+        kept: set[Text] = set()
         try:
             tagged, recent = yield from self._read(repository, graph)
             yield from graph.spread(tagged, kept)
             if not self.delete_untagged:
-                recent = set(graph.references)
+                recent = set(graph.needs)
             else:
                 recent -= kept
                 self.recent += len(recent)
@@ -121,11 +114,11 @@ class Survey:
         yield from self._note_groups(repository, graph, kept)
         needed = set(kept)
         for digest in kept:
-            needed |= graph.references.get(digest, _NOTHING).contents
+            needed.update(graph.needs.get(digest, _NOTHING)[0])
             yield None
         self.needed |= needed
         idle = set()
-        for count, layer in enumerate(self._links.layers(repository)):
+        for count, layer in enumerate(map(str, self._links.layers(repository))):
             if layer not in needed:
                 idle.add(layer)
             if count % _SOME == 0:
@@ -133,7 +126,7 @@ class Survey:
         if idle:
             self.idle_layers[repository] = idle
 
-    def _read(self, repository: str, graph: _Graph) -> Generator[None, None, tuple[set[Digest], set[Digest]]]:
+    def _read(self, repository: str, graph: _Graph) -> Generator[None, None, tuple[set[Text], set[Text]]]:
         """Read the repository's manifests; return those that have a tag, and those that were used after `cutoff`."""
         tagged: dict[str, Digest] = {}
         for tag in self._links.tags(repository):
@@ -143,44 +136,44 @@ class Survey:
             elif os.path.exists(self._layout.tag_current(repository, tag)):
                 raise Unreadable(f"the link of the tag {tag} cannot be read")
             yield None
-        recent: set[Digest] = set()
+        recent: set[Text] = set()
         for digest in self._links.manifests(repository):
-            graph.read(digest)
+            _, date = graph.read(digest)
             self.manifests += 1
-            if graph.dates[digest] > self.cutoff:
-                recent.add(digest)
+            if date > self.cutoff:
+                recent.add(str(digest))
             yield None
         for tag, digest in tagged.items():
-            if digest not in graph.references and not self._links.has_manifest(repository, digest):
+            if str(digest) not in graph.needs and not self._links.has_manifest(repository, digest):
                 if self._links.tag(repository, tag) == digest:
                     raise Unreadable(f"the tag {tag} means {digest}, which is no manifest of it")
-        return set(tagged.values()), recent
+        return set(map(str, tagged.values())), recent
 
     def _need_all(self, repository: str) -> Iterator[None]:
         for tag in self._links.tags(repository):
             digest = self._links.tag(repository, tag)
             if digest is not None:
-                self.needed.add(digest)
+                self.needed.add(str(digest))
         for digest in self._links.manifests(repository):
-            self.needed.add(digest)
+            self.needed.add(str(digest))
             with suppress(Unreadable):
-                self.needed |= _Graph(self._layout, self._links, repository).read(digest).contents
+                needs, _ = _Graph(self._layout, self._links, repository).read(digest)
+                self.needed.update(needs[0])
             yield None
         for count, layer in enumerate(self._links.layers(repository)):
-            self.needed.add(layer)
+            self.needed.add(str(layer))
             if count % _SOME == 0:
                 yield None
 
-    def _note_groups(self, repository: str, graph: _Graph, kept: set[Digest]) -> Iterator[None]:
-        left = graph.references.keys() - kept
+    def _note_groups(self, repository: str, graph: _Graph, kept: set[Text]) -> Iterator[None]:
+        left = graph.needs.keys() - kept
         while left:
-            members: set[Digest] = set()
+            members: set[Text] = set()
             yield from graph.spread({next(iter(left))}, members, within=left, upwards=True)
             left -= members
-            ordered = sorted(members, key=lambda member: (not graph.references[member].manifests, str(member)))
+            ordered = sorted(members, key=lambda member: (not graph.needs[member][1], member))
             parts = tuple(tuple(ordered[start : start + _PART]) for start in range(0, len(ordered), _PART))
-            references = {member: graph.references[member] for member in ordered}
-            self.idle_manifests.append(Group(repository, parts, references))
+            self.idle_manifests.append(Group(repository, parts, {member: graph.needs[member] for member in ordered}))
 
 
 @define
@@ -190,27 +183,27 @@ class _Graph:
     _layout: Layout
     _links: Links
     _repository: str
-    references: dict[Digest, References] = field(factory=dict, init=False)
-    dates: dict[Digest, float] = field(factory=dict, init=False)
-    _indexes: dict[Digest, list[Digest]] = field(factory=lambda: defaultdict(list), init=False)
-    _referrers: dict[Digest, list[Digest]] = field(factory=lambda: defaultdict(list), init=False)
+    needs: dict[Text, Needs] = field(factory=dict, init=False)
+    _indexes: dict[Text, list[Text]] = field(factory=lambda: defaultdict(list), init=False)
+    _referrers: dict[Text, list[Text]] = field(factory=lambda: defaultdict(list), init=False)
 
-    def read(self, digest: Digest) -> References:
-        """Take a manifest in, and return what it refers to; raise `Unreadable`."""
-        references, self.dates[digest] = self._load(digest)
-        self.references[digest] = references
-        for child in references.manifests:
-            self._indexes[child].append(digest)
-        if references.subject is not None:
-            self._referrers[references.subject].append(digest)
-        return references
+    def read(self, digest: Digest) -> tuple[Needs, float]:
+        """Take a manifest in, and return what it refers to and when it was last used; raise `Unreadable`."""
+        needs, date = self._load(digest)
+        text = str(digest)
+        _, manifests, subject = self.needs[text] = needs
+        for child in manifests:
+            self._indexes[child].append(text)
+        if subject is not None:
+            self._referrers[subject].append(text)
+        return needs, date
 
     def spread(
         self,
-        roots: Iterable[Digest],
-        reached: set[Digest],
+        roots: Iterable[Text],
+        reached: set[Text],
         *,
-        within: Container[Digest] | None = None,
+        within: Container[Text] | None = None,
         upwards: bool = False,
     ) -> Iterator[None]:
         """Put into `reached` what `roots` need, with `upwards` also what needs them; nothing that is not `within`."""
@@ -220,16 +213,16 @@ class _Graph:
             if digest in reached or (within is not None and digest not in within):
                 continue
             reached.add(digest)
-            references = self.references.get(digest, _NOTHING)
-            waiting.extend(references.manifests)
+            _, manifests, subject = self.needs.get(digest, _NOTHING)
+            waiting.extend(manifests)
             waiting.extend(self._referrers.get(digest, ()))
-            if references.subject in self.references:
-                waiting.append(references.subject)
+            if subject is not None and subject in self.needs:
+                waiting.append(subject)
             if upwards:
                 waiting.extend(self._indexes.get(digest, ()))
             yield None
 
-    def _load(self, digest: Digest) -> tuple[References, float]:
+    def _load(self, digest: Digest) -> tuple[Needs, float]:
         # Not by way of `Blobs`: that would date every manifest as used now.
         try:
             with open(self._layout.blob(digest), "rb", buffering=0) as file:
@@ -243,29 +236,9 @@ class _Graph:
             raise Unreadable(f"the manifest {digest} cannot be read ({error.strerror})") from None
         if Digest.of(content, digest.algorithm) != digest:
             raise Unreadable(f"the content of the manifest {digest} is damaged")
-        media_type = self._links.manifest_media_type(self._repository, digest)
         try:
-            return references_in(content, media_type), status.st_mtime
+            found = references_in(content, self._links.manifest_media_type(self._repository, digest))
         except ManifestInvalid as error:
             raise Unreadable(f"the manifest {digest} is not understood ({error.message})") from None
-
-
-def references_in(content: bytes, media_type: str | None) -> References:
-    """Return what a manifest refers to, or raise `ManifestInvalid`.
-
-    In one of a type that is not known, and that may be no JSON, every digest is taken for a reference.
-    """
-    told = (media_type or media_type_of(content)).lower()
-    try:
-        manifest = parse_manifest(content, told)
-    except ManifestInvalid:
-        if told in KNOWN_TYPES:
-            raise
-        manifest = Manifest(told)
-    subject = None if manifest.subject is None else manifest.subject.digest
-    if told not in KNOWN_TYPES:
-        written = dict.fromkeys(Digest.parse(match.decode()) for match in _DIGEST.findall(content))
-        return References(frozenset(written) - {subject}, tuple(written), subject)
-    children = tuple(child.digest for child in manifest.manifests)
-    described = manifest.layers if manifest.config is None else (manifest.config, *manifest.layers)
-    return References(frozenset((*children, *(blob.digest for blob in described))), children, subject)
+        subject = None if found.subject is None else str(found.subject)
+        return (tuple(map(str, found.contents)), tuple(map(str, found.manifests)), subject), status.st_mtime

@@ -28,7 +28,7 @@ from dockerproxy.store.eviction import Entry
 from dockerproxy.store.hosting import HostedStore
 from dockerproxy.store.removal import Removal, Verdict
 from dockerproxy.store.slices import Slices, Watch
-from dockerproxy.store.survey import Group, Survey
+from dockerproxy.store.survey import Group, Survey, Text
 from dockerproxy.tasks import in_thread
 
 GRACE = 3600.0
@@ -137,7 +137,7 @@ class _Run:
     _looked_at: int = field(default=0, init=False)
     _counts: Counter[str] = field(factory=Counter, init=False)
     _stay: set[Group] = field(factory=set, init=False)
-    _gone: dict[str, dict[Digest, Digest | None]] = field(factory=dict, init=False)  # with their subjects
+    _gone: dict[str, dict[Text, Text | None]] = field(factory=dict, init=False)  # with their subjects
 
     async def collect(self) -> Swept:
         survey, watch, run = self._survey, self._watch, self._slices.run
@@ -169,14 +169,16 @@ class _Run:
 
     def _tidy_repository(self, repository: str) -> Iterator[None]:
         store, gone = self._store, self._gone.get(repository, {})
-        for digest, subject in gone.items():
-            if subject is not None and not store.links.has_manifest(repository, digest):
+        for text, subject_text in gone.items():
+            digest = Digest.parse(text)
+            if subject_text is not None and not store.links.has_manifest(repository, digest):
+                subject = Digest.parse(subject_text)
                 store.referrers.forget(repository, digest, subject)
                 with suppress(OSError):
                     os.rmdir(store.layout.referrers(repository, subject))
             yield None
         if gone:
-            yield from store.links.forget(repository, gone)
+            yield from store.links.forget(repository, set(map(Digest.parse, gone)))
         store.links.prune(repository)
 
     def _groups(self) -> Iterator[list[tuple[Group, int]]]:
@@ -197,14 +199,14 @@ class _Run:
         for repository, idle in self._survey.idle_layers.items():
             waiting = list(idle)
             for start in range(0, len(waiting), _BATCH):
-                yield [(repository, digest) for digest in waiting[start : start + _BATCH]]
+                yield [(repository, Digest.parse(layer)) for layer in waiting[start : start + _BATCH]]
                 self._removal.drop()
 
     def _contents(self) -> Iterator[list[Entry] | None]:
         batch: list[Entry] = []
         for entry in self._store.blobs.walk():
             self._looked_at += 1
-            if entry.digest not in self._survey.needed:
+            if str(entry.digest) not in self._survey.needed:
                 batch.append(entry)
             if len(batch) == _BATCH:
                 yield batch
@@ -222,7 +224,7 @@ class _Run:
             if group in self._stay:
                 continue
             part = group.parts[number]
-            verdict = self._removal.manifests(group.repository, part)
+            verdict = self._removal.manifests(group.repository, list(map(Digest.parse, part)))
             if verdict is not Verdict.GONE:
                 self._stay.add(group)
                 self._survey.keep(group, [member for rest in group.parts[number:] for member in rest])
@@ -230,9 +232,9 @@ class _Run:
                 continue
             gone = self._gone.setdefault(group.repository, {})
             self._counts.update(manifests=len(part))
-            for digest in part:
-                gone[digest] = group.references[digest].subject
-                self._watch.found(Removed("manifest", digest, group.repository))
+            for text in part:
+                gone[text] = group.needs[text][2]
+                self._watch.found(Removed("manifest", Digest.parse(text), group.repository))
 
     def _remove_layers(self, batch: list[tuple[str, Digest]]) -> None:
         for repository, digest in batch:

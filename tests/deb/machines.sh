@@ -64,7 +64,7 @@ start_machine() {
 }
 
 leads() { pgrep --oldest --parent "$(cat "$MACHINES/$1/nspawn")" >"$MACHINES/$1/leader"; }
-is_up() { on "$1" systemctl is-system-running 2>/dev/null | grep -q -E '^(running|degraded)$'; }
+is_up() { [[ $(on "$1" systemctl is-system-running 2>/dev/null) =~ ^(running|degraded)$ ]]; }
 
 # wait_for SECONDS COMMAND...: until the command succeeds
 wait_for() {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -225,6 +227,18 @@ class KeepingAlive(SynchronousTestCase):
         self.assertEqual(door.clock.getDelayedCalls(), [])
         self.successResultOf(door.site.drain())
 
+    def test_a_connection_needs_no_garbage_collector(self) -> None:
+        """Else thousands of them, and what TLS keeps for each, would wait for it."""
+        door = Door(echo)
+        client = door.client()
+        client.send(GET % 1 + b"POST /1 HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\n\r\nx")
+        client.leave()
+        channel = weakref.ref(client.channel)
+        gc.disable()
+        self.addCleanup(gc.enable)
+        del client
+        self.assertIsNone(channel())
+
 
 class Framing(SynchronousTestCase):
     def answer(self, handler: Handler, head: bytes = b"GET / HTTP/1.1\r\nHost: a") -> bytes:
@@ -311,6 +325,30 @@ class Framing(SynchronousTestCase):
 
         raw = self.answer(handle)
         self.assertTrue(raw.endswith(b"\r\n\r\n123"))
+        self.assertTrue(self.client.wire.aborted)
+
+    def test_what_is_offered_is_framed_like_what_is_written(self) -> None:
+        for length, method, sent in ((None, "GET", b"5\r\nhello\r\n0\r\n\r\n"), (5, "GET", b"hello"), (5, "HEAD", b"")):
+            taken: list[int] = []
+
+            async def handle(request: Request, length: int | None = length, taken: list[int] = taken) -> None:
+                request.start(200, [], length)
+                taken.append(request.offer(b""))
+                taken.append(request.offer(b"hello"))
+                request.finish()
+
+            raw = self.answer(handle, f"{method} / HTTP/1.1\r\nHost: a".encode())
+            self.assertEqual(raw.partition(b"\r\n\r\n")[2], sent)
+            self.assertEqual(taken, [0, 5])
+            self.assertFalse(self.client.wire.disconnecting)
+
+    def test_too_long_an_offer(self) -> None:
+        async def handle(request: Request) -> None:
+            request.start(200, [], 3)
+            request.offer(b"1234")
+            request.finish()
+
+        self.assertTrue(self.answer(handle).endswith(b"\r\n\r\n"))
         self.assertTrue(self.client.wire.aborted)
 
     def test_nothing_is_written_behind_an_answer(self) -> None:

@@ -1,0 +1,46 @@
+"""What a manifest refers to, told by its content alone."""
+
+from __future__ import annotations
+
+import re
+
+from attrs import frozen
+
+from dockerproxy.errors import ManifestInvalid
+from dockerproxy.oci.manifests import KNOWN_TYPES, Manifest, media_type_of, parse_manifest
+from dockerproxy.oci.names import Digest
+
+_DIGEST = re.compile(rb"(?:sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128})(?![0-9a-f])")
+
+
+@frozen
+class References:
+    """What one manifest refers to: `contents` are all but the subject, `manifests` those of them that may be manifests.
+
+    They may be blobs too: BuildKit's cache is an index of blobs.
+    """
+
+    contents: frozenset[Digest] = frozenset()
+    manifests: tuple[Digest, ...] = ()
+    subject: Digest | None = None
+
+
+def references_in(content: bytes, media_type: str | None) -> References:
+    """Return what a manifest refers to, or raise `ManifestInvalid`.
+
+    In one of a type that is not known, and that may be no JSON, every digest is taken for a reference.
+    """
+    told = (media_type or media_type_of(content)).lower()
+    try:
+        manifest = parse_manifest(content, told)
+    except ManifestInvalid:
+        if told in KNOWN_TYPES:
+            raise
+        manifest = Manifest(told)
+    subject = None if manifest.subject is None else manifest.subject.digest
+    if told not in KNOWN_TYPES:
+        written = dict.fromkeys(Digest.parse(match.decode()) for match in _DIGEST.findall(content))
+        return References(frozenset(written) - {subject}, tuple(written), subject)
+    children = tuple(child.digest for child in manifest.manifests)
+    described = manifest.layers if manifest.config is None else (manifest.config, *manifest.layers)
+    return References(frozenset((*children, *(blob.digest for blob in described))), children, subject)
