@@ -1,4 +1,4 @@
-"""The daemon is killed at random moments of pushes and deletions: nothing that it acknowledged is lost or half there."""
+"""The daemon is killed at random moments of pushes and deletions: nothing that it acknowledged is lost or half done."""
 
 from __future__ import annotations
 
