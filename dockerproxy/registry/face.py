@@ -17,7 +17,8 @@ from dockerproxy.registry.source import Source
 _SMALL = 64 * 1024
 """Bytes up to which a blob under way is sent only when it is verified: then a bad one is a clean error."""
 
-_STALE = ("Warning", '110 - "Response is Stale"')  # RFC 7234, section 5.5.1; the spec's own 299 is for upstream's words
+# distribution-spec 1.1, "Warnings": the code is 299, the agent "-"; clients print the text.
+_STALE = ("Warning", '299 - "Stale: the registry does not answer, this is what it last said"')
 
 Fields = list[tuple[str, str]]
 
