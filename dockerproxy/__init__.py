@@ -8,6 +8,7 @@ The way of a request, top to bottom; a package imports only what is below it (te
 - `registry` speaks the OCI distribution API over `http`, ignorant of where content comes from.
 - `cache` is where it comes from: the `store` where it is there, an `upstream` registry where it is missing, once for
   all who ask at the same time.
+- `cli` is the command `dockerproxy`; `admin` answers it, and browsers.
 - `net` connects to other machines, `daemon` talks to the host system, `tasks` runs coroutines.
 - `oci` has the nouns: `Host`, `Registry`, `Repository`, `Tag`, `Digest`; `errors` has what can go wrong, in the
   registry's own terms.

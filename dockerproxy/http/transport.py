@@ -74,7 +74,7 @@ class SocketTransport:
         self._producer_paused = False
         self._reading = self._writing = False
         self._ready = True  # whether application data can be written: TLS first shakes hands
-        self._broken = False
+        self._broken = self._aborted = False
         self._reason: Exception = CONNECTION_LOST
         self.protocol: IProtocol = _Yielded()
         self.connected = True
@@ -165,7 +165,7 @@ class SocketTransport:
     def abortConnection(self) -> None:
         """Reset the connection, whatever has not been sent: the peer does not take that for an end that was meant."""
         if self.connected and not self._broken:
-            self._broken = True
+            self._broken = self._aborted = True
             self.disconnecting = True
             self._pending.clear()
             self._stop()
@@ -261,7 +261,8 @@ class SocketTransport:
         return None
 
     def connectionLost(self, reason: Failure) -> None:
-        self._lose(reason)
+        if not self._aborted:  # else that is how it ends, and not as the reactor finds it in the middle of that
+            self._lose(reason)
 
     # the socket
 

@@ -30,6 +30,7 @@ from kit.loopback import (
 from twisted.internet.defer import Deferred
 from twisted.internet.error import ConnectionAborted, ConnectionDone, ConnectionLost
 from twisted.internet.protocol import Protocol
+from twisted.python.failure import Failure
 
 from dockerproxy.http.transport import SocketTransport, TLSTransport
 
@@ -214,6 +215,7 @@ class AnyTransport:
         source.begin()
         transport.abortConnection()
         transport.abortConnection()
+        transport.connectionLost(Failure(ConnectionLost()))  # as the reactor does that has just looked at the socket
         self.assertFalse(recorder.lost.called)  # never from within a call
         reason = await recorder.lost
         self.assertIs(type(reason), ConnectionAborted)

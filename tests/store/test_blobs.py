@@ -117,6 +117,20 @@ def layout(tmp_path: Path) -> Layout:
     return Layout(tmp_path)
 
 
+def test_content_that_comes_again_is_used(layout: Layout) -> None:
+    blobs, digest = Blobs(layout, True), Digest.of(b"a")
+    for _ in range(2):
+        blobs.put(b"a", digest)
+        os.utime(layout.blob(digest), (0, 0))
+        staged = Path(layout.staging) / "mine"
+        staged.write_bytes(b"a")
+        blobs.publish(str(staged), digest)
+        assert os.stat(layout.blob(digest)).st_mtime > 0
+        os.utime(layout.blob(digest), (0, 0))
+        blobs.put(b"a", digest)
+        assert os.stat(layout.blob(digest)).st_mtime > 0
+
+
 def test_put_refuses_content_of_another_digest(layout: Layout) -> None:
     with pytest.raises(DigestInvalid):
         Blobs(layout, True).put(b"a", Digest.of(b"b"))
