@@ -95,6 +95,8 @@ class ManifestPush:
         if missing:
             more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
             raise ManifestBlobUnknown(f"{name} has no {', '.join(missing[:_NAMED])}{more}, which the manifest needs")
+        if manifest.subject is not None:
+            self.store.blobs.touch(manifest.subject.digest)  # it may be missing; if it is here, it stays here
 
     def _has(self, name: Repository, digest: Digest, is_manifest: bool) -> bool:
         # BuildKit's cache is an index of blobs. As CNCF distribution, we take a blob for a child too.

@@ -332,10 +332,11 @@ def aged(registry: Registry, digest: Digest) -> Path:
     return path
 
 
-@pytest.mark.parametrize("how", ["HEAD", "GET", "mount", "upload", "manifest", "child", "again"])
+@pytest.mark.parametrize("how", ["HEAD", "GET", "mount", "upload", "manifest", "child", "subject", "again"])
 def test_what_a_push_counts_on_is_used_now(registry: Registry, how: str) -> None:
     """Garbage collection leaves alone what was used within the hour."""
-    digest = registry.image(seed="x") if how in ("child", "again") else registry.push_blob(b"config x")
+    is_manifest = how in ("child", "subject", "again")
+    digest = registry.image(seed="x") if is_manifest else registry.push_blob(b"config x")
     registry.push_blob(b"layer x")
     path = aged(registry, digest)
     if how in ("HEAD", "GET"):
@@ -350,6 +351,8 @@ def test_what_a_push_counts_on_is_used_now(registry: Registry, how: str) -> None
         size = path.stat().st_size
         child = {"mediaType": OCI_MANIFEST, "digest": str(digest), "size": size}
         registry.push({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": [child]}, "list")
+    elif how == "subject":
+        registry.image(seed="signature", subject=subject_of(digest))
     else:
         registry.image("again", seed="x")
     assert path.stat().st_mtime > 10 * HOUR

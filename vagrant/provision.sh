@@ -1,0 +1,173 @@
+#!/bin/sh
+# Makes a Debian 13 machine run the proxy: vagrant/provision.sh [PACKAGE], a file in dist/. Vagrant runs it as root, at the
+# first `vagrant up` and at each `vagrant provision`. Without PACKAGE, one is built from the sources.
+#
+# /vagrant is the checkout on the host, shared by means that differ in what they can: it may belong to somebody whom this
+# machine does not know, and its files may be nobody else's whatever chown and chmod are told.
+
+set -eu
+export DEBIAN_FRONTEND=noninteractive
+
+share=/vagrant
+package=${1:-}
+name=docker-registry-proxy
+settings=/etc/$name/environment
+units=/etc/systemd/system
+policy=/usr/sbin/policy-rc.d
+
+say() {
+    printf '%s\n' "$*"
+}
+
+fail() {
+    printf '%s\n' "Failed: $*" >&2
+    exit 1
+}
+
+check_share() {
+    mountpoint -q "$share" ||
+        fail "$share is a copy of the checkout, so what is pushed would be lost with the machine; share it another way"
+}
+
+# The package.
+
+# Prints the file to install. It is built anew when the sources have changed.
+find_package() {
+    if [ -n "$package" ]; then
+        say "$share/dist/$package"
+        return
+    fi
+    build=/var/cache/$name-build
+    sources='debian dockerproxy twisted systemd man tools tests setup.cfg setup.py pyproject.toml README.md'
+    cd "$share"
+    # shellcheck disable=SC2086 # several names
+    if [ ! -e "$build/built" ] || [ -n "$(find $sources -newer "$build/built" ! -name '*.pyc' -print -quit)" ]; then
+        say 'Building the package: this takes a few minutes.' >&2
+        rm -rf "$build"
+        mkdir -p "$build/source"
+        : >"$build/begun"
+        tar --exclude=__pycache__ --exclude=dropin.cache --exclude=.git --exclude=.cache --exclude=./.venv* --exclude=./var \
+            --exclude=./registry --exclude=./ca --exclude=./.vagrant --exclude=./.env --exclude=./dist -cf - . |
+            tar -C "$build/source" --no-same-owner -xf -
+        cd "$build/source"
+        apt-get update -qq >&2
+        apt-get install -y -qq --no-install-recommends dpkg-dev >&2
+        apt-get build-dep -y -qq --no-install-recommends -Pnocheck . >&2
+        DEB_BUILD_OPTIONS=nocheck dpkg-buildpackage --build=binary --build-profiles=nocheck --no-sign >"$build/log" 2>&1 ||
+            { tail -n 40 "$build/log" >&2; fail 'the package could not be built'; }
+        mv "$build/begun" "$build/built"
+    fi
+    find "$build" -maxdepth 1 -name '*.deb'
+}
+
+install_package() {
+    file=$(find_package)
+    [ -f "$file" ] || fail "there is no $file in this machine"
+    sum=$(sha256sum <"$file")
+    if [ "$(cat /var/lib/$name-installed 2>/dev/null)" = "$sum" ] && dpkg -s "$name" >/dev/null 2>&1; then
+        say 'The package is installed already.'
+        return
+    fi
+    # The service is started below, when its settings are there: else it would make an authority that nobody wants.
+    if [ ! -e "$policy" ]; then
+        trap 'rm -f "$policy"' EXIT
+        printf '#!/bin/sh\nexit 101\n' >"$policy"
+        chmod 755 "$policy"
+    fi
+    # Where _apt, which apt reads it as, can read it too.
+    mkdir -p /var/cache/$name
+    cp "$file" "/var/cache/$name/$name.deb"
+    apt-get update -qq
+    apt-get install -y -qq --no-install-recommends --reinstall --allow-downgrades -o Dpkg::Options::=--force-confold \
+        "/var/cache/$name/$name.deb" avahi-daemon libnss-mdns
+    rm -r /var/cache/$name
+    say "$sum" >/var/lib/$name-installed
+}
+
+# The settings.
+
+names() {
+    grep -q "^[[:space:]]*$1[[:space:]]*=" "$share/.env" 2>/dev/null
+}
+
+write_settings() {
+    umask 027
+    {
+        say '# Made of .env by vagrant/provision.sh. Change .env, and run: vagrant provision'
+        # An editor on Windows may have ended the lines its way.
+        if [ -e "$share/.env" ]; then sed 's/\r$//' "$share/.env"; fi
+        say
+        names REGISTRY_DIR || say "REGISTRY_DIR=$share/registry"
+        names CA_DIR || say "CA_DIR=$share/ca"
+        # An authority that rpardini/docker-registry-proxy made has the pass phrase that is in its source.
+        if grep -q ENCRYPTED "$share/ca/ca.key" 2>/dev/null && ! names CA_KEY_PASSPHRASE; then
+            say 'CA_KEY_PASSPHRASE=foobar'
+        fi
+    } >"$settings.new"
+    chgrp "$name" "$settings.new"
+    mv "$settings.new" "$settings"
+    umask 022
+}
+
+# The shared folder.
+
+as_user() {
+    number=$1
+    shift
+    setpriv --reuid="$number" --regid="$(id -g "$name")" --clear-groups --inh-caps=-all "$@"
+}
+
+# Makes a folder in the share, be it by root or, where root is nobody there, by its owner.
+make_folder() {
+    [ -d "$1" ] || mkdir "$1" 2>/dev/null || as_user "$(stat -c %u "$share")" mkdir "$1" 2>/dev/null ||
+        fail "$1 cannot be made"
+}
+
+# Whether a user can do in a folder what the daemon does there.
+can_write() {
+    # shellcheck disable=SC2016 # for the shell that is started
+    as_user "$1" sh -ec ': >"$0/.probe"; mv "$0/.probe" "$0/.probe2"; flock "$0/.probe2" true; rm "$0/.probe2"' "$2" 2>/dev/null
+}
+
+# Sets $user, the number of the user that the daemon runs as: it has to be the one to whom the folders belong, for many
+# shares know no other. If that is root they are given away instead.
+choose_user() {
+    make_folder "$share/registry"
+    make_folder "$share/ca"
+    user=$(stat -c %u "$share/registry")
+    [ "$user" != 0 ] || user=$(id -u "$name")
+    for folder in "$share/registry" "$share/ca"; do
+        find "$folder" ! -user "$user" -exec chown -h "$user" {} + 2>/dev/null || true
+        can_write "$user" "$folder" || fail "nobody but root can write to $folder: change its owner on the host"
+    done
+}
+
+write_units() {
+    mkdir -p "$units/$name.service.d"
+    # Before the share is there, an authority would be made in its place.
+    printf '[Unit]\nAfter=local-fs.target remote-fs.target\nConditionPathIsMountPoint=%s\n' "$share" >"$units/$name.service.d/share.conf"
+    printf '[Service]\nUser=%s\nReadWritePaths=%s/registry %s/ca\n' "$user" "$share" "$share" >>"$units/$name.service.d/share.conf"
+    for socket in "$name" "$name-registry" "$name-http"; do
+        mkdir -p "$units/$socket.socket.d"
+        printf '[Unit]\nConditionPathIsMountPoint=%s\n' "$share" >"$units/$socket.socket.d/share.conf"
+    done
+    systemctl daemon-reload
+}
+
+start() {
+    # It took its name when the machine had none yet.
+    systemctl restart avahi-daemon.service
+    systemctl restart "$name.service" || {
+        systemctl status --no-pager --full --lines=5 "$name.service" >&2 || true
+        fail 'the service did not start; the line above that begins with "Status:" tells why'
+    }
+    systemctl is-active --quiet "$name.service" || fail "the service does not run; see: journalctl -u $name"
+    say "Running, as $(hostname).local: $(hostname -I)"
+}
+
+check_share
+install_package
+choose_user
+write_settings
+write_units
+start
