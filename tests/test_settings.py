@@ -543,3 +543,63 @@ def test_no_value_raises_anything_but_settings_error(name: str, text: str) -> No
         assert str(error).startswith(name)
     else:
         assert isinstance(found, Settings)
+
+
+# systemd's credentials
+
+
+@pytest.fixture
+def credentials(tmp_path: Path) -> Path:
+    (tmp_path / "auth_registries").write_text("quay.io:me:from:systemd\nghcr.io:me:too\n")
+    return tmp_path
+
+
+def logins_with(folder: Path, file: dict[str, str] | None = None, **env: str) -> dict[str, str]:
+    found = Settings.from_environment({"CREDENTIALS_DIRECTORY": str(folder), **env}, file or {}).auth_registries
+    return {host.name: login.password for host, login in found.items()}
+
+
+def test_logins_as_a_credential(credentials: Path) -> None:
+    assert logins_with(credentials) == {"quay.io": "from:systemd", "ghcr.io": "too"}
+
+
+def test_the_environment_and_the_file_win_over_a_credential(credentials: Path) -> None:
+    assert logins_with(credentials, AUTH_REGISTRIES="quay.io:me:mine") == {"quay.io": "mine"}
+    assert logins_with(credentials, {"AUTH_REGISTRIES": "quay.io:me:mine"}) == {"quay.io": "mine"}
+    assert logins_with(credentials, {"AUTH_REGISTRIES": ""}, AUTH_REGISTRIES=" ") == {
+        "quay.io": "from:systemd",
+        "ghcr.io": "too",
+    }
+
+
+def test_delimiters_hold_for_a_credential(credentials: Path) -> None:
+    (credentials / "auth_registries").write_text('gcr.io:::_json_key:::{"a": "b"};;;quay.io:::me:::word\n')
+    found = logins_with(credentials, AUTH_REGISTRIES_DELIMITER=";;;", AUTH_REGISTRY_DELIMITER=":::")
+    assert found == {"gcr.io": '{"a": "b"}', "quay.io": "word"}
+
+
+def test_no_credential_is_none(tmp_path: Path) -> None:
+    assert logins_with(tmp_path) == {}
+    assert logins_with(tmp_path / "missing") == {}
+
+
+def test_a_credential_that_cannot_be_used(credentials: Path) -> None:
+    file = credentials / "auth_registries"
+    file.write_bytes(b"quay.io:me:\xff")
+    with pytest.raises(SettingsError, match=re.escape(f"{file} is not UTF-8 text.")):
+        logins_with(credentials)
+    file.write_text("quay.io:me")
+    with pytest.raises(SettingsError, match=r"^AUTH_REGISTRIES: entry 1 \(quay.io\) has no password"):
+        logins_with(credentials)
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(SettingsError, match=re.escape(f"{file} cannot be read: Is a directory.")):
+        logins_with(credentials)
+
+
+def test_a_line_that_the_environment_overrules_is_told_of() -> None:
+    file = {"PROXY_LISTEN": "tcp:8080", "WORKERS": "2", "REGISTRIES": "quay.io"}
+    settings = Settings.from_environment({"PROXY_LISTEN": "systemd:domain=INET6:name=proxy", "WORKERS": "2"}, file)
+    assert settings.warnings == (
+        "PROXY_LISTEN has no effect in the file: the environment, which wins, has another value.",
+    )

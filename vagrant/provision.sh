@@ -1,9 +1,9 @@
 #!/bin/sh
-# Makes a Debian 13 machine run the proxy: vagrant/provision.sh [PACKAGE], a file in dist/. Vagrant runs it as root, at the
-# first `vagrant up` and at each `vagrant provision`. Without PACKAGE, one is built from the sources.
+# Makes a Debian 13 machine run the proxy: vagrant/provision.sh [PACKAGE], a file in dist/. Vagrant runs it as root, at
+# the first `vagrant up` and at each `vagrant provision`. Without PACKAGE, one is built from the sources.
 #
-# /vagrant is the checkout on the host, shared by means that differ in what they can: it may belong to somebody whom this
-# machine does not know, and its files may be nobody else's whatever chown and chmod are told.
+# /vagrant is the checkout on the host, shared by means that differ in what they can: it may belong to somebody whom
+# this machine does not know, and its files may be nobody else's whatever chown and chmod are told.
 
 set -eu
 export DEBIAN_FRONTEND=noninteractive
@@ -38,22 +38,23 @@ find_package() {
         return
     fi
     build=/var/cache/$name-build
-    sources='debian dockerproxy twisted systemd man tools tests setup.cfg setup.py pyproject.toml README.md'
+    sources='debian dockerproxy man systemd tests tools twisted .env.example CHANGELOG.md LICENSE MANIFEST.in Makefile'
+    sources="$sources README.md pyproject.toml ruff.toml setup.cfg setup.py"
     cd "$share"
     # shellcheck disable=SC2086 # several names
-    if [ ! -e "$build/built" ] || [ -n "$(find $sources -newer "$build/built" ! -name '*.pyc' -print -quit)" ]; then
+    if [ ! -e "$build/built" ] || [ -n "$(find $sources -type f -newer "$build/built" ! -name '*.pyc')" ]; then
         say 'Building the package: this takes a few minutes.' >&2
         rm -rf "$build"
         mkdir -p "$build/source"
         : >"$build/begun"
-        tar --exclude=__pycache__ --exclude=dropin.cache --exclude=.git --exclude=.cache --exclude=./.venv* --exclude=./var \
-            --exclude=./registry --exclude=./ca --exclude=./.vagrant --exclude=./.env --exclude=./dist -cf - . |
+        # shellcheck disable=SC2086 # several names
+        tar --exclude=__pycache__ --exclude=dropin.cache -cf - $sources |
             tar -C "$build/source" --no-same-owner -xf -
         cd "$build/source"
         apt-get update -qq >&2
         apt-get install -y -qq --no-install-recommends dpkg-dev >&2
         apt-get build-dep -y -qq --no-install-recommends -Pnocheck . >&2
-        DEB_BUILD_OPTIONS=nocheck dpkg-buildpackage --build=binary --build-profiles=nocheck --no-sign >"$build/log" 2>&1 ||
+        DEB_BUILD_OPTIONS=nocheck dpkg-buildpackage --build=binary -Pnocheck --no-sign >"$build/log" 2>&1 ||
             { tail -n 40 "$build/log" >&2; fail 'the package could not be built'; }
         mv "$build/begun" "$build/built"
     fi
@@ -78,8 +79,9 @@ install_package() {
     mkdir -p /var/cache/$name
     cp "$file" "/var/cache/$name/$name.deb"
     apt-get update -qq
+    apt-get install -y -qq --no-install-recommends avahi-daemon libnss-mdns
     apt-get install -y -qq --no-install-recommends --reinstall --allow-downgrades -o Dpkg::Options::=--force-confold \
-        "/var/cache/$name/$name.deb" avahi-daemon libnss-mdns
+        "/var/cache/$name/$name.deb"
     rm -r /var/cache/$name
     say "$sum" >/var/lib/$name-installed
 }
@@ -126,7 +128,7 @@ make_folder() {
 # Whether a user can do in a folder what the daemon does there.
 can_write() {
     # shellcheck disable=SC2016 # for the shell that is started
-    as_user "$1" sh -ec ': >"$0/.probe"; mv "$0/.probe" "$0/.probe2"; flock "$0/.probe2" true; rm "$0/.probe2"' "$2" 2>/dev/null
+    as_user "$1" sh -ec 'cd "$0"; : >.probe; mv .probe .probe2; flock .probe2 true; rm .probe2' "$2" 2>/dev/null
 }
 
 # Sets $user, the number of the user that the daemon runs as: it has to be the one to whom the folders belong, for many
@@ -136,6 +138,11 @@ choose_user() {
     make_folder "$share/ca"
     user=$(stat -c %u "$share/registry")
     [ "$user" != 0 ] || user=$(id -u "$name")
+    # systemd starts nothing as a user who has no name.
+    if ! getent passwd "$user" >/dev/null; then
+        userdel "$name-share" 2>/dev/null || true
+        useradd --system --uid "$user" --gid "$name" --home-dir /nonexistent --shell /usr/sbin/nologin "$name-share"
+    fi
     for folder in "$share/registry" "$share/ca"; do
         find "$folder" ! -user "$user" -exec chown -h "$user" {} + 2>/dev/null || true
         can_write "$user" "$folder" || fail "nobody but root can write to $folder: change its owner on the host"
@@ -144,9 +151,15 @@ choose_user() {
 
 write_units() {
     mkdir -p "$units/$name.service.d"
-    # Before the share is there, an authority would be made in its place.
-    printf '[Unit]\nAfter=local-fs.target remote-fs.target\nConditionPathIsMountPoint=%s\n' "$share" >"$units/$name.service.d/share.conf"
-    printf '[Service]\nUser=%s\nReadWritePaths=%s/registry %s/ca\n' "$user" "$share" "$share" >>"$units/$name.service.d/share.conf"
+    {
+        say '[Unit]'
+        say '# Before the share is there, an authority would be made in its place.'
+        say 'After=local-fs.target remote-fs.target'
+        say "ConditionPathIsMountPoint=$share"
+        say '[Service]'
+        say "User=$user"
+        say "ReadWritePaths=$share/registry $share/ca"
+    } >"$units/$name.service.d/share.conf"
     for socket in "$name" "$name-registry" "$name-http"; do
         mkdir -p "$units/$socket.socket.d"
         printf '[Unit]\nConditionPathIsMountPoint=%s\n' "$share" >"$units/$socket.socket.d/share.conf"

@@ -183,7 +183,9 @@ class HTTPChannel(Protocol):
     # Protocol
 
     def connectionMade(self) -> None:
-        self.client = str(getattr(self.transport.getPeer(), "host", "-"))
+        client = str(getattr(self.transport.getPeer(), "host", "-"))
+        # On a socket for both (systemd's), IPv4 addresses come as IPv6 (RFC 4291, section 2.5.5.2).
+        self.client = client.removeprefix("::ffff:") if "." in client else client
         self.port = getattr(self.transport.getHost(), "port", 0)
         self._site.opened(self)
         self._since = self._now()

@@ -72,7 +72,8 @@ class Listening(TestCase):
             ("tcp:port=70000", "0-65535"),
             ("tcp:colour=red", "it describes no endpoint"),
             ("tcp6:1:interface=::1", "it describes no endpoint"),
-            ("systemd:domain=INET:index=9", "it describes no endpoint"),
+            ("systemd:domain=INET:index=9", "systemd has no such socket"),
+            ("systemd:domain=INET:colour=red", "it describes no endpoint"),
             (f"unix:{folder}/missing/socket", "No such file or directory"),
         ]:
             sentence = await self.why(description)

@@ -1,6 +1,7 @@
 # shellcheck shell=bash
 # Machines that boot Debian 13 with systemd, as containers on a switch of their own: no packet leaves it. Source this.
 #
+#   make_tree                          make the tree that machines boot, if it is not there yet
 #   network_up                         make the switch
 #   start_machine NAME ADDRESS/24 [OPTION...]   boot a machine from an overlay of the tree, and wait until it is up;
 #                                      the options are systemd-nspawn's
@@ -13,6 +14,12 @@
 MACHINES=${MACHINES:?a folder for the machines}
 TREE=${TREE:?the tree that they boot}
 SWITCH=drp-switch
+
+# What is in the tree, and what is downloaded for it: what the package depends on, for apt to install.
+INSTALLED=systemd,systemd-sysv,dbus,libpam-systemd,libnss-systemd,iproute2,procps,avahi-daemon,libnss-mdns,ca-certificates,curl,docker.io,docker-cli,iptables,python3
+LATER=python3-twisted,python3-openssl,python3-cryptography,python3-service-identity,python3-attr,python3-bcrypt
+
+make_tree() { "$(dirname "${BASH_SOURCE[0]}")/../../tools/debian-root" "${TREE%/root}" "$INSTALLED" "$LATER"; }
 
 root_of() { echo "$MACHINES/$1/root"; }
 
@@ -55,7 +62,7 @@ start_machine() {
             --network-namespace-path="/run/netns/$namespace" "$@" >"$folder/console" 2>&1 </dev/null
     ) &
     echo $! >"$folder/nspawn"
-    if ! wait_for 10 leads "$name" || ! wait_for 60 is_up "$name"; then
+    if ! wait_for 60 is_up "$name"; then
         echo "$name did not boot:" >&2
         tail -n 30 "$folder/console" >&2
         return 1
@@ -63,8 +70,11 @@ start_machine() {
     open_cgroups "$name"
 }
 
-leads() { pgrep --oldest --parent "$(cat "$MACHINES/$1/nspawn")" >"$MACHINES/$1/leader"; }
-is_up() { [[ $(on "$1" systemctl is-system-running 2>/dev/null) =~ ^(running|degraded)$ ]]; }
+# The machine's first process is nspawn's only child, once the one before it, which prepares things, has ended.
+is_up() {
+    pgrep --oldest --parent "$(cat "$MACHINES/$1/nspawn")" >"$MACHINES/$1/leader" || return
+    [[ $(on "$1" systemctl is-system-running 2>/dev/null) =~ ^(running|degraded)$ ]]
+}
 
 # wait_for SECONDS COMMAND...: until the command succeeds
 wait_for() {

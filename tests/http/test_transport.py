@@ -17,10 +17,10 @@ from kit.loopback import (
     MUCH,
     PATIENCE,
     PIECE,
+    SERVER,
     Recorder,
     SocketCase,
     Source,
-    authority,
     client_context,
     dial,
     reactor,
@@ -49,7 +49,7 @@ class AnyTransport:
             if self.tls is None:
                 transport = SocketTransport(reactor, tcp)
             else:
-                transport = TLSTransport.server(reactor, tcp, authority.context_for("a.test"))
+                transport = TLSTransport.server(reactor, tcp, SERVER)
             transports.append(transport)
             transport.start(recorder)
 
@@ -441,7 +441,7 @@ class AnyTransport:
             if self.tls is None:
                 SocketTransport(reactor, tcp).start(recorder)
             else:
-                TLSTransport.server(reactor, tcp, authority.context_for("a.test")).start(recorder)
+                TLSTransport.server(reactor, tcp, SERVER).start(recorder)
 
         port = self.listen(take)
 

@@ -13,11 +13,11 @@ from kit.loopback import (
     KERNEL,
     MIB,
     PATIENCE,
+    SERVER,
     MemoryTLS,
     Recorder,
     SocketCase,
     Source,
-    authority,
     client_context,
     dial,
     hello,
@@ -41,7 +41,7 @@ class Handshakes(SocketCase):
         transports: list[TLSTransport] = []
 
         def take(tcp: Any) -> None:
-            transports.append(TLSTransport.server(reactor, tcp, authority.context_for("a.test")))
+            transports.append(TLSTransport.server(reactor, tcp, SERVER))
             transports[0].start(recorder)
 
         return self.listen(take), recorder, transports
@@ -210,7 +210,7 @@ class Upgrades(SocketCase):
                 assert data.startswith(case.ASK)
                 transport.write(before)
                 transport.write(case.ANSWER)
-                transport.upgrade(authority.context_for("a.test"), protocol, data.removeprefix(case.ASK))
+                transport.upgrade(SERVER, protocol, data.removeprefix(case.ASK))
 
             def connectionLost(self, reason: Failure = connectionDone) -> None:
                 raise AssertionError("the connection is not this protocol's any more")

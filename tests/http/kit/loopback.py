@@ -34,13 +34,16 @@ PIECE = 64 * 1024
 KERNEL = 16 * MIB  # more than the kernel keeps of a connection, however it tunes its buffers
 
 with tempfile.TemporaryDirectory() as _directory:
-    authority = CertificateAuthority.open(
+    _authority = CertificateAuthority.open(
         Path(_directory), certificate_file=None, key_file=None, passphrase=None, now=time.time
     )
+    # Once, for an authority is not for several threads.
+    CERTIFICATE = _authority.certificate_pem.decode()
+    SERVER = _authority.context_for("a.test")
 
 
 def client_context(version: ssl.TLSVersion = ssl.TLSVersion.TLSv1_3) -> ssl.SSLContext:
-    context = ssl.create_default_context(cadata=authority.certificate_pem.decode())
+    context = ssl.create_default_context(cadata=CERTIFICATE)
     context.minimum_version = context.maximum_version = version
     return context
 

@@ -1,0 +1,126 @@
+"""The Vagrantfile and its scripts, as far as that goes without a machine: `make test-vagrant` starts one.
+
+Vagrant checks a provider's settings only where the provider is there. VirtualBox and Docker are stand-ins, which do as
+much as say so; libvirt's own driver for tests takes the place of a hypervisor.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).parents[2]
+STAND_INS = {"VBoxManage": 'case "$1" in --version) echo 7.0.20r163906 ;; esac', "docker": ""}
+PACKAGE = "docker-registry-proxy_1.0_all.deb"
+
+needs_vagrant = pytest.mark.skipif(shutil.which("vagrant") is None, reason="vagrant is not installed")
+needs_shellcheck = pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+
+
+class Checkout:
+    """A copy of what Vagrant reads of the project."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path / "checkout"
+        self.tools = path / "tools"
+        self.home = path / "home"
+        for folder in (self.path / "dist", self.path / "debian", self.tools, self.home):
+            folder.mkdir(parents=True)
+        shutil.copy(PROJECT / "Vagrantfile", self.path)
+        shutil.copytree(PROJECT / "vagrant", self.path / "vagrant")
+        (self.path / "debian/rules").touch()
+        for name, then in STAND_INS.items():
+            (self.tools / name).write_text(f"#!/bin/sh\n{then}\n")
+            (self.tools / name).chmod(0o755)
+
+    def vagrant(self, *arguments: str, provider: str, **settings: str) -> subprocess.CompletedProcess[str]:
+        """Run vagrant in the checkout."""
+        environment = {
+            "PATH": f"{self.tools}:/usr/local/bin:/usr/bin:/bin", "HOME": str(self.home), "LC_ALL": "C.UTF-8",
+            "VAGRANT_HOME": f"{self.home}/.vagrant.d", "VAGRANT_CHECKPOINT_DISABLE": "1",
+            "VAGRANT_DEFAULT_PROVIDER": provider, "LIBVIRT_DEFAULT_URI": "test:///default",
+        }  # fmt: skip
+        settings = {f"DOCKER_REGISTRY_{name}": value for name, value in settings.items()}
+        return subprocess.run(
+            ["vagrant", *arguments], cwd=self.path, env=environment | settings, stdin=subprocess.DEVNULL,
+            capture_output=True, text=True, timeout=120, check=False,
+        )  # fmt: skip
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Checkout:
+    return Checkout(tmp_path)
+
+
+@needs_vagrant
+@pytest.mark.parametrize("provider", ["virtualbox", "libvirt", "docker"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"BOX": "", "BRIDGE": "", "ADDRESS": "", "SHARE": ""},
+        {"BOX": "local/debian", "BRIDGE": "lo", "ADDRESS": "10.77.0.10", "SHARE": "9p"},
+    ],
+    ids=["none", "empty", "all"],
+)
+def test_every_providers_section_is_valid(checkout: Checkout, provider: str, settings: dict[str, str]) -> None:
+    if provider == "libvirt" and "vagrant-libvirt" not in checkout.vagrant("plugin", "list", provider="docker").stdout:
+        pytest.skip("vagrant-libvirt is not installed")
+    if provider == "libvirt" and settings.get("BRIDGE") and not Path("/run/libvirt/libvirt-sock").exists():
+        pytest.skip("libvirtd does not run: vagrant-libvirt asks it whether the interface exists")
+    done = checkout.vagrant("validate", provider=provider, **settings)
+    assert (done.returncode, done.stderr, done.stdout) == (0, "", "Vagrantfile validated successfully.\n")
+
+
+@needs_vagrant
+def test_that_a_mistake_would_be_seen(checkout: Checkout) -> None:
+    file = checkout.path / "Vagrantfile"
+    file.write_text(file.read_text().replace("docker.has_ssh", "docker.has_shh"))
+    done = checkout.vagrant("validate", provider="docker")
+    assert done.returncode == 1
+    assert "The following settings shouldn't exist: has_shh" in done.stderr
+
+
+@needs_vagrant
+def test_without_a_package_and_without_sources_one_sentence_says_so(checkout: Checkout) -> None:
+    (checkout.path / "debian/rules").unlink()
+    for command in ("up", "provision"):
+        done = checkout.vagrant(command, provider="docker")
+        assert done.returncode == 1
+        assert done.stderr == (
+            "There is no dist/docker-registry-proxy_*.deb, and no debian/ to build one from: put the package there.\n"
+        )
+    assert checkout.vagrant("destroy", "--force", provider="docker").returncode == 0
+
+
+@needs_vagrant
+def test_the_newest_package_is_taken(checkout: Checkout) -> None:
+    file = checkout.path / "Vagrantfile"
+    file.write_text(file.read_text().replace('setting["BOX"]', "(p package; nil)"))
+    assert "nil\n" in checkout.vagrant("validate", provider="docker").stdout
+    for age, name in enumerate([PACKAGE, PACKAGE.replace("1.0", "0.9"), "docker-registry-proxy_2.0.dsc", "x.deb"]):
+        (checkout.path / "dist" / name).touch()
+        os.utime(checkout.path / "dist" / name, (1e9 - age, 1e9 - age))
+    assert f'/dist/{PACKAGE}"\n' in checkout.vagrant("validate", provider="docker").stdout
+
+
+SCRIPTS = ["vagrant/provision.sh", "tests/vagrant/run", "tests/vagrant/make-box", "tests/vagrant/shares"]
+
+
+@needs_shellcheck
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_shellcheck_has_nothing_to_say(script: str) -> None:
+    done = subprocess.run(
+        ["shellcheck", "--external-sources", script], cwd=PROJECT, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+def test_the_machines_script_is_plain_sh() -> None:
+    """Debian's sh is dash."""
+    shell = shutil.which("dash") or "sh"
+    subprocess.run([shell, "-n", PROJECT / "vagrant/provision.sh"], check=True)
