@@ -4,8 +4,9 @@ PYTHON ?= python3
 
 # What the tests that use real programs need, as program=Debian package; | stands between the names of several releases.
 TEST_PROGRAMS = dockerd=docker.io docker=docker-cli|docker.io containerd=containerd ctr=containerd skopeo=skopeo \
-    docker-registry=docker-registry update-ca-certificates=ca-certificates iptables=iptables nginx=nginx-light
-BENCH_PROGRAMS = nginx=nginx-light
+    docker-registry=docker-registry podman=podman curl=curl gcc=gcc update-ca-certificates=ca-certificates \
+    iptables=iptables nginx=nginx-light shellcheck=shellcheck busybox=busybox vagrant=vagrant
+BENCH_PROGRAMS = nginx=nginx-light docker-registry=docker-registry
 
 # The oldest versions that setup.cfg allows; Twisted's is what Ubuntu 24.04 has.
 OLDEST = twisted==24.3.0 pyopenssl==24.0.0 cryptography==41.0.7 service-identity==23.1.0 attrs==23.2.0 bcrypt==3.2.2
@@ -16,7 +17,7 @@ PIP_INSTALL = -m pip --disable-pip-version-check install --quiet
 # setuptools' other ways of an editable install hide twisted/plugins from Twisted, which looks along sys.path.
 EDITABLE = --config-settings editable_mode=compat --editable
 
-.PHONY: help venv run test lint test-oldest test-programs deb test-deb bench clean
+.PHONY: help venv run test lint test-oldest test-programs deb test-deb test-vagrant bench clean
 
 help: ## say what can be made
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -55,7 +56,13 @@ test-deb: ## build the package and try it out on machines that boot Debian 13; a
 	@rm -rf dist
 	@tests/deb/run
 
-bench: venv ## measure throughput beside nginx
+test-vagrant: ## bring up the machine of the Vagrantfile, and use it: 15 minutes where there is no KVM; as root
+	@rm -rf dist
+	@tools/build-deb dist
+	@tests/vagrant/shares dist/docker-registry-proxy_*_all.deb
+	@tests/vagrant/run
+
+bench: venv ## measure throughput beside nginx and docker-registry
 	@tools/apt-install $(foreach pair,$(BENCH_PROGRAMS),'$(pair)')
 	.venv/bin/python -m bench
 

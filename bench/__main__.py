@@ -14,13 +14,17 @@ from typing import NoReturn
 from OpenSSL import SSL
 
 import twisted
+from bench import docker_registry, nginx
 from bench.clients import Clients
-from bench.measures import MANY, MEASURES
-from bench.nginx import version
+from bench.measures import MANY
+from bench.measures import MEASURES as PROXY_MEASURES
+from bench.push import PUSH_MEASURES
 from bench.scale import FULL, QUICK, Scale
 from bench.servers import BenchError
 from bench.stage import Stage
 from bench.table import Table
+
+MEASURES = {**PROXY_MEASURES, **PUSH_MEASURES}
 
 _FILES = 8192  # descriptors: of the slow clients, and of the daemon, which has two for each
 
@@ -46,12 +50,14 @@ def main() -> None:
         print(table.json(machine))
     else:
         print("\n".join(f"{name}: {value}" for name, value in machine.items()))
-        print(f"rounds: {scale.rounds}, of which the medians are shown; a ratio is the proxy's figure over nginx's\n")
+        print(
+            f"rounds: {scale.rounds}, of which the medians are shown; a ratio is the proxy's figure over the other's\n"
+        )
         print(table.text(_titles(scale)))
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser("bench", description="Measure the proxy beside nginx.")
+    parser = argparse.ArgumentParser("bench", description="Measure the proxy beside nginx and docker-registry.")
     parser.add_argument("--quick", action="store_true", help="one short round: shows that it works, and no more")
     parser.add_argument("--only", type=_names, default=list(MEASURES), help=f"some of {','.join(MEASURES)}")
     parser.add_argument("--json", action="store_true", help="print JSON, with the figures of each round")
@@ -67,13 +73,16 @@ def _names(text: str) -> list[str]:
 
 
 def _titles(scale: Scale) -> dict[str, str]:
-    blob = "a blob of 1 GiB" if scale.blob == 1 << 30 else f"a blob of {scale.blob >> 20} MiB"
+    size = "1 GiB" if scale.blob == 1 << 30 else f"{scale.blob >> 20} MiB"
+    blob = f"a blob of {size}"
     return {
         "hit": f"hit: {blob} that is cached (nginx: a file)",
         "miss": f"miss: {blob} that is fetched (nginx: proxy_cache, proxy_cache_lock)",
         "small": "small: a cached blob of 1.5 KiB, on connections that stay open (nginx: a file)",
         "connect": "connect: the same, each on a new connection (CONNECT, TLS; nginx: TLS)",
         "memory": "memory: growth of the resident set for each connection",
+        "push": f"push: a layer of {size}, in chunks, by 1 client; layers of 10 kB by 5 clients (TLS)",
+        "gc": "gc: garbage collection, half of the blobs being garbage, and requests beside it",
     }
 
 
@@ -83,7 +92,7 @@ def _machine() -> dict[str, str]:
         "machine": f"{len(os.sched_getaffinity(0))} cores, {_processor()}, {uname.system} {uname.release}",
         "daemon": f"Python {platform.python_version()}, Twisted {twisted.__version__}, "
         f"{SSL.SSLeay_version(SSL.SSLEAY_VERSION).decode()}",
-        "peer": f"{version()}, one worker",
+        "peers": f"{nginx.version()}, one worker; {docker_registry.version()}",
         "clients": f"Python's ssl, {ssl.OPENSSL_VERSION}",
         "load average at the start": _load_average(),
     }

@@ -30,7 +30,7 @@ def hit(stage: Stage, table: Table) -> None:
         for count, those in ((1, servings), (MANY, servings[:2])):
             for serving in _rounds(stage, those, ("hit", _clients(count))):
                 load = stage.clients.run(count, serving.server, download, serving.target, stage.big)
-                _note_bytes(table, "hit", _clients(count), serving.name, load, count * stage.big.size)
+                note_bytes(table, "hit", _clients(count), serving.name, load, count * stage.big.size)
 
 
 def miss(stage: Stage, table: Table) -> None:
@@ -38,12 +38,12 @@ def miss(stage: Stage, table: Table) -> None:
     for count in (1, MANY):
         case = _clients(count)
         for round_ in range(stage.scale.rounds):
-            for serve in _turned(round_, [stage.empty_proxy, stage.caching_nginx]):
+            for serve in turned(round_, [stage.empty_proxy, stage.caching_nginx]):
                 with serve() as serving:
-                    _tell("miss", case, serving.name)
+                    tell("miss", case, serving.name)
                     mark = stage.origin_mark()
                     load = stage.clients.run(count, serving.server, download, serving.target, stage.big)
-                    _note_bytes(table, "miss", case, serving.name, load, count * stage.big.size)
+                    note_bytes(table, "miss", case, serving.name, load, count * stage.big.size)
                     blobs = stage.origin_sent(mark) / stage.big.size
                     table.add("miss", case, serving.name, "from upstream", "blobs", blobs)
 
@@ -62,7 +62,7 @@ def small(stage: Stage, table: Table) -> None:
                 _CONNECTIONS_EACH,
                 stage.scale.small_seconds,
             )
-            _note_count(table, "small", case, serving.name, load, sum(load.results), "request")
+            note_count(table, "small", case, serving.name, load, sum(load.results), "request")
 
 
 def connect(stage: Stage, table: Table) -> None:
@@ -82,7 +82,7 @@ def connect(stage: Stage, table: Table) -> None:
                 )
                 done: list[Handshakes] = load.results
                 count = sum(each.count for each in done)
-                _note_count(table, "connect", case, serving.name, load, count, "connection")
+                note_count(table, "connect", case, serving.name, load, count, "connection")
                 if resume:
                     resumed = 100 * sum(each.resumed for each in done) / count
                     table.add("connect", case, serving.name, "resumed", "%", resumed)
@@ -96,7 +96,7 @@ def memory(stage: Stage, table: Table) -> None:
             with ExitStack() as stack:
                 # A process that has served before would take the memory that it has left over.
                 serving = _fresh(stage, stack, name)
-                _tell("memory", case, name)
+                tell("memory", case, name)
                 before, *seen = _resident(stage, serving, job, blob)
                 for figure, value in (("at most", max(seen)), ("at the end", seen[-1])):
                     table.add("memory", case, name, figure, "KiB", (value - before) / count / _KIB)
@@ -133,12 +133,12 @@ def _all(stage: Stage, stack: ExitStack) -> list[Serving]:
 
 def _rounds(stage: Stage, servings: Sequence[Serving], what: tuple[str, str]) -> Iterator[Serving]:
     for round_ in range(stage.scale.rounds):
-        for serving in _turned(round_, servings):
-            _tell(*what, serving.name)
+        for serving in turned(round_, servings):
+            tell(*what, serving.name)
             yield serving
 
 
-def _turned(round_: int, each: Sequence[_T]) -> Sequence[_T]:
+def turned(round_: int, each: Sequence[_T]) -> Sequence[_T]:
     """Return the order of a round: every other one goes backwards, so that a drift favours nobody."""
     return each[::-1] if round_ % 2 else each
 
@@ -147,18 +147,21 @@ def _clients(count: int) -> str:
     return "1 client" if count == 1 else f"{count} clients"
 
 
-def _tell(measure: str, case: str, server: str) -> None:
+def tell(measure: str, case: str, server: str) -> None:
+    """Say what is measured next."""
     print(f"{measure}: {case}: {server}", file=sys.stderr, flush=True)
 
 
-def _note_bytes(table: Table, measure: str, case: str, server: str, load: Load, size: int) -> None:
+def note_bytes(table: Table, measure: str, case: str, server: str, load: Load, size: int) -> None:
+    """Note a load in which `size` bytes went to clients, or came from them."""
     busy = load.server_cpu / load.wall
     table.add(measure, case, server, "throughput", "MB/s", size / load.wall / _MB, busy=busy)
     table.add(measure, case, server, "server CPU", "s/GB", load.server_cpu / size * _GB)
     table.add(measure, case, server, "clients' CPU", "s/GB", load.clients_cpu / size * _GB)
 
 
-def _note_count(table: Table, measure: str, case: str, server: str, load: Load, count: int, unit: str) -> None:
+def note_count(table: Table, measure: str, case: str, server: str, load: Load, count: int, unit: str) -> None:
+    """Note a load in which something was done `count` times."""
     busy = load.server_cpu / load.wall
     table.add(measure, case, server, f"{unit}s", "/s", count / load.wall, busy=busy)
     table.add(measure, case, server, "server CPU", "µs each", load.server_cpu / count * _MICRO)

@@ -17,7 +17,9 @@ class Scale:
     """How long a load of small requests or of new connections goes on."""
     memory_connections: int
     memory_seconds: float
+    gc_blobs: int
+    """Blobs that a garbage collector looks through."""
 
 
-FULL = Scale(blob=1 << 30, rounds=3, small_seconds=2, memory_connections=500, memory_seconds=10)
-QUICK = Scale(blob=1 << 26, rounds=1, small_seconds=0.5, memory_connections=50, memory_seconds=2)
+FULL = Scale(blob=1 << 30, rounds=3, small_seconds=2, memory_connections=500, memory_seconds=10, gc_blobs=100_000)
+QUICK = Scale(blob=1 << 26, rounds=1, small_seconds=0.5, memory_connections=50, memory_seconds=2, gc_blobs=1000)

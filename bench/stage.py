@@ -13,21 +13,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from attrs import frozen
+from attrs import evolve, frozen
 
+from bench import docker_registry
 from bench.clients import Clients
 from bench.loads import Resource, download
 from bench.nginx import caching, nginx, static
 from bench.pki import Certificate, make_certificate
 from bench.scale import SMALL_BLOB, Scale
 from bench.servers import BenchError, Server, free_port
-from bench.table import NGINX, NGINX_LOGGING, PROXY
+from bench.table import NGINX, NGINX_LOGGING, PROXY, REGISTRY
 from bench.targets import Target
 
 HOST = "registry.bench.test"
+OWN = "docker-registry.local"
 
 _PROJECT = Path(__file__).resolve().parents[1]
 _TWISTD = "from twisted.scripts.twistd import run; run()"
+_COMMAND = "import sys; sys.path.insert(0, sys.argv.pop(1)); from dockerproxy.cli import main; sys.exit(main())"
 _MIB = 1 << 20
 
 
@@ -41,6 +44,13 @@ class Serving:
     @property
     def name(self) -> str:
         return self.target.name
+
+
+@frozen
+class Hosted(Serving):
+    """A registry to push to; `collect` is the command that collects its garbage."""
+
+    collect: list[str]
 
 
 class Stage:
@@ -143,14 +153,39 @@ class Stage:
             shutil.rmtree(folder, ignore_errors=True)
 
     @contextmanager
-    def _proxy(self, state: Path) -> Iterator[Serving]:
+    def hosting(self, registry: Path | None = None) -> Iterator[Hosted]:
+        """Run a daemon whose hosted registry has what is in `registry`, or nothing."""
+        state, port = self._fresh_folder("state"), free_port()
+        collect = [sys.executable, "-c", _COMMAND, str(_PROJECT), "gc", "--socket", f"{state}/run/control.sock"]
+        try:
+            with self._proxy(state, port, registry or state / "registry") as serving:
+                target = evolve(serving.target, port=port, host=OWN, through_connect=False)
+                yield Hosted(serving.server, target, collect)
+        finally:
+            shutil.rmtree(state, ignore_errors=True)
+
+    @contextmanager
+    def docker_registry(self, storage: Path | None = None) -> Iterator[Hosted]:
+        """Run Debian's docker-registry over what is in `storage`, or nothing."""
+        folder, port = self._fresh_folder("docker-registry"), free_port()
+        try:
+            configuration = docker_registry.configure(folder, port, storage or folder / "storage", self._certificate)
+            with docker_registry.serve(folder, configuration, port) as server:
+                target = self._peer(server, REGISTRY, port).target
+                yield Hosted(server, target, docker_registry.collecting(configuration))
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    @contextmanager
+    def _proxy(self, state: Path, registry_port: int = 0, registry: Path | None = None) -> Iterator[Serving]:
         port, folder = free_port(), self._fresh_folder("proxy")
         environment = {name: value for name, value in os.environ.items() if name in ("PATH", "HOME", "LANG", "TMPDIR")}
         environment |= {
             "PYTHONPATH": str(_PROJECT),
             "STATE_DIR": str(state),
             "PROXY_LISTEN": f"tcp:{port}:interface=127.0.0.1",
-            "REGISTRY_LISTEN": f"tcp:{free_port()}:interface=127.0.0.1",
+            "REGISTRY_LISTEN": f"tcp:{registry_port or free_port()}:interface=127.0.0.1",
+            "REGISTRY_DIR": str(registry or state / "registry"),
             "REGISTRIES": HOST,
             "UPSTREAM_ADDRESSES": f"{HOST}=127.0.0.1:{self._origin_port}",
             "UPSTREAM_CA_FILE": str(self._certificate.ca_file),

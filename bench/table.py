@@ -9,8 +9,7 @@ from typing import Any
 
 from attrs import define, field
 
-PROXY, NGINX, NGINX_LOGGING = "proxy", "nginx", "nginx+log"
-SERVERS = (PROXY, NGINX, NGINX_LOGGING)
+PROXY, NGINX, NGINX_LOGGING, REGISTRY = "proxy", "nginx", "nginx+log", "registry:2"
 
 _BUSY = 0.85  # of a core; below it, the server waited for somebody
 
@@ -35,6 +34,11 @@ class Row:
         """Return the proxy's value over that of `server`."""
         ours, theirs = self.median(PROXY), self.median(server)
         return ours / theirs if ours is not None and theirs else None
+
+    @property
+    def peers(self) -> tuple[str, ...]:
+        """The columns beside the proxy's that the row's measure has."""
+        return (REGISTRY,) if REGISTRY in self.samples else (NGINX, NGINX_LOGGING)
 
     def data(self) -> dict[str, Any]:
         return {
@@ -66,9 +70,14 @@ class Table:
 
     def text(self, titles: Mapping[str, str]) -> str:
         """Return the table for people; `titles` says what each measure is."""
-        lines = [f"{'':52}{PROXY:>11}{NGINX:>11}{'ratio':>8}{NGINX_LOGGING:>11}{'ratio':>8}"]
+        lines: list[str] = []
         measure = case = ""
+        peers: tuple[str, ...] = ()
         for row in self._rows.values():
+            if row.peers != peers:
+                lines += [""] if lines else []
+                peers = row.peers
+                lines.append(f"{'':52}{PROXY:>11}" + "".join(f"{peer:>11}{'ratio':>8}" for peer in peers))
             if row.measure != measure:
                 lines += ["", titles[row.measure]]
                 measure, case = row.measure, ""
@@ -89,7 +98,7 @@ class Table:
 
 def _line(row: Row, case: str) -> str:
     cells = [f"  {case:24}{row.figure:17}{row.unit:9}"]
-    for server in SERVERS:
+    for server in (PROXY, *row.peers):
         cells.append(f"{_number(row.median(server)) + ('*' if server in row.waited else ' '):>11}")
         if server != PROXY:
             ratio = row.ratio(server)

@@ -157,7 +157,7 @@ class Unit:
         self.file.write_text("")
         self.notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.notify.bind(str(folder / "notify"))
-        self.notify.settimeout(60)
+        self.notify.settimeout(30)
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self, sockets: Mapping[str, socket.socket], **settings: str) -> None:

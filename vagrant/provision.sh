@@ -79,9 +79,9 @@ install_package() {
     mkdir -p /var/cache/$name
     cp "$file" "/var/cache/$name/$name.deb"
     apt-get update -qq
-    apt-get install -y -qq --no-install-recommends avahi-daemon libnss-mdns
-    apt-get install -y -qq --no-install-recommends --reinstall --allow-downgrades -o Dpkg::Options::=--force-confold \
-        "/var/cache/$name/$name.deb"
+    apt-get install -y -qq --no-install-recommends -o Dpkg::Use-Pty=0 avahi-daemon libnss-mdns
+    apt-get install -y -qq --no-install-recommends -o Dpkg::Use-Pty=0 --reinstall --allow-downgrades \
+        -o Dpkg::Options::=--force-confold "/var/cache/$name/$name.deb"
     rm -r /var/cache/$name
     say "$sum" >/var/lib/$name-installed
 }

@@ -31,7 +31,12 @@ _FIGURES = {
     ("connect", "session resumed"): (*_CONNECTIONS, "resumed"),
     ("memory", "50 slow clients"): _GROWTH,
     ("memory", "50 idle"): _GROWTH,
+    ("push", "1 layer"): _BYTES,
+    ("push", "200 small layers"): ("layers", "server CPU", "clients' CPU"),
+    ("gc", "1,000 blobs"): ("duration", "CPU", "longest wait"),
 }
+
+_BESIDE_REGISTRY = {"push", "gc"}
 
 _BESIDE_LOGGING = {
     ("hit", "1 client"),
@@ -40,9 +45,11 @@ _BESIDE_LOGGING = {
     ("connect", "session resumed"),
 }
 
+_PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin"
+
 pytestmark = pytest.mark.skipif(
-    shutil.which("nginx", path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin") is None,
-    reason="nginx is missing (Debian's nginx-light)",
+    None in (shutil.which("nginx", path=_PATH), shutil.which("docker-registry", path=_PATH)),
+    reason="nginx or docker-registry is missing (Debian's nginx-light, docker-registry)",
 )
 
 
@@ -88,10 +95,11 @@ def test_every_figure_is_there(found: dict[str, Any]) -> None:
     assert rows == _FIGURES
 
 
-def test_every_figure_is_beside_those_of_nginx(found: dict[str, Any]) -> None:
+def test_every_figure_is_beside_those_of_a_peer(found: dict[str, Any]) -> None:
     for row in found["rows"]:
         logging = {"nginx+log"} if (row["measure"], row["case"]) in _BESIDE_LOGGING else set()
-        assert set(row["samples"]) == {"proxy", "nginx"} | logging, row
+        peer = "registry:2" if row["measure"] in _BESIDE_REGISTRY else "nginx"
+        assert set(row["samples"]) == {"proxy", peer} | logging, row
         for values in row["samples"].values():
             assert len(values) == 1, row
             assert values[0] >= 0, row

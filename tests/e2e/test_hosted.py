@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import http.client
 import os
 import shutil
 import socket
@@ -353,46 +352,3 @@ def test_a_full_disk_is_told_and_leaves_nothing(run_proxy: RunProxy, small_disk:
     small = images.small("fits", size=1000)
     push_plainly(proxy, "full/disk", "1", small)
     assert proxy.client.get(f"http://{OWN}/v2/full/disk/manifests/1", Accept=OCI_MANIFEST).status == 200
-
-
-def test_what_was_acknowledged_outlives_a_kill(run_proxy: RunProxy) -> None:
-    """A tag means what it meant before or what was just pushed, and all of that is there, whenever the daemon dies."""
-    proxy = run_proxy("killed")
-    kept: dict[str, Image] = {}
-    for round_ in range(12):
-        before, under_way = dict(kept), dict(kept)
-        stop = threading.Event()
-
-        def pushing(number: int, round_: int, under_way: dict[str, Image], stop: threading.Event) -> None:
-            count = 0
-            while not stop.is_set():
-                image = images.small(f"kill-{round_}-{number}-{count}", size=20_000)
-                under_way[f"tag{number}"] = image
-                try:
-                    push_plainly(proxy, "killed/here", f"tag{number}", image)
-                except (OSError, http.client.HTTPException):
-                    return
-                kept[f"tag{number}"] = image
-                count += 1
-
-        threads = [threading.Thread(target=pushing, args=(number, round_, under_way, stop)) for number in range(3)]
-        for thread in threads:
-            thread.start()
-        stop.wait(0.15 + 0.05 * (round_ % 5))
-        proxy.kill()
-        stop.set()
-        for thread in threads:
-            thread.join()
-        proxy.start()
-        for tag in {**before, **under_way}:
-            url = f"http://{OWN}/v2/killed/here"
-            got = proxy.client.get(f"{url}/manifests/{tag}", Accept=OCI_MANIFEST)
-            allowed = [image for image in (kept.get(tag), under_way.get(tag)) if image is not None]
-            found = [image for image in allowed if got.body == image.manifest.data]
-            if not found:
-                assert got.status == 404 and tag not in kept, (round_, tag, got)
-                continue
-            kept[tag] = found[0]
-            for blob in found[0].blobs:
-                assert proxy.client.get(f"{url}/blobs/{blob.digest}").body == blob.data
-    assert len(kept) == 3

@@ -190,7 +190,6 @@ def test_killed_at_any_moment(tmp_path: Path, seed: int) -> None:
         daemon.start()
     assert "Traceback" not in hosting.text
     assert list((theirs.storage / "staging").iterdir()) == []
-    print(sum(writer.done for writer in writers))
     assert sum(writer.done for writer in writers) > KILLS / 2
     served_by(theirs, writers)
 

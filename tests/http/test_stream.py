@@ -35,9 +35,11 @@ def test_nothing_is_lost_and_little_waits(steps: list[bytes | None], high: int) 
     stream = ByteStream(tap, high=high)
     reading: Deferred[bytes] | None = None
 
+    ended = False
+
     def take(data: bytes) -> None:
         nonlocal got, reading
-        assert data
+        assert bool(data) != ended  # at the end a reader that waits gets nothing, before that always something
         got, reading = got + data, None
 
     for step in steps:
@@ -50,8 +52,11 @@ def test_nothing_is_lost_and_little_waits(steps: list[bytes | None], high: int) 
         assert given_.startswith(got)
         assert tap.open == (len(given_) - len(got) <= high)
         assert reading is None or given_ == got
+    ended = True
+    waited = reading is not None
     stream.finish()
     assert tap.open
+    assert not waited or reading is None
 
 
 class Reading(SynchronousTestCase):
