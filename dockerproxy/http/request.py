@@ -86,15 +86,16 @@ class Request:
         """Whether a body comes with the request (an empty one does not count)."""
         return self._body is not None
 
-    async def read_chunk(self) -> bytes:
-        """Return what has come of the body, at least one byte; ``b""`` at its end. Raise `ClientGone`."""
+    async def read_chunk(self, at_least: int = 1) -> bytes:
+        """Return what has come of the body, `at_least` so many bytes of it (up to 256 KiB) unless it ends before;
+        ``b""`` at its end. Raise `ClientGone`."""
         if self._body is None:
             return b""
         if self._awaits_continue:
             self._awaits_continue = False
             if not self.started:
                 self._connection.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        return await self._body.read()
+        return await self._body.read(at_least)
 
     async def read_all(self, limit: int) -> bytes:
         """Return the whole body; raise `SizeInvalid` where it is longer than `limit` bytes."""

@@ -34,7 +34,8 @@ class ByteStream:
         self._ended = False
         self._failure: BaseException | None = None
         self._reader: Deferred[None] | None = None
-        self.waits = 0  # how often the reader had to wait for the producer: while it waits, this tells one wait apart
+        self._wanted = 1
+        self.waits = 0  # how often the reader began to wait for more: while it waits, this tells one wait apart
 
     @property
     def ended(self) -> bool:
@@ -54,7 +55,10 @@ class ByteStream:
         if full and not self._paused and self._producer is not None:
             self._paused = True
             self._producer.pauseProducing()
-        self._wake()
+        if self._enough():
+            self._wake()
+        else:
+            self.waits += 1
 
     def finish(self) -> None:
         """Say that all is given."""
@@ -68,9 +72,13 @@ class ByteStream:
             self._failure = error
             self.finish()
 
-    async def read(self) -> bytes:
-        """Return all bytes that wait, at least one; ``b""`` at the end. Raise what `fail` was given."""
-        while not self._chunks and not self._ended:
+    async def read(self, at_least: int = 1) -> bytes:
+        """Return all bytes that wait; ``b""`` at the end. Raise what `fail` was given.
+
+        They are `at_least` so many, or more than `high`, unless the end comes before.
+        """
+        self._wanted = max(1, min(at_least, self._high))
+        while not self._enough() and not self._ended:
             reader = self._reader = Deferred()
             self.waits += 1
             try:
@@ -93,6 +101,9 @@ class ByteStream:
         self._chunks.clear()
         self._waiting = 0
         self._resume()
+
+    def _enough(self) -> bool:
+        return self._waiting >= self._wanted or len(self._chunks) > _MOST_PIECES
 
     def _resume(self) -> None:
         if self._paused and self._producer is not None:

@@ -20,6 +20,10 @@ from dockerproxy.tasks import in_thread
 
 Fields = list[tuple[str, str]]
 
+# Bytes that are written and hashed at a time: a thread is asked for each. With whatever has just come instead, a push
+# over TLS took a fifth more CPU time (3.1 s for a GB against 2.6 s).
+_PIECE = 256 * 1024
+
 
 @frozen
 class BlobPush:
@@ -101,7 +105,7 @@ class BlobPush:
         """
         start = upload.size
         try:
-            while data := await request.read_chunk():
+            while data := await request.read_chunk(_PIECE):
                 await in_thread(self.reactor, upload.append, [data])
         except OSError:
             await in_thread(self.reactor, upload.cancel)

@@ -103,7 +103,7 @@ def test_every_figure_is_beside_those_of_a_peer(found: dict[str, Any]) -> None:
         for values in row["samples"].values():
             assert len(values) == 1, row
             assert values[0] >= 0, row
-        if row["figure"] in ("throughput", "requests", "connections"):
+        if row["figure"] in ("throughput", "requests", "connections", "layers"):
             assert all(ratio > 0 for ratio in row["ratios"].values()), row
 
 
@@ -122,8 +122,10 @@ def test_the_load_of_the_machine_is_noted(found: dict[str, Any]) -> None:
 
 
 def test_the_table_for_people(folder: Path) -> None:
-    run = bench(folder, "--only", "small")
+    run = bench(folder, "--only", "small,gc")
     assert run.returncode == 0, run.stderr
+    assert re.search(r"^ +proxy +registry:2 +ratio$", run.stdout, re.M)
+    assert re.search(r"^  1,000 blobs +duration +s( +[\d,.]+){3}$", run.stdout, re.M)
     assert re.search(r"^ +proxy +nginx +ratio +nginx\+log +ratio$", run.stdout, re.M)
     assert re.search(r"^  32 connections +requests +/s( +[\d,.]+\*?){5}$", run.stdout, re.M)
     assert re.search(r"^ +server CPU +µs each( +[\d,.]+){5}$", run.stdout, re.M)
@@ -133,4 +135,4 @@ def test_the_table_for_people(folder: Path) -> None:
 def test_a_measure_that_there_is_not(folder: Path) -> None:
     run = bench(folder, "--only", "small,large")
     assert run.returncode == 2
-    assert "'large' is none of hit, miss, small, connect, memory" in run.stderr
+    assert "'large' is none of hit, miss, small, connect, memory, push, gc" in run.stderr

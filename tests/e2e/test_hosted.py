@@ -246,13 +246,13 @@ def test_an_upload_goes_on_after_a_drop_and_after_a_kill(run_proxy: RunProxy, ho
     connection.putheader("Content-Length", str(len(data)))
     connection.endheaders()
     connection.send(data[:2_000_000])
-    eventually(lambda: arrived(proxy, url) >= 1_900_000, "most of what was sent")
+    eventually(lambda: arrived(proxy, url) >= 1_700_000, "most of what was sent")
     if how == "kill":
         proxy.restart(kill=True)
     connection.close()
     eventually(lambda: patch(proxy, url, b"", arrived(proxy, url)) != 409, "the end of the request that dropped")
     here = arrived(proxy, url)
-    assert 1_900_000 <= here <= 2_000_000
+    assert 1_700_000 <= here <= 2_000_000
     assert patch(proxy, url, data[here:], here) == 202
     digest = images.sha256(data)
     assert proxy.client.ask("PUT", f"{url}?digest={digest}").status == 201
