@@ -28,6 +28,7 @@ from dockerproxy.cache.challenges import Challenges
 from dockerproxy.cache.flights import Flights
 from dockerproxy.cache.freshness import Freshness
 from dockerproxy.cache.identity import Identities
+from dockerproxy.cache.ingests import Ingests
 from dockerproxy.cache.manifests import CachedManifests
 from dockerproxy.cache.pullthrough import PullThrough
 from dockerproxy.cache.room import CacheRoom
@@ -62,7 +63,6 @@ from dockerproxy.store.blobs import Blobs
 from dockerproxy.store.files import Staging
 from dockerproxy.store.hosting import HostedStore
 from dockerproxy.store.importing import Importer
-from dockerproxy.store.ingest import Ingest
 from dockerproxy.store.layout import Layout
 from dockerproxy.store.links import Links
 from dockerproxy.store.records import Records
@@ -287,7 +287,7 @@ def make_cache(reactor: Any, settings: Settings, served: Served, policy: Policy,
         spawn(room.count(digest, size), f"making room for {digest}")
 
     manifests = CachedManifests(reactor, upstream, blobs, links, records, access, freshness, clock=time.time, keep=keep)
-    flights = Flights(reactor, upstream, room, lambda digest: Ingest.open(layout, digest))
+    flights = Flights(reactor, upstream, room, Ingests(layout, blobs, records))
     return Cache(
         PullThrough(
             upstream,

@@ -95,25 +95,25 @@ class CachedBlobs:
         key = visitor.origin.key
         linked = self._links.has_layer(key, digest)
         known = linked and self._access.standing(key, visitor.identity) is Standing.PROVEN
-        flight = self._flights.get(digest)
+        flight, verdict = self._flights.get(digest), "JOINED"
         if flight is None:
             stored = self._stored(digest, "HIT") if known else None
             if stored is not None:
                 return stored
             if not self._blobs.exists(digest):
-                return await self._follow(self._start(visitor, digest), visitor, "MISS")
-        elif known or (flight.origin == visitor.origin and flight.is_recent(FRESH)):
+                flight, verdict = self._start(visitor, digest), "MISS"
+        if flight is not None:
+            if not await self._ready(flight, visitor):
+                return None
             # What upstream answers to the request that is out, or answered to it just now, it answers to this visitor.
-            return await self._follow(flight, visitor, "JOINED")
-        elif not await self._ready(flight, visitor):
-            return None
-        else:
+            if known or flight.is_for(visitor, FRESH):
+                return self._join(flight, visitor, verdict)
             await flight.measured()
-        verdict = await self._admit(visitor, digest, linked)
+        admitted = await self._admit(visitor, digest, linked)
         flight = self._flights.get(digest)
-        if flight is not None and verdict is not None:
-            return await self._follow(flight, visitor, "JOINED")
-        return self._stored(digest, verdict) if verdict is not None else None
+        if flight is not None and admitted is not None:
+            return self._join(flight, visitor, "JOINED") if await self._ready(flight, visitor) else None
+        return self._stored(digest, admitted) if admitted is not None else None
 
     def _stored(self, digest: Digest, verdict: str) -> BlobAnswer | None:
         blob = self._blobs.open(digest)
@@ -125,10 +125,10 @@ class CachedBlobs:
         began = self._access.now()
         # That upstream sends something is no yes yet: a page that it answers everything with would make everyone's of
         # all that the repository has here.
-        return self._flights.start(visitor.origin, digest, lambda: self._note_yes(visitor, digest, began))
+        return self._flights.start(visitor, digest, lambda: self._note_yes(visitor, digest, began))
 
-    async def _follow(self, flight: Flight, visitor: Visitor, verdict: str) -> BlobAnswer | None:
-        content = flight.content(visitor.origin) if await self._ready(flight, visitor) else None
+    def _join(self, flight: Flight, visitor: Visitor, verdict: str) -> BlobAnswer | None:
+        content = flight.content(visitor.origin)
         return None if content is None else BlobAnswer(flight.digest, flight.size, content, verdict)
 
     async def _ready(self, flight: Flight, visitor: Visitor) -> bool:

@@ -43,6 +43,11 @@ class Download:
         self.offset = offset
         self.size: int | None = None
 
+    @property
+    def is_open(self) -> bool:
+        """Whether there is a connection to upstream."""
+        return self._answer is not None
+
     async def open(self) -> None:
         """Send the request. Raise what upstream refuses with, `TooLong`, or an `UpstreamError` after a second try."""
         for pause in _PAUSES[: _TRIES_TO_OPEN - 1]:

@@ -11,6 +11,9 @@ readable only when digest and length hold; a blob that turns out corrupt is neve
 Where the file cannot go on though upstream could (the disk is full, the blob is larger than the cache, the first
 client's credential has ended), the flight is *stranded*: each reader carries on from upstream itself, from the
 byte where the file ends, with a copy of the hash.
+
+Where another process writes the file already, the flight *follows*: its readers have the same file. It ends with the
+other's, and goes on by itself where the other process has died.
 """
 
 from __future__ import annotations
@@ -20,19 +23,23 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 from twisted.internet.defer import Deferred
+from twisted.internet.task import deferLater
 from twisted.logger import Logger
 
 from dockerproxy.cache.download import Download, TooLong
-from dockerproxy.cache.origin import Origin, Upstream
+from dockerproxy.cache.ingests import Announcement, Ingests
+from dockerproxy.cache.origin import Origin, Upstream, Visitor
 from dockerproxy.cache.reading import HELD_BACK, FlightContent
 from dockerproxy.errors import RegistryError, UpstreamBroken
 from dockerproxy.oci.names import Digest
-from dockerproxy.store.ingest import Ingest
+from dockerproxy.store.growing import GrowingFile
+from dockerproxy.store.ingest import Followed, Ingest
 from dockerproxy.tasks import in_thread, spawn
 
 if TYPE_CHECKING:
     from hashlib import _Hash
 
+_LOOK_EVERY = 0.01  # seconds between two looks at a file that another process writes
 _OFFERED = 5.0  # seconds for which a stranded flight keeps its connection open for a reader
 _OWN_FAULT = "the download failed in this proxy itself: its log says why"
 
@@ -58,22 +65,31 @@ class Room(Protocol):
 
 
 class Flight:
-    """The download of one blob, begun by the first who asked, from `origin`."""
+    """The download of one blob, begun for the first who asked, `visitor`."""
 
     def __init__(
-        self, reactor: Any, upstream: Upstream, origin: Origin, digest: Digest, room: Room, landing: Landing
+        self,
+        reactor: Any,
+        upstream: Upstream,
+        visitor: Visitor,
+        digest: Digest,
+        room: Room,
+        ingests: Ingests,
+        landing: Landing,
     ) -> None:
         self._reactor = reactor
         self._upstream = upstream
         self._room = room
+        self._ingests = ingests
         self._landing = landing
-        self._opened_at = 0.0
+        self._visitor = visitor
+        self._opened: Announcement | None = None
         self._waiting: list[Deferred[None]] = []
-        self._ingest: Ingest | None = None
+        self._file: GrowingFile | None = None  # what is written, and its hash: the ingest, or what is left of another's
         self._fd = -1  # of the ingest file, for readers to copy: the ingest closes its own in a thread
         self._reserved = -1  # bytes
         self._spare: Download | None = None  # of a stranded flight: open, and at the byte where the file ends
-        self.origin = origin
+        self.origin = visitor.origin
         self.digest = digest
         self.size: int | None = None  # of the whole blob, once upstream has said it
         self.written = 0  # bytes in the ingest file
@@ -82,15 +98,15 @@ class Flight:
         self.failure: Exception | None = None
         self.ended = False  # nobody can join any more
 
-    async def run(self, open_ingest: Callable[[Digest], Ingest | None]) -> None:
+    async def run(self) -> None:
         """Fetch the blob into an ingest file; never raises: what went wrong is `failure`. `end` has to follow."""
         download = Download(self._reactor, self._upstream, self.origin, self.digest)
         try:
-            await self._fly(download, open_ingest)
+            await self._fly(download)
         except Exception as error:
             self.failure = error
             self._report(error)
-        if isinstance(self.failure, Stranded):
+        if isinstance(self.failure, Stranded) and download.is_open:
             self._offer(download)
         else:
             download.abort()
@@ -120,9 +136,13 @@ class Flight:
         while self.size is None and not self.ended:
             await self.changed()
 
-    def is_recent(self, seconds: float) -> bool:
-        """Whether upstream began to send less than `seconds` ago, or has yet to begin."""
-        return not self.opened or self._reactor.seconds() - self._opened_at < seconds
+    def is_for(self, visitor: Visitor, recent: float) -> bool:
+        """Whether upstream sends to `visitor`, and began to less than `recent` seconds ago, or has yet to."""
+        opened = self._opened
+        if opened is None:
+            return (visitor.origin, visitor.identity) == (self.origin, self._visitor.identity)
+        age = self._reactor.seconds() - opened.opened
+        return (visitor.origin.key, visitor.identity) == (opened.key, opened.identity) and age < recent
 
     @property
     def readable(self) -> int:
@@ -140,7 +160,7 @@ class Flight:
 
     def carry_on(self, origin: Origin) -> tuple[Download, _Hash]:
         """Return what a reader needs to go on without the file: the rest from upstream, and the hash so far."""
-        hasher = self._ingest.hasher_copy() if self._ingest is not None else self.digest.hasher()
+        hasher = self._file.hasher_copy() if self._file is not None else self.digest.hasher()
         spare, self._spare = self._spare, None
         if spare is not None:
             return spare, hasher
@@ -148,13 +168,15 @@ class Flight:
         download.size = self.size
         return download, hasher
 
-    async def _fly(self, download: Download, open_ingest: Callable[[Digest], Ingest | None]) -> None:
-        ingest = await self._depart(download, open_ingest)
-        self.size = download.size
-        self.opened, self._opened_at = True, self._reactor.seconds()
-        self._wake()
+    async def _fly(self, download: Download) -> None:
+        ingest = await self._depart(download)
+        if self.landed:
+            return
+        opened = Announcement(download.size, self.origin.key, self._visitor.identity, self._reactor.seconds())
+        self._open(opened)
         if ingest is None:
             raise Stranded("its file cannot be opened")
+        self._ingests.announce(self.digest, opened)
         await self._reserve(self.written if self.size is None else self.size)
         while data := await download.read():
             await self._append(ingest, download, data)
@@ -169,11 +191,16 @@ class Flight:
         await self._landing()
         self.landed = True
 
-    async def _depart(self, download: Download, open_ingest: Callable[[Digest], Ingest | None]) -> Ingest | None:
-        """Open the ingest file, and the connection at the byte where ends what an earlier run left there."""
+    async def _depart(self, download: Download) -> Ingest | None:
+        """Return the ingest, `download` being open at the byte where what is there ends.
+
+        None where there is no file to write to; or the blob `landed`, by another process.
+        """
         while True:
-            ingest = await self._begin(open_ingest)
-            download.offset = self.written
+            ingest = await self._enter()
+            if self.landed:
+                return None
+            download.offset, download.size = self.written, self.size
             try:
                 await download.open()
             except TooLong:
@@ -187,25 +214,72 @@ class Flight:
             download.abort()
             self._close()
             await in_thread(self._reactor, ingest.discard)
+            if self.opened:  # in another process that has died: readers have some of that
+                raise UpstreamBroken(f"{self.origin.registry} sent content that is not {self.digest}")
 
-    async def _begin(self, open_ingest: Callable[[Digest], Ingest | None]) -> Ingest | None:
-        """Open the ingest file and take up what an earlier run left there."""
-        self._ingest, self.written = None, 0
-        ingest = None
+    async def _enter(self) -> Ingest | None:
+        """Return the ingest, with what an earlier run left there, or another process that has died meanwhile."""
+        self._file, self.written = None, 0
+        entered: Ingest | Followed | None = None
         try:
-            ingest = await in_thread(self._reactor, open_ingest, self.digest)
-            if ingest is not None and ingest.size:
-                await in_thread(self._reactor, ingest.rehash)
-            if ingest is not None:
-                self._fd = ingest.reader()
+            entered = await in_thread(self._reactor, self._ingests.enter, self.digest)
+            if isinstance(entered, Followed):
+                self._fd = os.dup(entered.fd)
+                entered = await self._follow(entered)
+            elif entered is not None:
+                self._fd = entered.reader()
+            if entered is None:
+                self.landed = True
+                return None
+            self._ingests.withdraw(self.digest)
+            if entered.size:
+                await in_thread(self._reactor, entered.rehash)
         except OSError as error:
             log.error("no ingest file for {digest}: {why}", digest=str(self.digest), why=error.strerror)
+            if isinstance(entered, Ingest):
+                entered.release()
+            self._close()
+            return None
+        self._file, self.written = entered, entered.size
+        return entered
+
+    async def _follow(self, followed: Followed) -> Ingest | None:
+        """Read along while another process writes. Return the right to go on where that died, None when it landed."""
+        ingest = None
+        try:
+            while followed.is_present and (ingest := followed.taken_over()) is None:
+                self._look(followed)
+                await deferLater(self._reactor, _LOOK_EVERY)
+            self._look(followed)
+            if ingest is None and not self._ingests.is_published(self.digest):
+                # Nobody knows here whether what it had is wrong, or its disk full: the hash will tell.
+                self._file = GrowingFile(self.written, self._fd, self.digest.hasher())
+                await in_thread(self._reactor, self._file.rehash)
+                raise Stranded("another process gave it up")
+        except BaseException:
             if ingest is not None:
                 ingest.release()
-            return None
-        if ingest is not None:
-            self._ingest, self.written = ingest, ingest.size
+            raise
+        finally:
+            if ingest is None:
+                followed.close()
         return ingest
+
+    def _look(self, followed: Followed) -> None:
+        if self._opened is None and (announced := self._ingests.announced(self.digest)) is not None:
+            self._open(announced)
+        size = followed.size
+        if size < self.written:
+            # What readers have of it was never hashed.
+            raise UpstreamBroken(f"another process took back what it had received of {self.digest}")
+        if size > self.written:
+            self.written = size
+            self._wake()
+
+    def _open(self, announced: Announcement) -> None:
+        self.size = announced.size
+        self.opened, self._opened = True, announced
+        self._wake()
 
     async def _reserve(self, size: int) -> None:
         """Make sure that there is room for `size` bytes of the blob."""
@@ -239,14 +313,16 @@ class Flight:
         Of a flight that has stranded nothing is left: the next one would strand as well, and what it has on the disk
         may be what the disk is full of.
         """
-        ingest = self._ingest
+        ingest = self._file if isinstance(self._file, Ingest) else None
         try:
+            if ingest is None:
+                return
+            self._ingests.withdraw(self.digest)
             try:
-                if ingest is not None and isinstance(self.failure, Stranded):
+                if isinstance(self.failure, Stranded):
                     await in_thread(self._reactor, ingest.discard)
             finally:
-                if ingest is not None:
-                    ingest.release()
+                ingest.release()
                 self._room.release(self.digest)
         except Exception:
             log.failure("the end of the download of {digest} failed", digest=str(self.digest))
@@ -285,28 +361,28 @@ class Flight:
 class Flights:
     """The flights under way, by digest."""
 
-    def __init__(
-        self, reactor: Any, upstream: Upstream, room: Room, open_ingest: Callable[[Digest], Ingest | None]
-    ) -> None:
+    def __init__(self, reactor: Any, upstream: Upstream, room: Room, ingests: Ingests) -> None:
         self._reactor = reactor
         self._upstream = upstream
         self._room = room
-        self._open_ingest = open_ingest
+        self._ingests = ingests
         self._flights: dict[Digest, Flight] = {}
 
     def get(self, digest: Digest) -> Flight | None:
         """Return the flight of `digest` that is under way, if any."""
         return self._flights.get(digest)
 
-    def start(self, origin: Origin, digest: Digest, landing: Landing) -> Flight:
-        """Begin to fetch `digest` from `origin`; the flight goes on whoever leaves."""
-        flight = self._flights[digest] = Flight(self._reactor, self._upstream, origin, digest, self._room, landing)
+    def start(self, visitor: Visitor, digest: Digest, landing: Landing) -> Flight:
+        """Begin to fetch `digest` for `visitor`; the flight goes on whoever leaves."""
+        flight = self._flights[digest] = Flight(
+            self._reactor, self._upstream, visitor, digest, self._room, self._ingests, landing
+        )
         spawn(self._run(flight), f"the download of {digest}")
         return flight
 
     async def _run(self, flight: Flight) -> None:
         try:
-            await flight.run(self._open_ingest)
+            await flight.run()
         finally:
             del self._flights[flight.digest]
             flight.end()

@@ -48,6 +48,11 @@ class GrowingFile:
             self.hashed += length
         self.size += length
 
+    def hasher_copy(self) -> _Hash:
+        """Return a copy of the hash of all that is there, e.g. to try bytes that are not appended yet."""
+        self._check_hashed()
+        return self._hasher.copy()
+
     def rehash(self, algorithm: str | None = None) -> None:
         """Hash all that is there anew, with another `algorithm` if one is given. A GiB takes about a second."""
         hasher, offset = hashlib.new(algorithm or self._hasher.name), 0
@@ -61,3 +66,7 @@ class GrowingFile:
         # Shorter than it was: somebody else's hand. What is left is what there is.
         self.size = offset
         self._hasher, self.hashed = hasher, offset
+
+    def _check_hashed(self) -> None:
+        if self.hashed != self.size:
+            raise RuntimeError("what is there already has to be hashed first")

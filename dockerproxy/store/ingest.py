@@ -1,7 +1,7 @@
 """A blob under way: a file that grows while it is hashed, survives the process, and becomes a blob or goes.
 
 The lock on the file says who writes. It goes with the process, so that after a `kill -9` the next one takes up what is
-there; what it cannot know - whether the bytes are right - the digest says at the end.
+there; what it cannot know - whether the bytes are right - the digest says at the end. Other processes read along.
 """
 
 from __future__ import annotations
@@ -10,18 +10,14 @@ import fcntl
 import os
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING
 
-from attrs import define
+from attrs import define, frozen
 
 from dockerproxy.errors import DigestInvalid
 from dockerproxy.oci.names import Digest
 from dockerproxy.store.blobs import Blobs
 from dockerproxy.store.growing import GrowingFile
 from dockerproxy.store.layout import Layout, digest_in
-
-if TYPE_CHECKING:
-    from hashlib import _Hash
 
 
 @define(eq=False)
@@ -37,7 +33,7 @@ class Ingest(GrowingFile):
 
     @classmethod
     def open(cls, layout: Layout, digest: Digest) -> Ingest | None:
-        """Return the ingest of `digest`, made if need be, or None while another holds it (`follow` it then).
+        """Return the ingest of `digest`, made if need be, or None while another holds it (`Followed.open` it then).
 
         The other may have published in between: look for the blob after this, not before. Raises `OSError`.
         """
@@ -64,11 +60,6 @@ class Ingest(GrowingFile):
         """
         self._check_hashed()
         super().append(chunks)
-
-    def hasher_copy(self) -> _Hash:
-        """Return a copy of the hash of all that is there, e.g. to try bytes that are not appended yet."""
-        self._check_hashed()
-        return self._hasher.copy()
 
     def verify(self) -> bool:
         """Say whether what is there is the whole blob, by its digest."""
@@ -107,17 +98,48 @@ class Ingest(GrowingFile):
         """
         return os.dup(self._fd)
 
-    def _check_hashed(self) -> None:
-        if self.hashed != self.size:
-            raise RuntimeError("what an earlier run left has to be hashed first")
 
+@frozen
+class Followed:
+    """An ingest that another process writes, to be read along. Ends with `close`, or when it was `taken_over`."""
 
-def follow(layout: Layout, digest: Digest) -> int | None:
-    """Return a descriptor to read an ingest that another process writes, None where there is none (or no longer)."""
-    try:
-        return os.open(layout.ingest(digest), os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return None
+    digest: Digest
+    fd: int
+    _path: str
+
+    @classmethod
+    def open(cls, layout: Layout, digest: Digest) -> Followed | None:
+        """Return the ingest of `digest` as it is, None where there is none (or no longer). Raises `OSError`."""
+        path = layout.ingest(digest)
+        try:
+            return cls(digest, os.open(path, os.O_RDWR | os.O_CLOEXEC), path)
+        except FileNotFoundError:
+            return None
+
+    @property
+    def size(self) -> int:
+        """How many bytes are there now. They stay as they are, unless the writer's disk is full."""
+        return os.fstat(self.fd).st_size
+
+    @property
+    def is_present(self) -> bool:
+        """Whether it is still under way: not published, nor given up by a writer that was alive to do so."""
+        return _names(self._path, self.fd)
+
+    def taken_over(self) -> Ingest | None:
+        """Return the right to write, where whoever had it has gone without an end; what is there is to be rehashed."""
+        try:
+            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return None
+        if not self.is_present:
+            fcntl.flock(self.fd, fcntl.LOCK_UN)
+            return None
+        return Ingest(self.size, self.fd, self.digest.hasher(), self.digest, self._path)
+
+    def close(self) -> None:
+        """End the reading along; not after it was `taken_over`."""
+        os.close(self.fd)
 
 
 def stale_ingests(layout: Layout, older_than: float) -> list[Digest]:

@@ -128,12 +128,11 @@ class Links:
             for encoded in _names(f"{referrers}/{algorithm}"):
                 _remove_empty(f"{referrers}/{algorithm}/{encoded}")
             _remove_empty(f"{referrers}/{algorithm}")
-        for empty in (revisions, tags, f"{directory}/_manifests", layers, referrers):
+        for empty in (revisions, tags, f"{directory}/_manifests", layers, referrers, self._layout.uploads(repository)):
             _remove_empty(empty)
         if _names(revisions):
             self._staging.make_directory(layers)
-        while directory != self._layout.repositories and _remove_empty(directory):
-            directory = os.path.dirname(directory)
+        remove_empty(self._layout, directory)
 
     def repositories(self) -> Iterator[str]:
         """Yield the repositories that have, or had, a blob or manifest, in no order. Blocks."""
@@ -159,6 +158,12 @@ def repositories(layout: Layout, *holding: str) -> Iterator[str]:
             waiting.append(repository)
             if any(os.path.isdir(f"{directory}/{part}") for part in holding):
                 yield repository
+
+
+def remove_empty(layout: Layout, directory: str) -> None:
+    """Remove `directory` if it is empty, and then those above it that are, as far as the repositories go. Blocks."""
+    while directory != layout.repositories and _remove_empty(directory):
+        directory = os.path.dirname(directory)
 
 
 def _is_link(path: str) -> bool:

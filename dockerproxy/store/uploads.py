@@ -25,7 +25,7 @@ from dockerproxy.oci.names import Digest
 from dockerproxy.store.blobs import Blobs
 from dockerproxy.store.growing import GrowingFile
 from dockerproxy.store.layout import Layout
-from dockerproxy.store.links import repositories
+from dockerproxy.store.links import remove_empty, repositories
 
 if TYPE_CHECKING:
     from hashlib import _Hash
@@ -131,12 +131,17 @@ class Uploads:
             raise _unknown() from None
 
     def purge(self, before: float) -> int:
-        """Remove the sessions that nobody touched since `before` (POSIX time); return how many. Blocks."""
+        """Remove the sessions that nobody touched since `before` (POSIX time); return how many. Blocks.
+
+        Of a repository to which nothing else ever came, nothing is left.
+        """
         count = 0
         for repository in repositories(self._layout, "_uploads"):
-            for session in _listed(self._layout.uploads(repository)):
+            directory = self._layout.uploads(repository)
+            for session in _listed(directory):
                 if _SESSION.fullmatch(session):
-                    count += self._purge(f"{self._layout.uploads(repository)}/{session}", session, before)
+                    count += self._purge(f"{directory}/{session}", session, before)
+            remove_empty(self._layout, directory)
         return count
 
     def _purge(self, directory: str, session: str, before: float) -> bool:

@@ -14,7 +14,8 @@ from stand_ins.world import HUB, OTHER, Reader, World
 from twisted.internet.defer import Deferred, succeed
 
 from dockerproxy.cache.flights import Flight
-from dockerproxy.cache.origin import Origin
+from dockerproxy.cache.ingests import Ingests
+from dockerproxy.cache.origin import Origin, Visitor
 from dockerproxy.errors import RegistryError, UpstreamBroken, UpstreamError, UpstreamFailing, UpstreamRefused
 from dockerproxy.oci.names import Digest
 from dockerproxy.store.ingest import Ingest
@@ -34,7 +35,8 @@ DIGEST = Digest.of(DATA)
 
 
 def start(world: World, digest: Digest = DIGEST, origin: Origin | None = None, landing: Any = None) -> Flight:
-    flight = world.flights.start(origin or world.origin(), digest, landing or (lambda: succeed(None)))
+    visitor = world.visitor() if origin is None else Visitor(origin, "someone")
+    flight = world.flights.start(visitor, digest, landing or (lambda: succeed(None)))
     world.reactor.settle()
     return flight
 
@@ -260,18 +262,20 @@ def test_ready_on_one_that_has_begun_and_one_that_has_ended(world: World) -> Non
     assert ready(flight) == [None]
 
 
-def test_how_recent_it_is(world: World) -> None:
+def test_for_whom_it_is(world: World) -> None:
     gate = Gate()
     world.upstream.on("GET", "", gate.then(flowing))
     flight = start(world)
     world.reactor.advance(1000)
-    assert flight.is_recent(300)  # upstream has not answered yet
+    assert flight.is_for(world.visitor(), 300)  # upstream has not answered yet
     gate.open()
-    assert flight.is_recent(300)
+    assert flight.is_for(world.visitor(), 300)
+    assert not flight.is_for(world.visitor(who="Basic someone"), 300)
+    assert not flight.is_for(world.visitor("library/other"), 300)
     world.reactor.advance(299)
-    assert flight.is_recent(300)
+    assert flight.is_for(world.visitor(), 300)
     world.reactor.advance(1)
-    assert not flight.is_recent(300)
+    assert not flight.is_for(world.visitor(), 300)
     end(world, world.upstream.answers[0])
 
 
@@ -592,24 +596,13 @@ def test_nobody_takes_the_open_connection(world: World, monkeypatch: pytest.Monk
 
 
 def test_no_ingest_can_be_opened(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(digest: Digest) -> Ingest | None:
+    def refuse(ingests: Ingests, digest: Digest) -> Ingest | None:
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(world, "open_ingest", refuse)
+    monkeypatch.setattr(Ingests, "enter", refuse)
     assert world.fetch(DIGEST) == ("MISS", DATA)
     assert len(world.upstream.seen("GET", "blobs")) == 1
     assert not world.blobs.exists(DIGEST)
-
-
-def test_another_process_has_the_ingest(world: World) -> None:
-    other = Ingest.open(world.layout, DIGEST)
-    assert other is not None
-    try:
-        assert world.fetch(DIGEST) == ("MISS", DATA)
-        assert len(world.upstream.seen("GET", "blobs")) == 1
-        assert len(world.ingests) == 1  # that is the other's
-    finally:
-        other.release()
 
 
 def test_what_is_left_cannot_be_read(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -738,10 +731,10 @@ def test_another_registry_has_it_too(world: World) -> None:
 
 
 def test_a_mistake_of_ours_before_upstream_was_asked(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(digest: Digest) -> Ingest | None:
+    def fail(ingests: Ingests, digest: Digest) -> Ingest | None:
         raise RuntimeError("a mistake in this program")
 
-    monkeypatch.setattr(world, "open_ingest", fail)
+    monkeypatch.setattr(Ingests, "enter", fail)
     flight = start(world)
     [error] = ready(flight)
     assert type(error) is RegistryError and error.status == 500

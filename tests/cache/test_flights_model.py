@@ -102,7 +102,7 @@ class Play:
 
     def join(self, start: int) -> None:
         if self.world.flights.get(DIGEST) is None and not self.world.blobs.exists(DIGEST):
-            self.world.flights.start(self.world.origin(), DIGEST, lambda: succeed(None))
+            self.world.flights.start(self.world.visitor(), DIGEST, lambda: succeed(None))
             self.world.reactor.settle()
         flight = self.world.flights.get(DIGEST)
         if flight is not None and flight.opened:

@@ -16,7 +16,7 @@ from dockerproxy.errors import DigestInvalid
 from dockerproxy.oci.names import Digest
 from dockerproxy.store import growing
 from dockerproxy.store.blobs import Blobs
-from dockerproxy.store.ingest import Ingest, follow, stale_ingests
+from dockerproxy.store.ingest import Followed, Ingest, stale_ingests
 from dockerproxy.store.layout import Layout
 from dockerproxy.store.links import Links
 
@@ -158,13 +158,58 @@ def test_only_one_process_holds_it(layout: Layout) -> None:
     with writer(layout, DIGEST, 0) as process:
         assert line(process) == "True"
         assert Ingest.open(layout, DIGEST) is None
-        reader = follow(layout, DIGEST)
-        assert reader is not None
-        os.close(reader)
         process.kill()
         process.wait()
         opened(layout).release()
-    assert follow(layout, Digest.of(b"other")) is None
+
+
+def followed(layout: Layout) -> Followed:
+    followed = Followed.open(layout, DIGEST)
+    assert followed is not None
+    return followed
+
+
+def test_it_is_followed_and_published(layout: Layout, blobs: Blobs) -> None:
+    assert Followed.open(layout, DIGEST) is None
+    ingest = opened(layout)
+    other = followed(layout)
+    assert (other.size, other.is_present) == (0, True)
+    ingest.append([CONTENT])
+    assert other.size == len(CONTENT)
+    assert other.taken_over() is None
+    ingest.publish(blobs)
+    assert not other.is_present
+    assert other.taken_over() is None
+    assert os.pread(other.fd, len(CONTENT), 0) == CONTENT
+    other.close()
+
+
+def test_what_is_given_up_is_not_taken_over(layout: Layout) -> None:
+    ingest = opened(layout)
+    other = followed(layout)
+    ingest.discard()
+    assert not other.is_present
+    assert other.taken_over() is None
+    opened(layout).discard()
+    other.close()
+
+
+def test_a_writer_that_dies_is_followed_by_another(layout: Layout, blobs: Blobs) -> None:
+    with writer(layout, DIGEST, 1) as process:
+        assert line(process) == "True"
+        told = int(line(process))
+        other = followed(layout)
+        assert other.taken_over() is None
+        process.kill()
+        process.wait()
+    ingest = other.taken_over()
+    assert ingest is not None
+    assert ingest.size == other.size >= told
+    assert Ingest.open(layout, DIGEST) is None
+    ingest.rehash()
+    ingest.append([CONTENT[ingest.size :]])
+    ingest.publish(blobs)
+    assert Path(layout.blob(DIGEST)).read_bytes() == CONTENT
 
 
 def test_a_process_killed_while_it_appends_leaves_a_beginning(layout: Layout, blobs: Blobs) -> None:

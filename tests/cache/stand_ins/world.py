@@ -20,6 +20,7 @@ from dockerproxy.cache.challenges import Challenges
 from dockerproxy.cache.flights import Flights
 from dockerproxy.cache.freshness import Freshness
 from dockerproxy.cache.identity import Identities
+from dockerproxy.cache.ingests import Ingests
 from dockerproxy.cache.manifests import CachedManifests
 from dockerproxy.cache.origin import Origin, Visitor
 from dockerproxy.cache.pullthrough import CachedRegistry, PullThrough
@@ -29,7 +30,6 @@ from dockerproxy.http.headers import Headers
 from dockerproxy.oci.contents import BlobAnswer, ManifestAnswer
 from dockerproxy.oci.names import Digest, Registry, parse_reference, parse_repository
 from dockerproxy.store.blobs import Blobs
-from dockerproxy.store.ingest import Ingest
 from dockerproxy.store.layout import Layout
 from dockerproxy.store.links import Links
 from dockerproxy.store.records import Records
@@ -90,6 +90,7 @@ class World:
         permit: Any = None,
         secret: bytes = b"s" * 32,
         since: float = 0.0,
+        shared: bool = False,
     ) -> None:
         self.reactor = reactor = Reactor() if upstream is None else upstream.reactor
         self.upstream = upstream or Upstream(reactor)
@@ -100,7 +101,8 @@ class World:
         self.identities = Identities(secret)
         self.access = Access(self.records, self.now)
         self.room = CacheRoom(reactor, self.layout, self.blobs, limit=limit, inactive=inactive, clock=self.now)
-        self.flights = Flights(reactor, self.upstream, self.room, lambda digest: self.open_ingest(digest))
+        self.meeting = Ingests(self.layout, self.blobs, self.records, shared)
+        self.flights = Flights(reactor, self.upstream, self.room, self.meeting)
         self.learned: dict[Registry, Any] = {}
         hosts = [registry.host for registry in registries] + [Registry.parse("auth.docker.io").host]
         self.challenges = Challenges(self.exchange, self.records, hosts, self.learned.__setitem__, self.now)
@@ -120,9 +122,6 @@ class World:
 
     def now(self) -> float:
         return EPOCH + float(self.reactor.seconds())
-
-    def open_ingest(self, digest: Digest) -> Ingest | None:
-        return Ingest.open(self.layout, digest)
 
     # who asks
 
@@ -168,9 +167,12 @@ class World:
         self, digest: Digest, name: str = "library/app", who: str | None = None, **more: Any
     ) -> tuple[str, bytes]:
         """Ask for a blob and read it: return the verdict and the content."""
-        return self.run(self._fetch(digest, name, who, **more), 60)  # type: ignore[no-any-return]
+        return self.run(self.fetch_later(digest, name, who, **more), 60)  # type: ignore[no-any-return]
 
-    async def _fetch(self, digest: Digest, name: str, who: str | None, **more: Any) -> tuple[str, bytes]:
+    async def fetch_later(
+        self, digest: Digest, name: str = "library/app", who: str | None = None, **more: Any
+    ) -> tuple[str, bytes]:
+        """Ask for a blob and read it, however long that takes."""
         answer = await self.blob(digest, name, who, **more)
         assert answer.content is not None
         try:
