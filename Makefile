@@ -8,8 +8,8 @@ TEST_PROGRAMS = dockerd=docker.io docker=docker-cli|docker.io containerd=contain
     iptables=iptables nginx=nginx-light shellcheck=shellcheck busybox=busybox vagrant=vagrant
 BENCH_PROGRAMS = nginx=nginx-light docker-registry=docker-registry
 
-# The oldest versions that setup.cfg allows; Twisted's is what Ubuntu 24.04 has.
-OLDEST = twisted==24.3.0 pyopenssl==24.0.0 cryptography==41.0.7 service-identity==23.1.0 attrs==23.2.0 bcrypt==3.2.2
+# The oldest versions that setup.cfg allows: no newer than what Ubuntu 24.04 has.
+OLDEST = twisted==24.3.0 pyopenssl==23.2.0 cryptography==41.0.7 service-identity==23.1.0 attrs==23.2.0 bcrypt==3.2.2
 
 ROOT := $(filter 0,$(shell id -u))
 METADATA = setup.cfg setup.py pyproject.toml
@@ -17,7 +17,7 @@ PIP_INSTALL = -m pip --disable-pip-version-check install --quiet
 # setuptools' other ways of an editable install hide twisted/plugins from Twisted, which looks along sys.path.
 EDITABLE = --config-settings editable_mode=compat --editable
 
-.PHONY: help venv run test lint test-oldest test-programs deb test-deb test-vagrant bench clean
+.PHONY: help venv run test lint test-oldest test-conformance test-programs deb test-deb test-vagrant bench clean
 
 help: ## say what can be made
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -42,9 +42,13 @@ lint: .venv/made-test ## check style and types
 test-oldest: .venv-oldest/made ## run the unit tests on the oldest versions that are supported
 	.venv-oldest/bin/python -m pytest -ra --ignore=tests/e2e
 
+test-conformance: .venv/made-test ## run the OCI conformance suite against the hosted registry; SUITE=PATH names its program
+	@.venv/bin/python tests/conformance/run.py $(SUITE)
+
 test-programs:
 ifeq ($(ROOT),0)
 	@tools/apt-install $(foreach pair,$(TEST_PROGRAMS),'$(pair)')
+	@dpkg -s vagrant-libvirt >/dev/null 2>&1 || tools/apt-install vagrant-libvirt=vagrant-libvirt
 endif
 
 deb: ## build dist/docker-registry-proxy_VERSION_all.deb for Debian 13; as root, which makes the tree it is built in

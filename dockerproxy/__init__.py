@@ -2,7 +2,8 @@
 
 The way of a request, top to bottom; a package imports only what is below it (tests/test_imports.py holds that):
 
-- `tap` composes the daemon from `settings`: what `twistd dockerproxy` starts. Read it first.
+- `tap` is what `twistd dockerproxy` starts. Read it first: the daemon is composed there from `settings`, and in
+  `assembly` what serves clients; that is in each of its processes (`workers`) the same.
 - `proxy` is the front door: it reads the first request head and decides whether to tunnel, to intercept with a
   certificate of our own CA, or to answer.
 - `registry` speaks the OCI distribution API over `http`, ignorant of where content comes from.

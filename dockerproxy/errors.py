@@ -140,6 +140,10 @@ class InsufficientStorage(RegistryError):
     status, code = 507, "UNAVAILABLE"
 
 
+class StorageFailed(RegistryError):
+    """Our own disk does not do as it should; the log has more of it."""
+
+
 class UpstreamError(RegistryError):
     """Another server failed us."""
 

@@ -176,9 +176,9 @@ class _Environment:
 
 
 def _credential(env: Mapping[str, str], name: str) -> dict[str, str]:
-    """Return the variable `name` as systemd's credential of that name in small letters has it, if there is one."""
+    """Return the variable `name` as a credential of systemd's has it, docker-registry-proxy.NAME in small letters."""
     folder = env.get("CREDENTIALS_DIRECTORY", "")
-    path = Path(folder) / name.lower()
+    path = Path(folder) / f"docker-registry-proxy.{name.lower()}"
     try:
         return {name: path.read_text("utf-8")} if folder else {}
     except FileNotFoundError:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Hashable
-from contextlib import asynccontextmanager
-from typing import Any, Generic, TypeVar
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any, Generic, Protocol, TypeVar
 
 from twisted.internet.defer import Deferred, DeferredLock
 from twisted.internet.threads import deferToThreadPool
@@ -49,14 +49,21 @@ async def to_the_end(work: Coroutine[Any, Any, T], what: str) -> T:
     return await waiter
 
 
-class Turns(Generic[K]):
+class TakesTurns(Protocol):
+    """One at a time for each key."""
+
+    def of(self, key: str) -> AbstractAsyncContextManager[None]:
+        """Wait for one's turn, and have it for the length of the block."""
+
+
+class Turns:
     """One at a time for each key, in the order they asked."""
 
     def __init__(self) -> None:
-        self._locks: dict[K, DeferredLock] = {}
+        self._locks: dict[str, DeferredLock] = {}
 
     @asynccontextmanager
-    async def of(self, key: K) -> AsyncIterator[None]:
+    async def of(self, key: str) -> AsyncIterator[None]:
         """Wait for one's turn, and have it for the length of the block."""
         lock = self._locks.setdefault(key, DeferredLock())
         await lock.acquire()

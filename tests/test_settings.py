@@ -550,7 +550,7 @@ def test_no_value_raises_anything_but_settings_error(name: str, text: str) -> No
 
 @pytest.fixture
 def credentials(tmp_path: Path) -> Path:
-    (tmp_path / "auth_registries").write_text("quay.io:me:from:systemd\nghcr.io:me:too\n")
+    (tmp_path / "docker-registry-proxy.auth_registries").write_text("quay.io:me:from:systemd\nghcr.io:me:too\n")
     return tmp_path
 
 
@@ -573,7 +573,9 @@ def test_the_environment_and_the_file_win_over_a_credential(credentials: Path) -
 
 
 def test_delimiters_hold_for_a_credential(credentials: Path) -> None:
-    (credentials / "auth_registries").write_text('gcr.io:::_json_key:::{"a": "b"};;;quay.io:::me:::word\n')
+    (credentials / "docker-registry-proxy.auth_registries").write_text(
+        'gcr.io:::_json_key:::{"a": "b"};;;quay.io:::me:::word\n'
+    )
     found = logins_with(credentials, AUTH_REGISTRIES_DELIMITER=";;;", AUTH_REGISTRY_DELIMITER=":::")
     assert found == {"gcr.io": '{"a": "b"}', "quay.io": "word"}
 
@@ -584,7 +586,7 @@ def test_no_credential_is_none(tmp_path: Path) -> None:
 
 
 def test_a_credential_that_cannot_be_used(credentials: Path) -> None:
-    file = credentials / "auth_registries"
+    file = credentials / "docker-registry-proxy.auth_registries"
     file.write_bytes(b"quay.io:me:\xff")
     with pytest.raises(SettingsError, match=re.escape(f"{file} is not UTF-8 text.")):
         logins_with(credentials)

@@ -229,7 +229,7 @@ class ToTheEnd(SynchronousTestCase):
 
 class Waiting(SynchronousTestCase):
     def setUp(self) -> None:
-        self.turns: Turns[str] = Turns()
+        self.turns = Turns()
         self.seen: list[str] = []
 
     def take(self, key: str, name: str, gate: Deferred[None]) -> Deferred[None]:

@@ -119,10 +119,9 @@ as_user() {
     setpriv --reuid="$number" --regid="$(id -g "$name")" --clear-groups --inh-caps=-all "$@"
 }
 
-# Makes a folder in the share, be it by root or, where root is nobody there, by its owner.
+# Makes a folder in the share, by the share's owner: root may be nobody there, or make what is root's on the host.
 make_folder() {
-    [ -d "$1" ] || mkdir "$1" 2>/dev/null || as_user "$(stat -c %u "$share")" mkdir "$1" 2>/dev/null ||
-        fail "$1 cannot be made"
+    [ -d "$1" ] || as_user "$owner" mkdir "$1" 2>/dev/null || mkdir "$1" 2>/dev/null || fail "$1 cannot be made"
 }
 
 # Whether a user can do in a folder what the daemon does there.
@@ -132,11 +131,13 @@ can_write() {
 }
 
 # Sets $user, the number of the user that the daemon runs as: it has to be the one to whom the folders belong, for many
-# shares know no other. If that is root they are given away instead.
+# shares know no other. If that is root they are given away instead, to the share's owner.
 choose_user() {
+    owner=$(stat -c %u "$share")
     make_folder "$share/registry"
     make_folder "$share/ca"
     user=$(stat -c %u "$share/registry")
+    [ "$user" != 0 ] || user=$owner
     [ "$user" != 0 ] || user=$(id -u "$name")
     # systemd starts nothing as a user who has no name.
     if ! getent passwd "$user" >/dev/null; then

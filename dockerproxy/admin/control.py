@@ -66,7 +66,7 @@ class Operations:
         """Return what `work` gives; raise `Refused` while another is under way."""
         if self.under_way is not None:
             work.close()
-            raise Refused(409, "BUSY", f"the daemon is at another {self.under_way['name']}, wait for that to end")
+            raise Refused(409, "BUSY", f"the daemon is busy ({self.under_way['name']}); wait for that to end")
         self.under_way = {"name": name, "since": self._clock()}
         log.info("{operation} began", operation=name)
         try:

@@ -126,9 +126,18 @@ class Names:
             for repository in shelf.links.repositories()
             if shelf.has(repository)
         ]
-        ending = [name for name in names if name.endswith(f"/{path}")]
-        near = dict.fromkeys((*ending, *difflib.get_close_matches(path, names, _SUGGESTED)))
+        # With what stands before it elsewhere: a registry's host, or the address that ours was reached by.
+        longer_or_shorter = [name for name in names if name.endswith(f"/{path}") or path.endswith(f"/{name}")]
+        near = dict.fromkeys((*longer_or_shorter, *_close(path, names)))
         return [name if tag is None else f"{name}:{tag}" for name in near][:_SUGGESTED]
+
+
+def _close(text: str, names: Sequence[str]) -> list[str]:
+    """Return the `names` that are spelled like `text`, or begin so; in upper case or lower."""
+    folded = {name.lower(): name for name in names}
+    begun = [name for name in folded if text and name.startswith(text.lower())]
+    found = dict.fromkeys((*difflib.get_close_matches(text.lower(), folded, _SUGGESTED), *begun[:_SUGGESTED]))
+    return [folded[name] for name in found][:_SUGGESTED]
 
 
 def _split(text: str) -> tuple[str, str | None, Digest | None]:
@@ -152,5 +161,4 @@ def _split(text: str) -> tuple[str, str | None, Digest | None]:
 def _check_tag(shelf: Shelf, repository: str, tag: str) -> None:
     tags = shelf.links.tags(repository)
     if tag not in tags:
-        near = difflib.get_close_matches(tag, tags, _SUGGESTED)
-        raise NotFound(f"{repository} has no tag {tag}", [f"{repository}:{name}" for name in near])
+        raise NotFound(f"{repository} has no tag {tag}", [f"{repository}:{name}" for name in _close(tag, tags)])

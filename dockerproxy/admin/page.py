@@ -60,7 +60,8 @@ class Page:
 
     def _welcome(self, request: Request) -> None:
         try:
-            url = _own_url(request, None)
+            # With TLS the certificate would be one that is not trusted yet.
+            url = _own_url(request, self.proxy_port if request.secure else None)
         except BadRequest:
             url = "http://THIS-HOST:PORT/"
         request.answer(200, _TEXT, _WELCOME.format(url=url).encode())

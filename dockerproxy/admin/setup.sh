@@ -7,15 +7,18 @@
 set -eu
 umask 022
 PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin
+LC_ALL=C
+export LC_ALL
 
 proxy=@PROXY@
-mark='# Written by the set-up script of docker-registry-proxy.'
+mark='# Of the set-up script of docker-registry-proxy. When it is run again, NO_PROXY is kept, and nothing else.'
 tail=' # by the set-up script of docker-registry-proxy'
-never_proxied='localhost,127.0.0.1,::1'
 unfinished=/var/lib/docker-registry-proxy-setup.unfinished
-podman_conf=/etc/containers/containers.conf.d/docker-registry-proxy.conf
+own_name=zz-docker-registry-proxy.conf # read after the files of others, which stay as they are
+podman_conf=/etc/containers/containers.conf.d/$own_name
 services='containerd docker crio' # in the order of a restart: dockerd needs containerd
 pending=                          # the services that something changed for
+new=                              # the file that is being written
 
 say() {
     printf '%s\n' "$*"
@@ -51,11 +54,16 @@ change_all() {
     change "$services podman"
 }
 
-# Puts the first file in place of the second, of which there is at no moment a part.
+# Gives the second file the text of the first. At no moment is there a part of it; its owner and mode stay.
 put() {
-    mkdir -p "${2%/*}"
-    cp "$1" "$2.new"
-    mv "$2.new" "$2"
+    new=$2.new
+    {
+        mkdir -p "${2%/*}" &&
+            if [ -e "$2" ]; then cp -p "$2" "$new"; fi &&
+            cat "$1" >"$new" &&
+            mv "$new" "$2"
+    } || fail "$2 cannot be written"
+    new=
 }
 
 # The certificate.
@@ -78,7 +86,10 @@ find_store() {
 
 update_store() {
     # shellcheck disable=SC2086 # a command and its argument
-    $update >/dev/null || fail "the system's trust store could not be updated: $update"
+    if ! $update >"$work/told" 2>&1; then # some warn where nothing is wrong
+        cat "$work/told" >&2
+        fail "the system's trust store could not be updated: $update"
+    fi
 }
 
 fetch() {
@@ -118,7 +129,7 @@ remove_certificate() {
     change_all
     rm -f "$anchor"
     update_store
-    say "The CA certificate is no longer trusted: $anchor"
+    say "The CA certificate was removed: $anchor"
 }
 
 # The engines.
@@ -147,16 +158,20 @@ is_installed() {
 }
 
 drop_in_of() {
-    printf '%s' "/etc/systemd/system/$1.service.d/http-proxy.conf"
+    printf '%s' "/etc/systemd/system/$1.service.d/$own_name"
 }
 
-# The hosts that are not to be proxied: those that the file of the settings names, and those that never are.
+# Prints the hosts that are not to be proxied: those that the settings on standard input name, and those that never are.
+# Not `*`, for that is all hosts.
 no_proxy_list() {
+    set -f
+    value="=[\"']\{0,1\}\([^\"'#;]*\).*/\1/p"
+    named=$(sed -n "h;s/^[^#;]*NO_PROXY$value;g;s/^[^#;]*no_proxy$value" | tr ',' ' ')
     list=
-    if [ -f "$1" ]; then
-        list=$(sed -n "s/^[^#]*NO_PROXY=[\"']*\([^\"' ]*\).*\$/\1/p" "$1" | tail -n 1)
-    fi
-    for host in $(printf '%s' "$never_proxied" | tr ',' ' '); do
+    for host in $named localhost 127.0.0.1 ::1; do
+        case "$host" in
+            '*' | *[!][A-Za-z0-9.:/_*-]*) continue ;;
+        esac
         case ",$list," in
             *",$host,"*) ;;
             *) list=${list:+$list,}$host ;;
@@ -165,52 +180,46 @@ no_proxy_list() {
     printf '%s' "$list"
 }
 
-# Makes the second argument, a file that is all this script's, of what is in $work/new, for the service named first.
+# What a file says, if it is there.
+text_of() {
+    if [ -f "$1" ]; then cat "$1"; fi
+}
+
+# Makes the second argument, a file of this script's, of what is in $work/new, for the service named first.
 settle() {
     if is_same "$work/new" "$2"; then
         say "$1 is set up already: $2"
         return
     fi
     change "$1"
-    if [ -e "$2" ] && ! grep -qxF "$mark" "$2"; then
-        mv "$2" "$2.before-docker-registry-proxy"
-        say "The file that was there is kept: $2.before-docker-registry-proxy"
-    fi
     put "$work/new" "$2"
     say "$1 is now set up to use $proxy: $2"
 }
 
-# Takes away what `settle` made of the second argument, a file for the service named first.
+# Takes away what `settle` made.
 unsettle() {
-    if [ -e "$2" ] && grep -qxF "$mark" "$2"; then
-        change "$1"
-        rm -f "$2"
-        say "$1 no longer uses the proxy: $2"
-        if [ -e "$2.before-docker-registry-proxy" ]; then
-            mv "$2.before-docker-registry-proxy" "$2"
-            say "The file that was there before is back: $2"
-        fi
-        rmdir "${2%/*}" 2>/dev/null || true
-    elif [ -e "$2" ]; then
-        say "Left alone, not being of this script's making: $2"
-    fi
+    [ -e "$2" ] || return 0
+    change "$1"
+    rm -f "$2"
+    rmdir "${2%/*}" 2>/dev/null || true
+    say "$1 has its former settings again, without $2"
 }
 
 configure_systemd() {
-    file=$(drop_in_of "$1")
+    systemctl cat "$1.service" >"$work/old" 2>/dev/null || true # with the files of others, and ours
     {
         say "$mark"
         say '[Service]'
         say "Environment=\"HTTP_PROXY=$proxy\""
         say "Environment=\"HTTPS_PROXY=$proxy\""
-        say "Environment=\"NO_PROXY=$(no_proxy_list "$file")\""
+        say "Environment=\"NO_PROXY=$(no_proxy_list <"$work/old")\""
     } >"$work/new"
-    settle "$1" "$file"
+    settle "$1" "$(drop_in_of "$1")"
 }
 
 # The other lines of an OpenRC service's settings, all of which are in one file.
 other_lines() {
-    if [ -f "$1" ]; then grep -v "$tail\$" "$1" || true; fi
+    text_of "$1" | grep -v "$tail\$" || true
 }
 
 configure_openrc() {
@@ -219,15 +228,9 @@ configure_openrc() {
         other_lines "$file"
         say "export HTTP_PROXY='$proxy'$tail"
         say "export HTTPS_PROXY='$proxy'$tail"
-        say "export NO_PROXY='$(no_proxy_list "$file")'$tail"
+        say "export NO_PROXY='$(text_of "$file" | no_proxy_list)'$tail"
     } >"$work/new"
-    if is_same "$work/new" "$file"; then
-        say "$1 is set up already: $file"
-        return
-    fi
-    change "$1"
-    put "$work/new" "$file"
-    say "$1 is now set up to use $proxy: $file"
+    settle "$1" "$file"
 }
 
 remove_openrc() {
@@ -240,7 +243,7 @@ remove_openrc() {
     else
         rm -f "$file"
     fi
-    say "$1 no longer uses the proxy: $file"
+    say "$1 has its former settings again: $file"
 }
 
 # podman has no daemon, so there is no environment to set but its own. What it pulls with goes through the proxy; what
@@ -249,7 +252,7 @@ configure_podman() {
     {
         say "$mark"
         say '[engine]'
-        say "env = ['HTTP_PROXY=$proxy', 'HTTPS_PROXY=$proxy', 'NO_PROXY=$(no_proxy_list "$podman_conf")']"
+        say "env = ['HTTP_PROXY=$proxy', 'HTTPS_PROXY=$proxy', 'NO_PROXY=$(text_of "$podman_conf" | no_proxy_list)']"
         say '[containers]'
         say 'http_proxy = false'
     } >"$work/new"
@@ -325,18 +328,31 @@ restart_engines() {
     done
 }
 
-# Looks for settings of others that go before ours.
+# Looks at what the services run with, for some settings of others go before ours all the same.
 check_engines() {
-    if is_installed docker && grep -q '"proxies"' /etc/docker/daemon.json 2>/dev/null; then
+    if is_installed docker && grep -q '"proxies"' /etc/docker/daemon.json 2>/dev/null &&
+        ! grep -qF "${proxy%/}" /etc/docker/daemon.json; then
         fail 'docker does not use the proxy yet: take "proxies" out of /etc/docker/daemon.json, and restart it'
     fi
     has_systemd || return 0
     for service in $services; do
-        is_installed "$service" || continue
-        case "$(systemctl show --property=Environment "$service.service") " in
-            *"HTTPS_PROXY=$proxy"[\"\'\ ]*) ;;
-            *) fail "$service does not use the proxy yet: another file sets HTTPS_PROXY too; see: systemctl cat $service" ;;
-        esac
+        process=$(systemctl show --property=MainPID "$service.service")
+        environment=/proc/${process#MainPID=}/environ
+        [ -r "$environment" ] || continue # it does not run
+        tr '\0' '\n' <"$environment" >"$work/environ"
+        grep -qxF "HTTPS_PROXY=$proxy" "$work/environ" ||
+            fail "$service does not use the proxy yet: HTTPS_PROXY is set elsewhere too; see: systemctl cat $service" \
+                '(and the files that EnvironmentFile= names)'
+    done
+}
+
+# Says what else runs containers here, and is left alone.
+tell_of_others() {
+    for file in /etc/systemd/system/k3s.service /etc/systemd/system/k3s-agent.service /etc/rancher/rke2 \
+        /var/snap/docker /var/snap/microk8s /home/*/.config/systemd/user/docker.service; do
+        if [ -e "$file" ]; then
+            say "Not set up, having its own settings for proxy and certificates: what $file belongs to"
+        fi
     done
 }
 
@@ -345,11 +361,12 @@ set_up() {
     configure_engines
     restart_engines
     rm -f "$unfinished"
+    tell_of_others
     if [ -n "$by_hand" ]; then
         say "There is neither systemd nor OpenRC here. Restart yourself, with this environment:$by_hand"
         say "    HTTP_PROXY=$proxy"
         say "    HTTPS_PROXY=$proxy"
-        say "    NO_PROXY=$never_proxied"
+        say "    NO_PROXY=$(no_proxy_list </dev/null)"
         exit 1
     fi
     if [ -z "$found" ]; then
@@ -373,11 +390,12 @@ main() {
     esac
     [ "$(id -u)" = 0 ] || fail 'this changes the configuration of the system, so it has to be run as root (with sudo)'
     find_store
+    [ -w /etc ] || fail '/etc is read-only; nothing was changed'
 
     # The proxy is reached directly, whatever proxy this shell is told to use.
     unset http_proxy HTTP_PROXY all_proxy ALL_PROXY
     work=$(mktemp -d)
-    trap 'rm -rf "$work"' EXIT
+    trap 'rm -rf "$work" ${new:+"$new"}' EXIT
     trap 'exit 1' HUP INT TERM
     if [ -e "$unfinished" ]; then change_all; fi
     if [ "$*" = --remove ]; then

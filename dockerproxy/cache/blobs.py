@@ -10,7 +10,7 @@ from dockerproxy.cache.access import FRESH, Access, Standing
 from dockerproxy.cache.flights import Flight, Flights
 from dockerproxy.cache.notes import note_link
 from dockerproxy.cache.origin import Answer, Upstream, Visitor, is_refusal, refuse
-from dockerproxy.cache.room import CacheRoom
+from dockerproxy.cache.room import Room
 from dockerproxy.errors import RegistryError, Unauthorized, UpstreamBroken, UpstreamError, UpstreamFailing, is_outage
 from dockerproxy.http.headers import Headers
 from dockerproxy.oci.contents import BlobAnswer
@@ -27,7 +27,7 @@ _ATTEMPTS = 3  # a blob may be evicted between being seen and being opened
 class StoredContent:
     """A whole blob on disk, open; it does not leave the cache before it is closed."""
 
-    def __init__(self, reactor: Any, blob: OpenBlob, room: CacheRoom) -> None:
+    def __init__(self, reactor: Any, blob: OpenBlob, room: Room) -> None:
         self._reactor = reactor
         self._blob = blob
         self._room = room
@@ -62,7 +62,7 @@ class CachedBlobs:
         links: Links,
         flights: Flights,
         access: Access,
-        room: CacheRoom,
+        room: Room,
     ) -> None:
         self._reactor = reactor
         self._upstream = upstream
@@ -107,7 +107,7 @@ class CachedBlobs:
                 return None
             # What upstream answers to the request that is out, or answered to it just now, it answers to this visitor.
             if known or flight.is_for(visitor, FRESH):
-                return self._join(flight, visitor, verdict)
+                return self._join(flight, visitor, "JOINED" if flight.follows else verdict)
             await flight.measured()
         admitted = await self._admit(visitor, digest, linked)
         flight = self._flights.get(digest)

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from twisted.internet.defer import Deferred
 from twisted.internet.task import deferLater
@@ -30,6 +30,7 @@ from dockerproxy.cache.download import Download, TooLong
 from dockerproxy.cache.ingests import Announcement, Ingests
 from dockerproxy.cache.origin import Origin, Upstream, Visitor
 from dockerproxy.cache.reading import HELD_BACK, FlightContent
+from dockerproxy.cache.room import Room
 from dockerproxy.errors import RegistryError, UpstreamBroken
 from dockerproxy.oci.names import Digest
 from dockerproxy.store.growing import GrowingFile
@@ -52,16 +53,6 @@ Landing = Callable[[], Awaitable[None]]
 
 class Stranded(Exception):
     """The ingest file cannot go on, though the content may be had."""
-
-
-class Room(Protocol):
-    """Says whether a blob may be kept, and makes room for it; see `CacheRoom`."""
-
-    async def reserve(self, digest: Digest, size: int, present: int) -> bool: ...
-
-    def release(self, digest: Digest) -> None: ...
-
-    async def keep(self, ingest: Ingest) -> None: ...
 
 
 class Flight:
@@ -93,6 +84,7 @@ class Flight:
         self.digest = digest
         self.size: int | None = None  # of the whole blob, once upstream has said it
         self.written = 0  # bytes in the ingest file
+        self.follows = False  # whether another process fetches it
         self.opened = False  # whether upstream has begun to send
         self.landed = False  # verified and published
         self.failure: Exception | None = None
@@ -246,6 +238,7 @@ class Flight:
     async def _follow(self, followed: Followed) -> Ingest | None:
         """Read along while another process writes. Return the right to go on where that died, None when it landed."""
         ingest = None
+        self.follows = True
         try:
             while followed.is_present and (ingest := followed.taken_over()) is None:
                 self._look(followed)
@@ -263,6 +256,7 @@ class Flight:
         finally:
             if ingest is None:
                 followed.close()
+        self.follows = ingest is None
         return ingest
 
     def _look(self, followed: Followed) -> None:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from math import inf
-from typing import Any
+from typing import Any, Protocol
 
 from twisted.application.internet import TimerService
 from twisted.logger import Logger
@@ -26,6 +26,22 @@ _ABANDONED = 86400.0  # seconds after which a download that nobody took up is th
 _RESERVE = 16 * 1024 * 1024  # bytes left free on the disk: links, records and other programs need some
 
 log = Logger()
+
+
+class Room(Protocol):
+    """What downloads and reading ask of the room; see `CacheRoom`."""
+
+    async def reserve(self, digest: Digest, size: int, present: int) -> bool: ...
+
+    def release(self, digest: Digest) -> None: ...
+
+    async def keep(self, ingest: Ingest) -> None: ...
+
+    async def count(self, digest: Digest, size: int) -> None: ...
+
+    def hold(self, digest: Digest) -> None: ...
+
+    def let_go(self, digest: Digest) -> None: ...
 
 
 class CacheRoom:
@@ -92,9 +108,13 @@ class CacheRoom:
             if left is not None:
                 self._add(digest, left.size)
 
+    def note_use(self, digest: Digest) -> None:
+        """Note that a content is used now."""
+        self.usage.touch(digest, self._clock())
+
     def hold(self, digest: Digest) -> None:
         """Note that a content is used now and must not go before `let_go`."""
-        self.usage.touch(digest, self._clock())
+        self.note_use(digest)
         self.usage.pin(digest)
 
     def let_go(self, digest: Digest) -> None:

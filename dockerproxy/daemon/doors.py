@@ -9,6 +9,7 @@ from attrs import frozen
 from twisted.application.service import Service
 from twisted.internet.defer import Deferred, TimeoutError, maybeDeferred
 from twisted.internet.interfaces import IListeningPort
+from twisted.internet.protocol import Factory
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
@@ -25,11 +26,15 @@ log = Logger()
 
 @frozen
 class Door:
-    """Where a site listens: the endpoint `descriptions` that are the value of `setting`."""
+    """Where a site listens: the endpoint `descriptions` that are the value of `setting`.
+
+    `entrance` is what is given the connections, if not the site itself.
+    """
 
     setting: str
     descriptions: tuple[str, ...]
     site: Site
+    entrance: Factory | None = None
 
 
 class Doors(Service):
@@ -85,7 +90,7 @@ class Doors(Service):
     async def _open(self) -> None:
         for door in self._doors:
             try:
-                ports = await listen(self._reactor, door.descriptions, door.site, door.setting)
+                ports = await listen(self._reactor, door.descriptions, door.entrance or door.site, door.setting)
             except NotHandedIn as error:
                 # Where another program has the port, systemd's socket fails. The proxy is of use without the others.
                 if door is self._doors[0]:

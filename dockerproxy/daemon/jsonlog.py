@@ -64,15 +64,20 @@ def twistd_stream(options: Mapping[str, Any], reactor: IReactorFromThreads) -> T
     A plugin finds them as the `parent` of its own options. As with twistd, SIGUSR1 rotates a file, and a daemon cannot
     log to standard output: SystemExit.
     """
-    name, nodaemon = options.get("logfile") or "", options.get("nodaemon", False)
-    if name == "-" and not nodaemon:
+    name = options.get("logfile") or ""
+    if name == "-" and not options.get("nodaemon"):
         raise SystemExit("Daemons cannot log to stdout, exiting!")
-    if name == "-" or (nodaemon and not name):
+    if is_standard_output(options):
         return sys.stdout
     file: LogFile = LogFile.fromFullPath(name or "twistd.log")  # type: ignore[no-untyped-call]
     if signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL:
         signal.signal(signal.SIGUSR1, lambda *_: reactor.callFromThread(file.rotate))
     return file
+
+
+def is_standard_output(options: Mapping[str, Any]) -> bool:
+    """Say whether twistd, by its `options`, logs to standard output."""
+    return bool(options.get("nodaemon")) and options.get("logfile") in (None, "", "-") and not options.get("syslog")
 
 
 def _line(event: LogEvent) -> str | None:

@@ -10,6 +10,8 @@ from typing import Any, TextIO
 from twisted.logger import FileLogObserver, ILogObserver, LogEvent, LogLevel, eventAsText, textFileLogObserver
 from twisted.python.components import Componentized
 
+from dockerproxy.daemon.jsonlog import is_standard_output
+
 # sd-daemon(3): the levels of syslog. The unit's SyslogLevel= is for lines without one.
 _PRIORITIES = {LogLevel.debug: 7, LogLevel.info: 6, LogLevel.warn: 4, LogLevel.error: 3, LogLevel.critical: 2}
 _INFO = 6
@@ -28,8 +30,7 @@ def observer() -> FileLogObserver:
 
 def fits(options: Mapping[str, Any]) -> bool:
     """Say whether twistd, by its `options`, would log to standard output, and that is the journal."""
-    elsewhere = options.get("syslog") or options.get("logfile") or not options.get("nodaemon")
-    return not elsewhere and _is_journal(sys.stdout, os.environ.get("JOURNAL_STREAM", ""))
+    return is_standard_output(options) and _is_journal(sys.stdout, os.environ.get("JOURNAL_STREAM", ""))
 
 
 def install(application: Componentized) -> None:

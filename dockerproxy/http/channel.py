@@ -33,7 +33,7 @@ from dockerproxy.http.message import (
 )
 from dockerproxy.http.request import ClientGone, Fields, Request
 from dockerproxy.http.stream import ByteStream
-from dockerproxy.http.transport import SocketTransport, TLSTransport, explain_handshake
+from dockerproxy.http.transport import SocketTransport, TLSTransport, Yielded, explain_handshake
 
 Handler = Callable[[Request], Awaitable[None]]
 
@@ -86,6 +86,8 @@ class Site(Factory):
         self.timeouts = timeouts
         self.log_finished = finished
         self.draining = False
+        self.gone: Callable[[], None] = lambda: None
+        """Called when a connection that was accepted has ended; as a tunnel, perhaps."""
         self._tls = tls
         self._channels: set[HTTPChannel] = set()
         self._drained: list[Deferred[None]] = []
@@ -131,14 +133,17 @@ class Site(Factory):
         return len(channels)
 
 
-class _Acceptor(Protocol):
-    """Takes a new connection from Twisted and hands it to the site."""
+class _Acceptor(Yielded):
+    """Takes a new connection from Twisted, hands it to the site, and sees its end, whatever has become of it."""
 
     def __init__(self, site: Site) -> None:
         self._site = site
 
     def connectionMade(self) -> None:
         self._site.accept(self.transport)
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        self._site.gone()
 
 
 class _BodyOverdue(BadRequest):

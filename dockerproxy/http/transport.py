@@ -32,6 +32,13 @@ from twisted.protocols.tls import TLSMemoryBIOFactory
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
+# To a client that begins with a request where TLS is expected; in these words it is known from servers in Go.
+_TLS_EXPECTED = (
+    b"HTTP/1.0 400 Bad Request\r\nContent-Type: text/plain; charset=utf-8\r\nConnection: close\r\n\r\n"
+    b"Client sent an HTTP request to an HTTPS server.\n"
+)
+_NO_TLS = ("http request", "https proxy request")  # OpenSSL's words for that
+
 _READ_SIZE = 64 * 1024
 _READS_AT_ONCE = 8  # then other connections get their turn
 
@@ -52,7 +59,7 @@ _DISTRUST = ("unknown ca", "certificate unknown", "bad certificate")  # alerts (
 log = Logger()
 
 
-class _Yielded(Protocol):
+class Yielded(Protocol):
     """What Twisted's own transport is left with once its socket is taken over."""
 
 
@@ -76,7 +83,7 @@ class SocketTransport:
         self._ready = True  # whether application data can be written: TLS first shakes hands
         self._broken = self._aborted = False
         self._reason: Exception = CONNECTION_LOST
-        self.protocol: IProtocol = _Yielded()
+        self.protocol: IProtocol = Yielded()
         self.connected = True
         self.disconnecting = False
         self.sent = 0
@@ -88,7 +95,8 @@ class SocketTransport:
         """Take the socket from Twisted's transport and give `protocol` what arrives from now on."""
         self._tcp.stopReading()
         self._tcp.stopWriting()
-        self._tcp.protocol = _Yielded()
+        if not isinstance(self._tcp.protocol, Yielded):
+            self._tcp.protocol = Yielded()
         if self._socket.family != socket.AF_UNIX:
             self._tcp.setTcpNoDelay(True)
             self._tcp.setTcpKeepAlive(True)
@@ -111,7 +119,7 @@ class SocketTransport:
         self._pending.clear()
         self._stop()
         self.connected = False
-        self.protocol = _Yielded()
+        self.protocol = Yielded()
         TLSTransport.server(self._reactor, self._tcp, context, pending).start(protocol)
 
     def _upgrade_in_memory(self, context: SSL.Context, protocol: IProtocol, received: bytes) -> None:
@@ -299,7 +307,7 @@ class SocketTransport:
         self._tcp.connectionLost(reason)
         if producer is not None:
             producer.stopProducing()
-        protocol, self.protocol = self.protocol, _Yielded()
+        protocol, self.protocol = self.protocol, Yielded()
         protocol.connectionLost(reason)
 
     def _stop(self) -> None:
@@ -389,6 +397,8 @@ class TLSTransport(SocketTransport):
             return False
         except SSL.Error as error:
             self._reason = error
+            if explain_handshake(error) in _NO_TLS:
+                self._refuse_plain_http()
             self._break()
             return False
         self._ready = True
@@ -399,6 +409,12 @@ class TLSTransport(SocketTransport):
         if IHandshakeListener.providedBy(self.protocol):
             self.protocol.handshakeCompleted()
         return True
+
+    def _refuse_plain_http(self) -> None:
+        with suppress(OSError):
+            self._socket.recv(_READ_SIZE)  # what is unread when a socket is closed resets it, and the answer is lost
+        with suppress(OSError):
+            self._socket.send(_TLS_EXPECTED)
 
     def _send(self, data: bytes | bytearray | memoryview) -> int:
         view, size, sent = memoryview(data), self._record(), 0

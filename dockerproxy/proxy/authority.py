@@ -118,16 +118,18 @@ class CertificateAuthority:
     def context_by_name(self, names: Container[str]) -> SSL.Context:
         """Return a server's context that shows each client the leaf for the name it asks for, if that is in `names`.
 
-        Who asks for none (a client that was given an IP address does not) or for another gets the leaf for the address
-        that the connection came to. For connections on sockets.
+        So it does for ``localhost``, which we always are to clients on this machine. Who asks for none (a client that
+        was given an IP address does not) or for another gets the leaf for the address that the connection came to. For
+        connections on sockets.
         """
         context = _bare_context()
 
         def choose(connection: SSL.Connection) -> None:
             asked = connection.get_servername()
             name = asked.decode("ascii", "replace").lower() if asked is not None else ""
+            ours = name in names or name == "localhost"
             try:
-                connection.set_context(self.context_for(name if name in names else _address_of(connection)))
+                connection.set_context(self.context_for(name if ours else _address_of(connection)))
             except (AuthorityError, NameInvalid) as error:
                 # Without a certificate the handshake fails, which is all that can be said to the client.
                 log.error("no certificate for a client: {why}", why=str(error))

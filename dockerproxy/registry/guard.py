@@ -14,7 +14,7 @@ from dockerproxy.errors import NameInvalid, Unauthorized, Unsupported
 from dockerproxy.http.request import Request
 from dockerproxy.oci.names import Host
 from dockerproxy.oci.routes import Kind, Target
-from dockerproxy.registry.users import Users, read_basic
+from dockerproxy.registry.users import Login, Users, read_basic
 
 TOKEN_PATH = "/v2/token"
 """Where clients of a registry that lets everyone read get their tokens."""
@@ -159,6 +159,8 @@ async def _login(users: Users, request: Request) -> str:
     if shown is None:
         raise Unauthorized("a login is needed")
     login = read_basic(shown)
+    if login == Login("", b""):  # what podman and skopeo show where they have none
+        raise Unauthorized("a login is needed")
     if login is None or not await users.check(login):
         raise Unauthorized("the user or the password is wrong")
     return login.user

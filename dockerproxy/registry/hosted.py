@@ -56,7 +56,7 @@ def purging(reactor: Any, uploads: Uploads, clock: Callable[[], float]) -> Timer
     async def purge() -> None:
         count = await in_thread(reactor, uploads.purge, clock() - _GIVEN_UP)
         if count:
-            log.info("{count} uploads were given up and are removed", count=count)
+            log.info("uploads that were given up and are removed: {count}", count=count)
 
     timer = TimerService(_PURGE_INTERVAL, lambda: spawn(purge(), "the removal of old uploads"))  # type: ignore[no-untyped-call]
     timer.clock = reactor
@@ -165,12 +165,17 @@ class Hosted:
 
     async def _catalog(self, request: Request) -> None:
         page = Page.parse(request.query)
-        found = await in_thread(self.reactor, lambda: sorted(self.store.links.repositories()))
+        found = await in_thread(self.reactor, self._repositories)
         names, more = page.cut(found, _MOST_ENTRIES)
         fields = list(_JSON)
         if more:
             fields.append(next_link("/v2/_catalog", {"n": str(len(names)), "last": names[-1]}))
         request.answer(200, fields, json.dumps({"repositories": names}).encode())
+
+    def _repositories(self) -> list[str]:
+        """Return, in order, what has a manifest; of what was removed, gc has not taken the blobs yet. Blocks."""
+        links = self.store.links
+        return sorted(name for name in links.repositories() if next(links.manifests(name), None) is not None)
 
     async def _referrers(self, request: Request, name: Repository, subject: Digest) -> None:
         parameters = dict(parse_query(request.query))

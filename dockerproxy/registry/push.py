@@ -12,8 +12,9 @@ from collections.abc import Coroutine
 from typing import Any
 
 from attrs import field, frozen
+from twisted.logger import Logger
 
-from dockerproxy.errors import BlobUnknown, InsufficientStorage, RegistryError
+from dockerproxy.errors import BlobUnknown, InsufficientStorage, RegistryError, StorageFailed
 from dockerproxy.http.request import ClientGone, Request
 from dockerproxy.oci.names import Digest, Repository
 from dockerproxy.oci.routes import Kind, Target
@@ -24,6 +25,8 @@ from dockerproxy.store.hosting import HostedStore
 from dockerproxy.tasks import in_thread, to_the_end
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+
+log = Logger()
 
 
 @frozen
@@ -82,7 +85,11 @@ async def _answered(request: Request, work: Coroutine[Any, Any, None]) -> None:
         if not request.finished:
             raise
     except OSError as error:
-        if error.errno not in _FULL:
-            raise
-        if not request.finished:
+        log.error(
+            "REGISTRY_DIR: {method} {path} failed: {why}", method=request.method, path=request.path, why=str(error)
+        )
+        if request.finished:
+            return
+        if error.errno in _FULL:
             raise InsufficientStorage("the registry's disk is full") from None
+        raise StorageFailed(f"the registry cannot use its disk: {error.strerror}") from None

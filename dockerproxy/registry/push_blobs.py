@@ -41,19 +41,17 @@ class BlobPush:
             return
         algorithm = algorithm_for(whole, parameters.get("digest-algorithm"))
         upload = await in_thread(self.reactor, self.store.uploads.start, name, algorithm)
+        if whole is None or mount is not None:
+            self.store.uploads.suspend(upload)  # before its client goes on with it, perhaps in another process
+            request.answer(202, _state(name, upload.session, 0))
+            return
+        # Nobody is told of this session, so a client that goes cannot come back to it.
         try:
-            if whole is not None and mount is None:
-                # Nobody is told of this session, so a client that goes cannot come back to it.
-                try:
-                    await self._receive(request, upload, None)
-                    await self._commit(name, upload, whole)
-                finally:
-                    await in_thread(self.reactor, upload.cancel)
-                request.answer(201, _created(name, whole))
-            else:
-                request.answer(202, _state(name, upload.session, 0))
+            await self._receive(request, upload, None)
+            await self._commit(name, upload, whole)
         finally:
-            self.store.uploads.suspend(upload)
+            await in_thread(self.reactor, upload.cancel)
+        request.answer(201, _created(name, whole))
 
     def go_on(self, request: Request, name: Repository, session: str) -> Coroutine[Any, Any, None] | None:
         """Return the answering of a request to a session; None where its method is none of a session's."""

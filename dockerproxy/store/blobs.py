@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -20,6 +21,8 @@ from dockerproxy.store.layout import Layout, digest_in
 # Seconds. The last use is a file's mtime (atime is coarser where `relatime` is mounted, and gone under `noatime`);
 # eviction counts in days, so a blob read a thousand times a second needs no thousand inode updates.
 _TOUCH_INTERVAL = 60
+
+_PREFIX = re.compile(r"[0-9a-f]{2}")
 
 
 @define
@@ -159,14 +162,20 @@ class Blobs:
 
     def walk(self) -> Iterator[Entry]:
         """Yield what is here, in no order; what comes or goes meanwhile may be missed or be gone. Blocks."""
+        for digest in self.digests():
+            with suppress(FileNotFoundError, NotADirectoryError):
+                status = os.stat(self._layout.blob(digest))
+                yield Entry(digest, status.st_size, status.st_mtime)
+
+    def digests(self, part: int = 0, parts: int = 1) -> Iterator[Digest]:
+        """Yield the digests of what is here, as `walk` does, or one of `parts` of them. Blocks."""
         for algorithm in _names(self._layout.blobs):
             for prefix in _names(f"{self._layout.blobs}/{algorithm}"):
-                for encoded in _names(f"{self._layout.blobs}/{algorithm}/{prefix}"):
-                    digest = digest_in(algorithm, encoded)
-                    if digest is not None and encoded.startswith(prefix):
-                        with suppress(FileNotFoundError, NotADirectoryError):
-                            status = os.stat(self._layout.blob(digest))
-                            yield Entry(digest, status.st_size, status.st_mtime)
+                if _PREFIX.fullmatch(prefix) and int(prefix, 16) % parts == part:
+                    for encoded in _names(f"{self._layout.blobs}/{algorithm}/{prefix}"):
+                        digest = digest_in(algorithm, encoded)
+                        if digest is not None and encoded.startswith(prefix):
+                            yield digest
 
 
 def read_cached(fd: int, offset: int, size: int) -> bytearray | None:

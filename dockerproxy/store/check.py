@@ -14,7 +14,7 @@ from typing import Any
 from attrs import define, field, frozen
 
 from dockerproxy.errors import ManifestInvalid
-from dockerproxy.oci.manifests import MAX_MANIFEST, is_elsewhere, parse_manifest
+from dockerproxy.oci.manifests import KNOWN_TYPES, MAX_MANIFEST, is_elsewhere, parse_manifest
 from dockerproxy.oci.names import Digest
 from dockerproxy.store.blobs import Blobs
 from dockerproxy.store.files import read_small
@@ -175,9 +175,12 @@ class _Run:
         content = read_small(self._layout.blob(digest), MAX_MANIFEST + 1)
         if content is None:
             return
+        media_type = self._links.manifest_media_type(repository, digest)
         try:
-            manifest = parse_manifest(content, self._links.manifest_media_type(repository, digest))
+            manifest = parse_manifest(content, media_type)
         except ManifestInvalid as error:
+            if media_type is not None and media_type.lower() not in KNOWN_TYPES:
+                return  # whatever it is, it was pushed as that
             what = f"{repository}: the manifest {digest} is not understood ({error.message})"
             yield Finding("invalid", what, repository, digest)
             return

@@ -84,13 +84,18 @@ class Staging:
 
     def set_aside(self, path: str) -> str | None:
         """Rename what is at `path` to a new name here, and return that; None where there is nothing."""
-        self.make_directory(self.directory)
         staged = self._name()
-        try:
-            os.rename(path, staged)
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        return staged
+        for _ in range(_ATTEMPTS):
+            try:
+                os.rename(path, staged)
+                return staged
+            except NotADirectoryError:
+                return None
+            except FileNotFoundError:
+                if os.path.isdir(self.directory):
+                    return None
+                self.make_directory(self.directory)
+        raise FileNotFoundError(f"{self.directory} is removed as fast as it is made")
 
     def make_directory(self, path: str) -> None:
         """Make the directory at `path` and those above it that are missing."""
@@ -180,8 +185,8 @@ def _listed(directory: str) -> list[str]:
 def drop(path: str) -> None:
     """Remove what is at `path`, a file or a directory with all it holds, if that can be. Blocks."""
     # What cannot be removed now is in nobody's way, and is tried again at the next start.
-    if os.path.isdir(path) and not os.path.islink(path):
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with suppress(OSError):
-            os.unlink(path)
+    try:
+        os.unlink(path)
+    except OSError:
+        if os.path.isdir(path) and not os.path.islink(path):
+            shutil.rmtree(path, ignore_errors=True)

@@ -15,7 +15,7 @@ from dockerproxy.store.layout import Layout
 from dockerproxy.store.links import Links
 from dockerproxy.store.referrers import Referrers
 from dockerproxy.store.uploads import Uploads
-from dockerproxy.tasks import Turns
+from dockerproxy.tasks import TakesTurns, Turns
 
 
 @frozen
@@ -30,13 +30,15 @@ class HostedStore:
     links: Links
     uploads: Uploads
     referrers: Referrers
-    turns: Turns[str] = field(factory=Turns)
+    turns: TakesTurns = field(factory=Turns)
 
     @classmethod
-    def below(cls, layout: Layout, clock: Callable[[], float] = time.time) -> HostedStore:
-        """Return the store in `layout`. `clock`: POSIX time."""
+    def below(
+        cls, layout: Layout, clock: Callable[[], float] = time.time, turns: TakesTurns | None = None
+    ) -> HostedStore:
+        """Return the store in `layout`. `clock`: POSIX time; `turns`: where other processes use it, too."""
         blobs, links = Blobs(layout, True, clock), Links(layout, True)
-        return cls(layout, blobs, links, Uploads(layout, clock), Referrers(layout, blobs, links))
+        return cls(layout, blobs, links, Uploads(layout, clock), Referrers(layout, blobs, links), turns or Turns())
 
     def has_repository(self, repository: str) -> bool:
         """Say whether the repository has, or had, a blob or manifest."""

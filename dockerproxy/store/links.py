@@ -95,6 +95,13 @@ class Links:
         found = _names(self._layout.tags(repository))
         return sorted(tag for tag in found if _is_tag(tag) and _is_link(self._layout.tag_current(repository, tag)))
 
+    def each_tag(self, repository: str) -> Iterator[tuple[str, Digest | None]]:
+        """Yield the repository's tags, in no order, with what each means: None where that cannot be read. Blocks."""
+        for tag in filter(_is_tag, _names(self._layout.tags(repository))):
+            content = read_small(self._layout.tag_current(repository, tag), _LINK_LIMIT)
+            if content:
+                yield tag, _link_in(content)
+
     def layers(self, repository: str) -> Iterator[Digest]:
         """Yield the blobs that the repository has a link to, a torn one too, in no order. Blocks."""
         yield from _digests(self._layout.layers(repository))
@@ -103,16 +110,16 @@ class Links:
         """Yield the manifests that the repository has a link to, a torn one too, in no order. Blocks."""
         yield from _digests(self._layout.revisions(repository))
 
-    def forget(self, repository: str, digests: Container[Digest]) -> Iterator[None]:
-        """Take from the memory of what tags meant once what is in `digests`, a tag a step. Blocks."""
+    def forget(self, repository: str, digests: Container[str]) -> Iterator[None]:
+        """Take from the memory of what tags meant once what is in `digests` (as text). Blocks, a moment a step."""
         for tag in filter(_is_tag, _names(self._layout.tags(repository))):
             for digest in _digests(f"{self._layout.tag(repository, tag)}/index"):
-                if digest in digests and self.tag(repository, tag) != digest:
+                if str(digest) in digests and self.tag(repository, tag) != digest:
                     self._staging.take_away(os.path.dirname(self._layout.tag_index(repository, tag, digest)))
-            yield None
+                yield None
 
-    def prune(self, repository: str) -> None:
-        """Remove the directories of a repository that has nothing any more. Blocks.
+    def prune(self, repository: str) -> Iterator[None]:
+        """Remove the directories of a repository that has nothing any more. Blocks, a moment a step.
 
         Whoever writes there at this moment makes them anew (`Staging.move`).
         """
@@ -120,19 +127,18 @@ class Links:
         revisions, tags = self._layout.revisions(repository), self._layout.tags(repository)
         layers, referrers = self._layout.layers(repository), f"{directory}/_referrers"
         for top in (revisions, tags, layers):
-            for name in _names(top):
-                _remove_empty(f"{top}/{name}")
+            yield from _remove_empty_in(top)
         if any(_names(top) for top in (revisions, tags, layers)):
             return
         for algorithm in _names(referrers):
-            for encoded in _names(f"{referrers}/{algorithm}"):
-                _remove_empty(f"{referrers}/{algorithm}/{encoded}")
+            yield from _remove_empty_in(f"{referrers}/{algorithm}")
             _remove_empty(f"{referrers}/{algorithm}")
-        for empty in (revisions, tags, f"{directory}/_manifests", layers, referrers, self._layout.uploads(repository)):
+        for empty in (revisions, tags, f"{directory}/_manifests", layers, referrers):
             _remove_empty(empty)
         if _names(revisions):
             self._staging.make_directory(layers)
-        remove_empty(self._layout, directory)
+        while directory != self._layout.repositories and _remove_empty(directory):
+            directory = os.path.dirname(directory)
 
     def repositories(self) -> Iterator[str]:
         """Yield the repositories that have, or had, a blob or manifest, in no order. Blocks."""
@@ -175,9 +181,10 @@ def _is_link(path: str) -> bool:
 
 
 def _read_link(path: str) -> Digest | None:
-    content = read_small(path, _LINK_LIMIT)
-    if not content:
-        return None
+    return _link_in(read_small(path, _LINK_LIMIT) or b"")
+
+
+def _link_in(content: bytes) -> Digest | None:
     try:
         return Digest.parse(content.decode("ascii").strip())
     except (DigestInvalid, UnicodeDecodeError):
@@ -206,6 +213,12 @@ def _digests(directory: str) -> Iterator[Digest]:
             digest = digest_in(algorithm, encoded)
             if digest is not None:
                 yield digest
+
+
+def _remove_empty_in(directory: str) -> Iterator[None]:
+    for name in _names(directory):
+        _remove_empty(f"{directory}/{name}")
+        yield None
 
 
 def _remove_empty(directory: str) -> bool:

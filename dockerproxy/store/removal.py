@@ -11,8 +11,7 @@ told yet that it is here.
 from __future__ import annotations
 
 import os
-from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from enum import Enum
 
@@ -33,30 +32,39 @@ class Verdict(Enum):
 
 @define
 class Removal:
-    """Takes away contents, and links to contents, that were last used before `cutoff` (POSIX time).
+    """Takes away contents, and links to contents, that were last used before `cutoff` (POSIX time). Blocks; in threads.
 
-    With `dry_run` only the verdicts are made.
+    With `dry_run` only the verdicts are made. Nothing is synced but, by `sync`, the links that went: a content that a
+    power cut brings back is found by the next collection.
     """
 
     _layout: Layout
     cutoff: float
     dry_run: bool = False
     _staging: Staging = field(init=False)
-    _aside: deque[tuple[str, str]] = field(factory=deque, init=False)
     _changed: set[str] = field(factory=set, init=False)
 
     @_staging.default
     def _make_staging(self) -> Staging:
         return Staging(self._layout.staging)
 
-    def blob(self, digest: Digest) -> Verdict:
-        """Take a content away."""
+    def blob(self, digest: Digest) -> tuple[Verdict, int]:
+        """Take a content away; return how many bytes it has, too."""
         path = self._layout.blob(digest)
-        verdict = self._judge(path)
+        verdict, size = self._judge([path])
         if verdict is not Verdict.GONE or self.dry_run:
-            return verdict
+            return verdict, size
         staged = self._staging.set_aside(path)
-        return Verdict.GONE if staged is None else self._decide([(staged, path)], [staged])
+        if staged is not None:
+            verdict, size = self._judge([staged])
+            if verdict is not Verdict.GONE:
+                _put_back(staged, path)
+                return verdict, size
+            drop(staged)
+        # Another may be publishing there at this moment.
+        with suppress(OSError):
+            os.rmdir(os.path.dirname(path))
+        return verdict, size
 
     def layer(self, repository: str, digest: Digest) -> Verdict:
         """Take a blob from a repository."""
@@ -66,24 +74,15 @@ class Removal:
         """Take manifests from a repository: all of them or, where one was used lately, none."""
         return self._links([self._layout.manifest(repository, digest) for digest in digests], digests)
 
-    def drop(self) -> None:
-        """Free what the contents and links that went had on the disk. Blocks; in any thread."""
-        while self._aside:
-            staged, path = self._aside.popleft()
-            drop(staged)
-            if path.endswith("/data"):
-                # Another may be publishing there at this moment.
-                with suppress(OSError):
-                    os.rmdir(os.path.dirname(path))
-
-    def sync(self) -> None:
-        """Make sure that no power cut brings a link back that went. Blocks; in any thread."""
+    def sync(self) -> Iterator[None]:
+        """Make sure that no power cut brings a link back that went, a directory a step."""
         while self._changed:
             sync_directory(self._changed.pop())
+            yield None
 
     def _links(self, links: Sequence[str], digests: Sequence[Digest]) -> Verdict:
         contents = [self._layout.blob(digest) for digest in digests]
-        verdict = self._judge(*contents)
+        verdict, _ = self._judge(contents)
         if verdict is not Verdict.GONE or self.dry_run:
             return verdict
         moved = []
@@ -92,34 +91,38 @@ class Removal:
             staged = self._staging.set_aside(directory)
             if staged is not None:
                 moved.append((staged, directory))
-        verdict = self._decide(moved, contents)
-        if verdict is Verdict.GONE:
-            self._changed.update(os.path.dirname(directory) for _, directory in moved)
+        verdict, _ = self._judge(contents)
+        for staged, directory in moved:
+            if verdict is Verdict.GONE:
+                _drop_link(staged)
+                self._changed.add(os.path.dirname(directory))
+            else:
+                _put_back(staged, directory)
         return verdict
 
-    def _decide(self, moved: list[tuple[str, str]], contents: Iterable[str]) -> Verdict:
-        """Say whether what was moved aside can go, by the data files at `contents`; put it back where it cannot."""
-        verdict = self._judge(*contents)
-        if verdict is Verdict.GONE:
-            self._aside.extend(moved)
-            return verdict
-        for staged, path in moved:
-            _put_back(staged, path)
-        return verdict
-
-    def _judge(self, *contents: str) -> Verdict:
-        """Say whether the data files at `contents` let themselves go, and the links to them."""
-        owner = os.geteuid()
+    def _judge(self, contents: Iterable[str]) -> tuple[Verdict, int]:
+        """Say whether these data files let themselves go, and the links to them; and how many bytes they have."""
+        owner, size = os.geteuid(), 0
         for path in contents:
             try:
                 status = os.stat(path)
             except (FileNotFoundError, NotADirectoryError):
                 continue
+            size += status.st_size
             if status.st_mtime > self.cutoff:
-                return Verdict.RECENT
+                return Verdict.RECENT, size
             if owner not in (0, status.st_uid):
-                return Verdict.FOREIGN
-        return Verdict.GONE
+                return Verdict.FOREIGN, size
+        return Verdict.GONE, size
+
+
+def _drop_link(staged: str) -> None:
+    # A blob's has nothing else in it, and `drop` takes as long to find that out as to remove it.
+    try:
+        os.unlink(f"{staged}/link")
+        os.rmdir(staged)
+    except OSError:
+        drop(staged)
 
 
 def _put_back(staged: str, path: str) -> None:

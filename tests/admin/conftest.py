@@ -8,8 +8,10 @@ loopback. That needs root; without it those tests are skipped.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -20,18 +22,28 @@ import pytest
 
 from dockerproxy.admin.setup import setup_script
 
-COMMANDS = "curl sed grep cat mkdir mv cp rm rmdir tr tail id mktemp openssl"
+COMMANDS = "curl sed grep cat mkdir mv cp rm rmdir tr id mktemp openssl"
 
-# What `systemctl show` says of an environment, in short: what the unit's drop-ins say, the last one at last.
-SYSTEMCTL = """case "$1" in
-cat) test -e {root}/units/"$2" ;;
+# A service is a process that sleeps, with the environment that the unit's drop-ins set, and after them the file that
+# Debian's units name in EnvironmentFile=.
+SYSTEMCTL = """PATH=/usr/bin
+IFS='
+'
+drop_ins() { cat /etc/systemd/system/"$1".d/*.conf 2>/dev/null; }
+case "$1" in
+cat) test -e {root}/units/"$2" && { drop_ins "$2" || true; } ;;
 is-active) test -e {root}/active/"$3" ;;
-restart) test ! -e {root}/fails ;;
-show)
-    printf Environment=
-    cat /etc/systemd/system/"$3".d/*.conf | sed -n 's/^Environment="\\(.*\\)"$/\\1/p' | tr '\\n' ' '
+restart)
+    test ! -e {root}/fails || exit
+    kill $(cat {root}/active/"$2")
+    variables=$(drop_ins "$2" | sed -n 's/^Environment=//p' | xargs -n 1; cat /etc/default/"${2%.service}")
+    set -f
+    env -i $variables sleep 60 >/dev/null 2>&1 </dev/null &
+    echo $! >{root}/active/"$2"
+    until grep -q sleep /proc/$!/comm; do :; done
     ;;
-esac"""
+show) echo "MainPID=$(cat {root}/active/"$3" || echo 0)" ;;
+esac 2>/dev/null"""
 OPENRC = """case "$*" in
 *status) test -e {root}/active/"$2".service ;;
 *restart) test ! -e {root}/fails ;;
@@ -59,9 +71,8 @@ class Host:
             executable = shutil.which(name)
             assert executable is not None, name
             (self.tools / name).symlink_to(executable)
-        self.drop_in = self.etc / "systemd/system/docker.service.d/http-proxy.conf"
-        self.saved = Path(f"{self.drop_in}.before-docker-registry-proxy")
-        self.podman = self.etc / "containers/containers.conf.d/docker-registry-proxy.conf"
+        self.drop_in = self.etc / "systemd/system/docker.service.d/zz-docker-registry-proxy.conf"
+        self.podman = self.etc / "containers/containers.conf.d/zz-docker-registry-proxy.conf"
         if kind == "alpine":
             for directory in (root / "run/openrc", self.etc / "init.d", self.etc / "conf.d"):
                 directory.mkdir(parents=True)
@@ -105,17 +116,26 @@ class Host:
             (self.root / path).unlink(missing_ok=True)
         (self.tools / {"docker": "dockerd"}.get(service, service)).unlink()
 
-    def enter(self, *command: str, sbin: bool = False) -> list[str]:
+    def stop(self) -> None:
+        """End the services."""
+        for path in (self.root / "active").iterdir():
+            if pid := path.read_text():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(pid), signal.SIGKILL)
+
+    def enter(self, *command: str, sbin: bool = False, read_only: bool = False) -> list[str]:
         """Return `command` as one that is run on this host; with the real system's /usr/sbin if `sbin`."""
         binds = {"etc": self.etc, "usr/share": self.share, "usr/local/share": self.local, "run": self.root / "run",
                  "var/lib": self.root / "lib", "usr/local/sbin": self.root / "sbin"}  # fmt: skip
         if not sbin:
             binds["usr/sbin"] = self.root / "sbin"
         mounts = "".join(f"mount --bind {here} /{there}\n" for there, here in binds.items())
+        if read_only:
+            mounts += "mount -o remount,bind,ro /etc\n"
         return ["unshare", "-m", "sh", "-c", f'set -e\n{mounts}exec "$@"', "sh", *command]
 
     def run(
-        self, shell: list[str], *arguments: str, user: str | None = None, sbin: bool = False
+        self, shell: list[str], *arguments: str, user: str | None = None, sbin: bool = False, read_only: bool = False
     ) -> subprocess.CompletedProcess[str]:
         """Feed the script to `shell` on this host."""
         (self.root / "calls").write_text("")
@@ -130,8 +150,8 @@ class Host:
         assert executable is not None
         command = [*become, *environment, executable, *shell[1:], "-s", "--", *arguments]
         return subprocess.run(
-            self.enter(*command, sbin=sbin), input=setup_script(self.url), capture_output=True, text=True, timeout=60,
-            check=False,
+            self.enter(*command, sbin=sbin, read_only=read_only), input=setup_script(self.url), capture_output=True,
+            text=True, timeout=60, check=False,
         )  # fmt: skip
 
     @property
@@ -186,5 +206,6 @@ def host(request: pytest.FixtureRequest, tmp_path: Path, certificates: list[byte
         thread.start()
         host.url = f"http://127.0.0.1:{server.server_port}/"
         yield host
+        host.stop()
         server.shutdown()
         thread.join()

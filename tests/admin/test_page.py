@@ -44,7 +44,7 @@ HOSTILE = [
 def enter(visit: Any) -> Any:
     """Return a function that makes a visitor of the page; `name` is what an absolute-form target named."""
 
-    def make(name: str = "", proxy_port: int | None = None) -> Any:
+    def make(name: str = "", proxy_port: int | None = None, *, secure: bool = False) -> Any:
         async def registry(request: Request) -> None:
             request.answer(200, [], b"registry")
 
@@ -57,7 +57,7 @@ def enter(visit: Any) -> Any:
             except RegistryError as error:
                 answer_plainly(request, error)
 
-        return visit(handle)
+        return visit(handle, secure=secure)
 
     return make
 
@@ -144,6 +144,13 @@ def test_at_another_door_the_script_names_the_proxys_port(enter: Any) -> None:
     assert b"proxy=http://docker-registry.local:3128/\n" in script
     page = visitor.ask("GET", "/", [("Host", "docker-registry.local")]).body
     assert b"http://docker-registry.local/setup |" in page  # the page itself is where it was found
+
+
+@pytest.mark.parametrize("host", ["docker-registry.local", "docker-registry.local:5443"])
+def test_at_a_door_with_tls_the_page_names_the_proxys_too(enter: Any, host: str) -> None:
+    """Whose certificate nobody trusts yet who reads it."""
+    page = enter(proxy_port=3128, secure=True).ask("GET", "/", [("Host", host)]).body
+    assert b"curl -fsS http://docker-registry.local:3128/setup |" in page
 
 
 @pytest.mark.parametrize("host", HOSTILE)

@@ -144,7 +144,7 @@ def test_sets_up_once_and_undoes_it(host: Any, shell: list[str], anchor: str, up
         assert path.stat().st_mode & 0o777 == 0o644
     assert done.stdout.splitlines() == [
         f"The CA certificate is now trusted: {anchor}",
-        f"docker is now set up to use {host.url}: /etc/systemd/system/docker.service.d/http-proxy.conf",
+        f"docker is now set up to use {host.url}: /etc/systemd/system/docker.service.d/zz-docker-registry-proxy.conf",
         "docker was restarted.",
     ]
 
@@ -155,7 +155,7 @@ def test_sets_up_once_and_undoes_it(host: Any, shell: list[str], anchor: str, up
     assert host.files() == after
     assert done.stdout.splitlines() == [
         f"The CA certificate is trusted already: {anchor}",
-        "docker is set up already: /etc/systemd/system/docker.service.d/http-proxy.conf",
+        "docker is set up already: /etc/systemd/system/docker.service.d/zz-docker-registry-proxy.conf",
         "Nothing has changed, so nothing was restarted.",
     ]
 
@@ -166,8 +166,9 @@ def test_sets_up_once_and_undoes_it(host: Any, shell: list[str], anchor: str, up
     assert host.files() == before
     assert not host.drop_in.parent.exists()
     assert done.stdout.splitlines() == [
-        f"The CA certificate is no longer trusted: {anchor}",
-        "docker no longer uses the proxy: /etc/systemd/system/docker.service.d/http-proxy.conf",
+        f"The CA certificate was removed: {anchor}",
+        "docker has its former settings again, without"
+        " /etc/systemd/system/docker.service.d/zz-docker-registry-proxy.conf",
         "docker was restarted.",
     ]
 
@@ -287,6 +288,24 @@ def test_an_unknown_system_is_told(host: Any) -> None:
     assert done.returncode == 1
     assert done.stderr.startswith("Failed: no trust store as Debian, Alpine, Fedora or Arch have it")
     assert host.calls == []
+
+
+def test_a_system_that_cannot_be_written_to_is_left_alone(host: Any) -> None:
+    before = host.files()
+    done = host.run(["dash"], read_only=True)
+    assert (done.returncode, done.stderr) == (1, "Failed: /etc is read-only; nothing was changed\n")
+    assert (host.calls, host.files()) == ([], before)
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_a_file_that_cannot_be_written_is_told(host: Any, shell: list[str]) -> None:
+    """As when the disk is full; nothing half-written is left."""
+    host.tool("mv", "exit 1")
+    before = host.files()
+    done = host.run(shell)
+    told = "Failed: /usr/local/share/ca-certificates/docker_registry_proxy.crt cannot be written\n"
+    assert (done.returncode, done.stderr) == (1, told)
+    assert set(host.files()) - set(before) == {"lib/docker-registry-proxy-setup.unfinished"}
 
 
 def test_root_is_needed(host: Any) -> None:

@@ -12,9 +12,17 @@ from typing import Any
 
 import pytest
 
-MARK = "# Written by the set-up script of docker-registry-proxy.\n"
+MARK = "# Of the set-up script of docker-registry-proxy. When it is run again, NO_PROXY is kept, and nothing else.\n"
 NEVER = "localhost,127.0.0.1,::1"
 DEBIAN = "update-ca-certificates --fresh"
+SHELLS = [
+    ["dash"],
+    ["bash", "--posix"],
+    pytest.param(
+        ["busybox", "ash"],
+        marks=pytest.mark.skipif(shutil.which("busybox") is None, reason="busybox is not installed"),
+    ),
+]
 FOUND_NONE = "Neither dockerd, containerd, CRI-O nor podman is installed. Run this again when one is.\n"
 
 
@@ -48,7 +56,7 @@ def test_all_engines(host: Any, shell: list[str]) -> None:
     done = host.run(shell)
     assert (done.returncode, done.stderr) == (0, "")
     for name in ("docker", "containerd", "crio"):
-        path = host.etc / f"systemd/system/{name}.service.d/http-proxy.conf"
+        path = host.etc / f"systemd/system/{name}.service.d/zz-docker-registry-proxy.conf"
         assert path.read_text() == drop_in(host.url)
     # dockerd is restarted behind containerd, on which it stands
     assert host.calls == [
@@ -88,50 +96,101 @@ def test_an_engine_that_does_not_run_is_not_started(host: Any) -> None:
     assert "docker is not running" in done.stdout
 
 
-def test_hosts_that_were_not_proxied_stay_so(host: Any) -> None:
-    host.drop_in.parent.mkdir(parents=True)
-    theirs = '[Service]\nEnvironment="HTTP_PROXY=http://old:1/" "NO_PROXY=.corp.example,127.0.0.1,*.x" "A=b"\n'
-    host.drop_in.write_text(theirs)
+@pytest.mark.parametrize("shell", SHELLS)
+@pytest.mark.parametrize(
+    ("theirs", "kept"),
+    [
+        ('Environment="HTTP_PROXY=http://old:1/" "NO_PROXY=.corp,127.0.0.1,*.x" "A=b"', ".corp,127.0.0.1,*.x"),
+        ("Environment=NO_PROXY=a,b HTTPS_PROXY=http://old:1/", "a,b"),
+        ("Environment='NO_PROXY=a, b'", "a,b"),
+        ('Environment="no_proxy=10.0.0.0/8,[fd00::1]:5000"', "10.0.0.0/8,[fd00::1]:5000"),
+        ('Environment="NO_PROXY=a" "no_proxy=b"', "a,b"),
+        ("Environment=NO_PROXY=a\nEnvironment=NO_PROXY=b,a", "a,b"),
+        ('#Environment="NO_PROXY=a"\n; Environment="NO_PROXY=b"', ""),
+        ("Environment=NO_PROXY=*", ""),  # nothing would be proxied
+        ('Environment="NO_PROXY=%h,$x,`id`,a\\b,c"', "c"),
+    ],
+)  # fmt: skip
+def test_hosts_that_were_not_proxied_stay_so(host: Any, shell: list[str], theirs: str, kept: str) -> None:
+    other = host.drop_in.with_name("http-proxy.conf")
+    other.parent.mkdir(parents=True)
+    other.write_text(f"[Service]\n{theirs}\n")
+    before = host.files()
+    never = [name for name in NEVER.split(",") if name not in kept.split(",")]
+    for _ in range(2):
+        done = host.run(shell)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert host.drop_in.read_text() == drop_in(host.url, ",".join([*filter(None, [kept]), *never]))
+    assert host.calls == []
+    assert host.run(shell, "--remove").returncode == 0
+    assert host.files() == before
+
+
+def test_what_is_added_to_no_proxy_stays(host: Any) -> None:
+    host.run(["dash"])
+    host.drop_in.write_text(host.drop_in.read_text().replace("::1", "::1,registry.corp.example"))
     done = host.run(["dash"])
-    assert done.returncode == 0
-    assert host.drop_in.read_text() == drop_in(host.url, ".corp.example,127.0.0.1,*.x,localhost,::1")
-    assert host.saved.read_text() == theirs
-    assert "The file that was there is kept" in done.stdout
+    assert "docker is set up already" in done.stdout
+    assert "registry.corp.example" in host.drop_in.read_text()
+
+
+@pytest.mark.parametrize("name", ["http-proxy.conf", "override.conf"])
+def test_settings_of_others_stay_and_ours_go_before_them(host: Any, name: str) -> None:
+    other = host.drop_in.with_name(name)
+    other.parent.mkdir(parents=True)
+    other.write_text('[Service]\nEnvironment="HTTPS_PROXY=http://old:1/" "A=b"\n')
     assert host.run(["dash"]).returncode == 0
-    assert host.calls == []
+    environment = Path(f"/proc/{(host.root / 'active/docker.service').read_text().strip()}/environ").read_text()
+    assert {f"HTTPS_PROXY={host.url}", "A=b"} <= set(environment.split("\0"))
     assert host.run(["dash"], "--remove").returncode == 0
-    assert host.drop_in.read_text() == theirs
-    assert not host.saved.exists()
+    assert list(other.parent.iterdir()) == [other]
 
 
-def test_removing_leaves_a_file_of_others_alone(host: Any) -> None:
-    host.drop_in.parent.mkdir(parents=True)
-    host.drop_in.write_text("[Service]\n")
-    done = host.run(["dash"], "--remove")
-    assert done.returncode == 0
-    assert "Left alone" in done.stdout
-    assert host.drop_in.read_text() == "[Service]\n"
-    assert host.calls == []
+def test_another_address_takes_the_place_of_the_old(host: Any) -> None:
+    for name in ("containerd", "crio"):
+        host.install(name)
+    host.tool("podman", "exit 1")
+    assert host.run(["dash"]).returncode == 0
+    old, host.url = host.url, host.url.replace("127.0.0.1", "localhost")
+    done = host.run(["dash"])
+    assert (done.returncode, done.stderr) == (0, "")
+    assert not [text for text in host.files().values() if old in text]
+    assert host.drop_in.read_text() == drop_in(host.url)
+    assert host.calls == [
+        *restarts("containerd", "docker", "crio"), "systemctl is-active --quiet podman.service",
+    ]  # fmt: skip
+    assert "The CA certificate is trusted already" in done.stdout
 
 
 def test_settings_that_go_before_ours_are_told(host: Any) -> None:
-    shown = 'echo "Environment=HTTPS_PROXY=http://old:1/ NO_PROXY=x"'
-    host.tool("systemctl", f'case "$1" in cat) test "$2" = docker.service ;; show) {shown} ;; esac')
+    (host.etc / "default").mkdir()
+    (host.etc / "default/docker").write_text("HTTPS_PROXY=http://old:1/\n")
     done = host.run(["dash"])
     assert done.returncode == 1
     assert done.stderr == (
-        "Failed: docker does not use the proxy yet: another file sets HTTPS_PROXY too; see: systemctl cat docker\n"
+        "Failed: docker does not use the proxy yet: HTTPS_PROXY is set elsewhere too; see: systemctl cat docker"
+        " (and the files that EnvironmentFile= names)\n"
     )
     (host.etc / "docker").mkdir()
     (host.etc / "docker/daemon.json").write_text('{"proxies": {"https-proxy": "http://old:1"}}')
     assert 'take "proxies" out of /etc/docker/daemon.json' in host.run(["dash"]).stderr
+    (host.etc / "default/docker").unlink()
+    (host.etc / "docker/daemon.json").write_text(f'{{"proxies": {{"https-proxy": "{host.url[:-1]}"}}}}')
+    assert "daemon.json" not in host.run(["dash"]).stderr
+
+
+def test_what_has_settings_of_its_own_is_told(host: Any) -> None:
+    (host.etc / "systemd/system/k3s.service").touch()
+    done = host.run(["dash"])
+    assert done.returncode == 0
+    told = "having its own settings for proxy and certificates: what /etc/systemd/system/k3s.service belongs to\n"
+    assert f"Not set up, {told}" in done.stdout
 
 
 # OpenRC
 
 
-@pytest.mark.parametrize("shell", [["dash"], pytest.param(["busybox", "ash"], marks=pytest.mark.skipif(
-    shutil.which("busybox") is None, reason="busybox is not installed"))])  # fmt: skip
+@pytest.mark.parametrize("shell", SHELLS)
 @pytest.mark.parametrize("host", ["alpine"], indirect=True)
 @pytest.mark.parametrize(
     "theirs", [None, "# Options\nDOCKER_OPTS=\"--debug\"\nexport NO_PROXY='.corp.example'\n"], ids=["none", "theirs"]
@@ -140,6 +199,7 @@ def test_openrc(host: Any, shell: list[str], theirs: str | None) -> None:
     settings = host.etc / "conf.d/docker"
     if theirs is not None:
         settings.write_text(theirs)
+        settings.chmod(0o600)
     before = host.files()
     done = host.run(shell)
     assert (done.returncode, done.stderr) == (0, "")
@@ -154,6 +214,7 @@ def test_openrc(host: Any, shell: list[str], theirs: str | None) -> None:
     assert told[0] == ("--debug" if theirs else "")
     assert not (host.etc / "systemd").exists()
 
+    assert settings.stat().st_mode & 0o777 == (0o600 if theirs else 0o644)
     after = host.files()
     assert host.run(shell).stdout.endswith("Nothing has changed, so nothing was restarted.\n")
     assert (host.calls, host.files()) == ([], after)

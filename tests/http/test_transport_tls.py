@@ -68,18 +68,19 @@ class Handshakes(SocketCase):
             self.assertEqual(await self.why(client), "the client does not trust our CA (/ca.crt)")
 
     async def test_plain_http(self) -> None:
-        heard = b""
+        """Told in the clear that this is the wrong port, as by servers in Go."""
+        for method, why in (("GET", "http request"), ("PUT", "http request"), ("CONNECT", "https proxy request")):
+            heard: list[bytes] = []
 
-        def client(port: int) -> None:
-            nonlocal heard
-            with dial(port) as sock:
-                sock.sendall(b"GET / HTTP/1.1\r\nHost: a.test\r\n\r\n")
-                try:
-                    heard = read_all(sock)
-                except ConnectionResetError:
-                    pass
+            def client(port: int, method: str = method, heard: list[bytes] = heard) -> None:
+                with dial(port) as sock:
+                    sock.sendall(f"{method} /a HTTP/1.1\r\nHost: a.test\r\nX: {'x' * 2000}\r\n\r\n".encode())
+                    heard.append(read_all(sock))
 
-        self.assertEqual(await self.why(client), "http request")
+            self.assertEqual(await self.why(client), why)
+            head, _, body = heard[0].partition(b"\r\n\r\n")
+            self.assertTrue(head.startswith(b"HTTP/1.0 400 Bad Request\r\n"), head)
+            self.assertEqual(body, b"Client sent an HTTP request to an HTTPS server.\n")
 
     async def test_rubbish(self) -> None:
         def client(port: int) -> None:
@@ -334,18 +335,22 @@ class Upgrades(SocketCase):
             recorder = Recorder()
             port, _ = self.serve(recorder)
 
-            def client(port: int = port, early: bytes = early) -> None:
+            def client(port: int = port, early: bytes = early) -> bytes:
                 with dial(port) as sock:
                     sock.sendall(self.ASK + early)
                     read(sock, len(self.ANSWER))
                     if not early:
                         sock.sendall(b"GET / HTTP/1.1\r\n\r\n")
+                        return read_all(sock)
                     try:
                         read_all(sock)
                     except OSError:
                         pass
+                    return b""
 
-            await self.in_thread(client)
+            heard = await self.in_thread(client)
+            if not early:
+                self.assertIn(b"Client sent an HTTP request to an HTTPS server.", heard)
             reason = await recorder.lost
             assert isinstance(reason, SSL.Error)
             self.assertEqual(explain_handshake(reason), "http request")

@@ -88,7 +88,7 @@ class Certificates(TestCase):
 
     async def test_by_name_and_by_address(self) -> None:
         port = await self.open("tcp:0:interface=0.0.0.0")
-        for name in (NAME, "registry", NAME.upper()):
+        for name in (NAME, "registry", NAME.upper(), "localhost"):
             self.assertEqual(await deferToThread(self.shown, "127.0.0.1", port, name), [("DNS", name.lower())])
         for address in ("127.0.0.1", "127.0.0.5"):
             for name in (address, None):

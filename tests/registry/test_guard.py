@@ -84,6 +84,8 @@ def test_users_only(enter: Any, users: Any) -> None:
             assert (answer.status, answer.fields("WWW-Authenticate")) == (401, [f'Basic realm="{REALM}"'])
         assert visitor.ask(method, path, basic("alice:wonder")).status == 200
     assert visitor.ask("GET", "/v2/token").status == 404
+    # Where they have no login, podman and skopeo show an empty one.
+    assert b"a login is needed" in visitor.ask("GET", "/v2/", basic(":")).body
 
 
 class TestReadByAll:

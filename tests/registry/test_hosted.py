@@ -269,6 +269,24 @@ def test_a_full_disk(registry: Registry, monkeypatch: pytest.MonkeyPatch, where:
     assert os.listdir(registry.store.layout.uploads(NAME)) == []
 
 
+def test_a_directory_that_may_not_be_written_to(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where `registry:2` ran as another user. The client learns what it is, and our log which file."""
+
+    def denied(path: str, *args: Any) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+
+    told: list[str] = []
+    with monkeypatch.context() as patch:
+        patch.setattr("os.mkdir", denied)
+        patch.setattr("dockerproxy.registry.push.log.error", lambda form, **fields: told.append(form.format(**fields)))
+        answer = registry.ask("POST", f"/v2/{NAME}/blobs/uploads/")
+    assert code(answer) == (500, "UNKNOWN")
+    message = json.loads(answer.body)["errors"][0]["message"]
+    assert "Permission denied" in message
+    assert str(registry.store.layout.root) not in message
+    assert str(registry.store.layout.root) in told[0]
+
+
 # mounts
 
 
@@ -542,11 +560,19 @@ def test_an_upload_makes_no_repository(registry: Registry) -> None:
 
 def test_the_catalog_by_the_page(registry: Registry) -> None:
     for name in ("b/c", "a", "b", "b/c/d"):
-        registry.push_blob(b"x", name)
+        registry.image(name=name)
     answer = registry.ask("GET", "/v2/_catalog?n=3")
     assert json.loads(answer.body) == {"repositories": ["a", "b", "b/c"]}
     target = answer.headers["Link"].partition(">")[0].removeprefix("<")
     assert json.loads(registry.ask("GET", target).body) == {"repositories": ["b/c/d"]}
+
+
+def test_the_catalog_has_what_has_a_manifest(registry: Registry) -> None:
+    digest = registry.image("v1")
+    registry.push_blob(b"x", "only/a/blob")
+    assert json.loads(registry.ask("GET", "/v2/_catalog").body) == {"repositories": [NAME]}
+    assert registry.ask("DELETE", f"/v2/{NAME}/manifests/{digest}").status == 202
+    assert json.loads(registry.ask("GET", "/v2/_catalog").body) == {"repositories": []}
 
 
 # referrers

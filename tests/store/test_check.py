@@ -119,6 +119,13 @@ def test_layers_that_nobody_may_distribute_may_be_missing(store: HostedStore) ->
     assert check(store)[1] == []
 
 
+def test_a_manifest_of_an_unknown_type_need_not_be_understood(store: HostedStore) -> None:
+    for content, media_type in ((b"anything", "application/vnd.anything"), (b'{"config": 1}', "a/b+json")):
+        store.blobs.put(content, Digest.of(content))
+        store.links.link_manifest(REPOSITORY, Digest.of(content), media_type)
+    assert check(store)[1] == []
+
+
 def test_a_cache_may_lack_what_its_links_lead_to(store: HostedStore) -> None:
     os.unlink(store.layout.blob(CONFIG))
     Path(store.layout.blob(Digest.of(b"base"))).write_bytes(b"bass")

@@ -4,6 +4,7 @@ import errno
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from dockerproxy.store import growing
 from dockerproxy.store.blobs import Blobs
 from dockerproxy.store.hosting import HostedStore
 from dockerproxy.store.layout import Layout
+from dockerproxy.store.links import Links
 from dockerproxy.store.uploads import Upload, Uploads
 
 NAME = "some/where"
@@ -233,6 +235,18 @@ def test_purge_takes_what_nobody_touched(uploads: Uploads, layout: Layout) -> No
     uploads.suspend(held)
     assert uploads.purge(DAY) == 1
     assert set(sessions(layout)) == {fresh, "somebody-elses"}
+
+
+def test_purge_leaves_nothing_of_a_repository_that_never_was_one(uploads: Uploads, layout: Layout) -> None:
+    begun(uploads, b"x")
+    assert uploads.purge(time.time() + 1) == 1
+    assert os.listdir(layout.repositories) == []
+    Links(layout, False).link_layer(NAME, Digest.of(b"a"))
+    session = begun(uploads, b"x")
+    assert uploads.purge(time.time() + 1) == 1
+    assert os.listdir(layout.repository(NAME)) == ["_layers"]
+    with pytest.raises(BlobUploadUnknown):
+        uploads.resume(NAME, session)
 
 
 def test_a_session_of_distributions_is_gone_on_with(uploads: Uploads, layout: Layout) -> None:

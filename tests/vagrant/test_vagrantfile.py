@@ -1,11 +1,12 @@
 """The Vagrantfile and its scripts, as far as that goes without a machine: `make test-vagrant` starts one.
 
 Vagrant checks a provider's settings only where the provider is there. VirtualBox and Docker are stand-ins, which do as
-much as say so; libvirt's own driver for tests takes the place of a hypervisor.
+much as say so; libvirt's own driver for tests takes the place of a hypervisor, so no libvirtd has to run.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -14,7 +15,20 @@ from pathlib import Path
 import pytest
 
 PROJECT = Path(__file__).parents[2]
-STAND_INS = {"VBoxManage": 'case "$1" in --version) echo 7.0.20r163906 ;; esac', "docker": ""}
+STAND_INS = {
+    "VBoxManage": 'case "$1" in --version) echo 7.0.20r163906 ;; esac',
+    "docker": "",
+    # vagrant-libvirt asks it which interfaces there are. It leaves the loopback out.
+    "ip": r"""printf '[{"ifname":"eth0"},{"ifname":"office0"}'
+        for name in $(ls /sys/class/net); do printf ',{"ifname":"%s"}' "$name"; done; echo ']'""",
+}
+ROUTES = """\
+Iface\tDestination\tGateway\tFlags\tRefCnt\tUse\tMetric\tMask\tMTU\tWindow\tIRTT
+tun0\t00000000\t0100000A\t0003\t0\t0\t50\t00000080\t0\t0\t0
+wifi0\t00000000\t0101A8C0\t0003\t0\t0\t600\t00000000\t0\t0\t0
+office0\t00000000\t010200C0\t0003\t0\t0\t100\t00000000\t0\t0\t0
+office0\t000200C0\t00000000\t0001\t0\t0\t0\t00FFFFFF\t0\t0\t0
+"""
 PACKAGE = "docker-registry-proxy_1.0_all.deb"
 
 needs_vagrant = pytest.mark.skipif(shutil.which("vagrant") is None, reason="vagrant is not installed")
@@ -50,6 +64,17 @@ class Checkout:
             capture_output=True, text=True, timeout=120, check=False,
         )  # fmt: skip
 
+    def need_libvirt(self) -> None:
+        """Skip the test where Vagrant does not know libvirt."""
+        if "vagrant-libvirt" not in self.vagrant("plugin", "list", provider="docker").stdout:
+            pytest.skip("vagrant-libvirt is not installed")
+
+    def replace(self, old: str, new: str) -> None:
+        """Change the Vagrantfile."""
+        file = self.path / "Vagrantfile"
+        assert old in file.read_text()
+        file.write_text(file.read_text().replace(old, new))
+
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Checkout:
@@ -63,26 +88,54 @@ def checkout(tmp_path: Path) -> Checkout:
     [
         {},
         {"BOX": "", "BRIDGE": "", "ADDRESS": "", "SHARE": ""},
-        {"BOX": "local/debian", "BRIDGE": "lo", "ADDRESS": "10.77.0.10", "SHARE": "9p"},
+        {"BOX": "local/debian", "BRIDGE": "office0", "ADDRESS": "10.77.0.10", "SHARE": "9p"},
     ],
     ids=["none", "empty", "all"],
 )
 def test_every_providers_section_is_valid(checkout: Checkout, provider: str, settings: dict[str, str]) -> None:
-    if provider == "libvirt" and "vagrant-libvirt" not in checkout.vagrant("plugin", "list", provider="docker").stdout:
-        pytest.skip("vagrant-libvirt is not installed")
-    if provider == "libvirt" and settings.get("BRIDGE") and not Path("/run/libvirt/libvirt-sock").exists():
-        pytest.skip("libvirtd does not run: vagrant-libvirt asks it whether the interface exists")
+    if provider == "libvirt":
+        checkout.need_libvirt()
     done = checkout.vagrant("validate", provider=provider, **settings)
     assert (done.returncode, done.stderr, done.stdout) == (0, "", "Vagrantfile validated successfully.\n")
 
 
 @needs_vagrant
 def test_that_a_mistake_would_be_seen(checkout: Checkout) -> None:
-    file = checkout.path / "Vagrantfile"
-    file.write_text(file.read_text().replace("docker.has_ssh", "docker.has_shh"))
+    checkout.replace("docker.has_ssh", "docker.has_shh")
     done = checkout.vagrant("validate", provider="docker")
     assert done.returncode == 1
     assert "The following settings shouldn't exist: has_shh" in done.stderr
+
+
+@needs_vagrant
+def test_a_host_interface_that_there_is_not_is_a_mistake(checkout: Checkout) -> None:
+    checkout.need_libvirt()
+    done = checkout.vagrant("validate", provider="libvirt", BRIDGE="office1")
+    assert done.returncode == 1
+    assert "public_network referencing host device 'office1' which does not exist" in done.stderr
+
+
+@needs_vagrant
+@pytest.mark.parametrize(
+    ("provider", "network"),
+    [
+        ("virtualbox", [["bridge", "office0"]]),
+        ("libvirt", [["trust_guest_rx_filters", True], ["dev", "office0"]]),
+    ],
+)
+def test_the_interface_of_the_default_route_leads_to_the_clients(
+    checkout: Checkout, provider: str, network: list[list[object]]
+) -> None:
+    if provider == "libvirt":
+        checkout.need_libvirt()
+    routes = checkout.home / "routes"
+    routes.write_text(ROUTES)
+    checkout.replace("/proc/net/route", str(routes))
+    checkout.replace(
+        'override.vm.network "public_network"', 'puts lan.to_a.to_json; override.vm.network "public_network"'
+    )
+    *networks, _ = checkout.vagrant("validate", provider=provider).stdout.splitlines()
+    assert network in [json.loads(line) for line in networks]
 
 
 @needs_vagrant
@@ -99,8 +152,7 @@ def test_without_a_package_and_without_sources_one_sentence_says_so(checkout: Ch
 
 @needs_vagrant
 def test_the_newest_package_is_taken(checkout: Checkout) -> None:
-    file = checkout.path / "Vagrantfile"
-    file.write_text(file.read_text().replace('setting["BOX"]', "(p package; nil)"))
+    checkout.replace('setting["BOX"]', "(p package; nil)")
     assert "nil\n" in checkout.vagrant("validate", provider="docker").stdout
     for age, name in enumerate([PACKAGE, PACKAGE.replace("1.0", "0.9"), "docker-registry-proxy_2.0.dsc", "x.deb"]):
         (checkout.path / "dist" / name).touch()

@@ -1,0 +1,326 @@
+"""What serves clients, put together: the same in every process of the daemon."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import resource
+import time
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import Any
+
+from attrs import field, frozen
+from OpenSSL import SSL
+
+from dockerproxy.admin.page import Page
+from dockerproxy.cache.access import Access
+from dockerproxy.cache.blobs import CachedBlobs
+from dockerproxy.cache.challenges import Challenges
+from dockerproxy.cache.flights import Flights
+from dockerproxy.cache.freshness import Freshness
+from dockerproxy.cache.identity import Identities
+from dockerproxy.cache.ingests import Ingests
+from dockerproxy.cache.manifests import CachedManifests
+from dockerproxy.cache.pullthrough import PullThrough
+from dockerproxy.cache.room import Room
+from dockerproxy.cache.tokens import TokenDesk
+from dockerproxy.daemon.accesslog import AccessLog
+from dockerproxy.daemon.doors import Door
+from dockerproxy.daemon.transfers import Transfers
+from dockerproxy.http.channel import Handler, Site, Timeouts
+from dockerproxy.http.request import Request
+from dockerproxy.net.dial import Dialer
+from dockerproxy.oci.names import Digest
+from dockerproxy.proxy.authority import CertificateAuthority
+from dockerproxy.proxy.front import FrontDoor, Interception
+from dockerproxy.proxy.own import OwnDoor
+from dockerproxy.proxy.policy import Policy
+from dockerproxy.proxy.tunnel import TunnelTimeouts
+from dockerproxy.registry.doors import Intercepted, Mirror
+from dockerproxy.registry.face import Face
+from dockerproxy.registry.guard import Guard, OnlyUsers, Open, ReadByAll
+from dockerproxy.registry.hosted import Hosted
+from dockerproxy.registry.own import ByNamespace, Own
+from dockerproxy.registry.push import Push
+from dockerproxy.registry.users import Users
+from dockerproxy.reload import Served
+from dockerproxy.settings import DOCKER_HUB, Settings, SettingsError
+from dockerproxy.store.blobs import Blobs
+from dockerproxy.store.files import Staging
+from dockerproxy.store.hosting import HostedStore
+from dockerproxy.store.layout import Layout
+from dockerproxy.store.links import Links
+from dockerproxy.store.records import Records
+from dockerproxy.store.secret import kept_secret
+from dockerproxy.tasks import TakesTurns, Turns, spawn
+from dockerproxy.upstream.client import UpstreamClient
+from dockerproxy.upstream.tls import TLSClient
+from dockerproxy.upstream.tokens import Tokens
+from dockerproxy.upstream.transport import Timeouts as UpstreamTimeouts
+from dockerproxy.upstream.transport import Transport
+
+RECORDS = "records"
+"""Where in CACHE_DIR the cache's records are."""
+
+_THREADS = 20  # disk writes of downloads, one each, and name look-ups share them
+
+
+@frozen
+class Common:
+    """What the processes of a daemon have in common: the cache's room, and turns to change a repository.
+
+    `shared`: there are several processes.
+    """
+
+    room: Room
+    turns: TakesTurns = field(factory=Turns)
+    shared: bool = False
+
+
+@frozen
+class Serving:
+    """What serves clients; `close` ends the connections to upstreams."""
+
+    doors: list[Door]
+    transfers: Transfers
+    served: Served
+    cache: Cache
+    hosted: Own
+    close: Callable[[], Awaitable[None]]
+    _reactor: Any
+
+    def use(self, settings: Settings) -> None:
+        """Serve as `settings` say, some of which may have changed. Raise `HtpasswdError` or OSError: no change."""
+        guard = make_guard(self._reactor, settings)  # first, for it may fail
+        self.hosted.guard = guard
+        self.served.use(settings)
+        self.cache.use(settings)
+
+
+def make_serving(reactor: Any, settings: Settings, authority: CertificateAuthority, common: Common) -> Serving:
+    """Put together what serves clients. Raise `SettingsError`, `HtpasswdError` or OSError."""
+    reactor.suggestThreadPoolSize(_THREADS)
+    raise_descriptor_limit()
+    policy = Policy(settings.allow_clients, settings.tunnel_ports, settings.tunnel_allow, settings.tunnel_deny)
+    net = make_net(reactor, settings)
+    served = Served(settings)
+    cache = make_cache(reactor, settings, common, served, policy, net.transport)
+    face = Face(reactor)
+    hosted = make_hosted(reactor, settings, common, face)
+    mirror = Mirror(face, cache.pull_through.registry, served.mirrored, DOCKER_HUB)
+    by_namespace = partial(ByNamespace, hosted.answer, mirror.answer, frozenset(settings.registry_hostname))
+    own_page = Page(authority.certificate_pem, by_namespace(hosted.answer).answer, proxy_port(settings))
+    own = OwnDoor(policy, own_page.answer)
+    intercepted = Intercepted(face, cache.pull_through.registry, cache.pull_through, allow_push=settings.allow_push)
+    transfers = Transfers()
+    front = FrontDoor(
+        clock=reactor,
+        policy=policy,
+        interception=Interception(served.intercepted, authority.context_for, intercepted.answer),
+        dial=net.tunnel_dialer,
+        transport=net.transport,
+        local=Page(authority.certificate_pem, by_namespace(mirror.answer).answer).answer,
+        own=own.answer,
+        own_names=frozenset(settings.registry_hostname),
+        timeouts=TunnelTimeouts(
+            settings.proxy_connect_connect_timeout,
+            settings.proxy_connect_read_timeout,
+            settings.proxy_connect_send_timeout,
+        ),
+        transfers=transfers,
+        log=log_access,
+    )
+    doors = make_doors(reactor, settings, front, own, authority)
+    return Serving(doors, transfers, served, cache, hosted, net.transport.close, reactor)
+
+
+def open_authority(settings: Settings) -> CertificateAuthority:
+    """Return the CA, made if there is none yet. Raise `AuthorityError` or OSError."""
+    return CertificateAuthority.open(
+        settings.ca_dir,
+        certificate_file=settings.ca_crt_file,
+        key_file=settings.ca_key_file,
+        passphrase=settings.ca_key_passphrase,
+        now=time.time,
+    )
+
+
+def raise_descriptor_limit() -> None:
+    """Use all the file descriptors that we may: a client that reads a blob has two, and the usual limit is 1,024."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+@frozen
+class Net:
+    """The ways out: HTTP exchanges with upstreams, and connections for tunnels."""
+
+    transport: Transport
+    tunnel_dialer: Dialer
+
+
+def make_net(reactor: Any, settings: Settings) -> Net:
+    """Return the ways to other servers. Raise `SettingsError` where UPSTREAM_CA_FILE cannot be used."""
+
+    def dialer(connect_timeout: float) -> Dialer:
+        return Dialer(
+            reactor,
+            overrides={host: (address.name, address.port) for host, address in settings.upstream_addresses.items()},
+            ipv6=not settings.disable_ipv6,
+            proxy=settings.upstream_proxy,
+            connect_timeout=connect_timeout,
+        )
+
+    timeouts = UpstreamTimeouts(
+        settings.proxy_connect_timeout, settings.proxy_read_timeout, settings.proxy_send_timeout
+    )
+    try:
+        tls = TLSClient(verify=settings.verify_ssl, ca_file=str(settings.upstream_ca_file or "") or None)
+    except ValueError as error:
+        raise SettingsError(str(error)) from None
+    transport = Transport(reactor, dialer(settings.proxy_connect_timeout), tls, timeouts)
+    return Net(transport, dialer(settings.proxy_connect_connect_timeout))
+
+
+def prepare(settings: Settings) -> None:
+    """Make the stores' directories, and clear away what a crash left. For one process, before others.
+
+    Raises OSError.
+    """
+    for root in (settings.cache_dir, settings.registry_dir):
+        root.mkdir(parents=True, exist_ok=True)
+        if not os.access(root, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(root))
+        Staging(Layout(root).staging).empty()
+    Records(settings.cache_dir / RECORDS).empty_staging()
+
+
+@frozen
+class Cache:
+    """The pull-through cache, and the logins that it shows upstream."""
+
+    pull_through: PullThrough
+    tokens: Tokens
+
+    def use(self, settings: Settings) -> None:
+        """Show the logins of `settings` from now on, and recall what is known of its registries."""
+        self.tokens.use(settings.auth_registries)
+        self.pull_through.challenges.recall(settings.registries)
+
+
+def make_cache(
+    reactor: Any, settings: Settings, common: Common, served: Served, policy: Policy, transport: Transport
+) -> Cache:
+    """Return the cache in CACHE_DIR. Raises OSError."""
+    layout, room = Layout(settings.cache_dir), common.room
+    records = Records(settings.cache_dir / RECORDS)
+    identities = Identities.open(settings.cache_dir / "secret")
+    blobs, links = Blobs(layout, durable=False), Links(layout, durable=False)
+    tokens = Tokens(transport, time.time, policy.check_upstream, settings.auth_registries)
+    upstream = UpstreamClient(transport, tokens, policy.check_upstream)
+    challenges = Challenges(transport, records, served.intercepted, tokens.remember, time.time)
+    challenges.recall(settings.registries)
+    access = Access(records, time.time)
+    freshness = Freshness(
+        settings.enable_manifest_cache,
+        settings.manifest_cache_primary_regex,
+        settings.manifest_cache_primary_time,
+        settings.manifest_cache_secondary_regex,
+        settings.manifest_cache_secondary_time,
+        settings.manifest_cache_default_time,
+    )
+
+    def keep(digest: Digest, size: int) -> None:
+        spawn(room.count(digest, size), f"making room for {digest}")
+
+    manifests = CachedManifests(reactor, upstream, blobs, links, records, access, freshness, clock=time.time, keep=keep)
+    flights = Flights(reactor, upstream, room, Ingests(layout, blobs, records, common.shared))
+    return Cache(
+        PullThrough(
+            upstream,
+            identities,
+            challenges,
+            TokenDesk(
+                transport,
+                identities,
+                records,
+                lambda host: None if host in served.intercepted else policy.check_upstream,
+                time.time,
+            ),
+            manifests,
+            CachedBlobs(reactor, upstream, blobs, links, flights, access, room),
+            served.mirrored.values(),
+            tokens.effective_login if settings.share_auth_registries else lambda registry: None,
+            time.time,
+        ),
+        tokens,
+    )
+
+
+def make_hosted(reactor: Any, settings: Settings, common: Common, face: Face) -> Own:
+    """Return the hosted registry in REGISTRY_DIR. Raises OSError, ValueError."""
+    store = HostedStore.below(Layout(settings.registry_dir), turns=common.turns)
+    hosted = Hosted(reactor, store, Push(reactor, store))
+    return Own(face, hosted, make_guard(reactor, settings))
+
+
+def make_guard(reactor: Any, settings: Settings) -> Guard:
+    """Return who asks for logins to the hosted registry, as HTPASSWD_FILE and ANONYMOUS_PULL say. Raises ValueError."""
+    if settings.htpasswd_file is None:
+        return Open()
+    realm = settings.registry_hostname[0]
+    secret = kept_secret(settings.registry_dir / "secret")
+    users = Users(reactor, settings.htpasswd_file, secret, time.time)
+    return ReadByAll(users, realm, secret, time.time) if settings.anonymous_pull else OnlyUsers(users, realm)
+
+
+def proxy_port(settings: Settings) -> int:
+    """Return the port that the first of PROXY_LISTEN has; the usual one where it does not say (a socket handed in)."""
+    found = re.match(r"tcp6?:(?:.*?port=)?([0-9]+)", settings.proxy_listen[0])
+    return int(found[1]) if found else 3128
+
+
+def make_doors(
+    reactor: Any, settings: Settings, front: FrontDoor, own: OwnDoor, authority: CertificateAuthority
+) -> list[Door]:
+    """Return the doors of the settings, not open yet."""
+
+    async def handle(request: Request) -> None:
+        await front.handle(proxy, request)
+
+    certificates = authority.context_by_name(frozenset(settings.registry_hostname))
+    proxy = make_site(reactor, settings, handle)
+    return [
+        Door("PROXY_LISTEN", settings.proxy_listen, proxy),
+        Door(
+            "REGISTRY_LISTEN", settings.registry_listen, make_site(reactor, settings, own.answer, lambda: certificates)
+        ),
+        Door("REGISTRY_HTTP_LISTEN", settings.registry_http_listen, make_site(reactor, settings, own.answer)),
+    ]
+
+
+def make_site(reactor: Any, settings: Settings, handler: Handler, tls: Callable[[], SSL.Context] | None = None) -> Site:
+    """Return a site whose requests `handler` answers, over TLS by the contexts of `tls` if given."""
+    timeouts = Timeouts(
+        settings.keepalive_timeout, settings.client_header_timeout, settings.client_body_timeout, settings.send_timeout
+    )
+    return Site(reactor, handler, timeouts=timeouts, finished=log_access, tls=tls)
+
+
+_access_log = AccessLog()
+
+
+def log_access(request: Request, seconds: float) -> None:
+    """Log one request."""
+    _access_log.record(
+        request.client,
+        request.method,
+        request.host,
+        request.path,
+        request.status,
+        request.size,
+        seconds,
+        request.verdict,
+    )

@@ -1,0 +1,251 @@
+"""The workers, as the first process has them: started, replaced, given connections, told to reload and to stop."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from attrs import define, evolve, field, frozen
+from twisted.application.service import Service
+from twisted.internet.defer import Deferred, TimeoutError
+from twisted.internet.protocol import ProcessProtocol
+from twisted.internet.task import LoopingCall
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+
+import dockerproxy
+from dockerproxy.daemon.doors import Door
+from dockerproxy.workers.calls import Calls
+from dockerproxy.workers.line import Line, pair
+from dockerproxy.workers.passing import PassingOn
+from dockerproxy.workers.tally import Tally
+
+LINE, TALLY = 3, 4
+"""The descriptors that a worker is started with."""
+
+LIFE_EVERY = 1.0
+"""Seconds between two signs of life of a worker."""
+
+_HANGS = 60.0  # seconds without a sign of life after which a worker is killed
+_PAUSES = (0.5, 1, 2, 4, 8, 16, 30)  # seconds before one that died is replaced
+_STEADY = 60.0  # seconds after which a worker that dies did not do so at its start
+
+_LONGEST_LINE = 64 * 1024
+
+_NOT_PASSED_ON = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC")
+
+log = Logger()
+
+
+@frozen
+class Start:
+    """How a worker is started: in which environment, and whether it writes to this process's standard output itself."""
+
+    environment: Mapping[str, str] = field(repr=False)
+    writes: bool
+    command: tuple[str, ...] = (sys.executable, "-P", "-m", "dockerproxy.worker")
+
+
+class Crew(Service):
+    """`count` workers beside this process, whose number is 0. `desk` returns what does for one what it asks for."""
+
+    def __init__(self, reactor: Any, count: int, start: Start, desk: Callable[[], Any], grace: float) -> None:
+        self._reactor = reactor
+        self._start = start
+        self._desk = desk
+        self._grace = grace
+        self._tally = Tally.make(count + 1)
+        self._workers = [_Worker(number) for number in range(1, count + 1)]
+        self._passed = [0] * (count + 1)
+        self._watching = LoopingCall(self._watch)
+        self._watching.clock = reactor
+        self._stopping = False
+
+    # connections
+
+    def doors(self, doors: Sequence[Door]) -> list[Door]:
+        """Return `doors` as this process opens them: so that connections are passed on to workers."""
+        if not self._workers:
+            return list(doors)
+        for door in doors:
+            door.site.gone = partial(self._tally.count_end, 0)
+        return [evolve(door, entrance=PassingOn(number, door.site, self.pass_on)) for number, door in enumerate(doors)]
+
+    def pass_on(self, label: bytes, handle: socket.socket | None) -> bool:
+        """Pass a connection on to the worker that has the fewest; False where this process has to serve it.
+
+        None: it has to in any case.
+        """
+        tally, passed = self._tally, self._passed
+        chosen, fewest = None, passed[0] - tally.ended(0)
+        for worker in self._workers if handle is not None else ():
+            live = passed[worker.number] - tally.ended(worker.number)
+            if worker.ready and live < fewest:
+                chosen, fewest = worker, live
+        if chosen is not None and handle is not None and chosen.line.pass_on(label, handle.fileno()):
+            passed[chosen.number] += 1
+            return True
+        passed[0] += 1
+        return False
+
+    # the service
+
+    def startService(self) -> None:
+        super().startService()  # type: ignore[no-untyped-call]
+        for worker in self._workers:
+            self._begin(worker)
+        self._watching.start(_HANGS / 4, now=False)
+
+    def stopService(self) -> Deferred[None]:
+        super().stopService()  # type: ignore[no-untyped-call]
+        self._stopping = True
+        if self._watching.running:
+            self._watching.stop()
+        return Deferred.fromCoroutine(self._stop())
+
+    def reload(self, environment: Mapping[str, str]) -> None:
+        """Have the workers, now and later, use the settings that `environment` has."""
+        self._start = evolve(self._start, environment=environment)
+        for worker in self._workers:
+            worker.tell("reload", self._environment())
+
+    def hurry(self) -> None:
+        """Have the workers break off at once what they still wait for."""
+        for worker in self._workers:
+            worker.tell("hurry")
+
+    async def _stop(self) -> None:
+        for worker in self._workers:
+            worker.tell("stop")
+        ends = self._reactor.seconds() + self._grace
+        for worker in self._workers:
+            try:
+                await worker.ended().addTimeout(max(0.0, ends - self._reactor.seconds()), self._reactor)
+            except TimeoutError:
+                worker.kill()
+
+    def _environment(self) -> dict[str, str]:
+        settings = {name: value for name, value in self._start.environment.items() if name not in _NOT_PASSED_ON}
+        path = [str(Path(dockerproxy.__file__).parent.parent), settings.get("PYTHONPATH", "")]
+        return {**settings, "PYTHONPATH": os.pathsep.join(filter(None, path))}
+
+    def _begin(self, worker: _Worker) -> None:
+        worker.pause = None
+        ours, theirs = pair()
+        desk = self._desk()
+        self._tally.begin(worker.number, time.monotonic_ns())
+        self._passed[worker.number] = 0
+        worker.began = self._reactor.seconds()
+        worker.calls = Calls(
+            self._reactor,
+            ours,
+            {**desk.answers, "ready": worker.get_ready},
+            lost=lambda: self._lost(worker, desk),
+        )
+        with open(os.devnull) as nothing:
+            output = {1: 1, 2: 2} if self._start.writes else {1: "r", 2: "r"}
+            worker.process = self._reactor.spawnProcess(
+                _Process(lambda reason: self._died(worker, reason)),
+                self._start.command[0],
+                [*self._start.command, str(worker.number)],
+                env=self._environment(),
+                childFDs={0: nothing.fileno(), **output, LINE: theirs.fileno(), TALLY: self._tally.descriptor},
+            )
+        theirs.close()
+
+    def _lost(self, worker: _Worker, desk: Any) -> None:
+        worker.ready = False
+        desk.close()
+
+    def _died(self, worker: _Worker, reason: Failure) -> None:
+        assert worker.calls is not None
+        worker.calls.line.close()
+        worker.process = None
+        worker.announce_end()
+        if self._stopping:
+            return
+        steady = self._reactor.seconds() - worker.began >= _STEADY
+        worker.deaths = 0 if steady else worker.deaths + 1
+        pause = _PAUSES[min(worker.deaths, len(_PAUSES) - 1)]
+        log.error(
+            "worker {number} ended ({why}): another one starts in {pause} s",
+            number=worker.number, why=reason.getErrorMessage(), pause=pause,
+        )  # fmt: skip
+        worker.pause = self._reactor.callLater(pause, self._begin, worker)
+
+    def _watch(self) -> None:
+        for worker in self._workers:
+            silent = (time.monotonic_ns() - self._tally.seen(worker.number)) / 1e9
+            if worker.process is not None and silent > _HANGS:
+                log.error("worker {number} hangs and is killed", number=worker.number)
+                worker.kill()
+
+
+@define(eq=False)
+class _Worker:
+    number: int
+    calls: Calls | None = None
+    process: Any = None
+    pause: Any = None
+    began: float = 0.0
+    deaths: int = 0
+    ready: bool = False
+    _ending: list[Deferred[None]] = field(factory=list)
+
+    @property
+    def line(self) -> Line:
+        assert self.calls is not None
+        return self.calls.line
+
+    def get_ready(self) -> None:
+        self.ready = True
+        log.info("worker {number} serves", number=self.number)
+
+    def tell(self, name: str, *arguments: Any) -> None:
+        if self.calls is not None and self.process is not None:
+            self.calls.tell(name, *arguments)
+
+    def kill(self) -> None:
+        if self.process is not None:
+            self.process.signalProcess(signal.SIGKILL)
+
+    def ended(self) -> Deferred[None]:
+        ended: Deferred[None] = Deferred(self._ending.remove)
+        if self.pause is not None and self.pause.active():
+            self.pause.cancel()
+        if self.process is None:
+            ended.callback(None)
+        else:
+            self._ending.append(ended)
+        return ended
+
+    def announce_end(self) -> None:
+        ending, self._ending = self._ending, []
+        for ended in ending:
+            ended.callback(None)
+
+
+class _Process(ProcessProtocol):
+    """Logs what a worker writes, where it does not do so itself, and tells of its end."""
+
+    def __init__(self, died: Callable[[Failure], None]) -> None:
+        self._died = died
+        self._line = b""
+
+    def outReceived(self, data: bytes) -> None:
+        *lines, rest = (self._line + data).split(b"\n")
+        self._line = rest[:_LONGEST_LINE]
+        for line in lines:
+            log.info("{line}", line=line.decode("utf-8", "replace"))
+
+    errReceived = outReceived
+
+    def processEnded(self, reason: Failure) -> None:
+        self._died(reason)

@@ -1,0 +1,51 @@
+"""How many connections each process has, and when it was last seen alive: numbers in memory that all of them share."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+
+from attrs import frozen
+
+_SLOT = struct.Struct("QQ")  # connections that have ended, and the last sign of life (CLOCK_MONOTONIC, ns)
+
+
+@frozen
+class Tally:
+    """Slots by a process's number. Each is written by its process alone; a number is written, or read, whole."""
+
+    descriptor: int
+    _memory: mmap.mmap
+
+    @classmethod
+    def make(cls, processes: int) -> Tally:
+        """Return a tally for so many processes."""
+        descriptor = os.memfd_create("docker-registry-proxy")
+        os.ftruncate(descriptor, _SLOT.size * processes)
+        return cls.of(descriptor)
+
+    @classmethod
+    def of(cls, descriptor: int) -> Tally:
+        """Return the tally that another process made."""
+        return cls(descriptor, mmap.mmap(descriptor, os.fstat(descriptor).st_size))
+
+    def begin(self, number: int, now: int) -> None:
+        """Begin to count for a process that starts."""
+        _SLOT.pack_into(self._memory, number * _SLOT.size, 0, now)
+
+    def ended(self, number: int) -> int:
+        """Return how many connections of a process have ended."""
+        return int(_SLOT.unpack_from(self._memory, number * _SLOT.size)[0])
+
+    def seen(self, number: int) -> int:
+        """Return when a process was last seen alive, in ns."""
+        return int(_SLOT.unpack_from(self._memory, number * _SLOT.size)[1])
+
+    def count_end(self, number: int) -> None:
+        """Count a connection of this process, `number`, that has ended."""
+        struct.pack_into("Q", self._memory, number * _SLOT.size, self.ended(number) + 1)
+
+    def note_life(self, number: int, now: int) -> None:
+        """Note that this process, `number`, is alive."""
+        struct.pack_into("Q", self._memory, number * _SLOT.size + 8, now)

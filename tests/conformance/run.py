@@ -1,0 +1,62 @@
+"""Runs the specification's own conformance suite against a daemon of this tree: `make test-conformance SUITE=PATH`.
+
+The suite is a program in Go. To build it, with Go 1.24 or newer:
+
+    git clone https://github.com/opencontainers/distribution-spec
+    cd distribution-spec/conformance && go build -o /tmp/suite .
+
+Its own variables are passed on to it, `OCI_VERSION=dev` for one. Its reports are in build/conformance.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "e2e"))
+
+from house.hosting import OWN, USERS, Hosting, users_file
+
+_REPORTS = Path(__file__).resolve().parents[2] / "build/conformance"
+_COUNT = re.compile(r"^  (Disabled|Skip|Pass|FAIL|Error|Total)\.+: +([0-9]+)$", re.MULTILINE)
+
+
+def main() -> int:
+    """Run it three ways, and return 0 where all of them pass."""
+    suite = Path(sys.argv[1]).absolute() if len(sys.argv) == 2 else None
+    if suite is None or not os.access(suite, os.X_OK):
+        print(f"SUITE has to name the program that the suite is built as.\n\n{__doc__}", file=sys.stderr)
+        return 2
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        everybody = Hosting(folder / "everybody", {})
+        users = Hosting(folder / "users", {"HTPASSWD_FILE": str(users_file(folder)), "ANONYMOUS_PULL": "true"})
+        user, password = next(iter(USERS.items()))
+        login = {"OCI_USERNAME": user, "OCI_PASSWORD": password}
+        plain = {"OCI_TLS": "disabled"}
+        return max(
+            _run(suite, "plain", everybody, everybody.plain, plain),
+            _run(suite, "proxied", everybody, OWN, everybody.client_environment),
+            _run(suite, "users", users, users.plain, plain | login),
+        )
+
+
+def _run(suite: Path, way: str, hosting: Hosting, registry: str, settings: dict[str, str]) -> int:
+    reports = _REPORTS / way
+    reports.mkdir(parents=True, exist_ok=True)
+    told = {"OCI_REGISTRY": registry, "OCI_RESULTS_DIR": str(reports), "OCI_LOG": "error", **settings}
+    with hosting.running_for(lambda: list(USERS.values())):
+        done = subprocess.run([suite], cwd=reports, env=os.environ | told, stdout=subprocess.PIPE, text=True)
+    (reports / "report.txt").write_text(done.stdout)
+    counts = _COUNT.findall(done.stdout)
+    print(f"{way}:", ", ".join(f"{number} {what}" for what, number in counts) or "the suite said nothing", flush=True)
+    # It ends with 0 as well where it could not run.
+    return 0 if done.returncode == 0 and dict(counts).get("Pass", "0") != "0" else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
