@@ -24,6 +24,7 @@ from dockerproxy.screen import Screen, age, ago, count, size, table
 
 WRONG, USAGE, NOT_RUNNING, NOT_FOUND, NOT_PERMITTED, BUSY, FAILED, INTERRUPTED = 1, 2, 3, 4, 5, 6, 7, 130
 
+_UNSEEN = "the daemon does not see what you see: it is a user of its own, and its service hides /home, /root and /tmp"
 _ENDED = "the daemon ended in the midst of it"
 _STATUS = {400: USAGE, 404: NOT_FOUND, 409: BUSY}
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -183,8 +184,14 @@ def collect(daemon: Daemon, options: argparse.Namespace, screen: Screen) -> int:
 
 
 def import_(daemon: Daemon, options: argparse.Namespace, screen: Screen) -> int:
-    body = {"directory": os.path.abspath(options.directory), "force": options.force}
-    findings, result = _gather(daemon.lines("POST", "/v1/import", body), screen)
+    directory = os.path.abspath(options.directory)
+    body = {"directory": directory, "force": options.force}
+    try:
+        findings, result = _gather(daemon.lines("POST", "/v1/import", body), screen)
+    except Trouble as trouble:
+        if trouble.status == USAGE and _holds_registry(directory):
+            trouble.message += f" ({_UNSEEN})"
+        raise
     if screen.as_json:
         print(json.dumps({**result, "findings": findings}))
         return WRONG if findings else 0
@@ -198,6 +205,13 @@ def import_(daemon: Daemon, options: argparse.Namespace, screen: Screen) -> int:
     if result["conflicts"]:
         print("--force lets tags mean what they mean there")
     return WRONG if findings else 0
+
+
+def _holds_registry(directory: str) -> bool:
+    try:
+        return all(os.listdir(f"{directory}/docker/registry/v2/{part}") for part in ("blobs", "repositories"))
+    except OSError:
+        return False
 
 
 def check(daemon: Daemon, options: argparse.Namespace, screen: Screen) -> int:

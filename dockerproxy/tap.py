@@ -25,7 +25,7 @@ from dockerproxy.daemon.signals import on_repeated_stop
 from dockerproxy.proxy.issuer import AuthorityError
 from dockerproxy.registry.hosted import purging
 from dockerproxy.registry.users import HtpasswdError
-from dockerproxy.reload import Reload, sentence
+from dockerproxy.reload import Reload, changing, sentence
 from dockerproxy.settings import DOCKER_HUB, Settings, SettingsError, read_env_file
 from dockerproxy.store.blobs import Blobs
 from dockerproxy.store.hosting import HostedStore
@@ -37,7 +37,7 @@ from dockerproxy.tasks import Turns
 from dockerproxy.workers.crew import Crew, Start
 from dockerproxy.workers.desk import Desk, FirstRoom, Reservations
 
-_THREADS = 20  # disk writes of downloads, one each, and name look-ups share them
+_MORE_GRACE = 2.0  # seconds after the end of their own grace that workers have to end
 
 log = Logger()
 
@@ -91,12 +91,12 @@ def make_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifie
         settings.workers - 1,
         Start(variables(env_file), writes=jsonlog.is_standard_output(twistd_options)),
         partial(Desk, reservations, turns),
-        GRACE,
+        GRACE + _MORE_GRACE,
     )
 
     def use(changed: Settings) -> None:
         serving.use(changed)
-        crew.reload(variables(env_file))
+        crew.reload(changing(variables(env_file)))
 
     def hurry(entrance: Callable[[], None]) -> None:
         entrance()
@@ -144,8 +144,8 @@ class Daemon(MultiService):
     def setServiceParent(self, parent: Any) -> None:
         if self._settings.log_format == "json":
             jsonlog.install(parent, jsonlog.twistd_stream(self._twistd_options, self._reactor))
-        elif priority.fits(self._twistd_options):
-            priority.install(parent)
+        else:
+            priority.install(parent, self._twistd_options)
         super().setServiceParent(parent)  # type: ignore[no-untyped-call]
 
 

@@ -443,6 +443,30 @@ def test_somebody_else_on_the_socket(tmp_path: Path, answer: bytes) -> None:
         assert text == b"dockerproxy: what answers on the socket is not docker-registry-proxy\n"
 
 
+@pytest.mark.parametrize("seen", [True, False])
+def test_a_directory_that_the_daemon_does_not_see(tmp_path: Path, seen: bool) -> None:
+    """The service of the package hides some from it."""
+    for part in ("blobs", "repositories"):
+        (tmp_path / "docker/registry/v2" / part / "something").mkdir(parents=True)
+    body = json.dumps({"error": {"code": "NOT_UNDERSTOOD", "message": "it is no registry's directory"}}).encode()
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(str(tmp_path / "s"))
+        other.listen()
+        directory = tmp_path if seen else tmp_path / "docker"
+        argv = [sys.executable, "-m", "dockerproxy.cli", "--socket", str(tmp_path / "s"), "import", str(directory)]
+        with subprocess.Popen(argv, env=environment(), stderr=subprocess.PIPE, text=True) as asking:
+            accepted, _ = other.accept()
+            with accepted:
+                asked = b""
+                while b'"force"' not in asked:
+                    asked += accepted.recv(1000)
+                accepted.sendall(b"HTTP/1.1 400 Bad Request\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+            _, text = asking.communicate(timeout=20)
+    assert asking.returncode == 2
+    assert "it is no registry's directory" in text
+    assert ("its service hides" in text) == seen
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be somebody else")
 def test_somebody_who_may_not(tmp_path: Path) -> None:
     tmp_path.chmod(0o755)

@@ -86,7 +86,8 @@ class Access:
         when = self._recent.get((key, identity))
         if when is not None and now - when < FRESH:
             return when
-        return self._saved(key).get(identity, when)
+        saved = (self._records.get("access", key) or {}).get(identity)
+        return saved if isinstance(saved, int | float) else when
 
     def _judge(self, when: float | None, now: float, identity: str) -> Standing:
         if when is None:

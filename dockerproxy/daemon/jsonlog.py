@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from attrs import frozen
 from twisted.internet.interfaces import IReactorFromThreads
-from twisted.logger import ILogObserver, LogEvent, formatEvent
+from twisted.logger import ILogObserver, InvalidLogLevelError, LogEvent, LogLevel, formatEvent
 from twisted.python.components import Componentized
 from twisted.python.failure import Failure
 from twisted.python.logfile import LogFile
@@ -78,6 +78,26 @@ def twistd_stream(options: Mapping[str, Any], reactor: IReactorFromThreads) -> T
 def is_standard_output(options: Mapping[str, Any]) -> bool:
     """Say whether twistd, by its `options`, logs to standard output."""
     return bool(options.get("nodaemon")) and options.get("logfile") in (None, "", "-") and not options.get("syslog")
+
+
+def event_in(line: bytes) -> LogEvent | None:
+    """Return the event that a `JsonLog` wrote as `line`, to be published in another process; None where it is none."""
+    try:
+        entry = json.loads(line)
+        event = {
+            "log_time": datetime.fromisoformat(entry["time"]).timestamp(),
+            "log_level": LogLevel.levelWithName(entry["level"] or "info"),
+            "log_namespace": entry["namespace"],
+            "log_source": None,
+            "log_format": "{line}",
+            # Not as `message`, which Twisted's older observers have for something else.
+            "line": "\n".join(filter(None, (entry["message"], entry.get("traceback")))),
+        }
+    except (ValueError, LookupError, TypeError, InvalidLogLevelError):
+        return None
+    if event["log_namespace"] == NAMESPACE:
+        event.update((name, entry.get(name)) for name in FIELDS)
+    return event
 
 
 def _line(event: LogEvent) -> str | None:

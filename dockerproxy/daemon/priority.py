@@ -1,41 +1,74 @@
-"""The log as journald likes it. twistd's ``--logger=dockerproxy.daemon.priority.observer`` asks for it, too."""
+"""The log as text on standard output. twistd's ``--logger=dockerproxy.daemon.priority.observer`` asks for it, too.
+
+Where that is the journal, lines have its priorities; elsewhere they are as twistd writes them.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, TextIO
 
-from twisted.logger import FileLogObserver, ILogObserver, LogEvent, LogLevel, eventAsText, textFileLogObserver
+from twisted.logger import ILogObserver, LogEvent, LogLevel, eventAsText, formatEventAsClassicLogText, formatTime
 from twisted.python.components import Componentized
+from zope.interface import implementer
 
-from dockerproxy.daemon.jsonlog import is_standard_output
+from dockerproxy.daemon.accesslog import NAMESPACE
+from dockerproxy.daemon.jsonlog import TextStream, is_standard_output
 
 # sd-daemon(3): the levels of syslog. The unit's SyslogLevel= is for lines without one.
 _PRIORITIES = {LogLevel.debug: 7, LogLevel.info: 6, LogLevel.warn: 4, LogLevel.error: 3, LogLevel.critical: 2}
 _INFO = 6
 
 
-def observer() -> FileLogObserver:
-    """Return an observer that writes text to standard output.
+@implementer(ILogObserver)
+class TextLog:
+    """Writes each event as text; never raises.
 
-    Where standard output is the journal ($JOURNAL_STREAM, systemd.exec(5)), each line starts with its priority as
-    ``<N>`` and has no time stamp, the journal having its own; elsewhere lines are as twistd writes them.
+    For the `journal`, each line starts with its priority as ``<N>`` and has no time stamp, the journal having its own.
+    The lines of the access log, of which there are many, take a short way to the same text.
     """
-    if _is_journal(sys.stdout, os.environ.get("JOURNAL_STREAM", "")):
-        return FileLogObserver(sys.stdout, _with_priority)
-    return textFileLogObserver(sys.stdout)
+
+    def __init__(self, stream: TextStream, *, journal: bool) -> None:
+        self._stream = stream
+        self._format = _with_priority if journal else formatEventAsClassicLogText
+        self._journal = journal
+        self._second: tuple[int, str] = (-1, "")  # the last one, and how it is written
+
+    def __call__(self, event: LogEvent) -> None:
+        # What is being logged matters more than its line: a full disk or a closed pipe must not end a transfer.
+        with suppress(Exception):
+            text = self._access(event) if event.get("log_namespace") == NAMESPACE else self._format(event)
+            if text:
+                self._stream.write(text)
+                self._stream.flush()
+
+    def _access(self, event: LogEvent) -> str:
+        before = f"<{_INFO}>" if self._journal else f"{self._time(event['log_time'])} "
+        return f"{before}[{NAMESPACE}#info] {event['line']}\n"
+
+    def _time(self, when: float) -> str:
+        second, text = self._second
+        if int(when) != second:
+            text = formatTime(when)
+            self._second = int(when), text
+        return text
 
 
-def fits(options: Mapping[str, Any]) -> bool:
-    """Say whether twistd, by its `options`, would log to standard output, and that is the journal."""
-    return is_standard_output(options) and _is_journal(sys.stdout, os.environ.get("JOURNAL_STREAM", ""))
+def observer() -> TextLog:
+    """Return an observer for standard output, which is the journal where $JOURNAL_STREAM says so (systemd.exec(5))."""
+    return TextLog(sys.stdout, journal=_is_journal(sys.stdout, os.environ.get("JOURNAL_STREAM", "")))
 
 
-def install(application: Componentized) -> None:
-    """Make `application` log by `observer`. When to call it is told at `dockerproxy.daemon.jsonlog.install`."""
-    application.setComponent(ILogObserver, observer())  # type: ignore[no-untyped-call]
+def install(application: Componentized, options: Mapping[str, Any]) -> None:
+    """Make `application` log by `observer` where twistd, by its `options`, would log to standard output.
+
+    When to call it is told at `dockerproxy.daemon.jsonlog.install`.
+    """
+    if is_standard_output(options):
+        application.setComponent(ILogObserver, observer())  # type: ignore[no-untyped-call]
 
 
 def complain(text: str) -> None:

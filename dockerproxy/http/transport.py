@@ -8,7 +8,9 @@ takes it, so that a small answer costs no round through the reactor, and nothing
 
 from __future__ import annotations
 
+import fcntl
 import socket
+import termios
 from collections import deque
 from collections.abc import Iterable
 from contextlib import suppress
@@ -49,10 +51,8 @@ _RECORD = 16 * 1024  # bytes of content in a TLS record (RFC 8446, section 5.1)
 _FIRST_RECORD = 8 * 1024
 _QUICK = 4 * 1024 * 1024
 
-# What `SSL.Context.set_mode` is to be given for a `TLSTransport`: that a record may be offered again from another place
-# in memory (SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER, which pyOpenSSL has no name for; 25.0 does not set it), and
-# that a connection without traffic keeps no buffers, which are 34 KiB.
-TLS_MODE = SSL.MODE_RELEASE_BUFFERS | 0x2
+_PARTIAL_WRITE, _MOVING_BUFFER = 0x1, 0x2  # of SSL_CTX_set_mode(3); pyOpenSSL has no names for them
+_SEVERAL = hasattr(SSL.Context, "clear_mode")  # whether OpenSSL can be had to write several records by one call
 
 _DISTRUST = ("unknown ca", "certificate unknown", "bad certificate")  # alerts (RFC 8446, section 6.2)
 
@@ -80,6 +80,7 @@ class SocketTransport:
         self._producer: IPushProducer | None = None
         self._producer_paused = False
         self._reading = self._writing = False
+        self._offered = 0  # bytes that OpenSSL could not send, and has to be offered once more; 0: none
         self._ready = True  # whether application data can be written: TLS first shakes hands
         self._broken = self._aborted = False
         self._reason: Exception = CONNECTION_LOST
@@ -152,7 +153,7 @@ class SocketTransport:
         if not self.connected or self.disconnecting or self._broken:
             return len(data)
         sent = self._send(data) if not self._pending and self._ready else 0
-        kept = bytes(memoryview(data)[sent : sent + self._record()])
+        kept = bytes(memoryview(data)[sent : sent + (self._offered or self._record())])
         if kept:
             self._keep(kept)
         return sent + len(kept)
@@ -326,7 +327,7 @@ class SocketTransport:
 
 
 class TLSTransport(SocketTransport):
-    """TLS on a taken-over socket, by `tls`, which knows that socket, which side it is, and has `TLS_MODE`.
+    """TLS on a taken-over socket, by `tls`, which knows the socket and its side and has a context as of `set_mode`.
 
     `preface` is sent in the clear before the handshake. An `IHandshakeListener` is told when that is complete; where
     it fails, the protocol's `connectionLost` gets the `SSL.Error`.
@@ -417,10 +418,12 @@ class TLSTransport(SocketTransport):
             self._socket.send(_TLS_EXPECTED)
 
     def _send(self, data: bytes | bytearray | memoryview) -> int:
-        view, size, sent = memoryview(data), self._record(), 0
+        view, sent = memoryview(data), 0
         try:
             while sent < len(view):
+                size = self._offered = self._offered or self._at_once(len(view) - sent)
                 sent += self._tls.send(view[sent : sent + size])
+                self._offered = 0
         except (SSL.WantWriteError, SSL.WantReadError):
             pass
         except SSL.Error:
@@ -428,9 +431,31 @@ class TLSTransport(SocketTransport):
         self.sent += sent
         return sent
 
+    def _at_once(self, size: int) -> int:
+        """Return how many bytes, of `size`, OpenSSL is to be given at once: whole records, or a last one."""
+        record = self._record()
+        if record < _RECORD or size <= record or not _SEVERAL:
+            return record
+        # Several, as far as the kernel has room for them and for what it makes of them: of what it does not take,
+        # all has to be kept to be offered again.
+        queued = int.from_bytes(fcntl.ioctl(self._fileno, termios.TIOCOUTQ, bytes(4)), "little")
+        room = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) // 2 - queued
+        return max(1, room // record) * record
+
     def _say_goodbye(self) -> None:
         with suppress(SSL.Error):  # the peer is gone already
             self._tls.shutdown()
+
+
+def set_mode(context: SSL.Context) -> None:
+    """Set the mode of a context that is for a `TLSTransport`.
+
+    A record may be offered again from another place in memory (which pyOpenSSL 25.0 does not set), a connection without
+    traffic keeps no buffers, which are 34 KiB, and several records are written by one call, if that can be.
+    """
+    context.set_mode(SSL.MODE_RELEASE_BUFFERS | _MOVING_BUFFER)
+    if _SEVERAL:
+        context.clear_mode(_PARTIAL_WRITE)
 
 
 def explain_handshake(error: SSL.Error) -> str:

@@ -16,7 +16,7 @@ from OpenSSL import SSL, crypto
 from twisted.logger import Logger
 
 from dockerproxy.errors import NameInvalid
-from dockerproxy.http.transport import TLS_MODE
+from dockerproxy.http.transport import set_mode
 from dockerproxy.oci.names import Host
 from dockerproxy.proxy.issuer import (
     BACKDATE,
@@ -196,7 +196,7 @@ def _bare_context() -> SSL.Context:
     context.set_min_proto_version(SSL.TLS1_2_VERSION)
     context.set_cipher_list(_CIPHERS)
     context.set_options(SSL.OP_NO_COMPRESSION | SSL.OP_NO_RENEGOTIATION)
-    context.set_mode(TLS_MODE)
+    set_mode(context)
     # Sessions are resumed by tickets, which clients keep. The cache would keep them here, and serve nobody of today.
     context.set_session_cache_mode(SSL.SESS_CACHE_OFF)
     context.set_session_id(b"docker-registry-proxy")

@@ -14,7 +14,7 @@ from twisted.internet.protocol import Factory, Protocol
 from twisted.python.failure import Failure
 
 from dockerproxy.errors import UpstreamUnreachable
-from dockerproxy.http.transport import TLS_MODE, TLSTransport
+from dockerproxy.http.transport import TLSTransport, set_mode
 from dockerproxy.oci.names import Host
 
 # The errors of X509_verify_cert that an operator meets (openssl-verification-options(1)); others keep their number.
@@ -42,7 +42,7 @@ class TLSClient:
         self.verify = verify
         context = SSL.Context(SSL.TLS_METHOD)
         context.set_min_proto_version(SSL.TLS1_2_VERSION)
-        context.set_mode(TLS_MODE)
+        set_mode(context)
         if verify:
             context.set_verify(SSL.VERIFY_PEER)
             context.set_default_verify_paths()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import subprocess
@@ -9,6 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from twisted.logger import LogEvent, eventAsText, formatEventAsClassicLogText, globalLogPublisher
+
+from dockerproxy.daemon.accesslog import AccessLog
+from dockerproxy.daemon.priority import TextLog
 
 PROJECT = Path(__file__).parents[2]
 
@@ -58,3 +65,28 @@ def test_elsewhere_lines_have_a_time_and_no_priority(arguments: tuple[str, ...])
     lines = run(*arguments)
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d{4} \[n#debug\] a message", lines[0])
     assert not any(line.startswith("<") for line in lines)
+
+
+@given(st.lists(st.floats(0, 4e9, allow_nan=False), max_size=5), st.text())
+def test_the_short_way_of_an_access_line_leads_to_the_same_text(times: list[float], path: str) -> None:
+    events: list[LogEvent] = []
+    globalLogPublisher.addObserver(events.append)
+    try:
+        for _ in times:
+            AccessLog().record("192.0.2.1", "GET", "a.test", f"/{path}", 200, 1, 0.5, "HIT")
+    finally:
+        globalLogPublisher.removeObserver(events.append)
+    plain, journal = io.StringIO(), io.StringIO()
+    logs = TextLog(plain, journal=False), TextLog(journal, journal=True)
+    for event, when in zip(events, times, strict=True):
+        event["log_time"] = when
+        for log in logs:
+            log(event)
+    assert plain.getvalue() == "".join(str(formatEventAsClassicLogText(event)) for event in events)
+    assert journal.getvalue() == "".join(f"<6>{eventAsText(event, includeTimestamp=False)}\n" for event in events)
+
+
+def test_a_stream_that_is_gone_harms_nobody() -> None:
+    stream = io.StringIO()
+    stream.close()
+    TextLog(stream, journal=False)({"log_format": "text", "log_time": 0.0})

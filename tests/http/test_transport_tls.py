@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import socket
 import ssl
 import threading
@@ -354,3 +355,39 @@ class Upgrades(SocketCase):
             reason = await recorder.lost
             assert isinstance(reason, SSL.Error)
             self.assertEqual(explain_handshake(reason), "http request")
+
+
+class SeveralRecords(SocketCase):
+    async def test_what_the_kernel_does_not_take_of_them_is_offered_again(self) -> None:
+        """As where the kernel has less room than it seemed to have: content stays what it is."""
+        content = random.Random(2).randbytes(KERNEL)
+        transports: list[TLSTransport] = []
+        recorder = Recorder()
+
+        def take(tcp: Any) -> None:
+            transports.append(TLSTransport.server(reactor, tcp, SERVER))
+            transports[0]._at_once = lambda size: 300_000  # type: ignore[method-assign]
+            transports[0].start(recorder)
+
+        port, reading = self.listen(take), threading.Event()
+
+        def client() -> bytes:
+            with client_context().wrap_socket(dial(port), server_hostname="a.test") as sock:
+                sock.sendall(b"go")
+                reading.wait(PATIENCE)
+                return read_all(sock)
+
+        running = self.in_thread(client)
+        await recorder.until(2)
+        (transport,) = transports
+        offered, pauses = 0, 0
+        while offered < len(content):
+            offered += transport.offer(content[offered : offered + MIB])
+            while transport._pending:
+                pauses += 1
+                reading.set()
+                await deferLater(reactor, 0)
+        transport.loseConnection()
+        self.assertEqual(await running, content)
+        self.assertGreater(pauses, 0)
+        await recorder.lost
