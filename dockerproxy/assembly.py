@@ -222,7 +222,7 @@ def make_cache(
     upstream = UpstreamClient(transport, tokens, policy.check_upstream)
     challenges = Challenges(transport, records, served.intercepted, tokens.remember, time.time)
     challenges.recall(settings.registries)
-    access = Access(records, time.time)
+    access = Access(records, time.time, 0.0 if common.shared else 60.0)
     freshness = Freshness(
         settings.enable_manifest_cache,
         settings.manifest_cache_primary_regex,
@@ -235,7 +235,9 @@ def make_cache(
     def keep(digest: Digest, size: int) -> None:
         spawn(room.count(digest, size), f"making room for {digest}")
 
-    manifests = CachedManifests(reactor, upstream, blobs, links, records, access, freshness, clock=time.time, keep=keep)
+    manifests = CachedManifests(
+        reactor, upstream, blobs, links, records, access, freshness, common.turns, clock=time.time, keep=keep
+    )
     flights = Flights(reactor, upstream, room, Ingests(layout, blobs, records, common.shared))
     return Cache(
         PullThrough(

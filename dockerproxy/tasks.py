@@ -52,8 +52,8 @@ async def to_the_end(work: Coroutine[Any, Any, T], what: str) -> T:
 class TakesTurns(Protocol):
     """One at a time for each key."""
 
-    def of(self, key: str) -> AbstractAsyncContextManager[None]:
-        """Wait for one's turn, and have it for the length of the block."""
+    def of(self, key: str) -> AbstractAsyncContextManager[bool]:
+        """Wait for one's turn, and have it for the length of the block; the value says whether one had to wait."""
 
 
 class Turns:
@@ -63,12 +63,13 @@ class Turns:
         self._locks: dict[str, DeferredLock] = {}
 
     @asynccontextmanager
-    async def of(self, key: str) -> AsyncIterator[None]:
-        """Wait for one's turn, and have it for the length of the block."""
+    async def of(self, key: str) -> AsyncIterator[bool]:
+        """Wait for one's turn, and have it for the length of the block; the value says whether one had to wait."""
         lock = self._locks.setdefault(key, DeferredLock())
+        waited = bool(lock.locked)
         await lock.acquire()
         try:
-            yield
+            yield waited
         finally:
             lock.release()
             if not lock.locked and self._locks.get(key) is lock:

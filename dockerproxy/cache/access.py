@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from enum import Enum
+from math import inf
 
 from dockerproxy.cache.identity import PUBLIC
 from dockerproxy.cache.notes import remember
@@ -22,7 +23,6 @@ OUTAGE = 86400.0
 """Seconds for which a client's own yes is believed while upstream cannot be asked. What is public, or what our own
 credential reads, is believed for as long as upstream is gone."""
 
-_SAVE_EVERY = 60.0
 _MAX_IDENTITIES = 200
 _MAX_REMEMBERED = 50_000
 
@@ -36,10 +36,14 @@ class Standing(Enum):
 
 
 class Access:
-    """Upstream's yeses; `clock` is POSIX time."""
+    """Upstream's yeses; `clock` is POSIX time.
 
-    def __init__(self, records: Records, clock: Callable[[], float]) -> None:
+    A yes that is known is written down again after `save_every` seconds: 0 where other processes are to know of it.
+    """
+
+    def __init__(self, records: Records, clock: Callable[[], float], save_every: float = 60.0) -> None:
         self._records = records
+        self._save_every = save_every
         self._clock = clock
         self._recent: OrderedDict[tuple[str, str], float] = OrderedDict()
 
@@ -54,6 +58,10 @@ class Access:
             if standing is Standing.STALE:
                 best = standing
         return best
+
+    def is_proven_since(self, key: str, identity: str, since: float) -> bool:
+        """Whether upstream, asked by whatever process, let `identity` read from `key` at `since` or later."""
+        return max(self._recent.get((key, identity), -inf), self._saved_at(key, identity)) >= since
 
     def was_admitted(self, visitor: Visitor) -> bool:
         """Whether upstream let the visitor in once, which has to do while it cannot be asked."""
@@ -73,7 +81,7 @@ class Access:
         self._recent.move_to_end((key, identity))
         if len(self._recent) > _MAX_REMEMBERED:
             self._recent.popitem(last=False)
-        if known is None or when - self._saved(key).get(identity, 0) > _SAVE_EVERY:
+        if known is None or when - self._saved(key).get(identity, 0) > self._save_every:
             self._save(key, identity, when)
 
     def refused(self, key: str, identity: str) -> None:
@@ -86,8 +94,8 @@ class Access:
         when = self._recent.get((key, identity))
         if when is not None and now - when < FRESH:
             return when
-        saved = (self._records.get("access", key) or {}).get(identity)
-        return saved if isinstance(saved, int | float) else when
+        saved = self._saved_at(key, identity)
+        return saved if saved > -inf else when
 
     def _judge(self, when: float | None, now: float, identity: str) -> Standing:
         if when is None:
@@ -98,6 +106,10 @@ class Access:
         if identity.startswith("own:") and not 0 <= age < OUTAGE:
             return Standing.UNKNOWN
         return Standing.STALE
+
+    def _saved_at(self, key: str, identity: str) -> float:
+        saved = (self._records.get("access", key) or {}).get(identity)
+        return saved if isinstance(saved, int | float) else -inf
 
     def _saved(self, key: str) -> dict[str, float]:
         saved = self._records.get("access", key)

@@ -36,7 +36,7 @@ from dockerproxy.oci.names import Digest, Reference, Tag
 from dockerproxy.store.blobs import Blobs
 from dockerproxy.store.links import Links
 from dockerproxy.store.records import Records
-from dockerproxy.tasks import Coalescing, in_thread
+from dockerproxy.tasks import Coalescing, TakesTurns, in_thread
 
 _MAX_ANSWERS = 16  # for one tag: so many different sets of media types are remembered
 
@@ -53,7 +53,10 @@ class _Known:
 
 
 class CachedManifests:
-    """Answers for manifests; `clock` is POSIX time, `keep` counts what is written to the store."""
+    """Answers for manifests; `clock` is POSIX time, `keep` counts what is written to the store.
+
+    By `turns`, which may be those of several processes, upstream is asked the same by one at a time.
+    """
 
     def __init__(
         self,
@@ -64,6 +67,7 @@ class CachedManifests:
         records: Records,
         access: Access,
         freshness: Freshness,
+        turns: TakesTurns,
         *,
         clock: Callable[[], float],
         keep: Callable[[Digest, int], None],
@@ -75,6 +79,7 @@ class CachedManifests:
         self._records = records
         self._access = access
         self._freshness = freshness
+        self._turns = turns
         self._clock = clock
         self._keep = keep
         self._asking: Coalescing[tuple[object, ...], ManifestAnswer] = Coalescing()
@@ -161,7 +166,32 @@ class CachedManifests:
     async def _ask(self, method: str, visitor: Visitor, reference: Reference, accept: list[str]) -> ManifestAnswer:
         """Ask upstream, joining whoever asks the same with the same standing."""
         key = (method, visitor.origin.key, str(reference), accept_key(accept_set(accept)), visitor.identity)
-        return await self._asking.do(key, lambda: self._ask_alone(method, visitor, reference, accept))
+        return await self._asking.do(key, lambda: self._ask_in_turn(method, visitor, reference, accept))
+
+    async def _ask_in_turn(
+        self, method: str, visitor: Visitor, reference: Reference, accept: list[str]
+    ) -> ManifestAnswer:
+        """Ask upstream, unless another process did while we waited for it."""
+        began = self._clock()
+        key = f"{method} {visitor.origin.key} {reference} {accept_key(accept_set(accept))} {visitor.identity}"
+        async with self._turns.of(key) as waited:
+            answered = await self._answered(visitor, reference, accept, began) if waited else None
+            return answered or await self._ask_alone(method, visitor, reference, accept)
+
+    async def _answered(
+        self, visitor: Visitor, reference: Reference, accept: list[str], since: float
+    ) -> ManifestAnswer | None:
+        """Return what upstream answered to `visitor` since then, if that was kept."""
+        key = visitor.origin.key
+        if not self._access.is_proven_since(key, visitor.identity, since):
+            return None
+        if isinstance(reference, Digest):
+            kept = await self._kept(key, reference)
+        else:
+            known = self._known(key, reference).get(accept_key(accept_set(accept)))
+            fresh = known is not None and known.checked >= since
+            kept = await self._kept(key, known.digest, known.media_type) if known is not None and fresh else None
+        return evolve(kept, verdict="JOINED") if kept is not None else None
 
     async def _ask_alone(
         self, method: str, visitor: Visitor, reference: Reference, accept: list[str]

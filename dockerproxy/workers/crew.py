@@ -17,10 +17,11 @@ from twisted.application.service import Service
 from twisted.internet.defer import Deferred, TimeoutError
 from twisted.internet.protocol import ProcessProtocol
 from twisted.internet.task import LoopingCall
-from twisted.logger import Logger
+from twisted.logger import Logger, globalLogPublisher
 from twisted.python.failure import Failure
 
 import dockerproxy
+from dockerproxy.daemon import jsonlog
 from dockerproxy.daemon.doors import Door
 from dockerproxy.workers.calls import Calls
 from dockerproxy.workers.line import Line, pair
@@ -38,6 +39,9 @@ _PAUSES = (0.5, 1, 2, 4, 8, 16, 30)  # seconds before one that died is replaced
 _STEADY = 60.0  # seconds after which a worker that dies did not do so at its start
 
 _LONGEST_LINE = 64 * 1024
+
+RELAYED = "relayed"
+"""What a worker is told, after its number, whose log goes into that of the first process: it writes JSON then."""
 
 _NOT_PASSED_ON = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC")
 
@@ -81,11 +85,11 @@ class Crew(Service):
     def pass_on(self, label: bytes, handle: socket.socket | None) -> bool:
         """Pass a connection on to the worker that has the fewest; False where this process has to serve it.
 
-        None: it has to in any case.
+        None: it has to in any case. So it has to at the end: the workers were told to stop before the doors close.
         """
         tally, passed = self._tally, self._passed
         chosen, fewest = None, passed[0] - tally.ended(0)
-        for worker in self._workers if handle is not None else ():
+        for worker in self._workers if handle is not None and not self._stopping else ():
             live = passed[worker.number] - tally.ended(worker.number)
             if worker.ready and live < fewest:
                 chosen, fewest = worker, live
@@ -108,13 +112,16 @@ class Crew(Service):
         self._stopping = True
         if self._watching.running:
             self._watching.stop()
+        for worker in self._workers:
+            if worker.pause is not None and worker.pause.active():
+                worker.pause.cancel()
         return Deferred.fromCoroutine(self._stop())
 
-    def reload(self, environment: Mapping[str, str]) -> None:
-        """Have the workers, now and later, use the settings that `environment` has."""
-        self._start = evolve(self._start, environment=environment)
+    def reload(self, changed: Mapping[str, str]) -> None:
+        """Have the workers, now and later, use settings that have changed; the others are as they were at the start."""
+        self._start = evolve(self._start, environment={**self._start.environment, **changed})
         for worker in self._workers:
-            worker.tell("reload", self._environment())
+            worker.tell("reload", changed)
 
     def hurry(self) -> None:
         """Have the workers break off at once what they still wait for."""
@@ -131,13 +138,16 @@ class Crew(Service):
             except TimeoutError:
                 worker.kill()
 
-    def _environment(self) -> dict[str, str]:
+    def _environment(self) -> dict[bytes, bytes]:
         settings = {name: value for name, value in self._start.environment.items() if name not in _NOT_PASSED_ON}
         path = [str(Path(dockerproxy.__file__).parent.parent), settings.get("PYTHONPATH", "")]
-        return {**settings, "PYTHONPATH": os.pathsep.join(filter(None, path))}
+        settings["PYTHONPATH"] = os.pathsep.join(filter(None, path))
+        # As bytes: Twisted takes no text with what was no UTF-8.
+        return {os.fsencode(name): os.fsencode(value) for name, value in settings.items()}
 
     def _begin(self, worker: _Worker) -> None:
         worker.pause = None
+        worker.silent = False
         ours, theirs = pair()
         desk = self._desk()
         self._tally.begin(worker.number, time.monotonic_ns())
@@ -149,22 +159,24 @@ class Crew(Service):
             {**desk.answers, "ready": worker.get_ready},
             lost=lambda: self._lost(worker, desk),
         )
-        with open(os.devnull) as nothing:
+        with theirs, open(os.devnull) as nothing:
             output = {1: 1, 2: 2} if self._start.writes else {1: "r", 2: "r"}
-            worker.process = self._reactor.spawnProcess(
-                _Process(lambda reason: self._died(worker, reason)),
-                self._start.command[0],
-                [*self._start.command, str(worker.number)],
-                env=self._environment(),
-                childFDs={0: nothing.fileno(), **output, LINE: theirs.fileno(), TALLY: self._tally.descriptor},
-            )
-        theirs.close()
+            try:
+                worker.process = self._reactor.spawnProcess(
+                    _Process(lambda reason: self._died(worker, reason.getErrorMessage())),
+                    self._start.command[0],
+                    [*self._start.command, str(worker.number), *([] if self._start.writes else [RELAYED])],
+                    env=self._environment(),
+                    childFDs={0: nothing.fileno(), **output, LINE: theirs.fileno(), TALLY: self._tally.descriptor},
+                )
+            except OSError as error:  # no memory, or no more processes
+                self._died(worker, str(error))
 
     def _lost(self, worker: _Worker, desk: Any) -> None:
         worker.ready = False
         desk.close()
 
-    def _died(self, worker: _Worker, reason: Failure) -> None:
+    def _died(self, worker: _Worker, why: str) -> None:
         assert worker.calls is not None
         worker.calls.line.close()
         worker.process = None
@@ -176,14 +188,16 @@ class Crew(Service):
         pause = _PAUSES[min(worker.deaths, len(_PAUSES) - 1)]
         log.error(
             "worker {number} ended ({why}): another one starts in {pause} s",
-            number=worker.number, why=reason.getErrorMessage(), pause=pause,
+            number=worker.number, why=why, pause=pause,
         )  # fmt: skip
         worker.pause = self._reactor.callLater(pause, self._begin, worker)
 
     def _watch(self) -> None:
         for worker in self._workers:
-            silent = (time.monotonic_ns() - self._tally.seen(worker.number)) / 1e9
-            if worker.process is not None and silent > _HANGS:
+            before, worker.silent = worker.silent, time.monotonic_ns() - self._tally.seen(worker.number) > _HANGS * 1e9
+            # For the second time: where all of the daemon was halted for a while (a frozen container), this process may
+            # be the first to go on.
+            if worker.process is not None and worker.silent and before:
                 log.error("worker {number} hangs and is killed", number=worker.number)
                 worker.kill()
 
@@ -197,6 +211,7 @@ class _Worker:
     began: float = 0.0
     deaths: int = 0
     ready: bool = False
+    silent: bool = False
     _ending: list[Deferred[None]] = field(factory=list)
 
     @property
@@ -218,8 +233,6 @@ class _Worker:
 
     def ended(self) -> Deferred[None]:
         ended: Deferred[None] = Deferred(self._ending.remove)
-        if self.pause is not None and self.pause.active():
-            self.pause.cancel()
         if self.process is None:
             ended.callback(None)
         else:
@@ -233,19 +246,26 @@ class _Worker:
 
 
 class _Process(ProcessProtocol):
-    """Logs what a worker writes, where it does not do so itself, and tells of its end."""
+    """Logs what a worker writes, where that is `RELAYED`, and tells of its end."""
 
     def __init__(self, died: Callable[[Failure], None]) -> None:
         self._died = died
-        self._line = b""
+        self._rest = {1: b"", 2: b""}
 
-    def outReceived(self, data: bytes) -> None:
-        *lines, rest = (self._line + data).split(b"\n")
-        self._line = rest[:_LONGEST_LINE]
+    def childDataReceived(self, childFD: int, data: bytes) -> None:
+        *lines, rest = (self._rest[childFD] + data).split(b"\n")
+        self._rest[childFD] = rest[:_LONGEST_LINE]
         for line in lines:
-            log.info("{line}", line=line.decode("utf-8", "replace"))
-
-    errReceived = outReceived
+            self._relay(line)
 
     def processEnded(self, reason: Failure) -> None:
+        for rest in filter(None, self._rest.values()):
+            self._relay(rest)
         self._died(reason)
+
+    def _relay(self, line: bytes) -> None:
+        event = jsonlog.event_in(line)
+        if event is not None:
+            globalLogPublisher(event)
+        else:
+            log.error("{line}", line=line.decode("utf-8", "replace"))

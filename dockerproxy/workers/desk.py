@@ -102,20 +102,20 @@ class Desk:
         for digest in digests:
             self._reservations.room.note_use(Digest.parse(digest))
 
-    def _turn(self, key: str, number: int) -> Deferred[None]:
+    def _turn(self, key: str, number: int) -> Deferred[bool]:
         """Give the turn that the worker calls `number`; it ends by `turn_ended`, which may come before it begins."""
-        began: Deferred[None] = Deferred()
+        began: Deferred[bool] = Deferred()
         self._waiting.add(number)
         spawn(self._have_turn(key, number, began), f"the turn in {key}")
         return began
 
-    async def _have_turn(self, key: str, number: int, began: Deferred[None]) -> None:
-        async with self._turns.of(key):
+    async def _have_turn(self, key: str, number: int, began: Deferred[bool]) -> None:
+        async with self._turns.of(key) as waited:
             if number not in self._waiting:
                 return
             self._waiting.remove(number)
             ended = self._held[number] = Deferred()
-            began.callback(None)
+            began.callback(waited)
             await ended
 
     def _turn_ended(self, number: int) -> None:

@@ -71,12 +71,11 @@ class TurnsElsewhere:
         self._count = 0
 
     @asynccontextmanager
-    async def of(self, key: str) -> AsyncIterator[None]:
-        """Wait for one's turn, and have it for the length of the block."""
+    async def of(self, key: str) -> AsyncIterator[bool]:
+        """Wait for one's turn, and have it for the length of the block; the value says whether one had to wait."""
         self._count += 1
         number = self._count
         try:
-            await self._calls.ask("turn", key, number)
-            yield
+            yield bool(await self._calls.ask("turn", key, number))
         finally:
             self._calls.tell("turn_ended", number)  # also of who did not wait for it

@@ -603,3 +603,36 @@ def test_evicted(world: World) -> None:
     world.blobs.remove(Digest.of(ONE))
     for reference in ("1", Digest.of(ONE)):
         assert got(world.run(world.manifest(reference)))[1] == ONE
+
+
+# several processes
+
+
+@pytest.mark.parametrize("reference", ["1", str(Digest.of(ONE))])
+def test_two_processes_ask_once(make_world: Callable[..., World], reference: str) -> None:
+    one = make_world(shared=True)
+    other = make_world(shared=True, upstream=one.upstream, turns=one.turns)
+    app(one).put_manifest(ONE, "1")
+    for method in ("GET", "HEAD"):  # the second time, all of them know what to expect
+        gate = Gate()
+        one.upstream.on(method, "manifests", gate.then(honest))
+        waiting = [world.start(world.manifest(reference)) for world in (one, other, other)]
+        gate.open()
+        one.advance(1)
+        assert [one.run(value(answer)).content for answer in waiting] == [ONE] * 3
+        assert len(one.upstream.seen(pattern="manifests")) <= 1
+        one.upstream.forget()
+        one.advance(FRESH / 2)
+
+
+def test_what_another_process_was_answered_is_no_answer_to_somebody_else(make_world: Callable[..., World]) -> None:
+    one = make_world(shared=True)
+    other = make_world(shared=True, upstream=one.upstream, turns=one.turns)
+    app(one).put_manifest(ONE, "1")
+    gate = Gate()
+    one.upstream.on("GET", "manifests", gate.then(honest))
+    waiting = [one.start(one.manifest("1", who=ALICE)), other.start(other.manifest("1", who=BOB))]
+    gate.open()
+    one.advance(1)
+    assert [one.run(value(answer)).verdict for answer in waiting] == ["MISS", "MISS"]
+    assert sorted(str(seen.who) for seen in one.upstream.seen(pattern="manifests")) == [ALICE, BOB]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Coroutine
@@ -33,7 +34,8 @@ from dockerproxy.store.blobs import Blobs
 from dockerproxy.store.layout import Layout
 from dockerproxy.store.links import Links
 from dockerproxy.store.records import Records
-from dockerproxy.tasks import spawn
+from dockerproxy.store.slices import Slices
+from dockerproxy.tasks import Turns, spawn
 from dockerproxy.upstream.credentials import Anonymous, Configured, Own
 
 NO_HEADERS = Headers()
@@ -91,6 +93,7 @@ class World:
         secret: bytes = b"s" * 32,
         since: float = 0.0,
         shared: bool = False,
+        turns: Turns | None = None,
     ) -> None:
         self.reactor = reactor = Reactor() if upstream is None else upstream.reactor
         self.upstream = upstream or Upstream(reactor)
@@ -99,8 +102,12 @@ class World:
         self.blobs, self.links = Blobs(self.layout, False, self.now), Links(self.layout, False)
         self.records = Records(root / "records")
         self.identities = Identities(secret)
-        self.access = Access(self.records, self.now)
-        self.room = CacheRoom(reactor, self.layout, self.blobs, limit=limit, inactive=inactive, clock=self.now)
+        self.access = Access(self.records, self.now, 0.0 if shared else 60.0)
+        self.turns = turns or Turns()
+        whole = Slices(reactor, length=math.inf)  # nothing else is going on that would have to wait
+        self.room = CacheRoom(
+            reactor, self.layout, self.blobs, limit=limit, inactive=inactive, clock=self.now, slices=whole
+        )
         self.meeting = Ingests(self.layout, self.blobs, self.records, shared)
         self.flights = Flights(reactor, self.upstream, self.room, self.meeting)
         self.learned: dict[Registry, Any] = {}
@@ -110,7 +117,7 @@ class World:
             self.exchange, self.identities, self.records, lambda host: None if host in hosts else permit, self.now
         )
         self.manifests = CachedManifests(
-            reactor, self.upstream, self.blobs, self.links, self.records, self.access, freshness,
+            reactor, self.upstream, self.blobs, self.links, self.records, self.access, freshness, self.turns,
             clock=self.now, keep=lambda digest, size: spawn(self.room.count(digest, size), "counting"),
         )  # fmt: skip
         self.cached = CachedBlobs(reactor, self.upstream, self.blobs, self.links, self.flights, self.access, self.room)
