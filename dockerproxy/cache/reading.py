@@ -50,6 +50,10 @@ class FlightContent:
                 return await self._read_on(offset, at_most)
             await flight.changed()
 
+    async def in_file(self, offset: int, at_most: int) -> tuple[int, int] | None:
+        """Return None: it is still arriving."""
+        return None
+
     async def settled(self) -> None:
         """Wait until the flight has ended; raise where the content cannot be had."""
         flight = self._flight

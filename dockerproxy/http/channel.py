@@ -244,6 +244,14 @@ class HTTPChannel(Protocol):
         self.transport.write(data)
         return len(data)
 
+    @property
+    def takes_files(self) -> bool:
+        return isinstance(self.transport, SocketTransport) and self.transport.takes_files
+
+    def offer_file(self, descriptor: int, offset: int, size: int) -> int:
+        taken: int = self.transport.offer_file(descriptor, offset, size)
+        return taken
+
     def writable(self) -> Awaitable[None]:
         return self._outflow.open()  # as it is: with each coroutine around it, a slow client costs memory
 

@@ -34,6 +34,11 @@ class Connection(Protocol):
 
     def offer(self, data: bytes | bytearray) -> int: ...
 
+    @property
+    def takes_files(self) -> bool: ...
+
+    def offer_file(self, descriptor: int, offset: int, size: int) -> int: ...
+
     def writable(self) -> Awaitable[None]: ...
 
     def abort(self) -> None: ...
@@ -120,7 +125,7 @@ class Request:
 
     def write(self, data: bytes | bytearray) -> None:
         """Send a piece of the body; the transport keeps what the client does not take: `drain` before the next."""
-        if self._accepts(data):
+        if self._accepts(len(data)):
             self.size += len(data)
             self._connection.write(b"%x\r\n%b\r\n" % (len(data), bytes(data)) if self._chunked else data)
 
@@ -129,10 +134,26 @@ class Request:
 
         `drain` before the rest is offered again: for content that need not wait in memory.
         """
-        if self._chunked or not self._accepts(data):  # the length of a chunk is said before it is sent
+        if self._chunked or not self._accepts(len(data)):  # the length of a chunk is said before it is sent
             self.write(data)
             return len(data)
         taken = self._connection.offer(data)
+        self.size += taken
+        return taken
+
+    @property
+    def takes_files(self) -> bool:
+        """Whether the body can be sent by `offer_file`."""
+        return not self._chunked and self._connection.takes_files
+
+    def offer_file(self, descriptor: int, offset: int, size: int) -> int:
+        """Send bytes of a file as `offer` does. They should be in memory: what the disk takes, all wait for.
+
+        Raise OSError where they cannot be read.
+        """
+        if not self._accepts(size):
+            return size
+        taken = self._connection.offer_file(descriptor, offset, size)
         self.size += taken
         return taken
 
@@ -164,11 +185,11 @@ class Request:
         self.finished = True
         return self._connection.detach()
 
-    def _accepts(self, data: bytes | bytearray) -> bool:
-        """Whether `data` is to be sent."""
-        if self._suppressed or self.finished or not data:
+    def _accepts(self, size: int) -> bool:
+        """Whether `size` bytes more are to be sent."""
+        if self._suppressed or self.finished or not size:
             return False
-        if self._length is not None and self.size + len(data) > self._length:
+        if self._length is not None and self.size + size > self._length:
             self.abort()  # what is too much would be read as the next answer
             return False
         return True

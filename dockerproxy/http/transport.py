@@ -8,7 +8,9 @@ takes it, so that a small answer costs no round through the reactor, and nothing
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import os
 import socket
 import termios
 from collections import deque
@@ -157,6 +159,37 @@ class SocketTransport:
         if kept:
             self._keep(kept)
         return sent + len(kept)
+
+    @property
+    def takes_files(self) -> bool:
+        """Whether bytes of a file can go to the peer as they are (`offer_file`)."""
+        return True
+
+    def offer_file(self, descriptor: int, offset: int, size: int) -> int:
+        """Hand `size` bytes of a file to the kernel as `offer` does; they are not copied on the way (sendfile(2)).
+
+        Raise OSError where they cannot be read.
+        """
+        if not self.connected or self.disconnecting or self._broken:
+            return size
+        sent = self._send_file(descriptor, offset, size) if not self._pending else 0
+        kept = os.pread(descriptor, min(size - sent, _RECORD), offset + sent) if sent < size else b""
+        if kept:
+            self._keep(kept)
+        return sent + len(kept)
+
+    def _send_file(self, descriptor: int, offset: int, size: int) -> int:
+        try:
+            sent = os.sendfile(self._fileno, descriptor, offset, size)
+        except (BlockingIOError, InterruptedError):
+            return 0
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.ECONNRESET):
+                raise
+            self._break()
+            return 0
+        self.sent += sent
+        return sent
 
     def writeSequence(self, data: Iterable[bytes]) -> None:
         self.write(b"".join(data))
@@ -338,6 +371,10 @@ class TLSTransport(SocketTransport):
         self._tls = tls
         self._ready = False
         self._preface = preface
+
+    @property
+    def takes_files(self) -> bool:
+        return False
 
     def start(self, protocol: IProtocol) -> None:
         """Take the socket, and begin with the handshake."""

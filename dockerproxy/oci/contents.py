@@ -22,6 +22,12 @@ class Content(Protocol):
         `offset` grows from call to call.
         """
 
+    async def in_file(self, offset: int, at_most: int) -> tuple[int, int] | None:
+        """Return a file's descriptor, and how many bytes it has in memory at `offset` that are the content's there.
+
+        None where there is no such file: what is still arriving is `read`. The descriptor is good until `close`.
+        """
+
     async def settled(self) -> None:
         """Wait until it is certain that the content can be had whole; raise where it cannot."""
 

@@ -76,6 +76,13 @@ class OnDisk:
         data = self._blob.read(offset, at_most)
         return data if data is not None else await in_thread(self._reactor, self._blob.read_blocking, offset, at_most)
 
+    async def in_file(self, offset: int, at_most: int) -> tuple[int, int] | None:
+        """Return the descriptor, and how many bytes may be sent from it."""
+        size = max(0, min(at_most, self._blob.size - offset))
+        if size and not self._blob.is_cached(offset, size):
+            await in_thread(self._reactor, self._blob.read_blocking, offset, size)
+        return self._blob.fd, size
+
     async def settled(self) -> None:
         """What is stored was verified."""
 

@@ -42,11 +42,9 @@ async def send(request: Request, content: Content, start: int, stop: int | None,
     """
     pace, offset, end = Pace(), start, _UNBOUNDED if stop is None else stop
     while offset < end:
-        data = await content.read(offset, min(pace.size, end - offset))
-        if not data:
+        taken = await _send_piece(request, content, offset, min(pace.size, end - offset))
+        if not taken:
             break
-        taken = request.offer(data)
-        del data  # what was not taken is read again when it will be, and does not wait in memory
         offset += taken
         if offset >= end:
             break
@@ -56,3 +54,15 @@ async def send(request: Request, content: Content, start: int, stop: int | None,
         if taken >= _SMALLEST:
             await deferLater(clock, 0)
     request.finish()
+
+
+async def _send_piece(request: Request, content: Content, offset: int, at_most: int) -> int:
+    """Send bytes from `offset` on, and return how many; 0 at the content's end.
+
+    What the client does not take is read again when it will be, and does not wait in memory.
+    """
+    found = await content.in_file(offset, at_most) if request.takes_files else None
+    if found is not None:
+        return request.offer_file(found[0], offset, found[1]) if found[1] else 0
+    data = await content.read(offset, at_most)
+    return request.offer(data) if data else 0

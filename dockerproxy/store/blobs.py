@@ -21,6 +21,7 @@ from dockerproxy.store.layout import Layout, digest_in
 # Seconds. The last use is a file's mtime (atime is coarser where `relatime` is mounted, and gone under `noatime`);
 # eviction counts in days, so a blob read a thousand times a second needs no thousand inode updates.
 _TOUCH_INTERVAL = 60
+_SAMPLE_EVERY = 128 * 1024  # bytes: what Linux reads ahead by default
 
 _PREFIX = re.compile(r"[0-9a-f]{2}")
 
@@ -43,6 +44,12 @@ class OpenBlob:
     def read_blocking(self, offset: int, size: int) -> bytes:
         """Return up to `size` bytes from `offset`, ``b""`` at the end only. Blocks."""
         return read_blocking(self.fd, offset, size)
+
+    def is_cached(self, offset: int, size: int) -> bool:
+        """Say whether memory has these bytes, as samples tell: the kernel reads and drops them in larger parts."""
+        sample = bytearray(1)
+        places = [*range(offset, offset + size, _SAMPLE_EVERY), offset + size - 1]
+        return all(fill_cached(self.fd, sample, place) for place in places)
 
     def close(self) -> None:
         """Let go of the content; a second time does nothing."""

@@ -8,6 +8,7 @@ import random
 import socket
 import ssl
 import struct
+import tempfile
 import threading
 from typing import Any, ClassVar
 
@@ -30,6 +31,7 @@ from kit.loopback import (
 from twisted.internet.defer import Deferred
 from twisted.internet.error import ConnectionAborted, ConnectionDone, ConnectionLost
 from twisted.internet.protocol import Protocol
+from twisted.internet.task import deferLater
 from twisted.python.failure import Failure
 
 from dockerproxy.http.transport import SocketTransport, TLSTransport
@@ -466,6 +468,76 @@ class AnyTransport:
 
 
 class Plain(AnyTransport, SocketCase):
+    async def test_a_file_goes_out_as_it_is(self) -> None:
+        """To a client that reads late: nothing waits in memory but little, and nothing is lost."""
+        port, recorder, transports = self.serve()
+        reading = threading.Event()
+        content = random.Random(1).randbytes(KERNEL)
+
+        def client() -> bytes:
+            with self.connect(port) as sock:
+                sock.sendall(b"go")
+                reading.wait(PATIENCE)
+                return read_all(sock)
+
+        running = self.in_thread(client)
+        await recorder.until(2)
+        (transport,) = transports
+        self.assertTrue(transport.takes_files)
+        with tempfile.TemporaryFile() as file:
+            file.write(content)
+            file.flush()
+            offered = 0
+            while offered < len(content):
+                taken = transport.offer_file(file.fileno(), offered, min(MIB, len(content) - offered))
+                self.assertGreater(taken, 0)
+                offered += taken
+                self.assertLessEqual(offered - transport.sent, 16 * 1024)
+                while transport._pending:
+                    reading.set()
+                    await deferLater(reactor, 0)
+            self.assertEqual(transport.offer_file(file.fileno(), len(content), 10), 0)  # there is no more
+            transport.loseConnection()
+            self.assertEqual(await running, content)
+            self.assertTrue(reading.is_set())
+            await recorder.lost
+            self.assertEqual(transport.offer_file(file.fileno(), 0, 10), 10)
+
+    async def test_a_file_for_who_is_gone(self) -> None:
+        port, recorder, transports = self.serve()
+
+        def client() -> None:
+            with self.connect(port) as sock:
+                sock.sendall(b"go")
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+        await self.in_thread(client)
+        await recorder.until(2)
+        (transport,) = transports
+        with tempfile.TemporaryFile() as file:
+            file.write(bytes(MIB))
+            file.flush()
+            while not recorder.lost.called:
+                transport.offer_file(file.fileno(), 0, MIB)
+                await deferLater(reactor, 0)
+
+    async def test_a_file_that_cannot_be_read(self) -> None:
+        port, recorder, transports = self.serve()
+
+        def client() -> bytes:
+            with self.connect(port) as sock:
+                sock.sendall(b"go")
+                return read_all(sock)
+
+        running = self.in_thread(client)
+        await recorder.until(2)
+        (transport,) = transports
+        with self.assertRaises(OSError):
+            transport.offer_file(99_999, 0, 10)
+        transport.loseConnection()
+        self.assertEqual(await running, b"")
+        await recorder.lost
+
     async def test_hand_over(self) -> None:
         port, first, transports = self.serve()
         second = Recorder()

@@ -54,6 +54,9 @@ class Text:
         stop = min([offset + at_most, offset + self._piece, *stops])
         return bytearray(self.data[offset:stop])
 
+    async def in_file(self, offset: int, at_most: int) -> tuple[int, int] | None:
+        return None
+
     async def settled(self) -> None:
         if self._bad is not None:
             raise self._bad

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +18,7 @@ from dockerproxy.http.channel import Timeouts
 from dockerproxy.http.request import Request
 from dockerproxy.registry.senders import Pace, send
 
-SMALLEST, LARGEST = 16 * 1024, 256 * 1024
+SMALLEST, LARGEST = 16 * 1024, 512 * 1024
 DATA = bytes(range(256)) * 4096  # 1 MiB
 
 
@@ -189,3 +191,65 @@ def test_others_get_their_turn_between_pieces(visit: Any, text: Any) -> None:
     sending.clock.callLater(0, turn)
     sending.get()
     assert len(set(turns)) > 2
+
+
+# files
+
+
+class Filed:
+    """A content in a file, `cached` bytes of which are in memory at a time."""
+
+    def __init__(self, folder: Path, data: bytes) -> None:
+        path = folder / "content"
+        path.write_bytes(data)
+        self._file = path.open("rb")
+        self.asked: list[tuple[int, int]] = []
+        self.size: int | None = len(data)
+
+    async def in_file(self, offset: int, at_most: int) -> tuple[int, int] | None:
+        self.asked.append((offset, at_most))
+        return self._file.fileno(), min(at_most, len(DATA) - offset)
+
+    async def read(self, offset: int, at_most: int) -> bytes:
+        raise AssertionError("its bytes are not to be copied")
+
+
+class FileTaking:
+    """A request over a connection that takes files, `step` bytes at a time."""
+
+    def __init__(self, step: int) -> None:
+        self.takes_files = True
+        self.sent = b""
+        self.finished = False
+        self._step = step
+
+    def offer_file(self, descriptor: int, offset: int, size: int) -> int:
+        data = os.pread(descriptor, min(size, self._step), offset)
+        self.sent += data
+        return len(data)
+
+    async def drain(self) -> None: ...
+
+    def finish(self) -> None:
+        self.finished = True
+
+
+@pytest.mark.parametrize("step", [1 << 30, 100_000])
+def test_a_file_is_sent_without_being_read(tmp_path: Path, step: int) -> None:
+    request: Any = FileTaking(step)
+    clock = Clock()
+    content: Any = Filed(tmp_path, DATA)
+    done = Deferred.fromCoroutine(send(request, content, 10, len(DATA) - 5, clock))
+    while not done.called:
+        clock.advance(0)
+    assert request.sent == DATA[10:-5] and request.finished
+
+
+def test_a_file_that_was_cut_off_ends_the_answer(tmp_path: Path) -> None:
+    request: Any = FileTaking(1 << 30)
+    content: Any = Filed(tmp_path, DATA[:1000])
+    clock = Clock()
+    done = Deferred.fromCoroutine(send(request, content, 0, len(DATA), clock))
+    for _ in range(10):
+        clock.advance(0)
+    assert done.called and request.sent == DATA[:1000] and request.finished  # which breaks off what is too short

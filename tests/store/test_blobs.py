@@ -262,3 +262,25 @@ def test_other_errors_of_a_read_pass(tmp_path: Path) -> None:
             read_cached(fd, 0, 10)
     finally:
         os.close(fd)
+
+
+def test_what_is_in_memory_is_told_by_samples(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    blobs, content = Blobs(layout, False), bytes(300_000)
+    digest = Digest.of(content)
+    blobs.put(content, digest)
+    asked: list[int] = []
+    missing: set[int] = set()
+
+    def fill(fd: int, buffer: bytearray, offset: int) -> int | None:
+        asked.append(offset)
+        return None if offset in missing else 1
+
+    monkeypatch.setattr("dockerproxy.store.blobs.fill_cached", fill)
+    blob = blobs.open(digest)
+    assert blob is not None
+    with blob:
+        assert blob.is_cached(1000, 270_000)
+        assert asked == [1000, 132_072, 263_144, 270_999]
+        missing.add(263_144)
+        assert not blob.is_cached(1000, 270_000)
+        assert blob.is_cached(1000, 1)

@@ -35,6 +35,9 @@ class Zeros:
     async def read(self, offset: int, at_most: int) -> bytes:
         return os.pread(self._file.fileno(), at_most, offset)
 
+    async def in_file(self, offset: int, at_most: int) -> tuple[int, int] | None:
+        return self._file.fileno(), min(at_most, SIZE - offset)
+
     async def settled(self) -> None: ...
 
     def close(self) -> None: ...
