@@ -3,41 +3,58 @@
 from __future__ import annotations
 
 import argparse
-import os
-import platform
+import json
 import resource
 import signal
-import ssl
 import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
-from OpenSSL import SSL
-
-import twisted
-from bench import docker_registry, nginx
+from bench import goals
 from bench.clients import Clients
-from bench.measures import MANY
-from bench.measures import MEASURES as PROXY_MEASURES
+from bench.footprint import memory, start
+from bench.hits import MANY, hit, plain, second
+from bench.image import image
+from bench.machine import load_average, machine
+from bench.misses import JOINING, first, joined, miss
 from bench.push import PUSH_MEASURES
+from bench.requests import connect, small
 from bench.scale import FULL, QUICK, Scale
 from bench.servers import BenchError
 from bench.stage import Stage
 from bench.table import Table
 
-MEASURES = {**PROXY_MEASURES, **PUSH_MEASURES}
+MEASURES: dict[str, Callable[[Stage, Table], None]] = {
+    "hit": hit,
+    "plain": plain,
+    "miss": miss,
+    "first": first,
+    "joined": joined,
+    "small": small,
+    "connect": connect,
+    "second": second,
+    "memory": memory,
+    "start": start,
+    "image": image,
+    **PUSH_MEASURES,
+}
+
+OUTPUT = Path(__file__).resolve().parents[1] / ".cache/bench.json"
 
 _FILES = 8192  # descriptors: of the slow clients, and of the daemon, which has two for each
 
 
 def main() -> None:
-    """Measure what the command line asks for, and print it."""
+    """Measure what the command line asks for, print it, and write it to a file."""
     options = _options()
     scale = QUICK if options.quick else FULL
-    signal.signal(signal.SIGTERM, _end)
-    _allow_files(_FILES)
-    table = Table()
+    signal.signal(signal.SIGTERM, end)
+    allow_files()
+    table, began = Table(), time.monotonic()
     try:
-        machine = _machine()
+        about = machine()
         with Clients(MANY) as clients, Stage.open(scale, clients) as stage:
             for name in options.only:
                 MEASURES[name](stage, table)
@@ -45,22 +62,24 @@ def main() -> None:
         sys.exit(f"bench: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
-    machine["load average at the end"] = _load_average()
-    if options.json:
-        print(table.json(machine))
-    else:
-        print("\n".join(f"{name}: {value}" for name, value in machine.items()))
-        print(
-            f"rounds: {scale.rounds}, of which the medians are shown; a ratio is the proxy's figure over the other's\n"
-        )
-        print(table.text(_titles(scale)))
+    about["load average at the end"] = load_average()
+    about["rounds"] = f"{scale.rounds}, of which the medians are shown; {(time.monotonic() - began) / 60:.0f} minutes"
+    verdicts = list(goals.verdicts(table))
+    print("\n".join(f"{name}: {value}" for name, value in about.items()))
+    print(f"\n{goals.text(verdicts)}\n\nAll figures; a ratio is the proxy's over the other's.")
+    print(table.text(_titles(scale)))
+    data = {"machine": about, "targets": [verdict.data() for verdict in verdicts], "rows": table.data()}
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.write_text(json.dumps(data, indent=1) + "\n")
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser("bench", description="Measure the proxy beside nginx and docker-registry.")
     parser.add_argument("--quick", action="store_true", help="one short round: shows that it works, and no more")
     parser.add_argument("--only", type=_names, default=list(MEASURES), help=f"some of {','.join(MEASURES)}")
-    parser.add_argument("--json", action="store_true", help="print JSON, with the figures of each round")
+    parser.add_argument(
+        "--json", type=Path, default=OUTPUT, metavar="FILE", help="where all figures of all rounds go (%(default)s)"
+    )
     return parser.parse_args()
 
 
@@ -73,51 +92,38 @@ def _names(text: str) -> list[str]:
 
 
 def _titles(scale: Scale) -> dict[str, str]:
-    size = "1 GiB" if scale.blob == 1 << 30 else f"{scale.blob >> 20} MiB"
-    blob = f"a blob of {size}"
+    size = _size(scale.blob)
     return {
-        "hit": f"hit: {blob} that is cached (nginx: a file)",
-        "miss": f"miss: {blob} that is fetched (nginx: proxy_cache, proxy_cache_lock)",
-        "small": "small: a cached blob of 1.5 KiB, on connections that stay open (nginx: a file)",
-        "connect": "connect: the same, each on a new connection (CONNECT, TLS; nginx: TLS)",
-        "memory": "memory: growth of the resident set for each connection",
+        "hit": f"hit: a blob of {size} that is cached (nginx: a file)",
+        "plain": "plain: the same in plain HTTP, from the hosted registry and as a mirror (nginx: sendfile)",
+        "miss": f"miss: a blob of {size} that is fetched (nginx: proxy_cache, proxy_cache_lock)",
+        "first": "first: small blobs that are fetched, one after the other on one connection (nginx: proxy_cache)",
+        "joined": f"joined: a blob of {_size(scale.joined)} that comes at {scale.slow_rate / 1e6:.0f} MB/s, to "
+        f"{JOINING} clients at once (nginx: proxy_cache)",
+        "small": "small: what is cached, on connections that stay open; per core (nginx: a file)",
+        "connect": "connect: a cached blob of 1.5 KiB, each on a new connection; per core (nginx: no CONNECT)",
+        "second": "second: two workers beside one; capacity is what two cores of their own would serve, by CPU time",
+        "memory": f"memory: the resident set, and its growth for each of {scale.memory_connections} connections",
+        "start": "start: from the start to listening; connecting to a host that is new",
+        "image": f"image: skopeo copy of {scale.layers} layers of 100 kB (direct: from docker-registry)",
         "push": f"push: a layer of {size}, in chunks, by 1 client; layers of 10 kB by 5 clients (TLS)",
         "gc": "gc: garbage collection, half of the blobs being garbage, and requests beside it",
     }
 
 
-def _machine() -> dict[str, str]:
-    uname = platform.uname()
-    return {
-        "machine": f"{len(os.sched_getaffinity(0))} cores, {_processor()}, {uname.system} {uname.release}",
-        "daemon": f"Python {platform.python_version()}, Twisted {twisted.__version__}, "
-        f"{SSL.SSLeay_version(SSL.SSLEAY_VERSION).decode()}",
-        "peers": f"{nginx.version()}, one worker; {docker_registry.version()}",
-        "clients": f"Python's ssl, {ssl.OPENSSL_VERSION}",
-        "load average at the start": _load_average(),
-    }
+def _size(size: int) -> str:
+    return "1 GiB" if size == 1 << 30 else f"{size >> 20} MiB"
 
 
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.machine()
-
-
-def _load_average() -> str:
-    return " ".join(f"{value:.2f}" for value in os.getloadavg())
-
-
-def _allow_files(count: int) -> None:
-    """Let this process, and those that it starts, have `count` open files, or as many as it may."""
+def allow_files() -> None:
+    """Let this process, and those that it starts, have as many open files as the loads need, or as it may."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (count if most == resource.RLIM_INFINITY else min(count, most), most))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (_FILES if most == resource.RLIM_INFINITY else min(_FILES, most), most))
 
 
-def _end(number: int, frame: object) -> NoReturn:
-    sys.exit(128 + number)  # so that what was started is stopped
+def end(number: int, frame: object) -> NoReturn:
+    """Have a signal end the benchmark so that what was started is stopped."""
+    sys.exit(128 + number)
 
 
 if __name__ == "__main__":

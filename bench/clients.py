@@ -13,20 +13,17 @@ from typing import Any
 
 from attrs import frozen
 
-from bench.servers import BenchError, Server
+from bench.servers import BenchError, Cost, Server
 
 _LOOK = 0.25  # seconds between calls of `meanwhile`
 
 
 @frozen
-class Load:
-    """What one load came to, in seconds: from the start to the last client's end, and of CPU time."""
+class Load(Cost):
+    """What one load came to; it ends with its last client's job."""
 
     results: list[Any]
     """What each client's job returned."""
-    wall: float
-    server_cpu: float
-    clients_cpu: float
 
 
 class Clients:
@@ -83,7 +80,7 @@ class Clients:
             outcomes.append(_receive(pipe))
         wall = time.monotonic() - began
         results, cpu = zip(*outcomes, strict=True)
-        return Load(list(results), wall, server.cpu() - used, sum(cpu))
+        return Load(wall, server.cpu() - used, sum(cpu), list(results))
 
 
 def _receive(pipe: Connection) -> Any:

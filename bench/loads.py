@@ -1,35 +1,21 @@
-"""What clients do to a server. A job prepares, calls `start`, which returns when all clients are ready, and works."""
+"""What clients in Python do to a server, where they need not be fast: `generator` has those that do.
+
+A job prepares, calls `start`, which returns when all clients are ready, and works.
+"""
 
 from __future__ import annotations
 
 import ssl
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from attrs import frozen
-
+from bench.content import Resource
 from bench.targets import Target, read_body, read_head
 
 Start = Callable[[], None]
 
 _BUFFER = 256 * 1024
 _SIP = 10 * 1000  # bytes that a slow client takes each second
-
-
-@frozen
-class Resource:
-    """What is asked for; `size` is in bytes."""
-
-    path: str
-    size: int
-
-
-@frozen
-class Handshakes:
-    """How many connections were made, and how many of them resumed a session."""
-
-    count: int
-    resumed: int
 
 
 def download(start: Start, target: Target, blob: Resource) -> str:
@@ -44,55 +30,15 @@ def download(start: Start, target: Target, blob: Resource) -> str:
     return head
 
 
-def small_requests(start: Start, target: Target, blob: Resource, connections: int, seconds: float) -> int:
-    """Ask for a small blob on each of several connections again and again; return how many answers came.
-
-    Nothing is pipelined: a connection's next request goes out when its answer is whole. The requests go out on all
-    connections before the answers are read, so that no poll is needed to keep the server supplied.
-    """
-    context, request, buffer = target.context(), target.request(blob.path), bytearray(_BUFFER)
-    open_connections = [target.open(context) for _ in range(connections)]
+def handshakes(start: Start, targets: Sequence[Target]) -> list[float]:
+    """Connect to each of `targets`; return the seconds until each connection's handshake was done."""
+    context, found = targets[0].context(), []
     start()
-    count, end = 0, time.monotonic() + seconds
-    while time.monotonic() < end:
-        for connection in open_connections:
-            connection.send(request)
-        for connection in open_connections:
-            _, received = read_head(connection, buffer)
-            read_body(connection, buffer, blob.size - received)
-        count += connections
-    _close(open_connections)
-    return count
-
-
-def new_connections(start: Start, target: Target, blob: Resource, seconds: float, *, resume: bool) -> Handshakes:
-    """Connect, ask for a small blob once and hang up, again and again."""
-    context, request, buffer = target.context(), target.request(blob.path), bytearray(_BUFFER)
-    session = _visit(target, context, None, request, blob, buffer)[0] if resume else None
-    start()
-    count, resumed, end = 0, 0, time.monotonic() + seconds
-    while time.monotonic() < end:
-        found, reused = _visit(target, context, session, request, blob, buffer)
-        count += 1
-        resumed += reused
-        session = found if resume else None
-    return Handshakes(count, resumed)
-
-
-def _visit(
-    target: Target,
-    context: ssl.SSLContext,
-    session: ssl.SSLSession | None,
-    request: bytes,
-    blob: Resource,
-    buffer: bytearray,
-) -> tuple[ssl.SSLSession | None, bool]:
-    """Return the session that the server gave, and whether `session` was good for it."""
-    with target.open(context, session) as connection:
-        connection.send(request)
-        _, received = read_head(connection, buffer)
-        read_body(connection, buffer, blob.size - received)
-        return connection.session, bool(connection.session_reused)
+    for target in targets:
+        began = time.perf_counter()
+        with target.open(context):
+            found.append(time.perf_counter() - began)
+    return found
 
 
 def sip(start: Start, target: Target, blob: Resource, connections: int, seconds: float) -> None:

@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench.pki import Certificate
-from bench.servers import BenchError, Server
+from bench.servers import BenchError, Cores, Server
 
-# One worker, as the daemon is one process. Debian's nginx.conf has sendfile and tcp_nopush on, too. The daemon ends no
-# connection for the number of its requests, so nginx shall not do so either.
+# Debian's nginx.conf has sendfile and tcp_nopush on, too. The daemon ends no connection for the number of its requests,
+# so nginx shall not do so either.
 _CONFIGURATION = """\
 daemon off;
 {user}
-worker_processes 1;
+worker_processes {workers};
 worker_rlimit_nofile 8192;
 pid nginx.pid;
 error_log error.log warn;
@@ -45,10 +45,21 @@ http {{
 
 _STATIC = """\
     server {{
-        listen 127.0.0.1:{port} ssl;
+        listen 127.0.0.1:{port}{tls};
         root {root};
         access_log {log};
+    }}
+"""
+
+# As much of a registry as who pulls asks for. `limit_rate` holds for each request.
+_ORIGIN = """\
+    server {{
+        listen 127.0.0.1:{port} ssl;
+        root {root};
+        access_log bytes.log bytes;
         location = /v2/ {{ access_log off; return 200 "{{}}"; }}
+        location ~ /manifests/ {{ default_type {manifest}; }}
+        location /v2/{slow}/ {{ limit_rate {rate}; }}
     }}
 """
 
@@ -79,9 +90,17 @@ _CACHING = """\
 """
 
 
-def static(port: int, root: Path, log: str) -> str:
+def static(port: int, root: Path, log: str = "off", *, tls: bool = True) -> str:
     """Return a server of the files below `root`; `log` is what nginx's `access_log` takes."""
-    return _STATIC.format(port=port, root=root, log=log)
+    return _STATIC.format(port=port, tls=" ssl" if tls else "", root=root, log=log)
+
+
+def origin(port: int, root: Path, manifest: str, slow: str, rate: int) -> str:
+    """Return a registry of the files below `root`, which notes the bytes of every body in `bytes.log`.
+
+    Manifests have the media type `manifest`. The repository `slow` sends `rate` bytes a second.
+    """
+    return _ORIGIN.format(port=port, root=root, manifest=manifest, slow=slow, rate=rate)
 
 
 def caching(port: int, upstream: int, host: str, ca_file: Path) -> str:
@@ -89,19 +108,28 @@ def caching(port: int, upstream: int, host: str, ca_file: Path) -> str:
     return _CACHING.format(port=port, upstream=upstream, host=host, ca=ca_file)
 
 
-def nginx(folder: Path, certificate: Certificate, servers: Sequence[str], ports: Sequence[int]) -> Server:
+def nginx(
+    folder: Path,
+    certificate: Certificate,
+    servers: Sequence[str],
+    ports: Sequence[int],
+    *,
+    workers: int = 1,
+    cores: Cores | None = None,
+) -> Server:
     """Return an nginx that is not started yet."""
     folder.mkdir(parents=True, exist_ok=True)
     configuration = _CONFIGURATION.format(
         # As root it would hand its worker to a user who cannot read our files.
         user="user root;" if os.geteuid() == 0 else "",
+        workers=workers,
         certificate=certificate.file,
         key=certificate.key_file,
         servers="".join(servers),
     )
     (folder / "nginx.conf").write_text(configuration)
     argv = [_program(), "-p", str(folder), "-e", "error.log", "-c", "nginx.conf"]
-    return Server(argv, folder, dict(os.environ), ports)
+    return Server(argv, folder, dict(os.environ), ports, workers=workers, cores=cores)
 
 
 def version() -> str:

@@ -1,8 +1,9 @@
-"""The certificate of the registry that the benchmark sets up, and the CA that signed it."""
+"""The certificate of the registries that the benchmark sets up, and the CA that signed it."""
 
 from __future__ import annotations
 
 import datetime
+from collections.abc import Sequence
 from pathlib import Path
 
 from attrs import frozen
@@ -21,12 +22,13 @@ class Certificate:
     key_file: Path
 
 
-def make_certificate(folder: Path, host: str) -> Certificate:
-    """Make a certificate for `host` on an EC P-256 key: what the daemon mints, so that handshakes cost the same."""
+def make_certificate(folder: Path, hosts: Sequence[str]) -> Certificate:
+    """Make a certificate for `hosts` on an EC P-256 key: what the daemon mints, so that handshakes cost the same."""
     made = Certificate(folder / "ca.pem", folder / "server.pem", folder / "server.key")
     ca_key, key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
     ca = _sign("bench CA", ca_key.public_key(), "bench CA", ca_key, x509.BasicConstraints(ca=True, path_length=0))
-    certificate = _sign(host, key.public_key(), "bench CA", ca_key, x509.SubjectAlternativeName([x509.DNSName(host)]))
+    names = x509.SubjectAlternativeName([x509.DNSName(host) for host in hosts])
+    certificate = _sign(hosts[0], key.public_key(), "bench CA", ca_key, names)
     made.ca_file.write_bytes(ca.public_bytes(serialization.Encoding.PEM))
     made.file.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
     made.key_file.write_bytes(

@@ -14,13 +14,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from bench.content import OCI_MANIFEST
 from bench.loads import Start
 from bench.measures import note_bytes, note_count, tell, turned
 from bench.servers import BenchError
 from bench.stage import Hosted, Stage
 from bench.table import Table
 from bench.targets import Target
-from bench.tree import OCI_MANIFEST, REPOSITORY, grow
+from bench.tree import REPOSITORY, grow
 
 _PIECE = 1 << 20
 _CHUNK = 32 * 1024  # of the chunked coding: what io.Copy reads at once, by which docker and others in Go send
@@ -37,11 +38,11 @@ def push(stage: Stage, table: Table) -> None:
                 case = "1 layer"
                 tell("push", case, serving.name)
                 load = stage.clients.run(1, serving.server, push_large, serving.target, stage.scale.blob)
-                note_bytes(table, "push", case, serving.name, load, stage.scale.blob)
+                note_bytes(table, "push", case, serving, load, stage.scale.blob)
                 case = f"{_LAYERS} small layers"
                 tell("push", case, serving.name)
                 load = stage.clients.run(_PUSHERS, serving.server, push_small, serving.target, _LAYERS // _PUSHERS)
-                note_count(table, "push", case, serving.name, load, _LAYERS, "layer")
+                note_count(table, "push", case, serving, load, _LAYERS, "layer")
 
 
 def gc(stage: Stage, table: Table) -> None:

@@ -4,22 +4,61 @@ from __future__ import annotations
 
 from attrs import frozen
 
-SMALL_BLOB = 1536  # bytes: an image's configuration, say
+SMALL_BLOBS = (1536, 65536)
+"""Bytes of two small blobs: an image's configuration, say, and a small layer."""
 
 
 @frozen(kw_only=True)
 class Scale:
     """Sizes are in bytes, times in seconds."""
 
-    blob: int
     rounds: int
-    small_seconds: float
+    """How often everything is measured, but for what says otherwise; medians are shown."""
+    blob: int
+    seconds: float
     """How long a load of small requests or of new connections goes on."""
+    slow_rate: int
+    """Bytes a second of the registry that is slow."""
+    joined: int
+    """Bytes of the blob that clients join who come while it is fetched."""
+    cold_blobs: int
+    """Small blobs that are fetched one by one, in each round."""
+    new_hosts: int
+    """Hosts that nobody connected to before, in each round."""
     memory_connections: int
     memory_seconds: float
+    memory_rounds: int
+    layers: int
+    """Of the image that is copied."""
     gc_blobs: int
-    """Blobs that a garbage collector looks through."""
+    """Blobs that a garbage collector looks through, once."""
 
 
-FULL = Scale(blob=1 << 30, rounds=3, small_seconds=2, memory_connections=500, memory_seconds=10, gc_blobs=100_000)
-QUICK = Scale(blob=1 << 26, rounds=1, small_seconds=0.5, memory_connections=50, memory_seconds=2, gc_blobs=1000)
+FULL = Scale(
+    rounds=5,
+    blob=1 << 30,
+    seconds=2,
+    slow_rate=25_000_000,
+    joined=1 << 30,
+    cold_blobs=50,
+    new_hosts=20,
+    memory_connections=1000,
+    memory_seconds=10,
+    memory_rounds=5,
+    layers=200,
+    gc_blobs=100_000,
+)
+QUICK = Scale(
+    rounds=1,
+    blob=1 << 26,
+    seconds=0.5,
+    slow_rate=25_000_000,
+    joined=1 << 26,
+    cold_blobs=5,
+    new_hosts=5,
+    memory_connections=50,
+    memory_seconds=2,
+    memory_rounds=1,
+    layers=200,
+    gc_blobs=1000,
+)

@@ -1,4 +1,4 @@
-"""Servers under load: programs in the foreground, and what their processes use."""
+"""Servers under load: programs in the foreground, where they run, and what their processes use."""
 
 from __future__ import annotations
 
@@ -6,31 +6,91 @@ import os
 import socket
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+
+from attrs import frozen
 
 _TICKS = os.sysconf("SC_CLK_TCK")
 _START = 20.0  # seconds that a program may take to come up
 _STOP = 30.0
 
 
+_LOOK = 0.002  # seconds between two looks whether it came up, which the time of that is measured by
+
+
 class BenchError(Exception):
     """The benchmark cannot go on: one sentence, and what the program wrote where one failed."""
 
 
-class Server:
-    """A program that listens on `ports` of 127.0.0.1; what it writes goes to `folder`/output. A context manager."""
+@frozen
+class Cost:
+    """What a load took: seconds from its start to its end, and seconds of CPU time."""
 
-    def __init__(self, argv: Sequence[str], folder: Path, environment: Mapping[str, str], ports: Sequence[int]) -> None:
+    wall: float
+    server_cpu: float
+    clients_cpu: float
+
+
+@frozen
+class Cores:
+    """Which cores servers and clients run on; empty: wherever the kernel puts them."""
+
+    server: tuple[int, ...] = ()
+    clients: tuple[int, ...] = ()
+
+    @classmethod
+    def apart(cls) -> Cores:
+        """Return one core for the server and all others for the clients."""
+        first, *others = sorted(os.sched_getaffinity(0))
+        return cls((first,), tuple(others) or (first,))
+
+
+def on_cores(argv: Sequence[str], cores: Sequence[int]) -> list[str]:
+    """Return the command that runs `argv`, and all that it starts, on `cores`."""
+    return ["taskset", "-c", ",".join(map(str, cores)), *argv] if cores else list(argv)
+
+
+class Server:
+    """A program that listens on `ports` of 127.0.0.1; what it writes goes to `folder`/output. A context manager.
+
+    It has so many `workers`, and runs on those of `cores` that are for the server.
+    """
+
+    def __init__(
+        self,
+        argv: Sequence[str],
+        folder: Path,
+        environment: Mapping[str, str],
+        ports: Sequence[int],
+        *,
+        workers: int = 1,
+        cores: Cores | None = None,
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
-        self._argv = argv
+        self.workers = workers
+        self.cores = cores or Cores()
+        self.came_up = 0.0
+        """Seconds from its start until it listened on all of its ports."""
+        self._argv = on_cores(argv, self.cores.server)
         self._environment = environment
         self._ports = ports
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Server:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Start it, and wait until it listens. Raise `BenchError` where that takes too long."""
+        began = time.monotonic()
         with (self.folder / "output").open("ab") as output:
             self._process = subprocess.Popen(
                 self._argv,
@@ -41,15 +101,14 @@ class Server:
                 cwd=self.folder,
             )
         try:
-            self._wait()
+            self._wait(lambda: all(map(listening, self._ports)))
         except BaseException:
-            self.__exit__(None, None, None)
+            self.stop()
             raise
-        return self
+        self.came_up = time.monotonic() - began
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def stop(self) -> None:
+        """End it, by force where it takes its time."""
         process, self._process = self._process, None
         if process is None:
             return
@@ -60,24 +119,36 @@ class Server:
             process.kill()
             process.wait()
 
-    def _wait(self) -> None:
+    def wait_for_output(self, text: str) -> None:
+        """Wait until it has written `text`."""
+        self._wait(lambda: text in self._output())
+
+    def _wait(self, reached: Callable[[], bool]) -> None:
         end = time.monotonic() + _START
-        while not all(map(listening, self._ports)):
+        while not reached():
             assert self._process is not None
             if self._process.poll() is not None or time.monotonic() > end:
-                output = (self.folder / "output").read_text("utf-8", "replace")
-                raise BenchError(f"{' '.join(self._argv)} did not come up:\n{output[-4000:]}")
-            time.sleep(0.02)
+                raise BenchError(f"{' '.join(self._argv)} did not come up:\n{self._output()[-4000:]}")
+            time.sleep(_LOOK)
+
+    def _output(self) -> str:
+        return (self.folder / "output").read_text("utf-8", "replace")
 
     def cpu(self) -> float:
         """Return the CPU seconds, of user and system, that its processes have used so far."""
-        # After the name in parentheses, which may hold spaces: proc(5), fields 14 and 15.
-        ticks = (_stat(pid).split()[11:13] for pid in self._pids())
-        return sum(int(user) + int(system) for user, system in ticks) / _TICKS
+        return sum(self.cpu_each().values())
+
+    def cpu_each(self) -> dict[int, float]:
+        """Return what each of its processes has used so far, by its id."""
+        return {pid: _cpu(pid) for pid in self._pids()}
 
     def resident(self) -> int:
         """Return the resident set of its processes in bytes."""
         return sum(int(line.split()[1]) * 1024 for pid in self._pids() for line in _status(pid, "VmRSS:"))
+
+    def descriptors(self) -> int:
+        """Return how many files and connections its processes have open."""
+        return sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in self._pids())
 
     def _pids(self) -> list[int]:
         """Return the program's process and all that come from it."""
@@ -87,6 +158,12 @@ class Server:
         for pid in found:
             found += [child for child, parent in parents.items() if parent == pid]
         return found
+
+
+def _cpu(pid: int) -> float:
+    # After the name in parentheses, which may hold spaces: proc(5), fields 14 and 15.
+    user, system = _stat(pid).split()[11:13]
+    return (int(user) + int(system)) / _TICKS
 
 
 def _stat(pid: int) -> str:

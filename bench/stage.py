@@ -1,49 +1,38 @@
-"""What is measured: one folder with a blob and a registry that has it, and servers that give it out."""
+"""What is measured: one folder with blobs and a registry that has them, and servers that give them out."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
-import sys
 import tempfile
 import time
-import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 
 from attrs import evolve, frozen
 
-from bench import docker_registry
+from bench import docker_registry, tree
 from bench.clients import Clients
-from bench.loads import Resource, download
-from bench.nginx import caching, nginx, static
+from bench.content import OCI_MANIFEST, REPOSITORY, SLOW, Resource, make_blob, make_manifest, make_root
+from bench.daemon import Ports, command, daemon, fetch_ca
+from bench.generator import Generator
+from bench.loads import download
+from bench.nginx import caching, nginx, origin, static
 from bench.pki import Certificate, make_certificate
-from bench.scale import SMALL_BLOB, Scale
-from bench.servers import BenchError, Server, free_port
-from bench.table import NGINX, NGINX_LOGGING, PROXY, REGISTRY
-from bench.targets import Target
+from bench.scale import SMALL_BLOBS, Scale
+from bench.servers import BenchError, Cores, Server, free_port
+from bench.table import DIRECT, NGINX, NGINX_LOGGING, PROXY, REGISTRY
+from bench.targets import Serving, Target
 
 HOST = "registry.bench.test"
+OTHER_HOST = "localhost"
+"""A registry's second name: what clients call it that ask for no proxy, and resolve it."""
 OWN = "docker-registry.local"
 
-_PROJECT = Path(__file__).resolve().parents[1]
-_TWISTD = "from twisted.scripts.twistd import run; run()"
-_COMMAND = "import sys; sys.path.insert(0, sys.argv.pop(1)); from dockerproxy.cli import main; sys.exit(main())"
-_MIB = 1 << 20
-
-
-@frozen
-class Serving:
-    """A server that runs, and how clients reach it."""
-
-    server: Server
-    target: Target
-
-    @property
-    def name(self) -> str:
-        return self.target.name
+NGINX_WORKERS = 2
+"""Of the nginx that the daemon, with a worker for each core, is measured beside."""
 
 
 @frozen
@@ -51,6 +40,24 @@ class Hosted(Serving):
     """A registry to push to; `collect` is the command that collects its garbage."""
 
     collect: list[str]
+
+
+@frozen
+class Filled:
+    """A daemon that has everything: through CONNECT, and in plain HTTP as hosted registry and as mirror."""
+
+    proxy: Serving
+    hosted: Serving
+    mirror: Serving
+
+
+@frozen
+class Static:
+    """An nginx that has everything as files: by TLS, by TLS with an access log, and in plain HTTP."""
+
+    tls: Serving
+    logging: Serving
+    plain: Serving
 
 
 class Stage:
@@ -62,12 +69,15 @@ class Stage:
         self.folder = folder
         self.scale = scale
         self.clients = clients
+        self.generator = Generator.compile(folder)
         self._origin_port = origin_port
         self._certificate = certificate
-        self._filled = False
         self._started = 0
-        self.big = _make_blob(folder / "root", scale.blob)
-        self.small = _make_blob(folder / "root", SMALL_BLOB)
+        self.root = folder / "root"
+        make_root(self.root)
+        self.big = make_blob(self.root, scale.blob)
+        self.small, self.medium = (make_blob(self.root, size) for size in SMALL_BLOBS)
+        self.manifest = make_manifest(self.root)
 
     @classmethod
     @contextmanager
@@ -75,15 +85,22 @@ class Stage:
         # Debian's /tmp may lie in memory, which is neither what is measured nor large enough.
         folder = Path(tempfile.mkdtemp(prefix="bench-", dir=os.environ.get("TMPDIR") or "/var/tmp"))
         try:
-            certificate, port = make_certificate(folder, HOST), free_port()
+            certificate, port = make_certificate(folder, [HOST, OTHER_HOST]), free_port()
             stage = cls(folder, scale, clients, port, certificate)
-            log = f"{folder}/origin/bytes.log bytes"
-            with nginx(folder / "origin", certificate, [static(port, folder / "root", log)], [port]):
+            with stage.registry.server:
                 yield stage
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
     # the registry
+
+    @cached_property
+    def registry(self) -> Serving:
+        """The registry that everything is pulled from, as clients see it that have no proxy."""
+        servers = [origin(self._origin_port, self.root, OCI_MANIFEST, SLOW, self.scale.slow_rate)]
+        folder, ports = self.folder / "origin", [self._origin_port]
+        server = nginx(folder, self._certificate, servers, ports, workers=NGINX_WORKERS)
+        return self._peer(server, DIRECT, self._origin_port)
 
     def origin_mark(self) -> int:
         """Return the present end of what the registry has noted, for `origin_sent`."""
@@ -96,48 +113,61 @@ class Stage:
             time.sleep(0.02)
         return sent
 
+    def remove(self, resource: Resource) -> None:
+        """Have the registry no longer have `resource`."""
+        (self.root / resource.path.lstrip("/")).unlink()
+
     def _origin_log(self) -> str:
         return (self.folder / "origin" / "bytes.log").read_text()
 
     # the servers
 
     @contextmanager
-    def filled_proxy(self) -> Iterator[Serving]:
-        """Run a daemon, just started, that has both blobs in its cache."""
-        if not self._filled:
+    def filled_proxy(self, *, workers: int | None = None, cores: Cores | None = None) -> Iterator[Filled]:
+        """Run a daemon, just started, that has everything in its cache, and the large blob in its hosted registry."""
+        state, resources = self.folder / "filled", (self.big, self.small, self.medium, self.manifest)
+        if not state.exists():
             # By another process: what fetching leaves in the heap would hide how much serving takes.
-            with self._proxy(self.folder / "filled") as serving:
-                self._fetch(serving, self.big)
-                self._fetch(serving, self.small)
-            self._filled = True
-        with self._proxy(self.folder / "filled") as serving:
-            for blob in (self.big, self.small):
-                if "x-cache: miss" in self._fetch(serving, blob).lower():
-                    raise BenchError(f"The daemon does not have {blob.path} in its cache.")
-            yield serving
+            with self.proxy(state, workers=1) as serving:
+                for resource in resources:
+                    self._fetch(serving, resource)
+            encoded = self.big.digest.partition(":")[2]
+            tree.adopt(state / "registry", REPOSITORY, self.root / self.big.path.lstrip("/"), encoded)
+        ports = Ports()
+        with self.proxy(state, ports, workers=workers, cores=cores) as serving:
+            for resource in resources:
+                if "x-cache: miss" in self._fetch(serving, resource).lower():
+                    raise BenchError(f"The daemon does not have {resource.path} in its cache.")
+            hosted = Target(PROXY, ports.plain, OWN, ca_file="", through_connect=False)
+            mirror = evolve(hosted, port=ports.proxy)
+            yield Filled(serving, Serving(serving.server, hosted), Serving(serving.server, mirror))
 
     @contextmanager
     def empty_proxy(self) -> Iterator[Serving]:
         """Run a daemon with an empty cache, warmed up by one small blob."""
-        state = self.folder / "empty"
-        try:
-            with self._proxy(state) as serving:
-                self._fetch(serving, self.small)
-                yield serving
-        finally:
-            shutil.rmtree(state, ignore_errors=True)
+        with self.fresh_state() as state, self.proxy(state) as serving:
+            self._fetch(serving, self.small)
+            yield serving
 
     @contextmanager
-    def static_nginx(self) -> Iterator[tuple[Serving, Serving]]:
-        """Run an nginx that has the blobs as files: without an access log, and with one."""
-        folder, (plain, logging) = self._fresh_folder("static"), (free_port(), free_port())
-        root = self.folder / "root"
-        servers = [static(plain, root, "off"), static(logging, root, "access.log combined")]
-        with nginx(folder, self._certificate, servers, [plain, logging]) as server:
-            found = tuple(self._peer(server, name, port) for name, port in ((NGINX, plain), (NGINX_LOGGING, logging)))
-            for serving in found:
+    def static_nginx(self, *, workers: int = NGINX_WORKERS, cores: Cores | None = None) -> Iterator[Static]:
+        """Run an nginx that has everything as files."""
+        folder, (tls, logging, plain) = self._fresh_folder("static"), (free_port(), free_port(), free_port())
+        servers = [
+            static(tls, self.root),
+            static(logging, self.root, "access.log combined"),
+            static(plain, self.root, tls=False),
+        ]
+        ports = [tls, logging, plain]
+        with nginx(folder, self._certificate, servers, ports, workers=workers, cores=cores) as server:
+            found = Static(
+                self._peer(server, NGINX, tls),
+                self._peer(server, NGINX_LOGGING, logging),
+                Serving(server, Target(NGINX, plain, HOST, ca_file="", through_connect=False)),
+            )
+            for serving in (found.tls, found.logging):
                 self._fetch(serving, self.small)
-            yield found[0], found[1]
+            yield found
 
     @contextmanager
     def caching_nginx(self) -> Iterator[Serving]:
@@ -145,7 +175,7 @@ class Stage:
         folder, port = self._fresh_folder("caching"), free_port()
         try:
             servers = [caching(port, self._origin_port, HOST, self._certificate.ca_file)]
-            with nginx(folder, self._certificate, servers, [port]) as server:
+            with nginx(folder, self._certificate, servers, [port], workers=NGINX_WORKERS) as server:
                 serving = self._peer(server, NGINX, port)
                 self._fetch(serving, self.small)
                 yield serving
@@ -155,14 +185,12 @@ class Stage:
     @contextmanager
     def hosting(self, registry: Path | None = None) -> Iterator[Hosted]:
         """Run a daemon whose hosted registry has what is in `registry`, or nothing."""
-        state, port = self._fresh_folder("state"), free_port()
-        collect = [sys.executable, "-c", _COMMAND, str(_PROJECT), "gc", "--socket", f"{state}/run/control.sock"]
-        try:
-            with self._proxy(state, port, registry or state / "registry") as serving:
-                target = evolve(serving.target, port=port, host=OWN, through_connect=False)
-                yield Hosted(serving.server, target, collect)
-        finally:
-            shutil.rmtree(state, ignore_errors=True)
+        ports = Ports()
+        with self.fresh_state() as state:
+            settings = {"REGISTRY_DIR": str(registry or state / "registry")}
+            with self.proxy(state, ports, settings) as serving:
+                target = evolve(serving.target, port=ports.tls, host=OWN, through_connect=False)
+                yield Hosted(serving.server, target, command(state, "gc"))
 
     @contextmanager
     def docker_registry(self, storage: Path | None = None) -> Iterator[Hosted]:
@@ -177,28 +205,41 @@ class Stage:
             shutil.rmtree(folder, ignore_errors=True)
 
     @contextmanager
-    def _proxy(self, state: Path, registry_port: int = 0, registry: Path | None = None) -> Iterator[Serving]:
-        port, folder = free_port(), self._fresh_folder("proxy")
-        environment = {name: value for name, value in os.environ.items() if name in ("PATH", "HOME", "LANG", "TMPDIR")}
-        environment |= {
-            "PYTHONPATH": str(_PROJECT),
-            "STATE_DIR": str(state),
-            "PROXY_LISTEN": f"tcp:{port}:interface=127.0.0.1",
-            "REGISTRY_LISTEN": f"tcp:{registry_port or free_port()}:interface=127.0.0.1",
-            "REGISTRY_DIR": str(registry or state / "registry"),
+    def proxy(
+        self,
+        state: Path,
+        ports: Ports | None = None,
+        settings: Mapping[str, str] | None = None,
+        *,
+        workers: int | None = None,
+        cores: Cores | None = None,
+    ) -> Iterator[Serving]:
+        """Run a daemon that intercepts the registry, its state in `state`; all of its workers serve."""
+        folder, ports = self._fresh_folder("proxy"), ports or Ports()
+        known = {
             "REGISTRIES": HOST,
             "UPSTREAM_ADDRESSES": f"{HOST}=127.0.0.1:{self._origin_port}",
             "UPSTREAM_CA_FILE": str(self._certificate.ca_file),
-            "WORKERS": "1",
         }
-        argv = [sys.executable, "-c", _TWISTD, "--nodaemon", "--pidfile=", "dockerproxy"]
-        with Server(argv, folder, environment, [port]) as server:
-            ca_file = folder / "ca.crt"
-            with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(
-                f"http://127.0.0.1:{port}/ca.crt", timeout=10
-            ) as answer:
-                ca_file.write_bytes(answer.read())
-            yield Serving(server, Target(PROXY, port, HOST, str(ca_file), through_connect=True))
+        with daemon(folder, state, ports, known | dict(settings or {}), workers=workers, cores=cores) as server:
+            for number in range(1, server.workers):
+                server.wait_for_output(f"worker {number} serves")
+            ca_file = fetch_ca(folder, ports.proxy)
+            yield Serving(server, Target(PROXY, ports.proxy, HOST, str(ca_file), through_connect=True))
+
+    @contextmanager
+    def fresh_state(self) -> Iterator[Path]:
+        """Yield a folder for a daemon's state that is removed afterwards."""
+        state = self._fresh_folder("state")
+        try:
+            yield state
+        finally:
+            shutil.rmtree(state, ignore_errors=True)
+
+    @property
+    def ca_file(self) -> Path:
+        """The CA of the registries."""
+        return self._certificate.ca_file
 
     def _peer(self, server: Server, name: str, port: int) -> Serving:
         return Serving(server, Target(name, port, HOST, str(self._certificate.ca_file), through_connect=False))
@@ -207,21 +248,7 @@ class Stage:
         self._started += 1
         return self.folder / f"{name}-{self._started}"
 
-    def _fetch(self, serving: Serving, blob: Resource) -> str:
+    def _fetch(self, serving: Serving, resource: Resource) -> str:
         """Return the head of the answer."""
-        head: str = self.clients.run(1, serving.server, download, serving.target, blob).results[0]
+        head: str = self.clients.run(1, serving.server, download, serving.target, resource).results[0]
         return head
-
-
-def _make_blob(root: Path, size: int) -> Resource:
-    """Put `size` bytes where a registry has them: below `root`, under their digest."""
-    folder = root / "v2/bench/blob/blobs"
-    folder.mkdir(parents=True, exist_ok=True)
-    piece, hasher, draft = os.urandom(min(size, _MIB)), hashlib.sha256(), folder / "draft"
-    with draft.open("wb") as file:
-        for _ in range(size // len(piece)):
-            file.write(piece)
-            hasher.update(piece)
-    name = f"sha256:{hasher.hexdigest()}"
-    draft.rename(folder / name)
-    return Resource(f"/v2/bench/blob/blobs/{name}", size)

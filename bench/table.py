@@ -1,17 +1,22 @@
-"""Figures by measure and server: medians over the rounds, and ratios, as text or JSON."""
+"""Figures by measure and server: medians over the rounds, and ratios, as text or as data."""
 
 from __future__ import annotations
 
-import json
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from attrs import define, field
 
-PROXY, NGINX, NGINX_LOGGING, REGISTRY = "proxy", "nginx", "nginx+log", "registry:2"
+PROXY, NGINX, NGINX_LOGGING = "proxy", "nginx", "nginx+log"
+REGISTRY, DIRECT = "registry:2", "direct"
+ONE_WORKER = "1 worker"
+"""Whose figures they are. `DIRECT` is the registry that is pulled from, asked by clients without a proxy."""
 
-_BUSY = 0.85  # of a core; below it, the server waited for somebody
+Key = tuple[str, str, str]
+"""A measure, a case of it, and what is figured."""
+
+_BUSY = 0.85  # of what its workers could use; below it, the server waited for somebody
 
 
 @define
@@ -35,11 +40,6 @@ class Row:
         ours, theirs = self.median(PROXY), self.median(server)
         return ours / theirs if ours is not None and theirs else None
 
-    @property
-    def peers(self) -> tuple[str, ...]:
-        """The columns beside the proxy's that the row's measure has."""
-        return (REGISTRY,) if REGISTRY in self.samples else (NGINX, NGINX_LOGGING)
-
     def data(self) -> dict[str, Any]:
         return {
             "measure": self.measure,
@@ -57,13 +57,13 @@ class Row:
 class Table:
     """The rows, in the order in which they came."""
 
-    _rows: dict[tuple[str, str, str], Row] = field(factory=dict)
+    rows: dict[Key, Row] = field(factory=dict)
 
     def add(
         self, measure: str, case: str, server: str, figure: str, unit: str, value: float, *, busy: float = 1.0
     ) -> None:
-        """Note the value of one round; `busy` says how much of a core the server used while it came about."""
-        row = self._rows.setdefault((measure, case, figure), Row(measure, case, figure, unit))
+        """Note the value of one round; `busy` says how much the server used of its cores while it came about."""
+        row = self.rows.setdefault((measure, case, figure), Row(measure, case, figure, unit))
         row.samples.setdefault(server, []).append(value)
         if busy < _BUSY:
             row.waited.add(server)
@@ -71,42 +71,40 @@ class Table:
     def text(self, titles: Mapping[str, str]) -> str:
         """Return the table for people; `titles` says what each measure is."""
         lines: list[str] = []
-        measure = case = ""
-        peers: tuple[str, ...] = ()
-        for row in self._rows.values():
-            if row.peers != peers:
-                lines += [""] if lines else []
-                peers = row.peers
-                lines.append(f"{'':52}{PROXY:>11}" + "".join(f"{peer:>11}{'ratio':>8}" for peer in peers))
-            if row.measure != measure:
-                lines += ["", titles[row.measure]]
-                measure, case = row.measure, ""
-            lines.append(_line(row, "" if row.case == case else row.case))
-            case = row.case
-        if any(row.waited for row in self._rows.values()):
+        for measure in dict.fromkeys(row.measure for row in self.rows.values()):
+            rows = [row for row in self.rows.values() if row.measure == measure]
+            peers = list(dict.fromkeys(server for row in rows for server in row.samples if server != PROXY))
+            head = f"{'':52}{PROXY:>11}" + "".join(f"{peer:>11}{'ratio':>8}" for peer in peers)
+            lines += ["", titles[measure], head]
+            case = ""
+            for row in rows:
+                lines.append(_line(row, "" if row.case == case else row.case, peers))
+                case = row.case
+        if any(row.waited for row in self.rows.values()):
             lines += [
                 "",
-                "* The server used less than 85 % of a core: the clients, the disk or whatever else ran on the machine",
-                "  set this rate. The CPU time beside it is the server's own.",
+                "* The server used less than 85 % of what its workers could: clients, disk or whatever else ran on the",
+                "  machine set this rate. The CPU time beside it is the server's own.",
             ]
         return "\n".join(lines)
 
-    def json(self, machine: Mapping[str, Any]) -> str:
+    def data(self) -> list[dict[str, Any]]:
         """Return everything, the rounds' values too."""
-        return json.dumps({"machine": machine, "rows": [row.data() for row in self._rows.values()]}, indent=1)
+        return [row.data() for row in self.rows.values()]
 
 
-def _line(row: Row, case: str) -> str:
-    cells = [f"  {case:24}{row.figure:17}{row.unit:9}"]
-    for server in (PROXY, *row.peers):
-        cells.append(f"{_number(row.median(server)) + ('*' if server in row.waited else ' '):>11}")
+def _line(row: Row, case: str, peers: Sequence[str]) -> str:
+    cells = [f"  {case:24} {row.figure:16} {row.unit:8}"]
+    for server in (PROXY, *peers):
+        cells.append(f"{number(row.median(server)) + ('*' if server in row.waited else ' '):>11}")
         if server != PROXY:
             ratio = row.ratio(server)
             cells.append(f"{'' if ratio is None else f'{ratio:.2f}':>8}")
     return "".join(cells).rstrip()
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
+    """Return three digits of a figure, or what there are before the point."""
     if value is None:
         return ""
     if abs(value) >= 100:

@@ -1,4 +1,4 @@
-"""What a client talks to: TLS to a server, directly or through CONNECT, on blocking sockets."""
+"""What a client talks to: TLS to a server, directly or through CONNECT; here on blocking sockets of Python's."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import ssl
 import struct
 
 from attrs import frozen
+
+from bench.servers import Server
 
 _HEAD_END = b"\r\n\r\n"
 _OK = (b"HTTP/1.1 200", b"HTTP/1.0 200")
@@ -17,7 +19,10 @@ _TIMEOUT = struct.pack("ll", 60, 0)
 
 @frozen
 class Target:
-    """A server as its clients know it: `host` by TLS, at a port of 127.0.0.1 or through the proxy there."""
+    """A server as its clients know it: `host` by TLS, at a port of 127.0.0.1 or through the proxy there.
+
+    Without a `ca_file` it is plain HTTP, which only the load generator speaks.
+    """
 
     name: str
     port: int
@@ -46,6 +51,18 @@ class Target:
     def request(self, path: str) -> bytes:
         """Return a GET of `path`."""
         return f"GET {path} HTTP/1.1\r\nHost: {self.host}\r\nUser-Agent: bench\r\nAccept: */*\r\n\r\n".encode()
+
+
+@frozen
+class Serving:
+    """A server that runs, and how clients reach it."""
+
+    server: Server
+    target: Target
+
+    @property
+    def name(self) -> str:
+        return self.target.name
 
 
 def _read_connected(plain: socket.socket) -> None:

@@ -1,4 +1,4 @@
-"""A tree of `registry:2` with many small blobs, half of which nothing needs any more."""
+"""Trees of `registry:2`: many small blobs, half of which nothing needs any more; images; and one large blob."""
 
 from __future__ import annotations
 
@@ -8,10 +8,28 @@ import os
 import time
 from pathlib import Path
 
+from bench.content import OCI_MANIFEST
+
 REPOSITORY = "bench/gc"
-OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 _LAYERS = 100  # of each image
 _AGE = 86400.0  # seconds since all of it was last used: garbage collectors spare what is new
+
+
+def adopt(root: Path, repository: str, blob: Path, encoded: str) -> None:
+    """Have `repository` below `root` hold the content of the file `blob`, whose sha256 is `encoded`, by a hard link."""
+    folder = root / f"docker/registry/v2/blobs/sha256/{encoded[:2]}/{encoded}"
+    folder.mkdir(parents=True, exist_ok=True)
+    os.link(blob, folder / "data")
+    _write(f"{_repository(root, repository)}/_layers/sha256/{encoded}", "link", f"sha256:{encoded}".encode())
+
+
+def plant(root: Path, repository: str, layers: int, size: int) -> str:
+    """Put an image of so many layers, of `size` random bytes each, below `root`; return its tag."""
+    config = {"architecture": "amd64", "os": "linux", "rootfs": {"type": "layers", "diff_ids": []}}
+    digests = [_blob(root, os.urandom(size), repository=repository) for _ in range(layers)]
+    config_digest = _blob(root, json.dumps(config).encode(), repository=repository)
+    digest = _image(root, config_digest, digests, repository=repository, sizes=(len(json.dumps(config)), size))
+    return digest.partition(":")[2][:12]
 
 
 def grow(root: Path, count: int) -> tuple[str, int]:
@@ -26,7 +44,7 @@ def grow(root: Path, count: int) -> tuple[str, int]:
     return digest, count - len(needed)
 
 
-def _blob(root: Path, content: bytes, *, layer: bool = True) -> str:
+def _blob(root: Path, content: bytes, *, layer: bool = True, repository: str = REPOSITORY) -> str:
     """Store a blob that the repository has, or had, a link to; return its digest."""
     encoded = hashlib.sha256(content).hexdigest()
     folder = f"{root}/docker/registry/v2/blobs/sha256/{encoded[:2]}/{encoded}"
@@ -34,29 +52,31 @@ def _blob(root: Path, content: bytes, *, layer: bool = True) -> str:
     then = time.time() - _AGE
     os.utime(f"{folder}/data", (then, then))
     if layer:
-        _write(f"{_repository(root)}/_layers/sha256/{encoded}", "link", f"sha256:{encoded}".encode())
+        _write(f"{_repository(root, repository)}/_layers/sha256/{encoded}", "link", f"sha256:{encoded}".encode())
     return f"sha256:{encoded}"
 
 
-def _image(root: Path, config: str, layers: list[str]) -> str:
-    """Store a manifest that has a tag of its own; return its digest."""
+def _image(
+    root: Path, config: str, layers: list[str], *, repository: str = REPOSITORY, sizes: tuple[int, int] = (2, 16)
+) -> str:
+    """Store a manifest that has a tag of its own; return its digest. `sizes`: of the configuration, of a layer."""
     kind = "application/vnd.oci.image.layer.v1.tar"
     manifest = {
         "schemaVersion": 2,
         "mediaType": OCI_MANIFEST,
-        "config": {"mediaType": "application/vnd.oci.image.config.v1+json", "digest": config, "size": 2},
-        "layers": [{"mediaType": kind, "digest": layer, "size": 16} for layer in layers],
+        "config": {"mediaType": "application/vnd.oci.image.config.v1+json", "digest": config, "size": sizes[0]},
+        "layers": [{"mediaType": kind, "digest": layer, "size": sizes[1]} for layer in layers],
     }
     digest = _blob(root, json.dumps(manifest).encode(), layer=False)
-    encoded, manifests = digest.partition(":")[2], f"{_repository(root)}/_manifests"
+    encoded, manifests = digest.partition(":")[2], f"{_repository(root, repository)}/_manifests"
     tag = f"{manifests}/tags/{encoded[:12]}"
     for folder in (f"{manifests}/revisions/sha256/{encoded}", f"{tag}/current", f"{tag}/index/sha256/{encoded}"):
         _write(folder, "link", digest.encode())
     return digest
 
 
-def _repository(root: Path) -> str:
-    return f"{root}/docker/registry/v2/repositories/{REPOSITORY}"
+def _repository(root: Path, repository: str) -> str:
+    return f"{root}/docker/registry/v2/repositories/{repository}"
 
 
 def _write(folder: str, name: str, content: bytes) -> None:

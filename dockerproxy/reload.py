@@ -6,7 +6,7 @@ object, whose content is changed between two requests; so no connection ends and
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from attrs import define, fields
 from twisted.logger import Logger
@@ -27,6 +27,13 @@ _CHANGING = {
 }
 
 log = Logger()
+
+
+def changing(variables: Mapping[str, str]) -> dict[str, str]:
+    """Return those of `variables` that may change under a running daemon, as empty where they are not set."""
+    attributes = _CHANGING - {"warnings"}
+    names = ["REGISTRIES" if name == "extra_registries" else name.upper() for name in attributes]
+    return {name: variables.get(name, "") for name in names}
 
 
 class Served:

@@ -7,7 +7,6 @@ import signal
 import sys
 import time
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 from attrs import evolve
@@ -18,13 +17,14 @@ from dockerproxy.assembly import Common, Serving, make_serving, open_authority
 from dockerproxy.daemon import priority
 from dockerproxy.daemon.doors import Doors
 from dockerproxy.daemon.jsonlog import JsonLog
-from dockerproxy.daemon.signals import on_repeated_stop
+from dockerproxy.proxy.issuer import AuthorityError
 from dockerproxy.registry.users import HtpasswdError
+from dockerproxy.reload import sentence
 from dockerproxy.settings import Settings, SettingsError
 from dockerproxy.store.blobs import Blobs
 from dockerproxy.store.layout import Layout
 from dockerproxy.workers.calls import Answers, Calls
-from dockerproxy.workers.crew import LIFE_EVERY, LINE, TALLY
+from dockerproxy.workers.crew import LIFE_EVERY, LINE, RELAYED, TALLY
 from dockerproxy.workers.elsewhere import RoomElsewhere, TurnsElsewhere
 from dockerproxy.workers.line import adopt
 from dockerproxy.workers.passing import Taking
@@ -56,16 +56,13 @@ class Worker:
         living = LoopingCall(lambda: self._tally.note_life(self._number, time.monotonic_ns()))
         living.clock = self._reactor
         living.start(LIFE_EVERY)
-        # A terminal's Ctrl-C goes to all processes; it is the first one that knows what to do.
-        self._reactor.callWhenRunning(signal.signal, signal.SIGINT, signal.SIG_IGN)
         self._reactor.callWhenRunning(self._calls.tell, "ready")
 
     def _make_entrance(self, serving: Serving) -> Doors:
         for door in serving.doors:
             door.site.gone = self._count_end
         doors = [evolve(door, descriptions=()) for door in serving.doors]
-        on_repeat = partial(on_repeated_stop, self._reactor)
-        return Doors(self._reactor, doors, serving.transfers, serving.close, on_repeat)
+        return Doors(self._reactor, doors, serving.transfers, serving.close, lambda hurry: None)
 
     def _count_end(self) -> None:
         self._tally.count_end(self._number)
@@ -73,9 +70,9 @@ class Worker:
     def _passed(self, label: bytes, descriptor: int) -> None:
         self._taking(label, descriptor)
 
-    def _reload(self, environment: Mapping[str, str]) -> None:
+    def _reload(self, changed: Mapping[str, str]) -> None:
         try:
-            self._serving.use(Settings.from_environment(environment))
+            self._serving.use(Settings.from_environment({**os.environ, **changed}))
         except (SettingsError, HtpasswdError, OSError) as error:
             log.error("worker {number} did not reload: {why}", number=self._number, why=str(error))
 
@@ -94,18 +91,25 @@ class Worker:
 
 def main() -> None:
     """Run the worker whose number is the argument, until the first process says so or is gone."""
+    # A terminal's signals go to all processes, as systemd's SIGTERM does; it is the first one that knows what to do.
+    for sent in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(sent, signal.SIG_IGN)
     from twisted.internet import reactor
 
     settings = Settings.from_environment(os.environ)
-    observer: ILogObserver = JsonLog(sys.stdout) if settings.log_format == "json" else priority.observer()
+    as_json = settings.log_format == "json" or RELAYED in sys.argv[2:]
+    observer: ILogObserver = JsonLog(sys.stdout) if as_json else priority.observer()
     globalLogBeginner.beginLoggingTo([observer], redirectStandardIO=False)
     number = int(sys.argv[1])
     try:
         Worker(reactor, settings, number, Tally.of(TALLY)).start()
+    except (SettingsError, AuthorityError, HtpasswdError, OSError) as error:
+        log.error("worker {number} cannot start: {why}", number=number, why=sentence(error))
+        raise SystemExit(1) from None
     except Exception:
         log.failure("worker {number} cannot start", number=number)
         raise SystemExit(1) from None
-    reactor.run()
+    reactor.run(installSignalHandlers=False)  # type: ignore[call-arg]
 
 
 if __name__ == "__main__":

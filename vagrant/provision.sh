@@ -142,7 +142,8 @@ choose_user() {
     # systemd starts nothing as a user who has no name.
     if ! getent passwd "$user" >/dev/null; then
         userdel "$name-share" 2>/dev/null || true
-        useradd --system --uid "$user" --gid "$name" --home-dir /nonexistent --shell /usr/sbin/nologin "$name-share"
+        useradd --system --key SYS_UID_MAX="$user" --uid "$user" --gid "$name" --home-dir /nonexistent \
+            --shell /usr/sbin/nologin "$name-share"
     fi
     for folder in "$share/registry" "$share/ca"; do
         find "$folder" ! -user "$user" -exec chown -h "$user" {} + 2>/dev/null || true

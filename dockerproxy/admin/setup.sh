@@ -14,6 +14,7 @@ proxy=@PROXY@
 mark='# Of the set-up script of docker-registry-proxy. When it is run again, NO_PROXY is kept, and nothing else.'
 tail=' # by the set-up script of docker-registry-proxy'
 unfinished=/var/lib/docker-registry-proxy-setup.unfinished
+probe=/etc/.docker-registry-proxy-setup # not `test -w /etc`: busybox says yes to root on a read-only one
 own_name=zz-docker-registry-proxy.conf # read after the files of others, which stay as they are
 podman_conf=/etc/containers/containers.conf.d/$own_name
 services='containerd docker crio' # in the order of a restart: dockerd needs containerd
@@ -161,12 +162,12 @@ drop_in_of() {
     printf '%s' "/etc/systemd/system/$1.service.d/$own_name"
 }
 
-# Prints the hosts that are not to be proxied: those that the settings on standard input name, and those that never are.
-# Not `*`, for that is all hosts.
+# Prints the hosts that are not to be proxied: those that the files name, such of them as are there, and those that never
+# are. Not `*`, for that is all hosts.
 no_proxy_list() {
     set -f
     value="=[\"']\{0,1\}\([^\"'#;]*\).*/\1/p"
-    named=$(sed -n "h;s/^[^#;]*NO_PROXY$value;g;s/^[^#;]*no_proxy$value" | tr ',' ' ')
+    named=$(sed -n "h;s/^[^#;]*NO_PROXY$value;g;s/^[^#;]*no_proxy$value" "$@" 2>/dev/null | tr ',' ' ')
     list=
     for host in $named localhost 127.0.0.1 ::1; do
         case "$host" in
@@ -178,11 +179,6 @@ no_proxy_list() {
         esac
     done
     printf '%s' "$list"
-}
-
-# What a file says, if it is there.
-text_of() {
-    if [ -f "$1" ]; then cat "$1"; fi
 }
 
 # Makes the second argument, a file of this script's, of what is in $work/new, for the service named first.
@@ -212,14 +208,14 @@ configure_systemd() {
         say '[Service]'
         say "Environment=\"HTTP_PROXY=$proxy\""
         say "Environment=\"HTTPS_PROXY=$proxy\""
-        say "Environment=\"NO_PROXY=$(no_proxy_list <"$work/old")\""
+        say "Environment=\"NO_PROXY=$(no_proxy_list "$work/old")\""
     } >"$work/new"
     settle "$1" "$(drop_in_of "$1")"
 }
 
 # The other lines of an OpenRC service's settings, all of which are in one file.
 other_lines() {
-    text_of "$1" | grep -v "$tail\$" || true
+    grep -v "$tail\$" "$1" 2>/dev/null || true
 }
 
 configure_openrc() {
@@ -228,7 +224,7 @@ configure_openrc() {
         other_lines "$file"
         say "export HTTP_PROXY='$proxy'$tail"
         say "export HTTPS_PROXY='$proxy'$tail"
-        say "export NO_PROXY='$(text_of "$file" | no_proxy_list)'$tail"
+        say "export NO_PROXY='$(no_proxy_list "$file")'$tail"
     } >"$work/new"
     settle "$1" "$file"
 }
@@ -252,7 +248,7 @@ configure_podman() {
     {
         say "$mark"
         say '[engine]'
-        say "env = ['HTTP_PROXY=$proxy', 'HTTPS_PROXY=$proxy', 'NO_PROXY=$(text_of "$podman_conf" | no_proxy_list)']"
+        say "env = ['HTTP_PROXY=$proxy', 'HTTPS_PROXY=$proxy', 'NO_PROXY=$(no_proxy_list /etc/containers/containers.conf "$podman_conf")']"
         say '[containers]'
         say 'http_proxy = false'
     } >"$work/new"
@@ -366,7 +362,7 @@ set_up() {
         say "There is neither systemd nor OpenRC here. Restart yourself, with this environment:$by_hand"
         say "    HTTP_PROXY=$proxy"
         say "    HTTPS_PROXY=$proxy"
-        say "    NO_PROXY=$(no_proxy_list </dev/null)"
+        say "    NO_PROXY=$(no_proxy_list /dev/null)"
         exit 1
     fi
     if [ -z "$found" ]; then
@@ -390,7 +386,7 @@ main() {
     esac
     [ "$(id -u)" = 0 ] || fail 'this changes the configuration of the system, so it has to be run as root (with sudo)'
     find_store
-    [ -w /etc ] || fail '/etc is read-only; nothing was changed'
+    { mkdir -p "$probe" && rmdir "$probe"; } 2>/dev/null || fail '/etc cannot be written to; nothing was changed'
 
     # The proxy is reached directly, whatever proxy this shell is told to use.
     unset http_proxy HTTP_PROXY all_proxy ALL_PROXY

@@ -98,6 +98,7 @@ class Challenges:
                 self._met.add(registry)
         else:
             self._met.add(registry)
+            self.recall([registry])  # it may be another process that found out
 
     def recall(self, registries: Iterable[Registry]) -> None:
         """Tell `learned` what is remembered of `registries` from before."""

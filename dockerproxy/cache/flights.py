@@ -117,10 +117,13 @@ class Flight:
         await waiter
 
     async def ready(self) -> None:
-        """Wait until upstream has begun to send. Raise what it refused with, or that it failed."""
+        """Wait until upstream has begun to send. Raise what it refused with, or that it failed.
+
+        Of what another process fetched, the whole may be here before its beginning was seen.
+        """
         while not self.opened and not self.ended:
             await self.changed()
-        if not self.opened:
+        if not self.opened and not self.landed:
             raise self.failure if isinstance(self.failure, RegistryError) else RegistryError(_OWN_FAULT)
 
     async def measured(self) -> None:
@@ -211,13 +214,16 @@ class Flight:
 
     async def _enter(self) -> Ingest | None:
         """Return the ingest, with what an earlier run left there, or another process that has died meanwhile."""
-        self._file, self.written = None, 0
+        self._file, self.written, self.follows = None, 0, False
         entered: Ingest | Followed | None = None
         try:
             entered = await in_thread(self._reactor, self._ingests.enter, self.digest)
             if isinstance(entered, Followed):
                 self._fd = os.dup(entered.fd)
                 entered = await self._follow(entered)
+                if entered is None and not self._ingests.is_published(self.digest):
+                    self._close()
+                    return await self._enter()
             elif entered is not None:
                 self._fd = entered.reader()
             if entered is None:
@@ -236,7 +242,10 @@ class Flight:
         return entered
 
     async def _follow(self, followed: Followed) -> Ingest | None:
-        """Read along while another process writes. Return the right to go on where that died, None when it landed."""
+        """Read along while another process writes. Return the right to go on where that died, None when it landed.
+
+        None, too, where that gave it up before anyone here had a part of it.
+        """
         ingest = None
         self.follows = True
         try:
@@ -244,7 +253,7 @@ class Flight:
                 self._look(followed)
                 await deferLater(self._reactor, _LOOK_EVERY)
             self._look(followed)
-            if ingest is None and not self._ingests.is_published(self.digest):
+            if ingest is None and self.opened and not self._ingests.is_published(self.digest):
                 # Nobody knows here whether what it had is wrong, or its disk full: the hash will tell.
                 self._file = GrowingFile(self.written, self._fd, self.digest.hasher())
                 await in_thread(self._reactor, self._file.rehash)

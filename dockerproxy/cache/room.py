@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from math import inf
 from typing import Any, Protocol
@@ -16,7 +16,8 @@ from dockerproxy.store.blobs import Blobs
 from dockerproxy.store.eviction import Entry
 from dockerproxy.store.ingest import Ingest, stale_ingests
 from dockerproxy.store.layout import Layout
-from dockerproxy.store.usage import DoesNotFit, Usage
+from dockerproxy.store.slices import Slices
+from dockerproxy.store.usage import DoesNotFit, Recount, Usage
 from dockerproxy.tasks import in_thread, spawn
 
 MAINTENANCE = 600.0
@@ -48,15 +49,23 @@ class CacheRoom:
     """Keeps the cache within its limit. What is under way is reserved before it is written, and never chosen to go."""
 
     def __init__(
-        self, reactor: Any, layout: Layout, blobs: Blobs, *, limit: int, inactive: float, clock: Callable[[], float]
+        self,
+        reactor: Any,
+        layout: Layout,
+        blobs: Blobs,
+        *,
+        limit: int,
+        inactive: float,
+        clock: Callable[[], float],
+        slices: Slices | None = None,
     ) -> None:
         self._reactor = reactor
+        self._slices = slices or Slices(reactor)
         self._layout = layout
         self._blobs = blobs
         self._inactive = inactive
         self._clock = clock
         self._reserved: set[Digest] = set()
-        self._changed: dict[Digest, Entry | None] | None = None  # since the walk began that is under way, if one is
         self.usage = Usage(limit)
 
     def service(self) -> TimerService:
@@ -69,15 +78,15 @@ class CacheRoom:
 
     async def maintain(self) -> None:
         """Count what the disk holds; remove what is over the limit, was not used for too long, or was abandoned."""
-        changed = self._changed = {}
+        recount = self.usage.recount()
         try:
-            entries = await in_thread(self._reactor, self._walk)
+            await self._slices.run(self._walk(recount))
+            self.usage.adopt(recount)
         finally:
-            self._changed = None
-        # What came and went meanwhile the walk may have seen as it was before.
-        found = {entry.digest: entry for entry in entries} | changed
-        self.usage.load(entry for entry in found.values() if entry is not None)
-        await self._remove(self.usage.expire(self._inactive, self._clock()))
+            self.usage.give_up()
+        await self._slices.run(recount.emptying())
+        while gone := self.usage.expire(self._inactive, self._clock()):
+            await self._remove(gone)
 
     async def reserve(self, digest: Digest, size: int, present: int) -> bool:
         """Make room for a blob of `size` bytes, of which `present` are on the disk already, if that can be.
@@ -145,10 +154,7 @@ class CacheRoom:
         await self._remove(purged)
 
     def _add(self, digest: Digest, size: int) -> None:
-        now = self._clock()
-        self.usage.add(digest, size, now)
-        if self._changed is not None:
-            self._changed[digest] = Entry(digest, size, now)
+        self.usage.add(digest, size, self._clock())
 
     async def _fits_on_disk(self, wanted: int) -> bool:
         """Say whether the disk has `wanted` bytes, after making others go for it where it has not."""
@@ -168,8 +174,6 @@ class CacheRoom:
     async def _remove(self, digests: list[Digest]) -> None:
         if digests:
             log.info("{count} contents leave the cache", count=len(digests))
-            if self._changed is not None:
-                self._changed |= dict.fromkeys(digests)
             await in_thread(self._reactor, self._drop, digests)
 
     def _drop(self, digests: list[Digest]) -> None:
@@ -193,11 +197,19 @@ class CacheRoom:
         except OSError as error:
             _complain(digest, error)
 
-    def _walk(self) -> list[Entry]:
+    def _walk(self, recount: Recount) -> Iterator[None]:
         for digest in stale_ingests(self._layout, self._clock() - _ABANDONED):
             self._discard(digest)
-        left = [_entry(self._layout, digest) for digest in stale_ingests(self._layout, inf)]
-        return [*(entry for entry in left if entry is not None), *self._blobs.walk()]
+            yield None
+        for digest in stale_ingests(self._layout, inf):
+            left = _entry(self._layout, digest)
+            if left is not None:
+                recount.add(left)
+            yield None
+        for entry in self._blobs.walk():
+            recount.add(entry)
+            yield None
+        yield from recount.order()
 
 
 def _complain(digest: Digest, error: OSError) -> None:

@@ -51,6 +51,8 @@ class TextLog:
 
     def _time(self, when: float) -> str:
         second, text = self._second
+        if when - int(when) > 0.999999:  # Twisted rounds to microseconds: this may be the next second already
+            return formatTime(when)
         if int(when) != second:
             text = formatTime(when)
             self._second = int(when), text

@@ -186,8 +186,8 @@ class _Run:
             return
         layers = manifest.layers if manifest.config is None else (manifest.config, *manifest.layers)
         for blob in layers:
-            if not self._has(repository, blob.digest) and not is_elsewhere(blob.media_type):
-                yield self._lack(repository, digest, blob.digest)
+            lacking = not self._has(repository, blob.digest) and not is_elsewhere(blob.media_type)
+            yield self._lack(repository, digest, blob.digest) if lacking else None
         for child in manifest.manifests:
             linked = self._links.has_manifest(repository, child.digest) and self._blobs.exists(child.digest)
             if not linked and not self._has(repository, child.digest):
@@ -203,15 +203,13 @@ class _Run:
         return Finding("missing", f"{repository}: the manifest {digest} lacks {lacking}", repository, digest)
 
     def _tags(self, repository: str) -> Iterator[Finding | None]:
-        for tag in self._links.tags(repository):
+        for tag, digest in self._links.each_tag(repository):
             self.counts.update(tags=1)
-            digest = self._links.tag(repository, tag)
-            if digest is None and os.path.exists(self._layout.tag_current(repository, tag)):
+            if digest is None:
                 yield Finding("torn", f"{repository}:{tag}: the tag's link is torn", repository)
-            elif digest is not None and not self._links.has_manifest(repository, digest):
-                if self._links.tag(repository, tag) == digest:
-                    what = f"{repository}:{tag}: the tag means {digest}, which is no manifest there"
-                    yield Finding("missing", what, repository, digest)
+            elif not self._links.has_manifest(repository, digest) and self._links.tag(repository, tag) == digest:
+                what = f"{repository}:{tag}: the tag means {digest}, which is no manifest there"
+                yield Finding("missing", what, repository, digest)
             yield None
 
 

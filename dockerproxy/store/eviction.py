@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterator, Mapping
 
 from attrs import frozen
 
@@ -10,6 +10,15 @@ from dockerproxy.oci.names import Digest
 
 # Freeing a little more than is needed makes room for the next blobs too, so that not each of them has to ask.
 _FILL = 0.95
+
+AT_ONCE = 500
+"""So many are chosen at once, where that will do: choosing, and forgetting them, takes 1 to 2 ms."""
+
+Known = tuple[int, float]
+"""Of a content that is kept: its length in bytes, and when it was last read or written (POSIX time).
+
+A plain tuple, as `Entry` is not: the cyclic garbage collection, which stops all else, looks at those once only.
+"""
 
 
 @frozen(slots=True)
@@ -21,36 +30,31 @@ class Entry:
     last_used: float
 
 
-def choose(
-    entries: Iterable[Entry], *, limit: int, inactive: float, now: float, keep: Container[Digest]
-) -> list[Digest]:
-    """Return what to remove: what was not used for `inactive` seconds, then the least recently used.
+def unused(kept: Mapping[str, Known], keep: Container[str], since: float) -> Iterator[str]:
+    """Yield what was not used since then, `AT_ONCE` at most; of `kept`, the least recently used come first."""
+    count = 0
+    for text, (_, last_used) in kept.items():
+        if last_used >= since or count == AT_ONCE:
+            return
+        if text not in keep:
+            count += 1
+            yield text
 
-    The latter only where the rest has more than `limit` bytes, and then down to 95 % of it. Nothing in `keep` goes.
+
+def oldest(kept: Mapping[str, Known], keep: Container[str], least: int, enough: int) -> Iterator[str]:
+    """Yield, in their order, those that have `enough` bytes, or more than `AT_ONCE` only until they have the `least`.
+
+    Nothing in `keep`.
     """
-    ordered = sorted(entries, key=age)
-    expired = [entry for entry in ordered if now - entry.last_used > inactive and entry.digest not in keep]
-    gone = {entry.digest for entry in expired}
-    rest = [entry for entry in ordered if entry.digest not in gone]
-    excess = excess_of(sum(entry.size for entry in rest), limit)
-    return [entry.digest for entry in (*expired, *oldest(rest, excess, keep))]
-
-
-def age(entry: Entry) -> tuple[float, str, str]:
-    """The sort key for least recently used first; the same in each process, whatever the order they were found in."""
-    return entry.last_used, entry.digest.algorithm, entry.digest.hex
+    count = freed = 0
+    for text, (size, _) in kept.items():
+        if freed >= (enough if count < AT_ONCE else least):
+            return
+        if text not in keep:
+            count, freed = count + 1, freed + size
+            yield text
 
 
 def excess_of(total: int, limit: int) -> int:
     """Return how many of `total` bytes are to go: none up to `limit`, above it those over 95 % of it."""
     return total - int(limit * _FILL) if total > limit else 0
-
-
-def oldest(entries: Iterable[Entry], excess: int, keep: Container[Digest]) -> Iterator[Entry]:
-    """Yield entries in their order, less those in `keep`, until they have `excess` bytes."""
-    for entry in entries:
-        if excess <= 0:
-            return
-        if entry.digest not in keep:
-            excess -= entry.size
-            yield entry

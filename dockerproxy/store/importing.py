@@ -12,6 +12,7 @@ import secrets
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -109,10 +110,9 @@ class Importer:
         await self._slices.run(run.contents(), run.note, after_slice=bytes_told)
         for repository in run.repositories:
             await self._slices.run(run.layers(repository), run.note, after_slice=manifests_told)
-            async with self._store.turns.of(repository):
-                await self._slices.run(run.manifests(repository), run.note)
-                await self._slices.run(run.tags(repository), run.note)
-            await manifests_told()
+            turn = partial(self._store.turns.of, repository)
+            await self._slices.run(run.manifests(repository), run.note, after_slice=manifests_told, turn=turn)
+            await self._slices.run(run.tags(repository), run.note, after_slice=manifests_told, turn=turn)
         # Once for all: two or three times for each link would take longer than the rest.
         await in_thread(self._reactor, os.sync)
         return Imported(repositories=len(run.repositories), **run.counts)
@@ -156,6 +156,7 @@ class _Run:
 
     def survey(self) -> Iterator[Untaken | None]:
         """Find the repositories, and the contents that these have."""
+        total = 0
         for repository in self._links.repositories():
             try:
                 parse_repository(repository)
@@ -167,12 +168,13 @@ class _Run:
                 for digest in links(repository):
                     if str(digest) not in self._wanted:
                         with suppress(FileNotFoundError, NotADirectoryError):
-                            self._wanted[str(digest)] = os.stat(self._source.blob(digest)).st_size
+                            size = self._wanted[str(digest)] = os.stat(self._source.blob(digest)).st_size
+                            total += size
                     yield None
+        self.total = total
 
     def contents(self) -> Iterator[Untaken | None]:
         """Bring the contents, up to a piece of one a step."""
-        self.total = sum(self._wanted.values())
         for text, size in self._wanted.items():
             digest = Digest.parse(text)
             if self._our_blobs.touch(digest) == size:
@@ -189,8 +191,8 @@ class _Run:
         """Link the repository's blobs."""
         for digest in self._links.layers(repository):
             if not self._links.has_layer(repository, digest):
-                continue
-            if self._our_blobs.exists(digest):
+                yield None
+            elif self._our_blobs.exists(digest):
                 self._our_links.link_layer(repository, digest)
                 yield None
             else:
@@ -200,6 +202,7 @@ class _Run:
         """Link the repository's manifests."""
         for digest in self._links.manifests(repository):
             if not self._links.has_manifest(repository, digest):
+                yield None
                 continue
             content = read_small(self._our_path(digest), MAX_MANIFEST + 1)
             if content is None:
@@ -217,8 +220,8 @@ class _Run:
 
     def tags(self, repository: str) -> Iterator[Untaken | None]:
         """Set the repository's tags."""
-        for tag in self._links.tags(repository):
-            digest, ours = self._links.tag(repository, tag), self._our_links.tag(repository, tag)
+        for tag, digest in self._links.each_tag(repository):
+            ours = self._our_links.tag(repository, tag)
             if digest is None or not self._our_links.has_manifest(repository, digest):
                 yield Untaken("missing", f"{repository}:{tag}: what the tag means is missing")
             elif ours is not None and ours != digest and not self._force:

@@ -133,12 +133,11 @@ class Links:
         for algorithm in _names(referrers):
             yield from _remove_empty_in(f"{referrers}/{algorithm}")
             _remove_empty(f"{referrers}/{algorithm}")
-        for empty in (revisions, tags, f"{directory}/_manifests", layers, referrers):
+        for empty in (revisions, tags, f"{directory}/_manifests", layers, referrers, self._layout.uploads(repository)):
             _remove_empty(empty)
         if _names(revisions):
             self._staging.make_directory(layers)
-        while directory != self._layout.repositories and _remove_empty(directory):
-            directory = os.path.dirname(directory)
+        remove_empty(self._layout, directory)
 
     def repositories(self) -> Iterator[str]:
         """Yield the repositories that have, or had, a blob or manifest, in no order. Blocks."""

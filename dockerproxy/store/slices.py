@@ -24,6 +24,10 @@ _MOST_FOUND = 128
 """So many things are handed to the reactor's thread in one turn: 1 to 2 ms, where each becomes a line of JSON."""
 
 
+_HELD = 0.002
+"""Seconds at most for which a slice holds a turn that requests wait for."""
+
+
 def _ignore(*arguments: object) -> None:
     pass
 
@@ -83,19 +87,20 @@ class Slices:
         use: Callable[[T], object] = _ignore,
         *,
         after_slice: Pause = _at_once,
-        turn: Turn = nullcontext,
+        turn: Turn | None = None,
     ) -> None:
         """Take `steps`, each of which blocks for a moment, in a thread, until there are no more.
 
         What a step comes upon (not None) is `use`d in the reactor's thread, after the slice. `turn` is held during each
-        slice, and not in between. A cancelled run ends with the slice under way, and closes `steps` where that is a
-        generator.
+        slice, which is the shorter for it, and not in between. A cancelled run ends with the slice under way, and
+        closes `steps` where that is a generator.
         """
+        length = self.length if turn is None else min(self.length, _HELD)
         try:
             more = True
             while more:
-                async with turn():
-                    found, more = await self._slice(steps)
+                async with nullcontext() if turn is None else turn():
+                    found, more = await self._slice(steps, length)
                 for thing in found:
                     use(thing)
                 await after_slice()
@@ -130,9 +135,9 @@ class Slices:
         if failures:
             failures[0].raiseException()
 
-    async def _slice(self, steps: Iterator[T | None]) -> tuple[list[T], bool]:
+    async def _slice(self, steps: Iterator[T | None], length: float) -> tuple[list[T], bool]:
         waiter: Deferred[Any] = Deferred()
-        under_way = Deferred.fromCoroutine(in_thread(self.reactor, self._advance, steps))
+        under_way = Deferred.fromCoroutine(in_thread(self.reactor, self._advance, steps, length))
         under_way.addBoth(lambda result: None if waiter.called else waiter.callback(result))
         try:
             result: tuple[list[T], bool] = await waiter
@@ -144,8 +149,8 @@ class Slices:
             raise
         return result
 
-    def _advance(self, steps: Iterator[T | None]) -> tuple[list[T], bool]:
-        end = self._clock() + self.length
+    def _advance(self, steps: Iterator[T | None], length: float) -> tuple[list[T], bool]:
+        end = self._clock() + length
         found: list[T] = []
         for thing in steps:
             if thing is not None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections import defaultdict
-from collections.abc import Container, Generator, Iterable, Iterator, Mapping
+from collections.abc import Container, Generator, Iterable, Iterator
 from contextlib import suppress
 
 from attrs import define, field, frozen
@@ -16,32 +15,36 @@ from dockerproxy.store.layout import Layout
 from dockerproxy.store.links import Links
 from dockerproxy.store.references import references_in
 
-_PART = 32
-"""So many manifests go in one step at most. An image for all platforms, with its signatures, has fewer."""
-
-_SOME = 200  # names looked at in one step of reading
-
+_SOME = 100  # names looked at in one step of reading
 
 Text = str
-"""A digest as text. Python's garbage collection does not look at text, and at every `Digest` it does: with 100,000 of
-them a full run holds the whole process for 100 ms."""
+"""A digest as text, or several with spaces in between.
 
-Needs = tuple[tuple[Text, ...], tuple[Text, ...], Text | None]
+Python's cyclic garbage collection, which holds the whole process while it looks at every object, does not look at text,
+nor at tuples of text after a first time; with 100,000 of `Digest` it takes 100 ms. So what is kept of a registry is
+text, in few containers. In this module no step does more the larger a registry is.
+"""
+
+Needs = tuple[Text, Text, Text | None]
 """What a manifest refers to: contents, those of them that may be manifests, and its subject (`References`)."""
 
-_NOTHING: Needs = ((), (), None)
+_NOTHING: Needs = ("", "", None)
+
+Chain = tuple[Text, "Chain | None"]
+"""Text after text, the last one first: as little looked at as other tuples, and each is added in no time."""
 
 
-@frozen(eq=False)
-class Group:
-    """Manifests of a repository that nothing needs but others of the group: an index, its images, their signatures.
+@frozen
+class Idle:
+    """What a repository has and does not need.
 
-    They stay or go together, in one step; a large one in `parts`, those first that refer to others.
+    Manifests are in `groups`, of those that nothing needs but others of the group: an index, its images, their
+    signatures. In each, those come first that refer to others. `needs` is what they refer to.
     """
 
-    repository: str
-    parts: tuple[tuple[Text, ...], ...]
-    needs: Mapping[Text, Needs] = field(repr=False)
+    groups: list[tuple[Text, ...]] = field(factory=list)
+    needs: dict[Text, Needs] = field(factory=dict)
+    layers: set[Text] = field(factory=set)
 
 
 @frozen
@@ -61,7 +64,7 @@ class Unreadable(Exception):
 
 @define
 class Survey:
-    """What is `needed` by any repository, and what each has that it does not need.
+    """What is `needed` by any repository, and what each has that is `idle` in it.
 
     A tag needs its manifest; a manifest needs what it refers to, its subject too, and all that refers to it as their
     subject. `delete_untagged`: else every manifest is needed. One whose content was used after `cutoff` (POSIX time)
@@ -73,8 +76,7 @@ class Survey:
     cutoff: float
     delete_untagged: bool
     needed: set[Text] = field(factory=set, init=False)
-    idle_manifests: list[Group] = field(factory=list, init=False)
-    idle_layers: dict[str, set[Text]] = field(factory=dict, init=False)
+    idle: dict[str, Idle] = field(factory=dict, init=False)
     problems: list[Problem] = field(factory=list, init=False)
     repositories: list[str] = field(factory=list, init=False)
     manifests: int = field(default=0, init=False)
@@ -86,14 +88,14 @@ class Survey:
             yield from self._survey(repository)
             self.repositories.append(repository)
 
-    def keep(self, group: Group, members: Iterable[Text]) -> None:
-        """Need `members` of a group after all."""
-        idle = self.idle_layers.get(group.repository, set())
+    def keep(self, idle: Idle, members: Iterable[Text]) -> Iterator[None]:
+        """Need these idle manifests after all, and what they refer to, one a step."""
         for member in members:
-            contents = group.needs[member][0]
             self.needed.add(member)
-            self.needed.update(contents)
-            idle.difference_update(contents)
+            for content in idle.needs[member][0].split():
+                self.needed.add(content)
+                idle.layers.discard(content)
+            yield None
 
     def _survey(self, repository: str) -> Iterator[None]:
         graph = _Graph(self._layout, self._links, repository)
@@ -101,79 +103,85 @@ class Survey:
         try:
             tagged, recent = yield from self._read(repository, graph)
             yield from graph.spread(tagged, kept)
-            if not self.delete_untagged:
-                recent = set(graph.needs)
-            else:
-                recent -= kept
-                self.recent += len(recent)
-            yield from graph.spread(recent, kept)
+            if self.delete_untagged:
+                for count, digest in enumerate(recent):
+                    self.recent += digest not in kept
+                    if count % _SOME == 0:
+                        yield None
+            yield from graph.spread(recent if self.delete_untagged else graph.needs, kept)
         except Unreadable as error:
             self.problems.append(Problem(repository, f"{error}; nothing is removed from this repository"))
             yield from self._need_all(repository)
             return
-        yield from self._note_groups(repository, graph, kept)
-        needed = set(kept)
-        for digest in kept:
-            needed.update(graph.needs.get(digest, _NOTHING)[0])
-            yield None
-        self.needed |= needed
-        idle = set()
+        idle = Idle()
+        yield from graph.group(idle, kept)
+        needed = yield from self._need(graph, idle, kept)
         for count, layer in enumerate(map(str, self._links.layers(repository))):
             if layer not in needed:
-                idle.add(layer)
+                idle.layers.add(layer)
             if count % _SOME == 0:
                 yield None
-        if idle:
-            self.idle_layers[repository] = idle
+        if idle.groups or idle.layers:
+            self.idle[repository] = idle
+        yield from emptying(kept, needed)
+        yield from graph.emptying()
 
-    def _read(self, repository: str, graph: _Graph) -> Generator[None, None, tuple[set[Text], set[Text]]]:
+    def _read(self, repository: str, graph: _Graph) -> Generator[None, None, tuple[dict[Text, str], set[Text]]]:
         """Read the repository's manifests; return those that have a tag, and those that were used after `cutoff`."""
-        tagged: dict[str, Digest] = {}
-        for tag in self._links.tags(repository):
-            digest = self._links.tag(repository, tag)
-            if digest is not None:
-                tagged[tag] = digest
-            elif os.path.exists(self._layout.tag_current(repository, tag)):
+        tags: dict[str, Text] = {}
+        tagged: dict[Text, str] = {}
+        for tag, meant in self._links.each_tag(repository):
+            if meant is None:
                 raise Unreadable(f"the link of the tag {tag} cannot be read")
+            tags[tag] = str(meant)
+            tagged[str(meant)] = tag
             yield None
         recent: set[Text] = set()
         for digest in self._links.manifests(repository):
-            _, date = graph.read(digest)
-            self.manifests += 1
-            if date > self.cutoff:
+            if graph.read(digest) > self.cutoff:
                 recent.add(str(digest))
+            self.manifests += 1
             yield None
-        for tag, digest in tagged.items():
-            if str(digest) not in graph.needs and not self._links.has_manifest(repository, digest):
-                if self._links.tag(repository, tag) == digest:
-                    raise Unreadable(f"the tag {tag} means {digest}, which is no manifest of it")
-        return set(map(str, tagged.values())), recent
+        for tag, text in tags.items():
+            if text not in graph.needs and not self._links.has_manifest(repository, Digest.parse(text)):
+                if self._links.tag(repository, tag) == Digest.parse(text):
+                    raise Unreadable(f"the tag {tag} means {text}, which is no manifest of it")
+            yield None
+        return tagged, recent
+
+    def _need(self, graph: _Graph, idle: Idle, kept: set[Text]) -> Generator[None, None, set[Text]]:
+        """Need what is `kept`, and what that refers to; return all of it. What is idle keeps its part of the graph."""
+        needed: set[Text] = set()
+        while graph.needs:
+            digest, needs = graph.needs.popitem()
+            if digest in kept:
+                needed.update(needs[0].split())
+                self.needed.update(needs[0].split())
+            else:
+                idle.needs[digest] = needs
+            yield None
+        # Some of those that are kept are no manifests of the repository.
+        for digest in kept:
+            needed.add(digest)
+            self.needed.add(digest)
+            yield None
+        return needed
 
     def _need_all(self, repository: str) -> Iterator[None]:
-        for tag in self._links.tags(repository):
-            digest = self._links.tag(repository, tag)
-            if digest is not None:
-                self.needed.add(str(digest))
+        for _, meant in self._links.each_tag(repository):
+            if meant is not None:
+                self.needed.add(str(meant))
+            yield None
         for digest in self._links.manifests(repository):
             self.needed.add(str(digest))
             with suppress(Unreadable):
-                needs, _ = _Graph(self._layout, self._links, repository).read(digest)
-                self.needed.update(needs[0])
+                needs, _ = load(self._layout, self._links, repository, digest)
+                self.needed.update(needs[0].split())
             yield None
         for count, layer in enumerate(self._links.layers(repository)):
             self.needed.add(str(layer))
             if count % _SOME == 0:
                 yield None
-
-    def _note_groups(self, repository: str, graph: _Graph, kept: set[Text]) -> Iterator[None]:
-        left = graph.needs.keys() - kept
-        while left:
-            members: set[Text] = set()
-            yield from graph.spread({next(iter(left))}, members, within=left, upwards=True)
-            left -= members
-            ordered = sorted(members, key=lambda member: (not graph.needs[member][1], member))
-            parts = tuple(tuple(ordered[start : start + _PART]) for start in range(0, len(ordered), _PART))
-            self.idle_manifests.append(Group(repository, parts, {member: graph.needs[member] for member in ordered}))
 
 
 @define
@@ -184,61 +192,107 @@ class _Graph:
     _links: Links
     _repository: str
     needs: dict[Text, Needs] = field(factory=dict, init=False)
-    _indexes: dict[Text, list[Text]] = field(factory=lambda: defaultdict(list), init=False)
-    _referrers: dict[Text, list[Text]] = field(factory=lambda: defaultdict(list), init=False)
+    _indexes: dict[Text, Chain] = field(factory=dict, init=False)
+    _referrers: dict[Text, Chain] = field(factory=dict, init=False)
 
-    def read(self, digest: Digest) -> tuple[Needs, float]:
-        """Take a manifest in, and return what it refers to and when it was last used; raise `Unreadable`."""
-        needs, date = self._load(digest)
+    def read(self, digest: Digest) -> float:
+        """Take a manifest in, and return when it was last used (POSIX time); raise `Unreadable`."""
+        needs, date = load(self._layout, self._links, self._repository, digest)
         text = str(digest)
         _, manifests, subject = self.needs[text] = needs
-        for child in manifests:
-            self._indexes[child].append(text)
+        for child in manifests.split():
+            self._indexes[child] = text, self._indexes.get(child)
         if subject is not None:
-            self._referrers[subject].append(text)
-        return needs, date
+            self._referrers[subject] = text, self._referrers.get(subject)
+        return date
 
     def spread(
-        self,
-        roots: Iterable[Text],
-        reached: set[Text],
-        *,
-        within: Container[Text] | None = None,
-        upwards: bool = False,
+        self, roots: Iterable[Text], reached: set[Text], *, apart_from: Container[Text] | None = None
     ) -> Iterator[None]:
-        """Put into `reached` what `roots` need, with `upwards` also what needs them; nothing that is not `within`."""
-        waiting = [*roots]
-        while waiting:
-            digest = waiting.pop()
-            if digest in reached or (within is not None and digest not in within):
-                continue
-            reached.add(digest)
-            _, manifests, subject = self.needs.get(digest, _NOTHING)
-            waiting.extend(manifests)
-            waiting.extend(self._referrers.get(digest, ()))
-            if subject is not None and subject in self.needs:
-                waiting.append(subject)
-            if upwards:
-                waiting.extend(self._indexes.get(digest, ()))
+        """Put into `reached` what `roots` need.
+
+        With `apart_from` what needs them as well, but only manifests that are here and not in that.
+        """
+        for root in roots:
+            waiting = [root]
+            while waiting:
+                digest = waiting.pop()
+                excluded = apart_from is not None and (digest in apart_from or digest not in self.needs)
+                if digest not in reached and not excluded:
+                    reached.add(digest)
+                    waiting.extend(self._leads_to(digest))
+                    if apart_from is not None:
+                        waiting.extend(_links_of(self._indexes.get(digest)))
+                yield None
+
+    def group(self, idle: Idle, kept: set[Text]) -> Iterator[None]:
+        """Put the manifests that are not `kept` into groups."""
+        grouped: set[Text] = set()
+        for digest in self.needs:
+            if digest not in kept and digest not in grouped:
+                members: set[Text] = set()
+                yield from self.spread([digest], members, apart_from=kept)
+                first: list[Text] = []
+                others: list[Text] = []
+                for member in members:
+                    (first if self.needs[member][1] else others).append(member)
+                    grouped.add(member)
+                    yield None
+                idle.groups.append((*first, *others))
             yield None
 
-    def _load(self, digest: Digest) -> tuple[Needs, float]:
-        # Not by way of `Blobs`: that would date every manifest as used now.
-        try:
-            with open(self._layout.blob(digest), "rb", buffering=0) as file:
-                status = os.fstat(file.fileno())
-                if status.st_size > MAX_MANIFEST:
-                    raise Unreadable(f"the manifest {digest} has more than {MAX_MANIFEST} bytes")
-                content = file.read(status.st_size) or b""
-        except (FileNotFoundError, NotADirectoryError):
-            raise Unreadable(f"the content of the manifest {digest} is missing") from None
-        except OSError as error:
-            raise Unreadable(f"the manifest {digest} cannot be read ({error.strerror})") from None
-        if Digest.of(content, digest.algorithm) != digest:
-            raise Unreadable(f"the content of the manifest {digest} is damaged")
-        try:
-            found = references_in(content, self._links.manifest_media_type(self._repository, digest))
-        except ManifestInvalid as error:
-            raise Unreadable(f"the manifest {digest} is not understood ({error.message})") from None
-        subject = None if found.subject is None else str(found.subject)
-        return (tuple(map(str, found.contents)), tuple(map(str, found.manifests)), subject), status.st_mtime
+    def emptying(self) -> Iterator[None]:
+        """Forget how manifests hang together, a little at a time."""
+        for chains in (self._indexes, self._referrers):
+            while chains:
+                chains.popitem()
+                yield None
+
+    def _leads_to(self, digest: Text) -> Iterator[Text]:
+        _, manifests, subject = self.needs.get(digest, _NOTHING)
+        yield from manifests.split()
+        yield from _links_of(self._referrers.get(digest))
+        if subject is not None and subject in self.needs:
+            yield subject
+
+
+def _links_of(chain: Chain | None) -> Iterator[Text]:
+    while chain is not None:
+        text, chain = chain
+        yield text
+
+
+def load(layout: Layout, links: Links, repository: str, digest: Digest) -> tuple[Needs, float]:
+    """Return what a manifest refers to, and when it was last used (POSIX time); raise `Unreadable`. Blocks."""
+    # Not by way of `Blobs`: that would date every manifest as used now.
+    try:
+        with open(layout.blob(digest), "rb", buffering=0) as file:
+            status = os.fstat(file.fileno())
+            if status.st_size > MAX_MANIFEST:
+                raise Unreadable(f"the manifest {digest} has more than {MAX_MANIFEST} bytes")
+            content = file.read(status.st_size) or b""
+    except (FileNotFoundError, NotADirectoryError):
+        raise Unreadable(f"the content of the manifest {digest} is missing") from None
+    except OSError as error:
+        raise Unreadable(f"the manifest {digest} cannot be read ({error.strerror})") from None
+    if Digest.of(content, digest.algorithm) != digest:
+        raise Unreadable(f"the content of the manifest {digest} is damaged")
+    try:
+        found = references_in(content, links.manifest_media_type(repository, digest))
+    except ManifestInvalid as error:
+        raise Unreadable(f"the manifest {digest} is not understood ({error.message})") from None
+    subject = None if found.subject is None else str(found.subject)
+    return (_text(found.contents), _text(found.manifests), subject), status.st_mtime
+
+
+def _text(digests: Iterable[Digest]) -> Text:
+    return " ".join(map(str, digests))
+
+
+def emptying(*sets: set[Text]) -> Iterator[None]:
+    """Empty `sets` a little at a time: to free 100,000 texts in one go takes Python 10 ms, and holds it."""
+    for texts in sets:
+        while texts:
+            for _ in range(min(_SOME, len(texts))):
+                texts.pop()
+            yield None

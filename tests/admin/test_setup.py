@@ -255,6 +255,15 @@ def test_what_is_no_certificate_changes_nothing(host: Any, shell: list[str], ser
     assert (host.calls, host.files()) == ([], before)
 
 
+@pytest.mark.parametrize("status", [0, 1])
+def test_what_the_trust_store_says_is_told_where_it_fails(host: Any, status: int) -> None:
+    """Debian 12's warns of its own file at every run."""
+    host.tool("update-ca-certificates", f"echo warning >&2; exit {status}")
+    done = host.run(["dash"])
+    told = f"warning\nFailed: the system's trust store could not be updated: {DEBIAN}\n" if status else ""
+    assert (done.returncode, done.stderr) == (status, told)
+
+
 def test_what_failed_half_way_is_completed_by_the_next_run(host: Any) -> None:
     (host.root / "fails").touch()
     done = host.run(["dash"])
@@ -290,10 +299,11 @@ def test_an_unknown_system_is_told(host: Any) -> None:
     assert host.calls == []
 
 
-def test_a_system_that_cannot_be_written_to_is_left_alone(host: Any) -> None:
+@pytest.mark.parametrize("shell", SHELLS)
+def test_a_system_that_cannot_be_written_to_is_left_alone(host: Any, shell: list[str]) -> None:
     before = host.files()
-    done = host.run(["dash"], read_only=True)
-    assert (done.returncode, done.stderr) == (1, "Failed: /etc is read-only; nothing was changed\n")
+    done = host.run(shell, read_only=True)
+    assert (done.returncode, done.stderr) == (1, "Failed: /etc cannot be written to; nothing was changed\n")
     assert (host.calls, host.files()) == ([], before)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import socket
 import subprocess
@@ -199,7 +200,8 @@ def test_openrc(host: Any, shell: list[str], theirs: str | None) -> None:
     settings = host.etc / "conf.d/docker"
     if theirs is not None:
         settings.write_text(theirs)
-        settings.chmod(0o600)
+        settings.chmod(0o640)
+        os.chown(settings, 0, 65534)
     before = host.files()
     done = host.run(shell)
     assert (done.returncode, done.stderr) == (0, "")
@@ -214,7 +216,8 @@ def test_openrc(host: Any, shell: list[str], theirs: str | None) -> None:
     assert told[0] == ("--debug" if theirs else "")
     assert not (host.etc / "systemd").exists()
 
-    assert settings.stat().st_mode & 0o777 == (0o600 if theirs else 0o644)
+    kept = settings.stat()
+    assert (kept.st_mode & 0o777, kept.st_gid) == ((0o640, 65534) if theirs else (0o644, 0))
     after = host.files()
     assert host.run(shell).stdout.endswith("Nothing has changed, so nothing was restarted.\n")
     assert (host.calls, host.files()) == ([], after)
@@ -251,11 +254,14 @@ def test_without_systemd_and_openrc_the_rest_is_told(host: Any) -> None:
 def test_podmans_settings(host: Any) -> None:
     host.uninstall("docker")
     host.tool("podman", "exit 1")
+    host.podman.parent.parent.mkdir()
+    (host.podman.parent.parent / "containers.conf").write_text('[engine]\nenv = [\n  "NO_PROXY=.corp.example",\n]\n')
     done = host.run(["dash"])
     assert (done.returncode, done.stderr) == (0, "")
     assert host.podman.read_text().startswith(MARK)
+    no_proxy = f"NO_PROXY=.corp.example,{NEVER}"
     assert tomllib.loads(host.podman.read_text()) == {
-        "engine": {"env": [f"HTTP_PROXY={host.url}", f"HTTPS_PROXY={host.url}", f"NO_PROXY={NEVER}"]},
+        "engine": {"env": [f"HTTP_PROXY={host.url}", f"HTTPS_PROXY={host.url}", no_proxy]},
         "containers": {"http_proxy": False},
     }
 

@@ -151,6 +151,16 @@ def test_met_when_it_is_there(world: World) -> None:
     assert len(world.upstream.asked) == 2
 
 
+def test_what_another_process_found_out_is_learned(make_world: Callable[..., World]) -> None:
+    one = make_world(shared=True)
+    other = make_world(shared=True, upstream=one.upstream)
+    one.upstream.on("GET", "^/v2/$", asks(BEARER))
+    one.run(one.challenges.meet(OTHER))
+    other.run(other.challenges.meet(OTHER))
+    assert other.learned[OTHER] == one.learned[OTHER] != []
+    assert len(one.upstream.asked) == 1
+
+
 def test_who_leaves_does_not_end_the_question(world: World) -> None:
     gate = Gate()
     world.upstream.on("GET", "^/v2/$", gate.then(asks(BEARER)))

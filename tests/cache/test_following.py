@@ -211,6 +211,37 @@ def test_it_comes_between_a_look_and_the_lock(make_world: Callable[..., World]) 
 # clients
 
 
+def test_it_has_come_before_anyone_here_looks(make_world: Callable[..., World]) -> None:
+    """Nothing was ever seen to begin; the client is answered all the same, by what is here now."""
+    world = make_world(shared=True)
+    world.upstream.repository(f"{HUB}/{NAME}").put_blob(DATA)
+    ingest = world.meeting.enter(DIGEST)
+    assert isinstance(ingest, Ingest)
+    results: list[Any] = []
+    world.start(world.fetch_later(DIGEST)).addBoth(results.append)
+    ingest.append([DATA])
+    ingest.publish(world.blobs)
+    world.advance(1)
+    assert results == [("REVALIDATED", DATA)]
+    assert world.upstream.seen("GET", "blobs") == []
+
+
+def test_it_is_given_up_before_anyone_here_looks(make_world: Callable[..., World]) -> None:
+    world = make_world(shared=True)
+    world.upstream.repository(f"{HUB}/{NAME}").put_blob(DATA)
+    ingest = world.meeting.enter(DIGEST)
+    assert isinstance(ingest, Ingest)
+    ingest.append([b"something else"])
+    results: list[Any] = []
+    world.start(world.fetch_later(DIGEST)).addBoth(results.append)
+    world.advance(1)
+    assert results == []
+    ingest.discard()
+    world.advance(1)
+    assert results == [("MISS", DATA)]
+    assert [asked.range for asked in world.upstream.seen("GET", "blobs")] == [None]
+
+
 def test_a_client_of_each(two: Two) -> None:
     """The one for whom it is fetched needs no further word of upstream's, wherever it asks."""
     answers = [two.one.start(world.fetch_later(DIGEST)) for world in (two.one, two.other, two.other)]

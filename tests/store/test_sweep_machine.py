@@ -53,7 +53,7 @@ REPOSITORIES, TAGS = ("one", "two/three"), ("v1", "v2")
 class Wire:
     """A connection that keeps what is sent."""
 
-    client, secure, port = "test", False, 0
+    client, secure, port, takes_files = "test", False, 0, False
 
     def __init__(self) -> None:
         self.sent = b""

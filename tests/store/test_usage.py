@@ -1,16 +1,30 @@
 from __future__ import annotations
 
+import gc
+from collections import deque
+from collections.abc import Iterable
+
 import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from dockerproxy.oci.names import Digest
+from dockerproxy.store import usage as usage_module
 from dockerproxy.store.eviction import Entry
 from dockerproxy.store.usage import DoesNotFit, Usage
 
 
 def digest(number: int) -> Digest:
     return Digest("sha256", f"{number:064x}")
+
+
+def load(usage: Usage, found: Iterable[Entry]) -> None:
+    """Let `usage` count anew, with nothing going on meanwhile."""
+    recount = usage.recount()
+    for entry in found:
+        recount.add(entry)
+    deque(recount.order(), maxlen=0)
+    usage.adopt(recount)
 
 
 DIGESTS = st.integers(0, 8).map(digest)
@@ -64,7 +78,7 @@ class UsageMachine(RuleBasedStateMachine):
 
     @rule(found=st.dictionaries(DIGESTS, st.tuples(SIZES, st.integers(0, 20))))
     def load(self, found: dict[Digest, tuple[int, int]]) -> None:
-        self.usage.load(Entry(digest, size, float(last)) for digest, (size, last) in found.items())
+        load(self.usage, [Entry(digest, size, float(last)) for digest, (size, last) in found.items()])
         model = {digest: known for digest, known in self.model.items() if self.pinned(digest)}
         for digest, (size, last) in found.items():
             if digest not in model:
@@ -126,7 +140,7 @@ def test_a_reservation_holds_until_it_is_given_back() -> None:
     usage.pin(digest(1))
     with pytest.raises(DoesNotFit):
         usage.make_room(60)
-    usage.load([])
+    load(usage, [])
     assert usage.total == 60
     usage.unpin(digest(1))
     assert usage.make_room(60) == [digest(1)]
@@ -142,3 +156,62 @@ def test_room_is_made_where_95_percent_cannot_be_reached() -> None:
     usage.add(digest(1), 2, 1)
     usage.add(digest(2), 2, 2)
     assert usage.make_room(98) == [digest(1)]
+
+
+def test_what_changes_during_a_recount() -> None:
+    """Nothing of it is counted as it was seen, be it before the change or after."""
+    usage = Usage(1000)
+    for number in range(6):
+        usage.add(digest(number), 10, number)
+    recount = usage.recount()
+    for number in range(6):
+        recount.add(Entry(digest(number), 10, number))
+    usage.remove(digest(0))
+    usage.add(digest(1), 20, 10)
+    usage.touch(digest(2), 11)
+    usage.add(digest(6), 70, 12)
+    usage.pin(digest(7))
+    usage.add(digest(7), 5, 13)
+    deque(recount.order(), maxlen=0)
+    usage.adopt(recount)
+    usage.unpin(digest(7))
+    assert usage.total == 20 + 4 * 10 + 70 + 5
+    usage.limit = 0
+    assert usage.make_room(0) == list(map(digest, (3, 4, 5, 1, 2, 6, 7)))
+    # And from now on changes are no longer noted.
+    usage.touch(digest(1), 20)
+    assert usage._changed is None
+
+
+def test_a_recount_is_sorted_a_little_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(usage_module, "_RUN", 3)
+    usage = Usage(1000)
+    load(usage, [Entry(digest(number), 1, number * 7 % 20) for number in range(20)])
+    usage.limit = 0
+    assert usage.make_room(0) == [digest(number) for number in sorted(range(20), key=lambda number: number * 7 % 20)]
+
+
+def test_so_many_go_at_once_where_that_will_do() -> None:
+    usage = Usage(20_000)
+    for number in range(20_000):
+        usage.add(digest(number), 1, number)
+    usage.add(digest(20_000), 1, 20_000)
+    assert len(usage.make_room(0)) == 500
+    assert usage.make_room(0) == []
+    assert len(usage.make_room(2000)) == 1501
+    assert [len(usage.expire(0, 30_000)) for _ in range(3)] == [500] * 3
+
+
+def test_a_large_cache_is_nothing_that_the_cyclic_collector_looks_through() -> None:
+    """It holds the whole process while it looks at each object that it tracks; text, numbers and their tuples are not
+    among them after a first look."""
+    tracked = {}
+    for count in (10, 3000):
+        usage = Usage(1 << 40)
+        gc.collect()
+        before = len(gc.get_objects())
+        load(usage, (Entry(digest(number), 1, float(number)) for number in range(count)))
+        gc.collect()
+        tracked[count] = len(gc.get_objects()) - before
+        assert usage.total == count
+    assert abs(tracked[3000] - tracked[10]) < 20

@@ -1,0 +1,78 @@
+"""The measures of what the daemon takes to be there: its start, its memory, and a host that is new to it."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from contextlib import ExitStack
+
+from attrs import evolve
+
+from bench.content import Resource
+from bench.loads import handshakes, idle, sip
+from bench.measures import tell, turned
+from bench.stage import HOST, Stage
+from bench.table import NGINX, PROXY, Table
+from bench.targets import Serving
+
+_KIB, _MB, _MS = 1024, 1e6, 1000
+
+
+def memory(stage: Stage, table: Table) -> None:
+    """The resident set, of all processes together: at the start, and what each connection adds to it."""
+    count = stage.scale.memory_connections
+    for round_ in range(stage.scale.memory_rounds):
+        for case, job, blob in (("idle", idle, stage.small), ("slow clients", sip, stage.big)):
+            for name in turned(round_, [PROXY, NGINX]):
+                with ExitStack() as stack:
+                    # A process that has served before would take the memory that it has left over.
+                    serving = _fresh(stage, stack, name)
+                    tell("memory", f"{count} {case}", name)
+                    before, *seen = _resident(stage, serving, job, blob)
+                    for figure, value in (("at most", max(seen)), ("at the end", seen[-1])):
+                        table.add("memory", case, name, figure, "KiB", (value - before) / count / _KIB)
+                    if job is idle:
+                        table.add("memory", "start", name, "resident", "MB", before / _MB)
+        with stage.filled_proxy(workers=1) as filled:
+            tell("memory", "start", "1 worker")
+            table.add("memory", "start", PROXY, "with 1 worker", "MB", filled.proxy.server.resident() / _MB)
+
+
+def start(stage: Stage, table: Table) -> None:
+    """The time until the daemon listens, and a client's first handshake with hosts that are new to it."""
+    hosts = [f"{number}.{HOST}" for number in range(stage.scale.new_hosts)]
+    for round_ in range(stage.scale.rounds):
+        for workers, case in turned(round_, [(None, "all workers"), (1, "1 worker")]):
+            tell("start", case, PROXY)
+            settings = {"REGISTRIES": " ".join([HOST, *hosts])}
+            with stage.fresh_state() as state, stage.proxy(state, settings=settings, workers=workers) as serving:
+                table.add("start", case, PROXY, "listening", "s", serving.server.came_up)
+                if workers != 1:
+                    continue
+                targets = [evolve(serving.target, host=host) for host in hosts]
+                for figure in ("handshake", "the next one"):
+                    found = stage.clients.run(1, serving.server, handshakes, targets).results[0]
+                    table.add("start", "new host", PROXY, figure, "ms", statistics.median(found) * _MS)
+
+
+def _resident(stage: Stage, serving: Serving, job: Callable[..., None], blob: Resource) -> list[int]:
+    """Return the resident set before a load of many connections, and as it was seen while that lasted."""
+    scale, server = stage.scale, serving.server
+    seen = [server.resident()]
+    stage.clients.run(
+        1,
+        server,
+        job,
+        serving.target,
+        blob,
+        scale.memory_connections,
+        scale.memory_seconds,
+        meanwhile=lambda: seen.append(server.resident()),
+    )
+    return seen
+
+
+def _fresh(stage: Stage, stack: ExitStack, name: str) -> Serving:
+    if name == PROXY:
+        return stack.enter_context(stage.filled_proxy()).proxy
+    return stack.enter_context(stage.static_nginx()).tls

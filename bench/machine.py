@@ -1,0 +1,44 @@
+"""What the figures were measured on, and what with."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+
+from OpenSSL import SSL
+
+import twisted
+from bench import docker_registry, nginx
+from bench.daemon import default_workers
+from bench.image import skopeo_version
+from bench.stage import NGINX_WORKERS
+
+
+def machine() -> dict[str, str]:
+    """Return what a reader of the figures has to know, by its name."""
+    uname = platform.uname()
+    return {
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "machine": f"{len(os.sched_getaffinity(0))} cores, {_processor()}, {uname.system} {uname.release}",
+        "daemon": f"Python {platform.python_version()}, Twisted {twisted.__version__}, "
+        f"{SSL.SSLeay_version(SSL.SSLEAY_VERSION).decode()}; {default_workers()} workers, one where a row is per core",
+        "peers": f"{nginx.version()}, {NGINX_WORKERS} workers, one where a row is per core; "
+        f"{docker_registry.version()}",
+        "clients": f"on the same cores: bench/load.c; {skopeo_version()}; Python for pushes, memory and the first "
+        "handshake",
+        "load average at the start": load_average(),
+    }
+
+
+def load_average() -> str:
+    """Return the load average of the last one, five and fifteen minutes."""
+    return " ".join(f"{value:.2f}" for value in os.getloadavg())
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.machine()

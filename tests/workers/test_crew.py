@@ -1,0 +1,514 @@
+"""The workers as the first process has them. The reactor starts no processes: the test plays their part."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from attrs import define, field
+from by_hand import Reactor
+from twisted.internet.defer import Deferred
+from twisted.internet.error import ProcessDone, ProcessTerminated
+from twisted.internet.task import Clock
+from twisted.logger import LogEvent, LogLevel, globalLogPublisher
+from twisted.python.failure import Failure
+
+import dockerproxy
+from dockerproxy.daemon.doors import Door
+from dockerproxy.daemon.jsonlog import JsonLog
+from dockerproxy.http.channel import Site, Timeouts
+from dockerproxy.workers import crew as crew_module
+from dockerproxy.workers.calls import Calls
+from dockerproxy.workers.crew import LINE, RELAYED, TALLY, Crew, Start
+from dockerproxy.workers.tally import Tally
+
+GRACE = 25.0
+LABEL = b"\x00\x02"
+
+
+class Machine(Reactor, Clock):
+    """A reactor by hand that has a clock, and keeps what it is to start."""
+
+    def __init__(self) -> None:
+        Reactor.__init__(self)
+        Clock.__init__(self)  # type: ignore[no-untyped-call]
+        self.started: list[Played] = []
+        self.refuses = False
+
+    def spawnProcess(
+        self, protocol: Any, executable: str, arguments: list[str], env: Mapping[bytes, bytes], childFDs: dict[int, Any]
+    ) -> Any:
+        if self.refuses:
+            raise OSError(11, "Resource temporarily unavailable")
+        played = Played(self, protocol, [executable, *arguments], dict(env), childFDs)
+        self.started.append(played)
+        return played
+
+    def settle(self) -> None:
+        for _ in range(4):
+            self.turn()
+
+
+@define(eq=False, slots=False)
+class Played:
+    """A worker's process, played by the test: it has copies of the descriptors that it was started with."""
+
+    machine: Machine
+    protocol: Any
+    command: list[str]
+    environment: dict[bytes, bytes]
+    descriptors: dict[int, Any]
+    asked: list[Any] = field(factory=list)
+    connections: list[tuple[bytes, int]] = field(factory=list)
+    signals: list[int] = field(factory=list)
+
+    def __attrs_post_init__(self) -> None:
+        end = socket.socket(fileno=os.dup(self.descriptors[LINE]))
+        # As a worker has them (dockerproxy.worker).
+        answers = {name: partial(self._note, name) for name in ("reload", "stop", "hurry")}
+        self.calls = Calls(self.machine, end, answers, passed=self._take, lost=lambda: None)
+        self.tally = Tally.of(os.dup(self.descriptors[TALLY]))
+
+    def _note(self, name: str, *arguments: Any) -> None:
+        self.asked.append((name, *arguments))
+
+    def _take(self, label: bytes, descriptor: int) -> None:
+        os.close(descriptor)
+        self.connections.append((label, descriptor))
+
+    @property
+    def number(self) -> int:
+        return int(self.command[self.command.index("dockerproxy.worker") + 1])
+
+    def get_ready(self) -> None:
+        self.calls.tell("ready")
+        self.machine.settle()
+
+    def signalProcess(self, number: int) -> None:
+        self.signals.append(number)
+
+    def end(self, reason: Exception | None = None) -> None:
+        self.calls.line.close()
+        self.machine.settle()
+        self.protocol.processEnded(Failure(reason or ProcessDone(0)))  # type: ignore[no-untyped-call]
+
+    def write(self, descriptor: int, data: bytes) -> None:
+        self.protocol.childDataReceived(descriptor, data)
+
+
+class Desks:
+    """Desks, and how many of them were closed."""
+
+    def __init__(self) -> None:
+        self.made = self.closed = 0
+        self.answers = {"number": lambda: self.made}
+
+    def make(self) -> Desks:
+        self.made += 1
+        return self
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+class Company:
+    """A crew and its machine."""
+
+    def __init__(self, count: int = 2, *, writes: bool = True, **environment: str) -> None:
+        self.machine = Machine()
+        self.desks = Desks()
+        self.crew = Crew(self.machine, count, Start(environment, writes, ("python", "-m", "dockerproxy.worker")),
+                         self.desks.make, GRACE)  # fmt: skip
+        self._pairs: list[socket.socket] = []
+
+    def start(self) -> list[Played]:
+        self.crew.startService()
+        return list(self.machine.started)
+
+    def start_ready(self) -> list[Played]:
+        workers = self.start()
+        for worker in workers:
+            worker.get_ready()
+        return workers
+
+    def connect(self) -> bool:
+        """Say whether a new connection was passed on."""
+        here, there = socket.socketpair()
+        self._pairs += [here, there]
+        passed = self.crew.pass_on(LABEL, here)
+        self.machine.settle()
+        return passed
+
+    def stop(self) -> list[Any]:
+        ended: list[Any] = []
+        self.crew.stopService().addBoth(ended.append)
+        self.machine.settle()
+        return ended
+
+    @property
+    def number_started(self) -> int:
+        return len(self.machine.started)
+
+    def close(self) -> None:
+        for one in self._pairs:
+            one.close()
+        for worker in self.machine.started:
+            worker.calls.line.close()
+            os.close(worker.tally.descriptor)
+        self.machine.settle()
+        os.close(self.crew._tally.descriptor)
+
+
+@pytest.fixture
+def make_company() -> Iterator[Any]:
+    companies: list[Company] = []
+
+    def make(*arguments: Any, **named: Any) -> Company:
+        companies.append(Company(*arguments, **named))
+        return companies[-1]
+
+    yield make
+    for company in companies:
+        company.close()
+
+
+@pytest.fixture
+def company(make_company: Any) -> Company:
+    made: Company = make_company()
+    return made
+
+
+@pytest.fixture
+def logged() -> Iterator[list[LogEvent]]:
+    events: list[LogEvent] = []
+    globalLogPublisher.addObserver(events.append)
+    yield events
+    globalLogPublisher.removeObserver(events.append)
+
+
+@pytest.fixture
+def now(monkeypatch: pytest.MonkeyPatch, company: Company) -> None:
+    """Let the time that signs of life have be that of the machine's clock."""
+    monkeypatch.setattr(crew_module.time, "monotonic_ns", lambda: int(company.machine.seconds() * 1e9))
+
+
+# how they are started
+
+
+def test_each_is_told_its_number_and_has_a_line_and_the_tally(company: Company) -> None:
+    workers = company.start()
+    assert [worker.number for worker in workers] == [1, 2]
+    answers: list[Any] = []
+    for worker in workers:
+        Deferred.fromCoroutine(worker.calls.ask("number")).addBoth(answers.append)
+    company.machine.settle()
+    assert answers == [2, 2]
+    assert {worker.descriptors[1] for worker in workers} == {1}
+    assert {worker.descriptors[2] for worker in workers} == {2}
+
+
+def test_its_environment_is_the_settings_without_what_is_for_the_first_process(make_company: Any) -> None:
+    for_the_first = dict.fromkeys(
+        ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES"), "1"
+    )
+    company = make_company(1, CACHE_DIR="/x", PYTHONPATH="/y", **for_the_first)
+    [worker] = company.start()
+    here = Path(dockerproxy.__file__).parent.parent
+    assert worker.environment == {b"CACHE_DIR": b"/x", b"PYTHONPATH": f"{here}:/y".encode()}
+
+
+def test_an_environment_that_is_no_text(make_company: Any) -> None:
+    company = make_company(1, NAME=os.fsdecode(b"\xff"))
+    [worker] = company.start()
+    assert worker.environment[b"NAME"] == b"\xff"
+
+
+def test_nothing_of_the_environment_is_in_a_repr() -> None:
+    assert "secret" not in repr(Start({"AUTH_REGISTRIES": "secret"}, True))
+
+
+# who gets a connection
+
+
+def test_who_has_the_fewest_gets_it(company: Company) -> None:
+    one, other = company.start_ready()
+    assert [company.connect() for _ in range(6)] == [False, True, True] * 2
+    assert (len(one.connections), len(other.connections)) == (2, 2)
+    for _ in range(2):
+        other.tally.count_end(2)
+    assert [company.connect() for _ in range(3)] == [True, True, False]
+    assert (len(one.connections), len(other.connections)) == (2, 4)
+    assert other.connections[0][0] == LABEL
+
+
+def test_a_connection_that_ended_here_counts_no_more(company: Company) -> None:
+    company.start_ready()
+    [door] = company.crew.doors([Door("PROXY_LISTEN", (), _site())])
+    assert [company.connect() for _ in range(3)] == [False, True, True]
+    door.site.gone()
+    assert [company.connect() for _ in range(2)] == [False, False]
+
+
+def test_who_is_not_ready_gets_none(company: Company) -> None:
+    workers = company.start()
+    assert [company.connect() for _ in range(2)] == [False, False]
+    workers[1].get_ready()
+    assert [company.connect() for _ in range(2)] == [True, True]
+    assert not workers[0].connections
+
+
+def test_who_has_died_gets_none_and_begins_again_with_none(company: Company) -> None:
+    one, other = company.start_ready()
+    for _ in range(6):
+        company.connect()
+    one.end()
+    assert [company.connect() for _ in range(3)] == [False, True, False]
+    company.machine.advance(1)
+    company.machine.started[2].get_ready()
+    for _ in range(3):
+        assert company.connect()
+    assert len(company.machine.started[2].connections) == 3
+    assert len(other.connections) == 3
+
+
+def test_what_has_to_be_served_here_counts(company: Company) -> None:
+    company.start_ready()
+    assert not company.crew.pass_on(LABEL, None)
+    assert [company.connect() for _ in range(3)] == [True, True, False]
+
+
+def test_where_a_line_is_full_it_is_served_here(company: Company) -> None:
+    one, _ = company.start_ready()
+    for worker in company.machine.started:
+        company.machine.removeReader(worker.calls.line)
+    for worker in company.crew._workers:
+        while not worker.line._waiting:
+            worker.tell("hurry")
+    assert not company.connect()
+    assert not one.connections
+
+
+def test_alone_it_passes_nothing_on(make_company: Any) -> None:
+    company = make_company(0)
+    doors = [Door("PROXY_LISTEN", (), _site())]
+    assert company.crew.doors(doors) == doors
+    assert company.start() == []
+    assert company.stop() == [None]
+
+
+# who dies
+
+
+def test_who_dies_is_replaced_after_pauses_that_grow(company: Company) -> None:
+    company.start()
+    pauses = []
+    for _ in range(9):
+        company.machine.started[-1].end(ProcessTerminated(1, None, 256))
+        before, seconds = company.number_started, 0.0
+        while company.number_started == before:
+            company.machine.advance(0.5)
+            seconds += 0.5
+        assert company.machine.started[-1].number == 2
+        pauses.append(seconds)
+    assert pauses == [1, 2, 4, 8, 16, 30, 30, 30, 30]
+    assert company.desks.closed == 9
+
+
+def test_who_was_there_for_long_is_replaced_soon(company: Company, now: None) -> None:
+    company.start()
+    company.machine.advance(10)
+    for _ in range(3):
+        worker = company.machine.started[-1]
+        for _ in range(60):
+            for each in company.machine.started:
+                each.tally.note_life(each.number, int(company.machine.seconds() * 1e9))
+            company.machine.advance(1)
+        worker.end(ProcessTerminated(None, signal.SIGKILL, 9))
+        before = company.number_started
+        company.machine.advance(0.5)
+        assert company.number_started == before + 1
+
+
+def test_one_that_cannot_be_started_is_tried_again(make_company: Any, logged: list[LogEvent]) -> None:
+    company = make_company(1)
+    company.machine.refuses = True
+    company.start()
+    assert any("temporarily unavailable" in str(event.get("why")) for event in logged)
+    company.machine.advance(1)
+    assert company.number_started == 0
+    company.machine.refuses = False
+    company.machine.advance(2)
+    assert company.number_started == 1
+    assert company.desks.made - company.desks.closed == 1
+
+
+def test_its_desk_is_closed_with_its_line(company: Company) -> None:
+    one, _ = company.start_ready()
+    one.calls.line.close()
+    company.machine.settle()
+    assert company.desks.closed == 1
+    one.end()
+    assert company.desks.closed == 1
+
+
+# who hangs
+
+
+def test_who_gives_no_sign_of_life_is_killed_and_replaced(company: Company, now: None) -> None:
+    alive, hanging = company.start_ready()
+    for _ in range(60):
+        company.machine.advance(1)
+        alive.tally.note_life(1, int(company.machine.seconds() * 1e9))
+    assert hanging.signals == []
+    for _ in range(40):
+        company.machine.advance(1)
+        alive.tally.note_life(1, int(company.machine.seconds() * 1e9))
+    assert hanging.signals[0] == signal.SIGKILL
+    assert alive.signals == []
+    hanging.end(ProcessTerminated(None, signal.SIGKILL, 9))
+    company.machine.advance(1)
+    assert company.number_started == 3
+
+
+def test_where_everything_was_halted_nobody_is_killed(company: Company, now: None) -> None:
+    workers = company.start_ready()
+    company.machine.advance(300)
+    for _ in range(60):
+        for worker in workers:
+            worker.tally.note_life(worker.number, int(company.machine.seconds() * 1e9))
+        company.machine.advance(1)
+    assert [worker.signals for worker in workers] == [[], []]
+
+
+# reload, hurry, stop
+
+
+def test_changed_settings_reach_all_and_those_who_come_later(make_company: Any) -> None:
+    company = make_company(2, REGISTRIES="quay.io", CACHE_DIR="/x")
+    workers = company.start_ready()
+    company.crew.reload({"REGISTRIES": "ghcr.io"})
+    company.machine.settle()
+    assert [worker.asked for worker in workers] == [[("reload", {"REGISTRIES": "ghcr.io"})]] * 2
+    workers[0].end()
+    company.machine.advance(1)
+    environment = company.machine.started[2].environment
+    assert (environment[b"REGISTRIES"], environment[b"CACHE_DIR"]) == (b"ghcr.io", b"/x")
+
+
+def test_all_are_asked_to_stop_and_waited_for(company: Company) -> None:
+    workers = company.start_ready()
+    ended = company.stop()
+    assert [worker.asked for worker in workers] == [[("stop",)]] * 2
+    assert ended == []
+    for worker in workers:
+        assert ended == []
+        worker.end()
+    assert ended == [None]
+    company.machine.advance(100)
+    assert company.number_started == 2
+    assert company.machine.getDelayedCalls() == []
+
+
+def test_those_who_are_starting_are_asked_too(company: Company) -> None:
+    workers = company.start()
+    company.stop()
+    assert [worker.asked for worker in workers] == [[("stop",)]] * 2
+
+
+def test_while_it_stops_it_serves_itself_what_still_comes(company: Company) -> None:
+    workers = company.start_ready()
+    company.stop()
+    assert [company.connect() for _ in range(3)] == [False] * 3
+    assert [worker.connections for worker in workers] == [[], []]
+
+
+def test_they_may_be_asked_to_hurry(company: Company) -> None:
+    workers = company.start_ready()
+    company.stop()
+    company.crew.hurry()
+    company.machine.settle()
+    assert [worker.asked for worker in workers] == [[("stop",), ("hurry",)]] * 2
+
+
+def test_who_does_not_end_in_time_is_killed(company: Company) -> None:
+    one, other = company.start_ready()
+    ended = company.stop()
+    other.end()
+    company.machine.advance(GRACE - 1)
+    assert (ended, one.signals) == ([], [])
+    company.machine.advance(1)
+    assert (ended, one.signals, other.signals) == ([None], [signal.SIGKILL], [])
+
+
+def test_who_has_died_is_not_replaced_in_the_end(company: Company) -> None:
+    """The second has died, and a pause passes while the first takes its time to end."""
+    one, other = company.start_ready()
+    other.end()
+    ended = company.stop()
+    company.machine.advance(20)
+    assert company.number_started == 2
+    one.end()
+    assert ended == [None]
+    assert company.machine.getDelayedCalls() == []
+
+
+# what they write
+
+
+def test_who_writes_itself_is_not_relayed(company: Company) -> None:
+    assert RELAYED not in company.start()[0].command
+
+
+def test_what_a_worker_logs_is_logged_here_as_if_it_were_from_here(make_company: Any, logged: list[LogEvent]) -> None:
+    worker = make_company(1, writes=False).start()[0]
+    assert worker.command[-1] == RELAYED
+    assert (worker.descriptors[1], worker.descriptors[2]) == ("r", "r")
+    lines: list[str] = []
+    stream: Any = type("Stream", (), {"write": lambda self, data: lines.append(data), "flush": lambda self: None})()
+    JsonLog(stream)(
+        {
+            "log_time": 1.5,
+            "log_level": LogLevel.warn,
+            "log_namespace": "dockerproxy.some",
+            "log_format": "{what} is wrong",
+            "what": "ä\n{x}",
+        }
+    )
+    logged.clear()
+    data = "".join(lines).encode()
+    worker.write(1, data[:10])
+    worker.write(2, b"the other descriptor has lines of its own\n")
+    worker.write(1, data[10:])
+    other, event = logged
+    assert other["line"] == "the other descriptor has lines of its own"
+    assert (event["log_time"], event["log_level"], event["log_namespace"]) == (1.5, LogLevel.warn, "dockerproxy.some")
+    assert event["log_format"].format(**event) == "ä\n{x} is wrong"
+
+
+@pytest.mark.parametrize("line", ["Traceback (most recent call last):", "[1]", "{}", '{"time": 1}', '"x"', "5"])
+def test_what_is_no_event_is_logged_as_it_is(make_company: Any, logged: list[LogEvent], line: str) -> None:
+    worker = make_company(1, writes=False).start()[0]
+    logged.clear()
+    worker.write(2, f"{line}\nlast words".encode())
+    worker.end()
+    assert [event["line"] for event in logged if "line" in event] == [line, "last words"]
+
+
+def test_a_line_without_end_is_not_kept_whole(make_company: Any, logged: list[LogEvent]) -> None:
+    worker = make_company(1, writes=False).start()[0]
+    for _ in range(100):
+        worker.write(1, b"x" * 10_000)
+    worker.write(1, b"\n")
+    assert max(len(event["line"]) for event in logged if "line" in event) <= 64 * 1024 + 10_000
+
+
+def _site() -> Site:
+    async def answer(request: Any) -> None: ...
+
+    return Site(Clock(), answer, timeouts=Timeouts(), finished=lambda request, seconds: None)  # type: ignore[no-untyped-call]
