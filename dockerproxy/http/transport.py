@@ -44,6 +44,7 @@ _TLS_EXPECTED = (
 _NO_TLS = ("http request", "https proxy request")  # OpenSSL's words for that
 
 _READ_SIZE = 64 * 1024
+_WORD = 1024  # bytes: a record that is shorter is a request rather than content
 _READS_AT_ONCE = 8  # then other connections get their turn
 
 _RECORD = 16 * 1024  # bytes of content in a TLS record (RFC 8446, section 5.1)
@@ -401,6 +402,8 @@ class TLSTransport(SocketTransport):
         try:
             while len(records) < _READS_AT_ONCE:
                 records.append(self._tls.recv(_READ_SIZE))  # one record, 16 KiB at most
+                if len(records[-1]) < _WORD:
+                    break  # most often the last for now, and if not, the reactor says so: to find out costs more
         except (SSL.WantReadError, SSL.WantWriteError):
             pass
         except SSL.ZeroReturnError:

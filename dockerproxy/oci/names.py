@@ -29,6 +29,8 @@ _MAX_REPOSITORY = 255  # what distribution and Docker Hub accept
 ALGORITHMS = {"sha256": 64, "sha512": 128}
 """The algorithms of digests, and how many hex digits each has."""
 
+_HASHES = {"sha256": hashlib.sha256, "sha512": hashlib.sha512}
+
 _HEX = re.compile(r"[0-9a-f]+")
 
 # RFC 1123 labels; underscores occur in compose service names.
@@ -72,11 +74,11 @@ class Digest:
     @classmethod
     def of(cls, content: bytes, algorithm: str = "sha256") -> Digest:
         """Return the digest of `content`."""
-        return cls(algorithm, hashlib.new(algorithm, content).hexdigest())
+        return cls(algorithm, _HASHES[algorithm](content).hexdigest())
 
     def hasher(self) -> _Hash:
         """Return a new hash object of this digest's algorithm."""
-        return hashlib.new(self.algorithm)
+        return _HASHES[self.algorithm]()
 
     def __str__(self) -> str:
         return f"{self.algorithm}:{self.hex}"
