@@ -81,21 +81,23 @@ class Access:
         self._recent.move_to_end((key, identity))
         if len(self._recent) > _MAX_REMEMBERED:
             self._recent.popitem(last=False)
-        if known is None or when - self._saved(key).get(identity, 0) > self._save_every:
+        if known is None or when - self._saved_at(key, identity) > self._save_every:
             self._save(key, identity, when)
 
     def refused(self, key: str, identity: str) -> None:
         """Note that upstream does not let `identity` read from `key` (any more)."""
         self._recent.pop((key, identity), None)
-        if identity in self._saved(key):
+        if self._saved_at(key, identity) > -inf:
             self._save(key, identity, None)
 
     def _when(self, key: str, identity: str, now: float) -> float | None:
         when = self._recent.get((key, identity))
         if when is not None and now - when < FRESH:
             return when
-        saved = self._saved_at(key, identity)
-        return saved if saved > -inf else when
+        record = self._records.get("access", key) or {}
+        if identity in record:  # with a yes, or with a no, which another process may have heard
+            when = self._saved_at(key, identity)
+        return when if when is not None and when > -inf else None
 
     def _judge(self, when: float | None, now: float, identity: str) -> Standing:
         if when is None:
@@ -111,14 +113,14 @@ class Access:
         saved = (self._records.get("access", key) or {}).get(identity)
         return saved if isinstance(saved, int | float) else -inf
 
-    def _saved(self, key: str) -> dict[str, float]:
-        saved = self._records.get("access", key)
-        return {name: when for name, when in saved.items() if isinstance(when, int | float)} if saved else {}
-
     def _save(self, key: str, identity: str, when: float | None) -> None:
-        saved = self._saved(key)
-        saved.pop(identity, None)
-        if when is not None:
-            saved[identity] = when
-        newest = sorted(saved.items(), key=lambda item: (item[0].startswith("own:"), -item[1]))
-        remember(self._records, dict(newest[:_MAX_IDENTITIES]), "access", key)
+        """Write down a yes, or None for a no; the latest yeses stay, those for all first, and noes if there is room."""
+        yeses: dict[str, float] = {identity: when} if when is not None else {}
+        noes: dict[str, None] = {identity: None} if when is None else {}
+        for name, saved in (self._records.get("access", key) or {}).items():
+            if name != identity and isinstance(saved, int | float):
+                yeses[name] = saved
+            elif name != identity and saved is None:
+                noes[name] = None
+        newest = sorted(yeses.items(), key=lambda item: (item[0].startswith("own:"), -item[1]))
+        remember(self._records, dict([*newest, *noes.items()][:_MAX_IDENTITIES]), "access", key)

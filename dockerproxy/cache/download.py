@@ -16,6 +16,7 @@ from dockerproxy.upstream.retry import retry_after
 
 _PAUSES = (0.2, 0.5, 1, 2, 4, 8)  # seconds before each further try; progress starts the row anew
 _TRIES_TO_OPEN = 2
+_PATIENT = 0.002  # seconds that a larger piece is worth
 _PATIENCE = 20.0  # seconds, the most that an upstream's Retry-After makes of a pause
 
 log = Logger()
@@ -60,12 +61,15 @@ class Download:
                 await self._wait(pause, error)
         await self._connect()
 
-    async def read(self) -> bytes:
-        """Return the next bytes, ``b""`` at the end. Raise `UpstreamError` when upstream has failed too often."""
+    async def read(self, at_least: int = 1) -> bytes:
+        """Return the next bytes, ``b""`` at the end. Raise `UpstreamError` when upstream has failed too often.
+
+        They are `at_least` so many where that is a matter of milliseconds.
+        """
         pauses = iter(_PAUSES)
         while True:
             try:
-                return await self._read()
+                return await self._read(at_least)
             except UpstreamError as error:
                 self.abort()
                 pause = next(pauses, None)
@@ -84,7 +88,7 @@ class Download:
         if answer is not None:
             answer.abort()
 
-    async def _read(self) -> bytes:
+    async def _read(self, at_least: int) -> bytes:
         if self._answer is None and not self._rest and self.offset != self.size:
             await self._connect()
         if not self._rest:
@@ -92,7 +96,7 @@ class Download:
                 self.abort()
                 return b""
             assert self._answer is not None
-            self._rest = await self._answer.read_chunk()
+            self._rest = await self._answer.read_chunk(at_least, _PATIENT)
         data, self._rest = self._rest, b""
         if not data and self.size is None:
             self.size = self.offset

@@ -40,6 +40,9 @@ from dockerproxy.tasks import in_thread, spawn
 if TYPE_CHECKING:
     from hashlib import _Hash
 
+# Bytes that are hashed and written at a time, if they come fast: a thread is asked for each, and readers are woken.
+# Whoever waits for the beginning has that at once.
+_PIECE = 256 * 1024
 _LOOK_EVERY = 0.01  # seconds between two looks at a file that another process writes
 _OFFERED = 5.0  # seconds for which a stranded flight keeps its connection open for a reader
 _OWN_FAULT = "the download failed in this proxy itself: its log says why"
@@ -173,7 +176,7 @@ class Flight:
             raise Stranded("its file cannot be opened")
         self._ingests.announce(self.digest, opened)
         await self._reserve(self.written if self.size is None else self.size)
-        while data := await download.read():
+        while data := await download.read(_PIECE if self.written > _PIECE else 1):
             await self._append(ingest, download, data)
         self.size = download.size
         if not ingest.verify():

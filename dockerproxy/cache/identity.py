@@ -12,7 +12,10 @@ import hashlib
 import hmac
 from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
+
+from attrs import define, field
 
 from dockerproxy.oci.names import Registry
 from dockerproxy.store.secret import kept_secret
@@ -28,17 +31,43 @@ _PREFIX = "drp."
 _MAX_BOUND = 10_000
 
 
+@define
+class Bindings:
+    """Which tokens of upstream's stand for which client: identities by identities, the latest of them.
+
+    `tell` is called with each pair that is found out here: for other processes, which `note` it.
+    """
+
+    tell: Callable[[str, str], None] = lambda token, client: None
+    _clients: OrderedDict[str, str] = field(factory=OrderedDict, init=False)
+
+    def bind(self, token: str, client: str) -> None:
+        """Let `token` stand for `client`, here and in other processes."""
+        self.note(token, client)
+        self.tell(token, client)
+
+    def note(self, token: str, client: str) -> None:
+        """Let `token` stand for `client`, as another process found out."""
+        self._clients[token] = client
+        while len(self._clients) > _MAX_BOUND:
+            self._clients.popitem(last=False)
+
+    def client(self, identity: str) -> str:
+        """Return whom `identity` stands for, itself if that is not known."""
+        return self._clients.get(identity, identity)
+
+
 class Identities:
     """Makes identities and tokens with one secret, so that they hold over a restart and in every worker process."""
 
-    def __init__(self, secret: bytes) -> None:
+    def __init__(self, secret: bytes, bindings: Bindings | None = None) -> None:
         self._secret = secret
-        self._bound: OrderedDict[str, str] = OrderedDict()
+        self._bindings = bindings or Bindings()
 
     @classmethod
-    def open(cls, path: Path) -> Identities:
+    def open(cls, path: Path, bindings: Bindings | None = None) -> Identities:
         """Use the secret kept at `path` (mode 0600), made on first use. Raises OSError."""
-        return cls(kept_secret(path))
+        return cls(kept_secret(path), bindings)
 
     def of(self, registry: Registry, credential: Credential) -> str:
         """Return the identity that `credential` stands for at `registry`."""
@@ -46,14 +75,11 @@ class Identities:
             return PUBLIC
         if isinstance(credential, Configured):
             return "login:" + self._hash(f"{registry}\n{credential.user}")
-        own = self._own(credential.authorization)
-        return self._bound.get(own, own)
+        return self._bindings.client(self._own(credential.authorization))
 
     def bind(self, token: str, authorization: str) -> None:
         """Note that upstream gave `token` for `authorization`: the two are one client."""
-        self._bound[self._own(f"Bearer {token}")] = self._own(authorization)
-        while len(self._bound) > _MAX_BOUND:
-            self._bound.popitem(last=False)
+        self._bindings.bind(self._own(f"Bearer {token}"), self._own(authorization))
 
     def of_authorization(self, authorization: str) -> str:
         """Return the identity of a client's own Authorization."""

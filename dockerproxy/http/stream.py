@@ -96,6 +96,12 @@ class ByteStream:
             raise self._failure
         return b""
 
+    def be_content(self) -> None:
+        """Let a read under way that wants many bytes have those that are here, or the next that come."""
+        self._wanted = 1
+        if self._enough():
+            self._wake()
+
     def release(self) -> None:
         """Drop what waits and let the producer go on: nobody reads any more."""
         self._chunks.clear()

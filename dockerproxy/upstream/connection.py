@@ -7,7 +7,7 @@ alone, so that a request whose `permit` forbids an address could travel on a con
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any
 from typing import Protocol as Seam
 
@@ -77,12 +77,20 @@ class Response:
         self._stream = stream
         self._connection = connection
 
-    async def read_chunk(self) -> bytes:
+    async def read_chunk(self, at_least: int = 1, within: float = 0.0) -> bytes:
         """Return what has come of the body, at least one byte; ``b""`` at its end.
 
-        Raise `UpstreamBroken` where it ends too early and `UpstreamTimeout` where nothing comes for too long.
+        With `at_least` so many bytes (up to 256 KiB) are waited for, but no longer than `within` seconds. Raise
+        `UpstreamBroken` where it ends too early and `UpstreamTimeout` where nothing comes for too long.
         """
-        return await self._stream.read()
+        if at_least <= 1:
+            return await self._stream.read()
+        timer = self._connection.call_later(within, self._stream.be_content)
+        try:
+            return await self._stream.read(at_least)
+        finally:
+            if timer.active():
+                timer.cancel()
 
     async def read_all(self, limit: int) -> bytes:
         """Return the whole body; raise as `read_chunk` does, and `UpstreamBroken` where it is above `limit` bytes."""
@@ -192,6 +200,10 @@ class Connection(Protocol):
             self._sender = BodySender(self._clock, self.transport, request.body, self._timeouts.send, self._stalled)
             self._sender.start().addCallbacks(self._sent, self._unsent)
         return answer
+
+    def call_later(self, seconds: float, call: Callable[[], None]) -> Any:
+        """Have the clock call `call`, and return what cancels that."""
+        return self._clock.callLater(seconds, call)
 
     def give_up(self, response: Response) -> None:
         """Close the connection if `response` is still what comes on it."""

@@ -104,6 +104,20 @@ def test_a_no_takes_it_back(case: Case, identity: str, restart: bool) -> None:
     assert case.standing("own:another") is Standing.PROVEN
 
 
+@pytest.mark.parametrize("identity", [PUBLIC, OWN, LOGIN])
+def test_a_no_to_another_process_counts_when_upstream_is_gone(case: Case, identity: str) -> None:
+    """Both knew the yes. For a while nobody asks again, and then what one remembers is not the last word."""
+    other = Access(Records(case.root), case.now)
+    for access in (case.access, other):
+        access.proven(KEY, identity, case.now())
+    case.access.refused(KEY, identity)
+    case.prove("own:another")
+    case.clock.advance(FRESH)
+    assert other.standing(KEY, identity) is Standing.UNKNOWN
+    other.proven(KEY, identity, case.now())
+    assert case.standing(identity) is other.standing(KEY, identity) is Standing.PROVEN
+
+
 def test_a_no_to_one_who_was_not_known(case: Case) -> None:
     case.access.refused(KEY, OWN)
     assert list(case.root.iterdir()) == []

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dockerproxy.cache import identity as module
-from dockerproxy.cache.identity import LIFETIME, PUBLIC, Identities
+from dockerproxy.cache.identity import LIFETIME, PUBLIC, Bindings, Identities
 from dockerproxy.oci.names import Registry
 from dockerproxy.upstream.credentials import Anonymous, Configured, Own
 
@@ -45,6 +45,20 @@ def test_a_token_is_the_one_it_was_given_to() -> None:
     identities.bind("abc", "Basic bWU6c2VjcmV0")
     assert identities.of(HUB, Own("Bearer abc")) == identities.of_authorization("Basic bWU6c2VjcmV0")
     assert identities.of(HUB, Own("Bearer abd")) != identities.of_authorization("Basic bWU6c2VjcmV0")
+
+
+def test_what_is_bound_in_one_process_may_be_told_to_another() -> None:
+    told: list[tuple[str, str]] = []
+    one = Identities(b"s" * 32, Bindings(lambda token, client: told.append((token, client))))
+    one.bind("abc", "Basic bWU6c2VjcmV0")
+    bindings = Bindings(lambda token, client: told.append(("again", token)))
+    for pair in list(told):
+        bindings.note(*pair)
+    other = Identities(b"s" * 32, bindings)
+    assert other.of(HUB, Own("Bearer abc")) == one.of(HUB, Own("Basic bWU6c2VjcmV0"))
+    assert other.of(HUB, Own("Bearer abcd")) != one.of(HUB, Own("Basic bWU6c2VjcmV0"))
+    assert len(told) == 1
+    assert not any("abc" in text or "bWU" in text for text in told[0])
 
 
 def test_what_is_bound_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

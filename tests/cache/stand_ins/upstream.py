@@ -79,7 +79,7 @@ class Answer:
 
     # cache.origin.Answer
 
-    async def read_chunk(self) -> bytes:
+    async def read_chunk(self, at_least: int = 1, within: float = 0.0) -> bytes:
         data = await self._stream.read()
         self.read += len(data)
         return data
