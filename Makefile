@@ -6,7 +6,9 @@ PYTHON ?= python3
 TEST_PROGRAMS = dockerd=docker.io docker=docker-cli|docker.io containerd=containerd ctr=containerd skopeo=skopeo \
     docker-registry=docker-registry podman=podman curl=curl gcc=gcc update-ca-certificates=ca-certificates \
     iptables=iptables nginx=nginx-light shellcheck=shellcheck busybox=busybox vagrant=vagrant
-BENCH_PROGRAMS = nginx=nginx-light docker-registry=docker-registry
+BENCH_PROGRAMS = nginx=nginx-light docker-registry=docker-registry skopeo=skopeo gcc=gcc taskset=util-linux
+# What bench/load.c is compiled with, beside gcc.
+HEADERS = [ -e /usr/include/openssl/ssl.h ] || tools/apt-install openssl-headers=libssl-dev
 
 # The oldest versions that setup.cfg allows: no newer than what Ubuntu 24.04 has.
 OLDEST = twisted==24.3.0 pyopenssl==23.2.0 cryptography==41.0.7 service-identity==23.1.0 attrs==23.2.0 bcrypt==3.2.2
@@ -17,7 +19,8 @@ PIP_INSTALL = -m pip --disable-pip-version-check install --quiet
 # setuptools' other ways of an editable install hide twisted/plugins from Twisted, which looks along sys.path.
 EDITABLE = --config-settings editable_mode=compat --editable
 
-.PHONY: help venv run test lint test-oldest test-conformance test-programs deb test-deb test-vagrant bench clean
+.PHONY: help venv run test lint test-oldest test-conformance test-programs deb test-deb test-vagrant \
+    bench bench-programs soak clean
 
 help: ## say what can be made
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -49,6 +52,7 @@ test-programs:
 ifeq ($(ROOT),0)
 	@tools/apt-install $(foreach pair,$(TEST_PROGRAMS),'$(pair)')
 	@dpkg -s vagrant-libvirt >/dev/null 2>&1 || tools/apt-install vagrant-libvirt=vagrant-libvirt
+	@$(HEADERS)
 endif
 
 deb: ## build dist/docker-registry-proxy_VERSION_all.deb for Debian 13; as root, which makes the tree it is built in
@@ -66,9 +70,15 @@ test-vagrant: ## bring up the machine of the Vagrantfile, and use it: 15 minutes
 	@tests/vagrant/shares dist/docker-registry-proxy_*_all.deb
 	@tests/vagrant/run
 
-bench: venv ## measure throughput beside nginx and docker-registry
-	@tools/apt-install $(foreach pair,$(BENCH_PROGRAMS),'$(pair)')
+bench: venv bench-programs ## measure beside nginx and docker-registry, half an hour; docs/performance.md has the last run
 	.venv/bin/python -m bench
+
+soak: venv bench-programs ## load the daemon for 10 minutes, and see whether memory or descriptors grow; MINUTES=N
+	.venv/bin/python -m bench.soak $(if $(MINUTES),--minutes $(MINUTES))
+
+bench-programs:
+	@tools/apt-install $(foreach pair,$(BENCH_PROGRAMS),'$(pair)')
+	@$(HEADERS)
 
 clean: ## remove what was made; ./var, the cache and the CA, stays
 	rm -rf .venv .venv-oldest .cache build dist *.egg-info .hypothesis _trial_temp* tests.* twisted/plugins/dropin.cache

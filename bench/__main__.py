@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
-import signal
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
 
 from bench import goals
 from bench.clients import Clients
+from bench.document import OUTPUT
 from bench.footprint import memory, start
 from bench.hits import MANY, hit, plain, second
 from bench.image import image
@@ -24,6 +22,7 @@ from bench.requests import connect, small
 from bench.scale import FULL, QUICK, Scale
 from bench.servers import BenchError
 from bench.stage import Stage
+from bench.startup import prepare
 from bench.table import Table
 
 MEASURES: dict[str, Callable[[Stage, Table], None]] = {
@@ -41,23 +40,21 @@ MEASURES: dict[str, Callable[[Stage, Table], None]] = {
     **PUSH_MEASURES,
 }
 
-OUTPUT = Path(__file__).resolve().parents[1] / ".cache/bench.json"
-
-_FILES = 8192  # descriptors: of the slow clients, and of the daemon, which has two for each
-
 
 def main() -> None:
     """Measure what the command line asks for, print it, and write it to a file."""
     options = _options()
     scale = QUICK if options.quick else FULL
-    signal.signal(signal.SIGTERM, end)
-    allow_files()
-    table, began = Table(), time.monotonic()
+    prepare()
+    table, began, failures = Table(), time.monotonic(), []
     try:
         about = machine()
         with Clients(MANY) as clients, Stage.open(scale, clients) as stage:
             for name in options.only:
-                MEASURES[name](stage, table)
+                try:
+                    MEASURES[name](stage, table)
+                except BenchError as error:  # the others may take half an hour, and can be had all the same
+                    failures.append(f"{name}: {error}")
     except BenchError as error:
         sys.exit(f"bench: {error}")
     except KeyboardInterrupt:
@@ -66,11 +63,18 @@ def main() -> None:
     about["rounds"] = f"{scale.rounds}, of which the medians are shown; {(time.monotonic() - began) / 60:.0f} minutes"
     verdicts = list(goals.verdicts(table))
     print("\n".join(f"{name}: {value}" for name, value in about.items()))
-    print(f"\n{goals.text(verdicts)}\n\nAll figures; a ratio is the proxy's over the other's.")
-    print(table.text(_titles(scale)))
-    data = {"machine": about, "targets": [verdict.data() for verdict in verdicts], "rows": table.data()}
+    text = table.text(_titles(scale))
+    print(f"\n{goals.text(verdicts)}\n\nAll figures; a ratio is the proxy's over the other's.\n{text}")
+    data = {
+        "machine": about,
+        "targets": [verdict.data() for verdict in verdicts],
+        "rows": table.data(),
+        "text": text,
+    }
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(data, indent=1) + "\n")
+    if failures:
+        sys.exit("\n".join(f"bench: {failure}" for failure in failures))
 
 
 def _options() -> argparse.Namespace:
@@ -113,17 +117,6 @@ def _titles(scale: Scale) -> dict[str, str]:
 
 def _size(size: int) -> str:
     return "1 GiB" if size == 1 << 30 else f"{size >> 20} MiB"
-
-
-def allow_files() -> None:
-    """Let this process, and those that it starts, have as many open files as the loads need, or as it may."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (_FILES if most == resource.RLIM_INFINITY else min(_FILES, most), most))
-
-
-def end(number: int, frame: object) -> NoReturn:
-    """Have a signal end the benchmark so that what was started is stopped."""
-    sys.exit(128 + number)
 
 
 if __name__ == "__main__":

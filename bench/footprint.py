@@ -28,11 +28,13 @@ def memory(stage: Stage, table: Table) -> None:
                     # A process that has served before would take the memory that it has left over.
                     serving = _fresh(stage, stack, name)
                     tell("memory", f"{count} {case}", name)
+                    shared_once = serving.server.proportional()
                     before, *seen = _resident(stage, serving, job, blob)
                     for figure, value in (("at most", max(seen)), ("at the end", seen[-1])):
                         table.add("memory", case, name, figure, "KiB", (value - before) / count / _KIB)
                     if job is idle:
                         table.add("memory", "start", name, "resident", "MB", before / _MB)
+                        table.add("memory", "start", name, "shared once", "MB", shared_once / _MB)
         with stage.filled_proxy(workers=1) as filled:
             tell("memory", "start", "1 worker")
             table.add("memory", "start", PROXY, "with 1 worker", "MB", filled.proxy.server.resident() / _MB)

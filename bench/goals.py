@@ -7,7 +7,7 @@ from typing import Any
 
 from attrs import field, frozen
 
-from bench.table import DIRECT, NGINX, PROXY, Key, Table, number
+from bench.table import DIRECT, NGINX, PROXY, REGISTRY, Key, Table, number
 
 
 @frozen
@@ -61,6 +61,7 @@ class Verdict:
             "value": self.value,
             "target": self.goal.text,
             "met": self.met,
+            "cells": self.cells(),
         }
 
 
@@ -86,12 +87,6 @@ def text(found: Sequence[Verdict]) -> str:
     lines = ["  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     missed = sum(not verdict.met for verdict in found)
     return "\n".join([*lines, "", f"{len(found) - missed} of {len(found)} targets met"])
-
-
-def markdown(found: Sequence[Verdict]) -> str:
-    """Return the verdicts as a table in Markdown."""
-    rows = [HEADINGS, ("---",) * len(HEADINGS), *(verdict.cells() for verdict in found)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 _ONE, _EIGHT = "1 client", "8 clients"
@@ -124,5 +119,7 @@ GOALS = (
     Goal("memory at the start, all workers", ("memory", "start", "resident"), 60),
     Goal("start to listening", ("start", "all workers", "listening"), 0.6),
     Goal("first handshake for a new host", ("start", "new host", "handshake"), 3),
+    Goal("garbage collection", ("gc", "100,000 blobs", "duration"), 1.0, peer=REGISTRY),
+    Goal("the longest wait of a request beside it", ("gc", "100,000 blobs", "longest wait"), 50),
     Goal("skopeo copy, 200 layers, warm, over direct", ("image", "200 layers", "duration"), 0.63, peer=DIRECT),
 )  # fmt: skip

@@ -144,7 +144,11 @@ class Server:
 
     def resident(self) -> int:
         """Return the resident set of its processes in bytes."""
-        return sum(int(line.split()[1]) * 1024 for pid in self._pids() for line in _status(pid, "VmRSS:"))
+        return sum(int(line.split()[1]) * 1024 for pid in self._pids() for line in _lines(pid, "status", "VmRSS:"))
+
+    def proportional(self) -> int:
+        """Return the same with what they share counted once."""
+        return sum(int(line.split()[1]) * 1024 for pid in self._pids() for line in _lines(pid, "smaps_rollup", "Pss:"))
 
     def descriptors(self) -> int:
         """Return how many files and connections its processes have open."""
@@ -177,8 +181,8 @@ def _parent(pid: int) -> int:
         return 0
 
 
-def _status(pid: int, field: str) -> list[str]:
-    return [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith(field)]
+def _lines(pid: int, file: str, field: str) -> list[str]:
+    return [line for line in Path(f"/proc/{pid}/{file}").read_text().splitlines() if line.startswith(field)]
 
 
 def listening(port: int) -> bool:

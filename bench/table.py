@@ -73,6 +73,8 @@ class Table:
         lines: list[str] = []
         for measure in dict.fromkeys(row.measure for row in self.rows.values()):
             rows = [row for row in self.rows.values() if row.measure == measure]
+            cases = list(dict.fromkeys(row.case for row in rows))
+            rows.sort(key=lambda row: cases.index(row.case))
             peers = list(dict.fromkeys(server for row in rows for server in row.samples if server != PROXY))
             head = f"{'':52}{PROXY:>11}" + "".join(f"{peer:>11}{'ratio':>8}" for peer in peers)
             lines += ["", titles[measure], head]

@@ -20,7 +20,7 @@ from dockerproxy.cache.blobs import CachedBlobs
 from dockerproxy.cache.challenges import Challenges
 from dockerproxy.cache.flights import Flights
 from dockerproxy.cache.freshness import Freshness
-from dockerproxy.cache.identity import Identities
+from dockerproxy.cache.identity import Bindings, Identities
 from dockerproxy.cache.ingests import Ingests
 from dockerproxy.cache.manifests import CachedManifests
 from dockerproxy.cache.pullthrough import PullThrough
@@ -29,8 +29,9 @@ from dockerproxy.cache.tokens import TokenDesk
 from dockerproxy.daemon.accesslog import AccessLog
 from dockerproxy.daemon.doors import Door
 from dockerproxy.daemon.transfers import Transfers
-from dockerproxy.http.channel import Handler, Site, Timeouts
+from dockerproxy.http.channel import Handler
 from dockerproxy.http.request import Request
+from dockerproxy.http.site import Site, Timeouts
 from dockerproxy.net.dial import Dialer
 from dockerproxy.oci.names import Digest
 from dockerproxy.proxy.authority import CertificateAuthority
@@ -69,13 +70,14 @@ _THREADS = 20  # disk writes of downloads, one each, and name look-ups share the
 
 @frozen
 class Common:
-    """What the processes of a daemon have in common: the cache's room, and turns to change a repository.
+    """What the processes of a daemon have in common: the cache's room, turns, and which token stands for whom.
 
     `shared`: there are several processes.
     """
 
     room: Room
     turns: TakesTurns = field(factory=Turns)
+    bindings: Bindings = field(factory=Bindings)
     shared: bool = False
 
 
@@ -216,7 +218,7 @@ def make_cache(
     """Return the cache in CACHE_DIR. Raises OSError."""
     layout, room = Layout(settings.cache_dir), common.room
     records = Records(settings.cache_dir / RECORDS)
-    identities = Identities.open(settings.cache_dir / "secret")
+    identities = Identities.open(settings.cache_dir / "secret", common.bindings)
     blobs, links = Blobs(layout, durable=False), Links(layout, durable=False)
     tokens = Tokens(transport, time.time, policy.check_upstream, settings.auth_registries)
     upstream = UpstreamClient(transport, tokens, policy.check_upstream)

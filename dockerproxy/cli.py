@@ -158,7 +158,11 @@ def remove(daemon: Daemon, options: argparse.Namespace, screen: Screen) -> int:
 
 
 def collect(daemon: Daemon, options: argparse.Namespace, screen: Screen) -> int:
-    body = {"dry_run": options.dry_run, "delete_untagged": options.delete_untagged}
+    body = {
+        "dry_run": options.dry_run,
+        "delete_untagged": options.delete_untagged,
+        "list": options.dry_run or screen.as_json,
+    }
     if options.grace is not None:
         body["grace"] = options.grace
     removed, result = _gather(daemon.lines("POST", "/v1/collect", body), screen)

@@ -16,10 +16,12 @@ from dockerproxy.admin.control import Control, Operations
 from dockerproxy.admin.names import CACHED, HOSTED, Names, Shelf
 from dockerproxy.admin.removing import Remover
 from dockerproxy.assembly import RECORDS, Common, make_serving, make_site, open_authority, prepare
+from dockerproxy.cache.identity import Bindings
 from dockerproxy.cache.room import CacheRoom
 from dockerproxy.daemon import jsonlog, priority
 from dockerproxy.daemon.doors import GRACE, Doors
 from dockerproxy.daemon.local import LocalDoor
+from dockerproxy.daemon.memory import settle_memory
 from dockerproxy.daemon.notify import Notifier, Supervised
 from dockerproxy.daemon.signals import on_repeated_stop
 from dockerproxy.proxy.issuer import AuthorityError
@@ -82,15 +84,16 @@ def make_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifie
         log.warn("{warning}", warning=warning)
     prepare(settings)
     room = make_room(reactor, settings)
-    reservations, turns = Reservations(room), Turns()
+    reservations, turns, bindings = Reservations(room), Turns(), Bindings()
     several = settings.workers > 1
-    serving = make_serving(reactor, settings, authority, Common(FirstRoom(reservations), turns, several))
+    serving = make_serving(reactor, settings, authority, Common(FirstRoom(reservations), turns, bindings, several))
     store = serving.hosted.hosted.store
     crew = Crew(
         reactor,
         settings.workers - 1,
         Start(variables(env_file), writes=jsonlog.is_standard_output(twistd_options)),
         partial(Desk, reservations, turns),
+        bindings,
         GRACE + _MORE_GRACE,
     )
 
@@ -135,6 +138,7 @@ class Daemon(MultiService):
         self._notifier = notifier
 
     def startService(self) -> None:
+        self._reactor.callWhenRunning(settle_memory)
         try:
             super().startService()  # type: ignore[no-untyped-call]
         except SystemExit as end:  # a door that cannot be opened

@@ -14,9 +14,11 @@ from twisted.internet.task import LoopingCall
 from twisted.logger import ILogObserver, Logger, globalLogBeginner
 
 from dockerproxy.assembly import Common, Serving, make_serving, open_authority
+from dockerproxy.cache.identity import Bindings
 from dockerproxy.daemon import priority
 from dockerproxy.daemon.doors import Doors
 from dockerproxy.daemon.jsonlog import JsonLog
+from dockerproxy.daemon.memory import settle_memory
 from dockerproxy.proxy.issuer import AuthorityError
 from dockerproxy.registry.users import HtpasswdError
 from dockerproxy.reload import sentence
@@ -41,10 +43,16 @@ class Worker:
         self._number = number
         self._tally = tally
         self._stopping = False
-        answers: Answers = {"reload": self._reload, "stop": self._stop, "hurry": self._hurry}
+        bindings = Bindings(lambda token, client: self._calls.tell("bound", token, client))
+        answers: Answers = {
+            "reload": self._reload,
+            "stop": self._stop,
+            "hurry": self._hurry,
+            "bound": bindings.note,
+        }
         self._calls = Calls(reactor, adopt(LINE), answers, passed=self._passed, lost=self._alone)
         room = RoomElsewhere(reactor, self._calls, Blobs(Layout(settings.cache_dir), durable=False))
-        common = Common(room, TurnsElsewhere(self._calls), shared=True)
+        common = Common(room, TurnsElsewhere(self._calls), bindings, shared=True)
         self._serving = make_serving(reactor, settings, open_authority(settings), common)
         self._entrance = self._make_entrance(self._serving)
         self._taking = Taking(reactor, [door.site for door in self._serving.doors], self._count_end)
@@ -57,6 +65,7 @@ class Worker:
         living.clock = self._reactor
         living.start(LIFE_EVERY)
         self._reactor.callWhenRunning(self._calls.tell, "ready")
+        self._reactor.callWhenRunning(settle_memory)
 
     def _make_entrance(self, serving: Serving) -> Doors:
         for door in serving.doors:

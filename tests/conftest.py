@@ -17,8 +17,9 @@ from twisted.internet.task import Clock
 from twisted.internet.testing import StringTransport
 from twisted.python.failure import Failure
 
-from dockerproxy.http.channel import Handler, HTTPChannel, Site, Timeouts
+from dockerproxy.http.channel import Handler, HTTPChannel
 from dockerproxy.http.request import Request
+from dockerproxy.http.site import Site, Timeouts
 
 Fields = Iterable[tuple[str, str]]
 

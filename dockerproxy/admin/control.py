@@ -4,7 +4,7 @@
     GET  /v1/repositories                       ls                        lines
     GET  /v1/repositories?name=NAME[&where=W]   ls REPO                   lines
     POST /v1/remove   {"names", "where"?}       rm
-    POST /v1/collect  {"delete_untagged"?, "dry_run"?, "grace"?}  gc      lines
+    POST /v1/collect  {"delete_untagged"?, "dry_run"?, "grace"?, "list"?}  gc  lines
     POST /v1/import   {"directory", "force"?}   import                    lines
     POST /v1/check    {"cached"?}               check                     lines
 
@@ -130,7 +130,7 @@ class Control:
             case "POST", "/v1/remove":
                 await self._remove(await _arguments(request, "names", names=list, where=str), request)
             case "POST", "/v1/collect":
-                arguments = await _arguments(request, delete_untagged=bool, dry_run=bool, grace=(int, float))
+                arguments = await _arguments(request, delete_untagged=bool, dry_run=bool, grace=(int, float), list=bool)
                 await self._operations.alone("gc", self._collect(arguments, lines))
             case "POST", "/v1/import":
                 arguments = await _arguments(request, "directory", directory=str, force=bool)
@@ -184,10 +184,13 @@ class Control:
         request.answer(200, _JSON, json.dumps({"removed": removed}).encode())
 
     async def _collect(self, arguments: dict[str, Any], lines: Lines) -> None:
+        listed = arguments.pop("list", True)
+
         def removed(thing: Removed) -> None:
-            lines.send(
-                "removed", kind=thing.kind, digest=str(thing.digest), repository=thing.repository, size=thing.size
-            )
+            if listed:
+                lines.send(
+                    "removed", kind=thing.kind, digest=str(thing.digest), repository=thing.repository, size=thing.size
+                )
 
         grace = arguments.pop("grace", GRACE)
         try:

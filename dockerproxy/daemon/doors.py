@@ -15,7 +15,7 @@ from twisted.python.failure import Failure
 
 from dockerproxy.daemon.listeners import NotHandedIn, listen, where
 from dockerproxy.daemon.transfers import Transfers
-from dockerproxy.http.channel import Site
+from dockerproxy.http.site import Site
 from dockerproxy.tasks import spawn
 
 GRACE = 25.0

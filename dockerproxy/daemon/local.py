@@ -16,7 +16,7 @@ from twisted.internet.interfaces import IListeningPort
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from dockerproxy.http.channel import Site
+from dockerproxy.http.site import Site
 
 log = Logger()
 

@@ -10,13 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Awaitable, Callable
 from http import HTTPStatus
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from attrs import frozen
 from OpenSSL import SSL
 from twisted.internet.defer import CancelledError, Deferred
-from twisted.internet.interfaces import IAddress
-from twisted.internet.protocol import Factory, Protocol, connectionDone
+from twisted.internet.protocol import Protocol, connectionDone
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
@@ -33,7 +31,11 @@ from dockerproxy.http.message import (
 )
 from dockerproxy.http.request import ClientGone, Fields, Request
 from dockerproxy.http.stream import ByteStream
-from dockerproxy.http.transport import SocketTransport, TLSTransport, Yielded, explain_handshake
+from dockerproxy.http.tls import explain_handshake
+from dockerproxy.http.transport import SocketTransport
+
+if TYPE_CHECKING:
+    from dockerproxy.http.site import Site
 
 Handler = Callable[[Request], Awaitable[None]]
 
@@ -44,106 +46,6 @@ _LINGER = 5.0  # seconds in which a client may notice an answer that came before
 _PLAIN = [("Content-Type", "text/plain; charset=utf-8")]
 
 log = Logger()
-
-
-@frozen
-class Timeouts:
-    """Seconds that a client may keep us waiting: between requests, for a head, for more of a body, to take bytes.
-
-    None is observed more exactly than to `tick` seconds.
-    """
-
-    keepalive: float = 300
-    header: float = 60
-    body: float = 60
-    send: float = 60
-
-    @property
-    def tick(self) -> float:
-        """How often a connection looks at the clock."""
-        return min(self.keepalive, self.header, self.body, self.send) / 4
-
-
-class Site(Factory):
-    """Makes the channels of one door; `handler` answers their requests.
-
-    `finished` is called with each request and its seconds when its answer has ended: for the access log.
-    """
-
-    noisy = False
-
-    def __init__(
-        self,
-        reactor: Any,
-        handler: Handler,
-        *,
-        timeouts: Timeouts,
-        finished: Callable[[Request, float], None],
-        tls: Callable[[], SSL.Context] | None = None,
-    ) -> None:
-        self.reactor = reactor
-        self.handler = handler
-        self.timeouts = timeouts
-        self.log_finished = finished
-        self.draining = False
-        self.gone: Callable[[], None] = lambda: None
-        """Called when a connection that was accepted has ended; as a tunnel, perhaps."""
-        self._tls = tls
-        self._channels: set[HTTPChannel] = set()
-        self._drained: list[Deferred[None]] = []
-
-    def buildProtocol(self, address: IAddress | None) -> Protocol:
-        return _Acceptor(self)
-
-    def accept(self, tcp: Any) -> None:
-        """Serve a connection that Twisted accepted."""
-        channel = HTTPChannel(self, self.handler, secure=self._tls is not None)
-        if self._tls is None:
-            SocketTransport(self.reactor, tcp).start(channel)
-        else:
-            TLSTransport.server(self.reactor, tcp, self._tls()).start(channel)
-
-    def opened(self, channel: HTTPChannel) -> None:
-        self._channels.add(channel)
-
-    def closed(self, channel: HTTPChannel) -> None:
-        self._channels.discard(channel)
-        if not self._channels:
-            waiting, self._drained = self._drained, []
-            for deferred in waiting:
-                deferred.callback(None)
-
-    def drain(self) -> Deferred[None]:
-        """Close idle connections and let the others end with their answer; fires when none is left."""
-        self.draining = True
-        for channel in list(self._channels):
-            channel.retire()
-        done: Deferred[None] = Deferred()
-        if self._channels:
-            self._drained.append(done)
-        else:
-            done.callback(None)
-        return done
-
-    def abort(self) -> int:
-        """Break off the connections that are left; return how many."""
-        channels = list(self._channels)
-        for channel in channels:
-            channel.abort()
-        return len(channels)
-
-
-class _Acceptor(Yielded):
-    """Takes a new connection from Twisted, hands it to the site, and sees its end, whatever has become of it."""
-
-    def __init__(self, site: Site) -> None:
-        self._site = site
-
-    def connectionMade(self) -> None:
-        self._site.accept(self.transport)
-
-    def connectionLost(self, reason: Failure = connectionDone) -> None:
-        self._site.gone()
 
 
 class _BodyOverdue(BadRequest):

@@ -16,7 +16,7 @@ from OpenSSL import SSL, crypto
 from twisted.logger import Logger
 
 from dockerproxy.errors import NameInvalid
-from dockerproxy.http.transport import set_mode
+from dockerproxy.http.tls import set_mode
 from dockerproxy.oci.names import Host
 from dockerproxy.proxy.issuer import (
     BACKDATE,

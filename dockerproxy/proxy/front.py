@@ -17,11 +17,13 @@ from OpenSSL import SSL
 from twisted.internet.interfaces import IStreamClientEndpoint
 
 from dockerproxy.errors import RegistryError
-from dockerproxy.http.channel import Handler, HTTPChannel, Site
+from dockerproxy.http.channel import Handler, HTTPChannel
 from dockerproxy.http.headers import Headers
 from dockerproxy.http.message import absolute_form, authority_form
 from dockerproxy.http.relay import Answer, relay, relayed_fields, request_body
 from dockerproxy.http.request import Request
+from dockerproxy.http.site import Site
+from dockerproxy.http.tls import upgrade
 from dockerproxy.net.dial import Permit
 from dockerproxy.oci.names import Host, Registry
 from dockerproxy.proxy.policy import Policy
@@ -129,7 +131,7 @@ class FrontDoor:
         context = self.interception.context(host.name)
         transport, received = request.detach()
         transport.write(_ESTABLISHED)
-        transport.upgrade(context, HTTPChannel(site, answer, secure=True), received)
+        upgrade(transport, context, HTTPChannel(site, answer, secure=True), received)
 
     async def _tunnel(self, request: Request, host: Host) -> None:
         began = self.clock.seconds()

@@ -22,7 +22,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
-from attrs import define, field, frozen
+from attrs import define, evolve, field, frozen
 
 from dockerproxy.oci.names import Digest
 from dockerproxy.store.hosting import HostedStore
@@ -42,6 +42,10 @@ _PART = 32
 _LANES = 2
 """Threads in which links and contents are taken away. Each of these frees blocks, for which some disks let wait (0.1 to
 0.4 ms on ext4 without a journal that is mounted with `discard`): two threads get twice as much done."""
+
+_LONGER = 5
+"""The slices of these are so much longer than those of the mark phase: they hardly compute in Python, and what the
+system does for them lets go of the interpreter."""
 
 _SOME = 200  # names looked at in one step
 _MAX_PROBLEMS = 1000
@@ -143,7 +147,8 @@ class _Run:
     _gone: dict[str, dict[Text, Text | None]] = field(factory=dict, init=False)  # with their subjects
 
     async def collect(self) -> Swept:
-        survey, watch, run, beside = self._survey, self._watch, self._slices.run, self._slices.run_beside
+        survey, watch, run = self._survey, self._watch, self._slices.run
+        beside = evolve(self._slices, length=self._slices.length * _LONGER).run_beside
         await run(survey.steps(), after_slice=watch.of("mark", lambda: survey.manifests))
         told = watch.of("sweep", lambda: sum(self._looked_at))
         await run(self._manifests(), self._note, after_slice=told)

@@ -14,7 +14,7 @@ from twisted.internet.protocol import Factory, Protocol
 from twisted.python.failure import Failure
 
 from dockerproxy.errors import UpstreamUnreachable
-from dockerproxy.http.transport import TLSTransport, set_mode
+from dockerproxy.http.tls import TLSTransport, set_mode
 from dockerproxy.oci.names import Host
 
 # The errors of X509_verify_cert that an operator meets (openssl-verification-options(1)); others keep their number.

@@ -21,6 +21,7 @@ from twisted.logger import Logger, globalLogPublisher
 from twisted.python.failure import Failure
 
 import dockerproxy
+from dockerproxy.cache.identity import Bindings
 from dockerproxy.daemon import jsonlog
 from dockerproxy.daemon.doors import Door
 from dockerproxy.workers.calls import Calls
@@ -58,9 +59,14 @@ class Start:
 
 
 class Crew(Service):
-    """`count` workers beside this process, whose number is 0. `desk` returns what does for one what it asks for."""
+    """`count` workers beside this process, whose number is 0. `desk` returns what does for one what it asks for.
 
-    def __init__(self, reactor: Any, count: int, start: Start, desk: Callable[[], Any], grace: float) -> None:
+    What one process finds out about a token, the others learn (`bindings`).
+    """
+
+    def __init__(
+        self, reactor: Any, count: int, start: Start, desk: Callable[[], Any], bindings: Bindings, grace: float
+    ) -> None:
         self._reactor = reactor
         self._start = start
         self._desk = desk
@@ -71,6 +77,8 @@ class Crew(Service):
         self._watching = LoopingCall(self._watch)
         self._watching.clock = reactor
         self._stopping = False
+        self._bindings = bindings
+        bindings.tell = partial(self._tell_bound, None)
 
     # connections
 
@@ -156,7 +164,7 @@ class Crew(Service):
         worker.calls = Calls(
             self._reactor,
             ours,
-            {**desk.answers, "ready": worker.get_ready},
+            {**desk.answers, "ready": worker.get_ready, "bound": partial(self._bound, worker)},
             lost=lambda: self._lost(worker, desk),
         )
         with theirs, open(os.devnull) as nothing:
@@ -171,6 +179,15 @@ class Crew(Service):
                 )
             except OSError as error:  # no memory, or no more processes
                 self._died(worker, str(error))
+
+    def _bound(self, worker: _Worker, token: str, client: str) -> None:
+        self._bindings.note(token, client)
+        self._tell_bound(worker, token, client)
+
+    def _tell_bound(self, source: _Worker | None, token: str, client: str) -> None:
+        for worker in self._workers:
+            if worker is not source:
+                worker.tell("bound", token, client)
 
     def _lost(self, worker: _Worker, desk: Any) -> None:
         worker.ready = False

@@ -10,7 +10,7 @@ from typing import Any
 from twisted.internet.interfaces import IAddress, IProtocol
 from twisted.internet.protocol import Factory, Protocol
 
-from dockerproxy.http.channel import Site
+from dockerproxy.http.site import Site
 
 _FAMILIES = (socket.AF_INET, socket.AF_INET6)
 

@@ -23,7 +23,7 @@ from house.fake_registry import gated
 from house.images import OCI_MANIFEST, Content, Image, sha256
 from house.process import eventually, listening
 from house.several import WORKERS, Several, ask, gone
-from house.upstreams import FAKE, Upstreams
+from house.upstreams import FAKE, HUB, TOKENS, Upstreams
 from house.wire import Answer, read, request
 
 MIB = 1 << 20
@@ -529,6 +529,21 @@ def test_a_token_of_one_process_is_good_for_all(run_several: RunSeveral, tmp_pat
             for other in connections.values():
                 pushed = ask(other, "POST", "/v2/a/blobs/uploads/", headers={"Authorization": f"Bearer {token}"})
                 assert pushed.status == 202
+
+
+def test_a_token_of_upstreams_is_its_clients_in_all(upstreams: Upstreams, several: Several) -> None:
+    """Alice got it through one process. What she may have of the cache, the others know of her, without upstream."""
+    image = upstreams.on_hub("alice/everywhere", "1", images.small("everywhere"), owners={"alice"})
+    path = f"/v2/alice/everywhere/blobs/{image.layers[0].digest}"
+    query = "service=registry.docker.io&scope=repository:alice/everywhere:pull"
+    login = {"Authorization": upstreams.basic_login("alice")}
+    with several.one_each(TOKENS) as realms, several.one_each(HUB) as connections:
+        realm, getter = list(realms.values())[1], list(connections.values())[1]
+        token = {"Authorization": f"Bearer {ask(realm, 'GET', f'/token?{query}', headers=login).json['token']}"}
+        assert ask(getter, "GET", path, headers=token).status == 200
+        with upstreams.away():
+            for connection in connections.values():
+                eventually(lambda one=connection: ask(one, "GET", path, headers=token).verdict == "HIT", "it is known")
 
 
 # how it is started, and its log

@@ -34,7 +34,8 @@ from twisted.internet.protocol import Protocol
 from twisted.internet.task import deferLater
 from twisted.python.failure import Failure
 
-from dockerproxy.http.transport import SocketTransport, TLSTransport
+from dockerproxy.http.tls import TLSTransport
+from dockerproxy.http.transport import SocketTransport
 
 
 class AnyTransport:

@@ -33,7 +33,8 @@ from twisted.internet.task import deferLater
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from dockerproxy.http.transport import SocketTransport, TLSTransport, explain_handshake
+from dockerproxy.http.tls import TLSTransport, explain_handshake, upgrade
+from dockerproxy.http.transport import SocketTransport
 
 
 class Handshakes(SocketCase):
@@ -212,7 +213,7 @@ class Upgrades(SocketCase):
                 assert data.startswith(case.ASK)
                 transport.write(before)
                 transport.write(case.ANSWER)
-                transport.upgrade(SERVER, protocol, data.removeprefix(case.ASK))
+                upgrade(transport, SERVER, protocol, data.removeprefix(case.ASK))
 
             def connectionLost(self, reason: Failure = connectionDone) -> None:
                 raise AssertionError("the connection is not this protocol's any more")

@@ -23,8 +23,8 @@ from twisted.internet.threads import deferToThread
 from twisted.trial.unittest import TestCase
 
 from dockerproxy.daemon.transfers import Transfers
-from dockerproxy.http.channel import Site, Timeouts
 from dockerproxy.http.request import Request
+from dockerproxy.http.site import Site, Timeouts
 from dockerproxy.net.addresses import AddressSet, Destinations
 from dockerproxy.net.dial import Dialer
 from dockerproxy.oci.names import Host, Registry

@@ -15,8 +15,8 @@ from twisted.internet.threads import deferToThread
 from twisted.trial.unittest import TestCase
 
 from dockerproxy.errors import NameUnknown
-from dockerproxy.http.channel import Site, Timeouts
 from dockerproxy.http.request import Request
+from dockerproxy.http.site import Site, Timeouts
 from dockerproxy.net.addresses import AddressSet, Destinations
 from dockerproxy.proxy.authority import CertificateAuthority
 from dockerproxy.proxy.own import OwnDoor

@@ -14,8 +14,8 @@ from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 
 from dockerproxy.errors import UpstreamBroken
-from dockerproxy.http.channel import Timeouts
 from dockerproxy.http.request import Request
+from dockerproxy.http.site import Timeouts
 from dockerproxy.registry.senders import Pace, send
 
 SMALLEST, LARGEST = 16 * 1024, 512 * 1024

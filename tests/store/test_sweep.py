@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import time
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from twisted.internet import reactor as real_reactor
 from twisted.internet.defer import CancelledError, Deferred
-from twisted.trial.unittest import TestCase
 from workbench.images import BOTH, ONE, TWO, Content, age, described, image, index, keep
 from workbench.reactor import Reactor
 
@@ -457,80 +453,3 @@ def test_a_link_that_was_written_again_meanwhile(store: HostedStore, monkeypatch
     assert store.links.has_manifest(REPOSITORY, ONE.digest)
     assert store.links.manifest_media_type(REPOSITORY, ONE.digest) == ONE.media_type
     assert os.listdir(store.layout.staging) == []
-
-
-# beside requests
-
-
-class TestManyBlobs(TestCase):
-    """100,000 blobs, half of them garbage, and a reactor that has to get its turn all the time."""
-
-    COUNT = 100_000
-
-    def setUp(self) -> None:
-        root = "/dev/shm" if os.path.isdir("/dev/shm") else self.mktemp()
-        self.root = Path(root) / f"many-blobs-{os.getpid()}"
-        self.addCleanup(self.remove)
-        self.store = HostedStore.below(Layout(self.root))
-        keep(self.store, REPOSITORY, ONE, "v1")
-        data = self.root / "data"
-        data.write_bytes(b"x")
-        os.utime(data, (0, 0))
-        for number in range(self.COUNT):
-            path = self.store.layout.blob(Digest.of(b"%d" % number))
-            os.makedirs(os.path.dirname(path))
-            # Hard links, of which ext4 takes 65,000 to one file.
-            os.link(data, path)
-            if number % 50_000 == 49_999:
-                data.unlink()
-                data.write_bytes(b"x")
-                os.utime(data, (0, 0))
-
-    def remove(self) -> None:
-        shutil.rmtree(self.root)
-
-    async def test_no_turn_of_the_reactor_and_no_slice_of_a_thread_is_long(self) -> None:
-        turn, turns_of_removal = 0, Counter[int]()
-        ticking = None
-        longest, last = 0.0, time.perf_counter()
-
-        def tick() -> None:
-            nonlocal turn, ticking, longest, last
-            now = time.perf_counter()
-            turn, longest, last = turn + 1, max(longest, now - last), now
-            ticking = real_reactor.callLater(0.001, tick)
-
-        slices: list[int] = []
-
-        class Counted(Slices):
-            def _advance(self, steps: Any) -> Any:
-                taken = 0
-
-                def counting() -> Any:
-                    nonlocal taken
-                    for step in steps:
-                        taken += 1
-                        yield step
-
-                result = super()._advance(counting())
-                slices.append(taken)
-                return result
-
-        tick()
-        sweeper = Sweeper(real_reactor, self.store, slices=Counted(real_reactor))
-        found = 0
-
-        def note(thing: Removed) -> None:
-            nonlocal found
-            found += 1
-            turns_of_removal[turn] += 1
-
-        swept = await sweeper.sweep(watch=Watch(found=note))
-        assert ticking is not None
-        ticking.cancel()
-        self.assertEqual((swept.blobs, found), (self.COUNT, self.COUNT))
-        self.assertLessEqual(max(turns_of_removal.values()), 32)
-        self.assertGreaterEqual(len(turns_of_removal), self.COUNT / 32)
-        self.assertGreaterEqual(len(slices), self.COUNT / 32)
-        self.assertLessEqual(max(slices), 5_000, "some 10 ms of work")
-        print(f"the reactor's longest wait was {longest * 1000:.0f} ms")

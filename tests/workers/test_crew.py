@@ -20,9 +20,10 @@ from twisted.logger import LogEvent, LogLevel, globalLogPublisher
 from twisted.python.failure import Failure
 
 import dockerproxy
+from dockerproxy.cache.identity import Bindings
 from dockerproxy.daemon.doors import Door
 from dockerproxy.daemon.jsonlog import JsonLog
-from dockerproxy.http.channel import Site, Timeouts
+from dockerproxy.http.site import Site, Timeouts
 from dockerproxy.workers import crew as crew_module
 from dockerproxy.workers.calls import Calls
 from dockerproxy.workers.crew import LINE, RELAYED, TALLY, Crew, Start
@@ -71,7 +72,7 @@ class Played:
     def __attrs_post_init__(self) -> None:
         end = socket.socket(fileno=os.dup(self.descriptors[LINE]))
         # As a worker has them (dockerproxy.worker).
-        answers = {name: partial(self._note, name) for name in ("reload", "stop", "hurry")}
+        answers = {name: partial(self._note, name) for name in ("reload", "stop", "hurry", "bound")}
         self.calls = Calls(self.machine, end, answers, passed=self._take, lost=lambda: None)
         self.tally = Tally.of(os.dup(self.descriptors[TALLY]))
 
@@ -123,8 +124,9 @@ class Company:
     def __init__(self, count: int = 2, *, writes: bool = True, **environment: str) -> None:
         self.machine = Machine()
         self.desks = Desks()
+        self.bindings = Bindings()
         self.crew = Crew(self.machine, count, Start(environment, writes, ("python", "-m", "dockerproxy.worker")),
-                         self.desks.make, GRACE)  # fmt: skip
+                         self.desks.make, self.bindings, GRACE)  # fmt: skip
         self._pairs: list[socket.socket] = []
 
     def start(self) -> list[Played]:
@@ -384,6 +386,20 @@ def test_where_everything_was_halted_nobody_is_killed(company: Company, now: Non
             worker.tally.note_life(worker.number, int(company.machine.seconds() * 1e9))
         company.machine.advance(1)
     assert [worker.signals for worker in workers] == [[], []]
+
+
+# what they tell each other
+
+
+def test_whom_a_token_stands_for_is_known_to_all(company: Company) -> None:
+    one, other = company.start_ready()
+    one.calls.tell("bound", "own:token", "own:client")
+    company.machine.settle()
+    assert company.bindings.client("own:token") == "own:client"
+    assert (one.asked, other.asked) == ([], [("bound", "own:token", "own:client")])
+    company.bindings.bind("own:another", "own:client")
+    company.machine.settle()
+    assert [worker.asked[-1] for worker in (one, other)] == [("bound", "own:another", "own:client")] * 2
 
 
 # reload, hurry, stop

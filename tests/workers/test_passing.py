@@ -14,8 +14,8 @@ from twisted.internet.task import deferLater
 from twisted.internet.threads import deferToThread
 from twisted.trial.unittest import TestCase
 
-from dockerproxy.http.channel import Site, Timeouts
 from dockerproxy.http.request import Request
+from dockerproxy.http.site import Site, Timeouts
 from dockerproxy.workers.line import Line, pair
 from dockerproxy.workers.passing import PassingOn, Taking
 

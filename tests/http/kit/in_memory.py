@@ -12,8 +12,9 @@ from twisted.internet.task import Clock
 from twisted.internet.testing import StringTransport
 from twisted.python.failure import Failure
 
-from dockerproxy.http.channel import HTTPChannel, Site, Timeouts
+from dockerproxy.http.channel import HTTPChannel
 from dockerproxy.http.request import Request
+from dockerproxy.http.site import Site, Timeouts
 
 TIMEOUTS = Timeouts(keepalive=300, header=60, body=50, send=40)
 GET = b"GET /%d HTTP/1.1\r\nHost: a\r\n\r\n"

@@ -14,8 +14,8 @@ from typing import Any
 from twisted.internet import reactor as _reactor
 from twisted.internet.task import deferLater
 
-from dockerproxy.http.channel import Site, Timeouts
 from dockerproxy.http.request import Request
+from dockerproxy.http.site import Site, Timeouts
 from dockerproxy.proxy.authority import CertificateAuthority
 from dockerproxy.registry.senders import send
 
