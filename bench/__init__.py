@@ -1,13 +1,18 @@
-"""`make bench`: what the daemon costs, measured beside nginx and docker-registry in the same run.
+"""`make bench`: what the daemon costs, measured beside nginx, docker-registry and skopeo in the same run.
 
 A benchmark, not a test: it says what is, and fails for nothing but an answer that is wrong. The way of a figure:
 
-- `stage` sets up what is measured: a registry that is an nginx with static files, the daemon, and the nginx that serves
-  the same files over TLS, each a process of its own with one worker; for what is pushed, a docker-registry.
-- `measures` and `push` have functions that put loads on them, one server after the other in every round.
-- A load is one of the jobs in `loads`, done at the same time by several of the `clients`, which are processes too.
+- `stage` sets up what is measured: a registry that is an nginx with the files of `content`, the `daemon`, and what it
+  is measured beside, `nginx` or `docker_registry`, each a process, or several, of its own.
+- `hits`, `misses`, `requests`, `footprint`, `image` and `push` have the measures, functions that put loads on the
+  servers, one after the other in every round, in the way of `measures`.
+- A load comes from the `generator`, which is written in C, or, where a client need not be fast, is one of the jobs in
+  `loads`, done at the same time by several of the `clients`, which are processes too.
 - `servers` reads from /proc what a server's processes used meanwhile.
-- `table` takes the medians of the rounds and prints them.
+- `table` takes the medians of the rounds and prints them; `goals` says which of them are as they are to be; `document`
+  puts both into docs/performance.md.
 
 CPU time is what to compare: it holds on a machine that others work on, and where clients are slower than the server.
+
+`make soak` is the other program here: `soak` watches memory and descriptors of a daemon while `visitors` use it.
 """

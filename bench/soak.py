@@ -36,9 +36,9 @@ _REST = 75.0  # seconds that the daemon has to close what it does not need: it k
 _BLOBS, _SIZES = 120, (16 * 1024, 1 << 20, 8 << 20)
 _CACHE = "128m"  # of about 360 MB that are pulled
 
-_MORE_MEMORY, _MORE_DESCRIPTORS = 0.10, 0.10
+_MORE_MEMORY, _MORE_DESCRIPTORS = 0.03, 0.10
 """What the later part of a soak may have above the earlier one: loads are random, and heaps fragment."""
-_SLACK_MEMORY, _SLACK_DESCRIPTORS = 4e6, 8
+_SLACK_MEMORY, _SLACK_DESCRIPTORS = 2e6, 8
 """And besides, in bytes and descriptors."""
 
 

@@ -92,7 +92,7 @@ class Usage:
         There may be more of it, unless there is nothing.
         """
         expired = self._forget(unused(self._kept, self._pins, now - inactive))
-        excess = min(excess_of(self.total, self.limit), self._free())
+        excess = excess_of(self.total, self.limit)
         if len(expired) < AT_ONCE and excess > 0:
             expired += self._forget(oldest(self._kept, self._pins, 0, excess))
         return expired

@@ -18,6 +18,7 @@ from dockerproxy.cache.ingests import Ingests
 from dockerproxy.cache.origin import Origin, Visitor
 from dockerproxy.errors import RegistryError, UpstreamBroken, UpstreamError, UpstreamFailing, UpstreamRefused
 from dockerproxy.oci.names import Digest
+from dockerproxy.store.blobs import read_cached
 from dockerproxy.store.ingest import Ingest
 
 DATA = bytes(range(256)) * 400
@@ -32,6 +33,17 @@ def world(make_world: Callable[..., World]) -> World:
 
 
 DIGEST = Digest.of(DATA)
+
+
+def needs_reads_without_a_thread(world: World) -> None:
+    """Skip the test where a reader would wait for the very thread that the test holds up."""
+    path = Path(world.layout.root, "sample")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"1")
+    with path.open("rb") as file:
+        if read_cached(file.fileno(), 0, 1) is None:
+            pytest.skip("this file system (an overlay, say) cannot tell what is in memory")
+    path.unlink()
 
 
 def start(world: World, digest: Digest = DIGEST, origin: Origin | None = None, landing: Any = None) -> Flight:
@@ -108,6 +120,7 @@ def test_any_size(world: World, algorithm: str, size: int) -> None:
         if flight.opened and not readers:
             readers.append(reader(world, flight))
             readers[0].read()
+    world.reactor.pool.release()
     readers[0].read_on()
     assert (readers[0].data, readers[0].ended) == (data, True)
     readers[0].leave()
@@ -135,6 +148,7 @@ def test_readers_at_their_own_place_and_pace(world: World) -> None:
 
 
 def test_the_last_byte_waits_for_the_renaming(world: World) -> None:
+    needs_reads_without_a_thread(world)
     flight, answer = under_way(world)
     one = reader(world, flight)
     world.reactor.pool.hold()
@@ -238,6 +252,7 @@ def test_who_leaves_while_a_thread_reads_for_him(world: World, monkeypatch: pyte
 
 def test_joining_at_any_moment_of_its_end(world: World) -> None:
     """While a thread closes the ingest, whoever comes must get the blob's bytes, and not those of another file."""
+    needs_reads_without_a_thread(world)
     flight, answer = under_way(world, sent=1000)
     world.reactor.pool.hold(results=True)
     answer.end()
