@@ -62,7 +62,7 @@ deb: ## build dist/docker-registry-proxy_VERSION_all.deb for Debian 13; as root,
 
 test-deb: ## build the package and try it out on machines that boot Debian 13; as root
 	@rm -rf dist
-	@tests/deb/run
+	@timeout 30m tests/deb/run
 
 test-vagrant: ## bring up the machine of the Vagrantfile, and use it: 15 minutes where there is no KVM; as root
 	@rm -rf dist

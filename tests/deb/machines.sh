@@ -1,6 +1,7 @@
 # shellcheck shell=bash
 # Machines that boot Debian 13 with systemd, as containers on a switch of their own: no packet leaves it. Source this.
 #
+#   check_host                         end with one sentence where root may not do here what all this needs
 #   make_tree                          make the tree that machines boot, if it is not there yet
 #   network_up                         make the switch
 #   start_machine NAME ADDRESS/24 [OPTION...]   boot a machine from an overlay of the tree, and wait until it is up;
@@ -15,9 +16,49 @@ MACHINES=${MACHINES:?a folder for the machines}
 TREE=${TREE:?the tree that they boot}
 SWITCH=drp-switch
 
-# What is in the tree, and what is downloaded for it: what the package depends on, for apt to install.
-INSTALLED=systemd,systemd-sysv,dbus,libpam-systemd,libnss-systemd,iproute2,procps,avahi-daemon,libnss-mdns,ca-certificates,curl,docker.io,docker-cli,iptables,python3
+# What is in the tree, and what is downloaded for it: what the package and its tests depend on, for apt to install.
+INSTALLED=systemd,systemd-sysv,dbus,libpam-systemd,libnss-systemd,iproute2,procps,avahi-daemon,libnss-mdns,ca-certificates,curl,sudo,docker.io,docker-cli,iptables,python3
 LATER=python3-twisted,python3-openssl,python3-cryptography,python3-service-identity,python3-attr,python3-bcrypt
+LATER+=,autopkgtest,dpkg-dev,python3-hypothesis,python3-pytest
+
+check_host() {
+    "$(dirname "${BASH_SOURCE[0]}")/../../tools/apt-install" systemd-nspawn=systemd-container ip=iproute2 pgrep=procps \
+        nsenter=util-linux findmnt=util-linux
+    allowed "make namespaces and mount file systems (CAP_SYS_ADMIN)" unshare --mount mount -t tmpfs tmpfs "$MACHINES"
+    allowed "make network namespaces (CAP_NET_ADMIN)" unshare --net ip link add name br0 type bridge
+    allowed "make user namespaces, which the service wants (user.max_user_namespaces is 0, or this is a chroot)" \
+        unshare --user true
+    allowed "make control groups: /sys/fs/cgroup has none, or is read-only" make_cgroup
+    # Where the machines' folder is itself on an overlay, as in a container, it cannot take an overlay's changes.
+    if ! mount_overlay 2>/dev/null; then
+        mount -t tmpfs -o mode=755 machines "$MACHINES"
+        allowed "mount overlays" mount_overlay
+    fi
+}
+
+allowed() { # WHAT COMMAND...
+    local what=$1 said
+    shift
+    if ! said=$("$@" 2>&1); then
+        echo "Machines cannot be started here, for root may not $what." >&2
+        echo "$said" >&2
+        return 1
+    fi
+}
+
+make_cgroup() { # ... and remove it again
+    local hierarchy=
+    read -r hierarchy < <(cgroups)
+    mkdir "$hierarchy/drp-check" && rmdir "$hierarchy/drp-check"
+}
+
+mount_overlay() { # ... of anything, where nobody sees it
+    local check=$MACHINES/check status=0
+    mkdir -p "$check"/{upper,work}
+    unshare --mount mount -t overlay check -o "lowerdir=/usr,upperdir=$check/upper,workdir=$check/work" "$check" || status=$?
+    rm -rf "$check"
+    return "$status"
+}
 
 make_tree() { "$(dirname "${BASH_SOURCE[0]}")/../../tools/debian-root" "${TREE%/root}" "$INSTALLED" "$LATER"; }
 
@@ -26,8 +67,8 @@ root_of() { echo "$MACHINES/$1/root"; }
 on() {
     local name=$1
     shift
-    nsenter --target "$(cat "$MACHINES/$name/leader")" --all -- env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root \
-        LANG=C.UTF-8 TERM=dumb DEBIAN_FRONTEND=noninteractive SYSTEMD_PAGER= "$@"
+    nsenter --target "$(cat "$MACHINES/$name/leader")" --all --root --wd -- \
+        env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LANG=C.UTF-8 TERM=dumb DEBIAN_FRONTEND=noninteractive SYSTEMD_PAGER= "$@"
 }
 
 network_up() {
@@ -62,7 +103,7 @@ start_machine() {
             --network-namespace-path="/run/netns/$namespace" "$@" >"$folder/console" 2>&1 </dev/null
     ) &
     echo $! >"$folder/nspawn"
-    if ! wait_for 60 is_up "$name"; then
+    if ! wait_for 60 is_up_or_ended "$name" || ended "$(cat "$folder/nspawn")"; then
         echo "$name did not boot:" >&2
         tail -n 30 "$folder/console" >&2
         return 1
@@ -75,6 +116,8 @@ is_up() {
     pgrep --oldest --parent "$(cat "$MACHINES/$1/nspawn")" >"$MACHINES/$1/leader" || return
     [[ $(on "$1" systemctl is-system-running 2>/dev/null) =~ ^(running|degraded)$ ]]
 }
+
+is_up_or_ended() { is_up "$1" || ended "$(cat "$MACHINES/$1/nspawn")"; }
 
 # wait_for SECONDS COMMAND...: until the command succeeds
 wait_for() {
@@ -117,10 +160,12 @@ stop_machines() {
         on "$name" systemctl --no-block poweroff >/dev/null 2>&1 || true
     done
     for folder in "$MACHINES"/*/; do
-        [ -e "$folder/nspawn" ] || continue
+        [ -e "$folder/root" ] || continue
         name=$(basename "$folder")
-        wait_for 20 ended "$(cat "$folder/nspawn")" || kill -KILL "$(cat "$folder/nspawn")" || true
-        wait "$(cat "$folder/nspawn")" 2>/dev/null || true
+        if [ -e "$folder/nspawn" ]; then
+            wait_for 20 ended "$(cat "$folder/nspawn")" || kill -KILL "$(cat "$folder/nspawn")" || true
+            wait "$(cat "$folder/nspawn")" 2>/dev/null || true
+        fi
         umount "$folder/root" && rm -rf "$folder"
         ip netns del "drp-$name" 2>/dev/null || true
         for hierarchy in $(cgroups); do
@@ -128,6 +173,7 @@ stop_machines() {
         done
     done
     ip netns del "$SWITCH" 2>/dev/null || true
+    ! mountpoint --quiet "$MACHINES" || umount "$MACHINES"
 }
 
 ended() { ! kill -0 "$1" 2>/dev/null; }
