@@ -68,7 +68,8 @@ on() {
     local name=$1
     shift
     nsenter --target "$(cat "$MACHINES/$name/leader")" --all --root --wd -- \
-        env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LANG=C.UTF-8 TERM=dumb DEBIAN_FRONTEND=noninteractive SYSTEMD_PAGER= "$@"
+        env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LANG=C.UTF-8 TERM=dumb DEBIAN_FRONTEND=noninteractive \
+        SYSTEMD_PAGER= "$@"
 }
 
 network_up() {
@@ -163,7 +164,8 @@ stop_machines() {
         [ -e "$folder/root" ] || continue
         name=$(basename "$folder")
         if [ -e "$folder/nspawn" ]; then
-            wait_for 20 ended "$(cat "$folder/nspawn")" || kill -KILL "$(cat "$folder/nspawn")" || true
+            # Without its first process a machine is gone; without nspawn alone it would live on.
+            wait_for 20 ended "$(cat "$folder/nspawn")" || kill -KILL $(cat "$folder/leader" "$folder/nspawn") || true
             wait "$(cat "$folder/nspawn")" 2>/dev/null || true
         fi
         umount "$folder/root" && rm -rf "$folder"
