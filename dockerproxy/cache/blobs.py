@@ -16,46 +16,13 @@ from dockerproxy.http.headers import Headers
 from dockerproxy.oci.contents import BlobAnswer
 from dockerproxy.oci.names import Digest
 from dockerproxy.oci.ranges import parse_content_range
-from dockerproxy.store.blobs import Blobs, OpenBlob
+from dockerproxy.store.blobs import Blobs
+from dockerproxy.store.contents import StoredContent
 from dockerproxy.store.links import Links
-from dockerproxy.tasks import Coalescing, in_thread
+from dockerproxy.tasks import Coalescing
 
 _NONE = Headers()
 _ATTEMPTS = 3  # a blob may be evicted between being seen and being opened
-
-
-class StoredContent:
-    """A whole blob on disk, open; it does not leave the cache before it is closed."""
-
-    def __init__(self, reactor: Any, blob: OpenBlob, room: Room) -> None:
-        self._reactor = reactor
-        self._blob = blob
-        self._room = room
-        self._closed = False
-        room.hold(blob.digest)
-        self.digest = blob.digest
-        self.size: int | None = blob.size
-
-    async def read(self, offset: int, at_most: int) -> bytes | bytearray:
-        """Return bytes from `offset` on, at least one; ``b""`` at the end."""
-        data = self._blob.read(offset, at_most)
-        return data if data is not None else await in_thread(self._reactor, self._blob.read_blocking, offset, at_most)
-
-    async def in_file(self, offset: int, at_most: int) -> tuple[int, int] | None:
-        """Return the descriptor, and how many bytes may be sent from it."""
-        size = max(0, min(at_most, self._blob.size - offset))
-        if size and not self._blob.is_cached(offset, size):
-            await in_thread(self._reactor, self._blob.read_blocking, offset, size)
-        return self._blob.fd, size
-
-    async def settled(self) -> None:
-        """What is stored was verified."""
-
-    def close(self) -> None:
-        if not self._closed:
-            self._closed = True
-            self._blob.close()
-            self._room.let_go(self.digest)
 
 
 class CachedBlobs:
@@ -126,7 +93,9 @@ class CachedBlobs:
         blob = self._blobs.open(digest)
         if blob is None:
             return None
-        return BlobAnswer(digest, blob.size, StoredContent(self._reactor, blob, self._room), verdict)
+        self._room.hold(digest)  # it does not leave the cache before it is closed
+        content = StoredContent(self._reactor, blob, lambda: self._room.let_go(digest))
+        return BlobAnswer(digest, blob.size, content, verdict)
 
     def _start(self, visitor: Visitor, digest: Digest) -> Flight:
         began = self._access.now()

@@ -20,7 +20,7 @@ from dockerproxy.oci.referrers import index_of
 from dockerproxy.oci.routes import Kind, Target, parse_query
 from dockerproxy.registry.answers import API_VERSION
 from dockerproxy.registry.push import Push
-from dockerproxy.store.blobs import OpenBlob
+from dockerproxy.store.contents import StoredContent
 from dockerproxy.store.hosting import HostedStore
 from dockerproxy.store.uploads import Uploads
 from dockerproxy.tasks import in_thread, spawn
@@ -63,33 +63,6 @@ def purging(reactor: Any, uploads: Uploads, clock: Callable[[], float]) -> Timer
     return timer
 
 
-class OnDisk:
-    """A blob's content, open."""
-
-    def __init__(self, reactor: Any, blob: OpenBlob) -> None:
-        self._reactor = reactor
-        self._blob = blob
-        self.size: int | None = blob.size
-
-    async def read(self, offset: int, at_most: int) -> bytes | bytearray:
-        """Return bytes from `offset` on, at least one; ``b""`` at the end."""
-        data = self._blob.read(offset, at_most)
-        return data if data is not None else await in_thread(self._reactor, self._blob.read_blocking, offset, at_most)
-
-    async def in_file(self, offset: int, at_most: int) -> tuple[int, int] | None:
-        """Return the descriptor, and how many bytes may be sent from it."""
-        size = max(0, min(at_most, self._blob.size - offset))
-        if size and not self._blob.is_cached(offset, size):
-            await in_thread(self._reactor, self._blob.read_blocking, offset, size)
-        return self._blob.fd, size
-
-    async def settled(self) -> None:
-        """What is stored was verified."""
-
-    def close(self) -> None:
-        self._blob.close()
-
-
 @frozen
 class Hosted:
     """A `Source` over a `HostedStore`. Who may do what was asked before (`guard`)."""
@@ -128,7 +101,7 @@ class Hosted:
         if blob is None:
             self._check_repository(name)
             raise BlobUnknown(f"{name} has no blob {digest}")
-        return BlobAnswer(digest, blob.size, OnDisk(self.reactor, blob), _VERDICT)
+        return BlobAnswer(digest, blob.size, StoredContent(self.reactor, blob), _VERDICT)
 
     async def other(self, request: Request, target: Target) -> None:
         """Answer the ping, lists, referrers; leave what writes to `push`."""

@@ -1,0 +1,41 @@
+"""A blob of a store as the HTTP face sends it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from dockerproxy.store.blobs import OpenBlob
+from dockerproxy.tasks import in_thread
+
+
+class StoredContent:
+    """A whole blob on disk, open (`oci.contents.Content`); `closed` is called once it is closed."""
+
+    def __init__(self, reactor: Any, blob: OpenBlob, closed: Callable[[], None] | None = None) -> None:
+        self._reactor = reactor
+        self._blob = blob
+        self._closed = closed
+        self.size: int | None = blob.size
+
+    async def read(self, offset: int, at_most: int) -> bytes | bytearray:
+        """Return bytes from `offset` on, at least one; ``b""`` at the end."""
+        data = self._blob.read(offset, at_most)
+        return data if data is not None else await in_thread(self._reactor, self._blob.read_blocking, offset, at_most)
+
+    async def in_file(self, offset: int, at_most: int) -> tuple[int, int] | None:
+        """Return the descriptor, and how many bytes may be sent from it."""
+        size = max(0, min(at_most, self._blob.size - offset))
+        if size and not self._blob.is_cached(offset, size):
+            await in_thread(self._reactor, self._blob.read_blocking, offset, size)
+        return self._blob.fd, size
+
+    async def settled(self) -> None:
+        """What is stored was verified."""
+
+    def close(self) -> None:
+        """Let go of it; a second time does nothing."""
+        self._blob.close()
+        closed, self._closed = self._closed, None
+        if closed is not None:
+            closed()
