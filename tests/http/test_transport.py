@@ -328,16 +328,8 @@ class AnyTransport:
 
     async def test_what_is_offered_does_not_wait_in_memory(self: Any) -> None:
         port, recorder, transports = self.serve()
-        reading = threading.Event()
         content = random.Random(1).randbytes(KERNEL)
-
-        def client() -> bytes:
-            with self.connect(port) as sock:
-                sock.sendall(b"go")
-                reading.wait(PATIENCE)
-                return read_all(sock)
-
-        running = self.in_thread(client)
+        reading, running = self.late_reader(lambda: self.connect(port))
         await recorder.until(2)
         (transport,) = transports
         offered, most = 0, 0
@@ -472,16 +464,8 @@ class Plain(AnyTransport, SocketCase):
     async def test_a_file_goes_out_as_it_is(self) -> None:
         """To a client that reads late: nothing waits in memory but little, and nothing is lost."""
         port, recorder, transports = self.serve()
-        reading = threading.Event()
         content = random.Random(1).randbytes(KERNEL)
-
-        def client() -> bytes:
-            with self.connect(port) as sock:
-                sock.sendall(b"go")
-                reading.wait(PATIENCE)
-                return read_all(sock)
-
-        running = self.in_thread(client)
+        reading, running = self.late_reader(lambda: self.connect(port))
         await recorder.until(2)
         (transport,) = transports
         self.assertTrue(transport.takes_files)

@@ -370,15 +370,8 @@ class SeveralRecords(SocketCase):
             transports[0]._at_once = lambda size: 300_000  # type: ignore[method-assign]
             transports[0].start(recorder)
 
-        port, reading = self.listen(take), threading.Event()
-
-        def client() -> bytes:
-            with client_context().wrap_socket(dial(port), server_hostname="a.test") as sock:
-                sock.sendall(b"go")
-                reading.wait(PATIENCE)
-                return read_all(sock)
-
-        running = self.in_thread(client)
+        port = self.listen(take)
+        reading, running = self.late_reader(lambda: client_context().wrap_socket(dial(port), server_hostname="a.test"))
         await recorder.until(2)
         (transport,) = transports
         offered, pauses = 0, 0

@@ -8,6 +8,7 @@ import socket
 import ssl
 import struct
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -112,7 +113,7 @@ class Exchange:
             yield piece
 
 
-class Server:
+class Server(ABC):
     """An HTTP/1.1 server on a port of 127.0.0.1, over TLS where it has a context. `serve` says what it answers."""
 
     def __init__(self, context: ssl.SSLContext | None = None) -> None:
@@ -148,8 +149,9 @@ class Server:
         """Return the requests with this method whose path holds `part`."""
         return [seen for seen in list(self.requests) if seen.method == method and part in seen.path]
 
+    @abstractmethod
     def serve(self, exchange: Exchange) -> None:
-        raise NotImplementedError
+        """Answer a request."""
 
 
 class _Listener(ThreadingHTTPServer):

@@ -6,6 +6,7 @@ import hashlib
 import socket
 import ssl
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -165,6 +166,18 @@ class SocketCase(TestCase):
     def in_thread(self, function: Callable[..., T], *args: Any) -> Deferred[T]:
         deferred: Deferred[T] = deferToThread(function, *args)
         return deferred
+
+    def late_reader(self, connect: Callable[[], socket.socket]) -> tuple[threading.Event, Deferred[bytes]]:
+        """Start a client that says "go" and reads all once the event is set; return that, and what will be read."""
+        reading = threading.Event()
+
+        def client() -> bytes:
+            with connect() as sock:
+                sock.sendall(b"go")
+                reading.wait(PATIENCE)
+                return read_all(sock)
+
+        return reading, self.in_thread(client)
 
     async def turn(self) -> None:
         """Let the reactor look at its sockets once or twice."""
