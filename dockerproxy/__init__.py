@@ -14,3 +14,5 @@ The way of a request, top to bottom; a package imports only what is below it (te
 - `oci` has the nouns: `Host`, `Registry`, `Repository`, `Tag`, `Digest`; `errors` has what can go wrong, in the
   registry's own terms.
 """
+
+__version__ = "0.1.0"

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from urllib.parse import urlencode
 
+from dockerproxy import __version__
 from dockerproxy.screen import Screen, age, ago, count, size, table
 
 WRONG, USAGE, NOT_RUNNING, NOT_FOUND, NOT_PERMITTED, BUSY, FAILED, INTERRUPTED = 1, 2, 3, 4, 5, 6, 7, 130
@@ -78,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
         "dockerproxy", description="Show and clear up what docker-registry-proxy hosts and caches.", parents=[common],
         epilog=(__doc__ or "").partition("\n\n")[2],
     )  # fmt: skip
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     def command(name: str, run: Callable[..., int], text: str) -> argparse.ArgumentParser:

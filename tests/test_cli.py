@@ -541,6 +541,15 @@ def test_usage(arguments: list[str], status: int, capsys: pytest.CaptureFixture[
     assert end.value.code == status
 
 
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    """It is the package's; and what the Debian package is called after."""
+    with pytest.raises(SystemExit) as end:
+        cli.main(["--version"])
+    assert end.value.code == 0
+    version = capsys.readouterr().out.strip().removeprefix("dockerproxy ")
+    assert re.match(rf"\S+ \({re.escape(version)}\) ", (ROOT / "debian" / "changelog").read_text())
+
+
 def wait_for(condition: Any) -> None:
     end = time.monotonic() + 20
     while not condition():

@@ -103,6 +103,8 @@ class Dialer:
     async def _resolve(self, host: Host) -> list[str]:
         """Return the addresses of `host`, families alternating as the resolver's first choice begins; at least one."""
         if host.is_address:
+            if ":" in host.name and not self._ipv6:
+                raise UpstreamUnreachable(f"{host.authority}: not connected to, DISABLE_IPV6 is set")
             return [host.name]
         receiver = _Receiver()
         types = (IPv4Address, IPv6Address) if self._ipv6 else (IPv4Address,)

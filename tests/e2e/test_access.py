@@ -124,6 +124,29 @@ def test_auth_registries_logs_in_to_hub_for_everyone(
     assert machines.skopeo(proxy).try_pull("docker.io/bob/his:1").returncode != 0
 
 
+def test_a_login_of_ours_that_is_not_shared(upstreams: Upstreams, run_proxy: RunProxy) -> None:
+    """It opens nothing for clients; who has a right of their own keeps it."""
+    login = f"alice:{upstreams.users['alice']}"
+    proxy = run_proxy(
+        AUTH_REGISTRIES=f"auth.docker.io:{login} registry-1.docker.io:{login} basic.test:{login}",
+        SHARE_AUTH_REGISTRIES="false",
+    )
+    image = upstreams.on_hub("alice/unshared", "1", images.small("unshared"), owners={"alice"})
+    basic = upstreams.on_basic("private/unshared", "1", images.small("basic-unshared"))
+    own = _token(upstreams, proxy, "alice/unshared", "alice")
+    paths = ["alice/unshared/manifests/1", f"alice/unshared/blobs/{image.layers[0].digest}"]
+    basic_url = f"{BASIC}/v2/private/unshared/blobs/{basic.layers[0].digest}"
+    for _ in ("cold", "cached"):
+        for path in paths:
+            for token in (None, _token(upstreams, proxy, "alice/unshared", None)):
+                assert _get(proxy, path, token).status == 401
+            mirror = request("GET", f"http://127.0.0.1:{proxy.port}/v2/{path}", {"Accept": EVERY_MANIFEST})
+            assert mirror.status in (401, 403, 404)
+            assert _get(proxy, path, own).status == 200
+        assert proxy.client.get(basic_url).status == 401
+        assert proxy.client.get(basic_url, Authorization=upstreams.basic_login("alice")).status == 200
+
+
 def test_auth_registries_with_basic(upstreams: Upstreams, run_proxy: RunProxy, machines: Machines) -> None:
     """alice's password holds a colon."""
     assert ":" in upstreams.users["alice"]

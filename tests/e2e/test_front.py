@@ -128,6 +128,19 @@ def test_tunnel_allow(upstreams: Upstreams, run_proxy: RunProxy, echo: _Echo) ->
     assert answer.status == 403 and b"TUNNEL_ALLOW" in answer.body
 
 
+def test_without_ipv6(upstreams: Upstreams, open_proxy: Proxy, run_proxy: RunProxy, echo: _Echo) -> None:
+    """An address of IPv6 that could be reached, and is by the other daemon."""
+    with socket.create_server(("::1", echo.port), family=socket.AF_INET6):
+        target = f"[::1]:{echo.port}"
+        with _connect(open_proxy, target):
+            pass
+        proxy = run_proxy(DISABLE_IPV6="true", TUNNEL_DENY="none", TUNNEL_PORTS=str(echo.port))
+        answer = wire.raw_answer(proxy.port, f"CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n\r\n".encode())
+        assert answer.status == 502 and b"DISABLE_IPV6" in answer.body
+        with _connect(proxy, f"127.0.0.1:{echo.port}"):
+            pass
+
+
 def test_a_tunnel_to_nowhere(open_proxy: Proxy) -> None:
     for target in ("no-such-name.example.invalid:443", "127.0.0.1:443"):
         answer = wire.raw_answer(open_proxy.port, f"CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n\r\n".encode())

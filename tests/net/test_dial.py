@@ -104,6 +104,13 @@ class Dialling(SynchronousTestCase):
         self.assertEqual(self.tried, [("192.0.2.1", 5000)])
         self.assertEqual(self.resolver.asked, [("registry.example", (IPv4Address,))])
 
+    def test_without_ipv6_an_address_of_it_is_not_connected_to(self) -> None:
+        work = self.dial(host=Host("2001:db8::1", 443), ipv6=False)
+        message = str(self.failureResultOf(work, UpstreamUnreachable).value)
+        self.assertEqual(message, "[2001:db8::1]:443: not connected to, DISABLE_IPV6 is set")
+        self.dial(host=Host("192.0.2.1", 5000), ipv6=False)
+        self.assertEqual(self.tried, [("192.0.2.1", 5000)])
+
     def test_all_fail(self) -> None:
         work = self.dial("192.0.2.1", "192.0.2.2")
         self.refuse(0)
