@@ -70,7 +70,7 @@ test-vagrant: ## bring up the machine of the Vagrantfile, and use it: 15 minutes
 	@tests/vagrant/shares dist/docker-registry-proxy_*_all.deb
 	@tests/vagrant/run
 
-bench: venv bench-programs ## measure beside nginx and docker-registry, half an hour; docs/performance.md has the last run
+bench: venv bench-programs ## measure beside nginx and docker-registry, 40 minutes; docs/performance.md has the last run
 	.venv/bin/python -m bench
 
 soak: venv bench-programs ## load the daemon for 10 minutes, and see whether memory or descriptors grow; MINUTES=N

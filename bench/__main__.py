@@ -106,10 +106,10 @@ def _titles(scale: Scale) -> dict[str, str]:
         f"{JOINING} clients at once (nginx: proxy_cache)",
         "small": "small: what is cached, on connections that stay open; per core (nginx: a file)",
         "connect": "connect: a cached blob of 1.5 KiB, each on a new connection; per core (nginx: no CONNECT)",
-        "second": "second: two workers beside one; capacity is what two cores of their own would serve, by CPU time",
+        "second": "second: two workers and their clients on two cores, over one worker and the same clients on one",
         "memory": f"memory: the resident set, and its growth for each of {scale.memory_connections} connections",
         "start": "start: from the start to listening; connecting to a host that is new",
-        "image": f"image: skopeo copy of {scale.layers} layers of 100 kB (direct: from docker-registry)",
+        "image": f"image: skopeo copy of {scale.layers} layers of 100 kB (direct: docker-registry; nginx: files)",
         "push": f"push: a layer of {size}, in chunks, by 1 client; layers of 10 kB by 5 clients (TLS)",
         "gc": "gc: garbage collection, half of the blobs being garbage, and requests beside it",
     }

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable
 from contextlib import ExitStack
 
-from attrs import evolve
-
 from bench.content import Resource
-from bench.loads import handshakes, idle, sip
+from bench.loads import idle, sip
 from bench.measures import tell, turned
 from bench.stage import HOST, Stage
 from bench.table import NGINX, PROXY, Table
@@ -19,7 +16,7 @@ _KIB, _MB, _MS = 1024, 1e6, 1000
 
 
 def memory(stage: Stage, table: Table) -> None:
-    """The resident set, of all processes together: at the start, and what each connection adds to it."""
+    """What all processes have in memory together: at the start, and what each connection adds to it."""
     count = stage.scale.memory_connections
     for round_ in range(stage.scale.memory_rounds):
         for case, job, blob in (("idle", idle, stage.small), ("slow clients", sip, stage.big)):
@@ -28,7 +25,7 @@ def memory(stage: Stage, table: Table) -> None:
                     # A process that has served before would take the memory that it has left over.
                     serving = _fresh(stage, stack, name)
                     tell("memory", f"{count} {case}", name)
-                    shared_once = serving.server.proportional()
+                    shared_once = serving.server.shared_once()
                     before, *seen = _resident(stage, serving, job, blob)
                     for figure, value in (("at most", max(seen)), ("at the end", seen[-1])):
                         table.add("memory", case, name, figure, "KiB", (value - before) / count / _KIB)
@@ -51,10 +48,9 @@ def start(stage: Stage, table: Table) -> None:
                 table.add("start", case, PROXY, "listening", "s", serving.server.came_up)
                 if workers != 1:
                     continue
-                targets = [evolve(serving.target, host=host) for host in hosts]
                 for figure in ("handshake", "the next one"):
-                    found = stage.clients.run(1, serving.server, handshakes, targets).results[0]
-                    table.add("start", "new host", PROXY, figure, "ms", statistics.median(found) * _MS)
+                    done = stage.generator.greet(serving, hosts)
+                    table.add("start", "new host", PROXY, figure, "ms", done.first * _MS)
 
 
 def _resident(stage: Stage, serving: Serving, job: Callable[..., None], blob: Resource) -> list[int]:

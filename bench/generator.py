@@ -15,8 +15,8 @@ from bench.targets import Serving
 
 SOURCE = Path(__file__).with_name("load.c")
 
-REQUESTS, VISITS = "requests", "visits"
-"""What the connections do: ask again and again, or come anew for every request."""
+REQUESTS, VISITS, GREETINGS = "requests", "visits", "greetings"
+"""What the connections do: ask again and again, come anew for every request, or go after the handshake."""
 
 
 @frozen
@@ -32,11 +32,9 @@ class Outcome(Cost):
     first: float
     """Until the first byte of the body."""
     whole: float
-    """Until the last one. On new connections both count from before they connect."""
+    """Until the last one, or the end of the handshake. On new connections both count from before they connect."""
     firsts: tuple[float, ...]
     """The time to the first byte of each connection's first answer."""
-    balance: float
-    """The server's CPU time over what its busiest process used: how many cores it could have kept busy."""
 
 
 class Generator:
@@ -70,15 +68,19 @@ class Generator:
         """Connect, ask and hang up for so many `seconds`, `connections` of them at a time."""
         return self._run(serving, paths, mode=VISITS, connections=connections, seconds=seconds, resume=int(resume))
 
-    def _run(self, serving: Serving, paths: Sequence[str], **options: Any) -> Outcome:
+    def greet(self, serving: Serving, hosts: Sequence[str]) -> Outcome:
+        """Connect to each of `hosts`, one after the other, and hang up after the handshake."""
+        return self._run(serving, [], hosts, mode=GREETINGS)
+
+    def _run(self, serving: Serving, paths: Sequence[str], hosts: Sequence[str] = (), **options: Any) -> Outcome:
         target, server = serving.target, serving.server
         options |= {
             "port": target.port,
-            "host": target.host,
             "ca": target.ca_file,
             "connect": int(target.through_connect),
         }
         argv = [str(self._program), *(f"{name}={value}" for name, value in options.items())]
+        argv += [f"host={host}" for host in hosts or [target.host]]
         argv += [f"path={path}" for path in paths]
         with subprocess.Popen(
             on_cores(argv, server.cores.clients),
@@ -89,20 +91,20 @@ class Generator:
         ) as process:
             assert process.stdout is not None
             process.stdout.readline()
-            used = server.cpu_each()
+            used = server.cpu()
             output, errors = process.communicate("\n")
-            cpu = [now - used.get(pid, 0.0) for pid, now in server.cpu_each().items()]
+            used = server.cpu() - used
         if process.returncode:
             raise BenchError(f"The clients of {target.name} failed: {errors[-2000:]}")
-        return read(output, cpu)
+        return read(output, used)
 
 
-def read(output: str, cpu: Sequence[float]) -> Outcome:
-    """Return what the program printed, and what each process of the server used meanwhile."""
+def read(output: str, server_cpu: float) -> Outcome:
+    """Return what the program printed, and what the server used meanwhile."""
     data = json.loads(output)
     return Outcome(
         wall=data["wall"],
-        server_cpu=sum(cpu),
+        server_cpu=server_cpu,
         clients_cpu=data["cpu"],
         count=data["count"],
         resumed=data["resumed"],
@@ -110,5 +112,4 @@ def read(output: str, cpu: Sequence[float]) -> Outcome:
         first=data["first"][0],
         whole=data["whole"][0],
         firsts=tuple(data["firsts"]),
-        balance=sum(cpu) / max(cpu) if any(cpu) else 0.0,
     )

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from functools import partial
 from itertools import product
 
-from attrs import evolve
-
-from bench.generator import Outcome
-from bench.measures import clients, note_bytes, note_count, rounds, tell, turned
+from bench.measures import MB, clients, note_bytes, rounds, tell, turned
 from bench.requests import CONNECTIONS
+from bench.servers import Cores
 from bench.stage import HOST, Stage
-from bench.table import ONE_WORKER, PROXY, Table
+from bench.table import NGINX, PROXY, Table
 from bench.targets import Serving
 
 MANY = 8
@@ -40,33 +39,49 @@ def plain(stage: Stage, table: Table) -> None:
 
 
 def second(stage: Stage, table: Table) -> None:
-    """What a second worker brings.
+    """What a second core brings: two workers and their clients on two cores, beside one worker and the same on one.
 
-    Clients and servers share the cores, so that the rates do not show it. How much two cores of their own would serve
-    is what the CPU time of the busiest process allows: a worker that takes longer for each request, or has more of them
-    than the other, holds that up.
+    Everything that a core has to do is there twice, so that the ratio of the rates is what the server makes of it.
     """
+    cases = (
+        (f"hits, {clients(MANY)}", partial(_hits, stage)),
+        (f"manifests, {CONNECTIONS}", partial(_manifests, stage)),
+    )
     for round_ in range(stage.scale.rounds):
-        cost: dict[tuple[str, str], float] = {}
-        for workers, name in turned(round_, [(1, ONE_WORKER), (2, PROXY)]):
-            with stage.filled_proxy(workers=workers) as filled:
-                serving = evolve(filled.proxy, target=evolve(filled.proxy.target, name=name))
-                case = f"hits, {clients(MANY)}"
-                tell("second", case, name)
-                done = _download(stage, table, "second", case, serving, MANY, stage.big.path)
-                cost[case, name] = done.server_cpu / done.bytes / done.balance
-                case = f"manifests, {CONNECTIONS}"
-                tell("second", case, name)
-                done = stage.generator.ask(
-                    serving, [stage.manifest.path], connections=CONNECTIONS, seconds=stage.scale.seconds
-                )
-                note_count(table, "second", case, serving, done, done.count, "request")
-                cost[case, name] = done.server_cpu / done.count / done.balance
-        for case in dict.fromkeys(case for case, _ in cost):
-            table.add("second", case, PROXY, "capacity", "×", cost[case, ONE_WORKER] / cost[case, PROXY])
+        rates: dict[tuple[str, str, int], float] = {}
+        for count, server in turned(round_, list(product((1, 2), (PROXY, NGINX)))):
+            with ExitStack() as stack:
+                serving = _on_cores(stage, stack, server, count)
+                for case, load in cases:
+                    tell("second", f"{case}, {CORES[count]}", server)
+                    rate, unit = load(serving)
+                    table.add("second", case, server, CORES[count], unit, rate)
+                    rates[case, server, count] = rate
+        for case, server in product((case for case, _ in cases), (PROXY, NGINX)):
+            table.add("second", case, server, "second core", "×", rates[case, server, 2] / rates[case, server, 1])
 
 
-def _download(stage: Stage, table: Table, measure: str, case: str, serving: Serving, count: int, path: str) -> Outcome:
+CORES = {1: "one core", 2: "two cores"}
+
+
+def _on_cores(stage: Stage, stack: ExitStack, server: str, count: int) -> Serving:
+    """Start a server with `count` workers on as many cores, which are its clients' too."""
+    cores = Cores.together(count)
+    if server == PROXY:
+        return stack.enter_context(stage.filled_proxy(workers=count, cores=cores)).proxy
+    return stack.enter_context(stage.static_nginx(workers=count, cores=cores)).tls
+
+
+def _hits(stage: Stage, serving: Serving) -> tuple[float, str]:
+    done = stage.generator.ask(serving, [stage.big.path], connections=MANY, count=1)
+    return done.bytes / done.wall / MB, "MB/s"
+
+
+def _manifests(stage: Stage, serving: Serving) -> tuple[float, str]:
+    done = stage.generator.ask(serving, [stage.manifest.path], connections=CONNECTIONS, seconds=stage.scale.seconds)
+    return done.count / done.wall, "/s"
+
+
+def _download(stage: Stage, table: Table, measure: str, case: str, serving: Serving, count: int, path: str) -> None:
     done = stage.generator.ask(serving, [path], connections=count, count=1)
     note_bytes(table, measure, case, serving, done, done.bytes)
-    return done

@@ -20,14 +20,14 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { BUFFER = 256 * 1024, PATHS = 256, PATIENCE = 600 };
+enum { BUFFER = 256 * 1024, PATHS = 256, HOSTS = 256, PATIENCE = 600 };
 
 static struct {
-    const char *mode, *host, *ca, *paths[PATHS];
-    int port, connect, connections, path_count, resume;
+    const char *mode, *hosts[HOSTS], *ca, *paths[PATHS];
+    int port, connect, connections, host_count, path_count, resume;
     long count;
     double seconds;
-} options = {.mode = "requests", .host = "", .ca = "", .connections = 1};
+} options = {.mode = "requests", .ca = "", .connections = 1};
 
 struct times {
     double *values;
@@ -37,6 +37,7 @@ struct times {
 struct client {
     pthread_t thread;
     int number, descriptor;
+    const char *host;
     SSL *tls;
     SSL_SESSION *session;
     char *buffer;
@@ -127,7 +128,7 @@ static void open_connection(struct client *client)
     setsockopt(client->descriptor, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
     setsockopt(client->descriptor, SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof patience);
     if (options.connect) {
-        int length = sprintf(client->buffer, "CONNECT %s:443 HTTP/1.1\r\nHost: %s:443\r\n\r\n", options.host, options.host);
+        int length = sprintf(client->buffer, "CONNECT %s:443 HTTP/1.1\r\nHost: %s:443\r\n\r\n", client->host, client->host);
         send_all(client, client->buffer, length);
         if (read_head(client, &received) != received)
             die("there is more than an answer to CONNECT");
@@ -135,8 +136,8 @@ static void open_connection(struct client *client)
     if (!*options.ca)
         return;
     SSL *tls = SSL_new(context);
-    if (!tls || !SSL_set_fd(tls, client->descriptor) || !SSL_set_tlsext_host_name(tls, options.host)
-        || !SSL_set1_host(tls, options.host) || (client->session && !SSL_set_session(tls, client->session)))
+    if (!tls || !SSL_set_fd(tls, client->descriptor) || !SSL_set_tlsext_host_name(tls, client->host)
+        || !SSL_set1_host(tls, client->host) || (client->session && !SSL_set_session(tls, client->session)))
         die("no TLS");
     if (SSL_connect(tls) != 1)
         die("the handshake failed");
@@ -163,7 +164,7 @@ static void ask(struct client *client, double since)
 {
     int received, head;
     int length = sprintf(client->buffer, "GET %s HTTP/1.1\r\nHost: %s\r\nUser-Agent: bench\r\nAccept: */*\r\n\r\n",
-                         options.paths[client->count % options.path_count], options.host);
+                         options.paths[client->count % options.path_count], client->host);
     send_all(client, client->buffer, length);
     head = read_head(client, &received);
     char *field = strcasestr(client->buffer, "\r\nContent-Length:");
@@ -200,11 +201,24 @@ static void keep_coming(struct client *client)
     }
 }
 
+/* A connection to each host, of which nothing but the handshake is wanted. */
+static void greet(struct client *client)
+{
+    for (; client->count < options.host_count; client->count++) {
+        double since = now();
+        client->host = options.hosts[client->count];
+        open_connection(client);
+        note(&client->first, now() - since);
+        note(&client->whole, now() - since);
+        close_connection(client);
+    }
+}
+
 static void *work(void *argument)
 {
     struct client *client = argument;
-    int visits = !strcmp(options.mode, "visits");
-    if (!visits || options.resume)
+    int visits = !strcmp(options.mode, "visits"), greets = !strcmp(options.mode, "greetings");
+    if (!visits && !greets || options.resume)
         open_connection(client);
     if (visits && options.resume) { /* a session to begin with comes with the first answer */
         ask(client, now());
@@ -214,7 +228,7 @@ static void *work(void *argument)
     }
     pthread_barrier_wait(&ready);
     pthread_barrier_wait(&go);
-    (visits ? keep_coming : keep_asking)(client);
+    (visits ? keep_coming : greets ? greet : keep_asking)(client);
     client->end = now() - began;
     return NULL;
 }
@@ -277,8 +291,8 @@ static void read_option(const char *option)
 #define IS(name) (length == sizeof name - 1 && !strncmp(option, name, length))
     if (IS("mode"))
         options.mode = value;
-    else if (IS("host"))
-        options.host = value;
+    else if (IS("host") && options.host_count < HOSTS)
+        options.hosts[options.host_count++] = value;
     else if (IS("ca"))
         options.ca = value;
     else if (IS("port"))
@@ -322,6 +336,7 @@ int main(int count, char **arguments)
     pthread_barrier_init(&go, NULL, options.connections + 1);
     for (int number = 0; number < options.connections; number++) {
         clients[number].number = number;
+        clients[number].host = options.hosts[0];
         clients[number].buffer = malloc(BUFFER);
         if (!clients[number].buffer || pthread_create(&clients[number].thread, NULL, work, &clients[number]))
             die("no thread");

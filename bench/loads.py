@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ssl
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from bench.content import Resource
 from bench.targets import Target, read_body, read_head
@@ -28,17 +28,6 @@ def download(start: Start, target: Target, blob: Resource) -> str:
         head = buffer[:length].decode("latin-1")
         read_body(connection, buffer, blob.size - received)
     return head
-
-
-def handshakes(start: Start, targets: Sequence[Target]) -> list[float]:
-    """Connect to each of `targets`; return the seconds until each connection's handshake was done."""
-    context, found = targets[0].context(), []
-    start()
-    for target in targets:
-        began = time.perf_counter()
-        with target.open(context):
-            found.append(time.perf_counter() - began)
-    return found
 
 
 def sip(start: Start, target: Target, blob: Resource, connections: int, seconds: float) -> None:

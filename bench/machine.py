@@ -25,8 +25,7 @@ def machine() -> dict[str, str]:
         f"{SSL.SSLeay_version(SSL.SSLEAY_VERSION).decode()}; {default_workers()} workers, one where a row is per core",
         "peers": f"{nginx.version()}, {NGINX_WORKERS} workers, one where a row is per core; "
         f"{docker_registry.version()}",
-        "clients": f"on the same cores: bench/load.c; {skopeo_version()}; Python for pushes, memory and the first "
-        "handshake",
+        "clients": f"on the same cores: bench/load.c; {skopeo_version()}; Python for pushes and memory",
         "load average at the start": load_average(),
     }
 

@@ -11,7 +11,8 @@ from bench.stage import Stage
 from bench.table import Table
 from bench.targets import Serving
 
-_GB, _MB, _MICRO = 1e9, 1e6, 1e6
+MB = 1e6
+_GB, _MICRO = 1e9, 1e6
 
 _T = TypeVar("_T")
 
@@ -42,7 +43,7 @@ def tell(measure: str, case: str, server: str) -> None:
 def note_bytes(table: Table, measure: str, case: str, serving: Serving, cost: Cost, size: int) -> None:
     """Note a load in which `size` bytes went to clients, or came from them."""
     name = serving.name
-    table.add(measure, case, name, "throughput", "MB/s", size / cost.wall / _MB, busy=_busy(cost, serving))
+    table.add(measure, case, name, "throughput", "MB/s", size / cost.wall / MB, busy=_busy(cost, serving))
     table.add(measure, case, name, "server CPU", "s/GB", cost.server_cpu / size * _GB)
     table.add(measure, case, name, "clients' CPU", "s/GB", cost.clients_cpu / size * _GB)
 

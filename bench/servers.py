@@ -6,7 +6,7 @@ import os
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -45,6 +45,12 @@ class Cores:
         """Return one core for the server and all others for the clients."""
         first, *others = sorted(os.sched_getaffinity(0))
         return cls((first,), tuple(others) or (first,))
+
+    @classmethod
+    def together(cls, count: int) -> Cores:
+        """Return `count` cores for server and clients alike, or all where there are fewer."""
+        those = tuple(sorted(os.sched_getaffinity(0))[:count])
+        return cls(those, those)
 
 
 def on_cores(argv: Sequence[str], cores: Sequence[int]) -> list[str]:
@@ -136,26 +142,30 @@ class Server:
 
     def cpu(self) -> float:
         """Return the CPU seconds, of user and system, that its processes have used so far."""
-        return sum(self.cpu_each().values())
-
-    def cpu_each(self) -> dict[int, float]:
-        """Return what each of its processes has used so far, by its id."""
-        return {pid: _cpu(pid) for pid in self._pids()}
+        return sum(map(_cpu, self.processes()))
 
     def resident(self) -> int:
         """Return the resident set of its processes in bytes."""
-        return sum(int(line.split()[1]) * 1024 for pid in self._pids() for line in _lines(pid, "status", "VmRSS:"))
+        return sum(int(line.split()[1]) * 1024 for pid in self.processes() for line in _lines(pid, "status", "VmRSS:"))
 
-    def proportional(self) -> int:
-        """Return the same with what they share counted once."""
-        return sum(int(line.split()[1]) * 1024 for pid in self._pids() for line in _lines(pid, "smaps_rollup", "Pss:"))
+    def shared_once(self) -> int:
+        """Return the same with every page counted once that several of them have.
+
+        That is not the sum of their PSS, which counts less of a library the more strangers have loaded it.
+        """
+        own, files = 0, dict[tuple[str, ...], int]()
+        for pid in self.processes():
+            for mapping, (resident, anonymous) in _mappings(pid):
+                files[mapping] = max(files.get(mapping, 0), resident - anonymous)
+            own += sum(int(line.split()[1]) for line in _lines(pid, "smaps_rollup", "Pss_Anon:"))
+        return (own + sum(files.values())) * 1024
 
     def descriptors(self) -> int:
         """Return how many files and connections its processes have open."""
-        return sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in self._pids())
+        return sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in self.processes())
 
-    def _pids(self) -> list[int]:
-        """Return the program's process and all that come from it."""
+    def processes(self) -> list[int]:
+        """Return the ids of the program's process and of all that come from it."""
         assert self._process is not None
         parents = {int(name): _parent(int(name)) for name in os.listdir("/proc") if name.isdigit()}
         found = [self._process.pid]
@@ -183,6 +193,20 @@ def _parent(pid: int) -> int:
 
 def _lines(pid: int, file: str, field: str) -> list[str]:
     return [line for line in Path(f"/proc/{pid}/{file}").read_text().splitlines() if line.startswith(field)]
+
+
+def _mappings(pid: int) -> Iterator[tuple[tuple[str, ...], tuple[int, int]]]:
+    """Yield the file of each mapping with the place in it, and how many KiB are resident, and of those anonymous."""
+    mapping: tuple[str, ...] = ()
+    resident = 0
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        first, *rest = line.split()
+        if not first.endswith(":"):  # addresses, permissions, offset, device, inode, path: proc_pid_smaps(5)
+            mapping = (rest[1], *rest[4:])
+        elif first == "Rss:":
+            resident = int(rest[0])
+        elif first == "Anonymous:":
+            yield mapping, (resident, int(rest[0]))
 
 
 def listening(port: int) -> bool:

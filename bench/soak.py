@@ -2,8 +2,9 @@
 
 Clients pull and verify, leave in the midst of a download, push and delete; the registry upstream goes away and comes
 back; the cache is too small for what is pulled, so that it evicts all the time, and garbage is collected. It fails
-where memory or descriptors of the daemon's processes grow, where clients that are gone leave descriptors behind, and
-where a client gets what it should not: a wrong content ever, an error unless the registry was away.
+where memory or descriptors of the daemon's processes, all of them together, grow, where one of them ends, where clients
+that are gone leave descriptors behind, and where a client gets what it should not: a wrong content ever, an error
+unless the registry was away.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from contextlib import contextmanager
 from attrs import evolve, frozen
 
 from bench.clients import Clients
-from bench.content import make_blob
+from bench.content import make_blob, make_manifest
 from bench.daemon import Ports, command
 from bench.scale import QUICK
 from bench.servers import BenchError, Server
@@ -34,6 +35,7 @@ _TELL = 10  # samples between two lines that are printed
 _COLLECT = 60  # samples between two garbage collections
 _REST = 75.0  # seconds that the daemon has to close what it does not need: it keeps idle connections upstream for 60
 _BLOBS, _SIZES = 120, (16 * 1024, 1 << 20, 8 << 20)
+_MANIFESTS = 30
 _CACHE = "128m"  # of about 360 MB that are pulled
 
 _MORE_MEMORY, _MORE_DESCRIPTORS = 0.03, 0.10
@@ -44,14 +46,15 @@ _SLACK_MEMORY, _SLACK_DESCRIPTORS = 2e6, 8
 
 @frozen
 class Sample:
-    """What the daemon's processes have together; memory in bytes."""
+    """What the daemon's processes have together, memory in bytes, and their ids."""
 
     memory: int
     descriptors: int
+    processes: frozenset[int]
 
     @classmethod
     def of(cls, server: Server) -> Sample:
-        return cls(server.resident(), server.descriptors())
+        return cls(server.resident(), server.descriptors(), frozenset(server.processes()))
 
 
 def growth(values: Sequence[float]) -> tuple[float, float]:
@@ -63,7 +66,7 @@ def growth(values: Sequence[float]) -> tuple[float, float]:
 
 
 def complaints(samples: Sequence[Sample], before: Sample, after: Sample) -> Iterator[str]:
-    """Yield what has grown: while the load lasted, and from rest to rest."""
+    """Yield what has grown or ended: while the load lasted, and from rest to rest."""
     for what, values, more, slack in (
         ("memory", [sample.memory for sample in samples], _MORE_MEMORY, _SLACK_MEMORY),
         ("descriptors", [sample.descriptors for sample in samples], _MORE_DESCRIPTORS, _SLACK_DESCRIPTORS),
@@ -73,6 +76,8 @@ def complaints(samples: Sequence[Sample], before: Sample, after: Sample) -> Iter
             yield f"{what} grew from {earlier:,.0f} to {later:,.0f}"
     if after.descriptors > before.descriptors + _SLACK_DESCRIPTORS:
         yield f"{after.descriptors} descriptors are open without clients; {before.descriptors} were at the start"
+    if ended := before.processes - after.processes:
+        yield f"{len(ended)} of {len(before.processes)} processes ended"
 
 
 def main() -> None:
@@ -98,11 +103,12 @@ def soak(seconds: float, seed: int) -> list[str]:
     ports = Ports()
     with Clients(1) as clients, Stage.open(evolve(QUICK, blob=1 << 20), clients) as stage, stage.fresh_state() as state:
         sizes = random.Random(seed)
-        blobs = [make_blob(stage.root, sizes.choice(_SIZES)) for _ in range(_BLOBS)]
+        resources = [make_blob(stage.root, sizes.choice(_SIZES)) for _ in range(_BLOBS)]
+        resources += [make_manifest(stage.root) for _ in range(_MANIFESTS)]
         with stage.proxy(state, ports, {"CACHE_MAX_SIZE": _CACHE}) as serving:
             hosted = evolve(serving.target, port=ports.tls, host=OWN, through_connect=False)
             before = Sample.of(serving.server)
-            visitors = Visitors(serving.target, hosted, blobs, Upstream(stage.registry.server))
+            visitors = Visitors(serving.target, hosted, resources, Upstream(stage.registry.server))
             with _visiting(visitors, seed):
                 samples = _watch(serving.server, visitors, seconds, command(state, "gc", "--grace", "2m"))
             after = _rest(serving.server, before)

@@ -10,7 +10,6 @@ from attrs import define, field
 
 PROXY, NGINX, NGINX_LOGGING = "proxy", "nginx", "nginx+log"
 REGISTRY, DIRECT = "registry:2", "direct"
-ONE_WORKER = "1 worker"
 """Whose figures they are. `DIRECT` is the registry that is pulled from, asked by clients without a proxy."""
 
 Key = tuple[str, str, str]

@@ -32,6 +32,17 @@ def plant(root: Path, repository: str, layers: int, size: int) -> str:
     return digest.partition(":")[2][:12]
 
 
+def publish(root: Path, repository: str, tag: str, folder: Path) -> None:
+    """Have `folder` hold the image of `tag` that is below `root`, by hard links, as a server of files gives it out."""
+    (folder / "blobs").mkdir(parents=True)
+    (folder / "manifests").mkdir()
+    blobs = root / "docker/registry/v2/blobs/sha256"
+    for blob in blobs.glob("*/*/data"):
+        os.link(blob, folder / f"blobs/sha256:{blob.parent.name}")
+    digest = Path(f"{_repository(root, repository)}/_manifests/tags/{tag}/current/link").read_text()
+    os.link(folder / "blobs" / digest, folder / "manifests" / tag)
+
+
 def grow(root: Path, count: int) -> tuple[str, int]:
     """Put `count` blobs below `root`; return the digest of one of the manifests, and how many blobs are garbage."""
     needed = [_blob(root, f"needed {number}".encode()) for number in range(count // 2)]

@@ -56,7 +56,7 @@ class Visitors:
 
     proxy: Target
     hosted: Target
-    blobs: Sequence[Resource]
+    resources: Sequence[Resource]
     upstream: Upstream
     done: Counter[str] = field(factory=Counter)
     failures: list[str] = field(factory=list)
@@ -97,28 +97,28 @@ class Visitors:
         connection = connect(self.proxy)
         try:
             for _ in range(chance.randint(1, _REQUESTS)):
-                blob, hasher, received = chance.choice(self.blobs), hashlib.sha256(), 0
-                connection.request("GET", blob.path)
+                wanted, hasher, received = chance.choice(self.resources), hashlib.sha256(), 0
+                connection.request("GET", wanted.path)
                 answer = connection.getresponse()
                 if answer.status != 200:
-                    raise Refused(f"{blob.path} was answered {answer.status}: {answer.read(200)!r}")
+                    raise Refused(f"{wanted.path} was answered {answer.status}: {answer.read(200)!r}")
                 while piece := answer.read(_PIECE):
                     hasher.update(piece)
                     received += len(piece)
-                if received < blob.size:
-                    raise Refused(f"{blob.path} broke off at byte {received} of {blob.size}")
-                if f"sha256:{hasher.hexdigest()}" != blob.digest:
-                    self.failures.append(f"pull: {blob.path} came with another content")
+                if received < wanted.size:
+                    raise Refused(f"{wanted.path} broke off at byte {received} of {wanted.size}")
+                if f"sha256:{hasher.hexdigest()}" != wanted.digest:
+                    self.failures.append(f"pull: {wanted.path} came with another content")
                 self.done["pulls"] += 1
         finally:
             connection.close()
 
     def _leave(self, chance: random.Random) -> None:
-        blob = chance.choice(self.blobs)
+        wanted = chance.choice(self.resources)
         connection = connect(self.proxy)
         try:
-            connection.request("GET", blob.path)
-            connection.getresponse().read(chance.randrange(1, blob.size))
+            connection.request("GET", wanted.path)
+            connection.getresponse().read(chance.randrange(1, wanted.size))
         finally:
             connection.close()
         self.done["leavers"] += 1

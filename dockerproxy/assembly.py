@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any
 
 from attrs import field, frozen
-from OpenSSL import SSL
 
 from dockerproxy.admin.page import Page
 from dockerproxy.cache.access import Access
@@ -32,6 +31,7 @@ from dockerproxy.daemon.transfers import Transfers
 from dockerproxy.http.channel import Handler
 from dockerproxy.http.request import Request
 from dockerproxy.http.site import Site, Timeouts
+from dockerproxy.http.tls import ServerContext
 from dockerproxy.net.dial import Dialer
 from dockerproxy.oci.names import Digest
 from dockerproxy.proxy.authority import CertificateAuthority
@@ -305,7 +305,9 @@ def make_doors(
     ]
 
 
-def make_site(reactor: Any, settings: Settings, handler: Handler, tls: Callable[[], SSL.Context] | None = None) -> Site:
+def make_site(
+    reactor: Any, settings: Settings, handler: Handler, tls: Callable[[], ServerContext] | None = None
+) -> Site:
     """Return a site whose requests `handler` answers, over TLS by the contexts of `tls` if given."""
     timeouts = Timeouts(
         settings.keepalive_timeout, settings.client_header_timeout, settings.client_body_timeout, settings.send_timeout

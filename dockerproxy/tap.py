@@ -36,8 +36,11 @@ from dockerproxy.store.layout import Layout
 from dockerproxy.store.records import Records
 from dockerproxy.store.sweep import Sweeper
 from dockerproxy.tasks import Turns
-from dockerproxy.workers.crew import Crew, Start
+from dockerproxy.worker import Inherited, run_worker
+from dockerproxy.workers.crew import Crew
 from dockerproxy.workers.desk import Desk, FirstRoom, Reservations
+from dockerproxy.workers.forking import ForkServer
+from dockerproxy.workers.tally import Tally
 
 _MORE_GRACE = 2.0  # seconds after the end of their own grace that workers have to end
 
@@ -88,14 +91,12 @@ def make_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifie
     several = settings.workers > 1
     serving = make_serving(reactor, settings, authority, Common(FirstRoom(reservations), turns, bindings, several))
     store = serving.hosted.hosted.store
-    crew = Crew(
-        reactor,
-        settings.workers - 1,
-        Start(variables(env_file), writes=jsonlog.is_standard_output(twistd_options)),
-        partial(Desk, reservations, turns),
-        bindings,
-        GRACE + _MORE_GRACE,
-    )
+    writes = jsonlog.is_standard_output(twistd_options)
+    tally = Tally.make(settings.workers)
+    inherited = Inherited(reactor, variables(env_file), authority, tally)
+    forks = ForkServer(reactor, partial(run_worker, inherited), writes=writes)
+    desk = partial(Desk, reservations, turns)
+    crew = Crew(reactor, settings.workers - 1, forks, tally, desk, bindings, GRACE + _MORE_GRACE, relayed=not writes)
 
     def use(changed: Settings) -> None:
         serving.use(changed)
@@ -115,6 +116,7 @@ def make_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifie
     reload = Reload(partial(read_settings, env_file), use, settings, serving.served, notifier)
     daemon = Daemon(reactor, settings, twistd_options, notifier)
     for service in (
+        *([forks] if several else []),  # first, while nothing is open
         room.service(),
         purging(reactor, store.uploads, time.time),
         entrance,

@@ -1,48 +1,62 @@
-"""A worker: one more process that serves clients, started by the first one; see `dockerproxy.workers`."""
+"""A worker: one more process that serves clients, begun as a copy of the first one; see `dockerproxy.workers`."""
 
 from __future__ import annotations
 
 import os
-import signal
+import socket
 import sys
 import time
 from collections.abc import Mapping
 from typing import Any
 
-from attrs import evolve
+from attrs import evolve, field, frozen
+from twisted.internet.defer import Deferred
+from twisted.internet.main import installReactor
 from twisted.internet.task import LoopingCall
-from twisted.logger import ILogObserver, Logger, globalLogBeginner
+from twisted.logger import Logger, globalLogPublisher
 
-from dockerproxy.assembly import Common, Serving, make_serving, open_authority
+from dockerproxy.assembly import Common, Serving, make_serving
 from dockerproxy.cache.identity import Bindings
-from dockerproxy.daemon import priority
 from dockerproxy.daemon.doors import Doors
 from dockerproxy.daemon.jsonlog import JsonLog
 from dockerproxy.daemon.memory import settle_memory
-from dockerproxy.proxy.issuer import AuthorityError
+from dockerproxy.proxy.authority import CertificateAuthority
 from dockerproxy.registry.users import HtpasswdError
 from dockerproxy.reload import sentence
 from dockerproxy.settings import Settings, SettingsError
 from dockerproxy.store.blobs import Blobs
 from dockerproxy.store.layout import Layout
 from dockerproxy.workers.calls import Answers, Calls
-from dockerproxy.workers.crew import LIFE_EVERY, LINE, RELAYED, TALLY
+from dockerproxy.workers.crew import LIFE_EVERY
 from dockerproxy.workers.elsewhere import RoomElsewhere, TurnsElsewhere
-from dockerproxy.workers.line import adopt
+from dockerproxy.workers.forking import Order
 from dockerproxy.workers.passing import Taking
 from dockerproxy.workers.tally import Tally
 
 log = Logger()
 
 
-class Worker:
-    """This process. `number` is what the first process calls it, `calls` and `tally` are shared with that."""
+@frozen
+class Inherited:
+    """What a worker has from the first process: the `environment`, as the settings were read from at the start, ..."""
 
-    def __init__(self, reactor: Any, settings: Settings, number: int, tally: Tally) -> None:
+    reactor: Any
+    environment: Mapping[str, str] = field(repr=False)
+    authority: CertificateAuthority
+    tally: Tally
+
+
+class Worker:
+    """This process, which the first one calls `number` and has a `line` to."""
+
+    def __init__(
+        self, reactor: Any, inherited: Inherited, settings: Settings, number: int, line: socket.socket
+    ) -> None:
         self._reactor = reactor
+        self._inherited = inherited
         self._number = number
-        self._tally = tally
-        self._stopping = False
+        self._tally = inherited.tally
+        self._stopping = self._ended = False
         bindings = Bindings(lambda token, client: self._calls.tell("bound", token, client))
         answers: Answers = {
             "reload": self._reload,
@@ -50,17 +64,17 @@ class Worker:
             "hurry": self._hurry,
             "bound": bindings.note,
         }
-        self._calls = Calls(reactor, adopt(LINE), answers, passed=self._passed, lost=self._alone)
+        self._calls = Calls(reactor, line, answers, passed=self._passed, lost=self._alone)
         room = RoomElsewhere(reactor, self._calls, Blobs(Layout(settings.cache_dir), durable=False))
         common = Common(room, TurnsElsewhere(self._calls), bindings, shared=True)
-        self._serving = make_serving(reactor, settings, open_authority(settings), common)
+        self._serving = make_serving(reactor, settings, inherited.authority, common)
         self._entrance = self._make_entrance(self._serving)
         self._taking = Taking(reactor, [door.site for door in self._serving.doors], self._count_end)
 
     def start(self) -> None:
         """Begin to serve."""
         self._entrance.startService()
-        self._reactor.addSystemEventTrigger("before", "shutdown", self._entrance.stopService)
+        self._reactor.addSystemEventTrigger("before", "shutdown", self._finish)
         living = LoopingCall(lambda: self._tally.note_life(self._number, time.monotonic_ns()))
         living.clock = self._reactor
         living.start(LIFE_EVERY)
@@ -81,7 +95,7 @@ class Worker:
 
     def _reload(self, changed: Mapping[str, str]) -> None:
         try:
-            self._serving.use(Settings.from_environment({**os.environ, **changed}))
+            self._serving.use(Settings.from_environment({**self._inherited.environment, **changed}))
         except (SettingsError, HtpasswdError, OSError) as error:
             log.error("worker {number} did not reload: {why}", number=self._number, why=str(error))
 
@@ -90,36 +104,39 @@ class Worker:
             self._stopping = True
             self._reactor.stop()
 
+    def _finish(self) -> Deferred[None]:
+        return self._entrance.stopService().addBoth(self._end)
+
+    def _end(self, result: object) -> object:
+        self._ended = True
+        return result
+
     def _hurry(self) -> None:
         self._entrance.hurry()
 
     def _alone(self) -> None:
         """End at once: another daemon may start where the first process is gone, and clears what is under way."""
-        os._exit(1)
+        if not self._ended:  # or it is the reactor that closes the line, and what it closes last has yet to be logged
+            os._exit(1)
 
 
-def main() -> None:
-    """Run the worker whose number is the argument, until the first process says so or is gone."""
-    # A terminal's signals go to all processes, as systemd's SIGTERM does; it is the first one that knows what to do.
-    for sent in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(sent, signal.SIG_IGN)
-    from twisted.internet import reactor
-
-    settings = Settings.from_environment(os.environ)
-    as_json = settings.log_format == "json" or RELAYED in sys.argv[2:]
-    observer: ILogObserver = JsonLog(sys.stdout) if as_json else priority.observer()
-    globalLogBeginner.beginLoggingTo([observer], redirectStandardIO=False)
-    number = int(sys.argv[1])
+def run_worker(inherited: Inherited, order: Order) -> None:
+    """Run a worker until the first process says so or is gone."""
+    if order.output is not None:
+        globalLogPublisher.addObserver(JsonLog(open(1, "w", closefd=False)))
+    reactor = _another(inherited.reactor)
     try:
-        Worker(reactor, settings, number, Tally.of(TALLY)).start()
-    except (SettingsError, AuthorityError, HtpasswdError, OSError) as error:
-        log.error("worker {number} cannot start: {why}", number=number, why=sentence(error))
+        settings = Settings.from_environment({**inherited.environment, **order.changed})
+        Worker(reactor, inherited, settings, order.number, socket.socket(fileno=order.line)).start()
+    except (SettingsError, HtpasswdError, OSError) as error:
+        log.error("worker {number} cannot start: {why}", number=order.number, why=sentence(error))
         raise SystemExit(1) from None
-    except Exception:
-        log.failure("worker {number} cannot start", number=number)
-        raise SystemExit(1) from None
-    reactor.run(installSignalHandlers=False)  # type: ignore[call-arg]
+    reactor.run(installSignalHandlers=False)
 
 
-if __name__ == "__main__":
-    main()
+def _another(reactor: Any) -> Any:
+    """Return a reactor of the same kind, which is the one that is imported from now on: one has no use in a copy."""
+    del sys.modules["twisted.internet.reactor"]
+    another = type(reactor)()
+    installReactor(another)  # type: ignore[no-untyped-call]
+    return another

@@ -1,8 +1,13 @@
-"""Who may import whom: the flow of dockerproxy/__init__.py, held by reading every module's import statements."""
+"""Who may import whom: the flow of dockerproxy/__init__.py, held by reading every module's import statements.
+
+And what no process of the daemon loads, for each has it in memory to the end.
+"""
 
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,11 +36,27 @@ ALLOWED = {
     "admin": {"cache", "registry", "proxy", "store", "http", "oci", "errors"},
     "workers": {"cache", "store", "daemon", "http", "oci"},
     "screen": set(),
-    "cli": {"screen"},  # it asks the daemon, and starts fast
+    "cli": {"__init__", "screen"},  # it asks the daemon, and starts fast
 }
 COMPOSE = {"tap", "worker", "assembly"}  # these put the parts together and may import all of them
-BEGIN = {"tap", "worker"}  # where a process begins
+BEGIN = {"tap"}  # where the daemon begins
 EVERYWHERE = {"tasks"}  # helpers that know of no part
+
+# Each would be loaded with all that it needs itself: megabytes that no request has a use for.
+UNUSED = {
+    "automat",
+    "difflib",
+    "importlib.resources",
+    "multiprocessing",
+    "sqlite3",
+    "twisted.application.internet",
+    "twisted.trial",
+    "twisted.web.client",
+    "twisted.web.http",
+    "twisted.web.server",
+    "unittest",
+    "xml",
+}
 
 # They decide and do no I/O: no reactor, no socket and no file is in their reach.
 PURE = {"oci", "errors", "net.addresses", "proxy.policy", "proxy.head", "cache.freshness", "store.eviction"}
@@ -85,7 +106,10 @@ def imports_of(path: Path) -> set[str]:
 
 
 def parts_imported(path: Path) -> set[str]:
-    return {name.split(".")[1] for name in imports_of(path) if name.startswith("dockerproxy.")}
+    """Return the parts that a module imports; what is no module of the package is its own, as `__version__` is."""
+    found = {name.split(".")[1] for name in imports_of(path) if name.startswith("dockerproxy.")}
+    parts = {entry.name.removesuffix(".py") for entry in PACKAGE.iterdir()}
+    return {part if part in parts else "__init__" for part in found}
 
 
 def is_within(name: str, groups: set[str]) -> bool:
@@ -139,3 +163,12 @@ def test_the_directions_have_no_circle() -> None:
 )
 def test_the_reading_of_import_statements(source: str, name: str, is_package: bool, found: set[str]) -> None:
     assert set(imported(source, name, is_package)) == found
+
+
+@pytest.mark.parametrize("name", sorted(BEGIN))
+def test_what_a_process_loads(name: str) -> None:
+    program = f"import sys, twisted.internet.reactor, dockerproxy.{name}; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    loaded = done.stdout.split()
+    assert f"dockerproxy.{name}" in loaded
+    assert not {module for module in loaded if is_within(module, UNUSED)}

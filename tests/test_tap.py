@@ -402,9 +402,13 @@ def test_asked_to_stop_it_closes_what_is_idle_and_ends(start: Any) -> None:
     assert daemon.ends() in (0, -signal.SIGTERM)
 
 
-def test_asked_to_stop_it_lets_transfers_finish(start: Any, far: Far) -> None:
-    daemon = start(**far.settings)
+@pytest.mark.parametrize("workers", [1, 2])
+def test_asked_to_stop_it_lets_transfers_finish(start: Any, far: Far, workers: int) -> None:
+    """The last one is logged as well, be it that of a worker, which ends with it."""
+    daemon = start(**far.settings, WORKERS=str(workers))
     port = daemon.port()
+    if workers > 1:
+        daemon.wait_for("worker 1 serves")  # then it gets the second connection
     with socket.create_connection(("127.0.0.1", port), timeout=SECONDS) as idle:
         near, other = far.tunnel(port)  # by then, the daemon has taken the one before it too
         with near, other:

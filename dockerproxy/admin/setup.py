@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 import shlex
-from importlib.resources import files
+from pathlib import Path
 
 from dockerproxy.errors import NameInvalid
 from dockerproxy.oci.names import Host
 
-_SCRIPT = files("dockerproxy.admin").joinpath("setup.sh").read_text(encoding="utf-8")
+_SCRIPT = Path(__file__).with_name("setup.sh").read_text(encoding="utf-8")
 
 
 def setup_script(proxy_url: str) -> str:

@@ -40,7 +40,7 @@ class Download:
         self._origin = origin
         self._digest = digest
         self._answer: Answer | None = None
-        self._rest = b""  # read of the answer already
+        self._rest: list[bytes] = []  # read of the answer already
         self.offset = offset
         self.size: int | None = None
 
@@ -61,8 +61,8 @@ class Download:
                 await self._wait(pause, error)
         await self._connect()
 
-    async def read(self, at_least: int = 1) -> bytes:
-        """Return the next bytes, ``b""`` at the end. Raise `UpstreamError` when upstream has failed too often.
+    async def read(self, at_least: int = 1) -> list[bytes]:
+        """Return the next pieces, none at the end. Raise `UpstreamError` when upstream has failed too often.
 
         They are `at_least` so many where that is a matter of milliseconds.
         """
@@ -77,35 +77,36 @@ class Download:
                     raise
                 await self._wait(max(pause, self._asked_for(error)), error)
 
-    def unread(self, data: bytes) -> None:
+    def unread(self, pieces: list[bytes]) -> None:
         """Take back what `read` gave last; it is what the next `read` gives."""
-        self._rest = data + self._rest
-        self.offset -= len(data)
+        self._rest = pieces + self._rest
+        self.offset -= sum(map(len, pieces))
 
     def abort(self) -> None:
         """Close the connection to upstream."""
-        answer, self._answer, self._rest = self._answer, None, b""
+        answer, self._answer, self._rest = self._answer, None, []
         if answer is not None:
             answer.abort()
 
-    async def _read(self, at_least: int) -> bytes:
+    async def _read(self, at_least: int) -> list[bytes]:
         if self._answer is None and not self._rest and self.offset != self.size:
             await self._connect()
         if not self._rest:
             if self.offset == self.size:
                 self.abort()
-                return b""
+                return []
             assert self._answer is not None
-            self._rest = await self._answer.read_chunk(at_least, _PATIENT)
-        data, self._rest = self._rest, b""
-        if not data and self.size is None:
+            self._rest = await self._answer.read_pieces(at_least, _PATIENT)
+        pieces, self._rest = self._rest, []
+        end = self.offset + sum(map(len, pieces))
+        if not pieces and self.size is None:
             self.size = self.offset
-        elif not data:
+        elif not pieces:
             raise UpstreamBroken(f"{self._origin.registry} sent too little of {self._digest}")
-        elif self.size is not None and self.offset + len(data) > self.size:
+        elif self.size is not None and end > self.size:
             raise UpstreamBroken(f"{self._origin.registry} sent more of {self._digest} than it has")
-        self.offset += len(data)
-        return data
+        self.offset = end
+        return pieces
 
     def _asked_for(self, error: UpstreamError) -> float:
         """Return for how many seconds upstream wants to be left alone, up to what clients have patience for."""
@@ -170,4 +171,4 @@ class Download:
                 kind = TooLong if answer.status == 200 else UpstreamBroken
                 raise kind(f"{self._origin.registry} sent too little of {self._digest}")
             rest, count = data[count:], max(0, count - len(data))
-        self._rest, self._answer = rest, answer
+        self._rest, self._answer = [rest] if rest else [], answer

@@ -30,6 +30,7 @@ from dockerproxy.cache.download import Download, TooLong
 from dockerproxy.cache.ingests import Announcement, Ingests
 from dockerproxy.cache.origin import Origin, Upstream, Visitor
 from dockerproxy.cache.reading import HELD_BACK, FlightContent
+from dockerproxy.cache.recent import Recent
 from dockerproxy.cache.room import Room
 from dockerproxy.errors import RegistryError, UpstreamBroken
 from dockerproxy.oci.names import Digest
@@ -40,9 +41,9 @@ from dockerproxy.tasks import in_thread, spawn
 if TYPE_CHECKING:
     from hashlib import _Hash
 
-# Bytes that are hashed and written at a time, if they come fast: a thread is asked for each, and readers are woken.
-# Whoever waits for the beginning has that at once.
-_PIECE = 256 * 1024
+# Bytes that are hashed and written at a time, if they come fast: to have a thread do that, and to wake readers, takes
+# 70 µs each time. Whoever waits for the beginning has that at once.
+_MOST = 512 * 1024
 _LOOK_EVERY = 0.01  # seconds between two looks at a file that another process writes
 _OFFERED = 5.0  # seconds for which a stranded flight keeps its connection open for a reader
 _OWN_FAULT = "the download failed in this proxy itself: its log says why"
@@ -87,6 +88,7 @@ class Flight:
         self.digest = digest
         self.size: int | None = None  # of the whole blob, once upstream has said it
         self.written = 0  # bytes in the ingest file
+        self.recent = Recent()  # the last of them, once more
         self.follows = False  # whether another process fetches it
         self.opened = False  # whether upstream has begun to send
         self.landed = False  # verified and published
@@ -110,6 +112,7 @@ class Flight:
     def end(self) -> None:
         """Let all go who wait; nobody joins any more."""
         self.ended = True
+        self.recent.clear()  # a slow reader may keep the flight for hours
         self._close()
         self._wake()
 
@@ -145,7 +148,8 @@ class Flight:
     @property
     def readable(self) -> int:
         """How many bytes from the start may be given to clients."""
-        return self.written if self.landed else max(0, self.written - HELD_BACK)
+        complete = self.size is None or self.written == self.size  # or may be, for all that is known
+        return max(0, self.written - HELD_BACK) if complete and not self.landed else self.written
 
     def content(self, origin: Origin) -> FlightContent | None:
         """Return the content for one reader, who could go to `origin` itself if the flight were stranded.
@@ -176,8 +180,8 @@ class Flight:
             raise Stranded("its file cannot be opened")
         self._ingests.announce(self.digest, opened)
         await self._reserve(self.written if self.size is None else self.size)
-        while data := await download.read(_PIECE if self.written > _PIECE else 1):
-            await self._append(ingest, download, data)
+        while pieces := await download.read(min(_MOST, self.written)):
+            await self._append(ingest, download, pieces)
         self.size = download.size
         if not ingest.verify():
             await in_thread(self._reactor, ingest.discard)
@@ -299,17 +303,18 @@ class Flight:
             raise Stranded("the cache has no room for it")
         self._reserved = size
 
-    async def _append(self, ingest: Ingest, download: Download, data: bytes) -> None:
-        end = self.written + len(data)
+    async def _append(self, ingest: Ingest, download: Download, pieces: list[bytes]) -> None:
+        end = self.written + sum(map(len, pieces))
         try:
             await self._reserve(end if download.size is None else download.size)
-            await in_thread(self._reactor, ingest.append, [data])
+            await in_thread(self._reactor, ingest.append, pieces)
         except OSError as error:
-            download.unread(data)
+            download.unread(pieces)
             raise Stranded(f"it cannot be written: {error.strerror}") from error
         except Stranded:
-            download.unread(data)
+            download.unread(pieces)
             raise
+        self.recent.add(self.written, pieces)
         self.written = end
         self._wake()
 

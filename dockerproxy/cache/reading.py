@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from dockerproxy.cache.download import Download
 from dockerproxy.cache.origin import Origin
 from dockerproxy.errors import UpstreamBroken, UpstreamError
+from dockerproxy.oci.contents import Piece
 from dockerproxy.oci.names import Digest
 from dockerproxy.store.blobs import read_blocking, read_cached
 from dockerproxy.tasks import in_thread
@@ -37,13 +38,13 @@ class FlightContent:
         """The blob's length in bytes, or None while nobody knows it."""
         return self._flight.size
 
-    async def read(self, offset: int, at_most: int) -> bytes | bytearray:
+    async def read(self, offset: int, at_most: int) -> Piece:
         """Return bytes from `offset` on, at least one; ``b""`` at the end. Raise `UpstreamError`."""
         flight = self._flight
         while True:
-            available = flight.readable - offset
+            available = min(flight.readable - offset, at_most)
             if available > 0:
-                return await self._read_file(offset, min(available, at_most))
+                return flight.recent.get(offset, available) or await self._read_file(offset, available)
             if flight.landed:
                 return b""
             if flight.failure is not None:
@@ -79,7 +80,7 @@ class FlightContent:
             raise UpstreamBroken(f"what was received of {self.digest} is gone")
         return data
 
-    async def _read_on(self, offset: int, at_most: int) -> bytes | bytearray:
+    async def _read_on(self, offset: int, at_most: int) -> Piece:
         """Go on without the flight where that has stranded; where upstream has failed it, so it has this reader."""
         failure = self._flight.failure
         if isinstance(failure, UpstreamError):
@@ -116,8 +117,9 @@ class _Rest:
             await self._fetch()
 
     async def _fetch(self) -> None:
-        data = await self._download.read()
-        if data:
+        pieces = await self._download.read()
+        if pieces:
+            data = b"".join(pieces)
             self._hasher.update(data)
             self._tail += data
         elif self._hasher.hexdigest() != self._digest.hex:

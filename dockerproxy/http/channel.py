@@ -137,10 +137,10 @@ class HTTPChannel(Protocol):
 
     # what a request does with its connection
 
-    def write(self, data: bytes | bytearray) -> None:
+    def write(self, data: bytes | bytearray | memoryview) -> None:
         self.transport.write(data)
 
-    def offer(self, data: bytes | bytearray) -> int:
+    def offer(self, data: bytes | bytearray | memoryview) -> int:
         if isinstance(self.transport, SocketTransport):
             return self.transport.offer(data)
         self.transport.write(data)

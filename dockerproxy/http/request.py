@@ -30,9 +30,9 @@ class Connection(Protocol):
     port: int
     secure: bool
 
-    def write(self, data: bytes | bytearray) -> None: ...
+    def write(self, data: bytes | bytearray | memoryview) -> None: ...
 
-    def offer(self, data: bytes | bytearray) -> int: ...
+    def offer(self, data: bytes | bytearray | memoryview) -> int: ...
 
     @property
     def takes_files(self) -> bool: ...
@@ -92,7 +92,7 @@ class Request:
         return self._body is not None
 
     async def read_chunk(self, at_least: int = 1) -> bytes:
-        """Return what has come of the body, `at_least` so many bytes of it (up to 256 KiB) unless it ends before;
+        """Return what has come of the body, `at_least` so many bytes of it unless it ends before;
         ``b""`` at its end. Raise `ClientGone`."""
         if self._body is None:
             return b""
@@ -123,13 +123,13 @@ class Request:
         """Send the head of an answer whose body has `length` bytes; None where that is not known before the end."""
         self._begin(status, fields, length, b"")
 
-    def write(self, data: bytes | bytearray) -> None:
+    def write(self, data: bytes | bytearray | memoryview) -> None:
         """Send a piece of the body; the transport keeps what the client does not take: `drain` before the next."""
         if self._accepts(len(data)):
             self.size += len(data)
             self._connection.write(b"%x\r\n%b\r\n" % (len(data), bytes(data)) if self._chunked else data)
 
-    def offer(self, data: bytes | bytearray) -> int:
+    def offer(self, data: bytes | bytearray | memoryview) -> int:
         """Send what the client takes at once of a piece of the body, and little more; return how much that was.
 
         `drain` before the rest is offered again: for content that need not wait in memory.

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 from attrs import frozen
-from OpenSSL import SSL
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IAddress
 from twisted.internet.protocol import Factory, Protocol, connectionDone
@@ -14,7 +13,7 @@ from twisted.python.failure import Failure
 
 from dockerproxy.http.channel import Handler, HTTPChannel
 from dockerproxy.http.request import Request
-from dockerproxy.http.tls import TLSTransport
+from dockerproxy.http.tls import ServerContext, TLSTransport
 from dockerproxy.http.transport import SocketTransport, Yielded
 
 
@@ -51,7 +50,7 @@ class Site(Factory):
         *,
         timeouts: Timeouts,
         finished: Callable[[Request, float], None],
-        tls: Callable[[], SSL.Context] | None = None,
+        tls: Callable[[], ServerContext] | None = None,
     ) -> None:
         self.reactor = reactor
         self.handler = handler

@@ -21,8 +21,9 @@ class ByteStream:
     """A bounded queue of bytes between one producer and one reader.
 
     The producer side calls `feed`, then once `finish` or `fail`. The reader awaits `read` until it returns ``b""``.
-    The producer is paused while more than `high` bytes wait, or very many pieces. It is resumed when the reader took
-    them, or when nothing more is to come: what the producer has then is not for this stream, nor for it to hold back.
+    The producer is paused while more bytes wait than `high`, and than the reader wanted last, or very many pieces. It
+    is resumed when the reader took them, or when nothing more is to come: what the producer has then is not for this
+    stream, nor for it to hold back.
     """
 
     def __init__(self, producer: Producer | None = None, *, high: int = 256 * 1024) -> None:
@@ -51,7 +52,7 @@ class ByteStream:
         """Take what the producer has."""
         self._chunks.append(data)
         self._waiting += len(data)
-        full = self._waiting > self._high or len(self._chunks) > _MOST_PIECES
+        full = self._waiting > max(self._high, self._wanted) or len(self._chunks) > _MOST_PIECES
         if full and not self._paused and self._producer is not None:
             self._paused = True
             self._producer.pauseProducing()
@@ -73,12 +74,18 @@ class ByteStream:
             self.finish()
 
     async def read(self, at_least: int = 1) -> bytes:
-        """Return all bytes that wait; ``b""`` at the end. Raise what `fail` was given.
+        """Return what `read_pieces` does as one."""
+        pieces = await self.read_pieces(at_least)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
-        They are `at_least` so many, or more than `high`, unless the end comes before.
+    async def read_pieces(self, at_least: int = 1) -> list[bytes]:
+        """Return all bytes that wait, in the pieces in which they came; none at the end. Raise what `fail` was given.
+
+        They are `at_least` so many, or very many pieces, unless the end comes before.
         """
-        self._wanted = max(1, min(at_least, self._high))
+        self._wanted = max(1, at_least)
         while not self._enough() and not self._ended:
+            self._resume()  # it was paused at `high`, and more than that is wanted
             reader = self._reader = Deferred()
             self.waits += 1
             try:
@@ -87,14 +94,13 @@ class ByteStream:
                 if self._reader is reader:  # cancelled
                     self._reader = None
         if self._chunks:
-            data = self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
-            self._chunks.clear()
+            pieces, self._chunks = self._chunks, []
             self._waiting = 0
             self._resume()
-            return data
+            return pieces
         if self._failure is not None:
             raise self._failure
-        return b""
+        return []
 
     def be_content(self) -> None:
         """Let a read under way that wants many bytes have those that are here, or the next that come."""

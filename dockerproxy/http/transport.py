@@ -113,7 +113,7 @@ class SocketTransport:
                 data = memoryview(data)[sent:]  # type: ignore[assignment]
         self._keep(data)
 
-    def offer(self, data: bytes | bytearray) -> int:
+    def offer(self, data: bytes | bytearray | memoryview) -> int:
         """Hand as much of `data` to the kernel as it takes, and keep little of the rest; return how much was taken.
 
         That is at least one byte. Whoever can get at the rest again offers that when the producer is resumed, and so

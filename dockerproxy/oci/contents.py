@@ -8,6 +8,9 @@ from attrs import frozen
 
 from dockerproxy.oci.names import Digest
 
+Piece = bytes | bytearray | memoryview
+"""Bytes of a content. Nobody changes them any more."""
+
 
 class Content(Protocol):
     """The bytes of a blob, by offset; perhaps still arriving."""
@@ -16,7 +19,7 @@ class Content(Protocol):
     def size(self) -> int | None:
         """The whole length in bytes, or None while nobody knows it."""
 
-    async def read(self, offset: int, at_most: int) -> bytes | bytearray:
+    async def read(self, offset: int, at_most: int) -> Piece:
         """Return bytes from `offset` on, at least one, waiting for them; ``b""`` at the end. Raise `UpstreamError`.
 
         `offset` grows from call to call.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import ipaddress
 from collections import OrderedDict
 from collections.abc import Callable, Container, Sequence
@@ -16,7 +17,7 @@ from OpenSSL import SSL, crypto
 from twisted.logger import Logger
 
 from dockerproxy.errors import NameInvalid
-from dockerproxy.http.tls import set_mode
+from dockerproxy.http.tls import ServerContext, set_mode
 from dockerproxy.oci.names import Host
 from dockerproxy.proxy.issuer import (
     BACKDATE,
@@ -47,7 +48,7 @@ log = Logger()
 class _Leaf:
     """A context in use between two moments, in seconds since the epoch."""
 
-    context: SSL.Context
+    context: ServerContext
     begins: float
     renewal: float
 
@@ -57,6 +58,10 @@ class CertificateAuthority:
     """Signs certificates for the hosts whose TLS we end ourselves.
 
     One EC key, made at start and never written, serves all leaves. Not for several threads at once.
+
+    A session may be resumed for as long as the authority is there, for the host that it began with. That also holds
+    where it began in one process and is resumed in another, if the authority was there before they became two: they
+    have the same ticket keys then. Another CA has other keys, and a client has to look at its certificates.
     """
 
     _issuer: Issuer
@@ -65,6 +70,8 @@ class CertificateAuthority:
         init=False, repr=False, factory=lambda: ec.generate_private_key(ec.SECP256R1())
     )
     _leaves: OrderedDict[Host, _Leaf] = field(init=False, repr=False, factory=OrderedDict)
+    _sessions: SSL.Context = field(init=False, repr=False, factory=lambda: _bare_context())
+    _by_name: SSL.Context = field(init=False, repr=False, factory=lambda: _bare_context())
 
     @classmethod
     def open(
@@ -99,11 +106,10 @@ class CertificateAuthority:
         """The one certificate, in PEM, that clients must trust."""
         return self._issuer.trusted.public_bytes(serialization.Encoding.PEM)
 
-    def context_for(self, name: str) -> SSL.Context:
+    def context_for(self, name: str) -> ServerContext:
         """Return a server's context for the host `name`: a DNS name, or an IP address without brackets.
 
-        Raises `NameInvalid` where it is neither, and `AuthorityError` once the authority has expired. The context must
-        not be changed: others use it too.
+        Raises `NameInvalid` where it is neither, and `AuthorityError` once the authority has expired.
         """
         host = Host.parse(f"[{name}]" if ":" in name else name)
         now = self._now()
@@ -115,27 +121,27 @@ class CertificateAuthority:
         self._leaves.move_to_end(host)
         return leaf.context
 
-    def context_by_name(self, names: Container[str]) -> SSL.Context:
+    def context_by_name(self, names: Container[str]) -> ServerContext:
         """Return a server's context that shows each client the leaf for the name it asks for, if that is in `names`.
 
         So it does for ``localhost``, which we always are to clients on this machine. Who asks for none (a client that
         was given an IP address does not) or for another gets the leaf for the address that the connection came to. For
-        connections on sockets.
+        connections on sockets; to be asked for once. A session holds for all the names: OpenSSL resumes it before it
+        looks at the name, and they are one server.
         """
-        context = _bare_context()
 
         def choose(connection: SSL.Connection) -> None:
             asked = connection.get_servername()
             name = asked.decode("ascii", "replace").lower() if asked is not None else ""
             ours = name in names or name == "localhost"
             try:
-                connection.set_context(self.context_for(name if ours else _address_of(connection)))
+                self.context_for(name if ours else _address_of(connection)).show_on(connection)
             except (AuthorityError, NameInvalid) as error:
                 # Without a certificate the handshake fails, which is all that can be said to the client.
                 log.error("no certificate for a client: {why}", why=str(error))
 
-        context.set_tlsext_servername_callback(choose)
-        return context
+        self._by_name.set_tlsext_servername_callback(choose)
+        return ServerContext(self._by_name)
 
     def _make_leaf(self, host: Host, now: float) -> _Leaf:
         issuer = self._issuer
@@ -144,8 +150,8 @@ class CertificateAuthority:
             life = f"{moment(issuer.begins):%Y-%m-%d} to {moment(issuer.ends):%Y-%m-%d}"
             raise AuthorityError(f"the CA certificate is valid from {life}, and this machine's clock is outside that")
         certificate = self._sign(host, begins, ends)
-        context = _server_context(certificate, self._leaf_key, issuer.sent)
-        return _Leaf(context, begins, ends - (ends - now) / 3)
+        shown = _server_context(host, certificate, self._leaf_key, issuer.sent)
+        return _Leaf(ServerContext(self._sessions, shown), begins, ends - (ends - now) / 3)
 
     def _sign(self, host: Host, begins: float, ends: float) -> x509.Certificate:
         issuer, public_key = self._issuer.certificate, self._leaf_key.public_key()
@@ -184,9 +190,11 @@ def _authority_key_identifier(issuer: x509.Certificate) -> x509.AuthorityKeyIden
 
 
 def _server_context(
-    certificate: x509.Certificate, key: ec.EllipticCurvePrivateKey, sent: Sequence[x509.Certificate]
+    host: Host, certificate: x509.Certificate, key: ec.EllipticCurvePrivateKey, sent: Sequence[x509.Certificate]
 ) -> SSL.Context:
     context = _bare_context()
+    # At most 32 bytes, which names are not. The port is no part of what a certificate, or a session, is for.
+    context.set_session_id(hashlib.sha256(host.name.encode()).digest())
     _present(context, certificate, key, sent)
     return context
 

@@ -13,7 +13,6 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Protocol
 
 from attrs import frozen
-from OpenSSL import SSL
 from twisted.internet.interfaces import IStreamClientEndpoint
 
 from dockerproxy.errors import RegistryError
@@ -23,7 +22,7 @@ from dockerproxy.http.message import absolute_form, authority_form
 from dockerproxy.http.relay import Answer, relay, relayed_fields, request_body
 from dockerproxy.http.request import Request
 from dockerproxy.http.site import Site
-from dockerproxy.http.tls import upgrade
+from dockerproxy.http.tls import ServerContext, upgrade
 from dockerproxy.net.dial import Permit
 from dockerproxy.oci.names import Host, Registry
 from dockerproxy.proxy.policy import Policy
@@ -70,7 +69,7 @@ class Interception:
     """Whom we answer for. `context` returns what TLS as a host needs, `answer` answers a request to a registry."""
 
     registries: Mapping[Host, Registry]
-    context: Callable[[str], SSL.Context]
+    context: Callable[[str], ServerContext]
     answer: Callable[[Registry, Request], Awaitable[None]]
 
 

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 from attrs import frozen
-from twisted.application.internet import TimerService
 from twisted.logger import Logger
 
 from dockerproxy.errors import BlobUnknown, ManifestInvalid, ManifestUnknown, NameUnknown, Unsupported
@@ -23,7 +22,7 @@ from dockerproxy.registry.push import Push
 from dockerproxy.store.contents import StoredContent
 from dockerproxy.store.hosting import HostedStore
 from dockerproxy.store.uploads import Uploads
-from dockerproxy.tasks import in_thread, spawn
+from dockerproxy.tasks import Every, in_thread
 
 _VERDICT = "-"  # nothing of it comes from a cache
 
@@ -50,7 +49,7 @@ _GIVEN_UP = 86400.0  # seconds without a byte after which an upload is
 log = Logger()
 
 
-def purging(reactor: Any, uploads: Uploads, clock: Callable[[], float]) -> TimerService:
+def purging(reactor: Any, uploads: Uploads, clock: Callable[[], float]) -> Every:
     """Return the service that removes uploads that were given up, at start and then hourly. `clock`: POSIX time."""
 
     async def purge() -> None:
@@ -58,9 +57,7 @@ def purging(reactor: Any, uploads: Uploads, clock: Callable[[], float]) -> Timer
         if count:
             log.info("uploads that were given up and are removed: {count}", count=count)
 
-    timer = TimerService(_PURGE_INTERVAL, lambda: spawn(purge(), "the removal of old uploads"))  # type: ignore[no-untyped-call]
-    timer.clock = reactor
-    return timer
+    return Every(reactor, _PURGE_INTERVAL, purge, "the removal of old uploads")
 
 
 @frozen

@@ -35,18 +35,22 @@ class GrowingFile:
 
         Where that fails (a full disk), nothing of them is kept, and it may be tried again.
         """
+        hasher = self._hasher.copy() if self.hashed == self.size else None
+        end = self.size
         try:
-            length = write_all(self._fd, chunks, self.size)
+            for chunk in chunks:
+                # Hashed at once, while it is in the processor's cache: all of a MiB written first takes a tenth longer.
+                end += write_all(self._fd, [chunk], end)
+                if hasher is not None:
+                    hasher.update(chunk)
         except OSError:
             # What reached the disk is cut off, or a resume would hash what no one was told of.
             with suppress(OSError):
                 os.ftruncate(self._fd, self.size)
             raise
-        if self.hashed == self.size:
-            for chunk in chunks:
-                self._hasher.update(chunk)
-            self.hashed += length
-        self.size += length
+        if hasher is not None:
+            self._hasher, self.hashed = hasher, end
+        self.size = end
 
     def hasher_copy(self) -> _Hash:
         """Return a copy of the hash of all that is there, e.g. to try bytes that are not appended yet."""

@@ -63,10 +63,12 @@ class Dropped(UpstreamBroken):
 
 
 class Response:
-    """An answer whose head is here. Its body is read with `read_chunk`, or given up with `abort` or `discard`.
+    """An answer whose head is here. Its body is read with `read_chunk` (or `read_pieces`), or given up with `abort` or
+    `discard`.
 
     `length` is the Content-Length (in an answer to HEAD, that which GET would have), None where there is none.
-    While nobody reads, at most some 300 KiB of the body wait here and the connection is held.
+    While nobody reads, at most 512 KiB of the body wait here (or twice what `read_pieces` was asked for), and the
+    connection is held.
     """
 
     def __init__(self, url: str, head: ResponseHead, stream: ByteStream, connection: Connection) -> None:
@@ -77,17 +79,21 @@ class Response:
         self._stream = stream
         self._connection = connection
 
-    async def read_chunk(self, at_least: int = 1, within: float = 0.0) -> bytes:
+    async def read_chunk(self) -> bytes:
         """Return what has come of the body, at least one byte; ``b""`` at its end.
 
-        With `at_least` so many bytes (up to 256 KiB) are waited for, but no longer than `within` seconds. Raise
-        `UpstreamBroken` where it ends too early and `UpstreamTimeout` where nothing comes for too long.
+        Raise `UpstreamBroken` where it ends too early and `UpstreamTimeout` where nothing comes for too long.
         """
-        if at_least <= 1:
-            return await self._stream.read()
+        return await self._stream.read()
+
+    async def read_pieces(self, at_least: int, within: float) -> list[bytes]:
+        """Return what has come of the body, as it came; none at its end. Raise as `read_chunk` does.
+
+        `at_least` so many bytes are waited for, but no longer than `within` seconds.
+        """
         timer = self._connection.call_later(within, self._stream.be_content)
         try:
-            return await self._stream.read(at_least)
+            return await self._stream.read_pieces(at_least)
         finally:
             if timer.active():
                 timer.cancel()

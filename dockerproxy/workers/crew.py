@@ -5,32 +5,25 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from attrs import define, evolve, field, frozen
+from attrs import define, evolve, field
 from twisted.application.service import Service
 from twisted.internet.defer import Deferred, TimeoutError
-from twisted.internet.protocol import ProcessProtocol
 from twisted.internet.task import LoopingCall
-from twisted.logger import Logger, globalLogPublisher
-from twisted.python.failure import Failure
+from twisted.logger import Logger
 
-import dockerproxy
 from dockerproxy.cache.identity import Bindings
-from dockerproxy.daemon import jsonlog
 from dockerproxy.daemon.doors import Door
 from dockerproxy.workers.calls import Calls
 from dockerproxy.workers.line import Line, pair
 from dockerproxy.workers.passing import PassingOn
+from dockerproxy.workers.relay import Relay
 from dockerproxy.workers.tally import Tally
-
-LINE, TALLY = 3, 4
-"""The descriptors that a worker is started with."""
 
 LIFE_EVERY = 1.0
 """Seconds between two signs of life of a worker."""
@@ -39,39 +32,53 @@ _HANGS = 60.0  # seconds without a sign of life after which a worker is killed
 _PAUSES = (0.5, 1, 2, 4, 8, 16, 30)  # seconds before one that died is replaced
 _STEADY = 60.0  # seconds after which a worker that dies did not do so at its start
 
-_LONGEST_LINE = 64 * 1024
-
-RELAYED = "relayed"
-"""What a worker is told, after its number, whose log goes into that of the first process: it writes JSON then."""
-
-_NOT_PASSED_ON = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC")
+_UNKNOWN = "nobody was told why"
 
 log = Logger()
 
 
-@frozen
-class Start:
-    """How a worker is started: in which environment, and whether it writes to this process's standard output itself."""
+class Forks(Protocol):
+    """What starts workers; see `ForkServer`."""
 
-    environment: Mapping[str, str] = field(repr=False)
-    writes: bool
-    command: tuple[str, ...] = (sys.executable, "-P", "-m", "dockerproxy.worker")
+    started: Callable[[int, int], None]
+    ended: Callable[[int, str], None]
+    lost: Callable[[], None]
+
+    @property
+    def alive(self) -> bool: ...
+
+    def start(self, number: int, changed: Mapping[str, str], line: int, output: int | None) -> bool: ...
+
+    def close(self) -> None: ...
 
 
 class Crew(Service):
     """`count` workers beside this process, whose number is 0. `desk` returns what does for one what it asks for.
 
-    What one process finds out about a token, the others learn (`bindings`).
+    `forks` starts them; where they do not write the log themselves (`relayed`), it goes into that of this process. What
+    one process finds out about a token, the others learn (`bindings`).
     """
 
     def __init__(
-        self, reactor: Any, count: int, start: Start, desk: Callable[[], Any], bindings: Bindings, grace: float
+        self,
+        reactor: Any,
+        count: int,
+        forks: Forks,
+        tally: Tally,
+        desk: Callable[[], Any],
+        bindings: Bindings,
+        grace: float,
+        *,
+        relayed: bool,
     ) -> None:
         self._reactor = reactor
-        self._start = start
+        self._forks = forks
+        forks.started, forks.ended, forks.lost = self._started, self._ended, self._unattended
+        self._relayed = relayed
+        self._changed: dict[str, str] = {}
         self._desk = desk
         self._grace = grace
-        self._tally = Tally.make(count + 1)
+        self._tally = tally
         self._workers = [_Worker(number) for number in range(1, count + 1)]
         self._passed = [0] * (count + 1)
         self._watching = LoopingCall(self._watch)
@@ -127,7 +134,7 @@ class Crew(Service):
 
     def reload(self, changed: Mapping[str, str]) -> None:
         """Have the workers, now and later, use settings that have changed; the others are as they were at the start."""
-        self._start = evolve(self._start, environment={**self._start.environment, **changed})
+        self._changed.update(changed)
         for worker in self._workers:
             worker.tell("reload", changed)
 
@@ -145,13 +152,7 @@ class Crew(Service):
                 await worker.ended().addTimeout(max(0.0, ends - self._reactor.seconds()), self._reactor)
             except TimeoutError:
                 worker.kill()
-
-    def _environment(self) -> dict[bytes, bytes]:
-        settings = {name: value for name, value in self._start.environment.items() if name not in _NOT_PASSED_ON}
-        path = [str(Path(dockerproxy.__file__).parent.parent), settings.get("PYTHONPATH", "")]
-        settings["PYTHONPATH"] = os.pathsep.join(filter(None, path))
-        # As bytes: Twisted takes no text with what was no UTF-8.
-        return {os.fsencode(name): os.fsencode(value) for name, value in settings.items()}
+        self._forks.close()
 
     def _begin(self, worker: _Worker) -> None:
         worker.pause = None
@@ -167,18 +168,17 @@ class Crew(Service):
             {**desk.answers, "ready": worker.get_ready, "bound": partial(self._bound, worker)},
             lost=lambda: self._lost(worker, desk),
         )
-        with theirs, open(os.devnull) as nothing:
-            output = {1: 1, 2: 2} if self._start.writes else {1: "r", 2: "r"}
-            try:
-                worker.process = self._reactor.spawnProcess(
-                    _Process(lambda reason: self._died(worker, reason.getErrorMessage())),
-                    self._start.command[0],
-                    [*self._start.command, str(worker.number), *([] if self._start.writes else [RELAYED])],
-                    env=self._environment(),
-                    childFDs={0: nothing.fileno(), **output, LINE: theirs.fileno(), TALLY: self._tally.descriptor},
-                )
-            except OSError as error:  # no memory, or no more processes
-                self._died(worker, str(error))
+        output = None
+        if self._relayed:
+            reading, output = os.pipe()
+            Relay(self._reactor, reading)
+        with theirs:
+            asked = self._forks.start(worker.number, self._changed, theirs.fileno(), output)
+        if output is not None:
+            os.close(output)
+        worker.begun = True
+        if not asked:
+            self._died(worker, "it could not be asked for")
 
     def _bound(self, worker: _Worker, token: str, client: str) -> None:
         self._bindings.note(token, client)
@@ -192,13 +192,30 @@ class Crew(Service):
     def _lost(self, worker: _Worker, desk: Any) -> None:
         worker.ready = False
         desk.close()
+        if worker.begun and not self._forks.alive:
+            self._died(worker, _UNKNOWN)
+
+    def _started(self, number: int, pid: int) -> None:
+        self._workers[number - 1].pid = pid
+
+    def _ended(self, number: int, why: str) -> None:
+        self._died(self._workers[number - 1], why)
+
+    def _unattended(self) -> None:
+        if not self._stopping:
+            log.critical("the fork server has ended: workers that end are not replaced any more, until a restart")
+        for worker in self._workers:
+            if worker.begun and not worker.line.connected:
+                self._died(worker, _UNKNOWN)
 
     def _died(self, worker: _Worker, why: str) -> None:
-        assert worker.calls is not None
-        worker.calls.line.close()
-        worker.process = None
+        worker.begun, worker.pid = False, None
+        worker.line.close()
         worker.announce_end()
         if self._stopping:
+            return
+        if not self._forks.alive:
+            log.error("worker {number} ended ({why}), and is not replaced", number=worker.number, why=why)
             return
         steady = self._reactor.seconds() - worker.began >= _STEADY
         worker.deaths = 0 if steady else worker.deaths + 1
@@ -214,7 +231,7 @@ class Crew(Service):
             before, worker.silent = worker.silent, time.monotonic_ns() - self._tally.seen(worker.number) > _HANGS * 1e9
             # For the second time: where all of the daemon was halted for a while (a frozen container), this process may
             # be the first to go on.
-            if worker.process is not None and worker.silent and before:
+            if worker.begun and worker.silent and before:
                 log.error("worker {number} hangs and is killed", number=worker.number)
                 worker.kill()
 
@@ -223,7 +240,8 @@ class Crew(Service):
 class _Worker:
     number: int
     calls: Calls | None = None
-    process: Any = None
+    begun: bool = False
+    pid: int | None = None
     pause: Any = None
     began: float = 0.0
     deaths: int = 0
@@ -241,16 +259,17 @@ class _Worker:
         log.info("worker {number} serves", number=self.number)
 
     def tell(self, name: str, *arguments: Any) -> None:
-        if self.calls is not None and self.process is not None:
+        if self.calls is not None and self.begun:
             self.calls.tell(name, *arguments)
 
     def kill(self) -> None:
-        if self.process is not None:
-            self.process.signalProcess(signal.SIGKILL)
+        if self.pid is not None:
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
 
     def ended(self) -> Deferred[None]:
         ended: Deferred[None] = Deferred(self._ending.remove)
-        if self.process is None:
+        if not self.begun:
             ended.callback(None)
         else:
             self._ending.append(ended)
@@ -260,29 +279,3 @@ class _Worker:
         ending, self._ending = self._ending, []
         for ended in ending:
             ended.callback(None)
-
-
-class _Process(ProcessProtocol):
-    """Logs what a worker writes, where that is `RELAYED`, and tells of its end."""
-
-    def __init__(self, died: Callable[[Failure], None]) -> None:
-        self._died = died
-        self._rest = {1: b"", 2: b""}
-
-    def childDataReceived(self, childFD: int, data: bytes) -> None:
-        *lines, rest = (self._rest[childFD] + data).split(b"\n")
-        self._rest[childFD] = rest[:_LONGEST_LINE]
-        for line in lines:
-            self._relay(line)
-
-    def processEnded(self, reason: Failure) -> None:
-        for rest in filter(None, self._rest.values()):
-            self._relay(rest)
-        self._died(reason)
-
-    def _relay(self, line: bytes) -> None:
-        event = jsonlog.event_in(line)
-        if event is not None:
-            globalLogPublisher(event)
-        else:
-            log.error("{line}", line=line.decode("utf-8", "replace"))

@@ -74,15 +74,15 @@ class Line:
             if len(self._waiting) > _MOST_WAITING:
                 self.close()
 
-    def pass_on(self, label: bytes, descriptor: int) -> bool:
-        """Pass a descriptor on, and say whether it was: not where the other end is behind. The caller closes its own.
+    def pass_on(self, label: bytes, *descriptors: int) -> bool:
+        """Pass descriptors on, and say whether they were: not where the other end is behind. The caller closes its own.
 
-        A label has up to 100 bytes and does not begin with ``{``.
+        A label does not begin with ``{``.
         """
         if not self.connected or self._waiting:
             return False
         try:
-            socket.send_fds(self._socket, [label], [descriptor])
+            socket.send_fds(self._socket, [label], descriptors)
         except OSError:
             return False
         return True
@@ -152,9 +152,3 @@ class Line:
         self._waiting.clear()
         self._socket.close()
         self._lost()
-
-
-def adopt(descriptor: int) -> socket.socket:
-    """Return the end of a line that this process was started with."""
-    os.set_inheritable(descriptor, False)
-    return socket.socket(fileno=descriptor)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import mmap
-import os
 import struct
 
 from attrs import frozen
@@ -15,20 +14,12 @@ _SLOT = struct.Struct("QQ")  # connections that have ended, and the last sign of
 class Tally:
     """Slots by a process's number. Each is written by its process alone; a number is written, or read, whole."""
 
-    descriptor: int
     _memory: mmap.mmap
 
     @classmethod
     def make(cls, processes: int) -> Tally:
-        """Return a tally for so many processes."""
-        descriptor = os.memfd_create("docker-registry-proxy")
-        os.ftruncate(descriptor, _SLOT.size * processes)
-        return cls.of(descriptor)
-
-    @classmethod
-    def of(cls, descriptor: int) -> Tally:
-        """Return the tally that another process made."""
-        return cls(descriptor, mmap.mmap(descriptor, os.fstat(descriptor).st_size))
+        """Return a tally for so many processes, of whom the others are copies of this one from now on."""
+        return cls(mmap.mmap(-1, _SLOT.size * processes))
 
     def begin(self, number: int, now: int) -> None:
         """Begin to count for a process that starts."""

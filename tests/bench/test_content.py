@@ -53,3 +53,12 @@ def test_a_large_blob_is_adopted_without_a_copy(tmp_path: Path) -> None:
     tree.adopt(tmp_path / "registry", "some/blob", file, encoded)
     data = tmp_path / f"registry/docker/registry/v2/blobs/sha256/{encoded[:2]}/{encoded}/data"
     assert data.samefile(file)
+
+
+def test_a_published_image_is_what_a_server_of_files_gives_out(tmp_path: Path) -> None:
+    tag = tree.plant(tmp_path, "some/image", layers=3, size=100)
+    folder = tmp_path / "published"
+    tree.publish(tmp_path, "some/image", tag, folder)
+    manifest = json.loads((folder / f"manifests/{tag}").read_text())
+    for named in (manifest["config"], *manifest["layers"]):
+        assert digest((folder / f"blobs/{named['digest']}").read_bytes()) == named["digest"]

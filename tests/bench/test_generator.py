@@ -21,14 +21,7 @@ OUTPUT = json.dumps(
 
 
 def test_medians_and_totals() -> None:
-    done = read(OUTPUT, [1.0])
+    done = read(OUTPUT, 1.0)
     assert (done.wall, done.clients_cpu, done.server_cpu) == (2.0, 0.5, 1.0)
     assert (done.count, done.resumed, done.bytes) == (100, 7, 6553600)
     assert (done.first, done.whole, done.firsts) == (0.001, 0.002, (0.25, 0.5))
-
-
-def test_balance_is_how_many_cores_the_busiest_process_lets_be_busy() -> None:
-    assert read(OUTPUT, [1.0]).balance == 1
-    assert read(OUTPUT, [0.5, 0.5]).balance == 2
-    assert read(OUTPUT, [0.75, 0.25, 0.0]).balance == 1 / 0.75
-    assert read(OUTPUT, [0.0, 0.0]).balance == 0  # below what the kernel counts

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from attrs import evolve
 
 from bench.generator import Generator
 from bench.servers import BenchError, Cores
@@ -26,8 +27,8 @@ class Idle:
 
     cores = Cores()
 
-    def cpu_each(self) -> dict[int, float]:
-        return {}
+    def cpu(self) -> float:
+        return 0.0
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -46,6 +47,11 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(bytes(int(size) - (kind == "short")))
         self.close_connection = kind == "short"
+
+    def do_CONNECT(self) -> None:
+        self.asked.append(self.path)
+        self.send_response(200)
+        self.end_headers()
 
     def log_message(self, *arguments: Any) -> None:
         pass
@@ -79,6 +85,14 @@ def test_visits_are_connections_of_their_own(generator: Generator, serving: Serv
     done = generator.visit(serving, ["/blob/1"], connections=3, seconds=0.1, resume=False)
     assert done.count == len(Handler.asked) == len(Handler.ports) >= 3
     assert done.resumed == 0
+
+
+def test_greetings_go_to_each_host_in_turn(generator: Generator, serving: Serving) -> None:
+    through = evolve(serving, target=evolve(serving.target, through_connect=True))
+    done = generator.greet(through, ["one.test", "other.test"])
+    assert Handler.asked == ["one.test:443", "other.test:443"]
+    assert (done.count, done.bytes) == (2, 0)
+    assert 0 < done.first <= done.wall
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,12 @@ import pytest
 from bench.servers import BenchError
 from bench.soak import Sample, complaints, growth
 
-REST = Sample(60_000_000, 20)
+PROCESSES = frozenset({10, 11})
+REST = Sample(60_000_000, 20, PROCESSES)
 
 
 def samples(memory: list[int], descriptors: list[int] | None = None) -> list[Sample]:
-    return [Sample(a, b) for a, b in zip(memory, descriptors or [50] * len(memory), strict=True)]
+    return [Sample(a, b, PROCESSES) for a, b in zip(memory, descriptors or [50] * len(memory), strict=True)]
 
 
 def test_the_first_quarter_is_for_warming_up() -> None:
@@ -44,9 +45,14 @@ def test_descriptors_that_grow() -> None:
 
 
 def test_descriptors_that_clients_leave_behind() -> None:
-    (complaint,) = complaints(samples([10**8] * 40), REST, Sample(60_000_000, 29))
+    (complaint,) = complaints(samples([10**8] * 40), REST, Sample(60_000_000, 29, PROCESSES))
     assert complaint == "29 descriptors are open without clients; 20 were at the start"
 
 
 def test_memory_at_rest_may_be_more_than_at_the_start() -> None:
-    assert list(complaints(samples([10**8] * 40), REST, Sample(90_000_000, 28))) == []
+    assert list(complaints(samples([10**8] * 40), REST, Sample(90_000_000, 28, PROCESSES))) == []
+
+
+def test_a_worker_that_ended_and_is_replaced() -> None:
+    (complaint,) = complaints(samples([10**8] * 40), REST, Sample(60_000_000, 20, frozenset({10, 12})))
+    assert complaint == "1 of 2 processes ended"

@@ -53,6 +53,9 @@ class Case:
         result(Deferred.fromCoroutine(self.download.open()), self.reactor, seconds)
 
     def read(self, seconds: float = 60) -> bytes:
+        return b"".join(self.read_pieces(seconds))
+
+    def read_pieces(self, seconds: float = 60) -> list[bytes]:
         return result(Deferred.fromCoroutine(self.download.read()), self.reactor, seconds)  # type: ignore[no-any-return]
 
     def read_all(self) -> bytes:
@@ -365,18 +368,20 @@ def test_what_is_given_back_is_read_again() -> None:
     case = Case()
     case.on(flowing)
     case.open()
-    case.upstream.answers[0].send(5000)
-    data = case.read()
-    case.download.unread(data)
+    case.upstream.answers[0].send(2000)
+    case.upstream.answers[0].send(3000)
+    pieces = case.read_pieces()
+    assert pieces == [DATA[:2000], DATA[2000:5000]]
+    case.download.unread(pieces)
     assert case.download.offset == 0
-    assert case.read() == data
+    assert case.read_pieces() == pieces
     case.upstream.answers[0].end()
-    last = case.read()
+    last = case.read_pieces()
     case.download.unread(last)  # the last bytes of all, behind which no answer is left
-    assert case.read() == last
-    assert case.read() == b""
+    assert case.read_pieces() == last
+    assert case.read_pieces() == []
     case.download.unread(last)
-    assert case.read() == last
+    assert case.read_pieces() == last
 
 
 def test_to_abort_closes_the_connection() -> None:

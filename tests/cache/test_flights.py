@@ -95,7 +95,7 @@ def test_it_lands(world: World) -> None:
     one.read()
     assert one.waiting is not None
     send(world, answer, 1000)
-    assert one.data == DATA[:999]
+    assert one.data == DATA[:1000]
     end(world, answer)
     one.read_on()
     assert (one.data, one.ended, one.error) == (DATA, True, None)
@@ -134,9 +134,9 @@ def test_readers_at_their_own_place_and_pace(world: World) -> None:
     slow.read(100)
     behind.read_on(3)
     beyond.read()
-    assert fast.data == DATA[:19_999]
+    assert fast.data == DATA[:20_000]
     assert slow.data == DATA[:100]
-    assert behind.data == DATA[15_000:19_999]
+    assert behind.data == DATA[15_000:20_000]
     assert beyond.waiting is not None
     end(world, answer)
     for one in (fast, slow, behind, beyond):
@@ -242,7 +242,7 @@ def test_who_leaves_while_a_thread_reads_for_him(world: World, monkeypatch: pyte
     assert world.reactor.pool.waiting == 2
     one.leave()
     world.reactor.pool.release()
-    assert other.data == DATA[:999]
+    assert other.data == DATA[:1000]
     other.leave()
     end(world, answer)
 
@@ -728,7 +728,7 @@ def test_the_first_clients_token_ends(world: World) -> None:
     assert good.data == DATA and good.ended
     ended.read_on()
     assert isinstance(ended.error, UpstreamRefused) and ended.error.status == 401
-    assert ended.data == DATA[:2999]
+    assert ended.data == DATA[:3000]
     ended.leave()
     good.leave()
 

@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import socket
+import ssl
 import subprocess
 import threading
 import time
@@ -22,7 +23,7 @@ from house.daemon import twistd
 from house.fake_registry import gated
 from house.images import OCI_MANIFEST, Content, Image, sha256
 from house.process import eventually, listening
-from house.several import WORKERS, Several, ask, gone
+from house.several import WORKERS, Several, ask, gone, open_files
 from house.upstreams import FAKE, HUB, TOKENS, Upstreams
 from house.wire import Answer, read, request
 
@@ -174,14 +175,15 @@ def test_the_worker_that_downloads_is_killed(upstreams: Upstreams, run_several: 
 def test_the_first_process_is_killed(upstreams: Upstreams, run_several: RunSeveral) -> None:
     proxy = run_several()
     blob = Blob(upstreams, "killed/first", 12 * MIB, 6 * MIB, times=1)
-    pids = proxy.processes
+    serving = proxy.processes
+    pids = [*serving, proxy.fork_server]
     with proxy.one_each(FAKE) as connections:
-        responses = [blob.begin(connections[pid]) for pid in reversed(pids)]  # a worker downloads
+        responses = [blob.begin(connections[pid]) for pid in reversed(serving)]  # a worker downloads
         proxy.kill()
         for response in responses:
             with pytest.raises((http.client.IncompleteRead, ConnectionError)):
                 response.read()
-    eventually(lambda: gone(pids), "the workers end with the first process")
+    eventually(lambda: gone(pids), "the workers end with the first process, as does who started them")
     blob.gate.set()
     proxy.start()
     with proxy.one_each(FAKE) as connections:
@@ -191,6 +193,73 @@ def test_the_first_process_is_killed(upstreams: Upstreams, run_several: RunSever
     assert resumed is not None and resumed.startswith("bytes=")
     assert list((proxy.state / "cache" / "staging").iterdir()) == []
     assert proxy.stop() in GOOD_END
+
+
+def test_the_fork_server_is_killed(upstreams: Upstreams, run_several: RunSeveral) -> None:
+    """All go on, and who ends then is not replaced; the others have its clients."""
+    proxy = run_several()
+    blob = Blob(upstreams, "killed/fork/server", 12 * MIB, 6 * MIB, times=1)
+    with proxy.one_each(FAKE) as connections:
+        serving, fork_server = list(connections), proxy.fork_server
+        responses = [blob.begin(connection) for connection in connections.values()]
+        os.kill(fork_server, signal.SIGKILL)
+        eventually(lambda: "the fork server has ended" in proxy.text, "it is said")
+        blob.gate.set()
+        assert [response.read() for response in responses] == [blob.data[MIB:]] * WORKERS
+        os.kill(serving[1], signal.SIGKILL)
+        eventually(lambda: "worker 1 ended" in proxy.text, "it is missed")
+    assert "and is not replaced" in proxy.text
+    for _ in range(2 * WORKERS):
+        assert proxy.client.get(blob.url).body == blob.data
+    assert proxy.stop() in GOOD_END
+    assert gone([*serving, fork_server])
+
+
+# sessions
+
+
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+def test_a_tls_session_of_one_process_is_resumed_by_all(run_several: RunSeveral, version: ssl.TLSVersion) -> None:
+    """So it is by who replaces a worker; but not for another host."""
+    proxy = run_several()
+    context = ssl.create_default_context(cafile=str(proxy.ca_file))
+    context.maximum_version = version
+
+    def visit(host: str, session: ssl.SSLSession | None) -> tuple[int, ssl.SSLSession, bool]:
+        """Return which process it was, the session, and whether it was resumed."""
+        connection = http.client.HTTPSConnection("127.0.0.1", proxy.port, context=context, timeout=60)
+        plain = socket.create_connection(("127.0.0.1", proxy.port), timeout=60)
+        plain.sendall(f"CONNECT {host}:443 HTTP/1.1\r\nHost: {host}:443\r\n\r\n".encode())
+        assert plain.recv(1000).startswith(b"HTTP/1.1 200 ")
+        with context.wrap_socket(plain, server_hostname=host, session=session) as connection.sock:
+            assert ask(connection, "GET", "/v2/").status in (200, 401)
+            owner = proxy.owner(connection)
+            assert owner is not None and connection.sock.session is not None
+            return owner, connection.sock.session, bool(connection.sock.session_reused)
+
+    def visit_all(session: ssl.SSLSession | None) -> dict[int, tuple[ssl.SSLSession, bool]]:
+        found: dict[int, tuple[ssl.SSLSession, bool]] = {}
+        with ExitStack() as stack:
+            for _ in range(4 * WORKERS):
+                pid, *rest = visit(hostname(FAKE), session)
+                found[pid] = rest[0], rest[1]
+                idle = proxy.client.connection(FAKE)  # the next one goes on to another process
+                stack.callback(idle.close)
+                proxy.connect(idle)
+        return found
+
+    context.check_hostname = False
+    first = visit(hostname(FAKE), None)
+    assert not first[2]
+    again = visit_all(first[1])
+    assert [resumed for _, resumed in again.values()] == [True] * WORKERS
+    worker = proxy.processes[1]
+    os.kill(worker, signal.SIGKILL)
+    eventually(lambda: proxy.text.count("worker 1 serves") == 2, "the worker is replaced")
+    again = visit_all(first[1])
+    assert worker not in again
+    assert [resumed for _, resumed in again.values()] == [True] * WORKERS
+    assert not visit(hostname(HUB), first[1])[2]
 
 
 # how it stops
@@ -289,6 +358,10 @@ def test_a_reload_reaches_all(upstreams: Upstreams, run_several: RunSeveral, tmp
 
 
 # the hosted registry
+
+
+def hostname(url: str) -> str:
+    return url.partition("//")[2]
 
 
 def session(location: str) -> str:
@@ -584,9 +657,9 @@ def test_sockets_of_systemd(upstreams: Upstreams, run_several: RunSeveral, tmp_p
                     assert ask(connection, "GET", f"/v2/handed/in/blobs/{digest}").body == b"content"
                 for connection in hosted.values():
                     assert ask(connection, "GET", "/v2/").status == 200
-            for worker in proxy.processes[1:]:
-                environment = Path(f"/proc/{worker}/environ").read_bytes().split(b"\0")
-                assert not [line for line in environment if line.startswith((b"LISTEN_", b"NOTIFY_", b"WATCHDOG_"))]
+            handed_in = {f"socket:[{os.fstat(one.fileno()).st_ino}]" for one in (door, plain)}
+            for pid in (proxy.fork_server, *proxy.processes[1:]):
+                assert not handed_in & open_files(pid)
             pids = proxy.processes
             process.terminate()
             assert notify.recv(65536).startswith(b"STOPPING=1")

@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from OpenSSL import SSL
 
 from dockerproxy.errors import NameInvalid
+from dockerproxy.http.tls import ServerContext
 from dockerproxy.proxy.authority import AuthorityError, CertificateAuthority
 
 DAY = 86400.0
@@ -55,7 +56,7 @@ class Pair:
 
     def __init__(
         self,
-        context: SSL.Context,
+        context: ServerContext,
         trusted: bytes,
         name: str,
         *,
@@ -73,8 +74,7 @@ class Pair:
         self.client_context = client
         self._in, self._out = ssl.MemoryBIO(), ssl.MemoryBIO()
         self.client = client.wrap_bio(self._in, self._out, server_hostname=name, session=session)
-        self.server = SSL.Connection(context, None)
-        self.server.set_accept_state()
+        self.server = context.connection(None)
 
     def attempt(self, side: Callable[[], object]) -> bool:
         """Let one side go on, and carry its bytes over; say whether it has finished."""
@@ -156,9 +156,8 @@ def test_a_pyopenssl_client_verifies_it_too(authority: CertificateAuthority, tmp
     context = SSL.Context(SSL.TLS_CLIENT_METHOD)
     context.load_verify_locations(str(tmp_path / "ca.crt"))
     context.set_verify(SSL.VERIFY_PEER)
-    client, server = SSL.Connection(context, None), SSL.Connection(authority.context_for("quay.io"), None)
+    client, server = SSL.Connection(context, None), authority.context_for("quay.io").connection(None)
     client.set_connect_state()
-    server.set_accept_state()
     for side, other in [(client, server), (server, client), (client, server), (server, client)]:
         try:
             side.do_handshake()
@@ -331,10 +330,32 @@ def test_sessions_are_resumed_by_ticket(authority: CertificateAuthority, version
     assert again.client.session_reused
 
 
-def test_another_hosts_ticket_is_worth_nothing(authority: CertificateAuthority) -> None:
-    first = Pair(authority.context_for("quay.io"), authority.certificate_pem, "quay.io").shake()
-    context = authority.context_for("ghcr.io")
-    again = Pair(context, b"", "ghcr.io", client=first.client_context, session=first.client.session).shake()
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+def test_another_hosts_ticket_is_worth_nothing(authority: CertificateAuthority, version: ssl.TLSVersion) -> None:
+    """Not even where the client asks for the host that it got it from: the proxy was told by CONNECT which is meant."""
+    first = Pair(authority.context_for("quay.io"), authority.certificate_pem, "quay.io", version=version).shake()
+    client = first.client_context
+    client.check_hostname, client.verify_mode = False, ssl.CERT_NONE
+    for asked in ("ghcr.io", "quay.io"):
+        again = Pair(authority.context_for("ghcr.io"), b"", asked, client=client, session=first.client.session).shake()
+        assert not again.client.session_reused
+
+
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+def test_a_ticket_of_another_process_is_good(authority: CertificateAuthority, version: ssl.TLSVersion) -> None:
+    """That has the same keys and makes its own leaves; here it is that which makes a new one, in another context."""
+    first = Pair(authority.context_for("quay.io"), authority.certificate_pem, "quay.io", version=version).shake()
+    authority._leaves.clear()
+    context = authority.context_for("quay.io")
+    again = Pair(context, b"", "quay.io", client=first.client_context, session=first.client.session).shake()
+    assert again.client.session_reused
+
+
+def test_a_ticket_of_another_ca_is_worth_nothing(tmp_path: Path, clock: Time) -> None:
+    one, other = opened(tmp_path / "one", clock), opened(tmp_path / "other", clock)
+    first = Pair(one.context_for("quay.io"), one.certificate_pem + other.certificate_pem, "quay.io").shake()
+    client, session = first.client_context, first.client.session
+    again = Pair(other.context_for("quay.io"), b"", "quay.io", client=client, session=session).shake()
     assert not again.client.session_reused
 
 
@@ -350,14 +371,14 @@ def test_tls_1_1_is_refused(authority: CertificateAuthority) -> None:
 
 
 def test_tls_1_2_ciphers_are_authenticated_and_forward_secret(authority: CertificateAuthority) -> None:
-    ciphers = SSL.Connection(authority.context_for("quay.io"), None).get_cipher_list()
+    ciphers = authority.context_for("quay.io").connection(None).get_cipher_list()
     for cipher in ciphers:
         assert cipher.startswith(("TLS_", "ECDHE-ECDSA-"))
         assert "GCM" in cipher or "POLY1305" in cipher
 
 
 def test_what_a_context_is_told(authority: CertificateAuthority) -> None:
-    context = authority.context_for("quay.io")
+    context = authority.context_for("quay.io").sessions
     wanted = SSL.OP_NO_RENEGOTIATION | SSL.OP_NO_COMPRESSION
     assert context.set_options(0) & (wanted | SSL.OP_NO_TICKET) == wanted
     assert context.set_mode(0) & SSL.MODE_RELEASE_BUFFERS
@@ -367,9 +388,8 @@ def test_what_a_context_is_told(authority: CertificateAuthority) -> None:
 def test_renegotiation_is_refused(authority: CertificateAuthority) -> None:
     context = SSL.Context(SSL.TLS_CLIENT_METHOD)
     context.set_max_proto_version(SSL.TLS1_2_VERSION)
-    client, server = SSL.Connection(context, None), SSL.Connection(authority.context_for("quay.io"), None)
+    client, server = SSL.Connection(context, None), authority.context_for("quay.io").connection(None)
     client.set_connect_state()
-    server.set_accept_state()
 
     def exchange(*steps: Step) -> None:
         for step in steps * 3:

@@ -179,29 +179,29 @@ class ConnectionTests(SynchronousTestCase):
         self.receive(b"HTTP/1.1 200 OK\r\nContent-Length: 5000\r\n\r\n")
         response = self.successResultOf(asked)
 
-        def read() -> Deferred[bytes]:
-            return Deferred.fromCoroutine(response.read_chunk(1000, 0.5))
+        def read() -> Deferred[list[bytes]]:
+            return Deferred.fromCoroutine(response.read_pieces(1000, 0.5))
 
         reading = read()
         self.receive(b"a" * 600)
         self.assertNoResult(reading)
         self.receive(b"b" * 600)
-        self.assertEqual(self.successResultOf(reading), b"a" * 600 + b"b" * 600)
+        self.assertEqual(self.successResultOf(reading), [b"a" * 600, b"b" * 600])
         reading = read()
         self.receive(b"c")
         self.clock.advance(0.4)
         self.assertNoResult(reading)
         self.clock.advance(0.1)
-        self.assertEqual(self.successResultOf(reading), b"c")
+        self.assertEqual(self.successResultOf(reading), [b"c"])
         reading = read()
         self.clock.advance(1)
         self.assertNoResult(reading)
         self.receive(b"d")
-        self.assertEqual(self.successResultOf(reading), b"d")
+        self.assertEqual(self.successResultOf(reading), [b"d"])
         reading = read()
         self.receive(b"e" * (5000 - 1202))
-        self.assertEqual(self.successResultOf(reading), b"e" * (5000 - 1202))
-        self.assertEqual(self.successResultOf(read()), b"")
+        self.assertEqual(self.successResultOf(reading), [b"e" * (5000 - 1202)])
+        self.assertEqual(self.successResultOf(read()), [])
         timers = [call for call in self.clock.getDelayedCalls() if call.getTime() - self.clock.seconds() <= 0.5]
         self.assertEqual(timers, [])
 

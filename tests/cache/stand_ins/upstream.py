@@ -79,10 +79,13 @@ class Answer:
 
     # cache.origin.Answer
 
-    async def read_chunk(self, at_least: int = 1, within: float = 0.0) -> bytes:
-        data = await self._stream.read()
-        self.read += len(data)
-        return data
+    async def read_chunk(self) -> bytes:
+        return b"".join(await self.read_pieces(1, 0.0))
+
+    async def read_pieces(self, at_least: int, within: float) -> list[bytes]:
+        pieces = await self._stream.read_pieces()
+        self.read += sum(map(len, pieces))
+        return pieces
 
     async def read_all(self, limit: int) -> bytes:
         content = b""

@@ -31,16 +31,19 @@ class Several(Hosting):
 
     @property
     def processes(self) -> list[int]:
-        """Return the processes: the first, and then its children by age."""
-        children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
-        return [self.pid, *map(int, children)]
+        """Return the processes that serve: the first, and then the fork server's children by age."""
+        return [self.pid, *_children(self.fork_server)]
+
+    @property
+    def fork_server(self) -> int:
+        return _children(self.pid)[0]
 
     def owner(self, connection: http.client.HTTPConnection) -> int | None:
         """Return the process that has the other end of a connection; None while it is on its way there."""
         assert isinstance(connection.sock, socket.socket)
         here, there = connection.sock.getsockname()[1], connection.sock.getpeername()[1]
         inode = _inode(there, here)
-        owners = [pid for pid in self.processes if inode is not None and f"socket:[{inode}]" in _open_files(pid)]
+        owners = [pid for pid in self.processes if inode is not None and f"socket:[{inode}]" in open_files(pid)]
         return owners[0] if len(owners) == 1 else None
 
     def one_each(self, url: str) -> AbstractContextManager[dict[int, http.client.HTTPConnection]]:
@@ -101,6 +104,10 @@ def gone(pids: list[int]) -> bool:
     return not any(os.path.exists(f"/proc/{pid}/exe") for pid in pids)
 
 
+def _children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
 def _inode(local: int, remote: int) -> str | None:
     """Return the inode of the socket that has these two ports of 127.0.0.1."""
     for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
@@ -110,7 +117,7 @@ def _inode(local: int, remote: int) -> str | None:
     return None
 
 
-def _open_files(pid: int) -> set[str]:
+def open_files(pid: int) -> set[str]:
     found = set()
     for name in os.listdir(f"/proc/{pid}/fd"):
         try:

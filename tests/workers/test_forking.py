@@ -1,0 +1,192 @@
+"""The fork server and its copies: real processes, from one without threads, which the test's own is not."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HERE = Path(__file__).parent
+
+_BEGIN = """
+import json, os, select, signal, socket, sys, time
+sys.path.insert(0, {here!r})
+from by_hand import Reactor
+from dockerproxy.workers import forking
+from dockerproxy.workers.forking import ForkServer
+from twisted.logger import globalLogPublisher
+
+reactor, told = Reactor(), []
+secret = open(os.devnull)
+ready, go = os.pipe()
+
+def run(order):
+    {run}
+
+def begin(writes=True):
+    forks = ForkServer(reactor, run, writes=writes)
+    forks.started = lambda number, pid: told.append(["started", number, pid])
+    forks.ended = lambda number, why: told.append(["ended", number, why])
+    forks.lost = lambda: told.append(["lost"])
+    forks.startService()
+    return forks
+
+def wait_for(count):
+    while len(told) < count:
+        select.select(list(reactor.readers), [], [], 60)
+        reactor.turn()
+
+def start(forks, number, changed={{}}, output=None):
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs:
+        assert forks.start(number, changed, theirs.fileno(), output)
+    return ours
+
+def descriptors(pid):
+    return sorted(int(name) for name in os.listdir(f"/proc/{{pid}}/fd"))
+"""
+
+
+def played(run: str, text: str) -> Any:
+    """Return what a process prints that does `text`, as JSON; a worker does `run`."""
+    begin = _BEGIN.format(here=str(HERE), run=run)
+    done = subprocess.run(
+        [sys.executable, "-W", "error::DeprecationWarning:__main__", "-c", f"{begin}\n{text}"],
+        env={**os.environ, "PYTHONPATH": str(HERE.parent.parent)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return json.loads(done.stdout)
+
+
+STAY = "line = socket.socket(fileno=order.line); line.send(b'here'); select.select([line], [], [])"
+
+
+def test_a_worker_has_its_orders_and_its_line_and_its_end_is_told() -> None:
+    told, sent = played(
+        "socket.socket(fileno=order.line).send(json.dumps([order.number, order.changed]).encode())",
+        "forks = begin(); line = start(forks, 3, {'A': 'b'}); wait_for(2)\n"
+        "print(json.dumps([told, json.loads(line.recv(1000))]))",
+    )
+    assert sent == [3, {"A": "b"}]
+    (started, number, pid), ended = told
+    assert (started, number, pid > 1) == ("started", 3, True)
+    assert ended == ["ended", 3, "exit status 0"]
+
+
+@pytest.mark.parametrize(
+    ("run", "why"),
+    [
+        ("raise SystemExit(1)", "exit status 1"),
+        ("os._exit(7)", "exit status 7"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", "killed by SIGKILL"),
+    ],
+)
+def test_why_it_ended(run: str, why: str) -> None:
+    told = played(run, "forks = begin(); line = start(forks, 1); wait_for(2); print(json.dumps(told))")
+    assert told[1] == ["ended", 1, why]
+
+
+def test_one_by_one_and_several_at_a_time() -> None:
+    told = played(
+        STAY,
+        "forks = begin(); lines = [start(forks, number) for number in (1, 2, 3)]; wait_for(3)\n"
+        "for line in lines: line.recv(9)\n"
+        "lines[1].close(); wait_for(4); lines[1] = start(forks, 2); wait_for(5); lines[1].recv(9)\n"
+        "for line in lines: line.close()\n"
+        "wait_for(8); print(json.dumps(told))",
+    )
+    assert [entry[:2] for entry in told[:5]] == [
+        ["started", 1],
+        ["started", 2],
+        ["started", 3],
+        ["ended", 2],
+        ["started", 2],
+    ]
+    assert sorted(entry[1] for entry in told[5:]) == [1, 2, 3]
+    assert len({entry[2] for entry in told if entry[0] == "started"}) == 4
+
+
+def test_nobody_has_what_the_first_process_had_open() -> None:
+    """Its own end of the lines is among that: they would not end with it."""
+    server, worker = played(
+        STAY,
+        "forks = begin(); line = start(forks, 1); wait_for(1); line.recv(9)\n"
+        "print(json.dumps([descriptors(forks._pid), descriptors(told[0][2])]))",
+    )
+    assert [number for number in server if number <= 2] == [0, 1, 2]
+    assert len(server) == 3 + 2  # its line, and what the kernel knows the worker by
+    assert len(worker) == 3 + 1
+
+
+def test_where_the_first_process_writes_the_log_a_worker_has_a_pipe_to_it() -> None:
+    text = played(
+        "print('out'); sys.stdout.flush(); os.write(2, b'err'); globalLogPublisher({'log_format': 'unseen'})",
+        "globalLogPublisher.addObserver(lambda event: event.get('log_format') and os.write(1, b'observed'))\n"
+        "forks = begin(writes=False); reading, writing = os.pipe(); line = start(forks, 1, output=writing)\n"
+        "wait_for(2); os.close(writing); print(json.dumps(os.read(reading, 1000).decode()))",
+    )
+    assert text == "out\nerr"
+
+
+def test_it_ends_with_its_line() -> None:
+    told, found = played(
+        STAY,
+        "forks = begin(); line = start(forks, 1); wait_for(1); line.recv(9); pid = forks._pid; forks.close()\n"
+        "found = os.waitpid(pid, 0)[1]; print(json.dumps([told, found]))",
+    )
+    assert ([entry[0] for entry in told], found) == (["started", "lost"], 0)
+
+
+def test_who_starts_workers_and_is_killed_is_missed() -> None:
+    told, alive, asked, running = played(
+        STAY,
+        "forks = begin(); line = start(forks, 1); wait_for(1); line.recv(9); os.kill(forks._pid, signal.SIGKILL)\n"
+        "wait_for(2); asked = forks.start(2, {}, line.fileno(), None)\n"
+        "print(json.dumps([told, forks.alive, asked, os.path.exists(f'/proc/{told[0][2]}/exe')]))",
+    )
+    assert (told[1], alive, asked, running) == (["lost"], False, False, True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
+def test_signals_to_all_processes_are_for_the_first(number: int) -> None:
+    told = played(
+        f"os.kill(os.getppid(), {number:d}); os.kill(os.getpid(), {number:d})",
+        "forks = begin(); start(forks, 1); wait_for(2); start(forks, 2); wait_for(4); print(json.dumps(told))",
+    )
+    assert [entry[2] for entry in told if entry[0] == "ended"] == ["exit status 0"] * 2
+
+
+def test_names_of_processes() -> None:
+    names = played(
+        STAY,
+        "forks = begin(); line = start(forks, 12); wait_for(1); line.recv(9)\n"
+        "print(json.dumps([open(f'/proc/{pid}/comm').read() for pid in (forks._pid, told[0][2])]))",
+    )
+    assert names == ["fork server\n", "worker 12\n"]
+
+
+def test_copies_do_not_have_the_same_random_numbers() -> None:
+    """Nor those of the first process: OpenSSL's and Python's, which had some before there were copies."""
+    drawn = played(
+        "line = socket.socket(fileno=order.line); line.send(draw().encode()); select.select([line], [], [])",
+        "from OpenSSL import SSL\n"
+        "import random\n"
+        "from cryptography.hazmat.primitives.asymmetric import ec\n"
+        "def draw():\n"
+        "    number = ec.generate_private_key(ec.SECP256R1()).private_numbers().private_value\n"
+        "    return json.dumps([str(number), random.random()])\n"
+        "draw(); forks = begin(); lines = [start(forks, number) for number in (1, 2)]; wait_for(2)\n"
+        "print(json.dumps([json.loads(draw()), *(json.loads(line.recv(1000)) for line in lines)]))",
+    )
+    assert [len(set(numbers)) for numbers in zip(*drawn, strict=True)] == [3, 3]
