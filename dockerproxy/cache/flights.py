@@ -22,7 +22,7 @@ import os
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import Deferred, DeferredLock
 from twisted.internet.task import deferLater
 from twisted.logger import Logger
 
@@ -32,6 +32,7 @@ from dockerproxy.cache.origin import Origin, Upstream, Visitor
 from dockerproxy.cache.reading import HELD_BACK, FlightContent
 from dockerproxy.cache.recent import Recent
 from dockerproxy.cache.room import Room
+from dockerproxy.cache.syncing import EarlySync
 from dockerproxy.errors import RegistryError, UpstreamBroken
 from dockerproxy.oci.names import Digest
 from dockerproxy.store.growing import GrowingFile
@@ -71,12 +72,14 @@ class Flight:
         room: Room,
         ingests: Ingests,
         landing: Landing,
+        syncing: DeferredLock,
     ) -> None:
         self._reactor = reactor
         self._upstream = upstream
         self._room = room
         self._ingests = ingests
         self._landing = landing
+        self._sync = EarlySync(reactor, syncing)
         self._visitor = visitor
         self._opened: Announcement | None = None
         self._waiting: list[Deferred[None]] = []
@@ -182,11 +185,13 @@ class Flight:
         await self._reserve(self.written if self.size is None else self.size)
         while pieces := await download.read(min(_MOST, self.written)):
             await self._append(ingest, download, pieces)
+            self._sync.grown(ingest)
         self.size = download.size
         if not ingest.verify():
             await in_thread(self._reactor, ingest.discard)
             raise UpstreamBroken(f"{self.origin.registry} sent content that is not {self.digest}")
         try:
+            await self._sync.ended()
             await self._room.keep(ingest)
         except OSError as error:
             raise Stranded(f"it cannot be kept: {error.strerror}") from error
@@ -377,6 +382,7 @@ class Flights:
         self._upstream = upstream
         self._room = room
         self._ingests = ingests
+        self._syncing = DeferredLock()
         self._flights: dict[Digest, Flight] = {}
 
     def get(self, digest: Digest) -> Flight | None:
@@ -386,7 +392,7 @@ class Flights:
     def start(self, visitor: Visitor, digest: Digest, landing: Landing) -> Flight:
         """Begin to fetch `digest` for `visitor`; the flight goes on whoever leaves."""
         flight = self._flights[digest] = Flight(
-            self._reactor, self._upstream, visitor, digest, self._room, self._ingests, landing
+            self._reactor, self._upstream, visitor, digest, self._room, self._ingests, landing, self._syncing
         )
         spawn(self._run(flight), f"the download of {digest}")
         return flight

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
 import socket
-import termios
 from contextlib import suppress
 from typing import Any
 
@@ -30,6 +28,7 @@ _READS_AT_ONCE = 16  # then other connections get their turn
 
 _PARTIAL_WRITE, _MOVING_BUFFER = 0x1, 0x2  # of SSL_CTX_set_mode(3); pyOpenSSL has no names for them
 _SEVERAL = hasattr(SSL.Context, "clear_mode")  # whether OpenSSL can be had to write several records by one call
+_AT_ONCE = 256 * 1024 if _SEVERAL else RECORD  # bytes that OpenSSL is given by one call
 
 _DISTRUST = ("unknown ca", "certificate unknown", "bad certificate")  # alerts (RFC 8446, section 6.2)
 
@@ -163,7 +162,7 @@ class TLSTransport(SocketTransport):
         corked = len(view) > RECORD and self._cork(True)
         try:
             while sent < len(view):
-                size = self._offered = self._offered or self._at_once(len(view) - sent)
+                size = self._offered = self._offered or min(len(view) - sent, _AT_ONCE)
                 sent += self._tls.send(view[sent : sent + size])
                 self._offered = 0
         except (SSL.WantWriteError, SSL.WantReadError):
@@ -178,25 +177,14 @@ class TLSTransport(SocketTransport):
     def _cork(self, corked: bool) -> bool:
         """Have the kernel wait for full segments, or no longer; return whether it can.
 
-        OpenSSL makes a call for each record, and the kernel would send each by itself, which costs a fifth of the CPU
-        time for each byte (measured on loopback).
+        OpenSSL makes a call for each record, and the kernel would send each by itself: that costs a fifth of the CPU
+        time for each byte, measured on loopback.
         """
         if self._socket.family == socket.AF_UNIX:
             return False
         with suppress(OSError):  # the peer is gone, as writing will tell
             self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, corked)
         return True
-
-    def _at_once(self, size: int) -> int:
-        """Return how many bytes, of `size`, OpenSSL is to be given at once: whole records, or a last one."""
-        record = self._record()
-        if record < RECORD or size <= record or not _SEVERAL:
-            return record
-        # Several, as far as the kernel has room for them and for what it makes of them: of what it does not take,
-        # all has to be kept to be offered again.
-        queued = int.from_bytes(fcntl.ioctl(self._fileno, termios.TIOCOUTQ, bytes(4)), "little")
-        room = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) // 2 - queued
-        return max(1, room // record) * record
 
     def _say_goodbye(self) -> None:
         with suppress(SSL.Error):  # the peer is gone already

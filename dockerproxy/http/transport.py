@@ -9,9 +9,11 @@ takes it, so that a small answer costs no round through the reactor, and nothing
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import socket
-from collections import deque
+import struct
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -31,11 +33,17 @@ from zope.interface import implementer
 READ_SIZE = 64 * 1024
 
 RECORD = 16 * 1024  # bytes of content in a TLS record (RFC 8446, section 5.1)
-# A record that the kernel did not take waits here twice: encrypted, and as OpenSSL wants to be given it once more. With
-# a client that reads slowly it comes to that before more was sent than the kernel keeps for a connection (4 MiB by
-# tcp_wmem). Until then records are small; a large one costs less for each byte.
-_FIRST_RECORD = 8 * 1024
-_QUICK = 4 * 1024 * 1024
+_LEAST = 4 * 1024  # bytes that are given to the kernel at least, whether or not it has room
+# For a client that has not taken so many bytes yet, no more than so many wait in the kernel to be sent: it keeps up to
+# 4 MiB (tcp_wmem) for each, and with many slow ones it runs out of them (tcp_mem) and takes less than it had room for.
+_PROOF = 4 * 1024 * 1024
+_UNSENT = 128 * 1024
+
+_SO_MEMINFO = 55  # socket(7) does not have it: asm-generic/socket.h and linux/sock_diag.h do, since Linux 4.12
+_MEMINFO = struct.Struct("@9I")
+_SNDBUF, _QUEUED = 3, 5  # of that: SK_MEMINFO_SNDBUF, SK_MEMINFO_WMEM_QUEUED
+_TCP_NOTSENT_LOWAT = 25  # tcp(7); socket has it since Python 3.12
+_SIOCOUTQNSD = 0x894B  # tcp(7) does not have that either: linux/sockios.h
 
 
 class Yielded(Protocol):
@@ -55,13 +63,15 @@ class SocketTransport:
         self._tcp = tcp
         self._socket: socket.socket = tcp.getHandle()
         self._fileno = self._socket.fileno()
-        self._pending: deque[bytes | memoryview] = deque()
+        self._pending: list[bytes | memoryview] = []  # a deque would take 760 bytes
         self._producer: IPushProducer | None = None
         self._producer_paused = False
         self._reading = self._writing = False
         self._offered = 0  # bytes that OpenSSL could not send, and has to be offered once more; 0: none
         self._ready = True  # whether application data can be written: TLS first shakes hands
         self._broken = self._aborted = False
+        self._quick = self._socket.family == socket.AF_UNIX  # whether the client took much already
+        self._limit = 0  # bytes that may wait in the kernel to be sent; 0: any number
         self._reason: Exception = CONNECTION_LOST
         self.protocol: IProtocol = Yielded()
         self.connected = True
@@ -114,18 +124,24 @@ class SocketTransport:
         self._keep(data)
 
     def offer(self, data: bytes | bytearray | memoryview) -> int:
-        """Hand as much of `data` to the kernel as it takes, and keep little of the rest; return how much was taken.
+        """Hand as much of `data` to the kernel as it has room for; return how much that was.
 
         That is at least one byte. Whoever can get at the rest again offers that when the producer is resumed, and so
-        a client that reads slowly costs less memory than by `write`.
+        for a client that reads slowly nothing waits here: what TLS has encrypted and the kernel does not take would be
+        kept twice, 16 KiB each time, for OpenSSL wants to be given the same once more.
         """
         if not self.connected or self.disconnecting or self._broken:
             return len(data)
-        sent = self._send(data) if not self._pending and self._ready else 0
-        kept = bytes(memoryview(data)[sent : sent + (self._offered or self._record())])
-        if kept:
+        room = self._room() if len(data) >= RECORD else 2 * RECORD
+        size = min(len(data), max(_LEAST, room))
+        sent = self._send(memoryview(data)[:size]) if not self._pending and self._ready else 0
+        if sent < size:
+            kept = bytes(memoryview(data)[sent : sent + (self._offered or _LEAST)])
             self._keep(kept)
-        return sent + len(kept)
+            return sent + len(kept)
+        if sent < len(data) or room - sent < RECORD:
+            self._hold_producer()
+        return sent
 
     @property
     def takes_files(self) -> bool:
@@ -190,6 +206,10 @@ class SocketTransport:
 
     def _keep(self, data: bytes | memoryview) -> None:
         self._pending.append(data)
+        self._hold_producer()
+
+    def _hold_producer(self) -> None:
+        """Wait for the kernel to have room."""
         self._start_writing()
         if self._producer is not None and not self._producer_paused:
             self._producer_paused = True
@@ -255,7 +275,7 @@ class SocketTransport:
             if sent < len(data):
                 self._pending[0] = memoryview(data)[sent:]
                 break
-            self._pending.popleft()
+            del self._pending[0]
         if self._broken:
             return CONNECTION_LOST
         if self._pending:
@@ -275,9 +295,31 @@ class SocketTransport:
 
     # the socket
 
-    def _record(self) -> int:
-        """Return how many bytes are encrypted together."""
-        return _FIRST_RECORD if self.sent < _QUICK else RECORD
+    def _room(self) -> int:
+        """Return how many bytes the kernel has room for.
+
+        As good as surely: where it does not take them, they are kept here.
+        """
+        try:
+            found: tuple[int, ...] = _MEMINFO.unpack(
+                self._socket.getsockopt(socket.SOL_SOCKET, _SO_MEMINFO, _MEMINFO.size)
+            )
+            free, queued = found[_SNDBUF] - found[_QUEUED], found[_QUEUED]
+            room = free - free // 4  # what the kernel makes of them takes room as well
+            return room if self._quick else min(room, self._room_of_the_slow(queued))
+        except (OSError, struct.error):
+            return RECORD
+
+    def _room_of_the_slow(self, queued: int) -> int:
+        """Return the same as far as it goes by what the client took, `queued` bytes or fewer of what was sent not."""
+        limit = 0 if self.sent - queued >= _PROOF else _UNSENT  # 0: as for every socket
+        if limit != self._limit:
+            self._limit = limit
+            self._socket.setsockopt(socket.IPPROTO_TCP, _TCP_NOTSENT_LOWAT, limit)
+        if not limit:
+            self._quick = True
+            return _PROOF
+        return limit - int.from_bytes(fcntl.ioctl(self._fileno, _SIOCOUTQNSD, bytes(4)), sys.byteorder)
 
     def _send(self, data: bytes | bytearray | memoryview) -> int:
         """Return how many bytes the kernel took."""

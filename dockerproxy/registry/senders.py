@@ -27,10 +27,10 @@ class Pace:
     def __init__(self) -> None:
         self.size = _SMALLEST * 4
 
-    def took(self, seconds: float) -> None:
-        """Note how long the client took for the last piece."""
+    def took(self, size: int, seconds: float) -> None:
+        """Note how much was taken of the last piece, and how long the client took for that."""
         if seconds < _QUICK:
-            self.size = min(_LARGEST, self.size * 2)
+            self.size = min(_LARGEST, max(_SMALLEST, size * 2))
         elif seconds > _SLOW:
             self.size = max(_SMALLEST, self.size // 4)
 
@@ -50,7 +50,7 @@ async def send(request: Request, content: Content, start: int, stop: int | None,
             break
         began = clock.seconds()
         await request.drain()
-        pace.took(clock.seconds() - began)
+        pace.took(taken, clock.seconds() - began)
         if taken >= _SMALLEST:
             await deferLater(clock, 0)
     request.finish()

@@ -646,6 +646,48 @@ def test_a_blob_that_cannot_be_kept(world: World, monkeypatch: pytest.MonkeyPatc
     assert world.ingests == []
 
 
+def test_much_is_synced_while_more_comes(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is published before that has ended, for it may bring an error."""
+    monkeypatch.setattr("dockerproxy.cache.syncing._AT_ONCE", 5000)
+    flight, answer = under_way(world, sent=4999)
+    world.reactor.pool.hold()
+    send(world, answer, 1)
+    world.reactor.pool.step()  # it is written
+    world.reactor.settle()
+    assert world.reactor.pool.waiting == 1  # and to be synced
+    answer.end()
+    world.reactor.settle()
+    assert world.reactor.pool.waiting == 2
+    sync, write = world.reactor.pool._held or []
+    world.reactor.pool._held = [write, sync]
+    world.reactor.pool.step()
+    world.reactor.settle()
+    assert flight.written == len(DATA) and world.reactor.pool.waiting == 1  # nothing but the sync
+    world.reactor.pool.release()
+    world.reactor.settle()
+    assert flight.landed
+
+
+def test_what_could_not_be_synced_is_not_kept(world: World, monkeypatch: pytest.MonkeyPatch, logged: list[str]) -> None:
+    """The kernel reports that once: to sync again would seem to succeed."""
+    monkeypatch.setattr("dockerproxy.cache.syncing._AT_ONCE", 5000)
+    errors = [OSError(errno.EIO, "Input/output error")]
+
+    def fail(fd: int) -> None:
+        if errors:
+            raise errors.pop()
+
+    monkeypatch.setattr(os, "fdatasync", fail)
+    flight, answer = under_way(world, sent=5000)
+    one = reader(world, flight)
+    end(world, answer)
+    one.read_on()
+    assert one.data == DATA and one.ended
+    assert not errors and not world.blobs.exists(DIGEST)
+    assert any("cannot be kept: Input/output error" in line for line in logged)
+    one.leave()
+
+
 def test_a_reader_of_a_blob_that_cannot_be_kept(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(ingest: Ingest, blobs: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

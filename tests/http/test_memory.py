@@ -65,7 +65,7 @@ class Server:
         self._process.communicate()
 
 
-@pytest.mark.parametrize(("what", "most"), [("/large", 64), ("/", 32)], ids=["slow", "idle"])
+@pytest.mark.parametrize(("what", "most"), [("/large", 36), ("/", 32)], ids=["slow", "idle"])
 def test_many_clients(
     what: str, most: int, record_property: pytest.RecordProperty, capsys: pytest.CaptureFixture[str]
 ) -> None:

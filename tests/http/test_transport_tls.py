@@ -367,7 +367,7 @@ class SeveralRecords(SocketCase):
 
         def take(tcp: Any) -> None:
             transports.append(TLSTransport.server(reactor, tcp, SERVER))
-            transports[0]._at_once = lambda size: 300_000  # type: ignore[method-assign]
+            transports[0]._room = lambda: MIB  # type: ignore[method-assign]
             transports[0].start(recorder)
 
         port = self.listen(take)
@@ -377,6 +377,8 @@ class SeveralRecords(SocketCase):
         offered, pauses = 0, 0
         while offered < len(content):
             offered += transport.offer(content[offered : offered + MIB])
+            # Else the end of what was taken would wait for more.
+            self.assertFalse(transport._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_CORK))
             while transport._pending:
                 pauses += 1
                 reading.set()

@@ -27,7 +27,7 @@ def test_the_pace_stays_within_its_bounds(takes: list[float]) -> None:
     pace = Pace()
     for seconds in takes:
         before = pace.size
-        pace.took(seconds)
+        pace.took(before, seconds)
         assert SMALLEST <= pace.size <= LARGEST
         if seconds < 0.02:
             assert pace.size >= before
@@ -40,11 +40,18 @@ def test_the_pace_stays_within_its_bounds(takes: list[float]) -> None:
 def test_the_pace_goes_from_one_bound_to_the_other() -> None:
     pace = Pace()
     for _ in range(10):
-        pace.took(0)
+        pace.took(pace.size, 0)
     assert pace.size == LARGEST
     for _ in range(10):
-        pace.took(1)
+        pace.took(pace.size, 1)
     assert pace.size == SMALLEST
+
+
+def test_no_more_is_read_than_twice_what_was_taken() -> None:
+    pace = Pace()
+    for _ in range(10):
+        pace.took(min(pace.size, 100_000), 0)
+    assert pace.size == 200_000
 
 
 class Sending:
