@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import random
 import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import count, islice
 from pathlib import Path
 from types import TracebackType
 
@@ -16,6 +18,9 @@ _TICKS = os.sysconf("SC_CLK_TCK")
 _START = 20.0  # seconds that a program may take to come up
 _STOP = 30.0
 
+# Below those that the kernel gives to connections, of which a benchmark makes thousands.
+_FIRST_PORT, _PORTS = 20000, 11000
+_ports = count(random.randrange(_PORTS))
 
 _LOOK = 0.002  # seconds between two looks whether it came up, which the time of that is measured by
 
@@ -216,8 +221,13 @@ def listening(port: int) -> bool:
 
 
 def free_port() -> int:
-    """Return a port that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """Return a port that nothing listens on, another one each time."""
+    for number in islice(_ports, _PORTS):
+        port = _FIRST_PORT + number % _PORTS
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise BenchError(f"no port is free between {_FIRST_PORT} and {_FIRST_PORT + _PORTS}")

@@ -1,7 +1,8 @@
-"""What a server's processes have in memory."""
+"""A server's ports, and what its processes have in memory."""
 
 from __future__ import annotations
 
+import socket
 import sys
 from pathlib import Path
 
@@ -28,3 +29,11 @@ def test_pages_that_processes_share_are_counted_once(tmp_path: Path) -> None:
         assert len(server.processes()) == 2
         assert server.resident() > 2 * _SIZE
         assert _SIZE < server.shared_once() < server.resident() - _SIZE
+
+
+def test_a_port_is_given_once() -> None:
+    """A server is given several before it listens on the first."""
+    first = free_port()
+    with socket.create_server(("127.0.0.1", first + 1)):
+        others = [free_port() for _ in range(100)]
+    assert len({first, first + 1, *others}) == 102
