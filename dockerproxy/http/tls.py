@@ -177,7 +177,7 @@ class TLSTransport(SocketTransport):
     def _cork(self, corked: bool) -> bool:
         """Have the kernel wait for full segments, or no longer; return whether it can.
 
-        OpenSSL makes a call for each record, and the kernel would send each by itself: that takes a quarter more CPU
+        OpenSSL makes a call for each record, and the kernel would send each by itself: that takes a third more CPU
         time for each byte (measured on loopback, server and client on a core each).
         """
         if self._socket.family == socket.AF_UNIX:
