@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -235,16 +236,10 @@ def _near_misses(file: Mapping[str, str], known: list[str]) -> list[str]:
         upper = name.upper()
         if name in known or upper in _FOREIGN:
             continue
-        near = [upper] if upper in known else _like(upper, known)
+        near = [upper] if upper in known else difflib.get_close_matches(upper, known, n=2, cutoff=0.77)
         if near:
             warnings.append(f"{name} is not a setting and has no effect; is {' or '.join(near)} meant?")
     return warnings
-
-
-def _like(name: str, known: list[str]) -> list[str]:
-    from difflib import get_close_matches  # here, for a file without a slip of the pen has no use for it
-
-    return get_close_matches(name, known, n=2, cutoff=0.77)
 
 
 def _overruled(env: Mapping[str, str], file: Mapping[str, str], known: list[str]) -> list[str]:

@@ -6,9 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Hasha
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, Generic, Protocol, TypeVar
 
-from twisted.application.service import Service
 from twisted.internet.defer import Deferred, DeferredLock
-from twisted.internet.task import LoopingCall
 from twisted.internet.threads import deferToThreadPool
 from twisted.logger import Logger
 from twisted.python.failure import Failure
@@ -27,30 +25,6 @@ def spawn(work: Coroutine[Any, Any, object], what: str) -> Deferred[None]:
 
     deferred: Deferred[Any] = Deferred.fromCoroutine(work)
     return deferred.addErrback(report)
-
-
-class Every(Service):
-    """Does `work` at its start, and again so many `seconds` after each beginning; its end waits for what is under way.
-
-    A round that fails is logged as that of `what`. Twisted's TimerService would have us load half a megabyte besides.
-    """
-
-    def __init__(
-        self, reactor: Any, seconds: float, work: Callable[[], Coroutine[Any, Any, object]], what: str
-    ) -> None:
-        self._seconds = seconds
-        self._loop = LoopingCall(lambda: spawn(work(), what))
-        self._loop.clock = reactor
-        self._ended: Deferred[LoopingCall]
-
-    def startService(self) -> None:
-        super().startService()  # type: ignore[no-untyped-call]
-        self._ended = self._loop.start(self._seconds)
-
-    def stopService(self) -> Deferred[LoopingCall]:
-        super().stopService()  # type: ignore[no-untyped-call]
-        self._loop.stop()
-        return self._ended
 
 
 async def in_thread(reactor: Any, function: Callable[..., T], *args: object) -> T:

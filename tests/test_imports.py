@@ -44,12 +44,9 @@ EVERYWHERE = {"tasks"}  # helpers that know of no part
 
 # Each would be loaded with all that it needs itself: megabytes that no request has a use for.
 UNUSED = {
-    "automat",
-    "difflib",
     "importlib.resources",
     "multiprocessing",
     "sqlite3",
-    "twisted.application.internet",
     "twisted.trial",
     "twisted.web.client",
     "twisted.web.http",

@@ -7,10 +7,9 @@ from typing import Any
 
 from twisted.internet import reactor
 from twisted.internet.defer import CancelledError, Deferred
-from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
-from dockerproxy.tasks import Coalescing, Every, Turns, in_thread, spawn, to_the_end
+from dockerproxy.tasks import Coalescing, Turns, in_thread, spawn, to_the_end
 
 
 class Spawning(SynchronousTestCase):
@@ -40,55 +39,6 @@ class Spawning(SynchronousTestCase):
         gate.errback(ValueError("trouble"))
         self.assertIsNone(self.successResultOf(running))
         self.assertEqual(len(self.flushLoggedErrors(ValueError)), 1)
-
-
-class Repeating(SynchronousTestCase):
-    def setUp(self) -> None:
-        self.clock = Clock()
-        self.gates: list[Deferred[None]] = []
-        self.service = Every(self.clock, 10, self.work, "work")
-        self.service.startService()
-
-    def work(self) -> Any:
-        self.gates.append(Deferred())
-        return self.wait(self.gates[-1])
-
-    async def wait(self, gate: Deferred[None]) -> None:
-        await gate
-
-    def test_it_begins_at_once_and_again_when_its_time_has_come(self) -> None:
-        self.assertEqual(len(self.gates), 1)
-        self.gates[0].callback(None)
-        self.clock.advance(9)
-        self.assertEqual(len(self.gates), 1)
-        self.clock.advance(1)
-        self.assertEqual(len(self.gates), 2)
-
-    def test_there_is_one_round_at_a_time(self) -> None:
-        self.clock.advance(25)
-        self.assertEqual(len(self.gates), 1)
-        self.gates[0].callback(None)
-        self.clock.advance(5)
-        self.assertEqual(len(self.gates), 2)
-
-    def test_a_round_that_fails_is_not_the_last(self) -> None:
-        self.gates[0].errback(ValueError("trouble"))
-        self.assertEqual(len(self.flushLoggedErrors(ValueError)), 1)
-        self.clock.advance(10)
-        self.assertEqual(len(self.gates), 2)
-
-    def test_its_end_waits_for_what_is_under_way(self) -> None:
-        ended = self.service.stopService()
-        self.assertNoResult(ended)
-        self.gates[0].callback(None)
-        self.successResultOf(ended)
-        self.clock.advance(100)
-        self.assertEqual(len(self.gates), 1)
-
-    def test_its_end_between_two_rounds_is_at_once(self) -> None:
-        self.gates[0].callback(None)
-        self.successResultOf(self.service.stopService())
-        self.assertEqual(self.clock.getDelayedCalls(), [])
 
 
 class Threads(TestCase):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator, Mapping, Sequence
 
 from attrs import field, frozen
@@ -133,11 +134,9 @@ class Names:
 
 def _close(text: str, names: Sequence[str]) -> list[str]:
     """Return the `names` that are spelled like `text`, or begin so; in upper case or lower."""
-    from difflib import get_close_matches  # here, for only a command that misspells a name needs it
-
     folded = {name.lower(): name for name in names}
     begun = [name for name in folded if text and name.startswith(text.lower())]
-    found = dict.fromkeys((*get_close_matches(text.lower(), folded, _SUGGESTED), *begun[:_SUGGESTED]))
+    found = dict.fromkeys((*difflib.get_close_matches(text.lower(), folded, _SUGGESTED), *begun[:_SUGGESTED]))
     return [folded[name] for name in found][:_SUGGESTED]
 
 

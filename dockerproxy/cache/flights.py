@@ -23,10 +23,10 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 from twisted.internet.defer import Deferred, DeferredLock
-from twisted.internet.task import deferLater
 from twisted.logger import Logger
 
 from dockerproxy.cache.download import Download, TooLong
+from dockerproxy.cache.following import follow
 from dockerproxy.cache.ingests import Announcement, Ingests
 from dockerproxy.cache.origin import Origin, Upstream, Visitor
 from dockerproxy.cache.reading import HELD_BACK, FlightContent
@@ -45,7 +45,6 @@ if TYPE_CHECKING:
 # Bytes that are hashed and written at a time, if they come fast: to have a thread do that, and to wake readers, takes
 # 70 µs each time. Whoever waits for the beginning has that at once.
 _MOST = 512 * 1024
-_LOOK_EVERY = 0.01  # seconds between two looks at a file that another process writes
 _OFFERED = 5.0  # seconds for which a stranded flight keeps its connection open for a reader
 _OWN_FAULT = "the download failed in this proxy itself: its log says why"
 
@@ -111,6 +110,17 @@ class Flight:
         else:
             download.abort()
         await self._put_away()
+
+    def open(self, announced: Announcement) -> None:
+        """Let those go on who are `ready` when upstream has begun to send."""
+        self.size = announced.size
+        self.opened, self._opened = True, announced
+        self._wake()
+
+    def grow(self, size: int) -> None:
+        """Let readers have what was written, of which there are `size` bytes now."""
+        self.written = size
+        self._wake()
 
     def end(self) -> None:
         """Let all go who wait; nobody joins any more."""
@@ -178,7 +188,7 @@ class Flight:
         if self.landed:
             return
         opened = Announcement(download.size, self.origin.key, self._visitor.identity, self._reactor.seconds())
-        self._open(opened)
+        self.open(opened)
         if ingest is None:
             raise Stranded("its file cannot be opened")
         self._ingests.announce(self.digest, opened)
@@ -258,43 +268,15 @@ class Flight:
 
         None, too, where that gave it up before anyone here had a part of it.
         """
-        ingest = None
         self.follows = True
-        try:
-            while followed.is_present and (ingest := followed.taken_over()) is None:
-                self._look(followed)
-                await deferLater(self._reactor, _LOOK_EVERY)
-            self._look(followed)
-            if ingest is None and self.opened and not self._ingests.is_published(self.digest):
-                # Nobody knows here whether what it had is wrong, or its disk full: the hash will tell.
-                self._file = GrowingFile(self.written, self._fd, self.digest.hasher())
-                await in_thread(self._reactor, self._file.rehash)
-                raise Stranded("another process gave it up")
-        except BaseException:
-            if ingest is not None:
-                ingest.release()
-            raise
-        finally:
-            if ingest is None:
-                followed.close()
+        ingest = await follow(self._reactor, self, self._ingests, followed)
+        if ingest is None and self.opened and not self._ingests.is_published(self.digest):
+            # Nobody knows here whether what it had is wrong, or its disk full: the hash will tell.
+            self._file = GrowingFile(self.written, self._fd, self.digest.hasher())
+            await in_thread(self._reactor, self._file.rehash)
+            raise Stranded("another process gave it up")
         self.follows = ingest is None
         return ingest
-
-    def _look(self, followed: Followed) -> None:
-        if self._opened is None and (announced := self._ingests.announced(self.digest)) is not None:
-            self._open(announced)
-        size = followed.size
-        if size < self.written:
-            # What readers have of it was never hashed.
-            raise UpstreamBroken(f"another process took back what it had received of {self.digest}")
-        if size > self.written:
-            self.written = size
-            self._wake()
-
-    def _open(self, announced: Announcement) -> None:
-        self.size = announced.size
-        self.opened, self._opened = True, announced
-        self._wake()
 
     async def _reserve(self, size: int) -> None:
         """Make sure that there is room for `size` bytes of the blob."""
@@ -320,8 +302,7 @@ class Flight:
             download.unread(pieces)
             raise
         self.recent.add(self.written, pieces)
-        self.written = end
-        self._wake()
+        self.grow(end)
 
     async def _put_away(self) -> None:
         """Give back the room, and the file for the next flight to go on with.

@@ -8,6 +8,7 @@ from contextlib import suppress
 from math import inf
 from typing import Any, Protocol
 
+from twisted.application.internet import TimerService
 from twisted.logger import Logger
 
 from dockerproxy.oci.names import Digest
@@ -17,7 +18,7 @@ from dockerproxy.store.ingest import Ingest, stale_ingests
 from dockerproxy.store.layout import Layout
 from dockerproxy.store.slices import Slices
 from dockerproxy.store.usage import DoesNotFit, Recount, Usage
-from dockerproxy.tasks import Every, in_thread
+from dockerproxy.tasks import in_thread, spawn
 
 MAINTENANCE = 600.0
 """Seconds between two looks at what is too old, and at what the disk really holds."""
@@ -67,9 +68,13 @@ class CacheRoom:
         self._reserved: set[Digest] = set()
         self.usage = Usage(limit)
 
-    def service(self) -> Every:
+    def service(self) -> TimerService:
         """Return the service that maintains the cache; its first round is at start."""
-        return Every(self._reactor, MAINTENANCE, self.maintain, "the cache's maintenance")
+        timer = TimerService(  # type: ignore[no-untyped-call]
+            MAINTENANCE, lambda: spawn(self.maintain(), "the cache's maintenance")
+        )
+        timer.clock = self._reactor
+        return timer
 
     async def maintain(self) -> None:
         """Count what the disk holds; remove what is over the limit, was not used for too long, or was abandoned."""

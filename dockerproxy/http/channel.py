@@ -29,6 +29,7 @@ from dockerproxy.http.message import (
     parse_head,
     render_head,
 )
+from dockerproxy.http.patience import Patience, Wait
 from dockerproxy.http.request import ClientGone, Fields, Request
 from dockerproxy.http.stream import ByteStream
 from dockerproxy.http.tls import explain_handshake
@@ -79,10 +80,8 @@ class HTTPChannel(Protocol):
         self._advancing = self._due = self._held = False
         self._deaf = self._lingering = self._closing = False
         self._served = 0
-        self._timer: Any = None
-        self._since = 0.0  # when the connection began to wait for a head, or to linger
-        self._mark: tuple[object, float] = (None, 0.0)  # what moves while a client makes progress, and since when not
-        self._began = 0.0
+        self._patience = Patience(site.reactor, site.timeouts.tick, self._waiting_for)
+        self._began = 0.0  # when the request under way did
         self.secure = secure
         self.client = "-"
         self.port = 0
@@ -95,8 +94,7 @@ class HTTPChannel(Protocol):
         self.client = client.removeprefix("::ffff:") if "." in client else client
         self.port = getattr(self.transport.getHost(), "port", 0)
         self._site.opened(self)
-        self._since = self._now()
-        self._timer = self._site.reactor.callLater(self._site.timeouts.tick, self._check_time)
+        self._patience.begin()
         self.transport.registerProducer(self._outflow, True)
 
     def dataReceived(self, data: bytes) -> None:
@@ -109,17 +107,17 @@ class HTTPChannel(Protocol):
             self._buffer += data
             self._advance()
             if began and self._served and self._request is None and self._buffer not in (b"", b"\r"):
-                self._since = self._now()
+                self._patience.note()
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         if isinstance(reason.value, SSL.Error):
             log.info("{client} broke off: {why}", client=self.client, why=explain_handshake(reason.value))
         self._deaf = True
-        self._stop_timer()
+        self._patience.end()
         request, self._request = self._request, None
         if request is not None:
             request.finished = True
-            self._site.log_finished(request, self._now() - self._began)
+            self._site.log_finished(request, self._patience.now() - self._began)
         self._outflow.fail(ClientGone())
         if self._incoming is not None:
             self._incoming.stream.fail(ClientGone())
@@ -170,8 +168,8 @@ class HTTPChannel(Protocol):
         request, self._request, self._serving = self._request, None, None
         assert request is not None
         self._served += 1
-        self._since = self._now()
-        self._site.log_finished(request, self._since - self._began)
+        self._patience.note()
+        self._site.log_finished(request, self._patience.since - self._began)
         if self._incoming is not None:
             if self._incoming.done:
                 self._incoming = None
@@ -185,7 +183,7 @@ class HTTPChannel(Protocol):
     def detach(self) -> tuple[Any, bytes]:
         """Leave the connection to another protocol: return its transport and the bytes not read as HTTP."""
         assert self._request is not None
-        self._stop_timer()
+        self._patience.end()
         self.transport.unregisterProducer()
         self._outflow.fail(ClientGone())
         self._request = self._serving = None
@@ -264,7 +262,7 @@ class HTTPChannel(Protocol):
             self._incoming = Incoming(stream, framing)
         request = self._request = Request(self, head, stream)
         request.closing = self._site.draining or not keeps_alive(head)
-        self._began = self._now()
+        self._began = self._patience.now()
         if self._incoming is not None:
             rest, self._buffer = self._buffer, b""
             self._hold()  # from here on, the body's stream has the say over that
@@ -317,7 +315,7 @@ class HTTPChannel(Protocol):
         if incoming.done:
             self._incoming = None
             if self._request is None:
-                self._since = self._now()
+                self._patience.note()
         elif incoming.abandoned and incoming.too_long:
             self._close()
         return rest
@@ -347,70 +345,42 @@ class HTTPChannel(Protocol):
         if self._incoming is not None:
             self._incoming.abandon(ClientGone())
             self._incoming = None
-        self._since = self._now()
-        self._restart_timer(_LINGER)
+        self._patience.note()
+        self._patience.look_in(_LINGER)
         self.transport.resumeProducing()
 
     def _lose(self) -> None:
         self._deaf = self._closing = True
         self._buffer = b""
-        self._restart_timer(self._site.timeouts.tick)
+        self._patience.look_in(self._site.timeouts.tick)
         self.transport.unregisterProducer()
         self.transport.loseConnection()
 
     # time
 
-    def _now(self) -> float:
-        now: float = self._site.reactor.seconds()
-        return now
-
-    def _stop_timer(self) -> None:
-        timer, self._timer = self._timer, None
-        if timer is not None and timer.active():
-            timer.cancel()
-
-    def _restart_timer(self, delay: float) -> None:
-        self._stop_timer()
-        self._timer = self._site.reactor.callLater(delay, self._check_time)
-
-    def _check_time(self) -> None:
-        """End what has waited too long; come again when the next thing could have."""
-        self._timer = None
-        limit, since, expired = self._waiting_for()
-        remaining = limit - (self._now() - since)
-        if remaining > 0:
-            self._restart_timer(min(remaining, self._site.timeouts.tick))
-        else:
-            expired()
-
-    def _waiting_for(self) -> tuple[float, float, Callable[[], None]]:
-        """Return the limit that holds now, since when, and what to do when it is over."""
-        timeouts = self._site.timeouts
+    def _waiting_for(self) -> Wait:
+        timeouts, waited = self._site.timeouts, self._patience
         if self._lingering and not self._closing:
-            return _LINGER, self._since, self._lose
+            return Wait(_LINGER, waited.since, self._lose)
         if self._closing or self._outflow.closed:
-            return timeouts.send, self._unmoved_since(("sent", getattr(self.transport, "sent", 0))), self.abort
+            sent = getattr(self.transport, "sent", 0)
+            return Wait(timeouts.send, waited.unmoved_since(("sent", sent)), self.abort)
         if self._incoming is not None and self._incoming.stream.starved:
-            return timeouts.body, self._unmoved_since(("body", self._incoming.stream.waits)), self._body_overdue
+            waits = self._incoming.stream.waits
+            return Wait(timeouts.body, waited.unmoved_since(("body", waits)), self._body_overdue)
         if self._request is not None:
-            return math.inf, 0.0, self.abort  # it is not the client who keeps us waiting
+            return Wait(math.inf, 0.0, self.abort)  # it is not the client who keeps us waiting
         if self._incoming is not None:
-            return timeouts.body, self._since, self._lose
+            return Wait(timeouts.body, waited.since, self._lose)
         if self._buffer:
-            return timeouts.header, self._since, self._head_overdue
-        return (timeouts.keepalive if self._served else timeouts.header), self._since, self._lose
-
-    def _unmoved_since(self, mark: object) -> float:
-        """Return when a check first found what it finds now."""
-        if mark != self._mark[0]:
-            self._mark = (mark, self._now())
-        return self._mark[1]
+            return Wait(timeouts.header, waited.since, self._head_overdue)
+        return Wait(timeouts.keepalive if self._served else timeouts.header, waited.since, self._lose)
 
     def _head_overdue(self) -> None:
         self._refuse(HTTPStatus.REQUEST_TIMEOUT, "the request's head took too long")
 
     def _body_overdue(self) -> None:
         assert self._request is not None and self._incoming is not None
-        self._restart_timer(self._site.timeouts.tick)
+        self._patience.look_in(self._site.timeouts.tick)
         self._request.closing = True
         self._incoming.stream.fail(_BodyOverdue("the request's body took too long"))

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from attrs import frozen
+from twisted.application.internet import TimerService
 from twisted.logger import Logger
 
 from dockerproxy.errors import BlobUnknown, ManifestInvalid, ManifestUnknown, NameUnknown, Unsupported
@@ -22,7 +23,7 @@ from dockerproxy.registry.push import Push
 from dockerproxy.store.contents import StoredContent
 from dockerproxy.store.hosting import HostedStore
 from dockerproxy.store.uploads import Uploads
-from dockerproxy.tasks import Every, in_thread
+from dockerproxy.tasks import in_thread, spawn
 
 _VERDICT = "-"  # nothing of it comes from a cache
 
@@ -49,7 +50,7 @@ _GIVEN_UP = 86400.0  # seconds without a byte after which an upload is
 log = Logger()
 
 
-def purging(reactor: Any, uploads: Uploads, clock: Callable[[], float]) -> Every:
+def purging(reactor: Any, uploads: Uploads, clock: Callable[[], float]) -> TimerService:
     """Return the service that removes uploads that were given up, at start and then hourly. `clock`: POSIX time."""
 
     async def purge() -> None:
@@ -57,7 +58,9 @@ def purging(reactor: Any, uploads: Uploads, clock: Callable[[], float]) -> Every
         if count:
             log.info("uploads that were given up and are removed: {count}", count=count)
 
-    return Every(reactor, _PURGE_INTERVAL, purge, "the removal of old uploads")
+    timer = TimerService(_PURGE_INTERVAL, lambda: spawn(purge(), "the removal of old uploads"))  # type: ignore[no-untyped-call]
+    timer.clock = reactor
+    return timer
 
 
 @frozen

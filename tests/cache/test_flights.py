@@ -658,8 +658,7 @@ def test_much_is_synced_while_more_comes(world: World, monkeypatch: pytest.Monke
     answer.end()
     world.reactor.settle()
     assert world.reactor.pool.waiting == 2
-    sync, write = world.reactor.pool._held or []
-    world.reactor.pool._held = [write, sync]
+    world.reactor.pool.put_off()  # the sync
     world.reactor.pool.step()
     world.reactor.settle()
     assert flight.written == len(DATA) and world.reactor.pool.waiting == 1  # nothing but the sync

@@ -21,8 +21,10 @@ from house.docker_registry import DockerRegistry
 from house.hosting import OWN, USERS, Hosting, folder_of, users_file
 from house.images import EVERY_MANIFEST, OCI_MANIFEST, Image
 from house.machines import Machines
-from house.process import eventually, free_port, need
+from house.process import eventually, need
 from house.upstreams import Upstreams
+
+from bench.servers import free_port
 
 
 @pytest.fixture(scope="module")

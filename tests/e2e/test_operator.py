@@ -16,8 +16,9 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import NameOID
 from house import wire
 from house.daemon import Proxy, RunProxy, twistd
-from house.process import free_port
 from house.upstreams import FAKE, Upstreams
+
+from bench.servers import free_port
 
 WRONG = {
     "CACHE_MAX_SIZE": "plenty",

@@ -35,6 +35,7 @@ from twisted.internet.protocol import Protocol
 from twisted.internet.task import deferLater
 from twisted.python.failure import Failure
 
+import dockerproxy.http.transport as transport_module
 from dockerproxy.http.tls import TLSTransport
 from dockerproxy.http.transport import SocketTransport
 
@@ -393,6 +394,25 @@ class AnyTransport:
         reading.set()
         with contextlib.suppress(OSError):
             await running
+
+    async def test_an_offer_where_the_kernel_does_not_tell_what_room_it_has(self: Any) -> None:
+        """The whole is offered in any case, a piece at a time, and comes as it is."""
+        self.patch(transport_module, "_SO_MEMINFO", 9999)
+        port, recorder, transports = self.serve()
+        content = random.Random(3).randbytes(MIB)
+        reading, running = self.late_reader(lambda: self.connect(port))
+        await recorder.until(2)
+        (transport,) = transports
+        reading.set()
+        offered = 0
+        while offered < len(content):
+            taken = transport.offer(content[offered:])
+            self.assertLessEqual(taken, 16 * 1024)
+            offered += taken
+            await deferLater(reactor, 0)
+        transport.loseConnection()
+        self.assertEqual(await running, content)
+        await recorder.lost
 
     async def test_producers(self: Any) -> None:
         port, recorder, transports = self.serve()

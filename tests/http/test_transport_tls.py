@@ -387,3 +387,33 @@ class SeveralRecords(SocketCase):
         self.assertEqual(await running, content)
         self.assertGreater(pauses, 0)
         await recorder.lost
+
+    async def test_much_goes_in_full_segments_and_little_at_once(self) -> None:
+        transports: list[TLSTransport] = []
+        recorder = Recorder()
+
+        def take(tcp: Any) -> None:
+            transports.append(TLSTransport.server(reactor, tcp, SERVER))
+            transports[0].start(recorder)
+
+        port = self.listen(take)
+        reading, running = self.late_reader(lambda: client_context().wrap_socket(dial(port), server_hostname="a.test"))
+        await recorder.until(2)
+        (transport,) = transports
+        tls, corked = transport._tls, list[int]()
+        send = tls.send
+
+        def watched(data: memoryview) -> int:
+            corked.append(transport._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_CORK))
+            return send(data)
+
+        self.patch(tls, "send", watched)
+        transport.write(bytes(1000))
+        self.assertEqual(corked, [0])
+        corked.clear()
+        taken = transport.offer(bytes(MIB))
+        self.assertEqual(set(corked), {1})
+        transport.loseConnection()
+        reading.set()
+        self.assertEqual(len(await running), 1000 + taken)
+        await recorder.lost

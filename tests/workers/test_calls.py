@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from by_hand import Reactor
 from twisted.internet.defer import CancelledError, Deferred
-from twisted.logger import globalLogPublisher
+from twisted.logger import LogEvent
 from twisted.python.failure import Failure
 
 from dockerproxy.workers.calls import Calls, Elsewhere
@@ -77,13 +77,8 @@ def test_what_is_told_is_not_answered(both: Both) -> None:
 
 
 @pytest.mark.parametrize("name", ["fail", "unheard of"])
-def test_what_fails_there(both: Both, name: str) -> None:
-    logged: list[Any] = []
-    globalLogPublisher.addObserver(logged.append)
-    try:
-        [failure] = both.ask(name)
-    finally:
-        globalLogPublisher.removeObserver(logged.append)
+def test_what_fails_there(both: Both, name: str, logged: list[LogEvent]) -> None:
+    [failure] = both.ask(name)
     assert isinstance(failure, Failure) and isinstance(failure.value, Elsewhere)
     assert any("log_failure" in event for event in logged)
     assert both.ask("sum", 1) == [1]

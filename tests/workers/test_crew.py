@@ -14,7 +14,7 @@ from attrs import define, field
 from by_hand import Reactor
 from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
-from twisted.logger import LogEvent, LogLevel, globalLogPublisher
+from twisted.logger import LogEvent, LogLevel
 
 from dockerproxy.cache.identity import Bindings
 from dockerproxy.daemon.doors import Door
@@ -204,14 +204,6 @@ def make_company() -> Iterator[Any]:
 def company(make_company: Any) -> Company:
     made: Company = make_company()
     return made
-
-
-@pytest.fixture
-def logged() -> Iterator[list[LogEvent]]:
-    events: list[LogEvent] = []
-    globalLogPublisher.addObserver(events.append)
-    yield events
-    globalLogPublisher.removeObserver(events.append)
 
 
 @pytest.fixture

@@ -27,6 +27,11 @@ class Pool:
         self._held.pop(0)()
         return True
 
+    def put_off(self) -> None:
+        """Have the next one wait until the others have gone: a thread that takes its time."""
+        assert self._held
+        self._held.append(self._held.pop(0))
+
     def release(self) -> None:
         """Let all go, and hold no more."""
         held, self._held = self._held or [], None

@@ -9,7 +9,9 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from house.process import Process, free_port, need
+from house.process import Process, need
+
+from bench.servers import free_port
 
 
 def clean_environment(more: Mapping[str, str]) -> dict[str, str]:

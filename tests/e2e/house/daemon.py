@@ -13,8 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from attrs import frozen
-from house.process import Process, free_port
+from house.process import Process
 from house.wire import Client, request
+
+from bench.servers import free_port
 
 _PROJECT = Path(__file__).resolve().parents[3]
 

@@ -16,9 +16,11 @@ from urllib.parse import urlsplit
 from attrs import frozen
 from house.images import Content, Image
 from house.pki import Leaf
-from house.process import Process, eventually, free_port, listening
+from house.process import Process, eventually, listening
 from house.serving import Exchange, Server
 from house.wire import Straight
+
+from bench.servers import free_port
 
 _ACCESS = re.compile(
     r'^\S+ \S+ \S+ \[[^]]*\] "(?P<method>[A-Z]+) (?P<path>\S+) \S+" (?P<status>\d+) (?P<size>\d+)', re.MULTILINE

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from house.daemon import Proxy
 from house.images import Image
-from house.process import free_port
+
+from bench.servers import free_port
 
 OWN = "docker-registry.local"
 

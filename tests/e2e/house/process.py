@@ -1,9 +1,8 @@
-"""Programs that run beside the tests, free ports for them, and the tools that this machine may lack."""
+"""Programs that run beside the tests, and the tools that this machine may lack."""
 
 from __future__ import annotations
 
 import os
-import random
 import shutil
 import signal
 import socket
@@ -26,8 +25,6 @@ _PACKAGES = {
     "gcc": "gcc",
 }
 
-_random = random.SystemRandom()
-
 
 def need(*programs: str, root: bool = False) -> None:
     """Skip the test, saying why, where a program (or the right to run it) is missing."""
@@ -36,19 +33,6 @@ def need(*programs: str, root: bool = False) -> None:
             pytest.skip(f"{program} is not installed (Debian package {_PACKAGES.get(program, program)})")
     if root and os.geteuid() != 0:
         pytest.skip(f"{programs[0] if programs else 'this'} needs root")
-
-
-def free_port() -> int:
-    """Return a TCP port of 127.0.0.1 that nobody listens on, from below the range of ephemeral ports."""
-    for _ in range(200):
-        port = _random.randrange(20000, 31000)
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port
-    raise RuntimeError("no free port between 20000 and 31000")
 
 
 def eventually(condition: Callable[[], object], what: str, timeout: float = 20) -> None:

@@ -14,9 +14,11 @@ from house.docker_registry import DockerRegistry, RedirectingFront, SignedStore,
 from house.fake_registry import FakeRegistry
 from house.images import Image
 from house.pki import Authority
-from house.process import free_port, need
+from house.process import need
 from house.serving import Exchange
 from house.token_server import SERVICE, TokenServer
+
+from bench.servers import free_port
 
 HUB = "https://registry-1.docker.io"
 TOKENS = "https://auth.docker.io/token"
