@@ -80,7 +80,7 @@ class Calls:
             self.line.send(["", number, *reply])
 
     def _ended(self) -> None:
+        self._lost()  # first: a worker ends in there, before a client is told of a failure that it would not repeat
         asked, self._asked = self._asked, {}
         for waiting in asked.values():
             waiting.errback(Failure(Elsewhere("the other process is gone")))  # type: ignore[no-untyped-call]
-        self._lost()

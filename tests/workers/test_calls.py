@@ -29,7 +29,8 @@ class Both:
             "think": self._think,
         }
         one, other = pair()
-        self.one = Calls(self.reactor, one, {}, lost=lambda: None)
+        self.lost = lambda: None
+        self.one = Calls(self.reactor, one, {}, lost=lambda: self.lost())
         self.other = Calls(self.reactor, other, answers, lost=lambda: None)
 
     async def _think(self, text: str) -> str:
@@ -99,3 +100,13 @@ def test_the_other_process_dies(both: Both) -> None:
     both.turn()
     assert isinstance(outcome[0].value, Elsewhere)
     assert isinstance(both.ask("sum", 1)[0].value, Elsewhere)
+
+
+def test_the_end_is_known_before_who_waits_is_told(both: Both) -> None:
+    # A worker ends in there: nobody is answered, in the first process's last moment, that something failed.
+    outcome = both.ask("later")
+    then: list[list[Any]] = []
+    both.lost = lambda: then.append(list(outcome))
+    both.other.line.close()
+    both.turn()
+    assert then == [[]] and len(outcome) == 1
