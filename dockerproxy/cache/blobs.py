@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from attrs import evolve
@@ -94,7 +95,7 @@ class CachedBlobs:
         if blob is None:
             return None
         self._room.hold(digest)  # it does not leave the cache before it is closed
-        content = StoredContent(self._reactor, blob, lambda: self._room.let_go(digest))
+        content = StoredContent(self._reactor, blob, partial(self._room.let_go, digest))
         return BlobAnswer(digest, blob.size, content, verdict)
 
     def _start(self, visitor: Visitor, digest: Digest) -> Flight:

@@ -80,7 +80,7 @@ class HTTPChannel(Protocol):
         self._advancing = self._due = self._held = False
         self._deaf = self._lingering = self._closing = False
         self._served = 0
-        self._patience = Patience(site.reactor, site.timeouts.tick, self._waiting_for)
+        self._patience = Patience(site.rounds, self._waiting_for)
         self._began = 0.0  # when the request under way did
         self.secure = secure
         self.client = "-"
@@ -352,7 +352,6 @@ class HTTPChannel(Protocol):
     def _lose(self) -> None:
         self._deaf = self._closing = True
         self._buffer = b""
-        self._patience.look_in(self._site.timeouts.tick)
         self.transport.unregisterProducer()
         self.transport.loseConnection()
 
@@ -381,6 +380,5 @@ class HTTPChannel(Protocol):
 
     def _body_overdue(self) -> None:
         assert self._request is not None and self._incoming is not None
-        self._patience.look_in(self._site.timeouts.tick)
         self._request.closing = True
         self._incoming.stream.fail(_BodyOverdue("the request's body took too long"))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import Deferred, succeed
 from twisted.internet.interfaces import IPushProducer
 from zope.interface import implementer
 
@@ -56,6 +56,9 @@ class Incoming:
         self.stream.fail(error)
 
 
+_OPEN = succeed(None)
+
+
 def _nothing() -> None:
     """In the place of a callback that would keep a connection alive in memory."""
 
@@ -67,19 +70,22 @@ class Outflow:
     `opened` is called when it takes more again, after whoever waited for that has had his turn.
     """
 
+    __slots__ = ("_failure", "_opened", "_waiter", "closed")
+
     def __init__(self, opened: Callable[[], None]) -> None:
         self.closed = False
         self._opened = opened
         self._failure: BaseException | None = None
         self._waiter: Deferred[None] | None = None
 
-    async def open(self) -> None:
+    def open(self) -> Awaitable[None]:
         """Wait until the transport takes more; raise what `fail` was given. For one coroutine at a time."""
         if self._failure is not None:
             raise self._failure
-        if self.closed:
-            waiter = self._waiter = Deferred()
-            await waiter
+        if not self.closed:
+            return _OPEN
+        self._waiter = Deferred()
+        return self._waiter
 
     def fail(self, error: BaseException) -> None:
         """Say that the transport is gone."""

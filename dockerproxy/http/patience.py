@@ -7,25 +7,67 @@ from typing import Any, NamedTuple
 
 from attrs import define, field
 
+_AT_ONCE = 500  # clients that are looked after before others get their turn
+
 
 class Wait(NamedTuple):
-    """What is waited for, `since` when (the reactor's time), up to `limit` seconds; then `expired` is called."""
+    """What is waited for, `since` when (the reactor's time), up to `limit` seconds.
+
+    Then `expired` is called, and in every later round that finds it waited for still.
+    """
 
     limit: float
     since: float
     expired: Callable[[], None]
 
 
+class Rounds:
+    """Has every client looked after again each `tick` seconds: by one timer, for one for each takes half a KiB."""
+
+    def __init__(self, reactor: Any, tick: float) -> None:
+        self.reactor = reactor
+        self.tick = tick
+        self._all: set[Patience] = set()
+        self._due: list[Patience] = []  # of the round under way
+        self._timer: Any = None
+
+    def add(self, patience: Patience) -> None:
+        """Look at this one, too, from the next round on."""
+        self._all.add(patience)
+        if self._timer is None:
+            self._timer = self.reactor.callLater(self.tick, self._begin)
+
+    def remove(self, patience: Patience) -> None:
+        """Look at this one no more."""
+        self._all.discard(patience)
+        if not self._all and self._timer is not None and self._timer.active():  # else a round is under way
+            self._timer.cancel()
+            self._timer = None
+
+    def _begin(self) -> None:
+        self._due = list(self._all)
+        self._go_on()
+
+    def _go_on(self) -> None:
+        due, self._due = self._due[:_AT_ONCE], self._due[_AT_ONCE:]
+        for patience in due:
+            if patience in self._all:
+                patience.look()
+        if self._due:
+            self._timer = self.reactor.callLater(0, self._go_on)
+        else:
+            self._timer = self.reactor.callLater(self.tick, self._begin) if self._all else None
+
+
 @define(eq=False)
 class Patience:
     """Ends what takes a client too long.
 
-    It asks what is waited for every `tick` seconds, and not only when a limit is near: whatever the client gets on with
-    then has no need to set a timer anew.
+    It asks what is waited for in every one of the `rounds`, and not only when a limit is near: whatever the client gets
+    on with then has no need to set a timer anew. A limit that would be reached before the next one has a timer.
     """
 
-    _reactor: Any
-    _tick: float
+    _rounds: Rounds
     _waiting_for: Callable[[], Wait] | None
     _timer: Any = field(default=None, init=False)
     _mark: tuple[object, float] = field(default=(None, 0.0), init=False)  # what was found, and since when
@@ -34,7 +76,7 @@ class Patience:
 
     def now(self) -> float:
         """Return the reactor's time."""
-        now: float = self._reactor.seconds()
+        now: float = self._rounds.reactor.seconds()
         return now
 
     def note(self) -> None:
@@ -44,18 +86,19 @@ class Patience:
     def begin(self) -> None:
         """Begin to wait."""
         self.note()
-        self.look_in(self._tick)
+        self._rounds.add(self)
 
     def end(self) -> None:
         """Wait for nothing any more, and let go of who knew what is waited for."""
         self._waiting_for = None
+        self._rounds.remove(self)
         self._stop()
 
     def look_in(self, seconds: float) -> None:
-        """Ask in so many seconds what is waited for, and not before; not after the end."""
+        """Ask in so many seconds what is waited for, besides the rounds; not after the end."""
         self._stop()
         if self._waiting_for is not None:
-            self._timer = self._reactor.callLater(seconds, self._look)
+            self._timer = self._rounds.reactor.callLater(seconds, self.look)
 
     def unmoved_since(self, mark: object) -> float:
         """Return when somebody first found what is found now, `mark`."""
@@ -63,16 +106,16 @@ class Patience:
             self._mark = (mark, self.now())
         return self._mark[1]
 
-    def _look(self) -> None:
+    def look(self) -> None:
         """End what has waited too long; come again when the next thing could have."""
-        assert self._waiting_for is not None  # or the timer was stopped
-        self._timer = None
+        assert self._waiting_for is not None  # after the end nobody looks
+        self._stop()
         wait = self._waiting_for()
         remaining = wait.limit - (self.now() - wait.since)
-        if remaining > 0:
-            self.look_in(min(remaining, self._tick))
-        else:
+        if remaining <= 0:
             wait.expired()
+        elif remaining < self._rounds.tick:
+            self.look_in(remaining)
 
     def _stop(self) -> None:
         timer, self._timer = self._timer, None

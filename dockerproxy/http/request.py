@@ -59,6 +59,12 @@ class Request:
     client is gone, what is written goes nowhere.
     """
 
+    __slots__ = (
+        "_awaits_continue", "_body", "_chunked", "_connection", "_length", "_suppressed",
+        "client", "closing", "finished", "head", "headers", "host", "method", "path", "port", "query", "secure",
+        "size", "status", "verdict",
+    )  # fmt: skip
+
     def __init__(self, connection: Connection, head: RequestHead, body: ByteStream | None) -> None:
         self._connection = connection
         self._body = body

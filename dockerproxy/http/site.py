@@ -12,6 +12,7 @@ from twisted.internet.protocol import Factory, Protocol, connectionDone
 from twisted.python.failure import Failure
 
 from dockerproxy.http.channel import Handler, HTTPChannel
+from dockerproxy.http.patience import Rounds
 from dockerproxy.http.request import Request
 from dockerproxy.http.tls import ServerContext, TLSTransport
 from dockerproxy.http.transport import SocketTransport, Yielded
@@ -55,6 +56,7 @@ class Site(Factory):
         self.reactor = reactor
         self.handler = handler
         self.timeouts = timeouts
+        self.rounds = Rounds(reactor, timeouts.tick)
         self.log_finished = finished
         self.draining = False
         self.gone: Callable[[], None] = lambda: None

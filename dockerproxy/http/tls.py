@@ -69,6 +69,8 @@ class TLSTransport(SocketTransport):
     it fails, the protocol's `connectionLost` gets the `SSL.Error`.
     """
 
+    __slots__ = ("_preface", "_tls")
+
     def __init__(self, reactor: Any, tcp: Any, tls: SSL.Connection, preface: bytes = b"") -> None:
         super().__init__(reactor, tcp)
         self._tls = tls

@@ -58,6 +58,12 @@ class SocketTransport:
     no more, and resumed when all is handed over. `sent` counts bytes given to the kernel: what a time-out looks at.
     """
 
+    __slots__ = (
+        "_aborted", "_broken", "_fileno", "_limit", "_offered", "_pending", "_producer", "_producer_paused", "_quick",
+        "_reading", "_ready", "_reason", "_socket", "_tcp", "_writing",
+        "connected", "disconnecting", "eager", "protocol", "reactor", "sent",
+    )  # fmt: skip
+
     def __init__(self, reactor: Any, tcp: Any) -> None:
         self.reactor = reactor
         self._tcp = tcp

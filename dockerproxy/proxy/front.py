@@ -10,6 +10,7 @@ GET /...              for ourselves: the page, /ca.crt, the set-up script, and a
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from typing import Any, Protocol
 
 from attrs import frozen
@@ -117,7 +118,7 @@ class FrontDoor:
         request.host = host.authority
         registry = self.interception.registries.get(host)
         if registry is not None:
-            self._intercept(site, request, host, lambda inner: self.interception.answer(registry, inner))
+            self._intercept(site, request, host, partial(self.interception.answer, registry))
             return
         if host.name in self.own_names:
             self._intercept(site, request, host, self.own)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Protocol
 
 from dockerproxy.errors import NameUnknown, RegistryError, Unsupported
@@ -44,23 +44,22 @@ class Intercepted:
         request.host = str(registry)
         remote = self._open(registry, request.headers.get("authorization"))
         try:
-            await self._answer(registry, request, remote)
+            await self._route(registry, request, remote)
         except RegistryError as error:
             refuse(request, error, remote.challenge(error, secure=request.secure) if error.status == 401 else [])
 
-    async def _answer(self, registry: Registry, request: Request, remote: Remote) -> None:
+    def _route(self, registry: Registry, request: Request, remote: Remote) -> Awaitable[None]:
+        """Return what answers `request`: no coroutine around it, each of which takes memory with a slow client."""
         _check_path(request)
         target = _target(request.path)
         if target is not None:
-            await self._face.answer(request, target, Mirrored(remote, self._allow_push))
-            return
+            return self._face.answer(request, target, Mirrored(remote, self._allow_push))
         served = self._realms.served_at(registry, request.path)
         if served is not None and request.method in ("GET", "POST"):
-            await self._token(served, request)
-            return
+            return self._token(served, request)
         if request.method not in (*READING, "OPTIONS"):
             check_push(request, self._allow_push)
-        await pass_on(request, remote, None)
+        return pass_on(request, remote, None)
 
     async def _token(self, registry: Registry, request: Request) -> None:
         request.verdict = "PASS"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable
 from typing import Any
 
 from dockerproxy.errors import UpstreamBroken
@@ -29,16 +30,14 @@ class Face:
     def __init__(self, clock: Any) -> None:
         self._clock = clock
 
-    async def answer(self, request: Request, target: Target, source: Source) -> None:
+    def answer(self, request: Request, target: Target, source: Source) -> Awaitable[None]:
         """Answer `request`, whose path was found to mean `target`, from `source`. Raise `RegistryError`."""
         if request.method in ("GET", "HEAD") and target.name is not None and target.reference is not None:
             if target.kind is Kind.MANIFEST:
-                await self._manifest(request, target.name, target.reference, source)
-                return
+                return self._manifest(request, target.name, target.reference, source)
             if target.kind is Kind.BLOB and isinstance(target.reference, Digest):
-                await self._blob(request, target.name, target.reference, source)
-                return
-        await source.other(request, target)
+                return self._blob(request, target.name, target.reference, source)
+        return source.other(request, target)
 
     async def _manifest(self, request: Request, name: Repository, reference: Reference, source: Source) -> None:
         head = request.method == "HEAD"
@@ -61,39 +60,46 @@ class Face:
     async def _blob(self, request: Request, name: Repository, digest: Digest, source: Source) -> None:
         found = await source.blob(name, digest, head=request.method == "HEAD")
         request.verdict = found.verdict
+        content = found.content
         try:
-            await self._send_blob(request, found)
+            part = await _begin_blob(request, found)
+            del found  # a slow client waits for what follows, and each has its own
+            if content is not None and part is not None:
+                await send(request, content, *part, self._clock)
         finally:
-            if found.content is not None:
-                found.content.close()
+            if content is not None:
+                content.close()
 
-    async def _send_blob(self, request: Request, found: BlobAnswer) -> None:
-        fields = [("Content-Type", "application/octet-stream"), *_common(found, found.verdict)]
-        if _has(request, found.digest):
-            request.answer(304, fields)
-            return
-        content, size = found.content, found.size
-        if content is None:
-            request.start(200, fields, size)
-            request.finish()
-            return
-        if size is not None and size <= _SMALL:
-            await content.settled()
-        span = _span(request, found.digest, size) if size is not None else None
-        if span is not None and size is not None:
-            fields.append(("Content-Range", content_range(span, size)))
-        start, stop = (span.start, span.stop) if span is not None else (0, size)
-        status = 200 if span is None else 206
-        length = None if stop is None else stop - start
-        if request.method == "HEAD":
-            request.start(status, fields, length)
-            request.finish()
-        elif length is not None and length <= _SMALL:
-            # Head and body in one write: one system call, one packet for the client to wait for.
-            request.answer(status, fields, await _read_small(content, start, length))
-        else:
-            request.start(status, fields, length)
-            await send(request, content, start, stop, self._clock)
+
+async def _begin_blob(request: Request, found: BlobAnswer) -> tuple[int, int | None] | None:
+    """Answer for a blob, or begin to: return where what has yet to be sent starts and stops, None where that is all."""
+    fields = [("Content-Type", "application/octet-stream"), *_common(found, found.verdict)]
+    if _has(request, found.digest):
+        request.answer(304, fields)
+        return None
+    content, size = found.content, found.size
+    if content is None:
+        request.start(200, fields, size)
+        request.finish()
+        return None
+    if size is not None and size <= _SMALL:
+        await content.settled()
+    span = _span(request, found.digest, size) if size is not None else None
+    if span is not None and size is not None:
+        fields.append(("Content-Range", content_range(span, size)))
+    start, stop = (span.start, span.stop) if span is not None else (0, size)
+    status = 200 if span is None else 206
+    length = None if stop is None else stop - start
+    if request.method == "HEAD":
+        request.start(status, fields, length)
+        request.finish()
+    elif length is not None and length <= _SMALL:
+        # Head and body in one write: one system call, one packet for the client to wait for.
+        request.answer(status, fields, await _read_small(content, start, length))
+    else:
+        request.start(status, fields, length)
+        return start, stop
+    return None
 
 
 async def _read_small(content: Content, start: int, length: int) -> bytes:

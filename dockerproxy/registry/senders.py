@@ -24,6 +24,8 @@ class Pace:
     it goes out as a chunk, waits in memory. So it grows while pieces are taken quickly and shrinks when they are not.
     """
 
+    __slots__ = ("size",)
+
     def __init__(self) -> None:
         self.size = _SMALLEST * 4
 

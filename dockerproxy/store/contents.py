@@ -12,6 +12,8 @@ from dockerproxy.tasks import in_thread
 class StoredContent:
     """A whole blob on disk, open (`oci.contents.Content`); `closed` is called once it is closed."""
 
+    __slots__ = ("_blob", "_closed", "_reactor", "size")
+
     def __init__(self, reactor: Any, blob: OpenBlob, closed: Callable[[], None] | None = None) -> None:
         self._reactor = reactor
         self._blob = blob

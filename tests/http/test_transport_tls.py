@@ -184,14 +184,14 @@ class Handshakes(SocketCase):
         wakes = 0
         (transport,) = transports
         for name in ("doRead", "doWrite"):
-            called = getattr(transport, name)
+            called = getattr(type(transport), name)
 
-            def count(called: Callable[[], Any] = called) -> Any:
+            def count(transport: TLSTransport, called: Callable[[TLSTransport], Any] = called) -> Any:
                 nonlocal wakes
                 wakes += 1
-                return called()
+                return called(transport)
 
-            setattr(transport, name, count)
+            self.patch(type(transport), name, count)
         await deferLater(reactor, 0.05)
         self.assertEqual(wakes, 0)
         sock.close()
@@ -275,19 +275,17 @@ class Upgrades(SocketCase):
         await self.in_thread(sock.sendall, self.ASK)
         await recorder.made
         await self.in_thread(sock.sendall, session.next_flight())
-        transport: Any = recorder.transport
         wakes = 0
-        read_before = transport.doRead
+        read_before = TLSTransport.doRead
 
-        def count() -> Any:
+        def count(transport: TLSTransport) -> Any:
             nonlocal wakes
             wakes += 1
-            return read_before()
+            return read_before(transport)
 
-        transport.doRead = count
+        self.patch(TLSTransport, "doRead", count)
         await deferLater(reactor, 0.05)
         self.assertEqual(wakes, 0)
-        del transport.doRead
 
         def client() -> None:
             with sock:
@@ -358,6 +356,15 @@ class Upgrades(SocketCase):
             self.assertEqual(explain_handshake(reason), "http request")
 
 
+class Roomy(TLSTransport):
+    """Believes that the kernel has more room than it has."""
+
+    __slots__ = ()
+
+    def _room(self) -> int:
+        return MIB
+
+
 class SeveralRecords(SocketCase):
     async def test_what_the_kernel_does_not_take_of_them_is_offered_again(self) -> None:
         """As where the kernel has less room than it seemed to have: content stays what it is."""
@@ -366,8 +373,7 @@ class SeveralRecords(SocketCase):
         recorder = Recorder()
 
         def take(tcp: Any) -> None:
-            transports.append(TLSTransport.server(reactor, tcp, SERVER))
-            transports[0]._room = lambda: MIB  # type: ignore[method-assign]
+            transports.append(Roomy.server(reactor, tcp, SERVER))
             transports[0].start(recorder)
 
         port = self.listen(take)
