@@ -20,7 +20,8 @@ def machine() -> dict[str, str]:
     uname = platform.uname()
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "machine": f"{len(os.sched_getaffinity(0))} cores, {_processor()}, {uname.system} {uname.release}",
+        "machine": f"{len(os.sched_getaffinity(0))} cores, {_processor()}, {uname.system} {uname.release}, "
+        f"congestion control of TCP: {_congestion_control()}",
         "daemon": f"Python {platform.python_version()}, Twisted {twisted.__version__}, "
         f"{SSL.SSLeay_version(SSL.SSLEAY_VERSION).decode()}; {default_workers()} workers, one where a row is per core",
         "peers": f"{nginx.version()}, {NGINX_WORKERS} workers, one where a row is per core; "
@@ -33,6 +34,14 @@ def machine() -> dict[str, str]:
 def load_average() -> str:
     """Return the load average of the last one, five and fifteen minutes."""
     return " ".join(f"{value:.2f}" for value in os.getloadavg())
+
+
+def _congestion_control() -> str:
+    try:
+        with open("/proc/sys/net/ipv4/tcp_congestion_control") as file:
+            return file.read().strip()
+    except OSError:
+        return "unknown"
 
 
 def _processor() -> str:

@@ -24,7 +24,7 @@ _TLS_EXPECTED = (
 _NO_TLS = ("http request", "https proxy request")  # OpenSSL's words for that
 
 _WORD = 1024  # bytes: a record that is shorter is a request rather than content
-_READS_AT_ONCE = 16  # then other connections get their turn
+_READS_AT_ONCE = 32  # then other connections get their turn
 
 _PARTIAL_WRITE, _MOVING_BUFFER = 0x1, 0x2  # of SSL_CTX_set_mode(3); pyOpenSSL has no names for them
 _SEVERAL = hasattr(SSL.Context, "clear_mode")  # whether OpenSSL can be had to write several records by one call

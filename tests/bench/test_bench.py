@@ -160,6 +160,11 @@ def test_the_load_of_the_machine_is_noted(found: dict[str, Any]) -> None:
     assert {"date", "machine", "load average at the start", "load average at the end"} <= set(found["machine"])
 
 
+def test_what_decides_how_tcp_sends_is_noted(found: dict[str, Any]) -> None:
+    with open("/proc/sys/net/ipv4/tcp_congestion_control") as file:
+        assert found["machine"]["machine"].endswith(f"congestion control of TCP: {file.read().strip()}")
+
+
 def test_the_table_for_people(folder: Path, tmp_path: Path) -> None:
     run = bench(folder, "--only", "start,gc", "--json", str(tmp_path / "bench.json"))
     assert run.returncode == 0, run.stderr
