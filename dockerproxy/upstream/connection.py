@@ -67,8 +67,8 @@ class Response:
     `discard`.
 
     `length` is the Content-Length (in an answer to HEAD, that which GET would have), None where there is none.
-    While nobody reads, at most 512 KiB of the body wait here (or twice what `read_pieces` was asked for), and the
-    connection is held.
+    While nobody reads, at most 768 KiB of the body wait here (or 512 KiB more than `read_pieces` was asked for), and
+    the connection is held.
     """
 
     def __init__(self, url: str, head: ResponseHead, stream: ByteStream, connection: Connection) -> None:
