@@ -82,8 +82,13 @@ class TLSTransport(SocketTransport):
         return False
 
     def start(self, protocol: IProtocol) -> None:
-        """Take the socket, and begin with the handshake."""
+        """Take the socket, and wait for the other side to begin with the handshake, unless we `greet`."""
         super().start(protocol)
+        if self._preface:
+            self._start_writing()
+
+    def greet(self) -> None:
+        """Begin with the handshake, as the client."""
         if self.connected and not self._broken:
             self._start_writing()
 

@@ -10,7 +10,7 @@ from dockerproxy.http.request import Request
 from dockerproxy.oci.contents import Content
 
 _SMALLEST = 16 * 1024
-_LARGEST = 512 * 1024  # CPU seconds per GB over TLS: 0.77, with 256 KiB 0.79, with 1 MiB 0.73, but for longer turns
+_LARGEST = 1024 * 1024  # CPU seconds per GB in plain HTTP: 0.137, with 512 KiB 0.153
 _QUICK = 0.02  # seconds in which a client takes a piece, to be given a larger one
 _SLOW = 0.2
 

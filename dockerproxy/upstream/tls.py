@@ -122,6 +122,7 @@ class TLSConnector(Factory):
         transport = TLSTransport(tcp.reactor, tcp, self._session.begin(tcp.getHandle()))
         transport.eager = False
         transport.start(self._protocol)
+        transport.greet()
 
 
 class _Connected(Protocol):

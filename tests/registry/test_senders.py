@@ -18,7 +18,7 @@ from dockerproxy.http.request import Request
 from dockerproxy.http.site import Timeouts
 from dockerproxy.registry.senders import Pace, send
 
-SMALLEST, LARGEST = 16 * 1024, 512 * 1024
+SMALLEST, LARGEST = 16 * 1024, 1024 * 1024
 DATA = bytes(range(256)) * 4096  # 1 MiB
 
 
