@@ -96,7 +96,7 @@ class Access:
             return when
         record = self._records.get("access", key) or {}
         if identity in record:  # with a yes, or with a no, which another process may have heard
-            when = self._saved_at(key, identity)
+            when = _moment(record[identity])
         return when if when is not None and when > -inf else None
 
     def _judge(self, when: float | None, now: float, identity: str) -> Standing:
@@ -110,8 +110,7 @@ class Access:
         return Standing.STALE
 
     def _saved_at(self, key: str, identity: str) -> float:
-        saved = (self._records.get("access", key) or {}).get(identity)
-        return saved if isinstance(saved, int | float) else -inf
+        return _moment((self._records.get("access", key) or {}).get(identity))
 
     def _save(self, key: str, identity: str, when: float | None) -> None:
         """Write down a yes, or None for a no; the latest yeses stay, those for all first, and noes if there is room."""
@@ -124,3 +123,8 @@ class Access:
                 noes[name] = None
         newest = sorted(yeses.items(), key=lambda item: (item[0].startswith("own:"), -item[1]))
         remember(self._records, dict([*newest, *noes.items()][:_MAX_IDENTITIES]), "access", key)
+
+
+def _moment(saved: object) -> float:
+    """Return when a yes was heard, as it was written down; -inf for a no, or for what is neither."""
+    return saved if isinstance(saved, int | float) else -inf

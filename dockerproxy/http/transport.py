@@ -59,8 +59,8 @@ class SocketTransport:
     """
 
     __slots__ = (
-        "_aborted", "_broken", "_fileno", "_limit", "_offered", "_pending", "_producer", "_producer_paused", "_quick",
-        "_reading", "_ready", "_reason", "_socket", "_tcp", "_writing",
+        "_aborted", "_broken", "_fileno", "_limit", "_local", "_offered", "_pending", "_producer", "_producer_paused",
+        "_quick", "_reading", "_ready", "_reason", "_socket", "_tcp", "_writing",
         "connected", "disconnecting", "eager", "protocol", "reactor", "sent",
     )  # fmt: skip
 
@@ -76,7 +76,8 @@ class SocketTransport:
         self._offered = 0  # bytes that OpenSSL could not send, and has to be offered once more; 0: none
         self._ready = True  # whether application data can be written: TLS first shakes hands
         self._broken = self._aborted = False
-        self._quick = self._socket.family == socket.AF_UNIX  # whether the client took much already
+        self._local = self._socket.family == socket.AF_UNIX  # asked once: an enum is made for each answer
+        self._quick = self._local  # whether the client took much already
         self._limit = 0  # bytes that may wait in the kernel to be sent; 0: any number
         self._reason: Exception = CONNECTION_LOST
         self.protocol: IProtocol = Yielded()
@@ -93,18 +94,16 @@ class SocketTransport:
         self._tcp.stopWriting()
         if not isinstance(self._tcp.protocol, Yielded):
             self._tcp.protocol = Yielded()
-        if self._socket.family != socket.AF_UNIX:
+        if not self._local:
             self._tcp.setTcpNoDelay(True)
             self._tcp.setTcpKeepAlive(True)
-        self.protocol = protocol
-        self.resumeProducing()
-        protocol.makeConnection(self)
+        self.hand_over(protocol)
 
     def hand_over(self, protocol: IProtocol) -> None:
         """Give `protocol` what arrives from now on."""
         self.protocol = protocol
-        protocol.makeConnection(self)
         self.resumeProducing()
+        protocol.makeConnection(self)
 
     def let_go(self) -> tuple[Any, Any, bytes]:
         """Leave the socket to another transport: return reactor, Twisted's transport, and what was not sent."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 
 from attrs import frozen
@@ -67,7 +68,7 @@ class AddressSet:
         unspecified address by the loopback one: what a deny list has to ask. An allow list asks `exactly`, which
         leaves these aside: they can be had by anyone who writes them. IPv4-mapped addresses are IPv4 either way.
         """
-        parsed = _parse(address)
+        parsed = _parse(address.partition("%")[0])  # a zone (fe80::1%eth0) is no part of what the rules are about
         candidates = (parsed,) if exactly else tuple(_reached_by(parsed))
         for word, networks in self.entries:
             if any(candidate in network for network in networks for candidate in candidates):
@@ -159,8 +160,9 @@ def _networks(word: str, expected: str) -> tuple[Network, ...]:
     return (network,)
 
 
+@lru_cache(1024)  # clients come again, and `ipaddress` takes 10 µs for each
 def _parse(address: str) -> Address:
-    parsed = ip_address(address.partition("%")[0])  # a zone (fe80::1%eth0) is no part of what the rules are about
+    parsed = ip_address(address)
     mapped = parsed.ipv4_mapped if isinstance(parsed, IPv6Address) else None
     return parsed if mapped is None else mapped
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import ipaddress
 import re
+from functools import lru_cache
 from typing import TYPE_CHECKING, NewType
 
 from attrs import frozen
@@ -102,14 +103,7 @@ class Host:
     @classmethod
     def parse(cls, text: str, default_port: int = 443) -> Host:
         """Return the host in ``name``, ``name:port``, ``1.2.3.4:port`` or ``[::1]:port``; raise `NameInvalid`."""
-        name, port = _split_port(text)
-        if port is None:
-            number = default_port
-        elif port.isascii() and port.isdigit() and len(port) <= 5 and 0 < int(port) < 65536:
-            number = int(port)
-        else:
-            raise NameInvalid(f"{text[:300]!r} has no valid port")
-        return cls(_canonical(name, text), number)
+        return _parse_host(text, default_port)
 
     @property
     def is_address(self) -> bool:
@@ -156,6 +150,18 @@ class Registry:
 
     def __str__(self) -> str:
         return str(self.host)
+
+
+@lru_cache(1024)  # every client of a fleet names the same few; a text that is a host has 261 characters at most
+def _parse_host(text: str, default_port: int) -> Host:
+    name, port = _split_port(text)
+    if port is None:
+        number = default_port
+    elif port.isascii() and port.isdigit() and len(port) <= 5 and 0 < int(port) < 65536:
+        number = int(port)
+    else:
+        raise NameInvalid(f"{text[:300]!r} has no valid port")
+    return Host(_canonical(name, text), number)
 
 
 def _split_port(text: str) -> tuple[str, str | None]:

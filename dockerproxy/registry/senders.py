@@ -10,6 +10,7 @@ from dockerproxy.http.request import Request
 from dockerproxy.oci.contents import Content
 
 _SMALLEST = 16 * 1024
+_FIRST = 128 * 1024  # what a client that has taken nothing yet is given of it (`SocketTransport`), and a small layer
 _LARGEST = 1024 * 1024  # CPU seconds per GB in plain HTTP: 0.137, with 512 KiB 0.153
 _QUICK = 0.02  # seconds in which a client takes a piece, to be given a larger one
 _SLOW = 0.2
@@ -27,7 +28,7 @@ class Pace:
     __slots__ = ("size",)
 
     def __init__(self) -> None:
-        self.size = _SMALLEST * 4
+        self.size = _FIRST
 
     def took(self, size: int, seconds: float) -> None:
         """Note how much was taken of the last piece, and how long the client took for that."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import socket
 import ssl
+import sys
 import threading
 import warnings
 from collections.abc import Callable
@@ -35,6 +36,11 @@ from zope.interface import implementer
 
 from dockerproxy.http.tls import TLSTransport, explain_handshake, upgrade
 from dockerproxy.http.transport import SocketTransport
+
+
+def data_segments(sock: socket.socket) -> int:
+    """Return how many segments with data have arrived: `tcpi_data_segs_in` of linux/tcp.h."""
+    return int.from_bytes(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)[152:156], sys.byteorder)
 
 
 class Handshakes(SocketCase):
@@ -132,6 +138,26 @@ class Handshakes(SocketCase):
         await self.in_thread(client)
         await recorder.lost
         self.assertEqual(recorder.received, b"hello")
+
+    async def test_the_end_of_the_handshake_and_the_first_answer_go_out_together(self) -> None:
+        class Echo(Recorder):
+            def dataReceived(self, data: bytes) -> None:
+                self.transport.write(data)
+
+        port, recorder, _ = self.serve(Echo())
+
+        def client() -> int:
+            session = MemoryTLS()
+            with dial(port) as sock:
+                sock.sendall(session.next_flight() or b"")
+                session.incoming.write(sock.recv(MIB))
+                before = data_segments(sock)
+                sock.sendall((session.next_flight() or b"") + session.encrypt(b"hello"))
+                self.assertEqual(session.read(sock, 5), b"hello")
+                return data_segments(sock) - before
+
+        self.assertEqual(await self.in_thread(client), 1)
+        await recorder.lost
 
     async def test_what_is_written_before_waits(self) -> None:
         @implementer(IHandshakeListener)

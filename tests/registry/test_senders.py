@@ -18,7 +18,7 @@ from dockerproxy.http.request import Request
 from dockerproxy.http.site import Timeouts
 from dockerproxy.registry.senders import Pace, send
 
-SMALLEST, LARGEST = 16 * 1024, 1024 * 1024
+SMALLEST, FIRST, LARGEST = 16 * 1024, 128 * 1024, 1024 * 1024
 DATA = bytes(range(256)) * 4096  # 1 MiB
 
 
@@ -95,7 +95,7 @@ def test_pieces_are_never_larger_than_the_pace_allows(visit: Any, text: Any) -> 
     content = text(DATA * 2)
     Sending(visit, content, 0, len(DATA) * 2).get()
     assert max(size for _, size in content.asked) == LARGEST
-    assert content.asked[0][1] == SMALLEST * 4
+    assert content.asked[0][1] == FIRST
 
 
 @pytest.mark.parametrize("piece", [1, 4096, 100_000])
@@ -133,8 +133,8 @@ def test_a_client_that_was_slow_gets_smaller_pieces(visit: Any, text: Any) -> No
     sending.visitor.wire.room = 1000
     sending.visitor.request("GET", "/")
     sending.visitor.run(1)
-    sending.visitor.take(SMALLEST * 4)
-    assert [size for _, size in content.asked] == [SMALLEST * 4, SMALLEST]
+    sending.visitor.take(FIRST)
+    assert [size for _, size in content.asked] == [FIRST, FIRST // 4]
 
 
 def test_a_client_that_leaves_ends_it(visit: Any, text: Any) -> None:
@@ -145,7 +145,7 @@ def test_a_client_that_leaves_ends_it(visit: Any, text: Any) -> None:
     sending.visitor.leave()
     assert len(sending.ended) == 1 and sending.ended[0] is not None
     assert len(content.asked) == 1
-    assert sending.visitor.logged[0].size == SMALLEST * 4
+    assert sending.visitor.logged[0].size == FIRST
 
 
 def test_a_client_that_leaves_while_content_is_waited_for(visit: Any, text: Any) -> None:

@@ -242,10 +242,10 @@ class MemoryTLS:
         self._session.write(data)
         return self._outgoing.read()
 
-    def read(self, sock: socket.socket) -> bytes:
-        """Return what comes until the server says that it ends."""
+    def read(self, sock: socket.socket, size: int | None = None) -> bytes:
+        """Return `size` bytes at least, or what comes until the server says that it ends."""
         data = b""
-        while True:
+        while size is None or len(data) < size:
             try:
                 piece = self._session.read(MIB)
             except ssl.SSLWantReadError:
@@ -259,6 +259,7 @@ class MemoryTLS:
                 if not piece:
                     return data
                 data += piece
+        return data
 
 
 def hello() -> bytes:
