@@ -5,7 +5,7 @@ PYTHON ?= python3
 # What the tests that use real programs need, as program=Debian package; | stands between the names of several releases.
 TEST_PROGRAMS = dockerd=docker.io docker=docker-cli|docker.io containerd=containerd ctr=containerd skopeo=skopeo \
     docker-registry=docker-registry podman=podman curl=curl gcc=gcc update-ca-certificates=ca-certificates \
-    iptables=iptables nginx=nginx-light shellcheck=shellcheck busybox=busybox vagrant=vagrant
+    iptables=iptables perf=linux-perf nginx=nginx-light shellcheck=shellcheck busybox=busybox vagrant=vagrant
 BENCH_PROGRAMS = nginx=nginx-light docker-registry=docker-registry skopeo=skopeo gcc=gcc taskset=util-linux
 # What bench/load.c is compiled with, beside gcc.
 HEADERS = [ -e /usr/include/openssl/ssl.h ] || tools/apt-install openssl-headers=libssl-dev
@@ -20,7 +20,7 @@ PIP_INSTALL = -m pip --disable-pip-version-check install --quiet
 EDITABLE = --config-settings editable_mode=compat --editable
 
 .PHONY: help venv run test lint test-oldest test-conformance test-programs deb test-deb test-vagrant \
-    bench bench-programs soak clean
+    bench bench-programs profile soak clean
 
 help: ## say what can be made
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -72,6 +72,10 @@ test-vagrant: ## bring up the machine of the Vagrantfile, and use it: 15 minutes
 
 bench: venv bench-programs ## measure beside nginx and docker-registry, 40 minutes; docs/performance.md has the last run
 	.venv/bin/python -m bench
+
+profile: venv bench-programs ## sample where the daemon's CPU time goes under the loads of the benchmark; as root, 2 minutes
+	@tools/apt-install perf=linux-perf
+	.venv/bin/python -m bench.profile
 
 soak: venv bench-programs ## load the daemon for 10 minutes, and see whether memory or descriptors grow; MINUTES=N
 	.venv/bin/python -m bench.soak $(if $(MINUTES),--minutes $(MINUTES))

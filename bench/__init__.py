@@ -14,5 +14,6 @@ A benchmark, not a test: it says what is, and fails for nothing but an answer th
 
 CPU time is what to compare: it holds on a machine that others work on, and where clients are slower than the server.
 
-`make soak` is the other program here: `soak` watches memory and descriptors of a daemon while `visitors` use it.
+Two other programs are here. `make soak`: `soak` watches memory and descriptors of a daemon while `visitors` use it. And
+`make profile`: `profile` samples, by perf, where the daemon's CPU time goes under some of the loads.
 """

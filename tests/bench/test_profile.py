@@ -1,0 +1,109 @@
+"""Where samples of perf belong, and that `make profile` says all it is meant to say."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench.profile import LOADS, PLACES, Frame, place, shares, stacks, table
+from bench.servers import BenchError
+
+_PROJECT = Path(__file__).resolve().parents[2]
+_PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin"
+_KERNEL = "[kernel.kallsyms]"
+
+SCRIPT = """
+\tffffffffa1 _copy_to_iter ([kernel.kallsyms])
+\tffffffffa2 tcp_recvmsg_locked ([kernel.kallsyms])
+\t    7f0001 __libc_recv (/usr/lib/x86_64-linux-gnu/libc.so.6)
+
+\t    7f0002 [unknown] (/a b/site-packages/cryptography/hazmat/bindings/_rust.abi3.so)
+
+
+\t    7f0003 operator new(unsigned long) (/usr/lib/libstdc++.so.6)
+""".splitlines()
+
+
+def test_stacks_are_read() -> None:
+    assert list(stacks(SCRIPT)) == [
+        [
+            ("_copy_to_iter", _KERNEL),
+            ("tcp_recvmsg_locked", _KERNEL),
+            ("__libc_recv", "/usr/lib/x86_64-linux-gnu/libc.so.6"),
+        ],
+        [("[unknown]", "/a b/site-packages/cryptography/hazmat/bindings/_rust.abi3.so")],
+        [("operator new(unsigned long)", "/usr/lib/libstdc++.so.6")],
+    ]
+    assert list(stacks([*SCRIPT[:-1], ""])) == list(stacks(SCRIPT))[:2]
+
+
+def kernel(*symbols: str) -> list[Frame]:
+    return [*((symbol, _KERNEL) for symbol in symbols), ("write", "/usr/lib/libc.so.6")]
+
+
+@pytest.mark.parametrize(
+    ("stack", "expected"),
+    [
+        (kernel("_copy_to_iter", "tcp_recvmsg_locked", "sock_read_iter", "vfs_read"), "kernel: receiving"),
+        (kernel("_copy_from_iter", "tcp_sendmsg_locked", "sock_write_iter", "vfs_write"), "kernel: sending"),
+        (kernel("__tcp_transmit_skb", "tcp_write_xmit", "do_tcp_setsockopt"), "kernel: sending"),
+        (kernel("copy_folio_from_iter_atomic", "generic_perform_write", "vfs_write"), "kernel: files"),
+        (kernel("do_epoll_wait"), "kernel: other"),
+        ([("vfs_write", "/a/module.so"), ("tcp_sendmsg", _KERNEL)], "other"),
+        ([("_PyEval_EvalFrameDefault", "/opt/python/lib/libpython3.11.so.1.0")], "interpreter"),
+        ([("_PyEval_EvalFrameDefault", "/usr/bin/python3.13")], "interpreter"),
+        ([("sock_recv", "/usr/lib/python3.13/lib-dynload/_socket.cpython-313-x86_64-linux-gnu.so")], "interpreter"),
+        ([("SSL_read", "/opt/python/lib/site-packages/cryptography/hazmat/bindings/_rust.abi3.so")], "TLS"),
+        ([("[unknown]", "/usr/lib/x86_64-linux-gnu/libcrypto.so.3")], "hashing"),
+        ([("malloc", "/usr/lib/x86_64-linux-gnu/libc.so.6")], "C library"),
+        ([("[unknown]", "[unknown]")], "other"),
+    ],
+)
+def test_where_a_sample_belongs(stack: list[Frame], expected: str) -> None:
+    assert place(stack) == expected
+
+
+def test_shares_are_of_all_samples() -> None:
+    found = shares([kernel("do_epoll_wait"), *[[("malloc", "libc.so.6")]] * 3])
+    assert {name: share for name, share in found.items() if share} == {"kernel: other": 0.25, "C library": 0.75}
+    assert tuple(found) == PLACES
+    with pytest.raises(BenchError, match="no samples"):
+        shares([])
+
+
+def test_a_table_has_a_row_for_each_load() -> None:
+    head, line, row = table({"hit": dict.fromkeys(PLACES, 0.125)}).splitlines()
+    assert head.count("|") == line.count("|") == row.count("|") == len(PLACES) + 2
+    assert row.startswith("| hit | 12 % |")
+
+
+def perf_works(folder: Path) -> bool:
+    """Whether perf is there, and may take samples here, in the kernel too."""
+    argv = ["perf", "record", "--quiet", "--output", str(folder / "perf.data"), "true"]
+    found = shutil.which("perf", path=_PATH) and not subprocess.run(argv, capture_output=True, check=False).returncode
+    return bool(found) and Path("/proc/sys/kernel/perf_event_paranoid").read_text().strip() in ("-1", "0", "1", "2")
+
+
+def test_it_runs(tmp_path: Path) -> None:
+    missing = [name for name in ("nginx", "gcc", "taskset") if shutil.which(name, path=_PATH) is None]
+    if missing or not Path("/usr/include/openssl/ssl.h").exists():
+        pytest.skip(f"{', '.join(missing) or 'libssl-dev'} is missing")
+    if not perf_works(tmp_path):
+        pytest.skip("perf is missing, or may not sample here")
+    argv = [sys.executable, "-m", "bench.profile", "--quick", "--output", str(tmp_path / "profile.json")]
+    environment = {**os.environ, "PATH": _PATH, "TMPDIR": str(tmp_path)}
+    done = subprocess.run(argv, cwd=_PROJECT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    written = json.loads((tmp_path / "profile.json").read_text())
+    assert written["table"] in done.stdout
+    assert list(written["shares"]) == list(LOADS)
+    for found in written["shares"].values():
+        assert sum(found.values()) == pytest.approx(1)
+        assert found["interpreter"] > 0
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("bench-")]
