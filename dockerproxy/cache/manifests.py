@@ -13,6 +13,7 @@ from dockerproxy.cache.access import Access, Standing
 from dockerproxy.cache.freshness import Freshness
 from dockerproxy.cache.notes import forget, note_link, remember
 from dockerproxy.cache.origin import Answer, Upstream, Visitor, is_refusal, refuse
+from dockerproxy.cache.remembered import RememberedManifests
 from dockerproxy.errors import (
     DigestInvalid,
     ManifestInvalid,
@@ -83,6 +84,7 @@ class CachedManifests:
         self._clock = clock
         self._keep = keep
         self._asking: Coalescing[tuple[object, ...], ManifestAnswer] = Coalescing()
+        self._remembered = RememberedManifests(clock)
 
     async def get(self, visitor: Visitor, reference: Reference, accept: list[str], *, head: bool) -> ManifestAnswer:
         """Return the manifest; `accept` are the client's Accept fields. Raise what upstream refuses with."""
@@ -96,7 +98,7 @@ class CachedManifests:
         key = visitor.origin.key
         kept = await self._kept(key, digest)
         if kept is not None and self._access.standing(key, visitor.identity) is Standing.PROVEN:
-            return evolve(kept, verdict="HIT")
+            return kept
         try:
             if kept is not None or head:
                 asked = await self._ask("HEAD", visitor, digest, accept)
@@ -115,7 +117,7 @@ class CachedManifests:
         known = self._known(key, tag).get(accept_key(accepted))
         kept = await self._kept(key, known.digest, known.media_type) if known is not None else None
         if known is not None and kept is not None and self._is_fresh(visitor, tag, known):
-            return evolve(kept, verdict="HIT")
+            return kept
         try:
             return await self._revalidate(visitor, tag, accept, kept, head)
         except RegistryError as error:
@@ -278,9 +280,20 @@ class CachedManifests:
     # the store
 
     async def _kept(self, key: str, digest: Digest, media_type: str | None = None) -> ManifestAnswer | None:
-        """Return a manifest of this repository from the store."""
-        media_type = self._links.manifest_media_type(key, digest) or media_type
-        if media_type is None or not self._links.has_manifest(key, digest):
+        """Return a manifest of this repository from the store, as a HIT; of a `media_type` if it is not known there."""
+        if not self._links.has_manifest(key, digest):
+            return None
+        remembered = self._remembered.get(key, digest)
+        if remembered is not None:
+            return remembered
+        noted = self._links.manifest_media_type(key, digest)
+        kept = await self._read(digest, noted or media_type)
+        if kept is not None and noted is not None:
+            self._remembered.add(key, kept)
+        return kept
+
+    async def _read(self, digest: Digest, media_type: str | None) -> ManifestAnswer | None:
+        if media_type is None:
             return None
         blob = self._blobs.open(digest)
         if blob is None:
@@ -303,6 +316,7 @@ class CachedManifests:
         try:
             await in_thread(self._reactor, self._blobs.put, content, digest)
             await in_thread(self._reactor, self._links.link_manifest, key, digest, media_type)
+            self._remembered.forget(key, digest)  # it may have had another media type
         except OSError as error:
             log.warn("{digest} was not cached: {why}", digest=str(digest), why=error.strerror)
         else:

@@ -585,6 +585,46 @@ def test_a_damaged_manifest_is_fetched_again(world: World, damage: bytes, refere
         world.run(world.manifest(reference))
 
 
+def test_what_was_read_a_moment_ago_is_not_read_again(world: World) -> None:
+    digest = Digest.of(ONE)
+    for verdict in ("MISS", "HIT"):
+        assert got(world.run(world.manifest(digest))) == (verdict, ONE)
+    Path(world.layout.blob(digest)).unlink()
+    world.reactor.advance(29)
+    assert got(world.run(world.manifest(digest))) == ("HIT", ONE)
+    world.reactor.advance(1)
+    assert got(world.run(world.manifest(digest))) == ("MISS", ONE)
+
+
+@pytest.mark.parametrize("reference", ["1", str(Digest.of(ONE))])
+def test_what_was_removed_is_not_remembered(world: World, reference: str) -> None:
+    for _ in range(2):
+        world.run(world.manifest(reference))
+    assert world.links.unlink_manifest(f"{HUB}/{APP}", Digest.of(ONE))
+    assert got(world.run(world.manifest(reference))) == ("MISS", ONE)
+
+
+def test_what_one_may_not_read_is_remembered_for_others_only(world: World) -> None:
+    app(world).readers = {ALICE}
+    digest = Digest.of(ONE)
+    for _ in range(2):
+        assert world.run(world.manifest(digest, who=ALICE)).content == ONE
+    with pytest.raises(RegistryError):
+        world.run(world.manifest(digest, who=BOB))
+
+
+def test_another_media_type_is_the_one_that_counts(world: World) -> None:
+    """Of the same bytes: upstream may have had it wrong."""
+    digest = app(world).put_manifest(TWO, "typed", media_type=OCI)
+    for _ in range(2):
+        assert world.run(world.manifest(digest)).media_type == OCI
+    app(world).put_manifest(TWO, "typed", media_type=DOCKER_MANIFEST)
+    world.upstream.on("HEAD", "manifests", says(405))  # so that it is fetched
+    for _ in range(2):
+        assert world.run(world.manifest("typed")).media_type == DOCKER_MANIFEST
+    assert world.run(world.manifest(digest)).media_type == DOCKER_MANIFEST
+
+
 @pytest.mark.parametrize("cached", [None, bytearray(), bytearray(ONE[:10])])
 def test_what_memory_has_only_in_part(world: World, monkeypatch: pytest.MonkeyPatch, cached: bytearray | None) -> None:
     """A read that does not wait for the disk gives what is there."""
