@@ -15,7 +15,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from bench.clients import Clients
@@ -103,13 +103,13 @@ def recorded(server: Server, into: Path) -> Iterator[None]:
     argv = ["perf", "record", "--quiet", "--freq", str(_FREQUENCY), "--call-graph", "fp", "--output", str(into)]
     argv += ["--pid", ",".join(map(str, server.processes())), "--delay", "-1"]
     argv += ["--control", f"fd:{control},{acknowledged}"]
-    with open(into.with_suffix(".txt"), "w+") as said, open(ours, "w") as order, open(heard) as answer:
+    with open(into.with_suffix(".txt"), "w+") as said, open(ours, "wb", 0) as order, open(heard) as answer:
         perf = subprocess.Popen(argv, pass_fds=(control, acknowledged), stdout=said, stderr=said)
         os.close(control)
         os.close(acknowledged)
         try:
-            order.write("enable\n")
-            order.flush()
+            with suppress(BrokenPipeError):  # it has ended already, and says why
+                order.write(b"enable\n")
             if "ack" not in answer.readline():
                 said.seek(0)
                 raise BenchError(f"perf cannot sample the daemon:\n{said.read()[-2000:]}")
