@@ -102,7 +102,7 @@ class CachedManifests:
         try:
             if kept is not None or head:
                 asked = await self._ask("HEAD", visitor, digest, accept)
-                return evolve(kept, verdict="REVALIDATED") if kept is not None else asked
+                return _revalidated(kept, asked) if kept is not None else asked
             return await self._ask("GET", visitor, digest, accept)
         except RegistryError as error:
             if kept is not None and is_outage(error) and self._access.was_admitted(visitor):
@@ -145,7 +145,7 @@ class CachedManifests:
         if now is None:
             now = await self._kept(visitor.origin.key, asked.digest, asked.media_type)
         if now is not None:
-            return evolve(now, verdict="REVALIDATED")
+            return _revalidated(now, asked)
         return asked if head else await self._ask("GET", visitor, tag, accept)
 
     async def _stale(self, visitor: Visitor, tag: Tag, accepted: frozenset[str]) -> ManifestAnswer | None:
@@ -222,7 +222,7 @@ class CachedManifests:
     async def _accept_head(
         self, visitor: Visitor, reference: Reference, accept: list[str], answer: Answer
     ) -> ManifestAnswer:
-        told, size = _digest_field(answer), answer.length
+        told, size, key = _digest_field(answer), answer.length, visitor.origin.key
         await answer.discard()
         digest = reference if isinstance(reference, Digest) else told
         here = self._blobs.size(digest) if digest is not None else None
@@ -230,14 +230,15 @@ class CachedManifests:
         if digest is None or size is None or here not in (None, size) or not certain:
             # A registry that does not say it in a HEAD, or something that says yes to all: only the content tells.
             return await self._ask("GET", visitor, reference, accept)
+        media_type = _media_type_field(answer) or self._links.manifest_media_type(key, digest)
+        if media_type is None:
+            return await self._ask("GET", visitor, reference, accept)
         self._note_yes(visitor)
-        media_type = _media_type_field(answer) or "application/octet-stream"
-        if isinstance(reference, Digest):
-            if here is not None:
-                await note_link(self._reactor, self._links.link_manifest, visitor.origin.key, digest, media_type)
-        elif here is not None and self._links.has_manifest(visitor.origin.key, digest):
-            # Not what is yet to be fetched: that may fail, and then the last good answer is what it was.
-            self._note_tag(visitor.origin.key, reference, accept, digest, media_type)
+        # By tag, not what is yet to be fetched: that may fail, and then the last good answer is what it was.
+        if here is not None and (isinstance(reference, Digest) or self._links.has_manifest(key, digest)):
+            await self._note_type(key, digest, media_type)
+            if not isinstance(reference, Digest):
+                self._note_tag(key, reference, accept, digest, media_type)
         return ManifestAnswer(digest, media_type, size, None, "MISS")
 
     async def _accept_content(
@@ -288,7 +289,8 @@ class CachedManifests:
             return remembered
         noted = self._links.manifest_media_type(key, digest)
         kept = await self._read(digest, noted or media_type)
-        if kept is not None and noted is not None:
+        # It may have got another type meanwhile.
+        if kept is not None and noted is not None and noted == self._links.manifest_media_type(key, digest):
             self._remembered.add(key, kept)
         return kept
 
@@ -311,6 +313,12 @@ class CachedManifests:
                 self._blobs.remove(digest)
             return None
         return ManifestAnswer(digest, media_type, len(content), content, "HIT")
+
+    async def _note_type(self, key: str, digest: Digest, media_type: str) -> None:
+        """Let the repository have a manifest that is here, of the type that upstream says now."""
+        if self._links.manifest_media_type(key, digest) != media_type or not self._links.has_manifest(key, digest):
+            await note_link(self._reactor, self._links.link_manifest, key, digest, media_type)
+            self._remembered.forget(key, digest)
 
     async def _store(self, key: str, digest: Digest, media_type: str, content: bytes) -> None:
         try:
@@ -341,6 +349,11 @@ class CachedManifests:
             for name, entry in newest
         }
         remember(self._records, record, "tag", key, tag)
+
+
+def _revalidated(kept: ManifestAnswer, asked: ManifestAnswer) -> ManifestAnswer:
+    """Return what is kept, as upstream says by the answer to a HEAD that it is still."""
+    return evolve(kept, media_type=asked.media_type, verdict="REVALIDATED")
 
 
 def _digest_field(answer: Answer) -> Digest | None:

@@ -31,6 +31,7 @@ from dockerproxy.errors import (
 from dockerproxy.oci.contents import ManifestAnswer
 from dockerproxy.oci.manifests import DOCKER_MANIFEST, DOCKER_SCHEMA1_SIGNED, MAX_MANIFEST, OCI_INDEX
 from dockerproxy.oci.names import Digest
+from dockerproxy.store.blobs import Blobs, OpenBlob
 
 APP, COPY = "library/app", "library/copy"
 ALICE, BOB = "Bearer alice", "Bearer bob"
@@ -622,6 +623,44 @@ def test_another_media_type_is_the_one_that_counts(world: World) -> None:
     world.upstream.on("HEAD", "manifests", says(405))  # so that it is fetched
     for _ in range(2):
         assert world.run(world.manifest("typed")).media_type == DOCKER_MANIFEST
+    assert world.run(world.manifest(digest)).media_type == DOCKER_MANIFEST
+
+
+def test_another_media_type_counts_for_all_who_ask(world: World) -> None:
+    digest = app(world).put_manifest(TWO, "typed", media_type=OCI)
+    for _ in range(2):
+        world.run(world.manifest(digest, who=ALICE))
+    app(world).put_manifest(TWO, "typed", media_type=DOCKER_MANIFEST)
+    for who in (BOB, ALICE):  # upstream is asked whether Bob may, and says another type
+        assert world.run(world.manifest(digest, who=who)).media_type == DOCKER_MANIFEST
+
+
+@pytest.mark.parametrize("reference", ["typed", str(Digest.of(TWO))])
+@pytest.mark.parametrize("told", [None, "application/json"])
+def test_a_registry_that_tells_no_media_type_in_a_head(world: World, told: str | None, reference: str) -> None:
+    """What is known of a manifest stays, and what is not known is asked for by GET."""
+    digest = app(world).put_manifest(TWO, "typed", media_type=OCI)
+
+    typed = {} if told is None else {"content_type": told}
+    world.upstream.on("HEAD", "manifests", instead(TWO, docker_content_digest=str(digest), **typed))
+    assert world.run(world.manifest(reference, head=True, who=ALICE)).media_type == OCI
+    for who in (ALICE, BOB, ALICE):
+        assert world.run(world.manifest(reference, who=who)).media_type == OCI
+    world.reactor.advance(60)
+    assert world.run(world.manifest(str(digest), who=ALICE)).media_type == OCI
+
+
+def test_a_media_type_that_changes_while_it_is_read(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    digest = app(world).put_manifest(TWO, "typed", media_type=OCI)
+    world.run(world.manifest(digest))
+    there = Blobs.open
+
+    def meanwhile(blobs: Blobs, asked: Digest) -> OpenBlob | None:
+        world.links.link_manifest(f"{HUB}/{APP}", digest, DOCKER_MANIFEST)
+        return there(blobs, asked)
+
+    monkeypatch.setattr(Blobs, "open", meanwhile)
+    world.run(world.manifest(digest))
     assert world.run(world.manifest(digest)).media_type == DOCKER_MANIFEST
 
 
