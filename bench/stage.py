@@ -78,6 +78,7 @@ class Stage:
         self.big = make_blob(self.root, scale.blob)
         self.small, self.medium = (make_blob(self.root, size) for size in SMALL_BLOBS)
         self.manifest = make_manifest(self.root)
+        os.sync()  # or the disk is busy with it beside what is measured first
 
     @classmethod
     @contextmanager
@@ -133,6 +134,7 @@ class Stage:
                     self._fetch(serving, resource)
             encoded = self.big.digest.partition(":")[2]
             tree.adopt(state / "registry", REPOSITORY, self.root / self.big.path.lstrip("/"), encoded)
+            os.sync()
         ports = Ports()
         with self.proxy(state, ports, workers=workers, cores=cores) as serving:
             for resource in resources:
