@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib  # `suppress` itself means something to Trial in a module of tests
 import random
 import socket
 import ssl
@@ -9,6 +10,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 from kit.loopback import (
@@ -34,6 +36,7 @@ from twisted.internet.task import deferLater
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
+from dockerproxy.http import tls
 from dockerproxy.http.tls import TLSTransport, explain_handshake, upgrade
 from dockerproxy.http.transport import SocketTransport
 
@@ -158,6 +161,34 @@ class Handshakes(SocketCase):
 
         self.assertEqual(await self.in_thread(client), 1)
         await recorder.lost
+
+    async def test_a_client_that_never_stops_lets_others_have_their_turn(self) -> None:
+        @implementer(IHandshakeListener)
+        class Shaken(Recorder):
+            def handshakeCompleted(self) -> None:
+                self.transport.pauseProducing()
+                reactor.callLater(0, turn)
+
+        port, recorder, transports = self.serve(Shaken())
+
+        def client() -> None:
+            session = MemoryTLS()
+            with dial(port) as sock:
+                session.shake_hands(sock, one_by_one=True)
+                while sock.recv(MIB):
+                    pass
+
+        def turn() -> None:
+            self.patch(tls, "lib", SimpleNamespace(SSL_read=lambda connection, place, size: size))
+            self.assertIsNone(transports[0].doRead())
+            sizes.append(len(recorder.received))
+            recorder.transport.abortConnection()
+
+        sizes: list[int] = []
+        with contextlib.suppress(ConnectionError):
+            await self.in_thread(client)
+        await recorder.lost
+        self.assertEqual(sizes, [512 * 1024])
 
     async def test_what_is_written_before_waits(self) -> None:
         @implementer(IHandshakeListener)
