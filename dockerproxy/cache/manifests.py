@@ -27,6 +27,7 @@ from dockerproxy.http.headers import Headers
 from dockerproxy.oci.contents import ManifestAnswer
 from dockerproxy.oci.manifests import (
     DOCKER_SCHEMA1_SIGNED,
+    KNOWN_TYPES,
     MAX_MANIFEST,
     accept_key,
     accept_set,
@@ -230,7 +231,9 @@ class CachedManifests:
         if digest is None or size is None or here not in (None, size) or not certain:
             # A registry that does not say it in a HEAD, or something that says yes to all: only the content tells.
             return await self._ask("GET", visitor, reference, accept)
-        media_type = _media_type_field(answer) or self._links.manifest_media_type(key, digest)
+        media_type = _media_type_field(answer)
+        if media_type not in KNOWN_TYPES:  # that of an artifact, or what a server says of anything
+            media_type = self._links.manifest_media_type(key, digest)
         if media_type is None:
             return await self._ask("GET", visitor, reference, accept)
         self._note_yes(visitor)

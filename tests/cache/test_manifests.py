@@ -636,7 +636,7 @@ def test_another_media_type_counts_for_all_who_ask(world: World) -> None:
 
 
 @pytest.mark.parametrize("reference", ["typed", str(Digest.of(TWO))])
-@pytest.mark.parametrize("told", [None, "application/json"])
+@pytest.mark.parametrize("told", [None, "application/json", "text/html; charset=utf-8"])
 def test_a_registry_that_tells_no_media_type_in_a_head(world: World, told: str | None, reference: str) -> None:
     """What is known of a manifest stays, and what is not known is asked for by GET."""
     digest = app(world).put_manifest(TWO, "typed", media_type=OCI)
