@@ -228,13 +228,11 @@ class CachedManifests:
         digest = reference if isinstance(reference, Digest) else told
         here = self._blobs.size(digest) if digest is not None else None
         certain = told == digest if told is not None else here is not None
-        if digest is None or size is None or here not in (None, size) or not certain:
-            # A registry that does not say it in a HEAD, or something that says yes to all: only the content tells.
-            return await self._ask("GET", visitor, reference, accept)
         media_type = _media_type_field(answer)
-        if media_type not in KNOWN_TYPES:  # that of an artifact, or what a server says of anything
+        if digest is not None and media_type not in KNOWN_TYPES:  # an artifact's, or what a server says of anything
             media_type = self._links.manifest_media_type(key, digest)
-        if media_type is None:
+        if digest is None or size is None or media_type is None or here not in (None, size) or not certain:
+            # A registry that does not say it in a HEAD, or something that says yes to all: only the content tells.
             return await self._ask("GET", visitor, reference, accept)
         self._note_yes(visitor)
         # By tag, not what is yet to be fetched: that may fail, and then the last good answer is what it was.

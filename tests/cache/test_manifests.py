@@ -640,7 +640,6 @@ def test_another_media_type_counts_for_all_who_ask(world: World) -> None:
 def test_a_registry_that_tells_no_media_type_in_a_head(world: World, told: str | None, reference: str) -> None:
     """What is known of a manifest stays, and what is not known is asked for by GET."""
     digest = app(world).put_manifest(TWO, "typed", media_type=OCI)
-
     typed = {} if told is None else {"content_type": told}
     world.upstream.on("HEAD", "manifests", instead(TWO, docker_content_digest=str(digest), **typed))
     assert world.run(world.manifest(reference, head=True, who=ALICE)).media_type == OCI

@@ -21,7 +21,7 @@ def test_what_the_start_made_is_not_looked_at_again(request: pytest.FixtureReque
 
 
 _COME_AND_GO = """
-import resource, sys
+import resource
 from dockerproxy.daemon.memory import settle_memory
 
 def faults(rounds):
@@ -37,7 +37,7 @@ print(faults(20))
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have other ways")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is about glibc, and this is another C library")
 def test_memory_that_comes_and_goes_is_not_taken_from_the_kernel_each_time() -> None:
     def faults(settle: str) -> int:
         program = _COME_AND_GO.format(settle=settle)
