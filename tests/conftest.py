@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import io
 import math
+import signal
 from collections.abc import Iterable, Iterator
 from email.message import Message
 from typing import Any
@@ -22,6 +23,10 @@ from dockerproxy.http.request import Request
 from dockerproxy.http.site import Site, Timeouts
 
 Fields = Iterable[tuple[str, str]]
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # As a shell has it for what it starts in the background. Programs inherit that, and some tests interrupt them.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class Wire(StringTransport):
