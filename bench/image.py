@@ -69,8 +69,6 @@ def image(stage: Stage, table: Table) -> None:
                         used, took = way.server.cpu(), _copy(way, kind)
                         table.add("image", case, way.name, "duration", "s", took)
                         table.add("image", case, way.name, "server CPU", "s", way.server.cpu() - used)
-    shutil.rmtree(storage)
-    shutil.rmtree(published)
 
 
 def _copy(way: _Way, kind: str) -> float:

@@ -47,8 +47,6 @@ def first(stage: Stage, table: Table) -> None:
                 table.add("first", case, serving.name, "first byte", "ms", found[serving.name])
         for name in (PROXY, NGINX):
             table.add("first", case, name, "over direct", "ms", found[name] - found[DIRECT])
-        for blob in blobs:
-            stage.remove(blob)
 
 
 def joined(stage: Stage, table: Table) -> None:
