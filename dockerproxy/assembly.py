@@ -224,7 +224,7 @@ def make_cache(
     upstream = UpstreamClient(transport, tokens, policy.check_upstream)
     challenges = Challenges(transport, records, served.intercepted, tokens.remember, time.time)
     challenges.recall(settings.registries)
-    access = Access(records, time.time, 0.0 if common.shared else 60.0)
+    access = Access(records, time.time, common.shared)
     freshness = Freshness(
         settings.enable_manifest_cache,
         settings.manifest_cache_primary_regex,

@@ -23,6 +23,8 @@ OUTAGE = 86400.0
 """Seconds for which a client's own yes is believed while upstream cannot be asked. What is public, or what our own
 credential reads, is believed for as long as upstream is gone."""
 
+_SAVE_EVERY = 60.0  # seconds after which a yes that is known is written down again
+
 _MAX_IDENTITIES = 200
 _MAX_REMEMBERED = 50_000
 
@@ -36,15 +38,12 @@ class Standing(Enum):
 
 
 class Access:
-    """Upstream's yeses; `clock` is POSIX time.
+    """Upstream's yeses; `clock` is POSIX time. `shared`: other processes use the records, too."""
 
-    A yes that is known is written down again after `save_every` seconds: 0 where other processes are to know of it.
-    """
-
-    def __init__(self, records: Records, clock: Callable[[], float], save_every: float = 60.0) -> None:
+    def __init__(self, records: Records, clock: Callable[[], float], shared: bool = False) -> None:
         self._records = records
-        self._save_every = save_every
         self._clock = clock
+        self._shared = shared
         self._recent: OrderedDict[tuple[str, str], float] = OrderedDict()
 
     def standing(self, key: str, identity: str) -> Standing:
@@ -60,7 +59,10 @@ class Access:
         return best
 
     def is_proven_since(self, key: str, identity: str, since: float) -> bool:
-        """Whether upstream, asked by whatever process, let `identity` read from `key` at `since` or later."""
+        """Whether upstream, asked by whatever process, let `identity` read from `key` at `since` or later.
+
+        Only what was `proven` as `awaited` is sure to be known of another process.
+        """
         return max(self._recent.get((key, identity), -inf), self._saved_at(key, identity)) >= since
 
     def was_admitted(self, visitor: Visitor) -> bool:
@@ -72,8 +74,11 @@ class Access:
         """Return the time, as `proven` takes it."""
         return self._clock()
 
-    def proven(self, key: str, identity: str, when: float) -> None:
-        """Note that upstream let `identity` read from `key` at the time `when`."""
+    def proven(self, key: str, identity: str, when: float, *, awaited: bool = False) -> None:
+        """Note that upstream let `identity` read from `key` at the time `when`.
+
+        `awaited`: other processes may wait to hear just that, so it is written down at once.
+        """
         known = self._recent.get((key, identity))
         if known is not None and when < known <= self._clock():
             return
@@ -81,7 +86,8 @@ class Access:
         self._recent.move_to_end((key, identity))
         if len(self._recent) > _MAX_REMEMBERED:
             self._recent.popitem(last=False)
-        if known is None or when - self._saved_at(key, identity) > self._save_every:
+        age = 0.0 if awaited and self._shared else _SAVE_EVERY
+        if known is None or when - self._saved_at(key, identity) > age:
             self._save(key, identity, when)
 
     def refused(self, key: str, identity: str) -> None:

@@ -19,7 +19,7 @@ other's, and goes on by itself where the other process has died.
 from __future__ import annotations
 
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
 from twisted.internet.defer import Deferred, DeferredLock
@@ -34,6 +34,7 @@ from dockerproxy.cache.recent import Recent
 from dockerproxy.cache.room import Room
 from dockerproxy.cache.syncing import EarlySync
 from dockerproxy.errors import RegistryError, UpstreamBroken
+from dockerproxy.oci.contents import SMALL
 from dockerproxy.oci.names import Digest
 from dockerproxy.store.growing import GrowingFile
 from dockerproxy.store.ingest import Followed, Ingest
@@ -52,8 +53,8 @@ _OWN_FAULT = "the download failed in this proxy itself: its log says why"
 log = Logger()
 
 
-Landing = Callable[[], Awaitable[None]]
-"""What is to be done when a blob is verified and kept, before anyone can have the last of it."""
+Landing = Callable[[], Coroutine[Any, Any, None]]
+"""What is to be done when a blob is verified, before anyone can have the last of it: to note whose it is."""
 
 
 class Stranded(Exception):
@@ -192,7 +193,8 @@ class Flight:
         self.open(opened)
         if ingest is None:
             raise Stranded("its file cannot be opened")
-        self._ingests.announce(self.digest, opened)
+        if self.size is None or self.size > SMALL:  # else nobody gets any of it before it is here
+            self._ingests.announce(self.digest, opened)
         await self._reserve(self.written if self.size is None else self.size)
         while pieces := await download.read(min(_MOST, self.written)):
             await self._append(ingest, download, pieces)
@@ -201,12 +203,15 @@ class Flight:
         if not ingest.verify():
             await in_thread(self._reactor, ingest.discard)
             raise UpstreamBroken(f"{self.origin.registry} sent content that is not {self.digest}")
+        noted = spawn(self._landing(), f"the landing of {self.digest}")
         try:
-            await self._sync.ended()
+            try:
+                await self._sync.finish(ingest)
+            finally:
+                await noted  # before other processes find it here, and would ask whose it is
             await self._room.keep(ingest)
         except OSError as error:
             raise Stranded(f"it cannot be kept: {error.strerror}") from error
-        await self._landing()
         self.landed = True
 
     async def _depart(self, download: Download) -> Ingest | None:

@@ -269,7 +269,7 @@ class CachedManifests:
 
     def _note_yes(self, visitor: Visitor) -> None:
         # Once it is certain that the answer is one: upstream may be a page that is shown for everything.
-        self._access.proven(visitor.origin.key, visitor.identity, self._access.now())
+        self._access.proven(visitor.origin.key, visitor.identity, self._access.now(), awaited=True)
 
     def _note_refusal(self, visitor: Visitor, reference: Reference, error: RegistryError) -> None:
         if is_refusal(error):

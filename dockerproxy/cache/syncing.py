@@ -32,12 +32,13 @@ class EarlySync:
             self._synced = ingest.size
             self._under_way = spawn(self._sync(ingest.reader()), "to sync a download")
 
-    async def ended(self) -> None:
-        """Wait for what is under way. Raise the OSError that any of it met: the kernel tells each only once."""
+    async def finish(self, ingest: Ingest) -> None:
+        """Have the disk take the rest. Raise the OSError that any of it met: the kernel tells each only once."""
         if self._under_way is not None:
             await self._under_way
         if self._error is not None:
             raise self._error
+        await in_thread(self._reactor, _sync_and_close, ingest.reader())
 
     async def _sync(self, descriptor: int) -> None:
         async with self._turn:

@@ -8,6 +8,9 @@ from attrs import frozen
 
 from dockerproxy.oci.names import Digest
 
+SMALL = 64 * 1024
+"""Bytes up to which a blob under way is sent only when it is verified: then a bad one is a clean error."""
+
 Piece = bytes | bytearray | memoryview
 """Bytes of a content. Nobody changes them any more."""
 

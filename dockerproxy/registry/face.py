@@ -7,16 +7,13 @@ from typing import Any
 
 from dockerproxy.errors import UpstreamBroken
 from dockerproxy.http.request import Request
-from dockerproxy.oci.contents import BlobAnswer, Content, ManifestAnswer
+from dockerproxy.oci.contents import SMALL, BlobAnswer, Content, ManifestAnswer
 from dockerproxy.oci.names import Digest, Reference, Repository
 from dockerproxy.oci.ranges import Span, content_range, select
 from dockerproxy.oci.routes import Kind, Target
 from dockerproxy.registry.answers import API_VERSION, told
 from dockerproxy.registry.senders import send
 from dockerproxy.registry.source import Source
-
-_SMALL = 64 * 1024
-"""Bytes up to which a blob under way is sent only when it is verified: then a bad one is a clean error."""
 
 # distribution-spec 1.1, "Warnings": the code is 299, the agent "-"; clients print the text.
 _STALE = ("Warning", '299 - "Stale: the registry does not answer, this is what it last said"')
@@ -82,7 +79,7 @@ async def _begin_blob(request: Request, found: BlobAnswer) -> tuple[int, int | N
         request.start(200, fields, size)
         request.finish()
         return None
-    if size is not None and size <= _SMALL:
+    if size is not None and size <= SMALL:
         await content.settled()
     span = _span(request, found.digest, size) if size is not None else None
     if span is not None and size is not None:
@@ -93,7 +90,7 @@ async def _begin_blob(request: Request, found: BlobAnswer) -> tuple[int, int | N
     if request.method == "HEAD":
         request.start(status, fields, length)
         request.finish()
-    elif length is not None and length <= _SMALL:
+    elif length is not None and length <= SMALL:
         # Head and body in one write: one system call, one packet for the client to wait for.
         request.answer(status, fields, await _read_small(content, start, length))
     else:

@@ -138,6 +138,19 @@ def test_a_yes_is_written_down_once_a_minute(case: Case) -> None:
     assert case.standing(OWN) is Standing.PROVEN
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_yes_that_others_wait_for_is_written_down_at_once(case: Case, shared: bool) -> None:
+    """Unless there are no others. One that nobody waits for has its minute."""
+    access, other = Access(Records(case.root), case.now, shared), Access(Records(case.root), case.now, shared)
+    access.proven(KEY, OWN, case.now(), awaited=True)
+    case.clock.advance(1)
+    asked = case.now()
+    access.proven(KEY, OWN, asked)
+    assert not other.is_proven_since(KEY, OWN, asked)
+    access.proven(KEY, OWN, asked, awaited=True)
+    assert other.is_proven_since(KEY, OWN, asked) is shared
+
+
 def test_the_yes_of_then(case: Case) -> None:
     """It counts from when upstream said it, which for a long download is long ago."""
     before = case.now()

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 from stand_ins.upstream import Answer, Gate, cut_after, fails, flowing, instead, rangeless, refusal, says, untold
-from stand_ins.world import HUB, OTHER, Reader, World
-from twisted.internet.defer import Deferred, succeed
+from stand_ins.world import HUB, OTHER, Reader, World, nothing
+from twisted.internet.defer import Deferred
 
 from dockerproxy.cache.flights import Flight
 from dockerproxy.cache.ingests import Ingests
@@ -48,7 +48,7 @@ def needs_reads_without_a_thread(world: World) -> None:
 
 def start(world: World, digest: Digest = DIGEST, origin: Origin | None = None, landing: Any = None) -> Flight:
     visitor = world.visitor() if origin is None else Visitor(origin, "someone")
-    flight = world.flights.start(visitor, digest, landing or (lambda: succeed(None)))
+    flight = world.flights.start(visitor, digest, landing or nothing)
     world.reactor.settle()
     return flight
 
@@ -165,17 +165,67 @@ def test_the_last_byte_waits_for_the_renaming(world: World) -> None:
 def test_the_last_byte_waits_for_the_landing(world: World) -> None:
     """Who has all of it and asks again at once must find it."""
     done: Deferred[None] = Deferred()
+
+    async def landing() -> None:
+        await done
+
     world.upstream.on("GET", "", flowing)
-    flight = start(world, landing=lambda: done)
+    flight = start(world, landing=landing)
     one = reader(world, flight)
     end(world, world.upstream.answers[0])
     one.read_on()
     one.read()
     assert one.data == DATA[:-1]
-    assert world.blobs.exists(DIGEST)
+    assert not world.blobs.exists(DIGEST)
     done.callback(None)
-    assert one.data == DATA
+    world.reactor.settle()
+    assert one.data == DATA and world.blobs.exists(DIGEST)
     one.leave()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_it_is_noted_while_the_disk_takes_it(world: World, monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+    """Who finds it published, in another process, is to find as well whose it is."""
+    needs_reads_without_a_thread(world)
+    steps: list[str] = []
+    done: Deferred[None] = Deferred()
+    publish = Ingest.publish
+
+    def published(ingest: Ingest, blobs: Any) -> None:
+        steps.append("published")
+        if fails:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        publish(ingest, blobs)
+
+    async def landing() -> None:
+        steps.append("landing")
+        await done
+        steps.append("landed")
+
+    monkeypatch.setattr(Ingest, "publish", published)
+    world.upstream.on("GET", "", flowing)
+    flight = start(world, landing=landing)
+    world.reactor.pool.hold()
+    end(world, world.upstream.answers[0])
+    world.reactor.pool.step()  # the last of it is written
+    world.reactor.settle()
+    assert steps == ["landing"]
+    world.reactor.pool.step()  # and synced
+    world.reactor.settle()
+    assert world.reactor.pool.waiting == 0
+    done.callback(None)
+    world.reactor.pool.release()
+    world.reactor.settle()
+    assert (steps, flight.ended, flight.landed) == (["landing", "landed", "published"], True, not fails)
+
+
+def test_what_is_not_noted_lands_all_the_same(world: World, logged: list[str]) -> None:
+    async def landing() -> None:
+        raise ValueError("a mistake of ours")
+
+    flight = start(world, landing=landing)
+    assert flight.landed and flight.failure is None
+    assert any("the landing of" in line and "failed" in line for line in logged)
 
 
 def test_a_length_that_is_not_told(world: World) -> None:
@@ -263,7 +313,7 @@ def test_joining_at_any_moment_of_its_end(world: World) -> None:
         world.reactor.pool.step()
         world.reactor.settle()
     assert flight.content(world.origin()) is None
-    assert len(readers) == 2  # while it was written, and while it was renamed
+    assert len(readers) == 3  # while it was written, synced and renamed
     for one in readers:
         one.read_on()
         assert one.data == DATA

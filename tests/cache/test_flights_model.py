@@ -11,8 +11,7 @@ from unittest import mock
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from stand_ins.upstream import Answer, Asked, serve
-from stand_ins.world import HUB, Reader, World
-from twisted.internet.defer import succeed
+from stand_ins.world import HUB, Reader, World, nothing
 
 from dockerproxy.errors import RegistryError
 from dockerproxy.oci.names import Digest
@@ -102,7 +101,7 @@ class Play:
 
     def join(self, start: int) -> None:
         if self.world.flights.get(DIGEST) is None and not self.world.blobs.exists(DIGEST):
-            self.world.flights.start(self.world.visitor(), DIGEST, lambda: succeed(None))
+            self.world.flights.start(self.world.visitor(), DIGEST, nothing)
             self.world.reactor.settle()
         flight = self.world.flights.get(DIGEST)
         if flight is not None and flight.opened:

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 from attrs import evolve
 from stand_ins.upstream import Answer, flowing, says
-from stand_ins.world import HUB, Reader, World
-from twisted.internet.defer import succeed
+from stand_ins.world import HUB, Reader, World, nothing, result
 
 from dockerproxy.cache.flights import Flight, Flights
 from dockerproxy.cache.identity import PUBLIC
 from dockerproxy.cache.ingests import Announcement
 from dockerproxy.errors import UpstreamBroken
+from dockerproxy.oci.contents import SMALL
 from dockerproxy.oci.names import Digest
 from dockerproxy.store.ingest import Ingest
 
@@ -43,7 +43,7 @@ class Two:
         self.pass_time()
 
     def _start(self, world: World) -> Flight:
-        flight = world.flights.start(world.visitor(), DIGEST, lambda: succeed(None))
+        flight = world.flights.start(world.visitor(), DIGEST, nothing)
         world.reactor.settle()
         return flight
 
@@ -103,7 +103,7 @@ def test_nobody_begins_before_upstream_does_and_ends_before_the_digest_holds(wor
     assert isinstance(ingest, Ingest)
     ingest.append([DATA[:10]])
     flights = Flights(world.reactor, world.upstream, world.room, world.meeting)
-    flight = flights.start(world.visitor(), DIGEST, lambda: succeed(None))
+    flight = flights.start(world.visitor(), DIGEST, nothing)
     world.advance(1)
     assert not flight.opened
     world.meeting.announce(DIGEST, Announcement(size, "library/app", PUBLIC, 0.0))
@@ -122,6 +122,26 @@ def test_nobody_begins_before_upstream_does_and_ends_before_the_digest_holds(wor
     assert reader.data == DATA
     assert world.upstream.seen("GET", "blobs") == []
     reader.leave()
+
+
+@pytest.mark.parametrize("size", [1, SMALL, SMALL + 1])
+def test_a_small_one_is_not_announced_and_waited_for(make_world: Callable[..., World], size: int) -> None:
+    """Nobody is given any of it before it is whole; then others have it, and know by the first whose it is."""
+    one = make_world(shared=True)
+    upstream = one.upstream
+    other = make_world(shared=True, upstream=upstream)
+    digest = upstream.repository(f"{HUB}/{NAME}").put_blob(DATA[:size])
+    upstream.on("GET", str(digest), flowing)
+    first = one.start(one.fetch_later(digest))
+    second = other.start(other.fetch_later(digest))
+    one.advance(0.1)
+    announced = one.meeting.announced(digest)
+    assert announced is None if size <= SMALL else announced.size == size
+    upstream.answers[-1].end()
+    one.advance(0.1)
+    assert result(first, one.reactor) == ("MISS", DATA[:size])
+    assert result(second, other.reactor) == ("HIT" if size <= SMALL else "JOINED", DATA[:size])
+    assert len(upstream.asked) == 1
 
 
 def test_who_dies_is_followed_by_the_other(two: Two) -> None:
@@ -202,7 +222,7 @@ def test_what_is_taken_back_fails_who_has_it(two: Two) -> None:
 def test_it_comes_between_a_look_and_the_lock(make_world: Callable[..., World]) -> None:
     world = make_world(shared=True)
     world.blobs.put(DATA, DIGEST)
-    flight = world.flights.start(world.visitor(), DIGEST, lambda: succeed(None))
+    flight = world.flights.start(world.visitor(), DIGEST, nothing)
     world.reactor.settle()
     assert flight.landed and flight.ended
     assert world.upstream.seen("GET", "blobs") == []

@@ -102,7 +102,7 @@ class World:
         self.blobs, self.links = Blobs(self.layout, False, self.now), Links(self.layout, False)
         self.records = Records(root / "records")
         self.identities = Identities(secret)
-        self.access = Access(self.records, self.now, 0.0 if shared else 60.0)
+        self.access = Access(self.records, self.now, shared)
         self.turns = turns or Turns()
         whole = Slices(reactor, length=math.inf)  # nothing else is going on that would have to wait
         self.room = CacheRoom(
@@ -241,6 +241,10 @@ def result(deferred: Deferred[Any], reactor: Reactor, seconds: float = 0) -> Any
     if isinstance(outcome[0], Failure):
         outcome[0].raiseException()
     return outcome[0]
+
+
+async def nothing() -> None:
+    """What there is to be done for a flight that lands."""
 
 
 async def read_all(content: Any, start: int = 0, piece: int = 1 << 20) -> bytes:
