@@ -27,6 +27,7 @@ from dockerproxy.cache.room import Room
 from dockerproxy.cache.tokens import TokenDesk
 from dockerproxy.daemon.accesslog import AccessLog
 from dockerproxy.daemon.doors import Door
+from dockerproxy.daemon.metrics import CONTENT_TYPE, Meter
 from dockerproxy.daemon.transfers import Transfers
 from dockerproxy.http.channel import Handler
 from dockerproxy.http.request import Request
@@ -68,14 +69,19 @@ RECORDS = "records"
 _THREADS = 20  # disk writes of downloads, one each, and name look-ups share them
 
 
+Finished = Callable[[Request, float], None]
+"""Is told of a request that is over, and of its seconds."""
+
+
 @frozen
 class Common:
     """What the processes of a daemon have in common: the cache's room, turns, and which token stands for whom.
 
-    `shared`: there are several processes.
+    `meter` counts what this process does, and tells what all have done. `shared`: there are several processes.
     """
 
     room: Room
+    meter: Meter
     turns: TakesTurns = field(factory=Turns)
     bindings: Bindings = field(factory=Bindings)
     shared: bool = False
@@ -111,9 +117,11 @@ def make_serving(reactor: Any, settings: Settings, authority: CertificateAuthori
     cache = make_cache(reactor, settings, common, served, policy, net.transport)
     face = Face(reactor)
     hosted = make_hosted(reactor, settings, common, face)
+    metrics = partial(answer_metrics, common)
+    finished = partial(count_and_log, common.meter)
     mirror = Mirror(face, cache.pull_through.registry, served.mirrored, DOCKER_HUB)
     by_namespace = partial(ByNamespace, hosted.answer, mirror.answer, frozenset(settings.registry_hostname))
-    own_page = Page(authority.certificate_pem, by_namespace(hosted.answer).answer, proxy_port(settings))
+    own_page = Page(authority.certificate_pem, by_namespace(hosted.answer).answer, metrics, proxy_port(settings))
     own = OwnDoor(policy, own_page.answer)
     intercepted = Intercepted(face, cache.pull_through.registry, cache.pull_through, allow_push=settings.allow_push)
     transfers = Transfers()
@@ -123,7 +131,7 @@ def make_serving(reactor: Any, settings: Settings, authority: CertificateAuthori
         interception=Interception(served.intercepted, authority.context_for, intercepted.answer),
         dial=net.tunnel_dialer,
         transport=net.transport,
-        local=Page(authority.certificate_pem, by_namespace(mirror.answer).answer).answer,
+        local=Page(authority.certificate_pem, by_namespace(mirror.answer).answer, metrics).answer,
         own=own.answer,
         own_names=frozenset(settings.registry_hostname),
         timeouts=TunnelTimeouts(
@@ -132,9 +140,9 @@ def make_serving(reactor: Any, settings: Settings, authority: CertificateAuthori
             settings.proxy_connect_send_timeout,
         ),
         transfers=transfers,
-        log=log_access,
+        log=finished,
     )
-    doors = make_doors(reactor, settings, front, own, authority)
+    doors = make_doors(reactor, settings, front, own, authority, finished)
     return Serving(doors, transfers, served, cache, hosted, net.transport.close, reactor)
 
 
@@ -287,35 +295,61 @@ def proxy_port(settings: Settings) -> int:
 
 
 def make_doors(
-    reactor: Any, settings: Settings, front: FrontDoor, own: OwnDoor, authority: CertificateAuthority
+    reactor: Any,
+    settings: Settings,
+    front: FrontDoor,
+    own: OwnDoor,
+    authority: CertificateAuthority,
+    finished: Finished,
 ) -> list[Door]:
-    """Return the doors of the settings, not open yet."""
+    """Return the doors of the settings, not open yet; `finished` is told of each request."""
 
     async def handle(request: Request) -> None:
         await front.handle(proxy, request)
 
     certificates = authority.context_by_name(frozenset(settings.registry_hostname))
-    proxy = make_site(reactor, settings, handle)
+    proxy = make_site(reactor, settings, handle, finished)
+    with_tls = make_site(reactor, settings, own.answer, finished, lambda: certificates)
+    without = make_site(reactor, settings, own.answer, finished)
     return [
         Door("PROXY_LISTEN", settings.proxy_listen, proxy),
-        Door(
-            "REGISTRY_LISTEN", settings.registry_listen, make_site(reactor, settings, own.answer, lambda: certificates)
-        ),
-        Door("REGISTRY_HTTP_LISTEN", settings.registry_http_listen, make_site(reactor, settings, own.answer)),
+        Door("REGISTRY_LISTEN", settings.registry_listen, with_tls),
+        Door("REGISTRY_HTTP_LISTEN", settings.registry_http_listen, without),
     ]
 
 
 def make_site(
-    reactor: Any, settings: Settings, handler: Handler, tls: Callable[[], ServerContext] | None = None
+    reactor: Any,
+    settings: Settings,
+    handler: Handler,
+    finished: Finished,
+    tls: Callable[[], ServerContext] | None = None,
 ) -> Site:
     """Return a site whose requests `handler` answers, over TLS by the contexts of `tls` if given."""
     timeouts = Timeouts(
         settings.keepalive_timeout, settings.client_header_timeout, settings.client_body_timeout, settings.send_timeout
     )
-    return Site(reactor, handler, timeouts=timeouts, finished=log_access, tls=tls)
+    return Site(reactor, handler, timeouts=timeouts, finished=finished, tls=tls)
+
+
+async def answer_metrics(common: Common, request: Request) -> None:
+    """Answer with what all processes have done."""
+    held, limit = await common.room.taken()
+    gauges = [
+        ("cache_bytes", "Bytes of contents in the cache.", held),
+        ("cache_limit_bytes", "Bytes that they may take (CACHE_MAX_SIZE).", limit),
+    ]
+    fields = [("Content-Type", CONTENT_TYPE), ("Cache-Control", "no-store")]
+    request.answer(200, fields, common.meter.metrics.tell(gauges))
 
 
 _access_log = AccessLog()
+
+
+def count_and_log(meter: Meter, request: Request, seconds: float) -> None:
+    """Count and log one request."""
+    meter.count(request.verdict, request.status, request.size, seconds)
+    log_access(request, seconds)
 
 
 def log_access(request: Request, seconds: float) -> None:

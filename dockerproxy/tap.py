@@ -15,13 +15,14 @@ from twisted.python import usage
 from dockerproxy.admin.control import Control, Operations
 from dockerproxy.admin.names import CACHED, HOSTED, Names, Shelf
 from dockerproxy.admin.removing import Remover
-from dockerproxy.assembly import RECORDS, Common, make_serving, make_site, open_authority, prepare
+from dockerproxy.assembly import RECORDS, Common, log_access, make_serving, make_site, open_authority, prepare
 from dockerproxy.cache.identity import Bindings
 from dockerproxy.cache.room import CacheRoom
 from dockerproxy.daemon import jsonlog, priority
 from dockerproxy.daemon.doors import GRACE, Doors
 from dockerproxy.daemon.local import LocalDoor
 from dockerproxy.daemon.memory import settle_memory
+from dockerproxy.daemon.metrics import Metrics
 from dockerproxy.daemon.notify import Notifier, Supervised
 from dockerproxy.daemon.signals import on_repeated_stop
 from dockerproxy.proxy.issuer import AuthorityError
@@ -88,12 +89,13 @@ def make_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifie
     prepare(settings)
     room = make_room(reactor, settings)
     reservations, turns, bindings = Reservations(room), Turns(), Bindings()
-    several = settings.workers > 1
-    serving = make_serving(reactor, settings, authority, Common(FirstRoom(reservations), turns, bindings, several))
+    several, metrics = settings.workers > 1, Metrics.make(settings.workers)
+    common = Common(FirstRoom(reservations), metrics.meter(0), turns, bindings, several)
+    serving = make_serving(reactor, settings, authority, common)
     store = serving.hosted.hosted.store
     writes = jsonlog.is_standard_output(twistd_options)
     tally = Tally.make(settings.workers)
-    inherited = Inherited(reactor, variables(env_file), authority, tally)
+    inherited = Inherited(reactor, variables(env_file), authority, tally, metrics)
     forks = ForkServer(reactor, partial(run_worker, inherited), writes=writes)
     desk = partial(Desk, reservations, turns)
     crew = Crew(reactor, settings.workers - 1, forks, tally, desk, bindings, GRACE + _MORE_GRACE, relayed=not writes)
@@ -182,7 +184,7 @@ def make_control(reactor: Any, settings: Settings, store: HostedStore, room: Cac
         Operations(time.time),
         time.time,
     )
-    site = make_site(reactor, settings, control.answer)
+    site = make_site(reactor, settings, control.answer, log_access)
     return LocalDoor(reactor, settings.runtime_dir / "control.sock", site)
 
 

@@ -20,6 +20,7 @@ from dockerproxy.cache.identity import Bindings
 from dockerproxy.daemon.doors import Doors
 from dockerproxy.daemon.jsonlog import JsonLog
 from dockerproxy.daemon.memory import settle_memory
+from dockerproxy.daemon.metrics import Metrics
 from dockerproxy.proxy.authority import CertificateAuthority
 from dockerproxy.registry.users import HtpasswdError
 from dockerproxy.reload import sentence
@@ -44,6 +45,7 @@ class Inherited:
     environment: Mapping[str, str] = field(repr=False)
     authority: CertificateAuthority
     tally: Tally
+    metrics: Metrics
 
 
 class Worker:
@@ -66,7 +68,7 @@ class Worker:
         }
         self._calls = Calls(reactor, line, answers, passed=self._passed, lost=self._alone)
         room = RoomElsewhere(reactor, self._calls, Blobs(Layout(settings.cache_dir), durable=False))
-        common = Common(room, TurnsElsewhere(self._calls), bindings, shared=True)
+        common = Common(room, inherited.metrics.meter(number), TurnsElsewhere(self._calls), bindings, shared=True)
         self._serving = make_serving(reactor, settings, inherited.authority, common)
         self._entrance = self._make_entrance(self._serving)
         self._taking = Taking(reactor, [door.site for door in self._serving.doors], self._count_end)

@@ -334,10 +334,17 @@ def test_it_answers_and_logs(start: Any, tmp_path: Path) -> None:
     port = daemon.port()
     assert ask(port, GET % b"/healthz?key=secret").endswith(b"ok\n")
     pem = ask(port, GET % b"/ca.crt").partition(b"\r\n\r\n")[2]
-    assert ask(port, b"CONNECT user:secret@quay.io:443 HTTP/1.1\r\nHost: x\r\n\r\n").startswith(b"HTTP/1.1 400 ")
+    refusal = ask(port, b"CONNECT user:secret@quay.io:443 HTTP/1.1\r\nHost: x\r\n\r\n")
+    assert refusal.startswith(b"HTTP/1.1 400 ")
+    plain = refusal.partition(b"\r\n\r\n")[2]
     daemon.wait_for(r"\[dockerproxy\.access#info\] 127\.0\.0\.1 GET proxy\.example/healthz 200 3 0\.\d{3} -\n")
     daemon.wait_for(r"CONNECT \S* ?400 ")
     assert "secret" not in daemon.text
+    metrics = ask(port, GET % b"/metrics").decode()
+    assert 'dockerproxy_requests_total{verdict="-",code="2xx"} 2\n' in metrics
+    assert 'dockerproxy_requests_total{verdict="-",code="4xx"} 1\n' in metrics
+    sent = len(b"ok\n") + len(pem) + len(plain)
+    assert f'dockerproxy_sent_bytes_total{{verdict="-"}} {sent}\n' in metrics
     # the registry that is hosted here, under a certificate of the CA that it hands out
     context = ssl.create_default_context(cadata=pem.decode())
     with (

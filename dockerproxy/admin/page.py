@@ -1,4 +1,4 @@
-"""What the daemon answers in its own name: the CA certificate, the set-up script, whether it is well."""
+"""What the daemon answers in its own name: the CA certificate, the set-up script, whether it is well, its metrics."""
 
 from __future__ import annotations
 
@@ -23,18 +23,20 @@ Docker hosts use this as their HTTP and HTTPS proxy; images are served from its 
   /setup            a script that sets up dockerd, containerd, CRI-O and podman on a host:
                     curl -fsS {url}setup | sudo sh
   /healthz          whether the proxy is well
+  /metrics          what it has done, for Prometheus
 """
 
 
 @frozen
 class Page:
-    """Answers origin-form requests; `registry` those to `/v2/`.
+    """Answers origin-form requests; `registry` those to `/v2/`, `metrics` those to `/metrics`.
 
     `proxy_port` is the proxy's port where the page is at another.
     """
 
     certificate_pem: bytes
     registry: Callable[[Request], Awaitable[None]]
+    metrics: Callable[[Request], Awaitable[None]]
     proxy_port: int | None = None
 
     async def answer(self, request: Request) -> None:
@@ -55,6 +57,8 @@ class Page:
                 self._setup(request)
             case "/healthz":
                 request.answer(200, _TEXT, b"ok\n")
+            case "/metrics":
+                await self.metrics(request)
             case _:
                 raise NameUnknown("there is no such page; / tells which there are")
 

@@ -44,6 +44,8 @@ class Room(Protocol):
 
     def let_go(self, digest: Digest) -> None: ...
 
+    async def taken(self) -> tuple[int, int]: ...
+
 
 class CacheRoom:
     """Keeps the cache within its limit. What is under way is reserved before it is written, and never chosen to go."""
@@ -145,6 +147,10 @@ class CacheRoom:
                 await self._remove(self.usage.make_room(0))
         finally:
             self.usage.unpin(digest)
+
+    async def taken(self) -> tuple[int, int]:
+        """Return how many bytes contents take, and how many they may."""
+        return self.usage.total, self.usage.limit
 
     async def purge(self, digests: Iterable[Digest]) -> None:
         """Remove contents, whoever may use them; who reads one goes on reading."""

@@ -66,6 +66,9 @@ class FirstRoom:
     def let_go(self, digest: Digest) -> None:
         self._reservations.room.let_go(digest)
 
+    async def taken(self) -> tuple[int, int]:
+        return await self._reservations.room.taken()
+
 
 @define(eq=False)
 class Desk:
@@ -84,6 +87,7 @@ class Desk:
             "release": lambda digest: self._reservations.release(self, Digest.parse(digest)),
             "count": lambda digest, size: self._reservations.room.count(Digest.parse(digest), size),
             "used": self._used,
+            "taken": lambda: self._reservations.room.taken(),
             "turn": self._turn,
             "turn_ended": self._turn_ended,
         }

@@ -57,6 +57,11 @@ class RoomElsewhere:
     def let_go(self, digest: Digest) -> None:
         """End a `hold`."""
 
+    async def taken(self) -> tuple[int, int]:
+        """Return how many bytes contents take, and how many they may. Raises `Elsewhere`."""
+        held, limit = await self._calls.ask("taken")
+        return int(held), int(limit)
+
     def _tell(self) -> None:
         used, self._used = self._used, set()
         if used:

@@ -48,7 +48,11 @@ def enter(visit: Any) -> Any:
         async def registry(request: Request) -> None:
             request.answer(200, [], b"registry")
 
-        page = Page(PEM, registry, proxy_port)
+        async def metrics(request: Request) -> None:
+            fields = [("Content-Type", "text/plain; version=0.0.4"), ("Cache-Control", "no-store")]
+            request.answer(200, fields, b"# HELP")
+
+        page = Page(PEM, registry, metrics, proxy_port)
 
         async def handle(request: Request) -> None:
             request.host = name
@@ -68,6 +72,7 @@ def enter(visit: Any) -> Any:
         ("/", "text/plain; charset=utf-8", b"docker-registry-proxy"),
         ("/ca.crt", "application/x-x509-ca-cert", PEM),
         ("/healthz", "text/plain; charset=utf-8", b"ok\n"),
+        ("/metrics", "text/plain; version=0.0.4", b"# HELP"),
         ("/setup", "text/x-shellscript; charset=utf-8", b"#!/bin/sh\n"),
         ("/setup", "text/x-shellscript; charset=utf-8", b"#!/bin/sh\n"),
         ("/setup/systemd", "text/x-shellscript; charset=utf-8", b"#!/bin/sh\n"),
@@ -105,7 +110,7 @@ def test_what_there_is_not(enter: Any, path: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS", "TRACE"])
-@pytest.mark.parametrize("path", ["/", "/ca.crt", "/healthz", "/setup/systemd", "/nothing"])
+@pytest.mark.parametrize("path", ["/", "/ca.crt", "/healthz", "/metrics", "/setup/systemd", "/nothing"])
 def test_it_can_only_be_read(enter: Any, method: str, path: str) -> None:
     answer = enter().ask(method, path)
     assert (answer.status, answer.headers["Allow"]) == (405, "GET, HEAD")

@@ -109,6 +109,48 @@ def test_connections_are_spread_evenly(several: Several) -> None:
         assert {owners.count(pid) for pid in several.processes} == {4}
 
 
+def test_the_metrics_are_those_of_all(upstreams: Upstreams, run_several: RunSeveral) -> None:
+    """Whoever is asked. What one that was killed had counted is not lost, and its successor goes on from there."""
+    daemon = run_several()
+    blob = upstreams.fake.put_blob("counted/by/all", b"content")
+    path = f"/v2/counted/by/all/blobs/{blob}"
+
+    def told() -> dict[str, str]:
+        """Return the metrics, which all processes tell alike."""
+        found = []
+        with daemon.one_each_hosted() as connections:
+            for connection in connections.values():
+                answer = ask(connection, "GET", "/metrics")
+                assert answer.status == 200 and answer.headers["content-type"].startswith("text/plain; version=0.0.4")
+                lines = [line for line in answer.body.decode().splitlines() if not line.startswith("#")]
+                # Without what this counts itself.
+                found.append(dict(line.rsplit(" ", 1) for line in lines if 'verdict="-"' not in line))
+        assert found == [found[0]] * WORKERS
+        return found[0]
+
+    def hits() -> int:
+        return int(told()['dockerproxy_requests_total{verdict="HIT",code="2xx"}'])
+
+    def ask_all() -> None:
+        with daemon.one_each(FAKE) as connections:
+            for connection in connections.values():
+                assert ask(connection, "GET", path).body == b"content"
+
+    ask_all()
+    ask_all()
+    eventually(lambda: hits() == 2 * WORKERS - 1, "all are counted")
+    counted = told()
+    assert counted['dockerproxy_requests_total{verdict="MISS",code="2xx"}'] == "1"
+    assert counted['dockerproxy_sent_bytes_total{verdict="HIT"}'] == str(len(b"content") * (2 * WORKERS - 1))
+    assert int(counted["dockerproxy_cache_bytes"]) == len(b"content")
+    before = daemon.processes
+    os.kill(before[-1], signal.SIGKILL)
+    eventually(lambda: daemon.text.count(" serves") == WORKERS, "another one serves in its place")
+    assert hits() == 2 * WORKERS - 1
+    ask_all()
+    eventually(lambda: hits() == 3 * WORKERS - 1, "all are counted on")
+
+
 def test_twenty_cold_clients_of_all_processes_and_one_download(upstreams: Upstreams, several: Several) -> None:
     """The upstream stops after 4 MiB until all clients have begun."""
     blob = Blob(upstreams, "twenty/of/all", 24 * MIB, 4 * MIB)

@@ -240,6 +240,16 @@ def test_very_many_uses_fit_into_messages(
     assert set(used) == set(digests)
 
 
+def test_what_the_cache_holds_is_the_same_to_all(first: First, workers: tuple[Worker, Worker]) -> None:
+    one, other = workers
+    one.reserve(THIRD, 400)
+    for room in (first.room, one.room, other.room):
+        taken: list[object] = []
+        Deferred.fromCoroutine(room.taken()).addBoth(taken.append)
+        first.machine.settle()
+        assert taken == [(400, LIMIT)]
+
+
 # turns
 
 
