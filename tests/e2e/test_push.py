@@ -167,14 +167,15 @@ def test_memory_stays_flat_while_upstream_takes_its_time(upstreams: Upstreams, o
         sent = threading.Event()
         thread = threading.Thread(target=_send_all, args=(connection, 128, sent), daemon=True)
         thread.start()
-        eventually(lambda: upstreams.fake.seen("PATCH", "/push/big/"), "the request upstream")
-        assert not sent.wait(1.5)  # it cannot be: there is room for 128 MiB nowhere
-        held = open_proxy.memory - before
-        gate.set()
+        try:
+            eventually(lambda: upstreams.fake.seen("PATCH", "/push/big/"), "the request upstream")
+            assert not sent.wait(1.5)  # it cannot be: there is room for 128 MiB nowhere
+            held = open_proxy.memory - before
+        finally:
+            gate.set()
+            thread.join(60)  # before anything is read: more than one must not use a TLS connection
         answer = wire.read(connection.getresponse())
-        thread.join()
     finally:
-        gate.set()
         connection.close()
     assert answer.status == 202
     assert held < 24 << 20
