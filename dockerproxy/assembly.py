@@ -27,7 +27,7 @@ from dockerproxy.cache.room import Room
 from dockerproxy.cache.tokens import TokenDesk
 from dockerproxy.daemon.accesslog import AccessLog
 from dockerproxy.daemon.doors import Door
-from dockerproxy.daemon.metrics import CONTENT_TYPE, Meter
+from dockerproxy.daemon.metrics import CONTENT_TYPE, Metrics
 from dockerproxy.daemon.transfers import Transfers
 from dockerproxy.http.channel import Handler
 from dockerproxy.http.request import Request
@@ -77,11 +77,11 @@ Finished = Callable[[Request, float], None]
 class Common:
     """What the processes of a daemon have in common: the cache's room, turns, and which token stands for whom.
 
-    `meter` counts what this process does, and tells what all have done. `shared`: there are several processes.
+    `metrics` count what this process does, and tell what all have done. `shared`: there are several processes.
     """
 
     room: Room
-    meter: Meter
+    metrics: Metrics
     turns: TakesTurns = field(factory=Turns)
     bindings: Bindings = field(factory=Bindings)
     shared: bool = False
@@ -118,7 +118,7 @@ def make_serving(reactor: Any, settings: Settings, authority: CertificateAuthori
     face = Face(reactor)
     hosted = make_hosted(reactor, settings, common, face)
     metrics = partial(answer_metrics, common)
-    finished = partial(count_and_log, common.meter)
+    finished = partial(count_and_log, common.metrics)
     mirror = Mirror(face, cache.pull_through.registry, served.mirrored, DOCKER_HUB)
     by_namespace = partial(ByNamespace, hosted.answer, mirror.answer, frozenset(settings.registry_hostname))
     own_page = Page(authority.certificate_pem, by_namespace(hosted.answer).answer, metrics, proxy_port(settings))
@@ -340,15 +340,15 @@ async def answer_metrics(common: Common, request: Request) -> None:
         ("cache_limit_bytes", "Bytes that they may take (CACHE_MAX_SIZE).", limit),
     ]
     fields = [("Content-Type", CONTENT_TYPE), ("Cache-Control", "no-store")]
-    request.answer(200, fields, common.meter.metrics.tell(gauges))
+    request.answer(200, fields, common.metrics.tell(gauges))
 
 
 _access_log = AccessLog()
 
 
-def count_and_log(meter: Meter, request: Request, seconds: float) -> None:
+def count_and_log(metrics: Metrics, request: Request, seconds: float) -> None:
     """Count and log one request."""
-    meter.count(request.verdict, request.status, request.size, seconds)
+    metrics.count(request.verdict, request.status, request.size, seconds)
     log_access(request, seconds)
 
 

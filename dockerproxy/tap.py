@@ -90,7 +90,7 @@ def make_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifie
     room = make_room(reactor, settings)
     reservations, turns, bindings = Reservations(room), Turns(), Bindings()
     several, metrics = settings.workers > 1, Metrics.make(settings.workers)
-    common = Common(FirstRoom(reservations), metrics.meter(0), turns, bindings, several)
+    common = Common(FirstRoom(reservations), metrics.of(0), turns, bindings, several)
     serving = make_serving(reactor, settings, authority, common)
     store = serving.hosted.hosted.store
     writes = jsonlog.is_standard_output(twistd_options)

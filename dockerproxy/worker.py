@@ -68,7 +68,7 @@ class Worker:
         }
         self._calls = Calls(reactor, line, answers, passed=self._passed, lost=self._alone)
         room = RoomElsewhere(reactor, self._calls, Blobs(Layout(settings.cache_dir), durable=False))
-        common = Common(room, inherited.metrics.meter(number), TurnsElsewhere(self._calls), bindings, shared=True)
+        common = Common(room, inherited.metrics.of(number), TurnsElsewhere(self._calls), bindings, shared=True)
         self._serving = make_serving(reactor, settings, inherited.authority, common)
         self._entrance = self._make_entrance(self._serving)
         self._taking = Taking(reactor, [door.site for door in self._serving.doors], self._count_end)

@@ -340,6 +340,7 @@ def test_it_answers_and_logs(start: Any, tmp_path: Path) -> None:
     daemon.wait_for(r"\[dockerproxy\.access#info\] 127\.0\.0\.1 GET proxy\.example/healthz 200 3 0\.\d{3} -\n")
     daemon.wait_for(r"CONNECT \S* ?400 ")
     assert "secret" not in daemon.text
+    daemon.wait_for(r"GET proxy\.example/ca\.crt 200 ")
     metrics = ask(port, GET % b"/metrics").decode()
     assert 'dockerproxy_requests_total{verdict="-",code="2xx"} 2\n' in metrics
     assert 'dockerproxy_requests_total{verdict="-",code="4xx"} 1\n' in metrics

@@ -27,22 +27,26 @@ _SIZE = 8  # bytes of a number: it is written, or read, whole
 
 @frozen
 class Metrics:
-    """The numbers of several processes, of whom the others are copies of the one that made this."""
+    """The numbers of several processes, of whom the others are copies of the one that made this.
+
+    Each counts with what is `of` its number, and may tell what all have counted.
+    """
 
     _numbers: memoryview
+    _start: int = 0  # of those that this process writes
 
     @classmethod
     def make(cls, processes: int) -> Metrics:
         """Return metrics of which nothing has been counted yet."""
         return cls(memoryview(mmap.mmap(-1, _SIZE * _OF_PROCESS * processes)).cast("Q"))
 
-    def meter(self, process: int) -> Meter:
+    def of(self, process: int) -> Metrics:
         """Return what the process of that number counts with."""
-        return Meter(self, process)
+        return Metrics(self._numbers, process * _OF_PROCESS)
 
-    def count(self, process: int, verdict: str, status: int, size: int, seconds: float) -> None:
-        """Count a request that is over; `size` is in bytes. For the process of that number itself."""
-        start, code = process * _OF_PROCESS + _PLACES[verdict], status // 100
+    def count(self, verdict: str, status: int, size: int, seconds: float) -> None:
+        """Count a request that is over; `size` is in bytes."""
+        start, code = self._start + _PLACES[verdict], status // 100
         self._numbers[start + (code if code < len(_CODES) else 0)] += 1
         self._numbers[start + _BYTES] += size
         self._numbers[start + _MICROSECONDS] += int(seconds * 1_000_000)
@@ -71,18 +75,6 @@ class Metrics:
         for verdict, start in _PLACES.items():
             numbers = self._numbers[start + place :: _OF_PROCESS]
             yield f'verdict="{verdict}"', sum(numbers)
-
-
-@frozen
-class Meter:
-    """What one process counts with, and tells what all have counted."""
-
-    metrics: Metrics
-    _process: int
-
-    def count(self, verdict: str, status: int, size: int, seconds: float) -> None:
-        """Count a request that is over; see `Metrics`."""
-        self.metrics.count(self._process, verdict, status, size, seconds)
 
 
 def _headed(name: str, meaning: str, kind: str) -> list[str]:

@@ -87,7 +87,7 @@ class Desk:
             "release": lambda digest: self._reservations.release(self, Digest.parse(digest)),
             "count": lambda digest, size: self._reservations.room.count(Digest.parse(digest), size),
             "used": self._used,
-            "taken": lambda: self._reservations.room.taken(),
+            "taken": self._reservations.room.taken,
             "turn": self._turn,
             "turn_ended": self._turn_ended,
         }

@@ -55,7 +55,7 @@ def test_all_there_is_to_tell_is_told_before_anything_was_counted() -> None:
 
 def test_a_request() -> None:
     metrics = Metrics.make(1)
-    metrics.meter(0).count("MISS", 206, 1000, 1.25)
+    metrics.of(0).count("MISS", 206, 1000, 1.25)
     assert told(metrics) == {
         'dockerproxy_requests_total{verdict="MISS",code="2xx"}': 1,
         'dockerproxy_sent_bytes_total{verdict="MISS"}': 1000,
@@ -67,7 +67,7 @@ def test_a_request() -> None:
 def test_codes(status: int, code: str) -> None:
     """An upstream's may be any three digits, and one who leaves may have none."""
     metrics = Metrics.make(1)
-    metrics.meter(0).count("-", status, 0, 0.0)
+    metrics.of(0).count("-", status, 0, 0.0)
     assert told(metrics) == {f'dockerproxy_requests_total{{verdict="-",code="{code}"}}': 1}
 
 
@@ -82,7 +82,7 @@ REQUESTS = st.lists(
 def test_the_sums_of_all_processes(requests: list[tuple[int, str, int, int, float]]) -> None:
     metrics = Metrics.make(3)
     for process, *request in requests:
-        metrics.meter(process).count(*request)  # type: ignore[arg-type]
+        metrics.of(process).count(*request)  # type: ignore[arg-type]
     samples = read(metrics.tell())
     assert sum(value for name, value in samples.items() if "requests" in name) == len(requests)
     for verdict in VERDICTS:
@@ -94,10 +94,10 @@ def test_the_sums_of_all_processes(requests: list[tuple[int, str, int, int, floa
 
 def test_a_copy_of_the_process_counts_for_all() -> None:
     metrics = Metrics.make(2)
-    metrics.meter(0).count("HIT", 200, 1, 0.0)
+    metrics.of(0).count("HIT", 200, 1, 0.0)
     pid = os.fork()
     if not pid:
-        metrics.meter(1).count("HIT", 200, 2, 0.0)
+        metrics.of(1).count("HIT", 200, 2, 0.0)
         os._exit(0)
     os.waitpid(pid, 0)
     assert told(metrics) == {
