@@ -16,7 +16,7 @@ from bench.footprint import memory, start
 from bench.hits import MANY, hit, plain, second
 from bench.image import image
 from bench.machine import load_average, machine
-from bench.misses import JOINING, first, joined, miss
+from bench.misses import JOINING, crowd, first, joined, miss
 from bench.push import PUSH_MEASURES
 from bench.requests import connect, small
 from bench.scale import FULL, QUICK, Scale
@@ -31,6 +31,7 @@ MEASURES: dict[str, Callable[[Stage, Table], None]] = {
     "miss": miss,
     "first": first,
     "joined": joined,
+    "crowd": crowd,
     "small": small,
     "connect": connect,
     "second": second,
@@ -104,6 +105,8 @@ def _titles(scale: Scale) -> dict[str, str]:
         "first": "first: small blobs that are fetched, one after the other on one connection (nginx: proxy_cache)",
         "joined": f"joined: a blob of {_size(scale.joined)} that comes at {scale.slow_rate / 1e6:.0f} MB/s, to "
         f"{JOINING} clients at once (nginx: proxy_cache)",
+        "crowd": f"crowd: a blob of {_size(scale.crowd_blob)} that nobody has, to {scale.crowd:,} clients at once "
+        "(nginx: proxy_cache)",
         "small": "small: what is cached, on connections that stay open; per core (nginx: a file)",
         "connect": "connect: a cached blob of 1.5 KiB, each on a new connection; per core (nginx: no CONNECT)",
         "second": "second: two workers and their clients on two cores, over one worker and the same clients on one",

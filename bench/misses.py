@@ -1,4 +1,4 @@
-"""The measures of what is not cached: fetched for one client, for several at once, and for those that join."""
+"""The measures of what is not cached: for one client, for several or very many at once, and for those that join."""
 
 from __future__ import annotations
 
@@ -63,6 +63,23 @@ def joined(stage: Stage, table: Table) -> None:
                 if serving.name == PROXY:
                     table.add("joined", case, PROXY, "over alone", "×", took / alone)
     stage.remove(blob)
+
+
+def crowd(stage: Stage, table: Table) -> None:
+    """A layer that a whole fleet asks for at the same moment."""
+    count = stage.scale.crowd
+    case = f"{count:,} clients"
+    for round_ in range(stage.scale.rounds):
+        blob = make_blob(stage.root, stage.scale.crowd_blob)
+        for serve in turned(round_, [stage.empty_proxy, stage.caching_nginx]):
+            with serve() as serving:
+                tell("crowd", case, serving.name)
+                mark = stage.origin_mark()
+                done = stage.generator.ask(serving, [blob.path], connections=count, count=1)
+                note_bytes(table, "crowd", case, serving, done, done.bytes)
+                table.add("crowd", case, serving.name, "last first byte", "ms", max(done.firsts) * _MS)
+                table.add("crowd", case, serving.name, "from upstream", "blobs", _copies(stage, mark, blob))
+        stage.remove(blob)
 
 
 def _slowly(stage: Stage, table: Table, case: str, serving: Serving, blob: Resource, count: int) -> float:

@@ -21,6 +21,10 @@ class Scale:
     """Bytes a second of the registry that is slow."""
     joined: int
     """Bytes of the blob that clients join who come while it is fetched."""
+    crowd: int
+    """Clients that ask at the same moment for a blob that nobody has, ..."""
+    crowd_blob: int
+    """... and its bytes."""
     cold_blobs: int
     """Small blobs that are fetched one by one, in each round."""
     new_hosts: int
@@ -40,6 +44,8 @@ FULL = Scale(
     seconds=2,
     slow_rate=25_000_000,
     joined=1 << 30,
+    crowd=1000,
+    crowd_blob=1 << 23,
     cold_blobs=50,
     new_hosts=20,
     memory_connections=1000,
@@ -54,6 +60,8 @@ QUICK = Scale(
     seconds=0.5,
     slow_rate=25_000_000,
     joined=1 << 26,
+    crowd=50,
+    crowd_blob=1 << 20,
     cold_blobs=5,
     new_hosts=5,
     memory_connections=50,

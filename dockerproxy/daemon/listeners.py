@@ -13,6 +13,15 @@ from twisted.internet.error import CannotListenError
 from twisted.internet.interfaces import IListeningPort
 from twisted.internet.protocol import Factory
 
+_BACKLOG = 4096
+"""Connections that may wait to be accepted; net.core.somaxconn, 4096 by default, is the kernel's bound.
+
+Twisted's 50 is for less than a fleet that connects at once: the kernel then sends SYN cookies, and resets some of those
+that come back with one.
+"""
+
+_TAKES_BACKLOG = ("tcp:", "tcp6:", "unix:")
+
 
 class ListenError(Exception):
     """One sentence about an address that cannot be listened on."""
@@ -40,7 +49,7 @@ async def listen(reactor: Any, descriptions: Sequence[str], factory: Factory, se
 
 async def _listen(reactor: Any, description: str, factory: Factory, setting: str) -> IListeningPort:
     try:
-        endpoint = serverFromString(reactor, description)  # type: ignore[no-untyped-call]
+        endpoint = serverFromString(reactor, _with_backlog(description))  # type: ignore[no-untyped-call]
         if isinstance(endpoint, AdoptedStreamServerEndpoint):
             endpoint.addressFamily = _family(endpoint.fileno)
         port: IListeningPort = await endpoint.listen(factory)
@@ -55,6 +64,12 @@ async def _listen(reactor: Any, description: str, factory: Factory, setting: str
     else:
         return port
     raise ListenError(f"{setting}: {description} cannot be listened on: {reason}.")
+
+
+def _with_backlog(description: str) -> str:
+    if description.startswith(_TAKES_BACKLOG) and ":backlog=" not in description:
+        return f"{description}:backlog={_BACKLOG}"
+    return description
 
 
 def _family(descriptor: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import socket
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,12 @@ LOCAL = "tcp:0:interface=127.0.0.1"
 def connects(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def backlog(port: Any) -> int:
+    """Return how many connections may wait to be accepted, which the kernel tells as `tcpi_sacked` (linux/tcp.h)."""
+    most: int = struct.unpack_from("=I", port.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 32), 28)[0]
+    return most
 
 
 class Listening(TestCase):
@@ -45,6 +52,15 @@ class Listening(TestCase):
         for port in ports:
             await port.stopListening()
         self.assertEqual([connects(number) for number in numbers], [False, False])
+
+    async def test_a_fleet_may_wait_to_be_accepted(self) -> None:
+        """Where more connect at once than may wait, the kernel turns some away that believe to be connected."""
+        most = int(Path("/proc/sys/net/core/somaxconn").read_text())
+        descriptions = [LOCAL, "tcp:port=0:interface=127.0.0.1", "tcp6:0:interface=\\:\\:1", f"{LOCAL}:backlog=7"]
+        ports = await listen(reactor, descriptions, self.factory, "PROXY_LISTEN")
+        self.assertEqual([backlog(port) for port in ports], [*[min(4096, most)] * 3, 7])
+        for port in ports:
+            await port.stopListening()
 
     async def test_nothing_is_nothing(self) -> None:
         self.assertEqual(await listen(reactor, [], self.factory, "PROXY_LISTEN"), [])
