@@ -34,10 +34,13 @@ READ_SIZE = 64 * 1024
 
 RECORD = 16 * 1024  # bytes of content in a TLS record (RFC 8446, section 5.1)
 _LEAST = 4 * 1024  # bytes that are given to the kernel at least, whether or not it has room
-# For a client that has not taken so many bytes yet, no more than so many wait in the kernel to be sent: it keeps up to
-# 4 MiB (tcp_wmem) for each, and with many slow ones it runs out of them (tcp_mem) and takes less than it had room for.
-_PROOF = 4 * 1024 * 1024
+# For each client, the kernel keeps up to 4 MiB (tcp_wmem) to be sent. With many slow ones it runs out of memory
+# (tcp_mem), and takes less than it had room for. So no more than `_UNSENT` bytes wait there, but for a client that
+# has shown to be quick: where nothing waits any more when there is more to give, it may be as much as it was given so
+# far, and any number from `_PROMPT` on; so it is for one that has taken `_PROOF`.
 _UNSENT = 128 * 1024
+_PROMPT = 1024 * 1024
+_PROOF = 4 * 1024 * 1024
 
 _SO_MEMINFO = 55  # socket(7) does not have it: asm-generic/socket.h and linux/sock_diag.h do, since Linux 4.12
 _MEMINFO = struct.Struct("@9I")
@@ -77,7 +80,7 @@ class SocketTransport:
         self._ready = True  # whether application data can be written: TLS first shakes hands
         self._broken = self._aborted = False
         self._local = self._socket.family == socket.AF_UNIX  # asked once: an enum is made for each answer
-        self._quick = self._local  # whether the client took much already
+        self._quick = self._local  # whether the client has shown to be quick
         self._limit = 0  # bytes that may wait in the kernel to be sent; 0: any number
         self._reason: Exception = CONNECTION_LOST
         self.protocol: IProtocol = Yielded()
@@ -316,15 +319,20 @@ class SocketTransport:
             return RECORD
 
     def _room_of_the_slow(self, queued: int) -> int:
-        """Return the same as far as it goes by what the client took, `queued` bytes or fewer of what was sent not."""
-        limit = 0 if self.sent - queued >= _PROOF else _UNSENT  # 0: as for every socket
+        """Return the same as far as it goes by how quick the client is; of what was sent, it has not taken `queued`."""
+        unsent = int.from_bytes(fcntl.ioctl(self._fileno, _SIOCOUTQNSD, bytes(4)), sys.byteorder)
+        if self.sent - queued >= _PROOF or (self.sent >= _PROMPT and not unsent):
+            limit = 0  # as for every socket
+        elif unsent:
+            limit = self._limit or _UNSENT
+        else:
+            limit = max(_UNSENT, self.sent)
         if limit != self._limit:
             self._limit = limit
             self._socket.setsockopt(socket.IPPROTO_TCP, _TCP_NOTSENT_LOWAT, limit)
         if not limit:
             self._quick = True
             return _PROOF
-        unsent = int.from_bytes(fcntl.ioctl(self._fileno, _SIOCOUTQNSD, bytes(4)), sys.byteorder)
         return limit - limit // 16 - unsent  # a record is somewhat longer than what is in it
 
     def _send(self, data: bytes | bytearray | memoryview) -> int:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import random
 import socket
 import ssl
 import struct
+import sys
 import tempfile
 import threading
 from typing import Any, ClassVar
@@ -40,6 +42,27 @@ from dockerproxy.http.tls import TLSTransport
 from dockerproxy.http.transport import SocketTransport
 
 
+class Pausing:
+    """A producer that knows whether it is to wait."""
+
+    def __init__(self) -> None:
+        self.paused = False
+
+    def pauseProducing(self) -> None:
+        self.paused = True
+
+    def resumeProducing(self) -> None:
+        self.paused = False
+
+    def stopProducing(self) -> None: ...
+
+
+def unsent(transport: Any) -> int:
+    """Return how many bytes wait in the kernel to be sent."""
+    found = fcntl.ioctl(transport.fileno(), 0x894B, bytes(4))  # SIOCOUTQNSD of linux/sockios.h
+    return int.from_bytes(found, sys.byteorder)
+
+
 class AnyTransport:
     """What holds for both kinds. A mixin, so that it is not collected by itself."""
 
@@ -60,8 +83,8 @@ class AnyTransport:
 
         return self.listen(take), recorder, transports
 
-    def connect(self, port: int) -> socket.socket:
-        sock = dial(port)
+    def connect(self, port: int, receives: int | None = None) -> socket.socket:
+        sock = dial(port, receives)
         if self.tls is not None:
             # Without a close_notify the end is no end that was meant.
             sock = client_context(self.tls).wrap_socket(sock, server_hostname="a.test", suppress_ragged_eofs=False)
@@ -371,21 +394,11 @@ class AnyTransport:
         reading, running = self.late_reader(lambda: self.connect(port))
         await recorder.until(2)
         (transport,) = transports
-        paused: list[bool] = []
-
-        class Offering:
-            def pauseProducing(self) -> None:
-                paused.append(True)
-
-            def resumeProducing(self) -> None:
-                paused.clear()
-
-            def stopProducing(self) -> None: ...
-
-        transport.registerProducer(Offering(), True)
+        producer = Pausing()
+        transport.registerProducer(producer, True)
         offered = 0
         for _ in range(20):
-            while not paused:
+            while not producer.paused:
                 offered += transport.offer(bytes(MIB))
             await deferLater(reactor, 0)
         self.assertLess(offered, 2 * MIB)
@@ -394,6 +407,47 @@ class AnyTransport:
         reading.set()
         with contextlib.suppress(OSError):
             await running
+
+    async def test_a_client_that_takes_all_at_once_is_given_more_each_time(self: Any) -> None:
+        """And so has a layer of 4 MiB by few offers."""
+        port, recorder, transports = self.serve()
+        read, client = self.portions(lambda: self.connect(port))
+        await recorder.until(2)
+        (transport,) = transports
+        transport.registerProducer(Pausing(), True)
+        taken = []
+        while sum(taken) < 4 * MIB:
+            taken.append(transport.offer(bytes(4 * MIB)))
+            await read(taken[-1])
+            await self.turn()
+        self.assertLessEqual(taken[0], 128 * 1024)
+        for now, before in zip(taken[2:-1], taken[1:], strict=False):
+            self.assertGreater(now, before * 3 // 2)
+        self.assertLessEqual(len(taken), 8)
+        self.assertEqual(transport.sent, sum(taken))
+        await read(0)
+        await client
+        await recorder.lost
+
+    async def test_a_client_that_takes_a_little_at_a_time_is_given_little(self: Any) -> None:
+        port, recorder, transports = self.serve()
+        read, client = self.portions(lambda: self.connect(port, 32 * 1024))
+        await recorder.until(2)
+        (transport,) = transports
+        producer = Pausing()
+        transport.registerProducer(producer, True)
+        offered = taken = 0
+        while offered < 3 * MIB:
+            while not producer.paused:
+                offered += transport.offer(bytes(MIB))
+                self.assertLessEqual(unsent(transport), 132 * 1024)  # TLS adds to its records
+            await read(16 * 1024)
+            taken += 16 * 1024
+            await self.turn()
+        self.assertGreater(taken, MIB)
+        await read(0)
+        await client
+        await recorder.lost
 
     async def test_an_offer_where_the_kernel_does_not_tell_what_room_it_has(self: Any) -> None:
         """The whole is offered in any case, a piece at a time, and comes as it is."""

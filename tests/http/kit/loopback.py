@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import queue
 import socket
 import ssl
 import tempfile
@@ -179,15 +180,42 @@ class SocketCase(TestCase):
 
         return reading, self.in_thread(client)
 
+    def portions(self, connect: Callable[[], socket.socket]) -> tuple[Callable[[int], Deferred[None]], Deferred[None]]:
+        """Start a client that says "go"; return what has it read so many bytes, or leave for 0, and its end."""
+        wanted: queue.SimpleQueue[tuple[int, Deferred[None]]] = queue.SimpleQueue()
+
+        def client() -> None:
+            with connect() as sock:
+                sock.sendall(b"go")
+                size = -1
+                while size:
+                    left, done = size, _ = wanted.get(timeout=PATIENCE)
+                    while left:
+                        data = sock.recv(min(left, MIB))
+                        assert data, "hung up"
+                        left -= len(data)
+                    reactor.callFromThread(done.callback, None)
+
+        def read(size: int) -> Deferred[None]:
+            done: Deferred[None] = Deferred()
+            wanted.put((size, done))
+            return done
+
+        return read, self.in_thread(client)
+
     async def turn(self) -> None:
         """Let the reactor look at its sockets once or twice."""
         for _ in range(3):
             await deferLater(reactor, 0)
 
 
-def dial(port: int) -> socket.socket:
-    sock = socket.create_connection(("127.0.0.1", port), timeout=PATIENCE)
+def dial(port: int, receives: int | None = None) -> socket.socket:
+    """Connect; `receives` is how many bytes, about, wait in the kernel to be read."""
+    sock = socket.socket()
     sock.settimeout(PATIENCE)
+    if receives is not None:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receives)
+    sock.connect(("127.0.0.1", port))
     return sock
 
 
