@@ -115,6 +115,8 @@ GOALS = (
     Goal("new tunnels, sixteen at a time, per core", ("connect", "16, full handshake", "connections"), 1000,
          at_least=True),
     Goal("the same, TLS resumed, over full handshakes", ("connect", "16, resumed", "over full"), 1.0, at_least=True),
+    Goal("new tunnels, a thousand at a time, per core", ("connect", "1,000, full handshake", "connections"), 1000,
+         at_least=True),
     Goal("second core: hits", ("second", "hits, 8 clients", "second core"), 1.7, at_least=True),
     Goal("second core: small requests", ("second", "manifests, 64", "second core"), 1.7, at_least=True),
     Goal("memory of an idle tunnel", ("memory", "idle", "at most"), 30),

@@ -22,9 +22,9 @@ class Scale:
     joined: int
     """Bytes of the blob that clients join who come while it is fetched."""
     crowd: int
-    """Clients that ask at the same moment for a blob that nobody has, ..."""
+    """Clients that come at the same moment, ..."""
     crowd_blob: int
-    """... and its bytes."""
+    """... and bytes of the blob that they ask for."""
     cold_blobs: int
     """Small blobs that are fetched one by one, in each round."""
     new_hosts: int

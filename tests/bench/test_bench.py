@@ -45,6 +45,7 @@ _FIGURES = {
     ("connect", "1, resumed"): _RESUMED,
     ("connect", "16, full handshake"): _CONNECTIONS,
     ("connect", "16, resumed"): _RESUMED,
+    ("connect", "50, full handshake"): _CONNECTIONS,
     ("second", "hits, 8 clients"): _SECOND,
     ("second", "manifests, 64"): _SECOND,
     ("memory", "idle"): _GROWTH,
