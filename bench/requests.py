@@ -14,8 +14,7 @@ from bench.table import Table
 
 CONNECTIONS, AT_ONCE = 64, 16
 
-# Of a crowd, hardly anybody comes a second time while it is measured, to resume what was.
-_WAYS = ((False, "full handshake"), (True, "resumed"))
+_FULL, _RESUMED = (False, "full handshake"), (True, "resumed")
 
 _MS = 1000
 
@@ -41,10 +40,14 @@ def connect(stage: Stage, table: Table) -> None:
     with ExitStack() as stack:
         ours = stack.enter_context(stage.filled_proxy(workers=1, cores=cores)).proxy
         theirs = stack.enter_context(stage.static_nginx(workers=1, cores=cores)).tls
-        for count, resuming in ((1, _WAYS), (AT_ONCE, _WAYS), (stage.scale.crowd, _WAYS[:1])):
+        for count, ways in (
+            (1, (_FULL, _RESUMED)),
+            (AT_ONCE, (_FULL, _RESUMED)),
+            (stage.scale.crowd, (_FULL,)),  # hardly anybody comes a second time while it is measured
+        ):
             for round_ in range(stage.scale.rounds):
                 full: dict[str, float] = {}
-                for resume, name in resuming:
+                for resume, name in ways:
                     case = f"{count:,}, {name}"
                     for serving in turned(round_, [ours, theirs]):
                         tell("connect", case, serving.name)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 import socket
 import struct
+from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from twisted.internet import reactor
@@ -60,6 +62,16 @@ class Listening(TestCase):
         ports = await listen(reactor, descriptions, self.factory, "PROXY_LISTEN")
         self.assertEqual([backlog(port) for port in ports], [*[min(4096, most)] * 3, 7])
         for port in ports:
+            await port.stopListening()
+
+    async def test_as_many_may_wait_at_a_unix_socket(self) -> None:
+        with ExitStack() as stack:
+            path = f"{stack.enter_context(TemporaryDirectory())}/socket"
+            (port,) = await listen(reactor, [f"unix:{path}"], self.factory, "PROXY_LISTEN")
+            for _ in range(100):  # which the reactor does not get to accept meanwhile
+                waiting = stack.enter_context(socket.socket(socket.AF_UNIX))
+                waiting.setblocking(False)
+                waiting.connect(path)  # BlockingIOError where no more may wait
             await port.stopListening()
 
     async def test_nothing_is_nothing(self) -> None:
