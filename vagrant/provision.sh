@@ -38,8 +38,8 @@ find_package() {
         return
     fi
     build=/var/cache/$name-build
-    sources='debian dockerproxy man systemd tests tools twisted .env.example CHANGELOG.md LICENSE MANIFEST.in Makefile'
-    sources="$sources README.md pyproject.toml ruff.toml setup.cfg setup.py"
+    sources='debian dockerproxy docs man systemd tests tools twisted .env.example CHANGELOG.md CONTRIBUTING.md LICENSE MANIFEST.in'
+    sources="$sources Makefile README.md SECURITY.md pyproject.toml ruff.toml setup.cfg setup.py"
     cd "$share"
     # shellcheck disable=SC2086 # several names
     if [ ! -e "$build/built" ] || [ -n "$(find $sources -type f -newer "$build/built" ! -name '*.pyc')" ]; then
