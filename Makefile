@@ -46,7 +46,7 @@ test-oldest: .venv-oldest/made ## run the unit tests on the oldest versions that
 	.venv-oldest/bin/python -m pytest -ra --ignore=tests/e2e
 
 test-conformance: .venv/made-test ## run the OCI conformance suite against the hosted registry; SUITE=PATH names its program
-	@.venv/bin/python tests/conformance/run.py $(SUITE)
+	@.venv/bin/python -m tests.conformance.run $(SUITE)
 
 test-programs:
 ifeq ($(ROOT),0)

@@ -3,7 +3,6 @@ its own, and a cache between them whose store is a real one."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,7 @@ from typing import Any
 import pytest
 from twisted.logger import formatEvent, globalLogPublisher
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from stand_ins.world import World
+from tests.cache.stand_ins.world import World
 
 
 @pytest.fixture

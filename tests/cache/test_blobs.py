@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from stand_ins.upstream import Answer, Gate, cut_after, fails, flowing, refusal, says, serve, untold, web_page
-from stand_ins.world import HUB, OTHER, Reader, World, read_all
 from twisted.internet.defer import CancelledError, Deferred
 
 from dockerproxy.cache.access import FRESH, Standing
@@ -24,6 +22,19 @@ from dockerproxy.errors import (
     UpstreamUnreachable,
 )
 from dockerproxy.oci.names import Digest
+from tests.cache.stand_ins.upstream import (
+    Answer,
+    Gate,
+    cut_after,
+    fails,
+    flowing,
+    refusal,
+    says,
+    serve,
+    untold,
+    web_page,
+)
+from tests.cache.stand_ins.world import HUB, OTHER, Reader, World, read_all
 
 DATA = bytes(range(256)) * 400
 DIGEST = Digest.of(DATA)

@@ -5,8 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from stand_ins.upstream import Answer, Gate, instead, refusal, says
-from stand_ins.world import HUB, OTHER, World
 from twisted.internet.defer import Deferred
 
 from dockerproxy.cache.challenges import TOKEN_PATH, Realm
@@ -19,6 +17,8 @@ from dockerproxy.errors import (
 )
 from dockerproxy.oci.challenge import Challenge
 from dockerproxy.oci.names import Registry
+from tests.cache.stand_ins.upstream import Answer, Gate, instead, refusal, says
+from tests.cache.stand_ins.world import HUB, OTHER, World
 
 BEARER = 'Bearer realm="https://auth.other.example/token",service="other",scope="repository:a:pull,push"'
 HOUR = 3600

@@ -3,20 +3,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from stand_ins.reactor import Reactor
-from stand_ins.upstream import (
-    Answer,
-    Upstream,
-    cut_after,
-    fails,
-    flowing,
-    instead,
-    rangeless,
-    refusal,
-    says,
-    untold,
-)
-from stand_ins.world import HUB, result
 from twisted.internet.defer import Deferred
 
 from dockerproxy.cache.download import Download, TooLong
@@ -31,6 +17,20 @@ from dockerproxy.errors import (
 )
 from dockerproxy.oci.names import parse_repository
 from dockerproxy.upstream.credentials import Anonymous
+from tests.cache.stand_ins.reactor import Reactor
+from tests.cache.stand_ins.upstream import (
+    Answer,
+    Upstream,
+    cut_after,
+    fails,
+    flowing,
+    instead,
+    rangeless,
+    refusal,
+    says,
+    untold,
+)
+from tests.cache.stand_ins.world import HUB, result
 
 DATA = bytes(range(256)) * 40
 ORIGIN = Origin(HUB, parse_repository("library/app"), Anonymous())

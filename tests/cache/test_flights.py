@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from stand_ins.upstream import Answer, Gate, cut_after, fails, flowing, instead, rangeless, refusal, says, untold
-from stand_ins.world import HUB, OTHER, Reader, World, nothing
 from twisted.internet.defer import Deferred
 
 from dockerproxy.cache.flights import Flight
@@ -20,6 +18,19 @@ from dockerproxy.errors import RegistryError, UpstreamBroken, UpstreamError, Ups
 from dockerproxy.oci.names import Digest
 from dockerproxy.store.blobs import read_cached
 from dockerproxy.store.ingest import Ingest
+from tests.cache.stand_ins.upstream import (
+    Answer,
+    Gate,
+    cut_after,
+    fails,
+    flowing,
+    instead,
+    rangeless,
+    refusal,
+    says,
+    untold,
+)
+from tests.cache.stand_ins.world import HUB, OTHER, Reader, World, nothing
 
 DATA = bytes(range(256)) * 400
 NAME = "library/app"

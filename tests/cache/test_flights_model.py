@@ -10,12 +10,12 @@ from unittest import mock
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from stand_ins.upstream import Answer, Asked, serve
-from stand_ins.world import HUB, Reader, World, nothing
 
 from dockerproxy.errors import RegistryError
 from dockerproxy.oci.names import Digest
 from dockerproxy.store.ingest import Ingest
+from tests.cache.stand_ins.upstream import Answer, Asked, serve
+from tests.cache.stand_ins.world import HUB, Reader, World, nothing
 
 NAME = "library/app"
 SIZE = 3000

@@ -10,8 +10,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from stand_ins.upstream import Answer, Asked, Upstream, serve
-from stand_ins.world import HUB, World
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred, gatherResults
 from twisted.internet.task import deferLater
@@ -19,6 +17,8 @@ from twisted.trial.unittest import TestCase
 
 from dockerproxy.cache import download
 from dockerproxy.oci.names import Digest
+from tests.cache.stand_ins.upstream import Answer, Asked, Upstream, serve
+from tests.cache.stand_ins.world import HUB, World
 
 NAME = "library/app"
 

@@ -11,8 +11,6 @@ from typing import Any
 
 import pytest
 from attrs import evolve
-from stand_ins.upstream import Answer, flowing, says
-from stand_ins.world import HUB, Reader, World, nothing, result
 
 from dockerproxy.cache.flights import Flight, Flights
 from dockerproxy.cache.identity import PUBLIC
@@ -21,6 +19,8 @@ from dockerproxy.errors import UpstreamBroken
 from dockerproxy.oci.contents import SMALL
 from dockerproxy.oci.names import Digest
 from dockerproxy.store.ingest import Ingest
+from tests.cache.stand_ins.upstream import Answer, flowing, says
+from tests.cache.stand_ins.world import HUB, Reader, World, nothing, result
 
 DATA = bytes(range(256)) * 400
 DIGEST = Digest.of(DATA)

@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from stand_ins.upstream import Answer, FakeRepository, Gate, fails, honest, instead, refusal, says, serve, web_page
-from stand_ins.world import HUB, World
 from twisted.internet.defer import CancelledError, Deferred
 
 from dockerproxy.cache.access import FRESH, Standing
@@ -32,6 +30,19 @@ from dockerproxy.oci.contents import ManifestAnswer
 from dockerproxy.oci.manifests import DOCKER_MANIFEST, DOCKER_SCHEMA1_SIGNED, MAX_MANIFEST, OCI_INDEX
 from dockerproxy.oci.names import Digest
 from dockerproxy.store.blobs import Blobs, OpenBlob
+from tests.cache.stand_ins.upstream import (
+    Answer,
+    FakeRepository,
+    Gate,
+    fails,
+    honest,
+    instead,
+    refusal,
+    says,
+    serve,
+    web_page,
+)
+from tests.cache.stand_ins.world import HUB, World
 
 APP, COPY = "library/app", "library/copy"
 ALICE, BOB = "Bearer alice", "Bearer bob"

@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from stand_ins.reactor import Reactor
-from stand_ins.world import result
 from twisted.internet.defer import Deferred
 
 from dockerproxy.cache.notes import forget, note_link, remember
 from dockerproxy.store.records import Records
+from tests.cache.stand_ins.reactor import Reactor
+from tests.cache.stand_ins.world import result
 
 
 def test_remembered_and_forgotten(tmp_path: Path) -> None:

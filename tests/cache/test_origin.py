@@ -3,9 +3,6 @@ from __future__ import annotations
 import json
 
 import pytest
-from stand_ins.reactor import Reactor
-from stand_ins.upstream import Answer, refusal
-from stand_ins.world import HUB, OTHER, result
 from twisted.internet.defer import Deferred
 
 from dockerproxy.cache.origin import Origin, is_refusal, refuse
@@ -20,6 +17,9 @@ from dockerproxy.errors import (
 )
 from dockerproxy.oci.names import parse_repository
 from dockerproxy.upstream.credentials import Anonymous
+from tests.cache.stand_ins.reactor import Reactor
+from tests.cache.stand_ins.upstream import Answer, refusal
+from tests.cache.stand_ins.world import HUB, OTHER, result
 
 
 def error(answer: Answer, unknown: str = "BLOB_UNKNOWN") -> RegistryError:

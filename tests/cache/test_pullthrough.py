@@ -7,8 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from stand_ins.upstream import Answer, fails, instead, refusal, says
-from stand_ins.world import HUB, OTHER, World, read_all
 
 from dockerproxy.cache.access import FRESH, OUTAGE
 from dockerproxy.cache.challenges import TOKEN_PATH
@@ -29,6 +27,8 @@ from dockerproxy.oci.challenge import basic, parse_challenges
 from dockerproxy.oci.manifests import EMPTY_INDEX, MAX_MANIFEST, OCI_INDEX
 from dockerproxy.oci.names import Digest, Registry, parse_repository
 from dockerproxy.upstream.credentials import Anonymous, Configured, Own
+from tests.cache.stand_ins.upstream import Answer, fails, instead, refusal, says
+from tests.cache.stand_ins.world import HUB, OTHER, World, read_all
 
 APP, COPY = "library/app", "public/copy"
 NAME = parse_repository(APP)

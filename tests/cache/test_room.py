@@ -7,13 +7,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from stand_ins.upstream import cut_after, fails, flowing
-from stand_ins.world import HUB, World
 
 from dockerproxy.cache.room import MAINTENANCE
 from dockerproxy.errors import UpstreamBroken
 from dockerproxy.oci.names import Digest
 from dockerproxy.store.ingest import Ingest
+from tests.cache.stand_ins.upstream import cut_after, fails, flowing
+from tests.cache.stand_ins.world import HUB, World
 
 APP = "library/app"
 DAY = 86400

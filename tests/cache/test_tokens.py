@@ -8,8 +8,6 @@ from typing import Any
 from urllib.parse import urlencode
 
 import pytest
-from stand_ins.upstream import Answer, fails, says
-from stand_ins.world import EPOCH, HUB, World
 
 from dockerproxy.cache.challenges import Realm
 from dockerproxy.cache.identity import LIFETIME
@@ -26,6 +24,8 @@ from dockerproxy.errors import (
 from dockerproxy.oci.challenge import basic
 from dockerproxy.oci.names import Registry
 from dockerproxy.upstream.credentials import Own
+from tests.cache.stand_ins.upstream import Answer, fails, says
+from tests.cache.stand_ins.world import EPOCH, HUB, World
 
 REALM = Realm(Registry.parse("auth.docker.io"), "/token")
 QUERY = "service=registry.docker.io&scope=repository:library/app:pull"

@@ -17,9 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "e2e"))
-
-from house.hosting import OWN, USERS, Hosting, users_file
+from tests.e2e.house.hosting import OWN, USERS, Hosting, users_file
 
 _REPORTS = Path(__file__).resolve().parents[2] / "build/conformance"
 _COUNT = re.compile(r"^  (Disabled|Skip|Pass|FAIL|Error|Total)\.+: +([0-9]+)$", re.MULTILINE)

@@ -7,17 +7,14 @@ the logs of all of them are searched for tracebacks and secrets.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from house.daemon import Proxy, RunProxy
-from house.machines import Machines, Running
-from house.upstreams import Upstreams
+from tests.e2e.house.daemon import Proxy, RunProxy
+from tests.e2e.house.machines import Machines, Running
+from tests.e2e.house.upstreams import Upstreams
 
 _proxies: list[Proxy] = []
 

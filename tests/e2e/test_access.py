@@ -5,12 +5,13 @@ from __future__ import annotations
 import base64
 
 import pytest
-from house import fake_registry, images
-from house.daemon import Proxy, RunProxy
-from house.images import EVERY_MANIFEST, Image
-from house.machines import Machines
-from house.upstreams import BASIC, FAKE, HUB, REGISTRY, STORE, TOKENS, Upstreams
-from house.wire import Answer, request
+
+from tests.e2e.house import fake_registry, images
+from tests.e2e.house.daemon import Proxy, RunProxy
+from tests.e2e.house.images import EVERY_MANIFEST, Image
+from tests.e2e.house.machines import Machines
+from tests.e2e.house.upstreams import BASIC, FAKE, HUB, REGISTRY, STORE, TOKENS, Upstreams
+from tests.e2e.house.wire import Answer, request
 
 PRIVATE = "alice/app"
 

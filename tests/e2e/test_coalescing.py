@@ -9,14 +9,15 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
 from attrs import define
-from house import images
-from house.daemon import Proxy, RunProxy
-from house.fake_registry import gated, paced
-from house.images import EVERY_MANIFEST
-from house.process import eventually
-from house.serving import moment
-from house.upstreams import FAKE, REGISTRY, Upstreams
-from house.wire import request
+
+from tests.e2e.house import images
+from tests.e2e.house.daemon import Proxy, RunProxy
+from tests.e2e.house.fake_registry import gated, paced
+from tests.e2e.house.images import EVERY_MANIFEST
+from tests.e2e.house.process import eventually
+from tests.e2e.house.serving import moment
+from tests.e2e.house.upstreams import FAKE, REGISTRY, Upstreams
+from tests.e2e.house.wire import request
 
 MIB = 1 << 20
 CLIENTS = 20

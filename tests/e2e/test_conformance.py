@@ -15,11 +15,12 @@ from urllib.parse import quote, urljoin, urlsplit
 
 import pytest
 from attrs import Factory, define
-from house import wire
-from house.hosting import Hosting
-from house.images import OCI_CONFIG, OCI_INDEX, OCI_MANIFEST, noise
-from house.upstreams import Upstreams
-from house.wire import Answer
+
+from tests.e2e.house import wire
+from tests.e2e.house.hosting import Hosting
+from tests.e2e.house.images import OCI_CONFIG, OCI_INDEX, OCI_MANIFEST, noise
+from tests.e2e.house.upstreams import Upstreams
+from tests.e2e.house.wire import Answer
 
 JSON = dict[str, Any]
 OCTETS = {"Content-Type": "application/octet-stream"}

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 from cryptography import x509
-from house import images, wire
-from house.daemon import Logged, Proxy, RunProxy
-from house.images import EVERY_MANIFEST
-from house.process import eventually, listening, need
-from house.serving import Exchange, Server
-from house.upstreams import FAKE, REGISTRY, Upstreams, address_list
+
+from tests.e2e.house import images, wire
+from tests.e2e.house.daemon import Logged, Proxy, RunProxy
+from tests.e2e.house.images import EVERY_MANIFEST
+from tests.e2e.house.process import eventually, listening, need
+from tests.e2e.house.serving import Exchange, Server
+from tests.e2e.house.upstreams import FAKE, REGISTRY, Upstreams, address_list
 
 # tunnels
 

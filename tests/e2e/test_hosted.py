@@ -14,17 +14,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from house import images, wire
-from house.clients import Skopeo, check
-from house.daemon import Proxy, RunProxy
-from house.docker_registry import DockerRegistry
-from house.hosting import OWN, USERS, Hosting, folder_of, users_file
-from house.images import EVERY_MANIFEST, OCI_MANIFEST, Image
-from house.machines import Machines
-from house.process import eventually, need
-from house.upstreams import Upstreams
 
 from bench.servers import free_port
+from tests.e2e.house import images, wire
+from tests.e2e.house.clients import Skopeo, check
+from tests.e2e.house.daemon import Proxy, RunProxy
+from tests.e2e.house.docker_registry import DockerRegistry
+from tests.e2e.house.hosting import OWN, USERS, Hosting, folder_of, users_file
+from tests.e2e.house.images import EVERY_MANIFEST, OCI_MANIFEST, Image
+from tests.e2e.house.machines import Machines
+from tests.e2e.house.process import eventually, need
+from tests.e2e.house.upstreams import Upstreams
 
 
 @pytest.fixture(scope="module")

@@ -10,14 +10,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from house import images, wire
-from house.clients import Skopeo, check, clean_environment, run
-from house.daemon import Proxy
-from house.hosting import OWN, USERS, Hosting, folder_of, users_file
-from house.images import EVERY_MANIFEST
-from house.machines import Machines
-from house.process import need
-from house.upstreams import Upstreams
+
+from tests.e2e.house import images, wire
+from tests.e2e.house.clients import Skopeo, check, clean_environment, run
+from tests.e2e.house.daemon import Proxy
+from tests.e2e.house.hosting import OWN, USERS, Hosting, folder_of, users_file
+from tests.e2e.house.images import EVERY_MANIFEST
+from tests.e2e.house.machines import Machines
+from tests.e2e.house.process import need
+from tests.e2e.house.upstreams import Upstreams
 
 MIB = 1 << 20
 

@@ -15,12 +15,6 @@ from typing import Any
 
 import pytest
 from attrs import Factory, define
-from house import images, wire
-from house.docker_registry import DockerRegistry
-from house.hosting import Hosting
-from house.images import EVERY_MANIFEST, Content, Image
-from house.killing import Killed
-from house.process import eventually, need
 from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 from twisted.python.failure import Failure
@@ -30,6 +24,12 @@ from dockerproxy.store.check import Checked, Checker, Finding
 from dockerproxy.store.layout import Layout
 from dockerproxy.store.links import Links
 from dockerproxy.store.slices import Slices, Watch
+from tests.e2e.house import images, wire
+from tests.e2e.house.docker_registry import DockerRegistry
+from tests.e2e.house.hosting import Hosting
+from tests.e2e.house.images import EVERY_MANIFEST, Content, Image
+from tests.e2e.house.killing import Killed
+from tests.e2e.house.process import eventually, need
 
 TREES = 3
 KILLS = 80

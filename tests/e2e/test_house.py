@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from house import images, wire
-from house.clients import Containerd, Docker, Skopeo
-from house.machines import Running
-from house.parent_proxy import ParentProxy
-from house.upstreams import HUB, PLAIN, REDIRECTING, RELATIVE, TOKENS, Upstreams
+
+from tests.e2e.house import images, wire
+from tests.e2e.house.clients import Containerd, Docker, Skopeo
+from tests.e2e.house.machines import Running
+from tests.e2e.house.parent_proxy import ParentProxy
+from tests.e2e.house.upstreams import HUB, PLAIN, REDIRECTING, RELATIVE, TOKENS, Upstreams
 
 
 @pytest.fixture(scope="module")

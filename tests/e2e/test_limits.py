@@ -10,13 +10,14 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from house import images
-from house.daemon import Proxy, RunProxy
-from house.fake_registry import chunked, gated
-from house.images import EVERY_MANIFEST
-from house.process import eventually, need
-from house.upstreams import FAKE, Upstreams
-from house.wire import request
+
+from tests.e2e.house import images
+from tests.e2e.house.daemon import Proxy, RunProxy
+from tests.e2e.house.fake_registry import chunked, gated
+from tests.e2e.house.images import EVERY_MANIFEST
+from tests.e2e.house.process import eventually, need
+from tests.e2e.house.upstreams import FAKE, Upstreams
+from tests.e2e.house.wire import request
 
 MIB = 1 << 20
 

@@ -7,13 +7,14 @@ import threading
 from collections.abc import Iterator
 
 import pytest
-from house import fake_registry, images
-from house.daemon import Proxy, RunProxy
-from house.fake_registry import Behaviour
-from house.images import EVERY_MANIFEST, Content
-from house.machines import Machines
-from house.serving import Exchange
-from house.upstreams import FAKE, REGISTRY, TOKENS, Upstreams
+
+from tests.e2e.house import fake_registry, images
+from tests.e2e.house.daemon import Proxy, RunProxy
+from tests.e2e.house.fake_registry import Behaviour
+from tests.e2e.house.images import EVERY_MANIFEST, Content
+from tests.e2e.house.machines import Machines
+from tests.e2e.house.serving import Exchange
+from tests.e2e.house.upstreams import FAKE, REGISTRY, TOKENS, Upstreams
 
 MIB = 1 << 20
 

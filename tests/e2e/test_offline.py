@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import pytest
-from house import fake_registry, images
-from house.clients import Containerd, Docker, Skopeo
-from house.daemon import Proxy, RunProxy
-from house.images import EVERY_MANIFEST
-from house.machines import Machines
-from house.upstreams import FAKE, HUB, REGISTRY, TOKENS, Upstreams
+
+from tests.e2e.house import fake_registry, images
+from tests.e2e.house.clients import Containerd, Docker, Skopeo
+from tests.e2e.house.daemon import Proxy, RunProxy
+from tests.e2e.house.images import EVERY_MANIFEST
+from tests.e2e.house.machines import Machines
+from tests.e2e.house.upstreams import FAKE, HUB, REGISTRY, TOKENS, Upstreams
 
 ON_HUB = "docker.io/offline/hub:1"
 ON_REGISTRY = "registry.test:5443/offline/registry:1"

@@ -14,11 +14,11 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import NameOID
-from house import wire
-from house.daemon import Proxy, RunProxy, twistd
-from house.upstreams import FAKE, Upstreams
 
 from bench.servers import free_port
+from tests.e2e.house import wire
+from tests.e2e.house.daemon import Proxy, RunProxy, twistd
+from tests.e2e.house.upstreams import FAKE, Upstreams
 
 WRONG = {
     "CACHE_MAX_SIZE": "plenty",

@@ -9,13 +9,14 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from house import fake_registry, images, wire
-from house.daemon import Logged, Proxy, RunProxy
-from house.images import EVERY_MANIFEST, Image
-from house.machines import Machines
-from house.parent_proxy import ParentProxy
-from house.process import eventually, need
-from house.upstreams import FAKE, HUB, PLAIN, REDIRECTING, REGISTRY, RELATIVE, TOKENS, Upstreams
+
+from tests.e2e.house import fake_registry, images, wire
+from tests.e2e.house.daemon import Logged, Proxy, RunProxy
+from tests.e2e.house.images import EVERY_MANIFEST, Image
+from tests.e2e.house.machines import Machines
+from tests.e2e.house.parent_proxy import ParentProxy
+from tests.e2e.house.process import eventually, need
+from tests.e2e.house.upstreams import FAKE, HUB, PLAIN, REDIRECTING, REGISTRY, RELATIVE, TOKENS, Upstreams
 
 # whole pulls by real clients
 

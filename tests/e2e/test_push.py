@@ -12,14 +12,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from house import images, wire
-from house.daemon import Proxy
-from house.fake_registry import Behaviour, refuse
-from house.images import EVERY_MANIFEST, Content
-from house.machines import Machines
-from house.process import eventually, need
-from house.serving import Exchange
-from house.upstreams import FAKE, PLAIN, REGISTRY, TOKENS, Upstreams
+
+from tests.e2e.house import images, wire
+from tests.e2e.house.daemon import Proxy
+from tests.e2e.house.fake_registry import Behaviour, refuse
+from tests.e2e.house.images import EVERY_MANIFEST, Content
+from tests.e2e.house.machines import Machines
+from tests.e2e.house.process import eventually, need
+from tests.e2e.house.serving import Exchange
+from tests.e2e.house.upstreams import FAKE, PLAIN, REGISTRY, TOKENS, Upstreams
 
 PUSHES = [
     ("POST", "/v2/refused/blobs/uploads/"),

@@ -10,14 +10,15 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from house import images
-from house.daemon import Proxy, RunProxy
-from house.fake_registry import Behaviour, gated, paced
-from house.images import EVERY_MANIFEST, Content
-from house.machines import Machines
-from house.process import eventually, listening
-from house.serving import Exchange
-from house.upstreams import FAKE, Upstreams
+
+from tests.e2e.house import images
+from tests.e2e.house.daemon import Proxy, RunProxy
+from tests.e2e.house.fake_registry import Behaviour, gated, paced
+from tests.e2e.house.images import EVERY_MANIFEST, Content
+from tests.e2e.house.machines import Machines
+from tests.e2e.house.process import eventually, listening
+from tests.e2e.house.serving import Exchange
+from tests.e2e.house.upstreams import FAKE, Upstreams
 
 MIB = 1 << 20
 GOOD_END = (0, -signal.SIGTERM)  # twistd ends itself by the signal that it was sent, when all is done

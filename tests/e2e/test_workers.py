@@ -18,14 +18,15 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from house import images
-from house.daemon import twistd
-from house.fake_registry import gated
-from house.images import OCI_MANIFEST, Content, Image, sha256
-from house.process import eventually, listening
-from house.several import WORKERS, Several, ask, gone, open_files
-from house.upstreams import FAKE, HUB, TOKENS, Upstreams
-from house.wire import Answer, read, request
+
+from tests.e2e.house import images
+from tests.e2e.house.daemon import twistd
+from tests.e2e.house.fake_registry import gated
+from tests.e2e.house.images import OCI_MANIFEST, Content, Image, sha256
+from tests.e2e.house.process import eventually, listening
+from tests.e2e.house.several import WORKERS, Several, ask, gone, open_files
+from tests.e2e.house.upstreams import FAKE, HUB, TOKENS, Upstreams
+from tests.e2e.house.wire import Answer, read, request
 
 MIB = 1 << 20
 HALF = MIB  # bytes of an upload: enough for some of it to be written

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kit.in_memory import GET, Answer, Door, Downloads, Handler, Slow, answers, echo, ignore
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.trial.unittest import SynchronousTestCase
 
 from dockerproxy.http.message import MAX_HEAD
 from dockerproxy.http.request import Request
+from tests.http.kit.in_memory import GET, Answer, Door, Downloads, Handler, Slow, answers, echo, ignore
 
 # Any cut of the same bytes
 

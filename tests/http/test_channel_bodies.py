@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from kit.in_memory import GET, UNREAD, Door, Downloads, Uploads, echo, ignore
 from twisted.trial.unittest import SynchronousTestCase
 
 from dockerproxy.errors import BadRequest
 from dockerproxy.http.request import ClientGone, Request
+from tests.http.kit.in_memory import GET, UNREAD, Door, Downloads, Uploads, echo, ignore
 
 
 class Bodies(SynchronousTestCase):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kit.in_memory import GET, Client, Door, Downloads, Handler, Slow, Uploads, echo
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.trial.unittest import SynchronousTestCase
 
 from dockerproxy.errors import Denied, RegistryError
 from dockerproxy.http.request import ClientGone, Request
 from dockerproxy.tasks import Coalescing
+from tests.http.kit.in_memory import GET, Client, Door, Downloads, Handler, Slow, Uploads, echo
 
 
 class Leaving(SynchronousTestCase):

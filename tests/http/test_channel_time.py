@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from kit.in_memory import GET, TIMEOUTS, Door, Downloads, Handler, Slow, Uploads, echo
 from twisted.trial.unittest import SynchronousTestCase
 
 from dockerproxy.http.request import ClientGone, Request
+from tests.http.kit.in_memory import GET, TIMEOUTS, Door, Downloads, Handler, Slow, Uploads, echo
 
 
 class TimeOuts(SynchronousTestCase):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from kit.in_memory import GET, Client, Door, Wire, answers
 from twisted.internet.defer import Deferred
 from twisted.internet.error import ConnectionDone
 from twisted.python.failure import Failure
@@ -16,6 +15,7 @@ from dockerproxy.http.relay import RequestBody, relay, relayed_fields, request_b
 from dockerproxy.http.request import ClientGone, Request
 from dockerproxy.upstream.connection import Connection, Outgoing, Timeouts
 from dockerproxy.upstream.sending import framing_field
+from tests.http.kit.in_memory import GET, Client, Door, Wire, answers
 
 LENGTH = b"PUT /1 HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n"
 CHUNKED = b"PUT /1 HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"

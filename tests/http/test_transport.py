@@ -15,7 +15,16 @@ import tempfile
 import threading
 from typing import Any, ClassVar
 
-from kit.loopback import (
+from twisted.internet.defer import Deferred
+from twisted.internet.error import ConnectionAborted, ConnectionDone, ConnectionLost
+from twisted.internet.protocol import Protocol
+from twisted.internet.task import deferLater
+from twisted.python.failure import Failure
+
+import dockerproxy.http.transport as transport_module
+from dockerproxy.http.tls import TLSTransport
+from dockerproxy.http.transport import SocketTransport
+from tests.http.kit.loopback import (
     KERNEL,
     MIB,
     MUCH,
@@ -31,15 +40,6 @@ from kit.loopback import (
     read,
     read_all,
 )
-from twisted.internet.defer import Deferred
-from twisted.internet.error import ConnectionAborted, ConnectionDone, ConnectionLost
-from twisted.internet.protocol import Protocol
-from twisted.internet.task import deferLater
-from twisted.python.failure import Failure
-
-import dockerproxy.http.transport as transport_module
-from dockerproxy.http.tls import TLSTransport
-from dockerproxy.http.transport import SocketTransport
 
 
 class Pausing:

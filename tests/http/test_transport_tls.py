@@ -13,7 +13,17 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
-from kit.loopback import (
+from OpenSSL import SSL
+from twisted.internet.interfaces import IHandshakeListener
+from twisted.internet.protocol import Protocol, connectionDone
+from twisted.internet.task import deferLater
+from twisted.python.failure import Failure
+from zope.interface import implementer
+
+from dockerproxy.http import tls
+from dockerproxy.http.tls import TLSTransport, explain_handshake, upgrade
+from dockerproxy.http.transport import SocketTransport
+from tests.http.kit.loopback import (
     KERNEL,
     MIB,
     PATIENCE,
@@ -29,16 +39,6 @@ from kit.loopback import (
     read,
     read_all,
 )
-from OpenSSL import SSL
-from twisted.internet.interfaces import IHandshakeListener
-from twisted.internet.protocol import Protocol, connectionDone
-from twisted.internet.task import deferLater
-from twisted.python.failure import Failure
-from zope.interface import implementer
-
-from dockerproxy.http import tls
-from dockerproxy.http.tls import TLSTransport, explain_handshake, upgrade
-from dockerproxy.http.transport import SocketTransport
 
 
 def data_segments(sock: socket.socket) -> int:

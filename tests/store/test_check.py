@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 from twisted.internet.defer import CancelledError, Deferred
-from workbench.images import BOTH, ONE, described, image, keep
-from workbench.reactor import Reactor
 
 from dockerproxy.oci.manifests import OCI_MANIFEST
 from dockerproxy.oci.names import Digest
@@ -17,6 +15,8 @@ from dockerproxy.store.check import Checked, Checker, Finding
 from dockerproxy.store.hosting import HostedStore
 from dockerproxy.store.layout import Layout
 from dockerproxy.store.slices import Slices, Watch
+from tests.store.workbench.images import BOTH, ONE, described, image, keep
+from tests.store.workbench.reactor import Reactor
 
 REPOSITORY = "library/tiny"
 CONFIG = Digest.of(b"config1")

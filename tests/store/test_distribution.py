@@ -15,9 +15,6 @@ from pathlib import Path
 
 import pytest
 from attrs import frozen
-from workbench.images import BOTH, ONE, TWO, Content, age, index
-from workbench.images import image as oci_image
-from workbench.reactor import Reactor
 
 from dockerproxy.oci.names import Digest
 from dockerproxy.store.blobs import Blobs
@@ -28,6 +25,9 @@ from dockerproxy.store.layout import Layout
 from dockerproxy.store.links import Links
 from dockerproxy.store.slices import Watch
 from dockerproxy.store.sweep import Sweeper, Swept
+from tests.store.workbench.images import BOTH, ONE, TWO, Content, age, index
+from tests.store.workbench.images import image as oci_image
+from tests.store.workbench.reactor import Reactor
 
 pytestmark = pytest.mark.skipif(
     not (shutil.which("docker-registry") and shutil.which("skopeo")), reason="needs docker-registry and skopeo"

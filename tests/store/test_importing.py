@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 from twisted.internet.defer import CancelledError, Deferred
-from workbench.images import BOTH, ONE, TWO, image, keep
-from workbench.reactor import Reactor
 
 from dockerproxy.oci.names import Digest
 from dockerproxy.store import importing
@@ -18,6 +16,8 @@ from dockerproxy.store.hosting import HostedStore
 from dockerproxy.store.importing import Imported, Importer, NoRegistry, Untaken
 from dockerproxy.store.layout import Layout
 from dockerproxy.store.slices import Slices, Watch
+from tests.store.workbench.images import BOTH, ONE, TWO, image, keep
+from tests.store.workbench.reactor import Reactor
 
 REPOSITORY = "library/tiny"
 SIGNATURE = image(b"sig", b"signature", subject=BOTH)

@@ -18,8 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from workbench.images import Content, image, index
-from workbench.reactor import Reactor
 
 from dockerproxy.cache.room import CacheRoom
 from dockerproxy.oci.names import Digest
@@ -32,6 +30,8 @@ from dockerproxy.store.layout import Layout
 from dockerproxy.store.slices import Slices
 from dockerproxy.store.survey import Survey
 from dockerproxy.store.sweep import Sweeper
+from tests.store.workbench.images import Content, image, index
+from tests.store.workbench.reactor import Reactor
 
 SMALL, LARGE = 30, 150
 REPOSITORY = "library/many"

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 from twisted.internet.defer import CancelledError, Deferred
-from workbench.reactor import Reactor
 
 from dockerproxy.store.slices import Slices, Watch, burden
+from tests.store.workbench.reactor import Reactor
 
 
 class Time:

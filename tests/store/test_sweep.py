@@ -11,8 +11,6 @@ from typing import Any
 
 import pytest
 from twisted.internet.defer import CancelledError, Deferred
-from workbench.images import BOTH, ONE, TWO, Content, age, described, image, index, keep
-from workbench.reactor import Reactor
 
 from dockerproxy.oci.manifests import OCI_INDEX
 from dockerproxy.oci.names import Digest
@@ -22,6 +20,8 @@ from dockerproxy.store.layout import Layout
 from dockerproxy.store.removal import Removal, Verdict
 from dockerproxy.store.slices import Slices, Watch
 from dockerproxy.store.sweep import Removed, Sweeper, SweepUnderWay, Swept
+from tests.store.workbench.images import BOTH, ONE, TWO, Content, age, described, image, index, keep
+from tests.store.workbench.reactor import Reactor
 
 REPOSITORY = "library/tiny"
 

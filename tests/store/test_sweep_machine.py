@@ -17,8 +17,6 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from twisted.internet.defer import Deferred
-from workbench.images import Content, age, image, index
-from workbench.reactor import Reactor
 
 from dockerproxy.errors import RegistryError
 from dockerproxy.http.headers import Headers
@@ -34,6 +32,8 @@ from dockerproxy.store.hosting import HostedStore
 from dockerproxy.store.layout import Layout
 from dockerproxy.store.slices import Slices
 from dockerproxy.store.sweep import Sweeper, Swept
+from tests.store.workbench.images import Content, age, image, index
+from tests.store.workbench.reactor import Reactor
 
 
 def contents() -> list[Content]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from by_hand import Reactor
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.logger import LogEvent
 from twisted.python.failure import Failure
 
 from dockerproxy.workers.calls import Calls, Elsewhere
 from dockerproxy.workers.line import pair
+from tests.workers.by_hand import Reactor
 
 
 class Both:

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 from attrs import define, field
-from by_hand import Reactor
 from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 from twisted.logger import LogEvent, LogLevel
@@ -23,6 +22,7 @@ from dockerproxy.workers import crew as crew_module
 from dockerproxy.workers.calls import Calls
 from dockerproxy.workers.crew import Crew
 from dockerproxy.workers.tally import Tally
+from tests.workers.by_hand import Reactor
 
 GRACE = 25.0
 LABEL = b"\x00\x02"

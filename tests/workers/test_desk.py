@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from by_hand import Reactor
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -27,6 +26,7 @@ from dockerproxy.workers.calls import Calls
 from dockerproxy.workers.desk import Desk, FirstRoom, Reservations
 from dockerproxy.workers.elsewhere import RoomElsewhere, TurnsElsewhere
 from dockerproxy.workers.line import pair
+from tests.workers.by_hand import Reactor
 
 LIMIT = 1000
 ONE, OTHER, THIRD = (Digest.of(name) for name in (b"1", b"2", b"3"))

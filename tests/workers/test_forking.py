@@ -16,8 +16,7 @@ HERE = Path(__file__).parent
 
 _BEGIN = """
 import json, os, select, signal, socket, sys, time
-sys.path.insert(0, {here!r})
-from by_hand import Reactor
+from tests.workers.by_hand import Reactor
 from dockerproxy.workers import forking
 from dockerproxy.workers.forking import ForkServer
 from twisted.logger import globalLogPublisher
@@ -55,7 +54,7 @@ def descriptors(pid):
 
 def played(run: str, text: str) -> Any:
     """Return what a process prints that does `text`, as JSON; a worker does `run`."""
-    begin = _BEGIN.format(here=str(HERE), run=run)
+    begin = _BEGIN.format(run=run)
     done = subprocess.run(
         [sys.executable, "-W", "error::DeprecationWarning:__main__", "-c", f"{begin}\n{text}"],
         env={**os.environ, "PYTHONPATH": str(HERE.parent.parent)},

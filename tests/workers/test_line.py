@@ -7,10 +7,10 @@ import socket
 from typing import Any
 
 import pytest
-from by_hand import Reactor
 
 from dockerproxy.workers import line
 from dockerproxy.workers.line import LONGEST, Line, LineError, pair
+from tests.workers.by_hand import Reactor
 
 
 class End:

@@ -6,11 +6,11 @@ import os
 from typing import Any
 
 import pytest
-from by_hand import Reactor
 from twisted.logger import LogEvent, LogLevel, globalLogPublisher
 
 from dockerproxy.daemon.jsonlog import JsonLog
 from dockerproxy.workers.relay import Relay, stop_logging
+from tests.workers.by_hand import Reactor
 
 
 class Pipe:

@@ -10,8 +10,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from stand_ins.reactor import Reactor
-from stand_ins.upstream import Upstream
 from twisted.internet.defer import Deferred
 from twisted.python.failure import Failure
 
@@ -37,6 +35,8 @@ from dockerproxy.store.records import Records
 from dockerproxy.store.slices import Slices
 from dockerproxy.tasks import Turns, spawn
 from dockerproxy.upstream.credentials import Anonymous, Configured, Own
+from tests.cache.stand_ins.reactor import Reactor
+from tests.cache.stand_ins.upstream import Upstream
 
 NO_HEADERS = Headers()
 EPOCH = 1_700_000_000.0

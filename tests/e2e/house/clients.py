@@ -9,9 +9,8 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from house.process import Process, need
-
 from bench.servers import free_port
+from tests.e2e.house.process import Process, need
 
 
 def clean_environment(more: Mapping[str, str]) -> dict[str, str]:

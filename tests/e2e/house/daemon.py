@@ -13,10 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from attrs import frozen
-from house.process import Process
-from house.wire import Client, request
 
 from bench.servers import free_port
+from tests.e2e.house.process import Process
+from tests.e2e.house.wire import Client, request
 
 _PROJECT = Path(__file__).resolve().parents[3]
 

@@ -14,13 +14,13 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from attrs import frozen
-from house.images import Content, Image
-from house.pki import Leaf
-from house.process import Process, eventually, listening
-from house.serving import Exchange, Server
-from house.wire import Straight
 
 from bench.servers import free_port
+from tests.e2e.house.images import Content, Image
+from tests.e2e.house.pki import Leaf
+from tests.e2e.house.process import Process, eventually, listening
+from tests.e2e.house.serving import Exchange, Server
+from tests.e2e.house.wire import Straight
 
 _ACCESS = re.compile(
     r'^\S+ \S+ \S+ \[[^]]*\] "(?P<method>[A-Z]+) (?P<path>\S+) \S+" (?P<status>\d+) (?P<size>\d+)', re.MULTILINE

@@ -10,8 +10,9 @@ import time
 from collections.abc import Callable
 
 from attrs import define, field
-from house.images import Content, Image, sha256
-from house.serving import Exchange, Server
+
+from tests.e2e.house.images import Content, Image, sha256
+from tests.e2e.house.serving import Exchange, Server
 
 Behaviour = Callable[[Exchange, "Content | None"], None]
 """Answers a request for the given content; None where there is no such thing."""

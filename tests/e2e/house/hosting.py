@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from house.daemon import Proxy
-from house.images import Image
-
 from bench.servers import free_port
+from tests.e2e.house.daemon import Proxy
+from tests.e2e.house.images import Image
 
 OWN = "docker-registry.local"
 

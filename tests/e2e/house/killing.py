@@ -10,8 +10,8 @@ import sys
 import time
 from pathlib import Path
 
-from house.hosting import Hosting
-from house.process import listening
+from tests.e2e.house.hosting import Hosting
+from tests.e2e.house.process import listening
 
 # No module here may make the reactor: its descriptors would be shared by all that come of the fork.
 _RUNS = """

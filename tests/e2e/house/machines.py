@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TypeVar
 
-from house.clients import Containerd, Docker, Podman, Skopeo
-from house.daemon import Proxy
-from house.process import Process
+from tests.e2e.house.clients import Containerd, Docker, Podman, Skopeo
+from tests.e2e.house.daemon import Proxy
+from tests.e2e.house.process import Process
 
 Machine = TypeVar("Machine", Docker, Containerd)
 

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
-from house.hosting import Hosting
-from house.process import eventually
-from house.wire import Answer, read
+from tests.e2e.house.hosting import Hosting
+from tests.e2e.house.process import eventually
+from tests.e2e.house.wire import Answer, read
 
 WORKERS = 3
 

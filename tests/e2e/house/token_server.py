@@ -17,7 +17,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 from cryptography.x509.oid import NameOID
-from house.serving import Exchange, Server
+
+from tests.e2e.house.serving import Exchange, Server
 
 ISSUER = "auth.docker.io"
 SERVICE = "registry.docker.io"

@@ -10,15 +10,14 @@ import ssl
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from house.docker_registry import DockerRegistry, RedirectingFront, SignedStore, push
-from house.fake_registry import FakeRegistry
-from house.images import Image
-from house.pki import Authority
-from house.process import need
-from house.serving import Exchange
-from house.token_server import SERVICE, TokenServer
-
 from bench.servers import free_port
+from tests.e2e.house.docker_registry import DockerRegistry, RedirectingFront, SignedStore, push
+from tests.e2e.house.fake_registry import FakeRegistry
+from tests.e2e.house.images import Image
+from tests.e2e.house.pki import Authority
+from tests.e2e.house.process import need
+from tests.e2e.house.serving import Exchange
+from tests.e2e.house.token_server import SERVICE, TokenServer
 
 HUB = "https://registry-1.docker.io"
 TOKENS = "https://auth.docker.io/token"

@@ -1,8 +1,0 @@
-"""Makes `kit` importable: what the tests of several modules here stand on."""
-
-from __future__ import annotations
-
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent))
