@@ -13,7 +13,7 @@ from typing import Any
 
 from attrs import field, frozen
 
-from dockerproxy.admin.page import Page
+from dockerproxy.admin.builtin_endpoints import BuiltinEndpoints
 from dockerproxy.cache.access import Access
 from dockerproxy.cache.blobs import CachedBlobs
 from dockerproxy.cache.challenges import Challenges
@@ -26,7 +26,7 @@ from dockerproxy.cache.pullthrough import PullThrough
 from dockerproxy.cache.room import Room
 from dockerproxy.cache.tokens import TokenDesk
 from dockerproxy.daemon.accesslog import AccessLog
-from dockerproxy.daemon.doors import Door
+from dockerproxy.daemon.listener_service import Listener
 from dockerproxy.daemon.metrics import CONTENT_TYPE, Metrics
 from dockerproxy.daemon.transfers import Transfers
 from dockerproxy.http.channel import Handler
@@ -91,7 +91,7 @@ class Common:
 class Serving:
     """What serves clients; `close` ends the connections to upstreams."""
 
-    doors: list[Door]
+    doors: list[Listener]
     transfers: Transfers
     served: Served
     cache: Cache
@@ -121,8 +121,10 @@ def make_serving(reactor: Any, settings: Settings, authority: CertificateAuthori
     finished = partial(count_and_log, common.metrics)
     mirror = Mirror(face, cache.pull_through.registry, served.mirrored, DOCKER_HUB)
     by_namespace = partial(ByNamespace, hosted.answer, mirror.answer, frozenset(settings.registry_hostname))
-    own_page = Page(authority.certificate_pem, by_namespace(hosted.answer).answer, metrics, proxy_port(settings))
-    own = OwnDoor(policy, own_page.answer)
+    own_page = BuiltinEndpoints(
+        authority.certificate_pem, by_namespace(hosted.answer).answer, metrics, proxy_port(settings)
+    )
+    own = OwnDoor(policy, own_page.handle)
     intercepted = Intercepted(face, cache.pull_through.registry, cache.pull_through, allow_push=settings.allow_push)
     transfers = Transfers()
     front = FrontDoor(
@@ -131,7 +133,7 @@ def make_serving(reactor: Any, settings: Settings, authority: CertificateAuthori
         interception=Interception(served.intercepted, authority.context_for, intercepted.answer),
         dial=net.tunnel_dialer,
         transport=net.transport,
-        local=Page(authority.certificate_pem, by_namespace(mirror.answer).answer, metrics).answer,
+        local=BuiltinEndpoints(authority.certificate_pem, by_namespace(mirror.answer).answer, metrics).handle,
         own=own.answer,
         own_names=frozenset(settings.registry_hostname),
         timeouts=TunnelTimeouts(
@@ -301,7 +303,7 @@ def make_doors(
     own: OwnDoor,
     authority: CertificateAuthority,
     finished: Finished,
-) -> list[Door]:
+) -> list[Listener]:
     """Return the doors of the settings, not open yet; `finished` is told of each request."""
 
     async def handle(request: Request) -> None:
@@ -312,9 +314,9 @@ def make_doors(
     with_tls = make_site(reactor, settings, own.answer, finished, lambda: certificates)
     without = make_site(reactor, settings, own.answer, finished)
     return [
-        Door("PROXY_LISTEN", settings.proxy_listen, proxy),
-        Door("REGISTRY_LISTEN", settings.registry_listen, with_tls),
-        Door("REGISTRY_HTTP_LISTEN", settings.registry_http_listen, without),
+        Listener("PROXY_LISTEN", settings.proxy_listen, proxy),
+        Listener("REGISTRY_LISTEN", settings.registry_listen, with_tls),
+        Listener("REGISTRY_HTTP_LISTEN", settings.registry_http_listen, without),
     ]
 
 
@@ -340,7 +342,7 @@ async def answer_metrics(common: Common, request: Request) -> None:
         ("cache_limit_bytes", "Bytes that they may take (CACHE_MAX_SIZE).", limit),
     ]
     fields = [("Content-Type", CONTENT_TYPE), ("Cache-Control", "no-store")]
-    request.answer(200, fields, common.metrics.tell(gauges))
+    request.answer(200, fields, common.metrics.render(gauges))
 
 
 _access_log = AccessLog()

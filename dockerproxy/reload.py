@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from attrs import define, fields
 from twisted.logger import Logger
 
-from dockerproxy.daemon.notify import Notifier
+from dockerproxy.daemon.systemd import Notifier
 from dockerproxy.oci.names import Host, Registry
 from dockerproxy.registry.users import HtpasswdError
 from dockerproxy.settings import DOCKER_HUB, Settings, SettingsError

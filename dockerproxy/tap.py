@@ -12,19 +12,19 @@ from twisted.application.service import IService, MultiService
 from twisted.logger import Logger
 from twisted.python import usage
 
-from dockerproxy.admin.control import Control, Operations
-from dockerproxy.admin.names import CACHED, HOSTED, Names, Shelf
-from dockerproxy.admin.removing import Remover
+from dockerproxy.admin.control import Control, ExclusiveJobs
+from dockerproxy.admin.deletion import Deleter
+from dockerproxy.admin.resolver import CACHED, HOSTED, ImageResolver, StoreView
 from dockerproxy.assembly import RECORDS, Common, log_access, make_serving, make_site, open_authority, prepare
 from dockerproxy.cache.identity import Bindings
 from dockerproxy.cache.room import CacheRoom
-from dockerproxy.daemon import jsonlog, priority
-from dockerproxy.daemon.doors import GRACE, Doors
-from dockerproxy.daemon.local import LocalDoor
-from dockerproxy.daemon.memory import settle_memory
+from dockerproxy.daemon import jsonlog, textlog
+from dockerproxy.daemon.control_socket import ControlSocket
+from dockerproxy.daemon.gc_tuning import freeze_startup_objects
+from dockerproxy.daemon.listener_service import SHUTDOWN_GRACE, ListenerService
 from dockerproxy.daemon.metrics import Metrics
-from dockerproxy.daemon.notify import Notifier, Supervised
 from dockerproxy.daemon.signals import on_repeated_stop
+from dockerproxy.daemon.systemd import Notifier, SystemdService
 from dockerproxy.proxy.issuer import AuthorityError
 from dockerproxy.registry.hosted import purging
 from dockerproxy.registry.users import HtpasswdError
@@ -65,8 +65,8 @@ def makeService(options: Options) -> IService:
         return make_daemon(reactor, options["env-file"], options.parent or {}, notifier)
     except (SettingsError, AuthorityError, HtpasswdError, OSError) as error:
         why = sentence(error)
-    notifier.failed(why)
-    priority.complain(f"docker-registry-proxy: {why}")
+    notifier.status(why)
+    textlog.print_error(f"docker-registry-proxy: {why}")
     raise SystemExit(os.EX_CONFIG)  # which tells systemd that another try would fail as well
 
 
@@ -90,15 +90,17 @@ def make_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifie
     room = make_room(reactor, settings)
     reservations, turns, bindings = Reservations(room), Turns(), Bindings()
     several, metrics = settings.workers > 1, Metrics.make(settings.workers)
-    common = Common(FirstRoom(reservations), metrics.of(0), turns, bindings, several)
+    common = Common(FirstRoom(reservations), metrics.for_process(0), turns, bindings, several)
     serving = make_serving(reactor, settings, authority, common)
     store = serving.hosted.hosted.store
-    writes = jsonlog.is_standard_output(twistd_options)
+    writes = jsonlog.logs_to_stdout(twistd_options)
     tally = Tally.make(settings.workers)
     inherited = Inherited(reactor, variables(env_file), authority, tally, metrics)
     forks = ForkServer(reactor, partial(run_worker, inherited), writes=writes)
     desk = partial(Desk, reservations, turns)
-    crew = Crew(reactor, settings.workers - 1, forks, tally, desk, bindings, GRACE + _MORE_GRACE, relayed=not writes)
+    crew = Crew(
+        reactor, settings.workers - 1, forks, tally, desk, bindings, SHUTDOWN_GRACE + _MORE_GRACE, relayed=not writes
+    )
 
     def use(changed: Settings) -> None:
         serving.use(changed)
@@ -108,7 +110,7 @@ def make_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifie
         entrance()
         crew.hurry()
 
-    entrance = Doors(
+    entrance = ListenerService(
         reactor,
         crew.doors(serving.doors),
         serving.transfers,
@@ -124,7 +126,7 @@ def make_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifie
         entrance,
         crew,
         make_control(reactor, settings, store, room),
-        Supervised(reactor, notifier, entrance.opened, serving.served.status, reload),
+        SystemdService(reactor, notifier, entrance.listening, serving.served.status, reload),
     ):
         daemon.addService(service)  # type: ignore[no-untyped-call]
     announce(settings)
@@ -142,18 +144,18 @@ class Daemon(MultiService):
         self._notifier = notifier
 
     def startService(self) -> None:
-        self._reactor.callWhenRunning(settle_memory)
+        self._reactor.callWhenRunning(freeze_startup_objects)
         try:
             super().startService()  # type: ignore[no-untyped-call]
         except SystemExit as end:  # a door that cannot be opened
-            self._notifier.failed(str(end.code).removeprefix("docker-registry-proxy: "))
+            self._notifier.status(str(end.code).removeprefix("docker-registry-proxy: "))
             raise
 
     def setServiceParent(self, parent: Any) -> None:
         if self._settings.log_format == "json":
             jsonlog.install(parent, jsonlog.twistd_stream(self._twistd_options, self._reactor))
         else:
-            priority.install(parent, self._twistd_options)
+            textlog.install(parent, self._twistd_options)
         super().setServiceParent(parent)  # type: ignore[no-untyped-call]
 
 
@@ -170,22 +172,22 @@ def make_room(reactor: Any, settings: Settings) -> CacheRoom:
     )
 
 
-def make_control(reactor: Any, settings: Settings, store: HostedStore, room: CacheRoom) -> LocalDoor:
+def make_control(reactor: Any, settings: Settings, store: HostedStore, room: CacheRoom) -> ControlSocket:
     """Return what answers the commands of `dockerproxy`, on the socket in RUNTIME_DIR."""
-    shelves = [Shelf(HOSTED, store.layout), Shelf(CACHED, Layout(settings.cache_dir))]
-    names = Names(shelves, frozenset(settings.registry_hostname), {"docker.io": str(DOCKER_HUB)})
+    shelves = [StoreView(HOSTED, store.layout), StoreView(CACHED, Layout(settings.cache_dir))]
+    names = ImageResolver(shelves, frozenset(settings.registry_hostname), {"docker.io": str(DOCKER_HUB)})
     control = Control(
         reactor,
         names,
         room,
-        Remover(reactor, store, room, Records(settings.cache_dir / RECORDS)),
+        Deleter(reactor, store, room, Records(settings.cache_dir / RECORDS)),
         Sweeper(reactor, store),
         Importer(reactor, store),
-        Operations(time.time),
+        ExclusiveJobs(time.time),
         time.time,
     )
-    site = make_site(reactor, settings, control.answer, log_access)
-    return LocalDoor(reactor, settings.runtime_dir / "control.sock", site)
+    site = make_site(reactor, settings, control.handle, log_access)
+    return ControlSocket(reactor, settings.runtime_dir / "control.sock", site)
 
 
 def announce(settings: Settings) -> None:

@@ -17,9 +17,9 @@ from twisted.logger import Logger, globalLogPublisher
 
 from dockerproxy.assembly import Common, Serving, make_serving
 from dockerproxy.cache.identity import Bindings
-from dockerproxy.daemon.doors import Doors
+from dockerproxy.daemon.gc_tuning import freeze_startup_objects
 from dockerproxy.daemon.jsonlog import JsonLog
-from dockerproxy.daemon.memory import settle_memory
+from dockerproxy.daemon.listener_service import ListenerService
 from dockerproxy.daemon.metrics import Metrics
 from dockerproxy.proxy.authority import CertificateAuthority
 from dockerproxy.registry.users import HtpasswdError
@@ -68,7 +68,7 @@ class Worker:
         }
         self._calls = Calls(reactor, line, answers, passed=self._passed, lost=self._alone)
         room = RoomElsewhere(reactor, self._calls, Blobs(Layout(settings.cache_dir), durable=False))
-        common = Common(room, inherited.metrics.of(number), TurnsElsewhere(self._calls), bindings, shared=True)
+        common = Common(room, inherited.metrics.for_process(number), TurnsElsewhere(self._calls), bindings, shared=True)
         self._serving = make_serving(reactor, settings, inherited.authority, common)
         self._entrance = self._make_entrance(self._serving)
         self._taking = Taking(reactor, [door.site for door in self._serving.doors], self._count_end)
@@ -81,13 +81,13 @@ class Worker:
         living.clock = self._reactor
         living.start(LIFE_EVERY)
         self._reactor.callWhenRunning(self._calls.tell, "ready")
-        self._reactor.callWhenRunning(settle_memory)
+        self._reactor.callWhenRunning(freeze_startup_objects)
 
-    def _make_entrance(self, serving: Serving) -> Doors:
+    def _make_entrance(self, serving: Serving) -> ListenerService:
         for door in serving.doors:
             door.site.gone = self._count_end
         doors = [evolve(door, descriptions=()) for door in serving.doors]
-        return Doors(self._reactor, doors, serving.transfers, serving.close, lambda hurry: None)
+        return ListenerService(self._reactor, doors, serving.transfers, serving.close, lambda hurry: None)
 
     def _count_end(self) -> None:
         self._tally.count_end(self._number)
@@ -114,7 +114,7 @@ class Worker:
         return result
 
     def _hurry(self) -> None:
-        self._entrance.hurry()
+        self._entrance.abort()
 
     def _alone(self) -> None:
         """End at once: another daemon may start where the first process is gone, and clears what is under way."""

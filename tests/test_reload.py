@@ -18,7 +18,7 @@ import bcrypt
 import pytest
 
 import dockerproxy
-from dockerproxy.daemon.notify import Notifier
+from dockerproxy.daemon.systemd import Notifier
 from dockerproxy.oci.names import Host, Registry
 from dockerproxy.registry.users import HtpasswdError
 from dockerproxy.reload import Reload, Served, sentence

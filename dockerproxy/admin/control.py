@@ -28,9 +28,9 @@ from twisted.internet.defer import CancelledError
 from twisted.logger import Logger
 
 from dockerproxy.admin import inventory
-from dockerproxy.admin.lines import Lines
-from dockerproxy.admin.names import CACHED, HOSTED, Names, NotFound, NotUnderstood, Shelf
-from dockerproxy.admin.removing import Remover
+from dockerproxy.admin.deletion import Deleter
+from dockerproxy.admin.ndjson import NDJSONResponse
+from dockerproxy.admin.resolver import CACHED, HOSTED, ImageResolver, InvalidArgument, NotFound, StoreView
 from dockerproxy.cache.room import CacheRoom
 from dockerproxy.errors import RegistryError
 from dockerproxy.http.request import ClientGone, Request
@@ -42,12 +42,12 @@ from dockerproxy.store.sweep import GRACE, Removed, Sweeper
 from dockerproxy.tasks import in_thread
 
 _MAX_BODY = 64 * 1024
-_JSON = [("Content-Type", "application/json"), ("Cache-Control", "no-store")]
+_JSON_FIELDS = [("Content-Type", "application/json"), ("Cache-Control", "no-store")]
 
 log = Logger()
 
 
-class Refused(Exception):
+class ControlError(Exception):
     """A request that cannot be done as asked: the status and code of the answer, and a sentence."""
 
     def __init__(self, status: int, code: str, message: str, suggestions: tuple[str, ...] = ()) -> None:
@@ -55,24 +55,24 @@ class Refused(Exception):
         self.status, self.code, self.message, self.suggestions = status, code, message, suggestions
 
 
-class Operations:
+class ExclusiveJobs:
     """Long operations, of which one runs at a time: they would spoil each other's results."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self.under_way: dict[str, Any] | None = None
+        self.current: dict[str, Any] | None = None
 
-    async def alone(self, name: str, work: Coroutine[Any, Any, Any]) -> Any:
+    async def run(self, name: str, job: Coroutine[Any, Any, Any]) -> Any:
         """Return what `work` gives; raise `Refused` while another is under way."""
-        if self.under_way is not None:
-            work.close()
-            raise Refused(409, "BUSY", f"the daemon is busy ({self.under_way['name']}); wait for that to end")
-        self.under_way = {"name": name, "since": self._clock()}
+        if self.current is not None:
+            job.close()
+            raise ControlError(409, "BUSY", f"the daemon is busy ({self.current['name']}); wait for that to end")
+        self.current = {"name": name, "since": self._clock()}
         log.info("{operation} began", operation=name)
         try:
-            return await work
+            return await job
         finally:
-            self.under_way = None
+            self.current = None
             log.info("{operation} ended", operation=name)
 
 
@@ -81,165 +81,169 @@ class Control:
     """Answers the requests."""
 
     _reactor: Any
-    _names: Names
-    _room: CacheRoom
-    _remover: Remover
+    _resolver: ImageResolver
+    _space: CacheRoom
+    _deleter: Deleter
     _sweeper: Sweeper
     _importer: Importer
-    _operations: Operations
+    _jobs: ExclusiveJobs
     _clock: Callable[[], float]
-    _slices: Slices = field(init=False)
-    _started: float = field(init=False)
+    _thread: Slices = field(init=False)
+    _start_time: float = field(init=False)
 
-    @_slices.default
-    def _make_slices(self) -> Slices:
+    @_thread.default
+    def _make_thread(self) -> Slices:
         return Slices(self._reactor)
 
-    @_started.default
+    @_start_time.default
     def _now(self) -> float:
         return self._clock()
 
-    async def answer(self, request: Request) -> None:
+    async def handle(self, request: Request) -> None:
         """Answer `request`."""
-        lines = Lines(self._reactor, request)
+        response = NDJSONResponse(self._reactor, request)
         try:
-            await self._answer(request, lines)
-        except Refused as refused:
-            lines.refuse(refused.status, refused.code, refused.message, refused.suggestions)
+            await self._dispatch(request, response)
+        except ControlError as error:
+            response.send_error(error.status, error.code, error.message, error.suggestions)
         except NotFound as error:
-            lines.refuse(404, "NOT_FOUND", str(error), error.suggestions)
-        except (NotUnderstood, NoRegistry) as error:
-            lines.refuse(400, "NOT_UNDERSTOOD", str(error))
+            response.send_error(404, "NOT_FOUND", str(error), error.suggestions)
+        except (InvalidArgument, NoRegistry) as error:
+            response.send_error(400, "NOT_UNDERSTOOD", str(error))
         except RegistryError as error:
-            lines.refuse(error.status, error.code, error.message)
+            response.send_error(error.status, error.code, error.message)
         except OSError as error:
             log.failure("{path} failed", path=request.path)
-            lines.refuse(500, "DISK", f"{error.filename or 'the disk'}: {error.strerror}")
+            response.send_error(500, "DISK", f"{error.filename or 'the disk'}: {error.strerror}")
         except (ClientGone, CancelledError):
             raise
         except Exception:
             log.failure("{path} failed", path=request.path)
-            lines.refuse(500, "INTERNAL", "something went wrong in the daemon, its log has it")
+            response.send_error(500, "INTERNAL", "something went wrong in the daemon, its log has it")
 
-    async def _answer(self, request: Request, lines: Lines) -> None:
+    async def _dispatch(self, request: Request, response: NDJSONResponse) -> None:
         match request.method, request.path:
             case "GET", "/v1/status":
-                request.answer(200, _JSON, json.dumps(await in_thread(self._reactor, self._status)).encode())
+                request.answer(200, _JSON_FIELDS, json.dumps(await in_thread(self._reactor, self._status)).encode())
             case "GET", "/v1/repositories":
-                await self._list(dict(parse_query(request.query)), lines)
+                await self._list(dict(parse_query(request.query)), response)
             case "POST", "/v1/remove":
-                await self._remove(await _arguments(request, "names", names=list, where=str), request)
+                await self._delete(await _parse_arguments(request, "names", names=list, where=str), request)
             case "POST", "/v1/collect":
-                arguments = await _arguments(request, delete_untagged=bool, dry_run=bool, grace=(int, float), list=bool)
-                await self._operations.alone("gc", self._collect(arguments, lines))
+                arguments = await _parse_arguments(
+                    request, delete_untagged=bool, dry_run=bool, grace=(int, float), list=bool
+                )
+                await self._jobs.run("gc", self._collect(arguments, response))
             case "POST", "/v1/import":
-                arguments = await _arguments(request, "directory", directory=str, force=bool)
-                await self._operations.alone("import", self._import(arguments, lines))
+                arguments = await _parse_arguments(request, "directory", directory=str, force=bool)
+                await self._jobs.run("import", self._import(arguments, response))
             case "POST", "/v1/check":
-                arguments = await _arguments(request, cached=bool)
-                await self._operations.alone("check", self._check(arguments, lines))
+                arguments = await _parse_arguments(request, cached=bool)
+                await self._jobs.run("check", self._check(arguments, response))
             case _:
-                raise Refused(404, "UNSUPPORTED", f"this daemon has no {request.method} {request.path}")
+                raise ControlError(404, "UNSUPPORTED", f"this daemon has no {request.method} {request.path}")
 
     def _status(self) -> dict[str, Any]:
         return {
-            "started": self._started,
-            "operation": self._operations.under_way,
-            "cache": {"bytes": self._room.usage.total, "limit": self._room.usage.limit},
-            "shelves": {shelf.where: _place(shelf) for shelf in self._names.shelves},
+            "started": self._start_time,
+            "operation": self._jobs.current,
+            "cache": {"bytes": self._space.usage.total, "limit": self._space.usage.limit},
+            "shelves": {store.kind: _storage_info(store) for store in self._resolver.stores},
         }
 
-    async def _list(self, query: dict[str, str], lines: Lines) -> None:
+    async def _list(self, query: dict[str, str], response: NDJSONResponse) -> None:
         rows: list[inventory.Row] = []
 
-        async def run(event: str, steps: Iterator[None]) -> None:
-            async def tell() -> None:
+        async def stream_rows(event: str, steps: Iterator[None]) -> None:
+            async def send_rows() -> None:
                 for row in rows:
-                    lines.send(event, **row)
+                    response.send(event, **row)
                 rows.clear()
-                await lines.ready()
+                await response.drain()
 
-            await self._slices.run(steps, after_slice=tell)
+            await self._thread.run(steps, after_slice=send_rows)
 
-        where = query.get("where")
+        kind = query.get("where")
         if "name" in query:
-            named = await in_thread(self._reactor, self._names.find, query["name"], where)
-            await run("manifest", inventory.manifests(named, rows))
-            lines.finish(where=named.shelf.where, name=named.repository)
+            ref = await in_thread(self._reactor, self._resolver.resolve, query["name"], kind)
+            await stream_rows("manifest", inventory.list_manifests(ref, rows))
+            response.finish(where=ref.store.kind, name=ref.repository)
         else:
-            for shelf in self._names.shelves:
-                if where in (None, shelf.where):
-                    await run("repository", inventory.repositories(shelf, rows))
-            lines.finish()
+            for store in self._resolver.stores:
+                if kind in (None, store.kind):
+                    await stream_rows("repository", inventory.list_repositories(store, rows))
+            response.finish()
 
-    async def _remove(self, arguments: dict[str, Any], request: Request) -> None:
-        where = arguments.get("where")
+    async def _delete(self, arguments: dict[str, Any], request: Request) -> None:
+        kind = arguments.get("where")
         # All of them are found before any of them goes.
-        found = [await in_thread(self._reactor, self._names.find, str(name), where) for name in arguments["names"]]
-        removed = []
-        for named in found:
-            gone = await self._remover.remove(named)
-            log.info("{named} was removed ({where})", named=str(named), where=named.shelf.where)
-            removed.append({"where": named.shelf.where, "name": str(named), **attrs.asdict(gone)})
-        request.answer(200, _JSON, json.dumps({"removed": removed}).encode())
+        refs = [await in_thread(self._reactor, self._resolver.resolve, str(name), kind) for name in arguments["names"]]
+        results = []
+        for ref in refs:
+            result = await self._deleter.delete(ref)
+            log.info("{named} was removed ({where})", named=str(ref), where=ref.store.kind)
+            results.append({"where": ref.store.kind, "name": str(ref), **attrs.asdict(result)})
+        request.answer(200, _JSON_FIELDS, json.dumps({"removed": results}).encode())
 
-    async def _collect(self, arguments: dict[str, Any], lines: Lines) -> None:
-        listed = arguments.pop("list", True)
+    async def _collect(self, arguments: dict[str, Any], response: NDJSONResponse) -> None:
+        list_items = arguments.pop("list", True)
 
-        def removed(thing: Removed) -> None:
-            if listed:
-                lines.send(
-                    "removed", kind=thing.kind, digest=str(thing.digest), repository=thing.repository, size=thing.size
+        def on_item(item: Removed) -> None:
+            if list_items:
+                response.send(
+                    "removed", kind=item.kind, digest=str(item.digest), repository=item.repository, size=item.size
                 )
 
         grace = arguments.pop("grace", GRACE)
         try:
-            swept = await self._sweeper.sweep(
-                **arguments, grace=grace, watch=Watch(lines.progress, removed, lines.ready)
+            result = await self._sweeper.sweep(
+                **arguments, grace=grace, watch=Watch(response.send_progress, on_item, response.drain)
             )
         except ValueError as error:
-            raise NotUnderstood(str(error)) from None
-        lines.finish(**attrs.asdict(swept))
+            raise InvalidArgument(str(error)) from None
+        response.finish(**attrs.asdict(result))
 
-    async def _import(self, arguments: dict[str, Any], lines: Lines) -> None:
-        def untaken(thing: Untaken) -> None:
-            lines.send("finding", kind=thing.kind, what=thing.what)
+    async def _import(self, arguments: dict[str, Any], response: NDJSONResponse) -> None:
+        def on_skipped(item: Untaken) -> None:
+            response.send("finding", kind=item.kind, what=item.what)
 
         directory = Path(arguments["directory"])
         if not directory.is_absolute() or "\0" in str(directory):
-            raise NotUnderstood("the directory to import is to be named from the root on")
-        imported = await self._importer.take(
-            directory, force=arguments.get("force", False), watch=Watch(lines.progress, untaken, lines.ready)
+            raise InvalidArgument("the directory to import is to be named from the root on")
+        result = await self._importer.take(
+            directory,
+            force=arguments.get("force", False),
+            watch=Watch(response.send_progress, on_skipped, response.drain),
         )
-        lines.finish(**attrs.asdict(imported))
+        response.finish(**attrs.asdict(result))
 
-    async def _check(self, arguments: dict[str, Any], lines: Lines) -> None:
-        damaged = []
+    async def _check(self, arguments: dict[str, Any], response: NDJSONResponse) -> None:
+        damaged_digests = []
 
-        def found(finding: Finding) -> None:
-            lines.send("finding", kind=finding.kind, what=finding.what, repository=finding.repository)
+        def on_finding(finding: Finding) -> None:
+            response.send("finding", kind=finding.kind, what=finding.what, repository=finding.repository)
             if finding.kind == "damaged":
-                damaged.append(finding.digest)
+                damaged_digests.append(finding.digest)
 
-        where = CACHED if arguments.get("cached", False) else HOSTED
-        shelf = next(shelf for shelf in self._names.shelves if shelf.where == where)
-        checker = Checker(self._reactor, shelf.layout, where == HOSTED)
-        checked = await checker.check(Watch(lines.progress, found, lines.ready))
-        if where == CACHED:
-            await self._room.purge(digest for digest in damaged if digest is not None)
-        lines.finish(**attrs.asdict(checked))
+        kind = CACHED if arguments.get("cached", False) else HOSTED
+        store = next(shelf for shelf in self._resolver.stores if shelf.kind == kind)
+        scrubber = Checker(self._reactor, store.layout, kind == HOSTED)
+        result = await scrubber.check(Watch(response.send_progress, on_finding, response.drain))
+        if kind == CACHED:
+            await self._space.purge(digest for digest in damaged_digests if digest is not None)
+        response.finish(**attrs.asdict(result))
 
 
-def _place(shelf: Shelf) -> dict[str, Any]:
+def _storage_info(store: StoreView) -> dict[str, Any]:
     """Say where a shelf is, and how much room its disk has. Blocks."""
     try:
-        status = os.statvfs(shelf.layout.root)
+        status = os.statvfs(store.layout.root)
     except OSError:
-        return {"directory": str(shelf.layout.root), "free": None}
-    return {"directory": str(shelf.layout.root), "free": status.f_bavail * status.f_frsize}
+        return {"directory": str(store.layout.root), "free": None}
+    return {"directory": str(store.layout.root), "free": status.f_bavail * status.f_frsize}
 
 
-async def _arguments(request: Request, required: str | None = None, **types: Any) -> dict[str, Any]:
+async def _parse_arguments(request: Request, required: str | None = None, **types: Any) -> dict[str, Any]:
     """Return the request's arguments; raise `Refused` for what is not one of those expected."""
     content = await request.read_all(_MAX_BODY)
     try:
@@ -247,10 +251,10 @@ async def _arguments(request: Request, required: str | None = None, **types: Any
     except ValueError:
         arguments = None
     if not isinstance(arguments, dict):
-        raise Refused(400, "NOT_UNDERSTOOD", "the request's body is not a JSON object")
+        raise ControlError(400, "NOT_UNDERSTOOD", "the request's body is not a JSON object")
     for name, value in arguments.items():
         if name not in types or not isinstance(value, types[name]):
-            raise Refused(400, "NOT_UNDERSTOOD", f"{name!r} is not an argument that this daemon takes here")
+            raise ControlError(400, "NOT_UNDERSTOOD", f"{name!r} is not an argument that this daemon takes here")
     if required is not None and required not in arguments:
-        raise Refused(400, "NOT_UNDERSTOOD", f"{required!r} is missing")
+        raise ControlError(400, "NOT_UNDERSTOOD", f"{required!r} is missing")
     return arguments

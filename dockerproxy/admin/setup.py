@@ -9,7 +9,7 @@ from pathlib import Path
 from dockerproxy.errors import NameInvalid
 from dockerproxy.oci.names import Host
 
-_SCRIPT = Path(__file__).with_name("setup.sh").read_text(encoding="utf-8")
+_TEMPLATE = Path(__file__).with_name("setup.sh").read_text(encoding="utf-8")
 
 
 def setup_script(proxy_url: str) -> str:
@@ -18,11 +18,11 @@ def setup_script(proxy_url: str) -> str:
     `proxy_url` is ``http://host/`` or ``http://host:port/``; anything else raises ValueError. It comes from the request
     of whoever asks, and a script that root runs is made of it.
     """
-    written = re.fullmatch(r"http://([^/?#@\\\s]+)/", proxy_url)
-    if written is None:
+    match = re.fullmatch(r"http://([^/?#@\\\s]+)/", proxy_url)
+    if match is None:
         raise ValueError(f"{proxy_url[:300]!r} is not of the form http://host:port/")
     try:
-        host = Host.parse(written[1], default_port=80)
+        host = Host.parse(match[1], default_port=80)
     except NameInvalid as error:
         raise ValueError(error.message) from error
-    return _SCRIPT.replace("@PROXY@", shlex.quote(f"http://{host.authority}/"))
+    return _TEMPLATE.replace("@PROXY@", shlex.quote(f"http://{host.authority}/"))

@@ -16,14 +16,18 @@ class AccessLog:
     """The log of requests: events of the namespace ``dockerproxy.access``."""
 
     def record(
-        self, client: str, method: str, host: str, path: str, status: int, size: int, seconds: float, verdict: str
+        self, client: str, method: str, host: str, path: str, status: int, size: int, seconds: float, cache_status: str
     ) -> None:
         """Log one request that is over.
 
         `path` loses its query (signed URLs are credentials); characters that could forge or break a line are escaped.
         `size` is the number of body bytes sent to the client.
         """
-        method, host, path = _printable(method), _printable(host), _printable(path.partition("?")[0])
+        method, host, path = (
+            _escape_unprintable(method),
+            _escape_unprintable(host),
+            _escape_unprintable(path.partition("?")[0]),
+        )
         # Line and event are made here, once: Twisted's own ways to them take as long as all else that a small request
         # costs.
         event: LogEvent = {
@@ -32,7 +36,7 @@ class AccessLog:
             "log_time": time.time(),
             "log_source": None,
             "log_format": "{line}",
-            "line": f"{client} {method} {host}{path} {status} {size} {seconds:.3f} {verdict}",
+            "line": f"{client} {method} {host}{path} {status} {size} {seconds:.3f} {cache_status}",
             "client": client,
             "method": method,
             "host": host,
@@ -40,12 +44,12 @@ class AccessLog:
             "status": status,
             "size": size,
             "seconds": seconds,
-            "verdict": verdict,
+            "verdict": cache_status,
         }
         globalLogPublisher(event)
 
 
-def _printable(text: str) -> str:
+def _escape_unprintable(text: str) -> str:
     """Return `text` with everything that is not printable, and the space between fields, as Python escapes it."""
     if text.isprintable() and " " not in text:
         return text

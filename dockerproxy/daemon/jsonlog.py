@@ -42,7 +42,7 @@ class JsonLog:
     def __call__(self, event: LogEvent) -> None:
         # What is being logged matters more than its line: a full disk or a closed pipe must not end a transfer.
         with suppress(Exception):
-            line = _line(event)
+            line = _format_event(event)
             if line is not None:
                 self._stream.write(line)
                 self._stream.flush()
@@ -67,7 +67,7 @@ def twistd_stream(options: Mapping[str, Any], reactor: IReactorFromThreads) -> T
     name = options.get("logfile") or ""
     if name == "-" and not options.get("nodaemon"):
         raise SystemExit("Daemons cannot log to stdout, exiting!")
-    if is_standard_output(options):
+    if logs_to_stdout(options):
         return sys.stdout
     file: LogFile = LogFile.fromFullPath(name or "twistd.log")  # type: ignore[no-untyped-call]
     if signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL:
@@ -75,12 +75,12 @@ def twistd_stream(options: Mapping[str, Any], reactor: IReactorFromThreads) -> T
     return file
 
 
-def is_standard_output(options: Mapping[str, Any]) -> bool:
+def logs_to_stdout(options: Mapping[str, Any]) -> bool:
     """Say whether twistd, by its `options`, logs to standard output."""
     return bool(options.get("nodaemon")) and options.get("logfile") in (None, "", "-") and not options.get("syslog")
 
 
-def event_in(line: bytes) -> LogEvent | None:
+def parse_event(line: bytes) -> LogEvent | None:
     """Return the event that a `JsonLog` wrote as `line`, to be published in another process; None where it is none."""
     try:
         entry = json.loads(line)
@@ -100,7 +100,7 @@ def event_in(line: bytes) -> LogEvent | None:
     return event
 
 
-def _line(event: LogEvent) -> str | None:
+def _format_event(event: LogEvent) -> str | None:
     failure: Failure | None = event.get("log_failure")
     message = formatEvent(event)
     if not message and failure is None:

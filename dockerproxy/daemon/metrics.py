@@ -14,15 +14,22 @@ from attrs import frozen
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 """Of Prometheus's text format (prometheus.io/docs/instrumenting/exposition_formats)."""
 
-VERDICTS = ("HIT", "MISS", "JOINED", "REVALIDATED", "STALE", "PASS", "-")
+CACHE_STATUSES = ("HIT", "MISS", "JOINED", "REVALIDATED", "STALE", "PASS", "-")
 """What may become of a request, in the words of the access log."""
 
-_CODES = ("other", "1xx", "2xx", "3xx", "4xx", "5xx")  # the first where the client left before there was an answer
-_BYTES, _MICROSECONDS = len(_CODES), len(_CODES) + 1  # the places of sums, after those of the codes
-_OF_VERDICT = len(_CODES) + 2  # numbers
-_PLACES = {verdict: place * _OF_VERDICT for place, verdict in enumerate(VERDICTS)}
-_OF_PROCESS = _OF_VERDICT * len(VERDICTS)
-_SIZE = 8  # bytes of a number: it is written, or read, whole
+_STATUS_CLASSES = (
+    "other",
+    "1xx",
+    "2xx",
+    "3xx",
+    "4xx",
+    "5xx",
+)  # the first where the client left before there was an answer
+_BYTES, _MICROSECONDS = len(_STATUS_CLASSES), len(_STATUS_CLASSES) + 1  # the places of sums, after those of the codes
+_COUNTERS_PER_STATUS = len(_STATUS_CLASSES) + 2  # numbers
+_OFFSETS = {cache_status: index * _COUNTERS_PER_STATUS for index, cache_status in enumerate(CACHE_STATUSES)}
+_COUNTERS_PER_PROCESS = _COUNTERS_PER_STATUS * len(CACHE_STATUSES)
+_COUNTER_SIZE = 8  # bytes of a number: it is written, or read, whole
 
 
 @frozen
@@ -32,50 +39,50 @@ class Metrics:
     Each counts with what is `of` its number, and may tell what all have counted.
     """
 
-    _numbers: memoryview
-    _start: int = 0  # of those that this process writes
+    _counters: memoryview
+    _offset: int = 0  # of those that this process writes
 
     @classmethod
     def make(cls, processes: int) -> Metrics:
         """Return metrics of which nothing has been counted yet."""
-        return cls(memoryview(mmap.mmap(-1, _SIZE * _OF_PROCESS * processes)).cast("Q"))
+        return cls(memoryview(mmap.mmap(-1, _COUNTER_SIZE * _COUNTERS_PER_PROCESS * processes)).cast("Q"))
 
-    def of(self, process: int) -> Metrics:
+    def for_process(self, process: int) -> Metrics:
         """Return what the process of that number counts with."""
-        return Metrics(self._numbers, process * _OF_PROCESS)
+        return Metrics(self._counters, process * _COUNTERS_PER_PROCESS)
 
-    def count(self, verdict: str, status: int, size: int, seconds: float) -> None:
+    def count(self, cache_status: str, status: int, size: int, seconds: float) -> None:
         """Count a request that is over; `size` is in bytes."""
-        start, code = self._start + _PLACES[verdict], status // 100
-        self._numbers[start + (code if code < len(_CODES) else 0)] += 1
-        self._numbers[start + _BYTES] += size
-        self._numbers[start + _MICROSECONDS] += int(seconds * 1_000_000)
+        offset, status_class = self._offset + _OFFSETS[cache_status], status // 100
+        self._counters[offset + (status_class if status_class < len(_STATUS_CLASSES) else 0)] += 1
+        self._counters[offset + _BYTES] += size
+        self._counters[offset + _MICROSECONDS] += int(seconds * 1_000_000)
 
-    def tell(self, gauges: Iterable[tuple[str, str, float]] = ()) -> bytes:
+    def render(self, gauges: Iterable[tuple[str, str, float]] = ()) -> bytes:
         """Return all in Prometheus's text format; `gauges` are a name, what it is, and its value now."""
         lines: list[str] = []
-        seconds = ((labels, micros / 1_000_000) for labels, micros in self._sums(_MICROSECONDS))
-        for name, meaning, samples in (
+        seconds = ((labels, microseconds / 1_000_000) for labels, microseconds in self._sums(_MICROSECONDS))
+        for name, help_text, samples in (
             ("requests_total", "Requests that are over, by what became of them.", self._requests()),
             ("sent_bytes_total", "Bytes of bodies that clients were sent.", self._sums(_BYTES)),
             ("request_seconds_total", "Seconds from the heads of requests to the ends of their answers.", seconds),
         ):
-            lines += _headed(name, meaning, "counter")
+            lines += _metadata(name, help_text, "counter")
             lines += (f"dockerproxy_{name}{{{labels}}} {value}" for labels, value in samples)
-        for name, meaning, value in gauges:
-            lines += [*_headed(name, meaning, "gauge"), f"dockerproxy_{name} {value}"]
+        for name, help_text, value in gauges:
+            lines += [*_metadata(name, help_text, "gauge"), f"dockerproxy_{name} {value}"]
         return "".join(f"{line}\n" for line in lines).encode()
 
     def _requests(self) -> Iterator[tuple[str, float]]:
-        for place, code in enumerate(_CODES):
-            yield from ((f'{labels},code="{code}"', count) for labels, count in self._sums(place))
+        for counter, code in enumerate(_STATUS_CLASSES):
+            yield from ((f'{labels},code="{code}"', count) for labels, count in self._sums(counter))
 
-    def _sums(self, place: int) -> Iterator[tuple[str, int]]:
+    def _sums(self, counter: int) -> Iterator[tuple[str, int]]:
         """Yield labels, and the sum over all processes of the number at `place`, for each verdict."""
-        for verdict, start in _PLACES.items():
-            numbers = self._numbers[start + place :: _OF_PROCESS]
-            yield f'verdict="{verdict}"', sum(numbers)
+        for cache_status, offset in _OFFSETS.items():
+            values = self._counters[offset + counter :: _COUNTERS_PER_PROCESS]
+            yield f'verdict="{cache_status}"', sum(values)
 
 
-def _headed(name: str, meaning: str, kind: str) -> list[str]:
-    return [f"# HELP dockerproxy_{name} {meaning}", f"# TYPE dockerproxy_{name} {kind}"]
+def _metadata(name: str, help_text: str, metric_type: str) -> list[str]:
+    return [f"# HELP dockerproxy_{name} {help_text}", f"# TYPE dockerproxy_{name} {metric_type}"]

@@ -18,7 +18,7 @@ from twisted.internet.task import LoopingCall
 from twisted.logger import Logger
 
 from dockerproxy.cache.identity import Bindings
-from dockerproxy.daemon.doors import Door
+from dockerproxy.daemon.listener_service import Listener
 from dockerproxy.workers.calls import Calls
 from dockerproxy.workers.line import Line, pair
 from dockerproxy.workers.passing import PassingOn
@@ -89,13 +89,13 @@ class Crew(Service):
 
     # connections
 
-    def doors(self, doors: Sequence[Door]) -> list[Door]:
+    def doors(self, doors: Sequence[Listener]) -> list[Listener]:
         """Return `doors` as this process opens them: so that connections are passed on to workers."""
         if not self._workers:
             return list(doors)
         for door in doors:
             door.site.gone = partial(self._tally.count_end, 0)
-        return [evolve(door, entrance=PassingOn(number, door.site, self.pass_on)) for number, door in enumerate(doors)]
+        return [evolve(door, factory=PassingOn(number, door.site, self.pass_on)) for number, door in enumerate(doors)]
 
     def pass_on(self, label: bytes, handle: socket.socket | None) -> bool:
         """Pass a connection on to the worker that has the fewest; False where this process has to serve it.

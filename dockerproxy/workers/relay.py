@@ -71,7 +71,7 @@ class Relay:
 
 
 def _log(line: bytes) -> None:
-    event = jsonlog.event_in(line)
+    event = jsonlog.parse_event(line)
     if event is not None:
         globalLogPublisher(event)
     else:

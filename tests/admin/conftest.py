@@ -50,14 +50,14 @@ OPENRC = """case "$*" in
 esac"""
 
 
-class Host:
+class ClientHost:
     """A system to set up: its directories, its commands, and a proxy that serves `certificate`.
 
     `kind` says whose trust store it has: ``debian``, ``fedora``, ``arch``, or ``alpine``, which also has OpenRC in
     place of systemd. dockerd is installed, and runs.
     """
 
-    def __init__(self, root: Path, kind: str) -> None:
+    def __init__(self, root: Path, distribution: str) -> None:
         self.root = root
         self.url = ""
         self.certificate = b""
@@ -73,7 +73,7 @@ class Host:
             (self.tools / name).symlink_to(executable)
         self.drop_in = self.etc / "systemd/system/docker.service.d/zz-docker-registry-proxy.conf"
         self.podman = self.etc / "containers/containers.conf.d/zz-docker-registry-proxy.conf"
-        if kind == "alpine":
+        if distribution == "alpine":
             for directory in (root / "run/openrc", self.etc / "init.d", self.etc / "conf.d"):
                 directory.mkdir(parents=True)
             self.tool("rc-service", OPENRC)
@@ -81,10 +81,10 @@ class Host:
             for directory in (root / "run/systemd/system", self.etc / "systemd/system"):
                 directory.mkdir(parents=True)
             self.tool("systemctl", SYSTEMCTL)
-        if kind in ("debian", "alpine"):
+        if distribution in ("debian", "alpine"):
             (self.share / "ca-certificates").mkdir()
             anchors, command = self.local / "ca-certificates", "update-ca-certificates"
-        elif kind == "fedora":
+        elif distribution == "fedora":
             anchors, command = self.etc / "pki/ca-trust/source/anchors", "update-ca-trust"
             anchors.mkdir(parents=True)
         else:
@@ -94,11 +94,13 @@ class Host:
         self.tool(command, "test ! -e {root}/fails")
         self.install("docker")
 
-    def tool(self, name: str, then: str) -> None:
+    def tool(self, name: str, script: str) -> None:
         """Put in a command `name` that notes its call and does `then`."""
         path = self.tools / name
         path.unlink(missing_ok=True)
-        path.write_text(f'#!/bin/sh\necho "{name} $*" >>{self.root}/calls\n{then.replace("{root}", str(self.root))}\n')
+        path.write_text(
+            f'#!/bin/sh\necho "{name} $*" >>{self.root}/calls\n{script.replace("{root}", str(self.root))}\n'
+        )
         path.chmod(0o755)
 
     def install(self, service: str, *, running: bool = True) -> None:
@@ -129,7 +131,7 @@ class Host:
                  "var/lib": self.root / "lib", "usr/local/sbin": self.root / "sbin"}  # fmt: skip
         if not sbin:
             binds["usr/sbin"] = self.root / "sbin"
-        mounts = "".join(f"mount --bind {here} /{there}\n" for there, here in binds.items())
+        mounts = "".join(f"mount --bind {source} /{target}\n" for target, source in binds.items())
         if read_only:
             mounts += "mount -o remount,bind,ro /etc\n"
         return ["unshare", "-m", "sh", "-c", f'set -e\n{mounts}exec "$@"', "sh", *command]
@@ -145,10 +147,10 @@ class Host:
             f"PATH={self.tools if user is None else '/usr/bin'}",
             "http_proxy=http://127.0.0.1:1/",
         ]
-        become = [] if user is None else ["/usr/bin/setpriv", f"--reuid={user}", "--clear-groups"]
+        setpriv = [] if user is None else ["/usr/bin/setpriv", f"--reuid={user}", "--clear-groups"]
         executable = shutil.which(shell[0])
         assert executable is not None
-        command = [*become, *environment, executable, *shell[1:], "-s", "--", *arguments]
+        command = [*setpriv, *environment, executable, *shell[1:], "-s", "--", *arguments]
         return subprocess.run(
             self.enter(*command, sbin=sbin, read_only=read_only), input=setup_script(self.url), capture_output=True,
             text=True, timeout=60, check=False,
@@ -162,37 +164,37 @@ class Host:
 
     def files(self) -> dict[str, str]:
         """The files of the system, and what is in them."""
-        tops = (self.etc, self.share, self.local, self.root / "lib")
-        paths = [path for top in tops for path in top.rglob("*") if path.is_file()]
+        roots = (self.etc, self.share, self.local, self.root / "lib")
+        paths = [path for root in roots for path in root.rglob("*") if path.is_file()]
         return {str(path.relative_to(self.root)): path.read_text() for path in paths}
 
 
 def can_mount() -> bool:
-    trial = ["unshare", "-m", "true"]
-    return os.geteuid() == 0 and subprocess.run(trial, capture_output=True, check=False).returncode == 0
+    command = ["unshare", "-m", "true"]
+    return os.geteuid() == 0 and subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
 @pytest.fixture(scope="session")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
     """Two certificates such as an authority of ours has."""
     directory = tmp_path_factory.mktemp("certificates")
-    made = []
+    pems = []
     for number in "12":
         command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
         files = ["-keyout", "key", "-out", f"{number}.crt", "-subj", f"/CN=CA {number}"]
         subprocess.run([*command, *files], cwd=directory, check=True, capture_output=True)
-        made.append((directory / f"{number}.crt").read_bytes())
-    return made
+        pems.append((directory / f"{number}.crt").read_bytes())
+    return pems
 
 
 @pytest.fixture
-def host(request: pytest.FixtureRequest, tmp_path: Path, certificates: list[bytes]) -> Iterator[Host]:
+def host(request: pytest.FixtureRequest, tmp_path: Path, certificates: list[bytes]) -> Iterator[ClientHost]:
     if not can_mount():
         pytest.skip("needs root and mount namespaces")
-    host = Host(tmp_path, getattr(request, "param", "debian"))
+    host = ClientHost(tmp_path, getattr(request, "param", "debian"))
     host.certificate = certificates[0]
 
-    class Proxy(BaseHTTPRequestHandler):
+    class ProxyStub(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_response(200 if self.path == "/ca.crt" and host.certificate else 404)
             self.end_headers()
@@ -201,7 +203,7 @@ def host(request: pytest.FixtureRequest, tmp_path: Path, certificates: list[byte
         def log_message(self, format: str, *arguments: object) -> None:
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Proxy) as server:
+    with ThreadingHTTPServer(("127.0.0.1", 0), ProxyStub) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         host.url = f"http://127.0.0.1:{server.server_port}/"

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 MARK = "# Of the set-up script of docker-registry-proxy. When it is run again, NO_PROXY is kept, and nothing else.\n"
-NEVER = "localhost,127.0.0.1,::1"
+NO_PROXY = "localhost,127.0.0.1,::1"
 DEBIAN = "update-ca-certificates --fresh"
 SHELLS = [
     ["dash"],
@@ -24,10 +24,10 @@ SHELLS = [
         marks=pytest.mark.skipif(shutil.which("busybox") is None, reason="busybox is not installed"),
     ),
 ]
-FOUND_NONE = "Neither dockerd, containerd, CRI-O nor podman is installed. Run this again when one is.\n"
+NO_ENGINE = "Neither dockerd, containerd, CRI-O nor podman is installed. Run this again when one is.\n"
 
 
-def drop_in(url: str, no_proxy: str = NEVER) -> str:
+def drop_in(url: str, no_proxy: str = NO_PROXY) -> str:
     environment = {"HTTP_PROXY": url, "HTTPS_PROXY": url, "NO_PROXY": no_proxy}
     return f"{MARK}[Service]\n" + "".join(f'Environment="{name}={value}"\n' for name, value in environment.items())
 
@@ -38,12 +38,12 @@ def restarts(*services: str) -> list[str]:
     return ["systemctl daemon-reload", *calls]
 
 
-def test_only_what_is_installed_is_touched(host: Any) -> None:
+def test_only_installed_engines_are_configured(host: Any) -> None:
     host.uninstall("docker")
     before = host.files()
-    done = host.run(["dash"])
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.endswith(FOUND_NONE)
+    result = host.run(["dash"])
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.endswith(NO_ENGINE)
     assert set(host.files()) - set(before) == {"usr-local-share/ca-certificates/docker_registry_proxy.crt"}
     assert host.calls == [DEBIAN, "systemctl daemon-reload"]
 
@@ -54,8 +54,8 @@ def test_all_engines(host: Any, shell: list[str]) -> None:
     for name in ("containerd", "crio"):
         host.install(name)
     host.tool("podman", "exit 1")
-    done = host.run(shell)
-    assert (done.returncode, done.stderr) == (0, "")
+    result = host.run(shell)
+    assert (result.returncode, result.stderr) == (0, "")
     for name in ("docker", "containerd", "crio"):
         path = host.etc / f"systemd/system/{name}.service.d/zz-docker-registry-proxy.conf"
         assert path.read_text() == drop_in(host.url)
@@ -72,15 +72,15 @@ def test_all_engines(host: Any, shell: list[str]) -> None:
     assert host.files() == before
 
 
-def test_an_engine_that_comes_later_leaves_the_others_running(host: Any) -> None:
+def test_a_later_engine_does_not_restart_the_others(host: Any) -> None:
     host.run(["dash"])
     host.install("containerd")
-    done = host.run(["dash"])
+    result = host.run(["dash"])
     assert host.calls == restarts("containerd")
-    assert "docker is set up already" in done.stdout
+    assert "docker is set up already" in result.stdout
 
 
-def test_an_engine_that_has_gone_is_forgotten_all_the_same(host: Any) -> None:
+def test_remove_cleans_up_after_an_uninstalled_engine(host: Any) -> None:
     before = host.files()
     host.run(["dash"])
     host.uninstall("docker")
@@ -91,10 +91,10 @@ def test_an_engine_that_has_gone_is_forgotten_all_the_same(host: Any) -> None:
 
 def test_an_engine_that_does_not_run_is_not_started(host: Any) -> None:
     (host.root / "active/docker.service").unlink()
-    done = host.run(["dash"])
-    assert done.returncode == 0
+    result = host.run(["dash"])
+    assert result.returncode == 0
     assert "systemctl restart docker.service" not in host.calls
-    assert "docker is not running" in done.stdout
+    assert "docker is not running" in result.stdout
 
 
 @pytest.mark.parametrize("shell", SHELLS)
@@ -112,31 +112,31 @@ def test_an_engine_that_does_not_run_is_not_started(host: Any) -> None:
         ('Environment="NO_PROXY=%h,$x,`id`,a\\b,c"', "c"),
     ],
 )  # fmt: skip
-def test_hosts_that_were_not_proxied_stay_so(host: Any, shell: list[str], theirs: str, kept: str) -> None:
+def test_existing_no_proxy_is_preserved(host: Any, shell: list[str], theirs: str, kept: str) -> None:
     other = host.drop_in.with_name("http-proxy.conf")
     other.parent.mkdir(parents=True)
     other.write_text(f"[Service]\n{theirs}\n")
     before = host.files()
-    never = [name for name in NEVER.split(",") if name not in kept.split(",")]
+    defaults = [name for name in NO_PROXY.split(",") if name not in kept.split(",")]
     for _ in range(2):
-        done = host.run(shell)
-        assert (done.returncode, done.stderr) == (0, "")
-        assert host.drop_in.read_text() == drop_in(host.url, ",".join([*filter(None, [kept]), *never]))
+        result = host.run(shell)
+        assert (result.returncode, result.stderr) == (0, "")
+        assert host.drop_in.read_text() == drop_in(host.url, ",".join([*filter(None, [kept]), *defaults]))
     assert host.calls == []
     assert host.run(shell, "--remove").returncode == 0
     assert host.files() == before
 
 
-def test_what_is_added_to_no_proxy_stays(host: Any) -> None:
+def test_additions_to_no_proxy_are_preserved(host: Any) -> None:
     host.run(["dash"])
     host.drop_in.write_text(host.drop_in.read_text().replace("::1", "::1,registry.corp.example"))
-    done = host.run(["dash"])
-    assert "docker is set up already" in done.stdout
+    result = host.run(["dash"])
+    assert "docker is set up already" in result.stdout
     assert "registry.corp.example" in host.drop_in.read_text()
 
 
 @pytest.mark.parametrize("name", ["http-proxy.conf", "override.conf"])
-def test_settings_of_others_stay_and_ours_go_before_them(host: Any, name: str) -> None:
+def test_other_drop_ins_stay_and_ours_takes_precedence(host: Any, name: str) -> None:
     other = host.drop_in.with_name(name)
     other.parent.mkdir(parents=True)
     other.write_text('[Service]\nEnvironment="HTTPS_PROXY=http://old:1/" "A=b"\n')
@@ -147,28 +147,28 @@ def test_settings_of_others_stay_and_ours_go_before_them(host: Any, name: str) -
     assert list(other.parent.iterdir()) == [other]
 
 
-def test_another_address_takes_the_place_of_the_old(host: Any) -> None:
+def test_a_new_address_replaces_the_old_one(host: Any) -> None:
     for name in ("containerd", "crio"):
         host.install(name)
     host.tool("podman", "exit 1")
     assert host.run(["dash"]).returncode == 0
     old, host.url = host.url, host.url.replace("127.0.0.1", "localhost")
-    done = host.run(["dash"])
-    assert (done.returncode, done.stderr) == (0, "")
+    result = host.run(["dash"])
+    assert (result.returncode, result.stderr) == (0, "")
     assert not [text for text in host.files().values() if old in text]
     assert host.drop_in.read_text() == drop_in(host.url)
     assert host.calls == [
         *restarts("containerd", "docker", "crio"), "systemctl is-active --quiet podman.service",
     ]  # fmt: skip
-    assert "The CA certificate is trusted already" in done.stdout
+    assert "The CA certificate is trusted already" in result.stdout
 
 
-def test_settings_that_go_before_ours_are_told(host: Any) -> None:
+def test_overriding_settings_are_reported(host: Any) -> None:
     (host.etc / "default").mkdir()
     (host.etc / "default/docker").write_text("HTTPS_PROXY=http://old:1/\n")
-    done = host.run(["dash"])
-    assert done.returncode == 1
-    assert done.stderr == (
+    result = host.run(["dash"])
+    assert result.returncode == 1
+    assert result.stderr == (
         "Failed: docker does not use the proxy yet: HTTPS_PROXY is set elsewhere too; see: systemctl cat docker"
         " (and the files that EnvironmentFile= names)\n"
     )
@@ -180,12 +180,12 @@ def test_settings_that_go_before_ours_are_told(host: Any) -> None:
     assert "daemon.json" not in host.run(["dash"]).stderr
 
 
-def test_what_has_settings_of_its_own_is_told(host: Any) -> None:
+def test_unsupported_engines_are_reported(host: Any) -> None:
     (host.etc / "systemd/system/k3s.service").touch()
-    done = host.run(["dash"])
-    assert done.returncode == 0
-    told = "having its own settings for proxy and certificates: what /etc/systemd/system/k3s.service belongs to\n"
-    assert f"Not set up, {told}" in done.stdout
+    result = host.run(["dash"])
+    assert result.returncode == 0
+    message = "having its own settings for proxy and certificates: what /etc/systemd/system/k3s.service belongs to\n"
+    assert f"Not set up, {message}" in result.stdout
 
 
 # OpenRC
@@ -203,21 +203,21 @@ def test_openrc(host: Any, shell: list[str], theirs: str | None) -> None:
         settings.chmod(0o640)
         os.chown(settings, 0, 65534)
     before = host.files()
-    done = host.run(shell)
-    assert (done.returncode, done.stderr) == (0, "")
+    result = host.run(shell)
+    assert (result.returncode, result.stderr) == (0, "")
     assert host.calls == [DEBIAN, "rc-service --quiet docker status", "rc-service docker restart"]
-    assert f"docker is now set up to use {host.url}: /etc/conf.d/docker\n" in done.stdout
-    told = subprocess.run(
+    assert f"docker is now set up to use {host.url}: /etc/conf.d/docker\n" in result.stdout
+    output = subprocess.run(
         ["sh", "-c", f'. {settings}; echo "${{DOCKER_OPTS-}}"; env'],
         capture_output=True, text=True, check=True, env={"PATH": "/usr/bin:/bin"},
     ).stdout.splitlines()  # fmt: skip
-    assert {f"HTTP_PROXY={host.url}", f"HTTPS_PROXY={host.url}"} <= set(told)
-    assert f"NO_PROXY={'.corp.example,' if theirs else ''}{NEVER}" in told
-    assert told[0] == ("--debug" if theirs else "")
+    assert {f"HTTP_PROXY={host.url}", f"HTTPS_PROXY={host.url}"} <= set(output)
+    assert f"NO_PROXY={'.corp.example,' if theirs else ''}{NO_PROXY}" in output
+    assert output[0] == ("--debug" if theirs else "")
     assert not (host.etc / "systemd").exists()
 
-    kept = settings.stat()
-    assert (kept.st_mode & 0o777, kept.st_gid) == ((0o640, 65534) if theirs else (0o644, 0))
+    status = settings.stat()
+    assert (status.st_mode & 0o777, status.st_gid) == ((0o640, 65534) if theirs else (0o644, 0))
     after = host.files()
     assert host.run(shell).stdout.endswith("Nothing has changed, so nothing was restarted.\n")
     assert (host.calls, host.files()) == ([], after)
@@ -226,22 +226,22 @@ def test_openrc(host: Any, shell: list[str], theirs: str | None) -> None:
 
 
 @pytest.mark.parametrize("host", ["alpine"], indirect=True)
-def test_openrc_services_that_are_not_there_or_do_not_run(host: Any) -> None:
+def test_openrc_services_missing_or_stopped(host: Any) -> None:
     (host.root / "active/docker.service").unlink()
     (host.tools / "containerd").symlink_to("/usr/bin/true")  # a program of another kind of installation
-    done = host.run(["dash"])
-    assert (done.returncode, host.calls) == (0, [DEBIAN, "rc-service --quiet docker status"])
-    assert "docker is not running" in done.stdout
+    result = host.run(["dash"])
+    assert (result.returncode, host.calls) == (0, [DEBIAN, "rc-service --quiet docker status"])
+    assert "docker is not running" in result.stdout
     assert not (host.etc / "conf.d/containerd").exists()
 
 
-def test_without_systemd_and_openrc_the_rest_is_told(host: Any) -> None:
+def test_without_systemd_and_openrc_the_environment_is_printed(host: Any) -> None:
     (host.root / "run/systemd/system").rmdir()
     host.tool("podman", "exit 1")
-    done = host.run(["dash"])
-    assert done.returncode == 1
-    assert "neither systemd nor OpenRC here. Restart yourself, with this environment: docker\n" in done.stdout
-    assert f"HTTPS_PROXY={host.url}\n" in done.stdout
+    result = host.run(["dash"])
+    assert result.returncode == 1
+    assert "neither systemd nor OpenRC here. Restart yourself, with this environment: docker\n" in result.stdout
+    assert f"HTTPS_PROXY={host.url}\n" in result.stdout
     assert host.anchor.exists()
     assert host.podman.exists()
     assert not host.drop_in.exists()
@@ -256,10 +256,10 @@ def test_podmans_settings(host: Any) -> None:
     host.tool("podman", "exit 1")
     host.podman.parent.parent.mkdir()
     (host.podman.parent.parent / "containers.conf").write_text('[engine]\nenv = [\n  "NO_PROXY=.corp.example",\n]\n')
-    done = host.run(["dash"])
-    assert (done.returncode, done.stderr) == (0, "")
+    result = host.run(["dash"])
+    assert (result.returncode, result.stderr) == (0, "")
     assert host.podman.read_text().startswith(MARK)
-    no_proxy = f"NO_PROXY=.corp.example,{NEVER}"
+    no_proxy = f"NO_PROXY=.corp.example,{NO_PROXY}"
     assert tomllib.loads(host.podman.read_text()) == {
         "engine": {"env": [f"HTTP_PROXY={host.url}", f"HTTPS_PROXY={host.url}", no_proxy]},
         "containers": {"http_proxy": False},
@@ -267,29 +267,29 @@ def test_podmans_settings(host: Any) -> None:
 
 
 @pytest.mark.skipif(shutil.which("podman") is None, reason="podman is not installed")
-def test_podman_itself_goes_to_the_proxy(host: Any) -> None:
+def test_podman_connects_to_the_proxy(host: Any) -> None:
     if Path("/etc/containers").is_dir():
         shutil.copytree("/etc/containers", host.etc / "containers")
     else:
         (host.etc / "containers").mkdir()
     (host.etc / "containers/policy.json").write_text('{"default": [{"type": "insecureAcceptAnything"}]}')
     host.tool("podman", "exit 1")
-    asked: list[bytes] = []
+    requests: list[bytes] = []
     with socket.create_server(("127.0.0.1", 0)) as listener:
         host.run(["dash"])
         proxy = f"http://127.0.0.1:{listener.getsockname()[1]}/"
         host.podman.write_text(host.podman.read_text().replace(host.url, proxy))
 
-        def answer() -> None:
+        def respond() -> None:
             connection, _ = listener.accept()
             with connection:
-                asked.append(connection.recv(4096))
+                requests.append(connection.recv(4096))
                 connection.sendall(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n")
 
-        thread = threading.Thread(target=answer, daemon=True)
+        thread = threading.Thread(target=respond, daemon=True)
         thread.start()
         storage = ["--root", "/var/lib/storage", "--runroot", "/run/storage", "--storage-driver", "vfs"]
         command = ["timeout", "20", "podman", *storage, "pull", "--quiet", "registry.test/foo/bar:1"]
-        done = subprocess.run(host.enter(*command, sbin=True), capture_output=True, text=True, check=False)
+        result = subprocess.run(host.enter(*command, sbin=True), capture_output=True, text=True, check=False)
         thread.join(5)
-    assert asked and asked[0].startswith(b"CONNECT registry.test:443 "), done.stderr
+    assert requests and requests[0].startswith(b"CONNECT registry.test:443 "), result.stderr

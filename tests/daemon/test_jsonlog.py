@@ -25,21 +25,21 @@ PROJECT = Path(__file__).parents[2]
 REACTOR: IReactorFromThreads = object()  # type: ignore[assignment]  # asked only when a signal comes
 
 
-class Unspeakable:
+class Unprintable:
     """Something that cannot be told as text."""
 
     def __repr__(self) -> str:
         raise RuntimeError("no words")
 
 
-def logged(**fields: Any) -> list[dict[str, Any]]:
+def log_event(**fields: Any) -> list[dict[str, Any]]:
     """Return the objects that an event of `fields` becomes."""
     stream = io.StringIO()
     JsonLog(stream)(fields)
     return [json.loads(line) for line in stream.getvalue().splitlines()]
 
 
-def emitted(format: str, namespace: str = "a.b", **fields: Any) -> dict[str, Any]:
+def emit(format: str, namespace: str = "a.b", **fields: Any) -> dict[str, Any]:
     """Return the object that a `Logger`'s event becomes."""
     stream = io.StringIO()
     Logger(namespace, observer=JsonLog(stream)).info(format, **fields)
@@ -47,7 +47,7 @@ def emitted(format: str, namespace: str = "a.b", **fields: Any) -> dict[str, Any
 
 
 def test_an_event() -> None:
-    entry = emitted("{n} of {total}\nsecond line", n=1, total=2)
+    entry = emit("{n} of {total}\nsecond line", n=1, total=2)
     time = datetime.fromisoformat(entry.pop("time"))
     assert time.utcoffset() is not None
     assert abs(time.timestamp() - datetime.now().timestamp()) < 60
@@ -55,19 +55,19 @@ def test_an_event() -> None:
 
 
 def test_time_is_iso_8601_in_utc() -> None:
-    (entry,) = logged(log_format="x", log_time=1700000000.25)
+    (entry,) = log_event(log_format="x", log_time=1700000000.25)
     assert entry["time"] == "2023-11-14T22:13:20.250000+00:00"
 
 
 def test_an_access_event_has_its_fields() -> None:
     fields = dict(zip(FIELDS, ("::1", "GET", "quay.io", "/v2/", 200, 2, 0.25, "HIT"), strict=True))
-    entry = emitted("{line}", "dockerproxy.access", line="the line", **fields)
+    entry = emit("{line}", "dockerproxy.access", line="the line", **fields)
     assert entry["message"] == "the line"
     assert {name: entry[name] for name in FIELDS} == fields
 
 
-def test_other_fields_stay_inside() -> None:
-    assert "password" not in emitted("hello", password="s3cret")
+def test_other_fields_are_not_written() -> None:
+    assert "password" not in emit("hello", password="s3cret")
 
 
 def test_a_failure_has_its_traceback() -> None:
@@ -85,37 +85,37 @@ def test_a_failure_has_its_traceback() -> None:
 
 
 def test_an_event_without_a_message_is_left_out() -> None:
-    assert logged(log_time=1.0) == []
+    assert log_event(log_time=1.0) == []
 
 
 @pytest.mark.parametrize(
     "event",
     [
         {"log_format": "{missing}", "log_time": 1.0},
-        {"log_format": "{x}", "x": Unspeakable(), "log_time": 1.0},
+        {"log_format": "{x}", "x": Unprintable(), "log_time": 1.0},
         {"log_format": 7},
         {"log_format": b"bytes \xff"},
         {"log_format": "surrogate \udc80"},
         {"log_format": "x", "log_namespace": "dockerproxy.access", "client": Path("/")},
     ],
 )
-def test_an_odd_event_is_told_nevertheless(event: dict[str, Any]) -> None:
-    assert len(logged(**event)) == 1
+def test_a_malformed_event_is_logged(event: dict[str, Any]) -> None:
+    assert len(log_event(**event)) == 1
 
 
 @given(st.dictionaries(st.sampled_from(["log_format", "log_time", "log_level", "log_namespace", "log_failure", "x"]),
-                       st.none() | st.text() | st.floats() | st.binary() | st.builds(Unspeakable)))  # fmt: skip
+                       st.none() | st.text() | st.floats() | st.binary() | st.builds(Unprintable)))  # fmt: skip
 def test_never_raises(event: dict[str, Any]) -> None:
-    logged(**event)
+    log_event(**event)
 
 
-def test_a_stream_that_fails_harms_nobody() -> None:
+def test_a_failing_stream_is_ignored() -> None:
     stream = io.StringIO()
     stream.close()
     JsonLog(stream)({"log_format": "x", "log_time": 1.0})
 
 
-def test_a_stream_of_another_encoding_takes_every_line() -> None:
+def test_an_ascii_stream_accepts_every_line() -> None:
     raw = io.BytesIO()
     stream = io.TextIOWrapper(raw, encoding="ascii")
     JsonLog(stream)({"log_format": "caf\u00e9 \U0001f40b"})
@@ -188,9 +188,9 @@ def run_twistd(directory: Path, logfile: str | None, *arguments: str) -> str:
     program = "from twisted.scripts.twistd import run; run()"
     command = [sys.executable, "-c", program, "-ny", "t.tac", "--pidfile=", *arguments]
     environment = os.environ | {"PYTHONPATH": str(PROJECT)}
-    done = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    result = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
 
 
 def check_entries(lines: list[str]) -> None:
@@ -210,12 +210,12 @@ def test_twistd_writes_nothing_but_json_lines(tmp_path: Path) -> None:
     assert json.loads(lines[-1])["message"] == "Server Shut Down."
 
 
-def test_twistd_keeps_to_its_log_file_and_rotates_it(tmp_path: Path) -> None:
+def test_twistd_uses_and_rotates_its_log_file(tmp_path: Path) -> None:
     assert run_twistd(tmp_path, "log", "--logfile=log") == ""
     check_entries([line for name in ("log.1", "log") for line in (tmp_path / name).read_text().splitlines()])
 
 
 def test_a_logger_on_the_command_line_wins(tmp_path: Path) -> None:
-    lines = run_twistd(tmp_path, None, "--logger=dockerproxy.daemon.priority.observer").splitlines()
+    lines = run_twistd(tmp_path, None, "--logger=dockerproxy.daemon.textlog.observer").splitlines()
     assert any("[dockerproxy.access#info] ::1 GET quay.io/v2/ 200 2 0.250 HIT" in line for line in lines)
     assert not any(line.startswith("{") for line in lines)

@@ -10,41 +10,41 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dockerproxy.daemon.metrics import VERDICTS, Metrics
+from dockerproxy.daemon.metrics import CACHE_STATUSES, Metrics
 
 # The text format as prometheus.io/docs/instrumenting/exposition_formats has it, for what has no escapes.
 COMMENT = re.compile(r"# (HELP ([a-z_]+) \S.*|TYPE ([a-z_]+) (counter|gauge))")
 SAMPLE = re.compile(r"([a-z_]+)(\{[a-z]+=\"[^\"\\\n]*\"(?:,[a-z]+=\"[^\"\\\n]*\")*\})? ([0-9.e+-]+)")
 
 
-def read(told: bytes) -> dict[str, float]:
+def parse(exposition: bytes) -> dict[str, float]:
     """Return the samples, by name and labels as they are written; every line has to be as the format wants it."""
-    text, samples, typed = told.decode(), {}, {}
+    text, samples, types = exposition.decode(), {}, {}
     assert text.endswith("\n")
     for line in text.splitlines():
         if line.startswith("#"):
-            found = COMMENT.fullmatch(line)
-            assert found, line
-            if found[3]:
-                assert found[3] not in typed  # once, before its samples
-                typed[found[3]] = found[4]
+            match = COMMENT.fullmatch(line)
+            assert match, line
+            if match[3]:
+                assert match[3] not in types  # once, before its samples
+                types[match[3]] = match[4]
             continue
-        found = SAMPLE.fullmatch(line)
-        assert found, line
-        assert typed[found[1]] == ("counter" if found[1].endswith("_total") else "gauge")
-        name = found[1] + (found[2] or "")
+        match = SAMPLE.fullmatch(line)
+        assert match, line
+        assert types[match[1]] == ("counter" if match[1].endswith("_total") else "gauge")
+        name = match[1] + (match[2] or "")
         assert name not in samples
-        samples[name] = float(found[3])
+        samples[name] = float(match[3])
     return samples
 
 
-def told(metrics: Metrics) -> dict[str, float]:
+def nonzero_samples(metrics: Metrics) -> dict[str, float]:
     """Return the samples that are not 0."""
-    return {name: value for name, value in read(metrics.tell()).items() if value}
+    return {name: value for name, value in parse(metrics.render()).items() if value}
 
 
-def test_all_there_is_to_tell_is_told_before_anything_was_counted() -> None:
-    samples = read(Metrics.make(2).tell())
+def test_all_samples_start_at_zero() -> None:
+    samples = parse(Metrics.make(2).render())
     assert set(samples.values()) == {0}
     assert {name for name in samples if "requests" in name and "HIT" in name} == {
         f'dockerproxy_requests_total{{verdict="HIT",code="{code}"}}'
@@ -55,8 +55,8 @@ def test_all_there_is_to_tell_is_told_before_anything_was_counted() -> None:
 
 def test_a_request() -> None:
     metrics = Metrics.make(1)
-    metrics.of(0).count("MISS", 206, 1000, 1.25)
-    assert told(metrics) == {
+    metrics.for_process(0).count("MISS", 206, 1000, 1.25)
+    assert nonzero_samples(metrics) == {
         'dockerproxy_requests_total{verdict="MISS",code="2xx"}': 1,
         'dockerproxy_sent_bytes_total{verdict="MISS"}': 1000,
         'dockerproxy_request_seconds_total{verdict="MISS"}': 1.25,
@@ -67,40 +67,46 @@ def test_a_request() -> None:
 def test_codes(status: int, code: str) -> None:
     """An upstream's may be any three digits, and one who leaves may have none."""
     metrics = Metrics.make(1)
-    metrics.of(0).count("-", status, 0, 0.0)
-    assert told(metrics) == {f'dockerproxy_requests_total{{verdict="-",code="{code}"}}': 1}
+    metrics.for_process(0).count("-", status, 0, 0.0)
+    assert nonzero_samples(metrics) == {f'dockerproxy_requests_total{{verdict="-",code="{code}"}}': 1}
 
 
 REQUESTS = st.lists(
     st.tuples(
-        st.integers(0, 2), st.sampled_from(VERDICTS), st.integers(0, 999), st.integers(0, 1 << 40), st.floats(0, 1e5)
+        st.integers(0, 2),
+        st.sampled_from(CACHE_STATUSES),
+        st.integers(0, 999),
+        st.integers(0, 1 << 40),
+        st.floats(0, 1e5),
     )
 )
 
 
 @given(REQUESTS)
-def test_the_sums_of_all_processes(requests: list[tuple[int, str, int, int, float]]) -> None:
+def test_sums_over_all_processes(requests: list[tuple[int, str, int, int, float]]) -> None:
     metrics = Metrics.make(3)
     for process, *request in requests:
-        metrics.of(process).count(*request)  # type: ignore[arg-type]
-    samples = read(metrics.tell())
+        metrics.for_process(process).count(*request)  # type: ignore[arg-type]
+    samples = parse(metrics.render())
     assert sum(value for name, value in samples.items() if "requests" in name) == len(requests)
-    for verdict in VERDICTS:
-        own = [request for request in requests if request[1] == verdict]
-        assert samples[f'dockerproxy_sent_bytes_total{{verdict="{verdict}"}}'] == sum(request[3] for request in own)
-        seconds = samples[f'dockerproxy_request_seconds_total{{verdict="{verdict}"}}']
-        assert seconds == pytest.approx(sum(request[4] for request in own), abs=1e-5 * (len(own) + 1))
+    for cache_status in CACHE_STATUSES:
+        matching = [request for request in requests if request[1] == cache_status]
+        assert samples[f'dockerproxy_sent_bytes_total{{verdict="{cache_status}"}}'] == sum(
+            request[3] for request in matching
+        )
+        seconds = samples[f'dockerproxy_request_seconds_total{{verdict="{cache_status}"}}']
+        assert seconds == pytest.approx(sum(request[4] for request in matching), abs=1e-5 * (len(matching) + 1))
 
 
-def test_a_copy_of_the_process_counts_for_all() -> None:
+def test_a_forked_process_counts_in_shared_memory() -> None:
     metrics = Metrics.make(2)
-    metrics.of(0).count("HIT", 200, 1, 0.0)
+    metrics.for_process(0).count("HIT", 200, 1, 0.0)
     pid = os.fork()
     if not pid:
-        metrics.of(1).count("HIT", 200, 2, 0.0)
+        metrics.for_process(1).count("HIT", 200, 2, 0.0)
         os._exit(0)
     os.waitpid(pid, 0)
-    assert told(metrics) == {
+    assert nonzero_samples(metrics) == {
         'dockerproxy_requests_total{verdict="HIT",code="2xx"}': 2,
         'dockerproxy_sent_bytes_total{verdict="HIT"}': 3,
     }
@@ -111,5 +117,5 @@ def test_gauges() -> None:
         yield "cache_bytes", "Bytes in the cache.", 12
         yield "cache_limit_bytes", "Bytes that it may have.", 2**63
 
-    samples = read(Metrics.make(1).tell(gauges()))
+    samples = parse(Metrics.make(1).render(gauges()))
     assert (samples["dockerproxy_cache_bytes"], samples["dockerproxy_cache_limit_bytes"]) == (12, 2**63)

@@ -11,34 +11,34 @@ import pytest
 
 from dockerproxy.daemon.signals import on_repeated_stop
 
-NUMBERS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @pytest.fixture(autouse=True)
-def _restored() -> Iterator[None]:
-    before = {number: signal.getsignal(number) for number in NUMBERS}
+def _restore_handlers() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in SIGNALS}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
-class Reactor:
+class RecordingReactor:
     def __init__(self) -> None:
-        self.called: list[Callable[[], Any]] = []
+        self.calls: list[Callable[[], Any]] = []
 
-    def callFromThread(self, call: Callable[[], Any]) -> None:
-        self.called.append(call)
+    def callFromThread(self, callback: Callable[[], Any]) -> None:
+        self.calls.append(callback)
 
 
-@pytest.mark.parametrize("number", NUMBERS)
-def test_every_further_signal_is_told_in_the_reactors_own_time(number: signal.Signals) -> None:
-    told: list[str] = []
-    reactor = Reactor()
-    on_repeated_stop(reactor, lambda: told.append("again"))  # type: ignore[arg-type]
+@pytest.mark.parametrize("number", SIGNALS)
+def test_every_repeated_signal_calls_back_in_the_reactor_thread(number: signal.Signals) -> None:
+    received: list[str] = []
+    reactor = RecordingReactor()
+    on_repeated_stop(reactor, lambda: received.append("again"))  # type: ignore[arg-type]
     os.kill(os.getpid(), number)
     os.kill(os.getpid(), number)
     signal.getsignal(number)  # a call, after which the handlers have run
-    assert told == []
-    assert len(reactor.called) == 2
-    reactor.called[0]()
-    assert told == ["again"]
+    assert received == []
+    assert len(reactor.calls) == 2
+    reactor.calls[0]()
+    assert received == ["again"]

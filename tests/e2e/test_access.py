@@ -37,9 +37,7 @@ def test_the_owner_is_served_from_disk(upstreams: Upstreams, proxy: Proxy, priva
 
 @pytest.mark.parametrize("who", [None, "bob"], ids=["anonymous", "bob"])
 @pytest.mark.parametrize("upstream", ["there", "gone"])
-def test_others_are_refused(
-    upstreams: Upstreams, proxy: Proxy, private: Image, who: str | None, upstream: str
-) -> None:
+def test_others_are_refused(upstreams: Upstreams, proxy: Proxy, private: Image, who: str | None, upstream: str) -> None:
     token = _token(upstreams, proxy, PRIVATE, who)
     if upstream == "gone":
         with upstreams.away():

@@ -63,9 +63,7 @@ def echo(upstreams: Upstreams) -> Iterator[_Echo]:
 
 
 @pytest.fixture(scope="module")
-def open_proxy(
-    upstreams: Upstreams, echo: _Echo, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Proxy]:
+def open_proxy(upstreams: Upstreams, echo: _Echo, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
     """A daemon whose tunnels may go to this machine."""
     settings = {**upstreams.settings, "TUNNEL_DENY": "none", "TUNNEL_PORTS": f"443 {echo.port}"}
     proxy = Proxy(tmp_path_factory.mktemp("open"), settings)

@@ -412,4 +412,3 @@ def _raw(data: bytes) -> Behaviour:
 
 def _json(body: bytes) -> Behaviour:
     return lambda exchange, content: exchange.answer(200, {"Content-Type": "application/json"}, body)
-

@@ -395,9 +395,7 @@ def test_referrers_where_upstream_has_none(upstreams: Upstreams, proxy: Proxy) -
         subject=subject.manifest,
     )
     upstreams.on_registry("referred", "signature", signature)
-    upstreams.on_registry(
-        "referred", subject.digest.replace(":", "-"), images.index({"unknown": signature})
-    )
+    upstreams.on_registry("referred", subject.digest.replace(":", "-"), images.index({"unknown": signature}))
     answer = proxy.client.get(f"{url}/{subject.digest}")
     assert answer.status == 200
     assert answer.headers["content-type"] == images.OCI_INDEX

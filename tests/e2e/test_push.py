@@ -93,7 +93,9 @@ def test_skopeo_pushes_every_platform(upstreams: Upstreams, open_proxy: Proxy, m
     upstreams.on_registry("push/multi", "1", multi)
     skopeo = machines.skopeo(open_proxy)
     folder = skopeo.pull("registry.test:5443/push/multi:1", "--all")
-    pushed = skopeo.run("copy", "--all", "--preserve-digests", f"dir:{folder}", "docker://registry.test:5443/push/copy:1")
+    pushed = skopeo.run(
+        "copy", "--all", "--preserve-digests", f"dir:{folder}", "docker://registry.test:5443/push/copy:1"
+    )
     assert pushed.returncode == 0, pushed.stderr
     got = open_proxy.client.get(f"{REGISTRY}/v2/push/copy/manifests/1", Accept=EVERY_MANIFEST)
     assert got.body == multi.manifest.data

@@ -441,9 +441,7 @@ def write_chain(directory: Path, passphrase: bytes) -> tuple[Path, Path, bytes]:
             .not_valid_before(datetime.fromtimestamp(time.time() - DAY, UTC))
             .not_valid_after(datetime.fromtimestamp(time.time() + 40 * DAY, UTC))
             .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-            .add_extension(
-                x509.KeyUsage(False, False, False, False, False, True, True, False, False), critical=True
-            )
+            .add_extension(x509.KeyUsage(False, False, False, False, False, True, True, False, False), critical=True)
             .add_extension(identifier, critical=False)
             .add_extension(x509.AuthorityKeyIdentifier(bytes(8), None, None), critical=False)
             .sign(keys[0], hashes.SHA256())

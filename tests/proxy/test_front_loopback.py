@@ -107,7 +107,7 @@ class Loopback(TestCase):
         self.site.abort()
         await self.site.drain()
         await self.transfers.drain(reactor, 0)
-        await self.transfers.empty()
+        await self.transfers.when_empty()
 
     def front(self, authority: CertificateAuthority) -> FrontDoor:
         async def registry(registry: Registry, request: Request) -> None:
@@ -274,7 +274,7 @@ class Tunnels(Loopback):
         result = await deferToThread(run)
         for far in self.server.talks:
             await far.lost
-        await self.transfers.empty()
+        await self.transfers.when_empty()
         return result
 
     async def test_bytes_go_both_ways_untouched(self) -> None:

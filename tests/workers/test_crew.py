@@ -16,7 +16,7 @@ from twisted.internet.task import Clock
 from twisted.logger import LogEvent, LogLevel
 
 from dockerproxy.cache.identity import Bindings
-from dockerproxy.daemon.doors import Door
+from dockerproxy.daemon.listener_service import Listener
 from dockerproxy.http.site import Site, Timeouts
 from dockerproxy.workers import crew as crew_module
 from dockerproxy.workers.calls import Calls
@@ -253,7 +253,7 @@ def test_who_has_the_fewest_gets_it(company: Company) -> None:
 
 def test_a_connection_that_ended_here_counts_no_more(company: Company) -> None:
     company.start_ready()
-    [door] = company.crew.doors([Door("PROXY_LISTEN", (), _site())])
+    [door] = company.crew.doors([Listener("PROXY_LISTEN", (), _site())])
     assert [company.connect() for _ in range(3)] == [False, True, True]
     door.site.gone()
     assert [company.connect() for _ in range(2)] == [False, False]
@@ -300,7 +300,7 @@ def test_where_a_line_is_full_it_is_served_here(company: Company) -> None:
 
 def test_alone_it_passes_nothing_on(make_company: Any) -> None:
     company = make_company(0)
-    doors = [Door("PROXY_LISTEN", (), _site())]
+    doors = [Listener("PROXY_LISTEN", (), _site())]
     assert company.crew.doors(doors) == doors
     assert company.start() == []
     assert company.stop() == [None]

@@ -86,21 +86,21 @@ def image(
     packed = [Content(OCI_LAYER if oci else DOCKER_LAYER, gzip.compress(tar, mtime=0)) for tar in tars]
     config = Content(
         OCI_CONFIG if oci else DOCKER_CONFIG,
-        _json({
-            "architecture": architecture,
-            "os": "linux",
-            "created": "2025-06-15T00:00:00Z",
-            "config": {"Cmd": list(command)},
-            "rootfs": {"type": "layers", "diff_ids": [sha256(tar) for tar in tars]},
-            "history": [{"created": "2025-06-15T00:00:00Z", "created_by": "the tests"} for _ in tars],
-        }),
+        _json(
+            {
+                "architecture": architecture,
+                "os": "linux",
+                "created": "2025-06-15T00:00:00Z",
+                "config": {"Cmd": list(command)},
+                "rootfs": {"type": "layers", "diff_ids": [sha256(tar) for tar in tars]},
+                "history": [{"created": "2025-06-15T00:00:00Z", "created_by": "the tests"} for _ in tars],
+            }
+        ),
     )
     return of_blobs(config, packed, oci=oci, subject=subject)
 
 
-def of_blobs(
-    config: Content, layers: Sequence[Content], *, oci: bool = True, subject: Content | None = None
-) -> Image:
+def of_blobs(config: Content, layers: Sequence[Content], *, oci: bool = True, subject: Content | None = None) -> Image:
     """Return the image that has these blobs, whatever is in them."""
     media_type = OCI_MANIFEST if oci else DOCKER_MANIFEST
     manifest: dict[str, Any] = {

@@ -94,9 +94,7 @@ class Client:
         finally:
             connection.close()
 
-    def ask(
-        self, method: str, url: str, headers: Mapping[str, str] | None = None, body: bytes | None = None
-    ) -> Answer:
+    def ask(self, method: str, url: str, headers: Mapping[str, str] | None = None, body: bytes | None = None) -> Answer:
         """Send a request and return the whole answer. Raise what http.client raises where it breaks off."""
         with self.open(method, url, headers, body) as response:
             return read(response)

@@ -16,7 +16,7 @@ from twisted.internet.protocol import Factory, Protocol
 from twisted.internet.testing import MemoryReactor
 from twisted.trial.unittest import TestCase
 
-from dockerproxy.daemon.listeners import ListenError, listen, where
+from dockerproxy.daemon.endpoints import ListenError, format_address, listen
 
 LOCAL = "tcp:0:interface=127.0.0.1"
 
@@ -28,16 +28,16 @@ def connects(port: int) -> bool:
 
 def backlog(port: Any) -> int:
     """Return how many connections may wait to be accepted, which the kernel tells as `tcpi_sacked` (linux/tcp.h)."""
-    most: int = struct.unpack_from("=I", port.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 32), 28)[0]
-    return most
+    limit: int = struct.unpack_from("=I", port.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 32), 28)[0]
+    return limit
 
 
-class Listening(TestCase):
+class ListenTests(TestCase):
     def setUp(self) -> None:
         self.factory = Factory.forProtocol(Protocol)
         self.factory.noisy = False
 
-    async def why(self, *descriptions: str) -> str:
+    async def listen_error(self, *descriptions: str) -> str:
         """Return the sentence about why these cannot be listened on."""
         try:
             ports = await listen(reactor, descriptions, self.factory, "PROXY_LISTEN")
@@ -47,7 +47,7 @@ class Listening(TestCase):
             await port.stopListening()
         raise AssertionError("it can be listened on")
 
-    async def test_every_description_is_listened_on(self) -> None:
+    async def test_listens_on_every_description(self) -> None:
         ports = await listen(reactor, [LOCAL, LOCAL], self.factory, "PROXY_LISTEN")
         numbers = [port.getHost().port for port in ports]
         self.assertEqual([connects(number) for number in numbers], [True, True])
@@ -55,42 +55,45 @@ class Listening(TestCase):
             await port.stopListening()
         self.assertEqual([connects(number) for number in numbers], [False, False])
 
-    async def test_a_fleet_may_wait_to_be_accepted(self) -> None:
+    async def test_tcp_backlog(self) -> None:
         """Where more connect at once than may wait, the kernel turns some away that believe to be connected."""
-        most = int(Path("/proc/sys/net/core/somaxconn").read_text())
+        limit = int(Path("/proc/sys/net/core/somaxconn").read_text())
         descriptions = [LOCAL, "tcp:port=0:interface=127.0.0.1", "tcp6:0:interface=\\:\\:1", f"{LOCAL}:backlog=7"]
         ports = await listen(reactor, descriptions, self.factory, "PROXY_LISTEN")
-        self.assertEqual([backlog(port) for port in ports], [*[min(4096, most)] * 3, 7])
+        self.assertEqual([backlog(port) for port in ports], [*[min(4096, limit)] * 3, 7])
         for port in ports:
             await port.stopListening()
 
-    async def test_as_many_may_wait_at_a_unix_socket(self) -> None:
+    async def test_unix_backlog(self) -> None:
         with ExitStack() as stack:
             path = f"{stack.enter_context(TemporaryDirectory())}/socket"
             (port,) = await listen(reactor, [f"unix:{path}"], self.factory, "PROXY_LISTEN")
             for _ in range(100):  # which the reactor does not get to accept meanwhile
-                waiting = stack.enter_context(socket.socket(socket.AF_UNIX))
-                waiting.setblocking(False)
-                waiting.connect(path)  # BlockingIOError where no more may wait
+                client = stack.enter_context(socket.socket(socket.AF_UNIX))
+                client.setblocking(False)
+                client.connect(path)  # BlockingIOError where no more may wait
             await port.stopListening()
 
-    async def test_nothing_is_nothing(self) -> None:
+    async def test_no_descriptions(self) -> None:
         self.assertEqual(await listen(reactor, [], self.factory, "PROXY_LISTEN"), [])
 
-    async def test_a_port_that_is_taken(self) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as taken:
-            description = f"tcp:{taken.getsockname()[1]}:interface=127.0.0.1"
-            sentence = f"PROXY_LISTEN: {description} cannot be listened on: Address already in use."
-            self.assertEqual(await self.why(description), sentence)
+    async def test_a_port_in_use(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            description = f"tcp:{listener.getsockname()[1]}:interface=127.0.0.1"
+            message = f"PROXY_LISTEN: {description} cannot be listened on: Address already in use."
+            self.assertEqual(await self.listen_error(description), message)
 
-    async def test_where_one_cannot_be_had_none_is_kept(self) -> None:
+    async def test_one_failure_closes_all_ports(self) -> None:
         with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as other:
-            free, taken = one.getsockname()[1], other.getsockname()[1]
+            free_port, port_in_use = one.getsockname()[1], other.getsockname()[1]
             one.close()
-            self.assertIn(str(taken), await self.why(*(f"tcp:{port}:interface=127.0.0.1" for port in (free, taken))))
-            self.assertFalse(connects(free))
+            self.assertIn(
+                str(port_in_use),
+                await self.listen_error(*(f"tcp:{port}:interface=127.0.0.1" for port in (free_port, port_in_use))),
+            )
+            self.assertFalse(connects(free_port))
 
-    async def test_what_is_wrong_is_said(self) -> None:
+    async def test_error_messages(self) -> None:
         folder = Path(self.mktemp())
         for description, reason in [
             ("tcp:0:interface=192.0.2.1", "Cannot assign requested address"),
@@ -104,14 +107,14 @@ class Listening(TestCase):
             ("systemd:domain=INET:colour=red", "it describes no endpoint"),
             (f"unix:{folder}/missing/socket", "No such file or directory"),
         ]:
-            sentence = await self.why(description)
-            self.assertTrue(sentence.startswith(f"PROXY_LISTEN: {description} cannot be listened on: "), sentence)
-            self.assertTrue(re.search(reason, sentence), sentence)
-            self.assertNotIn("\n", sentence)
-            self.assertNotIn("Errno", sentence)
-            self.assertNotIn("_parse", sentence)
+            message = await self.listen_error(description)
+            self.assertTrue(message.startswith(f"PROXY_LISTEN: {description} cannot be listened on: "), message)
+            self.assertTrue(re.search(reason, message), message)
+            self.assertNotIn("\n", message)
+            self.assertNotIn("Errno", message)
+            self.assertNotIn("_parse", message)
 
-    def test_where_a_port_is(self) -> None:
+    def test_format_address(self) -> None:
         class Port:
             def __init__(self, address: Any) -> None:
                 self.address = address
@@ -119,11 +122,11 @@ class Listening(TestCase):
             def getHost(self) -> Any:
                 return self.address
 
-        self.assertEqual(where(Port(IPv4Address("TCP", "127.0.0.1", 3128))), "127.0.0.1:3128")  # type: ignore[arg-type]
-        self.assertEqual(where(Port(IPv6Address("TCP", "::1", 3128))), "[::1]:3128")  # type: ignore[arg-type]
-        self.assertIn("/run/x", where(Port(UNIXAddress("/run/x"))))  # type: ignore[arg-type]
+        self.assertEqual(format_address(Port(IPv4Address("TCP", "127.0.0.1", 3128))), "127.0.0.1:3128")  # type: ignore[arg-type]
+        self.assertEqual(format_address(Port(IPv6Address("TCP", "::1", 3128))), "[::1]:3128")  # type: ignore[arg-type]
+        self.assertIn("/run/x", format_address(Port(UNIXAddress("/run/x"))))  # type: ignore[arg-type]
 
-    async def test_the_reactor_is_the_one_that_is_given(self) -> None:
+    async def test_uses_the_given_reactor(self) -> None:
         memory = MemoryReactor()
         await listen(memory, ["tcp:3128:interface=127.0.0.1"], self.factory, "PROXY_LISTEN")
         self.assertEqual(memory.tcpServers[0][:2], (3128, self.factory))

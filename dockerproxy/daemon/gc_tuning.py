@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import gc
 
-_BLOCK = 4 * 1024 * 1024  # bytes
+_MMAP_THRESHOLD = 4 * 1024 * 1024  # bytes
 
 
-def settle_memory() -> None:
+def freeze_startup_objects() -> None:
     """Let Python's collector never again look at what is there now, and the C library keep some memory that is free.
 
     What is there now are modules, classes and services, which stay to the end: 50,000 objects, for which a full
@@ -18,4 +18,4 @@ def settle_memory() -> None:
     # glibc returns what is free at the end of the heap to the kernel where that is more than twice the largest block
     # that was ever mapped by itself (mallopt(3), M_MMAP_THRESHOLD). Downloads and pushes take and leave a few MiB all
     # the time, for which the kernel had to clear 25,000 pages a GB. These bytes are never touched: they take no memory.
-    bytes(_BLOCK)
+    bytes(_MMAP_THRESHOLD)

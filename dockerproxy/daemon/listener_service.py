@@ -13,19 +13,19 @@ from twisted.internet.protocol import Factory
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from dockerproxy.daemon.listeners import NotHandedIn, listen, where
+from dockerproxy.daemon.endpoints import SocketNotPassed, format_address, listen
 from dockerproxy.daemon.transfers import Transfers
 from dockerproxy.http.site import Site
 from dockerproxy.tasks import spawn
 
-GRACE = 25.0
+SHUTDOWN_GRACE = 25.0
 """Seconds that transfers have to finish when the daemon stops (systemd kills after 30: TimeoutStopSec)."""
 
 log = Logger()
 
 
 @frozen
-class Door:
+class Listener:
     """Where a site listens: the endpoint `descriptions` that are the value of `setting`.
 
     `entrance` is what is given the connections, if not the site itself.
@@ -34,10 +34,10 @@ class Door:
     setting: str
     descriptions: tuple[str, ...]
     site: Site
-    entrance: Factory | None = None
+    factory: Factory | None = None
 
 
-class Doors(Service):
+class ListenerService(Service):
     """Opens the doors at start, the first of them in any case.
 
     At stop: close them, let transfers finish for a while, then `close` what is behind.
@@ -48,75 +48,77 @@ class Doors(Service):
     def __init__(
         self,
         reactor: Any,
-        doors: Sequence[Door],
+        listeners: Sequence[Listener],
         transfers: Transfers,
-        close: Callable[[], Awaitable[None]],
-        on_repeat: Callable[[Callable[[], None]], None],
+        close_upstreams: Callable[[], Awaitable[None]],
+        on_repeated_stop: Callable[[Callable[[], None]], None],
     ) -> None:
         self._reactor = reactor
-        self._doors = doors
+        self._listeners = listeners
         self._transfers = transfers
-        self._close = close
-        self._on_repeat = on_repeat
+        self._close_upstreams = close_upstreams
+        self._on_repeated_stop = on_repeated_stop
         self._ports: list[IListeningPort] = []
-        self.opened: Deferred[None] = Deferred()
+        self.listening: Deferred[None] = Deferred()
         """Fires when every door is open."""
 
     def startService(self) -> None:
         super().startService()  # type: ignore[no-untyped-call]
-        opening = Deferred.fromCoroutine(self._open())
-        opened = getattr(opening, "result", None)
-        if isinstance(opened, Failure):
-            opening.addErrback(lambda failure: None)
-            raise SystemExit(f"docker-registry-proxy: {opened.getErrorMessage()}")
-        opening.addErrback(self._stay_shut)  # of an endpoint that takes its time
+        starting = Deferred.fromCoroutine(self._listen_on_all())
+        result = getattr(starting, "result", None)
+        if isinstance(result, Failure):
+            starting.addErrback(lambda failure: None)
+            raise SystemExit(f"docker-registry-proxy: {result.getErrorMessage()}")
+        starting.addErrback(self._listen_failed)  # of an endpoint that takes its time
 
-    def _stay_shut(self, failure: Failure) -> None:
+    def _listen_failed(self, failure: Failure) -> None:
         log.critical("{why}", why=failure.getErrorMessage())
         self._reactor.stop()
 
     def stopService(self) -> Deferred[None]:
         super().stopService()  # type: ignore[no-untyped-call]
-        self._on_repeat(self.hurry)
+        self._on_repeated_stop(self.abort)
         return Deferred.fromCoroutine(self._stop())
 
-    def hurry(self) -> None:
+    def abort(self) -> None:
         """Break off at once what the stopping daemon still waits for."""
         log.warn("asked to stop once more: what is under way is broken off")
-        for door in self._doors:
-            door.site.abort()
+        for listener in self._listeners:
+            listener.site.abort()
         spawn(self._transfers.drain(self._reactor, 0), "breaking off tunnels")
 
-    async def _open(self) -> None:
-        for door in self._doors:
+    async def _listen_on_all(self) -> None:
+        for listener in self._listeners:
             try:
-                ports = await listen(self._reactor, door.descriptions, door.entrance or door.site, door.setting)
-            except NotHandedIn as error:
+                ports = await listen(
+                    self._reactor, listener.descriptions, listener.factory or listener.site, listener.setting
+                )
+            except SocketNotPassed as error:
                 # Where another program has the port, systemd's socket fails. The proxy is of use without the others.
-                if door is self._doors[0]:
+                if listener is self._listeners[0]:
                     raise
                 log.warn("{why}", why=str(error))
                 continue
             self._ports.extend(ports)
             for port in ports:
-                log.info("listening on {where} ({setting})", where=where(port), setting=door.setting)
-        self.opened.callback(None)
+                log.info("listening on {where} ({setting})", where=format_address(port), setting=listener.setting)
+        self.listening.callback(None)
 
     async def _stop(self) -> None:
         for port in self._ports:
             await maybeDeferred(port.stopListening)
-        ends = self._reactor.seconds() + GRACE
+        deadline = self._reactor.seconds() + SHUTDOWN_GRACE
         aborted = 0
-        for door in self._doors:
-            aborted += await self._drain(door.site, ends)
-        aborted += await self._transfers.drain(self._reactor, max(0.0, ends - self._reactor.seconds()))
+        for listener in self._listeners:
+            aborted += await self._drain(listener.site, deadline)
+        aborted += await self._transfers.drain(self._reactor, max(0.0, deadline - self._reactor.seconds()))
         if aborted:
-            log.warn("{count} transfers were broken off after {grace} s", count=aborted, grace=GRACE)
-        await self._close()
+            log.warn("{count} transfers were broken off after {grace} s", count=aborted, grace=SHUTDOWN_GRACE)
+        await self._close_upstreams()
 
-    async def _drain(self, site: Site, ends: float) -> int:
+    async def _drain(self, site: Site, deadline: float) -> int:
         try:
-            await site.drain().addTimeout(max(0.0, ends - self._reactor.seconds()), self._reactor)
+            await site.drain().addTimeout(max(0.0, deadline - self._reactor.seconds()), self._reactor)
         except TimeoutError:
             return site.abort()
         return 0

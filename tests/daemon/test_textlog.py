@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from twisted.logger import LogEvent, eventAsText, formatEventAsClassicLogText, globalLogPublisher
 
 from dockerproxy.daemon.accesslog import AccessLog
-from dockerproxy.daemon.priority import TextLog
+from dockerproxy.daemon.textlog import TextLog
 
 PROJECT = Path(__file__).parents[2]
 
@@ -25,7 +25,7 @@ if len(sys.argv) > 1:
     status = os.fstat(1)
     os.environ["JOURNAL_STREAM"] = sys.argv[1].format(here=f"{status.st_dev}:{status.st_ino}")
 from twisted.logger import Logger, LogLevel
-from dockerproxy.daemon.priority import observer
+from dockerproxy.daemon.textlog import observer
 log = Logger("n", observer=observer())
 for level in LogLevel.iterconstants():
     log.emit(level, "a {x}", x="message")
@@ -41,14 +41,14 @@ log.info("")
 def run(*arguments: str) -> list[str]:
     """Return the lines that the program writes to a pipe."""
     environment = {name: value for name, value in os.environ.items() if name != "JOURNAL_STREAM"}
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", PROGRAM, *arguments],
         env=environment | {"PYTHONPATH": str(PROJECT)}, capture_output=True, text=True, check=True, timeout=60,
     )  # fmt: skip
-    return done.stdout.splitlines()
+    return result.stdout.splitlines()
 
 
-def test_in_the_journal() -> None:
+def test_journal_lines_have_a_priority() -> None:
     lines = run("{here}")
     assert lines[:7] == [
         "<7>[n#debug] a message", "<6>[n#info] a message", "<4>[n#warn] a message", "<3>[n#error] a message",
@@ -61,7 +61,7 @@ def test_in_the_journal() -> None:
 
 
 @pytest.mark.parametrize("arguments", [(), ("1:2",), ("",)], ids=["unset", "of another stream", "empty"])
-def test_elsewhere_lines_have_a_time_and_no_priority(arguments: tuple[str, ...]) -> None:
+def test_other_streams_get_a_time_and_no_priority(arguments: tuple[str, ...]) -> None:
     lines = run(*arguments)
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d{4} \[n#debug\] a message", lines[0])
     assert not any(line.startswith("<") for line in lines)
@@ -70,7 +70,7 @@ def test_elsewhere_lines_have_a_time_and_no_priority(arguments: tuple[str, ...])
 @given(st.lists(st.floats(0, 4e9, allow_nan=False), max_size=5), st.text())
 @example([3999999999.0, 3999999999.9999995], "")
 @example([3999999999.9999995, 3999999999.0], "")
-def test_the_short_way_of_an_access_line_leads_to_the_same_text(times: list[float], path: str) -> None:
+def test_the_access_log_fast_path_formats_alike(times: list[float], path: str) -> None:
     events: list[LogEvent] = []
     globalLogPublisher.addObserver(events.append)
     try:
@@ -80,15 +80,15 @@ def test_the_short_way_of_an_access_line_leads_to_the_same_text(times: list[floa
         globalLogPublisher.removeObserver(events.append)
     plain, journal = io.StringIO(), io.StringIO()
     logs = TextLog(plain, journal=False), TextLog(journal, journal=True)
-    for event, when in zip(events, times, strict=True):
-        event["log_time"] = when
+    for event, timestamp in zip(events, times, strict=True):
+        event["log_time"] = timestamp
         for log in logs:
             log(event)
     assert plain.getvalue() == "".join(str(formatEventAsClassicLogText(event)) for event in events)
     assert journal.getvalue() == "".join(f"<6>{eventAsText(event, includeTimestamp=False)}\n" for event in events)
 
 
-def test_a_stream_that_is_gone_harms_nobody() -> None:
+def test_a_closed_stream_is_ignored() -> None:
     stream = io.StringIO()
     stream.close()
     TextLog(stream, journal=False)({"log_format": "text", "log_time": 0.0})

@@ -21,7 +21,7 @@ from dockerproxy.http.site import Site
 log = Logger()
 
 
-class LocalDoor(Service):
+class ControlSocket(Service):
     """Listens with `site` on a socket at `path`, which the daemon's user and group may use and nobody else.
 
     At stop, what is under way there is broken off: it is for people who are told so, and can be done again.
@@ -36,19 +36,19 @@ class LocalDoor(Service):
     def startService(self) -> None:
         super().startService()  # type: ignore[no-untyped-call]
         try:
-            _make_directory(self._path.parent)
-            _clear(self._path)
+            _make_socket_directory(self._path.parent)
+            _remove_stale_socket(self._path)
             endpoint: Any = UNIXServerEndpoint(self._reactor, str(self._path), mode=0o660)  # type: ignore[no-untyped-call]
-            opening = maybeDeferred(endpoint.listen, self._site)
-            opened = getattr(opening, "result", None)
-            if isinstance(opened, Failure):
-                opening.addErrback(lambda failure: None)
-                opened.raiseException()
+            listening = maybeDeferred(endpoint.listen, self._site)
+            result = getattr(listening, "result", None)
+            if isinstance(result, Failure):
+                listening.addErrback(lambda failure: None)
+                result.raiseException()
         except CannotListenError as error:
-            raise SystemExit(_sentence(self._path, error.socketError)) from None
+            raise SystemExit(_error_message(self._path, error.socketError)) from None
         except OSError as error:
-            raise SystemExit(_sentence(self._path, error)) from None
-        self._port = opened
+            raise SystemExit(_error_message(self._path, error)) from None
+        self._port = result
         log.info("listening on {where} for commands", where=str(self._path))
 
     def stopService(self) -> Deferred[None]:
@@ -64,7 +64,7 @@ class LocalDoor(Service):
         await self._site.drain()
 
 
-def _make_directory(path: Path) -> None:
+def _make_socket_directory(path: Path) -> None:
     """Make the directory of the socket; one that is there (systemd's) is as its maker wants it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with suppress(FileExistsError):
@@ -72,7 +72,7 @@ def _make_directory(path: Path) -> None:
         path.chmod(0o750)
 
 
-def _clear(path: Path) -> None:
+def _remove_stale_socket(path: Path) -> None:
     """Remove the socket that a daemon left which was killed. Raise `OSError` where one listens."""
     try:
         if not stat.S_ISSOCK(path.lstat().st_mode):
@@ -91,6 +91,6 @@ def _clear(path: Path) -> None:
     raise FileExistsError(0, "another daemon listens there")
 
 
-def _sentence(path: Path, error: BaseException) -> str:
+def _error_message(path: Path, error: BaseException) -> str:
     reason = (isinstance(error, OSError) and error.strerror) or str(error)
     return f"docker-registry-proxy: {path} cannot be listened on: {reason}."

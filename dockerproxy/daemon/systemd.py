@@ -15,7 +15,7 @@ from twisted.logger import Logger
 
 from dockerproxy.daemon.signals import on_hangup
 
-_PATIENCE = 1.0  # seconds that a message may wait for the service manager to read its older ones
+_SEND_TIMEOUT = 1.0  # seconds that a message may wait for the service manager to read its older ones
 
 log = Logger()
 
@@ -40,13 +40,13 @@ class Notifier:
         """Say that the daemon is about to end."""
         self._send("STOPPING=1", "letting transfers finish")
 
-    def alive(self) -> None:
+    def watchdog(self) -> None:
         """Feed the watchdog."""
         self._send("WATCHDOG=1")
 
-    def failed(self, why: str) -> None:
+    def status(self, text: str) -> None:
         """Say why the daemon ends: `systemctl status` shows it from then on."""
-        self._send("", why)
+        self._send("", text)
 
     def _send(self, assignments: str, status: str = "") -> None:
         if not self._address:
@@ -55,7 +55,7 @@ class Notifier:
             assignments = f"{assignments}\nSTATUS={' '.join(status.split())}".lstrip()
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
-                sender.settimeout(_PATIENCE)
+                sender.settimeout(_SEND_TIMEOUT)
                 sender.sendto(assignments.encode("utf-8", "replace"), self._address)
         except OSError as error:
             log.warn("systemd cannot be told {message}: {why}", message=assignments.partition("\n")[0], why=str(error))
@@ -63,12 +63,16 @@ class Notifier:
 
 def watchdog_interval(environment: Mapping[str, str], pid: int) -> float | None:
     """Return how often the watchdog wants to be fed, in seconds; None where there is none (sd_watchdog_enabled(3))."""
-    limit = environment.get("WATCHDOG_USEC", "")
-    meant = environment.get("WATCHDOG_PID", str(pid)) == str(pid)
-    return int(limit) / 2_000_000 if meant and limit.isascii() and limit.isdigit() and int(limit) else None
+    timeout_usec = environment.get("WATCHDOG_USEC", "")
+    applies = environment.get("WATCHDOG_PID", str(pid)) == str(pid)
+    return (
+        int(timeout_usec) / 2_000_000
+        if applies and timeout_usec.isascii() and timeout_usec.isdigit() and int(timeout_usec)
+        else None
+    )
 
 
-class Supervised(Service):
+class SystemdService(Service):
     """Keeps systemd informed, and does as it says: SIGHUP is for `reload`.
 
     To be the last of the services: it is the first to stop then. The daemon is ready, and says `status`, when `opened`
@@ -76,26 +80,26 @@ class Supervised(Service):
     """
 
     def __init__(
-        self, reactor: Any, notifier: Notifier, opened: Deferred[None], status: str, reload: Callable[[], None]
+        self, reactor: Any, notifier: Notifier, listening: Deferred[None], status: str, reload: Callable[[], None]
     ) -> None:
         self._reactor = reactor
         self._notifier = notifier
-        self._opened = opened
+        self._listening = listening
         self._status = status
         self._reload = reload
-        self._feeding = LoopingCall(notifier.alive)
-        self._feeding.clock = reactor
+        self._watchdog_loop = LoopingCall(notifier.watchdog)
+        self._watchdog_loop.clock = reactor
 
     def startService(self) -> None:
         super().startService()  # type: ignore[no-untyped-call]
         on_hangup(self._reactor, self._reload)
-        self._opened.addCallback(lambda _: self._reactor.callWhenRunning(self._notifier.ready, self._status))
+        self._listening.addCallback(lambda _: self._reactor.callWhenRunning(self._notifier.ready, self._status))
         interval = watchdog_interval(os.environ, os.getpid())
         if interval is not None:
-            self._feeding.start(interval)
+            self._watchdog_loop.start(interval)
 
     def stopService(self) -> None:
         super().stopService()  # type: ignore[no-untyped-call]
         self._notifier.stopping()
-        if self._feeding.running:
-            self._feeding.stop()
+        if self._watchdog_loop.running:
+            self._watchdog_loop.stop()

@@ -11,8 +11,8 @@ from dockerproxy.errors import BadRequest, NameInvalid, NameUnknown, Unsupported
 from dockerproxy.http.request import Request
 from dockerproxy.oci.names import Host
 
-_NOT_KEPT = ("Cache-Control", "no-store")
-_TEXT = [("Content-Type", "text/plain; charset=utf-8"), _NOT_KEPT]
+_NO_STORE = ("Cache-Control", "no-store")
+_TEXT_FIELDS = [("Content-Type", "text/plain; charset=utf-8"), _NO_STORE]
 
 _WELCOME = """\
 docker-registry-proxy
@@ -28,7 +28,7 @@ Docker hosts use this as their HTTP and HTTPS proxy; images are served from its 
 
 
 @frozen
-class Page:
+class BuiltinEndpoints:
     """Answers origin-form requests; `registry` those to `/v2/`, `metrics` those to `/metrics`.
 
     `proxy_port` is the proxy's port where the page is at another.
@@ -39,7 +39,7 @@ class Page:
     metrics: Callable[[Request], Awaitable[None]]
     proxy_port: int | None = None
 
-    async def answer(self, request: Request) -> None:
+    async def handle(self, request: Request) -> None:
         """Answer `request`. Raise `RegistryError`."""
         request.host = request.host or (request.headers.get("host") or "")
         if request.path == "/v2" or request.path.startswith("/v2/"):
@@ -49,33 +49,33 @@ class Page:
             raise Unsupported(f"{request.path} can only be read", headers=[("Allow", "GET, HEAD")])
         match request.path:
             case "/":
-                self._welcome(request)
+                self._serve_welcome(request)
             case "/ca.crt":
                 fields = [("Content-Type", "application/x-x509-ca-cert"), ("Cache-Control", "no-cache")]
                 request.answer(200, fields, self.certificate_pem)
             case "/setup" | "/setup/systemd":  # the latter is rpardini/docker-registry-proxy's address
-                self._setup(request)
+                self._serve_setup_script(request)
             case "/healthz":
-                request.answer(200, _TEXT, b"ok\n")
+                request.answer(200, _TEXT_FIELDS, b"ok\n")
             case "/metrics":
                 await self.metrics(request)
             case _:
                 raise NameUnknown("there is no such page; / tells which there are")
 
-    def _welcome(self, request: Request) -> None:
+    def _serve_welcome(self, request: Request) -> None:
         try:
             # With TLS the certificate would be one that is not trusted yet.
-            url = _own_url(request, self.proxy_port if request.secure else None)
+            url = _base_url(request, self.proxy_port if request.secure else None)
         except BadRequest:
             url = "http://THIS-HOST:PORT/"
-        request.answer(200, _TEXT, _WELCOME.format(url=url).encode())
+        request.answer(200, _TEXT_FIELDS, _WELCOME.format(url=url).encode())
 
-    def _setup(self, request: Request) -> None:
-        script = setup_script(_own_url(request, self.proxy_port)).encode()
-        request.answer(200, [("Content-Type", "text/x-shellscript; charset=utf-8"), _NOT_KEPT], script)
+    def _serve_setup_script(self, request: Request) -> None:
+        script = setup_script(_base_url(request, self.proxy_port)).encode()
+        request.answer(200, [("Content-Type", "text/x-shellscript; charset=utf-8"), _NO_STORE], script)
 
 
-def _own_url(request: Request, port: int | None) -> str:
+def _base_url(request: Request, port: int | None) -> str:
     """Return our own address as the client knows it, checked: it goes into commands that are run as root.
 
     With a `port`, that of our door there.

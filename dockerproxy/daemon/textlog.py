@@ -1,4 +1,4 @@
-"""The log as text on standard output. twistd's ``--logger=dockerproxy.daemon.priority.observer`` asks for it, too.
+"""The log as text on standard output. twistd's ``--logger=dockerproxy.daemon.textlog.observer`` asks for it, too.
 
 Where that is the journal, lines have its priorities; elsewhere they are as twistd writes them.
 """
@@ -16,7 +16,7 @@ from twisted.python.components import Componentized
 from zope.interface import implementer
 
 from dockerproxy.daemon.accesslog import NAMESPACE
-from dockerproxy.daemon.jsonlog import TextStream, is_standard_output
+from dockerproxy.daemon.jsonlog import TextStream, logs_to_stdout
 
 # sd-daemon(3): the levels of syslog. The unit's SyslogLevel= is for lines without one.
 _PRIORITIES = {LogLevel.debug: 7, LogLevel.info: 6, LogLevel.warn: 4, LogLevel.error: 3, LogLevel.critical: 2}
@@ -33,29 +33,29 @@ class TextLog:
 
     def __init__(self, stream: TextStream, *, journal: bool) -> None:
         self._stream = stream
-        self._format = _with_priority if journal else formatEventAsClassicLogText
+        self._format = _format_with_priority if journal else formatEventAsClassicLogText
         self._journal = journal
-        self._second: tuple[int, str] = (-1, "")  # the last one, and how it is written
+        self._last_second: tuple[int, str] = (-1, "")  # the last one, and how it is written
 
     def __call__(self, event: LogEvent) -> None:
         # What is being logged matters more than its line: a full disk or a closed pipe must not end a transfer.
         with suppress(Exception):
-            text = self._access(event) if event.get("log_namespace") == NAMESPACE else self._format(event)
+            text = self._format_access(event) if event.get("log_namespace") == NAMESPACE else self._format(event)
             if text:
                 self._stream.write(text)
                 self._stream.flush()
 
-    def _access(self, event: LogEvent) -> str:
-        before = f"<{_INFO}>" if self._journal else f"{self._time(event['log_time'])} "
-        return f"{before}[{NAMESPACE}#info] {event['line']}\n"
+    def _format_access(self, event: LogEvent) -> str:
+        prefix = f"<{_INFO}>" if self._journal else f"{self._format_time(event['log_time'])} "
+        return f"{prefix}[{NAMESPACE}#info] {event['line']}\n"
 
-    def _time(self, when: float) -> str:
-        second, text = self._second
-        if when - int(when) > 0.999999:  # Twisted rounds to microseconds: this may be the next second already
-            return formatTime(when)
-        if int(when) != second:
-            text = formatTime(when)
-            self._second = int(when), text
+    def _format_time(self, timestamp: float) -> str:
+        second, text = self._last_second
+        if timestamp - int(timestamp) > 0.999999:  # Twisted rounds to microseconds: this may be the next second already
+            return formatTime(timestamp)
+        if int(timestamp) != second:
+            text = formatTime(timestamp)
+            self._last_second = int(timestamp), text
         return text
 
 
@@ -69,27 +69,27 @@ def install(application: Componentized, options: Mapping[str, Any]) -> None:
 
     When to call it is told at `dockerproxy.daemon.jsonlog.install`.
     """
-    if is_standard_output(options):
+    if logs_to_stdout(options):
         application.setComponent(ILogObserver, observer())  # type: ignore[no-untyped-call]
 
 
-def complain(text: str) -> None:
+def print_error(text: str) -> None:
     """Write a line to standard error, there being no log yet."""
-    error = _PRIORITIES[LogLevel.error]
-    prefix = f"<{error}>" if _is_journal(sys.stderr, os.environ.get("JOURNAL_STREAM", "")) else ""
+    priority = _PRIORITIES[LogLevel.error]
+    prefix = f"<{priority}>" if _is_journal(sys.stderr, os.environ.get("JOURNAL_STREAM", "")) else ""
     print(f"{prefix}{text}", file=sys.stderr)
 
 
-def _is_journal(stream: TextIO, named: str) -> bool:
+def _is_journal(stream: TextIO, journal_stream: str) -> bool:
     # The variable is inherited by children whose output may go elsewhere, so systemd says to compare.
     try:
         status = os.fstat(stream.fileno())
     except (OSError, ValueError):
         return False
-    return named == f"{status.st_dev}:{status.st_ino}"
+    return journal_stream == f"{status.st_dev}:{status.st_ino}"
 
 
-def _with_priority(event: LogEvent) -> str | None:
+def _format_with_priority(event: LogEvent) -> str | None:
     text = eventAsText(event, includeTimestamp=False)
     if not text:
         return None

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from dockerproxy.admin.page import Page
+from dockerproxy.admin.builtin_endpoints import BuiltinEndpoints
 from dockerproxy.errors import RegistryError
 from dockerproxy.http.request import Request
 from dockerproxy.oci.names import Host
@@ -15,7 +15,7 @@ from dockerproxy.proxy.front import answer_plainly
 
 PEM = b"-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----\n"
 
-HOSTILE = [
+INVALID_HOSTS = [
     "x;reboot",
     "$(reboot)",
     "`reboot`",
@@ -41,7 +41,7 @@ HOSTILE = [
 
 
 @pytest.fixture
-def enter(visit: Any) -> Any:
+def connect(visit: Any) -> Any:
     """Return a function that makes a visitor of the page; `name` is what an absolute-form target named."""
 
     def make(name: str = "", proxy_port: int | None = None, *, secure: bool = False) -> Any:
@@ -52,12 +52,12 @@ def enter(visit: Any) -> Any:
             fields = [("Content-Type", "text/plain; version=0.0.4"), ("Cache-Control", "no-store")]
             request.answer(200, fields, b"# HELP")
 
-        page = Page(PEM, registry, metrics, proxy_port)
+        endpoints = BuiltinEndpoints(PEM, registry, metrics, proxy_port)
 
         async def handle(request: Request) -> None:
             request.host = name
             try:
-                await page.answer(request)
+                await endpoints.handle(request)
             except RegistryError as error:
                 answer_plainly(request, error)
 
@@ -78,42 +78,42 @@ def enter(visit: Any) -> Any:
         ("/setup/systemd", "text/x-shellscript; charset=utf-8", b"#!/bin/sh\n"),
     ],
 )
-def test_what_there_is(enter: Any, path: str, media_type: str, content: bytes) -> None:
+def test_builtin_endpoints(connect: Any, path: str, media_type: str, content: bytes) -> None:
     for target in (path, f"{path}?anything=1"):
-        visitor = enter()
-        answer = visitor.ask("GET", target)
-        assert (answer.status, answer.headers["Content-Type"], answer.whole) == (200, media_type, True)
-        assert answer.body.startswith(content)
-        assert answer.headers["Cache-Control"] in ("no-store", "no-cache")
-        head = visitor.ask("HEAD", target)
-        assert (head.status, head.body, head.headers["Content-Length"]) == (200, b"", str(len(answer.body)))
-        assert visitor.logged[0].host == "proxy.example:3128"
+        client = connect()
+        response = client.ask("GET", target)
+        assert (response.status, response.headers["Content-Type"], response.whole) == (200, media_type, True)
+        assert response.body.startswith(content)
+        assert response.headers["Cache-Control"] in ("no-store", "no-cache")
+        head = client.ask("HEAD", target)
+        assert (head.status, head.body, head.headers["Content-Length"]) == (200, b"", str(len(response.body)))
+        assert client.logged[0].host == "proxy.example:3128"
 
 
-def test_the_certificate_is_the_whole_of_the_file(enter: Any) -> None:
-    assert enter().ask("GET", "/ca.crt").body == PEM
+def test_the_certificate_is_the_whole_file(connect: Any) -> None:
+    assert connect().ask("GET", "/ca.crt").body == PEM
 
 
 @pytest.mark.parametrize("path", ["/v2", "/v2/", "/v2/a/manifests/latest"])
 @pytest.mark.parametrize("method", ["GET", "HEAD", "PUT", "DELETE"])
-def test_the_registry_answers_for_itself(enter: Any, path: str, method: str) -> None:
-    assert enter().ask(method, path).status == 200
+def test_v2_is_passed_to_the_registry(connect: Any, path: str, method: str) -> None:
+    assert connect().ask(method, path).status == 200
 
 
 @pytest.mark.parametrize(
     "path", ["/nothing", "/v2x", "/v1/", "/ca.crt/", "/CA.CRT", "//", "/%63a.crt", "/setup/", "/setup/../ca.crt"]
 )
-def test_what_there_is_not(enter: Any, path: str) -> None:
-    answer = enter().ask("GET", path)
-    assert (answer.status, answer.headers["Content-Type"]) == (404, "text/plain; charset=utf-8")
-    assert b"/ tells" in answer.body
+def test_unknown_paths(connect: Any, path: str) -> None:
+    response = connect().ask("GET", path)
+    assert (response.status, response.headers["Content-Type"]) == (404, "text/plain; charset=utf-8")
+    assert b"/ tells" in response.body
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS", "TRACE"])
 @pytest.mark.parametrize("path", ["/", "/ca.crt", "/healthz", "/metrics", "/setup/systemd", "/nothing"])
-def test_it_can_only_be_read(enter: Any, method: str, path: str) -> None:
-    answer = enter().ask(method, path)
-    assert (answer.status, answer.headers["Allow"]) == (405, "GET, HEAD")
+def test_only_get_and_head_are_allowed(connect: Any, method: str, path: str) -> None:
+    response = connect().ask(method, path)
+    assert (response.status, response.headers["Allow"]) == (405, "GET, HEAD")
 
 
 @pytest.mark.parametrize(
@@ -128,55 +128,55 @@ def test_it_can_only_be_read(enter: Any, method: str, path: str) -> None:
         ("docker-registry.local:3180", "docker-registry.local:3180"),
     ],
 )
-def test_our_own_address_is_as_the_client_writes_it(enter: Any, host: str, address: str) -> None:
-    page = enter().ask("GET", "/", [("Host", host)])
+def test_the_base_url_is_the_clients_host_field(connect: Any, host: str, address: str) -> None:
+    page = connect().ask("GET", "/", [("Host", host)])
     assert f"http://{address}/setup |" in page.body.decode()
-    script = enter().ask("GET", "/setup/systemd", [("Host", host)]).body.decode()
+    script = connect().ask("GET", "/setup/systemd", [("Host", host)]).body.decode()
     # which shell quotes, where it has brackets
     assert "proxy=" + shlex.quote(f"http://{Host.parse(host, 80).authority}/") + "\n" in script
 
 
-def test_of_a_url_its_own_host_counts(enter: Any) -> None:
+def test_an_absolute_target_takes_precedence_over_the_host_field(connect: Any) -> None:
     """RFC 9112, section 3.2.2: beside a target with a host, the Host field is not looked at."""
-    script = enter(name="docker-registry.local:3128").ask("GET", "/setup/systemd", [("Host", "evil.example")])
+    script = connect(name="docker-registry.local:3128").ask("GET", "/setup/systemd", [("Host", "evil.example")])
     assert b"proxy=http://docker-registry.local:3128/\n" in script.body
     assert b"evil" not in script.body
 
 
-def test_at_another_door_the_script_names_the_proxys_port(enter: Any) -> None:
-    visitor = enter(proxy_port=3128)
-    script = visitor.ask("GET", "/setup", [("Host", "docker-registry.local")]).body
+def test_on_another_listener_the_script_names_the_proxys_port(connect: Any) -> None:
+    client = connect(proxy_port=3128)
+    script = client.ask("GET", "/setup", [("Host", "docker-registry.local")]).body
     assert b"proxy=http://docker-registry.local:3128/\n" in script
-    page = visitor.ask("GET", "/", [("Host", "docker-registry.local")]).body
+    page = client.ask("GET", "/", [("Host", "docker-registry.local")]).body
     assert b"http://docker-registry.local/setup |" in page  # the page itself is where it was found
 
 
 @pytest.mark.parametrize("host", ["docker-registry.local", "docker-registry.local:5443"])
-def test_at_a_door_with_tls_the_page_names_the_proxys_too(enter: Any, host: str) -> None:
+def test_on_a_tls_listener_the_page_names_the_proxys_port(connect: Any, host: str) -> None:
     """Whose certificate nobody trusts yet who reads it."""
-    page = enter(proxy_port=3128, secure=True).ask("GET", "/", [("Host", host)]).body
+    page = connect(proxy_port=3128, secure=True).ask("GET", "/", [("Host", host)]).body
     assert b"curl -fsS http://docker-registry.local:3128/setup |" in page
 
 
-@pytest.mark.parametrize("host", HOSTILE)
-def test_no_script_is_made_of_a_hostile_host(enter: Any, host: str) -> None:
-    answer = enter().ask("GET", "/setup/systemd", [("Host", host)])
-    assert (answer.status, b"#!" in answer.body) == (400, False)
-    assert not host or host.encode() not in answer.body
+@pytest.mark.parametrize("host", INVALID_HOSTS)
+def test_an_invalid_host_gets_no_script(connect: Any, host: str) -> None:
+    response = connect().ask("GET", "/setup/systemd", [("Host", host)])
+    assert (response.status, b"#!" in response.body) == (400, False)
+    assert not host or host.encode() not in response.body
 
 
-@pytest.mark.parametrize("host", HOSTILE)
-def test_the_page_is_there_for_everyone(enter: Any, host: str) -> None:
-    answer = enter().ask("GET", "/", [("Host", host)])
-    assert answer.status == 200
-    assert b"http://THIS-HOST:PORT/setup |" in answer.body
-    assert not host or host.encode() not in answer.body
+@pytest.mark.parametrize("host", INVALID_HOSTS)
+def test_the_welcome_page_needs_no_valid_host(connect: Any, host: str) -> None:
+    response = connect().ask("GET", "/", [("Host", host)])
+    assert response.status == 200
+    assert b"http://THIS-HOST:PORT/setup |" in response.body
+    assert not host or host.encode() not in response.body
 
 
-def test_a_client_that_does_not_name_us(enter: Any) -> None:
-    visitor = enter()
-    visitor.send(b"GET /healthz HTTP/1.0\r\n\r\n")
-    assert visitor.answer().body == b"ok\n"
-    visitor = enter()
-    visitor.send(b"GET /setup/systemd HTTP/1.0\r\n\r\n")
-    assert visitor.answer().status == 400
+def test_a_request_without_a_host_field(connect: Any) -> None:
+    client = connect()
+    client.send(b"GET /healthz HTTP/1.0\r\n\r\n")
+    assert client.answer().body == b"ok\n"
+    client = connect()
+    client.send(b"GET /setup/systemd HTTP/1.0\r\n\r\n")
+    assert client.answer().status == 400

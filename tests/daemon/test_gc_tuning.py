@@ -7,22 +7,22 @@ import sys
 
 import pytest
 
-from dockerproxy.daemon.memory import settle_memory
+from dockerproxy.daemon.gc_tuning import freeze_startup_objects
 
 
-def test_what_the_start_made_is_not_looked_at_again(request: pytest.FixtureRequest) -> None:
+def test_existing_objects_are_frozen(request: pytest.FixtureRequest) -> None:
     request.addfinalizer(gc.unfreeze)
-    mine = [object()]
-    settle_memory()
+    existing = [object()]
+    freeze_startup_objects()
     assert gc.get_freeze_count() > 1000
-    assert not any(known is mine for known in gc.get_objects())
-    later = [mine]
+    assert not any(tracked is existing for tracked in gc.get_objects())
+    later = [existing]
     assert any(known is later for known in gc.get_objects())
 
 
-_COME_AND_GO = """
+_COUNT_PAGE_FAULTS = """
 import resource
-from dockerproxy.daemon.memory import settle_memory
+from dockerproxy.daemon.gc_tuning import freeze_startup_objects
 
 def faults(rounds):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -31,17 +31,17 @@ def faults(rounds):
         del pieces
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-{settle}
+{setup}
 faults(2)
 print(faults(20))
 """
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is about glibc, and this is another C library")
-def test_memory_that_comes_and_goes_is_not_taken_from_the_kernel_each_time() -> None:
-    def faults(settle: str) -> int:
-        program = _COME_AND_GO.format(settle=settle)
+def test_freed_memory_is_reused_without_page_faults() -> None:
+    def page_faults(setup: str) -> int:
+        program = _COUNT_PAGE_FAULTS.format(setup=setup)
         return int(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout)
 
-    assert faults("") > 20 * 128  # so this has something to show
-    assert faults("settle_memory()") < 20
+    assert page_faults("") > 20 * 128  # so this has something to show
+    assert page_faults("freeze_startup_objects()") < 20

@@ -15,10 +15,10 @@ from dockerproxy.store.links import Links
 
 HOSTED, CACHED = "hosted", "cached"
 
-_SUGGESTED = 3
+_MAX_SUGGESTIONS = 3
 
 
-class NotUnderstood(Exception):
+class InvalidArgument(Exception):
     """A name that is none, or that two things have: a sentence."""
 
 
@@ -31,10 +31,10 @@ class NotFound(Exception):
 
 
 @frozen
-class Shelf:
+class StoreView:
     """One of the two stores. `where` is ``hosted`` or ``cached``; in the latter, repositories begin with a host."""
 
-    where: str
+    kind: str
     layout: Layout
     blobs: Blobs = field(init=False)
     links: Links = field(init=False)
@@ -47,22 +47,22 @@ class Shelf:
     def _links(self) -> Links:
         return Links(self.layout, durable=False)
 
-    def has(self, repository: str) -> bool:
+    def has_repository(self, repository: str) -> bool:
         """Say whether the repository has anything. Blocks."""
         try:
-            things: tuple[Iterator[object], ...] = (
+            listings: tuple[Iterator[object], ...] = (
                 iter(self.links.tags(repository)), self.links.manifests(repository), self.links.layers(repository)
             )  # fmt: skip
         except NameInvalid:
             return False
-        return any(next(found, None) is not None for found in things)
+        return any(next(entries, None) is not None for entries in listings)
 
 
 @frozen
-class Named:
+class ImageRef:
     """A repository on a shelf or, where there is a tag or a digest, that of it."""
 
-    shelf: Shelf
+    store: StoreView
     repository: str
     tag: str | None = None
     digest: Digest | None = None
@@ -74,91 +74,93 @@ class Named:
 
 
 @frozen
-class Names:
+class ImageResolver:
     """Finds what is meant by ``REPO``, ``REPO:TAG`` and ``REPO@DIGEST``, of what is hosted, and ``HOST/REPO…`` of what
     is cached.
 
     `own_names`: hosts that may stand before a hosted repository. `aliases`: other names of hosts of cached ones.
     """
 
-    shelves: Sequence[Shelf]
-    own_names: frozenset[str]
-    aliases: Mapping[str, str]
+    stores: Sequence[StoreView]
+    registry_hostnames: frozenset[str]
+    host_aliases: Mapping[str, str]
 
-    def find(self, text: str, where: str | None = None) -> Named:
+    def resolve(self, text: str, kind: str | None = None) -> ImageRef:
         """Return what `text` means, on the shelf `where` if given. Blocks. Raise `NotFound`, `NotUnderstood`."""
-        path, tag, digest = _split(text)
-        found = [
-            (shelf, repository)
-            for shelf in self.shelves
-            if where in (None, shelf.where)
-            for repository in self._spellings(shelf, path)
-            if shelf.has(repository)
+        path, tag, digest = _parse_name(text)
+        matches = [
+            (store, repository)
+            for store in self.stores
+            if kind in (None, store.kind)
+            for repository in self._candidates(store, path)
+            if store.has_repository(repository)
         ]
-        if not found:
-            raise NotFound(f"there is no repository {path}", self._near(path, tag, where))
-        shelf, repository = found[0]
-        if any(other is not shelf for other, _ in found):
-            raise NotUnderstood(f"{path} is both hosted and cached: say which with --hosted or --cached")
+        if not matches:
+            raise NotFound(f"there is no repository {path}", self._suggestions(path, tag, kind))
+        shelf, repository = matches[0]
+        if any(other is not shelf for other, _ in matches):
+            raise InvalidArgument(f"{path} is both hosted and cached: say which with --hosted or --cached")
         if tag is not None:
             _check_tag(shelf, repository, tag)
         if digest is not None:
             linked = shelf.links.has_manifest(repository, digest)
-            if not linked and not (shelf.where == CACHED and shelf.links.has_layer(repository, digest)):
+            if not linked and not (shelf.kind == CACHED and shelf.links.has_layer(repository, digest)):
                 raise NotFound(f"{repository} has no manifest {digest}")
-        return Named(shelf, repository, tag, digest)
+        return ImageRef(shelf, repository, tag, digest)
 
-    def _spellings(self, shelf: Shelf, path: str) -> Iterator[str]:
+    def _candidates(self, store: StoreView, path: str) -> Iterator[str]:
         yield path
         first, slash, rest = path.partition("/")
-        if shelf.where == HOSTED:
-            if slash and first.partition(":")[0].lower() in self.own_names:
+        if store.kind == HOSTED:
+            if slash and first.partition(":")[0].lower() in self.registry_hostnames:
                 yield rest
-        elif first in self.aliases:
+        elif first in self.host_aliases:
             # As docker does: ubuntu is library/ubuntu.
-            yield f"{self.aliases[first]}/{rest if '/' in rest else f'library/{rest}'}"
+            yield f"{self.host_aliases[first]}/{rest if '/' in rest else f'library/{rest}'}"
 
-    def _near(self, path: str, tag: str | None, where: str | None) -> list[str]:
+    def _suggestions(self, path: str, tag: str | None, kind: str | None) -> list[str]:
         names = [
             repository
-            for shelf in self.shelves
-            if where in (None, shelf.where)
-            for repository in shelf.links.repositories()
-            if shelf.has(repository)
+            for store in self.stores
+            if kind in (None, store.kind)
+            for repository in store.links.repositories()
+            if store.has_repository(repository)
         ]
         # With what stands before it elsewhere: a registry's host, or the address that ours was reached by.
         longer_or_shorter = [name for name in names if name.endswith(f"/{path}") or path.endswith(f"/{name}")]
-        near = dict.fromkeys((*longer_or_shorter, *_close(path, names)))
-        return [name if tag is None else f"{name}:{tag}" for name in near][:_SUGGESTED]
+        suggestions = dict.fromkeys((*longer_or_shorter, *_close_matches(path, names)))
+        return [name if tag is None else f"{name}:{tag}" for name in suggestions][:_MAX_SUGGESTIONS]
 
 
-def _close(text: str, names: Sequence[str]) -> list[str]:
+def _close_matches(text: str, names: Sequence[str]) -> list[str]:
     """Return the `names` that are spelled like `text`, or begin so; in upper case or lower."""
-    folded = {name.lower(): name for name in names}
-    begun = [name for name in folded if text and name.startswith(text.lower())]
-    found = dict.fromkeys((*difflib.get_close_matches(text.lower(), folded, _SUGGESTED), *begun[:_SUGGESTED]))
-    return [folded[name] for name in found][:_SUGGESTED]
+    by_lowercase = {name.lower(): name for name in names}
+    prefix_matches = [name for name in by_lowercase if text and name.startswith(text.lower())]
+    matches = dict.fromkeys(
+        (*difflib.get_close_matches(text.lower(), by_lowercase, _MAX_SUGGESTIONS), *prefix_matches[:_MAX_SUGGESTIONS])
+    )
+    return [by_lowercase[name] for name in matches][:_MAX_SUGGESTIONS]
 
 
-def _split(text: str) -> tuple[str, str | None, Digest | None]:
+def _parse_name(text: str) -> tuple[str, str | None, Digest | None]:
     name, at, encoded = text.partition("@")
     digest = None
     if at:
         try:
             digest = Digest.parse(encoded)
         except DigestInvalid as error:
-            raise NotUnderstood(error.message) from None
+            raise InvalidArgument(error.message) from None
     # The colon of a port has a slash behind it.
-    before, colon, tag = name.rpartition(":")
+    repository, colon, tag = name.rpartition(":")
     if not colon or "/" in tag:
-        before, tag = name, ""
-    if not before or (colon and not tag and name.endswith(":")):
-        raise NotUnderstood(f"{text!r} is not REPO, REPO:TAG or REPO@DIGEST")
+        repository, tag = name, ""
+    if not repository or (colon and not tag and name.endswith(":")):
+        raise InvalidArgument(f"{text!r} is not REPO, REPO:TAG or REPO@DIGEST")
     # As docker has it: beside a digest a tag means nothing.
-    return before, tag if tag and digest is None else None, digest
+    return repository, tag if tag and digest is None else None, digest
 
 
-def _check_tag(shelf: Shelf, repository: str, tag: str) -> None:
-    tags = shelf.links.tags(repository)
+def _check_tag(store: StoreView, repository: str, tag: str) -> None:
+    tags = store.links.tags(repository)
     if tag not in tags:
-        raise NotFound(f"{repository} has no tag {tag}", [f"{repository}:{name}" for name in _close(tag, tags)])
+        raise NotFound(f"{repository} has no tag {tag}", [f"{repository}:{name}" for name in _close_matches(tag, tags)])

@@ -20,14 +20,14 @@ Twisted's 50 is for less than a fleet that connects at once: the kernel then sen
 that come back with one.
 """
 
-_TAKES_BACKLOG = ("tcp:", "tcp6:", "unix:")
+_BACKLOG_ENDPOINTS = ("tcp:", "tcp6:", "unix:")
 
 
 class ListenError(Exception):
     """One sentence about an address that cannot be listened on."""
 
 
-class NotHandedIn(ListenError):
+class SocketNotPassed(ListenError):
     """It is to be a socket of systemd's, who has handed in no such."""
 
 
@@ -51,13 +51,15 @@ async def _listen(reactor: Any, description: str, factory: Factory, setting: str
     try:
         endpoint = serverFromString(reactor, _with_backlog(description))  # type: ignore[no-untyped-call]
         if isinstance(endpoint, AdoptedStreamServerEndpoint):
-            endpoint.addressFamily = _family(endpoint.fileno)
+            endpoint.addressFamily = _address_family(endpoint.fileno)
         port: IListeningPort = await endpoint.listen(factory)
     except CannotListenError as error:
         reason = _reason(error.socketError)
     except (TypeError, LookupError) as error:  # what Twisted raises for arguments that an endpoint does not know
         if isinstance(error, LookupError) and description.startswith("systemd:"):
-            raise NotHandedIn(f"{setting}: {description} cannot be listened on: systemd has no such socket.") from None
+            raise SocketNotPassed(
+                f"{setting}: {description} cannot be listened on: systemd has no such socket."
+            ) from None
         reason = "it describes no endpoint"
     except (ValueError, ArithmeticError, OSError) as error:
         reason = _reason(error)
@@ -67,19 +69,19 @@ async def _listen(reactor: Any, description: str, factory: Factory, setting: str
 
 
 def _with_backlog(description: str) -> str:
-    if description.startswith(_TAKES_BACKLOG) and ":backlog=" not in description:
+    if description.startswith(_BACKLOG_ENDPOINTS) and ":backlog=" not in description:
         return f"{description}:backlog={_BACKLOG}"
     return description
 
 
-def _family(descriptor: int) -> int:
+def _address_family(descriptor: int) -> int:
     """Return the address family of a socket that was handed in.
 
     `domain=` cannot know it: of ``ListenStream=3128`` systemd makes a socket for IPv6, and one for IPv4 where the
     kernel has no IPv6.
     """
-    with socket.socket(fileno=os.dup(descriptor)) as handed_in:
-        return handed_in.family
+    with socket.socket(fileno=os.dup(descriptor)) as duplicate:
+        return duplicate.family
 
 
 def _reason(error: BaseException) -> str:
@@ -87,7 +89,7 @@ def _reason(error: BaseException) -> str:
     return (isinstance(error, OSError) and error.strerror) or str(error)
 
 
-def where(port: IListeningPort) -> str:
+def format_address(port: IListeningPort) -> str:
     """Return the address of `port` for a log line."""
     address = port.getHost()
     host, number = getattr(address, "host", None), getattr(address, "port", None)

@@ -8,18 +8,18 @@ from typing import Any
 
 from dockerproxy.http.request import Request
 
-_EVERY = 0.2  # seconds between two lines that tell of progress
+_PROGRESS_INTERVAL = 0.2  # seconds between two lines that tell of progress
 
-_FIELDS = [("Content-Type", "application/x-ndjson"), ("Cache-Control", "no-store")]
+_NDJSON_FIELDS = [("Content-Type", "application/x-ndjson"), ("Cache-Control", "no-store")]
 
 
-class Lines:
+class NDJSONResponse:
     """The answer to `request`, which begins with the first line. `clock` has `seconds`."""
 
     def __init__(self, clock: Any, request: Request) -> None:
         self._clock = clock
         self._request = request
-        self._last: float | None = None
+        self._last_progress: float | None = None
         self._phase = ""
 
     def send(self, event: str, **fields: Any) -> None:
@@ -27,14 +27,14 @@ class Lines:
         self._start()
         self._request.write(json.dumps({"event": event, **fields}).encode() + b"\n")
 
-    def progress(self, phase: str, done: int, total: int | None) -> None:
+    def send_progress(self, phase: str, done: int, total: int | None) -> None:
         """Send how far the work is, now and then."""
         now = self._clock.seconds()
-        if self._last is None or phase != self._phase or now - self._last >= _EVERY:
-            self._last, self._phase = now, phase
+        if self._last_progress is None or phase != self._phase or now - self._last_progress >= _PROGRESS_INTERVAL:
+            self._last_progress, self._phase = now, phase
             self.send("progress", phase=phase, done=done, total=total)
 
-    async def ready(self) -> None:
+    async def drain(self) -> None:
         """Wait until the client has taken what was sent. Raise `ClientGone`."""
         await self._request.drain()
 
@@ -43,7 +43,7 @@ class Lines:
         self.send("result", **fields)
         self._request.finish()
 
-    def refuse(self, status: int, code: str, message: str, suggestions: Sequence[str] = ()) -> None:
+    def send_error(self, status: int, code: str, message: str, suggestions: Sequence[str] = ()) -> None:
         """Answer with an error: as a line, where lines were sent."""
         if self._request.started:
             self.send("error", code=code, message=message)
@@ -55,4 +55,4 @@ class Lines:
 
     def _start(self) -> None:
         if not self._request.started:
-            self._request.start(200, _FIELDS, None)
+            self._request.start(200, _NDJSON_FIELDS, None)

@@ -1,0 +1,147 @@
+"""Removing what an operator names: hosted tags, manifests and repositories, and what is cached.
+
+Of what is hosted only the names go, and garbage collection takes the content. What is cached has none: it goes at
+once, and comes back from upstream when it is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from attrs import field, frozen
+
+from dockerproxy.admin.inventory import Closure
+from dockerproxy.admin.resolver import HOSTED, ImageRef
+from dockerproxy.cache.room import CacheRoom
+from dockerproxy.oci.names import Digest
+from dockerproxy.store.hosting import HostedStore
+from dockerproxy.store.records import Records
+from dockerproxy.store.slices import Slices
+
+
+@frozen
+class DeletionResult:
+    """How much went; `blobs` and `bytes` of what was cached only."""
+
+    tags: int = 0
+    manifests: int = 0
+    blobs: int = 0
+    bytes: int = 0
+
+
+@frozen
+class Deleter:
+    """Removes from both shelves. `records` are the cache's."""
+
+    _reactor: Any
+    _hosted_store: HostedStore
+    _space: CacheRoom
+    _records: Records
+    _thread: Slices = field(init=False)
+
+    @_thread.default
+    def _make_thread(self) -> Slices:
+        return Slices(self._reactor)
+
+    async def delete(self, ref: ImageRef) -> DeletionResult:
+        """Remove what is named."""
+        if ref.store.kind != HOSTED:
+            return await self._delete_cached(ref)
+        counts = {"tags": 0, "manifests": 0}
+        async with self._hosted_store.turns.of(ref.repository):
+            await self._thread.run(self._unlink_hosted(ref, counts))
+        return DeletionResult(**counts)
+
+    # hosted; in a thread, for who has the repository's turn
+
+    def _unlink_hosted(self, ref: ImageRef, counts: dict[str, int]) -> Iterator[None]:
+        store, repository = self._hosted_store, ref.repository
+        for tag in store.links.tags(repository):
+            if ref.tag in (None, tag) and ref.digest in (None, store.links.tag(repository, tag)):
+                counts["tags"] += store.links.remove_tag(repository, tag)
+            yield None
+        if ref.tag is not None:
+            return
+        for digest in store.links.manifests(repository):
+            if ref.digest in (None, digest):
+                counts["manifests"] += store.remove_manifest(repository, digest)
+            yield None
+
+    # cached
+
+    async def _delete_cached(self, ref: ImageRef) -> DeletionResult:
+        plan = _DeletionPlan(ref)
+        await self._thread.run(plan.compute())
+        sizes = {digest: ref.store.blobs.size(digest) for digest in plan.objects}
+        await self._thread.run(self._unlink_cached(ref, plan))
+        await self._space.purge(sizes)
+        present_sizes = [size for size in sizes.values() if size is not None]
+        return DeletionResult(len(plan.tags), len(plan.manifests), len(present_sizes), sum(present_sizes))
+
+    def _unlink_cached(self, ref: ImageRef, plan: _DeletionPlan) -> Iterator[None]:
+        links, repository = ref.store.links, ref.repository
+        for tag in plan.tags:
+            links.remove_tag(repository, tag)
+            self._records.remove("tag", repository, tag)
+            yield None
+        for digest in plan.manifests:
+            links.unlink_manifest(repository, digest)
+            yield None
+        for digest in plan.blobs:
+            links.unlink_layer(repository, digest)
+            yield None
+
+
+class _DeletionPlan:
+    """What of a cached repository has to go: all of it, a manifest or blob, or what no other tag of it leads to.
+
+    `contents`: those that no other repository has, but one that is named by its digest in any case. It may be damaged.
+    """
+
+    def __init__(self, ref: ImageRef) -> None:
+        self._ref = ref
+        self.tags: list[str] = []
+        self.manifests: set[Digest] = set()
+        self.blobs: set[Digest] = set()
+        self.objects: set[Digest] = set()
+
+    def compute(self) -> Iterator[None]:
+        """Find out. Blocks, a moment a step."""
+        ref, links = self._ref, self._ref.store.links
+        if ref.digest is not None:
+            if links.has_manifest(ref.repository, ref.digest):
+                self.manifests.add(ref.digest)
+            if links.has_layer(ref.repository, ref.digest):
+                self.blobs.add(ref.digest)
+            self.objects.add(ref.digest)
+            return
+        if ref.tag is None:
+            self.tags = links.tags(ref.repository)
+            self.manifests.update(links.manifests(ref.repository))
+            self.blobs.update(links.layers(ref.repository))
+            yield None
+        else:
+            self.tags = [ref.tag]
+            yield from self._add_exclusive_to_tag(ref.tag)
+        self.objects = self.manifests | self.blobs
+        for other in links.repositories():
+            if other != ref.repository:
+                self.objects -= {digest for digest in self.objects if self._is_linked(other, digest)}
+                yield None
+
+    def _add_exclusive_to_tag(self, tag: str) -> Iterator[None]:
+        links, repository = self._ref.store.links, self._ref.repository
+        target, others = Closure(self._ref.store, repository), Closure(self._ref.store, repository)
+        for name in links.tags(repository):
+            digest = links.tag(repository, name)
+            if digest is not None:
+                yield from (target if name == tag else others).reach([digest])
+        self.manifests = target.manifests - others.manifests
+        # What was pulled by its digest has no tag.
+        yield from others.reach(digest for digest in links.manifests(repository) if digest not in self.manifests)
+        self.blobs = target.blobs - others.blobs
+
+    def _is_linked(self, repository: str, digest: Digest) -> bool:
+        links = self._ref.store.links
+        return links.has_layer(repository, digest) or links.has_manifest(repository, digest)
