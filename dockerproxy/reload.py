@@ -16,7 +16,7 @@ from dockerproxy.oci.names import Host, Registry
 from dockerproxy.registry.users import HtpasswdError
 from dockerproxy.settings import DOCKER_HUB, Settings, SettingsError
 
-_CHANGING = {
+_RELOADABLE = {
     "extra_registries",
     "auth_registries",
     "auth_registries_delimiter",
@@ -29,14 +29,14 @@ _CHANGING = {
 log = Logger()
 
 
-def changing(variables: Mapping[str, str]) -> dict[str, str]:
+def reloadable_variables(variables: Mapping[str, str]) -> dict[str, str]:
     """Return those of `variables` that may change under a running daemon, as empty where they are not set."""
-    attributes = _CHANGING - {"warnings"}
+    attributes = _RELOADABLE - {"warnings"}
     names = ["REGISTRIES" if name == "extra_registries" else name.upper() for name in attributes]
     return {name: variables.get(name, "") for name in names}
 
 
-class Served:
+class RegistryTable:
     """The registries that are served. The mappings stay the same objects, and always hold what is served now."""
 
     def __init__(self, settings: Settings) -> None:
@@ -44,9 +44,9 @@ class Served:
         """By the host under which clients reach them."""
         self.mirrored: dict[Host, Registry] = {}
         """By what `?ns=` may call them; Docker Hub has a name that is none of its hosts."""
-        self.use(settings)
+        self.update(settings)
 
-    def use(self, settings: Settings) -> None:
+    def update(self, settings: Settings) -> None:
         """Serve what `settings` say."""
         self.intercepted.clear()
         self.intercepted.update((registry.host, registry) for registry in settings.intercepted)
@@ -61,16 +61,16 @@ class Served:
 
 
 @define
-class Reload:
+class Reloader:
     """Reads the settings again with `read` and has them used by `use`, which changes everything or raises.
 
     `running` are the settings that the daemon started with.
     """
 
     read: Callable[[], Settings]
-    use: Callable[[Settings], None]
-    running: Settings
-    served: Served
+    apply: Callable[[Settings], None]
+    initial_settings: Settings
+    registries: RegistryTable
     notifier: Notifier
 
     def __call__(self) -> None:
@@ -78,27 +78,27 @@ class Reload:
         self.notifier.reloading()
         try:
             settings = self.read()
-            self.use(settings)
+            self.apply(settings)
         except (SettingsError, HtpasswdError, OSError) as error:
-            why = sentence(error)
-            log.error("not reloaded, the settings stay as they were: {why}", why=why)
-            self.notifier.ready(f"{self.served.status}; not reloaded: {why}")
+            reason = describe_error(error)
+            log.error("not reloaded, the settings stay as they were: {why}", why=reason)
+            self.notifier.ready(f"{self.registries.status}; not reloaded: {reason}")
             return
         for warning in settings.warnings:
             log.warn("{warning}", warning=warning)
-        for name in self._unchanged(settings):
+        for name in self._needing_restart(settings):
             log.warn("{name} has changed, which takes effect at the next start only", name=name)
-        log.info("reloaded: {status}", status=self.served.status)
-        self.notifier.ready(self.served.status)
+        log.info("reloaded: {status}", status=self.registries.status)
+        self.notifier.ready(self.registries.status)
 
-    def _unchanged(self, settings: Settings) -> list[str]:
-        names = [attribute.name for attribute in fields(Settings) if attribute.name not in _CHANGING]
-        return [name.upper() for name in names if getattr(settings, name) != getattr(self.running, name)]
+    def _needing_restart(self, settings: Settings) -> list[str]:
+        names = [attribute.name for attribute in fields(Settings) if attribute.name not in _RELOADABLE]
+        return [name.upper() for name in names if getattr(settings, name) != getattr(self.initial_settings, name)]
 
 
-def sentence(error: Exception) -> str:
+def describe_error(error: Exception) -> str:
     """Return what is wrong with a setting, or with a file that one names, as one sentence."""
-    why = str(error)
+    reason = str(error)
     if isinstance(error, OSError) and error.strerror:
-        why = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return f"{why.removesuffix('.')}."
+        reason = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return f"{reason.removesuffix('.')}."

@@ -1,4 +1,4 @@
-"""The environment becomes one frozen `Settings`; every check of a value is made here or in `dockerproxy.values`."""
+"""The environment becomes one frozen `Settings`; every check of a value is made here or in `dockerproxy.parsers`."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from typing import Any
 
 from attrs import Attribute, field, fields, frozen
 
-from dockerproxy import values
+from dockerproxy import parsers
 from dockerproxy.net.addresses import AddressSet, Destinations
 from dockerproxy.net.parent import ParentProxy
 from dockerproxy.oci.names import Host, Registry
-from dockerproxy.values import UpstreamLogin
+from dockerproxy.parsers import BasicCredentials
 
 DOCKER_HUB = Registry.parse("registry-1.docker.io")
 DOCKER_HUB_TOKENS = Registry.parse("auth.docker.io")
 _DOCKER_HUB_NAMES = {DOCKER_HUB, DOCKER_HUB_TOKENS, Registry.parse("docker.io")}
 
-_METADATA = "dockerproxy"  # what attrs keeps of a setting: its reader, and the default as text
+_PARSER = "dockerproxy"  # what attrs keeps of a setting: its reader, and the default as text
 
 
 class SettingsError(Exception):
@@ -32,13 +32,13 @@ class SettingsError(Exception):
     """
 
 
-def _setting(read: Callable[[str], Any], default: str | None = None, **options: Any) -> Any:
-    return field(metadata={_METADATA: (read, default)}, **options)
+def _setting(parse: Callable[[str], Any], default: str | None = None, **options: Any) -> Any:
+    return field(metadata={_PARSER: (parse, default)}, **options)
 
 
 def _derived(**options: Any) -> Any:
     """An attribute that is made from several variables."""
-    return field(metadata={_METADATA: None}, **options)
+    return field(metadata={_PARSER: None}, **options)
 
 
 @frozen(kw_only=True)
@@ -50,56 +50,56 @@ class Settings:
     """
 
     extra_registries: tuple[Registry, ...] = _derived()
-    auth_registries: Mapping[Host, UpstreamLogin] = _derived()
+    auth_registries: Mapping[Host, BasicCredentials] = _derived()
     auth_registries_delimiter: str = _setting(str, " ")
     auth_registry_delimiter: str = _setting(str, ":")
-    allow_push: bool = _setting(values.boolean, "false")
-    cache_max_size: int = _setting(values.size, "32g")
-    cache_inactive: float = _setting(values.timeout, "60d")
-    enable_manifest_cache: bool = _setting(values.boolean, "false")
-    manifest_cache_primary_regex: re.Pattern[str] = _setting(values.pattern, "(stable|nightly|production|test)")
-    manifest_cache_primary_time: float = _setting(values.interval, "10m")
-    manifest_cache_secondary_regex: re.Pattern[str] = _setting(values.pattern, r"(.*)(\d|\.)+(.*)(\d|\.)+(.*)(\d|\.)+")
-    manifest_cache_secondary_time: float = _setting(values.interval, "60d")
-    manifest_cache_default_time: float = _setting(values.interval, "1h")
-    verify_ssl: bool = _setting(values.boolean, "true")
-    disable_ipv6: bool = _setting(values.boolean, "false")
-    ca_crt_file: Path | None = _setting(values.path)
-    ca_key_file: Path | None = _setting(values.path)
+    allow_push: bool = _setting(parsers.boolean, "false")
+    cache_max_size: int = _setting(parsers.size, "32g")
+    cache_inactive: float = _setting(parsers.positive_duration, "60d")
+    enable_manifest_cache: bool = _setting(parsers.boolean, "false")
+    manifest_cache_primary_regex: re.Pattern[str] = _setting(parsers.regex, "(stable|nightly|production|test)")
+    manifest_cache_primary_time: float = _setting(parsers.duration, "10m")
+    manifest_cache_secondary_regex: re.Pattern[str] = _setting(parsers.regex, r"(.*)(\d|\.)+(.*)(\d|\.)+(.*)(\d|\.)+")
+    manifest_cache_secondary_time: float = _setting(parsers.duration, "60d")
+    manifest_cache_default_time: float = _setting(parsers.duration, "1h")
+    verify_ssl: bool = _setting(parsers.boolean, "true")
+    disable_ipv6: bool = _setting(parsers.boolean, "false")
+    ca_crt_file: Path | None = _setting(parsers.path)
+    ca_key_file: Path | None = _setting(parsers.path)
     ca_key_passphrase: str | None = _setting(str, repr=False)
-    keepalive_timeout: float = _setting(values.interval, "300s")
-    client_header_timeout: float = _setting(values.timeout, "60s")
-    client_body_timeout: float = _setting(values.timeout, "60s")
-    send_timeout: float = _setting(values.timeout, "60s")
-    proxy_connect_timeout: float = _setting(values.timeout, "60s")
-    proxy_read_timeout: float = _setting(values.timeout, "60s")
-    proxy_send_timeout: float = _setting(values.timeout, "60s")
-    proxy_connect_connect_timeout: float = _setting(values.timeout, "60s")
-    proxy_connect_read_timeout: float = _setting(values.timeout, "60s")
-    proxy_connect_send_timeout: float = _setting(values.timeout, "60s")
-    proxy_request_buffering: bool = _setting(values.boolean, "false")
+    keepalive_timeout: float = _setting(parsers.duration, "300s")
+    client_header_timeout: float = _setting(parsers.positive_duration, "60s")
+    client_body_timeout: float = _setting(parsers.positive_duration, "60s")
+    send_timeout: float = _setting(parsers.positive_duration, "60s")
+    proxy_connect_timeout: float = _setting(parsers.positive_duration, "60s")
+    proxy_read_timeout: float = _setting(parsers.positive_duration, "60s")
+    proxy_send_timeout: float = _setting(parsers.positive_duration, "60s")
+    proxy_connect_connect_timeout: float = _setting(parsers.positive_duration, "60s")
+    proxy_connect_read_timeout: float = _setting(parsers.positive_duration, "60s")
+    proxy_connect_send_timeout: float = _setting(parsers.positive_duration, "60s")
+    proxy_request_buffering: bool = _setting(parsers.boolean, "false")
 
     state_dir: Path = _derived()
     cache_dir: Path = _derived()
     registry_dir: Path = _derived()
     ca_dir: Path = _derived()
     runtime_dir: Path = _derived()
-    proxy_listen: tuple[str, ...] = _setting(values.endpoints, "tcp:3128")
-    registry_listen: tuple[str, ...] = _setting(values.optional_endpoints, "tcp:5443")
-    registry_http_listen: tuple[str, ...] = _setting(values.optional_endpoints, "none")
-    registry_hostname: tuple[str, ...] = _setting(values.host_names, "docker-registry.local")
-    upstream_addresses: Mapping[Host, Host] = _setting(values.addresses, "")
-    upstream_ca_file: Path | None = _setting(values.path)
+    proxy_listen: tuple[str, ...] = _setting(parsers.endpoints, "tcp:3128")
+    registry_listen: tuple[str, ...] = _setting(parsers.optional_endpoints, "tcp:5443")
+    registry_http_listen: tuple[str, ...] = _setting(parsers.optional_endpoints, "none")
+    registry_hostname: tuple[str, ...] = _setting(parsers.host_names, "docker-registry.local")
+    upstream_addresses: Mapping[Host, Host] = _setting(parsers.addresses, "")
+    upstream_ca_file: Path | None = _setting(parsers.path)
     upstream_proxy: ParentProxy | None = _derived()
     allow_clients: AddressSet = _setting(AddressSet.parse, "private loopback link-local")
-    tunnel_ports: frozenset[int] = _setting(values.ports, "443")
+    tunnel_ports: frozenset[int] = _setting(parsers.ports, "443")
     tunnel_allow: Destinations = _setting(Destinations.parse, "all")
     tunnel_deny: Destinations = _setting(Destinations.parse, "loopback link-local metadata")
-    share_auth_registries: bool = _setting(values.boolean, "true")
-    htpasswd_file: Path | None = _setting(values.path)
-    anonymous_pull: bool = _setting(values.boolean, "false")
+    share_auth_registries: bool = _setting(parsers.boolean, "true")
+    htpasswd_file: Path | None = _setting(parsers.path)
+    anonymous_pull: bool = _setting(parsers.boolean, "false")
     workers: int = _derived()
-    log_format: str = _setting(values.one_of("text", "json"), "text")
+    log_format: str = _setting(parsers.one_of("text", "json"), "text")
 
     warnings: tuple[str, ...] = _derived()
     """Sentences about what was ignored and perhaps was meant to be something else."""
@@ -113,21 +113,28 @@ class Settings:
         """
         variables = {**file, **env}
         if not variables.get("AUTH_REGISTRIES", "").strip():
-            variables |= _credential(env, "AUTH_REGISTRIES")
+            variables |= _systemd_credential(env, "AUTH_REGISTRIES")
         environment = _Environment(variables)
-        found = {
+        attributes = {
             attribute.name: environment.setting(attribute)
             for attribute in fields(cls)
-            if attribute.metadata[_METADATA] is not None
+            if attribute.metadata[_PARSER] is not None
         }
-        found |= _upstreams(environment, found["auth_registries_delimiter"], found["auth_registry_delimiter"])
-        found |= _folders(environment)
-        found["workers"] = environment.read("WORKERS", values.number(1, 64), str(_cores()))
-        found["warnings"] = (*_near_misses(file, _names(cls)), *_overruled(env, file, _names(cls)))
-        for given, missing in (("CA_CRT_FILE", "CA_KEY_FILE"), ("CA_KEY_FILE", "CA_CRT_FILE")):
-            if found[given.lower()] is not None and found[missing.lower()] is None:
-                raise SettingsError(f"{given} is set and {missing} is not: expected are both files of a CA or neither.")
-        return cls(**found)
+        attributes |= _upstreams(
+            environment, attributes["auth_registries_delimiter"], attributes["auth_registry_delimiter"]
+        )
+        attributes |= _directories(environment)
+        attributes["workers"] = environment.read("WORKERS", parsers.integer(1, 64), str(_default_workers()))
+        attributes["warnings"] = (
+            *_typo_warnings(file, _variable_names(cls)),
+            *_override_warnings(env, file, _variable_names(cls)),
+        )
+        for present, missing in (("CA_CRT_FILE", "CA_KEY_FILE"), ("CA_KEY_FILE", "CA_CRT_FILE")):
+            if attributes[present.lower()] is not None and attributes[missing.lower()] is None:
+                raise SettingsError(
+                    f"{present} is set and {missing} is not: expected are both files of a CA or neither."
+                )
+        return cls(**attributes)
 
     @property
     def registries(self) -> tuple[Registry, ...]:
@@ -152,35 +159,35 @@ class _Environment:
 
     def setting(self, attribute: Attribute[Any]) -> Any:
         """Return the value of the setting that `attribute` declares."""
-        read, default = attribute.metadata[_METADATA]
-        return self.read(attribute.name.upper(), read, default)
+        parse, default = attribute.metadata[_PARSER]
+        return self.read(attribute.name.upper(), parse, default)
 
-    def read(self, names: str | tuple[str, ...], read: Callable[[str], Any], default: str | None) -> Any:
+    def read(self, names: str | tuple[str, ...], parse: Callable[[str], Any], default: str | None) -> Any:
         """Return the value of the first of `names` that is set, else of `default`; None where that is None."""
         for name in (names,) if isinstance(names, str) else names:
             # A delimiter may consist of spaces; elsewhere they mean nothing at the ends.
-            text = self.text(name) if read is str else self.text(name).strip()
+            text = self.text(name) if parse is str else self.text(name).strip()
             if text:
-                return self._value(name, read, text)
-        return None if default is None else read(default)
+                return self._parse(name, parse, text)
+        return None if default is None else parse(default)
 
     @staticmethod
-    def _value(name: str, read: Callable[[str], Any], text: str) -> Any:
+    def _parse(name: str, parse: Callable[[str], Any], text: str) -> Any:
         try:
             text.encode()
-            return read(text)
+            return parse(text)
         except UnicodeEncodeError:  # the system hands over bytes that are not UTF-8 as lone surrogates
             raise SettingsError(f"{name} is not UTF-8 text.") from None
         except ValueError as error:
             raise SettingsError(f"{name}: {error}.") from None
 
 
-def _credential(env: Mapping[str, str], name: str) -> dict[str, str]:
+def _systemd_credential(env: Mapping[str, str], name: str) -> dict[str, str]:
     """Return the variable `name` as a credential of systemd's has it, docker-registry-proxy.NAME in small letters."""
-    folder = env.get("CREDENTIALS_DIRECTORY", "")
-    path = Path(folder) / f"docker-registry-proxy.{name.lower()}"
+    directory = env.get("CREDENTIALS_DIRECTORY", "")
+    path = Path(directory) / f"docker-registry-proxy.{name.lower()}"
     try:
-        return {name: path.read_text("utf-8")} if folder else {}
+        return {name: path.read_text("utf-8")} if directory else {}
     except FileNotFoundError:
         return {}
     except OSError as error:
@@ -189,63 +196,71 @@ def _credential(env: Mapping[str, str], name: str) -> dict[str, str]:
         raise SettingsError(f"{path} is not UTF-8 text.") from None
 
 
-def _upstreams(environment: _Environment, between: str, within: str) -> dict[str, Any]:
-    registries = environment.read("REGISTRIES", values.registries, "")
+def _upstreams(environment: _Environment, entry_delimiter: str, field_delimiter: str) -> dict[str, Any]:
+    registries = environment.read("REGISTRIES", parsers.registries, "")
     no_proxy = environment.text("NO_PROXY") or environment.text("no_proxy")
-    known = [registry.host for registry in (*_DOCKER_HUB_NAMES, *registries)]
+    known_hosts = [registry.host for registry in (*_DOCKER_HUB_NAMES, *registries)]
     return {
         "extra_registries": tuple(registry for registry in registries if registry not in _DOCKER_HUB_NAMES),
         "auth_registries": environment.read(
-            "AUTH_REGISTRIES", lambda text: values.logins(text, between, within, known), ""
+            "AUTH_REGISTRIES", lambda text: parsers.logins(text, entry_delimiter, field_delimiter, known_hosts), ""
         ),
         "upstream_proxy": environment.read(
-            ("UPSTREAM_PROXY", "HTTPS_PROXY", "https_proxy"), lambda text: values.upstream_proxy(text, no_proxy), "none"
+            ("UPSTREAM_PROXY", "HTTPS_PROXY", "https_proxy"),
+            lambda text: parsers.upstream_proxy(text, no_proxy),
+            "none",
         ),
     }
 
 
-def _folders(environment: _Environment) -> dict[str, Any]:
+def _directories(environment: _Environment) -> dict[str, Any]:
     # systemd separates several directories by colons; ours is the first.
-    state = environment.text("STATE_DIRECTORY").partition(":")[0] or "var"
-    found: dict[str, Any] = {"state_dir": environment.read("STATE_DIR", values.path, state)}
+    default_state_dir = environment.text("STATE_DIRECTORY").partition(":")[0] or "var"
+    directories: dict[str, Any] = {"state_dir": environment.read("STATE_DIR", parsers.path, default_state_dir)}
     for name in ("cache", "registry", "ca"):
-        found[f"{name}_dir"] = environment.read(f"{name.upper()}_DIR", values.path, str(found["state_dir"] / name))
-    runtime = environment.text("RUNTIME_DIRECTORY").partition(":")[0] or str(found["state_dir"] / "run")
-    found["runtime_dir"] = environment.read("RUNTIME_DIR", values.path, runtime)
-    return found
+        directories[f"{name}_dir"] = environment.read(
+            f"{name.upper()}_DIR", parsers.path, str(directories["state_dir"] / name)
+        )
+    default_runtime_dir = environment.text("RUNTIME_DIRECTORY").partition(":")[0] or str(
+        directories["state_dir"] / "run"
+    )
+    directories["runtime_dir"] = environment.read("RUNTIME_DIR", parsers.path, default_runtime_dir)
+    return directories
 
 
-def _cores() -> int:
+def _default_workers() -> int:
     return min(8, len(os.sched_getaffinity(0)))
 
 
-def _names(settings: type[Settings]) -> list[str]:
+def _variable_names(settings: type[Settings]) -> list[str]:
     attributes = [attribute.name for attribute in fields(settings) if attribute.name != "warnings"]
     return ["REGISTRIES" if name == "extra_registries" else name.upper() for name in attributes]
 
 
 # Names that are somebody else's business, however near they are to ours.
-_FOREIGN = set(
+_UNRELATED_VARIABLES = set(
     "HTTP_PROXY HTTPS_PROXY ALL_PROXY NO_PROXY STATE_DIRECTORY RUNTIME_DIRECTORY DEBUG DEBUG_HUB DEBUG_NGINX".split()
 )
 
 
-def _near_misses(file: Mapping[str, str], known: list[str]) -> list[str]:
+def _typo_warnings(file: Mapping[str, str], setting_names: list[str]) -> list[str]:
     warnings = []
     for name in file:
         upper = name.upper()
-        if name in known or upper in _FOREIGN:
+        if name in setting_names or upper in _UNRELATED_VARIABLES:
             continue
-        near = [upper] if upper in known else difflib.get_close_matches(upper, known, n=2, cutoff=0.77)
-        if near:
-            warnings.append(f"{name} is not a setting and has no effect; is {' or '.join(near)} meant?")
+        candidates = (
+            [upper] if upper in setting_names else difflib.get_close_matches(upper, setting_names, n=2, cutoff=0.77)
+        )
+        if candidates:
+            warnings.append(f"{name} is not a setting and has no effect; is {' or '.join(candidates)} meant?")
     return warnings
 
 
-def _overruled(env: Mapping[str, str], file: Mapping[str, str], known: list[str]) -> list[str]:
+def _override_warnings(env: Mapping[str, str], file: Mapping[str, str], setting_names: list[str]) -> list[str]:
     return [
         f"{name} has no effect in the file: the environment, which wins, has another value."
-        for name in known
+        for name in setting_names
         if name in file and env.get(name, file[name]) != file[name]
     ]
 
@@ -277,12 +292,12 @@ def read_env_file(path: str | Path) -> dict[str, str]:
         name = re.sub(r"^export\s+", "", name).strip()
         if not equals or not _NAME.fullmatch(name):
             raise SettingsError(f"{path}, line {number}, is not NAME=value.")
-        variables[name] = _unquoted(value.strip())
+        variables[name] = _unquote(value.strip())
     return variables
 
 
-def _unquoted(value: str) -> str:
-    quoted = _QUOTED.fullmatch(value)
-    if quoted:
-        return quoted[2]
+def _unquote(value: str) -> str:
+    match = _QUOTED.fullmatch(value)
+    if match:
+        return match[2]
     return "" if value.startswith("#") else _COMMENT.sub("", value, count=1)

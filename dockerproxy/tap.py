@@ -15,9 +15,18 @@ from twisted.python import usage
 from dockerproxy.admin.control import Control, ExclusiveJobs
 from dockerproxy.admin.deletion import Deleter
 from dockerproxy.admin.resolver import CACHED, HOSTED, ImageResolver, StoreView
-from dockerproxy.assembly import RECORDS, Common, log_access, make_serving, make_site, open_authority, prepare
+from dockerproxy.app import (
+    RECORDS,
+    SharedServices,
+    build_server,
+    build_site,
+    log_access,
+    open_authority,
+    prepare_state_directories,
+)
 from dockerproxy.cache.identity import Bindings
 from dockerproxy.cache.room import CacheRoom
+from dockerproxy.concurrency import LocalKeyedLock
 from dockerproxy.daemon import jsonlog, textlog
 from dockerproxy.daemon.control_socket import ControlSocket
 from dockerproxy.daemon.gc_tuning import freeze_startup_objects
@@ -28,7 +37,7 @@ from dockerproxy.daemon.systemd import Notifier, SystemdService
 from dockerproxy.proxy.issuer import AuthorityError
 from dockerproxy.registry.hosted import purging
 from dockerproxy.registry.users import HtpasswdError
-from dockerproxy.reload import Reload, changing, sentence
+from dockerproxy.reload import Reloader, describe_error, reloadable_variables
 from dockerproxy.settings import DOCKER_HUB, Settings, SettingsError, read_env_file
 from dockerproxy.store.blobs import Blobs
 from dockerproxy.store.hosting import HostedStore
@@ -36,14 +45,13 @@ from dockerproxy.store.importing import Importer
 from dockerproxy.store.layout import Layout
 from dockerproxy.store.records import Records
 from dockerproxy.store.sweep import Sweeper
-from dockerproxy.tasks import Turns
-from dockerproxy.worker import Inherited, run_worker
-from dockerproxy.workers.crew import Crew
-from dockerproxy.workers.desk import Desk, FirstRoom, Reservations
-from dockerproxy.workers.forking import ForkServer
-from dockerproxy.workers.tally import Tally
+from dockerproxy.workers.coordinator import LocalCacheSpace, ReservationTable, WorkerSession
+from dockerproxy.workers.fork_server import ForkServer
+from dockerproxy.workers.process import ForkedState, run_worker
+from dockerproxy.workers.scoreboard import Scoreboard
+from dockerproxy.workers.supervisor import WorkerSupervisor
 
-_MORE_GRACE = 2.0  # seconds after the end of their own grace that workers have to end
+_WORKER_EXTRA_GRACE = 2.0  # seconds after the end of their own grace that workers have to end
 
 log = Logger()
 
@@ -62,11 +70,11 @@ def makeService(options: Options) -> IService:
 
     notifier = Notifier(os.environ.get("NOTIFY_SOCKET", ""))
     try:
-        return make_daemon(reactor, options["env-file"], options.parent or {}, notifier)
+        return build_daemon(reactor, options["env-file"], options.parent or {}, notifier)
     except (SettingsError, AuthorityError, HtpasswdError, OSError) as error:
-        why = sentence(error)
-    notifier.status(why)
-    textlog.print_error(f"docker-registry-proxy: {why}")
+        reason = describe_error(error)
+    notifier.status(reason)
+    textlog.print_error(f"docker-registry-proxy: {reason}")
     raise SystemExit(os.EX_CONFIG)  # which tells systemd that another try would fail as well
 
 
@@ -75,65 +83,72 @@ def read_settings(env_file: str | None) -> Settings:
     return Settings.from_environment(os.environ, read_env_file(env_file) if env_file else {})
 
 
-def variables(env_file: str | None) -> dict[str, str]:
+def merged_environment(env_file: str | None) -> dict[str, str]:
     """Return what `read_settings` reads, as an environment. Raise `SettingsError`."""
     return {**(read_env_file(env_file) if env_file else {}), **os.environ}
 
 
-def make_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifier: Notifier) -> IService:
+def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifier: Notifier) -> IService:
     """Put the daemon together. Raise `SettingsError`, `AuthorityError`, `HtpasswdError` or OSError."""
     settings = read_settings(env_file)
     authority = open_authority(settings)
     for warning in (*settings.warnings, *authority.warnings):
         log.warn("{warning}", warning=warning)
-    prepare(settings)
-    room = make_room(reactor, settings)
-    reservations, turns, bindings = Reservations(room), Turns(), Bindings()
-    several, metrics = settings.workers > 1, Metrics.make(settings.workers)
-    common = Common(FirstRoom(reservations), metrics.for_process(0), turns, bindings, several)
-    serving = make_serving(reactor, settings, authority, common)
-    store = serving.hosted.hosted.store
-    writes = jsonlog.logs_to_stdout(twistd_options)
-    tally = Tally.make(settings.workers)
-    inherited = Inherited(reactor, variables(env_file), authority, tally, metrics)
-    forks = ForkServer(reactor, partial(run_worker, inherited), writes=writes)
-    desk = partial(Desk, reservations, turns)
-    crew = Crew(
-        reactor, settings.workers - 1, forks, tally, desk, bindings, SHUTDOWN_GRACE + _MORE_GRACE, relayed=not writes
-    )
-
-    def use(changed: Settings) -> None:
-        serving.use(changed)
-        crew.reload(changing(variables(env_file)))
-
-    def hurry(entrance: Callable[[], None]) -> None:
-        entrance()
-        crew.hurry()
-
-    entrance = ListenerService(
+    prepare_state_directories(settings)
+    cache_space = build_cache_space(reactor, settings)
+    reservations, locks, bindings = ReservationTable(cache_space), LocalKeyedLock(), Bindings()
+    multi_process, metrics = settings.workers > 1, Metrics.make(settings.workers)
+    shared = SharedServices(LocalCacheSpace(reservations), metrics.for_process(0), locks, bindings, multi_process)
+    server = build_server(reactor, settings, authority, shared)
+    store = server.hosted_app.hosted.store
+    keep_log_observers = jsonlog.logs_to_stdout(twistd_options)
+    scoreboard = Scoreboard.create(settings.workers)
+    forked_state = ForkedState(reactor, merged_environment(env_file), authority, scoreboard, metrics)
+    fork_server = ForkServer(reactor, partial(run_worker, forked_state), keep_log_observers=keep_log_observers)
+    new_session = partial(WorkerSession, reservations, locks)
+    supervisor = WorkerSupervisor(
         reactor,
-        crew.doors(serving.doors),
-        serving.transfers,
-        serving.close,
-        lambda call: on_repeated_stop(reactor, partial(hurry, call)),
+        settings.workers - 1,
+        fork_server,
+        scoreboard,
+        new_session,
+        bindings,
+        SHUTDOWN_GRACE + _WORKER_EXTRA_GRACE,
+        relay_logs=not keep_log_observers,
     )
-    reload = Reload(partial(read_settings, env_file), use, settings, serving.served, notifier)
-    daemon = Daemon(reactor, settings, twistd_options, notifier)
+
+    def apply(new_settings: Settings) -> None:
+        server.reconfigure(new_settings)
+        supervisor.reload(reloadable_variables(merged_environment(env_file)))
+
+    def abort(abort_connections: Callable[[], None]) -> None:
+        abort_connections()
+        supervisor.abort()
+
+    listener_service = ListenerService(
+        reactor,
+        supervisor.dispatching_listeners(server.listeners),
+        server.transfers,
+        server.close,
+        lambda call: on_repeated_stop(reactor, partial(abort, call)),
+    )
+    reloader = Reloader(partial(read_settings, env_file), apply, settings, server.registries, notifier)
+    daemon = DaemonService(reactor, settings, twistd_options, notifier)
     for service in (
-        *([forks] if several else []),  # first, while nothing is open
-        room.service(),
+        *([fork_server] if multi_process else []),  # first, while nothing is open
+        cache_space.service(),
         purging(reactor, store.uploads, time.time),
-        entrance,
-        crew,
-        make_control(reactor, settings, store, room),
-        SystemdService(reactor, notifier, entrance.listening, serving.served.status, reload),
+        listener_service,
+        supervisor,
+        build_control_socket(reactor, settings, store, cache_space),
+        SystemdService(reactor, notifier, listener_service.listening, server.registries.status, reloader),
     ):
         daemon.addService(service)  # type: ignore[no-untyped-call]
-    announce(settings)
+    log_configuration(settings)
     return daemon
 
 
-class Daemon(MultiService):
+class DaemonService(MultiService):
     """The top service. It sets up the log at the one moment when twistd lets a plugin do so."""
 
     def __init__(self, reactor: Any, settings: Settings, twistd_options: Any, notifier: Notifier) -> None:
@@ -147,8 +162,8 @@ class Daemon(MultiService):
         self._reactor.callWhenRunning(freeze_startup_objects)
         try:
             super().startService()  # type: ignore[no-untyped-call]
-        except SystemExit as end:  # a door that cannot be opened
-            self._notifier.status(str(end.code).removeprefix("docker-registry-proxy: "))
+        except SystemExit as error:  # a door that cannot be opened
+            self._notifier.status(str(error.code).removeprefix("docker-registry-proxy: "))
             raise
 
     def setServiceParent(self, parent: Any) -> None:
@@ -159,7 +174,7 @@ class Daemon(MultiService):
         super().setServiceParent(parent)  # type: ignore[no-untyped-call]
 
 
-def make_room(reactor: Any, settings: Settings) -> CacheRoom:
+def build_cache_space(reactor: Any, settings: Settings) -> CacheRoom:
     """Return the room that the cache has in CACHE_DIR."""
     layout = Layout(settings.cache_dir)
     return CacheRoom(
@@ -172,25 +187,25 @@ def make_room(reactor: Any, settings: Settings) -> CacheRoom:
     )
 
 
-def make_control(reactor: Any, settings: Settings, store: HostedStore, room: CacheRoom) -> ControlSocket:
+def build_control_socket(reactor: Any, settings: Settings, store: HostedStore, cache_space: CacheRoom) -> ControlSocket:
     """Return what answers the commands of `dockerproxy`, on the socket in RUNTIME_DIR."""
-    shelves = [StoreView(HOSTED, store.layout), StoreView(CACHED, Layout(settings.cache_dir))]
-    names = ImageResolver(shelves, frozenset(settings.registry_hostname), {"docker.io": str(DOCKER_HUB)})
+    stores = [StoreView(HOSTED, store.layout), StoreView(CACHED, Layout(settings.cache_dir))]
+    resolver = ImageResolver(stores, frozenset(settings.registry_hostname), {"docker.io": str(DOCKER_HUB)})
     control = Control(
         reactor,
-        names,
-        room,
-        Deleter(reactor, store, room, Records(settings.cache_dir / RECORDS)),
+        resolver,
+        cache_space,
+        Deleter(reactor, store, cache_space, Records(settings.cache_dir / RECORDS)),
         Sweeper(reactor, store),
         Importer(reactor, store),
         ExclusiveJobs(time.time),
         time.time,
     )
-    site = make_site(reactor, settings, control.handle, log_access)
+    site = build_site(reactor, settings, control.handle, log_access)
     return ControlSocket(reactor, settings.runtime_dir / "control.sock", site)
 
 
-def announce(settings: Settings) -> None:
+def log_configuration(settings: Settings) -> None:
     """Say what is intercepted and where things are kept."""
     log.info("intercepting {hosts}", hosts=", ".join(str(registry) for registry in settings.intercepted))
     log.info(

@@ -29,7 +29,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-class Wire(StringTransport):
+class WindowedTransport(StringTransport):
     """The server's transport. Its ends are reported as a reactor does: later, and once.
 
     The client takes `room` bytes; what is more waits, and the producer is told.
@@ -40,7 +40,7 @@ class Wire(StringTransport):
         self.clock = clock
         self.channel: Any = None
         self.sent = 0
-        self.room: float = math.inf
+        self.window: float = math.inf
         self.aborted = self.closed = False
         self._pending = b""
         self._paused = False
@@ -49,29 +49,29 @@ class Wire(StringTransport):
         if self.disconnecting:
             return
         self._pending += data
-        self.take(0)
+        self.extend_window(0)
         if self._pending and not self._paused and self.producer is not None:
             self._paused = True
             self.producer.pauseProducing()
 
-    def take(self, more: float) -> None:
+    def extend_window(self, size: float) -> None:
         """Let the client take `more` bytes than it did."""
-        self.room += more
-        taken = self._pending if self.room == math.inf else self._pending[: int(self.room)]
-        super().write(taken)
-        self._pending = self._pending[len(taken) :]
-        self.sent += len(taken)
-        self.room -= len(taken)
+        self.window += size
+        written = self._pending if self.window == math.inf else self._pending[: int(self.window)]
+        super().write(written)
+        self._pending = self._pending[len(written) :]
+        self.sent += len(written)
+        self.window -= len(written)
         if self._paused and not self._pending and self.producer is not None:
             self._paused = False
             self.producer.resumeProducing()
 
     def loseConnection(self) -> None:
-        self._end(ConnectionDone())
+        self._disconnect(ConnectionDone())
 
     def abortConnection(self) -> None:
         self.aborted = True
-        self._end(ConnectionLost())
+        self._disconnect(ConnectionLost())
 
     def unregisterProducer(self) -> None:
         self.producer = None
@@ -79,18 +79,18 @@ class Wire(StringTransport):
     def stopProducing(self) -> None:
         self.loseConnection()
 
-    def _end(self, reason: Exception) -> None:
+    def _disconnect(self, reason: Exception) -> None:
         if not self.disconnecting:
             self.disconnecting = True
-            self.clock.callLater(0, self.lost, reason)
+            self.clock.callLater(0, self.connection_lost, reason)
 
-    def lost(self, reason: Exception) -> None:
+    def connection_lost(self, reason: Exception) -> None:
         if not self.closed:
             self.closed = self.disconnecting = True
             self.channel.connectionLost(Failure(reason))
 
 
-class _Bytes:
+class _SocketStub:
     """As much of a socket as the standard library's parser asks for."""
 
     def __init__(self, stream: io.BufferedReader) -> None:
@@ -100,25 +100,25 @@ class _Bytes:
         return self._stream
 
 
-class _Undying(io.BytesIO):
+class _UncloseableBytesIO(io.BytesIO):
     def close(self) -> None:
         """Stay open: the parser closes what it has read an answer from, and the next one is behind it."""
 
 
 @frozen
-class Answer:
+class ReceivedResponse:
     """An answer as Python's own client reads it; `whole` says whether that found it complete."""
 
     status: int
     headers: Message
     body: bytes
-    whole: bool
+    complete: bool
 
     def fields(self, name: str) -> list[str]:
         return self.headers.get_all(name) or []
 
 
-class Visitor:
+class HTTPTestClient:
     """A client on one connection to `handler`, which is given its requests as the daemon's sites do.
 
     `site` is that of another visitor, for a further connection there.
@@ -135,81 +135,81 @@ class Visitor:
         site: Site | None = None,
     ) -> None:
         self.clock = clock or Clock()
-        self.logged: list[Request] = []
+        self.finished_requests: list[Request] = []
         self.site = site or Site(
             self.clock,
             handler,
             timeouts=timeouts or Timeouts(),
-            finished=lambda request, seconds: self.logged.append(request),
+            finished=lambda request, seconds: self.finished_requests.append(request),
         )
-        self.wire = Wire(self.clock, client)
-        self.wire.channel = HTTPChannel(self.site, handler, secure=secure)
-        self.wire.channel.makeConnection(self.wire)
+        self.transport = WindowedTransport(self.clock, client)
+        self.transport.channel = HTTPChannel(self.site, handler, secure=secure)
+        self.transport.channel.makeConnection(self.transport)
 
     def send(self, data: bytes, seconds: float = 0) -> None:
         """Send bytes, and let what is due within `seconds` happen."""
-        self.wire.channel.dataReceived(data)
-        self.run(seconds)
+        self.transport.channel.dataReceived(data)
+        self.advance(seconds)
 
-    def run(self, seconds: float = 0) -> None:
+    def advance(self, seconds: float = 0) -> None:
         self.clock.advance(seconds)
 
-    def leave(self) -> None:
+    def disconnect(self) -> None:
         """Close the connection."""
-        self.wire.lost(ConnectionDone())
-        self.run()
+        self.transport.connection_lost(ConnectionDone())
+        self.advance()
 
-    def take(self, more: float) -> None:
+    def extend_window(self, size: float) -> None:
         """Take `more` bytes than before; at first, `wire.room` is without a bound."""
-        self.wire.take(more)
-        self.run()
+        self.transport.extend_window(size)
+        self.advance()
 
     @property
     def received(self) -> bytes:
-        return bytes(self.wire.value())
+        return bytes(self.transport.value())
 
-    def request(
+    def send_request(
         self, method: str, target: str, fields: Fields = (), body: bytes | None = None, version: str = "1.1"
     ) -> None:
         """Send a request."""
-        given = [("Host", "proxy.example:3128"), *fields]
+        headers = [("Host", "proxy.example:3128"), *fields]
         names = {name.lower() for name, _ in fields}
         if "host" in names:
-            given = given[1:]
+            headers = headers[1:]
         if body is not None and not names & {"content-length", "transfer-encoding"}:
-            given.append(("Content-Length", str(len(body))))
-        head = "".join(f"{name}: {value}\r\n" for name, value in given)
+            headers.append(("Content-Length", str(len(body))))
+        head = "".join(f"{name}: {value}\r\n" for name, value in headers)
         self.send(f"{method} {target} HTTP/{version}\r\n{head}\r\n".encode("latin-1") + (body or b""))
 
-    def ask(
+    def fetch(
         self, method: str, target: str, fields: Fields = (), body: bytes | None = None, version: str = "1.1"
-    ) -> Answer:
+    ) -> ReceivedResponse:
         """Send a request and return the answer to it, of which what is due now is taken."""
-        before = len(self.received)
-        self.request(method, target, fields, body, version)
-        return self.answer(method, before)
+        start = len(self.received)
+        self.send_request(method, target, fields, body, version)
+        return self.read_response(method, start)
 
-    def answer(self, method: str = "GET", start: int = 0) -> Answer:
+    def read_response(self, method: str = "GET", start: int = 0) -> ReceivedResponse:
         """Return the answer that begins at byte `start` of what was received."""
-        return next(self.answers(method, start=start))
+        return next(self.read_responses(method, start=start))
 
-    def answers(self, *methods: str, start: int = 0) -> Iterator[Answer]:
+    def read_responses(self, *methods: str, start: int = 0) -> Iterator[ReceivedResponse]:
         """Yield the answers to requests with `methods`, read one behind the other."""
-        stream: Any = _Undying(self.received[start:])
+        stream: Any = _UncloseableBytesIO(self.received[start:])
         for method in methods:
-            response = http.client.HTTPResponse(_Bytes(stream), method=method)  # type: ignore[arg-type]
+            response = http.client.HTTPResponse(_SocketStub(stream), method=method)  # type: ignore[arg-type]
             response.begin()
-            framed = response.length is not None or response.chunked or method == "HEAD"
+            has_framing = response.length is not None or response.chunked or method == "HEAD"
             try:
-                body, whole = response.read(), True
+                body, complete = response.read(), True
             except http.client.IncompleteRead as error:
-                body, whole = error.partial, False
-            if not framed:  # then the end of the connection is the end of the body, if it was meant to be one
-                whole = self.wire.closed and not self.wire.aborted
-            yield Answer(response.status, response.headers, body, whole)
+                body, complete = error.partial, False
+            if not has_framing:  # then the end of the connection is the end of the body, if it was meant to be one
+                complete = self.transport.closed and not self.transport.aborted
+            yield ReceivedResponse(response.status, response.headers, body, complete)
 
 
 @pytest.fixture(scope="session")
-def visit() -> type[Visitor]:
+def connect_client() -> type[HTTPTestClient]:
     """Return `Visitor`: conftest modules cannot be imported."""
-    return Visitor
+    return HTTPTestClient

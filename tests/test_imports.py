@@ -38,12 +38,12 @@ ALLOWED = {
     "screen": set(),
     "cli": {"__init__", "screen"},  # it asks the daemon, and starts fast
 }
-COMPOSE = {"tap", "worker", "assembly"}  # these put the parts together and may import all of them
-BEGIN = {"tap"}  # where the daemon begins
-EVERYWHERE = {"tasks"}  # helpers that know of no part
+COMPOSITION_ROOTS = {"tap", "worker", "assembly"}  # these put the parts together and may import all of them
+ENTRY_POINTS = {"tap"}  # where the daemon begins
+ALLOWED_EVERYWHERE = {"tasks"}  # helpers that know of no part
 
 # Each would be loaded with all that it needs itself: megabytes that no request has a use for.
-UNUSED = {
+UNWANTED = {
     "importlib.resources",
     "multiprocessing",
     "sqlite3",
@@ -56,8 +56,8 @@ UNUSED = {
 }
 
 # They decide and do no I/O: no reactor, no socket and no file is in their reach.
-PURE = {"oci", "errors", "net.addresses", "proxy.policy", "proxy.head", "cache.freshness", "store.eviction"}
-IMPURE = {
+PURE_MODULES = {"oci", "errors", "net.addresses", "proxy.policy", "proxy.head", "cache.freshness", "store.eviction"}
+IO_MODULES = {
     "twisted.internet",
     "twisted.web",
     "socket",
@@ -75,13 +75,13 @@ def modules() -> list[Path]:
     return sorted(PACKAGE.rglob("*.py"))
 
 
-def name_of(path: Path, package: Path = PACKAGE) -> str:
+def module_name(path: Path, package: Path = PACKAGE) -> str:
     """Return the module's dotted name below the package; a folder's own is the folder's."""
     parts = path.relative_to(package).with_suffix("").parts
     return ".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)
 
 
-def imported(source: str, name: str, is_package: bool = False) -> Iterator[str]:
+def imported_names(source: str, name: str, is_package: bool = False) -> Iterator[str]:
     """Yield the dotted names that the module `name` of the package `dockerproxy` imports, at whatever depth.
 
     `from x import y` yields `x.y`: y may be a module.
@@ -92,54 +92,56 @@ def imported(source: str, name: str, is_package: bool = False) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             base = node.module or ""
             if node.level:
-                here = ["dockerproxy", *(name.split(".") if name != "__init__" else [])]
-                kept = here[: len(here) - node.level + is_package]
-                base = ".".join([*kept, *([base] if base else [])])
+                package_parts = ["dockerproxy", *(name.split(".") if name != "__init__" else [])]
+                parent_parts = package_parts[: len(package_parts) - node.level + is_package]
+                base = ".".join([*parent_parts, *([base] if base else [])])
             yield from (f"{base}.{alias.name}" for alias in node.names)
 
 
 def imports_of(path: Path) -> set[str]:
-    return set(imported(path.read_text("utf-8"), name_of(path), path.name == "__init__.py"))
+    return set(imported_names(path.read_text("utf-8"), module_name(path), path.name == "__init__.py"))
 
 
-def parts_imported(path: Path) -> set[str]:
+def imported_parts(path: Path) -> set[str]:
     """Return the parts that a module imports; what is no module of the package is its own, as `__version__` is."""
-    found = {name.split(".")[1] for name in imports_of(path) if name.startswith("dockerproxy.")}
+    names = {name.split(".")[1] for name in imports_of(path) if name.startswith("dockerproxy.")}
     parts = {entry.name.removesuffix(".py") for entry in PACKAGE.iterdir()}
-    return {part if part in parts else "__init__" for part in found}
+    return {part if part in parts else "__init__" for part in names}
 
 
 def is_within(name: str, groups: set[str]) -> bool:
     return any(name == group or name.startswith(f"{group}.") for group in groups)
 
 
-@pytest.mark.parametrize("path", modules(), ids=name_of)
-def test_imports_go_one_way(path: Path) -> None:
-    part = name_of(path).split(".")[0]
-    if part in COMPOSE:
+@pytest.mark.parametrize("path", modules(), ids=module_name)
+def test_imports_follow_the_layers(path: Path) -> None:
+    part = module_name(path).split(".")[0]
+    if part in COMPOSITION_ROOTS:
         return
     assert part in ALLOWED, f"say in {Path(__file__).name} what {part} may import"
-    wrong = parts_imported(path) - ALLOWED[part] - EVERYWHERE - {part}
-    assert not wrong, f"{name_of(path)} imports {', '.join(sorted(wrong))}"
+    wrong = imported_parts(path) - ALLOWED[part] - ALLOWED_EVERYWHERE - {part}
+    assert not wrong, f"{module_name(path)} imports {', '.join(sorted(wrong))}"
 
 
-@pytest.mark.parametrize("path", [path for path in modules() if is_within(name_of(path), PURE)], ids=name_of)
+@pytest.mark.parametrize(
+    "path", [path for path in modules() if is_within(module_name(path), PURE_MODULES)], ids=module_name
+)
 def test_pure_modules_stay_pure(path: Path) -> None:
-    wrong = {name for name in imports_of(path) if is_within(name, IMPURE)}
-    assert not wrong, f"{name_of(path)} imports {', '.join(sorted(wrong))}"
+    wrong = {name for name in imports_of(path) if is_within(name, IO_MODULES)}
+    assert not wrong, f"{module_name(path)} imports {', '.join(sorted(wrong))}"
 
 
-@pytest.mark.parametrize("path", [path for path in modules() if name_of(path) not in BEGIN], ids=name_of)
-def test_only_the_beginning_of_a_process_imports_the_reactor(path: Path) -> None:
+@pytest.mark.parametrize("path", [path for path in modules() if module_name(path) not in ENTRY_POINTS], ids=module_name)
+def test_only_entry_points_import_the_reactor(path: Path) -> None:
     assert "twisted.internet.reactor" not in imports_of(path)
 
 
-def test_the_directions_have_no_circle() -> None:
-    done: set[str] = set()
-    while left := {part for part in ALLOWED if part not in done}:
-        ready = {part for part in left if ALLOWED[part] <= done}
-        assert ready, f"a circle within {', '.join(sorted(left))}"
-        done |= ready
+def test_allowed_imports_have_no_cycle() -> None:
+    checked: set[str] = set()
+    while remaining := {part for part in ALLOWED if part not in checked}:
+        ready = {part for part in remaining if ALLOWED[part] <= checked}
+        assert ready, f"a circle within {', '.join(sorted(remaining))}"
+        checked |= ready
 
 
 @pytest.mark.parametrize(
@@ -158,14 +160,14 @@ def test_the_directions_have_no_circle() -> None:
         ("from twisted.internet import reactor", "store.blobs", False, {"twisted.internet.reactor"}),
     ],
 )
-def test_the_reading_of_import_statements(source: str, name: str, is_package: bool, found: set[str]) -> None:
-    assert set(imported(source, name, is_package)) == found
+def test_imported_names(source: str, name: str, is_package: bool, found: set[str]) -> None:
+    assert set(imported_names(source, name, is_package)) == found
 
 
-@pytest.mark.parametrize("name", sorted(BEGIN))
-def test_what_a_process_loads(name: str) -> None:
+@pytest.mark.parametrize("name", sorted(ENTRY_POINTS))
+def test_modules_loaded_at_startup(name: str) -> None:
     program = f"import sys, twisted.internet.reactor, dockerproxy.{name}; print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
-    loaded = done.stdout.split()
+    process = subprocess.run([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    loaded = process.stdout.split()
     assert f"dockerproxy.{name}" in loaded
-    assert not {module for module in loaded if is_within(module, UNUSED)}
+    assert not {module for module in loaded if is_within(module, UNWANTED)}

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dockerproxy.oci.names import Host, Registry
+from dockerproxy.parsers import BasicCredentials
 from dockerproxy.settings import DOCKER_HUB, DOCKER_HUB_TOKENS, Settings, SettingsError, read_env_file
-from dockerproxy.values import UpstreamLogin
 
 ROOT = Path(__file__).parent.parent
 NAMES = [
@@ -32,14 +32,14 @@ def settings(**env: str) -> Settings:
     return Settings.from_environment(env)
 
 
-def refusal(**env: str) -> str:
-    with pytest.raises(SettingsError) as caught:
+def error_message(**env: str) -> str:
+    with pytest.raises(SettingsError) as raised:
         settings(**env)
-    return str(caught.value)
+    return str(raised.value)
 
 
-def env_file(folder: Path, text: str) -> dict[str, str]:
-    path = folder / ".env"
+def env_file(directory: Path, text: str) -> dict[str, str]:
+    path = directory / ".env"
     path.write_bytes(text.encode())
     return read_env_file(path)
 
@@ -49,63 +49,67 @@ def env_file(folder: Path, text: str) -> dict[str, str]:
 
 def test_an_empty_environment_gives_the_documented_defaults(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    found = settings()
-    assert found.registries == (Registry.parse("registry-1.docker.io"),)
-    assert found.intercepted == (DOCKER_HUB, DOCKER_HUB_TOKENS)
-    assert found.extra_registries == ()
-    assert found.auth_registries == {}
-    assert found.cache_max_size == 32 * 1024**3
-    assert found.cache_inactive == 60 * 86400
-    assert (found.allow_push, found.enable_manifest_cache, found.verify_ssl, found.disable_ipv6) == (
+    defaults = settings()
+    assert defaults.registries == (Registry.parse("registry-1.docker.io"),)
+    assert defaults.intercepted == (DOCKER_HUB, DOCKER_HUB_TOKENS)
+    assert defaults.extra_registries == ()
+    assert defaults.auth_registries == {}
+    assert defaults.cache_max_size == 32 * 1024**3
+    assert defaults.cache_inactive == 60 * 86400
+    assert (defaults.allow_push, defaults.enable_manifest_cache, defaults.verify_ssl, defaults.disable_ipv6) == (
         False,
         False,
         True,
         False,
     )
-    assert found.manifest_cache_primary_time == 600
-    assert found.manifest_cache_secondary_time == 60 * 86400
-    assert found.manifest_cache_default_time == 3600
-    assert (found.keepalive_timeout, found.client_header_timeout, found.proxy_read_timeout) == (300, 60, 60)
-    assert found.state_dir == tmp_path / "var"
-    assert found.cache_dir == tmp_path / "var/cache"
-    assert found.registry_dir == tmp_path / "var/registry"
-    assert found.ca_dir == tmp_path / "var/ca"
-    assert (found.ca_crt_file, found.ca_key_file, found.ca_key_passphrase) == (None, None, None)
-    assert found.proxy_listen == ("tcp:3128",)
-    assert found.registry_listen == ("tcp:5443",)
-    assert found.registry_http_listen == ()
-    assert found.registry_hostname == ("docker-registry.local",)
-    assert found.upstream_addresses == {}
-    assert found.upstream_proxy is None
-    assert found.tunnel_ports == {443}
-    assert "192.168.1.1" in found.allow_clients
-    assert "203.0.113.1" not in found.allow_clients
-    assert found.tunnel_allow.match_address("203.0.113.1") == "all"
-    assert found.tunnel_deny.match_address("169.254.169.254")
-    assert not found.tunnel_deny.match_address("10.0.0.1")
-    assert (found.share_auth_registries, found.anonymous_pull, found.htpasswd_file) == (True, False, None)
-    assert 1 <= found.workers <= 8
-    assert found.log_format == "text"
-    assert found.warnings == ()
+    assert defaults.manifest_cache_primary_time == 600
+    assert defaults.manifest_cache_secondary_time == 60 * 86400
+    assert defaults.manifest_cache_default_time == 3600
+    assert (defaults.keepalive_timeout, defaults.client_header_timeout, defaults.proxy_read_timeout) == (300, 60, 60)
+    assert defaults.state_dir == tmp_path / "var"
+    assert defaults.cache_dir == tmp_path / "var/cache"
+    assert defaults.registry_dir == tmp_path / "var/registry"
+    assert defaults.ca_dir == tmp_path / "var/ca"
+    assert (defaults.ca_crt_file, defaults.ca_key_file, defaults.ca_key_passphrase) == (None, None, None)
+    assert defaults.proxy_listen == ("tcp:3128",)
+    assert defaults.registry_listen == ("tcp:5443",)
+    assert defaults.registry_http_listen == ()
+    assert defaults.registry_hostname == ("docker-registry.local",)
+    assert defaults.upstream_addresses == {}
+    assert defaults.upstream_proxy is None
+    assert defaults.tunnel_ports == {443}
+    assert "192.168.1.1" in defaults.allow_clients
+    assert "203.0.113.1" not in defaults.allow_clients
+    assert defaults.tunnel_allow.match_address("203.0.113.1") == "all"
+    assert defaults.tunnel_deny.match_address("169.254.169.254")
+    assert not defaults.tunnel_deny.match_address("10.0.0.1")
+    assert (defaults.share_auth_registries, defaults.anonymous_pull, defaults.htpasswd_file) == (True, False, None)
+    assert 1 <= defaults.workers <= 8
+    assert defaults.log_format == "text"
+    assert defaults.warnings == ()
 
 
 def test_every_setting_may_be_empty() -> None:
     assert Settings.from_environment(dict.fromkeys([*NAMES, "STATE_DIRECTORY"], "")) == settings()
 
 
-def test_the_state_directory_of_systemd() -> None:
+def test_systemd_state_directory() -> None:
     assert settings(STATE_DIRECTORY="/var/lib/a:/var/lib/b").cache_dir == Path("/var/lib/a/cache")
-    found = settings(STATE_DIRECTORY="/var/lib/a", STATE_DIR="/srv/b", CACHE_DIR="/mnt/cache")
-    assert (found.state_dir, found.cache_dir, found.ca_dir) == (Path("/srv/b"), Path("/mnt/cache"), Path("/srv/b/ca"))
+    parsed = settings(STATE_DIRECTORY="/var/lib/a", STATE_DIR="/srv/b", CACHE_DIR="/mnt/cache")
+    assert (parsed.state_dir, parsed.cache_dir, parsed.ca_dir) == (
+        Path("/srv/b"),
+        Path("/mnt/cache"),
+        Path("/srv/b/ca"),
+    )
 
 
-def test_the_runtime_directory() -> None:
+def test_systemd_runtime_directory() -> None:
     assert settings(STATE_DIR="/srv/b").runtime_dir == Path("/srv/b/run")
     assert settings(STATE_DIR="/srv/b", RUNTIME_DIRECTORY="/run/a:/run/b").runtime_dir == Path("/run/a")
     assert settings(RUNTIME_DIR="/run/mine", RUNTIME_DIRECTORY="/run/a").runtime_dir == Path("/run/mine")
 
 
-def test_relative_paths_start_from_where_the_daemon_is_started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_relative_paths_are_relative_to_the_working_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     assert settings(STATE_DIR="state").ca_dir == tmp_path / "state/ca"
 
@@ -114,20 +118,20 @@ def test_relative_paths_start_from_where_the_daemon_is_started(monkeypatch: pyte
 
 
 def test_the_env_file_of_the_readme(tmp_path: Path) -> None:
-    found = Settings.from_environment({}, env_file(tmp_path, SEED))
-    assert [str(registry) for registry in found.registries] == [
+    parsed = Settings.from_environment({}, env_file(tmp_path, SEED))
+    assert [str(registry) for registry in parsed.registries] == [
         "registry-1.docker.io",
         "k8s.gcr.io",
         "quat.io",
         "mirror.gcr.io",
         "mirrors--dockerhub.company.com",
     ]
-    assert found.auth_registries == {
-        Host("auth.docker.io", 443): UpstreamLogin("meermanr", "dckr_pat_myPASSWORD"),
-        Host("registry-1.docker.io", 443): UpstreamLogin("meermanr", "dckr_pat_myPASSWORD"),
-        Host("mirrors--dockerhub.company.com", 443): UpstreamLogin("robert.meerman@company.com", "REDACTEDREDACTED"),
+    assert parsed.auth_registries == {
+        Host("auth.docker.io", 443): BasicCredentials("meermanr", "dckr_pat_myPASSWORD"),
+        Host("registry-1.docker.io", 443): BasicCredentials("meermanr", "dckr_pat_myPASSWORD"),
+        Host("mirrors--dockerhub.company.com", 443): BasicCredentials("robert.meerman@company.com", "REDACTEDREDACTED"),
     }
-    assert found.warnings == ()
+    assert parsed.warnings == ()
 
 
 def test_the_documentation_has_every_setting() -> None:
@@ -135,13 +139,13 @@ def test_the_documentation_has_every_setting() -> None:
     assert told >= set(NAMES)
 
 
-def test_the_example_file_is_one() -> None:
+def test_example_env_file_is_valid() -> None:
     example = ROOT / ".env.example"
     text = re.sub(r"^#(?=[A-Z_]+=)", "", example.read_text("utf-8"), flags=re.MULTILINE)
     variables = dict(line.split("=", 1) for line in text.splitlines() if line and not line.startswith("#"))
-    found = Settings.from_environment({}, variables)
-    assert found.warnings == ()
-    assert found.auth_registries[Host("gcr.io", 443)].user == "_json_key"
+    parsed = Settings.from_environment({}, variables)
+    assert parsed.warnings == ()
+    assert parsed.auth_registries[Host("gcr.io", 443)].user == "_json_key"
 
 
 @pytest.mark.parametrize(
@@ -179,13 +183,13 @@ def test_env_file_lines(tmp_path: Path, line: str, value: str) -> None:
 
 
 @pytest.mark.parametrize("line", ["PASSWORD secret", "secret", "=secret", "A B=secret", "1A=secret", "export secret"])
-def test_a_line_that_is_none_is_named_and_not_shown(tmp_path: Path, line: str) -> None:
-    with pytest.raises(SettingsError) as caught:
+def test_malformed_line_is_reported_by_number_only(tmp_path: Path, line: str) -> None:
+    with pytest.raises(SettingsError) as raised:
         env_file(tmp_path, f"A=1\n\n{line}\n")
-    assert str(caught.value) == f"{tmp_path}/.env, line 3, is not NAME=value."
+    assert str(raised.value) == f"{tmp_path}/.env, line 3, is not NAME=value."
 
 
-def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+def test_unreadable_env_file(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"/missing cannot be read: No such file or directory\.$"):
         read_env_file(tmp_path / "missing")
     (tmp_path / "latin").write_bytes(b"A=\xe4")
@@ -199,18 +203,18 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         st.text(st.characters(codec="utf-8", exclude_characters="\r\n")),
     )
 )
-def test_quoted_values_come_back(tmp_path_factory: pytest.TempPathFactory, variables: dict[str, str]) -> None:
-    kept = {name: value for name, value in variables.items() if not re.search(r'"\s+#', value)}
-    text = "".join(f'{name}="{value}"\n' for name, value in kept.items())
-    assert env_file(tmp_path_factory.mktemp("env"), text) == kept
+def test_quoted_values_round_trip(tmp_path_factory: pytest.TempPathFactory, variables: dict[str, str]) -> None:
+    expected = {name: value for name, value in variables.items() if not re.search(r'"\s+#', value)}
+    text = "".join(f'{name}="{value}"\n' for name, value in expected.items())
+    assert env_file(tmp_path_factory.mktemp("env"), text) == expected
 
 
-def test_the_environment_wins_over_the_file() -> None:
-    found = Settings.from_environment({"WORKERS": "3"}, {"WORKERS": "2", "LOG_FORMAT": "json"})
-    assert (found.workers, found.log_format) == (3, "json")
+def test_environment_overrides_env_file() -> None:
+    parsed = Settings.from_environment({"WORKERS": "3"}, {"WORKERS": "2", "LOG_FORMAT": "json"})
+    assert (parsed.workers, parsed.log_format) == (3, "json")
 
 
-def test_a_near_miss_in_the_file_is_warned_of() -> None:
+def test_typo_in_env_file_gives_a_warning() -> None:
     file = {
         "REGISTRY": "quay.io",
         "AUTH_REGISTRY": "a:b:secret",
@@ -218,8 +222,8 @@ def test_a_near_miss_in_the_file_is_warned_of() -> None:
         "HTTP_PROXY": "x",
         "LANG": "C",
     }
-    found = Settings.from_environment({"REGISTRYS": "not in the file"}, file)
-    assert found.warnings == (
+    parsed = Settings.from_environment({"REGISTRYS": "not in the file"}, file)
+    assert parsed.warnings == (
         "REGISTRY is not a setting and has no effect; is REGISTRY_DIR or REGISTRIES meant?",
         "AUTH_REGISTRY is not a setting and has no effect; is AUTH_REGISTRIES meant?",
         "cache_max_size is not a setting and has no effect; is CACHE_MAX_SIZE meant?",
@@ -229,7 +233,7 @@ def test_a_near_miss_in_the_file_is_warned_of() -> None:
 # Registries and logins
 
 
-def test_registries_in_each_form_and_once() -> None:
+def test_registries_in_each_form_without_duplicates() -> None:
     text = "quay.io  https://quay.io/ QUAY.IO. registry.test:5000 http://plain.test http://plain.test:8080 [::1]:5000"
     assert settings(REGISTRIES=text).extra_registries == tuple(
         Registry.parse(one)
@@ -237,21 +241,23 @@ def test_registries_in_each_form_and_once() -> None:
     )
 
 
-def test_docker_hub_is_there_anyway() -> None:
-    found = settings(REGISTRIES="docker.io auth.docker.io ghcr.io registry-1.docker.io")
-    assert found.registries == (DOCKER_HUB, Registry.parse("ghcr.io"))
-    assert found.intercepted == (DOCKER_HUB, Registry.parse("ghcr.io"), DOCKER_HUB_TOKENS)
+def test_docker_hub_is_always_included() -> None:
+    parsed = settings(REGISTRIES="docker.io auth.docker.io ghcr.io registry-1.docker.io")
+    assert parsed.registries == (DOCKER_HUB, Registry.parse("ghcr.io"))
+    assert parsed.intercepted == (DOCKER_HUB, Registry.parse("ghcr.io"), DOCKER_HUB_TOKENS)
 
 
-def test_a_registry_is_not_both_plain_and_tls() -> None:
-    assert refusal(REGISTRIES="http://a.test:5000 a.test:5000") == (
+def test_registry_with_both_http_and_https_is_rejected() -> None:
+    assert error_message(REGISTRIES="http://a.test:5000 a.test:5000") == (
         "REGISTRIES: 'a.test:5000' is there both with http:// and without."
     )
 
 
-def login(text: str, between: str = "", within: str = "") -> dict[str, tuple[str, str]]:
-    found = settings(AUTH_REGISTRIES=text, AUTH_REGISTRIES_DELIMITER=between, AUTH_REGISTRY_DELIMITER=within)
-    return {str(host): (login.user, login.password) for host, login in found.auth_registries.items()}
+def parse_logins(text: str, entry_delimiter: str = "", field_delimiter: str = "") -> dict[str, tuple[str, str]]:
+    parsed = settings(
+        AUTH_REGISTRIES=text, AUTH_REGISTRIES_DELIMITER=entry_delimiter, AUTH_REGISTRY_DELIMITER=field_delimiter
+    )
+    return {str(host): (login.user, login.password) for host, login in parsed.auth_registries.items()}
 
 
 @pytest.mark.parametrize(
@@ -279,7 +285,7 @@ def login(text: str, between: str = "", within: str = "") -> dict[str, tuple[str
     ],
 )
 def test_logins(text: str, between: str, within: str, found: dict[str, tuple[str, str]]) -> None:
-    assert login(text, between, within) == found
+    assert parse_logins(text, between, within) == found
 
 
 @pytest.mark.parametrize(
@@ -297,8 +303,8 @@ def test_logins(text: str, between: str, within: str, found: dict[str, tuple[str
         ("quay.io:u:SECRET quay.io:u:SECRET2", "entry 2 is for a host that an earlier entry has with another login"),
     ],
 )
-def test_a_login_that_is_none(text: str, sentence: str) -> None:
-    assert refusal(AUTH_REGISTRIES=text) == f"AUTH_REGISTRIES: {sentence}."
+def test_malformed_login(text: str, sentence: str) -> None:
+    assert error_message(AUTH_REGISTRIES=text) == f"AUTH_REGISTRIES: {sentence}."
 
 
 PASSWORDS = st.text(st.characters(codec="utf-8", exclude_characters="\0|;"), min_size=1).filter(
@@ -309,9 +315,9 @@ HOSTS = st.from_regex(r"[a-z][a-z0-9]{0,10}\.(test|example)(:[1-9][0-9]{0,3})?",
 
 
 @given(st.dictionaries(HOSTS.map(lambda text: str(Host.parse(text))), st.tuples(USERS, PASSWORDS), max_size=4))
-def test_logins_come_back(logins: dict[str, tuple[str, str]]) -> None:
+def test_logins_round_trip(logins: dict[str, tuple[str, str]]) -> None:
     text = ";;;".join(f"{host}|{user}|{password}" for host, (user, password) in logins.items())
-    assert login(text, ";;;", "|") == logins
+    assert parse_logins(text, ";;;", "|") == logins
 
 
 @given(
@@ -321,8 +327,8 @@ def test_logins_come_back(logins: dict[str, tuple[str, str]]) -> None:
         max_size=4,
     )
 )
-def test_logins_come_back_with_the_usual_separators(logins: dict[str, tuple[str, str]]) -> None:
-    assert login(" ".join(f"{host}:{user}:{password}" for host, (user, password) in logins.items())) == logins
+def test_logins_round_trip_with_default_delimiters(logins: dict[str, tuple[str, str]]) -> None:
+    assert parse_logins(" ".join(f"{host}:{user}:{password}" for host, (user, password) in logins.items())) == logins
 
 
 # Single kinds of values
@@ -343,7 +349,7 @@ def test_logins_come_back_with_the_usual_separators(logins: dict[str, tuple[str,
         ("0s", 0),
     ],
 )
-def test_times(text: str, seconds: float) -> None:
+def test_durations(text: str, seconds: float) -> None:
     assert settings(MANIFEST_CACHE_DEFAULT_TIME=text).manifest_cache_default_time == pytest.approx(seconds)
 
 
@@ -376,11 +382,11 @@ def test_booleans(text: str, value: bool) -> None:
 
 
 def test_tag_patterns_are_anchored_at_the_start_only() -> None:
-    found = settings()
-    assert found.manifest_cache_primary_regex.match("stable-slim")
-    assert not found.manifest_cache_primary_regex.match("unstable")
-    assert found.manifest_cache_secondary_regex.match("v1.2.3")
-    assert not found.manifest_cache_secondary_regex.match("latest")
+    parsed = settings()
+    assert parsed.manifest_cache_primary_regex.match("stable-slim")
+    assert not parsed.manifest_cache_primary_regex.match("unstable")
+    assert parsed.manifest_cache_secondary_regex.match("v1.2.3")
+    assert not parsed.manifest_cache_secondary_regex.match("latest")
     assert settings(MANIFEST_CACHE_PRIMARY_REGEX="dev|main").manifest_cache_primary_regex.match("main")
 
 
@@ -402,8 +408,8 @@ def test_registry_host_names() -> None:
 
 
 def test_upstream_addresses() -> None:
-    found = settings(UPSTREAM_ADDRESSES="registry.test:5000=127.0.0.1:25000 quay.io=[::1]:5443 plain.test:80=10.0.0.1")
-    assert found.upstream_addresses == {
+    parsed = settings(UPSTREAM_ADDRESSES="registry.test:5000=127.0.0.1:25000 quay.io=[::1]:5443 plain.test:80=10.0.0.1")
+    assert parsed.upstream_addresses == {
         Host("registry.test", 5000): Host("127.0.0.1", 25000),
         Host("quay.io", 443): Host("::1", 5443),
         Host("plain.test", 80): Host("10.0.0.1", 80),
@@ -411,17 +417,17 @@ def test_upstream_addresses() -> None:
 
 
 def test_the_upstream_proxy() -> None:
-    found = settings(
+    parsed = settings(
         UPSTREAM_PROXY="http://us%3Aer:p%40ss/w@proxy.test:3128/".replace("/w", "%2Fw"),
         NO_PROXY="a.test,.b.test c.test",
     )
-    assert found.upstream_proxy is not None
-    assert (found.upstream_proxy.host, found.upstream_proxy.port) == ("proxy.test", 3128)
-    assert found.upstream_proxy.authorization == "Basic " + base64.b64encode(b"us:er:p@ss/w").decode()
-    assert found.upstream_proxy.no_proxy == ("a.test", ".b.test", "c.test")
+    assert parsed.upstream_proxy is not None
+    assert (parsed.upstream_proxy.host, parsed.upstream_proxy.port) == ("proxy.test", 3128)
+    assert parsed.upstream_proxy.authorization == "Basic " + base64.b64encode(b"us:er:p@ss/w").decode()
+    assert parsed.upstream_proxy.no_proxy == ("a.test", ".b.test", "c.test")
 
 
-def test_where_the_upstream_proxy_is_looked_for() -> None:
+def test_upstream_proxy_variable_precedence() -> None:
     def port(**env: str) -> int | None:
         proxy = settings(**env).upstream_proxy
         return None if proxy is None else proxy.port
@@ -435,7 +441,7 @@ def test_where_the_upstream_proxy_is_looked_for() -> None:
 
 # What is refused
 
-BAD = [
+INVALID = [
     ("REGISTRIES", "quay.io/v2/", "'quay.io/v2/' is not a registry such as quay.io"),
     ("REGISTRIES", "quay.io ftp://x", "'ftp://x' is not a registry"),
     ("REGISTRIES", "quay.io:99999", "'quay.io:99999' is not a registry"),
@@ -488,15 +494,15 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("name", "text", "part"), BAD)
-def test_a_value_that_cannot_be_read_gives_one_sentence(name: str, text: str, part: str) -> None:
-    sentence = refusal(**{name: text})
-    assert sentence.startswith(name)
-    assert part in sentence
-    assert sentence.endswith(".")
-    assert "\n" not in sentence
-    assert len(sentence) < 400
-    assert "SEC" not in sentence.removeprefix(name)
+@pytest.mark.parametrize(("name", "text", "part"), INVALID)
+def test_invalid_value_gives_one_sentence(name: str, text: str, part: str) -> None:
+    message = error_message(**{name: text})
+    assert message.startswith(name)
+    assert part in message
+    assert message.endswith(".")
+    assert "\n" not in message
+    assert len(message) < 400
+    assert "SEC" not in message.removeprefix(name)
 
 
 # Nothing leaks
@@ -512,20 +518,20 @@ LOGINS = ["AUTH_REGISTRIES", "UPSTREAM_PROXY", "CA_KEY_PASSPHRASE"]
     ("name", "form"),
     [*((name, form) for name in NAMES for form in URLS), *((n, f) for n in ["REGISTRIES", *LOGINS] for f in WORDS)],
 )
-def test_a_login_in_the_wrong_place_is_neither_in_the_error_nor_in_the_repr(name: str, form: str) -> None:
+def test_misplaced_credentials_do_not_leak(name: str, form: str) -> None:
     text = form.replace("{}", SECRET)
     try:
-        found = settings(**{name: text})
+        parsed = settings(**{name: text})
     except SettingsError as error:
         assert SECRET not in str(error)
         assert error.__context__ is None or error.__suppress_context__  # a traceback shows the context
     else:
         if name in LOGINS:
-            assert SECRET not in repr(found)
+            assert SECRET not in repr(parsed)
 
 
 @given(st.text(st.characters(codec="utf-8", exclude_characters="\0")))
-def test_no_text_breaks_the_logins_and_none_of_the_password_is_told(text: str) -> None:
+def test_login_errors_never_contain_the_password(text: str) -> None:
     try:
         settings(AUTH_REGISTRIES=f"quay.io:user:{SECRET}{text} x")
     except SettingsError as error:
@@ -536,70 +542,70 @@ def test_no_text_breaks_the_logins_and_none_of_the_password_is_told(text: str) -
 
 
 @given(st.sampled_from(NAMES), st.text(st.characters(codec="utf-8", exclude_characters="\0")))
-def test_no_value_raises_anything_but_settings_error(name: str, text: str) -> None:
+def test_only_settings_error_is_raised(name: str, text: str) -> None:
     try:
-        found = settings(**{name: text})
+        parsed = settings(**{name: text})
     except SettingsError as error:
         assert str(error).startswith(name)
     else:
-        assert isinstance(found, Settings)
+        assert isinstance(parsed, Settings)
 
 
 # systemd's credentials
 
 
 @pytest.fixture
-def credentials(tmp_path: Path) -> Path:
+def credentials_directory(tmp_path: Path) -> Path:
     (tmp_path / "docker-registry-proxy.auth_registries").write_text("quay.io:me:from:systemd\nghcr.io:me:too\n")
     return tmp_path
 
 
-def logins_with(folder: Path, file: dict[str, str] | None = None, **env: str) -> dict[str, str]:
-    found = Settings.from_environment({"CREDENTIALS_DIRECTORY": str(folder), **env}, file or {}).auth_registries
-    return {host.name: login.password for host, login in found.items()}
+def passwords_by_host(directory: Path, file: dict[str, str] | None = None, **env: str) -> dict[str, str]:
+    logins = Settings.from_environment({"CREDENTIALS_DIRECTORY": str(directory), **env}, file or {}).auth_registries
+    return {host.name: login.password for host, login in logins.items()}
 
 
-def test_logins_as_a_credential(credentials: Path) -> None:
-    assert logins_with(credentials) == {"quay.io": "from:systemd", "ghcr.io": "too"}
+def test_logins_from_a_systemd_credential(credentials_directory: Path) -> None:
+    assert passwords_by_host(credentials_directory) == {"quay.io": "from:systemd", "ghcr.io": "too"}
 
 
-def test_the_environment_and_the_file_win_over_a_credential(credentials: Path) -> None:
-    assert logins_with(credentials, AUTH_REGISTRIES="quay.io:me:mine") == {"quay.io": "mine"}
-    assert logins_with(credentials, {"AUTH_REGISTRIES": "quay.io:me:mine"}) == {"quay.io": "mine"}
-    assert logins_with(credentials, {"AUTH_REGISTRIES": ""}, AUTH_REGISTRIES=" ") == {
+def test_environment_and_file_override_a_systemd_credential(credentials_directory: Path) -> None:
+    assert passwords_by_host(credentials_directory, AUTH_REGISTRIES="quay.io:me:mine") == {"quay.io": "mine"}
+    assert passwords_by_host(credentials_directory, {"AUTH_REGISTRIES": "quay.io:me:mine"}) == {"quay.io": "mine"}
+    assert passwords_by_host(credentials_directory, {"AUTH_REGISTRIES": ""}, AUTH_REGISTRIES=" ") == {
         "quay.io": "from:systemd",
         "ghcr.io": "too",
     }
 
 
-def test_delimiters_hold_for_a_credential(credentials: Path) -> None:
-    (credentials / "docker-registry-proxy.auth_registries").write_text(
+def test_delimiters_apply_to_a_systemd_credential(credentials_directory: Path) -> None:
+    (credentials_directory / "docker-registry-proxy.auth_registries").write_text(
         'gcr.io:::_json_key:::{"a": "b"};;;quay.io:::me:::word\n'
     )
-    found = logins_with(credentials, AUTH_REGISTRIES_DELIMITER=";;;", AUTH_REGISTRY_DELIMITER=":::")
-    assert found == {"gcr.io": '{"a": "b"}', "quay.io": "word"}
+    passwords = passwords_by_host(credentials_directory, AUTH_REGISTRIES_DELIMITER=";;;", AUTH_REGISTRY_DELIMITER=":::")
+    assert passwords == {"gcr.io": '{"a": "b"}', "quay.io": "word"}
 
 
-def test_no_credential_is_none(tmp_path: Path) -> None:
-    assert logins_with(tmp_path) == {}
-    assert logins_with(tmp_path / "missing") == {}
+def test_missing_systemd_credential(tmp_path: Path) -> None:
+    assert passwords_by_host(tmp_path) == {}
+    assert passwords_by_host(tmp_path / "missing") == {}
 
 
-def test_a_credential_that_cannot_be_used(credentials: Path) -> None:
-    file = credentials / "docker-registry-proxy.auth_registries"
+def test_invalid_systemd_credential(credentials_directory: Path) -> None:
+    file = credentials_directory / "docker-registry-proxy.auth_registries"
     file.write_bytes(b"quay.io:me:\xff")
     with pytest.raises(SettingsError, match=re.escape(f"{file} is not UTF-8 text.")):
-        logins_with(credentials)
+        passwords_by_host(credentials_directory)
     file.write_text("quay.io:me")
     with pytest.raises(SettingsError, match=r"^AUTH_REGISTRIES: entry 1 \(quay.io\) has no password"):
-        logins_with(credentials)
+        passwords_by_host(credentials_directory)
     file.unlink()
     file.mkdir()
     with pytest.raises(SettingsError, match=re.escape(f"{file} cannot be read: Is a directory.")):
-        logins_with(credentials)
+        passwords_by_host(credentials_directory)
 
 
-def test_a_line_that_the_environment_overrules_is_told_of() -> None:
+def test_overridden_env_file_line_gives_a_warning() -> None:
     file = {"PROXY_LISTEN": "tcp:8080", "WORKERS": "2", "REGISTRIES": "quay.io"}
     settings = Settings.from_environment({"PROXY_LISTEN": "systemd:domain=INET6:name=proxy", "WORKERS": "2"}, file)
     assert settings.warnings == (

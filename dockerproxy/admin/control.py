@@ -32,6 +32,7 @@ from dockerproxy.admin.deletion import Deleter
 from dockerproxy.admin.ndjson import NDJSONResponse
 from dockerproxy.admin.resolver import CACHED, HOSTED, ImageResolver, InvalidArgument, NotFound, StoreView
 from dockerproxy.cache.room import CacheRoom
+from dockerproxy.concurrency import in_thread
 from dockerproxy.errors import RegistryError
 from dockerproxy.http.request import ClientGone, Request
 from dockerproxy.oci.routes import parse_query
@@ -39,7 +40,6 @@ from dockerproxy.store.check import Checker, Finding
 from dockerproxy.store.importing import Importer, NoRegistry, Untaken
 from dockerproxy.store.slices import Slices, Watch
 from dockerproxy.store.sweep import GRACE, Removed, Sweeper
-from dockerproxy.tasks import in_thread
 
 _MAX_BODY = 64 * 1024
 _JSON_FIELDS = [("Content-Type", "application/json"), ("Cache-Control", "no-store")]

@@ -49,7 +49,7 @@ class Deleter:
         if ref.store.kind != HOSTED:
             return await self._delete_cached(ref)
         counts = {"tags": 0, "manifests": 0}
-        async with self._hosted_store.turns.of(ref.repository):
+        async with self._hosted_store.turns.hold(ref.repository):
             await self._thread.run(self._unlink_hosted(ref, counts))
         return DeletionResult(**counts)
 

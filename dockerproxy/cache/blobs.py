@@ -12,6 +12,7 @@ from dockerproxy.cache.flights import Flight, Flights
 from dockerproxy.cache.notes import note_link
 from dockerproxy.cache.origin import Answer, Upstream, Visitor, is_refusal, refuse
 from dockerproxy.cache.room import Room
+from dockerproxy.concurrency import SingleFlight
 from dockerproxy.errors import RegistryError, Unauthorized, UpstreamBroken, UpstreamError, UpstreamFailing, is_outage
 from dockerproxy.http.headers import Headers
 from dockerproxy.oci.contents import BlobAnswer
@@ -20,7 +21,6 @@ from dockerproxy.oci.ranges import parse_content_range
 from dockerproxy.store.blobs import Blobs
 from dockerproxy.store.contents import StoredContent
 from dockerproxy.store.links import Links
-from dockerproxy.tasks import Coalescing
 
 _NONE = Headers()
 _ATTEMPTS = 3  # a blob may be evicted between being seen and being opened
@@ -46,7 +46,7 @@ class CachedBlobs:
         self._flights = flights
         self._access = access
         self._room = room
-        self._confirming: Coalescing[tuple[object, ...], tuple[int | None, bool]] = Coalescing()
+        self._confirming: SingleFlight[tuple[object, ...], tuple[int | None, bool]] = SingleFlight()
 
     async def get(self, visitor: Visitor, digest: Digest) -> BlobAnswer:
         """Return the blob for `visitor`. Raise what upstream refuses with, or `UpstreamError`."""

@@ -14,12 +14,12 @@ from attrs import frozen
 
 from dockerproxy.cache.notes import remember
 from dockerproxy.cache.origin import Exchange, refuse
+from dockerproxy.concurrency import SingleFlight
 from dockerproxy.errors import NameInvalid, RegistryError, UpstreamBroken, is_outage
 from dockerproxy.http.headers import Headers
 from dockerproxy.oci.challenge import Challenge, parse_challenges
 from dockerproxy.oci.names import Host, Registry
 from dockerproxy.store.records import Records
-from dockerproxy.tasks import Coalescing
 
 TOKEN_PATH = "/.well-known/docker-registry-proxy/token"
 """Where, on a registry's own host, we answer for a realm elsewhere."""
@@ -70,7 +70,7 @@ class Challenges:
         self._records = records
         self._intercepted = intercepted
         self._clock = clock
-        self._asking: Coalescing[Registry, list[str]] = Coalescing()
+        self._asking: SingleFlight[Registry, list[str]] = SingleFlight()
         self._met: set[Registry] = set()  # those of which it is known what they ask for: as many as are intercepted
 
     async def of(self, registry: Registry) -> list[Challenge]:

@@ -33,12 +33,12 @@ from dockerproxy.cache.reading import HELD_BACK, FlightContent
 from dockerproxy.cache.recent import Recent
 from dockerproxy.cache.room import Room
 from dockerproxy.cache.syncing import EarlySync
+from dockerproxy.concurrency import in_thread, spawn
 from dockerproxy.errors import RegistryError, UpstreamBroken
 from dockerproxy.oci.contents import SMALL
 from dockerproxy.oci.names import Digest
 from dockerproxy.store.growing import GrowingFile
 from dockerproxy.store.ingest import Followed, Ingest
-from dockerproxy.tasks import in_thread, spawn
 
 if TYPE_CHECKING:
     from hashlib import _Hash

@@ -14,6 +14,7 @@ from dockerproxy.cache.freshness import Freshness
 from dockerproxy.cache.notes import forget, note_link, remember
 from dockerproxy.cache.origin import Answer, Upstream, Visitor, is_refusal, refuse
 from dockerproxy.cache.remembered import RememberedManifests
+from dockerproxy.concurrency import KeyedLock, SingleFlight, in_thread
 from dockerproxy.errors import (
     DigestInvalid,
     ManifestInvalid,
@@ -38,7 +39,6 @@ from dockerproxy.oci.names import Digest, Reference, Tag
 from dockerproxy.store.blobs import Blobs
 from dockerproxy.store.links import Links
 from dockerproxy.store.records import Records
-from dockerproxy.tasks import Coalescing, TakesTurns, in_thread
 
 _MAX_ANSWERS = 16  # for one tag: so many different sets of media types are remembered
 
@@ -69,7 +69,7 @@ class CachedManifests:
         records: Records,
         access: Access,
         freshness: Freshness,
-        turns: TakesTurns,
+        turns: KeyedLock,
         *,
         clock: Callable[[], float],
         keep: Callable[[Digest, int], None],
@@ -84,7 +84,7 @@ class CachedManifests:
         self._turns = turns
         self._clock = clock
         self._keep = keep
-        self._asking: Coalescing[tuple[object, ...], ManifestAnswer] = Coalescing()
+        self._asking: SingleFlight[tuple[object, ...], ManifestAnswer] = SingleFlight()
         self._remembered = RememberedManifests(clock)
 
     async def get(self, visitor: Visitor, reference: Reference, accept: list[str], *, head: bool) -> ManifestAnswer:
@@ -177,7 +177,7 @@ class CachedManifests:
         """Ask upstream, unless another process did while we waited for it."""
         began = self._clock()
         key = f"{method} {visitor.origin.key} {reference} {accept_key(accept_set(accept))} {visitor.identity}"
-        async with self._turns.of(key) as waited:
+        async with self._turns.hold(key) as waited:
             answered = await self._answered(visitor, reference, accept, began) if waited else None
             return answered or await self._ask_alone(method, visitor, reference, accept)
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from twisted.logger import Logger
 
+from dockerproxy.concurrency import in_thread
 from dockerproxy.store.records import Records
-from dockerproxy.tasks import in_thread
 
 log = Logger()
 

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from dockerproxy.cache.download import Download
 from dockerproxy.cache.origin import Origin
+from dockerproxy.concurrency import in_thread
 from dockerproxy.errors import UpstreamBroken, UpstreamError
 from dockerproxy.oci.contents import Piece
 from dockerproxy.oci.names import Digest
 from dockerproxy.store.blobs import read_blocking, read_cached
-from dockerproxy.tasks import in_thread
 
 if TYPE_CHECKING:
     from hashlib import _Hash

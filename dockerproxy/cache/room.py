@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from twisted.application.internet import TimerService
 from twisted.logger import Logger
 
+from dockerproxy.concurrency import in_thread, spawn
 from dockerproxy.oci.names import Digest
 from dockerproxy.store.blobs import Blobs
 from dockerproxy.store.eviction import Entry
@@ -18,7 +19,6 @@ from dockerproxy.store.ingest import Ingest, stale_ingests
 from dockerproxy.store.layout import Layout
 from dockerproxy.store.slices import Slices
 from dockerproxy.store.usage import DoesNotFit, Recount, Usage
-from dockerproxy.tasks import in_thread, spawn
 
 MAINTENANCE = 600.0
 """Seconds between two looks at what is too old, and at what the disk really holds."""

@@ -7,8 +7,8 @@ from typing import Any
 
 from twisted.internet.defer import Deferred, DeferredLock
 
+from dockerproxy.concurrency import in_thread, spawn
 from dockerproxy.store.ingest import Ingest
-from dockerproxy.tasks import in_thread, spawn
 
 _AT_ONCE = 64 * 1024 * 1024  # bytes: 0.02 s for an NVMe disk
 

@@ -13,10 +13,10 @@ from twisted.internet.protocol import Factory
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
+from dockerproxy.concurrency import spawn
 from dockerproxy.daemon.endpoints import SocketNotPassed, format_address, listen
 from dockerproxy.daemon.transfers import Transfers
 from dockerproxy.http.site import Site
-from dockerproxy.tasks import spawn
 
 SHUTDOWN_GRACE = 25.0
 """Seconds that transfers have to finish when the daemon stops (systemd kills after 30: TimeoutStopSec)."""

@@ -10,6 +10,7 @@ from attrs import frozen
 from twisted.application.internet import TimerService
 from twisted.logger import Logger
 
+from dockerproxy.concurrency import in_thread, spawn
 from dockerproxy.errors import BlobUnknown, ManifestInvalid, ManifestUnknown, NameUnknown, Unsupported
 from dockerproxy.http.request import Request
 from dockerproxy.oci.contents import BlobAnswer, ManifestAnswer
@@ -23,7 +24,6 @@ from dockerproxy.registry.push import Push
 from dockerproxy.store.contents import StoredContent
 from dockerproxy.store.hosting import HostedStore
 from dockerproxy.store.uploads import Uploads
-from dockerproxy.tasks import in_thread, spawn
 
 _VERDICT = "-"  # nothing of it comes from a cache
 
@@ -161,7 +161,7 @@ class Hosted:
         parameters = dict(parse_query(request.query))
         artifact_type, after = parameters.get("artifactType"), parameters.get("last")
         if not self.store.referrers.is_complete(name):
-            async with self.store.turns.of(name):
+            async with self.store.turns.hold(name):
                 await in_thread(self.reactor, self.store.referrers.complete, name)
         descriptors, last = await in_thread(self.reactor, self._list, name, subject, artifact_type, after)
         fields = [("Content-Type", OCI_INDEX), API_VERSION]

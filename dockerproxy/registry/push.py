@@ -14,6 +14,7 @@ from typing import Any
 from attrs import field, frozen
 from twisted.logger import Logger
 
+from dockerproxy.concurrency import in_thread, shield
 from dockerproxy.errors import BlobUnknown, InsufficientStorage, RegistryError, StorageFailed
 from dockerproxy.http.request import ClientGone, Request
 from dockerproxy.oci.names import Digest, Repository
@@ -22,7 +23,6 @@ from dockerproxy.registry.answers import API_VERSION
 from dockerproxy.registry.push_blobs import BlobPush
 from dockerproxy.registry.push_manifests import ManifestPush
 from dockerproxy.store.hosting import HostedStore
-from dockerproxy.tasks import in_thread, to_the_end
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -51,7 +51,7 @@ class Push:
         work = self._work(request, target)
         if work is None:
             return False
-        await to_the_end(_answered(request, work), f"{request.method} {request.path}")
+        await shield(_answered(request, work), f"{request.method} {request.path}")
         return True
 
     def _work(self, request: Request, target: Target) -> Coroutine[Any, Any, None] | None:

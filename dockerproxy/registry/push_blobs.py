@@ -7,6 +7,7 @@ from typing import Any
 
 from attrs import frozen
 
+from dockerproxy.concurrency import in_thread
 from dockerproxy.errors import BlobUploadInvalid, DigestInvalid, RangeInvalid
 from dockerproxy.http.message import body_framing
 from dockerproxy.http.request import Request
@@ -16,7 +17,6 @@ from dockerproxy.oci.uploads import algorithm_for, announced, progress
 from dockerproxy.registry.answers import API_VERSION
 from dockerproxy.store.hosting import HostedStore
 from dockerproxy.store.uploads import Upload
-from dockerproxy.tasks import in_thread
 
 Fields = list[tuple[str, str]]
 

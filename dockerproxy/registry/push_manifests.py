@@ -9,6 +9,7 @@ from typing import Any
 from attrs import frozen
 from twisted.internet.task import deferLater
 
+from dockerproxy.concurrency import in_thread
 from dockerproxy.errors import DigestInvalid, ManifestBlobUnknown, ManifestInvalid, ManifestUnknown, SizeInvalid
 from dockerproxy.http.request import Request
 from dockerproxy.oci.manifests import KNOWN_TYPES, MAX_MANIFEST, Manifest, is_elsewhere, media_type_of, parse_manifest
@@ -17,7 +18,6 @@ from dockerproxy.oci.referrers import Referrer, referrer
 from dockerproxy.oci.routes import parse_query
 from dockerproxy.registry.answers import API_VERSION
 from dockerproxy.store.hosting import HostedStore
-from dockerproxy.tasks import in_thread
 
 _AT_ONCE = 100  # references that are looked for before others get their turn
 _NAMED = 10  # missing references that an error tells of
@@ -56,7 +56,7 @@ class ManifestPush:
         taken = await in_thread(self.reactor, _look_through, content, wanted, media_type)
         if taken.manifest is not None:
             await self._require(name, taken.manifest)
-        async with self.store.turns.of(name):
+        async with self.store.turns.hold(name):
             await in_thread(self.reactor, self._keep, name, taken, tags)
         fields = [
             API_VERSION,
@@ -71,7 +71,7 @@ class ManifestPush:
 
     async def delete(self, request: Request, name: Repository, reference: Reference) -> None:
         """Remove a tag, or a manifest with its tags."""
-        async with self.store.turns.of(name):
+        async with self.store.turns.hold(name):
             if isinstance(reference, Digest):
                 removed = await in_thread(self.reactor, self.store.remove_manifest, name, reference)
             else:

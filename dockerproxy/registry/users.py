@@ -17,7 +17,7 @@ import bcrypt
 from attrs import field, frozen
 from twisted.logger import Logger
 
-from dockerproxy.tasks import Coalescing, in_thread
+from dockerproxy.concurrency import SingleFlight, in_thread
 
 _HASH = re.compile(r"\$2[aby]\$(0[4-9]|[12][0-9]|3[01])\$[./A-Za-z0-9]{53}")
 _LONGEST_PASSWORD = 72  # bytes; bcrypt looks at no more, and its Python library refuses what is longer
@@ -88,7 +88,7 @@ class Users:
         self._nobody = b""
         self._signature: tuple[int, int, int] | None = None
         self._right: OrderedDict[bytes, float] = OrderedDict()
-        self._checking: Coalescing[bytes, bool] = Coalescing()
+        self._checking: SingleFlight[bytes, bool] = SingleFlight()
         self.reload()
 
     def reload(self) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from dockerproxy.concurrency import in_thread
 from dockerproxy.store.blobs import OpenBlob
-from dockerproxy.tasks import in_thread
 
 
 class StoredContent:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 from attrs import field, frozen
 
+from dockerproxy.concurrency import KeyedLock, LocalKeyedLock
 from dockerproxy.oci.names import Digest
 from dockerproxy.oci.referrers import Referrer
 from dockerproxy.store.blobs import Blobs
@@ -15,7 +16,6 @@ from dockerproxy.store.layout import Layout
 from dockerproxy.store.links import Links
 from dockerproxy.store.referrers import Referrers
 from dockerproxy.store.uploads import Uploads
-from dockerproxy.tasks import TakesTurns, Turns
 
 
 @frozen
@@ -30,15 +30,17 @@ class HostedStore:
     links: Links
     uploads: Uploads
     referrers: Referrers
-    turns: TakesTurns = field(factory=Turns)
+    turns: KeyedLock = field(factory=LocalKeyedLock)
 
     @classmethod
     def below(
-        cls, layout: Layout, clock: Callable[[], float] = time.time, turns: TakesTurns | None = None
+        cls, layout: Layout, clock: Callable[[], float] = time.time, turns: KeyedLock | None = None
     ) -> HostedStore:
         """Return the store in `layout`. `clock`: POSIX time; `turns`: where other processes use it, too."""
         blobs, links = Blobs(layout, True, clock), Links(layout, True)
-        return cls(layout, blobs, links, Uploads(layout, clock), Referrers(layout, blobs, links), turns or Turns())
+        return cls(
+            layout, blobs, links, Uploads(layout, clock), Referrers(layout, blobs, links), turns or LocalKeyedLock()
+        )
 
     def has_repository(self, repository: str) -> bool:
         """Say whether the repository has, or had, a blob or manifest."""

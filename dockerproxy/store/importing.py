@@ -18,6 +18,7 @@ from typing import Any
 
 from attrs import define, field, frozen
 
+from dockerproxy.concurrency import in_thread
 from dockerproxy.errors import ManifestInvalid, NameInvalid
 from dockerproxy.oci.manifests import MAX_MANIFEST, media_type_of
 from dockerproxy.oci.names import Digest, parse_repository
@@ -27,7 +28,6 @@ from dockerproxy.store.hosting import HostedStore
 from dockerproxy.store.layout import Layout
 from dockerproxy.store.links import Links
 from dockerproxy.store.slices import Slices, Watch
-from dockerproxy.tasks import in_thread
 
 _PIECE = 1024 * 1024
 
@@ -110,7 +110,7 @@ class Importer:
         await self._slices.run(run.contents(), run.note, after_slice=bytes_told)
         for repository in run.repositories:
             await self._slices.run(run.layers(repository), run.note, after_slice=manifests_told)
-            turn = partial(self._store.turns.of, repository)
+            turn = partial(self._store.turns.hold, repository)
             await self._slices.run(run.manifests(repository), run.note, after_slice=manifests_told, turn=turn)
             await self._slices.run(run.tags(repository), run.note, after_slice=manifests_told, turn=turn)
         # Once for all: two or three times for each link would take longer than the rest.

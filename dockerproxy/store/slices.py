@@ -12,7 +12,7 @@ from twisted.internet.defer import CancelledError, Deferred, DeferredList
 from twisted.internet.task import deferLater
 from twisted.python.failure import Failure
 
-from dockerproxy.tasks import in_thread
+from dockerproxy.concurrency import in_thread
 
 T = TypeVar("T")
 

@@ -172,7 +172,7 @@ class _Run:
     async def _tidy(self) -> None:
         """Remove what was noted of the manifests that went, and the directories of repositories that have nothing."""
         for repository in self._survey.repositories:
-            turn = partial(self._store.turns.of, repository)
+            turn = partial(self._store.turns.hold, repository)
             await self._slices.run(self._tidy_repository(repository), turn=turn)
 
     def _note(self, judged: Judged) -> None:

@@ -15,12 +15,12 @@ from urllib.parse import quote, urlencode
 
 from attrs import evolve, field, frozen
 
+from dockerproxy.concurrency import SingleFlight
 from dockerproxy.errors import RegistryError, TooManyRequests, Unauthorized, UpstreamBroken
 from dockerproxy.http.headers import Headers
 from dockerproxy.net.dial import Permit
 from dockerproxy.oci.challenge import Challenge
 from dockerproxy.oci.names import Host, Registry
-from dockerproxy.tasks import Coalescing
 from dockerproxy.upstream.credentials import Configured, Credential, Login, Logins, Own
 from dockerproxy.upstream.transport import Response, Transport
 from dockerproxy.upstream.urls import split_url
@@ -85,7 +85,7 @@ class Tokens:
         self._logins = Logins(logins)
         self._kept: OrderedDict[Asked, _Token] = OrderedDict()  # the least recently used first
         self._challenges: OrderedDict[Registry, tuple[Challenge, ...]] = OrderedDict()
-        self._asking: Coalescing[Asked, Grant] = Coalescing()
+        self._asking: SingleFlight[Asked, Grant] = SingleFlight()
 
     def use(self, logins: Mapping[Host, Login]) -> None:
         """Show these logins from now on, and no other of ours."""

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.trial.unittest import SynchronousTestCase
 
+from dockerproxy.concurrency import SingleFlight
 from dockerproxy.errors import Denied, RegistryError
 from dockerproxy.http.request import ClientGone, Request
-from dockerproxy.tasks import Coalescing
 from tests.http.kit.in_memory import GET, Client, Door, Downloads, Handler, Slow, Uploads, echo
 
 
@@ -51,7 +51,7 @@ class Leaving(SynchronousTestCase):
         self.assertEqual(len(door.logged), 1)
 
     def test_what_is_shared_goes_on(self) -> None:
-        shared: Coalescing[str, str] = Coalescing()
+        shared: SingleFlight[str, str] = SingleFlight()
         fetched: Deferred[str] = Deferred()
 
         async def fetch() -> str:

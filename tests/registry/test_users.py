@@ -14,9 +14,9 @@ from twisted.internet.defer import gatherResults
 from twisted.internet.task import Clock
 from twisted.trial.unittest import TestCase
 
+from dockerproxy.concurrency import spawn
 from dockerproxy.registry import users as module
 from dockerproxy.registry.users import HtpasswdError, Login, Users, parse_htpasswd, read_basic
-from dockerproxy.tasks import spawn
 
 PATH = Path("/etc/dockerproxy/users")
 

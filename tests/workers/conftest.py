@@ -9,7 +9,7 @@ from twisted.logger import LogEvent, globalLogPublisher
 
 
 @pytest.fixture
-def logged() -> Iterator[list[LogEvent]]:
+def log_events() -> Iterator[list[LogEvent]]:
     """What is logged meanwhile."""
     events: list[LogEvent] = []
     globalLogPublisher.addObserver(events.append)

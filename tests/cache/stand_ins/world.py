@@ -25,6 +25,7 @@ from dockerproxy.cache.origin import Origin, Visitor
 from dockerproxy.cache.pullthrough import CachedRegistry, PullThrough
 from dockerproxy.cache.room import CacheRoom
 from dockerproxy.cache.tokens import TokenDesk
+from dockerproxy.concurrency import LocalKeyedLock, spawn
 from dockerproxy.http.headers import Headers
 from dockerproxy.oci.contents import BlobAnswer, ManifestAnswer
 from dockerproxy.oci.names import Digest, Registry, parse_reference, parse_repository
@@ -33,7 +34,6 @@ from dockerproxy.store.layout import Layout
 from dockerproxy.store.links import Links
 from dockerproxy.store.records import Records
 from dockerproxy.store.slices import Slices
-from dockerproxy.tasks import Turns, spawn
 from dockerproxy.upstream.credentials import Anonymous, Configured, Own
 from tests.cache.stand_ins.reactor import Reactor
 from tests.cache.stand_ins.upstream import Upstream
@@ -93,7 +93,7 @@ class World:
         secret: bytes = b"s" * 32,
         since: float = 0.0,
         shared: bool = False,
-        turns: Turns | None = None,
+        turns: LocalKeyedLock | None = None,
     ) -> None:
         self.reactor = reactor = Reactor() if upstream is None else upstream.reactor
         self.upstream = upstream or Upstream(reactor)
@@ -103,7 +103,7 @@ class World:
         self.records = Records(root / "records")
         self.identities = Identities(secret)
         self.access = Access(self.records, self.now, shared)
-        self.turns = turns or Turns()
+        self.turns = turns or LocalKeyedLock()
         whole = Slices(reactor, length=math.inf)  # nothing else is going on that would have to wait
         self.room = CacheRoom(
             reactor, self.layout, self.blobs, limit=limit, inactive=inactive, clock=self.now, slices=whole

@@ -17,13 +17,13 @@ T = TypeVar("T")
 K = TypeVar("K", bound=Hashable)
 
 
-def spawn(work: Coroutine[Any, Any, object], what: str) -> Deferred[None]:
+def spawn(coroutine: Coroutine[Any, Any, object], description: str) -> Deferred[None]:
     """Start `work` and let it run; a failure that it does not deal with is logged as that of `what`."""
 
     def report(failure: Failure) -> None:
-        log.failure("{what} failed", failure, what=what)
+        log.failure("{what} failed", failure, what=description)
 
-    deferred: Deferred[Any] = Deferred.fromCoroutine(work)
+    deferred: Deferred[Any] = Deferred.fromCoroutine(coroutine)
     return deferred.addErrback(report)
 
 
@@ -32,38 +32,40 @@ async def in_thread(reactor: Any, function: Callable[..., T], *args: object) -> 
     return await deferToThreadPool(reactor, reactor.getThreadPool(), function, *args)
 
 
-async def to_the_end(work: Coroutine[Any, Any, T], what: str) -> T:
+async def shield(coroutine: Coroutine[Any, Any, T], description: str) -> T:
     """Return what `work` gives; it goes on where the caller is cancelled.
 
     A failure is logged as that of `what` then.
     """
     waiter: Deferred[T] = Deferred()
 
-    def failed(failure: Failure) -> None:
+    def on_failure(failure: Failure) -> None:
         if waiter.called:
-            log.failure("{what} failed", failure, what=what)
+            log.failure("{what} failed", failure, what=description)
         else:
             waiter.errback(failure)
 
-    Deferred.fromCoroutine(work).addCallbacks(lambda result: None if waiter.called else waiter.callback(result), failed)
+    Deferred.fromCoroutine(coroutine).addCallbacks(
+        lambda result: None if waiter.called else waiter.callback(result), on_failure
+    )
     return await waiter
 
 
-class TakesTurns(Protocol):
+class KeyedLock(Protocol):
     """One at a time for each key."""
 
-    def of(self, key: str) -> AbstractAsyncContextManager[bool]:
+    def hold(self, key: str) -> AbstractAsyncContextManager[bool]:
         """Wait for one's turn, and have it for the length of the block; the value says whether one had to wait."""
 
 
-class Turns:
+class LocalKeyedLock:
     """One at a time for each key, in the order they asked."""
 
     def __init__(self) -> None:
         self._locks: dict[str, DeferredLock] = {}
 
     @asynccontextmanager
-    async def of(self, key: str) -> AsyncIterator[bool]:
+    async def hold(self, key: str) -> AsyncIterator[bool]:
         """Wait for one's turn, and have it for the length of the block; the value says whether one had to wait."""
         lock = self._locks.setdefault(key, DeferredLock())
         waited = bool(lock.locked)
@@ -76,24 +78,24 @@ class Turns:
                 del self._locks[key]
 
 
-class Coalescing(Generic[K, T]):
+class SingleFlight(Generic[K, T]):
     """Work that is under way once for each key, however many ask.
 
     A caller that is cancelled leaves the work alone: others may wait for it. Nothing is remembered afterwards.
     """
 
     def __init__(self) -> None:
-        self._under_way: dict[K, list[Deferred[T]]] = {}
+        self._in_flight: dict[K, list[Deferred[T]]] = {}
 
     async def do(self, key: K, work: Callable[[], Awaitable[T]]) -> T:
         """Return what `work` gives, joining it where it is under way for `key` already."""
         waiter: Deferred[T] = Deferred()
-        waiting = self._under_way.get(key)
-        if waiting is not None:
-            waiting.append(waiter)
+        waiters = self._in_flight.get(key)
+        if waiters is not None:
+            waiters.append(waiter)
         else:
             # The entry stands before the work starts: work that ends at once must find its waiters.
-            self._under_way[key] = [waiter]
+            self._in_flight[key] = [waiter]
             Deferred.fromCoroutine(self._run(key, work))
         return await waiter
 
@@ -103,5 +105,5 @@ class Coalescing(Generic[K, T]):
             result = await work()
         except Exception:
             result = Failure()  # type: ignore[no-untyped-call]
-        for waiter in self._under_way.pop(key):
+        for waiter in self._in_flight.pop(key):
             waiter.callback(result)

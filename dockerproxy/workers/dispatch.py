@@ -15,53 +15,53 @@ from dockerproxy.http.site import Site
 _FAMILIES = (socket.AF_INET, socket.AF_INET6)
 
 
-PassOn = Callable[[bytes, socket.socket | None], bool]
+DispatchConnection = Callable[[bytes, socket.socket | None], bool]
 """Passes a connection on, and says whether it did; see `Crew.pass_on`."""
 
 
-class PassingOn(Factory):
+class ConnectionDispatcher(Factory):
     """Takes the connections of the door `number`; those that `pass_on` does not pass on are served here, by `site`."""
 
     noisy = False
 
-    def __init__(self, number: int, site: Site, pass_on: PassOn) -> None:
+    def __init__(self, number: int, site: Site, dispatch: DispatchConnection) -> None:
         self._number = number
         self._site = site
-        self._pass_on = pass_on
+        self._dispatch = dispatch
 
     def buildProtocol(self, address: IAddress | None) -> Protocol:
-        return _Arrival(self)
+        return _PendingConnection(self)
 
-    def arrived(self, tcp: Any) -> Protocol | None:
+    def on_accepted(self, transport: Any) -> Protocol | None:
         """Pass a connection on; return the protocol that serves it here, where that could not be."""
-        handle: socket.socket = tcp.getHandle()
-        if not self._pass_on(bytes([self._number, handle.family]), handle if handle.family in _FAMILIES else None):
-            return self._site.buildProtocol(tcp.getPeer())
+        sock: socket.socket = transport.getHandle()
+        if not self._dispatch(bytes([self._number, sock.family]), sock if sock.family in _FAMILIES else None):
+            return self._site.buildProtocol(transport.getPeer())
         # Closed as a descriptor only: Twisted would shut the connection down, which the other process now has.
-        tcp.stopReading()
-        handle.close()
+        transport.stopReading()
+        sock.close()
         return None
 
 
-class _Arrival(Protocol):
-    def __init__(self, passing: PassingOn) -> None:
-        self._passing = passing
+class _PendingConnection(Protocol):
+    def __init__(self, dispatcher: ConnectionDispatcher) -> None:
+        self._dispatcher = dispatcher
 
     def connectionMade(self) -> None:
         tcp: Any = self.transport
-        protocol: IProtocol | None = self._passing.arrived(tcp)
+        protocol: IProtocol | None = self._dispatcher.on_accepted(tcp)
         if protocol is not None:
             tcp.protocol = protocol
             protocol.makeConnection(tcp)
 
 
-class Taking:
+class ConnectionReceiver:
     """Takes in the connections that are passed on to this process, for the `sites` of the doors by their number."""
 
-    def __init__(self, reactor: Any, sites: Sequence[Site], gone: Callable[[], None]) -> None:
+    def __init__(self, reactor: Any, sites: Sequence[Site], on_closed: Callable[[], None]) -> None:
         self._reactor = reactor
         self._sites = sites
-        self._gone = gone
+        self._on_closed = on_closed
 
     def __call__(self, label: bytes, descriptor: int) -> None:
         number, family = label
@@ -69,6 +69,6 @@ class Taking:
             # Twisted makes a copy of the descriptor.
             self._reactor.adoptStreamConnection(descriptor, family, self._sites[number])
         except OSError:  # the client has left already
-            self._gone()
+            self._on_closed()
         finally:
             os.close(descriptor)

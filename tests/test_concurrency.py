@@ -9,27 +9,27 @@ from twisted.internet import reactor
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
-from dockerproxy.tasks import Coalescing, Turns, in_thread, spawn, to_the_end
+from dockerproxy.concurrency import LocalKeyedLock, SingleFlight, in_thread, shield, spawn
 
 
-class Spawning(SynchronousTestCase):
-    def test_it_starts_at_once(self) -> None:
+class SpawnTests(SynchronousTestCase):
+    def test_starts_immediately(self) -> None:
         gate: Deferred[None] = Deferred()
-        seen: list[str] = []
+        events: list[str] = []
 
         async def work() -> str:
-            seen.append("begun")
+            events.append("begun")
             await gate
-            seen.append("ended")
+            events.append("ended")
             return "nobody's concern"
 
         running = spawn(work(), "work")
-        self.assertEqual(seen, ["begun"])
+        self.assertEqual(events, ["begun"])
         self.assertNoResult(running)
         gate.callback(None)
-        self.assertEqual(seen, ["begun", "ended"])
+        self.assertEqual(events, ["begun", "ended"])
 
-    def test_a_failure_is_logged_and_goes_no_further(self) -> None:
+    def test_failure_is_logged_and_swallowed(self) -> None:
         gate: Deferred[None] = Deferred()
 
         async def work() -> None:
@@ -41,8 +41,8 @@ class Spawning(SynchronousTestCase):
         self.assertEqual(len(self.flushLoggedErrors(ValueError)), 1)
 
 
-class Threads(TestCase):
-    async def test_a_function_runs_elsewhere(self) -> None:
+class InThreadTests(TestCase):
+    async def test_function_runs_in_another_thread(self) -> None:
         def function(*args: int) -> tuple[int, threading.Thread]:
             return sum(args), threading.current_thread()
 
@@ -50,50 +50,50 @@ class Threads(TestCase):
         self.assertEqual(total, 6)
         self.assertIsNot(thread, threading.current_thread())
 
-    async def test_what_it_raises_comes_back(self) -> None:
+    async def test_exception_propagates(self) -> None:
         def function() -> None:
             raise ValueError("trouble")
 
         with self.assertRaisesRegex(ValueError, "trouble"):
             await in_thread(reactor, function)
 
-    async def test_it_runs_to_its_end_without_its_caller(self) -> None:
-        go, gone = threading.Event(), threading.Event()
+    async def test_function_finishes_after_cancellation(self) -> None:
+        go, finished = threading.Event(), threading.Event()
 
         def function() -> None:
             go.wait(20)
-            gone.set()
+            finished.set()
 
         caller = Deferred.fromCoroutine(in_thread(reactor, function))
         caller.cancel()
         with self.assertRaises(CancelledError):
             await caller
         go.set()
-        self.assertTrue(await in_thread(reactor, gone.wait, 20))
+        self.assertTrue(await in_thread(reactor, finished.wait, 20))
 
 
-class Together(SynchronousTestCase):
+class SingleFlightTests(SynchronousTestCase):
     def setUp(self) -> None:
-        self.shared: Coalescing[str, Any] = Coalescing()
+        self.single_flight: SingleFlight[str, Any] = SingleFlight()
         self.gates: list[Deferred[Any]] = []
 
     async def work(self) -> Any:
         self.gates.append(Deferred())
         return await self.gates[-1]
 
-    def ask(self, key: str = "a") -> Deferred[Any]:
-        return Deferred.fromCoroutine(self.shared.do(key, self.work))
+    def start(self, key: str = "a") -> Deferred[Any]:
+        return Deferred.fromCoroutine(self.single_flight.do(key, self.work))
 
-    def test_once_for_all_who_ask_meanwhile(self) -> None:
-        asking = [self.ask() for _ in range(3)]
+    def test_concurrent_calls_share_one_run(self) -> None:
+        calls = [self.start() for _ in range(3)]
         self.assertEqual(len(self.gates), 1)
-        answer = object()
-        self.gates[0].callback(answer)
-        for each in asking:
-            self.assertIs(self.successResultOf(each), answer)
+        result = object()
+        self.gates[0].callback(result)
+        for each in calls:
+            self.assertIs(self.successResultOf(each), result)
 
-    def test_each_key_for_itself(self) -> None:
-        one, other = self.ask("a"), self.ask("b")
+    def test_keys_are_independent(self) -> None:
+        one, other = self.start("a"), self.start("b")
         self.assertEqual(len(self.gates), 2)
         self.gates[1].callback(2)
         self.assertEqual(self.successResultOf(other), 2)
@@ -101,19 +101,19 @@ class Together(SynchronousTestCase):
         self.gates[0].callback(1)
         self.assertEqual(self.successResultOf(one), 1)
 
-    def test_nothing_is_remembered(self) -> None:
+    def test_results_are_not_cached(self) -> None:
         for outcome in (1, ValueError("trouble"), 2):
-            asking = self.ask()
+            call = self.start()
             if isinstance(outcome, ValueError):
                 self.gates[-1].errback(outcome)
-                self.failureResultOf(asking, ValueError)
+                self.failureResultOf(call, ValueError)
             else:
                 self.gates[-1].callback(outcome)
-                self.assertEqual(self.successResultOf(asking), outcome)
-            self.assertEqual(self.shared._under_way, {})
+                self.assertEqual(self.successResultOf(call), outcome)
+            self.assertEqual(self.single_flight._in_flight, {})
         self.assertEqual(len(self.gates), 3)
 
-    def test_work_that_ends_at_once(self) -> None:
+    def test_work_that_completes_synchronously(self) -> None:
         async def work() -> int:
             return 7
 
@@ -121,86 +121,86 @@ class Together(SynchronousTestCase):
             raise ValueError("trouble")
 
         for _ in range(2):
-            self.assertEqual(self.successResultOf(Deferred.fromCoroutine(self.shared.do("a", work))), 7)
-            self.failureResultOf(Deferred.fromCoroutine(self.shared.do("a", trouble)), ValueError)
+            self.assertEqual(self.successResultOf(Deferred.fromCoroutine(self.single_flight.do("a", work))), 7)
+            self.failureResultOf(Deferred.fromCoroutine(self.single_flight.do("a", trouble)), ValueError)
 
-    def test_a_failure_is_everybodys(self) -> None:
-        asking = [self.ask() for _ in range(3)]
+    def test_failure_reaches_all_callers(self) -> None:
+        calls = [self.start() for _ in range(3)]
         self.gates[0].errback(ValueError("trouble"))
-        for each in asking:
+        for each in calls:
             self.failureResultOf(each, ValueError)
 
-    def test_one_who_leaves_is_not_noticed(self) -> None:
-        first, second, third = self.ask(), self.ask(), self.ask()
+    def test_cancelled_caller_does_not_stop_the_work(self) -> None:
+        first, second, third = self.start(), self.start(), self.start()
         first.cancel()  # for whom it was begun
         third.cancel()
         self.failureResultOf(first, CancelledError)
         self.failureResultOf(third, CancelledError)
         self.assertNoResult(second)
-        fourth = self.ask()
+        fourth = self.start()
         self.assertEqual(len(self.gates), 1)
         self.gates[0].callback(7)
         self.assertEqual((self.successResultOf(second), self.successResultOf(fourth)), (7, 7))
 
-    def test_it_goes_on_when_all_have_left(self) -> None:
-        asking = [self.ask(), self.ask()]
-        for each in asking:
+    def test_work_continues_after_all_callers_are_cancelled(self) -> None:
+        calls = [self.start(), self.start()]
+        for each in calls:
             each.cancel()
             self.failureResultOf(each, CancelledError)
-        late = self.ask()
+        late = self.start()
         self.assertEqual(len(self.gates), 1)
         self.gates[0].callback(7)
         self.assertEqual(self.successResultOf(late), 7)
 
-    def test_a_failure_that_nobody_waits_for_is_nobodys(self) -> None:
-        asking = self.ask()
-        asking.cancel()
-        self.failureResultOf(asking, CancelledError)
+    def test_failure_without_callers_is_dropped(self) -> None:
+        call = self.start()
+        call.cancel()
+        self.failureResultOf(call, CancelledError)
         self.gates[0].errback(ValueError("trouble"))
         self.assertEqual(self.flushLoggedErrors(), [])
-        self.assertEqual(self.shared._under_way, {})
+        self.assertEqual(self.single_flight._in_flight, {})
 
-    def test_one_of_them_asks_anew(self) -> None:
+    def test_second_call_starts_new_work(self) -> None:
         """It gets new work: what it was just given may be what it does not like."""
 
         async def twice() -> tuple[Any, Any]:
-            return await self.shared.do("a", self.work), await self.shared.do("a", self.work)
+            return await self.single_flight.do("a", self.work), await self.single_flight.do("a", self.work)
 
-        both, other = Deferred.fromCoroutine(twice()), self.ask()
+        both, other = Deferred.fromCoroutine(twice()), self.start()
         self.gates[0].callback(1)
         self.assertEqual(self.successResultOf(other), 1)
         self.gates[1].callback(2)
         self.assertEqual(self.successResultOf(both), (1, 2))
 
-    def test_what_a_waiter_does_with_it_is_its_own_affair(self) -> None:
-        async def stumble() -> None:
-            await self.shared.do("a", self.work)
+    def test_exception_in_one_caller_does_not_affect_others(self) -> None:
+        async def raise_afterwards() -> None:
+            await self.single_flight.do("a", self.work)
             raise KeyError("mine")
 
-        stumbling, other = Deferred.fromCoroutine(stumble()), self.ask()
+        failing, other = Deferred.fromCoroutine(raise_afterwards()), self.start()
         self.gates[0].callback(1)
-        self.failureResultOf(stumbling, KeyError)
+        self.failureResultOf(failing, KeyError)
         self.assertEqual(self.successResultOf(other), 1)
 
-    def test_thousands(self) -> None:
-        asking = [self.ask() for _ in range(5000)]
+    def test_thousands_of_callers(self) -> None:
+        calls = [self.start() for _ in range(5000)]
         self.gates[0].callback(1)
-        self.assertEqual({self.successResultOf(each) for each in asking}, {1})
+        self.assertEqual({self.successResultOf(each) for each in calls}, {1})
 
 
-class ToTheEnd(SynchronousTestCase):
-    def test_it_gives_what_the_work_gives(self) -> None:
+class ShieldTests(SynchronousTestCase):
+    def test_returns_the_result(self) -> None:
         async def work() -> int:
             return 7
 
         async def trouble() -> int:
             raise ValueError("trouble")
 
-        self.assertEqual(self.successResultOf(Deferred.fromCoroutine(to_the_end(work(), "work"))), 7)
-        self.failureResultOf(Deferred.fromCoroutine(to_the_end(trouble(), "work")), ValueError)
+        self.assertEqual(self.successResultOf(Deferred.fromCoroutine(shield(work(), "work"))), 7)
+        self.failureResultOf(Deferred.fromCoroutine(shield(trouble(), "work")), ValueError)
         self.assertEqual(self.flushLoggedErrors(), [])
 
-    def test_it_goes_on_without_its_caller(self) -> None:
+    def test_work_continues_after_cancellation(self) -> None:
         gate: Deferred[None] = Deferred()
         done = []
 
@@ -208,59 +208,59 @@ class ToTheEnd(SynchronousTestCase):
             await gate
             done.append(True)
 
-        caller = Deferred.fromCoroutine(to_the_end(work(), "work"))
+        caller = Deferred.fromCoroutine(shield(work(), "work"))
         caller.cancel()
         self.failureResultOf(caller, CancelledError)
         gate.callback(None)
         self.assertEqual(done, [True])
 
-    def test_a_failure_that_nobody_waits_for_is_logged(self) -> None:
+    def test_failure_after_cancellation_is_logged(self) -> None:
         gate: Deferred[None] = Deferred()
 
         async def work() -> None:
             await gate
 
-        caller = Deferred.fromCoroutine(to_the_end(work(), "work"))
+        caller = Deferred.fromCoroutine(shield(work(), "work"))
         caller.cancel()
         self.failureResultOf(caller, CancelledError)
         gate.errback(ValueError("trouble"))
         self.assertEqual(len(self.flushLoggedErrors(ValueError)), 1)
 
 
-class Waiting(SynchronousTestCase):
+class LocalKeyedLockTests(SynchronousTestCase):
     def setUp(self) -> None:
-        self.turns = Turns()
-        self.seen: list[str] = []
+        self.lock = LocalKeyedLock()
+        self.events: list[str] = []
 
-    def take(self, key: str, name: str, gate: Deferred[None]) -> Deferred[None]:
+    def acquire(self, key: str, name: str, gate: Deferred[None]) -> Deferred[None]:
         async def work() -> None:
-            async with self.turns.of(key):
-                self.seen.append(f"{name} begins")
+            async with self.lock.hold(key):
+                self.events.append(f"{name} begins")
                 await gate
-                self.seen.append(f"{name} ends")
+                self.events.append(f"{name} ends")
 
         return Deferred.fromCoroutine(work())
 
-    def test_one_at_a_time_in_their_order(self) -> None:
+    def test_holders_are_served_in_order(self) -> None:
         gates: list[Deferred[None]] = [Deferred() for _ in range(3)]
-        running = [self.take("a", str(number), gate) for number, gate in enumerate(gates)]
-        other = self.take("b", "other", Deferred())  # kept, or the collector ends it
-        self.assertEqual(self.seen, ["0 begins", "other begins"])
+        running = [self.acquire("a", str(number), gate) for number, gate in enumerate(gates)]
+        other = self.acquire("b", "other", Deferred())  # kept, or the collector ends it
+        self.assertEqual(self.events, ["0 begins", "other begins"])
         gates[1].callback(None)
         gates[0].errback(ValueError("trouble"))
         self.failureResultOf(running[0], ValueError)
-        self.assertEqual(self.seen[2:], ["1 begins", "1 ends", "2 begins"])
+        self.assertEqual(self.events[2:], ["1 begins", "1 ends", "2 begins"])
         gates[2].callback(None)
         self.successResultOf(running[2])
-        self.assertEqual(list(self.turns._locks), ["b"])
+        self.assertEqual(list(self.lock._locks), ["b"])
         self.assertNoResult(other)
 
-    def test_one_who_gives_up_waiting(self) -> None:
+    def test_cancelled_waiter_is_skipped(self) -> None:
         gate: Deferred[None] = Deferred()
-        self.take("a", "first", gate)
-        second = self.take("a", "second", Deferred())
+        self.acquire("a", "first", gate)
+        second = self.acquire("a", "second", Deferred())
         second.cancel()
         self.failureResultOf(second, CancelledError)
         gate.callback(None)
-        self.assertEqual(self.seen, ["first begins", "first ends"])
-        self.assertEqual(self.turns._locks, {})
+        self.assertEqual(self.events, ["first begins", "first ends"])
+        self.assertEqual(self.lock._locks, {})

@@ -13,13 +13,13 @@ from zope.interface import implementer
 
 from dockerproxy.daemon import jsonlog
 
-_AT_ONCE = 64 * 1024
-_LONGEST_LINE = 64 * 1024
+_READ_SIZE = 64 * 1024
+_MAX_LINE_LENGTH = 64 * 1024
 
 log = Logger()
 
 
-def stop_logging() -> list[ILogObserver]:
+def remove_log_observers() -> list[ILogObserver]:
     """Take away the observers that the log has, and return them.
 
     It is twistd that has set one, and it does not say which; but the way of an event can be traced.
@@ -33,13 +33,13 @@ def stop_logging() -> list[ILogObserver]:
 
 
 @implementer(IReadDescriptor)
-class Relay:
+class LogRelay:
     """Logs what comes from the pipe `descriptor`, until its other end is closed: events of `JsonLog`, and lines."""
 
     def __init__(self, reactor: Any, descriptor: int) -> None:
         self._reactor = reactor
         self._descriptor = descriptor
-        self._rest = b""
+        self._partial_line = b""
         os.set_blocking(descriptor, False)
         reactor.addReader(self)
 
@@ -51,13 +51,13 @@ class Relay:
 
     def doRead(self) -> Any:
         try:
-            data = os.read(self._descriptor, _AT_ONCE)
+            data = os.read(self._descriptor, _READ_SIZE)
         except BlockingIOError:
             return None
         if not data:
             return CONNECTION_DONE
-        *lines, rest = (self._rest + data).split(b"\n")
-        self._rest = rest[:_LONGEST_LINE]
+        *lines, partial_line = (self._partial_line + data).split(b"\n")
+        self._partial_line = partial_line[:_MAX_LINE_LENGTH]
         for line in lines:
             _log(line)
         return None
@@ -66,8 +66,8 @@ class Relay:
         self._reactor.removeReader(self)
         os.close(self._descriptor)
         self._descriptor = -1
-        if self._rest:
-            _log(self._rest)
+        if self._partial_line:
+            _log(self._partial_line)
 
 
 def _log(line: bytes) -> None:

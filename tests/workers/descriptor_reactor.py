@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 
-class Reactor:
+class DescriptorReactor:
     """Knows who wants to read and to write, and lets them."""
 
     def __init__(self) -> None:
@@ -24,9 +24,9 @@ class Reactor:
     def removeWriter(self, writer: Any) -> None:
         self.writers.discard(writer)
 
-    def turn(self) -> None:
-        for kind, method in ((self.writers, "doWrite"), (self.readers, "doRead")):
-            for one in list(kind):
-                why = getattr(one, method)()
-                if why is not None:
-                    one.connectionLost(why)
+    def iterate(self) -> None:
+        for descriptors, method in ((self.writers, "doWrite"), (self.readers, "doRead")):
+            for descriptor in list(descriptors):
+                reason = getattr(descriptor, method)()
+                if reason is not None:
+                    descriptor.connectionLost(reason)

@@ -8,51 +8,51 @@ import time
 from collections.abc import Sequence
 
 
-class Screen:
+class Terminal:
     """Shows progress on a terminal, and nowhere else."""
 
     def __init__(self, *, as_json: bool) -> None:
         self.as_json = as_json
-        self._shown = False
+        self._progress_visible = False
 
-    def progress(self, phase: str, done: int, total: int | None) -> None:
+    def show_progress(self, phase: str, done: int, total: int | None) -> None:
         """Show a bar where it is known how much there is to do, else how much is done."""
         if not sys.stderr.isatty():
             return
         width = shutil.get_terminal_size().columns
         if phase == "contents":
-            text = f"{size(done)}" if total is None else f"{size(done)} of {size(total)}"
+            text = f"{format_size(done)}" if total is None else f"{format_size(done)} of {format_size(total)}"
         else:
             text = str(done)
         line = f"{phase}: {text}"
         if total:
-            room = max(0, min(40, width - len(line) - 10))
-            full = min(room, room * done // total)
-            line += f" [{'#' * full}{'.' * (room - full)}] {min(100, 100 * done // total)} %"
-        self._shown = True
+            bar_width = max(0, min(40, width - len(line) - 10))
+            filled = min(bar_width, bar_width * done // total)
+            line += f" [{'#' * filled}{'.' * (bar_width - filled)}] {min(100, 100 * done // total)} %"
+        self._progress_visible = True
         print(f"\r\x1b[K{line[: width - 1]}", end="", file=sys.stderr, flush=True)
 
-    def clear(self) -> None:
+    def clear_progress(self) -> None:
         """Take progress from the screen."""
-        if self._shown:
-            self._shown = False
+        if self._progress_visible:
+            self._progress_visible = False
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print `rows` under `head`."""
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    for row in (head, *rows):
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    for row in (header, *rows):
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
-def count(number: int, noun: str) -> str:
+def format_count(number: int, noun: str) -> str:
     """Return how many there are."""
     plural = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
     return f"{number} {noun if number == 1 else plural}"
 
 
-def size(number: float) -> str:
+def format_size(number: float) -> str:
     """Return bytes as docker shows them: in powers of 1000."""
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if number < 1000 or unit == "TB":
@@ -61,15 +61,15 @@ def size(number: float) -> str:
     return f"{number:.0f} {unit}" if unit == "B" or number >= 100 else f"{number:.3g} {unit}"
 
 
-def ago(when: float | None) -> str:
+def format_ago(timestamp: float | None) -> str:
     """Return how long ago `when` (POSIX time) was."""
-    return "-" if when is None else f"{age(when)} ago"
+    return "-" if timestamp is None else f"{format_age(timestamp)} ago"
 
 
-def age(when: float) -> str:
+def format_age(timestamp: float) -> str:
     """Return how much time went by since `when` (POSIX time)."""
-    seconds = max(0.0, time.time() - when)
+    seconds = max(0.0, time.time() - timestamp)
     for noun, length in (("day", 86400), ("hour", 3600), ("minute", 60)):
         if seconds >= length:
-            return count(int(seconds // length), noun)
-    return count(int(seconds), "second")
+            return format_count(int(seconds // length), noun)
+    return format_count(int(seconds), "second")

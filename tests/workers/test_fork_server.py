@@ -14,11 +14,11 @@ import pytest
 
 HERE = Path(__file__).parent
 
-_BEGIN = """
+_PRELUDE = """
 import json, os, select, signal, socket, sys, time
-from tests.workers.by_hand import Reactor
-from dockerproxy.workers import forking
-from dockerproxy.workers.forking import ForkServer
+from tests.workers.descriptor_reactor import Reactor
+from dockerproxy.workers import fork_server
+from dockerproxy.workers.fork_server import ForkServer
 from twisted.logger import globalLogPublisher
 
 reactor, told = Reactor(), []
@@ -52,33 +52,33 @@ def descriptors(pid):
 """
 
 
-def played(run: str, text: str) -> Any:
+def run_script(run: str, text: str) -> Any:
     """Return what a process prints that does `text`, as JSON; a worker does `run`."""
-    begin = _BEGIN.format(run=run)
-    done = subprocess.run(
-        [sys.executable, "-W", "error::DeprecationWarning:__main__", "-c", f"{begin}\n{text}"],
+    prelude = _PRELUDE.format(run=run)
+    completed = subprocess.run(
+        [sys.executable, "-W", "error::DeprecationWarning:__main__", "-c", f"{prelude}\n{text}"],
         env={**os.environ, "PYTHONPATH": str(HERE.parent.parent)},
         capture_output=True,
         text=True,
         timeout=60,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    return json.loads(done.stdout)
+    assert completed.returncode == 0, completed.stderr
+    assert completed.stderr == ""
+    return json.loads(completed.stdout)
 
 
-STAY = "line = socket.socket(fileno=order.line); line.send(b'here'); select.select([line], [], [])"
+WAIT_FOR_CLOSE = "line = socket.socket(fileno=order.line); line.send(b'here'); select.select([line], [], [])"
 
 
-def test_a_worker_has_its_orders_and_its_line_and_its_end_is_told() -> None:
-    told, sent = played(
+def test_worker_gets_its_request_and_its_exit_is_reported() -> None:
+    events, received = run_script(
         "socket.socket(fileno=order.line).send(json.dumps([order.number, order.changed]).encode())",
         "forks = begin(); line = start(forks, 3, {'A': 'b'}); wait_for(2)\n"
         "print(json.dumps([told, json.loads(line.recv(1000))]))",
     )
-    assert sent == [3, {"A": "b"}]
-    (started, number, pid), ended = told
+    assert received == [3, {"A": "b"}]
+    (started, number, pid), ended = events
     assert (started, number, pid > 1) == ("started", 3, True)
     assert ended == ["ended", 3, "exit status 0"]
 
@@ -91,35 +91,35 @@ def test_a_worker_has_its_orders_and_its_line_and_its_end_is_told() -> None:
         ("os.kill(os.getpid(), signal.SIGKILL)", "killed by SIGKILL"),
     ],
 )
-def test_why_it_ended(run: str, why: str) -> None:
-    told = played(run, "forks = begin(); line = start(forks, 1); wait_for(2); print(json.dumps(told))")
-    assert told[1] == ["ended", 1, why]
+def test_exit_reason(run: str, why: str) -> None:
+    events = run_script(run, "forks = begin(); line = start(forks, 1); wait_for(2); print(json.dumps(told))")
+    assert events[1] == ["ended", 1, why]
 
 
-def test_one_by_one_and_several_at_a_time() -> None:
-    told = played(
-        STAY,
+def test_several_workers() -> None:
+    events = run_script(
+        WAIT_FOR_CLOSE,
         "forks = begin(); lines = [start(forks, number) for number in (1, 2, 3)]; wait_for(3)\n"
         "for line in lines: line.recv(9)\n"
         "lines[1].close(); wait_for(4); lines[1] = start(forks, 2); wait_for(5); lines[1].recv(9)\n"
         "for line in lines: line.close()\n"
         "wait_for(8); print(json.dumps(told))",
     )
-    assert [entry[:2] for entry in told[:5]] == [
+    assert [entry[:2] for entry in events[:5]] == [
         ["started", 1],
         ["started", 2],
         ["started", 3],
         ["ended", 2],
         ["started", 2],
     ]
-    assert sorted(entry[1] for entry in told[5:]) == [1, 2, 3]
-    assert len({entry[2] for entry in told if entry[0] == "started"}) == 4
+    assert sorted(entry[1] for entry in events[5:]) == [1, 2, 3]
+    assert len({entry[2] for entry in events if entry[0] == "started"}) == 4
 
 
-def test_nobody_has_what_the_first_process_had_open() -> None:
+def test_descriptors_of_the_main_process_are_closed() -> None:
     """Its own end of the lines is among that: they would not end with it."""
-    server, worker = played(
-        STAY,
+    server, worker = run_script(
+        WAIT_FOR_CLOSE,
         "forks = begin(); line = start(forks, 1); wait_for(1); line.recv(9)\n"
         "print(json.dumps([descriptors(forks._pid), descriptors(told[0][2])]))",
     )
@@ -128,8 +128,8 @@ def test_nobody_has_what_the_first_process_had_open() -> None:
     assert len(worker) == 3 + 1
 
 
-def test_where_the_first_process_writes_the_log_a_worker_has_a_pipe_to_it() -> None:
-    text = played(
+def test_worker_output_goes_to_the_log_pipe() -> None:
+    text = run_script(
         "print('out'); sys.stdout.flush(); os.write(2, b'err'); globalLogPublisher({'log_format': 'unseen'})",
         "globalLogPublisher.addObserver(lambda event: event.get('log_format') and os.write(1, b'observed'))\n"
         "forks = begin(writes=False); reading, writing = os.pipe(); line = start(forks, 1, output=writing)\n"
@@ -138,48 +138,48 @@ def test_where_the_first_process_writes_the_log_a_worker_has_a_pipe_to_it() -> N
     assert text == "out\nerr"
 
 
-def test_it_ends_with_its_line() -> None:
-    told, found = played(
-        STAY,
+def test_fork_server_exits_when_its_socket_closes() -> None:
+    events, exit_status = run_script(
+        WAIT_FOR_CLOSE,
         "forks = begin(); line = start(forks, 1); wait_for(1); line.recv(9)\n"
         "wait, found = os.waitpid, []; os.waitpid = lambda *which: found.append(wait(*which)) or found[-1]\n"
         "forks.close()  # which asks for its end already, and may find it\n"
         "found[-1][0] or os.waitpid(forks._pid, 0); print(json.dumps([told, found[-1][1]]))",
     )
-    assert ([entry[0] for entry in told], found) == (["started", "lost"], 0)
+    assert ([entry[0] for entry in events], exit_status) == (["started", "lost"], 0)
 
 
-def test_who_starts_workers_and_is_killed_is_missed() -> None:
-    told, alive, asked, running = played(
-        STAY,
+def test_killed_fork_server_is_noticed() -> None:
+    events, alive, requested, running = run_script(
+        WAIT_FOR_CLOSE,
         "forks = begin(); line = start(forks, 1); wait_for(1); line.recv(9); os.kill(forks._pid, signal.SIGKILL)\n"
         "wait_for(2); asked = forks.start(2, {}, line.fileno(), None)\n"
         "print(json.dumps([told, forks.alive, asked, os.path.exists(f'/proc/{told[0][2]}/exe')]))",
     )
-    assert (told[1], alive, asked, running) == (["lost"], False, False, True)
+    assert (events[1], alive, requested, running) == (["lost"], False, False, True)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
-def test_signals_to_all_processes_are_for_the_first(number: int) -> None:
-    told = played(
+def test_workers_ignore_signals_to_the_process_group(number: int) -> None:
+    events = run_script(
         f"os.kill(os.getppid(), {number:d}); os.kill(os.getpid(), {number:d})",
         "forks = begin(); start(forks, 1); wait_for(2); start(forks, 2); wait_for(4); print(json.dumps(told))",
     )
-    assert [entry[2] for entry in told if entry[0] == "ended"] == ["exit status 0"] * 2
+    assert [entry[2] for entry in events if entry[0] == "ended"] == ["exit status 0"] * 2
 
 
-def test_names_of_processes() -> None:
-    names = played(
-        STAY,
+def test_process_names() -> None:
+    names = run_script(
+        WAIT_FOR_CLOSE,
         "forks = begin(); line = start(forks, 12); wait_for(1); line.recv(9)\n"
         "print(json.dumps([open(f'/proc/{pid}/comm').read() for pid in (forks._pid, told[0][2])]))",
     )
     assert names == ["fork server\n", "worker 12\n"]
 
 
-def test_copies_do_not_have_the_same_random_numbers() -> None:
+def test_processes_have_different_random_numbers() -> None:
     """Nor those of the first process: OpenSSL's and Python's, which had some before there were copies."""
-    drawn = played(
+    drawn = run_script(
         "line = socket.socket(fileno=order.line); line.send(draw().encode()); select.select([line], [], [])",
         "from OpenSSL import SSL\n"
         "import random\n"

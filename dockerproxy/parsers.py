@@ -21,18 +21,18 @@ from dockerproxy.net.parent import ParentProxy
 from dockerproxy.oci.names import Host, Registry
 
 _BOOLEANS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
-_SECONDS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+_UNIT_SECONDS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 _DURATION_PART = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,3})?)(ms|[smhdw])")
 _DURATION = re.compile(rf"(?:{_DURATION_PART.pattern})+")
 _PLAIN_SECONDS = re.compile(r"[0-9]{1,9}(?:\.[0-9]{1,3})?")
-_LAST_PORT = 65535
-_LONGEST = 100 * 365 * 86400.0
+_MAX_PORT = 65535
+_MAX_DURATION = 100 * 365 * 86400.0
 _SIZE = re.compile(r"([0-9]{1,15})(?:([kmgt])(?:i?b)?)?", re.IGNORECASE)
 _ENDPOINT = re.compile(r"(?!tcp6?:)[a-z][a-z0-9+-]*:\S+|tcp6?:(?:\S*=\S*|(?P<port>[0-9]{1,5})(?::\S*)?)")
 
 
 @frozen
-class UpstreamLogin:
+class BasicCredentials:
     """User and password for a registry, or for the server that gives out its tokens."""
 
     user: str
@@ -47,22 +47,22 @@ def boolean(text: str) -> bool:
     return value
 
 
-def interval(text: str) -> float:
+def duration(text: str) -> float:
     """``90s``, ``10m``, ``1h30m``, ``60d`` or plain seconds, as seconds."""
     if _PLAIN_SECONDS.fullmatch(text):
         seconds = float(text)
     elif _DURATION.fullmatch(text):
-        seconds = sum(float(number) * _SECONDS[unit] for number, unit in _DURATION_PART.findall(text))
+        seconds = sum(float(number) * _UNIT_SECONDS[unit] for number, unit in _DURATION_PART.findall(text))
     else:
         raise ValueError(f"{quoted(text)} is not a time such as 90s, 10m, 1h or 60d")
-    if seconds > _LONGEST:
+    if seconds > _MAX_DURATION:
         raise ValueError(f"{quoted(text)} is a time of more than 100 years")
     return seconds
 
 
-def timeout(text: str) -> float:
+def positive_duration(text: str) -> float:
     """As `interval`, but not 0."""
-    seconds = interval(text)
+    seconds = duration(text)
     if seconds == 0:
         raise ValueError(f"{quoted(text)} is no time at all, expected is one such as 90s, 10m, 1h or 60d")
     return seconds
@@ -76,26 +76,26 @@ def size(text: str) -> int:
     return int(match[1]) << 10 * " kmgt".index((match[2] or " ").lower())
 
 
-def number(lowest: int, highest: int) -> Callable[[str], int]:
+def integer(minimum: int, maximum: int) -> Callable[[str], int]:
     """Return a reader of whole numbers from `lowest` to `highest`."""
 
-    def read(text: str) -> int:
-        if not re.fullmatch(r"[0-9]{1,9}", text) or not lowest <= int(text) <= highest:
-            raise ValueError(f"{quoted(text)} is not a number from {lowest} to {highest}")
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"[0-9]{1,9}", text) or not minimum <= int(text) <= maximum:
+            raise ValueError(f"{quoted(text)} is not a number from {minimum} to {maximum}")
         return int(text)
 
-    return read
+    return parse
 
 
-def one_of(*words: str) -> Callable[[str], str]:
+def one_of(*choices: str) -> Callable[[str], str]:
     """Return a reader of one of `words`, in whatever case."""
 
-    def read(text: str) -> str:
-        if text.lower() not in words:
-            raise ValueError(f"{quoted(text)} is not one of {', '.join(words)}")
+    def parse(text: str) -> str:
+        if text.lower() not in choices:
+            raise ValueError(f"{quoted(text)} is not one of {', '.join(choices)}")
         return text.lower()
 
-    return read
+    return parse
 
 
 def path(text: str) -> Path:
@@ -105,7 +105,7 @@ def path(text: str) -> Path:
     return Path(text).absolute()
 
 
-def pattern(text: str) -> re.Pattern[str]:
+def regex(text: str) -> re.Pattern[str]:
     """A regular expression for tags, which are ASCII; `match` it: nginx anchored it after ``/manifests/`` only."""
     try:
         return re.compile(text, re.ASCII)
@@ -115,14 +115,14 @@ def pattern(text: str) -> re.Pattern[str]:
 
 def ports(text: str) -> frozenset[int]:
     """Port numbers and ranges (``8000-8999``), separated by spaces."""
-    found: set[int] = set()
+    numbers: set[int] = set()
     for word in text.split():
         match = re.fullmatch(r"([0-9]{1,5})(?:-([0-9]{1,5}))?", word)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
-        if not 0 < first <= last <= _LAST_PORT:
+        if not 0 < first <= last <= _MAX_PORT:
             raise ValueError(f"{quoted(word)} is not a port such as 443 or a range of ports such as 8000-8999")
-        found.update(range(first, last + 1))
-    return frozenset(found)
+        numbers.update(range(first, last + 1))
+    return frozenset(numbers)
 
 
 def endpoints(text: str) -> tuple[str, ...]:
@@ -130,7 +130,7 @@ def endpoints(text: str) -> tuple[str, ...]:
     descriptions = tuple(text.split())
     for word in descriptions:
         match = _ENDPOINT.fullmatch(word)
-        if match is None or int(match["port"] or 0) > _LAST_PORT:
+        if match is None or int(match["port"] or 0) > _MAX_PORT:
             raise ValueError(f"{quoted(word)} is not an endpoint such as tcp:3128 or tcp:3128:interface=127.0.0.1")
     return descriptions
 
@@ -157,7 +157,7 @@ def _host_name(word: str) -> str:
 
 def registries(text: str) -> tuple[Registry, ...]:
     """Registries as ``host``, ``host:port`` or ``http://host:port``, separated by spaces; each once."""
-    found: dict[Host, Registry] = {}
+    by_host: dict[Host, Registry] = {}
     for word in text.split():
         try:
             registry = Registry.parse(word.removesuffix("/"))
@@ -166,22 +166,22 @@ def registries(text: str) -> tuple[Registry, ...]:
                 f"{_quoted_host(word)} is not a registry such as quay.io, registry.example.com:5000 or "
                 "http://registry.example.com:5000"
             ) from None
-        if found.setdefault(registry.host, registry) != registry:
+        if by_host.setdefault(registry.host, registry) != registry:
             raise ValueError(f"{registry.host.authority!r} is there both with http:// and without")
-    return tuple(found.values())
+    return tuple(by_host.values())
 
 
 def _quoted_host(word: str) -> str:
     """Return `word` for an error, without a login that strayed there (``host:user:password``)."""
     scheme, separator, rest = word.rpartition("://")
     name, colon, port = rest.partition(":")
-    strayed = colon and not port.isdigit() and not name.startswith("[") and "@" not in word
-    return quoted(f"{scheme}{separator}{name}:…" if strayed else word)
+    has_login = colon and not port.isdigit() and not name.startswith("[") and "@" not in word
+    return quoted(f"{scheme}{separator}{name}:…" if has_login else word)
 
 
 def addresses(text: str) -> Mapping[Host, Host]:
     """``host=address:port`` entries: where to connect for a host; without a port, to the host's own."""
-    found: dict[Host, Host] = {}
+    overrides: dict[Host, Host] = {}
     for word in text.split():
         left, _, right = word.partition("=")
         try:
@@ -193,9 +193,9 @@ def addresses(text: str) -> Mapping[Host, Host]:
             raise ValueError(
                 f"{quoted(word)} is not host=address:port, such as registry.test:5000=127.0.0.1:25000"
             ) from None
-        if found.setdefault(host, address) != address:
+        if overrides.setdefault(host, address) != address:
             raise ValueError(f"{host.authority!r} is there twice, with different addresses")
-    return MappingProxyType(found)
+    return MappingProxyType(overrides)
 
 
 def upstream_proxy(text: str, no_proxy: str) -> ParentProxy | None:
@@ -207,7 +207,7 @@ def upstream_proxy(text: str, no_proxy: str) -> ParentProxy | None:
         return None
     try:
         parts = urlsplit(text if "://" in text else f"http://{text}")
-        login, at, authority = parts.netloc.rpartition("@")
+        userinfo, at, authority = parts.netloc.rpartition("@")
         if parts.scheme != "http" or parts.path not in ("", "/") or parts.query or parts.fragment:
             raise ValueError
         host = Host.parse(authority, 80)
@@ -215,51 +215,59 @@ def upstream_proxy(text: str, no_proxy: str) -> ParentProxy | None:
         raise ValueError(
             f"{_quoted_host(text)} is not an HTTP proxy such as http://proxy.example.com:3128, or none"
         ) from None
-    authorization = f"Basic {b64encode(unquote_to_bytes(login)).decode()}" if at else None
+    authorization = f"Basic {b64encode(unquote_to_bytes(userinfo)).decode()}" if at else None
     return ParentProxy(host.name, host.port, authorization, tuple(no_proxy.replace(",", " ").split()))
 
 
-def logins(text: str, between: str, within: str, known: Iterable[Host]) -> Mapping[Host, UpstreamLogin]:
+def logins(
+    text: str, entry_delimiter: str, field_delimiter: str, known_hosts: Iterable[Host]
+) -> Mapping[Host, BasicCredentials]:
     """``host:user:password`` entries: `between` separates them, `within` their three parts.
 
     The password is the rest, whatever it holds; spaces around an entry are no part of it. `known` are hosts that
     the other settings name: only these, and that of the first entry, are shown in an error. What another entry begins
     with may be the rest of a password that holds the separator.
     """
-    public = set(known)
-    found: dict[Host, UpstreamLogin] = {}
-    entries = filter(None, (entry.strip() for entry in text.split(None if between == " " else between)))
+    printable_hosts = set(known_hosts)
+    by_host: dict[Host, BasicCredentials] = {}
+    entries = filter(None, (entry.strip() for entry in text.split(None if entry_delimiter == " " else entry_delimiter)))
     for position, entry in enumerate(entries, 1):
-        start, user, password = _login_parts(entry, within)
+        host_text, user, password = _split_login(entry, field_delimiter)
         try:
-            host = Registry.parse(start).host
+            host = Registry.parse(host_text).host
         except NameInvalid:
-            raise ValueError(f"entry {position} does not begin with a host, expected is {_form(within)}") from None
-        name = f"entry {position} ({host})" if (user and position == 1) or host in public else f"entry {position}"
+            raise ValueError(
+                f"entry {position} does not begin with a host, expected is {_login_format(field_delimiter)}"
+            ) from None
+        label = (
+            f"entry {position} ({host})" if (user and position == 1) or host in printable_hosts else f"entry {position}"
+        )
         if not user or not password:
-            raise ValueError(f"{name} has no {'password' if user else 'user'}, expected is {_form(within)}")
-        login = UpstreamLogin(user, password)
-        if found.setdefault(host, login) != login:
-            raise ValueError(f"{name} is for a host that an earlier entry has with another login")
-    return MappingProxyType(found)
+            raise ValueError(
+                f"{label} has no {'password' if user else 'user'}, expected is {_login_format(field_delimiter)}"
+            )
+        credentials = BasicCredentials(user, password)
+        if by_host.setdefault(host, credentials) != credentials:
+            raise ValueError(f"{label} is for a host that an earlier entry has with another login")
+    return MappingProxyType(by_host)
 
 
-def _login_parts(entry: str, within: str) -> tuple[str, str, str]:
+def _split_login(entry: str, field_delimiter: str) -> tuple[str, str, str]:
     """Return the host (with the scheme and port it may be written with), user and password."""
     scheme = next((scheme for scheme in ("https://", "http://") if entry.startswith(scheme)), "")
     rest = entry.removeprefix(scheme)
     # The colons within an IPv6 address separate nothing.
     bracket = rest.find("]") + 1 if rest.startswith("[") else 0
-    name, _, rest = rest[bracket:].partition(within)
-    user, _, password = rest.partition(within)
-    if within == ":" and _is_port(user) and ":" in password:
+    name, _, rest = rest[bracket:].partition(field_delimiter)
+    user, _, password = rest.partition(field_delimiter)
+    if field_delimiter == ":" and _is_port(user) and ":" in password:
         name, (user, _, password) = f"{name}:{user}", password.partition(":")
     return f"{scheme}{entry.removeprefix(scheme)[:bracket]}{name.strip()}", user, password
 
 
 def _is_port(text: str) -> bool:
-    return re.fullmatch(r"[0-9]{1,5}", text) is not None and 0 < int(text) <= _LAST_PORT
+    return re.fullmatch(r"[0-9]{1,5}", text) is not None and 0 < int(text) <= _MAX_PORT
 
 
-def _form(within: str) -> str:
-    return f"host{within}user{within}password"
+def _login_format(field_delimiter: str) -> str:
+    return f"host{field_delimiter}user{field_delimiter}password"

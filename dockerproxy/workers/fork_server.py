@@ -24,17 +24,17 @@ from attrs import field, frozen
 from twisted.application.service import Service
 from twisted.logger import Logger
 
-from dockerproxy.workers.line import LONGEST, Line, pair, refuse
-from dockerproxy.workers.relay import stop_logging
+from dockerproxy.workers.log_relay import remove_log_observers
+from dockerproxy.workers.message_socket import MAX_MESSAGE_SIZE, MessageSocket, reject_descriptor, socketpair
 
 # A terminal's signals go to all processes, as systemd's SIGTERM does; it is the first one that knows what to do.
-_FOR_THE_FIRST = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+_MAIN_PROCESS_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 log = Logger()
 
 
 @frozen
-class Order:
+class SpawnRequest:
     """What a worker is to be: its `number`, and the settings that have `changed` since the start.
 
     `line` is its line to the first process. Its log goes into that of the first process by the pipe `output`, or to the
@@ -42,9 +42,9 @@ class Order:
     """
 
     number: int
-    changed: Mapping[str, str] = field(repr=False)
-    line: int
-    output: int | None
+    changed_settings: Mapping[str, str] = field(repr=False)
+    socket_fd: int
+    log_fd: int | None
 
 
 class ForkServer(Service):
@@ -54,23 +54,23 @@ class ForkServer(Service):
     first process has, or its log has no observers when it begins.
     """
 
-    def __init__(self, reactor: Any, run: Callable[[Order], object], *, writes: bool) -> None:
+    def __init__(self, reactor: Any, run: Callable[[SpawnRequest], object], *, keep_log_observers: bool) -> None:
         self._reactor = reactor
         self._run = run
-        self._writes = writes
+        self._keep_log_observers = keep_log_observers
         self._pid = 0
-        self._line: Line | None = None
-        self.started: Callable[[int, int], None]
+        self._message_socket: MessageSocket | None = None
+        self.on_started: Callable[[int, int], None]
         """Called with the number of a worker, and its process's."""
-        self.ended: Callable[[int, str], None]
+        self.on_exited: Callable[[int, str], None]
         """Called with the number of a worker that ended, or could not be started, and why."""
-        self.lost: Callable[[], None]
+        self.on_lost: Callable[[], None]
         """Called when there is no fork server any more."""
 
     @property
     def alive(self) -> bool:
         """Whether workers can be started, and their ends are told."""
-        return self._line is not None and self._line.connected
+        return self._message_socket is not None and self._message_socket.connected
 
     def startService(self) -> None:
         super().startService()  # type: ignore[no-untyped-call]
@@ -79,116 +79,118 @@ class ForkServer(Service):
             stream.flush()
         gc.collect()
         gc.freeze()  # what a copy does not look through stays shared
-        ours, theirs = pair()
+        parent_socket, child_socket = socketpair()
         self._pid = os.fork()
         if not self._pid:
-            _kept = [] if self._writes else stop_logging()  # see `_close_all_but`
-            _end_after(partial(serve, theirs, self._run))
-        theirs.close()
-        self._line = Line(self._reactor, ours, self._received, refuse, self._lost)
+            _removed_observers = [] if self._keep_log_observers else remove_log_observers()  # see `_close_all_but`
+            _run_and_exit(partial(run_fork_server, child_socket, self._run))
+        child_socket.close()
+        self._message_socket = MessageSocket(
+            self._reactor, parent_socket, self._on_message, reject_descriptor, self._on_closed
+        )
 
-    def start(self, number: int, changed: Mapping[str, str], line: int, output: int | None) -> bool:
+    def start(self, number: int, changed_settings: Mapping[str, str], socket_fd: int, log_fd: int | None) -> bool:
         """Have a worker started (see `Order`), and say whether that could be asked for."""
-        order = json.dumps([number, changed], separators=(",", ":")).encode()
-        descriptors = [line] if output is None else [line, output]
-        return self._line is not None and self._line.pass_on(order, *descriptors)
+        request = json.dumps([number, changed_settings], separators=(",", ":")).encode()
+        descriptors = [socket_fd] if log_fd is None else [socket_fd, log_fd]
+        return self._message_socket is not None and self._message_socket.send_descriptors(request, *descriptors)
 
     def close(self) -> None:
         """Have the fork server end. Workers stay, and their ends are no longer told."""
-        if self._line is not None:
-            self._line.close()
+        if self._message_socket is not None:
+            self._message_socket.close()
 
-    def _received(self, message: Any) -> None:
-        what, number, detail = message
-        (self.started if what == "started" else self.ended)(number, detail)
+    def _on_message(self, message: Any) -> None:
+        event, number, detail = message
+        (self.on_started if event == "started" else self.on_exited)(number, detail)
 
-    def _lost(self) -> None:
+    def _on_closed(self) -> None:
         with suppress(ChildProcessError):
             os.waitpid(self._pid, os.WNOHANG)
-        self.lost()
+        self.on_lost()
 
 
-def serve(line: socket.socket, run: Callable[[Order], object]) -> None:
+def run_fork_server(sock: socket.socket, run: Callable[[SpawnRequest], object]) -> None:
     """Be the fork server, at the other end of `line`, until that is closed."""
-    for each in _FOR_THE_FIRST:
-        signal.signal(each, signal.SIG_IGN)
+    for signal_number in _MAIN_PROCESS_SIGNALS:
+        signal.signal(signal_number, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    _close_all_but(line.fileno())
-    call_this_process("fork server")
+    _close_other_descriptors(sock.fileno())
+    set_process_name("fork server")
     workers: dict[int, tuple[int, int]] = {}  # a process's descriptor: its number as a worker, and the kernel's
     poll = select.poll()
-    poll.register(line, select.POLLIN)
+    poll.register(sock, select.POLLIN)
     while True:
         for descriptor, _ in poll.poll():
-            if descriptor != line.fileno():
+            if descriptor != sock.fileno():
                 number, pid = workers.pop(descriptor)
                 poll.unregister(descriptor)
                 os.close(descriptor)
-                _tell(line, "ended", number, _cause(os.waitpid(pid, 0)[1]))
+                _notify(sock, "ended", number, _exit_reason(os.waitpid(pid, 0)[1]))
                 continue
-            order = _next_order(line)
-            if order is None:
+            request = _receive_request(sock)
+            if request is None:
                 return
             try:
-                pid = _start(order, run)
+                pid = _fork_worker(request, run)
             except OSError as error:  # no memory, or no more processes
-                _tell(line, "ended", order.number, str(error))
+                _notify(sock, "ended", request.number, str(error))
                 continue
             descriptor = os.pidfd_open(pid)
-            workers[descriptor] = order.number, pid
+            workers[descriptor] = request.number, pid
             poll.register(descriptor, select.POLLIN)
-            _tell(line, "started", order.number, pid)
+            _notify(sock, "started", request.number, pid)
 
 
-def call_this_process(name: str) -> None:
+def set_process_name(name: str) -> None:
     """Give this process a name of up to 15 bytes, which programs like top show."""
     with suppress(OSError), open("/proc/self/comm", "w") as file:
         file.write(name)
 
 
-def _start(order: Order, run: Callable[[Order], object]) -> int:
+def _fork_worker(request: SpawnRequest, run: Callable[[SpawnRequest], object]) -> int:
     try:
         pid = os.fork()
         if not pid:
-            _end_after(partial(_be_worker, order, run))
+            _run_and_exit(partial(_run_worker, request, run))
         return pid
     finally:
-        for one in filter(None, (order.line, order.output)):
-            os.close(one)
+        for descriptor in filter(None, (request.socket_fd, request.log_fd)):
+            os.close(descriptor)
 
 
-def _be_worker(order: Order, run: Callable[[Order], object]) -> None:
-    _close_all_but(order.line, *([] if order.output is None else [order.output]))
-    if order.output is not None:
-        os.dup2(order.output, 1)
-        os.dup2(order.output, 2)
-        os.close(order.output)
-    call_this_process(f"worker {order.number}")
-    run(order)
+def _run_worker(request: SpawnRequest, run: Callable[[SpawnRequest], object]) -> None:
+    _close_other_descriptors(request.socket_fd, *([] if request.log_fd is None else [request.log_fd]))
+    if request.log_fd is not None:
+        os.dup2(request.log_fd, 1)
+        os.dup2(request.log_fd, 2)
+        os.close(request.log_fd)
+    set_process_name(f"worker {request.number}")
+    run(request)
 
 
-def _next_order(line: socket.socket) -> Order | None:
+def _receive_request(sock: socket.socket) -> SpawnRequest | None:
     try:
-        data, descriptors, _, _ = socket.recv_fds(line, LONGEST, 2)
+        data, descriptors, _, _ = socket.recv_fds(sock, MAX_MESSAGE_SIZE, 2)
     except ConnectionError:  # it was closed before all that was told here had been read
         return None
     if not data:
         return None
-    number, changed = json.loads(data)
-    return Order(number, changed, descriptors[0], descriptors[1] if len(descriptors) > 1 else None)
+    number, changed_settings = json.loads(data)
+    return SpawnRequest(number, changed_settings, descriptors[0], descriptors[1] if len(descriptors) > 1 else None)
 
 
-def _tell(line: socket.socket, what: str, number: int, detail: int | str) -> None:
+def _notify(sock: socket.socket, event: str, number: int, detail: int | str) -> None:
     with suppress(OSError):  # the first process is gone, which is found by reading
-        line.send(b"{" + json.dumps([what, number, detail]).encode())
+        sock.send(b"{" + json.dumps([event, number, detail]).encode())
 
 
-def _cause(status: int) -> str:
+def _exit_reason(status: int) -> str:
     code = os.waitstatus_to_exitcode(status)
     return f"exit status {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
 
 
-def _end_after(run: Callable[[], object]) -> NoReturn:
+def _run_and_exit(run: Callable[[], object]) -> NoReturn:
     """Do `run`, and end, without anything of what this process was to do when it was another's copy."""
     status = 1
     try:
@@ -204,13 +206,13 @@ def _end_after(run: Callable[[], object]) -> NoReturn:
         os._exit(status)
 
 
-def _close_all_but(*kept: int) -> None:
+def _close_other_descriptors(*keep: int) -> None:
     """Close what this process has open beside its standard streams and `kept`.
 
     The objects that had these numbers must not be freed: they would close what others have under these numbers then.
     They are referred to from the frames that called this, which are never left.
     """
     for name in os.listdir("/proc/self/fd"):
-        if int(name) > 2 and int(name) not in kept:
+        if int(name) > 2 and int(name) not in keep:
             with suppress(OSError):  # that of the list itself
                 os.close(int(name))

@@ -25,6 +25,7 @@ from dockerproxy.cache.manifests import CachedManifests
 from dockerproxy.cache.pullthrough import PullThrough
 from dockerproxy.cache.room import Room
 from dockerproxy.cache.tokens import TokenDesk
+from dockerproxy.concurrency import KeyedLock, LocalKeyedLock, spawn
 from dockerproxy.daemon.accesslog import AccessLog
 from dockerproxy.daemon.listener_service import Listener
 from dockerproxy.daemon.metrics import CONTENT_TYPE, Metrics
@@ -47,7 +48,7 @@ from dockerproxy.registry.hosted import Hosted
 from dockerproxy.registry.own import ByNamespace, Own
 from dockerproxy.registry.push import Push
 from dockerproxy.registry.users import Users
-from dockerproxy.reload import Served
+from dockerproxy.reload import RegistryTable
 from dockerproxy.settings import DOCKER_HUB, Settings, SettingsError
 from dockerproxy.store.blobs import Blobs
 from dockerproxy.store.files import Staging
@@ -56,7 +57,6 @@ from dockerproxy.store.layout import Layout
 from dockerproxy.store.links import Links
 from dockerproxy.store.records import Records
 from dockerproxy.store.secret import kept_secret
-from dockerproxy.tasks import TakesTurns, Turns, spawn
 from dockerproxy.upstream.client import UpstreamClient
 from dockerproxy.upstream.tls import TLSClient
 from dockerproxy.upstream.tokens import Tokens
@@ -66,75 +66,79 @@ from dockerproxy.upstream.transport import Transport
 RECORDS = "records"
 """Where in CACHE_DIR the cache's records are."""
 
-_THREADS = 20  # disk writes of downloads, one each, and name look-ups share them
+_THREAD_POOL_SIZE = 20  # disk writes of downloads, one each, and name look-ups share them
 
 
-Finished = Callable[[Request, float], None]
+OnRequestFinished = Callable[[Request, float], None]
 """Is told of a request that is over, and of its seconds."""
 
 
 @frozen
-class Common:
+class SharedServices:
     """What the processes of a daemon have in common: the cache's room, turns, and which token stands for whom.
 
     `metrics` count what this process does, and tell what all have done. `shared`: there are several processes.
     """
 
-    room: Room
+    cache_space: Room
     metrics: Metrics
-    turns: TakesTurns = field(factory=Turns)
+    locks: KeyedLock = field(factory=LocalKeyedLock)
     bindings: Bindings = field(factory=Bindings)
-    shared: bool = False
+    multi_process: bool = False
 
 
 @frozen
-class Serving:
+class ProxyServer:
     """What serves clients; `close` ends the connections to upstreams."""
 
-    doors: list[Listener]
+    listeners: list[Listener]
     transfers: Transfers
-    served: Served
+    registries: RegistryTable
     cache: Cache
-    hosted: Own
+    hosted_app: Own
     close: Callable[[], Awaitable[None]]
     _reactor: Any
 
-    def use(self, settings: Settings) -> None:
+    def reconfigure(self, settings: Settings) -> None:
         """Serve as `settings` say, some of which may have changed. Raise `HtpasswdError` or OSError: no change."""
-        guard = make_guard(self._reactor, settings)  # first, for it may fail
-        self.hosted.guard = guard
-        self.served.use(settings)
-        self.cache.use(settings)
+        access_control = build_access_control(self._reactor, settings)  # first, for it may fail
+        self.hosted_app.guard = access_control
+        self.registries.update(settings)
+        self.cache.reconfigure(settings)
 
 
-def make_serving(reactor: Any, settings: Settings, authority: CertificateAuthority, common: Common) -> Serving:
+def build_server(
+    reactor: Any, settings: Settings, authority: CertificateAuthority, shared: SharedServices
+) -> ProxyServer:
     """Put together what serves clients. Raise `SettingsError`, `HtpasswdError` or OSError."""
-    reactor.suggestThreadPoolSize(_THREADS)
+    reactor.suggestThreadPoolSize(_THREAD_POOL_SIZE)
     raise_descriptor_limit()
     policy = Policy(settings.allow_clients, settings.tunnel_ports, settings.tunnel_allow, settings.tunnel_deny)
-    net = make_net(reactor, settings)
-    served = Served(settings)
-    cache = make_cache(reactor, settings, common, served, policy, net.transport)
-    face = Face(reactor)
-    hosted = make_hosted(reactor, settings, common, face)
-    metrics = partial(answer_metrics, common)
-    finished = partial(count_and_log, common.metrics)
-    mirror = Mirror(face, cache.pull_through.registry, served.mirrored, DOCKER_HUB)
-    by_namespace = partial(ByNamespace, hosted.answer, mirror.answer, frozenset(settings.registry_hostname))
-    own_page = BuiltinEndpoints(
-        authority.certificate_pem, by_namespace(hosted.answer).answer, metrics, proxy_port(settings)
+    connectors = build_connectors(reactor, settings)
+    registries = RegistryTable(settings)
+    cache = build_cache(reactor, settings, shared, registries, policy, connectors.transport)
+    api = Face(reactor)
+    hosted_app = build_hosted_app(reactor, settings, shared, api)
+    metrics_handler = partial(handle_metrics, shared)
+    on_finished = partial(count_and_log, shared.metrics)
+    mirror = Mirror(api, cache.pull_through.registry, registries.mirrored, DOCKER_HUB)
+    route_by_namespace = partial(ByNamespace, hosted_app.answer, mirror.answer, frozenset(settings.registry_hostname))
+    direct_endpoints = BuiltinEndpoints(
+        authority.certificate_pem, route_by_namespace(hosted_app.answer).answer, metrics_handler, proxy_port(settings)
     )
-    own = OwnDoor(policy, own_page.handle)
-    intercepted = Intercepted(face, cache.pull_through.registry, cache.pull_through, allow_push=settings.allow_push)
+    direct_listener = OwnDoor(policy, direct_endpoints.handle)
+    intercepted = Intercepted(api, cache.pull_through.registry, cache.pull_through, allow_push=settings.allow_push)
     transfers = Transfers()
-    front = FrontDoor(
+    forward_proxy = FrontDoor(
         clock=reactor,
         policy=policy,
-        interception=Interception(served.intercepted, authority.context_for, intercepted.answer),
-        dial=net.tunnel_dialer,
-        transport=net.transport,
-        local=BuiltinEndpoints(authority.certificate_pem, by_namespace(mirror.answer).answer, metrics).handle,
-        own=own.answer,
+        interception=Interception(registries.intercepted, authority.context_for, intercepted.answer),
+        dial=connectors.tunnel_dialer,
+        transport=connectors.transport,
+        local=BuiltinEndpoints(
+            authority.certificate_pem, route_by_namespace(mirror.answer).answer, metrics_handler
+        ).handle,
+        own=direct_listener.answer,
         own_names=frozenset(settings.registry_hostname),
         timeouts=TunnelTimeouts(
             settings.proxy_connect_connect_timeout,
@@ -142,10 +146,10 @@ def make_serving(reactor: Any, settings: Settings, authority: CertificateAuthori
             settings.proxy_connect_send_timeout,
         ),
         transfers=transfers,
-        log=finished,
+        log=on_finished,
     )
-    doors = make_doors(reactor, settings, front, own, authority, finished)
-    return Serving(doors, transfers, served, cache, hosted, net.transport.close, reactor)
+    listeners = build_listeners(reactor, settings, forward_proxy, direct_listener, authority, on_finished)
+    return ProxyServer(listeners, transfers, registries, cache, hosted_app, connectors.transport.close, reactor)
 
 
 def open_authority(settings: Settings) -> CertificateAuthority:
@@ -161,19 +165,19 @@ def open_authority(settings: Settings) -> CertificateAuthority:
 
 def raise_descriptor_limit() -> None:
     """Use all the file descriptors that we may: a client that reads a blob has two, and the usual limit is 1,024."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
 
 
 @frozen
-class Net:
+class Connectors:
     """The ways out: HTTP exchanges with upstreams, and connections for tunnels."""
 
     transport: Transport
     tunnel_dialer: Dialer
 
 
-def make_net(reactor: Any, settings: Settings) -> Net:
+def build_connectors(reactor: Any, settings: Settings) -> Connectors:
     """Return the ways to other servers. Raise `SettingsError` where UPSTREAM_CA_FILE cannot be used."""
 
     def dialer(connect_timeout: float) -> Dialer:
@@ -193,10 +197,10 @@ def make_net(reactor: Any, settings: Settings) -> Net:
     except ValueError as error:
         raise SettingsError(str(error)) from None
     transport = Transport(reactor, dialer(settings.proxy_connect_timeout), tls, timeouts)
-    return Net(transport, dialer(settings.proxy_connect_connect_timeout))
+    return Connectors(transport, dialer(settings.proxy_connect_connect_timeout))
 
 
-def prepare(settings: Settings) -> None:
+def prepare_state_directories(settings: Settings) -> None:
     """Make the stores' directories, and clear away what a crash left. For one process, before others.
 
     Raises OSError.
@@ -216,25 +220,30 @@ class Cache:
     pull_through: PullThrough
     tokens: Tokens
 
-    def use(self, settings: Settings) -> None:
+    def reconfigure(self, settings: Settings) -> None:
         """Show the logins of `settings` from now on, and recall what is known of its registries."""
         self.tokens.use(settings.auth_registries)
         self.pull_through.challenges.recall(settings.registries)
 
 
-def make_cache(
-    reactor: Any, settings: Settings, common: Common, served: Served, policy: Policy, transport: Transport
+def build_cache(
+    reactor: Any,
+    settings: Settings,
+    shared: SharedServices,
+    registries: RegistryTable,
+    policy: Policy,
+    transport: Transport,
 ) -> Cache:
     """Return the cache in CACHE_DIR. Raises OSError."""
-    layout, room = Layout(settings.cache_dir), common.room
+    layout, cache_space = Layout(settings.cache_dir), shared.cache_space
     records = Records(settings.cache_dir / RECORDS)
-    identities = Identities.open(settings.cache_dir / "secret", common.bindings)
+    identities = Identities.open(settings.cache_dir / "secret", shared.bindings)
     blobs, links = Blobs(layout, durable=False), Links(layout, durable=False)
     tokens = Tokens(transport, time.time, policy.check_upstream, settings.auth_registries)
     upstream = UpstreamClient(transport, tokens, policy.check_upstream)
-    challenges = Challenges(transport, records, served.intercepted, tokens.remember, time.time)
+    challenges = Challenges(transport, records, registries.intercepted, tokens.remember, time.time)
     challenges.recall(settings.registries)
-    access = Access(records, time.time, common.shared)
+    access = Access(records, time.time, shared.multi_process)
     freshness = Freshness(
         settings.enable_manifest_cache,
         settings.manifest_cache_primary_regex,
@@ -244,13 +253,13 @@ def make_cache(
         settings.manifest_cache_default_time,
     )
 
-    def keep(digest: Digest, size: int) -> None:
-        spawn(room.count(digest, size), f"making room for {digest}")
+    def record_blob(digest: Digest, size: int) -> None:
+        spawn(cache_space.count(digest, size), f"making room for {digest}")
 
     manifests = CachedManifests(
-        reactor, upstream, blobs, links, records, access, freshness, common.turns, clock=time.time, keep=keep
+        reactor, upstream, blobs, links, records, access, freshness, shared.locks, clock=time.time, keep=record_blob
     )
-    flights = Flights(reactor, upstream, room, Ingests(layout, blobs, records, common.shared))
+    downloads = Flights(reactor, upstream, cache_space, Ingests(layout, blobs, records, shared.multi_process))
     return Cache(
         PullThrough(
             upstream,
@@ -260,12 +269,12 @@ def make_cache(
                 transport,
                 identities,
                 records,
-                lambda host: None if host in served.intercepted else policy.check_upstream,
+                lambda host: None if host in registries.intercepted else policy.check_upstream,
                 time.time,
             ),
             manifests,
-            CachedBlobs(reactor, upstream, blobs, links, flights, access, room),
-            served.mirrored.values(),
+            CachedBlobs(reactor, upstream, blobs, links, downloads, access, cache_space),
+            registries.mirrored.values(),
             tokens.effective_login if settings.share_auth_registries else lambda registry: None,
             time.time,
         ),
@@ -273,14 +282,14 @@ def make_cache(
     )
 
 
-def make_hosted(reactor: Any, settings: Settings, common: Common, face: Face) -> Own:
+def build_hosted_app(reactor: Any, settings: Settings, shared: SharedServices, api: Face) -> Own:
     """Return the hosted registry in REGISTRY_DIR. Raises OSError, ValueError."""
-    store = HostedStore.below(Layout(settings.registry_dir), turns=common.turns)
-    hosted = Hosted(reactor, store, Push(reactor, store))
-    return Own(face, hosted, make_guard(reactor, settings))
+    store = HostedStore.below(Layout(settings.registry_dir), turns=shared.locks)
+    backend = Hosted(reactor, store, Push(reactor, store))
+    return Own(api, backend, build_access_control(reactor, settings))
 
 
-def make_guard(reactor: Any, settings: Settings) -> Guard:
+def build_access_control(reactor: Any, settings: Settings) -> Guard:
     """Return who asks for logins to the hosted registry, as HTPASSWD_FILE and ANONYMOUS_PULL say. Raises ValueError."""
     if settings.htpasswd_file is None:
         return Open()
@@ -292,57 +301,57 @@ def make_guard(reactor: Any, settings: Settings) -> Guard:
 
 def proxy_port(settings: Settings) -> int:
     """Return the port that the first of PROXY_LISTEN has; the usual one where it does not say (a socket handed in)."""
-    found = re.match(r"tcp6?:(?:.*?port=)?([0-9]+)", settings.proxy_listen[0])
-    return int(found[1]) if found else 3128
+    match = re.match(r"tcp6?:(?:.*?port=)?([0-9]+)", settings.proxy_listen[0])
+    return int(match[1]) if match else 3128
 
 
-def make_doors(
+def build_listeners(
     reactor: Any,
     settings: Settings,
-    front: FrontDoor,
-    own: OwnDoor,
+    forward_proxy: FrontDoor,
+    direct_listener: OwnDoor,
     authority: CertificateAuthority,
-    finished: Finished,
+    on_finished: OnRequestFinished,
 ) -> list[Listener]:
     """Return the doors of the settings, not open yet; `finished` is told of each request."""
 
     async def handle(request: Request) -> None:
-        await front.handle(proxy, request)
+        await forward_proxy.handle(proxy_site, request)
 
     certificates = authority.context_by_name(frozenset(settings.registry_hostname))
-    proxy = make_site(reactor, settings, handle, finished)
-    with_tls = make_site(reactor, settings, own.answer, finished, lambda: certificates)
-    without = make_site(reactor, settings, own.answer, finished)
+    proxy_site = build_site(reactor, settings, handle, on_finished)
+    tls_site = build_site(reactor, settings, direct_listener.answer, on_finished, lambda: certificates)
+    plain_site = build_site(reactor, settings, direct_listener.answer, on_finished)
     return [
-        Listener("PROXY_LISTEN", settings.proxy_listen, proxy),
-        Listener("REGISTRY_LISTEN", settings.registry_listen, with_tls),
-        Listener("REGISTRY_HTTP_LISTEN", settings.registry_http_listen, without),
+        Listener("PROXY_LISTEN", settings.proxy_listen, proxy_site),
+        Listener("REGISTRY_LISTEN", settings.registry_listen, tls_site),
+        Listener("REGISTRY_HTTP_LISTEN", settings.registry_http_listen, plain_site),
     ]
 
 
-def make_site(
+def build_site(
     reactor: Any,
     settings: Settings,
     handler: Handler,
-    finished: Finished,
+    on_finished: OnRequestFinished,
     tls: Callable[[], ServerContext] | None = None,
 ) -> Site:
     """Return a site whose requests `handler` answers, over TLS by the contexts of `tls` if given."""
     timeouts = Timeouts(
         settings.keepalive_timeout, settings.client_header_timeout, settings.client_body_timeout, settings.send_timeout
     )
-    return Site(reactor, handler, timeouts=timeouts, finished=finished, tls=tls)
+    return Site(reactor, handler, timeouts=timeouts, finished=on_finished, tls=tls)
 
 
-async def answer_metrics(common: Common, request: Request) -> None:
+async def handle_metrics(shared: SharedServices, request: Request) -> None:
     """Answer with what all processes have done."""
-    held, limit = await common.room.taken()
+    used, limit = await shared.cache_space.taken()
     gauges = [
-        ("cache_bytes", "Bytes of contents in the cache.", held),
+        ("cache_bytes", "Bytes of contents in the cache.", used),
         ("cache_limit_bytes", "Bytes that they may take (CACHE_MAX_SIZE).", limit),
     ]
     fields = [("Content-Type", CONTENT_TYPE), ("Cache-Control", "no-store")]
-    request.answer(200, fields, common.metrics.render(gauges))
+    request.answer(200, fields, shared.metrics.render(gauges))
 
 
 _access_log = AccessLog()

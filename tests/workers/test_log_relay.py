@@ -9,29 +9,29 @@ import pytest
 from twisted.logger import LogEvent, LogLevel, globalLogPublisher
 
 from dockerproxy.daemon.jsonlog import JsonLog
-from dockerproxy.workers.relay import Relay, stop_logging
-from tests.workers.by_hand import Reactor
+from dockerproxy.workers.log_relay import LogRelay, remove_log_observers
+from tests.workers.descriptor_reactor import DescriptorReactor
 
 
-class Pipe:
+class LogPipe:
     """The worker's end of a pipe."""
 
     def __init__(self) -> None:
-        self.reactor = Reactor()
-        reading, self.writing = os.pipe()
-        self.relay = Relay(self.reactor, reading)
+        self.reactor = DescriptorReactor()
+        read_fd, self.write_fd = os.pipe()
+        self.relay = LogRelay(self.reactor, read_fd)
 
     def write(self, data: bytes) -> None:
         while data:
-            data = data[os.write(self.writing, data[:4096]) :]
-            self.reactor.turn()
+            data = data[os.write(self.write_fd, data[:4096]) :]
+            self.reactor.iterate()
 
     def close(self) -> None:
-        os.close(self.writing)
-        self.reactor.turn()
+        os.close(self.write_fd)
+        self.reactor.iterate()
 
 
-def test_an_event_is_logged_as_if_it_were_from_here(logged: list[LogEvent]) -> None:
+def test_json_event_is_relayed(log_events: list[LogEvent]) -> None:
     lines: list[str] = []
     stream: Any = type("Stream", (), {"write": lambda self, data: lines.append(data), "flush": lambda self: None})()
     JsonLog(stream)(
@@ -43,36 +43,36 @@ def test_an_event_is_logged_as_if_it_were_from_here(logged: list[LogEvent]) -> N
             "what": "ä\n{x}",
         }
     )
-    pipe = Pipe()
+    pipe = LogPipe()
     data = "".join(lines).encode()
     pipe.write(data[:10])
-    assert logged == []
+    assert log_events == []
     pipe.write(data[10:])
-    [event] = logged
+    [event] = log_events
     assert (event["log_time"], event["log_level"], event["log_namespace"]) == (1.5, LogLevel.warn, "dockerproxy.some")
     assert event["log_format"].format(**event) == "ä\n{x} is wrong"
     pipe.close()
 
 
 @pytest.mark.parametrize("line", ["Traceback (most recent call last):", "[1]", "{}", '{"time": 1}', '"x"', "5"])
-def test_what_is_no_event_is_logged_as_it_is(logged: list[LogEvent], line: str) -> None:
-    pipe = Pipe()
+def test_other_lines_are_relayed_as_text(log_events: list[LogEvent], line: str) -> None:
+    pipe = LogPipe()
     pipe.write(f"{line}\nlast words".encode())
     pipe.close()
-    assert [event["line"] for event in logged if "line" in event] == [line, "last words"]
+    assert [event["line"] for event in log_events if "line" in event] == [line, "last words"]
 
 
-def test_a_line_without_end_is_not_kept_whole(logged: list[LogEvent]) -> None:
-    pipe = Pipe()
+def test_endless_line_is_truncated(log_events: list[LogEvent]) -> None:
+    pipe = LogPipe()
     for _ in range(100):
         pipe.write(b"x" * 10_000)
     pipe.write(b"\n")
     pipe.close()
-    assert max(len(event["line"]) for event in logged if "line" in event) <= 2 * 64 * 1024
+    assert max(len(event["line"]) for event in log_events if "line" in event) <= 2 * 64 * 1024
 
 
-def test_it_ends_with_the_pipe() -> None:
-    pipe = Pipe()
+def test_relay_closes_with_the_pipe() -> None:
+    pipe = LogPipe()
     descriptor = pipe.relay.fileno()
     pipe.close()
     assert pipe.reactor.readers == set()
@@ -80,13 +80,13 @@ def test_it_ends_with_the_pipe() -> None:
         os.fstat(descriptor)
 
 
-def test_the_log_is_without_observers_then(logged: list[LogEvent]) -> None:
+def test_remove_log_observers(log_events: list[LogEvent]) -> None:
     """Who observes it is put back afterwards: pytest and trial are among them."""
-    observers = stop_logging()
+    observers = remove_log_observers()
     try:
         globalLogPublisher({"log_level": LogLevel.info, "log_format": "unseen"})
     finally:
         for observer in observers:
             globalLogPublisher.addObserver(observer)
     globalLogPublisher({"log_level": LogLevel.info, "log_format": "seen"})
-    assert [event["log_format"] for event in logged if "log_format" in event] == ["seen"]
+    assert [event["log_format"] for event in log_events if "log_format" in event] == ["seen"]

@@ -14,33 +14,33 @@ from twisted.internet.main import CONNECTION_DONE, CONNECTION_LOST
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-LONGEST = 192 * 1024
+MAX_MESSAGE_SIZE = 192 * 1024
 """Bytes in a message: what a socket takes at once by the kernel's defaults (net.core.wmem_default)."""
 
-_MOST_WAITING = 10_000  # messages; who is so far behind hangs
-_AT_ONCE = 64  # messages that are received before others get their turn
+_MAX_QUEUED_MESSAGES = 10_000  # messages; who is so far behind hangs
+_MESSAGES_PER_READ = 64  # messages that are received before others get their turn
 
-Received = Callable[[Any], None]
-Passed = Callable[[bytes, int], None]
+OnMessage = Callable[[Any], None]
+OnDescriptor = Callable[[bytes, int], None]
 
 
-def refuse(label: bytes, descriptor: int) -> None:
+def reject_descriptor(label: bytes, descriptor: int) -> None:
     """Take no descriptors."""
     os.close(descriptor)
 
 
-class LineError(Exception):
+class MessageTooLong(Exception):
     """A message that cannot be sent."""
 
 
-def pair() -> tuple[socket.socket, socket.socket]:
+def socketpair() -> tuple[socket.socket, socket.socket]:
     """Return the two ends of a line."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    return ours, theirs
+    parent_socket, child_socket = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    return parent_socket, child_socket
 
 
 @implementer(IReadWriteDescriptor)
-class Line:
+class MessageSocket:
     """One end of a line.
 
     `received` is called with each message (what JSON holds), `passed` with each descriptor, which is its to close, and
@@ -48,38 +48,43 @@ class Line:
     """
 
     def __init__(
-        self, reactor: Any, end: socket.socket, received: Received, passed: Passed, lost: Callable[[], None]
+        self,
+        reactor: Any,
+        sock: socket.socket,
+        on_message: OnMessage,
+        on_descriptor: OnDescriptor,
+        on_closed: Callable[[], None],
     ) -> None:
         self._reactor = reactor
-        self._socket = end
-        self._received = received
-        self._passed = passed
-        self._lost = lost
-        self._waiting: deque[bytes] = deque()
-        self._buffer = bytearray(LONGEST)
+        self._socket = sock
+        self._on_message = on_message
+        self._on_descriptor = on_descriptor
+        self._on_closed = on_closed
+        self._send_queue: deque[bytes] = deque()
+        self._buffer = bytearray(MAX_MESSAGE_SIZE)
         self.connected = True
-        end.setblocking(False)
+        sock.setblocking(False)
         reactor.addReader(self)
 
     def send(self, message: Any) -> None:
         """Send `message`, after those before it. Raise `LineError` for one that is too long."""
         data = b"{" + json.dumps(message, separators=(",", ":")).encode()
-        if len(data) > LONGEST:
-            raise LineError(f"a message of {len(data)} bytes")
+        if len(data) > MAX_MESSAGE_SIZE:
+            raise MessageTooLong(f"a message of {len(data)} bytes")
         if not self.connected:
             return
-        if self._waiting or not self._sent(data):
-            self._waiting.append(data)
+        if self._send_queue or not self._try_send(data):
+            self._send_queue.append(data)
             self._reactor.addWriter(self)
-            if len(self._waiting) > _MOST_WAITING:
+            if len(self._send_queue) > _MAX_QUEUED_MESSAGES:
                 self.close()
 
-    def pass_on(self, label: bytes, *descriptors: int) -> bool:
+    def send_descriptors(self, label: bytes, *descriptors: int) -> bool:
         """Pass descriptors on, and say whether they were: not where the other end is behind. The caller closes its own.
 
         A label does not begin with ``{``.
         """
-        if not self.connected or self._waiting:
+        if not self.connected or self._send_queue:
             return False
         try:
             socket.send_fds(self._socket, [label], descriptors)
@@ -90,7 +95,7 @@ class Line:
     def close(self) -> None:
         """Hang up."""
         if self.connected:
-            self._end()
+            self._shut_down()
 
     # IReadWriteDescriptor
 
@@ -101,7 +106,7 @@ class Line:
         return "Line"
 
     def doRead(self) -> Any:
-        for _ in range(_AT_ONCE):
+        for _ in range(_MESSAGES_PER_READ):
             try:
                 size, ancillary, _, _ = self._socket.recvmsg_into(
                     [self._buffer], socket.CMSG_SPACE(4), socket.MSG_CMSG_CLOEXEC
@@ -114,29 +119,29 @@ class Line:
                 return CONNECTION_DONE
             data = bytes(memoryview(self._buffer)[:size])
             if data.startswith(b"{"):
-                self._received(json.loads(data[1:]))
+                self._on_message(json.loads(data[1:]))
             else:
                 for _, _, content in ancillary:
-                    self._passed(data, int.from_bytes(content[:4], "little"))
+                    self._on_descriptor(data, int.from_bytes(content[:4], "little"))
             if not self.connected:
                 return None
         return None
 
     def doWrite(self) -> Any:
-        while self._waiting:
+        while self._send_queue:
             try:
-                if not self._sent(self._waiting[0]):
+                if not self._try_send(self._send_queue[0]):
                     return None
             except OSError:
                 return CONNECTION_LOST
-            self._waiting.popleft()
+            self._send_queue.popleft()
         self._reactor.removeWriter(self)
         return None
 
     def connectionLost(self, reason: Failure) -> None:
-        self._end()
+        self._shut_down()
 
-    def _sent(self, data: bytes) -> bool:
+    def _try_send(self, data: bytes) -> bool:
         try:
             self._socket.send(data)
         except (BlockingIOError, InterruptedError):
@@ -145,10 +150,10 @@ class Line:
             return True
         return True
 
-    def _end(self) -> None:
+    def _shut_down(self) -> None:
         self.connected = False
         self._reactor.removeReader(self)
         self._reactor.removeWriter(self)
-        self._waiting.clear()
+        self._send_queue.clear()
         self._socket.close()
-        self._lost()
+        self._on_closed()

@@ -1,0 +1,129 @@
+"""What the first process does for its workers: it keeps the cache's room, and gives turns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from attrs import define, field
+from twisted.internet.defer import Deferred
+
+from dockerproxy.cache.room import CacheRoom
+from dockerproxy.concurrency import LocalKeyedLock, spawn
+from dockerproxy.oci.names import Digest
+from dockerproxy.store.ingest import Ingest
+
+
+@define
+class ReservationTable:
+    """Who has reserved room for which blob; the first process's own downloads reserve it here as well.
+
+    The ingest's lock goes from one process to the next before the word of it gets here. So what a process releases that
+    another has reserved by now stays.
+    """
+
+    space: CacheRoom
+    _owners: dict[Digest, object] = field(factory=dict, init=False)
+
+    async def reserve(self, owner: object, digest: Digest, size: int, existing_size: int) -> bool:
+        """Reserve room, as `CacheRoom.reserve`."""
+        self._owners[digest] = owner
+        return await self.space.reserve(digest, size, existing_size)
+
+    def release(self, owner: object, digest: Digest) -> None:
+        """Release what `owner` reserved, unless another has by now."""
+        if self._owners.get(digest) is owner:
+            del self._owners[digest]
+            self.space.release(digest)
+
+    def release_all(self, owner: object) -> None:
+        """Release all that a process that is gone had reserved."""
+        for digest in [digest for digest, holder in self._owners.items() if holder is owner]:
+            self.release(owner, digest)
+
+
+@define
+class LocalCacheSpace:
+    """The cache's room for the downloads of the first process itself."""
+
+    _reservations: ReservationTable
+
+    async def reserve(self, digest: Digest, size: int, existing_size: int) -> bool:
+        return await self._reservations.reserve(self, digest, size, existing_size)
+
+    def release(self, digest: Digest) -> None:
+        self._reservations.release(self, digest)
+
+    async def commit(self, ingest: Ingest) -> None:
+        await self._reservations.space.keep(ingest)
+
+    async def record(self, digest: Digest, size: int) -> None:
+        await self._reservations.space.count(digest, size)
+
+    def pin(self, digest: Digest) -> None:
+        self._reservations.space.hold(digest)
+
+    def unpin(self, digest: Digest) -> None:
+        self._reservations.space.let_go(digest)
+
+    async def usage(self) -> tuple[int, int]:
+        return await self._reservations.space.taken()
+
+
+@define(eq=False)
+class WorkerSession:
+    """What one worker may ask."""
+
+    _reservations: ReservationTable
+    _locks: LocalKeyedLock
+    _waiting_locks: set[int] = field(factory=set, init=False)
+    _held_locks: dict[int, Deferred[None]] = field(factory=dict, init=False)
+
+    @property
+    def handlers(self) -> dict[str, Callable[..., Any]]:
+        """The questions, as `Calls` takes them."""
+        return {
+            "reserve": self._reserve,
+            "release": lambda digest: self._reservations.release(self, Digest.parse(digest)),
+            "count": lambda digest, size: self._reservations.space.count(Digest.parse(digest), size),
+            "used": self._mark_used,
+            "taken": self._reservations.space.taken,
+            "turn": self._lock,
+            "turn_ended": self._unlock,
+        }
+
+    def close(self) -> None:
+        """End what a worker that is gone had here."""
+        self._waiting_locks.clear()
+        self._reservations.release_all(self)
+        for lock_id in list(self._held_locks):
+            self._unlock(lock_id)
+
+    async def _reserve(self, digest: str, size: int, existing_size: int) -> bool:
+        return await self._reservations.reserve(self, Digest.parse(digest), size, existing_size)
+
+    def _mark_used(self, digests: list[str]) -> None:
+        for digest in digests:
+            self._reservations.space.note_use(Digest.parse(digest))
+
+    def _lock(self, key: str, lock_id: int) -> Deferred[bool]:
+        """Give the turn that the worker calls `number`; it ends by `turn_ended`, which may come before it begins."""
+        acquired: Deferred[bool] = Deferred()
+        self._waiting_locks.add(lock_id)
+        spawn(self._hold_lock(key, lock_id, acquired), f"the turn in {key}")
+        return acquired
+
+    async def _hold_lock(self, key: str, lock_id: int, acquired: Deferred[bool]) -> None:
+        async with self._locks.hold(key) as waited:
+            if lock_id not in self._waiting_locks:
+                return
+            self._waiting_locks.remove(lock_id)
+            released = self._held_locks[lock_id] = Deferred()
+            acquired.callback(waited)
+            await released
+
+    def _unlock(self, lock_id: int) -> None:
+        self._waiting_locks.discard(lock_id)
+        released = self._held_locks.pop(lock_id, None)
+        if released is not None:
+            released.callback(None)

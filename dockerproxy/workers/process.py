@@ -1,0 +1,152 @@
+"""A worker: one more process that serves clients, begun as a copy of the first one; see `dockerproxy.workers`."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from attrs import evolve, field, frozen
+from twisted.internet.defer import Deferred
+from twisted.internet.main import installReactor
+from twisted.internet.task import LoopingCall
+from twisted.logger import Logger, globalLogPublisher
+
+from dockerproxy.app import ProxyServer, SharedServices, build_server
+from dockerproxy.cache.identity import Bindings
+from dockerproxy.daemon.gc_tuning import freeze_startup_objects
+from dockerproxy.daemon.jsonlog import JsonLog
+from dockerproxy.daemon.listener_service import ListenerService
+from dockerproxy.daemon.metrics import Metrics
+from dockerproxy.proxy.authority import CertificateAuthority
+from dockerproxy.registry.users import HtpasswdError
+from dockerproxy.reload import describe_error
+from dockerproxy.settings import Settings, SettingsError
+from dockerproxy.store.blobs import Blobs
+from dockerproxy.store.layout import Layout
+from dockerproxy.workers.dispatch import ConnectionReceiver
+from dockerproxy.workers.fork_server import SpawnRequest
+from dockerproxy.workers.remote import RemoteCacheSpace, RemoteKeyedLock
+from dockerproxy.workers.rpc import RPC, Handlers
+from dockerproxy.workers.scoreboard import Scoreboard
+from dockerproxy.workers.supervisor import HEARTBEAT_INTERVAL
+
+log = Logger()
+
+
+@frozen
+class ForkedState:
+    """What a worker has from the first process: the `environment`, as the settings were read from at the start, ..."""
+
+    reactor: Any
+    environment: Mapping[str, str] = field(repr=False)
+    authority: CertificateAuthority
+    scoreboard: Scoreboard
+    metrics: Metrics
+
+
+class WorkerProcess:
+    """This process, which the first one calls `number` and has a `line` to."""
+
+    def __init__(
+        self, reactor: Any, forked_state: ForkedState, settings: Settings, number: int, sock: socket.socket
+    ) -> None:
+        self._reactor = reactor
+        self._forked_state = forked_state
+        self._number = number
+        self._scoreboard = forked_state.scoreboard
+        self._stopping = self._ended = False
+        bindings = Bindings(lambda token, client: self._rpc.notify("bound", token, client))
+        handlers: Handlers = {
+            "reload": self._reload,
+            "stop": self._stop,
+            "hurry": self._abort,
+            "bound": bindings.note,
+        }
+        self._rpc = RPC(reactor, sock, handlers, on_descriptor=self._on_descriptor, on_closed=self._parent_lost)
+        cache_space = RemoteCacheSpace(reactor, self._rpc, Blobs(Layout(settings.cache_dir), durable=False))
+        shared = SharedServices(
+            cache_space,
+            forked_state.metrics.for_process(number),
+            RemoteKeyedLock(self._rpc),
+            bindings,
+            multi_process=True,
+        )
+        self._server = build_server(reactor, settings, forked_state.authority, shared)
+        self._listener_service = self._build_listener_service(self._server)
+        self._receiver = ConnectionReceiver(
+            reactor, [door.site for door in self._server.listeners], self._on_connection_closed
+        )
+
+    def start(self) -> None:
+        """Begin to serve."""
+        self._listener_service.startService()
+        self._reactor.addSystemEventTrigger("before", "shutdown", self._drain)
+        heartbeats = LoopingCall(lambda: self._scoreboard.heartbeat(self._number, time.monotonic_ns()))
+        heartbeats.clock = self._reactor
+        heartbeats.start(HEARTBEAT_INTERVAL)
+        self._reactor.callWhenRunning(self._rpc.notify, "ready")
+        self._reactor.callWhenRunning(freeze_startup_objects)
+
+    def _build_listener_service(self, server: ProxyServer) -> ListenerService:
+        for listener in server.listeners:
+            listener.site.gone = self._on_connection_closed
+        listeners = [evolve(door, descriptions=()) for door in server.listeners]
+        return ListenerService(self._reactor, listeners, server.transfers, server.close, lambda hurry: None)
+
+    def _on_connection_closed(self) -> None:
+        self._scoreboard.count_closed(self._number)
+
+    def _on_descriptor(self, label: bytes, descriptor: int) -> None:
+        self._receiver(label, descriptor)
+
+    def _reload(self, changed_settings: Mapping[str, str]) -> None:
+        try:
+            self._server.reconfigure(Settings.from_environment({**self._forked_state.environment, **changed_settings}))
+        except (SettingsError, HtpasswdError, OSError) as error:
+            log.error("worker {number} did not reload: {why}", number=self._number, why=str(error))
+
+    def _stop(self) -> None:
+        if not self._stopping:
+            self._stopping = True
+            self._reactor.stop()
+
+    def _drain(self) -> Deferred[None]:
+        return self._listener_service.stopService().addBoth(self._mark_ended)
+
+    def _mark_ended(self, result: object) -> object:
+        self._ended = True
+        return result
+
+    def _abort(self) -> None:
+        self._listener_service.abort()
+
+    def _parent_lost(self) -> None:
+        """End at once: another daemon may start where the first process is gone, and clears what is under way."""
+        if not self._ended:  # or it is the reactor that closes the line, and what it closes last has yet to be logged
+            os._exit(1)
+
+
+def run_worker(forked_state: ForkedState, request: SpawnRequest) -> None:
+    """Run a worker until the first process says so or is gone."""
+    if request.log_fd is not None:
+        globalLogPublisher.addObserver(JsonLog(open(1, "w", closefd=False)))
+    reactor = _install_new_reactor(forked_state.reactor)
+    try:
+        settings = Settings.from_environment({**forked_state.environment, **request.changed_settings})
+        WorkerProcess(reactor, forked_state, settings, request.number, socket.socket(fileno=request.socket_fd)).start()
+    except (SettingsError, HtpasswdError, OSError) as error:
+        log.error("worker {number} cannot start: {why}", number=request.number, why=describe_error(error))
+        raise SystemExit(1) from None
+    reactor.run(installSignalHandlers=False)
+
+
+def _install_new_reactor(reactor: Any) -> Any:
+    """Return a reactor of the same kind, which is the one that is imported from now on: one has no use in a copy."""
+    del sys.modules["twisted.internet.reactor"]
+    new_reactor = type(reactor)()
+    installReactor(new_reactor)  # type: ignore[no-untyped-call]
+    return new_reactor

@@ -1,0 +1,86 @@
+"""Questions and answers between two processes."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Mapping
+from inspect import isawaitable
+from typing import Any
+
+from twisted.internet.defer import Deferred
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+
+from dockerproxy.concurrency import spawn
+from dockerproxy.workers.message_socket import MessageSocket, OnDescriptor, reject_descriptor
+
+log = Logger()
+
+Handlers = Mapping[str, Callable[..., Any]]
+"""What can be asked, by name: functions, or coroutine functions, of what JSON holds."""
+
+
+class RemoteError(Exception):
+    """What was asked failed in the other process, or that is gone; the log has why."""
+
+
+class RPC:
+    """This process's end of a line to another. `answers` are what the other may ask; the rest is as of `Line`."""
+
+    def __init__(
+        self,
+        reactor: Any,
+        sock: socket.socket,
+        handlers: Handlers,
+        *,
+        on_descriptor: OnDescriptor = reject_descriptor,
+        on_closed: Callable[[], None],
+    ) -> None:
+        self._handlers = handlers
+        self._on_lost = on_closed
+        self._pending: dict[int, Deferred[Any]] = {}
+        self._last_call_id = 0
+        self.message_socket = MessageSocket(reactor, sock, self._on_message, on_descriptor, self._on_closed)
+
+    async def call(self, name: str, *arguments: Any) -> Any:
+        """Return what the other process answers. Raise `Elsewhere`."""
+        if not self.message_socket.connected:
+            raise RemoteError("the other process is gone")
+        self._last_call_id += 1
+        call_id = self._last_call_id
+        result = self._pending[call_id] = Deferred(lambda _: self._discard(call_id))
+        self.message_socket.send([name, call_id, *arguments])
+        return await result
+
+    def _discard(self, call_id: int) -> None:
+        del self._pending[call_id]
+
+    def notify(self, name: str, *arguments: Any) -> None:
+        """Say something that is not answered."""
+        self.message_socket.send([name, 0, *arguments])
+
+    def _on_message(self, message: Any) -> None:
+        name, call_id, *arguments = message
+        if name:
+            spawn(self._handle(name, call_id, arguments), f"the answer to {name}")
+        elif (waiter := self._pending.pop(call_id, None)) is not None:
+            result, failed = arguments
+            waiter.callback(Failure(RemoteError(result)) if failed else result)  # type: ignore[no-untyped-call]
+
+    async def _handle(self, name: str, call_id: int, arguments: list[Any]) -> None:
+        try:
+            result = self._handlers[name](*arguments)
+            if isawaitable(result):
+                result = await result
+            reply = [result, False]
+        except Exception:
+            log.failure("{name}, asked by another process, failed", name=name)
+            reply = [f"{name} failed", True]
+        if call_id:
+            self.message_socket.send(["", call_id, *reply])
+
+    def _on_closed(self) -> None:
+        self._on_lost()  # first: a worker ends in there, before a client is told of a failure that it would not repeat
+        pending, self._pending = self._pending, {}
+        for waiter in pending.values():
+            waiter.errback(Failure(RemoteError("the other process is gone")))  # type: ignore[no-untyped-call]

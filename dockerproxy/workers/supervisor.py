@@ -1,0 +1,287 @@
+"""The workers, as the first process has them: started, replaced, given connections, told to reload and to stop."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Any, Protocol
+
+from attrs import define, evolve, field
+from twisted.application.service import Service
+from twisted.internet.defer import Deferred, TimeoutError
+from twisted.internet.task import LoopingCall
+from twisted.logger import Logger
+
+from dockerproxy.cache.identity import Bindings
+from dockerproxy.daemon.listener_service import Listener
+from dockerproxy.workers.dispatch import ConnectionDispatcher
+from dockerproxy.workers.log_relay import LogRelay
+from dockerproxy.workers.message_socket import MessageSocket, socketpair
+from dockerproxy.workers.rpc import RPC
+from dockerproxy.workers.scoreboard import Scoreboard
+
+HEARTBEAT_INTERVAL = 1.0
+"""Seconds between two signs of life of a worker."""
+
+_HEARTBEAT_TIMEOUT = 60.0  # seconds without a sign of life after which a worker is killed
+_RESTART_DELAYS = (0.5, 1, 2, 4, 8, 16, 30)  # seconds before one that died is replaced
+_STABLE_AFTER = 60.0  # seconds after which a worker that dies did not do so at its start
+
+_UNKNOWN_REASON = "nobody was told why"
+
+log = Logger()
+
+
+class Spawner(Protocol):
+    """What starts workers; see `ForkServer`."""
+
+    on_started: Callable[[int, int], None]
+    on_exited: Callable[[int, str], None]
+    on_lost: Callable[[], None]
+
+    @property
+    def alive(self) -> bool: ...
+
+    def start(self, number: int, changed_settings: Mapping[str, str], socket_fd: int, log_fd: int | None) -> bool: ...
+
+    def close(self) -> None: ...
+
+
+class WorkerSupervisor(Service):
+    """`count` workers beside this process, whose number is 0. `desk` returns what does for one what it asks for.
+
+    `forks` starts them; where they do not write the log themselves (`relayed`), it goes into that of this process. What
+    one process finds out about a token, the others learn (`bindings`).
+    """
+
+    def __init__(
+        self,
+        reactor: Any,
+        count: int,
+        spawner: Spawner,
+        scoreboard: Scoreboard,
+        new_session: Callable[[], Any],
+        bindings: Bindings,
+        grace: float,
+        *,
+        relay_logs: bool,
+    ) -> None:
+        self._reactor = reactor
+        self._spawner = spawner
+        spawner.on_started, spawner.on_exited, spawner.on_lost = self._on_started, self._on_exited, self._spawner_lost
+        self._relay_logs = relay_logs
+        self._changed_settings: dict[str, str] = {}
+        self._new_session = new_session
+        self._grace = grace
+        self._scoreboard = scoreboard
+        self._workers = [WorkerHandle(number) for number in range(1, count + 1)]
+        self._dispatched = [0] * (count + 1)
+        self._watchdog = LoopingCall(self._check_heartbeats)
+        self._watchdog.clock = reactor
+        self._stopping = False
+        self._bindings = bindings
+        bindings.tell = partial(self._broadcast_binding, None)
+
+    # connections
+
+    def dispatching_listeners(self, listeners: Sequence[Listener]) -> list[Listener]:
+        """Return `doors` as this process opens them: so that connections are passed on to workers."""
+        if not self._workers:
+            return list(listeners)
+        for listener in listeners:
+            listener.site.gone = partial(self._scoreboard.count_closed, 0)
+        return [
+            evolve(door, factory=ConnectionDispatcher(number, door.site, self.dispatch))
+            for number, door in enumerate(listeners)
+        ]
+
+    def dispatch(self, label: bytes, sock: socket.socket | None) -> bool:
+        """Pass a connection on to the worker that has the fewest; False where this process has to serve it.
+
+        None: it has to in any case. So it has to at the end: the workers were told to stop before the doors close.
+        """
+        scoreboard, dispatched = self._scoreboard, self._dispatched
+        chosen, fewest = None, dispatched[0] - scoreboard.closed_connections(0)
+        for worker in self._workers if sock is not None and not self._stopping else ():
+            open_connections = dispatched[worker.number] - scoreboard.closed_connections(worker.number)
+            if worker.ready and open_connections < fewest:
+                chosen, fewest = worker, open_connections
+        if chosen is not None and sock is not None and chosen.message_socket.send_descriptors(label, sock.fileno()):
+            dispatched[chosen.number] += 1
+            return True
+        dispatched[0] += 1
+        return False
+
+    # the service
+
+    def startService(self) -> None:
+        super().startService()  # type: ignore[no-untyped-call]
+        for worker in self._workers:
+            self._start_worker(worker)
+        self._watchdog.start(_HEARTBEAT_TIMEOUT / 4, now=False)
+
+    def stopService(self) -> Deferred[None]:
+        super().stopService()  # type: ignore[no-untyped-call]
+        self._stopping = True
+        if self._watchdog.running:
+            self._watchdog.stop()
+        for worker in self._workers:
+            if worker.restart_timer is not None and worker.restart_timer.active():
+                worker.restart_timer.cancel()
+        return Deferred.fromCoroutine(self._stop())
+
+    def reload(self, changed_settings: Mapping[str, str]) -> None:
+        """Have the workers, now and later, use settings that have changed; the others are as they were at the start."""
+        self._changed_settings.update(changed_settings)
+        for worker in self._workers:
+            worker.notify("reload", changed_settings)
+
+    def abort(self) -> None:
+        """Have the workers break off at once what they still wait for."""
+        for worker in self._workers:
+            worker.notify("hurry")
+
+    async def _stop(self) -> None:
+        for worker in self._workers:
+            worker.notify("stop")
+        deadline = self._reactor.seconds() + self._grace
+        for worker in self._workers:
+            try:
+                await worker.wait_ended().addTimeout(max(0.0, deadline - self._reactor.seconds()), self._reactor)
+            except TimeoutError:
+                worker.kill()
+        self._spawner.close()
+
+    def _start_worker(self, worker: WorkerHandle) -> None:
+        worker.restart_timer = None
+        worker.unresponsive = False
+        parent_socket, child_socket = socketpair()
+        session = self._new_session()
+        self._scoreboard.reset(worker.number, time.monotonic_ns())
+        self._dispatched[worker.number] = 0
+        worker.started_at = self._reactor.seconds()
+        worker.rpc = RPC(
+            self._reactor,
+            parent_socket,
+            {**session.answers, "ready": worker.mark_ready, "bound": partial(self._on_token_bound, worker)},
+            on_closed=lambda: self._on_disconnected(worker, session),
+        )
+        log_fd = None
+        if self._relay_logs:
+            read_fd, log_fd = os.pipe()
+            LogRelay(self._reactor, read_fd)
+        with child_socket:
+            requested = self._spawner.start(worker.number, self._changed_settings, child_socket.fileno(), log_fd)
+        if log_fd is not None:
+            os.close(log_fd)
+        worker.running = True
+        if not requested:
+            self._on_worker_ended(worker, "it could not be asked for")
+
+    def _on_token_bound(self, worker: WorkerHandle, token: str, client: str) -> None:
+        self._bindings.note(token, client)
+        self._broadcast_binding(worker, token, client)
+
+    def _broadcast_binding(self, source: WorkerHandle | None, token: str, client: str) -> None:
+        for worker in self._workers:
+            if worker is not source:
+                worker.notify("bound", token, client)
+
+    def _on_disconnected(self, worker: WorkerHandle, session: Any) -> None:
+        worker.ready = False
+        session.close()
+        if worker.running and not self._spawner.alive:
+            self._on_worker_ended(worker, _UNKNOWN_REASON)
+
+    def _on_started(self, number: int, pid: int) -> None:
+        self._workers[number - 1].pid = pid
+
+    def _on_exited(self, number: int, reason: str) -> None:
+        self._on_worker_ended(self._workers[number - 1], reason)
+
+    def _spawner_lost(self) -> None:
+        if not self._stopping:
+            log.critical("the fork server has ended: workers that end are not replaced any more, until a restart")
+        for worker in self._workers:
+            if worker.running and not worker.message_socket.connected:
+                self._on_worker_ended(worker, _UNKNOWN_REASON)
+
+    def _on_worker_ended(self, worker: WorkerHandle, reason: str) -> None:
+        worker.running, worker.pid = False, None
+        worker.message_socket.close()
+        worker.notify_ended()
+        if self._stopping:
+            return
+        if not self._spawner.alive:
+            log.error("worker {number} ended ({why}), and is not replaced", number=worker.number, why=reason)
+            return
+        stable = self._reactor.seconds() - worker.started_at >= _STABLE_AFTER
+        worker.early_exits = 0 if stable else worker.early_exits + 1
+        delay = _RESTART_DELAYS[min(worker.early_exits, len(_RESTART_DELAYS) - 1)]
+        log.error(
+            "worker {number} ended ({why}): another one starts in {pause} s",
+            number=worker.number, why=reason, pause=delay,
+        )  # fmt: skip
+        worker.restart_timer = self._reactor.callLater(delay, self._start_worker, worker)
+
+    def _check_heartbeats(self) -> None:
+        for worker in self._workers:
+            was_unresponsive, worker.unresponsive = (
+                worker.unresponsive,
+                time.monotonic_ns() - self._scoreboard.last_heartbeat(worker.number) > _HEARTBEAT_TIMEOUT * 1e9,
+            )
+            # For the second time: where all of the daemon was halted for a while (a frozen container), this process may
+            # be the first to go on.
+            if worker.running and worker.unresponsive and was_unresponsive:
+                log.error("worker {number} hangs and is killed", number=worker.number)
+                worker.kill()
+
+
+@define(eq=False)
+class WorkerHandle:
+    number: int
+    rpc: RPC | None = None
+    running: bool = False
+    pid: int | None = None
+    restart_timer: Any = None
+    started_at: float = 0.0
+    early_exits: int = 0
+    ready: bool = False
+    unresponsive: bool = False
+    _exit_waiters: list[Deferred[None]] = field(factory=list)
+
+    @property
+    def message_socket(self) -> MessageSocket:
+        assert self.rpc is not None
+        return self.rpc.message_socket
+
+    def mark_ready(self) -> None:
+        self.ready = True
+        log.info("worker {number} serves", number=self.number)
+
+    def notify(self, name: str, *arguments: Any) -> None:
+        if self.rpc is not None and self.running:
+            self.rpc.notify(name, *arguments)
+
+    def kill(self) -> None:
+        if self.pid is not None:
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
+
+    def wait_ended(self) -> Deferred[None]:
+        waiter: Deferred[None] = Deferred(self._exit_waiters.remove)
+        if not self.running:
+            waiter.callback(None)
+        else:
+            self._exit_waiters.append(waiter)
+        return waiter
+
+    def notify_ended(self) -> None:
+        waiters, self._exit_waiters = self._exit_waiters, []
+        for waiter in waiters:
+            waiter.callback(None)

@@ -1,0 +1,425 @@
+"""What a worker asks of the first process, over a real pair of sockets: room in the cache, and turns."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Coroutine, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.task import Clock
+from twisted.python.failure import Failure
+
+from dockerproxy.cache.room import CacheRoom
+from dockerproxy.concurrency import LocalKeyedLock
+from dockerproxy.oci.names import Digest
+from dockerproxy.store.blobs import Blobs
+from dockerproxy.store.ingest import Ingest
+from dockerproxy.store.layout import Layout
+from dockerproxy.workers import remote
+from dockerproxy.workers.coordinator import LocalCacheSpace, ReservationTable, WorkerSession
+from dockerproxy.workers.message_socket import socketpair
+from dockerproxy.workers.remote import RemoteCacheSpace, RemoteKeyedLock
+from dockerproxy.workers.rpc import RPC
+from tests.workers.descriptor_reactor import DescriptorReactor
+
+LIMIT = 1000
+ONE, OTHER, THIRD = (Digest.of(name) for name in (b"1", b"2", b"3"))
+
+
+class DescriptorThreadReactor(DescriptorReactor, Clock):
+    """A reactor by hand that has a clock, and whose threads are done at once."""
+
+    def __init__(self) -> None:
+        DescriptorReactor.__init__(self)
+        Clock.__init__(self)  # type: ignore[no-untyped-call]
+
+    def getThreadPool(self) -> Any:
+        return self
+
+    def callInThreadWithCallback(self, result: Any, function: Any, *arguments: Any, **named: Any) -> None:
+        try:
+            value = function(*arguments, **named)
+        except Exception:
+            result(False, Failure())  # type: ignore[no-untyped-call]
+        else:
+            result(True, value)
+
+    def callFromThread(self, function: Any, *arguments: Any) -> None:
+        function(*arguments)
+
+    def iterate_all(self) -> None:
+        for _ in range(4):
+            self.iterate()
+
+
+class WorkerStub:
+    """A worker's end of its line, and the desk that it asks."""
+
+    def __init__(self, main_process: MainProcessStub) -> None:
+        self.reactor = main_process.reactor
+        main_socket, worker_socket = socketpair()
+        self.session = WorkerSession(main_process.reservations, main_process.lock)
+        self._main_rpc = RPC(self.reactor, main_socket, self.session.handlers, on_closed=self.session.close)
+        self.rpc = RPC(self.reactor, worker_socket, {}, on_closed=lambda: None)
+        self.space = RemoteCacheSpace(self.reactor, self.rpc, main_process.blobs)
+        self.lock = RemoteKeyedLock(self.rpc)
+
+    def reserve(self, digest: Digest, size: int) -> list[Any]:
+        return self.start(self.space.reserve(digest, size, 0))
+
+    def release(self, digest: Digest) -> None:
+        self.space.release(digest)
+        self.reactor.iterate_all()
+
+    def start(self, work: Coroutine[Any, Any, Any]) -> list[Any]:
+        """Start `work`, and return where its result is or will be."""
+        outcome: list[Any] = []
+        Deferred.fromCoroutine(work).addBoth(outcome.append)
+        self.reactor.iterate_all()
+        return outcome
+
+    def die(self) -> None:
+        self.rpc.message_socket.close()
+        self.reactor.iterate_all()
+
+
+class MainProcessStub:
+    """The first process: a cache of `LIMIT` bytes, its reservations, and its turns."""
+
+    def __init__(self, directory: Path) -> None:
+        self.reactor = DescriptorThreadReactor()
+        self.layout = Layout(directory)
+        self.blobs = Blobs(self.layout, durable=False, clock=self.reactor.seconds)
+        self.cache_space = CacheRoom(
+            self.reactor, self.layout, self.blobs, limit=LIMIT, inactive=1e9, clock=self.reactor.seconds
+        )
+        self.reservations = ReservationTable(self.cache_space)
+        self.space = LocalCacheSpace(self.reservations)
+        self.lock = LocalKeyedLock()
+
+    @property
+    def reserved_bytes(self) -> int:
+        """How many bytes are counted."""
+        return self.cache_space.usage.total
+
+
+@pytest.fixture(autouse=True)
+def _unlimited_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CacheRoom, "_free", lambda room: 2**60)
+
+
+@pytest.fixture
+def main_process(tmp_path: Path) -> MainProcessStub:
+    return MainProcessStub(tmp_path)
+
+
+@pytest.fixture
+def workers(main_process: MainProcessStub) -> Iterator[tuple[WorkerStub, WorkerStub]]:
+    one, other = WorkerStub(main_process), WorkerStub(main_process)
+    yield one, other
+    one.die()
+    other.die()
+
+
+# room
+
+
+def test_space_is_reserved_until_release(main_process: MainProcessStub, workers: tuple[WorkerStub, WorkerStub]) -> None:
+    one, other = workers
+    assert one.reserve(ONE, 600) == [True]
+    assert main_process.reserved_bytes == 600
+    assert other.reserve(OTHER, 600) == [False]
+    one.release(ONE)
+    assert main_process.reserved_bytes == 0
+    assert other.reserve(OTHER, 600) == [True]
+
+
+def test_growing_blob_reserves_more(main_process: MainProcessStub, workers: tuple[WorkerStub, WorkerStub]) -> None:
+    one, _ = workers
+    assert [one.reserve(ONE, size) for size in (100, 200, LIMIT + 1)] == [[True], [True], [False]]
+    one.release(ONE)
+    assert main_process.reserved_bytes == 0
+
+
+def test_release_by_former_owner_is_ignored(
+    main_process: MainProcessStub, workers: tuple[WorkerStub, WorkerStub]
+) -> None:
+    one, other = workers
+    one.reserve(ONE, 300)
+    other.reserve(ONE, 300)
+    one.release(ONE)
+    assert main_process.reserved_bytes == 300
+    other.release(ONE)
+    assert main_process.reserved_bytes == 0
+
+
+def test_main_process_takes_over_a_reservation(
+    main_process: MainProcessStub, workers: tuple[WorkerStub, WorkerStub]
+) -> None:
+    one, _ = workers
+    one.reserve(ONE, 300)
+    one.start(main_process.space.reserve(ONE, 300, 0))
+    one.die()
+    assert main_process.reserved_bytes == 300
+    main_process.space.release(ONE)
+    assert main_process.reserved_bytes == 0
+
+
+def test_dead_worker_releases_only_its_own_reservations(
+    main_process: MainProcessStub, workers: tuple[WorkerStub, WorkerStub]
+) -> None:
+    one, other = workers
+    one.reserve(ONE, 100)
+    one.reserve(OTHER, 200)
+    other.reserve(THIRD, 400)
+    one.die()
+    assert main_process.reserved_bytes == 400
+
+
+def test_reservation_fails_without_the_main_process(workers: tuple[WorkerStub, WorkerStub]) -> None:
+    one, _ = workers
+    one._main_rpc.message_socket.close()
+    assert one.reserve(ONE, 1) == [False]
+
+
+def test_committed_blob_is_counted_and_evicts_others(
+    main_process: MainProcessStub, workers: tuple[WorkerStub, WorkerStub]
+) -> None:
+    one, _ = workers
+    old, new = b"a" * 500, b"b" * 600
+    for content in (old, new):
+        digest = Digest.of(content)
+        ingest = Ingest.open(main_process.layout, digest)
+        assert ingest is not None
+        ingest.append([content])
+        assert one.reserve(digest, len(content)) == [True]
+        assert one.start(one.space.commit(ingest)) == [None]
+        one.release(digest)
+        main_process.reactor.advance(100)
+    assert main_process.reserved_bytes == 600
+    assert [main_process.blobs.exists(Digest.of(content)) for content in (old, new)] == [False, True]
+
+
+def test_recorded_blob_is_counted(main_process: MainProcessStub, workers: tuple[WorkerStub, WorkerStub]) -> None:
+    one, _ = workers
+    one.start(one.space.record(ONE, 250))
+    assert main_process.reserved_bytes == 250
+
+
+def test_uses_are_reported_in_batches_and_prevent_eviction(
+    main_process: MainProcessStub, workers: tuple[WorkerStub, WorkerStub]
+) -> None:
+    one, _ = workers
+    for content in (b"a" * 400, b"b" * 400):
+        main_process.blobs.put(content, Digest.of(content))
+        one.start(one.space.record(Digest.of(content), 400))
+        main_process.reactor.advance(100)
+    for _ in range(3):
+        one.space.pin(Digest.of(b"a" * 400))
+        one.space.unpin(Digest.of(b"a" * 400))
+    main_process.reactor.advance(10)
+    main_process.reactor.iterate_all()
+    one.reserve(THIRD, 400)
+    assert [main_process.blobs.exists(Digest.of(letter * 400)) for letter in (b"a", b"b")] == [True, False]
+    assert main_process.reactor.getDelayedCalls() == []
+
+
+def test_use_reports_are_split(
+    main_process: MainProcessStub, workers: tuple[WorkerStub, WorkerStub], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, _ = workers
+    used: list[Digest] = []
+    monkeypatch.setattr(main_process.cache_space, "note_use", used.append)
+    digests = [Digest.of(str(number).encode(), "sha512") for number in range(remote._MAX_USES_PER_REPORT + 1)]
+    for digest in digests:
+        one.space.pin(digest)
+    main_process.reactor.iterate_all()
+    assert len(used) == remote._MAX_USES_PER_REPORT
+    main_process.reactor.advance(10)
+    main_process.reactor.iterate_all()
+    assert set(used) == set(digests)
+
+
+def test_usage_is_the_same_in_all_processes(
+    main_process: MainProcessStub, workers: tuple[WorkerStub, WorkerStub]
+) -> None:
+    one, other = workers
+    one.reserve(THIRD, 400)
+    for room in (main_process.space, one.space, other.space):
+        results: list[object] = []
+        Deferred.fromCoroutine(room.usage()).addBoth(results.append)
+        main_process.reactor.iterate_all()
+        assert results == [(400, LIMIT)]
+
+
+# turns
+
+
+class LockHolder:
+    """Someone who wants a turn, and has it until told."""
+
+    def __init__(
+        self, reactor: DescriptorThreadReactor, lock: LocalKeyedLock | RemoteKeyedLock, key: str = "a/b"
+    ) -> None:
+        self._reactor = reactor
+        self._release: Deferred[None] = Deferred()
+        self.holds_lock = False
+        self.failure: Failure | None = None
+        self.deferred = Deferred.fromCoroutine(self._hold(lock, key))
+        self.deferred.addErrback(self._on_failure)
+        reactor.iterate_all()
+
+    async def _hold(self, lock: LocalKeyedLock | RemoteKeyedLock, key: str) -> None:
+        async with lock.hold(key):
+            self.holds_lock = True
+            try:
+                await self._release
+            finally:
+                self.holds_lock = False
+
+    def _on_failure(self, failure: Failure) -> None:
+        self.failure = failure
+
+    def release(self) -> None:
+        self._release.callback(None)
+        self._reactor.iterate_all()
+
+    def cancel(self) -> None:
+        self.deferred.cancel()
+        self._reactor.iterate_all()
+
+
+def test_lock_is_granted_in_request_order(
+    main_process: MainProcessStub, workers: tuple[WorkerStub, WorkerStub]
+) -> None:
+    one, other = workers
+    holders = [
+        LockHolder(main_process.reactor, turns)
+        for turns in (one.lock, main_process.lock, other.lock, one.lock, main_process.lock)
+    ]
+    while holders:
+        assert [turn.holds_lock for turn in holders] == [True] + [False] * (len(holders) - 1)
+        holders.pop(0).release()
+    assert main_process.lock._locks == {}
+
+
+def test_locks_of_different_keys_are_independent(
+    main_process: MainProcessStub, workers: tuple[WorkerStub, WorkerStub]
+) -> None:
+    one, other = workers
+    holders = [LockHolder(main_process.reactor, one.lock, "a"), LockHolder(main_process.reactor, other.lock, "b")]
+    assert [turn.holds_lock for turn in holders] == [True, True]
+    for turn in holders:
+        turn.release()
+
+
+def test_cancelled_waiter_does_not_get_the_lock(
+    main_process: MainProcessStub, workers: tuple[WorkerStub, WorkerStub]
+) -> None:
+    one, other = workers
+    holder, cancelled, next_one = (
+        LockHolder(main_process.reactor, turns) for turns in (one.lock, other.lock, one.lock)
+    )
+    cancelled.cancel()
+    assert cancelled.failure is not None and cancelled.failure.check(CancelledError)
+    holder.release()
+    assert next_one.holds_lock
+    next_one.release()
+    assert main_process.lock._locks == {}
+
+
+def test_cancelled_holder_releases_the_lock(
+    main_process: MainProcessStub, workers: tuple[WorkerStub, WorkerStub]
+) -> None:
+    one, other = workers
+    holder, waiting = LockHolder(main_process.reactor, one.lock), LockHolder(main_process.reactor, other.lock)
+    holder.cancel()
+    assert waiting.holds_lock
+    waiting.release()
+
+
+def test_cancellation_crosses_the_grant(main_process: MainProcessStub, workers: tuple[WorkerStub, WorkerStub]) -> None:
+    """The one says that it has ended what the other says has begun."""
+    one, other = workers
+    holder, cancelled = LockHolder(main_process.reactor, main_process.lock), LockHolder(main_process.reactor, one.lock)
+    holder._release.callback(None)  # and nobody has read yet that it was given on
+    cancelled.deferred.cancel()
+    main_process.reactor.iterate_all()
+    waiting = LockHolder(main_process.reactor, other.lock)
+    assert waiting.holds_lock
+    waiting.release()
+    assert main_process.lock._locks == {}
+
+
+def test_dead_worker_releases_its_locks(main_process: MainProcessStub, workers: tuple[WorkerStub, WorkerStub]) -> None:
+    one, other = workers
+    LockHolder(main_process.reactor, one.lock)
+    LockHolder(main_process.reactor, one.lock)
+    waiting = LockHolder(main_process.reactor, other.lock)
+    one.die()
+    assert waiting.holds_lock
+    waiting.release()
+    assert main_process.lock._locks == {}
+
+
+def test_failing_holder_releases_the_lock(
+    main_process: MainProcessStub, workers: tuple[WorkerStub, WorkerStub]
+) -> None:
+    one, other = workers
+    holder, waiting = LockHolder(main_process.reactor, one.lock), LockHolder(main_process.reactor, other.lock)
+    holder._release.errback(Failure(OSError()))  # type: ignore[no-untyped-call]
+    main_process.reactor.iterate_all()
+    assert waiting.holds_lock
+    waiting.release()
+
+
+class LockOrderMachine(RuleBasedStateMachine):
+    """Workers and the first process, of whom some leave or die while they wait; a list is the model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.main_process = MainProcessStub(Path(os.devnull))
+        self.workers = [WorkerStub(self.main_process) for _ in range(2)]
+        self.queue: list[tuple[LockHolder, int]] = []
+
+    @rule(who=st.integers(0, 2))
+    def request(self, who: int) -> None:
+        lock = self.workers[who].lock if who < 2 else self.main_process.lock
+        self.queue.append((LockHolder(self.main_process.reactor, lock), who))
+
+    @precondition(lambda self: self.queue)
+    @rule()
+    def release(self) -> None:
+        self.queue.pop(0)[0].release()
+
+    @precondition(lambda self: self.queue)
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        self.queue.pop(data.draw(st.integers(0, len(self.queue) - 1)))[0].cancel()
+
+    @rule(who=st.integers(0, 1))
+    def die(self, who: int) -> None:
+        self.workers[who].die()
+        self.workers[who] = WorkerStub(self.main_process)
+        self.queue = [(turn, whose) for turn, whose in self.queue if whose != who]
+
+    @invariant()
+    def only_the_head_of_the_queue_holds_the_lock(self) -> None:
+        assert [turn.holds_lock for turn, _ in self.queue] == [index == 0 for index in range(len(self.queue))]
+
+    def teardown(self) -> None:
+        for worker in self.workers:
+            worker.die()
+        for turn, who in self.queue:
+            if who == 2:
+                turn.release()
+
+
+TestLockOrder = LockOrderMachine.TestCase
+TestLockOrder.settings = settings(max_examples=25, stateful_step_count=25, deadline=None)

@@ -1,0 +1,112 @@
+"""Questions and answers between two processes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from twisted.internet.defer import CancelledError, Deferred
+from twisted.logger import LogEvent
+from twisted.python.failure import Failure
+
+from dockerproxy.workers.message_socket import socketpair
+from dockerproxy.workers.rpc import RPC, RemoteError
+from tests.workers.descriptor_reactor import DescriptorReactor
+
+
+class RPCPair:
+    """Two processes. The one asks the other, whose answers come when the test says so."""
+
+    def __init__(self) -> None:
+        self.reactor = DescriptorReactor()
+        self.deferred_result: Deferred[Any] = Deferred()
+        self.notifications: list[Any] = []
+        handlers = {
+            "sum": lambda *numbers: sum(numbers),
+            "later": lambda: self.deferred_result,
+            "fail": lambda: 1 // 0,
+            "note": self.notifications.append,
+            "think": self._uppercase,
+        }
+        caller_socket, callee_socket = socketpair()
+        self.on_lost = lambda: None
+        self.caller = RPC(self.reactor, caller_socket, {}, on_closed=lambda: self.on_lost())
+        self.callee = RPC(self.reactor, callee_socket, handlers, on_closed=lambda: None)
+
+    async def _uppercase(self, text: str) -> str:
+        return text.upper()
+
+    def call(self, name: str, *arguments: Any) -> list[Any]:
+        """Ask, and return where the answer will be."""
+        outcome: list[Any] = []
+        self.pending_call = Deferred.fromCoroutine(self.caller.call(name, *arguments))
+        self.pending_call.addBoth(outcome.append)
+        self.iterate()
+        return outcome
+
+    def iterate(self) -> None:
+        for _ in range(3):
+            self.reactor.iterate()
+
+
+@pytest.fixture
+def rpc_pair() -> Any:
+    pair = RPCPair()
+    yield pair
+    pair.caller.message_socket.close()
+    pair.callee.message_socket.close()
+
+
+def test_call_returns_the_result(rpc_pair: RPCPair) -> None:
+    assert rpc_pair.call("sum", 1, 2, 3) == [6]
+    assert rpc_pair.call("think", "a") == ["A"]
+
+
+def test_results_in_any_order(rpc_pair: RPCPair) -> None:
+    outcome = rpc_pair.call("later")
+    assert rpc_pair.call("sum", 1) == [1]
+    assert outcome == []
+    rpc_pair.deferred_result.callback({"size": None})
+    rpc_pair.iterate()
+    assert outcome == [{"size": None}]
+
+
+def test_notify_has_no_reply(rpc_pair: RPCPair) -> None:
+    rpc_pair.caller.notify("note", "something")
+    rpc_pair.iterate()
+    assert rpc_pair.notifications == ["something"]
+
+
+@pytest.mark.parametrize("name", ["fail", "unheard of"])
+def test_failing_and_unknown_handlers(rpc_pair: RPCPair, name: str, log_events: list[LogEvent]) -> None:
+    [failure] = rpc_pair.call(name)
+    assert isinstance(failure, Failure) and isinstance(failure.value, RemoteError)
+    assert any("log_failure" in event for event in log_events)
+    assert rpc_pair.call("sum", 1) == [1]
+
+
+def test_cancelled_call(rpc_pair: RPCPair) -> None:
+    outcome = rpc_pair.call("later")
+    rpc_pair.pending_call.cancel()
+    assert isinstance(outcome[0].value, CancelledError)
+    rpc_pair.deferred_result.callback(1)
+    rpc_pair.iterate()
+    assert rpc_pair.call("sum", 1) == [1]
+
+
+def test_peer_closes(rpc_pair: RPCPair) -> None:
+    outcome = rpc_pair.call("later")
+    rpc_pair.callee.message_socket.close()
+    rpc_pair.iterate()
+    assert isinstance(outcome[0].value, RemoteError)
+    assert isinstance(rpc_pair.call("sum", 1)[0].value, RemoteError)
+
+
+def test_on_lost_is_called_before_pending_calls_fail(rpc_pair: RPCPair) -> None:
+    # A worker ends in there: nobody is answered, in the first process's last moment, that something failed.
+    outcome = rpc_pair.call("later")
+    outcomes: list[list[Any]] = []
+    rpc_pair.on_lost = lambda: outcomes.append(list(outcome))
+    rpc_pair.callee.message_socket.close()
+    rpc_pair.iterate()
+    assert outcomes == [[]] and len(outcome) == 1

@@ -1,0 +1,552 @@
+"""The workers as the first process has them. No processes are started: the test plays their part."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import pytest
+from attrs import define, field
+from twisted.internet.defer import Deferred
+from twisted.internet.task import Clock
+from twisted.logger import LogEvent, LogLevel
+
+from dockerproxy.cache.identity import Bindings
+from dockerproxy.daemon.listener_service import Listener
+from dockerproxy.http.site import Site, Timeouts
+from dockerproxy.workers import supervisor as crew_module
+from dockerproxy.workers.rpc import RPC
+from dockerproxy.workers.scoreboard import Scoreboard
+from dockerproxy.workers.supervisor import WorkerSupervisor
+from tests.workers.descriptor_reactor import DescriptorReactor
+
+GRACE = 25.0
+LABEL = b"\x00\x02"
+UNUSED_PID = 2**22  # more than the kernel gives
+
+
+class DescriptorClockReactor(DescriptorReactor, Clock):
+    """A reactor by hand that has a clock."""
+
+    def __init__(self) -> None:
+        DescriptorReactor.__init__(self)
+        Clock.__init__(self)  # type: ignore[no-untyped-call]
+
+    def iterate_all(self) -> None:
+        for _ in range(4):
+            self.iterate()
+
+
+class FakeSpawner:
+    """The fork server, as far as the crew knows it; `orders` are those it had."""
+
+    on_started: Any
+    on_exited: Any
+    on_lost: Any
+
+    def __init__(self, reactor: DescriptorClockReactor, scoreboard: Scoreboard) -> None:
+        self.reactor = reactor
+        self.scoreboard = scoreboard
+        self.workers: list[FakeWorkerProcess] = []
+        self.alive = True
+        self.refuse = False
+
+    def start(self, number: int, changed_settings: Mapping[str, str], socket_fd: int, log_fd: int | None) -> bool:
+        if self.refuse or not self.alive:
+            return False
+        log_copy = None if log_fd is None else os.dup(log_fd)
+        self.workers.append(
+            FakeWorkerProcess(self, number, dict(changed_settings), socket.socket(fileno=os.dup(socket_fd)), log_copy)
+        )
+        return True
+
+    def close(self) -> None:
+        self.alive = False
+
+    def die(self) -> None:
+        self.close()
+        self.on_lost()
+
+
+@define(eq=False, slots=False)
+class FakeWorkerProcess:
+    """A worker's process, played by the test: it has copies of the descriptors that it was started with."""
+
+    spawner: FakeSpawner
+    number: int
+    changed_settings: dict[str, str]
+    sock: socket.socket
+    log_fd: int | None
+    messages: list[Any] = field(factory=list)
+    connections: list[tuple[bytes, int]] = field(factory=list)
+    signals: list[int] = field(factory=list)
+
+    def __attrs_post_init__(self) -> None:
+        # As a worker has them (dockerproxy.workers.process).
+        handlers = {name: partial(self._record, name) for name in ("reload", "stop", "hurry", "bound")}
+        self.reactor = self.spawner.reactor
+        self.scoreboard = self.spawner.scoreboard
+        self.rpc = RPC(self.reactor, self.sock, handlers, on_descriptor=self._on_descriptor, on_closed=lambda: None)
+
+    def _record(self, name: str, *arguments: Any) -> None:
+        self.messages.append((name, *arguments))
+
+    def _on_descriptor(self, label: bytes, descriptor: int) -> None:
+        os.close(descriptor)
+        self.connections.append((label, descriptor))
+
+    @property
+    def pid(self) -> int:
+        return UNUSED_PID + self.number
+
+    def mark_ready(self) -> None:
+        self.spawner.on_started(self.number, self.pid)
+        self.rpc.notify("ready")
+        self.reactor.iterate_all()
+
+    def close_silently(self) -> None:
+        """End, without a word of that from the fork server."""
+        self.rpc.message_socket.close()
+        if self.log_fd is not None:
+            os.close(self.log_fd)
+            self.log_fd = None
+        self.reactor.iterate_all()
+
+    def exit(self, reason: str = "exit status 1") -> None:
+        self.close_silently()
+        self.spawner.on_exited(self.number, reason)
+
+    def write(self, data: bytes) -> None:
+        assert self.log_fd is not None
+        while data:
+            data = data[os.write(self.log_fd, data[:4096]) :]
+            self.reactor.iterate_all()
+
+
+class FakeSessions:
+    """Desks, and how many of them were closed."""
+
+    def __init__(self) -> None:
+        self.opened = self.closed = 0
+        self.handlers = {"number": lambda: self.opened}
+
+    def make(self) -> FakeSessions:
+        self.opened += 1
+        return self
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+class SupervisorHarness:
+    """A crew and its machine."""
+
+    def __init__(self, count: int = 2, *, relay_logs: bool = False) -> None:
+        self.reactor = DescriptorClockReactor()
+        self.sessions = FakeSessions()
+        self.bindings = Bindings()
+        scoreboard = Scoreboard.create(count + 1)
+        self.spawner = FakeSpawner(self.reactor, scoreboard)
+        self.supervisor = WorkerSupervisor(
+            self.reactor,
+            count,
+            self.spawner,
+            scoreboard,
+            self.sessions.make,
+            self.bindings,
+            GRACE,
+            relay_logs=relay_logs,
+        )
+        self._sockets: list[socket.socket] = []
+
+    def start(self) -> list[FakeWorkerProcess]:
+        self.supervisor.startService()
+        return list(self.spawner.workers)
+
+    def start_ready(self) -> list[FakeWorkerProcess]:
+        workers = self.start()
+        for worker in workers:
+            worker.mark_ready()
+        return workers
+
+    def connect(self) -> bool:
+        """Say whether a new connection was passed on."""
+        local, remote = socket.socketpair()
+        self._sockets += [local, remote]
+        dispatched = self.supervisor.dispatch(LABEL, local)
+        self.reactor.iterate_all()
+        return dispatched
+
+    def stop(self) -> list[Any]:
+        results: list[Any] = []
+        self.supervisor.stopService().addBoth(results.append)
+        self.reactor.iterate_all()
+        return results
+
+    @property
+    def started_count(self) -> int:
+        return len(self.spawner.workers)
+
+    def close(self) -> None:
+        for one in self._sockets:
+            one.close()
+        for worker in self.spawner.workers:
+            worker.close_silently()
+
+
+@pytest.fixture
+def make_harness() -> Iterator[Any]:
+    harnesses: list[SupervisorHarness] = []
+
+    def make(*arguments: Any, **named: Any) -> SupervisorHarness:
+        harnesses.append(SupervisorHarness(*arguments, **named))
+        return harnesses[-1]
+
+    yield make
+    for harness in harnesses:
+        harness.close()
+
+
+@pytest.fixture
+def harness(make_harness: Any) -> SupervisorHarness:
+    created: SupervisorHarness = make_harness()
+    return created
+
+
+@pytest.fixture
+def fake_monotonic(monkeypatch: pytest.MonkeyPatch, harness: SupervisorHarness) -> None:
+    """Let the time that signs of life have be that of the machine's clock."""
+    monkeypatch.setattr(crew_module.time, "monotonic_ns", lambda: int(harness.reactor.seconds() * 1e9))
+
+
+@pytest.fixture
+def recorded_kills(monkeypatch: pytest.MonkeyPatch, harness: SupervisorHarness) -> None:
+    """Let who is killed note that."""
+
+    def record_kill(pid: int, number: int) -> None:
+        [worker] = [worker for worker in harness.spawner.workers if worker.pid == pid]
+        worker.signals.append(number)
+
+    monkeypatch.setattr(crew_module.os, "kill", record_kill)
+
+
+# how they are started
+
+
+def test_workers_get_their_number_and_an_rpc_socket(harness: SupervisorHarness) -> None:
+    workers = harness.start()
+    assert [worker.number for worker in workers] == [1, 2]
+    results: list[Any] = []
+    for worker in workers:
+        Deferred.fromCoroutine(worker.rpc.call("number")).addBoth(results.append)
+    harness.reactor.iterate_all()
+    assert results == [2, 2]
+    assert {worker.log_fd for worker in workers} == {None}
+
+
+# who gets a connection
+
+
+def test_connection_goes_to_the_process_with_the_fewest(harness: SupervisorHarness) -> None:
+    one, other = harness.start_ready()
+    assert [harness.connect() for _ in range(6)] == [False, True, True] * 2
+    assert (len(one.connections), len(other.connections)) == (2, 2)
+    for _ in range(2):
+        other.scoreboard.count_closed(2)
+    assert [harness.connect() for _ in range(3)] == [True, True, False]
+    assert (len(one.connections), len(other.connections)) == (2, 4)
+    assert other.connections[0][0] == LABEL
+
+
+def test_closed_local_connection_is_not_counted(harness: SupervisorHarness) -> None:
+    harness.start_ready()
+    [listener] = harness.supervisor.dispatching_listeners([Listener("PROXY_LISTEN", (), _site())])
+    assert [harness.connect() for _ in range(3)] == [False, True, True]
+    listener.site.gone()
+    assert [harness.connect() for _ in range(2)] == [False, False]
+
+
+def test_worker_gets_no_connection_before_it_is_ready(harness: SupervisorHarness) -> None:
+    workers = harness.start()
+    assert [harness.connect() for _ in range(2)] == [False, False]
+    workers[1].mark_ready()
+    assert [harness.connect() for _ in range(2)] == [True, True]
+    assert not workers[0].connections
+
+
+def test_restarted_worker_starts_with_no_connections(harness: SupervisorHarness) -> None:
+    one, other = harness.start_ready()
+    for _ in range(6):
+        harness.connect()
+    one.exit()
+    assert [harness.connect() for _ in range(3)] == [False, True, False]
+    harness.reactor.advance(1)
+    harness.spawner.workers[2].mark_ready()
+    for _ in range(3):
+        assert harness.connect()
+    assert len(harness.spawner.workers[2].connections) == 3
+    assert len(other.connections) == 3
+
+
+def test_local_connection_is_counted(harness: SupervisorHarness) -> None:
+    harness.start_ready()
+    assert not harness.supervisor.dispatch(LABEL, None)
+    assert [harness.connect() for _ in range(3)] == [True, True, False]
+
+
+def test_full_message_socket_means_local_handling(harness: SupervisorHarness) -> None:
+    one, _ = harness.start_ready()
+    for worker in harness.spawner.workers:
+        harness.reactor.removeReader(worker.rpc.message_socket)
+    for worker in harness.supervisor._workers:
+        while not worker.message_socket._send_queue:
+            worker.notify("hurry")
+    assert not harness.connect()
+    assert not one.connections
+
+
+def test_no_dispatch_without_workers(make_harness: Any) -> None:
+    harness = make_harness(0)
+    listeners = [Listener("PROXY_LISTEN", (), _site())]
+    assert harness.supervisor.doors(listeners) == listeners
+    assert harness.start() == []
+    assert harness.stop() == [None]
+
+
+# who dies
+
+
+def test_dead_worker_is_replaced_with_backoff(harness: SupervisorHarness) -> None:
+    harness.start()
+    delays = []
+    for _ in range(9):
+        harness.spawner.workers[-1].exit()
+        started_before, seconds = harness.started_count, 0.0
+        while harness.started_count == started_before:
+            harness.reactor.advance(0.5)
+            seconds += 0.5
+        assert harness.spawner.workers[-1].number == 2
+        delays.append(seconds)
+    assert delays == [1, 2, 4, 8, 16, 30, 30, 30, 30]
+    assert harness.sessions.closed == 9
+
+
+def test_backoff_resets_after_a_stable_run(harness: SupervisorHarness, fake_monotonic: None) -> None:
+    harness.start()
+    harness.reactor.advance(10)
+    for _ in range(3):
+        worker = harness.spawner.workers[-1]
+        for _ in range(60):
+            for each in harness.spawner.workers:
+                each.scoreboard.heartbeat(each.number, int(harness.reactor.seconds() * 1e9))
+            harness.reactor.advance(1)
+        worker.exit()
+        started_before = harness.started_count
+        harness.reactor.advance(0.5)
+        assert harness.started_count == started_before + 1
+
+
+def test_failed_start_is_retried(make_harness: Any, log_events: list[LogEvent]) -> None:
+    harness = make_harness(1)
+    harness.spawner.refuses = True
+    harness.start()
+    assert [event["number"] for event in log_events if "why" in event] == [1]
+    harness.machine.advance(1)
+    assert harness.started_count == 0
+    harness.spawner.refuses = False
+    harness.machine.advance(2)
+    assert harness.started_count == 1
+    assert harness.sessions.made - harness.sessions.closed == 1
+
+
+def test_session_closes_with_its_socket(harness: SupervisorHarness) -> None:
+    one, _ = harness.start_ready()
+    one.rpc.message_socket.close()
+    harness.reactor.iterate_all()
+    assert harness.sessions.closed == 1
+    one.exit()
+    assert harness.sessions.closed == 1
+
+
+# who hangs
+
+
+def test_worker_without_heartbeat_is_killed_and_replaced(
+    harness: SupervisorHarness, fake_monotonic: None, recorded_kills: None
+) -> None:
+    alive, hung = harness.start_ready()
+    for _ in range(60):
+        harness.reactor.advance(1)
+        alive.scoreboard.heartbeat(1, int(harness.reactor.seconds() * 1e9))
+    assert hung.signals == []
+    for _ in range(40):
+        harness.reactor.advance(1)
+        alive.scoreboard.heartbeat(1, int(harness.reactor.seconds() * 1e9))
+    assert hung.signals[0] == signal.SIGKILL
+    assert alive.signals == []
+    hung.exit()
+    harness.reactor.advance(1)
+    assert harness.started_count == 3
+
+
+def test_suspended_daemon_kills_no_worker(
+    harness: SupervisorHarness, fake_monotonic: None, recorded_kills: None
+) -> None:
+    workers = harness.start_ready()
+    harness.reactor.advance(300)
+    for _ in range(60):
+        for worker in workers:
+            worker.scoreboard.heartbeat(worker.number, int(harness.reactor.seconds() * 1e9))
+        harness.reactor.advance(1)
+    assert [worker.signals for worker in workers] == [[], []]
+
+
+# when the fork server is gone
+
+
+def test_workers_continue_without_the_fork_server(harness: SupervisorHarness, log_events: list[LogEvent]) -> None:
+    one, other = harness.start_ready()
+    harness.spawner.die()
+    assert [harness.connect() for _ in range(3)] == [False, True, True]
+    one.close_silently()
+    harness.reactor.advance(100)
+    assert harness.started_count == 2
+    assert [harness.connect() for _ in range(2)] == [False, True]
+    assert len(other.connections) == 2
+    levels = [event["log_level"] for event in log_events if event.get("log_namespace") == crew_module.__name__]
+    assert [level for level in levels if level > LogLevel.warn] == [LogLevel.critical, LogLevel.error]
+    ended = harness.stop()
+    other.close_silently()
+    assert ended == [None]
+
+
+def test_stop_does_not_wait_for_worker_that_ended_with_the_fork_server(harness: SupervisorHarness) -> None:
+    one, other = harness.start_ready()
+    one.close_silently()
+    ended = harness.stop()
+    other.exit()
+    assert ended == []
+    harness.spawner.die()
+    assert ended == [None]
+
+
+def test_hung_worker_is_killed_without_the_fork_server(harness: SupervisorHarness, recorded_kills: None) -> None:
+    one, other = harness.start_ready()
+    harness.spawner.die()
+    harness.stop()
+    harness.reactor.advance(GRACE)
+    assert (one.signals, other.signals) == ([signal.SIGKILL], [signal.SIGKILL])
+
+
+def test_fork_server_is_closed_after_all_workers(harness: SupervisorHarness) -> None:
+    one, other = harness.start_ready()
+    harness.stop()
+    one.exit()
+    assert harness.spawner.alive
+    other.exit()
+    assert not harness.spawner.alive
+
+
+# what they tell each other
+
+
+def test_token_bindings_are_broadcast(harness: SupervisorHarness) -> None:
+    one, other = harness.start_ready()
+    one.rpc.notify("bound", "own:token", "own:client")
+    harness.reactor.iterate_all()
+    assert harness.bindings.client("own:token") == "own:client"
+    assert (one.messages, other.messages) == ([], [("bound", "own:token", "own:client")])
+    harness.bindings.bind("own:another", "own:client")
+    harness.reactor.iterate_all()
+    assert [worker.messages[-1] for worker in (one, other)] == [("bound", "own:another", "own:client")] * 2
+
+
+# reload, hurry, stop
+
+
+def test_changed_settings_reach_current_and_future_workers(make_harness: Any) -> None:
+    harness = make_harness(2)
+    workers = harness.start_ready()
+    harness.supervisor.reload({"REGISTRIES": "ghcr.io"})
+    harness.machine.settle()
+    assert [worker.asked for worker in workers] == [[("reload", {"REGISTRIES": "ghcr.io"})]] * 2
+    workers[0].end()
+    harness.machine.advance(1)
+    assert [order.changed for order in harness.spawner.workers] == [{}, {}, {"REGISTRIES": "ghcr.io"}]
+
+
+def test_stop_waits_for_all_workers(harness: SupervisorHarness) -> None:
+    workers = harness.start_ready()
+    ended = harness.stop()
+    assert [worker.messages for worker in workers] == [[("stop",)]] * 2
+    assert ended == []
+    for worker in workers:
+        assert ended == []
+        worker.exit()
+    assert ended == [None]
+    harness.reactor.advance(100)
+    assert harness.started_count == 2
+    assert harness.reactor.getDelayedCalls() == []
+
+
+def test_stop_reaches_starting_workers(harness: SupervisorHarness) -> None:
+    workers = harness.start()
+    harness.stop()
+    assert [worker.messages for worker in workers] == [[("stop",)]] * 2
+
+
+def test_connections_are_handled_locally_while_stopping(harness: SupervisorHarness) -> None:
+    workers = harness.start_ready()
+    harness.stop()
+    assert [harness.connect() for _ in range(3)] == [False] * 3
+    assert [worker.connections for worker in workers] == [[], []]
+
+
+def test_abort_reaches_all_workers(harness: SupervisorHarness) -> None:
+    workers = harness.start_ready()
+    harness.stop()
+    harness.supervisor.abort()
+    harness.reactor.iterate_all()
+    assert [worker.messages for worker in workers] == [[("stop",), ("hurry",)]] * 2
+
+
+def test_worker_is_killed_after_the_grace_period(harness: SupervisorHarness, recorded_kills: None) -> None:
+    one, other = harness.start_ready()
+    ended = harness.stop()
+    other.exit()
+    harness.reactor.advance(GRACE - 1)
+    assert (ended, one.signals) == ([], [])
+    harness.reactor.advance(1)
+    assert (ended, one.signals, other.signals) == ([None], [signal.SIGKILL], [])
+
+
+def test_dead_worker_is_not_replaced_while_stopping(harness: SupervisorHarness) -> None:
+    """The second has died, and a pause passes while the first takes its time to end."""
+    one, other = harness.start_ready()
+    other.exit()
+    ended = harness.stop()
+    harness.reactor.advance(20)
+    assert harness.started_count == 2
+    one.exit()
+    assert ended == [None]
+    assert harness.reactor.getDelayedCalls() == []
+
+
+# what they write
+
+
+def test_worker_output_is_relayed_to_the_log(make_harness: Any, log_events: list[LogEvent]) -> None:
+    worker = make_harness(1, relayed=True).start()[0]
+    worker.write(b"a line\nlast words")
+    worker.end()
+    assert [event["line"] for event in log_events if "line" in event] == ["a line", "last words"]
+
+
+def _site() -> Site:
+    async def answer(request: Any) -> None: ...
+
+    return Site(Clock(), answer, timeouts=Timeouts(), finished=lambda request, seconds: None)  # type: ignore[no-untyped-call]
