@@ -17,14 +17,14 @@ from dockerproxy.admin.builtin_endpoints import BuiltinEndpoints
 from dockerproxy.cache.access import Access
 from dockerproxy.cache.blobs import CachedBlobs
 from dockerproxy.cache.challenges import Challenges
-from dockerproxy.cache.flights import Flights
+from dockerproxy.cache.downloads import Downloads
 from dockerproxy.cache.freshness import Freshness
 from dockerproxy.cache.identity import Bindings, Identities
 from dockerproxy.cache.ingests import Ingests
 from dockerproxy.cache.manifests import CachedManifests
 from dockerproxy.cache.pullthrough import PullThrough
-from dockerproxy.cache.room import Room
-from dockerproxy.cache.tokens import TokenDesk
+from dockerproxy.cache.space import CacheSpace
+from dockerproxy.cache.token_endpoint import TokenEndpoint
 from dockerproxy.concurrency import KeyedLock, LocalKeyedLock, spawn
 from dockerproxy.daemon.accesslog import AccessLog
 from dockerproxy.daemon.listener_service import Listener
@@ -80,7 +80,7 @@ class SharedServices:
     `metrics` count what this process does, and tell what all have done. `shared`: there are several processes.
     """
 
-    cache_space: Room
+    cache_space: CacheSpace
     metrics: Metrics
     locks: KeyedLock = field(factory=LocalKeyedLock)
     bindings: Bindings = field(factory=Bindings)
@@ -223,7 +223,7 @@ class Cache:
     def reconfigure(self, settings: Settings) -> None:
         """Show the logins of `settings` from now on, and recall what is known of its registries."""
         self.tokens.use(settings.auth_registries)
-        self.pull_through.challenges.recall(settings.registries)
+        self.pull_through.challenges.restore(settings.registries)
 
 
 def build_cache(
@@ -242,7 +242,7 @@ def build_cache(
     tokens = Tokens(transport, time.time, policy.check_upstream, settings.auth_registries)
     upstream = UpstreamClient(transport, tokens, policy.check_upstream)
     challenges = Challenges(transport, records, registries.intercepted, tokens.remember, time.time)
-    challenges.recall(settings.registries)
+    challenges.restore(settings.registries)
     access = Access(records, time.time, shared.multi_process)
     freshness = Freshness(
         settings.enable_manifest_cache,
@@ -254,18 +254,27 @@ def build_cache(
     )
 
     def record_blob(digest: Digest, size: int) -> None:
-        spawn(cache_space.count(digest, size), f"making room for {digest}")
+        spawn(cache_space.record(digest, size), f"making room for {digest}")
 
     manifests = CachedManifests(
-        reactor, upstream, blobs, links, records, access, freshness, shared.locks, clock=time.time, keep=record_blob
+        reactor,
+        upstream,
+        blobs,
+        links,
+        records,
+        access,
+        freshness,
+        shared.locks,
+        clock=time.time,
+        on_stored=record_blob,
     )
-    downloads = Flights(reactor, upstream, cache_space, Ingests(layout, blobs, records, shared.multi_process))
+    downloads = Downloads(reactor, upstream, cache_space, Ingests(layout, blobs, records, shared.multi_process))
     return Cache(
         PullThrough(
             upstream,
             identities,
             challenges,
-            TokenDesk(
+            TokenEndpoint(
                 transport,
                 identities,
                 records,
@@ -345,7 +354,7 @@ def build_site(
 
 async def handle_metrics(shared: SharedServices, request: Request) -> None:
     """Answer with what all processes have done."""
-    used, limit = await shared.cache_space.taken()
+    used, limit = await shared.cache_space.usage()
     gauges = [
         ("cache_bytes", "Bytes of contents in the cache.", used),
         ("cache_limit_bytes", "Bytes that they may take (CACHE_MAX_SIZE).", limit),

@@ -25,7 +25,7 @@ from dockerproxy.app import (
     prepare_state_directories,
 )
 from dockerproxy.cache.identity import Bindings
-from dockerproxy.cache.room import CacheRoom
+from dockerproxy.cache.space import CacheSpaceManager
 from dockerproxy.concurrency import LocalKeyedLock
 from dockerproxy.daemon import jsonlog, textlog
 from dockerproxy.daemon.control_socket import ControlSocket
@@ -174,10 +174,10 @@ class DaemonService(MultiService):
         super().setServiceParent(parent)  # type: ignore[no-untyped-call]
 
 
-def build_cache_space(reactor: Any, settings: Settings) -> CacheRoom:
+def build_cache_space(reactor: Any, settings: Settings) -> CacheSpaceManager:
     """Return the room that the cache has in CACHE_DIR."""
     layout = Layout(settings.cache_dir)
-    return CacheRoom(
+    return CacheSpaceManager(
         reactor,
         layout,
         Blobs(layout, durable=False),
@@ -187,7 +187,9 @@ def build_cache_space(reactor: Any, settings: Settings) -> CacheRoom:
     )
 
 
-def build_control_socket(reactor: Any, settings: Settings, store: HostedStore, cache_space: CacheRoom) -> ControlSocket:
+def build_control_socket(
+    reactor: Any, settings: Settings, store: HostedStore, cache_space: CacheSpaceManager
+) -> ControlSocket:
     """Return what answers the commands of `dockerproxy`, on the socket in RUNTIME_DIR."""
     stores = [StoreView(HOSTED, store.layout), StoreView(CACHED, Layout(settings.cache_dir))]
     resolver = ImageResolver(stores, frozenset(settings.registry_hostname), {"docker.io": str(DOCKER_HUB)})

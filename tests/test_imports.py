@@ -147,7 +147,7 @@ def test_allowed_imports_have_no_cycle() -> None:
 @pytest.mark.parametrize(
     ("source", "name", "is_package", "found"),
     [
-        ("import dockerproxy.cache.flights as f", "store.blobs", False, {"dockerproxy.cache.flights"}),
+        ("import dockerproxy.cache.downloads as f", "store.blobs", False, {"dockerproxy.cache.downloads"}),
         ("from dockerproxy import cache, errors", "store.blobs", False, {"dockerproxy.cache", "dockerproxy.errors"}),
         ("def f():\n    from dockerproxy.cache import x", "store.blobs", False, {"dockerproxy.cache.x"}),
         ("if TYPE_CHECKING:\n    from dockerproxy.cache import x", "store.blobs", False, {"dockerproxy.cache.x"}),

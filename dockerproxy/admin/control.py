@@ -31,7 +31,7 @@ from dockerproxy.admin import inventory
 from dockerproxy.admin.deletion import Deleter
 from dockerproxy.admin.ndjson import NDJSONResponse
 from dockerproxy.admin.resolver import CACHED, HOSTED, ImageResolver, InvalidArgument, NotFound, StoreView
-from dockerproxy.cache.room import CacheRoom
+from dockerproxy.cache.space import CacheSpaceManager
 from dockerproxy.concurrency import in_thread
 from dockerproxy.errors import RegistryError
 from dockerproxy.http.request import ClientGone, Request
@@ -82,7 +82,7 @@ class Control:
 
     _reactor: Any
     _resolver: ImageResolver
-    _space: CacheRoom
+    _space: CacheSpaceManager
     _deleter: Deleter
     _sweeper: Sweeper
     _importer: Importer
@@ -147,7 +147,7 @@ class Control:
         return {
             "started": self._start_time,
             "operation": self._jobs.current,
-            "cache": {"bytes": self._space.usage.total, "limit": self._space.usage.limit},
+            "cache": {"bytes": self._space.index.total, "limit": self._space.index.limit},
             "shelves": {store.kind: _storage_info(store) for store in self._resolver.stores},
         }
 

@@ -13,7 +13,7 @@ from attrs import field, frozen
 
 from dockerproxy.admin.inventory import Closure
 from dockerproxy.admin.resolver import HOSTED, ImageRef
-from dockerproxy.cache.room import CacheRoom
+from dockerproxy.cache.space import CacheSpaceManager
 from dockerproxy.oci.names import Digest
 from dockerproxy.store.hosting import HostedStore
 from dockerproxy.store.records import Records
@@ -36,7 +36,7 @@ class Deleter:
 
     _reactor: Any
     _hosted_store: HostedStore
-    _space: CacheRoom
+    _space: CacheSpaceManager
     _records: Records
     _thread: Slices = field(init=False)
 

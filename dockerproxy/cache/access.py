@@ -11,29 +11,29 @@ from collections.abc import Callable
 from enum import Enum
 from math import inf
 
+from dockerproxy.cache.best_effort import try_put
 from dockerproxy.cache.identity import PUBLIC
-from dockerproxy.cache.notes import remember
-from dockerproxy.cache.origin import Visitor
+from dockerproxy.cache.upstream import Principal
 from dockerproxy.store.records import Records
 
-FRESH = 300.0
+GRANT_TTL = 300.0
 """Seconds for which upstream's yes is not asked for again."""
 
-OUTAGE = 86400.0
+STALE_GRANT_TTL = 86400.0
 """Seconds for which a client's own yes is believed while upstream cannot be asked. What is public, or what our own
 credential reads, is believed for as long as upstream is gone."""
 
-_SAVE_EVERY = 60.0  # seconds after which a yes that is known is written down again
+_SAVE_INTERVAL = 60.0  # seconds after which a yes that is known is written down again
 
 _MAX_IDENTITIES = 200
-_MAX_REMEMBERED = 50_000
+_MAX_GRANTS_IN_MEMORY = 50_000
 
 
-class Standing(Enum):
+class AccessState(Enum):
     """What is known of an identity before a repository."""
 
-    PROVEN = "upstream said yes a moment ago"
-    STALE = "upstream said yes once: enough while it cannot be asked"
+    GRANTED = "upstream said yes a moment ago"
+    GRANTED_STALE = "upstream said yes once: enough while it cannot be asked"
     UNKNOWN = "upstream has to be asked"
 
 
@@ -44,93 +44,97 @@ class Access:
         self._records = records
         self._clock = clock
         self._shared = shared
-        self._recent: OrderedDict[tuple[str, str], float] = OrderedDict()
+        self._grants: OrderedDict[tuple[str, str], float] = OrderedDict()
 
-    def standing(self, key: str, identity: str) -> Standing:
+    def state(self, key: str, identity: str) -> AccessState:
         """Return how `identity` stands before the repository `key`; what all may read, each may."""
         now = self._clock()
-        best = Standing.UNKNOWN
-        for who in (identity, PUBLIC) if identity != PUBLIC else (PUBLIC,):
-            standing = self._judge(self._when(key, who, now), now, who)
-            if standing is Standing.PROVEN:
-                return standing
-            if standing is Standing.STALE:
-                best = standing
+        best = AccessState.UNKNOWN
+        for candidate in (identity, PUBLIC) if identity != PUBLIC else (PUBLIC,):
+            state = self._evaluate(self._granted_at(key, candidate, now), now, candidate)
+            if state is AccessState.GRANTED:
+                return state
+            if state is AccessState.GRANTED_STALE:
+                best = state
         return best
 
-    def is_proven_since(self, key: str, identity: str, since: float) -> bool:
+    def granted_since(self, key: str, identity: str, since: float) -> bool:
         """Whether upstream, asked by whatever process, let `identity` read from `key` at `since` or later.
 
         Only what was `proven` as `awaited` is sure to be known of another process.
         """
-        return max(self._recent.get((key, identity), -inf), self._saved_at(key, identity)) >= since
+        return max(self._grants.get((key, identity), -inf), self._saved_grant_time(key, identity)) >= since
 
-    def was_admitted(self, visitor: Visitor) -> bool:
+    def had_access(self, principal: Principal) -> bool:
         """Whether upstream let the visitor in once, which has to do while it cannot be asked."""
-        identities = [visitor.identity] if visitor.voucher is None else [visitor.identity, visitor.voucher]
-        return any(self.standing(visitor.origin.key, identity) is not Standing.UNKNOWN for identity in identities)
+        identities = (
+            [principal.identity]
+            if principal.fallback_identity is None
+            else [principal.identity, principal.fallback_identity]
+        )
+        return any(self.state(principal.repository.key, identity) is not AccessState.UNKNOWN for identity in identities)
 
     def now(self) -> float:
         """Return the time, as `proven` takes it."""
         return self._clock()
 
-    def proven(self, key: str, identity: str, when: float, *, awaited: bool = False) -> None:
+    def record_grant(self, key: str, identity: str, granted_at: float, *, write_through: bool = False) -> None:
         """Note that upstream let `identity` read from `key` at the time `when`.
 
         `awaited`: other processes may wait to hear just that, so it is written down at once.
         """
-        known = self._recent.get((key, identity))
-        if known is not None and when < known <= self._clock():
+        previous = self._grants.get((key, identity))
+        if previous is not None and granted_at < previous <= self._clock():
             return
-        self._recent[key, identity] = when
-        self._recent.move_to_end((key, identity))
-        if len(self._recent) > _MAX_REMEMBERED:
-            self._recent.popitem(last=False)
-        age = 0.0 if awaited and self._shared else _SAVE_EVERY
-        if known is None or when - self._saved_at(key, identity) > age:
-            self._save(key, identity, when)
+        self._grants[key, identity] = granted_at
+        self._grants.move_to_end((key, identity))
+        if len(self._grants) > _MAX_GRANTS_IN_MEMORY:
+            self._grants.popitem(last=False)
+        save_interval = 0.0 if write_through and self._shared else _SAVE_INTERVAL
+        if previous is None or granted_at - self._saved_grant_time(key, identity) > save_interval:
+            self._save(key, identity, granted_at)
 
-    def refused(self, key: str, identity: str) -> None:
+    def record_denial(self, key: str, identity: str) -> None:
         """Note that upstream does not let `identity` read from `key` (any more)."""
-        self._recent.pop((key, identity), None)
-        if self._saved_at(key, identity) > -inf:
+        self._grants.pop((key, identity), None)
+        if self._saved_grant_time(key, identity) > -inf:
             self._save(key, identity, None)
 
-    def _when(self, key: str, identity: str, now: float) -> float | None:
-        when = self._recent.get((key, identity))
-        if when is not None and now - when < FRESH:
-            return when
+    def _granted_at(self, key: str, identity: str, now: float) -> float | None:
+        granted_at = self._grants.get((key, identity))
+        if granted_at is not None and now - granted_at < GRANT_TTL:
+            return granted_at
         record = self._records.get("access", key) or {}
         if identity in record:  # with a yes, or with a no, which another process may have heard
-            when = _moment(record[identity])
-        return when if when is not None and when > -inf else None
+            granted_at = _grant_time(record[identity])
+        return granted_at if granted_at is not None and granted_at > -inf else None
 
-    def _judge(self, when: float | None, now: float, identity: str) -> Standing:
-        if when is None:
-            return Standing.UNKNOWN
-        age = now - when
-        if 0 <= age < FRESH:
-            return Standing.PROVEN
-        if identity.startswith("own:") and not 0 <= age < OUTAGE:
-            return Standing.UNKNOWN
-        return Standing.STALE
+    def _evaluate(self, granted_at: float | None, now: float, identity: str) -> AccessState:
+        if granted_at is None:
+            return AccessState.UNKNOWN
+        age = now - granted_at
+        if 0 <= age < GRANT_TTL:
+            return AccessState.GRANTED
+        if identity.startswith("own:") and not 0 <= age < STALE_GRANT_TTL:
+            return AccessState.UNKNOWN
+        return AccessState.GRANTED_STALE
 
-    def _saved_at(self, key: str, identity: str) -> float:
-        return _moment((self._records.get("access", key) or {}).get(identity))
+    def _saved_grant_time(self, key: str, identity: str) -> float:
+        return _grant_time((self._records.get("access", key) or {}).get(identity))
 
-    def _save(self, key: str, identity: str, when: float | None) -> None:
+    def _save(self, key: str, identity: str, granted_at: float | None) -> None:
         """Write down a yes, or None for a no; the latest yeses stay, those for all first, and noes if there is room."""
-        yeses: dict[str, float] = {identity: when} if when is not None else {}
-        noes: dict[str, None] = {identity: None} if when is None else {}
+        grants: dict[str, float] = {identity: granted_at} if granted_at is not None else {}
+        denials: dict[str, None] = {identity: None} if granted_at is None else {}
         for name, saved in (self._records.get("access", key) or {}).items():
             if name != identity and isinstance(saved, int | float):
-                yeses[name] = saved
+                grants[name] = saved
             elif name != identity and saved is None:
-                noes[name] = None
-        newest = sorted(yeses.items(), key=lambda item: (item[0].startswith("own:"), -item[1]))
-        remember(self._records, dict([*newest, *noes.items()][:_MAX_IDENTITIES]), "access", key)
+                denials[name] = None
+        newest = sorted(grants.items(), key=lambda item: (item[0].startswith("own:"), -item[1]))
+        try_put(self._records, dict([*newest, *denials.items()][:_MAX_IDENTITIES]), "access", key)
 
 
-def _moment(saved: object) -> float:
+def _grant_time(value: object) -> float:
     """Return when a yes was heard, as it was written down; -inf for a no, or for what is neither."""
-    return saved if isinstance(saved, int | float) else -inf
+    return value if isinstance(value, int | float) else -inf

@@ -7,11 +7,11 @@ from typing import Any
 
 from attrs import evolve
 
-from dockerproxy.cache.access import FRESH, Access, Standing
-from dockerproxy.cache.flights import Flight, Flights
-from dockerproxy.cache.notes import note_link
-from dockerproxy.cache.origin import Answer, Upstream, Visitor, is_refusal, refuse
-from dockerproxy.cache.room import Room
+from dockerproxy.cache.access import GRANT_TTL, Access, AccessState
+from dockerproxy.cache.best_effort import try_link
+from dockerproxy.cache.downloads import BlobDownload, Downloads
+from dockerproxy.cache.space import CacheSpace
+from dockerproxy.cache.upstream import Principal, RegistryClient, UpstreamResponse, error_from_response, is_denial
 from dockerproxy.concurrency import SingleFlight
 from dockerproxy.errors import RegistryError, Unauthorized, UpstreamBroken, UpstreamError, UpstreamFailing, is_outage
 from dockerproxy.http.headers import Headers
@@ -22,8 +22,8 @@ from dockerproxy.store.blobs import Blobs
 from dockerproxy.store.contents import StoredContent
 from dockerproxy.store.links import Links
 
-_NONE = Headers()
-_ATTEMPTS = 3  # a blob may be evicted between being seen and being opened
+_NO_HEADERS = Headers()
+_MAX_ATTEMPTS = 3  # a blob may be evicted between being seen and being opened
 
 
 class CachedBlobs:
@@ -32,196 +32,203 @@ class CachedBlobs:
     def __init__(
         self,
         reactor: Any,
-        upstream: Upstream,
+        upstream: RegistryClient,
         blobs: Blobs,
         links: Links,
-        flights: Flights,
+        downloads: Downloads,
         access: Access,
-        room: Room,
+        space: CacheSpace,
     ) -> None:
         self._reactor = reactor
         self._upstream = upstream
         self._blobs = blobs
         self._links = links
-        self._flights = flights
+        self._downloads = downloads
         self._access = access
-        self._room = room
-        self._confirming: SingleFlight[tuple[object, ...], tuple[int | None, bool]] = SingleFlight()
+        self._space = space
+        self._upstream_checks: SingleFlight[tuple[object, ...], tuple[int | None, bool]] = SingleFlight()
 
-    async def get(self, visitor: Visitor, digest: Digest) -> BlobAnswer:
+    async def get(self, principal: Principal, digest: Digest) -> BlobAnswer:
         """Return the blob for `visitor`. Raise what upstream refuses with, or `UpstreamError`."""
-        for _ in range(_ATTEMPTS):
-            answer = await self._find(visitor, digest)
-            if answer is not None:
-                return answer
+        for _ in range(_MAX_ATTEMPTS):
+            response = await self._find(principal, digest)
+            if response is not None:
+                return response
         raise UpstreamFailing(f"{digest} goes as fast as it is fetched: the cache may be too small")
 
-    async def head(self, visitor: Visitor, digest: Digest) -> BlobAnswer:
+    async def head(self, principal: Principal, digest: Digest) -> BlobAnswer:
         """Return the blob's size, without fetching it."""
         if self._blobs.exists(digest):
-            answer = await self.get(visitor, digest)
-            if answer.content is not None:
-                answer.content.close()
-            return evolve(answer, content=None)
-        return BlobAnswer(digest, await self._confirm(visitor, digest, self._size_of(digest)), None, "MISS")
+            response = await self.get(principal, digest)
+            if response.content is not None:
+                response.content.close()
+            return evolve(response, content=None)
+        return BlobAnswer(digest, await self._check_upstream(principal, digest, self._size_of(digest)), None, "MISS")
 
-    async def _find(self, visitor: Visitor, digest: Digest) -> BlobAnswer | None:
+    async def _find(self, principal: Principal, digest: Digest) -> BlobAnswer | None:
         """Return the blob; None where it went while it was looked for, or its download was another's and failed."""
-        key = visitor.origin.key
+        key = principal.repository.key
         linked = self._links.has_layer(key, digest)
-        known = linked and self._access.standing(key, visitor.identity) is Standing.PROVEN
-        flight, verdict = self._flights.get(digest), "JOINED"
-        if flight is None:
-            stored = self._stored(digest, "HIT") if known else None
-            if stored is not None:
-                return stored
+        granted = linked and self._access.state(key, principal.identity) is AccessState.GRANTED
+        download, cache_status = self._downloads.get(digest), "JOINED"
+        if download is None:
+            hit = self._open_stored(digest, "HIT") if granted else None
+            if hit is not None:
+                return hit
             if not self._blobs.exists(digest):
-                flight, verdict = self._start(visitor, digest), "MISS"
-        if flight is not None:
-            if not await self._ready(flight, visitor):
+                download, cache_status = self._start_download(principal, digest), "MISS"
+        if download is not None:
+            if not await self._wait_started(download, principal):
                 return None
             # What upstream answers to the request that is out, or answered to it just now, it answers to this visitor.
-            if known or flight.is_for(visitor, FRESH):
-                return self._join(flight, visitor, "JOINED" if flight.follows else verdict)
-            await flight.measured()
-        admitted = await self._admit(visitor, digest, linked)
-        flight = self._flights.get(digest)
-        if flight is not None and admitted is not None:
-            return self._join(flight, visitor, "JOINED") if await self._ready(flight, visitor) else None
-        return self._stored(digest, admitted) if admitted is not None else None
+            if granted or download.serves(principal, GRANT_TTL):
+                return self._open_reader(download, principal, "JOINED" if download.is_foreign else cache_status)
+            await download.wait_size()
+        status = await self._authorize(principal, digest, linked)
+        download = self._downloads.get(digest)
+        if download is not None and status is not None:
+            return (
+                self._open_reader(download, principal, "JOINED")
+                if await self._wait_started(download, principal)
+                else None
+            )
+        return self._open_stored(digest, status) if status is not None else None
 
-    def _stored(self, digest: Digest, verdict: str) -> BlobAnswer | None:
+    def _open_stored(self, digest: Digest, cache_status: str) -> BlobAnswer | None:
         blob = self._blobs.open(digest)
         if blob is None:
             return None
-        self._room.hold(digest)  # it does not leave the cache before it is closed
-        content = StoredContent(self._reactor, blob, partial(self._room.let_go, digest))
-        return BlobAnswer(digest, blob.size, content, verdict)
+        self._space.pin(digest)  # it does not leave the cache before it is closed
+        content = StoredContent(self._reactor, blob, partial(self._space.unpin, digest))
+        return BlobAnswer(digest, blob.size, content, cache_status)
 
-    def _start(self, visitor: Visitor, digest: Digest) -> Flight:
-        began = self._access.now()
+    def _start_download(self, principal: Principal, digest: Digest) -> BlobDownload:
+        started_at = self._access.now()
         # That upstream sends something is no yes yet: a page that it answers everything with would make everyone's of
         # all that the repository has here.
-        return self._flights.start(visitor, digest, lambda: self._note_yes(visitor, digest, began))
+        return self._downloads.start(principal, digest, lambda: self._record_grant(principal, digest, started_at))
 
-    def _join(self, flight: Flight, visitor: Visitor, verdict: str) -> BlobAnswer | None:
-        content = flight.content(visitor.origin)
-        return None if content is None else BlobAnswer(flight.digest, flight.size, content, verdict)
+    def _open_reader(self, download: BlobDownload, principal: Principal, cache_status: str) -> BlobAnswer | None:
+        content = download.open_reader(principal.repository)
+        return None if content is None else BlobAnswer(download.digest, download.size, content, cache_status)
 
-    async def _ready(self, flight: Flight, visitor: Visitor) -> bool:
+    async def _wait_started(self, download: BlobDownload, principal: Principal) -> bool:
         """Wait until upstream sends, and raise what it says instead; False where it said that to another only."""
         try:
-            await flight.ready()
+            await download.wait_started()
         except RegistryError as error:
-            if flight.origin != visitor.origin and not _is_common(flight, visitor, error):
+            if download.repository != principal.repository and not _is_shared_failure(download, principal, error):
                 return False
-            self._note_refusal(visitor, error)
+            self._record_denial(principal, error)
             raise
         return True
 
-    async def _admit(self, visitor: Visitor, digest: Digest, linked: bool) -> str | None:
+    async def _authorize(self, principal: Principal, digest: Digest, linked: bool) -> str | None:
         """Make sure that `visitor` may have what is here; return how that was found out, None where it went."""
-        here = self._size_of(digest)
-        if here is None:
+        expected_size = self._size_of(digest)
+        if expected_size is None:
             return None
         try:
-            await self._confirm(visitor, digest, here)
+            await self._check_upstream(principal, digest, expected_size)
         except RegistryError as error:
-            if is_outage(error) and linked and self._access.was_admitted(visitor):
+            if is_outage(error) and linked and self._access.had_access(principal):
                 return "STALE"
             raise
         return "REVALIDATED"
 
     # upstream's word on whether its repository has a blob for a visitor
 
-    async def _confirm(self, visitor: Visitor, digest: Digest, here: int | None) -> int | None:
+    async def _check_upstream(self, principal: Principal, digest: Digest, expected_size: int | None) -> int | None:
         """Ask upstream, joining whoever asks the same; return the size that it tells.
 
         `here` is the size that it has to be, so that an answer is a yes and not just an answer.
         """
         now = self._access.now()
-        size, certain = await self._confirming.do(
-            (visitor.origin.key, visitor.identity, digest, here), lambda: self._ask(visitor, digest, here)
+        size, conclusive = await self._upstream_checks.do(
+            (principal.repository.key, principal.identity, digest, expected_size),
+            lambda: self._head_upstream(principal, digest, expected_size),
         )
-        if certain:
-            await self._note_yes(visitor, digest, now)
+        if conclusive:
+            await self._record_grant(principal, digest, now)
         return size
 
-    async def _ask(self, visitor: Visitor, digest: Digest, here: int | None) -> tuple[int | None, bool]:
-        answer = await self._request("HEAD", visitor, digest, follow=False)
-        if answer.status == 200:
-            await answer.discard()
-            if answer.length is not None and here in (None, answer.length):
-                named = answer.headers.get("docker-content-digest") == str(digest)
-                return answer.length, named or here is not None
-        elif 300 <= answer.status < 400 or answer.status in (405, 501):
-            await answer.discard()
+    async def _head_upstream(
+        self, principal: Principal, digest: Digest, expected_size: int | None
+    ) -> tuple[int | None, bool]:
+        response = await self._request("HEAD", principal, digest, follow=False)
+        if response.status == 200:
+            await response.discard()
+            if response.length is not None and expected_size in (None, response.length):
+                digest_matches = response.headers.get("docker-content-digest") == str(digest)
+                return response.length, digest_matches or expected_size is not None
+        elif 300 <= response.status < 400 or response.status in (405, 501):
+            await response.discard()
         else:
-            raise await self._refusal(visitor, answer)
+            raise await self._error_from(principal, response)
         # A redirect is no yes: registry.k8s.io sends every name and digest elsewhere, and it is there that the answer
         # is given. With GET, for which alone a signed URL may be good.
-        return await self._probe(visitor, digest, here)
+        return await self._probe(principal, digest, expected_size)
 
-    async def _probe(self, visitor: Visitor, digest: Digest, here: int | None) -> tuple[int | None, bool]:
+    async def _probe(self, principal: Principal, digest: Digest, expected_size: int | None) -> tuple[int | None, bool]:
         """Ask for the first byte, wherever that leads."""
-        answer = await self._request("GET", visitor, digest, headers=Headers([("range", "bytes=0-0")]))
-        if answer.status == 200:
-            size = answer.length
+        response = await self._request("GET", principal, digest, headers=Headers([("range", "bytes=0-0")]))
+        if response.status == 200:
+            size = response.length
             if size is None:
-                return await _measure(answer, digest), True
-        elif answer.status == 206:
-            size = _whole(answer)
-        elif answer.status == 416:
+                return await _verify_and_measure(response, digest), True
+        elif response.status == 206:
+            size = _total_size(response)
+        elif response.status == 416:
             size = 0  # RFC 9110, section 14.1.2: only an empty content has no first byte
         else:
-            raise await self._refusal(visitor, answer)
-        await answer.discard()
-        if here is not None and size != here:
-            raise UpstreamBroken(f"{visitor.origin.registry} has something else by the name of {digest}")
-        return size, here is not None
+            raise await self._error_from(principal, response)
+        await response.discard()
+        if expected_size is not None and size != expected_size:
+            raise UpstreamBroken(f"{principal.repository.registry} has something else by the name of {digest}")
+        return size, expected_size is not None
 
     async def _request(
-        self, method: str, visitor: Visitor, digest: Digest, *, headers: Headers = _NONE, follow: bool = True
-    ) -> Answer:
-        origin = visitor.origin
+        self, method: str, principal: Principal, digest: Digest, *, headers: Headers = _NO_HEADERS, follow: bool = True
+    ) -> UpstreamResponse:
+        repository = principal.repository
         try:
             return await self._upstream.request(
-                method, origin.registry, origin.blob_path(digest),
-                name=origin.name, credential=origin.credential, headers=headers, follow=follow,
+                method, repository.registry, repository.blob_path(digest),
+                name=repository.name, credential=repository.credential, headers=headers, follow=follow,
             )  # fmt: skip
         except Unauthorized as error:
-            self._note_refusal(visitor, error)
+            self._record_denial(principal, error)
             raise
 
-    async def _refusal(self, visitor: Visitor, answer: Answer) -> RegistryError:
-        error = await refuse(visitor.origin.registry, answer, "BLOB_UNKNOWN")
-        self._note_refusal(visitor, error)
+    async def _error_from(self, principal: Principal, response: UpstreamResponse) -> RegistryError:
+        error = await error_from_response(principal.repository.registry, response, "BLOB_UNKNOWN")
+        self._record_denial(principal, error)
         return error
 
     def _size_of(self, digest: Digest) -> int | None:
-        flight = self._flights.get(digest)
-        return self._blobs.size(digest) if flight is None else flight.size
+        download = self._downloads.get(digest)
+        return self._blobs.size(digest) if download is None else download.size
 
-    async def _note_yes(self, visitor: Visitor, digest: Digest, when: float) -> None:
-        self._access.proven(visitor.origin.key, visitor.identity, when)
-        if not self._links.has_layer(visitor.origin.key, digest):
-            await note_link(self._reactor, self._links.link_layer, visitor.origin.key, digest)
+    async def _record_grant(self, principal: Principal, digest: Digest, granted_at: float) -> None:
+        self._access.record_grant(principal.repository.key, principal.identity, granted_at)
+        if not self._links.has_layer(principal.repository.key, digest):
+            await try_link(self._reactor, self._links.link_layer, principal.repository.key, digest)
 
-    def _note_refusal(self, visitor: Visitor, error: RegistryError) -> None:
-        if is_refusal(error):
-            self._access.refused(visitor.origin.key, visitor.identity)
+    def _record_denial(self, principal: Principal, error: RegistryError) -> None:
+        if is_denial(error):
+            self._access.record_denial(principal.repository.key, principal.identity)
 
 
-def _is_common(flight: Flight, visitor: Visitor, error: RegistryError) -> bool:
+def _is_shared_failure(download: BlobDownload, principal: Principal, error: RegistryError) -> bool:
     """Whether what failed `flight` is its registry's trouble, so that it would fail this visitor in the same way."""
-    same = flight.origin.registry == visitor.origin.registry
-    return same and isinstance(error, UpstreamError) and error.status != 429
+    same_registry = download.repository.registry == principal.repository.registry
+    return same_registry and isinstance(error, UpstreamError) and error.status != 429
 
 
-async def _measure(answer: Answer, digest: Digest) -> int:
+async def _verify_and_measure(response: UpstreamResponse, digest: Digest) -> int:
     """Read an answer whose length is not told, and return that; raise `UpstreamBroken` where it is not the blob."""
     hasher, size = digest.hasher(), 0
-    while data := await answer.read_chunk():
+    while data := await response.read_chunk():
         hasher.update(data)
         size += len(data)
     if hasher.hexdigest() != digest.hex:
@@ -229,9 +236,9 @@ async def _measure(answer: Answer, digest: Digest) -> int:
     return size
 
 
-def _whole(answer: Answer) -> int | None:
+def _total_size(response: UpstreamResponse) -> int | None:
     """Return the size of the whole that a 206 tells."""
     try:
-        return parse_content_range(answer.headers.get("content-range") or "")[2]
+        return parse_content_range(response.headers.get("content-range") or "")[2]
     except ValueError:
         return None

@@ -12,8 +12,8 @@ from contextlib import suppress
 
 from attrs import frozen
 
-from dockerproxy.cache.notes import remember
-from dockerproxy.cache.origin import Exchange, refuse
+from dockerproxy.cache.best_effort import try_put
+from dockerproxy.cache.upstream import UpstreamAgent, error_from_response
 from dockerproxy.concurrency import SingleFlight
 from dockerproxy.errors import NameInvalid, RegistryError, UpstreamBroken, is_outage
 from dockerproxy.http.headers import Headers
@@ -24,7 +24,7 @@ from dockerproxy.store.records import Records
 TOKEN_PATH = "/.well-known/docker-registry-proxy/token"
 """Where, on a registry's own host, we answer for a realm elsewhere."""
 
-_FRESH = 3600.0
+_CHALLENGE_TTL = 3600.0
 
 _HUB = "registry-1.docker.io"
 _HUB_CHALLENGE = 'Bearer realm="https://auth.docker.io/token",service="registry.docker.io"'
@@ -40,9 +40,9 @@ class Realm:
     @classmethod
     def parse(cls, url: str) -> Realm | None:
         """Return the realm at `url`, None where that is none that can be asked."""
-        scheme, found, rest = url.partition("://")
+        scheme, separator, rest = url.partition("://")
         authority, _, path = rest.partition("/")
-        if not found:
+        if not separator:
             return None
         try:
             return cls(Registry.parse(f"{scheme.lower()}://{authority}"), "/" + path.partition("?")[0])
@@ -59,93 +59,95 @@ class Challenges:
 
     def __init__(
         self,
-        transport: Exchange,
+        agent: UpstreamAgent,
         records: Records,
         intercepted: Container[Host],
-        learned: Callable[[Registry, list[Challenge]], None],
+        on_challenge: Callable[[Registry, list[Challenge]], None],
         clock: Callable[[], float],
     ) -> None:
-        self._transport = transport
-        self._learned = learned
+        self._agent = agent
+        self._on_challenge = on_challenge
         self._records = records
         self._intercepted = intercepted
         self._clock = clock
-        self._asking: SingleFlight[Registry, list[str]] = SingleFlight()
-        self._met: set[Registry] = set()  # those of which it is known what they ask for: as many as are intercepted
+        self._requests: SingleFlight[Registry, list[str]] = SingleFlight()
+        self._known_registries: set[Registry] = (
+            set()
+        )  # those of which it is known what they ask for: as many as are intercepted
 
-    async def of(self, registry: Registry) -> list[Challenge]:
+    async def get(self, registry: Registry) -> list[Challenge]:
         """Return what `registry` asks for; nothing where it lets anyone in. Raise `UpstreamError` if it never said."""
-        fields, age = self._remembered(registry)
-        if fields is None or not 0 <= age < _FRESH:
+        fields, age = self._load(registry)
+        if fields is None or not 0 <= age < _CHALLENGE_TTL:
             try:
-                fields = await self._asking.do(registry, lambda: self._ask(registry))
+                fields = await self._requests.do(registry, lambda: self._fetch(registry))
             except RegistryError as error:
                 if fields is None or not is_outage(error):
                     raise
         return parse_challenges(fields)
 
-    def remembered(self, registry: Registry) -> list[Challenge]:
+    def cached(self, registry: Registry) -> list[Challenge]:
         """Return what `registry` was last known to ask for, without asking."""
-        return parse_challenges(self._remembered(registry)[0] or [])
+        return parse_challenges(self._load(registry)[0] or [])
 
-    async def meet(self, registry: Registry) -> None:
+    async def ensure_known(self, registry: Registry) -> None:
         """Find out what `registry` asks for, where that is unknown: which login is good there depends on it."""
-        if registry in self._met:
+        if registry in self._known_registries:
             return
-        if self._remembered(registry)[0] is None:
+        if self._load(registry)[0] is None:
             with suppress(RegistryError):
-                await self.of(registry)
-                self._met.add(registry)
+                await self.get(registry)
+                self._known_registries.add(registry)
         else:
-            self._met.add(registry)
-            self.recall([registry])  # it may be another process that found out
+            self._known_registries.add(registry)
+            self.restore([registry])  # it may be another process that found out
 
-    def recall(self, registries: Iterable[Registry]) -> None:
+    def restore(self, registries: Iterable[Registry]) -> None:
         """Tell `learned` what is remembered of `registries` from before."""
         for registry in registries:
-            self._learned(registry, self.remembered(registry))
+            self._on_challenge(registry, self.cached(registry))
 
     def realm(self, registry: Registry) -> Realm | None:
         """Return where `registry` was last known to send its clients for tokens."""
-        for challenge in self.remembered(registry):
+        for challenge in self.cached(registry):
             if challenge.scheme == "bearer":
                 return Realm.parse(challenge.parameters.get("realm", ""))
         return None
 
-    def tell(self, registry: Registry, fields: Iterable[str], *, secure: bool) -> list[tuple[str, str]]:
+    def render_for(self, registry: Registry, fields: Iterable[str], *, secure: bool) -> list[tuple[str, str]]:
         """Return WWW-Authenticate fields for a client that reached us as `registry`, over TLS if `secure`."""
-        told = []
+        rendered = []
         for challenge in parse_challenges(fields):
             if challenge.scheme == "bearer":
-                challenge = self._with_our_realm(registry, challenge, secure)
-            told.append(("WWW-Authenticate", challenge.render()))
-        return told
+                challenge = self._with_local_realm(registry, challenge, secure)
+            rendered.append(("WWW-Authenticate", challenge.render()))
+        return rendered
 
-    def _with_our_realm(self, registry: Registry, challenge: Challenge, secure: bool) -> Challenge:
+    def _with_local_realm(self, registry: Registry, challenge: Challenge, secure: bool) -> Challenge:
         realm = Realm.parse(challenge.parameters.get("realm", ""))
         if realm is not None and realm.server.host in self._intercepted:
             return challenge
         scheme = "https" if secure else "http"
         return challenge.with_parameter("realm", Registry(registry.host, scheme).origin + TOKEN_PATH)
 
-    def _remembered(self, registry: Registry) -> tuple[list[str] | None, float]:
+    def _load(self, registry: Registry) -> tuple[list[str] | None, float]:
         record = self._records.get("challenge", str(registry))
         if record is None:
-            return ([_HUB_CHALLENGE], _FRESH) if str(registry) == _HUB else (None, 0.0)
-        fields, checked = record.get("fields"), record.get("checked")
-        if not isinstance(fields, list) or not isinstance(checked, int | float):
+            return ([_HUB_CHALLENGE], _CHALLENGE_TTL) if str(registry) == _HUB else (None, 0.0)
+        fields, checked_at = record.get("fields"), record.get("checked")
+        if not isinstance(fields, list) or not isinstance(checked_at, int | float):
             return None, 0.0
-        return [str(field) for field in fields], self._clock() - checked
+        return [str(field) for field in fields], self._clock() - checked_at
 
-    async def _ask(self, registry: Registry) -> list[str]:
-        answer = await self._transport.request("GET", registry.origin + "/v2/", Headers())
-        fields = answer.headers.all("www-authenticate") if answer.status == 401 else []
+    async def _fetch(self, registry: Registry) -> list[str]:
+        response = await self._agent.request("GET", registry.origin + "/v2/", Headers())
+        fields = response.headers.all("www-authenticate") if response.status == 401 else []
         # A redirect (registry.k8s.io) leads to where the content is open to all.
-        if answer.status != 401 and not 200 <= answer.status < 400:
-            raise await refuse(registry, answer)
-        await answer.discard()
-        if answer.status == 200 and (answer.headers.get("content-type") or "").lower().startswith("text/html"):
+        if response.status != 401 and not 200 <= response.status < 400:
+            raise await error_from_response(registry, response)
+        await response.discard()
+        if response.status == 200 and (response.headers.get("content-type") or "").lower().startswith("text/html"):
             raise UpstreamBroken(f"{registry} answers /v2/ with a web page: it is no registry")
-        remember(self._records, {"fields": fields, "checked": self._clock()}, "challenge", str(registry))
-        self._learned(registry, parse_challenges(fields))
+        try_put(self._records, {"fields": fields, "checked": self._clock()}, "challenge", str(registry))
+        self._on_challenge(registry, parse_challenges(fields))
         return fields

@@ -11,12 +11,12 @@ from dockerproxy.errors import UpstreamBroken
 from dockerproxy.store.ingest import Followed, Ingest
 
 if TYPE_CHECKING:
-    from dockerproxy.cache.flights import Flight
+    from dockerproxy.cache.downloads import BlobDownload
 
-_LOOK_EVERY = 0.01  # seconds between two looks at the file
+_POLL_INTERVAL = 0.01  # seconds between two looks at the file
 
 
-async def follow(reactor: Any, flight: Flight, ingests: Ingests, followed: Followed) -> Ingest | None:
+async def _follow_ingest(reactor: Any, download: BlobDownload, ingests: Ingests, foreign: Followed) -> Ingest | None:
     """Let the readers of `flight` have what comes, to the end of it.
 
     Return the right to go on where the other process has died, None where it published the blob or gave it up. Raise
@@ -24,26 +24,26 @@ async def follow(reactor: Any, flight: Flight, ingests: Ingests, followed: Follo
     """
     ingest = None
     try:
-        while followed.is_present and (ingest := followed.taken_over()) is None:
-            _look(flight, ingests, followed)
-            await deferLater(reactor, _LOOK_EVERY)
-        _look(flight, ingests, followed)
+        while foreign.is_present and (ingest := foreign.taken_over()) is None:
+            _update_from(download, ingests, foreign)
+            await deferLater(reactor, _POLL_INTERVAL)
+        _update_from(download, ingests, foreign)
     except BaseException:
         if ingest is not None:
             ingest.release()
         raise
     finally:
         if ingest is None:
-            followed.close()
+            foreign.close()
     return ingest
 
 
-def _look(flight: Flight, ingests: Ingests, followed: Followed) -> None:
-    if not flight.opened and (announced := ingests.announced(flight.digest)) is not None:
-        flight.open(announced)
-    size = followed.size
-    if size < flight.written:
+def _update_from(download: BlobDownload, ingests: Ingests, foreign: Followed) -> None:
+    if not download.started and (info := ingests.read_info(download.digest)) is not None:
+        download.mark_started(info)
+    size = foreign.size
+    if size < download.written:
         # What readers have of it was never hashed.
-        raise UpstreamBroken(f"another process took back what it had received of {flight.digest}")
-    if size > flight.written:
-        flight.grow(size)
+        raise UpstreamBroken(f"another process took back what it had received of {download.digest}")
+    if size > download.written:
+        download.grow(size)

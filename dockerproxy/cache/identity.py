@@ -24,11 +24,11 @@ from dockerproxy.upstream.credentials import Anonymous, Configured, Credential
 PUBLIC = "public"
 """The identity of everyone: what it may read, all may."""
 
-LIFETIME = 3600
+TOKEN_LIFETIME = 3600
 """Seconds for which a token of ours holds."""
 
-_PREFIX = "drp."
-_MAX_BOUND = 10_000
+_TOKEN_PREFIX = "drp."
+_MAX_BINDINGS = 10_000
 
 
 @define
@@ -38,21 +38,21 @@ class Bindings:
     `tell` is called with each pair that is found out here: for other processes, which `note` it.
     """
 
-    tell: Callable[[str, str], None] = lambda token, client: None
+    on_bind: Callable[[str, str], None] = lambda token, client: None
     _clients: OrderedDict[str, str] = field(factory=OrderedDict, init=False)
 
     def bind(self, token: str, client: str) -> None:
         """Let `token` stand for `client`, here and in other processes."""
-        self.note(token, client)
-        self.tell(token, client)
+        self.add(token, client)
+        self.on_bind(token, client)
 
-    def note(self, token: str, client: str) -> None:
+    def add(self, token: str, client: str) -> None:
         """Let `token` stand for `client`, as another process found out."""
         self._clients[token] = client
-        while len(self._clients) > _MAX_BOUND:
+        while len(self._clients) > _MAX_BINDINGS:
             self._clients.popitem(last=False)
 
-    def client(self, identity: str) -> str:
+    def resolve(self, identity: str) -> str:
         """Return whom `identity` stands for, itself if that is not known."""
         return self._clients.get(identity, identity)
 
@@ -69,28 +69,28 @@ class Identities:
         """Use the secret kept at `path` (mode 0600), made on first use. Raises OSError."""
         return cls(kept_secret(path), bindings)
 
-    def of(self, registry: Registry, credential: Credential) -> str:
+    def for_credential(self, registry: Registry, credential: Credential) -> str:
         """Return the identity that `credential` stands for at `registry`."""
         if isinstance(credential, Anonymous):
             return PUBLIC
         if isinstance(credential, Configured):
             return "login:" + self._hash(f"{registry}\n{credential.user}")
-        return self._bindings.client(self._own(credential.authorization))
+        return self._bindings.resolve(self._client_identity(credential.authorization))
 
     def bind(self, token: str, authorization: str) -> None:
         """Note that upstream gave `token` for `authorization`: the two are one client."""
-        self._bindings.bind(self._own(f"Bearer {token}"), self._own(authorization))
+        self._bindings.bind(self._client_identity(f"Bearer {token}"), self._client_identity(authorization))
 
-    def of_authorization(self, authorization: str) -> str:
+    def for_authorization(self, authorization: str) -> str:
         """Return the identity of a client's own Authorization."""
-        return self._own(authorization)
+        return self._client_identity(authorization)
 
-    def issue(self, registry: Registry, identity: str, now: float) -> str:
+    def issue_token(self, registry: Registry, identity: str, now: float) -> str:
         """Return a token of ours for `registry` that vouches for `identity` (PUBLIC: for nobody)."""
-        payload = f"{registry}\n{identity}\n{int(now) + LIFETIME}".encode()
-        return _PREFIX + urlsafe_b64encode(payload + self._sign(payload)).decode()
+        payload = f"{registry}\n{identity}\n{int(now) + TOKEN_LIFETIME}".encode()
+        return _TOKEN_PREFIX + urlsafe_b64encode(payload + self._sign(payload)).decode()
 
-    def read(self, registry: Registry, authorization: str, now: float) -> str | None:
+    def read_token(self, registry: Registry, authorization: str, now: float) -> str | None:
         """Return the identity that an Authorization with a token of ours vouches for.
 
         None where it is no token of ours: then it is the client's own. A token of ours that has ended, was altered or
@@ -98,19 +98,19 @@ class Identities:
         """
         scheme, _, token = authorization.partition(" ")
         token = token.strip()
-        if scheme.lower() != "bearer" or not token.startswith(_PREFIX):
+        if scheme.lower() != "bearer" or not token.startswith(_TOKEN_PREFIX):
             return None
         try:
-            signed = urlsafe_b64decode(token.removeprefix(_PREFIX))
+            signed = urlsafe_b64decode(token.removeprefix(_TOKEN_PREFIX))
             payload, signature = signed[:-32], signed[-32:]
             if not hmac.compare_digest(signature, self._sign(payload)):
                 return ""
-            host, identity, ends = payload.decode().split("\n")
+            host, identity, expires_at = payload.decode().split("\n")
         except ValueError:
             return ""
-        return identity if host == str(registry) and now < int(ends) else ""
+        return identity if host == str(registry) and now < int(expires_at) else ""
 
-    def _own(self, authorization: str) -> str:
+    def _client_identity(self, authorization: str) -> str:
         return "own:" + self._hash(authorization)
 
     def _hash(self, text: str) -> str:

@@ -11,18 +11,18 @@ from typing import Any
 
 from attrs import asdict, frozen
 
-from dockerproxy.cache.notes import forget, remember
+from dockerproxy.cache.best_effort import try_put, try_remove
 from dockerproxy.oci.names import Digest
 from dockerproxy.store.blobs import Blobs
 from dockerproxy.store.ingest import Followed, Ingest
 from dockerproxy.store.layout import Layout
 from dockerproxy.store.records import Records
 
-_KIND = "flight"
+_RECORD_KIND = "flight"
 
 
 @frozen
-class Announcement:
+class DownloadInfo:
     """What upstream began to send: `size` bytes (None: it does not say), to `identity`, out of the repository `key`.
 
     `opened` is the reactor's time, which processes share.
@@ -43,7 +43,7 @@ class Ingests:
     _records: Records
     shared: bool = False
 
-    def enter(self, digest: Digest) -> Ingest | Followed | None:
+    def acquire(self, digest: Digest) -> Ingest | Followed | None:
         """Return the right to write the ingest of `digest`, or it as another process writes it.
 
         None where the blob has come meanwhile. Blocks. Raises `OSError`.
@@ -55,31 +55,31 @@ class Ingests:
                     ingest.discard()
                     return None
                 return ingest
-            followed = Followed.open(self._layout, digest)
-            if followed is not None:
-                return followed
+            foreign = Followed.open(self._layout, digest)
+            if foreign is not None:
+                return foreign
 
     def is_published(self, digest: Digest) -> bool:
         """Say whether the blob is here."""
         return self._blobs.exists(digest)
 
-    def announce(self, digest: Digest, announcement: Announcement) -> None:
+    def publish_info(self, digest: Digest, info: DownloadInfo) -> None:
         """Tell the others what is being written."""
         if self.shared:
-            remember(self._records, asdict(announcement), _KIND, str(digest))
+            try_put(self._records, asdict(info), _RECORD_KIND, str(digest))
 
-    def withdraw(self, digest: Digest) -> None:
+    def remove_info(self, digest: Digest) -> None:
         """Take back what was announced."""
         if self.shared:
-            forget(self._records, _KIND, str(digest))
+            try_remove(self._records, _RECORD_KIND, str(digest))
 
-    def announced(self, digest: Digest) -> Announcement | None:
+    def read_info(self, digest: Digest) -> DownloadInfo | None:
         """Return what the writer announced, None while it did not."""
-        return _announcement(self._records.get(_KIND, str(digest)) or {})
+        return _parse_info(self._records.get(_RECORD_KIND, str(digest)) or {})
 
 
-def _announcement(record: Mapping[str, Any]) -> Announcement | None:
+def _parse_info(record: Mapping[str, Any]) -> DownloadInfo | None:
     match record:
         case {"size": int() | None as size, "key": str(key), "identity": str(identity), "opened": float(opened)}:
-            return Announcement(size, key, identity, opened)
+            return DownloadInfo(size, key, identity, opened)
     return None

@@ -15,8 +15,14 @@ from dockerproxy.cache.blobs import CachedBlobs
 from dockerproxy.cache.challenges import TOKEN_PATH, Challenges
 from dockerproxy.cache.identity import Identities
 from dockerproxy.cache.manifests import CachedManifests
-from dockerproxy.cache.origin import Answer, Origin, Upstream, Visitor, refuse
-from dockerproxy.cache.tokens import TokenDesk, TokenRequest
+from dockerproxy.cache.token_endpoint import TokenEndpoint, TokenRequest
+from dockerproxy.cache.upstream import (
+    Principal,
+    RegistryClient,
+    UpstreamRepository,
+    UpstreamResponse,
+    error_from_response,
+)
 from dockerproxy.errors import (
     ManifestInvalid,
     NameUnknown,
@@ -42,14 +48,14 @@ class PullThrough:
     every client, or None.
     """
 
-    upstream: Upstream
+    upstream: RegistryClient
     identities: Identities
     challenges: Challenges
-    desk: TokenDesk
+    token_endpoint: TokenEndpoint
     manifests: CachedManifests
     blobs: CachedBlobs
     registries: Iterable[Registry]
-    login: Callable[[Registry], Configured | None]
+    login_for: Callable[[Registry], Configured | None]
     clock: Callable[[], float]
 
     def registry(self, registry: Registry, authorization: str | None) -> CachedRegistry:
@@ -57,10 +63,12 @@ class PullThrough:
 
         Of one that bears a token of ours which has ended, or was given for another registry, only `Unauthorized` comes.
         """
-        voucher = self.identities.read(registry, authorization, self.clock()) if authorization is not None else None
-        return CachedRegistry(self, registry, authorization if voucher is None else None, voucher)
+        fallback_identity = (
+            self.identities.read_token(registry, authorization, self.clock()) if authorization is not None else None
+        )
+        return CachedRegistry(self, registry, authorization if fallback_identity is None else None, fallback_identity)
 
-    def served_at(self, host: Registry, path: str) -> Registry | None:
+    def registry_for_realm(self, host: Registry, path: str) -> Registry | None:
         """Return the registry whose tokens are given out at `path` of `host`, if any."""
         if path == TOKEN_PATH:
             return host if self.challenges.realm(host) is not None else None
@@ -75,11 +83,11 @@ class PullThrough:
         realm = self.challenges.realm(registry)
         if realm is None:
             raise NameUnknown(f"{registry} has no token server")
-        return await self.desk.token(registry, realm, TokenRequest(query, authorization, form))
+        return await self.token_endpoint.token(registry, realm, TokenRequest(query, authorization, form))
 
 
 @frozen
-class Referrers:
+class UpstreamReferrers:
     """An index of referrers; `filtered` says whether the artifact type that was asked for is applied."""
 
     content: bytes
@@ -96,90 +104,94 @@ class CachedRegistry:
     cache: PullThrough
     registry: Registry
     authorization: str | None = field(repr=False)
-    voucher: str | None
+    fallback_identity: str | None
 
     @property
     def credential(self) -> Credential:
         """What speaks for the client upstream: its own, which wins, or the login that is shared, or nothing."""
         if self.authorization is not None:
             return Own(self.authorization)
-        return self.cache.login(self.registry) or Anonymous()
+        return self.cache.login_for(self.registry) or Anonymous()
 
-    async def visitor(self, name: Repository) -> Visitor:
+    async def principal(self, name: Repository) -> Principal:
         """Return the client as it stands before the repository `name`. Raise `Unauthorized`."""
         self._check_token()
-        await self.cache.challenges.meet(self.registry)
+        await self.cache.challenges.ensure_known(self.registry)
         credential = self.credential
-        identity = self.cache.identities.of(self.registry, credential)
-        return Visitor(Origin(self.registry, name, credential), identity, self.voucher)
+        identity = self.cache.identities.for_credential(self.registry, credential)
+        return Principal(UpstreamRepository(self.registry, name, credential), identity, self.fallback_identity)
 
     async def manifest(
         self, name: Repository, reference: Reference, accept: list[str], *, head: bool
     ) -> ManifestAnswer:
         """Return a manifest. Raise `UpstreamRefused`, `UpstreamError`."""
-        return await self.cache.manifests.get(await self.visitor(name), reference, accept, head=head)
+        return await self.cache.manifests.get(await self.principal(name), reference, accept, head=head)
 
     async def blob(self, name: Repository, digest: Digest, *, head: bool) -> BlobAnswer:
         """Return a blob. Raise `UpstreamRefused`, `UpstreamError`."""
-        blobs, visitor = self.cache.blobs, await self.visitor(name)
-        return await (blobs.head(visitor, digest) if head else blobs.get(visitor, digest))
+        blobs, principal = self.cache.blobs, await self.principal(name)
+        return await (blobs.head(principal, digest) if head else blobs.get(principal, digest))
 
     async def ping(self) -> None:
         """Answer `/v2/`: return where the client may go on, raise `Unauthorized` where it has to show something."""
         self._check_token()
         if self.authorization is not None:
             await self._ping_upstream()
-        elif self.voucher is None and not self._is_open(await self.cache.challenges.of(self.registry)):
+        elif self.fallback_identity is None and not self._allows_anonymous(
+            await self.cache.challenges.get(self.registry)
+        ):
             raise Unauthorized("authentication required")
 
     async def _ping_upstream(self) -> None:
         """Let upstream judge what the client shows; while it cannot, each repository's own check has to do."""
         try:
-            answer = await self.forward("GET", "/v2/", None, Headers())
-            if answer.status == 401:
-                raise await refuse(self.registry, answer)
-            await answer.discard()
+            response = await self.forward("GET", "/v2/", None, Headers())
+            if response.status == 401:
+                raise await error_from_response(self.registry, response)
+            await response.discard()
         except RegistryError as error:
             if not is_outage(error):
                 raise
 
-    def _is_open(self, challenges: list[Challenge]) -> bool:
+    def _allows_anonymous(self, challenges: list[Challenge]) -> bool:
         """Whether a client that shows nothing can go on: nothing is asked, or a Basic login that is shared."""
-        shared = self.cache.login(self.registry) is not None
-        return not challenges or (shared and all(challenge.scheme == "basic" for challenge in challenges))
+        has_shared_login = self.cache.login_for(self.registry) is not None
+        return not challenges or (has_shared_login and all(challenge.scheme == "basic" for challenge in challenges))
 
     def _check_token(self) -> None:
-        if self.voucher == "":
+        if self.fallback_identity == "":
             raise Unauthorized("the token has ended")
 
-    async def referrers(self, name: Repository, digest: Digest, query: str, artifact_type: str | None) -> Referrers:
+    async def referrers(
+        self, name: Repository, digest: Digest, query: str, artifact_type: str | None
+    ) -> UpstreamReferrers:
         """Return the referrers of `digest`; those of the fallback tag where upstream has no referrers API."""
         self._check_token()
         path = f"/v2/{name}/referrers/{digest}" + (f"?{query}" if query else "")
-        answer = await self.cache.upstream.request(
+        response = await self.cache.upstream.request(
             "GET", self.registry, path,
             name=name, credential=self.credential, headers=Headers([("accept", OCI_INDEX)]),
         )  # fmt: skip
-        if answer.status == 200:
-            filtered = "artifactType" in (answer.headers.get("oci-filters-applied") or "")
-            content = await answer.read_all(MAX_MANIFEST)
-            self._filter(content, "")
-            return Referrers(content, filtered)
-        if answer.status != 404:
-            raise await refuse(self.registry, answer)
-        await answer.discard()
+        if response.status == 200:
+            filtered = "artifactType" in (response.headers.get("oci-filters-applied") or "")
+            content = await response.read_all(MAX_MANIFEST)
+            self._filter_referrers(content, "")
+            return UpstreamReferrers(content, filtered)
+        if response.status != 404:
+            raise await error_from_response(self.registry, response)
+        await response.discard()
         try:
-            found = await self.manifest(name, fallback_tag(digest), [OCI_INDEX], head=False)
-            content = found.content or EMPTY_INDEX
+            manifest = await self.manifest(name, fallback_tag(digest), [OCI_INDEX], head=False)
+            content = manifest.content or EMPTY_INDEX
         except UpstreamRefused as error:
             if error.status != 404:
                 raise
             content = EMPTY_INDEX
         if artifact_type is None:
-            return Referrers(content, False)
-        return Referrers(self._filter(content, artifact_type), True)
+            return UpstreamReferrers(content, False)
+        return UpstreamReferrers(self._filter_referrers(content, artifact_type), True)
 
-    def _filter(self, index: bytes, artifact_type: str) -> bytes:
+    def _filter_referrers(self, index: bytes, artifact_type: str) -> bytes:
         try:
             return filter_referrers(index, artifact_type)
         except ManifestInvalid:
@@ -187,7 +199,7 @@ class CachedRegistry:
 
     async def forward(
         self, method: str, path: str, name: Repository | None, headers: Headers, body: Any = None
-    ) -> Answer:
+    ) -> UpstreamResponse:
         """Return upstream's answer to a request as it is, redirects included; its body is the caller's to read."""
         self._check_token()
         credential = self.credential
@@ -204,5 +216,5 @@ class CachedRegistry:
         """Return the WWW-Authenticate fields that go with a 401: upstream's own, or the registry's usual ones."""
         fields = [value for name, value in error.headers if name.lower() == "www-authenticate"]
         if not fields:
-            fields = [challenge.render() for challenge in self.cache.challenges.remembered(self.registry)]
-        return self.cache.challenges.tell(self.registry, fields, secure=secure)
+            fields = [challenge.render() for challenge in self.cache.challenges.cached(self.registry)]
+        return self.cache.challenges.render_for(self.registry, fields, secure=secure)

@@ -7,13 +7,13 @@ from collections.abc import Callable
 from dockerproxy.oci.contents import ManifestAnswer
 from dockerproxy.oci.names import Digest
 
-_FRESH = 30.0  # seconds; reading it again dates its last use, and finds the media type that another process wrote
-_LARGEST = 256 * 1024  # bytes of a manifest; those of images have some KiB
-_MOST = 4 * 1024 * 1024  # bytes of all
-_EACH = 1024  # bytes that an entry takes besides its content, about
+_MEMORY_TTL = 30.0  # seconds; reading it again dates its last use, and finds the media type that another process wrote
+_MEMORY_MAX_MANIFEST = 256 * 1024  # bytes of a manifest; those of images have some KiB
+_MEMORY_MAX_TOTAL = 4 * 1024 * 1024  # bytes of all
+_MEMORY_ENTRY_OVERHEAD = 1024  # bytes that an entry takes besides its content, about
 
 
-class RememberedManifests:
+class ManifestMemoryCache:
     """Manifests by repository and digest, for a while. `clock` is in seconds.
 
     That a repository has a manifest is not remembered: what was removed has to be gone at once, in all processes.
@@ -29,23 +29,23 @@ class RememberedManifests:
         entry = self._entries.get((key, digest))
         if entry is None:
             return None
-        if not 0 <= self._clock() - entry[0] < _FRESH:  # or the clock was set back
-            self.forget(key, digest)
+        if not 0 <= self._clock() - entry[0] < _MEMORY_TTL:  # or the clock was set back
+            self.remove(key, digest)
             return None
         return entry[1]
 
-    def add(self, key: str, answer: ManifestAnswer) -> None:
+    def add(self, key: str, manifest: ManifestAnswer) -> None:
         """Remember an answer with its content, unless that is unusually large."""
-        self.forget(key, answer.digest)
-        if answer.size > _LARGEST:
+        self.remove(key, manifest.digest)
+        if manifest.size > _MEMORY_MAX_MANIFEST:
             return
-        self._entries[key, answer.digest] = self._clock(), answer
-        self._size += answer.size + _EACH
-        while self._size > _MOST:
-            self.forget(*next(iter(self._entries)))
+        self._entries[key, manifest.digest] = self._clock(), manifest
+        self._size += manifest.size + _MEMORY_ENTRY_OVERHEAD
+        while self._size > _MEMORY_MAX_TOTAL:
+            self.remove(*next(iter(self._entries)))
 
-    def forget(self, key: str, digest: Digest) -> None:
+    def remove(self, key: str, digest: Digest) -> None:
         """Forget a manifest."""
         entry = self._entries.pop((key, digest), None)
         if entry is not None:
-            self._size -= entry[1].size + _EACH
+            self._size -= entry[1].size + _MEMORY_ENTRY_OVERHEAD

@@ -8,7 +8,7 @@ from typing import Any
 from attrs import define, field
 from twisted.internet.defer import Deferred
 
-from dockerproxy.cache.room import CacheRoom
+from dockerproxy.cache.space import CacheSpaceManager
 from dockerproxy.concurrency import LocalKeyedLock, spawn
 from dockerproxy.oci.names import Digest
 from dockerproxy.store.ingest import Ingest
@@ -22,7 +22,7 @@ class ReservationTable:
     another has reserved by now stays.
     """
 
-    space: CacheRoom
+    space: CacheSpaceManager
     _owners: dict[Digest, object] = field(factory=dict, init=False)
 
     async def reserve(self, owner: object, digest: Digest, size: int, existing_size: int) -> bool:
@@ -55,19 +55,19 @@ class LocalCacheSpace:
         self._reservations.release(self, digest)
 
     async def commit(self, ingest: Ingest) -> None:
-        await self._reservations.space.keep(ingest)
+        await self._reservations.space.commit(ingest)
 
     async def record(self, digest: Digest, size: int) -> None:
-        await self._reservations.space.count(digest, size)
+        await self._reservations.space.record(digest, size)
 
     def pin(self, digest: Digest) -> None:
-        self._reservations.space.hold(digest)
+        self._reservations.space.pin(digest)
 
     def unpin(self, digest: Digest) -> None:
-        self._reservations.space.let_go(digest)
+        self._reservations.space.unpin(digest)
 
     async def usage(self) -> tuple[int, int]:
-        return await self._reservations.space.taken()
+        return await self._reservations.space.usage()
 
 
 @define(eq=False)
@@ -85,9 +85,9 @@ class WorkerSession:
         return {
             "reserve": self._reserve,
             "release": lambda digest: self._reservations.release(self, Digest.parse(digest)),
-            "count": lambda digest, size: self._reservations.space.count(Digest.parse(digest), size),
+            "count": lambda digest, size: self._reservations.space.record(Digest.parse(digest), size),
             "used": self._mark_used,
-            "taken": self._reservations.space.taken,
+            "taken": self._reservations.space.usage,
             "turn": self._lock,
             "turn_ended": self._unlock,
         }
@@ -104,7 +104,7 @@ class WorkerSession:
 
     def _mark_used(self, digests: list[str]) -> None:
         for digest in digests:
-            self._reservations.space.note_use(Digest.parse(digest))
+            self._reservations.space.touch(Digest.parse(digest))
 
     def _lock(self, key: str, lock_id: int) -> Deferred[bool]:
         """Give the turn that the worker calls `number`; it ends by `turn_ended`, which may come before it begins."""

@@ -64,7 +64,7 @@ class WorkerProcess:
             "reload": self._reload,
             "stop": self._stop,
             "hurry": self._abort,
-            "bound": bindings.note,
+            "bound": bindings.add,
         }
         self._rpc = RPC(reactor, sock, handlers, on_descriptor=self._on_descriptor, on_closed=self._parent_lost)
         cache_space = RemoteCacheSpace(reactor, self._rpc, Blobs(Layout(settings.cache_dir), durable=False))

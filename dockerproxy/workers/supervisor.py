@@ -85,7 +85,7 @@ class WorkerSupervisor(Service):
         self._watchdog.clock = reactor
         self._stopping = False
         self._bindings = bindings
-        bindings.tell = partial(self._broadcast_binding, None)
+        bindings.on_bind = partial(self._broadcast_binding, None)
 
     # connections
 
@@ -184,7 +184,7 @@ class WorkerSupervisor(Service):
             self._on_worker_ended(worker, "it could not be asked for")
 
     def _on_token_bound(self, worker: WorkerHandle, token: str, client: str) -> None:
-        self._bindings.note(token, client)
+        self._bindings.add(token, client)
         self._broadcast_binding(worker, token, client)
 
     def _broadcast_binding(self, source: WorkerHandle | None, token: str, client: str) -> None:

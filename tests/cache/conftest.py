@@ -10,33 +10,33 @@ from typing import Any
 import pytest
 from twisted.logger import formatEvent, globalLogPublisher
 
-from tests.cache.stand_ins.world import World
+from tests.cache.support.harness import CacheHarness
 
 
 @pytest.fixture
-def make_world(tmp_path: Path) -> Iterator[Callable[..., World]]:
+def make_harness(tmp_path: Path) -> Iterator[Callable[..., CacheHarness]]:
     """Return a function that makes a cache on the test's folder; another one is the same after a restart.
 
     No cache may leave a descriptor open, a download that nobody ends, or content pinned.
     """
-    worlds: list[World] = []
+    harnesses: list[CacheHarness] = []
 
-    def make(**settings: Any) -> World:
-        worlds.append(World(tmp_path, **settings))
-        return worlds[-1]
+    def make(**settings: Any) -> CacheHarness:
+        harnesses.append(CacheHarness(tmp_path, **settings))
+        return harnesses[-1]
 
     yield make
-    for world in worlds:
-        world.check_ends()
+    for harness in harnesses:
+        harness.assert_no_leaks()
 
 
 @pytest.fixture
-def world(make_world: Callable[..., World]) -> World:
-    return make_world()
+def harness(make_harness: Callable[..., CacheHarness]) -> CacheHarness:
+    return make_harness()
 
 
 @pytest.fixture
-def logged() -> Iterator[list[str]]:
+def log_lines() -> Iterator[list[str]]:
     """What is logged while the test runs."""
     lines: list[str] = []
 

@@ -7,16 +7,16 @@ from pathlib import Path
 import pytest
 from twisted.internet.task import Clock
 
-from dockerproxy.cache.access import FRESH, OUTAGE, Access, Standing
+from dockerproxy.cache.access import GRANT_TTL, STALE_GRANT_TTL, Access, AccessState
 from dockerproxy.cache.identity import PUBLIC
 from dockerproxy.store.records import Records
 
 KEY = "registry-1.docker.io/library/app"
-OWN, LOGIN = "own:0123", "login:4567"
+CLIENT, LOGIN = "own:0123", "login:4567"
 EPOCH = 1_700_000_000.0
 
 
-class Case:
+class AccessHarness:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.clock = Clock()
@@ -28,197 +28,200 @@ class Case:
     def now(self) -> float:
         return EPOCH + float(self.clock.seconds())
 
-    def prove(self, identity: str, key: str = KEY) -> None:
-        self.access.proven(key, identity, self.now())
+    def grant(self, identity: str, key: str = KEY) -> None:
+        self.access.record_grant(key, identity, self.now())
 
-    def standing(self, identity: str, key: str = KEY) -> Standing:
-        return self.access.standing(key, identity)
+    def state(self, identity: str, key: str = KEY) -> AccessState:
+        return self.access.state(key, identity)
 
 
 @pytest.fixture
-def case(tmp_path: Path) -> Iterator[Case]:
-    yield Case(tmp_path)
+def harness(tmp_path: Path) -> Iterator[AccessHarness]:
+    yield AccessHarness(tmp_path)
 
 
-@pytest.mark.parametrize("identity", [PUBLIC, OWN, LOGIN])
-def test_nobody_is_known(case: Case, identity: str) -> None:
-    assert case.standing(identity) is Standing.UNKNOWN
+@pytest.mark.parametrize("identity", [PUBLIC, CLIENT, LOGIN])
+def test_unknown_identity_has_no_access(harness: AccessHarness, identity: str) -> None:
+    assert harness.state(identity) is AccessState.UNKNOWN
 
 
-@pytest.mark.parametrize("identity", [PUBLIC, OWN, LOGIN])
+@pytest.mark.parametrize("identity", [PUBLIC, CLIENT, LOGIN])
 @pytest.mark.parametrize("restart", [False, True])
-def test_a_yes_holds_for_a_while(case: Case, identity: str, restart: bool) -> None:
-    case.prove(identity)
+def test_grant_is_fresh_then_stale(harness: AccessHarness, identity: str, restart: bool) -> None:
+    harness.grant(identity)
     if restart:
-        case.restart()
-    case.clock.advance(FRESH - 1)
-    assert case.standing(identity) is Standing.PROVEN
-    case.clock.advance(1)
-    assert case.standing(identity) is Standing.STALE
+        harness.restart()
+    harness.clock.advance(GRANT_TTL - 1)
+    assert harness.state(identity) is AccessState.GRANTED
+    harness.clock.advance(1)
+    assert harness.state(identity) is AccessState.GRANTED_STALE
 
 
-def test_it_is_for_one_identity_and_one_repository(case: Case) -> None:
-    case.prove(OWN)
-    assert case.standing("own:other") is Standing.UNKNOWN
-    assert case.standing(PUBLIC) is Standing.UNKNOWN
-    assert case.standing(OWN, KEY + "2") is Standing.UNKNOWN
+def test_grant_is_per_identity_and_repository(harness: AccessHarness) -> None:
+    harness.grant(CLIENT)
+    assert harness.state("own:other") is AccessState.UNKNOWN
+    assert harness.state(PUBLIC) is AccessState.UNKNOWN
+    assert harness.state(CLIENT, KEY + "2") is AccessState.UNKNOWN
 
 
-@pytest.mark.parametrize("identity", [OWN, LOGIN])
-def test_what_all_may_each_may(case: Case, identity: str) -> None:
-    case.prove(PUBLIC)
-    assert case.standing(identity) is Standing.PROVEN
-    case.clock.advance(FRESH)
-    assert case.standing(identity) is Standing.STALE
-    case.prove(identity)
-    assert case.standing(identity) is Standing.PROVEN
-    assert case.standing(PUBLIC) is Standing.STALE
+@pytest.mark.parametrize("identity", [CLIENT, LOGIN])
+def test_public_grant_covers_every_identity(harness: AccessHarness, identity: str) -> None:
+    harness.grant(PUBLIC)
+    assert harness.state(identity) is AccessState.GRANTED
+    harness.clock.advance(GRANT_TTL)
+    assert harness.state(identity) is AccessState.GRANTED_STALE
+    harness.grant(identity)
+    assert harness.state(identity) is AccessState.GRANTED
+    assert harness.state(PUBLIC) is AccessState.GRANTED_STALE
 
 
 @pytest.mark.parametrize("restart", [False, True])
-def test_a_clients_own_yes_ends(case: Case, restart: bool) -> None:
+def test_client_grant_expires_during_outage(harness: AccessHarness, restart: bool) -> None:
     """What is public, or read by the administrator's login, is served for as long as upstream is gone."""
-    for identity in (OWN, LOGIN):
-        case.prove(identity)
-    case.prove(PUBLIC, "public/key")
-    case.clock.advance(OUTAGE - 1)
+    for identity in (CLIENT, LOGIN):
+        harness.grant(identity)
+    harness.grant(PUBLIC, "public/key")
+    harness.clock.advance(STALE_GRANT_TTL - 1)
     if restart:
-        case.restart()
-    assert [case.standing(OWN), case.standing(LOGIN)] == [Standing.STALE, Standing.STALE]
-    case.clock.advance(1)
-    assert [case.standing(OWN), case.standing(LOGIN)] == [Standing.UNKNOWN, Standing.STALE]
-    case.clock.advance(1000 * OUTAGE)
-    assert case.standing(LOGIN) is Standing.STALE
-    assert case.standing(OWN, "public/key") is Standing.STALE
+        harness.restart()
+    assert [harness.state(CLIENT), harness.state(LOGIN)] == [AccessState.GRANTED_STALE, AccessState.GRANTED_STALE]
+    harness.clock.advance(1)
+    assert [harness.state(CLIENT), harness.state(LOGIN)] == [AccessState.UNKNOWN, AccessState.GRANTED_STALE]
+    harness.clock.advance(1000 * STALE_GRANT_TTL)
+    assert harness.state(LOGIN) is AccessState.GRANTED_STALE
+    assert harness.state(CLIENT, "public/key") is AccessState.GRANTED_STALE
 
 
-@pytest.mark.parametrize("identity", [PUBLIC, OWN, LOGIN])
+@pytest.mark.parametrize("identity", [PUBLIC, CLIENT, LOGIN])
 @pytest.mark.parametrize("restart", [False, True])
-def test_a_no_takes_it_back(case: Case, identity: str, restart: bool) -> None:
-    case.prove(identity)
-    case.prove("own:another")
-    case.access.refused(KEY, identity)
+def test_denial_revokes_grant(harness: AccessHarness, identity: str, restart: bool) -> None:
+    harness.grant(identity)
+    harness.grant("own:another")
+    harness.access.record_denial(KEY, identity)
     if restart:
-        case.restart()
-    assert case.standing(identity) is Standing.UNKNOWN
-    assert case.standing("own:another") is Standing.PROVEN
+        harness.restart()
+    assert harness.state(identity) is AccessState.UNKNOWN
+    assert harness.state("own:another") is AccessState.GRANTED
 
 
-@pytest.mark.parametrize("identity", [PUBLIC, OWN, LOGIN])
-def test_a_no_to_another_process_counts_when_upstream_is_gone(case: Case, identity: str) -> None:
+@pytest.mark.parametrize("identity", [PUBLIC, CLIENT, LOGIN])
+def test_denial_from_another_process_counts_during_outage(harness: AccessHarness, identity: str) -> None:
     """Both knew the yes. For a while nobody asks again, and then what one remembers is not the last word."""
-    other = Access(Records(case.root), case.now)
-    for access in (case.access, other):
-        access.proven(KEY, identity, case.now())
-    case.access.refused(KEY, identity)
-    case.prove("own:another")
-    case.clock.advance(FRESH)
-    assert other.standing(KEY, identity) is Standing.UNKNOWN
-    other.proven(KEY, identity, case.now())
-    assert case.standing(identity) is other.standing(KEY, identity) is Standing.PROVEN
+    other = Access(Records(harness.root), harness.now)
+    for access in (harness.access, other):
+        access.record_grant(KEY, identity, harness.now())
+    harness.access.record_denial(KEY, identity)
+    harness.grant("own:another")
+    harness.clock.advance(GRANT_TTL)
+    assert other.state(KEY, identity) is AccessState.UNKNOWN
+    other.record_grant(KEY, identity, harness.now())
+    assert harness.state(identity) is other.state(KEY, identity) is AccessState.GRANTED
 
 
-def test_a_no_to_one_who_was_not_known(case: Case) -> None:
-    case.access.refused(KEY, OWN)
-    assert list(case.root.iterdir()) == []
+def test_denial_without_grant_writes_nothing(harness: AccessHarness) -> None:
+    harness.access.record_denial(KEY, CLIENT)
+    assert list(harness.root.iterdir()) == []
 
 
-def test_a_yes_is_written_down_once_a_minute(case: Case) -> None:
-    case.prove(OWN)
-    [path] = case.root.rglob("*~.json")
+def test_grant_is_saved_once_a_minute(harness: AccessHarness) -> None:
+    harness.grant(CLIENT)
+    [path] = harness.root.rglob("*~.json")
     inode = path.stat().st_ino
-    case.clock.advance(59)
-    case.prove(OWN)
+    harness.clock.advance(59)
+    harness.grant(CLIENT)
     assert path.stat().st_ino == inode
-    case.clock.advance(2)
-    case.prove(OWN)
+    harness.clock.advance(2)
+    harness.grant(CLIENT)
     assert path.stat().st_ino != inode
-    case.clock.advance(FRESH - 1)
-    case.restart()
-    assert case.standing(OWN) is Standing.PROVEN
+    harness.clock.advance(GRANT_TTL - 1)
+    harness.restart()
+    assert harness.state(CLIENT) is AccessState.GRANTED
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_a_yes_that_others_wait_for_is_written_down_at_once(case: Case, shared: bool) -> None:
+def test_write_through_grant_is_saved_at_once(harness: AccessHarness, shared: bool) -> None:
     """Unless there are no others. One that nobody waits for has its minute."""
-    access, other = Access(Records(case.root), case.now, shared), Access(Records(case.root), case.now, shared)
-    access.proven(KEY, OWN, case.now(), awaited=True)
-    case.clock.advance(1)
-    asked = case.now()
-    access.proven(KEY, OWN, asked)
-    assert not other.is_proven_since(KEY, OWN, asked)
-    access.proven(KEY, OWN, asked, awaited=True)
-    assert other.is_proven_since(KEY, OWN, asked) is shared
+    access, other = (
+        Access(Records(harness.root), harness.now, shared),
+        Access(Records(harness.root), harness.now, shared),
+    )
+    access.record_grant(KEY, CLIENT, harness.now(), write_through=True)
+    harness.clock.advance(1)
+    granted_at = harness.now()
+    access.record_grant(KEY, CLIENT, granted_at)
+    assert not other.granted_since(KEY, CLIENT, granted_at)
+    access.record_grant(KEY, CLIENT, granted_at, write_through=True)
+    assert other.granted_since(KEY, CLIENT, granted_at) is shared
 
 
-def test_the_yes_of_then(case: Case) -> None:
+def test_grant_counts_from_its_own_time(harness: AccessHarness) -> None:
     """It counts from when upstream said it, which for a long download is long ago."""
-    before = case.now()
-    case.clock.advance(FRESH)
-    case.access.proven(KEY, OWN, before)
-    assert case.standing(OWN) is Standing.STALE
-    case.prove(OWN)
-    case.clock.advance(FRESH - 1)
-    now = case.now()
-    case.access.proven(KEY, OWN, now - 10)
-    case.access.proven(KEY, OWN, now - 20)  # one that is older changes nothing
-    case.clock.advance(FRESH - 15)
-    assert case.standing(OWN) is Standing.PROVEN
+    before = harness.now()
+    harness.clock.advance(GRANT_TTL)
+    harness.access.record_grant(KEY, CLIENT, before)
+    assert harness.state(CLIENT) is AccessState.GRANTED_STALE
+    harness.grant(CLIENT)
+    harness.clock.advance(GRANT_TTL - 1)
+    now = harness.now()
+    harness.access.record_grant(KEY, CLIENT, now - 10)
+    harness.access.record_grant(KEY, CLIENT, now - 20)  # one that is older changes nothing
+    harness.clock.advance(GRANT_TTL - 15)
+    assert harness.state(CLIENT) is AccessState.GRANTED
 
 
-def test_a_clock_that_is_set_back(case: Case) -> None:
+def test_clock_set_back(harness: AccessHarness) -> None:
     """A yes from the future proves nothing, and a client's own is not believed for longer than it should."""
-    for identity in (PUBLIC, OWN):
-        case.prove(identity, "key/" + identity.replace(":", "-"))
-    case.clock.rightNow -= 1e6
-    assert case.standing(PUBLIC, "key/public") is Standing.STALE
-    assert case.standing(OWN, "key/own-0123") is Standing.UNKNOWN
+    for identity in (PUBLIC, CLIENT):
+        harness.grant(identity, "key/" + identity.replace(":", "-"))
+    harness.clock.rightNow -= 1e6
+    assert harness.state(PUBLIC, "key/public") is AccessState.GRANTED_STALE
+    assert harness.state(CLIENT, "key/own-0123") is AccessState.UNKNOWN
 
 
-def test_another_process_says_yes(case: Case) -> None:
-    other = Access(Records(case.root), case.now)
-    assert case.standing(OWN) is Standing.UNKNOWN
-    other.proven(KEY, OWN, case.now())
-    assert case.standing(OWN) is Standing.PROVEN
+def test_grant_from_another_process(harness: AccessHarness) -> None:
+    other = Access(Records(harness.root), harness.now)
+    assert harness.state(CLIENT) is AccessState.UNKNOWN
+    other.record_grant(KEY, CLIENT, harness.now())
+    assert harness.state(CLIENT) is AccessState.GRANTED
 
 
-def test_what_is_remembered_is_bounded(case: Case) -> None:
-    case.prove(PUBLIC)
-    case.prove(LOGIN)
+def test_records_are_bounded(harness: AccessHarness) -> None:
+    harness.grant(PUBLIC)
+    harness.grant(LOGIN)
     for number in range(300):
-        case.clock.advance(0.01)
-        case.prove(f"own:{number}")
-    case.restart()
-    assert case.standing("own:0") is Standing.PROVEN  # because it is public
-    case.access.refused(KEY, PUBLIC)
-    assert case.standing(LOGIN) is Standing.PROVEN
-    assert case.standing("own:299") is Standing.PROVEN
-    assert case.standing("own:0") is Standing.UNKNOWN
-    [path] = case.root.rglob("*~.json")
+        harness.clock.advance(0.01)
+        harness.grant(f"own:{number}")
+    harness.restart()
+    assert harness.state("own:0") is AccessState.GRANTED  # because it is public
+    harness.access.record_denial(KEY, PUBLIC)
+    assert harness.state(LOGIN) is AccessState.GRANTED
+    assert harness.state("own:299") is AccessState.GRANTED
+    assert harness.state("own:0") is AccessState.UNKNOWN
+    [path] = harness.root.rglob("*~.json")
     assert path.stat().st_size < 30_000
 
 
 @pytest.mark.parametrize(
     "content", ["", "[]", f'{{"key":["access","{KEY}"],"value":{{"own:0123":"yes","public":null}}}}']
 )
-def test_damaged_records_prove_nothing(case: Case, content: str) -> None:
-    case.prove(OWN)
-    case.prove(PUBLIC)
-    [path] = case.root.rglob("*~.json")
+def test_damaged_records_grant_nothing(harness: AccessHarness, content: str) -> None:
+    harness.grant(CLIENT)
+    harness.grant(PUBLIC)
+    [path] = harness.root.rglob("*~.json")
     path.write_text(content)
-    case.restart()
-    assert case.standing(OWN) is Standing.UNKNOWN
+    harness.restart()
+    assert harness.state(CLIENT) is AccessState.UNKNOWN
 
 
-def test_nothing_can_be_written(case: Case, logged: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unwritable_records(harness: AccessHarness, log_lines: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Then it is remembered as long as the daemon runs."""
 
     def fail(*args: object, **more: object) -> None:
         raise OSError(28, os.strerror(28))
 
     monkeypatch.setattr("dockerproxy.store.files.Staging.write", fail)
-    case.prove(OWN)
-    assert case.standing(OWN) is Standing.PROVEN
-    assert any("not remembered: No space left" in line for line in logged)
-    case.restart()
-    assert case.standing(OWN) is Standing.UNKNOWN
+    harness.grant(CLIENT)
+    assert harness.state(CLIENT) is AccessState.GRANTED
+    assert any("not remembered: No space left" in line for line in log_lines)
+    harness.restart()
+    assert harness.state(CLIENT) is AccessState.UNKNOWN

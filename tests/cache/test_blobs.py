@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from twisted.internet.defer import CancelledError, Deferred
 
-from dockerproxy.cache.access import FRESH, Standing
+from dockerproxy.cache.access import GRANT_TTL, AccessState
 from dockerproxy.errors import (
     RegistryError,
     Unauthorized,
@@ -22,19 +22,19 @@ from dockerproxy.errors import (
     UpstreamUnreachable,
 )
 from dockerproxy.oci.names import Digest
-from tests.cache.stand_ins.upstream import (
-    Answer,
+from tests.cache.support.harness import HUB, OTHER, CacheHarness, ManualReader, read_all
+from tests.cache.support.upstream import (
     Gate,
-    cut_after,
-    fails,
-    flowing,
-    refusal,
-    says,
-    serve,
-    untold,
-    web_page,
+    ScriptedResponse,
+    captive_portal,
+    disconnect_after,
+    error_response,
+    raise_error,
+    respond_streaming,
+    respond_with,
+    serve_content,
+    without_length,
 )
-from tests.cache.stand_ins.world import HUB, OTHER, Reader, World, read_all
 
 DATA = bytes(range(256)) * 400
 DIGEST = Digest.of(DATA)
@@ -43,470 +43,491 @@ ALICE, BOB = "Bearer alice", "Bearer bob"
 
 
 @pytest.fixture
-def world(make_world: Callable[..., World]) -> World:
-    world = make_world()
-    world.upstream.repository(f"{HUB}/{APP}").put_blob(DATA)
-    return world
+def harness(make_harness: Callable[..., CacheHarness]) -> CacheHarness:
+    harness = make_harness()
+    harness.upstream.repository(f"{HUB}/{APP}").put_blob(DATA)
+    return harness
 
 
-def asked(world: World) -> list[str]:
-    return [asked.method for asked in world.upstream.seen(pattern="blobs")]
+def requested_methods(harness: CacheHarness) -> list[str]:
+    return [request.method for request in harness.upstream.requests_matching(pattern="blobs")]
 
 
 # the usual way
 
 
-def test_fetched_once_and_then_from_the_disk(world: World) -> None:
-    assert world.fetch(DIGEST) == ("MISS", DATA)
-    assert world.fetch(DIGEST) == ("HIT", DATA)
-    assert asked(world) == ["GET"]
-    world.upstream.vanish()
-    assert world.fetch(DIGEST) == ("HIT", DATA)
+def test_miss_then_hit(harness: CacheHarness) -> None:
+    assert harness.fetch(DIGEST) == ("MISS", DATA)
+    assert harness.fetch(DIGEST) == ("HIT", DATA)
+    assert requested_methods(harness) == ["GET"]
+    harness.upstream.go_down()
+    assert harness.fetch(DIGEST) == ("HIT", DATA)
 
 
-def test_many_ask_for_the_same_at_once(world: World) -> None:
+def test_concurrent_requests_share_one_download(harness: CacheHarness) -> None:
     gate = Gate()
-    world.upstream.on("GET", "blobs", gate.then(flowing))
-    waiting = [world.start(world.blob(DIGEST)) for _ in range(20)]
+    harness.upstream.on("GET", "blobs", gate.delay(respond_streaming))
+    deferreds = [harness.start(harness.blob(DIGEST)) for _ in range(20)]
     gate.open()
-    world.reactor.settle()
-    answer = world.upstream.answers[0]
-    answer.send(1000)
-    world.reactor.settle()
-    waiting += [world.start(world.blob(DIGEST)) for _ in range(5)]  # and some more, while it flows
+    harness.reactor.run_due_calls()
+    response = harness.upstream.responses[0]
+    response.send(1000)
+    harness.reactor.run_due_calls()
+    deferreds += [harness.start(harness.blob(DIGEST)) for _ in range(5)]  # and some more, while it flows
     readers = []
-    verdicts = []
-    for deferred in waiting:
-        found = world.run(_value(deferred))
-        verdicts.append(found.verdict)
-        readers.append(Reader(world, found.content))
-        assert found.size == len(DATA)
-    answer.end()
-    world.reactor.settle()
+    cache_statuses = []
+    for deferred in deferreds:
+        result = harness.run(await_deferred(deferred))
+        cache_statuses.append(result.verdict)
+        readers.append(ManualReader(harness, result.content))
+        assert result.size == len(DATA)
+    response.send_rest()
+    harness.reactor.run_due_calls()
     for reader in readers:
         reader.read_on()
         assert reader.data == DATA
         reader.leave()
-    assert verdicts == ["MISS"] + ["JOINED"] * 24
-    assert asked(world) == ["GET"]
+    assert cache_statuses == ["MISS"] + ["JOINED"] * 24
+    assert requested_methods(harness) == ["GET"]
 
 
-async def _value(deferred: Deferred[Any]) -> Any:
+async def await_deferred(deferred: Deferred[Any]) -> Any:
     return await deferred
 
 
-def test_what_is_asked_for_the_moment_it_is_complete_is_a_hit(world: World) -> None:
-    world.upstream.on("GET", "blobs", flowing)
-    found = world.run(world.blob(DIGEST))
-    reader = Reader(world, found.content)
+def test_request_at_completion_is_a_hit(harness: CacheHarness) -> None:
+    harness.upstream.on("GET", "blobs", respond_streaming)
+    result = harness.run(harness.blob(DIGEST))
+    reader = ManualReader(harness, result.content)
     reader.read()
-    again: list[Any] = []
-    got = reader._got
+    restarted: list[Any] = []
+    on_data = reader._on_data
 
     def ask_again(data: bytes) -> None:
-        got(data)
-        if len(reader.data) == len(DATA) and not again:
-            again.append(world.start(world.blob(DIGEST)))
+        on_data(data)
+        if len(reader.data) == len(DATA) and not restarted:
+            restarted.append(harness.start(harness.blob(DIGEST)))
 
-    reader._got = ask_again  # type: ignore[method-assign]
-    world.upstream.answers[0].end()
-    world.reactor.settle()
-    reader.read_on()
-    assert len(again) == 1
-    answer = world.run(_value(again[0]))
-    assert answer.verdict == "HIT"
-    answer.content.close()
-    reader.leave()
+    reader._on_data = ask_again  # type: ignore[method-assign]
+    harness.upstream.responses[0].send_rest()
+    harness.reactor.run_due_calls()
+    reader.read_available()
+    assert len(restarted) == 1
+    response = harness.run(await_deferred(restarted[0]))
+    assert response.verdict == "HIT"
+    response.content.close()
+    reader.disconnect()
 
 
-def test_head(world: World) -> None:
-    answer = world.run(world.blob(DIGEST, head=True))
-    assert (answer.size, answer.content, answer.verdict) == (len(DATA), None, "MISS")
-    assert asked(world) == ["HEAD"]
-    world.fetch(DIGEST)
-    answer = world.run(world.blob(DIGEST, head=True))
-    assert (answer.size, answer.content, answer.verdict) == (len(DATA), None, "HIT")
-    assert asked(world) == ["HEAD", "GET"]
+def test_head(harness: CacheHarness) -> None:
+    response = harness.run(harness.blob(DIGEST, head=True))
+    assert (response.size, response.content, response.verdict) == (len(DATA), None, "MISS")
+    assert requested_methods(harness) == ["HEAD"]
+    harness.fetch(DIGEST)
+    response = harness.run(harness.blob(DIGEST, head=True))
+    assert (response.size, response.content, response.verdict) == (len(DATA), None, "HIT")
+    assert requested_methods(harness) == ["HEAD", "GET"]
 
 
 @pytest.mark.parametrize("algorithm", ["sha256", "sha512"])
-def test_both_algorithms(world: World, algorithm: str) -> None:
-    digest = world.upstream.repository(f"{HUB}/{APP}").put_blob(b"content", algorithm)
-    assert world.fetch(digest) == ("MISS", b"content")
-    assert world.fetch(digest) == ("HIT", b"content")
+def test_both_algorithms(harness: CacheHarness, algorithm: str) -> None:
+    digest = harness.upstream.repository(f"{HUB}/{APP}").put_blob(b"content", algorithm)
+    assert harness.fetch(digest) == ("MISS", b"content")
+    assert harness.fetch(digest) == ("HIT", b"content")
 
 
-def test_an_unknown_blob(world: World) -> None:
+def test_unknown_blob(harness: CacheHarness) -> None:
     for head in (False, True):
-        with pytest.raises(UpstreamRefused) as caught:
-            world.run(world.blob(Digest.of(b"other"), head=head))
-        assert caught.value.status == 404
+        with pytest.raises(UpstreamRefused) as excinfo:
+            harness.run(harness.blob(Digest.of(b"other"), head=head))
+        assert excinfo.value.status == 404
 
 
-def test_an_evicted_blob_is_fetched_again(world: World) -> None:
-    world.fetch(DIGEST)
-    world.blobs.remove(DIGEST)
-    assert world.fetch(DIGEST) == ("MISS", DATA)
+def test_evicted_blob_is_fetched_again(harness: CacheHarness) -> None:
+    harness.fetch(DIGEST)
+    harness.blobs.remove(DIGEST)
+    assert harness.fetch(DIGEST) == ("MISS", DATA)
 
 
-def test_eviction_between_the_question_and_the_answer(world: World) -> None:
-    world.fetch(DIGEST)
-    world.upstream.repository(f"{HUB}/{COPY}").put_blob(DATA)
+def test_eviction_between_check_and_open(harness: CacheHarness) -> None:
+    harness.fetch(DIGEST)
+    harness.upstream.repository(f"{HUB}/{COPY}").put_blob(DATA)
 
-    def evict(asked: Any, data: Any) -> Answer:
-        world.blobs.remove(DIGEST)
-        return serve(asked, "", data)
+    def evict(request: Any, data: Any) -> ScriptedResponse:
+        harness.blobs.remove(DIGEST)
+        return serve_content(request, "", data)
 
-    world.upstream.on("HEAD", COPY, evict)
-    assert world.fetch(DIGEST, COPY) == ("MISS", DATA)
+    harness.upstream.on("HEAD", COPY, evict)
+    assert harness.fetch(DIGEST, COPY) == ("MISS", DATA)
 
 
-def test_a_cache_that_evicts_faster_than_it_fetches(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    world.fetch(DIGEST)
-    monkeypatch.setattr(type(world.blobs), "open", lambda blobs, digest: None)
+def test_blob_evicted_on_every_attempt(harness: CacheHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+    harness.fetch(DIGEST)
+    monkeypatch.setattr(type(harness.blobs), "open", lambda blobs, digest: None)
     with pytest.raises(UpstreamFailing, match="too small"):
-        world.run(world.blob(DIGEST))
+        harness.run(harness.blob(DIGEST))
 
 
-def test_what_is_read_is_not_evicted(world: World) -> None:
-    world.fetch(DIGEST)
-    answer = world.run(world.blob(DIGEST))
-    assert world.room.usage.expire(0, world.now() + 100) == []
-    content = answer.content
+def test_open_blob_is_pinned(harness: CacheHarness) -> None:
+    harness.fetch(DIGEST)
+    response = harness.run(harness.blob(DIGEST))
+    assert harness.space.index.expire(0, harness.now() + 100) == []
+    content = response.content
     content.close()
     content.close()
-    assert world.room.usage.expire(0, world.now() + 100) == [DIGEST]
+    assert harness.space.index.expire(0, harness.now() + 100) == [DIGEST]
 
 
 # another's download
 
 
-def test_another_repository_joins_after_upstream_says_yes(world: World) -> None:
-    world.upstream.repository(f"{HUB}/{COPY}").put_blob(DATA)
-    world.upstream.on("GET", APP, flowing)
-    first = world.run(world.blob(DIGEST))
-    second = world.run(world.blob(DIGEST, COPY))
+def test_other_repository_joins_after_grant(harness: CacheHarness) -> None:
+    harness.upstream.repository(f"{HUB}/{COPY}").put_blob(DATA)
+    harness.upstream.on("GET", APP, respond_streaming)
+    first = harness.run(harness.blob(DIGEST))
+    second = harness.run(harness.blob(DIGEST, COPY))
     assert second.verdict == "JOINED"
     with pytest.raises(UpstreamRefused):
-        world.run(world.blob(DIGEST, "library/not-there"))
-    readers = [Reader(world, answer.content) for answer in (first, second)]
-    world.upstream.answers[0].end()
+        harness.run(harness.blob(DIGEST, "library/not-there"))
+    readers = [ManualReader(harness, response.content) for response in (first, second)]
+    harness.upstream.responses[0].send_rest()
     for reader in readers:
-        reader.read_on()
+        reader.read_available()
         assert reader.data == DATA
-        reader.leave()
-    assert [str(one) for one in world.upstream.seen(pattern=COPY)] == [f"HEAD {DIGEST}"]
+        reader.disconnect()
+    assert [str(one) for one in harness.upstream.requests_matching(pattern=COPY)] == [f"HEAD {DIGEST}"]
 
 
-def test_another_client_joins_after_upstream_says_yes(world: World) -> None:
-    repository = world.upstream.repository(f"{HUB}/{APP}")
+def test_other_client_joins_after_grant(harness: CacheHarness) -> None:
+    repository = harness.upstream.repository(f"{HUB}/{APP}")
     repository.readers = {ALICE, BOB}
-    world.upstream.on("GET", APP, flowing)
-    first = world.run(world.blob(DIGEST, who=ALICE))
-    second = world.run(world.blob(DIGEST, who=BOB))
+    harness.upstream.on("GET", APP, respond_streaming)
+    first = harness.run(harness.blob(DIGEST, authorization=ALICE))
+    second = harness.run(harness.blob(DIGEST, authorization=BOB))
     with pytest.raises(UpstreamRefused):
-        world.run(world.blob(DIGEST, who=None))
+        harness.run(harness.blob(DIGEST, authorization=None))
     assert [first.verdict, second.verdict] == ["MISS", "JOINED"]
-    assert [(one.method, one.who) for one in world.upstream.seen(pattern="blobs")] == [
+    assert [(one.method, one.requester) for one in harness.upstream.requests_matching(pattern="blobs")] == [
         ("GET", ALICE), ("HEAD", BOB), ("HEAD", None),
     ]  # fmt: skip
     first.content.close()
     second.content.close()
 
 
-def test_a_clients_second_token_needs_no_question(world: World) -> None:
+def test_second_token_of_same_client_shares_grant(harness: CacheHarness) -> None:
     """Its login is what counts: the desk knows that both were given to it."""
-    world.upstream.repository(f"{HUB}/{APP}").readers = {ALICE, "Bearer second"}
+    harness.upstream.repository(f"{HUB}/{APP}").readers = {ALICE, "Bearer second"}
     for token in ("alice", "second"):
-        world.identities.bind(token, "Basic YWxpY2U6cHc=")
-    world.fetch(DIGEST, who=ALICE)
-    assert world.fetch(DIGEST, who="Bearer second") == ("HIT", DATA)
-    assert asked(world) == ["GET"]
+        harness.identities.bind(token, "Basic YWxpY2U6cHc=")
+    harness.fetch(DIGEST, authorization=ALICE)
+    assert harness.fetch(DIGEST, authorization="Bearer second") == ("HIT", DATA)
+    assert requested_methods(harness) == ["GET"]
 
 
-def test_the_first_ones_refusal_is_not_the_seconds(world: World) -> None:
+def test_denial_of_first_client_does_not_affect_second(harness: CacheHarness) -> None:
     """A client with a bad token must not take the blob from one with a good token."""
-    world.upstream.repository(f"{HUB}/{APP}").readers = {ALICE}
+    harness.upstream.repository(f"{HUB}/{APP}").readers = {ALICE}
     gate = Gate()
-    world.upstream.on("GET", "blobs", gate.then(says(401)), times=1)
-    refused = world.start(world.blob(DIGEST, who=BOB))
-    good = world.start(world.blob(DIGEST, who=ALICE))
+    harness.upstream.on("GET", "blobs", gate.delay(respond_with(401)), times=1)
+    denied = harness.start(harness.blob(DIGEST, authorization=BOB))
+    good = harness.start(harness.blob(DIGEST, authorization=ALICE))
     assert not good.called
     gate.open()
-    world.reactor.settle()
+    harness.reactor.run_due_calls()
     with pytest.raises(UpstreamRefused):
-        world.run(_value(refused))
-    answer = world.run(_value(good))
-    assert world.run(read_all(answer.content)) == DATA
-    answer.content.close()
+        harness.run(await_deferred(denied))
+    response = harness.run(await_deferred(good))
+    assert harness.run(read_all(response.content)) == DATA
+    response.content.close()
 
 
 @pytest.mark.parametrize("error", [UpstreamUnreachable("gone"), UpstreamFailing("limited", 429)])
-def test_the_first_registrys_trouble_is_not_the_seconds(world: World, error: RegistryError) -> None:
-    world.upstream.repository(f"{OTHER}/{APP}").put_blob(DATA)
+def test_failure_of_one_registry_does_not_affect_another(harness: CacheHarness, error: RegistryError) -> None:
+    harness.upstream.repository(f"{OTHER}/{APP}").put_blob(DATA)
     gate = Gate()
-    world.upstream.on("GET", "/v2/library/app/blobs", gate.then(fails(error)), times=1)
-    failing = world.start(world.blob(DIGEST))
-    good = world.start(world.blob(DIGEST, registry=OTHER))
+    harness.upstream.on("GET", "/v2/library/app/blobs", gate.delay(raise_error(error)), times=1)
+    failing = harness.start(harness.blob(DIGEST))
+    good = harness.start(harness.blob(DIGEST, registry=OTHER))
     gate.open()
-    world.reactor.settle()
+    harness.reactor.run_due_calls()
     with pytest.raises(type(error)):
-        world.run(_value(failing))
-    answer = world.run(_value(good))
-    assert world.run(read_all(answer.content)) == DATA
-    answer.content.close()
+        harness.run(await_deferred(failing))
+    response = harness.run(await_deferred(good))
+    assert harness.run(read_all(response.content)) == DATA
+    response.content.close()
 
 
-def test_a_registry_that_is_gone_is_waited_for_once(world: World) -> None:
+def test_unreachable_registry_is_tried_once(harness: CacheHarness) -> None:
     """However many clients ask, with whatever tokens: the next one would only wait as long again."""
-    world.upstream.repository(f"{HUB}/{APP}").readers = {ALICE, BOB}
+    harness.upstream.repository(f"{HUB}/{APP}").readers = {ALICE, BOB}
     gate = Gate()
-    world.upstream.on("GET", "blobs", gate.then(fails(UpstreamUnreachable("gone"))))
-    waiting = [world.start(world.blob(DIGEST, who=who)) for who in (ALICE, BOB, ALICE)]
+    harness.upstream.on("GET", "blobs", gate.delay(raise_error(UpstreamUnreachable("gone"))))
+    deferreds = [
+        harness.start(harness.blob(DIGEST, authorization=authorization)) for authorization in (ALICE, BOB, ALICE)
+    ]
     gate.open()
-    world.reactor.settle()
-    for deferred in waiting:
+    harness.reactor.run_due_calls()
+    for deferred in deferreds:
         with pytest.raises(UpstreamUnreachable):
-            world.run(_value(deferred))
-    assert asked(world) == ["GET"]
+            harness.run(await_deferred(deferred))
+    assert requested_methods(harness) == ["GET"]
 
 
-def test_a_rate_limit_may_be_anothers(world: World) -> None:
-    world.upstream.repository(f"{HUB}/{APP}").readers = {ALICE, BOB}
+def test_rate_limit_of_one_client_does_not_affect_another(harness: CacheHarness) -> None:
+    harness.upstream.repository(f"{HUB}/{APP}").readers = {ALICE, BOB}
     gate = Gate()
-    world.upstream.on("GET", "blobs", gate.then(says(429)), times=1)
-    limited = world.start(world.blob(DIGEST, who=BOB))
-    good = world.start(world.blob(DIGEST, who=ALICE))
+    harness.upstream.on("GET", "blobs", gate.delay(respond_with(429)), times=1)
+    limited = harness.start(harness.blob(DIGEST, authorization=BOB))
+    good = harness.start(harness.blob(DIGEST, authorization=ALICE))
     gate.open()
-    world.reactor.settle()
+    harness.reactor.run_due_calls()
     with pytest.raises(UpstreamFailing):
-        world.run(_value(limited))
-    answer = world.run(_value(good))
-    assert world.run(read_all(answer.content)) == DATA
-    answer.content.close()
+        harness.run(await_deferred(limited))
+    response = harness.run(await_deferred(good))
+    assert harness.run(read_all(response.content)) == DATA
+    response.content.close()
 
 
-def test_a_long_download_does_not_keep_a_yes_alive(world: World) -> None:
+def test_long_download_does_not_extend_grant(harness: CacheHarness) -> None:
     """Whoever joins it when upstream's yes is old is asked about, like everyone."""
-    repository = world.upstream.repository(f"{HUB}/{APP}")
-    world.upstream.on("GET", "blobs", flowing)
-    first = world.run(world.blob(DIGEST))
-    world.reactor.advance(FRESH - 1)
-    second = world.run(world.blob(DIGEST))
-    assert asked(world) == ["GET"]
+    repository = harness.upstream.repository(f"{HUB}/{APP}")
+    harness.upstream.on("GET", "blobs", respond_streaming)
+    first = harness.run(harness.blob(DIGEST))
+    harness.reactor.advance(GRANT_TTL - 1)
+    second = harness.run(harness.blob(DIGEST))
+    assert requested_methods(harness) == ["GET"]
     repository.readers = {ALICE}
-    world.reactor.advance(1)
+    harness.reactor.advance(1)
     with pytest.raises(UpstreamRefused):
-        world.run(world.blob(DIGEST))
-    for answer in (first, second):
-        answer.content.close()
+        harness.run(harness.blob(DIGEST))
+    for response in (first, second):
+        response.content.close()
 
 
-def test_a_download_that_took_long_is_no_fresh_yes(world: World) -> None:
-    repository = world.upstream.repository(f"{HUB}/{APP}")
-    world.upstream.on("GET", "blobs", flowing)
-    first = world.run(world.blob(DIGEST))
-    world.reactor.advance(FRESH)
+def test_long_download_grants_from_its_start(harness: CacheHarness) -> None:
+    repository = harness.upstream.repository(f"{HUB}/{APP}")
+    harness.upstream.on("GET", "blobs", respond_streaming)
+    first = harness.run(harness.blob(DIGEST))
+    harness.reactor.advance(GRANT_TTL)
     repository.readers = {ALICE}
-    world.upstream.answers[0].end()
-    world.reactor.settle()
+    harness.upstream.responses[0].send_rest()
+    harness.reactor.run_due_calls()
     first.content.close()
-    assert world.blobs.exists(DIGEST)
+    assert harness.blobs.exists(DIGEST)
     with pytest.raises(UpstreamRefused):
-        world.run(world.blob(DIGEST))
+        harness.run(harness.blob(DIGEST))
 
 
-def test_joining_a_download_of_untold_length(world: World) -> None:
+def test_joining_download_of_unknown_length(harness: CacheHarness) -> None:
     """There is nothing to compare upstream's answer with before its end: so that is waited for."""
-    world.upstream.repository(f"{HUB}/{COPY}").put_blob(DATA)
-    world.upstream.on("GET", APP, lambda asked, data: Answer(200, DATA, length=None, sent=100))
-    first = world.run(world.blob(DIGEST))
-    second = world.start(world.blob(DIGEST, COPY))
+    harness.upstream.repository(f"{HUB}/{COPY}").put_blob(DATA)
+    harness.upstream.on("GET", APP, lambda asked, data: ScriptedResponse(200, DATA, length=None, sent=100))
+    first = harness.run(harness.blob(DIGEST))
+    second = harness.start(harness.blob(DIGEST, COPY))
     assert not second.called
-    world.upstream.answers[0].end()
-    world.reactor.settle()
-    answer = world.run(_value(second))
-    assert answer.verdict == "REVALIDATED"
-    assert world.run(read_all(answer.content)) == DATA
+    harness.upstream.responses[0].send_rest()
+    harness.reactor.run_due_calls()
+    response = harness.run(await_deferred(second))
+    assert response.verdict == "REVALIDATED"
+    assert harness.run(read_all(response.content)) == DATA
     first.content.close()
-    answer.content.close()
+    response.content.close()
 
 
 # what is a yes
 
 
-def redirecting(world: World, there: Callable[[Any, Any], Answer]) -> None:
+def redirect_blobs(harness: CacheHarness, redirect_target: Callable[[Any, Any], ScriptedResponse]) -> None:
     """Let COPY redirect every blob; what is there is answered by `there`."""
-    world.upstream.repository(f"{HUB}/{COPY}")
+    harness.upstream.repository(f"{HUB}/{COPY}")
 
-    def behave(asked: Any, data: Any) -> Answer:
-        return there(asked, DATA) if asked.follow else refusal(307, location="https://cdn.example/signed?x=1")
+    def behave(request: Any, data: Any) -> ScriptedResponse:
+        return (
+            redirect_target(request, DATA)
+            if request.follow
+            else error_response(307, location="https://cdn.example/signed?x=1")
+        )
 
     for method in ("GET", "HEAD"):
-        world.upstream.on(method, COPY, behave)
+        harness.upstream.on(method, COPY, behave)
 
 
-def test_a_redirect_is_followed_before_it_is_believed(world: World) -> None:
+def test_redirect_is_followed_before_grant(harness: CacheHarness) -> None:
     """registry.k8s.io redirects any name and digest: whoever knows a digest would get what is cached of anyone's."""
-    world.upstream.repository(f"{HUB}/{APP}").readers = {ALICE}
-    world.fetch(DIGEST, who=ALICE)
-    redirecting(world, lambda asked, data: refusal(404))
-    with pytest.raises(UpstreamRefused) as caught:
-        world.run(world.blob(DIGEST, COPY))
-    assert caught.value.status == 404
-    assert not world.links.has_layer(f"{HUB}/{COPY}", DIGEST)
+    harness.upstream.repository(f"{HUB}/{APP}").readers = {ALICE}
+    harness.fetch(DIGEST, authorization=ALICE)
+    redirect_blobs(harness, lambda asked, data: error_response(404))
+    with pytest.raises(UpstreamRefused) as excinfo:
+        harness.run(harness.blob(DIGEST, COPY))
+    assert excinfo.value.status == 404
+    assert not harness.links.has_layer(f"{HUB}/{COPY}", DIGEST)
 
 
-def test_a_redirect_to_a_url_that_is_signed_for_get(world: World) -> None:
-    world.fetch(DIGEST)
-    redirecting(world, lambda asked, data: serve(asked, "", data) if asked.method == "GET" else refusal(403))
-    world.upstream.forget()
-    assert world.fetch(DIGEST, COPY) == ("REVALIDATED", DATA)
-    assert [(one.method, one.range) for one in world.upstream.seen(pattern=COPY)] == [
+def test_redirect_to_url_signed_for_get(harness: CacheHarness) -> None:
+    harness.fetch(DIGEST)
+    redirect_blobs(
+        harness, lambda asked, data: serve_content(asked, "", data) if asked.method == "GET" else error_response(403)
+    )
+    harness.upstream.clear_requests()
+    assert harness.fetch(DIGEST, COPY) == ("REVALIDATED", DATA)
+    assert [(one.method, one.range) for one in harness.upstream.requests_matching(pattern=COPY)] == [
         ("HEAD", None), ("GET", "bytes=0-0"),
     ]  # fmt: skip
-    assert world.upstream.answers[-1].read <= 1
-    assert world.fetch(DIGEST, COPY) == ("HIT", DATA)
+    assert harness.upstream.responses[-1].bytes_read <= 1
+    assert harness.fetch(DIGEST, COPY) == ("HIT", DATA)
 
 
-def test_head_of_what_is_redirected(world: World) -> None:
-    redirecting(world, lambda asked, data: serve(asked, "", data))
-    answer = world.run(world.blob(DIGEST, COPY, head=True))
-    assert (answer.size, answer.content) == (len(DATA), None)
+def test_head_of_redirected_blob(harness: CacheHarness) -> None:
+    redirect_blobs(harness, lambda asked, data: serve_content(asked, "", data))
+    response = harness.run(harness.blob(DIGEST, COPY, head=True))
+    assert (response.size, response.content) == (len(DATA), None)
 
 
 @pytest.mark.parametrize("status", [405, 501])
-def test_an_upstream_without_head(world: World, status: int) -> None:
-    world.upstream.on("HEAD", "blobs", says(status))
-    assert world.run(world.blob(DIGEST, head=True)).size == len(DATA)
-    world.upstream.repository(f"{HUB}/{APP}").readers = {ALICE, BOB}
-    world.fetch(DIGEST, who=ALICE)
-    assert world.fetch(DIGEST, who=BOB) == ("REVALIDATED", DATA)
+def test_upstream_without_head(harness: CacheHarness, status: int) -> None:
+    harness.upstream.on("HEAD", "blobs", respond_with(status))
+    assert harness.run(harness.blob(DIGEST, head=True)).size == len(DATA)
+    harness.upstream.repository(f"{HUB}/{APP}").readers = {ALICE, BOB}
+    harness.fetch(DIGEST, authorization=ALICE)
+    assert harness.fetch(DIGEST, authorization=BOB) == ("REVALIDATED", DATA)
 
 
 @pytest.mark.parametrize(
     "answer",
     [
-        lambda asked, data: Answer(200, DATA, length=None) if asked.method == "GET" else Answer(200, length=None),
-        lambda asked, data: Answer(200, DATA) if asked.method == "GET" else Answer(200, length=0),
-        lambda asked, data: serve(asked, "", data) if asked.method == "GET" else Answer(200, length=7),
+        lambda asked, data: (
+            ScriptedResponse(200, DATA, length=None) if asked.method == "GET" else ScriptedResponse(200, length=None)
+        ),
+        lambda asked, data: ScriptedResponse(200, DATA) if asked.method == "GET" else ScriptedResponse(200, length=0),
+        lambda asked, data: (
+            serve_content(asked, "", data) if asked.method == "GET" else ScriptedResponse(200, length=7)
+        ),
     ],
     ids=["no length at all", "a HEAD of length 0, no ranges", "a HEAD of another length"],
 )
-def test_other_ways_to_say_yes(world: World, answer: Any) -> None:
-    world.fetch(DIGEST)
-    world.upstream.repository(f"{HUB}/{COPY}").put_blob(DATA)
+def test_other_successful_responses(harness: CacheHarness, response: Any) -> None:
+    harness.fetch(DIGEST)
+    harness.upstream.repository(f"{HUB}/{COPY}").put_blob(DATA)
     for method in ("HEAD", "GET"):
-        world.upstream.on(method, COPY, answer)
-    assert world.fetch(DIGEST, COPY)[1] == DATA
+        harness.upstream.on(method, COPY, response)
+    assert harness.fetch(DIGEST, COPY)[1] == DATA
 
 
-def test_the_empty_blob_has_no_first_byte(world: World) -> None:
-    empty = world.upstream.repository(f"{HUB}/{APP}").put_blob(b"")
-    world.fetch(empty)
-    world.upstream.repository(f"{HUB}/{COPY}").put_blob(b"")
-    world.upstream.on("HEAD", "blobs", says(405))
-    assert world.fetch(empty, COPY) == ("REVALIDATED", b"")
+def test_empty_blob_answers_416(harness: CacheHarness) -> None:
+    empty = harness.upstream.repository(f"{HUB}/{APP}").put_blob(b"")
+    harness.fetch(empty)
+    harness.upstream.repository(f"{HUB}/{COPY}").put_blob(b"")
+    harness.upstream.on("HEAD", "blobs", respond_with(405))
+    assert harness.fetch(empty, COPY) == ("REVALIDATED", b"")
 
 
 @pytest.mark.parametrize(
     "answer",
     [
-        web_page,
-        lambda asked, data: Answer(200, b"<html>" * (asked.method == "GET"), length=None),
-        lambda asked, data: Answer(206, b"<", {"content-range": "bytes 0-0/5"}),
-        lambda asked, data: Answer(206, b"<", {"content-range": "bytes 0-0/*"}),
-        lambda asked, data: Answer(206, b"<"),
-        lambda asked, data: Answer(200, b"x" * 5000, length=None) if asked.method == "GET" else refusal(307),
+        captive_portal,
+        lambda asked, data: ScriptedResponse(200, b"<html>" * (asked.method == "GET"), length=None),
+        lambda asked, data: ScriptedResponse(206, b"<", {"content-range": "bytes 0-0/5"}),
+        lambda asked, data: ScriptedResponse(206, b"<", {"content-range": "bytes 0-0/*"}),
+        lambda asked, data: ScriptedResponse(206, b"<"),
+        lambda asked, data: (
+            ScriptedResponse(200, b"x" * 5000, length=None) if asked.method == "GET" else error_response(307)
+        ),
     ],
     ids=["page", "page of untold length", "another size", "untold size", "no Content-Range", "redirect to a page"],
 )
-def test_an_answer_is_not_yet_a_yes(world: World, answer: Any) -> None:
+def test_unverified_response_grants_nothing(harness: CacheHarness, response: Any) -> None:
     """A captive portal says 200 to everything; so does a web application in the place of a registry."""
-    world.upstream.repository(f"{HUB}/{APP}").readers = {ALICE}
-    world.fetch(DIGEST, who=ALICE)
+    harness.upstream.repository(f"{HUB}/{APP}").readers = {ALICE}
+    harness.fetch(DIGEST, authorization=ALICE)
     for method in ("GET", "HEAD"):
-        world.upstream.on(method, "", answer)
+        harness.upstream.on(method, "", response)
     for name in (APP, COPY):
         with pytest.raises(UpstreamError):
-            world.run(world.blob(DIGEST, name))
+            harness.run(harness.blob(DIGEST, name))
     other = Digest.of(b"never seen")
     with suppress(RegistryError):
-        world.run(world.blob(other, head=True))
+        harness.run(harness.blob(other, head=True))
     with pytest.raises(RegistryError):
-        world.fetch(other)
+        harness.fetch(other)
     # And with all that said, the private repository is still nobody else's.
-    assert world.access.standing(f"{HUB}/{APP}", "public") is Standing.UNKNOWN
-    world.upstream.behave()
+    assert harness.access.state(f"{HUB}/{APP}", "public") is AccessState.UNKNOWN
+    harness.upstream.reset()
     with pytest.raises(UpstreamRefused):
-        world.run(world.blob(DIGEST))
+        harness.run(harness.blob(DIGEST))
 
 
-def test_the_size_that_upstream_tells_is_read_with_care(world: World) -> None:
-    world.upstream.on(
-        "HEAD", "blobs", lambda asked, data: Answer(200, fields={"content-length": "9" * 5000}, length=None)
+def test_huge_content_length_is_ignored(harness: CacheHarness) -> None:
+    harness.upstream.on(
+        "HEAD", "blobs", lambda asked, data: ScriptedResponse(200, fields={"content-length": "9" * 5000}, length=None)
     )
-    assert world.run(world.blob(DIGEST, head=True)).size == len(DATA)
+    assert harness.run(harness.blob(DIGEST, head=True)).size == len(DATA)
 
 
-def test_the_token_server_says_no(world: World) -> None:
+def test_denial_by_token_server(harness: CacheHarness) -> None:
     """That is upstream's word as well as the registry's own 401."""
-    world.fetch(DIGEST)
-    world.reactor.advance(FRESH)
-    world.upstream.on("HEAD", "blobs", fails(Unauthorized("no token")))
+    harness.fetch(DIGEST)
+    harness.reactor.advance(GRANT_TTL)
+    harness.upstream.on("HEAD", "blobs", raise_error(Unauthorized("no token")))
     with pytest.raises(Unauthorized):
-        world.run(world.blob(DIGEST))
-    world.upstream.vanish()
+        harness.run(harness.blob(DIGEST))
+    harness.upstream.go_down()
     with pytest.raises(UpstreamUnreachable):  # and so it is not served as stale
-        world.run(world.blob(DIGEST))
+        harness.run(harness.blob(DIGEST))
 
 
-def test_a_refusal_when_it_is_fetched_again(world: World) -> None:
-    world.fetch(DIGEST)
-    world.blobs.remove(DIGEST)
-    world.upstream.repository(f"{HUB}/{APP}").readers = {ALICE}
+def test_denial_on_refetch(harness: CacheHarness) -> None:
+    harness.fetch(DIGEST)
+    harness.blobs.remove(DIGEST)
+    harness.upstream.repository(f"{HUB}/{APP}").readers = {ALICE}
     with pytest.raises(UpstreamRefused):
-        world.run(world.blob(DIGEST))
-    assert world.access.standing(f"{HUB}/{APP}", "public") is Standing.UNKNOWN
+        harness.run(harness.blob(DIGEST))
+    assert harness.access.state(f"{HUB}/{APP}", "public") is AccessState.UNKNOWN
 
 
 # outage
 
 
 @pytest.mark.parametrize(
-    "trouble", [fails(UpstreamUnreachable("gone")), says(500), says(503), says(429), fails(UpstreamBroken("cut"))]
+    "trouble",
+    [
+        raise_error(UpstreamUnreachable("gone")),
+        respond_with(500),
+        respond_with(503),
+        respond_with(429),
+        raise_error(UpstreamBroken("cut")),
+    ],
 )
-def test_stale_while_upstream_fails(world: World, trouble: Any) -> None:
-    world.fetch(DIGEST)
-    world.reactor.advance(FRESH)
+def test_stale_while_upstream_fails(harness: CacheHarness, failure: Any) -> None:
+    harness.fetch(DIGEST)
+    harness.reactor.advance(GRANT_TTL)
     for method in ("GET", "HEAD"):
-        world.upstream.on(method, "", trouble)
-    assert world.fetch(DIGEST) == ("STALE", DATA)
-    world.upstream.repository(f"{HUB}/{COPY}").put_blob(DATA)
+        harness.upstream.on(method, "", failure)
+    assert harness.fetch(DIGEST) == ("STALE", DATA)
+    harness.upstream.repository(f"{HUB}/{COPY}").put_blob(DATA)
     with pytest.raises(UpstreamError):  # what upstream never confirmed there
-        world.run(world.blob(DIGEST, COPY))
+        harness.run(harness.blob(DIGEST, COPY))
 
 
-def test_stale_proves_nothing(world: World) -> None:
+def test_stale_response_does_not_renew_grant(harness: CacheHarness) -> None:
     """Or each use while upstream is gone would prolong the yes."""
-    world.fetch(DIGEST)
-    world.reactor.advance(FRESH)
-    world.upstream.vanish()
-    world.fetch(DIGEST)
-    assert world.access.standing(f"{HUB}/{APP}", "public") is Standing.STALE
+    harness.fetch(DIGEST)
+    harness.reactor.advance(GRANT_TTL)
+    harness.upstream.go_down()
+    harness.fetch(DIGEST)
+    assert harness.access.state(f"{HUB}/{APP}", "public") is AccessState.GRANTED_STALE
 
 
-def test_joining_while_upstream_fails_proves_nothing(world: World) -> None:
-    world.fetch(DIGEST)
-    world.blobs.remove(DIGEST)
-    world.reactor.advance(FRESH)
-    world.upstream.on("GET", "blobs", flowing)
-    first = world.run(world.blob(DIGEST))
-    world.reactor.advance(FRESH)
-    world.upstream.vanish()
-    second = world.run(world.blob(DIGEST))
+def test_joining_during_outage_does_not_renew_grant(harness: CacheHarness) -> None:
+    harness.fetch(DIGEST)
+    harness.blobs.remove(DIGEST)
+    harness.reactor.advance(GRANT_TTL)
+    harness.upstream.on("GET", "blobs", respond_streaming)
+    first = harness.run(harness.blob(DIGEST))
+    harness.reactor.advance(GRANT_TTL)
+    harness.upstream.go_down()
+    second = harness.run(harness.blob(DIGEST))
     assert second.verdict == "JOINED"
-    assert world.access.standing(f"{HUB}/{APP}", "public") is Standing.STALE
+    assert harness.access.state(f"{HUB}/{APP}", "public") is AccessState.GRANTED_STALE
     first.content.close()
     second.content.close()
 
@@ -514,78 +535,80 @@ def test_joining_while_upstream_fails_proves_nothing(world: World) -> None:
 # the disk
 
 
-def test_links_and_records_that_cannot_be_written(
-    world: World, monkeypatch: pytest.MonkeyPatch, logged: list[str]
+def test_unwritable_links_and_records(
+    harness: CacheHarness, monkeypatch: pytest.MonkeyPatch, log_lines: list[str]
 ) -> None:
     def fail(*args: Any, **more: Any) -> None:
         raise OSError(28, os.strerror(28))
 
     monkeypatch.setattr("dockerproxy.store.files.Staging.write", fail)
-    assert world.fetch(DIGEST) == ("MISS", DATA)
-    assert world.fetch(DIGEST)[1] == DATA
-    assert any("is not linked" in line for line in logged)
+    assert harness.fetch(DIGEST) == ("MISS", DATA)
+    assert harness.fetch(DIGEST)[1] == DATA
+    assert any("is not linked" in line for line in log_lines)
 
 
-def test_who_leaves_while_it_is_confirmed(world: World) -> None:
-    world.fetch(DIGEST)
-    world.upstream.repository(f"{HUB}/{COPY}").put_blob(DATA)
+def test_cancel_during_upstream_check(harness: CacheHarness) -> None:
+    harness.fetch(DIGEST)
+    harness.upstream.repository(f"{HUB}/{COPY}").put_blob(DATA)
     gate = Gate()
-    world.upstream.on("HEAD", COPY, gate.then(serve_head))
-    leaving = world.start(world.blob(DIGEST, COPY))
-    staying = world.start(world.blob(DIGEST, COPY))
+    harness.upstream.on("HEAD", COPY, gate.delay(serve_response))
+    leaving = harness.start(harness.blob(DIGEST, COPY))
+    staying = harness.start(harness.blob(DIGEST, COPY))
     leaving.addErrback(lambda failure: failure.trap(CancelledError))
     leaving.cancel()
     gate.open()
-    world.reactor.settle()
-    answer = world.run(_value(staying))
-    assert answer.verdict == "REVALIDATED"
-    assert len(world.upstream.seen("HEAD", COPY)) == 1
-    answer.content.close()
+    harness.reactor.run_due_calls()
+    response = harness.run(await_deferred(staying))
+    assert response.verdict == "REVALIDATED"
+    assert len(harness.upstream.requests_matching("HEAD", COPY)) == 1
+    response.content.close()
 
 
-def serve_head(asked: Any, data: Any) -> Answer:
-    return serve(asked, "", data)
+def serve_response(request: Any, data: Any) -> ScriptedResponse:
+    return serve_content(request, "", data)
 
 
 @pytest.mark.parametrize("moment", range(12))
 @pytest.mark.parametrize("head", [False, True])
 @pytest.mark.parametrize("stored", [False, True])
-def test_who_leaves_at_any_moment(make_world: Callable[..., World], moment: int, head: bool, stored: bool) -> None:
+def test_cancel_at_every_step(
+    make_harness: Callable[..., CacheHarness], step_count: int, head: bool, stored: bool
+) -> None:
     """What he held is given back, and the blob comes all the same (`make_world` looks for what is left open)."""
-    world = make_world()
-    world.upstream.repository(f"{HUB}/{APP}").put_blob(DATA)
+    harness = make_harness()
+    harness.upstream.repository(f"{HUB}/{APP}").put_blob(DATA)
     if stored:
-        world.fetch(DIGEST)
-        world.reactor.advance(FRESH)
-    world.reactor.pool.hold()
-    left: list[Any] = []
-    deferred = Deferred.fromCoroutine(world.blob(DIGEST, head=head))
-    deferred.addBoth(left.append)
-    for _ in range(moment):
-        if not world.reactor.pool.step() and world.reactor.getDelayedCalls():
-            world.reactor.advance(0)
-    if left:
-        if left[0].content is not None:
-            left[0].content.close()
+        harness.fetch(DIGEST)
+        harness.reactor.advance(GRANT_TTL)
+    harness.reactor.pool.hold()
+    results: list[Any] = []
+    deferred = Deferred.fromCoroutine(harness.blob(DIGEST, head=head))
+    deferred.addBoth(results.append)
+    for _ in range(step_count):
+        if not harness.reactor.pool.step() and harness.reactor.getDelayedCalls():
+            harness.reactor.advance(0)
+    if results:
+        if results[0].content is not None:
+            results[0].content.close()
     else:
         deferred.cancel()
-    world.reactor.pool.release()
-    world.reactor.settle()
-    assert world.fetch(DIGEST)[1] == DATA
+    harness.reactor.pool.release()
+    harness.reactor.run_due_calls()
+    assert harness.fetch(DIGEST)[1] == DATA
 
 
-def test_a_mistake_of_ours_is_no_leak(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_internal_error_does_not_leak(harness: CacheHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any) -> None:
         raise RuntimeError("a mistake in this program")
 
-    monkeypatch.setattr(type(world.links), "link_layer", fail)
-    answer = world.run(world.blob(DIGEST))
-    assert world.run(read_all(answer.content), 30) == DATA
-    answer.content.close()
+    monkeypatch.setattr(type(harness.links), "link_layer", fail)
+    response = harness.run(harness.blob(DIGEST))
+    assert harness.run(read_all(response.content), 30) == DATA
+    response.content.close()
 
 
-def test_the_file_is_whole(world: World) -> None:
-    world.upstream.on("GET", "blobs", cut_after(5000), times=2)
-    world.upstream.on("GET", "blobs", untold)
-    assert world.fetch(DIGEST)[1] == DATA
-    assert Path(world.layout.blob(DIGEST)).read_bytes() == DATA
+def test_stored_file_is_complete(harness: CacheHarness) -> None:
+    harness.upstream.on("GET", "blobs", disconnect_after(5000), times=2)
+    harness.upstream.on("GET", "blobs", without_length)
+    assert harness.fetch(DIGEST)[1] == DATA
+    assert Path(harness.layout.blob(DIGEST)).read_bytes() == DATA

@@ -17,168 +17,172 @@ from dockerproxy.errors import (
 )
 from dockerproxy.oci.challenge import Challenge
 from dockerproxy.oci.names import Registry
-from tests.cache.stand_ins.upstream import Answer, Gate, instead, refusal, says
-from tests.cache.stand_ins.world import HUB, OTHER, World
+from tests.cache.support.harness import HUB, OTHER, CacheHarness
+from tests.cache.support.upstream import Gate, ScriptedResponse, error_response, replace_with, respond_with
 
 BEARER = 'Bearer realm="https://auth.other.example/token",service="other",scope="repository:a:pull,push"'
 HOUR = 3600
 
 
-def asks(*fields: str, status: int = 401, **more: str) -> Any:
-    def behave(asked: Any, data: Any) -> Answer:
-        answer = Answer(status, b"{}", {name.replace("_", "-"): value for name, value in more.items()})
-        answer.headers._fields += [("www-authenticate", field) for field in fields]
-        return answer
+def respond_with_challenge(*fields: str, status: int = 401, **more: str) -> Any:
+    def behave(request: Any, data: Any) -> ScriptedResponse:
+        response = ScriptedResponse(status, b"{}", {name.replace("_", "-"): value for name, value in more.items()})
+        response.headers._fields += [("www-authenticate", field) for field in fields]
+        return response
 
     return behave
 
 
-def of(world: World, registry: Registry = OTHER) -> list[Challenge]:
-    return world.run(world.challenges.of(registry))  # type: ignore[no-any-return]
+def get_challenges(harness: CacheHarness, registry: Registry = OTHER) -> list[Challenge]:
+    return harness.run(harness.challenges.get(registry))  # type: ignore[no-any-return]
 
 
-def test_asked_once_in_an_hour(world: World) -> None:
-    world.upstream.on("GET", "^/v2/$", asks(BEARER, 'Basic realm="x"'))
+def test_challenge_is_fetched_once_an_hour(harness: CacheHarness) -> None:
+    harness.upstream.on("GET", "^/v2/$", respond_with_challenge(BEARER, 'Basic realm="x"'))
     for _ in range(3):
-        assert [challenge.scheme for challenge in of(world)] == ["bearer", "basic"]
-    assert len(world.upstream.asked) == 1
-    assert [challenge.scheme for challenge in world.learned[OTHER]] == ["bearer", "basic"]
-    world.reactor.advance(HOUR)
-    world.upstream.behave()
-    assert of(world) == []
-    assert world.learned[OTHER] == []
+        assert [challenge.scheme for challenge in get_challenges(harness)] == ["bearer", "basic"]
+    assert len(harness.upstream.requests) == 1
+    assert [challenge.scheme for challenge in harness.learned_challenges[OTHER]] == ["bearer", "basic"]
+    harness.reactor.advance(HOUR)
+    harness.upstream.reset()
+    assert get_challenges(harness) == []
+    assert harness.learned_challenges[OTHER] == []
 
 
-def test_asked_for_by_many_at_once(world: World) -> None:
+def test_concurrent_requests_share_one_fetch(harness: CacheHarness) -> None:
     gate = Gate()
-    world.upstream.on("GET", "^/v2/$", gate.then(asks(BEARER)))
-    waiting = [world.start(world.challenges.of(OTHER)) for _ in range(5)]
+    harness.upstream.on("GET", "^/v2/$", gate.delay(respond_with_challenge(BEARER)))
+    deferreds = [harness.start(harness.challenges.get(OTHER)) for _ in range(5)]
     gate.open()
-    world.reactor.settle()
-    assert all(deferred.called for deferred in waiting)
-    assert len(world.upstream.asked) == 1
+    harness.reactor.run_due_calls()
+    assert all(deferred.called for deferred in deferreds)
+    assert len(harness.upstream.requests) == 1
 
 
-@pytest.mark.parametrize("trouble", [says(500), says(429)])
-def test_remembered_while_upstream_fails(world: World, make_world: Callable[..., World], trouble: Any) -> None:
-    world.upstream.on("GET", "^/v2/$", asks(BEARER), times=1)
-    of(world)
-    world.upstream.on("GET", "^/v2/$", trouble)
-    world.reactor.advance(1000 * HOUR)
-    again = make_world(upstream=world.upstream)
-    for cache in (world, again):
-        assert [challenge.parameters["service"] for challenge in of(cache)] == ["other"]
-    again.challenges.recall([OTHER])
-    assert [challenge.scheme for challenge in again.learned[OTHER]] == ["bearer"]
+@pytest.mark.parametrize("trouble", [respond_with(500), respond_with(429)])
+def test_cached_challenge_is_used_during_outage(
+    harness: CacheHarness, make_harness: Callable[..., CacheHarness], failure: Any
+) -> None:
+    harness.upstream.on("GET", "^/v2/$", respond_with_challenge(BEARER), times=1)
+    get_challenges(harness)
+    harness.upstream.on("GET", "^/v2/$", failure)
+    harness.reactor.advance(1000 * HOUR)
+    restarted = make_harness(upstream=harness.upstream)
+    for cache in (harness, restarted):
+        assert [challenge.parameters["service"] for challenge in get_challenges(cache)] == ["other"]
+    restarted.challenges.restore([OTHER])
+    assert [challenge.scheme for challenge in restarted.learned_challenges[OTHER]] == ["bearer"]
 
 
-def test_open_to_all_is_remembered_too(world: World) -> None:
-    assert of(world) == []
-    world.upstream.vanish()
-    world.reactor.advance(HOUR)
-    assert of(world) == []
+def test_absence_of_challenge_is_cached(harness: CacheHarness) -> None:
+    assert get_challenges(harness) == []
+    harness.upstream.go_down()
+    harness.reactor.advance(HOUR)
+    assert get_challenges(harness) == []
 
 
-def test_one_that_never_said(world: World) -> None:
-    world.upstream.vanish()
+def test_registry_that_never_responded(harness: CacheHarness) -> None:
+    harness.upstream.go_down()
     with pytest.raises(UpstreamUnreachable):
-        of(world)
-    assert world.challenges.remembered(OTHER) == []
-    assert world.challenges.realm(OTHER) is None
+        get_challenges(harness)
+    assert harness.challenges.cached(OTHER) == []
+    assert harness.challenges.realm(OTHER) is None
 
 
-def test_docker_hub_is_known_from_the_start(world: World) -> None:
-    world.upstream.vanish()
-    [challenge] = of(world, HUB)
+def test_docker_hub_challenge_is_built_in(harness: CacheHarness) -> None:
+    harness.upstream.go_down()
+    [challenge] = get_challenges(harness, HUB)
     assert challenge.parameters == {"realm": "https://auth.docker.io/token", "service": "registry.docker.io"}
-    realm = world.challenges.realm(HUB)
+    realm = harness.challenges.realm(HUB)
     assert realm == Realm(Registry.parse("auth.docker.io"), "/token")
-    assert len(world.upstream.asked) == 1
+    assert len(harness.upstream.requests) == 1
 
 
 @pytest.mark.parametrize("status", [200, 204, 301, 302, 307, 308])
-def test_open_to_all(world: World, status: int) -> None:
+def test_registry_without_authentication(harness: CacheHarness, status: int) -> None:
     """registry.k8s.io sends who asks for /v2/ elsewhere."""
-    world.upstream.on("GET", "^/v2/$", asks(status=status, location="https://elsewhere.example/v2/"))
-    assert of(world) == []
+    harness.upstream.on(
+        "GET", "^/v2/$", respond_with_challenge(status=status, location="https://elsewhere.example/v2/")
+    )
+    assert get_challenges(harness) == []
 
 
 @pytest.mark.parametrize(("status", "kind"), [(403, UpstreamRefused), (404, UpstreamRefused), (500, UpstreamFailing)])
-def test_no_registry_at_all(world: World, status: int, kind: type[RegistryError]) -> None:
-    world.upstream.on("GET", "^/v2/$", says(status))
+def test_error_response_is_not_cached(harness: CacheHarness, status: int, kind: type[RegistryError]) -> None:
+    harness.upstream.on("GET", "^/v2/$", respond_with(status))
     with pytest.raises(kind):
-        of(world)
-    assert world.records.get("challenge", str(OTHER)) is None
+        get_challenges(harness)
+    assert harness.records.get("challenge", str(OTHER)) is None
 
 
 @pytest.mark.parametrize("media_type", ["text/html", "text/html; charset=utf-8", "Text/HTML"])
-def test_a_web_page_is_no_registry(world: World, media_type: str) -> None:
-    world.upstream.on("GET", "^/v2/$", instead(b"<h1>Sign in</h1>", content_type=media_type))
+def test_html_page_is_rejected(harness: CacheHarness, media_type: str) -> None:
+    harness.upstream.on("GET", "^/v2/$", replace_with(b"<h1>Sign in</h1>", content_type=media_type))
     with pytest.raises(UpstreamBroken, match="no registry"):
-        of(world)
-    assert world.records.get("challenge", str(OTHER)) is None
+        get_challenges(harness)
+    assert harness.records.get("challenge", str(OTHER)) is None
 
 
-def test_damaged_records_are_asked_for_again(world: World) -> None:
-    world.upstream.on("GET", "^/v2/$", asks(BEARER))
+def test_damaged_records_are_fetched_again(harness: CacheHarness) -> None:
+    harness.upstream.on("GET", "^/v2/$", respond_with_challenge(BEARER))
     for record in ({}, {"fields": "x", "checked": 1}, {"fields": [], "checked": "now"}):
-        world.records.put(record, "challenge", str(OTHER))
-        assert len(of(world)) == 1
+        harness.records.put(record, "challenge", str(OTHER))
+        assert len(get_challenges(harness)) == 1
 
 
-def test_a_disk_that_takes_nothing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unwritable_records(harness: CacheHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any, **more: Any) -> None:
         raise OSError(28, os.strerror(28))
 
     monkeypatch.setattr("dockerproxy.store.files.Staging.write", fail)
-    world.upstream.on("GET", "^/v2/$", asks(BEARER))
-    assert len(of(world)) == 1
-    assert len(world.learned[OTHER]) == 1
+    harness.upstream.on("GET", "^/v2/$", respond_with_challenge(BEARER))
+    assert len(get_challenges(harness)) == 1
+    assert len(harness.learned_challenges[OTHER]) == 1
 
 
-def test_met_once(world: World) -> None:
+def test_ensure_known_fetches_once(harness: CacheHarness) -> None:
     for _ in range(2):
-        world.run(world.challenges.meet(OTHER))
-        world.run(world.challenges.meet(HUB))
-    assert [asked.registry for asked in world.upstream.asked] == [OTHER]
+        harness.run(harness.challenges.ensure_known(OTHER))
+        harness.run(harness.challenges.ensure_known(HUB))
+    assert [request.registry for request in harness.upstream.requests] == [OTHER]
 
 
-def test_met_when_it_is_there(world: World) -> None:
-    world.upstream.vanish()
-    world.run(world.challenges.meet(OTHER))  # no error: what is asked for next will tell
-    world.upstream.behave()
-    world.run(world.challenges.meet(OTHER))
-    assert len(world.upstream.asked) == 2
+def test_ensure_known_retries_after_outage(harness: CacheHarness) -> None:
+    harness.upstream.go_down()
+    harness.run(harness.challenges.ensure_known(OTHER))  # no error: what is asked for next will tell
+    harness.upstream.reset()
+    harness.run(harness.challenges.ensure_known(OTHER))
+    assert len(harness.upstream.requests) == 2
 
 
-def test_what_another_process_found_out_is_learned(make_world: Callable[..., World]) -> None:
-    one = make_world(shared=True)
-    other = make_world(shared=True, upstream=one.upstream)
-    one.upstream.on("GET", "^/v2/$", asks(BEARER))
-    one.run(one.challenges.meet(OTHER))
-    other.run(other.challenges.meet(OTHER))
-    assert other.learned[OTHER] == one.learned[OTHER] != []
-    assert len(one.upstream.asked) == 1
+def test_challenge_from_another_process(make_harness: Callable[..., CacheHarness]) -> None:
+    one = make_harness(shared=True)
+    other = make_harness(shared=True, upstream=one.upstream)
+    one.upstream.on("GET", "^/v2/$", respond_with_challenge(BEARER))
+    one.run(one.challenges.ensure_known(OTHER))
+    other.run(other.challenges.ensure_known(OTHER))
+    assert other.learned_challenges[OTHER] == one.learned_challenges[OTHER] != []
+    assert len(one.upstream.requests) == 1
 
 
-def test_who_leaves_does_not_end_the_question(world: World) -> None:
+def test_cancel_does_not_abort_fetch(harness: CacheHarness) -> None:
     gate = Gate()
-    world.upstream.on("GET", "^/v2/$", gate.then(asks(BEARER)))
-    leaving = Deferred.fromCoroutine(world.challenges.of(OTHER))
+    harness.upstream.on("GET", "^/v2/$", gate.delay(respond_with_challenge(BEARER)))
+    leaving = Deferred.fromCoroutine(harness.challenges.get(OTHER))
     leaving.addErrback(lambda _: None)
-    world.reactor.settle()
+    harness.reactor.run_due_calls()
     leaving.cancel()
     gate.open()
-    assert len(world.challenges.remembered(OTHER)) == 1
+    assert len(harness.challenges.cached(OTHER)) == 1
 
 
 # what our clients are told
 
 
-def told(world: World, registry: Registry, *fields: str, secure: bool = True) -> list[str]:
-    answer = world.challenges.tell(registry, fields, secure=secure)
-    assert {name for name, _ in answer} <= {"WWW-Authenticate"}
-    return [value for _, value in answer]
+def rendered_challenges(harness: CacheHarness, registry: Registry, *fields: str, secure: bool = True) -> list[str]:
+    fields_with_names = harness.challenges.render_for(registry, fields, secure=secure)
+    assert {name for name, _ in fields_with_names} <= {"WWW-Authenticate"}
+    return [value for _, value in fields_with_names]
 
 
 @pytest.mark.parametrize(
@@ -193,8 +197,8 @@ def told(world: World, registry: Registry, *fields: str, secure: bool = True) ->
         (Registry.parse("10.0.0.1:80"), False, "http://10.0.0.1" + TOKEN_PATH),
     ],
 )
-def test_a_realm_that_would_lead_past_us(world: World, registry: Registry, secure: bool, realm: str) -> None:
-    [field] = told(world, registry, BEARER, secure=secure)
+def test_foreign_realm_is_replaced(harness: CacheHarness, registry: Registry, secure: bool, realm: str) -> None:
+    [field] = rendered_challenges(harness, registry, BEARER, secure=secure)
     assert field == f'Bearer realm="{realm}",service="other",scope="repository:a:pull,push"'
 
 
@@ -209,21 +213,21 @@ def test_a_realm_that_would_lead_past_us(world: World, registry: Registry, secur
         "Negotiate dG9rZW4=",
     ],
 )
-def test_others_are_left_alone(world: World, field: str) -> None:
-    assert told(world, OTHER, field) == [field]
+def test_other_challenges_are_unchanged(harness: CacheHarness, field: str) -> None:
+    assert rendered_challenges(harness, OTHER, field) == [field]
 
 
 @pytest.mark.parametrize(
     "realm", ["", "https://", "ftp://x.example/token", "https://user:pw@other.example:5000/token", "nonsense",
               "https://other.example:99999/token", "https://other.example:5001/token", "//other.example:5000/token"]
 )  # fmt: skip
-def test_a_realm_that_cannot_be_asked_is_ours(world: World, realm: str) -> None:
-    [field] = told(world, OTHER, f'Bearer realm="{realm}"')
+def test_invalid_realm_is_replaced(harness: CacheHarness, realm: str) -> None:
+    [field] = rendered_challenges(harness, OTHER, f'Bearer realm="{realm}"')
     assert TOKEN_PATH in field
 
 
-def test_several_at_once(world: World) -> None:
-    fields = told(world, OTHER, f'{BEARER}, Basic realm="x"', "Digest")
+def test_several_challenges(harness: CacheHarness) -> None:
+    fields = rendered_challenges(harness, OTHER, f'{BEARER}, Basic realm="x"', "Digest")
     assert [field.partition(" ")[0] for field in fields] == ["Bearer", "Basic", "Digest"]
 
 
@@ -240,12 +244,12 @@ def test_several_at_once(world: World) -> None:
         ("", None),
     ],
 )
-def test_realms(url: str, realm: Realm | None) -> None:
+def test_realm_parse(url: str, realm: Realm | None) -> None:
     assert Realm.parse(url) == realm
 
 
-def test_a_realm_is_known_from_the_challenge(world: World) -> None:
-    world.upstream.on("GET", "^/v2/$", lambda asked, data: refusal(401, www_authenticate=BEARER))
-    assert world.challenges.realm(OTHER) is None
-    of(world)
-    assert world.challenges.realm(OTHER) == Realm(Registry.parse("auth.other.example"), "/token")
+def test_realm_comes_from_challenge(harness: CacheHarness) -> None:
+    harness.upstream.on("GET", "^/v2/$", lambda asked, data: error_response(401, www_authenticate=BEARER))
+    assert harness.challenges.realm(OTHER) is None
+    get_challenges(harness)
+    assert harness.challenges.realm(OTHER) == Realm(Registry.parse("auth.other.example"), "/token")

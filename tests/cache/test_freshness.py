@@ -33,10 +33,10 @@ def test_tiers(tag: str, seconds: float) -> None:
 
 
 @given(st.text(), st.floats(allow_nan=False))
-def test_switched_off(tag: str, age: float) -> None:
+def test_disabled(tag: str, age: float) -> None:
     assert not evolve(TIERS, enabled=False).is_fresh(tag, age)
 
 
 @given(st.sampled_from(["stable", "1.2.3", "latest"]), st.one_of(st.floats(max_value=-1e-9), st.just(float("nan"))))
-def test_an_answer_from_the_future_is_not_fresh(tag: str, age: Any) -> None:
+def test_entry_from_the_future_is_not_fresh(tag: str, age: Any) -> None:
     assert not TIERS.is_fresh(tag, age)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from twisted.internet.defer import CancelledError, Deferred
 
-from dockerproxy.cache.access import FRESH, Standing
+from dockerproxy.cache.access import GRANT_TTL, AccessState
 from dockerproxy.cache.freshness import Freshness
 from dockerproxy.errors import (
     RegistryError,
@@ -30,19 +30,19 @@ from dockerproxy.oci.contents import ManifestAnswer
 from dockerproxy.oci.manifests import DOCKER_MANIFEST, DOCKER_SCHEMA1_SIGNED, MAX_MANIFEST, OCI_INDEX
 from dockerproxy.oci.names import Digest
 from dockerproxy.store.blobs import Blobs, OpenBlob
-from tests.cache.stand_ins.upstream import (
-    Answer,
+from tests.cache.support.harness import HUB, CacheHarness
+from tests.cache.support.upstream import (
     FakeRepository,
     Gate,
-    fails,
-    honest,
-    instead,
-    refusal,
-    says,
-    serve,
-    web_page,
+    ScriptedResponse,
+    captive_portal,
+    error_response,
+    raise_error,
+    replace_with,
+    respond_normally,
+    respond_with,
+    serve_content,
 )
-from tests.cache.stand_ins.world import HUB, World
 
 APP, COPY = "library/app", "library/copy"
 ALICE, BOB = "Bearer alice", "Bearer bob"
@@ -56,318 +56,318 @@ TIERS = Freshness(True, re.compile("(stable)"), 600, re.compile(r"\d+\.\d+\.\d+"
 
 
 @pytest.fixture
-def world(make_world: Callable[..., World]) -> World:
-    world = make_world()
-    app(world).put_manifest(ONE, "1")
-    return world
+def harness(make_harness: Callable[..., CacheHarness]) -> CacheHarness:
+    harness = make_harness()
+    app_repository(harness).put_manifest(ONE, "1")
+    return harness
 
 
-def app(world: World) -> FakeRepository:
-    return world.upstream.repository(f"{HUB}/{APP}")
+def app_repository(harness: CacheHarness) -> FakeRepository:
+    return harness.upstream.repository(f"{HUB}/{APP}")
 
 
-def asked(world: World) -> list[str]:
-    methods = [one.method for one in world.upstream.seen(pattern="manifests")]
-    world.upstream.forget()
+def requested_methods(harness: CacheHarness) -> list[str]:
+    methods = [one.method for one in harness.upstream.requests_matching(pattern="manifests")]
+    harness.upstream.clear_requests()
     return methods
 
 
-def got(answer: ManifestAnswer) -> tuple[str, bytes | None]:
-    assert answer.content is None or answer.size == len(answer.content)
-    return answer.verdict, answer.content
+def result_of(response: ManifestAnswer) -> tuple[str, bytes | None]:
+    assert response.content is None or response.size == len(response.content)
+    return response.verdict, response.content
 
 
-async def value(deferred: Deferred[Any]) -> Any:
+async def await_deferred(deferred: Deferred[Any]) -> Any:
     return await deferred
 
 
 # by tag
 
 
-def test_a_tag_is_fetched_once_and_then_asked_about(world: World) -> None:
-    assert got(world.run(world.manifest("1"))) == ("MISS", ONE)
-    assert asked(world) == ["GET"]
+def test_tag_is_fetched_once_then_revalidated(harness: CacheHarness) -> None:
+    assert result_of(harness.run(harness.manifest("1"))) == ("MISS", ONE)
+    assert requested_methods(harness) == ["GET"]
     for _ in range(3):
-        answer = world.run(world.manifest("1"))
-        assert got(answer) == ("REVALIDATED", ONE)
-        assert (answer.digest, answer.media_type) == (Digest.of(ONE), OCI)
-        assert asked(world) == ["HEAD"]
+        response = harness.run(harness.manifest("1"))
+        assert result_of(response) == ("REVALIDATED", ONE)
+        assert (response.digest, response.media_type) == (Digest.of(ONE), OCI)
+        assert requested_methods(harness) == ["HEAD"]
 
 
-def test_a_tag_that_moves_costs_one_pull(world: World) -> None:
-    world.run(world.manifest("1"))
-    app(world).put_manifest(TWO, "1")
-    asked(world)
-    assert got(world.run(world.manifest("1"))) == ("MISS", TWO)
-    assert asked(world) == ["HEAD", "GET"]
-    assert got(world.run(world.manifest("1"))) == ("REVALIDATED", TWO)
-    app(world).put_manifest(ONE, "1")  # and back again: that one is known
-    asked(world)
-    assert got(world.run(world.manifest("1"))) == ("REVALIDATED", ONE)
-    assert asked(world) == ["HEAD"]
+def test_moved_tag_costs_one_pull(harness: CacheHarness) -> None:
+    harness.run(harness.manifest("1"))
+    app_repository(harness).put_manifest(TWO, "1")
+    requested_methods(harness)
+    assert result_of(harness.run(harness.manifest("1"))) == ("MISS", TWO)
+    assert requested_methods(harness) == ["HEAD", "GET"]
+    assert result_of(harness.run(harness.manifest("1"))) == ("REVALIDATED", TWO)
+    app_repository(harness).put_manifest(ONE, "1")  # and back again: that one is known
+    requested_methods(harness)
+    assert result_of(harness.run(harness.manifest("1"))) == ("REVALIDATED", ONE)
+    assert requested_methods(harness) == ["HEAD"]
 
 
-def test_a_manifest_that_is_known_by_its_digest(world: World) -> None:
-    world.run(world.manifest(Digest.of(ONE)))
-    asked(world)
-    assert got(world.run(world.manifest("1")))[1] == ONE
-    assert asked(world) == ["GET"]
-    app(world).put_manifest(ONE, "2")
-    assert got(world.run(world.manifest("2", head=True))) == ("REVALIDATED", ONE)
-    assert asked(world) == ["HEAD"]
+def test_manifest_stored_by_digest(harness: CacheHarness) -> None:
+    harness.run(harness.manifest(Digest.of(ONE)))
+    requested_methods(harness)
+    assert result_of(harness.run(harness.manifest("1")))[1] == ONE
+    assert requested_methods(harness) == ["GET"]
+    app_repository(harness).put_manifest(ONE, "2")
+    assert result_of(harness.run(harness.manifest("2", head=True))) == ("REVALIDATED", ONE)
+    assert requested_methods(harness) == ["HEAD"]
 
 
 @pytest.mark.parametrize(("tag", "lifetime"), [("stable", 600), ("1.2.3", 6000), ("latest", 3600)])
-def test_tiers(make_world: Callable[..., World], tag: str, lifetime: float) -> None:
-    world = make_world(freshness=TIERS)
-    app(world).put_manifest(ONE, tag)
-    world.run(world.manifest(tag))
-    asked(world)
+def test_tiers(make_harness: Callable[..., CacheHarness], tag: str, lifetime: float) -> None:
+    harness = make_harness(freshness=TIERS)
+    app_repository(harness).put_manifest(ONE, tag)
+    harness.run(harness.manifest(tag))
+    requested_methods(harness)
     for _ in range(2):
-        assert got(world.run(world.manifest(tag))) == ("HIT", ONE)
-    assert asked(world) == []
-    world.reactor.advance(FRESH)  # who may read it is another question than what it is
-    assert got(world.run(world.manifest(tag))) == ("REVALIDATED", ONE)
-    assert asked(world) == ["HEAD"]
+        assert result_of(harness.run(harness.manifest(tag))) == ("HIT", ONE)
+    assert requested_methods(harness) == []
+    harness.reactor.advance(GRANT_TTL)  # who may read it is another question than what it is
+    assert result_of(harness.run(harness.manifest(tag))) == ("REVALIDATED", ONE)
+    assert requested_methods(harness) == ["HEAD"]
     before = 0.0
-    while before + FRESH / 2 < lifetime:
-        world.reactor.advance(FRESH / 2)
-        before += FRESH / 2
-        world.run(world.manifest(Digest.of(ONE)))  # keeps access fresh, and says nothing of the tag
-    asked(world)
-    assert got(world.run(world.manifest(tag))) == ("HIT", ONE)
-    world.reactor.advance(lifetime - before)
-    assert got(world.run(world.manifest(tag))) == ("REVALIDATED", ONE)
+    while before + GRANT_TTL / 2 < lifetime:
+        harness.reactor.advance(GRANT_TTL / 2)
+        before += GRANT_TTL / 2
+        harness.run(harness.manifest(Digest.of(ONE)))  # keeps access fresh, and says nothing of the tag
+    requested_methods(harness)
+    assert result_of(harness.run(harness.manifest(tag))) == ("HIT", ONE)
+    harness.reactor.advance(lifetime - before)
+    assert result_of(harness.run(harness.manifest(tag))) == ("REVALIDATED", ONE)
 
 
-def test_a_fresh_tag_is_not_everyones(make_world: Callable[..., World]) -> None:
-    world = make_world(freshness=TIERS)
-    app(world).put_manifest(ONE, "latest")
-    app(world).readers = {ALICE}
-    world.run(world.manifest("latest", who=ALICE))
-    for who in (None, BOB):
+def test_fresh_tag_still_needs_grant(make_harness: Callable[..., CacheHarness]) -> None:
+    harness = make_harness(freshness=TIERS)
+    app_repository(harness).put_manifest(ONE, "latest")
+    app_repository(harness).readers = {ALICE}
+    harness.run(harness.manifest("latest", authorization=ALICE))
+    for authorization in (None, BOB):
         with pytest.raises(UpstreamRefused):
-            world.run(world.manifest("latest", who=who))
+            harness.run(harness.manifest("latest", authorization=authorization))
 
 
-def test_a_restart_forgets_nothing(world: World, make_world: Callable[..., World]) -> None:
-    world.run(world.manifest("1"))
-    again = make_world(upstream=world.upstream)
-    asked(again)
-    assert got(again.run(again.manifest("1"))) == ("REVALIDATED", ONE)
-    again.upstream.vanish()
-    assert got(again.run(again.manifest("1"))) == ("STALE", ONE)
+def test_state_survives_restart(harness: CacheHarness, make_harness: Callable[..., CacheHarness]) -> None:
+    harness.run(harness.manifest("1"))
+    restarted = make_harness(upstream=harness.upstream)
+    requested_methods(restarted)
+    assert result_of(restarted.run(restarted.manifest("1"))) == ("REVALIDATED", ONE)
+    restarted.upstream.go_down()
+    assert result_of(restarted.run(restarted.manifest("1"))) == ("STALE", ONE)
 
 
 # by Accept
 
 
-def by_accept(asked: Any, data: Any) -> Answer:
+def respond_by_accept(request: Any, data: Any) -> ScriptedResponse:
     """Give the index to those who take one, as a registry does."""
-    index = OCI_INDEX in asked.headers.joined("accept").replace(" ", "").split(",")
-    return serve(asked, OCI_INDEX if index else OCI, INDEX if index else ONE)
+    index = OCI_INDEX in request.headers.joined("accept").replace(" ", "").split(",")
+    return serve_content(request, OCI_INDEX if index else OCI, INDEX if index else ONE)
 
 
-def test_what_is_accepted_makes_two_answers_of_a_tag(world: World) -> None:
+def test_tag_entries_per_accept(harness: CacheHarness) -> None:
     for method in ("GET", "HEAD"):
-        world.upstream.on(method, "manifests/1", by_accept)
+        harness.upstream.on(method, "manifests/1", respond_by_accept)
     both, one = [f"{OCI}, {OCI_INDEX}"], [OCI]
-    for verdict in ("MISS", "REVALIDATED"):
-        assert got(world.run(world.manifest("1", accept=both))) == (verdict, INDEX)
-        assert got(world.run(world.manifest("1", accept=one))) == (verdict, ONE)
-    asked(world)
+    for cache_status in ("MISS", "REVALIDATED"):
+        assert result_of(harness.run(harness.manifest("1", accept=both))) == (cache_status, INDEX)
+        assert result_of(harness.run(harness.manifest("1", accept=one))) == (cache_status, ONE)
+    requested_methods(harness)
     for same in ([f"{OCI_INDEX},{OCI}"], [OCI_INDEX, OCI], [OCI, OCI_INDEX, OCI], [f"{OCI};q=0.5", OCI_INDEX.upper()]):
-        assert got(world.run(world.manifest("1", accept=same)))[0] == "REVALIDATED"
-    assert set(asked(world)) == {"HEAD"}
+        assert result_of(harness.run(harness.manifest("1", accept=same)))[0] == "REVALIDATED"
+    assert set(requested_methods(harness)) == {"HEAD"}
 
 
-def test_accept_fields_are_passed_on_as_they_came(world: World) -> None:
+def test_accept_fields_are_forwarded_unchanged(harness: CacheHarness) -> None:
     fields = [f"{OCI};q=0.5", "*/*;q=0.1", "application/x, application/y"]
-    world.run(world.manifest("1", accept=fields))
-    assert world.upstream.asked[-1].headers.all("accept") == fields
+    harness.run(harness.manifest("1", accept=fields))
+    assert harness.upstream.requests[-1].headers.all("accept") == fields
 
 
-def test_stale_is_what_suits_the_client(world: World) -> None:
+def test_stale_manifest_matches_accept(harness: CacheHarness) -> None:
     for method in ("GET", "HEAD"):
-        world.upstream.on(method, "manifests/1", by_accept)
-    world.run(world.manifest("1", accept=[OCI]))
-    world.reactor.advance(10)
-    world.run(world.manifest("1", accept=[OCI_INDEX]))
-    world.upstream.vanish()
-    assert got(world.run(world.manifest("1", accept=[OCI]))) == ("STALE", ONE)
-    assert got(world.run(world.manifest("1", accept=[OCI, "application/other"]))) == ("STALE", ONE)
-    assert got(world.run(world.manifest("1", accept=[]))) == ("STALE", INDEX)  # the newest
-    assert got(world.run(world.manifest("1", accept=["application/*"]))) == ("STALE", INDEX)
+        harness.upstream.on(method, "manifests/1", respond_by_accept)
+    harness.run(harness.manifest("1", accept=[OCI]))
+    harness.reactor.advance(10)
+    harness.run(harness.manifest("1", accept=[OCI_INDEX]))
+    harness.upstream.go_down()
+    assert result_of(harness.run(harness.manifest("1", accept=[OCI]))) == ("STALE", ONE)
+    assert result_of(harness.run(harness.manifest("1", accept=[OCI, "application/other"]))) == ("STALE", ONE)
+    assert result_of(harness.run(harness.manifest("1", accept=[]))) == ("STALE", INDEX)  # the newest
+    assert result_of(harness.run(harness.manifest("1", accept=["application/*"]))) == ("STALE", INDEX)
     with pytest.raises(UpstreamUnreachable):
-        world.run(world.manifest("1", accept=["application/vnd.docker.distribution.manifest.v2+json"]))
+        harness.run(harness.manifest("1", accept=["application/vnd.docker.distribution.manifest.v2+json"]))
 
 
-def test_many_accepts_do_not_pile_up(world: World) -> None:
+def test_tag_entries_are_bounded(harness: CacheHarness) -> None:
     for number in range(40):
-        world.run(world.manifest("1", accept=[f"application/x{number}"]))
-        world.reactor.advance(1)
-    assert len(world.records.get("tag", f"{HUB}/{APP}", "1") or {}) == 16
+        harness.run(harness.manifest("1", accept=[f"application/x{number}"]))
+        harness.reactor.advance(1)
+    assert len(harness.records.get("tag", f"{HUB}/{APP}", "1") or {}) == 16
 
 
 # stale if error
 
 TROUBLES = [
-    fails(UpstreamUnreachable("gone")), fails(UpstreamTimeout("silent")), fails(UpstreamBroken("no token")),
-    fails(TooManyRequests("of tokens")), says(429, retry_after="5"), says(500), says(502), says(503), says(504),
+    raise_error(UpstreamUnreachable("gone")), raise_error(UpstreamTimeout("silent")), raise_error(UpstreamBroken("no token")),
+    raise_error(TooManyRequests("of tokens")), respond_with(429, retry_after="5"), respond_with(500), respond_with(502), respond_with(503), respond_with(504),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("trouble", TROUBLES)
 @pytest.mark.parametrize("head", [False, True])
 @pytest.mark.parametrize("reference", ["1", str(Digest.of(ONE))])
-def test_stale_if_error(world: World, trouble: Any, head: bool, reference: str) -> None:
-    world.run(world.manifest(reference))
-    world.reactor.advance(10 * 86400)
+def test_stale_if_error(harness: CacheHarness, failure: Any, head: bool, reference: str) -> None:
+    harness.run(harness.manifest(reference))
+    harness.reactor.advance(10 * 86400)
     for method in ("GET", "HEAD"):
-        world.upstream.on(method, "", trouble)
+        harness.upstream.on(method, "", failure)
     for _ in range(2):
-        assert got(world.run(world.manifest(reference, head=head))) == ("STALE", ONE)
-    assert world.access.standing(f"{HUB}/{APP}", "public") is Standing.STALE  # nothing was proven by that
-    with pytest.raises(RegistryError) as caught:
-        world.run(world.manifest("unknown", head=head))
-    assert caught.value.status in (429, 502, 504)
-    world.upstream.behave()
-    assert got(world.run(world.manifest(reference)))[0] == "REVALIDATED"
+        assert result_of(harness.run(harness.manifest(reference, head=head))) == ("STALE", ONE)
+    assert harness.access.state(f"{HUB}/{APP}", "public") is AccessState.GRANTED_STALE  # nothing was proven by that
+    with pytest.raises(RegistryError) as excinfo:
+        harness.run(harness.manifest("unknown", head=head))
+    assert excinfo.value.status in (429, 502, 504)
+    harness.upstream.reset()
+    assert result_of(harness.run(harness.manifest(reference)))[0] == "REVALIDATED"
 
 
-def test_stale_when_the_new_content_cannot_be_had(world: World) -> None:
+def test_stale_when_new_manifest_is_unavailable(harness: CacheHarness) -> None:
     """The HEAD tells of another one, and the GET for it is one too many for the rate limit."""
-    world.run(world.manifest("1"))
-    app(world).put_manifest(TWO, "1")
-    world.upstream.on("GET", "manifests", says(429))
-    assert got(world.run(world.manifest("1"))) == ("STALE", ONE)
+    harness.run(harness.manifest("1"))
+    app_repository(harness).put_manifest(TWO, "1")
+    harness.upstream.on("GET", "manifests", respond_with(429))
+    assert result_of(harness.run(harness.manifest("1"))) == ("STALE", ONE)
 
 
-def test_a_rate_limit_is_told_where_nothing_is_kept(world: World) -> None:
-    world.upstream.on("GET", "manifests", says(429, retry_after="5"))
-    with pytest.raises(UpstreamFailing) as caught:
-        world.run(world.manifest("1"))
-    assert (caught.value.status, caught.value.code) == (429, "TOOMANYREQUESTS")
-    assert ("retry-after", "5") in caught.value.headers
+def test_rate_limit_without_stored_manifest(harness: CacheHarness) -> None:
+    harness.upstream.on("GET", "manifests", respond_with(429, retry_after="5"))
+    with pytest.raises(UpstreamFailing) as excinfo:
+        harness.run(harness.manifest("1"))
+    assert (excinfo.value.status, excinfo.value.code) == (429, "TOOMANYREQUESTS")
+    assert ("retry-after", "5") in excinfo.value.headers
 
 
-def test_a_tag_deleted_upstream_is_gone(world: World) -> None:
-    world.run(world.manifest("1"))
-    del app(world).manifests["1"]
-    with pytest.raises(UpstreamRefused) as caught:
-        world.run(world.manifest("1"))
-    assert caught.value.status == 404
-    world.upstream.vanish()
+def test_tag_deleted_upstream(harness: CacheHarness) -> None:
+    harness.run(harness.manifest("1"))
+    del app_repository(harness).manifests["1"]
+    with pytest.raises(UpstreamRefused) as excinfo:
+        harness.run(harness.manifest("1"))
+    assert excinfo.value.status == 404
+    harness.upstream.go_down()
     with pytest.raises(UpstreamUnreachable):
-        world.run(world.manifest("1"))
-    assert got(world.run(world.manifest(Digest.of(ONE))))[1] == ONE  # that is not what was deleted
+        harness.run(harness.manifest("1"))
+    assert result_of(harness.run(harness.manifest(Digest.of(ONE))))[1] == ONE  # that is not what was deleted
 
 
-def test_a_stranger_who_is_told_404_deletes_nothing(world: World) -> None:
+def test_404_to_unauthorized_client_deletes_nothing(harness: CacheHarness) -> None:
     """Many registries say so to those who may not know."""
-    app(world).readers, app(world).refusal = {ALICE}, 404
-    world.run(world.manifest("1", who=ALICE))
+    app_repository(harness).readers, app_repository(harness).denial_status = {ALICE}, 404
+    harness.run(harness.manifest("1", authorization=ALICE))
     with pytest.raises(UpstreamRefused):
-        world.run(world.manifest("1", who=BOB))
-    world.upstream.vanish()
-    assert got(world.run(world.manifest("1", who=ALICE))) == ("STALE", ONE)
+        harness.run(harness.manifest("1", authorization=BOB))
+    harness.upstream.go_down()
+    assert result_of(harness.run(harness.manifest("1", authorization=ALICE))) == ("STALE", ONE)
 
 
-@pytest.mark.parametrize("refusing", [says(401), says(403), fails(Unauthorized("no token"))])
-def test_a_refusal_ends_the_yes(world: World, refusing: Any) -> None:
-    world.run(world.manifest("1"))
-    world.upstream.on("HEAD", "", refusing)
-    with pytest.raises(RegistryError) as caught:
-        world.run(world.manifest("1"))
-    assert caught.value.status in (401, 403)
-    world.upstream.vanish()
+@pytest.mark.parametrize("refusing", [respond_with(401), respond_with(403), raise_error(Unauthorized("no token"))])
+def test_denial_revokes_grant(harness: CacheHarness, denial: Any) -> None:
+    harness.run(harness.manifest("1"))
+    harness.upstream.on("HEAD", "", denial)
+    with pytest.raises(RegistryError) as excinfo:
+        harness.run(harness.manifest("1"))
+    assert excinfo.value.status in (401, 403)
+    harness.upstream.go_down()
     for reference in ("1", Digest.of(ONE)):
         with pytest.raises(UpstreamUnreachable):
-            world.run(world.manifest(reference))
+            harness.run(harness.manifest(reference))
 
 
-def test_records_that_are_damaged_are_asked_for_again(world: World) -> None:
-    world.run(world.manifest("1"))
+def test_damaged_records_are_fetched_again(harness: CacheHarness) -> None:
+    harness.run(harness.manifest("1"))
     for record in (
         {"x": 1},
         {"x": {"digest": "no", "type": OCI, "checked": 1}},
         {"x": {"digest": str(Digest.of(ONE))}},
     ):
-        world.records.put(record, "tag", f"{HUB}/{APP}", "1")
-        assert got(world.run(world.manifest("1")))[1] == ONE
+        harness.records.put(record, "tag", f"{HUB}/{APP}", "1")
+        assert result_of(harness.run(harness.manifest("1")))[1] == ONE
 
 
 # by digest
 
 
 @pytest.mark.parametrize("head", [False, True])
-def test_a_digest_needs_no_question(world: World, head: bool) -> None:
+def test_digest_is_served_without_request(harness: CacheHarness, head: bool) -> None:
     digest = Digest.of(ONE)
-    assert got(world.run(world.manifest(digest))) == ("MISS", ONE)
-    asked(world)
-    assert got(world.run(world.manifest(digest, head=head))) == ("HIT", ONE)
-    assert asked(world) == []
-    world.reactor.advance(FRESH)
-    assert got(world.run(world.manifest(digest, head=head))) == ("REVALIDATED", ONE)
-    assert asked(world) == ["HEAD"]
+    assert result_of(harness.run(harness.manifest(digest))) == ("MISS", ONE)
+    requested_methods(harness)
+    assert result_of(harness.run(harness.manifest(digest, head=head))) == ("HIT", ONE)
+    assert requested_methods(harness) == []
+    harness.reactor.advance(GRANT_TTL)
+    assert result_of(harness.run(harness.manifest(digest, head=head))) == ("REVALIDATED", ONE)
+    assert requested_methods(harness) == ["HEAD"]
 
 
-def test_head_of_what_is_not_kept(world: World) -> None:
+def test_head_of_missing_manifest(harness: CacheHarness) -> None:
     for reference in ("1", Digest.of(ONE)):
-        answer = world.run(world.manifest(reference, head=True))
-        assert (answer.digest, answer.size, answer.content) == (Digest.of(ONE), len(ONE), None)
-    assert asked(world) == ["HEAD", "HEAD"]
+        response = harness.run(harness.manifest(reference, head=True))
+        assert (response.digest, response.size, response.content) == (Digest.of(ONE), len(ONE), None)
+    assert requested_methods(harness) == ["HEAD", "HEAD"]
 
 
-def test_sha512(world: World) -> None:
-    digest = app(world).put_manifest(TWO, algorithm="sha512")
-    answer = world.run(world.manifest(digest))
-    assert (answer.digest, answer.content) == (digest, TWO)
-    assert got(world.run(world.manifest(digest))) == ("HIT", TWO)
+def test_sha512(harness: CacheHarness) -> None:
+    digest = app_repository(harness).put_manifest(TWO, algorithm="sha512")
+    response = harness.run(harness.manifest(digest))
+    assert (response.digest, response.content) == (digest, TWO)
+    assert result_of(harness.run(harness.manifest(digest))) == ("HIT", TWO)
 
 
-def test_a_tag_whose_digest_upstream_tells_as_sha512(world: World) -> None:
+def test_tag_with_sha512_digest(harness: CacheHarness) -> None:
     digest = Digest.of(ONE, "sha512")
 
-    def behave(asked: Any, data: Any) -> Answer:
-        body = ONE if asked.method == "GET" else b""
-        return Answer(200, body, {"content-type": OCI, "docker-content-digest": str(digest)}, length=len(ONE))
+    def behave(request: Any, data: Any) -> ScriptedResponse:
+        body = ONE if request.method == "GET" else b""
+        return ScriptedResponse(200, body, {"content-type": OCI, "docker-content-digest": str(digest)}, length=len(ONE))
 
     for method in ("GET", "HEAD"):
-        world.upstream.on(method, "manifests/1", behave)
-    for verdict in ("MISS", "REVALIDATED"):
-        answer = world.run(world.manifest("1"))
-        assert (answer.verdict, answer.digest, answer.content) == (verdict, digest, ONE)
+        harness.upstream.on(method, "manifests/1", behave)
+    for cache_status in ("MISS", "REVALIDATED"):
+        response = harness.run(harness.manifest("1"))
+        assert (response.verdict, response.digest, response.content) == (cache_status, digest, ONE)
 
 
-def test_another_repositorys_manifest(world: World) -> None:
+def test_manifest_of_another_repository(harness: CacheHarness) -> None:
     """To know a digest is no right to what it names."""
-    app(world).readers = {ALICE}
-    world.run(world.manifest("1", who=ALICE))
-    world.upstream.repository(f"{HUB}/{COPY}")
-    for who in (None, ALICE):
-        with pytest.raises(UpstreamRefused) as caught:
-            world.run(world.manifest(Digest.of(ONE), COPY, who))
-        assert caught.value.status == 404
-    world.upstream.repository(f"{HUB}/{COPY}").put_manifest(ONE)
-    assert got(world.run(world.manifest(Digest.of(ONE), COPY)))[1] == ONE
+    app_repository(harness).readers = {ALICE}
+    harness.run(harness.manifest("1", authorization=ALICE))
+    harness.upstream.repository(f"{HUB}/{COPY}")
+    for authorization in (None, ALICE):
+        with pytest.raises(UpstreamRefused) as excinfo:
+            harness.run(harness.manifest(Digest.of(ONE), COPY, authorization))
+        assert excinfo.value.status == 404
+    harness.upstream.repository(f"{HUB}/{COPY}").put_manifest(ONE)
+    assert result_of(harness.run(harness.manifest(Digest.of(ONE), COPY)))[1] == ONE
 
 
-def test_a_layer_is_no_manifest(world: World) -> None:
-    layer = app(world).put_blob(b"layer")
-    world.fetch(layer)
+def test_layer_is_not_a_manifest(harness: CacheHarness) -> None:
+    layer = app_repository(harness).put_blob(b"layer")
+    harness.fetch(layer)
     with pytest.raises(UpstreamRefused):
-        world.run(world.manifest(layer))
+        harness.run(harness.manifest(layer))
 
 
 # what upstream may send
 
 
-def test_exact_bytes(world: World) -> None:
+def test_exact_bytes(harness: CacheHarness) -> None:
     for content in (ONE, b"\n" + ONE, ONE + b"  ", '{"layers":[],"config":{},"x":"ä\\u00e4"}'.encode()):
-        app(world).put_manifest(content, "exact")
-        assert world.run(world.manifest("exact")).content == content
-        assert world.run(world.manifest(Digest.of(content))).content == content
+        app_repository(harness).put_manifest(content, "exact")
+        assert harness.run(harness.manifest("exact")).content == content
+        assert harness.run(harness.manifest(Digest.of(content))).content == content
 
 
 @pytest.mark.parametrize(
@@ -380,129 +380,131 @@ def test_exact_bytes(world: World) -> None:
         (ONE, DOCKER_MANIFEST, DOCKER_MANIFEST),
     ],
 )  # fmt: skip
-def test_media_types(world: World, content: bytes, told: str, media_type: str) -> None:
-    digest = app(world).put_manifest(content, "typed", media_type=told)
+def test_media_types(harness: CacheHarness, content: bytes, content_type: str, media_type: str) -> None:
+    digest = app_repository(harness).put_manifest(content, "typed", media_type=content_type)
     for reference in ("typed", digest, "typed", digest):
-        assert world.run(world.manifest(reference)).media_type == media_type
+        assert harness.run(harness.manifest(reference)).media_type == media_type
 
 
 @pytest.mark.parametrize("reference", ["1", str(Digest.of(ONE))])
 @pytest.mark.parametrize(
     "behaviour",
     [
-        instead(TWO, docker_content_digest=str(Digest.of(ONE)), content_type=OCI),
-        instead(b"not JSON", docker_content_digest=str(Digest.of(b"not JSON")), content_type=OCI),
-        instead(b"[]", content_type=OCI),
-        web_page,
-        instead(b" " * MAX_MANIFEST + ONE, content_type=OCI),
-        instead(b"{" * 100_000, content_type=OCI),
+        replace_with(TWO, docker_content_digest=str(Digest.of(ONE)), content_type=OCI),
+        replace_with(b"not JSON", docker_content_digest=str(Digest.of(b"not JSON")), content_type=OCI),
+        replace_with(b"[]", content_type=OCI),
+        captive_portal,
+        replace_with(b" " * MAX_MANIFEST + ONE, content_type=OCI),
+        replace_with(b"{" * 100_000, content_type=OCI),
     ],
     ids=["wrong digest", "no JSON", "no object", "page", "too long", "too deep"],
 )
-def test_what_is_no_manifest_is_an_error_and_not_kept(world: World, behaviour: Any, reference: str) -> None:
-    world.upstream.on("GET", "manifests", behaviour)
+def test_invalid_manifest_is_rejected(harness: CacheHarness, responder: Any, reference: str) -> None:
+    harness.upstream.on("GET", "manifests", responder)
     with pytest.raises(UpstreamBroken):
-        world.run(world.manifest(reference))
-    assert list(world.blobs.walk()) == []
-    assert world.access.standing(f"{HUB}/{APP}", "public") is Standing.UNKNOWN
-    world.upstream.behave()
-    assert got(world.run(world.manifest(reference))) == ("MISS", ONE)
+        harness.run(harness.manifest(reference))
+    assert list(harness.blobs.walk()) == []
+    assert harness.access.state(f"{HUB}/{APP}", "public") is AccessState.UNKNOWN
+    harness.upstream.reset()
+    assert result_of(harness.run(harness.manifest(reference))) == ("MISS", ONE)
 
 
-def test_no_page_for_everything_makes_public_what_is_not(world: World) -> None:
+def test_captive_portal_grants_nothing(harness: CacheHarness) -> None:
     """It answers 200 to whoever asks, and that is all it knows."""
-    app(world).readers = {ALICE}
-    world.run(world.manifest("1", who=ALICE))
+    app_repository(harness).readers = {ALICE}
+    harness.run(harness.manifest("1", authorization=ALICE))
     for method in ("GET", "HEAD"):
-        world.upstream.on(method, "", web_page)
+        harness.upstream.on(method, "", captive_portal)
     for reference in (Digest.of(ONE), "1", Digest.of(TWO), "2"):
         for head in (False, True):
             with pytest.raises(UpstreamError):
-                world.run(world.manifest(reference, head=head))
-    assert world.access.standing(f"{HUB}/{APP}", "public") is Standing.UNKNOWN
+                harness.run(harness.manifest(reference, head=head))
+    assert harness.access.state(f"{HUB}/{APP}", "public") is AccessState.UNKNOWN
 
 
-def test_a_head_without_a_digest(world: World) -> None:
+def test_head_without_digest(harness: CacheHarness) -> None:
     """Only the content tells, and that is asked for once."""
 
-    def bare(asked: Any, data: Any) -> Answer:
-        return Answer(200, data if asked.method == "GET" else b"", {"content-type": OCI}, length=len(data))
+    def bare(request: Any, data: Any) -> ScriptedResponse:
+        return ScriptedResponse(200, data if request.method == "GET" else b"", {"content-type": OCI}, length=len(data))
 
     for method in ("GET", "HEAD"):
-        world.upstream.on(method, "manifests/1", bare)
-    assert got(world.run(world.manifest("1"))) == ("MISS", ONE)
-    assert asked(world) == ["GET"]
+        harness.upstream.on(method, "manifests/1", bare)
+    assert result_of(harness.run(harness.manifest("1"))) == ("MISS", ONE)
+    assert requested_methods(harness) == ["GET"]
     for head in (False, True):
-        answer = world.run(world.manifest("1", head=head))
-        assert (answer.digest, answer.size) == (Digest.of(ONE), len(ONE))
-        assert asked(world) == ["HEAD", "GET"]
+        response = harness.run(harness.manifest("1", head=head))
+        assert (response.digest, response.size) == (Digest.of(ONE), len(ONE))
+        assert requested_methods(harness) == ["HEAD", "GET"]
 
 
 @pytest.mark.parametrize("status", [405, 501])
 @pytest.mark.parametrize("reference", ["1", str(Digest.of(ONE))])
-def test_an_upstream_without_head(world: World, status: int, reference: str) -> None:
-    world.upstream.on("HEAD", "manifests", says(status))
+def test_upstream_without_head(harness: CacheHarness, status: int, reference: str) -> None:
+    harness.upstream.on("HEAD", "manifests", respond_with(status))
     for head in (True, False, True):
-        answer = world.run(world.manifest(reference, head=head))
-        assert (answer.digest, answer.size) == (Digest.of(ONE), len(ONE))
-    world.reactor.advance(FRESH)
-    asked(world)
-    assert world.run(world.manifest(reference)).content == ONE
-    assert asked(world) == ["HEAD", "GET"]
+        response = harness.run(harness.manifest(reference, head=head))
+        assert (response.digest, response.size) == (Digest.of(ONE), len(ONE))
+    harness.reactor.advance(GRANT_TTL)
+    requested_methods(harness)
+    assert harness.run(harness.manifest(reference)).content == ONE
+    assert requested_methods(harness) == ["HEAD", "GET"]
 
 
 @pytest.mark.parametrize("told", [{"length": None}, {"length": 0}, {"length": 3}])
-def test_a_head_of_another_length(world: World, told: Any) -> None:
-    world.run(world.manifest("1"))
-    world.upstream.on(
-        "HEAD", "", lambda asked, data: Answer(200, fields={"docker-content-digest": str(Digest.of(ONE))}, **told)
+def test_head_with_other_length(harness: CacheHarness, length: Any) -> None:
+    harness.run(harness.manifest("1"))
+    harness.upstream.on(
+        "HEAD",
+        "",
+        lambda asked, data: ScriptedResponse(200, fields={"docker-content-digest": str(Digest.of(ONE))}, **length),
     )
-    world.reactor.advance(FRESH)
+    harness.reactor.advance(GRANT_TTL)
     for reference in ("1", Digest.of(ONE)):
-        assert world.run(world.manifest(reference)).content == ONE
+        assert harness.run(harness.manifest(reference)).content == ONE
 
 
-def test_a_head_that_names_another_digest_than_was_asked_for(world: World) -> None:
-    world.run(world.manifest(Digest.of(ONE)))
-    world.reactor.advance(FRESH)
-    world.upstream.on("HEAD", "", instead(ONE, docker_content_digest=str(Digest.of(TWO))))
-    world.upstream.on("GET", "", says(404))
+def test_head_with_other_digest(harness: CacheHarness) -> None:
+    harness.run(harness.manifest(Digest.of(ONE)))
+    harness.reactor.advance(GRANT_TTL)
+    harness.upstream.on("HEAD", "", replace_with(ONE, docker_content_digest=str(Digest.of(TWO))))
+    harness.upstream.on("GET", "", respond_with(404))
     with pytest.raises(UpstreamRefused):
-        world.run(world.manifest(Digest.of(ONE)))
+        harness.run(harness.manifest(Digest.of(ONE)))
 
 
 @pytest.mark.parametrize("reference", ["old", "digest"])
-def test_schema_1_is_passed_on_and_not_kept(world: World, reference: str) -> None:
+def test_schema_1_is_not_cached(harness: CacheHarness, reference: str) -> None:
     """Its digest is that of a part of it."""
     digest = Digest.of(b"the payload")
-    wanted = "old" if reference == "old" else str(digest)
-    given = {"content_type": DOCKER_SCHEMA1_SIGNED, "docker_content_digest": str(digest)}
+    reference_string = "old" if reference == "old" else str(digest)
+    headers = {"content_type": DOCKER_SCHEMA1_SIGNED, "docker_content_digest": str(digest)}
     for method in ("GET", "HEAD"):
-        world.upstream.on(method, "manifests", instead(SCHEMA1, **given))
+        harness.upstream.on(method, "manifests", replace_with(SCHEMA1, **headers))
     for _ in range(2):
-        answer = world.run(world.manifest(wanted))
-        assert (answer.digest, answer.content, answer.verdict) == (digest, SCHEMA1, "PASS")
-        assert answer.media_type == DOCKER_SCHEMA1_SIGNED
-    assert list(world.blobs.walk()) == []
+        response = harness.run(harness.manifest(reference_string))
+        assert (response.digest, response.content, response.verdict) == (digest, SCHEMA1, "PASS")
+        assert response.media_type == DOCKER_SCHEMA1_SIGNED
+    assert list(harness.blobs.walk()) == []
 
 
-def test_schema_1_is_fetched_once_where_head_tells_nothing(world: World) -> None:
+def test_schema_1_without_head_support(harness: CacheHarness) -> None:
     digest = str(Digest.of(b"the payload"))
-    world.upstream.on("HEAD", "manifests", says(405))
-    given = {"content_type": DOCKER_SCHEMA1_SIGNED, "docker_content_digest": digest}
-    world.upstream.on("GET", "manifests", instead(SCHEMA1, **given))
-    world.run(world.manifest("old"))
-    world.records.put({}, "tag", f"{HUB}/{APP}", "old")
-    asked(world)
-    assert world.run(world.manifest("old", head=True)).digest == Digest.parse(digest)
-    assert asked(world) == ["HEAD", "GET"]
+    harness.upstream.on("HEAD", "manifests", respond_with(405))
+    headers = {"content_type": DOCKER_SCHEMA1_SIGNED, "docker_content_digest": digest}
+    harness.upstream.on("GET", "manifests", replace_with(SCHEMA1, **headers))
+    harness.run(harness.manifest("old"))
+    harness.records.put({}, "tag", f"{HUB}/{APP}", "old")
+    requested_methods(harness)
+    assert harness.run(harness.manifest("old", head=True)).digest == Digest.parse(digest)
+    assert requested_methods(harness) == ["HEAD", "GET"]
 
 
-def test_nothing_else_passes_for_schema_1(world: World) -> None:
+def test_schema_1_media_type_does_not_bypass_digest_check(harness: CacheHarness) -> None:
     """Whose content is not checked against the digest."""
-    world.upstream.on("GET", "manifests", instead(TWO, content_type=DOCKER_SCHEMA1_SIGNED))
+    harness.upstream.on("GET", "manifests", replace_with(TWO, content_type=DOCKER_SCHEMA1_SIGNED))
     with pytest.raises(UpstreamBroken):
-        world.run(world.manifest(Digest.of(ONE)))
+        harness.run(harness.manifest(Digest.of(ONE)))
 
 
 # many at once
@@ -510,51 +512,58 @@ def test_nothing_else_passes_for_schema_1(world: World) -> None:
 
 @pytest.mark.parametrize("reference", ["1", str(Digest.of(ONE))])
 @pytest.mark.parametrize("head", [False, True])
-def test_the_same_question_is_asked_once(world: World, reference: str, head: bool) -> None:
+def test_concurrent_requests_are_coalesced(harness: CacheHarness, reference: str, head: bool) -> None:
     gate = Gate()
-    world.upstream.on("HEAD" if head else "GET", "manifests", gate.then(honest))
-    waiting = [world.start(world.manifest(reference, head=head)) for _ in range(20)]
-    waiting[0].addErrback(lambda failure: failure.trap(CancelledError))
-    waiting[0].cancel()  # who asked first goes
+    harness.upstream.on("HEAD" if head else "GET", "manifests", gate.delay(respond_normally))
+    deferreds = [harness.start(harness.manifest(reference, head=head)) for _ in range(20)]
+    deferreds[0].addErrback(lambda failure: failure.trap(CancelledError))
+    deferreds[0].cancel()  # who asked first goes
     gate.open()
-    world.reactor.settle()
-    for deferred in waiting[1:]:
-        assert world.run(value(deferred)).digest == Digest.of(ONE)
-    assert len(world.upstream.seen(pattern="manifests")) == 1
+    harness.reactor.run_due_calls()
+    for deferred in deferreds[1:]:
+        assert harness.run(await_deferred(deferred)).digest == Digest.of(ONE)
+    assert len(harness.upstream.requests_matching(pattern="manifests")) == 1
 
 
-def test_different_clients_do_not_share_an_answer(world: World) -> None:
-    app(world).readers = {ALICE}
+def test_clients_do_not_share_responses(harness: CacheHarness) -> None:
+    app_repository(harness).readers = {ALICE}
     gate = Gate()
-    world.upstream.on(
-        "GET", "manifests", gate.then(lambda asked, data: refusal(401) if asked.who != ALICE else honest(asked, data))
+    harness.upstream.on(
+        "GET",
+        "manifests",
+        gate.delay(
+            lambda asked, data: error_response(401) if asked.requester != ALICE else respond_normally(asked, data)
+        ),
     )
-    waiting = {who: world.start(world.manifest("1", who=who)) for who in (ALICE, BOB, None)}
+    deferreds = {
+        authorization: harness.start(harness.manifest("1", authorization=authorization))
+        for authorization in (ALICE, BOB, None)
+    }
     gate.open()
-    world.reactor.settle()
-    assert world.run(value(waiting[ALICE])).content == ONE
+    harness.reactor.run_due_calls()
+    assert harness.run(await_deferred(deferreds[ALICE])).content == ONE
     for who in (BOB, None):
         with pytest.raises(UpstreamRefused):
-            world.run(value(waiting[who]))
+            harness.run(await_deferred(deferreds[who]))
 
 
-def test_all_who_wait_hear_of_the_error(world: World) -> None:
+def test_error_reaches_all_waiters(harness: CacheHarness) -> None:
     gate = Gate()
-    world.upstream.on("GET", "manifests", gate.then(says(500)))
-    waiting = [world.start(world.manifest("1")) for _ in range(3)]
+    harness.upstream.on("GET", "manifests", gate.delay(respond_with(500)))
+    deferreds = [harness.start(harness.manifest("1")) for _ in range(3)]
     gate.open()
-    world.reactor.settle()
-    for deferred in waiting:
+    harness.reactor.run_due_calls()
+    for deferred in deferreds:
         with pytest.raises(UpstreamFailing):
-            world.run(value(deferred))
+            harness.run(await_deferred(deferred))
 
 
 # the disk
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
-def test_a_disk_that_takes_nothing(
-    world: World, monkeypatch: pytest.MonkeyPatch, number: int, logged: list[str]
+def test_unwritable_disk(
+    harness: CacheHarness, monkeypatch: pytest.MonkeyPatch, number: int, log_lines: list[str]
 ) -> None:
     def fail(*args: Any, **more: Any) -> None:
         raise OSError(number, os.strerror(number))
@@ -563,165 +572,167 @@ def test_a_disk_that_takes_nothing(
     monkeypatch.setattr("dockerproxy.store.files.Staging.make_directory", fail)
     for reference in ("1", Digest.of(ONE), "1"):
         for head in (False, True):
-            answer = world.run(world.manifest(reference, head=head))
-            assert answer.digest == Digest.of(ONE)
-            assert head or answer.content == ONE
-    assert any("was not cached" in line for line in logged)
+            response = harness.run(harness.manifest(reference, head=head))
+            assert response.digest == Digest.of(ONE)
+            assert head or response.content == ONE
+    assert any("was not cached" in line for line in log_lines)
 
 
-def test_a_disk_that_lets_nothing_go(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    world.run(world.manifest("1"))
-    del app(world).manifests["1"]
+def test_undeletable_records(harness: CacheHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+    harness.run(harness.manifest("1"))
+    del app_repository(harness).manifests["1"]
 
     def fail(*args: Any) -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     monkeypatch.setattr("dockerproxy.store.records.Records.remove", fail)
     with pytest.raises(UpstreamRefused):
-        world.run(world.manifest("1"))
+        harness.run(harness.manifest("1"))
 
 
 @pytest.mark.parametrize("damage", [b"more", b"!", b""])
 @pytest.mark.parametrize("reference", ["1", str(Digest.of(ONE))])
-def test_a_damaged_manifest_is_fetched_again(world: World, damage: bytes, reference: str) -> None:
+def test_damaged_manifest_is_fetched_again(harness: CacheHarness, damage: bytes, reference: str) -> None:
     """A disk that loses bytes, or a power cut behind our back."""
-    world.run(world.manifest(reference))
-    path = Path(world.layout.blob(Digest.of(ONE)))
+    harness.run(harness.manifest(reference))
+    path = Path(harness.layout.blob(Digest.of(ONE)))
     path.write_bytes(ONE + damage if damage == b"more" else damage + ONE[len(damage) or len(ONE) :])
-    for verdict in ("MISS", "REVALIDATED"):
-        assert got(world.run(world.manifest(reference))) == (verdict, ONE)
-        world.reactor.advance(FRESH)
+    for cache_status in ("MISS", "REVALIDATED"):
+        assert result_of(harness.run(harness.manifest(reference))) == (cache_status, ONE)
+        harness.reactor.advance(GRANT_TTL)
     path.write_bytes(b"!" + ONE[1:])
-    world.upstream.vanish()
+    harness.upstream.go_down()
     with pytest.raises(UpstreamUnreachable):
-        world.run(world.manifest(reference))
+        harness.run(harness.manifest(reference))
 
 
-def test_what_was_read_a_moment_ago_is_not_read_again(world: World) -> None:
+def test_memory_cache_avoids_second_read(harness: CacheHarness) -> None:
     digest = Digest.of(ONE)
-    for verdict in ("MISS", "HIT"):
-        assert got(world.run(world.manifest(digest))) == (verdict, ONE)
-    Path(world.layout.blob(digest)).unlink()
-    world.reactor.advance(29)
-    assert got(world.run(world.manifest(digest))) == ("HIT", ONE)
-    world.reactor.advance(1)
-    assert got(world.run(world.manifest(digest))) == ("MISS", ONE)
+    for cache_status in ("MISS", "HIT"):
+        assert result_of(harness.run(harness.manifest(digest))) == (cache_status, ONE)
+    Path(harness.layout.blob(digest)).unlink()
+    harness.reactor.advance(29)
+    assert result_of(harness.run(harness.manifest(digest))) == ("HIT", ONE)
+    harness.reactor.advance(1)
+    assert result_of(harness.run(harness.manifest(digest))) == ("MISS", ONE)
 
 
 @pytest.mark.parametrize("reference", ["1", str(Digest.of(ONE))])
-def test_what_was_removed_is_not_remembered(world: World, reference: str) -> None:
+def test_removed_manifest_is_not_served_from_memory(harness: CacheHarness, reference: str) -> None:
     for _ in range(2):
-        world.run(world.manifest(reference))
-    assert world.links.unlink_manifest(f"{HUB}/{APP}", Digest.of(ONE))
-    assert got(world.run(world.manifest(reference))) == ("MISS", ONE)
+        harness.run(harness.manifest(reference))
+    assert harness.links.unlink_manifest(f"{HUB}/{APP}", Digest.of(ONE))
+    assert result_of(harness.run(harness.manifest(reference))) == ("MISS", ONE)
 
 
-def test_what_one_may_not_read_is_remembered_for_others_only(world: World) -> None:
-    app(world).readers = {ALICE}
+def test_memory_cache_respects_access(harness: CacheHarness) -> None:
+    app_repository(harness).readers = {ALICE}
     digest = Digest.of(ONE)
     for _ in range(2):
-        assert world.run(world.manifest(digest, who=ALICE)).content == ONE
+        assert harness.run(harness.manifest(digest, authorization=ALICE)).content == ONE
     with pytest.raises(RegistryError):
-        world.run(world.manifest(digest, who=BOB))
+        harness.run(harness.manifest(digest, authorization=BOB))
 
 
-def test_another_media_type_is_the_one_that_counts(world: World) -> None:
+def test_latest_media_type_wins(harness: CacheHarness) -> None:
     """Of the same bytes: upstream may have had it wrong."""
-    digest = app(world).put_manifest(TWO, "typed", media_type=OCI)
+    digest = app_repository(harness).put_manifest(TWO, "typed", media_type=OCI)
     for _ in range(2):
-        assert world.run(world.manifest(digest)).media_type == OCI
-    app(world).put_manifest(TWO, "typed", media_type=DOCKER_MANIFEST)
-    world.upstream.on("HEAD", "manifests", says(405))  # so that it is fetched
+        assert harness.run(harness.manifest(digest)).media_type == OCI
+    app_repository(harness).put_manifest(TWO, "typed", media_type=DOCKER_MANIFEST)
+    harness.upstream.on("HEAD", "manifests", respond_with(405))  # so that it is fetched
     for _ in range(2):
-        assert world.run(world.manifest("typed")).media_type == DOCKER_MANIFEST
-    assert world.run(world.manifest(digest)).media_type == DOCKER_MANIFEST
+        assert harness.run(harness.manifest("typed")).media_type == DOCKER_MANIFEST
+    assert harness.run(harness.manifest(digest)).media_type == DOCKER_MANIFEST
 
 
-def test_another_media_type_counts_for_all_who_ask(world: World) -> None:
-    digest = app(world).put_manifest(TWO, "typed", media_type=OCI)
+def test_latest_media_type_wins_for_all_clients(harness: CacheHarness) -> None:
+    digest = app_repository(harness).put_manifest(TWO, "typed", media_type=OCI)
     for _ in range(2):
-        world.run(world.manifest(digest, who=ALICE))
-    app(world).put_manifest(TWO, "typed", media_type=DOCKER_MANIFEST)
-    for who in (BOB, ALICE):  # upstream is asked whether Bob may, and says another type
-        assert world.run(world.manifest(digest, who=who)).media_type == DOCKER_MANIFEST
+        harness.run(harness.manifest(digest, authorization=ALICE))
+    app_repository(harness).put_manifest(TWO, "typed", media_type=DOCKER_MANIFEST)
+    for authorization in (BOB, ALICE):  # upstream is asked whether Bob may, and says another type
+        assert harness.run(harness.manifest(digest, authorization=authorization)).media_type == DOCKER_MANIFEST
 
 
 @pytest.mark.parametrize("reference", ["typed", str(Digest.of(TWO))])
 @pytest.mark.parametrize("told", [None, "application/json", "text/html; charset=utf-8"])
-def test_a_registry_that_tells_no_media_type_in_a_head(world: World, told: str | None, reference: str) -> None:
+def test_head_without_media_type(harness: CacheHarness, content_type: str | None, reference: str) -> None:
     """What is known of a manifest stays, and what is not known is asked for by GET."""
-    digest = app(world).put_manifest(TWO, "typed", media_type=OCI)
-    typed = {} if told is None else {"content_type": told}
-    world.upstream.on("HEAD", "manifests", instead(TWO, docker_content_digest=str(digest), **typed))
-    assert world.run(world.manifest(reference, head=True, who=ALICE)).media_type == OCI
-    for who in (ALICE, BOB, ALICE):
-        assert world.run(world.manifest(reference, who=who)).media_type == OCI
-    world.reactor.advance(60)
-    assert world.run(world.manifest(str(digest), who=ALICE)).media_type == OCI
+    digest = app_repository(harness).put_manifest(TWO, "typed", media_type=OCI)
+    typed = {} if content_type is None else {"content_type": content_type}
+    harness.upstream.on("HEAD", "manifests", replace_with(TWO, docker_content_digest=str(digest), **typed))
+    assert harness.run(harness.manifest(reference, head=True, authorization=ALICE)).media_type == OCI
+    for authorization in (ALICE, BOB, ALICE):
+        assert harness.run(harness.manifest(reference, authorization=authorization)).media_type == OCI
+    harness.reactor.advance(60)
+    assert harness.run(harness.manifest(str(digest), authorization=ALICE)).media_type == OCI
 
 
-def test_a_media_type_that_changes_while_it_is_read(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    digest = app(world).put_manifest(TWO, "typed", media_type=OCI)
-    world.run(world.manifest(digest))
-    there = Blobs.open
+def test_media_type_changed_during_read(harness: CacheHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+    digest = app_repository(harness).put_manifest(TWO, "typed", media_type=OCI)
+    harness.run(harness.manifest(digest))
+    open_blob = Blobs.open
 
-    def meanwhile(blobs: Blobs, asked: Digest) -> OpenBlob | None:
-        world.links.link_manifest(f"{HUB}/{APP}", digest, DOCKER_MANIFEST)
-        return there(blobs, asked)
+    def open_after_change(blobs: Blobs, digest_to_open: Digest) -> OpenBlob | None:
+        harness.links.link_manifest(f"{HUB}/{APP}", digest, DOCKER_MANIFEST)
+        return open_blob(blobs, digest_to_open)
 
-    monkeypatch.setattr(Blobs, "open", meanwhile)
-    world.run(world.manifest(digest))
-    assert world.run(world.manifest(digest)).media_type == DOCKER_MANIFEST
+    monkeypatch.setattr(Blobs, "open", open_after_change)
+    harness.run(harness.manifest(digest))
+    assert harness.run(harness.manifest(digest)).media_type == DOCKER_MANIFEST
 
 
 @pytest.mark.parametrize("cached", [None, bytearray(), bytearray(ONE[:10])])
-def test_what_memory_has_only_in_part(world: World, monkeypatch: pytest.MonkeyPatch, cached: bytearray | None) -> None:
+def test_partial_page_cache_read(
+    harness: CacheHarness, monkeypatch: pytest.MonkeyPatch, cached: bytearray | None
+) -> None:
     """A read that does not wait for the disk gives what is there."""
-    world.run(world.manifest("1"))
+    harness.run(harness.manifest("1"))
     monkeypatch.setattr("dockerproxy.store.blobs.OpenBlob.read", lambda blob, offset, size: cached)
-    assert got(world.run(world.manifest("1"))) == ("REVALIDATED", ONE)
+    assert result_of(harness.run(harness.manifest("1"))) == ("REVALIDATED", ONE)
 
 
-def test_what_is_kept_counts(world: World) -> None:
-    world.run(world.manifest("1"))
-    assert world.room.usage.total == len(ONE)
+def test_stored_manifest_counts_in_usage(harness: CacheHarness) -> None:
+    harness.run(harness.manifest("1"))
+    assert harness.space.index.total == len(ONE)
 
 
-def test_evicted(world: World) -> None:
-    world.run(world.manifest("1"))
-    world.blobs.remove(Digest.of(ONE))
+def test_evicted_manifest(harness: CacheHarness) -> None:
+    harness.run(harness.manifest("1"))
+    harness.blobs.remove(Digest.of(ONE))
     for reference in ("1", Digest.of(ONE)):
-        assert got(world.run(world.manifest(reference)))[1] == ONE
+        assert result_of(harness.run(harness.manifest(reference)))[1] == ONE
 
 
 # several processes
 
 
 @pytest.mark.parametrize("reference", ["1", str(Digest.of(ONE))])
-def test_two_processes_ask_once(make_world: Callable[..., World], reference: str) -> None:
-    one = make_world(shared=True)
-    other = make_world(shared=True, upstream=one.upstream, turns=one.turns)
-    app(one).put_manifest(ONE, "1")
+def test_two_processes_share_one_request(make_harness: Callable[..., CacheHarness], reference: str) -> None:
+    one = make_harness(shared=True)
+    other = make_harness(shared=True, upstream=one.upstream, turns=one.lock)
+    app_repository(one).put_manifest(ONE, "1")
     for method in ("GET", "HEAD"):  # the second time, all of them know what to expect
         gate = Gate()
-        one.upstream.on(method, "manifests", gate.then(honest))
-        waiting = [world.start(world.manifest(reference)) for world in (one, other, other)]
+        one.upstream.on(method, "manifests", gate.delay(respond_normally))
+        deferreds = [harness.start(harness.manifest(reference)) for harness in (one, other, other)]
         gate.open()
         one.advance(1)
-        assert [one.run(value(answer)).content for answer in waiting] == [ONE] * 3
-        assert len(one.upstream.seen(pattern="manifests")) <= 1
-        one.upstream.forget()
-        one.advance(FRESH / 2)
+        assert [one.run(await_deferred(response)).content for response in deferreds] == [ONE] * 3
+        assert len(one.upstream.requests_matching(pattern="manifests")) <= 1
+        one.upstream.clear_requests()
+        one.advance(GRANT_TTL / 2)
 
 
-def test_what_another_process_was_answered_is_no_answer_to_somebody_else(make_world: Callable[..., World]) -> None:
-    one = make_world(shared=True)
-    other = make_world(shared=True, upstream=one.upstream, turns=one.turns)
-    app(one).put_manifest(ONE, "1")
+def test_processes_do_not_share_responses_between_clients(make_harness: Callable[..., CacheHarness]) -> None:
+    one = make_harness(shared=True)
+    other = make_harness(shared=True, upstream=one.upstream, turns=one.lock)
+    app_repository(one).put_manifest(ONE, "1")
     gate = Gate()
-    one.upstream.on("GET", "manifests", gate.then(honest))
-    waiting = [one.start(one.manifest("1", who=ALICE)), other.start(other.manifest("1", who=BOB))]
+    one.upstream.on("GET", "manifests", gate.delay(respond_normally))
+    deferreds = [one.start(one.manifest("1", authorization=ALICE)), other.start(other.manifest("1", authorization=BOB))]
     gate.open()
     one.advance(1)
-    assert [one.run(value(answer)).verdict for answer in waiting] == ["MISS", "MISS"]
-    assert sorted(str(seen.who) for seen in one.upstream.seen(pattern="manifests")) == [ALICE, BOB]
+    assert [one.run(await_deferred(response)).verdict for response in deferreds] == ["MISS", "MISS"]
+    assert sorted(str(seen.requester) for seen in one.upstream.requests_matching(pattern="manifests")) == [ALICE, BOB]

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from dockerproxy.cache.room import CacheRoom
+from dockerproxy.cache.space import CacheSpaceManager
 from dockerproxy.oci.names import Digest
 from dockerproxy.store import usage
 from dockerproxy.store.blobs import Blobs
@@ -131,18 +131,20 @@ async def take(reactor: Reactor, root: Path, slices: Slices) -> None:
 
 async def count(reactor: Reactor, root: Path, slices: Slices) -> None:
     layout = Layout(root)
-    room = CacheRoom(
-        reactor, layout, Blobs(layout, False), limit=1 << 40, inactive=1e10, clock=time.time, slices=slices
+    room = CacheSpaceManager(
+        reactor, layout, Blobs(layout, False), limit=1 << 40, inactive=1e10, clock=time.time, cooperative_thread=slices
     )
     await room.maintain()
-    assert room.usage.total > SMALL * 10
+    assert room.index.total > SMALL * 10
 
 
 async def expire(reactor: Reactor, root: Path, slices: Slices) -> None:
     layout = Layout(root)
-    room = CacheRoom(reactor, layout, Blobs(layout, False), limit=1 << 40, inactive=1, clock=time.time, slices=slices)
+    room = CacheSpaceManager(
+        reactor, layout, Blobs(layout, False), limit=1 << 40, inactive=1, clock=time.time, cooperative_thread=slices
+    )
     await room.maintain()
-    assert room.usage.total == 0
+    assert room.index.total == 0
 
 
 WORKS = [collect, check, take, count]

@@ -15,7 +15,7 @@ from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.task import Clock
 from twisted.python.failure import Failure
 
-from dockerproxy.cache.room import CacheRoom
+from dockerproxy.cache.space import CacheSpaceManager
 from dockerproxy.concurrency import LocalKeyedLock
 from dockerproxy.oci.names import Digest
 from dockerproxy.store.blobs import Blobs
@@ -96,7 +96,7 @@ class MainProcessStub:
         self.reactor = DescriptorThreadReactor()
         self.layout = Layout(directory)
         self.blobs = Blobs(self.layout, durable=False, clock=self.reactor.seconds)
-        self.cache_space = CacheRoom(
+        self.cache_space = CacheSpaceManager(
             self.reactor, self.layout, self.blobs, limit=LIMIT, inactive=1e9, clock=self.reactor.seconds
         )
         self.reservations = ReservationTable(self.cache_space)
@@ -106,12 +106,12 @@ class MainProcessStub:
     @property
     def reserved_bytes(self) -> int:
         """How many bytes are counted."""
-        return self.cache_space.usage.total
+        return self.cache_space.index.total
 
 
 @pytest.fixture(autouse=True)
 def _unlimited_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(CacheRoom, "_free", lambda room: 2**60)
+    monkeypatch.setattr(CacheSpaceManager, "_free", lambda room: 2**60)
 
 
 @pytest.fixture

@@ -458,7 +458,7 @@ def test_token_bindings_are_broadcast(harness: SupervisorHarness) -> None:
     one, other = harness.start_ready()
     one.rpc.notify("bound", "own:token", "own:client")
     harness.reactor.iterate_all()
-    assert harness.bindings.client("own:token") == "own:client"
+    assert harness.bindings.resolve("own:token") == "own:client"
     assert (one.messages, other.messages) == ([], [("bound", "own:token", "own:client")])
     harness.bindings.bind("own:another", "own:client")
     harness.reactor.iterate_all()
@@ -476,7 +476,7 @@ def test_changed_settings_reach_current_and_future_workers(make_harness: Any) ->
     assert [worker.asked for worker in workers] == [[("reload", {"REGISTRIES": "ghcr.io"})]] * 2
     workers[0].end()
     harness.machine.advance(1)
-    assert [order.changed for order in harness.spawner.workers] == [{}, {}, {"REGISTRIES": "ghcr.io"}]
+    assert [order.wait_changed for order in harness.spawner.workers] == [{}, {}, {"REGISTRIES": "ghcr.io"}]
 
 
 def test_stop_waits_for_all_workers(harness: SupervisorHarness) -> None:

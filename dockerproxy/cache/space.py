@@ -20,34 +20,34 @@ from dockerproxy.store.layout import Layout
 from dockerproxy.store.slices import Slices
 from dockerproxy.store.usage import DoesNotFit, Recount, Usage
 
-MAINTENANCE = 600.0
+MAINTENANCE_INTERVAL = 600.0
 """Seconds between two looks at what is too old, and at what the disk really holds."""
 
-_ABANDONED = 86400.0  # seconds after which a download that nobody took up is thrown away
-_RESERVE = 16 * 1024 * 1024  # bytes left free on the disk: links, records and other programs need some
+_STALE_INGEST_AGE = 86400.0  # seconds after which a download that nobody took up is thrown away
+_MIN_FREE_BYTES = 16 * 1024 * 1024  # bytes left free on the disk: links, records and other programs need some
 
 log = Logger()
 
 
-class Room(Protocol):
+class CacheSpace(Protocol):
     """What downloads and reading ask of the room; see `CacheRoom`."""
 
-    async def reserve(self, digest: Digest, size: int, present: int) -> bool: ...
+    async def reserve(self, digest: Digest, size: int, existing_size: int) -> bool: ...
 
     def release(self, digest: Digest) -> None: ...
 
-    async def keep(self, ingest: Ingest) -> None: ...
+    async def commit(self, ingest: Ingest) -> None: ...
 
-    async def count(self, digest: Digest, size: int) -> None: ...
+    async def record(self, digest: Digest, size: int) -> None: ...
 
-    def hold(self, digest: Digest) -> None: ...
+    def pin(self, digest: Digest) -> None: ...
 
-    def let_go(self, digest: Digest) -> None: ...
+    def unpin(self, digest: Digest) -> None: ...
 
-    async def taken(self) -> tuple[int, int]: ...
+    async def usage(self) -> tuple[int, int]: ...
 
 
-class CacheRoom:
+class CacheSpaceManager:
     """Keeps the cache within its limit. What is under way is reserved before it is written, and never chosen to go."""
 
     def __init__(
@@ -59,140 +59,140 @@ class CacheRoom:
         limit: int,
         inactive: float,
         clock: Callable[[], float],
-        slices: Slices | None = None,
+        cooperative_thread: Slices | None = None,
     ) -> None:
         self._reactor = reactor
-        self._slices = slices or Slices(reactor)
+        self._cooperative_thread = cooperative_thread or Slices(reactor)
         self._layout = layout
         self._blobs = blobs
         self._inactive = inactive
         self._clock = clock
-        self._reserved: set[Digest] = set()
-        self.usage = Usage(limit)
+        self._reservations: set[Digest] = set()
+        self.index = Usage(limit)
 
     def service(self) -> TimerService:
         """Return the service that maintains the cache; its first round is at start."""
         timer = TimerService(  # type: ignore[no-untyped-call]
-            MAINTENANCE, lambda: spawn(self.maintain(), "the cache's maintenance")
+            MAINTENANCE_INTERVAL, lambda: spawn(self.maintain(), "the cache's maintenance")
         )
         timer.clock = self._reactor
         return timer
 
     async def maintain(self) -> None:
         """Count what the disk holds; remove what is over the limit, was not used for too long, or was abandoned."""
-        recount = self.usage.recount()
+        rescan = self.index.recount()
         try:
-            await self._slices.run(self._walk(recount))
-            self.usage.adopt(recount)
+            await self._cooperative_thread.run(self._scan(rescan))
+            self.index.adopt(rescan)
         finally:
-            self.usage.give_up()
-        await self._slices.run(recount.emptying())
-        while gone := self.usage.expire(self._inactive, self._clock()):
-            await self._remove(gone)
+            self.index.give_up()
+        await self._cooperative_thread.run(rescan.emptying())
+        while expired := self.index.expire(self._inactive, self._clock()):
+            await self._evict(expired)
 
-    async def reserve(self, digest: Digest, size: int, present: int) -> bool:
+    async def reserve(self, digest: Digest, size: int, existing_size: int) -> bool:
         """Make room for a blob of `size` bytes, of which `present` are on the disk already, if that can be.
 
         For a blob whose size nobody tells it is called again as that grows. `release` has to follow.
         """
-        self.usage.remove(digest)  # what was left of it from before is part of it
+        self.index.remove(digest)  # what was left of it from before is part of it
         try:
-            chosen = self.usage.make_room(size)
+            evicted = self.index.make_room(size)
         except DoesNotFit:
             return False
-        self.usage.add(digest, size, self._clock())
-        if digest not in self._reserved:
-            self._reserved.add(digest)
-            self.usage.pin(digest)
-        await self._remove(chosen)
-        return await self._fits_on_disk(size - present)
+        self.index.add(digest, size, self._clock())
+        if digest not in self._reservations:
+            self._reservations.add(digest)
+            self.index.pin(digest)
+        await self._evict(evicted)
+        return await self._fits_on_disk(size - existing_size)
 
     def release(self, digest: Digest) -> None:
         """End what `reserve` began, if it did: from now on what is on the disk counts, and may go."""
-        if digest not in self._reserved:
+        if digest not in self._reservations:
             return
-        self._reserved.remove(digest)
-        self.usage.unpin(digest)
+        self._reservations.remove(digest)
+        self.index.unpin(digest)
         if not self._blobs.exists(digest):
-            self.usage.remove(digest)
-            left = _entry(self._layout, digest)
-            if left is not None:
-                self._add(digest, left.size)
+            self.index.remove(digest)
+            partial_entry = _ingest_entry(self._layout, digest)
+            if partial_entry is not None:
+                self._add(digest, partial_entry.size)
 
-    def note_use(self, digest: Digest) -> None:
+    def touch(self, digest: Digest) -> None:
         """Note that a content is used now."""
-        self.usage.touch(digest, self._clock())
+        self.index.touch(digest, self._clock())
 
-    def hold(self, digest: Digest) -> None:
+    def pin(self, digest: Digest) -> None:
         """Note that a content is used now and must not go before `let_go`."""
-        self.note_use(digest)
-        self.usage.pin(digest)
+        self.touch(digest)
+        self.index.pin(digest)
 
-    def let_go(self, digest: Digest) -> None:
+    def unpin(self, digest: Digest) -> None:
         """End a `hold`."""
-        self.usage.unpin(digest)
+        self.index.unpin(digest)
 
-    async def keep(self, ingest: Ingest) -> None:
+    async def commit(self, ingest: Ingest) -> None:
         """Publish a blob that is complete. Raises OSError."""
         size = ingest.size
         await in_thread(self._reactor, ingest.publish, self._blobs)
-        await self.count(ingest.digest, size)
+        await self.record(ingest.digest, size)
 
-    async def count(self, digest: Digest, size: int) -> None:
+    async def record(self, digest: Digest, size: int) -> None:
         """Count a content that was written, and make others go where it is one too many."""
         self._add(digest, size)
-        self.usage.pin(digest)
+        self.index.pin(digest)
         try:
             with suppress(DoesNotFit):
-                await self._remove(self.usage.make_room(0))
+                await self._evict(self.index.make_room(0))
         finally:
-            self.usage.unpin(digest)
+            self.index.unpin(digest)
 
-    async def taken(self) -> tuple[int, int]:
+    async def usage(self) -> tuple[int, int]:
         """Return how many bytes contents take, and how many they may."""
-        return self.usage.total, self.usage.limit
+        return self.index.total, self.index.limit
 
     async def purge(self, digests: Iterable[Digest]) -> None:
         """Remove contents, whoever may use them; who reads one goes on reading."""
-        purged = list(digests)
-        for digest in purged:
-            self.usage.remove(digest)
-        await self._remove(purged)
+        purge_list = list(digests)
+        for digest in purge_list:
+            self.index.remove(digest)
+        await self._evict(purge_list)
 
     def _add(self, digest: Digest, size: int) -> None:
-        self.usage.add(digest, size, self._clock())
+        self.index.add(digest, size, self._clock())
 
-    async def _fits_on_disk(self, wanted: int) -> bool:
+    async def _fits_on_disk(self, size: int) -> bool:
         """Say whether the disk has `wanted` bytes, after making others go for it where it has not."""
-        missing = wanted + _RESERVE - await in_thread(self._reactor, self._free)
-        if missing > 0:
+        shortfall = size + _MIN_FREE_BYTES - await in_thread(self._reactor, self._free_bytes)
+        if shortfall > 0:
             # As if the limit were that much nearer: the least recently used go first here too.
             try:
-                await self._remove(self.usage.make_room(self.usage.limit - self.usage.total + missing))
+                await self._evict(self.index.make_room(self.index.limit - self.index.total + shortfall))
             except DoesNotFit:
                 return False
         return True
 
-    def _free(self) -> int:
+    def _free_bytes(self) -> int:
         status = os.statvfs(self._layout.root)
         return status.f_bavail * status.f_frsize
 
-    async def _remove(self, digests: list[Digest]) -> None:
+    async def _evict(self, digests: list[Digest]) -> None:
         if digests:
             log.info("{count} contents leave the cache", count=len(digests))
-            await in_thread(self._reactor, self._drop, digests)
+            await in_thread(self._reactor, self._remove_blobs, digests)
 
-    def _drop(self, digests: list[Digest]) -> None:
+    def _remove_blobs(self, digests: list[Digest]) -> None:
         for digest in digests:
             # What there is of one that did not come whole goes first: while there is a content nobody fetches it.
-            if _entry(self._layout, digest) is not None:
-                self._discard(digest)
+            if _ingest_entry(self._layout, digest) is not None:
+                self._discard_ingest(digest)
             try:
                 self._blobs.remove(digest)
             except OSError as error:
-                _complain(digest, error)
+                _log_removal_error(digest, error)
 
-    def _discard(self, digest: Digest) -> None:
+    def _discard_ingest(self, digest: Digest) -> None:
         try:
             ingest = Ingest.open(self._layout, digest)
             if ingest is not None:
@@ -201,28 +201,28 @@ class CacheRoom:
                 finally:
                     ingest.release()
         except OSError as error:
-            _complain(digest, error)
+            _log_removal_error(digest, error)
 
-    def _walk(self, recount: Recount) -> Iterator[None]:
-        for digest in stale_ingests(self._layout, self._clock() - _ABANDONED):
-            self._discard(digest)
+    def _scan(self, rescan: Recount) -> Iterator[None]:
+        for digest in stale_ingests(self._layout, self._clock() - _STALE_INGEST_AGE):
+            self._discard_ingest(digest)
             yield None
         for digest in stale_ingests(self._layout, inf):
-            left = _entry(self._layout, digest)
-            if left is not None:
-                recount.add(left)
+            partial_entry = _ingest_entry(self._layout, digest)
+            if partial_entry is not None:
+                rescan.add(partial_entry)
             yield None
         for entry in self._blobs.walk():
-            recount.add(entry)
+            rescan.add(entry)
             yield None
-        yield from recount.order()
+        yield from rescan.order()
 
 
-def _complain(digest: Digest, error: OSError) -> None:
+def _log_removal_error(digest: Digest, error: OSError) -> None:
     log.error("{digest} cannot be removed: {why}", digest=str(digest), why=error.strerror)
 
 
-def _entry(layout: Layout, digest: Digest) -> Entry | None:
+def _ingest_entry(layout: Layout, digest: Digest) -> Entry | None:
     """Return what there is of a blob that is, or was, under way."""
     try:
         status = os.stat(layout.ingest(digest))

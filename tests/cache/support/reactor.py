@@ -9,71 +9,71 @@ from twisted.internet.task import Clock
 from twisted.python.failure import Failure
 
 
-class Pool:
+class ManualThreadPool:
     """A thread pool without threads: what is given to it runs at once, or when the test says so."""
 
     def __init__(self) -> None:
-        self._held: list[Callable[[], None]] | None = None
-        self._late = False
+        self._queue: list[Callable[[], None]] | None = None
+        self._run_before_queueing = False
 
     def hold(self, *, results: bool = False) -> None:
         """Run nothing more until `step` or `release`; with `results`, run it but keep what comes of it."""
-        self._held, self._late = self._held or [], results
+        self._queue, self._run_before_queueing = self._queue or [], results
 
     def step(self) -> bool:
         """Let the next one go, and say whether there was one."""
-        if not self._held:
+        if not self._queue:
             return False
-        self._held.pop(0)()
+        self._queue.pop(0)()
         return True
 
-    def put_off(self) -> None:
+    def defer_next(self) -> None:
         """Have the next one wait until the others have gone: a thread that takes its time."""
-        assert self._held
-        self._held.append(self._held.pop(0))
+        assert self._queue
+        self._queue.append(self._queue.pop(0))
 
     def release(self) -> None:
         """Let all go, and hold no more."""
-        held, self._held = self._held or [], None
-        for run in held:
-            run()
+        queue, self._queue = self._queue or [], None
+        for job in queue:
+            job()
 
     @property
     def waiting(self) -> int:
-        return len(self._held or [])
+        return len(self._queue or [])
 
     def callInThreadWithCallback(
-        self, done: Callable[[bool, Any], None], function: Callable[..., Any], *args: Any, **more: Any
+        self, on_result: Callable[[bool, Any], None], function: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> None:
         def run() -> Callable[[], None]:
             try:
-                result = function(*args, **more)
+                result = function(*args, **kwargs)
             except BaseException:
                 failure = Failure()
-                return lambda: done(False, failure)
-            return lambda: done(True, result)
+                return lambda: on_result(False, failure)
+            return lambda: on_result(True, result)
 
-        if self._held is None:
+        if self._queue is None:
             run()()
-        elif self._late:
-            self._held.append(run())
+        elif self._run_before_queueing:
+            self._queue.append(run())
         else:
-            self._held.append(lambda: run()())
+            self._queue.append(lambda: run()())
 
 
-class Reactor(Clock):
+class ManualReactor(Clock):
     """Time stands still but for `advance`; `settle` lets happen what is due."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.pool = Pool()
+        self.pool = ManualThreadPool()
 
-    def getThreadPool(self) -> Pool:
+    def getThreadPool(self) -> ManualThreadPool:
         return self.pool
 
-    def callFromThread(self, function: Callable[..., Any], *args: Any, **more: Any) -> None:
-        function(*args, **more)
+    def callFromThread(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        function(*args, **kwargs)
 
-    def settle(self) -> None:
+    def run_due_calls(self) -> None:
         while any(call.getTime() <= self.seconds() for call in self.getDelayedCalls()):
             self.advance(0)

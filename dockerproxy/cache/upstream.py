@@ -13,12 +13,12 @@ from dockerproxy.net.dial import Permit
 from dockerproxy.oci.names import Registry, Repository
 from dockerproxy.upstream.credentials import Credential
 
-_MAX_ERROR = 64 * 1024
-_CODES = {401: "UNAUTHORIZED", 403: "DENIED", 405: "UNSUPPORTED", 416: "RANGE_INVALID"}
+_MAX_ERROR_BODY = 64 * 1024
+_ERROR_CODES = {401: "UNAUTHORIZED", 403: "DENIED", 405: "UNSUPPORTED", 416: "RANGE_INVALID"}
 
 
 @frozen
-class Origin:
+class UpstreamRepository:
     """A repository upstream, and the credential that is shown there."""
 
     registry: Registry
@@ -37,7 +37,7 @@ class Origin:
         return f"/v2/{self.name}/manifests/{reference}"
 
 
-class Answer(Protocol):
+class UpstreamResponse(Protocol):
     """An answer of upstream's, its body not read yet."""
 
     status: int
@@ -46,7 +46,7 @@ class Answer(Protocol):
 
     async def read_chunk(self) -> bytes: ...
 
-    async def read_pieces(self, at_least: int, within: float) -> list[bytes]: ...
+    async def read_pieces(self, at_least: int, timeout: float) -> list[bytes]: ...
 
     async def read_all(self, limit: int) -> bytes: ...
 
@@ -55,15 +55,15 @@ class Answer(Protocol):
     def abort(self) -> None: ...
 
 
-class Exchange(Protocol):
+class UpstreamAgent(Protocol):
     """One exchange with any server, as it is: no redirects, no authorization but what `headers` hold."""
 
     async def request(
-        self, method: str, url: str, headers: Headers = ..., body: Any = ..., *, permit: Permit | None = ...
-    ) -> Answer: ...
+        self, method: str, url: str, headers: Headers = ..., body: Any = ..., *, address_check: Permit | None = ...
+    ) -> UpstreamResponse: ...
 
 
-class Upstream(Protocol):
+class RegistryClient(Protocol):
     """What asks registries: authorization, redirects and time-outs are its business."""
 
     async def request(
@@ -78,43 +78,45 @@ class Upstream(Protocol):
         body: Any = ...,
         actions: str = ...,
         follow: bool = ...,
-    ) -> Answer: ...
+    ) -> UpstreamResponse: ...
 
 
-async def refuse(registry: Registry, answer: Answer, unknown: str = "NAME_UNKNOWN") -> RegistryError:
+async def error_from_response(
+    registry: Registry, response: UpstreamResponse, not_found_code: str = "NAME_UNKNOWN"
+) -> RegistryError:
     """Return the error that an answer which is not a success stands for, its body read.
 
     `unknown` is the error code that a 404 has; it is written where upstream wrote nothing, as it must to a HEAD.
     """
-    retry = tuple(field for field in answer.headers if field[0] == "retry-after" or "ratelimit" in field[0])
-    if answer.status == 429:
-        await answer.discard()
-        return UpstreamFailing(f"{registry} limits the rate of pulls", 429, headers=retry)
-    if answer.status >= 500 or answer.status < 400:
-        await answer.discard()
-        return UpstreamFailing(f"{registry} answered {answer.status}", headers=retry)
-    content, fields = await answer.read_all(_MAX_ERROR), tuple(answer.headers)
+    retry_fields = tuple(field for field in response.headers if field[0] == "retry-after" or "ratelimit" in field[0])
+    if response.status == 429:
+        await response.discard()
+        return UpstreamFailing(f"{registry} limits the rate of pulls", 429, headers=retry_fields)
+    if response.status >= 500 or response.status < 400:
+        await response.discard()
+        return UpstreamFailing(f"{registry} answered {response.status}", headers=retry_fields)
+    content, fields = await response.read_all(_MAX_ERROR_BODY), tuple(response.headers)
     if not content:
-        code = unknown if answer.status == 404 else _CODES.get(answer.status, "UNKNOWN")
-        message = f"{registry} answered {answer.status}"
+        code = not_found_code if response.status == 404 else _ERROR_CODES.get(response.status, "UNKNOWN")
+        message = f"{registry} answered {response.status}"
         content = json.dumps({"errors": [{"code": code, "message": message}]}).encode()
-        fields = (*answer.headers.without("content-type"), ("content-type", "application/json"))
-    return UpstreamRefused(answer.status, content, fields)
+        fields = (*response.headers.without("content-type"), ("content-type", "application/json"))
+    return UpstreamRefused(response.status, content, fields)
 
 
-def is_refusal(error: RegistryError) -> bool:
+def is_denial(error: RegistryError) -> bool:
     """Whether upstream, or its token server, said that the client may not: and not that it has no such thing."""
     return isinstance(error, Unauthorized) or (isinstance(error, UpstreamRefused) and error.status in (401, 403))
 
 
 @frozen
-class Visitor:
+class Principal:
     """A client before a repository: whose word counts, and what is known of it.
 
     `origin` holds the credential that speaks for the client upstream; `identity` is what access is remembered by;
     `voucher` is the identity that a token of ours vouches for, to be believed only while upstream cannot be asked.
     """
 
-    origin: Origin
+    repository: UpstreamRepository
     identity: str
-    voucher: str | None = None
+    fallback_identity: str | None = None

@@ -16,15 +16,15 @@ from twisted.python.failure import Failure
 from dockerproxy.cache.access import Access
 from dockerproxy.cache.blobs import CachedBlobs
 from dockerproxy.cache.challenges import Challenges
-from dockerproxy.cache.flights import Flights
+from dockerproxy.cache.downloads import Downloads
 from dockerproxy.cache.freshness import Freshness
 from dockerproxy.cache.identity import Identities
 from dockerproxy.cache.ingests import Ingests
 from dockerproxy.cache.manifests import CachedManifests
-from dockerproxy.cache.origin import Origin, Visitor
 from dockerproxy.cache.pullthrough import CachedRegistry, PullThrough
-from dockerproxy.cache.room import CacheRoom
-from dockerproxy.cache.tokens import TokenDesk
+from dockerproxy.cache.space import CacheSpaceManager
+from dockerproxy.cache.token_endpoint import TokenEndpoint
+from dockerproxy.cache.upstream import Principal, UpstreamRepository
 from dockerproxy.concurrency import LocalKeyedLock, spawn
 from dockerproxy.http.headers import Headers
 from dockerproxy.oci.contents import BlobAnswer, ManifestAnswer
@@ -35,23 +35,23 @@ from dockerproxy.store.links import Links
 from dockerproxy.store.records import Records
 from dockerproxy.store.slices import Slices
 from dockerproxy.upstream.credentials import Anonymous, Configured, Own
-from tests.cache.stand_ins.reactor import Reactor
-from tests.cache.stand_ins.upstream import Upstream
+from tests.cache.support.reactor import ManualReactor
+from tests.cache.support.upstream import ScriptedUpstream
 
 NO_HEADERS = Headers()
 EPOCH = 1_700_000_000.0
 HUB = Registry.parse("registry-1.docker.io")
 OTHER = Registry.parse("other.example:5000")
 ACCEPT = ["application/vnd.oci.image.manifest.v1+json", "application/vnd.oci.image.index.v1+json"]
-EACH_TIME = Freshness(False, re.compile("(stable)"), 600, re.compile(r"\d+\.\d+"), 6000, 3600)
+NEVER_FRESH = Freshness(False, re.compile("(stable)"), 600, re.compile(r"\d+\.\d+"), 6000, 3600)
 
 
-class Exchange:
+class ScriptedAgent:
     """What is asked of servers without going through `Upstream`: pings and realms."""
 
-    def __init__(self, upstream: Upstream) -> None:
+    def __init__(self, upstream: ScriptedUpstream) -> None:
         self._upstream = upstream
-        self.permits: list[Any] = []
+        self.address_checks: list[Any] = []
         self.bodies: list[bytes] = []
 
     async def request(
@@ -61,13 +61,13 @@ class Exchange:
         headers: Headers = NO_HEADERS,
         body: Any = None,
         *,
-        permit: Any = None,
+        address_check: Any = None,
     ) -> Any:
-        self.permits.append(permit)
+        self.address_checks.append(address_check)
         if body is not None:
-            written: list[bytes] = []
-            body.startProducing(type("Consumer", (), {"write": staticmethod(written.append)}))
-            self.bodies.append(b"".join(written))
+            chunks: list[bytes] = []
+            body.startProducing(type("Consumer", (), {"write": staticmethod(chunks.append)}))
+            self.bodies.append(b"".join(chunks))
         scheme, _, rest = url.partition("://")
         authority, _, path = rest.partition("/")
         registry = Registry.parse(f"{scheme}://{authority}")
@@ -76,7 +76,7 @@ class Exchange:
         )
 
 
-class World:
+class CacheHarness:
     """The cache, and all that it is made of. Time starts at `EPOCH`."""
 
     def __init__(
@@ -85,47 +85,55 @@ class World:
         *,
         limit: int = 1 << 30,
         inactive: float = 5e6,
-        freshness: Freshness = EACH_TIME,
+        freshness: Freshness = NEVER_FRESH,
         login: Configured | None = None,
-        upstream: Upstream | None = None,
+        upstream: ScriptedUpstream | None = None,
         registries: tuple[Registry, ...] = (HUB, OTHER),
-        permit: Any = None,
+        address_check: Any = None,
         secret: bytes = b"s" * 32,
         since: float = 0.0,
         shared: bool = False,
-        turns: LocalKeyedLock | None = None,
+        lock: LocalKeyedLock | None = None,
     ) -> None:
-        self.reactor = reactor = Reactor() if upstream is None else upstream.reactor
-        self.upstream = upstream or Upstream(reactor)
-        self.exchange = Exchange(self.upstream)
+        self.reactor = reactor = ManualReactor() if upstream is None else upstream.reactor
+        self.upstream = upstream or ScriptedUpstream(reactor)
+        self.agent = ScriptedAgent(self.upstream)
         self.layout = Layout(root)
         self.blobs, self.links = Blobs(self.layout, False, self.now), Links(self.layout, False)
         self.records = Records(root / "records")
         self.identities = Identities(secret)
         self.access = Access(self.records, self.now, shared)
-        self.turns = turns or LocalKeyedLock()
-        whole = Slices(reactor, length=math.inf)  # nothing else is going on that would have to wait
-        self.room = CacheRoom(
-            reactor, self.layout, self.blobs, limit=limit, inactive=inactive, clock=self.now, slices=whole
+        self.lock = lock or LocalKeyedLock()
+        unsliced = Slices(reactor, length=math.inf)  # nothing else is going on that would have to wait
+        self.space = CacheSpaceManager(
+            reactor,
+            self.layout,
+            self.blobs,
+            limit=limit,
+            inactive=inactive,
+            clock=self.now,
+            cooperative_thread=unsliced,
         )
-        self.meeting = Ingests(self.layout, self.blobs, self.records, shared)
-        self.flights = Flights(reactor, self.upstream, self.room, self.meeting)
-        self.learned: dict[Registry, Any] = {}
+        self.ingests = Ingests(self.layout, self.blobs, self.records, shared)
+        self.downloads = Downloads(reactor, self.upstream, self.space, self.ingests)
+        self.learned_challenges: dict[Registry, Any] = {}
         hosts = [registry.host for registry in registries] + [Registry.parse("auth.docker.io").host]
-        self.challenges = Challenges(self.exchange, self.records, hosts, self.learned.__setitem__, self.now)
-        self.desk = TokenDesk(
-            self.exchange, self.identities, self.records, lambda host: None if host in hosts else permit, self.now
+        self.challenges = Challenges(self.agent, self.records, hosts, self.learned_challenges.__setitem__, self.now)
+        self.token_endpoint = TokenEndpoint(
+            self.agent, self.identities, self.records, lambda host: None if host in hosts else address_check, self.now
         )
         self.manifests = CachedManifests(
-            reactor, self.upstream, self.blobs, self.links, self.records, self.access, freshness, self.turns,
-            clock=self.now, keep=lambda digest, size: spawn(self.room.count(digest, size), "counting"),
+            reactor, self.upstream, self.blobs, self.links, self.records, self.access, freshness, self.lock,
+            clock=self.now, on_stored=lambda digest, size: spawn(self.space.record(digest, size), "counting"),
         )  # fmt: skip
-        self.cached = CachedBlobs(reactor, self.upstream, self.blobs, self.links, self.flights, self.access, self.room)
-        self.cache = PullThrough(
-            self.upstream, self.identities, self.challenges, self.desk, self.manifests, self.cached, registries,
+        self.cached_blobs = CachedBlobs(
+            reactor, self.upstream, self.blobs, self.links, self.downloads, self.access, self.space
+        )
+        self.pull_through = PullThrough(
+            self.upstream, self.identities, self.challenges, self.token_endpoint, self.manifests, self.cached_blobs, registries,
             lambda registry: login, self.now,
         )  # fmt: skip
-        self._started: list[Deferred[Any]] = []
+        self._deferreds: list[Deferred[Any]] = []
 
     def now(self) -> float:
         return EPOCH + float(self.reactor.seconds())
@@ -133,70 +141,76 @@ class World:
     # who asks
 
     def client(self, authorization: str | None = None, registry: Registry = HUB) -> CachedRegistry:
-        return self.cache.registry(registry, authorization)
+        return self.pull_through.registry(registry, authorization)
 
-    def origin(self, name: str = "library/app", registry: Registry = HUB, who: str | None = None) -> Origin:
-        return Origin(registry, parse_repository(name), Anonymous() if who is None else Own(who))
+    def repository(
+        self, name: str = "library/app", registry: Registry = HUB, authorization: str | None = None
+    ) -> UpstreamRepository:
+        return UpstreamRepository(
+            registry, parse_repository(name), Anonymous() if authorization is None else Own(authorization)
+        )
 
-    def visitor(self, name: str = "library/app", registry: Registry = HUB, who: str | None = None) -> Visitor:
-        origin = self.origin(name, registry, who)
-        return Visitor(origin, self.identities.of(registry, origin.credential))
+    def principal(
+        self, name: str = "library/app", registry: Registry = HUB, authorization: str | None = None
+    ) -> Principal:
+        repository = self.repository(name, registry, authorization)
+        return Principal(repository, self.identities.for_credential(registry, repository.credential))
 
     def blob(
-        self, digest: Digest, name: str = "library/app", who: str | None = None, *, head: bool = False,
+        self, digest: Digest, name: str = "library/app", authorization: str | None = None, *, head: bool = False,
         registry: Registry = HUB,
     ) -> Coroutine[Any, Any, BlobAnswer]:  # fmt: skip
         """Ask for a blob as the client that shows `who`."""
-        return self.client(who, registry).blob(parse_repository(name), digest, head=head)
+        return self.client(authorization, registry).blob(parse_repository(name), digest, head=head)
 
     def manifest(
-        self, reference: object, name: str = "library/app", who: str | None = None, *, head: bool = False,
+        self, reference: object, name: str = "library/app", authorization: str | None = None, *, head: bool = False,
         registry: Registry = HUB, accept: list[str] = ACCEPT,
     ) -> Coroutine[Any, Any, ManifestAnswer]:  # fmt: skip
         """Ask for a manifest as the client that shows `who`."""
         parsed = parse_reference(str(reference))
-        return self.client(who, registry).manifest(parse_repository(name), parsed, accept, head=head)
+        return self.client(authorization, registry).manifest(parse_repository(name), parsed, accept, head=head)
 
     # how it goes on
 
     def start(self, work: Coroutine[Any, Any, Any]) -> Deferred[Any]:
         """Start `work`, and let happen what is due."""
-        started = Deferred.fromCoroutine(work)
-        self._started.append(started)
-        self.reactor.settle()
-        return started
+        deferred = Deferred.fromCoroutine(work)
+        self._deferreds.append(deferred)
+        self.reactor.run_due_calls()
+        return deferred
 
     def run(self, work: Coroutine[Any, Any, Any], seconds: float = 0) -> Any:
         """Return what `work` gives, within `seconds`, or raise what it raises."""
         return result(self.start(work), self.reactor, seconds)
 
     def fetch(
-        self, digest: Digest, name: str = "library/app", who: str | None = None, **more: Any
+        self, digest: Digest, name: str = "library/app", authorization: str | None = None, **options: Any
     ) -> tuple[str, bytes]:
         """Ask for a blob and read it: return the verdict and the content."""
-        return self.run(self.fetch_later(digest, name, who, **more), 60)  # type: ignore[no-any-return]
+        return self.run(self.fetch_later(digest, name, authorization, **options), 60)  # type: ignore[no-any-return]
 
     async def fetch_later(
-        self, digest: Digest, name: str = "library/app", who: str | None = None, **more: Any
+        self, digest: Digest, name: str = "library/app", authorization: str | None = None, **options: Any
     ) -> tuple[str, bytes]:
         """Ask for a blob and read it, however long that takes."""
-        answer = await self.blob(digest, name, who, **more)
-        assert answer.content is not None
+        response = await self.blob(digest, name, authorization, **options)
+        assert response.content is not None
         try:
-            return answer.verdict, await read_all(answer.content)
+            return response.verdict, await read_all(response.content)
         finally:
-            answer.content.close()
+            response.content.close()
 
     def advance(self, seconds: float) -> None:
         """Let time pass, in steps."""
         for _ in range(int(seconds * 10)):
             self.reactor.advance(0.1)
-            self.reactor.settle()
+            self.reactor.run_due_calls()
 
     # what is left
 
     @property
-    def ingests(self) -> list[str]:
+    def ingest_files(self) -> list[str]:
         folder = Path(self.layout.ingests)
         return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
 
@@ -209,58 +223,58 @@ class World:
                 files.append(os.readlink(f"/proc/self/fd/{name}"))
         return [file for file in files if file.startswith(f"{self.layout.root}/")]
 
-    def check_ends(self) -> None:
+    def assert_no_leaks(self) -> None:
         """Let all that is under way come to its end; nothing may be left."""
         self.reactor.pool.release()
-        self.upstream.vanish()
-        for answer in self.upstream.answers:
-            if not answer.over:
-                answer.cut()
+        self.upstream.go_down()
+        for response in self.upstream.responses:
+            if not response.ended:
+                response.disconnect()
         for _ in range(30):
             self.reactor.advance(10)
-            self.reactor.settle()
-        for started in self._started:
-            started.addErrback(lambda _: None)
-        assert self.flights._flights == {}
-        assert self.room.usage._pins == {}
+            self.reactor.run_due_calls()
+        for deferred in self._deferreds:
+            deferred.addErrback(lambda _: None)
+        assert self.downloads._downloads == {}
+        assert self.space.index._pins == {}
         assert self.open_files == []
-        assert all(answer.over for answer in self.upstream.answers)
+        assert all(answer.ended for answer in self.upstream.responses)
 
 
-def result(deferred: Deferred[Any], reactor: Reactor, seconds: float = 0) -> Any:
+def result(deferred: Deferred[Any], reactor: ManualReactor, seconds: float = 0) -> Any:
     """Return what `deferred` fires with, within `seconds`; raise what it fails with, or AssertionError."""
     outcome: list[Any] = []
     deferred.addBoth(outcome.append)
-    reactor.settle()
+    reactor.run_due_calls()
     for _ in range(int(seconds * 10)):
         if outcome:
             break
         reactor.advance(0.1)
-        reactor.settle()
+        reactor.run_due_calls()
     assert outcome, "it still waits"
     if isinstance(outcome[0], Failure):
         outcome[0].raiseException()
     return outcome[0]
 
 
-async def nothing() -> None:
+async def do_nothing() -> None:
     """What there is to be done for a flight that lands."""
 
 
 async def read_all(content: Any, start: int = 0, piece: int = 1 << 20) -> bytes:
     """Read a content as a client does, from `start` on, never more than `piece` bytes at once."""
     data = b""
-    while got := await content.read(start + len(data), piece):
-        assert 0 < len(got) <= piece
-        data += got
+    while chunk := await content.read(start + len(data), piece):
+        assert 0 < len(chunk) <= piece
+        data += chunk
     return data
 
 
-class Reader:
+class ManualReader:
     """A client of a content under way, that reads when it is told to."""
 
-    def __init__(self, world: World, content: Any, start: int = 0) -> None:
-        self._world = world
+    def __init__(self, harness: CacheHarness, content: Any, start: int = 0) -> None:
+        self._harness = harness
         self.content = content
         self.start = start
         self.data = b""
@@ -272,28 +286,28 @@ class Reader:
         """Ask for the next bytes, unless it waits for them already."""
         if self.waiting is None and not self.ended and self.error is None:
             self.waiting = Deferred.fromCoroutine(self.content.read(self.start + len(self.data), at_most))
-            self.waiting.addCallbacks(self._got, self._failed)
-            self._world.reactor.settle()
+            self.waiting.addCallbacks(self._on_data, self._on_failure)
+            self._harness.reactor.run_due_calls()
 
-    def read_on(self, at_most: int = 1 << 20) -> None:
+    def read_available(self, at_most: int = 1 << 20) -> None:
         """Read until there is no more for now."""
-        before = -1
-        while len(self.data) != before:
-            before = len(self.data)
+        previous_size = -1
+        while len(self.data) != previous_size:
+            previous_size = len(self.data)
             self.read(at_most)
 
-    def leave(self) -> None:
+    def disconnect(self) -> None:
         """Go, in the middle of whatever it does."""
         if self.waiting is not None:
             self.waiting.cancel()
         self.content.close()
 
-    def _got(self, data: bytes) -> None:
+    def _on_data(self, data: bytes) -> None:
         self.waiting = None
         self.data += data
         self.ended = not data
 
-    def _failed(self, failure: Failure) -> None:
+    def _on_failure(self, failure: Failure) -> None:
         self.waiting = None
         error = failure.value
         assert isinstance(error, Exception)

@@ -16,7 +16,7 @@ from dockerproxy.store.records import Records
 log = Logger()
 
 
-def remember(records: Records, value: Mapping[str, Any], *key: str) -> None:
+def try_put(records: Records, value: Mapping[str, Any], *key: str) -> None:
     """Keep `value`, if the disk takes it."""
     try:
         records.put(value, *key)
@@ -24,7 +24,7 @@ def remember(records: Records, value: Mapping[str, Any], *key: str) -> None:
         log.warn("{kind} of {name} is not remembered: {why}", kind=key[0], name=key[1], why=error.strerror)
 
 
-def forget(records: Records, *key: str) -> None:
+def try_remove(records: Records, *key: str) -> None:
     """Remove what is kept, if the disk lets it go."""
     try:
         records.remove(*key)
@@ -32,9 +32,9 @@ def forget(records: Records, *key: str) -> None:
         log.warn("{kind} of {name} is not forgotten: {why}", kind=key[0], name=key[1], why=error.strerror)
 
 
-async def note_link(reactor: Any, write: Callable[..., None], repository: str, *what: Any) -> None:
+async def try_link(reactor: Any, write: Callable[..., None], repository: str, *arguments: Any) -> None:
     """Call `write`, which makes a link of `repository`, in a thread; go on where the disk does not take it."""
     try:
-        await in_thread(reactor, write, repository, *what)
+        await in_thread(reactor, write, repository, *arguments)
     except OSError as error:
         log.warn("{repository} is not linked to its content: {why}", repository=repository, why=error.strerror)

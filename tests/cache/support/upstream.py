@@ -23,10 +23,10 @@ OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 
 _PATH = re.compile(r"/v2/(?P<name>.+)/(?P<kind>manifests|blobs)/(?P<reference>[^/]+)")
 _RANGE = re.compile(r"bytes=(\d+)-(\d*)")
-_NOTHING = Headers()
+_NO_HEADERS = Headers()
 
 
-class Answer:
+class ScriptedResponse:
     """An answer: its body is `body`, the first `sent` bytes of which (None: all) are there."""
 
     def __init__(
@@ -45,7 +45,7 @@ class Answer:
             fields.setdefault("content-length", str(self.length))
         self.headers = Headers(fields.items())
         self.aborted = False
-        self.read = 0
+        self.bytes_read = 0
         self._body = body
         self._stream = ByteStream()
         if sent is None:
@@ -55,7 +55,7 @@ class Answer:
             self.send(sent)
 
     @property
-    def over(self) -> bool:
+    def ended(self) -> bool:
         return self._stream.ended
 
     def send(self, size: int | None = None) -> None:
@@ -68,12 +68,12 @@ class Answer:
         """Let the body end."""
         self._stream.finish()
 
-    def end(self) -> None:
+    def send_rest(self) -> None:
         """Let the rest arrive, and the end."""
         self.send()
         self.finish()
 
-    def cut(self, error: Exception | None = None) -> None:
+    def disconnect(self, error: Exception | None = None) -> None:
         """Let the connection break off."""
         self._stream.fail(error or UpstreamBroken("upstream broke off"))
 
@@ -82,9 +82,9 @@ class Answer:
     async def read_chunk(self) -> bytes:
         return b"".join(await self.read_pieces(1, 0.0))
 
-    async def read_pieces(self, at_least: int, within: float) -> list[bytes]:
+    async def read_pieces(self, at_least: int, timeout: float) -> list[bytes]:
         pieces = await self._stream.read_pieces()
-        self.read += sum(map(len, pieces))
+        self.bytes_read += sum(map(len, pieces))
         return pieces
 
     async def read_all(self, limit: int) -> bytes:
@@ -100,13 +100,13 @@ class Answer:
         self.abort()
 
     def abort(self) -> None:
-        if not self.over:
+        if not self.ended:
             self.aborted = True
             self._stream.fail(UpstreamBroken("the connection was given up"))
 
 
 @define(eq=False)
-class Asked:
+class ReceivedRequest:
     """A request that was made."""
 
     method: str
@@ -116,10 +116,10 @@ class Asked:
     credential: Credential
     follow: bool = True
     body: Any = None
-    more: dict[str, Any] = Factory(dict)
+    options: dict[str, Any] = Factory(dict)
 
     @property
-    def who(self) -> str | None:
+    def requester(self) -> str | None:
         """Who asks: None, ``login USER`` or the Authorization."""
         if isinstance(self.credential, Configured):
             return f"login {self.credential.user}"
@@ -140,7 +140,7 @@ class FakeRepository:
     blobs: dict[str, bytes] = Factory(dict)
     manifests: dict[str, tuple[str, bytes]] = Factory(dict)
     readers: set[str | None] | None = None
-    refusal: int = 401
+    denial_status: int = 401
 
     def put_blob(self, data: bytes, algorithm: str = "sha256") -> Digest:
         digest = Digest.of(data, algorithm)
@@ -156,7 +156,7 @@ class FakeRepository:
         return digest
 
 
-Behaviour = Callable[[Asked, "bytes | None"], Any]
+Responder = Callable[[ReceivedRequest, "bytes | None"], Any]
 """Returns an `Answer` or a Deferred of one, or raises, for a request for the content given (None: there is none)."""
 
 
@@ -164,45 +164,49 @@ Behaviour = Callable[[Asked, "bytes | None"], Any]
 class _Rule:
     method: str
     pattern: re.Pattern[str]
-    behaviour: Behaviour
-    left: int | None
+    responder: Responder
+    remaining: int | None
 
 
 @define
-class Upstream:
+class ScriptedUpstream:
     """All registries there are. `down` is raised for everything while it is not None."""
 
     reactor: Any
     repositories: dict[str, FakeRepository] = Factory(dict)
-    asked: list[Asked] = Factory(list)
-    answers: list[Answer] = Factory(list)
+    requests: list[ReceivedRequest] = Factory(list)
+    responses: list[ScriptedResponse] = Factory(list)
     down: RegistryError | None = None
     _rules: list[_Rule] = field(factory=list, init=False)
 
-    def repository(self, name: str, **more: Any) -> FakeRepository:
+    def repository(self, name: str, **options: Any) -> FakeRepository:
         """Return the repository HOST/NAME, made if need be."""
-        return self.repositories.setdefault(name, FakeRepository(**more))
+        return self.repositories.setdefault(name, FakeRepository(**options))
 
-    def on(self, method: str, pattern: str, behaviour: Behaviour, times: int | None = None) -> None:
+    def on(self, method: str, pattern: str, responder: Responder, times: int | None = None) -> None:
         """Answer requests whose path matches by `behaviour`, the next `times` of them or all. Older rules go first."""
-        self._rules.append(_Rule(method, re.compile(pattern), behaviour, times))
+        self._rules.append(_Rule(method, re.compile(pattern), responder, times))
 
-    def behave(self) -> None:
+    def reset(self) -> None:
         """Be honest again, and reachable."""
         self._rules.clear()
         self.down = None
 
-    def vanish(self) -> None:
+    def go_down(self) -> None:
         """Be unreachable."""
         self.down = UpstreamUnreachable("registry.example: connection refused")
 
-    def seen(self, method: str = "", pattern: str = "") -> list[Asked]:
+    def requests_matching(self, method: str = "", pattern: str = "") -> list[ReceivedRequest]:
         """Return the requests of that method whose path matches."""
-        return [asked for asked in self.asked if asked.method.startswith(method) and re.search(pattern, asked.path)]
+        return [
+            request
+            for request in self.requests
+            if request.method.startswith(method) and re.search(pattern, request.path)
+        ]
 
-    def forget(self) -> None:
+    def clear_requests(self) -> None:
         """Forget what was asked."""
-        self.asked.clear()
+        self.requests.clear()
 
     async def request(
         self,
@@ -212,146 +216,156 @@ class Upstream:
         *,
         name: Repository | None,
         credential: Credential,
-        headers: Headers = _NOTHING,
+        headers: Headers = _NO_HEADERS,
         body: Any = None,
         actions: str = "pull",
         follow: bool = True,
-    ) -> Answer:
-        asked = Asked(method, registry, path, headers, credential, follow, body, {"name": name, "actions": actions})
-        self.asked.append(asked)
+    ) -> ScriptedResponse:
+        received = ReceivedRequest(
+            method, registry, path, headers, credential, follow, body, {"name": name, "actions": actions}
+        )
+        self.requests.append(received)
         await deferLater(self.reactor, 0)
-        answer = self._answer(asked)
-        if isinstance(answer, Deferred):
-            answer = await answer
-        self.answers.append(answer)
-        return answer
+        response = self._respond(received)
+        if isinstance(response, Deferred):
+            response = await response
+        self.responses.append(response)
+        return response
 
-    def _answer(self, asked: Asked) -> Any:
+    def _respond(self, request: ReceivedRequest) -> Any:
         if self.down is not None:
             raise self.down
-        found = _PATH.fullmatch(asked.path.partition("?")[0])
-        content = self._find(asked.registry, found) if found else None
+        match = _PATH.fullmatch(request.path.partition("?")[0])
+        content = self._find(request.registry, match) if match else None
         for rule in self._rules:
-            if rule.method == asked.method and rule.left != 0 and rule.pattern.search(asked.path):
-                rule.left = None if rule.left is None else rule.left - 1
-                return rule.behaviour(asked, None if content is None else content[1])
-        if found is None:
-            return Answer(200, b"{}", {"content-type": "application/json"})
-        repository = self.repositories.get(f"{asked.registry.host}/{found['name']}")
-        if repository is not None and repository.readers is not None and asked.who not in repository.readers:
-            return refusal(repository.refusal)
+            if rule.method == request.method and rule.remaining != 0 and rule.pattern.search(request.path):
+                rule.remaining = None if rule.remaining is None else rule.remaining - 1
+                return rule.responder(request, None if content is None else content[1])
+        if match is None:
+            return ScriptedResponse(200, b"{}", {"content-type": "application/json"})
+        repository = self.repositories.get(f"{request.registry.host}/{match['name']}")
+        if repository is not None and repository.readers is not None and request.requester not in repository.readers:
+            return error_response(repository.denial_status)
         if content is None:
-            return refusal(404)
-        return serve(asked, *content)
+            return error_response(404)
+        return serve_content(request, *content)
 
-    def _find(self, registry: Registry, found: re.Match[str]) -> tuple[str, bytes] | None:
-        repository = self.repositories.get(f"{registry.host}/{found['name']}", FakeRepository())
-        if found["kind"] == "manifests":
-            return repository.manifests.get(found["reference"])
-        data = repository.blobs.get(found["reference"])
+    def _find(self, registry: Registry, match: re.Match[str]) -> tuple[str, bytes] | None:
+        repository = self.repositories.get(f"{registry.host}/{match['name']}", FakeRepository())
+        if match["kind"] == "manifests":
+            return repository.manifests.get(match["reference"])
+        data = repository.blobs.get(match["reference"])
         return None if data is None else ("application/octet-stream", data)
 
 
 # behaviours
 
 
-def serve(asked: Asked, media_type: str, data: bytes, *, sent: int | None = None) -> Answer:
+def serve_content(
+    request: ReceivedRequest, media_type: str, data: bytes, *, sent: int | None = None
+) -> ScriptedResponse:
     """Answer as a registry does: the head, the whole, or the range that is asked for."""
     fields = {"content-type": media_type, "docker-content-digest": str(Digest.of(data))}
-    if asked.method == "HEAD":
-        return Answer(200, b"", fields, length=len(data))
-    wanted = _RANGE.fullmatch(asked.range or "")
-    if wanted is None:
-        return Answer(200, data, fields, sent=sent)
-    start, stop = int(wanted[1]), min(int(wanted[2]) + 1 if wanted[2] else len(data), len(data))
+    if request.method == "HEAD":
+        return ScriptedResponse(200, b"", fields, length=len(data))
+    range_match = _RANGE.fullmatch(request.range or "")
+    if range_match is None:
+        return ScriptedResponse(200, data, fields, sent=sent)
+    start, stop = int(range_match[1]), min(int(range_match[2]) + 1 if range_match[2] else len(data), len(data))
     if start >= len(data):
-        return Answer(416, b"", {"content-range": f"bytes */{len(data)}"})
-    return Answer(206, data[start:stop], fields | {"content-range": f"bytes {start}-{stop - 1}/{len(data)}"}, sent=sent)
-
-
-def refusal(status: int, **fields: str) -> Answer:
-    """Return an answer in upstream's own words."""
-    given = {name.replace("_", "-"): value for name, value in fields.items()}
-    if status == 401:
-        given.setdefault("www-authenticate", 'Bearer realm="https://auth.docker.io/token",service="registry.docker.io"')
-    return Answer(status, b'{"errors":[{"code":"UPSTREAM","message":"no"}]}', given)
-
-
-def says(status: int, **fields: str) -> Behaviour:
-    return lambda asked, data: refusal(status, **fields)
-
-
-def fails(error: Exception) -> Behaviour:
-    def behave(asked: Asked, data: bytes | None) -> Any:
-        raise error
-
-    return behave
-
-
-def flowing(asked: Asked, data: bytes | None) -> Answer:
-    """Begin an honest answer, of which the test lets pass what it likes."""
-    assert data is not None
-    return serve(asked, "application/octet-stream", data, sent=0)
-
-
-def cut_after(size: int) -> Behaviour:
-    """Break off after `size` bytes of what was asked for."""
-
-    def behave(asked: Asked, data: bytes | None) -> Answer:
-        answer = flowing(asked, data)
-        answer.send(size)
-        answer.cut()
-        return answer
-
-    return behave
-
-
-def rangeless(asked: Asked, data: bytes | None) -> Answer:
-    """Send the whole, whatever part was asked for."""
-    return Answer(200, data or b"")
-
-
-def untold(asked: Asked, data: bytes | None) -> Answer:
-    """Send the whole and tell no length (chunked)."""
-    return Answer(200, data or b"", length=None)
-
-
-def instead(other: bytes, **fields: str) -> Behaviour:
-    """Send something else."""
-    given = {name.replace("_", "-"): value for name, value in fields.items()}
-    return lambda asked, data: (
-        Answer(200, b"", given, length=len(other)) if asked.method == "HEAD" else Answer(200, other, given)
+        return ScriptedResponse(416, b"", {"content-range": f"bytes */{len(data)}"})
+    return ScriptedResponse(
+        206, data[start:stop], fields | {"content-range": f"bytes {start}-{stop - 1}/{len(data)}"}, sent=sent
     )
 
 
-def web_page(asked: Asked, data: bytes | None) -> Answer:
+def error_response(status: int, **fields: str) -> ScriptedResponse:
+    """Return an answer in upstream's own words."""
+    headers = {name.replace("_", "-"): value for name, value in fields.items()}
+    if status == 401:
+        headers.setdefault(
+            "www-authenticate", 'Bearer realm="https://auth.docker.io/token",service="registry.docker.io"'
+        )
+    return ScriptedResponse(status, b'{"errors":[{"code":"UPSTREAM","message":"no"}]}', headers)
+
+
+def respond_with(status: int, **fields: str) -> Responder:
+    return lambda asked, data: error_response(status, **fields)
+
+
+def raise_error(error: Exception) -> Responder:
+    def respond(request: ReceivedRequest, data: bytes | None) -> Any:
+        raise error
+
+    return respond
+
+
+def respond_streaming(request: ReceivedRequest, data: bytes | None) -> ScriptedResponse:
+    """Begin an honest answer, of which the test lets pass what it likes."""
+    assert data is not None
+    return serve_content(request, "application/octet-stream", data, sent=0)
+
+
+def disconnect_after(size: int) -> Responder:
+    """Break off after `size` bytes of what was asked for."""
+
+    def respond(request: ReceivedRequest, data: bytes | None) -> ScriptedResponse:
+        response = respond_streaming(request, data)
+        response.send(size)
+        response.disconnect()
+        return response
+
+    return respond
+
+
+def ignore_range(request: ReceivedRequest, data: bytes | None) -> ScriptedResponse:
+    """Send the whole, whatever part was asked for."""
+    return ScriptedResponse(200, data or b"")
+
+
+def without_length(request: ReceivedRequest, data: bytes | None) -> ScriptedResponse:
+    """Send the whole and tell no length (chunked)."""
+    return ScriptedResponse(200, data or b"", length=None)
+
+
+def replace_with(body: bytes, **fields: str) -> Responder:
+    """Send something else."""
+    headers = {name.replace("_", "-"): value for name, value in fields.items()}
+    return lambda asked, data: (
+        ScriptedResponse(200, b"", headers, length=len(body))
+        if asked.method == "HEAD"
+        else ScriptedResponse(200, body, headers)
+    )
+
+
+def captive_portal(request: ReceivedRequest, data: bytes | None) -> ScriptedResponse:
     """Answer as a captive portal or a tired load balancer does: the same to everything."""
-    return instead(b"<!doctype html><h1>Sign in</h1>", content_type="text/html")(asked, data)  # type: ignore[no-any-return]
+    return replace_with(b"<!doctype html><h1>Sign in</h1>", content_type="text/html")(request, data)  # type: ignore[no-any-return]
 
 
 class Gate:
     """Behaves honestly, but not before it is opened."""
 
     def __init__(self) -> None:
-        self._waiting: list[Deferred[None]] = []
+        self._waiters: list[Deferred[None]] = []
         self._open = False
 
     def open(self) -> None:
         self._open = True
-        waiting, self._waiting = self._waiting, []
-        for deferred in waiting:
+        waiters, self._waiters = self._waiters, []
+        for deferred in waiters:
             deferred.callback(None)
 
-    def then(self, behaviour: Behaviour) -> Behaviour:
-        def behave(asked: Asked, data: bytes | None) -> Any:
+    def delay(self, responder: Responder) -> Responder:
+        def respond(request: ReceivedRequest, data: bytes | None) -> Any:
             if self._open:
-                return behaviour(asked, data)
+                return responder(request, data)
             deferred: Deferred[None] = Deferred()
-            self._waiting.append(deferred)
-            return deferred.addCallback(lambda _: behaviour(asked, data))
+            self._waiters.append(deferred)
+            return deferred.addCallback(lambda _: responder(request, data))
 
-        return behave
+        return respond
 
 
-def honest(asked: Asked, data: bytes | None) -> Answer:
-    return refusal(404) if data is None else serve(asked, OCI_MANIFEST, data)
+def respond_normally(request: ReceivedRequest, data: bytes | None) -> ScriptedResponse:
+    return error_response(404) if data is None else serve_content(request, OCI_MANIFEST, data)

@@ -1,0 +1,926 @@
+"""One download and its readers: how it begins, how it ends, and what everyone gets out of it."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from twisted.internet.defer import Deferred
+
+from dockerproxy.cache.downloads import BlobDownload
+from dockerproxy.cache.ingests import Ingests
+from dockerproxy.cache.upstream import Principal, UpstreamRepository
+from dockerproxy.errors import RegistryError, UpstreamBroken, UpstreamError, UpstreamFailing, UpstreamRefused
+from dockerproxy.oci.names import Digest
+from dockerproxy.store.blobs import read_cached
+from dockerproxy.store.ingest import Ingest
+from tests.cache.support.harness import HUB, OTHER, CacheHarness, ManualReader, do_nothing
+from tests.cache.support.upstream import (
+    Gate,
+    ScriptedResponse,
+    disconnect_after,
+    error_response,
+    ignore_range,
+    raise_error,
+    replace_with,
+    respond_streaming,
+    respond_with,
+    without_length,
+)
+
+DATA = bytes(range(256)) * 400
+NAME = "library/app"
+
+
+@pytest.fixture
+def harness(make_harness: Callable[..., CacheHarness]) -> CacheHarness:
+    harness = make_harness()
+    harness.upstream.repository(f"{HUB}/{NAME}").put_blob(DATA)
+    return harness
+
+
+DIGEST = Digest.of(DATA)
+
+
+def require_nonblocking_reads(harness: CacheHarness) -> None:
+    """Skip the test where a reader would wait for the very thread that the test holds up."""
+    path = Path(harness.layout.root, "sample")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"1")
+    with path.open("rb") as file:
+        if read_cached(file.fileno(), 0, 1) is None:
+            pytest.skip("this file system (an overlay, say) cannot tell what is in memory")
+    path.unlink()
+
+
+def start(
+    harness: CacheHarness,
+    digest: Digest = DIGEST,
+    repository: UpstreamRepository | None = None,
+    on_verified: Any = None,
+) -> BlobDownload:
+    principal = harness.principal() if repository is None else Principal(repository, "someone")
+    download = harness.downloads.start(principal, digest, on_verified or do_nothing)
+    harness.reactor.run_due_calls()
+    return download
+
+
+def start_streaming(harness: CacheHarness, *, sent: int = 0) -> tuple[BlobDownload, ScriptedResponse]:
+    """Return a flight whose upstream sends what it is told to."""
+    harness.upstream.on("GET", str(DIGEST), respond_streaming, times=1)
+    download = start(harness)
+    response = harness.upstream.responses[-1]
+    if sent:
+        send(harness, response, sent)
+    return download, response
+
+
+def send(harness: CacheHarness, response: ScriptedResponse, size: int | None = None) -> None:
+    response.send(size)
+    harness.reactor.run_due_calls()
+
+
+def end(harness: CacheHarness, response: ScriptedResponse) -> None:
+    response.send_rest()
+    harness.reactor.run_due_calls()
+
+
+def reader(
+    harness: CacheHarness, download: BlobDownload, start: int = 0, repository: UpstreamRepository | None = None
+) -> ManualReader:
+    content = download.open_reader(repository or harness.repository())
+    assert content is not None
+    return ManualReader(harness, content, start)
+
+
+def wait_started_outcome(download: BlobDownload) -> list[Any]:
+    """Return what waiting for the flight to begin brings: nothing yet, None or the error."""
+    outcome: list[Any] = []
+    Deferred.fromCoroutine(download.wait_started()).addBoth(
+        lambda result: outcome.append(getattr(result, "value", result))
+    )
+    return outcome
+
+
+# all is well
+
+
+def test_download_is_committed(harness: CacheHarness) -> None:
+    download, response = start_streaming(harness)
+    one = reader(harness, download)
+    one.read()
+    assert one.waiting is not None
+    send(harness, response, 1000)
+    assert one.data == DATA[:1000]
+    end(harness, response)
+    one.read_available()
+    assert (one.data, one.ended, one.error) == (DATA, True, None)
+    one.disconnect()
+    assert download.committed and download.ended and download.size == len(DATA)
+    assert Path(harness.layout.blob(DIGEST)).read_bytes() == DATA
+    assert harness.ingest_files == []
+    assert harness.downloads.get(DIGEST) is None
+    assert harness.space.index.total == len(DATA)
+
+
+@pytest.mark.parametrize("algorithm", ["sha256", "sha512"])
+@pytest.mark.parametrize("size", [0, 1, 2, 100_000])
+def test_blob_sizes(harness: CacheHarness, algorithm: str, size: int) -> None:
+    data = DATA[:size]
+    digest = harness.upstream.repository(f"{HUB}/{NAME}").put_blob(data, algorithm)
+    harness.reactor.pool.hold()
+    download = start(harness, digest)
+    readers = []
+    while harness.reactor.pool.step():
+        harness.reactor.run_due_calls()
+        if download.started and not readers:
+            readers.append(reader(harness, download))
+            readers[0].read()
+    harness.reactor.pool.release()
+    readers[0].read_on()
+    assert (readers[0].data, readers[0].ended) == (data, True)
+    readers[0].leave()
+    assert harness.blobs.size(digest) == size
+
+
+def test_readers_are_independent(harness: CacheHarness) -> None:
+    download, response = start_streaming(harness, sent=20_000)
+    fast, slow, behind, beyond = (reader(harness, download, start) for start in (0, 0, 15_000, 60_000))
+    fast.read_available()
+    slow.read(100)
+    behind.read_available(3)
+    beyond.read()
+    assert fast.data == DATA[:20_000]
+    assert slow.data == DATA[:100]
+    assert behind.data == DATA[15_000:20_000]
+    assert beyond.waiting is not None
+    end(harness, response)
+    for one in (fast, slow, behind, beyond):
+        one.read_available(7000)
+        assert one.ended
+        assert one.data == DATA[one.start :]
+        one.disconnect()
+    assert len(harness.upstream.requests) == 1
+
+
+def test_last_byte_waits_for_publish(harness: CacheHarness) -> None:
+    require_nonblocking_reads(harness)
+    download, response = start_streaming(harness)
+    one = reader(harness, download)
+    harness.reactor.pool.hold()
+    end(harness, response)
+    harness.reactor.pool.step()
+    one.read_available()
+    assert one.data == DATA[:-1] and one.waiting is not None
+    assert not harness.blobs.exists(DIGEST)
+    harness.reactor.pool.release()
+    assert one.data == DATA
+    one.disconnect()
+
+
+def test_last_byte_waits_for_on_verified(harness: CacheHarness) -> None:
+    """Who has all of it and asks again at once must find it."""
+    done: Deferred[None] = Deferred()
+
+    async def on_verified() -> None:
+        await done
+
+    harness.upstream.on("GET", "", respond_streaming)
+    download = start(harness, on_verified=on_verified)
+    one = reader(harness, download)
+    end(harness, harness.upstream.responses[0])
+    one.read_available()
+    one.read()
+    assert one.data == DATA[:-1]
+    assert not harness.blobs.exists(DIGEST)
+    done.callback(None)
+    harness.reactor.run_due_calls()
+    assert one.data == DATA and harness.blobs.exists(DIGEST)
+    one.disconnect()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_on_verified_runs_during_fsync_and_before_publish(
+    harness: CacheHarness, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    """Who finds it published, in another process, is to find as well whose it is."""
+    require_nonblocking_reads(harness)
+    steps: list[str] = []
+    done: Deferred[None] = Deferred()
+    publish = Ingest.publish
+
+    def publish_and_record(ingest: Ingest, blobs: Any) -> None:
+        steps.append("published")
+        if fails:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        publish(ingest, blobs)
+
+    async def on_verified() -> None:
+        steps.append("landing")
+        await done
+        steps.append("landed")
+
+    monkeypatch.setattr(Ingest, "publish", publish_and_record)
+    harness.upstream.on("GET", "", respond_streaming)
+    download = start(harness, on_verified=on_verified)
+    harness.reactor.pool.hold()
+    end(harness, harness.upstream.responses[0])
+    harness.reactor.pool.step()  # the last of it is written
+    harness.reactor.run_due_calls()
+    assert steps == ["landing"]
+    harness.reactor.pool.step()  # and synced
+    harness.reactor.run_due_calls()
+    assert harness.reactor.pool.waiting == 0
+    done.callback(None)
+    harness.reactor.pool.release()
+    harness.reactor.run_due_calls()
+    assert (steps, download.ended, download.committed) == (["landing", "landed", "published"], True, not fails)
+
+
+def test_failing_on_verified_does_not_prevent_commit(harness: CacheHarness, log_lines: list[str]) -> None:
+    async def on_verified() -> None:
+        raise ValueError("a mistake of ours")
+
+    download = start(harness, on_verified=on_verified)
+    assert download.committed and download.failure is None
+    assert any("the landing of" in line and "failed" in line for line in log_lines)
+
+
+def test_unknown_length(harness: CacheHarness) -> None:
+    harness.upstream.on("GET", "", lambda asked, data: ScriptedResponse(200, DATA, length=None, sent=100))
+    download = start(harness)
+    assert download.size is None
+    size_known = Deferred.fromCoroutine(download.wait_size())
+    one = reader(harness, download)
+    one.read_available()
+    assert one.content.size is None
+    assert not size_known.called
+    end(harness, harness.upstream.responses[0])
+    one.read_available()
+    assert one.data == DATA
+    assert one.content.size == download.size == len(DATA)
+    assert size_known.called
+    one.disconnect()
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_reader_disconnect_does_not_affect_others(harness: CacheHarness, first: bool) -> None:
+    download, response = start_streaming(harness, sent=1000)
+    one, other = reader(harness, download), reader(harness, download)
+    one.read_available()
+    other.read_available()
+    leaving, staying = (one, other) if first else (other, one)
+    leaving.read()
+    leaving.disconnect()
+    leaving.content.close()
+    end(harness, response)
+    staying.read_available()
+    assert staying.data == DATA
+    staying.disconnect()
+
+
+def test_download_continues_without_readers(harness: CacheHarness) -> None:
+    download, response = start_streaming(harness, sent=1000)
+    one = reader(harness, download)
+    one.read()
+    one.disconnect()
+    end(harness, response)
+    assert harness.blobs.exists(DIGEST)
+
+
+def test_cancel_before_start(harness: CacheHarness) -> None:
+    gate = Gate()
+    harness.upstream.on("GET", "", gate.delay(respond_streaming))
+    download = start(harness)
+    deferreds = Deferred.fromCoroutine(download.wait_started())
+    deferreds.addErrback(lambda _: None)
+    deferreds.cancel()
+    gate.open()
+    end(harness, harness.upstream.responses[0])
+    assert harness.blobs.exists(DIGEST)
+
+
+def test_disconnect_during_threaded_read(harness: CacheHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dockerproxy.cache.reader.read_cached", lambda fd, offset, size: None)
+    download, response = start_streaming(harness, sent=1000)
+    one, other = reader(harness, download), reader(harness, download)
+    harness.reactor.pool.hold()
+    one.read()
+    other.read()
+    assert harness.reactor.pool.waiting == 2
+    one.disconnect()
+    harness.reactor.pool.release()
+    assert other.data == DATA[:1000]
+    other.disconnect()
+    end(harness, response)
+
+
+# it joins and ends at once
+
+
+def test_joining_at_every_step_of_commit(harness: CacheHarness) -> None:
+    """While a thread closes the ingest, whoever comes must get the blob's bytes, and not those of another file."""
+    require_nonblocking_reads(harness)
+    download, response = start_streaming(harness, sent=1000)
+    harness.reactor.pool.hold(results=True)
+    response.send_rest()
+    harness.reactor.run_due_calls()
+    readers = []
+    while not download.ended:
+        readers.append(reader(harness, download))  # the thread's work is done, nobody was told
+        harness.reactor.pool.step()
+        harness.reactor.run_due_calls()
+    assert download.open_reader(harness.repository()) is None
+    assert len(readers) == 3  # while it was written, synced and renamed
+    for one in readers:
+        one.read_on()
+        assert one.data == DATA
+        one.leave()
+
+
+def test_wait_started_after_start_and_after_end(harness: CacheHarness) -> None:
+    download, response = start_streaming(harness)
+    assert wait_started_outcome(download) == [None]
+    end(harness, response)
+    assert wait_started_outcome(download) == [None]
+
+
+def test_serves_same_principal_while_fresh(harness: CacheHarness) -> None:
+    gate = Gate()
+    harness.upstream.on("GET", "", gate.delay(respond_streaming))
+    download = start(harness)
+    harness.reactor.advance(1000)
+    assert download.serves(harness.principal(), 300)  # upstream has not answered yet
+    gate.open()
+    assert download.serves(harness.principal(), 300)
+    assert not download.serves(harness.principal(authorization="Basic someone"), 300)
+    assert not download.serves(harness.principal("library/other"), 300)
+    harness.reactor.advance(299)
+    assert download.serves(harness.principal(), 300)
+    harness.reactor.advance(1)
+    assert not download.serves(harness.principal(), 300)
+    end(harness, harness.upstream.responses[0])
+
+
+# upstream's trouble
+
+
+def test_disconnect_and_resume(harness: CacheHarness) -> None:
+    harness.upstream.on("GET", "", disconnect_after(3000), times=1)
+    harness.upstream.on("GET", "", disconnect_after(5000), times=1)
+    harness.upstream.on("GET", "", ignore_range)
+    assert harness.fetch(DIGEST) == ("MISS", DATA)
+    assert [request.range for request in harness.upstream.requests_matching("GET", "blobs")] == [
+        None,
+        "bytes=2999-",
+        "bytes=7998-",
+    ]
+    assert harness.blobs.exists(DIGEST)
+
+
+def test_final_failure_reaches_all_readers(harness: CacheHarness, log_lines: list[str]) -> None:
+    download, response = start_streaming(harness, sent=3000)
+    readers = [reader(harness, download, start) for start in (0, 2000, 50_000)]
+    for one in readers:
+        one.read_available()
+        one.read()
+    late = Deferred.fromCoroutine(readers[0].content.settled())
+    harness.upstream.go_down()
+    response.disconnect()
+    harness.advance(20)
+    for one in readers:
+        assert isinstance(one.error, UpstreamError)
+        assert one.start + len(one.data) < len(DATA) - 1 or not one.data
+        one.disconnect()
+    late.addErrback(lambda failure: failure.trap(UpstreamError))
+    assert late.called
+    assert any("was not cached" in line and "connection refused" in line for line in log_lines)
+    assert harness.downloads.get(DIGEST) is None
+    assert not harness.blobs.exists(DIGEST)
+
+
+def test_partial_download_is_resumed_next_time(harness: CacheHarness) -> None:
+    harness.upstream.on("GET", "", disconnect_after(3000), times=1)
+    harness.upstream.on("GET", "", raise_error(UpstreamBroken("cut")), times=6)
+    with pytest.raises(UpstreamBroken):
+        harness.fetch(DIGEST)
+    assert len(harness.ingest_files) == 1
+    harness.upstream.clear_requests()
+    assert harness.fetch(DIGEST)[1] == DATA
+    assert [request.range for request in harness.upstream.requests_matching("GET", "blobs")] == ["bytes=2999-"]
+    assert harness.ingest_files == []
+
+
+@pytest.mark.parametrize("wrong", [DATA[:-1] + b"!", b"!" + DATA[1:]])
+def test_corrupt_content_is_never_completed(harness: CacheHarness, wrong: bytes) -> None:
+    harness.upstream.on("GET", "", lambda asked, data: ScriptedResponse(200, wrong, sent=0))
+    download = start(harness)
+    landings: list[int] = []
+    readers = [reader(harness, download, start) for start in (0, 0, 70_000)]
+    response = harness.upstream.responses[0]
+    send(harness, response, 5000)
+    readers[0].read_available()
+    end(harness, response)
+    for one in readers:
+        one.read_available()
+        assert isinstance(one.error, UpstreamBroken)
+        assert one.data == wrong[one.start : -1]
+        one.disconnect()
+    assert not harness.blobs.exists(DIGEST)
+    assert harness.ingest_files == landings == []
+    harness.upstream.reset()
+    assert harness.fetch(DIGEST)[1] == DATA
+
+
+def test_corrupt_content_of_unknown_length(harness: CacheHarness) -> None:
+    harness.upstream.on("GET", "", lambda asked, data: ScriptedResponse(200, DATA + b"more", length=None))
+    with pytest.raises(UpstreamBroken):
+        harness.fetch(DIGEST)
+    assert not harness.blobs.exists(DIGEST)
+
+
+def test_html_page_is_rejected(harness: CacheHarness) -> None:
+    harness.upstream.on("GET", "", replace_with(b"<h1>Sign in</h1>", content_type="text/html"))
+    with pytest.raises(UpstreamBroken):
+        harness.fetch(DIGEST)
+    assert harness.ingest_files == []
+
+
+def test_small_blob_is_verified_first(harness: CacheHarness) -> None:
+    download, response = start_streaming(harness)
+    one = reader(harness, download)
+    verified = Deferred.fromCoroutine(one.content.settled())
+    assert not verified.called
+    end(harness, response)
+    assert verified.called
+    one.disconnect()
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_error_before_start(harness: CacheHarness, status: int) -> None:
+    harness.upstream.on("GET", "", respond_with(status))
+    download = start(harness)
+    [error] = wait_started_outcome(download)
+    assert isinstance(error, UpstreamRefused) and error.status == status
+    assert harness.downloads.get(DIGEST) is None
+    assert harness.space.index.total == 0
+
+
+@pytest.mark.parametrize(("status", "told"), [(429, 429), (500, 502), (503, 502)])
+def test_outage_before_start(harness: CacheHarness, status: int, expected_status: int) -> None:
+    harness.upstream.on("GET", "", respond_with(status, retry_after="9"))
+    download = start(harness)
+    [error] = wait_started_outcome(download)
+    assert isinstance(error, UpstreamFailing) and error.status == expected_status
+    assert ("retry-after", "9") in error.headers
+
+
+def test_waiters_get_upstream_error(harness: CacheHarness) -> None:
+    gate = Gate()
+    harness.upstream.on("GET", "", gate.delay(respond_with(401)))
+    download = start(harness)
+    deferreds = [wait_started_outcome(download) for _ in range(3)]
+    assert deferreds == [[], [], []]
+    gate.open()
+    harness.reactor.run_due_calls()
+    assert all(isinstance(outcome[0], UpstreamRefused) for outcome in deferreds)
+
+
+# what an earlier run left
+
+
+def leave_partial(harness: CacheHarness, data: bytes, digest: Digest = DIGEST) -> None:
+    ingest = Ingest.open(harness.layout, digest)
+    assert ingest is not None
+    ingest.append([data])
+    ingest.release()
+
+
+@pytest.mark.parametrize("size", [1, 5000, len(DATA) - 1])
+def test_partial_file_is_resumed(harness: CacheHarness, size: int) -> None:
+    leave_partial(harness, DATA[:size])
+    assert harness.fetch(DIGEST)[1] == DATA
+    assert [request.range for request in harness.upstream.requests_matching("GET", "blobs")] == [f"bytes={size - 1}-"]
+    assert harness.blobs.exists(DIGEST)
+
+
+def test_complete_partial_file(harness: CacheHarness) -> None:
+    """A crash between the last byte and the renaming; upstream says 416 to a Range behind the end."""
+    leave_partial(harness, DATA)
+    assert harness.fetch(DIGEST)[1] == DATA
+    assert [response.status for response in harness.upstream.responses if response.bytes_read] == [206]
+    assert harness.upstream.responses[-1].bytes_read == 1
+    assert harness.blobs.exists(DIGEST) and harness.ingest_files == []
+
+
+def test_complete_partial_file_without_range_support(harness: CacheHarness) -> None:
+    leave_partial(harness, DATA)
+    harness.upstream.on("GET", "", ignore_range)
+    assert harness.fetch(DIGEST)[1] == DATA
+
+
+def test_complete_partial_file_still_needs_grant(harness: CacheHarness) -> None:
+    """To have the bytes is no right to give them."""
+    leave_partial(harness, DATA)
+    harness.upstream.on("GET", "", respond_with(401))
+    with pytest.raises(UpstreamRefused):
+        harness.fetch(DIGEST)
+    assert not harness.blobs.exists(DIGEST)
+    harness.upstream.reset()
+    assert harness.fetch(DIGEST)[1] == DATA
+
+
+@pytest.mark.parametrize(
+    "left", [DATA + b"more", DATA + bytes(100_000), DATA[:-1] + b"!"], ids=["longer", "much longer", "damaged"]
+)
+@pytest.mark.parametrize("behaviour", [None, ignore_range, without_length], ids=["ranges", "no ranges", "untold"])
+def test_mismatched_partial_file_is_discarded(harness: CacheHarness, partial_data: bytes, responder: Any) -> None:
+    leave_partial(harness, partial_data)
+    if responder is not None:
+        harness.upstream.on("GET", "", responder)
+    if responder is without_length and len(partial_data) == len(DATA):
+        with pytest.raises(UpstreamBroken):  # only at the end can it be known
+            harness.fetch(DIGEST)
+    assert harness.fetch(DIGEST)[1] == DATA
+    assert harness.ingest_files == []
+
+
+def test_corrupt_partial_file_fails_once(harness: CacheHarness) -> None:
+    leave_partial(harness, b"!" + DATA[1:5000])
+    with pytest.raises(UpstreamBroken):
+        harness.fetch(DIGEST)
+    assert harness.ingest_files == []
+    assert harness.fetch(DIGEST)[1] == DATA
+
+
+def test_partial_file_is_not_served_before_grant(harness: CacheHarness) -> None:
+    leave_partial(harness, DATA[:5000])
+    gate = Gate()
+    harness.upstream.on("GET", "", gate.delay(respond_with(404)))
+    download = start(harness)
+    assert download.readable == 4999
+    assert wait_started_outcome(download) == []
+    gate.open()
+    harness.reactor.run_due_calls()
+    assert download.open_reader(harness.repository()) is None
+
+
+# the disk's trouble
+
+
+class FullDisk:
+    """Takes `room` bytes more, for all ingests together."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, space: int, number: int = errno.ENOSPC) -> None:
+        self.space = space
+        append = Ingest.append
+
+        def full(ingest: Ingest, chunks: Any) -> None:
+            size = sum(map(len, chunks))
+            if size > self.space:
+                raise OSError(number, os.strerror(number))
+            self.space -= size
+            append(ingest, chunks)
+
+        monkeypatch.setattr(Ingest, "append", full)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+def test_full_disk(harness: CacheHarness, monkeypatch: pytest.MonkeyPatch, number: int, log_lines: list[str]) -> None:
+    FullDisk(monkeypatch, 10_000, number)
+    harness.upstream.on("GET", "", respond_streaming, times=1)
+    download = start(harness)
+    response = harness.upstream.responses[0]
+    one, other, behind, beyond = (reader(harness, download, start) for start in (0, 0, 9_000, 70_000))
+    send(harness, response, 9_900)
+    one.read_available()
+    other.read(100)
+    send(harness, response, 5_000)  # this does not fit any more
+    assert download.ended
+    end(harness, response)
+    for reading in (one, other, behind, beyond):
+        reading.read_available(3000)
+        assert reading.error is None
+        assert reading.data == DATA[reading.start :]
+        reading.disconnect()
+    # The first one had the connection that was open; each of the others goes on from where the file ends.
+    assert [request.range for request in harness.upstream.requests_matching("GET", "blobs")] == [None] + [
+        "bytes=9899-"
+    ] * 3
+    assert not harness.blobs.exists(DIGEST)
+    assert harness.ingest_files == []  # and what the disk is full of is gone
+    assert any("was not cached" in line and os.strerror(number) in line for line in log_lines)
+
+
+@pytest.mark.parametrize("length", [len(DATA), None])
+def test_full_disk_and_corrupt_content(
+    harness: CacheHarness, monkeypatch: pytest.MonkeyPatch, length: int | None
+) -> None:
+    FullDisk(monkeypatch, 10_000)
+    wrong = DATA[:-1] + b"!"
+
+    def behave(request: Any, data: Any) -> ScriptedResponse:
+        if request.range is None:
+            return ScriptedResponse(200, wrong, length=length, sent=9000)
+        return ScriptedResponse(
+            206, wrong[8999:], {"content-range": f"bytes 8999-{len(DATA) - 1}/{len(DATA)}"}, length=length
+        )
+
+    harness.upstream.on("GET", "", behave)
+    download = start(harness)
+    readers = [reader(harness, download, start) for start in (0, 95_000)]
+    end(harness, harness.upstream.responses[0])
+    for one in readers:
+        one.read_available()
+        assert isinstance(one.error, UpstreamBroken)
+        assert one.data == wrong[one.start : -1]
+        one.disconnect()
+
+
+def test_direct_reader_withholds_last_byte(harness: CacheHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+    FullDisk(monkeypatch, 10_000)
+    download, response = start_streaming(harness, sent=9000)
+    one = reader(harness, download)
+    send(harness, response, 5000)
+    one.read_available()
+    assert one.data == DATA[:13_999]
+    send(harness, response, len(DATA) - 14_000 - 1)
+    one.read_available()
+    one.read()
+    assert one.data == DATA[:-2]
+    end(harness, response)
+    one.read_available()
+    assert one.data == DATA and one.ended
+    one.disconnect()
+
+
+def test_full_disk_and_disconnect(harness: CacheHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+    FullDisk(monkeypatch, 10_000)
+    harness.upstream.on("GET", "", disconnect_after(20_000), times=1)
+    harness.upstream.on("GET", "", disconnect_after(20_000), times=1)
+    assert harness.fetch(DIGEST) == ("MISS", DATA)
+    assert not harness.blobs.exists(DIGEST)
+
+
+def test_direct_reader_disconnects(harness: CacheHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+    FullDisk(monkeypatch, 0)
+    download, response = start_streaming(harness)
+    one = reader(harness, download)
+    send(harness, response, 5000)
+    one.read_available()
+    one.read()
+    one.disconnect()
+    assert response.aborted
+
+
+def test_lent_connection_times_out(harness: CacheHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+    FullDisk(monkeypatch, 0)
+    download, response = start_streaming(harness)
+    one = reader(harness, download)
+    send(harness, response, 5000)
+    harness.advance(4.5)
+    assert not response.ended
+    harness.advance(1)
+    assert response.aborted
+    one.read_available()  # late, but not too late
+    assert one.data == DATA
+    assert len(harness.upstream.requests_matching("GET", "blobs")) == 2
+    one.disconnect()
+
+
+def test_unopenable_ingest(harness: CacheHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(ingests: Ingests, digest: Digest) -> Ingest | None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Ingests, "enter", refuse)
+    assert harness.fetch(DIGEST) == ("MISS", DATA)
+    assert len(harness.upstream.requests_matching("GET", "blobs")) == 1
+    assert not harness.blobs.exists(DIGEST)
+
+
+def test_unreadable_partial_file(harness: CacheHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+    leave_partial(harness, DATA[:5000])
+
+    def fail(ingest: Ingest) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(Ingest, "rehash", fail)
+    assert harness.fetch(DIGEST)[1] == DATA
+
+
+def test_publish_fails(harness: CacheHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(ingest: Ingest, blobs: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Ingest, "publish", fail)
+    for untold_length in (False, True):
+        if untold_length:
+            harness.upstream.on("GET", "", without_length)
+        download = start(harness)
+        one = reader(harness, download) if not download.ended else None
+        assert one is None
+        assert harness.fetch(DIGEST) == ("MISS", DATA)
+    assert not harness.blobs.exists(DIGEST)
+    assert harness.ingest_files == []
+
+
+def test_background_fsync(harness: CacheHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is published before that has ended, for it may bring an error."""
+    monkeypatch.setattr("dockerproxy.cache.syncing._AT_ONCE", 5000)
+    download, response = start_streaming(harness, sent=4999)
+    harness.reactor.pool.hold()
+    send(harness, response, 1)
+    harness.reactor.pool.step()  # it is written
+    harness.reactor.run_due_calls()
+    assert harness.reactor.pool.waiting == 1  # and to be synced
+    response.send_rest()
+    harness.reactor.run_due_calls()
+    assert harness.reactor.pool.waiting == 2
+    harness.reactor.pool.defer_next()  # the sync
+    harness.reactor.pool.step()
+    harness.reactor.run_due_calls()
+    assert download.written == len(DATA) and harness.reactor.pool.waiting == 1  # nothing but the sync
+    harness.reactor.pool.release()
+    harness.reactor.run_due_calls()
+    assert download.committed
+
+
+def test_fsync_error_prevents_publish(
+    harness: CacheHarness, monkeypatch: pytest.MonkeyPatch, log_lines: list[str]
+) -> None:
+    """The kernel reports that once: to sync again would seem to succeed."""
+    monkeypatch.setattr("dockerproxy.cache.syncing._AT_ONCE", 5000)
+    errors = [OSError(errno.EIO, "Input/output error")]
+
+    def fail(fd: int) -> None:
+        if errors:
+            raise errors.pop()
+
+    monkeypatch.setattr(os, "fdatasync", fail)
+    download, response = start_streaming(harness, sent=5000)
+    one = reader(harness, download)
+    end(harness, response)
+    one.read_available()
+    assert one.data == DATA and one.ended
+    assert not errors and not harness.blobs.exists(DIGEST)
+    assert any("cannot be kept: Input/output error" in line for line in log_lines)
+    one.disconnect()
+
+
+def test_reader_survives_failed_publish(harness: CacheHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(ingest: Ingest, blobs: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Ingest, "publish", fail)
+    download, response = start_streaming(harness, sent=3000)
+    one, late = reader(harness, download), reader(harness, download)
+    one.read_available()
+    end(harness, response)
+    one.read_available()
+    assert one.data == DATA and one.ended
+    harness.advance(10)
+    late.read_available()
+    assert late.data == DATA and late.ended
+    assert len(harness.upstream.requests_matching("GET", "blobs")) == 1  # all was here: there is nothing to go on with
+    one.disconnect()
+    late.disconnect()
+
+
+def test_truncated_ingest_fails_reader(harness: CacheHarness) -> None:
+    """By another's hand. A shorter file must not look like the blob's end."""
+    download, response = start_streaming(harness, sent=5000)
+    one = reader(harness, download)
+    os.truncate(harness.layout.ingest(DIGEST), 0)
+    one.read()
+    assert isinstance(one.error, UpstreamBroken)
+    one.disconnect()
+    end(harness, response)
+
+
+# no room
+
+
+def test_blob_larger_than_cache(make_harness: Callable[..., CacheHarness]) -> None:
+    harness = make_harness(limit=len(DATA) - 1)
+    harness.upstream.repository(f"{HUB}/{NAME}").put_blob(DATA)
+    assert harness.fetch(DIGEST) == ("MISS", DATA)
+    assert len(harness.upstream.requests_matching("GET", "blobs")) == 1
+    assert not harness.blobs.exists(DIGEST)
+    assert harness.ingest_files == []
+    assert harness.space.index.total == 0
+
+
+def test_blob_of_unknown_length_larger_than_cache(make_harness: Callable[..., CacheHarness]) -> None:
+    """What grows is counted, or one answer without a length fills the disk."""
+    harness = make_harness(limit=50_000)
+    harness.upstream.repository(f"{HUB}/{NAME}").put_blob(DATA)
+    harness.upstream.on("GET", "", lambda asked, data: ScriptedResponse(200, DATA, length=None, sent=30_000), times=1)
+    download = start(harness)
+    response = harness.upstream.responses[0]
+    one = reader(harness, download)
+    one.read_available()
+    assert harness.space.index.total == 30_000
+    send(harness, response, 30_000)
+    assert download.ended
+    end(harness, response)
+    one.read_available()
+    assert one.data == DATA and one.ended
+    assert len(harness.upstream.requests_matching("GET", "blobs")) == 1
+    assert harness.space.index.total == 0
+    one.disconnect()
+
+
+# credentials
+
+
+def test_expired_token_of_first_client(harness: CacheHarness) -> None:
+    """The others go on with what they have; who has nothing better hears upstream's own words."""
+    download, response = start_streaming(harness, sent=3000)
+    expired, good = reader(harness, download, 0, harness.repository(authorization="Bearer old")), None
+    good = reader(harness, download, 0, harness.repository(authorization="Bearer good"))
+    for one in (expired, good):
+        one.read_available()
+    harness.upstream.on(
+        "GET",
+        "",
+        lambda asked, data: error_response(401) if asked.requester != "Bearer good" else ignore_range(asked, data),
+    )
+    response.disconnect()
+    harness.advance(2)
+    good.read_available()
+    assert good.data == DATA and good.ended
+    expired.read_available()
+    assert isinstance(expired.error, UpstreamRefused) and expired.error.status == 401
+    assert expired.data == DATA[:3000]
+    expired.disconnect()
+    good.disconnect()
+
+
+def test_reader_from_another_registry(harness: CacheHarness) -> None:
+    download, response = start_streaming(harness)
+    one = reader(harness, download, 0, harness.repository(registry=OTHER))
+    end(harness, response)
+    one.read_available()
+    assert one.data == DATA
+    one.disconnect()
+
+
+# our own trouble
+
+
+def test_internal_error_before_request(harness: CacheHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(ingests: Ingests, digest: Digest) -> Ingest | None:
+        raise RuntimeError("a mistake in this program")
+
+    monkeypatch.setattr(Ingests, "enter", fail)
+    download = start(harness)
+    [error] = wait_started_outcome(download)
+    assert type(error) is RegistryError and error.status == 500
+    assert "a mistake" not in error.message
+    assert harness.downloads.get(DIGEST) is None
+
+
+@pytest.mark.parametrize("method", ["append", "verify", "publish"])
+def test_internal_error_during_download(harness: CacheHarness, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    """Readers go on by themselves, as with a full disk: the hash is checked, so it is all the same to them."""
+
+    def fail(ingest: Ingest, *args: Any) -> None:
+        raise RuntimeError("a mistake in this program")
+
+    harness.upstream.on("GET", "", respond_streaming, times=1)
+    download = start(harness)
+    response = harness.upstream.responses[0]
+    send(harness, response, 3000)
+    monkeypatch.setattr(Ingest, method, fail)
+    one = reader(harness, download)
+    end(harness, response)
+    one.read_available()
+    assert one.data == DATA and one.ended
+    one.disconnect()
+    assert harness.downloads.get(DIGEST) is None
+
+
+@pytest.mark.parametrize("method", ["release", "exists"])
+def test_failing_cleanup_wakes_readers(harness: CacheHarness, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    download, response = start_streaming(harness, sent=3000)
+    one = reader(harness, download)
+    one.read_available()
+    one.read()
+    target: Any = harness.space if method == "release" else type(harness.blobs)
+
+    def fail(*args: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    release = harness.space.release
+    monkeypatch.setattr(target, method, fail)
+    end(harness, response)
+    one.read_available()
+    assert one.data == DATA
+    assert harness.downloads.get(DIGEST) is None
+    monkeypatch.undo()
+    release(DIGEST)
+    one.disconnect()

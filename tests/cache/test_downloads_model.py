@@ -1,0 +1,174 @@
+"""Flights by chance: whatever upstream, disk, threads and readers do, and in whatever order - what a reader has is a
+piece of the blob, and who is told that this was all has all of it."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dockerproxy.errors import RegistryError
+from dockerproxy.oci.names import Digest
+from dockerproxy.store.ingest import Ingest
+from tests.cache.support.harness import HUB, CacheHarness, ManualReader, do_nothing
+from tests.cache.support.upstream import ReceivedRequest, ScriptedResponse, serve_content
+
+NAME = "library/app"
+SIZE = 3000
+DATA = bytes(index * 7 % 251 for index in range(SIZE))
+DIGEST = Digest.of(DATA)
+WRONG = DATA[:1500] + bytes([DATA[1500] ^ 1]) + DATA[1501:]
+
+sizes = st.integers(0, SIZE)
+numbers = st.integers(0, 9)
+operations = st.one_of(
+    st.tuples(st.just("send"), sizes),
+    st.tuples(st.just("disk"), st.booleans()),
+    st.tuples(st.sampled_from(["cut", "finish", "join", "leave", "read", "hold", "step", "release"]), numbers),
+    st.tuples(st.just("join"), sizes),
+    st.tuples(st.just("read"), numbers),
+    st.tuples(st.just("advance"), st.sampled_from([0.25, 1.0, 6.0])),
+    st.tuples(st.just("upstream"), st.sampled_from(["honest", "rangeless", "untold", "failing", "refusing"])),
+)
+
+
+class DownloadModel:
+    """One flight after the other, of a blob that upstream sends as `data`; `left` lies there from before."""
+
+    def __init__(self, root: Path, data: bytes, partial_size: int, limit: int) -> None:
+        self.harness = CacheHarness(root, limit=limit)
+        self.data = data
+        self.behaviour = "honest"
+        self.full = False
+        self.disconnects = 0
+        self.expect_success = data == DATA  # whether all that is asked for can be had
+        self.readers: list[ManualReader] = []
+        self.closed_readers: set[int] = set()
+        self.harness.upstream.repository(f"{HUB}/{NAME}").blobs[str(DIGEST)] = data
+        self.harness.upstream.on("GET", "blobs", self.respond)
+        if partial_size:
+            ingest = Ingest.open(self.harness.layout, DIGEST)
+            assert ingest is not None
+            ingest.append([data[:partial_size]])
+            ingest.release()
+
+    def respond(self, request: ReceivedRequest, data: bytes | None) -> ScriptedResponse:
+        if self.behaviour == "failing":
+            return ScriptedResponse(503)
+        if self.behaviour == "refusing":
+            return ScriptedResponse(401)
+        if self.behaviour == "rangeless":
+            return ScriptedResponse(200, self.data, sent=0)
+        if self.behaviour == "untold" and request.range is None:
+            return ScriptedResponse(200, self.data, length=None, sent=0)
+        return serve_content(request, "", self.data, sent=0)
+
+    def do(self, name: str, value: Any) -> None:
+        if name == "join":
+            self.join(value)
+        elif name == "read" and self.readers:
+            self.readers[value % len(self.readers)].read(1 + value * 50)
+        elif name == "leave" and self.readers:
+            number = value % len(self.readers)
+            self.closed_readers.add(number)
+            self.readers[number].leave()
+        elif name == "send":
+            for response in self.open_responses():
+                response.send(value)
+        elif name in ("cut", "finish") and self.open_responses():
+            response = self.open_responses()[-1]
+            response.disconnect() if name == "cut" else response.send_rest()
+            self.disconnects += name == "cut"
+            self.expect_success &= self.disconnects < 6
+        elif name == "upstream":
+            self.behaviour = value
+            self.expect_success &= value not in ("failing", "refusing")
+        elif name == "disk":
+            self.full = value
+        elif name == "hold":
+            self.harness.reactor.pool.hold(results=value % 2 == 0)
+        elif name == "step":
+            self.harness.reactor.pool.step()
+        elif name == "release":
+            self.harness.reactor.pool.release()
+        elif name == "advance":
+            self.harness.reactor.advance(value)
+        self.harness.reactor.run_due_calls()
+
+    def join(self, start: int) -> None:
+        if self.harness.downloads.get(DIGEST) is None and not self.harness.blobs.exists(DIGEST):
+            self.harness.downloads.start(self.harness.principal(), DIGEST, do_nothing)
+            self.harness.reactor.run_due_calls()
+        download = self.harness.downloads.get(DIGEST)
+        if download is not None and download.started:
+            content = download.open_reader(self.harness.repository())
+            if content is not None:
+                self.readers.append(ManualReader(self.harness, content, min(start, len(self.data))))
+
+    def open_responses(self) -> list[ScriptedResponse]:
+        return [response for response in self.harness.upstream.responses if not response.ended]
+
+    def append(self, ingest: Ingest, chunks: Any) -> None:
+        if self.full:
+            raise OSError(28, "No space left on device")
+        _append(ingest, chunks)
+
+    def check(self) -> None:
+        for number, reader in enumerate(self.readers):
+            if number not in self.closed_readers:
+                assert reader.data == self.data[reader.start : reader.start + len(reader.data)]
+                assert not reader.ended or reader.start + len(reader.data) == len(self.data)
+                assert self.data == DATA or reader.start + len(reader.data) < SIZE or reader.start == SIZE
+                assert reader.error is None or (isinstance(reader.error, RegistryError) and not self.expect_success)
+        if self.harness.blobs.exists(DIGEST):
+            assert Path(self.harness.layout.blob(DIGEST)).read_bytes() == DATA
+
+    def finish(self) -> None:
+        """Let everything go well from here on."""
+        self.behaviour = "honest"
+        self.harness.reactor.pool.release()
+        for _ in range(200):
+            for response in self.open_responses():
+                response.send_rest()
+            self.harness.reactor.run_due_calls()
+            for number, reader in enumerate(self.readers):
+                if number not in self.closed_readers:
+                    reader.read_available()
+            active = [reader for number, reader in enumerate(self.readers) if number not in self.closed_readers]
+            if self.harness.downloads.get(DIGEST) is None and all(reader.ended or reader.error for reader in active):
+                break
+            self.harness.reactor.advance(1)
+
+
+_append = Ingest.append
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    steps=st.lists(operations, max_size=60),
+    wrong=st.booleans(),
+    left=st.sampled_from([0, 0, 1, 1000, SIZE]),
+    limit=st.sampled_from([1 << 20, SIZE, SIZE - 1, 0]),
+)
+def test_readers_get_only_correct_content(
+    steps: list[tuple[str, Any]], wrong: bool, partial_size: int, limit: int
+) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        model = DownloadModel(Path(folder), WRONG if wrong else DATA, partial_size, limit)
+        with mock.patch.object(Ingest, "append", lambda ingest, chunks: model.append(ingest, chunks)):
+            model.do("join", 0)
+            for name, value in steps:
+                model.do(name, value)
+                model.check()
+            model.finish()
+            model.check()
+            for number, reader in enumerate(model.readers):
+                if number not in model.closed_readers:
+                    assert reader.ended or reader.error is not None  # nobody is left hanging
+                    reader.disconnect()
+            assert model.harness.downloads.get(DIGEST) is None
+            model.harness.assert_no_leaks()

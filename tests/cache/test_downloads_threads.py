@@ -1,0 +1,126 @@
+"""The same with a reactor that runs and threads that are threads: what a stand-in cannot show is what they get in each
+other's way with."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from twisted.internet import reactor
+from twisted.internet.defer import Deferred, gatherResults
+from twisted.internet.task import deferLater
+from twisted.trial.unittest import TestCase
+
+from dockerproxy.oci.names import Digest
+from tests.cache.support.harness import HUB, CacheHarness
+from tests.cache.support.upstream import ReceivedRequest, ScriptedResponse, ScriptedUpstream, serve_content
+
+NAME = "library/app"
+
+
+class DownloadsTests(TestCase):
+    timeout = 60
+
+    def setUp(self) -> None:
+        self.patch(download, "_PAUSES", (0.001,) * 6)
+        self.folder = Path(tempfile.mkdtemp())
+        self.addCleanup(shutil.rmtree, self.folder)
+        self.random = random.Random(7)
+        self.upstream = ScriptedUpstream(reactor)
+        self.upstream.on("GET", "blobs", self.respond_in_pieces)
+        self.blobs: dict[Digest, bytes] = {}
+        repository = self.upstream.repository(f"{HUB}/{NAME}")
+        for size in (1, 1000, 300_000, 1 << 20, 3_000_000):
+            data = self.random.randbytes(size)
+            self.blobs[repository.put_blob(data)] = data
+
+    def respond_in_pieces(self, request: ReceivedRequest, data: bytes | None) -> ScriptedResponse:
+        """Send pieces, and break off now and then: after the first, so that a request without a range is a download."""
+        assert data is not None
+        response = serve_content(request, "", data, sent=0)
+        length = len(response._body)
+
+        def send_next() -> None:
+            if response.ended:
+                return
+            if self.random.random() < 0.02 and 1000 < len(response._body) < length:
+                response.disconnect()
+            elif response._body:
+                response.send(self.random.choice([1, 1000, 70_000, 300_000]))
+                reactor.callLater(0, send_next)
+            else:
+                response.finish()
+
+        reactor.callLater(0, send_next)
+        return response
+
+    async def read(self, harness: CacheHarness, digest: Digest, leaves: bool) -> None:
+        data, start = self.blobs[digest], 0
+        response = await harness.blob(digest)
+        assert response.content is not None
+        try:
+            if self.random.random() < 0.5:
+                start = self.random.randrange(len(data))
+            received = bytearray()
+            while piece := await response.content.read(start + len(received), self.random.choice([100_000, 1 << 20])):
+                received += piece
+                if leaves and len(received) > len(data) // 2:
+                    return
+                await deferLater(reactor, 0)
+            self.assertEqual(bytes(received), data[start:])
+        finally:
+            response.content.close()
+
+    async def read_concurrently(self, harness: CacheHarness, readers: int) -> None:
+        """Let many read at random moments; some leave, in mid-read or in mid-wait."""
+        reading: list[Deferred[Any]] = []
+        for number in range(readers):
+            digest = self.random.choice(list(self.blobs))
+            deferred = Deferred.fromCoroutine(self.read(harness, digest, number % 5 == 0))
+            if number % 7 == 0:
+                reactor.callLater(self.random.random() / 50, deferred.cancel)
+                deferred.addErrback(lambda _: None)
+            reading.append(deferred)
+            if self.random.random() < 0.3:
+                await deferLater(reactor, 0.002)
+        await gatherResults(reading, consumeErrors=True)
+        await deferLater(reactor, 0.02)  # the last of those who leave
+        while harness.downloads._downloads:
+            await deferLater(reactor, 0.01)
+        self.assertEqual(harness.space.index._pins, {})
+
+    async def test_many_readers(self) -> None:
+        harness = CacheHarness(self.folder, upstream=self.upstream)
+        await self.read_concurrently(harness, 100)
+        self.assertEqual(harness.open_files, [])
+        first = [request for request in self.upstream.requests_matching("GET", "blobs") if request.range is None]
+        self.assertEqual(len(first), len({asked.path for asked in first}))  # one download for each
+        for digest, data in self.blobs.items():
+            if harness.blobs.exists(digest):
+                self.assertEqual(Path(harness.layout.blob(digest)).read_bytes(), data)
+
+    async def test_many_readers_and_little_space(self) -> None:
+        """What is evicted while it is read, joined while it lands, and passed by while there is no room."""
+        harness = CacheHarness(self.folder, upstream=self.upstream, limit=3_100_000)
+        maintaining = True
+
+        async def maintain() -> None:
+            while maintaining:
+                await harness.space.maintain()
+                await deferLater(reactor, 0.005)
+
+        service = Deferred.fromCoroutine(maintain())
+        for _ in range(3):
+            await self.read_concurrently(harness, 40)
+        maintaining = False
+        await service
+        self.assertEqual(harness.open_files, [])
+        self.assertLessEqual(harness.space.index.total, 3_100_000)
+        self.assertLessEqual(sum(entry.size for entry in harness.blobs.walk()), 3_100_000)
+        self.assertEqual([name for name in os.listdir(harness.layout.ingests) if name], [])
+        for deferred in reactor.getDelayedCalls():
+            deferred.cancel()  # connections that were offered to whoever has no room

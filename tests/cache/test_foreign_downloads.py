@@ -1,0 +1,298 @@
+"""A blob that two processes want at once: here, two caches on one folder, which know of each other by nothing else."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from attrs import evolve
+
+from dockerproxy.cache.downloads import BlobDownload, Downloads
+from dockerproxy.cache.identity import PUBLIC
+from dockerproxy.cache.ingests import DownloadInfo
+from dockerproxy.errors import UpstreamBroken
+from dockerproxy.oci.contents import SMALL
+from dockerproxy.oci.names import Digest
+from dockerproxy.store.ingest import Ingest
+from tests.cache.support.harness import HUB, CacheHarness, ManualReader, do_nothing, result
+from tests.cache.support.upstream import ScriptedResponse, respond_streaming, respond_with
+
+DATA = bytes(range(256)) * 400
+DIGEST = Digest.of(DATA)
+NAME = "library/app"
+ALICE = "Basic alice"
+
+
+class TwoProcesses:
+    """Two caches, `one` of which fetches the blob; upstream sends what it is told to."""
+
+    def __init__(self, make_harness: Callable[..., CacheHarness]) -> None:
+        self.writer = make_harness(shared=True)
+        self.upstream = self.writer.upstream
+        self.follower = make_harness(shared=True, upstream=self.upstream)
+        self.upstream.repository(f"{HUB}/{NAME}").put_blob(DATA)
+        self.upstream.on("GET", str(DIGEST), respond_streaming, times=1)
+        self.download = self._start(self.writer)
+        self.answer: ScriptedResponse = self.upstream.responses[-1]
+        self.foreign_download = self._start(self.follower)
+        self.advance()
+
+    def _start(self, harness: CacheHarness) -> BlobDownload:
+        download = harness.downloads.start(harness.principal(), DIGEST, do_nothing)
+        harness.reactor.run_due_calls()
+        return download
+
+    def advance(self, seconds: float = 0.1) -> None:
+        self.writer.advance(seconds)
+
+    def send(self, size: int) -> None:
+        self.answer.send(size)
+        self.advance()
+
+    def end(self) -> None:
+        self.answer.send_rest()
+        self.advance()
+
+    def reader(self, download: BlobDownload | None = None) -> ManualReader:
+        content = (download or self.foreign_download).open_reader(self.follower.repository())
+        assert content is not None
+        return ManualReader(self.follower, content)
+
+    def kill_writer(self) -> None:
+        """Let the process of `one` die: its lock goes, and it does nothing more."""
+        ingest = self.download._file
+        assert isinstance(ingest, Ingest)
+        fcntl.flock(ingest._fd, fcntl.LOCK_UN)
+
+    @property
+    def requested_ranges(self) -> list[str | None]:
+        """The ranges that upstream was asked for."""
+        return [request.range for request in self.upstream.requests_matching("GET", "blobs")]
+
+
+@pytest.fixture
+def processes(make_harness: Callable[..., CacheHarness]) -> TwoProcesses:
+    return TwoProcesses(make_harness)
+
+
+def test_both_processes_read_one_download(processes: TwoProcesses) -> None:
+    reader = processes.reader()
+    processes.send(1000)
+    reader.read_available()
+    assert reader.data == DATA[:1000]
+    assert processes.foreign_download.size == len(DATA)
+    processes.end()
+    reader.read_available()
+    assert (reader.data, reader.ended) == (DATA, True)
+    assert processes.foreign_download.committed and processes.foreign_download.ended
+    assert processes.requested_ranges == [None]
+    assert processes.writer.ingest_files == []
+    assert processes.writer.ingests.read_info(DIGEST) is None
+    reader.disconnect()
+
+
+@pytest.mark.parametrize("size", [None, len(DATA)])
+def test_follower_starts_after_info_and_ends_after_publish(harness: CacheHarness, size: int | None) -> None:
+    harness.ingests = evolve(harness.ingests, shared=True)
+    ingest = harness.ingests.acquire(DIGEST)
+    assert isinstance(ingest, Ingest)
+    ingest.append([DATA[:10]])
+    downloads = Downloads(harness.reactor, harness.upstream, harness.space, harness.ingests)
+    download = downloads.start(harness.principal(), DIGEST, do_nothing)
+    harness.advance(1)
+    assert not download.started
+    harness.ingests.publish_info(DIGEST, DownloadInfo(size, "library/app", PUBLIC, 0.0))
+    harness.advance(1)
+    assert download.started and (download.size, download.written) == (size, 10)
+    content = download.open_reader(harness.repository())
+    assert content is not None
+    reader = ManualReader(harness, content)
+    ingest.append([DATA[10:]])
+    harness.advance(1)
+    reader.read_available()
+    assert reader.data == DATA[:-1]
+    ingest.publish(harness.blobs)
+    harness.advance(1)
+    reader.read_available()
+    assert reader.data == DATA
+    assert harness.upstream.requests_matching("GET", "blobs") == []
+    reader.disconnect()
+
+
+@pytest.mark.parametrize("size", [1, SMALL, SMALL + 1])
+def test_small_blob_has_no_download_info(make_harness: Callable[..., CacheHarness], size: int) -> None:
+    """Nobody is given any of it before it is whole; then others have it, and know by the first whose it is."""
+    one = make_harness(shared=True)
+    upstream = one.upstream
+    other = make_harness(shared=True, upstream=upstream)
+    digest = upstream.repository(f"{HUB}/{NAME}").put_blob(DATA[:size])
+    upstream.on("GET", str(digest), respond_streaming)
+    first = one.start(one.fetch_later(digest))
+    second = other.start(other.fetch_later(digest))
+    one.advance(0.1)
+    info = one.ingests.read_info(digest)
+    assert info is None if size <= SMALL else info.size == size
+    upstream.responses[-1].send_rest()
+    one.advance(0.1)
+    assert result(first, one.reactor) == ("MISS", DATA[:size])
+    assert result(second, other.reactor) == ("HIT" if size <= SMALL else "JOINED", DATA[:size])
+    assert len(upstream.requests) == 1
+
+
+def test_follower_takes_over_from_dead_writer(processes: TwoProcesses) -> None:
+    reader = processes.reader()
+    processes.send(1000)
+    reader.read_available()
+    processes.kill_writer()
+    processes.advance(1)
+    reader.read_available()
+    assert reader.data == DATA
+    assert processes.requested_ranges == [None, "bytes=999-"]
+    assert Path(processes.writer.layout.blob(DIGEST)).read_bytes() == DATA
+    reader.disconnect()
+
+
+def test_corrupt_data_of_dead_writer_is_not_completed(processes: TwoProcesses) -> None:
+    reader = processes.reader()
+    processes.send(1000)
+    reader.read_available()
+    ingest = processes.download._file
+    assert isinstance(ingest, Ingest)
+    ingest.append([b"wrong" * 10_000])
+    processes.advance()
+    reader.read_available()
+    processes.kill_writer()
+    processes.advance(1)
+    reader.read_available()
+    assert isinstance(reader.error, UpstreamBroken)
+    assert 51_000 <= len(reader.data) < len(DATA)
+    assert processes.requested_ranges == [None, "bytes=50999-"]
+    assert not processes.writer.blobs.exists(DIGEST)
+    reader.disconnect()
+
+
+def test_corrupt_download_fails_follower(make_harness: Callable[..., CacheHarness]) -> None:
+    processes = TwoProcesses(make_harness)
+    reader = processes.reader()
+    processes.answer._body = b"x" * len(DATA)
+    processes.end()
+    reader.read_available()
+    assert isinstance(reader.error, UpstreamBroken)
+    assert len(reader.data) < len(DATA)
+    assert not processes.writer.blobs.exists(DIGEST)
+    reader.disconnect()
+
+
+def test_full_disk_fails_both_ingests(processes: TwoProcesses, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(ingest: Ingest, chunks: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    reader = processes.reader()
+    processes.send(1000)
+    reader.read_available()
+    monkeypatch.setattr(Ingest, "append", full)
+    processes.end()
+    reader.read_available()
+    assert (reader.data, reader.ended) == (DATA, True)  # by itself
+    assert processes.requested_ranges == [None, "bytes=999-"]
+    assert not processes.writer.blobs.exists(DIGEST)
+    reader.disconnect()
+
+
+def test_truncated_ingest_fails_follower(processes: TwoProcesses) -> None:
+    reader = processes.reader()
+    processes.send(1000)
+    reader.read_available()
+    ingest = processes.download._file
+    assert isinstance(ingest, Ingest)
+    ingest.size = 500
+    os.ftruncate(ingest._fd, 500)
+    processes.advance()
+    reader.read_available()
+    assert isinstance(reader.error, UpstreamBroken)
+    assert reader.data == DATA[:1000]
+    reader.disconnect()
+
+
+def test_blob_published_before_lock(make_harness: Callable[..., CacheHarness]) -> None:
+    harness = make_harness(shared=True)
+    harness.blobs.put(DATA, DIGEST)
+    download = harness.downloads.start(harness.principal(), DIGEST, do_nothing)
+    harness.reactor.run_due_calls()
+    assert download.committed and download.ended
+    assert harness.upstream.requests_matching("GET", "blobs") == []
+    assert harness.ingest_files == []
+
+
+# clients
+
+
+def test_blob_published_before_first_poll(make_harness: Callable[..., CacheHarness]) -> None:
+    """Nothing was ever seen to begin; the client is answered all the same, by what is here now."""
+    harness = make_harness(shared=True)
+    harness.upstream.repository(f"{HUB}/{NAME}").put_blob(DATA)
+    ingest = harness.ingests.acquire(DIGEST)
+    assert isinstance(ingest, Ingest)
+    results: list[Any] = []
+    harness.start(harness.fetch_later(DIGEST)).addBoth(results.append)
+    ingest.append([DATA])
+    ingest.publish(harness.blobs)
+    harness.advance(1)
+    assert results == [("REVALIDATED", DATA)]
+    assert harness.upstream.requests_matching("GET", "blobs") == []
+
+
+def test_ingest_discarded_before_first_poll(make_harness: Callable[..., CacheHarness]) -> None:
+    harness = make_harness(shared=True)
+    harness.upstream.repository(f"{HUB}/{NAME}").put_blob(DATA)
+    ingest = harness.ingests.acquire(DIGEST)
+    assert isinstance(ingest, Ingest)
+    ingest.append([b"something else"])
+    results: list[Any] = []
+    harness.start(harness.fetch_later(DIGEST)).addBoth(results.append)
+    harness.advance(1)
+    assert results == []
+    ingest.discard()
+    harness.advance(1)
+    assert results == [("MISS", DATA)]
+    assert [request.range for request in harness.upstream.requests_matching("GET", "blobs")] == [None]
+
+
+def test_same_client_in_both_processes(processes: TwoProcesses) -> None:
+    """The one for whom it is fetched needs no further word of upstream's, wherever it asks."""
+    answers = [
+        processes.writer.start(harness.fetch_later(DIGEST))
+        for harness in (processes.writer, processes.follower, processes.follower)
+    ]
+    processes.advance()
+    processes.end()
+    results: list[Any] = []
+    for response in answers:
+        response.addBoth(results.append)
+    assert results == [("JOINED", DATA)] * 3
+    assert processes.requested_ranges == [None]
+    assert processes.upstream.requests_matching("HEAD", "blobs") == []
+
+
+def test_follower_client_is_denied(processes: TwoProcesses) -> None:
+    processes.upstream.on("HEAD", str(DIGEST), respond_with(403), times=1)
+    results: list[Any] = []
+    processes.follower.start(processes.follower.fetch_later(DIGEST, authorization=ALICE)).addBoth(results.append)
+    processes.advance()
+    assert results and results[0].value.status == 403
+    processes.end()
+
+
+def test_follower_client_is_granted(processes: TwoProcesses) -> None:
+    results: list[Any] = []
+    processes.follower.start(processes.follower.fetch_later(DIGEST, authorization=ALICE)).addBoth(results.append)
+    processes.advance()
+    assert [request.requester for request in processes.upstream.requests_matching("HEAD", "blobs")] == [ALICE]
+    processes.end()
+    assert results == [("JOINED", DATA)]
+    assert processes.requested_ranges == [None]

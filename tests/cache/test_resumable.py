@@ -1,0 +1,416 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from twisted.internet.defer import Deferred
+
+from dockerproxy.cache.resumable import PartialTooLong, ResumableGet
+from dockerproxy.cache.upstream import UpstreamRepository
+from dockerproxy.errors import (
+    RegistryError,
+    UpstreamBroken,
+    UpstreamFailing,
+    UpstreamRefused,
+    UpstreamTimeout,
+    UpstreamUnreachable,
+)
+from dockerproxy.oci.names import parse_repository
+from dockerproxy.upstream.credentials import Anonymous
+from tests.cache.support.harness import HUB, result
+from tests.cache.support.reactor import ManualReactor
+from tests.cache.support.upstream import (
+    ScriptedResponse,
+    ScriptedUpstream,
+    disconnect_after,
+    error_response,
+    ignore_range,
+    raise_error,
+    replace_with,
+    respond_streaming,
+    respond_with,
+    without_length,
+)
+
+DATA = bytes(range(256)) * 40
+REPOSITORY = UpstreamRepository(HUB, parse_repository("library/app"), Anonymous())
+
+
+class ResumableGetHarness:
+    """A download of DATA from an upstream that the test instructs."""
+
+    def __init__(self, offset: int = 0, data: bytes = DATA) -> None:
+        self.reactor = ManualReactor()
+        self.upstream = ScriptedUpstream(self.reactor)
+        self.digest = self.upstream.repository(REPOSITORY.key).put_blob(data)
+        self.resumable_get = ResumableGet(self.reactor, self.upstream, REPOSITORY, self.digest, offset)
+
+    def on(self, *behaviours: Any) -> None:
+        for responder in behaviours:
+            self.upstream.on("GET", str(self.digest), responder, times=1)
+
+    def open(self, seconds: float = 60) -> None:
+        result(Deferred.fromCoroutine(self.resumable_get.open()), self.reactor, seconds)
+
+    def read(self, seconds: float = 60) -> bytes:
+        return b"".join(self.read_pieces(seconds))
+
+    def read_pieces(self, seconds: float = 60) -> list[bytes]:
+        return result(Deferred.fromCoroutine(self.resumable_get.read()), self.reactor, seconds)  # type: ignore[no-any-return]
+
+    def read_all(self) -> bytes:
+        self.open()
+        data = b""
+        while chunk := self.read():
+            data += chunk
+        assert self.read() == b""  # and again: it stays the end
+        assert all(response.ended for response in self.upstream.responses)
+        return data
+
+    @property
+    def ranges(self) -> list[str | None]:
+        return [request.range for request in self.upstream.requests]
+
+
+def test_whole_blob() -> None:
+    harness = ResumableGetHarness()
+    assert harness.read_all() == DATA
+    assert harness.resumable_get.size == harness.resumable_get.offset == len(DATA)
+    assert harness.ranges == [None]
+
+
+def test_empty_blob() -> None:
+    harness = ResumableGetHarness(data=b"")
+    assert harness.read_all() == b""
+    assert harness.resumable_get.size == 0
+
+
+def test_resume_from_offset() -> None:
+    """The last byte that is there is asked for again."""
+    harness = ResumableGetHarness(offset=1000)
+    assert harness.read_all() == DATA[1000:]
+    assert harness.ranges == ["bytes=999-"]
+    assert harness.resumable_get.size == len(DATA)
+
+
+@pytest.mark.parametrize("offset", [1, len(DATA) - 1])
+def test_resume_at_either_end(offset: int) -> None:
+    assert ResumableGetHarness(offset).read_all() == DATA[offset:]
+
+
+def test_resume_at_end() -> None:
+    """To a Range behind the last byte an upstream could only answer 416."""
+    harness = ResumableGetHarness(offset=len(DATA))
+    harness.open()
+    assert harness.resumable_get.size == len(DATA)
+    assert harness.read() == b""
+    assert [response.status for response in harness.upstream.responses] == [206]
+
+
+def test_resumes_after_repeated_disconnects() -> None:
+    harness = ResumableGetHarness()
+    harness.on(disconnect_after(3000), disconnect_after(1), disconnect_after(5), disconnect_after(500))
+    assert harness.read_all() == DATA
+    # A connection that brings nothing but the byte that is known makes no progress.
+    assert harness.ranges == [None, "bytes=2999-", "bytes=2999-", "bytes=3003-", "bytes=3502-"]
+
+
+@pytest.mark.parametrize("error", [UpstreamTimeout("silent"), UpstreamUnreachable("gone"), UpstreamBroken("cut")])
+def test_retry_delays_and_final_error(error: RegistryError) -> None:
+    harness = ResumableGetHarness()
+    harness.on(disconnect_after(3000))
+    harness.open()
+    assert harness.read() == DATA[:3000]
+    harness.upstream.down = error
+    harness.upstream.clear_requests()
+    before, attempt_times = harness.reactor.seconds(), []
+    reading = Deferred.fromCoroutine(harness.resumable_get.read())
+    outcome: list[Any] = []
+    reading.addBoth(outcome.append)
+    while not outcome:
+        due = min(call.getTime() for call in harness.reactor.getDelayedCalls())
+        harness.reactor.advance(due - harness.reactor.seconds())
+        harness.reactor.run_due_calls()
+        attempt_times += [harness.reactor.seconds() - before] * len(harness.upstream.requests)
+        harness.upstream.clear_requests()
+    assert outcome[0].value is error
+    assert attempt_times == pytest.approx([0.2, 0.7, 1.7, 3.7, 7.7, 15.7])
+    assert harness.resumable_get.offset == 3000
+
+
+def test_progress_resets_retry_delays() -> None:
+    harness = ResumableGetHarness()
+    harness.on(*[disconnect_after(2)] * 50)  # the second byte is a new one
+    assert harness.read_all() == DATA
+    assert harness.reactor.seconds() < 50 * 0.4  # and not the pauses further on in the row
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_resumes_after_error_status(status: int) -> None:
+    harness = ResumableGetHarness()
+    harness.on(disconnect_after(3000), respond_with(status), respond_with(status))
+    assert harness.read_all() == DATA
+
+
+@pytest.mark.parametrize(("asked", "waited"), [("3", 3.0), ("3600", 20.0), ("0", 0.2), ("soon", 0.2)])
+def test_retry_after_is_bounded(retry_after: str, delay: float) -> None:
+    harness = ResumableGetHarness()
+    harness.on(disconnect_after(3000), lambda _asked, _data: ScriptedResponse(429, b"", {"retry-after": retry_after}))
+    harness.open()
+    harness.read()
+    started_at = harness.reactor.seconds()
+    harness.read()
+    # The cut costs the first pause, the 429 the second of its row at least.
+    assert harness.reactor.seconds() - started_at == pytest.approx(0.2 + max(0.5, delay))
+
+
+def test_416_on_resume_is_not_retried() -> None:
+    """No further try makes the content longer."""
+    harness = ResumableGetHarness()
+    harness.on(disconnect_after(3000), respond_with(416))
+    harness.open()
+    harness.read()
+    with pytest.raises(PartialTooLong):
+        harness.read()
+    assert len(harness.upstream.requests) == 2
+
+
+def test_401_on_resume_is_not_retried() -> None:
+    harness = ResumableGetHarness()
+    harness.on(disconnect_after(3000), respond_with(401))
+    harness.open()
+    harness.read()
+    with pytest.raises(UpstreamRefused) as excinfo:
+        harness.read()
+    assert excinfo.value.status == 401
+    assert len(harness.upstream.requests) == 2
+
+
+def test_upstream_ignores_range() -> None:
+    harness = ResumableGetHarness()
+    harness.on(disconnect_after(3000), ignore_range)
+    assert harness.read_all() == DATA
+
+
+def test_upstream_ignores_range_and_disconnects_early() -> None:
+    harness = ResumableGetHarness()
+    disconnected_at = lambda size: lambda asked, data: disconnected(ScriptedResponse(200, data, sent=size))  # noqa: E731
+    harness.on(disconnect_after(3000), disconnected_at(100), disconnected_at(2999), disconnected_at(3500), ignore_range)
+    assert harness.read_all() == DATA
+
+
+def disconnected(response: ScriptedResponse) -> ScriptedResponse:
+    response.disconnect()
+    return response
+
+
+def test_range_starting_too_early_is_skipped() -> None:
+    harness = ResumableGetHarness(offset=3000)
+    harness.on(
+        lambda asked, data: ScriptedResponse(
+            206, DATA[2000:], {"content-range": f"bytes 2000-{len(DATA) - 1}/{len(DATA)}"}
+        )
+    )
+    assert harness.read_all() == DATA[3000:]
+
+
+def test_short_range_is_continued() -> None:
+    """Some servers send no range longer than they like."""
+    harness = ResumableGetHarness(offset=3000)
+    harness.on(
+        lambda asked, data: ScriptedResponse(206, DATA[2999:5000], {"content-range": f"bytes 2999-4999/{len(DATA)}"})
+    )
+    assert harness.read_all() == DATA[3000:]
+    assert harness.ranges == ["bytes=2999-", "bytes=4999-"]
+
+
+@pytest.mark.parametrize(
+    "told", ["", "bytes 3001-10239/10240", "bytes */10240", "bytes 5-4/3", "items 0-1/2", "bytes 2999-10239"]
+)
+def test_invalid_content_range(content_range: str) -> None:
+    harness = ResumableGetHarness(offset=3000)
+    harness.upstream.on(
+        "GET", "", lambda asked, data: ScriptedResponse(206, DATA[2999:], {"content-range": content_range})
+    )
+    with pytest.raises(UpstreamBroken):
+        harness.open()
+    assert len(harness.upstream.requests) == 2
+    assert all(response.ended for response in harness.upstream.responses)
+
+
+def test_206_without_range_request() -> None:
+    harness = ResumableGetHarness()
+    harness.on(
+        lambda asked, data: ScriptedResponse(206, DATA, {"content-range": f"bytes 0-{len(DATA) - 1}/{len(DATA)}"})
+    )
+    with pytest.raises(UpstreamFailing):
+        harness.open()
+
+
+def test_changed_length() -> None:
+    harness = ResumableGetHarness()
+    harness.on(disconnect_after(3000), replace_with(DATA + b"more"))
+    assert harness.read_all() == DATA  # the next answer is right again
+    harness = ResumableGetHarness()
+    harness.on(disconnect_after(3000))
+    harness.open()
+    harness.read()
+    harness.upstream.on("GET", "", replace_with(DATA[:-1]))
+    with pytest.raises(UpstreamBroken, match="changed its mind"):
+        harness.read()
+
+
+def test_body_longer_than_length() -> None:
+    """The framing says one length, the Content-Range another."""
+    harness = ResumableGetHarness(offset=3000)
+    harness.upstream.on(
+        "GET",
+        "",
+        lambda asked, data: ScriptedResponse(206, DATA[2999:] + b"more", {"content-range": "bytes 2999-10239/10240"}),
+    )
+    harness.open()
+    with pytest.raises(UpstreamBroken, match="more of"):
+        harness.read()
+
+
+def test_endless_response_is_aborted() -> None:
+    """All bytes are here: the connection is given back, whatever may come."""
+    harness = ResumableGetHarness()
+
+    def endless(request: Any, data: Any) -> ScriptedResponse:
+        response = ScriptedResponse(200, DATA, sent=0, length=len(DATA))
+        response.send()
+        return response
+
+    harness.on(endless)
+    assert harness.read_all() == DATA
+    assert harness.upstream.responses[0].aborted
+
+
+def test_unknown_length() -> None:
+    harness = ResumableGetHarness()
+    harness.on(without_length)
+    harness.open()
+    assert harness.resumable_get.size is None
+    assert harness.read() == DATA
+    assert harness.read() == b""
+    assert harness.resumable_get.size == len(DATA)
+
+
+def test_unknown_length_learned_on_resume() -> None:
+    harness = ResumableGetHarness()
+    harness.on(lambda asked, data: disconnected(ScriptedResponse(200, DATA, length=None, sent=3000)))
+    assert harness.read_all() == DATA
+    assert harness.resumable_get.size == len(DATA)
+
+
+def test_unknown_length_disconnect_at_end() -> None:
+    harness = ResumableGetHarness()
+    harness.on(lambda asked, data: disconnected(ScriptedResponse(200, DATA, length=None, sent=len(DATA))))
+    assert harness.read_all() == DATA
+    assert [response.status for response in harness.upstream.responses] == [200, 206]
+
+
+@pytest.mark.parametrize(
+    "behaviour",
+    [
+        lambda asked, data: error_response(416),
+        lambda asked, data: ScriptedResponse(200, DATA[:2000]),
+        lambda asked, data: ScriptedResponse(200, DATA[:2000], length=None),
+        lambda asked, data: ScriptedResponse(206, DATA[2:3], {"content-range": "bytes 2-2/3"}),
+    ],
+)
+def test_upstream_shorter_than_offset(responder: Any) -> None:
+    """That is for the caller to know at once: what is here is no beginning of the blob."""
+    harness = ResumableGetHarness(offset=3000)
+    harness.upstream.on("GET", "", responder)
+    with pytest.raises(PartialTooLong):
+        harness.open()
+    assert len(harness.upstream.requests) == 1
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 416])
+def test_upstream_error_is_passed_through(status: int) -> None:
+    harness = ResumableGetHarness()
+    harness.on(respond_with(status, x_request_id="7"))
+    with pytest.raises(UpstreamRefused) as excinfo:
+        harness.open()
+    assert excinfo.value.status == status
+    assert b"UPSTREAM" in excinfo.value.content
+    assert ("x-request-id", "7") in excinfo.value.headers
+
+
+def test_rate_limit_headers_are_passed_through() -> None:
+    harness = ResumableGetHarness()
+    harness.on(respond_with(429, retry_after="30", ratelimit_limit="100;w=21600", x_other="1"))
+    with pytest.raises(UpstreamFailing) as excinfo:
+        harness.open()
+    assert (excinfo.value.status, excinfo.value.code) == (429, "TOOMANYREQUESTS")
+    assert dict(excinfo.value.headers) == {"retry-after": "30", "ratelimit-limit": "100;w=21600"}
+
+
+@pytest.mark.parametrize("status", [304, 500, 503])
+def test_unexpected_status_is_502(status: int) -> None:
+    harness = ResumableGetHarness()
+    harness.on(respond_with(status))
+    with pytest.raises(UpstreamFailing) as excinfo:
+        harness.open()
+    assert excinfo.value.status == 502
+
+
+def test_open_succeeds_on_retry() -> None:
+    harness = ResumableGetHarness()
+    harness.on(raise_error(UpstreamBroken("cut")))
+    assert harness.read_all() == DATA
+    assert harness.reactor.seconds() >= 0.2
+
+
+@pytest.mark.parametrize(
+    ("error", "tries"), [(UpstreamBroken("cut"), 2), (UpstreamUnreachable("gone"), 1), (UpstreamTimeout("silent"), 1)]
+)
+def test_open_fails(error: RegistryError, tries: int) -> None:
+    harness = ResumableGetHarness()
+    harness.upstream.down = error
+    with pytest.raises(type(error)):
+        harness.open()
+    assert len(harness.upstream.requests) == tries
+
+
+def test_unread() -> None:
+    harness = ResumableGetHarness()
+    harness.on(respond_streaming)
+    harness.open()
+    harness.upstream.responses[0].send(2000)
+    harness.upstream.responses[0].send(3000)
+    pieces = harness.read_pieces()
+    assert pieces == [DATA[:2000], DATA[2000:5000]]
+    harness.resumable_get.unread(pieces)
+    assert harness.resumable_get.offset == 0
+    assert harness.read_pieces() == pieces
+    harness.upstream.responses[0].send_rest()
+    last = harness.read_pieces()
+    harness.resumable_get.unread(last)  # the last bytes of all, behind which no answer is left
+    assert harness.read_pieces() == last
+    assert harness.read_pieces() == []
+    harness.resumable_get.unread(last)
+    assert harness.read_pieces() == last
+
+
+def test_abort_closes_connection() -> None:
+    harness = ResumableGetHarness()
+    harness.on(respond_streaming)
+    harness.open()
+    harness.resumable_get.abort()
+    harness.resumable_get.abort()
+    assert harness.upstream.responses[0].aborted
+
+
+def test_cancel_while_skipping_closes_connection() -> None:
+    harness = ResumableGetHarness(offset=3000)
+    harness.on(lambda asked, data: ScriptedResponse(200, DATA, sent=10))
+    opening = Deferred.fromCoroutine(harness.resumable_get.open())
+    harness.reactor.run_due_calls()
+    assert len(harness.upstream.responses) == 1
+    opening.addErrback(lambda _: None)
+    opening.cancel()
+    assert harness.upstream.responses[0].aborted

@@ -1,0 +1,350 @@
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from dockerproxy.cache.space import MAINTENANCE_INTERVAL
+from dockerproxy.errors import UpstreamBroken
+from dockerproxy.oci.names import Digest
+from dockerproxy.store.ingest import Ingest
+from tests.cache.support.harness import HUB, CacheHarness
+from tests.cache.support.upstream import disconnect_after, raise_error, respond_streaming
+
+APP = "library/app"
+DAY = 86400
+
+
+def content(number: int, size: int = 1000) -> bytes:
+    return bytes([number]) * size
+
+
+def put_blob(harness: CacheHarness, number: int, size: int = 1000) -> Digest:
+    """Keep a content in the cache, as a manifest is kept."""
+    data = content(number, size)
+    digest = Digest.of(data)
+    harness.blobs.put(data, digest)
+    os.utime(harness.layout.blob(digest), (harness.now(), harness.now()))
+    harness.run(harness.space.record(digest, size))
+    harness.reactor.advance(1)
+    return digest
+
+
+def leave_partial(harness: CacheHarness, number: int, size: int = 1000, partial_size: int = 600) -> Digest:
+    """Leave the beginning of a blob, as a download that failed does."""
+    data = content(number, size)
+    ingest = Ingest.open(harness.layout, Digest.of(data))
+    assert ingest is not None
+    ingest.append([data[:partial_size]])
+    ingest.release()
+    os.utime(harness.layout.ingest(ingest.digest), (harness.now(), harness.now()))
+    return ingest.digest
+
+
+def reserve(harness: CacheHarness, digest: Digest, size: int, present: int = 0) -> bool:
+    return harness.run(harness.space.reserve(digest, size, present))  # type: ignore[no-any-return]
+
+
+def stored_digests(harness: CacheHarness) -> set[Digest]:
+    return {entry.digest for entry in harness.blobs.walk()}
+
+
+class FakeFreeSpace:
+    """Says how many bytes are free."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, free: int) -> None:
+        self.free_bytes = free + 16 * 1024 * 1024  # so much is left to others
+        monkeypatch.setattr(
+            "dockerproxy.cache.space.os.statvfs", lambda path: SimpleNamespace(f_bavail=self.free_bytes, f_frsize=1)
+        )
+
+
+NEW = Digest.of(b"new")
+
+
+def test_least_recently_used_is_evicted(make_harness: Callable[..., CacheHarness]) -> None:
+    harness = make_harness(limit=3000)
+    one, processes, three = put_blob(harness, 1), put_blob(harness, 2), put_blob(harness, 3)
+    harness.space.pin(one)  # read once more, and no longer
+    harness.space.unpin(one)
+    assert reserve(harness, NEW, 500)
+    assert stored_digests(harness) == {one, three}
+    assert harness.space.index.total == 2500
+    assert not harness.blobs.exists(processes)
+    harness.space.release(NEW)
+    assert harness.space.index.total == 2000
+
+
+def test_pinned_blob_is_not_evicted(make_harness: Callable[..., CacheHarness]) -> None:
+    harness = make_harness(limit=2000)
+    one, processes = put_blob(harness, 1), put_blob(harness, 2)
+    harness.space.pin(one)
+    harness.space.pin(one)
+    harness.space.unpin(one)
+    assert not reserve(harness, NEW, 1500)
+    assert stored_digests(harness) == {one, processes}  # and what cannot help is left
+    assert reserve(harness, NEW, 900)
+    assert stored_digests(harness) == {one}
+    harness.space.unpin(one)
+    harness.space.release(NEW)
+
+
+def test_reservations_do_not_overlap(make_harness: Callable[..., CacheHarness]) -> None:
+    harness = make_harness(limit=2000)
+    assert reserve(harness, NEW, 1500)
+    other = Digest.of(b"other")
+    assert not reserve(harness, other, 600)
+    assert reserve(harness, other, 500)
+    harness.run(harness.space.maintain())  # which finds nothing on the disk yet
+    assert harness.space.index.total == 2000
+    harness.space.release(NEW)
+    assert reserve(harness, Digest.of(b"third"), 1500)
+    for digest in (other, Digest.of(b"third")):
+        harness.space.release(digest)
+    assert harness.space.index.total == 0
+
+
+@pytest.mark.parametrize("size", [2001, 1 << 50])
+def test_reservation_larger_than_limit(make_harness: Callable[..., CacheHarness], size: int) -> None:
+    harness = make_harness(limit=2000)
+    one = put_blob(harness, 1)
+    assert not reserve(harness, NEW, size)
+    harness.space.release(NEW)
+    assert stored_digests(harness) == {one}
+    assert harness.space.index.total == 1000
+
+
+def test_growing_reservation(make_harness: Callable[..., CacheHarness]) -> None:
+    harness = make_harness(limit=2000)
+    one = put_blob(harness, 1)
+    for size in (0, 500, 1000):
+        assert reserve(harness, NEW, size)
+        assert harness.space.index.total == 1000 + size
+    assert reserve(harness, NEW, 1001)
+    assert stored_digests(harness) == set()
+    assert not reserve(harness, NEW, 2001)
+    harness.space.release(NEW)
+    assert harness.space.index.total == 0
+    assert not harness.blobs.exists(one)
+
+
+def test_release_keeps_pins(make_harness: Callable[..., CacheHarness]) -> None:
+    """A reader's hold on the same blob stays, whatever became of the download."""
+    harness = make_harness(limit=2000)
+    one = put_blob(harness, 1)
+    harness.space.pin(one)
+    harness.space.release(one)
+    assert not reserve(harness, one, 5000)
+    harness.space.release(one)
+    harness.space.unpin(one)
+    with pytest.raises(KeyError):
+        harness.space.unpin(one)
+
+
+def test_disk_smaller_than_limit(make_harness: Callable[..., CacheHarness], monkeypatch: pytest.MonkeyPatch) -> None:
+    harness = make_harness(limit=1 << 40)
+    free_space = FakeFreeSpace(monkeypatch, 500)
+    one, processes, three = put_blob(harness, 1), put_blob(harness, 2), put_blob(harness, 3)
+    assert reserve(harness, NEW, 500)
+    assert stored_digests(harness) == {one, processes, three}
+    harness.space.release(NEW)
+    assert reserve(harness, NEW, 501)
+    assert one not in stored_digests(harness)
+    harness.space.release(NEW)
+    free_space.free_bytes -= 10_000
+    before = stored_digests(harness)
+    assert not reserve(harness, NEW, 1)
+    assert stored_digests(harness) == before
+    harness.space.release(NEW)
+
+
+def test_existing_bytes_need_no_disk_space(
+    make_harness: Callable[..., CacheHarness], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    harness = make_harness(limit=1 << 40)
+    FakeFreeSpace(monkeypatch, 100)
+    assert not reserve(harness, NEW, 1000, 800)
+    assert reserve(harness, NEW, 1000, 900)
+    harness.space.release(NEW)
+
+
+def test_removal_error(
+    make_harness: Callable[..., CacheHarness], monkeypatch: pytest.MonkeyPatch, log_lines: list[str]
+) -> None:
+    harness = make_harness(limit=2000)
+    put_blob(harness, 1)
+    put_blob(harness, 2)
+    remove = type(harness.blobs).remove
+
+    def fail(blobs: Any, digest: Digest) -> bool:
+        if digest == Digest.of(content(1)):
+            raise PermissionError(13, os.strerror(13))
+        return remove(blobs, digest)
+
+    monkeypatch.setattr(type(harness.blobs), "remove", fail)
+    assert reserve(harness, NEW, 2000)
+    assert stored_digests(harness) == {Digest.of(content(1))}
+    assert any("cannot be removed: Permission denied" in line for line in log_lines)
+    harness.space.release(NEW)
+
+
+# what did not come whole
+
+
+def test_partial_download_counts(harness: CacheHarness) -> None:
+    data = content(1, 10_000)
+    digest = harness.upstream.repository(f"{HUB}/{APP}").put_blob(data)
+    harness.upstream.on("GET", "", disconnect_after(6000), times=1)
+    harness.upstream.on("GET", "", raise_error(UpstreamBroken("cut")), times=6)
+    with pytest.raises(UpstreamBroken):
+        harness.fetch(digest)
+    assert harness.space.index.total == 6000
+    harness.run(harness.space.maintain())
+    assert harness.space.index.total == 6000
+    assert harness.fetch(digest) == ("MISS", data)
+    assert harness.space.index.total == 10_000
+
+
+def test_partial_download_is_evicted(make_harness: Callable[..., CacheHarness]) -> None:
+    harness = make_harness(limit=2000)
+    leave_partial(harness, 1)
+    harness.run(harness.space.maintain())
+    processes = put_blob(harness, 2)
+    assert reserve(harness, NEW, 900)
+    assert harness.ingest_files == []
+    assert stored_digests(harness) == {processes}
+    harness.space.release(NEW)
+
+
+def test_partial_download_is_part_of_reservation(make_harness: Callable[..., CacheHarness]) -> None:
+    harness = make_harness(limit=1000)
+    digest = leave_partial(harness, 1)
+    harness.run(harness.space.maintain())
+    assert harness.space.index.total == 600
+    assert reserve(harness, digest, 1000, 600)
+    assert len(harness.ingest_files) == 1
+    harness.space.release(digest)
+    assert harness.space.index.total == 600
+
+
+def test_running_download_is_not_evicted(make_harness: Callable[..., CacheHarness]) -> None:
+    harness = make_harness(limit=12_000, inactive=10)
+    data = content(1, 10_000)
+    digest = harness.upstream.repository(f"{HUB}/{APP}").put_blob(data)
+    harness.upstream.on("GET", "", respond_streaming)
+    response = harness.run(harness.blob(digest))
+    harness.upstream.responses[0].send(5000)
+    harness.reactor.run_due_calls()
+    harness.reactor.advance(2 * DAY)
+    os.utime(harness.layout.ingest(digest), (1, 1))
+    harness.run(harness.space.maintain())
+    assert not reserve(harness, NEW, 5000)
+    harness.space.release(NEW)
+    harness.upstream.responses[0].send_rest()
+    harness.reactor.run_due_calls()
+    assert harness.blobs.exists(digest)
+    response.content.close()
+
+
+def test_abandoned_ingests_are_discarded(harness: CacheHarness) -> None:
+    old, new = leave_partial(harness, 1), leave_partial(harness, 2)
+    for digest, age in ((old, DAY + 1), (new, DAY - 1)):
+        os.utime(harness.layout.ingest(digest), (harness.now() - age, harness.now() - age))
+    Path(harness.layout.ingests, "somebody-elses").write_text("x")
+    harness.run(harness.space.maintain())
+    assert harness.ingest_files == [Path(harness.layout.ingest(new)).name, "somebody-elses"]
+    assert harness.space.index.total == 600
+
+
+# maintenance
+
+
+def test_rescan_counts_disk(harness: CacheHarness, make_harness: Callable[..., CacheHarness]) -> None:
+    put_blob(harness, 1)
+    put_blob(harness, 2, 500)
+    restarted = make_harness(upstream=harness.upstream)
+    assert restarted.space.index.total == 0
+    restarted.run(restarted.space.maintain())
+    assert restarted.space.index.total == 1500
+
+
+def test_lowered_limit(harness: CacheHarness, make_harness: Callable[..., CacheHarness]) -> None:
+    one, processes, three = (put_blob(harness, number) for number in (1, 2, 3))
+    for digest, age in ((one, 30), (processes, 10), (three, 20)):
+        os.utime(harness.layout.blob(digest), (harness.now() - age, harness.now() - age))
+    restarted = make_harness(upstream=harness.upstream, limit=1500)
+    restarted.run(restarted.space.maintain())
+    assert stored_digests(restarted) == {processes}
+
+
+def test_inactive_blob_is_evicted(make_harness: Callable[..., CacheHarness]) -> None:
+    harness = make_harness(inactive=100)
+    one, processes, three = (put_blob(harness, number) for number in (1, 2, 3))
+    harness.space.pin(processes)
+    harness.reactor.advance(90)
+    harness.space.pin(three)
+    harness.space.unpin(three)
+    harness.reactor.advance(90)
+    harness.run(harness.space.maintain())
+    assert stored_digests(harness) == {processes, three}
+    assert not harness.blobs.exists(one)
+    harness.space.unpin(processes)
+
+
+def test_changes_during_rescan(harness: CacheHarness) -> None:
+    """The walk may have seen it as it was before; nothing may be missing for ten minutes, or counted that is gone."""
+    one = put_blob(harness, 1)
+    harness.reactor.pool.hold(results=True)
+    maintaining = harness.start(harness.space.maintain())
+    assert harness.reactor.pool.waiting == 1  # it has walked, and nobody knows yet
+    processes = Digest.of(content(2))
+    harness.blobs.put(content(2), processes)
+    harness.start(harness.space.record(processes, 1000))
+    harness.start(harness.space.purge([one]))
+    harness.reactor.pool.release()
+    assert maintaining.called
+    assert harness.space.index.total == 1000
+    assert list(harness.space.index._kept) == [str(processes)]
+
+
+def test_failing_scan(harness: CacheHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(blobs: Any) -> Any:
+        raise OSError(5, os.strerror(5))
+
+    put_blob(harness, 1)
+    monkeypatch.setattr(type(harness.blobs), "walk", fail)
+    with pytest.raises(OSError):
+        harness.run(harness.space.maintain())
+    monkeypatch.undo()
+    put_blob(harness, 2)
+    assert harness.space.index.total == 2000
+    harness.run(harness.space.maintain())
+    assert harness.space.index.total == 2000
+
+
+def test_maintenance_interval(harness: CacheHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = put_blob(harness, 1)
+    service = harness.space.service()
+    harness.space.index.remove(one)
+    service.startService()
+    assert harness.space.index.total == 1000
+    harness.blobs.put(content(2), Digest.of(content(2)))
+    harness.reactor.advance(MAINTENANCE_INTERVAL - 1)
+    assert harness.space.index.total == 1000
+    harness.reactor.advance(1)
+    assert harness.space.index.total == 2000
+
+    def fail(blobs: Any) -> Any:
+        raise OSError(5, os.strerror(5))
+
+    monkeypatch.setattr(type(harness.blobs), "walk", fail)
+    harness.reactor.advance(MAINTENANCE_INTERVAL)  # an error does not end it
+    monkeypatch.undo()
+    harness.blobs.put(content(3), Digest.of(content(3)))
+    harness.reactor.advance(MAINTENANCE_INTERVAL)
+    assert harness.space.index.total == 3000
+    service.stopService()

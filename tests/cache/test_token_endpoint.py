@@ -1,0 +1,244 @@
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from datetime import datetime
+from typing import Any
+from urllib.parse import urlencode
+
+import pytest
+
+from dockerproxy.cache.challenges import Realm
+from dockerproxy.cache.identity import TOKEN_LIFETIME
+from dockerproxy.cache.token_endpoint import TokenRequest
+from dockerproxy.errors import (
+    BadRequest,
+    DestinationForbidden,
+    RegistryError,
+    UpstreamBroken,
+    UpstreamRefused,
+    UpstreamTimeout,
+    UpstreamUnreachable,
+)
+from dockerproxy.oci.challenge import basic
+from dockerproxy.oci.names import Registry
+from dockerproxy.upstream.credentials import Own
+from tests.cache.support.harness import EPOCH, HUB, CacheHarness
+from tests.cache.support.upstream import ScriptedResponse, raise_error, respond_with
+
+REALM = Realm(Registry.parse("auth.docker.io"), "/token")
+QUERY = "service=registry.docker.io&scope=repository:library/app:pull"
+ALICE = basic("alice", "pw:with:colons")
+TOKEN = b'{"token":"upstreams","expires_in":300}'
+DAY = 86400
+
+TROUBLES = [
+    raise_error(UpstreamUnreachable("gone")), raise_error(UpstreamTimeout("silent")), respond_with(500), respond_with(503), respond_with(429),
+    lambda asked, data: ScriptedResponse(200, b"<h1>Sign in</h1>"),
+    lambda asked, data: ScriptedResponse(200, b"{}"),
+]  # fmt: skip
+
+
+def respond_with_token(content: bytes = TOKEN) -> Any:
+    return lambda asked, data: ScriptedResponse(200, content)
+
+
+def ask(
+    harness: CacheHarness, authorization: str | None = None, form: bytes | None = None, realm: Realm = REALM
+) -> bytes:
+    return harness.run(harness.token_endpoint.token(HUB, realm, TokenRequest(QUERY, authorization, form)))  # type: ignore[no-any-return]
+
+
+def local_identity(harness: CacheHarness, content: bytes) -> str | None:
+    """Return who an answer of ours vouches for, None for one of upstream's."""
+    token = json.loads(content)["token"]
+    return harness.identities.read_token(HUB, f"Bearer {token}", harness.now())
+
+
+def encode_form(**fields: str) -> bytes:
+    return urlencode(fields).encode()
+
+
+def script_realm(harness: CacheHarness, responder: Any) -> None:
+    harness.upstream.reset()
+    for method in ("GET", "POST"):
+        harness.upstream.on(method, "^/token", responder)
+
+
+@pytest.mark.parametrize("body", [None, b"", encode_form(grant_type="password", service="x"), b"\xff\xfe=&&&;"])
+def test_anonymous_client_gets_local_token(harness: CacheHarness, body: bytes | None) -> None:
+    content = ask(harness, None, body)
+    assert local_identity(harness, content) == "public"
+    assert harness.upstream.requests == []
+    response = json.loads(content)
+    assert response["token"] == response["access_token"]
+    assert response["expires_in"] == TOKEN_LIFETIME
+    assert datetime.fromisoformat(response["issued_at"]).timestamp() == EPOCH
+
+
+def test_login_is_forwarded(harness: CacheHarness) -> None:
+    script_realm(harness, respond_with_token())
+    assert ask(harness, ALICE) == TOKEN
+    [request] = harness.upstream.requests
+    assert (request.method, request.registry, request.path) == ("GET", REALM.server, f"/token?{QUERY}")
+    assert request.headers.all("authorization") == [ALICE]
+    assert harness.identities.for_credential(HUB, Own("Bearer upstreams")) == harness.identities.for_authorization(
+        ALICE
+    )
+
+
+@pytest.mark.parametrize("name", ["token", "access_token"])
+def test_token_or_access_token(harness: CacheHarness, name: str) -> None:
+    script_realm(harness, respond_with_token(json.dumps({name: "t"}).encode()))
+    ask(harness, ALICE)
+    assert harness.identities.for_credential(HUB, Own("Bearer t")) == harness.identities.for_authorization(ALICE)
+
+
+def test_form_post(harness: CacheHarness) -> None:
+    script_realm(harness, respond_with_token())
+    body = encode_form(grant_type="password", username="alice", password="pw:with:colons", service="x")
+    assert ask(harness, None, body) == TOKEN
+    [request] = harness.upstream.requests
+    assert (request.method, request.headers.get("content-type")) == ("POST", "application/x-www-form-urlencoded")
+    assert harness.agent.bodies == [body]
+    assert request.headers.get("authorization") is None
+    # The same client as the one who shows the same login by GET.
+    assert harness.identities.for_credential(HUB, Own("Bearer upstreams")) == harness.identities.for_authorization(
+        ALICE
+    )
+
+
+def test_refresh_token(harness: CacheHarness) -> None:
+    script_realm(harness, respond_with_token())
+    assert ask(harness, None, encode_form(grant_type="refresh_token", refresh_token="r")) == TOKEN
+    assert len(harness.upstream.requests) == 1
+
+
+@pytest.mark.parametrize("body", [b"&".join(b"x=1" for _ in range(60)), encode_form(username="a:b", password="c")])
+def test_invalid_form(harness: CacheHarness, body: bytes) -> None:
+    with pytest.raises(BadRequest):
+        ask(harness, None, body)
+    assert harness.upstream.requests == []
+
+
+@pytest.mark.parametrize("trouble", TROUBLES)
+@pytest.mark.parametrize("body", [None, encode_form(username="alice", password="pw:with:colons")])
+@pytest.mark.parametrize("restart", [False, True])
+def test_known_client_gets_local_token_during_outage(
+    make_harness: Callable[..., CacheHarness], failure: Any, body: bytes | None, restart: bool
+) -> None:
+    harness = make_harness()
+    script_realm(harness, respond_with_token())
+    ask(harness, ALICE)
+    script_realm(harness, failure)
+    harness.reactor.advance(DAY - 1)
+    if restart:
+        harness = make_harness(upstream=harness.upstream)
+    authorization = ALICE if body is None else None
+    assert local_identity(harness, ask(harness, authorization, body)) == harness.identities.for_authorization(ALICE)
+    harness.reactor.advance(1)
+    with pytest.raises(RegistryError):
+        ask(harness, authorization, body)
+
+
+@pytest.mark.parametrize("trouble", TROUBLES)
+def test_unknown_client_gets_error_during_outage(harness: CacheHarness, failure: Any) -> None:
+    script_realm(harness, respond_with_token())
+    ask(harness, ALICE)
+    script_realm(harness, failure)
+    for authorization in (basic("alice", "guess"), "Basic", "Bearer x", ""):
+        with pytest.raises(RegistryError) as excinfo:
+            ask(harness, authorization)
+        assert excinfo.value.status in (429, 502, 504)
+    assert local_identity(harness, ask(harness)) == "public"
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404])
+def test_denial_is_passed_through(harness: CacheHarness, status: int) -> None:
+    script_realm(harness, respond_with(status))
+    with pytest.raises(UpstreamRefused) as excinfo:
+        ask(harness, ALICE)
+    assert excinfo.value.status == status and b"UPSTREAM" in excinfo.value.content
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_denied_client_is_forgotten(harness: CacheHarness, status: int) -> None:
+    script_realm(harness, respond_with_token())
+    ask(harness, ALICE)
+    script_realm(harness, respond_with(status))
+    with pytest.raises(UpstreamRefused):
+        ask(harness, ALICE)
+    script_realm(harness, raise_error(UpstreamUnreachable("gone")))
+    with pytest.raises(UpstreamUnreachable):
+        ask(harness, ALICE)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"null", b"[]", b'"token"', b"{}", b'{"token":1}', b'{"token":""}', b"\xff", b"[" * 200_000],
+    ids=range(9),
+)
+def test_invalid_token_response(harness: CacheHarness, content: bytes) -> None:
+    script_realm(harness, respond_with_token(content))
+    with pytest.raises(UpstreamBroken):
+        ask(harness, ALICE)
+    script_realm(harness, raise_error(UpstreamUnreachable("gone")))
+    with pytest.raises(UpstreamUnreachable):  # and nobody was proven by it
+        ask(harness, ALICE)
+
+
+def test_token_response_too_large(harness: CacheHarness) -> None:
+    script_realm(harness, respond_with_token(b" " * 300_000 + TOKEN))
+    with pytest.raises(UpstreamBroken):
+        ask(harness, ALICE)
+
+
+def test_client_record_is_saved_at_intervals(harness: CacheHarness, tmp_path: Any) -> None:
+    script_realm(harness, respond_with_token())
+    ask(harness, ALICE)
+    [path] = (tmp_path / "records" / "client").rglob("*~.json")
+    inode = path.stat().st_ino
+    assert "alice" not in str(path) and "pw" not in path.read_text()
+    harness.reactor.advance(299)
+    ask(harness, ALICE)
+    assert path.stat().st_ino == inode
+    harness.reactor.advance(10)
+    ask(harness, ALICE)
+    assert path.stat().st_ino != inode
+
+
+def test_unwritable_records(harness: CacheHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **more: Any) -> None:
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr("dockerproxy.store.files.Staging.write", fail)
+    script_realm(harness, respond_with_token())
+    assert ask(harness, ALICE) == TOKEN
+
+
+def test_realm_address_is_checked(make_harness: Callable[..., CacheHarness]) -> None:
+    """Upstream names it: it must not make us ask this machine. Hosts that the administrator named are his affair."""
+
+    def check_address(address: Any) -> None:
+        raise DestinationForbidden("127.0.0.1 is not where a registry is")
+
+    harness = make_harness(permit=check_address)
+
+    def behave(request: Any, data: Any) -> ScriptedResponse:
+        check = harness.agent.address_checks[-1]
+        if check is not None:
+            check("127.0.0.1")
+        return ScriptedResponse(200, TOKEN)
+
+    script_realm(harness, behave)
+    assert ask(harness, ALICE) == TOKEN  # auth.docker.io is intercepted
+    elsewhere = Realm(Registry.parse("localhost:8080"), "/token")
+    with pytest.raises(DestinationForbidden):
+        ask(harness, ALICE, realm=elsewhere)
+    assert harness.agent.address_checks == [None, check_address]
+
+
+def test_repr_hides_secrets() -> None:
+    text = repr(TokenRequest(QUERY, "Basic c2VjcmV0", b"password=secret"))
+    assert "secret" not in text and "c2VjcmV0" not in text
