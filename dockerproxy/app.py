@@ -52,11 +52,11 @@ from dockerproxy.reload import RegistryTable
 from dockerproxy.settings import DOCKER_HUB, Settings, SettingsError
 from dockerproxy.store.blobs import Blobs
 from dockerproxy.store.files import Staging
-from dockerproxy.store.hosting import HostedStore
+from dockerproxy.store.hosted_store import HostedStore
 from dockerproxy.store.layout import Layout
 from dockerproxy.store.links import Links
 from dockerproxy.store.records import Records
-from dockerproxy.store.secret import kept_secret
+from dockerproxy.store.secret import load_or_create_secret
 from dockerproxy.upstream.client import UpstreamClient
 from dockerproxy.upstream.tls import TLSClient
 from dockerproxy.upstream.tokens import Tokens
@@ -209,8 +209,8 @@ def prepare_state_directories(settings: Settings) -> None:
         root.mkdir(parents=True, exist_ok=True)
         if not os.access(root, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(root))
-        Staging(Layout(root).staging).empty()
-    Records(settings.cache_dir / RECORDS).empty_staging()
+        Staging(Layout(root).staging).clear()
+    Records(settings.cache_dir / RECORDS).clear_staging()
 
 
 @frozen
@@ -293,7 +293,7 @@ def build_cache(
 
 def build_hosted_app(reactor: Any, settings: Settings, shared: SharedServices, api: Face) -> Own:
     """Return the hosted registry in REGISTRY_DIR. Raises OSError, ValueError."""
-    store = HostedStore.below(Layout(settings.registry_dir), turns=shared.locks)
+    store = HostedStore.from_layout(Layout(settings.registry_dir), locks=shared.locks)
     backend = Hosted(reactor, store, Push(reactor, store))
     return Own(api, backend, build_access_control(reactor, settings))
 
@@ -303,7 +303,7 @@ def build_access_control(reactor: Any, settings: Settings) -> Guard:
     if settings.htpasswd_file is None:
         return Open()
     realm = settings.registry_hostname[0]
-    secret = kept_secret(settings.registry_dir / "secret")
+    secret = load_or_create_secret(settings.registry_dir / "secret")
     users = Users(reactor, settings.htpasswd_file, secret, time.time)
     return ReadByAll(users, realm, secret, time.time) if settings.anonymous_pull else OnlyUsers(users, realm)
 

@@ -40,8 +40,8 @@ from dockerproxy.registry.users import HtpasswdError
 from dockerproxy.reload import Reloader, describe_error, reloadable_variables
 from dockerproxy.settings import DOCKER_HUB, Settings, SettingsError, read_env_file
 from dockerproxy.store.blobs import Blobs
-from dockerproxy.store.hosting import HostedStore
-from dockerproxy.store.importing import Importer
+from dockerproxy.store.hosted_store import HostedStore
+from dockerproxy.store.importer import Importer
 from dockerproxy.store.layout import Layout
 from dockerproxy.store.records import Records
 from dockerproxy.store.sweep import Sweeper

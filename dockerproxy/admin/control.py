@@ -36,10 +36,10 @@ from dockerproxy.concurrency import in_thread
 from dockerproxy.errors import RegistryError
 from dockerproxy.http.request import ClientGone, Request
 from dockerproxy.oci.routes import parse_query
-from dockerproxy.store.check import Checker, Finding
-from dockerproxy.store.importing import Importer, NoRegistry, Untaken
-from dockerproxy.store.slices import Slices, Watch
-from dockerproxy.store.sweep import GRACE, Removed, Sweeper
+from dockerproxy.store.cooperative import CooperativeThread, Progress
+from dockerproxy.store.importer import Importer, NotARegistry, Skipped
+from dockerproxy.store.scrub import Finding, Scrubber
+from dockerproxy.store.sweep import GRACE_PERIOD, RemovedItem, Sweeper
 
 _MAX_BODY = 64 * 1024
 _JSON_FIELDS = [("Content-Type", "application/json"), ("Cache-Control", "no-store")]
@@ -88,12 +88,12 @@ class Control:
     _importer: Importer
     _jobs: ExclusiveJobs
     _clock: Callable[[], float]
-    _thread: Slices = field(init=False)
+    _thread: CooperativeThread = field(init=False)
     _start_time: float = field(init=False)
 
     @_thread.default
-    def _make_thread(self) -> Slices:
-        return Slices(self._reactor)
+    def _make_thread(self) -> CooperativeThread:
+        return CooperativeThread(self._reactor)
 
     @_start_time.default
     def _now(self) -> float:
@@ -108,7 +108,7 @@ class Control:
             response.send_error(error.status, error.code, error.message, error.suggestions)
         except NotFound as error:
             response.send_error(404, "NOT_FOUND", str(error), error.suggestions)
-        except (InvalidArgument, NoRegistry) as error:
+        except (InvalidArgument, NotARegistry) as error:
             response.send_error(400, "NOT_UNDERSTOOD", str(error))
         except RegistryError as error:
             response.send_error(error.status, error.code, error.message)
@@ -188,32 +188,32 @@ class Control:
     async def _collect(self, arguments: dict[str, Any], response: NDJSONResponse) -> None:
         list_items = arguments.pop("list", True)
 
-        def on_item(item: Removed) -> None:
+        def on_item(item: RemovedItem) -> None:
             if list_items:
                 response.send(
                     "removed", kind=item.kind, digest=str(item.digest), repository=item.repository, size=item.size
                 )
 
-        grace = arguments.pop("grace", GRACE)
+        grace = arguments.pop("grace", GRACE_PERIOD)
         try:
             result = await self._sweeper.sweep(
-                **arguments, grace=grace, watch=Watch(response.send_progress, on_item, response.drain)
+                **arguments, grace=grace, progress=Progress(response.send_progress, on_item, response.drain)
             )
         except ValueError as error:
             raise InvalidArgument(str(error)) from None
         response.finish(**attrs.asdict(result))
 
     async def _import(self, arguments: dict[str, Any], response: NDJSONResponse) -> None:
-        def on_skipped(item: Untaken) -> None:
-            response.send("finding", kind=item.kind, what=item.what)
+        def on_skipped(item: Skipped) -> None:
+            response.send("finding", kind=item.kind, what=item.message)
 
         directory = Path(arguments["directory"])
         if not directory.is_absolute() or "\0" in str(directory):
             raise InvalidArgument("the directory to import is to be named from the root on")
-        result = await self._importer.take(
+        result = await self._importer.import_from(
             directory,
             force=arguments.get("force", False),
-            watch=Watch(response.send_progress, on_skipped, response.drain),
+            progress=Progress(response.send_progress, on_skipped, response.drain),
         )
         response.finish(**attrs.asdict(result))
 
@@ -221,14 +221,14 @@ class Control:
         damaged_digests = []
 
         def on_finding(finding: Finding) -> None:
-            response.send("finding", kind=finding.kind, what=finding.what, repository=finding.repository)
+            response.send("finding", kind=finding.kind, what=finding.message, repository=finding.repository)
             if finding.kind == "damaged":
                 damaged_digests.append(finding.digest)
 
         kind = CACHED if arguments.get("cached", False) else HOSTED
         store = next(shelf for shelf in self._resolver.stores if shelf.kind == kind)
-        scrubber = Checker(self._reactor, store.layout, kind == HOSTED)
-        result = await scrubber.check(Watch(response.send_progress, on_finding, response.drain))
+        scrubber = Scrubber(self._reactor, store.layout, kind == HOSTED)
+        result = await scrubber.scrub(Progress(response.send_progress, on_finding, response.drain))
         if kind == CACHED:
             await self._space.purge(digest for digest in damaged_digests if digest is not None)
         response.finish(**attrs.asdict(result))

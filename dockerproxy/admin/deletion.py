@@ -15,9 +15,9 @@ from dockerproxy.admin.inventory import Closure
 from dockerproxy.admin.resolver import HOSTED, ImageRef
 from dockerproxy.cache.space import CacheSpaceManager
 from dockerproxy.oci.names import Digest
-from dockerproxy.store.hosting import HostedStore
+from dockerproxy.store.cooperative import CooperativeThread
+from dockerproxy.store.hosted_store import HostedStore
 from dockerproxy.store.records import Records
-from dockerproxy.store.slices import Slices
 
 
 @frozen
@@ -38,18 +38,18 @@ class Deleter:
     _hosted_store: HostedStore
     _space: CacheSpaceManager
     _records: Records
-    _thread: Slices = field(init=False)
+    _thread: CooperativeThread = field(init=False)
 
     @_thread.default
-    def _make_thread(self) -> Slices:
-        return Slices(self._reactor)
+    def _make_thread(self) -> CooperativeThread:
+        return CooperativeThread(self._reactor)
 
     async def delete(self, ref: ImageRef) -> DeletionResult:
         """Remove what is named."""
         if ref.store.kind != HOSTED:
             return await self._delete_cached(ref)
         counts = {"tags": 0, "manifests": 0}
-        async with self._hosted_store.turns.hold(ref.repository):
+        async with self._hosted_store.locks.hold(ref.repository):
             await self._thread.run(self._unlink_hosted(ref, counts))
         return DeletionResult(**counts)
 

@@ -11,7 +11,7 @@ from dockerproxy.errors import ManifestInvalid
 from dockerproxy.oci.manifests import MAX_MANIFEST, media_type_of
 from dockerproxy.oci.names import Digest
 from dockerproxy.store.files import read_small
-from dockerproxy.store.references import References, references_in
+from dockerproxy.store.references import References, extract_references
 
 Row = dict[str, Any]
 
@@ -108,13 +108,13 @@ class Closure:
                 child for child in references.manifests if self._store.links.has_manifest(self._repository, child)
             ]
             pending.extend(children)
-            self.blobs |= references.contents.difference(children)
+            self.blobs |= references.objects.difference(children)
             yield None
 
     def _read(self, digest: Digest) -> References:
         content = read_small(self._store.layout.blob(digest), MAX_MANIFEST + 1)
         try:
-            return references_in(content or b"", self._store.links.manifest_media_type(self._repository, digest))
+            return extract_references(content or b"", self._store.links.manifest_media_type(self._repository, digest))
         except ManifestInvalid:
             return References()
 

@@ -18,8 +18,8 @@ from dockerproxy.http.headers import Headers
 from dockerproxy.oci.contents import BlobAnswer
 from dockerproxy.oci.names import Digest
 from dockerproxy.oci.ranges import parse_content_range
+from dockerproxy.store.blob_reader import StoredBlobReader
 from dockerproxy.store.blobs import Blobs
-from dockerproxy.store.contents import StoredContent
 from dockerproxy.store.links import Links
 
 _NO_HEADERS = Headers()
@@ -99,7 +99,7 @@ class CachedBlobs:
         if blob is None:
             return None
         self._space.pin(digest)  # it does not leave the cache before it is closed
-        content = StoredContent(self._reactor, blob, partial(self._space.unpin, digest))
+        content = StoredBlobReader(self._reactor, blob, partial(self._space.unpin, digest))
         return BlobAnswer(digest, blob.size, content, cache_status)
 
     def _start_download(self, principal: Principal, digest: Digest) -> BlobDownload:

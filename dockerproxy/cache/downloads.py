@@ -37,8 +37,8 @@ from dockerproxy.concurrency import in_thread, spawn
 from dockerproxy.errors import RegistryError, UpstreamBroken
 from dockerproxy.oci.contents import SMALL
 from dockerproxy.oci.names import Digest
-from dockerproxy.store.growing import GrowingFile
-from dockerproxy.store.ingest import Followed, Ingest
+from dockerproxy.store.hashed_append_file import HashedAppendFile
+from dockerproxy.store.ingest import ForeignIngest, Ingest
 
 if TYPE_CHECKING:
     from hashlib import _Hash
@@ -84,7 +84,9 @@ class BlobDownload:
         self._principal = principal
         self._info: DownloadInfo | None = None
         self._waiters: list[Deferred[None]] = []
-        self._file: GrowingFile | None = None  # what is written, and its hash: the ingest, or what is left of another's
+        self._file: HashedAppendFile | None = (
+            None  # what is written, and its hash: the ingest, or what is left of another's
+        )
         self._fd = -1  # of the ingest file, for readers to copy: the ingest closes its own in a thread
         self._reserved_size = -1  # bytes
         self._lent: ResumableGet | None = None  # of a stranded flight: open, and at the byte where the file ends
@@ -243,10 +245,10 @@ class BlobDownload:
     async def _acquire_ingest(self) -> Ingest | None:
         """Return the ingest, with what an earlier run left there, or another process that has died meanwhile."""
         self._file, self.written, self.is_foreign = None, 0, False
-        ingest: Ingest | Followed | None = None
+        ingest: Ingest | ForeignIngest | None = None
         try:
             ingest = await in_thread(self._reactor, self._ingests.acquire, self.digest)
-            if isinstance(ingest, Followed):
+            if isinstance(ingest, ForeignIngest):
                 self._fd = os.dup(ingest.fd)
                 ingest = await self._follow_foreign(ingest)
                 if ingest is None and not self._ingests.is_published(self.digest):
@@ -269,7 +271,7 @@ class BlobDownload:
         self._file, self.written = ingest, ingest.size
         return ingest
 
-    async def _follow_foreign(self, foreign: Followed) -> Ingest | None:
+    async def _follow_foreign(self, foreign: ForeignIngest) -> Ingest | None:
         """Read along while another process writes. Return the right to go on where that died, None when it landed.
 
         None, too, where that gave it up before anyone here had a part of it.
@@ -278,7 +280,7 @@ class BlobDownload:
         ingest = await _follow_ingest(self._reactor, self, self._ingests, foreign)
         if ingest is None and self.started and not self._ingests.is_published(self.digest):
             # Nobody knows here whether what it had is wrong, or its disk full: the hash will tell.
-            self._file = GrowingFile(self.written, self._fd, self.digest.hasher())
+            self._file = HashedAppendFile(self.written, self._fd, self.digest.hasher())
             await in_thread(self._reactor, self._file.rehash)
             raise IngestFailed("another process gave it up")
         self.is_foreign = ingest is None

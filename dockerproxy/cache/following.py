@@ -8,7 +8,7 @@ from twisted.internet.task import deferLater
 
 from dockerproxy.cache.ingests import Ingests
 from dockerproxy.errors import UpstreamBroken
-from dockerproxy.store.ingest import Followed, Ingest
+from dockerproxy.store.ingest import ForeignIngest, Ingest
 
 if TYPE_CHECKING:
     from dockerproxy.cache.downloads import BlobDownload
@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 _POLL_INTERVAL = 0.01  # seconds between two looks at the file
 
 
-async def _follow_ingest(reactor: Any, download: BlobDownload, ingests: Ingests, foreign: Followed) -> Ingest | None:
+async def _follow_ingest(
+    reactor: Any, download: BlobDownload, ingests: Ingests, foreign: ForeignIngest
+) -> Ingest | None:
     """Let the readers of `flight` have what comes, to the end of it.
 
     Return the right to go on where the other process has died, None where it published the blob or gave it up. Raise
@@ -24,7 +26,7 @@ async def _follow_ingest(reactor: Any, download: BlobDownload, ingests: Ingests,
     """
     ingest = None
     try:
-        while foreign.is_present and (ingest := foreign.taken_over()) is None:
+        while foreign.in_progress and (ingest := foreign.try_take_over()) is None:
             _update_from(download, ingests, foreign)
             await deferLater(reactor, _POLL_INTERVAL)
         _update_from(download, ingests, foreign)
@@ -38,7 +40,7 @@ async def _follow_ingest(reactor: Any, download: BlobDownload, ingests: Ingests,
     return ingest
 
 
-def _update_from(download: BlobDownload, ingests: Ingests, foreign: Followed) -> None:
+def _update_from(download: BlobDownload, ingests: Ingests, foreign: ForeignIngest) -> None:
     if not download.started and (info := ingests.read_info(download.digest)) is not None:
         download.mark_started(info)
     size = foreign.size

@@ -18,7 +18,7 @@ from pathlib import Path
 from attrs import define, field
 
 from dockerproxy.oci.names import Registry
-from dockerproxy.store.secret import kept_secret
+from dockerproxy.store.secret import load_or_create_secret
 from dockerproxy.upstream.credentials import Anonymous, Configured, Credential
 
 PUBLIC = "public"
@@ -67,7 +67,7 @@ class Identities:
     @classmethod
     def open(cls, path: Path, bindings: Bindings | None = None) -> Identities:
         """Use the secret kept at `path` (mode 0600), made on first use. Raises OSError."""
-        return cls(kept_secret(path), bindings)
+        return cls(load_or_create_secret(path), bindings)
 
     def for_credential(self, registry: Registry, credential: Credential) -> str:
         """Return the identity that `credential` stands for at `registry`."""

@@ -14,7 +14,7 @@ from attrs import asdict, frozen
 from dockerproxy.cache.best_effort import try_put, try_remove
 from dockerproxy.oci.names import Digest
 from dockerproxy.store.blobs import Blobs
-from dockerproxy.store.ingest import Followed, Ingest
+from dockerproxy.store.ingest import ForeignIngest, Ingest
 from dockerproxy.store.layout import Layout
 from dockerproxy.store.records import Records
 
@@ -43,7 +43,7 @@ class Ingests:
     _records: Records
     shared: bool = False
 
-    def acquire(self, digest: Digest) -> Ingest | Followed | None:
+    def acquire(self, digest: Digest) -> Ingest | ForeignIngest | None:
         """Return the right to write the ingest of `digest`, or it as another process writes it.
 
         None where the blob has come meanwhile. Blocks. Raises `OSError`.
@@ -55,7 +55,7 @@ class Ingests:
                     ingest.discard()
                     return None
                 return ingest
-            foreign = Followed.open(self._layout, digest)
+            foreign = ForeignIngest.open(self._layout, digest)
             if foreign is not None:
                 return foreign
 

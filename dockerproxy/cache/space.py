@@ -14,11 +14,11 @@ from twisted.logger import Logger
 from dockerproxy.concurrency import in_thread, spawn
 from dockerproxy.oci.names import Digest
 from dockerproxy.store.blobs import Blobs
+from dockerproxy.store.cooperative import CooperativeThread
 from dockerproxy.store.eviction import Entry
 from dockerproxy.store.ingest import Ingest, stale_ingests
 from dockerproxy.store.layout import Layout
-from dockerproxy.store.slices import Slices
-from dockerproxy.store.usage import DoesNotFit, Recount, Usage
+from dockerproxy.store.lru_index import CacheFull, LRUIndex, Rescan
 
 MAINTENANCE_INTERVAL = 600.0
 """Seconds between two looks at what is too old, and at what the disk really holds."""
@@ -59,16 +59,16 @@ class CacheSpaceManager:
         limit: int,
         inactive: float,
         clock: Callable[[], float],
-        cooperative_thread: Slices | None = None,
+        cooperative_thread: CooperativeThread | None = None,
     ) -> None:
         self._reactor = reactor
-        self._cooperative_thread = cooperative_thread or Slices(reactor)
+        self._cooperative_thread = cooperative_thread or CooperativeThread(reactor)
         self._layout = layout
         self._blobs = blobs
         self._inactive = inactive
         self._clock = clock
         self._reservations: set[Digest] = set()
-        self.index = Usage(limit)
+        self.index = LRUIndex(limit)
 
     def service(self) -> TimerService:
         """Return the service that maintains the cache; its first round is at start."""
@@ -80,13 +80,13 @@ class CacheSpaceManager:
 
     async def maintain(self) -> None:
         """Count what the disk holds; remove what is over the limit, was not used for too long, or was abandoned."""
-        rescan = self.index.recount()
+        rescan = self.index.start_rescan()
         try:
             await self._cooperative_thread.run(self._scan(rescan))
-            self.index.adopt(rescan)
+            self.index.apply_rescan(rescan)
         finally:
-            self.index.give_up()
-        await self._cooperative_thread.run(rescan.emptying())
+            self.index.abort_rescan()
+        await self._cooperative_thread.run(rescan.clear_incrementally())
         while expired := self.index.expire(self._inactive, self._clock()):
             await self._evict(expired)
 
@@ -97,8 +97,8 @@ class CacheSpaceManager:
         """
         self.index.remove(digest)  # what was left of it from before is part of it
         try:
-            evicted = self.index.make_room(size)
-        except DoesNotFit:
+            evicted = self.index.evict(size)
+        except CacheFull:
             return False
         self.index.add(digest, size, self._clock())
         if digest not in self._reservations:
@@ -135,7 +135,7 @@ class CacheSpaceManager:
     async def commit(self, ingest: Ingest) -> None:
         """Publish a blob that is complete. Raises OSError."""
         size = ingest.size
-        await in_thread(self._reactor, ingest.publish, self._blobs)
+        await in_thread(self._reactor, ingest.commit, self._blobs)
         await self.record(ingest.digest, size)
 
     async def record(self, digest: Digest, size: int) -> None:
@@ -143,8 +143,8 @@ class CacheSpaceManager:
         self._add(digest, size)
         self.index.pin(digest)
         try:
-            with suppress(DoesNotFit):
-                await self._evict(self.index.make_room(0))
+            with suppress(CacheFull):
+                await self._evict(self.index.evict(0))
         finally:
             self.index.unpin(digest)
 
@@ -168,8 +168,8 @@ class CacheSpaceManager:
         if shortfall > 0:
             # As if the limit were that much nearer: the least recently used go first here too.
             try:
-                await self._evict(self.index.make_room(self.index.limit - self.index.total + shortfall))
-            except DoesNotFit:
+                await self._evict(self.index.evict(self.index.limit - self.index.total + shortfall))
+            except CacheFull:
                 return False
         return True
 
@@ -203,7 +203,7 @@ class CacheSpaceManager:
         except OSError as error:
             _log_removal_error(digest, error)
 
-    def _scan(self, rescan: Recount) -> Iterator[None]:
+    def _scan(self, rescan: Rescan) -> Iterator[None]:
         for digest in stale_ingests(self._layout, self._clock() - _STALE_INGEST_AGE):
             self._discard_ingest(digest)
             yield None
@@ -215,7 +215,7 @@ class CacheSpaceManager:
         for entry in self._blobs.walk():
             rescan.add(entry)
             yield None
-        yield from rescan.order()
+        yield from rescan.sort()
 
 
 def _log_removal_error(digest: Digest, error: OSError) -> None:

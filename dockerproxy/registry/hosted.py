@@ -21,8 +21,8 @@ from dockerproxy.oci.referrers import index_of
 from dockerproxy.oci.routes import Kind, Target, parse_query
 from dockerproxy.registry.answers import API_VERSION
 from dockerproxy.registry.push import Push
-from dockerproxy.store.contents import StoredContent
-from dockerproxy.store.hosting import HostedStore
+from dockerproxy.store.blob_reader import StoredBlobReader
+from dockerproxy.store.hosted_store import HostedStore
 from dockerproxy.store.uploads import Uploads
 
 _VERDICT = "-"  # nothing of it comes from a cache
@@ -101,7 +101,7 @@ class Hosted:
         if blob is None:
             self._check_repository(name)
             raise BlobUnknown(f"{name} has no blob {digest}")
-        return BlobAnswer(digest, blob.size, StoredContent(self.reactor, blob), _VERDICT)
+        return BlobAnswer(digest, blob.size, StoredBlobReader(self.reactor, blob), _VERDICT)
 
     async def other(self, request: Request, target: Target) -> None:
         """Answer the ping, lists, referrers; leave what writes to `push`."""
@@ -161,8 +161,8 @@ class Hosted:
         parameters = dict(parse_query(request.query))
         artifact_type, after = parameters.get("artifactType"), parameters.get("last")
         if not self.store.referrers.is_complete(name):
-            async with self.store.turns.hold(name):
-                await in_thread(self.reactor, self.store.referrers.complete, name)
+            async with self.store.locks.hold(name):
+                await in_thread(self.reactor, self.store.referrers.index_missing, name)
         descriptors, last = await in_thread(self.reactor, self._list, name, subject, artifact_type, after)
         fields = [("Content-Type", OCI_INDEX), API_VERSION]
         filtered = {}

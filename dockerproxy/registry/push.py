@@ -22,7 +22,7 @@ from dockerproxy.oci.routes import Kind, Target
 from dockerproxy.registry.answers import API_VERSION
 from dockerproxy.registry.push_blobs import BlobPush
 from dockerproxy.registry.push_manifests import ManifestPush
-from dockerproxy.store.hosting import HostedStore
+from dockerproxy.store.hosted_store import HostedStore
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 

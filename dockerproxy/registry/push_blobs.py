@@ -15,7 +15,7 @@ from dockerproxy.oci.names import Digest, Repository, parse_repository
 from dockerproxy.oci.routes import parse_query
 from dockerproxy.oci.uploads import algorithm_for, announced, progress
 from dockerproxy.registry.answers import API_VERSION
-from dockerproxy.store.hosting import HostedStore
+from dockerproxy.store.hosted_store import HostedStore
 from dockerproxy.store.uploads import Upload
 
 Fields = list[tuple[str, str]]
@@ -119,7 +119,7 @@ class BlobPush:
         def commit() -> bool:
             if not upload.verify(digest):
                 return False
-            upload.publish(self.store.blobs, digest)
+            upload.commit(self.store.blobs, digest)
             self.store.links.link_layer(name, digest)
             return True
 

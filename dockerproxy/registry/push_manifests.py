@@ -17,7 +17,7 @@ from dockerproxy.oci.names import Digest, Reference, Repository, Tag, parse_tag
 from dockerproxy.oci.referrers import Referrer, referrer
 from dockerproxy.oci.routes import parse_query
 from dockerproxy.registry.answers import API_VERSION
-from dockerproxy.store.hosting import HostedStore
+from dockerproxy.store.hosted_store import HostedStore
 
 _AT_ONCE = 100  # references that are looked for before others get their turn
 _NAMED = 10  # missing references that an error tells of
@@ -56,7 +56,7 @@ class ManifestPush:
         taken = await in_thread(self.reactor, _look_through, content, wanted, media_type)
         if taken.manifest is not None:
             await self._require(name, taken.manifest)
-        async with self.store.turns.hold(name):
+        async with self.store.locks.hold(name):
             await in_thread(self.reactor, self._keep, name, taken, tags)
         fields = [
             API_VERSION,
@@ -71,7 +71,7 @@ class ManifestPush:
 
     async def delete(self, request: Request, name: Repository, reference: Reference) -> None:
         """Remove a tag, or a manifest with its tags."""
-        async with self.store.turns.hold(name):
+        async with self.store.locks.hold(name):
             if isinstance(reference, Digest):
                 removed = await in_thread(self.reactor, self.store.remove_manifest, name, reference)
             else:

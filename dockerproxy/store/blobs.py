@@ -16,12 +16,12 @@ from dockerproxy.errors import DigestInvalid
 from dockerproxy.oci.names import Digest
 from dockerproxy.store.eviction import Entry
 from dockerproxy.store.files import Staging
-from dockerproxy.store.layout import Layout, digest_in
+from dockerproxy.store.layout import Layout, digest_from_names
 
 # Seconds. The last use is a file's mtime (atime is coarser where `relatime` is mounted, and gone under `noatime`);
 # eviction counts in days, so a blob read a thousand times a second needs no thousand inode updates.
 _TOUCH_INTERVAL = 60
-_SAMPLE_EVERY = 128 * 1024  # bytes: what Linux reads ahead by default
+_SAMPLE_INTERVAL = 128 * 1024  # bytes: what Linux reads ahead by default
 
 _PREFIX = re.compile(r"[0-9a-f]{2}")
 
@@ -48,8 +48,8 @@ class OpenBlob:
     def is_cached(self, offset: int, size: int) -> bool:
         """Say whether memory has these bytes, as samples tell: the kernel reads and drops them in larger parts."""
         sample = bytearray(1)
-        places = [*range(offset, offset + size, _SAMPLE_EVERY), offset + size - 1]
-        return all(fill_cached(self.fd, sample, place) for place in places)
+        positions = [*range(offset, offset + size, _SAMPLE_INTERVAL), offset + size - 1]
+        return all(fill_cached(self.fd, sample, position) for position in positions)
 
     def close(self) -> None:
         """Let go of the content; a second time does nothing."""
@@ -61,7 +61,7 @@ class OpenBlob:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self, exc_type: type[BaseException] | None, exc_value: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
 
@@ -129,16 +129,16 @@ class Blobs:
         """Say whether the content is here."""
         return self.size(digest) is not None
 
-    def publish(self, staged: str, digest: Digest) -> None:
+    def commit(self, staged_path: str, digest: Digest) -> None:
         """Give the file at `staged`, whose content was verified, its place. Blocks.
 
         It is gone from where it was, also where the content is here already. Raises `OSError`; the file then stays.
         """
-        fd = os.open(staged, os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(staged_path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             # One of another length is no content of this digest: damage, which ours mends.
             if self.touch(digest) == os.fstat(fd).st_size:
-                os.unlink(staged)
+                os.unlink(staged_path)
                 return
             now = self._clock()
             os.utime(fd, (now, now))
@@ -146,7 +146,7 @@ class Blobs:
         finally:
             os.close(fd)
         # Two who publish at once both get here: the second rename puts the same bytes over the first.
-        self._staging.move(staged, self._layout.blob(digest))
+        self._staging.move(staged_path, self._layout.blob(digest))
 
     def put(self, content: bytes, digest: Digest) -> None:
         """Keep a small content, a manifest. Blocks. Raise `DigestInvalid` where `digest` is not its digest."""
@@ -174,13 +174,13 @@ class Blobs:
                 status = os.stat(self._layout.blob(digest))
                 yield Entry(digest, status.st_size, status.st_mtime)
 
-    def digests(self, part: int = 0, parts: int = 1) -> Iterator[Digest]:
+    def digests(self, partition: int = 0, partitions: int = 1) -> Iterator[Digest]:
         """Yield the digests of what is here, as `walk` does, or one of `parts` of them. Blocks."""
         for algorithm in _names(self._layout.blobs):
             for prefix in _names(f"{self._layout.blobs}/{algorithm}"):
-                if _PREFIX.fullmatch(prefix) and int(prefix, 16) % parts == part:
+                if _PREFIX.fullmatch(prefix) and int(prefix, 16) % partitions == partition:
                     for encoded in _names(f"{self._layout.blobs}/{algorithm}/{prefix}"):
-                        digest = digest_in(algorithm, encoded)
+                        digest = digest_from_names(algorithm, encoded)
                         if digest is not None and encoded.startswith(prefix):
                             yield digest
 

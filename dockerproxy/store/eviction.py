@@ -9,12 +9,12 @@ from attrs import frozen
 from dockerproxy.oci.names import Digest
 
 # Freeing a little more than is needed makes room for the next blobs too, so that not each of them has to ask.
-_FILL = 0.95
+_LOW_WATERMARK = 0.95
 
-AT_ONCE = 500
+BATCH_SIZE = 500
 """So many are chosen at once, where that will do: choosing, and forgetting them, takes 1 to 2 ms."""
 
-Known = tuple[int, float]
+LRUEntry = tuple[int, float]
 """Of a content that is kept: its length in bytes, and when it was last read or written (POSIX time).
 
 A plain tuple, as `Entry` is not: the cyclic garbage collection, which stops all else, looks at those once only.
@@ -30,31 +30,33 @@ class Entry:
     last_used: float
 
 
-def unused(kept: Mapping[str, Known], keep: Container[str], since: float) -> Iterator[str]:
+def inactive_since(entries: Mapping[str, LRUEntry], pins: Container[str], since: float) -> Iterator[str]:
     """Yield what was not used since then, `AT_ONCE` at most; of `kept`, the least recently used come first."""
     count = 0
-    for text, (_, last_used) in kept.items():
-        if last_used >= since or count == AT_ONCE:
+    for key, (_, last_used) in entries.items():
+        if last_used >= since or count == BATCH_SIZE:
             return
-        if text not in keep:
+        if key not in pins:
             count += 1
-            yield text
+            yield key
 
 
-def oldest(kept: Mapping[str, Known], keep: Container[str], least: int, enough: int) -> Iterator[str]:
+def least_recently_used(
+    entries: Mapping[str, LRUEntry], pins: Container[str], minimum: int, target: int
+) -> Iterator[str]:
     """Yield, in their order, those that have `enough` bytes, or more than `AT_ONCE` only until they have the `least`.
 
     Nothing in `keep`.
     """
-    count = freed = 0
-    for text, (size, _) in kept.items():
-        if freed >= (enough if count < AT_ONCE else least):
+    count = freed_bytes = 0
+    for key, (size, _) in entries.items():
+        if freed_bytes >= (target if count < BATCH_SIZE else minimum):
             return
-        if text not in keep:
-            count, freed = count + 1, freed + size
-            yield text
+        if key not in pins:
+            count, freed_bytes = count + 1, freed_bytes + size
+            yield key
 
 
-def excess_of(total: int, limit: int) -> int:
+def excess_bytes(total: int, limit: int) -> int:
     """Return how many of `total` bytes are to go: none up to `limit`, above it those over 95 % of it."""
-    return total - int(limit * _FILL) if total > limit else 0
+    return total - int(limit * _LOW_WATERMARK) if total > limit else 0

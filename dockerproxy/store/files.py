@@ -32,15 +32,15 @@ class Staging:
     sync_names: bool = False
     private: bool = False
 
-    def empty(self) -> None:
+    def clear(self) -> None:
         """Drop what a crash left. For one process at start, before any other uses the directory."""
-        for name in _listed(self.directory):
-            drop(f"{self.directory}/{name}")
+        for name in list_names(self.directory):
+            try_remove(f"{self.directory}/{name}")
 
     def write(self, content: bytes, path: str) -> None:
         """Make `content` the file at `path`, in place of one that may be there."""
-        staged = self._name()
-        fd = self._create(staged)
+        staged_path = self._new_path()
+        fd = self._create(staged_path)
         try:
             try:
                 write_all(fd, [content], 0)
@@ -48,56 +48,56 @@ class Staging:
                     os.fdatasync(fd)
             finally:
                 os.close(fd)
-            self.move(staged, path)
+            self.move(staged_path, path)
         except BaseException:
             with suppress(OSError):
-                os.unlink(staged)
+                os.unlink(staged_path)
             raise
 
-    def move(self, staged: str, path: str) -> None:
+    def move(self, staged_path: str, path: str) -> None:
         """Rename `staged`, whose data is synced already where it has to be, to `path`."""
         parent = os.path.dirname(path)
         for _ in range(_ATTEMPTS):
             try:
-                os.rename(staged, path)
+                os.rename(staged_path, path)
                 break
             except FileNotFoundError:
-                if not os.path.exists(staged):
+                if not os.path.exists(staged_path):
                     raise
-                self.make_directory(parent)
+                self.makedirs(parent)
         else:
             raise FileNotFoundError(f"{parent} is removed as fast as it is made")
         if self.sync_names:
-            sync_directory(parent)
+            fsync_directory(parent)
 
-    def take_away(self, path: str) -> bool:
+    def remove_tree(self, path: str) -> bool:
         """Remove the directory at `path` with all it holds, in one step to every reader; say whether it was there."""
-        staged = self.set_aside(path)
-        if staged is None:
+        staged_path = self.move_aside(path)
+        if staged_path is None:
             return False
         try:
             if self.sync_names:
-                sync_directory(os.path.dirname(path))
+                fsync_directory(os.path.dirname(path))
         finally:
-            drop(staged)
+            try_remove(staged_path)
         return True
 
-    def set_aside(self, path: str) -> str | None:
+    def move_aside(self, path: str) -> str | None:
         """Rename what is at `path` to a new name here, and return that; None where there is nothing."""
-        staged = self._name()
+        staged_path = self._new_path()
         for _ in range(_ATTEMPTS):
             try:
-                os.rename(path, staged)
-                return staged
+                os.rename(path, staged_path)
+                return staged_path
             except NotADirectoryError:
                 return None
             except FileNotFoundError:
                 if os.path.isdir(self.directory):
                     return None
-                self.make_directory(self.directory)
+                self.makedirs(self.directory)
         raise FileNotFoundError(f"{self.directory} is removed as fast as it is made")
 
-    def make_directory(self, path: str) -> None:
+    def makedirs(self, path: str) -> None:
         """Make the directory at `path` and those above it that are missing."""
         mode = 0o700 if self.private else 0o777
         for _ in range(_ATTEMPTS):
@@ -107,41 +107,41 @@ class Staging:
             except FileExistsError:
                 return
             except FileNotFoundError:
-                self.make_directory(os.path.dirname(path))
+                self.makedirs(os.path.dirname(path))
         else:
             raise FileNotFoundError(f"{os.path.dirname(path)} is removed as fast as it is made")
         # Only who made a directory syncs the one above it. Journals keep the order of changes (ext4, XFS), so whoever
         # found it there and then syncs what is in it has this name on disk as well.
         if self.sync_names:
-            sync_directory(os.path.dirname(path))
+            fsync_directory(os.path.dirname(path))
 
-    def _name(self) -> str:
+    def _new_path(self) -> str:
         return f"{self.directory}/{secrets.token_hex(8)}"
 
-    def _create(self, staged: str) -> int:
+    def _create(self, path: str) -> int:
         mode = 0o600 if self.private else 0o666
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         try:
-            return os.open(staged, flags, mode)
+            return os.open(path, flags, mode)
         except FileNotFoundError:
-            self.make_directory(self.directory)
-            return os.open(staged, flags, mode)
+            self.makedirs(self.directory)
+            return os.open(path, flags, mode)
 
 
 def write_all(fd: int, chunks: Sequence[bytes], offset: int) -> int:
     """Write `chunks` at `offset`, however often the file system takes less than all; return their length."""
     start = offset
-    waiting: list[bytes | memoryview] = [chunk for chunk in chunks if chunk]
-    while waiting:
-        written = os.pwritev(fd, waiting[:_IOV_MAX], offset)
+    buffers: list[bytes | memoryview] = [chunk for chunk in chunks if chunk]
+    while buffers:
+        written = os.pwritev(fd, buffers[:_IOV_MAX], offset)
         offset += written
-        taken = 0
-        while taken < len(waiting) and written >= len(waiting[taken]):
-            written -= len(waiting[taken])
-            taken += 1
-        del waiting[:taken]
+        complete = 0
+        while complete < len(buffers) and written >= len(buffers[complete]):
+            written -= len(buffers[complete])
+            complete += 1
+        del buffers[:complete]
         if written:
-            waiting[0] = memoryview(waiting[0])[written:]
+            buffers[0] = memoryview(buffers[0])[written:]
     return offset - start
 
 
@@ -157,7 +157,7 @@ def read_small(path: str, limit: int) -> bytes | None:
         os.close(fd)
 
 
-def sync_directory(path: str) -> None:
+def fsync_directory(path: str) -> None:
     """Make sure that the names in the directory at `path`, if it is there, are on the disk. Blocks.
 
     On a file system that cannot sync directories (shared folders of virtual machines) nothing is done.
@@ -175,14 +175,14 @@ def sync_directory(path: str) -> None:
         os.close(fd)
 
 
-def _listed(directory: str) -> list[str]:
+def list_names(directory: str) -> list[str]:
     try:
         return os.listdir(directory)
     except FileNotFoundError:
         return []
 
 
-def drop(path: str) -> None:
+def try_remove(path: str) -> None:
     """Remove what is at `path`, a file or a directory with all it holds, if that can be. Blocks."""
     # What cannot be removed now is in nobody's way, and is tried again at the next start.
     try:

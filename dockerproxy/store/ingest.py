@@ -16,12 +16,12 @@ from attrs import define, frozen
 from dockerproxy.errors import DigestInvalid
 from dockerproxy.oci.names import Digest
 from dockerproxy.store.blobs import Blobs
-from dockerproxy.store.growing import GrowingFile
-from dockerproxy.store.layout import Layout, digest_in
+from dockerproxy.store.hashed_append_file import HashedAppendFile
+from dockerproxy.store.layout import Layout, digest_from_names
 
 
 @define(eq=False)
-class Ingest(GrowingFile):
+class Ingest(HashedAppendFile):
     """The one right to write a blob's ingest file. Ends with `publish`, `discard` or `release`.
 
     `size` is the number of bytes that are there. The caller `rehash`es those of an earlier run before it appends.
@@ -43,7 +43,7 @@ class Ingest(GrowingFile):
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 # Between open and lock the one who held it may have published or discarded the file.
-                if _names(path, fd):
+                if _is_same_file(path, fd):
                     return cls(os.fstat(fd).st_size, fd, digest.hasher(), digest, path)
             except BlockingIOError:
                 os.close(fd)
@@ -58,22 +58,22 @@ class Ingest(GrowingFile):
 
         Raises `OSError` (a full disk); then nothing of them is kept, and it may be tried again.
         """
-        self._check_hashed()
+        self._require_hashed()
         super().append(chunks)
 
     def verify(self) -> bool:
         """Say whether what is there is the whole blob, by its digest."""
-        self._check_hashed()
+        self._require_hashed()
         return self._hasher.hexdigest() == self.digest.hex
 
-    def publish(self, blobs: Blobs) -> None:
+    def commit(self, blobs: Blobs) -> None:
         """Make it a blob, and end. Blocks.
 
         Raise `DigestInvalid` where it is not whole, `OSError` where it cannot be done; the ingest is then as before.
         """
         if not self.verify():
             raise DigestInvalid(f"what was received is not the content of {self.digest}")
-        blobs.publish(self._path, self.digest)
+        blobs.commit(self._path, self.digest)
         self.release()
 
     def discard(self) -> None:
@@ -100,7 +100,7 @@ class Ingest(GrowingFile):
 
 
 @frozen
-class Followed:
+class ForeignIngest:
     """An ingest that another process writes, to be read along. Ends with `close`, or when it was `taken_over`."""
 
     digest: Digest
@@ -108,7 +108,7 @@ class Followed:
     _path: str
 
     @classmethod
-    def open(cls, layout: Layout, digest: Digest) -> Followed | None:
+    def open(cls, layout: Layout, digest: Digest) -> ForeignIngest | None:
         """Return the ingest of `digest` as it is, None where there is none (or no longer). Raises `OSError`."""
         path = layout.ingest(digest)
         try:
@@ -122,17 +122,17 @@ class Followed:
         return os.fstat(self.fd).st_size
 
     @property
-    def is_present(self) -> bool:
+    def in_progress(self) -> bool:
         """Whether it is still under way: not published, nor given up by a writer that was alive to do so."""
-        return _names(self._path, self.fd)
+        return _is_same_file(self._path, self.fd)
 
-    def taken_over(self) -> Ingest | None:
+    def try_take_over(self) -> Ingest | None:
         """Return the right to write, where whoever had it has gone without an end; what is there is to be rehashed."""
         try:
             fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return None
-        if not self.is_present:
+        if not self.in_progress:
             fcntl.flock(self.fd, fcntl.LOCK_UN)
             return None
         return Ingest(self.size, self.fd, self.digest.hasher(), self.digest, self._path)
@@ -144,18 +144,18 @@ class Followed:
 
 def stale_ingests(layout: Layout, older_than: float) -> list[Digest]:
     """Return the ingests last written before `older_than` (POSIX time), to be opened and discarded. Blocks."""
-    stale = []
+    digests = []
     try:
         names = os.listdir(layout.ingests)
     except FileNotFoundError:
         return []
     for name in names:
-        digest = digest_in(*name.split("-", 1)) if "-" in name else None
+        digest = digest_from_names(*name.split("-", 1)) if "-" in name else None
         if digest is not None:
             with suppress(FileNotFoundError):
                 if os.stat(layout.ingest(digest)).st_mtime < older_than:
-                    stale.append(digest)
-    return stale
+                    digests.append(digest)
+    return digests
 
 
 def _open_writable(path: str) -> int:
@@ -167,7 +167,7 @@ def _open_writable(path: str) -> int:
         return os.open(path, flags, 0o666)
 
 
-def _names(path: str, fd: int) -> bool:
+def _is_same_file(path: str, fd: int) -> bool:
     try:
         status = os.stat(path)
     except FileNotFoundError:

@@ -141,7 +141,7 @@ class Layout:
         return f"{self.revisions(repository)}/{digest.algorithm}/{digest.hex}"
 
 
-def digest_in(algorithm: str, encoded: str) -> Digest | None:
+def digest_from_names(algorithm: str, encoded: str) -> Digest | None:
     """Return the digest that two file names make, or None where they are somebody else's."""
     try:
         return Digest.parse(f"{algorithm}:{encoded}")

@@ -13,7 +13,7 @@ from attrs import define, field
 from dockerproxy.errors import DigestInvalid, NameInvalid
 from dockerproxy.oci.names import Digest, parse_tag
 from dockerproxy.store.files import Staging, read_small
-from dockerproxy.store.layout import Layout, digest_in
+from dockerproxy.store.layout import Layout, digest_from_names
 
 # The longest link is that of a sha512; what is longer than a media type can be (RFC 6838, section 4.2: 127 + 1 + 127)
 # is none.
@@ -38,7 +38,7 @@ class Links:
 
     def has_layer(self, repository: str, digest: Digest) -> bool:
         """Say whether the repository has this blob."""
-        return _is_link(self._layout.layer(repository, digest))
+        return _link_exists(self._layout.layer(repository, digest))
 
     def link_layer(self, repository: str, digest: Digest) -> None:
         """Let the repository have this blob."""
@@ -46,11 +46,11 @@ class Links:
 
     def unlink_layer(self, repository: str, digest: Digest) -> bool:
         """Take this blob from the repository, and say whether it had it."""
-        return self._staging.take_away(os.path.dirname(self._layout.layer(repository, digest)))
+        return self._staging.remove_tree(os.path.dirname(self._layout.layer(repository, digest)))
 
     def has_manifest(self, repository: str, digest: Digest) -> bool:
         """Say whether the repository has this manifest."""
-        return _is_link(self._layout.manifest(repository, digest))
+        return _link_exists(self._layout.manifest(repository, digest))
 
     def link_manifest(self, repository: str, digest: Digest, media_type: str) -> None:
         """Let the repository have this manifest, of the type that upstream or the pushing client said."""
@@ -60,11 +60,11 @@ class Links:
         self._link(self._layout.manifest(repository, digest), digest)
         # distribution's catalogue, and with it its garbage collector's mark phase, knows a repository by its `_layers`
         # (catalog.go, handleRepository): it would sweep the manifests of one that has none.
-        self._staging.make_directory(self._layout.layers(repository))
+        self._staging.makedirs(self._layout.layers(repository))
 
     def unlink_manifest(self, repository: str, digest: Digest) -> bool:
         """Take this manifest from the repository, and say whether it had it. Its tags are the caller's to remove."""
-        return self._staging.take_away(os.path.dirname(self._layout.manifest(repository, digest)))
+        return self._staging.remove_tree(os.path.dirname(self._layout.manifest(repository, digest)))
 
     def manifest_media_type(self, repository: str, digest: Digest) -> str | None:
         """Return the manifest's media type; None where it is not known (a tree that another registry wrote)."""
@@ -87,35 +87,35 @@ class Links:
 
     def remove_tag(self, repository: str, tag: str) -> bool:
         """Remove a tag, not what it means, and say whether it was there."""
-        there = self.tag(repository, tag) is not None
-        return self._staging.take_away(self._layout.tag(repository, tag)) and there
+        existed = self.tag(repository, tag) is not None
+        return self._staging.remove_tree(self._layout.tag(repository, tag)) and existed
 
     def tags(self, repository: str) -> list[str]:
         """Return the repository's tags in order. Blocks."""
-        found = _names(self._layout.tags(repository))
-        return sorted(tag for tag in found if _is_tag(tag) and _is_link(self._layout.tag_current(repository, tag)))
+        names = _names(self._layout.tags(repository))
+        return sorted(tag for tag in names if _is_tag(tag) and _link_exists(self._layout.tag_current(repository, tag)))
 
-    def each_tag(self, repository: str) -> Iterator[tuple[str, Digest | None]]:
+    def iter_tags(self, repository: str) -> Iterator[tuple[str, Digest | None]]:
         """Yield the repository's tags, in no order, with what each means: None where that cannot be read. Blocks."""
         for tag in filter(_is_tag, _names(self._layout.tags(repository))):
             content = read_small(self._layout.tag_current(repository, tag), _LINK_LIMIT)
             if content:
-                yield tag, _link_in(content)
+                yield tag, _parse_link(content)
 
     def layers(self, repository: str) -> Iterator[Digest]:
         """Yield the blobs that the repository has a link to, a torn one too, in no order. Blocks."""
-        yield from _digests(self._layout.layers(repository))
+        yield from _iter_digests(self._layout.layers(repository))
 
     def manifests(self, repository: str) -> Iterator[Digest]:
         """Yield the manifests that the repository has a link to, a torn one too, in no order. Blocks."""
-        yield from _digests(self._layout.revisions(repository))
+        yield from _iter_digests(self._layout.revisions(repository))
 
-    def forget(self, repository: str, digests: Container[str]) -> Iterator[None]:
+    def prune_tag_index(self, repository: str, digests: Container[str]) -> Iterator[None]:
         """Take from the memory of what tags meant once what is in `digests` (as text). Blocks, a moment a step."""
         for tag in filter(_is_tag, _names(self._layout.tags(repository))):
-            for digest in _digests(f"{self._layout.tag(repository, tag)}/index"):
+            for digest in _iter_digests(f"{self._layout.tag(repository, tag)}/index"):
                 if str(digest) in digests and self.tag(repository, tag) != digest:
-                    self._staging.take_away(os.path.dirname(self._layout.tag_index(repository, tag, digest)))
+                    self._staging.remove_tree(os.path.dirname(self._layout.tag_index(repository, tag, digest)))
                 yield None
 
     def prune(self, repository: str) -> Iterator[None]:
@@ -126,33 +126,40 @@ class Links:
         directory = self._layout.repository(repository)
         revisions, tags = self._layout.revisions(repository), self._layout.tags(repository)
         layers, referrers = self._layout.layers(repository), f"{directory}/_referrers"
-        for top in (revisions, tags, layers):
-            yield from _remove_empty_in(top)
+        for parent in (revisions, tags, layers):
+            yield from _remove_empty_children(parent)
         if any(_names(top) for top in (revisions, tags, layers)):
             return
         for algorithm in _names(referrers):
-            yield from _remove_empty_in(f"{referrers}/{algorithm}")
-            _remove_empty(f"{referrers}/{algorithm}")
-        for empty in (revisions, tags, f"{directory}/_manifests", layers, referrers, self._layout.uploads(repository)):
-            _remove_empty(empty)
+            yield from _remove_empty_children(f"{referrers}/{algorithm}")
+            _rmdir_if_empty(f"{referrers}/{algorithm}")
+        for candidate in (
+            revisions,
+            tags,
+            f"{directory}/_manifests",
+            layers,
+            referrers,
+            self._layout.uploads(repository),
+        ):
+            _rmdir_if_empty(candidate)
         if _names(revisions):
-            self._staging.make_directory(layers)
-        remove_empty(self._layout, directory)
+            self._staging.makedirs(layers)
+        remove_empty_directories(self._layout, directory)
 
     def repositories(self) -> Iterator[str]:
         """Yield the repositories that have, or had, a blob or manifest, in no order. Blocks."""
-        return repositories(self._layout, "_layers", "_manifests")
+        return iter_repositories(self._layout, "_layers", "_manifests")
 
     def _link(self, path: str, digest: Digest) -> None:
         if _read_link(path) != digest:
             self._staging.write(str(digest).encode(), path)
 
 
-def repositories(layout: Layout, *holding: str) -> Iterator[str]:
+def iter_repositories(layout: Layout, *subdirectories: str) -> Iterator[str]:
     """Yield the repositories that hold one of these directories, in no order. Blocks."""
-    waiting = [""]
-    while waiting:
-        parent = waiting.pop()
+    pending = [""]
+    while pending:
+        parent = pending.pop()
         for name in _names(f"{layout.repositories}/{parent}"):
             # `_uploads` and whatever else is no repository is no name of one either.
             repository = f"{parent}/{name}" if parent else name
@@ -160,18 +167,18 @@ def repositories(layout: Layout, *holding: str) -> Iterator[str]:
                 directory = layout.repository(repository)
             except NameInvalid:
                 continue
-            waiting.append(repository)
-            if any(os.path.isdir(f"{directory}/{part}") for part in holding):
+            pending.append(repository)
+            if any(os.path.isdir(f"{directory}/{subdirectory}") for subdirectory in subdirectories):
                 yield repository
 
 
-def remove_empty(layout: Layout, directory: str) -> None:
+def remove_empty_directories(layout: Layout, directory: str) -> None:
     """Remove `directory` if it is empty, and then those above it that are, as far as the repositories go. Blocks."""
-    while directory != layout.repositories and _remove_empty(directory):
+    while directory != layout.repositories and _rmdir_if_empty(directory):
         directory = os.path.dirname(directory)
 
 
-def _is_link(path: str) -> bool:
+def _link_exists(path: str) -> bool:
     # The path says what it holds; one look suffices to tell a whole one from one that a power cut left empty.
     try:
         return os.stat(path).st_size > 0
@@ -180,10 +187,10 @@ def _is_link(path: str) -> bool:
 
 
 def _read_link(path: str) -> Digest | None:
-    return _link_in(read_small(path, _LINK_LIMIT) or b"")
+    return _parse_link(read_small(path, _LINK_LIMIT) or b"")
 
 
-def _link_in(content: bytes) -> Digest | None:
+def _parse_link(content: bytes) -> Digest | None:
     try:
         return Digest.parse(content.decode("ascii").strip())
     except (DigestInvalid, UnicodeDecodeError):
@@ -205,22 +212,22 @@ def _names(directory: str) -> list[str]:
         return []
 
 
-def _digests(directory: str) -> Iterator[Digest]:
+def _iter_digests(directory: str) -> Iterator[Digest]:
     """Yield the digests that the names below a directory, ``ALG/HEX``, make."""
     for algorithm in _names(directory):
         for encoded in _names(f"{directory}/{algorithm}"):
-            digest = digest_in(algorithm, encoded)
+            digest = digest_from_names(algorithm, encoded)
             if digest is not None:
                 yield digest
 
 
-def _remove_empty_in(directory: str) -> Iterator[None]:
+def _remove_empty_children(directory: str) -> Iterator[None]:
     for name in _names(directory):
-        _remove_empty(f"{directory}/{name}")
+        _rmdir_if_empty(f"{directory}/{name}")
         yield None
 
 
-def _remove_empty(directory: str) -> bool:
+def _rmdir_if_empty(directory: str) -> bool:
     try:
         os.rmdir(directory)
     except OSError:

@@ -16,14 +16,14 @@ from attrs import define, field, frozen
 
 from dockerproxy.store.files import Staging
 
-_REMEMBERED = 10_000
-_LONGEST_COMPONENT = 120
+_MAX_CACHED = 10_000
+_MAX_COMPONENT = 120
 
 _Signature = tuple[int, int, int, int]
 
 
 @frozen(slots=True)
-class _Read:
+class _CachedRecord:
     """What a file held when it had this signature; no signature: there was no file."""
 
     path: str
@@ -40,9 +40,9 @@ class Records:
     """
 
     root: Path
-    remembered: int = _REMEMBERED
+    max_cached: int = _MAX_CACHED
     _staging: Staging = field(init=False)
-    _reads: OrderedDict[tuple[str, ...], _Read] = field(factory=OrderedDict, init=False)
+    _cache: OrderedDict[tuple[str, ...], _CachedRecord] = field(factory=OrderedDict, init=False)
     _lock: threading.Lock = field(factory=threading.Lock, init=False)
 
     @_staging.default
@@ -50,24 +50,24 @@ class Records:
         # No sync: what a power cut loses or tears is asked for again.
         return Staging(f"{self.root}/~staging", private=True)
 
-    def empty_staging(self) -> None:
+    def clear_staging(self) -> None:
         """Drop what a crash left. For one process at start, before any other uses the directory."""
-        self._staging.empty()
+        self._staging.clear()
 
     def get(self, *key: str) -> Mapping[str, Any] | None:
         """Return the document, None where there is none that can be read. It is shared: nobody changes it."""
         with self._lock:
-            read = self._reads.get(key)
-        path = self._path(key) if read is None else read.path
+            record = self._cache.get(key)
+        path = self._path(key) if record is None else record.path
         signature = _signature(path)
-        if read is None or read.signature != signature:
-            read = _Read(path, None, None) if signature is None else _load(path, key)
+        if record is None or record.signature != signature:
+            record = _CachedRecord(path, None, None) if signature is None else _load(path, key)
         with self._lock:
-            self._reads[key] = read
-            self._reads.move_to_end(key)
-            if len(self._reads) > self.remembered:
-                self._reads.popitem(last=False)
-        return read.value
+            self._cache[key] = record
+            self._cache.move_to_end(key)
+            if len(self._cache) > self.max_cached:
+                self._cache.popitem(last=False)
+        return record.value
 
     def put(self, value: Mapping[str, Any], *key: str) -> None:
         """Keep `value`, which JSON can hold, in place of what was kept. Blocks."""
@@ -91,7 +91,7 @@ class Records:
 def _escape(component: str) -> str:
     """Return a file name for any text, a different one for each, readable where the text is short."""
     text = quote(component, safe=":@", errors="surrogatepass").replace("~", "%7E")
-    if len(text) > _LONGEST_COMPONENT:
+    if len(text) > _MAX_COMPONENT:
         return "~" + hashlib.sha256(component.encode("utf-8", "surrogatepass")).hexdigest()
     return "%2E" + text[1:] if text.startswith(".") else text or "~"
 
@@ -108,14 +108,14 @@ def _signature_of(status: os.stat_result) -> _Signature:
     return status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino
 
 
-def _load(path: str, key: tuple[str, ...]) -> _Read:
+def _load(path: str, key: tuple[str, ...]) -> _CachedRecord:
     try:
         with open(path, "rb") as file:
             signature = _signature_of(os.fstat(file.fileno()))
             content = file.read()
     except (FileNotFoundError, NotADirectoryError):
-        return _Read(path, None, None)
-    return _Read(path, signature, _parse(content, key))
+        return _CachedRecord(path, None, None)
+    return _CachedRecord(path, signature, _parse(content, key))
 
 
 def _parse(content: bytes, key: tuple[str, ...]) -> Mapping[str, Any] | None:

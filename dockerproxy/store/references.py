@@ -20,27 +20,27 @@ class References:
     They may be blobs too: BuildKit's cache is an index of blobs.
     """
 
-    contents: frozenset[Digest] = frozenset()
+    objects: frozenset[Digest] = frozenset()
     manifests: tuple[Digest, ...] = ()
     subject: Digest | None = None
 
 
-def references_in(content: bytes, media_type: str | None) -> References:
+def extract_references(content: bytes, media_type: str | None) -> References:
     """Return what a manifest refers to, or raise `ManifestInvalid`.
 
     In one of a type that is not known, and that may be no JSON, every digest is taken for a reference.
     """
-    told = (media_type or media_type_of(content)).lower()
+    effective_type = (media_type or media_type_of(content)).lower()
     try:
-        manifest = parse_manifest(content, told)
+        manifest = parse_manifest(content, effective_type)
     except ManifestInvalid:
-        if told in KNOWN_TYPES:
+        if effective_type in KNOWN_TYPES:
             raise
-        manifest = Manifest(told)
+        manifest = Manifest(effective_type)
     subject = None if manifest.subject is None else manifest.subject.digest
-    if told not in KNOWN_TYPES:
-        written = dict.fromkeys(Digest.parse(match.decode()) for match in _DIGEST.findall(content))
-        return References(frozenset(written) - {subject}, tuple(written), subject)
+    if effective_type not in KNOWN_TYPES:
+        digests = dict.fromkeys(Digest.parse(match.decode()) for match in _DIGEST.findall(content))
+        return References(frozenset(digests) - {subject}, tuple(digests), subject)
     children = tuple(child.digest for child in manifest.manifests)
-    described = manifest.layers if manifest.config is None else (manifest.config, *manifest.layers)
-    return References(frozenset((*children, *(blob.digest for blob in described))), children, subject)
+    descriptors = manifest.layers if manifest.config is None else (manifest.config, *manifest.layers)
+    return References(frozenset((*children, *(blob.digest for blob in descriptors))), children, subject)

@@ -19,10 +19,10 @@ from dockerproxy.oci.names import ALGORITHMS, Digest
 from dockerproxy.oci.referrers import Referrer, referrer
 from dockerproxy.store.blobs import Blobs
 from dockerproxy.store.files import Staging, read_small
-from dockerproxy.store.layout import Layout, digest_in
+from dockerproxy.store.layout import Layout, digest_from_names
 from dockerproxy.store.links import Links
 
-_NOTHING = b"-"
+_NO_SUBJECT = b"-"
 
 _Signature = tuple[tuple[int, int], ...]
 
@@ -37,24 +37,24 @@ class Referrers:
     _layout: Layout
     _blobs: Blobs
     _links: Links
-    _complete: dict[str, _Signature] = field(factory=dict, init=False)
+    _complete_signatures: dict[str, _Signature] = field(factory=dict, init=False)
     _staging: Staging = field(init=False)
 
     @_staging.default
     def _make_staging(self) -> Staging:
         return Staging(self._layout.staging, sync_data=True, sync_names=True)
 
-    def note(self, repository: str, digest: Digest, found: Referrer | None) -> None:
+    def record(self, repository: str, digest: Digest, referrer: Referrer | None) -> None:
         """Note what manifest `digest` refers to, before the repository has it."""
-        if found is not None:
-            content = json.dumps(found.descriptor, separators=(",", ":"), ensure_ascii=False)
-            path = self._layout.referrer(repository, found.subject, digest)
+        if referrer is not None:
+            content = json.dumps(referrer.descriptor, separators=(",", ":"), ensure_ascii=False)
+            path = self._layout.referrer(repository, referrer.subject, digest)
             self._staging.write(content.encode("utf-8", "surrogatepass"), path)
-        noted = _NOTHING if found is None else str(found.subject).encode()
-        if read_small(self._layout.subject(repository, digest), 256) != noted:
-            self._staging.write(noted, self._layout.subject(repository, digest))
+        subject_text = _NO_SUBJECT if referrer is None else str(referrer.subject).encode()
+        if read_small(self._layout.subject(repository, digest), 256) != subject_text:
+            self._staging.write(subject_text, self._layout.subject(repository, digest))
 
-    def forget(self, repository: str, digest: Digest, subject: Digest | None) -> None:
+    def remove(self, repository: str, digest: Digest, subject: Digest | None) -> None:
         """Take a manifest that the repository had, and that referred to `subject`, from the list of that."""
         if subject is not None:
             with suppress(FileNotFoundError, NotADirectoryError):
@@ -64,7 +64,7 @@ class Referrers:
         """Return what manifest `digest` is noted to refer to."""
         content = read_small(self._layout.subject(repository, digest), 256) or b""
         algorithm, _, encoded = content.decode("ascii", "replace").partition(":")
-        return digest_in(algorithm, encoded)
+        return digest_from_names(algorithm, encoded)
 
     def list(self, repository: str, subject: Digest, after: str | None) -> Iterator[tuple[str, bytes]]:
         """Yield the descriptors of what refers to `subject`, as JSON, each with its name in this list's order.
@@ -77,7 +77,7 @@ class Referrers:
         except (FileNotFoundError, NotADirectoryError):
             return
         for name in names:
-            digest = digest_in(*name.split("-", 1)) if "-" in name else None
+            digest = digest_from_names(*name.split("-", 1)) if "-" in name else None
             if (
                 digest is None
                 or (after is not None and name <= after)
@@ -90,29 +90,29 @@ class Referrers:
 
     def is_complete(self, repository: str) -> bool:
         """Say whether every manifest of the repository is known to be noted."""
-        return self._complete.get(repository) == self.signature(repository)
+        return self._complete_signatures.get(repository) == self.signature(repository)
 
-    def complete(self, repository: str) -> None:
+    def index_missing(self, repository: str) -> None:
         """Note the manifests that others brought into the repository."""
         signature = self.signature(repository)
         for digest in self._links.manifests(repository):
             if not read_small(self._layout.subject(repository, digest), 1) and self._links.has_manifest(
                 repository, digest
             ):
-                self.note(repository, digest, self._read(repository, digest))
-        self._complete[repository] = signature
+                self.record(repository, digest, self._read_referrer(repository, digest))
+        self._complete_signatures[repository] = signature
 
-    def wrote(self, repository: str, before: _Signature) -> None:
+    def record_change(self, repository: str, old_signature: _Signature) -> None:
         """Say that one noted manifest was linked or removed since `before`, and nothing else changed by our hand."""
-        if self._complete.get(repository) == before:
-            self._complete[repository] = self.signature(repository)
+        if self._complete_signatures.get(repository) == old_signature:
+            self._complete_signatures[repository] = self.signature(repository)
 
     def signature(self, repository: str) -> _Signature:
         """Return what changes when the repository gets or loses a manifest."""
         revisions = self._layout.revisions(repository)
         return tuple(_directory_signature(f"{revisions}/{algorithm}") for algorithm in ALGORITHMS)
 
-    def _read(self, repository: str, digest: Digest) -> Referrer | None:
+    def _read_referrer(self, repository: str, digest: Digest) -> Referrer | None:
         blob = self._blobs.open(digest)
         if blob is None:
             return None

@@ -9,7 +9,7 @@ from pathlib import Path
 _LENGTH = 32
 
 
-def kept_secret(path: Path) -> bytes:
+def load_or_create_secret(path: Path) -> bytes:
     """Return the secret kept at `path` (mode 0600), made on first use. Raises OSError. Blocks."""
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -23,5 +23,5 @@ def kept_secret(path: Path) -> bytes:
     # A crash between creating and writing: nothing was signed with it yet.
     if len(secret) < _LENGTH:
         path.unlink()
-        return kept_secret(path)
+        return load_or_create_secret(path)
     return secret

@@ -25,38 +25,38 @@ from typing import Any
 from attrs import define, evolve, field, frozen
 
 from dockerproxy.oci.names import Digest
-from dockerproxy.store.hosting import HostedStore
-from dockerproxy.store.removal import Removal, Verdict
-from dockerproxy.store.slices import Slices, Watch
-from dockerproxy.store.survey import Survey, Text, emptying
+from dockerproxy.store.cooperative import CooperativeThread, Progress
+from dockerproxy.store.hosted_store import HostedStore
+from dockerproxy.store.mark import DigestText, Mark, clear_incrementally
+from dockerproxy.store.safe_delete import DeleteOutcome, SafeDelete
 
-GRACE = 3600.0
+GRACE_PERIOD = 3600.0
 """Seconds for which a content is safe after its last use: a push may count on it."""
 
-SHORTEST_GRACE = 120.0
+MIN_GRACE_PERIOD = 120.0
 """Seconds. The date of the last use is up to 60 s behind (`Blobs.touch`)."""
 
-_PART = 32
+_MANIFEST_BATCH = 32
 """So many manifests go in one step at most. An image for all platforms, with its signatures, has fewer."""
 
-_LANES = 2
+_THREADS = 2
 """Threads in which links and contents are taken away. Each of these frees blocks, for which some disks let wait (0.1 to
 0.4 ms on ext4 without a journal that is mounted with `discard`): two threads get twice as much done."""
 
-_LONGER = 5
+_SLICE_FACTOR = 5
 """The slices of these are so much longer than those of the mark phase: they hardly compute in Python, and what the
 system does for them lets go of the interpreter."""
 
-_SOME = 200  # names looked at in one step
+_YIELD_EVERY = 200  # names looked at in one step
 _MAX_PROBLEMS = 1000
 
 
-class SweepUnderWay(Exception):
+class SweepInProgress(Exception):
     """There is a collection already."""
 
 
 @frozen
-class Removed:
+class RemovedItem:
     """Something that went (or would go): a ``manifest`` or ``link`` of a repository, or a ``blob`` of `size` bytes."""
 
     kind: str
@@ -65,11 +65,11 @@ class Removed:
     size: int = 0
 
 
-Judged = tuple[Verdict, Removed]
+DeleteResult = tuple[DeleteOutcome, RemovedItem]
 
 
 @frozen
-class Swept:
+class SweepResult:
     """What a collection did, or with `dry_run` would do.
 
     Of what nothing needs, `recent_manifests` (with what they need) and `recent` other blobs stayed, being used
@@ -98,142 +98,146 @@ class Sweeper:
 
     _reactor: Any
     _store: HostedStore
-    _slices: Slices = field(kw_only=True)
+    _thread: CooperativeThread = field(kw_only=True)
     _clock: Callable[[], float] = field(default=time.time, kw_only=True)
-    _under_way: bool = field(default=False, init=False)
+    _running: bool = field(default=False, init=False)
 
-    @_slices.default
-    def _make_slices(self) -> Slices:
-        return Slices(self._reactor)
+    @_thread.default
+    def _make_thread(self) -> CooperativeThread:
+        return CooperativeThread(self._reactor)
 
     async def sweep(
         self,
         *,
         delete_untagged: bool = False,
         dry_run: bool = False,
-        grace: float = GRACE,
-        watch: Watch[Removed] | None = None,
-    ) -> Swept:
+        grace: float = GRACE_PERIOD,
+        progress: Progress[RemovedItem] | None = None,
+    ) -> SweepResult:
         """Collect. It may be cancelled at any time, and what went by then is gone.
 
         Raise `SweepUnderWay`, ValueError for a grace period that is too short, OSError.
         """
-        if grace < SHORTEST_GRACE:
-            raise ValueError(f"a grace period has {SHORTEST_GRACE:g} seconds at least")
-        if self._under_way:
-            raise SweepUnderWay
-        self._under_way = True
+        if grace < MIN_GRACE_PERIOD:
+            raise ValueError(f"a grace period has {MIN_GRACE_PERIOD:g} seconds at least")
+        if self._running:
+            raise SweepInProgress
+        self._running = True
         try:
             cutoff = self._clock() - grace
-            survey = Survey(self._store.layout, self._store.links, cutoff, delete_untagged)
-            removal = Removal(self._store.layout, cutoff, dry_run)
-            run = _Run(self._store, survey, removal, watch or Watch(), self._slices)
+            mark = Mark(self._store.layout, self._store.links, cutoff, delete_untagged)
+            safe_delete = SafeDelete(self._store.layout, cutoff, dry_run)
+            run = _SweepRun(self._store, mark, safe_delete, progress or Progress(), self._thread)
             return await run.collect()
         finally:
-            self._under_way = False
+            self._running = False
 
 
 @define
-class _Run:
+class _SweepRun:
     """One collection."""
 
     _store: HostedStore
-    _survey: Survey
-    _removal: Removal
-    _watch: Watch[Removed]
-    _slices: Slices
+    _mark: Mark
+    _safe_delete: SafeDelete
+    _progress: Progress[RemovedItem]
+    _thread: CooperativeThread
     _counts: Counter[str] = field(factory=Counter, init=False)
-    _looked_at: list[int] = field(factory=lambda: [0] * _LANES, init=False)  # contents
-    _gone: dict[str, dict[Text, Text | None]] = field(factory=dict, init=False)  # with their subjects
+    _scan_counts: list[int] = field(factory=lambda: [0] * _THREADS, init=False)  # contents
+    _deleted_manifests: dict[str, dict[DigestText, DigestText | None]] = field(
+        factory=dict, init=False
+    )  # with their subjects
 
-    async def collect(self) -> Swept:
-        survey, watch, run = self._survey, self._watch, self._slices.run
-        beside = evolve(self._slices, length=self._slices.length * _LONGER).run_beside
-        await run(survey.steps(), after_slice=watch.of("mark", lambda: survey.manifests))
-        told = watch.of("sweep", lambda: sum(self._looked_at))
-        await run(self._manifests(), self._note, after_slice=told)
-        await beside([self._layers() for _ in range(_LANES)], self._note, after_slice=told)
+    async def collect(self) -> SweepResult:
+        mark, progress, run = self._mark, self._progress, self._thread.run
+        run_parallel = evolve(self._thread, length=self._thread.slice_length * _SLICE_FACTOR).run_parallel
+        await run(mark.steps(), after_slice=progress.reporter("mark", lambda: mark.manifest_count))
+        report = progress.reporter("sweep", lambda: sum(self._scan_counts))
+        await run(self._sweep_manifests(), self._record, after_slice=report)
+        await run_parallel([self._sweep_links() for _ in range(_THREADS)], self._record, after_slice=report)
         # What is linked is there, after a power cut too: the links are gone from the disk before the first blob is.
-        await run(self._removal.sync())
-        if not self._removal.dry_run:
-            await self._tidy()
-        await beside([self._contents(lane) for lane in range(_LANES)], self._note, after_slice=told)
-        needed = len(survey.needed)
-        await run(emptying(survey.needed))
-        return Swept(
-            self._removal.dry_run,
+        await run(self._safe_delete.sync())
+        if not self._safe_delete.dry_run:
+            await self._clean_up()
+        await run_parallel(
+            [self._sweep_blobs(partition) for partition in range(_THREADS)], self._record, after_slice=report
+        )
+        reachable_count = len(mark.reachable)
+        await run(clear_incrementally(mark.reachable))
+        return SweepResult(
+            self._safe_delete.dry_run,
             **self._counts,
-            repositories=len(survey.repositories),
-            needed=needed,
-            recent_manifests=survey.recent,
-            problems=tuple(map(str, survey.problems[:_MAX_PROBLEMS])),
+            repositories=len(mark.repositories),
+            needed=reachable_count,
+            recent_manifests=mark.recent_count,
+            problems=tuple(map(str, mark.problems[:_MAX_PROBLEMS])),
         )
 
-    async def _tidy(self) -> None:
+    async def _clean_up(self) -> None:
         """Remove what was noted of the manifests that went, and the directories of repositories that have nothing."""
-        for repository in self._survey.repositories:
-            turn = partial(self._store.turns.hold, repository)
-            await self._slices.run(self._tidy_repository(repository), turn=turn)
+        for repository in self._mark.repositories:
+            lock = partial(self._store.locks.hold, repository)
+            await self._thread.run(self._clean_up_repository(repository), lock=lock)
 
-    def _note(self, judged: Judged) -> None:
-        verdict, thing = judged
+    def _record(self, result: DeleteResult) -> None:
+        outcome, item = result
         counts = self._counts
-        if verdict is Verdict.GONE:
-            counts[f"{thing.kind}s"] += 1
-            counts["bytes"] += thing.size
-            self._watch.found(thing)
+        if outcome is DeleteOutcome.DELETED:
+            counts[f"{item.kind}s"] += 1
+            counts["bytes"] += item.size
+            self._progress.emit(item)
         else:
-            spared = "foreign" if verdict is Verdict.FOREIGN else "recent"
-            counts[spared] += 1
-            counts[f"{spared}_bytes"] += thing.size
+            category = "foreign" if outcome is DeleteOutcome.NOT_OWNED else "recent"
+            counts[category] += 1
+            counts[f"{category}_bytes"] += item.size
 
     # in a thread
 
-    def _tidy_repository(self, repository: str) -> Iterator[None]:
-        store, gone = self._store, self._gone.get(repository, {})
-        for text, subject_text in gone.items():
+    def _clean_up_repository(self, repository: str) -> Iterator[None]:
+        store, subjects = self._store, self._deleted_manifests.get(repository, {})
+        for text, subject_text in subjects.items():
             digest = Digest.parse(text)
             if subject_text is not None and not store.links.has_manifest(repository, digest):
                 subject = Digest.parse(subject_text)
-                store.referrers.forget(repository, digest, subject)
+                store.referrers.remove(repository, digest, subject)
                 with suppress(OSError):
                     os.rmdir(store.layout.referrers(repository, subject))
             yield None
-        if gone:
-            yield from store.links.forget(repository, gone)
+        if subjects:
+            yield from store.links.prune_tag_index(repository, subjects)
         yield from store.links.prune(repository)
 
-    def _manifests(self) -> Iterator[Judged | None]:
-        for repository, idle in self._survey.idle.items():
-            for group in idle.groups:
-                for start in range(0, len(group), _PART):
-                    part = group[start : start + _PART]
-                    verdict = self._removal.manifests(repository, list(map(Digest.parse, part)))
-                    if verdict is not Verdict.GONE:
-                        if verdict is Verdict.FOREIGN:
-                            yield verdict, Removed("manifest", Digest.parse(part[0]), repository)
-                        yield from self._survey.keep(idle, group[start:])
+    def _sweep_manifests(self) -> Iterator[DeleteResult | None]:
+        for repository, unreferenced in self._mark.unreferenced.items():
+            for group in unreferenced.groups:
+                for start in range(0, len(group), _MANIFEST_BATCH):
+                    batch = group[start : start + _MANIFEST_BATCH]
+                    outcome = self._safe_delete.unlink_manifests(repository, list(map(Digest.parse, batch)))
+                    if outcome is not DeleteOutcome.DELETED:
+                        if outcome is DeleteOutcome.NOT_OWNED:
+                            yield outcome, RemovedItem("manifest", Digest.parse(batch[0]), repository)
+                        yield from self._mark.retain(unreferenced, group[start:])
                         break
-                    gone = self._gone.setdefault(repository, {})
-                    for text in part:
-                        gone[text] = idle.needs[text][2]
-                        yield verdict, Removed("manifest", Digest.parse(text), repository)
+                    subjects = self._deleted_manifests.setdefault(repository, {})
+                    for text in batch:
+                        subjects[text] = unreferenced.refs[text][2]
+                        yield outcome, RemovedItem("manifest", Digest.parse(text), repository)
 
-    def _layers(self) -> Iterator[Judged | None]:
-        for repository, idle in self._survey.idle.items():
+    def _sweep_links(self) -> Iterator[DeleteResult | None]:
+        for repository, unreferenced in self._mark.unreferenced.items():
             while True:
                 try:
-                    digest = Digest.parse(idle.layers.pop())
+                    digest = Digest.parse(unreferenced.layers.pop())
                 except KeyError:
                     break  # this lane, or the other, had the last one
-                verdict = self._removal.layer(repository, digest)
-                yield (verdict, Removed("link", digest, repository)) if verdict is Verdict.GONE else None
+                outcome = self._safe_delete.unlink_layer(repository, digest)
+                yield (outcome, RemovedItem("link", digest, repository)) if outcome is DeleteOutcome.DELETED else None
 
-    def _contents(self, lane: int) -> Iterator[Judged | None]:
-        for digest in self._store.blobs.digests(lane, _LANES):
-            self._looked_at[lane] += 1
-            if str(digest) not in self._survey.needed:
-                verdict, size = self._removal.blob(digest)
-                yield verdict, Removed("blob", digest, size=size)
-            elif self._looked_at[lane] % _SOME == 0:
+    def _sweep_blobs(self, partition: int) -> Iterator[DeleteResult | None]:
+        for digest in self._store.blobs.digests(partition, _THREADS):
+            self._scan_counts[partition] += 1
+            if str(digest) not in self._mark.reachable:
+                outcome, size = self._safe_delete.delete_blob(digest)
+                yield outcome, RemovedItem("blob", digest, size=size)
+            elif self._scan_counts[partition] % _YIELD_EVERY == 0:
                 yield None

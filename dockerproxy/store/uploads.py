@@ -23,20 +23,20 @@ from attrs import define, field
 from dockerproxy.errors import BlobUploadBusy, BlobUploadUnknown
 from dockerproxy.oci.names import Digest
 from dockerproxy.store.blobs import Blobs
-from dockerproxy.store.growing import GrowingFile
+from dockerproxy.store.hashed_append_file import HashedAppendFile
 from dockerproxy.store.layout import Layout
-from dockerproxy.store.links import remove_empty, repositories
+from dockerproxy.store.links import iter_repositories, remove_empty_directories
 
 if TYPE_CHECKING:
     from hashlib import _Hash
 
-_SESSION = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
-_REMEMBERED = 1000  # sessions between two of their requests whose hash is kept; the others are hashed again at the end
+_SESSION_ID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+_MAX_HASHERS = 1000  # sessions between two of their requests whose hash is kept; the others are hashed again at the end
 _ATTEMPTS = 8  # a repository's directory may be removed, being empty, as it is made
 
 
 @define(eq=False)
-class Upload(GrowingFile):
+class Upload(HashedAppendFile):
     """The one right to write to a session. Ends with `publish`, `cancel` or `Uploads.suspend`."""
 
     session: str
@@ -46,11 +46,11 @@ class Upload(GrowingFile):
         """Drop what is behind the first `size` bytes. Blocks. Raises `OSError`."""
         os.ftruncate(self._fd, size)
         self.size = size
-        self.hashed = -1  # a hash cannot be taken back
+        self.hashed_size = -1  # a hash cannot be taken back
 
     def is_hashed(self, algorithm: str) -> bool:
         """Say whether `verify` for a digest of this algorithm has nothing left to read."""
-        return self.hashed == self.size and self._hasher.name == algorithm
+        return self.hashed_size == self.size and self._hasher.name == algorithm
 
     def verify(self, digest: Digest) -> bool:
         """Say whether what arrived is the content of `digest`. Blocks unless `is_hashed`. Raises `OSError`."""
@@ -58,12 +58,12 @@ class Upload(GrowingFile):
             self.rehash(digest.algorithm)
         return self._hasher.hexdigest() == digest.hex
 
-    def publish(self, blobs: Blobs, digest: Digest) -> None:
+    def commit(self, blobs: Blobs, digest: Digest) -> None:
         """Make it the blob `digest`, for which it was verified, and end. Blocks.
 
         Raises `OSError`; the session is then as before.
         """
-        blobs.publish(f"{self._directory}/data", digest)
+        blobs.commit(f"{self._directory}/data", digest)
         self.cancel()
 
     def cancel(self) -> None:
@@ -96,12 +96,12 @@ class Uploads:
         session = str(uuid.uuid4())
         directory = self._directory(repository, session)
         try:
-            _make(directory)
-            began = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self._clock()))
+            _makedirs(directory)
+            started_at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self._clock()))
             with open(f"{directory}/startedat", "x", encoding="ascii") as file:
-                file.write(began)
+                file.write(started_at)
             os.close(os.open(f"{directory}/data", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
-            return self._take(session, directory, hashlib.new(algorithm))
+            return self._acquire(session, directory, hashlib.new(algorithm))
         except BaseException:
             shutil.rmtree(directory, ignore_errors=True)
             raise
@@ -109,18 +109,18 @@ class Uploads:
     def resume(self, repository: str, session: str) -> Upload:
         """Return the right to go on with a session; raise `BlobUploadUnknown`, or `BlobUploadBusy`."""
         directory = self._directory(repository, session)
-        hasher, hashed = self._hashers.get(session) or (hashlib.sha256(), 0)
-        upload = self._take(session, directory, hasher)
+        hasher, hashed_size = self._hashers.get(session) or (hashlib.sha256(), 0)
+        upload = self._acquire(session, directory, hasher)
         self._hashers.pop(session, None)
         # Another process may have gone on with it: what is hashed is the start of what is there all the same.
-        upload.hashed = hashed if hashed <= upload.size else -1
+        upload.hashed_size = hashed_size if hashed_size <= upload.size else -1
         return upload
 
     def suspend(self, upload: Upload) -> None:
         """Leave a session to be gone on with; nothing where it has ended."""
         if upload._fd >= 0:
-            self._hashers[upload.session] = (upload._close(), upload.hashed)
-            if len(self._hashers) > _REMEMBERED:
+            self._hashers[upload.session] = (upload._close(), upload.hashed_size)
+            if len(self._hashers) > _MAX_HASHERS:
                 self._hashers.popitem(last=False)
 
     def size(self, repository: str, session: str) -> int:
@@ -128,7 +128,7 @@ class Uploads:
         try:
             return os.stat(f"{self._directory(repository, session)}/data").st_size
         except (FileNotFoundError, NotADirectoryError):
-            raise _unknown() from None
+            raise _unknown_upload() from None
 
     def purge(self, before: float) -> int:
         """Remove the sessions that nobody touched since `before` (POSIX time); return how many. Blocks.
@@ -136,20 +136,20 @@ class Uploads:
         Of a repository to which nothing else ever came, nothing is left.
         """
         count = 0
-        for repository in repositories(self._layout, "_uploads"):
+        for repository in iter_repositories(self._layout, "_uploads"):
             directory = self._layout.uploads(repository)
             for session in _listed(directory):
-                if _SESSION.fullmatch(session):
-                    count += self._purge(f"{directory}/{session}", session, before)
-            remove_empty(self._layout, directory)
+                if _SESSION_ID.fullmatch(session):
+                    count += self._purge_session(f"{directory}/{session}", session, before)
+            remove_empty_directories(self._layout, directory)
         return count
 
-    def _purge(self, directory: str, session: str, before: float) -> bool:
-        names = (directory, f"{directory}/data", f"{directory}/startedat")
-        if max(map(_changed, names)) >= before:
+    def _purge_session(self, directory: str, session: str, before: float) -> bool:
+        paths = (directory, f"{directory}/data", f"{directory}/startedat")
+        if max(map(_mtime, paths)) >= before:
             return False
         try:
-            self._take(session, directory, hashlib.sha256()).cancel()
+            self._acquire(session, directory, hashlib.sha256()).cancel()
         except BlobUploadBusy:
             return False
         except BlobUploadUnknown:  # a crash between publishing its data and removing it
@@ -157,22 +157,22 @@ class Uploads:
         return True
 
     def _directory(self, repository: str, session: str) -> str:
-        if not _SESSION.fullmatch(session):
-            raise _unknown()
+        if not _SESSION_ID.fullmatch(session):
+            raise _unknown_upload()
         return f"{self._layout.uploads(repository)}/{session}"
 
-    def _take(self, session: str, directory: str, hasher: _Hash) -> Upload:
+    def _acquire(self, session: str, directory: str, hasher: _Hash) -> Upload:
         path = f"{directory}/data"
         try:
             fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         except (FileNotFoundError, NotADirectoryError):
-            raise _unknown() from None
+            raise _unknown_upload() from None
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             status = os.fstat(fd)
             # Between open and lock the one who held it may have published or cancelled.
-            if _identity(path) != (status.st_dev, status.st_ino):
-                raise _unknown()
+            if _file_id(path) != (status.st_dev, status.st_ino):
+                raise _unknown_upload()
             return Upload(status.st_size, fd, hasher, session, directory)
         except BlockingIOError:
             os.close(fd)
@@ -182,7 +182,7 @@ class Uploads:
             raise
 
 
-def _make(directory: str) -> None:
+def _makedirs(directory: str) -> None:
     for _ in range(_ATTEMPTS - 1):
         with suppress(FileNotFoundError):
             os.makedirs(directory)
@@ -197,7 +197,7 @@ def _listed(directory: str) -> list[str]:
         return []
 
 
-def _identity(path: str) -> tuple[int, int] | None:
+def _file_id(path: str) -> tuple[int, int] | None:
     try:
         status = os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -205,12 +205,12 @@ def _identity(path: str) -> tuple[int, int] | None:
     return status.st_dev, status.st_ino
 
 
-def _changed(path: str) -> float:
+def _mtime(path: str) -> float:
     try:
         return os.stat(path).st_mtime
     except (FileNotFoundError, NotADirectoryError):
         return 0.0
 
 
-def _unknown() -> BlobUploadUnknown:
+def _unknown_upload() -> BlobUploadUnknown:
     return BlobUploadUnknown("there is no such upload in this repository")

@@ -39,7 +39,7 @@ class RemoteCacheSpace:
     async def commit(self, ingest: Ingest) -> None:
         """Publish a blob that is complete. Raises OSError."""
         size = ingest.size
-        await in_thread(self._reactor, ingest.publish, self._blobs)
+        await in_thread(self._reactor, ingest.commit, self._blobs)
         await self.record(ingest.digest, size)
 
     async def record(self, digest: Digest, size: int) -> None:

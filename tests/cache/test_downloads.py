@@ -211,7 +211,7 @@ def test_on_verified_runs_during_fsync_and_before_publish(
     require_nonblocking_reads(harness)
     steps: list[str] = []
     done: Deferred[None] = Deferred()
-    publish = Ingest.publish
+    publish = Ingest.commit
 
     def publish_and_record(ingest: Ingest, blobs: Any) -> None:
         steps.append("published")

@@ -116,7 +116,7 @@ def test_follower_starts_after_info_and_ends_after_publish(harness: CacheHarness
     harness.advance(1)
     reader.read_available()
     assert reader.data == DATA[:-1]
-    ingest.publish(harness.blobs)
+    ingest.commit(harness.blobs)
     harness.advance(1)
     reader.read_available()
     assert reader.data == DATA
@@ -241,7 +241,7 @@ def test_blob_published_before_first_poll(make_harness: Callable[..., CacheHarne
     results: list[Any] = []
     harness.start(harness.fetch_later(DIGEST)).addBoth(results.append)
     ingest.append([DATA])
-    ingest.publish(harness.blobs)
+    ingest.commit(harness.blobs)
     harness.advance(1)
     assert results == [("REVALIDATED", DATA)]
     assert harness.upstream.requests_matching("GET", "blobs") == []

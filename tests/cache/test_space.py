@@ -308,7 +308,7 @@ def test_changes_during_rescan(harness: CacheHarness) -> None:
     harness.reactor.pool.release()
     assert maintaining.called
     assert harness.space.index.total == 1000
-    assert list(harness.space.index._kept) == [str(processes)]
+    assert list(harness.space.index._entries) == [str(processes)]
 
 
 def test_failing_scan(harness: CacheHarness, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,10 +20,10 @@ from twisted.internet.task import Clock
 from twisted.python.failure import Failure
 
 from dockerproxy.oci.names import Digest
-from dockerproxy.store.check import Checked, Checker, Finding
+from dockerproxy.store.cooperative import CooperativeThread, Progress
 from dockerproxy.store.layout import Layout
 from dockerproxy.store.links import Links
-from dockerproxy.store.slices import Slices, Watch
+from dockerproxy.store.scrub import Finding, Scrubber, ScrubResult
 from tests.e2e.house import images, wire
 from tests.e2e.house.docker_registry import DockerRegistry
 from tests.e2e.house.hosting import Hosting
@@ -58,9 +58,9 @@ class Here(Clock):
 
 def findings(root: Path) -> list[Finding]:
     """Return what `dockerproxy check` would say of the tree."""
-    reactor, found, ended = Here(), list[Finding](), list[Checked]()
-    checker = Checker(reactor, Layout(root), slices=Slices(reactor, length=60))
-    checking = Deferred.fromCoroutine(checker.check(Watch(found=found.append)))
+    reactor, found, ended = Here(), list[Finding](), list[ScrubResult]()
+    checker = Scrubber(reactor, Layout(root), thread=CooperativeThread(reactor, slice_length=60))
+    checking = Deferred.fromCoroutine(checker.scrub(Progress(emit=found.append)))
     checking.addCallbacks(ended.append, Failure.raiseException)
     while not ended:
         assert reactor.getDelayedCalls()

@@ -31,7 +31,7 @@ from dockerproxy.registry.guard import Open
 from dockerproxy.registry.hosted import Hosted
 from dockerproxy.registry.own import Own
 from dockerproxy.registry.push import Push
-from dockerproxy.store.hosting import HostedStore
+from dockerproxy.store.hosted_store import HostedStore
 from dockerproxy.store.layout import Layout
 from dockerproxy.store.referrers import Referrers
 
@@ -120,7 +120,7 @@ def code(answer: Any) -> tuple[int, str]:
 @pytest.fixture
 def registry(tmp_path: Path, visit: Any) -> Registry:
     reactor = Reactor()
-    store = HostedStore.below(Layout(tmp_path))
+    store = HostedStore.from_layout(Layout(tmp_path))
     own = Own(Face(reactor), Hosted(reactor, store, Push(reactor, store)), Open())
 
     def connect() -> Any:
@@ -661,7 +661,7 @@ def test_a_tree_that_another_registry_wrote(registry: Registry, tmp_path: Path, 
     ]}  # fmt: skip
     registry.push(index, fallback_tag(subject))
     forget_what_is_ours(tmp_path)
-    store = HostedStore.below(Layout(tmp_path))
+    store = HostedStore.from_layout(Layout(tmp_path))
     reactor = Reactor()
     own = Own(Face(reactor), Hosted(reactor, store, Push(reactor, store)), Open())
     fresh = Registry(store, visit(own.answer, clock=reactor), lambda: visit(own.answer, clock=reactor))

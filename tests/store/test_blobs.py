@@ -18,7 +18,7 @@ from dockerproxy.store.layout import Layout
 CONTENTS = [b"", b"a", b"bb", b"c" * 5000]
 
 
-class Clock:
+class ManualClock:
     now = 1_000_000.0
 
     def __call__(self) -> float:
@@ -32,7 +32,7 @@ class BlobsMachine(RuleBasedStateMachine):
         super().__init__()
         self.directory = tempfile.TemporaryDirectory()
         self.layout = Layout(Path(self.directory.name))
-        self.clock = Clock()
+        self.clock = ManualClock()
         self.blobs = Blobs(self.layout, False, self.clock)
         self.model: dict[Digest, tuple[bytes, float]] = {}
         self.readers: list[tuple[OpenBlob, bytes]] = []
@@ -48,18 +48,18 @@ class BlobsMachine(RuleBasedStateMachine):
     def put(self, content: bytes, algorithm: str) -> None:
         digest = Digest.of(content, algorithm)
         self.blobs.put(content, digest)
-        if not self.used(digest):
-            self.model[digest] = (content, self.written(digest))
+        if not self.record_use(digest):
+            self.model[digest] = (content, self.mtime(digest))
 
     @rule(content=st.sampled_from(CONTENTS))
-    def publish(self, content: bytes) -> None:
+    def commit(self, content: bytes) -> None:
         os.makedirs(self.layout.staging, exist_ok=True)
-        staged = f"{self.layout.staging}/mine"
-        Path(staged).write_bytes(content)
+        staged_path = f"{self.layout.staging}/mine"
+        Path(staged_path).write_bytes(content)
         digest = Digest.of(content)
-        self.blobs.publish(staged, digest)
-        assert not os.path.exists(staged)
-        if not self.used(digest):
+        self.blobs.commit(staged_path, digest)
+        assert not os.path.exists(staged_path)
+        if not self.record_use(digest):
             self.model[digest] = (content, self.clock.now)
 
     @rule(content=st.sampled_from(CONTENTS))
@@ -76,35 +76,35 @@ class BlobsMachine(RuleBasedStateMachine):
         if blob is not None:
             assert (blob.size, blob.digest) == (len(content), digest)
             self.readers.append((blob, content))
-            self.used(digest)
+            self.record_use(digest)
 
     @rule(content=st.sampled_from(CONTENTS), seconds=st.integers(0, 100))
     def touch(self, content: bytes, seconds: int) -> None:
         self.clock.now += seconds
         digest = Digest.of(content)
-        assert self.blobs.touch(digest) == (len(content) if self.used(digest) else None)
+        assert self.blobs.touch(digest) == (len(content) if self.record_use(digest) else None)
 
     @rule()
     def walk(self) -> None:
-        found = {entry.digest: (entry.size, entry.last_used) for entry in self.blobs.walk()}
-        assert found == {digest: (len(content), last) for digest, (content, last) in self.model.items()}
+        entries = {entry.digest: (entry.size, entry.last_used) for entry in self.blobs.walk()}
+        assert entries == {digest: (len(content), last) for digest, (content, last) in self.model.items()}
 
     @rule(content=st.sampled_from(CONTENTS))
-    def ask(self, content: bytes) -> None:
+    def query(self, content: bytes) -> None:
         digest = Digest.of(content)
         assert self.blobs.exists(digest) == (digest in self.model)
         assert self.blobs.size(digest) == (len(content) if digest in self.model else None)
 
-    def used(self, digest: Digest) -> bool:
+    def record_use(self, digest: Digest) -> bool:
         """Note a use of what is there; say whether it is."""
         if digest not in self.model:
             return False
-        content, last = self.model[digest]
-        if not 0 <= self.clock.now - last < 60:
+        content, last_used = self.model[digest]
+        if not 0 <= self.clock.now - last_used < 60:
             self.model[digest] = (content, self.clock.now)
         return True
 
-    def written(self, digest: Digest) -> float:
+    def mtime(self, digest: Digest) -> float:
         return os.stat(self.layout.blob(digest)).st_mtime
 
 
@@ -117,40 +117,40 @@ def layout(tmp_path: Path) -> Layout:
     return Layout(tmp_path)
 
 
-def test_content_that_comes_again_is_used(layout: Layout) -> None:
+def test_storing_a_blob_again_counts_as_a_use(layout: Layout) -> None:
     blobs, digest = Blobs(layout, True), Digest.of(b"a")
     for _ in range(2):
         blobs.put(b"a", digest)
         os.utime(layout.blob(digest), (0, 0))
-        staged = Path(layout.staging) / "mine"
-        staged.write_bytes(b"a")
-        blobs.publish(str(staged), digest)
+        staged_path = Path(layout.staging) / "mine"
+        staged_path.write_bytes(b"a")
+        blobs.commit(str(staged_path), digest)
         assert os.stat(layout.blob(digest)).st_mtime > 0
         os.utime(layout.blob(digest), (0, 0))
         blobs.put(b"a", digest)
         assert os.stat(layout.blob(digest)).st_mtime > 0
 
 
-def test_put_refuses_content_of_another_digest(layout: Layout) -> None:
+def test_put_rejects_a_digest_mismatch(layout: Layout) -> None:
     with pytest.raises(DigestInvalid):
         Blobs(layout, True).put(b"a", Digest.of(b"b"))
     assert not Blobs(layout, True).exists(Digest.of(b"b"))
 
 
-def test_publish_mends_a_damaged_length(layout: Layout) -> None:
+def test_commit_replaces_a_blob_of_the_wrong_size(layout: Layout) -> None:
     blobs, digest = Blobs(layout, True), Digest.of(b"whole")
     blobs.put(b"whole", digest)
     os.truncate(layout.blob(digest), 2)
     blobs.put(b"whole", digest)
     assert Path(layout.blob(digest)).read_bytes() == b"whole"
     os.truncate(layout.blob(digest), 2)
-    staged = Path(layout.staging) / "x"
-    staged.write_bytes(b"whole")
-    blobs.publish(str(staged), digest)
+    staged_path = Path(layout.staging) / "x"
+    staged_path.write_bytes(b"whole")
+    blobs.commit(str(staged_path), digest)
     assert Path(layout.blob(digest)).read_bytes() == b"whole"
 
 
-def test_publish_survives_a_directory_that_goes_while_it_comes(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commit_survives_a_concurrent_rmdir(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
     blobs, digest = Blobs(layout, True), Digest.of(b"x")
     real, calls = os.rename, []
 
@@ -167,8 +167,8 @@ def test_publish_survives_a_directory_that_goes_while_it_comes(layout: Layout, m
     assert blobs.exists(digest)
 
 
-def test_a_date_in_the_future_is_put_right(layout: Layout) -> None:
-    clock = Clock()
+def test_an_mtime_in_the_future_is_corrected(layout: Layout) -> None:
+    clock = ManualClock()
     blobs, digest = Blobs(layout, False, clock), Digest.of(b"x")
     blobs.put(b"x", digest)
     os.utime(layout.blob(digest), (clock.now + 1e6, clock.now + 1e6))
@@ -179,7 +179,7 @@ def test_a_date_in_the_future_is_put_right(layout: Layout) -> None:
     assert [entry.last_used for entry in blobs.walk()] == [clock.now]
 
 
-def test_walk_passes_foreign_files(layout: Layout) -> None:
+def test_walk_skips_foreign_files(layout: Layout) -> None:
     blobs, digest = Blobs(layout, False), Digest.of(b"x")
     assert list(blobs.walk()) == []
     blobs.put(b"x", digest)
@@ -193,7 +193,7 @@ def test_walk_passes_foreign_files(layout: Layout) -> None:
     assert [entry.digest for entry in blobs.walk()] == [digest]
 
 
-def test_walk_passes_what_goes_meanwhile(layout: Layout) -> None:
+def test_walk_skips_blobs_removed_meanwhile(layout: Layout) -> None:
     blobs = Blobs(layout, False)
     digests = {Digest.of(bytes([number])) for number in range(20)}
     for number in range(20):
@@ -205,7 +205,7 @@ def test_walk_passes_what_goes_meanwhile(layout: Layout) -> None:
     assert list(entries) == []
 
 
-def test_reads_from_memory(tmp_path: Path) -> None:
+def test_reads_from_the_page_cache(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(bytes(range(256)) * 4096)
     fd = os.open(path, os.O_RDONLY)
@@ -224,15 +224,15 @@ def test_reads_from_memory(tmp_path: Path) -> None:
         os.close(fd)
 
 
-def test_a_read_never_asks_for_more_than_there_is(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_read_is_limited_to_the_blob_size(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
     content = b"0123456789"
     blobs, digest = Blobs(layout, False), Digest.of(content)
     blobs.put(content, digest)
-    asked = []
+    sizes = []
     real = os.preadv
 
     def preadv(fd: int, buffers: list[bytearray], offset: int, flags: int) -> int:
-        asked.append(len(buffers[0]))
+        sizes.append(len(buffers[0]))
         return real(fd, buffers, offset, flags)
 
     monkeypatch.setattr(os, "preadv", preadv)
@@ -242,12 +242,12 @@ def test_a_read_never_asks_for_more_than_there_is(layout: Layout, monkeypatch: p
         for offset in (2, 10, 11):
             assert blob.read_blocking(offset, 100) == content[offset:]
             assert blob.read(offset, 1 << 20) in (None, content[offset:])
-    assert asked == [8, 0, 0]
+    assert sizes == [8, 0, 0]
     assert blob.fd == -1
 
 
 @pytest.mark.parametrize("code", [errno.EAGAIN, errno.EOPNOTSUPP, errno.ENOSYS])
-def test_none_where_memory_has_it_not_or_cannot_tell(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+def test_returns_none_if_not_in_page_cache_or_unsupported(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
     def preadv(*_: object) -> int:
         raise OSError(code, os.strerror(code))
 
@@ -255,7 +255,7 @@ def test_none_where_memory_has_it_not_or_cannot_tell(monkeypatch: pytest.MonkeyP
     assert read_cached(0, 0, 10) is None
 
 
-def test_other_errors_of_a_read_pass(tmp_path: Path) -> None:
+def test_other_read_errors_propagate(tmp_path: Path) -> None:
     fd = os.open(tmp_path / "file", os.O_WRONLY | os.O_CREAT)
     try:
         with pytest.raises(OSError, match="Bad file descriptor"):
@@ -264,15 +264,15 @@ def test_other_errors_of_a_read_pass(tmp_path: Path) -> None:
         os.close(fd)
 
 
-def test_what_is_in_memory_is_told_by_samples(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_is_cached_samples_the_page_cache(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
     blobs, content = Blobs(layout, False), bytes(300_000)
     digest = Digest.of(content)
     blobs.put(content, digest)
-    asked: list[int] = []
+    offsets: list[int] = []
     missing: set[int] = set()
 
     def fill(fd: int, buffer: bytearray, offset: int) -> int | None:
-        asked.append(offset)
+        offsets.append(offset)
         return None if offset in missing else 1
 
     monkeypatch.setattr("dockerproxy.store.blobs.fill_cached", fill)
@@ -280,7 +280,7 @@ def test_what_is_in_memory_is_told_by_samples(layout: Layout, monkeypatch: pytes
     assert blob is not None
     with blob:
         assert blob.is_cached(1000, 270_000)
-        assert asked == [1000, 132_072, 263_144, 270_999]
+        assert offsets == [1000, 132_072, 263_144, 270_999]
         missing.add(263_144)
         assert not blob.is_cached(1000, 270_000)
         assert blob.is_cached(1000, 1)

@@ -25,7 +25,18 @@ from dockerproxy.store.layout import Layout
 from dockerproxy.store.links import Links
 from dockerproxy.store.records import Records
 
-CHANGING = {"pwritev", "fsync", "fdatasync", "rename", "mkdir", "makedirs", "rmdir", "unlink", "utime", "ftruncate"}
+MUTATING_CALLS = {
+    "pwritev",
+    "fsync",
+    "fdatasync",
+    "rename",
+    "mkdir",
+    "makedirs",
+    "rmdir",
+    "unlink",
+    "utime",
+    "ftruncate",
+}
 OLD, NEW = Digest.of(b"old"), Digest.of(b"new content")
 INDEX, MANIFEST = "application/vnd.oci.image.index.v1+json", "application/vnd.oci.image.manifest.v1+json"
 
@@ -34,37 +45,37 @@ class Crash(BaseException):
     """The machine is gone."""
 
 
-class Disk:
+class FaultyOS:
     """`os`, whose changing call number `stop` fails."""
 
-    def __init__(self, stop: int, *, crash: bool) -> None:
-        self.stop, self.crash = stop, crash
+    def __init__(self, fail_at: int, *, crash: bool) -> None:
+        self.fail_at, self.crash = fail_at, crash
         self.calls: list[str] = []
         self.crashed = False
 
     def __getattr__(self, name: str) -> Any:
         real = getattr(os, name)
-        return self.guarded(name, real) if name in CHANGING or name == "open" else real
+        return self.wrap(name, real) if name in MUTATING_CALLS or name == "open" else real
 
-    def guarded(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any, **named: Any) -> Any:
+    def wrap(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **kwargs: Any) -> Any:
             if name == "open" and not arguments[1] & os.O_CREAT:
-                return real(*arguments, **named)
+                return real(*arguments, **kwargs)
             if self.crashed:
                 raise Crash
             self.calls.append(name)
-            if len(self.calls) == self.stop:
+            if len(self.calls) == self.fail_at:
                 self.crashed = self.crash
                 raise Crash if self.crash else OSError(5, "Input/output error")
-            return real(*arguments, **named)
+            return real(*arguments, **kwargs)
 
         return call
 
 
-class Trees:
+class FaultyShutil:
     """`shutil`, on the same disk."""
 
-    def __init__(self, disk: Disk) -> None:
+    def __init__(self, disk: FaultyOS) -> None:
         self.disk = disk
 
     def rmtree(self, path: str, ignore_errors: bool) -> None:
@@ -76,7 +87,7 @@ class Trees:
 
 
 @define
-class Store:
+class CrashStore:
     root: Path
     durable: bool
 
@@ -96,7 +107,7 @@ class Store:
     def records(self) -> Records:
         return Records(self.root / "records")
 
-    def content(self, digest: Digest) -> bytes | None:
+    def read(self, digest: Digest) -> bytes | None:
         blob = self.blobs.open(digest)
         if blob is None:
             return None
@@ -108,39 +119,39 @@ class Store:
 class Change:
     """`before` makes the old state, `change` goes from there to the new one; `seen` is what a reader then finds."""
 
-    before: Callable[[Store], object]
-    change: Callable[[Store], object]
-    seen: Callable[[Store], object]
+    set_up: Callable[[CrashStore], object]
+    apply: Callable[[CrashStore], object]
+    observe: Callable[[CrashStore], object]
 
 
-def stage(store: Store) -> str:
+def stage(store: CrashStore) -> str:
     os.makedirs(store.layout.staging, exist_ok=True)
     path = f"{store.layout.staging}/upload"
     Path(path).write_bytes(b"new content")
     return path
 
 
-def receive(store: Store) -> None:
+def download(store: CrashStore) -> None:
     """What a process does for a blob under way, whatever an earlier one left."""
     if store.blobs.exists(NEW):
         return
-    received = Ingest.open(store.layout, NEW)
-    assert received is not None
+    partial = Ingest.open(store.layout, NEW)
+    assert partial is not None
     try:
-        received.rehash()
-        received.append([b"new content"[received.size :]])
-        received.publish(store.blobs)
+        partial.rehash()
+        partial.append([b"new content"[partial.size :]])
+        partial.commit(store.blobs)
     finally:
-        received.release()
+        partial.release()
 
 
 CHANGES = {
-    "put": Change(lambda s: None, lambda s: s.blobs.put(b"new content", NEW), lambda s: s.content(NEW)),
-    "publish": Change(lambda s: None, lambda s: s.blobs.publish(stage(s), NEW), lambda s: s.content(NEW)),
+    "put": Change(lambda s: None, lambda s: s.blobs.put(b"new content", NEW), lambda s: s.read(NEW)),
+    "publish": Change(lambda s: None, lambda s: s.blobs.commit(stage(s), NEW), lambda s: s.read(NEW)),
     "remove blob": Change(
-        lambda s: s.blobs.put(b"new content", NEW), lambda s: s.blobs.remove(NEW), lambda s: s.content(NEW)
+        lambda s: s.blobs.put(b"new content", NEW), lambda s: s.blobs.remove(NEW), lambda s: s.read(NEW)
     ),
-    "ingest": Change(lambda s: None, receive, lambda s: s.content(NEW)),
+    "ingest": Change(lambda s: None, download, lambda s: s.read(NEW)),
     "link layer": Change(
         lambda s: None, lambda s: s.links.link_layer("a/b", NEW), lambda s: s.links.has_layer("a/b", NEW)
     ),
@@ -182,75 +193,73 @@ CHANGES = {
 }
 
 
-def use(monkeypatch: pytest.MonkeyPatch, disk: Any) -> None:
+def install(monkeypatch: pytest.MonkeyPatch, disk: Any) -> None:
     for module in (files, blobs_module, ingest, records):
         monkeypatch.setattr(module, "os", disk)
-    monkeypatch.setattr(files, "shutil", Trees(disk))
+    monkeypatch.setattr(files, "shutil", FaultyShutil(disk))
 
 
 @pytest.mark.parametrize("durable", [False, True])
 @pytest.mark.parametrize("crash", [False, True])
 @pytest.mark.parametrize("name", list(CHANGES))
-def test_old_or_new_wherever_it_stops(
+def test_old_or_new_state_wherever_it_fails(
     name: str, crash: bool, durable: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     change = CHANGES[name]
-    stopped = 0
-    for stop in range(1, 100):
-        store = Store(tmp_path / str(stop), durable)
-        change.before(store)
-        old = change.seen(store)
-        disk = Disk(stop, crash=crash)
+    failures = 0
+    for fail_at in range(1, 100):
+        store = CrashStore(tmp_path / str(fail_at), durable)
+        change.set_up(store)
+        old = change.observe(store)
+        disk = FaultyOS(fail_at, crash=crash)
         with monkeypatch.context() as patch:
-            use(patch, disk)
+            install(patch, disk)
             try:
-                change.change(store)
+                change.apply(store)
             except (Crash, OSError):
-                stopped += 1
-        found = change.seen(store)
+                failures += 1
+        state = change.observe(store)
         if not crash and "publish" not in name:
             staging = Path(store.layout.staging)
             # Of a tree that was moved aside, and then could not be removed, the rest waits for the next start.
             assert not staging.exists() or not list(staging.iterdir()) or disk.calls[-1] in ("unlink", "rmdir")
-        Staging(store.layout.staging).empty()
-        store.records.empty_staging()
+        Staging(store.layout.staging).clear()
+        store.records.clear_staging()
         litter = [path for path in store.root.rglob("*") if path.is_file() and path.parent.name.endswith("staging")]
         assert litter == []
-        change.change(store)
-        new = change.seen(store)
+        change.apply(store)
+        new = change.observe(store)
         assert new != old
-        assert found in (old, new)
-        if len(disk.calls) < stop:
+        assert state in (old, new)
+        if len(disk.calls) < fail_at:
             break
     else:
         pytest.fail("no end")
-    assert stopped
+    assert failures
 
 
-def test_a_crash_leaves_an_ingest_to_be_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = Store(tmp_path, True)
+def test_an_ingest_is_resumable_after_a_crash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = CrashStore(tmp_path, True)
     with monkeypatch.context() as patch:
         # Stopped before the fifth call: open, makedirs, open again, pwritev; then utime, of `publish`.
-        use(patch, Disk(5, crash=True))
+        install(patch, FaultyOS(5, crash=True))
         with pytest.raises(Crash):
-            receive(store)
-    received = Ingest.open(store.layout, NEW)
-    assert received is not None
-    assert received.size == len(b"new content")
-    received.release()
+            download(store)
+    partial = Ingest.open(store.layout, NEW)
+    assert partial is not None
+    assert partial.size == len(b"new content")
+    partial.release()
 
 
 @pytest.mark.parametrize("durable", [False, True])
-def test_data_is_on_disk_before_its_name_and_the_name_before_the_answer(
-    durable: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    store = Store(tmp_path, durable)
+def test_fsync_order_of_data_and_directories(durable: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = CrashStore(tmp_path, durable)
     path = store.layout.blob(NEW)
     os.makedirs(os.path.dirname(os.path.dirname(path)))
     steps: list[tuple[str, str]] = []
 
-    class Watched(Disk):
-        def guarded(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+    class RecordingOS(FaultyOS):
+        def wrap(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
             def call(*arguments: Any, **named: Any) -> Any:
                 where = arguments[-1] if name == "rename" else arguments[0]
                 named_by = os.readlink(f"/proc/self/fd/{where}") if isinstance(where, int) else where
@@ -259,26 +268,26 @@ def test_data_is_on_disk_before_its_name_and_the_name_before_the_answer(
 
             return call
 
-    staged = stage(store)
+    staged_path = stage(store)
     with monkeypatch.context() as patch:
-        use(patch, Watched(0, crash=False))
-        store.blobs.publish(staged, NEW)
+        install(patch, RecordingOS(0, crash=False))
+        store.blobs.commit(staged_path, NEW)
         if durable:
             store.links.link_layer("a", NEW)
     steps = [step for step in steps if step[0] in ("fsync", "fdatasync", "rename")]
     directory = os.path.dirname(path)
-    published = [("fdatasync", staged), ("rename", path), ("fsync", os.path.dirname(directory)), ("rename", path)]
+    expected = [("fdatasync", staged_path), ("rename", path), ("fsync", os.path.dirname(directory)), ("rename", path)]
     if not durable:
-        assert steps == [step for step in published if step[0] != "fsync"]
+        assert steps == [step for step in expected if step[0] != "fsync"]
         return
-    assert steps[:5] == [*published, ("fsync", directory)]
+    assert steps[:5] == [*expected, ("fsync", directory)]
     link = store.layout.layer("a", NEW)
-    linked = [name for name, where in steps[5:] if where in (link, os.path.dirname(link))]
+    link_calls = [name for name, where in steps[5:] if where in (link, os.path.dirname(link))]
     # Renamed in vain once (the directories were missing), then for good, then synced.
-    assert linked == ["rename", "rename", "fsync"]
+    assert link_calls == ["rename", "rename", "fsync"]
     assert steps[5][0] == "fdatasync"
-    made = {where for name, where in steps[5:] if name == "fsync"}
+    synced = {where for name, where in steps[5:] if name == "fsync"}
     parent = os.path.dirname(link)
     while parent != store.layout.repositories:
-        assert parent in made
+        assert parent in synced
         parent = os.path.dirname(parent)

@@ -18,16 +18,16 @@ from attrs import frozen
 
 from dockerproxy.oci.names import Digest
 from dockerproxy.store.blobs import Blobs
-from dockerproxy.store.check import Checker, Finding
-from dockerproxy.store.hosting import HostedStore
-from dockerproxy.store.importing import Importer
+from dockerproxy.store.cooperative import Progress
+from dockerproxy.store.hosted_store import HostedStore
+from dockerproxy.store.importer import Importer
 from dockerproxy.store.layout import Layout
 from dockerproxy.store.links import Links
-from dockerproxy.store.slices import Watch
-from dockerproxy.store.sweep import Sweeper, Swept
-from tests.store.workbench.images import BOTH, ONE, TWO, Content, age, index
-from tests.store.workbench.images import image as oci_image
-from tests.store.workbench.reactor import Reactor
+from dockerproxy.store.scrub import Finding, Scrubber
+from dockerproxy.store.sweep import Sweeper, SweepResult
+from tests.store.support.images import BOTH, ONE, TWO, ManifestTree, age_blobs, index
+from tests.store.support.images import image as oci_image
+from tests.store.support.reactor import SteppedReactor
 
 pytestmark = pytest.mark.skipif(
     not (shutil.which("docker-registry") and shutil.which("skopeo")), reason="needs docker-registry and skopeo"
@@ -38,7 +38,7 @@ REPOSITORY, TAG = "library/tiny", "v1.2.3.4"
 
 
 @frozen
-class Image:
+class DockerImage:
     """A one-layer image."""
 
     config: bytes
@@ -50,22 +50,22 @@ class Image:
         return self.config, self.layer
 
 
-def image() -> Image:
+def docker_image() -> DockerImage:
     layer = gzip.compress(b"\0" * 10240, mtime=0)
     diff_id = str(Digest.of(b"\0" * 10240))
     config = json.dumps(
         {"architecture": "amd64", "os": "linux", "config": {}, "rootfs": {"type": "layers", "diff_ids": [diff_id]}}
     ).encode()
     types = ("application/vnd.docker.container.image.v1+json", "application/vnd.docker.image.rootfs.diff.tar.gzip")
-    described = [
+    descriptors = [
         {"mediaType": media_type, "size": len(content), "digest": str(Digest.of(content))}
         for media_type, content in zip(types, (config, layer), strict=True)
     ]
-    manifest = {"schemaVersion": 2, "mediaType": MANIFEST, "config": described[0], "layers": described[1:]}
-    return Image(config, layer, json.dumps(manifest).encode())
+    manifest = {"schemaVersion": 2, "mediaType": MANIFEST, "config": descriptors[0], "layers": descriptors[1:]}
+    return DockerImage(config, layer, json.dumps(manifest).encode())
 
 
-def configure(root: Path, port: int = 0) -> Path:
+def write_config(root: Path, port: int = 0) -> Path:
     path = root.with_suffix(".yml")
     path.write_text(json.dumps({
         "version": 0.1,
@@ -83,7 +83,7 @@ def registry(root: Path) -> Iterator[str]:
         port = free.getsockname()[1]
     environment = {"PATH": os.environ["PATH"], "OTEL_TRACES_EXPORTER": "none"}
     process = subprocess.Popen(
-        ["docker-registry", "serve", str(configure(root, port))], stderr=subprocess.PIPE, text=True, env=environment
+        ["docker-registry", "serve", str(write_config(root, port))], stderr=subprocess.PIPE, text=True, env=environment
     )
     with process:
         try:
@@ -110,24 +110,24 @@ def copy(source: str, destination: str) -> None:
 
 def files(root: Path) -> dict[str, bytes]:
     """The files of a tree with their content, less what belongs to uploads."""
-    found = (path for path in root.rglob("*") if path.is_file())
-    return {str(path): path.read_bytes() for path in found if "_uploads" not in path.parts}
+    paths = (path for path in root.rglob("*") if path.is_file())
+    return {str(path): path.read_bytes() for path in paths if "_uploads" not in path.parts}
 
 
-def keep(root: Path, content: Image) -> None:
+def put_docker_image(root: Path, image: DockerImage) -> None:
     """Write `content` as we do."""
     layout = Layout(root)
     blobs, links = Blobs(layout, True), Links(layout, True)
-    for blob in content.blobs:
+    for blob in image.blobs:
         blobs.put(blob, Digest.of(blob))
         links.link_layer(REPOSITORY, Digest.of(blob))
-    blobs.put(content.manifest, Digest.of(content.manifest))
-    links.link_manifest(REPOSITORY, Digest.of(content.manifest), MANIFEST)
-    links.set_tag(REPOSITORY, TAG, Digest.of(content.manifest))
+    blobs.put(image.manifest, Digest.of(image.manifest))
+    links.link_manifest(REPOSITORY, Digest.of(image.manifest), MANIFEST)
+    links.set_tag(REPOSITORY, TAG, Digest.of(image.manifest))
 
 
-def test_what_it_writes_is_what_we_read_and_write(tmp_path: Path) -> None:
-    content = image()
+def test_reads_and_writes_the_same_tree(tmp_path: Path) -> None:
+    content = docker_image()
     source = tmp_path / "image"
     source.mkdir()
     (source / "version").write_text("Directory Transport Version: 1.1\n")
@@ -150,16 +150,16 @@ def test_what_it_writes_is_what_we_read_and_write(tmp_path: Path) -> None:
     sizes = {entry.digest: entry.size for entry in blobs.walk()}
     assert sizes == {Digest.of(blob): len(blob) for blob in (*content.blobs, content.manifest)}
 
-    keep(ours, content)
-    written = files(ours)
-    del written[Layout(ours).media_type(REPOSITORY, manifest)]
-    assert {path.replace(str(ours), str(theirs)): data for path, data in written.items()} == files(theirs)
+    put_docker_image(ours, content)
+    our_files = files(ours)
+    del our_files[Layout(ours).media_type(REPOSITORY, manifest)]
+    assert {path.replace(str(ours), str(theirs)): data for path, data in our_files.items()} == files(theirs)
 
 
-def test_what_we_write_it_serves_and_its_garbage_collector_keeps(tmp_path: Path) -> None:
-    content = image()
+def test_distribution_serves_and_retains_our_tree(tmp_path: Path) -> None:
+    content = docker_image()
     root, pulled = tmp_path / "root", tmp_path / "pulled"
-    keep(root, content)
+    put_docker_image(root, content)
     # An index that has no child yet, in a repository without a layer.
     index = json.dumps({
         "schemaVersion": 2, "mediaType": "application/vnd.oci.image.index.v1+json", "manifests": [],
@@ -171,7 +171,7 @@ def test_what_we_write_it_serves_and_its_garbage_collector_keeps(tmp_path: Path)
     before = files(root)
 
     subprocess.run(
-        ["docker-registry", "garbage-collect", "--delete-untagged=true", str(configure(root))],
+        ["docker-registry", "garbage-collect", "--delete-untagged=true", str(write_config(root))],
         check=True, capture_output=True, timeout=60,
     )  # fmt: skip
     assert files(root) == before
@@ -183,17 +183,17 @@ def test_what_we_write_it_serves_and_its_garbage_collector_keeps(tmp_path: Path)
 
     links.remove_tag(REPOSITORY, TAG)
     subprocess.run(
-        ["docker-registry", "garbage-collect", "--delete-untagged=true", str(configure(root))],
+        ["docker-registry", "garbage-collect", "--delete-untagged=true", str(write_config(root))],
         check=True, capture_output=True, timeout=60,
     )  # fmt: skip
     assert [entry.digest for entry in blobs.walk()] == [Digest.of(index)]
 
 
-def push(host: str, repository: str, content: Content, tag: str) -> None:
+def push(host: str, repository: str, content: ManifestTree, tag: str) -> None:
     """Push as docker does."""
     connection = http.client.HTTPConnection(host)
 
-    def ask(status: int, method: str, target: str, body: bytes = b"", media_type: str = "") -> str:
+    def request(status: int, method: str, target: str, body: bytes = b"", media_type: str = "") -> str:
         connection.request(method, target, body, {"Content-Type": media_type} if media_type else {})
         response = connection.getresponse()
         text = response.read()
@@ -202,10 +202,10 @@ def push(host: str, repository: str, content: Content, tag: str) -> None:
 
     for part in content.walk():
         for blob in part.blobs:
-            location = ask(202, "POST", f"/v2/{repository}/blobs/uploads/")
-            ask(201, "PUT", f"{location}&digest={Digest.of(blob)}", blob)
+            location = request(202, "POST", f"/v2/{repository}/blobs/uploads/")
+            request(201, "PUT", f"{location}&digest={Digest.of(blob)}", blob)
         reference = tag if part is content else part.digest
-        ask(201, "PUT", f"/v2/{repository}/manifests/{reference}", part.data, part.media_type)
+        request(201, "PUT", f"/v2/{repository}/manifests/{reference}", part.data, part.media_type)
     connection.close()
 
 
@@ -224,44 +224,44 @@ def theirs(tmp_path: Path) -> Path:
         push(host, "deleted", index(TWO, THREE), "v1")
         push(host, "deleted", ONE, "v2")
     shutil.rmtree(f"{Layout(root).tags('deleted')}/v1")
-    store = HostedStore.below(Layout(root))
-    age(store)
+    store = HostedStore.from_layout(Layout(root))
+    age_blobs(store)
     return root
 
 
-def left(root: Path) -> dict[str, set[str]]:
+def list_objects(root: Path) -> dict[str, set[str]]:
     """What is there: the contents, and the manifests and blobs of each repository."""
-    store = HostedStore.below(Layout(root))
-    found = {repository: {f"m {digest}" for digest in store.links.manifests(repository)}
+    store = HostedStore.from_layout(Layout(root))
+    objects = {repository: {f"m {digest}" for digest in store.links.manifests(repository)}
              | {f"b {digest}" for digest in store.links.layers(repository)}
              for repository in store.links.repositories()}  # fmt: skip
-    return {**found, "": {str(entry.digest) for entry in store.blobs.walk()}}
+    return {**objects, "": {str(entry.digest) for entry in store.blobs.walk()}}
 
 
-def sweep(root: Path, *, delete_untagged: bool = True) -> Swept:
-    reactor = Reactor()
-    return reactor.run(Sweeper(reactor, HostedStore.below(Layout(root))).sweep(delete_untagged=delete_untagged))
+def sweep(root: Path, *, delete_untagged: bool = True) -> SweepResult:
+    reactor = SteppedReactor()
+    return reactor.run(Sweeper(reactor, HostedStore.from_layout(Layout(root))).sweep(delete_untagged=delete_untagged))
 
 
 def findings(root: Path) -> list[Finding]:
-    reactor, found = Reactor(), list[Finding]()
-    reactor.run(Checker(reactor, Layout(root)).check(Watch(found=found.append)))
-    return found
+    reactor, results = SteppedReactor(), list[Finding]()
+    reactor.run(Scrubber(reactor, Layout(root)).scrub(Progress(emit=results.append)))
+    return results
 
 
 @pytest.mark.parametrize("delete_untagged", [False, True])
-def test_our_garbage_collection_beside_its_own(theirs: Path, tmp_path: Path, delete_untagged: bool) -> None:
+def test_garbage_collection_against_distribution(theirs: Path, tmp_path: Path, delete_untagged: bool) -> None:
     """What it takes for garbage is garbage to us, but for the children of an index: those it deletes, and breaks it
     (distribution 3178)."""
-    copied = tmp_path / "copied"
-    shutil.copytree(theirs, copied)
+    copy_root = tmp_path / "copied"
+    shutil.copytree(theirs, copy_root)
     subprocess.run(
         ["docker-registry", "garbage-collect", f"--delete-untagged={str(delete_untagged).lower()}",
-         str(configure(copied))],
+         str(write_config(copy_root))],
         check=True, capture_output=True, timeout=60,
     )  # fmt: skip
     assert sweep(theirs, delete_untagged=delete_untagged).problems == ()
-    ours, its = left(theirs), left(copied)
+    ours, its = list_objects(theirs), list_objects(copy_root)
     children = {str(child.digest) for child in BOTH.children} if delete_untagged else set()
     assert ours[""] - its[""] <= children | {str(Digest.of(blob)) for child in BOTH.children for blob in child.blobs}
     assert its[""] <= ours[""]
@@ -283,13 +283,13 @@ def test_our_garbage_collection_beside_its_own(theirs: Path, tmp_path: Path, del
         }  # fmt: skip
 
 
-def test_its_directory_imported_and_checked(theirs: Path, tmp_path: Path) -> None:
-    store = HostedStore.below(Layout(tmp_path / "ours"))
-    reactor = Reactor()
-    imported = reactor.run(Importer(reactor, store).take(theirs))
-    assert (imported.untaken, imported.repositories, imported.tags) == (0, 3, 4)
+def test_imports_a_distribution_directory(theirs: Path, tmp_path: Path) -> None:
+    store = HostedStore.from_layout(Layout(tmp_path / "ours"))
+    reactor = SteppedReactor()
+    result = reactor.run(Importer(reactor, store).import_from(theirs))
+    assert (result.untaken, result.repositories, result.tags) == (0, 3, 4)
     assert findings(store.layout.root) == findings(theirs) == []
-    assert left(store.layout.root) == left(theirs)
+    assert list_objects(store.layout.root) == list_objects(theirs)
     with registry(store.layout.root) as host:
         for tag in ("v1", "v1.1"):
             connection = http.client.HTTPConnection(host)

@@ -9,16 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dockerproxy.store import files
-from dockerproxy.store.files import Staging, read_small, sync_directory, write_all
+from dockerproxy.store.files import Staging, fsync_directory, read_small, write_all
 
 
 @given(st.lists(st.binary(max_size=9), max_size=8), st.lists(st.integers(1, 7), max_size=40))
-def test_writes_all_however_little_is_taken_at_once(chunks: list[bytes], taken: list[int]) -> None:
+def test_write_all_retries_partial_writes(chunks: list[bytes], sizes: list[int]) -> None:
     fd = os.memfd_create("x")
-    real, left = os.pwritev, iter(taken)
+    real, limits = os.pwritev, iter(sizes)
 
     def pwritev(fd: int, buffers: list[bytes], offset: int) -> int:
-        return real(fd, [b"".join(buffers)[: next(left, None)]], offset)
+        return real(fd, [b"".join(buffers)[: next(limits, None)]], offset)
 
     try:
         os.write(fd, b"start")
@@ -30,7 +30,7 @@ def test_writes_all_however_little_is_taken_at_once(chunks: list[bytes], taken: 
         os.close(fd)
 
 
-def test_writes_more_buffers_than_one_call_takes(tmp_path: Path) -> None:
+def test_write_all_of_more_than_iov_max_buffers(tmp_path: Path) -> None:
     fd = os.open(tmp_path / "x", os.O_RDWR | os.O_CREAT)
     try:
         chunks = [b"%d," % number for number in range(3000)]
@@ -40,18 +40,18 @@ def test_writes_more_buffers_than_one_call_takes(tmp_path: Path) -> None:
         os.close(fd)
 
 
-def test_emptying_drops_whatever_is_there(tmp_path: Path) -> None:
-    Staging(str(tmp_path / "none")).empty()
+def test_clear_removes_everything(tmp_path: Path) -> None:
+    Staging(str(tmp_path / "none")).clear()
     (tmp_path / "tree" / "deep").mkdir(parents=True)
     (tmp_path / "tree" / "deep" / "file").write_text("x")
     (tmp_path / "file").write_text("x")
     (tmp_path / "link").symlink_to("/")
-    Staging(str(tmp_path)).empty()
+    Staging(str(tmp_path)).clear()
     assert list(tmp_path.iterdir()) == []
     assert os.path.isdir("/")
 
 
-def test_a_directory_removed_for_ever_ends_with_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_directory_that_keeps_vanishing_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     staging = Staging(str(tmp_path / "staging"))
     monkeypatch.setattr(Staging, "make_directory", lambda self, path: os.makedirs(self.directory, exist_ok=True))
     with pytest.raises(FileNotFoundError, match="removed"):
@@ -59,47 +59,47 @@ def test_a_directory_removed_for_ever_ends_with_an_error(tmp_path: Path, monkeyp
     assert os.listdir(staging.directory) == []
 
 
-def test_a_staged_file_that_is_gone_is_an_error(tmp_path: Path) -> None:
+def test_a_missing_staged_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         Staging(str(tmp_path)).move(str(tmp_path / "gone"), str(tmp_path / "a" / "b"))
     assert not (tmp_path / "a").exists()
 
 
-def test_taking_away_says_whether_it_was_there(tmp_path: Path) -> None:
+def test_remove_tree_returns_whether_it_existed(tmp_path: Path) -> None:
     staging = Staging(str(tmp_path / "staging"), sync_names=True)
     (tmp_path / "tree" / "deep").mkdir(parents=True)
-    assert staging.take_away(str(tmp_path / "tree"))
-    assert not staging.take_away(str(tmp_path / "tree"))
+    assert staging.remove_tree(str(tmp_path / "tree"))
+    assert not staging.remove_tree(str(tmp_path / "tree"))
     assert os.listdir(staging.directory) == []
 
 
-def test_reads_no_more_than_the_limit(tmp_path: Path) -> None:
+def test_read_small_respects_the_limit(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"0123456789")
     assert read_small(str(tmp_path / "x"), 4) == b"0123"
     assert read_small(str(tmp_path / "x" / "y"), 4) is None
     assert read_small(str(tmp_path / "y"), 4) is None
 
 
-def test_private_files_are_private(tmp_path: Path) -> None:
+def test_private_file_modes(tmp_path: Path) -> None:
     Staging(str(tmp_path / "s"), private=True).write(b"x", str(tmp_path / "a" / "b" / "c"))
     assert (tmp_path / "a" / "b" / "c").stat().st_mode & 0o777 == 0o600
     assert {(tmp_path / name).stat().st_mode & 0o777 for name in ("s", "a", "a/b")} == {0o700}
     assert files.read_small(str(tmp_path / "a" / "b" / "c"), 9) == b"x"
 
 
-def test_syncs_what_can_be_synced(tmp_path: Path) -> None:
+def test_fsync_directory_ignores_unsupported_file_systems(tmp_path: Path) -> None:
     """A shared folder of VirtualBox answers as /proc does: EINVAL, for its directories have nothing to sync."""
     with pytest.raises(OSError, match="Invalid argument"):
         os.fsync(os.open("/proc/self", os.O_RDONLY | os.O_DIRECTORY))
-    sync_directory("/proc/self")
-    sync_directory(str(tmp_path))
-    sync_directory(str(tmp_path / "none"))
+    fsync_directory("/proc/self")
+    fsync_directory(str(tmp_path))
+    fsync_directory(str(tmp_path / "none"))
 
 
-def test_a_disk_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fsync_directory_raises_io_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fsync(fd: int) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(os, "fsync", fsync)
     with pytest.raises(OSError, match="Input/output error"):
-        sync_directory(str(tmp_path))
+        fsync_directory(str(tmp_path))

@@ -14,9 +14,8 @@ import pytest
 
 from dockerproxy.errors import DigestInvalid
 from dockerproxy.oci.names import Digest
-from dockerproxy.store import growing
 from dockerproxy.store.blobs import Blobs
-from dockerproxy.store.ingest import Followed, Ingest, stale_ingests
+from dockerproxy.store.ingest import ForeignIngest, Ingest, stale_ingests
 from dockerproxy.store.layout import Layout
 from dockerproxy.store.links import Links
 
@@ -50,7 +49,7 @@ def blobs(layout: Layout) -> Blobs:
     return Blobs(layout, False)
 
 
-def opened(layout: Layout, digest: Digest = DIGEST) -> Ingest:
+def open_ingest(layout: Layout, digest: Digest = DIGEST) -> Ingest:
     ingest = Ingest.open(layout, digest)
     assert ingest is not None
     return ingest
@@ -69,13 +68,13 @@ def writer(layout: Layout, digest: Digest, times: int) -> Iterator[subprocess.Po
             process.kill()
 
 
-def line(process: subprocess.Popen[str]) -> str:
+def read_line(process: subprocess.Popen[str]) -> str:
     assert process.stdout is not None
     return process.stdout.readline().strip()
 
 
-def test_bytes_become_a_blob(layout: Layout, blobs: Blobs) -> None:
-    ingest = opened(layout)
+def test_append_and_commit(layout: Layout, blobs: Blobs) -> None:
+    ingest = open_ingest(layout)
     assert ingest.size == 0
     ingest.append([CONTENT[:10], b"", CONTENT[10:300]])
     assert not ingest.verify()
@@ -85,7 +84,7 @@ def test_bytes_become_a_blob(layout: Layout, blobs: Blobs) -> None:
     ingest.append([CONTENT[300:]])
     assert (ingest.size, ingest.verify()) == (len(CONTENT), True)
     reader = ingest.reader()
-    ingest.publish(blobs)
+    ingest.commit(blobs)
     ingest.release()
     assert os.pread(reader, 20_000, 0) == CONTENT
     os.close(reader)
@@ -93,12 +92,12 @@ def test_bytes_become_a_blob(layout: Layout, blobs: Blobs) -> None:
     assert os.listdir(layout.ingests) == []
 
 
-def test_what_does_not_verify_is_not_published(layout: Layout, blobs: Blobs) -> None:
-    ingest = opened(layout)
+def test_an_unverified_ingest_is_not_committed(layout: Layout, blobs: Blobs) -> None:
+    ingest = open_ingest(layout)
     ingest.append([CONTENT[:-1], b"!"])
     reader = ingest.reader()
     with pytest.raises(DigestInvalid):
-        ingest.publish(blobs)
+        ingest.commit(blobs)
     assert not blobs.exists(DIGEST)
     ingest.discard()
     ingest.discard()
@@ -107,148 +106,148 @@ def test_what_does_not_verify_is_not_published(layout: Layout, blobs: Blobs) -> 
     assert os.listdir(layout.ingests) == []
 
 
-def test_a_blob_published_by_another_in_between_is_kept(layout: Layout, blobs: Blobs) -> None:
-    ingest = opened(layout)
+def test_commit_retains_a_blob_committed_concurrently(layout: Layout, blobs: Blobs) -> None:
+    ingest = open_ingest(layout)
     ingest.append([CONTENT])
     blobs.put(CONTENT, DIGEST)
     inode = os.stat(layout.blob(DIGEST)).st_ino
-    ingest.publish(blobs)
+    ingest.commit(blobs)
     assert os.stat(layout.blob(DIGEST)).st_ino == inode
     assert os.listdir(layout.ingests) == []
 
 
-def test_resumes_what_an_earlier_run_left(layout: Layout, blobs: Blobs) -> None:
-    first = opened(layout)
+def test_resumes_a_released_ingest(layout: Layout, blobs: Blobs) -> None:
+    first = open_ingest(layout)
     first.append([CONTENT[:1000]])
     first.release()
-    second = opened(layout)
+    second = open_ingest(layout)
     assert second.size == 1000
-    for unprimed in (lambda: second.append([b"x"]), second.verify, second.hasher_copy, lambda: second.publish(blobs)):
+    for operation in (lambda: second.append([b"x"]), second.verify, second.hasher_copy, lambda: second.commit(blobs)):
         with pytest.raises(RuntimeError):
-            unprimed()
+            operation()
     second.rehash()
     second.append([CONTENT[1000:]])
-    second.publish(blobs)
+    second.commit(blobs)
     assert Path(layout.blob(DIGEST)).read_bytes() == CONTENT
 
 
-def test_rehashes_pieces_larger_than_its_buffer(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rehash_of_more_than_one_chunk(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(growing, "_PIECE", 1000)
-    first = opened(layout)
+    first = open_ingest(layout)
     first.append([CONTENT])
     first.release()
-    second = opened(layout)
+    second = open_ingest(layout)
     second.rehash()
     assert second.verify()
     second.release()
 
 
-def test_only_one_holds_it(layout: Layout) -> None:
-    first = opened(layout)
+def test_the_lock_is_exclusive(layout: Layout) -> None:
+    first = open_ingest(layout)
     assert Ingest.open(layout, DIGEST) is None
     reader = first.reader()
     first.release()
-    second = opened(layout)  # although a reader of the first one is still there
+    second = open_ingest(layout)  # although a reader of the first one is still there
     second.release()
     os.close(reader)
-    opened(layout, Digest.of(CONTENT, "sha512")).release()
+    open_ingest(layout, Digest.of(CONTENT, "sha512")).release()
 
 
-def test_only_one_process_holds_it(layout: Layout) -> None:
+def test_the_lock_is_exclusive_between_processes(layout: Layout) -> None:
     with writer(layout, DIGEST, 0) as process:
-        assert line(process) == "True"
+        assert read_line(process) == "True"
         assert Ingest.open(layout, DIGEST) is None
         process.kill()
         process.wait()
-        opened(layout).release()
+        open_ingest(layout).release()
 
 
-def followed(layout: Layout) -> Followed:
-    followed = Followed.open(layout, DIGEST)
-    assert followed is not None
-    return followed
+def open_foreign_ingest(layout: Layout) -> ForeignIngest:
+    ingest = ForeignIngest.open(layout, DIGEST)
+    assert ingest is not None
+    return ingest
 
 
-def test_it_is_followed_and_published(layout: Layout, blobs: Blobs) -> None:
-    assert Followed.open(layout, DIGEST) is None
-    ingest = opened(layout)
-    other = followed(layout)
-    assert (other.size, other.is_present) == (0, True)
+def test_following_until_commit(layout: Layout, blobs: Blobs) -> None:
+    assert ForeignIngest.open(layout, DIGEST) is None
+    ingest = open_ingest(layout)
+    foreign = open_foreign_ingest(layout)
+    assert (foreign.size, foreign.in_progress) == (0, True)
     ingest.append([CONTENT])
-    assert other.size == len(CONTENT)
-    assert other.taken_over() is None
-    ingest.publish(blobs)
-    assert not other.is_present
-    assert other.taken_over() is None
-    assert os.pread(other.fd, len(CONTENT), 0) == CONTENT
-    other.close()
+    assert foreign.size == len(CONTENT)
+    assert foreign.try_take_over() is None
+    ingest.commit(blobs)
+    assert not foreign.in_progress
+    assert foreign.try_take_over() is None
+    assert os.pread(foreign.fd, len(CONTENT), 0) == CONTENT
+    foreign.close()
 
 
-def test_what_is_given_up_is_not_taken_over(layout: Layout) -> None:
-    ingest = opened(layout)
-    other = followed(layout)
+def test_a_discarded_ingest_cannot_be_taken_over(layout: Layout) -> None:
+    ingest = open_ingest(layout)
+    foreign = open_foreign_ingest(layout)
     ingest.discard()
-    assert not other.is_present
-    assert other.taken_over() is None
-    opened(layout).discard()
-    other.close()
+    assert not foreign.in_progress
+    assert foreign.try_take_over() is None
+    open_ingest(layout).discard()
+    foreign.close()
 
 
-def test_a_writer_that_dies_is_followed_by_another(layout: Layout, blobs: Blobs) -> None:
+def test_takes_over_from_a_dead_writer(layout: Layout, blobs: Blobs) -> None:
     with writer(layout, DIGEST, 1) as process:
-        assert line(process) == "True"
-        told = int(line(process))
-        other = followed(layout)
-        assert other.taken_over() is None
+        assert read_line(process) == "True"
+        size = int(read_line(process))
+        foreign = open_foreign_ingest(layout)
+        assert foreign.try_take_over() is None
         process.kill()
         process.wait()
-    ingest = other.taken_over()
+    ingest = foreign.try_take_over()
     assert ingest is not None
-    assert ingest.size == other.size >= told
+    assert ingest.size == foreign.size >= size
     assert Ingest.open(layout, DIGEST) is None
     ingest.rehash()
     ingest.append([CONTENT[ingest.size :]])
-    ingest.publish(blobs)
+    ingest.commit(blobs)
     assert Path(layout.blob(DIGEST)).read_bytes() == CONTENT
 
 
-def test_a_process_killed_while_it_appends_leaves_a_beginning(layout: Layout, blobs: Blobs) -> None:
+def test_a_process_killed_during_append_leaves_a_prefix(layout: Layout, blobs: Blobs) -> None:
     whole = CONTENT * 400
     digest = Digest.of(whole)
     with writer(layout, digest, 400) as process:
-        assert line(process) == "True"
-        told = int([line(process) for _ in range(5)][-1])
+        assert read_line(process) == "True"
+        size = int([read_line(process) for _ in range(5)][-1])
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
-    ingest = opened(layout, digest)
-    assert told <= ingest.size <= len(whole)
+    ingest = open_ingest(layout, digest)
+    assert size <= ingest.size <= len(whole)
     assert Path(layout.ingest(digest)).read_bytes() == whole[: ingest.size]
     ingest.rehash()
     ingest.append([whole[ingest.size :]])
-    ingest.publish(blobs)
+    ingest.commit(blobs)
     assert Path(layout.blob(digest)).read_bytes() == whole
 
 
 @pytest.mark.parametrize("end", ["publish", "discard", "discard and again"])
-def test_a_file_that_is_renamed_before_the_lock_is_not_taken(
+def test_a_file_renamed_before_the_lock_is_not_acquired(
     layout: Layout, blobs: Blobs, monkeypatch: pytest.MonkeyPatch, end: str
 ) -> None:
-    first = opened(layout)
+    first = open_ingest(layout)
     first.append([CONTENT])
-    later: list[Ingest] = []
+    finished: list[Ingest] = []
     real = fcntl.flock
 
     def flock(fd: int, operation: int) -> None:
-        if operation == fcntl.LOCK_EX | fcntl.LOCK_NB and not later:
-            later.append(first)
-            first.publish(blobs) if end == "publish" else first.discard()
+        if operation == fcntl.LOCK_EX | fcntl.LOCK_NB and not finished:
+            finished.append(first)
+            first.commit(blobs) if end == "publish" else first.discard()
             if end.endswith("again"):
                 Path(layout.ingest(DIGEST)).write_bytes(b"another's")
         real(fd, operation)
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    second = opened(layout)
-    assert later
+    second = open_ingest(layout)
+    assert finished
     assert second.size == (len(b"another's") if end.endswith("again") else 0)
     reader = second.reader()
     assert os.path.samestat(os.fstat(reader), os.stat(layout.ingest(DIGEST)))
@@ -261,22 +260,22 @@ def test_a_file_that_is_renamed_before_the_lock_is_not_taken(
 
 def test_no_descriptor_is_left_open(layout: Layout, blobs: Blobs) -> None:
     before = os.listdir("/proc/self/fd")
-    held = opened(layout)
+    ingest = open_ingest(layout)
     assert Ingest.open(layout, DIGEST) is None
-    held.append([CONTENT])
-    held.publish(blobs)
-    opened(layout).discard()
-    opened(layout).release()
+    ingest.append([CONTENT])
+    ingest.commit(blobs)
+    open_ingest(layout).discard()
+    open_ingest(layout).release()
     assert os.listdir("/proc/self/fd") == before
 
 
-def test_finds_the_stale_ones(layout: Layout) -> None:
+def test_stale_ingests(layout: Layout) -> None:
     assert stale_ingests(layout, 1e12) == []
-    for content, written in ((b"1", 100), (b"2", 200)):
-        ingest = opened(layout, Digest.of(content))
+    for content, mtime in ((b"1", 100), (b"2", 200)):
+        ingest = open_ingest(layout, Digest.of(content))
         ingest.append([b"x"])
         ingest.release()
-        os.utime(layout.ingest(Digest.of(content)), (written, written))
+        os.utime(layout.ingest(Digest.of(content)), (mtime, mtime))
     (Path(layout.ingests) / "README").write_text("?")
     (Path(layout.ingests) / "sha256-12").write_text("?")
     assert stale_ingests(layout, 200) == [Digest.of(b"1")]
@@ -288,24 +287,24 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 256 KiB."""
     if os.geteuid() != 0:
         pytest.skip("only root can mount a small file system")
-    done = subprocess.run(
+    mount = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(tmp_path)], capture_output=True, text=True
     )
-    if done.returncode:
-        pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
+    if mount.returncode:
+        pytest.skip(f"no file system can be mounted here: {mount.stderr.strip()}")
     try:
         yield tmp_path
     finally:
         subprocess.run(["umount", "-l", str(tmp_path)], check=True)
 
 
-def test_a_full_disk_takes_nothing_and_loses_nothing(small_disk: Path) -> None:
+def test_a_full_disk_loses_nothing(small_disk: Path) -> None:
     layout = Layout(small_disk)
     blobs = Blobs(layout, True)
     blobs.put(b"e" * 60_000, evicted := Digest.of(b"e" * 60_000))
     whole = CONTENT * 20
     digest = Digest.of(whole)
-    ingest = opened(layout, digest)
+    ingest = open_ingest(layout, digest)
     ingest.append([whole[:100_000]])
     reader = ingest.reader()
     with pytest.raises(OSError) as caught:
@@ -327,6 +326,6 @@ def test_a_full_disk_takes_nothing_and_loses_nothing(small_disk: Path) -> None:
     assert blobs.remove(evicted)
     filler.unlink()
     ingest.append([whole[100_000:]])
-    ingest.publish(blobs)
+    ingest.commit(blobs)
     assert Path(layout.blob(digest)).read_bytes() == whole
     os.close(reader)

@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 
 from dockerproxy.errors import NameInvalid
 from dockerproxy.oci.names import Digest
-from dockerproxy.store.layout import Layout, digest_in
+from dockerproxy.store.layout import Layout, digest_from_names
 
 DIGEST = Digest("sha256", "ab" + "0" * 62)
 LAYOUT = Layout(Path("/root"))
 
 
-def test_draws_the_tree_of_distribution() -> None:
+def test_paths_of_distribution() -> None:
     v2 = "/root/docker/registry/v2"
     assert LAYOUT.blob(DIGEST) == f"{v2}/blobs/sha256/ab/{DIGEST.hex}/data"
     assert LAYOUT.layer("a/b", DIGEST) == f"{v2}/repositories/a/b/_layers/sha256/{DIGEST.hex}/link"
@@ -28,7 +28,7 @@ def test_draws_the_tree_of_distribution() -> None:
 @pytest.mark.parametrize(
     "name", ["a", "registry-1.docker.io/library/ubuntu", "host:5000/a/b_c", "[::1]:5000/a", "my_host/x"]
 )
-def test_takes_what_hosts_and_names_are_made_of(name: str) -> None:
+def test_accepts_hosts_and_repository_names(name: str) -> None:
     assert LAYOUT.repository(name) == f"/root/docker/registry/v2/repositories/{name}"
 
 
@@ -37,14 +37,14 @@ def test_takes_what_hosts_and_names_are_made_of(name: str) -> None:
     ["", "/", "/a", "a/", "a//b", ".", "..", "a/../b", "a/./b", ".a", "_layers", "a/_manifests", "a\n", "a\0b", "a b",
      "é", "a" * 256, "/".join(["a"] * 513), "-a"],
 )  # fmt: skip
-def test_refuses_what_leads_elsewhere(name: str) -> None:
+def test_rejects_path_traversal(name: str) -> None:
     for path in (LAYOUT.repository, LAYOUT.tags, LAYOUT.layers):
         with pytest.raises(NameInvalid):
             path(name)
 
 
 @given(st.text(alphabet="a_./:[\n\0", max_size=12))
-def test_a_repository_stays_below_its_directory(name: str) -> None:
+def test_a_repository_stays_in_its_directory(name: str) -> None:
     try:
         path = LAYOUT.repository(name)
     except NameInvalid:
@@ -55,12 +55,12 @@ def test_a_repository_stays_below_its_directory(name: str) -> None:
 
 
 @pytest.mark.parametrize("tag", ["", "..", ".a", "a/b", "a" * 129, "a\n"])
-def test_refuses_what_is_no_tag(tag: str) -> None:
+def test_rejects_invalid_tags(tag: str) -> None:
     with pytest.raises(NameInvalid):
         LAYOUT.tag("a", tag)
 
 
-def test_knows_its_own_digests() -> None:
-    assert digest_in("sha256", DIGEST.hex) == DIGEST
-    assert digest_in("sha256", "ab") is None
-    assert digest_in("md5", DIGEST.hex) is None
+def test_digest_from_names() -> None:
+    assert digest_from_names("sha256", DIGEST.hex) == DIGEST
+    assert digest_from_names("sha256", "ab") is None
+    assert digest_from_names("md5", DIGEST.hex) is None

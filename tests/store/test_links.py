@@ -33,7 +33,7 @@ class LinksMachine(RuleBasedStateMachine):
         self.layers: set[tuple[str, Digest]] = set()
         self.manifests: dict[tuple[str, Digest], str] = {}
         self.tags: dict[str, dict[str, Digest]] = {}
-        self.touched: set[str] = set()
+        self.repositories: set[str] = set()
 
     def teardown(self) -> None:
         assert not os.path.exists(self.layout.staging) or os.listdir(self.layout.staging) == []
@@ -43,7 +43,7 @@ class LinksMachine(RuleBasedStateMachine):
     def link_layer(self, repository: str, digest: Digest) -> None:
         self.links.link_layer(repository, digest)
         self.layers.add((repository, digest))
-        self.touched.add(repository)
+        self.repositories.add(repository)
 
     @rule(repository=REPOSITORIES, digest=DIGESTS)
     def unlink_layer(self, repository: str, digest: Digest) -> None:
@@ -54,26 +54,26 @@ class LinksMachine(RuleBasedStateMachine):
     def link_manifest(self, repository: str, digest: Digest, media_type: str) -> None:
         self.links.link_manifest(repository, digest, media_type)
         self.manifests[repository, digest] = media_type
-        self.touched.add(repository)
+        self.repositories.add(repository)
 
     @rule(repository=REPOSITORIES, digest=DIGESTS)
     def unlink_manifest(self, repository: str, digest: Digest) -> None:
-        there = self.manifests.pop((repository, digest), None)
-        assert self.links.unlink_manifest(repository, digest) == (there is not None)
+        media_type = self.manifests.pop((repository, digest), None)
+        assert self.links.unlink_manifest(repository, digest) == (media_type is not None)
 
     @rule(repository=REPOSITORIES, tag=TAGS, digest=DIGESTS)
     def set_tag(self, repository: str, tag: str, digest: Digest) -> None:
         self.links.set_tag(repository, tag, digest)
         self.tags.setdefault(repository, {})[tag] = digest
-        self.touched.add(repository)
+        self.repositories.add(repository)
 
     @rule(repository=REPOSITORIES, tag=TAGS)
     def remove_tag(self, repository: str, tag: str) -> None:
-        there = self.tags.get(repository, {}).pop(tag, None)
-        assert self.links.remove_tag(repository, tag) == (there is not None)
+        target = self.tags.get(repository, {}).pop(tag, None)
+        assert self.links.remove_tag(repository, tag) == (target is not None)
 
     @rule(repository=REPOSITORIES, digest=DIGESTS, tag=TAGS)
-    def ask(self, repository: str, digest: Digest, tag: str) -> None:
+    def query(self, repository: str, digest: Digest, tag: str) -> None:
         assert self.other.has_layer(repository, digest) == ((repository, digest) in self.layers)
         assert self.other.has_manifest(repository, digest) == ((repository, digest) in self.manifests)
         assert self.other.manifest_media_type(repository, digest) == self.manifests.get((repository, digest))
@@ -82,7 +82,7 @@ class LinksMachine(RuleBasedStateMachine):
 
     @rule()
     def list_repositories(self) -> None:
-        assert sorted(self.other.repositories()) == sorted(self.touched)
+        assert sorted(self.other.repositories()) == sorted(self.repositories)
 
 
 TestLinks = LinksMachine.TestCase
@@ -95,7 +95,7 @@ def layout(tmp_path: Path) -> Layout:
 
 
 @pytest.mark.parametrize("content", [b"", b"sha256:", b"sha256:abc", b"\0" * 71, b"\xff"])
-def test_a_torn_tag_is_no_tag_and_can_be_set_again(layout: Layout, content: bytes) -> None:
+def test_a_torn_tag_is_absent_and_can_be_set_again(layout: Layout, content: bytes) -> None:
     links, digest = Links(layout, False), Digest.of(b"1")
     links.set_tag("a", "v1", digest)
     Path(layout.tag_current("a", "v1")).write_bytes(content)
@@ -104,7 +104,7 @@ def test_a_torn_tag_is_no_tag_and_can_be_set_again(layout: Layout, content: byte
     assert links.tag("a", "v1") == digest
 
 
-def test_an_empty_link_links_nothing_and_can_be_made_again(layout: Layout) -> None:
+def test_an_empty_link_is_absent_and_can_be_written_again(layout: Layout) -> None:
     links, digest = Links(layout, False), Digest.of(b"1")
     links.link_layer("a", digest)
     links.link_manifest("a", digest, INDEX)
@@ -119,7 +119,7 @@ def test_an_empty_link_links_nothing_and_can_be_made_again(layout: Layout) -> No
 
 
 @pytest.mark.parametrize("content", [b"", b"a/b\r\nX: y", b"\0\0\0", b"a/" + b"b" * 300, "é".encode()])
-def test_a_media_type_that_could_not_be_a_header_is_none(layout: Layout, content: bytes) -> None:
+def test_an_invalid_media_type_is_none(layout: Layout, content: bytes) -> None:
     links, digest = Links(layout, False), Digest.of(b"1")
     links.link_manifest("a", digest, INDEX)
     Path(layout.media_type("a", digest)).write_bytes(content)
@@ -133,7 +133,7 @@ def test_a_link_with_a_line_end_is_read(layout: Layout) -> None:
     assert links.tag("a", "v1") == digest
 
 
-def test_foreign_names_are_passed(layout: Layout) -> None:
+def test_foreign_names_are_skipped(layout: Layout) -> None:
     links, digest = Links(layout, False), Digest.of(b"1")
     assert list(links.repositories()) == []
     assert links.tags("a") == []
@@ -149,7 +149,7 @@ def test_foreign_names_are_passed(layout: Layout) -> None:
 
 
 @pytest.mark.parametrize("name", ["../x", "a/_layers", ""])
-def test_no_method_takes_a_name_that_leads_elsewhere(layout: Layout, name: str) -> None:
+def test_every_method_rejects_path_traversal(layout: Layout, name: str) -> None:
     links, digest = Links(layout, False), Digest.of(b"1")
     for call in (
         lambda: links.has_layer(name, digest), lambda: links.link_layer(name, digest), lambda: links.tags(name),
@@ -162,7 +162,7 @@ def test_no_method_takes_a_name_that_leads_elsewhere(layout: Layout, name: str) 
             call()
 
 
-def test_prune_removes_what_is_empty_and_nothing_else(tmp_path: Path) -> None:
+def test_prune_removes_only_empty_directories(tmp_path: Path) -> None:
     layout = Layout(tmp_path)
     links = Links(layout, durable=True)
     digest = Digest.of(b"a")
@@ -189,9 +189,7 @@ def test_prune_removes_what_is_empty_and_nothing_else(tmp_path: Path) -> None:
     list(links.prune("never/there"))
 
 
-def test_a_manifest_that_is_linked_while_its_repository_is_pruned(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_manifest_linked_during_prune(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before any of the directories is removed: it is there then, and so is `_layers`, for distribution's sake."""
     digest = Digest.of(b"a")
     real, moment = os.rmdir, 0
@@ -222,13 +220,13 @@ def test_a_manifest_that_is_linked_while_its_repository_is_pruned(
     assert moment > 5
 
 
-def test_forget_leaves_what_a_tag_means(tmp_path: Path) -> None:
+def test_prune_tag_index_retains_the_current_target(tmp_path: Path) -> None:
     layout = Layout(tmp_path)
     links = Links(layout, durable=True)
     one, two = Digest.of(b"1"), Digest.of(b"2")
     for digest in (one, two):
         links.set_tag("a", "v1", digest)
-    assert len(list(links.forget("a", {str(one), str(two)}))) == 2, "a step for each"
+    assert len(list(links.prune_tag_index("a", {str(one), str(two)}))) == 2, "a step for each"
     assert not os.path.exists(layout.tag_index("a", "v1", one))
     assert os.path.exists(layout.tag_index("a", "v1", two))
     assert links.tag("a", "v1") == two

@@ -20,10 +20,10 @@ AWKWARD = ["", ".", "..", "a", "A", "a~.json", "a~", "~", "~staging", "%7E", "a/
 
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.tuples(KEYS, st.one_of(st.none(), st.integers())), max_size=12))
-def test_a_record_is_what_was_put_last(writes: list[tuple[tuple[str, ...], int | None]]) -> None:
+def test_get_returns_the_last_put(writes: list[tuple[tuple[str, ...], int | None]]) -> None:
     model: dict[tuple[str, ...], dict[str, int]] = {}
     with tempfile.TemporaryDirectory() as directory:
-        records, other = Records(Path(directory), remembered=3), Records(Path(directory))
+        records, other = Records(Path(directory), max_cached=3), Records(Path(directory))
         for key, value in writes:
             other.get(*key)
             if value is None:
@@ -32,11 +32,11 @@ def test_a_record_is_what_was_put_last(writes: list[tuple[tuple[str, ...], int |
             else:
                 model[key] = {"value": value}
                 records.put(model[key], *key)
-            for known in {key for key, _ in writes}:
-                assert records.get(*known) == other.get(*known) == model.get(known)
+            for written_key in {key for key, _ in writes}:
+                assert records.get(*written_key) == other.get(*written_key) == model.get(written_key)
 
 
-def test_awkward_keys_are_apart(tmp_path: Path) -> None:
+def test_awkward_keys_do_not_collide(tmp_path: Path) -> None:
     records = Records(tmp_path / "records")
     keys = [*((one,) for one in AWKWARD), *((one, two) for one in AWKWARD for two in AWKWARD)]
     for number, key in enumerate(keys):
@@ -50,7 +50,7 @@ def test_awkward_keys_are_apart(tmp_path: Path) -> None:
             assert stat.S_IMODE(os.stat(f"{directory}/{file}").st_mode) == 0o600
 
 
-def test_the_root_can_be_read_by_a_person(tmp_path: Path) -> None:
+def test_paths_are_human_readable(tmp_path: Path) -> None:
     Records(tmp_path).put({}, "tag", "registry-1.docker.io:443", "library/ubuntu", "latest")
     path = tmp_path / "tag" / "registry-1.docker.io:443" / "library%2Fubuntu" / "latest~.json"
     assert path.read_text() == ('{"key":["tag","registry-1.docker.io:443","library/ubuntu","latest"],"value":{}}')
@@ -59,7 +59,7 @@ def test_the_root_can_be_read_by_a_person(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "content", [b"", b"{", b"[]", b"\xff\xfe", b'{"key":["b"],"value":{}}', b'{"key":["a"],"value":1}', b"1" * 5000]
 )
-def test_what_is_torn_or_anothers_counts_as_absent(tmp_path: Path, content: bytes) -> None:
+def test_torn_or_foreign_files_count_as_absent(tmp_path: Path, content: bytes) -> None:
     records = Records(tmp_path)
     records.put({"x": 1}, "a")
     (tmp_path / "a~.json").write_bytes(content)
@@ -68,34 +68,34 @@ def test_what_is_torn_or_anothers_counts_as_absent(tmp_path: Path, content: byte
     assert records.get("a") == {"x": 2}
 
 
-def test_a_known_record_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    records = Records(tmp_path, remembered=2)
+def test_a_cached_record_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    records = Records(tmp_path, max_cached=2)
     for key in "abc":
         records.put({"key": key}, key)
-    reads = []
+    loads = []
     real = module._load
 
     def load(path: str, key: tuple[str, ...]) -> Any:
-        reads.append("".join(key))
+        loads.append("".join(key))
         return real(path, key)
 
     monkeypatch.setattr(module, "_load", load)
     for key in "aabacabx":
         assert (records.get(key) is None) == (key == "x")
     # Two are remembered, the least recently used one goes; what does not exist is not read at all.
-    assert reads == ["a", "b", "c", "b"]
+    assert loads == ["a", "b", "c", "b"]
 
 
-def test_no_key_is_no_record(tmp_path: Path) -> None:
+def test_an_empty_key_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(ValueError):
         Records(tmp_path).get()
 
 
-def test_several_threads_may_use_one(tmp_path: Path) -> None:
-    records = Records(tmp_path, remembered=2)
+def test_thread_safety(tmp_path: Path) -> None:
+    records = Records(tmp_path, max_cached=2)
     errors: list[BaseException] = []
 
-    def use(name: str) -> None:
+    def access(name: str) -> None:
         try:
             for number in range(200):
                 records.put({"number": number}, name)
@@ -104,7 +104,7 @@ def test_several_threads_may_use_one(tmp_path: Path) -> None:
         except BaseException as error:
             errors.append(error)
 
-    threads = [threading.Thread(target=use, args=(name,)) for name in "abcd"]
+    threads = [threading.Thread(target=access, args=(name,)) for name in "abcd"]
     for thread in threads:
         thread.start()
     for thread in threads:

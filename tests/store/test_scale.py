@@ -21,22 +21,21 @@ import pytest
 
 from dockerproxy.cache.space import CacheSpaceManager
 from dockerproxy.oci.names import Digest
-from dockerproxy.store import usage
 from dockerproxy.store.blobs import Blobs
-from dockerproxy.store.check import Checker
-from dockerproxy.store.hosting import HostedStore
-from dockerproxy.store.importing import Importer
+from dockerproxy.store.cooperative import CooperativeThread
+from dockerproxy.store.hosted_store import HostedStore
+from dockerproxy.store.importer import Importer
 from dockerproxy.store.layout import Layout
-from dockerproxy.store.slices import Slices
-from dockerproxy.store.survey import Survey
+from dockerproxy.store.mark import Mark
+from dockerproxy.store.scrub import Scrubber
 from dockerproxy.store.sweep import Sweeper
-from tests.store.workbench.images import Content, image, index
-from tests.store.workbench.reactor import Reactor
+from tests.store.support.images import ManifestTree, image, index
+from tests.store.support.reactor import SteppedReactor
 
 SMALL, LARGE = 30, 150
 REPOSITORY = "library/many"
 
-Work = Callable[[Reactor, Path, Slices], Coroutine[Any, Any, Any]]
+Operation = Callable[[SteppedReactor, Path, CooperativeThread], Coroutine[Any, Any, Any]]
 
 
 @pytest.fixture
@@ -46,36 +45,36 @@ def folder() -> Iterator[Path]:
         yield Path(name)
 
 
-class Counting(Reactor):
+class CallCountingReactor(SteppedReactor):
     """Notes how many calls the longest job in a thread made, and the longest turn of the reactor."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.longest = {"thread": 0, "reactor": 0}
+        self.max_calls = {"thread": 0, "reactor": 0}
 
     def run_one(self, number: int = 0) -> None:
         if self.jobs:
             done, job = self.jobs.popleft()
-            self.jobs.appendleft((done, lambda: self.counted("thread", job)))
-        self.counted("reactor", super().run_one, number)
+            self.jobs.appendleft((done, lambda: self.count_calls("thread", job)))
+        self.count_calls("reactor", super().run_one, number)
 
-    def counted(self, where: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    def count_calls(self, where: str, function: Callable[..., Any], *arguments: Any) -> Any:
         """Call, and count what it calls; the job that the reactor has done in between is none of its own."""
         calls, outer = 0, sys.getprofile()
 
-        def note(frame: Any, event: str, argument: Any) -> None:
+        def profile(frame: Any, event: str, argument: Any) -> None:
             nonlocal calls
             calls += event in ("call", "c_call")
 
-        sys.setprofile(note)
+        sys.setprofile(profile)
         try:
             return function(*arguments)
         finally:
             sys.setprofile(outer)
-            self.longest[where] = max(self.longest[where], calls)
+            self.max_calls[where] = max(self.max_calls[where], calls)
 
 
-def put(store: HostedStore, content: Content, *tags: str) -> None:
+def put_manifest(store: HostedStore, content: ManifestTree, *tags: str) -> None:
     """Put a manifest and what it needs into `store`, as `registry:2` would; none of it was used lately."""
     for part in content.walk():
         digests = [Digest.of(blob) for blob in part.blobs]
@@ -95,16 +94,16 @@ def write(path: str, data: bytes) -> None:
     Path(path).write_bytes(data)
 
 
-def grow(root: Path, count: int) -> HostedStore:
+def make_registry(root: Path, count: int) -> HostedStore:
     """A registry with `count` images that have tags, as many that have none, each with a signature, or in an index, and
     as many blobs that nothing leads to."""
-    store = HostedStore.below(Layout(root))
+    store = HostedStore.from_layout(Layout(root))
     for number in range(count):
-        put(store, image(b"config %d" % number, b"layer %d" % number, b"base"), f"v{number}", f"again{number}")
-        loose = image(b"loose config %d" % number, b"loose layer %d" % number, b"base")
-        put(store, loose if number % 2 else index(loose))
-        put(store, image(b"{}", b"signature %d" % number, subject=loose))
-        put(store, image(b"{}", b"of what is gone %d" % number, subject=image(b"gone %d" % number)))
+        put_manifest(store, image(b"config %d" % number, b"layer %d" % number, b"base"), f"v{number}", f"again{number}")
+        untagged = image(b"loose config %d" % number, b"loose layer %d" % number, b"base")
+        put_manifest(store, untagged if number % 2 else index(untagged))
+        put_manifest(store, image(b"{}", b"signature %d" % number, subject=untagged))
+        put_manifest(store, image(b"{}", b"of what is gone %d" % number, subject=image(b"gone %d" % number)))
         data = b"garbage %d" % number
         write(store.layout.blob(Digest.of(data)), data)
         write(store.layout.layer(REPOSITORY, Digest.of(data)), str(Digest.of(data)).encode())
@@ -112,84 +111,86 @@ def grow(root: Path, count: int) -> HostedStore:
     return store
 
 
-async def collect(reactor: Reactor, root: Path, slices: Slices) -> None:
-    swept = await Sweeper(reactor, HostedStore.below(Layout(root)), slices=slices).sweep(delete_untagged=True)
-    assert swept.blobs > SMALL * 5
-    assert not swept.problems
+async def collect(reactor: SteppedReactor, root: Path, slices: CooperativeThread) -> None:
+    result = await Sweeper(reactor, HostedStore.from_layout(Layout(root)), thread=slices).sweep(delete_untagged=True)
+    assert result.blobs > SMALL * 5
+    assert not result.problems
 
 
-async def check(reactor: Reactor, root: Path, slices: Slices) -> None:
-    checked = await Checker(reactor, Layout(root), slices=slices).check()
-    assert (checked.damaged, checked.findings > SMALL, checked.blobs > SMALL * 5) == (0, False, True)
+async def scrub(reactor: SteppedReactor, root: Path, slices: CooperativeThread) -> None:
+    result = await Scrubber(reactor, Layout(root), thread=slices).scrub()
+    assert (result.damaged, result.findings > SMALL, result.blobs > SMALL * 5) == (0, False, True)
 
 
-async def take(reactor: Reactor, root: Path, slices: Slices) -> None:
-    store = HostedStore.below(Layout(root / "new"))
-    imported = await Importer(reactor, store, slices=slices).take(root)
-    assert imported.tags > SMALL
+async def import_from(reactor: SteppedReactor, root: Path, slices: CooperativeThread) -> None:
+    store = HostedStore.from_layout(Layout(root / "new"))
+    result = await Importer(reactor, store, thread=slices).import_from(root)
+    assert result.tags > SMALL
 
 
-async def count(reactor: Reactor, root: Path, slices: Slices) -> None:
+async def rescan(reactor: SteppedReactor, root: Path, slices: CooperativeThread) -> None:
     layout = Layout(root)
-    room = CacheSpaceManager(
+    space = CacheSpaceManager(
         reactor, layout, Blobs(layout, False), limit=1 << 40, inactive=1e10, clock=time.time, cooperative_thread=slices
     )
-    await room.maintain()
-    assert room.index.total > SMALL * 10
+    await space.maintain()
+    assert space.index.total > SMALL * 10
 
 
-async def expire(reactor: Reactor, root: Path, slices: Slices) -> None:
+async def expire(reactor: SteppedReactor, root: Path, slices: CooperativeThread) -> None:
     layout = Layout(root)
-    room = CacheSpaceManager(
+    space = CacheSpaceManager(
         reactor, layout, Blobs(layout, False), limit=1 << 40, inactive=1, clock=time.time, cooperative_thread=slices
     )
-    await room.maintain()
-    assert room.index.total == 0
+    await space.maintain()
+    assert space.index.total == 0
 
 
-WORKS = [collect, check, take, count]
+OPERATIONS = [collect, scrub, import_from, rescan]
 
 
-def longest(folder: Path, work: Work, size: int, slices: float) -> dict[str, int]:
+def max_calls(folder: Path, operation: Operation, size: int, slices: float) -> dict[str, int]:
     root = folder / f"{size}"
-    grow(root, size)
-    reactor = Counting()
-    reactor.run(work(reactor, root, Slices(reactor, length=slices)))
-    return reactor.longest
+    make_registry(root, size)
+    reactor = CallCountingReactor()
+    reactor.run(operation(reactor, root, CooperativeThread(reactor, slice_length=slices)))
+    return reactor.max_calls
 
 
-@pytest.mark.parametrize("work", WORKS)
-def test_no_step_is_longer_where_there_is_more(folder: Path, work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("work", OPERATIONS)
+def test_step_cost_does_not_grow_with_the_registry(
+    folder: Path, work: Operation, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(os, "sync", lambda: None)
     monkeypatch.setattr(usage, "_RUN", 50)  # so that some are merged in a small cache, too
     # No length: each step is a slice of its own.
-    small, large = (longest(folder, work, size, -1) for size in (SMALL, LARGE))
+    small, large = (max_calls(folder, work, size, -1) for size in (SMALL, LARGE))
     assert large["thread"] <= small["thread"] * 1.1
     assert large["reactor"] <= small["reactor"] * 1.1
     assert small["thread"] < 3000
 
 
-@pytest.mark.parametrize("work", [collect, count, expire])
-def test_no_turn_of_the_reactor_is_longer_where_more_is_found(
-    folder: Path, work: Work, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("work", [collect, rescan, expire])
+def test_reactor_iteration_cost_does_not_grow_with_results(
+    folder: Path, work: Operation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # One slice has it all, but for what hands over to the reactor.
-    small, large = (longest(folder, work, size, math.inf) for size in (LARGE, 2 * LARGE))
+    small, large = (max_calls(folder, work, size, math.inf) for size in (LARGE, 2 * LARGE))
     assert large["reactor"] <= small["reactor"] * 1.1
 
 
-def test_the_cyclic_collector_has_no_more_to_look_through(folder: Path) -> None:
+def test_gc_tracked_objects_do_not_grow(folder: Path) -> None:
     tracked = {}
     for size in (SMALL, LARGE):
-        store = grow(folder / f"{size}", size)
+        store = make_registry(folder / f"{size}", size)
         gc.collect()
         before = len(gc.get_objects())
-        survey = Survey(store.layout, store.links, time.time() - 3600, True)
-        for _ in survey.steps():
+        mark = Mark(store.layout, store.links, time.time() - 3600, True)
+        for _ in mark.steps():
             pass
         for _ in range(3):
             gc.collect()
         tracked[size] = len(gc.get_objects()) - before
-        assert len(survey.idle[REPOSITORY].groups) >= 2 * size
-        assert len(survey.needed) >= 2 * size
+        assert len(mark.unreferenced[REPOSITORY].groups) >= 2 * size
+        assert len(mark.reachable) >= 2 * size
     assert abs(tracked[LARGE] - tracked[SMALL]) < 20

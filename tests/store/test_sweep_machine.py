@@ -28,15 +28,15 @@ from dockerproxy.oci.routes import route
 from dockerproxy.registry.face import Face
 from dockerproxy.registry.hosted import Hosted
 from dockerproxy.registry.push import Push
-from dockerproxy.store.hosting import HostedStore
+from dockerproxy.store.cooperative import CooperativeThread
+from dockerproxy.store.hosted_store import HostedStore
 from dockerproxy.store.layout import Layout
-from dockerproxy.store.slices import Slices
-from dockerproxy.store.sweep import Sweeper, Swept
-from tests.store.workbench.images import Content, age, image, index
-from tests.store.workbench.reactor import Reactor
+from dockerproxy.store.sweep import Sweeper, SweepResult
+from tests.store.support.images import ManifestTree, age_blobs, image, index
+from tests.store.support.reactor import SteppedReactor
 
 
-def contents() -> list[Content]:
+def make_manifests() -> list[ManifestTree]:
     """Images that share layers, indexes of them and of an index, signatures, and a signature of a signature."""
     images = [image(b"config%d" % number, b"base", b"layer%d" % number) for number in range(3)]
     one, two, three = images
@@ -45,12 +45,12 @@ def contents() -> list[Content]:
     return [*images, both, index(both, three), *signatures, image(b"sig", b"again", subject=signatures[0])]
 
 
-CONTENTS = contents()
-BY_DIGEST = {content.digest: content for content in CONTENTS}
+MANIFESTS = make_manifests()
+BY_DIGEST = {content.digest: content for content in MANIFESTS}
 REPOSITORIES, TAGS = ("one", "two/three"), ("v1", "v2")
 
 
-class Wire:
+class MemoryTransport:
     """A connection that keeps what is sent."""
 
     client, secure, port, takes_files = "test", False, 0, False
@@ -74,10 +74,10 @@ class Wire:
 
 
 @define
-class Registry:
+class InMemoryRegistry:
     """The hosted registry's HTTP face, without a socket."""
 
-    reactor: Reactor
+    reactor: SteppedReactor
     store: HostedStore
     hosted: Hosted = field(init=False)
 
@@ -85,32 +85,32 @@ class Registry:
     def _make_hosted(self) -> Hosted:
         return Hosted(self.reactor, self.store, Push(self.reactor, self.store))
 
-    async def ask(self, method: str, target: str, body: bytes = b"", media_type: str = "") -> int:
+    async def request(self, method: str, target: str, body: bytes = b"", media_type: str = "") -> int:
         """Return the status of the answer."""
         headers = Headers([("host", "test"), ("content-length", str(len(body))), ("content-type", media_type)])
         stream = ByteStream()
         stream.feed(body)
         stream.finish()
-        request = Request(Wire(), RequestHead(method, target, (1, 1), headers), stream if body else None)
+        request = Request(MemoryTransport(), RequestHead(method, target, (1, 1), headers), stream if body else None)
         try:
             await Face(self.reactor).answer(request, route(request.path), self.hosted)
         except RegistryError as error:
             return error.status
         return request.status
 
-    async def push(self, repository: str, content: Content, tag: str | None) -> int:
+    async def push(self, repository: str, content: ManifestTree, tag: str | None) -> int:
         """Push as docker does: look for each blob, bring what is missing, then the manifest."""
         for blob in content.blobs:
             digest = Digest.of(blob)
-            if await self.ask("HEAD", f"/v2/{repository}/blobs/{digest}") != 200:
-                status = await self.ask("POST", f"/v2/{repository}/blobs/uploads/?digest={digest}", blob)
+            if await self.request("HEAD", f"/v2/{repository}/blobs/{digest}") != 200:
+                status = await self.request("POST", f"/v2/{repository}/blobs/uploads/?digest={digest}", blob)
                 assert status == 201, status
         for child in content.children:
-            if await self.ask("HEAD", f"/v2/{repository}/manifests/{child.digest}") != 200:
+            if await self.request("HEAD", f"/v2/{repository}/manifests/{child.digest}") != 200:
                 status = await self.push(repository, child, None)
                 assert status == 201, status
         path = f"/v2/{repository}/manifests/{tag or content.digest}"
-        return await self.ask("PUT", path, content.data, content.media_type)
+        return await self.request("PUT", path, content.data, content.media_type)
 
 
 class SweepMachine(RuleBasedStateMachine):
@@ -118,21 +118,21 @@ class SweepMachine(RuleBasedStateMachine):
         super().__init__()
         # In memory where that can be: every link is synced to the disk.
         self.directory = tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
-        self.reactor = Reactor()
+        self.reactor = SteppedReactor()
         self.layout = Layout(Path(self.directory.name))
-        self.store = HostedStore.below(self.layout)
-        self.registry = Registry(self.reactor, self.store)
+        self.store = HostedStore.from_layout(self.layout)
+        self.registry = InMemoryRegistry(self.reactor, self.store)
         # No length: each step is a slice of its own.
-        self.sweeper = Sweeper(self.reactor, self.store, slices=Slices(self.reactor, length=-1))
-        self.sweep: Deferred[Swept] | None = None
-        self.under_way: set[tuple[str, str | None]] = set()
-        self.tags: dict[tuple[str, str], Content] = {}
+        self.sweeper = Sweeper(self.reactor, self.store, thread=CooperativeThread(self.reactor, slice_length=-1))
+        self.sweep: Deferred[SweepResult] | None = None
+        self.in_progress: set[tuple[str, str | None]] = set()
+        self.tags: dict[tuple[str, str], ManifestTree] = {}
         self.failures: list[Any] = []
 
     def teardown(self) -> None:
         try:
             self.settle()
-            self.quiet_collection()
+            self.check_final_collection()
         finally:
             self.directory.cleanup()
 
@@ -140,13 +140,13 @@ class SweepMachine(RuleBasedStateMachine):
 
     @rule(
         repository=st.sampled_from(REPOSITORIES),
-        content=st.sampled_from(CONTENTS),
+        content=st.sampled_from(MANIFESTS),
         tag=st.sampled_from((*TAGS, *TAGS, None)),
     )
-    def push(self, repository: str, content: Content, tag: str | None) -> None:
-        if tag is not None and (repository, tag) in self.under_way:
+    def push(self, repository: str, content: ManifestTree, tag: str | None) -> None:
+        if tag is not None and (repository, tag) in self.in_progress:
             return
-        self.under_way.add((repository, tag))
+        self.in_progress.add((repository, tag))
         if tag is not None:
             self.tags.pop((repository, tag), None)
 
@@ -155,20 +155,20 @@ class SweepMachine(RuleBasedStateMachine):
             assert status == 201, f"{content.media_type} refused: {status}"
             if tag is not None:
                 self.tags[repository, tag] = content
-            self.under_way.discard((repository, tag))
+            self.in_progress.discard((repository, tag))
 
         Deferred.fromCoroutine(run()).addErrback(self.failures.append)
 
     @rule(repository=st.sampled_from(REPOSITORIES), tag=st.sampled_from(TAGS))
     def delete_tag(self, repository: str, tag: str) -> None:
-        if (repository, tag) in self.under_way or (repository, tag) not in self.tags:
+        if (repository, tag) in self.in_progress or (repository, tag) not in self.tags:
             return
-        self.under_way.add((repository, tag))
+        self.in_progress.add((repository, tag))
         del self.tags[repository, tag]
 
         async def run() -> None:
-            assert await self.registry.ask("DELETE", f"/v2/{repository}/manifests/{tag}") == 202
-            self.under_way.discard((repository, tag))
+            assert await self.registry.request("DELETE", f"/v2/{repository}/manifests/{tag}") == 202
+            self.in_progress.discard((repository, tag))
 
         Deferred.fromCoroutine(run()).addErrback(self.failures.append)
 
@@ -189,14 +189,14 @@ class SweepMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.reactor.busy)
     @rule(order=st.lists(st.integers(0, 3), min_size=1, max_size=25))
-    def go_on(self, order: list[int]) -> None:
+    def run_jobs(self, order: list[int]) -> None:
         for number in order:
             self.reactor.run_one(number)
 
     @precondition(lambda self: self.sweep is None and not self.under_way)
     @rule()
     def age(self) -> None:
-        age(self.store)
+        age_blobs(self.store)
 
     @rule()
     def settle(self) -> None:
@@ -206,7 +206,7 @@ class SweepMachine(RuleBasedStateMachine):
             self.reactor.run_one(0)
         assert self.sweep is None
         self.check()
-        assert not self.under_way
+        assert not self.in_progress
 
     # what has to hold
 
@@ -221,7 +221,7 @@ class SweepMachine(RuleBasedStateMachine):
                 if self.store.links.has_manifest(repository, digest):
                     self.check_complete(repository, BY_DIGEST[digest])
 
-    def check_complete(self, repository: str, content: Content) -> None:
+    def check_complete(self, repository: str, content: ManifestTree) -> None:
         assert self.store.blobs.exists(content.digest), f"{content} has no data"
         for blob in content.blobs:
             assert self.store.links.has_layer(repository, Digest.of(blob)), f"{repository} lacks {blob!r}"
@@ -229,49 +229,49 @@ class SweepMachine(RuleBasedStateMachine):
         for child in content.children:
             assert self.store.links.has_manifest(repository, child.digest), f"{repository} lacks a child"
 
-    def quiet_collection(self) -> None:
+    def check_final_collection(self) -> None:
         """With nobody about, what is left is what tags lead to, and nothing else."""
         self.age()
         self.start_sweep(True, False)
         self.settle()
         assert set(self.store.links.repositories()) == {repository for repository, _ in self.tags}
-        all_needed: set[Digest] = set()
+        all_reachable: set[Digest] = set()
         for repository in REPOSITORIES:
             manifests, blobs = self.reachable(repository)
             assert set(self.store.links.manifests(repository)) == manifests
             assert set(self.store.links.layers(repository)) == blobs
-            all_needed |= manifests | blobs
-        assert {entry.digest for entry in self.store.blobs.walk()} == all_needed
+            all_reachable |= manifests | blobs
+        assert {entry.digest for entry in self.store.blobs.walk()} == all_reachable
         assert not os.path.exists(self.layout.staging) or os.listdir(self.layout.staging) == []
 
     def reachable(self, repository: str) -> tuple[set[Digest], set[Digest]]:
-        linked = self.linked_before
-        found: set[Digest] = set()
-        waiting = [content for (name, _), content in self.tags.items() if name == repository]
-        while waiting:
-            content = waiting.pop()
-            if content.digest in found:
+        links_before = self.manifests_before
+        visited: set[Digest] = set()
+        stack = [content for (name, _), content in self.tags.items() if name == repository]
+        while stack:
+            content = stack.pop()
+            if content.digest in visited:
                 continue
-            found.add(content.digest)
-            waiting.extend(content.children)
-            there = [BY_DIGEST[digest] for digest in linked[repository]]
-            waiting.extend(other for other in there if other.subject == content.digest)
-            waiting.extend(other for other in there if other.digest == content.subject)
-        return found, {Digest.of(blob) for digest in found for blob in BY_DIGEST[digest].blobs}
+            visited.add(content.digest)
+            stack.extend(content.children)
+            manifests = [BY_DIGEST[digest] for digest in links_before[repository]]
+            stack.extend(other for other in manifests if other.subject == content.digest)
+            stack.extend(other for other in manifests if other.digest == content.subject)
+        return visited, {Digest.of(blob) for digest in visited for blob in BY_DIGEST[digest].blobs}
 
     def start_sweep(self, delete_untagged: bool, dry_run: bool) -> None:
-        self.linked_before = {name: set(self.store.links.manifests(name)) for name in REPOSITORIES}
+        self.manifests_before = {name: set(self.store.links.manifests(name)) for name in REPOSITORIES}
         sweep = Deferred.fromCoroutine(self.sweeper.sweep(delete_untagged=delete_untagged, dry_run=dry_run))
         self.sweep = sweep
 
-        def ended(result: Any) -> None:
+        def on_finished(result: Any) -> None:
             self.sweep = None
-            if not isinstance(result, Swept) and "CancelledError" not in str(result.type):
+            if not isinstance(result, SweepResult) and "CancelledError" not in str(result.type):
                 self.failures.append(result)
-            elif isinstance(result, Swept):
+            elif isinstance(result, SweepResult):
                 assert not result.problems
 
-        sweep.addBoth(ended)
+        sweep.addBoth(on_finished)
         sweep.addErrback(self.failures.append)
 
 

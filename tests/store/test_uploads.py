@@ -16,9 +16,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from dockerproxy.errors import BlobUploadBusy, BlobUploadUnknown, DigestInvalid, RangeInvalid
 from dockerproxy.oci.names import Digest
 from dockerproxy.oci.uploads import announced, progress
-from dockerproxy.store import growing
+from dockerproxy.store import hashed_append_file
 from dockerproxy.store.blobs import Blobs
-from dockerproxy.store.hosting import HostedStore
+from dockerproxy.store.hosted_store import HostedStore
 from dockerproxy.store.layout import Layout
 from dockerproxy.store.links import Links
 from dockerproxy.store.uploads import Upload, Uploads
@@ -37,7 +37,7 @@ def uploads(layout: Layout) -> Uploads:
     return Uploads(layout)
 
 
-def begun(uploads: Uploads, data: bytes = b"", algorithm: str = "sha256") -> str:
+def start_upload(uploads: Uploads, data: bytes = b"", algorithm: str = "sha256") -> str:
     upload = uploads.start(NAME, algorithm)
     upload.append([data])
     uploads.suspend(upload)
@@ -51,7 +51,7 @@ def sessions(layout: Layout) -> list[str]:
         return []
 
 
-class Sessions(RuleBasedStateMachine):
+class UploadsMachine(RuleBasedStateMachine):
     """A session as a client drives it, through restarts, against the bytes it should have."""
 
     def __init__(self) -> None:
@@ -68,8 +68,8 @@ class Sessions(RuleBasedStateMachine):
 
     @initialize(algorithm=st.sampled_from(["sha256", "sha512"]))
     def start(self, algorithm: str) -> None:
-        self.session = begun(self.uploads, algorithm=algorithm)
-        self.other = begun(self.uploads, b"untouched")
+        self.session = start_upload(self.uploads, algorithm=algorithm)
+        self.other = start_upload(self.uploads, b"untouched")
 
     def resume(self) -> Upload | None:
         try:
@@ -98,7 +98,7 @@ class Sessions(RuleBasedStateMachine):
 
     @precondition(lambda self: self.model)
     @rule(chunk=st.binary(min_size=1, max_size=64))
-    def send_a_chunk_that_is_taken_back(self, chunk: bytes) -> None:
+    def truncate(self, chunk: bytes) -> None:
         upload = self.resume()
         assert upload is not None and self.model is not None
         upload.append([chunk])
@@ -111,7 +111,7 @@ class Sessions(RuleBasedStateMachine):
 
     @precondition(lambda self: self.model is not None)
     @rule()
-    def is_for_one_at_a_time(self) -> None:
+    def check_exclusive(self) -> None:
         upload = self.resume()
         assert upload is not None
         with pytest.raises(BlobUploadBusy):
@@ -128,7 +128,7 @@ class Sessions(RuleBasedStateMachine):
         digest = Digest.of(self.model if right else self.model + b"!", algorithm)
         assert upload.verify(digest) is right
         if right:
-            upload.publish(self.blobs, digest)
+            upload.commit(self.blobs, digest)
             with open(self.layout.blob(digest), "rb") as file:
                 assert file.read() == self.model
             self.model = None
@@ -144,7 +144,7 @@ class Sessions(RuleBasedStateMachine):
         self.model = None
 
     @invariant()
-    def tells_what_it_has(self) -> None:
+    def check_size(self) -> None:
         if not self.session:
             return
         if self.model is None:
@@ -160,37 +160,37 @@ class Sessions(RuleBasedStateMachine):
         self.folder.cleanup()
 
 
-Sessions.TestCase.settings = settings(max_examples=60, stateful_step_count=20, deadline=None)
-TestSessions = Sessions.TestCase
+UploadsMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=20, deadline=None)
+TestUploads = UploadsMachine.TestCase
 
 
-def test_it_lies_where_distribution_has_it(layout: Layout) -> None:
+def test_session_layout_matches_distribution(layout: Layout) -> None:
     uploads = Uploads(layout, lambda: 1_750_000_000.0)
-    session = begun(uploads, b"data")
+    session = start_upload(uploads, b"data")
     folder = Path(layout.repositories) / NAME / "_uploads" / session
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
         "data": b"data", "startedat": b"2025-06-15T15:06:40Z",
     }  # fmt: skip
 
 
-def test_it_is_hashed_once_as_it_arrives(uploads: Uploads, layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hashes_while_appending(uploads: Uploads, layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
     upload = uploads.start(NAME, "sha512")
     for chunk in (b"one", b"two", b"three"):
         upload.append([chunk])
         uploads.suspend(upload)
         upload = uploads.resume(NAME, upload.session)
-    monkeypatch.setattr(growing.os, "preadv", None)  # type: ignore[attr-defined]
+    monkeypatch.setattr(hashed_append_file.os, "preadv", None)  # type: ignore[attr-defined]
     digest = Digest.of(b"onetwothree", "sha512")
     assert upload.is_hashed("sha512") and not upload.is_hashed("sha256")
     assert upload.verify(digest)
-    upload.publish(Blobs(layout, True), digest)
+    upload.commit(Blobs(layout, True), digest)
 
 
 @pytest.mark.parametrize(
     "session", ["", "x", "..", "../../x", "0" * 36, "A" * 36, "00000000-0000-0000-0000-00000000000g"]
 )
-def test_what_is_no_session(uploads: Uploads, session: str) -> None:
-    begun(uploads)
+def test_invalid_session_ids(uploads: Uploads, session: str) -> None:
+    start_upload(uploads)
     with pytest.raises(BlobUploadUnknown):
         uploads.resume(NAME, session)
     with pytest.raises(BlobUploadUnknown):
@@ -198,32 +198,34 @@ def test_what_is_no_session(uploads: Uploads, session: str) -> None:
 
 
 def test_a_session_belongs_to_its_repository(uploads: Uploads) -> None:
-    session = begun(uploads)
+    session = start_upload(uploads)
     with pytest.raises(BlobUploadUnknown):
         uploads.resume("some/where/else", session)
 
 
-def test_what_a_process_that_was_killed_left(layout: Layout) -> None:
+def test_resumes_the_session_of_a_killed_process(layout: Layout) -> None:
     code = (
         "import os, sys; from pathlib import Path; from dockerproxy.store.uploads import Uploads;"
         "from dockerproxy.store.layout import Layout; upload = Uploads(Layout(Path(sys.argv[1]))).start('some/where');"
         "upload.append([b'before']); print(upload.session, flush=True); os.kill(os.getpid(), 9)"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(layout.root)], capture_output=True, text=True, check=False)
-    session = done.stdout.strip()
+    process = subprocess.run(
+        [sys.executable, "-c", code, str(layout.root)], capture_output=True, text=True, check=False
+    )
+    session = process.stdout.strip()
     uploads = Uploads(layout)
     assert uploads.size(NAME, session) == 6
     upload = uploads.resume(NAME, session)
     upload.append([b" and after"])
     digest = Digest.of(b"before and after")
     assert upload.verify(digest)
-    upload.publish(Blobs(layout, True), digest)
+    upload.commit(Blobs(layout, True), digest)
     assert sessions(layout) == []
 
 
-def test_purge_takes_what_nobody_touched(uploads: Uploads, layout: Layout) -> None:
-    old, fresh, busy, torn = (begun(uploads, b"x") for _ in range(4))
-    held = uploads.resume(NAME, busy)
+def test_purge_removes_idle_sessions(uploads: Uploads, layout: Layout) -> None:
+    old, fresh, busy, torn = (start_upload(uploads, b"x") for _ in range(4))
+    upload = uploads.resume(NAME, busy)
     folder = Path(layout.uploads(NAME))
     (folder / torn / "data").unlink()
     for session in (old, busy, torn):
@@ -232,24 +234,24 @@ def test_purge_takes_what_nobody_touched(uploads: Uploads, layout: Layout) -> No
     (folder / "somebody-elses").mkdir()
     assert uploads.purge(DAY) == 2
     assert set(sessions(layout)) == {fresh, busy, "somebody-elses"}
-    uploads.suspend(held)
+    uploads.suspend(upload)
     assert uploads.purge(DAY) == 1
     assert set(sessions(layout)) == {fresh, "somebody-elses"}
 
 
-def test_purge_leaves_nothing_of_a_repository_that_never_was_one(uploads: Uploads, layout: Layout) -> None:
-    begun(uploads, b"x")
+def test_purge_removes_repositories_without_content(uploads: Uploads, layout: Layout) -> None:
+    start_upload(uploads, b"x")
     assert uploads.purge(time.time() + 1) == 1
     assert os.listdir(layout.repositories) == []
     Links(layout, False).link_layer(NAME, Digest.of(b"a"))
-    session = begun(uploads, b"x")
+    session = start_upload(uploads, b"x")
     assert uploads.purge(time.time() + 1) == 1
     assert os.listdir(layout.repository(NAME)) == ["_layers"]
     with pytest.raises(BlobUploadUnknown):
         uploads.resume(NAME, session)
 
 
-def test_a_session_of_distributions_is_gone_on_with(uploads: Uploads, layout: Layout) -> None:
+def test_resumes_a_session_of_distribution(uploads: Uploads, layout: Layout) -> None:
     session = "01234567-89ab-cdef-0123-456789abcdef"
     folder = Path(layout.uploads(NAME)) / session
     (folder / "hashstates" / "sha256").mkdir(parents=True)
@@ -259,32 +261,32 @@ def test_a_session_of_distributions_is_gone_on_with(uploads: Uploads, layout: La
     upload = uploads.resume(NAME, session)
     upload.append([b" and ours"])
     assert upload.verify(Digest.of(b"theirs and ours"))
-    upload.publish(Blobs(layout, True), Digest.of(b"theirs and ours"))
+    upload.commit(Blobs(layout, True), Digest.of(b"theirs and ours"))
     assert sessions(layout) == []
 
 
-def test_how_many_hashes_are_kept_is_bounded(uploads: Uploads, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_saved_hashers_is_bounded(uploads: Uploads, monkeypatch: pytest.MonkeyPatch) -> None:
     from dockerproxy.store import uploads as module
 
     monkeypatch.setattr(module, "_REMEMBERED", 2)
-    first, *rest = (begun(uploads, b"some") for _ in range(3))
+    first, *rest = (start_upload(uploads, b"some") for _ in range(3))
     assert not uploads.resume(NAME, first).is_hashed("sha256")
     assert all(uploads.resume(NAME, session).is_hashed("sha256") for session in rest)
-    assert uploads.resume("some/where", begun(uploads, b"x")).verify(Digest.of(b"x"))
+    assert uploads.resume("some/where", start_upload(uploads, b"x")).verify(Digest.of(b"x"))
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     folder = tmp_path / "disk"
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)], capture_output=True)
-    if mounted.returncode:
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)], capture_output=True)
+    if mount.returncode:
         pytest.skip("needs root, to mount a small file system")
     yield folder
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def test_a_full_disk_takes_back_what_did_not_fit(small_disk: Path) -> None:
+def test_a_full_disk_truncates_a_partial_append(small_disk: Path) -> None:
     uploads = Uploads(Layout(small_disk))
     upload = uploads.start(NAME)
     upload.append([b"fits"])
@@ -296,10 +298,10 @@ def test_a_full_disk_takes_back_what_did_not_fit(small_disk: Path) -> None:
     assert upload.verify(Digest.of(b"fits too"))
 
 
-def test_a_session_that_cannot_be_begun_leaves_nothing(small_disk: Path) -> None:
+def test_a_failed_start_leaves_no_session(small_disk: Path) -> None:
     layout = Layout(small_disk)
     uploads = Uploads(layout)
-    begun(uploads)
+    start_upload(uploads)
     count = 0
     with pytest.raises(OSError):
         for count in range(1000):
@@ -310,8 +312,8 @@ def test_a_session_that_cannot_be_begun_leaves_nothing(small_disk: Path) -> None
     assert len(sessions(layout)) == before
 
 
-def test_a_wrong_digest_is_not_published(layout: Layout) -> None:
-    store = HostedStore.below(layout)
+def test_a_wrong_digest_is_not_committed(layout: Layout) -> None:
+    store = HostedStore.from_layout(layout)
     upload = store.uploads.start(NAME)
     upload.append([b"content"])
     assert not upload.verify(Digest.of(b"another content"))

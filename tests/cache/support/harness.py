@@ -30,10 +30,10 @@ from dockerproxy.http.headers import Headers
 from dockerproxy.oci.contents import BlobAnswer, ManifestAnswer
 from dockerproxy.oci.names import Digest, Registry, parse_reference, parse_repository
 from dockerproxy.store.blobs import Blobs
+from dockerproxy.store.cooperative import CooperativeThread
 from dockerproxy.store.layout import Layout
 from dockerproxy.store.links import Links
 from dockerproxy.store.records import Records
-from dockerproxy.store.slices import Slices
 from dockerproxy.upstream.credentials import Anonymous, Configured, Own
 from tests.cache.support.reactor import ManualReactor
 from tests.cache.support.upstream import ScriptedUpstream
@@ -104,7 +104,7 @@ class CacheHarness:
         self.identities = Identities(secret)
         self.access = Access(self.records, self.now, shared)
         self.lock = lock or LocalKeyedLock()
-        unsliced = Slices(reactor, length=math.inf)  # nothing else is going on that would have to wait
+        unsliced = CooperativeThread(reactor, slice_length=math.inf)  # nothing else is going on that would have to wait
         self.space = CacheSpaceManager(
             reactor,
             self.layout,

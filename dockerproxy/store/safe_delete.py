@@ -18,20 +18,20 @@ from enum import Enum
 from attrs import define, field
 
 from dockerproxy.oci.names import Digest
-from dockerproxy.store.files import Staging, drop, sync_directory
+from dockerproxy.store.files import Staging, fsync_directory, try_remove
 from dockerproxy.store.layout import Layout
 
 
-class Verdict(Enum):
+class DeleteOutcome(Enum):
     """What became of something that was to go."""
 
-    GONE = "it went, or was not there any more"
-    RECENT = "its content was used lately, and it stays"
-    FOREIGN = "its content is another user's file, on which nobody can set a date, and it stays"
+    DELETED = "it went, or was not there any more"
+    IN_USE = "its content was used lately, and it stays"
+    NOT_OWNED = "its content is another user's file, on which nobody can set a date, and it stays"
 
 
 @define
-class Removal:
+class SafeDelete:
     """Takes away contents, and links to contents, that were last used before `cutoff` (POSIX time). Blocks; in threads.
 
     With `dry_run` only the verdicts are made. Nothing is synced but, by `sync`, the links that went: a content that a
@@ -42,99 +42,99 @@ class Removal:
     cutoff: float
     dry_run: bool = False
     _staging: Staging = field(init=False)
-    _changed: set[str] = field(factory=set, init=False)
+    _unsynced_directories: set[str] = field(factory=set, init=False)
 
     @_staging.default
     def _make_staging(self) -> Staging:
         return Staging(self._layout.staging)
 
-    def blob(self, digest: Digest) -> tuple[Verdict, int]:
+    def delete_blob(self, digest: Digest) -> tuple[DeleteOutcome, int]:
         """Take a content away; return how many bytes it has, too."""
         path = self._layout.blob(digest)
-        verdict, size = self._judge([path])
-        if verdict is not Verdict.GONE or self.dry_run:
-            return verdict, size
-        staged = self._staging.set_aside(path)
-        if staged is not None:
-            verdict, size = self._judge([staged])
-            if verdict is not Verdict.GONE:
-                _put_back(staged, path)
-                return verdict, size
-            drop(staged)
+        outcome, size = self._check([path])
+        if outcome is not DeleteOutcome.DELETED or self.dry_run:
+            return outcome, size
+        staged_path = self._staging.move_aside(path)
+        if staged_path is not None:
+            outcome, size = self._check([staged_path])
+            if outcome is not DeleteOutcome.DELETED:
+                _restore(staged_path, path)
+                return outcome, size
+            try_remove(staged_path)
         # Another may be publishing there at this moment.
         with suppress(OSError):
             os.rmdir(os.path.dirname(path))
-        return verdict, size
+        return outcome, size
 
-    def layer(self, repository: str, digest: Digest) -> Verdict:
+    def unlink_layer(self, repository: str, digest: Digest) -> DeleteOutcome:
         """Take a blob from a repository."""
-        return self._links([self._layout.layer(repository, digest)], [digest])
+        return self._unlink([self._layout.layer(repository, digest)], [digest])
 
-    def manifests(self, repository: str, digests: Sequence[Digest]) -> Verdict:
+    def unlink_manifests(self, repository: str, digests: Sequence[Digest]) -> DeleteOutcome:
         """Take manifests from a repository: all of them or, where one was used lately, none."""
-        return self._links([self._layout.manifest(repository, digest) for digest in digests], digests)
+        return self._unlink([self._layout.manifest(repository, digest) for digest in digests], digests)
 
     def sync(self) -> Iterator[None]:
         """Make sure that no power cut brings a link back that went, a directory a step."""
-        while self._changed:
-            sync_directory(self._changed.pop())
+        while self._unsynced_directories:
+            fsync_directory(self._unsynced_directories.pop())
             yield None
 
-    def _links(self, links: Sequence[str], digests: Sequence[Digest]) -> Verdict:
-        contents = [self._layout.blob(digest) for digest in digests]
-        verdict, _ = self._judge(contents)
-        if verdict is not Verdict.GONE or self.dry_run:
-            return verdict
-        moved = []
+    def _unlink(self, links: Sequence[str], digests: Sequence[Digest]) -> DeleteOutcome:
+        blob_paths = [self._layout.blob(digest) for digest in digests]
+        outcome, _ = self._check(blob_paths)
+        if outcome is not DeleteOutcome.DELETED or self.dry_run:
+            return outcome
+        moves = []
         for link in links:
             directory = os.path.dirname(link)  # a manifest's media type is beside the link
-            staged = self._staging.set_aside(directory)
-            if staged is not None:
-                moved.append((staged, directory))
-        verdict, _ = self._judge(contents)
-        for staged, directory in moved:
-            if verdict is Verdict.GONE:
-                _drop_link(staged)
-                self._changed.add(os.path.dirname(directory))
+            staged_path = self._staging.move_aside(directory)
+            if staged_path is not None:
+                moves.append((staged_path, directory))
+        outcome, _ = self._check(blob_paths)
+        for staged_path, directory in moves:
+            if outcome is DeleteOutcome.DELETED:
+                _remove_link(staged_path)
+                self._unsynced_directories.add(os.path.dirname(directory))
             else:
-                _put_back(staged, directory)
-        return verdict
+                _restore(staged_path, directory)
+        return outcome
 
-    def _judge(self, contents: Iterable[str]) -> tuple[Verdict, int]:
+    def _check(self, blob_paths: Iterable[str]) -> tuple[DeleteOutcome, int]:
         """Say whether these data files let themselves go, and the links to them; and how many bytes they have."""
-        owner, size = os.geteuid(), 0
-        for path in contents:
+        euid, size = os.geteuid(), 0
+        for path in blob_paths:
             try:
                 status = os.stat(path)
             except (FileNotFoundError, NotADirectoryError):
                 continue
             size += status.st_size
             if status.st_mtime > self.cutoff:
-                return Verdict.RECENT, size
-            if owner not in (0, status.st_uid):
-                return Verdict.FOREIGN, size
-        return Verdict.GONE, size
+                return DeleteOutcome.IN_USE, size
+            if euid not in (0, status.st_uid):
+                return DeleteOutcome.NOT_OWNED, size
+        return DeleteOutcome.DELETED, size
 
 
-def _drop_link(staged: str) -> None:
+def _remove_link(staged_path: str) -> None:
     # A blob's has nothing else in it, and `drop` takes as long to find that out as to remove it.
     try:
-        os.unlink(f"{staged}/link")
-        os.rmdir(staged)
+        os.unlink(f"{staged_path}/link")
+        os.rmdir(staged_path)
     except OSError:
-        drop(staged)
+        try_remove(staged_path)
 
 
-def _put_back(staged: str, path: str) -> None:
+def _restore(staged_path: str, path: str) -> None:
     try:
-        os.rename(staged, path)
+        os.rename(staged_path, path)
     except OSError:
         # Another wrote there, and found nothing: what it had no need to write is still in what was moved aside.
-        for name in _names(staged):
+        for name in _names(staged_path):
             if not os.path.exists(f"{path}/{name}"):
                 with suppress(OSError):
-                    os.rename(f"{staged}/{name}", f"{path}/{name}")
-        drop(staged)
+                    os.rename(f"{staged_path}/{name}", f"{path}/{name}")
+        try_remove(staged_path)
 
 
 def _names(directory: str) -> list[str]:

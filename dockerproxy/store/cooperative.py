@@ -16,34 +16,34 @@ from dockerproxy.concurrency import in_thread
 
 T = TypeVar("T")
 
-Pause = Callable[[], Awaitable[None]]
+AsyncHook = Callable[[], Awaitable[None]]
 
-Turn = Callable[[], AbstractAsyncContextManager[Any]]
+LockFactory = Callable[[], AbstractAsyncContextManager[Any]]
 
-_MOST_FOUND = 128
+_MAX_RESULTS = 128
 """So many things are handed to the reactor's thread in one turn: 1 to 2 ms, where each becomes a line of JSON."""
 
 
-_HELD = 0.002
+_MAX_LOCK_HOLD = 0.002
 """Seconds at most for which a slice holds a turn that requests wait for."""
 
 
-def _ignore(*arguments: object) -> None:
+def _noop(*arguments: object) -> None:
     pass
 
 
-async def _at_once() -> None:
+async def _async_noop() -> None:
     pass
 
 
-def burden() -> float:
+def thread_cost() -> float:
     """Return how long this thread was in others' way, in seconds: it computed, or it waited for the disk, which counts
     a tenth of that."""
     return 0.9 * time.thread_time() + 0.1 * time.monotonic()
 
 
 @frozen
-class Watch(Generic[T]):
+class Progress(Generic[T]):
     """Who is told how long work goes on, in the reactor's thread.
 
     `progress` gets the name of a phase, how much of it is done, and of how much (None where nobody knows yet); `found`
@@ -51,22 +51,24 @@ class Watch(Generic[T]):
     up holds it.
     """
 
-    progress: Callable[[str, int, int | None], object] = _ignore
-    found: Callable[[T], object] = _ignore
-    ready: Callable[[], Awaitable[None]] = _at_once
+    report: Callable[[str, int, int | None], object] = _noop
+    emit: Callable[[T], object] = _noop
+    drain: Callable[[], Awaitable[None]] = _async_noop
 
-    def of(self, phase: str, done: Callable[[], int], total: Callable[[], int | None] = lambda: None) -> Pause:
+    def reporter(
+        self, phase: str, done: Callable[[], int], total: Callable[[], int | None] = lambda: None
+    ) -> AsyncHook:
         """Return what tells of `phase` after each slice of it."""
 
-        async def tell() -> None:
-            self.progress(phase, done(), total())
-            await self.ready()
+        async def after_slice() -> None:
+            self.report(phase, done(), total())
+            await self.drain()
 
-        return tell
+        return after_slice
 
 
 @frozen
-class Slices:
+class CooperativeThread:
     """How work is cut.
 
     Python runs one thread at a time, and one that computes is asked to let go only every 5 ms
@@ -77,17 +79,17 @@ class Slices:
     """
 
     reactor: Any
-    length: float = 0.01
+    slice_length: float = 0.01
     pause: float = 0.005
-    _clock: Callable[[], float] = field(default=burden, kw_only=True)
+    _clock: Callable[[], float] = field(default=thread_cost, kw_only=True)
 
     async def run(
         self,
         steps: Iterator[T | None],
-        use: Callable[[T], object] = _ignore,
+        consume: Callable[[T], object] = _noop,
         *,
-        after_slice: Pause = _at_once,
-        turn: Turn | None = None,
+        after_slice: AsyncHook = _async_noop,
+        lock: LockFactory | None = None,
     ) -> None:
         """Take `steps`, each of which blocks for a moment, in a thread, until there are no more.
 
@@ -95,69 +97,69 @@ class Slices:
         slice, which is the shorter for it, and not in between. A cancelled run ends with the slice under way, and
         closes `steps` where that is a generator.
         """
-        length = self.length if turn is None else min(self.length, _HELD)
+        length = self.slice_length if lock is None else min(self.slice_length, _MAX_LOCK_HOLD)
         try:
-            more = True
-            while more:
-                async with nullcontext() if turn is None else turn():
-                    found, more = await self._slice(steps, length)
-                for thing in found:
-                    use(thing)
+            has_more = True
+            while has_more:
+                async with nullcontext() if lock is None else lock():
+                    results, has_more = await self._run_slice(steps, length)
+                for item in results:
+                    consume(item)
                 await after_slice()
-                if more:
+                if has_more:
                     await deferLater(self.reactor, self.pause)
         except Exception:
             await in_thread(self.reactor, _close, steps)
             raise
 
-    async def run_beside(
+    async def run_parallel(
         self,
-        lanes: Iterable[Iterator[T | None]],
-        use: Callable[[T], object] = _ignore,
+        iterators: Iterable[Iterator[T | None]],
+        consume: Callable[[T], object] = _noop,
         *,
-        after_slice: Pause = _at_once,
+        after_slice: AsyncHook = _async_noop,
     ) -> None:
         """Take the steps of several iterators, each in its own thread: disks do several things at a time.
 
         Where one goes wrong, the others are cancelled, and it is raised when all of them have ended.
         """
-        runs = [Deferred.fromCoroutine(self.run(lane, use, after_slice=after_slice)) for lane in lanes]
+        runs = [Deferred.fromCoroutine(self.run(steps, consume, after_slice=after_slice)) for steps in iterators]
         failures: list[Failure] = []
 
-        def failed(failure: Failure) -> None:
+        def on_failure(failure: Failure) -> None:
             failures.append(failure)
             for run in runs:
                 run.cancel()
 
         for run in runs:
-            run.addErrback(failed)
+            run.addErrback(on_failure)
         await DeferredList(runs)
         if failures:
             failures[0].raiseException()
 
-    async def _slice(self, steps: Iterator[T | None], length: float) -> tuple[list[T], bool]:
+    async def _run_slice(self, steps: Iterator[T | None], length: float) -> tuple[list[T], bool]:
         waiter: Deferred[Any] = Deferred()
-        under_way = Deferred.fromCoroutine(in_thread(self.reactor, self._advance, steps, length))
-        under_way.addBoth(lambda result: None if waiter.called else waiter.callback(result))
+        job = Deferred.fromCoroutine(in_thread(self.reactor, self._advance, steps, length))
+        job.addBoth(lambda result: None if waiter.called else waiter.callback(result))
         try:
             result: tuple[list[T], bool] = await waiter
         except CancelledError:
             # A thread cannot be stopped. It is waited for: what it works on is the caller's again after this.
-            ended: Deferred[None] = Deferred()
-            under_way.addBoth(lambda _: ended.callback(None))
-            await ended
+            job_done: Deferred[None] = Deferred()
+            job.addBoth(lambda _: job_done.callback(None))
+            await job_done
             raise
         return result
 
     def _advance(self, steps: Iterator[T | None], length: float) -> tuple[list[T], bool]:
-        end = self._clock() + length
-        found: list[T] = []
-        for thing in steps:
-            if thing is not None:
-                found.append(thing)
-            if len(found) == _MOST_FOUND or self._clock() >= end:
-                return found, True
-        return found, False
+        deadline = self._clock() + length
+        results: list[T] = []
+        for item in steps:
+            if item is not None:
+                results.append(item)
+            if len(results) == _MAX_RESULTS or self._clock() >= deadline:
+                return results, True
+        return results, False
 
 
 def _close(steps: Iterator[Any]) -> None:

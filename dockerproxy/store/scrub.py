@@ -17,15 +17,15 @@ from dockerproxy.errors import ManifestInvalid
 from dockerproxy.oci.manifests import KNOWN_TYPES, MAX_MANIFEST, is_elsewhere, parse_manifest
 from dockerproxy.oci.names import Digest
 from dockerproxy.store.blobs import Blobs
+from dockerproxy.store.cooperative import CooperativeThread, Progress
 from dockerproxy.store.files import read_small
 from dockerproxy.store.layout import Layout
 from dockerproxy.store.links import Links
-from dockerproxy.store.slices import Slices, Watch
 
-_PIECE = 1024 * 1024
+_CHUNK_SIZE = 1024 * 1024
 _LINK_LIMIT = 256
 
-_Identity = tuple[int, int, int]
+_FileID = tuple[int, int, int]
 
 
 @frozen
@@ -34,13 +34,13 @@ class Finding:
     link), ``missing`` (what something leads to) or ``invalid`` (a manifest); `what` is a sentence about it."""
 
     kind: str
-    what: str
+    message: str
     repository: str | None = None
     digest: Digest | None = None
 
 
 @frozen
-class Checked:
+class ScrubResult:
     """How much was looked at, and how much was found wrong; `bytes` of content."""
 
     blobs: int = 0
@@ -53,37 +53,37 @@ class Checked:
 
 
 @define
-class Checker:
+class Scrubber:
     """Checks what is below `layout`. `links`: its repositories too, which in a cache may well lack what was evicted."""
 
     _reactor: Any
     _layout: Layout
     _check_links: bool = True
     # Hashing lets go of the interpreter, so longer slices do no harm.
-    _slices: Slices = field(kw_only=True)
+    _thread: CooperativeThread = field(kw_only=True)
 
-    @_slices.default
-    def _make_slices(self) -> Slices:
-        return Slices(self._reactor, length=0.05)
+    @_thread.default
+    def _make_thread(self) -> CooperativeThread:
+        return CooperativeThread(self._reactor, slice_length=0.05)
 
-    async def check(self, watch: Watch[Finding] | None = None) -> Checked:
+    async def scrub(self, progress: Progress[Finding] | None = None) -> ScrubResult:
         """Check everything. `watch` is told of bytes and then of repositories. It may be cancelled."""
-        watch = watch or Watch()
-        run = _Run(self._layout, watch)
-        told = watch.of("contents", lambda: run.counts["bytes"], lambda: run.total)
-        await self._slices.run(run.contents(), run.note, after_slice=told)
+        progress = progress or Progress()
+        run = _ScrubRun(self._layout, progress)
+        report = progress.reporter("contents", lambda: run.counts["bytes"], lambda: run.total_bytes)
+        await self._thread.run(run.scrub_blobs(), run.record, after_slice=report)
         if self._check_links:
-            told = watch.of("repositories", lambda: run.counts["repositories"])
-            await self._slices.run(run.repositories(), run.note, after_slice=told)
-        return Checked(**run.counts)
+            report = progress.reporter("repositories", lambda: run.counts["repositories"])
+            await self._thread.run(run.check_repositories(), run.record, after_slice=report)
+        return ScrubResult(**run.counts)
 
 
 @define
-class _Run:
+class _ScrubRun:
     _layout: Layout
-    _watch: Watch[Finding]
+    _progress: Progress[Finding]
     counts: Counter[str] = field(factory=Counter, init=False)
-    total: int | None = field(default=None, init=False)  # bytes, once they are known
+    total_bytes: int | None = field(default=None, init=False)  # bytes, once they are known
     _blobs: Blobs = field(init=False)
     _links: Links = field(init=False)
 
@@ -95,83 +95,83 @@ class _Run:
     def _make_links(self) -> Links:
         return Links(self._layout, durable=False)
 
-    def note(self, finding: Finding) -> None:
+    def record(self, finding: Finding) -> None:
         """Count a finding, and tell of it."""
         self.counts.update(findings=1, damaged=finding.kind == "damaged")
-        self._watch.found(finding)
+        self._progress.emit(finding)
 
     # in a thread: contents
 
-    def contents(self) -> Iterator[Finding | None]:
+    def scrub_blobs(self) -> Iterator[Finding | None]:
         """Check every content, up to a piece of it a step."""
         total = 0
         for entry in self._blobs.walk():
             total += entry.size
             yield None
-        self.total = total
+        self.total_bytes = total
         # Once more, rather than with a list of all of them.
         for entry in self._blobs.walk():
             try:
-                yield from self._content(entry.digest)
+                yield from self._scrub_blob(entry.digest)
             except (FileNotFoundError, NotADirectoryError):
                 continue  # it was removed meanwhile
             except OSError as error:
-                what = f"{entry.digest} cannot be read: {error.strerror}"
-                yield Finding("unreadable", what, digest=entry.digest)
+                message = f"{entry.digest} cannot be read: {error.strerror}"
+                yield Finding("unreadable", message, digest=entry.digest)
             self.counts.update(blobs=1)
 
-    def _content(self, digest: Digest) -> Iterator[Finding | None]:
+    def _scrub_blob(self, digest: Digest) -> Iterator[Finding | None]:
         hasher, path = digest.hasher(), self._layout.blob(digest)
         with open(path, "rb", buffering=0) as file:
-            identity = _identity(os.fstat(file.fileno()))
-            while piece := file.read(_PIECE):
-                hasher.update(piece)
-                self.counts.update(bytes=len(piece))
+            file_id = _file_id(os.fstat(file.fileno()))
+            while chunk := file.read(_CHUNK_SIZE):
+                hasher.update(chunk)
+                self.counts.update(bytes=len(chunk))
                 yield None
-        if hasher.hexdigest() != digest.hex and self._set_aside(digest, identity):
+        if hasher.hexdigest() != digest.hex and self._quarantine(digest, file_id):
             yield Finding("damaged", f"{digest} was damaged, and is set aside", digest=digest)
 
-    def _set_aside(self, digest: Digest, identity: _Identity) -> bool:
+    def _quarantine(self, digest: Digest, file_id: _FileID) -> bool:
         """Move a content away, unless a whole one took the place of what was read."""
         os.makedirs(self._layout.damaged, exist_ok=True)
-        aside, number = f"{self._layout.damaged}/{digest.algorithm}-{digest.hex}", 0
-        while os.path.exists(aside):
+        quarantine_path, number = f"{self._layout.damaged}/{digest.algorithm}-{digest.hex}", 0
+        while os.path.exists(quarantine_path):
             number += 1
-            aside = f"{self._layout.damaged}/{digest.algorithm}-{digest.hex}.{number}"
+            quarantine_path = f"{self._layout.damaged}/{digest.algorithm}-{digest.hex}.{number}"
         path = self._layout.blob(digest)
-        os.rename(path, aside)
-        if _identity(os.stat(aside)) == identity:
+        os.rename(path, quarantine_path)
+        if _file_id(os.stat(quarantine_path)) == file_id:
             return True
-        os.rename(aside, path)
+        os.rename(quarantine_path, path)
         return False
 
     # in a thread: what leads to them
 
-    def repositories(self) -> Iterator[Finding | None]:
+    def check_repositories(self) -> Iterator[Finding | None]:
         """Check the repositories, a link a step."""
         for repository in self._links.repositories():
             for layer in self._links.layers(repository):
-                yield self._link(repository, layer, self._layout.layer(repository, layer), "blob")
+                yield self._check_link(repository, layer, self._layout.layer(repository, layer), "blob")
             for digest in self._links.manifests(repository):
-                found = self._link(repository, digest, self._layout.manifest(repository, digest), "manifest")
-                yield found
-                if found is None:
-                    yield from self._manifest(repository, digest)
-            yield from self._tags(repository)
+                finding = self._check_link(repository, digest, self._layout.manifest(repository, digest), "manifest")
+                yield finding
+                if finding is None:
+                    yield from self._check_manifest(repository, digest)
+            yield from self._check_tags(repository)
             self.counts.update(repositories=1)
 
-    def _link(self, repository: str, digest: Digest, path: str, kind: str) -> Finding | None:
+    def _check_link(self, repository: str, digest: Digest, path: str, kind: str) -> Finding | None:
         self.counts.update(links=1)
         content = read_small(path, _LINK_LIMIT)
         if content is None or content.strip() != str(digest).encode():
             # Not there: it is being written, or was removed, or a crash came between the two halves of that.
-            what = f"{repository}: the link to the {kind} {digest} is torn"
-            return Finding("torn", what, repository, digest) if content is not None else None
+            message = f"{repository}: the link to the {kind} {digest} is torn"
+            return Finding("torn", message, repository, digest) if content is not None else None
         if self._blobs.exists(digest) or not os.path.exists(path):
             return None
         return Finding("missing", f"{repository}: the {kind} {digest} is missing", repository, digest)
 
-    def _manifest(self, repository: str, digest: Digest) -> Iterator[Finding | None]:
+    def _check_manifest(self, repository: str, digest: Digest) -> Iterator[Finding | None]:
         content = read_small(self._layout.blob(digest), MAX_MANIFEST + 1)
         if content is None:
             return
@@ -181,38 +181,38 @@ class _Run:
         except ManifestInvalid as error:
             if media_type is not None and media_type.lower() not in KNOWN_TYPES:
                 return  # whatever it is, it was pushed as that
-            what = f"{repository}: the manifest {digest} is not understood ({error.message})"
-            yield Finding("invalid", what, repository, digest)
+            message = f"{repository}: the manifest {digest} is not understood ({error.message})"
+            yield Finding("invalid", message, repository, digest)
             return
         layers = manifest.layers if manifest.config is None else (manifest.config, *manifest.layers)
         for blob in layers:
-            lacking = not self._has(repository, blob.digest) and not is_elsewhere(blob.media_type)
-            yield self._lack(repository, digest, blob.digest) if lacking else None
+            is_missing = not self._has_blob(repository, blob.digest) and not is_elsewhere(blob.media_type)
+            yield self._missing_reference(repository, digest, blob.digest) if is_missing else None
         for child in manifest.manifests:
-            linked = self._links.has_manifest(repository, child.digest) and self._blobs.exists(child.digest)
-            if not linked and not self._has(repository, child.digest):
-                yield self._lack(repository, digest, child.digest)
+            is_manifest = self._links.has_manifest(repository, child.digest) and self._blobs.exists(child.digest)
+            if not is_manifest and not self._has_blob(repository, child.digest):
+                yield self._missing_reference(repository, digest, child.digest)
             yield None
 
-    def _has(self, repository: str, blob: Digest) -> bool:
-        return self._links.has_layer(repository, blob) and self._blobs.exists(blob)
+    def _has_blob(self, repository: str, digest: Digest) -> bool:
+        return self._links.has_layer(repository, digest) and self._blobs.exists(digest)
 
-    def _lack(self, repository: str, digest: Digest, lacking: Digest) -> Finding | None:
+    def _missing_reference(self, repository: str, digest: Digest, reference: Digest) -> Finding | None:
         if not self._links.has_manifest(repository, digest):
             return None  # it was removed meanwhile
-        return Finding("missing", f"{repository}: the manifest {digest} lacks {lacking}", repository, digest)
+        return Finding("missing", f"{repository}: the manifest {digest} lacks {reference}", repository, digest)
 
-    def _tags(self, repository: str) -> Iterator[Finding | None]:
-        for tag, digest in self._links.each_tag(repository):
+    def _check_tags(self, repository: str) -> Iterator[Finding | None]:
+        for tag, digest in self._links.iter_tags(repository):
             self.counts.update(tags=1)
             if digest is None:
                 yield Finding("torn", f"{repository}:{tag}: the tag's link is torn", repository)
             elif not self._links.has_manifest(repository, digest) and self._links.tag(repository, tag) == digest:
-                what = f"{repository}:{tag}: the tag means {digest}, which is no manifest there"
-                yield Finding("missing", what, repository, digest)
+                message = f"{repository}:{tag}: the tag means {digest}, which is no manifest there"
+                yield Finding("missing", message, repository, digest)
             yield None
 
 
-def _identity(status: os.stat_result) -> _Identity:
+def _file_id(status: os.stat_result) -> _FileID:
     # Whoever reads a content dates it (`Blobs.open`), so neither mtime nor ctime can be part of this.
     return status.st_dev, status.st_ino, status.st_size

@@ -30,16 +30,16 @@ class HostedStore:
     links: Links
     uploads: Uploads
     referrers: Referrers
-    turns: KeyedLock = field(factory=LocalKeyedLock)
+    locks: KeyedLock = field(factory=LocalKeyedLock)
 
     @classmethod
-    def below(
-        cls, layout: Layout, clock: Callable[[], float] = time.time, turns: KeyedLock | None = None
+    def from_layout(
+        cls, layout: Layout, clock: Callable[[], float] = time.time, locks: KeyedLock | None = None
     ) -> HostedStore:
         """Return the store in `layout`. `clock`: POSIX time; `turns`: where other processes use it, too."""
         blobs, links = Blobs(layout, True, clock), Links(layout, True)
         return cls(
-            layout, blobs, links, Uploads(layout, clock), Referrers(layout, blobs, links), turns or LocalKeyedLock()
+            layout, blobs, links, Uploads(layout, clock), Referrers(layout, blobs, links), locks or LocalKeyedLock()
         )
 
     def has_repository(self, repository: str) -> bool:
@@ -48,13 +48,13 @@ class HostedStore:
         return any(os.path.isdir(f"{directory}/{part}") for part in ("_manifests", "_layers"))
 
     def link_manifest(
-        self, repository: str, digest: Digest, media_type: str, refers: Referrer | None, tags: Sequence[str]
+        self, repository: str, digest: Digest, media_type: str, referrer: Referrer | None, tags: Sequence[str]
     ) -> None:
         """Let the repository have a manifest that is among the blobs, and let `tags` mean it."""
-        before = self.referrers.signature(repository)
-        self.referrers.note(repository, digest, refers)
+        old_signature = self.referrers.signature(repository)
+        self.referrers.record(repository, digest, referrer)
         self.links.link_manifest(repository, digest, media_type)
-        self.referrers.wrote(repository, before)
+        self.referrers.record_change(repository, old_signature)
         for tag in tags:
             self.links.set_tag(repository, tag, digest)
 
@@ -66,9 +66,9 @@ class HostedStore:
         for tag in self.links.tags(repository):
             if self.links.tag(repository, tag) == digest:
                 self.links.remove_tag(repository, tag)
-        before = self.referrers.signature(repository)
+        old_signature = self.referrers.signature(repository)
         subject = self.referrers.subject(repository, digest)
-        removed = self.links.unlink_manifest(repository, digest)
-        self.referrers.wrote(repository, before)
-        self.referrers.forget(repository, digest, subject)
-        return removed
+        was_linked = self.links.unlink_manifest(repository, digest)
+        self.referrers.record_change(repository, old_signature)
+        self.referrers.remove(repository, digest, subject)
+        return was_linked

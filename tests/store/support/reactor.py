@@ -13,18 +13,18 @@ from twisted.python.failure import Failure
 T = TypeVar("T")
 
 
-class Reactor(Clock):
+class SteppedReactor(Clock):
     """A clock with a thread pool, each of whose jobs waits until `run_one` takes it."""
 
     def __init__(self) -> None:
         super().__init__()
         self.jobs: deque[tuple[Callable[[bool, Any], object], Callable[[], Any]]] = deque()
 
-    def getThreadPool(self) -> Reactor:
+    def getThreadPool(self) -> SteppedReactor:
         return self
 
-    def callInThreadWithCallback(self, done: Any, function: Any, *args: Any, **named: Any) -> None:
-        self.jobs.append((done, lambda: function(*args, **named)))
+    def callInThreadWithCallback(self, done: Any, function: Any, *args: Any, **kwargs: Any) -> None:
+        self.jobs.append((done, lambda: function(*args, **kwargs)))
 
     def callFromThread(self, function: Any, *args: Any) -> None:
         function(*args)

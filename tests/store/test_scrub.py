@@ -11,12 +11,12 @@ from twisted.internet.defer import CancelledError, Deferred
 
 from dockerproxy.oci.manifests import OCI_MANIFEST
 from dockerproxy.oci.names import Digest
-from dockerproxy.store.check import Checked, Checker, Finding
-from dockerproxy.store.hosting import HostedStore
+from dockerproxy.store.cooperative import CooperativeThread, Progress
+from dockerproxy.store.hosted_store import HostedStore
 from dockerproxy.store.layout import Layout
-from dockerproxy.store.slices import Slices, Watch
-from tests.store.workbench.images import BOTH, ONE, described, image, keep
-from tests.store.workbench.reactor import Reactor
+from dockerproxy.store.scrub import Finding, Scrubber, ScrubResult
+from tests.store.support.images import BOTH, ONE, descriptor, image, put_image
+from tests.store.support.reactor import SteppedReactor
 
 REPOSITORY = "library/tiny"
 CONFIG = Digest.of(b"config1")
@@ -24,47 +24,47 @@ CONFIG = Digest.of(b"config1")
 
 @pytest.fixture
 def store(tmp_path: Path) -> HostedStore:
-    store = HostedStore.below(Layout(tmp_path))
-    keep(store, REPOSITORY, BOTH, "v1")
+    store = HostedStore.from_layout(Layout(tmp_path))
+    put_image(store, REPOSITORY, BOTH, "v1")
     return store
 
 
-def check(store: HostedStore, *, links: bool = True) -> tuple[Checked, list[Finding]]:
-    reactor, found = Reactor(), list[Finding]()
-    return reactor.run(Checker(reactor, store.layout, links).check(Watch(found=found.append))), found
+def scrub(store: HostedStore, *, links: bool = True) -> tuple[ScrubResult, list[Finding]]:
+    reactor, findings = SteppedReactor(), list[Finding]()
+    return reactor.run(Scrubber(reactor, store.layout, links).scrub(Progress(emit=findings.append))), findings
 
 
-def test_a_sound_store(store: HostedStore) -> None:
-    keep(store, "other", image(b"sig", b"signature", subject=BOTH))
+def test_an_intact_store(store: HostedStore) -> None:
+    put_image(store, "other", image(b"sig", b"signature", subject=BOTH))
     before = {path: path.stat().st_mtime for path in store.layout.root.rglob("*")}
-    checked, found = check(store)
-    assert found == []
+    result, findings = scrub(store)
+    assert findings == []
     size = sum(entry.size for entry in store.blobs.walk())
-    assert checked == Checked(blobs=11, bytes=size, repositories=2, links=11, tags=1)
+    assert result == ScrubResult(blobs=11, bytes=size, repositories=2, links=11, tags=1)
     assert {path: path.stat().st_mtime for path in store.layout.root.rglob("*")} == before
 
 
 @pytest.mark.parametrize("content", [b"config2", b"", b"config1 and more"])
-def test_damaged_content_is_set_aside(store: HostedStore, content: bytes) -> None:
+def test_a_damaged_blob_is_quarantined(store: HostedStore, content: bytes) -> None:
     blob = Path(store.layout.blob(CONFIG))
     blob.write_bytes(content)
-    checked, found = check(store)
-    assert (checked.damaged, checked.findings) == (1, 3)
-    assert [(finding.kind, finding.repository, finding.digest) for finding in found] == [
+    result, findings = scrub(store)
+    assert (result.damaged, result.findings) == (1, 3)
+    assert [(finding.kind, finding.repository, finding.digest) for finding in findings] == [
         ("damaged", None, CONFIG), ("missing", REPOSITORY, CONFIG), ("missing", REPOSITORY, ONE.digest)
     ]  # fmt: skip
-    assert str(CONFIG) in found[2].what
+    assert str(CONFIG) in findings[2].message
     assert not blob.exists()
     assert (store.layout.root / "damaged" / f"sha256-{CONFIG.hex}").read_bytes() == content
     # Pushed again and damaged again, it does not take the place of the first.
     store.blobs.put(b"config1", CONFIG)
-    assert check(store)[1] == []
+    assert scrub(store)[1] == []
     blob.write_bytes(b"damaged again")
-    check(store)
+    scrub(store)
     assert len(os.listdir(store.layout.damaged)) == 2
 
 
-def test_a_content_that_is_mended_while_it_is_read(store: HostedStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_blob_replaced_while_it_is_scrubbed(store: HostedStore, monkeypatch: pytest.MonkeyPatch) -> None:
     Path(store.layout.blob(CONFIG)).write_bytes(b"damaged!")
     real = os.rename
 
@@ -75,25 +75,25 @@ def test_a_content_that_is_mended_while_it_is_read(store: HostedStore, monkeypat
         real(source, target)
 
     monkeypatch.setattr(os, "rename", rename)
-    assert check(store)[1] == []
+    assert scrub(store)[1] == []
     assert Path(store.layout.blob(CONFIG)).read_bytes() == b"config1"
 
 
-def test_what_is_missing_or_torn(store: HostedStore) -> None:
+def test_missing_and_torn_links(store: HostedStore) -> None:
     os.unlink(store.layout.blob(Digest.of(b"layer2")))
     store.links.unlink_layer(REPOSITORY, Digest.of(b"layer1"))
     Path(store.layout.layer(REPOSITORY, Digest.of(b"base"))).write_bytes(b"")
     store.links.set_tag(REPOSITORY, "nowhere", Digest.of(b"nothing"))
     Path(store.layout.tag_current(REPOSITORY, "v1")).write_bytes(b"sha256:12")
-    keep(store, "odd", image(b"config"), "v1")
+    put_image(store, "odd", image(b"config"), "v1")
     odd = b'{"schemaVersion":2}'
     store.blobs.put(odd, Digest.of(odd))
     store.links.link_manifest("odd", Digest.of(odd), OCI_MANIFEST)
-    checked, found = check(store)
-    texts = sorted(finding.what.partition(": ")[2] for finding in found)
+    result, findings = scrub(store)
+    messages = sorted(finding.message.partition(": ")[2] for finding in findings)
     base, first, second = (Digest.of(name) for name in (b"base", b"layer1", b"layer2"))
     children = [child.digest for child in BOTH.children]
-    assert texts == sorted([
+    assert messages == sorted([
         f"the blob {second} is missing",
         f"the link to the blob {base} is torn",
         f"the manifest {children[0]} lacks {base}",
@@ -104,51 +104,51 @@ def test_what_is_missing_or_torn(store: HostedStore) -> None:
         "the tag's link is torn",
         f"the manifest {Digest.of(odd)} is not understood (the manifest has no config)",
     ])  # fmt: skip
-    assert checked.findings == len(found)
-    assert checked.damaged == 0
+    assert result.findings == len(findings)
+    assert result.damaged == 0
     assert not os.path.exists(store.layout.damaged)
 
 
-def test_layers_that_nobody_may_distribute_may_be_missing(store: HostedStore) -> None:
-    foreign = described("application/vnd.docker.image.rootfs.foreign.diff.tar.gzip", b"from its vendor")
+def test_nondistributable_layers_may_be_missing(store: HostedStore) -> None:
+    foreign = descriptor("application/vnd.docker.image.rootfs.foreign.diff.tar.gzip", b"from its vendor")
     manifest = json.dumps(
-        {"schemaVersion": 2, "mediaType": OCI_MANIFEST, "config": described("a/b", b"config1"), "layers": [foreign]}
+        {"schemaVersion": 2, "mediaType": OCI_MANIFEST, "config": descriptor("a/b", b"config1"), "layers": [foreign]}
     ).encode()
     store.blobs.put(manifest, Digest.of(manifest))
     store.links.link_manifest(REPOSITORY, Digest.of(manifest), OCI_MANIFEST)
-    assert check(store)[1] == []
+    assert scrub(store)[1] == []
 
 
-def test_a_manifest_of_an_unknown_type_need_not_be_understood(store: HostedStore) -> None:
+def test_a_manifest_of_an_unknown_type_need_not_parse(store: HostedStore) -> None:
     for content, media_type in ((b"anything", "application/vnd.anything"), (b'{"config": 1}', "a/b+json")):
         store.blobs.put(content, Digest.of(content))
         store.links.link_manifest(REPOSITORY, Digest.of(content), media_type)
-    assert check(store)[1] == []
+    assert scrub(store)[1] == []
 
 
-def test_a_cache_may_lack_what_its_links_lead_to(store: HostedStore) -> None:
+def test_a_cache_may_have_dangling_links(store: HostedStore) -> None:
     os.unlink(store.layout.blob(CONFIG))
     Path(store.layout.blob(Digest.of(b"base"))).write_bytes(b"bass")
-    checked, found = check(store, links=False)
-    assert [finding.kind for finding in found] == ["damaged"]
-    assert (checked.repositories, checked.links, checked.tags) == (0, 0, 0)
+    result, findings = scrub(store, links=False)
+    assert [finding.kind for finding in findings] == ["damaged"]
+    assert (result.repositories, result.links, result.tags) == (0, 0, 0)
 
 
 def test_progress_and_cancellation(store: HostedStore) -> None:
-    reactor, told = Reactor(), list[tuple[str, int, int | None]]()
-    checker = Checker(reactor, store.layout, slices=Slices(reactor, length=-1))
-    watch: Watch[Finding] = Watch(progress=lambda *state: told.append(state))
-    reactor.run(checker.check(watch))
+    reactor, reports = SteppedReactor(), list[tuple[str, int, int | None]]()
+    scrubber = Scrubber(reactor, store.layout, thread=CooperativeThread(reactor, slice_length=-1))
+    progress: Progress[Finding] = Progress(report=lambda *state: reports.append(state))
+    reactor.run(scrubber.scrub(progress))
     size = sum(entry.size for entry in store.blobs.walk())
-    assert [state for state in told if state[0] == "contents"][-1] == ("contents", size, size)
-    assert told[-1] == ("repositories", 1, None)
-    under_way = Deferred.fromCoroutine(checker.check())
+    assert [state for state in reports if state[0] == "contents"][-1] == ("contents", size, size)
+    assert reports[-1] == ("repositories", 1, None)
+    job = Deferred.fromCoroutine(scrubber.scrub())
     for _ in range(10):
         reactor.run_one()
-    under_way.cancel()
+    job.cancel()
 
-    async def wait() -> Checked:
-        return await under_way
+    async def wait() -> ScrubResult:
+        return await job
 
     with pytest.raises(CancelledError):
         reactor.run(wait())

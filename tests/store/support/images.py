@@ -12,69 +12,69 @@ from attrs import frozen
 from dockerproxy.oci.manifests import OCI_INDEX, OCI_MANIFEST
 from dockerproxy.oci.names import Digest
 from dockerproxy.oci.referrers import Referrer
-from dockerproxy.store.hosting import HostedStore
+from dockerproxy.store.hosted_store import HostedStore
 
 
 @frozen
-class Content:
+class ManifestTree:
     """A manifest: its bytes, and what it needs before it can be pushed."""
 
     media_type: str
     data: bytes
     blobs: tuple[bytes, ...] = ()
-    children: tuple[Content, ...] = ()
+    children: tuple[ManifestTree, ...] = ()
     subject: Digest | None = None
 
     @property
     def digest(self) -> Digest:
         return Digest.of(self.data)
 
-    def walk(self) -> Iterator[Content]:
+    def walk(self) -> Iterator[ManifestTree]:
         """Yield its children and what these have, then it."""
         for child in self.children:
             yield from child.walk()
         yield self
 
 
-def described(media_type: str, data: bytes) -> dict[str, Any]:
+def descriptor(media_type: str, data: bytes) -> dict[str, Any]:
     return {"mediaType": media_type, "digest": str(Digest.of(data)), "size": len(data)}
 
 
-def image(config: bytes, *layers: bytes, subject: Content | None = None) -> Content:
+def image(config: bytes, *layers: bytes, subject: ManifestTree | None = None) -> ManifestTree:
     document: dict[str, Any] = {
         "schemaVersion": 2,
         "mediaType": OCI_MANIFEST,
-        "config": described("application/vnd.test", config),
-        "layers": [described("application/vnd.test.layer", layer) for layer in layers],
+        "config": descriptor("application/vnd.test", config),
+        "layers": [descriptor("application/vnd.test.layer", layer) for layer in layers],
     }
     if subject is not None:
-        document["subject"] = described(subject.media_type, subject.data)
+        document["subject"] = descriptor(subject.media_type, subject.data)
     data = json.dumps(document).encode()
-    return Content(OCI_MANIFEST, data, (config, *layers), (), None if subject is None else subject.digest)
+    return ManifestTree(OCI_MANIFEST, data, (config, *layers), (), None if subject is None else subject.digest)
 
 
-def index(*children: Content) -> Content:
-    manifests = [described(child.media_type, child.data) for child in children]
+def index(*children: ManifestTree) -> ManifestTree:
+    manifests = [descriptor(child.media_type, child.data) for child in children]
     document = {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": manifests}
-    return Content(OCI_INDEX, json.dumps(document).encode(), (), children)
+    return ManifestTree(OCI_INDEX, json.dumps(document).encode(), (), children)
 
 
-def keep(store: HostedStore, repository: str, content: Content, *tags: str) -> None:
+def put_image(store: HostedStore, repository: str, manifest: ManifestTree, *tags: str) -> None:
     """Put `content` and what it needs into `store`."""
-    for part in content.walk():
+    for part in manifest.walk():
         for blob in part.blobs:
             store.blobs.put(blob, Digest.of(blob))
             store.links.link_layer(repository, Digest.of(blob))
         store.blobs.put(part.data, part.digest)
-        refers = None if part.subject is None else Referrer(part.subject, described(part.media_type, part.data))
-        store.link_manifest(repository, part.digest, part.media_type, refers, tags if part is content else ())
+        referrer = None if part.subject is None else Referrer(part.subject, descriptor(part.media_type, part.data))
+        store.link_manifest(repository, part.digest, part.media_type, referrer, tags if part is manifest else ())
 
 
-def age(store: HostedStore, seconds: float = 7200) -> None:
+def age_blobs(store: HostedStore, seconds: float = 7200) -> None:
     """Let all contents have been used `seconds` before they were."""
     for entry in list(store.blobs.walk()):
-        then = entry.last_used - seconds
-        os.utime(store.layout.blob(entry.digest), (then, then))
+        mtime = entry.last_used - seconds
+        os.utime(store.layout.blob(entry.digest), (mtime, mtime))
 
 
 ONE, TWO = image(b"config1", b"base", b"layer1"), image(b"config2", b"base", b"layer2")

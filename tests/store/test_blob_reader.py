@@ -9,24 +9,24 @@ import pytest
 from twisted.internet.defer import Deferred
 
 from dockerproxy.oci.names import Digest
+from dockerproxy.store.blob_reader import StoredBlobReader
 from dockerproxy.store.blobs import Blobs, OpenBlob
-from dockerproxy.store.contents import StoredContent
 from dockerproxy.store.layout import Layout
 
 DATA = bytes(range(256)) * 1000
 
 
-class Threads:
+class SynchronousThreadPool:
     """A reactor whose threads are this one, and are counted."""
 
     def __init__(self) -> None:
-        self.used = 0
+        self.calls = 0
 
-    def getThreadPool(self) -> Threads:
+    def getThreadPool(self) -> SynchronousThreadPool:
         return self
 
     def callInThreadWithCallback(self, done: Any, function: Any, *arguments: Any) -> None:
-        self.used += 1
+        self.calls += 1
         done(True, function(*arguments))
 
     def callFromThread(self, function: Any, *arguments: Any) -> None:
@@ -47,22 +47,24 @@ def result(coroutine: Any) -> Any:
 
 
 @pytest.mark.parametrize("cached", [True, False])
-def test_a_file_is_in_memory_before_it_is_sent(blob: OpenBlob, monkeypatch: pytest.MonkeyPatch, cached: bool) -> None:
+def test_sendfile_source_reads_into_the_page_cache_first(
+    blob: OpenBlob, monkeypatch: pytest.MonkeyPatch, cached: bool
+) -> None:
     monkeypatch.setattr(OpenBlob, "is_cached", lambda *_: cached)
-    threads = Threads()
-    content = StoredContent(threads, blob)
-    assert result(content.in_file(1000, 100)) == (blob.fd, 100)
-    assert result(content.in_file(len(DATA) - 10, 100)) == (blob.fd, 10)
-    assert threads.used == (0 if cached else 2)
-    assert result(content.in_file(len(DATA), 100)) == (blob.fd, 0)
-    content.close()
+    threads = SynchronousThreadPool()
+    reader = StoredBlobReader(threads, blob)
+    assert result(reader.sendfile_source(1000, 100)) == (blob.fd, 100)
+    assert result(reader.sendfile_source(len(DATA) - 10, 100)) == (blob.fd, 10)
+    assert threads.calls == (0 if cached else 2)
+    assert result(reader.sendfile_source(len(DATA), 100)) == (blob.fd, 0)
+    reader.close()
 
 
-def test_its_end_is_told_once(blob: OpenBlob) -> None:
-    told: list[None] = []
-    content = StoredContent(Threads(), blob, lambda: told.append(None))
-    assert bytes(result(content.read(0, len(DATA)))) == DATA
-    assert told == []
-    content.close()
-    content.close()
-    assert told == [None] and blob.fd == -1
+def test_on_close_is_called_once(blob: OpenBlob) -> None:
+    calls: list[None] = []
+    reader = StoredBlobReader(SynchronousThreadPool(), blob, lambda: calls.append(None))
+    assert bytes(result(reader.read(0, len(DATA)))) == DATA
+    assert calls == []
+    reader.close()
+    reader.close()
+    assert calls == [None] and blob.fd == -1

@@ -1,0 +1,305 @@
+"""Taking over another registry's directory: `registry:2`'s, or one like ours.
+
+Contents are verified by their digests on their way, and are hard-linked where they lie on our file system and are our
+user's, else copied. Then come the links and, last, the tags: what a tag means is whole when it gets there. What is here
+already stays, so that an import can be made again, and goes on where it was broken off.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from attrs import define, field, frozen
+
+from dockerproxy.concurrency import in_thread
+from dockerproxy.errors import ManifestInvalid, NameInvalid
+from dockerproxy.oci.manifests import MAX_MANIFEST, media_type_of
+from dockerproxy.oci.names import Digest, parse_repository
+from dockerproxy.store.blobs import Blobs
+from dockerproxy.store.cooperative import CooperativeThread, Progress
+from dockerproxy.store.files import read_small, write_all
+from dockerproxy.store.hosted_store import HostedStore
+from dockerproxy.store.layout import Layout
+from dockerproxy.store.links import Links
+
+_CHUNK_SIZE = 1024 * 1024
+
+
+class NotARegistry(Exception):
+    """A sentence about a directory that cannot be imported."""
+
+
+@frozen
+class Skipped:
+    """Something that was not taken over, and a sentence about it.
+
+    `kind` is ``damaged`` or ``missing`` (a content), ``invalid`` (a name, a manifest), ``unreadable`` (the disk's
+    trouble), or ``conflict`` (a tag that means something else here).
+    """
+
+    kind: str
+    message: str
+
+
+@frozen
+class ImportResult:
+    """What was taken over: of the contents some were `hardlinked` and some `copied` (`bytes`: of both), and some were
+    `present`. `conflicts` are among the `untaken`."""
+
+    repositories: int = 0
+    hardlinked: int = 0
+    copied: int = 0
+    present: int = 0
+    bytes: int = 0
+    manifests: int = 0
+    tags: int = 0
+    conflicts: int = 0
+    untaken: int = 0
+
+
+def find_source_layout(directory: Path) -> Layout:
+    """Return the tree in `directory`: a registry's root, or the ``v2`` directory within. Blocks; raise `NoRegistry`."""
+    candidates = [directory]
+    if directory.parts[-3:] == ("docker", "registry", "v2"):
+        candidates.append(directory.parents[2])
+    for root in candidates:
+        layout = Layout(root)
+        try:
+            if os.listdir(layout.repositories) and os.listdir(layout.blobs):
+                return layout
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            raise NotARegistry(f"{error.filename} cannot be read: {error.strerror}") from None
+    raise NotARegistry(f"{directory} is no registry's directory: there is no docker/registry/v2 in it")
+
+
+@define
+class Importer:
+    """Imports into `store`."""
+
+    _reactor: Any
+    _store: HostedStore
+    _thread: CooperativeThread = field(kw_only=True)
+
+    @_thread.default
+    def _make_thread(self) -> CooperativeThread:
+        return CooperativeThread(self._reactor, slice_length=0.05)
+
+    async def import_from(
+        self, directory: Path, *, force: bool = False, progress: Progress[Skipped] | None = None
+    ) -> ImportResult:
+        """Import `directory`. Tags that mean something else here are left alone unless `force`.
+
+        `watch` is told of bytes, and then of manifests. It may be cancelled, and made again. Raise `NoRegistry`,
+        OSError.
+        """
+        source = await in_thread(self._reactor, find_source_layout, directory)
+        if await in_thread(self._reactor, _is_same_directory, source.root, self._store.layout.root):
+            raise NotARegistry(f"{directory} is this registry's own directory")
+        progress = progress or Progress()
+        run = _ImportRun(source, self._store, force, progress)
+        report_bytes = progress.reporter("contents", lambda: run.processed_bytes, lambda: run.total_bytes)
+        report_manifests = progress.reporter("manifests", lambda: run.counts["manifests"])
+        await self._thread.run(run.scan(), run.record, after_slice=report_bytes)
+        await self._thread.run(run.import_blobs(), run.record, after_slice=report_bytes)
+        for repository in run.repositories:
+            await self._thread.run(run.link_layers(repository), run.record, after_slice=report_manifests)
+            lock = partial(self._store.locks.hold, repository)
+            await self._thread.run(run.link_manifests(repository), run.record, after_slice=report_manifests, lock=lock)
+            await self._thread.run(run.set_tags(repository), run.record, after_slice=report_manifests, lock=lock)
+        # Once for all: two or three times for each link would take longer than the rest.
+        await in_thread(self._reactor, os.sync)
+        return ImportResult(repositories=len(run.repositories), **run.counts)
+
+
+@define
+class _ImportRun:
+    _source: Layout
+    _store: HostedStore
+    _force: bool
+    _progress: Progress[Skipped]
+    repositories: list[str] = field(factory=list, init=False)
+    counts: Counter[str] = field(factory=Counter, init=False)
+    _blob_sizes: dict[str, int] = field(factory=dict, init=False)  # digests as text (as `survey.Text`), and lengths
+    total_bytes: int | None = field(default=None, init=False)  # bytes, once they are known
+    processed_bytes: int = field(default=0, init=False)
+    _source_links: Links = field(init=False)
+    _target_blobs: Blobs = field(init=False)
+    _target_links: Links = field(init=False)
+
+    @_source_links.default
+    def _make_source_links(self) -> Links:
+        return Links(self._source, durable=False)
+
+    # What is written here is synced at the end.
+
+    @_target_blobs.default
+    def _make_target_blobs(self) -> Blobs:
+        return Blobs(self._store.layout, durable=False)
+
+    @_target_links.default
+    def _make_target_links(self) -> Links:
+        return Links(self._store.layout, durable=False)
+
+    def record(self, item: Skipped) -> None:
+        """Count something that was not taken, and tell of it."""
+        self.counts.update(untaken=1, conflicts=item.kind == "conflict")
+        self._progress.emit(item)
+
+    # in a thread
+
+    def scan(self) -> Iterator[Skipped | None]:
+        """Find the repositories, and the contents that these have."""
+        total = 0
+        for repository in self._source_links.repositories():
+            try:
+                parse_repository(repository)
+            except NameInvalid as error:
+                yield Skipped("invalid", error.message)
+                continue
+            self.repositories.append(repository)
+            for links in (self._source_links.layers, self._source_links.manifests):
+                for digest in links(repository):
+                    if str(digest) not in self._blob_sizes:
+                        with suppress(FileNotFoundError, NotADirectoryError):
+                            size = self._blob_sizes[str(digest)] = os.stat(self._source.blob(digest)).st_size
+                            total += size
+                    yield None
+        self.total_bytes = total
+
+    def import_blobs(self) -> Iterator[Skipped | None]:
+        """Bring the contents, up to a piece of one a step."""
+        for text, size in self._blob_sizes.items():
+            digest = Digest.parse(text)
+            if self._target_blobs.touch(digest) == size:
+                self.counts.update(present=1)
+                self.processed_bytes += size
+                yield None
+                continue
+            try:
+                yield from self._import_blob(digest)
+            except _SourceError as error:
+                yield Skipped("unreadable", f"{digest} cannot be read: {error}")
+
+    def link_layers(self, repository: str) -> Iterator[Skipped | None]:
+        """Link the repository's blobs."""
+        for digest in self._source_links.layers(repository):
+            if not self._source_links.has_layer(repository, digest):
+                yield None
+            elif self._target_blobs.exists(digest):
+                self._target_links.link_layer(repository, digest)
+                yield None
+            else:
+                yield Skipped("missing", f"{repository}: the blob {digest} is missing")
+
+    def link_manifests(self, repository: str) -> Iterator[Skipped | None]:
+        """Link the repository's manifests."""
+        for digest in self._source_links.manifests(repository):
+            if not self._source_links.has_manifest(repository, digest):
+                yield None
+                continue
+            content = read_small(self._target_path(digest), MAX_MANIFEST + 1)
+            if content is None:
+                yield Skipped("missing", f"{repository}: the manifest {digest} is missing")
+                continue
+            try:
+                media_type = self._source_links.manifest_media_type(repository, digest) or media_type_of(content)
+            except ManifestInvalid as error:
+                yield Skipped("invalid", f"{repository}: {digest} is not a manifest ({error.message})")
+                continue
+            if not self._target_links.has_manifest(repository, digest):
+                self._target_links.link_manifest(repository, digest, media_type)
+                self.counts.update(manifests=1)
+            yield None
+
+    def set_tags(self, repository: str) -> Iterator[Skipped | None]:
+        """Set the repository's tags."""
+        for tag, digest in self._source_links.iter_tags(repository):
+            current = self._target_links.tag(repository, tag)
+            if digest is None or not self._target_links.has_manifest(repository, digest):
+                yield Skipped("missing", f"{repository}:{tag}: what the tag means is missing")
+            elif current is not None and current != digest and not self._force:
+                yield Skipped("conflict", f"{repository}:{tag} means {current} here, and {digest} there")
+            elif current != digest:
+                self._target_links.set_tag(repository, tag, digest)
+                self.counts.update(tags=1)
+            yield None
+
+    def _target_path(self, digest: Digest) -> str:
+        return self._store.layout.blob(digest)
+
+    def _import_blob(self, digest: Digest) -> Iterator[Skipped | None]:
+        os.makedirs(self._store.layout.staging, exist_ok=True)
+        staged_path = f"{self._store.layout.staging}/{secrets.token_hex(8)}"
+        source_fd = _open_source(self._source.blob(digest))
+        copy_fd = -1
+        try:
+            if not (is_hardlink := _hardlink(source_fd, self._source.blob(digest), staged_path)):
+                copy_fd = os.open(staged_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            hasher, size = digest.hasher(), 0
+            while chunk := _read_source(source_fd):
+                hasher.update(chunk)
+                if not is_hardlink:
+                    write_all(copy_fd, [chunk], size)
+                size += len(chunk)
+                self.processed_bytes += len(chunk)
+                yield None
+            if hasher.hexdigest() != digest.hex:
+                yield Skipped("damaged", f"{digest} is damaged")
+                return
+            self._target_blobs.commit(staged_path, digest)
+            self.counts.update(hardlinked=is_hardlink, copied=not is_hardlink, bytes=size)
+        finally:
+            os.close(source_fd)
+            if copy_fd >= 0:
+                os.close(copy_fd)
+            with suppress(FileNotFoundError):
+                os.unlink(staged_path)
+
+
+class _SourceError(Exception):
+    """What the disk said of a file that was to be imported."""
+
+
+def _open_source(path: str) -> int:
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise _SourceError(error.strerror) from None
+
+
+def _read_source(fd: int) -> bytes:
+    try:
+        return os.read(fd, _CHUNK_SIZE)
+    except OSError as error:
+        raise _SourceError(error.strerror) from None
+
+
+def _hardlink(fd: int, path: str, staged_path: str) -> bool:
+    """Link the file that is open to `staged`, and say whether that could be."""
+    status = os.fstat(fd)
+    # What another user owns, that user may write to and we may not date (`Removal`).
+    if status.st_uid != os.geteuid():
+        return False
+    try:
+        os.link(path, staged_path)
+    except OSError:  # another file system; too many links; none allowed
+        return False
+    if os.path.samestat(status, os.stat(staged_path)):
+        return True
+    os.unlink(staged_path)
+    return False
+
+
+def _is_same_directory(one: Path, other: Path) -> bool:
+    with suppress(FileNotFoundError):
+        return os.path.samefile(one, other)
+    return False

@@ -1,0 +1,212 @@
+"""What is taken over from another registry's directory, and what is left where it was."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from twisted.internet.defer import CancelledError, Deferred
+
+from dockerproxy.oci.names import Digest
+from dockerproxy.store import importer
+from dockerproxy.store.cooperative import CooperativeThread, Progress
+from dockerproxy.store.hosted_store import HostedStore
+from dockerproxy.store.importer import Importer, ImportResult, NotARegistry, Skipped
+from dockerproxy.store.layout import Layout
+from dockerproxy.store.scrub import Scrubber
+from tests.store.support.images import BOTH, ONE, TWO, image, put_image
+from tests.store.support.reactor import SteppedReactor
+
+REPOSITORY = "library/tiny"
+SIGNATURE = image(b"sig", b"signature", subject=BOTH)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> HostedStore:
+    return HostedStore.from_layout(Layout(tmp_path / "ours"))
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> HostedStore:
+    """A registry's directory, as `registry:2` leaves it: it notes no media types and no subjects."""
+    other = HostedStore.from_layout(Layout(tmp_path / "other"))
+    put_image(other, REPOSITORY, BOTH, "v1", "latest")
+    put_image(other, REPOSITORY, SIGNATURE)
+    put_image(other, "two", ONE, "v1")
+    for name in ("media-type", "subject"):
+        for path in other.layout.root.rglob(name):
+            path.unlink()
+    for path in other.layout.root.rglob("_referrers"):
+        shutil.rmtree(path)
+    return other
+
+
+def import_from(store: HostedStore, directory: Path, *, force: bool = False) -> tuple[ImportResult, list[Skipped]]:
+    reactor, skipped_items = SteppedReactor(), list[Skipped]()
+    result = reactor.run(
+        Importer(reactor, store).import_from(directory, force=force, progress=Progress(emit=skipped_items.append))
+    )
+    assert result.untaken == len(skipped_items)
+    assert os.listdir(store.layout.staging) == []
+    return result, skipped_items
+
+
+def is_intact(store: HostedStore) -> bool:
+    reactor = SteppedReactor()
+    return reactor.run(Scrubber(reactor, store.layout).scrub()).findings == 0
+
+
+def test_imports_everything_in_repositories(store: HostedStore, other: HostedStore) -> None:
+    other.blobs.put(b"garbage", Digest.of(b"garbage"))
+    before = sorted(map(str, other.layout.root.rglob("*")))
+    result, skipped_items = import_from(store, other.layout.root)
+    assert skipped_items == []
+    entries = {entry.digest: entry.size for entry in other.blobs.walk() if entry.digest != Digest.of(b"garbage")}
+    assert result == ImportResult(
+        repositories=2, hardlinked=len(entries), bytes=sum(entries.values()), manifests=5, tags=3
+    )
+    assert {entry.digest: entry.size for entry in store.blobs.walk()} == entries
+    assert store.links.tags(REPOSITORY) == ["latest", "v1"]
+    assert store.links.tag(REPOSITORY, "v1") == BOTH.digest
+    assert store.links.manifest_media_type(REPOSITORY, BOTH.digest) == BOTH.media_type
+    assert is_intact(store)
+    assert sorted(map(str, other.layout.root.rglob("*"))) == before
+    config = Digest.of(b"config1")
+    assert os.path.samefile(store.layout.blob(config), other.layout.blob(config))
+    # Referrers are found although nobody noted them there.
+    store.referrers.index_missing(REPOSITORY)
+    assert len(list(store.referrers.list(REPOSITORY, BOTH.digest, None))) == 1
+
+
+def test_a_second_import_is_a_no_op(store: HostedStore, other: HostedStore) -> None:
+    import_from(store, other.layout.root)
+    result, skipped_items = import_from(store, other.layout.root)
+    assert skipped_items == []
+    assert result == ImportResult(repositories=2, present=len(list(other.blobs.walk())))
+
+
+@pytest.mark.parametrize("below", ["", "docker/registry/v2"])
+def test_root_or_v2_directory(store: HostedStore, other: HostedStore, below: str) -> None:
+    assert import_from(store, other.layout.root / below)[0].tags == 3
+
+
+def test_not_a_registry_directory(store: HostedStore, other: HostedStore, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for directory in (tmp_path / "nothing", tmp_path, tmp_path / "file"):
+        with pytest.raises(NotARegistry, match=str(directory)):
+            import_from(store, directory)
+    with pytest.raises(NotARegistry, match="own"):
+        import_from(other, other.layout.root)
+
+
+def test_copies_if_hard_links_are_impossible(
+    store: HostedStore, other: HostedStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def link(source: str, target: str) -> None:
+        raise OSError(18, "Invalid cross-device link")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(importer.os, "link", link)
+        result, _ = import_from(store, other.layout.root)
+    assert (result.hardlinked, result.copied) == (0, len(list(other.blobs.walk())))
+    assert is_intact(store)
+    assert not os.path.samefile(store.layout.blob(ONE.digest), other.layout.blob(ONE.digest))
+    third = HostedStore.from_layout(Layout(store.layout.root.parent / "third"))
+    monkeypatch.setattr(importer.os, "geteuid", lambda: os.getuid() + 1000)
+    assert import_from(third, other.layout.root)[0].hardlinked == 0
+
+
+def test_conflicting_tags(store: HostedStore, other: HostedStore) -> None:
+    put_image(store, REPOSITORY, ONE, "v1", "mine")
+    result, skipped_items = import_from(store, other.layout.root)
+    assert (result.conflicts, result.tags) == (1, 2)
+    assert [item.kind for item in skipped_items] == ["conflict"]
+    assert f"{REPOSITORY}:v1" in skipped_items[0].message
+    assert store.links.tag(REPOSITORY, "v1") == ONE.digest
+    result, skipped_items = import_from(store, other.layout.root, force=True)
+    assert (result.conflicts, result.tags, skipped_items) == (0, 1, [])
+    assert store.links.tag(REPOSITORY, "v1") == BOTH.digest
+    assert store.links.tag(REPOSITORY, "mine") == ONE.digest
+
+
+def test_damaged_source_blobs_are_skipped(store: HostedStore, other: HostedStore) -> None:
+    Path(other.layout.blob(Digest.of(b"layer1"))).write_bytes(b"layer?")
+    Path(other.layout.blob(TWO.digest)).unlink()
+    Path(other.layout.blob(SIGNATURE.digest)).write_bytes(b"no manifest")
+    Path(other.layout.tag_current("two", "v1")).write_bytes(str(TWO.digest).encode())
+    _, skipped_items = import_from(store, other.layout.root)
+    messages = sorted(item.message for item in skipped_items)
+    layer = Digest.of(b"layer1")
+    assert messages == sorted([
+        f"{layer} is damaged",
+        f"{SIGNATURE.digest} is damaged",
+        f"{REPOSITORY}: the blob {layer} is missing",
+        f"two: the blob {layer} is missing",
+        f"{REPOSITORY}: the manifest {SIGNATURE.digest} is missing",
+        f"{REPOSITORY}: the manifest {TWO.digest} is missing",
+        "two:v1: what the tag means is missing",
+    ])  # fmt: skip
+    assert store.links.tags("two") == []
+    assert not store.blobs.exists(layer)
+    # Mended there, it comes.
+    Path(other.layout.blob(layer)).write_bytes(b"layer1")
+    import_from(store, other.layout.root)
+    assert store.links.has_layer(REPOSITORY, layer)
+
+
+def test_import_repairs_a_damaged_target_blob(store: HostedStore, other: HostedStore) -> None:
+    import_from(store, other.layout.root)
+    path = store.layout.blob(ONE.digest)
+    os.unlink(path)
+    Path(path).write_bytes(b"short")
+    assert import_from(store, other.layout.root)[0].hardlinked == 1
+    assert is_intact(store)
+
+
+def test_an_invalid_repository_name(store: HostedStore, other: HostedStore) -> None:
+    os.rename(f"{other.layout.repositories}/two", f"{other.layout.repositories}/Two")
+    result, skipped_items = import_from(store, other.layout.root)
+    assert [item.kind for item in skipped_items] == ["invalid"]
+    assert "Two" in skipped_items[0].message
+    assert result.repositories == 1
+
+
+def test_a_cancelled_import_can_be_resumed(store: HostedStore, other: HostedStore) -> None:
+    reactor = SteppedReactor()
+    importer = Importer(reactor, store, thread=CooperativeThread(reactor, slice_length=-1))
+    steps = 0
+    while True:
+        job = Deferred.fromCoroutine(importer.import_from(other.layout.root))
+        for _ in range(steps):
+            reactor.run_one()
+        if job.called:
+            break
+        job.cancel()
+
+        async def wait(job: Deferred[ImportResult] = job) -> ImportResult:
+            return await job
+
+        with pytest.raises(CancelledError):
+            reactor.run(wait())
+        assert not os.path.exists(store.layout.staging) or os.listdir(store.layout.staging) == []
+        for repository in store.links.repositories():
+            for tag in store.links.tags(repository):
+                digest = store.links.tag(repository, tag)
+                assert digest is not None and store.links.has_manifest(repository, digest)
+        steps += 3
+    assert steps > 20
+    assert is_intact(store)
+    assert store.links.tags(REPOSITORY) == ["latest", "v1"]
+
+
+def test_progress(store: HostedStore, other: HostedStore) -> None:
+    reactor, reports = SteppedReactor(), list[tuple[str, int, int | None]]()
+    importer = Importer(reactor, store, thread=CooperativeThread(reactor, slice_length=-1))
+    reactor.run(importer.import_from(other.layout.root, progress=Progress(report=lambda *state: reports.append(state))))
+    size = sum(entry.size for entry in other.blobs.walk())
+    byte_counts = [done for phase, done, total in reports if phase == "contents" and total == size]
+    assert byte_counts == sorted(byte_counts)
+    assert byte_counts[-1] == size
+    assert reports[-1] == ("manifests", 5, None)

@@ -1,0 +1,219 @@
+from __future__ import annotations
+
+import gc
+from collections import deque
+from collections.abc import Iterable
+
+import pytest
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from dockerproxy.oci.names import Digest
+from dockerproxy.store import lru_index as usage_module
+from dockerproxy.store.eviction import Entry
+from dockerproxy.store.lru_index import CacheFull, LRUIndex
+
+
+def digest(number: int) -> Digest:
+    return Digest("sha256", f"{number:064x}")
+
+
+def rescan(usage: LRUIndex, entries: Iterable[Entry]) -> None:
+    """Let `usage` count anew, with nothing going on meanwhile."""
+    scan = lru_index.start_rescan()
+    for entry in entries:
+        scan.add(entry)
+    deque(scan.sort(), maxlen=0)
+    lru_index.apply_rescan(scan)
+
+
+DIGESTS = st.integers(0, 8).map(digest)
+SIZES = st.integers(0, 60)
+
+
+class LRUIndexMachine(RuleBasedStateMachine):
+    """`Usage` beside a dict of sizes and last uses, and a dict of pins. Time goes by one at each use."""
+
+    @initialize(limit=st.integers(0, 200))
+    def start(self, limit: int) -> None:
+        self.index = LRUIndex(limit)
+        self.limit = limit
+        self.now = 0.0
+        self.model: dict[Digest, tuple[int, float]] = {}
+        self.pins: dict[Digest, int] = {}
+
+    def tick(self) -> float:
+        self.now += 1
+        return self.now
+
+    @rule(digest=DIGESTS, size=SIZES)
+    def add(self, digest: Digest, size: int) -> None:
+        self.model[digest] = (size, self.tick())
+        self.index.add(digest, size, self.now)
+
+    @rule(digest=DIGESTS)
+    def touch(self, digest: Digest) -> None:
+        self.index.touch(digest, self.tick())
+        if digest in self.model:
+            self.model[digest] = (self.model[digest][0], self.now)
+
+    @rule(digest=DIGESTS)
+    def remove(self, digest: Digest) -> None:
+        self.index.remove(digest)
+        self.model.pop(digest, None)
+
+    @rule(digest=DIGESTS)
+    def pin(self, digest: Digest) -> None:
+        self.index.pin(digest)
+        self.pins[digest] = self.pins.get(digest, 0) + 1
+
+    @rule(digest=DIGESTS)
+    def unpin(self, digest: Digest) -> None:
+        if not self.pins.get(digest):
+            with pytest.raises(KeyError):
+                self.index.unpin(digest)
+        else:
+            self.index.unpin(digest)
+            self.pins[digest] -= 1
+
+    @rule(found=st.dictionaries(DIGESTS, st.tuples(SIZES, st.integers(0, 20))))
+    def rescan(self, found: dict[Digest, tuple[int, int]]) -> None:
+        rescan(self.index, [Entry(digest, size, float(last_used)) for digest, (size, last_used) in found.items()])
+        model = {digest: entry for digest, entry in self.model.items() if self.is_pinned(digest)}
+        for digest, (size, last) in found.items():
+            if digest not in model:
+                model[digest] = (size, max(last, self.model.get(digest, (0, 0.0))[1]))
+        self.model = model
+        self.now = max(self.now, 20.0)
+
+    @rule(wanted=st.integers(0, 250))
+    def evict(self, wanted: int) -> None:
+        total = sum(size for size, _ in self.model.values())
+        pinned_bytes = sum(size for digest, (size, _) in self.model.items() if self.is_pinned(digest))
+        if pinned_bytes + wanted > self.limit and total + wanted > self.limit:
+            with pytest.raises(CacheFull):
+                self.index.evict(wanted)
+            return
+        evicted = self.index.evict(wanted)
+        if total + wanted <= self.limit:
+            assert evicted == []
+        self.check_evicted(evicted)
+        assert sum(size for size, _ in self.model.values()) + wanted <= self.limit
+
+    @rule(inactive=st.integers(0, 40))
+    def expire(self, inactive: int) -> None:
+        self.check_evicted(self.index.expire(inactive, self.now))
+        evictable = {digest: entry for digest, entry in self.model.items() if not self.is_pinned(digest)}
+        assert all(self.now - last <= inactive for _, last in evictable.values())
+        assert self.index.total <= self.limit or not evictable
+
+    def is_pinned(self, digest: Digest) -> bool:
+        return self.pins.get(digest, 0) > 0
+
+    def check_evicted(self, evicted: list[Digest]) -> None:
+        lasts = [self.model.pop(digest)[1] for digest in evicted]
+        assert not any(map(self.is_pinned, evicted))
+        assert lasts == sorted(lasts)
+        assert all(
+            last >= lasts[-1] for digest, (_, last) in self.model.items() if lasts and not self.is_pinned(digest)
+        )
+
+    @invariant()
+    def counts_what_is_there(self) -> None:
+        if hasattr(self, "usage"):
+            assert self.index.total == sum(size for size, _ in self.model.values())
+
+
+TestLRUIndex = LRUIndexMachine.TestCase
+
+
+def test_two_evictions_do_not_return_the_same_blob() -> None:
+    index = LRUIndex(100)
+    for number in range(10):
+        index.add(digest(number), 10, number)
+    assert index.evict(5) == [digest(0)]
+    index.add(digest(10), 5, 11)
+    assert index.evict(50) == [digest(number) for number in range(1, 6)]
+
+
+def test_a_pinned_blob_is_not_evicted() -> None:
+    index = LRUIndex(100)
+    index.add(digest(1), 60, 1)
+    index.pin(digest(1))
+    with pytest.raises(CacheFull):
+        index.evict(60)
+    rescan(index, [])
+    assert index.total == 60
+    index.unpin(digest(1))
+    assert index.evict(60) == [digest(1)]
+
+
+def test_evicts_the_minimum_if_the_low_watermark_is_unreachable() -> None:
+    index = LRUIndex(100)
+    for number in range(10):
+        index.add(digest(number), 10, number)
+    index.pin(digest(9))
+    assert index.evict(88) == [digest(number) for number in range(9)]
+    index = LRUIndex(100)
+    index.add(digest(1), 2, 1)
+    index.add(digest(2), 2, 2)
+    assert index.evict(98) == [digest(1)]
+
+
+def test_changes_during_a_rescan() -> None:
+    """Nothing of it is counted as it was seen, be it before the change or after."""
+    index = LRUIndex(1000)
+    for number in range(6):
+        index.add(digest(number), 10, number)
+    scan = index.start_rescan()
+    for number in range(6):
+        scan.add(Entry(digest(number), 10, number))
+    index.remove(digest(0))
+    index.add(digest(1), 20, 10)
+    index.touch(digest(2), 11)
+    index.add(digest(6), 70, 12)
+    index.pin(digest(7))
+    index.add(digest(7), 5, 13)
+    deque(scan.sort(), maxlen=0)
+    index.apply_rescan(scan)
+    index.unpin(digest(7))
+    assert index.total == 20 + 4 * 10 + 70 + 5
+    index.limit = 0
+    assert index.evict(0) == list(map(digest, (3, 4, 5, 1, 2, 6, 7)))
+    # And from now on changes are no longer noted.
+    index.touch(digest(1), 20)
+    assert index._dirty is None
+
+
+def test_a_rescan_is_sorted_incrementally(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(usage_module, "_RUN", 3)
+    index = LRUIndex(1000)
+    rescan(index, [Entry(digest(number), 1, number * 7 % 20) for number in range(20)])
+    index.limit = 0
+    assert index.evict(0) == [digest(number) for number in sorted(range(20), key=lambda number: number * 7 % 20)]
+
+
+def test_eviction_batch_size() -> None:
+    index = LRUIndex(20_000)
+    for number in range(20_000):
+        index.add(digest(number), 1, number)
+    index.add(digest(20_000), 1, 20_000)
+    assert len(index.evict(0)) == 500
+    assert index.evict(0) == []
+    assert len(index.evict(2000)) == 1501
+    assert [len(index.expire(0, 30_000)) for _ in range(3)] == [500] * 3
+
+
+def test_gc_tracked_objects_do_not_grow_with_the_index() -> None:
+    """It holds the whole process while it looks at each object that it tracks; text, numbers and their tuples are not
+    among them after a first look."""
+    tracked = {}
+    for count in (10, 3000):
+        index = LRUIndex(1 << 40)
+        gc.collect()
+        before = len(gc.get_objects())
+        rescan(index, (Entry(digest(number), 1, float(number)) for number in range(count)))
+        gc.collect()
+        tracked[count] = len(gc.get_objects()) - before
+        assert index.total == count
+    assert abs(tracked[3000] - tracked[10]) < 20
