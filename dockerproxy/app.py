@@ -32,7 +32,7 @@ from dockerproxy.daemon.metrics import CONTENT_TYPE, Metrics
 from dockerproxy.daemon.transfers import Transfers
 from dockerproxy.http.channel import Handler
 from dockerproxy.http.request import Request
-from dockerproxy.http.site import Site, Timeouts
+from dockerproxy.http.site import ServerTimeouts, Site
 from dockerproxy.http.tls import ServerContext
 from dockerproxy.net.dial import Dialer
 from dockerproxy.oci.names import Digest
@@ -346,10 +346,10 @@ def build_site(
     tls: Callable[[], ServerContext] | None = None,
 ) -> Site:
     """Return a site whose requests `handler` answers, over TLS by the contexts of `tls` if given."""
-    timeouts = Timeouts(
+    timeouts = ServerTimeouts(
         settings.keepalive_timeout, settings.client_header_timeout, settings.client_body_timeout, settings.send_timeout
     )
-    return Site(reactor, handler, timeouts=timeouts, finished=on_finished, tls=tls)
+    return Site(reactor, handler, timeouts=timeouts, on_request_finished=on_finished, get_tls_context=tls)
 
 
 async def handle_metrics(shared: SharedServices, request: Request) -> None:
@@ -360,7 +360,7 @@ async def handle_metrics(shared: SharedServices, request: Request) -> None:
         ("cache_limit_bytes", "Bytes that they may take (CACHE_MAX_SIZE).", limit),
     ]
     fields = [("Content-Type", CONTENT_TYPE), ("Cache-Control", "no-store")]
-    request.answer(200, fields, shared.metrics.render(gauges))
+    request.respond(200, fields, shared.metrics.render(gauges))
 
 
 _access_log = AccessLog()
@@ -368,7 +368,7 @@ _access_log = AccessLog()
 
 def count_and_log(metrics: Metrics, request: Request, seconds: float) -> None:
     """Count and log one request."""
-    metrics.count(request.verdict, request.status, request.size, seconds)
+    metrics.count(request.cache_status, request.status, request.bytes_sent, seconds)
     log_access(request, seconds)
 
 
@@ -380,7 +380,7 @@ def log_access(request: Request, seconds: float) -> None:
         request.host,
         request.path,
         request.status,
-        request.size,
+        request.bytes_sent,
         seconds,
-        request.verdict,
+        request.cache_status,
     )

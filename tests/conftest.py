@@ -20,7 +20,7 @@ from twisted.python.failure import Failure
 
 from dockerproxy.http.channel import Handler, HTTPChannel
 from dockerproxy.http.request import Request
-from dockerproxy.http.site import Site, Timeouts
+from dockerproxy.http.site import ServerTimeouts, Site
 
 Fields = Iterable[tuple[str, str]]
 
@@ -131,7 +131,7 @@ class HTTPTestClient:
         clock: Clock | None = None,
         secure: bool = False,
         client: str = "10.1.2.3",
-        timeouts: Timeouts | None = None,
+        timeouts: ServerTimeouts | None = None,
         site: Site | None = None,
     ) -> None:
         self.clock = clock or Clock()
@@ -139,8 +139,8 @@ class HTTPTestClient:
         self.site = site or Site(
             self.clock,
             handler,
-            timeouts=timeouts or Timeouts(),
-            finished=lambda request, seconds: self.finished_requests.append(request),
+            timeouts=timeouts or ServerTimeouts(),
+            on_request_finished=lambda request, seconds: self.finished_requests.append(request),
         )
         self.transport = WindowedTransport(self.clock, client)
         self.transport.channel = HTTPChannel(self.site, handler, secure=secure)

@@ -52,11 +52,11 @@ class BuiltinEndpoints:
                 self._serve_welcome(request)
             case "/ca.crt":
                 fields = [("Content-Type", "application/x-x509-ca-cert"), ("Cache-Control", "no-cache")]
-                request.answer(200, fields, self.certificate_pem)
+                request.respond(200, fields, self.certificate_pem)
             case "/setup" | "/setup/systemd":  # the latter is rpardini/docker-registry-proxy's address
                 self._serve_setup_script(request)
             case "/healthz":
-                request.answer(200, _TEXT_FIELDS, b"ok\n")
+                request.respond(200, _TEXT_FIELDS, b"ok\n")
             case "/metrics":
                 await self.metrics(request)
             case _:
@@ -68,11 +68,11 @@ class BuiltinEndpoints:
             url = _base_url(request, self.proxy_port if request.secure else None)
         except BadRequest:
             url = "http://THIS-HOST:PORT/"
-        request.answer(200, _TEXT_FIELDS, _WELCOME.format(url=url).encode())
+        request.respond(200, _TEXT_FIELDS, _WELCOME.format(url=url).encode())
 
     def _serve_setup_script(self, request: Request) -> None:
         script = setup_script(_base_url(request, self.proxy_port)).encode()
-        request.answer(200, [("Content-Type", "text/x-shellscript; charset=utf-8"), _NO_STORE], script)
+        request.respond(200, [("Content-Type", "text/x-shellscript; charset=utf-8"), _NO_STORE], script)
 
 
 def _base_url(request: Request, port: int | None) -> str:

@@ -34,7 +34,7 @@ from dockerproxy.admin.resolver import CACHED, HOSTED, ImageResolver, InvalidArg
 from dockerproxy.cache.space import CacheSpaceManager
 from dockerproxy.concurrency import in_thread
 from dockerproxy.errors import RegistryError
-from dockerproxy.http.request import ClientGone, Request
+from dockerproxy.http.request import ClientDisconnected, Request
 from dockerproxy.oci.routes import parse_query
 from dockerproxy.store.cooperative import CooperativeThread, Progress
 from dockerproxy.store.importer import Importer, NotARegistry, Skipped
@@ -115,7 +115,7 @@ class Control:
         except OSError as error:
             log.failure("{path} failed", path=request.path)
             response.send_error(500, "DISK", f"{error.filename or 'the disk'}: {error.strerror}")
-        except (ClientGone, CancelledError):
+        except (ClientDisconnected, CancelledError):
             raise
         except Exception:
             log.failure("{path} failed", path=request.path)
@@ -124,7 +124,7 @@ class Control:
     async def _dispatch(self, request: Request, response: NDJSONResponse) -> None:
         match request.method, request.path:
             case "GET", "/v1/status":
-                request.answer(200, _JSON_FIELDS, json.dumps(await in_thread(self._reactor, self._status)).encode())
+                request.respond(200, _JSON_FIELDS, json.dumps(await in_thread(self._reactor, self._status)).encode())
             case "GET", "/v1/repositories":
                 await self._list(dict(parse_query(request.query)), response)
             case "POST", "/v1/remove":
@@ -183,7 +183,7 @@ class Control:
             result = await self._deleter.delete(ref)
             log.info("{named} was removed ({where})", named=str(ref), where=ref.store.kind)
             results.append({"where": ref.store.kind, "name": str(ref), **attrs.asdict(result)})
-        request.answer(200, _JSON_FIELDS, json.dumps({"removed": results}).encode())
+        request.respond(200, _JSON_FIELDS, json.dumps({"removed": results}).encode())
 
     async def _collect(self, arguments: dict[str, Any], response: NDJSONResponse) -> None:
         list_items = arguments.pop("list", True)

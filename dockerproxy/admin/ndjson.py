@@ -51,7 +51,7 @@ class NDJSONResponse:
             return
         error = {"code": code, "message": message, "suggestions": list(suggestions)}
         fields = [("Content-Type", "application/json"), ("Cache-Control", "no-store")]
-        self._request.answer(status, fields, json.dumps({"error": error}).encode())
+        self._request.respond(status, fields, json.dumps({"error": error}).encode())
 
     def _start(self) -> None:
         if not self._request.started:

@@ -19,7 +19,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from dockerproxy.errors import BadRequest, RegistryError
-from dockerproxy.http.flow import Incoming, Outflow
+from dockerproxy.http.flow_control import FlowControl, RequestBody
 from dockerproxy.http.message import (
     MAX_HEAD,
     RequestHead,
@@ -29,10 +29,10 @@ from dockerproxy.http.message import (
     parse_head,
     render_head,
 )
-from dockerproxy.http.patience import Patience, Wait
-from dockerproxy.http.request import ClientGone, Fields, Request
+from dockerproxy.http.request import ClientDisconnected, Fields, Request
 from dockerproxy.http.stream import ByteStream
-from dockerproxy.http.tls import explain_handshake
+from dockerproxy.http.timeouts import ConnectionTimer, Deadline
+from dockerproxy.http.tls import describe_handshake_error
 from dockerproxy.http.transport import SocketTransport
 
 if TYPE_CHECKING:
@@ -40,16 +40,16 @@ if TYPE_CHECKING:
 
 Handler = Callable[[Request], Awaitable[None]]
 
-_FULL = MAX_HEAD + 4  # bytes, the empty line included: with so many, there is a head or there will be none
-_AT_ONCE = 32  # requests of one client that are answered before others get their turn
-_LINGER = 5.0  # seconds in which a client may notice an answer that came before its request was whole
+_MAX_BUFFERED = MAX_HEAD + 4  # bytes, the empty line included: with so many, there is a head or there will be none
+_REQUESTS_PER_ITERATION = 32  # requests of one client that are answered before others get their turn
+_LINGER_TIMEOUT = 5.0  # seconds in which a client may notice an answer that came before its request was whole
 
-_PLAIN = [("Content-Type", "text/plain; charset=utf-8")]
+_PLAIN_TEXT = [("Content-Type", "text/plain; charset=utf-8")]
 
 log = Logger()
 
 
-class _BodyOverdue(BadRequest):
+class _BodyTimeout(BadRequest):
     """The rest of a request's body did not come in time."""
 
     status = 408
@@ -74,14 +74,14 @@ class HTTPChannel(Protocol):
         self._handler = handler
         self._buffer = b""
         self._request: Request | None = None
-        self._serving: Deferred[None] | None = None
-        self._incoming: Incoming | None = None
-        self._outflow = Outflow(self._advance)
-        self._advancing = self._due = self._held = False
-        self._deaf = self._lingering = self._closing = False
-        self._served = 0
-        self._patience = Patience(site.rounds, self._waiting_for)
-        self._began = 0.0  # when the request under way did
+        self._handler_task: Deferred[None] | None = None
+        self._body: RequestBody | None = None
+        self._flow_control = FlowControl(self._process_buffer)
+        self._processing = self._processing_scheduled = self._reading_paused = False
+        self._input_ignored = self._lingering = self._closing = False
+        self._request_count = 0
+        self._timer = ConnectionTimer(site.timeout_reaper, self._current_deadline)
+        self._request_started_at = 0.0  # when the request under way did
         self.secure = secure
         self.client = "-"
         self.port = 0
@@ -93,40 +93,40 @@ class HTTPChannel(Protocol):
         # On a socket for both (systemd's), IPv4 addresses come as IPv6 (RFC 4291, section 2.5.5.2).
         self.client = client.removeprefix("::ffff:") if "." in client else client
         self.port = getattr(self.transport.getHost(), "port", 0)
-        self._site.opened(self)
-        self._patience.begin()
-        self.transport.registerProducer(self._outflow, True)
+        self._site.channel_opened(self)
+        self._timer.start()
+        self.transport.registerProducer(self._flow_control, True)
 
     def dataReceived(self, data: bytes) -> None:
-        if self._deaf:
+        if self._input_ignored:
             return
-        if self._incoming is not None:
+        if self._body is not None:
             data = self._feed_body(data)
         if data:
-            began = not self._buffer
+            was_empty = not self._buffer
             self._buffer += data
-            self._advance()
-            if began and self._served and self._request is None and self._buffer not in (b"", b"\r"):
-                self._patience.note()
+            self._process_buffer()
+            if was_empty and self._request_count and self._request is None and self._buffer not in (b"", b"\r"):
+                self._timer.restart()
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         if isinstance(reason.value, SSL.Error):
-            log.info("{client} broke off: {why}", client=self.client, why=explain_handshake(reason.value))
-        self._deaf = True
-        self._patience.end()
+            log.info("{client} broke off: {why}", client=self.client, why=describe_handshake_error(reason.value))
+        self._input_ignored = True
+        self._timer.stop()
         request, self._request = self._request, None
         if request is not None:
             request.finished = True
-            self._site.log_finished(request, self._patience.now() - self._began)
-        self._outflow.fail(ClientGone())
-        if self._incoming is not None:
-            self._incoming.stream.fail(ClientGone())
-        serving, self._serving = self._serving, None
-        if serving is not None:
-            serving.cancel()  # the coroutine's wait ends; what others share goes on (it is never ours to cancel)
-        self._site.closed(self)
+            self._site.on_request_finished(request, self._timer.now() - self._request_started_at)
+        self._flow_control.fail(ClientDisconnected())
+        if self._body is not None:
+            self._body.stream.fail(ClientDisconnected())
+        handler_task, self._handler_task = self._handler_task, None
+        if handler_task is not None:
+            handler_task.cancel()  # the coroutine's wait ends; what others share goes on (it is never ours to cancel)
+        self._site.channel_closed(self)
 
-    def retire(self) -> None:
+    def shutdown(self) -> None:
         """Close when the answer under way has ended, or now where there is none."""
         if self._request is None:
             self._close()
@@ -138,102 +138,102 @@ class HTTPChannel(Protocol):
     def write(self, data: bytes | bytearray | memoryview) -> None:
         self.transport.write(data)
 
-    def offer(self, data: bytes | bytearray | memoryview) -> int:
+    def write_some(self, data: bytes | bytearray | memoryview) -> int:
         if isinstance(self.transport, SocketTransport):
-            return self.transport.offer(data)
+            return self.transport.write_some(data)
         self.transport.write(data)
         return len(data)
 
     @property
-    def takes_files(self) -> bool:
-        return isinstance(self.transport, SocketTransport) and self.transport.takes_files
+    def can_sendfile(self) -> bool:
+        return isinstance(self.transport, SocketTransport) and self.transport.can_sendfile
 
-    def offer_file(self, descriptor: int, offset: int, size: int) -> int:
-        taken: int = self.transport.offer_file(descriptor, offset, size)
-        return taken
+    def sendfile(self, descriptor: int, offset: int, size: int) -> int:
+        sent: int = self.transport.offer_file(descriptor, offset, size)
+        return sent
 
-    def writable(self) -> Awaitable[None]:
-        return self._outflow.open()  # as it is: with each coroutine around it, a slow client costs memory
+    def drain(self) -> Awaitable[None]:
+        return self._flow_control.drain()  # as it is: with each coroutine around it, a slow client costs memory
 
     def abort(self) -> None:
-        self._deaf = True
+        self._input_ignored = True
         self.transport.abortConnection()
 
-    def overburdened(self) -> bool:
+    def exceeds_discard_limit(self) -> bool:
         """Whether more of the request's body is to come than is read for the sake of the next request."""
-        return self._incoming is not None and self._incoming.too_long
+        return self._body is not None and self._body.exceeds_discard_limit
 
-    def finished(self) -> None:
+    def on_response_finished(self) -> None:
         """Log the request whose answer has ended, and go on to the next, or close."""
-        request, self._request, self._serving = self._request, None, None
+        request, self._request, self._handler_task = self._request, None, None
         assert request is not None
-        self._served += 1
-        self._patience.note()
-        self._site.log_finished(request, self._patience.since - self._began)
-        if self._incoming is not None:
-            if self._incoming.done:
-                self._incoming = None
+        self._request_count += 1
+        self._timer.restart()
+        self._site.on_request_finished(request, self._timer.started_at - self._request_started_at)
+        if self._body is not None:
+            if self._body.done:
+                self._body = None
             else:
-                self._incoming.abandon(ClientGone())
-        if request.closing or self._site.draining or self.overburdened():
+                self._body.discard(ClientDisconnected())
+        if request.closing or self._site.draining or self.exceeds_discard_limit():
             self._close()
         else:
-            self._advance()
+            self._process_buffer()
 
     def detach(self) -> tuple[Any, bytes]:
         """Leave the connection to another protocol: return its transport and the bytes not read as HTTP."""
         assert self._request is not None
-        self._patience.end()
+        self._timer.stop()
         self.transport.unregisterProducer()
-        self._outflow.fail(ClientGone())
-        self._request = self._serving = None
-        self._deaf = True
-        self._site.closed(self)
+        self._flow_control.fail(ClientDisconnected())
+        self._request = self._handler_task = None
+        self._input_ignored = True
+        self._site.channel_closed(self)
         rest, self._buffer = self._buffer, b""
         return self.transport, rest
 
     # heads and bodies
 
-    def _advance(self) -> None:
+    def _process_buffer(self) -> None:
         """Start the requests that are complete, until one has to be waited for."""
-        if self._advancing:
+        if self._processing:
             return
-        self._advancing = True
-        for _ in range(_AT_ONCE):
-            if not self._may_begin():
+        self._processing = True
+        for _ in range(_REQUESTS_PER_ITERATION):
+            if not self._can_start_request():
                 break
-            head = self._take_head()
+            head = self._parse_next_head()
             if head is None:
                 break
-            self._begin(head)
+            self._start_request(head)
         else:
-            self._advance_later()
-        self._advancing = False
-        self._hold()
+            self._schedule_processing()
+        self._processing = False
+        self._apply_back_pressure()
 
-    def _may_begin(self) -> bool:
-        occupied = self._request is not None or self._incoming is not None or self._outflow.closed
-        return bool(self._buffer) and not occupied and not self._deaf
+    def _can_start_request(self) -> bool:
+        busy = self._request is not None or self._body is not None or self._flow_control.paused
+        return bool(self._buffer) and not busy and not self._input_ignored
 
-    def _advance_later(self) -> None:
-        if not self._due:
-            self._due = True
-            self._site.reactor.callLater(0, self._advance_now)
+    def _schedule_processing(self) -> None:
+        if not self._processing_scheduled:
+            self._processing_scheduled = True
+            self._site.reactor.callLater(0, self._run_scheduled_processing)
 
-    def _advance_now(self) -> None:
-        self._due = False
-        self._advance()
+    def _run_scheduled_processing(self) -> None:
+        self._processing_scheduled = False
+        self._process_buffer()
 
-    def _hold(self) -> None:
+    def _apply_back_pressure(self) -> None:
         """Keep the client from sending more than can be made use of."""
-        if not self._deaf and (len(self._buffer) >= _FULL) != self._held:
-            self._held = not self._held
-            if self._held:
+        if not self._input_ignored and (len(self._buffer) >= _MAX_BUFFERED) != self._reading_paused:
+            self._reading_paused = not self._reading_paused
+            if self._reading_paused:
                 self.transport.pauseProducing()
             else:
                 self.transport.resumeProducing()
 
-    def _take_head(self) -> RequestHead | None:
+    def _parse_next_head(self) -> RequestHead | None:
         """Return the head at the start of the buffer, parsed, or None where it is not complete or not acceptable."""
         # RFC 9112, section 2.2: empty lines before a request are passed over. What is left of the buffer after them is
         # what counts as having come.
@@ -246,7 +246,7 @@ class HTTPChannel(Protocol):
             if end >= 0:
                 self._buffer = buffer[end + 4 :]
                 return parse_head(buffer[:end])
-            if len(buffer) >= _FULL:
+            if len(buffer) >= _MAX_BUFFERED:
                 raise BadRequest(f"the request's head is longer than {MAX_HEAD} bytes")
             if not may_become_head(buffer):
                 raise BadRequest("this is not HTTP")
@@ -254,78 +254,78 @@ class HTTPChannel(Protocol):
             self._refuse(error.status, error.message)
         return None
 
-    def _begin(self, head: RequestHead) -> None:
+    def _start_request(self, head: RequestHead) -> None:
         framing = 0 if head.method == "CONNECT" else body_framing(head)
         stream = None
         if framing != 0:
             stream = ByteStream(self.transport)
-            self._incoming = Incoming(stream, framing)
+            self._body = RequestBody(stream, framing)
         request = self._request = Request(self, head, stream)
         request.closing = self._site.draining or not keeps_alive(head)
-        self._began = self._patience.now()
-        if self._incoming is not None:
+        self._request_started_at = self._timer.now()
+        if self._body is not None:
             rest, self._buffer = self._buffer, b""
-            self._hold()  # from here on, the body's stream has the say over that
+            self._apply_back_pressure()  # from here on, the body's stream has the say over that
             self._buffer = self._feed_body(rest) if rest else b""
-        serving = Deferred.fromCoroutine(self._serve(request))
-        if not serving.called and self._request is request:
-            self._serving = serving
+        handler_task = Deferred.fromCoroutine(self._run_handler(request))
+        if not handler_task.called and self._request is request:
+            self._handler_task = handler_task
 
-    async def _serve(self, request: Request) -> None:
+    async def _run_handler(self, request: Request) -> None:
         try:
             await self._handler(request)
-        except ClientGone:
+        except ClientDisconnected:
             request.abort()
         except RegistryError as error:
-            self._give_up(request, error.status, error.message, error.headers)
+            self._send_error(request, error.status, error.message, error.headers)
         except Exception as error:
             if isinstance(error, CancelledError) and request.finished:
                 return  # by us
             log.failure("{method} {path} failed", method=request.method, path=request.path)
-            self._give_up(request, 500, "internal error")
+            self._send_error(request, 500, "internal error")
         else:
             if not request.finished:
                 log.error("{method} {path} was left without an answer", method=request.method, path=request.path)
-                self._give_up(request, 500, "internal error")
+                self._send_error(request, 500, "internal error")
 
-    def _give_up(self, request: Request, status: int, why: str, fields: Fields = ()) -> None:
+    def _send_error(self, request: Request, status: int, reason: str, fields: Fields = ()) -> None:
         """Say that the request failed, by an answer where none was begun, else by breaking off."""
         if request.started:
             request.abort()
         elif not request.finished:
             request.closing = True
-            request.answer(status, [*_PLAIN, *fields], f"{why}\n".encode())
+            request.respond(status, [*_PLAIN_TEXT, *fields], f"{reason}\n".encode())
 
     def _feed_body(self, data: bytes) -> bytes:
         """Give `data` to the body under way; return what lies beyond its end."""
-        incoming = self._incoming
-        assert incoming is not None
+        body = self._body
+        assert body is not None
         try:
-            rest = incoming.feed(data)
+            rest = body.feed(data)
         except BadRequest as error:
             # Where the next request would begin, nobody knows.
-            self._incoming = None
-            self._deaf = True
+            self._body = None
+            self._input_ignored = True
             if self._request is None:
                 self._close()
             else:
                 self._request.closing = True
-                incoming.stream.fail(error)
+                body.stream.fail(error)
             return b""
-        if incoming.done:
-            self._incoming = None
+        if body.done:
+            self._body = None
             if self._request is None:
-                self._patience.note()
-        elif incoming.abandoned and incoming.too_long:
+                self._timer.restart()
+        elif body.discarding and body.exceeds_discard_limit:
             self._close()
         return rest
 
-    def _refuse(self, status: int, why: str) -> None:
+    def _refuse(self, status: int, reason: str) -> None:
         """Answer what is no request, and close."""
-        body = f"{why}\n".encode()
-        fields = [*_PLAIN, ("Content-Length", str(len(body))), ("Connection", "close")]
+        body = f"{reason}\n".encode()
+        fields = [*_PLAIN_TEXT, ("Content-Length", str(len(body))), ("Connection", "close")]
         self.write(render_head(status, fields) + body)
-        log.info("{client} sent no acceptable request: {why}", client=self.client, why=why)
+        log.info("{client} sent no acceptable request: {why}", client=self.client, why=reason)
         self._linger()
 
     # the end
@@ -334,51 +334,53 @@ class HTTPChannel(Protocol):
         """Close; where the client is still sending, let it first see the answer (RFC 9112, section 9.6)."""
         if self._lingering or self._closing:
             return
-        if self._incoming is not None or self._deaf:
+        if self._body is not None or self._input_ignored:
             self._linger()
         else:
-            self._lose()
+            self._lose_connection()
 
     def _linger(self) -> None:
-        self._deaf = self._lingering = True
+        self._input_ignored = self._lingering = True
         self._buffer = b""
-        if self._incoming is not None:
-            self._incoming.abandon(ClientGone())
-            self._incoming = None
-        self._patience.note()
-        self._patience.look_in(_LINGER)
+        if self._body is not None:
+            self._body.discard(ClientDisconnected())
+            self._body = None
+        self._timer.restart()
+        self._timer.check_in(_LINGER_TIMEOUT)
         self.transport.resumeProducing()
 
-    def _lose(self) -> None:
-        self._deaf = self._closing = True
+    def _lose_connection(self) -> None:
+        self._input_ignored = self._closing = True
         self._buffer = b""
         self.transport.unregisterProducer()
         self.transport.loseConnection()
 
     # time
 
-    def _waiting_for(self) -> Wait:
-        timeouts, waited = self._site.timeouts, self._patience
+    def _current_deadline(self) -> Deadline:
+        timeouts, timer = self._site.timeouts, self._timer
         if self._lingering and not self._closing:
-            return Wait(_LINGER, waited.since, self._lose)
-        if self._closing or self._outflow.closed:
+            return Deadline(_LINGER_TIMEOUT, timer.started_at, self._lose_connection)
+        if self._closing or self._flow_control.paused:
             sent = getattr(self.transport, "sent", 0)
-            return Wait(timeouts.send, waited.unmoved_since(("sent", sent)), self.abort)
-        if self._incoming is not None and self._incoming.stream.starved:
-            waits = self._incoming.stream.waits
-            return Wait(timeouts.body, waited.unmoved_since(("body", waits)), self._body_overdue)
+            return Deadline(timeouts.send, timer.last_progress(("sent", sent)), self.abort)
+        if self._body is not None and self._body.stream.starved:
+            wait_count = self._body.stream.wait_count
+            return Deadline(timeouts.body, timer.last_progress(("body", wait_count)), self._on_body_timeout)
         if self._request is not None:
-            return Wait(math.inf, 0.0, self.abort)  # it is not the client who keeps us waiting
-        if self._incoming is not None:
-            return Wait(timeouts.body, waited.since, self._lose)
+            return Deadline(math.inf, 0.0, self.abort)  # it is not the client who keeps us waiting
+        if self._body is not None:
+            return Deadline(timeouts.body, timer.started_at, self._lose_connection)
         if self._buffer:
-            return Wait(timeouts.header, waited.since, self._head_overdue)
-        return Wait(timeouts.keepalive if self._served else timeouts.header, waited.since, self._lose)
+            return Deadline(timeouts.header, timer.started_at, self._on_header_timeout)
+        return Deadline(
+            timeouts.keepalive if self._request_count else timeouts.header, timer.started_at, self._lose_connection
+        )
 
-    def _head_overdue(self) -> None:
+    def _on_header_timeout(self) -> None:
         self._refuse(HTTPStatus.REQUEST_TIMEOUT, "the request's head took too long")
 
-    def _body_overdue(self) -> None:
-        assert self._request is not None and self._incoming is not None
+    def _on_body_timeout(self) -> None:
+        assert self._request is not None and self._body is not None
         self._request.closing = True
-        self._incoming.stream.fail(_BodyOverdue("the request's body took too long"))
+        self._body.stream.fail(_BodyTimeout("the request's body took too long"))

@@ -20,7 +20,7 @@ class Headers:
         self._fields = [(name.lower(), value) for name, value in fields]
 
     @classmethod
-    def of_lowered(cls, fields: list[tuple[str, str]]) -> Headers:
+    def from_lowercase(cls, fields: list[tuple[str, str]]) -> Headers:
         """Return headers of fields whose names are lower-case already (what a parser made)."""
         headers = cls.__new__(cls)
         headers._fields = fields
@@ -44,13 +44,13 @@ class Headers:
 
     def without(self, *names: str) -> Headers:
         """Return a copy that lacks `names` (lower-case)."""
-        return Headers.of_lowered([field for field in self._fields if field[0] not in names])
+        return Headers.from_lowercase([field for field in self._fields if field[0] not in names])
 
     def end_to_end(self) -> Headers:
         """Return a copy without the fields that concern one connection only (RFC 9110, section 7.6.1)."""
-        named = {token.strip().lower() for value in self.all("connection") for token in value.split(",")}
-        dropped = HOP_BY_HOP | named
-        return Headers.of_lowered([field for field in self._fields if field[0] not in dropped])
+        connection_options = {token.strip().lower() for value in self.all("connection") for token in value.split(",")}
+        dropped = HOP_BY_HOP | connection_options
+        return Headers.from_lowercase([field for field in self._fields if field[0] not in dropped])
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
         return iter(self._fields)

@@ -20,15 +20,15 @@ from dockerproxy.oci.names import Host
 MAX_HEAD = 32 * 1024
 MAX_FIELDS = 100
 
-_CONTROLS = bytes(code for code in range(128) if chr(code) != "\t" and (code < 32 or code == 127))
+_CONTROL_CHARACTERS = bytes(code for code in range(128) if chr(code) != "\t" and (code < 32 or code == 127))
 _VERSIONS = {"HTTP/1.1": (1, 1), "HTTP/1.0": (1, 0)}
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 # Visible ASCII but for "#": no form of a target has a fragment (RFC 9112, section 3.2).
 _TARGET = re.compile(r"[!\"$-~]+")
 # A user and password before the host match nothing here, and so never reach an error that names the host.
-_ABSOLUTE = re.compile(r"(https?)://([^/?@]+)([/?].*)?", re.IGNORECASE)
+_ABSOLUTE_FORM = re.compile(r"(https?)://([^/?@]+)([/?].*)?", re.IGNORECASE)
 _DEFAULT_PORTS = {"http": 80, "https": 443}
-_LENGTH = re.compile(r"[0-9]{1,18}")
+_CONTENT_LENGTH = re.compile(r"[0-9]{1,18}")
 
 # Chunked coding. Whitespace before an extension (BWS) is refused: nobody sends it, and readers differ on it.
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:;[\t\x20-\x7e\x80-\xff]*)?")
@@ -53,7 +53,7 @@ def parse_head(raw: bytes) -> RequestHead:
         raise BadRequest(f"the request's head is longer than {MAX_HEAD} bytes")
     lines = raw.decode("latin-1").split("\r\n")
     # One look at all bytes: every control character but the tab is half of a line end, or it is refused.
-    if len(raw) - len(raw.translate(None, _CONTROLS)) != 2 * (len(lines) - 1):
+    if len(raw) - len(raw.translate(None, _CONTROL_CHARACTERS)) != 2 * (len(lines) - 1):
         raise BadRequest("the request's head holds a control character, or a CR or LF that stands alone")
     if len(lines) > MAX_FIELDS + 1:
         raise BadRequest(f"the request has more than {MAX_FIELDS} header fields")
@@ -62,9 +62,9 @@ def parse_head(raw: bytes) -> RequestHead:
     for line in lines[1:]:
         name, colon, value = line.partition(":")
         if not colon or not _TOKEN.fullmatch(name):
-            raise BadRequest(_why_no_field(line))
+            raise BadRequest(_describe_field_error(line))
         fields.append((name.lower(), value.strip(" \t")))
-    headers = Headers.of_lowered(fields)
+    headers = Headers.from_lowercase(fields)
     _check_host(method, version, headers)
     _check_framing(version, headers)
     return RequestHead(method, target, version, headers)
@@ -72,9 +72,9 @@ def parse_head(raw: bytes) -> RequestHead:
 
 def may_become_head(raw: bytes) -> bool:
     """Whether `raw`, which has no end yet, is the beginning of what `parse_head` might accept."""
-    controls = len(raw) - len(raw.translate(None, _CONTROLS))
-    pairs = 2 * raw.count(b"\r\n") + raw.endswith(b"\r")
-    return controls == pairs and (raw in (b"", b"\r") or _TOKEN.match(raw[:1].decode("latin-1")) is not None)
+    controls = len(raw) - len(raw.translate(None, _CONTROL_CHARACTERS))
+    line_ends = 2 * raw.count(b"\r\n") + raw.endswith(b"\r")
+    return controls == line_ends and (raw in (b"", b"\r") or _TOKEN.match(raw[:1].decode("latin-1")) is not None)
 
 
 def _request_line(line: str) -> tuple[str, str, tuple[int, int]]:
@@ -91,7 +91,7 @@ def _request_line(line: str) -> tuple[str, str, tuple[int, int]]:
     return method, target, _VERSIONS[version]
 
 
-def _why_no_field(line: str) -> str:
+def _describe_field_error(line: str) -> str:
     name, colon, _ = line.partition(":")
     if line.startswith((" ", "\t")):
         return "a header field is folded onto a second line"
@@ -126,7 +126,7 @@ def _check_framing(version: tuple[int, int], headers: Headers) -> None:
     elif lengths:
         if len(lengths) > 1:
             raise BadRequest("the request has several Content-Length fields")
-        if not _LENGTH.fullmatch(lengths[0]):
+        if not _CONTENT_LENGTH.fullmatch(lengths[0]):
             raise BadRequest("the request's Content-Length is not a number")
 
 
@@ -159,11 +159,15 @@ def authority_form(target: str) -> Host:
 def absolute_form(target: str) -> tuple[str, Host, str]:
     """Return scheme (``http`` or ``https``), host and origin-form of what a client asks a proxy for (RFC 9112, section
     3.2.2); raise `BadRequest` or `NameInvalid`."""
-    found = _ABSOLUTE.fullmatch(target) if _TARGET.fullmatch(target) else None
-    if found is None:
+    match = _ABSOLUTE_FORM.fullmatch(target) if _TARGET.fullmatch(target) else None
+    if match is None:
         raise BadRequest("the target is not the URL of an http or https resource")
-    scheme, rest = found[1].lower(), found[3] or "/"
-    return scheme, Host.parse(found[2], _DEFAULT_PORTS[scheme]), rest if rest.startswith("/") else f"/{rest}"
+    scheme, path_and_query = match[1].lower(), match[3] or "/"
+    return (
+        scheme,
+        Host.parse(match[2], _DEFAULT_PORTS[scheme]),
+        path_and_query if path_and_query.startswith("/") else f"/{path_and_query}",
+    )
 
 
 def origin_form(target: str) -> str:
@@ -207,14 +211,14 @@ class ChunkedDecoder:
     difference to the content, to where it ends, or to whether it is refused.
     """
 
-    __slots__ = ("_left", "_pending", "_rest", "_state", "_trailers")
+    __slots__ = ("_chunk_remaining", "_pending", "_state", "_trailers_size", "_unused_data")
 
     def __init__(self) -> None:
         self._state = "size"  # then "data" and "end" by turns with it; last "trailers" and "done"
-        self._left = 0
-        self._trailers = 0
+        self._chunk_remaining = 0
+        self._trailers_size = 0
         self._pending = b""
-        self._rest = b""
+        self._unused_data = b""
 
     @property
     def done(self) -> bool:
@@ -222,9 +226,9 @@ class ChunkedDecoder:
         return self._state == "done"
 
     @property
-    def rest(self) -> bytes:
+    def unused_data(self) -> bytes:
         """What came behind the body; empty until `done`."""
-        return self._rest
+        return self._unused_data
 
     def feed(self, data: bytes) -> list[bytes]:
         """Return the pieces of content in `data`, none of them empty; raise `BadRequest` for what is no chunked coding.
@@ -238,47 +242,47 @@ class ChunkedDecoder:
         self._pending = b""
         while self._state != "done":
             if self._state == "data":
-                piece = data[position : position + self._left]
+                piece = data[position : position + self._chunk_remaining]
                 if not piece:
                     return pieces
                 pieces.append(piece)
                 position += len(piece)
-                self._left -= len(piece)
-                if not self._left:
+                self._chunk_remaining -= len(piece)
+                if not self._chunk_remaining:
                     self._state = "end"
                 continue
             if self._state == "end" and not b"\r\n".startswith(data[position : position + 2]):
                 raise BadRequest("a chunk is longer than its size says")
-            line = _line(data, position)
+            line = _read_line(data, position)
             if line is None:
                 self._pending = data[position:]
                 return pieces
             position += len(line) + 2
-            self._take_line(line)
-        self._rest = data[position:]
+            self._parse_line(line)
+        self._unused_data = data[position:]
         return pieces
 
-    def _take_line(self, line: bytes) -> None:
+    def _parse_line(self, line: bytes) -> None:
         if self._state == "size":
-            self._take_size(line)
+            self._parse_chunk_size(line)
         elif self._state == "end":
             self._state = "size"
         elif line:
-            self._trailers += len(line)
-            if self._trailers > _MAX_TRAILERS or not _TRAILER.fullmatch(line):
+            self._trailers_size += len(line)
+            if self._trailers_size > _MAX_TRAILERS or not _TRAILER.fullmatch(line):
                 raise BadRequest("the trailer of a chunked body is malformed or too long")
         else:
             self._state = "done"
 
-    def _take_size(self, line: bytes) -> None:
-        found = _CHUNK_SIZE.fullmatch(line)
-        if found is None:
+    def _parse_chunk_size(self, line: bytes) -> None:
+        match = _CHUNK_SIZE.fullmatch(line)
+        if match is None:
             raise BadRequest("the size of a chunk is malformed")
-        self._left = int(found[1], 16)
-        self._state = "data" if self._left else "trailers"
+        self._chunk_remaining = int(match[1], 16)
+        self._state = "data" if self._chunk_remaining else "trailers"
 
 
-def _line(data: bytes, position: int) -> bytes | None:
+def _read_line(data: bytes, position: int) -> bytes | None:
     """Return the line that starts at `position`, without its CRLF; None while its end is yet to come."""
     end = data.find(b"\n", position, position + _MAX_LINE + 2)
     if end < 0:

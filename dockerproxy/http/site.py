@@ -12,14 +12,14 @@ from twisted.internet.protocol import Factory, Protocol, connectionDone
 from twisted.python.failure import Failure
 
 from dockerproxy.http.channel import Handler, HTTPChannel
-from dockerproxy.http.patience import Rounds
 from dockerproxy.http.request import Request
+from dockerproxy.http.timeouts import TimeoutReaper
 from dockerproxy.http.tls import ServerContext, TLSTransport
-from dockerproxy.http.transport import SocketTransport, Yielded
+from dockerproxy.http.transport import DetachedProtocol, SocketTransport
 
 
 @frozen
-class Timeouts:
+class ServerTimeouts:
     """Seconds that a client may keep us waiting: between requests, for a head, for more of a body, to take bytes.
 
     None is observed more exactly than to `tick` seconds.
@@ -49,51 +49,51 @@ class Site(Factory):
         reactor: Any,
         handler: Handler,
         *,
-        timeouts: Timeouts,
-        finished: Callable[[Request, float], None],
+        timeouts: ServerTimeouts,
+        on_request_finished: Callable[[Request, float], None],
         tls: Callable[[], ServerContext] | None = None,
     ) -> None:
         self.reactor = reactor
         self.handler = handler
         self.timeouts = timeouts
-        self.rounds = Rounds(reactor, timeouts.tick)
-        self.log_finished = finished
+        self.timeout_reaper = TimeoutReaper(reactor, timeouts.tick)
+        self.on_request_finished = on_request_finished
         self.draining = False
-        self.gone: Callable[[], None] = lambda: None
+        self.on_closed: Callable[[], None] = lambda: None
         """Called when a connection that was accepted has ended; as a tunnel, perhaps."""
-        self._tls = tls
+        self._get_tls_context = tls
         self._channels: set[HTTPChannel] = set()
-        self._drained: list[Deferred[None]] = []
+        self._drain_waiters: list[Deferred[None]] = []
 
     def buildProtocol(self, address: IAddress | None) -> Protocol:
-        return _Acceptor(self)
+        return _AcceptedConnection(self)
 
     def accept(self, tcp: Any) -> None:
         """Serve a connection that Twisted accepted."""
-        channel = HTTPChannel(self, self.handler, secure=self._tls is not None)
-        if self._tls is None:
-            SocketTransport(self.reactor, tcp).start(channel)
+        channel = HTTPChannel(self, self.handler, secure=self._get_tls_context is not None)
+        if self._get_tls_context is None:
+            SocketTransport(self.reactor, tcp).take_over(channel)
         else:
-            TLSTransport.server(self.reactor, tcp, self._tls()).start(channel)
+            TLSTransport.server(self.reactor, tcp, self._get_tls_context()).take_over(channel)
 
-    def opened(self, channel: HTTPChannel) -> None:
+    def channel_opened(self, channel: HTTPChannel) -> None:
         self._channels.add(channel)
 
-    def closed(self, channel: HTTPChannel) -> None:
+    def channel_closed(self, channel: HTTPChannel) -> None:
         self._channels.discard(channel)
         if not self._channels:
-            waiting, self._drained = self._drained, []
-            for deferred in waiting:
+            waiters, self._drain_waiters = self._drain_waiters, []
+            for deferred in waiters:
                 deferred.callback(None)
 
     def drain(self) -> Deferred[None]:
         """Close idle connections and let the others end with their answer; fires when none is left."""
         self.draining = True
         for channel in list(self._channels):
-            channel.retire()
+            channel.shutdown()
         done: Deferred[None] = Deferred()
         if self._channels:
-            self._drained.append(done)
+            self._drain_waiters.append(done)
         else:
             done.callback(None)
         return done
@@ -106,7 +106,7 @@ class Site(Factory):
         return len(channels)
 
 
-class _Acceptor(Yielded):
+class _AcceptedConnection(DetachedProtocol):
     """Takes a new connection from Twisted, hands it to the site, and sees its end, whatever has become of it."""
 
     def __init__(self, site: Site) -> None:
@@ -116,4 +116,4 @@ class _Acceptor(Yielded):
         self._site.accept(self.transport)
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
-        self._site.gone()
+        self._site.on_closed()

@@ -6,7 +6,7 @@ from typing import Protocol
 
 from twisted.internet.defer import Deferred
 
-_MOST_PIECES = 4096  # that may wait: tiny ones take many times their bytes in memory
+_MAX_CHUNKS = 4096  # that may wait: tiny ones take many times their bytes in memory
 
 
 class Producer(Protocol):
@@ -26,17 +26,17 @@ class ByteStream:
     stream, nor for it to hold back.
     """
 
-    def __init__(self, producer: Producer | None = None, *, high: int = 256 * 1024) -> None:
+    def __init__(self, producer: Producer | None = None, *, high_water: int = 256 * 1024) -> None:
         self._producer = producer
-        self._high = high
+        self._high_water = high_water
         self._chunks: list[bytes] = []
-        self._waiting = 0
+        self._buffered = 0
         self._paused = False
         self._ended = False
         self._failure: BaseException | None = None
-        self._reader: Deferred[None] | None = None
-        self._wanted = 1
-        self.waits = 0  # how often the reader began to wait for more: while it waits, this tells one wait apart
+        self._read_waiter: Deferred[None] | None = None
+        self._min_read = 1
+        self.wait_count = 0  # how often the reader began to wait for more: while it waits, this tells one wait apart
 
     @property
     def ended(self) -> bool:
@@ -46,26 +46,26 @@ class ByteStream:
     @property
     def starved(self) -> bool:
         """Whether the reader waits for the producer (and not the other way round)."""
-        return self._reader is not None and not self._ended
+        return self._read_waiter is not None and not self._ended
 
     def feed(self, data: bytes) -> None:
         """Take what the producer has."""
         self._chunks.append(data)
-        self._waiting += len(data)
-        full = self._waiting > max(self._high, self._wanted) or len(self._chunks) > _MOST_PIECES
+        self._buffered += len(data)
+        full = self._buffered > max(self._high_water, self._min_read) or len(self._chunks) > _MAX_CHUNKS
         if full and not self._paused and self._producer is not None:
             self._paused = True
             self._producer.pauseProducing()
-        if self._enough():
-            self._wake()
+        if self._has_enough():
+            self._wake_reader()
         else:
-            self.waits += 1
+            self.wait_count += 1
 
     def finish(self) -> None:
         """Say that all is given."""
-        self._resume()
+        self._resume_producer()
         self._ended = True
-        self._wake()
+        self._wake_reader()
 
     def fail(self, error: BaseException) -> None:
         """Say that no more can come; the reader gets what waits and then `error`."""
@@ -83,46 +83,46 @@ class ByteStream:
 
         They are `at_least` so many, or very many pieces, unless the end comes before.
         """
-        self._wanted = max(1, at_least)
-        while not self._enough() and not self._ended:
-            self._resume()  # it was paused at `high`, and more than that is wanted
-            reader = self._reader = Deferred()
-            self.waits += 1
+        self._min_read = max(1, at_least)
+        while not self._has_enough() and not self._ended:
+            self._resume_producer()  # it was paused at `high`, and more than that is wanted
+            waiter = self._read_waiter = Deferred()
+            self.wait_count += 1
             try:
-                await reader
+                await waiter
             finally:
-                if self._reader is reader:  # cancelled
-                    self._reader = None
+                if self._read_waiter is waiter:  # cancelled
+                    self._read_waiter = None
         if self._chunks:
             pieces, self._chunks = self._chunks, []
-            self._waiting = 0
-            self._resume()
+            self._buffered = 0
+            self._resume_producer()
             return pieces
         if self._failure is not None:
             raise self._failure
         return []
 
-    def be_content(self) -> None:
+    def return_available(self) -> None:
         """Let a read under way that wants many bytes have those that are here, or the next that come."""
-        self._wanted = 1
-        if self._enough():
-            self._wake()
+        self._min_read = 1
+        if self._has_enough():
+            self._wake_reader()
 
-    def release(self) -> None:
+    def discard(self) -> None:
         """Drop what waits and let the producer go on: nobody reads any more."""
         self._chunks.clear()
-        self._waiting = 0
-        self._resume()
+        self._buffered = 0
+        self._resume_producer()
 
-    def _enough(self) -> bool:
-        return self._waiting >= self._wanted or len(self._chunks) > _MOST_PIECES
+    def _has_enough(self) -> bool:
+        return self._buffered >= self._min_read or len(self._chunks) > _MAX_CHUNKS
 
-    def _resume(self) -> None:
+    def _resume_producer(self) -> None:
         if self._paused and self._producer is not None:
             self._paused = False
             self._producer.resumeProducing()
 
-    def _wake(self) -> None:
-        reader, self._reader = self._reader, None
-        if reader is not None:
-            reader.callback(None)
+    def _wake_reader(self) -> None:
+        waiter, self._read_waiter = self._read_waiter, None
+        if waiter is not None:
+            waiter.callback(None)

@@ -32,24 +32,24 @@ from zope.interface import implementer
 
 READ_SIZE = 64 * 1024
 
-RECORD = 16 * 1024  # bytes of content in a TLS record (RFC 8446, section 5.1)
-_LEAST = 4 * 1024  # bytes that are given to the kernel at least, whether or not it has room
+RECORD_SIZE = 16 * 1024  # bytes of content in a TLS record (RFC 8446, section 5.1)
+_MIN_WRITE = 4 * 1024  # bytes that are given to the kernel at least, whether or not it has room
 # For each client, the kernel keeps up to 4 MiB (tcp_wmem) to be sent. With many slow ones it runs out of memory
 # (tcp_mem), and takes less than it had room for. So no more than `_UNSENT` bytes wait there, but for a client that
 # has shown to be quick: where nothing waits any more when there is more to give, it may be as much as it was given so
 # far, and any number from `_PROMPT` on; so it is for one that has taken `_PROOF`.
-_UNSENT = 128 * 1024
-_PROMPT = 1024 * 1024
-_PROOF = 4 * 1024 * 1024
+_SLOW_SEND_BUFFER = 128 * 1024
+_FAST_AFTER_DRAINED = 1024 * 1024
+_FAST_AFTER = 4 * 1024 * 1024
 
 _SO_MEMINFO = 55  # socket(7) does not have it: asm-generic/socket.h and linux/sock_diag.h do, since Linux 4.12
 _MEMINFO = struct.Struct("@9I")
-_SNDBUF, _QUEUED = 3, 5  # of that: SK_MEMINFO_SNDBUF, SK_MEMINFO_WMEM_QUEUED
+_MEMINFO_SNDBUF, _MEMINFO_WMEM_QUEUED = 3, 5  # of that: SK_MEMINFO_SNDBUF, SK_MEMINFO_WMEM_QUEUED
 _TCP_NOTSENT_LOWAT = 25  # tcp(7); socket has it since Python 3.12
 _SIOCOUTQNSD = 0x894B  # tcp(7) does not have that either: linux/sockios.h
 
 
-class Yielded(Protocol):
+class DetachedProtocol(Protocol):
     """What Twisted's own transport is left with once its socket is taken over."""
 
 
@@ -62,9 +62,28 @@ class SocketTransport:
     """
 
     __slots__ = (
-        "_aborted", "_broken", "_fileno", "_limit", "_local", "_offered", "_pending", "_producer", "_producer_paused",
-        "_quick", "_reading", "_ready", "_reason", "_socket", "_tcp", "_writing",
-        "connected", "disconnecting", "eager", "protocol", "reactor", "sent",
+        "_aborted",
+        "_broken",
+        "_fast_client",
+        "_fileno",
+        "_is_unix",
+        "_notsent_lowat",
+        "_pending",
+        "_producer",
+        "_producer_paused",
+        "_reading",
+        "_ready",
+        "_reason",
+        "_retry_size",
+        "_socket",
+        "_tcp",
+        "_writing",
+        "connected",
+        "disconnecting",
+        "protocol",
+        "reactor",
+        "sent",
+        "write_immediately",
     )  # fmt: skip
 
     def __init__(self, reactor: Any, tcp: Any) -> None:
@@ -76,45 +95,45 @@ class SocketTransport:
         self._producer: IPushProducer | None = None
         self._producer_paused = False
         self._reading = self._writing = False
-        self._offered = 0  # bytes that OpenSSL could not send, and has to be offered once more; 0: none
+        self._retry_size = 0  # bytes that OpenSSL could not send, and has to be offered once more; 0: none
         self._ready = True  # whether application data can be written: TLS first shakes hands
         self._broken = self._aborted = False
-        self._local = self._socket.family == socket.AF_UNIX  # asked once: an enum is made for each answer
-        self._quick = self._local  # whether the client has shown to be quick
-        self._limit = 0  # bytes that may wait in the kernel to be sent; 0: any number
-        self._reason: Exception = CONNECTION_LOST
-        self.protocol: IProtocol = Yielded()
+        self._is_unix = self._socket.family == socket.AF_UNIX  # asked once: an enum is made for each answer
+        self._fast_client = self._is_unix  # whether the client has shown to be quick
+        self._notsent_lowat = 0  # bytes that may wait in the kernel to be sent; 0: any number
+        self._lost_reason: Exception = CONNECTION_LOST
+        self.protocol: IProtocol = DetachedProtocol()
         self.connected = True
         self.disconnecting = False
         self.sent = 0
         # Whether `write` sends at once. Else that is left to the reactor, and what can be read is read before: so a
         # peer's last words are heard before it is found that it takes no more (after which OpenSSL reads nothing).
-        self.eager = True
+        self.write_immediately = True
 
-    def start(self, protocol: IProtocol) -> None:
+    def take_over(self, protocol: IProtocol) -> None:
         """Take the socket from Twisted's transport and give `protocol` what arrives from now on."""
         self._tcp.stopReading()
         self._tcp.stopWriting()
-        if not isinstance(self._tcp.protocol, Yielded):
-            self._tcp.protocol = Yielded()
-        if not self._local:
+        if not isinstance(self._tcp.protocol, DetachedProtocol):
+            self._tcp.protocol = DetachedProtocol()
+        if not self._is_unix:
             self._tcp.setTcpNoDelay(True)
             self._tcp.setTcpKeepAlive(True)
-        self.hand_over(protocol)
+        self.set_protocol(protocol)
 
-    def hand_over(self, protocol: IProtocol) -> None:
+    def set_protocol(self, protocol: IProtocol) -> None:
         """Give `protocol` what arrives from now on."""
         self.protocol = protocol
         self.resumeProducing()
         protocol.makeConnection(self)
 
-    def let_go(self) -> tuple[Any, Any, bytes]:
+    def detach(self) -> tuple[Any, Any, bytes]:
         """Leave the socket to another transport: return reactor, Twisted's transport, and what was not sent."""
         pending = b"".join(self._pending)
         self._pending.clear()
-        self._stop()
+        self._stop_io()
         self.connected = False
-        self.protocol = Yielded()
+        self.protocol = DetachedProtocol()
         return self.reactor, self._tcp, pending
 
     # ITransport
@@ -123,15 +142,15 @@ class SocketTransport:
         """Hand `data` to the kernel, and keep what it does not take yet."""
         if not self.connected or self.disconnecting or self._broken or not data:
             return
-        if not self._pending and self._ready and self.eager:
+        if not self._pending and self._ready and self.write_immediately:
             sent = self._send(data)
             if sent == len(data):
                 return
             if sent:
                 data = memoryview(data)[sent:]  # type: ignore[assignment]
-        self._keep(data)
+        self._enqueue(data)
 
-    def offer(self, data: bytes | bytearray | memoryview) -> int:
+    def write_some(self, data: bytes | bytearray | memoryview) -> int:
         """Hand as much of `data` to the kernel as it has room for; return how much that was.
 
         That is at least one byte. Whoever can get at the rest again offers that when the producer is resumed, and so
@@ -140,36 +159,36 @@ class SocketTransport:
         """
         if not self.connected or self.disconnecting or self._broken:
             return len(data)
-        room = self._room() if len(data) >= RECORD else 2 * RECORD
-        size = min(len(data), max(_LEAST, room))
+        space = self._send_space() if len(data) >= RECORD_SIZE else 2 * RECORD_SIZE
+        size = min(len(data), max(_MIN_WRITE, space))
         sent = self._send(memoryview(data)[:size]) if not self._pending and self._ready else 0
         if sent < size:
-            kept = bytes(memoryview(data)[sent : sent + (self._offered or _LEAST)])
-            self._keep(kept)
-            return sent + len(kept)
-        if sent < len(data) or room - sent < RECORD:
-            self._hold_producer()
+            buffered = bytes(memoryview(data)[sent : sent + (self._retry_size or _MIN_WRITE)])
+            self._enqueue(buffered)
+            return sent + len(buffered)
+        if sent < len(data) or space - sent < RECORD_SIZE:
+            self._pause_producer()
         return sent
 
     @property
-    def takes_files(self) -> bool:
+    def can_sendfile(self) -> bool:
         """Whether bytes of a file can go to the peer as they are (`offer_file`)."""
         return True
 
-    def offer_file(self, descriptor: int, offset: int, size: int) -> int:
+    def sendfile(self, descriptor: int, offset: int, size: int) -> int:
         """Hand `size` bytes of a file to the kernel as `offer` does; they are not copied on the way (sendfile(2)).
 
         Raise OSError where they cannot be read.
         """
         if not self.connected or self.disconnecting or self._broken:
             return size
-        sent = self._send_file(descriptor, offset, size) if not self._pending else 0
-        kept = os.pread(descriptor, min(size - sent, RECORD), offset + sent) if sent < size else b""
-        if kept:
-            self._keep(kept)
-        return sent + len(kept)
+        sent = self._sendfile(descriptor, offset, size) if not self._pending else 0
+        buffered = os.pread(descriptor, min(size - sent, RECORD_SIZE), offset + sent) if sent < size else b""
+        if buffered:
+            self._enqueue(buffered)
+        return sent + len(buffered)
 
-    def _send_file(self, descriptor: int, offset: int, size: int) -> int:
+    def _sendfile(self, descriptor: int, offset: int, size: int) -> int:
         try:
             sent = os.sendfile(self._fileno, descriptor, offset, size)
         except (BlockingIOError, InterruptedError):
@@ -177,7 +196,7 @@ class SocketTransport:
         except OSError as error:
             if error.errno not in (errno.EPIPE, errno.ECONNRESET):
                 raise
-            self._break()
+            self._mark_broken()
             return 0
         self.sent += sent
         return sent
@@ -201,8 +220,8 @@ class SocketTransport:
             self._broken = self._aborted = True
             self.disconnecting = True
             self._pending.clear()
-            self._stop()
-            self.reactor.callLater(0, self._lose, Failure(ConnectionAborted()))  # type: ignore[no-untyped-call]
+            self._stop_io()
+            self.reactor.callLater(0, self._call_connection_lost, Failure(ConnectionAborted()))  # type: ignore[no-untyped-call]
 
     def getPeer(self) -> IAddress:
         address: IAddress = self._tcp.getPeer()
@@ -212,11 +231,11 @@ class SocketTransport:
         address: IAddress = self._tcp.getHost()
         return address
 
-    def _keep(self, data: bytes | memoryview) -> None:
+    def _enqueue(self, data: bytes | memoryview) -> None:
         self._pending.append(data)
-        self._hold_producer()
+        self._pause_producer()
 
-    def _hold_producer(self) -> None:
+    def _pause_producer(self) -> None:
         """Wait for the kernel to have room."""
         self._start_writing()
         if self._producer is not None and not self._producer_paused:
@@ -290,7 +309,7 @@ class SocketTransport:
             return None
         self._stop_writing()
         if self.disconnecting:
-            self._say_goodbye()
+            self._send_close_notify()
             return CONNECTION_DONE
         if self._producer is not None and self._producer_paused:
             self._producer_paused = False
@@ -299,41 +318,41 @@ class SocketTransport:
 
     def connectionLost(self, reason: Failure) -> None:
         if not self._aborted:  # else that is how it ends, and not as the reactor finds it in the middle of that
-            self._lose(reason)
+            self._call_connection_lost(reason)
 
     # the socket
 
-    def _room(self) -> int:
+    def _send_space(self) -> int:
         """Return how many bytes the kernel has room for.
 
         As good as surely: where it does not take them, they are kept here.
         """
         try:
-            found: tuple[int, ...] = _MEMINFO.unpack(
+            meminfo: tuple[int, ...] = _MEMINFO.unpack(
                 self._socket.getsockopt(socket.SOL_SOCKET, _SO_MEMINFO, _MEMINFO.size)
             )
-            free, queued = found[_SNDBUF] - found[_QUEUED], found[_QUEUED]
-            room = free - free // 4  # what the kernel makes of them takes room as well
-            return room if self._quick else min(room, self._room_of_the_slow(queued))
+            free, queued = meminfo[_MEMINFO_SNDBUF] - meminfo[_MEMINFO_WMEM_QUEUED], meminfo[_MEMINFO_WMEM_QUEUED]
+            space = free - free // 4  # what the kernel makes of them takes room as well
+            return space if self._fast_client else min(space, self._slow_client_space(queued))
         except (OSError, struct.error):
-            return RECORD
+            return RECORD_SIZE
 
-    def _room_of_the_slow(self, queued: int) -> int:
+    def _slow_client_space(self, queued: int) -> int:
         """Return the same as far as it goes by how quick the client is; of what was sent, it has not taken `queued`."""
         unsent = int.from_bytes(fcntl.ioctl(self._fileno, _SIOCOUTQNSD, bytes(4)), sys.byteorder)
-        if self.sent - queued >= _PROOF or (self.sent >= _PROMPT and not unsent):
-            limit = 0  # as for every socket
+        if self.sent - queued >= _FAST_AFTER or (self.sent >= _FAST_AFTER_DRAINED and not unsent):
+            lowat = 0  # as for every socket
         elif unsent:
-            limit = self._limit or _UNSENT
+            lowat = self._notsent_lowat or _SLOW_SEND_BUFFER
         else:
-            limit = max(_UNSENT, self.sent)
-        if limit != self._limit:
-            self._limit = limit
-            self._socket.setsockopt(socket.IPPROTO_TCP, _TCP_NOTSENT_LOWAT, limit)
-        if not limit:
-            self._quick = True
-            return _PROOF
-        return limit - limit // 16 - unsent  # a record is somewhat longer than what is in it
+            lowat = max(_SLOW_SEND_BUFFER, self.sent)
+        if lowat != self._notsent_lowat:
+            self._notsent_lowat = lowat
+            self._socket.setsockopt(socket.IPPROTO_TCP, _TCP_NOTSENT_LOWAT, lowat)
+        if not lowat:
+            self._fast_client = True
+            return _FAST_AFTER
+        return lowat - lowat // 16 - unsent  # a record is somewhat longer than what is in it
 
     def _send(self, data: bytes | bytearray | memoryview) -> int:
         """Return how many bytes the kernel took."""
@@ -342,32 +361,32 @@ class SocketTransport:
         except (BlockingIOError, InterruptedError):
             return 0
         except OSError:
-            self._break()
+            self._mark_broken()
             return 0
         self.sent += sent
         return sent
 
-    def _say_goodbye(self) -> None:
+    def _send_close_notify(self) -> None:
         """Tell the peer that the end is meant, where the protocol has a word for it."""
 
-    def _break(self) -> None:
+    def _mark_broken(self) -> None:
         self._broken = True
         self._start_writing()  # the reactor comes to doWrite, which reports it: never from within a call of ours
 
-    def _lose(self, reason: Failure) -> None:
+    def _call_connection_lost(self, reason: Failure) -> None:
         if not self.connected:
             return
-        self._stop()
+        self._stop_io()
         self.connected = False
         self._pending.clear()
         producer, self._producer = self._producer, None
         self._tcp.connectionLost(reason)
         if producer is not None:
             producer.stopProducing()
-        protocol, self.protocol = self.protocol, Yielded()
+        protocol, self.protocol = self.protocol, DetachedProtocol()
         protocol.connectionLost(reason)
 
-    def _stop(self) -> None:
+    def _stop_io(self) -> None:
         self.pauseProducing()
         self._stop_writing()
 

@@ -135,7 +135,7 @@ class CertificateAuthority:
             name = asked.decode("ascii", "replace").lower() if asked is not None else ""
             ours = name in names or name == "localhost"
             try:
-                self.context_for(name if ours else _address_of(connection)).show_on(connection)
+                self.context_for(name if ours else _address_of(connection)).apply_to(connection)
             except (AuthorityError, NameInvalid) as error:
                 # Without a certificate the handshake fails, which is all that can be said to the client.
                 log.error("no certificate for a client: {why}", why=str(error))

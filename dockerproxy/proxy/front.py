@@ -18,12 +18,12 @@ from twisted.internet.interfaces import IStreamClientEndpoint
 
 from dockerproxy.errors import RegistryError
 from dockerproxy.http.channel import Handler, HTTPChannel
+from dockerproxy.http.forwarding import ForwardedResponse, forward_response, forwarded_fields, request_body_producer
 from dockerproxy.http.headers import Headers
 from dockerproxy.http.message import absolute_form, authority_form
-from dockerproxy.http.relay import Answer, relay, relayed_fields, request_body
 from dockerproxy.http.request import Request
 from dockerproxy.http.site import Site
-from dockerproxy.http.tls import ServerContext, upgrade
+from dockerproxy.http.tls import ServerContext, upgrade_to_tls
 from dockerproxy.net.dial import Permit
 from dockerproxy.oci.names import Host, Registry
 from dockerproxy.proxy.policy import Policy
@@ -43,7 +43,7 @@ class Exchange(Protocol):
 
     async def request(
         self, method: str, url: str, headers: Headers = ..., body: Any = ..., *, permit: Permit | None = ...
-    ) -> Answer: ...
+    ) -> ForwardedResponse: ...
 
 
 class Transfers(Protocol):
@@ -131,19 +131,19 @@ class FrontDoor:
         context = self.interception.context(host.name)
         transport, received = request.detach()
         transport.write(_ESTABLISHED)
-        upgrade(transport, context, HTTPChannel(site, answer, secure=True), received)
+        upgrade_to_tls(transport, context, HTTPChannel(site, answer, secure=True), received)
 
     async def _tunnel(self, request: Request, host: Host) -> None:
         began = self.clock.seconds()
 
         def log(size: int) -> None:
-            request.size = size
+            request.bytes_sent = size
             self.transfers.remove(token)
             self.log(request, self.clock.seconds() - began)
 
         tunnel = Tunnel(self.clock, self.timeouts, log)
         await self.dial.endpoint(host, Permitted(self.policy, host)).connect(ToEnd(tunnel.server))
-        request.status, request.verdict = 200, "PASS"
+        request.status, request.cache_status = 200, "PASS"
         transport, received = request.detach()
         token = self.transfers.add(tunnel.abort)
         transport.write(_ESTABLISHED)
@@ -170,17 +170,17 @@ class FrontDoor:
     async def _forward_elsewhere(self, request: Request, server: Registry) -> None:
         self.policy.check_http_port(server.host)
         self.policy.check_name(server.host)
-        request.verdict = "PASS"
+        request.cache_status = "PASS"
         url = server.origin + request.path + (f"?{request.query}" if request.query else "")
         headers = request.headers.end_to_end().without("host", "content-length", "expect")
         answer = await self.transport.request(
-            request.method, url, headers, request_body(request), permit=Permitted(self.policy, server.host)
+            request.method, url, headers, request_body_producer(request), permit=Permitted(self.policy, server.host)
         )
-        await relay(request, answer, relayed_fields(answer.headers))
+        await forward_response(request, answer, forwarded_fields(answer.headers))
 
 
 def answer_plainly(request: Request, error: RegistryError) -> None:
     """Answer with the sentence of `error`, for a person who reads what curl prints."""
     request.closing = request.closing or request.method == "CONNECT" or request.has_body
     fields = [("Content-Type", "text/plain; charset=utf-8"), *error.headers]
-    request.answer(error.status, fields, f"{error.message}\n".encode())
+    request.respond(error.status, fields, f"{error.message}\n".encode())

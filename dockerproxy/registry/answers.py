@@ -6,8 +6,8 @@ import json
 from collections.abc import Iterable
 
 from dockerproxy.errors import RegistryError, UpstreamRefused
+from dockerproxy.http.forwarding import forwarded_fields
 from dockerproxy.http.headers import Headers
-from dockerproxy.http.relay import relayed_fields
 from dockerproxy.http.request import Request
 
 API_VERSION = ("Docker-Distribution-Api-Version", "registry/2.0")
@@ -26,7 +26,7 @@ def told(verdict: str) -> Fields:
 
 def upstream_fields(headers: Headers) -> Fields:
     """Return the fields of a registry's answer that a client of ours gets."""
-    return relayed_fields(headers.without(*_NOT_RELAYED))
+    return forwarded_fields(headers.without(*_NOT_RELAYED))
 
 
 def without_cookies(headers: Headers) -> Headers:
@@ -50,4 +50,4 @@ def answer_error(request: Request, error: RegistryError, challenge: Iterable[tup
     else:
         fields = [("Content-Type", "application/json"), API_VERSION, *headers]
         body = json.dumps({"errors": [{"code": error.code, "message": error.message}]}).encode()
-    request.answer(error.status, [*fields, *challenge, *told(request.verdict)], body)
+    request.respond(error.status, [*fields, *challenge, *told(request.cache_status)], body)

@@ -62,11 +62,15 @@ class Intercepted:
         return pass_on(request, remote, None)
 
     async def _token(self, registry: Registry, request: Request) -> None:
-        request.verdict = "PASS"
+        request.cache_status = "PASS"
         form = await request.read_all(_MAX_FORM) if request.method == "POST" else None
         content = await self._realms.token(registry, request.query, request.headers.get("authorization"), form)
-        fields = [("Content-Type", "application/json"), ("Cache-Control", "no-store"), ("X-Cache", request.verdict)]
-        request.answer(200, fields, content)
+        fields = [
+            ("Content-Type", "application/json"),
+            ("Cache-Control", "no-store"),
+            ("X-Cache", request.cache_status),
+        ]
+        request.respond(200, fields, content)
 
 
 class Mirror:
@@ -101,7 +105,7 @@ class Mirror:
             sentence = "a mirror is pulled from only: push to the registry itself"
             raise Unsupported(sentence, headers=[("Allow", ", ".join(READING))])
         if target.kind is Kind.BASE:
-            request.answer(200, [("Content-Type", "application/json"), API_VERSION], b"{}")
+            request.respond(200, [("Content-Type", "application/json"), API_VERSION], b"{}")
             return
         await self._face.answer(request, target, Mirrored(self._open(registry, None), False, namespace))
 

@@ -39,24 +39,24 @@ class Face:
     async def _manifest(self, request: Request, name: Repository, reference: Reference, source: Source) -> None:
         head = request.method == "HEAD"
         found = await source.manifest(name, reference, request.headers.all("accept"), head=head)
-        request.verdict = found.verdict
+        request.cache_status = found.verdict
         fields = [("Content-Type", found.media_type), *_common(found, found.verdict)]
         if _has(request, found.digest):
-            request.answer(304, fields)
+            request.respond(304, fields)
         elif found.content is None:
             request.start(200, fields, found.size)
             request.finish()
         else:
             span = _span(request, found.digest, found.size)
             if span is None:
-                request.answer(200, fields, found.content)
+                request.respond(200, fields, found.content)
             else:
                 fields.append(("Content-Range", content_range(span, found.size)))
-                request.answer(206, fields, found.content[span.start : span.stop])
+                request.respond(206, fields, found.content[span.start : span.stop])
 
     async def _blob(self, request: Request, name: Repository, digest: Digest, source: Source) -> None:
         found = await source.blob(name, digest, head=request.method == "HEAD")
-        request.verdict = found.verdict
+        request.cache_status = found.verdict
         content = found.content
         try:
             part = await _begin_blob(request, found)
@@ -72,7 +72,7 @@ async def _begin_blob(request: Request, found: BlobAnswer) -> tuple[int, int | N
     """Answer for a blob, or begin to: return where what has yet to be sent starts and stops, None where that is all."""
     fields = [("Content-Type", "application/octet-stream"), *_common(found, found.verdict)]
     if _has(request, found.digest):
-        request.answer(304, fields)
+        request.respond(304, fields)
         return None
     content, size = found.content, found.size
     if content is None:
@@ -92,7 +92,7 @@ async def _begin_blob(request: Request, found: BlobAnswer) -> tuple[int, int | N
         request.finish()
     elif length is not None and length <= SMALL:
         # Head and body in one write: one system call, one packet for the client to wait for.
-        request.answer(status, fields, await _read_small(content, start, length))
+        request.respond(status, fields, await _read_small(content, start, length))
     else:
         request.start(status, fields, length)
         return start, stop

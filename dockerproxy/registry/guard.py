@@ -123,7 +123,7 @@ class ReadByAll:
             "issued_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now)),
         }
         fields = [("Content-Type", "application/json"), ("Cache-Control", "no-store")]
-        request.answer(200, fields, json.dumps(content).encode())
+        request.respond(200, fields, json.dumps(content).encode())
         return True
 
     def _host(self, request: Request) -> str:

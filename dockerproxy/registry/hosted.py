@@ -109,7 +109,7 @@ class Hosted:
         reading = request.method in ("GET", "HEAD")
         match target.kind:
             case Kind.BASE if reading:
-                request.answer(200, _JSON, b"{}")
+                request.respond(200, _JSON, b"{}")
             case Kind.CATALOG if reading:
                 await self._catalog(request)
             case Kind.TAGS if reading and name is not None:
@@ -141,7 +141,7 @@ class Hosted:
         fields = list(_JSON)
         if more:
             fields.append(next_link(f"/v2/{name}/tags/list", {"n": str(len(tags)), "last": tags[-1]}))
-        request.answer(200, fields, json.dumps({"name": name, "tags": tags}).encode())
+        request.respond(200, fields, json.dumps({"name": name, "tags": tags}).encode())
 
     async def _catalog(self, request: Request) -> None:
         page = Page.parse(request.query)
@@ -150,7 +150,7 @@ class Hosted:
         fields = list(_JSON)
         if more:
             fields.append(next_link("/v2/_catalog", {"n": str(len(names)), "last": names[-1]}))
-        request.answer(200, fields, json.dumps({"repositories": names}).encode())
+        request.respond(200, fields, json.dumps({"repositories": names}).encode())
 
     def _repositories(self) -> list[str]:
         """Return, in order, what has a manifest; of what was removed, gc has not taken the blobs yet. Blocks."""
@@ -171,7 +171,7 @@ class Hosted:
             filtered = {"artifactType": artifact_type}
         if last is not None:
             fields.append(next_link(f"/v2/{name}/referrers/{subject}", {**filtered, "last": last}))
-        request.answer(200, fields, index_of(descriptors))
+        request.respond(200, fields, index_of(descriptors))
 
     def _list(
         self, name: Repository, subject: Digest, artifact_type: str | None, after: str | None

@@ -9,8 +9,8 @@ from urllib.parse import quote
 from attrs import frozen
 
 from dockerproxy.errors import RegistryError, Unsupported, UpstreamError, UpstreamRefused
+from dockerproxy.http.forwarding import ForwardedResponse, forward_response, request_body_producer
 from dockerproxy.http.headers import Headers
-from dockerproxy.http.relay import Answer, relay, request_body
 from dockerproxy.http.request import Request
 from dockerproxy.oci.contents import BlobAnswer, ManifestAnswer
 from dockerproxy.oci.manifests import OCI_INDEX
@@ -29,7 +29,7 @@ _MAX_REFUSAL = 64 * 1024
 _LINK = re.compile(r"<(/[^<>]*)>")
 
 
-class Passed(Answer, Protocol):
+class Passed(ForwardedResponse, Protocol):
     """Another server's answer."""
 
     async def read_all(self, limit: int) -> bytes: ...
@@ -88,8 +88,8 @@ class Mirrored:
             check_push(request, self.allow_push)
         if reading and target.kind is Kind.BASE:
             await self.remote.ping()
-            request.answer(
-                200, [("Content-Type", "application/json"), API_VERSION, ("X-Cache", request.verdict)], b"{}"
+            request.respond(
+                200, [("Content-Type", "application/json"), API_VERSION, ("X-Cache", request.cache_status)], b"{}"
             )
         elif reading and target.kind is Kind.REFERRERS:
             await self._referrers(request, target)
@@ -100,11 +100,11 @@ class Mirrored:
         assert target.name is not None and isinstance(target.reference, Digest)
         artifact_type = next((value for name, value in parse_query(request.query) if name == "artifactType"), None)
         found = await self.remote.referrers(target.name, target.reference, request.query, artifact_type)
-        request.verdict = "PASS"
-        fields = [("Content-Type", OCI_INDEX), API_VERSION, ("X-Cache", request.verdict)]
+        request.cache_status = "PASS"
+        fields = [("Content-Type", OCI_INDEX), API_VERSION, ("X-Cache", request.cache_status)]
         if found.filtered:
             fields.append(("OCI-Filters-Applied", "artifactType"))
-        request.answer(200, fields, found.content)
+        request.respond(200, fields, found.content)
 
 
 def check_push(request: Request, allow_push: bool) -> None:
@@ -119,18 +119,18 @@ async def pass_on(request: Request, remote: Remote, target: Target | None, names
 
     `target` is what its path means in the API, None where that is nothing.
     """
-    request.verdict = "PASS"
+    request.cache_status = "PASS"
     path = request.path + (f"?{request.query}" if request.query else "")
     headers = request.headers.end_to_end().without(*_NOT_FORWARDED)
     repository = None
     if target is not None:
         repository, headers = target.name, without_cookies(headers)
-    answer = await remote.forward(request.method, path, repository, headers, request_body(request))
+    answer = await remote.forward(request.method, path, repository, headers, request_body_producer(request))
     if answer.status == 401:
         raise UpstreamRefused(401, await _words(answer), tuple(answer.headers))
     told = answer.headers if target is None else without_cookies(answer.headers)
     fields = [(name, _within(namespace, value) if name == "link" else value) for name, value in upstream_fields(told)]
-    await relay(request, answer, [*fields, ("X-Cache", request.verdict)])
+    await forward_response(request, answer, [*fields, ("X-Cache", request.cache_status)])
 
 
 async def _words(answer: Passed) -> bytes:

@@ -16,7 +16,7 @@ from twisted.logger import Logger
 
 from dockerproxy.concurrency import in_thread, shield
 from dockerproxy.errors import BlobUnknown, InsufficientStorage, RegistryError, StorageFailed
-from dockerproxy.http.request import ClientGone, Request
+from dockerproxy.http.request import ClientDisconnected, Request
 from dockerproxy.oci.names import Digest, Repository
 from dockerproxy.oci.routes import Kind, Target
 from dockerproxy.registry.answers import API_VERSION
@@ -72,14 +72,14 @@ class Push:
     async def _delete_blob(self, request: Request, name: Repository, digest: Digest) -> None:
         if not await in_thread(self.reactor, self.store.links.unlink_layer, name, digest):
             raise BlobUnknown(f"{name} has no blob {digest}")
-        request.answer(202, [API_VERSION, ("Docker-Content-Digest", str(digest))])
+        request.respond(202, [API_VERSION, ("Docker-Content-Digest", str(digest))])
 
 
 async def _answered(request: Request, work: Coroutine[Any, Any, None]) -> None:
     """Do `work`, whose troubles are the client's to hear of, if it is still there."""
     try:
         await work
-    except ClientGone:
+    except ClientDisconnected:
         request.abort()
     except RegistryError:
         if not request.finished:

@@ -37,13 +37,13 @@ class BlobPush:
         parameters = dict(parse_query(request.query))
         mount, whole = _digest(parameters, "mount"), _digest(parameters, "digest")
         if mount is not None and await self._mount(name, mount, parameters.get("from")):
-            request.answer(201, _created(name, mount))
+            request.respond(201, _created(name, mount))
             return
         algorithm = algorithm_for(whole, parameters.get("digest-algorithm"))
         upload = await in_thread(self.reactor, self.store.uploads.start, name, algorithm)
         if whole is None or mount is not None:
             self.store.uploads.suspend(upload)  # before its client goes on with it, perhaps in another process
-            request.answer(202, _state(name, upload.session, 0))
+            request.respond(202, _state(name, upload.session, 0))
             return
         # Nobody is told of this session, so a client that goes cannot come back to it.
         try:
@@ -51,7 +51,7 @@ class BlobPush:
             await self._commit(name, upload, whole)
         finally:
             await in_thread(self.reactor, upload.cancel)
-        request.answer(201, _created(name, whole))
+        request.respond(201, _created(name, whole))
 
     def go_on(self, request: Request, name: Repository, session: str) -> Coroutine[Any, Any, None] | None:
         """Return the answering of a request to a session; None where its method is none of a session's."""
@@ -67,7 +67,7 @@ class BlobPush:
         return None
 
     async def _tell(self, request: Request, name: Repository, session: str) -> None:
-        request.answer(204, _state(name, session, self.store.uploads.size(name, session)))
+        request.respond(204, _state(name, session, self.store.uploads.size(name, session)))
 
     async def _patch(self, request: Request, name: Repository, session: str) -> None:
         upload = self.store.uploads.resume(name, session)
@@ -76,7 +76,7 @@ class BlobPush:
             size = upload.size
         finally:
             self.store.uploads.suspend(upload)
-        request.answer(202, _state(name, session, size))
+        request.respond(202, _state(name, session, size))
 
     async def _finish(self, request: Request, name: Repository, session: str) -> None:
         digest = _digest(dict(parse_query(request.query)), "digest")
@@ -88,12 +88,12 @@ class BlobPush:
             await self._commit(name, upload, digest)
         finally:
             self.store.uploads.suspend(upload)
-        request.answer(201, _created(name, digest))
+        request.respond(201, _created(name, digest))
 
     async def _cancel(self, request: Request, name: Repository, session: str) -> None:
         upload = self.store.uploads.resume(name, session)
         await in_thread(self.reactor, upload.cancel)
-        request.answer(204, [API_VERSION])
+        request.respond(204, [API_VERSION])
 
     async def _receive(self, request: Request, upload: Upload, length: int | None) -> None:
         """Append the request's body, which has to have `length` bytes if that is given.

@@ -67,7 +67,7 @@ class ManifestPush:
             fields.append(("OCI-Subject", str(taken.refers.subject)))
         if wanted is not None and tags:
             fields.append(("OCI-Tag", ", ".join(tags)))
-        request.answer(201, fields)
+        request.respond(201, fields)
 
     async def delete(self, request: Request, name: Repository, reference: Reference) -> None:
         """Remove a tag, or a manifest with its tags."""
@@ -78,7 +78,7 @@ class ManifestPush:
                 removed = await in_thread(self.reactor, self.store.links.remove_tag, name, reference)
         if not removed:
             raise ManifestUnknown(f"{name} has no manifest {reference}")
-        request.answer(202, [API_VERSION])
+        request.respond(202, [API_VERSION])
 
     def _keep(self, name: Repository, taken: _Taken, tags: list[Tag]) -> None:
         self.store.blobs.put(taken.content, taken.digest)

@@ -64,8 +64,8 @@ async def _send_piece(request: Request, content: Content, offset: int, at_most: 
 
     What the client does not take is read again when it will be, and does not wait in memory.
     """
-    found = await content.in_file(offset, at_most) if request.takes_files else None
+    found = await content.in_file(offset, at_most) if request.can_sendfile else None
     if found is not None:
-        return request.offer_file(found[0], offset, found[1]) if found[1] else 0
+        return request.sendfile(found[0], offset, found[1]) if found[1] else 0
     data = await content.read(offset, at_most)
-    return request.offer(data) if data else 0
+    return request.write_some(data) if data else 0

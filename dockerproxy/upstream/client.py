@@ -106,13 +106,13 @@ class UpstreamClient:
     async def _follow(self, request: _Request, grant: Grant | None) -> Response:
         registry = request.registry
         fields = [*request.headers, *([] if grant is None else [("authorization", grant.authorization)])]
-        headers = Headers.of_lowered(fields)
+        headers = Headers.from_lowercase(fields)
         url = registry.origin + request.path
         seen = {url}
         while True:
             origin, _ = split_url(url)
             if origin != registry:
-                headers = Headers.of_lowered([field for field in headers if field[0] in _FOR_OTHERS])
+                headers = Headers.from_lowercase([field for field in headers if field[0] in _FOR_OTHERS])
             permit = None if origin.host == registry.host else self._redirect_permit
             response = await self._transport.request(request.method, url, headers, request.body, permit=permit)
             location = response.headers.get("location")

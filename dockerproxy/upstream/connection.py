@@ -91,7 +91,7 @@ class Response:
 
         `at_least` so many bytes are waited for, but no longer than `within` seconds.
         """
-        timer = self._connection.call_later(within, self._stream.be_content)
+        timer = self._connection.call_later(within, self._stream.return_available)
         try:
             return await self._stream.read_pieces(at_least)
         finally:

@@ -120,9 +120,9 @@ class TLSConnector(Factory):
 
     def _start(self, tcp: Any) -> None:
         transport = TLSTransport(tcp.reactor, tcp, self._session.begin(tcp.getHandle()))
-        transport.eager = False
-        transport.start(self._protocol)
-        transport.greet()
+        transport.write_immediately = False
+        transport.take_over(self._protocol)
+        transport.start_handshake()
 
 
 class _Connected(Protocol):

@@ -65,7 +65,7 @@ def parse_response_head(raw: bytes) -> ResponseHead:
         if not colon or not _TOKEN.fullmatch(name) or _CONTROLS.search(value):
             raise ValueError("its answer has a malformed header field")
         fields.append((name.lower(), value.strip(" \t")))
-    return ResponseHead(int(status[2]), int(status[1]), Headers.of_lowered(fields))
+    return ResponseHead(int(status[2]), int(status[1]), Headers.from_lowercase(fields))
 
 
 def declared_length(headers: Headers) -> int | None:
@@ -136,7 +136,7 @@ class ChunkedBody(Body):
             pieces = self._decoder.feed(data)
         except BadRequest as error:
             raise ValueError(f"broke the framing of its answer: {error.message}") from None
-        self.done, self.rest = self._decoder.done, self._decoder.rest
+        self.done, self.rest = self._decoder.done, self._decoder.unused_data
         return pieces
 
     def shortfall(self) -> str | None:

@@ -93,7 +93,7 @@ class WorkerProcess:
 
     def _build_listener_service(self, server: ProxyServer) -> ListenerService:
         for listener in server.listeners:
-            listener.site.gone = self._on_connection_closed
+            listener.site.on_closed = self._on_connection_closed
         listeners = [evolve(door, descriptions=()) for door in server.listeners]
         return ListenerService(self._reactor, listeners, server.transfers, server.close, lambda hurry: None)
 

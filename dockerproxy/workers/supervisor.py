@@ -94,7 +94,7 @@ class WorkerSupervisor(Service):
         if not self._workers:
             return list(listeners)
         for listener in listeners:
-            listener.site.gone = partial(self._scoreboard.count_closed, 0)
+            listener.site.on_closed = partial(self._scoreboard.count_closed, 0)
         return [
             evolve(door, factory=ConnectionDispatcher(number, door.site, self.dispatch))
             for number, door in enumerate(listeners)

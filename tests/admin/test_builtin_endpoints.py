@@ -46,11 +46,11 @@ def connect(visit: Any) -> Any:
 
     def make(name: str = "", proxy_port: int | None = None, *, secure: bool = False) -> Any:
         async def registry(request: Request) -> None:
-            request.answer(200, [], b"registry")
+            request.respond(200, [], b"registry")
 
         async def metrics(request: Request) -> None:
             fields = [("Content-Type", "text/plain; version=0.0.4"), ("Cache-Control", "no-store")]
-            request.answer(200, fields, b"# HELP")
+            request.respond(200, fields, b"# HELP")
 
         endpoints = BuiltinEndpoints(PEM, registry, metrics, proxy_port)
 

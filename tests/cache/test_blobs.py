@@ -84,9 +84,9 @@ def test_concurrent_requests_share_one_download(harness: CacheHarness) -> None:
     response.send_rest()
     harness.reactor.run_due_calls()
     for reader in readers:
-        reader.read_on()
+        reader.resume_reading()
         assert reader.data == DATA
-        reader.leave()
+        reader.disconnect()
     assert cache_statuses == ["MISS"] + ["JOINED"] * 24
     assert requested_methods(harness) == ["GET"]
 

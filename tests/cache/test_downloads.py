@@ -141,9 +141,9 @@ def test_blob_sizes(harness: CacheHarness, algorithm: str, size: int) -> None:
             readers.append(reader(harness, download))
             readers[0].read()
     harness.reactor.pool.release()
-    readers[0].read_on()
+    readers[0].resume_reading()
     assert (readers[0].data, readers[0].ended) == (data, True)
-    readers[0].leave()
+    readers[0].disconnect()
     assert harness.blobs.size(digest) == size
 
 
@@ -337,9 +337,9 @@ def test_joining_at_every_step_of_commit(harness: CacheHarness) -> None:
     assert download.open_reader(harness.repository()) is None
     assert len(readers) == 3  # while it was written, synced and renamed
     for one in readers:
-        one.read_on()
+        one.resume_reading()
         assert one.data == DATA
-        one.leave()
+        one.disconnect()
 
 
 def test_wait_started_after_start_and_after_end(harness: CacheHarness) -> None:

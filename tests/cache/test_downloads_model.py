@@ -75,7 +75,7 @@ class DownloadModel:
         elif name == "leave" and self.readers:
             number = value % len(self.readers)
             self.closed_readers.add(number)
-            self.readers[number].leave()
+            self.readers[number].disconnect()
         elif name == "send":
             for response in self.open_responses():
                 response.send(value)

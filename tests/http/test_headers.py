@@ -10,7 +10,7 @@ from dockerproxy.http.headers import HOP_BY_HOP, Headers
 FIELDS = Headers([("Accept", "a"), ("X-One", "1"), ("ACCEPT", "b, c"), ("Authorization", "Basic c2VjcmV0")])
 
 
-def test_look_ups() -> None:
+def test_lookups() -> None:
     assert FIELDS.get("accept") == "a"
     assert FIELDS.all("accept") == ["a", "b, c"]
     assert FIELDS.joined("accept") == "a, b, c"
@@ -26,12 +26,12 @@ def test_copies() -> None:
     assert FIELDS != list(FIELDS)
 
 
-def test_values_do_not_show() -> None:
+def test_repr_hides_values() -> None:
     assert "c2VjcmV0" not in repr(FIELDS)
     assert "authorization" in repr(FIELDS)
 
 
-def test_what_is_for_one_connection() -> None:
+def test_hop_by_hop_fields_are_dropped() -> None:
     """RFC 9110, section 7.6.1: the named fields, and those that Connection names."""
     headers = Headers([
         ("Connection", "keep-alive, X-Mine"), ("connection", " Other "), ("X-Mine", "1"), ("Other", "2"),
@@ -43,8 +43,10 @@ def test_what_is_for_one_connection() -> None:
 
 @given(st.lists(st.tuples(st.sampled_from([*sorted(HOP_BY_HOP), "a", "b", "Connection"]), st.sampled_from("abc"))))
 def test_end_to_end(fields: list[tuple[str, str]]) -> None:
-    named = {value for name, value in fields if name.lower() == "connection"}
-    left = Headers(fields).end_to_end()
-    assert all(name not in HOP_BY_HOP and name not in named for name, _ in left)
-    assert [field for field in fields if field[0] not in HOP_BY_HOP | named | {"Connection"}] == list(left)
-    assert left.end_to_end() == left
+    connection_options = {value for name, value in fields if name.lower() == "connection"}
+    remaining = Headers(fields).end_to_end()
+    assert all(name not in HOP_BY_HOP and name not in connection_options for name, _ in remaining)
+    assert [field for field in fields if field[0] not in HOP_BY_HOP | connection_options | {"Connection"}] == list(
+        remaining
+    )
+    assert remaining.end_to_end() == remaining

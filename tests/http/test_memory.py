@@ -21,14 +21,14 @@ PROJECT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
-def _many_files() -> Iterator[None]:
+def _raise_file_limit() -> Iterator[None]:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4096), hard))  # the server inherits it
     yield
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-class Server:
+class ServerProcess:
     def __init__(self) -> None:
         self._process = subprocess.Popen(
             [sys.executable, str(SERVER)],
@@ -67,19 +67,19 @@ class Server:
 
 @pytest.mark.parametrize(("what", "most"), [("/large", 36), ("/", 32)], ids=["slow", "idle"])
 def test_many_clients(
-    what: str, most: int, record_property: pytest.RecordProperty, capsys: pytest.CaptureFixture[str]
+    path: str, max_kib: int, record_property: pytest.RecordProperty, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with ExitStack() as stack:
-        server = Server()
+        server = ServerProcess()
         stack.callback(server.close)
-        for path in ("/", "/large"):  # what is needed once
-            server.connect(path).close()
+        for warm_up_path in ("/", "/large"):  # what is needed once
+            server.connect(warm_up_path).close()
         server.wait_until_blocked(0)
         before = server.resident
         for _ in range(CLIENTS):
-            stack.enter_context(server.connect(what))
-        server.wait_until_blocked(CLIENTS if what == "/large" else 0)
-        each = (server.resident - before) / CLIENTS
+            stack.enter_context(server.connect(path))
+        server.wait_until_blocked(CLIENTS if path == "/large" else 0)
+        per_connection = (server.resident - before) / CLIENTS
     with capsys.disabled():
-        print(f" {what}: {each:.1f} KiB for each of {CLIENTS} connections", end="")
-    assert each <= most
+        print(f" {path}: {per_connection:.1f} KiB for each of {CLIENTS} connections", end="")
+    assert per_connection <= max_kib

@@ -31,7 +31,7 @@ def head(*lines: str, method: str = "GET", target: str = "/v2/", version: str = 
     return "\r\n".join([*start, *lines]).encode("latin-1")
 
 
-def test_docker() -> None:
+def test_docker_request_head() -> None:
     raw = head(
         "User-Agent: docker/27.3.1 go/go1.22.7 os/linux arch/amd64 UpstreamClient(Docker-Client/27.3.1 \\(linux\\))",
         "Accept: application/json",
@@ -52,14 +52,20 @@ def test_docker() -> None:
 
 
 tokens = st.from_regex(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,12}", fullmatch=True)
-names = tokens.filter(lambda name: name.lower() not in ("host", "content-length", "transfer-encoding"))
-values = st.text(st.sampled_from([chr(code) for code in range(256) if code == 9 or 32 <= code != 127]), max_size=20)
-values = values.map(lambda value: value.strip(" \t"))
+field_names = tokens.filter(lambda name: name.lower() not in ("host", "content-length", "transfer-encoding"))
+field_values = st.text(
+    st.sampled_from([chr(code) for code in range(256) if code == 9 or 32 <= code != 127]), max_size=20
+)
+field_values = field_values.map(lambda value: value.strip(" \t"))
 targets = st.from_regex(r"/[!\"$-~]{0,20}", fullmatch=True)
 
 
 @given(
-    tokens, targets, st.sampled_from([(1, 0), (1, 1)]), st.lists(st.tuples(names, values), max_size=10), st.text(" \t")
+    tokens,
+    targets,
+    st.sampled_from([(1, 0), (1, 1)]),
+    st.lists(st.tuples(field_names, field_values), max_size=10),
+    st.text(" \t"),
 )
 def test_round_trip(
     method: str, target: str, version: tuple[int, int], fields: list[tuple[str, str]], space: str
@@ -71,7 +77,7 @@ def test_round_trip(
 
 START = b"POST /v2/ HTTP/1.1\r\nHost: a\r\n"
 
-REFUSED = {
+REFUSED_HEADS = {
     # Lines
     "bare LF between fields": START + b"A: b\nC: d",
     "bare LF after the request line": b"GET / HTTP/1.1\nHost: a",
@@ -159,14 +165,14 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("raw", REFUSED.values(), ids=REFUSED)
-def test_refused(raw: bytes) -> None:
+@pytest.mark.parametrize("raw", REFUSED_HEADS.values(), ids=REFUSED_HEADS)
+def test_refused_head(raw: bytes) -> None:
     with pytest.raises(BadRequest) as caught:
         parse_head(raw)
     assert caught.value.status == 400
 
 
-def test_at_the_bounds() -> None:
+def test_limits_are_inclusive() -> None:
     assert parse_head(START + b"\r\n".join(b"A: b" for _ in range(99)))
     raw = START + b"A: "
     assert parse_head(raw + b"b" * (MAX_HEAD - len(raw)))
@@ -188,7 +194,7 @@ def test_errors_do_not_repeat_what_was_sent(raw: bytes) -> None:
 
 
 @given(st.binary())
-def test_any_bytes_are_a_head_or_a_bad_request(raw: bytes) -> None:
+def test_any_bytes_parse_or_raise_bad_request(raw: bytes) -> None:
     try:
         parse_head(raw)
     except BadRequest:
@@ -196,19 +202,23 @@ def test_any_bytes_are_a_head_or_a_bad_request(raw: bytes) -> None:
 
 
 @given(st.integers(0, 10_000), st.binary(min_size=1, max_size=3), st.sampled_from(["cut", "put", "set"]))
-def test_a_damaged_head_is_never_read_in_two_ways(place: int, damage: bytes, how: str) -> None:
+def test_accepted_damaged_heads_are_unambiguous(offset: int, damage: bytes, mutation: str) -> None:
     """Whatever is accepted has one line for one field: written out again, it is the same head."""
     raw = head("Content-Length: 5", "Accept: a, b", "Connection: close", method="PUT")
-    at = place % len(raw)
-    damaged = raw[:at] + (b"" if how == "cut" else damage) + raw[at + (0 if how == "put" else len(damage)) :]
+    position = offset % len(raw)
+    damaged = (
+        raw[:position]
+        + (b"" if mutation == "cut" else damage)
+        + raw[position + (0 if mutation == "put" else len(damage)) :]
+    )
     try:
         parsed = parse_head(damaged)
     except BadRequest:
         return
     lines = [f"{name}: {value}" for name, value in parsed.headers]
     version = f"{parsed.version[0]}.{parsed.version[1]}"
-    again = head(*lines, method=parsed.method, target=parsed.target, version=version, host=False)
-    assert parse_head(again) == parsed
+    rendered = head(*lines, method=parsed.method, target=parsed.target, version=version, host=False)
+    assert parse_head(rendered) == parsed
     assert damaged.count(b"\n") == len(lines)
 
 
@@ -358,8 +368,8 @@ def test_render_head_refuses(status: int, field: tuple[str, str]) -> None:
         render_head(status, [field])
 
 
-@given(st.integers(100, 599), st.lists(st.tuples(names, values), max_size=10))
-def test_rendered_fields_are_read_as_they_were(status: int, fields: list[tuple[str, str]]) -> None:
+@given(st.integers(100, 599), st.lists(st.tuples(field_names, field_values), max_size=10))
+def test_rendered_fields_round_trip(status: int, fields: list[tuple[str, str]]) -> None:
     rendered = render_head(status, fields)
     assert rendered.endswith(b"\r\n\r\n")
     line, _, rest = rendered[:-4].partition(b"\r\n")
@@ -367,7 +377,7 @@ def test_rendered_fields_are_read_as_they_were(status: int, fields: list[tuple[s
     assert parse_head(b"GET / HTTP/1.0\r\n" + rest if rest else b"GET / HTTP/1.0").headers == Headers(fields)
 
 
-def decoded(parts: list[bytes]) -> tuple[bytes, bool, bytes] | None:
+def decode(parts: list[bytes]) -> tuple[bytes, bool, bytes] | None:
     """Feed `parts` to a new decoder; return content, whether it ended, and what is left over; None if it is refused."""
     decoder, content = ChunkedDecoder(), b""
     try:
@@ -376,10 +386,10 @@ def decoded(parts: list[bytes]) -> tuple[bytes, bool, bytes] | None:
             assert all(pieces)
             content += b"".join(pieces)
             if decoder.done:
-                return content, True, decoder.rest + b"".join(parts[number + 1 :])
+                return content, True, decoder.unused_data + b"".join(parts[number + 1 :])
     except BadRequest:
         return None
-    assert decoder.rest == b""
+    assert decoder.unused_data == b""
     return content, False, b""
 
 
@@ -388,7 +398,7 @@ trailers = st.sampled_from([b"", b"A: b\r\n", b"A:\r\nB: c\t\xe9\r\n"])
 
 
 @st.composite
-def bodies(draw: st.DrawFn) -> tuple[bytes, bytes]:
+def chunked_bodies(draw: st.DrawFn) -> tuple[bytes, bytes]:
     """A chunked body and its content."""
     encoded = content = b""
     for chunk in draw(st.lists(st.binary(min_size=1, max_size=40), max_size=5)):
@@ -400,39 +410,49 @@ def bodies(draw: st.DrawFn) -> tuple[bytes, bytes]:
     ) + b"\r\n", content
 
 
-def cut(raw: bytes, places: list[int]) -> list[bytes]:
-    ends = sorted(place % (len(raw) + 1) for place in places)
+def split_at(raw: bytes, offsets: list[int]) -> list[bytes]:
+    ends = sorted(place % (len(raw) + 1) for place in offsets)
     return [raw[start:stop] for start, stop in zip([0, *ends], [*ends, len(raw)], strict=True)]
 
 
-cuts = st.lists(st.integers(0, 2000), max_size=8)
+split_offsets = st.lists(st.integers(0, 2000), max_size=8)
 
 
-@given(bodies(), st.binary(max_size=10), cuts)
-def test_every_chunking_gives_the_content(body: tuple[bytes, bytes], rest: bytes, places: list[int]) -> None:
+@given(chunked_bodies(), st.binary(max_size=10), split_offsets)
+def test_decoding_is_independent_of_splits(body: tuple[bytes, bytes], rest: bytes, offsets: list[int]) -> None:
     encoded, content = body
     raw = encoded + rest
-    assert decoded([raw]) == (content, True, rest)
-    assert decoded([raw[place : place + 1] for place in range(len(raw))]) == (content, True, rest)
-    assert decoded(cut(raw, places)) == (content, True, rest)
+    assert decode([raw]) == (content, True, rest)
+    assert decode([raw[place : place + 1] for place in range(len(raw))]) == (content, True, rest)
+    assert decode(split_at(raw, offsets)) == (content, True, rest)
 
 
-@given(bodies(), st.integers(0, 2000), st.binary(min_size=1, max_size=3), st.sampled_from(["cut", "put", "set"]), cuts)
-def test_every_chunking_of_a_damaged_body_gives_the_same(
-    body: tuple[bytes, bytes], place: int, damage: bytes, how: str, places: list[int]
+@given(
+    chunked_bodies(),
+    st.integers(0, 2000),
+    st.binary(min_size=1, max_size=3),
+    st.sampled_from(["cut", "put", "set"]),
+    split_offsets,
+)
+def test_decoding_a_damaged_body_is_independent_of_splits(
+    body: tuple[bytes, bytes], offset: int, damage: bytes, mutation: str, offsets: list[int]
 ) -> None:
     encoded, _ = body
-    at = place % len(encoded)
-    raw = encoded[:at] + (b"" if how == "cut" else damage) + encoded[at + (0 if how == "put" else len(damage)) :]
-    whole = decoded([raw])
-    assert decoded([raw[place : place + 1] for place in range(len(raw))]) == whole
-    assert decoded(cut(raw, places)) == whole
+    position = offset % len(encoded)
+    raw = (
+        encoded[:position]
+        + (b"" if mutation == "cut" else damage)
+        + encoded[position + (0 if mutation == "put" else len(damage)) :]
+    )
+    whole = decode([raw])
+    assert decode([raw[place : place + 1] for place in range(len(raw))]) == whole
+    assert decode(split_at(raw, offsets)) == whole
 
 
-@given(bodies(), st.integers(0, 2000))
-def test_a_cut_body_is_not_done(body: tuple[bytes, bytes], place: int) -> None:
+@given(chunked_bodies(), st.integers(0, 2000))
+def test_truncated_body_is_not_done(body: tuple[bytes, bytes], offset: int) -> None:
     encoded, content = body
-    result = decoded([encoded[: place % len(encoded)]])
+    result = decode([encoded[: offset % len(encoded)]])
     assert result is not None
     assert content.startswith(result[0])
     assert not result[1]
@@ -481,22 +501,22 @@ REFUSED_BODIES = {
 
 @pytest.mark.parametrize("raw", REFUSED_BODIES.values(), ids=REFUSED_BODIES)
 def test_refused_body(raw: bytes) -> None:
-    assert decoded([raw]) is None
-    assert decoded([raw[place : place + 1] for place in range(len(raw))]) is None
+    assert decode([raw]) is None
+    assert decode([raw[place : place + 1] for place in range(len(raw))]) is None
 
 
 def test_longest_line() -> None:
     raw = b"5;" + b"a" * 1022 + b"\r\nhello\r\n" + END
-    assert decoded([raw]) == (b"hello", True, b"")
-    assert decoded([raw[place : place + 1] for place in range(len(raw))]) == (b"hello", True, b"")
+    assert decode([raw]) == (b"hello", True, b"")
+    assert decode([raw[place : place + 1] for place in range(len(raw))]) == (b"hello", True, b"")
 
 
 @given(st.lists(st.binary(max_size=20), max_size=5))
-def test_any_bytes_are_chunks_or_a_bad_request(parts: list[bytes]) -> None:
-    assert decoded(parts) == decoded([b"".join(parts)])
+def test_any_bytes_decode_alike_however_split(parts: list[bytes]) -> None:
+    assert decode(parts) == decode([b"".join(parts)])
 
 
-def test_content_is_given_as_it_comes() -> None:
+def test_content_is_decoded_incrementally() -> None:
     decoder = ChunkedDecoder()
     assert decoder.feed(b"ffffffffffffffff\r\nab") == [b"ab"]
     assert decoder.feed(b"cd") == [b"cd"]
@@ -505,10 +525,10 @@ def test_content_is_given_as_it_comes() -> None:
     assert not decoder.done
 
 
-def test_nothing_may_be_fed_after_the_end() -> None:
+def test_feed_after_the_end_is_an_error() -> None:
     decoder = ChunkedDecoder()
     assert decoder.feed(END + b"GET") == []
     assert decoder.done
-    assert decoder.rest == b"GET"
+    assert decoder.unused_data == b"GET"
     with pytest.raises(RuntimeError):
         decoder.feed(b"x")

@@ -24,25 +24,25 @@ from twisted.python.failure import Failure
 import dockerproxy.http.transport as transport_module
 from dockerproxy.http.tls import TLSTransport
 from dockerproxy.http.transport import SocketTransport
-from tests.http.kit.loopback import (
-    KERNEL,
+from tests.http.http_support.loopback import (
+    CHUNK,
+    LARGE,
     MIB,
-    MUCH,
-    PATIENCE,
-    PIECE,
-    SERVER,
-    Recorder,
-    SocketCase,
-    Source,
+    OVER_KERNEL_BUFFERS,
+    SERVER_CONTEXT,
+    TIMEOUT,
+    RecordingProtocol,
+    SocketTestCase,
+    ZerosProducer,
     client_context,
     dial,
     reactor,
-    read,
     read_all,
+    read_exactly,
 )
 
 
-class Pausing:
+class PausableProducer:
     """A producer that knows whether it is to wait."""
 
     def __init__(self) -> None:
@@ -57,99 +57,99 @@ class Pausing:
     def stopProducing(self) -> None: ...
 
 
-def unsent(transport: Any) -> int:
+def unsent_bytes(transport: Any) -> int:
     """Return how many bytes wait in the kernel to be sent."""
-    found = fcntl.ioctl(transport.fileno(), 0x894B, bytes(4))  # SIOCOUTQNSD of linux/sockios.h
-    return int.from_bytes(found, sys.byteorder)
+    result = fcntl.ioctl(transport.fileno(), 0x894B, bytes(4))  # SIOCOUTQNSD of linux/sockios.h
+    return int.from_bytes(result, sys.byteorder)
 
 
-class AnyTransport:
+class TransportTestsMixin:
     """What holds for both kinds. A mixin, so that it is not collected by itself."""
 
     tls: ClassVar[ssl.TLSVersion | None] = None
 
-    def serve(self: Any, protocol: Protocol | None = None) -> tuple[int, Recorder, list[Any]]:
+    def serve(self: Any, protocol: Protocol | None = None) -> tuple[int, RecordingProtocol, list[Any]]:
         """Listen; return the port, the protocol of the one connection, and a list that its transport will be in."""
-        recorder: Any = protocol or Recorder()
+        recorder: Any = protocol or RecordingProtocol()
         transports: list[Any] = []
 
-        def take(tcp: Any) -> None:
+        def on_connection(tcp: Any) -> None:
             if self.tls is None:
                 transport = SocketTransport(reactor, tcp)
             else:
-                transport = TLSTransport.server(reactor, tcp, SERVER)
+                transport = TLSTransport.server(reactor, tcp, SERVER_CONTEXT)
             transports.append(transport)
-            transport.start(recorder)
+            transport.take_over(recorder)
 
-        return self.listen(take), recorder, transports
+        return self.listen(on_connection), recorder, transports
 
-    def connect(self, port: int, receives: int | None = None) -> socket.socket:
-        sock = dial(port, receives)
+    def connect(self, port: int, receive_buffer: int | None = None) -> socket.socket:
+        sock = dial(port, receive_buffer)
         if self.tls is not None:
             # Without a close_notify the end is no end that was meant.
             sock = client_context(self.tls).wrap_socket(sock, server_hostname="a.test", suppress_ragged_eofs=False)
         return sock
 
-    async def test_much_each_way_with_a_slow_reader(self: Any) -> None:
-        port, recorder, transports = self.serve(Recorder(keep=False))
+    async def test_large_transfer_both_ways_with_a_slow_reader(self: Any) -> None:
+        port, recorder, transports = self.serve(RecordingProtocol(keep=False))
         reading = threading.Event()
 
         def client() -> tuple[int, str]:
             with self.connect(port) as sock:
                 sock.sendall(b"go")
-                reading.wait(PATIENCE)
-                sender = threading.Thread(target=sock.sendall, args=(b"y" * MUCH,)) if self.tls is None else None
+                reading.wait(TIMEOUT)
+                sender = threading.Thread(target=sock.sendall, args=(b"y" * LARGE,)) if self.tls is None else None
                 size, digest, sent = 0, hashlib.sha256(), 0
                 if sender is not None:
                     sender.start()
-                while size < MUCH:
-                    if sender is None and sent < MUCH:  # one thread at a time may use a TLS connection
-                        sent += sock.send(memoryview(b"y" * PIECE))
-                    data = sock.recv(PIECE)
+                while size < LARGE:
+                    if sender is None and sent < LARGE:  # one thread at a time may use a TLS connection
+                        sent += sock.send(memoryview(b"y" * CHUNK))
+                    data = sock.recv(CHUNK)
                     size += len(data)
                     digest.update(data)
                 if sender is None:
-                    sock.sendall(b"y" * (MUCH - sent))
+                    sock.sendall(b"y" * (LARGE - sent))
                 else:
-                    sender.join(PATIENCE)
+                    sender.join(TIMEOUT)
                 return size, digest.hexdigest()
 
         running = self.in_thread(client)
         await recorder.until(2)
-        source = Source(transports[0], MUCH)
-        source.begin()
+        source = ZerosProducer(transports[0], LARGE)
+        source.start()
         await source.paused
-        self.assertLess(source._written, KERNEL)
+        self.assertLess(source._written, OVER_KERNEL_BUFFERS)
         reading.set()
         await source.done
         size, digest = await running
         await recorder.lost
-        self.assertEqual(size, MUCH)
-        self.assertEqual(digest, hashlib.sha256(bytes(MUCH)).hexdigest())
-        self.assertEqual(recorder.size, MUCH + 2)
-        self.assertEqual(recorder.hash.digest(), hashlib.sha256(b"go" + b"y" * MUCH).digest())
-        self.assertLessEqual(source.most, PIECE)
-        self.assertGreater(source.pauses, 1)
+        self.assertEqual(size, LARGE)
+        self.assertEqual(digest, hashlib.sha256(bytes(LARGE)).hexdigest())
+        self.assertEqual(recorder.size, LARGE + 2)
+        self.assertEqual(recorder.hash.digest(), hashlib.sha256(b"go" + b"y" * LARGE).digest())
+        self.assertLessEqual(source.max_buffered, CHUNK)
+        self.assertGreater(source.pause_count, 1)
 
-    async def test_last_words_of_a_peer_that_takes_no_more(self: Any) -> None:
+    async def test_data_received_before_a_reset_is_delivered(self: Any) -> None:
         """A server that refuses a push says why and closes; what is being written to it must not drown that out."""
         port, recorder, transports = self.serve()
-        said, go = threading.Event(), threading.Event()
+        client_closed, proceed = threading.Event(), threading.Event()
 
         def client() -> None:
             sock = self.connect(port)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # a reset drops what waits to be sent
             sock.sendall(b"hello")
-            go.wait(PATIENCE)
+            proceed.wait(TIMEOUT)
             sock.sendall(b"last words")
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             sock.close()  # a reset: writing to it is an error from now on
-            said.set()
+            client_closed.set()
 
         running = self.in_thread(client)
         await recorder.until(5)
-        go.set()
-        said.wait(PATIENCE)  # the reactor stands still: what was said has not been read
+        proceed.set()
+        client_closed.wait(TIMEOUT)  # the reactor stands still: what was said has not been read
         transports[0].eager = False
         transports[0].write(b"x")
         transports[0].write(b"x")
@@ -157,26 +157,26 @@ class AnyTransport:
         await recorder.lost
         self.assertEqual(recorder.received, b"hellolast words")
 
-    async def test_small_answers_at_once(self: Any) -> None:
+    async def test_small_writes_are_immediate(self: Any) -> None:
         """What the kernel takes needs no turn of the reactor, and nothing is kept."""
 
-        class Echo(Recorder):
+        class RecordingEcho(RecordingProtocol):
             def dataReceived(self, data: bytes) -> None:
                 super().dataReceived(data)
                 before = self.transport.sent
                 self.transport.write(data)
                 self.transport.writeSequence([data, b""])
-                self.at_once = self.transport.sent - before
+                self.sent_immediately = self.transport.sent - before
 
-        port, recorder, _ = self.serve(Echo())
+        port, recorder, _ = self.serve(RecordingEcho())
 
         def client() -> list[bytes]:
             with self.connect(port) as sock:
-                answers = []
+                responses = []
                 for word in (b"one", b"two", b"three"):
                     sock.sendall(word)
-                    answers.append(read(sock, 2 * len(word)))
-                return answers
+                    responses.append(read_exactly(sock, 2 * len(word)))
+                return responses
 
         self.assertEqual(await self.in_thread(client), [b"oneone", b"twotwo", b"threethree"])
         self.assertEqual(recorder.at_once, 10)
@@ -189,25 +189,25 @@ class AnyTransport:
         def client() -> bytes:
             with self.connect(port) as sock:
                 sock.sendall(b"go")
-                reading.wait(PATIENCE)
+                reading.wait(TIMEOUT)
                 return read_all(sock)
 
         running = self.in_thread(client)
         await recorder.until(2)
         (transport,) = transports
-        transport.write(bytes(KERNEL))
+        transport.write(bytes(OVER_KERNEL_BUFFERS))
         transport.write(b"end")
-        self.assertLess(transport.sent, KERNEL)
+        self.assertLess(transport.sent, OVER_KERNEL_BUFFERS)
         transport.loseConnection()
         transport.loseConnection()
         transport.write(b"too late")
         self.assertFalse(recorder.lost.called)
         reading.set()
-        self.assertEqual(await running, bytes(KERNEL) + b"end")
+        self.assertEqual(await running, bytes(OVER_KERNEL_BUFFERS) + b"end")
         reason = await recorder.lost
         self.assertIs(type(reason), ConnectionDone)
 
-    async def test_close_with_nothing_to_say(self: Any) -> None:
+    async def test_close_with_nothing_pending(self: Any) -> None:
         port, recorder, transports = self.serve()
 
         def client() -> bytes:
@@ -221,7 +221,7 @@ class AnyTransport:
         self.assertEqual(await running, b"")
         await recorder.lost
 
-    async def test_abort_in_the_middle(self: Any) -> None:
+    async def test_abort_during_a_transfer(self: Any) -> None:
         """The client must not take what it has for the whole."""
         port, recorder, transports = self.serve()
         reading = threading.Event()
@@ -229,7 +229,7 @@ class AnyTransport:
         def client() -> str:
             with self.connect(port) as sock:
                 sock.sendall(b"go")
-                reading.wait(PATIENCE)
+                reading.wait(TIMEOUT)
                 try:
                     read_all(sock)
                 except OSError as error:
@@ -239,8 +239,8 @@ class AnyTransport:
         running = self.in_thread(client)
         await recorder.until(2)
         (transport,) = transports
-        source = Source(transport, MUCH)
-        source.begin()
+        source = ZerosProducer(transport, LARGE)
+        source.start()
         transport.abortConnection()
         transport.abortConnection()
         transport.connectionLost(Failure(ConnectionLost()))  # as the reactor does that has just looked at the socket
@@ -252,7 +252,7 @@ class AnyTransport:
         reading.set()
         self.assertIn(await running, ("ConnectionResetError", "SSLEOFError"))
 
-    async def test_nothing_happens_after_the_end(self: Any) -> None:
+    async def test_calls_after_the_end_are_ignored(self: Any) -> None:
         port, recorder, transports = self.serve()
 
         def client() -> None:
@@ -268,26 +268,26 @@ class AnyTransport:
         transport.resumeProducing()
         transport.loseConnection()
         transport.abortConnection()
-        source = Source(transport, 10)
+        source = ZerosProducer(transport, 10)
         transport.registerProducer(source, True)
         self.assertTrue(source.stopped)
         self.assertEqual(transport.sent, sent)
         self.assertEqual(transport.fileno(), -1)
 
-    async def test_the_client_goes_in_the_middle(self: Any) -> None:
+    async def test_client_resets_during_a_transfer(self: Any) -> None:
         port, recorder, transports = self.serve()
         full = threading.Event()
 
         def client() -> None:
             sock = self.connect(port)
             sock.sendall(b"go")
-            full.wait(PATIENCE)
+            full.wait(TIMEOUT)
             sock.close()  # with bytes unread: a reset
 
         running = self.in_thread(client)
         await recorder.until(2)
-        source = Source(transports[0], MUCH)
-        source.begin()
+        source = ZerosProducer(transports[0], LARGE)
+        source.start()
         await source.paused
         full.set()
         await running
@@ -295,14 +295,14 @@ class AnyTransport:
         self.assertIsInstance(reason, ConnectionLost)
         self.assertTrue(source.stopped)
 
-    async def test_a_write_that_finds_the_client_gone(self: Any) -> None:
+    async def test_write_to_a_reset_connection(self: Any) -> None:
         port, recorder, transports = self.serve()
         paused = threading.Event()
 
         def client() -> None:
             sock = self.connect(port)
             sock.sendall(b"go")
-            paused.wait(PATIENCE)
+            paused.wait(TIMEOUT)
             if self.tls is not None:
                 sock = socket.socket(fileno=sock.detach())
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")
@@ -315,27 +315,27 @@ class AnyTransport:
         paused.set()
         await running
         while transport.connected:
-            transport.write(b"x" * PIECE)
+            transport.write(b"x" * CHUNK)
             self.assertFalse(recorder.lost.called)  # never from within a call
             await self.turn()
         await recorder.lost
 
     async def test_reading_can_be_paused(self: Any) -> None:
-        port, recorder, transports = self.serve(Recorder(keep=False))
+        port, recorder, transports = self.serve(RecordingProtocol(keep=False))
         stuck = threading.Event()
 
         def client() -> None:
             with self.connect(port) as sock:
                 sock.sendall(b"go")
                 sent = 0
-                data = bytes(PIECE)
+                data = bytes(CHUNK)
                 sock.settimeout(0.2)
                 try:
                     while True:
                         sent += sock.send(data)
                 except OSError:  # a time-out, or in TLS the same as a half-written record
                     stuck.set()
-                sock.settimeout(PATIENCE)
+                sock.settimeout(TIMEOUT)
                 sock.sendall(data)
 
         running = self.in_thread(client)
@@ -343,24 +343,24 @@ class AnyTransport:
         (transport,) = transports
         transport.pauseProducing()
         transport.pauseProducing()
-        await self.in_thread(stuck.wait, PATIENCE)
+        await self.in_thread(stuck.wait, TIMEOUT)
         self.assertLess(recorder.size, MIB)
         transport.resumeProducing()
         transport.resumeProducing()
         await running
         await recorder.lost
-        self.assertGreater(recorder.size, PIECE)
+        self.assertGreater(recorder.size, CHUNK)
 
-    async def test_what_is_offered_does_not_wait_in_memory(self: Any) -> None:
+    async def test_write_some_buffers_at_most_one_record(self: Any) -> None:
         port, recorder, transports = self.serve()
-        content = random.Random(1).randbytes(KERNEL)
-        reading, running = self.late_reader(lambda: self.connect(port))
+        content = random.Random(1).randbytes(OVER_KERNEL_BUFFERS)
+        reading, running = self.start_late_reader(lambda: self.connect(port))
         await recorder.until(2)
         (transport,) = transports
-        offered, most = 0, 0
+        written, max_buffered = 0, 0
         resumed: Deferred[None] = Deferred()
 
-        class Offering:
+        class ResumingProducer:
             def resumeProducing(self) -> None:
                 resumed.callback(None)
 
@@ -369,15 +369,15 @@ class AnyTransport:
 
             def stopProducing(self) -> None: ...
 
-        producer = Offering()
+        producer = ResumingProducer()
         transport.registerProducer(producer, True)
-        while offered < len(content):
+        while written < len(content):
             resumed, producer.paused = Deferred(), False
-            piece = content[offered : offered + MIB]
-            taken = transport.offer(piece)
-            offered += taken
-            most = max(most, offered - transport.sent)
-            if taken < len(piece) or offered > transport.sent:
+            chunk = content[written : written + MIB]
+            count = transport.write_some(chunk)
+            written += count
+            max_buffered = max(max_buffered, written - transport.sent)
+            if count < len(chunk) or written > transport.sent:
                 self.assertTrue(producer.paused)
             if producer.paused:
                 reading.set()
@@ -385,120 +385,120 @@ class AnyTransport:
         transport.loseConnection()
         self.assertEqual(await running, content)
         self.assertTrue(reading.is_set())
-        self.assertLessEqual(most, 16 * 1024)
+        self.assertLessEqual(max_buffered, 16 * 1024)
         await recorder.lost
-        self.assertEqual(transport.offer(b"for nobody"), 10)
+        self.assertEqual(transport.write_some(b"for nobody"), 10)
 
-    async def test_little_of_an_offer_waits_in_the_kernel_for_a_client_that_reads_nothing(self: Any) -> None:
+    async def test_kernel_buffer_is_small_for_a_client_that_does_not_read(self: Any) -> None:
         port, recorder, transports = self.serve()
-        reading, running = self.late_reader(lambda: self.connect(port))
+        reading, running = self.start_late_reader(lambda: self.connect(port))
         await recorder.until(2)
         (transport,) = transports
-        producer = Pausing()
+        producer = PausableProducer()
         transport.registerProducer(producer, True)
-        offered = 0
+        written = 0
         for _ in range(20):
             while not producer.paused:
-                offered += transport.offer(bytes(MIB))
+                written += transport.write_some(bytes(MIB))
             await deferLater(reactor, 0)
-        self.assertLess(offered, 2 * MIB)
-        self.assertEqual(offered, transport.sent)  # nothing waits here
+        self.assertLess(written, 2 * MIB)
+        self.assertEqual(written, transport.sent)  # nothing waits here
         transport.abortConnection()
         reading.set()
         with contextlib.suppress(OSError):
             await running
 
-    async def test_a_client_that_takes_all_at_once_is_given_more_each_time(self: Any) -> None:
+    async def test_kernel_buffer_grows_for_a_fast_client(self: Any) -> None:
         """And so has a layer of 4 MiB by few offers."""
         port, recorder, transports = self.serve()
-        read, client = self.portions(lambda: self.connect(port))
+        read, client = self.start_metered_reader(lambda: self.connect(port))
         await recorder.until(2)
         (transport,) = transports
-        transport.registerProducer(Pausing(), True)
-        taken = []
-        while sum(taken) < 4 * MIB:
-            taken.append(transport.offer(bytes(4 * MIB)))
-            await read(taken[-1])
+        transport.registerProducer(PausableProducer(), True)
+        counts = []
+        while sum(counts) < 4 * MIB:
+            counts.append(transport.write_some(bytes(4 * MIB)))
+            await read(counts[-1])
             await self.turn()
-        self.assertLessEqual(taken[0], 128 * 1024)
-        for now, before in zip(taken[2:-1], taken[1:], strict=False):
-            self.assertGreater(now, before * 3 // 2)
-        self.assertLessEqual(len(taken), 8)
-        self.assertEqual(transport.sent, sum(taken))
+        self.assertLessEqual(counts[0], 128 * 1024)
+        for current, previous in zip(counts[2:-1], counts[1:], strict=False):
+            self.assertGreater(current, previous * 3 // 2)
+        self.assertLessEqual(len(counts), 8)
+        self.assertEqual(transport.sent, sum(counts))
         await read(0)
         await client
         await recorder.lost
 
-    async def test_a_client_that_takes_a_little_at_a_time_is_given_little(self: Any) -> None:
+    async def test_kernel_buffer_stays_small_for_a_slow_client(self: Any) -> None:
         port, recorder, transports = self.serve()
-        read, client = self.portions(lambda: self.connect(port, 32 * 1024))
+        read, client = self.start_metered_reader(lambda: self.connect(port, 32 * 1024))
         await recorder.until(2)
         (transport,) = transports
-        producer = Pausing()
+        producer = PausableProducer()
         transport.registerProducer(producer, True)
-        offered = taken = 0
-        while offered < 3 * MIB:
+        written = read_size = 0
+        while written < 3 * MIB:
             while not producer.paused:
-                offered += transport.offer(bytes(MIB))
-                self.assertLessEqual(unsent(transport), 132 * 1024)  # TLS adds to its records
+                written += transport.write_some(bytes(MIB))
+                self.assertLessEqual(unsent_bytes(transport), 132 * 1024)  # TLS adds to its records
             await read(16 * 1024)
-            taken += 16 * 1024
+            read_size += 16 * 1024
             await self.turn()
-        self.assertGreater(taken, MIB)
+        self.assertGreater(read_size, MIB)
         await read(0)
         await client
         await recorder.lost
 
-    async def test_an_offer_where_the_kernel_does_not_tell_what_room_it_has(self: Any) -> None:
+    async def test_write_some_without_so_meminfo(self: Any) -> None:
         """The whole is offered in any case, a piece at a time, and comes as it is."""
         self.patch(transport_module, "_SO_MEMINFO", 9999)
         port, recorder, transports = self.serve()
         content = random.Random(3).randbytes(MIB)
-        reading, running = self.late_reader(lambda: self.connect(port))
+        reading, running = self.start_late_reader(lambda: self.connect(port))
         await recorder.until(2)
         (transport,) = transports
         reading.set()
-        offered = 0
-        while offered < len(content):
-            taken = transport.offer(content[offered:])
-            self.assertLessEqual(taken, 16 * 1024)
-            offered += taken
+        written = 0
+        while written < len(content):
+            count = transport.write_some(content[written:])
+            self.assertLessEqual(count, 16 * 1024)
+            written += count
             await deferLater(reactor, 0)
         transport.loseConnection()
         self.assertEqual(await running, content)
         await recorder.lost
 
-    async def test_producers(self: Any) -> None:
+    async def test_register_producer(self: Any) -> None:
         port, recorder, transports = self.serve()
-        leave = threading.Event()
+        disconnect = threading.Event()
 
         def client() -> bool:
             with self.connect(port) as sock:
                 sock.sendall(b"go")
-                return leave.wait(PATIENCE)
+                return disconnect.wait(TIMEOUT)
 
         running = self.in_thread(client)
         await recorder.until(2)
         (transport,) = transports
-        transport.write(bytes(KERNEL))
-        source, other = Source(transport, 0), Source(transport, 0)
+        transport.write(bytes(OVER_KERNEL_BUFFERS))
+        source, other = ZerosProducer(transport, 0), ZerosProducer(transport, 0)
         transport.registerProducer(source, True)
-        self.assertEqual(source.pauses, 1)
+        self.assertEqual(source.pause_count, 1)
         self.assertRaises(RuntimeError, transport.registerProducer, other, True)
         transport.unregisterProducer()
         self.assertRaises(ValueError, transport.registerProducer, other, False)
         transport.write(b"x")
-        leave.set()
+        disconnect.set()
         await running
         await recorder.lost
         self.assertFalse(source.stopped)
 
-    async def test_an_error_in_the_protocol_ends_the_connection(self: Any) -> None:
-        class Broken(Recorder):
+    async def test_protocol_error_closes_the_connection(self: Any) -> None:
+        class FailingProtocol(RecordingProtocol):
             def dataReceived(self, data: bytes) -> None:
                 raise KeyError("broken")
 
-        port, recorder, _ = self.serve(Broken())
+        port, recorder, _ = self.serve(FailingProtocol())
 
         def client() -> None:
             with self.connect(port) as sock:
@@ -532,18 +532,18 @@ class AnyTransport:
         await recorder.lost
         self.assertEqual(transport.getPeer(), peer)
 
-    async def test_no_descriptor_is_lost(self: Any) -> None:
-        all_gone: list[Deferred[BaseException]] = []
+    async def test_no_descriptor_leak(self: Any) -> None:
+        disconnects: list[Deferred[BaseException]] = []
 
-        def take(tcp: Any) -> None:
-            recorder = Recorder()
-            all_gone.append(recorder.lost)
+        def on_connection(tcp: Any) -> None:
+            recorder = RecordingProtocol()
+            disconnects.append(recorder.connection_lost)
             if self.tls is None:
-                SocketTransport(reactor, tcp).start(recorder)
+                SocketTransport(reactor, tcp).take_over(recorder)
             else:
-                TLSTransport.server(reactor, tcp, SERVER).start(recorder)
+                TLSTransport.server(reactor, tcp, SERVER_CONTEXT).take_over(recorder)
 
-        port = self.listen(take)
+        port = self.listen(on_connection)
 
         def clients() -> None:
             for number in range(200):
@@ -558,31 +558,31 @@ class AnyTransport:
         await self.in_thread(lambda: None)  # starts the thread pool, with descriptors of its own
         before = len(os.listdir("/proc/self/fd"))
         await self.in_thread(clients)
-        while len(all_gone) < 200:
+        while len(disconnects) < 200:
             await self.turn()
-        for lost in all_gone:
-            await lost
+        for connection_lost in disconnects:
+            await connection_lost
         self.assertLessEqual(len(os.listdir("/proc/self/fd")), before)
 
 
-class Plain(AnyTransport, SocketCase):
-    async def test_a_file_goes_out_as_it_is(self) -> None:
+class PlainTransportTests(TransportTestsMixin, SocketTestCase):
+    async def test_sendfile(self) -> None:
         """To a client that reads late: nothing waits in memory but little, and nothing is lost."""
         port, recorder, transports = self.serve()
-        content = random.Random(1).randbytes(KERNEL)
-        reading, running = self.late_reader(lambda: self.connect(port))
-        await recorder.until(2)
+        content = random.Random(1).randbytes(OVER_KERNEL_BUFFERS)
+        reading, running = self.start_late_reader(lambda: self.connect(port))
+        await recorder.wait_for(2)
         (transport,) = transports
         self.assertTrue(transport.takes_files)
         with tempfile.TemporaryFile() as file:
             file.write(content)
             file.flush()
-            offered = 0
-            while offered < len(content):
-                taken = transport.offer_file(file.fileno(), offered, min(MIB, len(content) - offered))
-                self.assertGreater(taken, 0)
-                offered += taken
-                self.assertLessEqual(offered - transport.sent, 16 * 1024)
+            written = 0
+            while written < len(content):
+                count = transport.offer_file(file.fileno(), written, min(MIB, len(content) - written))
+                self.assertGreater(count, 0)
+                written += count
+                self.assertLessEqual(written - transport.sent, 16 * 1024)
                 while transport._pending:
                     reading.set()
                     await deferLater(reactor, 0)
@@ -590,10 +590,10 @@ class Plain(AnyTransport, SocketCase):
             transport.loseConnection()
             self.assertEqual(await running, content)
             self.assertTrue(reading.is_set())
-            await recorder.lost
+            await recorder.connection_lost
             self.assertEqual(transport.offer_file(file.fileno(), 0, 10), 10)
 
-    async def test_a_file_for_who_is_gone(self) -> None:
+    async def test_sendfile_to_a_reset_connection(self) -> None:
         port, recorder, transports = self.serve()
 
         def client() -> None:
@@ -602,16 +602,16 @@ class Plain(AnyTransport, SocketCase):
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
         await self.in_thread(client)
-        await recorder.until(2)
+        await recorder.wait_for(2)
         (transport,) = transports
         with tempfile.TemporaryFile() as file:
             file.write(bytes(MIB))
             file.flush()
-            while not recorder.lost.called:
+            while not recorder.connection_lost.called:
                 transport.offer_file(file.fileno(), 0, MIB)
                 await deferLater(reactor, 0)
 
-    async def test_a_file_that_cannot_be_read(self) -> None:
+    async def test_sendfile_read_error(self) -> None:
         port, recorder, transports = self.serve()
 
         def client() -> bytes:
@@ -620,42 +620,42 @@ class Plain(AnyTransport, SocketCase):
                 return read_all(sock)
 
         running = self.in_thread(client)
-        await recorder.until(2)
+        await recorder.wait_for(2)
         (transport,) = transports
         with self.assertRaises(OSError):
             transport.offer_file(99_999, 0, 10)
         transport.loseConnection()
         self.assertEqual(await running, b"")
-        await recorder.lost
+        await recorder.connection_lost
 
-    async def test_hand_over(self) -> None:
+    async def test_set_protocol(self) -> None:
         port, first, transports = self.serve()
-        second = Recorder()
+        second = RecordingProtocol()
 
         def client() -> bytes:
             with self.connect(port) as sock:
                 sock.sendall(b"one")
-                answer = read(sock, 3)
+                response = read_exactly(sock, 3)
                 sock.sendall(b"three")
-                return answer + read_all(sock)
+                return response + read_all(sock)
 
         running = self.in_thread(client)
-        await first.until(3)
+        await first.wait_for(3)
         (transport,) = transports
         transport.pauseProducing()
-        transport.hand_over(second)
+        transport.set_protocol(second)
         transport.write(b"two")
-        await second.until(5)
+        await second.wait_for(5)
         transport.loseConnection()
         self.assertEqual(await running, b"two")
-        await second.lost
+        await second.connection_lost
         self.assertEqual((first.received, second.received), (b"one", b"three"))
-        self.assertFalse(first.lost.called)
+        self.assertFalse(first.connection_lost.called)
 
 
-class TLS13(AnyTransport, SocketCase):
+class TLS13TransportTests(TransportTestsMixin, SocketTestCase):
     tls = ssl.TLSVersion.TLSv1_3
 
 
-class TLS12(AnyTransport, SocketCase):
+class TLS12TransportTests(TransportTestsMixin, SocketTestCase):
     tls = ssl.TLSVersion.TLSv1_2

@@ -21,23 +21,23 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from dockerproxy.http import tls
-from dockerproxy.http.tls import TLSTransport, explain_handshake, upgrade
+from dockerproxy.http.tls import TLSTransport, describe_handshake_error, upgrade_to_tls
 from dockerproxy.http.transport import SocketTransport
-from tests.http.kit.loopback import (
-    KERNEL,
+from tests.http.http_support.loopback import (
     MIB,
-    PATIENCE,
-    SERVER,
-    MemoryTLS,
-    Recorder,
-    SocketCase,
-    Source,
+    OVER_KERNEL_BUFFERS,
+    SERVER_CONTEXT,
+    TIMEOUT,
+    MemoryBIOClient,
+    RecordingProtocol,
+    SocketTestCase,
+    ZerosProducer,
     client_context,
+    client_hello,
     dial,
-    hello,
     reactor,
-    read,
     read_all,
+    read_exactly,
 )
 
 
@@ -46,28 +46,28 @@ def data_segments(sock: socket.socket) -> int:
     return int.from_bytes(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)[152:156], sys.byteorder)
 
 
-class Handshakes(SocketCase):
-    def serve(self, protocol: Recorder | None = None) -> tuple[int, Recorder, list[TLSTransport]]:
-        recorder = protocol or Recorder()
+class HandshakeTests(SocketTestCase):
+    def serve(self, protocol: RecordingProtocol | None = None) -> tuple[int, RecordingProtocol, list[TLSTransport]]:
+        recorder = protocol or RecordingProtocol()
         transports: list[TLSTransport] = []
 
-        def take(tcp: Any) -> None:
-            transports.append(TLSTransport.server(reactor, tcp, SERVER))
-            transports[0].start(recorder)
+        def on_connection(tcp: Any) -> None:
+            transports.append(TLSTransport.server(reactor, tcp, SERVER_CONTEXT))
+            transports[0].take_over(recorder)
 
-        return self.listen(take), recorder, transports
+        return self.listen(on_connection), recorder, transports
 
-    async def why(self, client: Callable[[int], object]) -> str:
+    async def handshake_error(self, client: Callable[[int], object]) -> str:
         """Return how the failed handshake of `client` is explained."""
         port, recorder, _ = self.serve()
         await self.in_thread(client, port)
-        reason = await recorder.lost
+        reason = await recorder.connection_lost
         self.assertIsInstance(reason, SSL.Error)
         assert isinstance(reason, SSL.Error)
         self.assertEqual(recorder.size, 0)
-        return explain_handshake(reason)
+        return describe_handshake_error(reason)
 
-    async def test_the_client_does_not_trust_us(self) -> None:
+    async def test_client_does_not_trust_the_ca(self) -> None:
         for version in (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3):
 
             def client(port: int, version: ssl.TLSVersion = version) -> None:
@@ -76,24 +76,24 @@ class Handshakes(SocketCase):
                 with dial(port) as sock, self.assertRaises(ssl.SSLCertVerificationError):
                     context.wrap_socket(sock, server_hostname="a.test")
 
-            self.assertEqual(await self.why(client), "the client does not trust our CA (/ca.crt)")
+            self.assertEqual(await self.handshake_error(client), "the client does not trust our CA (/ca.crt)")
 
     async def test_plain_http(self) -> None:
         """Told in the clear that this is the wrong port, as by servers in Go."""
-        for method, why in (("GET", "http request"), ("PUT", "http request"), ("CONNECT", "https proxy request")):
-            heard: list[bytes] = []
+        for method, expected in (("GET", "http request"), ("PUT", "http request"), ("CONNECT", "https proxy request")):
+            responses: list[bytes] = []
 
-            def client(port: int, method: str = method, heard: list[bytes] = heard) -> None:
+            def client(port: int, method: str = method, responses: list[bytes] = responses) -> None:
                 with dial(port) as sock:
                     sock.sendall(f"{method} /a HTTP/1.1\r\nHost: a.test\r\nX: {'x' * 2000}\r\n\r\n".encode())
-                    heard.append(read_all(sock))
+                    responses.append(read_all(sock))
 
-            self.assertEqual(await self.why(client), why)
-            head, _, body = heard[0].partition(b"\r\n\r\n")
+            self.assertEqual(await self.handshake_error(client), expected)
+            head, _, body = responses[0].partition(b"\r\n\r\n")
             self.assertTrue(head.startswith(b"HTTP/1.0 400 Bad Request\r\n"), head)
             self.assertEqual(body, b"Client sent an HTTP request to an HTTPS server.\n")
 
-    async def test_rubbish(self) -> None:
+    async def test_garbage(self) -> None:
         def client(port: int) -> None:
             with dial(port) as sock:
                 sock.sendall(bytes(range(256)))
@@ -102,7 +102,7 @@ class Handshakes(SocketCase):
                 except ConnectionResetError:
                     pass
 
-        self.assertTrue(await self.why(client))
+        self.assertTrue(await self.handshake_error(client))
 
     async def test_an_old_version(self) -> None:
         def client(port: int) -> None:
@@ -115,42 +115,42 @@ class Handshakes(SocketCase):
             with dial(port) as sock, self.assertRaises(OSError):
                 context.wrap_socket(sock, server_hostname="a.test")
 
-        self.assertRegex(await self.why(client), "protocol")
+        self.assertRegex(await self.handshake_error(client), "protocol")
 
-    async def test_the_client_hangs_up(self) -> None:
-        def begun(port: int) -> None:
+    async def test_client_closes_during_the_handshake(self) -> None:
+        def after_client_hello(port: int) -> None:
             with dial(port) as sock:
-                sock.sendall(hello()[:100])
+                sock.sendall(client_hello()[:100])
 
-        def not_begun(port: int) -> None:
+        def before_client_hello(port: int) -> None:
             dial(port).close()
 
-        for client in (begun, not_begun):
-            self.assertEqual(await self.why(client), "the client hung up")
+        for client in (after_client_hello, before_client_hello):
+            self.assertEqual(await self.handshake_error(client), "the client hung up")
 
-    async def test_drop_by_drop(self) -> None:
+    async def test_handshake_byte_by_byte(self) -> None:
         port, recorder, _ = self.serve()
 
         def client() -> None:
             with dial(port) as sock:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                session = MemoryTLS()
-                session.shake_hands(sock, one_by_one=True)
+                session = MemoryBIOClient()
+                session.do_handshake(sock, one_by_one=True)
                 sock.sendall(session.encrypt(b"hello"))
 
         await self.in_thread(client)
-        await recorder.lost
+        await recorder.connection_lost
         self.assertEqual(recorder.received, b"hello")
 
-    async def test_the_end_of_the_handshake_and_the_first_answer_go_out_together(self) -> None:
-        class Echo(Recorder):
+    async def test_handshake_end_and_first_response_share_a_segment(self) -> None:
+        class EchoProtocol(RecordingProtocol):
             def dataReceived(self, data: bytes) -> None:
                 self.transport.write(data)
 
-        port, recorder, _ = self.serve(Echo())
+        port, recorder, _ = self.serve(EchoProtocol())
 
         def client() -> int:
-            session = MemoryTLS()
+            session = MemoryBIOClient()
             with dial(port) as sock:
                 sock.sendall(session.next_flight() or b"")
                 session.incoming.write(sock.recv(MIB))
@@ -160,25 +160,25 @@ class Handshakes(SocketCase):
                 return data_segments(sock) - before
 
         self.assertEqual(await self.in_thread(client), 1)
-        await recorder.lost
+        await recorder.connection_lost
 
-    async def test_a_client_that_never_stops_lets_others_have_their_turn(self) -> None:
+    async def test_reads_per_iteration_are_bounded(self) -> None:
         @implementer(IHandshakeListener)
-        class Shaken(Recorder):
+        class PausedAfterHandshake(RecordingProtocol):
             def handshakeCompleted(self) -> None:
                 self.transport.pauseProducing()
-                reactor.callLater(0, turn)
+                reactor.callLater(0, read_once)
 
-        port, recorder, transports = self.serve(Shaken())
+        port, recorder, transports = self.serve(PausedAfterHandshake())
 
         def client() -> None:
-            session = MemoryTLS()
+            session = MemoryBIOClient()
             with dial(port) as sock:
-                session.shake_hands(sock, one_by_one=True)
+                session.do_handshake(sock, one_by_one=True)
                 while sock.recv(MIB):
                     pass
 
-        def turn() -> None:
+        def read_once() -> None:
             self.patch(tls, "lib", SimpleNamespace(SSL_read=lambda connection, place, size: size))
             self.assertIsNone(transports[0].doRead())
             sizes.append(len(recorder.received))
@@ -187,12 +187,12 @@ class Handshakes(SocketCase):
         sizes: list[int] = []
         with contextlib.suppress(ConnectionError):
             await self.in_thread(client)
-        await recorder.lost
+        await recorder.connection_lost
         self.assertEqual(sizes, [512 * 1024])
 
-    async def test_what_is_written_before_waits(self) -> None:
+    async def test_writes_before_the_handshake_are_buffered(self) -> None:
         @implementer(IHandshakeListener)
-        class Eager(Recorder):
+        class WritesOnConnect(RecordingProtocol):
             events: ClassVar[list[str]] = []
 
             def connectionMade(self) -> None:
@@ -209,7 +209,7 @@ class Handshakes(SocketCase):
                 self.events.append("data")
                 self.transport.loseConnection()
 
-        port, recorder, _ = self.serve(Eager())
+        port, recorder, _ = self.serve(WritesOnConnect())
 
         def client() -> bytes:
             with client_context().wrap_socket(dial(port), server_hostname="a.test") as sock:
@@ -217,89 +217,89 @@ class Handshakes(SocketCase):
                 return read_all(sock)
 
         self.assertEqual(await self.in_thread(client), b"hello")
-        await recorder.lost
-        self.assertEqual(Eager.events, ["made", "shaken", "data"])
+        await recorder.connection_lost
+        self.assertEqual(WritesOnConnect.events, ["made", "shaken", "data"])
 
-    async def test_close_before_the_end(self) -> None:
+    async def test_close_during_the_handshake(self) -> None:
         """The client may never go on with it: there is nothing to wait for, whatever was written."""
-        for written in (b"", b"for nobody"):
+        for data in (b"", b"for nobody"):
             port, recorder, transports = self.serve()
             sock = dial(port)
-            await recorder.made
-            transports[0].write(written)
+            await recorder.connection_made
+            transports[0].write(data)
             transports[0].loseConnection()
-            await recorder.lost
+            await recorder.connection_lost
             sock.close()
 
-    async def test_a_client_that_waits_costs_nothing(self) -> None:
+    async def test_no_wakeups_while_the_handshake_waits(self) -> None:
         """The reactor is not woken again and again while a handshake waits for the client."""
         port, recorder, transports = self.serve()
         sock = dial(port)
-        sock.sendall(hello()[:100])
-        await recorder.made
-        await self.turn()
-        wakes = 0
+        sock.sendall(client_hello()[:100])
+        await recorder.connection_made
+        await self.run_reactor()
+        wakeups = 0
         (transport,) = transports
         for name in ("doRead", "doWrite"):
-            called = getattr(type(transport), name)
+            original = getattr(type(transport), name)
 
-            def count(transport: TLSTransport, called: Callable[[TLSTransport], Any] = called) -> Any:
-                nonlocal wakes
-                wakes += 1
-                return called(transport)
+            def count(transport: TLSTransport, original: Callable[[TLSTransport], Any] = original) -> Any:
+                nonlocal wakeups
+                wakeups += 1
+                return original(transport)
 
             self.patch(type(transport), name, count)
         await deferLater(reactor, 0.05)
-        self.assertEqual(wakes, 0)
+        self.assertEqual(wakeups, 0)
         sock.close()
-        await recorder.lost
+        await recorder.connection_lost
 
 
-class Upgrades(SocketCase):
+class UpgradeToTLSTests(SocketTestCase):
     """As CONNECT does: some bytes in the clear, our answer, then TLS."""
 
-    ASK, ANSWER = b"CONNECT\r\n", b"200 OK\r\n"
+    CONNECT_REQUEST, CONNECT_RESPONSE = b"CONNECT\r\n", b"200 OK\r\n"
 
-    def serve(self, protocol: Protocol, before: bytes = b"") -> tuple[int, list[SocketTransport]]:
+    def serve(self, protocol: Protocol, plaintext: bytes = b"") -> tuple[int, list[SocketTransport]]:
         transports: list[SocketTransport] = []
         case = self
 
-        class Front(Protocol):
+        class ConnectProtocol(Protocol):
             def dataReceived(self, data: bytes) -> None:
                 transport: Any = self.transport
-                assert data.startswith(case.ASK)
-                transport.write(before)
-                transport.write(case.ANSWER)
-                upgrade(transport, SERVER, protocol, data.removeprefix(case.ASK))
+                assert data.startswith(case.CONNECT_REQUEST)
+                transport.write(plaintext)
+                transport.write(case.CONNECT_RESPONSE)
+                upgrade_to_tls(transport, SERVER_CONTEXT, protocol, data.removeprefix(case.CONNECT_REQUEST))
 
             def connectionLost(self, reason: Failure = connectionDone) -> None:
                 raise AssertionError("the connection is not this protocol's any more")
 
-        def take(tcp: Any) -> None:
+        def on_connection(tcp: Any) -> None:
             transports.append(SocketTransport(reactor, tcp))
-            transports[0].start(Front())
+            transports[0].take_over(ConnectProtocol())
 
-        return self.listen(take), transports
+        return self.listen(on_connection), transports
 
-    async def exchange(self, version: ssl.TLSVersion, *, early: bool) -> tuple[bytes, Recorder]:
-        class Answering(Recorder):
+    async def exchange(self, version: ssl.TLSVersion, *, early: bool) -> tuple[bytes, RecordingProtocol]:
+        class RespondingProtocol(RecordingProtocol):
             def dataReceived(self, data: bytes) -> None:
                 super().dataReceived(data)
                 if self.received.endswith(b"!"):
                     self.transport.write(bytes(5 * MIB))
                     self.transport.loseConnection()
 
-        recorder = Answering()
+        recorder = RespondingProtocol()
         port, _ = self.serve(recorder)
 
         def client() -> bytes:
-            session = MemoryTLS(version)
+            session = MemoryBIOClient(version)
             with dial(port) as sock:
-                sock.sendall(self.ASK + (session.next_flight() or b"" if early else b""))
-                assert read(sock, len(self.ANSWER)) == self.ANSWER
+                sock.sendall(self.CONNECT_REQUEST + (session.next_flight() or b"" if early else b""))
+                assert read_exactly(sock, len(self.CONNECT_RESPONSE)) == self.CONNECT_RESPONSE
                 if early:
                     session.incoming.write(sock.recv(MIB))
-                session.shake_hands(sock)
+                session.do_handshake(sock)
                 sock.sendall(session.encrypt(b"hello "))
                 sock.sendall(session.encrypt(b"world!"))
                 data = session.read(sock)
@@ -307,95 +307,95 @@ class Upgrades(SocketCase):
                 return data
 
         data = await self.in_thread(client)
-        await recorder.lost
+        await recorder.connection_lost
         return data, recorder
 
-    async def test_after_the_answer(self) -> None:
+    async def test_client_hello_after_the_response(self) -> None:
         for version in (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3):
             data, recorder = await self.exchange(version, early=False)
             self.assertEqual(data, bytes(5 * MIB))
             self.assertEqual(recorder.received, b"hello world!")
             self.assertIsInstance(recorder.transport, TLSTransport)
 
-    async def test_a_client_that_did_not_wait(self) -> None:
+    async def test_client_hello_before_the_response(self) -> None:
         for version in (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3):
             data, recorder = await self.exchange(version, early=True)
             self.assertEqual(data, bytes(5 * MIB))
             self.assertEqual(recorder.received, b"hello world!")
 
-    async def test_the_client_takes_the_answer_late(self) -> None:
+    async def test_pending_plaintext_is_sent_first(self) -> None:
         """What is still to be sent in the clear goes first, and its client wakes nobody while it waits for that."""
-        recorder = Recorder()
-        port, transports = self.serve(recorder, before=bytes(KERNEL))
+        recorder = RecordingProtocol()
+        port, transports = self.serve(recorder, plaintext=bytes(OVER_KERNEL_BUFFERS))
         sock = dial(port)
-        session = MemoryTLS()
-        await self.in_thread(sock.sendall, self.ASK)
-        await recorder.made
+        session = MemoryBIOClient()
+        await self.in_thread(sock.sendall, self.CONNECT_REQUEST)
+        await recorder.connection_made
         await self.in_thread(sock.sendall, session.next_flight())
-        wakes = 0
-        read_before = TLSTransport.doRead
+        wakeups = 0
+        original = TLSTransport.doRead
 
         def count(transport: TLSTransport) -> Any:
-            nonlocal wakes
-            wakes += 1
-            return read_before(transport)
+            nonlocal wakeups
+            wakeups += 1
+            return original(transport)
 
         self.patch(TLSTransport, "doRead", count)
         await deferLater(reactor, 0.05)
-        self.assertEqual(wakes, 0)
+        self.assertEqual(wakeups, 0)
 
         def client() -> None:
             with sock:
-                clear = read(sock, KERNEL + len(self.ANSWER))
-                assert clear == bytes(KERNEL) + self.ANSWER
+                plaintext = read_exactly(sock, OVER_KERNEL_BUFFERS + len(self.CONNECT_RESPONSE))
+                assert plaintext == bytes(OVER_KERNEL_BUFFERS) + self.CONNECT_RESPONSE
                 session.incoming.write(sock.recv(MIB))
-                session.shake_hands(sock)
+                session.do_handshake(sock)
                 sock.sendall(session.encrypt(b"hello"))
 
         await self.in_thread(client)
-        await recorder.lost
+        await recorder.connection_lost
         self.assertEqual(recorder.received, b"hello")
         del transports
 
-    async def test_back_pressure_for_a_client_that_did_not_wait(self) -> None:
-        recorder = Recorder(keep=False)
+    async def test_back_pressure_after_an_early_client_hello(self) -> None:
+        recorder = RecordingProtocol(keep=False)
         port, transports = self.serve(recorder)
         reading = threading.Event()
 
         def client() -> int:
-            session = MemoryTLS()
+            session = MemoryBIOClient()
             with dial(port) as sock:
-                sock.sendall(self.ASK + (session.next_flight() or b""))
-                read(sock, len(self.ANSWER))
+                sock.sendall(self.CONNECT_REQUEST + (session.next_flight() or b""))
+                read_exactly(sock, len(self.CONNECT_RESPONSE))
                 session.incoming.write(sock.recv(MIB))
-                session.shake_hands(sock)
+                session.do_handshake(sock)
                 sock.sendall(session.encrypt(b"go"))
-                reading.wait(PATIENCE)
+                reading.wait(TIMEOUT)
                 return len(session.read(sock))
 
         running = self.in_thread(client)
-        await recorder.until(2)
-        source = Source(recorder.transport, KERNEL)
-        source.begin()
+        await recorder.wait_for(2)
+        source = ZerosProducer(recorder.transport, OVER_KERNEL_BUFFERS)
+        source.start()
         await source.paused
-        self.assertGreater(source._left, 0)
+        self.assertGreater(source._remaining, 0)
         reading.set()
         await source.done
         recorder.transport.unregisterProducer()
         recorder.transport.loseConnection()
-        self.assertEqual(await running, KERNEL)
-        await recorder.lost
-        self.assertGreater(transports[0].sent, KERNEL)
+        self.assertEqual(await running, OVER_KERNEL_BUFFERS)
+        await recorder.connection_lost
+        self.assertGreater(transports[0].sent, OVER_KERNEL_BUFFERS)
 
-    async def test_a_handshake_that_fails(self) -> None:
+    async def test_handshake_failure(self) -> None:
         for early in (b"", b"GET / HTTP/1.1\r\n\r\n"):
-            recorder = Recorder()
+            recorder = RecordingProtocol()
             port, _ = self.serve(recorder)
 
             def client(port: int = port, early: bytes = early) -> bytes:
                 with dial(port) as sock:
-                    sock.sendall(self.ASK + early)
-                    read(sock, len(self.ANSWER))
+                    sock.sendall(self.CONNECT_REQUEST + early)
+                    read_exactly(sock, len(self.CONNECT_RESPONSE))
                     if not early:
                         sock.sendall(b"GET / HTTP/1.1\r\n\r\n")
                         return read_all(sock)
@@ -405,78 +405,82 @@ class Upgrades(SocketCase):
                         pass
                     return b""
 
-            heard = await self.in_thread(client)
+            response = await self.in_thread(client)
             if not early:
-                self.assertIn(b"Client sent an HTTP request to an HTTPS server.", heard)
-            reason = await recorder.lost
+                self.assertIn(b"Client sent an HTTP request to an HTTPS server.", response)
+            reason = await recorder.connection_lost
             assert isinstance(reason, SSL.Error)
-            self.assertEqual(explain_handshake(reason), "http request")
+            self.assertEqual(describe_handshake_error(reason), "http request")
 
 
-class Roomy(TLSTransport):
+class OverestimatingTransport(TLSTransport):
     """Believes that the kernel has more room than it has."""
 
     __slots__ = ()
 
-    def _room(self) -> int:
+    def _send_space(self) -> int:
         return MIB
 
 
-class SeveralRecords(SocketCase):
-    async def test_what_the_kernel_does_not_take_of_them_is_offered_again(self) -> None:
+class MultiRecordWriteTests(SocketTestCase):
+    async def test_partial_writes_are_retried(self) -> None:
         """As where the kernel has less room than it seemed to have: content stays what it is."""
-        content = random.Random(2).randbytes(KERNEL)
+        content = random.Random(2).randbytes(OVER_KERNEL_BUFFERS)
         transports: list[TLSTransport] = []
-        recorder = Recorder()
+        recorder = RecordingProtocol()
 
-        def take(tcp: Any) -> None:
-            transports.append(Roomy.server(reactor, tcp, SERVER))
-            transports[0].start(recorder)
+        def on_connection(tcp: Any) -> None:
+            transports.append(OverestimatingTransport.server(reactor, tcp, SERVER_CONTEXT))
+            transports[0].take_over(recorder)
 
-        port = self.listen(take)
-        reading, running = self.late_reader(lambda: client_context().wrap_socket(dial(port), server_hostname="a.test"))
-        await recorder.until(2)
+        port = self.listen(on_connection)
+        reading, running = self.start_late_reader(
+            lambda: client_context().wrap_socket(dial(port), server_hostname="a.test")
+        )
+        await recorder.wait_for(2)
         (transport,) = transports
-        offered, pauses = 0, 0
-        while offered < len(content):
-            offered += transport.offer(content[offered : offered + MIB])
+        written, pause_count = 0, 0
+        while written < len(content):
+            written += transport.write_some(content[written : written + MIB])
             # Else the end of what was taken would wait for more.
             self.assertFalse(transport._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_CORK))
             while transport._pending:
-                pauses += 1
+                pause_count += 1
                 reading.set()
                 await deferLater(reactor, 0)
         transport.loseConnection()
         self.assertEqual(await running, content)
-        self.assertGreater(pauses, 0)
-        await recorder.lost
+        self.assertGreater(pause_count, 0)
+        await recorder.connection_lost
 
-    async def test_much_goes_in_full_segments_and_little_at_once(self) -> None:
+    async def test_large_writes_are_corked(self) -> None:
         transports: list[TLSTransport] = []
-        recorder = Recorder()
+        recorder = RecordingProtocol()
 
-        def take(tcp: Any) -> None:
-            transports.append(TLSTransport.server(reactor, tcp, SERVER))
-            transports[0].start(recorder)
+        def on_connection(tcp: Any) -> None:
+            transports.append(TLSTransport.server(reactor, tcp, SERVER_CONTEXT))
+            transports[0].take_over(recorder)
 
-        port = self.listen(take)
-        reading, running = self.late_reader(lambda: client_context().wrap_socket(dial(port), server_hostname="a.test"))
-        await recorder.until(2)
+        port = self.listen(on_connection)
+        reading, running = self.start_late_reader(
+            lambda: client_context().wrap_socket(dial(port), server_hostname="a.test")
+        )
+        await recorder.wait_for(2)
         (transport,) = transports
         tls, corked = transport._tls, list[int]()
         send = tls.send
 
-        def watched(data: memoryview) -> int:
+        def recording_send(data: memoryview) -> int:
             corked.append(transport._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_CORK))
             return send(data)
 
-        self.patch(tls, "send", watched)
+        self.patch(tls, "send", recording_send)
         transport.write(bytes(1000))
         self.assertEqual(corked, [0])
         corked.clear()
-        taken = transport.offer(bytes(MIB))
+        written = transport.write_some(bytes(MIB))
         self.assertEqual(set(corked), {1})
         transport.loseConnection()
         reading.set()
-        self.assertEqual(len(await running), 1000 + taken)
-        await recorder.lost
+        self.assertEqual(len(await running), 1000 + written)
+        await recorder.connection_lost

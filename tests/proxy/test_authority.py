@@ -74,7 +74,7 @@ class Pair:
         self.client_context = client
         self._in, self._out = ssl.MemoryBIO(), ssl.MemoryBIO()
         self.client = client.wrap_bio(self._in, self._out, server_hostname=name, session=session)
-        self.server = context.connection(None)
+        self.server = context.create_connection(None)
 
     def attempt(self, side: Callable[[], object]) -> bool:
         """Let one side go on, and carry its bytes over; say whether it has finished."""
@@ -156,7 +156,7 @@ def test_a_pyopenssl_client_verifies_it_too(authority: CertificateAuthority, tmp
     context = SSL.Context(SSL.TLS_CLIENT_METHOD)
     context.load_verify_locations(str(tmp_path / "ca.crt"))
     context.set_verify(SSL.VERIFY_PEER)
-    client, server = SSL.Connection(context, None), authority.context_for("quay.io").connection(None)
+    client, server = SSL.Connection(context, None), authority.context_for("quay.io").create_connection(None)
     client.set_connect_state()
     for side, other in [(client, server), (server, client), (client, server), (server, client)]:
         try:
@@ -371,14 +371,14 @@ def test_tls_1_1_is_refused(authority: CertificateAuthority) -> None:
 
 
 def test_tls_1_2_ciphers_are_authenticated_and_forward_secret(authority: CertificateAuthority) -> None:
-    ciphers = authority.context_for("quay.io").connection(None).get_cipher_list()
+    ciphers = authority.context_for("quay.io").create_connection(None).get_cipher_list()
     for cipher in ciphers:
         assert cipher.startswith(("TLS_", "ECDHE-ECDSA-"))
         assert "GCM" in cipher or "POLY1305" in cipher
 
 
 def test_what_a_context_is_told(authority: CertificateAuthority) -> None:
-    context = authority.context_for("quay.io").sessions
+    context = authority.context_for("quay.io").ticket_context
     wanted = SSL.OP_NO_RENEGOTIATION | SSL.OP_NO_COMPRESSION
     assert context.set_options(0) & (wanted | SSL.OP_NO_TICKET) == wanted
     assert context.set_mode(0) & SSL.MODE_RELEASE_BUFFERS
@@ -388,7 +388,7 @@ def test_what_a_context_is_told(authority: CertificateAuthority) -> None:
 def test_renegotiation_is_refused(authority: CertificateAuthority) -> None:
     context = SSL.Context(SSL.TLS_CLIENT_METHOD)
     context.set_max_proto_version(SSL.TLS1_2_VERSION)
-    client, server = SSL.Connection(context, None), authority.context_for("quay.io").connection(None)
+    client, server = SSL.Connection(context, None), authority.context_for("quay.io").create_connection(None)
     client.set_connect_state()
 
     def exchange(*steps: Step) -> None:

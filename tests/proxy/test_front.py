@@ -79,12 +79,12 @@ class House:
     def door(self, **changes: str) -> FrontDoor:
         async def registry(registry: Registry, request: Request) -> None:
             self.answered.append((str(registry), request.method, request.path, request.query))
-            request.answer(200, [], b"registry")
+            request.respond(200, [], b"registry")
 
         def says(word: str) -> Any:
             async def answer(request: Request) -> None:
                 self.answered.append((word, request.method, request.path, request.query))
-                request.answer(200, [], word.encode())
+                request.respond(200, [], word.encode())
 
             return answer
 
@@ -532,7 +532,7 @@ def test_a_client_that_leaves_ends_the_attempt(enter: Any, house: House, method:
     visitor = enter()
     visitor.request(method, target)
     assert len(house.net.tcpClients) == 1
-    visitor.leave()
+    visitor.disconnect()
     assert house.net.connectors[0].stoppedConnecting
     assert [request.status for request in visitor.logged] == [0]
     assert house.logged == []

@@ -24,7 +24,7 @@ from twisted.trial.unittest import TestCase
 
 from dockerproxy.daemon.transfers import Transfers
 from dockerproxy.http.request import Request
-from dockerproxy.http.site import Site, Timeouts
+from dockerproxy.http.site import ServerTimeouts, Site
 from dockerproxy.net.addresses import AddressSet, Destinations
 from dockerproxy.net.dial import Dialer
 from dockerproxy.oci.names import Host, Registry
@@ -96,7 +96,10 @@ class Loopback(TestCase):
             await front.handle(site, request)
 
         site = self.site = Site(
-            reactor, handle, timeouts=Timeouts(), finished=lambda request, seconds: self.requests.append(request)
+            reactor,
+            handle,
+            timeouts=ServerTimeouts(),
+            on_request_finished=lambda request, seconds: self.requests.append(request),
         )
         port = await TCP4ServerEndpoint(reactor, 0, interface="127.0.0.1").listen(site)
         self.near = port.getHost().port
@@ -113,11 +116,11 @@ class Loopback(TestCase):
         async def registry(registry: Registry, request: Request) -> None:
             self.answered.append((str(registry), request.method, request.path))
             content = await request.read_all(1 << 30)
-            request.answer(200, [("X-Secure", str(request.secure))], content or f"from {registry}".encode())
+            request.respond(200, [("X-Secure", str(request.secure))], content or f"from {registry}".encode())
 
         async def own(request: Request) -> None:
             self.answered.append(("own", request.method, request.path))
-            request.answer(200, [], b"from our own")
+            request.respond(200, [], b"from our own")
 
         registries = {registry.host: registry for registry in (QUAY, ODD, ADDRESS, SIX)}
         return FrontDoor(
@@ -297,7 +300,15 @@ class Tunnels(Loopback):
         self.assertEqual(self.requests, [])
         [logged] = self.tunnels
         self.assertEqual(
-            (logged.client, logged.method, logged.host, logged.path, logged.status, logged.size, logged.verdict),
+            (
+                logged.client,
+                logged.method,
+                logged.host,
+                logged.path,
+                logged.status,
+                logged.bytes_sent,
+                logged.cache_status,
+            ),
             ("127.0.0.1", "CONNECT", f"tunnel.example:{self.far}", "", 200, 1234, "PASS"),
         )
 
@@ -336,7 +347,7 @@ class Tunnels(Loopback):
 
         self.assertEqual(await self.tunnelled(talk), BIG)
         self.assertEqual(ended_before, [0])  # until the last byte is taken, it is not over
-        self.assertEqual([logged.size for logged in self.tunnels], [len(BIG)])
+        self.assertEqual([logged.bytes_sent for logged in self.tunnels], [len(BIG)])
 
     async def test_a_large_body_to_a_server_that_reads_late(self) -> None:
         self.server.connected = lambda far: far.transport.pauseProducing()

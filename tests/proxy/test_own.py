@@ -16,7 +16,7 @@ from twisted.trial.unittest import TestCase
 
 from dockerproxy.errors import NameUnknown
 from dockerproxy.http.request import Request
-from dockerproxy.http.site import Site, Timeouts
+from dockerproxy.http.site import ServerTimeouts, Site
 from dockerproxy.net.addresses import AddressSet, Destinations
 from dockerproxy.proxy.authority import CertificateAuthority
 from dockerproxy.proxy.own import OwnDoor
@@ -28,7 +28,7 @@ NAME = "docker-registry.local"
 async def page(request: Request) -> None:
     if request.path == "/none":
         raise NameUnknown("there is no such page")
-    request.answer(200, [], f"{request.host} {request.path} {request.query}".encode())
+    request.respond(200, [], f"{request.host} {request.path} {request.query}".encode())
 
 
 @pytest.fixture
@@ -67,7 +67,11 @@ class Certificates(TestCase):
         self.context = ssl.create_default_context(cadata=authority.certificate_pem.decode())
         certificates = authority.context_by_name({NAME, "registry"})
         site = Site(
-            reactor, page, timeouts=Timeouts(), finished=lambda request, seconds: None, tls=lambda: certificates
+            reactor,
+            page,
+            timeouts=ServerTimeouts(),
+            on_request_finished=lambda request, seconds: None,
+            get_tls_context=lambda: certificates,
         )
         port = await serverFromString(reactor, description).listen(site)
         self.addCleanup(port.stopListening)

@@ -102,7 +102,7 @@ class Shelf:
 
     async def other(self, request: Request, target: Target) -> None:
         self.asked.append((request.method, target))
-        request.answer(200, [], b"other")
+        request.respond(200, [], b"other")
 
 
 @pytest.fixture(scope="session")

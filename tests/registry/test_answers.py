@@ -38,7 +38,7 @@ STATUSES = {
 def tell(visit: Any) -> Any:
     def tell(error: RegistryError, *challenge: tuple[str, str], method: str = "GET", verdict: str = "-") -> Any:
         async def handle(request: Request) -> None:
-            request.verdict = verdict
+            request.cache_status = verdict
             answer_error(request, error, challenge)
 
         return visit(handle).ask(method, "/")

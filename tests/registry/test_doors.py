@@ -304,7 +304,7 @@ def test_a_client_that_leaves_gives_upstreams_answer_up(intercept: Any, elsewher
     visitor.wire.room = 100
     visitor.request("GET", "/v2/_catalog")
     assert not elsewhere.answer.aborted
-    visitor.leave()
+    visitor.disconnect()
     assert elsewhere.answer.aborted
 
 

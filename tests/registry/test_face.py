@@ -363,7 +363,7 @@ def test_a_client_that_leaves_closes_the_content(open_face: Any, shelf: Any, tex
             visitor = open_face()
             visitor.request("GET", blob(shelf.put(content)))
             assert content.closed == 0
-            visitor.leave()
+            visitor.disconnect()
             assert content.closed == 1, (size, known)
 
 
@@ -378,7 +378,7 @@ def test_a_client_that_leaves_while_a_verdict_is_awaited(open_face: Any, shelf: 
     visitor = open_face()
     visitor.request("GET", blob(shelf.put(content)))
     assert (visitor.received, content.closed) == (b"", 0)  # not a byte before it is certain
-    visitor.leave()
+    visitor.disconnect()
     assert content.closed == 1
 
 

@@ -194,7 +194,7 @@ def test_what_arrived_before_a_drop_counts(registry: Registry) -> None:
     assert code(busy) == (409, "BLOB_UPLOAD_INVALID")
     # It waits to be written with what comes next, and is not told of before.
     assert registry.connect().ask("HEAD", location).headers["Range"] == "0-0"
-    registry.visitor.leave()
+    registry.visitor.disconnect()
     assert registry.ask("GET", location).headers["Range"] == "0-9"
     digest = Digest.of(b"some of it and the rest")
     assert registry.ask("PUT", f"{location}?digest={digest}", b" and the rest", Content_Range="10-22").status == 201
@@ -205,7 +205,7 @@ def test_a_drop_in_a_single_post_leaves_nothing(registry: Registry) -> None:
     head = f"POST /v2/{NAME}/blobs/uploads/?digest={digest} HTTP/1.1\r\nHost: x\r\nContent-Length: 11\r\n\r\n"
     registry.visitor.send(head.encode() + b"never")
     assert len(os.listdir(registry.store.layout.uploads(NAME))) == 1
-    registry.visitor.leave()
+    registry.visitor.disconnect()
     assert os.listdir(registry.store.layout.uploads(NAME)) == []
 
 
@@ -749,5 +749,5 @@ def test_a_request_that_is_left_goes_on(registry: Registry, monkeypatch: pytest.
         + content
     )
     assert registry.store.links.tags(NAME) == []
-    registry.visitor.leave()
+    registry.visitor.disconnect()
     assert registry.store.links.tags(NAME) == ["left"]

@@ -15,7 +15,7 @@ from twisted.internet.task import Clock
 
 from dockerproxy.errors import UpstreamBroken
 from dockerproxy.http.request import Request
-from dockerproxy.http.site import Timeouts
+from dockerproxy.http.site import ServerTimeouts
 from dockerproxy.registry.senders import Pace, send
 
 SMALLEST, FIRST, LARGEST = 16 * 1024, 128 * 1024, 1024 * 1024
@@ -142,7 +142,7 @@ def test_a_client_that_leaves_ends_it(visit: Any, text: Any) -> None:
     sending = Sending(visit, content, 0, len(DATA))
     sending.visitor.wire.room = 1000
     sending.visitor.request("GET", "/")
-    sending.visitor.leave()
+    sending.visitor.disconnect()
     assert len(sending.ended) == 1 and sending.ended[0] is not None
     assert len(content.asked) == 1
     assert sending.visitor.logged[0].size == FIRST
@@ -153,12 +153,12 @@ def test_a_client_that_leaves_while_content_is_waited_for(visit: Any, text: Any)
     sending = Sending(visit, content, 0, len(DATA))
     sending.visitor.request("GET", "/")
     assert sending.ended == []
-    sending.visitor.leave()
+    sending.visitor.disconnect()
     assert len(sending.ended) == 1 and sending.ended[0] is not None
 
 
 def test_a_client_that_takes_nothing_for_too_long_is_dropped(visit: Any, text: Any) -> None:
-    sending = Sending(visit, text(DATA), 0, len(DATA), timeouts=Timeouts(send=10))
+    sending = Sending(visit, text(DATA), 0, len(DATA), timeouts=ServerTimeouts(send=10))
     sending.visitor.wire.room = 1000
     sending.visitor.request("GET", "/")
     for _ in range(100):

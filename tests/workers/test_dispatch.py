@@ -15,7 +15,7 @@ from twisted.internet.threads import deferToThread
 from twisted.trial.unittest import TestCase
 
 from dockerproxy.http.request import Request
-from dockerproxy.http.site import Site, Timeouts
+from dockerproxy.http.site import ServerTimeouts, Site
 from dockerproxy.workers.dispatch import ConnectionDispatcher, ConnectionReceiver
 from dockerproxy.workers.message_socket import MessageSocket, socketpair
 
@@ -34,10 +34,10 @@ class SiteProcess:
 
     def _make_site(self, name: str) -> Site:
         async def handle(request: Request) -> None:
-            request.answer(200, [], f"{name} {request.client}".encode())
+            request.respond(200, [], f"{name} {request.client}".encode())
 
-        site = Site(reactor, handle, timeouts=Timeouts(), finished=lambda request, seconds: None)
-        site.gone = self.count_closed
+        site = Site(reactor, handle, timeouts=ServerTimeouts(), on_request_finished=lambda request, seconds: None)
+        site.on_closed = self.count_closed
         return site
 
     def count_closed(self) -> None:

@@ -17,7 +17,7 @@ from twisted.logger import LogEvent, LogLevel
 
 from dockerproxy.cache.identity import Bindings
 from dockerproxy.daemon.listener_service import Listener
-from dockerproxy.http.site import Site, Timeouts
+from dockerproxy.http.site import ServerTimeouts, Site
 from dockerproxy.workers import supervisor as crew_module
 from dockerproxy.workers.rpc import RPC
 from dockerproxy.workers.scoreboard import Scoreboard
@@ -266,7 +266,7 @@ def test_closed_local_connection_is_not_counted(harness: SupervisorHarness) -> N
     harness.start_ready()
     [listener] = harness.supervisor.dispatching_listeners([Listener("PROXY_LISTEN", (), _site())])
     assert [harness.connect() for _ in range(3)] == [False, True, True]
-    listener.site.gone()
+    listener.site.on_closed()
     assert [harness.connect() for _ in range(2)] == [False, False]
 
 
@@ -549,4 +549,4 @@ def test_worker_output_is_relayed_to_the_log(make_harness: Any, log_events: list
 def _site() -> Site:
     async def answer(request: Any) -> None: ...
 
-    return Site(Clock(), answer, timeouts=Timeouts(), finished=lambda request, seconds: None)  # type: ignore[no-untyped-call]
+    return Site(Clock(), answer, timeouts=ServerTimeouts(), on_request_finished=lambda request, seconds: None)  # type: ignore[no-untyped-call]

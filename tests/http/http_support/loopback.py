@@ -30,10 +30,10 @@ reactor: Any = _reactor
 T = TypeVar("T")
 
 MIB = 1 << 20
-PATIENCE = 20  # seconds: what takes longer has failed
-MUCH = 50 * MIB
-PIECE = 64 * 1024
-KERNEL = 16 * MIB  # more than the kernel keeps of a connection, however it tunes its buffers
+TIMEOUT = 20  # seconds: what takes longer has failed
+LARGE = 50 * MIB
+CHUNK = 64 * 1024
+OVER_KERNEL_BUFFERS = 16 * MIB  # more than the kernel keeps of a connection, however it tunes its buffers
 
 with tempfile.TemporaryDirectory() as _directory:
     _authority = CertificateAuthority.open(
@@ -41,7 +41,7 @@ with tempfile.TemporaryDirectory() as _directory:
     )
     # Once, for an authority is not for several threads.
     CERTIFICATE = _authority.certificate_pem.decode()
-    SERVER = _authority.context_for("a.test")
+    SERVER_CONTEXT = _authority.context_for("a.test")
 
 
 def client_context(version: ssl.TLSVersion = ssl.TLSVersion.TLSv1_3) -> ssl.SSLContext:
@@ -50,116 +50,116 @@ def client_context(version: ssl.TLSVersion = ssl.TLSVersion.TLSv1_3) -> ssl.SSLC
     return context
 
 
-class Recorder(Protocol):
+class RecordingProtocol(Protocol):
     """Keeps what arrives, or its length and hash only; fires `lost` once."""
 
     transport: Any
 
     def __init__(self, *, keep: bool = True) -> None:
         self._keep = keep
-        self._awaited: tuple[int, Deferred[None]] | None = None
-        self.made: Deferred[None] = Deferred()
-        self.lost: Deferred[BaseException] = Deferred()
+        self._waiter: tuple[int, Deferred[None]] | None = None
+        self.connection_made: Deferred[None] = Deferred()
+        self.connection_lost: Deferred[BaseException] = Deferred()
         self.received = b""
         self.size = 0
         self.hash = hashlib.sha256()
 
     def connectionMade(self) -> None:
-        self.made.callback(None)
+        self.connection_made.callback(None)
 
     def dataReceived(self, data: bytes) -> None:
         self.size += len(data)
         self.hash.update(data)
         if self._keep:
             self.received += data
-        if self._awaited is not None and self.size >= self._awaited[0]:
-            (_, deferred), self._awaited = self._awaited, None
+        if self._waiter is not None and self.size >= self._waiter[0]:
+            (_, deferred), self._waiter = self._waiter, None
             deferred.callback(None)
 
-    def until(self, size: int) -> Deferred[None]:
+    def wait_for(self, size: int) -> Deferred[None]:
         """Fires when so many bytes have arrived."""
         deferred: Deferred[None] = Deferred()
         if self.size >= size:
             deferred.callback(None)
         else:
-            self._awaited = (size, deferred)
+            self._waiter = (size, deferred)
         return deferred
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
-        self.lost.callback(reason.value)  # a second call would raise AlreadyCalledError
+        self.connection_lost.callback(reason.value)  # a second call would raise AlreadyCalledError
 
 
 @implementer(IPushProducer)
-class Source:
+class ZerosProducer:
     """Writes `size` bytes as the transport takes them; notes how many waited in it at most."""
 
     def __init__(self, transport: Any, size: int) -> None:
         self._transport = transport
-        self._left = size
+        self._remaining = size
         self._written = 0
         self._paused = False
-        self.most = 0
-        self.pauses = 0
+        self.max_buffered = 0
+        self.pause_count = 0
         self.stopped = False
         self.done: Deferred[None] = Deferred()
         self.paused: Deferred[None] = Deferred()
 
-    def begin(self) -> None:
+    def start(self) -> None:
         self._transport.registerProducer(self, True)
-        self._go_on()
+        self._produce()
 
-    def _go_on(self) -> None:
-        while self._left and not self._paused and not self.stopped:
-            piece = bytes(min(PIECE, self._left))
-            self._left -= len(piece)
-            self._transport.write(piece)
-            self._written += len(piece)
-            self.most = max(self.most, self._written - self._transport.sent)
-        if not self._left and not self._paused and not self.done.called:
+    def _produce(self) -> None:
+        while self._remaining and not self._paused and not self.stopped:
+            chunk = bytes(min(CHUNK, self._remaining))
+            self._remaining -= len(chunk)
+            self._transport.write(chunk)
+            self._written += len(chunk)
+            self.max_buffered = max(self.max_buffered, self._written - self._transport.sent)
+        if not self._remaining and not self._paused and not self.done.called:
             self.done.callback(None)
 
     def pauseProducing(self) -> None:
         assert not self._paused
         self._paused = True
-        self.pauses += 1
+        self.pause_count += 1
         if not self.paused.called:
             self.paused.callback(None)
 
     def resumeProducing(self) -> None:
         assert self._paused
         self._paused = False
-        self._go_on()
+        self._produce()
 
     def stopProducing(self) -> None:
         self.stopped = True
 
 
-class _Taking(Protocol):
-    def __init__(self, take: Callable[[Any], None]) -> None:
-        self._take = take
+class _CallbackProtocol(Protocol):
+    def __init__(self, on_connection: Callable[[Any], None]) -> None:
+        self._on_connection = on_connection
 
     def connectionMade(self) -> None:
-        self._take(self.transport)
+        self._on_connection(self.transport)
 
 
-class _Taker(Factory):
+class _CallbackFactory(Factory):
     noisy = False
 
-    def __init__(self, take: Callable[[Any], None]) -> None:
-        self._take = take
+    def __init__(self, on_connection: Callable[[Any], None]) -> None:
+        self._on_connection = on_connection
 
     def buildProtocol(self, address: object) -> Protocol:
-        return _Taking(self._take)
+        return _CallbackProtocol(self._on_connection)
 
 
-class SocketCase(TestCase):
+class SocketTestCase(TestCase):
     """Trial itself sees to it that no test leaves a socket, a reader, a writer or a delayed call behind."""
 
     timeout = 60
 
-    def listen(self, take: Callable[[Any], None]) -> int:
+    def listen(self, on_connection: Callable[[Any], None]) -> int:
         """Call `take` with each connection's transport of Twisted's; return the port."""
-        port = reactor.listenTCP(0, _Taker(take), interface="127.0.0.1")
+        port = reactor.listenTCP(0, _CallbackFactory(on_connection), interface="127.0.0.1")
         self.addCleanup(port.stopListening)
         number: int = port.getHost().port
         return number
@@ -168,53 +168,55 @@ class SocketCase(TestCase):
         deferred: Deferred[T] = deferToThread(function, *args)
         return deferred
 
-    def late_reader(self, connect: Callable[[], socket.socket]) -> tuple[threading.Event, Deferred[bytes]]:
+    def start_late_reader(self, connect: Callable[[], socket.socket]) -> tuple[threading.Event, Deferred[bytes]]:
         """Start a client that says "go" and reads all once the event is set; return that, and what will be read."""
         reading = threading.Event()
 
         def client() -> bytes:
             with connect() as sock:
                 sock.sendall(b"go")
-                reading.wait(PATIENCE)
+                reading.wait(TIMEOUT)
                 return read_all(sock)
 
         return reading, self.in_thread(client)
 
-    def portions(self, connect: Callable[[], socket.socket]) -> tuple[Callable[[int], Deferred[None]], Deferred[None]]:
+    def start_metered_reader(
+        self, connect: Callable[[], socket.socket]
+    ) -> tuple[Callable[[int], Deferred[None]], Deferred[None]]:
         """Start a client that says "go"; return what has it read so many bytes, or leave for 0, and its end."""
-        wanted: queue.SimpleQueue[tuple[int, Deferred[None]]] = queue.SimpleQueue()
+        reads: queue.SimpleQueue[tuple[int, Deferred[None]]] = queue.SimpleQueue()
 
         def client() -> None:
             with connect() as sock:
                 sock.sendall(b"go")
                 size = -1
                 while size:
-                    left, done = size, _ = wanted.get(timeout=PATIENCE)
-                    while left:
-                        data = sock.recv(min(left, MIB))
+                    remaining, done = size, _ = reads.get(timeout=TIMEOUT)
+                    while remaining:
+                        data = sock.recv(min(remaining, MIB))
                         assert data, "hung up"
-                        left -= len(data)
+                        remaining -= len(data)
                     reactor.callFromThread(done.callback, None)
 
         def read(size: int) -> Deferred[None]:
             done: Deferred[None] = Deferred()
-            wanted.put((size, done))
+            reads.put((size, done))
             return done
 
         return read, self.in_thread(client)
 
-    async def turn(self) -> None:
+    async def run_reactor(self) -> None:
         """Let the reactor look at its sockets once or twice."""
         for _ in range(3):
             await deferLater(reactor, 0)
 
 
-def dial(port: int, receives: int | None = None) -> socket.socket:
+def dial(port: int, receive_buffer: int | None = None) -> socket.socket:
     """Connect; `receives` is how many bytes, about, wait in the kernel to be read."""
     sock = socket.socket()
-    sock.settimeout(PATIENCE)
-    if receives is not None:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receives)
+    sock.settimeout(TIMEOUT)
+    if receive_buffer is not None:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
     sock.connect(("127.0.0.1", port))
     return sock
 
@@ -227,17 +229,17 @@ def read_all(sock: socket.socket) -> bytes:
     return b"".join(parts)
 
 
-def read(sock: socket.socket, size: int) -> bytes:
+def read_exactly(sock: socket.socket, size: int) -> bytes:
     data = b""
     while len(data) < size:
-        piece = sock.recv(min(MIB, size - len(data)))
-        if not piece:
+        chunk = sock.recv(min(MIB, size - len(data)))
+        if not chunk:
             raise EOFError
-        data += piece
+        data += chunk
     return data
 
 
-class MemoryTLS:
+class MemoryBIOClient:
     """A TLS client whose bytes the test sends when and how it likes."""
 
     def __init__(self, version: ssl.TLSVersion = ssl.TLSVersion.TLSv1_3) -> None:
@@ -254,7 +256,7 @@ class MemoryTLS:
             return self._outgoing.read() or None
         return self._outgoing.read()
 
-    def shake_hands(self, sock: socket.socket, *, one_by_one: bool = False) -> None:
+    def do_handshake(self, sock: socket.socket, *, one_by_one: bool = False) -> None:
         while (flight := self.next_flight()) is not None:
             for piece in [bytes([byte]) for byte in flight] if one_by_one else [flight]:
                 sock.sendall(piece)
@@ -275,23 +277,23 @@ class MemoryTLS:
         data = b""
         while size is None or len(data) < size:
             try:
-                piece = self._session.read(MIB)
+                chunk = self._session.read(MIB)
             except ssl.SSLWantReadError:
-                more = sock.recv(MIB)
-                if not more:
+                ciphertext = sock.recv(MIB)
+                if not ciphertext:
                     raise EOFError("no close_notify") from None
-                self.incoming.write(more)
+                self.incoming.write(ciphertext)
             except ssl.SSLZeroReturnError:
                 return data
             else:
-                if not piece:
+                if not chunk:
                     return data
-                data += piece
+                data += chunk
         return data
 
 
-def hello() -> bytes:
+def client_hello() -> bytes:
     """Return a ClientHello."""
-    flight = MemoryTLS().next_flight()
+    flight = MemoryBIOClient().next_flight()
     assert flight
     return flight

@@ -14,16 +14,16 @@ from twisted.python.failure import Failure
 
 from dockerproxy.http.channel import HTTPChannel
 from dockerproxy.http.request import Request
-from dockerproxy.http.site import Site, Timeouts
+from dockerproxy.http.site import ServerTimeouts, Site
 
-TIMEOUTS = Timeouts(keepalive=300, header=60, body=50, send=40)
+TIMEOUTS = ServerTimeouts(keepalive=300, header=60, body=50, send=40)
 GET = b"GET /%d HTTP/1.1\r\nHost: a\r\n\r\n"
-UNREAD = 256 * 1024  # bytes of a body that are thrown away for the sake of the next request
+DISCARD_LIMIT = 256 * 1024  # bytes of a body that are thrown away for the sake of the next request
 
 Handler = Callable[[Request], Awaitable[None]]
 
 
-class Wire(StringTransport):
+class RecordingTransport(StringTransport):
     """A transport of bytes that counts what was sent, as the real one does."""
 
     def __init__(self) -> None:
@@ -45,15 +45,15 @@ class Wire(StringTransport):
 
 
 @frozen
-class Answer:
+class ParsedResponse:
     status: int
     fields: dict[str, str]
     body: bytes
 
 
-def answers(data: bytes, *methods: str) -> list[Answer]:
+def parse_responses(data: bytes, *methods: str) -> list[ParsedResponse]:
     """Read the answers in `data` as a client does that sent requests with these methods (else GETs)."""
-    file, found = io.BytesIO(data), []
+    file, responses = io.BytesIO(data), []
     while line := file.readline():
         version, status, _ = line.decode().split(" ", 2)
         assert version == "HTTP/1.1"
@@ -62,7 +62,7 @@ def answers(data: bytes, *methods: str) -> list[Answer]:
             name, value = line.decode().split(": ", 1)
             assert name not in fields
             fields[name] = value.removesuffix("\r\n")
-        method = methods[len(found)] if len(found) < len(methods) else "GET"
+        method = methods[len(responses)] if len(responses) < len(methods) else "GET"
         if method == "HEAD" or status in ("100", "204", "304"):
             body = b""
         elif fields.get("Transfer-Encoding") == "chunked":
@@ -76,96 +76,96 @@ def answers(data: bytes, *methods: str) -> list[Answer]:
             assert len(body) == int(fields["Content-Length"])
         else:
             body = file.read()
-        found.append(Answer(int(status), fields, body))
-    return found
+        responses.append(ParsedResponse(int(status), fields, body))
+    return responses
 
 
-class Door:
+class InMemoryServer:
     """A site on a clock, what it logged, and clients of it."""
 
-    def __init__(self, handler: Handler, timeouts: Timeouts = TIMEOUTS) -> None:
+    def __init__(self, handler: Handler, timeouts: ServerTimeouts = TIMEOUTS) -> None:
         self.clock = Clock()
         self.logged: list[tuple[str, int, int, float]] = []
-        self.site = Site(self.clock, handler, timeouts=timeouts, finished=self._log)
+        self.site = Site(self.clock, handler, timeouts=timeouts, on_request_finished=self._log)
 
     def _log(self, request: Request, seconds: float) -> None:
-        self.logged.append((request.path, request.status, request.size, seconds))
+        self.logged.append((request.path, request.status, request.bytes_sent, seconds))
 
-    def client(self) -> Client:
-        return Client(self.site)
+    def client(self) -> InMemoryClient:
+        return InMemoryClient(self.site)
 
 
-class Client:
+class InMemoryClient:
     def __init__(self, site: Site) -> None:
         self.channel = HTTPChannel(site, site.handler, secure=False)
-        self.wire = Wire()
-        self.channel.makeConnection(self.wire)
+        self.transport = RecordingTransport()
+        self.channel.makeConnection(self.transport)
 
     def send(self, data: bytes) -> None:
         self.channel.dataReceived(data)
 
-    def leave(self) -> None:
+    def disconnect(self) -> None:
         self.channel.connectionLost(Failure(ConnectionDone()))
 
     def stop_reading(self) -> None:
-        assert self.wire.producer is not None
-        self.wire.producer.pauseProducing()
+        assert self.transport.producer is not None
+        self.transport.producer.pauseProducing()
 
-    def read_on(self) -> None:
-        assert self.wire.producer is not None
-        self.wire.producer.resumeProducing()
+    def resume_reading(self) -> None:
+        assert self.transport.producer is not None
+        self.transport.producer.resumeProducing()
 
     @property
     def statuses(self) -> list[int]:
-        return [answer.status for answer in self.answers]
+        return [response.status for response in self.responses]
 
     @property
-    def answers(self) -> list[Answer]:
-        return answers(self.wire.value())
+    def responses(self) -> list[ParsedResponse]:
+        return parse_responses(self.transport.value())
 
     @property
-    def closed(self) -> bool:
+    def closed_cleanly(self) -> bool:
         """Whether the connection was closed in good order."""
-        return self.wire.disconnecting and not self.wire.aborted
+        return self.transport.disconnecting and not self.transport.aborted
 
 
 async def echo(request: Request) -> None:
     """Answer with what was asked."""
     body = await request.read_all(1 << 20)
-    request.answer(200, [], f"{request.method} {request.path} ".encode() + body)
+    request.respond(200, [], f"{request.method} {request.path} ".encode() + body)
 
 
-async def ignore(request: Request) -> None:
+async def ignore_body(request: Request) -> None:
     """Answer without a look at the body."""
-    request.answer(200, [], b"ok")
+    request.respond(200, [], b"ok")
 
 
-class Slow:
+class BlockingHandler:
     """Answers when told."""
 
     def __init__(self) -> None:
-        self.waiting: list[Deferred[None]] = []
-        self.ended: list[BaseException | None] = []
+        self.waiters: list[Deferred[None]] = []
+        self.outcomes: list[BaseException | None] = []
 
     async def __call__(self, request: Request) -> None:
         waiter: Deferred[None] = Deferred()
-        self.waiting.append(waiter)
+        self.waiters.append(waiter)
         try:
             await waiter
         except BaseException as error:
-            self.ended.append(error)
+            self.outcomes.append(error)
             raise
-        request.answer(200, [], request.path.encode())
-        self.ended.append(None)
+        request.respond(200, [], request.path.encode())
+        self.outcomes.append(None)
 
 
-class Downloads:
+class DownloadHandler:
     """Answers with `size` bytes in pieces of 1000, one after the other as the client takes them."""
 
     def __init__(self, size: int) -> None:
         self.size = size
         self.written = 0
-        self.ended: list[BaseException] = []
+        self.errors: list[BaseException] = []
 
     async def __call__(self, request: Request) -> None:
         request.start(200, [], self.size)
@@ -175,27 +175,27 @@ class Downloads:
                 self.written += 1000
                 await request.drain()
         except BaseException as error:
-            self.ended.append(error)
+            self.errors.append(error)
             raise
         request.finish()
 
 
-class Uploads:
+class UploadHandler:
     """Reads a body when told."""
 
     def __init__(self) -> None:
         self.request: Request | None = None
-        self.go = Deferred[None]()
+        self.proceed = Deferred[None]()
         self.body = b""
-        self.ended: BaseException | None = None
+        self.error: BaseException | None = None
 
     async def __call__(self, request: Request) -> None:
         self.request = request
-        await self.go
+        await self.proceed
         try:
             while data := await request.read_chunk():
                 self.body += data
         except BaseException as error:
-            self.ended = error
+            self.error = error
             raise
-        request.answer(201, [])
+        request.respond(201, [])

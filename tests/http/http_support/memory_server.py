@@ -15,7 +15,7 @@ from twisted.internet import reactor as _reactor
 from twisted.internet.task import deferLater
 
 from dockerproxy.http.request import Request
-from dockerproxy.http.site import Site, Timeouts
+from dockerproxy.http.site import ServerTimeouts, Site
 from dockerproxy.proxy.authority import CertificateAuthority
 from dockerproxy.registry.senders import send
 
@@ -44,31 +44,33 @@ class Zeros:
 
 
 def main() -> None:
-    content, waiting = Zeros(), 0
+    content, slow_client_count = Zeros(), 0
 
     async def handle(request: Request) -> None:
-        nonlocal waiting
+        nonlocal slow_client_count
         if request.path == "/large":
-            waiting += 1
+            slow_client_count += 1
             request.start(200, [], SIZE)
             await send(request, content, 0, SIZE, reactor)
             return
-        while request.path == "/blocked" and sum(channel._outflow.closed for channel in site._channels) < int(
+        while request.path == "/blocked" and sum(channel._flow_control.paused for channel in site._channels) < int(
             request.query
         ):
             await deferLater(reactor, 0.01)
-        request.answer(200, [], b"yes")
+        request.respond(200, [], b"yes")
 
     with tempfile.TemporaryDirectory() as directory:
         authority = CertificateAuthority.open(
             Path(directory), certificate_file=None, key_file=None, passphrase=None, now=time.time
         )
 
-    def nothing(request: Request, seconds: float) -> None: ...
+    def ignore_request(request: Request, seconds: float) -> None: ...
 
     context = authority.context_for("a.test")
-    site = Site(reactor, handle, timeouts=Timeouts(), finished=nothing, tls=lambda: context)
-    plain = Site(reactor, handle, timeouts=Timeouts(), finished=nothing)
+    site = Site(
+        reactor, handle, timeouts=ServerTimeouts(), on_request_finished=ignore_request, get_tls_context=lambda: context
+    )
+    plain = Site(reactor, handle, timeouts=ServerTimeouts(), on_request_finished=ignore_request)
     ports = [reactor.listenTCP(0, each, backlog=1000, interface="127.0.0.1") for each in (site, plain)]
     print(*(port.getHost().port for port in ports), flush=True)
     reactor.run()

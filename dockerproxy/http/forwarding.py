@@ -15,7 +15,7 @@ from dockerproxy.http.message import body_framing
 from dockerproxy.http.request import Request
 
 
-class Answer(Protocol):
+class ForwardedResponse(Protocol):
     """Another server's answer, its body not read yet."""
 
     status: int
@@ -30,66 +30,68 @@ class Answer(Protocol):
     def abort(self) -> None: ...
 
 
-def request_body(request: Request) -> RequestBody | None:
+def request_body_producer(request: Request) -> RequestBodyProducer | None:
     """Return the request's body for the next server, or None where it has none."""
-    return RequestBody(request) if request.has_body else None
+    return RequestBodyProducer(request) if request.has_body else None
 
 
 @implementer(IBodyProducer)
-class RequestBody:
+class RequestBodyProducer:
     """The body of a client's request, as it arrives. The client is held back while the next server takes no more."""
 
     def __init__(self, request: Request) -> None:
         framing = body_framing(request.head)
         self.length: Any = UNKNOWN_LENGTH if framing is None else framing
         self._request = request
-        self._paused: Deferred[None] | None = None
-        self._pump: Deferred[None] | None = None
+        self._resume_waiter: Deferred[None] | None = None
+        self._produce_task: Deferred[None] | None = None
         self._stopped = False
 
     def startProducing(self, consumer: IConsumer) -> Deferred[None]:
-        self._pump = Deferred.fromCoroutine(self._produce(consumer))
+        self._produce_task = Deferred.fromCoroutine(self._produce(consumer))
         # Its own Deferred: whoever holds this one must not get at the coroutine by cancelling it.
         done: Deferred[None] = Deferred()
-        self._pump.addCallbacks(done.callback, lambda why: None if why.check(CancelledError) else done.errback(why))
+        self._produce_task.addCallbacks(
+            done.callback, lambda why: None if why.check(CancelledError) else done.errback(why)
+        )
         return done
 
     async def _produce(self, consumer: IConsumer) -> None:
         while data := await self._request.read_chunk():
             consumer.write(data)
-            if self._paused is not None:
-                await self._paused
+            if self._resume_waiter is not None:
+                await self._resume_waiter
             if self._stopped:  # from within that `write`, when there was nothing to cancel
                 raise CancelledError
 
     def pauseProducing(self) -> None:
-        if self._paused is None:
-            self._paused = Deferred()
+        if self._resume_waiter is None:
+            self._resume_waiter = Deferred()
 
     def resumeProducing(self) -> None:
-        paused, self._paused = self._paused, None
-        if paused is not None:
-            paused.callback(None)
+        waiter, self._resume_waiter = self._resume_waiter, None
+        if waiter is not None:
+            waiter.callback(None)
 
     def stopProducing(self) -> None:
         self._stopped = True
-        if self._pump is not None:
-            self._pump.cancel()
+        if self._produce_task is not None:
+            self._produce_task.cancel()
 
 
-async def relay(request: Request, answer: Answer, fields: Iterable[tuple[str, str]]) -> None:
+async def forward_response(request: Request, response: ForwardedResponse, fields: Iterable[tuple[str, str]]) -> None:
     """Answer `request` with `answer`, under the header fields `fields`."""
     try:
-        request.start(answer.status, fields, answer.length)
-        while data := await answer.read_chunk():
+        request.start(response.status, fields, response.length)
+        while data := await response.read_chunk():
             request.write(data)
             await request.drain()
         request.finish()
     except BaseException:
-        answer.abort()
+        response.abort()
         raise
 
 
-def relayed_fields(headers: Headers) -> list[tuple[str, str]]:
+def forwarded_fields(headers: Headers) -> list[tuple[str, str]]:
     """Return the fields of an answer that go to the client as they are; the framing is ours to say."""
     return list(headers.end_to_end().without("content-length", "date"))

@@ -1,0 +1,147 @@
+"""When a client's time is up, by a clock of the test's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from attrs import define, field
+from twisted.internet.task import Clock
+
+from dockerproxy.http.timeouts import ConnectionTimer, Deadline, TimeoutReaper
+
+
+@define
+class TimerCase:
+    """A client that is waited for from `begin` on, for 10 seconds; every 4 it is looked after."""
+
+    clock: Clock = field(factory=Clock)
+    timeouts: list[float] = field(factory=list)
+    started_at: Callable[[], float] | None = None
+    stays_open: bool = False
+    timer: ConnectionTimer = field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.timer = ConnectionTimer(TimeoutReaper(self.clock, 4.0), self.deadline)
+        self.timer.start()
+
+    def deadline(self) -> Deadline:
+        started_at = self.timer.started_at if self.started_at is None else self.started_at()
+        return Deadline(10.0, started_at, self.on_timeout)
+
+    def on_timeout(self) -> None:
+        self.timeouts.append(self.clock.seconds())
+        if not self.stays_open:
+            self.timer.stop()
+
+
+def test_timeout_fires_on_time() -> None:
+    case = TimerCase()
+    case.clock.pump([1.0] * 30)
+    assert case.timeouts == [10.0]
+
+
+def test_restart() -> None:
+    case = TimerCase()
+    case.clock.pump([1.0] * 7)
+    case.timer.restart()
+    case.clock.pump([1.0] * 30)
+    assert case.timeouts == [17.0]
+
+
+def test_progress_extends_the_deadline() -> None:
+    """As often as somebody looks; a client that stopped in between gets up to as much more."""
+    case = TimerCase()
+    case.started_at = lambda: case.timer.last_progress(min(20.0, case.clock.seconds()))
+    case.clock.pump([1.0] * 40)
+    assert case.timeouts == [30.0]
+
+
+def test_on_timeout_is_repeated_until_stopped() -> None:
+    case = TimerCase(stays_open=True)
+    case.clock.pump([1.0] * 17)
+    assert case.timeouts == [10.0, 12.0, 16.0]
+
+
+def test_no_check_after_stop() -> None:
+    case = TimerCase()
+    case.timer.stop()
+    case.timer.check_in(1.0)
+    assert case.clock.getDelayedCalls() == []
+
+
+@define(eq=False)
+class CheckedConnection:
+    """One of many: how often it was looked after, and what is done then."""
+
+    reaper: TimeoutReaper
+    check_count: int = 0
+    on_check: Callable[[], None] = lambda: None
+    timer: ConnectionTimer = field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.timer = ConnectionTimer(self.reaper, self.deadline)
+        self.timer.start()
+
+    def deadline(self) -> Deadline:
+        self.check_count += 1
+        self.on_check()
+        return Deadline(math.inf, 0.0, lambda: None)
+
+
+def test_one_delayed_call_serves_all_timers() -> None:
+    clock = Clock()
+    reaper = TimeoutReaper(clock, 4.0)
+    clients = [CheckedConnection(reaper) for _ in range(10)]
+    assert len(clock.getDelayedCalls()) == 1
+    clock.pump([4.0] * 3)
+    assert [client.check_count for client in clients] == [3] * 10
+    for client in clients:
+        client.timer.stop()
+    assert clock.getDelayedCalls() == []
+
+
+def test_checks_are_spread_over_reactor_iterations() -> None:
+    clock = Clock()
+    reaper = TimeoutReaper(clock, 4.0)
+    clients = [CheckedConnection(reaper) for _ in range(1200)]
+    totals: list[int] = []
+
+    def record() -> None:
+        totals.append(sum(client.check_count for client in clients))
+        if totals[-1] < 1200:
+            clock.callLater(0, record)
+
+    clock.callLater(4.0, record)
+    clock.advance(4.0)
+    assert totals == [500, 1000, 1200]
+    clock.advance(4.0)
+    assert sum(client.check_count for client in clients) == 2400
+
+
+def test_timer_stopped_during_a_sweep_is_not_checked() -> None:
+    clock = Clock()
+    reaper = TimeoutReaper(clock, 4.0)
+    clients = [CheckedConnection(reaper) for _ in range(3)]
+    for client in clients:
+        client.on_check = lambda: [other.timer.stop() for other in clients if not other.check_count] and None
+    clock.advance(4.0)
+    assert sorted(client.check_count for client in clients) == [0, 0, 1]
+    clock.advance(4.0)
+    assert sorted(client.check_count for client in clients) == [0, 0, 2]
+
+
+def test_timer_started_while_the_last_one_stops() -> None:
+    clock = Clock()
+    reaper = TimeoutReaper(clock, 4.0)
+    first, new = CheckedConnection(reaper), list[CheckedConnection]()
+
+    def change() -> None:
+        first.timer.stop()
+        new.append(CheckedConnection(reaper))
+
+    first.on_check = change
+    clock.advance(4.0)
+    assert len(clock.getDelayedCalls()) == 1
+    clock.advance(4.0)
+    assert (first.check_count, new[0].check_count) == (1, 1)
