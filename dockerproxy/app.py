@@ -37,8 +37,8 @@ from dockerproxy.http.tls import ServerContext
 from dockerproxy.net.dial import Dialer
 from dockerproxy.oci.names import Digest
 from dockerproxy.proxy.authority import CertificateAuthority
-from dockerproxy.proxy.front import FrontDoor, Interception
-from dockerproxy.proxy.own import OwnDoor
+from dockerproxy.proxy.direct import DirectRequestHandler
+from dockerproxy.proxy.forward_proxy import ForwardProxy, Interception
 from dockerproxy.proxy.policy import Policy
 from dockerproxy.proxy.tunnel import TunnelTimeouts
 from dockerproxy.registry.doors import Intercepted, Mirror
@@ -57,11 +57,11 @@ from dockerproxy.store.layout import Layout
 from dockerproxy.store.links import Links
 from dockerproxy.store.records import Records
 from dockerproxy.store.secret import load_or_create_secret
+from dockerproxy.upstream.agent import Agent
+from dockerproxy.upstream.agent import UpstreamTimeouts as UpstreamTimeouts
+from dockerproxy.upstream.authorizer import Authorizer
 from dockerproxy.upstream.client import UpstreamClient
-from dockerproxy.upstream.tls import TLSClient
-from dockerproxy.upstream.tokens import Tokens
-from dockerproxy.upstream.transport import Timeouts as UpstreamTimeouts
-from dockerproxy.upstream.transport import Transport
+from dockerproxy.upstream.tls import ClientContext
 
 RECORDS = "records"
 """Where in CACHE_DIR the cache's records are."""
@@ -126,27 +126,27 @@ def build_server(
     direct_endpoints = BuiltinEndpoints(
         authority.certificate_pem, route_by_namespace(hosted_app.answer).answer, metrics_handler, proxy_port(settings)
     )
-    direct_listener = OwnDoor(policy, direct_endpoints.handle)
+    direct_listener = DirectRequestHandler(policy, direct_endpoints.handle)
     intercepted = Intercepted(api, cache.pull_through.registry, cache.pull_through, allow_push=settings.allow_push)
     transfers = Transfers()
-    forward_proxy = FrontDoor(
+    forward_proxy = ForwardProxy(
         clock=reactor,
         policy=policy,
         interception=Interception(registries.intercepted, authority.context_for, intercepted.answer),
-        dial=connectors.tunnel_dialer,
-        transport=connectors.transport,
+        dialer=connectors.tunnel_dialer,
+        agent=connectors.transport,
         local=BuiltinEndpoints(
             authority.certificate_pem, route_by_namespace(mirror.answer).answer, metrics_handler
         ).handle,
-        own=direct_listener.answer,
-        own_names=frozenset(settings.registry_hostname),
+        hosted=direct_listener.handle,
+        hosted_names=frozenset(settings.registry_hostname),
         timeouts=TunnelTimeouts(
             settings.proxy_connect_connect_timeout,
             settings.proxy_connect_read_timeout,
             settings.proxy_connect_send_timeout,
         ),
         transfers=transfers,
-        log=on_finished,
+        on_request_finished=on_finished,
     )
     listeners = build_listeners(reactor, settings, forward_proxy, direct_listener, authority, on_finished)
     return ProxyServer(listeners, transfers, registries, cache, hosted_app, connectors.transport.close, reactor)
@@ -159,7 +159,7 @@ def open_authority(settings: Settings) -> CertificateAuthority:
         certificate_file=settings.ca_crt_file,
         key_file=settings.ca_key_file,
         passphrase=settings.ca_key_passphrase,
-        now=time.time,
+        clock=time.time,
     )
 
 
@@ -173,7 +173,7 @@ def raise_descriptor_limit() -> None:
 class Connectors:
     """The ways out: HTTP exchanges with upstreams, and connections for tunnels."""
 
-    transport: Transport
+    transport: Agent
     tunnel_dialer: Dialer
 
 
@@ -193,10 +193,10 @@ def build_connectors(reactor: Any, settings: Settings) -> Connectors:
         settings.proxy_connect_timeout, settings.proxy_read_timeout, settings.proxy_send_timeout
     )
     try:
-        tls = TLSClient(verify=settings.verify_ssl, ca_file=str(settings.upstream_ca_file or "") or None)
+        tls = ClientContext(verify=settings.verify_ssl, ca_file=str(settings.upstream_ca_file or "") or None)
     except ValueError as error:
         raise SettingsError(str(error)) from None
-    transport = Transport(reactor, dialer(settings.proxy_connect_timeout), tls, timeouts)
+    transport = Agent(reactor, dialer(settings.proxy_connect_timeout), tls, timeouts)
     return Connectors(transport, dialer(settings.proxy_connect_connect_timeout))
 
 
@@ -218,11 +218,11 @@ class Cache:
     """The pull-through cache, and the logins that it shows upstream."""
 
     pull_through: PullThrough
-    tokens: Tokens
+    tokens: Authorizer
 
     def reconfigure(self, settings: Settings) -> None:
         """Show the logins of `settings` from now on, and recall what is known of its registries."""
-        self.tokens.use(settings.auth_registries)
+        self.tokens.set_logins(settings.auth_registries)
         self.pull_through.challenges.restore(settings.registries)
 
 
@@ -232,16 +232,16 @@ def build_cache(
     shared: SharedServices,
     registries: RegistryTable,
     policy: Policy,
-    transport: Transport,
+    transport: Agent,
 ) -> Cache:
     """Return the cache in CACHE_DIR. Raises OSError."""
     layout, cache_space = Layout(settings.cache_dir), shared.cache_space
     records = Records(settings.cache_dir / RECORDS)
     identities = Identities.open(settings.cache_dir / "secret", shared.bindings)
     blobs, links = Blobs(layout, durable=False), Links(layout, durable=False)
-    tokens = Tokens(transport, time.time, policy.check_upstream, settings.auth_registries)
+    tokens = Authorizer(transport, time.time, policy.check_upstream, settings.auth_registries)
     upstream = UpstreamClient(transport, tokens, policy.check_upstream)
-    challenges = Challenges(transport, records, registries.intercepted, tokens.remember, time.time)
+    challenges = Challenges(transport, records, registries.intercepted, tokens.add_challenges, time.time)
     challenges.restore(settings.registries)
     access = Access(records, time.time, shared.multi_process)
     freshness = Freshness(
@@ -317,8 +317,8 @@ def proxy_port(settings: Settings) -> int:
 def build_listeners(
     reactor: Any,
     settings: Settings,
-    forward_proxy: FrontDoor,
-    direct_listener: OwnDoor,
+    forward_proxy: ForwardProxy,
+    direct_listener: DirectRequestHandler,
     authority: CertificateAuthority,
     on_finished: OnRequestFinished,
 ) -> list[Listener]:
@@ -327,10 +327,10 @@ def build_listeners(
     async def handle(request: Request) -> None:
         await forward_proxy.handle(proxy_site, request)
 
-    certificates = authority.context_by_name(frozenset(settings.registry_hostname))
+    certificates = authority.sni_context(frozenset(settings.registry_hostname))
     proxy_site = build_site(reactor, settings, handle, on_finished)
-    tls_site = build_site(reactor, settings, direct_listener.answer, on_finished, lambda: certificates)
-    plain_site = build_site(reactor, settings, direct_listener.answer, on_finished)
+    tls_site = build_site(reactor, settings, direct_listener.handle, on_finished, lambda: certificates)
+    plain_site = build_site(reactor, settings, direct_listener.handle, on_finished)
     return [
         Listener("PROXY_LISTEN", settings.proxy_listen, proxy_site),
         Listener("REGISTRY_LISTEN", settings.registry_listen, tls_site),

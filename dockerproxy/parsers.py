@@ -16,8 +16,8 @@ from urllib.parse import unquote_to_bytes, urlsplit
 from attrs import field, frozen
 
 from dockerproxy.errors import NameInvalid
-from dockerproxy.net.addresses import quoted
-from dockerproxy.net.parent import ParentProxy
+from dockerproxy.net.addresses import redacted_repr
+from dockerproxy.net.upstream_proxy import UpstreamProxy
 from dockerproxy.oci.names import Host, Registry
 
 _BOOLEANS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
@@ -43,7 +43,7 @@ def boolean(text: str) -> bool:
     """true, 1, yes, on; false, 0, no, off."""
     value = _BOOLEANS.get(text.lower())
     if value is None:
-        raise ValueError(f"{quoted(text)} is neither true nor false")
+        raise ValueError(f"{redacted_repr(text)} is neither true nor false")
     return value
 
 
@@ -54,9 +54,9 @@ def duration(text: str) -> float:
     elif _DURATION.fullmatch(text):
         seconds = sum(float(number) * _UNIT_SECONDS[unit] for number, unit in _DURATION_PART.findall(text))
     else:
-        raise ValueError(f"{quoted(text)} is not a time such as 90s, 10m, 1h or 60d")
+        raise ValueError(f"{redacted_repr(text)} is not a time such as 90s, 10m, 1h or 60d")
     if seconds > _MAX_DURATION:
-        raise ValueError(f"{quoted(text)} is a time of more than 100 years")
+        raise ValueError(f"{redacted_repr(text)} is a time of more than 100 years")
     return seconds
 
 
@@ -64,7 +64,7 @@ def positive_duration(text: str) -> float:
     """As `interval`, but not 0."""
     seconds = duration(text)
     if seconds == 0:
-        raise ValueError(f"{quoted(text)} is no time at all, expected is one such as 90s, 10m, 1h or 60d")
+        raise ValueError(f"{redacted_repr(text)} is no time at all, expected is one such as 90s, 10m, 1h or 60d")
     return seconds
 
 
@@ -72,7 +72,7 @@ def size(text: str) -> int:
     """``512m``, ``32g`` or plain bytes, as bytes; the units are powers of 1024, as nginx has them."""
     match = _SIZE.fullmatch(text)
     if match is None or int(match[1]) == 0:
-        raise ValueError(f"{quoted(text)} is not a size such as 512m or 32g")
+        raise ValueError(f"{redacted_repr(text)} is not a size such as 512m or 32g")
     return int(match[1]) << 10 * " kmgt".index((match[2] or " ").lower())
 
 
@@ -81,7 +81,7 @@ def integer(minimum: int, maximum: int) -> Callable[[str], int]:
 
     def parse(text: str) -> int:
         if not re.fullmatch(r"[0-9]{1,9}", text) or not minimum <= int(text) <= maximum:
-            raise ValueError(f"{quoted(text)} is not a number from {minimum} to {maximum}")
+            raise ValueError(f"{redacted_repr(text)} is not a number from {minimum} to {maximum}")
         return int(text)
 
     return parse
@@ -92,7 +92,7 @@ def one_of(*choices: str) -> Callable[[str], str]:
 
     def parse(text: str) -> str:
         if text.lower() not in choices:
-            raise ValueError(f"{quoted(text)} is not one of {', '.join(choices)}")
+            raise ValueError(f"{redacted_repr(text)} is not one of {', '.join(choices)}")
         return text.lower()
 
     return parse
@@ -101,7 +101,7 @@ def one_of(*choices: str) -> Callable[[str], str]:
 def path(text: str) -> Path:
     """A file or folder; a relative one starts from the folder the daemon is started in."""
     if "\0" in text:
-        raise ValueError(f"{quoted(text)} is not a path")
+        raise ValueError(f"{redacted_repr(text)} is not a path")
     return Path(text).absolute()
 
 
@@ -110,7 +110,7 @@ def regex(text: str) -> re.Pattern[str]:
     try:
         return re.compile(text, re.ASCII)
     except (re.error, OverflowError, RecursionError) as error:
-        raise ValueError(f"{quoted(text)} is not a regular expression ({error})") from None
+        raise ValueError(f"{redacted_repr(text)} is not a regular expression ({error})") from None
 
 
 def ports(text: str) -> frozenset[int]:
@@ -120,7 +120,7 @@ def ports(text: str) -> frozenset[int]:
         match = re.fullmatch(r"([0-9]{1,5})(?:-([0-9]{1,5}))?", word)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
         if not 0 < first <= last <= _MAX_PORT:
-            raise ValueError(f"{quoted(word)} is not a port such as 443 or a range of ports such as 8000-8999")
+            raise ValueError(f"{redacted_repr(word)} is not a port such as 443 or a range of ports such as 8000-8999")
         numbers.update(range(first, last + 1))
     return frozenset(numbers)
 
@@ -131,7 +131,9 @@ def endpoints(text: str) -> tuple[str, ...]:
     for word in descriptions:
         match = _ENDPOINT.fullmatch(word)
         if match is None or int(match["port"] or 0) > _MAX_PORT:
-            raise ValueError(f"{quoted(word)} is not an endpoint such as tcp:3128 or tcp:3128:interface=127.0.0.1")
+            raise ValueError(
+                f"{redacted_repr(word)} is not an endpoint such as tcp:3128 or tcp:3128:interface=127.0.0.1"
+            )
     return descriptions
 
 
@@ -149,9 +151,9 @@ def _host_name(word: str) -> str:
     try:
         host = Host.parse(word)
     except NameInvalid:
-        raise ValueError(f"{quoted(word)} is not a host name") from None
+        raise ValueError(f"{redacted_repr(word)} is not a host name") from None
     if word.endswith(f":{host.port}"):
-        raise ValueError(f"{quoted(word)} is a host name with a port, expected is one without")
+        raise ValueError(f"{redacted_repr(word)} is a host name with a port, expected is one without")
     return host.name
 
 
@@ -176,7 +178,7 @@ def _quoted_host(word: str) -> str:
     scheme, separator, rest = word.rpartition("://")
     name, colon, port = rest.partition(":")
     has_login = colon and not port.isdigit() and not name.startswith("[") and "@" not in word
-    return quoted(f"{scheme}{separator}{name}:…" if has_login else word)
+    return redacted_repr(f"{scheme}{separator}{name}:…" if has_login else word)
 
 
 def addresses(text: str) -> Mapping[Host, Host]:
@@ -191,14 +193,14 @@ def addresses(text: str) -> Mapping[Host, Host]:
                 raise NameInvalid("a name cannot stand in for a look-up")
         except NameInvalid:
             raise ValueError(
-                f"{quoted(word)} is not host=address:port, such as registry.test:5000=127.0.0.1:25000"
+                f"{redacted_repr(word)} is not host=address:port, such as registry.test:5000=127.0.0.1:25000"
             ) from None
         if overrides.setdefault(host, address) != address:
             raise ValueError(f"{host.authority!r} is there twice, with different addresses")
     return MappingProxyType(overrides)
 
 
-def upstream_proxy(text: str, no_proxy: str) -> ParentProxy | None:
+def upstream_proxy(text: str, no_proxy: str) -> UpstreamProxy | None:
     """``http://[user:password@]host[:port]``, the scheme may be left out; ``none`` for no proxy.
 
     `no_proxy` is what NO_PROXY has: entries separated by commas or spaces, their grammar is `ParentProxy`'s.
@@ -216,7 +218,7 @@ def upstream_proxy(text: str, no_proxy: str) -> ParentProxy | None:
             f"{_quoted_host(text)} is not an HTTP proxy such as http://proxy.example.com:3128, or none"
         ) from None
     authorization = f"Basic {b64encode(unquote_to_bytes(userinfo)).decode()}" if at else None
-    return ParentProxy(host.name, host.port, authorization, tuple(no_proxy.replace(",", " ").split()))
+    return UpstreamProxy(host.name, host.port, authorization, tuple(no_proxy.replace(",", " ").split()))
 
 
 def logins(

@@ -14,7 +14,7 @@ from attrs import Attribute, field, fields, frozen
 
 from dockerproxy import parsers
 from dockerproxy.net.addresses import AddressSet, Destinations
-from dockerproxy.net.parent import ParentProxy
+from dockerproxy.net.upstream_proxy import UpstreamProxy
 from dockerproxy.oci.names import Host, Registry
 from dockerproxy.parsers import BasicCredentials
 
@@ -90,7 +90,7 @@ class Settings:
     registry_hostname: tuple[str, ...] = _setting(parsers.host_names, "docker-registry.local")
     upstream_addresses: Mapping[Host, Host] = _setting(parsers.addresses, "")
     upstream_ca_file: Path | None = _setting(parsers.path)
-    upstream_proxy: ParentProxy | None = _derived()
+    upstream_proxy: UpstreamProxy | None = _derived()
     allow_clients: AddressSet = _setting(AddressSet.parse, "private loopback link-local")
     tunnel_ports: frozenset[int] = _setting(parsers.ports, "443")
     tunnel_allow: Destinations = _setting(Destinations.parse, "all")

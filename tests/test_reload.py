@@ -23,7 +23,7 @@ from dockerproxy.oci.names import Host, Registry
 from dockerproxy.registry.users import HtpasswdError
 from dockerproxy.reload import RegistryTable, Reloader, describe_error
 from dockerproxy.settings import Settings, SettingsError
-from dockerproxy.upstream.tokens import Tokens
+from dockerproxy.upstream.authorizer import Authorizer
 
 ROOT = Path(dockerproxy.__file__).parent.parent
 HUB, TOKENS = Registry.parse("registry-1.docker.io"), Registry.parse("auth.docker.io")
@@ -136,12 +136,12 @@ def test_failed_reload_changes_nothing(harness: ReloadHarness, error: Exception,
 
 
 def test_reload_replaces_logins() -> None:
-    tokens = Tokens(None, lambda: 0.0, None, settings(AUTH_REGISTRIES="quay.io:me:old").auth_registries)  # type: ignore[arg-type]
-    tokens.use(settings(AUTH_REGISTRIES="quay.io:me:new").auth_registries)
+    tokens = Authorizer(None, lambda: 0.0, None, settings(AUTH_REGISTRIES="quay.io:me:old").auth_registries)  # type: ignore[arg-type]
+    tokens.set_logins(settings(AUTH_REGISTRIES="quay.io:me:new").auth_registries)
     login = tokens.effective_login(QUAY)
     assert login is not None
     assert login.password == "new"
-    tokens.use({})
+    tokens.set_logins({})
     assert tokens.effective_login(QUAY) is None
 
 

@@ -19,7 +19,7 @@ from attrs import define, field
 
 from dockerproxy.oci.names import Registry
 from dockerproxy.store.secret import load_or_create_secret
-from dockerproxy.upstream.credentials import Anonymous, Configured, Credential
+from dockerproxy.upstream.credentials import Anonymous, BasicCredentials, Credential
 
 PUBLIC = "public"
 """The identity of everyone: what it may read, all may."""
@@ -73,7 +73,7 @@ class Identities:
         """Return the identity that `credential` stands for at `registry`."""
         if isinstance(credential, Anonymous):
             return PUBLIC
-        if isinstance(credential, Configured):
+        if isinstance(credential, BasicCredentials):
             return "login:" + self._hash(f"{registry}\n{credential.user}")
         return self._bindings.resolve(self._client_identity(credential.authorization))
 

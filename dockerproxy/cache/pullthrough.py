@@ -37,7 +37,7 @@ from dockerproxy.oci.challenge import Challenge
 from dockerproxy.oci.contents import BlobAnswer, ManifestAnswer
 from dockerproxy.oci.manifests import EMPTY_INDEX, MAX_MANIFEST, OCI_INDEX, fallback_tag, filter_referrers
 from dockerproxy.oci.names import Digest, Reference, Registry, Repository
-from dockerproxy.upstream.credentials import Anonymous, Configured, Credential, Own
+from dockerproxy.upstream.credentials import Anonymous, BasicCredentials, ClientCredential, Credential
 
 
 @define
@@ -55,7 +55,7 @@ class PullThrough:
     manifests: CachedManifests
     blobs: CachedBlobs
     registries: Iterable[Registry]
-    login_for: Callable[[Registry], Configured | None]
+    login_for: Callable[[Registry], BasicCredentials | None]
     clock: Callable[[], float]
 
     def registry(self, registry: Registry, authorization: str | None) -> CachedRegistry:
@@ -110,7 +110,7 @@ class CachedRegistry:
     def credential(self) -> Credential:
         """What speaks for the client upstream: its own, which wins, or the login that is shared, or nothing."""
         if self.authorization is not None:
-            return Own(self.authorization)
+            return ClientCredential(self.authorization)
         return self.cache.login_for(self.registry) or Anonymous()
 
     async def principal(self, name: Repository) -> Principal:

@@ -12,7 +12,7 @@ from dockerproxy.errors import RegistryError, UpstreamBroken, UpstreamError
 from dockerproxy.http.headers import Headers
 from dockerproxy.oci.names import Digest
 from dockerproxy.oci.ranges import parse_content_range
-from dockerproxy.upstream.retry import retry_after
+from dockerproxy.upstream.retry import parse_retry_after
 
 _RETRY_DELAYS = (0.2, 0.5, 1, 2, 4, 8)  # seconds before each further try; progress starts the row anew
 _MAX_OPEN_ATTEMPTS = 2
@@ -112,7 +112,7 @@ class ResumableGet:
 
     def _retry_after(self, error: UpstreamError) -> float:
         """Return for how many seconds upstream wants to be left alone, up to what clients have patience for."""
-        return min(retry_after(Headers(error.headers), self._clock.seconds()) or 0.0, _MAX_RETRY_AFTER)
+        return min(parse_retry_after(Headers(error.headers), self._clock.seconds()) or 0.0, _MAX_RETRY_AFTER)
 
     async def _back_off(self, seconds: float, error: RegistryError) -> None:
         log.info(

@@ -19,7 +19,7 @@ from dockerproxy.cache.identity import PUBLIC, TOKEN_LIFETIME, Identities
 from dockerproxy.cache.upstream import UpstreamAgent, error_from_response, is_denial
 from dockerproxy.errors import BadRequest, RegistryError, UpstreamBroken, is_outage
 from dockerproxy.http.headers import Headers
-from dockerproxy.net.dial import Permit
+from dockerproxy.net.dial import AddressCheck
 from dockerproxy.oci.challenge import basic
 from dockerproxy.oci.names import Host, Registry
 from dockerproxy.store.records import Records
@@ -67,7 +67,7 @@ class TokenEndpoint:
         agent: UpstreamAgent,
         identities: Identities,
         records: Records,
-        address_check_for: Callable[[Host], Permit | None],
+        address_check_for: Callable[[Host], AddressCheck | None],
         clock: Callable[[], float],
     ) -> None:
         self._agent = agent

@@ -9,7 +9,7 @@ from attrs import frozen
 
 from dockerproxy.errors import RegistryError, Unauthorized, UpstreamFailing, UpstreamRefused
 from dockerproxy.http.headers import Headers
-from dockerproxy.net.dial import Permit
+from dockerproxy.net.dial import AddressCheck
 from dockerproxy.oci.names import Registry, Repository
 from dockerproxy.upstream.credentials import Credential
 
@@ -59,7 +59,13 @@ class UpstreamAgent(Protocol):
     """One exchange with any server, as it is: no redirects, no authorization but what `headers` hold."""
 
     async def request(
-        self, method: str, url: str, headers: Headers = ..., body: Any = ..., *, address_check: Permit | None = ...
+        self,
+        method: str,
+        url: str,
+        headers: Headers = ...,
+        body: Any = ...,
+        *,
+        address_check: AddressCheck | None = ...,
     ) -> UpstreamResponse: ...
 
 

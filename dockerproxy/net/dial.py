@@ -26,13 +26,15 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from dockerproxy.errors import RegistryError, UpstreamTimeout, UpstreamUnreachable
-from dockerproxy.net.parent import ConnectFactory, ParentProxy
+from dockerproxy.net.upstream_proxy import ConnectFactory, UpstreamProxy
 from dockerproxy.oci.names import Host
 
-Permit = Callable[[str], None]
+AddressCheck = Callable[[str], None]
 """Raises a `RegistryError` for an address (as text) that must not be connected to."""
 
-_STAGGER = 0.25  # seconds before the next address is tried as well: RFC 8305, section 5, "Connection Attempt Delay"
+_CONNECTION_ATTEMPT_DELAY = (
+    0.25  # seconds before the next address is tried as well: RFC 8305, section 5, "Connection Attempt Delay"
+)
 
 
 class Dialer:
@@ -48,7 +50,7 @@ class Dialer:
         *,
         overrides: Mapping[Host, tuple[str, int]] | None = None,
         ipv6: bool = True,
-        proxy: ParentProxy | None = None,
+        proxy: UpstreamProxy | None = None,
         connect_timeout: float = 60.0,
     ) -> None:
         self._reactor = reactor
@@ -57,17 +59,17 @@ class Dialer:
         self._proxy = proxy
         self._connect_timeout = connect_timeout
 
-    def endpoint(self, host: Host, permit: Permit | None = None) -> IStreamClientEndpoint:
+    def endpoint(self, host: Host, address_check: AddressCheck | None = None) -> IStreamClientEndpoint:
         """Return an endpoint for `host` whose connection goes only to an address that `permit` lets pass.
 
         It fails with what `permit` raised where that leaves no address, else with `UpstreamUnreachable`,
         `UpstreamTimeout` or `UpstreamBroken` (the parent proxy's answer), with a sentence that names the host.
         """
-        return _Endpoint(self, host, permit)
+        return _Endpoint(self, host, address_check)
 
-    async def connect(self, host: Host, permit: Permit | None, factory: IProtocolFactory) -> IProtocol:
+    async def connect(self, host: Host, address_check: AddressCheck | None, factory: IProtocolFactory) -> IProtocol:
         """Return a connected protocol of `factory`; see `endpoint`."""
-        work = Deferred.fromCoroutine(self._connect(host, permit, factory))
+        work = Deferred.fromCoroutine(self._connect(host, address_check, factory))
         work.addTimeout(self._connect_timeout, self._reactor)
         try:
             return await work
@@ -75,27 +77,29 @@ class Dialer:
             seconds = self._connect_timeout
             raise UpstreamTimeout(f"{host.authority}: timed out, no connection in {seconds:g} s") from None
 
-    async def _connect(self, host: Host, permit: Permit | None, factory: IProtocolFactory) -> IProtocol:
+    async def _connect(self, host: Host, address_check: AddressCheck | None, factory: IProtocolFactory) -> IProtocol:
         override = self._overrides.get(host)
         if override is not None:
-            return await self._race(host, [override], factory)
-        if self._proxy is not None and self._proxy.serves(host):
-            if permit is not None and host.is_address:
-                permit(host.name)
-            return await self._through(self._proxy, host, factory)
-        addresses = permitted(await self._resolve(host), permit)
-        return await self._race(host, [(address, host.port) for address in addresses], factory)
+            return await self._dial_parallel(host, [override], factory)
+        if self._proxy is not None and self._proxy.applies_to(host):
+            if address_check is not None and host.is_address:
+                address_check(host.name)
+            return await self._connect_via_proxy(self._proxy, host, factory)
+        addresses = filter_addresses(await self._resolve(host), address_check)
+        return await self._dial_parallel(host, [(address, host.port) for address in addresses], factory)
 
-    async def _through(self, proxy: ParentProxy, host: Host, factory: IProtocolFactory) -> IProtocol:
-        parent = Host(proxy.host, proxy.port)
-        tunnel = ConnectFactory(proxy, host, factory)
+    async def _connect_via_proxy(self, proxy: UpstreamProxy, host: Host, factory: IProtocolFactory) -> IProtocol:
+        proxy_host = Host(proxy.host, proxy.port)
+        connect_factory = ConnectFactory(proxy, host, factory)
         try:
-            addresses = await self._resolve(parent)
-            connection = await self._race(parent, [(address, parent.port) for address in addresses], tunnel)
+            addresses = await self._resolve(proxy_host)
+            connection = await self._dial_parallel(
+                proxy_host, [(address, proxy_host.port) for address in addresses], connect_factory
+            )
         except UpstreamUnreachable as error:
             raise UpstreamUnreachable(f"{host.authority}: no connection to the proxy, {error.message}") from None
         try:
-            return await tunnel.done
+            return await connect_factory.done
         except CancelledError:
             connection.transport.abortConnection()  # type: ignore[attr-defined]
             raise
@@ -106,18 +110,20 @@ class Dialer:
             if ":" in host.name and not self._ipv6:
                 raise UpstreamUnreachable(f"{host.authority}: not connected to, DISABLE_IPV6 is set")
             return [host.name]
-        receiver = _Receiver()
+        receiver = _ResolutionReceiver()
         types = (IPv4Address, IPv6Address) if self._ipv6 else (IPv4Address,)
         self._reactor.nameResolver.resolveHostName(receiver, host.name, portNumber=host.port, addressTypes=types)
-        addresses = alternating(await receiver.complete, ipv6=self._ipv6)
+        addresses = interleave_families(await receiver.resolved, ipv6=self._ipv6)
         if not addresses:
             raise UpstreamUnreachable(f"{host.authority}: no such name, DNS has no address for it")
         return addresses
 
-    async def _race(self, host: Host, targets: Sequence[tuple[str, int]], factory: IProtocolFactory) -> IProtocol:
-        race = _Race(self._reactor, targets, factory, self._connect_timeout)
+    async def _dial_parallel(
+        self, host: Host, targets: Sequence[tuple[str, int]], factory: IProtocolFactory
+    ) -> IProtocol:
+        happy_eyeballs = _HappyEyeballs(self._reactor, targets, factory, self._connect_timeout)
         try:
-            return await race.start()
+            return await happy_eyeballs.start()
         except RegistryError:
             raise
         except (TimeoutError, CancelledError):
@@ -126,23 +132,23 @@ class Dialer:
             raise UpstreamUnreachable(f"{host.authority}: {_explain(error)}") from None
 
 
-def permitted(addresses: Iterable[str], permit: Permit | None) -> list[str]:
+def filter_addresses(addresses: Iterable[str], address_check: AddressCheck | None) -> list[str]:
     """Return those of `addresses` that `permit` lets pass; where that is none, raise what it raised first."""
-    passed, refusals = [], []
+    allowed, errors = [], []
     for address in addresses:
         try:
-            if permit is not None:
-                permit(address)
+            if address_check is not None:
+                address_check(address)
         except RegistryError as error:
-            refusals.append(error)
+            errors.append(error)
         else:
-            passed.append(address)
-    if not passed and refusals:
-        raise refusals[0]
-    return passed
+            allowed.append(address)
+    if not allowed and errors:
+        raise errors[0]
+    return allowed
 
 
-def alternating(addresses: Iterable[IAddress], *, ipv6: bool) -> list[str]:
+def interleave_families(addresses: Iterable[IAddress], *, ipv6: bool) -> list[str]:
     """Return the distinct addresses with their families in turn, as RFC 8305, section 4, asks."""
     families: dict[type, list[str]] = {}  # in the order in which the resolver brought them
     for address in addresses:
@@ -150,8 +156,8 @@ def alternating(addresses: Iterable[IAddress], *, ipv6: bool) -> list[str]:
             family = families.setdefault(type(address), [])
             if address.host not in family:
                 family.append(address.host)
-    turns = max((len(family) for family in families.values()), default=0)
-    return [family[turn] for turn in range(turns) for family in families.values() if turn < len(family)]
+    longest = max((len(family) for family in families.values()), default=0)
+    return [family[index] for index in range(longest) for family in families.values() if index < len(family)]
 
 
 def _explain(error: BaseException) -> str:
@@ -166,22 +172,22 @@ def _explain(error: BaseException) -> str:
 
 @implementer(IStreamClientEndpoint)
 class _Endpoint:
-    def __init__(self, dialer: Dialer, host: Host, permit: Permit | None) -> None:
+    def __init__(self, dialer: Dialer, host: Host, address_check: AddressCheck | None) -> None:
         self._dialer = dialer
         self._host = host
-        self._permit = permit
+        self._address_check = address_check
 
     def connect(self, protocolFactory: IProtocolFactory) -> Deferred[IProtocol]:
-        return Deferred.fromCoroutine(self._dialer.connect(self._host, self._permit, protocolFactory))
+        return Deferred.fromCoroutine(self._dialer.connect(self._host, self._address_check, protocolFactory))
 
 
 @implementer(IResolutionReceiver)
-class _Receiver:
+class _ResolutionReceiver:
     """Collects what the resolver brings."""
 
     def __init__(self) -> None:
         self._addresses: list[IAddress] = []
-        self.complete: Deferred[list[IAddress]] = Deferred()
+        self.resolved: Deferred[list[IAddress]] = Deferred()
 
     def resolutionBegan(self, resolutionInProgress: IHostResolution) -> None:
         """A thread's look-up cannot be called off; whoever waits gives up alone."""
@@ -190,10 +196,10 @@ class _Receiver:
         self._addresses.append(address)
 
     def resolutionComplete(self) -> None:
-        self.complete.callback(self._addresses)
+        self.resolved.callback(self._addresses)
 
 
-class _Race:
+class _HappyEyeballs:
     """Attempts to connect, each begun when the one before failed or took too long; the first to succeed ends them all.
 
     Twisted's HostnameEndpoint does the same behind a look-up of its own; here the addresses are given.
@@ -207,45 +213,45 @@ class _Race:
         self._factory = factory
         self._timeout = timeout
         self._pending: list[Deferred[IProtocol]] = []
-        self._stagger: Any = None
-        self._failure: Failure | None = None
-        self._result: Deferred[IProtocol] = Deferred(lambda _: self._stop())
+        self._next_attempt_call: Any = None
+        self._first_failure: Failure | None = None
+        self._result: Deferred[IProtocol] = Deferred(lambda _: self._cancel_attempts())
 
     def start(self) -> Deferred[IProtocol]:
-        self._next()
+        self._start_attempt()
         return self._result
 
-    def _next(self) -> None:
-        if self._stagger is not None and self._stagger.active():
-            self._stagger.cancel()
+    def _start_attempt(self) -> None:
+        if self._next_attempt_call is not None and self._next_attempt_call.active():
+            self._next_attempt_call.cancel()
         address, port = self._targets.pop(0)
         if self._targets:
-            self._stagger = self._reactor.callLater(_STAGGER, self._next)
+            self._next_attempt_call = self._reactor.callLater(_CONNECTION_ATTEMPT_DELAY, self._start_attempt)
         endpoint = TCP6ClientEndpoint if ":" in address else TCP4ClientEndpoint
         attempt: Deferred[IProtocol] = endpoint(self._reactor, address, port, self._timeout).connect(self._factory)
         self._pending.append(attempt)
-        attempt.addCallbacks(self._won, self._lost, callbackArgs=(attempt,), errbackArgs=(attempt,))
+        attempt.addCallbacks(self._on_connected, self._on_failed, callbackArgs=(attempt,), errbackArgs=(attempt,))
 
-    def _won(self, protocol: IProtocol, attempt: Deferred[IProtocol]) -> None:
+    def _on_connected(self, protocol: IProtocol, attempt: Deferred[IProtocol]) -> None:
         self._pending.remove(attempt)
-        self._stop()
+        self._cancel_attempts()
         self._result.callback(protocol)
 
-    def _lost(self, failure: Failure, attempt: Deferred[IProtocol]) -> None:
+    def _on_failed(self, failure: Failure, attempt: Deferred[IProtocol]) -> None:
         if attempt not in self._pending:
             return  # called off
         self._pending.remove(attempt)
-        if self._failure is None:
-            self._failure = failure
+        if self._first_failure is None:
+            self._first_failure = failure
         if self._targets:
-            self._next()
+            self._start_attempt()
         elif not self._pending:
-            self._result.errback(self._failure)
+            self._result.errback(self._first_failure)
 
-    def _stop(self) -> None:
+    def _cancel_attempts(self) -> None:
         """Call off whatever is under way."""
-        if self._stagger is not None and self._stagger.active():
-            self._stagger.cancel()
+        if self._next_attempt_call is not None and self._next_attempt_call.active():
+            self._next_attempt_call.cancel()
         self._targets.clear()
         pending, self._pending = self._pending, []
         for attempt in pending:

@@ -24,18 +24,18 @@ from dockerproxy.proxy.issuer import (
     DAY,
     AuthorityError,
     Issuer,
-    extension_of,
+    get_extension,
     key_usage,
-    moment,
-    named_issuer,
+    load_configured_issuer,
+    to_datetime,
 )
-from dockerproxy.proxy.root import own_issuer
+from dockerproxy.proxy.local_ca import load_or_create_issuer
 
 __all__ = ["AuthorityError", "CertificateAuthority"]
 
-_LIFE = 90 * DAY
-_MOST_CONTEXTS = 1000
-_MOST_COMMON_NAME = 64  # characters, X.520's ub-common-name
+_LEAF_LIFETIME = 90 * DAY
+_MAX_CONTEXTS = 1000
+_MAX_COMMON_NAME = 64  # characters, X.520's ub-common-name
 
 # For TLS 1.2; the leaves have EC keys. The client's order holds: it knows whether its processor has AES.
 _CIPHERS = b"ECDHE-ECDSA-AES128-GCM-SHA256:ECDHE-ECDSA-AES256-GCM-SHA384:ECDHE-ECDSA-CHACHA20-POLY1305"
@@ -49,8 +49,8 @@ class _Leaf:
     """A context in use between two moments, in seconds since the epoch."""
 
     context: ServerContext
-    begins: float
-    renewal: float
+    not_before: float
+    renew_at: float
 
 
 @define
@@ -65,13 +65,13 @@ class CertificateAuthority:
     """
 
     _issuer: Issuer
-    _now: Callable[[], float]
+    _clock: Callable[[], float]
     _leaf_key: ec.EllipticCurvePrivateKey = field(
         init=False, repr=False, factory=lambda: ec.generate_private_key(ec.SECP256R1())
     )
     _leaves: OrderedDict[Host, _Leaf] = field(init=False, repr=False, factory=OrderedDict)
-    _sessions: SSL.Context = field(init=False, repr=False, factory=lambda: _bare_context())
-    _by_name: SSL.Context = field(init=False, repr=False, factory=lambda: _bare_context())
+    _ticket_context: SSL.Context = field(init=False, repr=False, factory=lambda: _base_context())
+    _sni_context: SSL.Context = field(init=False, repr=False, factory=lambda: _base_context())
 
     @classmethod
     def open(
@@ -81,7 +81,7 @@ class CertificateAuthority:
         certificate_file: Path | None,
         key_file: Path | None,
         passphrase: str | None,
-        now: Callable[[], float],
+        clock: Callable[[], float],
     ) -> CertificateAuthority:
         """Return the authority that the files hold (CA_CRT_FILE, CA_KEY_FILE, CA_KEY_PASSPHRASE), or our own.
 
@@ -89,12 +89,12 @@ class CertificateAuthority:
         `AuthorityError`. Blocks on the disk: call it before the reactor runs.
         """
         if certificate_file is not None and key_file is not None:
-            return cls(named_issuer(certificate_file, key_file, passphrase, now()), now)
+            return cls(load_configured_issuer(certificate_file, key_file, passphrase, clock()), clock)
         if certificate_file is not None:
             raise AuthorityError(f"CA_CRT_FILE names {certificate_file}, but CA_KEY_FILE does not say where its key is")
         if key_file is not None:
             raise AuthorityError(f"CA_KEY_FILE names {key_file}, but CA_CRT_FILE does not say where its certificate is")
-        return cls(own_issuer(directory, passphrase, now()), now)
+        return cls(load_or_create_issuer(directory, passphrase, clock()), clock)
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -112,16 +112,16 @@ class CertificateAuthority:
         Raises `NameInvalid` where it is neither, and `AuthorityError` once the authority has expired.
         """
         host = Host.parse(f"[{name}]" if ":" in name else name)
-        now = self._now()
+        now = self._clock()
         leaf = self._leaves.get(host)
-        if leaf is None or not leaf.begins <= now < leaf.renewal:
-            leaf = self._leaves[host] = self._make_leaf(host, now)
-            if len(self._leaves) > _MOST_CONTEXTS:
+        if leaf is None or not leaf.not_before <= now < leaf.renew_at:
+            leaf = self._leaves[host] = self._issue_leaf(host, now)
+            if len(self._leaves) > _MAX_CONTEXTS:
                 self._leaves.popitem(last=False)
         self._leaves.move_to_end(host)
         return leaf.context
 
-    def context_by_name(self, names: Container[str]) -> ServerContext:
+    def sni_context(self, names: Container[str]) -> ServerContext:
         """Return a server's context that shows each client the leaf for the name it asks for, if that is in `names`.
 
         So it does for ``localhost``, which we always are to clients on this machine. Who asks for none (a client that
@@ -130,45 +130,49 @@ class CertificateAuthority:
         looks at the name, and they are one server.
         """
 
-        def choose(connection: SSL.Connection) -> None:
-            asked = connection.get_servername()
-            name = asked.decode("ascii", "replace").lower() if asked is not None else ""
-            ours = name in names or name == "localhost"
+        def select_certificate(connection: SSL.Connection) -> None:
+            server_name = connection.get_servername()
+            name = server_name.decode("ascii", "replace").lower() if server_name is not None else ""
+            is_known_name = name in names or name == "localhost"
             try:
-                self.context_for(name if ours else _address_of(connection)).apply_to(connection)
+                self.context_for(name if is_known_name else _local_address(connection)).apply_to(connection)
             except (AuthorityError, NameInvalid) as error:
                 # Without a certificate the handshake fails, which is all that can be said to the client.
                 log.error("no certificate for a client: {why}", why=str(error))
 
-        self._by_name.set_tlsext_servername_callback(choose)
-        return ServerContext(self._by_name)
+        self._sni_context.set_tlsext_servername_callback(select_certificate)
+        return ServerContext(self._sni_context)
 
-    def _make_leaf(self, host: Host, now: float) -> _Leaf:
+    def _issue_leaf(self, host: Host, now: float) -> _Leaf:
         issuer = self._issuer
-        begins, ends = max(now - BACKDATE, issuer.begins), min(now + _LIFE, issuer.ends)
-        if not begins <= now < ends:
-            life = f"{moment(issuer.begins):%Y-%m-%d} to {moment(issuer.ends):%Y-%m-%d}"
-            raise AuthorityError(f"the CA certificate is valid from {life}, and this machine's clock is outside that")
-        certificate = self._sign(host, begins, ends)
-        shown = _server_context(host, certificate, self._leaf_key, issuer.sent)
-        return _Leaf(ServerContext(self._sessions, shown), begins, ends - (ends - now) / 3)
+        not_before, not_after = max(now - BACKDATE, issuer.not_before), min(now + _LEAF_LIFETIME, issuer.not_after)
+        if not not_before <= now < not_after:
+            validity = f"{to_datetime(issuer.not_before):%Y-%m-%d} to {to_datetime(issuer.not_after):%Y-%m-%d}"
+            raise AuthorityError(
+                f"the CA certificate is valid from {validity}, and this machine's clock is outside that"
+            )
+        certificate = self._sign_leaf(host, not_before, not_after)
+        certificate_context = _certificate_context(host, certificate, self._leaf_key, issuer.sent)
+        return _Leaf(
+            ServerContext(self._ticket_context, certificate_context), not_before, not_after - (not_after - now) / 3
+        )
 
-    def _sign(self, host: Host, begins: float, ends: float) -> x509.Certificate:
+    def _sign_leaf(self, host: Host, not_before: float, not_after: float) -> x509.Certificate:
         issuer, public_key = self._issuer.certificate, self._leaf_key.public_key()
-        named = len(host.name) <= _MOST_COMMON_NAME
-        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, host.name)] if named else [])
+        has_common_name = len(host.name) <= _MAX_COMMON_NAME
+        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, host.name)] if has_common_name else [])
         return (
             x509.CertificateBuilder()
             .subject_name(subject)
             .issuer_name(issuer.subject)
             .public_key(public_key)
             .serial_number(x509.random_serial_number())
-            .not_valid_before(moment(begins))
-            .not_valid_after(moment(ends))
+            .not_valid_before(to_datetime(not_before))
+            .not_valid_after(to_datetime(not_after))
             # RFC 5280, section 4.2.1.6: critical where the subject is empty.
-            .add_extension(x509.SubjectAlternativeName([_general_name(host)]), critical=not named)
+            .add_extension(x509.SubjectAlternativeName([_general_name(host)]), critical=not has_common_name)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-            .add_extension(key_usage(issuer=False), critical=True)
+            .add_extension(key_usage(ca=False), critical=True)
             .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
             .add_extension(x509.SubjectKeyIdentifier.from_public_key(public_key), critical=False)
             .add_extension(_authority_key_identifier(issuer), critical=False)
@@ -183,23 +187,23 @@ def _general_name(host: Host) -> x509.GeneralName:
 def _authority_key_identifier(issuer: x509.Certificate) -> x509.AuthorityKeyIdentifier:
     # RFC 5280, section 4.2.1.1: the issuer's own identifier, byte for byte. There are several ways to compute one, and
     # a client that finds another value than the issuer has looks for another issuer.
-    identifier = extension_of(issuer, x509.SubjectKeyIdentifier)
+    identifier = get_extension(issuer, x509.SubjectKeyIdentifier)
     if identifier is not None:
         return x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(identifier)
     return x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer.public_key())  # type: ignore[arg-type]
 
 
-def _server_context(
+def _certificate_context(
     host: Host, certificate: x509.Certificate, key: ec.EllipticCurvePrivateKey, sent: Sequence[x509.Certificate]
 ) -> SSL.Context:
-    context = _bare_context()
+    context = _base_context()
     # At most 32 bytes, which names are not. The port is no part of what a certificate, or a session, is for.
     context.set_session_id(hashlib.sha256(host.name.encode()).digest())
-    _present(context, certificate, key, sent)
+    _use_certificate(context, certificate, key, sent)
     return context
 
 
-def _bare_context() -> SSL.Context:
+def _base_context() -> SSL.Context:
     context = SSL.Context(SSL.TLS_SERVER_METHOD)
     context.set_min_proto_version(SSL.TLS1_2_VERSION)
     context.set_cipher_list(_CIPHERS)
@@ -208,11 +212,11 @@ def _bare_context() -> SSL.Context:
     # Sessions are resumed by tickets, which clients keep. The cache would keep them here, and serve nobody of today.
     context.set_session_cache_mode(SSL.SESS_CACHE_OFF)
     context.set_session_id(b"docker-registry-proxy")
-    context.set_alpn_select_callback(_select_protocol)
+    context.set_alpn_select_callback(_select_alpn)
     return context
 
 
-def _address_of(connection: SSL.Connection) -> str:
+def _local_address(connection: SSL.Connection) -> str:
     """Return the address of this machine that a connection came to, as a client writes it."""
     host: str = connection.getsockname()[0]
     address = ipaddress.ip_address(host.partition("%")[0])
@@ -220,7 +224,7 @@ def _address_of(connection: SSL.Connection) -> str:
     return str(mapped or address)
 
 
-def _present(
+def _use_certificate(
     context: SSL.Context,
     certificate: x509.Certificate,
     key: ec.EllipticCurvePrivateKey,
@@ -232,14 +236,14 @@ def _present(
     except TypeError:  # pyOpenSSL < 24.3 knows only its own wrappers, of which later ones warn
         context.use_certificate(crypto.X509.from_cryptography(certificate))  # noqa: TID251
         context.use_privatekey(crypto.PKey.from_cryptography_key(key))
-        for above in sent:
-            context.add_extra_chain_cert(crypto.X509.from_cryptography(above))  # noqa: TID251
+        for intermediate in sent:
+            context.add_extra_chain_cert(crypto.X509.from_cryptography(intermediate))  # noqa: TID251
     else:
         context.use_privatekey(key)
-        for above in sent:
-            context.add_extra_chain_cert(above)
+        for intermediate in sent:
+            context.add_extra_chain_cert(intermediate)
 
 
-def _select_protocol(connection: SSL.Connection, offered: list[bytes]) -> bytes | SSL._NoOverlappingProtocols:
+def _select_alpn(connection: SSL.Connection, client_protocols: list[bytes]) -> bytes | SSL._NoOverlappingProtocols:
     # Without an overlap the handshake goes on without ALPN: a client that only hoped for h2 still speaks HTTP/1.1.
-    return b"http/1.1" if b"http/1.1" in offered else SSL.NO_OVERLAPPING_PROTOCOLS
+    return b"http/1.1" if b"http/1.1" in client_protocols else SSL.NO_OVERLAPPING_PROTOCOLS

@@ -28,7 +28,7 @@ class Policy:
     def check_client(self, address: str) -> None:
         """Check that a client at `address` may use the proxy."""
         try:
-            allowed = self.allow_clients.rule_for(address, exactly=True) is not None
+            allowed = self.allow_clients.match(address, exact=True) is not None
         except ValueError:  # a peer without an IP address, such as a UNIX socket's
             allowed = False
         if not allowed:
@@ -53,7 +53,7 @@ class Policy:
             return self.check_address(host, host.name)
         self._check_denied(host, self.tunnel_deny.match_name(host.name))
         if self.tunnel_allow.names_only and self.tunnel_allow.match_name(host.name) is None:
-            raise _not_allowed(host)
+            raise _not_allowed_error(host)
 
     def check_address(self, host: Host, address: str) -> None:
         """Check that a connection made for `host` may go to `address`, one that its name resolved to.
@@ -61,13 +61,15 @@ class Policy:
         It may where TUNNEL_ALLOW has the name or the address, and TUNNEL_DENY has neither.
         """
         try:
-            denied = self.tunnel_deny.match_name(host.name) or self.tunnel_deny.match_address(address)
-            allowed = self.tunnel_allow.match_name(host.name) or self.tunnel_allow.match_address(address, exactly=True)
+            deny_entry = self.tunnel_deny.match_name(host.name) or self.tunnel_deny.match_address(address)
+            allow_entry = self.tunnel_allow.match_name(host.name) or self.tunnel_allow.match_address(
+                address, exact=True
+            )
         except ValueError:  # no IP address: nothing that the rules could allow
-            denied = allowed = None
-        self._check_denied(host, denied)
-        if allowed is None:
-            raise _not_allowed(host)
+            deny_entry = allow_entry = None
+        self._check_denied(host, deny_entry)
+        if allow_entry is None:
+            raise _not_allowed_error(host)
 
     def check_upstream(self, address: str) -> None:
         """Check that we may connect to `address`, which an upstream led us to: by a redirect, or as a token server.
@@ -85,5 +87,5 @@ class Policy:
             raise Denied(f"TUNNEL_DENY ({entry}) forbids connections to {host.authority}.")
 
 
-def _not_allowed(host: Host) -> Denied:
+def _not_allowed_error(host: Host) -> Denied:
     return Denied(f"TUNNEL_ALLOW has no entry for {host.authority}.")

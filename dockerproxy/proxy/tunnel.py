@@ -27,90 +27,90 @@ class Tunnel:
     with the bytes that went to the client.
     """
 
-    def __init__(self, clock: Any, timeouts: TunnelTimeouts, ended: Callable[[int], None]) -> None:
+    def __init__(self, clock: Any, timeouts: TunnelTimeouts, on_closed: Callable[[int], None]) -> None:
         self._clock = clock
-        self._idle = max(timeouts.read, timeouts.send)
-        self._ended = ended
-        self._last = clock.seconds()
+        self._idle_timeout = max(timeouts.read, timeouts.send)
+        self._on_closed = on_closed
+        self._last_activity = clock.seconds()
         self._timer: Any = None
-        self.client = _End(self)
-        self.server = _End(self)
+        self.client = _TunnelSide(self)
+        self.server = _TunnelSide(self)
         self.client.peer, self.server.peer = self.server, self.client
 
-    def open(self) -> None:
+    def start(self) -> None:
         """Begin: both ends are connected."""
         self.client.transport.registerProducer(self.server.transport, True)
         self.server.transport.registerProducer(self.client.transport, True)
-        self.client.begin()
-        self.server.begin()
-        self._timer = self._clock.callLater(self._idle, self._check)
+        self.client.start()
+        self.server.start()
+        self._timer = self._clock.callLater(self._idle_timeout, self._check_idle)
 
     def abort(self) -> None:
         """Close both ends now."""
-        for end in (self.client, self.server):
-            if end.transport is not None:
-                end.transport.abortConnection()
+        for side in (self.client, self.server):
+            if side.transport is not None:
+                side.transport.abortConnection()
 
-    def passed(self) -> None:
-        self._last = self._clock.seconds()
+    def touch(self) -> None:
+        self._last_activity = self._clock.seconds()
 
-    def lost(self) -> None:
-        self.passed()
-        if self.client.lost and self.server.lost:
+    def on_connection_lost(self) -> None:
+        self.touch()
+        if self.client.disconnected and self.server.disconnected:
             timer, self._timer = self._timer, None
             if timer is not None:
                 timer.cancel()
-            self._ended(self.server.received)
+            self._on_closed(self.server.bytes_received)
 
-    def _check(self) -> None:
+    def _check_idle(self) -> None:
         self._timer = None
-        quiet = self._clock.seconds() - self._last
-        if quiet >= self._idle:
+        idle = self._clock.seconds() - self._last_activity
+        if idle >= self._idle_timeout:
             self.abort()
         else:
-            self._timer = self._clock.callLater(self._idle - quiet, self._check)
+            self._timer = self._clock.callLater(self._idle_timeout - idle, self._check_idle)
 
 
-class _End(Protocol):
+class _TunnelSide(Protocol):
     """One end; what arrives before the other end is there waits."""
 
     transport: Any
-    peer: _End
+    peer: _TunnelSide
 
     def __init__(self, tunnel: Tunnel) -> None:
         self._tunnel = tunnel
-        self._early: list[bytes] | None = []
-        self.lost = False
-        self.received = 0
+        self._early_data: list[bytes] | None = []
+        self.disconnected = False
+        self.bytes_received = 0
 
-    def begin(self) -> None:
-        early, self._early = self._early, None
-        for data in early or []:
+    def start(self) -> None:
+        early_data, self._early_data = self._early_data, None
+        for data in early_data or []:
             self.peer.transport.write(data)
 
     def dataReceived(self, data: bytes) -> None:
-        self._tunnel.passed()
-        self.received += len(data)
-        if self._early is not None:
-            self._early.append(data)
+        self._tunnel.touch()
+        self.bytes_received += len(data)
+        if self._early_data is not None:
+            self._early_data.append(data)
         else:
             self.peer.transport.write(data)
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
-        self.lost = True
-        if self.peer.transport is not None and not self.peer.lost:
+        self.disconnected = True
+        if self.peer.transport is not None and not self.peer.disconnected:
             self.peer.transport.unregisterProducer()
             self.peer.transport.loseConnection()
-        self._tunnel.lost()
+        self._tunnel.on_connection_lost()
 
 
-class ToEnd(Factory):
+class SingleProtocolFactory(Factory):
     """Makes the one protocol that it was made with: a tunnel's far end."""
 
     noisy = False
 
-    def __init__(self, end: Protocol) -> None:
-        self._end = end
+    def __init__(self, protocol: Protocol) -> None:
+        self._protocol = protocol
 
     def buildProtocol(self, address: object) -> Protocol:
-        return self._end
+        return self._protocol

@@ -7,20 +7,22 @@ from twisted.web.iweb import IBodyProducer
 
 from dockerproxy.errors import UpstreamBroken, UpstreamError
 from dockerproxy.http.headers import Headers
-from dockerproxy.net.dial import Permit
+from dockerproxy.net.dial import AddressCheck
 from dockerproxy.oci.challenge import parse_challenges
 from dockerproxy.oci.names import Registry, Repository
-from dockerproxy.upstream.credentials import Configured, Credential
-from dockerproxy.upstream.tokens import Grant, Tokens
-from dockerproxy.upstream.transport import Response, Transport
-from dockerproxy.upstream.urls import resolve, split_url
+from dockerproxy.upstream.agent import Agent, Response
+from dockerproxy.upstream.authorizer import Authorization, Authorizer
+from dockerproxy.upstream.credentials import BasicCredentials, Credential
+from dockerproxy.upstream.urls import resolve_location, split_url
 
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _MAX_REDIRECTS = 5
-_MAX_REPEATS = 2  # with the first token, and with one in the place of a token that the registry takes no more
+_MAX_AUTH_RETRIES = 2  # with the first token, and with one in the place of a token that the registry takes no more
 # What another host may be told. The rest, of which nobody knows whether it is a credential, is for the registry.
-_FOR_OTHERS = frozenset({"accept", "range", "if-range", "if-match", "if-none-match", "if-modified-since", "user-agent"})
-_NONE = Headers()
+_CROSS_ORIGIN_FIELDS = frozenset(
+    {"accept", "range", "if-range", "if-match", "if-none-match", "if-modified-since", "user-agent"}
+)
+_NO_HEADERS = Headers()
 
 
 @frozen
@@ -40,14 +42,14 @@ class UpstreamClient:
     upstream names must not make us fetch from this machine, its network's edge or the cloud's metadata service.
     """
 
-    def __init__(self, transport: Transport, tokens: Tokens, redirect_permit: Permit | None) -> None:
-        self._transport = transport
-        self._tokens = tokens
-        self._redirect_permit = redirect_permit
+    def __init__(self, agent: Agent, authorizer: Authorizer, redirect_address_check: AddressCheck | None) -> None:
+        self._agent = agent
+        self._authorizer = authorizer
+        self._redirect_address_check = redirect_address_check
 
-    def effective_login(self, registry: Registry) -> Configured | None:
+    def effective_login(self, registry: Registry) -> BasicCredentials | None:
         """Return the login of AUTH_REGISTRIES that is good for `registry`, or None."""
-        return self._tokens.effective_login(registry)
+        return self._authorizer.effective_login(registry)
 
     async def request(
         self,
@@ -57,7 +59,7 @@ class UpstreamClient:
         *,
         name: Repository | None,
         credential: Credential,
-        headers: Headers = _NONE,
+        headers: Headers = _NO_HEADERS,
         body: IBodyProducer | None = None,
         actions: str = "pull",
         follow: bool = True,
@@ -74,59 +76,69 @@ class UpstreamClient:
         scope = None if name is None else f"repository:{name}:{actions}"
         follow = follow and method in ("GET", "HEAD")
         request = _Request(method, registry, path, headers.without("authorization"), body, follow)
-        grant = await self._first_grant(registry, scope, credential)
-        response = await self._follow(request, grant)
-        for _ in range(_MAX_REPEATS):
+        authorization = await self._initial_authorization(registry, scope, credential)
+        response = await self._follow_redirects(request, authorization)
+        for _ in range(_MAX_AUTH_RETRIES):
             if response.status != 401 or split_url(response.url)[0] != registry:
                 break
             challenges = parse_challenges(response.headers.all("www-authenticate"))
-            self._tokens.remember(registry, challenges)
+            self._authorizer.add_challenges(registry, challenges)
             if body is not None:
                 break
             try:
-                better = await self._tokens.grant(registry, challenges, scope, credential, refused=grant)
+                new_authorization = await self._authorizer.get_authorization(
+                    registry, challenges, scope, credential, rejected_authorization=authorization
+                )
             except BaseException:
                 response.abort()
                 raise
-            if better is None or (grant is not None and better.authorization == grant.authorization):
+            if new_authorization is None or (
+                authorization is not None and new_authorization.value == authorization.value
+            ):
                 break
             await response.discard()
-            grant = better
-            response = await self._follow(request, grant)
+            authorization = new_authorization
+            response = await self._follow_redirects(request, authorization)
         return response
 
-    async def _first_grant(self, registry: Registry, scope: str | None, credential: Credential) -> Grant | None:
+    async def _initial_authorization(
+        self, registry: Registry, scope: str | None, credential: Credential
+    ) -> Authorization | None:
         """Return what the registry will ask for, as it asked before."""
         try:
-            return await self._tokens.grant(registry, self._tokens.challenges_for(registry), scope, credential)
+            return await self._authorizer.get_authorization(
+                registry, self._authorizer.challenges_for(registry), scope, credential
+            )
         except UpstreamError:
-            self._tokens.forget(registry)  # the realm may have moved: the next request finds out
+            self._authorizer.remove_challenges(registry)  # the realm may have moved: the next request finds out
             raise
 
-    async def _follow(self, request: _Request, grant: Grant | None) -> Response:
+    async def _follow_redirects(self, request: _Request, authorization: Authorization | None) -> Response:
         registry = request.registry
-        fields = [*request.headers, *([] if grant is None else [("authorization", grant.authorization)])]
+        fields = [*request.headers, *([] if authorization is None else [("authorization", authorization.value)])]
         headers = Headers.from_lowercase(fields)
         url = registry.origin + request.path
-        seen = {url}
+        visited = {url}
         while True:
             origin, _ = split_url(url)
             if origin != registry:
-                headers = Headers.from_lowercase([field for field in headers if field[0] in _FOR_OTHERS])
-            permit = None if origin.host == registry.host else self._redirect_permit
-            response = await self._transport.request(request.method, url, headers, request.body, permit=permit)
+                headers = Headers.from_lowercase([field for field in headers if field[0] in _CROSS_ORIGIN_FIELDS])
+            address_check = None if origin.host == registry.host else self._redirect_address_check
+            response = await self._agent.request(
+                request.method, url, headers, request.body, address_check=address_check
+            )
             location = response.headers.get("location")
             if not request.follow or response.status not in _REDIRECTS or location is None:
                 return response
             await response.discard()
-            url = resolve(url, location)
-            if url in seen or len(seen) > _MAX_REDIRECTS:
+            url = resolve_location(url, location)
+            if url in visited or len(visited) > _MAX_REDIRECTS:
                 raise UpstreamBroken(f"{registry}: it redirects in a circle, or more than {_MAX_REDIRECTS} times")
-            seen.add(url)
-            _check_scheme(registry, url)
+            visited.add(url)
+            _check_downgrade(registry, url)
 
 
-def _check_scheme(registry: Registry, url: str) -> None:
+def _check_downgrade(registry: Registry, url: str) -> None:
     target, _ = split_url(url)
     if target.scheme == "http" and registry.scheme == "https":
         raise UpstreamBroken(f"{registry}: it redirects to plain HTTP, at {target.host.authority}")

@@ -33,7 +33,7 @@ class Anonymous:
 
 
 @frozen
-class Configured:
+class BasicCredentials:
     """A login for one registry, most often one of AUTH_REGISTRIES."""
 
     user: str = field(repr=False)
@@ -51,7 +51,7 @@ class Configured:
 
 
 @frozen
-class Own:
+class ClientCredential:
     """What the client itself sent as Authorization, passed on as it is."""
 
     authorization: str = field(repr=False)
@@ -62,7 +62,7 @@ class Own:
         return _identity("own", self.authorization)
 
 
-Credential = Anonymous | Configured | Own
+Credential = Anonymous | BasicCredentials | ClientCredential
 
 
 class Login(Protocol):
@@ -75,7 +75,7 @@ class Login(Protocol):
     def password(self) -> str: ...
 
 
-class Logins:
+class LoginTable:
     """The logins of AUTH_REGISTRIES by host, with the rule about who may be shown which.
 
     A realm is named by the registry, so it is the registry's word against our secret. A login goes to the host that
@@ -85,34 +85,34 @@ class Logins:
     """
 
     def __init__(self, logins: Mapping[Host, Login]) -> None:
-        self._by_host = {host: Configured(login.user, login.password) for host, login in logins.items()}
+        self._by_host = {host: BasicCredentials(login.user, login.password) for host, login in logins.items()}
 
-    def effective(self, registry: Registry, realm: Host | None) -> Configured | None:
+    def effective_login(self, registry: Registry, realm: Host | None) -> BasicCredentials | None:
         """Return the login that requests to `registry`, whose tokens `realm` gives out, are made with."""
-        own = self._by_host.get(registry.host)
-        return self._for_realm(realm, registry) if own is None and realm is not None else own
+        login = self._by_host.get(registry.host)
+        return self._realm_login(realm, registry) if login is None and realm is not None else login
 
-    def shown(self, credential: Credential, host: Host, registry: Registry) -> Configured | None:
+    def login_for(self, credential: Credential, host: Host, registry: Registry) -> BasicCredentials | None:
         """Return the login to show to `host` in a request for `registry` made as `credential`, or None."""
-        if not isinstance(credential, Configured):
+        if not isinstance(credential, BasicCredentials):
             return None
         if credential not in self._by_host.values():
             return credential if host == registry.host else None
-        return self._for_realm(host, registry)
+        return self._realm_login(host, registry)
 
-    def _for_realm(self, realm: Host, registry: Registry) -> Configured | None:
+    def _realm_login(self, realm: Host, registry: Registry) -> BasicCredentials | None:
         login = self._by_host.get(realm)
-        if related(realm.name, registry.host.name) or self._by_host.get(registry.host) == login:
+        if in_same_domain(realm.name, registry.host.name) or self._by_host.get(registry.host) == login:
             return login
         return None
 
 
-def related(one: str, other: str) -> bool:
+def in_same_domain(one: str, other: str) -> bool:
     """Whether two host names are the same, one below the other, or below the same domain of two labels or more."""
     if one == other:
         return True
     parent, other_parent = one.partition(".")[2], other.partition(".")[2]
     if parent.replace(".", "").isdigit() or ":" in one:  # addresses are not below anything
         return False
-    below = ("." in other and one.endswith(f".{other}")) or ("." in one and other.endswith(f".{one}"))
-    return below or ("." in parent and parent == other_parent)
+    is_subdomain = ("." in other and one.endswith(f".{other}")) or ("." in one and other.endswith(f".{one}"))
+    return is_subdomain or ("." in parent and parent == other_parent)

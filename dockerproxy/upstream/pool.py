@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import Any
 
-from dockerproxy.upstream.connection import Connection
+from dockerproxy.upstream.connection import UpstreamConnection
 
-_PER_KEY = 32
-_ALL = 256
-_SECONDS = 60.0
+_MAX_PER_KEY = 32
+_MAX_TOTAL = 256
+_IDLE_TIMEOUT = 60.0
 
 
 class Pool:
@@ -20,9 +20,9 @@ class Pool:
 
     def __init__(self, clock: Any) -> None:
         self._clock = clock
-        self._idle: dict[Connection, Any] = {}  # each with its timer, the oldest first
+        self._idle: dict[UpstreamConnection, Any] = {}  # each with its timer, the oldest first
 
-    def take(self, key: Hashable) -> Connection | None:
+    def take(self, key: Hashable) -> UpstreamConnection | None:
         """Return an idle connection for `key`, or None."""
         for connection in reversed(self._idle):
             if connection.key == key and connection.alive:
@@ -30,21 +30,21 @@ class Pool:
                 return connection
         return None
 
-    def put(self, connection: Connection) -> None:
+    def put(self, connection: UpstreamConnection) -> None:
         """Keep a connection for another request with its key."""
-        same = [other for other in self._idle if other.key == connection.key]
-        if len(same) >= _PER_KEY:
-            self._drop(same[0])
-        elif len(self._idle) >= _ALL:
-            self._drop(next(iter(self._idle)))
-        self._idle[connection] = self._clock.callLater(_SECONDS, self._drop, connection)
+        same_key = [other for other in self._idle if other.key == connection.key]
+        if len(same_key) >= _MAX_PER_KEY:
+            self._evict(same_key[0])
+        elif len(self._idle) >= _MAX_TOTAL:
+            self._evict(next(iter(self._idle)))
+        self._idle[connection] = self._clock.callLater(_IDLE_TIMEOUT, self._evict, connection)
 
-    def remove(self, connection: Connection) -> None:
+    def remove(self, connection: UpstreamConnection) -> None:
         """Forget a connection: it is in use, or no more."""
         timer = self._idle.pop(connection, None)
         if timer is not None and timer.active():
             timer.cancel()
 
-    def _drop(self, connection: Connection) -> None:
+    def _evict(self, connection: UpstreamConnection) -> None:
         self.remove(connection)
         connection.abort()

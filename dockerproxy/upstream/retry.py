@@ -7,10 +7,10 @@ from email.utils import parsedate_to_datetime
 
 from dockerproxy.http.headers import Headers
 
-LONGEST_WAIT = 3600.0  # seconds; an upstream that asks for more is asked again after this
+MAX_RETRY_AFTER = 3600.0  # seconds; an upstream that asks for more is asked again after this
 
 
-def retry_after(headers: Headers, now: float) -> float | None:
+def parse_retry_after(headers: Headers, now: float) -> float | None:
     """Return the seconds that a Retry-After field (RFC 9110, section 10.2.3) asks to wait, from 0 to an hour.
 
     `now` is Unix time, for the form that is a date. None where there is no such field or it cannot be read.
@@ -19,11 +19,11 @@ def retry_after(headers: Headers, now: float) -> float | None:
     if value is None:
         return None
     if value.isascii() and value.isdigit():
-        return float(min(int(value[:10]), LONGEST_WAIT))
+        return float(min(int(value[:10]), MAX_RETRY_AFTER))
     try:
-        moment = parsedate_to_datetime(value[:64])
+        date = parsedate_to_datetime(value[:64])
     except ValueError:
         return None
     # A date without a zone is meant as GMT, the one that HTTP knows.
-    seconds = moment.timestamp() if moment.tzinfo else moment.replace(tzinfo=UTC).timestamp()
-    return min(max(seconds - now, 0.0), LONGEST_WAIT)
+    seconds = date.timestamp() if date.tzinfo else date.replace(tzinfo=UTC).timestamp()
+    return min(max(seconds - now, 0.0), MAX_RETRY_AFTER)

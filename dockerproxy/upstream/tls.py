@@ -18,7 +18,7 @@ from dockerproxy.http.tls import TLSTransport, set_mode
 from dockerproxy.oci.names import Host
 
 # The errors of X509_verify_cert that an operator meets (openssl-verification-options(1)); others keep their number.
-_REASONS = {
+_VERIFY_ERRORS = {
     9: "it is not valid yet (is the clock right?)",
     10: "it has expired",
     18: "it is self-signed; UPSTREAM_CA_FILE can name it",
@@ -31,7 +31,7 @@ _REASONS = {
 }
 
 
-class TLSClient:
+class ClientContext:
     """The trust of all connections to upstreams.
 
     With `verify`, certificates have to come from a CA of the system's or of `ca_file` (PEM), and to name the host.
@@ -47,16 +47,16 @@ class TLSClient:
             context.set_verify(SSL.VERIFY_PEER)
             context.set_default_verify_paths()
             if ca_file is not None:
-                _trust(context, ca_file)
+                _load_ca_file(context, ca_file)
         # pyOpenSSL lets nobody change a context once a connection has used it: this one is complete.
         self._context = context
 
-    def session(self, host: Host) -> TLSSession:
+    def handshake(self, host: Host) -> ClientHandshake:
         """Return what one connection to `host` needs."""
-        return TLSSession(self._context, host, verify=self.verify)
+        return ClientHandshake(self._context, host, verify=self.verify)
 
 
-class TLSSession:
+class ClientHandshake:
     """The TLS side of one connection to `host`."""
 
     def __init__(self, context: SSL.Context, host: Host, *, verify: bool) -> None:
@@ -64,68 +64,68 @@ class TLSSession:
         self._host = host
         self._verify = verify
         self._connection: SSL.Connection | None = None
-        self._error = 0
+        self._verify_error = 0
 
-    def begin(self, sock: socket.socket) -> SSL.Connection:
+    def connection(self, sock: socket.socket) -> SSL.Connection:
         """Return the client's side of TLS on `sock`, before its handshake."""
         connection = SSL.Connection(self._context, sock)
         connection.set_connect_state()
         if self._verify:
-            connection.set_verify(SSL.VERIFY_PEER, self._note)
+            connection.set_verify(SSL.VERIFY_PEER, self._on_verify)
         connection.set_alpn_protos([b"http/1.1"])
         if not self._host.is_address:  # RFC 6066, section 3: addresses are not allowed as server names
             connection.set_tlsext_host_name(self._host.name.encode("ascii"))
         self._connection = connection
         return connection
 
-    def check(self) -> None:
+    def verify_certificate(self) -> None:
         """Raise `UpstreamUnreachable` where the server's certificate is not one for the host (RFC 9110, 4.3.4)."""
         connection, self._connection = self._connection, None
         if not self._verify or connection is None:
             return
-        check = verify_ip_address if self._host.is_address else verify_hostname
+        verify_name = verify_ip_address if self._host.is_address else verify_hostname
         try:
-            check(connection, self._host.name)
+            verify_name(connection, self._host.name)
         except (VerificationError, CertificateError):
             raise UpstreamUnreachable(f"{self._host.authority}: its certificate is for another name") from None
 
-    def explain(self, reason: Failure) -> str:
+    def describe_failure(self, reason: Failure) -> str:
         """Return why the handshake failed, as a phrase to go behind the host."""
         self._connection = None
-        if self._error:
-            detail = _REASONS.get(self._error, f"OpenSSL's error {self._error}")
+        if self._verify_error:
+            detail = _VERIFY_ERRORS.get(self._verify_error, f"OpenSSL's error {self._verify_error}")
             return f"its certificate is not acceptable: {detail}"
         entries = reason.value.args[0] if isinstance(reason.value, SSL.Error) and reason.value.args else None
         detail = str(entries[0][-1]) if isinstance(entries, list) and entries else "unexpected eof"
         return "closed the connection in the TLS handshake" if "eof" in detail else f"no TLS with it: {detail}"
 
-    def _note(self, connection: SSL.Connection, certificate: object, error: int, depth: int, ok: int) -> bool:
+    def _on_verify(self, connection: SSL.Connection, certificate: object, error: int, depth: int, ok: int) -> bool:
         """Keep what OpenSSL finds wrong, which its exception does not say, and let it stand."""
         if not ok:
-            self._error = error
+            self._verify_error = error
         return bool(ok)
 
 
-class TLSConnector(Factory):
+class TLSClientFactory(Factory):
     """Makes what puts `protocol` on TLS as soon as there is a connection."""
 
     noisy = False
 
-    def __init__(self, session: TLSSession, protocol: Protocol) -> None:
-        self._session = session
+    def __init__(self, handshake: ClientHandshake, protocol: Protocol) -> None:
+        self._handshake = handshake
         self._protocol = protocol
 
     def buildProtocol(self, address: IAddress | None) -> Protocol:
-        return _Connected(self._start)
+        return _TLSStarter(self._start_tls)
 
-    def _start(self, tcp: Any) -> None:
-        transport = TLSTransport(tcp.reactor, tcp, self._session.begin(tcp.getHandle()))
+    def _start_tls(self, tcp: Any) -> None:
+        transport = TLSTransport(tcp.reactor, tcp, self._handshake.connection(tcp.getHandle()))
         transport.write_immediately = False
         transport.take_over(self._protocol)
         transport.start_handshake()
 
 
-class _Connected(Protocol):
+class _TLSStarter(Protocol):
     """Hands its transport on."""
 
     def __init__(self, start: Callable[[Any], None]) -> None:
@@ -135,7 +135,7 @@ class _Connected(Protocol):
         self._start(self.transport)
 
 
-def _trust(context: SSL.Context, ca_file: str) -> None:
+def _load_ca_file(context: SSL.Context, ca_file: str) -> None:
     try:
         with open(ca_file, "rb"):
             pass  # OpenSSL words a missing file badly

@@ -11,7 +11,7 @@ from dockerproxy.admin.builtin_endpoints import BuiltinEndpoints
 from dockerproxy.errors import RegistryError
 from dockerproxy.http.request import Request
 from dockerproxy.oci.names import Host
-from dockerproxy.proxy.front import answer_plainly
+from dockerproxy.proxy.forward_proxy import respond_text_error
 
 PEM = b"-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----\n"
 
@@ -59,7 +59,7 @@ def connect(visit: Any) -> Any:
             try:
                 await endpoints.handle(request)
             except RegistryError as error:
-                answer_plainly(request, error)
+                respond_text_error(request, error)
 
         return visit(handle, secure=secure)
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from dockerproxy.cache import identity as module
 from dockerproxy.cache.identity import PUBLIC, TOKEN_LIFETIME, Bindings, Identities
 from dockerproxy.oci.names import Registry
-from dockerproxy.upstream.credentials import Anonymous, Configured, Own
+from dockerproxy.upstream.credentials import Anonymous, BasicCredentials, ClientCredential
 
 HUB, OTHER = Registry.parse("registry-1.docker.io"), Registry.parse("other.example:5000")
 NOW = 1_700_000_000.0
@@ -21,24 +21,29 @@ IDENTITIES = Identities(b"s" * 32)
 
 def test_identity_per_credential() -> None:
     assert IDENTITIES.for_credential(HUB, Anonymous()) == PUBLIC
-    one, other = IDENTITIES.for_credential(HUB, Own("Bearer a")), IDENTITIES.for_credential(HUB, Own("Bearer b"))
+    one, other = (
+        IDENTITIES.for_credential(HUB, ClientCredential("Bearer a")),
+        IDENTITIES.for_credential(HUB, ClientCredential("Bearer b")),
+    )
     assert one != other and one.startswith("own:") and one == IDENTITIES.for_authorization("Bearer a")
-    login = IDENTITIES.for_credential(HUB, Configured("me", "secret"))
+    login = IDENTITIES.for_credential(HUB, BasicCredentials("me", "secret"))
     assert login.startswith("login:")
     assert login == IDENTITIES.for_credential(
-        HUB, Configured("me", "another")
+        HUB, BasicCredentials("me", "another")
     )  # the password may change, the one who reads does not
-    assert login != IDENTITIES.for_credential(HUB, Configured("you", "secret"))
-    assert login != IDENTITIES.for_credential(OTHER, Configured("me", "secret"))
+    assert login != IDENTITIES.for_credential(HUB, BasicCredentials("you", "secret"))
+    assert login != IDENTITIES.for_credential(OTHER, BasicCredentials("me", "secret"))
 
 
 def test_identity_does_not_reveal_credential() -> None:
     for text in (
-        IDENTITIES.for_credential(HUB, Own("Basic bWU6c2VjcmV0")),
-        IDENTITIES.for_credential(HUB, Configured("me", "secret")),
+        IDENTITIES.for_credential(HUB, ClientCredential("Basic bWU6c2VjcmV0")),
+        IDENTITIES.for_credential(HUB, BasicCredentials("me", "secret")),
     ):
         assert "secret" not in text and "bWU6" not in text and "me" not in text.partition(":")[2]
-    assert Identities(b"t" * 32).for_credential(HUB, Own("Bearer a")) != IDENTITIES.for_credential(HUB, Own("Bearer a"))
+    assert Identities(b"t" * 32).for_credential(HUB, ClientCredential("Bearer a")) != IDENTITIES.for_credential(
+        HUB, ClientCredential("Bearer a")
+    )
 
 
 def test_authorization_with_arbitrary_bytes() -> None:
@@ -48,8 +53,12 @@ def test_authorization_with_arbitrary_bytes() -> None:
 def test_bound_token_has_client_identity() -> None:
     identities = Identities(b"s" * 32)
     identities.bind("abc", "Basic bWU6c2VjcmV0")
-    assert identities.for_credential(HUB, Own("Bearer abc")) == identities.for_authorization("Basic bWU6c2VjcmV0")
-    assert identities.for_credential(HUB, Own("Bearer abd")) != identities.for_authorization("Basic bWU6c2VjcmV0")
+    assert identities.for_credential(HUB, ClientCredential("Bearer abc")) == identities.for_authorization(
+        "Basic bWU6c2VjcmV0"
+    )
+    assert identities.for_credential(HUB, ClientCredential("Bearer abd")) != identities.for_authorization(
+        "Basic bWU6c2VjcmV0"
+    )
 
 
 def test_bindings_are_shared_between_processes() -> None:
@@ -60,8 +69,12 @@ def test_bindings_are_shared_between_processes() -> None:
     for pair in list(published):
         bindings.add(*pair)
     other = Identities(b"s" * 32, bindings)
-    assert other.for_credential(HUB, Own("Bearer abc")) == one.for_credential(HUB, Own("Basic bWU6c2VjcmV0"))
-    assert other.for_credential(HUB, Own("Bearer abcd")) != one.for_credential(HUB, Own("Basic bWU6c2VjcmV0"))
+    assert other.for_credential(HUB, ClientCredential("Bearer abc")) == one.for_credential(
+        HUB, ClientCredential("Basic bWU6c2VjcmV0")
+    )
+    assert other.for_credential(HUB, ClientCredential("Bearer abcd")) != one.for_credential(
+        HUB, ClientCredential("Basic bWU6c2VjcmV0")
+    )
     assert len(published) == 1
     assert not any("abc" in text or "bWU" in text for text in published[0])
 
@@ -72,7 +85,7 @@ def test_bindings_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(5):
         identities.bind(str(number), "Basic x")
     me = identities.for_authorization("Basic x")
-    assert [identities.for_credential(HUB, Own(f"Bearer {number}")) == me for number in range(5)] == [
+    assert [identities.for_credential(HUB, ClientCredential(f"Bearer {number}")) == me for number in range(5)] == [
         False,
         False,
         True,

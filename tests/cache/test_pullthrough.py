@@ -26,14 +26,14 @@ from dockerproxy.http.headers import Headers
 from dockerproxy.oci.challenge import basic, parse_challenges
 from dockerproxy.oci.manifests import EMPTY_INDEX, MAX_MANIFEST, OCI_INDEX
 from dockerproxy.oci.names import Digest, Registry, parse_repository
-from dockerproxy.upstream.credentials import Anonymous, Configured, Own
+from dockerproxy.upstream.credentials import Anonymous, BasicCredentials, ClientCredential
 from tests.cache.support.harness import HUB, OTHER, CacheHarness, read_all
 from tests.cache.support.upstream import ScriptedResponse, error_response, raise_error, replace_with, respond_with
 
 APP, COPY = "library/app", "public/copy"
 NAME = parse_repository(APP)
 ALICE, BOB = "Bearer alice", "Bearer bob"
-LOGIN = Configured("robot", "secret")
+LOGIN = BasicCredentials("robot", "secret")
 DATA = bytes(range(256)) * 300
 BLOB = Digest.of(DATA)
 MANIFEST = b'{"schemaVersion":2,"config":{},"layers":[]}'
@@ -177,7 +177,7 @@ def test_client_credential_wins_over_shared_login(make_harness: Callable[..., Ca
     for target in PATHS_TO_CONTENT:
         assert denied(harness, target, ALICE).status == 401
         assert ask(harness, target)[1] in (DATA, MANIFEST)
-    assert harness.client(ALICE).credential == Own(ALICE)
+    assert harness.client(ALICE).credential == ClientCredential(ALICE)
     assert harness.client().credential == LOGIN
 
 
@@ -218,7 +218,11 @@ def make_unreachable(harness: CacheHarness, failure: Any = OUTAGES[0][0]) -> Non
 @pytest.mark.parametrize("login", [None, LOGIN], ids=["public", "shared"])
 @pytest.mark.parametrize("days", [0, 1, 1000])
 def test_public_content_is_served_throughout_outage(
-    make_harness: Callable[..., CacheHarness], target: tuple[str, str], head: bool, login: Configured | None, days: int
+    make_harness: Callable[..., CacheHarness],
+    target: tuple[str, str],
+    head: bool,
+    login: BasicCredentials | None,
+    days: int,
 ) -> None:
     harness = make_harness(login=login)
     fill_repository(harness, readers=None if login is None else {"login robot"})
@@ -333,7 +337,7 @@ def test_ping_with_local_token(harness: CacheHarness) -> None:
 
 
 @pytest.mark.parametrize("login", [None, LOGIN])
-def test_ping_with_basic_challenge(make_harness: Callable[..., CacheHarness], login: Configured | None) -> None:
+def test_ping_with_basic_challenge(make_harness: Callable[..., CacheHarness], login: BasicCredentials | None) -> None:
     """Ours serves the client; without one it has to bring its own."""
     harness = make_harness(login=login)
     harness.upstream.on("GET", "^/v2/$", lambda asked, data: error_response(401, www_authenticate='Basic realm="x"'))
@@ -419,7 +423,11 @@ def test_token_flow_during_outage(harness: CacheHarness) -> None:
 
 def test_forward(make_harness: Callable[..., CacheHarness]) -> None:
     harness = make_harness(login=LOGIN)
-    for authorization, credential in ((None, LOGIN), (ALICE, Own(ALICE)), (local_token(harness, "public"), LOGIN)):
+    for authorization, credential in (
+        (None, LOGIN),
+        (ALICE, ClientCredential(ALICE)),
+        (local_token(harness, "public"), LOGIN),
+    ):
         harness.run(
             harness.client(authorization).forward("GET", f"/v2/{APP}/tags/list?n=2", NAME, Headers([("x", "1")]))
         )
@@ -432,7 +440,7 @@ def test_forward(make_harness: Callable[..., CacheHarness]) -> None:
 @pytest.mark.parametrize("method", ["POST", "PUT", "PATCH", "DELETE"])
 def test_shared_login_is_read_only(make_harness: Callable[..., CacheHarness], method: str) -> None:
     harness = make_harness(login=LOGIN)
-    for authorization, credential in ((None, Anonymous()), (ALICE, Own(ALICE))):
+    for authorization, credential in ((None, Anonymous()), (ALICE, ClientCredential(ALICE))):
         harness.run(harness.client(authorization).forward(method, f"/v2/{APP}/blobs/uploads/", NAME, Headers(), "body"))
         request = harness.upstream.requests[-1]
         assert (request.credential, request.body, request.options["actions"]) == (credential, "body", "pull,push")
@@ -445,7 +453,7 @@ def test_shared_login_is_limited_to_v2(make_harness: Callable[..., CacheHarness]
     harness.run(harness.client().forward("GET", path, None, Headers()))
     assert harness.upstream.requests[-1].credential == Anonymous()
     harness.run(harness.client(ALICE).forward("GET", path, None, Headers()))
-    assert harness.upstream.requests[-1].credential == Own(ALICE)
+    assert harness.upstream.requests[-1].credential == ClientCredential(ALICE)
 
 
 # referrers

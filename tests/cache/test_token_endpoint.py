@@ -23,7 +23,7 @@ from dockerproxy.errors import (
 )
 from dockerproxy.oci.challenge import basic
 from dockerproxy.oci.names import Registry
-from dockerproxy.upstream.credentials import Own
+from dockerproxy.upstream.credentials import ClientCredential
 from tests.cache.support.harness import EPOCH, HUB, CacheHarness
 from tests.cache.support.upstream import ScriptedResponse, raise_error, respond_with
 
@@ -83,16 +83,18 @@ def test_login_is_forwarded(harness: CacheHarness) -> None:
     [request] = harness.upstream.requests
     assert (request.method, request.registry, request.path) == ("GET", REALM.server, f"/token?{QUERY}")
     assert request.headers.all("authorization") == [ALICE]
-    assert harness.identities.for_credential(HUB, Own("Bearer upstreams")) == harness.identities.for_authorization(
-        ALICE
-    )
+    assert harness.identities.for_credential(
+        HUB, ClientCredential("Bearer upstreams")
+    ) == harness.identities.for_authorization(ALICE)
 
 
 @pytest.mark.parametrize("name", ["token", "access_token"])
 def test_token_or_access_token(harness: CacheHarness, name: str) -> None:
     script_realm(harness, respond_with_token(json.dumps({name: "t"}).encode()))
     ask(harness, ALICE)
-    assert harness.identities.for_credential(HUB, Own("Bearer t")) == harness.identities.for_authorization(ALICE)
+    assert harness.identities.for_credential(HUB, ClientCredential("Bearer t")) == harness.identities.for_authorization(
+        ALICE
+    )
 
 
 def test_form_post(harness: CacheHarness) -> None:
@@ -104,9 +106,9 @@ def test_form_post(harness: CacheHarness) -> None:
     assert harness.agent.bodies == [body]
     assert request.headers.get("authorization") is None
     # The same client as the one who shows the same login by GET.
-    assert harness.identities.for_credential(HUB, Own("Bearer upstreams")) == harness.identities.for_authorization(
-        ALICE
-    )
+    assert harness.identities.for_credential(
+        HUB, ClientCredential("Bearer upstreams")
+    ) == harness.identities.for_authorization(ALICE)
 
 
 def test_refresh_token(harness: CacheHarness) -> None:

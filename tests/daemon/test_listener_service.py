@@ -144,7 +144,7 @@ def test_idle_connections_are_closed_at_once(harness: ListenerServiceHarness) ->
     partial_head.send(b"GET / HTT")
     harness.stop()
     for client in (fresh, keepalive, partial_head):
-        assert (client.wire.closed, client.wire.aborted) == (True, False)
+        assert (client.transport.closed, client.transport.aborted) == (True, False)
     assert keepalive.answer().body == b"0123456789"
     assert len(harness.stopped) == 1
 
@@ -156,11 +156,11 @@ def test_responses_in_progress_may_finish(harness: ListenerServiceHarness) -> No
     other.request("GET", "/other")
     harness.stop()
     harness.reactor.advance(10)
-    assert (harness.stopped, harness.closed, one.wire.closed) == ([], 0, False)
+    assert (harness.stopped, harness.closed, one.transport.closed) == ([], 0, False)
     harness.pending["/one"].callback(None)
     harness.reactor.advance(0)
     assert one.answer().body == b"0123456789"
-    assert (one.wire.closed, one.wire.aborted, harness.stopped) == (True, False, [])
+    assert (one.transport.closed, one.transport.aborted, harness.stopped) == (True, False, [])
     harness.pending["/other"].callback(None)
     harness.reactor.advance(0)
     assert other.answer().whole
@@ -177,7 +177,7 @@ def test_a_pipelined_request_is_not_started_during_stop(harness: ListenerService
     harness.pending["/one"].callback(None)
     harness.reactor.advance(0)
     assert "/two" not in harness.pending
-    assert client.wire.closed
+    assert client.transport.closed
 
 
 def test_connections_are_aborted_after_the_grace_period(
@@ -193,10 +193,10 @@ def test_connections_are_aborted_after_the_grace_period(
     handle = harness.transfers.add(lambda: aborted.append("tunnel"))
     harness.stop()
     harness.reactor.advance(SHUTDOWN_GRACE - 1)
-    assert (harness.stopped, aborted, one.wire.closed) == ([], [], False)
+    assert (harness.stopped, aborted, one.transport.closed) == ([], [], False)
     for _ in range(4):  # each thing that is waited for has its turn
         harness.reactor.advance(1)
-    assert one.wire.aborted and other.wire.aborted
+    assert one.transport.aborted and other.transport.aborted
     assert not one.answer().whole
     assert aborted == ["tunnel"]
     assert sum(counts) == 3
@@ -252,10 +252,10 @@ def test_a_repeated_stop_aborts_connections(harness: ListenerServiceHarness, mon
     assert harness.stop_handlers == []
     harness.stop()
     assert len(harness.stop_handlers) == 1
-    assert not client.wire.aborted
+    assert not client.transport.aborted
     harness.stop_handlers[0]()
     harness.reactor.advance(0)
-    assert client.wire.aborted
+    assert client.transport.aborted
     assert aborted == ["tunnel"]
     assert len(harness.stopped) == 1
     assert warnings
@@ -276,8 +276,8 @@ def test_ports_are_closed_first(harness: ListenerServiceHarness, monkeypatch: py
     monkeypatch.setattr("twisted.internet.testing._FakePort.stopListening", stop_listening)
     client = harness.connect()
     harness.stop()
-    assert not client.wire.closed
+    assert not client.transport.closed
     listening.callback(None)
     harness.reactor.advance(0)
     assert stopped == [3128, 3129, 5443]
-    assert client.wire.closed
+    assert client.transport.closed

@@ -13,8 +13,8 @@ from twisted.web.iweb import UNKNOWN_LENGTH
 from dockerproxy.http.forwarding import RequestBodyProducer, forward_response, forwarded_fields, request_body_producer
 from dockerproxy.http.headers import Headers
 from dockerproxy.http.request import ClientDisconnected, Request
-from dockerproxy.upstream.connection import Connection, Outgoing, Timeouts
-from dockerproxy.upstream.sending import framing_field
+from dockerproxy.upstream.body_writer import framing_field
+from dockerproxy.upstream.connection import OutgoingRequest, UpstreamConnection, UpstreamTimeouts
 from tests.http.http_support.in_memory import GET, InMemoryClient, InMemoryServer, RecordingTransport, parse_responses
 
 PUT_WITH_LENGTH = b"PUT /1 HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n"
@@ -26,20 +26,20 @@ class ForwardingTests(SynchronousTestCase):
         self.server = InMemoryServer(self.handle)
         self.client = self.server.client()
         self.upstream = RecordingTransport()
-        self.connection = Connection(self.server.clock, "a:80", None, Timeouts(), self, "key")
+        self.connection = UpstreamConnection(self.server.clock, "a:80", None, UpstreamTimeouts(), self, "key")
         self.connection.makeConnection(self.upstream)
         self.outcomes: list[BaseException | None] = []
 
-    def released(self, connection: Connection) -> None: ...
+    def released(self, connection: UpstreamConnection) -> None: ...
 
-    def lost(self, connection: Connection) -> None: ...
+    def lost(self, connection: UpstreamConnection) -> None: ...
 
     async def handle(self, request: Request) -> None:
         body = request_body_producer(request)
         framing = "" if body is None else "{}: {}\r\n".format(*framing_field(body))
         head = f"{request.method} {request.path}\r\n{framing}\r\n".encode()
         try:
-            response = await self.connection.exchange(Outgoing(request.method, "http://a/", head, body))
+            response = await self.connection.exchange(OutgoingRequest(request.method, "http://a/", head, body))
             await forward_response(request, response, forwarded_fields(response.headers))
         except BaseException as error:
             self.outcomes.append(error)
@@ -219,7 +219,7 @@ class ForwardingTests(SynchronousTestCase):
         """What upstream sends is let go of, and the client is told."""
 
         async def handle(request: Request) -> None:
-            response = await self.connection.exchange(Outgoing("GET", "http://a/", b"", None))
+            response = await self.connection.exchange(OutgoingRequest("GET", "http://a/", b"", None))
             await forward_response(request, response, [("A", "\n")])
 
         self.server.site.handler = handle

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dockerproxy.net.addresses import AddressSet, Destinations, quoted
+from dockerproxy.net.addresses import AddressSet, Destinations, redacted_repr
 
 
 def mapped(address: IPv4Address) -> str:
@@ -57,8 +57,8 @@ NETWORK = st.builds(lambda address, prefix: str(ip_network((address, prefix), st
         ("::ffff:10.0.0.0/104", "10.1.2.3", "::ffff:10.0.0.0/104"),
     ],
 )
-def test_rule_for(text: str, address: str, rule: str | None) -> None:
-    assert AddressSet.parse(text).rule_for(address) == rule
+def test_match(text: str, address: str, rule: str | None) -> None:
+    assert AddressSet.parse(text).match(address) == rule
     assert (address in AddressSet.parse(text)) == (rule is not None)
 
 
@@ -77,48 +77,46 @@ def test_rule_for(text: str, address: str, rule: str | None) -> None:
         ("loopback", "64:ff9b::"),
     ],
 )
-def test_a_disguise_is_seen_through(text: str, address: str) -> None:
+def test_embedded_ipv4_addresses_match(text: str, address: str) -> None:
     assert address in AddressSet.parse(text)
 
 
 @given(NETWORK, IPV4)
-def test_embedded_addresses_are_judged_as_what_they_lead_to(network: str, address: IPv4Address) -> None:
+def test_embedded_addresses_match_like_the_ipv4_address(network: str, address: IPv4Address) -> None:
     rules = AddressSet.parse(network)
-    if rules.rule_for(str(address)) is not None:
-        for disguise in (mapped, nat64, six_to_four):
-            assert rules.rule_for(disguise(address)) == network
+    if rules.match(str(address)) is not None:
+        for embed in (mapped, nat64, six_to_four):
+            assert rules.match(embed(address)) == network
 
 
 @given(NETWORK, IPV4)
-def test_an_allow_list_takes_mapped_addresses_and_no_other_disguise(network: str, address: IPv4Address) -> None:
+def test_exact_match_accepts_only_ipv4_mapped_addresses(network: str, address: IPv4Address) -> None:
     rules = AddressSet.parse(network)
-    assert rules.rule_for(mapped(address), exactly=True) == rules.rule_for(str(address), exactly=True)
-    assert rules.rule_for(nat64(address), exactly=True) is None
-    assert rules.rule_for(six_to_four(address), exactly=True) is None
+    assert rules.match(mapped(address), exact=True) == rules.match(str(address), exact=True)
+    assert rules.match(nat64(address), exact=True) is None
+    assert rules.match(six_to_four(address), exact=True) is None
 
 
 @given(NETWORK, IPV4)
-def test_membership_is_that_of_the_network(network: str, address: IPv4Address) -> None:
-    assert (AddressSet.parse(network).rule_for(str(address), exactly=True) is not None) == (
-        address in ip_network(network)
-    )
+def test_exact_match_equals_network_membership(network: str, address: IPv4Address) -> None:
+    assert (AddressSet.parse(network).match(str(address), exact=True) is not None) == (address in ip_network(network))
 
 
 @pytest.mark.parametrize("word", ["10.0.0.256", "10.0.0.0/33", "localnet", "1.2.3", "10.0.0.0/", "/8"])
-def test_a_word_that_is_none_is_named(word: str) -> None:
+def test_invalid_entry_is_named_in_the_error(word: str) -> None:
     with pytest.raises(ValueError, match="is not an address") as caught:
         AddressSet.parse(f"127.0.0.1 {word}")
     assert repr(word) in str(caught.value)
 
 
-def test_bits_beyond_the_prefix_are_a_mistake() -> None:
+def test_host_bits_are_rejected() -> None:
     with pytest.raises(ValueError, match=r"'10.1.2.3/8' has bits beyond its prefix, the network is 10.0.0.0/8"):
         AddressSet.parse("10.1.2.3/8")
 
 
-def test_no_address_is_no_answer() -> None:
+def test_match_rejects_a_host_name() -> None:
     with pytest.raises(ValueError, match="example"):
-        AddressSet.parse("all").rule_for("example.com")
+        AddressSet.parse("all").match("example.com")
 
 
 @pytest.mark.parametrize(
@@ -149,7 +147,7 @@ def test_match_address() -> None:
     destinations = Destinations.parse("*.example.com metadata 10.0.0.0/8 loopback")
     assert destinations.match_address("10.1.1.1") == "10.0.0.0/8"
     assert destinations.match_address("2002:a9fe:a9fe::1") == "metadata"
-    assert destinations.match_address("2002:a9fe:a9fe::1", exactly=True) is None
+    assert destinations.match_address("2002:a9fe:a9fe::1", exact=True) is None
     assert destinations.match_address("192.0.2.1") is None
 
 
@@ -172,11 +170,11 @@ def test_names_only() -> None:
         "10.0.0.0/40",
     ],
 )
-def test_no_destination(word: str) -> None:
+def test_invalid_destination(word: str) -> None:
     with pytest.raises(ValueError, match="is not a host name such as"):
         Destinations.parse(word)
 
 
-def test_quoted_hides_logins_and_length() -> None:
-    assert quoted("http://user:secret@proxy") == "'…@proxy'"
-    assert len(quoted("x" * 5000)) < 110
+def test_redacted_repr_hides_credentials_and_truncates() -> None:
+    assert redacted_repr("http://user:secret@proxy") == "'…@proxy'"
+    assert len(redacted_repr("x" * 5000)) < 110

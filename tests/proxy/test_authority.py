@@ -27,7 +27,7 @@ LONG_NAME = ".".join(["a" * 60] * 4)
 Step = Callable[[], object]
 
 
-class Time:
+class SteppedClock:
     """A clock that stands still; certificates are verified by the real one, so it starts there."""
 
     def __init__(self) -> None:
@@ -38,20 +38,20 @@ class Time:
 
 
 @pytest.fixture
-def clock() -> Time:
-    return Time()
+def clock() -> SteppedClock:
+    return SteppedClock()
 
 
-def opened(directory: Path, clock: Callable[[], float]) -> CertificateAuthority:
-    return CertificateAuthority.open(directory, certificate_file=None, key_file=None, passphrase=None, now=clock)
+def open_authority(directory: Path, clock: Callable[[], float]) -> CertificateAuthority:
+    return CertificateAuthority.open(directory, certificate_file=None, key_file=None, passphrase=None, clock=clock)
 
 
 @pytest.fixture
-def authority(tmp_path: Path, clock: Time) -> CertificateAuthority:
-    return opened(tmp_path, clock)
+def authority(tmp_path: Path, clock: SteppedClock) -> CertificateAuthority:
+    return open_authority(tmp_path, clock)
 
 
-class Pair:
+class HandshakePair:
     """A client of Python's `ssl` and a server of ours, connected in memory."""
 
     def __init__(
@@ -76,17 +76,17 @@ class Pair:
         self.client = client.wrap_bio(self._in, self._out, server_hostname=name, session=session)
         self.server = context.create_connection(None)
 
-    def attempt(self, side: Callable[[], object]) -> bool:
+    def step(self, side: Callable[[], object]) -> bool:
         """Let one side go on, and carry its bytes over; say whether it has finished."""
         try:
             side()
         except (ssl.SSLWantReadError, SSL.WantReadError):
             return False
         finally:
-            self.carry()
+            self.transfer()
         return True
 
-    def carry(self) -> None:
+    def transfer(self) -> None:
         if self._out.pending:
             self.server.bio_write(self._out.read())
         try:
@@ -94,16 +94,16 @@ class Pair:
         except SSL.WantReadError:
             pass
 
-    def shake(self) -> Pair:
+    def complete_handshake(self) -> HandshakePair:
         """Complete the handshake, and read what the server adds to it (TLS 1.3's tickets)."""
         done = {self.client.do_handshake: False, self.server.do_handshake: False}
         for _ in range(10):
             for side in done:
-                done[side] = done[side] or self.attempt(side)
+                done[side] = done[side] or self.step(side)
             if all(done.values()):
                 break
         assert all(done.values()), "the handshake did not end"
-        self.attempt(lambda: self.client.read(1))
+        self.step(lambda: self.client.read(1))
         return self
 
     @property
@@ -113,18 +113,18 @@ class Pair:
         return x509.load_der_x509_certificate(der)
 
 
-def leaf_for(authority: CertificateAuthority, name: str) -> x509.Certificate:
+def presented_leaf(authority: CertificateAuthority, name: str) -> x509.Certificate:
     """Return the certificate that a client sees which checks nothing."""
     client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     client.check_hostname, client.verify_mode = False, ssl.CERT_NONE
-    return Pair(authority.context_for(name), b"", name, client=client).shake().leaf
+    return HandshakePair(authority.context_for(name), b"", name, client=client).complete_handshake().leaf
 
 
 def validity(certificate: x509.Certificate) -> tuple[float, float]:
     if hasattr(certificate, "not_valid_before_utc"):
         return certificate.not_valid_before_utc.timestamp(), certificate.not_valid_after_utc.timestamp()
-    begin, end = certificate.not_valid_before, certificate.not_valid_after
-    return begin.replace(tzinfo=UTC).timestamp(), end.replace(tzinfo=UTC).timestamp()
+    not_before, not_after = certificate.not_valid_before, certificate.not_valid_after
+    return not_before.replace(tzinfo=UTC).timestamp(), not_after.replace(tzinfo=UTC).timestamp()
 
 
 def extension(certificate: x509.Certificate, kind: type[x509.ExtensionType]) -> x509.Extension[x509.ExtensionType]:
@@ -142,13 +142,15 @@ NAMES = ["registry-1.docker.io", "localhost", "my_registry.local", "10.1.2.3", "
 def test_a_client_that_trusts_the_root_verifies_the_name(
     authority: CertificateAuthority, name: str, version: ssl.TLSVersion
 ) -> None:
-    pair = Pair(authority.context_for(name), authority.certificate_pem, name, version=version).shake()
+    pair = HandshakePair(
+        authority.context_for(name), authority.certificate_pem, name, version=version
+    ).complete_handshake()
     assert pair.client.version() == ("TLSv1.2" if version is ssl.TLSVersion.TLSv1_2 else "TLSv1.3")
     pair.client.write(b"ping")
-    pair.carry()
+    pair.transfer()
     assert pair.server.recv(10) == b"ping"
     pair.server.send(b"pong")
-    pair.carry()
+    pair.transfer()
     assert pair.client.read(10) == b"pong"
 
 
@@ -175,30 +177,32 @@ def test_a_pyopenssl_client_verifies_it_too(authority: CertificateAuthority, tmp
 @pytest.mark.parametrize(("served", "asked"), [("quay.io", "ghcr.io"), ("10.1.2.3", "10.1.2.4"), ("io", "quay.io")])
 def test_another_name_does_not_verify(authority: CertificateAuthority, served: str, asked: str) -> None:
     with pytest.raises(ssl.SSLCertVerificationError, match="mismatch"):
-        Pair(authority.context_for(served), authority.certificate_pem, asked).shake()
+        HandshakePair(authority.context_for(served), authority.certificate_pem, asked).complete_handshake()
 
 
-def test_another_authority_does_not_verify(authority: CertificateAuthority, tmp_path: Path, clock: Time) -> None:
-    other = opened(tmp_path / "other", clock)
+def test_another_authority_does_not_verify(
+    authority: CertificateAuthority, tmp_path: Path, clock: SteppedClock
+) -> None:
+    other = open_authority(tmp_path / "other", clock)
     with pytest.raises(ssl.SSLCertVerificationError):
-        Pair(authority.context_for("quay.io"), other.certificate_pem, "quay.io").shake()
+        HandshakePair(authority.context_for("quay.io"), other.certificate_pem, "quay.io").complete_handshake()
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_openssl_finds_no_fault(authority: CertificateAuthority, tmp_path: Path, name: str) -> None:
-    (tmp_path / "leaf.crt").write_bytes(leaf_for(authority, name).public_bytes(serialization.Encoding.PEM))
+    (tmp_path / "leaf.crt").write_bytes(presented_leaf(authority, name).public_bytes(serialization.Encoding.PEM))
     check = "-verify_ip" if name[0].isdigit() or ":" in name else "-verify_hostname"
     strict = ["openssl", "verify", "-x509_strict", "-check_ss_sig", "-purpose", "sslserver"]
     command = [*strict, "-CAfile", "ca.crt", check, name, "leaf.crt"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.stdout == "leaf.crt: OK\n", done.stderr
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.stdout == "leaf.crt: OK\n", result.stderr
 
 
 # The leaf.
 
 
 def test_the_leaf(authority: CertificateAuthority) -> None:
-    leaf = leaf_for(authority, "quay.io")
+    leaf = presented_leaf(authority, "quay.io")
     root = x509.load_pem_x509_certificate(authority.certificate_pem)
     assert leaf.subject.rfc4514_string() == "CN=quay.io"
     assert isinstance(leaf.public_key(), ec.EllipticCurvePublicKey)
@@ -215,30 +219,30 @@ def test_the_leaf(authority: CertificateAuthority) -> None:
 
 @pytest.mark.parametrize("address", ["10.1.2.3", "2001:db8::7"])
 def test_an_address_is_an_address(authority: CertificateAuthority, address: str) -> None:
-    names = extension(leaf_for(authority, address), x509.SubjectAlternativeName).value
+    names = extension(presented_leaf(authority, address), x509.SubjectAlternativeName).value
     assert names == x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(address))])
 
 
 def test_a_long_name_is_in_the_critical_alternative_name_only(authority: CertificateAuthority) -> None:
-    leaf = leaf_for(authority, LONG_NAME)
+    leaf = presented_leaf(authority, LONG_NAME)
     assert leaf.subject == x509.Name([])
     names = extension(leaf, x509.SubjectAlternativeName)
     assert (names.critical, names.value) == (True, x509.SubjectAlternativeName([x509.DNSName(LONG_NAME)]))
 
 
-def test_sixty_four_characters_are_a_common_name(authority: CertificateAuthority) -> None:
+def test_common_name_of_64_characters(authority: CertificateAuthority) -> None:
     name = "a" * 60 + ".com"
-    assert leaf_for(authority, name).subject.rfc4514_string() == f"CN={name}"
+    assert presented_leaf(authority, name).subject.rfc4514_string() == f"CN={name}"
 
 
-def test_life(authority: CertificateAuthority, clock: Time) -> None:
-    assert validity(leaf_for(authority, "quay.io")) == (clock.now - 2 * DAY, clock.now + 90 * DAY)
+def test_lifetime(authority: CertificateAuthority, clock: SteppedClock) -> None:
+    assert validity(presented_leaf(authority, "quay.io")) == (clock.now - 2 * DAY, clock.now + 90 * DAY)
 
 
 @pytest.mark.parametrize(
     "name", ["", "*", "*.io", "a..b", "quay.io:443", "a/b", "a b", "caf\u00e9.fr", "fe80::1%eth0", "[::1]", "1.2.3"]
 )
-def test_what_is_no_name_is_refused(authority: CertificateAuthority, name: str) -> None:
+def test_invalid_names_are_refused(authority: CertificateAuthority, name: str) -> None:
     with pytest.raises(NameInvalid):
         authority.context_for(name)
 
@@ -246,14 +250,14 @@ def test_what_is_no_name_is_refused(authority: CertificateAuthority, name: str) 
 # Contexts are kept, renewed and bounded.
 
 
-def test_the_same_context_for_every_writing_of_a_name(authority: CertificateAuthority) -> None:
+def test_same_context_for_every_spelling_of_a_name(authority: CertificateAuthority) -> None:
     context = authority.context_for("quay.io")
     assert authority.context_for("QUAY.io.") is context
     assert authority.context_for("ghcr.io") is not context
     assert authority.context_for("2001:db8::7") is authority.context_for("2001:DB8:0::7")
 
 
-def test_renewed_when_a_third_of_its_life_is_left(authority: CertificateAuthority, clock: Time) -> None:
+def test_renewed_at_a_third_of_its_lifetime(authority: CertificateAuthority, clock: SteppedClock) -> None:
     context, start = authority.context_for("quay.io"), clock.now
     clock.now = start + 60 * DAY - 1
     assert authority.context_for("quay.io") is context
@@ -261,32 +265,32 @@ def test_renewed_when_a_third_of_its_life_is_left(authority: CertificateAuthorit
     renewed = authority.context_for("quay.io")
     assert renewed is not context
     assert authority.context_for("quay.io") is renewed
-    assert validity(leaf_for(authority, "quay.io")) == (clock.now - 2 * DAY, clock.now + 90 * DAY)
+    assert validity(presented_leaf(authority, "quay.io")) == (clock.now - 2 * DAY, clock.now + 90 * DAY)
 
 
-def test_renewed_when_the_clock_was_set_back_before_its_begin(authority: CertificateAuthority, clock: Time) -> None:
+def test_renewed_if_the_clock_is_before_not_before(authority: CertificateAuthority, clock: SteppedClock) -> None:
     clock.now += 100 * DAY
     context = authority.context_for("quay.io")
     clock.now -= 2 * DAY
     assert authority.context_for("quay.io") is context
     clock.now -= 90 * DAY
     assert authority.context_for("quay.io") is not context
-    assert validity(leaf_for(authority, "quay.io"))[0] == clock.now - 2 * DAY
+    assert validity(presented_leaf(authority, "quay.io"))[0] == clock.now - 2 * DAY
 
 
-def test_never_outlives_the_authority(authority: CertificateAuthority, clock: Time) -> None:
-    root_ends = validity(x509.load_pem_x509_certificate(authority.certificate_pem))[1]
-    clock.now = root_ends - 30 * DAY
+def test_never_outlives_the_authority(authority: CertificateAuthority, clock: SteppedClock) -> None:
+    root_not_after = validity(x509.load_pem_x509_certificate(authority.certificate_pem))[1]
+    clock.now = root_not_after - 30 * DAY
     context = authority.context_for("quay.io")
-    assert validity(leaf_for(authority, "quay.io"))[1] == root_ends
-    clock.now = root_ends - 10 * DAY - 1
+    assert validity(presented_leaf(authority, "quay.io"))[1] == root_not_after
+    clock.now = root_not_after - 10 * DAY - 1
     assert authority.context_for("quay.io") is context
-    clock.now = root_ends
+    clock.now = root_not_after
     with pytest.raises(AuthorityError, match=r"^the CA certificate is valid from \d{4}-\d\d-\d\d to \d{4}-\d\d-\d\d, "):
         authority.context_for("quay.io")
 
 
-def test_a_thousand_contexts_and_the_least_recently_used_goes(authority: CertificateAuthority) -> None:
+def test_least_recently_used_context_is_evicted(authority: CertificateAuthority) -> None:
     first, second = authority.context_for("first.example"), authority.context_for("second.example")
     for number in range(998):
         authority.context_for(f"n{number}.example")
@@ -297,10 +301,10 @@ def test_a_thousand_contexts_and_the_least_recently_used_goes(authority: Certifi
 
 
 def test_all_leaves_have_one_key_and_a_later_start_another(
-    authority: CertificateAuthority, tmp_path: Path, clock: Time
+    authority: CertificateAuthority, tmp_path: Path, clock: SteppedClock
 ) -> None:
-    one, other = leaf_for(authority, "a.io"), leaf_for(authority, "b.io")
-    later = leaf_for(opened(tmp_path, clock), "a.io")
+    one, other = presented_leaf(authority, "a.io"), presented_leaf(authority, "b.io")
+    later = presented_leaf(open_authority(tmp_path, clock), "a.io")
     assert one.public_key() == other.public_key()
     assert one.public_key() != later.public_key()
     assert len({one.serial_number, other.serial_number, later.serial_number}) == 3
@@ -314,48 +318,62 @@ def test_all_leaves_have_one_key_and_a_later_start_another(
     [(None, None), (["http/1.1"], "http/1.1"), (["h2", "http/1.1"], "http/1.1"), (["h2"], None)],
 )
 def test_alpn(authority: CertificateAuthority, offered: list[str] | None, selected: str | None) -> None:
-    pair = Pair(authority.context_for("quay.io"), authority.certificate_pem, "quay.io", alpn=offered).shake()
+    pair = HandshakePair(
+        authority.context_for("quay.io"), authority.certificate_pem, "quay.io", alpn=offered
+    ).complete_handshake()
     assert pair.client.selected_alpn_protocol() == selected
 
 
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
 def test_sessions_are_resumed_by_ticket(authority: CertificateAuthority, version: ssl.TLSVersion) -> None:
     context = authority.context_for("quay.io")
-    first = Pair(context, authority.certificate_pem, "quay.io", version=version).shake()
+    first = HandshakePair(context, authority.certificate_pem, "quay.io", version=version).complete_handshake()
     session = first.client.session
     assert session is not None
     assert session.has_ticket
     assert not first.client.session_reused
-    again = Pair(context, b"", "quay.io", client=first.client_context, session=session).shake()
+    again = HandshakePair(context, b"", "quay.io", client=first.client_context, session=session).complete_handshake()
     assert again.client.session_reused
 
 
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
-def test_another_hosts_ticket_is_worth_nothing(authority: CertificateAuthority, version: ssl.TLSVersion) -> None:
+def test_ticket_of_another_host_is_not_resumed(authority: CertificateAuthority, version: ssl.TLSVersion) -> None:
     """Not even where the client asks for the host that it got it from: the proxy was told by CONNECT which is meant."""
-    first = Pair(authority.context_for("quay.io"), authority.certificate_pem, "quay.io", version=version).shake()
+    first = HandshakePair(
+        authority.context_for("quay.io"), authority.certificate_pem, "quay.io", version=version
+    ).complete_handshake()
     client = first.client_context
     client.check_hostname, client.verify_mode = False, ssl.CERT_NONE
     for asked in ("ghcr.io", "quay.io"):
-        again = Pair(authority.context_for("ghcr.io"), b"", asked, client=client, session=first.client.session).shake()
+        again = HandshakePair(
+            authority.context_for("ghcr.io"), b"", asked, client=client, session=first.client.session
+        ).complete_handshake()
         assert not again.client.session_reused
 
 
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
-def test_a_ticket_of_another_process_is_good(authority: CertificateAuthority, version: ssl.TLSVersion) -> None:
+def test_ticket_of_another_process_is_resumed(authority: CertificateAuthority, version: ssl.TLSVersion) -> None:
     """That has the same keys and makes its own leaves; here it is that which makes a new one, in another context."""
-    first = Pair(authority.context_for("quay.io"), authority.certificate_pem, "quay.io", version=version).shake()
+    first = HandshakePair(
+        authority.context_for("quay.io"), authority.certificate_pem, "quay.io", version=version
+    ).complete_handshake()
     authority._leaves.clear()
     context = authority.context_for("quay.io")
-    again = Pair(context, b"", "quay.io", client=first.client_context, session=first.client.session).shake()
+    again = HandshakePair(
+        context, b"", "quay.io", client=first.client_context, session=first.client.session
+    ).complete_handshake()
     assert again.client.session_reused
 
 
-def test_a_ticket_of_another_ca_is_worth_nothing(tmp_path: Path, clock: Time) -> None:
-    one, other = opened(tmp_path / "one", clock), opened(tmp_path / "other", clock)
-    first = Pair(one.context_for("quay.io"), one.certificate_pem + other.certificate_pem, "quay.io").shake()
+def test_ticket_of_another_ca_is_not_resumed(tmp_path: Path, clock: SteppedClock) -> None:
+    one, other = open_authority(tmp_path / "one", clock), open_authority(tmp_path / "other", clock)
+    first = HandshakePair(
+        one.context_for("quay.io"), one.certificate_pem + other.certificate_pem, "quay.io"
+    ).complete_handshake()
     client, session = first.client_context, first.client.session
-    again = Pair(other.context_for("quay.io"), b"", "quay.io", client=client, session=session).shake()
+    again = HandshakePair(
+        other.context_for("quay.io"), b"", "quay.io", client=client, session=session
+    ).complete_handshake()
     assert not again.client.session_reused
 
 
@@ -367,7 +385,7 @@ def test_tls_1_1_is_refused(authority: CertificateAuthority) -> None:
         warnings.simplefilter("ignore", DeprecationWarning)
         client.minimum_version, client.maximum_version = ssl.TLSVersion.TLSv1, ssl.TLSVersion.TLSv1_1
     with pytest.raises((ssl.SSLError, SSL.Error), match=r"(?i)protocol"):
-        Pair(authority.context_for("quay.io"), b"", "quay.io", client=client).shake()
+        HandshakePair(authority.context_for("quay.io"), b"", "quay.io", client=client).complete_handshake()
 
 
 def test_tls_1_2_ciphers_are_authenticated_and_forward_secret(authority: CertificateAuthority) -> None:
@@ -377,10 +395,10 @@ def test_tls_1_2_ciphers_are_authenticated_and_forward_secret(authority: Certifi
         assert "GCM" in cipher or "POLY1305" in cipher
 
 
-def test_what_a_context_is_told(authority: CertificateAuthority) -> None:
+def test_context_options(authority: CertificateAuthority) -> None:
     context = authority.context_for("quay.io").ticket_context
-    wanted = SSL.OP_NO_RENEGOTIATION | SSL.OP_NO_COMPRESSION
-    assert context.set_options(0) & (wanted | SSL.OP_NO_TICKET) == wanted
+    expected = SSL.OP_NO_RENEGOTIATION | SSL.OP_NO_COMPRESSION
+    assert context.set_options(0) & (expected | SSL.OP_NO_TICKET) == expected
     assert context.set_mode(0) & SSL.MODE_RELEASE_BUFFERS
     assert context.get_session_cache_mode() == SSL.SESS_CACHE_OFF
 
@@ -410,10 +428,10 @@ def test_renegotiation_is_refused(authority: CertificateAuthority) -> None:
     assert server.total_renegotiations() == 0
 
 
-def test_no_deprecated_call_is_made(tmp_path: Path, clock: Time) -> None:
+def test_no_deprecated_call_is_made(tmp_path: Path, clock: SteppedClock) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        opened(tmp_path, clock).context_for("quay.io")
+        open_authority(tmp_path, clock).context_for("quay.io")
 
 
 # Existing authorities.
@@ -457,16 +475,16 @@ def write_chain(directory: Path, passphrase: bytes) -> tuple[Path, Path, bytes]:
     return directory / "x.crt", directory / "x.key", root
 
 
-def test_an_rsa_issuer_below_a_root(tmp_path: Path, clock: Time) -> None:
+def test_rsa_intermediate(tmp_path: Path, clock: SteppedClock) -> None:
     certificate_file, key_file, root = write_chain(tmp_path, b"pass phrase")
     authority = CertificateAuthority.open(
-        tmp_path / "unused", certificate_file=certificate_file, key_file=key_file, passphrase="pass phrase", now=clock
+        tmp_path / "unused", certificate_file=certificate_file, key_file=key_file, passphrase="pass phrase", clock=clock
     )
     assert authority.warnings == ()
     assert authority.certificate_pem == root
     assert not (tmp_path / "unused").exists()
     for name in ("quay.io", "::1"):
-        leaf = Pair(authority.context_for(name), root, name).shake().leaf
+        leaf = HandshakePair(authority.context_for(name), root, name).complete_handshake().leaf
         issuer = x509.load_pem_x509_certificate(certificate_file.read_bytes())
         assert validity(leaf) == validity(issuer)
         identifier = leaf.extensions.get_extension_for_class(x509.AuthorityKeyIdentifier).value.key_identifier
@@ -482,11 +500,15 @@ def test_an_rsa_issuer_below_a_root(tmp_path: Path, clock: Time) -> None:
         ("key_file", "CA_KEY_FILE names /x, but CA_CRT_FILE does not say where its certificate is"),
     ],
 )
-def test_one_file_without_the_other(tmp_path: Path, clock: Time, given: str, sentence: str) -> None:
-    files: dict[str, Path | None] = {"certificate_file": None, "key_file": None} | {given: Path("/x")}
+def test_one_file_without_the_other(tmp_path: Path, clock: SteppedClock, setting: str, sentence: str) -> None:
+    files: dict[str, Path | None] = {"certificate_file": None, "key_file": None} | {setting: Path("/x")}
     with pytest.raises(AuthorityError) as raised:
         CertificateAuthority.open(
-            tmp_path, certificate_file=files["certificate_file"], key_file=files["key_file"], passphrase=None, now=clock
+            tmp_path,
+            certificate_file=files["certificate_file"],
+            key_file=files["key_file"],
+            passphrase=None,
+            clock=clock,
         )
     assert str(raised.value) == sentence
 

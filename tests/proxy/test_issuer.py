@@ -13,7 +13,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
-from dockerproxy.proxy.issuer import DAY, AuthorityError, Issuer, IssuerKey, named_issuer
+from dockerproxy.proxy.issuer import DAY, AuthorityError, Issuer, IssuerKey, load_configured_issuer
 
 NOW = time.time()
 PEM = serialization.Encoding.PEM
@@ -28,26 +28,26 @@ def name(text: str) -> x509.Name:
     return x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, text)])
 
 
-def certificate(
+def make_certificate(
     key: Any = EC_KEY,
     *,
     subject: str = "A CA",
-    above: tuple[str, Any] | None = None,
+    issuer: tuple[str, Any] | None = None,
     ca: bool | None = True,
     cert_sign: bool | None = True,
-    begins: float = NOW - DAY,
-    ends: float = NOW + 365 * DAY,
+    not_before: float = NOW - DAY,
+    not_after: float = NOW + 365 * DAY,
 ) -> x509.Certificate:
     """Return a CA's certificate for `key`, self-signed unless the name and key `above` sign it."""
-    issuer_name, issuer_key = above or (subject, key)
+    issuer_name, issuer_key = issuer or (subject, key)
     builder = (
         x509.CertificateBuilder()
         .subject_name(name(subject))
         .issuer_name(name(issuer_name))
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
-        .not_valid_before(datetime.datetime.fromtimestamp(begins, datetime.UTC))
-        .not_valid_after(datetime.datetime.fromtimestamp(ends, datetime.UTC))
+        .not_valid_before(datetime.datetime.fromtimestamp(not_before, datetime.UTC))
+        .not_valid_after(datetime.datetime.fromtimestamp(not_after, datetime.UTC))
     )
     if ca is not None:
         builder = builder.add_extension(x509.BasicConstraints(ca=ca, path_length=None), critical=True)
@@ -67,45 +67,45 @@ def pem(key: Any, format: serialization.PrivateFormat = FORMATS.PKCS8, passphras
     return bytes(key.private_bytes(PEM, format, encryption))
 
 
-class Files:
+class IssuerFilePair:
     """A certificate file and a key file in `directory`."""
 
     def __init__(self, directory: Path) -> None:
         self.certificate, self.key = directory / "my.crt", directory / "my.key"
 
-    def write(self, key: bytes, *certificates: x509.Certificate) -> Files:
+    def write(self, key: bytes, *certificates: x509.Certificate) -> IssuerFilePair:
         self.certificate.write_bytes(b"".join(each.public_bytes(PEM) for each in certificates))
         self.key.write_bytes(key)
         self.key.chmod(0o600)
         return self
 
     def load(self, passphrase: str | None = None, now: float = NOW) -> Issuer:
-        return named_issuer(self.certificate, self.key, passphrase, now)
+        return load_configured_issuer(self.certificate, self.key, passphrase, now)
 
-    def refused(self, passphrase: str | None = None, now: float = NOW) -> str:
+    def error_message(self, passphrase: str | None = None, now: float = NOW) -> str:
         """Return the sentence that these files are refused with, the directory left out."""
         with pytest.raises(AuthorityError) as raised:
             self.load(passphrase, now)
-        sentence = str(raised.value).replace(f"{self.key.parent}/", "")
-        assert "\n" not in sentence
+        message = str(raised.value).replace(f"{self.key.parent}/", "")
+        assert "\n" not in message
         if passphrase:
-            assert passphrase not in sentence
+            assert passphrase not in message
             assert raised.value.__cause__ is None
-        return sentence
+        return message
 
 
 @pytest.fixture
-def files(tmp_path: Path) -> Files:
-    return Files(tmp_path)
+def files(tmp_path: Path) -> IssuerFilePair:
+    return IssuerFilePair(tmp_path)
 
 
 @pytest.mark.parametrize("passphrase", [None, "s3cret pa\u00df"])
 @pytest.mark.parametrize("format", [FORMATS.PKCS8, FORMATS.TraditionalOpenSSL])
 @pytest.mark.parametrize("key", [EC_KEY, OTHER_EC_KEY, RSA_KEY], ids=["P-256", "P-384", "RSA"])
 def test_every_form_of_key(
-    files: Files, key: IssuerKey, format: serialization.PrivateFormat, passphrase: str | None
+    files: IssuerFilePair, key: IssuerKey, format: serialization.PrivateFormat, passphrase: str | None
 ) -> None:
-    root = certificate(key)
+    root = make_certificate(key)
     files.write(pem(key, format, None if passphrase is None else passphrase.encode()), root)
     issuer = files.load(passphrase)
     assert issuer.certificate == root
@@ -115,7 +115,7 @@ def test_every_form_of_key(
     assert issuer.key.private_numbers() == key.private_numbers()
 
 
-def test_what_openssl_itself_makes(files: Files) -> None:
+def test_files_made_by_openssl(files: IssuerFilePair) -> None:
     """`openssl ecparam -genkey` puts the curve before the key."""
     key, certificate = str(files.key), str(files.certificate)
     subprocess.run(["openssl", "ecparam", "-name", "prime256v1", "-genkey", "-out", key], check=True)
@@ -125,70 +125,72 @@ def test_what_openssl_itself_makes(files: Files) -> None:
     assert files.load(now=time.time()).warnings == ()
 
 
-def test_the_repr_holds_no_key(files: Files) -> None:
-    issuer = files.write(pem(EC_KEY), certificate()).load()
+def test_the_repr_holds_no_key(files: IssuerFilePair) -> None:
+    issuer = files.write(pem(EC_KEY), make_certificate()).load()
     assert "key" not in repr(issuer).lower()
 
 
-def test_without_key_usage_a_ca_may_sign(files: Files) -> None:
-    files.write(pem(EC_KEY), certificate(cert_sign=None)).load()
+def test_without_key_usage_a_ca_may_sign(files: IssuerFilePair) -> None:
+    files.write(pem(EC_KEY), make_certificate(cert_sign=None)).load()
 
 
 # Chains.
 
-ROOT = certificate(RSA_KEY, subject="root", ends=NOW + 100 * DAY)
-MIDDLE = certificate(OTHER_EC_KEY, subject="middle", above=("root", RSA_KEY), begins=NOW - 3 * DAY, ends=NOW + 80 * DAY)
-LOW = certificate(EC_KEY, subject="low", above=("middle", OTHER_EC_KEY), begins=NOW - 5 * DAY)
+ROOT = make_certificate(RSA_KEY, subject="root", not_after=NOW + 100 * DAY)
+INTERMEDIATE = make_certificate(
+    OTHER_EC_KEY, subject="middle", issuer=("root", RSA_KEY), not_before=NOW - 3 * DAY, not_after=NOW + 80 * DAY
+)
+LEAF_CA = make_certificate(EC_KEY, subject="low", issuer=("middle", OTHER_EC_KEY), not_before=NOW - 5 * DAY)
 
 
-@pytest.mark.parametrize("above", [(MIDDLE, ROOT), (ROOT, MIDDLE)])
-def test_a_chain_is_ordered_and_its_root_trusted(files: Files, above: tuple[x509.Certificate, ...]) -> None:
-    issuer = files.write(pem(EC_KEY), LOW, *above).load()
-    assert issuer.path == (LOW, MIDDLE, ROOT)
+@pytest.mark.parametrize("above", [(INTERMEDIATE, ROOT), (ROOT, INTERMEDIATE)])
+def test_a_chain_is_ordered_and_its_root_trusted(files: IssuerFilePair, above: tuple[x509.Certificate, ...]) -> None:
+    issuer = files.write(pem(EC_KEY), LEAF_CA, *above).load()
+    assert issuer.path == (LEAF_CA, INTERMEDIATE, ROOT)
     assert issuer.trusted == ROOT
-    assert issuer.sent == (LOW, MIDDLE)
+    assert issuer.sent == (LEAF_CA, INTERMEDIATE)
     assert issuer.warnings == ()
-    assert (issuer.begins, issuer.ends) == (int(NOW - DAY), int(NOW + 80 * DAY))
+    assert (issuer.not_before, issuer.not_after) == (int(NOW - DAY), int(NOW + 80 * DAY))
 
 
-def test_a_chain_without_its_root_is_trusted_at_the_issuer(files: Files) -> None:
-    issuer = files.write(pem(EC_KEY), LOW, MIDDLE).load()
-    assert issuer.trusted == LOW
-    assert issuer.sent == (LOW, MIDDLE)
+def test_a_chain_without_its_root_is_trusted_at_the_issuer(files: IssuerFilePair) -> None:
+    issuer = files.write(pem(EC_KEY), LEAF_CA, INTERMEDIATE).load()
+    assert issuer.trusted == LEAF_CA
+    assert issuer.sent == (LEAF_CA, INTERMEDIATE)
 
 
-def test_certificates_beside_the_chain_are_left_out(files: Files) -> None:
-    namesake = certificate(EC_KEY, subject="root")  # the name is right, the signature is not
-    issuer = files.write(pem(EC_KEY), LOW, MIDDLE, namesake, certificate(subject="stranger")).load()
-    assert issuer.path == (LOW, MIDDLE)
-    assert issuer.trusted == LOW
+def test_unrelated_certificates_are_ignored(files: IssuerFilePair) -> None:
+    namesake = make_certificate(EC_KEY, subject="root")  # the name is right, the signature is not
+    issuer = files.write(pem(EC_KEY), LEAF_CA, INTERMEDIATE, namesake, make_certificate(subject="stranger")).load()
+    assert issuer.path == (LEAF_CA, INTERMEDIATE)
+    assert issuer.trusted == LEAF_CA
     (warning,) = issuer.warnings
     assert warning.endswith("my.crt holds certificates that are not above the first; left out: 2")
 
 
-def test_an_expired_certificate_in_the_chain(files: Files) -> None:
-    old = certificate(RSA_KEY, subject="root", ends=NOW - 3600)
-    files.write(pem(OTHER_EC_KEY), MIDDLE, old)
+def test_an_expired_certificate_in_the_chain(files: IssuerFilePair) -> None:
+    old = make_certificate(RSA_KEY, subject="root", not_after=NOW - 3600)
+    files.write(pem(OTHER_EC_KEY), INTERMEDIATE, old)
     day = time.strftime("%Y-%m-%d", time.gmtime(NOW - 3600))
-    assert files.refused() == f"CA_CRT_FILE: the issuer 'CN=root' in my.crt expired on {day}"
+    assert files.error_message() == f"CA_CRT_FILE: the issuer 'CN=root' in my.crt expired on {day}"
 
 
 # What is refused.
 
 
-def test_no_certificate_file(files: Files) -> None:
+def test_no_certificate_file(files: IssuerFilePair) -> None:
     files.key.write_bytes(pem(EC_KEY))
-    assert files.refused() == "CA_CRT_FILE: my.crt cannot be read: No such file or directory"
+    assert files.error_message() == "CA_CRT_FILE: my.crt cannot be read: No such file or directory"
 
 
-def test_no_key_file(files: Files) -> None:
-    files.certificate.write_bytes(certificate().public_bytes(PEM))
-    assert files.refused() == "CA_KEY_FILE: my.key cannot be read: No such file or directory"
+def test_no_key_file(files: IssuerFilePair) -> None:
+    files.certificate.write_bytes(make_certificate().public_bytes(PEM))
+    assert files.error_message() == "CA_KEY_FILE: my.key cannot be read: No such file or directory"
 
 
-def test_a_directory_for_a_file(files: Files) -> None:
+def test_a_directory_for_a_file(files: IssuerFilePair) -> None:
     files.certificate.mkdir()
-    assert files.refused() == "CA_CRT_FILE: my.crt cannot be read: Is a directory"
+    assert files.error_message() == "CA_CRT_FILE: my.crt cannot be read: Is a directory"
 
 
 @pytest.mark.parametrize(
@@ -197,107 +199,109 @@ def test_a_directory_for_a_file(files: Files) -> None:
         b"",
         b"hello",
         b"\x30\x82" + b"\0" * 100,
-        certificate().public_bytes(serialization.Encoding.DER),
+        make_certificate().public_bytes(serialization.Encoding.DER),
         pem(EC_KEY),
-        certificate().public_bytes(PEM)[:200],
-        certificate().public_bytes(PEM).replace(b"M", b"N", 1),
+        make_certificate().public_bytes(PEM)[:200],
+        make_certificate().public_bytes(PEM).replace(b"M", b"N", 1),
     ],
     ids=["empty", "text", "binary", "DER", "a key", "cut off", "damaged"],
 )
-def test_a_certificate_that_is_none(files: Files, content: bytes) -> None:
+def test_invalid_certificate_file(files: IssuerFilePair, content: bytes) -> None:
     files.write(pem(EC_KEY))
     files.certificate.write_bytes(content)
-    assert files.refused() == "CA_CRT_FILE: my.crt is not a certificate in PEM, or not one that can be read"
+    assert files.error_message() == "CA_CRT_FILE: my.crt is not a certificate in PEM, or not one that can be read"
 
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"hello", certificate().public_bytes(PEM), pem(EC_KEY)[:100], pem(EC_KEY).replace(b"M", b"N", 1)],
+    [b"", b"hello", make_certificate().public_bytes(PEM), pem(EC_KEY)[:100], pem(EC_KEY).replace(b"M", b"N", 1)],
     ids=["empty", "text", "a certificate", "cut off", "damaged"],
 )
 @pytest.mark.parametrize("passphrase", [None, "s3cret"])
-def test_a_key_that_is_none(files: Files, content: bytes, passphrase: str | None) -> None:
-    files.write(content, certificate())
-    assert files.refused(passphrase) == "CA_KEY_FILE: my.key holds no private key in PEM"
+def test_invalid_key_file(files: IssuerFilePair, content: bytes, passphrase: str | None) -> None:
+    files.write(content, make_certificate())
+    assert files.error_message(passphrase) == "CA_KEY_FILE: my.key holds no private key in PEM"
 
 
 @pytest.mark.parametrize("format", [FORMATS.PKCS8, FORMATS.TraditionalOpenSSL])
 @pytest.mark.parametrize("key", [EC_KEY, RSA_KEY], ids=["EC", "RSA"])
-def test_pass_phrases(files: Files, key: IssuerKey, format: serialization.PrivateFormat) -> None:
-    files.write(pem(key, format, b"right"), certificate(key))
-    for nothing in (None, ""):
-        assert files.refused(nothing) == "CA_KEY_FILE: my.key is encrypted, and CA_KEY_PASSPHRASE is not set"
-    assert files.refused("wr0ng") == "CA_KEY_FILE: my.key cannot be decrypted with CA_KEY_PASSPHRASE"
+def test_pass_phrases(files: IssuerFilePair, key: IssuerKey, format: serialization.PrivateFormat) -> None:
+    files.write(pem(key, format, b"right"), make_certificate(key))
+    for missing in (None, ""):
+        assert files.error_message(missing) == "CA_KEY_FILE: my.key is encrypted, and CA_KEY_PASSPHRASE is not set"
+    assert files.error_message("wr0ng") == "CA_KEY_FILE: my.key cannot be decrypted with CA_KEY_PASSPHRASE"
 
 
-def test_a_pass_phrase_for_nothing_is_told(files: Files) -> None:
-    (warning,) = files.write(pem(EC_KEY), certificate()).load("s3cret").warnings
+def test_unused_passphrase_warning(files: IssuerFilePair) -> None:
+    (warning,) = files.write(pem(EC_KEY), make_certificate()).load("s3cret").warnings
     assert warning.endswith("my.key is not encrypted, so CA_KEY_PASSPHRASE has no effect")
 
 
 @pytest.mark.parametrize("key", [ec.generate_private_key(ec.SECP256R1()), RSA_KEY], ids=["same kind", "other kind"])
-def test_a_key_of_another_certificate(files: Files, key: IssuerKey) -> None:
-    files.write(pem(key), certificate(EC_KEY))
-    assert files.refused() == "CA_KEY_FILE: my.key is not the key of the certificate in my.crt"
+def test_a_key_of_another_certificate(files: IssuerFilePair, key: IssuerKey) -> None:
+    files.write(pem(key), make_certificate(EC_KEY))
+    assert files.error_message() == "CA_KEY_FILE: my.key is not the key of the certificate in my.crt"
 
 
-def test_expired(files: Files) -> None:
-    files.write(pem(EC_KEY), certificate(ends=NOW + DAY))
+def test_expired(files: IssuerFilePair) -> None:
+    files.write(pem(EC_KEY), make_certificate(not_after=NOW + DAY))
     files.load(now=NOW + DAY - 5)
-    assert files.refused(now=NOW + DAY + 5).startswith("CA_CRT_FILE: the certificate in my.crt expired on ")
+    assert files.error_message(now=NOW + DAY + 5).startswith("CA_CRT_FILE: the certificate in my.crt expired on ")
 
 
-def test_not_yet_valid(files: Files) -> None:
-    files.write(pem(EC_KEY), certificate(begins=1893456000, ends=1993456000))
-    assert files.refused() == (
+def test_not_yet_valid(files: IssuerFilePair) -> None:
+    files.write(pem(EC_KEY), make_certificate(not_before=1893456000, not_after=1993456000))
+    assert files.error_message() == (
         "CA_CRT_FILE: the certificate in my.crt is not valid before 2030-01-01 00:00 UTC, "
         "and this machine's clock is not there yet"
     )
 
 
-def test_ending_soon_is_told(files: Files) -> None:
-    (warning,) = files.write(pem(EC_KEY), certificate(ends=1893456000)).load(now=1893456000 - 29 * DAY).warnings
+def test_expiry_warning(files: IssuerFilePair) -> None:
+    (warning,) = (
+        files.write(pem(EC_KEY), make_certificate(not_after=1893456000)).load(now=1893456000 - 29 * DAY).warnings
+    )
     assert warning.endswith("my.crt ends on 2030-01-01")
 
 
 @pytest.mark.parametrize("ca", [False, None])
-def test_not_a_ca(files: Files, ca: bool | None) -> None:
-    files.write(pem(EC_KEY), certificate(ca=ca))
-    assert files.refused() == "CA_CRT_FILE: the certificate in my.crt is not that of a CA (basicConstraints)"
+def test_not_a_ca(files: IssuerFilePair, ca: bool | None) -> None:
+    files.write(pem(EC_KEY), make_certificate(ca=ca))
+    assert files.error_message() == "CA_CRT_FILE: the certificate in my.crt is not that of a CA (basicConstraints)"
 
 
-def test_may_not_sign(files: Files) -> None:
-    files.write(pem(EC_KEY), certificate(cert_sign=False))
-    assert files.refused() == (
+def test_may_not_sign(files: IssuerFilePair) -> None:
+    files.write(pem(EC_KEY), make_certificate(cert_sign=False))
+    assert files.error_message() == (
         "CA_CRT_FILE: the certificate in my.crt may not sign certificates (keyUsage lacks keyCertSign)"
     )
 
 
-def test_a_weak_rsa_key(files: Files) -> None:
+def test_a_weak_rsa_key(files: IssuerFilePair) -> None:
     key = rsa.generate_private_key(65537, 1024)
-    files.write(pem(key), certificate(key))
-    assert files.refused() == "CA_KEY_FILE: my.key is an RSA key of 1024 bits, and clients want 2048 or more"
+    files.write(pem(key), make_certificate(key))
+    assert files.error_message() == "CA_KEY_FILE: my.key is an RSA key of 1024 bits, and clients want 2048 or more"
 
 
-def test_another_kind_of_key(files: Files) -> None:
+def test_another_kind_of_key(files: IssuerFilePair) -> None:
     key = ed25519.Ed25519PrivateKey.generate()
-    files.write(pem(key), certificate(key))
-    assert files.refused() == "CA_KEY_FILE: my.key is neither an RSA nor an EC key"
+    files.write(pem(key), make_certificate(key))
+    assert files.error_message() == "CA_KEY_FILE: my.key is neither an RSA nor an EC key"
 
 
 # Who can read the key.
 
 
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o644])
-def test_an_open_key_is_told_and_left_alone(files: Files, mode: int) -> None:
-    files.write(pem(EC_KEY), certificate()).key.chmod(mode)
+def test_readable_key_warning(files: IssuerFilePair, mode: int) -> None:
+    files.write(pem(EC_KEY), make_certificate()).key.chmod(mode)
     (warning,) = files.load().warnings
     assert warning == f"CA_KEY_FILE: {files.key} can be read by others than its owner"
     assert files.key.stat().st_mode & 0o777 == mode
 
 
-def test_a_credential_of_systemd_is_not_open(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_systemd_credential_is_private(files: IssuerFilePair, monkeypatch: pytest.MonkeyPatch) -> None:
     """systemd gives the service's user access by a list, whose mask shows as the group's bits: 0440."""
-    files.write(pem(EC_KEY), certificate()).key.chmod(0o440)
+    files.write(pem(EC_KEY), make_certificate()).key.chmod(0o440)
     monkeypatch.setattr("os.getxattr", lambda path, name: b"\x02" if name == "system.posix_acl_access" else b"")
     assert files.load().warnings == ()

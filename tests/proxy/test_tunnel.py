@@ -11,16 +11,16 @@ from twisted.internet.error import ConnectionDone, ConnectionLost
 from twisted.internet.task import Clock
 from twisted.python.failure import Failure
 
-from dockerproxy.proxy.tunnel import ToEnd, Tunnel, TunnelTimeouts
+from dockerproxy.proxy.tunnel import SingleProtocolFactory, Tunnel, TunnelTimeouts
 
 
-class Pipe:
+class FakeTransport:
     """One end's transport. What is written beyond `room` waits, and the producer is told; ends are reported later."""
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
-        self.room = 1 << 60
-        self.taken = b""
+        self.capacity = 1 << 60
+        self.delivered = b""
         self.pending = b""
         self.producer: Any = None
         self.paused = self.reading_paused = self.disconnecting = self.closed = self.aborted = False
@@ -34,13 +34,13 @@ class Pipe:
         if self.disconnecting or self.closed:
             return
         self.pending += data
-        self.take(0)
+        self.accept(0)
 
-    def take(self, more: int) -> None:
-        self.room += more
-        taken, self.pending = self.pending[: self.room], self.pending[self.room :]
-        self.taken += taken
-        self.room -= len(taken)
+    def accept(self, more: int) -> None:
+        self.capacity += more
+        delivered, self.pending = self.pending[: self.capacity], self.pending[self.capacity :]
+        self.delivered += delivered
+        self.capacity -= len(delivered)
         if self.producer is not None and bool(self.pending) != self.paused:
             self.paused = bool(self.pending)
             if self.paused:
@@ -48,19 +48,19 @@ class Pipe:
             else:
                 self.producer.resumeProducing()
         if self.disconnecting and not self.pending:
-            self.lose(ConnectionDone())
+            self.report_lost(ConnectionDone())
 
     def loseConnection(self) -> None:
         assert self.producer is None, "closing waits for a producer that nobody unregistered"
         if not self.disconnecting:
             self.disconnecting = True
-            self.clock.callLater(0, self.take, 0)
+            self.clock.callLater(0, self.accept, 0)
 
     def abortConnection(self) -> None:
         self.aborted = True
-        self.clock.callLater(0, self.lose, ConnectionLost())
+        self.clock.callLater(0, self.report_lost, ConnectionLost())
 
-    def lose(self, reason: Exception) -> None:
+    def report_lost(self, reason: Exception) -> None:
         if not self.closed:
             self.closed = True
             producer, self.producer = self.producer, None
@@ -86,166 +86,166 @@ class Pipe:
         self.unregisterProducer()
         self.loseConnection()
 
-    def says(self, data: bytes) -> None:
+    def peer_sends(self, data: bytes) -> None:
         """Let the peer send."""
         self.protocol.dataReceived(data)
 
-    def closes(self) -> None:
+    def peer_closes(self) -> None:
         """Let the peer close, or say that it sends no more: Twisted tells these apart only for who asks."""
-        self.lose(ConnectionDone())
+        self.report_lost(ConnectionDone())
 
 
-class Scene:
-    def __init__(self, *, opened: bool = True, timeouts: TunnelTimeouts | None = None) -> None:
+class TunnelHarness:
+    def __init__(self, *, start: bool = True, timeouts: TunnelTimeouts | None = None) -> None:
         self.clock = Clock()
-        self.ended: list[int] = []
-        self.tunnel = Tunnel(self.clock, timeouts or TunnelTimeouts(read=60, send=30), self.ended.append)
-        self.client, self.server = Pipe(self.clock), Pipe(self.clock)
-        self.server.connect(ToEnd(self.tunnel.server).buildProtocol(None))
+        self.byte_counts: list[int] = []
+        self.tunnel = Tunnel(self.clock, timeouts or TunnelTimeouts(read=60, send=30), self.byte_counts.append)
+        self.client, self.server = FakeTransport(self.clock), FakeTransport(self.clock)
+        self.server.connect(SingleProtocolFactory(self.tunnel.server).buildProtocol(None))
         self.client.connect(self.tunnel.client)
-        if opened:
-            self.tunnel.open()
+        if start:
+            self.tunnel.start()
 
     def run(self, seconds: float = 0) -> None:
         self.clock.advance(seconds)
 
     @property
-    def over(self) -> bool:
+    def is_over(self) -> bool:
         """Whether nothing is left of the tunnel."""
         return self.client.closed and self.server.closed and not self.clock.getDelayedCalls()
 
 
 @pytest.fixture
-def scene() -> Scene:
-    return Scene()
+def harness() -> TunnelHarness:
+    return TunnelHarness()
 
 
 @given(st.lists(st.tuples(st.booleans(), st.binary(max_size=50)), max_size=20))
-def test_bytes_go_across_in_order_and_are_counted(said: list[tuple[bool, bytes]]) -> None:
-    scene = Scene()
-    for by_client, data in said:
-        (scene.client if by_client else scene.server).says(data)
-    down = b"".join(data for by_client, data in said if not by_client)
-    assert scene.client.taken == down
-    assert scene.server.taken == b"".join(data for by_client, data in said if by_client)
-    scene.client.closes()
-    scene.run()
-    assert scene.ended == [len(down)]
-    assert scene.over
+def test_bytes_are_relayed_in_order_and_counted(messages: list[tuple[bool, bytes]]) -> None:
+    harness = TunnelHarness()
+    for by_client, data in messages:
+        (harness.client if by_client else harness.server).peer_sends(data)
+    down = b"".join(data for by_client, data in messages if not by_client)
+    assert harness.client.delivered == down
+    assert harness.server.delivered == b"".join(data for by_client, data in messages if by_client)
+    harness.client.peer_closes()
+    harness.run()
+    assert harness.byte_counts == [len(down)]
+    assert harness.is_over
 
 
-def test_what_comes_before_both_are_there_waits() -> None:
-    scene = Scene(opened=False)
-    scene.client.says(b"early ")
-    scene.server.says(b"banner ")
-    scene.client.says(b"bird")
-    assert (scene.client.taken, scene.server.taken) == (b"", b"")
-    scene.tunnel.open()
-    assert (scene.client.taken, scene.server.taken) == (b"banner ", b"early bird")
+def test_data_before_start_is_buffered() -> None:
+    harness = TunnelHarness(start=False)
+    harness.client.peer_sends(b"early ")
+    harness.server.peer_sends(b"banner ")
+    harness.client.peer_sends(b"bird")
+    assert (harness.client.delivered, harness.server.delivered) == (b"", b"")
+    harness.tunnel.start()
+    assert (harness.client.delivered, harness.server.delivered) == (b"banner ", b"early bird")
 
 
 @pytest.mark.parametrize("slow", ["client", "server"])
-def test_a_slow_end_holds_the_other_back(scene: Scene, slow: str) -> None:
-    taker, sender = (scene.client, scene.server) if slow == "client" else (scene.server, scene.client)
-    taker.room = 10
-    sender.says(b"x" * 10)
+def test_back_pressure(harness: TunnelHarness, slow: str) -> None:
+    receiver, sender = (harness.client, harness.server) if slow == "client" else (harness.server, harness.client)
+    receiver.capacity = 10
+    sender.peer_sends(b"x" * 10)
     assert not sender.reading_paused
-    sender.says(b"y" * 10)
+    sender.peer_sends(b"y" * 10)
     assert sender.reading_paused
-    assert not taker.reading_paused
-    taker.take(5)
+    assert not receiver.reading_paused
+    receiver.accept(5)
     assert sender.reading_paused
-    taker.take(5)
+    receiver.accept(5)
     assert not sender.reading_paused
-    assert taker.taken == b"x" * 10 + b"y" * 10
+    assert receiver.delivered == b"x" * 10 + b"y" * 10
 
 
 @pytest.mark.parametrize("first", ["client", "server"])
-def test_when_one_end_closes_the_other_gets_what_is_on_its_way(scene: Scene, first: str) -> None:
-    ends, other = (scene.client, scene.server) if first == "client" else (scene.server, scene.client)
-    other.room = 3
-    ends.says(b"the last words")
-    ends.closes()
-    scene.run()
-    assert (other.taken, other.closed, scene.ended) == (b"the", False, [])
-    other.take(100)
-    assert (other.taken, other.closed, other.aborted) == (b"the last words", True, False)
-    assert scene.ended == [14 if first == "server" else 0]
-    assert scene.over
+def test_pending_data_is_delivered_after_a_close(harness: TunnelHarness, first: str) -> None:
+    closing, other = (harness.client, harness.server) if first == "client" else (harness.server, harness.client)
+    other.capacity = 3
+    closing.peer_sends(b"the last words")
+    closing.peer_closes()
+    harness.run()
+    assert (other.delivered, other.closed, harness.byte_counts) == (b"the", False, [])
+    other.accept(100)
+    assert (other.delivered, other.closed, other.aborted) == (b"the last words", True, False)
+    assert harness.byte_counts == [14 if first == "server" else 0]
+    assert harness.is_over
 
 
 @pytest.mark.parametrize("first", ["client", "server"])
-def test_an_end_that_takes_no_last_words_is_not_waited_for(scene: Scene, first: str) -> None:
-    ends, other = (scene.client, scene.server) if first == "client" else (scene.server, scene.client)
-    other.room = 3
-    ends.says(b"the last words")
-    scene.run(50)
-    ends.closes()
-    scene.run(59)
+def test_blocked_side_is_aborted_after_the_idle_timeout(harness: TunnelHarness, first: str) -> None:
+    closing, other = (harness.client, harness.server) if first == "client" else (harness.server, harness.client)
+    other.capacity = 3
+    closing.peer_sends(b"the last words")
+    harness.run(50)
+    closing.peer_closes()
+    harness.run(59)
     assert not other.closed
-    scene.run(1)
+    harness.run(1)
     assert other.aborted
-    scene.run()
-    assert len(scene.ended) == 1
-    assert scene.over
+    harness.run()
+    assert len(harness.byte_counts) == 1
+    assert harness.is_over
 
 
-def test_both_ends_close_at_once(scene: Scene) -> None:
-    scene.client.closes()
-    scene.server.closes()
-    scene.run(100)
-    assert scene.ended == [0]
-    assert scene.over
+def test_both_sides_close_at_once(harness: TunnelHarness) -> None:
+    harness.client.peer_closes()
+    harness.server.peer_closes()
+    harness.run(100)
+    assert harness.byte_counts == [0]
+    assert harness.is_over
 
 
-def test_a_quiet_tunnel_ends(scene: Scene) -> None:
-    scene.run(59)
-    assert not scene.client.aborted
-    scene.run(1)
-    assert scene.client.aborted and scene.server.aborted
-    scene.run()
-    assert scene.ended == [0]
-    assert scene.over
+def test_idle_timeout(harness: TunnelHarness) -> None:
+    harness.run(59)
+    assert not harness.client.aborted
+    harness.run(1)
+    assert harness.client.aborted and harness.server.aborted
+    harness.run()
+    assert harness.byte_counts == [0]
+    assert harness.is_over
 
 
 @pytest.mark.parametrize("speaker", ["client", "server"])
-def test_a_byte_in_either_direction_keeps_it(scene: Scene, speaker: str) -> None:
+def test_activity_in_either_direction_resets_the_timeout(harness: TunnelHarness, speaker: str) -> None:
     for _ in range(10):
-        scene.run(40)
-        getattr(scene, speaker).says(b".")
-    scene.run(59)
-    assert scene.ended == []
-    scene.run(1)
-    scene.run()
-    assert len(scene.ended) == 1
+        harness.run(40)
+        getattr(harness, speaker).says(b".")
+    harness.run(59)
+    assert harness.byte_counts == []
+    harness.run(1)
+    harness.run()
+    assert len(harness.byte_counts) == 1
 
 
-def test_the_longer_of_the_two_times_counts() -> None:
-    scene = Scene(timeouts=TunnelTimeouts(read=10, send=90))
-    scene.run(89)
-    assert not scene.client.aborted
-    scene.run(1)
-    assert scene.client.aborted
+def test_longer_timeout_applies() -> None:
+    harness = TunnelHarness(timeouts=TunnelTimeouts(read=10, send=90))
+    harness.run(89)
+    assert not harness.client.aborted
+    harness.run(1)
+    assert harness.client.aborted
 
 
 @pytest.mark.parametrize("room", [0, 1 << 60])
-def test_an_abort_ends_it_whatever_waits(scene: Scene, room: int) -> None:
-    scene.client.room = room
-    scene.server.says(b"12345")
-    scene.tunnel.abort()
-    scene.run()
-    assert scene.ended == [5]
-    assert scene.over
-    scene.tunnel.abort()  # and once more, as a drain does that comes late
-    scene.run(1000)
-    assert scene.ended == [5]
+def test_abort_with_pending_data(harness: TunnelHarness, room: int) -> None:
+    harness.client.capacity = room
+    harness.server.peer_sends(b"12345")
+    harness.tunnel.abort()
+    harness.run()
+    assert harness.byte_counts == [5]
+    assert harness.is_over
+    harness.tunnel.abort()  # and once more, as a drain does that comes late
+    harness.run(1000)
+    assert harness.byte_counts == [5]
 
 
-def test_an_abort_after_one_end_closed(scene: Scene) -> None:
-    scene.client.room = 0
-    scene.server.says(b"12345")
-    scene.server.closes()
-    scene.tunnel.abort()
-    scene.run()
-    assert scene.ended == [5]
-    assert scene.over
+def test_abort_after_one_side_closed(harness: TunnelHarness) -> None:
+    harness.client.capacity = 0
+    harness.server.peer_sends(b"12345")
+    harness.server.peer_closes()
+    harness.tunnel.abort()
+    harness.run()
+    assert harness.byte_counts == [5]
+    assert harness.is_over

@@ -294,14 +294,14 @@ def test_an_answer_that_breaks_off_is_broken_off(intercept: Any, elsewhere: Any,
         elsewhere.answer = answered(200, [], b"half of it", length=length, fails=UpstreamBroken("it broke off"))
         visitor = intercept()
         answer = visitor.ask("GET", "/v2/_catalog")
-        assert (answer.body, answer.whole, visitor.wire.aborted) == (b"half of it", False, True)
+        assert (answer.body, answer.whole, visitor.transport.aborted) == (b"half of it", False, True)
         assert elsewhere.answer.aborted
 
 
 def test_a_client_that_leaves_gives_upstreams_answer_up(intercept: Any, elsewhere: Any, answered: Any) -> None:
     elsewhere.answer = answered(200, [], b"x" * 1_000_000, piece=10_000)
     visitor = intercept()
-    visitor.wire.room = 100
+    visitor.transport.room = 100
     visitor.request("GET", "/v2/_catalog")
     assert not elsewhere.answer.aborted
     visitor.disconnect()
@@ -401,7 +401,7 @@ def test_the_answer_comes_before_the_body(intercept: Any, elsewhere: Any, framin
     visitor.send(b"fffff\r\n" + b"x" * 0xFFFFF)  # it may go on for a while, and is still no next request
     assert visitor.received.count(b"HTTP/1.1 ") == 1
     visitor.run(60)
-    assert visitor.wire.closed
+    assert visitor.transport.closed
 
 
 @pytest.mark.parametrize(("method", "target"), WRITES)

@@ -333,7 +333,7 @@ def test_a_large_blob_that_cannot_be_read_breaks_the_connection(
     answer = visitor.ask("GET", blob(shelf.put(content)), version=version)
     assert (answer.status, answer.whole) == (200, False)
     assert len(answer.body) == fails_at
-    assert visitor.wire.aborted
+    assert visitor.transport.aborted
     assert content.closed == 1
     assert b"it broke off" not in visitor.received
 
@@ -343,7 +343,7 @@ def test_a_large_blob_that_ends_early_breaks_the_connection(visitor: Any, shelf:
     digest = shelf.put(content)
     content.data = content.data[:399_999]
     answer = visitor.ask("GET", blob(digest))
-    assert (answer.whole, visitor.wire.aborted, content.closed) == (False, True, 1)
+    assert (answer.whole, visitor.transport.aborted, content.closed) == (False, True, 1)
 
 
 def test_an_error_of_ours_is_no_answer_that_looks_whole(
@@ -385,7 +385,7 @@ def test_a_client_that_leaves_while_a_verdict_is_awaited(open_face: Any, shelf: 
 def test_a_client_that_takes_nothing_any_more(open_face: Any, shelf: Any, text: Any) -> None:
     content = text(some(700_000))
     visitor = open_face()
-    visitor.wire.room = 1000
+    visitor.transport.room = 1000
     visitor.request("GET", blob(shelf.put(content)))
     assert len(content.asked) == 1
     visitor.take(math.inf)

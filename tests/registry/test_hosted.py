@@ -67,7 +67,7 @@ class Registry:
     connect: Callable[[], Any]
 
     def ask(self, method: str, target: str, body: bytes | None = None, **fields: str) -> Any:
-        if self.visitor.wire.closed or self.visitor.wire.disconnecting:
+        if self.visitor.transport.closed or self.visitor.transport.disconnecting:
             self.visitor = self.connect()
         given = [(name.replace("_", "-"), value) for name, value in fields.items()]
         return self.visitor.ask(method, target, given, body)
@@ -743,7 +743,7 @@ def test_a_request_that_is_left_goes_on(registry: Registry, monkeypatch: pytest.
     monkeypatch.setattr(push_manifests, "_AT_ONCE", 2)
     layers = [described(registry.push_blob(b"%d" % number), b"%d" % number) for number in range(10)]
     content = json.dumps(image(layers[0], *layers)).encode()
-    registry.visitor.wire.channel.dataReceived(
+    registry.visitor.transport.channel.dataReceived(
         f"PUT /v2/{NAME}/manifests/left HTTP/1.1\r\nHost: x\r\nContent-Type: {OCI_MANIFEST}\r\n"
         f"Content-Length: {len(content)}\r\n\r\n".encode()
         + content

@@ -117,7 +117,7 @@ def test_a_content_of_unknown_length(visit: Any, text: Any, data: bytes) -> None
 def test_a_client_that_takes_nothing_is_waited_for(visit: Any, text: Any) -> None:
     content = text(DATA)
     sending = Sending(visit, content, 0, len(DATA))
-    sending.visitor.wire.room = 1000
+    sending.visitor.transport.room = 1000
     sending.visitor.request("GET", "/")
     sending.visitor.run(1)
     assert len(content.asked) == 1  # one piece is all that waits in memory
@@ -130,7 +130,7 @@ def test_a_client_that_takes_nothing_is_waited_for(visit: Any, text: Any) -> Non
 def test_a_client_that_was_slow_gets_smaller_pieces(visit: Any, text: Any) -> None:
     content = text(DATA)
     sending = Sending(visit, content, 0, len(DATA))
-    sending.visitor.wire.room = 1000
+    sending.visitor.transport.room = 1000
     sending.visitor.request("GET", "/")
     sending.visitor.run(1)
     sending.visitor.take(FIRST)
@@ -140,7 +140,7 @@ def test_a_client_that_was_slow_gets_smaller_pieces(visit: Any, text: Any) -> No
 def test_a_client_that_leaves_ends_it(visit: Any, text: Any) -> None:
     content = text(DATA)
     sending = Sending(visit, content, 0, len(DATA))
-    sending.visitor.wire.room = 1000
+    sending.visitor.transport.room = 1000
     sending.visitor.request("GET", "/")
     sending.visitor.disconnect()
     assert len(sending.ended) == 1 and sending.ended[0] is not None
@@ -159,11 +159,11 @@ def test_a_client_that_leaves_while_content_is_waited_for(visit: Any, text: Any)
 
 def test_a_client_that_takes_nothing_for_too_long_is_dropped(visit: Any, text: Any) -> None:
     sending = Sending(visit, text(DATA), 0, len(DATA), timeouts=ServerTimeouts(send=10))
-    sending.visitor.wire.room = 1000
+    sending.visitor.transport.room = 1000
     sending.visitor.request("GET", "/")
     for _ in range(100):
         sending.visitor.run(1)
-    assert sending.visitor.wire.aborted
+    assert sending.visitor.transport.aborted
     assert len(sending.ended) == 1
 
 
@@ -175,14 +175,14 @@ def test_a_reading_that_fails_is_seen_by_the_client(visit: Any, text: Any, versi
     answer = sending.get(version)
     assert not answer.whole
     assert DATA.startswith(answer.body)
-    assert sending.visitor.wire.aborted
+    assert sending.visitor.transport.aborted
 
 
 @pytest.mark.parametrize("version", ["1.0", "1.1"])
 def test_content_that_ends_before_its_length_is_seen_by_the_client(visit: Any, text: Any, version: str) -> None:
     sending = Sending(visit, text(DATA[:-1]), 0, len(DATA))
     assert not sending.get(version).whole
-    assert sending.visitor.wire.aborted
+    assert sending.visitor.transport.aborted
 
 
 def test_others_get_their_turn_between_pieces(visit: Any, text: Any) -> None:

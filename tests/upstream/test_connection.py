@@ -12,14 +12,20 @@ from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 
 from dockerproxy.errors import UpstreamBroken, UpstreamTimeout
-from dockerproxy.upstream.connection import Connection, Dropped, Outgoing, Response, Timeouts
-from dockerproxy.upstream.wire import MAX_HEAD
+from dockerproxy.upstream.connection import (
+    ConnectionDropped,
+    OutgoingRequest,
+    Response,
+    UpstreamConnection,
+    UpstreamTimeouts,
+)
+from dockerproxy.upstream.http1 import MAX_HEAD
 
-GET = Outgoing("GET", "http://a/", b"GET / HTTP/1.1\r\n\r\n")
+GET = OutgoingRequest("GET", "http://a/", b"GET / HTTP/1.1\r\n\r\n")
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello"
 
 
-class Endless:
+class ManualBodyProducer:
     """A body that goes on when told."""
 
     length = 1000
@@ -45,20 +51,20 @@ class Endless:
 class ConnectionTests(SynchronousTestCase):
     def setUp(self) -> None:
         self.clock = Clock()
-        self.idle = 0
-        self.gone = 0
-        self.wire = StringTransport()
-        self.connection = Connection(self.clock, "a:80", None, Timeouts(20, 30, 40), self, "key")
-        self.connection.makeConnection(self.wire)
-        self.successResultOf(self.connection.opened)
+        self.idle_count = 0
+        self.lost_count = 0
+        self.transport = StringTransport()
+        self.connection = UpstreamConnection(self.clock, "a:80", None, UpstreamTimeouts(20, 30, 40), self, "key")
+        self.connection.makeConnection(self.transport)
+        self.successResultOf(self.connection.ready)
 
-    def released(self, connection: Connection) -> None:
-        self.idle += 1
+    def on_connection_idle(self, connection: UpstreamConnection) -> None:
+        self.idle_count += 1
 
-    def lost(self, connection: Connection) -> None:
-        self.gone += 1
+    def on_connection_lost(self, connection: UpstreamConnection) -> None:
+        self.lost_count += 1
 
-    def ask(self, request: Outgoing = GET) -> Deferred[Response]:
+    def exchange(self, request: OutgoingRequest = GET) -> Deferred[Response]:
         return self.connection.exchange(request)
 
     def receive(self, data: bytes) -> None:
@@ -67,54 +73,54 @@ class ConnectionTests(SynchronousTestCase):
     def read(self, response: Response) -> bytes:
         return self.successResultOf(Deferred.fromCoroutine(response.read_all(1 << 20)))
 
-    def lose(self, kind: type[Exception] = ConnectionDone) -> None:
+    def lose_connection(self, kind: type[Exception] = ConnectionDone) -> None:
         self.connection.connectionLost(Failure(kind()))
 
-    def test_any_cut_gives_the_same(self) -> None:
+    def test_any_segmentation(self) -> None:
         interim = b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\nHTTP/1.1 100 Continue\r\n\r\n"
         chunked = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2;x=y\r\nhe\r\n3\r\nllo\r\n0\r\nA: b\r\n\r\n"
-        for answer in (OK, chunked, interim + OK, interim + chunked):
-            for size in range(1, len(answer) + 1):
-                waiting = self.ask()
-                for start in range(0, len(answer), size):
-                    self.receive(answer[start : start + size])
-                self.assertEqual(self.read(self.successResultOf(waiting)), b"hello")
-        self.assertEqual(self.idle, sum(map(len, (OK, chunked, interim + OK, interim + chunked))))
-        self.assertFalse(self.wire.disconnecting)
+        for response_bytes in (OK, chunked, interim + OK, interim + chunked):
+            for size in range(1, len(response_bytes) + 1):
+                pending = self.exchange()
+                for start in range(0, len(response_bytes), size):
+                    self.receive(response_bytes[start : start + size])
+                self.assertEqual(self.read(self.successResultOf(pending)), b"hello")
+        self.assertEqual(self.idle_count, sum(map(len, (OK, chunked, interim + OK, interim + chunked))))
+        self.assertFalse(self.transport.disconnecting)
         self.assertEqual(self.clock.getDelayedCalls(), [])
 
-    def test_closes_after_answers_that_say_so(self) -> None:
+    def test_connection_close(self) -> None:
         for line in (b"Connection: Close\r\n", b"connection: x, close\r\n"):
             self.setUp()
-            waiting = self.ask()
+            pending = self.exchange()
             self.receive(OK.replace(b"\r\n\r\n", b"\r\n" + line + b"\r\n", 1))
-            self.assertEqual(self.read(self.successResultOf(waiting)), b"hello")
-            self.assertTrue(self.wire.disconnecting)
-            self.assertEqual(self.idle, 0)
+            self.assertEqual(self.read(self.successResultOf(pending)), b"hello")
+            self.assertTrue(self.transport.disconnecting)
+            self.assertEqual(self.idle_count, 0)
         self.setUp()
-        waiting = self.ask()
+        pending = self.exchange()
         self.receive(OK.replace(b"1.1", b"1.0", 1))
-        self.assertTrue(self.wire.disconnecting)
+        self.assertTrue(self.transport.disconnecting)
 
-    def test_bytes_behind_an_answer_are_not_the_next_one(self) -> None:
-        for answer in (OK + OK, OK + b"x", b"HTTP/1.1 204 No\r\n\r\nx"):
+    def test_trailing_bytes_close_the_connection(self) -> None:
+        for response_bytes in (OK + OK, OK + b"x", b"HTTP/1.1 204 No\r\n\r\nx"):
             self.setUp()
-            waiting = self.ask()
-            self.receive(answer)
-            self.successResultOf(waiting)
-            self.assertEqual(self.idle, 0)
-            self.assertTrue(self.wire.disconnecting)
+            pending = self.exchange()
+            self.receive(response_bytes)
+            self.successResultOf(pending)
+            self.assertEqual(self.idle_count, 0)
+            self.assertTrue(self.transport.disconnecting)
 
-    def test_bytes_that_nobody_asked_for(self) -> None:
-        waiting = self.ask()
+    def test_unsolicited_bytes_abort_the_connection(self) -> None:
+        pending = self.exchange()
         self.receive(OK)
-        self.successResultOf(waiting)
+        self.successResultOf(pending)
         self.receive(OK)
-        self.assertTrue(self.wire.disconnected)
+        self.assertTrue(self.transport.disconnected)
         self.assertFalse(self.connection.alive)
 
-    def test_refuses_what_is_no_answer(self) -> None:
-        broken = [
+    def test_invalid_responses(self) -> None:
+        invalid = [
             b"SSH-2.0-x\r\n\r\n",
             b"HTTP/2 200\r\n\r\n",
             b"HTTP/1.1 20 OK\r\n\r\n",
@@ -130,54 +136,54 @@ class ConnectionTests(SynchronousTestCase):
             b"HTTP/1.1 200 OK\r\nA: " + b"x" * MAX_HEAD,
             b"HTTP/1.1 100 Continue\r\n\r\n" * (MAX_HEAD // 20),
         ]
-        for answer in broken:
+        for response_bytes in invalid:
             self.setUp()
-            waiting = self.ask()
-            self.receive(answer)
-            error = self.failureResultOf(waiting, UpstreamBroken).value
+            pending = self.exchange()
+            self.receive(response_bytes)
+            error = self.failureResultOf(pending, UpstreamBroken).value
             self.assertTrue(str(error).startswith("a:80: "), error)
-            self.assertTrue(self.wire.disconnected)
+            self.assertTrue(self.transport.disconnected)
 
-    def test_chunks_that_are_none(self) -> None:
-        waiting = self.ask()
+    def test_invalid_chunks(self) -> None:
+        pending = self.exchange()
         self.receive(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nabc\r\n")
-        reading = Deferred.fromCoroutine(self.successResultOf(waiting).read_all(9))
+        reading = Deferred.fromCoroutine(self.successResultOf(pending).read_all(9))
         self.assertIn("framing", str(self.failureResultOf(reading, UpstreamBroken).value))
 
     def test_repeated_equal_lengths_are_one(self) -> None:
-        waiting = self.ask()
+        pending = self.exchange()
         self.receive(OK.replace(b"\r\n\r\n", b"\r\nContent-Length: 5\r\n\r\n", 1))
-        self.assertEqual(self.successResultOf(waiting).length, 5)
+        self.assertEqual(self.successResultOf(pending).length, 5)
 
-    def test_both_framings_end_the_connection(self) -> None:
-        waiting = self.ask()
+    def test_both_framings_close_the_connection(self) -> None:
+        pending = self.exchange()
         self.receive(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n0\r\n\r\n")
-        response = self.successResultOf(waiting)
+        response = self.successResultOf(pending)
         self.assertIs(response.length, None)
         self.assertEqual(self.read(response), b"a")
-        self.assertEqual(self.idle, 0)
+        self.assertEqual(self.idle_count, 0)
 
     def test_back_pressure(self) -> None:
-        waiting = self.ask()
+        pending = self.exchange()
         self.receive(b"HTTP/1.1 200 OK\r\nContent-Length: 600000\r\n\r\n")
-        response = self.successResultOf(waiting)
+        response = self.successResultOf(pending)
         self.receive(bytes(262144))
-        self.assertEqual(self.wire.producerState, "producing")
+        self.assertEqual(self.transport.producerState, "producing")
         self.receive(bytes(1))
-        self.assertEqual(self.wire.producerState, "paused")
+        self.assertEqual(self.transport.producerState, "paused")
         self.clock.advance(3600)  # a slow reader of ours is no stall of theirs
         self.assertEqual(len(self.successResultOf(Deferred.fromCoroutine(response.read_chunk()))), 262145)
-        self.assertEqual(self.wire.producerState, "producing")
+        self.assertEqual(self.transport.producerState, "producing")
         self.clock.advance(29)
         self.receive(bytes(600000 - 262145))
-        self.assertEqual(self.idle, 1)
-        self.assertEqual(self.wire.producerState, "producing")  # ready for the next exchange
+        self.assertEqual(self.idle_count, 1)
+        self.assertEqual(self.transport.producerState, "producing")  # ready for the next exchange
         self.assertEqual(self.clock.getDelayedCalls(), [])
 
-    def test_larger_pieces_are_a_matter_of_moments(self) -> None:
-        asked = self.ask()
+    def test_read_pieces_waits_briefly_for_more(self) -> None:
+        pending = self.exchange()
         self.receive(b"HTTP/1.1 200 OK\r\nContent-Length: 5000\r\n\r\n")
-        response = self.successResultOf(asked)
+        response = self.successResultOf(pending)
 
         def read() -> Deferred[list[bytes]]:
             return Deferred.fromCoroutine(response.read_pieces(1000, 0.5))
@@ -205,10 +211,10 @@ class ConnectionTests(SynchronousTestCase):
         timers = [call for call in self.clock.getDelayedCalls() if call.getTime() - self.clock.seconds() <= 0.5]
         self.assertEqual(timers, [])
 
-    def test_silence(self) -> None:
-        waiting = self.ask()
+    def test_read_timeout(self) -> None:
+        pending = self.exchange()
         self.receive(OK[:-5])
-        response = self.successResultOf(waiting)
+        response = self.successResultOf(pending)
         for byte in (b"h", b"e"):
             self.clock.advance(29)
             self.receive(byte)
@@ -219,96 +225,96 @@ class ConnectionTests(SynchronousTestCase):
         self.assertNoResult(chunk)
         self.clock.advance(1)
         self.failureResultOf(chunk, UpstreamTimeout)
-        self.assertTrue(self.wire.disconnected)
+        self.assertTrue(self.transport.disconnected)
 
-    def test_an_end_before_any_byte_is_told_apart(self) -> None:
-        waiting = self.ask()
-        self.lose()
-        self.failureResultOf(waiting, Dropped)
+    def test_connection_dropped_before_the_first_byte(self) -> None:
+        pending = self.exchange()
+        self.lose_connection()
+        self.failureResultOf(pending, ConnectionDropped)
         self.setUp()
-        waiting = self.ask()
+        pending = self.exchange()
         self.receive(b"HTTP/1.1 100 Continue\r\n\r\n")
-        self.lose()
-        self.assertNotIsInstance(self.failureResultOf(waiting, UpstreamBroken).value, Dropped)
-        self.assertEqual(self.gone, 1)
+        self.lose_connection()
+        self.assertNotIsInstance(self.failureResultOf(pending, UpstreamBroken).value, ConnectionDropped)
+        self.assertEqual(self.lost_count, 1)
 
-    def test_ends_of_a_body_without_length(self) -> None:
-        waiting = self.ask()
+    def test_body_until_close(self) -> None:
+        pending = self.exchange()
         self.receive(b"HTTP/1.1 200 OK\r\n\r\nabc")
-        self.lose()
-        self.assertEqual(self.read(self.successResultOf(waiting)), b"abc")
+        self.lose_connection()
+        self.assertEqual(self.read(self.successResultOf(pending)), b"abc")
         self.setUp()
-        waiting = self.ask()
+        pending = self.exchange()
         self.receive(b"HTTP/1.1 200 OK\r\n\r\nabc")
-        self.lose(ConnectionLost)
-        reading = Deferred.fromCoroutine(self.successResultOf(waiting).read_all(9))
+        self.lose_connection(ConnectionLost)
+        reading = Deferred.fromCoroutine(self.successResultOf(pending).read_all(9))
         self.failureResultOf(reading, UpstreamBroken)
 
-    def test_short_body(self) -> None:
-        waiting = self.ask()
+    def test_truncated_body(self) -> None:
+        pending = self.exchange()
         self.receive(OK[:-1])
-        self.lose()
-        reading = Deferred.fromCoroutine(self.successResultOf(waiting).read_all(9))
+        self.lose_connection()
+        reading = Deferred.fromCoroutine(self.successResultOf(pending).read_all(9))
         self.assertIn("4 of 5 bytes", str(self.failureResultOf(reading, UpstreamBroken).value))
 
     def test_cancelling_closes(self) -> None:
-        waiting = self.ask()
-        waiting.cancel()
-        self.failureResultOf(waiting, CancelledError)
-        self.assertTrue(self.wire.disconnected)
+        pending = self.exchange()
+        pending.cancel()
+        self.failureResultOf(pending, CancelledError)
+        self.assertTrue(self.transport.disconnected)
 
-    def test_abort_ends_only_its_own_answer(self) -> None:
-        waiting = self.ask()
+    def test_abort_affects_only_its_own_response(self) -> None:
+        pending = self.exchange()
         self.receive(OK)
-        first = self.successResultOf(waiting)
-        waiting = self.ask()
+        first = self.successResultOf(pending)
+        pending = self.exchange()
         first.abort()
-        self.assertFalse(self.wire.disconnected)
+        self.assertFalse(self.transport.disconnected)
         self.receive(OK[:-1])
-        second = self.successResultOf(waiting)
+        second = self.successResultOf(pending)
         second.abort()
-        self.assertTrue(self.wire.disconnected)
+        self.assertTrue(self.transport.disconnected)
 
-    def test_refused_while_sending(self) -> None:
-        body = Endless()
-        waiting = self.ask(Outgoing("PUT", "http://a/", b"PUT / HTTP/1.1\r\n\r\n", body))
+    def test_early_error_response_stops_the_body(self) -> None:
+        body = ManualBodyProducer()
+        pending = self.exchange(OutgoingRequest("PUT", "http://a/", b"PUT / HTTP/1.1\r\n\r\n", body))
         body.consumer.write(b"x" * 10)
         self.receive(OK.replace(b"200", b"401", 1))
-        response = self.successResultOf(waiting)
+        response = self.successResultOf(pending)
         self.assertEqual((response.status, self.read(response)), (401, b"hello"))
         self.assertEqual(body.calls, ["stop"])
-        self.assertEqual(self.idle, 0)
+        self.assertEqual(self.idle_count, 0)
         body.consumer.write(b"more")  # a producer that has not noticed yet
-        self.assertEqual(self.wire.value(), b"PUT / HTTP/1.1\r\n\r\n" + b"x" * 10)
+        self.assertEqual(self.transport.value(), b"PUT / HTTP/1.1\r\n\r\n" + b"x" * 10)
 
-    def test_interim_answer_while_sending_stops_nothing(self) -> None:
-        body = Endless()
-        self.ask(Outgoing("PUT", "http://a/", b"", body))
+    def test_interim_response_does_not_stop_the_body(self) -> None:
+        body = ManualBodyProducer()
+        self.exchange(OutgoingRequest("PUT", "http://a/", b"", body))
         self.receive(b"HTTP/1.1 102 Processing\r\n\r\n")
         self.assertEqual(body.calls, [])
 
-    def test_the_answer_is_waited_for_once_all_is_sent(self) -> None:
-        body = Endless()
-        waiting = self.ask(Outgoing("PUT", "http://a/", b"", body))
+    def test_read_timeout_starts_after_the_body(self) -> None:
+        body = ManualBodyProducer()
+        pending = self.exchange(OutgoingRequest("PUT", "http://a/", b"", body))
         self.clock.advance(3600)  # a slow client of ours
         body.consumer.write(bytes(1000))
         body.done.callback(None)
         self.clock.advance(29)
-        self.assertNoResult(waiting)
+        self.assertNoResult(pending)
         self.clock.advance(1)
-        self.failureResultOf(waiting, UpstreamTimeout)
+        self.failureResultOf(pending, UpstreamTimeout)
 
-    def test_full_upstream_holds_the_body_back_for_a_while(self) -> None:
-        body = Endless()
-        waiting = self.ask(Outgoing("PUT", "http://a/", b"", body))
-        sender = self.wire.producer
-        sender.pauseProducing()
+    def test_send_timeout(self) -> None:
+        body = ManualBodyProducer()
+        pending = self.exchange(OutgoingRequest("PUT", "http://a/", b"", body))
+        body_writer = self.transport.producer
+        body_writer.pauseProducing()
         self.clock.advance(39)
-        sender.resumeProducing()
+        body_writer.resumeProducing()
         self.clock.advance(100)
-        sender.pauseProducing()
+        body_writer.pauseProducing()
         self.assertEqual(body.calls, ["pause", "resume", "pause"])
-        self.assertNoResult(waiting)
+        self.assertNoResult(pending)
         self.clock.advance(40)
-        self.failureResultOf(waiting, UpstreamTimeout)
+        self.failureResultOf(pending, UpstreamTimeout)
         self.assertEqual(body.calls[-1], "stop")

@@ -3,10 +3,10 @@ from __future__ import annotations
 import pytest
 
 from dockerproxy.oci.names import Host, Registry
-from dockerproxy.upstream.credentials import Anonymous, Configured, Logins, Own, related
+from dockerproxy.upstream.credentials import Anonymous, BasicCredentials, ClientCredential, LoginTable, in_same_domain
 
 HUB, AUTH, QUAY = Registry.parse("registry-1.docker.io"), Host.parse("auth.docker.io"), Registry.parse("quay.io")
-ONE, TWO = Configured("one", "pw1"), Configured("two", "pw2")
+ONE, TWO = BasicCredentials("one", "pw1"), BasicCredentials("two", "pw2")
 
 
 def test_keys_tell_apart_and_say_nothing() -> None:
@@ -14,19 +14,19 @@ def test_keys_tell_apart_and_say_nothing() -> None:
         Anonymous(),
         ONE,
         TWO,
-        Configured("one:p", "w1"),
-        Own("Basic b25lOnB3MQ=="),
-        Own("one\0pw1"),
-        Own(""),
+        BasicCredentials("one:p", "w1"),
+        ClientCredential("Basic b25lOnB3MQ=="),
+        ClientCredential("one\0pw1"),
+        ClientCredential(""),
     ]
     keys = [credential.key for credential in credentials]
     assert len(set(keys)) == len(keys)
-    assert Configured("one", "pw1").key == ONE.key
+    assert BasicCredentials("one", "pw1").key == ONE.key
     assert not any("pw1" in key or "one" in key for key in keys)
 
 
-def test_nothing_is_shown() -> None:
-    assert "pw1" not in repr([ONE, Own("Basic pw1")])
+def test_repr_hides_secrets() -> None:
+    assert "pw1" not in repr([ONE, ClientCredential("Basic pw1")])
     assert ONE.authorization == "Basic b25lOnB3MQ=="
 
 
@@ -47,39 +47,41 @@ def test_nothing_is_shown() -> None:
         ("fd00::1", "fd00::2", False),
     ],
 )
-def test_related(one: str, other: str, expected: bool) -> None:
-    assert related(one, other) is expected
-    assert related(other, one) is expected
+def test_in_same_domain(one: str, other: str, expected: bool) -> None:
+    assert in_same_domain(one, other) is expected
+    assert in_same_domain(other, one) is expected
 
 
-def test_a_login_goes_to_the_host_that_it_is_for() -> None:
-    logins = Logins({QUAY.host: ONE})
-    assert logins.shown(ONE, QUAY.host, QUAY) == ONE
-    assert logins.shown(ONE, Host("evil.example", 443), QUAY) is None
-    assert logins.shown(ONE, Host("quay.io", 8443), QUAY) is None
-    assert logins.shown(Anonymous(), QUAY.host, QUAY) is None
-    assert logins.shown(Own("Basic x"), QUAY.host, QUAY) is None
+def test_login_is_sent_only_to_its_host() -> None:
+    logins = LoginTable({QUAY.host: ONE})
+    assert logins.login_for(ONE, QUAY.host, QUAY) == ONE
+    assert logins.login_for(ONE, Host("evil.example", 443), QUAY) is None
+    assert logins.login_for(ONE, Host("quay.io", 8443), QUAY) is None
+    assert logins.login_for(Anonymous(), QUAY.host, QUAY) is None
+    assert logins.login_for(ClientCredential("Basic x"), QUAY.host, QUAY) is None
 
 
-def test_the_realm_has_a_login_of_its_own() -> None:
-    logins = Logins({AUTH: ONE, HUB.host: TWO})
-    assert logins.effective(HUB, AUTH) == TWO
-    assert logins.shown(TWO, AUTH, HUB) == ONE
-    only = Logins({AUTH: ONE})
-    assert only.effective(HUB, AUTH) == ONE
-    assert only.effective(HUB, None) is None
-    assert only.shown(ONE, AUTH, HUB) == ONE
-    assert only.shown(ONE, HUB.host, HUB) is None  # the registry itself is told nothing that is for its realm
+def test_realm_with_its_own_login() -> None:
+    logins = LoginTable({AUTH: ONE, HUB.host: TWO})
+    assert logins.effective_login(HUB, AUTH) == TWO
+    assert logins.login_for(TWO, AUTH, HUB) == ONE
+    only = LoginTable({AUTH: ONE})
+    assert only.effective_login(HUB, AUTH) == ONE
+    assert only.effective_login(HUB, None) is None
+    assert only.login_for(ONE, AUTH, HUB) == ONE
+    assert only.login_for(ONE, HUB.host, HUB) is None  # the registry itself is told nothing that is for its realm
 
 
-def test_a_registry_cannot_borrow_the_realm_of_another() -> None:
+def test_foreign_realm_gets_no_login() -> None:
     evil = Registry.parse("evil.example")
-    assert Logins({AUTH: ONE}).effective(evil, AUTH) is None
-    assert Logins({AUTH: ONE, evil.host: TWO}).shown(TWO, AUTH, evil) is None
-    assert Logins({AUTH: ONE, evil.host: ONE}).shown(ONE, AUTH, evil) == ONE  # the administrator said they are one
+    assert LoginTable({AUTH: ONE}).effective_login(evil, AUTH) is None
+    assert LoginTable({AUTH: ONE, evil.host: TWO}).login_for(TWO, AUTH, evil) is None
+    assert (
+        LoginTable({AUTH: ONE, evil.host: ONE}).login_for(ONE, AUTH, evil) == ONE
+    )  # the administrator said they are one
 
 
-def test_a_login_from_elsewhere_goes_to_the_registry_only() -> None:
-    logins = Logins({AUTH: ONE})
-    assert logins.shown(TWO, HUB.host, HUB) == TWO
-    assert logins.shown(TWO, AUTH, HUB) is None
+def test_unconfigured_login_is_sent_only_to_the_registry() -> None:
+    logins = LoginTable({AUTH: ONE})
+    assert logins.login_for(TWO, HUB.host, HUB) == TWO
+    assert logins.login_for(TWO, AUTH, HUB) is None

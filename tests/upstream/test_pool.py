@@ -7,7 +7,7 @@ from twisted.internet.task import Clock
 from dockerproxy.upstream.pool import Pool
 
 
-class Idle:
+class FakeConnection:
     def __init__(self, key: str) -> None:
         self.key = key
         self.alive = True
@@ -17,30 +17,30 @@ class Idle:
         self.aborted = True
 
 
-def filled(*keys: str) -> tuple[Clock, Any, list[Any]]:
+def make_pool(*keys: str) -> tuple[Clock, Any, list[Any]]:
     clock = Clock()
     pool = Pool(clock)
-    connections: list[Any] = [Idle(key) for key in keys]
+    connections: list[Any] = [FakeConnection(key) for key in keys]
     for connection in connections:
         pool.put(connection)
     return clock, pool, connections
 
 
-def test_the_last_one_comes_first_and_once() -> None:
-    clock, pool, (one, two, other) = filled("a", "a", "b")
+def test_take_is_lifo() -> None:
+    clock, pool, (one, two, other) = make_pool("a", "a", "b")
     assert [pool.take("a"), pool.take("a"), pool.take("a")] == [two, one, None]
     assert pool.take("b") is other
     assert clock.getDelayedCalls() == []
 
 
-def test_a_dead_one_is_not_given() -> None:
-    _, pool, (one, two) = filled("a", "a")
+def test_dead_connection_is_skipped() -> None:
+    _, pool, (one, two) = make_pool("a", "a")
     two.alive = False
     assert pool.take("a") is one
 
 
-def test_closed_after_a_minute() -> None:
-    clock, pool, (one,) = filled("a")
+def test_idle_timeout() -> None:
+    clock, pool, (one,) = make_pool("a")
     clock.advance(59)
     assert not one.aborted
     clock.advance(1)
@@ -48,16 +48,16 @@ def test_closed_after_a_minute() -> None:
     assert pool.take("a") is None
 
 
-def test_a_removed_one_leaves_nothing() -> None:
-    clock, pool, (one,) = filled("a")
+def test_remove_cancels_the_timer() -> None:
+    clock, pool, (one,) = make_pool("a")
     pool.remove(one)
     pool.remove(one)
     assert clock.getDelayedCalls() == []
     assert pool.take("a") is None
 
 
-def test_bounds() -> None:
-    _, _, connections = filled(*["a"] * 33)
+def test_limits() -> None:
+    _, _, connections = make_pool(*["a"] * 33)
     assert [connection.aborted for connection in connections] == [True] + [False] * 32
-    _, _, connections = filled(*map(str, range(257)))
+    _, _, connections = make_pool(*map(str, range(257)))
     assert [connection.aborted for connection in connections] == [True] + [False] * 256

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dockerproxy.http.headers import Headers
-from dockerproxy.upstream.retry import LONGEST_WAIT, retry_after
+from dockerproxy.upstream.retry import MAX_RETRY_AFTER, parse_retry_after
 
 NOW = 1_700_000_000.0  # Tue, 14 Nov 2023 22:13:20 GMT
 
@@ -15,12 +15,12 @@ NOW = 1_700_000_000.0  # Tue, 14 Nov 2023 22:13:20 GMT
     [
         ("0", 0.0),
         ("120", 120.0),
-        ("99999999999999999999", LONGEST_WAIT),
+        ("99999999999999999999", MAX_RETRY_AFTER),
         ("Tue, 14 Nov 2023 22:14:20 GMT", 60.0),
         ("Tuesday, 14-Nov-23 22:14:20 GMT", 60.0),
         ("Tue Nov 14 22:14:20 2023", 60.0),
         ("Tue, 14 Nov 2023 22:13:00 GMT", 0.0),
-        ("Tue, 14 Nov 2033 22:13:00 GMT", LONGEST_WAIT),
+        ("Tue, 14 Nov 2033 22:13:00 GMT", MAX_RETRY_AFTER),
         ("-1", None),
         ("1.5", None),
         ("٣", None),
@@ -28,15 +28,15 @@ NOW = 1_700_000_000.0  # Tue, 14 Nov 2023 22:13:20 GMT
         ("", None),
     ],
 )
-def test_retry_after(value: str, seconds: float | None) -> None:
-    assert retry_after(Headers([("Retry-After", value)]), NOW) == seconds
+def test_parse_retry_after(value: str, seconds: float | None) -> None:
+    assert parse_retry_after(Headers([("Retry-After", value)]), NOW) == seconds
 
 
 def test_no_field() -> None:
-    assert retry_after(Headers(), NOW) is None
+    assert parse_retry_after(Headers(), NOW) is None
 
 
 @given(st.text(max_size=80))
-def test_any_text_is_read_or_not(value: str) -> None:
-    seconds = retry_after(Headers([("retry-after", value)]), NOW)
-    assert seconds is None or 0 <= seconds <= LONGEST_WAIT
+def test_any_text_is_parsed_or_ignored(value: str) -> None:
+    seconds = parse_retry_after(Headers([("retry-after", value)]), NOW)
+    assert seconds is None or 0 <= seconds <= MAX_RETRY_AFTER

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from dockerproxy.errors import UpstreamBroken
 from dockerproxy.oci.names import Host, Registry
-from dockerproxy.upstream.urls import resolve, split_url
+from dockerproxy.upstream.urls import resolve_location, split_url
 
 
 @pytest.mark.parametrize(
@@ -20,7 +20,7 @@ from dockerproxy.upstream.urls import resolve, split_url
         ("https://h:80//x", "https://h:80", "//x"),
     ],
 )
-def test_split(url: str, origin: str, target: str) -> None:
+def test_split_url(url: str, origin: str, target: str) -> None:
     assert split_url(url) == (Registry.parse(origin), target)
 
 
@@ -29,7 +29,7 @@ def test_split(url: str, origin: str, target: str) -> None:
     ["", "/v2/", "ftp://h/", "https:///x", "https://u:p@h/", "https://h:0/", "https://h\\@i/", "https://h/\r\nX: y",
      "https://h/ä", "https://h/" + "x" * 20000, "file:///etc/passwd", "https://h:443x/"],
 )  # fmt: skip
-def test_refused(url: str) -> None:
+def test_invalid_urls(url: str) -> None:
     with pytest.raises(UpstreamBroken) as caught:
         split_url(url)
     assert "/" not in caught.value.message.replace("http or https", "")  # no part of it is repeated
@@ -48,14 +48,14 @@ def test_refused(url: str) -> None:
         ("/next\r\n", "https://h:1/next%0D%0A"),
     ],
 )
-def test_resolve(location: str, url: str) -> None:
-    assert resolve("https://h:1/v2/a/b?q=1", location) == url
+def test_resolve_location(location: str, url: str) -> None:
+    assert resolve_location("https://h:1/v2/a/b?q=1", location) == url
 
 
 @given(st.text(st.characters(min_codepoint=0, max_codepoint=255), max_size=60))
-def test_whatever_a_location_holds_cannot_leave_a_request_line(location: str) -> None:
+def test_location_cannot_break_the_request_line(location: str) -> None:
     try:
-        _, target = split_url(resolve("https://h/v2/", location))
+        _, target = split_url(resolve_location("https://h/v2/", location))
     except UpstreamBroken:
         return
     assert target.startswith("/")

@@ -34,7 +34,7 @@ from dockerproxy.store.cooperative import CooperativeThread
 from dockerproxy.store.layout import Layout
 from dockerproxy.store.links import Links
 from dockerproxy.store.records import Records
-from dockerproxy.upstream.credentials import Anonymous, Configured, Own
+from dockerproxy.upstream.credentials import Anonymous, BasicCredentials, ClientCredential
 from tests.cache.support.reactor import ManualReactor
 from tests.cache.support.upstream import ScriptedUpstream
 
@@ -86,7 +86,7 @@ class CacheHarness:
         limit: int = 1 << 30,
         inactive: float = 5e6,
         freshness: Freshness = NEVER_FRESH,
-        login: Configured | None = None,
+        login: BasicCredentials | None = None,
         upstream: ScriptedUpstream | None = None,
         registries: tuple[Registry, ...] = (HUB, OTHER),
         address_check: Any = None,
@@ -147,7 +147,7 @@ class CacheHarness:
         self, name: str = "library/app", registry: Registry = HUB, authorization: str | None = None
     ) -> UpstreamRepository:
         return UpstreamRepository(
-            registry, parse_repository(name), Anonymous() if authorization is None else Own(authorization)
+            registry, parse_repository(name), Anonymous() if authorization is None else ClientCredential(authorization)
         )
 
     def principal(

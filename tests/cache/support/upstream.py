@@ -17,7 +17,7 @@ from dockerproxy.errors import RegistryError, UpstreamBroken, UpstreamUnreachabl
 from dockerproxy.http.headers import Headers
 from dockerproxy.http.stream import ByteStream
 from dockerproxy.oci.names import Digest, Registry, Repository
-from dockerproxy.upstream.credentials import Configured, Credential, Own
+from dockerproxy.upstream.credentials import BasicCredentials, ClientCredential, Credential
 
 OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 
@@ -121,9 +121,9 @@ class ReceivedRequest:
     @property
     def requester(self) -> str | None:
         """Who asks: None, ``login USER`` or the Authorization."""
-        if isinstance(self.credential, Configured):
+        if isinstance(self.credential, BasicCredentials):
             return f"login {self.credential.user}"
-        return self.credential.authorization if isinstance(self.credential, Own) else None
+        return self.credential.authorization if isinstance(self.credential, ClientCredential) else None
 
     @property
     def range(self) -> str | None:

@@ -37,7 +37,7 @@ OVER_KERNEL_BUFFERS = 16 * MIB  # more than the kernel keeps of a connection, ho
 
 with tempfile.TemporaryDirectory() as _directory:
     _authority = CertificateAuthority.open(
-        Path(_directory), certificate_file=None, key_file=None, passphrase=None, now=time.time
+        Path(_directory), certificate_file=None, key_file=None, passphrase=None, clock=time.time
     )
     # Once, for an authority is not for several threads.
     CERTIFICATE = _authority.certificate_pem.decode()

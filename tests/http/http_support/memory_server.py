@@ -61,7 +61,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as directory:
         authority = CertificateAuthority.open(
-            Path(directory), certificate_file=None, key_file=None, passphrase=None, now=time.time
+            Path(directory), certificate_file=None, key_file=None, passphrase=None, clock=time.time
         )
 
     def ignore_request(request: Request, seconds: float) -> None: ...

@@ -21,10 +21,10 @@ MAX_HEAD = 64 * 1024  # Go's client takes 10 MiB, curl 300 KiB, nginx 4 to 8 KiB
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _TARGET = re.compile(r"/[!\"$-~]*")
 _STATUS_LINE = re.compile(r"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: [^\r\n]*)?")
-_LENGTH = re.compile(r"[0-9]{1,18}")
+_CONTENT_LENGTH = re.compile(r"[0-9]{1,18}")
 _CONTROLS = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 
-_BODILESS = frozenset({204, 304})
+_BODYLESS_STATUSES = frozenset({204, 304})
 
 
 @frozen(slots=True)
@@ -36,7 +36,7 @@ class ResponseHead:
     headers: Headers
 
 
-def render_request(method: str, target: str, fields: Iterable[tuple[str, str]]) -> bytes:
+def render_request_head(method: str, target: str, fields: Iterable[tuple[str, str]]) -> bytes:
     """Return a request's head; raise ValueError for what cannot stand there, without repeating it."""
     if not _TOKEN.fullmatch(method):
         raise ValueError("a method has to be a token")
@@ -68,18 +68,18 @@ def parse_response_head(raw: bytes) -> ResponseHead:
     return ResponseHead(int(status[2]), int(status[1]), Headers.from_lowercase(fields))
 
 
-def declared_length(headers: Headers) -> int | None:
+def parse_content_length(headers: Headers) -> int | None:
     """Return what Content-Length says; None where there is none. Raise ValueError where it is no one number."""
     values = {value.strip(" \t") for field in headers.all("content-length") for value in field.split(",")}
     if not values:
         return None
     [first, *others] = values
-    if others or not _LENGTH.fullmatch(first):  # RFC 9112, section 6.3: repetitions of one number are a number
+    if others or not _CONTENT_LENGTH.fullmatch(first):  # RFC 9112, section 6.3: repetitions of one number are a number
         raise ValueError("its answer has no one Content-Length")
     return int(first)
 
 
-def keeps_alive(head: ResponseHead) -> bool:
+def should_keep_alive(head: ResponseHead) -> bool:
     """Whether the server lets the connection be used again. HTTP/1.0's keep-alive is left alone: nobody needs it."""
     tokens = {token.strip(" \t").lower() for field in head.headers.all("connection") for token in field.split(",")}
     # RFC 9112, section 6.1: after an answer with both framings the connection is not to be trusted.
@@ -87,7 +87,7 @@ def keeps_alive(head: ResponseHead) -> bool:
     return head.version == 1 and "close" not in tokens and not ambiguous
 
 
-class Body:
+class BodyReader:
     """Takes the bytes behind a head and gives the content in them; this one lasts until the connection ends."""
 
     done = False
@@ -100,32 +100,32 @@ class Body:
         """
         return [data]
 
-    def shortfall(self) -> str | None:
+    def read_eof(self) -> str | None:
         """Say what is missing where the connection has ended now; None where that is a proper end."""
         return None
 
 
-class LengthBody(Body):
+class ContentLengthReader(BodyReader):
     """A body of so many bytes."""
 
     def __init__(self, length: int) -> None:
-        self._length = self._left = length
+        self._length = self._remaining = length
         self.done = length == 0
 
     def feed(self, data: bytes) -> list[bytes]:
-        if len(data) > self._left:
-            self.rest = data[self._left :]
-            data = data[: self._left]
-        self._left -= len(data)
-        self.done = self._left == 0
+        if len(data) > self._remaining:
+            self.rest = data[self._remaining :]
+            data = data[: self._remaining]
+        self._remaining -= len(data)
+        self.done = self._remaining == 0
         return [data] if data else []
 
-    def shortfall(self) -> str | None:
-        came = self._length - self._left
-        return f"closed the connection after {came} of {self._length} bytes" if self._left else None
+    def read_eof(self) -> str | None:
+        received = self._length - self._remaining
+        return f"closed the connection after {received} of {self._length} bytes" if self._remaining else None
 
 
-class ChunkedBody(Body):
+class ChunkedReader(BodyReader):
     """A body in the chunked coding."""
 
     def __init__(self) -> None:
@@ -139,18 +139,18 @@ class ChunkedBody(Body):
         self.done, self.rest = self._decoder.done, self._decoder.unused_data
         return pieces
 
-    def shortfall(self) -> str | None:
+    def read_eof(self) -> str | None:
         return None if self.done else "closed the connection before the last chunk"
 
 
-def body_of(method: str, head: ResponseHead) -> Body:
+def body_reader_for(method: str, head: ResponseHead) -> BodyReader:
     """Return the body that follows `head` (RFC 9112, section 6.3), or raise ValueError."""
-    if method == "HEAD" or head.status in _BODILESS:
-        return LengthBody(0)
+    if method == "HEAD" or head.status in _BODYLESS_STATUSES:
+        return ContentLengthReader(0)
     codings = head.headers.all("transfer-encoding")
     if codings:
         if head.version == 0 or [coding.lower() for coding in codings] != ["chunked"]:
             raise ValueError("its answer has a Transfer-Encoding other than chunked")
-        return ChunkedBody()
-    length = declared_length(head.headers)
-    return Body() if length is None else LengthBody(length)
+        return ChunkedReader()
+    length = parse_content_length(head.headers)
+    return BodyReader() if length is None else ContentLengthReader(length)

@@ -4,12 +4,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dockerproxy.upstream.wire import body_of, keeps_alive, parse_response_head, render_request
+from dockerproxy.upstream.http1 import body_reader_for, parse_response_head, render_request_head, should_keep_alive
 
 
-def test_request() -> None:
+def test_render_request_head() -> None:
     assert (
-        render_request("GET", "/v2/?a=b", [("Host", "h"), ("X", "ä")])
+        render_request_head("GET", "/v2/?a=b", [("Host", "h"), ("X", "ä")])
         == b"GET /v2/?a=b HTTP/1.1\r\nHost: h\r\nX: \xe4\r\n\r\n"
     )
 
@@ -30,9 +30,9 @@ def test_request() -> None:
         ("GET", "/", [("A", "secret €")]),
     ],
 )
-def test_request_that_cannot_be_sent(method: str, target: str, fields: list[tuple[str, str]]) -> None:
+def test_invalid_request(method: str, target: str, fields: list[tuple[str, str]]) -> None:
     with pytest.raises(ValueError) as caught:
-        render_request(method, target, fields)
+        render_request_head(method, target, fields)
     assert "secret" not in str(caught.value)
 
 
@@ -41,9 +41,9 @@ def test_request_that_cannot_be_sent(method: str, target: str, fields: list[tupl
         st.from_regex(r"[a-z-]{1,8}", fullmatch=True), st.text(st.characters(max_codepoint=255)), max_size=5
     )
 )
-def test_fields_arrive_as_they_were_sent_or_not_at_all(fields: dict[str, str]) -> None:
+def test_fields_round_trip_or_are_refused(fields: dict[str, str]) -> None:
     try:
-        raw = render_request("GET", "/", fields.items())
+        raw = render_request_head("GET", "/", fields.items())
     except ValueError:
         return
     lines = raw.partition(b"\r\n")[2].removesuffix(b"\r\n\r\n").removesuffix(b"\r\n")
@@ -52,7 +52,7 @@ def test_fields_arrive_as_they_were_sent_or_not_at_all(fields: dict[str, str]) -
 
 
 @given(st.binary(max_size=200))
-def test_any_bytes_are_a_head_or_refused(raw: bytes) -> None:
+def test_any_bytes_are_parsed_or_refused(raw: bytes) -> None:
     try:
         head = parse_response_head(b"HTTP/1.1 200 OK\r\n" + raw)
     except ValueError:
@@ -72,8 +72,8 @@ def test_any_bytes_are_a_head_or_refused(raw: bytes) -> None:
         ("GET", b"HTTP/1.1 200", b"abcdef", False),
     ],
 )
-def test_bodies(method: str, head: bytes, content: bytes, done: bool) -> None:
-    body = body_of(method, parse_response_head(head))
+def test_body_readers(method: str, head: bytes, content: bytes, done: bool) -> None:
+    body = body_reader_for(method, parse_response_head(head))
     pieces = [] if body.done else body.feed(b"abcdef")
     assert (b"".join(pieces), body.done) == (content, done)
     assert body.rest == (b"def" if content == b"abc" else b"")
@@ -89,5 +89,5 @@ def test_bodies(method: str, head: bytes, content: bytes, done: bool) -> None:
         (b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\nTransfer-Encoding: chunked", False),
     ],
 )
-def test_keeps_alive(head: bytes, expected: bool) -> None:
-    assert keeps_alive(parse_response_head(head)) is expected
+def test_should_keep_alive(head: bytes, expected: bool) -> None:
+    assert should_keep_alive(parse_response_head(head)) is expected

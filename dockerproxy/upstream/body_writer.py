@@ -12,7 +12,7 @@ from twisted.web.iweb import UNKNOWN_LENGTH, IBodyProducer
 from zope.interface import implementer
 
 from dockerproxy.errors import BadRequest
-from dockerproxy.upstream.stopwatch import Stopwatch
+from dockerproxy.upstream.idle_timer import IdleTimer
 
 
 def framing_field(body: IBodyProducer) -> tuple[str, str]:
@@ -23,19 +23,19 @@ def framing_field(body: IBodyProducer) -> tuple[str, str]:
 
 
 @implementer(IConsumer, IPushProducer)
-class BodySender:
+class BodyWriter:
     """Frames what `body` produces, holds it back while `transport` is full, and calls `stalled` when that lasts.
 
     Only the upstream's slowness counts, `seconds` of it: how long the client may take is the client side's affair.
     """
 
     def __init__(
-        self, clock: Any, transport: Any, body: IBodyProducer, seconds: float, stalled: Callable[[], None]
+        self, clock: Any, transport: Any, body: IBodyProducer, timeout: float, on_stalled: Callable[[], None]
     ) -> None:
         self._transport = transport
         self._body: Any = body
-        self._left: int | None = None if body.length is UNKNOWN_LENGTH else body.length
-        self._stopwatch = Stopwatch(clock, seconds, stalled)
+        self._remaining: int | None = None if body.length is UNKNOWN_LENGTH else body.length
+        self._send_timer = IdleTimer(clock, timeout, on_stalled)
         self._done: Deferred[None] = Deferred()
         self.active = False
 
@@ -44,34 +44,34 @@ class BodySender:
         self.active = True
         self._transport.registerProducer(self, True)
         if self.active:  # else the transport is gone already
-            self._body.startProducing(self).addCallbacks(self._produced, self._failed)
+            self._body.startProducing(self).addCallbacks(self._on_body_complete, self._on_body_failed)
         return self._done
 
     def stop(self) -> None:
         """Send no more."""
         if self.active:
-            self._end()
+            self._finish()
             self._body.stopProducing()
 
-    def _end(self) -> None:
+    def _finish(self) -> None:
         self.active = False
-        self._stopwatch.stop()
+        self._send_timer.stop()
         self._transport.unregisterProducer()
 
-    def _produced(self, _: object) -> None:
+    def _on_body_complete(self, _: object) -> None:
         if not self.active:
             return
-        if self._left is None:
+        if self._remaining is None:
             self._transport.write(b"0\r\n\r\n")
-        self._end()
-        if self._left:
+        self._finish()
+        if self._remaining:
             self._done.errback(BadRequest("the request's body is shorter than its length says"))
         else:
             self._done.callback(None)
 
-    def _failed(self, failure: Failure) -> None:
+    def _on_body_failed(self, failure: Failure) -> None:
         if self.active:
-            self._end()
+            self._finish()
             self._done.errback(failure)
         # else it was stopped, and how its producer takes that is nobody's concern
 
@@ -80,10 +80,10 @@ class BodySender:
     def write(self, data: bytes) -> None:
         if not self.active or not data:
             return
-        if self._left is None:
+        if self._remaining is None:
             self._transport.writeSequence([b"%x\r\n" % len(data), data, b"\r\n"])
-        elif len(data) <= self._left:
-            self._left -= len(data)
+        elif len(data) <= self._remaining:
+            self._remaining -= len(data)
             self._transport.write(data)
         else:
             self.stop()
@@ -99,17 +99,17 @@ class BodySender:
 
     def pauseProducing(self) -> None:
         if self.active:
-            self._stopwatch.start()
+            self._send_timer.start()
             self._body.pauseProducing()
 
     def resumeProducing(self) -> None:
         if self.active:
-            self._stopwatch.pause()
+            self._send_timer.pause()
             self._body.resumeProducing()
 
     def stopProducing(self) -> None:
         """Stop: the connection is lost."""
         if self.active:
             self.active = False
-            self._stopwatch.stop()
+            self._send_timer.stop()
             self._body.stopProducing()

@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from dockerproxy.proxy.issuer import DAY, AuthorityError, Issuer
-from dockerproxy.proxy.root import own_issuer
+from dockerproxy.proxy.local_ca import load_or_create_issuer
 
 PROJECT = Path(__file__).parents[2]
 NOW = time.time()
@@ -34,19 +34,19 @@ def der(issuer: Issuer) -> bytes:
 
 @contextmanager
 def umask(mask: int) -> Iterator[None]:
-    before = os.umask(mask)
+    previous = os.umask(mask)
     try:
         yield
     finally:
-        os.umask(before)
+        os.umask(previous)
 
 
-class Killed(BaseException):
+class SimulatedKill(BaseException):
     """Stands for SIGKILL: nothing of ours may catch it."""
 
 
-def test_the_root(tmp_path: Path) -> None:
-    root = own_issuer(tmp_path / "ca", None, NOW).certificate
+def test_root_certificate(tmp_path: Path) -> None:
+    root = load_or_create_issuer(tmp_path / "ca", None, NOW).certificate
     assert isinstance(root.public_key(), ec.EllipticCurvePublicKey)
     (common_name,) = root.subject.get_attributes_for_oid(x509.NameOID.COMMON_NAME)
     assert str(common_name.value).startswith("docker-registry-proxy CA (")
@@ -60,28 +60,30 @@ def test_the_root(tmp_path: Path) -> None:
     assert not usage.value.digital_signature
 
 
-def test_ten_years_from_two_days_ago(tmp_path: Path) -> None:
-    issuer = own_issuer(tmp_path, None, NOW)
-    assert issuer.begins == int(NOW - 2 * DAY)
-    assert issuer.ends == int(NOW + 3650 * DAY)
+def test_validity(tmp_path: Path) -> None:
+    issuer = load_or_create_issuer(tmp_path, None, NOW)
+    assert issuer.not_before == int(NOW - 2 * DAY)
+    assert issuer.not_after == int(NOW + 3650 * DAY)
     assert issuer.warnings == ()
 
 
-def test_a_long_host_name_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_hostname_is_truncated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("socket.gethostname", lambda: "h" * 64)
-    (name,) = own_issuer(tmp_path, None, NOW).certificate.subject.get_attributes_for_oid(x509.NameOID.COMMON_NAME)
+    (name,) = load_or_create_issuer(tmp_path, None, NOW).certificate.subject.get_attributes_for_oid(
+        x509.NameOID.COMMON_NAME
+    )
     assert name.value == f"docker-registry-proxy CA ({'h' * 36})"
 
 
 def test_two_authorities_of_one_host_have_different_names(tmp_path: Path) -> None:
-    one, other = (own_issuer(tmp_path / name, None, NOW).certificate.subject for name in ("a", "b"))
+    one, other = (load_or_create_issuer(tmp_path / name, None, NOW).certificate.subject for name in ("a", "b"))
     assert one != other
 
 
 @pytest.mark.parametrize("mask", [0o000, 0o022, 0o077])
 def test_modes_whatever_the_umask(tmp_path: Path, mask: int) -> None:
     with umask(mask):
-        own_issuer(tmp_path / "state" / "ca", None, NOW)
+        load_or_create_issuer(tmp_path / "state" / "ca", None, NOW)
     assert mode(tmp_path / "state" / "ca") == 0o700
     assert mode(tmp_path / "state" / "ca" / "ca.key") == 0o600
     assert mode(tmp_path / "state" / "ca" / "ca.crt") == 0o644
@@ -89,59 +91,59 @@ def test_modes_whatever_the_umask(tmp_path: Path, mask: int) -> None:
 
 
 def test_the_key_is_private_from_its_first_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[tuple[str, int, int]] = []
+    observations: list[tuple[str, int, int]] = []
     fchmod = os.fchmod
 
-    def observe(descriptor: int, wanted: int) -> None:
+    def observe(descriptor: int, mode: int) -> None:
         status = os.fstat(descriptor)
-        seen.append((os.readlink(f"/proc/self/fd/{descriptor}"), stat.S_IMODE(status.st_mode), status.st_size))
-        fchmod(descriptor, wanted)
+        observations.append((os.readlink(f"/proc/self/fd/{descriptor}"), stat.S_IMODE(status.st_mode), status.st_size))
+        fchmod(descriptor, mode)
 
     monkeypatch.setattr("os.fchmod", observe)
     with umask(0):
-        own_issuer(tmp_path, None, NOW)
-    assert seen == [(str(tmp_path / "ca.key.new"), 0o600, 0), (str(tmp_path / "ca.crt.new"), 0o644, 0)]
+        load_or_create_issuer(tmp_path, None, NOW)
+    assert observations == [(str(tmp_path / "ca.key.new"), 0o600, 0), (str(tmp_path / "ca.crt.new"), 0o644, 0)]
 
 
 def test_a_directory_that_is_there_keeps_its_mode(tmp_path: Path) -> None:
     directory = tmp_path / "ca"
     directory.mkdir(mode=0o755)
     directory.chmod(0o755)
-    own_issuer(directory, None, NOW)
+    load_or_create_issuer(directory, None, NOW)
     assert mode(directory) == 0o755
 
 
-def test_a_later_start_finds_it_and_writes_nothing(tmp_path: Path) -> None:
-    first = own_issuer(tmp_path, None, NOW)
+def test_later_start_reuses_it(tmp_path: Path) -> None:
+    first = load_or_create_issuer(tmp_path, None, NOW)
     before = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
-    assert der(own_issuer(tmp_path, None, NOW + 365 * DAY)) == der(first)
+    assert der(load_or_create_issuer(tmp_path, None, NOW + 365 * DAY)) == der(first)
     assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
 
 
 def test_a_pass_phrase_encrypts_the_key(tmp_path: Path) -> None:
-    first = own_issuer(tmp_path, "pa\u00dfwort", NOW)
+    first = load_or_create_issuer(tmp_path, "pa\u00dfwort", NOW)
     assert b"ENCRYPTED" in (tmp_path / "ca.key").read_bytes()
-    assert der(own_issuer(tmp_path, "pa\u00dfwort", NOW)) == der(first)
+    assert der(load_or_create_issuer(tmp_path, "pa\u00dfwort", NOW)) == der(first)
     with pytest.raises(AuthorityError, match=r"ca\.key is encrypted, and CA_KEY_PASSPHRASE is not set"):
-        own_issuer(tmp_path, None, NOW)
+        load_or_create_issuer(tmp_path, None, NOW)
 
 
-def test_an_open_key_is_made_private(tmp_path: Path) -> None:
-    own_issuer(tmp_path, None, NOW)
+def test_readable_key_is_made_private(tmp_path: Path) -> None:
+    load_or_create_issuer(tmp_path, None, NOW)
     (tmp_path / "ca.key").chmod(0o644)
-    assert own_issuer(tmp_path, None, NOW).warnings == ()
+    assert load_or_create_issuer(tmp_path, None, NOW).warnings == ()
     assert mode(tmp_path / "ca.key") == 0o600
 
 
-def test_an_open_key_that_cannot_be_made_private_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    own_issuer(tmp_path, None, NOW)
+def test_warning_if_the_key_cannot_be_made_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load_or_create_issuer(tmp_path, None, NOW)
     (tmp_path / "ca.key").chmod(0o640)
 
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError
 
     monkeypatch.setattr("pathlib.Path.chmod", refuse)
-    (warning,) = own_issuer(tmp_path, None, NOW).warnings
+    (warning,) = load_or_create_issuer(tmp_path, None, NOW).warnings
     assert warning == f"CA_DIR: {tmp_path}/ca.key can be read by others than its owner"
 
 
@@ -150,47 +152,47 @@ def test_an_open_key_that_cannot_be_made_private_is_told(tmp_path: Path, monkeyp
 
 @pytest.mark.parametrize("call", ["os.open", "os.fchmod", "os.fsync", "pathlib.Path.rename"])
 @pytest.mark.parametrize("which", range(7))
-def test_killed_anywhere_leaves_what_the_next_start_completes(
+def test_next_start_recovers_from_a_kill_at_any_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, which: int
 ) -> None:
     module, _, name = call.rpartition(".")
     target = Path if module == "pathlib.Path" else os
     original, calls = getattr(target, name), []
 
-    def dies(*arguments: object, **keywords: object) -> object:
+    def kill_at_index(*arguments: object, **keywords: object) -> object:
         calls.append(arguments)
         if len(calls) == which + 1:
-            raise Killed
+            raise SimulatedKill
         return original(*arguments, **keywords)
 
     with monkeypatch.context() as patched:
-        patched.setattr(target, name, dies)
+        patched.setattr(target, name, kill_at_index)
         try:
-            own_issuer(tmp_path, None, NOW)
-        except Killed:
+            load_or_create_issuer(tmp_path, None, NOW)
+        except SimulatedKill:
             pass
     key = (tmp_path / "ca.key").read_bytes() if (tmp_path / "ca.key").exists() else None
     published = (tmp_path / "ca.crt").read_bytes() if (tmp_path / "ca.crt").exists() else None
-    completed = own_issuer(tmp_path, None, NOW)
+    completed = load_or_create_issuer(tmp_path, None, NOW)
     assert key in (None, (tmp_path / "ca.key").read_bytes())
     assert published in (None, completed.certificate.public_bytes(serialization.Encoding.PEM))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ca.crt", "ca.key", "ca.lock"]
 
 
-def test_only_the_key_there_gets_its_certificate(tmp_path: Path) -> None:
-    own_issuer(tmp_path, None, NOW)
+def test_missing_certificate_is_recreated(tmp_path: Path) -> None:
+    load_or_create_issuer(tmp_path, None, NOW)
     key = (tmp_path / "ca.key").read_bytes()
     (tmp_path / "ca.crt").unlink()
-    own_issuer(tmp_path, None, NOW)
+    load_or_create_issuer(tmp_path, None, NOW)
     assert (tmp_path / "ca.key").read_bytes() == key
 
 
-def test_only_the_certificate_there_is_refused_and_kept(tmp_path: Path) -> None:
-    own_issuer(tmp_path, None, NOW)
+def test_missing_key_is_an_error(tmp_path: Path) -> None:
+    load_or_create_issuer(tmp_path, None, NOW)
     (tmp_path / "ca.key").unlink()
     certificate = (tmp_path / "ca.crt").read_bytes()
     with pytest.raises(AuthorityError, match=r"^CA_DIR: .*/ca\.crt is there and its key .*/ca\.key is not: "):
-        own_issuer(tmp_path, None, NOW)
+        load_or_create_issuer(tmp_path, None, NOW)
     assert (tmp_path / "ca.crt").read_bytes() == certificate
     assert not (tmp_path / "ca.key").exists()
 
@@ -198,15 +200,15 @@ def test_only_the_certificate_there_is_refused_and_kept(tmp_path: Path) -> None:
 # Together.
 
 
-def test_threads_that_start_at_once_get_the_same(tmp_path: Path) -> None:
+def test_concurrent_threads_get_the_same_issuer(tmp_path: Path) -> None:
     with ThreadPoolExecutor(8) as pool:
-        issuers = list(pool.map(lambda _: own_issuer(tmp_path / "ca", None, NOW), range(16)))
+        issuers = list(pool.map(lambda _: load_or_create_issuer(tmp_path / "ca", None, NOW), range(16)))
     assert len({der(issuer) for issuer in issuers}) == 1
 
 
-def test_processes_that_start_at_once_get_the_same(tmp_path: Path) -> None:
+def test_concurrent_processes_get_the_same_issuer(tmp_path: Path) -> None:
     program = (
-        "import sys, time\nfrom pathlib import Path\nfrom dockerproxy.proxy.root import own_issuer\n"
+        "import sys, time\nfrom pathlib import Path\nfrom dockerproxy.proxy.local_ca import own_issuer\n"
         "print('ready', flush=True)\nsys.stdin.read()\n"
         "print(own_issuer(Path(sys.argv[1]), None, time.time()).certificate.serial_number)"
     )
@@ -234,40 +236,40 @@ def test_processes_that_start_at_once_get_the_same(tmp_path: Path) -> None:
 # Troubles.
 
 
-def test_expired_says_how_to_go_on(tmp_path: Path) -> None:
-    own_issuer(tmp_path, None, NOW)
+def test_expired_error_says_how_to_recreate(tmp_path: Path) -> None:
+    load_or_create_issuer(tmp_path, None, NOW)
     with pytest.raises(AuthorityError, match=r"expired on \d{4}-\d\d-\d\d; remove ca\.crt and ca\.key to have a new"):
-        own_issuer(tmp_path, None, NOW + 3651 * DAY)
+        load_or_create_issuer(tmp_path, None, NOW + 3651 * DAY)
 
 
-def test_ending_soon_is_told(tmp_path: Path) -> None:
-    own_issuer(tmp_path, None, NOW)
-    (warning,) = own_issuer(tmp_path, None, NOW + 3625 * DAY).warnings
+def test_expiry_warning(tmp_path: Path) -> None:
+    load_or_create_issuer(tmp_path, None, NOW)
+    (warning,) = load_or_create_issuer(tmp_path, None, NOW + 3625 * DAY).warnings
     assert warning.startswith(f"CA_DIR: {tmp_path}/ca.crt ends on ")
 
 
-def test_the_clock_before_its_begin(tmp_path: Path) -> None:
-    own_issuer(tmp_path, None, NOW)
+def test_clock_before_not_before(tmp_path: Path) -> None:
+    load_or_create_issuer(tmp_path, None, NOW)
     with pytest.raises(AuthorityError, match=r"is not valid before .* UTC, and this machine's clock is not there yet"):
-        own_issuer(tmp_path, None, NOW - 3 * DAY)
+        load_or_create_issuer(tmp_path, None, NOW - 3 * DAY)
 
 
 @pytest.mark.parametrize("content", [b"", b"\0", b"-----BEGIN CERTIFICATE-----\nAA==\n-----END CERTIFICATE-----\n"])
 def test_a_damaged_certificate_is_refused_not_replaced(tmp_path: Path, content: bytes) -> None:
-    own_issuer(tmp_path, None, NOW)
+    load_or_create_issuer(tmp_path, None, NOW)
     (tmp_path / "ca.crt").write_bytes(content)
     with pytest.raises(AuthorityError, match=r"^CA_DIR: .*/ca\.crt is not a certificate in PEM"):
-        own_issuer(tmp_path, None, NOW)
+        load_or_create_issuer(tmp_path, None, NOW)
     assert (tmp_path / "ca.crt").read_bytes() == content
 
 
-def test_a_file_in_the_directorys_place(tmp_path: Path) -> None:
+def test_file_instead_of_directory(tmp_path: Path) -> None:
     (tmp_path / "ca").write_text("")
     with pytest.raises(AuthorityError, match=r"^CA_DIR: .*/ca.* cannot be used: "):
-        own_issuer(tmp_path / "ca", None, NOW)
+        load_or_create_issuer(tmp_path / "ca", None, NOW)
 
 
 def test_a_directory_that_cannot_be_written(tmp_path: Path) -> None:
     # /proc refuses new entries to root as well, whom modes do not stop.
     with pytest.raises(AuthorityError, match=r"^CA_DIR: /proc/.* cannot be used: "):
-        own_issuer(Path("/proc/self/ca"), None, NOW)
+        load_or_create_issuer(Path("/proc/self/ca"), None, NOW)

@@ -29,71 +29,71 @@ from dockerproxy.net.addresses import AddressSet, Destinations
 from dockerproxy.net.dial import Dialer
 from dockerproxy.oci.names import Host, Registry
 from dockerproxy.proxy.authority import CertificateAuthority
-from dockerproxy.proxy.front import FrontDoor, Interception
+from dockerproxy.proxy.forward_proxy import ForwardProxy, Interception
 from dockerproxy.proxy.policy import Policy
 from dockerproxy.proxy.tunnel import TunnelTimeouts
 
 QUAY = Registry.parse("quay.io")
-ODD = Registry.parse("http://plain.example:5000")
+PLAIN_HTTP = Registry.parse("http://plain.example:5000")
 ADDRESS = Registry.parse("10.9.8.7:5001")
-SIX = Registry.parse("[fd00::1]:443")
-BIG = b"0123456789abcdef" * 65536 * 8  # 8 MiB: more than sockets hold
+IPV6 = Registry.parse("[fd00::1]:443")
+LARGE_BODY = b"0123456789abcdef" * 65536 * 8  # 8 MiB: more than sockets hold
 
 
-class Talk(Protocol):
+class TunnelServerProtocol(Protocol):
     """A server behind a tunnel, told by its test what to do."""
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: TunnelServer) -> None:
         self.server = server
-        self.got = b""
-        self.lost: Deferred[None] = Deferred()
+        self.received = b""
+        self.disconnected: Deferred[None] = Deferred()
 
     def connectionMade(self) -> None:
-        self.server.talks.append(self)
-        self.server.connected(self)
+        self.server.connections.append(self)
+        self.server.on_connected(self)
 
     def dataReceived(self, data: bytes) -> None:
-        self.got += data
-        self.server.heard(self)
+        self.received += data
+        self.server.on_data(self)
 
     def connectionLost(self, reason: Any = None) -> None:
-        self.lost.callback(None)
+        self.disconnected.callback(None)
 
 
-class Server(Factory):
+class TunnelServer(Factory):
     noisy = False
 
     def __init__(self) -> None:
-        self.talks: list[Talk] = []
-        self.connected: Callable[[Talk], object] = lambda talk: None
-        self.heard: Callable[[Talk], object] = lambda talk: None
+        self.connections: list[TunnelServerProtocol] = []
+        self.on_connected: Callable[[TunnelServerProtocol], object] = lambda talk: None
+        self.on_data: Callable[[TunnelServerProtocol], object] = lambda talk: None
 
-    def buildProtocol(self, address: Any) -> Talk:
-        return Talk(self)
+    def buildProtocol(self, address: Any) -> TunnelServerProtocol:
+        return TunnelServerProtocol(self)
 
 
-class Loopback(TestCase):
+class ForwardProxyLoopbackCase(TestCase):
     timeout = 60
 
     async def setUp(self) -> None:
-        folder = Path(self.mktemp())
+        directory = Path(self.mktemp())
         authority = CertificateAuthority.open(
-            folder / "ca", certificate_file=None, key_file=None, passphrase=None, now=time.time
+            directory / "ca", certificate_file=None, key_file=None, passphrase=None, clock=time.time
         )
         self.pem = authority.certificate_pem.decode()
-        self.answered: list[tuple[str, str, str]] = []
+        self.handled: list[tuple[str, str, str]] = []
         self.requests: list[Request] = []  # those of the site's log
         self.tunnels: list[Request] = []
         self.transfers = Transfers()
         self.clock = Clock()  # the tunnels' own
-        self.server = Server()
+        self.server = TunnelServer()
         server = await TCP4ServerEndpoint(reactor, 0, interface="127.0.0.1").listen(self.server)
         self.addCleanup(server.stopListening)
-        self.far = server.getHost().port
-        front = self.front(authority)
+        self.server_port = server.getHost().port
+        proxy = self.make_proxy(authority)
 
         async def handle(request: Request) -> None:
-            await front.handle(site, request)
+            await proxy.handle(site, request)
 
         site = self.site = Site(
             reactor,
@@ -102,53 +102,55 @@ class Loopback(TestCase):
             on_request_finished=lambda request, seconds: self.requests.append(request),
         )
         port = await TCP4ServerEndpoint(reactor, 0, interface="127.0.0.1").listen(site)
-        self.near = port.getHost().port
-        self.addCleanup(lambda: Deferred.fromCoroutine(self._end(port)))
+        self.proxy_port = port.getHost().port
+        self.addCleanup(lambda: Deferred.fromCoroutine(self._shut_down(port)))
 
-    async def _end(self, port: Any) -> None:
+    async def _shut_down(self, port: Any) -> None:
         await port.stopListening()
         self.site.abort()
         await self.site.drain()
         await self.transfers.drain(reactor, 0)
         await self.transfers.when_empty()
 
-    def front(self, authority: CertificateAuthority) -> FrontDoor:
+    def make_proxy(self, authority: CertificateAuthority) -> ForwardProxy:
         async def registry(registry: Registry, request: Request) -> None:
-            self.answered.append((str(registry), request.method, request.path))
+            self.handled.append((str(registry), request.method, request.path))
             content = await request.read_all(1 << 30)
             request.respond(200, [("X-Secure", str(request.secure))], content or f"from {registry}".encode())
 
-        async def own(request: Request) -> None:
-            self.answered.append(("own", request.method, request.path))
+        async def hosted(request: Request) -> None:
+            self.handled.append(("own", request.method, request.path))
             request.respond(200, [], b"from our own")
 
-        registries = {registry.host: registry for registry in (QUAY, ODD, ADDRESS, SIX)}
-        return FrontDoor(
+        registries = {registry.host: registry for registry in (QUAY, PLAIN_HTTP, ADDRESS, IPV6)}
+        return ForwardProxy(
             clock=self.clock,
             policy=Policy(
                 AddressSet.parse("loopback"),
-                frozenset({self.far}),
+                frozenset({self.server_port}),
                 Destinations.parse("all"),
                 Destinations.parse("none"),
             ),
             interception=Interception(registries, authority.context_for, registry),
-            dial=Dialer(reactor, overrides={Host("tunnel.example", self.far): ("127.0.0.1", self.far)}),
-            transport=None,  # type: ignore[arg-type]
-            local=own,
-            own=own,
-            own_names=frozenset({"docker-registry.local"}),
+            dialer=Dialer(
+                reactor, overrides={Host("tunnel.example", self.server_port): ("127.0.0.1", self.server_port)}
+            ),
+            agent=None,  # type: ignore[arg-type]
+            local=hosted,
+            hosted=hosted,
+            hosted_names=frozenset({"docker-registry.local"}),
             timeouts=TunnelTimeouts(read=60, send=60),
             transfers=self.transfers,
-            log=lambda request, seconds: self.tunnels.append(request),
+            on_request_finished=lambda request, seconds: self.tunnels.append(request),
         )
 
     # the client's side, in a thread
 
     @contextmanager
-    def connect(self, target: str, early: bytes = b"") -> Any:
+    def connect(self, target: str, early_data: bytes = b"") -> Any:
         """Yield a socket on which a CONNECT to `target` was answered with yes."""
-        with socket.create_connection(("127.0.0.1", self.near), timeout=30) as connection:
-            connection.sendall(f"CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n\r\n".encode() + early)
+        with socket.create_connection(("127.0.0.1", self.proxy_port), timeout=30) as connection:
+            connection.sendall(f"CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n\r\n".encode() + early_data)
             head = b""
             while not head.endswith(b"\r\n\r\n"):
                 piece = connection.recv(1)
@@ -180,26 +182,26 @@ GET = b"GET /v2/ HTTP/1.1\r\nHost: whatever\r\n\r\n"
 LAST = b"GET /v2/last HTTP/1.1\r\nHost: whatever\r\nConnection: close\r\n\r\n"
 
 
-class Interceptions(Loopback):
+class InterceptionTests(ForwardProxyLoopbackCase):
     async def intercepted(self, target: str, name: str, *requests: bytes) -> tuple[bytes, Any]:
-        answers, certificate = await deferToThread(self.over_tls, target, name, *requests)
-        return answers, certificate
+        responses, certificate = await deferToThread(self.over_tls, target, name, *requests)
+        return responses, certificate
 
-    async def test_a_registry_is_answered_for_over_tls(self) -> None:
+    async def test_registry_is_intercepted_over_tls(self) -> None:
         """Python's client checks chain and name; several requests share the connection."""
-        answers, certificate = await self.intercepted("quay.io:443", "quay.io", GET, GET, LAST)
-        self.assertEqual(answers.count(b"HTTP/1.1 200 OK"), 3)
-        self.assertEqual(answers.count(b"from quay.io"), 3)
-        self.assertEqual(answers.count(b"X-Secure: True"), 3)
-        self.assertEqual(self.answered, [("quay.io", "GET", "/v2/")] * 2 + [("quay.io", "GET", "/v2/last")])
+        responses, certificate = await self.intercepted("quay.io:443", "quay.io", GET, GET, LAST)
+        self.assertEqual(responses.count(b"HTTP/1.1 200 OK"), 3)
+        self.assertEqual(responses.count(b"from quay.io"), 3)
+        self.assertEqual(responses.count(b"X-Secure: True"), 3)
+        self.assertEqual(self.handled, [("quay.io", "GET", "/v2/")] * 2 + [("quay.io", "GET", "/v2/last")])
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         self.assertEqual(names.get_values_for_type(x509.DNSName), ["quay.io"])
         # one line for each request, and none for the CONNECT
         self.assertEqual([request.method for request in self.requests], ["GET"] * 3)
         self.assertEqual({request.client for request in self.requests}, {"127.0.0.1"})
-        self.assertEqual(self.server.talks, [])
+        self.assertEqual(self.server.connections, [])
 
-    async def test_every_kind_of_name(self) -> None:
+    async def test_every_kind_of_host(self) -> None:
         for target, name, told in [
             ("QUAY.io:443", "quay.io", b"from quay.io"),
             ("plain.example:5000", "plain.example", b"from plain.example:5000"),
@@ -207,56 +209,56 @@ class Interceptions(Loopback):
             ("[fd00::1]:443", "fd00::1", b"from [fd00::1]"),
             ("docker-registry.local:443", "docker-registry.local", b"from our own"),
         ]:
-            answers, _ = await self.intercepted(target, name, LAST)
-            self.assertTrue(answers.endswith(told), (target, answers))
+            responses, _ = await self.intercepted(target, name, LAST)
+            self.assertTrue(responses.endswith(told), (target, responses))
 
-    async def test_a_body_as_large_as_it_likes(self) -> None:
-        head = b"PUT /v2/x HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(BIG)
-        answers, _ = await self.intercepted("quay.io:443", "quay.io", head + BIG)
-        self.assertTrue(answers.endswith(BIG))
+    async def test_large_body(self) -> None:
+        head = b"PUT /v2/x HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(LARGE_BODY)
+        responses, _ = await self.intercepted("quay.io:443", "quay.io", head + LARGE_BODY)
+        self.assertTrue(responses.endswith(LARGE_BODY))
 
-    async def test_a_client_that_does_not_wait_for_its_connect(self) -> None:
+    async def test_client_hello_sent_with_the_connect(self) -> None:
         """It sends the first bytes of TLS along with it."""
 
-        def talk() -> bytes:
+        def run_client() -> bytes:
             incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
             tls = self.context().wrap_bio(incoming, outgoing, server_hostname="quay.io")
 
-            def shaken() -> bool:
+            def try_handshake() -> bool:
                 try:
                     tls.do_handshake()
                 except ssl.SSLWantReadError:
                     return False
                 return True
 
-            self.assertFalse(shaken())
+            self.assertFalse(try_handshake())
             with self.connect("quay.io:443", outgoing.read()) as connection:
-                while not shaken():
+                while not try_handshake():
                     connection.sendall(outgoing.read())
                     incoming.write(connection.recv(65536))
                 tls.write(LAST)
                 connection.sendall(outgoing.read())
-                answer = b""
-                while not answer.endswith(b"from quay.io"):
+                response = b""
+                while not response.endswith(b"from quay.io"):
                     try:
-                        answer += tls.read(65536)
+                        response += tls.read(65536)
                     except ssl.SSLWantReadError:
                         incoming.write(connection.recv(65536))
-                return answer
+                return response
 
-        self.assertIn(b"200 OK", await deferToThread(talk))
+        self.assertIn(b"200 OK", await deferToThread(run_client))
 
-    async def test_a_client_that_does_not_trust_us(self) -> None:
-        def talk() -> None:
+    async def test_client_that_does_not_trust_the_ca(self) -> None:
+        def run_client() -> None:
             with self.connect("quay.io:443") as connection:
                 ssl.create_default_context().wrap_socket(connection, server_hostname="quay.io")
 
         with self.assertRaises(ssl.SSLCertVerificationError):
-            await deferToThread(talk)
-        self.assertEqual(self.answered, [])
+            await deferToThread(run_client)
+        self.assertEqual(self.handled, [])
 
     async def test_garbage_instead_of_tls(self) -> None:
-        def talk() -> bytes:
+        def run_client() -> bytes:
             with self.connect("quay.io:443") as connection:
                 connection.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
                 try:
@@ -264,39 +266,39 @@ class Interceptions(Loopback):
                 except ConnectionError:
                     return b""
 
-        self.assertNotIn(b"HTTP/1.1", await deferToThread(talk))
-        self.assertEqual(self.answered, [])
+        self.assertNotIn(b"HTTP/1.1", await deferToThread(run_client))
+        self.assertEqual(self.handled, [])
 
 
-class Tunnels(Loopback):
-    async def tunnelled(self, talk: Callable[[Any], Any], early: bytes = b"") -> Any:
+class TunnelLoopbackTests(ForwardProxyLoopbackCase):
+    async def run_through_tunnel(self, run_client: Callable[[Any], Any], early_data: bytes = b"") -> Any:
         def run() -> Any:
-            with self.connect(f"tunnel.example:{self.far}", early) as connection:
-                return talk(connection)
+            with self.connect(f"tunnel.example:{self.server_port}", early_data) as connection:
+                return run_client(connection)
 
         result = await deferToThread(run)
-        for far in self.server.talks:
-            await far.lost
+        for server_connection in self.server.connections:
+            await server_connection.disconnected
         await self.transfers.when_empty()
         return result
 
     async def test_bytes_go_both_ways_untouched(self) -> None:
         """An echo: nothing of the CONNECT gets there, and nothing is added."""
-        self.server.heard = lambda far: (far.transport.write(far.got), setattr(far, "got", b""))
+        self.server.on_data = lambda far: (far.transport.write(far.received), setattr(far, "got", b""))
         sent = bytes(range(256)) * 50
 
-        def talk(connection: socket.socket) -> bytes:
+        def run_client(connection: socket.socket) -> bytes:
             connection.sendall(sent)
-            got = b""
-            while len(got) < len(sent):
-                got += connection.recv(65536)
-            return got
+            received = b""
+            while len(received) < len(sent):
+                received += connection.recv(65536)
+            return received
 
-        self.assertEqual(await self.tunnelled(talk), sent)
+        self.assertEqual(await self.run_through_tunnel(run_client), sent)
 
-    async def test_there_is_one_line_in_the_log(self) -> None:
-        self.server.connected = lambda far: (far.transport.write(b"x" * 1234), far.transport.loseConnection())
-        self.assertEqual(await self.tunnelled(read_all), b"x" * 1234)
+    async def test_one_access_log_line(self) -> None:
+        self.server.on_connected = lambda far: (far.transport.write(b"x" * 1234), far.transport.loseConnection())
+        self.assertEqual(await self.run_through_tunnel(read_all), b"x" * 1234)
         self.assertEqual(self.requests, [])
         [logged] = self.tunnels
         self.assertEqual(
@@ -309,73 +311,73 @@ class Tunnels(Loopback):
                 logged.bytes_sent,
                 logged.cache_status,
             ),
-            ("127.0.0.1", "CONNECT", f"tunnel.example:{self.far}", "", 200, 1234, "PASS"),
+            ("127.0.0.1", "CONNECT", f"tunnel.example:{self.server_port}", "", 200, 1234, "PASS"),
         )
 
-    async def test_a_client_that_does_not_wait_for_its_connect(self) -> None:
-        self.server.heard = lambda far: (
-            far.got == b"hello"
+    async def test_data_sent_with_the_connect(self) -> None:
+        self.server.on_data = lambda far: (
+            far.received == b"hello"
             and (
                 far.transport.write(b"goodbye"),
                 far.transport.loseConnection(),
             )
         )
-        self.assertEqual(await self.tunnelled(read_all, b"hello"), b"goodbye")
+        self.assertEqual(await self.run_through_tunnel(read_all, b"hello"), b"goodbye")
 
     async def test_a_server_that_speaks_first(self) -> None:
-        self.server.connected = lambda far: far.transport.write(b"220 welcome\r\n")
+        self.server.on_connected = lambda far: far.transport.write(b"220 welcome\r\n")
 
-        def talk(connection: socket.socket) -> bytes:
+        def run_client(connection: socket.socket) -> bytes:
             return connection.recv(100)
 
-        self.assertEqual(await self.tunnelled(talk), b"220 welcome\r\n")
+        self.assertEqual(await self.run_through_tunnel(run_client), b"220 welcome\r\n")
 
-    async def test_a_large_answer(self) -> None:
+    async def test_large_response(self) -> None:
         """More than sockets hold: the server is held back until the client takes it, and nothing is lost on the way."""
-        ended_before: list[int] = []
+        closed_before: list[int] = []
 
-        def connected(far: Talk) -> None:
-            far.transport.write(BIG)
-            far.transport.loseConnection()
+        def on_connected(connection: TunnelServerProtocol) -> None:
+            connection.transport.write(LARGE_BODY)
+            connection.transport.loseConnection()
 
-        self.server.connected = connected
+        self.server.on_connected = on_connected
 
-        def talk(connection: socket.socket) -> bytes:
+        def run_client(connection: socket.socket) -> bytes:
             head = connection.recv(1000)
-            ended_before.append(len(self.tunnels))
+            closed_before.append(len(self.tunnels))
             return head + read_all(connection)
 
-        self.assertEqual(await self.tunnelled(talk), BIG)
-        self.assertEqual(ended_before, [0])  # until the last byte is taken, it is not over
-        self.assertEqual([logged.bytes_sent for logged in self.tunnels], [len(BIG)])
+        self.assertEqual(await self.run_through_tunnel(run_client), LARGE_BODY)
+        self.assertEqual(closed_before, [0])  # until the last byte is taken, it is not over
+        self.assertEqual([logged.bytes_sent for logged in self.tunnels], [len(LARGE_BODY)])
 
-    async def test_a_large_body_to_a_server_that_reads_late(self) -> None:
-        self.server.connected = lambda far: far.transport.pauseProducing()
-        self.server.heard = lambda far: len(far.got) == len(BIG) and far.transport.loseConnection()
+    async def test_large_body_to_a_slow_server(self) -> None:
+        self.server.on_connected = lambda far: far.transport.pauseProducing()
+        self.server.on_data = lambda far: len(far.received) == len(LARGE_BODY) and far.transport.loseConnection()
 
-        def talk(connection: socket.socket) -> bytes:
-            connection.sendall(BIG[:1_000_000])
-            reactor.callFromThread(lambda: self.server.talks[0].transport.resumeProducing())
-            connection.sendall(BIG[1_000_000:])
+        def run_client(connection: socket.socket) -> bytes:
+            connection.sendall(LARGE_BODY[:1_000_000])
+            reactor.callFromThread(lambda: self.server.connections[0].transport.resumeProducing())
+            connection.sendall(LARGE_BODY[1_000_000:])
             return read_all(connection)
 
-        self.assertEqual(await self.tunnelled(talk), b"")
-        self.assertEqual(self.server.talks[0].got, BIG)
+        self.assertEqual(await self.run_through_tunnel(run_client), b"")
+        self.assertEqual(self.server.connections[0].received, LARGE_BODY)
 
-    async def test_what_a_client_sends_before_it_leaves_arrives(self) -> None:
-        await self.tunnelled(lambda connection: connection.sendall(b"x" * 300_000))
-        self.assertEqual(self.server.talks[0].got, b"x" * 300_000)
+    async def test_data_before_a_client_disconnect_is_delivered(self) -> None:
+        await self.run_through_tunnel(lambda connection: connection.sendall(b"x" * 300_000))
+        self.assertEqual(self.server.connections[0].received, b"x" * 300_000)
 
-    async def test_a_quiet_tunnel_is_closed(self) -> None:
-        def talk(connection: socket.socket) -> bytes:
+    async def test_idle_tunnel_is_closed(self) -> None:
+        def run_client(connection: socket.socket) -> bytes:
             reactor.callFromThread(self.clock.advance, 61)
             return read_all(connection)
 
         with self.assertRaises(ConnectionResetError):
-            await self.tunnelled(talk)
+            await self.run_through_tunnel(run_client)
         self.assertEqual(len(self.tunnels), 1)
 
-    async def test_a_stopping_daemon_waits_for_tunnels_and_then_breaks_them_off(self) -> None:
+    async def test_draining_waits_for_tunnels_then_aborts_them(self) -> None:
         drained: list[int] = []
         clock = Clock()
 
@@ -385,31 +387,31 @@ class Tunnels(Loopback):
         def stop() -> None:
             Deferred.fromCoroutine(drain())
             clock.advance(24)
-            self.server.talks[0].transport.write(b"still here")
+            self.server.connections[0].transport.write(b"still here")
 
-        def talk(connection: socket.socket) -> bytes:
+        def run_client(connection: socket.socket) -> bytes:
             reactor.callFromThread(stop)
-            got = b""
-            while len(got) < 10:
-                got += connection.recv(100)
+            received = b""
+            while len(received) < 10:
+                received += connection.recv(100)
             reactor.callFromThread(clock.advance, 1)
             with self.assertRaises(ConnectionResetError):
                 connection.recv(100)
-            return got
+            return received
 
-        self.assertEqual(await self.tunnelled(talk), b"still here")
+        self.assertEqual(await self.run_through_tunnel(run_client), b"still here")
         self.assertEqual(drained, [1])
         self.assertEqual(len(self.tunnels), 1)
 
-    async def test_a_server_that_is_not_there(self) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as taken:
-            free = taken.getsockname()[1]
-        for port, status in ((free, b"403"), (self.far, b"502")):
+    async def test_unreachable_server(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            forbidden_port = listener.getsockname()[1]
+        for port, status in ((forbidden_port, b"403"), (self.server_port, b"502")):
 
-            def talk(port: int = port) -> bytes:
-                with socket.create_connection(("127.0.0.1", self.near), timeout=30) as connection:
+            def run_client(port: int = port) -> bytes:
+                with socket.create_connection(("127.0.0.1", self.proxy_port), timeout=30) as connection:
                     connection.sendall(b"CONNECT nowhere.invalid:%d HTTP/1.1\r\nHost: x\r\n\r\n" % port)
                     return read_all(connection)
 
-            answer = await deferToThread(talk)
-            self.assertTrue(answer.startswith(b"HTTP/1.1 " + status), answer)
+            response = await deferToThread(run_client)
+            self.assertTrue(response.startswith(b"HTTP/1.1 " + status), response)

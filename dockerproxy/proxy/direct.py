@@ -8,18 +8,18 @@ from dockerproxy.errors import RegistryError, Unsupported
 from dockerproxy.http.channel import Handler
 from dockerproxy.http.message import absolute_form
 from dockerproxy.http.request import Request
-from dockerproxy.proxy.front import answer_plainly
+from dockerproxy.proxy.forward_proxy import respond_text_error
 from dockerproxy.proxy.policy import Policy
 
 
 @frozen
-class OwnDoor:
+class DirectRequestHandler:
     """Lets in whom ALLOW_CLIENTS allows, and hands their requests to `page`."""
 
     policy: Policy
-    page: Handler
+    handler: Handler
 
-    async def answer(self, request: Request) -> None:
+    async def handle(self, request: Request) -> None:
         """Answer `request`."""
         try:
             self.policy.check_client(request.client)
@@ -31,9 +31,9 @@ class OwnDoor:
                 _, host, target = absolute_form(request.head.target)
                 request.path, _, request.query = target.partition("?")
                 request.host = str(host)
-            await self.page(request)
+            await self.handler(request)
         except RegistryError as error:
             if request.started:
                 request.abort()
             else:
-                answer_plainly(request, error)
+                respond_text_error(request, error)

@@ -19,56 +19,56 @@ from dockerproxy.http.request import Request
 from dockerproxy.http.site import ServerTimeouts, Site
 from dockerproxy.net.addresses import AddressSet, Destinations
 from dockerproxy.proxy.authority import CertificateAuthority
-from dockerproxy.proxy.own import OwnDoor
+from dockerproxy.proxy.direct import DirectRequestHandler
 from dockerproxy.proxy.policy import Policy
 
 NAME = "docker-registry.local"
 
 
-async def page(request: Request) -> None:
+async def application(request: Request) -> None:
     if request.path == "/none":
         raise NameUnknown("there is no such page")
     request.respond(200, [], f"{request.host} {request.path} {request.query}".encode())
 
 
 @pytest.fixture
-def door() -> OwnDoor:
+def handler() -> DirectRequestHandler:
     policy = Policy(
         AddressSet.parse("10.0.0.0/8"), frozenset(), Destinations.parse("all"), Destinations.parse("metadata")
     )
-    return OwnDoor(policy, page)
+    return DirectRequestHandler(policy, application)
 
 
-def test_it_answers(visit: Any, door: OwnDoor) -> None:
-    visitor = visit(door.answer)
-    assert visitor.ask("GET", "/v2/?n=1").body == b" /v2/ n=1"
-    assert visitor.ask("GET", f"http://{NAME}:80/v2/x?n=1").body == f"{NAME}:80 /v2/x n=1".encode()
-    assert visitor.ask("GET", "/none").status == 404
-    assert visitor.ask("GET", "http://user:secret@host/").status == 400
+def test_requests_are_handled(visit: Any, handler: DirectRequestHandler) -> None:
+    http_client = visit(handler.handle)
+    assert http_client.ask("GET", "/v2/?n=1").body == b" /v2/ n=1"
+    assert http_client.ask("GET", f"http://{NAME}:80/v2/x?n=1").body == f"{NAME}:80 /v2/x n=1".encode()
+    assert http_client.ask("GET", "/none").status == 404
+    assert http_client.ask("GET", "http://user:secret@host/").status == 400
 
 
-def test_it_lets_in_whom_allow_clients_allows(visit: Any, door: OwnDoor) -> None:
-    answer = visit(door.answer, client="192.0.2.1").ask("GET", "/v2/")
-    assert (answer.status, b"ALLOW_CLIENTS" in answer.body) == (403, True)
+def test_allow_clients_is_enforced(visit: Any, handler: DirectRequestHandler) -> None:
+    response = visit(handler.handle, client="192.0.2.1").ask("GET", "/v2/")
+    assert (response.status, b"ALLOW_CLIENTS" in response.body) == (403, True)
 
 
-def test_it_is_no_proxy(visit: Any, door: OwnDoor) -> None:
-    assert visit(door.answer).ask("CONNECT", f"{NAME}:443").status == 405
+def test_connect_is_refused(visit: Any, handler: DirectRequestHandler) -> None:
+    assert visit(handler.handle).ask("CONNECT", f"{NAME}:443").status == 405
 
 
-class Certificates(TestCase):
+class SNICertificateTests(TestCase):
     """On real sockets: the choice is made from what OpenSSL and the kernel tell."""
 
-    async def open(self, description: str) -> int:
-        folder = Path(self.mktemp())
+    async def listen(self, description: str) -> int:
+        directory = Path(self.mktemp())
         authority = CertificateAuthority.open(
-            folder, certificate_file=None, key_file=None, passphrase=None, now=time.time
+            directory, certificate_file=None, key_file=None, passphrase=None, clock=time.time
         )
         self.context = ssl.create_default_context(cadata=authority.certificate_pem.decode())
-        certificates = authority.context_by_name({NAME, "registry"})
+        certificates = authority.sni_context({NAME, "registry"})
         site = Site(
             reactor,
-            page,
+            application,
             timeouts=ServerTimeouts(),
             on_request_finished=lambda request, seconds: None,
             get_tls_context=lambda: certificates,
@@ -78,12 +78,12 @@ class Certificates(TestCase):
         self.addCleanup(site.drain)
         return int(port.getHost().port)
 
-    def shown(self, address: str, port: int, name: str | None) -> list[tuple[str, str]]:
+    def presented_names(self, address: str, port: int, name: str | None) -> list[tuple[str, str]]:
         """Return the names in the certificate that a client is shown, which it must be able to verify."""
         context = self.context
         context.check_hostname = name is not None
-        with socket.create_connection((address, port), timeout=10) as plain:
-            with context.wrap_socket(plain, server_hostname=name) as tls:
+        with socket.create_connection((address, port), timeout=10) as tcp:
+            with context.wrap_socket(tcp, server_hostname=name) as tls:
                 tls.sendall(b"GET /v2/ HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
                 assert tls.recv(65536).startswith(b"HTTP/1.1 200 ")
                 certificate = tls.getpeercert()
@@ -91,15 +91,21 @@ class Certificates(TestCase):
                 return list(certificate["subjectAltName"])  # type: ignore[arg-type]
 
     async def test_by_name_and_by_address(self) -> None:
-        port = await self.open("tcp:0:interface=0.0.0.0")
+        port = await self.listen("tcp:0:interface=0.0.0.0")
         for name in (NAME, "registry", NAME.upper(), "localhost"):
-            self.assertEqual(await deferToThread(self.shown, "127.0.0.1", port, name), [("DNS", name.lower())])
+            self.assertEqual(
+                await deferToThread(self.presented_names, "127.0.0.1", port, name), [("DNS", name.lower())]
+            )
         for address in ("127.0.0.1", "127.0.0.5"):
             for name in (address, None):
-                self.assertEqual(await deferToThread(self.shown, address, port, name), [("IP Address", address)])
+                self.assertEqual(
+                    await deferToThread(self.presented_names, address, port, name), [("IP Address", address)]
+                )
         with self.assertRaises(ssl.SSLCertVerificationError):
-            await deferToThread(self.shown, "127.0.0.1", port, "registry-1.docker.io")
+            await deferToThread(self.presented_names, "127.0.0.1", port, "registry-1.docker.io")
 
-    async def test_an_ipv4_client_of_an_ipv6_door(self) -> None:
-        port = await self.open(r"tcp6:0:interface=\:\:")
-        self.assertEqual(await deferToThread(self.shown, "127.0.0.1", port, None), [("IP Address", "127.0.0.1")])
+    async def test_ipv4_client_of_an_ipv6_listener(self) -> None:
+        port = await self.listen(r"tcp6:0:interface=\:\:")
+        self.assertEqual(
+            await deferToThread(self.presented_names, "127.0.0.1", port, None), [("IP Address", "127.0.0.1")]
+        )

@@ -10,7 +10,7 @@ from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 
 from dockerproxy.errors import UpstreamBroken, UpstreamUnreachable
-from dockerproxy.net.parent import ConnectFactory, ParentProxy
+from dockerproxy.net.upstream_proxy import ConnectFactory, UpstreamProxy
 from dockerproxy.oci.names import Host
 
 HOST = Host("registry.example", 443)
@@ -45,79 +45,79 @@ HOST = Host("registry.example", 443)
     ],
 )
 def test_no_proxy(entry: str, host: str, excluded: bool) -> None:
-    proxy = ParentProxy("proxy.example", 3128, None, ("other.example", entry))
-    assert proxy.serves(Host.parse(host)) is not excluded
+    proxy = UpstreamProxy("proxy.example", 3128, None, ("other.example", entry))
+    assert proxy.applies_to(Host.parse(host)) is not excluded
 
 
 @pytest.mark.parametrize("host", ["localhost:5000", "127.0.0.1", "127.8.8.8:80", "[::1]:5000"])
-def test_own_machine_is_reached_directly(host: str) -> None:
-    assert not ParentProxy("proxy.example", 3128).serves(Host.parse(host))
+def test_loopback_is_reached_directly(host: str) -> None:
+    assert not UpstreamProxy("proxy.example", 3128).applies_to(Host.parse(host))
 
 
-def test_authorization_is_not_shown() -> None:
-    assert "secret" not in repr(ParentProxy("proxy.example", 3128, "Basic secret"))
+def test_repr_hides_authorization() -> None:
+    assert "secret" not in repr(UpstreamProxy("proxy.example", 3128, "Basic secret"))
 
 
-class Inner(Protocol):
+class TunnelledProtocol(Protocol):
     def __init__(self) -> None:
-        self.got = b""
-        self.lost: Any = None
+        self.received = b""
+        self.lost_reason: Any = None
 
     def dataReceived(self, data: bytes) -> None:
-        self.got += data
+        self.received += data
 
     def connectionLost(self, reason: Any = None) -> None:
-        self.lost = reason
+        self.lost_reason = reason
 
 
-class Dance(SynchronousTestCase):
-    def begin(self, authorization: str | None = None) -> None:
+class ConnectFactoryTests(SynchronousTestCase):
+    def connect(self, authorization: str | None = None) -> None:
         self.factory = ConnectFactory(
-            ParentProxy("proxy.example", 3128, authorization), HOST, Factory.forProtocol(Inner)
+            UpstreamProxy("proxy.example", 3128, authorization), HOST, Factory.forProtocol(TunnelledProtocol)
         )
         self.tunnel = self.factory.buildProtocol(None)
-        self.wire = StringTransport()
-        self.tunnel.makeConnection(self.wire)
+        self.transport = StringTransport()
+        self.tunnel.makeConnection(self.transport)
 
-    def test_question(self) -> None:
-        self.begin()
+    def test_connect_request(self) -> None:
+        self.connect()
         self.assertEqual(
-            self.wire.value(), b"CONNECT registry.example:443 HTTP/1.1\r\nHost: registry.example:443\r\n\r\n"
+            self.transport.value(), b"CONNECT registry.example:443 HTTP/1.1\r\nHost: registry.example:443\r\n\r\n"
         )
-        self.begin("Basic eDp5")
-        self.assertIn(b"\r\nProxy-Authorization: Basic eDp5\r\n", self.wire.value())
+        self.connect("Basic eDp5")
+        self.assertIn(b"\r\nProxy-Authorization: Basic eDp5\r\n", self.transport.value())
 
-    def test_any_cut_and_leftover_bytes(self) -> None:
-        answer = b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.0 200 Connection established\r\nVia: x\r\n\r\nleft over"
-        for size in range(1, len(answer) + 1):
-            self.begin()
-            for start in range(0, len(answer), size):
-                self.tunnel.dataReceived(answer[start : start + size])
+    def test_any_segmentation_and_trailing_bytes(self) -> None:
+        response = b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.0 200 Connection established\r\nVia: x\r\n\r\nleft over"
+        for size in range(1, len(response) + 1):
+            self.connect()
+            for start in range(0, len(response), size):
+                self.tunnel.dataReceived(response[start : start + size])
             inner = self.successResultOf(self.factory.done)
             self.assertEqual(inner.got, b"left over")
-            self.assertIs(inner.transport, self.wire)
+            self.assertIs(inner.transport, self.transport)
             self.tunnel.connectionLost(Failure(ConnectionDone()))
             self.assertTrue(inner.lost.check(ConnectionDone))
 
     def test_refusals(self) -> None:
         for status, word in ((407, "password"), (403, "forbids"), (502, "502"), (301, "301")):
-            self.begin("Basic eDp5")
+            self.connect("Basic eDp5")
             self.tunnel.dataReceived(b"HTTP/1.1 %d No\r\nContent-Length: 3\r\n\r\nno!" % status)
             message = str(self.failureResultOf(self.factory.done, UpstreamUnreachable).value)
             for part in ("registry.example:443", "proxy.example:3128", str(status), word):
                 self.assertIn(part, message)
             self.assertNotIn("eDp5", message)
-            self.assertTrue(self.wire.disconnected)
+            self.assertTrue(self.transport.disconnected)
 
-    def test_nonsense(self) -> None:
-        for answer in (b"hello\r\n\r\n", b"HTTP/1.1 2xx\r\n\r\n", b"HTTP/3 200\r\n\r\n", b"x" * 20000):
-            self.begin()
-            self.tunnel.dataReceived(answer)
+    def test_invalid_response(self) -> None:
+        for response in (b"hello\r\n\r\n", b"HTTP/1.1 2xx\r\n\r\n", b"HTTP/3 200\r\n\r\n", b"x" * 20000):
+            self.connect()
+            self.tunnel.dataReceived(response)
             self.failureResultOf(self.factory.done, UpstreamBroken)
-            self.assertTrue(self.wire.disconnected)
+            self.assertTrue(self.transport.disconnected)
 
     def test_closed(self) -> None:
-        self.begin()
+        self.connect()
         self.tunnel.dataReceived(b"HTTP/1.1 200 OK\r\n")
         self.tunnel.connectionLost(Failure(ConnectionDone()))
         self.failureResultOf(self.factory.done, UpstreamUnreachable)

@@ -18,7 +18,7 @@ _MAX_HEAD = 16 * 1024  # what nginx and Go's net/http, halved, take for a proxy'
 
 
 @frozen
-class ParentProxy:
+class UpstreamProxy:
     """An HTTP proxy at `host`:`port`, asked with the field value `authorization` where that is not None.
 
     `no_proxy` are the entries of NO_PROXY: `*`; a name, which stands for the names below it too; `.name`, for those
@@ -30,39 +30,39 @@ class ParentProxy:
     authorization: str | None = field(default=None, repr=False)
     no_proxy: tuple[str, ...] = ()
 
-    def serves(self, host: Host) -> bool:
+    def applies_to(self, host: Host) -> bool:
         """Whether `host` is reached through this proxy. One's own machine never is, as Go's clients have it."""
         if host.name == "localhost" or (host.is_address and ip_address(host.name).is_loopback):
             return False
-        return not any(_excludes(entry, host) for entry in self.no_proxy)
+        return not any(_matches_no_proxy(entry, host) for entry in self.no_proxy)
 
     @property
-    def _place(self) -> str:
+    def _authority(self) -> str:
         return Host(self.host, self.port).authority
 
-    def _question(self, host: Host) -> bytes:
+    def _connect_request(self, host: Host) -> bytes:
         lines = [f"CONNECT {host.authority} HTTP/1.1", f"Host: {host.authority}"]
         if self.authorization is not None:
             lines.append(f"Proxy-Authorization: {self.authorization}")
         return "".join(f"{line}\r\n" for line in [*lines, ""]).encode("latin-1")
 
-    def _refusal(self, host: Host, status: int) -> UpstreamUnreachable:
+    def _refusal_error(self, host: Host, status: int) -> UpstreamUnreachable:
         if status == 407:
-            why = "wants a (different) user and password"
+            reason = "wants a (different) user and password"
         elif status == 403:
-            why = "forbids it"
+            reason = "forbids it"
         else:
-            why = "answered"
-        return UpstreamUnreachable(f"{host.authority}: the proxy {self._place} {why} (status {status})")
+            reason = "answered"
+        return UpstreamUnreachable(f"{host.authority}: the proxy {self._authority} {reason} (status {status})")
 
 
-def _excludes(entry: str, host: Host) -> bool:
+def _matches_no_proxy(entry: str, host: Host) -> bool:
     if entry == "*":
         return True
-    name, port = _without_port(entry.strip().lower())
+    name, port = _split_port(entry.strip().lower())
     if not name or (port is not None and port != str(host.port)):
         return False
-    network = _network(name)
+    network = _parse_network(name)
     if network is not None:
         return host.is_address and ip_address(host.name) in network
     if name.startswith((".", "*.")):
@@ -70,7 +70,7 @@ def _excludes(entry: str, host: Host) -> bool:
     return host.name == name.removesuffix(".") or host.name.endswith(f".{name}")
 
 
-def _without_port(entry: str) -> tuple[str, str | None]:
+def _split_port(entry: str) -> tuple[str, str | None]:
     if entry.startswith("["):
         address, _, rest = entry[1:].partition("]")
         return address, rest.removeprefix(":") or None
@@ -78,7 +78,7 @@ def _without_port(entry: str) -> tuple[str, str | None]:
     return (entry, None) if ":" in port else (name, port or None)  # two colons: a bare IPv6 address or network
 
 
-def _network(text: str) -> IPv4Network | IPv6Network | None:
+def _parse_network(text: str) -> IPv4Network | IPv6Network | None:
     try:
         return ip_network(text, strict=False)
     except ValueError:
@@ -93,28 +93,28 @@ class ConnectFactory(Factory):
 
     noisy = False
 
-    def __init__(self, proxy: ParentProxy, host: Host, inner: IProtocolFactory) -> None:
+    def __init__(self, proxy: UpstreamProxy, host: Host, inner: IProtocolFactory) -> None:
         self.proxy = proxy
         self.host = host
         self.inner = inner
         self.done: Deferred[IProtocol] = Deferred()
 
     def buildProtocol(self, address: Any) -> Protocol:
-        return _Tunnel(self, address)
+        return _ConnectProtocol(self, address)
 
 
-class _Tunnel(Protocol):
+class _ConnectProtocol(Protocol):
     """Asks for the tunnel; afterwards passes on whatever comes."""
 
     def __init__(self, factory: ConnectFactory, address: Any) -> None:
-        self._parameters = factory
+        self._connect_factory = factory
         self._address = address
         self._head = b""
         self._inner: IProtocol | None = None
 
     def connectionMade(self) -> None:
         assert self.transport is not None
-        self.transport.write(self._parameters.proxy._question(self._parameters.host))
+        self.transport.write(self._connect_factory.proxy._connect_request(self._connect_factory.host))
 
     def dataReceived(self, data: bytes) -> None:
         if self._inner is not None:
@@ -123,54 +123,58 @@ class _Tunnel(Protocol):
         self._head += data
         end = self._head.find(b"\r\n\r\n", 0, _MAX_HEAD)
         if end >= 0:
-            self._answered(self._head[:end], self._head[end + 4 :])
+            self._handle_response(self._head[:end], self._head[end + 4 :])
         elif len(self._head) > _MAX_HEAD:
-            self._fail(self._nonsense())
+            self._fail(self._invalid_response_error())
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         if self._inner is not None:
             self._inner.connectionLost(reason)
             return
-        place = self._parameters.proxy._place
-        self._fail(UpstreamUnreachable(f"{self._parameters.host.authority}: the proxy {place} closed the connection"))
+        authority = self._connect_factory.proxy._authority
+        self._fail(
+            UpstreamUnreachable(f"{self._connect_factory.host.authority}: the proxy {authority} closed the connection")
+        )
 
-    def _answered(self, head: bytes, rest: bytes) -> None:
-        status = _status(head)
+    def _handle_response(self, head: bytes, rest: bytes) -> None:
+        status = _parse_status(head)
         if status is None:
-            self._fail(self._nonsense())
+            self._fail(self._invalid_response_error())
         elif 100 <= status < 200 and status != 101:
             self._head = b""
             self.dataReceived(rest)
         elif 200 <= status < 300:
-            self._connected(rest)
+            self._start_inner(rest)
         else:
-            self._fail(self._parameters.proxy._refusal(self._parameters.host, status))
+            self._fail(self._connect_factory.proxy._refusal_error(self._connect_factory.host, status))
 
-    def _connected(self, rest: bytes) -> None:
-        inner = self._parameters.inner.buildProtocol(self._address)
+    def _start_inner(self, rest: bytes) -> None:
+        inner = self._connect_factory.inner.buildProtocol(self._address)
         if inner is None or self.transport is None:
-            self._fail(UpstreamUnreachable(f"{self._parameters.host.authority}: the connection is not wanted any more"))
+            self._fail(
+                UpstreamUnreachable(f"{self._connect_factory.host.authority}: the connection is not wanted any more")
+            )
             return
         self._head = b""
         self._inner = inner
         inner.makeConnection(self.transport)
-        self._parameters.done.callback(inner)
+        self._connect_factory.done.callback(inner)
         if rest:
             inner.dataReceived(rest)
 
-    def _nonsense(self) -> UpstreamError:
+    def _invalid_response_error(self) -> UpstreamError:
         return UpstreamBroken(
-            f"{self._parameters.host.authority}: what {self._parameters.proxy._place} answers is no proxy's answer"
+            f"{self._connect_factory.host.authority}: what {self._connect_factory.proxy._authority} answers is no proxy's answer"
         )
 
     def _fail(self, error: UpstreamError) -> None:
-        if not self._parameters.done.called:
-            self._parameters.done.errback(error)
+        if not self._connect_factory.done.called:
+            self._connect_factory.done.errback(error)
         if self.transport is not None:
             self.transport.abortConnection()  # type: ignore[attr-defined]
 
 
-def _status(head: bytes) -> int | None:
+def _parse_status(head: bytes) -> int | None:
     """Return the status in the head of an HTTP/1 answer, or None where it is none (RFC 9112, section 4)."""
     line = head.partition(b"\r\n")[0]
     version, _, rest = line.partition(b" ")

@@ -24,38 +24,44 @@ from dockerproxy.http.message import absolute_form, authority_form
 from dockerproxy.http.request import Request
 from dockerproxy.http.site import Site
 from dockerproxy.http.tls import ServerContext, upgrade_to_tls
-from dockerproxy.net.dial import Permit
+from dockerproxy.net.dial import AddressCheck
 from dockerproxy.oci.names import Host, Registry
 from dockerproxy.proxy.policy import Policy
-from dockerproxy.proxy.tunnel import ToEnd, Tunnel, TunnelTimeouts
+from dockerproxy.proxy.tunnel import SingleProtocolFactory, Tunnel, TunnelTimeouts
 
 _ESTABLISHED = b"HTTP/1.1 200 Connection established\r\n\r\n"
 
 
-class Dial(Protocol):
+class EndpointFactory(Protocol):
     """Makes endpoints for hosts; `permit` is asked about every address."""
 
-    def endpoint(self, host: Host, permit: Permit | None = None) -> IStreamClientEndpoint: ...
+    def endpoint(self, host: Host, address_check: AddressCheck | None = None) -> IStreamClientEndpoint: ...
 
 
-class Exchange(Protocol):
+class HTTPAgent(Protocol):
     """Sends one request to any server."""
 
     async def request(
-        self, method: str, url: str, headers: Headers = ..., body: Any = ..., *, permit: Permit | None = ...
+        self,
+        method: str,
+        url: str,
+        headers: Headers = ...,
+        body: Any = ...,
+        *,
+        address_check: AddressCheck | None = ...,
     ) -> ForwardedResponse: ...
 
 
-class Transfers(Protocol):
+class TransferTracker(Protocol):
     """What is told of long-lived things, so that a stopping daemon waits for them."""
 
     def add(self, abort: Callable[[], None]) -> Any: ...
 
-    def remove(self, token: Any) -> None: ...
+    def remove(self, handle: Any) -> None: ...
 
 
 @frozen
-class Permitted:
+class DestinationCheck:
     """Asks the policy about the addresses of one host. Equal to another for the same host: connections are shared."""
 
     policy: Policy
@@ -70,12 +76,12 @@ class Interception:
     """Whom we answer for. `context` returns what TLS as a host needs, `answer` answers a request to a registry."""
 
     registries: Mapping[Host, Registry]
-    context: Callable[[str], ServerContext]
-    answer: Callable[[Registry, Request], Awaitable[None]]
+    context_for: Callable[[str], ServerContext]
+    handle: Callable[[Registry, Request], Awaitable[None]]
 
 
 @frozen
-class FrontDoor:
+class ForwardProxy:
     """Answers the requests of the proxy port.
 
     `local` answers those that are for this port itself, `own` those for the registry that is hosted here, under one of
@@ -85,101 +91,107 @@ class FrontDoor:
     clock: Any
     policy: Policy
     interception: Interception
-    dial: Dial
-    transport: Exchange
+    dialer: EndpointFactory
+    agent: HTTPAgent
     local: Handler
-    own: Handler
-    own_names: frozenset[str]
+    hosted: Handler
+    hosted_names: frozenset[str]
     timeouts: TunnelTimeouts
-    transfers: Transfers
-    log: Callable[[Request, float], None]
+    transfers: TransferTracker
+    on_request_finished: Callable[[Request, float], None]
 
     async def handle(self, site: Site, request: Request) -> None:
         """Answer `request`, which came to `site`."""
         try:
             self.policy.check_client(request.client)
             if request.method == "CONNECT":
-                await self._connect(site, request)
+                await self._handle_connect(site, request)
             elif request.head.target.startswith("/"):
                 await self.local(request)
             else:
-                await self._forward(request)
+                await self._handle_absolute_form(request)
         except RegistryError as error:
             if request.started:
                 request.abort()
             else:
-                answer_plainly(request, error)
+                respond_text_error(request, error)
 
     # CONNECT
 
-    async def _connect(self, site: Site, request: Request) -> None:
+    async def _handle_connect(self, site: Site, request: Request) -> None:
         request.path = request.query = ""  # before it is parsed: a login may be in it, which is nothing for the log
         host = authority_form(request.head.target)
         request.host = host.authority
         registry = self.interception.registries.get(host)
         if registry is not None:
-            self._intercept(site, request, host, partial(self.interception.answer, registry))
+            self._intercept(site, request, host, partial(self.interception.handle, registry))
             return
-        if host.name in self.own_names:
-            self._intercept(site, request, host, self.own)
+        if host.name in self.hosted_names:
+            self._intercept(site, request, host, self.hosted)
             return
         self.policy.check_port(host)
         self.policy.check_name(host)
         await self._tunnel(request, host)
 
-    def _intercept(self, site: Site, request: Request, host: Host, answer: Handler) -> None:
-        context = self.interception.context(host.name)
+    def _intercept(self, site: Site, request: Request, host: Host, handler: Handler) -> None:
+        context = self.interception.context_for(host.name)
         transport, received = request.detach()
         transport.write(_ESTABLISHED)
-        upgrade_to_tls(transport, context, HTTPChannel(site, answer, secure=True), received)
+        upgrade_to_tls(transport, context, HTTPChannel(site, handler, secure=True), received)
 
     async def _tunnel(self, request: Request, host: Host) -> None:
-        began = self.clock.seconds()
+        started_at = self.clock.seconds()
 
-        def log(size: int) -> None:
+        def on_closed(size: int) -> None:
             request.bytes_sent = size
-            self.transfers.remove(token)
-            self.log(request, self.clock.seconds() - began)
+            self.transfers.remove(transfer)
+            self.on_request_finished(request, self.clock.seconds() - started_at)
 
-        tunnel = Tunnel(self.clock, self.timeouts, log)
-        await self.dial.endpoint(host, Permitted(self.policy, host)).connect(ToEnd(tunnel.server))
+        tunnel = Tunnel(self.clock, self.timeouts, on_closed)
+        await self.dialer.endpoint(host, DestinationCheck(self.policy, host)).connect(
+            SingleProtocolFactory(tunnel.server)
+        )
         request.status, request.cache_status = 200, "PASS"
         transport, received = request.detach()
-        token = self.transfers.add(tunnel.abort)
+        transfer = self.transfers.add(tunnel.abort)
         transport.write(_ESTABLISHED)
         transport.hand_over(tunnel.client)
         if received:
             tunnel.client.dataReceived(received)
-        tunnel.open()
+        tunnel.start()
 
     # absolute-form
 
-    async def _forward(self, request: Request) -> None:
+    async def _handle_absolute_form(self, request: Request) -> None:
         request.path = request.query = ""  # as in `_connect`
         scheme, host, target = absolute_form(request.head.target)
         request.path, _, request.query = target.partition("?")
         request.host = str(host)
         registry = self.interception.registries.get(host)
         if registry is not None:
-            await self.interception.answer(registry, request)
-        elif host.name in self.own_names:
-            await (self.local(request) if host.port == request.port else self.own(request))
+            await self.interception.handle(registry, request)
+        elif host.name in self.hosted_names:
+            await (self.local(request) if host.port == request.port else self.hosted(request))
         else:
-            await self._forward_elsewhere(request, Registry(host, scheme))
+            await self._forward_request(request, Registry(host, scheme))
 
-    async def _forward_elsewhere(self, request: Request, server: Registry) -> None:
+    async def _forward_request(self, request: Request, server: Registry) -> None:
         self.policy.check_http_port(server.host)
         self.policy.check_name(server.host)
         request.cache_status = "PASS"
         url = server.origin + request.path + (f"?{request.query}" if request.query else "")
         headers = request.headers.end_to_end().without("host", "content-length", "expect")
-        answer = await self.transport.request(
-            request.method, url, headers, request_body_producer(request), permit=Permitted(self.policy, server.host)
+        response = await self.agent.request(
+            request.method,
+            url,
+            headers,
+            request_body_producer(request),
+            address_check=DestinationCheck(self.policy, server.host),
         )
-        await forward_response(request, answer, forwarded_fields(answer.headers))
+        await forward_response(request, response, forwarded_fields(response.headers))
 
 
-def answer_plainly(request: Request, error: RegistryError) -> None:
+def respond_text_error(request: Request, error: RegistryError) -> None:
     """Answer with the sentence of `error`, for a person who reads what curl prints."""
     request.closing = request.closing or request.method == "CONNECT" or request.has_body
     fields = [("Content-Type", "text/plain; charset=utf-8"), *error.headers]

@@ -1,0 +1,150 @@
+"""Single HTTP exchanges with any server: connections, TLS, time-outs. No redirects, no logins: see `client`."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any
+
+from twisted.internet.defer import CancelledError, Deferred, TimeoutError
+from twisted.internet.interfaces import IAddress
+from twisted.internet.protocol import Factory
+from twisted.web.iweb import IBodyProducer
+
+from dockerproxy.errors import BadRequest, UpstreamTimeout
+from dockerproxy.http.headers import Headers
+from dockerproxy.net.dial import AddressCheck, Dialer
+from dockerproxy.oci.names import Registry
+from dockerproxy.upstream.body_writer import framing_field
+from dockerproxy.upstream.connection import (
+    ConnectionDropped,
+    OutgoingRequest,
+    Response,
+    UpstreamConnection,
+    UpstreamTimeouts,
+)
+from dockerproxy.upstream.http1 import render_request_head
+from dockerproxy.upstream.pool import Pool
+from dockerproxy.upstream.tls import ClientContext, TLSClientFactory
+from dockerproxy.upstream.urls import split_url
+
+__all__ = ["Agent", "ClientContext", "Response", "UpstreamTimeouts"]
+
+_RETRYABLE_METHODS = frozenset({"GET", "HEAD"})
+_BODY_METHODS = frozenset({"POST", "PUT", "PATCH"})  # RFC 9110, section 8.6: an empty one is announced too
+# Ours to say: where to, how the body is framed, and that nobody is to recode what a digest is taken of.
+_REPLACED_FIELDS = ("host", "content-length", "expect", "accept-encoding")
+_NO_HEADERS = Headers()
+
+
+class Agent:
+    """Sends requests over connections that `dialer` makes, and keeps these for the next ones."""
+
+    def __init__(self, reactor: Any, dialer: Dialer, context: ClientContext, timeouts: UpstreamTimeouts) -> None:
+        self._reactor = reactor
+        self._dialer = dialer
+        self._context = context
+        self._timeouts = timeouts
+        self._pool = Pool(reactor)
+        self._connections: set[UpstreamConnection] = set()
+        self._close_waiters: list[Deferred[None]] = []
+
+    async def request(
+        self,
+        method: str,
+        url: str,
+        headers: Headers = _NO_HEADERS,
+        body: IBodyProducer | None = None,
+        *,
+        address_check: AddressCheck | None = None,
+    ) -> Response:
+        """Return the answer to a request for `url` as soon as its head is here; the caller reads or aborts its body.
+
+        `permit` is asked about every address before a connection goes there (see `Dialer.endpoint`). Connections are
+        shared among requests with an equal `permit` only, so pass the same object each time. Raise what the dialer
+        raises, `UpstreamUnreachable` (TLS), `UpstreamTimeout`, `UpstreamBroken`, and what `body` fails with.
+        """
+        origin, target = split_url(url)
+        request = OutgoingRequest(method, url, _render_head(method, origin, target, headers, body), body)
+        key = (origin, address_check)
+        # The server may be closing an idle connection just now, and what cannot be sent twice must not get lost there.
+        idle = self._pool.take(key) if method in _RETRYABLE_METHODS and body is None else None
+        if idle is not None:
+            try:
+                return await idle.exchange(request)
+            except ConnectionDropped:
+                pass
+        connection = await self._connect(key, origin, address_check)
+        return await connection.exchange(request)
+
+    async def close(self) -> None:
+        """Close every connection at once; return when none is left."""
+        for connection in list(self._connections):
+            connection.abort()
+        if self._connections:
+            closed: Deferred[None] = Deferred()
+            self._close_waiters.append(closed)
+            await closed
+
+    def on_connection_idle(self, connection: UpstreamConnection) -> None:
+        """Take note that `connection` is idle."""
+        self._pool.put(connection)
+
+    def on_connection_lost(self, connection: UpstreamConnection) -> None:
+        """Take note that `connection` is no more."""
+        self._pool.remove(connection)
+        self._connections.discard(connection)
+        if not self._connections:
+            waiters, self._close_waiters = self._close_waiters, []
+            for waiter in waiters:
+                waiter.callback(None)
+
+    async def _connect(self, key: Hashable, origin: Registry, address_check: AddressCheck | None) -> UpstreamConnection:
+        work = Deferred.fromCoroutine(self._open_connection(key, origin, address_check))
+        work.addTimeout(self._timeouts.connect, self._reactor)
+        try:
+            return await work
+        except TimeoutError:
+            authority, seconds = origin.host.authority, self._timeouts.connect
+            raise UpstreamTimeout(f"{authority}: timed out, no connection in {seconds:g} s") from None
+
+    async def _open_connection(
+        self, key: Hashable, origin: Registry, address_check: AddressCheck | None
+    ) -> UpstreamConnection:
+        handshake = self._context.handshake(origin.host) if origin.scheme == "https" else None
+        connection = UpstreamConnection(self._reactor, origin.host.authority, handshake, self._timeouts, self, key)
+        factory = SingleProtocolFactory(connection) if handshake is None else TLSClientFactory(handshake, connection)
+        await self._dialer.endpoint(origin.host, address_check).connect(factory)
+        self._connections.add(connection)
+        try:
+            await connection.ready
+        except CancelledError:
+            connection.abort()
+            raise
+        return connection
+
+
+def _render_head(method: str, origin: Registry, target: str, headers: Headers, body: IBodyProducer | None) -> bytes:
+    fields = [("Host", origin.origin.partition("://")[2]), *headers.end_to_end().without(*_REPLACED_FIELDS)]
+    fields.append(("Accept-Encoding", "identity"))
+    if "user-agent" not in headers:
+        fields.append(("User-Agent", "docker-registry-proxy"))
+    if body is not None:
+        fields.append(framing_field(body))
+    elif method in _BODY_METHODS:
+        fields.append(("Content-Length", "0"))
+    try:
+        return render_request_head(method, target, fields)
+    except ValueError as error:
+        raise BadRequest(f"the request cannot be sent upstream: {error}") from None
+
+
+class SingleProtocolFactory(Factory):
+    """A factory for the one connection that it was made with."""
+
+    noisy = False
+
+    def __init__(self, protocol: UpstreamConnection) -> None:
+        self._protocol = protocol
+
+    def buildProtocol(self, address: IAddress | None) -> UpstreamConnection:
+        return self._protocol

@@ -1,0 +1,272 @@
+"""Tokens: asked for where a registry says so, shared by all who need the same, renewed before they end.
+
+The specification is distribution's "Token Authentication Specification" (docs/spec/auth/token.md).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+from urllib.parse import quote, urlencode
+
+from attrs import evolve, field, frozen
+
+from dockerproxy.concurrency import SingleFlight
+from dockerproxy.errors import RegistryError, TooManyRequests, Unauthorized, UpstreamBroken
+from dockerproxy.http.headers import Headers
+from dockerproxy.net.dial import AddressCheck
+from dockerproxy.oci.challenge import Challenge
+from dockerproxy.oci.names import Host, Registry
+from dockerproxy.upstream.agent import Agent, Response
+from dockerproxy.upstream.credentials import BasicCredentials, ClientCredential, Credential, Login, LoginTable
+from dockerproxy.upstream.urls import split_url
+
+_MAX_TOKENS = 1024
+_MAX_REGISTRIES = 256
+_MAX_RESPONSE = 256 * 1024
+_MAX_SCOPES = 8
+_TOKEN_PATTERN = re.compile(r"[!-~]{1,16384}")  # must fit a header field; Amazon's and Google's have 2 to 5 KiB
+_SCOPE_PATTERN = re.compile(r"[!-~]{1,1024}")
+_DEFAULT_LIFETIME = 60.0
+_MAX_LIFETIME = 86400.0
+
+
+@frozen
+class TokenKey:
+    """What a token was asked for: `login` None for one that anybody gets."""
+
+    registry: Registry
+    realm: str
+    service: str | None
+    scopes: tuple[str, ...]
+    login: BasicCredentials | None
+
+    @property
+    def host(self) -> Host:
+        """The host of the realm."""
+        return split_url(self.realm)[0].host
+
+
+@frozen
+class Authorization:
+    """What to send as Authorization; `asked` None where that is no token; `reused` if it was kept from before."""
+
+    value: str = field(repr=False)
+    token_key: TokenKey | None = None
+    from_cache: bool = False
+
+
+@frozen
+class _CachedToken:
+    authorization: Authorization
+    renew_at: float  # the time from which on another one is asked for
+
+
+class Authorizer:
+    """Authorization for requests to registries.
+
+    `permit` is asked for the addresses of realms that are not on the registry's own host; `clock` gives Unix time.
+    """
+
+    def __init__(
+        self,
+        agent: Agent,
+        clock: Callable[[], float],
+        address_check: AddressCheck | None,
+        logins: Mapping[Host, Login],
+    ) -> None:
+        self._agent = agent
+        self._clock = clock
+        self._address_check = address_check
+        self._logins = LoginTable(logins)
+        self._tokens: OrderedDict[TokenKey, _CachedToken] = OrderedDict()  # the least recently used first
+        self._challenges: OrderedDict[Registry, tuple[Challenge, ...]] = OrderedDict()
+        self._fetches: SingleFlight[TokenKey, Authorization] = SingleFlight()
+
+    def set_logins(self, logins: Mapping[Host, Login]) -> None:
+        """Show these logins from now on, and no other of ours."""
+        self._logins = LoginTable(logins)
+
+    # what registries ask for
+
+    def add_challenges(self, registry: Registry, challenges: Sequence[Challenge]) -> None:
+        """Keep what `registry` asks for, so that the next request need not be refused first."""
+        # The scope belongs to the request that was refused, and to no other.
+        usable = tuple(_without_scope(challenge) for challenge in challenges if challenge.scheme in ("bearer", "basic"))
+        if usable:
+            self._challenges[registry] = usable
+            self._challenges.move_to_end(registry)
+            if len(self._challenges) > _MAX_REGISTRIES:
+                self._challenges.popitem(last=False)
+
+    def challenges_for(self, registry: Registry) -> tuple[Challenge, ...]:
+        """Return what `registry` asked for last, none if that is not known."""
+        return self._challenges.get(registry, ())
+
+    def remove_challenges(self, registry: Registry) -> None:
+        """Forget what `registry` asked for: it led nowhere."""
+        self._challenges.pop(registry, None)
+
+    def effective_login(self, registry: Registry) -> BasicCredentials | None:
+        """Return the login of AUTH_REGISTRIES that is good for `registry`: its own, or that of its realm's host."""
+        return self._logins.effective_login(registry, self._realm_host(registry))
+
+    # what is sent
+
+    async def authorize(
+        self, registry: Registry, challenges: Sequence[Challenge], scope: str | None, credential: Credential
+    ) -> str | None:
+        """Return the Authorization that answers one of `challenges`, or None; raise as `grant` does."""
+        grant = await self.get_authorization(registry, challenges, scope, credential)
+        return None if grant is None else grant.value
+
+    async def get_authorization(
+        self,
+        registry: Registry,
+        challenges: Sequence[Challenge],
+        scope: str | None,
+        credential: Credential,
+        rejected_authorization: Authorization | None = None,
+    ) -> Authorization | None:
+        """Return what answers one of `challenges`, a token's `scope` being asked for, or None where nothing does.
+
+        `refused` is what the registry did not take; it comes back where nothing better can be had. Raise
+        `Unauthorized` (by the realm), `TooManyRequests`, `UpstreamBroken`, and what `Transport.request` raises.
+        """
+        if isinstance(credential, ClientCredential):
+            return Authorization(credential.authorization)
+        bearer = next(
+            (challenge for challenge in challenges if challenge.scheme == "bearer" and "realm" in challenge.parameters),
+            None,
+        )
+        if bearer is not None:
+            return await self._get_token(self._token_key(registry, bearer, scope, credential), rejected_authorization)
+        login = self._logins.login_for(credential, registry.host, registry)
+        if login is not None and any(challenge.scheme == "basic" for challenge in challenges):
+            return Authorization(login.authorization)
+        return None
+
+    def _token_key(self, registry: Registry, bearer: Challenge, scope: str | None, credential: Credential) -> TokenKey:
+        realm = bearer.parameters["realm"]
+        origin, _ = split_url(realm)
+        if origin.scheme == "http" and registry.scheme == "https":
+            raise UpstreamBroken(f"{registry}: it names a token server without TLS, {origin.host.authority}")
+        # The registry's own scope too: it knows what a request really needs (a mount: the other repository).
+        scopes = dict.fromkeys([*([scope] if scope else []), *bearer.parameters.get("scope", "").split()])
+        valid_scopes = tuple(candidate for candidate in scopes if _SCOPE_PATTERN.fullmatch(candidate))[:_MAX_SCOPES]
+        login = self._logins.login_for(credential, origin.host, registry)
+        return TokenKey(registry, realm, bearer.parameters.get("service"), valid_scopes, login)
+
+    async def _get_token(self, key: TokenKey, rejected_authorization: Authorization | None) -> Authorization:
+        if (
+            rejected_authorization is not None
+            and rejected_authorization.token_key == key
+            and not rejected_authorization.from_cache
+        ):
+            return rejected_authorization
+        cached = self._tokens.get(key)
+        stale = (
+            cached is not None
+            and rejected_authorization is not None
+            and cached.authorization.value == rejected_authorization.value
+        )
+        if cached is not None and not stale and self._clock() < cached.renew_at:
+            self._tokens.move_to_end(key)
+            return evolve(cached.authorization, reused=True)
+        self._tokens.pop(key, None)
+        return await self._fetches.do(key, lambda: self._fetch_token(key))
+
+    async def _fetch_token(self, key: TokenKey) -> Authorization:
+        parameters = [] if key.service is None else [("service", key.service)]
+        parameters += [("scope", scope) for scope in key.scopes]
+        query = urlencode(parameters, quote_via=quote)
+        url = key.realm.partition("#")[0]
+        if query:
+            url += ("&" if "?" in url else "?") + query
+        fields = [("Accept", "application/json")]
+        if key.login is not None:
+            fields.append(("Authorization", key.login.authorization))
+        address_check = None if key.host == key.registry.host else self._address_check
+        response = await self._agent.request("GET", url, Headers(fields), address_check=address_check)
+        if response.status != 200:
+            await response.discard()
+            raise _refusal_error(key, response)
+        authorization, lifetime = self._parse_token_response(key, await response.read_all(_MAX_RESPONSE))
+        self._store(key, authorization, lifetime)
+        return authorization
+
+    def _parse_token_response(self, key: TokenKey, content: bytes) -> tuple[Authorization, float]:
+        """Return the token in a realm's answer and for how long it is good."""
+        try:
+            payload = json.loads(content)
+        except (ValueError, RecursionError):
+            payload = None
+        token = payload.get("token") or payload.get("access_token") if isinstance(payload, dict) else None
+        if not isinstance(token, str) or not _TOKEN_PATTERN.fullmatch(token):
+            raise UpstreamBroken(f"{key.host}: what it answers holds no token for {key.registry}")
+        return Authorization(f"Bearer {token}", key), remaining_lifetime(payload, self._clock())
+
+    def _store(self, key: TokenKey, authorization: Authorization, lifetime: float) -> None:
+        margin = min(max(lifetime / 10, 10.0), lifetime / 2)
+        self._tokens[key] = _CachedToken(authorization, self._clock() + lifetime - margin)
+        if len(self._tokens) > _MAX_TOKENS:
+            self._tokens.popitem(last=False)
+
+    def _realm_host(self, registry: Registry) -> Host | None:
+        for challenge in self.challenges_for(registry):
+            try:
+                return split_url(challenge.parameters["realm"])[0].host if challenge.scheme == "bearer" else None
+            except (KeyError, RegistryError):
+                continue
+        return _DEFAULT_REALMS.get(registry.host)
+
+
+# Asked about before the first request, when nothing is remembered yet.
+_DEFAULT_REALMS = {Host("registry-1.docker.io", 443): Host("auth.docker.io", 443)}
+
+
+def remaining_lifetime(payload: Mapping[str, Any], now: float) -> float:
+    """Return the seconds for which the token in a realm's `answer`, which came at `now`, is good.
+
+    They count from `issued_at`, which may be earlier (a server may hand out a token twice), but is not believed where
+    it would mean that the token has ended or is yet to begin: then the clocks differ.
+    """
+    lifetime = payload.get("expires_in")
+    if isinstance(lifetime, bool) or not isinstance(lifetime, (int, float)) or not 0 < lifetime < float("inf"):
+        lifetime = _DEFAULT_LIFETIME
+    lifetime = min(float(lifetime), _MAX_LIFETIME)
+    issued_at = _parse_timestamp(payload.get("issued_at"))
+    age = 0.0 if issued_at is None else now - issued_at
+    return lifetime - age if 0 < age < lifetime else lifetime
+
+
+def _parse_timestamp(text: object) -> float | None:
+    """Return RFC 3339 `text` as Unix time, None where it is none."""
+    if not isinstance(text, str):
+        return None
+    # Go writes nanoseconds, of which Python takes six digits.
+    try:
+        date = datetime.fromisoformat(re.sub(r"(\.\d{6})\d+", r"\1", text[:64]))
+    except ValueError:
+        return None
+    return (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp()
+
+
+def _without_scope(challenge: Challenge) -> Challenge:
+    return evolve(challenge, parameters={key: value for key, value in challenge.parameters.items() if key != "scope"})
+
+
+def _refusal_error(key: TokenKey, response: Response) -> RegistryError:
+    host, status = key.host, response.status
+    if status in (401, 403):
+        login_phrase = "anonymously" if key.login is None else "with the login of AUTH_REGISTRIES"
+        return Unauthorized(f"{host} gives no token for {key.registry} {login_phrase} (status {status})")
+    if status == 429:
+        retry_after = response.headers.get("retry-after")
+        headers = [] if retry_after is None else [("Retry-After", retry_after)]
+        return TooManyRequests(f"{host} limits the rate of tokens for {key.registry}", headers=headers)
+    return UpstreamBroken(f"{host} gives no token for {key.registry} (status {status})")

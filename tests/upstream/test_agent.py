@@ -1,0 +1,641 @@
+"""The transport against real servers on loopback: sockets, TLS, time-outs, memory.
+
+Bytes and TLS are real; time is not: the transport's clock stands still until a test advances it.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import tracemalloc
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+from OpenSSL import SSL
+from twisted.internet import reactor
+from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.interfaces import IOpenSSLServerConnectionCreator, IPullProducer
+from twisted.internet.protocol import Factory, Protocol
+from twisted.internet.task import Clock, deferLater
+from twisted.protocols.tls import TLSMemoryBIOFactory
+from twisted.trial.unittest import TestCase
+from twisted.web.iweb import UNKNOWN_LENGTH, IBodyProducer
+from zope.interface import implementer
+
+from dockerproxy.errors import BadRequest, Denied, UpstreamBroken, UpstreamTimeout, UpstreamUnreachable
+from dockerproxy.http.headers import Headers
+from dockerproxy.net.dial import Dialer
+from dockerproxy.oci.names import Host
+from dockerproxy.upstream.agent import Agent, ClientContext, UpstreamTimeouts
+
+NOW = datetime.now(UTC)
+
+
+class EphemeralCA:
+    """A CA for tests; `issue` returns the PEM of certificate and key for names and addresses."""
+
+    def __init__(self) -> None:
+        self.key = ec.generate_private_key(ec.SECP256R1())
+        self.name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"test CA {x509.random_serial_number()}")])
+        self.certificate = self._sign(self.name, self.key, NOW + timedelta(days=1), ca=True)
+
+    @property
+    def pem(self) -> bytes:
+        return self.certificate.public_bytes(serialization.Encoding.PEM)
+
+    def issue(self, *names: str, lifetime: timedelta = timedelta(days=1)) -> tuple[bytes, bytes]:
+        key = ec.generate_private_key(ec.SECP256R1())
+        certificate = self._sign(x509.Name([]), key, NOW + lifetime, names=names)
+        return certificate.public_bytes(serialization.Encoding.PEM), key.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        )
+
+    def _sign(
+        self, subject: x509.Name, key: Any, not_after: datetime, names: Any = (), ca: bool = False
+    ) -> x509.Certificate:
+        builder = (
+            x509.CertificateBuilder()
+            .subject_name(subject)
+            .issuer_name(self.name)
+            .public_key(key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(NOW - timedelta(days=10))
+            .not_valid_after(not_after)
+            .add_extension(x509.BasicConstraints(ca=ca, path_length=None), critical=True)
+        )
+        if names:
+            alternatives = [
+                x509.IPAddress(ip_address(name)) if name[0].isdigit() or ":" in name else x509.DNSName(name)
+                for name in names
+            ]
+            builder = builder.add_extension(x509.SubjectAlternativeName(alternatives), critical=not len(list(subject)))
+        return builder.sign(self.key, hashes.SHA256())
+
+
+AUTHORITY = EphemeralCA()
+
+
+@implementer(IOpenSSLServerConnectionCreator)
+class ServerTLSCreator:
+    def __init__(self, pair: tuple[bytes, bytes], max_version: int = SSL.TLS1_3_VERSION) -> None:
+        self._context = SSL.Context(SSL.TLS_METHOD)
+        self._context.set_min_proto_version(SSL.TLS1_VERSION)
+        self._context.set_max_proto_version(max_version)
+        self.server_names: list[bytes | None] = []
+        with tempfile.TemporaryDirectory() as directory:
+            for name, content in zip(("crt", "key"), pair, strict=True):
+                Path(directory, name).write_bytes(content)
+            self._context.use_certificate_file(os.path.join(directory, "crt"))
+            self._context.use_privatekey_file(os.path.join(directory, "key"))
+        self._context.set_tlsext_servername_callback(
+            lambda connection: self.server_names.append(connection.get_servername())
+        )
+
+    def serverConnectionForTLS(self, protocol: object) -> SSL.Connection:
+        return SSL.Connection(self._context, None)
+
+
+class ScriptedProtocol(Protocol):
+    """A server that answers each request head with `answer(server, head)`; the bytes of bodies go to `got`."""
+
+    def __init__(self, factory: ScriptedServer) -> None:
+        self.server = factory
+        self.buffer = b""
+
+    def connectionMade(self) -> None:
+        self.server.connections.append(self)
+
+    def connectionLost(self, reason: Any = None) -> None:
+        self.server.connections.remove(self)
+        self.server.closed += 1
+
+    def dataReceived(self, data: bytes) -> None:
+        self.buffer += data
+        self.server.bytes_received += len(data)
+        while b"\r\n\r\n" in self.buffer:
+            head, _, rest = self.buffer.partition(b"\r\n\r\n")
+            if not head.startswith((b"GET", b"HEAD", b"POST", b"PUT", b"PATCH")):
+                return
+            self.buffer = rest
+            self.server.heads.append(head)
+            self.server.respond(self, head)
+
+
+class ScriptedServer(Factory):
+    noisy = False
+
+    def __init__(self, respond: Callable[[Any, bytes], None]) -> None:
+        self.respond = respond
+        self.heads: list[bytes] = []
+        self.connections: list[ScriptedProtocol] = []
+        self.accepted = 0
+        self.closed = 0
+        self.bytes_received = 0
+
+    def buildProtocol(self, address: Any) -> ScriptedProtocol:
+        self.accepted += 1
+        return ScriptedProtocol(self)
+
+
+def respond_with(*parts: bytes, close: bool = False) -> Callable[[Any, bytes], None]:
+    def respond(connection: Any, head: bytes) -> None:
+        for part in parts:
+            connection.transport.write(part)
+        if close:
+            connection.transport.loseConnection()
+
+    return respond
+
+
+OK = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello"
+
+
+@implementer(IBodyProducer)
+class PiecewiseBodyProducer:
+    """A body of the given pieces, produced at once as far as the transport lets it."""
+
+    def __init__(self, *pieces: bytes, length: Any = None) -> None:
+        self.length = sum(map(len, pieces)) if length is None else length
+        self.pieces = list(pieces)
+        self.paused = False
+        self.stopped = False
+        self.done: Deferred[None] = Deferred()
+
+    def startProducing(self, consumer: Any) -> Deferred[None]:
+        self.consumer = consumer
+        self._produce()
+        return self.done
+
+    def _produce(self) -> None:
+        while self.pieces and not self.paused and not self.stopped:
+            self.consumer.write(self.pieces.pop(0))
+        if not self.pieces and not self.stopped and not self.done.called:
+            self.done.callback(None)
+
+    def pauseProducing(self) -> None:
+        self.paused = True
+
+    def resumeProducing(self) -> None:
+        self.paused = False
+        self._produce()
+
+    def stopProducing(self) -> None:
+        self.stopped = True
+
+
+async def wait_until(condition: Callable[[], object]) -> None:
+    """Let the reactor turn until `condition` holds; trial's time-out ends it where that never comes."""
+    while not condition():
+        await deferLater(reactor, 0)
+
+
+class AgentLoopbackCase(TestCase):
+    timeout = 20
+
+    def setUp(self) -> None:
+        self.clock = Clock()
+        self.agents: list[Agent] = []
+        self.ports: list[Any] = []
+        self.servers: list[ScriptedServer] = []
+
+    async def tearDown(self) -> None:
+        for agent in self.agents:
+            await agent.close()
+        for port in self.ports:
+            await port.stopListening()
+        for server in self.servers:
+            for connection in list(server.connections):
+                connection.transport.abortConnection()
+            await wait_until(lambda server=server: not server.connections)
+
+    def serve(
+        self, respond: Callable[[Any, bytes], None], tls: ServerTLSCreator | None = None
+    ) -> tuple[ScriptedServer, int]:
+        server = ScriptedServer(respond)
+        factory = server if tls is None else TLSMemoryBIOFactory(tls, False, server)
+        port = reactor.listenTCP(0, factory, interface="127.0.0.1")
+        self.ports.append(port)
+        self.servers.append(server)
+        return server, port.getHost().port
+
+    def make_agent(self, overrides: Any = None, **tls: Any) -> Agent:
+        dialer = Dialer(reactor, overrides=overrides)
+        agent = Agent(self.clock, dialer, ClientContext(**tls), UpstreamTimeouts(connect=20, read=30, send=40))
+        self.agents.append(agent)
+        return agent
+
+    def make_trusting_agent(self, overrides: dict[Host, tuple[str, int]]) -> Agent:
+        path = self.mktemp()
+        Path(path).write_bytes(AUTHORITY.pem)
+        return self.make_agent(ca_file=path, overrides=overrides)
+
+    async def assert_fails(self, error: type[Exception], work: Any, *words: str) -> None:
+        failure = await self.assertFailure(Deferred.fromCoroutine(work), error)
+        for word in words:
+            self.assertIn(word, str(failure))
+
+
+class PlainHTTPTests(AgentLoopbackCase):
+    async def test_head_and_body(self) -> None:
+        server, port = self.serve(
+            respond_with(b"HTTP/1.1 200 OK\r\nX-Tag: one\r\nX-Tag: two\r\nContent-Length: 5\r\n\r\nhello")
+        )
+        headers = Headers([("Accept", "a"), ("Connection", "x-hop"), ("X-Hop", "1"), ("Accept-Encoding", "gzip")])
+        response = await self.make_agent().request("GET", f"http://127.0.0.1:{port}/v2/?n=1", headers)
+        self.assertEqual((response.status, response.length), (200, 5))
+        self.assertEqual(response.url, f"http://127.0.0.1:{port}/v2/?n=1")
+        self.assertEqual(response.headers.all("x-tag"), ["one", "two"])
+        self.assertEqual(await response.read_all(5), b"hello")
+        self.assertEqual(await response.read_chunk(), b"")
+        lines = server.heads[0].split(b"\r\n")
+        self.assertEqual(lines[0], b"GET /v2/?n=1 HTTP/1.1")
+        self.assertIn(b"Host: 127.0.0.1:%d" % port, lines)
+        self.assertEqual([line for line in lines if b"ncoding" in line], [b"Accept-Encoding: identity"])
+        self.assertNotIn(b"x-hop", server.heads[0])
+
+    async def test_connection_reuse(self) -> None:
+        server, port = self.serve(respond_with(OK))
+        agent = self.make_agent()
+        for _ in range(3):
+            response = await agent.request("GET", f"http://127.0.0.1:{port}/")
+            self.assertEqual(await response.read_all(9), b"hello")
+        self.assertEqual(server.accepted, 1)
+
+    async def test_connection_is_not_shared_between_address_checks(self) -> None:
+        server, port = self.serve(respond_with(OK))
+        agent = self.make_agent()
+        await (await agent.request("GET", f"http://127.0.0.1:{port}/")).read_all(9)
+
+        def address_check(address: str) -> None:
+            raise Denied(f"{address} is forbidden")
+
+        await self.assert_fails(
+            Denied, agent.request("GET", f"http://127.0.0.1:{port}/", address_check=address_check), "127.0.0.1"
+        )
+        self.assertEqual(server.accepted, 1)
+
+    async def test_idle_connection_closed_by_server_is_replaced(self) -> None:
+        # The server closes on the second request, without an answer, as one does whose keep-alive has just ended.
+        def respond(connection: Any, head: bytes) -> None:
+            if connection.server.heads.count(head) == 2:
+                connection.transport.loseConnection()
+            else:
+                connection.transport.write(OK)
+
+        server, port = self.serve(respond)
+        agent = self.make_agent()
+        for _ in range(2):
+            response = await agent.request("GET", f"http://127.0.0.1:{port}/")
+            self.assertEqual(await response.read_all(9), b"hello")
+        self.assertEqual(server.accepted, 2)
+
+    async def test_new_connection_closed_by_server_is_an_error(self) -> None:
+        server, port = self.serve(respond_with(close=True))
+        await self.assert_fails(
+            UpstreamBroken, self.make_agent().request("GET", f"http://127.0.0.1:{port}/"), str(port)
+        )
+        self.assertEqual(server.accepted, 1)
+
+    async def test_post_uses_a_new_connection(self) -> None:
+        server, port = self.serve(respond_with(OK))
+        agent = self.make_agent()
+        for _ in range(2):
+            await (await agent.request("POST", f"http://127.0.0.1:{port}/")).read_all(9)
+        self.assertEqual(server.accepted, 2)
+        self.assertIn(b"Content-Length: 0", server.heads[0])
+
+    async def test_head_has_length_and_no_body(self) -> None:
+        server, port = self.serve(respond_with(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n"))
+        agent = self.make_agent()
+        for _ in range(2):
+            response = await agent.request("HEAD", f"http://127.0.0.1:{port}/")
+            self.assertEqual(response.length, 1000000)
+            self.assertEqual(await response.read_chunk(), b"")
+            await response.discard()
+        self.assertEqual(server.accepted, 1)
+
+    async def test_chunked(self) -> None:
+        _, port = self.serve(
+            respond_with(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nfoo\r\n", b"3\r\nbar\r\n0\r\n\r\n")
+        )
+        response = await self.make_agent().request("GET", f"http://127.0.0.1:{port}/")
+        self.assertIs(response.length, None)
+        self.assertEqual(await response.read_all(6), b"foobar")
+
+    async def test_body_until_close(self) -> None:
+        _, port = self.serve(respond_with(b"HTTP/1.0 200 OK\r\n\r\nall", close=True))
+        response = await self.make_agent().request("GET", f"http://127.0.0.1:{port}/")
+        self.assertEqual(await response.read_all(3), b"all")
+
+    async def test_truncated_bodies(self) -> None:
+        for head in (b"Content-Length: 9", b"Transfer-Encoding: chunked"):
+            _, port = self.serve(respond_with(b"HTTP/1.1 200 OK\r\n" + head + b"\r\n\r\n5\r\nhel", close=True))
+            response = await self.make_agent().request("GET", f"http://127.0.0.1:{port}/")
+            await self.assert_fails(
+                UpstreamBroken, response.read_all(100), f"127.0.0.1:{port}", "closed the connection"
+            )
+
+    async def test_read_timeout_in_head_and_body(self) -> None:
+        agent = self.make_agent()
+        server, port = self.serve(respond_with())
+        work = Deferred.fromCoroutine(agent.request("GET", f"http://127.0.0.1:{port}/"))
+        await wait_until(lambda: server.heads)
+        self.clock.advance(30)
+        self.assertIn("nothing came for 30 s", str(await self.assertFailure(work, UpstreamTimeout)))
+        _, port = self.serve(respond_with(OK[:-1]))
+        response = await agent.request("GET", f"http://127.0.0.1:{port}/")
+        self.assertEqual(await response.read_chunk(), b"hell")
+        self.clock.advance(30)
+        await self.assert_fails(UpstreamTimeout, response.read_chunk(), f"127.0.0.1:{port}")
+
+    async def test_unknown_name_and_connection_refused(self) -> None:
+        agent = self.make_agent()
+        await self.assert_fails(
+            UpstreamUnreachable, agent.request("GET", "http://a.invalid/"), "a.invalid:80", "no such name"
+        )
+        _, port = self.serve(respond_with(OK))
+        await self.ports.pop().stopListening()
+        await self.assert_fails(
+            UpstreamUnreachable, agent.request("GET", f"http://127.0.0.1:{port}/"), f"127.0.0.1:{port}", "refused"
+        )
+
+    async def test_read_all_limit(self) -> None:
+        _, port = self.serve(respond_with(OK))
+        response = await self.make_agent().request("GET", f"http://127.0.0.1:{port}/")
+        await self.assert_fails(UpstreamBroken, response.read_all(4), "4 bytes")
+
+    async def test_discard(self) -> None:
+        server, port = self.serve(respond_with(OK))
+        agent = self.make_agent()
+        for _ in range(2):
+            await (await agent.request("GET", f"http://127.0.0.1:{port}/")).discard()
+        self.assertEqual(server.accepted, 1)
+        large, port = self.serve(respond_with(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\nx"))
+        await (await agent.request("GET", f"http://127.0.0.1:{port}/")).discard()
+        await wait_until(lambda: large.closed)
+
+    async def test_cancel_closes_the_connection(self) -> None:
+        server, port = self.serve(respond_with())
+        work = Deferred.fromCoroutine(self.make_agent().request("GET", f"http://127.0.0.1:{port}/"))
+        await wait_until(lambda: server.heads)
+        work.cancel()
+        await self.assertFailure(work, CancelledError)
+        await wait_until(lambda: server.closed)
+
+    async def test_memory_is_bounded_with_a_slow_reader(self) -> None:
+        size = 100 * 1024 * 1024
+        piece = bytes(1024 * 1024)
+
+        @implementer(IPullProducer)
+        class ZeroProducer:
+            sent = 0
+
+            def __init__(self, transport: Any) -> None:
+                self.transport = transport
+
+            def resumeProducing(self) -> None:
+                if ZeroProducer.sent == size:
+                    self.transport.unregisterProducer()
+                else:
+                    ZeroProducer.sent += len(piece)
+                    self.transport.write(piece)
+
+            def stopProducing(self) -> None: ...
+
+        def respond(connection: Any, head: bytes) -> None:
+            connection.transport.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % size)
+            connection.transport.registerProducer(ZeroProducer(connection.transport), False)
+
+        _, port = self.serve(respond)
+        response = await self.make_agent().request("GET", f"http://127.0.0.1:{port}/")
+        received = 0
+        tracemalloc.start()
+        self.addCleanup(tracemalloc.stop)
+        while data := await response.read_chunk():
+            received += len(data)
+            for _ in range(3):  # the reader takes its time
+                await deferLater(reactor, 0)
+            self.assertLess(
+                ZeroProducer.sent - received, 16 * 1024 * 1024
+            )  # the kernel's buffers have their share of this
+        self.assertEqual(received, size)
+        self.assertLess(tracemalloc.get_traced_memory()[1], 8 * 1024 * 1024)
+
+
+class SendBodyTests(AgentLoopbackCase):
+    async def test_body_of_known_length(self) -> None:
+        server, port = self.serve(respond_with())
+        body = PiecewiseBodyProducer(b"abc", b"def")
+        work = Deferred.fromCoroutine(self.make_agent().request("PUT", f"http://127.0.0.1:{port}/", body=body))
+        await wait_until(lambda: server.connections and server.connections[0].buffer == b"abcdef")
+        self.assertIn(b"Content-Length: 6", server.heads[0])
+        self.assertNoResult(work)
+        server.connections[0].transport.write(OK)
+        self.assertEqual(await (await work).read_all(9), b"hello")
+
+    async def test_body_of_unknown_length_is_chunked(self) -> None:
+        server, port = self.serve(respond_with())
+        body = PiecewiseBodyProducer(b"abc", b"defg", length=UNKNOWN_LENGTH)
+        work = Deferred.fromCoroutine(self.make_agent().request("PATCH", f"http://127.0.0.1:{port}/", body=body))
+        await wait_until(lambda: server.connections and server.connections[0].buffer.endswith(b"0\r\n\r\n"))
+        self.assertIn(b"Transfer-Encoding: chunked", server.heads[0])
+        self.assertEqual(server.connections[0].buffer, b"3\r\nabc\r\n4\r\ndefg\r\n0\r\n\r\n")
+        server.connections[0].transport.write(OK)
+        self.assertEqual(await (await work).read_all(9), b"hello")
+
+    async def test_response_before_the_end_of_the_body(self) -> None:
+        _, port = self.serve(respond_with(b"HTTP/1.1 413 Too Large\r\nContent-Length: 3\r\n\r\nbig"))
+        body = PiecewiseBodyProducer(b"x", length=1000)
+        body.done = Deferred()
+        body._produce = lambda: None  # type: ignore[method-assign]  # nothing ever comes
+        response = await self.make_agent().request("PUT", f"http://127.0.0.1:{port}/", body=body)
+        self.assertEqual((response.status, await response.read_all(3)), (413, b"big"))
+        self.assertTrue(body.stopped)
+
+    async def test_body_length_mismatch(self) -> None:
+        for pieces in ([b"abc"], [b"abc", b"defg"]):
+            _, port = self.serve(respond_with())
+            work = self.make_agent().request(
+                "PUT", f"http://127.0.0.1:{port}/", body=PiecewiseBodyProducer(*pieces, length=6)
+            )
+            await self.assert_fails(BadRequest, work, "length")
+
+    async def test_body_that_fails(self) -> None:
+        server, port = self.serve(respond_with())
+        body = PiecewiseBodyProducer(b"abc", length=6)
+        body._produce = lambda: None  # type: ignore[method-assign]
+        work = Deferred.fromCoroutine(self.make_agent().request("PUT", f"http://127.0.0.1:{port}/", body=body))
+        await wait_until(lambda: server.heads)
+        body.done.errback(ZeroDivisionError("the client is gone"))
+        await self.assertFailure(work, ZeroDivisionError)
+
+    async def test_send_timeout(self) -> None:
+        def respond(connection: Any, head: bytes) -> None:
+            connection.transport.pauseProducing()
+
+        _, port = self.serve(respond)
+        body = PiecewiseBodyProducer(*[bytes(1024 * 1024)] * 64)
+        work = Deferred.fromCoroutine(self.make_agent().request("PUT", f"http://127.0.0.1:{port}/", body=body))
+        await wait_until(lambda: body.paused)
+        previous = -1
+        while previous != len(body.pieces) or not body.paused:  # until the kernel's buffers are full
+            previous = len(body.pieces)
+            for _ in range(20):
+                await deferLater(reactor, 0)
+        self.clock.advance(40)
+        self.assertIn("took nothing for 40 s", str(await self.assertFailure(work, UpstreamTimeout)))
+        self.assertTrue(body.stopped)
+        self.assertGreater(len(body.pieces), 32)  # held back, not buffered
+
+
+class UpstreamTLSTests(AgentLoopbackCase):
+    def overrides_for(self, port: int, name: str = "registry.example") -> dict[Host, tuple[str, int]]:
+        return {Host(name, 443): ("127.0.0.1", port)}
+
+    async def test_trusted_name(self) -> None:
+        tls = ServerTLSCreator(AUTHORITY.issue("registry.example"))
+        server, port = self.serve(respond_with(OK), tls)
+        agent = self.make_trusting_agent(self.overrides_for(port))
+        for _ in range(2):
+            response = await agent.request("GET", "https://registry.example/v2/")
+            self.assertEqual(await response.read_all(9), b"hello")
+        self.assertEqual(tls.server_names, [b"registry.example"])
+        self.assertIn(b"Host: registry.example\r\n", server.heads[0] + b"\r\n")
+        self.assertEqual(server.accepted, 1)
+
+    async def test_address(self) -> None:
+        tls = ServerTLSCreator(AUTHORITY.issue("127.0.0.1"))
+        _, port = self.serve(respond_with(OK), tls)
+        response = await self.make_trusting_agent({}).request("GET", f"https://127.0.0.1:{port}/")
+        self.assertEqual(await response.read_all(9), b"hello")
+        self.assertEqual(tls.server_names, [None])
+
+    async def assert_certificate_refused(self, key_pair: tuple[bytes, bytes], *words: str, trust: bool = True) -> None:
+        server, port = self.serve(respond_with(OK), ServerTLSCreator(key_pair))
+        agent = (
+            self.make_trusting_agent(self.overrides_for(port))
+            if trust
+            else self.make_agent(overrides=self.overrides_for(port))
+        )
+        await self.assert_fails(
+            UpstreamUnreachable, agent.request("GET", "https://registry.example/"), "registry.example:443", *words
+        )
+        self.assertEqual(server.heads, [])
+
+    async def test_other_name(self) -> None:
+        await self.assert_certificate_refused(AUTHORITY.issue("other.example"), "another name")
+
+    async def test_address_certificate_for_a_name(self) -> None:
+        await self.assert_certificate_refused(AUTHORITY.issue("127.0.0.1"), "another name")
+
+    async def test_expired(self) -> None:
+        await self.assert_certificate_refused(
+            AUTHORITY.issue("registry.example", lifetime=-timedelta(days=1)), "expired"
+        )
+
+    async def test_unknown_ca(self) -> None:
+        await self.assert_certificate_refused(EphemeralCA().issue("registry.example"), "not trusted")
+        await self.assert_certificate_refused(
+            AUTHORITY.issue("registry.example"), "not trusted", "UPSTREAM_CA_FILE", trust=False
+        )
+
+    async def test_self_signed(self) -> None:
+        self_signed = EphemeralCA()
+        key = self_signed.key.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        )
+        await self.assert_certificate_refused((self_signed.pem, key), "self-signed")
+
+    async def test_verification_disabled(self) -> None:
+        tls = ServerTLSCreator(EphemeralCA().issue("other.example"))
+        _, port = self.serve(respond_with(OK), tls)
+        response = await self.make_agent(verify=False, overrides=self.overrides_for(port)).request(
+            "GET", "https://registry.example/"
+        )
+        self.assertEqual(await response.read_all(9), b"hello")
+        self.assertEqual(tls.server_names, [b"registry.example"])
+
+    async def test_old_tls(self) -> None:
+        _, port = self.serve(
+            respond_with(OK), ServerTLSCreator(AUTHORITY.issue("registry.example"), SSL.TLS1_1_VERSION)
+        )
+        work = self.make_trusting_agent(self.overrides_for(port)).request("GET", "https://registry.example/")
+        await self.assert_fails(UpstreamUnreachable, work, "registry.example:443")
+
+    async def test_server_without_tls(self) -> None:
+        class MailServer(Protocol):
+            def connectionMade(self) -> None:
+                self.transport.write(b"220 this is mail, not HTTP\r\n")  # type: ignore[union-attr]
+
+            def dataReceived(self, data: bytes) -> None:
+                self.transport.loseConnection()  # type: ignore[union-attr]
+
+        port = reactor.listenTCP(0, Factory.forProtocol(MailServer), interface="127.0.0.1")
+        self.ports.append(port)
+        work = self.make_trusting_agent(self.overrides_for(port.getHost().port)).request(
+            "GET", "https://registry.example/"
+        )
+        await self.assert_fails(UpstreamUnreachable, work, "registry.example:443", "no TLS")
+
+    async def test_handshake_timeout(self) -> None:
+        server, port = self.serve(respond_with())
+        work = Deferred.fromCoroutine(
+            self.make_trusting_agent(self.overrides_for(port)).request("GET", "https://registry.example/")
+        )
+        await wait_until(lambda: server.bytes_received)
+        self.clock.advance(20)
+        self.assertIn("registry.example:443: timed out", str(await self.assertFailure(work, UpstreamTimeout)))
+        await wait_until(lambda: server.closed)
+
+    async def test_truncation_without_close_notify(self) -> None:
+        def respond(connection: Any, head: bytes) -> None:
+            connection.transport.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\nsome")
+
+        server, port = self.serve(respond, ServerTLSCreator(AUTHORITY.issue("registry.example")))
+        response = await self.make_trusting_agent(self.overrides_for(port)).request("GET", "https://registry.example/")
+        self.assertEqual(await response.read_chunk(), b"some")
+        server.connections[0].transport.transport.loseConnection()  # TCP ends, and TLS without a word
+        await self.assert_fails(UpstreamBroken, response.read_all(100), "broke off")
+
+    async def test_large_push_and_pull(self) -> None:
+        size = 8 * 1024 * 1024
+
+        def respond(connection: Any, head: bytes) -> None:
+            def take(data: bytes) -> None:
+                counted.append(len(data))
+                if sum(counted) == size:
+                    connection.transport.write(
+                        b"HTTP/1.1 201 Created\r\nContent-Length: %d\r\n\r\n" % size + bytes(size)
+                    )
+
+            connection.dataReceived = take
+            rest, connection.buffer = connection.buffer, b""
+            if rest:
+                take(rest)
+
+        counted: list[int] = []
+        _, port = self.serve(respond, ServerTLSCreator(AUTHORITY.issue("registry.example")))
+        body = PiecewiseBodyProducer(*[bytes(1024 * 1024)] * 8)
+        response = await self.make_trusting_agent(self.overrides_for(port)).request(
+            "PUT", "https://registry.example/", body=body
+        )
+        self.assertEqual(response.status, 201)
+        self.assertEqual(len(await response.read_all(size)), size)
+
+
+class CAFileTests(TestCase):
+    def test_bad_ca_files(self) -> None:
+        path = self.mktemp()
+        error = self.assertRaises(ValueError, ClientContext, ca_file=path)
+        self.assertIn("UPSTREAM_CA_FILE", str(error))
+        self.assertIn("No such file", str(error))
+        Path(path).write_text("no certificate")
+        error = self.assertRaises(ValueError, ClientContext, ca_file=path)
+        self.assertIn("PEM", str(error))

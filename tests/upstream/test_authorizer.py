@@ -1,0 +1,336 @@
+"""The token dance with a small token server on loopback, reached under the names that tests give it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+from urllib.parse import parse_qsl
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from twisted.internet import reactor
+from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.protocol import Factory, Protocol
+from twisted.internet.task import Clock, deferLater
+from twisted.trial.unittest import TestCase
+
+from dockerproxy.errors import DestinationForbidden, TooManyRequests, Unauthorized, UpstreamBroken, UpstreamUnreachable
+from dockerproxy.net.dial import Dialer
+from dockerproxy.oci.challenge import Challenge
+from dockerproxy.oci.names import Host, Registry
+from dockerproxy.upstream.agent import Agent, ClientContext, UpstreamTimeouts
+from dockerproxy.upstream.authorizer import Authorizer, remaining_lifetime
+from dockerproxy.upstream.credentials import Anonymous, BasicCredentials, ClientCredential
+
+NOW = 1_700_000_000.0
+REGISTRY = Registry.parse("http://registry.example")
+LOGIN, REALM_LOGIN = BasicCredentials("me", "secret"), BasicCredentials("me", "realm-secret")
+SCOPE = "repository:library/ubuntu:pull"
+ANONYMOUS = Anonymous()
+
+
+def bearer(realm: str = "http://registry.example/token", **more: str) -> list[Challenge]:
+    return [Challenge("bearer", {"realm": realm, "service": "the registry", **more})]
+
+
+class FakeTokenServer(Factory):
+    """Counts its answers into the tokens it gives: token-1, token-2, …; `held` keeps them back."""
+
+    noisy = False
+
+    def __init__(self) -> None:
+        self.requests: list[tuple[str, dict[str, str], list[str]]] = []  # host, query, Authorization fields
+        self.respond: Callable[[int], tuple[int, Any]] = lambda number: (200, {"token": f"token-{number}"})
+        self.fields = ""
+        self.pending_responses: list[Callable[[], None]] | None = None
+        self.connections: set[Any] = set()
+
+    def buildProtocol(self, address: Any) -> Protocol:
+        return _FakeTokenServerProtocol(self)
+
+
+class _FakeTokenServerProtocol(Protocol):
+    def __init__(self, token_server: FakeTokenServer) -> None:
+        self.token_server = token_server
+
+    def connectionMade(self) -> None:
+        self.token_server.connections.add(self)
+
+    def connectionLost(self, reason: Any = None) -> None:
+        self.token_server.connections.discard(self)
+
+    def dataReceived(self, data: bytes) -> None:
+        first, *lines = data.decode().removesuffix("\r\n\r\n").split("\r\n")
+        fields = [tuple(line.split(": ", 1)) for line in lines]
+        query = parse_qsl(first.split(" ")[1].partition("?")[2])
+        self.token_server.requests.append(
+            (dict(fields)["Host"], query, [value for name, value in fields if name.lower() == "authorization"])  # type: ignore[arg-type]
+        )
+        status, content = self.token_server.respond(len(self.token_server.requests))
+        body = content if isinstance(content, bytes) else json.dumps(content).encode()
+        head = f"HTTP/1.1 {status} X\r\nContent-Length: {len(body)}\r\n{self.token_server.fields}\r\n".encode()
+
+        def send() -> None:
+            self.transport.write(head + body)  # type: ignore[union-attr]
+
+        if self.token_server.pending_responses is None:
+            send()
+        else:
+            self.token_server.pending_responses.append(send)
+
+
+async def wait_until(condition: Callable[[], object]) -> None:
+    while not condition():
+        await deferLater(reactor, 0)
+
+
+class AuthorizerTests(TestCase):
+    timeout = 10
+
+    def setUp(self) -> None:
+        self.clock = Clock()
+        self.clock.advance(NOW)
+        self.token_server = FakeTokenServer()
+        self.port = reactor.listenTCP(0, self.token_server, interface="127.0.0.1")
+        place = ("127.0.0.1", self.port.getHost().port)
+        names = ("registry.example", "auth.example", "evil.test")
+        dialer = Dialer(reactor, overrides={Host(name, 80): place for name in names})
+        self.agent = Agent(self.clock, dialer, ClientContext(), UpstreamTimeouts())
+        self.authorizer = self.make_authorizer({REGISTRY.host: LOGIN})
+
+    async def tearDown(self) -> None:
+        await self.agent.close()
+        await self.port.stopListening()
+        await wait_until(lambda: not self.token_server.connections)
+
+    def make_authorizer(self, logins: dict[Host, BasicCredentials], address_check: Any = None) -> Authorizer:
+        return Authorizer(self.agent, self.clock.seconds, address_check, logins)
+
+    async def authorize(
+        self, credential: Any = ANONYMOUS, scope: str | None = SCOPE, challenges: Any = None
+    ) -> str | None:
+        return await self.authorizer.authorize(
+            REGISTRY, bearer() if challenges is None else challenges, scope, credential
+        )
+
+    async def test_anonymous(self) -> None:
+        self.assertEqual(await self.authorize(), "Bearer token-1")
+        self.assertEqual(
+            self.token_server.requests, [("registry.example", [("service", "the registry"), ("scope", SCOPE)], [])]
+        )
+
+    async def test_access_token_field(self) -> None:
+        self.token_server.respond = lambda number: (200, {"access_token": "other"})
+        self.assertEqual(await self.authorize(), "Bearer other")
+
+    async def test_scopes_of_the_challenge_are_requested(self) -> None:
+        mount = "repository:library/ubuntu:pull,push repository:base:pull"
+        await self.authorize(challenges=bearer(scope=mount))
+        await self.authorize(
+            scope=None, challenges=bearer("http://registry.example/token?a=b", scope="registry:catalog:*")
+        )
+        self.assertEqual(
+            [query for _, query, _ in self.token_server.requests],
+            [
+                [("service", "the registry"), ("scope", SCOPE), *(("scope", one) for one in mount.split())],
+                [("a", "b"), ("service", "the registry"), ("scope", "registry:catalog:*")],
+            ],
+        )
+
+    async def test_tokens_are_cached_by_scope_and_login(self) -> None:
+        first = [
+            await self.authorize(),
+            await self.authorize(LOGIN),
+            await self.authorize(scope="repository:other:pull"),
+        ]
+        self.assertEqual(first, ["Bearer token-1", "Bearer token-2", "Bearer token-3"])
+        again = [
+            await self.authorize(),
+            await self.authorize(LOGIN),
+            await self.authorize(scope="repository:other:pull"),
+        ]
+        self.assertEqual(again, first)
+
+    async def test_tokens_are_renewed_before_expiry(self) -> None:
+        for lifetime, margin in ((None, 10), (300, 30), (50, 10), (6, 3)):
+            self.token_server.respond = lambda number, life=lifetime: (
+                200, {"token": f"token-{number}", **({} if life is None else {"expires_in": life})}
+            )  # fmt: skip
+            scope = f"repository:life{lifetime}:pull"
+            first = await self.authorize(scope=scope)
+            self.clock.advance((lifetime or 60) - margin - 0.1)
+            self.assertEqual(await self.authorize(scope=scope), first)
+            self.clock.advance(0.2)
+            self.assertNotEqual(await self.authorize(scope=scope), first)
+
+    async def test_concurrent_requests_share_one_fetch(self) -> None:
+        self.token_server.pending_responses = []
+        pending = [Deferred.fromCoroutine(self.authorize()) for _ in range(5)]
+        await wait_until(lambda: self.token_server.pending_responses)
+        pending[0].cancel()
+        await self.assertFailure(pending[0], CancelledError)
+        self.token_server.pending_responses[0]()
+        self.assertEqual([await one for one in pending[1:]], ["Bearer token-1"] * 4)
+        self.assertEqual(len(self.token_server.requests), 1)
+
+    async def test_cancelled_caller_does_not_cancel_the_fetch(self) -> None:
+        self.token_server.pending_responses = []
+        pending = Deferred.fromCoroutine(self.authorize())
+        await wait_until(lambda: self.token_server.pending_responses)
+        pending.cancel()
+        await self.assertFailure(pending, CancelledError)
+        second = Deferred.fromCoroutine(self.authorize())
+        self.token_server.pending_responses[0]()
+        self.assertEqual(await second, "Bearer token-1")
+        self.assertEqual(len(self.token_server.requests), 1)
+
+    async def test_failures_are_not_cached(self) -> None:
+        for status, kind in ((401, Unauthorized), (403, Unauthorized), (500, UpstreamBroken), (404, UpstreamBroken),
+                             (302, UpstreamBroken)):  # fmt: skip
+            self.token_server.respond = lambda number, status=status: (status, {"token": "no"})
+            error = await self.assertFailure(Deferred.fromCoroutine(self.authorize(LOGIN)), kind)
+            self.assertIn("registry.example", error.message)
+            self.assertNotIn("secret", error.message)
+        self.token_server.respond = lambda number: (200, {"token": "yes"})
+        self.assertEqual(await self.authorize(LOGIN), "Bearer yes")
+
+    async def test_rate_limit(self) -> None:
+        self.token_server.respond = lambda number: (429, b"")
+        self.token_server.fields = "Retry-After: 17\r\n"
+        error = await self.assertFailure(Deferred.fromCoroutine(self.authorize()), TooManyRequests)
+        self.assertEqual(error.headers, (("Retry-After", "17"),))
+
+    async def test_responses_without_a_token(self) -> None:
+        for content in (b"", b"<html>", b"[]", b"{}", b'{"token": 5}', b'{"token": ""}', b'{"token": "a\\r\\nX: y"}',
+                        b"[" * 100000, b'{"token": "' + b"x" * 20000 + b'"}', b" " * 300000):  # fmt: skip
+            self.token_server.respond = lambda number, content=content: (200, content)
+            await self.assertFailure(Deferred.fromCoroutine(self.authorize()), UpstreamBroken)
+
+    async def test_login_goes_to_the_realm_on_the_registrys_host(self) -> None:
+        await self.authorize(LOGIN)
+        await self.authorize(LOGIN, challenges=bearer("http://auth.example/token"))
+        await self.authorize(LOGIN, challenges=bearer("http://evil.test/token"))
+        sent = [(host, fields) for host, _, fields in self.token_server.requests]
+        expected = [("registry.example", [LOGIN.authorization]), ("auth.example", []), ("evil.test", [])]
+        self.assertEqual(sent, expected)
+
+    async def test_login_of_the_realms_host(self) -> None:
+        registry = Registry.parse("http://registry.example.test")
+        self.authorizer = self.make_authorizer({Host("evil.test", 80): REALM_LOGIN, Host("example.test", 80): LOGIN})
+        self.assertIs(self.authorizer.effective_login(registry), None)
+        self.authorizer.add_challenges(registry, bearer("http://example.test/token"))
+        self.assertEqual(self.authorizer.effective_login(registry), LOGIN)
+        self.authorizer.add_challenges(registry, bearer("http://evil.test/token"))
+        self.assertIs(self.authorizer.effective_login(registry), None)
+
+    async def test_docker_hub_realm_is_built_in(self) -> None:
+        self.authorizer = self.make_authorizer({Host("auth.docker.io", 443): LOGIN})
+        self.assertEqual(self.authorizer.effective_login(Registry.parse("registry-1.docker.io")), LOGIN)
+        self.assertIs(self.authorizer.effective_login(Registry.parse("quay.io")), None)
+
+    async def test_realm_without_tls(self) -> None:
+        work = self.authorizer.authorize(Registry.parse("registry.example"), bearer(), SCOPE, LOGIN)
+        error = await self.assertFailure(Deferred.fromCoroutine(work), UpstreamBroken)
+        self.assertIn("without TLS", error.message)
+        self.assertEqual(self.token_server.requests, [])
+
+    async def test_foreign_realm_address_is_checked(self) -> None:
+        def address_check(address: str) -> None:
+            raise DestinationForbidden(f"{address} is forbidden")
+
+        self.authorizer = self.make_authorizer({}, address_check)
+        port = self.port.getHost().port
+        work = Deferred.fromCoroutine(self.authorize(challenges=bearer(f"http://127.0.0.1:{port}/token")))
+        await self.assertFailure(work, DestinationForbidden)
+        registry = Registry(Host("127.0.0.1", port), "http")
+        challenges = bearer(f"http://127.0.0.1:{port}/token")
+        self.assertEqual(await self.authorizer.authorize(registry, challenges, SCOPE, ANONYMOUS), "Bearer token-1")
+
+    async def test_realm_that_is_no_url_or_out_of_reach(self) -> None:
+        await self.assertFailure(Deferred.fromCoroutine(self.authorize(challenges=bearer("token"))), UpstreamBroken)
+        work = Deferred.fromCoroutine(self.authorize(challenges=bearer("http://no.invalid/token")))
+        await self.assertFailure(work, UpstreamUnreachable)
+
+    async def test_basic(self) -> None:
+        basic = [Challenge("basic", {"realm": "x"})]
+        self.assertEqual(await self.authorize(LOGIN, challenges=basic), LOGIN.authorization)
+        self.assertIs(await self.authorize(challenges=basic), None)
+        self.assertIs(await self.authorize(LOGIN, challenges=[]), None)
+        self.assertEqual(await self.authorize(LOGIN, challenges=basic + bearer()), "Bearer token-1")
+
+    async def test_client_credential_is_sent_unchanged(self) -> None:
+        self.assertEqual(await self.authorize(ClientCredential("Bearer mine")), "Bearer mine")
+        self.assertEqual(self.token_server.requests, [])
+
+    async def test_rejected_tokens(self) -> None:
+        challenges = bearer()
+        first = await self.authorizer.get_authorization(REGISTRY, challenges, SCOPE, ANONYMOUS)
+        assert first is not None
+        self.assertIs(
+            await self.authorizer.get_authorization(
+                REGISTRY, challenges, SCOPE, ANONYMOUS, rejected_authorization=first
+            ),
+            first,
+        )
+        cached = await self.authorizer.get_authorization(REGISTRY, challenges, SCOPE, ANONYMOUS)
+        fresh = await self.authorizer.get_authorization(
+            REGISTRY, challenges, SCOPE, ANONYMOUS, rejected_authorization=cached
+        )
+        assert fresh is not None
+        self.assertEqual(fresh.value, "Bearer token-2")
+        wider = await self.authorizer.get_authorization(
+            REGISTRY, bearer(scope="more"), SCOPE, ANONYMOUS, rejected_authorization=fresh
+        )
+        assert wider is not None
+        self.assertEqual(wider.value, "Bearer token-3")
+        self.assertNotIn("token-3", repr(wider))
+
+    async def test_challenges_are_remembered(self) -> None:
+        self.assertEqual(self.authorizer.challenges_for(REGISTRY), ())
+        self.authorizer.add_challenges(REGISTRY, [Challenge("negotiate"), *bearer(scope=SCOPE)])
+        self.assertEqual(self.authorizer.challenges_for(REGISTRY), tuple(bearer()))
+        self.authorizer.add_challenges(REGISTRY, [])
+        self.assertEqual(self.authorizer.challenges_for(REGISTRY), tuple(bearer()))
+        self.authorizer.remove_challenges(REGISTRY)
+        self.assertEqual(self.authorizer.challenges_for(REGISTRY), ())
+        for number in range(300):
+            self.authorizer.add_challenges(Registry(Host("h", number + 1)), bearer())
+        self.assertEqual(self.authorizer.challenges_for(Registry(Host("h", 44))), ())
+        self.assertEqual(len(self.authorizer.challenges_for(Registry(Host("h", 45)))), 1)
+
+
+@pytest.mark.parametrize(
+    ("answer", "life"),
+    [
+        ({}, 60),
+        ({"expires_in": 300}, 300),
+        ({"expires_in": 0}, 60),
+        ({"expires_in": -5}, 60),
+        ({"expires_in": "300"}, 60),
+        ({"expires_in": True}, 60),
+        ({"expires_in": float("inf")}, 60),
+        ({"expires_in": float("nan")}, 60),
+        ({"expires_in": 10**9}, 86400),
+        ({"expires_in": 300, "issued_at": "2023-11-14T22:12:20Z"}, 240),
+        ({"expires_in": 300, "issued_at": "2023-11-14T22:12:20.123456789Z"}, 240.123456),
+        ({"expires_in": 300, "issued_at": "2023-11-14T23:12:20+01:00"}, 240),
+        ({"expires_in": 300, "issued_at": "2023-11-14T22:12:20"}, 240),
+        ({"expires_in": 300, "issued_at": "2023-11-14T22:20:00Z"}, 300),  # their clock is ahead
+        ({"expires_in": 300, "issued_at": "2023-11-14T20:00:00Z"}, 300),  # or behind
+        ({"expires_in": 300, "issued_at": "yesterday"}, 300),
+        ({"expires_in": 300, "issued_at": 17}, 300),
+    ],
+)
+def test_remaining_lifetime(answer: dict[str, Any], life: float) -> None:
+    assert remaining_lifetime(answer, NOW) == pytest.approx(life, abs=1e-5)
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(["expires_in", "issued_at"]), st.integers() | st.floats() | st.text() | st.datetimes().map(str)
+    )
+)
+def test_lifetime_is_bounded(answer: dict[str, Any]) -> None:
+    assert 0 < remaining_lifetime(answer, NOW) <= 86400
