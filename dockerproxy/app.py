@@ -41,13 +41,13 @@ from dockerproxy.proxy.direct import DirectRequestHandler
 from dockerproxy.proxy.forward_proxy import ForwardProxy, Interception
 from dockerproxy.proxy.policy import Policy
 from dockerproxy.proxy.tunnel import TunnelTimeouts
-from dockerproxy.registry.doors import Intercepted, Mirror
-from dockerproxy.registry.face import Face
-from dockerproxy.registry.guard import Guard, OnlyUsers, Open, ReadByAll
-from dockerproxy.registry.hosted import Hosted
-from dockerproxy.registry.own import ByNamespace, Own
-from dockerproxy.registry.push import Push
-from dockerproxy.registry.users import Users
+from dockerproxy.registry.access_control import AccessControl, AllowAll, AnonymousPull, RequireLogin
+from dockerproxy.registry.api import RegistryAPI
+from dockerproxy.registry.hosted import HostedRegistry
+from dockerproxy.registry.hosted_app import HostedRegistryApp, NamespaceRouter
+from dockerproxy.registry.htpasswd import HtpasswdFile
+from dockerproxy.registry.intercepted import Intercepted, Mirror
+from dockerproxy.registry.push import PushHandler
 from dockerproxy.reload import RegistryTable
 from dockerproxy.settings import DOCKER_HUB, Settings, SettingsError
 from dockerproxy.store.blobs import Blobs
@@ -95,14 +95,14 @@ class ProxyServer:
     transfers: Transfers
     registries: RegistryTable
     cache: Cache
-    hosted_app: Own
+    hosted_app: HostedRegistryApp
     close: Callable[[], Awaitable[None]]
     _reactor: Any
 
     def reconfigure(self, settings: Settings) -> None:
         """Serve as `settings` say, some of which may have changed. Raise `HtpasswdError` or OSError: no change."""
         access_control = build_access_control(self._reactor, settings)  # first, for it may fail
-        self.hosted_app.guard = access_control
+        self.hosted_app.access_control = access_control
         self.registries.update(settings)
         self.cache.reconfigure(settings)
 
@@ -117,14 +117,16 @@ def build_server(
     connectors = build_connectors(reactor, settings)
     registries = RegistryTable(settings)
     cache = build_cache(reactor, settings, shared, registries, policy, connectors.transport)
-    api = Face(reactor)
+    api = RegistryAPI(reactor)
     hosted_app = build_hosted_app(reactor, settings, shared, api)
     metrics_handler = partial(handle_metrics, shared)
     on_finished = partial(count_and_log, shared.metrics)
     mirror = Mirror(api, cache.pull_through.registry, registries.mirrored, DOCKER_HUB)
-    route_by_namespace = partial(ByNamespace, hosted_app.answer, mirror.answer, frozenset(settings.registry_hostname))
+    route_by_namespace = partial(
+        NamespaceRouter, hosted_app.handle, mirror.handle, frozenset(settings.registry_hostname)
+    )
     direct_endpoints = BuiltinEndpoints(
-        authority.certificate_pem, route_by_namespace(hosted_app.answer).answer, metrics_handler, proxy_port(settings)
+        authority.certificate_pem, route_by_namespace(hosted_app.handle).handle, metrics_handler, proxy_port(settings)
     )
     direct_listener = DirectRequestHandler(policy, direct_endpoints.handle)
     intercepted = Intercepted(api, cache.pull_through.registry, cache.pull_through, allow_push=settings.allow_push)
@@ -132,11 +134,11 @@ def build_server(
     forward_proxy = ForwardProxy(
         clock=reactor,
         policy=policy,
-        interception=Interception(registries.intercepted, authority.context_for, intercepted.answer),
+        interception=Interception(registries.intercepted, authority.context_for, intercepted.handle),
         dialer=connectors.tunnel_dialer,
         agent=connectors.transport,
         local=BuiltinEndpoints(
-            authority.certificate_pem, route_by_namespace(mirror.answer).answer, metrics_handler
+            authority.certificate_pem, route_by_namespace(mirror.handle).handle, metrics_handler
         ).handle,
         hosted=direct_listener.handle,
         hosted_names=frozenset(settings.registry_hostname),
@@ -291,21 +293,21 @@ def build_cache(
     )
 
 
-def build_hosted_app(reactor: Any, settings: Settings, shared: SharedServices, api: Face) -> Own:
+def build_hosted_app(reactor: Any, settings: Settings, shared: SharedServices, api: RegistryAPI) -> HostedRegistryApp:
     """Return the hosted registry in REGISTRY_DIR. Raises OSError, ValueError."""
     store = HostedStore.from_layout(Layout(settings.registry_dir), locks=shared.locks)
-    backend = Hosted(reactor, store, Push(reactor, store))
-    return Own(api, backend, build_access_control(reactor, settings))
+    backend = HostedRegistry(reactor, store, PushHandler(reactor, store))
+    return HostedRegistryApp(api, backend, build_access_control(reactor, settings))
 
 
-def build_access_control(reactor: Any, settings: Settings) -> Guard:
+def build_access_control(reactor: Any, settings: Settings) -> AccessControl:
     """Return who asks for logins to the hosted registry, as HTPASSWD_FILE and ANONYMOUS_PULL say. Raises ValueError."""
     if settings.htpasswd_file is None:
-        return Open()
+        return AllowAll()
     realm = settings.registry_hostname[0]
     secret = load_or_create_secret(settings.registry_dir / "secret")
-    users = Users(reactor, settings.htpasswd_file, secret, time.time)
-    return ReadByAll(users, realm, secret, time.time) if settings.anonymous_pull else OnlyUsers(users, realm)
+    users = HtpasswdFile(reactor, settings.htpasswd_file, secret, time.time)
+    return AnonymousPull(users, realm, secret, time.time) if settings.anonymous_pull else RequireLogin(users, realm)
 
 
 def proxy_port(settings: Settings) -> int:

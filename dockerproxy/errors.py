@@ -1,7 +1,7 @@
 """What can go wrong, in the registry's own terms.
 
 One tree. A class carries its wire form (HTTP status and the error code of distribution-spec 1.1,
-"Error Codes"); `dockerproxy.registry.answers` is the one place that renders it. `UpstreamError` is a branch of its
+"Error Codes"); `dockerproxy.registry.responses` is the one place that renders it. `UpstreamError` is a branch of its
 own: the trouble is another server's, and the client is told so (502, 504) and never blamed.
 """
 

@@ -13,7 +13,7 @@ from twisted.logger import Logger
 
 from dockerproxy.daemon.systemd import Notifier
 from dockerproxy.oci.names import Host, Registry
-from dockerproxy.registry.users import HtpasswdError
+from dockerproxy.registry.htpasswd import HtpasswdError
 from dockerproxy.settings import DOCKER_HUB, Settings, SettingsError
 
 _RELOADABLE = {

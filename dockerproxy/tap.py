@@ -35,8 +35,8 @@ from dockerproxy.daemon.metrics import Metrics
 from dockerproxy.daemon.signals import on_repeated_stop
 from dockerproxy.daemon.systemd import Notifier, SystemdService
 from dockerproxy.proxy.issuer import AuthorityError
-from dockerproxy.registry.hosted import purging
-from dockerproxy.registry.users import HtpasswdError
+from dockerproxy.registry.hosted import upload_purge_service
+from dockerproxy.registry.htpasswd import HtpasswdError
 from dockerproxy.reload import Reloader, describe_error, reloadable_variables
 from dockerproxy.settings import DOCKER_HUB, Settings, SettingsError, read_env_file
 from dockerproxy.store.blobs import Blobs
@@ -100,7 +100,7 @@ def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifi
     multi_process, metrics = settings.workers > 1, Metrics.make(settings.workers)
     shared = SharedServices(LocalCacheSpace(reservations), metrics.for_process(0), locks, bindings, multi_process)
     server = build_server(reactor, settings, authority, shared)
-    store = server.hosted_app.hosted.store
+    store = server.hosted_app.backend.store
     keep_log_observers = jsonlog.logs_to_stdout(twistd_options)
     scoreboard = Scoreboard.create(settings.workers)
     forked_state = ForkedState(reactor, merged_environment(env_file), authority, scoreboard, metrics)
@@ -137,7 +137,7 @@ def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifi
     for service in (
         *([fork_server] if multi_process else []),  # first, while nothing is open
         cache_space.service(),
-        purging(reactor, store.uploads, time.time),
+        upload_purge_service(reactor, store.uploads, time.time),
         listener_service,
         supervisor,
         build_control_socket(reactor, settings, store, cache_space),

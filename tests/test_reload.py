@@ -20,7 +20,7 @@ import pytest
 import dockerproxy
 from dockerproxy.daemon.systemd import Notifier
 from dockerproxy.oci.names import Host, Registry
-from dockerproxy.registry.users import HtpasswdError
+from dockerproxy.registry.htpasswd import HtpasswdError
 from dockerproxy.reload import RegistryTable, Reloader, describe_error
 from dockerproxy.settings import Settings, SettingsError
 from dockerproxy.upstream.authorizer import Authorizer

@@ -15,7 +15,7 @@ from dockerproxy.cache.upstream import Principal, RegistryClient, UpstreamRespon
 from dockerproxy.concurrency import SingleFlight
 from dockerproxy.errors import RegistryError, Unauthorized, UpstreamBroken, UpstreamError, UpstreamFailing, is_outage
 from dockerproxy.http.headers import Headers
-from dockerproxy.oci.contents import BlobAnswer
+from dockerproxy.oci.content import BlobResponse
 from dockerproxy.oci.names import Digest
 from dockerproxy.oci.ranges import parse_content_range
 from dockerproxy.store.blob_reader import StoredBlobReader
@@ -48,7 +48,7 @@ class CachedBlobs:
         self._space = space
         self._upstream_checks: SingleFlight[tuple[object, ...], tuple[int | None, bool]] = SingleFlight()
 
-    async def get(self, principal: Principal, digest: Digest) -> BlobAnswer:
+    async def get(self, principal: Principal, digest: Digest) -> BlobResponse:
         """Return the blob for `visitor`. Raise what upstream refuses with, or `UpstreamError`."""
         for _ in range(_MAX_ATTEMPTS):
             response = await self._find(principal, digest)
@@ -56,16 +56,16 @@ class CachedBlobs:
                 return response
         raise UpstreamFailing(f"{digest} goes as fast as it is fetched: the cache may be too small")
 
-    async def head(self, principal: Principal, digest: Digest) -> BlobAnswer:
+    async def head(self, principal: Principal, digest: Digest) -> BlobResponse:
         """Return the blob's size, without fetching it."""
         if self._blobs.exists(digest):
             response = await self.get(principal, digest)
             if response.content is not None:
                 response.content.close()
             return evolve(response, content=None)
-        return BlobAnswer(digest, await self._check_upstream(principal, digest, self._size_of(digest)), None, "MISS")
+        return BlobResponse(digest, await self._check_upstream(principal, digest, self._size_of(digest)), None, "MISS")
 
-    async def _find(self, principal: Principal, digest: Digest) -> BlobAnswer | None:
+    async def _find(self, principal: Principal, digest: Digest) -> BlobResponse | None:
         """Return the blob; None where it went while it was looked for, or its download was another's and failed."""
         key = principal.repository.key
         linked = self._links.has_layer(key, digest)
@@ -94,13 +94,13 @@ class CachedBlobs:
             )
         return self._open_stored(digest, status) if status is not None else None
 
-    def _open_stored(self, digest: Digest, cache_status: str) -> BlobAnswer | None:
+    def _open_stored(self, digest: Digest, cache_status: str) -> BlobResponse | None:
         blob = self._blobs.open(digest)
         if blob is None:
             return None
         self._space.pin(digest)  # it does not leave the cache before it is closed
         content = StoredBlobReader(self._reactor, blob, partial(self._space.unpin, digest))
-        return BlobAnswer(digest, blob.size, content, cache_status)
+        return BlobResponse(digest, blob.size, content, cache_status)
 
     def _start_download(self, principal: Principal, digest: Digest) -> BlobDownload:
         started_at = self._access.now()
@@ -108,9 +108,9 @@ class CachedBlobs:
         # all that the repository has here.
         return self._downloads.start(principal, digest, lambda: self._record_grant(principal, digest, started_at))
 
-    def _open_reader(self, download: BlobDownload, principal: Principal, cache_status: str) -> BlobAnswer | None:
+    def _open_reader(self, download: BlobDownload, principal: Principal, cache_status: str) -> BlobResponse | None:
         content = download.open_reader(principal.repository)
-        return None if content is None else BlobAnswer(download.digest, download.size, content, cache_status)
+        return None if content is None else BlobResponse(download.digest, download.size, content, cache_status)
 
     async def _wait_started(self, download: BlobDownload, principal: Principal) -> bool:
         """Wait until upstream sends, and raise what it says instead; False where it said that to another only."""

@@ -35,7 +35,7 @@ from dockerproxy.cache.syncing import BackgroundFsync
 from dockerproxy.cache.upstream import Principal, RegistryClient, UpstreamRepository
 from dockerproxy.concurrency import in_thread, spawn
 from dockerproxy.errors import RegistryError, UpstreamBroken
-from dockerproxy.oci.contents import SMALL
+from dockerproxy.oci.content import VERIFY_FIRST_SIZE
 from dockerproxy.oci.names import Digest
 from dockerproxy.store.hashed_append_file import HashedAppendFile
 from dockerproxy.store.ingest import ForeignIngest, Ingest
@@ -195,7 +195,7 @@ class BlobDownload:
         self.mark_started(info)
         if ingest is None:
             raise IngestFailed("its file cannot be opened")
-        if self.size is None or self.size > SMALL:  # else nobody gets any of it before it is here
+        if self.size is None or self.size > VERIFY_FIRST_SIZE:  # else nobody gets any of it before it is here
             self._ingests.publish_info(self.digest, info)
         await self._reserve(self.written if self.size is None else self.size)
         while pieces := await source.read(min(_MAX_WRITE_SIZE, self.written)):

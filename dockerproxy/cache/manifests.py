@@ -25,7 +25,7 @@ from dockerproxy.errors import (
     is_outage,
 )
 from dockerproxy.http.headers import Headers
-from dockerproxy.oci.contents import ManifestAnswer
+from dockerproxy.oci.content import ManifestResponse
 from dockerproxy.oci.manifests import (
     DOCKER_SCHEMA1_SIGNED,
     KNOWN_TYPES,
@@ -84,10 +84,12 @@ class CachedManifests:
         self._lock = lock
         self._clock = clock
         self._on_stored = on_stored
-        self._requests: SingleFlight[tuple[object, ...], ManifestAnswer] = SingleFlight()
+        self._requests: SingleFlight[tuple[object, ...], ManifestResponse] = SingleFlight()
         self._memory_cache = ManifestMemoryCache(clock)
 
-    async def get(self, principal: Principal, reference: Reference, accept: list[str], *, head: bool) -> ManifestAnswer:
+    async def get(
+        self, principal: Principal, reference: Reference, accept: list[str], *, head: bool
+    ) -> ManifestResponse:
         """Return the manifest; `accept` are the client's Accept fields. Raise what upstream refuses with."""
         if isinstance(reference, Digest):
             return await self._get_by_digest(principal, reference, accept, head)
@@ -97,7 +99,7 @@ class CachedManifests:
 
     async def _get_by_digest(
         self, principal: Principal, digest: Digest, accept: list[str], head: bool
-    ) -> ManifestAnswer:
+    ) -> ManifestResponse:
         key = principal.repository.key
         stored_manifest = await self._load(key, digest)
         if stored_manifest is not None and self._access.state(key, principal.identity) is AccessState.GRANTED:
@@ -114,7 +116,7 @@ class CachedManifests:
 
     # by tag: upstream says what it names, unless it said so a short while ago or cannot say it
 
-    async def _get_by_tag(self, principal: Principal, tag: Tag, accept: list[str], head: bool) -> ManifestAnswer:
+    async def _get_by_tag(self, principal: Principal, tag: Tag, accept: list[str], head: bool) -> ManifestResponse:
         key = principal.repository.key
         media_types = accept_set(accept)
         entry = self._tag_entries(key, tag).get(accept_key(media_types))
@@ -136,8 +138,8 @@ class CachedManifests:
         )
 
     async def _revalidate(
-        self, principal: Principal, tag: Tag, accept: list[str], stored_manifest: ManifestAnswer | None, head: bool
-    ) -> ManifestAnswer:
+        self, principal: Principal, tag: Tag, accept: list[str], stored_manifest: ManifestResponse | None, head: bool
+    ) -> ManifestResponse:
         if stored_manifest is None and not head:
             return await self._request("GET", principal, tag, accept)
         # HEAD first: Docker Hub counts no HEAD as a pull.
@@ -153,7 +155,9 @@ class CachedManifests:
             return _mark_revalidated(current, head_result)
         return head_result if head else await self._request("GET", principal, tag, accept)
 
-    async def _serve_stale(self, principal: Principal, tag: Tag, media_types: frozenset[str]) -> ManifestAnswer | None:
+    async def _serve_stale(
+        self, principal: Principal, tag: Tag, media_types: frozenset[str]
+    ) -> ManifestResponse | None:
         """Return the last good answer that suits the client, for a visitor that upstream once let in."""
         key = principal.repository.key
         if not self._access.had_access(principal):
@@ -172,14 +176,14 @@ class CachedManifests:
 
     async def _request(
         self, method: str, principal: Principal, reference: Reference, accept: list[str]
-    ) -> ManifestAnswer:
+    ) -> ManifestResponse:
         """Ask upstream, joining whoever asks the same with the same standing."""
         key = (method, principal.repository.key, str(reference), accept_key(accept_set(accept)), principal.identity)
         return await self._requests.do(key, lambda: self._request_locked(method, principal, reference, accept))
 
     async def _request_locked(
         self, method: str, principal: Principal, reference: Reference, accept: list[str]
-    ) -> ManifestAnswer:
+    ) -> ManifestResponse:
         """Ask upstream, unless another process did while we waited for it."""
         started_at = self._clock()
         key = f"{method} {principal.repository.key} {reference} {accept_key(accept_set(accept))} {principal.identity}"
@@ -189,7 +193,7 @@ class CachedManifests:
 
     async def _stored_since(
         self, principal: Principal, reference: Reference, accept: list[str], since: float
-    ) -> ManifestAnswer | None:
+    ) -> ManifestResponse | None:
         """Return what upstream answered to `visitor` since then, if that was kept."""
         key = principal.repository.key
         if not self._access.granted_since(key, principal.identity, since):
@@ -206,7 +210,7 @@ class CachedManifests:
 
     async def _request_upstream(
         self, method: str, principal: Principal, reference: Reference, accept: list[str]
-    ) -> ManifestAnswer:
+    ) -> ManifestResponse:
         repository = principal.repository
         headers = Headers([("accept", value) for value in accept])
         try:
@@ -230,7 +234,7 @@ class CachedManifests:
 
     async def _handle_head(
         self, principal: Principal, reference: Reference, accept: list[str], response: UpstreamResponse
-    ) -> ManifestAnswer:
+    ) -> ManifestResponse:
         header_digest, size, key = _digest_field(response), response.length, principal.repository.key
         await response.discard()
         digest = reference if isinstance(reference, Digest) else header_digest
@@ -248,11 +252,11 @@ class CachedManifests:
             await self._update_link(key, digest, media_type)
             if not isinstance(reference, Digest):
                 self._record_tag(key, reference, accept, digest, media_type)
-        return ManifestAnswer(digest, media_type, size, None, "MISS")
+        return ManifestResponse(digest, media_type, size, None, "MISS")
 
     async def _handle_get(
         self, principal: Principal, reference: Reference, accept: list[str], response: UpstreamResponse
-    ) -> ManifestAnswer:
+    ) -> ManifestResponse:
         registry = principal.repository.registry
         content = await response.read_all(MAX_MANIFEST)
         try:
@@ -264,7 +268,7 @@ class CachedManifests:
         if media_type == body_type == DOCKER_SCHEMA1_SIGNED and claimed_digest is not None:
             # Its digest is that of a part of it (the JWS payload): it is passed on, and not kept.
             self._record_grant(principal)
-            return ManifestAnswer(claimed_digest, media_type, len(content), content, "PASS")
+            return ManifestResponse(claimed_digest, media_type, len(content), content, "PASS")
         digest = Digest.of(content, claimed_digest.algorithm if claimed_digest is not None else "sha256")
         if claimed_digest is not None and digest != claimed_digest:
             raise UpstreamBroken(f"{registry} sent content that is not {claimed_digest}")
@@ -273,7 +277,7 @@ class CachedManifests:
         if not isinstance(reference, Digest):
             self._record_tag(principal.repository.key, reference, accept, digest, media_type)
             await try_link(self._reactor, self._links.set_tag, principal.repository.key, reference, digest)
-        return ManifestAnswer(digest, media_type, len(content), content, "MISS")
+        return ManifestResponse(digest, media_type, len(content), content, "MISS")
 
     def _record_grant(self, principal: Principal) -> None:
         # Once it is certain that the answer is one: upstream may be a page that is shown for everything.
@@ -289,7 +293,7 @@ class CachedManifests:
 
     # the store
 
-    async def _load(self, key: str, digest: Digest, media_type: str | None = None) -> ManifestAnswer | None:
+    async def _load(self, key: str, digest: Digest, media_type: str | None = None) -> ManifestResponse | None:
         """Return a manifest of this repository from the store, as a HIT; of a `media_type` if it is not known there."""
         if not self._links.has_manifest(key, digest):
             return None
@@ -307,7 +311,7 @@ class CachedManifests:
             self._memory_cache.add(key, manifest)
         return manifest
 
-    async def _read_stored(self, digest: Digest, media_type: str | None) -> ManifestAnswer | None:
+    async def _read_stored(self, digest: Digest, media_type: str | None) -> ManifestResponse | None:
         if media_type is None:
             return None
         blob = self._blobs.open(digest)
@@ -325,7 +329,7 @@ class CachedManifests:
             with suppress(OSError):
                 self._blobs.remove(digest)
             return None
-        return ManifestAnswer(digest, media_type, len(content), content, "HIT")
+        return ManifestResponse(digest, media_type, len(content), content, "HIT")
 
     async def _update_link(self, key: str, digest: Digest, media_type: str) -> None:
         """Let the repository have a manifest that is here, of the type that upstream says now."""
@@ -364,7 +368,7 @@ class CachedManifests:
         try_put(self._records, record, "tag", key, tag)
 
 
-def _mark_revalidated(stored_manifest: ManifestAnswer, head_result: ManifestAnswer) -> ManifestAnswer:
+def _mark_revalidated(stored_manifest: ManifestResponse, head_result: ManifestResponse) -> ManifestResponse:
     """Return what is kept, as upstream says by the answer to a HEAD that it is still."""
     return evolve(stored_manifest, media_type=head_result.media_type, verdict="REVALIDATED")
 

@@ -34,7 +34,7 @@ from dockerproxy.errors import (
 )
 from dockerproxy.http.headers import Headers
 from dockerproxy.oci.challenge import Challenge
-from dockerproxy.oci.contents import BlobAnswer, ManifestAnswer
+from dockerproxy.oci.content import BlobResponse, ManifestResponse
 from dockerproxy.oci.manifests import EMPTY_INDEX, MAX_MANIFEST, OCI_INDEX, fallback_tag, filter_referrers
 from dockerproxy.oci.names import Digest, Reference, Registry, Repository
 from dockerproxy.upstream.credentials import Anonymous, BasicCredentials, ClientCredential, Credential
@@ -123,11 +123,11 @@ class CachedRegistry:
 
     async def manifest(
         self, name: Repository, reference: Reference, accept: list[str], *, head: bool
-    ) -> ManifestAnswer:
+    ) -> ManifestResponse:
         """Return a manifest. Raise `UpstreamRefused`, `UpstreamError`."""
         return await self.cache.manifests.get(await self.principal(name), reference, accept, head=head)
 
-    async def blob(self, name: Repository, digest: Digest, *, head: bool) -> BlobAnswer:
+    async def blob(self, name: Repository, digest: Digest, *, head: bool) -> BlobResponse:
         """Return a blob. Raise `UpstreamRefused`, `UpstreamError`."""
         blobs, principal = self.cache.blobs, await self.principal(name)
         return await (blobs.head(principal, digest) if head else blobs.get(principal, digest))

@@ -9,7 +9,7 @@ from dockerproxy.cache.resumable import ResumableGet
 from dockerproxy.cache.upstream import UpstreamRepository
 from dockerproxy.concurrency import in_thread
 from dockerproxy.errors import UpstreamBroken, UpstreamError
-from dockerproxy.oci.contents import Piece
+from dockerproxy.oci.content import BytesLike
 from dockerproxy.oci.names import Digest
 from dockerproxy.store.blobs import read_blocking, read_cached
 
@@ -38,7 +38,7 @@ class BlobReader:
         """The blob's length in bytes, or None while nobody knows it."""
         return self._download.size
 
-    async def read(self, offset: int, at_most: int) -> Piece:
+    async def read(self, offset: int, at_most: int) -> BytesLike:
         """Return bytes from `offset` on, at least one; ``b""`` at the end. Raise `UpstreamError`."""
         download = self._download
         while True:
@@ -80,7 +80,7 @@ class BlobReader:
             raise UpstreamBroken(f"what was received of {self.digest} is gone")
         return data
 
-    async def _read_direct(self, offset: int, at_most: int) -> Piece:
+    async def _read_direct(self, offset: int, at_most: int) -> BytesLike:
         """Go on without the flight where that has stranded; where upstream has failed it, so it has this reader."""
         failure = self._download.failure
         if isinstance(failure, UpstreamError):

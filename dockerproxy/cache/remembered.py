@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from dockerproxy.oci.contents import ManifestAnswer
+from dockerproxy.oci.content import ManifestResponse
 from dockerproxy.oci.names import Digest
 
 _MEMORY_TTL = 30.0  # seconds; reading it again dates its last use, and finds the media type that another process wrote
@@ -21,10 +21,10 @@ class ManifestMemoryCache:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._entries: dict[tuple[str, Digest], tuple[float, ManifestAnswer]] = {}  # the oldest first
+        self._entries: dict[tuple[str, Digest], tuple[float, ManifestResponse]] = {}  # the oldest first
         self._size = 0
 
-    def get(self, key: str, digest: Digest) -> ManifestAnswer | None:
+    def get(self, key: str, digest: Digest) -> ManifestResponse | None:
         """Return what was added a short while ago, None where nothing was."""
         entry = self._entries.get((key, digest))
         if entry is None:
@@ -34,7 +34,7 @@ class ManifestMemoryCache:
             return None
         return entry[1]
 
-    def add(self, key: str, manifest: ManifestAnswer) -> None:
+    def add(self, key: str, manifest: ManifestResponse) -> None:
         """Remember an answer with its content, unless that is unusually large."""
         self.remove(key, manifest.digest)
         if manifest.size > _MEMORY_MAX_MANIFEST:

@@ -20,7 +20,7 @@ from dockerproxy.cache.upstream import UpstreamAgent, error_from_response, is_de
 from dockerproxy.errors import BadRequest, RegistryError, UpstreamBroken, is_outage
 from dockerproxy.http.headers import Headers
 from dockerproxy.net.dial import AddressCheck
-from dockerproxy.oci.challenge import basic
+from dockerproxy.oci.challenge import basic_authorization
 from dockerproxy.oci.names import Host, Registry
 from dockerproxy.store.records import Records
 
@@ -48,7 +48,7 @@ class TokenRequest:
         try:
             fields = dict(parse_qsl((self.form or b"").decode("utf-8", "replace"), max_num_fields=_MAX_FORM_FIELDS))
             if "username" in fields and "password" in fields:
-                return basic(fields["username"], fields["password"])
+                return basic_authorization(fields["username"], fields["password"])
         except ValueError:
             raise BadRequest("the form has too many fields, or a user's name that none can be") from None
         refresh_token = fields.get("refresh_token")

@@ -51,35 +51,35 @@ def parse_challenges(values: Iterable[str]) -> list[Challenge]:
     """Return the challenges of all WWW-Authenticate fields, in order; what cannot be read is left out."""
     challenges: list[Challenge] = []
     for value in values:
-        challenges += _field_challenges(value)
+        challenges += _parse_field(value)
     return challenges[:_MAX_CHALLENGES]
 
 
-def _field_challenges(value: str) -> list[Challenge]:
+def _parse_field(value: str) -> list[Challenge]:
     challenges: list[Challenge] = []
     # The parameters of the challenge that is being read; None while it is one that cannot be read.
     current: dict[str, str] | None = None
     for element in elements(value):
         if parameter := _PARAMETER.fullmatch(element):
-            _add(current, parameter)
-        elif opening := _SCHEME.fullmatch(element):
+            _add_parameter(current, parameter)
+        elif match := _SCHEME.fullmatch(element):
             current = None
-            scheme, rest = opening[1].lower(), opening[2] or ""
+            scheme, rest = match[1].lower(), match[2] or ""
             parameter = _PARAMETER.fullmatch(rest)
             if parameter is not None or not rest:
                 current = {}
-                _add(current, parameter)
+                _add_parameter(current, parameter)
                 challenges.append(Challenge(scheme, current))
             elif _TOKEN68.fullmatch(rest):
                 challenges.append(Challenge(scheme, token68=rest))
     return challenges
 
 
-def _add(parameters: dict[str, str] | None, parameter: re.Match[str] | None) -> None:
+def _add_parameter(parameters: dict[str, str] | None, match: re.Match[str] | None) -> None:
     """Add a parameter; of one that is given twice, which RFC 9110 forbids, the first counts."""
-    if parameters is not None and parameter is not None and len(parameters) < _MAX_PARAMETERS:
-        value = parameter[2] if parameter[3] is None else re.sub(r"\\(.)", r"\1", parameter[3])
-        parameters.setdefault(parameter[1].lower(), value)
+    if parameters is not None and match is not None and len(parameters) < _MAX_PARAMETERS:
+        value = match[2] if match[3] is None else re.sub(r"\\(.)", r"\1", match[3])
+        parameters.setdefault(match[1].lower(), value)
 
 
 def _quote(value: str) -> str:
@@ -104,7 +104,7 @@ def parse_basic(authorization: str) -> tuple[str, str] | None:
     return (user, password) if colon else None
 
 
-def basic(user: str, password: str) -> str:
+def basic_authorization(user: str, password: str) -> str:
     """Return the Basic Authorization value for `user` and `password`; raise ValueError for a user with a colon."""
     if ":" in user:
         raise ValueError("a user's name cannot hold a colon")

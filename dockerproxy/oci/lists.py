@@ -19,11 +19,11 @@ def elements(field: str) -> Iterator[str]:
     if len(field) > _MAX_FIELD:
         return
     position = 0
-    while found := _ELEMENT.match(field, position):
-        stop = found.end()
+    while match := _ELEMENT.match(field, position):
+        stop = match.end()
         if field[stop : stop + 1] not in ("", ","):
             return
-        if element := found[0].strip(" \t"):
+        if element := match[0].strip(" \t"):
             yield element
         if stop == len(field):
             return

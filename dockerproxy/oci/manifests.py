@@ -35,12 +35,12 @@ MAX_MANIFEST = 4 * 1024 * 1024  # distribution-spec 1.1, "Pushing Manifests": at
 EMPTY_INDEX = b'{"schemaVersion":2,"mediaType":"application/vnd.oci.image.index.v1+json","manifests":[]}'
 
 # What a server says that does not know; the content knows better.
-_UNTOLD = frozenset({"", "application/json", "application/octet-stream", "binary/octet-stream", "text/plain"})
-_MEDIA_TYPE = re.compile(r"[a-z0-9][a-z0-9!#$&^_.+-]{0,126}/[a-z0-9][a-z0-9!#$&^_.+-]{0,126}")
-_MEDIA_RANGE = re.compile(rf"\*/\*|[a-z0-9][a-z0-9!#$&^_.+-]{{0,126}}/\*|{_MEDIA_TYPE.pattern}")
-_NOT_ACCEPTED = re.compile(r";[ \t]*q[ \t]*=[ \t]*0(?:\.0*)?[ \t]*(?:;|$)", re.IGNORECASE)
-_MAX_ACCEPTED = 100
-_ELSEWHERE = re.compile(
+_GENERIC_TYPES = frozenset({"", "application/json", "application/octet-stream", "binary/octet-stream", "text/plain"})
+MEDIA_TYPE = re.compile(r"[a-z0-9][a-z0-9!#$&^_.+-]{0,126}/[a-z0-9][a-z0-9!#$&^_.+-]{0,126}")
+_MEDIA_RANGE = re.compile(rf"\*/\*|[a-z0-9][a-z0-9!#$&^_.+-]{{0,126}}/\*|{MEDIA_TYPE.pattern}")
+_ZERO_QUALITY = re.compile(r";[ \t]*q[ \t]*=[ \t]*0(?:\.0*)?[ \t]*(?:;|$)", re.IGNORECASE)
+_MAX_MEDIA_RANGES = 100
+_NONDISTRIBUTABLE = re.compile(
     r"application/vnd\.(?:oci\.image\.layer\.nondistributable\.v1|docker\.image\.rootfs\.foreign\.diff)\b"
 )
 
@@ -76,37 +76,39 @@ class Manifest:
 def parse_manifest(content: bytes, media_type: str | None) -> Manifest:
     """Return what `content` refers to, read as `media_type` (a Content-Type; None or a generic one: as the content
     itself says). Raise `ManifestInvalid` for content that is no manifest, or not one of that type."""
-    document = _load(content)
-    told = _essence(media_type or "")
-    if told in _UNTOLD:
-        told = _own_type(document)
-    elif document.get("mediaType") not in (None, "") and _own_type(document) != told:
+    document = _parse_json(content)
+    actual_type = _essence(media_type or "")
+    if actual_type in _GENERIC_TYPES:
+        actual_type = _document_type(document)
+    elif document.get("mediaType") not in (None, "") and _document_type(document) != actual_type:
         raise ManifestInvalid("the manifest's mediaType is not its Content-Type")
-    _refuse_confusion(document)
-    if told in SCHEMA1_TYPES:
-        return Manifest(told, layers=tuple(_schema1_layer(layer) for layer in _list(document, "fsLayers")))
-    if told in INDEX_TYPES:
-        _require(document, "manifests")
-    elif told in IMAGE_TYPES:
-        _require(document, "config", "layers")
-    config = _optional(document, "config")
-    if config is None and told in IMAGE_TYPES:
+    _check_unambiguous(document)
+    if actual_type in SCHEMA1_TYPES:
+        return Manifest(
+            actual_type, layers=tuple(_parse_schema1_layer(layer) for layer in _get_list(document, "fsLayers"))
+        )
+    if actual_type in INDEX_TYPES:
+        _require_fields(document, "manifests")
+    elif actual_type in IMAGE_TYPES:
+        _require_fields(document, "config", "layers")
+    config = _get_descriptor(document, "config")
+    if config is None and actual_type in IMAGE_TYPES:
         raise ManifestInvalid("the manifest has no config")
-    artifact_type = _text(document, "artifactType") or (config.media_type if config is not None else "")
+    artifact_type = _get_string(document, "artifactType") or (config.media_type if config is not None else "")
     return Manifest(
-        told,
+        actual_type,
         config=config,
-        layers=tuple(_descriptor(item) for item in _list(document, "layers")),
-        manifests=tuple(_descriptor(item) for item in _list(document, "manifests")),
-        subject=_optional(document, "subject"),
+        layers=tuple(_parse_descriptor(item) for item in _get_list(document, "layers")),
+        manifests=tuple(_parse_descriptor(item) for item in _get_list(document, "manifests")),
+        subject=_get_descriptor(document, "subject"),
         artifact_type=artifact_type or None,
     )
 
 
-def is_elsewhere(media_type: str) -> bool:
+def is_nondistributable(media_type: str) -> bool:
     """Whether a layer of this type is one that clients fetch from its vendor, who lets nobody else distribute it
     (image-spec 1.1, "Non-distributable Layers"): no push brings it."""
-    return _ELSEWHERE.match(media_type) is not None
+    return _NONDISTRIBUTABLE.match(media_type) is not None
 
 
 def media_type_of(content: bytes) -> str:
@@ -114,15 +116,15 @@ def media_type_of(content: bytes) -> str:
 
     Raise `ManifestInvalid` for content that is no manifest.
     """
-    return _own_type(_load(content))
+    return _document_type(_parse_json(content))
 
 
-def _own_type(document: _Document) -> str:
-    own = _text(document, "mediaType").lower()
-    if own:
-        if not _MEDIA_TYPE.fullmatch(own):
+def _document_type(document: _Document) -> str:
+    media_type = _get_string(document, "mediaType").lower()
+    if media_type:
+        if not MEDIA_TYPE.fullmatch(media_type):
             raise ManifestInvalid("the manifest's mediaType is not a media type")
-        return own
+        return media_type
     if "manifests" in document:
         return OCI_INDEX
     if "config" in document or "layers" in document:
@@ -132,12 +134,14 @@ def _own_type(document: _Document) -> str:
     raise ManifestInvalid("the content is not a manifest")
 
 
-def _load(content: bytes) -> _Document:
+def _parse_json(content: bytes) -> _Document:
     """Return the JSON object in `content`, read so that every other parser reads the same in it."""
     if len(content) > MAX_MANIFEST:
         raise ManifestInvalid(f"the manifest is longer than {MAX_MANIFEST} bytes")
     try:
-        document = json.loads(content.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse_constant)
+        document = json.loads(
+            content.decode("utf-8"), object_pairs_hook=_unique_fields, parse_constant=_reject_constant
+        )
     except (ValueError, RecursionError):
         raise ManifestInvalid("the manifest is not JSON") from None
     if not isinstance(document, dict):
@@ -145,38 +149,38 @@ def _load(content: bytes) -> _Document:
     return document
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> _Document:
+def _unique_fields(pairs: list[tuple[str, Any]]) -> _Document:
     document = dict(pairs)
     if len(document) != len(pairs):
         raise ManifestInvalid("the manifest holds a field twice")
     return document
 
 
-def _refuse_constant(name: str) -> NoReturn:
+def _reject_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
-def _refuse_confusion(document: _Document) -> None:
+def _check_unambiguous(document: _Document) -> None:
     """Refuse a content that is one thing to one reader and another to the next (CVE-2021-41190)."""
     shapes = (("manifests",), ("config", "layers"), ("fsLayers",))
     if sum(any(document.get(name) is not None for name in shape) for shape in shapes) > 1:
         raise ManifestInvalid("the content is an image and an index at the same time")
 
 
-def _require(document: _Document, *names: str) -> None:
+def _require_fields(document: _Document, *names: str) -> None:
     for name in names:
         if name not in document:
             raise ManifestInvalid(f"the manifest has no {name}")
 
 
-def _text(document: _Document, name: str) -> str:
+def _get_string(document: _Document, name: str) -> str:
     value = document.get(name)
     if value is not None and not isinstance(value, str):
         raise ManifestInvalid(f"{name} is not a string")
     return value or ""
 
 
-def _list(document: _Document, name: str) -> list[Any]:
+def _get_list(document: _Document, name: str) -> list[Any]:
     # Go writes an empty slice as null.
     value = document.get(name)
     if value is not None and not isinstance(value, list):
@@ -184,29 +188,29 @@ def _list(document: _Document, name: str) -> list[Any]:
     return value or []
 
 
-def _optional(document: _Document, name: str) -> Descriptor | None:
+def _get_descriptor(document: _Document, name: str) -> Descriptor | None:
     value = document.get(name)
-    return None if value is None else _descriptor(value)
+    return None if value is None else _parse_descriptor(value)
 
 
-def _descriptor(value: Any) -> Descriptor:
+def _parse_descriptor(value: Any) -> Descriptor:
     if not isinstance(value, dict):
         raise ManifestInvalid("a descriptor is not a JSON object")
     size = value.get("size")
     if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size < 2**63:
         raise ManifestInvalid("a descriptor has no valid size")
-    return Descriptor(_text(value, "mediaType"), _digest(value, "digest"), size)
+    return Descriptor(_get_string(value, "mediaType"), _get_digest(value, "digest"), size)
 
 
-def _schema1_layer(value: Any) -> Descriptor:
+def _parse_schema1_layer(value: Any) -> Descriptor:
     if not isinstance(value, dict):
         raise ManifestInvalid("a layer is not a JSON object")
-    return Descriptor("", _digest(value, "blobSum"), None)
+    return Descriptor("", _get_digest(value, "blobSum"), None)
 
 
-def _digest(document: _Document, name: str) -> Digest:
+def _get_digest(document: _Document, name: str) -> Digest:
     try:
-        return Digest.parse(_text(document, name))
+        return Digest.parse(_get_string(document, name))
     except DigestInvalid as error:
         raise ManifestInvalid(error.message) from None
 
@@ -218,26 +222,26 @@ def _essence(media_type: str) -> str:
 def accept_set(values: Iterable[str]) -> frozenset[str]:
     """Return the media ranges of all Accept fields, lower-case and without parameters; those refused by ``q=0`` and
     what is no media range are left out, and all behind the first hundred."""
-    accepted: set[str] = set()
+    media_ranges: set[str] = set()
     for value in values:
         for element in elements(value):
             media_range = _essence(element)
-            if _MEDIA_RANGE.fullmatch(media_range) and not _NOT_ACCEPTED.search(element):
-                accepted.add(media_range)
-            if len(accepted) == _MAX_ACCEPTED:
-                return frozenset(accepted)
-    return frozenset(accepted)
+            if _MEDIA_RANGE.fullmatch(media_range) and not _ZERO_QUALITY.search(element):
+                media_ranges.add(media_range)
+            if len(media_ranges) == _MAX_MEDIA_RANGES:
+                return frozenset(media_ranges)
+    return frozenset(media_ranges)
 
 
-def accepts(accepted: frozenset[str], media_type: str) -> bool:
+def accepts(media_ranges: frozenset[str], media_type: str) -> bool:
     """Whether a client that sent `accepted` takes `media_type`; one that sent nothing takes everything."""
     essence = _essence(media_type)
-    return not accepted or bool(accepted & {essence, essence.partition("/")[0] + "/*", "*/*"})
+    return not media_ranges or bool(media_ranges & {essence, essence.partition("/")[0] + "/*", "*/*"})
 
 
-def accept_key(accepted: frozenset[str]) -> str:
+def accept_key(media_ranges: frozenset[str]) -> str:
     """Return a name for `accepted`, 32 hex digits, the same on every machine and in every run."""
-    return hashlib.sha256("\n".join(sorted(accepted)).encode("ascii")).hexdigest()[:32]
+    return hashlib.sha256("\n".join(sorted(media_ranges)).encode("ascii")).hexdigest()[:32]
 
 
 def fallback_tag(digest: Digest) -> Tag:
@@ -248,10 +252,10 @@ def fallback_tag(digest: Digest) -> Tag:
 
 def filter_referrers(index: bytes, artifact_type: str) -> bytes:
     """Return the referrers `index` with only the descriptors of `artifact_type`; raise `ManifestInvalid`."""
-    document = _load(index)
-    listed = [item for item in _list(document, "manifests") if isinstance(item, dict)]
-    kept = [item for item in listed if item.get("artifactType") == artifact_type]
+    document = _parse_json(index)
+    descriptors = [item for item in _get_list(document, "manifests") if isinstance(item, dict)]
+    matching = [item for item in descriptors if item.get("artifactType") == artifact_type]
     try:
-        return json.dumps({**document, "manifests": kept}, separators=(",", ":"), allow_nan=False).encode("ascii")
+        return json.dumps({**document, "manifests": matching}, separators=(",", ":"), allow_nan=False).encode("ascii")
     except (ValueError, RecursionError):
         raise ManifestInvalid("the index holds what cannot be written as JSON") from None

@@ -108,7 +108,7 @@ class Host:
     @property
     def is_address(self) -> bool:
         """Whether the name is an IP address."""
-        return _address(self.name) is not None
+        return _parse_address(self.name) is not None
 
     @property
     def authority(self) -> str:
@@ -134,8 +134,8 @@ class Registry:
     @classmethod
     def parse(cls, text: str) -> Registry:
         """Return the registry written as ``host``, ``host:port`` or ``http://host:port``, or raise `NameInvalid`."""
-        scheme, found, rest = text.partition("://")
-        if not found:
+        scheme, separator, rest = text.partition("://")
+        if not separator:
             return cls(Host.parse(text))
         if scheme not in ("http", "https"):
             raise NameInvalid(f"{text[:300]!r} has a scheme other than http or https")
@@ -161,7 +161,7 @@ def _parse_host(text: str, default_port: int) -> Host:
         number = int(port)
     else:
         raise NameInvalid(f"{text[:300]!r} has no valid port")
-    return Host(_canonical(name, text), number)
+    return Host(_canonical_hostname(name, text), number)
 
 
 def _split_port(text: str) -> tuple[str, str | None]:
@@ -174,8 +174,8 @@ def _split_port(text: str) -> tuple[str, str | None]:
     return name, port if colon else None
 
 
-def _canonical(name: str, text: str) -> str:
-    address = _address(name)
+def _canonical_hostname(name: str, text: str) -> str:
+    address = _parse_address(name)
     if address is not None:
         return str(address)
     canonical = name.lower().removesuffix(".")
@@ -185,7 +185,7 @@ def _canonical(name: str, text: str) -> str:
     return canonical
 
 
-def _address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+def _parse_address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     try:
         address = ipaddress.ip_address(name)
     except ValueError:

@@ -28,13 +28,13 @@ class Page:
             raise PaginationInvalid("n is not a number of entries")
         return cls(None if text is None else int(text), parameters.get("last"))
 
-    def cut(self, entries: Sequence[str], most: int) -> tuple[Sequence[str], bool]:
+    def slice(self, entries: Sequence[str], max_entries: int) -> tuple[Sequence[str], bool]:
         """Return the page's part of the sorted `entries`, `most` at the most, and whether there is more behind it.
 
         A page of no entries at all has nothing behind it: its Link would lead nowhere.
         """
         start = 0 if self.last is None else bisect_right(entries, self.last)
-        stop = start + (most if self.limit is None else min(self.limit, most))
+        stop = start + (max_entries if self.limit is None else min(self.limit, max_entries))
         return entries[start:stop], start < stop < len(entries)
 
 

@@ -14,7 +14,7 @@ _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/([0-9]{1,19}|\*)
 
 
 @frozen(slots=True)
-class Span:
+class ByteRange:
     """The bytes from `start` on and before `stop`."""
 
     start: int
@@ -26,7 +26,7 @@ class Span:
         return self.stop - self.start
 
 
-def select(header: str | None, size: int) -> Span | None:
+def parse_range(header: str | None, size: int) -> ByteRange | None:
     """Return the span that a Range field selects of a content of `size` bytes, None for the whole of it.
 
     A field that is absent, in another unit, malformed or asks for several ranges selects the whole (RFC 9110, section
@@ -35,20 +35,20 @@ def select(header: str | None, size: int) -> Span | None:
     behind the content's end or its own raises `RangeInvalid`: section 14.2 lets a server reject the latter too, and
     the conformance suite of the distribution-spec wants that.
     """
-    found = _RANGE.fullmatch(header) if header is not None else None
-    if found is None or size == 0 or not (found[1] or found[2]):
+    match = _RANGE.fullmatch(header) if header is not None else None
+    if match is None or size == 0 or not (match[1] or match[2]):
         return None
-    first, last = found[1], found[2]
+    first, last = match[1], match[2]
     start = int(first) if first else max(size - int(last), 0)
     stop = min(int(last) + 1, size) if first and last else size
     if start >= stop:
         raise RangeInvalid(f"the content has {size} bytes", headers=[("Content-Range", f"bytes */{size}")])
-    return Span(start, stop)
+    return ByteRange(start, stop)
 
 
-def content_range(span: Span, size: int) -> str:
+def content_range(byte_range: ByteRange, size: int) -> str:
     """Return the Content-Range value of a 206 that carries `span` (not empty) of `size` bytes."""
-    return f"bytes {span.start}-{span.stop - 1}/{size}"
+    return f"bytes {byte_range.start}-{byte_range.stop - 1}/{size}"
 
 
 def parse_content_range(value: str) -> tuple[int, int, int | None]:
@@ -56,11 +56,11 @@ def parse_content_range(value: str) -> tuple[int, int, int | None]:
 
     Raise ValueError for anything else, an unsatisfied range (``bytes */SIZE``) included: no 206 says that.
     """
-    found = _CONTENT_RANGE.fullmatch(value)
-    if found is None:
+    match = _CONTENT_RANGE.fullmatch(value)
+    if match is None:
         raise ValueError("not a Content-Range of bytes")
-    start, stop = int(found[1]), int(found[2]) + 1
-    size = None if found[3] == "*" else int(found[3])
+    start, stop = int(match[1]), int(match[2]) + 1
+    size = None if match[3] == "*" else int(match[3])
     if stop <= start or (size is not None and stop > size):
         raise ValueError("a Content-Range that contradicts itself")
     return start, stop, size

@@ -20,7 +20,7 @@ class Referrer:
     descriptor: dict[str, Any]
 
 
-def referrer(manifest: Manifest, content: bytes, digest: Digest) -> Referrer | None:
+def make_referrer(manifest: Manifest, content: bytes, digest: Digest) -> Referrer | None:
     """Return what `manifest`, parsed from `content`, is in the list of its subject; None where it has none."""
     if manifest.subject is None:
         return None
@@ -33,6 +33,6 @@ def referrer(manifest: Manifest, content: bytes, digest: Digest) -> Referrer | N
     return Referrer(manifest.subject.digest, descriptor)
 
 
-def index_of(descriptors: Iterable[bytes]) -> bytes:
+def build_index(descriptors: Iterable[bytes]) -> bytes:
     """Return the index that lists `descriptors`, each as JSON."""
     return b'{"schemaVersion":2,"mediaType":"%b","manifests":[%b]}' % (OCI_INDEX.encode(), b",".join(descriptors))

@@ -72,25 +72,25 @@ def route(path: str) -> Target:
         case ["_catalog"]:
             return Target(Kind.CATALOG)
         case [*name, "tags", "list"]:
-            return Target(Kind.TAGS, _repository(name))
+            return Target(Kind.TAGS, _parse_repository_parts(name))
         case [*name, "manifests", reference]:
-            return Target(Kind.MANIFEST, _repository(name), parse_reference(reference))
+            return Target(Kind.MANIFEST, _parse_repository_parts(name), parse_reference(reference))
         case [*name, "blobs", "uploads"] | [*name, "blobs", "uploads", ""]:
-            return Target(Kind.UPLOADS, _repository(name))
+            return Target(Kind.UPLOADS, _parse_repository_parts(name))
         case [*name, "blobs", digest]:
-            return Target(Kind.BLOB, _repository(name), Digest.parse(digest))
+            return Target(Kind.BLOB, _parse_repository_parts(name), Digest.parse(digest))
         case [*name, "referrers", digest]:
-            return Target(Kind.REFERRERS, _repository(name), Digest.parse(digest))
+            return Target(Kind.REFERRERS, _parse_repository_parts(name), Digest.parse(digest))
         case [*name, "blobs", "uploads", session]:
-            return Target(Kind.UPLOAD, _repository(name), session=_session(session))
+            return Target(Kind.UPLOAD, _parse_repository_parts(name), session=_parse_session(session))
     raise NameUnknown("the path is no resource of the distribution API")
 
 
-def _repository(parts: list[str]) -> Repository:
+def _parse_repository_parts(parts: list[str]) -> Repository:
     return parse_repository("/".join(parts))
 
 
-def _session(text: str) -> str:
+def _parse_session(text: str) -> str:
     if not _SESSION.fullmatch(text):
         raise NameInvalid("the upload session's identifier is malformed")
     return text
@@ -105,14 +105,14 @@ def _segments(path: str) -> list[str]:
     if not _VISIBLE.fullmatch(path):
         raise NameInvalid("the path holds characters that a URL cannot hold")
     if "%" in path:
-        path = _ESCAPE.sub(_octet, path)
+        path = _ESCAPE.sub(_decode_octet, path)
     parts = path.split("/")
     if "." in parts or ".." in parts:
         raise NameInvalid("the path holds a dot segment")
     return parts
 
 
-def _octet(escape: re.Match[str]) -> str:
+def _decode_octet(escape: re.Match[str]) -> str:
     character = chr(int(escape[1], 16)) if escape[1] else "%"
     # No name of this API holds anything but visible ASCII.
     if character in "/%" or not "!" <= character <= "~":
@@ -129,11 +129,11 @@ def parse_query(query: str) -> list[tuple[str, str]]:
     for part in query.split("&"):
         if part:
             name, _, value = part.partition("=")
-            pairs.append((_plain(name), _plain(value)))
+            pairs.append((_decode_query_text(name), _decode_query_text(value)))
     return pairs
 
 
-def _plain(text: str) -> str:
+def _decode_query_text(text: str) -> str:
     if any(escape[1] is None for escape in _ESCAPE.finditer(text)):
         raise BadRequest("the URL's query holds a broken percent-encoding")
     try:
@@ -142,7 +142,7 @@ def _plain(text: str) -> str:
         raise BadRequest("the URL's query is not UTF-8") from None
 
 
-def take_parameter(query: str, name: str) -> tuple[str | None, str]:
+def pop_parameter(query: str, name: str) -> tuple[str | None, str]:
     """Return the decoded value of parameter `name` (None where there is none) and `query` without it.
 
     The rest stays as it is, byte for byte: a signed URL would break otherwise. Raise `BadRequest` where the parameter
@@ -154,7 +154,7 @@ def take_parameter(query: str, name: str) -> tuple[str | None, str]:
     for part in query.split("&"):
         key, _, value = part.partition("=")
         if unquote_plus(key) == name:
-            values.add(_plain(value))
+            values.add(_decode_query_text(value))
         else:
             rest.append(part)
     if len(values) > 1:

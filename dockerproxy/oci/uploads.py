@@ -12,10 +12,10 @@ from dockerproxy.errors import BlobUploadInvalid, DigestInvalid, RangeInvalid
 from dockerproxy.oci.names import ALGORITHMS, Digest
 
 # The spec's own form, inclusive and without a unit: it is not RFC 9110's Content-Range.
-_CHUNK = re.compile(r"([0-9]{1,19})-([0-9]{1,19})")
+_CHUNK_RANGE = re.compile(r"([0-9]{1,19})-([0-9]{1,19})")
 
 
-def announced(content_range: str | None, content_length: int | None, received: int) -> int | None:
+def declared_length(content_range: str | None, content_length: int | None, session_size: int) -> int | None:
     """Return how many bytes a chunk is going to have; None where it does not say, and has as many as come.
 
     `content_length` is None for a body in chunked coding, `received` what the session has. Raise `RangeInvalid` where
@@ -23,24 +23,24 @@ def announced(content_range: str | None, content_length: int | None, received: i
     """
     if content_range is None:
         return content_length
-    found = _CHUNK.fullmatch(content_range.strip())
-    if found is None:
+    match = _CHUNK_RANGE.fullmatch(content_range.strip())
+    if match is None:
         raise BlobUploadInvalid("the chunk's Content-Range is not of the form start-end")
-    start, last = int(found[1]), int(found[2])
-    if start != received or last < start:
-        raise RangeInvalid(f"the session has {received} bytes, and the chunk is {start}-{last}")
+    start, last = int(match[1]), int(match[2])
+    if start != session_size or last < start:
+        raise RangeInvalid(f"the session has {session_size} bytes, and the chunk is {start}-{last}")
     length = last - start + 1
     if content_length is not None and content_length != length:
         raise BlobUploadInvalid(f"the chunk {start}-{last} comes with {content_length} bytes")
     return length
 
 
-def progress(received: int) -> str:
+def range_header(session_size: int) -> str:
     """Return the Range field of a session that has `received` bytes: ``0-`` and the position of the last.
 
     An empty one has no last byte. As CNCF distribution it says ``0-0``: clients read two numbers.
     """
-    return f"0-{max(received - 1, 0)}"
+    return f"0-{max(session_size - 1, 0)}"
 
 
 def algorithm_for(digest: Digest | None, digest_algorithm: str | None) -> str:

@@ -13,26 +13,26 @@ from twisted.logger import Logger
 from dockerproxy.concurrency import in_thread, spawn
 from dockerproxy.errors import BlobUnknown, ManifestInvalid, ManifestUnknown, NameUnknown, Unsupported
 from dockerproxy.http.request import Request
-from dockerproxy.oci.contents import BlobAnswer, ManifestAnswer
+from dockerproxy.oci.content import BlobResponse, ManifestResponse
 from dockerproxy.oci.manifests import MAX_MANIFEST, OCI_INDEX, media_type_of
 from dockerproxy.oci.names import Digest, Reference, Repository
 from dockerproxy.oci.paging import Page, next_link
-from dockerproxy.oci.referrers import index_of
+from dockerproxy.oci.referrers import build_index
 from dockerproxy.oci.routes import Kind, Target, parse_query
-from dockerproxy.registry.answers import API_VERSION
-from dockerproxy.registry.push import Push
+from dockerproxy.registry.push import PushHandler
+from dockerproxy.registry.responses import API_VERSION
 from dockerproxy.store.blob_reader import StoredBlobReader
 from dockerproxy.store.hosted_store import HostedStore
 from dockerproxy.store.uploads import Uploads
 
-_VERDICT = "-"  # nothing of it comes from a cache
+_NO_CACHE_STATUS = "-"  # nothing of it comes from a cache
 
-_MOST_ENTRIES = 10_000  # in one answer; what is behind them is behind its Link
-_MOST_REFERRERS = 3 * 1024 * 1024  # bytes of descriptors in one index: clients read 4 MiB of a manifest
+_MAX_ENTRIES = 10_000  # in one answer; what is behind them is behind its Link
+_MAX_REFERRERS_SIZE = 3 * 1024 * 1024  # bytes of descriptors in one index: clients read 4 MiB of a manifest
 
-_JSON = [("Content-Type", "application/json"), API_VERSION]
+_JSON_FIELDS = [("Content-Type", "application/json"), API_VERSION]
 
-_ALLOWED = {
+_ALLOWED_METHODS = {
     Kind.BASE: "GET, HEAD",
     Kind.CATALOG: "GET, HEAD",
     Kind.TAGS: "GET, HEAD",
@@ -45,16 +45,16 @@ _ALLOWED = {
 
 
 _PURGE_INTERVAL = 3600.0  # seconds between two looks for uploads that were given up
-_GIVEN_UP = 86400.0  # seconds without a byte after which an upload is
+_STALE_UPLOAD_AGE = 86400.0  # seconds without a byte after which an upload is
 
 log = Logger()
 
 
-def purging(reactor: Any, uploads: Uploads, clock: Callable[[], float]) -> TimerService:
+def upload_purge_service(reactor: Any, uploads: Uploads, clock: Callable[[], float]) -> TimerService:
     """Return the service that removes uploads that were given up, at start and then hourly. `clock`: POSIX time."""
 
     async def purge() -> None:
-        count = await in_thread(reactor, uploads.purge, clock() - _GIVEN_UP)
+        count = await in_thread(reactor, uploads.purge, clock() - _STALE_UPLOAD_AGE)
         if count:
             log.info("uploads that were given up and are removed: {count}", count=count)
 
@@ -64,16 +64,16 @@ def purging(reactor: Any, uploads: Uploads, clock: Callable[[], float]) -> Timer
 
 
 @frozen
-class Hosted:
+class HostedRegistry:
     """A `Source` over a `HostedStore`. Who may do what was asked before (`guard`)."""
 
     reactor: Any
     store: HostedStore
-    push: Push
+    push: PushHandler
 
     async def manifest(
         self, name: Repository, reference: Reference, accept: list[str], *, head: bool
-    ) -> ManifestAnswer:
+    ) -> ManifestResponse:
         # What Accept asks for makes no difference: a tag means one manifest (the spec lets a registry ignore it).
         links = self.store.links
         digest = reference if isinstance(reference, Digest) else links.tag(name, reference)
@@ -84,47 +84,47 @@ class Hosted:
             raise ManifestUnknown(f"{name} has no manifest {reference}")
         media_type = links.manifest_media_type(name, digest)
         if head and media_type is not None:
-            return ManifestAnswer(digest, media_type, size, None, _VERDICT)
-        content = await self._read(digest)
+            return ManifestResponse(digest, media_type, size, None, _NO_CACHE_STATUS)
+        content = await self._read_manifest(digest)
         if content is None:
             raise ManifestUnknown(f"{name} has no manifest {reference}")
         if media_type is None:
-            media_type = _told_by(content)
-        return ManifestAnswer(digest, media_type, len(content), content, _VERDICT)
+            media_type = _detect_media_type(content)
+        return ManifestResponse(digest, media_type, len(content), content, _NO_CACHE_STATUS)
 
-    async def blob(self, name: Repository, digest: Digest, *, head: bool) -> BlobAnswer:
+    async def blob(self, name: Repository, digest: Digest, *, head: bool) -> BlobResponse:
         size = self.store.blobs.touch(digest)
-        linked = size is not None and self.store.links.has_layer(name, digest)
-        if linked and head:
-            return BlobAnswer(digest, size, None, _VERDICT)
-        blob = self.store.blobs.open(digest) if linked else None
+        is_linked = size is not None and self.store.links.has_layer(name, digest)
+        if is_linked and head:
+            return BlobResponse(digest, size, None, _NO_CACHE_STATUS)
+        blob = self.store.blobs.open(digest) if is_linked else None
         if blob is None:
             self._check_repository(name)
             raise BlobUnknown(f"{name} has no blob {digest}")
-        return BlobAnswer(digest, blob.size, StoredBlobReader(self.reactor, blob), _VERDICT)
+        return BlobResponse(digest, blob.size, StoredBlobReader(self.reactor, blob), _NO_CACHE_STATUS)
 
-    async def other(self, request: Request, target: Target) -> None:
+    async def handle(self, request: Request, target: Target) -> None:
         """Answer the ping, lists, referrers; leave what writes to `push`."""
         name, reference = target.name, target.reference
-        reading = request.method in ("GET", "HEAD")
+        is_read = request.method in ("GET", "HEAD")
         match target.kind:
-            case Kind.BASE if reading:
-                request.respond(200, _JSON, b"{}")
-            case Kind.CATALOG if reading:
+            case Kind.BASE if is_read:
+                request.respond(200, _JSON_FIELDS, b"{}")
+            case Kind.CATALOG if is_read:
                 await self._catalog(request)
-            case Kind.TAGS if reading and name is not None:
+            case Kind.TAGS if is_read and name is not None:
                 await self._tags(request, name)
-            case Kind.REFERRERS if reading and name is not None and isinstance(reference, Digest):
+            case Kind.REFERRERS if is_read and name is not None and isinstance(reference, Digest):
                 await self._referrers(request, name, reference)
-            case _ if not await self.push.answer(request, target):
-                allowed = _ALLOWED[target.kind]
+            case _ if not await self.push.handle(request, target):
+                allowed = _ALLOWED_METHODS[target.kind]
                 raise Unsupported(f"{request.method} is not one of {allowed}", headers=[("Allow", allowed)])
 
     def _check_repository(self, name: Repository) -> None:
         if not self.store.has_repository(name):
             raise NameUnknown(f"there is no repository {name}")
 
-    async def _read(self, digest: Digest) -> bytes | None:
+    async def _read_manifest(self, digest: Digest) -> bytes | None:
         blob = self.store.blobs.open(digest)
         if blob is None:
             return None
@@ -137,17 +137,17 @@ class Hosted:
     async def _tags(self, request: Request, name: Repository) -> None:
         page = Page.parse(request.query)
         self._check_repository(name)
-        tags, more = page.cut(await in_thread(self.reactor, self.store.links.tags, name), _MOST_ENTRIES)
-        fields = list(_JSON)
+        tags, more = page.slice(await in_thread(self.reactor, self.store.links.tags, name), _MAX_ENTRIES)
+        fields = list(_JSON_FIELDS)
         if more:
             fields.append(next_link(f"/v2/{name}/tags/list", {"n": str(len(tags)), "last": tags[-1]}))
         request.respond(200, fields, json.dumps({"name": name, "tags": tags}).encode())
 
     async def _catalog(self, request: Request) -> None:
         page = Page.parse(request.query)
-        found = await in_thread(self.reactor, self._repositories)
-        names, more = page.cut(found, _MOST_ENTRIES)
-        fields = list(_JSON)
+        repositories = await in_thread(self.reactor, self._repositories)
+        names, more = page.slice(repositories, _MAX_ENTRIES)
+        fields = list(_JSON_FIELDS)
         if more:
             fields.append(next_link("/v2/_catalog", {"n": str(len(names)), "last": names[-1]}))
         request.respond(200, fields, json.dumps({"repositories": names}).encode())
@@ -163,17 +163,17 @@ class Hosted:
         if not self.store.referrers.is_complete(name):
             async with self.store.locks.hold(name):
                 await in_thread(self.reactor, self.store.referrers.index_missing, name)
-        descriptors, last = await in_thread(self.reactor, self._list, name, subject, artifact_type, after)
+        descriptors, last = await in_thread(self.reactor, self._list_referrers, name, subject, artifact_type, after)
         fields = [("Content-Type", OCI_INDEX), API_VERSION]
-        filtered = {}
+        filter_parameters = {}
         if artifact_type is not None:
             fields.append(("OCI-Filters-Applied", "artifactType"))
-            filtered = {"artifactType": artifact_type}
+            filter_parameters = {"artifactType": artifact_type}
         if last is not None:
-            fields.append(next_link(f"/v2/{name}/referrers/{subject}", {**filtered, "last": last}))
-        request.respond(200, fields, index_of(descriptors))
+            fields.append(next_link(f"/v2/{name}/referrers/{subject}", {**filter_parameters, "last": last}))
+        request.respond(200, fields, build_index(descriptors))
 
-    def _list(
+    def _list_referrers(
         self, name: Repository, subject: Digest, artifact_type: str | None, after: str | None
     ) -> tuple[list[bytes], str | None]:
         """Return the descriptors of one answer, and the name of the last where there are more. Blocks."""
@@ -183,14 +183,14 @@ class Hosted:
             if artifact_type is not None and json.loads(content).get("artifactType") != artifact_type:
                 continue
             size += len(content)
-            if descriptors and size > _MOST_REFERRERS:
+            if descriptors and size > _MAX_REFERRERS_SIZE:
                 return descriptors, last
             descriptors.append(content)
             last = entry
         return descriptors, None
 
 
-def _told_by(content: bytes) -> str:
+def _detect_media_type(content: bytes) -> str:
     """Return the media type of a manifest that another registry took in, by what it says itself."""
     try:
         return media_type_of(content)

@@ -19,48 +19,48 @@ from dockerproxy.errors import BlobUnknown, InsufficientStorage, RegistryError, 
 from dockerproxy.http.request import ClientDisconnected, Request
 from dockerproxy.oci.names import Digest, Repository
 from dockerproxy.oci.routes import Kind, Target
-from dockerproxy.registry.answers import API_VERSION
-from dockerproxy.registry.push_blobs import BlobPush
-from dockerproxy.registry.push_manifests import ManifestPush
+from dockerproxy.registry.push_blobs import BlobUploadHandler
+from dockerproxy.registry.push_manifests import ManifestPushHandler
+from dockerproxy.registry.responses import API_VERSION
 from dockerproxy.store.hosted_store import HostedStore
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+_DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 
 log = Logger()
 
 
 @frozen
-class Push:
+class PushHandler:
     """Answers what writes to a `HostedStore`."""
 
     reactor: Any
     store: HostedStore
-    _blobs: BlobPush = field(init=False)
-    _manifests: ManifestPush = field(init=False)
+    _blobs: BlobUploadHandler = field(init=False)
+    _manifests: ManifestPushHandler = field(init=False)
 
     @_blobs.default
-    def _push_blobs(self) -> BlobPush:
-        return BlobPush(self.reactor, self.store)
+    def _default_blobs(self) -> BlobUploadHandler:
+        return BlobUploadHandler(self.reactor, self.store)
 
     @_manifests.default
-    def _push_manifests(self) -> ManifestPush:
-        return ManifestPush(self.reactor, self.store)
+    def _default_manifests(self) -> ManifestPushHandler:
+        return ManifestPushHandler(self.reactor, self.store)
 
-    async def answer(self, request: Request, target: Target) -> bool:
+    async def handle(self, request: Request, target: Target) -> bool:
         """Answer `request`, and say whether that was possible: its method may be none that `target` has."""
-        work = self._work(request, target)
-        if work is None:
+        operation = self._dispatch(request, target)
+        if operation is None:
             return False
-        await shield(_answered(request, work), f"{request.method} {request.path}")
+        await shield(_run_operation(request, operation), f"{request.method} {request.path}")
         return True
 
-    def _work(self, request: Request, target: Target) -> Coroutine[Any, Any, None] | None:
+    def _dispatch(self, request: Request, target: Target) -> Coroutine[Any, Any, None] | None:
         name, reference, session = target.name, target.reference, target.session
         match target.kind, request.method:
             case Kind.UPLOADS, "POST" if name is not None:
                 return self._blobs.start(request, name)
             case Kind.UPLOAD, _ if name is not None and session is not None:
-                return self._blobs.go_on(request, name, session)
+                return self._blobs.handle_session(request, name, session)
             case Kind.MANIFEST, "PUT" if name is not None and reference is not None:
                 return self._manifests.put(request, name, reference)
             case Kind.MANIFEST, "DELETE" if name is not None and reference is not None:
@@ -75,10 +75,10 @@ class Push:
         request.respond(202, [API_VERSION, ("Docker-Content-Digest", str(digest))])
 
 
-async def _answered(request: Request, work: Coroutine[Any, Any, None]) -> None:
+async def _run_operation(request: Request, operation: Coroutine[Any, Any, None]) -> None:
     """Do `work`, whose troubles are the client's to hear of, if it is still there."""
     try:
-        await work
+        await operation
     except ClientDisconnected:
         request.abort()
     except RegistryError:
@@ -90,6 +90,6 @@ async def _answered(request: Request, work: Coroutine[Any, Any, None]) -> None:
         )
         if request.finished:
             return
-        if error.errno in _FULL:
+        if error.errno in _DISK_FULL_ERRNOS:
             raise InsufficientStorage("the registry's disk is full") from None
         raise StorageFailed(f"the registry cannot use its disk: {error.strerror}") from None

@@ -12,33 +12,40 @@ from twisted.internet.task import deferLater
 from dockerproxy.concurrency import in_thread
 from dockerproxy.errors import DigestInvalid, ManifestBlobUnknown, ManifestInvalid, ManifestUnknown, SizeInvalid
 from dockerproxy.http.request import Request
-from dockerproxy.oci.manifests import KNOWN_TYPES, MAX_MANIFEST, Manifest, is_elsewhere, media_type_of, parse_manifest
+from dockerproxy.oci.manifests import (
+    KNOWN_TYPES,
+    MAX_MANIFEST,
+    Manifest,
+    is_nondistributable,
+    media_type_of,
+    parse_manifest,
+)
 from dockerproxy.oci.names import Digest, Reference, Repository, Tag, parse_tag
-from dockerproxy.oci.referrers import Referrer, referrer
+from dockerproxy.oci.referrers import Referrer, make_referrer
 from dockerproxy.oci.routes import parse_query
-from dockerproxy.registry.answers import API_VERSION
+from dockerproxy.registry.responses import API_VERSION
 from dockerproxy.store.hosted_store import HostedStore
 
-_AT_ONCE = 100  # references that are looked for before others get their turn
-_NAMED = 10  # missing references that an error tells of
+_BATCH_SIZE = 100  # references that are looked for before others get their turn
+_MAX_MISSING_LISTED = 10  # missing references that an error tells of
 
-_UNTOLD = ("", "application/json", "application/octet-stream")
+_GENERIC_TYPES = ("", "application/json", "application/octet-stream")
 _MEDIA_TYPE = re.compile(r"[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]{0,126}/[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]{0,126}")
 
 
 @frozen
-class _Taken:
+class ParsedManifest:
     """A manifest that was looked through. `manifest` is None for a type that nobody here knows to read."""
 
     content: bytes
     digest: Digest
     media_type: str
     manifest: Manifest | None
-    refers: Referrer | None
+    referrer: Referrer | None
 
 
 @frozen
-class ManifestPush:
+class ManifestPushHandler:
     """Answers PUT and DELETE of manifests."""
 
     reactor: Any
@@ -51,21 +58,21 @@ class ManifestPush:
             content = await request.read_all(MAX_MANIFEST)
         except SizeInvalid:
             raise SizeInvalid(f"a manifest has at most {MAX_MANIFEST} bytes") from None
-        wanted = reference if isinstance(reference, Digest) else None
+        expected_digest = reference if isinstance(reference, Digest) else None
         media_type = (request.headers.get("content-type") or "").partition(";")[0].strip()
-        taken = await in_thread(self.reactor, _look_through, content, wanted, media_type)
-        if taken.manifest is not None:
-            await self._require(name, taken.manifest)
+        parsed = await in_thread(self.reactor, parse_pushed, content, expected_digest, media_type)
+        if parsed.manifest is not None:
+            await self._check_references(name, parsed.manifest)
         async with self.store.locks.hold(name):
-            await in_thread(self.reactor, self._keep, name, taken, tags)
+            await in_thread(self.reactor, self._commit, name, parsed, tags)
         fields = [
             API_VERSION,
-            ("Location", f"/v2/{name}/manifests/{taken.digest}"),
-            ("Docker-Content-Digest", str(taken.digest)),
+            ("Location", f"/v2/{name}/manifests/{parsed.digest}"),
+            ("Docker-Content-Digest", str(parsed.digest)),
         ]
-        if taken.refers is not None:
-            fields.append(("OCI-Subject", str(taken.refers.subject)))
-        if wanted is not None and tags:
+        if parsed.referrer is not None:
+            fields.append(("OCI-Subject", str(parsed.referrer.subject)))
+        if expected_digest is not None and tags:
             fields.append(("OCI-Tag", ", ".join(tags)))
         request.respond(201, fields)
 
@@ -80,25 +87,27 @@ class ManifestPush:
             raise ManifestUnknown(f"{name} has no manifest {reference}")
         request.respond(202, [API_VERSION])
 
-    def _keep(self, name: Repository, taken: _Taken, tags: list[Tag]) -> None:
-        self.store.blobs.put(taken.content, taken.digest)
-        self.store.link_manifest(name, taken.digest, taken.media_type, taken.refers, tags)
+    def _commit(self, name: Repository, parsed: ParsedManifest, tags: list[Tag]) -> None:
+        self.store.blobs.put(parsed.content, parsed.digest)
+        self.store.link_manifest(name, parsed.digest, parsed.media_type, parsed.referrer, tags)
 
-    async def _require(self, name: Repository, manifest: Manifest) -> None:
+    async def _check_references(self, name: Repository, manifest: Manifest) -> None:
         """Raise `ManifestBlobUnknown` unless `name` has all that `manifest` needs, and use that: it stays."""
         missing = []
-        for count, (digest, is_manifest) in enumerate(_needed(manifest), 1):
-            if self.store.blobs.touch(digest) is None or not self._has(name, digest, is_manifest):
+        for count, (digest, is_manifest) in enumerate(_required_references(manifest), 1):
+            if self.store.blobs.touch(digest) is None or not self._is_linked(name, digest, is_manifest):
                 missing.append(str(digest))
-            if count % _AT_ONCE == 0:
+            if count % _BATCH_SIZE == 0:
                 await deferLater(self.reactor, 0)
         if missing:
-            more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
-            raise ManifestBlobUnknown(f"{name} has no {', '.join(missing[:_NAMED])}{more}, which the manifest needs")
+            more = f" and {len(missing) - _MAX_MISSING_LISTED} more" if len(missing) > _MAX_MISSING_LISTED else ""
+            raise ManifestBlobUnknown(
+                f"{name} has no {', '.join(missing[:_MAX_MISSING_LISTED])}{more}, which the manifest needs"
+            )
         if manifest.subject is not None:
             self.store.blobs.touch(manifest.subject.digest)  # it may be missing; if it is here, it stays here
 
-    def _has(self, name: Repository, digest: Digest, is_manifest: bool) -> bool:
+    def _is_linked(self, name: Repository, digest: Digest, is_manifest: bool) -> bool:
         # BuildKit's cache is an index of blobs. As CNCF distribution, we take a blob for a child too.
         links = self.store.links
         return (is_manifest and links.has_manifest(name, digest)) or links.has_layer(name, digest)
@@ -112,35 +121,35 @@ def _tags(request: Request, reference: Reference) -> list[Tag]:
     return list(dict.fromkeys(tags))
 
 
-def _look_through(content: bytes, wanted: Digest | None, told: str) -> _Taken:
+def parse_pushed(content: bytes, expected_digest: Digest | None, declared_type: str) -> ParsedManifest:
     """Return what `content` is, said to be of the media type `told`. Blocks for as long as 4 MiB of JSON take.
 
     Raise `DigestInvalid`, or `ManifestInvalid` for content that is not of a type that we know.
     """
-    digest = Digest.of(content, "sha256" if wanted is None else wanted.algorithm)
-    if wanted is not None and digest != wanted:
-        raise DigestInvalid(f"the manifest's digest is {digest}, and not {wanted}")
-    if told in _UNTOLD:
-        told = media_type_of(content)
-    if not _MEDIA_TYPE.fullmatch(told):
+    digest = Digest.of(content, "sha256" if expected_digest is None else expected_digest.algorithm)
+    if expected_digest is not None and digest != expected_digest:
+        raise DigestInvalid(f"the manifest's digest is {digest}, and not {expected_digest}")
+    if declared_type in _GENERIC_TYPES:
+        declared_type = media_type_of(content)
+    if not _MEDIA_TYPE.fullmatch(declared_type):
         raise ManifestInvalid("the manifest's Content-Type is not a media type")
     try:
-        manifest = parse_manifest(content, told)
+        manifest = parse_manifest(content, declared_type)
     except ManifestInvalid:
-        if told.lower() in KNOWN_TYPES:
+        if declared_type.lower() in KNOWN_TYPES:
             raise
-        return _Taken(content, digest, told, None, None)
-    return _Taken(content, digest, told, manifest, referrer(manifest, content, digest))
+        return ParsedManifest(content, digest, declared_type, None, None)
+    return ParsedManifest(content, digest, declared_type, manifest, make_referrer(manifest, content, digest))
 
 
-def _needed(manifest: Manifest) -> Iterator[tuple[Digest, bool]]:
+def _required_references(manifest: Manifest) -> Iterator[tuple[Digest, bool]]:
     """Yield what has to be there before `manifest`, and whether it is a manifest itself. Its subject may come later."""
     if manifest.media_type not in KNOWN_TYPES:
         return
     if manifest.config is not None:
         yield manifest.config.digest, False
     for layer in manifest.layers:
-        if not is_elsewhere(layer.media_type):
+        if not is_nondistributable(layer.media_type):
             yield layer.digest, False
     for child in manifest.manifests:
         yield child.digest, True

@@ -16,7 +16,7 @@ from attrs import define, field
 from dockerproxy.errors import ManifestInvalid
 from dockerproxy.oci.manifests import MAX_MANIFEST, parse_manifest
 from dockerproxy.oci.names import ALGORITHMS, Digest
-from dockerproxy.oci.referrers import Referrer, referrer
+from dockerproxy.oci.referrers import Referrer, make_referrer
 from dockerproxy.store.blobs import Blobs
 from dockerproxy.store.files import Staging, read_small
 from dockerproxy.store.layout import Layout, digest_from_names
@@ -122,7 +122,7 @@ class Referrers:
             manifest = parse_manifest(content, self._links.manifest_media_type(repository, digest))
         except ManifestInvalid:
             return None
-        return referrer(manifest, content, digest)
+        return make_referrer(manifest, content, digest)
 
 
 def _directory_signature(path: str) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from typing import Any
 from attrs import define, field, frozen
 
 from dockerproxy.errors import ManifestInvalid
-from dockerproxy.oci.manifests import KNOWN_TYPES, MAX_MANIFEST, is_elsewhere, parse_manifest
+from dockerproxy.oci.manifests import KNOWN_TYPES, MAX_MANIFEST, is_nondistributable, parse_manifest
 from dockerproxy.oci.names import Digest
 from dockerproxy.store.blobs import Blobs
 from dockerproxy.store.cooperative import CooperativeThread, Progress
@@ -186,7 +186,7 @@ class _ScrubRun:
             return
         layers = manifest.layers if manifest.config is None else (manifest.config, *manifest.layers)
         for blob in layers:
-            is_missing = not self._has_blob(repository, blob.digest) and not is_elsewhere(blob.media_type)
+            is_missing = not self._has_blob(repository, blob.digest) and not is_nondistributable(blob.media_type)
             yield self._missing_reference(repository, digest, blob.digest) if is_missing else None
         for child in manifest.manifests:
             is_manifest = self._links.has_manifest(repository, child.digest) and self._blobs.exists(child.digest)

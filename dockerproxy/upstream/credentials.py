@@ -10,7 +10,7 @@ from typing import Protocol
 
 from attrs import field, frozen
 
-from dockerproxy.oci.challenge import basic
+from dockerproxy.oci.challenge import basic_authorization
 from dockerproxy.oci.names import Host, Registry
 
 _SECRET = secrets.token_bytes(32)
@@ -47,7 +47,7 @@ class BasicCredentials:
     @property
     def authorization(self) -> str:
         """The Basic value of an Authorization field."""
-        return basic(self.user, self.password)
+        return basic_authorization(self.user, self.password)
 
 
 @frozen

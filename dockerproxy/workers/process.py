@@ -22,7 +22,7 @@ from dockerproxy.daemon.jsonlog import JsonLog
 from dockerproxy.daemon.listener_service import ListenerService
 from dockerproxy.daemon.metrics import Metrics
 from dockerproxy.proxy.authority import CertificateAuthority
-from dockerproxy.registry.users import HtpasswdError
+from dockerproxy.registry.htpasswd import HtpasswdError
 from dockerproxy.reload import describe_error
 from dockerproxy.settings import Settings, SettingsError
 from dockerproxy.store.blobs import Blobs

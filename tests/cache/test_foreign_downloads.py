@@ -16,7 +16,7 @@ from dockerproxy.cache.downloads import BlobDownload, Downloads
 from dockerproxy.cache.identity import PUBLIC
 from dockerproxy.cache.ingests import DownloadInfo
 from dockerproxy.errors import UpstreamBroken
-from dockerproxy.oci.contents import SMALL
+from dockerproxy.oci.content import VERIFY_FIRST_SIZE
 from dockerproxy.oci.names import Digest
 from dockerproxy.store.ingest import Ingest
 from tests.cache.support.harness import HUB, CacheHarness, ManualReader, do_nothing, result
@@ -124,7 +124,7 @@ def test_follower_starts_after_info_and_ends_after_publish(harness: CacheHarness
     reader.disconnect()
 
 
-@pytest.mark.parametrize("size", [1, SMALL, SMALL + 1])
+@pytest.mark.parametrize("size", [1, VERIFY_FIRST_SIZE, VERIFY_FIRST_SIZE + 1])
 def test_small_blob_has_no_download_info(make_harness: Callable[..., CacheHarness], size: int) -> None:
     """Nobody is given any of it before it is whole; then others have it, and know by the first whose it is."""
     one = make_harness(shared=True)
@@ -136,11 +136,11 @@ def test_small_blob_has_no_download_info(make_harness: Callable[..., CacheHarnes
     second = other.start(other.fetch_later(digest))
     one.advance(0.1)
     info = one.ingests.read_info(digest)
-    assert info is None if size <= SMALL else info.size == size
+    assert info is None if size <= VERIFY_FIRST_SIZE else info.size == size
     upstream.responses[-1].send_rest()
     one.advance(0.1)
     assert result(first, one.reactor) == ("MISS", DATA[:size])
-    assert result(second, other.reactor) == ("HIT" if size <= SMALL else "JOINED", DATA[:size])
+    assert result(second, other.reactor) == ("HIT" if size <= VERIFY_FIRST_SIZE else "JOINED", DATA[:size])
     assert len(upstream.requests) == 1
 
 

@@ -8,14 +8,14 @@ from hypothesis import strategies as st
 from twisted.internet.task import Clock
 
 from dockerproxy.cache.remembered import ManifestMemoryCache
-from dockerproxy.oci.contents import ManifestAnswer
+from dockerproxy.oci.content import ManifestResponse
 from dockerproxy.oci.names import Digest
 
 MAX_TOTAL, OVERHEAD, MAX_MANIFEST_SIZE = 4 * 1024 * 1024, 1024, 256 * 1024
 
 
-def manifest(content: bytes, media_type: str = "a/b") -> ManifestAnswer:
-    return ManifestAnswer(Digest.of(content), media_type, len(content), content, "HIT")
+def manifest(content: bytes, media_type: str = "a/b") -> ManifestResponse:
+    return ManifestResponse(Digest.of(content), media_type, len(content), content, "HIT")
 
 
 def test_key_is_repository_and_digest() -> None:

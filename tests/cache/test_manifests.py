@@ -26,7 +26,7 @@ from dockerproxy.errors import (
     UpstreamTimeout,
     UpstreamUnreachable,
 )
-from dockerproxy.oci.contents import ManifestAnswer
+from dockerproxy.oci.content import ManifestResponse
 from dockerproxy.oci.manifests import DOCKER_MANIFEST, DOCKER_SCHEMA1_SIGNED, MAX_MANIFEST, OCI_INDEX
 from dockerproxy.oci.names import Digest
 from dockerproxy.store.blobs import Blobs, OpenBlob
@@ -72,9 +72,9 @@ def requested_methods(harness: CacheHarness) -> list[str]:
     return methods
 
 
-def result_of(response: ManifestAnswer) -> tuple[str, bytes | None]:
+def result_of(response: ManifestResponse) -> tuple[str, bytes | None]:
     assert response.content is None or response.size == len(response.content)
-    return response.verdict, response.content
+    return response.cache_status, response.content
 
 
 async def await_deferred(deferred: Deferred[Any]) -> Any:

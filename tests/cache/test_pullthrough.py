@@ -23,7 +23,7 @@ from dockerproxy.errors import (
     UpstreamUnreachable,
 )
 from dockerproxy.http.headers import Headers
-from dockerproxy.oci.challenge import basic, parse_challenges
+from dockerproxy.oci.challenge import basic_authorization, parse_challenges
 from dockerproxy.oci.manifests import EMPTY_INDEX, MAX_MANIFEST, OCI_INDEX
 from dockerproxy.oci.names import Digest, Registry, parse_repository
 from dockerproxy.upstream.credentials import Anonymous, BasicCredentials, ClientCredential
@@ -402,11 +402,11 @@ def test_plain_http_registry_with_its_own_realm(make_harness: Callable[..., Cach
 
 def test_token_flow_during_outage(harness: CacheHarness) -> None:
     """As docker dances it, and then pulls."""
-    fill_repository(harness, readers={ALICE, basic("alice", "pw")})
+    fill_repository(harness, readers={ALICE, basic_authorization("alice", "pw")})
     harness.upstream.on(
         "GET", "^/token", lambda asked, data: ScriptedResponse(200, b'{"token":"alice","expires_in":300}')
     )
-    login = basic("alice", "pw")
+    login = basic_authorization("alice", "pw")
     harness.run(harness.pull_through.token(HUB, "service=x", login, None))
     pull(harness, ALICE)
     make_unreachable(harness)

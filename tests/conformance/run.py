@@ -30,30 +30,36 @@ def main() -> int:
         print(f"SUITE has to name the program that the suite is built as.\n\n{__doc__}", file=sys.stderr)
         return 2
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        everybody = Hosting(folder / "everybody", {})
-        users = Hosting(folder / "users", {"HTPASSWD_FILE": str(users_file(folder)), "ANONYMOUS_PULL": "true"})
+        directory = Path(scratch)
+        anonymous = Hosting(directory / "everybody", {})
+        users = Hosting(directory / "users", {"HTPASSWD_FILE": str(users_file(directory)), "ANONYMOUS_PULL": "true"})
         user, password = next(iter(USERS.items()))
         login = {"OCI_USERNAME": user, "OCI_PASSWORD": password}
         plain = {"OCI_TLS": "disabled"}
         return max(
-            _run(suite, "plain", everybody, everybody.plain, plain),
-            _run(suite, "proxied", everybody, OWN, everybody.client_environment),
+            _run(suite, "plain", anonymous, anonymous.plain, plain),
+            _run(suite, "proxied", anonymous, OWN, anonymous.client_environment),
             _run(suite, "users", users, users.plain, plain | login),
         )
 
 
-def _run(suite: Path, way: str, hosting: Hosting, registry: str, settings: dict[str, str]) -> int:
-    reports = _REPORTS / way
+def _run(suite: Path, variant: str, hosting: Hosting, registry: str, settings: dict[str, str]) -> int:
+    reports = _REPORTS / variant
     reports.mkdir(parents=True, exist_ok=True)
-    told = {"OCI_REGISTRY": registry, "OCI_RESULTS_DIR": str(reports), "OCI_LOG": "error", **settings}
+    environment = {"OCI_REGISTRY": registry, "OCI_RESULTS_DIR": str(reports), "OCI_LOG": "error", **settings}
     with hosting.running_for(lambda: list(USERS.values())):
-        done = subprocess.run([suite], cwd=reports, env=os.environ | told, stdout=subprocess.PIPE, text=True)
-    (reports / "report.txt").write_text(done.stdout)
-    counts = _COUNT.findall(done.stdout)
-    print(f"{way}:", ", ".join(f"{number} {what}" for what, number in counts) or "the suite said nothing", flush=True)
+        completed = subprocess.run(
+            [suite], cwd=reports, env=os.environ | environment, stdout=subprocess.PIPE, text=True
+        )
+    (reports / "report.txt").write_text(completed.stdout)
+    counts = _COUNT.findall(completed.stdout)
+    print(
+        f"{variant}:",
+        ", ".join(f"{number} {outcome}" for outcome, number in counts) or "the suite said nothing",
+        flush=True,
+    )
     # It ends with 0 as well where it could not run.
-    return 0 if done.returncode == 0 and dict(counts).get("Pass", "0") != "0" else 1
+    return 0 if completed.returncode == 0 and dict(counts).get("Pass", "0") != "0" else 1
 
 
 if __name__ == "__main__":

@@ -579,19 +579,19 @@ class PlainTransportTests(TransportTestsMixin, SocketTestCase):
             file.flush()
             written = 0
             while written < len(content):
-                count = transport.offer_file(file.fileno(), written, min(MIB, len(content) - written))
+                count = transport.sendfile(file.fileno(), written, min(MIB, len(content) - written))
                 self.assertGreater(count, 0)
                 written += count
                 self.assertLessEqual(written - transport.sent, 16 * 1024)
                 while transport._pending:
                     reading.set()
                     await deferLater(reactor, 0)
-            self.assertEqual(transport.offer_file(file.fileno(), len(content), 10), 0)  # there is no more
+            self.assertEqual(transport.sendfile(file.fileno(), len(content), 10), 0)  # there is no more
             transport.loseConnection()
             self.assertEqual(await running, content)
             self.assertTrue(reading.is_set())
             await recorder.connection_lost
-            self.assertEqual(transport.offer_file(file.fileno(), 0, 10), 10)
+            self.assertEqual(transport.sendfile(file.fileno(), 0, 10), 10)
 
     async def test_sendfile_to_a_reset_connection(self) -> None:
         port, recorder, transports = self.serve()
@@ -608,7 +608,7 @@ class PlainTransportTests(TransportTestsMixin, SocketTestCase):
             file.write(bytes(MIB))
             file.flush()
             while not recorder.connection_lost.called:
-                transport.offer_file(file.fileno(), 0, MIB)
+                transport.sendfile(file.fileno(), 0, MIB)
                 await deferLater(reactor, 0)
 
     async def test_sendfile_read_error(self) -> None:
@@ -623,7 +623,7 @@ class PlainTransportTests(TransportTestsMixin, SocketTestCase):
         await recorder.wait_for(2)
         (transport,) = transports
         with self.assertRaises(OSError):
-            transport.offer_file(99_999, 0, 10)
+            transport.sendfile(99_999, 0, 10)
         transport.loseConnection()
         self.assertEqual(await running, b"")
         await recorder.connection_lost

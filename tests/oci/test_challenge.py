@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dockerproxy.oci.challenge import Challenge, basic, parse_basic, parse_challenges
+from dockerproxy.oci.challenge import Challenge, basic_authorization, parse_basic, parse_challenges
 
 tokens = st.from_regex(r"[a-z0-9!#$%&'*+.^_`|~-]{1,10}", fullmatch=True)
 values = st.text(
@@ -27,7 +27,7 @@ with_token68 = st.builds(
 )
 
 
-def one(scheme: str, **parameters: str) -> list[Challenge]:
+def single(scheme: str, **parameters: str) -> list[Challenge]:
     return [Challenge(scheme, parameters)]
 
 
@@ -42,34 +42,34 @@ HUB_PARAMETERS = {
 @pytest.mark.parametrize(
     ("field", "expected"),
     [
-        (HUB, one("bearer", **HUB_PARAMETERS)),
-        (HUB.replace(",s", ", s"), one("bearer", **HUB_PARAMETERS)),
-        (HUB.replace(",s", " ,\ts"), one("bearer", **HUB_PARAMETERS)),
-        (HUB.replace("Bearer realm=", "BEARER REALM = "), one("bearer", **HUB_PARAMETERS)),
-        ('Basic realm="a\\"b\\\\c, d"', one("basic", realm='a"b\\c, d')),
-        ("Basic realm=plain", one("basic", realm="plain")),
-        ('Basic realm=""', one("basic", realm="")),
-        ("Negotiate", one("negotiate")),
+        (HUB, single("bearer", **HUB_PARAMETERS)),
+        (HUB.replace(",s", ", s"), single("bearer", **HUB_PARAMETERS)),
+        (HUB.replace(",s", " ,\ts"), single("bearer", **HUB_PARAMETERS)),
+        (HUB.replace("Bearer realm=", "BEARER REALM = "), single("bearer", **HUB_PARAMETERS)),
+        ('Basic realm="a\\"b\\\\c, d"', single("basic", realm='a"b\\c, d')),
+        ("Basic realm=plain", single("basic", realm="plain")),
+        ('Basic realm=""', single("basic", realm="")),
+        ("Negotiate", single("negotiate")),
         ("Negotiate a87421000492aa874209af8bc028==", [Challenge("negotiate", {}, "a87421000492aa874209af8bc028==")]),
         ("NTLM TlRM=", [Challenge("ntlm", {}, "TlRM=")]),
         # RFC 9110, section 11.6.1
         (
             'Newauth realm="apps", type=1, title="Login to \\"apps\\"", Basic realm="simple"',
-            [*one("newauth", realm="apps", type="1", title='Login to "apps"'), *one("basic", realm="simple")],
+            [*single("newauth", realm="apps", type="1", title='Login to "apps"'), *single("basic", realm="simple")],
         ),
         ('Negotiate, Basic realm="a",, Digest nonce="n" , qop="auth,auth-int"', [
-            *one("negotiate"), *one("basic", realm="a"), *one("digest", nonce="n", qop="auth,auth-int")]),
-        ('Bearer realm="a",realm="b"', one("bearer", realm="a")),
+            *single("negotiate"), *single("basic", realm="a"), *single("digest", nonce="n", qop="auth,auth-int")]),
+        ('Bearer realm="a",realm="b"', single("bearer", realm="a")),
         # What cannot be read is left out.
         ("", []),
         (",,,", []),
         ('realm="a"', []),
         ('Bearer realm="a', []),
-        ('Basic realm="a", Bearer realm="b', one("basic", realm="a")),
-        ('Bearer realm="a" service="b", Basic realm="c"', one("basic", realm="c")),
-        ('Basic realm="a", Bearer realm="b" x, service="c"', one("basic", realm="a")),
-        ('Bearer realm="a", ???, service="b"', one("bearer", realm="a", service="b")),
-        ('Bearer realm="a", scope=, service="b"', one("bearer", realm="a", service="b")),
+        ('Basic realm="a", Bearer realm="b', single("basic", realm="a")),
+        ('Bearer realm="a" service="b", Basic realm="c"', single("basic", realm="c")),
+        ('Basic realm="a", Bearer realm="b" x, service="c"', single("basic", realm="a")),
+        ('Bearer realm="a", ???, service="b"', single("bearer", realm="a", service="b")),
+        ('Bearer realm="a", scope=, service="b"', single("bearer", realm="a", service="b")),
         ("Bearer realm=https://a/b", []),
         ('Bearer realm="a\x00b"', []),
         ('Bearer realm="a\r\nX: y"', []),
@@ -82,7 +82,7 @@ def test_field(field: str, expected: list[Challenge]) -> None:
 
 
 def test_several_fields() -> None:
-    assert parse_challenges(["Negotiate", HUB]) == [*one("negotiate"), *one("bearer", **HUB_PARAMETERS)]
+    assert parse_challenges(["Negotiate", HUB]) == [*single("negotiate"), *single("bearer", **HUB_PARAMETERS)]
     assert parse_challenges([]) == []
 
 
@@ -135,15 +135,15 @@ passwords = st.text(st.characters(exclude_categories=["Cs"]))
 
 @given(passwords.filter(lambda text: ":" not in text), passwords)
 def test_basic_round_trip(user: str, password: str) -> None:
-    assert parse_basic(basic(user, password)) == (user, password)
+    assert parse_basic(basic_authorization(user, password)) == (user, password)
 
 
 def test_basic_forms() -> None:
-    assert basic("Aladdin", "open sesame") == "Basic QWxhZGRpbjpvcGVuIHNlc2FtZQ=="  # RFC 7617, section 2
+    assert basic_authorization("Aladdin", "open sesame") == "Basic QWxhZGRpbjpvcGVuIHNlc2FtZQ=="  # RFC 7617, section 2
     assert parse_basic("bAsIc  QWxhZGRpbjpvcGVuIHNlc2FtZQ== ") == ("Aladdin", "open sesame")
-    assert basic("test", "123\u00a3") == "Basic dGVzdDoxMjPCow=="  # section 2.1
-    assert parse_basic(basic("_json_key", '{\n  "a": "b:c"\n}')) == ("_json_key", '{\n  "a": "b:c"\n}')
-    assert parse_basic(basic("", "")) == ("", "")
+    assert basic_authorization("test", "123\u00a3") == "Basic dGVzdDoxMjPCow=="  # section 2.1
+    assert parse_basic(basic_authorization("_json_key", '{\n  "a": "b:c"\n}')) == ("_json_key", '{\n  "a": "b:c"\n}')
+    assert parse_basic(basic_authorization("", "")) == ("", "")
 
 
 def encoded(raw: bytes) -> str:
@@ -159,10 +159,10 @@ def encoded(raw: bytes) -> str:
         encoded(b"a:b"), "Basic YT pi",
     ],
 )  # fmt: skip
-def test_no_basic(value: str) -> None:
+def test_invalid_basic(value: str) -> None:
     assert parse_basic(value) is None
 
 
 def test_basic_refuses_a_colon_in_the_user() -> None:
     with pytest.raises(ValueError):
-        basic("a:b", "c")
+        basic_authorization("a:b", "c")

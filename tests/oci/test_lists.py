@@ -16,7 +16,7 @@ commas = st.sampled_from([",", ", ", " ,", ",,", "\t,\t", ", ,"])
 
 
 @given(st.lists(st.one_of(plain, quoted), max_size=6), commas)
-def test_joined_and_split_again(texts: list[str], comma: str) -> None:
+def test_round_trip(texts: list[str], comma: str) -> None:
     assert list(elements(comma.join(texts))) == texts
 
 

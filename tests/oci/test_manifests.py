@@ -37,43 +37,45 @@ CONFIG = Descriptor(CONFIG_TYPE, Digest.of(b"config"), 6)
 LAYERS = (Descriptor(LAYER_TYPE, Digest.of(b"one"), 3), Descriptor(LAYER_TYPE, Digest.of(b"two", "sha512"), 3))
 
 
-def written(descriptor: Descriptor) -> dict[str, Any]:
+def descriptor_json(descriptor: Descriptor) -> dict[str, Any]:
     return {"mediaType": descriptor.media_type, "digest": str(descriptor.digest), "size": descriptor.size}
 
 
-def content(**fields: Any) -> bytes:
+def make_document(**fields: Any) -> bytes:
     return json.dumps({"schemaVersion": 2, **fields}).encode()
 
 
-def image(**fields: Any) -> bytes:
-    return content(**{"config": written(CONFIG), "layers": [written(layer) for layer in LAYERS], **fields})
+def make_image(**fields: Any) -> bytes:
+    return make_document(
+        **{"config": descriptor_json(CONFIG), "layers": [descriptor_json(layer) for layer in LAYERS], **fields}
+    )
 
 
-def index(**fields: Any) -> bytes:
-    return content(**{"manifests": [written(CONFIG)], **fields})
+def make_index(**fields: Any) -> bytes:
+    return make_document(**{"manifests": [descriptor_json(CONFIG)], **fields})
 
 
 @pytest.mark.parametrize("media_type", [OCI_MANIFEST, DOCKER_MANIFEST])
 def test_image(media_type: str) -> None:
     expected = Manifest(media_type, CONFIG, LAYERS, artifact_type=CONFIG_TYPE)
-    assert parse_manifest(image(), media_type) == expected
-    assert parse_manifest(image(mediaType=media_type), media_type) == expected
-    assert parse_manifest(image(mediaType=media_type), None) == expected
-    assert parse_manifest(image(mediaType=media_type), media_type.upper() + " ; charset=utf-8") == expected
+    assert parse_manifest(make_image(), media_type) == expected
+    assert parse_manifest(make_image(mediaType=media_type), media_type) == expected
+    assert parse_manifest(make_image(mediaType=media_type), None) == expected
+    assert parse_manifest(make_image(mediaType=media_type), media_type.upper() + " ; charset=utf-8") == expected
 
 
 @pytest.mark.parametrize("media_type", [OCI_INDEX, DOCKER_LIST])
 def test_index(media_type: str) -> None:
     expected = Manifest(media_type, manifests=(CONFIG,))
-    assert parse_manifest(index(), media_type) == expected
-    assert parse_manifest(index(mediaType=media_type), "application/json") == expected
+    assert parse_manifest(make_index(), media_type) == expected
+    assert parse_manifest(make_index(mediaType=media_type), "application/json") == expected
 
 
 def test_artifact() -> None:
-    parsed = parse_manifest(image(subject=written(LAYERS[0]), artifactType="application/x"), OCI_MANIFEST)
+    parsed = parse_manifest(make_image(subject=descriptor_json(LAYERS[0]), artifactType="application/x"), OCI_MANIFEST)
     assert parsed.subject == LAYERS[0]
     assert parsed.artifact_type == "application/x"
-    assert parse_manifest(index(artifactType="application/x"), OCI_INDEX).artifact_type == "application/x"
+    assert parse_manifest(make_index(artifactType="application/x"), OCI_INDEX).artifact_type == "application/x"
 
 
 @pytest.mark.parametrize("media_type", [DOCKER_SCHEMA1, DOCKER_SCHEMA1_SIGNED])
@@ -85,24 +87,24 @@ def test_schema1(media_type: str) -> None:
 
 
 def test_lists_as_go_writes_empty_ones() -> None:
-    assert parse_manifest(index(manifests=None), OCI_INDEX) == Manifest(OCI_INDEX)
-    assert parse_manifest(image(layers=None, manifests=None, subject=None), OCI_MANIFEST).layers == ()
+    assert parse_manifest(make_index(manifests=None), OCI_INDEX) == Manifest(OCI_INDEX)
+    assert parse_manifest(make_image(layers=None, manifests=None, subject=None), OCI_MANIFEST).layers == ()
     assert parse_manifest(EMPTY_INDEX, None) == Manifest(OCI_INDEX)
 
 
 def test_unregistered_type_is_read_by_its_fields() -> None:
-    parsed = parse_manifest(content(subject=written(CONFIG)), "application/vnd.example+json")
+    parsed = parse_manifest(make_document(subject=descriptor_json(CONFIG)), "application/vnd.example+json")
     assert parsed == Manifest("application/vnd.example+json", subject=CONFIG)
 
 
 @pytest.mark.parametrize(
     ("raw", "expected"),
     [
-        (image(), OCI_MANIFEST),
-        (content(layers=[]), OCI_MANIFEST),
-        (index(), OCI_INDEX),
-        (image(mediaType=DOCKER_MANIFEST), DOCKER_MANIFEST),
-        (index(mediaType=DOCKER_LIST.upper()), DOCKER_LIST),
+        (make_image(), OCI_MANIFEST),
+        (make_document(layers=[]), OCI_MANIFEST),
+        (make_index(), OCI_INDEX),
+        (make_image(mediaType=DOCKER_MANIFEST), DOCKER_MANIFEST),
+        (make_index(mediaType=DOCKER_LIST.upper()), DOCKER_LIST),
         (b'{"schemaVersion":1,"signatures":[]}', DOCKER_SCHEMA1_SIGNED),
         (b'{"schemaVersion":1}', DOCKER_SCHEMA1),
     ],
@@ -111,7 +113,7 @@ def test_media_type_of(raw: bytes, expected: str) -> None:
     assert media_type_of(raw) == expected
 
 
-NO_JSON = [
+INVALID_JSON = [
     b"", b"[]", b"null", b'"a"', b"<html>", b"{", b"{}}", b"{'a':1}", b'{"manifests":[],"x":NaN}',
     b'\xff{"manifests":[]}', b'\xef\xbb\xbf{"manifests":[]}', '{"manifests":[]}'.encode("utf-16"),
     b'{"manifests":[],"manifests":[]}',
@@ -121,8 +123,8 @@ NO_JSON = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("raw", NO_JSON, ids=range(len(NO_JSON)))
-def test_no_json(raw: bytes) -> None:
+@pytest.mark.parametrize("raw", INVALID_JSON, ids=range(len(INVALID_JSON)))
+def test_invalid_json(raw: bytes) -> None:
     with pytest.raises(ManifestInvalid):
         parse_manifest(raw, OCI_INDEX)
     with pytest.raises(ManifestInvalid):
@@ -130,9 +132,16 @@ def test_no_json(raw: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    "raw", [b"{}", content(), content(fsLayers=[]), content(mediaType="html"), content(mediaType="a/b\r\nX: y")]
+    "raw",
+    [
+        b"{}",
+        make_document(),
+        make_document(fsLayers=[]),
+        make_document(mediaType="html"),
+        make_document(mediaType="a/b\r\nX: y"),
+    ],
 )
-def test_no_type(raw: bytes) -> None:
+def test_unknown_type(raw: bytes) -> None:
     with pytest.raises(ManifestInvalid):
         media_type_of(raw)
 
@@ -140,41 +149,41 @@ def test_no_type(raw: bytes) -> None:
 @pytest.mark.parametrize(
     ("raw", "media_type"),
     [
-        (image(mediaType=DOCKER_MANIFEST), OCI_MANIFEST),
-        (image(mediaType=5), OCI_MANIFEST),
-        (image(), OCI_INDEX),
-        (index(), OCI_MANIFEST),
-        (image(manifests=[]), OCI_MANIFEST),  # CVE-2021-41190
-        (index(layers=[]), OCI_INDEX),
-        (index(config={}), None),
-        (image(fsLayers=[]), DOCKER_SCHEMA1_SIGNED),
-        (image(config=None), OCI_MANIFEST),
-        (content(layers=[]), OCI_MANIFEST),
-        (content(config=written(CONFIG)), OCI_MANIFEST),
-        (image(config="x"), OCI_MANIFEST),
-        (image(layers={}), OCI_MANIFEST),
-        (image(layers="x"), OCI_MANIFEST),
-        (image(layers=["x"]), OCI_MANIFEST),
-        (image(layers=[None]), OCI_MANIFEST),
-        (image(layers=[{**written(CONFIG), "digest": "sha256:00"}]), OCI_MANIFEST),
-        (image(layers=[{**written(CONFIG), "digest": 7}]), OCI_MANIFEST),
-        (image(layers=[{"size": 3}]), OCI_MANIFEST),
-        (image(layers=[{**written(CONFIG), "size": -1}]), OCI_MANIFEST),
-        (image(layers=[{**written(CONFIG), "size": True}]), OCI_MANIFEST),
-        (image(layers=[{**written(CONFIG), "size": "3"}]), OCI_MANIFEST),
-        (image(layers=[{**written(CONFIG), "size": 3.0}]), OCI_MANIFEST),
-        (image(layers=[{**written(CONFIG), "size": 2**63}]), OCI_MANIFEST),
-        (image(layers=[{**written(CONFIG), "size": None}]), OCI_MANIFEST),
-        (image(layers=[{**written(CONFIG), "mediaType": 1}]), OCI_MANIFEST),
-        (image(subject="x"), OCI_MANIFEST),
-        (image(artifactType=[]), OCI_MANIFEST),
-        (index(manifests=[[]]), OCI_INDEX),
+        (make_image(mediaType=DOCKER_MANIFEST), OCI_MANIFEST),
+        (make_image(mediaType=5), OCI_MANIFEST),
+        (make_image(), OCI_INDEX),
+        (make_index(), OCI_MANIFEST),
+        (make_image(manifests=[]), OCI_MANIFEST),  # CVE-2021-41190
+        (make_index(layers=[]), OCI_INDEX),
+        (make_index(config={}), None),
+        (make_image(fsLayers=[]), DOCKER_SCHEMA1_SIGNED),
+        (make_image(config=None), OCI_MANIFEST),
+        (make_document(layers=[]), OCI_MANIFEST),
+        (make_document(config=descriptor_json(CONFIG)), OCI_MANIFEST),
+        (make_image(config="x"), OCI_MANIFEST),
+        (make_image(layers={}), OCI_MANIFEST),
+        (make_image(layers="x"), OCI_MANIFEST),
+        (make_image(layers=["x"]), OCI_MANIFEST),
+        (make_image(layers=[None]), OCI_MANIFEST),
+        (make_image(layers=[{**descriptor_json(CONFIG), "digest": "sha256:00"}]), OCI_MANIFEST),
+        (make_image(layers=[{**descriptor_json(CONFIG), "digest": 7}]), OCI_MANIFEST),
+        (make_image(layers=[{"size": 3}]), OCI_MANIFEST),
+        (make_image(layers=[{**descriptor_json(CONFIG), "size": -1}]), OCI_MANIFEST),
+        (make_image(layers=[{**descriptor_json(CONFIG), "size": True}]), OCI_MANIFEST),
+        (make_image(layers=[{**descriptor_json(CONFIG), "size": "3"}]), OCI_MANIFEST),
+        (make_image(layers=[{**descriptor_json(CONFIG), "size": 3.0}]), OCI_MANIFEST),
+        (make_image(layers=[{**descriptor_json(CONFIG), "size": 2**63}]), OCI_MANIFEST),
+        (make_image(layers=[{**descriptor_json(CONFIG), "size": None}]), OCI_MANIFEST),
+        (make_image(layers=[{**descriptor_json(CONFIG), "mediaType": 1}]), OCI_MANIFEST),
+        (make_image(subject="x"), OCI_MANIFEST),
+        (make_image(artifactType=[]), OCI_MANIFEST),
+        (make_index(manifests=[[]]), OCI_INDEX),
         (b'{"schemaVersion":1,"fsLayers":[{"blobSum":"x"}]}', DOCKER_SCHEMA1),
         (b'{"schemaVersion":1,"fsLayers":["x"]}', DOCKER_SCHEMA1),
-        (content(x=1), None),
+        (make_document(x=1), None),
     ],
 )
-def test_no_manifest(raw: bytes, media_type: str | None) -> None:
+def test_invalid_manifest(raw: bytes, media_type: str | None) -> None:
     with pytest.raises(ManifestInvalid):
         parse_manifest(raw, media_type)
 
@@ -206,7 +215,7 @@ json_values = st.recursive(
 
 
 @given(json_values, st.sampled_from([None, OCI_MANIFEST, OCI_INDEX, DOCKER_SCHEMA1, "application/x"]))
-def test_any_json_is_a_manifest_or_refused(value: Any, media_type: str | None) -> None:
+def test_any_json(value: Any, media_type: str | None) -> None:
     try:
         parse_manifest(json.dumps(value).encode(), media_type)
     except ManifestInvalid:
@@ -281,9 +290,11 @@ def test_fallback_tag(raw: bytes, algorithm: str) -> None:
 
 
 def test_filter_referrers() -> None:
-    one = {**written(CONFIG), "artifactType": "a/one", "annotations": {"k": "ä"}}
-    other = {**written(CONFIG), "artifactType": "a/other"}
-    raw = content(mediaType=OCI_INDEX, manifests=[one, other, written(CONFIG), one], annotations={"x": "y"})
+    one = {**descriptor_json(CONFIG), "artifactType": "a/one", "annotations": {"k": "ä"}}
+    other = {**descriptor_json(CONFIG), "artifactType": "a/other"}
+    raw = make_document(
+        mediaType=OCI_INDEX, manifests=[one, other, descriptor_json(CONFIG), one], annotations={"x": "y"}
+    )
     filtered = json.loads(filter_referrers(raw, "a/one"))
     assert filtered == {**json.loads(raw), "manifests": [one, one]}
     assert json.loads(filter_referrers(raw, "a/none"))["manifests"] == []

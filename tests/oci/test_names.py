@@ -37,7 +37,7 @@ def test_repository_is_itself(name: str) -> None:
         "a\\b", "_catalog",
     ],
 )  # fmt: skip
-def test_no_repository(name: str) -> None:
+def test_invalid_repository(name: str) -> None:
     with pytest.raises(NameInvalid):
         parse_repository(name)
 
@@ -52,7 +52,7 @@ def test_tag_is_itself(tag: str) -> None:
 
 
 @pytest.mark.parametrize("tag", ["", ".a", "-a", "a" * 129, "a/b", "a b", "a\n", "é", "a\0", "..", "a+b", "a%41"])
-def test_no_tag(tag: str) -> None:
+def test_invalid_tag(tag: str) -> None:
     with pytest.raises(NameInvalid):
         parse_tag(tag)
     with pytest.raises(NameInvalid):
@@ -85,7 +85,7 @@ def test_digest_of_content(content: bytes, algorithm: str) -> None:
         "sha256:" + "١" * 64, "sha256-" + "a" * 64, " sha256:" + "a" * 64, "sha384:" + "a" * 96,
     ],
 )  # fmt: skip
-def test_no_digest(text: str) -> None:
+def test_invalid_digest(text: str) -> None:
     with pytest.raises(DigestInvalid):
         Digest.parse(text)
 
@@ -138,7 +138,7 @@ def test_port_in_text_form() -> None:
         "0x7f.0.0.0x1", "a.0x", "a.1", "1.2.3.4.", "*.example", "a,b", "a\u3002b", "doc\u212aer.io", "\u0130.example",
     ],
 )  # fmt: skip
-def test_no_host(text: str) -> None:
+def test_invalid_host(text: str) -> None:
     with pytest.raises(NameInvalid):
         Host.parse(text)
 
@@ -174,6 +174,6 @@ def test_registry_forms() -> None:
 @pytest.mark.parametrize(
     "text", ["", "ftp://a", "://a", "HTTP://a", "http://", "https://a/", "https://a?b", "http://u@a", "http://http://a"]
 )
-def test_no_registry(text: str) -> None:
+def test_invalid_registry(text: str) -> None:
     with pytest.raises(NameInvalid):
         Registry.parse(text)

@@ -13,24 +13,24 @@ NAMES = st.lists(st.text("abcXYZ019._-", min_size=1, max_size=4), unique=True).m
 
 
 @given(names=NAMES, size=st.integers(1, 5), most=st.integers(1, 5))
-def test_the_pages_make_the_list(names: list[str], size: int, most: int) -> None:
-    found: list[str] = []
+def test_pages_cover_the_list(names: list[str], size: int, max_entries: int) -> None:
+    collected: list[str] = []
     page, more = Page(size, None), True
     while more:
-        part, more = page.cut(names, most)
-        assert len(part) <= min(size, most)
-        found += part
-        page = Page(size, found[-1] if found else None)
-    assert found == names
+        part, more = page.slice(names, max_entries)
+        assert len(part) <= min(size, max_entries)
+        collected += part
+        page = Page(size, collected[-1] if collected else None)
+    assert collected == names
 
 
 @given(names=NAMES, last=st.text("abcXYZ019._-", max_size=4))
-def test_what_is_behind_a_name_that_need_not_be_there(names: list[str], last: str) -> None:
-    assert Page(None, last).cut(names, 1000) == ([name for name in names if name > last], False)
+def test_last_need_not_exist(names: list[str], last: str) -> None:
+    assert Page(None, last).slice(names, 1000) == ([name for name in names if name > last], False)
 
 
-def test_a_page_of_nothing_leads_nowhere() -> None:
-    assert Page(0, None).cut(["a", "b"], 10) == ([], False)
+def test_empty_page_has_no_next() -> None:
+    assert Page(0, None).slice(["a", "b"], 10) == ([], False)
 
 
 def test_parse() -> None:
@@ -40,7 +40,7 @@ def test_parse() -> None:
 
 
 @pytest.mark.parametrize("n", ["", "-1", "x", "1.0", "1e3", "%D9%A1", "1" * 19])
-def test_a_page_size_that_is_none(n: str) -> None:
+def test_invalid_page_size(n: str) -> None:
     with pytest.raises(PaginationInvalid):
         Page.parse(f"n={n}")
 

@@ -7,13 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dockerproxy.errors import RangeInvalid
-from dockerproxy.oci.ranges import Span, content_range, parse_content_range, select
+from dockerproxy.oci.ranges import ByteRange, content_range, parse_content_range, parse_range
 
 sizes = st.integers(1, 50)
 positions = st.integers(0, 60)
 
 
-def whole(size: int) -> bytes:
+def make_bytes(size: int) -> bytes:
     return bytes(range(size))
 
 
@@ -22,21 +22,21 @@ def test_selects_what_a_slice_selects(first: int, last: int | None, size: int) -
     header = f"bytes={first}-{'' if last is None else last}"
     if first >= size or (last is not None and last < first):
         with pytest.raises(RangeInvalid) as caught:
-            select(header, size)
+            parse_range(header, size)
         assert caught.value.headers == (("Content-Range", f"bytes */{size}"),)
     else:
-        span = select(header, size)
-        assert span is not None
-        expected = whole(size)[first : None if last is None else last + 1]
-        assert whole(size)[span.start : span.stop] == expected
-        assert span.length == len(expected)
+        byte_range = parse_range(header, size)
+        assert byte_range is not None
+        expected = make_bytes(size)[first : None if last is None else last + 1]
+        assert make_bytes(size)[byte_range.start : byte_range.stop] == expected
+        assert byte_range.length == len(expected)
 
 
 @given(st.integers(1, 60), sizes)
 def test_suffix(length: int, size: int) -> None:
-    span = select(f"bytes=-{length}", size)
-    assert span is not None
-    assert whole(size)[span.start : span.stop] == whole(size)[-length:]
+    byte_range = parse_range(f"bytes=-{length}", size)
+    assert byte_range is not None
+    assert make_bytes(size)[byte_range.start : byte_range.stop] == make_bytes(size)[-length:]
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_suffix(length: int, size: int) -> None:
 )
 def test_unsatisfiable(header: str, size: int) -> None:
     with pytest.raises(RangeInvalid) as caught:
-        select(header, size)
+        parse_range(header, size)
     assert dict(caught.value.headers) == {"Content-Range": f"bytes */{size}"}
 
 
@@ -58,35 +58,39 @@ def test_unsatisfiable(header: str, size: int) -> None:
     ],
 )  # fmt: skip
 def test_whole_content(header: str | None) -> None:
-    assert select(header, 5) is None
+    assert parse_range(header, 5) is None
 
 
 @pytest.mark.parametrize("header", ["bytes=0-", "bytes=0-0", "bytes=-5", "bytes=-0", "bytes=7-", None])
 def test_empty_content_is_always_whole(header: str | None) -> None:
-    assert select(header, 0) is None
+    assert parse_range(header, 0) is None
 
 
 def test_spelling() -> None:
-    assert select("Bytes = 1-2 ", 5) == Span(1, 3)
+    assert parse_range("Bytes = 1-2 ", 5) == ByteRange(1, 3)
 
 
 @given(st.text())
 def test_any_header(header: str) -> None:
-    select(header, 0)
-    span = None
+    parse_range(header, 0)
+    byte_range = None
     try:
-        span = select(header, 7)
+        byte_range = parse_range(header, 7)
     except RangeInvalid:
         pass
-    assert span is None or 0 <= span.start < span.stop <= 7
+    assert byte_range is None or 0 <= byte_range.start < byte_range.stop <= 7
 
 
 @given(st.integers(0, 2**62), st.integers(1, 2**30), st.integers(0, 2**30))
 def test_content_range_round_trip(start: int, length: int, more: int) -> None:
-    span = Span(start, start + length)
-    size = span.stop + more
-    assert parse_content_range(content_range(span, size)) == (span.start, span.stop, size)
-    assert parse_content_range(f"bytes {span.start}-{span.stop - 1}/*") == (span.start, span.stop, None)
+    byte_range = ByteRange(start, start + length)
+    size = byte_range.stop + more
+    assert parse_content_range(content_range(byte_range, size)) == (byte_range.start, byte_range.stop, size)
+    assert parse_content_range(f"bytes {byte_range.start}-{byte_range.stop - 1}/*") == (
+        byte_range.start,
+        byte_range.stop,
+        None,
+    )
 
 
 @pytest.mark.parametrize(
@@ -98,6 +102,6 @@ def test_content_range_round_trip(start: int, length: int, more: int) -> None:
         "lines 0-4/5", "bytes 0-4/٥", "bytes 0-4/5, bytes 0-4/5", "bytes 0-" + "9" * 20 + "/*",
     ],
 )  # fmt: skip
-def test_no_content_range(value: str) -> None:
+def test_invalid_content_range(value: str) -> None:
     with pytest.raises(ValueError):
         parse_content_range(value)

@@ -25,9 +25,9 @@ from dockerproxy.http.request import Request
 from dockerproxy.http.stream import ByteStream
 from dockerproxy.oci.names import Digest
 from dockerproxy.oci.routes import route
-from dockerproxy.registry.face import Face
-from dockerproxy.registry.hosted import Hosted
-from dockerproxy.registry.push import Push
+from dockerproxy.registry.api import RegistryAPI
+from dockerproxy.registry.hosted import HostedRegistry
+from dockerproxy.registry.push import PushHandler
 from dockerproxy.store.cooperative import CooperativeThread
 from dockerproxy.store.hosted_store import HostedStore
 from dockerproxy.store.layout import Layout
@@ -79,11 +79,11 @@ class InMemoryRegistry:
 
     reactor: SteppedReactor
     store: HostedStore
-    hosted: Hosted = field(init=False)
+    hosted: HostedRegistry = field(init=False)
 
     @hosted.default
-    def _make_hosted(self) -> Hosted:
-        return Hosted(self.reactor, self.store, Push(self.reactor, self.store))
+    def _make_hosted(self) -> HostedRegistry:
+        return HostedRegistry(self.reactor, self.store, PushHandler(self.reactor, self.store))
 
     async def request(self, method: str, target: str, body: bytes = b"", media_type: str = "") -> int:
         """Return the status of the answer."""
@@ -93,7 +93,7 @@ class InMemoryRegistry:
         stream.finish()
         request = Request(MemoryTransport(), RequestHead(method, target, (1, 1), headers), stream if body else None)
         try:
-            await Face(self.reactor).answer(request, route(request.path), self.hosted)
+            await RegistryAPI(self.reactor).handle(request, route(request.path), self.hosted)
         except RegistryError as error:
             return error.status
         return request.status

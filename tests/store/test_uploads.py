@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from dockerproxy.errors import BlobUploadBusy, BlobUploadUnknown, DigestInvalid, RangeInvalid
 from dockerproxy.oci.names import Digest
-from dockerproxy.oci.uploads import announced, progress
+from dockerproxy.oci.uploads import declared_length, range_header
 from dockerproxy.store import hashed_append_file
 from dockerproxy.store.blobs import Blobs
 from dockerproxy.store.hosted_store import HostedStore
@@ -87,7 +87,7 @@ class UploadsMachine(RuleBasedStateMachine):
         start = max(0, upload.size + skip)
         field = f"{start}-{start + len(chunk) - 1}" if ranged and chunk else None
         try:
-            announced(field, len(chunk), upload.size)
+            declared_length(field, len(chunk), upload.size)
             assert field is None or start == len(self.model)
             upload.append([chunk])
             self.model += chunk
@@ -153,7 +153,7 @@ class UploadsMachine(RuleBasedStateMachine):
             assert sessions(self.layout) == [self.other]
         else:
             size = self.uploads.size(NAME, self.session)
-            assert (size, progress(size)) == (len(self.model), f"0-{max(0, len(self.model) - 1)}")
+            assert (size, range_header(size)) == (len(self.model), f"0-{max(0, len(self.model) - 1)}")
         assert self.uploads.size(NAME, self.other) == len(b"untouched")
 
     def teardown(self) -> None:

@@ -27,7 +27,7 @@ from dockerproxy.cache.token_endpoint import TokenEndpoint
 from dockerproxy.cache.upstream import Principal, UpstreamRepository
 from dockerproxy.concurrency import LocalKeyedLock, spawn
 from dockerproxy.http.headers import Headers
-from dockerproxy.oci.contents import BlobAnswer, ManifestAnswer
+from dockerproxy.oci.content import BlobResponse, ManifestResponse
 from dockerproxy.oci.names import Digest, Registry, parse_reference, parse_repository
 from dockerproxy.store.blobs import Blobs
 from dockerproxy.store.cooperative import CooperativeThread
@@ -159,14 +159,14 @@ class CacheHarness:
     def blob(
         self, digest: Digest, name: str = "library/app", authorization: str | None = None, *, head: bool = False,
         registry: Registry = HUB,
-    ) -> Coroutine[Any, Any, BlobAnswer]:  # fmt: skip
+    ) -> Coroutine[Any, Any, BlobResponse]:  # fmt: skip
         """Ask for a blob as the client that shows `who`."""
         return self.client(authorization, registry).blob(parse_repository(name), digest, head=head)
 
     def manifest(
         self, reference: object, name: str = "library/app", authorization: str | None = None, *, head: bool = False,
         registry: Registry = HUB, accept: list[str] = ACCEPT,
-    ) -> Coroutine[Any, Any, ManifestAnswer]:  # fmt: skip
+    ) -> Coroutine[Any, Any, ManifestResponse]:  # fmt: skip
         """Ask for a manifest as the client that shows `who`."""
         parsed = parse_reference(str(reference))
         return self.client(authorization, registry).manifest(parse_repository(name), parsed, accept, head=head)
@@ -197,7 +197,7 @@ class CacheHarness:
         response = await self.blob(digest, name, authorization, **options)
         assert response.content is not None
         try:
-            return response.verdict, await read_all(response.content)
+            return response.cache_status, await read_all(response.content)
         finally:
             response.content.close()
 

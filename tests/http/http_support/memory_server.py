@@ -17,7 +17,7 @@ from twisted.internet.task import deferLater
 from dockerproxy.http.request import Request
 from dockerproxy.http.site import ServerTimeouts, Site
 from dockerproxy.proxy.authority import CertificateAuthority
-from dockerproxy.registry.senders import send
+from dockerproxy.registry.streaming import stream_content
 
 reactor: Any = _reactor
 SIZE = 1 << 30
@@ -51,7 +51,7 @@ def main() -> None:
         if request.path == "/large":
             slow_client_count += 1
             request.start(200, [], SIZE)
-            await send(request, content, 0, SIZE, reactor)
+            await stream_content(request, content, 0, SIZE, reactor)
             return
         while request.path == "/blocked" and sum(channel._flow_control.paused for channel in site._channels) < int(
             request.query

@@ -8,64 +8,64 @@ from dockerproxy.errors import NameInvalid, RegistryError
 from dockerproxy.http.channel import Handler
 from dockerproxy.http.request import Request
 from dockerproxy.oci.names import Host
-from dockerproxy.oci.routes import Target, route, take_parameter
-from dockerproxy.registry.doors import refuse
-from dockerproxy.registry.face import Face
-from dockerproxy.registry.guard import TOKEN_PATH, Guard
-from dockerproxy.registry.hosted import Hosted
+from dockerproxy.oci.routes import Target, pop_parameter, route
+from dockerproxy.registry.access_control import HOSTED_TOKEN_PATH, AccessControl
+from dockerproxy.registry.api import RegistryAPI
+from dockerproxy.registry.hosted import HostedRegistry
+from dockerproxy.registry.intercepted import handle_error
 
 
 @define
-class Own:
+class HostedRegistryApp:
     """Answers requests to `/v2/` for the hosted registry. Another `guard` may be set, for the requests to come."""
 
-    face: Face
-    hosted: Hosted
-    guard: Guard
+    api: RegistryAPI
+    backend: HostedRegistry
+    access_control: AccessControl
 
-    async def answer(self, request: Request) -> None:
+    async def handle(self, request: Request) -> None:
         """Answer `request`."""
         target: Target | None = None
         try:
-            if request.path == TOKEN_PATH and await self.guard.token(request):
+            if request.path == HOSTED_TOKEN_PATH and await self.access_control.handle_token(request):
                 return
             target = route(request.path)
-            await self.guard.check(request, target)
-            await self.face.answer(request, target, self.hosted)
+            await self.access_control.check(request, target)
+            await self.api.handle(request, target, self.backend)
         except RegistryError as error:
             challenge = [field for field in error.headers if field[0] == "WWW-Authenticate"]
             if error.status == 401 and not challenge:
-                challenge = self.guard.challenge(request, target)
-            refuse(request, error, challenge)
+                challenge = self.access_control.challenge(request, target)
+            handle_error(request, error, challenge)
 
 
 @frozen
-class ByNamespace:
+class NamespaceRouter:
     """Answers requests to `/v2/`: `?ns=HOST` asks for a mirror of that registry, unless HOST is one of `own_names`.
 
     A client that reaches us by another name or an address says `ns` for our own registry as well. Without it the door's
     own `otherwise` answers.
     """
 
-    own: Handler
+    hosted: Handler
     mirror: Handler
-    own_names: frozenset[str]
-    otherwise: Handler
+    local_hostnames: frozenset[str]
+    default: Handler
 
-    async def answer(self, request: Request) -> None:
+    async def handle(self, request: Request) -> None:
         """Answer `request`."""
         try:
-            namespace, rest = take_parameter(request.query, "ns")
-            ours = namespace is not None and Host.parse(namespace).name in self.own_names
+            namespace, rest = pop_parameter(request.query, "ns")
+            is_local = namespace is not None and Host.parse(namespace).name in self.local_hostnames
         except NameInvalid:
-            ours = False
+            is_local = False
         except RegistryError as error:
-            refuse(request, error, [])
+            handle_error(request, error, [])
             return
-        if ours:
+        if is_local:
             request.query = rest
-            await self.own(request)
+            await self.hosted(request)
         elif namespace is not None:
             await self.mirror(request)
         else:
-            await self.otherwise(request)
+            await self.default(request)

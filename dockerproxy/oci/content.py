@@ -8,10 +8,10 @@ from attrs import frozen
 
 from dockerproxy.oci.names import Digest
 
-SMALL = 64 * 1024
+VERIFY_FIRST_SIZE = 64 * 1024
 """Bytes up to which a blob under way is sent only when it is verified: then a bad one is a clean error."""
 
-Piece = bytes | bytearray | memoryview
+BytesLike = bytes | bytearray | memoryview
 """Bytes of a content. Nobody changes them any more."""
 
 
@@ -22,19 +22,19 @@ class Content(Protocol):
     def size(self) -> int | None:
         """The whole length in bytes, or None while nobody knows it."""
 
-    async def read(self, offset: int, at_most: int) -> Piece:
+    async def read(self, offset: int, max_bytes: int) -> BytesLike:
         """Return bytes from `offset` on, at least one, waiting for them; ``b""`` at the end. Raise `UpstreamError`.
 
         `offset` grows from call to call.
         """
 
-    async def in_file(self, offset: int, at_most: int) -> tuple[int, int] | None:
+    async def sendfile_source(self, offset: int, max_bytes: int) -> tuple[int, int] | None:
         """Return a file's descriptor, and how many bytes it has in memory at `offset` that are the content's there.
 
         None where there is no such file: what is still arriving is `read`. The descriptor is good until `close`.
         """
 
-    async def settled(self) -> None:
+    async def wait_verified(self) -> None:
         """Wait until it is certain that the content can be had whole; raise where it cannot."""
 
     def close(self) -> None:
@@ -42,21 +42,21 @@ class Content(Protocol):
 
 
 @frozen
-class BlobAnswer:
+class BlobResponse:
     """A blob to send. `content` is to be closed; it is None where only the head was asked for and is all there is."""
 
     digest: Digest
     size: int | None
     content: Content | None
-    verdict: str
+    cache_status: str
 
 
 @frozen
-class ManifestAnswer:
+class ManifestResponse:
     """A manifest to send. `content` is None where only the head was asked for and is all there is."""
 
     digest: Digest
     media_type: str
     size: int
     content: bytes | None
-    verdict: str
+    cache_status: str

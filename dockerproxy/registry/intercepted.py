@@ -9,21 +9,27 @@ from dockerproxy.errors import NameUnknown, RegistryError, Unsupported
 from dockerproxy.http.message import origin_form
 from dockerproxy.http.request import Request
 from dockerproxy.oci.names import Host, Registry
-from dockerproxy.oci.routes import Kind, Target, route, take_parameter
-from dockerproxy.registry.answers import API_VERSION, answer_error
-from dockerproxy.registry.face import Face
-from dockerproxy.registry.mirrored import READING, Mirrored, Remote, check_push, pass_on
+from dockerproxy.oci.routes import Kind, Target, pop_parameter, route
+from dockerproxy.registry.api import RegistryAPI
+from dockerproxy.registry.responses import API_VERSION, respond_error
+from dockerproxy.registry.upstream_backend import (
+    SAFE_METHODS,
+    UpstreamBackend,
+    UpstreamRegistry,
+    check_push,
+    forward_request,
+)
 
-_MAX_FORM = 64 * 1024
+_MAX_FORM_SIZE = 64 * 1024
 
-Open = Callable[[Registry, str | None], Remote]
+OpenRegistry = Callable[[Registry, str | None], UpstreamRegistry]
 """Returns a registry for a client that shows an Authorization, or none."""
 
 
-class Realms(Protocol):
+class TokenService(Protocol):
     """Answers for the token servers of the registries."""
 
-    def served_at(self, host: Registry, path: str) -> Registry | None:
+    def registry_for_realm(self, host: Registry, path: str) -> Registry | None:
         """Return the registry whose tokens are given out at `path` of `host`, if any."""
 
     async def token(self, registry: Registry, query: str, authorization: str | None, form: bytes | None) -> bytes:
@@ -33,38 +39,42 @@ class Realms(Protocol):
 class Intercepted:
     """Answers for registries under their own names, in their place."""
 
-    def __init__(self, face: Face, open_remote: Open, realms: Realms, *, allow_push: bool) -> None:
-        self._face = face
-        self._open = open_remote
-        self._realms = realms
+    def __init__(
+        self, api: RegistryAPI, open_registry: OpenRegistry, token_service: TokenService, *, allow_push: bool
+    ) -> None:
+        self._api = api
+        self._open_registry = open_registry
+        self._token_service = token_service
         self._allow_push = allow_push
 
-    async def answer(self, registry: Registry, request: Request) -> None:
+    async def handle(self, registry: Registry, request: Request) -> None:
         """Answer a request that the client means for `registry`."""
         request.host = str(registry)
-        remote = self._open(registry, request.headers.get("authorization"))
+        upstream = self._open_registry(registry, request.headers.get("authorization"))
         try:
-            await self._route(registry, request, remote)
+            await self._route(registry, request, upstream)
         except RegistryError as error:
-            refuse(request, error, remote.challenge(error, secure=request.secure) if error.status == 401 else [])
+            handle_error(
+                request, error, upstream.challenge(error, secure=request.secure) if error.status == 401 else []
+            )
 
-    def _route(self, registry: Registry, request: Request, remote: Remote) -> Awaitable[None]:
+    def _route(self, registry: Registry, request: Request, upstream: UpstreamRegistry) -> Awaitable[None]:
         """Return what answers `request`: no coroutine around it, each of which takes memory with a slow client."""
         _check_path(request)
-        target = _target(request.path)
+        target = _api_target(request.path)
         if target is not None:
-            return self._face.answer(request, target, Mirrored(remote, self._allow_push))
-        served = self._realms.served_at(registry, request.path)
-        if served is not None and request.method in ("GET", "POST"):
-            return self._token(served, request)
-        if request.method not in (*READING, "OPTIONS"):
+            return self._api.handle(request, target, UpstreamBackend(upstream, self._allow_push))
+        token_registry = self._token_service.registry_for_realm(registry, request.path)
+        if token_registry is not None and request.method in ("GET", "POST"):
+            return self._handle_token(token_registry, request)
+        if request.method not in (*SAFE_METHODS, "OPTIONS"):
             check_push(request, self._allow_push)
-        return pass_on(request, remote, None)
+        return forward_request(request, upstream, None)
 
-    async def _token(self, registry: Registry, request: Request) -> None:
+    async def _handle_token(self, registry: Registry, request: Request) -> None:
         request.cache_status = "PASS"
-        form = await request.read_all(_MAX_FORM) if request.method == "POST" else None
-        content = await self._realms.token(registry, request.query, request.headers.get("authorization"), form)
+        form = await request.read_all(_MAX_FORM_SIZE) if request.method == "POST" else None
+        content = await self._token_service.token(registry, request.query, request.headers.get("authorization"), form)
         fields = [
             ("Content-Type", "application/json"),
             ("Cache-Control", "no-store"),
@@ -79,43 +89,45 @@ class Mirror:
     A mirror's client brings no login of upstream's, so what it shows goes nowhere, and our own or none speaks for it.
     """
 
-    def __init__(self, face: Face, open_remote: Open, registries: Mapping[Host, Registry], hub: Registry) -> None:
-        self._face = face
-        self._open = open_remote
+    def __init__(
+        self, api: RegistryAPI, open_registry: OpenRegistry, registries: Mapping[Host, Registry], hub: Registry
+    ) -> None:
+        self._api = api
+        self._open_registry = open_registry
         self._registries = registries
         self._hub = hub
 
-    async def answer(self, request: Request) -> None:
+    async def handle(self, request: Request) -> None:
         """Answer a request to `/v2/`."""
         try:
-            await self._answer(request)
+            await self._route(request)
         except RegistryError as error:
             # Without a challenge: a login for the registry that is mirrored is nothing to show to us.
-            refuse(request, error, [])
+            handle_error(request, error, [])
 
-    async def _answer(self, request: Request) -> None:
+    async def _route(self, request: Request) -> None:
         _check_path(request)
         target = route(request.path)
-        namespace, request.query = take_parameter(request.query, "ns")
+        namespace, request.query = pop_parameter(request.query, "ns")
         registry = self._hub if namespace is None else self._registries.get(Host.parse(namespace))
         if registry is None:
             raise NameUnknown(f"{namespace!r} is not mirrored here: its administrator can add it to REGISTRIES")
         request.host = str(registry)
-        if request.method not in READING:
-            sentence = "a mirror is pulled from only: push to the registry itself"
-            raise Unsupported(sentence, headers=[("Allow", ", ".join(READING))])
+        if request.method not in SAFE_METHODS:
+            message = "a mirror is pulled from only: push to the registry itself"
+            raise Unsupported(message, headers=[("Allow", ", ".join(SAFE_METHODS))])
         if target.kind is Kind.BASE:
             request.respond(200, [("Content-Type", "application/json"), API_VERSION], b"{}")
             return
-        await self._face.answer(request, target, Mirrored(self._open(registry, None), False, namespace))
+        await self._api.handle(request, target, UpstreamBackend(self._open_registry(registry, None), False, namespace))
 
 
-def refuse(request: Request, error: RegistryError, challenge: list[tuple[str, str]]) -> None:
+def handle_error(request: Request, error: RegistryError, challenge: list[tuple[str, str]]) -> None:
     """Answer with `error` under `challenge`; break off where an answer has begun, so that nobody takes it for whole."""
     if request.started:
         request.abort()
     else:
-        answer_error(request, error, challenge)
+        respond_error(request, error, challenge)
 
 
 def _check_path(request: Request) -> None:
@@ -124,7 +136,7 @@ def _check_path(request: Request) -> None:
     request.path = origin_form(path)
 
 
-def _target(path: str) -> Target | None:
+def _api_target(path: str) -> Target | None:
     """Return what a path of the API means; None for one that is none of it, and is upstream's business."""
     try:
         return route(path)

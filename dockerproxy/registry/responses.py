@@ -12,21 +12,21 @@ from dockerproxy.http.request import Request
 
 API_VERSION = ("Docker-Distribution-Api-Version", "registry/2.0")
 
-Fields = list[tuple[str, str]]
+FieldList = list[tuple[str, str]]
 
 # What upstream says about itself as a server: we stand in its place. Alt-Svc would lead clients past us, and a
 # content delivery network's X-Cache tells of another cache than ours.
-_NOT_RELAYED = ("alt-svc", "server", "strict-transport-security", "x-cache")
+_NOT_FORWARDED = ("alt-svc", "server", "strict-transport-security", "x-cache")
 
 
-def told(verdict: str) -> Fields:
+def cache_status_fields(cache_status: str) -> FieldList:
     """Return the field that says how an answer came about; none where no cache had a part in it."""
-    return [] if verdict == "-" else [("X-Cache", verdict)]
+    return [] if cache_status == "-" else [("X-Cache", cache_status)]
 
 
-def upstream_fields(headers: Headers) -> Fields:
+def upstream_fields(headers: Headers) -> FieldList:
     """Return the fields of a registry's answer that a client of ours gets."""
-    return forwarded_fields(headers.without(*_NOT_RELAYED))
+    return forwarded_fields(headers.without(*_NOT_FORWARDED))
 
 
 def without_cookies(headers: Headers) -> Headers:
@@ -38,7 +38,7 @@ def without_cookies(headers: Headers) -> Headers:
     return headers.without("cookie", "set-cookie")
 
 
-def answer_error(request: Request, error: RegistryError, challenge: Iterable[tuple[str, str]] = ()) -> None:
+def respond_error(request: Request, error: RegistryError, challenge: Iterable[tuple[str, str]] = ()) -> None:
     """Answer with `error`, upstream's own refusal in upstream's own words.
 
     The fields `challenge` take the place of whatever challenge `error` holds: that was not made for this client. The
@@ -50,4 +50,4 @@ def answer_error(request: Request, error: RegistryError, challenge: Iterable[tup
     else:
         fields = [("Content-Type", "application/json"), API_VERSION, *headers]
         body = json.dumps({"errors": [{"code": error.code, "message": error.message}]}).encode()
-    request.respond(error.status, [*fields, *challenge, *told(request.cache_status)], body)
+    request.respond(error.status, [*fields, *challenge, *cache_status_fields(request.cache_status)], body)

@@ -20,10 +20,10 @@ from twisted.logger import Logger
 from dockerproxy.concurrency import SingleFlight, in_thread
 
 _HASH = re.compile(r"\$2[aby]\$(0[4-9]|[12][0-9]|3[01])\$[./A-Za-z0-9]{53}")
-_LONGEST_PASSWORD = 72  # bytes; bcrypt looks at no more, and its Python library refuses what is longer
-_REMEMBERED = 300.0  # seconds in which a login that was right is not computed again
-_MOST_REMEMBERED = 1000
-_LONGEST_FIELD = 4096
+_MAX_PASSWORD = 72  # bytes; bcrypt looks at no more, and its Python library refuses what is longer
+_CACHE_SECONDS = 300.0  # seconds in which a login that was right is not computed again
+_MAX_CACHED = 1000
+_MAX_FIELD = 4096
 
 log = Logger()
 
@@ -33,21 +33,21 @@ class HtpasswdError(ValueError):
 
 
 @frozen
-class Login:
+class BasicCredentials:
     """What a client shows by Basic (RFC 7617)."""
 
     user: str
     password: bytes = field(repr=False)
 
 
-def read_basic(authorization: str) -> Login | None:
+def parse_basic(authorization: str) -> BasicCredentials | None:
     """Return the login in an Authorization field, None where it is not a readable Basic one."""
     scheme, _, encoded = authorization.partition(" ")
-    if scheme.lower() != "basic" or len(encoded) > _LONGEST_FIELD:
+    if scheme.lower() != "basic" or len(encoded) > _MAX_FIELD:
         return None
     try:
         user, colon, password = b64decode(encoded.strip(), validate=True).partition(b":")
-        return Login(user.decode("utf-8"), password) if colon else None
+        return BasicCredentials(user.decode("utf-8"), password) if colon else None
     except (Base64Error, ValueError):
         return None
 
@@ -59,19 +59,19 @@ def parse_htpasswd(text: str, path: Path) -> dict[str, bytes]:
         entry = line.strip()
         if not entry or entry.startswith("#"):
             continue
-        user, colon, hashed = entry.partition(":")
-        where = f"HTPASSWD_FILE: {path}, line {number},"
+        user, colon, password_hash = entry.partition(":")
+        location = f"HTPASSWD_FILE: {path}, line {number},"
         if not colon or not user:
-            raise HtpasswdError(f"{where} is not user:hash")
-        if not _HASH.fullmatch(hashed):
-            raise HtpasswdError(f"{where} has no bcrypt hash (made by: htpasswd -B {path} USER)")
+            raise HtpasswdError(f"{location} is not user:hash")
+        if not _HASH.fullmatch(password_hash):
+            raise HtpasswdError(f"{location} has no bcrypt hash (made by: htpasswd -B {path} USER)")
         if user in users:
-            raise HtpasswdError(f"{where} names a user for the second time")
-        users[user] = hashed.encode("ascii")
+            raise HtpasswdError(f"{location} names a user for the second time")
+        users[user] = password_hash.encode("ascii")
     return users
 
 
-class Users:
+class HtpasswdFile:
     """Tells whether a login is right.
 
     The file is read again when it changes; a broken one leaves the users as they are. A password is checked in a
@@ -85,10 +85,10 @@ class Users:
         self._secret = secret
         self._clock = clock
         self._users: Mapping[str, bytes] = {}
-        self._nobody = b""
+        self._dummy_hash = b""
         self._signature: tuple[int, int, int] | None = None
-        self._right: OrderedDict[bytes, float] = OrderedDict()
-        self._checking: SingleFlight[bytes, bool] = SingleFlight()
+        self._verified: OrderedDict[bytes, float] = OrderedDict()
+        self._checks: SingleFlight[bytes, bool] = SingleFlight()
         self.reload()
 
     def reload(self) -> None:
@@ -102,37 +102,39 @@ class Users:
         except UnicodeDecodeError:
             raise HtpasswdError(f"HTPASSWD_FILE: {self._path} is not UTF-8 text") from None
         self._users = users
-        self._right.clear()
+        self._verified.clear()
         # What a user who does not exist is compared with costs as much as the dearest of those who do.
         rounds = max((int(hashed[4:6]) for hashed in users.values()), default=10)
-        self._nobody = b"$2b$%02d$" % rounds + b"." * 53
+        self._dummy_hash = b"$2b$%02d$" % rounds + b"." * 53
 
-    def knows(self, user: str) -> bool:
+    def has_user(self, user: str) -> bool:
         """Say whether there is such a user."""
-        self._look()
+        self._reload_if_changed()
         return user in self._users
 
-    async def check(self, login: Login) -> bool:
+    async def check_password(self, credentials: BasicCredentials) -> bool:
         """Say whether `login` is right."""
-        self._look()
-        key = hmac.new(self._secret, f"{login.user}\n".encode() + login.password, hashlib.sha256).digest()
-        until = self._right.get(key)
-        if until is not None and self._clock() < until:
+        self._reload_if_changed()
+        key = hmac.new(self._secret, f"{credentials.user}\n".encode() + credentials.password, hashlib.sha256).digest()
+        expiry = self._verified.get(key)
+        if expiry is not None and self._clock() < expiry:
             return True
-        return await self._checking.do(key, lambda: self._check(login, key))
+        return await self._checks.do(key, lambda: self._check(credentials, key))
 
-    async def _check(self, login: Login, key: bytes) -> bool:
-        hashed = self._users.get(login.user)
-        right: bool = await in_thread(self._reactor, _matches, login.password, hashed or self._nobody)
-        if not right or hashed is None or self._users.get(login.user) != hashed:
+    async def _check(self, credentials: BasicCredentials, key: bytes) -> bool:
+        password_hash = self._users.get(credentials.user)
+        is_match: bool = await in_thread(
+            self._reactor, _matches, credentials.password, password_hash or self._dummy_hash
+        )
+        if not is_match or password_hash is None or self._users.get(credentials.user) != password_hash:
             return False
-        self._right[key] = self._clock() + _REMEMBERED
-        self._right.move_to_end(key)
-        if len(self._right) > _MOST_REMEMBERED:
-            self._right.popitem(last=False)
+        self._verified[key] = self._clock() + _CACHE_SECONDS
+        self._verified.move_to_end(key)
+        if len(self._verified) > _MAX_CACHED:
+            self._verified.popitem(last=False)
         return True
 
-    def _look(self) -> None:
+    def _reload_if_changed(self) -> None:
         try:
             signature = _signature(os.stat(self._path))
         except OSError:
@@ -144,12 +146,12 @@ class Users:
                 log.error("{why}; the users stay as they were", why=str(error))
 
 
-def _matches(password: bytes, hashed: bytes) -> bool:
+def _matches(password: bytes, password_hash: bytes) -> bool:
     try:
-        return bool(bcrypt.checkpw(password[:_LONGEST_PASSWORD], hashed))
+        return bool(bcrypt.checkpw(password[:_MAX_PASSWORD], password_hash))
     except ValueError:  # a NUL in the password
         return False
 
 
-def _signature(status: os.stat_result) -> tuple[int, int, int]:
-    return status.st_mtime_ns, status.st_size, status.st_ino
+def _signature(stat: os.stat_result) -> tuple[int, int, int]:
+    return stat.st_mtime_ns, stat.st_size, stat.st_ino

@@ -1,0 +1,476 @@
+"""Pulling over HTTP, from a source and content that do what the test says."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from twisted.internet.defer import Deferred
+from twisted.internet.task import Clock
+
+from dockerproxy.errors import RegistryError, UpstreamBroken, UpstreamTimeout
+from dockerproxy.http.request import Request
+from dockerproxy.oci.content import BlobResponse, ManifestResponse
+from dockerproxy.oci.manifests import OCI_INDEX, OCI_MANIFEST
+from dockerproxy.oci.names import Digest
+from dockerproxy.oci.routes import Kind, route
+from dockerproxy.registry.api import RegistryAPI
+from dockerproxy.registry.intercepted import handle_error
+
+SMALL = 64 * 1024
+SIZES = [0, 1, 1000, SMALL - 1, SMALL, SMALL + 1, 700_000]
+MANIFEST = b'{"schemaVersion":2,"config":{},"layers":[]}'
+FAILURE = UpstreamBroken("it broke off")
+
+
+def make_bytes(size: int) -> bytes:
+    return (b"0123456789abcdef" * (size // 16 + 1))[:size]
+
+
+@pytest.fixture
+def connect_api(visit: Any, backend: Any) -> Any:
+    """Return a function that makes a visitor of a face that answers from `shelf`."""
+
+    def make(**options: Any) -> Any:
+        clock = Clock()
+        api = RegistryAPI(clock)
+
+        async def handle(request: Request) -> None:
+            try:
+                await api.handle(request, route(request.path), backend)
+            except RegistryError as error:
+                handle_error(request, error, [])
+
+        return visit(handle, clock=clock, **options)
+
+    return make
+
+
+@pytest.fixture
+def client(connect_api: Any) -> Any:
+    return connect_api()
+
+
+def blob_path(digest: Digest) -> str:
+    return f"/v2/library/busybox/blobs/{digest}"
+
+
+def put_manifest(
+    shelf: Any, content: bytes = MANIFEST, cache_status: str = "HIT", media_type: str = OCI_MANIFEST
+) -> Digest:
+    digest = Digest.of(content)
+    response = ManifestResponse(digest, media_type, len(content), content, cache_status)
+    shelf.manifests |= {"latest": response, str(digest): response}
+    return digest
+
+
+# blobs
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_blob(client: Any, backend: Any, fake_content: Any, size: int) -> None:
+    content = fake_content(make_bytes(size))
+    digest = backend.put(content)
+    response = client.ask("GET", blob_path(digest))
+    assert (response.status, response.body, response.whole) == (200, make_bytes(size), True)
+    expected = {
+        "Content-Type": "application/octet-stream",
+        "Content-Length": str(size),
+        "Docker-Content-Digest": str(digest),
+        "Etag": f'"{digest}"',
+        "Accept-Ranges": "bytes",
+        "Docker-Distribution-Api-Version": "registry/2.0",
+        "X-Cache": "HIT",
+    }
+    assert {name: response.fields(name) for name in expected} == {name: [value] for name, value in expected.items()}
+    assert "Warning" not in response.headers
+    assert content.closed == 1
+    assert backend.asked == [("library/busybox", digest, False)]
+    assert client.logged[0].verdict == "HIT"
+    assert client.logged[0].size == size
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_head_of_a_blob(client: Any, backend: Any, fake_content: Any, size: int) -> None:
+    content = fake_content(make_bytes(size), fails={0: FAILURE})
+    digest = backend.put(content)
+    response = client.ask("HEAD", blob_path(digest), [("Range", "bytes=0-0")])
+    assert (response.status, response.headers["Content-Length"]) == (200, str(size))
+    assert response.headers["Docker-Content-Digest"] == str(digest)
+    assert response.headers["Accept-Ranges"] == "bytes"
+    assert client.received.endswith(b"\r\n\r\n")
+    assert (content.asked, content.closed) == ([], 1)
+    assert backend.asked == [("library/busybox", digest, True)]
+
+
+def test_head_of_a_blob_without_content(visit: Any) -> None:
+    digest = Digest.of(b"x")
+
+    class HeadOnlyBackend:
+        async def blob(self, name: Any, digest: Digest, *, head: bool) -> BlobResponse:
+            return BlobResponse(digest, 5_000_000_000, None, "MISS")
+
+    async def handle(request: Request) -> None:
+        await RegistryAPI(Clock()).handle(request, route(request.path), HeadOnlyBackend())  # type: ignore[arg-type]
+
+    client = visit(handle)
+    for _ in range(2):  # and the connection goes on
+        response = client.ask("HEAD", blob_path(digest))
+        assert (response.status, response.headers["Content-Length"]) == (200, "5000000000")
+        assert response.headers["X-Cache"] == "MISS"
+
+
+def test_blob_of_unknown_length(connect_api: Any, backend: Any, fake_content: Any) -> None:
+    for data in (b"", b"x", make_bytes(400_000)):
+        content = fake_content(data, size=None)
+        digest = backend.put(content)
+        response = connect_api().ask("GET", blob_path(digest), [("Range", "bytes=0-")])
+        assert (response.status, response.body, response.whole) == (200, data, True)
+        assert (response.headers["Transfer-Encoding"], response.headers["Content-Length"]) == ("chunked", None)
+        http10_response = (
+            connect_api().ask("GET", blob_path(digest.of(data)), version="1.0")
+            if backend.put(fake_content(data, size=None))
+            else None
+        )
+        assert http10_response is not None
+        assert (http10_response.status, http10_response.body, http10_response.whole) == (200, data, True)
+        assert (http10_response.headers["Transfer-Encoding"], http10_response.headers["Connection"]) == (None, "close")
+        assert content.closed == 1
+
+
+def test_the_head_of_a_blob_of_unknown_length(client: Any, backend: Any, fake_content: Any) -> None:
+    digest = backend.put(fake_content(b"abc", size=None))
+    response = client.ask("HEAD", blob_path(digest))
+    assert (response.status, response.headers["Content-Length"]) == (200, None)
+    assert client.received.endswith(b"\r\n\r\n")
+
+
+RANGES = {
+    # for a content of 100,000 bytes: what is asked, and start and stop of what is answered
+    "bytes=0-0": (0, 1),
+    "bytes=0-": (0, 100_000),
+    "bytes=500-999": (500, 1000),
+    "bytes=99999-": (99_999, 100_000),
+    "bytes=99990-200000": (99_990, 100_000),
+    "bytes=-1": (99_999, 100_000),
+    "bytes=-100000": (0, 100_000),
+    "bytes=-200000": (0, 100_000),
+    "bytes=10-80009": (10, 80_010),
+}
+
+
+@pytest.mark.parametrize("asked", RANGES)
+def test_a_range(client: Any, backend: Any, fake_content: Any, range_field: str) -> None:
+    start, stop = RANGES[range_field]
+    content = fake_content(make_bytes(100_000))
+    digest = backend.put(content)
+    response = client.ask("GET", blob_path(digest), [("Range", range_field)])
+    assert (response.status, response.body, response.whole) == (206, make_bytes(100_000)[start:stop], True)
+    assert response.headers["Content-Range"] == f"bytes {start}-{stop - 1}/100000"
+    assert response.headers["Content-Length"] == str(stop - start)
+    assert response.headers["Docker-Content-Digest"] == str(digest)
+    assert min(offset for offset, _ in content.asked) == start
+    assert max(offset + size for offset, size in content.asked) == stop
+    assert content.closed == 1
+
+
+@pytest.mark.parametrize("asked", ["bytes=0-1,5-6", "bytes=0-0, -1", "bytes=a-b", "lines=0-1", "bytes=-"])
+def test_unsupported_range_gets_the_whole(client: Any, backend: Any, fake_content: Any, range_field: str) -> None:
+    digest = backend.put(fake_content(make_bytes(100_000)))
+    response = client.ask("GET", blob_path(digest), [("Range", range_field)])
+    assert (response.status, response.body) == (200, make_bytes(100_000))
+    assert "Content-Range" not in response.headers
+
+
+@pytest.mark.parametrize("size", [1, 1000, SMALL, 100_000])
+@pytest.mark.parametrize("form", ["bytes={}-", "bytes={}-9999999", "bytes=9999999999999999999-", "bytes=-0"])
+def test_unsatisfiable_range(client: Any, backend: Any, fake_content: Any, size: int, form: str) -> None:
+    content = fake_content(make_bytes(size))
+    digest = backend.put(content)
+    response = client.ask("GET", blob_path(digest), [("Range", form.format(size))])
+    assert (response.status, response.headers["Content-Range"]) == (416, f"bytes */{size}")
+    assert json.loads(response.body)["errors"][0]["code"] == "RANGE_INVALID"
+    assert (content.asked, content.closed) == ([], 1)
+
+
+def test_range_of_an_empty_blob(client: Any, backend: Any, fake_content: Any) -> None:
+    response = client.ask("GET", blob_path(backend.put(fake_content(b""))), [("Range", "bytes=0-")])
+    assert (response.status, response.body, response.headers["Content-Length"]) == (200, b"", "0")
+
+
+@settings(max_examples=60, deadline=None)
+@given(size=st.integers(0, 200_000), first=st.integers(0, 200_000), length=st.none() | st.integers(1, 200_000))
+def test_any_range(visit: Any, fake_content: Any, size: int, first: int, length: int | None) -> None:
+    content = fake_content(make_bytes(size), piece=50_000)
+    digest = Digest.of(content.data)
+
+    class SingleBlobBackend:
+        async def blob(self, name: Any, digest: Digest, *, head: bool) -> BlobResponse:
+            return BlobResponse(digest, size, content, "HIT")
+
+    clock = Clock()
+
+    async def handle(request: Request) -> None:
+        try:
+            await RegistryAPI(clock).handle(request, route(request.path), SingleBlobBackend())  # type: ignore[arg-type]
+        except RegistryError as error:
+            handle_error(request, error, [])
+
+    last = "" if length is None else first + length - 1
+    response = visit(handle, clock=clock).ask("GET", blob_path(digest), [("Range", f"bytes={first}-{last}")])
+    expected = make_bytes(size)[first : None if length is None else first + length]
+    if size == 0:
+        assert (response.status, response.body) == (200, b"")
+    elif first >= size:
+        assert response.status == 416
+    else:
+        assert (response.status, response.body) == (206, expected)
+    assert response.whole
+    assert content.closed == 1
+
+
+def test_if_range(connect_api: Any, backend: Any, fake_content: Any) -> None:
+    digest = Digest.of(make_bytes(1000))
+    for condition, status in [
+        (f'"{digest}"', 206),
+        (f'W/"{digest}"', 200),  # RFC 9110, section 13.1.5: a strong comparison
+        ('"something else"', 200),
+        ("Tue, 24 Nov 2026 12:00:00 GMT", 200),
+    ]:
+        backend.put(fake_content(make_bytes(1000)))
+        fields = [("Range", "bytes=10-19"), ("If-Range", condition)]
+        response = connect_api().ask("GET", blob_path(digest), fields)
+        assert (response.status, len(response.body)) == (status, 10 if status == 206 else 1000), condition
+
+
+@pytest.mark.parametrize(
+    ("condition", "has"),
+    [
+        ('"{}"', True),
+        ('W/"{}"', True),
+        ('"a", W/"b" , "{}"', True),
+        ("*", True),
+        ('"a"', False),
+        ('"*"', False),
+        ('"sha256:{}"', False),
+    ],
+)
+def test_if_none_match(connect_api: Any, backend: Any, fake_content: Any, condition: str, not_modified: bool) -> None:
+    digest, manifest = Digest.of(make_bytes(1000)), put_manifest(backend)
+    for method in ("GET", "HEAD"):
+        for path, name in ((blob_path(digest), digest), ("/v2/library/busybox/manifests/latest", manifest)):
+            backend.put(content := fake_content(make_bytes(1000)))
+            client = connect_api()
+            response = client.ask(method, path, [("If-None-Match", condition.format(name)), ("Range", "bytes=0-0")])
+            assert response.status == (304 if not_modified else 206 if method == "GET" else 200), (method, path)
+            assert response.headers["Docker-Content-Digest"] == str(name)
+            assert response.headers["Etag"] == f'"{name}"'
+            assert content.closed == ("blobs" in path)
+            if not_modified:
+                assert (response.body, response.headers["Content-Length"], content.asked) == (b"", None, [])
+                # and what comes next is understood as the next answer
+                backend.put(fake_content(make_bytes(1000)))
+                assert client.ask(method, path).status == 200
+
+
+def test_several_if_none_match_fields_are_one_list(client: Any, backend: Any, fake_content: Any) -> None:
+    digest = backend.put(fake_content(b"abc"))
+    fields = [("If-None-Match", '"a"'), ("If-None-Match", f'"{digest}"')]
+    assert client.ask("GET", blob_path(digest), fields).status == 304
+
+
+def test_stale_content_carries_a_warning(client: Any, backend: Any, fake_content: Any) -> None:
+    backend.verdict = "STALE"
+    digest = backend.put(fake_content(b"abc"))
+    put_manifest(backend, cache_status="STALE")
+    for path in (blob_path(digest), "/v2/library/busybox/manifests/latest"):
+        response = client.ask("GET", path)
+        assert (response.status, response.headers["X-Cache"]) == (200, "STALE")
+        assert response.headers["Warning"].startswith('299 - "Stale: ')
+
+
+# what goes wrong
+
+
+@pytest.mark.parametrize("error", [FAILURE, UpstreamTimeout("nothing came")])
+def test_small_blob_failing_verification_is_a_clean_error(
+    client: Any, backend: Any, fake_content: Any, error: Any
+) -> None:
+    content = fake_content(make_bytes(1000), bad=error)
+    response = client.ask("GET", blob_path(backend.put(content)))
+    assert (response.status, response.whole) == (error.status, True)
+    assert json.loads(response.body) == {"errors": [{"code": "UNAVAILABLE", "message": error.message}]}
+    assert response.headers["Content-Type"] == "application/json"
+    assert "Docker-Content-Digest" not in response.headers
+    assert (content.asked, content.closed) == ([], 1)
+
+
+@pytest.mark.parametrize("size", [1, 1000, SMALL])
+@pytest.mark.parametrize("fails_at", [0, 500])
+def test_a_small_blob_that_cannot_be_read_is_a_clean_error(
+    client: Any, backend: Any, fake_content: Any, size: int, fails_at: int
+) -> None:
+    if fails_at >= size:
+        return
+    content = fake_content(make_bytes(size), fails={fails_at: FAILURE})
+    response = client.ask("GET", blob_path(backend.put(content)))
+    assert (response.status, response.whole, content.closed) == (502, True, 1)
+    assert json.loads(response.body)["errors"][0]["message"] == "it broke off"
+
+
+def test_a_small_blob_that_ends_early_is_a_clean_error(client: Any, backend: Any, fake_content: Any) -> None:
+    content = fake_content(make_bytes(1000))
+    digest = backend.put(content)
+    content.data = content.data[:999]
+    response = client.ask("GET", blob_path(digest))
+    assert (response.status, response.whole, content.closed) == (502, True, 1)
+    assert json.loads(response.body)["errors"][0]["code"] == "UNAVAILABLE"
+
+
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("fails_at", [0, 1000, 300_000])
+def test_a_large_blob_that_cannot_be_read_breaks_the_connection(
+    client: Any, backend: Any, fake_content: Any, version: str, size_known: bool, fails_at: int
+) -> None:
+    content = fake_content(make_bytes(400_000), size=-1 if size_known else None, fails={fails_at: FAILURE})
+    response = client.ask("GET", blob_path(backend.put(content)), version=version)
+    assert (response.status, response.whole) == (200, False)
+    assert len(response.body) == fails_at
+    assert client.transport.aborted
+    assert content.closed == 1
+    assert b"it broke off" not in client.received
+
+
+def test_a_large_blob_that_ends_early_breaks_the_connection(client: Any, backend: Any, fake_content: Any) -> None:
+    content = fake_content(make_bytes(400_000))
+    digest = backend.put(content)
+    content.data = content.data[:399_999]
+    response = client.ask("GET", blob_path(digest))
+    assert (response.whole, client.transport.aborted, content.closed) == (False, True, 1)
+
+
+def test_internal_error_aborts_the_response(
+    client: Any, backend: Any, fake_content: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that fails, say: what is no `RegistryError`."""
+    monkeypatch.setattr("dockerproxy.http.channel.log.failure", lambda *_, **__: None)
+    content = fake_content(make_bytes(400_000), fails={300_000: OSError(5, "Input/output error")})
+    response = client.ask("GET", blob_path(backend.put(content)))
+    assert (response.whole, content.closed) == (False, 1)
+
+
+def test_disconnect_closes_the_content(connect_api: Any, backend: Any, fake_content: Any) -> None:
+    for size in (1000, 400_000):
+        for size_known in (True, False):
+            content = fake_content(make_bytes(size), size=-1 if size_known else None, waits={size // 2: Deferred()})
+            client = connect_api()
+            client.request("GET", blob_path(backend.put(content)))
+            assert content.closed == 0
+            client.disconnect()
+            assert content.closed == 1, (size, size_known)
+
+
+def test_disconnect_during_verification(connect_api: Any, backend: Any, fake_content: Any) -> None:
+    content = fake_content(make_bytes(1000))
+    verification: Deferred[None] = Deferred()
+
+    async def wait_verified() -> None:
+        await verification
+
+    content.settled = wait_verified
+    client = connect_api()
+    client.request("GET", blob_path(backend.put(content)))
+    assert (client.received, content.closed) == (b"", 0)  # not a byte before it is certain
+    client.disconnect()
+    assert content.closed == 1
+
+
+def test_stalled_client(connect_api: Any, backend: Any, fake_content: Any) -> None:
+    content = fake_content(make_bytes(700_000))
+    client = connect_api()
+    client.transport.room = 1000
+    client.request("GET", blob_path(backend.put(content)))
+    assert len(content.asked) == 1
+    client.take(math.inf)
+    assert client.answer().body == make_bytes(700_000)
+    assert content.closed == 1
+
+
+# manifests
+
+
+def test_a_manifest(client: Any, backend: Any) -> None:
+    digest = put_manifest(backend, cache_status="REVALIDATED")
+    fields = [("Accept", OCI_INDEX), ("Accept", f"{OCI_MANIFEST};q=0.5")]
+    for reference in ("latest", str(digest)):
+        response = client.ask("GET", f"/v2/library/busybox/manifests/{reference}", fields)
+        assert (response.status, response.body, response.whole) == (200, MANIFEST, True)
+        expected = {
+            "Content-Type": OCI_MANIFEST,
+            "Content-Length": str(len(MANIFEST)),
+            "Docker-Content-Digest": str(digest),
+            "Etag": f'"{digest}"',
+            "Accept-Ranges": "bytes",
+            "Docker-Distribution-Api-Version": "registry/2.0",
+            "X-Cache": "REVALIDATED",
+        }
+        assert {name: response.fields(name) for name in expected} == {name: [value] for name, value in expected.items()}
+    assert backend.asked[0] == ("library/busybox", "latest", [OCI_INDEX, f"{OCI_MANIFEST};q=0.5"], False)
+
+
+@pytest.mark.parametrize("with_content", [True, False])
+def test_the_head_of_a_manifest(client: Any, backend: Any, with_content: bool) -> None:
+    digest = put_manifest(backend)
+    if not with_content:
+        backend.manifests["latest"] = ManifestResponse(digest, OCI_MANIFEST, len(MANIFEST), None, "MISS")
+    for _ in range(2):
+        response = client.ask("HEAD", "/v2/library/busybox/manifests/latest", [("Range", "bytes=0-")])
+        assert (response.status, response.headers["Content-Length"]) == (200, str(len(MANIFEST)))
+        assert response.headers["Docker-Content-Digest"] == str(digest)
+        assert response.headers["Content-Type"] == OCI_MANIFEST
+    assert client.received.endswith(b"\r\n\r\n")
+    assert backend.asked[0][-1] is True
+
+
+def test_a_manifest_by_range(client: Any, backend: Any) -> None:
+    """containerd 2.1 asks for `bytes=0-` of manifests too."""
+    put_manifest(backend)
+    size = len(MANIFEST)
+    path = "/v2/library/busybox/manifests/latest"
+    response = client.ask("GET", path, [("Range", "bytes=0-")])
+    assert (response.status, response.body) == (206, MANIFEST)
+    assert response.headers["Content-Range"] == f"bytes 0-{size - 1}/{size}"
+    response = client.ask("GET", path, [("Range", "bytes=-5")])
+    assert (response.status, response.body) == (206, MANIFEST[-5:])
+    response = client.ask("GET", path, [("Range", f"bytes={size}-")])
+    assert (response.status, response.headers["Content-Range"]) == (416, f"bytes */{size}")
+    assert client.ask("GET", path, [("Range", "bytes=0-1,3-4")]).status == 200
+
+
+def test_other_requests_go_to_the_backend(client: Any, backend: Any) -> None:
+    digest = Digest.of(b"x")
+    for method, path, kind in [
+        ("GET", "/v2/", Kind.BASE),
+        ("GET", "/v2/_catalog", Kind.CATALOG),
+        ("GET", "/v2/a/tags/list", Kind.TAGS),
+        ("GET", f"/v2/a/referrers/{digest}", Kind.REFERRERS),
+        ("GET", "/v2/a/blobs/uploads/x", Kind.UPLOAD),
+        ("POST", "/v2/a/blobs/uploads/", Kind.UPLOADS),
+        ("PUT", "/v2/a/manifests/latest", Kind.MANIFEST),
+        ("DELETE", f"/v2/a/blobs/{digest}", Kind.BLOB),
+        ("OPTIONS", "/v2/a/manifests/latest", Kind.MANIFEST),
+    ]:
+        assert client.ask(method, path).body == b"other"
+        assert (backend.asked[-1][0], backend.asked[-1][1].kind) == (method, kind)
+
+
+def test_media_type_cannot_inject_a_field(client: Any, backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dockerproxy.http.channel.log.failure", lambda *_, **__: None)
+    put_manifest(backend, media_type="text/plain\r\nSet-Cookie: a=b")
+    client.request("GET", "/v2/library/busybox/manifests/latest")
+    assert b"Set-Cookie" not in client.received

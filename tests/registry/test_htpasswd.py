@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+import base64
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import bcrypt
+import pytest
+from twisted.internet import reactor
+from twisted.internet.defer import gatherResults
+from twisted.internet.task import Clock
+from twisted.trial.unittest import TestCase
+
+from dockerproxy.concurrency import spawn
+from dockerproxy.registry import htpasswd as module
+from dockerproxy.registry.htpasswd import BasicCredentials, HtpasswdError, HtpasswdFile, parse_basic, parse_htpasswd
+
+PATH = Path("/etc/dockerproxy/users")
+
+
+def hash_password(password: bytes, rounds: int = 4, prefix: bytes = b"2b") -> str:
+    return bcrypt.hashpw(password[:72], bcrypt.gensalt(rounds)).replace(b"$2b$", b"$" + prefix + b"$").decode()
+
+
+def basic_field(text: bytes) -> str:
+    return "Basic " + base64.b64encode(text).decode()
+
+
+def test_basic() -> None:
+    assert parse_basic(basic_field(b"alice:wonder:land")) == BasicCredentials("alice", b"wonder:land")
+    assert parse_basic(basic_field("ä:ö".encode())) == BasicCredentials("ä", "ö".encode())
+    assert parse_basic(basic_field(b"alice:").replace("Basic", "bAsIc")) == BasicCredentials("alice", b"")
+    assert "wonder" not in repr(parse_basic(basic_field(b"alice:wonder")))
+
+
+@pytest.mark.parametrize(
+    "field", ["", "Basic", "Basic !", "Basic " + base64.b64encode(b"nocolon").decode(), "Bearer x",
+              basic_field(b"\xff:x"), basic_field(b"a:" + b"x" * 5000)],
+)  # fmt: skip
+def test_invalid_basic(field: str) -> None:
+    assert parse_basic(field) is None
+
+
+def test_parse_htpasswd() -> None:
+    one, two = hash_password(b"one"), hash_password(b"two", 12, b"2y")
+    parsed = parse_htpasswd(f"# users\n\n  alice:{one}  \r\nbob:{two}\n", PATH)
+    assert parsed == {"alice": one.encode(), "bob": two.encode()}
+    assert parse_htpasswd("", PATH) == {}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "alice", ":secret", "alice:", "alice:secret-in-the-clear", "alice:$apr1$aaaaaaaa$bbbbbbbbbbbbbbbbbbbbbb",
+        "alice:{SHA}5en6G6MezRroT3XKqkdPOmY/BfQ=", "alice:$2y$05$short", "alice:$2x$05$" + "a" * 53,
+        "alice:$2b$99$" + "a" * 53, "alice:$2b$31$" + "a" * 52 + ":", "first:" + hash_password(b"again"),
+    ],
+)  # fmt: skip
+def test_broken_line_is_reported_without_its_hash(line: str) -> None:
+    with pytest.raises(HtpasswdError) as caught:
+        parse_htpasswd(f"first:{hash_password(b'x')}\n# a comment\n{line}\n", PATH)
+    assert f"HTPASSWD_FILE: {PATH}, line 3," in str(caught.value)
+    secret = line.partition(":")[2]
+    assert not secret or secret not in str(caught.value)
+
+
+class HtpasswdFileTests(TestCase):
+    def setUp(self) -> None:
+        self.path = Path(self.mktemp())
+        self.write(alice=b"wonder", bob=b"x" * 80)
+        self.clock = Clock()
+        self.clock.advance(1000)
+        self.htpasswd = HtpasswdFile(reactor, self.path, b"s" * 32, self.clock.seconds)
+
+    def write(self, **users: bytes) -> None:
+        self.path.write_text("".join(f"{user}:{hash_password(password)}\n" for user, password in htpasswd.items()))
+
+    def record_hash_threads(self) -> list[Any]:
+        """Return a list that grows with each computation, which is made where it must not hold anybody up."""
+        threads: list[Any] = []
+        original = module._matches
+
+        def matches(*arguments: Any) -> bool:
+            threads.append(threading.current_thread())
+            return original(*arguments)
+
+        self.patch(module, "_matches", matches)
+        return threads
+
+    async def test_check_password(self) -> None:
+        for user, password, expected in [
+            ("alice", b"wonder", True), ("alice", b"Wonder", False), ("alice", b"", False),
+            ("nobody", b"wonder", False),
+            ("bob", b"x" * 80, True), ("bob", b"x" * 71, False), ("", b"", False), ("alice", b"won\0der", False),
+        ]:  # fmt: skip
+            self.assertEqual(
+                await self.htpasswd.check_password(BasicCredentials(user, password)), expected, (user, password)
+            )
+
+    async def test_hash_is_computed_in_a_thread_and_cached(self) -> None:
+        threads = self.record_hash_threads()
+        for _ in range(3):
+            self.assertTrue(await self.htpasswd.check_password(BasicCredentials("alice", b"wonder")))
+        self.assertEqual(len(threads), 1)
+        self.assertIsNot(threads[0], threading.main_thread())
+        self.clock.advance(module._CACHE_SECONDS)
+        self.assertTrue(await self.htpasswd.check_password(BasicCredentials("alice", b"wonder")))
+        self.assertEqual(len(threads), 2)
+        for _ in range(2):
+            self.assertFalse(await self.htpasswd.check_password(BasicCredentials("alice", b"wrong")))
+        self.assertEqual(len(threads), 4)
+
+    async def test_concurrent_checks_compute_once(self) -> None:
+        threads = self.record_hash_threads()
+        results: list[bool] = []
+
+        async def check() -> None:
+            results.append(await self.htpasswd.check_password(BasicCredentials("alice", b"wonder")))
+
+        await gatherResults([spawn(check(), "a check") for _ in range(10)])
+        self.assertEqual((results, len(threads)), ([True] * 10, 1))
+
+    async def test_cache_holds_no_password_and_is_bounded(self) -> None:
+        self.patch(module, "_MOST_REMEMBERED", 2)
+        self.write(**{f"user{number}": b"wonder" for number in range(4)})
+        for number in range(4):
+            self.assertTrue(await self.htpasswd.check_password(BasicCredentials(f"user{number}", b"wonder")))
+        self.assertEqual(len(self.htpasswd._verified), 2)
+        self.assertNotIn("wonder", repr(vars(self.htpasswd)))
+
+    async def test_unknown_user_costs_as_much(self) -> None:
+        self.path.write_text(f"alice:{hash_password(b'wonder', 9)}\nbob:{hash_password(b'x', 4)}\n")
+        self.htpasswd.reload()
+        durations = {}
+        for user in ("alice", "nobody"):
+            start = time.thread_time(), time.perf_counter()
+            self.assertFalse(await self.htpasswd.check_password(BasicCredentials(user, b"wrong")))
+            durations[user] = time.perf_counter() - start[1]
+        self.assertGreater(durations["nobody"], durations["alice"] / 3)
+
+    async def test_file_is_reloaded_when_it_changes(self) -> None:
+        self.assertTrue(await self.htpasswd.check_password(BasicCredentials("alice", b"wonder")))
+        self.write(alice=b"new", carol=b"c")
+        self.assertFalse(await self.htpasswd.check_password(BasicCredentials("alice", b"wonder")))
+        self.assertTrue(await self.htpasswd.check_password(BasicCredentials("alice", b"new")))
+        self.assertTrue(self.htpasswd.has_user("carol"))
+        self.assertFalse(self.htpasswd.has_user("bob"))
+
+    async def test_broken_file_keeps_the_previous_users(self) -> None:
+        self.path.write_text("alice:in the clear\n")
+        self.assertTrue(await self.htpasswd.check_password(BasicCredentials("alice", b"wonder")))
+        with self.assertRaises(HtpasswdError):
+            self.htpasswd.reload()
+        os.unlink(self.path)
+        self.assertTrue(await self.htpasswd.check_password(BasicCredentials("alice", b"wonder")))
+
+    async def test_missing_file(self) -> None:
+        with self.assertRaises(HtpasswdError) as caught:
+            HtpasswdFile(reactor, Path("/no/such/file"), b"", self.clock.seconds)
+        self.assertIn("HTPASSWD_FILE: /no/such/file cannot be read", str(caught.exception))
