@@ -13,35 +13,35 @@ from typing import Any
 
 from attrs import frozen
 
-from bench.servers import BenchError, Cost, Server
+from bench.servers import BenchError, BenchServer, ResourceUsage
 
-_LOOK = 0.25  # seconds between calls of `meanwhile`
+_POLL_INTERVAL = 0.25  # seconds between calls of `meanwhile`
 
 
 @frozen
-class Load(Cost):
+class LoadResult(ResourceUsage):
     """What one load came to; it ends with its last client's job."""
 
     results: list[Any]
     """What each client's job returned."""
 
 
-class Clients:
+class ClientPool:
     """As many processes as `count`, started once and used for every load. A context manager."""
 
     def __init__(self, count: int) -> None:
-        spawning = multiprocessing.get_context("spawn")
-        self._pipes: list[Connection] = []
+        spawn_context = multiprocessing.get_context("spawn")
+        self._connections: list[Connection] = []
         self._processes = []
         for _ in range(count):
-            ours, theirs = spawning.Pipe()
-            process = spawning.Process(target=_serve, args=(theirs,), daemon=True)
+            parent_end, child_end = spawn_context.Pipe()
+            process = spawn_context.Process(target=run_jobs, args=(child_end,), daemon=True)
             process.start()
-            theirs.close()
-            self._pipes.append(ours)
+            child_end.close()
+            self._connections.append(parent_end)
             self._processes.append(process)
 
-    def __enter__(self) -> Clients:
+    def __enter__(self) -> ClientPool:
         return self
 
     def __exit__(
@@ -55,32 +55,32 @@ class Clients:
     def run(
         self,
         count: int,
-        server: Server,
+        server: BenchServer,
         job: Callable[..., Any],
         *arguments: Any,
-        meanwhile: Callable[[], None] = lambda: None,
+        on_poll: Callable[[], None] = lambda: None,
         **options: Any,
-    ) -> Load:
+    ) -> LoadResult:
         """Let `count` clients do `job` of `bench.loads` and measure `server`; call `meanwhile` now and then.
 
         Raise `BenchError` where a client fails.
         """
-        pipes = self._pipes[:count]
+        pipes = self._connections[:count]
         for pipe in pipes:
             pipe.send((job, arguments, options))
         for pipe in pipes:
             _receive(pipe)
-        used, began = server.cpu(), time.monotonic()
+        server_cpu_before, started = server.cpu_seconds(), time.monotonic()
         for pipe in pipes:
             pipe.send(None)
         outcomes = []
         for pipe in pipes:
-            while not pipe.poll(_LOOK):
-                meanwhile()
+            while not pipe.poll(_POLL_INTERVAL):
+                on_poll()
             outcomes.append(_receive(pipe))
-        wall = time.monotonic() - began
+        wall = time.monotonic() - started
         results, cpu = zip(*outcomes, strict=True)
-        return Load(wall, server.cpu() - used, sum(cpu), list(results))
+        return LoadResult(wall, server.cpu_seconds() - server_cpu_before, sum(cpu), list(results))
 
 
 def _receive(pipe: Connection) -> Any:
@@ -93,7 +93,7 @@ def _receive(pipe: Connection) -> Any:
     return message
 
 
-def _serve(pipe: Connection) -> None:
+def run_jobs(pipe: Connection) -> None:
     """Do jobs as long as there is somebody who asks."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to all; the parent ends us
     while True:
@@ -101,16 +101,16 @@ def _serve(pipe: Connection) -> None:
             job, arguments, options = pipe.recv()
         except EOFError:
             return
-        began = 0.0
+        cpu_started = 0.0
 
-        def start() -> None:
-            nonlocal began
+        def wait_for_start() -> None:
+            nonlocal cpu_started
             pipe.send(None)
             pipe.recv()
-            began = time.process_time()
+            cpu_started = time.process_time()
 
         try:
-            result = job(start, *arguments, **options)
-            pipe.send((result, time.process_time() - began))
+            result = job(wait_for_start, *arguments, **options)
+            pipe.send((result, time.process_time() - cpu_started))
         except Exception:
             pipe.send(traceback.format_exc())

@@ -10,13 +10,13 @@ from pathlib import Path
 
 from attrs import frozen
 
-REPOSITORY, SLOW = "bench/blob", "bench/slow"
+REPOSITORY, SLOW_REPOSITORY = "bench/blob", "bench/slow"
 """Two repositories with the same content; the registry sends what is in the second one slowly."""
 
 OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 
 _MIB = 1 << 20
-_LAYERS = 8  # of the image whose manifest is asked for
+_LAYER_COUNT = 8  # of the image whose manifest is asked for
 
 
 @frozen
@@ -31,24 +31,24 @@ class Resource:
         return self.path.rpartition("/")[2]
 
     @property
-    def slow(self) -> str:
+    def slow_path(self) -> str:
         """Its path in the slow repository."""
-        return self.path.replace(REPOSITORY, SLOW, 1)
+        return self.path.replace(REPOSITORY, SLOW_REPOSITORY, 1)
 
 
-def make_root(root: Path) -> None:
+def create_root(root: Path) -> None:
     """Make the folder that the registry serves."""
     (root / f"v2/{REPOSITORY}").mkdir(parents=True)
-    (root / f"v2/{SLOW}").symlink_to(root / f"v2/{REPOSITORY}")
+    (root / f"v2/{SLOW_REPOSITORY}").symlink_to(root / f"v2/{REPOSITORY}")
 
 
-def make_blob(root: Path, size: int) -> Resource:
+def create_blob(root: Path, size: int) -> Resource:
     """Put a blob of `size` bytes where a registry has it: below `root`, under its digest."""
-    piece = os.urandom(min(size, _MIB))
-    return _put(root, "blobs", (piece for _ in range(size // len(piece))), size)
+    chunk = os.urandom(min(size, _MIB))
+    return _write_resource(root, "blobs", (chunk for _ in range(size // len(chunk))), size)
 
 
-def make_manifest(root: Path) -> Resource:
+def create_manifest(root: Path) -> Resource:
     """Put a manifest there. What it names is not."""
 
     def descriptor(kind: str, size: int) -> dict[str, object]:
@@ -59,20 +59,20 @@ def make_manifest(root: Path) -> Resource:
         "schemaVersion": 2,
         "mediaType": OCI_MANIFEST,
         "config": descriptor("config.v1+json", 1536),
-        "layers": [descriptor("layer.v1.tar+gzip", _MIB) for _ in range(_LAYERS)],
+        "layers": [descriptor("layer.v1.tar+gzip", _MIB) for _ in range(_LAYER_COUNT)],
     }
     content = json.dumps(manifest).encode()
-    return _put(root, "manifests", [content], len(content))
+    return _write_resource(root, "manifests", [content], len(content))
 
 
-def _put(root: Path, kind: str, pieces: Iterable[bytes], size: int) -> Resource:
+def _write_resource(root: Path, kind: str, chunks: Iterable[bytes], size: int) -> Resource:
     folder = root / f"v2/{REPOSITORY}/{kind}"
     folder.mkdir(exist_ok=True)
-    hasher, draft = hashlib.sha256(), folder / "draft"
-    with draft.open("wb") as file:
-        for piece in pieces:
-            file.write(piece)
-            hasher.update(piece)
-    name = f"sha256:{hasher.hexdigest()}"
-    draft.rename(folder / name)
-    return Resource(f"/v2/{REPOSITORY}/{kind}/{name}", size)
+    hasher, temporary_file = hashlib.sha256(), folder / "draft"
+    with temporary_file.open("wb") as file:
+        for chunk in chunks:
+            file.write(chunk)
+            hasher.update(chunk)
+    digest = f"sha256:{hasher.hexdigest()}"
+    temporary_file.rename(folder / digest)
+    return Resource(f"/v2/{REPOSITORY}/{kind}/{digest}", size)

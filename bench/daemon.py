@@ -10,46 +10,46 @@ from pathlib import Path
 
 from attrs import field, frozen
 
-from bench.servers import Cores, Server, free_port
+from bench.servers import BenchServer, CoreAssignment, free_port
 
 _PROJECT = Path(__file__).resolve().parents[1]
-_TWISTD = "from twisted.scripts.twistd import run; run()"
-_COMMAND = "import sys; sys.path.insert(0, sys.argv.pop(1)); from dockerproxy.cli import main; sys.exit(main())"
-_INHERITED = ("PATH", "HOME", "LANG", "TMPDIR")
+_TWISTD_SOURCE = "from twisted.scripts.twistd import run; run()"
+_CLI_SOURCE = "import sys; sys.path.insert(0, sys.argv.pop(1)); from dockerproxy.cli import main; sys.exit(main())"
+_INHERITED_VARIABLES = ("PATH", "HOME", "LANG", "TMPDIR")
 
 
 @frozen
-class Ports:
+class DaemonPorts:
     """Where the daemon listens: as a proxy, and as the hosted registry with TLS and without."""
 
     proxy: int = field(factory=free_port)
-    tls: int = field(factory=free_port)
-    plain: int = field(factory=free_port)
+    registry_tls: int = field(factory=free_port)
+    registry_http: int = field(factory=free_port)
 
 
-def daemon(
+def make_daemon(
     folder: Path,
     state: Path,
-    ports: Ports,
+    ports: DaemonPorts,
     settings: Mapping[str, str],
     *,
     workers: int | None = None,
-    cores: Cores | None = None,
-) -> Server:
+    cores: CoreAssignment | None = None,
+) -> BenchServer:
     """Return a daemon that is not started yet, its state below `state`. Without `workers` it has one for each core."""
-    environment = {name: value for name, value in os.environ.items() if name in _INHERITED}
+    environment = {name: value for name, value in os.environ.items() if name in _INHERITED_VARIABLES}
     environment |= {
         "PYTHONPATH": str(_PROJECT),
         "STATE_DIR": str(state),
         "PROXY_LISTEN": f"tcp:{ports.proxy}:interface=127.0.0.1",
-        "REGISTRY_LISTEN": f"tcp:{ports.tls}:interface=127.0.0.1",
-        "REGISTRY_HTTP_LISTEN": f"tcp:{ports.plain}:interface=127.0.0.1",
+        "REGISTRY_LISTEN": f"tcp:{ports.registry_tls}:interface=127.0.0.1",
+        "REGISTRY_HTTP_LISTEN": f"tcp:{ports.registry_http}:interface=127.0.0.1",
         **({} if workers is None else {"WORKERS": str(workers)}),
         **settings,
     }
-    argv = [sys.executable, "-c", _TWISTD, "--nodaemon", "--pidfile=", "dockerproxy"]
-    listened = [ports.proxy, ports.tls, ports.plain]
-    return Server(argv, folder, environment, listened, workers=workers or default_workers(), cores=cores)
+    argv = [sys.executable, "-c", _TWISTD_SOURCE, "--nodaemon", "--pidfile=", "dockerproxy"]
+    listening_ports = [ports.proxy, ports.registry_tls, ports.registry_http]
+    return BenchServer(argv, folder, environment, listening_ports, workers=workers or default_workers(), cores=cores)
 
 
 def default_workers() -> int:
@@ -61,11 +61,11 @@ def fetch_ca(folder: Path, port: int) -> Path:
     """Return the file, in `folder`, with the CA of the daemon whose proxy listens at `port`."""
     file = folder / "ca.crt"
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with opener.open(f"http://127.0.0.1:{port}/ca.crt", timeout=10) as answer:
-        file.write_bytes(answer.read())
+    with opener.open(f"http://127.0.0.1:{port}/ca.crt", timeout=10) as response:
+        file.write_bytes(response.read())
     return file
 
 
-def command(state: Path, *arguments: str) -> list[str]:
+def cli_command(state: Path, *arguments: str) -> list[str]:
     """Return the command `dockerproxy`, with `arguments`, for the daemon whose state is in `state`."""
-    return [sys.executable, "-c", _COMMAND, str(_PROJECT), *arguments, "--socket", f"{state}/run/control.sock"]
+    return [sys.executable, "-c", _CLI_SOURCE, str(_PROJECT), *arguments, "--socket", f"{state}/run/control.sock"]

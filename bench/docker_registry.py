@@ -8,11 +8,11 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from bench.pki import Certificate
-from bench.servers import BenchError, Server
+from bench.pki import ServerCertificate
+from bench.servers import BenchError, BenchServer
 
 
-def configure(folder: Path, port: int, storage: Path, certificate: Certificate) -> Path:
+def write_configuration(folder: Path, port: int, storage: Path, certificate: ServerCertificate) -> Path:
     """Write the configuration of a registry that keeps what it has in `storage`; return the file."""
     folder.mkdir(parents=True, exist_ok=True)
     tls = {"certificate": str(certificate.file), "key": str(certificate.key_file)}
@@ -30,24 +30,24 @@ def configure(folder: Path, port: int, storage: Path, certificate: Certificate) 
     return configuration
 
 
-def serve(folder: Path, configuration: Path, port: int) -> Server:
+def make_server(folder: Path, configuration: Path, port: int) -> BenchServer:
     """Return a registry that is not started yet."""
-    return Server([_program(), "serve", str(configuration)], folder, dict(os.environ), [port])
+    return BenchServer([_find_program(), "serve", str(configuration)], folder, dict(os.environ), [port])
 
 
-def collecting(configuration: Path) -> list[str]:
+def garbage_collect_command(configuration: Path) -> list[str]:
     """Return the command that collects garbage; its manual wants that nobody pushes meanwhile."""
-    return [_program(), "garbage-collect", str(configuration)]
+    return [_find_program(), "garbage-collect", str(configuration)]
 
 
 def version() -> str:
     """Return the version of docker-registry."""
-    text = subprocess.run([_program(), "--version"], stdout=subprocess.PIPE, check=True, text=True).stdout
-    return f"docker-registry {text.split()[-1]}"
+    output = subprocess.run([_find_program(), "--version"], stdout=subprocess.PIPE, check=True, text=True).stdout
+    return f"docker-registry {output.split()[-1]}"
 
 
-def _program() -> str:
-    found = shutil.which("docker-registry")
-    if found is None:
+def _find_program() -> str:
+    path = shutil.which("docker-registry")
+    if path is None:
         raise BenchError("docker-registry is missing: the Debian package of that name has it.")
-    return found
+    return path

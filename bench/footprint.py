@@ -6,76 +6,84 @@ from collections.abc import Callable
 from contextlib import ExitStack
 
 from bench.content import Resource
-from bench.loads import idle, sip
-from bench.measures import tell, turned
-from bench.stage import HOST, Stage
-from bench.table import NGINX, PROXY, Table
-from bench.targets import Serving
+from bench.endpoints import RunningServer
+from bench.loads import hold_connections, read_slowly
+from bench.measurement import alternate_order, log_progress
+from bench.table import NGINX, PROXY, ResultTable
+from bench.testbed import UPSTREAM_HOST, Testbed
 
 _KIB, _MB, _MS = 1024, 1e6, 1000
 
 # Connections after which each process has in memory what of its libraries any connection needs: 2 MB, which are not
 # each connection's.
-_FIRST = 8
+_WARM_UP_CONNECTIONS = 8
 
 
-def memory(stage: Stage, table: Table) -> None:
+def memory(testbed: Testbed, table: ResultTable) -> None:
     """What all processes have in memory together: at the start, and what each connection adds to it."""
-    count = stage.scale.memory_connections
-    for round_ in range(stage.scale.memory_rounds):
-        for case, job, blob in (("idle", idle, stage.small), ("slow clients", sip, stage.big)):
-            for name in turned(round_, [PROXY, NGINX]):
+    count = testbed.scale.memory_connections
+    for round_number in range(testbed.scale.memory_rounds):
+        for case, job, blob in (
+            ("idle", hold_connections, testbed.small_blob),
+            ("slow clients", read_slowly, testbed.large_blob),
+        ):
+            for server_name in alternate_order(round_number, [PROXY, NGINX]):
                 with ExitStack() as stack:
                     # A process that has served before would take the memory that it has left over.
-                    serving = _fresh(stage, stack, name)
-                    tell("memory", f"{count} {case}", name)
-                    at_start, shared_once = serving.server.resident(), serving.server.shared_once()
-                    _resident(stage, serving, job, blob, _FIRST)
-                    before, *seen = _resident(stage, serving, job, blob, count)
-                    for figure, value in (("at most", max(seen)), ("at the end", seen[-1])):
-                        table.add("memory", case, name, figure, "KiB", (value - before) / count / _KIB)
-                    if job is idle:
-                        table.add("memory", "start", name, "resident", "MB", at_start / _MB)
-                        table.add("memory", "start", name, "shared once", "MB", shared_once / _MB)
-        with stage.filled_proxy(workers=1) as filled:
-            tell("memory", "start", "1 worker")
-            table.add("memory", "start", PROXY, "with 1 worker", "MB", filled.proxy.server.resident() / _MB)
+                    server = _start_server(testbed, stack, server_name)
+                    log_progress("memory", f"{count} {case}", server_name)
+                    resident_at_start, unique_resident = (
+                        server.process.resident_bytes(),
+                        server.process.unique_resident_bytes(),
+                    )
+                    _measure_resident(testbed, server, job, blob, _WARM_UP_CONNECTIONS)
+                    resident_before, *resident_samples = _measure_resident(testbed, server, job, blob, count)
+                    for metric, value in (("at most", max(resident_samples)), ("at the end", resident_samples[-1])):
+                        table.add("memory", case, server_name, metric, "KiB", (value - resident_before) / count / _KIB)
+                    if job is hold_connections:
+                        table.add("memory", "start", server_name, "resident", "MB", resident_at_start / _MB)
+                        table.add("memory", "start", server_name, "shared once", "MB", unique_resident / _MB)
+        with testbed.warm_proxy(workers=1) as warm:
+            log_progress("memory", "start", "1 worker")
+            table.add("memory", "start", PROXY, "with 1 worker", "MB", warm.proxy.process.resident_bytes() / _MB)
 
 
-def start(stage: Stage, table: Table) -> None:
+def startup(testbed: Testbed, table: ResultTable) -> None:
     """The time until the daemon listens, and a client's first handshake with hosts that are new to it."""
-    hosts = [f"{number}.{HOST}" for number in range(stage.scale.new_hosts)]
-    for round_ in range(stage.scale.rounds):
-        for workers, case in turned(round_, [(None, "all workers"), (1, "1 worker")]):
-            tell("start", case, PROXY)
-            settings = {"REGISTRIES": " ".join([HOST, *hosts])}
-            with stage.fresh_state() as state, stage.proxy(state, settings=settings, workers=workers) as serving:
-                table.add("start", case, PROXY, "listening", "s", serving.server.came_up)
+    hosts = [f"{number}.{UPSTREAM_HOST}" for number in range(testbed.scale.new_hosts)]
+    for round_number in range(testbed.scale.rounds):
+        for workers, case in alternate_order(round_number, [(None, "all workers"), (1, "1 worker")]):
+            log_progress("start", case, PROXY)
+            settings = {"REGISTRIES": " ".join([UPSTREAM_HOST, *hosts])}
+            with testbed.temporary_state() as state, testbed.proxy(state, settings=settings, workers=workers) as server:
+                table.add("start", case, PROXY, "listening", "s", server.process.startup_seconds)
                 if workers != 1:
                     continue
-                for figure in ("handshake", "the next one"):
-                    done = stage.generator.greet(serving, hosts)
-                    table.add("start", "new host", PROXY, figure, "ms", done.first * _MS)
+                for metric in ("handshake", "the next one"):
+                    result = testbed.generator.run_handshakes(server, hosts)
+                    table.add("start", "new host", PROXY, metric, "ms", result.first_byte * _MS)
 
 
-def _resident(stage: Stage, serving: Serving, job: Callable[..., None], blob: Resource, count: int) -> list[int]:
+def _measure_resident(
+    testbed: Testbed, server: RunningServer, job: Callable[..., None], blob: Resource, count: int
+) -> list[int]:
     """Return the resident set before a load of `count` connections, and as it was seen while that lasted."""
-    scale, server = stage.scale, serving.server
-    seen = [server.resident()]
-    stage.clients.run(
+    scale, process = testbed.scale, server.process
+    resident_samples = [process.resident_bytes()]
+    testbed.clients.run(
         1,
-        server,
+        process,
         job,
-        serving.target,
+        server.endpoint,
         blob,
         count,
         scale.memory_seconds,
-        meanwhile=lambda: seen.append(server.resident()),
+        on_poll=lambda: resident_samples.append(process.resident_bytes()),
     )
-    return seen
+    return resident_samples
 
 
-def _fresh(stage: Stage, stack: ExitStack, name: str) -> Serving:
+def _start_server(testbed: Testbed, stack: ExitStack, name: str) -> RunningServer:
     if name == PROXY:
-        return stack.enter_context(stage.filled_proxy()).proxy
-    return stack.enter_context(stage.static_nginx()).tls
+        return stack.enter_context(testbed.warm_proxy()).proxy
+    return stack.enter_context(testbed.static_nginx()).tls

@@ -10,17 +10,17 @@ from typing import Any
 
 from attrs import frozen
 
-from bench.servers import BenchError, Cost, on_cores
-from bench.targets import Serving
+from bench.endpoints import RunningServer
+from bench.servers import BenchError, ResourceUsage, pin_to_cores
 
 SOURCE = Path(__file__).with_name("load.c")
 
-REQUESTS, VISITS, GREETINGS = "requests", "visits", "greetings"
+REQUESTS, RECONNECTS, HANDSHAKES = "requests", "visits", "greetings"
 """What the connections do: ask again and again, come anew for every request, or go after the handshake."""
 
 
 @frozen
-class Outcome(Cost):
+class GeneratorResult(ResourceUsage):
     """What a load came to. Times of an answer are medians over all of them, in seconds from its request."""
 
     count: int
@@ -29,87 +29,89 @@ class Outcome(Cost):
     """Connections that resumed a TLS session."""
     bytes: int
     """Bytes of bodies."""
-    first: float
+    first_byte: float
     """Until the first byte of the body."""
-    whole: float
+    last_byte: float
     """Until the last one, or the end of the handshake. On new connections both count from before they connect."""
-    firsts: tuple[float, ...]
+    first_byte_times: tuple[float, ...]
     """The time to the first byte of each connection's first answer."""
 
 
-class Generator:
+class LoadGenerator:
     """The compiled program. `compile` makes one."""
 
     def __init__(self, program: Path) -> None:
         self._program = program
 
     @classmethod
-    def compile(cls, folder: Path) -> Generator:
+    def compile(cls, folder: Path) -> LoadGenerator:
         """Compile it into `folder`. Raise `BenchError` where that fails."""
         program = folder / "load"
         argv = ["gcc", "-O2", "-std=gnu17", "-Wall", "-o", str(program), str(SOURCE), "-lssl", "-lcrypto", "-pthread"]
         try:
-            done = subprocess.run(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False, text=True)
+            result = subprocess.run(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False, text=True)
         except FileNotFoundError:
             raise BenchError("gcc is missing: the Debian package of that name has it.") from None
-        if done.returncode:
-            raise BenchError(f"{SOURCE.name} cannot be compiled (it needs the package libssl-dev):\n{done.stdout}")
+        if result.returncode:
+            raise BenchError(f"{SOURCE.name} cannot be compiled (it needs the package libssl-dev):\n{result.stdout}")
         return cls(program)
 
-    def ask(
-        self, serving: Serving, paths: Sequence[str], *, connections: int = 1, count: int = 0, seconds: float = 0.0
-    ) -> Outcome:
+    def run_requests(
+        self, server: RunningServer, paths: Sequence[str], *, connections: int = 1, count: int = 0, seconds: float = 0.0
+    ) -> GeneratorResult:
         """Ask for `paths` in turn on open connections, `count` times on each, or for so many `seconds`."""
-        return self._run(serving, paths, mode=REQUESTS, connections=connections, count=count, seconds=seconds)
+        return self._run(server, paths, mode=REQUESTS, connections=connections, count=count, seconds=seconds)
 
-    def visit(
-        self, serving: Serving, paths: Sequence[str], *, connections: int, seconds: float, resume: bool
-    ) -> Outcome:
+    def run_reconnects(
+        self, server: RunningServer, paths: Sequence[str], *, connections: int, seconds: float, resume: bool
+    ) -> GeneratorResult:
         """Connect, ask and hang up for so many `seconds`, `connections` of them at a time."""
-        return self._run(serving, paths, mode=VISITS, connections=connections, seconds=seconds, resume=int(resume))
+        return self._run(server, paths, mode=RECONNECTS, connections=connections, seconds=seconds, resume=int(resume))
 
-    def greet(self, serving: Serving, hosts: Sequence[str]) -> Outcome:
+    def run_handshakes(self, server: RunningServer, hosts: Sequence[str]) -> GeneratorResult:
         """Connect to each of `hosts`, one after the other, and hang up after the handshake."""
-        return self._run(serving, [], hosts, mode=GREETINGS)
+        return self._run(server, [], hosts, mode=HANDSHAKES)
 
-    def _run(self, serving: Serving, paths: Sequence[str], hosts: Sequence[str] = (), **options: Any) -> Outcome:
-        target, server = serving.target, serving.server
+    def _run(
+        self, server: RunningServer, paths: Sequence[str], hosts: Sequence[str] = (), **options: Any
+    ) -> GeneratorResult:
+        endpoint, server_process = server.endpoint, server.process
         options |= {
-            "port": target.port,
-            "ca": target.ca_file,
-            "connect": int(target.through_connect),
+            "port": endpoint.port,
+            "ca": endpoint.ca_file,
+            "connect": int(endpoint.through_connect),
         }
         argv = [str(self._program), *(f"{name}={value}" for name, value in options.items())]
-        argv += [f"host={host}" for host in hosts or [target.host]]
+        argv += [f"host={host}" for host in hosts or [endpoint.host]]
         argv += [f"path={path}" for path in paths]
         with subprocess.Popen(
-            on_cores(argv, server.cores.clients),
+            pin_to_cores(argv, server_process.cores.clients),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-        ) as process:
-            assert process.stdout is not None
-            process.stdout.readline()
-            used = server.cpu()
-            output, errors = process.communicate("\n")
-            used = server.cpu() - used
-        if process.returncode:
-            raise BenchError(f"The clients of {target.name} failed: {errors[-2000:]}")
-        return read(output, used)
+        ) as load_process:
+            assert load_process.stdout is not None
+            load_process.stdout.readline()
+            server_cpu = server_process.cpu_seconds()
+            output, errors = load_process.communicate("\n")
+            server_cpu = server_process.cpu_seconds() - server_cpu
+        if load_process.returncode:
+            raise BenchError(f"The clients of {endpoint.name} failed: {errors[-2000:]}")
+        return parse_output(output, server_cpu)
 
 
-def read(output: str, server_cpu: float) -> Outcome:
+def parse_output(output: str, server_cpu: float) -> GeneratorResult:
     """Return what the program printed, and what the server used meanwhile."""
     data = json.loads(output)
-    return Outcome(
+    return GeneratorResult(
         wall=data["wall"],
         server_cpu=server_cpu,
         clients_cpu=data["cpu"],
         count=data["count"],
         resumed=data["resumed"],
         bytes=int(data["bytes"]),
-        first=data["first"][0],
-        whole=data["whole"][0],
-        firsts=tuple(data["firsts"]),
+        first_byte=data["first"][0],
+        last_byte=data["whole"][0],
+        first_byte_times=tuple(data["firsts"]),
     )

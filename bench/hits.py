@@ -6,82 +6,98 @@ from contextlib import ExitStack
 from functools import partial
 from itertools import product
 
-from bench.measures import MB, clients, note_bytes, rounds, tell, turned
+from bench.endpoints import RunningServer
+from bench.measurement import MB, alternate_order, client_count_label, each_round, log_progress, record_throughput
 from bench.requests import CONNECTIONS
-from bench.servers import Cores
-from bench.stage import HOST, Stage
-from bench.table import NGINX, PROXY, Table
-from bench.targets import Serving
+from bench.servers import CoreAssignment
+from bench.table import NGINX, PROXY, ResultTable
+from bench.testbed import UPSTREAM_HOST, Testbed
 
-MANY = 8
+MANY_CLIENTS = 8
 """Clients of the loads that are not for one client."""
 
 
-def hit(stage: Stage, table: Table) -> None:
+def hit(testbed: Testbed, table: ResultTable) -> None:
     """A blob that is cached, read whole through the proxy."""
     with ExitStack() as stack:
-        ours, theirs = stack.enter_context(stage.filled_proxy()), stack.enter_context(stage.static_nginx())
+        warm, static = stack.enter_context(testbed.warm_proxy()), stack.enter_context(testbed.static_nginx())
         # A line in the log for each GiB is soon measured; the many clients take long enough without it.
-        for count, those in ((1, [ours.proxy, theirs.tls, theirs.logging]), (MANY, [ours.proxy, theirs.tls])):
-            for serving in rounds(stage, those, "hit", clients(count)):
-                _download(stage, table, "hit", clients(count), serving, count, stage.big.path)
+        for count, servers in (
+            (1, [warm.proxy, static.tls, static.tls_with_log]),
+            (MANY_CLIENTS, [warm.proxy, static.tls]),
+        ):
+            for server in each_round(testbed, servers, "hit", client_count_label(count)):
+                _measure_download(
+                    testbed, table, "hit", client_count_label(count), server, count, testbed.large_blob.path
+                )
 
 
-def plain(stage: Stage, table: Table) -> None:
+def plain_http(testbed: Testbed, table: ResultTable) -> None:
     """The same in plain HTTP: from the hosted registry, and from the proxy as a mirror."""
     with ExitStack() as stack:
-        ours, theirs = stack.enter_context(stage.filled_proxy()), stack.enter_context(stage.static_nginx())
-        ways = (("hosted", ours.hosted, ""), ("mirror", ours.mirror, f"?ns={HOST}"))
-        for (name, mine, query), count in product(ways, (1, MANY)):
-            case = f"{name}, {clients(count)}"
-            for serving in rounds(stage, [mine, theirs.plain], "plain", case):
-                _download(stage, table, "plain", case, serving, count, stage.big.path + query)
+        warm, static = stack.enter_context(testbed.warm_proxy()), stack.enter_context(testbed.static_nginx())
+        variants = (("hosted", warm.hosted, ""), ("mirror", warm.mirror, f"?ns={UPSTREAM_HOST}"))
+        for (name, proxy_server, query), count in product(variants, (1, MANY_CLIENTS)):
+            case = f"{name}, {client_count_label(count)}"
+            for server in each_round(testbed, [proxy_server, static.plain_http], "plain", case):
+                _measure_download(testbed, table, "plain", case, server, count, testbed.large_blob.path + query)
 
 
-def second(stage: Stage, table: Table) -> None:
+def core_scaling(testbed: Testbed, table: ResultTable) -> None:
     """What a second core brings: two workers and their clients on two cores, beside one worker and the same on one.
 
     Everything that a core has to do is there twice, so that the ratio of the rates is what the server makes of it.
     """
     cases = (
-        (f"hits, {clients(MANY)}", partial(_hits, stage)),
-        (f"manifests, {CONNECTIONS}", partial(_manifests, stage)),
+        (f"hits, {client_count_label(MANY_CLIENTS)}", partial(_measure_hits, testbed)),
+        (f"manifests, {CONNECTIONS}", partial(_measure_manifests, testbed)),
     )
-    for round_ in range(stage.scale.rounds):
+    for round_number in range(testbed.scale.rounds):
         rates: dict[tuple[str, str, int], float] = {}
-        for count, server in turned(round_, list(product((1, 2), (PROXY, NGINX)))):
+        for count, server_name in alternate_order(round_number, list(product((1, 2), (PROXY, NGINX)))):
             with ExitStack() as stack:
-                serving = _on_cores(stage, stack, server, count)
+                server = _start_on_cores(testbed, stack, server_name, count)
                 for case, load in cases:
-                    tell("second", f"{case}, {CORES[count]}", server)
-                    rate, unit = load(serving)
-                    table.add("second", case, server, CORES[count], unit, rate)
-                    rates[case, server, count] = rate
-        for case, server in product((case for case, _ in cases), (PROXY, NGINX)):
-            table.add("second", case, server, "second core", "×", rates[case, server, 2] / rates[case, server, 1])
+                    log_progress("second", f"{case}, {CORES_LABELS[count]}", server_name)
+                    rate, unit = load(server)
+                    table.add("second", case, server_name, CORES_LABELS[count], unit, rate)
+                    rates[case, server_name, count] = rate
+        for case, server_name in product((case for case, _ in cases), (PROXY, NGINX)):
+            table.add(
+                "second",
+                case,
+                server_name,
+                "second core",
+                "×",
+                rates[case, server_name, 2] / rates[case, server_name, 1],
+            )
 
 
-CORES = {1: "one core", 2: "two cores"}
+CORES_LABELS = {1: "one core", 2: "two cores"}
 
 
-def _on_cores(stage: Stage, stack: ExitStack, server: str, count: int) -> Serving:
+def _start_on_cores(testbed: Testbed, stack: ExitStack, server: str, count: int) -> RunningServer:
     """Start a server with `count` workers on as many cores, which are its clients' too."""
-    cores = Cores.together(count)
+    cores = CoreAssignment.shared(count)
     if server == PROXY:
-        return stack.enter_context(stage.filled_proxy(workers=count, cores=cores)).proxy
-    return stack.enter_context(stage.static_nginx(workers=count, cores=cores)).tls
+        return stack.enter_context(testbed.warm_proxy(workers=count, cores=cores)).proxy
+    return stack.enter_context(testbed.static_nginx(workers=count, cores=cores)).tls
 
 
-def _hits(stage: Stage, serving: Serving) -> tuple[float, str]:
-    done = stage.generator.ask(serving, [stage.big.path], connections=MANY, count=1)
-    return done.bytes / done.wall / MB, "MB/s"
+def _measure_hits(testbed: Testbed, server: RunningServer) -> tuple[float, str]:
+    result = testbed.generator.run_requests(server, [testbed.large_blob.path], connections=MANY_CLIENTS, count=1)
+    return result.bytes / result.wall / MB, "MB/s"
 
 
-def _manifests(stage: Stage, serving: Serving) -> tuple[float, str]:
-    done = stage.generator.ask(serving, [stage.manifest.path], connections=CONNECTIONS, seconds=stage.scale.seconds)
-    return done.count / done.wall, "/s"
+def _measure_manifests(testbed: Testbed, server: RunningServer) -> tuple[float, str]:
+    result = testbed.generator.run_requests(
+        server, [testbed.manifest.path], connections=CONNECTIONS, seconds=testbed.scale.seconds
+    )
+    return result.count / result.wall, "/s"
 
 
-def _download(stage: Stage, table: Table, measure: str, case: str, serving: Serving, count: int, path: str) -> None:
-    done = stage.generator.ask(serving, [path], connections=count, count=1)
-    note_bytes(table, measure, case, serving, done, done.bytes)
+def _measure_download(
+    testbed: Testbed, table: ResultTable, benchmark: str, case: str, server: RunningServer, count: int, path: str
+) -> None:
+    result = testbed.generator.run_requests(server, [path], connections=count, count=1)
+    record_throughput(table, benchmark, case, server, result, result.bytes)

@@ -15,86 +15,98 @@ from pathlib import Path
 
 from attrs import frozen
 
-from bench import tree
-from bench.measures import tell, turned
-from bench.servers import BenchError, Server
-from bench.stage import HOST, OTHER_HOST, Stage
-from bench.table import DIRECT, NGINX, PROXY, Table
+from bench import registry_tree
+from bench.measurement import alternate_order, log_progress
+from bench.servers import BenchError, BenchServer
+from bench.table import DIRECT, NGINX, PROXY, ResultTable
+from bench.testbed import DIRECT_HOST, UPSTREAM_HOST, Testbed
 
 _REPOSITORY, _LAYER = "bench/image", 100_000  # bytes of a layer
-_MEMORY = "/dev/shm"
+_MEMORY_FOLDER = "/dev/shm"
 
-_KINDS = {"oci": "", "dir": ", one by one"}
+_DESTINATIONS = {"oci": "", "dir": ", one by one"}
 """Kinds of copies: skopeo fetches six layers at a time for an OCI layout, as engines do, and for a folder one."""
 
 
 @frozen
-class _Way:
+class _ImageSource:
     """How skopeo gets at the image: by which name, trusting which CA, through which proxy, and what serves it."""
 
     name: str
-    server: Server
+    process: BenchServer
     image: str
     ca_file: str
     proxy: str = ""
 
 
-def image(stage: Stage, table: Table) -> None:
+def image_copy(testbed: Testbed, table: ResultTable) -> None:
     """An image that is cached, beside fetching it from the docker-registry that it came from.
 
     And from an nginx that has it as files, without CONNECT: with that, most of the time is skopeo's own.
     """
-    storage = stage.folder / "image"
-    tag = tree.plant(storage, _REPOSITORY, stage.scale.layers, _LAYER)
-    published = stage.root / f"v2/{_REPOSITORY}"
-    tree.publish(storage, _REPOSITORY, tag, published)
-    with stage.docker_registry(storage) as upstream, stage.fresh_state() as state:
-        port = upstream.target.port
-        host, image = f"{HOST}:{port}", f"{_REPOSITORY}:{tag}"
+    storage = testbed.folder / "image"
+    tag = registry_tree.write_image(storage, _REPOSITORY, testbed.scale.image_layers, _LAYER)
+    published = testbed.root / f"v2/{_REPOSITORY}"
+    registry_tree.export_as_files(storage, _REPOSITORY, tag, published)
+    with testbed.docker_registry(storage) as upstream, testbed.temporary_state() as state:
+        port = upstream.endpoint.port
+        host, image = f"{UPSTREAM_HOST}:{port}", f"{_REPOSITORY}:{tag}"
         settings = {"REGISTRIES": host, "UPSTREAM_ADDRESSES": f"{host}=127.0.0.1:{port}"}
-        with stage.proxy(state, settings=settings) as ours:
-            through = f"http://127.0.0.1:{ours.target.port}"
-            files, ca_file = stage.registry, str(stage.ca_file)
-            ways = [
-                _Way(PROXY, ours.server, f"{host}/{image}", ours.target.ca_file, through),
-                _Way(DIRECT, upstream.server, f"{OTHER_HOST}:{port}/{image}", ca_file),
-                _Way(NGINX, files.server, f"{OTHER_HOST}:{files.target.port}/{image}", ca_file),
+        with testbed.proxy(state, settings=settings) as proxy_server:
+            proxy_url = f"http://127.0.0.1:{proxy_server.endpoint.port}"
+            file_server, ca_file = testbed.registry, str(testbed.ca_file)
+            sources = [
+                _ImageSource(PROXY, proxy_server.process, f"{host}/{image}", proxy_server.endpoint.ca_file, proxy_url),
+                _ImageSource(DIRECT, upstream.process, f"{DIRECT_HOST}:{port}/{image}", ca_file),
+                _ImageSource(NGINX, file_server.process, f"{DIRECT_HOST}:{file_server.endpoint.port}/{image}", ca_file),
             ]
-            _copy(ways[0], "oci")  # which caches it
-            for round_ in range(stage.scale.rounds):
-                for kind, how in _KINDS.items():
-                    case = f"{stage.scale.layers} layers{how}"
-                    for way in turned(round_, ways):
-                        tell("image", case, way.name)
-                        used, took = way.server.cpu(), _copy(way, kind)
-                        table.add("image", case, way.name, "duration", "s", took)
-                        table.add("image", case, way.name, "server CPU", "s", way.server.cpu() - used)
+            copy_image(sources[0], "oci")  # which caches it
+            for round_number in range(testbed.scale.rounds):
+                for destination, suffix in _DESTINATIONS.items():
+                    case = f"{testbed.scale.image_layers} layers{suffix}"
+                    for source in alternate_order(round_number, sources):
+                        log_progress("image", case, source.name)
+                        cpu_before, duration = source.process.cpu_seconds(), copy_image(source, destination)
+                        table.add("image", case, source.name, "duration", "s", duration)
+                        table.add(
+                            "image", case, source.name, "server CPU", "s", source.process.cpu_seconds() - cpu_before
+                        )
 
 
-def _copy(way: _Way, kind: str) -> float:
+def copy_image(source: _ImageSource, destination: str) -> float:
     """Return the seconds that a copy took."""
     skopeo = shutil.which("skopeo")
     if skopeo is None:
         raise BenchError("skopeo is missing: the Debian package of that name has it.")
-    with tempfile.TemporaryDirectory(prefix="bench-", dir=_MEMORY if os.access(_MEMORY, os.W_OK) else None) as folder:
+    with tempfile.TemporaryDirectory(
+        prefix="bench-", dir=_MEMORY_FOLDER if os.access(_MEMORY_FOLDER, os.W_OK) else None
+    ) as folder:
         policy = Path(folder) / "policy.json"
         policy.write_text('{"default": [{"type": "insecureAcceptAnything"}]}')
         environment = {
             "PATH": os.environ["PATH"],
             "HOME": folder,
-            "SSL_CERT_FILE": way.ca_file,
-            "https_proxy": way.proxy,
+            "SSL_CERT_FILE": source.ca_file,
+            "https_proxy": source.proxy,
             "_CONTAINERS_ROOTLESS_UID": "1",  # root's skopeo would remember blobs below /var/lib instead of HOME
         }
-        argv = [skopeo, "--policy", str(policy), "copy", "--quiet", f"docker://{way.image}", f"{kind}:{folder}/copy"]
-        began = time.monotonic()
-        done = subprocess.run(
+        argv = [
+            skopeo,
+            "--policy",
+            str(policy),
+            "copy",
+            "--quiet",
+            f"docker://{source.image}",
+            f"{destination}:{folder}/copy",
+        ]
+        started = time.monotonic()
+        result = subprocess.run(
             argv, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False, text=True
         )
-        took = time.monotonic() - began
-    if done.returncode:
-        raise BenchError(f"skopeo failed:\n{done.stdout[-2000:]}")
-    return took
+        duration = time.monotonic() - started
+    if result.returncode:
+        raise BenchError(f"skopeo failed:\n{result.stdout[-2000:]}")
+    return duration
 
 
 def skopeo_version() -> str:

@@ -12,10 +12,10 @@ import twisted
 from bench import docker_registry, nginx
 from bench.daemon import default_workers
 from bench.image import skopeo_version
-from bench.stage import NGINX_WORKERS
+from bench.testbed import NGINX_WORKERS
 
 
-def machine() -> dict[str, str]:
+def describe_machine() -> dict[str, str]:
     """Return what a reader of the figures has to know, by its name."""
     uname = platform.uname()
     return {

@@ -4,95 +4,110 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 
-from bench.content import Resource, make_blob
-from bench.hits import MANY
-from bench.measures import clients, note_bytes, tell, turned
-from bench.stage import Stage
-from bench.table import DIRECT, NGINX, PROXY, Table
-from bench.targets import Serving
+from bench.content import Resource, create_blob
+from bench.endpoints import RunningServer
+from bench.hits import MANY_CLIENTS
+from bench.measurement import alternate_order, client_count_label, log_progress, record_throughput
+from bench.table import DIRECT, NGINX, PROXY, ResultTable
+from bench.testbed import Testbed
 
-JOINING = 20
+JOINING_CLIENTS = 20
 
-_COLD = 64 * 1024  # bytes
+_COLD_BLOB_SIZE = 64 * 1024  # bytes
 _MS = 1000
 
 
-def miss(stage: Stage, table: Table) -> None:
+def miss(testbed: Testbed, table: ResultTable) -> None:
     """A large blob: by one client, and by several that ask for it at the same moment."""
-    for count in (1, MANY):
-        case = clients(count)
-        for round_ in range(stage.scale.rounds):
-            for serve in turned(round_, [stage.empty_proxy, stage.caching_nginx]):
-                with serve() as serving:
-                    tell("miss", case, serving.name)
-                    mark = stage.origin_mark()
-                    done = stage.generator.ask(serving, [stage.big.path], connections=count, count=1)
-                    note_bytes(table, "miss", case, serving, done, done.bytes)
-                    table.add("miss", case, serving.name, "from upstream", "blobs", _copies(stage, mark, stage.big))
+    for count in (1, MANY_CLIENTS):
+        case = client_count_label(count)
+        for round_number in range(testbed.scale.rounds):
+            for start_server in alternate_order(round_number, [testbed.cold_proxy, testbed.caching_nginx]):
+                with start_server() as server:
+                    log_progress("miss", case, server.name)
+                    log_offset = testbed.origin_log_offset()
+                    result = testbed.generator.run_requests(
+                        server, [testbed.large_blob.path], connections=count, count=1
+                    )
+                    record_throughput(table, "miss", case, server, result, result.bytes)
+                    table.add(
+                        "miss",
+                        case,
+                        server.name,
+                        "from upstream",
+                        "blobs",
+                        _upstream_copies(testbed, log_offset, testbed.large_blob),
+                    )
 
 
-def first(stage: Stage, table: Table) -> None:
+def time_to_first_byte(testbed: Testbed, table: ResultTable) -> None:
     """The time to the first byte of small blobs, one after the other on one connection, over fetching directly."""
     case = "64 KiB, cold"
-    for round_ in range(stage.scale.rounds):
-        blobs = [make_blob(stage.root, _COLD) for _ in range(stage.scale.cold_blobs)]
+    for round_number in range(testbed.scale.rounds):
+        blobs = [create_blob(testbed.root, _COLD_BLOB_SIZE) for _ in range(testbed.scale.cold_blobs)]
         paths = [blob.path for blob in blobs]
         with ExitStack() as stack:
-            servings = [stack.enter_context(serve()) for serve in (stage.empty_proxy, stage.caching_nginx)]
-            found: dict[str, float] = {}
-            for serving in turned(round_, [*servings, stage.registry]):
-                tell("first", case, serving.name)
-                done = stage.generator.ask(serving, paths, count=len(paths))
-                found[serving.name] = done.first * _MS
-                table.add("first", case, serving.name, "first byte", "ms", found[serving.name])
+            servers = [
+                stack.enter_context(start_server()) for start_server in (testbed.cold_proxy, testbed.caching_nginx)
+            ]
+            first_byte_ms: dict[str, float] = {}
+            for server in alternate_order(round_number, [*servers, testbed.registry]):
+                log_progress("first", case, server.name)
+                result = testbed.generator.run_requests(server, paths, count=len(paths))
+                first_byte_ms[server.name] = result.first_byte * _MS
+                table.add("first", case, server.name, "first byte", "ms", first_byte_ms[server.name])
         for name in (PROXY, NGINX):
-            table.add("first", case, name, "over direct", "ms", found[name] - found[DIRECT])
+            table.add("first", case, name, "over direct", "ms", first_byte_ms[name] - first_byte_ms[DIRECT])
 
 
-def joined(stage: Stage, table: Table) -> None:
+def joined_download(testbed: Testbed, table: ResultTable) -> None:
     """Many clients that ask at once for a blob that the registry sends slowly, beside one client alone."""
-    case, blob = f"{JOINING} clients", make_blob(stage.root, stage.scale.joined)
-    for round_ in range(stage.scale.rounds):
-        with stage.empty_proxy() as serving:
-            tell("joined", "1 client", serving.name)
-            alone = _slowly(stage, table, "1 client", serving, blob, 1)
-        for serve in turned(round_, [stage.empty_proxy, stage.caching_nginx]):
-            with serve() as serving:
-                tell("joined", case, serving.name)
-                took = _slowly(stage, table, case, serving, blob, JOINING)
-                if serving.name == PROXY:
-                    table.add("joined", case, PROXY, "over alone", "×", took / alone)
-    stage.remove(blob)
+    case, blob = f"{JOINING_CLIENTS} clients", create_blob(testbed.root, testbed.scale.joined_blob)
+    for round_number in range(testbed.scale.rounds):
+        with testbed.cold_proxy() as server:
+            log_progress("joined", "1 client", server.name)
+            single_client_seconds = _measure_slow_download(testbed, table, "1 client", server, blob, 1)
+        for start_server in alternate_order(round_number, [testbed.cold_proxy, testbed.caching_nginx]):
+            with start_server() as server:
+                log_progress("joined", case, server.name)
+                duration = _measure_slow_download(testbed, table, case, server, blob, JOINING_CLIENTS)
+                if server.name == PROXY:
+                    table.add("joined", case, PROXY, "over alone", "×", duration / single_client_seconds)
+    testbed.remove_resource(blob)
 
 
-def crowd(stage: Stage, table: Table) -> None:
+def thundering_herd(testbed: Testbed, table: ResultTable) -> None:
     """A layer that a whole fleet asks for at the same moment."""
-    count = stage.scale.crowd
+    count = testbed.scale.herd_clients
     case = f"{count:,} clients"
-    for round_ in range(stage.scale.rounds):
-        blob = make_blob(stage.root, stage.scale.crowd_blob)
-        for serve in turned(round_, [stage.empty_proxy, stage.caching_nginx]):
-            with serve() as serving:
-                tell("crowd", case, serving.name)
-                mark = stage.origin_mark()
-                done = stage.generator.ask(serving, [blob.path], connections=count, count=1)
-                note_bytes(table, "crowd", case, serving, done, done.bytes)
-                table.add("crowd", case, serving.name, "last first byte", "ms", max(done.firsts) * _MS)
-                table.add("crowd", case, serving.name, "from upstream", "blobs", _copies(stage, mark, blob))
-        stage.remove(blob)
+    for round_number in range(testbed.scale.rounds):
+        blob = create_blob(testbed.root, testbed.scale.herd_blob)
+        for start_server in alternate_order(round_number, [testbed.cold_proxy, testbed.caching_nginx]):
+            with start_server() as server:
+                log_progress("crowd", case, server.name)
+                log_offset = testbed.origin_log_offset()
+                result = testbed.generator.run_requests(server, [blob.path], connections=count, count=1)
+                record_throughput(table, "crowd", case, server, result, result.bytes)
+                table.add("crowd", case, server.name, "last first byte", "ms", max(result.first_byte_times) * _MS)
+                table.add(
+                    "crowd", case, server.name, "from upstream", "blobs", _upstream_copies(testbed, log_offset, blob)
+                )
+        testbed.remove_resource(blob)
 
 
-def _slowly(stage: Stage, table: Table, case: str, serving: Serving, blob: Resource, count: int) -> float:
+def _measure_slow_download(
+    testbed: Testbed, table: ResultTable, case: str, server: RunningServer, blob: Resource, count: int
+) -> float:
     """Return the seconds until the last client has the blob."""
-    mark = stage.origin_mark()
-    done = stage.generator.ask(serving, [blob.slow], connections=count, count=1)
+    log_offset = testbed.origin_log_offset()
+    result = testbed.generator.run_requests(server, [blob.slow_path], connections=count, count=1)
     if count > 1:
-        after = (max(done.firsts) - min(done.firsts)) * _MS
-        table.add("joined", case, serving.name, "first byte", "ms", after)
-        table.add("joined", case, serving.name, "from upstream", "blobs", _copies(stage, mark, blob))
-    table.add("joined", case, serving.name, "last end", "s", done.wall)
-    return done.wall
+        first_byte_spread = (max(result.first_byte_times) - min(result.first_byte_times)) * _MS
+        table.add("joined", case, server.name, "first byte", "ms", first_byte_spread)
+        table.add("joined", case, server.name, "from upstream", "blobs", _upstream_copies(testbed, log_offset, blob))
+    table.add("joined", case, server.name, "last end", "s", result.wall)
+    return result.wall
 
 
-def _copies(stage: Stage, mark: int, blob: Resource) -> float:
-    return stage.origin_sent(mark) / blob.size
+def _upstream_copies(testbed: Testbed, log_offset: int, blob: Resource) -> float:
+    return testbed.origin_bytes_since(log_offset) / blob.size

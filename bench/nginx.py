@@ -9,8 +9,8 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.pki import Certificate
-from bench.servers import BenchError, Cores, Server
+from bench.pki import ServerCertificate
+from bench.servers import BenchError, BenchServer, CoreAssignment
 
 # Debian's nginx.conf has sendfile and tcp_nopush on, too. The daemon ends no connection for the number of its requests,
 # so nginx shall not do so either.
@@ -43,7 +43,7 @@ http {{
 }}
 """
 
-_STATIC = """\
+_STATIC_SERVER = """\
     server {{
         listen 127.0.0.1:{port}{tls};
         root {root};
@@ -52,7 +52,7 @@ _STATIC = """\
 """
 
 # As much of a registry as who pulls asks for. `limit_rate` holds for each request.
-_ORIGIN = """\
+_ORIGIN_SERVER = """\
     server {{
         listen 127.0.0.1:{port} ssl;
         root {root};
@@ -65,7 +65,7 @@ _ORIGIN = """\
 
 # What caches a registry with nginx: TLS on both sides, verified, one request upstream for all who ask. The default
 # buffers of 4 KiB would cost it a quarter more CPU time.
-_CACHING = """\
+_CACHING_SERVER = """\
     server {{
         listen 127.0.0.1:{port} ssl;
         location / {{
@@ -90,33 +90,33 @@ _CACHING = """\
 """
 
 
-def static(port: int, root: Path, log: str = "off", *, tls: bool = True) -> str:
+def static_server(port: int, root: Path, log: str = "off", *, tls: bool = True) -> str:
     """Return a server of the files below `root`; `log` is what nginx's `access_log` takes."""
-    return _STATIC.format(port=port, tls=" ssl" if tls else "", root=root, log=log)
+    return _STATIC_SERVER.format(port=port, tls=" ssl" if tls else "", root=root, log=log)
 
 
-def origin(port: int, root: Path, manifest: str, slow: str, rate: int) -> str:
+def origin_server(port: int, root: Path, manifest_type: str, slow_repository: str, slow_rate: int) -> str:
     """Return a registry of the files below `root`, which notes the bytes of every body in `bytes.log`.
 
     Manifests have the media type `manifest`. The repository `slow` sends `rate` bytes a second.
     """
-    return _ORIGIN.format(port=port, root=root, manifest=manifest, slow=slow, rate=rate)
+    return _ORIGIN_SERVER.format(port=port, root=root, manifest=manifest_type, slow=slow_repository, rate=slow_rate)
 
 
-def caching(port: int, upstream: int, host: str, ca_file: Path) -> str:
+def caching_server(port: int, upstream: int, host: str, ca_file: Path) -> str:
     """Return a server that fetches from `host`, at the port `upstream` here, and caches below `cache`."""
-    return _CACHING.format(port=port, upstream=upstream, host=host, ca=ca_file)
+    return _CACHING_SERVER.format(port=port, upstream=upstream, host=host, ca=ca_file)
 
 
-def nginx(
+def make_nginx(
     folder: Path,
-    certificate: Certificate,
+    certificate: ServerCertificate,
     servers: Sequence[str],
     ports: Sequence[int],
     *,
     workers: int = 1,
-    cores: Cores | None = None,
-) -> Server:
+    cores: CoreAssignment | None = None,
+) -> BenchServer:
     """Return an nginx that is not started yet."""
     folder.mkdir(parents=True, exist_ok=True)
     configuration = _CONFIGURATION.format(
@@ -128,21 +128,21 @@ def nginx(
         servers="".join(servers),
     )
     (folder / "nginx.conf").write_text(configuration)
-    argv = [_program(), "-p", str(folder), "-e", "error.log", "-c", "nginx.conf"]
-    return Server(argv, folder, dict(os.environ), ports, workers=workers, cores=cores)
+    argv = [_find_program(), "-p", str(folder), "-e", "error.log", "-c", "nginx.conf"]
+    return BenchServer(argv, folder, dict(os.environ), ports, workers=workers, cores=cores)
 
 
 def version() -> str:
     """Return the versions of nginx and of the OpenSSL that it runs with."""
-    text = subprocess.run([_program(), "-V"], stderr=subprocess.PIPE, check=True, text=True).stderr
-    found = re.search(r"nginx/(\S+)", text)
-    library = re.search(r"running with OpenSSL (\S+)", text) or re.search(r"built with OpenSSL (\S+)", text)
-    return f"nginx {found[1] if found else '?'} (OpenSSL {library[1] if library else '?'})"
+    output = subprocess.run([_find_program(), "-V"], stderr=subprocess.PIPE, check=True, text=True).stderr
+    version_match = re.search(r"nginx/(\S+)", output)
+    openssl_match = re.search(r"running with OpenSSL (\S+)", output) or re.search(r"built with OpenSSL (\S+)", output)
+    return f"nginx {version_match[1] if version_match else '?'} (OpenSSL {openssl_match[1] if openssl_match else '?'})"
 
 
-def _program() -> str:
+def _find_program() -> str:
     # Debian puts it where only root looks.
-    found = shutil.which("nginx", path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin")
-    if found is None:
+    path = shutil.which("nginx", path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin")
+    if path is None:
         raise BenchError("nginx is missing: the Debian package nginx-light has it.")
-    return found
+    return path

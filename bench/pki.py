@@ -14,7 +14,7 @@ from cryptography.x509.oid import NameOID
 
 
 @frozen
-class Certificate:
+class ServerCertificate:
     """A server's certificate and its key, and the CA to trust, as PEM files."""
 
     ca_file: Path
@@ -22,19 +22,19 @@ class Certificate:
     key_file: Path
 
 
-def make_certificate(folder: Path, hosts: Sequence[str]) -> Certificate:
+def create_certificate(folder: Path, hosts: Sequence[str]) -> ServerCertificate:
     """Make a certificate for `hosts` on an EC P-256 key: what the daemon mints, so that handshakes cost the same."""
-    made = Certificate(folder / "ca.pem", folder / "server.pem", folder / "server.key")
+    files = ServerCertificate(folder / "ca.pem", folder / "server.pem", folder / "server.key")
     ca_key, key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
     ca = _sign("bench CA", ca_key.public_key(), "bench CA", ca_key, x509.BasicConstraints(ca=True, path_length=0))
     names = x509.SubjectAlternativeName([x509.DNSName(host) for host in hosts])
     certificate = _sign(hosts[0], key.public_key(), "bench CA", ca_key, names)
-    made.ca_file.write_bytes(ca.public_bytes(serialization.Encoding.PEM))
-    made.file.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-    made.key_file.write_bytes(
+    files.ca_file.write_bytes(ca.public_bytes(serialization.Encoding.PEM))
+    files.file.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    files.key_file.write_bytes(
         key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     )
-    return made
+    return files
 
 
 def _sign(

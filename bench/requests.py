@@ -7,57 +7,63 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 
-from bench.measures import note_count, rounds, tell, turned
-from bench.servers import Cores
-from bench.stage import Stage
-from bench.table import Table
+from bench.measurement import alternate_order, each_round, log_progress, record_rate
+from bench.servers import CoreAssignment
+from bench.table import ResultTable
+from bench.testbed import Testbed
 
-CONNECTIONS, AT_ONCE = 64, 16
+CONNECTIONS, CONCURRENT_CONNECTS = 64, 16
 
 _FULL, _RESUMED = (False, "full handshake"), (True, "resumed")
 
 _MS = 1000
 
 
-def small(stage: Stage, table: Table) -> None:
+def small_requests(testbed: Testbed, table: ResultTable) -> None:
     """A manifest and a small blob, on one connection and on many."""
-    cores = Cores.apart()
+    cores = CoreAssignment.separate()
     with ExitStack() as stack:
-        ours = stack.enter_context(stage.filled_proxy(workers=1, cores=cores)).proxy
-        theirs = stack.enter_context(stage.static_nginx(workers=1, cores=cores))
+        proxy_server = stack.enter_context(testbed.warm_proxy(workers=1, cores=cores)).proxy
+        static = stack.enter_context(testbed.static_nginx(workers=1, cores=cores))
         for count in (1, CONNECTIONS):
-            for name, resource in (("manifest", stage.manifest), ("64 KiB", stage.medium)):
+            for name, resource in (("manifest", testbed.manifest), ("64 KiB", testbed.medium_blob)):
                 case = f"{count}, {name}"
-                for serving in rounds(stage, [ours, theirs.tls, theirs.logging], "small", case):
-                    done = stage.generator.ask(serving, [resource.path], connections=count, seconds=stage.scale.seconds)
-                    table.add("small", case, serving.name, "p50", "ms", done.whole * _MS)
-                    note_count(table, "small", case, serving, done, done.count, "request")
+                for server in each_round(testbed, [proxy_server, static.tls, static.tls_with_log], "small", case):
+                    result = testbed.generator.run_requests(
+                        server, [resource.path], connections=count, seconds=testbed.scale.seconds
+                    )
+                    table.add("small", case, server.name, "p50", "ms", result.last_byte * _MS)
+                    record_rate(table, "small", case, server, result, result.count, "request")
 
 
-def connect(stage: Stage, table: Table) -> None:
+def new_connections(testbed: Testbed, table: ResultTable) -> None:
     """New connections, each for one small blob: CONNECT, a handshake, a hit; nginx is spared the CONNECT."""
-    cores = Cores.apart()
+    cores = CoreAssignment.separate()
     with ExitStack() as stack:
-        ours = stack.enter_context(stage.filled_proxy(workers=1, cores=cores)).proxy
-        theirs = stack.enter_context(stage.static_nginx(workers=1, cores=cores)).tls
-        for count, ways in (
+        proxy_server = stack.enter_context(testbed.warm_proxy(workers=1, cores=cores)).proxy
+        nginx_server = stack.enter_context(testbed.static_nginx(workers=1, cores=cores)).tls
+        for count, handshakes in (
             (1, (_FULL, _RESUMED)),
-            (AT_ONCE, (_FULL, _RESUMED)),
-            (stage.scale.crowd, (_FULL,)),  # hardly anybody comes a second time while it is measured
+            (CONCURRENT_CONNECTS, (_FULL, _RESUMED)),
+            (testbed.scale.herd_clients, (_FULL,)),  # hardly anybody comes a second time while it is measured
         ):
-            for round_ in range(stage.scale.rounds):
-                full: dict[str, float] = {}
-                for resume, name in ways:
+            for round_number in range(testbed.scale.rounds):
+                full_rates: dict[str, float] = {}
+                for resume, name in handshakes:
                     case = f"{count:,}, {name}"
-                    for serving in turned(round_, [ours, theirs]):
-                        tell("connect", case, serving.name)
-                        done = stage.generator.visit(
-                            serving, [stage.small.path], connections=count, seconds=stage.scale.seconds, resume=resume
+                    for server in alternate_order(round_number, [proxy_server, nginx_server]):
+                        log_progress("connect", case, server.name)
+                        result = testbed.generator.run_reconnects(
+                            server,
+                            [testbed.small_blob.path],
+                            connections=count,
+                            seconds=testbed.scale.seconds,
+                            resume=resume,
                         )
-                        note_count(table, "connect", case, serving, done, done.count, "connection")
-                        rate = done.count / done.wall
+                        record_rate(table, "connect", case, server, result, result.count, "connection")
+                        rate = result.count / result.wall
                         if not resume:
-                            full[serving.name] = rate
+                            full_rates[server.name] = rate
                             continue
-                        table.add("connect", case, serving.name, "over full", "×", rate / full[serving.name])
-                        table.add("connect", case, serving.name, "resumed", "%", 100 * done.resumed / done.count)
+                        table.add("connect", case, server.name, "over full", "×", rate / full_rates[server.name])
+                        table.add("connect", case, server.name, "resumed", "%", 100 * result.resumed / result.count)

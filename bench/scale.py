@@ -14,16 +14,16 @@ class Scale:
 
     rounds: int
     """How often everything is measured, but for what says otherwise; medians are shown."""
-    blob: int
+    large_blob: int
     seconds: float
     """How long a load of small requests or of new connections goes on."""
     slow_rate: int
     """Bytes a second of the registry that is slow."""
-    joined: int
+    joined_blob: int
     """Bytes of the blob that clients join who come while it is fetched."""
-    crowd: int
+    herd_clients: int
     """Clients that come at the same moment, ..."""
-    crowd_blob: int
+    herd_blob: int
     """... and bytes of the blob that they ask for."""
     cold_blobs: int
     """Small blobs that are fetched one by one, in each round."""
@@ -32,7 +32,7 @@ class Scale:
     memory_connections: int
     memory_seconds: float
     memory_rounds: int
-    layers: int
+    image_layers: int
     """Of the image that is copied."""
     gc_blobs: int
     """Blobs that a garbage collector looks through, once."""
@@ -40,33 +40,33 @@ class Scale:
 
 FULL = Scale(
     rounds=5,
-    blob=1 << 30,
+    large_blob=1 << 30,
     seconds=2,
     slow_rate=25_000_000,
-    joined=1 << 30,
-    crowd=1000,
-    crowd_blob=1 << 23,
+    joined_blob=1 << 30,
+    herd_clients=1000,
+    herd_blob=1 << 23,
     cold_blobs=50,
     new_hosts=20,
     memory_connections=1000,
     memory_seconds=5,
     memory_rounds=5,
-    layers=200,
+    image_layers=200,
     gc_blobs=100_000,
 )
 QUICK = Scale(
     rounds=1,
-    blob=1 << 26,
+    large_blob=1 << 26,
     seconds=0.5,
     slow_rate=25_000_000,
-    joined=1 << 26,
-    crowd=50,
-    crowd_blob=1 << 20,
+    joined_blob=1 << 26,
+    herd_clients=50,
+    herd_blob=1 << 20,
     cold_blobs=5,
     new_hosts=5,
     memory_connections=50,
     memory_seconds=2,
     memory_rounds=1,
-    layers=200,
+    image_layers=200,
     gc_blobs=1000,
 )

@@ -14,15 +14,15 @@ from types import TracebackType
 
 from attrs import frozen
 
-_TICKS = os.sysconf("SC_CLK_TCK")
-_START = 20.0  # seconds that a program may take to come up
-_STOP = 30.0
+_CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
+_START_TIMEOUT = 20.0  # seconds that a program may take to come up
+_STOP_TIMEOUT = 30.0
 
 # Below those that the kernel gives to connections, of which a benchmark makes thousands.
 _FIRST_PORT, _PORTS = 20000, 11000
 _ports = count(random.randrange(_PORTS))
 
-_LOOK = 0.002  # seconds between two looks whether it came up, which the time of that is measured by
+_POLL_INTERVAL = 0.002  # seconds between two looks whether it came up, which the time of that is measured by
 
 
 class BenchError(Exception):
@@ -30,7 +30,7 @@ class BenchError(Exception):
 
 
 @frozen
-class Cost:
+class ResourceUsage:
     """What a load took: seconds from its start to its end, and seconds of CPU time."""
 
     wall: float
@@ -39,31 +39,31 @@ class Cost:
 
 
 @frozen
-class Cores:
+class CoreAssignment:
     """Which cores servers and clients run on; empty: wherever the kernel puts them."""
 
     server: tuple[int, ...] = ()
     clients: tuple[int, ...] = ()
 
     @classmethod
-    def apart(cls) -> Cores:
+    def separate(cls) -> CoreAssignment:
         """Return one core for the server and all others for the clients."""
         first, *others = sorted(os.sched_getaffinity(0))
         return cls((first,), tuple(others) or (first,))
 
     @classmethod
-    def together(cls, count: int) -> Cores:
+    def shared(cls, count: int) -> CoreAssignment:
         """Return `count` cores for server and clients alike, or all where there are fewer."""
-        those = tuple(sorted(os.sched_getaffinity(0))[:count])
-        return cls(those, those)
+        cores = tuple(sorted(os.sched_getaffinity(0))[:count])
+        return cls(cores, cores)
 
 
-def on_cores(argv: Sequence[str], cores: Sequence[int]) -> list[str]:
+def pin_to_cores(argv: Sequence[str], cores: Sequence[int]) -> list[str]:
     """Return the command that runs `argv`, and all that it starts, on `cores`."""
     return ["taskset", "-c", ",".join(map(str, cores)), *argv] if cores else list(argv)
 
 
-class Server:
+class BenchServer:
     """A program that listens on `ports` of 127.0.0.1; what it writes goes to `folder`/output. A context manager.
 
     It has so many `workers`, and runs on those of `cores` that are for the server.
@@ -77,20 +77,20 @@ class Server:
         ports: Sequence[int],
         *,
         workers: int = 1,
-        cores: Cores | None = None,
+        cores: CoreAssignment | None = None,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.workers = workers
-        self.cores = cores or Cores()
-        self.came_up = 0.0
+        self.cores = cores or CoreAssignment()
+        self.startup_seconds = 0.0
         """Seconds from its start until it listened on all of its ports."""
-        self._argv = on_cores(argv, self.cores.server)
+        self._argv = pin_to_cores(argv, self.cores.server)
         self._environment = environment
         self._ports = ports
         self._process: subprocess.Popen[bytes] | None = None
 
-    def __enter__(self) -> Server:
+    def __enter__(self) -> BenchServer:
         self.start()
         return self
 
@@ -101,7 +101,7 @@ class Server:
 
     def start(self) -> None:
         """Start it, and wait until it listens. Raise `BenchError` where that takes too long."""
-        began = time.monotonic()
+        started = time.monotonic()
         with (self.folder / "output").open("ab") as output:
             self._process = subprocess.Popen(
                 self._argv,
@@ -112,11 +112,11 @@ class Server:
                 cwd=self.folder,
             )
         try:
-            self._wait(lambda: all(map(listening, self._ports)))
+            self._wait_until(lambda: all(map(is_listening, self._ports)))
         except BaseException:
             self.stop()
             raise
-        self.came_up = time.monotonic() - began
+        self.startup_seconds = time.monotonic() - started
 
     def stop(self) -> None:
         """End it, by force where it takes its time."""
@@ -125,78 +125,80 @@ class Server:
             return
         process.terminate()
         try:
-            process.wait(_STOP)
+            process.wait(_STOP_TIMEOUT)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
 
     def wait_for_output(self, text: str) -> None:
         """Wait until it has written `text`."""
-        self._wait(lambda: text in self._output())
+        self._wait_until(lambda: text in self._read_output())
 
-    def _wait(self, reached: Callable[[], bool]) -> None:
-        end = time.monotonic() + _START
-        while not reached():
+    def _wait_until(self, condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + _START_TIMEOUT
+        while not condition():
             assert self._process is not None
-            if self._process.poll() is not None or time.monotonic() > end:
-                raise BenchError(f"{' '.join(self._argv)} did not come up:\n{self._output()[-4000:]}")
-            time.sleep(_LOOK)
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                raise BenchError(f"{' '.join(self._argv)} did not come up:\n{self._read_output()[-4000:]}")
+            time.sleep(_POLL_INTERVAL)
 
-    def _output(self) -> str:
+    def _read_output(self) -> str:
         return (self.folder / "output").read_text("utf-8", "replace")
 
-    def cpu(self) -> float:
+    def cpu_seconds(self) -> float:
         """Return the CPU seconds, of user and system, that its processes have used so far."""
-        return sum(map(_cpu, self.processes()))
+        return sum(map(_cpu, self.pids()))
 
-    def resident(self) -> int:
+    def resident_bytes(self) -> int:
         """Return the resident set of its processes in bytes."""
-        return sum(int(line.split()[1]) * 1024 for pid in self.processes() for line in _lines(pid, "status", "VmRSS:"))
+        return sum(
+            int(line.split()[1]) * 1024 for pid in self.pids() for line in _matching_lines(pid, "status", "VmRSS:")
+        )
 
-    def shared_once(self) -> int:
+    def unique_resident_bytes(self) -> int:
         """Return the same with every page counted once that several of them have.
 
         That is not the sum of their PSS, which counts less of a library the more strangers have loaded it.
         """
-        own, files = 0, dict[tuple[str, ...], int]()
-        for pid in self.processes():
-            for mapping, (resident, anonymous) in _mappings(pid):
-                files[mapping] = max(files.get(mapping, 0), resident - anonymous)
-            own += sum(int(line.split()[1]) for line in _lines(pid, "smaps_rollup", "Pss_Anon:"))
-        return (own + sum(files.values())) * 1024
+        anonymous_total, file_backed = 0, dict[tuple[str, ...], int]()
+        for pid in self.pids():
+            for mapping, (resident, anonymous_kib) in _mappings(pid):
+                file_backed[mapping] = max(file_backed.get(mapping, 0), resident - anonymous_kib)
+            anonymous_total += sum(int(line.split()[1]) for line in _matching_lines(pid, "smaps_rollup", "Pss_Anon:"))
+        return (anonymous_total + sum(file_backed.values())) * 1024
 
-    def descriptors(self) -> int:
+    def descriptor_count(self) -> int:
         """Return how many files and connections its processes have open."""
-        return sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in self.processes())
+        return sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in self.pids())
 
-    def processes(self) -> list[int]:
+    def pids(self) -> list[int]:
         """Return the ids of the program's process and of all that come from it."""
         assert self._process is not None
-        parents = {int(name): _parent(int(name)) for name in os.listdir("/proc") if name.isdigit()}
-        found = [self._process.pid]
-        for pid in found:
-            found += [child for child, parent in parents.items() if parent == pid]
-        return found
+        parents = {int(name): _parent_pid(int(name)) for name in os.listdir("/proc") if name.isdigit()}
+        descendants = [self._process.pid]
+        for pid in descendants:
+            descendants += [child for child, parent in parents.items() if parent == pid]
+        return descendants
 
 
 def _cpu(pid: int) -> float:
     # After the name in parentheses, which may hold spaces: proc(5), fields 14 and 15.
     user, system = _stat(pid).split()[11:13]
-    return (int(user) + int(system)) / _TICKS
+    return (int(user) + int(system)) / _CLOCK_TICKS
 
 
 def _stat(pid: int) -> str:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2]
 
 
-def _parent(pid: int) -> int:
+def _parent_pid(pid: int) -> int:
     try:
         return int(_stat(pid).split()[1])
     except OSError:  # it has ended since it was listed
         return 0
 
 
-def _lines(pid: int, file: str, field: str) -> list[str]:
+def _matching_lines(pid: int, file: str, field: str) -> list[str]:
     return [line for line in Path(f"/proc/{pid}/{file}").read_text().splitlines() if line.startswith(field)]
 
 
@@ -214,7 +216,7 @@ def _mappings(pid: int) -> Iterator[tuple[tuple[str, ...], tuple[int, int]]]:
             yield mapping, (resident, int(rest[0]))
 
 
-def listening(port: int) -> bool:
+def is_listening(port: int) -> bool:
     """Tell whether something accepts connections at `port` of 127.0.0.1."""
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0

@@ -15,19 +15,19 @@ REGISTRY, DIRECT = "registry:2", "direct"
 Key = tuple[str, str, str]
 """A measure, a case of it, and what is figured."""
 
-_BUSY = 0.85  # of what its workers could use; below it, the server waited for somebody
+_MIN_UTILIZATION = 0.85  # of what its workers could use; below it, the server waited for somebody
 
 
 @define
 class Row:
     """One figure of one case; `samples` has a value for each round, by server."""
 
-    measure: str
+    benchmark: str
     case: str
-    figure: str
+    metric: str
     unit: str
     samples: dict[str, list[float]] = field(factory=dict)
-    waited: set[str] = field(factory=set)
+    underutilized: set[str] = field(factory=set)
     """The servers that had time to spare in some round: others set the rate that this row tells."""
 
     def median(self, server: str) -> float | None:
@@ -36,52 +36,52 @@ class Row:
 
     def ratio(self, server: str) -> float | None:
         """Return the proxy's value over that of `server`."""
-        ours, theirs = self.median(PROXY), self.median(server)
-        return ours / theirs if ours is not None and theirs else None
+        proxy_value, peer_value = self.median(PROXY), self.median(server)
+        return proxy_value / peer_value if proxy_value is not None and peer_value else None
 
-    def data(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, Any]:
         return {
-            "measure": self.measure,
+            "measure": self.benchmark,
             "case": self.case,
-            "figure": self.figure,
+            "figure": self.metric,
             "unit": self.unit,
             "samples": self.samples,
             "medians": {server: self.median(server) for server in self.samples},
             "ratios": {server: self.ratio(server) for server in self.samples if server != PROXY},
-            "waited": sorted(self.waited),
+            "waited": sorted(self.underutilized),
         }
 
 
 @define
-class Table:
+class ResultTable:
     """The rows, in the order in which they came."""
 
     rows: dict[Key, Row] = field(factory=dict)
 
     def add(
-        self, measure: str, case: str, server: str, figure: str, unit: str, value: float, *, busy: float = 1.0
+        self, benchmark: str, case: str, server: str, metric: str, unit: str, value: float, *, utilization: float = 1.0
     ) -> None:
         """Note the value of one round; `busy` says how much the server used of its cores while it came about."""
-        row = self.rows.setdefault((measure, case, figure), Row(measure, case, figure, unit))
+        row = self.rows.setdefault((benchmark, case, metric), Row(benchmark, case, metric, unit))
         row.samples.setdefault(server, []).append(value)
-        if busy < _BUSY:
-            row.waited.add(server)
+        if utilization < _MIN_UTILIZATION:
+            row.underutilized.add(server)
 
-    def text(self, titles: Mapping[str, str]) -> str:
+    def render(self, titles: Mapping[str, str]) -> str:
         """Return the table for people; `titles` says what each measure is."""
         lines: list[str] = []
-        for measure in dict.fromkeys(row.measure for row in self.rows.values()):
-            rows = [row for row in self.rows.values() if row.measure == measure]
+        for benchmark in dict.fromkeys(row.benchmark for row in self.rows.values()):
+            rows = [row for row in self.rows.values() if row.benchmark == benchmark]
             cases = list(dict.fromkeys(row.case for row in rows))
             rows.sort(key=lambda row: cases.index(row.case))
             peers = list(dict.fromkeys(server for row in rows for server in row.samples if server != PROXY))
             head = f"{'':52}{PROXY:>11}" + "".join(f"{peer:>11}{'ratio':>8}" for peer in peers)
-            lines += ["", titles[measure], head]
+            lines += ["", titles[benchmark], head]
             case = ""
             for row in rows:
-                lines.append(_line(row, "" if row.case == case else row.case, peers))
+                lines.append(_format_row(row, "" if row.case == case else row.case, peers))
                 case = row.case
-        if any(row.waited for row in self.rows.values()):
+        if any(row.underutilized for row in self.rows.values()):
             lines += [
                 "",
                 "* The server used less than 85 % of what its workers could: clients, disk or whatever else ran on the",
@@ -89,22 +89,22 @@ class Table:
             ]
         return "\n".join(lines)
 
-    def data(self) -> list[dict[str, Any]]:
+    def as_dicts(self) -> list[dict[str, Any]]:
         """Return everything, the rounds' values too."""
-        return [row.data() for row in self.rows.values()]
+        return [row.as_dict() for row in self.rows.values()]
 
 
-def _line(row: Row, case: str, peers: Sequence[str]) -> str:
-    cells = [f"  {case:24} {row.figure:16} {row.unit:8}"]
+def _format_row(row: Row, case: str, peers: Sequence[str]) -> str:
+    cells = [f"  {case:24} {row.metric:16} {row.unit:8}"]
     for server in (PROXY, *peers):
-        cells.append(f"{number(row.median(server)) + ('*' if server in row.waited else ' '):>11}")
+        cells.append(f"{format_number(row.median(server)) + ('*' if server in row.underutilized else ' '):>11}")
         if server != PROXY:
             ratio = row.ratio(server)
             cells.append(f"{'' if ratio is None else f'{ratio:.2f}':>8}")
     return "".join(cells).rstrip()
 
 
-def number(value: float | None) -> str:
+def format_number(value: float | None) -> str:
     """Return three digits of a figure, or what there are before the point."""
     if value is None:
         return ""

@@ -7,10 +7,19 @@ from typing import Any
 
 import pytest
 
-from bench.document import DOCUMENT, PROFILE_PLACE, RUN_PLACE, main, marks, profile_section, replaced, run_section
+from bench.document import (
+    DOCUMENT,
+    PROFILE_SECTION,
+    RUN_SECTION,
+    main,
+    render_profile,
+    render_run,
+    replace_section,
+    section_markers,
+)
 
-BEGIN, END = marks(RUN_PLACE)
-RUN = {
+BEGIN, END = section_markers(RUN_SECTION)
+RUN_DATA = {
     "machine": {"date": "2026-01-02", "rounds": "5"},
     "targets": [
         {"met": True, "cells": ["hit", "s/GB", "0.7", "nginx 1.0", "0.70", "≤ 0.8 ×", "met"]},
@@ -20,8 +29,8 @@ RUN = {
 }
 
 
-def test_a_run_as_markdown() -> None:
-    assert run_section(RUN).splitlines() == [
+def test_run_is_rendered_as_markdown() -> None:
+    assert render_run(RUN_DATA).splitlines() == [
         "- date: 2026-01-02",
         "- rounds: 5",
         "",
@@ -38,37 +47,37 @@ def test_a_run_as_markdown() -> None:
     ]
 
 
-def test_only_what_stands_between_the_lines_is_replaced() -> None:
-    first = replaced(f"before\n{BEGIN}old\n{END}after\n", RUN_PLACE, "new\n")
+def test_only_the_section_is_replaced() -> None:
+    first = replace_section(f"before\n{BEGIN}old\n{END}after\n", RUN_SECTION, "new\n")
     assert first == f"before\n{BEGIN}\nnew\n\n{END}after\n"
-    assert replaced(first, RUN_PLACE, "new\n") == first
+    assert replace_section(first, RUN_SECTION, "new\n") == first
 
 
 @pytest.mark.parametrize("document", ["", BEGIN, END, END + BEGIN])
-def test_a_document_without_the_lines_is_left_alone(document: str) -> None:
+def test_missing_markers_are_an_error(document: str) -> None:
     with pytest.raises(ValueError, match="not both there"):
-        replaced(document, RUN_PLACE, "new\n")
+        replace_section(document, RUN_SECTION, "new\n")
 
 
-def test_each_place_is_filled_by_itself() -> None:
-    begin, end = marks(PROFILE_PLACE)
+def test_sections_are_independent() -> None:
+    begin, end = section_markers(PROFILE_SECTION)
     run = f"{BEGIN}run\n{END}between\n"
-    filled = replaced(f"{run}{begin}{end}", PROFILE_PLACE, profile_section({"table": "| a |"}))
-    assert filled == f"{run}{begin}\n| a |\n\n{end}"
+    document = replace_section(f"{run}{begin}{end}", PROFILE_SECTION, render_profile({"table": "| a |"}))
+    assert document == f"{run}{begin}\n| a |\n\n{end}"
 
 
-def test_ours_has_them() -> None:
-    for place in (RUN_PLACE, PROFILE_PLACE):
-        assert replaced(DOCUMENT.read_text(), place, "new\n")
+def test_performance_document_has_markers() -> None:
+    for section in (RUN_SECTION, PROFILE_SECTION):
+        assert replace_section(DOCUMENT.read_text(), section, "new\n")
 
 
-def test_what_there_is_no_file_of_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_section_without_file_is_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     document, profile = tmp_path / "document.md", tmp_path / "profile.json"
-    before = "".join([BEGIN, "run\n", END, *marks(PROFILE_PLACE)])
+    before = "".join([BEGIN, "run\n", END, *section_markers(PROFILE_SECTION)])
     document.write_text(before)
     profile.write_text('{"table": "| a |"}')
     argv = ["document", "--run", str(tmp_path / "none.json"), "--profile", str(profile), str(document)]
     monkeypatch.setattr("sys.argv", argv)
     main()
-    assert document.read_text() == replaced(before, PROFILE_PLACE, "| a |\n")
+    assert document.read_text() == replace_section(before, PROFILE_SECTION, "| a |\n")
     assert "the last run stays as it is" in capsys.readouterr().err

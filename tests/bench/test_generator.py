@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from bench.generator import read
+from bench.generator import parse_output
 
 OUTPUT = json.dumps(
     {
@@ -21,7 +21,7 @@ OUTPUT = json.dumps(
 
 
 def test_medians_and_totals() -> None:
-    done = read(OUTPUT, 1.0)
-    assert (done.wall, done.clients_cpu, done.server_cpu) == (2.0, 0.5, 1.0)
-    assert (done.count, done.resumed, done.bytes) == (100, 7, 6553600)
-    assert (done.first, done.whole, done.firsts) == (0.001, 0.002, (0.25, 0.5))
+    result = parse_output(OUTPUT, 1.0)
+    assert (result.wall, result.clients_cpu, result.server_cpu) == (2.0, 0.5, 1.0)
+    assert (result.count, result.resumed, result.bytes) == (100, 7, 6553600)
+    assert (result.first_byte, result.last_byte, result.first_byte_times) == (0.001, 0.002, (0.25, 0.5))

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.profile import LOADS, PLACES, Frame, place, recorded, shares, stacks, table
-from bench.servers import BenchError, Server
+from bench.profile import CATEGORIES, LOADS, Frame, category_shares, classify, parse_stacks, perf_record, render_table
+from bench.servers import BenchError, BenchServer
 
 _PROJECT = Path(__file__).resolve().parents[2]
 _PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin"
@@ -30,8 +30,8 @@ SCRIPT = """
 """.splitlines()
 
 
-def test_stacks_are_read() -> None:
-    assert list(stacks(SCRIPT)) == [
+def test_stacks_are_parsed() -> None:
+    assert list(parse_stacks(SCRIPT)) == [
         [
             ("_copy_to_iter", _KERNEL),
             ("tcp_recvmsg_locked", _KERNEL),
@@ -40,21 +40,21 @@ def test_stacks_are_read() -> None:
         [("[unknown]", "/a b/site-packages/cryptography/hazmat/bindings/_rust.abi3.so")],
         [("operator new(unsigned long)", "/usr/lib/libstdc++.so.6")],
     ]
-    assert list(stacks([*SCRIPT[:-1], ""])) == list(stacks(SCRIPT))[:2]
+    assert list(parse_stacks([*SCRIPT[:-1], ""])) == list(parse_stacks(SCRIPT))[:2]
 
 
-def kernel(*symbols: str) -> list[Frame]:
+def kernel_stack(*symbols: str) -> list[Frame]:
     return [*((symbol, _KERNEL) for symbol in symbols), ("write", "/usr/lib/libc.so.6")]
 
 
 @pytest.mark.parametrize(
     ("stack", "expected"),
     [
-        (kernel("_copy_to_iter", "tcp_recvmsg_locked", "sock_read_iter", "vfs_read"), "kernel: receiving"),
-        (kernel("_copy_from_iter", "tcp_sendmsg_locked", "sock_write_iter", "vfs_write"), "kernel: sending"),
-        (kernel("__tcp_transmit_skb", "tcp_write_xmit", "do_tcp_setsockopt"), "kernel: sending"),
-        (kernel("copy_folio_from_iter_atomic", "generic_perform_write", "vfs_write"), "kernel: files"),
-        (kernel("do_epoll_wait"), "kernel: other"),
+        (kernel_stack("_copy_to_iter", "tcp_recvmsg_locked", "sock_read_iter", "vfs_read"), "kernel: receiving"),
+        (kernel_stack("_copy_from_iter", "tcp_sendmsg_locked", "sock_write_iter", "vfs_write"), "kernel: sending"),
+        (kernel_stack("__tcp_transmit_skb", "tcp_write_xmit", "do_tcp_setsockopt"), "kernel: sending"),
+        (kernel_stack("copy_folio_from_iter_atomic", "generic_perform_write", "vfs_write"), "kernel: files"),
+        (kernel_stack("do_epoll_wait"), "kernel: other"),
         ([("vfs_write", "/a/module.so"), ("tcp_sendmsg", _KERNEL)], "other"),
         ([("_PyEval_EvalFrameDefault", "/opt/python/lib/libpython3.11.so.1.0")], "interpreter"),
         ([("_PyEval_EvalFrameDefault", "/usr/bin/python3.13")], "interpreter"),
@@ -65,55 +65,55 @@ def kernel(*symbols: str) -> list[Frame]:
         ([("[unknown]", "[unknown]")], "other"),
     ],
 )
-def test_where_a_sample_belongs(stack: list[Frame], expected: str) -> None:
-    assert place(stack) == expected
+def test_sample_classification(stack: list[Frame], expected: str) -> None:
+    assert classify(stack) == expected
 
 
 def test_shares_are_of_all_samples() -> None:
-    found = shares([kernel("do_epoll_wait"), *[[("malloc", "libc.so.6")]] * 3])
-    assert {name: share for name, share in found.items() if share} == {"kernel: other": 0.25, "C library": 0.75}
-    assert tuple(found) == PLACES
+    fractions = category_shares([kernel_stack("do_epoll_wait"), *[[("malloc", "libc.so.6")]] * 3])
+    assert {name: share for name, share in fractions.items() if share} == {"kernel: other": 0.25, "C library": 0.75}
+    assert tuple(fractions) == CATEGORIES
     with pytest.raises(BenchError, match="no samples"):
-        shares([])
+        category_shares([])
 
 
 def test_a_table_has_a_row_for_each_load() -> None:
-    head, line, row = table({"hit": dict.fromkeys(PLACES, 0.125)}).splitlines()
-    assert head.count("|") == line.count("|") == row.count("|") == len(PLACES) + 2
+    head, line, row = render_table({"hit": dict.fromkeys(CATEGORIES, 0.125)}).splitlines()
+    assert head.count("|") == line.count("|") == row.count("|") == len(CATEGORIES) + 2
     assert row.startswith("| hit | 12 % |")
 
 
-def perf_works(folder: Path) -> bool:
+def can_run_perf(folder: Path) -> bool:
     """Whether perf is there, and may take samples here."""
     perf = shutil.which("perf", path=_PATH)
     argv = [str(perf), "record", "--quiet", "--output", str(folder / "perf.data"), "true"]
     return perf is not None and not subprocess.run(argv, capture_output=True, check=False).returncode
 
 
-def test_a_perf_that_cannot_sample_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_perf_failure_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     perf = tmp_path / "perf"
     perf.write_text("#!/bin/sh\necho no events here >&2\nexit 1\n")
     perf.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    server = Server(["sleep", "60"], tmp_path / "server", {"PATH": _PATH}, [])
-    with server, pytest.raises(BenchError, match="no events here"), recorded(server, tmp_path / "a.perf"):
+    server = BenchServer(["sleep", "60"], tmp_path / "server", {"PATH": _PATH}, [])
+    with server, pytest.raises(BenchError, match="no events here"), perf_record(server, tmp_path / "a.perf"):
         pass
 
 
-def test_it_runs(tmp_path: Path) -> None:
+def test_profile_runs(tmp_path: Path) -> None:
     missing = [name for name in ("nginx", "gcc", "taskset") if shutil.which(name, path=_PATH) is None]
     if missing or not Path("/usr/include/openssl/ssl.h").exists():
         pytest.skip(f"{', '.join(missing) or 'libssl-dev'} is missing")
-    if not perf_works(tmp_path):
+    if not can_run_perf(tmp_path):
         pytest.skip("perf is missing, or may not sample here")
     argv = [sys.executable, "-m", "bench.profile", "--quick", "--output", str(tmp_path / "profile.json")]
     environment = {**os.environ, "PATH": _PATH, "TMPDIR": str(tmp_path)}
-    done = subprocess.run(argv, cwd=_PROJECT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    written = json.loads((tmp_path / "profile.json").read_text())
-    assert written["table"] in done.stdout
-    assert list(written["shares"]) == list(LOADS)
-    for found in written["shares"].values():
-        assert sum(found.values()) == pytest.approx(1)
-        assert found["interpreter"] > 0
+    result = subprocess.run(argv, cwd=_PROJECT, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    profile = json.loads((tmp_path / "profile.json").read_text())
+    assert profile["table"] in result.stdout
+    assert list(profile["shares"]) == list(LOADS)
+    for fractions in profile["shares"].values():
+        assert sum(fractions.values()) == pytest.approx(1)
+        assert fractions["interpreter"] > 0
     assert not [path for path in tmp_path.iterdir() if path.name.startswith("bench-")]

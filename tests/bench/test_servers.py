@@ -6,7 +6,7 @@ import socket
 import sys
 from pathlib import Path
 
-from bench.servers import Server, free_port
+from bench.servers import BenchServer, free_port
 
 _SIZE = 64 << 20
 # It ends with its parent, whose end of the pipe is then closed.
@@ -23,17 +23,17 @@ signal.pause()
 """
 
 
-def test_pages_that_processes_share_are_counted_once(tmp_path: Path) -> None:
+def test_shared_pages_are_counted_once(tmp_path: Path) -> None:
     port = free_port()
-    with Server([sys.executable, "-c", _PROGRAM, str(port)], tmp_path, {}, [port]) as server:
-        assert len(server.processes()) == 2
-        assert server.resident() > 2 * _SIZE
-        assert _SIZE < server.shared_once() < server.resident() - _SIZE
+    with BenchServer([sys.executable, "-c", _PROGRAM, str(port)], tmp_path, {}, [port]) as server:
+        assert len(server.pids()) == 2
+        assert server.resident_bytes() > 2 * _SIZE
+        assert _SIZE < server.unique_resident_bytes() < server.resident_bytes() - _SIZE
 
 
-def test_a_port_is_given_once() -> None:
+def test_free_ports_are_unique() -> None:
     """A server is given several before it listens on the first."""
-    first = free_port()
-    with socket.create_server(("127.0.0.1", first + 1)):
-        others = [free_port() for _ in range(100)]
-    assert len({first, first + 1, *others}) == 102
+    first_port = free_port()
+    with socket.create_server(("127.0.0.1", first_port + 1)):
+        other_ports = [free_port() for _ in range(100)]
+    assert len({first_port, first_port + 1, *other_ports}) == 102

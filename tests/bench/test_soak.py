@@ -7,52 +7,54 @@ import random
 import pytest
 
 from bench.servers import BenchError
-from bench.soak import Sample, complaints, growth
+from bench.soak import ProcessSample, find_problems, quarter_medians
 
-PROCESSES = frozenset({10, 11})
-REST = Sample(60_000_000, 20, PROCESSES)
-
-
-def samples(memory: list[int], descriptors: list[int] | None = None) -> list[Sample]:
-    return [Sample(a, b, PROCESSES) for a, b in zip(memory, descriptors or [50] * len(memory), strict=True)]
+PIDS = frozenset({10, 11})
+IDLE_SAMPLE = ProcessSample(60_000_000, 20, PIDS)
 
 
-def test_the_first_quarter_is_for_warming_up() -> None:
-    assert growth([1, 1, 5, 7, 6, 6, 9, 11]) == (6, 10)
+def make_samples(memory: list[int], descriptors: list[int] | None = None) -> list[ProcessSample]:
+    return [ProcessSample(a, b, PIDS) for a, b in zip(memory, descriptors or [50] * len(memory), strict=True)]
 
 
-def test_too_short_a_soak_says_nothing() -> None:
+def test_first_quarter_is_ignored() -> None:
+    assert quarter_medians([1, 1, 5, 7, 6, 6, 9, 11]) == (6, 10)
+
+
+def test_too_few_samples_are_an_error() -> None:
     with pytest.raises(BenchError):
-        growth([1, 2, 3])
+        quarter_medians([1, 2, 3])
 
 
-def test_what_goes_up_and_down_is_no_growth() -> None:
-    chance = random.Random(1)
-    memory = [chance.randrange(90_000_000, 110_000_000) for _ in range(400)]
-    descriptors = [chance.randrange(30, 60) for _ in range(400)]
-    assert list(complaints(samples(memory, descriptors), REST, REST)) == []
+def test_fluctuation_is_not_growth() -> None:
+    rng = random.Random(1)
+    memory = [rng.randrange(90_000_000, 110_000_000) for _ in range(400)]
+    descriptors = [rng.randrange(30, 60) for _ in range(400)]
+    assert list(find_problems(make_samples(memory, descriptors), IDLE_SAMPLE, IDLE_SAMPLE)) == []
 
 
-def test_memory_that_grows() -> None:
+def test_memory_growth() -> None:
     memory = [100_000_000 + second * 100_000 for second in range(400)]
-    (complaint,) = complaints(samples(memory), REST, REST)
+    (complaint,) = find_problems(make_samples(memory), IDLE_SAMPLE, IDLE_SAMPLE)
     assert complaint.startswith("memory grew from 114,950,000 to ")
 
 
-def test_descriptors_that_grow() -> None:
-    (complaint,) = complaints(samples([10**8] * 400, list(range(50, 450))), REST, REST)
+def test_descriptor_growth() -> None:
+    (complaint,) = find_problems(make_samples([10**8] * 400, list(range(50, 450))), IDLE_SAMPLE, IDLE_SAMPLE)
     assert complaint.startswith("descriptors grew from 200 to 400")
 
 
-def test_descriptors_that_clients_leave_behind() -> None:
-    (complaint,) = complaints(samples([10**8] * 40), REST, Sample(60_000_000, 29, PROCESSES))
+def test_leaked_descriptors() -> None:
+    (complaint,) = find_problems(make_samples([10**8] * 40), IDLE_SAMPLE, ProcessSample(60_000_000, 29, PIDS))
     assert complaint == "29 descriptors are open without clients; 20 were at the start"
 
 
-def test_memory_at_rest_may_be_more_than_at_the_start() -> None:
-    assert list(complaints(samples([10**8] * 40), REST, Sample(90_000_000, 28, PROCESSES))) == []
+def test_idle_memory_may_grow() -> None:
+    assert list(find_problems(make_samples([10**8] * 40), IDLE_SAMPLE, ProcessSample(90_000_000, 28, PIDS))) == []
 
 
-def test_a_worker_that_ended_and_is_replaced() -> None:
-    (complaint,) = complaints(samples([10**8] * 40), REST, Sample(60_000_000, 20, frozenset({10, 12})))
+def test_replaced_worker_is_reported() -> None:
+    (complaint,) = find_problems(
+        make_samples([10**8] * 40), IDLE_SAMPLE, ProcessSample(60_000_000, 20, frozenset({10, 12}))
+    )
     assert complaint == "1 of 2 processes ended"

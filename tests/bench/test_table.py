@@ -2,35 +2,35 @@
 
 from __future__ import annotations
 
-from bench.table import NGINX, PROXY, REGISTRY, Table, number
+from bench.table import NGINX, PROXY, REGISTRY, ResultTable, format_number
 
 
-def table() -> Table:
-    found = Table()
-    for ours, theirs in ((10, 4), (60, 18), (20, 6)):
-        found.add("hit", "1 client", PROXY, "throughput", "MB/s", ours)
-        found.add("hit", "1 client", NGINX, "throughput", "MB/s", theirs)
-    found.add("hit", "8 clients", PROXY, "throughput", "MB/s", 7.0, busy=0.84)
-    found.add("hit", "1 client", PROXY, "server CPU", "s/GB", 0.5)
-    found.add("push", "1 layer", PROXY, "throughput", "MB/s", 1234.5)
-    found.add("push", "1 layer", REGISTRY, "throughput", "MB/s", 1000.0)
-    return found
+def make_table() -> ResultTable:
+    result_table = ResultTable()
+    for proxy_value, peer_value in ((10, 4), (60, 18), (20, 6)):
+        result_table.add("hit", "1 client", PROXY, "throughput", "MB/s", proxy_value)
+        result_table.add("hit", "1 client", NGINX, "throughput", "MB/s", peer_value)
+    result_table.add("hit", "8 clients", PROXY, "throughput", "MB/s", 7.0, utilization=0.84)
+    result_table.add("hit", "1 client", PROXY, "server CPU", "s/GB", 0.5)
+    result_table.add("push", "1 layer", PROXY, "throughput", "MB/s", 1234.5)
+    result_table.add("push", "1 layer", REGISTRY, "throughput", "MB/s", 1000.0)
+    return result_table
 
 
-def test_medians_are_compared_and_not_means() -> None:
-    row = table().rows["hit", "1 client", "throughput"]
+def test_medians_are_compared() -> None:
+    row = make_table().rows["hit", "1 client", "throughput"]
     assert (row.median(PROXY), row.median(NGINX)) == (20, 6)
     assert row.ratio(NGINX) == 20 / 6
 
 
-def test_without_a_peer_there_is_no_ratio() -> None:
-    row = table().rows["hit", "8 clients", "throughput"]
+def test_no_ratio_without_a_peer() -> None:
+    row = make_table().rows["hit", "8 clients", "throughput"]
     assert row.median(NGINX) is None
     assert row.ratio(NGINX) is None
 
 
-def test_each_measure_has_the_columns_of_its_own_peers() -> None:
-    text = table().text({"hit": "hit: a blob", "push": "push: a layer"})
+def test_columns_per_benchmark() -> None:
+    text = make_table().render({"hit": "hit: a blob", "push": "push: a layer"})
     assert [line.split() for line in text.splitlines()] == [
         [],
         ["hit:", "a", "blob"],
@@ -48,11 +48,17 @@ def test_each_measure_has_the_columns_of_its_own_peers() -> None:
     assert text.splitlines()[-2].startswith("* The server used less than 85 %")
 
 
-def test_the_rounds_are_in_the_data() -> None:
-    (row, *_) = table().data()
+def test_data_contains_all_rounds() -> None:
+    (row, *_) = make_table().as_dicts()
     assert row["samples"] == {PROXY: [10, 60, 20], NGINX: [4, 18, 6]}
     assert row["ratios"] == {NGINX: 20 / 6}
 
 
-def test_numbers_have_three_digits() -> None:
-    assert [number(value) for value in (None, 0.125, 9.994, 12.34, 1234.5)] == ["", "0.12", "9.99", "12.3", "1,234"]
+def test_numbers_are_formatted() -> None:
+    assert [format_number(value) for value in (None, 0.125, 9.994, 12.34, 1234.5)] == [
+        "",
+        "0.12",
+        "9.99",
+        "12.3",
+        "1,234",
+    ]

@@ -17,7 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.e2e.house.hosting import OWN, USERS, Hosting, users_file
+from tests.e2e.harness.registry_daemon import HOSTED_REGISTRY_HOST, USERS, RegistryDaemon, write_htpasswd
 
 _REPORTS = Path(__file__).resolve().parents[2] / "build/conformance"
 _COUNT = re.compile(r"^  (Disabled|Skip|Pass|FAIL|Error|Total)\.+: +([0-9]+)$", re.MULTILINE)
@@ -31,23 +31,25 @@ def main() -> int:
         return 2
     with tempfile.TemporaryDirectory() as scratch:
         directory = Path(scratch)
-        anonymous = Hosting(directory / "everybody", {})
-        users = Hosting(directory / "users", {"HTPASSWD_FILE": str(users_file(directory)), "ANONYMOUS_PULL": "true"})
+        anonymous = RegistryDaemon(directory / "everybody", {})
+        users = RegistryDaemon(
+            directory / "users", {"HTPASSWD_FILE": str(write_htpasswd(directory)), "ANONYMOUS_PULL": "true"}
+        )
         user, password = next(iter(USERS.items()))
         login = {"OCI_USERNAME": user, "OCI_PASSWORD": password}
         plain = {"OCI_TLS": "disabled"}
         return max(
-            _run(suite, "plain", anonymous, anonymous.plain, plain),
-            _run(suite, "proxied", anonymous, OWN, anonymous.client_environment),
-            _run(suite, "users", users, users.plain, plain | login),
+            _run(suite, "plain", anonymous, anonymous.http_address, plain),
+            _run(suite, "proxied", anonymous, HOSTED_REGISTRY_HOST, anonymous.client_environment),
+            _run(suite, "users", users, users.http_address, plain | login),
         )
 
 
-def _run(suite: Path, variant: str, hosting: Hosting, registry: str, settings: dict[str, str]) -> int:
+def _run(suite: Path, variant: str, hosting: RegistryDaemon, registry: str, settings: dict[str, str]) -> int:
     reports = _REPORTS / variant
     reports.mkdir(parents=True, exist_ok=True)
     environment = {"OCI_REGISTRY": registry, "OCI_RESULTS_DIR": str(reports), "OCI_LOG": "error", **settings}
-    with hosting.running_for(lambda: list(USERS.values())):
+    with hosting.run_and_check_log(lambda: list(USERS.values())):
         completed = subprocess.run(
             [suite], cwd=reports, env=os.environ | environment, stdout=subprocess.PIPE, text=True
         )

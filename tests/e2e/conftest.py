@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.house.daemon import Proxy, RunProxy
-from tests.e2e.house.machines import Machines, Running
-from tests.e2e.house.upstreams import Upstreams
+from tests.e2e.harness.client_factory import ClientFactory, ProcessGroup
+from tests.e2e.harness.daemon import StartDaemon, TwistdDaemon
+from tests.e2e.harness.upstreams import Upstreams
 
-_proxies: list[Proxy] = []
+_daemons: list[TwistdDaemon] = []
 
 
 @pytest.fixture(scope="session")
@@ -28,45 +28,45 @@ def upstreams(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Upstreams]:
 
 
 @pytest.fixture(autouse=True)
-def _sound_logs(upstreams: Upstreams) -> Iterator[None]:
+def _check_logs(upstreams: Upstreams) -> Iterator[None]:
     """No daemon may crash or tell a secret, whatever the test is about."""
-    upstreams.fake.behave()
+    upstreams.fake.reset_rules()
     yield
-    for proxy in _proxies:
+    for proxy in _daemons:
         proxy.check_log(upstreams.secrets)
 
 
 @pytest.fixture(scope="module")
-def proxy(upstreams: Upstreams, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
+def daemon(upstreams: Upstreams, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwistdDaemon]:
     """A daemon with default settings that knows the upstreams."""
-    proxy = Proxy(tmp_path_factory.mktemp("proxy"), upstreams.settings)
-    _proxies.append(proxy)
-    with proxy.running_for(lambda: upstreams.secrets):
-        yield proxy
-    _proxies.remove(proxy)
+    daemon = TwistdDaemon(tmp_path_factory.mktemp("proxy"), upstreams.settings)
+    _daemons.append(daemon)
+    with daemon.run_and_check_log(lambda: upstreams.secrets):
+        yield daemon
+    _daemons.remove(daemon)
 
 
 @pytest.fixture
-def run_proxy(upstreams: Upstreams, tmp_path: Path) -> Iterator[RunProxy]:
+def start_daemon(upstreams: Upstreams, tmp_path: Path) -> Iterator[StartDaemon]:
     """Return a function that starts a daemon with the given settings beside those of `proxy`."""
-    running = Running()
+    group = ProcessGroup()
 
-    def run(name: str = "proxy", **settings: str) -> Proxy:
-        proxy = Proxy(tmp_path / name, {**upstreams.settings, **settings})
-        running.add(proxy)
-        _proxies.append(proxy)
-        proxy.start()
-        return proxy
+    def start_daemon(name: str = "proxy", **settings: str) -> TwistdDaemon:
+        daemon = TwistdDaemon(tmp_path / name, {**upstreams.settings, **settings})
+        group.add(daemon)
+        _daemons.append(daemon)
+        daemon.start()
+        return daemon
 
-    yield run
-    running.stop()
-    for proxy in [process for process in running.processes if isinstance(process, Proxy)]:
-        proxy.check_log(upstreams.secrets)
-        _proxies.remove(proxy)
+    yield start_daemon
+    group.stop()
+    for daemon in [process for process in group.members if isinstance(process, TwistdDaemon)]:
+        daemon.check_log(upstreams.secrets)
+        _daemons.remove(daemon)
 
 
 @pytest.fixture
-def machines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machines]:
-    machines = Machines(tmp_path_factory.mktemp("m"))
-    yield machines
-    machines.stop()
+def clients(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClientFactory]:
+    factory = ClientFactory(tmp_path_factory.mktemp("m"))
+    yield factory
+    factory.stop()

@@ -16,16 +16,16 @@ from urllib.parse import quote, urljoin, urlsplit
 import pytest
 from attrs import Factory, define
 
+from tests.e2e.harness.http_client import BufferedResponse
+from tests.e2e.harness.images import OCI_CONFIG, OCI_INDEX, OCI_MANIFEST, random_bytes
+from tests.e2e.harness.registry_daemon import RegistryDaemon
+from tests.e2e.harness.upstreams import Upstreams
 from tests.e2e.house import wire
-from tests.e2e.house.hosting import Hosting
-from tests.e2e.house.images import OCI_CONFIG, OCI_INDEX, OCI_MANIFEST, noise
-from tests.e2e.house.upstreams import Upstreams
-from tests.e2e.house.wire import Answer
 
-JSON = dict[str, Any]
-OCTETS = {"Content-Type": "application/octet-stream"}
+JSONObject = dict[str, Any]
+OCTET_STREAM = {"Content-Type": "application/octet-stream"}
 ACCEPT = {"Accept": f"{OCI_INDEX}, {OCI_MANIFEST}"}
-EMPTY, EXAMPLE, OTHER_EXAMPLE = (
+EMPTY_TYPE, EXAMPLE_TYPE, OTHER_EXAMPLE_TYPE = (
     "application/vnd.oci.empty.v1+json",
     "application/vnd.example.oci.conformance",
     "application/vnd.example.oci.conformance.other",
@@ -33,135 +33,166 @@ EMPTY, EXAMPLE, OTHER_EXAMPLE = (
 ALGORITHMS = ("sha256", "sha512")
 
 
-def digest_of(data: bytes, algorithm: str = "sha256") -> str:
+def compute_digest(data: bytes, algorithm: str = "sha256") -> str:
     return f"{algorithm}:{hashlib.new(algorithm, data).hexdigest()}"
 
 
-class Registry:
+class ConformanceClient:
     """The hosted registry, on a connection that stays open."""
 
     def __init__(self, port: int) -> None:
-        self._base = f"http://127.0.0.1:{port}"
-        self._connection = wire.Straight("127.0.0.1", ("127.0.0.1", port), None)
+        self._base_url = f"http://127.0.0.1:{port}"
+        self._connection = wire.DirectConnection("127.0.0.1", ("127.0.0.1", port), None)
 
-    def ask(
-        self, method: str, target: str, body: bytes | None = None, fields: Mapping[str, str] | None = None
-    ) -> Answer:
+    def request(
+        self, method: str, target: str, body: bytes | None = None, headers: Mapping[str, str] | None = None
+    ) -> BufferedResponse:
         """Send a request to `target`, a path or what a Location said."""
-        self._connection.request(method, target, body, dict(fields or {}))
-        return wire.read(self._connection.getresponse())
+        self._connection.request(method, target, body, dict(headers or {}))
+        return wire.read_response(self._connection.getresponse())
 
-    def follow(self, answer: Answer) -> str:
+    def location_target(self, response: BufferedResponse) -> str:
         """Return the target that the answer's Location names."""
-        parts = urlsplit(urljoin(self._base, answer.headers["location"]))
+        parts = urlsplit(urljoin(self._base_url, response.headers["location"]))
         return parts.path + (f"?{parts.query}" if parts.query else "")
 
-    def begin(self, repository: str) -> str:
-        begun = self.ask("POST", f"/v2/{repository}/blobs/uploads/")
-        assert begun.status == 202, begun
-        return self.follow(begun)
+    def start_upload(self, repository: str) -> str:
+        response = self.request("POST", f"/v2/{repository}/blobs/uploads/")
+        assert response.status == 202, response
+        return self.location_target(response)
 
-    def end(self, location: str, digest: str, body: bytes = b"", **fields: str) -> Answer:
+    def finish_upload(self, location: str, digest: str, body: bytes = b"", **fields: str) -> BufferedResponse:
         """Close an upload. `fields`: with underscores for dashes."""
-        named = {name.replace("_", "-"): value for name, value in fields.items()}
-        join = "&" if "?" in location else "?"
-        return self.ask("PUT", f"{location}{join}digest={digest}", body, OCTETS | named)
+        headers = {name.replace("_", "-"): value for name, value in fields.items()}
+        separator = "&" if "?" in location else "?"
+        return self.request("PUT", f"{location}{separator}digest={digest}", body, OCTET_STREAM | headers)
 
-    def push(self, repository: str, data: bytes, algorithm: str = "sha256") -> str:
-        digest = digest_of(data, algorithm)
-        assert post_put(self, repository, digest, data).status == 201
+    def push_blob(self, repository: str, data: bytes, algorithm: str = "sha256") -> str:
+        digest = compute_digest(data, algorithm)
+        assert push_post_put(self, repository, digest, data).status == 201
         return digest
 
 
 # The ways of a blob: each returns the answer that says whether it was taken.
 
 
-def post_only(registry: Registry, repository: str, digest: str, data: bytes) -> Answer:
-    return registry.ask("POST", f"/v2/{repository}/blobs/uploads/?digest={digest}", data, OCTETS)
+def push_monolithic_post(registry: ConformanceClient, repository: str, digest: str, data: bytes) -> BufferedResponse:
+    return registry.request("POST", f"/v2/{repository}/blobs/uploads/?digest={digest}", data, OCTET_STREAM)
 
 
-def post_put(registry: Registry, repository: str, digest: str, data: bytes) -> Answer:
-    return registry.end(registry.begin(repository), digest, data)
+def push_post_put(registry: ConformanceClient, repository: str, digest: str, data: bytes) -> BufferedResponse:
+    return registry.finish_upload(registry.start_upload(repository), digest, data)
 
 
-def stream(registry: Registry, repository: str, digest: str, data: bytes) -> Answer:
-    patched = registry.ask("PATCH", registry.begin(repository), data, OCTETS)
-    assert patched.status == 202
-    return registry.end(registry.follow(patched), digest)
+def push_streamed(registry: ConformanceClient, repository: str, digest: str, data: bytes) -> BufferedResponse:
+    response = registry.request("PATCH", registry.start_upload(repository), data, OCTET_STREAM)
+    assert response.status == 202
+    return registry.finish_upload(registry.location_target(response), digest)
 
 
-def chunked(
-    registry: Registry, repository: str, digest: str, data: bytes, *, ends: bool = False, strays: bool = False
-) -> Answer:
+def push_chunked(
+    registry: ConformanceClient,
+    repository: str,
+    digest: str,
+    data: bytes,
+    *,
+    last_chunk_in_put: bool = False,
+    out_of_order: bool = False,
+) -> BufferedResponse:
     """Send three chunks, the last with the PUT where that `ends` it; one that `strays` comes before each."""
-    location, size = registry.begin(repository), len(data) // 3 + 1
+    location, size = registry.start_upload(repository), len(data) // 3 + 1
     for start in range(0, len(data), size):
-        if strays:
-            location = stray(registry, location, digest, data, start, size, ends=ends)
-        piece = data[start : start + size]
-        field = f"{start}-{start + len(piece) - 1}"
-        if ends and start + size >= len(data):
-            return registry.end(location, digest, piece, Content_Range=field)
-        patched = registry.ask("PATCH", location, piece, OCTETS | {"Content-Range": field})
-        assert (patched.status, patched.headers["range"]) == (202, f"0-{start + len(piece) - 1}")
-        location = registry.follow(patched)
-    return registry.end(location, digest)
+        if out_of_order:
+            location = send_out_of_order_chunk(
+                registry, location, digest, data, start, size, last_chunk_in_put=last_chunk_in_put
+            )
+        chunk = data[start : start + size]
+        content_range = f"{start}-{start + len(chunk) - 1}"
+        if last_chunk_in_put and start + size >= len(data):
+            return registry.finish_upload(location, digest, chunk, Content_Range=content_range)
+        response = registry.request("PATCH", location, chunk, OCTET_STREAM | {"Content-Range": content_range})
+        assert (response.status, response.headers["range"]) == (202, f"0-{start + len(chunk) - 1}")
+        location = registry.location_target(response)
+    return registry.finish_upload(location, digest)
 
 
-def stray(registry: Registry, location: str, digest: str, data: bytes, start: int, size: int, *, ends: bool) -> str:
+def send_out_of_order_chunk(
+    registry: ConformanceClient,
+    location: str,
+    digest: str,
+    data: bytes,
+    start: int,
+    size: int,
+    *,
+    last_chunk_in_put: bool,
+) -> str:
     """Send a chunk that is not the next; return where to go on, as asking for the upload's state tells."""
-    wrong = start + size if start + size < len(data) else 0
-    piece = data[wrong : wrong + size]
-    field = f"{wrong}-{wrong + len(piece) - 1}"
-    if ends and wrong + size >= len(data):
-        refused = registry.end(location, digest, piece, Content_Range=field)
+    wrong_start = start + size if start + size < len(data) else 0
+    chunk = data[wrong_start : wrong_start + size]
+    content_range = f"{wrong_start}-{wrong_start + len(chunk) - 1}"
+    if last_chunk_in_put and wrong_start + size >= len(data):
+        rejection = registry.finish_upload(location, digest, chunk, Content_Range=content_range)
     else:
-        refused = registry.ask("PATCH", location, piece, OCTETS | {"Content-Range": field})
-    assert refused.status == 416
-    state = registry.ask("GET", location)
-    assert (state.status, state.headers["range"]) == (204, f"0-{max(start - 1, 0)}")
-    return registry.follow(state)
+        rejection = registry.request("PATCH", location, chunk, OCTET_STREAM | {"Content-Range": content_range})
+    assert rejection.status == 416
+    status = registry.request("GET", location)
+    assert (status.status, status.headers["range"]) == (204, f"0-{max(start - 1, 0)}")
+    return registry.location_target(status)
 
 
-def chunked_put(registry: Registry, repository: str, digest: str, data: bytes) -> Answer:
-    return chunked(registry, repository, digest, data, ends=True)
+def push_chunked_put(registry: ConformanceClient, repository: str, digest: str, data: bytes) -> BufferedResponse:
+    return push_chunked(registry, repository, digest, data, last_chunk_in_put=True)
 
 
-def strays(registry: Registry, repository: str, digest: str, data: bytes) -> Answer:
-    return chunked(registry, repository, digest, data, strays=True)
+def push_out_of_order(registry: ConformanceClient, repository: str, digest: str, data: bytes) -> BufferedResponse:
+    return push_chunked(registry, repository, digest, data, out_of_order=True)
 
 
-def strays_put(registry: Registry, repository: str, digest: str, data: bytes) -> Answer:
-    return chunked(registry, repository, digest, data, strays=True, ends=True)
+def push_out_of_order_put(registry: ConformanceClient, repository: str, digest: str, data: bytes) -> BufferedResponse:
+    return push_chunked(registry, repository, digest, data, out_of_order=True, last_chunk_in_put=True)
 
 
-def mounted(registry: Registry, repository: str, digest: str, data: bytes) -> Answer:
-    assert post_put(registry, "conformance/other", digest, data).status == 201
-    return registry.ask("POST", f"/v2/{repository}/blobs/uploads/?mount={digest}&from=conformance/other")
+def mount(registry: ConformanceClient, repository: str, digest: str, data: bytes) -> BufferedResponse:
+    assert push_post_put(registry, "conformance/other", digest, data).status == 201
+    return registry.request("POST", f"/v2/{repository}/blobs/uploads/?mount={digest}&from=conformance/other")
 
 
-def mounted_from_anywhere(registry: Registry, repository: str, digest: str, data: bytes) -> Answer:
-    assert post_put(registry, "conformance/other", digest, data).status == 201
-    return registry.ask("POST", f"/v2/{repository}/blobs/uploads/?mount={digest}")
+def mount_without_source(registry: ConformanceClient, repository: str, digest: str, data: bytes) -> BufferedResponse:
+    assert push_post_put(registry, "conformance/other", digest, data).status == 201
+    return registry.request("POST", f"/v2/{repository}/blobs/uploads/?mount={digest}")
 
 
-def mounted_in_vain(registry: Registry, repository: str, digest: str, data: bytes) -> Answer:
-    begun = registry.ask("POST", f"/v2/{repository}/blobs/uploads/?mount={digest}&from=conformance/other")
-    assert begun.status == 202
-    return registry.end(registry.follow(begun), digest, data)
+def mount_unknown_blob(registry: ConformanceClient, repository: str, digest: str, data: bytes) -> BufferedResponse:
+    response = registry.request("POST", f"/v2/{repository}/blobs/uploads/?mount={digest}&from=conformance/other")
+    assert response.status == 202
+    return registry.finish_upload(registry.location_target(response), digest, data)
 
 
-Way = Callable[[Registry, str, str, bytes], Answer]
-MOUNTS: list[Way] = [mounted, mounted_from_anywhere, mounted_in_vain]
-WAYS: list[Way] = [post_only, post_put, stream, chunked, chunked_put, strays, strays_put]
-CHECKED: list[Way] = [post_only, post_put, stream, chunked, chunked_put]
+PushMethod = Callable[[ConformanceClient, str, str, bytes], BufferedResponse]
+MOUNT_METHODS: list[PushMethod] = [mount, mount_without_source, mount_unknown_blob]
+PUSH_METHODS: list[PushMethod] = [
+    push_monolithic_post,
+    push_post_put,
+    push_streamed,
+    push_chunked,
+    push_chunked_put,
+    push_out_of_order,
+    push_out_of_order_put,
+]
+VERIFYING_METHODS: list[PushMethod] = [
+    push_monolithic_post,
+    push_post_put,
+    push_streamed,
+    push_chunked,
+    push_chunked_put,
+]
 
 
 @pytest.fixture(scope="module")
-def registry(upstreams: Upstreams, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
-    proxy = Hosting(tmp_path_factory.mktemp("conformance"), upstreams.settings)
-    with proxy.running_for(lambda: upstreams.secrets):
-        yield Registry(proxy.plain_port)
+def registry(upstreams: Upstreams, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ConformanceClient]:
+    daemon = RegistryDaemon(tmp_path_factory.mktemp("conformance"), upstreams.settings)
+    with daemon.run_and_check_log(lambda: upstreams.secrets):
+        yield ConformanceClient(daemon.http_port)
 
 
 @pytest.fixture
@@ -170,55 +201,57 @@ def repository(request: pytest.FixtureRequest) -> str:
     return "conformance/" + hashlib.sha256(request.node.name.encode()).hexdigest()[:16]
 
 
-def check_blob(registry: Registry, repository: str, digest: str, data: bytes) -> None:
+def check_blob(registry: ConformanceClient, repository: str, digest: str, data: bytes) -> None:
     """Look for a blob, read it, delete it."""
     target = f"/v2/{repository}/blobs/{digest}"
     for method, body in (("HEAD", b""), ("GET", data)):
-        answer = registry.ask(method, target)
-        assert (answer.status, answer.body) == (200, body)
-        assert answer.headers["content-length"] == str(len(data))
-        assert answer.headers["docker-content-digest"] == digest
-    assert registry.ask("DELETE", target).status == 202
-    assert registry.ask("HEAD", target).status == 404
-    assert registry.ask("DELETE", target).status == 404
+        response = registry.request(method, target)
+        assert (response.status, response.body) == (200, body)
+        assert response.headers["content-length"] == str(len(data))
+        assert response.headers["docker-content-digest"] == digest
+    assert registry.request("DELETE", target).status == 202
+    assert registry.request("HEAD", target).status == 404
+    assert registry.request("DELETE", target).status == 404
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize("way", [*WAYS, *MOUNTS], ids=lambda way: way.__name__)
-def test_a_blob(registry: Registry, repository: str, way: Way, algorithm: str) -> None:
-    data = noise(3000 - 5, f"{way.__name__}-{algorithm}")
-    digest = digest_of(data, algorithm)
-    assert registry.ask("GET", f"/v2/{repository}/blobs/{digest}").status == 404
-    pushed = way(registry, repository, digest, data)
-    assert (pushed.status, pushed.headers["docker-content-digest"]) == (201, digest)
-    assert registry.ask("GET", registry.follow(pushed)).body == data
+@pytest.mark.parametrize("way", [*PUSH_METHODS, *MOUNT_METHODS], ids=lambda way: way.__name__)
+def test_push_blob(registry: ConformanceClient, repository: str, push: PushMethod, algorithm: str) -> None:
+    data = random_bytes(3000 - 5, f"{push.__name__}-{algorithm}")
+    digest = compute_digest(data, algorithm)
+    assert registry.request("GET", f"/v2/{repository}/blobs/{digest}").status == 404
+    response = push(registry, repository, digest, data)
+    assert (response.status, response.headers["docker-content-digest"]) == (201, digest)
+    assert registry.request("GET", registry.location_target(response)).body == data
     check_blob(registry, repository, digest, data)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize("way", CHECKED, ids=lambda way: way.__name__)
-def test_a_blob_that_is_not_what_its_digest_says(registry: Registry, repository: str, way: Way, algorithm: str) -> None:
-    data = noise(3000, f"bad-{way.__name__}-{algorithm}")
-    digest = digest_of(data, algorithm)
-    refused = way(registry, repository, digest, data + b"oh no")
-    assert (refused.status, refused.error_code) == (400, "DIGEST_INVALID")
-    assert registry.ask("GET", f"/v2/{repository}/blobs/{digest}").status == 404
+@pytest.mark.parametrize("way", VERIFYING_METHODS, ids=lambda way: way.__name__)
+def test_blob_with_wrong_digest(registry: ConformanceClient, repository: str, push: PushMethod, algorithm: str) -> None:
+    data = random_bytes(3000, f"bad-{push.__name__}-{algorithm}")
+    digest = compute_digest(data, algorithm)
+    response = push(registry, repository, digest, data + b"oh no")
+    assert (response.status, response.error_code) == (400, "DIGEST_INVALID")
+    assert registry.request("GET", f"/v2/{repository}/blobs/{digest}").status == 404
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+@pytest.mark.parametrize("way", PUSH_METHODS, ids=lambda way: way.__name__)
 @pytest.mark.parametrize("data", [b"", b"{}"], ids=["empty", "empty-json"])
-def test_a_blob_that_is_well_known(registry: Registry, repository: str, data: bytes, way: Way, algorithm: str) -> None:
-    digest = digest_of(data, algorithm)
-    assert way(registry, repository, digest, data).status == 201
+def test_well_known_blob(
+    registry: ConformanceClient, repository: str, data: bytes, push: PushMethod, algorithm: str
+) -> None:
+    digest = compute_digest(data, algorithm)
+    assert push(registry, repository, digest, data).status == 201
     check_blob(registry, repository, digest, data)
 
 
-def test_an_upload_that_is_cancelled(registry: Registry, repository: str) -> None:
-    location = registry.begin(repository)
-    assert registry.ask("DELETE", location).status == 204
+def test_cancelled_upload(registry: ConformanceClient, repository: str) -> None:
+    location = registry.start_upload(repository)
+    assert registry.request("DELETE", location).status == 204
     for method in ("GET", "PATCH", "DELETE"):
-        assert registry.ask(method, location).status == 404
+        assert registry.request(method, location).status == 404
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -233,22 +266,22 @@ def test_an_upload_that_is_cancelled(registry: Registry, repository: str) -> Non
         ("5000-10000", 0, 0),
     ],
 )
-def test_a_part_of_a_blob(
-    registry: Registry, repository: str, asked: str, start: int, end: int, algorithm: str
+def test_blob_range(
+    registry: ConformanceClient, repository: str, byte_range: str, start: int, end: int, algorithm: str
 ) -> None:
-    data = noise(2048, f"range-{algorithm}")
-    digest = registry.push(repository, data, algorithm)
-    answer = registry.ask("GET", f"/v2/{repository}/blobs/{digest}", fields={"Range": f"bytes={asked}"})
+    data = random_bytes(2048, f"range-{algorithm}")
+    digest = registry.push_blob(repository, data, algorithm)
+    response = registry.request("GET", f"/v2/{repository}/blobs/{digest}", headers={"Range": f"bytes={byte_range}"})
     if not end:
-        assert answer.status == 416
+        assert response.status == 416
         return
-    assert (answer.status, answer.body) == (206, data[start:end])
-    assert answer.headers["content-range"] == f"bytes {start}-{end - 1}/2048"
-    assert answer.headers["content-length"] == str(end - start)
+    assert (response.status, response.body) == (206, data[start:end])
+    assert response.headers["content-range"] == f"bytes {start}-{end - 1}/2048"
+    assert response.headers["content-length"] == str(end - start)
 
 
 @define
-class Data:
+class PushedContent:
     """What is pushed together; `referrers` is what has to be told of each subject."""
 
     seed: str
@@ -256,217 +289,229 @@ class Data:
     blobs: dict[str, bytes] = Factory(dict)
     manifests: dict[str, bytes] = Factory(dict)
     tags: dict[str, str] = Factory(dict)
-    referrers: dict[str, list[JSON]] = Factory(dict)
+    expected_referrers: dict[str, list[JSONObject]] = Factory(dict)
 
-    def blob(self, content: bytes, media_type: str, **more: Any) -> JSON:
-        digest = digest_of(content, self.algorithm)
+    def add_blob(self, content: bytes, media_type: str, **extra: Any) -> JSONObject:
+        digest = compute_digest(content, self.algorithm)
         self.blobs[digest] = content
-        return {"mediaType": media_type, "digest": digest, "size": len(content), **more}
+        return {"mediaType": media_type, "digest": digest, "size": len(content), **extra}
 
-    def layer(self, *, packed: bool = True, media_type: str | None = None) -> JSON:
-        data = noise(2000, f"{self.seed}/{len(self.blobs)}")
-        usual = "application/vnd.oci.image.layer.v1.tar" + ("+gzip" if packed else "")
-        return self.blob(gzip.compress(data, mtime=0) if packed else data, media_type or usual)
+    def add_layer(self, *, compressed: bool = True, media_type: str | None = None) -> JSONObject:
+        data = random_bytes(2000, f"{self.seed}/{len(self.blobs)}")
+        default_media_type = "application/vnd.oci.image.layer.v1.tar" + ("+gzip" if compressed else "")
+        return self.add_blob(gzip.compress(data, mtime=0) if compressed else data, media_type or default_media_type)
 
-    def image(self, tag: str | None = None, *, layers: list[JSON] | None = None, **more: Any) -> JSON:
-        layers = [self.layer(), self.layer()] if layers is None else layers
-        text = {"architecture": "amd64", "os": "linux", "seed": self.seed, "n": len(self.blobs)}
-        config = self.blob(json.dumps(text).encode(), OCI_CONFIG)
-        return self.manifest({"mediaType": OCI_MANIFEST, "config": config, "layers": layers, **more}, tag)
+    def add_image(self, tag: str | None = None, *, layers: list[JSONObject] | None = None, **extra: Any) -> JSONObject:
+        layers = [self.add_layer(), self.add_layer()] if layers is None else layers
+        config_fields = {"architecture": "amd64", "os": "linux", "seed": self.seed, "n": len(self.blobs)}
+        config = self.add_blob(json.dumps(config_fields).encode(), OCI_CONFIG)
+        return self.add_manifest({"mediaType": OCI_MANIFEST, "config": config, "layers": layers, **extra}, tag)
 
-    def artifact(self, artifact_type: str, tag: str | None = None, **more: Any) -> JSON:
-        content = {"config": self.blob(b"{}", EMPTY), "layers": [self.layer(media_type=artifact_type)]}
-        return self.manifest({"mediaType": OCI_MANIFEST, "artifactType": artifact_type, **content, **more}, tag)
+    def add_artifact(self, artifact_type: str, tag: str | None = None, **extra: Any) -> JSONObject:
+        content = {"config": self.add_blob(b"{}", EMPTY_TYPE), "layers": [self.add_layer(media_type=artifact_type)]}
+        return self.add_manifest({"mediaType": OCI_MANIFEST, "artifactType": artifact_type, **content, **extra}, tag)
 
-    def index(self, tag: str | None = None, *, of: list[JSON] | None = None, **more: Any) -> JSON:
-        if of is None:
-            of = [self.image() | {"platform": {"os": "linux", "architecture": name}} for name in ("amd64", "arm64")]
-        return self.manifest({"mediaType": OCI_INDEX, "manifests": of, **more}, tag)
+    def add_index(
+        self, tag: str | None = None, *, manifests: list[JSONObject] | None = None, **extra: Any
+    ) -> JSONObject:
+        if manifests is None:
+            manifests = [
+                self.add_image() | {"platform": {"os": "linux", "architecture": name}} for name in ("amd64", "arm64")
+            ]
+        return self.add_manifest({"mediaType": OCI_INDEX, "manifests": manifests, **extra}, tag)
 
-    def manifest(self, content: JSON, tag: str | None) -> JSON:
+    def add_manifest(self, content: JSONObject, tag: str | None) -> JSONObject:
         data = json.dumps({"schemaVersion": 2, **content}).encode()
-        digest = digest_of(data, self.algorithm)
+        digest = compute_digest(data, self.algorithm)
         self.manifests[digest] = data
         if tag is not None:
             self.tags[tag] = digest
-        described: JSON = {"mediaType": content["mediaType"], "digest": digest, "size": len(data)}
+        descriptor: JSONObject = {"mediaType": content["mediaType"], "digest": digest, "size": len(data)}
         if "subject" in content:
-            told = dict(described)
+            referrer = dict(descriptor)
             artifact_type = content.get("artifactType") or content.get("config", {}).get("mediaType")
             if artifact_type:
-                told["artifactType"] = artifact_type
+                referrer["artifactType"] = artifact_type
             if "annotations" in content:
-                told["annotations"] = content["annotations"]
-            self.referrers.setdefault(content["subject"]["digest"], []).append(told)
-        return described
+                referrer["annotations"] = content["annotations"]
+            self.expected_referrers.setdefault(content["subject"]["digest"], []).append(referrer)
+        return descriptor
 
 
-def large(data: Data) -> None:
-    data.image("large", annotations={f"large-annotation-{number}": "A" * 10_000 for number in range(390)})
+def add_large(data: PushedContent) -> None:
+    data.add_image("large", annotations={f"large-annotation-{number}": "A" * 10_000 for number in range(390)})
 
 
-def nested(data: Data) -> None:
-    data.index("nested", of=[data.index(), data.index()])
+def add_nested(data: PushedContent) -> None:
+    data.add_index("nested", manifests=[data.add_index(), data.add_index()])
 
 
-def artifacts_of_an_image(data: Data) -> None:
-    subject = data.image("image")
-    data.image(subject=subject)
-    for number, kind in enumerate((EXAMPLE, OTHER_EXAMPLE)):
+def add_artifacts_of_an_image(data: PushedContent) -> None:
+    subject = data.add_image("image")
+    data.add_image(subject=subject)
+    for number, kind in enumerate((EXAMPLE_TYPE, OTHER_EXAMPLE_TYPE)):
         annotations = {"org.opencontainers.conformance": f"hello conformance test {number}"}
-        data.artifact(kind, f"artifact-{number}", annotations=annotations, subject=subject)
+        data.add_artifact(kind, f"artifact-{number}", annotations=annotations, subject=subject)
 
 
-def artifact_of_an_index(data: Data) -> None:
-    subject = data.index("index")
-    children = [data.artifact(EXAMPLE), data.artifact(EXAMPLE)]
-    data.index("artifact", of=children, artifactType=EXAMPLE, annotations={"a": "b"}, subject=subject)
+def add_artifact_of_an_index(data: PushedContent) -> None:
+    subject = data.add_index("index")
+    children = [data.add_artifact(EXAMPLE_TYPE), data.add_artifact(EXAMPLE_TYPE)]
+    data.add_index("artifact", manifests=children, artifactType=EXAMPLE_TYPE, annotations={"a": "b"}, subject=subject)
 
 
-def artifact_of_nothing(data: Data) -> None:
-    subject = {"mediaType": OCI_MANIFEST, "digest": digest_of(b"missing content"), "size": 123}
-    data.artifact(EXAMPLE, "artifact", subject=subject)
+def add_artifact_without_subject(data: PushedContent) -> None:
+    subject = {"mediaType": OCI_MANIFEST, "digest": compute_digest(b"missing content"), "size": 123}
+    data.add_artifact(EXAMPLE_TYPE, "artifact", subject=subject)
 
 
-def content_in_descriptors(data: Data) -> None:
-    config, layer = data.blob(b"{}", EMPTY, data="e30="), data.layer()
-    data.manifest({"mediaType": OCI_MANIFEST, "artifactType": EXAMPLE, "config": config, "layers": [layer]}, "data")
+def add_embedded_content(data: PushedContent) -> None:
+    config, layer = data.add_blob(b"{}", EMPTY_TYPE, data="e30="), data.add_layer()
+    data.add_manifest(
+        {"mediaType": OCI_MANIFEST, "artifactType": EXAMPLE_TYPE, "config": config, "layers": [layer]}, "data"
+    )
 
 
-def elsewhere(data: Data) -> None:
+def add_nondistributable(data: PushedContent) -> None:
     kind = "application/vnd.oci.image.layer.nondistributable.v1.tar"
-    digests = [digest_of(noise(256, f"elsewhere-{number}")) for number in (1, 2)]
-    away = [
+    digests = [compute_digest(random_bytes(256, f"elsewhere-{number}")) for number in (1, 2)]
+    foreign_layers = [
         {"mediaType": kind + end, "digest": digest, "size": 123456, "urls": [f"https://store.example.com/{digest}"]}
         for digest, end in zip(digests, ("+gzip", ""), strict=True)
     ]
-    data.image("elsewhere", layers=[*away, data.layer()])
+    data.add_image("elsewhere", layers=[*foreign_layers, data.add_layer()])
 
 
-DATA: dict[str, Callable[[Data], object]] = {
-    "image": lambda data: data.image("image"),
-    "uncompressed": lambda data: data.image("image", layers=[data.layer(packed=False)]),
-    "large": large,
-    "index": lambda data: data.index("index"),
-    "nested-index": nested,
-    "empty-index": lambda data: data.index("index", of=[]),
-    "artifact": lambda data: data.artifact(EXAMPLE, "artifact"),
-    "artifact-index": lambda data: data.index("index", of=[data.artifact(EXAMPLE)], artifactType=EXAMPLE),
-    "artifact-without-layers": lambda data: data.image("a", layers=[data.blob(b"{}", EMPTY)], artifactType=EXAMPLE),
-    "artifacts-of-an-image": artifacts_of_an_image,
-    "artifact-of-an-index": artifact_of_an_index,
-    "artifact-of-nothing": artifact_of_nothing,
-    "content-in-descriptors": content_in_descriptors,
-    "elsewhere": elsewhere,
-    "custom-fields": lambda data: data.index("index", **{"org.example.unknown": {"x": [1, None]}}),
-    "no-layers": lambda data: data.image("image", layers=[]),
+CONTENT_CASES: dict[str, Callable[[PushedContent], object]] = {
+    "image": lambda data: data.add_image("image"),
+    "uncompressed": lambda data: data.add_image("image", layers=[data.add_layer(compressed=False)]),
+    "large": add_large,
+    "index": lambda data: data.add_index("index"),
+    "nested-index": add_nested,
+    "empty-index": lambda data: data.add_index("index", manifests=[]),
+    "artifact": lambda data: data.add_artifact(EXAMPLE_TYPE, "artifact"),
+    "artifact-index": lambda data: data.add_index(
+        "index", manifests=[data.add_artifact(EXAMPLE_TYPE)], artifactType=EXAMPLE_TYPE
+    ),
+    "artifact-without-layers": lambda data: data.add_image(
+        "a", layers=[data.add_blob(b"{}", EMPTY_TYPE)], artifactType=EXAMPLE_TYPE
+    ),
+    "artifacts-of-an-image": add_artifacts_of_an_image,
+    "artifact-of-an-index": add_artifact_of_an_index,
+    "artifact-of-nothing": add_artifact_without_subject,
+    "content-in-descriptors": add_embedded_content,
+    "elsewhere": add_nondistributable,
+    "custom-fields": lambda data: data.add_index("index", **{"org.example.unknown": {"x": [1, None]}}),
+    "no-layers": lambda data: data.add_image("image", layers=[]),
 }
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize("name", DATA)
-def test_content(registry: Registry, repository: str, name: str, algorithm: str) -> None:
+@pytest.mark.parametrize("name", CONTENT_CASES)
+def test_push_and_pull_content(registry: ConformanceClient, repository: str, name: str, algorithm: str) -> None:
     """Push, list, look for, pull, ask for referrers, delete."""
-    data = Data(f"{name}-{algorithm}", algorithm)
-    DATA[name](data)
+    data = PushedContent(f"{name}-{algorithm}", algorithm)
+    CONTENT_CASES[name](data)
     for blob, content in data.blobs.items():
-        assert post_put(registry, repository, blob, content).status == 201
+        assert push_post_put(registry, repository, blob, content).status == 201
     push_manifests(registry, repository, data)
     check_tags(registry, repository, sorted(data.tags))
     for reference, digest in [*data.tags.items(), *((digest, digest) for digest in data.manifests)]:
         check_manifest(registry, repository, reference, digest, data.manifests[digest])
-    for subject, told in data.referrers.items():
-        check_referrers(registry, repository, subject, told)
-    delete(registry, repository, data)
-    assert registry.ask("GET", f"/v2/{repository}/tags/list").json["tags"] == []
+    for subject, referrers in data.expected_referrers.items():
+        check_referrers(registry, repository, subject, referrers)
+    delete_all(registry, repository, data)
+    assert registry.request("GET", f"/v2/{repository}/tags/list").json["tags"] == []
 
 
-def push_manifests(registry: Registry, repository: str, data: Data) -> None:
+def push_manifests(registry: ConformanceClient, repository: str, data: PushedContent) -> None:
     for digest, content in data.manifests.items():
-        names = [tag for tag, meant in data.tags.items() if meant == digest]
+        names = [tag for tag, tagged_digest in data.tags.items() if tagged_digest == digest]
         # A tag by itself makes a sha256 of what it is given; another algorithm's needs the digest, and ?tag= for tags.
         targets = [digest, *names] if data.algorithm == "sha256" else ["&tag=".join([digest, *names])]
         for target in targets:
-            kind = json.loads(content)["mediaType"]
+            media_type = json.loads(content)["mediaType"]
             path = f"/v2/{repository}/manifests/{target.replace('&', '?', 1)}"
-            pushed = registry.ask("PUT", path, content, {"Content-Type": kind})
-            assert (pushed.status, pushed.headers["docker-content-digest"]) == (201, digest), pushed
-            assert registry.ask("GET", registry.follow(pushed), fields=ACCEPT).body == content
+            response = registry.request("PUT", path, content, {"Content-Type": media_type})
+            assert (response.status, response.headers["docker-content-digest"]) == (201, digest), response
+            assert registry.request("GET", registry.location_target(response), headers=ACCEPT).body == content
             subject = json.loads(content).get("subject")
-            assert pushed.headers.get("oci-subject") == (subject and subject["digest"])
+            assert response.headers.get("oci-subject") == (subject and subject["digest"])
             if "?" in path:
-                assert pushed.headers["oci-tag"] == ", ".join(names)
+                assert response.headers["oci-tag"] == ", ".join(names)
 
 
-def check_tags(registry: Registry, repository: str, tags: list[str]) -> None:
+def check_tags(registry: ConformanceClient, repository: str, tags: list[str]) -> None:
     target = f"/v2/{repository}/tags/list"
-    assert registry.ask("GET", target).json == {"name": repository, "tags": tags}
+    assert registry.request("GET", target).json == {"name": repository, "tags": tags}
     for count, tag in enumerate(tags, 1):
-        assert registry.ask("GET", f"{target}?last={tag}").json["tags"] == tags[count:]
-    assert registry.ask("GET", f"{target}?n=1").json["tags"] == tags[:1]
-    assert registry.ask("GET", f"{target}?n=0").json["tags"] == []
+        assert registry.request("GET", f"{target}?last={tag}").json["tags"] == tags[count:]
+    assert registry.request("GET", f"{target}?n=1").json["tags"] == tags[:1]
+    assert registry.request("GET", f"{target}?n=0").json["tags"] == []
 
 
-def check_manifest(registry: Registry, repository: str, reference: str, digest: str, content: bytes) -> None:
+def check_manifest(registry: ConformanceClient, repository: str, reference: str, digest: str, content: bytes) -> None:
     for method, body in (("HEAD", b""), ("GET", content)):
-        answer = registry.ask(method, f"/v2/{repository}/manifests/{reference}", fields=ACCEPT)
-        assert (answer.status, answer.body) == (200, body)
-        assert answer.headers["docker-content-digest"] == digest
-        assert answer.headers["content-length"] == str(len(content))
-        assert answer.headers["content-type"] == json.loads(content)["mediaType"]
+        response = registry.request(method, f"/v2/{repository}/manifests/{reference}", headers=ACCEPT)
+        assert (response.status, response.body) == (200, body)
+        assert response.headers["docker-content-digest"] == digest
+        assert response.headers["content-length"] == str(len(content))
+        assert response.headers["content-type"] == json.loads(content)["mediaType"]
 
 
-def check_referrers(registry: Registry, repository: str, subject: str, told: list[JSON]) -> None:
+def check_referrers(registry: ConformanceClient, repository: str, subject: str, referrers: list[JSONObject]) -> None:
     target = f"/v2/{repository}/referrers/{subject}"
-    kinds = {descriptor.get("artifactType") for descriptor in told}
-    for kind in (None, *kinds):
-        answer = registry.ask("GET", f"{target}?artifactType={quote(kind)}" if kind else target)
-        assert (answer.status, answer.headers["content-type"]) == (200, OCI_INDEX)
-        assert (answer.json["schemaVersion"], answer.json["mediaType"]) == (2, OCI_INDEX)
-        assert answer.headers.get("oci-filters-applied") == (kind and "artifactType")
-        wanted = [descriptor for descriptor in told if kind in (None, descriptor.get("artifactType"))]
-        assert sorted(answer.json["manifests"], key=json.dumps) == sorted(wanted, key=json.dumps)
+    artifact_types = {descriptor.get("artifactType") for descriptor in referrers}
+    for artifact_type in (None, *artifact_types):
+        response = registry.request("GET", f"{target}?artifactType={quote(artifact_type)}" if artifact_type else target)
+        assert (response.status, response.headers["content-type"]) == (200, OCI_INDEX)
+        assert (response.json["schemaVersion"], response.json["mediaType"]) == (2, OCI_INDEX)
+        assert response.headers.get("oci-filters-applied") == (artifact_type and "artifactType")
+        expected = [descriptor for descriptor in referrers if artifact_type in (None, descriptor.get("artifactType"))]
+        assert sorted(response.json["manifests"], key=json.dumps) == sorted(expected, key=json.dumps)
 
 
-def delete(registry: Registry, repository: str, data: Data) -> None:
+def delete_all(registry: ConformanceClient, repository: str, data: PushedContent) -> None:
     for kind, names in (("manifests", [*data.tags, *reversed(data.manifests)]), ("blobs", [*data.blobs])):
         for name in names:
             target = f"/v2/{repository}/{kind}/{name}"
-            assert registry.ask("DELETE", target).status == 202
-            assert registry.ask("HEAD", target, fields=ACCEPT).status == 404
+            assert registry.request("DELETE", target).status == 202
+            assert registry.request("HEAD", target, headers=ACCEPT).status == 404
 
 
-def test_a_manifest_that_is_not_what_its_digest_says(registry: Registry, repository: str) -> None:
-    data = Data("bad")
-    digest = data.image()["digest"]
+def test_manifest_with_wrong_digest(registry: ConformanceClient, repository: str) -> None:
+    data = PushedContent("bad")
+    digest = data.add_image()["digest"]
     for blob, content in data.blobs.items():
-        assert post_put(registry, repository, blob, content).status == 201
+        assert push_post_put(registry, repository, blob, content).status == 201
     for reference in (digest, "sha256:baddigeststring"):
         target = f"/v2/{repository}/manifests/{reference}"
-        refused = registry.ask("PUT", target, data.manifests[digest] + b"  ", {"Content-Type": OCI_MANIFEST})
-        assert (refused.status, refused.error_code) == (400, "DIGEST_INVALID")
-        assert registry.ask("GET", target, fields=ACCEPT).status in (400, 404)
+        response = registry.request("PUT", target, data.manifests[digest] + b"  ", {"Content-Type": OCI_MANIFEST})
+        assert (response.status, response.error_code) == (400, "DIGEST_INVALID")
+        assert registry.request("GET", target, headers=ACCEPT).status in (400, 404)
 
 
 @pytest.mark.parametrize("make", [lambda data: data.image("it"), lambda data: data.index("it")], ids=["image", "index"])
-def test_a_manifest_that_lacks_what_it_needs(registry: Registry, repository: str, make: Callable[[Data], JSON]) -> None:
-    data = Data("lacking")
-    digest = make(data)["digest"]
+def test_manifest_with_missing_blobs(
+    registry: ConformanceClient, repository: str, add_content: Callable[[PushedContent], JSONObject]
+) -> None:
+    data = PushedContent("lacking")
+    digest = add_content(data)["digest"]
     content = data.manifests[digest]
-    target, kind = f"/v2/{repository}/manifests/it", json.loads(content)["mediaType"]
-    refused = registry.ask("PUT", target, content, {"Content-Type": kind})
-    assert (refused.status, refused.error_code) == (404, "MANIFEST_BLOB_UNKNOWN")
-    assert registry.ask("GET", target, fields=ACCEPT).status == 404
+    target, media_type = f"/v2/{repository}/manifests/it", json.loads(content)["mediaType"]
+    response = registry.request("PUT", target, content, {"Content-Type": media_type})
+    assert (response.status, response.error_code) == (404, "MANIFEST_BLOB_UNKNOWN")
+    assert registry.request("GET", target, headers=ACCEPT).status == 404
 
 
-def test_what_is_not_there(registry: Registry, repository: str) -> None:
-    for reference in (digest_of(b"not there"), "missing"):
+def test_missing_content(registry: ConformanceClient, repository: str) -> None:
+    for reference in (compute_digest(b"not there"), "missing"):
         for method in ("HEAD", "GET", "DELETE"):
-            assert registry.ask(method, f"/v2/{repository}/manifests/{reference}", fields=ACCEPT).status == 404
-    tags = registry.ask("GET", f"/v2/{repository}/tags/list")
+            assert registry.request(method, f"/v2/{repository}/manifests/{reference}", headers=ACCEPT).status == 404
+    tags = registry.request("GET", f"/v2/{repository}/tags/list")
     assert (tags.status, tags.error_code) == (404, "NAME_UNKNOWN")
-    check_referrers(registry, repository, digest_of(b"not there"), [])
+    check_referrers(registry, repository, compute_digest(b"not there"), [])
 
 
-def test_the_ping(registry: Registry) -> None:
-    assert registry.ask("GET", "/v2/").status == 200
+def test_version_check(registry: ConformanceClient) -> None:
+    assert registry.request("GET", "/v2/").status == 200

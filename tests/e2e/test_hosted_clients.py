@@ -11,118 +11,136 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e.harness.client_factory import ClientFactory
+from tests.e2e.harness.clients import Skopeo, check_output, clean_environment, run
+from tests.e2e.harness.daemon import TwistdDaemon
+from tests.e2e.harness.images import ACCEPT_MANIFESTS
+from tests.e2e.harness.process import require_programs
+from tests.e2e.harness.registry_daemon import (
+    HOSTED_REGISTRY_HOST,
+    USERS,
+    RegistryDaemon,
+    write_htpasswd,
+    write_image_folder,
+)
+from tests.e2e.harness.upstreams import Upstreams
 from tests.e2e.house import images, wire
-from tests.e2e.house.clients import Skopeo, check, clean_environment, run
-from tests.e2e.house.daemon import Proxy
-from tests.e2e.house.hosting import OWN, USERS, Hosting, folder_of, users_file
-from tests.e2e.house.images import EVERY_MANIFEST
-from tests.e2e.house.machines import Machines
-from tests.e2e.house.process import need
-from tests.e2e.house.upstreams import Upstreams
 
 MIB = 1 << 20
 
 
 @pytest.fixture(scope="module")
-def hosting(upstreams: Upstreams, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosting]:
-    proxy = Hosting(tmp_path_factory.mktemp("hosting"), upstreams.settings)
-    with proxy.running_for(lambda: upstreams.secrets):
-        yield proxy
+def daemon(upstreams: Upstreams, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RegistryDaemon]:
+    registry_daemon = RegistryDaemon(tmp_path_factory.mktemp("hosting"), upstreams.settings)
+    with registry_daemon.run_and_check_log(lambda: upstreams.secrets):
+        yield registry_daemon
 
 
 @pytest.fixture(scope="module")
-def private(upstreams: Upstreams, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosting]:
+def private_daemon(upstreams: Upstreams, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RegistryDaemon]:
     """A daemon that all may pull from, and users push to."""
     folder = tmp_path_factory.mktemp("private")
-    settings = {**upstreams.settings, "HTPASSWD_FILE": str(users_file(folder)), "ANONYMOUS_PULL": "true"}
-    proxy = Hosting(folder, settings)
-    with proxy.running_for(lambda: [*upstreams.secrets, *USERS.values()]):
-        yield proxy
+    settings = {**upstreams.settings, "HTPASSWD_FILE": str(write_htpasswd(folder)), "ANONYMOUS_PULL": "true"}
+    registry_daemon = RegistryDaemon(folder, settings)
+    with registry_daemon.run_and_check_log(lambda: [*upstreams.secrets, *USERS.values()]):
+        yield registry_daemon
 
 
-def python(proxy: Proxy, folder: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+def run_python(
+    daemon: TwistdDaemon, folder: Path, *arguments: str, **variables: str
+) -> subprocess.CompletedProcess[str]:
     """Run Python with the packages that the tests have; it reaches the registry through the proxy port."""
-    variables = {"REQUESTS_CA_BUNDLE": str(proxy.ca_file), "HOME": str(folder), **more}
-    environment = clean_environment(proxy.client_environment | variables)
+    ca_variables = {"REQUESTS_CA_BUNDLE": str(daemon.ca_file), "HOME": str(folder), **variables}
+    environment = clean_environment(daemon.client_environment | ca_variables)
     return run([sys.executable, *arguments], environment)
 
 
-def test_podman_with_zstd(hosting: Hosting, machines: Machines, tmp_path: Path) -> None:
-    image = images.small("podman-zstd", size=100_000)
-    writer, reader = machines.podman(hosting), machines.podman(hosting)
-    local = check(writer.run("pull", f"dir:{folder_of(image, tmp_path / 'image')}")).strip()
-    for name in (f"{OWN}/podman/zstd:1", f"{hosting.straight}/podman/straight:1"):
-        check(writer.run("push", "--format=oci", "--compression-format=zstd", local, f"docker://{name}"))
-        assert check(reader.run("pull", name)).strip() == local
-    manifest = hosting.client.get(f"https://{OWN}/v2/podman/zstd/manifests/1", Accept=EVERY_MANIFEST).json
+def test_podman_with_zstd(daemon: RegistryDaemon, clients: ClientFactory, tmp_path: Path) -> None:
+    image = images.build_small_image("podman-zstd", size=100_000)
+    push_client, pull_client = clients.podman(daemon), clients.podman(daemon)
+    image_id = check_output(push_client.run("pull", f"dir:{write_image_folder(image, tmp_path / 'image')}")).strip()
+    for name in (f"{HOSTED_REGISTRY_HOST}/podman/zstd:1", f"{daemon.https_address}/podman/straight:1"):
+        check_output(push_client.run("push", "--format=oci", "--compression-format=zstd", image_id, f"docker://{name}"))
+        assert check_output(pull_client.run("pull", name)).strip() == image_id
+    manifest = daemon.client.get(
+        f"https://{HOSTED_REGISTRY_HOST}/v2/podman/zstd/manifests/1", Accept=ACCEPT_MANIFESTS
+    ).json
     assert {layer["mediaType"] for layer in manifest["layers"]} == {"application/vnd.oci.image.layer.v1.tar+zstd"}
 
 
-def test_podman_with_a_login(private: Hosting, machines: Machines, tmp_path: Path) -> None:
-    image = images.small("podman-login", oci=False)
-    podman = machines.podman(private)
-    local = check(podman.run("pull", f"dir:{folder_of(image, tmp_path / 'image')}")).strip()
-    target = f"docker://{OWN}/podman/private:1"
-    assert podman.run("push", local, target).returncode != 0
-    assert podman.run("push", "--creds=alice:wrong", local, target).returncode != 0
+def test_podman_with_a_login(private_daemon: RegistryDaemon, clients: ClientFactory, tmp_path: Path) -> None:
+    image = images.build_small_image("podman-login", oci=False)
+    podman = clients.podman(private_daemon)
+    image_id = check_output(podman.run("pull", f"dir:{write_image_folder(image, tmp_path / 'image')}")).strip()
+    target = f"docker://{HOSTED_REGISTRY_HOST}/podman/private:1"
+    assert podman.run("push", image_id, target).returncode != 0
+    assert podman.run("push", "--creds=alice:wrong", image_id, target).returncode != 0
     for user, password in USERS.items():
-        check(podman.run("push", f"--creds={user}:{password}", local, target))
-    check(podman.run("rmi", "--all", "--force"))
-    check(podman.run("pull", f"{OWN}/podman/private:1"))
+        check_output(podman.run("push", f"--creds={user}:{password}", image_id, target))
+    check_output(podman.run("rmi", "--all", "--force"))
+    check_output(podman.run("pull", f"{HOSTED_REGISTRY_HOST}/podman/private:1"))
 
 
 @pytest.mark.parametrize("door", ["proxy", "straight", "plain"])
-def test_containerd(hosting: Hosting, machines: Machines, tmp_path: Path, door: str) -> None:
-    multi = images.index({name: images.small(f"ctr-{door}-{name}") for name in ("amd64", "arm64")})
-    host = {"proxy": OWN, "straight": hosting.straight, "plain": hosting.plain}[door]
-    options = ["--plain-http"] if door == "plain" else []
-    push_all(hosting, multi, f"ctr-{door}/source", tmp_path)
-    containerd = machines.containerd(hosting)
-    if door == "straight":
-        containerd.trust(host, hosting.ca_file)  # without that it takes a loopback address for one without TLS
-    source = f"{host}/ctr-{door}/source:1"
+def test_containerd(daemon: RegistryDaemon, clients: ClientFactory, tmp_path: Path, endpoint: str) -> None:
+    image = images.build_index(
+        {name: images.build_small_image(f"ctr-{endpoint}-{name}") for name in ("amd64", "arm64")}
+    )
+    host = {"proxy": HOSTED_REGISTRY_HOST, "straight": daemon.https_address, "plain": daemon.http_address}[endpoint]
+    options = ["--plain-http"] if endpoint == "plain" else []
+    push_with_skopeo(daemon, image, f"ctr-{endpoint}/source", tmp_path)
+    containerd = clients.containerd(daemon)
+    if endpoint == "straight":
+        containerd.configure_ca(host, daemon.ca_file)  # without that it takes a loopback address for one without TLS
+    source = f"{host}/ctr-{endpoint}/source:1"
     containerd.pull(source, *options, "--all-platforms")
-    check(containerd.try_push(f"{host}/ctr-{door}/target:1", source, *options))
-    got = hosting.client.get(f"https://{OWN}/v2/ctr-{door}/target/manifests/1", Accept=EVERY_MANIFEST)
-    assert got.body == multi.manifest.data
-    containerd.forget_images()
-    containerd.pull(f"{host}/ctr-{door}/target:1", *options)
-    assert containerd.digest_of(f"{host}/ctr-{door}/target:1") == multi.digest
+    check_output(containerd.try_push(f"{host}/ctr-{endpoint}/target:1", source, *options))
+    response = daemon.client.get(
+        f"https://{HOSTED_REGISTRY_HOST}/v2/ctr-{endpoint}/target/manifests/1", Accept=ACCEPT_MANIFESTS
+    )
+    assert response.body == image.manifest.data
+    containerd.remove_all_images()
+    containerd.pull(f"{host}/ctr-{endpoint}/target:1", *options)
+    assert containerd.image_digest(f"{host}/ctr-{endpoint}/target:1") == image.digest
 
 
-def test_containerd_with_a_login(private: Hosting, machines: Machines, tmp_path: Path) -> None:
-    image = images.small("ctr-login")
+def test_containerd_with_a_login(private_daemon: RegistryDaemon, clients: ClientFactory, tmp_path: Path) -> None:
+    image = images.build_small_image("ctr-login")
     login = ["--user", f"alice:{USERS['alice']}"]
-    push_all(private, image, "ctr/source", tmp_path, f"--dest-creds=alice:{USERS['alice']}")
-    containerd = machines.containerd(private)
-    containerd.pull(f"{OWN}/ctr/source:1")
-    names = f"{OWN}/ctr/target:1", f"{OWN}/ctr/source:1"
+    push_with_skopeo(private_daemon, image, "ctr/source", tmp_path, f"--dest-creds=alice:{USERS['alice']}")
+    containerd = clients.containerd(private_daemon)
+    containerd.pull(f"{HOSTED_REGISTRY_HOST}/ctr/source:1")
+    names = f"{HOSTED_REGISTRY_HOST}/ctr/target:1", f"{HOSTED_REGISTRY_HOST}/ctr/source:1"
     assert containerd.try_push(*names).returncode != 0
-    check(containerd.try_push(*names, *login))
-    containerd.forget_images()
-    containerd.pull(f"{OWN}/ctr/target:1")
-    assert containerd.digest_of(f"{OWN}/ctr/target:1") == image.digest
+    check_output(containerd.try_push(*names, *login))
+    containerd.remove_all_images()
+    containerd.pull(f"{HOSTED_REGISTRY_HOST}/ctr/target:1")
+    assert containerd.image_digest(f"{HOSTED_REGISTRY_HOST}/ctr/target:1") == image.digest
 
 
-def push_all(proxy: Hosting, image: images.Image, name: str, folder: Path, *options: str) -> None:
-    skopeo = Skopeo(folder / "skopeo", proxy.client_environment)
-    source = f"dir:{folder_of(image, folder / 'pushed')}"
-    check(skopeo.run("copy", "--all", "--preserve-digests", *options, source, f"docker://{OWN}/{name}:1"))
+def push_with_skopeo(daemon: RegistryDaemon, image: images.SampleImage, name: str, folder: Path, *options: str) -> None:
+    skopeo = Skopeo(folder / "skopeo", daemon.client_environment)
+    source = f"dir:{write_image_folder(image, folder / 'pushed')}"
+    check_output(
+        skopeo.run("copy", "--all", "--preserve-digests", *options, source, f"docker://{HOSTED_REGISTRY_HOST}/{name}:1")
+    )
 
 
-def test_docker_with_a_login_straight_over_tls(upstreams: Upstreams, private: Hosting, machines: Machines) -> None:
-    upstreams.on_hub("library/private", "1", images.small("docker-private", oci=False))
-    docker = machines.docker(private)
-    name = f"{private.straight}/docker/private:1"
-    docker.do("pull", "private:1")
-    docker.do("tag", "private:1", name)
+def test_docker_with_a_login_over_tls(
+    upstreams: Upstreams, private_daemon: RegistryDaemon, clients: ClientFactory
+) -> None:
+    upstreams.push_to_hub("library/private", "1", images.build_small_image("docker-private", oci=False))
+    docker = clients.docker(private_daemon)
+    name = f"{private_daemon.https_address}/docker/private:1"
+    docker.run_checked("pull", "private:1")
+    docker.run_checked("tag", "private:1", name)
     assert docker.run("push", name).returncode != 0
-    docker.do("login", "-u", "bob", "-p", USERS["bob"], private.straight)
-    pushed = docker.do("push", name)
-    docker.do("logout", private.straight)
-    docker.forget_images()
-    docker.do("pull", name)
-    assert docker.digest_of(name) in pushed
+    docker.run_checked("login", "-u", "bob", "-p", USERS["bob"], private_daemon.https_address)
+    push_output = docker.run_checked("push", name)
+    docker.run_checked("logout", private_daemon.https_address)
+    docker.remove_all_images()
+    docker.run_checked("pull", name)
+    assert docker.image_digest(name) in push_output
 
 
 _ORAS = """
@@ -164,78 +182,103 @@ assert client.get_tags(f"{name}:1") == ["1"]
 
 @pytest.mark.parametrize("login", [False, True], ids=["open", "login"])
 def test_oras_with_a_chart_and_its_signature(
-    hosting: Hosting, private: Hosting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, login: bool
+    daemon: RegistryDaemon, private_daemon: RegistryDaemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, login: bool
 ) -> None:
     pytest.importorskip("oras")
-    proxy, kind = (private, "login") if login else (hosting, "open")
-    (tmp_path / "chart.tgz").write_bytes(images.noise(200_000, "chart"))
-    (tmp_path / "signature.txt").write_bytes(images.noise(5000, "signature"))
+    target_daemon, access = (private_daemon, "login") if login else (daemon, "open")
+    (tmp_path / "chart.tgz").write_bytes(images.random_bytes(200_000, "chart"))
+    (tmp_path / "signature.txt").write_bytes(images.random_bytes(5000, "signature"))
     (tmp_path / "config.json").write_text('{"name": "chart", "version": "1.0.0"}')
     monkeypatch.chdir(tmp_path)
     (tmp_path / "script.py").write_text(_ORAS)
-    name = f"{OWN}/oras/{kind}"
-    check(python(proxy, tmp_path, "script.py", name, USERS["alice"] if login else ""))
+    name = f"{HOSTED_REGISTRY_HOST}/oras/{access}"
+    check_output(run_python(target_daemon, tmp_path, "script.py", name, USERS["alice"] if login else ""))
 
 
 @pytest.mark.parametrize("login", [False, True], ids=["open", "login"])
-def test_dxf(hosting: Hosting, private: Hosting, tmp_path: Path, login: bool) -> None:
+def test_dxf(daemon: RegistryDaemon, private_daemon: RegistryDaemon, tmp_path: Path, login: bool) -> None:
     pytest.importorskip("dxf")
-    proxy = private if login else hosting
-    data = images.noise(300_000, "dxf")
+    target_daemon = private_daemon if login else daemon
+    data = images.random_bytes(300_000, "dxf")
     (tmp_path / "data").write_bytes(data)
 
-    def dxf(*arguments: str, password: str = USERS["bob"]) -> subprocess.CompletedProcess[str]:
-        name = {"DXF_USERNAME": "bob", "DXF_PASSWORD": password} if login else {}
-        return python(proxy, tmp_path, "-m", "dxf", *arguments, DXF_HOST=OWN, DXF_PROGRESS="0", **name)
+    def run_dxf(*arguments: str, password: str = USERS["bob"]) -> subprocess.CompletedProcess[str]:
+        credentials = {"DXF_USERNAME": "bob", "DXF_PASSWORD": password} if login else {}
+        return run_python(
+            target_daemon,
+            tmp_path,
+            "-m",
+            "dxf",
+            *arguments,
+            DXF_HOST=HOSTED_REGISTRY_HOST,
+            DXF_PROGRESS="0",
+            **credentials,
+        )
 
     if login:
-        assert dxf("push-blob", "dxf/here", str(tmp_path / "data"), password="wrong").returncode != 0
-    digest = check(dxf("push-blob", "dxf/here", str(tmp_path / "data"), "@first")).strip()
-    assert digest == images.sha256(data)
-    assert check(dxf("blob-size", "dxf/here", digest)).strip() == str(len(data))
-    assert check(dxf("get-alias", "dxf/here", "first")).strip() == digest
-    check(dxf("set-alias", "dxf/here", "second", digest))
-    assert check(dxf("mount-blob", "dxf/there", "dxf/here", digest, "@mounted")).strip() == digest
-    assert sorted(check(dxf("list-aliases", "dxf/here")).split()) == ["first", "second"]
-    assert {"dxf/here", "dxf/there"} <= set(check(dxf("list-repos")).split())
-    check(dxf("del-alias", "dxf/here", "first"))
-    check(dxf("del-blob", "dxf/here", digest))
-    assert dxf("pull-blob", "dxf/here", digest).returncode != 0
-    assert proxy.client.get(f"https://{OWN}/v2/dxf/there/blobs/{digest}").body == data
+        assert run_dxf("push-blob", "dxf/here", str(tmp_path / "data"), password="wrong").returncode != 0
+    digest = check_output(run_dxf("push-blob", "dxf/here", str(tmp_path / "data"), "@first")).strip()
+    assert digest == images.sha256_digest(data)
+    assert check_output(run_dxf("blob-size", "dxf/here", digest)).strip() == str(len(data))
+    assert check_output(run_dxf("get-alias", "dxf/here", "first")).strip() == digest
+    check_output(run_dxf("set-alias", "dxf/here", "second", digest))
+    assert check_output(run_dxf("mount-blob", "dxf/there", "dxf/here", digest, "@mounted")).strip() == digest
+    assert sorted(check_output(run_dxf("list-aliases", "dxf/here")).split()) == ["first", "second"]
+    assert {"dxf/here", "dxf/there"} <= set(check_output(run_dxf("list-repos")).split())
+    check_output(run_dxf("del-alias", "dxf/here", "first"))
+    check_output(run_dxf("del-blob", "dxf/here", digest))
+    assert run_dxf("pull-blob", "dxf/here", digest).returncode != 0
+    assert target_daemon.client.get(f"https://{HOSTED_REGISTRY_HOST}/v2/dxf/there/blobs/{digest}").body == data
 
 
-def test_skopeo_lists_and_syncs(hosting: Hosting, machines: Machines, tmp_path: Path) -> None:
-    push_all(hosting, images.small("sync"), "sync/source", tmp_path)
-    skopeo = machines.skopeo(hosting)
-    check(skopeo.run("copy", f"docker://{OWN}/sync/source:1", f"docker://{OWN}/sync/source:2"))
-    assert json.loads(check(skopeo.run("list-tags", f"docker://{OWN}/sync/source")))["Tags"] == ["1", "2"]
-    check(skopeo.run("sync", "--src=docker", "--dest=docker", f"{OWN}/sync/source", f"{OWN}/sync/copy"))
-    tags = hosting.client.get(f"https://{OWN}/v2/sync/copy/source/tags/list").json["tags"]
+def test_skopeo_lists_and_syncs(daemon: RegistryDaemon, clients: ClientFactory, tmp_path: Path) -> None:
+    push_with_skopeo(daemon, images.build_small_image("sync"), "sync/source", tmp_path)
+    skopeo = clients.skopeo(daemon)
+    check_output(
+        skopeo.run(
+            "copy", f"docker://{HOSTED_REGISTRY_HOST}/sync/source:1", f"docker://{HOSTED_REGISTRY_HOST}/sync/source:2"
+        )
+    )
+    assert json.loads(check_output(skopeo.run("list-tags", f"docker://{HOSTED_REGISTRY_HOST}/sync/source")))[
+        "Tags"
+    ] == ["1", "2"]
+    check_output(
+        skopeo.run(
+            "sync",
+            "--src=docker",
+            "--dest=docker",
+            f"{HOSTED_REGISTRY_HOST}/sync/source",
+            f"{HOSTED_REGISTRY_HOST}/sync/copy",
+        )
+    )
+    tags = daemon.client.get(f"https://{HOSTED_REGISTRY_HOST}/v2/sync/copy/source/tags/list").json["tags"]
     assert tags == ["1", "2"]
 
 
-def test_curl_pushes_a_gigabyte_and_memory_stays_flat(hosting: Hosting, tmp_path: Path) -> None:
-    need("curl")
+def test_memory_stays_flat_while_curl_pushes_a_gigabyte(daemon: RegistryDaemon, tmp_path: Path) -> None:
+    require_programs("curl")
     size = 1 << 30
     with (tmp_path / "zeros").open("wb") as file:
         file.truncate(size)
     hasher = hashlib.sha256()
     for _ in range(size // MIB):
         hasher.update(bytes(MIB))
-    begun = hosting.client.ask("POST", f"https://{OWN}/v2/curl/blob/blobs/uploads/")
-    url = f"https://{hosting.straight}{begun.headers['location']}?digest=sha256:{hasher.hexdigest()}"
-    before, highest = hosting.memory, 0
-    answered = ["--silent", "--show-error", "--output", "/dev/null", "--write-out", "%{http_code}"]
-    command = ["curl", "--cacert", str(hosting.ca_file), *answered, "--upload-file", str(tmp_path / "zeros"), url]
+    upload_response = daemon.client.request("POST", f"https://{HOSTED_REGISTRY_HOST}/v2/curl/blob/blobs/uploads/")
+    url = f"https://{daemon.https_address}{upload_response.headers['location']}?digest=sha256:{hasher.hexdigest()}"
+    memory_before, peak = daemon.resident_bytes, 0
+    output_options = ["--silent", "--show-error", "--output", "/dev/null", "--write-out", "%{http_code}"]
+    command = ["curl", "--cacert", str(daemon.ca_file), *output_options, "--upload-file", str(tmp_path / "zeros"), url]
     with subprocess.Popen(command, env=clean_environment({}), stdout=subprocess.PIPE) as curl:
         while curl.poll() is None:
-            highest = max(highest, hosting.memory)
+            peak = max(peak, daemon.resident_bytes)
             try:
                 curl.wait(0.05)
             except subprocess.TimeoutExpired:
                 continue
         assert curl.stdout is not None
         assert curl.stdout.read() == b"201"
-    assert highest - before < 24 * MIB
-    found = wire.request("HEAD", f"http://{hosting.plain}/v2/curl/blob/blobs/sha256:{hasher.hexdigest()}")
-    assert found.headers["content-length"] == str(size)
+    assert peak - memory_before < 24 * MIB
+    response = wire.request_directly(
+        "HEAD", f"http://{daemon.http_address}/v2/curl/blob/blobs/sha256:{hasher.hexdigest()}"
+    )
+    assert response.headers["content-length"] == str(size)

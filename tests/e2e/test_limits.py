@@ -11,133 +11,138 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e.harness.daemon import StartDaemon, TwistdDaemon
+from tests.e2e.harness.fake_registry import pause_after, respond_chunked
+from tests.e2e.harness.http_client import request_directly
+from tests.e2e.harness.images import ACCEPT_MANIFESTS
+from tests.e2e.harness.process import require_programs, wait_until
+from tests.e2e.harness.upstreams import FAKE, Upstreams
 from tests.e2e.house import images
-from tests.e2e.house.daemon import Proxy, RunProxy
-from tests.e2e.house.fake_registry import chunked, gated
-from tests.e2e.house.images import EVERY_MANIFEST
-from tests.e2e.house.process import eventually, need
-from tests.e2e.house.upstreams import FAKE, Upstreams
-from tests.e2e.house.wire import request
 
 MIB = 1 << 20
 
 
-def test_the_least_recently_used_go(upstreams: Upstreams, run_proxy: RunProxy) -> None:
-    proxy = run_proxy(CACHE_MAX_SIZE="10m")
-    urls = [_blob(upstreams, "lru", 3 * MIB, str(number)) for number in range(4)]
+def test_least_recently_used_blob_is_evicted(upstreams: Upstreams, start_daemon: StartDaemon) -> None:
+    daemon = start_daemon(CACHE_MAX_SIZE="10m")
+    urls = [put_blob_and_get_url(upstreams, "lru", 3 * MIB, str(number)) for number in range(4)]
     for url in urls[:3]:
-        assert proxy.client.get(url).verdict == "MISS"
-    assert proxy.client.get(urls[0]).verdict == "HIT"  # used again: 1 is the oldest now
-    assert proxy.client.get(urls[3]).verdict == "MISS"
-    eventually(lambda: _held(proxy) <= 10 * MIB, "less than the limit on disk")
-    assert [proxy.client.get(urls[number]).verdict for number in (0, 2, 3)] == ["HIT"] * 3
-    assert proxy.client.get(urls[1]).verdict == "MISS"
-    eventually(lambda: _held(proxy) <= 10 * MIB, "less than the limit on disk")
+        assert daemon.client.get(url).cache_status == "MISS"
+    assert daemon.client.get(urls[0]).cache_status == "HIT"  # used again: 1 is the oldest now
+    assert daemon.client.get(urls[3]).cache_status == "MISS"
+    wait_until(lambda: cache_bytes_on_disk(daemon) <= 10 * MIB, "less than the limit on disk")
+    assert [daemon.client.get(urls[number]).cache_status for number in (0, 2, 3)] == ["HIT"] * 3
+    assert daemon.client.get(urls[1]).cache_status == "MISS"
+    wait_until(lambda: cache_bytes_on_disk(daemon) <= 10 * MIB, "less than the limit on disk")
 
 
-def test_the_limit_holds_over_a_restart(upstreams: Upstreams, run_proxy: RunProxy) -> None:
-    proxy = run_proxy(CACHE_MAX_SIZE="20m")
+def test_cache_limit_applies_after_a_restart(upstreams: Upstreams, start_daemon: StartDaemon) -> None:
+    daemon = start_daemon(CACHE_MAX_SIZE="20m")
     for number in range(6):
-        proxy.client.get(_blob(upstreams, "restart", 3 * MIB, str(number)))
-    proxy.stop()
-    proxy.environment["CACHE_MAX_SIZE"] = "10m"
-    proxy.start()
-    eventually(lambda: _held(proxy) <= 10 * MIB, "less than the new limit on disk")
+        daemon.client.get(put_blob_and_get_url(upstreams, "restart", 3 * MIB, str(number)))
+    daemon.stop()
+    daemon.environment["CACHE_MAX_SIZE"] = "10m"
+    daemon.start()
+    wait_until(lambda: cache_bytes_on_disk(daemon) <= 10 * MIB, "less than the new limit on disk")
     for number in range(6):
-        url = _blob(upstreams, "restart", 3 * MIB, str(number))
-        assert proxy.client.get(url).body == images.noise(3 * MIB, f"restart/{number}")
+        url = put_blob_and_get_url(upstreams, "restart", 3 * MIB, str(number))
+        assert daemon.client.get(url).body == images.random_bytes(3 * MIB, f"restart/{number}")
 
 
-def test_what_is_larger_than_the_limit_passes_uncached(upstreams: Upstreams, run_proxy: RunProxy) -> None:
-    proxy = run_proxy(CACHE_MAX_SIZE="8m")
-    small = _blob(upstreams, "limit", MIB, "small")
-    proxy.client.get(small)
-    url = _blob(upstreams, "limit", 12 * MIB, "large")
+def test_blob_larger_than_the_limit_is_not_cached(upstreams: Upstreams, start_daemon: StartDaemon) -> None:
+    daemon = start_daemon(CACHE_MAX_SIZE="8m")
+    small_url = put_blob_and_get_url(upstreams, "limit", MIB, "small")
+    daemon.client.get(small_url)
+    url = put_blob_and_get_url(upstreams, "limit", 12 * MIB, "large")
     for _ in range(2):
-        answer = proxy.client.get(url)
-        assert answer.body == images.noise(12 * MIB, "limit/large")
-        assert answer.verdict in ("MISS", "PASS")
-    part = proxy.client.get(url, Range=f"bytes={11 * MIB}-")
-    assert (part.status, part.body) == (206, images.noise(12 * MIB, "limit/large")[11 * MIB :])
-    assert _held(proxy) <= 8 * MIB
-    assert proxy.client.get(small).verdict == "HIT"  # nothing was thrown out for it
+        response = daemon.client.get(url)
+        assert response.body == images.random_bytes(12 * MIB, "limit/large")
+        assert response.cache_status in ("MISS", "PASS")
+    range_response = daemon.client.get(url, Range=f"bytes={11 * MIB}-")
+    assert (range_response.status, range_response.body) == (
+        206,
+        images.random_bytes(12 * MIB, "limit/large")[11 * MIB :],
+    )
+    assert cache_bytes_on_disk(daemon) <= 8 * MIB
+    assert daemon.client.get(small_url).cache_status == "HIT"  # nothing was thrown out for it
 
 
-def test_what_is_being_read_is_not_evicted(upstreams: Upstreams, run_proxy: RunProxy) -> None:
-    proxy = run_proxy(CACHE_MAX_SIZE="8m")
-    url = _blob(upstreams, "reading", 6 * MIB, "open")
-    proxy.client.get(url)
-    with proxy.client.open("GET", url) as response:
-        beginning = response.read(1000)
+def test_blob_being_read_is_not_evicted(upstreams: Upstreams, start_daemon: StartDaemon) -> None:
+    daemon = start_daemon(CACHE_MAX_SIZE="8m")
+    url = put_blob_and_get_url(upstreams, "reading", 6 * MIB, "open")
+    daemon.client.get(url)
+    with daemon.client.stream("GET", url) as response:
+        first_part = response.read(1000)
         for number in range(3):
-            other = proxy.client.get(_blob(upstreams, "reading", 5 * MIB, str(number)))
-            assert other.body == images.noise(5 * MIB, f"reading/{number}")
-        assert beginning + response.read() == images.noise(6 * MIB, "reading/open")
+            other_response = daemon.client.get(put_blob_and_get_url(upstreams, "reading", 5 * MIB, str(number)))
+            assert other_response.body == images.random_bytes(5 * MIB, f"reading/{number}")
+        assert first_part + response.read() == images.random_bytes(6 * MIB, "reading/open")
 
 
-def test_what_is_under_way_is_not_evicted(upstreams: Upstreams, run_proxy: RunProxy) -> None:
-    proxy = run_proxy(CACHE_MAX_SIZE="8m")
-    url = _blob(upstreams, "arriving", 5 * MIB, "slow")
+def test_download_in_progress_is_not_evicted(upstreams: Upstreams, start_daemon: StartDaemon) -> None:
+    daemon = start_daemon(CACHE_MAX_SIZE="8m")
+    url = put_blob_and_get_url(upstreams, "arriving", 5 * MIB, "slow")
     gate = threading.Event()
-    upstreams.fake.on("GET", url.rpartition("/")[2], gated(2 * MIB, gate), times=1)
-    with proxy.client.open("GET", url) as response:
-        beginning = response.read(MIB)
+    upstreams.fake.add_rule("GET", url.rpartition("/")[2], pause_after(2 * MIB, gate), times=1)
+    with daemon.client.stream("GET", url) as response:
+        first_part = response.read(MIB)
         for number in range(4):
-            assert proxy.client.get(_blob(upstreams, "arriving", 2 * MIB, str(number))).status == 200
+            assert daemon.client.get(put_blob_and_get_url(upstreams, "arriving", 2 * MIB, str(number))).status == 200
         gate.set()
-        assert beginning + response.read() == images.noise(5 * MIB, "arriving/slow")
-    assert proxy.client.get(url).verdict == "HIT"
+        assert first_part + response.read() == images.random_bytes(5 * MIB, "arriving/slow")
+    assert daemon.client.get(url).cache_status == "HIT"
 
 
-def test_an_evicted_layer_comes_back(upstreams: Upstreams, run_proxy: RunProxy) -> None:
+def test_evicted_layer_is_fetched_again(upstreams: Upstreams, start_daemon: StartDaemon) -> None:
     """A manifest that is cached while its layers are not: they are fetched."""
-    proxy = run_proxy(CACHE_MAX_SIZE="4m")
-    image = images.small("evicted layer", size=MIB)
+    daemon = start_daemon(CACHE_MAX_SIZE="4m")
+    image = images.build_small_image("evicted layer", size=MIB)
     upstreams.fake.put("evicted", "1", image)
     for _ in range(2):
-        assert proxy.client.get(f"{FAKE}/v2/evicted/manifests/1", Accept=EVERY_MANIFEST).body == image.manifest.data
+        assert daemon.client.get(f"{FAKE}/v2/evicted/manifests/1", Accept=ACCEPT_MANIFESTS).body == image.manifest.data
         for blob in image.blobs:
-            assert proxy.client.get(f"{FAKE}/v2/evicted/blobs/{blob.digest}").body == blob.data
-        proxy.client.get(_blob(upstreams, "evicted", 3 * MIB, "other"))
+            assert daemon.client.get(f"{FAKE}/v2/evicted/blobs/{blob.digest}").body == blob.data
+        daemon.client.get(put_blob_and_get_url(upstreams, "evicted", 3 * MIB, "other"))
 
 
-def test_what_nobody_reads_goes(upstreams: Upstreams, run_proxy: RunProxy) -> None:
-    proxy = run_proxy(CACHE_INACTIVE="1s")
-    url = _blob(upstreams, "inactive", 3 * MIB, "old")
-    proxy.client.get(url)
-    proxy.stop()
+def test_inactive_blob_is_evicted(upstreams: Upstreams, start_daemon: StartDaemon) -> None:
+    daemon = start_daemon(CACHE_INACTIVE="1s")
+    url = put_blob_and_get_url(upstreams, "inactive", 3 * MIB, "old")
+    daemon.client.get(url)
+    daemon.stop()
     threading.Event().wait(1.2)
-    proxy.start()  # old things are looked for at start, and from time to time
-    eventually(lambda: _held(proxy) < MIB, "an empty cache")
-    assert proxy.client.get(url).verdict == "MISS"
+    daemon.start()  # old things are looked for at start, and from time to time
+    wait_until(lambda: cache_bytes_on_disk(daemon) < MIB, "an empty cache")
+    assert daemon.client.get(url).cache_status == "MISS"
 
 
-def test_a_client_that_takes_nothing_is_let_go(upstreams: Upstreams, run_proxy: RunProxy) -> None:
-    proxy = run_proxy(SEND_TIMEOUT="1s")
-    url = _blob(upstreams, "taking/nothing", 48 * MIB, "large")
-    with proxy.client.open("GET", url) as response:
+def test_send_timeout_closes_stalled_client(upstreams: Upstreams, start_daemon: StartDaemon) -> None:
+    daemon = start_daemon(SEND_TIMEOUT="1s")
+    url = put_blob_and_get_url(upstreams, "taking/nothing", 48 * MIB, "large")
+    with daemon.client.stream("GET", url) as response:
         assert response.read(1000)
-        eventually(lambda: any("/taking/nothing/" in line.target for line in proxy.logged()), "the end of the request")
+        wait_until(
+            lambda: any("/taking/nothing/" in line.target for line in daemon.access_log()), "the end of the request"
+        )
         with pytest.raises((http.client.IncompleteRead, OSError)):
             response.read()
-    assert proxy.client.get(url).body == images.noise(48 * MIB, "taking/nothing/large")
+    assert daemon.client.get(url).body == images.random_bytes(48 * MIB, "taking/nothing/large")
 
 
-def test_memory_is_flat_however_large_the_blob_and_slow_its_readers(upstreams: Upstreams, run_proxy: RunProxy) -> None:
-    proxy = run_proxy()
-    url = _blob(upstreams, "flat", 128 * MIB, "large")
+def test_memory_stays_flat_with_slow_clients(upstreams: Upstreams, start_daemon: StartDaemon) -> None:
+    daemon = start_daemon()
+    url = put_blob_and_get_url(upstreams, "flat", 128 * MIB, "large")
     with ExitStack() as stack:
-        before = proxy.memory
-        readers = [stack.enter_context(proxy.client.open("GET", url)) for _ in range(30)]
-        for reader in readers:
-            assert reader.read(1000)
-        assert proxy.client.get(url).status == 200  # it is all here now, and thirty still want nearly all of it
-        assert proxy.memory - before < 64 * MIB
+        memory_before = daemon.resident_bytes
+        slow_responses = [stack.enter_context(daemon.client.stream("GET", url)) for _ in range(30)]
+        for slow_response in slow_responses:
+            assert slow_response.read(1000)
+        assert daemon.client.get(url).status == 200  # it is all here now, and thirty still want nearly all of it
+        assert daemon.resident_bytes - memory_before < 64 * MIB
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    need("mount", root=True)
+    require_programs("mount", root=True)
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)], check=False).returncode:
@@ -146,38 +151,40 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
-def test_a_full_disk_stops_nobody(upstreams: Upstreams, run_proxy: RunProxy, small_disk: Path) -> None:
-    proxy = run_proxy(CACHE_DIR=str(small_disk))
-    url = _blob(upstreams, "full", 20 * MIB, "large")
+def test_pull_succeeds_on_a_full_disk(upstreams: Upstreams, start_daemon: StartDaemon, small_disk: Path) -> None:
+    daemon = start_daemon(CACHE_DIR=str(small_disk))
+    url = put_blob_and_get_url(upstreams, "full", 20 * MIB, "large")
     for _ in range(2):
-        assert proxy.client.get(url).body == images.noise(20 * MIB, "full/large")
-    image = images.small("full disk", size=3 * MIB, layers=4)
+        assert daemon.client.get(url).body == images.random_bytes(20 * MIB, "full/large")
+    image = images.build_small_image("full disk", size=3 * MIB, layers=4)
     upstreams.fake.put("full/image", "1", image)
     for _ in range(2):
-        assert proxy.client.get(f"{FAKE}/v2/full/image/manifests/1", Accept=EVERY_MANIFEST).body == image.manifest.data
+        assert (
+            daemon.client.get(f"{FAKE}/v2/full/image/manifests/1", Accept=ACCEPT_MANIFESTS).body == image.manifest.data
+        )
         for blob in image.blobs:
-            assert proxy.client.get(f"{FAKE}/v2/full/image/blobs/{blob.digest}").body == blob.data
+            assert daemon.client.get(f"{FAKE}/v2/full/image/blobs/{blob.digest}").body == blob.data
 
 
-def test_a_disk_that_fills_up_under_way(upstreams: Upstreams, run_proxy: RunProxy, small_disk: Path) -> None:
+def test_disk_fills_up_during_a_download(upstreams: Upstreams, start_daemon: StartDaemon, small_disk: Path) -> None:
     """Its length untold, nobody can see in time that it does not fit."""
-    proxy = run_proxy(CACHE_DIR=str(small_disk))
-    url = _blob(upstreams, "filling", 20 * MIB, "large")
-    upstreams.fake.on("GET", url.rpartition("/")[2], chunked, times=1)
-    assert proxy.client.get(url).body == images.noise(20 * MIB, "filling/large")
-    assert request("GET", f"{proxy.url}/healthz").status == 200
+    daemon = start_daemon(CACHE_DIR=str(small_disk))
+    url = put_blob_and_get_url(upstreams, "filling", 20 * MIB, "large")
+    upstreams.fake.add_rule("GET", url.rpartition("/")[2], respond_chunked, times=1)
+    assert daemon.client.get(url).body == images.random_bytes(20 * MIB, "filling/large")
+    assert request_directly("GET", f"{daemon.url}/healthz").status == 200
 
 
-def _blob(upstreams: Upstreams, name: str, size: int, seed: str) -> str:
+def put_blob_and_get_url(upstreams: Upstreams, name: str, size: int, seed: str) -> str:
     """Return the URL of a blob of so many bytes."""
-    digest = upstreams.fake.put_blob(name, images.noise(size, f"{name}/{seed}"))
+    digest = upstreams.fake.put_blob(name, images.random_bytes(size, f"{name}/{seed}"))
     return f"{FAKE}/v2/{name}/blobs/{digest}"
 
 
-def _held(proxy: Proxy) -> int:
+def cache_bytes_on_disk(daemon: TwistdDaemon) -> int:
     """Return the bytes that the cache's files have."""
     total = 0
-    for path in (proxy.state / "cache").rglob("*"):
+    for path in (daemon.state_folder / "cache").rglob("*"):
         try:
             total += path.stat().st_size if path.is_file() else 0
         except FileNotFoundError:

@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from tests.e2e.harness.client_factory import ClientFactory
+from tests.e2e.harness.clients import Containerd, Docker, Skopeo
+from tests.e2e.harness.daemon import StartDaemon, TwistdDaemon
+from tests.e2e.harness.images import ACCEPT_MANIFESTS
+from tests.e2e.harness.upstreams import FAKE, HUB, REGISTRY, TOKEN_URL, Upstreams
 from tests.e2e.house import fake_registry, images
-from tests.e2e.house.clients import Containerd, Docker, Skopeo
-from tests.e2e.house.daemon import Proxy, RunProxy
-from tests.e2e.house.images import EVERY_MANIFEST
-from tests.e2e.house.machines import Machines
-from tests.e2e.house.upstreams import FAKE, HUB, REGISTRY, TOKENS, Upstreams
 
 ON_HUB = "docker.io/offline/hub:1"
 ON_REGISTRY = "registry.test:5443/offline/registry:1"
@@ -19,160 +19,169 @@ ON_PLAIN = "plain.test:8080/offline/plain:1"
 
 
 @pytest.fixture(scope="module")
-def cached(upstreams: Upstreams, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
+def warm_daemon(upstreams: Upstreams, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwistdDaemon]:
     """A daemon that has the three images, from one pull by each kind of client, and was restarted since."""
-    image = images.small("offline", oci=False)
-    upstreams.on_hub("offline/hub", "1", image)
-    upstreams.on_registry("offline/registry", "1", image)
-    upstreams.on_plain("offline/plain", "1", image)
-    proxy = Proxy(tmp_path_factory.mktemp("cached"), upstreams.settings)
-    with proxy.running_for(lambda: upstreams.secrets):
-        machines = Machines(tmp_path_factory.mktemp("warm"))
+    image = images.build_small_image("offline", oci=False)
+    upstreams.push_to_hub("offline/hub", "1", image)
+    upstreams.push_to_registry("offline/registry", "1", image)
+    upstreams.push_to_plain("offline/plain", "1", image)
+    daemon = TwistdDaemon(tmp_path_factory.mktemp("cached"), upstreams.settings)
+    with daemon.run_and_check_log(lambda: upstreams.secrets):
+        machines = ClientFactory(tmp_path_factory.mktemp("warm"))
         try:
-            docker, containerd, skopeo = machines.docker(proxy), machines.containerd(proxy), machines.skopeo(proxy)
+            docker, containerd, skopeo = machines.docker(daemon), machines.containerd(daemon), machines.skopeo(daemon)
             for name in (ON_HUB, ON_REGISTRY, ON_PLAIN):
-                docker.do("pull", name)
-                skopeo.pull(name, plain=name is ON_PLAIN)
+                docker.run_checked("pull", name)
+                skopeo.pull(name, plain_http=name is ON_PLAIN)
                 containerd.pull(name, *(["--plain-http"] if name is ON_PLAIN else []))
         finally:
             machines.stop()
-        proxy.restart()
-        yield proxy
+        daemon.restart()
+        yield daemon
 
 
-def _docker(machines: Machines, proxy: Proxy) -> Docker:
-    return machines.docker(proxy)
+def _make_docker(clients: ClientFactory, daemon: TwistdDaemon) -> Docker:
+    return clients.docker(daemon)
 
 
-def _mirrored_docker(machines: Machines, proxy: Proxy) -> Docker:
-    return machines.mirrored_docker(proxy)
+def _make_docker_with_mirror(clients: ClientFactory, daemon: TwistdDaemon) -> Docker:
+    return clients.docker_with_mirror(daemon)
 
 
-def _containerd(machines: Machines, proxy: Proxy) -> Containerd:
-    return machines.containerd(proxy)
+def _make_containerd(clients: ClientFactory, daemon: TwistdDaemon) -> Containerd:
+    return clients.containerd(daemon)
 
 
-def _mirrored_containerd(machines: Machines, proxy: Proxy) -> Containerd:
-    containerd = machines.containerd()
+def _make_containerd_with_mirrors(clients: ClientFactory, daemon: TwistdDaemon) -> Containerd:
+    containerd = clients.containerd()
     for host in ("docker.io", "registry.test:5443", "plain.test:8080"):
-        containerd.mirror(host, proxy.url)
+        containerd.configure_mirror(host, daemon.url)
     return containerd
 
 
-def _skopeo(machines: Machines, proxy: Proxy) -> Skopeo:
-    return machines.skopeo(proxy)
+def _make_skopeo(clients: ClientFactory, daemon: TwistdDaemon) -> Skopeo:
+    return clients.skopeo(daemon)
 
 
-MakeClient = Callable[[Machines, Proxy], "Docker | Containerd | Skopeo"]
+MakeClient = Callable[[ClientFactory, TwistdDaemon], "Docker | Containerd | Skopeo"]
 
 
 @pytest.mark.parametrize(
     ("client", "names"),
     [
-        (_docker, (ON_HUB, ON_REGISTRY, ON_PLAIN)),
-        (_mirrored_docker, (ON_HUB,)),
-        (_containerd, (ON_HUB, ON_REGISTRY, ON_PLAIN)),
-        (_mirrored_containerd, (ON_HUB, ON_REGISTRY, ON_PLAIN)),
-        (_skopeo, (ON_HUB, ON_REGISTRY, ON_PLAIN)),
+        (_make_docker, (ON_HUB, ON_REGISTRY, ON_PLAIN)),
+        (_make_docker_with_mirror, (ON_HUB,)),
+        (_make_containerd, (ON_HUB, ON_REGISTRY, ON_PLAIN)),
+        (_make_containerd_with_mirrors, (ON_HUB, ON_REGISTRY, ON_PLAIN)),
+        (_make_skopeo, (ON_HUB, ON_REGISTRY, ON_PLAIN)),
     ],
     ids=["docker", "docker-mirror", "containerd", "containerd-mirror", "skopeo"],
 )
 @pytest.mark.parametrize("restarted", [False, True], ids=["running", "restarted"])
-def test_everything_cached_pulls_with_upstream_gone(
-    upstreams: Upstreams, cached: Proxy, machines: Machines, client: MakeClient, names: tuple[str, ...], restarted: bool
+def test_cached_images_pull_while_upstream_is_down(
+    upstreams: Upstreams,
+    warm_daemon: TwistdDaemon,
+    clients: ClientFactory,
+    make_client: MakeClient,
+    names: tuple[str, ...],
+    restarted: bool,
 ) -> None:
-    with upstreams.away():
+    with upstreams.stopped():
         if restarted:
-            cached.restart(kill=True)
-        machine = client(machines, cached)
+            warm_daemon.restart(kill=True)
+        engine = make_client(clients, warm_daemon)
         for name in names:
-            if isinstance(machine, Docker):
-                machine.do("pull", name)
-            elif isinstance(machine, Containerd):
-                plain = name is ON_PLAIN and client is _containerd
-                machine.pull(name, *(["--plain-http"] if plain else []))
+            if isinstance(engine, Docker):
+                engine.run_checked("pull", name)
+            elif isinstance(engine, Containerd):
+                plain = name is ON_PLAIN and make_client is _make_containerd
+                engine.pull(name, *(["--plain-http"] if plain else []))
             else:
-                machine.pull(name, plain=name is ON_PLAIN)
+                engine.pull(name, plain_http=name is ON_PLAIN)
 
 
-def test_stale_answers_say_so(upstreams: Upstreams, run_proxy: RunProxy) -> None:
-    proxy = run_proxy()
-    image = upstreams.on_registry("known", "1", images.small("known"))
-    assert proxy.client.get(f"{REGISTRY}/v2/known/manifests/1", Accept=EVERY_MANIFEST).status == 200
-    with upstreams.away():
-        answer = proxy.client.get(f"{REGISTRY}/v2/known/manifests/1", Accept=EVERY_MANIFEST)
-        assert (answer.status, answer.verdict, answer.body) == (200, "STALE", image.manifest.data)
-        assert "stale" in answer.headers["warning"].lower()
+def test_stale_response_is_marked(upstreams: Upstreams, start_daemon: StartDaemon) -> None:
+    daemon = start_daemon()
+    image = upstreams.push_to_registry("known", "1", images.build_small_image("known"))
+    assert daemon.client.get(f"{REGISTRY}/v2/known/manifests/1", Accept=ACCEPT_MANIFESTS).status == 200
+    with upstreams.stopped():
+        response = daemon.client.get(f"{REGISTRY}/v2/known/manifests/1", Accept=ACCEPT_MANIFESTS)
+        assert (response.status, response.cache_status, response.body) == (200, "STALE", image.manifest.data)
+        assert "stale" in response.headers["warning"].lower()
         # With the same media types in another header, which was never asked for, it is still the best answer.
-        other = proxy.client.get(f"{REGISTRY}/v2/known/manifests/1", Accept=images.OCI_MANIFEST)
-        assert other.body == image.manifest.data
-    answer = proxy.client.get(f"{REGISTRY}/v2/known/manifests/1", Accept=EVERY_MANIFEST)
-    assert answer.verdict == "REVALIDATED"
+        second_response = daemon.client.get(f"{REGISTRY}/v2/known/manifests/1", Accept=images.OCI_MANIFEST)
+        assert second_response.body == image.manifest.data
+    response = daemon.client.get(f"{REGISTRY}/v2/known/manifests/1", Accept=ACCEPT_MANIFESTS)
+    assert response.cache_status == "REVALIDATED"
 
 
-def test_what_is_not_cached_is_502_with_upstream_gone(upstreams: Upstreams, proxy: Proxy) -> None:
-    with upstreams.away():
+def test_uncached_content_returns_502_while_upstream_is_down(upstreams: Upstreams, daemon: TwistdDaemon) -> None:
+    with upstreams.stopped():
         for path in ("manifests/never", f"blobs/sha256:{'1' * 64}"):
-            answer = proxy.client.get(f"{REGISTRY}/v2/not/cached/{path}", Accept=EVERY_MANIFEST)
-            assert (answer.status, answer.error_code) == (502, "UNAVAILABLE")
-            assert "registry.test:5443" in answer.message
+            response = daemon.client.get(f"{REGISTRY}/v2/not/cached/{path}", Accept=ACCEPT_MANIFESTS)
+            assert (response.status, response.error_code) == (502, "UNAVAILABLE")
+            assert "registry.test:5443" in response.error_message
 
 
 @pytest.mark.parametrize("status", [429, 500, 502, 503, 504])
-def test_the_last_good_answer_while_upstream_fails(upstreams: Upstreams, proxy: Proxy, status: int) -> None:
+def test_stale_response_while_upstream_fails(upstreams: Upstreams, daemon: TwistdDaemon, status: int) -> None:
     name = f"failing/with-{status}"
-    image = images.small(name)
+    image = images.build_small_image(name)
     upstreams.fake.put(name, "1", image)
-    assert proxy.client.get(f"{FAKE}/v2/{name}/manifests/1", Accept=EVERY_MANIFEST).status == 200
+    assert daemon.client.get(f"{FAKE}/v2/{name}/manifests/1", Accept=ACCEPT_MANIFESTS).status == 200
     layer = f"{FAKE}/v2/{name}/blobs/{image.layers[0].digest}"
-    assert proxy.client.get(layer).status == 200
+    assert daemon.client.get(layer).status == 200
     for method in ("GET", "HEAD"):
-        upstreams.fake.on(method, name, fake_registry.status(status))
+        upstreams.fake.add_rule(method, name, fake_registry.respond_status(status))
     for method in ("GET", "HEAD"):
-        answer = proxy.client.ask(method, f"{FAKE}/v2/{name}/manifests/1", {"Accept": EVERY_MANIFEST})
-        assert (answer.status, answer.verdict) == (200, "STALE")
-        assert answer.headers["docker-content-digest"] == image.digest
-    assert proxy.client.get(layer).body == image.layers[0].data
+        response = daemon.client.request(method, f"{FAKE}/v2/{name}/manifests/1", {"Accept": ACCEPT_MANIFESTS})
+        assert (response.status, response.cache_status) == (200, "STALE")
+        assert response.headers["docker-content-digest"] == image.digest
+    assert daemon.client.get(layer).body == image.layers[0].data
 
 
-def test_a_tag_deleted_upstream_is_gone(upstreams: Upstreams, proxy: Proxy) -> None:
-    upstreams.fake.put("deleted", "1", images.small("deleted"))
+def test_tag_deleted_upstream_returns_404(upstreams: Upstreams, daemon: TwistdDaemon) -> None:
+    upstreams.fake.put("deleted", "1", images.build_small_image("deleted"))
     url = f"{FAKE}/v2/deleted/manifests/1"
-    assert proxy.client.get(url, Accept=EVERY_MANIFEST).status == 200
+    assert daemon.client.get(url, Accept=ACCEPT_MANIFESTS).status == 200
     for method in ("GET", "HEAD"):
-        upstreams.fake.on(method, "/deleted/manifests/1", fake_registry.status(404, "MANIFEST_UNKNOWN"))
-    assert proxy.client.get(url, Accept=EVERY_MANIFEST).status == 404
-    upstreams.fake.behave()  # and it does not come back as a stale answer
+        upstreams.fake.add_rule(method, "/deleted/manifests/1", fake_registry.respond_status(404, "MANIFEST_UNKNOWN"))
+    assert daemon.client.get(url, Accept=ACCEPT_MANIFESTS).status == 404
+    upstreams.fake.reset_rules()  # and it does not come back as a stale answer
     for method in ("GET", "HEAD"):
-        upstreams.fake.on(method, "/deleted/manifests/1", fake_registry.status(503))
-    assert proxy.client.get(url, Accept=EVERY_MANIFEST).status >= 500
+        upstreams.fake.add_rule(method, "/deleted/manifests/1", fake_registry.respond_status(503))
+    assert daemon.client.get(url, Accept=ACCEPT_MANIFESTS).status >= 500
 
 
-def test_the_token_server_may_fail_alone(upstreams: Upstreams, run_proxy: RunProxy, machines: Machines) -> None:
-    proxy = run_proxy()
-    upstreams.on_hub("library/tokenless", "1", images.small("tokenless"))
-    machines.skopeo(proxy).pull("docker.io/library/tokenless:1")
-    proxy.restart()  # no token is left in memory
-    upstreams.tokens.failure = 503
+def test_cached_pull_while_token_server_fails(
+    upstreams: Upstreams, start_daemon: StartDaemon, clients: ClientFactory
+) -> None:
+    daemon = start_daemon()
+    upstreams.push_to_hub("library/tokenless", "1", images.build_small_image("tokenless"))
+    clients.skopeo(daemon).pull("docker.io/library/tokenless:1")
+    daemon.restart()  # no token is left in memory
+    upstreams.token_server.failure_status = 503
     try:
-        machines.skopeo(proxy).pull("docker.io/library/tokenless:1")
+        clients.skopeo(daemon).pull("docker.io/library/tokenless:1")
     finally:
-        upstreams.tokens.failure = None
+        upstreams.token_server.failure_status = None
 
 
-def test_a_cached_pull_asks_for_no_token(upstreams: Upstreams, run_proxy: RunProxy) -> None:
+def test_cached_pull_needs_no_upstream_token(upstreams: Upstreams, start_daemon: StartDaemon) -> None:
     """Once access is proven, a cached digest needs neither /v2/ nor a token from upstream."""
-    proxy = run_proxy()
-    image = upstreams.on_hub("library/proven", "1", images.small("proven"))
-    token = proxy.client.get(f"{TOKENS}?service=registry.docker.io&scope=repository:library/proven:pull").json["token"]
+    daemon = start_daemon()
+    image = upstreams.push_to_hub("library/proven", "1", images.build_small_image("proven"))
+    token = daemon.client.get(f"{TOKEN_URL}?service=registry.docker.io&scope=repository:library/proven:pull").json[
+        "token"
+    ]
     urls = [f"{HUB}/v2/library/proven/manifests/{image.digest}"]
     urls += [f"{HUB}/v2/library/proven/blobs/{blob.digest}" for blob in image.blobs]
     for url in urls:
-        assert proxy.client.get(url, Authorization=f"Bearer {token}", Accept=EVERY_MANIFEST).status == 200
-    upstreams.hub.forget()
-    tokens = len(upstreams.tokens.requests)
+        assert daemon.client.get(url, Authorization=f"Bearer {token}", Accept=ACCEPT_MANIFESTS).status == 200
+    upstreams.hub.clear_log()
+    token_request_count = len(upstreams.token_server.requests)
     for url in urls:
-        answer = proxy.client.get(url, Authorization=f"Bearer {token}", Accept=EVERY_MANIFEST)
-        assert (answer.status, answer.verdict) == (200, "HIT")
-    assert upstreams.hub.seen("GET", "/library/") == upstreams.hub.seen("HEAD", "/library/") == []
-    assert len(upstreams.tokens.requests) == tokens
+        response = daemon.client.get(url, Authorization=f"Bearer {token}", Accept=ACCEPT_MANIFESTS)
+        assert (response.status, response.cache_status) == (200, "HIT")
+    assert upstreams.hub.find_requests("GET", "/library/") == upstreams.hub.find_requests("HEAD", "/library/") == []
+    assert len(upstreams.token_server.requests) == token_request_count

@@ -13,16 +13,16 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e.harness.client_factory import ClientFactory
+from tests.e2e.harness.daemon import TwistdDaemon
+from tests.e2e.harness.fake_registry import ResponseBehaviour, respond_error
+from tests.e2e.harness.http_server import HTTPExchange
+from tests.e2e.harness.images import ACCEPT_MANIFESTS, TypedContent
+from tests.e2e.harness.process import require_programs, wait_until
+from tests.e2e.harness.upstreams import FAKE, PLAIN, REGISTRY, TOKEN_URL, Upstreams
 from tests.e2e.house import images, wire
-from tests.e2e.house.daemon import Proxy
-from tests.e2e.house.fake_registry import Behaviour, refuse
-from tests.e2e.house.images import EVERY_MANIFEST, Content
-from tests.e2e.house.machines import Machines
-from tests.e2e.house.process import eventually, need
-from tests.e2e.house.serving import Exchange
-from tests.e2e.house.upstreams import FAKE, PLAIN, REGISTRY, TOKENS, Upstreams
 
-PUSHES = [
+PUSH_REQUESTS = [
     ("POST", "/v2/refused/blobs/uploads/"),
     ("PATCH", "/v2/refused/blobs/uploads/session-1"),
     ("PUT", "/v2/refused/blobs/uploads/session-1?digest=sha256:" + "0" * 64),
@@ -31,110 +31,120 @@ PUSHES = [
 ]
 
 
-@pytest.mark.parametrize(("method", "path"), PUSHES, ids=[f"{method}-{n}" for n, (method, _) in enumerate(PUSHES)])
+@pytest.mark.parametrize(
+    ("method", "path"), PUSH_REQUESTS, ids=[f"{method}-{n}" for n, (method, _) in enumerate(PUSH_REQUESTS)]
+)
 @pytest.mark.parametrize("origin", [FAKE, PLAIN])
-def test_refused_with_the_name_of_the_setting(
-    upstreams: Upstreams, proxy: Proxy, method: str, path: str, origin: str
+def test_refused_push_names_the_setting(
+    upstreams: Upstreams, daemon: TwistdDaemon, method: str, path: str, origin: str
 ) -> None:
-    upstreams.plain.forget()
-    answer = proxy.client.ask(method, origin + path, {"Content-Type": "application/octet-stream"}, b"x" * 1000)
-    assert (answer.status, answer.error_code) == (405, "UNSUPPORTED")
-    assert "ALLOW_PUSH" in answer.message
+    upstreams.plain.clear_log()
+    response = daemon.client.request(method, origin + path, {"Content-Type": "application/octet-stream"}, b"x" * 1000)
+    assert (response.status, response.error_code) == (405, "UNSUPPORTED")
+    assert "ALLOW_PUSH" in response.error_message
     assert upstreams.fake.requests == []
-    assert upstreams.plain.seen(method, "/refused/") == []
+    assert upstreams.plain.find_requests(method, "/refused/") == []
 
 
-def test_docker_is_told_why(upstreams: Upstreams, proxy: Proxy, machines: Machines) -> None:
-    upstreams.on_registry("push/from", "1", images.small("push-from", oci=False))
-    docker = machines.docker(proxy)
-    docker.do("pull", "registry.test:5443/push/from:1")
-    docker.do("tag", "registry.test:5443/push/from:1", "registry.test:5443/push/refused:1")
-    pushed = docker.run("push", "registry.test:5443/push/refused:1")
-    assert pushed.returncode != 0
-    assert "ALLOW_PUSH" in pushed.stdout + pushed.stderr
+def test_docker_reports_the_refusal(upstreams: Upstreams, daemon: TwistdDaemon, clients: ClientFactory) -> None:
+    upstreams.push_to_registry("push/from", "1", images.build_small_image("push-from", oci=False))
+    docker = clients.docker(daemon)
+    docker.run_checked("pull", "registry.test:5443/push/from:1")
+    docker.run_checked("tag", "registry.test:5443/push/from:1", "registry.test:5443/push/refused:1")
+    result = docker.run("push", "registry.test:5443/push/refused:1")
+    assert result.returncode != 0
+    assert "ALLOW_PUSH" in result.stdout + result.stderr
 
 
 @pytest.fixture(scope="module")
-def open_proxy(upstreams: Upstreams, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
-    proxy = Proxy(tmp_path_factory.mktemp("open"), {**upstreams.settings, "ALLOW_PUSH": "true"})
-    with proxy.running_for(lambda: upstreams.secrets):
-        yield proxy
+def push_enabled_daemon(upstreams: Upstreams, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwistdDaemon]:
+    daemon = TwistdDaemon(tmp_path_factory.mktemp("open"), {**upstreams.settings, "ALLOW_PUSH": "true"})
+    with daemon.run_and_check_log(lambda: upstreams.secrets):
+        yield daemon
 
 
-def test_docker_pushes_through(upstreams: Upstreams, open_proxy: Proxy, machines: Machines) -> None:
-    image = upstreams.on_registry("push/source", "1", images.small("push-source", oci=False))
-    docker = machines.docker(open_proxy)
-    docker.do("pull", "registry.test:5443/push/source:1")
+def test_docker_pushes_through_the_proxy(
+    upstreams: Upstreams, push_enabled_daemon: TwistdDaemon, clients: ClientFactory
+) -> None:
+    image = upstreams.push_to_registry("push/source", "1", images.build_small_image("push-source", oci=False))
+    docker = clients.docker(push_enabled_daemon)
+    docker.run_checked("pull", "registry.test:5443/push/source:1")
     for name in ("registry.test:5443/push/target:1", "plain.test:8080/push/target:1"):
-        docker.do("tag", "registry.test:5443/push/source:1", name)
-        docker.do("push", name)
-    machines.skopeo(open_proxy).pull("registry.test:5443/push/target:1")
+        docker.run_checked("tag", "registry.test:5443/push/source:1", name)
+        docker.run_checked("push", name)
+    clients.skopeo(push_enabled_daemon).pull("registry.test:5443/push/target:1")
     for origin in (REGISTRY, PLAIN):
-        got = open_proxy.client.get(f"{origin}/v2/push/target/manifests/1", Accept=EVERY_MANIFEST)
-        assert got.json["config"]["digest"] == image.blobs[0].digest
+        response = push_enabled_daemon.client.get(f"{origin}/v2/push/target/manifests/1", Accept=ACCEPT_MANIFESTS)
+        assert response.json["config"]["digest"] == image.blobs[0].digest
 
 
-def test_docker_pushes_to_hub_with_a_login(upstreams: Upstreams, open_proxy: Proxy, machines: Machines) -> None:
-    upstreams.on_hub("library/seed", "1", images.small("hub-seed", oci=False))
-    upstreams.tokens.owners["alice/pushed"] = {"alice"}
-    docker = machines.docker(open_proxy)
-    docker.do("pull", "seed:1")
-    docker.do("tag", "seed:1", "alice/pushed:1")
+def test_docker_pushes_to_hub_with_a_login(
+    upstreams: Upstreams, push_enabled_daemon: TwistdDaemon, clients: ClientFactory
+) -> None:
+    upstreams.push_to_hub("library/seed", "1", images.build_small_image("hub-seed", oci=False))
+    upstreams.token_server.owners["alice/pushed"] = {"alice"}
+    docker = clients.docker(push_enabled_daemon)
+    docker.run_checked("pull", "seed:1")
+    docker.run_checked("tag", "seed:1", "alice/pushed:1")
     assert docker.run("push", "alice/pushed:1").returncode != 0
-    docker.login("https://index.docker.io/v1/", "alice", upstreams.users["alice"])
-    docker.do("push", "alice/pushed:1")
-    skopeo = machines.skopeo(open_proxy)
+    docker.write_login("https://index.docker.io/v1/", "alice", upstreams.users["alice"])
+    docker.run_checked("push", "alice/pushed:1")
+    skopeo = clients.skopeo(push_enabled_daemon)
     skopeo.pull("docker.io/alice/pushed:1", "--src-creds", f"alice:{upstreams.users['alice']}")
     assert skopeo.try_pull("docker.io/alice/pushed:1").returncode != 0
 
 
-def test_skopeo_pushes_every_platform(upstreams: Upstreams, open_proxy: Proxy, machines: Machines) -> None:
-    multi = images.index({"amd64": images.small("push-amd64"), "arm64": images.small("push-arm64")})
-    upstreams.on_registry("push/multi", "1", multi)
-    skopeo = machines.skopeo(open_proxy)
+def test_skopeo_pushes_every_platform(
+    upstreams: Upstreams, push_enabled_daemon: TwistdDaemon, clients: ClientFactory
+) -> None:
+    multi_platform_image = images.build_index(
+        {"amd64": images.build_small_image("push-amd64"), "arm64": images.build_small_image("push-arm64")}
+    )
+    upstreams.push_to_registry("push/multi", "1", multi_platform_image)
+    skopeo = clients.skopeo(push_enabled_daemon)
     folder = skopeo.pull("registry.test:5443/push/multi:1", "--all")
-    pushed = skopeo.run(
+    result = skopeo.run(
         "copy", "--all", "--preserve-digests", f"dir:{folder}", "docker://registry.test:5443/push/copy:1"
     )
-    assert pushed.returncode == 0, pushed.stderr
-    got = open_proxy.client.get(f"{REGISTRY}/v2/push/copy/manifests/1", Accept=EVERY_MANIFEST)
-    assert got.body == multi.manifest.data
+    assert result.returncode == 0, result.stderr
+    response = push_enabled_daemon.client.get(f"{REGISTRY}/v2/push/copy/manifests/1", Accept=ACCEPT_MANIFESTS)
+    assert response.body == multi_platform_image.manifest.data
 
 
-def test_a_pull_sees_what_was_just_pushed(upstreams: Upstreams, open_proxy: Proxy) -> None:
+def test_pull_returns_the_pushed_manifest(upstreams: Upstreams, push_enabled_daemon: TwistdDaemon) -> None:
     url = f"{FAKE}/v2/push/over/manifests/1"
     for seed in ("old", "new"):
-        manifest = images.small(seed).manifest
-        put = open_proxy.client.ask("PUT", url, {"Content-Type": manifest.media_type}, manifest.data)
-        assert put.status == 201
-        assert open_proxy.client.get(url, Accept=EVERY_MANIFEST).body == manifest.data
+        manifest = images.build_small_image(seed).manifest
+        response = push_enabled_daemon.client.request("PUT", url, {"Content-Type": manifest.media_type}, manifest.data)
+        assert response.status == 201
+        assert push_enabled_daemon.client.get(url, Accept=ACCEPT_MANIFESTS).body == manifest.data
 
 
-def test_the_location_of_an_upload_leads_back_through_the_proxy(open_proxy: Proxy) -> None:
-    data = images.noise(200_000, "location")
-    digest = images.sha256(data)
+def test_upload_location_points_to_the_proxy(push_enabled_daemon: TwistdDaemon) -> None:
+    data = images.random_bytes(200_000, "location")
+    digest = images.sha256_digest(data)
     for origin in (FAKE, REGISTRY):
-        begun = open_proxy.client.ask("POST", f"{origin}/v2/push/location/blobs/uploads/")
-        assert begun.status == 202
+        response = push_enabled_daemon.client.request("POST", f"{origin}/v2/push/location/blobs/uploads/")
+        assert response.status == 202
         for start in (0, 100_000):
-            location = _absolute(origin, begun.headers["location"])
-            begun = open_proxy.client.ask(
+            location = _absolute_url(origin, response.headers["location"])
+            response = push_enabled_daemon.client.request(
                 "PATCH", location, {"Content-Range": f"{start}-{start + 99_999}"}, data[start : start + 100_000]
             )
-            assert begun.status == 202, begun.body
-            assert begun.headers["range"] == f"0-{start + 99_999}"
-        location = _absolute(origin, begun.headers["location"])
-        ended = open_proxy.client.ask("PUT", f"{location}{'&' if '?' in location else '?'}digest={digest}")
-        assert ended.status == 201
-        assert open_proxy.client.get(f"{origin}/v2/push/location/blobs/{digest}").body == data
+            assert response.status == 202, response.body
+            assert response.headers["range"] == f"0-{start + 99_999}"
+        location = _absolute_url(origin, response.headers["location"])
+        put_response = push_enabled_daemon.client.request(
+            "PUT", f"{location}{'&' if '?' in location else '?'}digest={digest}"
+        )
+        assert put_response.status == 201
+        assert push_enabled_daemon.client.get(f"{origin}/v2/push/location/blobs/{digest}").body == data
 
 
 @pytest.mark.parametrize("framing", ["length", "chunked"])
-def test_the_first_byte_is_upstream_before_the_last_is_sent(
-    upstreams: Upstreams, open_proxy: Proxy, framing: str
-) -> None:
-    data = images.noise(300_000, "streamed")
-    connection = open_proxy.client.connection(FAKE)
+def test_push_is_streamed_upstream(upstreams: Upstreams, push_enabled_daemon: TwistdDaemon, framing: str) -> None:
+    data = images.random_bytes(300_000, "streamed")
+    connection = push_enabled_daemon.client.new_connection(FAKE)
     try:
         connection.putrequest("PATCH", "/v2/push/streamed/blobs/uploads/s", skip_accept_encoding=True)
         if framing == "length":
@@ -142,94 +152,98 @@ def test_the_first_byte_is_upstream_before_the_last_is_sent(
         else:
             connection.putheader("Transfer-Encoding", "chunked")
         connection.endheaders()
-        _send(connection, data[:100_000], framing)
-        eventually(
-            lambda: any(seen.received for seen in upstreams.fake.seen("PATCH", "/push/streamed/")),
+        _send_framed(connection, data[:100_000], framing)
+        wait_until(
+            lambda: any(request.received_bytes for request in upstreams.fake.find_requests("PATCH", "/push/streamed/")),
             "the first bytes upstream, while the rest is still to be sent",
         )
-        _send(connection, data[100_000:], framing)
+        _send_framed(connection, data[100_000:], framing)
         if framing == "chunked":
             connection.send(b"0\r\n\r\n")
-        answer = wire.read(connection.getresponse())
+        response = wire.read_response(connection.getresponse())
     finally:
         connection.close()
-    assert answer.status == 202
-    assert [seen.received for seen in upstreams.fake.seen("PATCH", "/push/streamed/")] == [len(data)]
+    assert response.status == 202
+    assert [seen.received_bytes for seen in upstreams.fake.find_requests("PATCH", "/push/streamed/")] == [len(data)]
 
 
-def test_memory_stays_flat_while_upstream_takes_its_time(upstreams: Upstreams, open_proxy: Proxy) -> None:
+def test_memory_stays_flat_while_upstream_is_slow(upstreams: Upstreams, push_enabled_daemon: TwistdDaemon) -> None:
     """The client is held back: what upstream did not take yet stays with the client."""
     gate = threading.Event()
-    upstreams.fake.on("PATCH", "/push/big/", _swallow(gate))
-    before = open_proxy.memory
-    connection = open_proxy.client.connection(FAKE)
+    upstreams.fake.add_rule("PATCH", "/push/big/", _discard_body(gate))
+    memory_before = push_enabled_daemon.resident_bytes
+    connection = push_enabled_daemon.client.new_connection(FAKE)
     try:
         connection.putrequest("PATCH", "/v2/push/big/blobs/uploads/s", skip_accept_encoding=True)
         connection.putheader("Content-Length", str(128 << 20))
         connection.endheaders()
         sent = threading.Event()
-        thread = threading.Thread(target=_send_all, args=(connection, 128, sent), daemon=True)
+        thread = threading.Thread(target=_send_mebibytes, args=(connection, 128, sent), daemon=True)
         thread.start()
         try:
-            eventually(lambda: upstreams.fake.seen("PATCH", "/push/big/"), "the request upstream")
+            wait_until(lambda: upstreams.fake.find_requests("PATCH", "/push/big/"), "the request upstream")
             assert not sent.wait(1.5)  # it cannot be: there is room for 128 MiB nowhere
-            held = open_proxy.memory - before
+            memory_growth = push_enabled_daemon.resident_bytes - memory_before
         finally:
             gate.set()
             thread.join(60)  # before anything is read: more than one must not use a TLS connection
-        answer = wire.read(connection.getresponse())
+        response = wire.read_response(connection.getresponse())
     finally:
         connection.close()
-    assert answer.status == 202
-    assert held < 24 << 20
-    assert upstreams.fake.seen("PATCH", "/push/big/")[0].received == 128 << 20
+    assert response.status == 202
+    assert memory_growth < 24 << 20
+    assert upstreams.fake.find_requests("PATCH", "/push/big/")[0].received_bytes == 128 << 20
 
 
-def test_curl_waits_for_100_continue(upstreams: Upstreams, open_proxy: Proxy, tmp_path: Path) -> None:
-    need("curl")
+def test_curl_waits_for_100_continue(upstreams: Upstreams, push_enabled_daemon: TwistdDaemon, tmp_path: Path) -> None:
+    require_programs("curl")
     file = tmp_path / "layer"
-    file.write_bytes(images.noise(3_000_000, "expect"))
-    done = subprocess.run(
-        ["curl", "-sS", "--fail", "--cacert", str(open_proxy.ca_file), "--proxy", open_proxy.url, "-X", "PATCH",
+    file.write_bytes(images.random_bytes(3_000_000, "expect"))
+    result = subprocess.run(
+        ["curl", "-sS", "--fail", "--cacert", str(push_enabled_daemon.ca_file), "--proxy", push_enabled_daemon.url, "-X", "PATCH",
          "-H", "Expect: 100-continue", "--expect100-timeout", "30", "-T", str(file),
          f"{FAKE}/v2/push/expect/blobs/uploads/s"],
         capture_output=True, text=True, timeout=25, check=False,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert upstreams.fake.seen("PATCH", "/push/expect/")[0].received == 3_000_000
+    assert result.returncode == 0, result.stderr
+    assert upstreams.fake.find_requests("PATCH", "/push/expect/")[0].received_bytes == 3_000_000
 
 
-def test_a_refusal_of_upstreams_comes_back(upstreams: Upstreams, open_proxy: Proxy) -> None:
-    token = open_proxy.client.get(f"{TOKENS}?service=registry.docker.io&scope=repository:library/x:pull,push")
-    assert token.status == 200
-    answer = open_proxy.client.ask(
+def test_upstream_refusal_is_forwarded(upstreams: Upstreams, push_enabled_daemon: TwistdDaemon) -> None:
+    token_response = push_enabled_daemon.client.get(
+        f"{TOKEN_URL}?service=registry.docker.io&scope=repository:library/x:pull,push"
+    )
+    assert token_response.status == 200
+    response = push_enabled_daemon.client.request(
         "POST", "https://registry-1.docker.io/v2/library/x/blobs/uploads/",
-        {"Authorization": f"Bearer {token.json['token']}"},
+        {"Authorization": f"Bearer {token_response.json['token']}"},
     )  # fmt: skip
-    assert (answer.status, answer.error_code) == (401, "UNAUTHORIZED")
+    assert (response.status, response.error_code) == (401, "UNAUTHORIZED")
 
 
-def test_a_refusal_that_comes_before_the_body_is_through(upstreams: Upstreams, open_proxy: Proxy) -> None:
+def test_early_refusal_is_forwarded(upstreams: Upstreams, push_enabled_daemon: TwistdDaemon) -> None:
     """Upstream reads no more after it has answered; the client hears of it while it is still sending."""
-    heard = threading.Event()
-    upstreams.fake.on("PATCH", "/push/early/", _refuse_at_once(heard))
-    connection = open_proxy.client.connection(FAKE)
+    response_received = threading.Event()
+    upstreams.fake.add_rule("PATCH", "/push/early/", _refuse_early(response_received))
+    connection = push_enabled_daemon.client.new_connection(FAKE)
     try:
         connection.putrequest("PATCH", "/v2/push/early/blobs/uploads/s", skip_accept_encoding=True)
         connection.putheader("Content-Length", str(64 << 20))
         connection.endheaders()
         assert isinstance(connection.sock, ssl.SSLSocket)
-        answer = _send_until_answered(connection.sock)
+        response = _send_until_response(connection.sock)
     finally:
-        heard.set()
+        response_received.set()
         connection.close()
-    assert answer.startswith(b"HTTP/1.1 413 ")
-    assert b'"SIZE_INVALID"' in answer
+    assert response.startswith(b"HTTP/1.1 413 ")
+    assert b'"SIZE_INVALID"' in response
 
 
 @pytest.mark.parametrize("framing", ["length", "chunked"])
-def test_a_push_that_breaks_off_is_not_completed(upstreams: Upstreams, open_proxy: Proxy, framing: str) -> None:
-    connection = open_proxy.client.connection(FAKE)
+def test_interrupted_push_is_not_completed(
+    upstreams: Upstreams, push_enabled_daemon: TwistdDaemon, framing: str
+) -> None:
+    connection = push_enabled_daemon.client.new_connection(FAKE)
     path = f"/v2/push/broken-{framing}/blobs/uploads/s"
     connection.putrequest("PATCH", path, skip_accept_encoding=True)
     if framing == "length":
@@ -237,59 +251,62 @@ def test_a_push_that_breaks_off_is_not_completed(upstreams: Upstreams, open_prox
     else:
         connection.putheader("Transfer-Encoding", "chunked")
     connection.endheaders()
-    _send(connection, bytes(100_000), framing)
-    eventually(lambda: any(seen.received for seen in upstreams.fake.seen("PATCH", path)), "the first bytes upstream")
+    _send_framed(connection, bytes(100_000), framing)
+    wait_until(
+        lambda: any(request.received_bytes for request in upstreams.fake.find_requests("PATCH", path)),
+        "the first bytes upstream",
+    )
     connection.close()
-    [seen] = upstreams.fake.seen("PATCH", path)
-    eventually(lambda: seen.ended is not None, "the end of the request upstream")
-    assert seen.status == 0  # the fake registry had nothing that it could answer
+    [seen] = upstreams.fake.find_requests("PATCH", path)
+    wait_until(lambda: seen.ended_event is not None, "the end of the request upstream")
+    assert seen.response_status == 0  # the fake registry had nothing that it could answer
     assert path not in upstreams.fake.uploads
 
 
-def _refuse_at_once(heard: threading.Event) -> Behaviour:
-    def behave(exchange: Exchange, content: Content | None) -> None:
-        refuse(exchange, 413, "SIZE_INVALID")
-        heard.wait(20)
-        exchange.hang_up()
+def _refuse_early(response_received: threading.Event) -> ResponseBehaviour:
+    def respond(exchange: HTTPExchange, content: TypedContent | None) -> None:
+        respond_error(exchange, 413, "SIZE_INVALID")
+        response_received.wait(20)
+        exchange.close_after_response()
 
-    return behave
+    return respond
 
 
-def _send_until_answered(sock: ssl.SSLSocket) -> bytes:
+def _send_until_response(sock: ssl.SSLSocket) -> bytes:
     """Send as fast as it is taken, all in one thread: more than one must not use a TLS connection."""
     sock.setblocking(False)
-    piece, answer = bytes(1 << 16), b""
-    while b"SIZE_INVALID" not in answer:
+    chunk, response = bytes(1 << 16), b""
+    while b"SIZE_INVALID" not in response:
         with contextlib.suppress(ssl.SSLWantWriteError):
-            sock.send(piece)
+            sock.send(chunk)
         try:
             data = sock.recv(1 << 16)
             assert data, "the connection ends without an answer"
-            answer += data
+            response += data
         except ssl.SSLWantReadError:
             select.select([sock], [sock], [], 20)
-    return answer
+    return response
 
 
-def _absolute(origin: str, location: str) -> str:
+def _absolute_url(origin: str, location: str) -> str:
     return location if "://" in location else origin + location
 
 
-def _send(connection: http.client.HTTPConnection, data: bytes, framing: str) -> None:
+def _send_framed(connection: http.client.HTTPConnection, data: bytes, framing: str) -> None:
     connection.send(b"%x\r\n%b\r\n" % (len(data), data) if framing == "chunked" else data)
 
 
-def _send_all(connection: http.client.HTTPConnection, mebibytes: int, sent: threading.Event) -> None:
+def _send_mebibytes(connection: http.client.HTTPConnection, mebibytes: int, sent: threading.Event) -> None:
     for _ in range(mebibytes):
         connection.send(bytes(1 << 20))
     sent.set()
 
 
-def _swallow(gate: threading.Event) -> Behaviour:
-    def behave(exchange: Exchange, content: Content | None) -> None:
+def _discard_body(gate: threading.Event) -> ResponseBehaviour:
+    def respond(exchange: HTTPExchange, content: TypedContent | None) -> None:
         gate.wait(60)
-        for _ in exchange.body():
+        for _ in exchange.read_body():
             pass
-        exchange.answer(202, {"Location": exchange.path, "Range": f"0-{exchange.seen.received - 1}"})
+        exchange.respond(202, {"Location": exchange.path, "Range": f"0-{exchange.request.received_bytes - 1}"})
 
-    return behave
+    return respond

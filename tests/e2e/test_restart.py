@@ -11,80 +11,80 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e.harness.client_factory import ClientFactory
+from tests.e2e.harness.daemon import StartDaemon, TwistdDaemon
+from tests.e2e.harness.fake_registry import ResponseBehaviour, pause_after, throttled
+from tests.e2e.harness.http_server import HTTPExchange
+from tests.e2e.harness.images import ACCEPT_MANIFESTS, TypedContent
+from tests.e2e.harness.process import is_listening, wait_until
+from tests.e2e.harness.upstreams import FAKE, Upstreams
 from tests.e2e.house import images
-from tests.e2e.house.daemon import Proxy, RunProxy
-from tests.e2e.house.fake_registry import Behaviour, gated, paced
-from tests.e2e.house.images import EVERY_MANIFEST, Content
-from tests.e2e.house.machines import Machines
-from tests.e2e.house.process import eventually, listening
-from tests.e2e.house.serving import Exchange
-from tests.e2e.house.upstreams import FAKE, Upstreams
 
 MIB = 1 << 20
-GOOD_END = (0, -signal.SIGTERM)  # twistd ends itself by the signal that it was sent, when all is done
+CLEAN_EXIT_STATUSES = (0, -signal.SIGTERM)  # twistd ends itself by the signal that it was sent, when all is done
 
 
-def test_kill_in_mid_download_and_pull_again(upstreams: Upstreams, run_proxy: RunProxy) -> None:
+def test_interrupted_download_resumes_after_kill(upstreams: Upstreams, start_daemon: StartDaemon) -> None:
     """What lies in the ingest file is taken up by Range, not fetched again."""
-    proxy = run_proxy()
-    data = images.noise(16 * MIB, "killed")
+    daemon = start_daemon()
+    data = images.random_bytes(16 * MIB, "killed")
     digest = upstreams.fake.put_blob("killed", data)
     url = f"{FAKE}/v2/killed/blobs/{digest}"
     gate = threading.Event()
-    upstreams.fake.on("GET", digest, gated(10 * MIB, gate), times=1)
-    with proxy.client.open("GET", url) as response:
+    upstreams.fake.add_rule("GET", digest, pause_after(10 * MIB, gate), times=1)
+    with daemon.client.stream("GET", url) as response:
         assert response.read(9 * MIB) == data[: 9 * MIB]
-        proxy.kill()
+        daemon.kill()
     gate.set()
-    upstreams.fake.behave()
-    proxy.start()
-    answer = proxy.client.get(url)
-    assert (answer.status, answer.body) == (200, data)
-    [again] = upstreams.fake.seen("GET", digest)
-    start = int(again.headers["range"].removeprefix("bytes=").removesuffix("-"))
+    upstreams.fake.reset_rules()
+    daemon.start()
+    second_response = daemon.client.get(url)
+    assert (second_response.status, second_response.body) == (200, data)
+    [upstream_request] = upstreams.fake.find_requests("GET", digest)
+    start = int(upstream_request.headers["range"].removeprefix("bytes=").removesuffix("-"))
     assert 9 * MIB <= start <= 10 * MIB
-    assert proxy.client.get(url).verdict == "HIT"
+    assert daemon.client.get(url).cache_status == "HIT"
 
 
-def test_kill_when_only_the_end_was_missing(upstreams: Upstreams, run_proxy: RunProxy) -> None:
+def test_kill_before_the_final_chunk(upstreams: Upstreams, start_daemon: StartDaemon) -> None:
     """All bytes lie in the ingest file, and nothing follows them upstream: a Range from there on is 416."""
-    proxy = run_proxy()
-    data = images.noise(3 * MIB, "nearly")
+    daemon = start_daemon()
+    data = images.random_bytes(3 * MIB, "nearly")
     digest = upstreams.fake.put_blob("nearly", data)
     url = f"{FAKE}/v2/nearly/blobs/{digest}"
     gate = threading.Event()
-    upstreams.fake.on("GET", digest, _all_but_the_end(gate), times=1)
-    with proxy.client.open("GET", url) as response:
+    upstreams.fake.add_rule("GET", digest, _omit_final_chunk(gate), times=1)
+    with daemon.client.stream("GET", url) as response:
         assert response.read(3 * MIB - 1) == data[:-1]
-        proxy.kill()
+        daemon.kill()
     gate.set()
-    proxy.start()
-    for verdict in ("MISS", "HIT"):
-        answer = proxy.client.get(url)
-        assert (answer.status, answer.body, answer.verdict) == (200, data, verdict)
+    daemon.start()
+    for cache_status in ("MISS", "HIT"):
+        later_response = daemon.client.get(url)
+        assert (later_response.status, later_response.body, later_response.cache_status) == (200, data, cache_status)
 
 
-def test_what_was_under_way_is_damaged_meanwhile(upstreams: Upstreams, run_proxy: RunProxy) -> None:
+def test_corrupted_partial_download_is_fetched_again(upstreams: Upstreams, start_daemon: StartDaemon) -> None:
     """A disk that lost what was written last: the digest tells, and the blob is fetched anew."""
-    proxy = run_proxy()
-    data = images.noise(6 * MIB, "rotten")
+    daemon = start_daemon()
+    data = images.random_bytes(6 * MIB, "rotten")
     digest = upstreams.fake.put_blob("rotten", data)
     url = f"{FAKE}/v2/rotten/blobs/{digest}"
     gate = threading.Event()
-    upstreams.fake.on("GET", digest, gated(4 * MIB, gate), times=1)
-    with proxy.client.open("GET", url) as response:
+    upstreams.fake.add_rule("GET", digest, pause_after(4 * MIB, gate), times=1)
+    with daemon.client.stream("GET", url) as response:
         response.read(3 * MIB)
-        proxy.kill()
+        daemon.kill()
     gate.set()
-    files = [path for path in proxy.state.rglob("*") if path.is_file() and path.stat().st_size >= 3 * MIB]
+    files = [path for path in daemon.state_folder.rglob("*") if path.is_file() and path.stat().st_size >= 3 * MIB]
     assert len(files) == 1
     with files[0].open("r+b") as file:
         file.seek(MIB)
         file.write(bytes(4096))
-    proxy.start()
+    daemon.start()
     for _ in range(3):
         try:
-            if proxy.client.get(url).body == data:
+            if daemon.client.get(url).body == data:
                 break
         except (http.client.IncompleteRead, ConnectionError):
             continue
@@ -93,110 +93,112 @@ def test_what_was_under_way_is_damaged_meanwhile(upstreams: Upstreams, run_proxy
         raise AssertionError("the blob never came")
 
 
-def test_nothing_half_made_is_served_after_many_kills(upstreams: Upstreams, run_proxy: RunProxy) -> None:
-    proxy = run_proxy()
-    data = images.noise(8 * MIB, "killed often")
+def test_no_partial_content_is_served_after_many_kills(upstreams: Upstreams, start_daemon: StartDaemon) -> None:
+    daemon = start_daemon()
+    data = images.random_bytes(8 * MIB, "killed often")
     digest = upstreams.fake.put_blob("often", data)
-    image = images.small("often", layers=4)
+    image = images.build_small_image("often", layers=4)
     upstreams.fake.put("often", "1", image)
-    upstreams.fake.on("GET", digest, paced(40e6))
+    upstreams.fake.add_rule("GET", digest, throttled(40e6))
     urls = [f"{FAKE}/v2/often/manifests/1", *(f"{FAKE}/v2/often/blobs/{blob.digest}" for blob in image.blobs)]
     urls.append(f"{FAKE}/v2/often/blobs/{digest}")
     expected = [image.manifest.data, *(blob.data for blob in image.blobs), data]
-    for amount in (10_000, 2 * MIB, 5 * MIB, 7 * MIB):
+    for byte_count in (10_000, 2 * MIB, 5 * MIB, 7 * MIB):
         with ThreadPoolExecutor(len(urls)) as pool:
-            futures = [pool.submit(_read_some, proxy, url, amount) for url in urls]
+            futures = [pool.submit(_read_partially, daemon, url, byte_count) for url in urls]
             futures[-1].result(30)
-            proxy.kill()
+            daemon.kill()
             for future in futures:
                 future.result(30)
-        proxy.start()
+        daemon.start()
     for url, content in zip(urls, expected, strict=True):
         for _ in range(2):
-            assert proxy.client.get(url, Accept=EVERY_MANIFEST).body == content
+            assert daemon.client.get(url, Accept=ACCEPT_MANIFESTS).body == content
 
 
-def test_sigterm_lets_transfers_finish(upstreams: Upstreams, run_proxy: RunProxy) -> None:
-    proxy = run_proxy()
-    data = images.noise(8 * MIB, "finishing")
+def test_sigterm_lets_transfers_finish(upstreams: Upstreams, start_daemon: StartDaemon) -> None:
+    daemon = start_daemon()
+    data = images.random_bytes(8 * MIB, "finishing")
     digest = upstreams.fake.put_blob("finishing", data)
     gate = threading.Event()
-    upstreams.fake.on("GET", digest, gated(4 * MIB, gate))
+    upstreams.fake.add_rule("GET", digest, pause_after(4 * MIB, gate))
     with ExitStack() as stack:
-        response = stack.enter_context(proxy.client.open("GET", f"{FAKE}/v2/finishing/blobs/{digest}"))
-        begun = response.read(2 * MIB)
-        proxy.terminate()
-        eventually(lambda: not listening(proxy.port), "the end of listening")
-        assert proxy.running
+        response = stack.enter_context(daemon.client.stream("GET", f"{FAKE}/v2/finishing/blobs/{digest}"))
+        first_part = response.read(2 * MIB)
+        daemon.terminate()
+        wait_until(lambda: not is_listening(daemon.port), "the end of listening")
+        assert daemon.running
         gate.set()
-        assert begun + response.read() == data
-    assert proxy.stop() in GOOD_END
-    proxy.start()
-    assert proxy.client.get(f"{FAKE}/v2/finishing/blobs/{digest}").verdict == "HIT"
+        assert first_part + response.read() == data
+    assert daemon.stop() in CLEAN_EXIT_STATUSES
+    daemon.start()
+    assert daemon.client.get(f"{FAKE}/v2/finishing/blobs/{digest}").cache_status == "HIT"
 
 
-def test_sigterm_does_not_wait_for_who_does_nothing(upstreams: Upstreams, run_proxy: RunProxy) -> None:
-    proxy = run_proxy()
-    connections = [proxy.client.connection(FAKE) for _ in range(3)]
+def test_sigterm_does_not_wait_for_idle_connections(upstreams: Upstreams, start_daemon: StartDaemon) -> None:
+    daemon = start_daemon()
+    connections = [daemon.client.new_connection(FAKE) for _ in range(3)]
     try:
         for connection in connections:
             connection.request("GET", "/v2/")
             connection.getresponse().read()
-        assert proxy.stop(timeout=5) in GOOD_END
+        assert daemon.stop(timeout=5) in CLEAN_EXIT_STATUSES
     finally:
         for connection in connections:
             connection.close()
 
 
-def test_a_clean_stop_says_nothing_alarming(run_proxy: RunProxy) -> None:
-    proxy = run_proxy()
-    assert proxy.stop() in GOOD_END
-    assert "rror" not in proxy.text.rpartition("Received SIGTERM")[2]
+def test_clean_stop_logs_no_errors(start_daemon: StartDaemon) -> None:
+    daemon = start_daemon()
+    assert daemon.stop() in CLEAN_EXIT_STATUSES
+    assert "rror" not in daemon.output_text.rpartition("Received SIGTERM")[2]
 
 
 @pytest.mark.parametrize("kill", [False, True], ids=["stopped", "killed"])
-def test_docker_pulls_after_a_restart_from_disk(
-    upstreams: Upstreams, run_proxy: RunProxy, machines: Machines, kill: bool
+def test_docker_pulls_from_cache_after_a_restart(
+    upstreams: Upstreams, start_daemon: StartDaemon, clients: ClientFactory, kill: bool
 ) -> None:
-    proxy = run_proxy()
-    upstreams.on_hub("library/survivor", "1", images.small("survivor", oci=False))
-    machines.docker(proxy).do("pull", "survivor:1")
-    proxy.restart(kill=kill)
-    upstreams.hub.forget()
-    machines.docker(proxy).do("pull", "survivor:1")
-    assert upstreams.hub.seen("GET", "/blobs/") == []
+    daemon = start_daemon()
+    upstreams.push_to_hub("library/survivor", "1", images.build_small_image("survivor", oci=False))
+    clients.docker(daemon).run_checked("pull", "survivor:1")
+    daemon.restart(kill=kill)
+    upstreams.hub.clear_log()
+    clients.docker(daemon).run_checked("pull", "survivor:1")
+    assert upstreams.hub.find_requests("GET", "/blobs/") == []
 
 
-def test_no_file_is_left_behind(upstreams: Upstreams, run_proxy: RunProxy) -> None:
+def test_no_temporary_files_are_left(upstreams: Upstreams, start_daemon: StartDaemon) -> None:
     """A download that failed for good leaves no ingest file, and no temporary one."""
-    proxy = run_proxy()
-    digest = upstreams.fake.put_blob("tidy", images.noise(MIB, "tidy"))
-    assert proxy.client.get(f"{FAKE}/v2/tidy/blobs/{digest}").status == 200
+    daemon = start_daemon()
+    digest = upstreams.fake.put_blob("tidy", images.random_bytes(MIB, "tidy"))
+    assert daemon.client.get(f"{FAKE}/v2/tidy/blobs/{digest}").status == 200
 
-    def large() -> list[Path]:
-        return [path for path in (proxy.state / "cache").rglob("*") if path.is_file() and path.stat().st_size >= MIB]
+    def large_files() -> list[Path]:
+        return [
+            path for path in (daemon.state_folder / "cache").rglob("*") if path.is_file() and path.stat().st_size >= MIB
+        ]
 
-    assert len(large()) == 1
-    proxy.restart(kill=True)
-    assert len(large()) == 1
+    assert len(large_files()) == 1
+    daemon.restart(kill=True)
+    assert len(large_files()) == 1
 
 
-def _read_some(proxy: Proxy, url: str, amount: int) -> None:
+def _read_partially(daemon: TwistdDaemon, url: str, byte_count: int) -> None:
     """Read the beginning; the other end may go away in the middle of it."""
     try:
-        with proxy.client.open("GET", url, {"Accept": EVERY_MANIFEST}) as response:
-            response.read(amount)
+        with daemon.client.stream("GET", url, {"Accept": ACCEPT_MANIFESTS}) as response:
+            response.read(byte_count)
     except (http.client.HTTPException, OSError):
         pass
 
 
-def _all_but_the_end(gate: threading.Event) -> Behaviour:
+def _omit_final_chunk(gate: threading.Event) -> ResponseBehaviour:
     """Send the whole in chunks, and wait before the last chunk, the empty one."""
 
-    def behave(exchange: Exchange, content: Content | None) -> None:
+    def respond(exchange: HTTPExchange, content: TypedContent | None) -> None:
         assert content is not None
-        exchange.begin(200, {"Content-Type": content.media_type, "Transfer-Encoding": "chunked"})
+        exchange.send_head(200, {"Content-Type": content.media_type, "Transfer-Encoding": "chunked"})
         exchange.send_chunk(content.data)
         gate.wait(60)
 
-    return behave
+    return respond

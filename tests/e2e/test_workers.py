@@ -19,70 +19,70 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e.harness.daemon import twistd_argv
+from tests.e2e.harness.fake_registry import pause_after
+from tests.e2e.harness.http_client import BufferedResponse, read_response, request_directly
+from tests.e2e.harness.images import OCI_MANIFEST, SampleImage, TypedContent, sha256_digest
+from tests.e2e.harness.multi_process import WORKERS, MultiProcessDaemon, all_exited, open_file_targets, request_on
+from tests.e2e.harness.process import is_listening, wait_until
+from tests.e2e.harness.upstreams import FAKE, HUB, TOKEN_URL, Upstreams
 from tests.e2e.house import images
-from tests.e2e.house.daemon import twistd
-from tests.e2e.house.fake_registry import gated
-from tests.e2e.house.images import OCI_MANIFEST, Content, Image, sha256
-from tests.e2e.house.process import eventually, listening
-from tests.e2e.house.several import WORKERS, Several, ask, gone, open_files
-from tests.e2e.house.upstreams import FAKE, HUB, TOKENS, Upstreams
-from tests.e2e.house.wire import Answer, read, request
 
 MIB = 1 << 20
-HALF = MIB  # bytes of an upload: enough for some of it to be written
-GOOD_END = (0, -signal.SIGTERM)
+HALF_UPLOAD = MIB  # bytes of an upload: enough for some of it to be written
+CLEAN_EXIT_STATUSES = (0, -signal.SIGTERM)
 
-RunSeveral = Callable[..., Several]
+StartMultiProcessDaemon = Callable[..., MultiProcessDaemon]
 
 
 @pytest.fixture(scope="module")
-def several(upstreams: Upstreams, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Several]:
+def daemon(upstreams: Upstreams, tmp_path_factory: pytest.TempPathFactory) -> Iterator[MultiProcessDaemon]:
     """A daemon that none of the tests harms."""
-    proxy = Several(tmp_path_factory.mktemp("several"), upstreams.settings)
-    with proxy.running_for(lambda: upstreams.secrets):
-        yield proxy
+    multi_process_daemon = MultiProcessDaemon(tmp_path_factory.mktemp("several"), upstreams.settings)
+    with multi_process_daemon.run_and_check_log(lambda: upstreams.secrets):
+        yield multi_process_daemon
 
 
 @pytest.fixture
-def run_several(upstreams: Upstreams, tmp_path: Path) -> Iterator[RunSeveral]:
+def start_daemon(upstreams: Upstreams, tmp_path: Path) -> Iterator[StartMultiProcessDaemon]:
     """Return a function that starts a daemon for one test, which need not be there at the end."""
-    running: list[Several] = []
+    daemons: list[MultiProcessDaemon] = []
 
-    def run(*options: str, without: tuple[str, ...] = (), **settings: str) -> Several:
-        proxy = Several(tmp_path / "several", {**upstreams.settings, **settings})
-        for name in without:
-            del proxy.environment[name]
-        proxy.argv += options
-        running.append(proxy)
-        proxy.start()
-        return proxy
+    def start(*options: str, unset: tuple[str, ...] = (), **settings: str) -> MultiProcessDaemon:
+        daemon = MultiProcessDaemon(tmp_path / "several", {**upstreams.settings, **settings})
+        for name in unset:
+            del daemon.environment[name]
+        daemon.argv += options
+        daemons.append(daemon)
+        daemon.start()
+        return daemon
 
-    yield run
-    for proxy in running:
-        pids = proxy.processes if proxy.running else []
-        proxy.stop()
-        assert gone(pids)
-        proxy.check_log(upstreams.secrets)
+    yield start
+    for daemon in daemons:
+        pids = daemon.serving_pids if daemon.running else []
+        daemon.stop()
+        assert all_exited(pids)
+        daemon.check_log(upstreams.secrets)
 
 
-class Blob:
+class GatedBlob:
     """A blob upstream, which stops after `gate_at` bytes for as long as the gate is shut."""
 
     def __init__(self, upstreams: Upstreams, name: str, size: int, gate_at: int, times: int | None = None) -> None:
         self.fake = upstreams.fake
-        self.data = images.noise(size, name)
+        self.data = images.random_bytes(size, name)
         self.digest = self.fake.put_blob(name, self.data)
         self.url = f"{FAKE}/v2/{name}/blobs/{self.digest}"
         self.path = f"/v2/{name}/blobs/{self.digest}"
         self.gate = threading.Event()
-        self.fake.on("GET", self.digest, gated(gate_at, self.gate), times=times)
+        self.fake.add_rule("GET", self.digest, pause_after(gate_at, self.gate), times=times)
 
     @property
-    def asked_for(self) -> list[str | None]:
+    def requested_ranges(self) -> list[str | None]:
         """The ranges that were asked for."""
-        return [seen.headers.get("range") for seen in self.fake.seen("GET", self.digest)]
+        return [request.headers.get("range") for request in self.fake.find_requests("GET", self.digest)]
 
-    def begin(self, connection: http.client.HTTPConnection) -> http.client.HTTPResponse:
+    def start_download(self, connection: http.client.HTTPConnection) -> http.client.HTTPResponse:
         """Ask for it, and read its first MiB."""
         connection.request("GET", self.path)
         response = connection.getresponse()
@@ -93,216 +93,231 @@ class Blob:
 # one daemon to its clients
 
 
-def test_all_processes_serve(several: Several) -> None:
-    assert len(several.processes) == WORKERS
-    with several.one_each(FAKE) as connections, several.one_each_hosted() as hosted:
-        for connection in (*connections.values(), *hosted.values()):
-            assert ask(connection, "GET", "/v2/").status == 200
+def test_all_processes_serve(daemon: MultiProcessDaemon) -> None:
+    assert len(daemon.serving_pids) == WORKERS
+    with (
+        daemon.connection_to_each_process(FAKE) as connections,
+        daemon.hosted_connection_to_each_process() as hosted_connections,
+    ):
+        for connection in (*connections.values(), *hosted_connections.values()):
+            assert request_on(connection, "GET", "/v2/").status == 200
 
 
-def test_connections_are_spread_evenly(several: Several) -> None:
+def test_connections_are_balanced(daemon: MultiProcessDaemon) -> None:
     with ExitStack() as stack:
-        owners = []
+        pids = []
         for _ in range(4 * WORKERS):
-            connection = several.client.connection(FAKE)
+            connection = daemon.client.new_connection(FAKE)
             stack.callback(connection.close)
-            owners.append(several.connect(connection))
-        assert {owners.count(pid) for pid in several.processes} == {4}
+            pids.append(daemon.connect_and_get_pid(connection))
+        assert {pids.count(pid) for pid in daemon.serving_pids} == {4}
 
 
-def test_the_metrics_are_those_of_all(upstreams: Upstreams, run_several: RunSeveral) -> None:
+def test_metrics_are_aggregated(upstreams: Upstreams, start_daemon: StartMultiProcessDaemon) -> None:
     """Whoever is asked. What one that was killed had counted is not lost, and its successor goes on from there."""
-    daemon = run_several()
+    daemon = start_daemon()
     blob = upstreams.fake.put_blob("counted/by/all", b"content")
     path = f"/v2/counted/by/all/blobs/{blob}"
 
-    def told() -> list[dict[str, str]]:
+    def scrape_each_process() -> list[dict[str, str]]:
         """Return the metrics that each process tells."""
-        found = []
-        with daemon.one_each_hosted() as connections:
+        metrics = []
+        with daemon.hosted_connection_to_each_process() as connections:
             for connection in connections.values():
-                answer = ask(connection, "GET", "/metrics")
-                assert answer.status == 200 and answer.headers["content-type"].startswith("text/plain; version=0.0.4")
-                lines = [line for line in answer.body.decode().splitlines() if not line.startswith("#")]
+                response = request_on(connection, "GET", "/metrics")
+                assert response.status == 200 and response.headers["content-type"].startswith(
+                    "text/plain; version=0.0.4"
+                )
+                lines = [line for line in response.body.decode().splitlines() if not line.startswith("#")]
                 # Without what this counts itself.
-                found.append(dict(line.rsplit(" ", 1) for line in lines if 'verdict="-"' not in line))
-        return found
+                metrics.append(dict(line.rsplit(" ", 1) for line in lines if 'verdict="-"' not in line))
+        return metrics
 
-    def hits() -> set[int]:
-        return {int(each['dockerproxy_requests_total{verdict="HIT",code="2xx"}']) for each in told()}
+    def count_hits() -> set[int]:
+        return {
+            int(metrics['dockerproxy_requests_total{verdict="HIT",code="2xx"}']) for metrics in scrape_each_process()
+        }
 
-    def ask_all() -> None:
-        with daemon.one_each(FAKE) as connections:
+    def request_from_each_process() -> None:
+        with daemon.connection_to_each_process(FAKE) as connections:
             for connection in connections.values():
-                assert ask(connection, "GET", path).body == b"content"
+                assert request_on(connection, "GET", path).body == b"content"
 
-    ask_all()
-    ask_all()
-    eventually(lambda: hits() == {2 * WORKERS - 1}, "all are counted")
-    counted, *others = told()
-    assert others == [counted] * (WORKERS - 1)
-    assert counted['dockerproxy_requests_total{verdict="MISS",code="2xx"}'] == "1"
-    assert counted['dockerproxy_sent_bytes_total{verdict="HIT"}'] == str(len(b"content") * (2 * WORKERS - 1))
-    assert int(counted["dockerproxy_cache_bytes"]) == len(b"content")
-    before = daemon.processes
-    os.kill(before[-1], signal.SIGKILL)
-    eventually(lambda: daemon.text.count(" serves") == WORKERS, "another one serves in its place")
-    assert hits() == {2 * WORKERS - 1}
-    ask_all()
-    eventually(lambda: hits() == {3 * WORKERS - 1}, "all are counted on")
+    request_from_each_process()
+    request_from_each_process()
+    wait_until(lambda: count_hits() == {2 * WORKERS - 1}, "all are counted")
+    first_metrics, *other_metrics = scrape_each_process()
+    assert other_metrics == [first_metrics] * (WORKERS - 1)
+    assert first_metrics['dockerproxy_requests_total{verdict="MISS",code="2xx"}'] == "1"
+    assert first_metrics['dockerproxy_sent_bytes_total{verdict="HIT"}'] == str(len(b"content") * (2 * WORKERS - 1))
+    assert int(first_metrics["dockerproxy_cache_bytes"]) == len(b"content")
+    pids_before = daemon.serving_pids
+    os.kill(pids_before[-1], signal.SIGKILL)
+    wait_until(lambda: daemon.output_text.count(" serves") == WORKERS, "another one serves in its place")
+    assert count_hits() == {2 * WORKERS - 1}
+    request_from_each_process()
+    wait_until(lambda: count_hits() == {3 * WORKERS - 1}, "all are counted on")
 
 
-def test_twenty_cold_clients_of_all_processes_and_one_download(upstreams: Upstreams, several: Several) -> None:
+def test_clients_of_all_processes_share_one_download(upstreams: Upstreams, daemon: MultiProcessDaemon) -> None:
     """The upstream stops after 4 MiB until all clients have begun."""
-    blob = Blob(upstreams, "twenty/of/all", 24 * MIB, 4 * MIB)
+    blob = GatedBlob(upstreams, "twenty/of/all", 24 * MIB, 4 * MIB)
     with ExitStack() as stack, ThreadPoolExecutor(20) as pool:
-        connections = [several.client.connection(FAKE) for _ in range(20)]
-        owners = []
+        connections = [daemon.client.new_connection(FAKE) for _ in range(20)]
+        pids = []
         for connection in connections:
             stack.callback(connection.close)
-            owners.append(several.connect(connection))
-        assert min(owners.count(pid) for pid in several.processes) >= 5
-        responses = list(pool.map(blob.begin, connections))
+            pids.append(daemon.connect_and_get_pid(connection))
+        assert min(pids.count(pid) for pid in daemon.serving_pids) >= 5
+        responses = list(pool.map(blob.start_download, connections))
         blob.gate.set()
-        digests = list(pool.map(lambda response: sha256(blob.data[:MIB] + response.read()), responses))
+        digests = list(pool.map(lambda response: sha256_digest(blob.data[:MIB] + response.read()), responses))
     assert digests == [blob.digest] * 20
-    assert blob.asked_for == [None]
-    verdicts = sorted(response.headers["X-Cache"] for response in responses)
-    assert verdicts == ["JOINED"] * 19 + ["MISS"]
-    with several.one_each(FAKE) as each:
-        assert [ask(connection, "HEAD", blob.path).verdict for connection in each.values()] == ["HIT"] * WORKERS
+    assert blob.requested_ranges == [None]
+    cache_statuses = sorted(response.headers["X-Cache"] for response in responses)
+    assert cache_statuses == ["JOINED"] * 19 + ["MISS"]
+    with daemon.connection_to_each_process(FAKE) as by_pid:
+        assert [request_on(connection, "HEAD", blob.path).cache_status for connection in by_pid.values()] == [
+            "HIT"
+        ] * WORKERS
 
 
-def test_twenty_at_the_very_same_time(upstreams: Upstreams, several: Several) -> None:
+def test_simultaneous_requests_share_one_download(upstreams: Upstreams, daemon: MultiProcessDaemon) -> None:
     """Who fetches it is decided between the processes, several times over."""
     with ExitStack() as stack, ThreadPoolExecutor(20) as pool:
-        connections = [several.client.connection(FAKE) for _ in range(20)]
+        connections = [daemon.client.new_connection(FAKE) for _ in range(20)]
         for connection in connections:
             stack.callback(connection.close)
             connection.connect()
         for number in range(10):
-            data = images.noise(300_000, f"same time {number}")
+            data = images.random_bytes(300_000, f"same time {number}")
             digest = upstreams.fake.put_blob("same/time", data)
             path = f"/v2/same/time/blobs/{digest}"
-            answers = list(pool.map(lambda connection, path=path: ask(connection, "GET", path), connections))
-            assert {(answer.status, sha256(answer.body)) for answer in answers} == {(200, digest)}
-            assert len(upstreams.fake.seen("GET", digest)) == 1
+            responses = list(pool.map(lambda connection, path=path: request_on(connection, "GET", path), connections))
+            assert {(response.status, sha256_digest(response.body)) for response in responses} == {(200, digest)}
+            assert len(upstreams.fake.find_requests("GET", digest)) == 1
 
 
 # who dies
 
 
-def test_the_worker_that_downloads_is_killed(upstreams: Upstreams, run_several: RunSeveral) -> None:
-    proxy = run_several()
-    blob = Blob(upstreams, "killed/worker", 12 * MIB, 6 * MIB, times=1)
-    before = proxy.processes
-    with proxy.one_each(FAKE) as connections:
-        leader = before[1]
-        responses = {pid: blob.begin(connections[pid]) for pid in (leader, before[0], before[2])}
-        assert len(blob.asked_for) == 1
-        os.kill(leader, signal.SIGKILL)
+def test_downloading_worker_is_killed(upstreams: Upstreams, start_daemon: StartMultiProcessDaemon) -> None:
+    daemon = start_daemon()
+    blob = GatedBlob(upstreams, "killed/worker", 12 * MIB, 6 * MIB, times=1)
+    pids_before = daemon.serving_pids
+    with daemon.connection_to_each_process(FAKE) as connections:
+        downloading_pid = pids_before[1]
+        responses = {
+            pid: blob.start_download(connections[pid]) for pid in (downloading_pid, pids_before[0], pids_before[2])
+        }
+        assert len(blob.requested_ranges) == 1
+        os.kill(downloading_pid, signal.SIGKILL)
         with pytest.raises((http.client.IncompleteRead, ConnectionError)):
-            responses[leader].read()
-        for pid in (before[0], before[2]):
+            responses[downloading_pid].read()
+        for pid in (pids_before[0], pids_before[2]):
             assert responses[pid].read() == blob.data[MIB:]
     blob.gate.set()
-    _, resumed = blob.asked_for
-    assert resumed is not None
-    assert MIB <= int(resumed.removeprefix("bytes=").removesuffix("-")) <= 6 * MIB
-    eventually(lambda: proxy.text.count("worker 1 serves") == 2, "the worker is replaced")
-    assert leader not in proxy.processes
-    with proxy.one_each(FAKE) as each:
-        assert [ask(connection, "HEAD", blob.path).verdict for connection in each.values()] == ["HIT"] * WORKERS
+    _, resumed_range = blob.requested_ranges
+    assert resumed_range is not None
+    assert MIB <= int(resumed_range.removeprefix("bytes=").removesuffix("-")) <= 6 * MIB
+    wait_until(lambda: daemon.output_text.count("worker 1 serves") == 2, "the worker is replaced")
+    assert downloading_pid not in daemon.serving_pids
+    with daemon.connection_to_each_process(FAKE) as by_pid:
+        assert [request_on(connection, "HEAD", blob.path).cache_status for connection in by_pid.values()] == [
+            "HIT"
+        ] * WORKERS
 
 
-def test_the_first_process_is_killed(upstreams: Upstreams, run_several: RunSeveral) -> None:
-    proxy = run_several()
-    blob = Blob(upstreams, "killed/first", 12 * MIB, 6 * MIB, times=1)
-    serving = proxy.processes
-    pids = [*serving, proxy.fork_server]
-    with proxy.one_each(FAKE) as connections:
-        responses = [blob.begin(connections[pid]) for pid in reversed(serving)]  # a worker downloads
-        proxy.kill()
+def test_main_process_is_killed(upstreams: Upstreams, start_daemon: StartMultiProcessDaemon) -> None:
+    daemon = start_daemon()
+    blob = GatedBlob(upstreams, "killed/first", 12 * MIB, 6 * MIB, times=1)
+    serving_pids = daemon.serving_pids
+    pids = [*serving_pids, daemon.fork_server_pid]
+    with daemon.connection_to_each_process(FAKE) as connections:
+        responses = [blob.start_download(connections[pid]) for pid in reversed(serving_pids)]  # a worker downloads
+        daemon.kill()
         for response in responses:
             with pytest.raises((http.client.IncompleteRead, ConnectionError)):
                 response.read()
-    eventually(lambda: gone(pids), "the workers end with the first process, as does who started them")
+    wait_until(lambda: all_exited(pids), "the workers end with the first process, as does who started them")
     blob.gate.set()
-    proxy.start()
-    with proxy.one_each(FAKE) as connections:
+    daemon.start()
+    with daemon.connection_to_each_process(FAKE) as connections:
         for connection in connections.values():
-            assert ask(connection, "GET", blob.path).body == blob.data
-    _, resumed = blob.asked_for
-    assert resumed is not None and resumed.startswith("bytes=")
-    assert list((proxy.state / "cache" / "staging").iterdir()) == []
-    assert proxy.stop() in GOOD_END
+            assert request_on(connection, "GET", blob.path).body == blob.data
+    _, resumed_range = blob.requested_ranges
+    assert resumed_range is not None and resumed_range.startswith("bytes=")
+    assert list((daemon.state_folder / "cache" / "staging").iterdir()) == []
+    assert daemon.stop() in CLEAN_EXIT_STATUSES
 
 
-def test_the_fork_server_is_killed(upstreams: Upstreams, run_several: RunSeveral) -> None:
+def test_fork_server_is_killed(upstreams: Upstreams, start_daemon: StartMultiProcessDaemon) -> None:
     """All go on, and who ends then is not replaced; the others have its clients."""
-    proxy = run_several()
-    blob = Blob(upstreams, "killed/fork/server", 12 * MIB, 6 * MIB, times=1)
-    with proxy.one_each(FAKE) as connections:
-        serving, fork_server = list(connections), proxy.fork_server
-        responses = [blob.begin(connection) for connection in connections.values()]
-        os.kill(fork_server, signal.SIGKILL)
-        eventually(lambda: "the fork server has ended" in proxy.text, "it is said")
+    daemon = start_daemon()
+    blob = GatedBlob(upstreams, "killed/fork/server", 12 * MIB, 6 * MIB, times=1)
+    with daemon.connection_to_each_process(FAKE) as connections:
+        serving_pids, fork_server_pid = list(connections), daemon.fork_server_pid
+        responses = [blob.start_download(connection) for connection in connections.values()]
+        os.kill(fork_server_pid, signal.SIGKILL)
+        wait_until(lambda: "the fork server has ended" in daemon.output_text, "it is said")
         blob.gate.set()
         assert [response.read() for response in responses] == [blob.data[MIB:]] * WORKERS
-        os.kill(serving[1], signal.SIGKILL)
-        eventually(lambda: "worker 1 ended" in proxy.text, "it is missed")
-    assert "and is not replaced" in proxy.text
+        os.kill(serving_pids[1], signal.SIGKILL)
+        wait_until(lambda: "worker 1 ended" in daemon.output_text, "it is missed")
+    assert "and is not replaced" in daemon.output_text
     for _ in range(2 * WORKERS):
-        assert proxy.client.get(blob.url).body == blob.data
-    assert proxy.stop() in GOOD_END
-    assert gone([*serving, fork_server])
+        assert daemon.client.get(blob.url).body == blob.data
+    assert daemon.stop() in CLEAN_EXIT_STATUSES
+    assert all_exited([*serving_pids, fork_server_pid])
 
 
 # sessions
 
 
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
-def test_a_tls_session_of_one_process_is_resumed_by_all(run_several: RunSeveral, version: ssl.TLSVersion) -> None:
+def test_tls_session_is_resumed_by_all_processes(
+    start_daemon: StartMultiProcessDaemon, version: ssl.TLSVersion
+) -> None:
     """So it is by who replaces a worker; but not for another host."""
-    proxy = run_several()
-    context = ssl.create_default_context(cafile=str(proxy.ca_file))
+    daemon = start_daemon()
+    context = ssl.create_default_context(cafile=str(daemon.ca_file))
     context.maximum_version = version
 
-    def visit(host: str, session: ssl.SSLSession | None) -> tuple[int, ssl.SSLSession, bool]:
+    def connect_with_session(host: str, session: ssl.SSLSession | None) -> tuple[int, ssl.SSLSession, bool]:
         """Return which process it was, the session, and whether it was resumed."""
-        connection = http.client.HTTPSConnection("127.0.0.1", proxy.port, context=context, timeout=60)
-        plain = socket.create_connection(("127.0.0.1", proxy.port), timeout=60)
-        plain.sendall(f"CONNECT {host}:443 HTTP/1.1\r\nHost: {host}:443\r\n\r\n".encode())
-        assert plain.recv(1000).startswith(b"HTTP/1.1 200 ")
-        with context.wrap_socket(plain, server_hostname=host, session=session) as connection.sock:
-            assert ask(connection, "GET", "/v2/").status in (200, 401)
-            owner = proxy.owner(connection)
-            assert owner is not None and connection.sock.session is not None
-            return owner, connection.sock.session, bool(connection.sock.session_reused)
+        connection = http.client.HTTPSConnection("127.0.0.1", daemon.port, context=context, timeout=60)
+        tcp_socket = socket.create_connection(("127.0.0.1", daemon.port), timeout=60)
+        tcp_socket.sendall(f"CONNECT {host}:443 HTTP/1.1\r\nHost: {host}:443\r\n\r\n".encode())
+        assert tcp_socket.recv(1000).startswith(b"HTTP/1.1 200 ")
+        with context.wrap_socket(tcp_socket, server_hostname=host, session=session) as connection.sock:
+            assert request_on(connection, "GET", "/v2/").status in (200, 401)
+            pid = daemon.pid_serving(connection)
+            assert pid is not None and connection.sock.session is not None
+            return pid, connection.sock.session, bool(connection.sock.session_reused)
 
-    def visit_all(session: ssl.SSLSession | None) -> dict[int, tuple[ssl.SSLSession, bool]]:
-        found: dict[int, tuple[ssl.SSLSession, bool]] = {}
+    def connect_to_all(session: ssl.SSLSession | None) -> dict[int, tuple[ssl.SSLSession, bool]]:
+        by_pid: dict[int, tuple[ssl.SSLSession, bool]] = {}
         with ExitStack() as stack:
             for _ in range(4 * WORKERS):
-                pid, *rest = visit(hostname(FAKE), session)
-                found[pid] = rest[0], rest[1]
-                idle = proxy.client.connection(FAKE)  # the next one goes on to another process
-                stack.callback(idle.close)
-                proxy.connect(idle)
-        return found
+                pid, *rest = connect_with_session(hostname(FAKE), session)
+                by_pid[pid] = rest[0], rest[1]
+                idle_connection = daemon.client.new_connection(FAKE)  # the next one goes on to another process
+                stack.callback(idle_connection.close)
+                daemon.connect_and_get_pid(idle_connection)
+        return by_pid
 
     context.check_hostname = False
-    first = visit(hostname(FAKE), None)
-    assert not first[2]
-    again = visit_all(first[1])
-    assert [resumed for _, resumed in again.values()] == [True] * WORKERS
-    worker = proxy.processes[1]
+    first_visit = connect_with_session(hostname(FAKE), None)
+    assert not first_visit[2]
+    sessions = connect_to_all(first_visit[1])
+    assert [resumed for _, resumed in sessions.values()] == [True] * WORKERS
+    worker = daemon.serving_pids[1]
     os.kill(worker, signal.SIGKILL)
-    eventually(lambda: proxy.text.count("worker 1 serves") == 2, "the worker is replaced")
-    again = visit_all(first[1])
-    assert worker not in again
-    assert [resumed for _, resumed in again.values()] == [True] * WORKERS
-    assert not visit(hostname(HUB), first[1])[2]
+    wait_until(lambda: daemon.output_text.count("worker 1 serves") == 2, "the worker is replaced")
+    sessions = connect_to_all(first_visit[1])
+    assert worker not in sessions
+    assert [resumed for _, resumed in sessions.values()] == [True] * WORKERS
+    assert not connect_with_session(hostname(HUB), first_visit[1])[2]
 
 
 # how it stops
@@ -310,94 +325,98 @@ def test_a_tls_session_of_one_process_is_resumed_by_all(run_several: RunSeveral,
 
 @pytest.mark.parametrize("to_all", [False, True], ids=["the first process", "all processes"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_asked_to_stop_the_transfers_of_all_finish(
-    upstreams: Upstreams, run_several: RunSeveral, number: signal.Signals, to_all: bool
+def test_stop_lets_transfers_of_all_processes_finish(
+    upstreams: Upstreams, start_daemon: StartMultiProcessDaemon, signal_number: signal.Signals, signal_all: bool
 ) -> None:
     """A terminal's Ctrl-C goes to all processes, as SIGTERM does by systemd."""
-    proxy = run_several()
-    blob = Blob(upstreams, f"finishing/{number.name.lower()}/{to_all}".lower(), 8 * MIB, 4 * MIB)
-    pids = proxy.processes
-    with proxy.one_each(FAKE) as connections:
-        responses = [blob.begin(connection) for connection in connections.values()]
-        for pid in reversed(pids) if to_all else pids[:1]:
-            os.kill(pid, number)
-        proxy._asked_to_end = True
-        eventually(lambda: not listening(proxy.port), "the end of listening")
-        assert proxy.processes == pids
+    daemon = start_daemon()
+    blob = GatedBlob(upstreams, f"finishing/{signal_number.name.lower()}/{signal_all}".lower(), 8 * MIB, 4 * MIB)
+    pids = daemon.serving_pids
+    with daemon.connection_to_each_process(FAKE) as connections:
+        responses = [blob.start_download(connection) for connection in connections.values()]
+        for pid in reversed(pids) if signal_all else pids[:1]:
+            os.kill(pid, signal_number)
+        daemon._terminating = True
+        wait_until(lambda: not is_listening(daemon.port), "the end of listening")
+        assert daemon.serving_pids == pids
         blob.gate.set()
         for response in responses:
             assert response.read() == blob.data[MIB:]
-    assert proxy.stop() in (0, -number)
-    assert gone(pids)
-    assert "rror" not in proxy.text.rpartition(f"Received {number.name}")[2]
-    assert " ended (" not in proxy.text
+    assert daemon.stop() in (0, -signal_number)
+    assert all_exited(pids)
+    assert "rror" not in daemon.output_text.rpartition(f"Received {signal_number.name}")[2]
+    assert " ended (" not in daemon.output_text
 
 
-def test_asked_to_stop_with_nothing_to_do_it_ends_at_once(run_several: RunSeveral) -> None:
-    proxy = run_several()
-    pids = proxy.processes
-    with proxy.one_each(FAKE) as connections:
+def test_stop_while_idle_is_immediate(start_daemon: StartMultiProcessDaemon) -> None:
+    daemon = start_daemon()
+    pids = daemon.serving_pids
+    with daemon.connection_to_each_process(FAKE) as connections:
         for connection in connections.values():
-            ask(connection, "GET", "/v2/")
-        assert proxy.stop(timeout=5) in GOOD_END
-    assert gone(pids)
+            request_on(connection, "GET", "/v2/")
+        assert daemon.stop(timeout=5) in CLEAN_EXIT_STATUSES
+    assert all_exited(pids)
 
 
-def test_asked_twice_all_break_off(upstreams: Upstreams, run_several: RunSeveral) -> None:
-    proxy = run_several()
-    blob = Blob(upstreams, "twice", 8 * MIB, 4 * MIB)
-    pids = proxy.processes
-    with proxy.one_each(FAKE) as connections:
-        responses = [blob.begin(connection) for connection in connections.values()]
-        proxy.terminate()
-        eventually(lambda: not listening(proxy.port), "the end of listening")
-        proxy.signal(signal.SIGTERM)
+def test_second_signal_aborts_transfers(upstreams: Upstreams, start_daemon: StartMultiProcessDaemon) -> None:
+    daemon = start_daemon()
+    blob = GatedBlob(upstreams, "twice", 8 * MIB, 4 * MIB)
+    pids = daemon.serving_pids
+    with daemon.connection_to_each_process(FAKE) as connections:
+        responses = [blob.start_download(connection) for connection in connections.values()]
+        daemon.terminate()
+        wait_until(lambda: not is_listening(daemon.port), "the end of listening")
+        daemon.send_signal(signal.SIGTERM)
         for response in responses:
             with pytest.raises((http.client.IncompleteRead, ConnectionError)):
                 response.read()
-        assert proxy.stop(timeout=10) in GOOD_END
+        assert daemon.stop(timeout=10) in CLEAN_EXIT_STATUSES
     blob.gate.set()
-    assert gone(pids)
+    assert all_exited(pids)
 
 
-def test_asked_to_stop_while_the_workers_start(run_several: RunSeveral) -> None:
-    proxy = run_several()
-    proxy.stop()
-    proxy.launch()
-    eventually(lambda: listening(proxy.port), "it listens")
-    pids = proxy.processes
-    assert proxy.stop(timeout=10) in GOOD_END
-    eventually(lambda: gone(pids), "who was starting ends as well")
+def test_stop_while_workers_start(start_daemon: StartMultiProcessDaemon) -> None:
+    daemon = start_daemon()
+    daemon.stop()
+    daemon.launch()
+    wait_until(lambda: is_listening(daemon.port), "it listens")
+    pids = daemon.serving_pids
+    assert daemon.stop(timeout=10) in CLEAN_EXIT_STATUSES
+    wait_until(lambda: all_exited(pids), "who was starting ends as well")
 
 
 # what changes
 
 
-def test_a_reload_reaches_all(upstreams: Upstreams, run_several: RunSeveral, tmp_path: Path) -> None:
+def test_reload_applies_to_all_processes(
+    upstreams: Upstreams, start_daemon: StartMultiProcessDaemon, tmp_path: Path
+) -> None:
     file = tmp_path / "environment"
     file.write_text("")
-    proxy = run_several(f"--env-file={file}", without=("REGISTRIES",))
+    daemon = start_daemon(f"--env-file={file}", without=("REGISTRIES",))
     digest = upstreams.fake.put_blob("reloaded", b"content")
     path = f"/v2/reloaded/blobs/{digest}?ns=fake.test"
-    with proxy.one_each_hosted() as connections:
-        assert [ask(connection, "GET", path).status for connection in connections.values()] == [404] * WORKERS
+    with daemon.hosted_connection_to_each_process() as connections:
+        assert [request_on(connection, "GET", path).status for connection in connections.values()] == [404] * WORKERS
         file.write_text(f"REGISTRIES=fake.test\nCACHE_DIR={tmp_path}/elsewhere\n")
-        proxy.signal(signal.SIGHUP)
-        eventually(lambda: "reloaded: " in proxy.text, "the reload")
+        daemon.send_signal(signal.SIGHUP)
+        wait_until(lambda: "reloaded: " in daemon.output_text, "the reload")
         for connection in connections.values():
-            eventually(lambda one=connection: ask(one, "GET", path).status == 200, "it is served")
-    worker = proxy.processes[1]
+            wait_until(lambda one=connection: request_on(one, "GET", path).status == 200, "it is served")
+    worker = daemon.serving_pids[1]
     os.kill(worker, signal.SIGKILL)
-    eventually(lambda: proxy.text.count("worker 1 serves") == 2, "the worker is replaced")
-    with proxy.one_each_hosted() as connections:
-        assert [ask(connection, "GET", path).body for connection in connections.values()] == [b"content"] * WORKERS
-    assert "CACHE_DIR has changed, which takes effect at the next start only" in proxy.text
+    wait_until(lambda: daemon.output_text.count("worker 1 serves") == 2, "the worker is replaced")
+    with daemon.hosted_connection_to_each_process() as connections:
+        assert [request_on(connection, "GET", path).body for connection in connections.values()] == [
+            b"content"
+        ] * WORKERS
+    assert "CACHE_DIR has changed, which takes effect at the next start only" in daemon.output_text
     assert not (tmp_path / "elsewhere").exists()
     file.write_text("REGISTRIES=a/b\n")
-    proxy.signal(signal.SIGHUP)
-    eventually(lambda: "not reloaded" in proxy.text, "the reload that cannot be")
-    with proxy.one_each_hosted() as connections:
-        assert [ask(connection, "GET", path).status for connection in connections.values()] == [200] * WORKERS
+    daemon.send_signal(signal.SIGHUP)
+    wait_until(lambda: "not reloaded" in daemon.output_text, "the reload that cannot be")
+    with daemon.hosted_connection_to_each_process() as connections:
+        assert [request_on(connection, "GET", path).status for connection in connections.values()] == [200] * WORKERS
 
 
 # the hosted registry
@@ -407,350 +426,408 @@ def hostname(url: str) -> str:
     return url.partition("//")[2]
 
 
-def session(location: str) -> str:
+def upload_path(location: str) -> str:
     return location.partition("?")[0]
 
 
-def test_a_push_whose_requests_alternate_between_processes(several: Several) -> None:
-    data = images.noise(3_000_000, "alternating")
-    pieces = [data[start : start + 500_000] for start in range(0, len(data), 500_000)]
-    config = Content("application/vnd.oci.image.config.v1+json", b"{}")
-    layer = Content("application/vnd.oci.image.layer.v1.tar", data)
-    image = images.of_blobs(config, [layer])
-    with several.one_each_hosted() as connections:
-        turns = iter([*connections.values()] * 20)
-        for blob, chunks in ((config, [config.data]), (layer, pieces)):
-            where = session(ask(next(turns), "POST", "/v2/alternating/blobs/uploads/").headers["location"])
+def test_push_alternates_between_processes(daemon: MultiProcessDaemon) -> None:
+    data = images.random_bytes(3_000_000, "alternating")
+    layer_chunks = [data[start : start + 500_000] for start in range(0, len(data), 500_000)]
+    config = TypedContent("application/vnd.oci.image.config.v1+json", b"{}")
+    layer = TypedContent("application/vnd.oci.image.layer.v1.tar", data)
+    image = images.build_image_from_blobs(config, [layer])
+    with daemon.hosted_connection_to_each_process() as connections:
+        connection_cycle = iter([*connections.values()] * 20)
+        for blob, chunks in ((config, [config.data]), (layer, layer_chunks)):
+            upload = upload_path(
+                request_on(next(connection_cycle), "POST", "/v2/alternating/blobs/uploads/").headers["location"]
+            )
             size = 0
             for chunk in chunks:
                 content_range = f"{size}-{size + len(chunk) - 1}"
-                answer = ask(next(turns), "PATCH", where, chunk, {"Content-Range": content_range})
+                response = request_on(next(connection_cycle), "PATCH", upload, chunk, {"Content-Range": content_range})
                 size += len(chunk)
-                assert (answer.status, answer.headers["range"]) == (202, f"0-{size - 1}")
-            assert ask(next(turns), "GET", where).headers["range"] == f"0-{size - 1}"
-            refused = ask(next(turns), "PATCH", where, b"x", {"Content-Range": f"{size + 5}-{size + 5}"})
-            assert refused.status == 416
-            assert ask(next(turns), "PUT", f"{where}?digest={blob.digest}").status == 201
-            assert ask(next(turns), "GET", where).status == 404
+                assert (response.status, response.headers["range"]) == (202, f"0-{size - 1}")
+            assert request_on(next(connection_cycle), "GET", upload).headers["range"] == f"0-{size - 1}"
+            rejection = request_on(
+                next(connection_cycle), "PATCH", upload, b"x", {"Content-Range": f"{size + 5}-{size + 5}"}
+            )
+            assert rejection.status == 416
+            assert request_on(next(connection_cycle), "PUT", f"{upload}?digest={blob.digest}").status == 201
+            assert request_on(next(connection_cycle), "GET", upload).status == 404
         manifest = image.manifest
-        put = ask(next(turns), "PUT", "/v2/alternating/manifests/1", manifest.data, {"Content-Type": OCI_MANIFEST})
-        assert put.status == 201
+        put_response = request_on(
+            next(connection_cycle), "PUT", "/v2/alternating/manifests/1", manifest.data, {"Content-Type": OCI_MANIFEST}
+        )
+        assert put_response.status == 201
         for connection in connections.values():
-            assert ask(connection, "GET", "/v2/alternating/manifests/1").body == manifest.data
-            assert ask(connection, "GET", f"/v2/alternating/blobs/{layer.digest}").body == data
+            assert request_on(connection, "GET", "/v2/alternating/manifests/1").body == manifest.data
+            assert request_on(connection, "GET", f"/v2/alternating/blobs/{layer.digest}").body == data
 
 
-def test_one_request_at_a_time_writes_to_an_upload(several: Several) -> None:
-    with several.one_each_hosted() as connections:
-        one, other, third = connections.values()
-        where = session(ask(one, "POST", "/v2/busy/blobs/uploads/").headers["location"])
-        other.putrequest("PATCH", where)
-        other.putheader("Content-Length", str(2 * HALF))
-        other.endheaders()
-        other.send(b"a" * HALF)
-        eventually(lambda: ask(one, "GET", where).headers["range"] != "0-0", "some of it")
-        assert ask(third, "PATCH", where, b"xyz").status not in (200, 202)
-        other.send(b"b" * HALF)
-        assert read(other.getresponse()).status == 202
-        assert ask(third, "PUT", f"{where}?digest={sha256(b'a' * HALF + b'b' * HALF)}").status == 201
+def test_concurrent_upload_writes_are_rejected(daemon: MultiProcessDaemon) -> None:
+    with daemon.hosted_connection_to_each_process() as connections:
+        first_connection, second_connection, third_connection = connections.values()
+        upload = upload_path(request_on(first_connection, "POST", "/v2/busy/blobs/uploads/").headers["location"])
+        second_connection.putrequest("PATCH", upload)
+        second_connection.putheader("Content-Length", str(2 * HALF_UPLOAD))
+        second_connection.endheaders()
+        second_connection.send(b"a" * HALF_UPLOAD)
+        wait_until(lambda: request_on(first_connection, "GET", upload).headers["range"] != "0-0", "some of it")
+        assert request_on(third_connection, "PATCH", upload, b"xyz").status not in (200, 202)
+        second_connection.send(b"b" * HALF_UPLOAD)
+        assert read_response(second_connection.getresponse()).status == 202
+        assert (
+            request_on(
+                third_connection, "PUT", f"{upload}?digest={sha256_digest(b'a' * HALF_UPLOAD + b'b' * HALF_UPLOAD)}"
+            ).status
+            == 201
+        )
 
 
-def test_two_push_the_same_tag_at_once(several: Several) -> None:
-    config = _push_blob(several, "contested", b"{}")
+def test_concurrent_pushes_of_the_same_tag(daemon: MultiProcessDaemon) -> None:
+    response = _push_blob(daemon, "contested", b"{}")
     variants = [
-        images.of_blobs(Content("application/vnd.oci.image.config.v1+json", b"{}"), [], subject=subject)
-        for subject in (None, Content(OCI_MANIFEST, b"x"), Content(OCI_MANIFEST, b"y"))
+        images.build_image_from_blobs(
+            TypedContent("application/vnd.oci.image.config.v1+json", b"{}"), [], subject=subject
+        )
+        for subject in (None, TypedContent(OCI_MANIFEST, b"x"), TypedContent(OCI_MANIFEST, b"y"))
     ]
-    assert config.status == 201
-    with several.one_each_hosted() as connections, ThreadPoolExecutor(WORKERS) as pool:
+    assert response.status == 201
+    with daemon.hosted_connection_to_each_process() as connections, ThreadPoolExecutor(WORKERS) as pool:
 
-        def push(connection: http.client.HTTPConnection, image: Image) -> list[int]:
+        def push(connection: http.client.HTTPConnection, image: SampleImage) -> list[int]:
             content = image.manifest
             headers = {"Content-Type": OCI_MANIFEST}
             target = "/v2/contested/manifests/1"
-            return [ask(connection, "PUT", target, content.data, headers).status for _ in range(20)]
+            return [request_on(connection, "PUT", target, content.data, headers).status for _ in range(20)]
 
         statuses = list(pool.map(push, connections.values(), variants))
         assert statuses == [[201] * 20] * WORKERS
-        seen = {ask(connection, "GET", "/v2/contested/manifests/1").body for connection in connections.values()}
-        assert len(seen) == 1 and seen <= {variant.manifest.data for variant in variants}
+        bodies = {
+            request_on(connection, "GET", "/v2/contested/manifests/1").body for connection in connections.values()
+        }
+        assert len(bodies) == 1 and bodies <= {variant.manifest.data for variant in variants}
         for connection in connections.values():
-            for variant, subject in zip(variants, (None, sha256(b"x"), sha256(b"y")), strict=True):
-                assert ask(connection, "GET", f"/v2/contested/manifests/{variant.digest}").body == variant.manifest.data
+            for variant, subject in zip(variants, (None, sha256_digest(b"x"), sha256_digest(b"y")), strict=True):
+                assert (
+                    request_on(connection, "GET", f"/v2/contested/manifests/{variant.digest}").body
+                    == variant.manifest.data
+                )
                 if subject is not None:
-                    listed = ask(connection, "GET", f"/v2/contested/referrers/{subject}").json["manifests"]
-                    assert [entry["digest"] for entry in listed] == [variant.digest]
+                    descriptors = request_on(connection, "GET", f"/v2/contested/referrers/{subject}").json["manifests"]
+                    assert [descriptor["digest"] for descriptor in descriptors] == [variant.digest]
 
 
-def test_referrers_that_come_and_go_by_other_processes(several: Several) -> None:
-    _push_blob(several, "referring", b"{}")
-    subject = Content(OCI_MANIFEST, b"the subject")
-    config = Content("application/vnd.oci.image.config.v1+json", b"{}")
+def test_referrers_are_consistent_across_processes(daemon: MultiProcessDaemon) -> None:
+    _push_blob(daemon, "referring", b"{}")
+    subject = TypedContent(OCI_MANIFEST, b"the subject")
+    config = TypedContent("application/vnd.oci.image.config.v1+json", b"{}")
     referrers = [
-        images.of_blobs(config, [Content(f"application/x.{number}", b"{}")], subject=subject) for number in range(9)
+        images.build_image_from_blobs(config, [TypedContent(f"application/x.{number}", b"{}")], subject=subject)
+        for number in range(9)
     ]
     path = f"/v2/referring/referrers/{subject.digest}"
     expected: set[str] = set()
-    with several.one_each_hosted() as connections:
-        each = list(connections.values())
+    with daemon.hosted_connection_to_each_process() as connections:
+        connection_list = list(connections.values())
 
-        def check() -> None:
-            for connection in each:
-                assert {entry["digest"] for entry in ask(connection, "GET", path).json["manifests"]} == expected
+        def check_referrers() -> None:
+            for connection in connection_list:
+                assert {
+                    descriptor["digest"] for descriptor in request_on(connection, "GET", path).json["manifests"]
+                } == expected
 
         for number, image in enumerate(referrers):
             target = f"/v2/referring/manifests/{image.digest}"
             headers = {"Content-Type": OCI_MANIFEST}
-            assert ask(each[number % WORKERS], "PUT", target, image.manifest.data, headers).status == 201
+            assert (
+                request_on(connection_list[number % WORKERS], "PUT", target, image.manifest.data, headers).status == 201
+            )
             expected.add(image.digest)
-            check()
+            check_referrers()
         for number, image in enumerate(referrers):
             target = f"/v2/referring/manifests/{image.digest}"
-            assert ask(each[(number + 1) % WORKERS], "DELETE", target).status == 202
+            assert request_on(connection_list[(number + 1) % WORKERS], "DELETE", target).status == 202
             expected.discard(image.digest)
-            check()
+            check_referrers()
 
 
-def test_what_the_command_removes_is_gone_for_all(upstreams: Upstreams, several: Several) -> None:
-    image = images.small("removed")
-    _push(several, "removed", "1", image)
+def test_cli_removal_applies_to_all_processes(upstreams: Upstreams, daemon: MultiProcessDaemon) -> None:
+    image = images.build_small_image("removed")
+    push_image(daemon, "removed", "1", image)
     upstreams.fake.put("removed", "1", image)
     blob = f"/v2/removed/blobs/{image.layers[0].digest}"
-    headers = {"Accept": images.EVERY_MANIFEST}
-    with several.one_each_hosted() as hosted, several.one_each(FAKE) as cached:
-        for connection in hosted.values():
-            assert ask(connection, "GET", "/v2/removed/manifests/1").status == 200
-        done = several.command("rm", "removed:1")
-        assert done.returncode == 0, done.stderr
-        assert [ask(connection, "GET", "/v2/removed/manifests/1").status for connection in hosted.values()] == [404] * 3
-        for connection in cached.values():
-            assert ask(connection, "GET", "/v2/removed/manifests/1", headers=headers).status == 200
-        asked = [ask(connection, "GET", blob).verdict for connection in cached.values()]
-        assert asked == ["MISS", "HIT", "HIT"]
-        done = several.command("rm", f"fake.test/removed@{image.layers[0].digest}", "fake.test/removed:1")
-        assert done.returncode == 0, done.stderr
+    headers = {"Accept": images.ACCEPT_MANIFESTS}
+    with (
+        daemon.hosted_connection_to_each_process() as hosted_connections,
+        daemon.connection_to_each_process(FAKE) as proxied_connections,
+    ):
+        for connection in hosted_connections.values():
+            assert request_on(connection, "GET", "/v2/removed/manifests/1").status == 200
+        result = daemon.run_cli("rm", "removed:1")
+        assert result.returncode == 0, result.stderr
+        assert [
+            request_on(connection, "GET", "/v2/removed/manifests/1").status
+            for connection in hosted_connections.values()
+        ] == [404] * 3
+        for connection in proxied_connections.values():
+            assert request_on(connection, "GET", "/v2/removed/manifests/1", headers=headers).status == 200
+        cache_statuses = [
+            request_on(connection, "GET", blob).cache_status for connection in proxied_connections.values()
+        ]
+        assert cache_statuses == ["MISS", "HIT", "HIT"]
+        result = daemon.run_cli("rm", f"fake.test/removed@{image.layers[0].digest}", "fake.test/removed:1")
+        assert result.returncode == 0, result.stderr
         upstreams.fake.requests.clear()
-        asked = [ask(connection, "GET", blob).verdict for connection in cached.values()]
-        assert asked == ["MISS", "HIT", "HIT"]
+        cache_statuses = [
+            request_on(connection, "GET", blob).cache_status for connection in proxied_connections.values()
+        ]
+        assert cache_statuses == ["MISS", "HIT", "HIT"]
 
 
-def test_what_a_worker_wrote_is_counted_and_leaves_the_cache(upstreams: Upstreams, run_several: RunSeveral) -> None:
-    proxy = run_several(CACHE_MAX_SIZE="10m")
-    digests = [upstreams.fake.put_blob("crowded", images.noise(3 * MIB, f"crowded {number}")) for number in range(7)]
-    with proxy.one_each(FAKE) as connections:
-        each = list(connections.values())
+def test_worker_writes_count_towards_cache_size(upstreams: Upstreams, start_daemon: StartMultiProcessDaemon) -> None:
+    daemon = start_daemon(CACHE_MAX_SIZE="10m")
+    digests = [
+        upstreams.fake.put_blob("crowded", images.random_bytes(3 * MIB, f"crowded {number}")) for number in range(7)
+    ]
+    with daemon.connection_to_each_process(FAKE) as connections:
+        connection_list = list(connections.values())
         for number, digest in enumerate(digests):
-            assert ask(each[number % WORKERS], "GET", f"/v2/crowded/blobs/{digest}").status == 200
+            assert request_on(connection_list[number % WORKERS], "GET", f"/v2/crowded/blobs/{digest}").status == 200
 
-        def kept() -> list[bool]:
-            folder = proxy.state / "cache/docker/registry/v2/blobs/sha256"
+        def blobs_present() -> list[bool]:
+            folder = daemon.state_folder / "cache/docker/registry/v2/blobs/sha256"
             return [(folder / digest[7:9] / digest[7:] / "data").exists() for digest in digests]
 
-        eventually(lambda: kept() == [False] * 4 + [True] * 3, "the oldest leave")
-        status = proxy.command("ls", "--json")
+        wait_until(lambda: blobs_present() == [False] * 4 + [True] * 3, "the oldest leave")
+        status = daemon.run_cli("ls", "--json")
         assert status.returncode == 0, status.stderr
 
 
-def test_garbage_collection_and_a_push_by_another_process(several: Several) -> None:
+def test_garbage_collection_during_a_push(daemon: MultiProcessDaemon) -> None:
     """Blobs that were pushed long ago are used by a push again: one is not, and goes."""
-    image = images.small("collected")
-    forgotten = b"forgotten"
-    for content in (*(blob.data for blob in image.blobs), forgotten):
-        assert _push_blob(several, "collected", content).status == 201
-    blobs = several.state / "registry/docker/registry/v2/blobs/sha256"
+    image = images.build_small_image("collected")
+    unreferenced = b"forgotten"
+    for content in (*(blob.data for blob in image.blobs), unreferenced):
+        assert _push_blob(daemon, "collected", content).status == 201
+    blobs = daemon.state_folder / "registry/docker/registry/v2/blobs/sha256"
     for path in blobs.rglob("data"):
         os.utime(path, (time.time() - 7200,) * 2)
-    with several.one_each_hosted() as connections:
-        *others, worker = connections.values()
-        where = session(ask(worker, "POST", "/v2/collected/blobs/uploads/").headers["location"])
-        worker.putrequest("PATCH", where)
-        worker.putheader("Content-Length", str(2 * HALF))
-        worker.endheaders()
-        worker.send(b"a" * HALF)
+    with daemon.hosted_connection_to_each_process() as connections:
+        *other_connections, worker_connection = connections.values()
+        upload = upload_path(request_on(worker_connection, "POST", "/v2/collected/blobs/uploads/").headers["location"])
+        worker_connection.putrequest("PATCH", upload)
+        worker_connection.putheader("Content-Length", str(2 * HALF_UPLOAD))
+        worker_connection.endheaders()
+        worker_connection.send(b"a" * HALF_UPLOAD)
         for blob in image.blobs:
-            assert ask(others[1], "HEAD", f"/v2/collected/blobs/{blob.digest}").status == 200
-        done = several.command("gc", "--delete-untagged", "--grace", "5m")
-        assert done.returncode == 0, done.stderr
+            assert request_on(other_connections[1], "HEAD", f"/v2/collected/blobs/{blob.digest}").status == 200
+        result = daemon.run_cli("gc", "--delete-untagged", "--grace", "5m")
+        assert result.returncode == 0, result.stderr
         manifest = image.manifest
-        for connection in others:
-            assert ask(connection, "GET", f"/v2/collected/blobs/{sha256(forgotten)}").status == 404
-            put = ask(connection, "PUT", "/v2/collected/manifests/1", manifest.data, {"Content-Type": OCI_MANIFEST})
-            assert put.status == 201
-        worker.send(b"b" * HALF)
-        assert read(worker.getresponse()).status == 202
-        assert ask(worker, "PUT", f"{where}?digest={sha256(b'a' * HALF + b'b' * HALF)}").status == 201
+        for connection in other_connections:
+            assert request_on(connection, "GET", f"/v2/collected/blobs/{sha256_digest(unreferenced)}").status == 404
+            response = request_on(
+                connection, "PUT", "/v2/collected/manifests/1", manifest.data, {"Content-Type": OCI_MANIFEST}
+            )
+            assert response.status == 201
+        worker_connection.send(b"b" * HALF_UPLOAD)
+        assert read_response(worker_connection.getresponse()).status == 202
+        assert (
+            request_on(
+                worker_connection, "PUT", f"{upload}?digest={sha256_digest(b'a' * HALF_UPLOAD + b'b' * HALF_UPLOAD)}"
+            ).status
+            == 201
+        )
         for blob in image.blobs:
-            assert ask(worker, "GET", f"/v2/collected/blobs/{blob.digest}").body == blob.data
+            assert request_on(worker_connection, "GET", f"/v2/collected/blobs/{blob.digest}").body == blob.data
 
 
-def test_pushes_and_collections_all_the_time(several: Several) -> None:
+def test_concurrent_pushes_and_garbage_collections(daemon: MultiProcessDaemon) -> None:
     """Pushes through all processes, each image of which is pulled by another, while collection follows collection."""
     stop = threading.Event()
 
     def collect() -> int:
         count = 0
         while not stop.is_set():
-            done = several.command("gc", "--delete-untagged", "--grace", "2m")
-            assert done.returncode == 0, done.stderr
+            result = daemon.run_cli("gc", "--delete-untagged", "--grace", "2m")
+            assert result.returncode == 0, result.stderr
             count += 1
         return count
 
-    with several.one_each_hosted() as connections, ThreadPoolExecutor(WORKERS + 1) as pool:
-        each = list(connections.values())
-        collecting = pool.submit(collect)
+    with daemon.hosted_connection_to_each_process() as connections, ThreadPoolExecutor(WORKERS + 1) as pool:
+        connection_list = list(connections.values())
+        collector = pool.submit(collect)
         try:
             for number in range(12):
-                image = images.small(f"always {number}", size=1000)
-                _push(several, f"always/{number % 4}", str(number), image, each)
-                puller = each[number % WORKERS]
+                image = images.build_small_image(f"always {number}", size=1000)
+                push_image(daemon, f"always/{number % 4}", str(number), image, connection_list)
+                pull_connection = connection_list[number % WORKERS]
                 for blob in image.blobs:
-                    assert ask(puller, "GET", f"/v2/always/{number % 4}/blobs/{blob.digest}").body == blob.data
+                    assert (
+                        request_on(pull_connection, "GET", f"/v2/always/{number % 4}/blobs/{blob.digest}").body
+                        == blob.data
+                    )
         finally:
             stop.set()
-        assert collecting.result(60) >= 1
-    checked = several.command("check")
-    assert checked.returncode == 0, checked.stdout + checked.stderr
+        assert collector.result(60) >= 1
+    check_result = daemon.run_cli("check")
+    assert check_result.returncode == 0, check_result.stdout + check_result.stderr
 
 
-def test_users_are_those_of_the_file_in_all(run_several: RunSeveral, tmp_path: Path) -> None:
+def test_htpasswd_changes_apply_to_all_processes(start_daemon: StartMultiProcessDaemon, tmp_path: Path) -> None:
     import bcrypt
 
-    def write(*users: str) -> None:
-        hashed = bcrypt.hashpw(b"word", bcrypt.gensalt(4)).decode()
-        new = tmp_path / "htpasswd.new"
-        new.write_text("".join(f"{user}:{hashed}\n" for user in users))
-        new.rename(tmp_path / "htpasswd")
+    def write_htpasswd(*users: str) -> None:
+        password_hash = bcrypt.hashpw(b"word", bcrypt.gensalt(4)).decode()
+        new_file = tmp_path / "htpasswd.new"
+        new_file.write_text("".join(f"{user}:{password_hash}\n" for user in users))
+        new_file.rename(tmp_path / "htpasswd")
 
-    def statuses(user: str) -> list[int]:
+    def request_statuses(user: str) -> list[int]:
         login = {"Authorization": f"Basic {_base64(f'{user}:word')}"}
-        return [ask(connection, "GET", "/v2/", headers=login).status for connection in connections.values()]
+        return [request_on(connection, "GET", "/v2/", headers=login).status for connection in connections.values()]
 
-    write("alice")
-    proxy = run_several(HTPASSWD_FILE=str(tmp_path / "htpasswd"))
-    with proxy.one_each_hosted() as connections:
-        assert (statuses("alice"), statuses("bob")) == ([200] * WORKERS, [401] * WORKERS)
-        write("bob")
-        assert (statuses("alice"), statuses("bob")) == ([401] * WORKERS, [200] * WORKERS)
+    write_htpasswd("alice")
+    daemon = start_daemon(HTPASSWD_FILE=str(tmp_path / "htpasswd"))
+    with daemon.hosted_connection_to_each_process() as connections:
+        assert (request_statuses("alice"), request_statuses("bob")) == ([200] * WORKERS, [401] * WORKERS)
+        write_htpasswd("bob")
+        assert (request_statuses("alice"), request_statuses("bob")) == ([401] * WORKERS, [200] * WORKERS)
 
 
-def test_a_token_of_one_process_is_good_for_all(run_several: RunSeveral, tmp_path: Path) -> None:
+def test_token_is_valid_in_all_processes(start_daemon: StartMultiProcessDaemon, tmp_path: Path) -> None:
     import bcrypt
 
     (tmp_path / "htpasswd").write_text(f"alice:{bcrypt.hashpw(b'word', bcrypt.gensalt(4)).decode()}\n")
-    proxy = run_several(HTPASSWD_FILE=str(tmp_path / "htpasswd"), ANONYMOUS_PULL="true")
+    daemon = start_daemon(HTPASSWD_FILE=str(tmp_path / "htpasswd"), ANONYMOUS_PULL="true")
     login = {"Authorization": f"Basic {_base64('alice:word')}"}
-    with proxy.one_each_hosted() as connections:
+    with daemon.hosted_connection_to_each_process() as connections:
         for connection in connections.values():
-            token = ask(connection, "GET", "/v2/token", headers=login).json["token"]
-            for other in connections.values():
-                pushed = ask(other, "POST", "/v2/a/blobs/uploads/", headers={"Authorization": f"Bearer {token}"})
-                assert pushed.status == 202
+            token = request_on(connection, "GET", "/v2/token", headers=login).json["token"]
+            for other_connection in connections.values():
+                response = request_on(
+                    other_connection, "POST", "/v2/a/blobs/uploads/", headers={"Authorization": f"Bearer {token}"}
+                )
+                assert response.status == 202
 
 
-def test_a_token_of_upstreams_is_its_clients_in_all(upstreams: Upstreams, several: Several) -> None:
+def test_upstream_token_is_known_to_all_processes(upstreams: Upstreams, daemon: MultiProcessDaemon) -> None:
     """Alice got it through one process. What she may have of the cache, the others know of her, without upstream."""
-    image = upstreams.on_hub("alice/everywhere", "1", images.small("everywhere"), owners={"alice"})
+    image = upstreams.push_to_hub("alice/everywhere", "1", images.build_small_image("everywhere"), owners={"alice"})
     path = f"/v2/alice/everywhere/blobs/{image.layers[0].digest}"
     query = "service=registry.docker.io&scope=repository:alice/everywhere:pull"
-    login = {"Authorization": upstreams.basic_login("alice")}
-    with several.one_each(TOKENS) as realms, several.one_each(HUB) as connections:
-        realm, getter = list(realms.values())[1], list(connections.values())[1]
-        token = {"Authorization": f"Bearer {ask(realm, 'GET', f'/token?{query}', headers=login).json['token']}"}
-        assert ask(getter, "GET", path, headers=token).status == 200
-        with upstreams.away():
+    login = {"Authorization": upstreams.basic_authorization("alice")}
+    with (
+        daemon.connection_to_each_process(TOKEN_URL) as realm_connections,
+        daemon.connection_to_each_process(HUB) as connections,
+    ):
+        realm_connection, registry_connection = list(realm_connections.values())[1], list(connections.values())[1]
+        token = {
+            "Authorization": f"Bearer {request_on(realm_connection, 'GET', f'/token?{query}', headers=login).json['token']}"
+        }
+        assert request_on(registry_connection, "GET", path, headers=token).status == 200
+        with upstreams.stopped():
             for connection in connections.values():
-                eventually(lambda one=connection: ask(one, "GET", path, headers=token).verdict == "HIT", "it is known")
+                wait_until(
+                    lambda one=connection: request_on(one, "GET", path, headers=token).cache_status == "HIT",
+                    "it is known",
+                )
 
 
 # how it is started, and its log
 
 
-def test_sockets_of_systemd(upstreams: Upstreams, run_several: RunSeveral, tmp_path: Path) -> None:
-    door = socket.create_server(("127.0.0.1", 0))
-    plain = socket.create_server(("127.0.0.1", 0))
-    notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-    notify.bind(str(tmp_path / "notify"))
-    notify.settimeout(30)
-    proxy = Several(tmp_path / "several", upstreams.settings)
-    proxy.port, proxy.plain_port = door.getsockname()[1], plain.getsockname()[1]
-    proxy.environment |= {
+def test_systemd_socket_activation(upstreams: Upstreams, start_daemon: StartMultiProcessDaemon, tmp_path: Path) -> None:
+    proxy_socket = socket.create_server(("127.0.0.1", 0))
+    http_socket = socket.create_server(("127.0.0.1", 0))
+    notify_socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    notify_socket.bind(str(tmp_path / "notify"))
+    notify_socket.settimeout(30)
+    daemon = MultiProcessDaemon(tmp_path / "several", upstreams.settings)
+    daemon.port, daemon.http_port = proxy_socket.getsockname()[1], http_socket.getsockname()[1]
+    daemon.environment |= {
         "PROXY_LISTEN": "systemd:domain=INET:name=proxy",
         "REGISTRY_HTTP_LISTEN": "systemd:domain=INET:name=http",
         "LISTEN_FDS": "2",
         "LISTEN_FDNAMES": "proxy:http",
         "NOTIFY_SOCKET": str(tmp_path / "notify"),
     }
-    numbers = (door.fileno(), plain.fileno())
-    script = f'export LISTEN_PID=$$; exec 23<&{numbers[0]} 24<&{numbers[1]} 3<&23 4<&24; exec "$@"'
-    for number in numbers:
-        os.set_inheritable(number, True)
+    descriptors = (proxy_socket.fileno(), http_socket.fileno())
+    script = f'export LISTEN_PID=$$; exec 23<&{descriptors[0]} 24<&{descriptors[1]} 3<&23 4<&24; exec "$@"'
+    for descriptor in descriptors:
+        os.set_inheritable(descriptor, True)
     log = (tmp_path / "several/log").open("ab")
     with subprocess.Popen(
-        ["bash", "-c", script, "bash", *proxy.argv], env=proxy.environment, cwd=proxy.folder,
-        pass_fds=numbers, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+        ["bash", "-c", script, "bash", *daemon.argv], env=daemon.environment, cwd=daemon.folder,
+        pass_fds=descriptors, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
     ) as process:  # fmt: skip
         try:
-            proxy._popen = process
-            assert notify.recv(65536).startswith(b"READY=1")
-            eventually(lambda: proxy.text.count(" serves") == WORKERS - 1, "all workers serve")
-            proxy.ca_file.write_bytes(request("GET", proxy.url + "/ca.crt").body)
+            daemon._popen = process
+            assert notify_socket.recv(65536).startswith(b"READY=1")
+            wait_until(lambda: daemon.output_text.count(" serves") == WORKERS - 1, "all workers serve")
+            daemon.ca_file.write_bytes(request_directly("GET", daemon.url + "/ca.crt").body)
             digest = upstreams.fake.put_blob("handed/in", b"content")
-            with proxy.one_each(FAKE) as connections, proxy.one_each_hosted() as hosted:
+            with (
+                daemon.connection_to_each_process(FAKE) as connections,
+                daemon.hosted_connection_to_each_process() as hosted_connections,
+            ):
                 for connection in connections.values():
-                    assert ask(connection, "GET", f"/v2/handed/in/blobs/{digest}").body == b"content"
-                for connection in hosted.values():
-                    assert ask(connection, "GET", "/v2/").status == 200
-            handed_in = {f"socket:[{os.fstat(one.fileno()).st_ino}]" for one in (door, plain)}
-            for pid in (proxy.fork_server, *proxy.processes[1:]):
-                assert not handed_in & open_files(pid)
-            pids = proxy.processes
+                    assert request_on(connection, "GET", f"/v2/handed/in/blobs/{digest}").body == b"content"
+                for connection in hosted_connections.values():
+                    assert request_on(connection, "GET", "/v2/").status == 200
+            passed_sockets = {f"socket:[{os.fstat(sock.fileno()).st_ino}]" for sock in (proxy_socket, http_socket)}
+            for pid in (daemon.fork_server_pid, *daemon.serving_pids[1:]):
+                assert not passed_sockets & open_file_targets(pid)
+            pids = daemon.serving_pids
             process.terminate()
-            assert notify.recv(65536).startswith(b"STOPPING=1")
-            assert process.wait(30) in GOOD_END
-            assert gone(pids)
+            assert notify_socket.recv(65536).startswith(b"STOPPING=1")
+            assert process.wait(30) in CLEAN_EXIT_STATUSES
+            assert all_exited(pids)
         finally:
             process.kill()
-            for one in (door, plain, notify):
+            for one in (proxy_socket, http_socket, notify_socket):
                 one.close()
     log.close()
 
 
-def test_a_log_of_json_of_all(run_several: RunSeveral) -> None:
-    proxy = run_several(LOG_FORMAT="json")
-    with proxy.one_each_hosted() as connections:
+def test_json_log_of_all_processes(start_daemon: StartMultiProcessDaemon) -> None:
+    daemon = start_daemon(LOG_FORMAT="json")
+    with daemon.hosted_connection_to_each_process() as connections:
         for number, connection in enumerate(connections.values()):
-            ask(connection, "GET", f"/v2/log/{number}/tags/list")
-        eventually(lambda: proxy.text.count('"path": "/v2/log/') == WORKERS, "the log of all")
-    lines = [json.loads(line) for line in proxy.text.splitlines()]
+            request_on(connection, "GET", f"/v2/log/{number}/tags/list")
+        wait_until(lambda: daemon.output_text.count('"path": "/v2/log/') == WORKERS, "the log of all")
+    lines = [json.loads(line) for line in daemon.output_text.splitlines()]
     paths = [line["path"] for line in lines if line["namespace"] == "dockerproxy.access" and "/log/" in line["path"]]
     assert sorted(paths) == [f"/v2/log/{number}/tags/list" for number in range(WORKERS)]
 
 
 @pytest.mark.parametrize("log_format", ["text", "json"])
-def test_as_a_daemon_with_a_log_file(upstreams: Upstreams, tmp_path: Path, log_format: str) -> None:
+def test_daemonized_with_a_log_file(upstreams: Upstreams, tmp_path: Path, log_format: str) -> None:
     """twistd goes to the background, and what workers log goes into the file as what the first process does."""
-    proxy = Several(tmp_path / "several", {**upstreams.settings, "LOG_FORMAT": log_format})
+    daemon = MultiProcessDaemon(tmp_path / "several", {**upstreams.settings, "LOG_FORMAT": log_format})
     log, pid_file = tmp_path / "the.log", tmp_path / "the.pid"
-    program = [part for part in twistd() if not part.startswith("--")]
+    program = [part for part in twistd_argv() if not part.startswith("--")]
     subprocess.run(
         [*program, f"--logfile={log}", f"--pidfile={pid_file}", "dockerproxy"],
-        env=proxy.environment, cwd=proxy.folder, check=True, timeout=60, stdin=subprocess.DEVNULL,
+        env=daemon.environment, cwd=daemon.folder, check=True, timeout=60, stdin=subprocess.DEVNULL,
         stdout=(tmp_path / "out").open("wb"), stderr=subprocess.STDOUT,
     )  # fmt: skip
-    eventually(pid_file.exists, "the file with the process's number")
-    first = int(pid_file.read_text())
-    proxy._popen = type("Popen", (), {"pid": first})()  # type: ignore[assignment]
-    pids = [first]
+    wait_until(pid_file.exists, "the file with the process's number")
+    main_pid = int(pid_file.read_text())
+    daemon._popen = type("Popen", (), {"pid": main_pid})()  # type: ignore[assignment]
+    pids = [main_pid]
     try:
-        eventually(lambda: log.read_text().count(" serves") == WORKERS - 1, "all workers serve")
-        pids = proxy.processes
-        with proxy.one_each_hosted() as connections:
+        wait_until(lambda: log.read_text().count(" serves") == WORKERS - 1, "all workers serve")
+        pids = daemon.serving_pids
+        with daemon.hosted_connection_to_each_process() as connections:
             for number, connection in enumerate(connections.values()):
-                assert ask(connection, "GET", f"/v2/log/{number}/tags/list").status == 404
-            eventually(lambda: log.read_text().count("tags/list") >= WORKERS, "the log of all")
+                assert request_on(connection, "GET", f"/v2/log/{number}/tags/list").status == 404
+            wait_until(lambda: log.read_text().count("tags/list") >= WORKERS, "the log of all")
     finally:
-        os.kill(first, signal.SIGTERM)
-        eventually(lambda: gone(pids), "the end")
+        os.kill(main_pid, signal.SIGTERM)
+        wait_until(lambda: all_exited(pids), "the end")
     assert (tmp_path / "out").read_bytes() == b""
     if log_format == "json":
         lines = [json.loads(line) for line in log.read_text().splitlines()]
@@ -758,52 +835,62 @@ def test_as_a_daemon_with_a_log_file(upstreams: Upstreams, tmp_path: Path, log_f
         assert sorted(line["path"] for line in access) == [f"/v2/log/{number}/tags/list" for number in range(WORKERS)]
         assert {line["status"] for line in access} == {404}
     else:
-        found = re.findall(
+        logged_numbers = re.findall(
             r"^\d{4}-\S+ \[dockerproxy\.access#info\] 127\.0\.0\.1 GET \S+/v2/log/(\d)/tags/list 404 ",
             log.read_text(), re.MULTILINE,
         )  # fmt: skip
-        assert sorted(found) == [str(number) for number in range(WORKERS)]
+        assert sorted(logged_numbers) == [str(number) for number in range(WORKERS)]
     assert "Traceback" not in log.read_text()
 
 
-def test_a_worker_that_cannot_start_harms_nobody(run_several: RunSeveral, tmp_path: Path) -> None:
+def test_worker_that_cannot_start_does_not_affect_others(start_daemon: StartMultiProcessDaemon, tmp_path: Path) -> None:
     """The file of users is damaged later on; who runs keeps them, and who is started anew says why it cannot."""
     import bcrypt
 
-    users = tmp_path / "htpasswd"
-    good = f"alice:{bcrypt.hashpw(b'word', bcrypt.gensalt(4)).decode()}\n"
-    users.write_text(good)
-    proxy = run_several(HTPASSWD_FILE=str(users))
-    users.write_text("damaged")
-    os.kill(proxy.processes[1], signal.SIGKILL)
-    eventually(lambda: "worker 1 cannot start: HTPASSWD_FILE: " in proxy.text, "the trouble is told")
-    assert "Traceback" not in proxy.text
+    htpasswd = tmp_path / "htpasswd"
+    valid_content = f"alice:{bcrypt.hashpw(b'word', bcrypt.gensalt(4)).decode()}\n"
+    htpasswd.write_text(valid_content)
+    daemon = start_daemon(HTPASSWD_FILE=str(htpasswd))
+    htpasswd.write_text("damaged")
+    os.kill(daemon.serving_pids[1], signal.SIGKILL)
+    wait_until(lambda: "worker 1 cannot start: HTPASSWD_FILE: " in daemon.output_text, "the trouble is told")
+    assert "Traceback" not in daemon.output_text
     for _ in range(2 * WORKERS):
-        assert proxy.client.get(f"{FAKE}/v2/").status == 200
-    users.write_text(good)
-    eventually(lambda: proxy.text.count("worker 1 serves") == 2, "it starts again", timeout=40)
+        assert daemon.client.get(f"{FAKE}/v2/").status == 200
+    htpasswd.write_text(valid_content)
+    wait_until(lambda: daemon.output_text.count("worker 1 serves") == 2, "it starts again", timeout=40)
 
 
 # helpers
 
 
-def _push_blob(proxy: Several, name: str, data: bytes, each: list[http.client.HTTPConnection] | None = None) -> Answer:
+def _push_blob(
+    daemon: MultiProcessDaemon, name: str, data: bytes, connections: list[http.client.HTTPConnection] | None = None
+) -> BufferedResponse:
     with ExitStack() as stack:
-        turns = iter((each or list(stack.enter_context(proxy.one_each_hosted()).values())) * 2)
-        where = session(ask(next(turns), "POST", f"/v2/{name}/blobs/uploads/").headers["location"])
-        assert ask(next(turns), "PATCH", where, data).status == 202
-        return ask(next(turns), "PUT", f"{where}?digest={sha256(data)}")
+        connection_cycle = iter(
+            (connections or list(stack.enter_context(daemon.hosted_connection_to_each_process()).values())) * 2
+        )
+        upload = upload_path(
+            request_on(next(connection_cycle), "POST", f"/v2/{name}/blobs/uploads/").headers["location"]
+        )
+        assert request_on(next(connection_cycle), "PATCH", upload, data).status == 202
+        return request_on(next(connection_cycle), "PUT", f"{upload}?digest={sha256_digest(data)}")
 
 
-def _push(
-    proxy: Several, name: str, tag: str, image: Image, each: list[http.client.HTTPConnection] | None = None
+def push_image(
+    daemon: MultiProcessDaemon,
+    name: str,
+    tag: str,
+    image: SampleImage,
+    connections: list[http.client.HTTPConnection] | None = None,
 ) -> None:
     for blob in image.blobs:
-        _push_blob(proxy, name, blob.data, each)
+        _push_blob(daemon, name, blob.data, connections)
     with ExitStack() as stack:
-        one = (each or list(stack.enter_context(proxy.one_each_hosted()).values()))[-1]
+        connection = (connections or list(stack.enter_context(daemon.hosted_connection_to_each_process()).values()))[-1]
         target, headers = f"/v2/{name}/manifests/{tag}", {"Content-Type": OCI_MANIFEST}
-        assert ask(one, "PUT", target, image.manifest.data, headers).status == 201
+        assert request_on(connection, "PUT", target, image.manifest.data, headers).status == 201
 
 
 def _base64(text: str) -> str:

@@ -462,7 +462,7 @@ def write_chain(directory: Path, passphrase: bytes) -> tuple[Path, Path, bytes]:
             .add_extension(x509.KeyUsage(False, False, False, False, False, True, True, False, False), critical=True)
             .add_extension(identifier, critical=False)
             .add_extension(x509.AuthorityKeyIdentifier(bytes(8), None, None), critical=False)
-            .sign(keys[0], hashes.SHA256())
+            .issue_token(keys[0], hashes.SHA256())
         )
     pem = serialization.Encoding.PEM
     root, issuer = (certificate.public_bytes(pem) for certificate in certificates)

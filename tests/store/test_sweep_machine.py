@@ -193,7 +193,7 @@ class SweepMachine(RuleBasedStateMachine):
         for number in order:
             self.reactor.run_one(number)
 
-    @precondition(lambda self: self.sweep is None and not self.under_way)
+    @precondition(lambda self: self.sweep is None and not self.pending_tags)
     @rule()
     def age(self) -> None:
         age_blobs(self.store)

@@ -15,14 +15,14 @@ from pathlib import Path
 import pytest
 
 PROJECT = Path(__file__).parents[2]
-STAND_INS = {
+STUB_PROGRAMS = {
     "VBoxManage": 'case "$1" in --version) echo 7.0.20r163906 ;; esac',
     "docker": "",
     # vagrant-libvirt asks it which interfaces there are. It leaves the loopback out.
     "ip": r"""printf '[{"ifname":"eth0"},{"ifname":"office0"}'
         for name in $(ls /sys/class/net); do printf ',{"ifname":"%s"}' "$name"; done; echo ']'""",
 }
-ROUTES = """\
+ROUTE_TABLE = """\
 Iface\tDestination\tGateway\tFlags\tRefCnt\tUse\tMetric\tMask\tMTU\tWindow\tIRTT
 tun0\t00000000\t0100000A\t0003\t0\t0\t50\t00000080\t0\t0\t0
 wifi0\t00000000\t0101A8C0\t0003\t0\t0\t600\t00000000\t0\t0\t0
@@ -35,26 +35,26 @@ needs_vagrant = pytest.mark.skipif(shutil.which("vagrant") is None, reason="vagr
 needs_shellcheck = pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
 
 
-class Checkout:
+class VagrantCheckout:
     """A copy of what Vagrant reads of the project."""
 
     def __init__(self, path: Path) -> None:
         self.path = path / "checkout"
-        self.tools = path / "tools"
+        self.stub_folder = path / "tools"
         self.home = path / "home"
-        for folder in (self.path / "dist", self.path / "debian", self.tools, self.home):
+        for folder in (self.path / "dist", self.path / "debian", self.stub_folder, self.home):
             folder.mkdir(parents=True)
         shutil.copy(PROJECT / "Vagrantfile", self.path)
         shutil.copytree(PROJECT / "vagrant", self.path / "vagrant")
         (self.path / "debian/rules").touch()
-        for name, then in STAND_INS.items():
-            (self.tools / name).write_text(f"#!/bin/sh\n{then}\n")
-            (self.tools / name).chmod(0o755)
+        for name, body in STUB_PROGRAMS.items():
+            (self.stub_folder / name).write_text(f"#!/bin/sh\n{body}\n")
+            (self.stub_folder / name).chmod(0o755)
 
     def vagrant(self, *arguments: str, provider: str, **settings: str) -> subprocess.CompletedProcess[str]:
         """Run vagrant in the checkout."""
         environment = {
-            "PATH": f"{self.tools}:/usr/local/bin:/usr/bin:/bin", "HOME": str(self.home), "LC_ALL": "C.UTF-8",
+            "PATH": f"{self.stub_folder}:/usr/local/bin:/usr/bin:/bin", "HOME": str(self.home), "LC_ALL": "C.UTF-8",
             "VAGRANT_HOME": f"{self.home}/.vagrant.d", "VAGRANT_CHECKPOINT_DISABLE": "1",
             "VAGRANT_DEFAULT_PROVIDER": provider, "LIBVIRT_DEFAULT_URI": "test:///default",
         }  # fmt: skip
@@ -64,12 +64,12 @@ class Checkout:
             capture_output=True, text=True, timeout=120, check=False,
         )  # fmt: skip
 
-    def need_libvirt(self) -> None:
+    def require_libvirt(self) -> None:
         """Skip the test where Vagrant does not know libvirt."""
         if "vagrant-libvirt" not in self.vagrant("plugin", "list", provider="docker").stdout:
             pytest.skip("vagrant-libvirt is not installed")
 
-    def replace(self, old: str, new: str) -> None:
+    def replace_in_vagrantfile(self, old: str, new: str) -> None:
         """Change the Vagrantfile."""
         file = self.path / "Vagrantfile"
         assert old in file.read_text()
@@ -77,8 +77,8 @@ class Checkout:
 
 
 @pytest.fixture
-def checkout(tmp_path: Path) -> Checkout:
-    return Checkout(tmp_path)
+def checkout(tmp_path: Path) -> VagrantCheckout:
+    return VagrantCheckout(tmp_path)
 
 
 @needs_vagrant
@@ -92,27 +92,27 @@ def checkout(tmp_path: Path) -> Checkout:
     ],
     ids=["none", "empty", "all"],
 )
-def test_every_providers_section_is_valid(checkout: Checkout, provider: str, settings: dict[str, str]) -> None:
+def test_every_providers_section_is_valid(checkout: VagrantCheckout, provider: str, settings: dict[str, str]) -> None:
     if provider == "libvirt":
-        checkout.need_libvirt()
-    done = checkout.vagrant("validate", provider=provider, **settings)
-    assert (done.returncode, done.stderr, done.stdout) == (0, "", "Vagrantfile validated successfully.\n")
+        checkout.require_libvirt()
+    result = checkout.vagrant("validate", provider=provider, **settings)
+    assert (result.returncode, result.stderr, result.stdout) == (0, "", "Vagrantfile validated successfully.\n")
 
 
 @needs_vagrant
-def test_that_a_mistake_would_be_seen(checkout: Checkout) -> None:
-    checkout.replace("docker.has_ssh", "docker.has_shh")
-    done = checkout.vagrant("validate", provider="docker")
-    assert done.returncode == 1
-    assert "The following settings shouldn't exist: has_shh" in done.stderr
+def test_invalid_setting_is_reported(checkout: VagrantCheckout) -> None:
+    checkout.replace_in_vagrantfile("docker.has_ssh", "docker.has_shh")
+    result = checkout.vagrant("validate", provider="docker")
+    assert result.returncode == 1
+    assert "The following settings shouldn't exist: has_shh" in result.stderr
 
 
 @needs_vagrant
-def test_a_host_interface_that_there_is_not_is_a_mistake(checkout: Checkout) -> None:
-    checkout.need_libvirt()
-    done = checkout.vagrant("validate", provider="libvirt", BRIDGE="office1")
-    assert done.returncode == 1
-    assert "public_network referencing host device 'office1' which does not exist" in done.stderr
+def test_missing_host_interface_is_reported(checkout: VagrantCheckout) -> None:
+    checkout.require_libvirt()
+    result = checkout.vagrant("validate", provider="libvirt", BRIDGE="office1")
+    assert result.returncode == 1
+    assert "public_network referencing host device 'office1' which does not exist" in result.stderr
 
 
 @needs_vagrant
@@ -123,15 +123,15 @@ def test_a_host_interface_that_there_is_not_is_a_mistake(checkout: Checkout) -> 
         ("libvirt", [["trust_guest_rx_filters", True], ["dev", "office0"]]),
     ],
 )
-def test_the_interface_of_the_default_route_leads_to_the_clients(
-    checkout: Checkout, provider: str, network: list[list[object]]
+def test_bridge_uses_the_default_route_interface(
+    checkout: VagrantCheckout, provider: str, network: list[list[object]]
 ) -> None:
     if provider == "libvirt":
-        checkout.need_libvirt()
+        checkout.require_libvirt()
     routes = checkout.home / "routes"
-    routes.write_text(ROUTES)
-    checkout.replace("/proc/net/route", str(routes))
-    checkout.replace(
+    routes.write_text(ROUTE_TABLE)
+    checkout.replace_in_vagrantfile("/proc/net/route", str(routes))
+    checkout.replace_in_vagrantfile(
         'override.vm.network "public_network"', 'puts lan.to_a.to_json; override.vm.network "public_network"'
     )
     *networks, _ = checkout.vagrant("validate", provider=provider).stdout.splitlines()
@@ -139,20 +139,20 @@ def test_the_interface_of_the_default_route_leads_to_the_clients(
 
 
 @needs_vagrant
-def test_without_a_package_and_without_sources_one_sentence_says_so(checkout: Checkout) -> None:
+def test_missing_package_is_reported(checkout: VagrantCheckout) -> None:
     (checkout.path / "debian/rules").unlink()
     for command in ("up", "provision"):
-        done = checkout.vagrant(command, provider="docker")
-        assert done.returncode == 1
-        assert done.stderr == (
+        result = checkout.vagrant(command, provider="docker")
+        assert result.returncode == 1
+        assert result.stderr == (
             "There is no dist/docker-registry-proxy_*.deb, and no debian/ to build one from: put the package there.\n"
         )
     assert checkout.vagrant("destroy", "--force", provider="docker").returncode == 0
 
 
 @needs_vagrant
-def test_the_newest_package_is_taken(checkout: Checkout) -> None:
-    checkout.replace('setting["BOX"]', "(p package; nil)")
+def test_newest_package_is_used(checkout: VagrantCheckout) -> None:
+    checkout.replace_in_vagrantfile('setting["BOX"]', "(p package; nil)")
     assert "nil\n" in checkout.vagrant("validate", provider="docker").stdout
     for age, name in enumerate([PACKAGE, PACKAGE.replace("1.0", "0.9"), "docker-registry-proxy_2.0.dsc", "x.deb"]):
         (checkout.path / "dist" / name).touch()
@@ -165,14 +165,14 @@ SCRIPTS = ["vagrant/provision.sh", "tests/vagrant/run", "tests/vagrant/make-box"
 
 @needs_shellcheck
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_shellcheck_has_nothing_to_say(script: str) -> None:
-    done = subprocess.run(
+def test_shellcheck_passes(script: str) -> None:
+    result = subprocess.run(
         ["shellcheck", "--external-sources", script], cwd=PROJECT, capture_output=True, text=True, check=False
     )
-    assert (done.returncode, done.stdout) == (0, "")
+    assert (result.returncode, result.stdout) == (0, "")
 
 
-def test_the_machines_script_is_plain_sh() -> None:
+def test_provision_script_is_posix_sh() -> None:
     """Debian's sh is dash."""
     shell = shutil.which("dash") or "sh"
     subprocess.run([shell, "-n", PROJECT / "vagrant/provision.sh"], check=True)

@@ -360,7 +360,7 @@ def test_failed_start_is_retried(make_harness: Any, log_events: list[LogEvent]) 
     harness.spawner.refuses = False
     harness.machine.advance(2)
     assert harness.started_count == 1
-    assert harness.sessions.made - harness.sessions.closed == 1
+    assert harness.sessions.pushed_images - harness.sessions.closed == 1
 
 
 def test_session_closes_with_its_socket(harness: SupervisorHarness) -> None:

@@ -8,7 +8,7 @@ import struct
 
 from attrs import frozen
 
-from bench.servers import Server
+from bench.servers import BenchServer
 
 _HEAD_END = b"\r\n\r\n"
 _OK = (b"HTTP/1.1 200", b"HTTP/1.0 200")
@@ -18,7 +18,7 @@ _TIMEOUT = struct.pack("ll", 60, 0)
 
 
 @frozen
-class Target:
+class Endpoint:
     """A server as its clients know it: `host` by TLS, at a port of 127.0.0.1 or through the proxy there.
 
     Without a `ca_file` it is plain HTTP, which only the load generator speaks.
@@ -30,50 +30,50 @@ class Target:
     ca_file: str
     through_connect: bool
 
-    def context(self) -> ssl.SSLContext:
+    def tls_context(self) -> ssl.SSLContext:
         """Return a context that trusts the server's CA and no other."""
         return ssl.create_default_context(cafile=self.ca_file)
 
-    def open(self, context: ssl.SSLContext, session: ssl.SSLSession | None = None) -> ssl.SSLSocket:
+    def connect(self, context: ssl.SSLContext, session: ssl.SSLSession | None = None) -> ssl.SSLSocket:
         """Return a new connection, its handshake done."""
-        plain = socket.create_connection(("127.0.0.1", self.port))
+        tcp_socket = socket.create_connection(("127.0.0.1", self.port))
         try:
-            plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _TIMEOUT)
+            tcp_socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            tcp_socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _TIMEOUT)
             if self.through_connect:
-                plain.sendall(f"CONNECT {self.host}:443 HTTP/1.1\r\nHost: {self.host}:443\r\n\r\n".encode())
-                _read_connected(plain)
-            return context.wrap_socket(plain, server_hostname=self.host, session=session)
+                tcp_socket.sendall(f"CONNECT {self.host}:443 HTTP/1.1\r\nHost: {self.host}:443\r\n\r\n".encode())
+                _read_connect_response(tcp_socket)
+            return context.wrap_socket(tcp_socket, server_hostname=self.host, session=session)
         except BaseException:
-            plain.close()
+            tcp_socket.close()
             raise
 
-    def request(self, path: str) -> bytes:
+    def get_request(self, path: str) -> bytes:
         """Return a GET of `path`."""
         return f"GET {path} HTTP/1.1\r\nHost: {self.host}\r\nUser-Agent: bench\r\nAccept: */*\r\n\r\n".encode()
 
 
 @frozen
-class Serving:
+class RunningServer:
     """A server that runs, and how clients reach it."""
 
-    server: Server
-    target: Target
+    process: BenchServer
+    endpoint: Endpoint
 
     @property
     def name(self) -> str:
-        return self.target.name
+        return self.endpoint.name
 
 
-def _read_connected(plain: socket.socket) -> None:
-    answer = b""
-    while not answer.endswith(_HEAD_END):
-        data = plain.recv(4096)
+def _read_connect_response(tcp_socket: socket.socket) -> None:
+    response = b""
+    while not response.endswith(_HEAD_END):
+        data = tcp_socket.recv(4096)
         if not data:
             raise ConnectionError("the proxy hung up on CONNECT")
-        answer += data
-    if not answer.startswith(_OK):
-        raise ConnectionError(f"the proxy answered CONNECT with {answer[:200]!r}")
+        response += data
+    if not response.startswith(_OK):
+        raise ConnectionError(f"the proxy answered CONNECT with {response[:200]!r}")
 
 
 def read_head(connection: ssl.SSLSocket, buffer: bytearray) -> tuple[int, int]:

@@ -15,20 +15,22 @@ from pathlib import Path
 from attrs import frozen
 
 from bench.servers import free_port
-from tests.e2e.house.process import Process
-from tests.e2e.house.wire import Client, request
+from tests.e2e.harness.http_client import ProxyClient, request_directly
+from tests.e2e.harness.process import BackgroundProcess
 
 _PROJECT = Path(__file__).resolve().parents[3]
 
 # CLIENT METHOD HOST/PATH STATUS BYTES SECONDS VERDICT, after whatever the log puts before it
-_ACCESS = re.compile(
+_ACCESS_LINE = re.compile(
     r"([0-9a-f.:]+) ([A-Z]+) (\S+) (\d{3}) (\d+) [\d.]+ (HIT|MISS|JOINED|REVALIDATED|STALE|PASS|-)$", re.MULTILINE
 )
-_CRASH = re.compile(r"Traceback \(most recent call last\)|Unhandled (?:E|e)rror|Unhandled exception|was never awaited")
+_TRACEBACK = re.compile(
+    r"Traceback \(most recent call last\)|Unhandled (?:E|e)rror|Unhandled exception|was never awaited"
+)
 
 
 @frozen
-class Logged:
+class AccessLogEntry:
     """A line of the daemon's access log."""
 
     client: str
@@ -36,29 +38,29 @@ class Logged:
     target: str
     status: int
     size: int
-    verdict: str
+    cache_status: str
 
 
-class Proxy(Process):
+class TwistdDaemon(BackgroundProcess):
     """A daemon with its state in `folder`; ports are chosen when it is made and stay."""
 
     def __init__(self, folder: Path, settings: Mapping[str, str]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.port = free_port()
         self.registry_port = free_port()
-        self.state = folder / "state"
+        self.state_folder = folder / "state"
         self.ca_file = folder / "ca.crt"
         environment = {name: value for name, value in os.environ.items() if name in ("PATH", "HOME", "LANG")}
         environment |= {
             "PYTHONPATH": str(_PROJECT),
-            "STATE_DIR": str(self.state),
+            "STATE_DIR": str(self.state_folder),
             "PROXY_LISTEN": f"tcp:{self.port}:interface=127.0.0.1",
             "REGISTRY_LISTEN": f"tcp:{self.registry_port}:interface=127.0.0.1",
             **settings,
         }
-        super().__init__([*twistd(), "dockerproxy"], folder / "log", environment, folder)
-        self._context: ssl.SSLContext | None = None
-        self._checked = 0
+        super().__init__([*twistd_argv(), "dockerproxy"], folder / "log", environment, folder)
+        self._client_context: ssl.SSLContext | None = None
+        self._checked_offset = 0
 
     @property
     def url(self) -> str:
@@ -67,24 +69,24 @@ class Proxy(Process):
     def start(self) -> None:
         """Start, and wait until it answers."""
         self.launch()
-        self.wait_for(self._answers)
-        ca = request("GET", self.url + "/ca.crt")
-        assert ca.status == 200
-        self.ca_file.write_bytes(ca.body)
+        self.wait_until_ready(self._is_healthy)
+        response = request_directly("GET", self.url + "/ca.crt")
+        assert response.status == 200
+        self.ca_file.write_bytes(response.body)
 
     @contextmanager
-    def running_for(self, secrets: Callable[[], list[str]]) -> Iterator[Proxy]:
+    def run_and_check_log(self, get_secrets: Callable[[], list[str]]) -> Iterator[TwistdDaemon]:
         """Run for a while; see `check_log` for what has to hold at the end."""
         try:
             self.start()
             yield self
-            self.check_log(secrets())
+            self.check_log(get_secrets())
         finally:
             self.stop()
 
-    def _answers(self) -> bool:
+    def _is_healthy(self) -> bool:
         try:
-            return request("GET", self.url + "/healthz").status == 200
+            return request_directly("GET", self.url + "/healthz").status == 200
         except OSError:
             return False
 
@@ -94,15 +96,15 @@ class Proxy(Process):
         self.start()
 
     @property
-    def context(self) -> ssl.SSLContext:
+    def client_context(self) -> ssl.SSLContext:
         """Return a client's context that trusts the daemon's CA and no other."""
-        if self._context is None:
-            self._context = ssl.create_default_context(cafile=str(self.ca_file))
-        return self._context
+        if self._client_context is None:
+            self._client_context = ssl.create_default_context(cafile=str(self.ca_file))
+        return self._client_context
 
     @property
-    def client(self) -> Client:
-        return Client(self.port, self.context)
+    def client(self) -> ProxyClient:
+        return ProxyClient(self.port, self.client_context)
 
     @property
     def client_environment(self) -> dict[str, str]:
@@ -110,47 +112,49 @@ class Proxy(Process):
         names = ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy")
         return {**dict.fromkeys(names, self.url), "SSL_CERT_FILE": str(self.ca_file)}
 
-    def log_end(self) -> int:
+    def log_offset(self) -> int:
         """Return the present end of the log, for `logged`."""
-        return len(self.text)
+        return len(self.output_text)
 
-    def logged(self, since: int = 0) -> list[Logged]:
+    def access_log(self, offset: int = 0) -> list[AccessLogEntry]:
         """Return the requests that were logged."""
         return [
-            Logged(client, method, target, int(status), int(size), verdict)
-            for client, method, target, status, size, verdict in _ACCESS.findall(self.text[since:])
+            AccessLogEntry(client, method, target, int(status), int(size), cache_status)
+            for client, method, target, status, size, cache_status in _ACCESS_LINE.findall(self.output_text[offset:])
         ]
 
     def check_log(self, secrets: list[str]) -> None:
         """Fail where the log since the last check holds a traceback or one of `secrets`."""
-        text = self.text
-        fresh, self._checked = text[self._checked :], len(text)
-        crash = _CRASH.search(fresh)
-        assert crash is None, f"the daemon's log has a traceback:\n{fresh[max(0, crash.start() - 500) :][:6000]}"
+        full_text = self.output_text
+        new_text, self._checked_offset = full_text[self._checked_offset :], len(full_text)
+        traceback = _TRACEBACK.search(new_text)
+        assert traceback is None, (
+            f"the daemon's log has a traceback:\n{new_text[max(0, traceback.start() - 500) :][:6000]}"
+        )
         for secret in secrets:
-            assert secret not in fresh, f"the daemon's log has a secret, {secret[:6]}…"
+            assert secret not in new_text, f"the daemon's log has a secret, {secret[:6]}…"
 
     @property
-    def memory(self) -> int:
+    def resident_bytes(self) -> int:
         """Return the resident set in bytes."""
         status = Path(f"/proc/{self.pid}/status").read_text()
-        found = re.search(r"VmRSS:\s+(\d+) kB", status)
-        assert found is not None
-        return int(found[1]) * 1024
+        match = re.search(r"VmRSS:\s+(\d+) kB", status)
+        assert match is not None
+        return int(match[1]) * 1024
 
     def pause(self) -> None:
-        self.signal(signal.SIGSTOP)
+        self.send_signal(signal.SIGSTOP)
 
     def resume(self) -> None:
-        self.signal(signal.SIGCONT)
+        self.send_signal(signal.SIGCONT)
 
 
-RunProxy = Callable[..., Proxy]
+StartDaemon = Callable[..., TwistdDaemon]
 """Starts a daemon: `run_proxy(name, **settings)`; see the fixture of that name."""
 
 
-def twistd() -> list[str]:
+def twistd_argv() -> list[str]:
     """Return the twistd of the Python that runs the tests, in the foreground."""
-    beside = Path(sys.executable).with_name("twistd")
-    start = [str(beside)] if beside.exists() else [shutil.which("twistd3") or "twistd"]
-    return [*start, "--nodaemon", "--pidfile="]
+    sibling = Path(sys.executable).with_name("twistd")
+    program = [str(sibling)] if sibling.exists() else [shutil.which("twistd3") or "twistd"]
+    return [*program, "--nodaemon", "--pidfile="]

@@ -10,12 +10,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bench.servers import free_port
-from tests.e2e.house.process import Process, need
+from tests.e2e.harness.process import BackgroundProcess, require_programs
 
 
-def clean_environment(more: Mapping[str, str]) -> dict[str, str]:
+def clean_environment(extra: Mapping[str, str]) -> dict[str, str]:
     """Return an environment without any proxy, CA or login of whoever runs the tests."""
-    return {"PATH": os.environ["PATH"], "LANG": "C.UTF-8", **more}
+    return {"PATH": os.environ["PATH"], "LANG": "C.UTF-8", **extra}
 
 
 def run(
@@ -28,17 +28,17 @@ def run(
     )  # fmt: skip
 
 
-def check(done: subprocess.CompletedProcess[str]) -> str:
+def check_output(result: subprocess.CompletedProcess[str]) -> str:
     """Return what the command wrote; fail with all of it where it failed."""
-    assert done.returncode == 0, f"{done.args}\n{done.stdout}{done.stderr}"
-    return done.stdout
+    assert result.returncode == 0, f"{result.args}\n{result.stdout}{result.stderr}"
+    return result.stdout
 
 
 class Skopeo:
     """skopeo with its own home in `folder`."""
 
     def __init__(self, folder: Path, environment: Mapping[str, str]) -> None:
-        need("skopeo")
+        require_programs("skopeo")
         self._folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "registries.conf").write_text('unqualified-search-registries = ["docker.io"]\n')
@@ -52,34 +52,34 @@ class Skopeo:
                 "CONTAINERS_REGISTRIES_CONF": str(folder / "registries.conf"),
             }
         )
-        self._count = 0
+        self._pull_count = 0
 
     def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         base = ["skopeo", "--policy", str(self._folder / "policy.json"), "--registries.d", str(self._folder)]
         return run([*base, *arguments], self._environment)
 
-    def pull(self, image: str, *options: str, plain: bool = False) -> Path:
+    def pull(self, image: str, *options: str, plain_http: bool = False) -> Path:
         """Copy `image` to a new folder and return that; skopeo checks every digest."""
-        self._count += 1
-        target = self._folder / f"pulled-{self._count}"
-        insecure = ["--src-tls-verify=false"] if plain else []
-        check(self.run("copy", *insecure, *options, f"docker://{image}", f"dir:{target}"))
+        self._pull_count += 1
+        target = self._folder / f"pulled-{self._pull_count}"
+        insecure = ["--src-tls-verify=false"] if plain_http else []
+        check_output(self.run("copy", *insecure, *options, f"docker://{image}", f"dir:{target}"))
         return target
 
     def try_pull(self, image: str, *options: str) -> subprocess.CompletedProcess[str]:
-        self._count += 1
-        return self.run("copy", *options, f"docker://{image}", f"dir:{self._folder}/pulled-{self._count}")
+        self._pull_count += 1
+        return self.run("copy", *options, f"docker://{image}", f"dir:{self._folder}/pulled-{self._pull_count}")
 
     def inspect_raw(self, image: str) -> bytes:
         """Return the manifest's bytes."""
-        return check(self.run("inspect", "--raw", f"docker://{image}")).encode()
+        return check_output(self.run("inspect", "--raw", f"docker://{image}")).encode()
 
 
 class Podman:
     """podman with its own home and storage in `folder`, whose path has to be short."""
 
     def __init__(self, folder: Path, environment: Mapping[str, str]) -> None:
-        need("podman", root=True)
+        require_programs("podman", root=True)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "policy.json").write_text('{"default": [{"type": "insecureAcceptAnything"}]}')
         self._folder = folder
@@ -88,18 +88,18 @@ class Podman:
         )
 
     def run(self, command: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-        places = ["--root", f"{self._folder}/root", "--runroot", f"{self._folder}/run", "--storage-driver=vfs"]
+        storage_options = ["--root", f"{self._folder}/root", "--runroot", f"{self._folder}/run", "--storage-driver=vfs"]
         policy = [f"--signature-policy={self._folder}/policy.json"] if command == "pull" else []
-        return run(["podman", *places, command, *policy, *arguments], self._environment)
+        return run(["podman", *storage_options, command, *policy, *arguments], self._environment)
 
 
-class Docker(Process):
+class Docker(BackgroundProcess):
     """A dockerd with its own disk and socket."""
 
     def __init__(
         self, folder: Path, environment: Mapping[str, str], *, insecure: Sequence[str] = (), mirrors: Sequence[str] = ()
     ) -> None:
-        need("dockerd", "docker", "containerd", root=True)
+        require_programs("dockerd", "docker", "containerd", root=True)
         folder.mkdir(parents=True, exist_ok=True)
         self._host = f"unix://{folder}/docker.sock"
         self._home = folder / "home"
@@ -125,40 +125,40 @@ class Docker(Process):
 
     def start(self) -> None:
         self.launch()
-        self.wait_for(lambda: self.run("version").returncode == 0)
+        self.wait_until_ready(lambda: self.run("version").returncode == 0)
 
     def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         environment = clean_environment({"HOME": str(self._home), "DOCKER_HOST": self._host})
         return run(["docker", *arguments], environment)
 
-    def do(self, *arguments: str) -> str:
+    def run_checked(self, *arguments: str) -> str:
         """Run a docker command that has to succeed."""
-        return check(self.run(*arguments))
+        return check_output(self.run(*arguments))
 
-    def login(self, registry: str, user: str, password: str) -> None:
+    def write_login(self, registry: str, user: str, password: str) -> None:
         """Keep a login as `docker login` does without a credential helper."""
         auth = base64.b64encode(f"{user}:{password}".encode()).decode()
         folder = self._home / ".docker"
         folder.mkdir(exist_ok=True)
         (folder / "config.json").write_text(json.dumps({"auths": {registry: {"auth": auth}}}))
 
-    def digest_of(self, image: str) -> str:
+    def image_digest(self, image: str) -> str:
         """Return the digest by which `image` was pulled."""
-        digests = json.loads(self.do("image", "inspect", "--format", "{{json .RepoDigests}}", image))
+        digests = json.loads(self.run_checked("image", "inspect", "--format", "{{json .RepoDigests}}", image))
         return str(digests[0].partition("@")[2])
 
-    def forget_images(self) -> None:
+    def remove_all_images(self) -> None:
         """Remove every image, so that the next pull needs all of it."""
-        images = self.do("images", "-aq").split()
+        images = self.run_checked("images", "-aq").split()
         if images:
-            self.do("rmi", "-f", *dict.fromkeys(images))
+            self.run_checked("rmi", "-f", *dict.fromkeys(images))
 
 
-class Containerd(Process):
+class Containerd(BackgroundProcess):
     """A containerd with its own disk and socket, and ctr to speak to it."""
 
     def __init__(self, folder: Path, environment: Mapping[str, str] | None = None) -> None:
-        need("containerd", "ctr", root=True)
+        require_programs("containerd", "ctr", root=True)
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._address = str(folder / "sock")
@@ -179,48 +179,48 @@ address = "{self._address}"
 
     def start(self) -> None:
         self.launch()
-        self.wait_for(lambda: self.ctr("version").returncode == 0)
+        self.wait_until_ready(lambda: self.ctr("version").returncode == 0)
 
     def ctr(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         return run(["ctr", "--address", self._address, *arguments], self._environment)
 
-    def mirror(self, host: str, url: str) -> None:
+    def configure_mirror(self, host: str, url: str) -> None:
         """Have what belongs to `host` asked for at `url` (and nowhere else: the host itself is a closed port)."""
-        nowhere = f'server = "http://127.0.0.1:{free_port()}"\n'
-        self._configure(host, f'{nowhere}[host."{url}"]\n  capabilities = ["pull", "resolve"]\n')
+        unreachable_server = f'server = "http://127.0.0.1:{free_port()}"\n'
+        self._write_hosts_file(host, f'{unreachable_server}[host."{url}"]\n  capabilities = ["pull", "resolve"]\n')
 
-    def trust(self, host: str, ca_file: Path) -> None:
+    def configure_ca(self, host: str, ca_file: Path) -> None:
         """Have `host` spoken to over TLS, by a certificate of this authority."""
-        able = f'capabilities = ["pull", "resolve", "push"]\n  ca = "{ca_file}"'
-        self._configure(host, f'server = "https://{host}"\n[host."https://{host}"]\n  {able}\n')
+        capabilities = f'capabilities = ["pull", "resolve", "push"]\n  ca = "{ca_file}"'
+        self._write_hosts_file(host, f'server = "https://{host}"\n[host."https://{host}"]\n  {capabilities}\n')
 
-    def _configure(self, host: str, text: str) -> None:
+    def _write_hosts_file(self, host: str, content: str) -> None:
         folder = self._folder / "hosts" / host
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "hosts.toml").write_text(text)
+        (folder / "hosts.toml").write_text(content)
 
-    def _hosts(self) -> list[str]:
+    def _hosts_dir_options(self) -> list[str]:
         return ["--hosts-dir", str(self._folder / "hosts")] if (self._folder / "hosts").exists() else []
 
     def try_push(self, image: str, source: str, *options: str) -> subprocess.CompletedProcess[str]:
         """Push the image that is here as `source`."""
-        return self.ctr("images", "push", *self._hosts(), *options, image, source)
+        return self.ctr("images", "push", *self._hosts_dir_options(), *options, image, source)
 
     def try_pull(self, image: str, *options: str) -> subprocess.CompletedProcess[str]:
-        return self.ctr("images", "pull", "--snapshotter", "native", *self._hosts(), *options, image)
+        return self.ctr("images", "pull", "--snapshotter", "native", *self._hosts_dir_options(), *options, image)
 
     def pull(self, image: str, *options: str) -> None:
         """Pull and unpack `image`."""
-        check(self.try_pull(image, *options))
+        check_output(self.try_pull(image, *options))
 
-    def forget_images(self) -> None:
+    def remove_all_images(self) -> None:
         """Remove every image and its content, before the next pull."""
-        names = check(self.ctr("images", "ls", "-q")).split()
+        names = check_output(self.ctr("images", "ls", "-q")).split()
         if names:
-            check(self.ctr("images", "rm", "--sync", *names))
+            check_output(self.ctr("images", "rm", "--sync", *names))
 
-    def digest_of(self, image: str) -> str:
-        for line in check(self.ctr("images", "ls")).splitlines()[1:]:
+    def image_digest(self, image: str) -> str:
+        for line in check_output(self.ctr("images", "ls")).splitlines()[1:]:
             if line.split()[0] == image:
                 return line.split()[2]
         raise AssertionError(f"{image} is not there")

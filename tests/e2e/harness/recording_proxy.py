@@ -12,12 +12,12 @@ from collections.abc import Mapping
 from urllib.parse import urlsplit
 
 
-class ParentProxy:
+class RecordingProxy:
     """Connects where `addresses` ("host:port" to a port of 127.0.0.1) say, and nowhere else; logs what it was asked."""
 
     def __init__(self, addresses: Mapping[str, int]) -> None:
-        self.targets: list[str] = []
-        self.heads: list[bytes] = []
+        self.connected_targets: list[str] = []
+        self.request_heads: list[bytes] = []
         self._addresses = addresses
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=64)
         self.port: int = self._listener.getsockname()[1]
@@ -42,19 +42,19 @@ class ParentProxy:
         with contextlib.suppress(OSError), client:
             head = b""
             while b"\r\n\r\n" not in head:
-                piece = client.recv(65536)
-                if not piece:
+                chunk = client.recv(65536)
+                if not chunk:
                     return
-                head += piece
-            self.heads.append(head.partition(b"\r\n\r\n")[0])
+                head += chunk
+            self.request_heads.append(head.partition(b"\r\n\r\n")[0])
             method, target, rest = head.split(b" ", 2)
-            where = target.decode() if method == b"CONNECT" else urlsplit(target.decode()).netloc
-            where = where if ":" in where else f"{where}:80"
-            self.targets.append(where)
-            if where not in self._addresses:
+            address = target.decode() if method == b"CONNECT" else urlsplit(target.decode()).netloc
+            address = address if ":" in address else f"{address}:80"
+            self.connected_targets.append(address)
+            if address not in self._addresses:
                 client.sendall(b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
                 return
-            with socket.create_connection(("127.0.0.1", self._addresses[where])) as server:
+            with socket.create_connection(("127.0.0.1", self._addresses[address])) as server:
                 if method == b"CONNECT":
                     client.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
                     server.sendall(head.partition(b"\r\n\r\n")[2])
@@ -63,15 +63,15 @@ class ParentProxy:
                     path = target.decode().partition("://")[2].partition("/")[2]
                     fields = rest.replace(b"\r\n", b"\r\nConnection: close\r\n", 1)
                     server.sendall(method + b" /" + path.encode() + b" " + fields)
-                other = threading.Thread(target=_copy, args=(client, server), daemon=True)
-                other.start()
+                upload_thread = threading.Thread(target=_copy, args=(client, server), daemon=True)
+                upload_thread.start()
                 _copy(server, client)
-                other.join()
+                upload_thread.join()
 
 
 def _copy(source: socket.socket, sink: socket.socket) -> None:
     with contextlib.suppress(OSError):
-        while piece := source.recv(262_144):
-            sink.sendall(piece)
+        while chunk := source.recv(262_144):
+            sink.sendall(chunk)
     with contextlib.suppress(OSError):
         sink.shutdown(socket.SHUT_WR)

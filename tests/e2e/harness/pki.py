@@ -19,16 +19,16 @@ _DAY = datetime.timedelta(days=1)
 class Leaf:
     """A certificate and its key, as files."""
 
-    certificate: Path
-    key: Path
+    certificate_file: Path
+    key_file: Path
 
     def server_context(self) -> ssl.SSLContext:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(self.certificate, self.key)
+        context.load_cert_chain(self.certificate_file, self.key_file)
         return context
 
 
-class Authority:
+class UpstreamCA:
     """A certificate authority with its files in `folder`."""
 
     def __init__(self, folder: Path, name: str) -> None:
@@ -39,32 +39,32 @@ class Authority:
         self.certificate = (
             _builder(subject, subject, self.key.public_key(), 30)
             .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-            .add_extension(_usage(signs_certificates=True), critical=True)
-            .sign(self.key, hashes.SHA256())
+            .add_extension(_key_usage(is_ca=True), critical=True)
+            .issue_token(self.key, hashes.SHA256())
         )
-        self.file = folder / "ca.pem"
-        self.file.write_bytes(self.certificate.public_bytes(serialization.Encoding.PEM))
+        self.ca_file = folder / "ca.pem"
+        self.ca_file.write_bytes(self.certificate.public_bytes(serialization.Encoding.PEM))
 
-    def leaf(self, *names: str, days: int = 20) -> Leaf:
+    def leaf(self, *names: str, valid_days: int = 20) -> Leaf:
         """Return a server's certificate for `names`; it ended already where `days` is negative."""
         key = ec.generate_private_key(ec.SECP256R1())
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, names[0])])
         certificate = (
-            _builder(subject, self.certificate.subject, key.public_key(), days)
+            _builder(subject, self.certificate.subject, key.public_key(), valid_days)
             .add_extension(x509.SubjectAlternativeName([x509.DNSName(name) for name in names]), critical=False)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(x509.ExtendedKeyUsage([x509.oid.ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
-            .sign(self.key, hashes.SHA256())
+            .issue_token(self.key, hashes.SHA256())
         )
         serial = f"{certificate.serial_number:x}"
         leaf = Leaf(self._folder / f"{serial}.crt", self._folder / f"{serial}.key")
-        leaf.certificate.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-        leaf.key.write_bytes(key_pem(key))
+        leaf.certificate_file.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+        leaf.key_file.write_bytes(key_pem(key))
         return leaf
 
     def client_context(self) -> ssl.SSLContext:
         """Return a client's context that trusts this authority and no other."""
-        return ssl.create_default_context(cafile=str(self.file))
+        return ssl.create_default_context(cafile=str(self.ca_file))
 
 
 def key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
@@ -74,7 +74,7 @@ def key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
 
 
 def _builder(
-    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, days: int
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, valid_days: int
 ) -> x509.CertificateBuilder:
     now = datetime.datetime.now(datetime.UTC)
     return (
@@ -84,19 +84,19 @@ def _builder(
         .public_key(key)
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - 30 * _DAY)
-        .not_valid_after(now + days * _DAY)
+        .not_valid_after(now + valid_days * _DAY)
     )
 
 
-def _usage(*, signs_certificates: bool) -> x509.KeyUsage:
+def _key_usage(*, is_ca: bool) -> x509.KeyUsage:
     return x509.KeyUsage(
         digital_signature=True,
         content_commitment=False,
         key_encipherment=False,
         data_encipherment=False,
         key_agreement=False,
-        key_cert_sign=signs_certificates,
-        crl_sign=signs_certificates,
+        key_cert_sign=is_ca,
+        crl_sign=is_ca,
         encipher_only=False,
         decipher_only=False,
     )

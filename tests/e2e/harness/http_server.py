@@ -15,11 +15,11 @@ from typing import Any
 
 from attrs import define, field
 
-_sequence = itertools.count()
+_event_numbers = itertools.count()
 
 
 @define
-class Seen:
+class RecordedRequest:
     """A request as a server saw it; headers by lower-case name.
 
     `sent` counts the bytes of the answer's body, `received` those of the request's. `began` and `ended` are places in
@@ -29,56 +29,56 @@ class Seen:
     method: str
     path: str
     headers: dict[str, str] = field(repr=False)
-    received: int = 0
-    status: int = 0
-    sent: int = 0
-    began: int = field(factory=lambda: next(_sequence))
-    ended: int | None = None
+    received_bytes: int = 0
+    response_status: int = 0
+    sent_bytes: int = 0
+    started_event: int = field(factory=lambda: next(_event_numbers))
+    ended_event: int | None = None
 
 
-def moment() -> int:
+def next_event() -> int:
     """Return the present place in the order of events."""
-    return next(_sequence)
+    return next(_event_numbers)
 
 
-class Exchange:
+class HTTPExchange:
     """One request to a server, and the means to answer it well or badly."""
 
-    def __init__(self, handler: BaseHTTPRequestHandler, seen: Seen) -> None:
+    def __init__(self, handler: BaseHTTPRequestHandler, request: RecordedRequest) -> None:
         self._handler = handler
-        self.seen = seen
-        self.method = seen.method
-        self.path = seen.path.partition("?")[0]
-        self.query = seen.path.partition("?")[2]
+        self.request = request
+        self.method = request.method
+        self.path = request.path.partition("?")[0]
+        self.query = request.path.partition("?")[2]
 
-    def answer(self, status: int, headers: Mapping[str, str] | None = None, body: bytes = b"") -> None:
+    def respond(self, status: int, headers: Mapping[str, str] | None = None, body: bytes = b"") -> None:
         """Answer in one piece, with a Content-Length where `headers` have no opinion."""
         fields = dict(headers or {})
         if not {"Content-Length", "Transfer-Encoding"} & set(fields) and status not in (204, 304):
             fields["Content-Length"] = str(len(body))
-        self.begin(status, fields)
+        self.send_head(status, fields)
         if self.method != "HEAD":
-            self.send(body)
+            self.send_body(body)
 
-    def begin(self, status: int, headers: Mapping[str, str]) -> None:
-        self.seen.status = status
+    def send_head(self, status: int, headers: Mapping[str, str]) -> None:
+        self.request.response_status = status
         head = f"HTTP/1.1 {status} {self._handler.responses.get(status, ('Odd',))[0]}\r\n"
         head += "".join(f"{name}: {value}\r\n" for name, value in headers.items())
         self._handler.wfile.write((head + "\r\n").encode("latin-1"))
         self._handler.wfile.flush()
 
-    def send(self, data: bytes | memoryview) -> None:
+    def send_body(self, data: bytes | memoryview) -> None:
         for start in range(0, len(data), 65536):
-            piece = data[start : start + 65536]
-            self._handler.wfile.write(piece)
-            self.seen.sent += len(piece)
+            chunk = data[start : start + 65536]
+            self._handler.wfile.write(chunk)
+            self.request.sent_bytes += len(chunk)
 
     def send_chunk(self, data: bytes) -> None:
         """Send a chunk of chunked coding; an empty one ends it."""
         self._handler.wfile.write(b"%x\r\n%b\r\n" % (len(data), data))
-        self.seen.sent += len(data)
+        self.request.sent_bytes += len(data)
 
-    def hang_up(self) -> None:
+    def close_after_response(self) -> None:
         """End the connection after what was sent."""
         self._handler.close_connection = True
 
@@ -88,43 +88,43 @@ class Exchange:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self._handler.close_connection = True
 
-    def body(self) -> Iterator[bytes]:
+    def read_body(self) -> Iterator[bytes]:
         """Yield the request's body as it comes."""
         reader = self._handler.rfile
-        if self.seen.headers.get("transfer-encoding", "").lower() == "chunked":
+        if self.request.headers.get("transfer-encoding", "").lower() == "chunked":
             while size := int(reader.readline().split(b";")[0], 16):
                 while size:
-                    piece = reader.read1(min(size, 65536))
-                    if not piece:
+                    chunk = reader.read1(min(size, 65536))
+                    if not chunk:
                         raise ConnectionError("the body broke off")
-                    size -= len(piece)
-                    self.seen.received += len(piece)
-                    yield piece
+                    size -= len(chunk)
+                    self.request.received_bytes += len(chunk)
+                    yield chunk
                 reader.readline()
             reader.readline()
             return
-        left = int(self.seen.headers.get("content-length", "0"))
-        while left:
-            piece = reader.read1(min(left, 65536))
-            if not piece:
+        remaining = int(self.request.headers.get("content-length", "0"))
+        while remaining:
+            chunk = reader.read1(min(remaining, 65536))
+            if not chunk:
                 raise ConnectionError("the body broke off")
-            left -= len(piece)
-            self.seen.received += len(piece)
-            yield piece
+            remaining -= len(chunk)
+            self.request.received_bytes += len(chunk)
+            yield chunk
 
 
-class Server(ABC):
+class StubServer(ABC):
     """An HTTP/1.1 server on a port of 127.0.0.1, over TLS where it has a context. `serve` says what it answers."""
 
     def __init__(self, context: ssl.SSLContext | None = None) -> None:
-        self.requests: list[Seen] = []
+        self.requests: list[RecordedRequest] = []
         self.port = 0
         self._context = context
-        self._server: _Listener | None = None
+        self._server: _ThreadingServer | None = None
 
     def start(self) -> None:
         """Listen, at the port of the last time where there was one."""
-        self._server = _Listener(self, self._context, self.port)
+        self._server = _ThreadingServer(self, self._context, self.port)
         self.port = self._server.server_address[1]
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
 
@@ -133,7 +133,7 @@ class Server(ABC):
         if self._server is not None:
             self._server.shutdown()
             self._server.server_close()
-            self._server.hang_up_all()
+            self._server.close_all()
             self._server = None
 
     @contextlib.contextmanager
@@ -145,26 +145,26 @@ class Server(ABC):
         finally:
             self.start()
 
-    def seen(self, method: str, part: str) -> list[Seen]:
+    def find_requests(self, method: str, path_part: str) -> list[RecordedRequest]:
         """Return the requests with this method whose path holds `part`."""
-        return [seen for seen in list(self.requests) if seen.method == method and part in seen.path]
+        return [request for request in list(self.requests) if request.method == method and path_part in request.path]
 
     @abstractmethod
-    def serve(self, exchange: Exchange) -> None:
+    def handle(self, exchange: HTTPExchange) -> None:
         """Answer a request."""
 
 
-class _Listener(ThreadingHTTPServer):
+class _ThreadingServer(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False
     allow_reuse_address = True
     request_queue_size = 256
 
-    def __init__(self, owner: Server, context: ssl.SSLContext | None, port: int) -> None:
-        self._owner = owner
+    def __init__(self, stub: StubServer, context: ssl.SSLContext | None, port: int) -> None:
+        self._stub = stub
         self._context = context
         self._connections: set[socket.socket] = set()
-        super().__init__(("127.0.0.1", port), _handler(owner))
+        super().__init__(("127.0.0.1", port), _make_handler(stub))
 
     def finish_request(self, request: Any, client_address: Any) -> None:
         """Shake hands in the connection's own thread, so that one bad client does not stop the others."""
@@ -182,31 +182,31 @@ class _Listener(ThreadingHTTPServer):
             with contextlib.suppress(OSError):
                 request.close()
 
-    def hang_up_all(self) -> None:
+    def close_all(self) -> None:
         for connection in list(self._connections):
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
 
 
-def _handler(owner: Server) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
+def _make_handler(stub: StubServer) -> type[BaseHTTPRequestHandler]:
+    class _RequestHandler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
-        def handle_any(self) -> None:
+        def handle_request(self) -> None:
             fields: dict[str, str] = {}
             for name, value in self.headers.items():
                 fields[name.lower()] = f"{fields[name.lower()]}, {value}" if name.lower() in fields else value
-            seen = Seen(self.command, self.path, fields)
-            owner.requests.append(seen)
-            if seen.headers.get("expect", "").lower() == "100-continue":
+            recorded = RecordedRequest(self.command, self.path, fields)
+            stub.requests.append(recorded)
+            if recorded.headers.get("expect", "").lower() == "100-continue":
                 self.send_response_only(100)
                 self.end_headers()
             try:
-                owner.serve(Exchange(self, seen))
+                stub.handle(HTTPExchange(self, recorded))
             finally:
-                seen.ended = moment()
+                recorded.ended_event = next_event()
 
-        do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_CONNECT = handle_any
+        do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_CONNECT = handle_request
 
         def handle_expect_100(self) -> bool:
             return True
@@ -214,4 +214,4 @@ def _handler(owner: Server) -> type[BaseHTTPRequestHandler]:
         def log_message(self, format: str, *arguments: object) -> None:
             pass
 
-    return Handler
+    return _RequestHandler

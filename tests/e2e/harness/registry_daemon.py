@@ -6,33 +6,33 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from bench.servers import free_port
-from tests.e2e.house.daemon import Proxy
-from tests.e2e.house.images import Image
+from tests.e2e.harness.daemon import TwistdDaemon
+from tests.e2e.harness.images import SampleImage
 
-OWN = "docker-registry.local"
+HOSTED_REGISTRY_HOST = "docker-registry.local"
 
 USERS = {"alice": "wonder:land", "bob": "x" * 80}
 
 
-class Hosting(Proxy):
+class RegistryDaemon(TwistdDaemon):
     """A daemon that has the hosted registry on a plain port too."""
 
     def __init__(self, folder: Path, settings: Mapping[str, str]) -> None:
-        self.plain_port = free_port()
-        super().__init__(folder, {"REGISTRY_HTTP_LISTEN": f"tcp:{self.plain_port}:interface=127.0.0.1", **settings})
+        self.http_port = free_port()
+        super().__init__(folder, {"REGISTRY_HTTP_LISTEN": f"tcp:{self.http_port}:interface=127.0.0.1", **settings})
 
     @property
-    def plain(self) -> str:
+    def http_address(self) -> str:
         """The registry's name without TLS."""
-        return f"127.0.0.1:{self.plain_port}"
+        return f"127.0.0.1:{self.http_port}"
 
     @property
-    def straight(self) -> str:
+    def https_address(self) -> str:
         """Its name over TLS, by no proxy: programs in Go ask none for loopback addresses."""
         return f"127.0.0.1:{self.registry_port}"
 
 
-def users_file(folder: Path) -> Path:
+def write_htpasswd(folder: Path) -> Path:
     """Return a file for HTPASSWD_FILE with `USERS`."""
     import bcrypt  # not needed by what else is here
 
@@ -45,13 +45,13 @@ def users_file(folder: Path) -> Path:
     return file
 
 
-def folder_of(image: Image, folder: Path) -> Path:
+def write_image_folder(image: SampleImage, folder: Path) -> Path:
     """Return `image` as the dir: transport of skopeo and podman has it."""
     folder.mkdir()
     (folder / "version").write_text("Directory Transport Version: 1.1\n")
-    for part in image.walk():
-        name = "manifest.json" if part is image else f"{part.digest.partition(':')[2]}.manifest.json"
-        (folder / name).write_bytes(part.manifest.data)
-        for blob in part.blobs:
+    for child in image.children_first():
+        name = "manifest.json" if child is image else f"{child.digest.partition(':')[2]}.manifest.json"
+        (folder / name).write_bytes(child.manifest.data)
+        for blob in child.blobs:
             (folder / blob.digest.partition(":")[2]).write_bytes(blob.data)
     return folder

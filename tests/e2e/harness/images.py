@@ -22,21 +22,21 @@ DOCKER_LIST = "application/vnd.docker.distribution.manifest.list.v2+json"
 DOCKER_CONFIG = "application/vnd.docker.container.image.v1+json"
 DOCKER_LAYER = "application/vnd.docker.image.rootfs.diff.tar.gzip"
 
-EVERY_MANIFEST = ", ".join((OCI_MANIFEST, OCI_INDEX, DOCKER_MANIFEST, DOCKER_LIST))
+ACCEPT_MANIFESTS = ", ".join((OCI_MANIFEST, OCI_INDEX, DOCKER_MANIFEST, DOCKER_LIST))
 
 
-def noise(size: int, seed: str) -> bytes:
+def random_bytes(size: int, seed: str) -> bytes:
     """Return `size` bytes that no compression makes shorter."""
-    source = random.Random(seed)
-    return b"".join(source.randbytes(min(size - start, 1 << 20)) for start in range(0, size, 1 << 20))
+    rng = random.Random(seed)
+    return b"".join(rng.randbytes(min(size - start, 1 << 20)) for start in range(0, size, 1 << 20))
 
 
-def sha256(data: bytes) -> str:
+def sha256_digest(data: bytes) -> str:
     return "sha256:" + hashlib.sha256(data).hexdigest()
 
 
 @frozen
-class Content:
+class TypedContent:
     """Bytes with their media type; `digest` is their name."""
 
     media_type: str
@@ -44,63 +44,67 @@ class Content:
 
     @property
     def digest(self) -> str:
-        return sha256(self.data)
+        return sha256_digest(self.data)
 
-    def descriptor(self, **more: Any) -> dict[str, Any]:
-        return {"mediaType": self.media_type, "digest": self.digest, "size": len(self.data), **more}
+    def descriptor(self, **extra: Any) -> dict[str, Any]:
+        return {"mediaType": self.media_type, "digest": self.digest, "size": len(self.data), **extra}
 
 
 @frozen
-class Image:
+class SampleImage:
     """A manifest and all that it speaks of; an index has `children` and no blobs of its own."""
 
-    manifest: Content
-    blobs: tuple[Content, ...] = ()
-    children: tuple[Image, ...] = ()
+    manifest: TypedContent
+    blobs: tuple[TypedContent, ...] = ()
+    children: tuple[SampleImage, ...] = ()
 
     @property
     def digest(self) -> str:
         return self.manifest.digest
 
     @property
-    def layers(self) -> tuple[Content, ...]:
+    def layers(self) -> tuple[TypedContent, ...]:
         return self.blobs[1:]
 
-    def walk(self) -> Iterator[Image]:
+    def children_first(self) -> Iterator[SampleImage]:
         """Yield the children first, as they have to be pushed."""
         for child in self.children:
-            yield from child.walk()
+            yield from child.children_first()
         yield self
 
 
-def image(
+def build_image(
     layers: Sequence[Mapping[str, bytes]],
     *,
     oci: bool = True,
     architecture: str = "amd64",
     command: Sequence[str] = ("/hello",),
-    subject: Content | None = None,
-) -> Image:
+    subject: TypedContent | None = None,
+) -> SampleImage:
     """Return an image whose layers hold the given files (path to content, all of them executable)."""
-    tars = [_tar(files) for files in layers]
-    packed = [Content(OCI_LAYER if oci else DOCKER_LAYER, gzip.compress(tar, mtime=0)) for tar in tars]
-    config = Content(
+    layer_tars = [_make_tar(files) for files in layers]
+    compressed_layers = [
+        TypedContent(OCI_LAYER if oci else DOCKER_LAYER, gzip.compress(tar, mtime=0)) for tar in layer_tars
+    ]
+    config = TypedContent(
         OCI_CONFIG if oci else DOCKER_CONFIG,
-        _json(
+        _encode_json(
             {
                 "architecture": architecture,
                 "os": "linux",
                 "created": "2025-06-15T00:00:00Z",
                 "config": {"Cmd": list(command)},
-                "rootfs": {"type": "layers", "diff_ids": [sha256(tar) for tar in tars]},
-                "history": [{"created": "2025-06-15T00:00:00Z", "created_by": "the tests"} for _ in tars],
+                "rootfs": {"type": "layers", "diff_ids": [sha256_digest(tar) for tar in layer_tars]},
+                "history": [{"created": "2025-06-15T00:00:00Z", "created_by": "the tests"} for _ in layer_tars],
             }
         ),
     )
-    return of_blobs(config, packed, oci=oci, subject=subject)
+    return build_image_from_blobs(config, compressed_layers, oci=oci, subject=subject)
 
 
-def of_blobs(config: Content, layers: Sequence[Content], *, oci: bool = True, subject: Content | None = None) -> Image:
+def build_image_from_blobs(
+    config: TypedContent, layers: Sequence[TypedContent], *, oci: bool = True, subject: TypedContent | None = None
+) -> SampleImage:
     """Return the image that has these blobs, whatever is in them."""
     media_type = OCI_MANIFEST if oci else DOCKER_MANIFEST
     manifest: dict[str, Any] = {
@@ -111,34 +115,38 @@ def of_blobs(config: Content, layers: Sequence[Content], *, oci: bool = True, su
     }
     if subject is not None:
         manifest["subject"] = subject.descriptor()
-    return Image(Content(media_type, _json(manifest)), (config, *layers))
+    return SampleImage(TypedContent(media_type, _encode_json(manifest)), (config, *layers))
 
 
-def index(children: Mapping[str, Image], *, oci: bool = True) -> Image:
+def build_index(children: Mapping[str, SampleImage], *, oci: bool = True) -> SampleImage:
     """Return the list of `children`, by architecture."""
     media_type = OCI_INDEX if oci else DOCKER_LIST
     manifests = [
         child.manifest.descriptor(platform={"architecture": architecture, "os": "linux"})
         for architecture, child in children.items()
     ]
-    content = Content(media_type, _json({"schemaVersion": 2, "mediaType": media_type, "manifests": manifests}))
-    return Image(content, children=tuple(children.values()))
+    content = TypedContent(
+        media_type, _encode_json({"schemaVersion": 2, "mediaType": media_type, "manifests": manifests})
+    )
+    return SampleImage(content, children=tuple(children.values()))
 
 
-def small(seed: str, *, oci: bool = True, size: int = 40_000, layers: int = 2) -> Image:
+def build_small_image(seed: str, *, oci: bool = True, size: int = 40_000, layers: int = 2) -> SampleImage:
     """Return an image of its own for `seed`, of `layers` layers of `size` bytes."""
-    return image([{f"data/{seed}-{number}": noise(size, f"{seed}/{number}")} for number in range(layers)], oci=oci)
+    return build_image(
+        [{f"data/{seed}-{number}": random_bytes(size, f"{seed}/{number}")} for number in range(layers)], oci=oci
+    )
 
 
-def _json(value: object) -> bytes:
+def _encode_json(value: object) -> bytes:
     return json.dumps(value, indent=1).encode()
 
 
-def _tar(files: Mapping[str, bytes]) -> bytes:
+def _make_tar(files: Mapping[str, bytes]) -> bytes:
     raw = io.BytesIO()
     with tarfile.open(fileobj=raw, mode="w", format=tarfile.PAX_FORMAT) as tar:
         for name, data in files.items():
-            entry = tarfile.TarInfo(name)
-            entry.size, entry.mode, entry.mtime = len(data), 0o755, 1_750_000_000
-            tar.addfile(entry, io.BytesIO(data))
+            member = tarfile.TarInfo(name)
+            member.size, member.mode, member.mtime = len(data), 0o755, 1_750_000_000
+            tar.addfile(member, io.BytesIO(data))
     return raw.getvalue()

@@ -1,0 +1,276 @@
+"""A registry in memory that can be told to misbehave: what no well-made registry would do on demand."""
+
+from __future__ import annotations
+
+import json
+import re
+import ssl
+import threading
+import time
+from collections.abc import Callable
+
+from attrs import define, field
+
+from tests.e2e.harness.http_server import HTTPExchange, StubServer
+from tests.e2e.harness.images import SampleImage, TypedContent, sha256_digest
+
+ResponseBehaviour = Callable[[HTTPExchange, "TypedContent | None"], None]
+"""Answers a request for the given content; None where there is no such thing."""
+
+_PATH = re.compile(r"/v2/(?P<name>.+)/(?P<kind>manifests|blobs)/(?P<reference>[^/]+)")
+_UPLOAD = re.compile(r"/v2/(?P<name>.+)/blobs/uploads/(?P<session>[^/]*)")
+_RANGE = re.compile(r"bytes=(\d*)-(\d*)")
+
+
+@define
+class _Rule:
+    method: str
+    pattern: re.Pattern[str]
+    behaviour: ResponseBehaviour
+    remaining: int | None
+
+
+@define
+class _Repository:
+    manifests: dict[str, TypedContent] = field(factory=dict)
+    blobs: dict[str, TypedContent] = field(factory=dict)
+
+
+class FakeRegistry(StubServer):
+    """Serves what was put into it, honestly, save where a rule says otherwise."""
+
+    def __init__(self, context: ssl.SSLContext | None = None) -> None:
+        super().__init__(context)
+        self._repositories: dict[str, _Repository] = {}
+        self._rules: list[_Rule] = []
+        self._lock = threading.Lock()
+        self.uploads: dict[str, bytes] = {}
+
+    def put(self, name: str, tag: str, image: SampleImage) -> None:
+        """Hold `image` as `name`:`tag`."""
+        repository = self._repositories.setdefault(name, _Repository())
+        for child in image.children_first():
+            repository.manifests[child.digest] = child.manifest
+            repository.blobs.update((blob.digest, blob) for blob in child.blobs)
+        repository.manifests[tag] = image.manifest
+
+    def put_blob(self, name: str, data: bytes, digest: str | None = None) -> str:
+        """Hold `data` as a blob of `name` and return its digest (or the one that it is to be had by)."""
+        content = TypedContent("application/octet-stream", data)
+        digest = digest or content.digest
+        self._repositories.setdefault(name, _Repository()).blobs[digest] = content
+        return digest
+
+    def put_manifest(self, name: str, reference: str, manifest: TypedContent) -> None:
+        self._repositories.setdefault(name, _Repository()).manifests[reference] = manifest
+
+    def add_rule(self, method: str, pattern: str, behaviour: ResponseBehaviour, times: int | None = None) -> None:
+        """Answer requests whose path matches `pattern` by `behaviour`, the next `times` of them or all."""
+        with self._lock:
+            self._rules.append(_Rule(method, re.compile(pattern), behaviour, times))
+
+    def reset_rules(self) -> None:
+        """Forget the rules and the log."""
+        with self._lock:
+            self._rules.clear()
+        self.requests.clear()
+
+    def handle(self, exchange: HTTPExchange) -> None:
+        content = self._find(exchange.path)
+        with self._lock:
+            rule = next((rule for rule in self._rules if self._matches(rule, exchange)), None)
+            if rule is not None and rule.remaining is not None:
+                rule.remaining -= 1
+        if rule is not None:
+            rule.behaviour(exchange, content)
+        elif exchange.method in ("GET", "HEAD"):
+            respond_normally(exchange, content)
+        else:
+            self._handle_push(exchange)
+
+    @staticmethod
+    def _matches(rule: _Rule, exchange: HTTPExchange) -> bool:
+        return (
+            rule.method == exchange.method and bool(rule.pattern.search(exchange.request.path)) and rule.remaining != 0
+        )
+
+    def _find(self, path: str) -> TypedContent | None:
+        match = _PATH.fullmatch(path)
+        if match is None:
+            return None
+        repository = self._repositories.get(match["name"], _Repository())
+        return (repository.manifests if match["kind"] == "manifests" else repository.blobs).get(match["reference"])
+
+    def _handle_push(self, exchange: HTTPExchange) -> None:
+        """The pushing side: POST, PATCH, PUT of blobs and PUT of manifests, unchecked."""
+        body = b"".join(exchange.read_body())
+        upload = _UPLOAD.fullmatch(exchange.path)
+        manifest = _PATH.fullmatch(exchange.path)
+        if upload is not None and exchange.method == "POST":
+            location = f"/v2/{upload['name']}/blobs/uploads/{len(self.requests)}"
+            exchange.respond(202, {"Location": location, "Range": "0-0"})
+        elif upload is not None and exchange.method == "PATCH":
+            received = self.uploads[exchange.path] = self.uploads.get(exchange.path, b"") + body
+            exchange.respond(202, {"Location": exchange.path, "Range": f"0-{len(received) - 1}"})
+        elif upload is not None and exchange.method == "PUT":
+            digest = self.put_blob(upload["name"], self.uploads.pop(exchange.path, b"") + body)
+            exchange.respond(201, {"Location": f"/v2/{upload['name']}/blobs/{digest}", "Docker-Content-Digest": digest})
+        elif manifest is not None and exchange.method == "PUT":
+            media_type = exchange.request.headers.get("content-type", "")
+            self.put_manifest(manifest["name"], manifest["reference"], TypedContent(media_type, body))
+            exchange.respond(201, {"Docker-Content-Digest": sha256_digest(body)})
+        elif exchange.method == "DELETE":
+            exchange.respond(202)
+        else:
+            exchange.respond(404)
+
+
+# behaviours
+
+
+def respond_normally(exchange: HTTPExchange, content: TypedContent | None) -> None:
+    """Answer as a registry does: whole, or the one range that is asked for."""
+    if content is None:
+        if exchange.path in ("/v2", "/v2/"):
+            exchange.respond(200, {"Content-Type": "application/json"}, b"{}")
+        else:
+            respond_error(exchange, 404, "NAME_UNKNOWN")
+        return
+    headers = {
+        "Content-Type": content.media_type,
+        "Docker-Content-Digest": content.digest,
+        "Accept-Ranges": "bytes",
+        "ETag": f'"{content.digest}"',
+    }
+    range_match = _RANGE.fullmatch(exchange.request.headers.get("range", ""))
+    size = len(content.data)
+    if range_match is None or not any(range_match.groups()):
+        exchange.respond(200, headers, content.data) if exchange.method == "GET" else exchange.respond(
+            200, headers | {"Content-Length": str(size)}
+        )
+        return
+    first, last = (int(text) if text else None for text in range_match.groups())
+    start = size - (last or 0) if first is None else first
+    end = size if first is None or last is None else min(last + 1, size)
+    if start >= size:
+        exchange.respond(416, {"Content-Range": f"bytes */{size}"})
+        return
+    exchange.respond(206, headers | {"Content-Range": f"bytes {start}-{end - 1}/{size}"}, content.data[start:end])
+
+
+def respond_error(exchange: HTTPExchange, status: int, code: str, **headers: str) -> None:
+    """Answer with an OCI error body."""
+    body = json.dumps({"errors": [{"code": code, "message": f"the fake registry says {code}"}]}).encode()
+    fields = {name.replace("_", "-"): value for name, value in headers.items()}
+    exchange.respond(status, {"Content-Type": "application/json", **fields}, body)
+
+
+def respond_status(status_code: int, code: str = "UNKNOWN", **headers: str) -> ResponseBehaviour:
+    """Answer with that status; the header names' underscores are dashes."""
+    return lambda exchange, content: respond_error(exchange, status_code, code, **headers)
+
+
+def require_authorization(www_authenticate: str) -> ResponseBehaviour:
+    """Ask for credentials; a request that brings any is answered."""
+
+    def respond(exchange: HTTPExchange, content: TypedContent | None) -> None:
+        if "authorization" in exchange.request.headers:
+            respond_normally(exchange, content)
+        else:
+            respond_error(exchange, 401, "UNAUTHORIZED", WWW_Authenticate=www_authenticate)
+
+    return respond
+
+
+def redirect_to(location: str, status_code: int = 307) -> ResponseBehaviour:
+    return lambda exchange, content: exchange.respond(status_code, {"Location": location})
+
+
+def respond_html(exchange: HTTPExchange, content: TypedContent | None) -> None:
+    """Answer as a captive portal or a tired load balancer does."""
+    exchange.respond(200, {"Content-Type": "text/html"}, b"<!doctype html><title>Welcome</title><h1>Sign in</h1>")
+
+
+def truncate_after(size: int, *, reset: bool = False) -> ResponseBehaviour:
+    """Promise all that was asked for, and break off after `size` bytes of it."""
+
+    def respond(exchange: HTTPExchange, content: TypedContent | None) -> None:
+        _, remainder = _send_head(exchange, content)
+        exchange.send_body(remainder[:size])
+        exchange.reset() if reset else exchange.close_after_response()
+
+    return respond
+
+
+def respond_corrupted(exchange: HTTPExchange, content: TypedContent | None) -> None:
+    """Send the right number of wrong bytes; all of the error is at the start."""
+    _, remainder = _send_head(exchange, content)
+    exchange.send_body(bytes([remainder[0] ^ 1]) + bytes(remainder[1:]))
+
+
+def respond_wrong_length(extra: int) -> ResponseBehaviour:
+    """State a length that is `extra` more than what comes, and then end the connection."""
+
+    def respond(exchange: HTTPExchange, content: TypedContent | None) -> None:
+        assert content is not None
+        exchange.send_head(200, {"Content-Type": content.media_type, "Content-Length": str(len(content.data) + extra)})
+        exchange.send_body(content.data[: len(content.data) + min(extra, 0)])
+        exchange.close_after_response()
+
+    return respond
+
+
+def ignore_range(exchange: HTTPExchange, content: TypedContent | None) -> None:
+    """Answer every GET with the whole."""
+    assert content is not None
+    exchange.respond(200, {"Content-Type": content.media_type}, content.data)
+
+
+def respond_chunked(exchange: HTTPExchange, content: TypedContent | None) -> None:
+    """Send the whole in chunks, its length untold."""
+    assert content is not None
+    exchange.send_head(200, {"Content-Type": content.media_type, "Transfer-Encoding": "chunked"})
+    for start in range(0, len(content.data), 50_000):
+        exchange.send_chunk(content.data[start : start + 50_000])
+    exchange.send_chunk(b"")
+
+
+def pause_after(size: int, gate: threading.Event, then: ResponseBehaviour | None = None) -> ResponseBehaviour:
+    """Send `size` bytes of what is asked for, and the rest once `gate` is open."""
+
+    def respond(exchange: HTTPExchange, content: TypedContent | None) -> None:
+        _, remainder = _send_head(exchange, content)
+        exchange.send_body(remainder[:size])
+        gate.wait(120)
+        exchange.send_body(remainder[size:])
+
+    return respond
+
+
+def throttled(rate: float, gate_at: int = 0, gate: threading.Event | None = None) -> ResponseBehaviour:
+    """Send at `rate` bytes a second; before byte `gate_at` wait for `gate`."""
+
+    def respond(exchange: HTTPExchange, content: TypedContent | None) -> None:
+        start, remainder = _send_head(exchange, content)
+        started = time.monotonic()
+        for position in range(0, len(remainder), 262_144):
+            if gate is not None and start + position >= gate_at and not gate.is_set():
+                gate.wait(120)
+                started = time.monotonic() - position / rate
+            exchange.send_body(remainder[position : position + 262_144])
+            time.sleep(max(0.0, started + (position + 262_144) / rate - time.monotonic()))
+
+    return respond
+
+
+def _send_head(exchange: HTTPExchange, content: TypedContent | None) -> tuple[int, memoryview]:
+    """Send the head of an honest answer; return where it starts and what has to follow."""
+    assert content is not None
+    size = len(content.data)
+    headers = {"Content-Type": content.media_type, "Accept-Ranges": "bytes"}
+    range_match = _RANGE.fullmatch(exchange.request.headers.get("range", ""))
+    start = int(range_match[1] or 0) if range_match else 0
+    if range_match:
+        headers["Content-Range"] = f"bytes {start}-{size - 1}/{size}"
+    exchange.send_head(206 if range_match else 200, headers | {"Content-Length": str(size - start)})
+    return start, memoryview(content.data)[start:]
