@@ -41,7 +41,7 @@ INVALID_HOSTS = [
 
 
 @pytest.fixture
-def connect(visit: Any) -> Any:
+def connect(connect_client: Any) -> Any:
     """Return a function that makes a visitor of the page; `name` is what an absolute-form target named."""
 
     def make(name: str = "", proxy_port: int | None = None, *, secure: bool = False) -> Any:
@@ -61,7 +61,7 @@ def connect(visit: Any) -> Any:
             except RegistryError as error:
                 respond_text_error(request, error)
 
-        return visit(handle, secure=secure)
+        return connect_client(handle, secure=secure)
 
     return make
 
@@ -81,30 +81,30 @@ def connect(visit: Any) -> Any:
 def test_builtin_endpoints(connect: Any, path: str, media_type: str, content: bytes) -> None:
     for target in (path, f"{path}?anything=1"):
         client = connect()
-        response = client.ask("GET", target)
-        assert (response.status, response.headers["Content-Type"], response.whole) == (200, media_type, True)
+        response = client.fetch("GET", target)
+        assert (response.status, response.headers["Content-Type"], response.complete) == (200, media_type, True)
         assert response.body.startswith(content)
         assert response.headers["Cache-Control"] in ("no-store", "no-cache")
-        head = client.ask("HEAD", target)
+        head = client.fetch("HEAD", target)
         assert (head.status, head.body, head.headers["Content-Length"]) == (200, b"", str(len(response.body)))
-        assert client.logged[0].host == "proxy.example:3128"
+        assert client.finished_requests[0].host == "proxy.example:3128"
 
 
 def test_the_certificate_is_the_whole_file(connect: Any) -> None:
-    assert connect().ask("GET", "/ca.crt").body == PEM
+    assert connect().fetch("GET", "/ca.crt").body == PEM
 
 
 @pytest.mark.parametrize("path", ["/v2", "/v2/", "/v2/a/manifests/latest"])
 @pytest.mark.parametrize("method", ["GET", "HEAD", "PUT", "DELETE"])
 def test_v2_is_passed_to_the_registry(connect: Any, path: str, method: str) -> None:
-    assert connect().ask(method, path).status == 200
+    assert connect().fetch(method, path).status == 200
 
 
 @pytest.mark.parametrize(
     "path", ["/nothing", "/v2x", "/v1/", "/ca.crt/", "/CA.CRT", "//", "/%63a.crt", "/setup/", "/setup/../ca.crt"]
 )
 def test_unknown_paths(connect: Any, path: str) -> None:
-    response = connect().ask("GET", path)
+    response = connect().fetch("GET", path)
     assert (response.status, response.headers["Content-Type"]) == (404, "text/plain; charset=utf-8")
     assert b"/ tells" in response.body
 
@@ -112,7 +112,7 @@ def test_unknown_paths(connect: Any, path: str) -> None:
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS", "TRACE"])
 @pytest.mark.parametrize("path", ["/", "/ca.crt", "/healthz", "/metrics", "/setup/systemd", "/nothing"])
 def test_only_get_and_head_are_allowed(connect: Any, method: str, path: str) -> None:
-    response = connect().ask(method, path)
+    response = connect().fetch(method, path)
     assert (response.status, response.headers["Allow"]) == (405, "GET, HEAD")
 
 
@@ -129,45 +129,45 @@ def test_only_get_and_head_are_allowed(connect: Any, method: str, path: str) -> 
     ],
 )
 def test_the_base_url_is_the_clients_host_field(connect: Any, host: str, address: str) -> None:
-    page = connect().ask("GET", "/", [("Host", host)])
+    page = connect().fetch("GET", "/", [("Host", host)])
     assert f"http://{address}/setup |" in page.body.decode()
-    script = connect().ask("GET", "/setup/systemd", [("Host", host)]).body.decode()
+    script = connect().fetch("GET", "/setup/systemd", [("Host", host)]).body.decode()
     # which shell quotes, where it has brackets
     assert "proxy=" + shlex.quote(f"http://{Host.parse(host, 80).authority}/") + "\n" in script
 
 
 def test_an_absolute_target_takes_precedence_over_the_host_field(connect: Any) -> None:
     """RFC 9112, section 3.2.2: beside a target with a host, the Host field is not looked at."""
-    script = connect(name="docker-registry.local:3128").ask("GET", "/setup/systemd", [("Host", "evil.example")])
+    script = connect(name="docker-registry.local:3128").fetch("GET", "/setup/systemd", [("Host", "evil.example")])
     assert b"proxy=http://docker-registry.local:3128/\n" in script.body
     assert b"evil" not in script.body
 
 
 def test_on_another_listener_the_script_names_the_proxys_port(connect: Any) -> None:
     client = connect(proxy_port=3128)
-    script = client.ask("GET", "/setup", [("Host", "docker-registry.local")]).body
+    script = client.fetch("GET", "/setup", [("Host", "docker-registry.local")]).body
     assert b"proxy=http://docker-registry.local:3128/\n" in script
-    page = client.ask("GET", "/", [("Host", "docker-registry.local")]).body
+    page = client.fetch("GET", "/", [("Host", "docker-registry.local")]).body
     assert b"http://docker-registry.local/setup |" in page  # the page itself is where it was found
 
 
 @pytest.mark.parametrize("host", ["docker-registry.local", "docker-registry.local:5443"])
 def test_on_a_tls_listener_the_page_names_the_proxys_port(connect: Any, host: str) -> None:
     """Whose certificate nobody trusts yet who reads it."""
-    page = connect(proxy_port=3128, secure=True).ask("GET", "/", [("Host", host)]).body
+    page = connect(proxy_port=3128, secure=True).fetch("GET", "/", [("Host", host)]).body
     assert b"curl -fsS http://docker-registry.local:3128/setup |" in page
 
 
 @pytest.mark.parametrize("host", INVALID_HOSTS)
 def test_an_invalid_host_gets_no_script(connect: Any, host: str) -> None:
-    response = connect().ask("GET", "/setup/systemd", [("Host", host)])
+    response = connect().fetch("GET", "/setup/systemd", [("Host", host)])
     assert (response.status, b"#!" in response.body) == (400, False)
     assert not host or host.encode() not in response.body
 
 
 @pytest.mark.parametrize("host", INVALID_HOSTS)
 def test_the_welcome_page_needs_no_valid_host(connect: Any, host: str) -> None:
-    response = connect().ask("GET", "/", [("Host", host)])
+    response = connect().fetch("GET", "/", [("Host", host)])
     assert response.status == 200
     assert b"http://THIS-HOST:PORT/setup |" in response.body
     assert not host or host.encode() not in response.body
@@ -176,7 +176,7 @@ def test_the_welcome_page_needs_no_valid_host(connect: Any, host: str) -> None:
 def test_a_request_without_a_host_field(connect: Any) -> None:
     client = connect()
     client.send(b"GET /healthz HTTP/1.0\r\n\r\n")
-    assert client.answer().body == b"ok\n"
+    assert client.read_response().body == b"ok\n"
     client = connect()
     client.send(b"GET /setup/systemd HTTP/1.0\r\n\r\n")
-    assert client.answer().status == 400
+    assert client.read_response().status == 400

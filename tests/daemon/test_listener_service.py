@@ -31,15 +31,15 @@ class ListeningReactor(MemoryReactorClock):
 class ListenerServiceHarness:
     """Two doors. A request to either is answered when the test says so."""
 
-    def __init__(self, visit: Any) -> None:
-        self.make_client = visit
+    def __init__(self, connect_client: Any) -> None:
+        self.make_client = connect_client
         self.reactor = ListeningReactor()
         self.transfers = Transfers()
         self.pending: dict[str, Deferred[None]] = {}
         self.closed = 0
         self.close_deferred: Deferred[None] | None = None
         self.stop_handlers: list[Callable[[], None]] = []
-        self.sites = [visit(self.handle, clock=self.reactor).site for _ in range(2)]
+        self.sites = [connect_client(self.handle, clock=self.reactor).site for _ in range(2)]
         for site in self.sites:  # the visitors that came along with them
             site.abort()
         self.reactor.advance(0)
@@ -81,8 +81,8 @@ class ListenerServiceHarness:
 
 
 @pytest.fixture
-def harness(visit: Any) -> ListenerServiceHarness:
-    return ListenerServiceHarness(visit)
+def harness(connect_client: Any) -> ListenerServiceHarness:
+    return ListenerServiceHarness(connect_client)
 
 
 def test_listens_on_every_endpoint(harness: ListenerServiceHarness) -> None:
@@ -139,31 +139,31 @@ def test_stops_at_once_without_connections(harness: ListenerServiceHarness) -> N
 def test_idle_connections_are_closed_at_once(harness: ListenerServiceHarness) -> None:
     harness.service.startService()
     fresh, keepalive, partial_head = harness.connect(), harness.connect(1), harness.connect()
-    keepalive.request("GET", "/done")
+    keepalive.send_request("GET", "/done")
     harness.pending["/done"].callback(None)
     partial_head.send(b"GET / HTT")
     harness.stop()
     for client in (fresh, keepalive, partial_head):
         assert (client.transport.closed, client.transport.aborted) == (True, False)
-    assert keepalive.answer().body == b"0123456789"
+    assert keepalive.read_response().body == b"0123456789"
     assert len(harness.stopped) == 1
 
 
 def test_responses_in_progress_may_finish(harness: ListenerServiceHarness) -> None:
     harness.service.startService()
     one, other = harness.connect(), harness.connect(1)
-    one.request("GET", "/one")
-    other.request("GET", "/other")
+    one.send_request("GET", "/one")
+    other.send_request("GET", "/other")
     harness.stop()
     harness.reactor.advance(10)
     assert (harness.stopped, harness.closed, one.transport.closed) == ([], 0, False)
     harness.pending["/one"].callback(None)
     harness.reactor.advance(0)
-    assert one.answer().body == b"0123456789"
+    assert one.read_response().body == b"0123456789"
     assert (one.transport.closed, one.transport.aborted, harness.stopped) == (True, False, [])
     harness.pending["/other"].callback(None)
     harness.reactor.advance(0)
-    assert other.answer().whole
+    assert other.read_response().complete
     assert (len(harness.stopped), harness.closed) == (1, 1)
     assert harness.reactor.getDelayedCalls() == []
 
@@ -171,9 +171,9 @@ def test_responses_in_progress_may_finish(harness: ListenerServiceHarness) -> No
 def test_a_pipelined_request_is_not_started_during_stop(harness: ListenerServiceHarness) -> None:
     harness.service.startService()
     client = harness.connect()
-    client.request("GET", "/one")
+    client.send_request("GET", "/one")
     harness.stop()
-    client.request("GET", "/two")
+    client.send_request("GET", "/two")
     harness.pending["/one"].callback(None)
     harness.reactor.advance(0)
     assert "/two" not in harness.pending
@@ -187,8 +187,8 @@ def test_connections_are_aborted_after_the_grace_period(
     monkeypatch.setattr("dockerproxy.daemon.listener_service.log.warn", lambda form, count, grace: counts.append(count))
     harness.service.startService()
     one, other = harness.connect(), harness.connect(1)
-    one.request("GET", "/one")
-    other.request("GET", "/other")
+    one.send_request("GET", "/one")
+    other.send_request("GET", "/other")
     aborted: list[str] = []
     handle = harness.transfers.add(lambda: aborted.append("tunnel"))
     harness.stop()
@@ -197,7 +197,7 @@ def test_connections_are_aborted_after_the_grace_period(
     for _ in range(4):  # each thing that is waited for has its turn
         harness.reactor.advance(1)
     assert one.transport.aborted and other.transport.aborted
-    assert not one.answer().whole
+    assert not one.read_response().complete
     assert aborted == ["tunnel"]
     assert sum(counts) == 3
     assert (len(harness.stopped), harness.closed) == (1, 1)
@@ -209,7 +209,7 @@ def test_the_grace_period_is_shared(harness: ListenerServiceHarness) -> None:
     """All of it together ends before systemd kills, however many doors and tunnels there are."""
     harness.service.startService()
     for site in (0, 1):
-        harness.connect(site).request("GET", f"/{site}")
+        harness.connect(site).send_request("GET", f"/{site}")
     harness.transfers.add(lambda: None)
     harness.stop()
     for _ in range(int(SHUTDOWN_GRACE) + 3):
@@ -241,7 +241,7 @@ def test_a_repeated_stop_aborts_connections(harness: ListenerServiceHarness, mon
     monkeypatch.setattr("dockerproxy.daemon.listener_service.log.warn", lambda form, **_: warnings.append(form))
     harness.service.startService()
     client = harness.connect()
-    client.request("GET", "/one")
+    client.send_request("GET", "/one")
     aborted: list[str] = []
 
     def abort() -> None:

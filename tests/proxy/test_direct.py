@@ -39,21 +39,21 @@ def handler() -> DirectRequestHandler:
     return DirectRequestHandler(policy, application)
 
 
-def test_requests_are_handled(visit: Any, handler: DirectRequestHandler) -> None:
-    http_client = visit(handler.handle)
-    assert http_client.ask("GET", "/v2/?n=1").body == b" /v2/ n=1"
-    assert http_client.ask("GET", f"http://{NAME}:80/v2/x?n=1").body == f"{NAME}:80 /v2/x n=1".encode()
-    assert http_client.ask("GET", "/none").status == 404
-    assert http_client.ask("GET", "http://user:secret@host/").status == 400
+def test_requests_are_handled(connect_client: Any, handler: DirectRequestHandler) -> None:
+    http_client = connect_client(handler.handle)
+    assert http_client.fetch("GET", "/v2/?n=1").body == b" /v2/ n=1"
+    assert http_client.fetch("GET", f"http://{NAME}:80/v2/x?n=1").body == f"{NAME}:80 /v2/x n=1".encode()
+    assert http_client.fetch("GET", "/none").status == 404
+    assert http_client.fetch("GET", "http://user:secret@host/").status == 400
 
 
-def test_allow_clients_is_enforced(visit: Any, handler: DirectRequestHandler) -> None:
-    response = visit(handler.handle, client="192.0.2.1").ask("GET", "/v2/")
+def test_allow_clients_is_enforced(connect_client: Any, handler: DirectRequestHandler) -> None:
+    response = connect_client(handler.handle, client="192.0.2.1").fetch("GET", "/v2/")
     assert (response.status, b"ALLOW_CLIENTS" in response.body) == (403, True)
 
 
-def test_connect_is_refused(visit: Any, handler: DirectRequestHandler) -> None:
-    assert visit(handler.handle).ask("CONNECT", f"{NAME}:443").status == 405
+def test_connect_is_refused(connect_client: Any, handler: DirectRequestHandler) -> None:
+    assert connect_client(handler.handle).fetch("CONNECT", f"{NAME}:443").status == 405
 
 
 class SNICertificateTests(TestCase):

@@ -113,7 +113,7 @@ def harness() -> ProxyHarness:
 
 
 @pytest.fixture
-def connect(visit: Any, harness: ProxyHarness) -> Any:
+def connect(connect_client: Any, harness: ProxyHarness) -> Any:
     """Return a function that makes a visitor of the front door."""
 
     def make(client: str = "10.1.2.3", **changes: str) -> Any:
@@ -124,7 +124,7 @@ def connect(visit: Any, harness: ProxyHarness) -> Any:
             request.port = PORT  # the in-memory transport has another
             await proxy.handle(http_client.site, request)
 
-        http_client = visit(handle, clock=harness.reactor, client=client)
+        http_client = connect_client(handle, clock=harness.reactor, client=client)
         return http_client
 
     return make
@@ -161,7 +161,7 @@ def test_clients_outside_allow_clients_are_refused(
     connect: Any, harness: ProxyHarness, client: str, method: str, target: str
 ) -> None:
     http_client = connect(client)
-    response = http_client.ask(method, target)
+    response = http_client.fetch(method, target)
     assert response.status == 403
     assert "ALLOW_CLIENTS" in error_text(response)
     assert client in error_text(response)
@@ -171,9 +171,9 @@ def test_clients_outside_allow_clients_are_refused(
 
 def test_allowed_clients(connect: Any) -> None:
     for client in ("10.1.2.3", "192.168.1.1", "127.0.0.1", "::1", "fe80::1%eth0", "::ffff:10.0.0.1", "fd00::1"):
-        assert connect(client).ask("GET", "/").status == 200, client
-    assert connect("8.8.8.8", clients="8.8.8.0/24").ask("GET", "/").status == 200
-    assert connect("10.1.2.3", clients="8.8.8.0/24").ask("GET", "/").status == 403
+        assert connect(client).fetch("GET", "/").status == 200, client
+    assert connect("8.8.8.8", clients="8.8.8.0/24").fetch("GET", "/").status == 200
+    assert connect("10.1.2.3", clients="8.8.8.0/24").fetch("GET", "/").status == 403
 
 
 # origin-form, and absolute-form
@@ -198,7 +198,7 @@ def test_allowed_clients(connect: Any) -> None:
 )
 def test_dispatch_by_target(connect: Any, harness: ProxyHarness, target: str, expected: tuple[str, str, str]) -> None:
     http_client = connect()
-    assert http_client.ask("GET", target).status == 200
+    assert http_client.fetch("GET", target).status == 200
     handler, path, query = expected
     assert harness.handled == [(handler, "GET", path, query)]
 
@@ -232,13 +232,13 @@ def test_dispatch_by_target(connect: Any, harness: ProxyHarness, target: str, ex
 @pytest.mark.parametrize("method", ["GET", "OPTIONS", "POST"])
 def test_invalid_target(connect: Any, harness: ProxyHarness, target: str, method: str) -> None:
     http_client = connect()
-    response = http_client.ask(method, target)
+    response = http_client.fetch(method, target)
     assert response.status == 400
     assert error_text(response)
     assert harness.handled == []
     assert harness.reactor.tcpClients == []
     assert "secret" not in http_client.received.decode()
-    logged = http_client.logged[0]
+    logged = http_client.finished_requests[0]
     assert "secret" not in f"{logged.host}{logged.path}{logged.query}"
 
 
@@ -278,7 +278,7 @@ def test_request_and_response_are_forwarded(connect: Any, harness: ProxyHarness)
         ("Cookie", "theirs=1"),
         ("X-End", "2"),
     ]
-    http_client.request("GET", "http://web.example/a%20b?c=%2F&&d", fields)
+    http_client.send_request("GET", "http://web.example/a%20b?c=%2F&&d", fields)
     server = ServerConnection(harness.reactor)
     assert server.address == ("192.0.2.7", 80)
     assert server.head[0] == "GET /a%20b?c=%2F&&d HTTP/1.1"
@@ -295,13 +295,13 @@ def test_request_and_response_are_forwarded(connect: Any, harness: ProxyHarness)
         b"HTTP/1.1 302 Moved\r\nLocation: /x\r\nSet-Cookie: a=b\r\nSet-Cookie: c=d\r\nX-Own: 1\r\nContent-Length: 3\r\n"
         b"Connection: close, X-Hop\r\nX-Hop: 1\r\nKeep-Alive: x\r\nProxy-Authenticate: Basic\r\n\r\nabc"
     )
-    response = http_client.answer()
-    assert (response.status, response.body, response.whole) == (302, b"abc", True)
+    response = http_client.read_response()
+    assert (response.status, response.body, response.complete) == (302, b"abc", True)
     assert (response.headers["Location"], response.headers["X-Own"]) == ("/x", "1")
     assert response.fields("Set-Cookie") == ["a=b", "c=d"]
     for name in ("Connection", "X-Hop", "Keep-Alive", "Proxy-Authenticate"):
         assert name not in response.headers, name
-    logged = http_client.logged[0]
+    logged = http_client.finished_requests[0]
     assert (logged.host, logged.path, logged.status, logged.size, logged.verdict) == (
         "web.example:80",
         "/a%20b",
@@ -316,7 +316,7 @@ def test_request_body_is_streamed(connect: Any, harness: ProxyHarness, framing: 
     http_client = connect()
     chunked = framing == "chunked"
     fields = [("Transfer-Encoding", "chunked")] if chunked else [("Content-Length", "10")]
-    http_client.request("POST", "http://web.example:8080/form", [*fields, ("Expect", "100-continue")])
+    http_client.send_request("POST", "http://web.example:8080/form", [*fields, ("Expect", "100-continue")])
     assert http_client.received == b""  # until it is known that someone takes the body
     server = ServerConnection(harness.reactor)
     assert server.address == ("192.0.2.7", 8080)
@@ -330,36 +330,36 @@ def test_request_body_is_streamed(connect: Any, harness: ProxyHarness, framing: 
     http_client.send(b"5;x=y\r\n56789\r\n0\r\nX-Trailer: 1\r\n\r\n" if chunked else b"56789")
     assert server.body == (b"5\r\n01234\r\n5\r\n56789\r\n0\r\n\r\n" if chunked else b"0123456789")
     server.protocol.dataReceived(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
-    assert http_client.answer(start=len(b"HTTP/1.1 100 Continue\r\n\r\n")).body == b"ok"
+    assert http_client.read_response(start=len(b"HTTP/1.1 100 Continue\r\n\r\n")).body == b"ok"
 
 
 def test_pipelined_request_in_body_is_not_smuggled(connect: Any, harness: ProxyHarness) -> None:
     """A body is what its framing says: what is behind it is the next request, for which the policy is asked anew."""
     http_client = connect()
     inner = b"GET http://forbidden.example/ HTTP/1.1\r\nHost: x\r\n\r\n"
-    http_client.request("POST", "http://web.example/", [("Content-Length", "3")], b"abc" + inner)
+    http_client.send_request("POST", "http://web.example/", [("Content-Length", "3")], b"abc" + inner)
     server = ServerConnection(harness.reactor)
     assert server.body == b"abc"
     server.protocol.dataReceived(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
-    first, second = http_client.answers("POST", "GET")
+    first, second = http_client.read_responses("POST", "GET")
     assert (first.status, second.status) == (200, 403)
 
 
 def test_trailing_response_is_not_smuggled(connect: Any, harness: ProxyHarness) -> None:
     http_client = connect()
-    http_client.request("GET", "http://web.example/")
+    http_client.send_request("GET", "http://web.example/")
     ServerConnection(harness.reactor).protocol.dataReceived(
         b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nokHTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nevil"
     )
-    assert http_client.answer().body == b"ok"
+    assert http_client.read_response().body == b"ok"
     assert b"evil" not in http_client.received
 
 
 def test_head_request_is_forwarded(connect: Any, harness: ProxyHarness) -> None:
     http_client = connect()
-    http_client.request("HEAD", "http://web.example/large")
+    http_client.send_request("HEAD", "http://web.example/large")
     ServerConnection(harness.reactor).protocol.dataReceived(b"HTTP/1.1 200 OK\r\nContent-Length: 3000000\r\n\r\n")
-    response = http_client.answer("HEAD")
+    response = http_client.read_response("HEAD")
     assert (response.status, response.headers["Content-Length"]) == (200, "3000000")
 
 
@@ -385,7 +385,7 @@ def test_head_request_is_forwarded(connect: Any, harness: ProxyHarness) -> None:
 )
 def test_forbidden_destinations(connect: Any, harness: ProxyHarness, target: str, rule: str) -> None:
     http_client = connect()
-    response = http_client.ask("GET", target)
+    response = http_client.fetch("GET", target)
     assert response.status == 403
     assert rule in error_text(response)
     assert harness.reactor.tcpClients == []
@@ -395,49 +395,49 @@ def test_forbidden_destinations(connect: Any, harness: ProxyHarness, target: str
 
 
 def test_only_allowed_addresses_are_dialled(connect: Any, harness: ProxyHarness) -> None:
-    connect().request("GET", "http://two.example/")
+    connect().send_request("GET", "http://two.example/")
     harness.reactor.advance(1)
     assert [client[0] for client in harness.reactor.tcpClients] == ["192.0.2.8"]
 
 
 def test_tunnel_allow_limits_destinations(connect: Any, harness: ProxyHarness) -> None:
-    response = connect(allow="web.example").ask("GET", "http://other.example/")
+    response = connect(allow="web.example").fetch("GET", "http://other.example/")
     assert (response.status, "TUNNEL_ALLOW" in error_text(response)) == (403, True)
-    connect(allow="web.example").request("GET", "http://web.example/")
+    connect(allow="web.example").send_request("GET", "http://web.example/")
     assert len(harness.reactor.tcpClients) == 1
 
 
 def test_response_to_a_refused_body_is_delivered(connect: Any) -> None:
     http_client = connect()
-    response = http_client.ask("POST", "http://forbidden.example/", [("Content-Length", "10000000")])
-    assert (response.status, response.whole, response.headers["Connection"]) == (403, True, "close")
+    response = http_client.fetch("POST", "http://forbidden.example/", [("Content-Length", "10000000")])
+    assert (response.status, response.complete, response.headers["Connection"]) == (403, True, "close")
 
 
 def test_unreachable_server(connect: Any, harness: ProxyHarness) -> None:
-    response = connect().ask("GET", "http://nowhere.example/")
+    response = connect().fetch("GET", "http://nowhere.example/")
     assert (response.status, "no such name" in error_text(response)) == (502, True)
     http_client = connect()
-    http_client.request("GET", "http://slow.example/")
+    http_client.send_request("GET", "http://slow.example/")
     harness.reactor.advance(21)
-    response = http_client.answer()
+    response = http_client.read_response()
     assert (response.status, "timed out" in error_text(response)) == (504, True)
 
 
 def test_truncated_response_aborts_the_client(connect: Any, harness: ProxyHarness) -> None:
     http_client = connect()
-    http_client.request("GET", "http://web.example/")
+    http_client.send_request("GET", "http://web.example/")
     server = ServerConnection(harness.reactor)
     server.protocol.dataReceived(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nabc")
     server.protocol.connectionLost(Failure(ConnectionDone()))
-    http_client.run()
-    assert (http_client.answer().whole, http_client.transport.aborted) == (False, True)
+    http_client.advance()
+    assert (http_client.read_response().complete, http_client.transport.aborted) == (False, True)
 
 
 def test_invalid_response(connect: Any, harness: ProxyHarness) -> None:
     http_client = connect()
-    http_client.request("GET", "http://web.example/")
+    http_client.send_request("GET", "http://web.example/")
     ServerConnection(harness.reactor).protocol.dataReceived(b"SSH-2.0-OpenSSH\r\n\r\n")
-    response = http_client.answer()
+    response = http_client.read_response()
     assert response.status == 502
     assert "OpenSSH" not in error_text(response)
 
@@ -484,13 +484,13 @@ def test_destination_checks_compare_by_host() -> None:
 )
 def test_malformed_connect_target(connect: Any, harness: ProxyHarness, target: str) -> None:
     http_client = connect()
-    response = http_client.ask("CONNECT", target)
+    response = http_client.fetch("CONNECT", target)
     assert (response.status, response.headers["Connection"]) == (400, "close")
     assert error_text(response)
     assert harness.reactor.tcpClients == []
     assert http_client.transport.closed
     assert b"secret" not in http_client.received
-    assert "secret" not in f"{http_client.logged[0].host}{http_client.logged[0].path}"
+    assert "secret" not in f"{http_client.finished_requests[0].host}{http_client.finished_requests[0].path}"
 
 
 @pytest.mark.parametrize(
@@ -511,32 +511,32 @@ def test_malformed_connect_target(connect: Any, harness: ProxyHarness, target: s
 )
 def test_forbidden_tunnels(connect: Any, harness: ProxyHarness, target: str, rule: str) -> None:
     http_client = connect()
-    response = http_client.ask("CONNECT", target)
+    response = http_client.fetch("CONNECT", target)
     assert (response.status, response.headers["Connection"]) == (403, "close")
     assert rule in error_text(response)
     assert harness.reactor.tcpClients == []
     assert http_client.transport.closed
-    assert (http_client.logged[0].status, http_client.logged[0].path) == (403, "")
+    assert (http_client.finished_requests[0].status, http_client.finished_requests[0].path) == (403, "")
 
 
 def test_tunnel_to_an_unreachable_server(connect: Any, harness: ProxyHarness) -> None:
-    response = connect().ask("CONNECT", "nowhere.example:443")
+    response = connect().fetch("CONNECT", "nowhere.example:443")
     assert (response.status, "no such name" in error_text(response)) == (502, True)
     http_client = connect()
-    http_client.request("CONNECT", "slow.example:443")
+    http_client.send_request("CONNECT", "slow.example:443")
     harness.reactor.advance(21)
-    response = http_client.answer()
+    response = http_client.read_response()
     assert (response.status, "slow.example:443: timed out" in error_text(response)) == (504, True)
 
 
 @pytest.mark.parametrize(("method", "target"), [("CONNECT", "web.example:443"), ("GET", "http://web.example/")])
 def test_client_disconnect_cancels_the_attempt(connect: Any, harness: ProxyHarness, method: str, target: str) -> None:
     http_client = connect()
-    http_client.request(method, target)
+    http_client.send_request(method, target)
     assert len(harness.reactor.tcpClients) == 1
     http_client.disconnect()
     assert harness.reactor.connectors[0].stoppedConnecting
-    assert [request.status for request in http_client.logged] == [0]
+    assert [request.status for request in http_client.finished_requests] == [0]
     assert harness.closed_tunnels == []
 
 
@@ -548,7 +548,7 @@ def test_bytes_after_a_refused_connect_are_not_parsed(connect: Any, harness: Pro
     assert harness.handled == []
 
 
-def test_upstream_errors_are_plain_text(visit: Any) -> None:
+def test_upstream_errors_are_plain_text(connect_client: Any) -> None:
     class FailingAgent:
         def __init__(self, error: Exception) -> None:
             self.error = error
@@ -562,5 +562,5 @@ def test_upstream_errors_are_plain_text(visit: Any) -> None:
         async def handle(request: Request, proxy: ForwardProxy = proxy) -> None:
             await proxy.handle(None, request)  # type: ignore[arg-type]
 
-        response = visit(handle).ask("GET", "http://web.example/")
+        response = connect_client(handle).fetch("GET", "http://web.example/")
         assert (response.status, error_text(response)) == (502, f"{error.message}\n")

@@ -59,12 +59,12 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def connect(visit: Any, backend: Any, clock: Clock) -> Any:
+def connect(connect_client: Any, backend: Any, clock: Clock) -> Any:
     """Return a function that makes a visitor of a registry with a guard."""
     backend.manifests["1"] = ManifestResponse(Digest.of(b"{}"), OCI_MANIFEST, 2, b"{}", "-")
 
     def make(access_control: AccessControl, **options: Any) -> Any:
-        return visit(HostedRegistryApp(RegistryAPI(clock), backend, access_control).handle, clock=clock, **options)
+        return connect_client(HostedRegistryApp(RegistryAPI(clock), backend, access_control).handle, clock=clock, **options)
 
     return make
 
@@ -72,8 +72,8 @@ def connect(visit: Any, backend: Any, clock: Clock) -> Any:
 def test_allow_all(connect: Any) -> None:
     client = connect(AllowAll())
     for method, path in [("GET", "/v2/"), *READ_REQUESTS, *WRITE_REQUESTS]:
-        assert client.ask(method, path).status == 200
-    assert client.ask("GET", "/v2/token").status == 404
+        assert client.fetch(method, path).status == 200
+    assert client.fetch("GET", "/v2/token").status == 404
 
 
 def test_require_login(connect: Any, htpasswd: Any) -> None:
@@ -86,12 +86,12 @@ def test_require_login(connect: Any, htpasswd: Any) -> None:
             bearer_fields("x"),
             [("Authorization", "?")],
         ):
-            response = client.ask(method, path, fields)
+            response = client.fetch(method, path, fields)
             assert (response.status, response.fields("WWW-Authenticate")) == (401, [f'Basic realm="{REALM}"'])
-        assert client.ask(method, path, basic_fields("alice:wonder")).status == 200
-    assert client.ask("GET", "/v2/token").status == 404
+        assert client.fetch(method, path, basic_fields("alice:wonder")).status == 200
+    assert client.fetch("GET", "/v2/token").status == 404
     # Where they have no login, podman and skopeo show an empty one.
-    assert b"a login is needed" in client.ask("GET", "/v2/", basic_fields(":")).body
+    assert b"a login is needed" in client.fetch("GET", "/v2/", basic_fields(":")).body
 
 
 class TestAnonymousPull:
@@ -100,7 +100,7 @@ class TestAnonymousPull:
         return connect(AnonymousPull(htpasswd, REALM, b"s" * 32, clock.seconds), secure=True)
 
     def token(self, client: Any, fields: list[tuple[str, str]] | None = None) -> str:
-        response = client.ask("GET", f"/v2/token?service={REALM}&scope=repository:a:pull", fields or [])
+        response = client.fetch("GET", f"/v2/token?service={REALM}&scope=repository:a:pull", fields or [])
         assert (response.status, response.headers["Cache-Control"]) == (200, "no-store")
         document = json.loads(response.body)
         assert document["token"] == document["access_token"]
@@ -108,37 +108,37 @@ class TestAnonymousPull:
 
     def test_read_needs_no_login(self, client: Any) -> None:
         for method, path in READ_REQUESTS:
-            assert client.ask(method, path).status == 200
+            assert client.fetch(method, path).status == 200
 
     def test_write_needs_a_login(self, client: Any) -> None:
         for method, path in WRITE_REQUESTS:
             for fields in ([], basic_fields("alice:wrong"), bearer_fields(self.token(client))):
-                assert client.ask(method, path, fields).status == 401
+                assert client.fetch(method, path, fields).status == 401
             for fields in (
                 basic_fields("alice:wonder"),
                 bearer_fields(self.token(client, basic_fields("alice:wonder"))),
             ):
-                assert client.ask(method, path, fields).status == 200
+                assert client.fetch(method, path, fields).status == 200
 
     def test_docker_login_sequence(self, client: Any) -> None:
         """It is challenged at /v2/ in any case, and so shows its login where it has one."""
-        response = client.ask("GET", "/v2/", [("Host", "192.0.2.1:5443")])
+        response = client.fetch("GET", "/v2/", [("Host", "192.0.2.1:5443")])
         assert response.status == 401
         assert response.fields("WWW-Authenticate") == [
             f'Bearer realm="https://192.0.2.1:5443/v2/token",service="{REALM}"'
         ]
         for fields in (None, basic_fields("alice:wonder")):
-            assert client.ask("GET", "/v2/", bearer_fields(self.token(client, fields))).status == 200
-        assert client.ask("GET", "/v2/", basic_fields("alice:wonder")).status == 200
+            assert client.fetch("GET", "/v2/", bearer_fields(self.token(client, fields))).status == 200
+        assert client.fetch("GET", "/v2/", basic_fields("alice:wonder")).status == 200
 
     def test_challenge_has_a_scope(self, client: Any) -> None:
-        challenge = client.ask("PUT", "/v2/a/b/manifests/1").headers["WWW-Authenticate"]
+        challenge = client.fetch("PUT", "/v2/a/b/manifests/1").headers["WWW-Authenticate"]
         assert challenge.endswith(',scope="repository:a/b:pull,push"')
 
     def test_a_wrong_login_gets_no_token(self, client: Any) -> None:
-        response = client.ask("GET", "/v2/token", basic_fields("alice:wrong"))
+        response = client.fetch("GET", "/v2/token", basic_fields("alice:wrong"))
         assert (response.status, response.headers["WWW-Authenticate"]) == (401, f'Basic realm="{REALM}"')
-        assert client.ask("POST", "/v2/token", [], b"grant_type=password").status == 405
+        assert client.fetch("POST", "/v2/token", [], b"grant_type=password").status == 405
 
     @pytest.mark.parametrize("change", ["ended", "altered", "foreign", "empty", "gone"])
     def test_invalid_tokens(self, client: Any, clock: Clock, connect: Any, htpasswd: Any, change: str) -> None:
@@ -156,10 +156,10 @@ class TestAnonymousPull:
         else:
             htpasswd.there.clear()
         client = connect(AnonymousPull(htpasswd, REALM, b"s" * 32, clock.seconds), secure=True)
-        assert client.ask("PUT", "/v2/a/manifests/1", bearer_fields(token)).status == 401
+        assert client.fetch("PUT", "/v2/a/manifests/1", bearer_fields(token)).status == 401
 
     def test_invalid_host(self, client: Any) -> None:
-        response = client.ask("GET", "/v2/", [("Host", 'x"y')])
+        response = client.fetch("GET", "/v2/", [("Host", 'x"y')])
         assert response.status == 400 or f"https://{REALM}/v2/token" in response.headers["WWW-Authenticate"]
 
 
@@ -175,21 +175,21 @@ class TestAnonymousPull:
         ("?ns=", "mirror /v2/?ns="),
     ],
 )
-def test_namespace_routing(visit: Any, query: str, expected: str) -> None:
+def test_namespace_routing(connect_client: Any, query: str, expected: str) -> None:
     def make_handler(name: str) -> Any:
         async def handle(request: Any) -> None:
             target = request.path + (f"?{request.query}" if request.query else "")
-            request.answer(200, [], f"{name} {target}".encode())
+            request.respond(200, [], f"{name} {target}".encode())
 
         return handle
 
     router = NamespaceRouter(make_handler("own"), make_handler("mirror"), frozenset([REALM]), make_handler("otherwise"))
-    assert visit(router.handle).ask("GET", "/v2/" + query).body.decode() == expected
+    assert connect_client(router.handle).fetch("GET", "/v2/" + query).body.decode() == expected
 
 
-def test_invalid_namespace(visit: Any) -> None:
+def test_invalid_namespace(connect_client: Any) -> None:
     async def unused(request: Any) -> None:
         raise AssertionError
 
-    response = visit(NamespaceRouter(unused, unused, frozenset(), unused).handle).ask("GET", "/v2/?ns=a&ns=b")
+    response = connect_client(NamespaceRouter(unused, unused, frozenset(), unused).handle).fetch("GET", "/v2/?ns=a&ns=b")
     assert response.status == 400

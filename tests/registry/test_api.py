@@ -32,7 +32,7 @@ def make_bytes(size: int) -> bytes:
 
 
 @pytest.fixture
-def connect_api(visit: Any, backend: Any) -> Any:
+def connect_api(connect_client: Any, backend: Any) -> Any:
     """Return a function that makes a visitor of a face that answers from `shelf`."""
 
     def make(**options: Any) -> Any:
@@ -45,7 +45,7 @@ def connect_api(visit: Any, backend: Any) -> Any:
             except RegistryError as error:
                 handle_error(request, error, [])
 
-        return visit(handle, clock=clock, **options)
+        return connect_client(handle, clock=clock, **options)
 
     return make
 
@@ -75,8 +75,8 @@ def put_manifest(
 def test_a_blob(client: Any, backend: Any, fake_content: Any, size: int) -> None:
     content = fake_content(make_bytes(size))
     digest = backend.put(content)
-    response = client.ask("GET", blob_path(digest))
-    assert (response.status, response.body, response.whole) == (200, make_bytes(size), True)
+    response = client.fetch("GET", blob_path(digest))
+    assert (response.status, response.body, response.complete) == (200, make_bytes(size), True)
     expected = {
         "Content-Type": "application/octet-stream",
         "Content-Length": str(size),
@@ -90,15 +90,15 @@ def test_a_blob(client: Any, backend: Any, fake_content: Any, size: int) -> None
     assert "Warning" not in response.headers
     assert content.closed == 1
     assert backend.asked == [("library/busybox", digest, False)]
-    assert client.logged[0].verdict == "HIT"
-    assert client.logged[0].size == size
+    assert client.finished_requests[0].verdict == "HIT"
+    assert client.finished_requests[0].size == size
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_the_head_of_a_blob(client: Any, backend: Any, fake_content: Any, size: int) -> None:
     content = fake_content(make_bytes(size), fails={0: FAILURE})
     digest = backend.put(content)
-    response = client.ask("HEAD", blob_path(digest), [("Range", "bytes=0-0")])
+    response = client.fetch("HEAD", blob_path(digest), [("Range", "bytes=0-0")])
     assert (response.status, response.headers["Content-Length"]) == (200, str(size))
     assert response.headers["Docker-Content-Digest"] == str(digest)
     assert response.headers["Accept-Ranges"] == "bytes"
@@ -107,7 +107,7 @@ def test_the_head_of_a_blob(client: Any, backend: Any, fake_content: Any, size: 
     assert backend.asked == [("library/busybox", digest, True)]
 
 
-def test_head_of_a_blob_without_content(visit: Any) -> None:
+def test_head_of_a_blob_without_content(connect_client: Any) -> None:
     digest = Digest.of(b"x")
 
     class HeadOnlyBackend:
@@ -117,9 +117,9 @@ def test_head_of_a_blob_without_content(visit: Any) -> None:
     async def handle(request: Request) -> None:
         await RegistryAPI(Clock()).handle(request, route(request.path), HeadOnlyBackend())  # type: ignore[arg-type]
 
-    client = visit(handle)
+    client = connect_client(handle)
     for _ in range(2):  # and the connection goes on
-        response = client.ask("HEAD", blob_path(digest))
+        response = client.fetch("HEAD", blob_path(digest))
         assert (response.status, response.headers["Content-Length"]) == (200, "5000000000")
         assert response.headers["X-Cache"] == "MISS"
 
@@ -128,23 +128,23 @@ def test_blob_of_unknown_length(connect_api: Any, backend: Any, fake_content: An
     for data in (b"", b"x", make_bytes(400_000)):
         content = fake_content(data, size=None)
         digest = backend.put(content)
-        response = connect_api().ask("GET", blob_path(digest), [("Range", "bytes=0-")])
-        assert (response.status, response.body, response.whole) == (200, data, True)
+        response = connect_api().fetch("GET", blob_path(digest), [("Range", "bytes=0-")])
+        assert (response.status, response.body, response.complete) == (200, data, True)
         assert (response.headers["Transfer-Encoding"], response.headers["Content-Length"]) == ("chunked", None)
         http10_response = (
-            connect_api().ask("GET", blob_path(digest.of(data)), version="1.0")
+            connect_api().fetch("GET", blob_path(digest.of(data)), version="1.0")
             if backend.put(fake_content(data, size=None))
             else None
         )
         assert http10_response is not None
-        assert (http10_response.status, http10_response.body, http10_response.whole) == (200, data, True)
+        assert (http10_response.status, http10_response.body, http10_response.complete) == (200, data, True)
         assert (http10_response.headers["Transfer-Encoding"], http10_response.headers["Connection"]) == (None, "close")
         assert content.closed == 1
 
 
 def test_the_head_of_a_blob_of_unknown_length(client: Any, backend: Any, fake_content: Any) -> None:
     digest = backend.put(fake_content(b"abc", size=None))
-    response = client.ask("HEAD", blob_path(digest))
+    response = client.fetch("HEAD", blob_path(digest))
     assert (response.status, response.headers["Content-Length"]) == (200, None)
     assert client.received.endswith(b"\r\n\r\n")
 
@@ -168,8 +168,8 @@ def test_a_range(client: Any, backend: Any, fake_content: Any, range_field: str)
     start, stop = RANGES[range_field]
     content = fake_content(make_bytes(100_000))
     digest = backend.put(content)
-    response = client.ask("GET", blob_path(digest), [("Range", range_field)])
-    assert (response.status, response.body, response.whole) == (206, make_bytes(100_000)[start:stop], True)
+    response = client.fetch("GET", blob_path(digest), [("Range", range_field)])
+    assert (response.status, response.body, response.complete) == (206, make_bytes(100_000)[start:stop], True)
     assert response.headers["Content-Range"] == f"bytes {start}-{stop - 1}/100000"
     assert response.headers["Content-Length"] == str(stop - start)
     assert response.headers["Docker-Content-Digest"] == str(digest)
@@ -181,7 +181,7 @@ def test_a_range(client: Any, backend: Any, fake_content: Any, range_field: str)
 @pytest.mark.parametrize("asked", ["bytes=0-1,5-6", "bytes=0-0, -1", "bytes=a-b", "lines=0-1", "bytes=-"])
 def test_unsupported_range_gets_the_whole(client: Any, backend: Any, fake_content: Any, range_field: str) -> None:
     digest = backend.put(fake_content(make_bytes(100_000)))
-    response = client.ask("GET", blob_path(digest), [("Range", range_field)])
+    response = client.fetch("GET", blob_path(digest), [("Range", range_field)])
     assert (response.status, response.body) == (200, make_bytes(100_000))
     assert "Content-Range" not in response.headers
 
@@ -191,20 +191,20 @@ def test_unsupported_range_gets_the_whole(client: Any, backend: Any, fake_conten
 def test_unsatisfiable_range(client: Any, backend: Any, fake_content: Any, size: int, form: str) -> None:
     content = fake_content(make_bytes(size))
     digest = backend.put(content)
-    response = client.ask("GET", blob_path(digest), [("Range", form.format(size))])
+    response = client.fetch("GET", blob_path(digest), [("Range", form.format(size))])
     assert (response.status, response.headers["Content-Range"]) == (416, f"bytes */{size}")
     assert json.loads(response.body)["errors"][0]["code"] == "RANGE_INVALID"
     assert (content.asked, content.closed) == ([], 1)
 
 
 def test_range_of_an_empty_blob(client: Any, backend: Any, fake_content: Any) -> None:
-    response = client.ask("GET", blob_path(backend.put(fake_content(b""))), [("Range", "bytes=0-")])
+    response = client.fetch("GET", blob_path(backend.put(fake_content(b""))), [("Range", "bytes=0-")])
     assert (response.status, response.body, response.headers["Content-Length"]) == (200, b"", "0")
 
 
 @settings(max_examples=60, deadline=None)
 @given(size=st.integers(0, 200_000), first=st.integers(0, 200_000), length=st.none() | st.integers(1, 200_000))
-def test_any_range(visit: Any, fake_content: Any, size: int, first: int, length: int | None) -> None:
+def test_any_range(connect_client: Any, fake_content: Any, size: int, first: int, length: int | None) -> None:
     content = fake_content(make_bytes(size), piece=50_000)
     digest = Digest.of(content.data)
 
@@ -221,7 +221,7 @@ def test_any_range(visit: Any, fake_content: Any, size: int, first: int, length:
             handle_error(request, error, [])
 
     last = "" if length is None else first + length - 1
-    response = visit(handle, clock=clock).ask("GET", blob_path(digest), [("Range", f"bytes={first}-{last}")])
+    response = connect_client(handle, clock=clock).fetch("GET", blob_path(digest), [("Range", f"bytes={first}-{last}")])
     expected = make_bytes(size)[first : None if length is None else first + length]
     if size == 0:
         assert (response.status, response.body) == (200, b"")
@@ -229,7 +229,7 @@ def test_any_range(visit: Any, fake_content: Any, size: int, first: int, length:
         assert response.status == 416
     else:
         assert (response.status, response.body) == (206, expected)
-    assert response.whole
+    assert response.complete
     assert content.closed == 1
 
 
@@ -243,7 +243,7 @@ def test_if_range(connect_api: Any, backend: Any, fake_content: Any) -> None:
     ]:
         backend.put(fake_content(make_bytes(1000)))
         fields = [("Range", "bytes=10-19"), ("If-Range", condition)]
-        response = connect_api().ask("GET", blob_path(digest), fields)
+        response = connect_api().fetch("GET", blob_path(digest), fields)
         assert (response.status, len(response.body)) == (status, 10 if status == 206 else 1000), condition
 
 
@@ -265,7 +265,7 @@ def test_if_none_match(connect_api: Any, backend: Any, fake_content: Any, condit
         for path, name in ((blob_path(digest), digest), ("/v2/library/busybox/manifests/latest", manifest)):
             backend.put(content := fake_content(make_bytes(1000)))
             client = connect_api()
-            response = client.ask(method, path, [("If-None-Match", condition.format(name)), ("Range", "bytes=0-0")])
+            response = client.fetch(method, path, [("If-None-Match", condition.format(name)), ("Range", "bytes=0-0")])
             assert response.status == (304 if not_modified else 206 if method == "GET" else 200), (method, path)
             assert response.headers["Docker-Content-Digest"] == str(name)
             assert response.headers["Etag"] == f'"{name}"'
@@ -274,13 +274,13 @@ def test_if_none_match(connect_api: Any, backend: Any, fake_content: Any, condit
                 assert (response.body, response.headers["Content-Length"], content.asked) == (b"", None, [])
                 # and what comes next is understood as the next answer
                 backend.put(fake_content(make_bytes(1000)))
-                assert client.ask(method, path).status == 200
+                assert client.fetch(method, path).status == 200
 
 
 def test_several_if_none_match_fields_are_one_list(client: Any, backend: Any, fake_content: Any) -> None:
     digest = backend.put(fake_content(b"abc"))
     fields = [("If-None-Match", '"a"'), ("If-None-Match", f'"{digest}"')]
-    assert client.ask("GET", blob_path(digest), fields).status == 304
+    assert client.fetch("GET", blob_path(digest), fields).status == 304
 
 
 def test_stale_content_carries_a_warning(client: Any, backend: Any, fake_content: Any) -> None:
@@ -288,7 +288,7 @@ def test_stale_content_carries_a_warning(client: Any, backend: Any, fake_content
     digest = backend.put(fake_content(b"abc"))
     put_manifest(backend, cache_status="STALE")
     for path in (blob_path(digest), "/v2/library/busybox/manifests/latest"):
-        response = client.ask("GET", path)
+        response = client.fetch("GET", path)
         assert (response.status, response.headers["X-Cache"]) == (200, "STALE")
         assert response.headers["Warning"].startswith('299 - "Stale: ')
 
@@ -301,8 +301,8 @@ def test_small_blob_failing_verification_is_a_clean_error(
     client: Any, backend: Any, fake_content: Any, error: Any
 ) -> None:
     content = fake_content(make_bytes(1000), bad=error)
-    response = client.ask("GET", blob_path(backend.put(content)))
-    assert (response.status, response.whole) == (error.status, True)
+    response = client.fetch("GET", blob_path(backend.put(content)))
+    assert (response.status, response.complete) == (error.status, True)
     assert json.loads(response.body) == {"errors": [{"code": "UNAVAILABLE", "message": error.message}]}
     assert response.headers["Content-Type"] == "application/json"
     assert "Docker-Content-Digest" not in response.headers
@@ -317,8 +317,8 @@ def test_a_small_blob_that_cannot_be_read_is_a_clean_error(
     if fails_at >= size:
         return
     content = fake_content(make_bytes(size), fails={fails_at: FAILURE})
-    response = client.ask("GET", blob_path(backend.put(content)))
-    assert (response.status, response.whole, content.closed) == (502, True, 1)
+    response = client.fetch("GET", blob_path(backend.put(content)))
+    assert (response.status, response.complete, content.closed) == (502, True, 1)
     assert json.loads(response.body)["errors"][0]["message"] == "it broke off"
 
 
@@ -326,8 +326,8 @@ def test_a_small_blob_that_ends_early_is_a_clean_error(client: Any, backend: Any
     content = fake_content(make_bytes(1000))
     digest = backend.put(content)
     content.data = content.data[:999]
-    response = client.ask("GET", blob_path(digest))
-    assert (response.status, response.whole, content.closed) == (502, True, 1)
+    response = client.fetch("GET", blob_path(digest))
+    assert (response.status, response.complete, content.closed) == (502, True, 1)
     assert json.loads(response.body)["errors"][0]["code"] == "UNAVAILABLE"
 
 
@@ -338,8 +338,8 @@ def test_a_large_blob_that_cannot_be_read_breaks_the_connection(
     client: Any, backend: Any, fake_content: Any, version: str, size_known: bool, fails_at: int
 ) -> None:
     content = fake_content(make_bytes(400_000), size=-1 if size_known else None, fails={fails_at: FAILURE})
-    response = client.ask("GET", blob_path(backend.put(content)), version=version)
-    assert (response.status, response.whole) == (200, False)
+    response = client.fetch("GET", blob_path(backend.put(content)), version=version)
+    assert (response.status, response.complete) == (200, False)
     assert len(response.body) == fails_at
     assert client.transport.aborted
     assert content.closed == 1
@@ -350,8 +350,8 @@ def test_a_large_blob_that_ends_early_breaks_the_connection(client: Any, backend
     content = fake_content(make_bytes(400_000))
     digest = backend.put(content)
     content.data = content.data[:399_999]
-    response = client.ask("GET", blob_path(digest))
-    assert (response.whole, client.transport.aborted, content.closed) == (False, True, 1)
+    response = client.fetch("GET", blob_path(digest))
+    assert (response.complete, client.transport.aborted, content.closed) == (False, True, 1)
 
 
 def test_internal_error_aborts_the_response(
@@ -360,8 +360,8 @@ def test_internal_error_aborts_the_response(
     """A disk that fails, say: what is no `RegistryError`."""
     monkeypatch.setattr("dockerproxy.http.channel.log.failure", lambda *_, **__: None)
     content = fake_content(make_bytes(400_000), fails={300_000: OSError(5, "Input/output error")})
-    response = client.ask("GET", blob_path(backend.put(content)))
-    assert (response.whole, content.closed) == (False, 1)
+    response = client.fetch("GET", blob_path(backend.put(content)))
+    assert (response.complete, content.closed) == (False, 1)
 
 
 def test_disconnect_closes_the_content(connect_api: Any, backend: Any, fake_content: Any) -> None:
@@ -369,7 +369,7 @@ def test_disconnect_closes_the_content(connect_api: Any, backend: Any, fake_cont
         for size_known in (True, False):
             content = fake_content(make_bytes(size), size=-1 if size_known else None, waits={size // 2: Deferred()})
             client = connect_api()
-            client.request("GET", blob_path(backend.put(content)))
+            client.send_request("GET", blob_path(backend.put(content)))
             assert content.closed == 0
             client.disconnect()
             assert content.closed == 1, (size, size_known)
@@ -384,7 +384,7 @@ def test_disconnect_during_verification(connect_api: Any, backend: Any, fake_con
 
     content.settled = wait_verified
     client = connect_api()
-    client.request("GET", blob_path(backend.put(content)))
+    client.send_request("GET", blob_path(backend.put(content)))
     assert (client.received, content.closed) == (b"", 0)  # not a byte before it is certain
     client.disconnect()
     assert content.closed == 1
@@ -393,11 +393,11 @@ def test_disconnect_during_verification(connect_api: Any, backend: Any, fake_con
 def test_stalled_client(connect_api: Any, backend: Any, fake_content: Any) -> None:
     content = fake_content(make_bytes(700_000))
     client = connect_api()
-    client.transport.room = 1000
-    client.request("GET", blob_path(backend.put(content)))
+    client.transport.window = 1000
+    client.send_request("GET", blob_path(backend.put(content)))
     assert len(content.asked) == 1
-    client.take(math.inf)
-    assert client.answer().body == make_bytes(700_000)
+    client.extend_window(math.inf)
+    assert client.read_response().body == make_bytes(700_000)
     assert content.closed == 1
 
 
@@ -408,8 +408,8 @@ def test_a_manifest(client: Any, backend: Any) -> None:
     digest = put_manifest(backend, cache_status="REVALIDATED")
     fields = [("Accept", OCI_INDEX), ("Accept", f"{OCI_MANIFEST};q=0.5")]
     for reference in ("latest", str(digest)):
-        response = client.ask("GET", f"/v2/library/busybox/manifests/{reference}", fields)
-        assert (response.status, response.body, response.whole) == (200, MANIFEST, True)
+        response = client.fetch("GET", f"/v2/library/busybox/manifests/{reference}", fields)
+        assert (response.status, response.body, response.complete) == (200, MANIFEST, True)
         expected = {
             "Content-Type": OCI_MANIFEST,
             "Content-Length": str(len(MANIFEST)),
@@ -429,7 +429,7 @@ def test_the_head_of_a_manifest(client: Any, backend: Any, with_content: bool) -
     if not with_content:
         backend.manifests["latest"] = ManifestResponse(digest, OCI_MANIFEST, len(MANIFEST), None, "MISS")
     for _ in range(2):
-        response = client.ask("HEAD", "/v2/library/busybox/manifests/latest", [("Range", "bytes=0-")])
+        response = client.fetch("HEAD", "/v2/library/busybox/manifests/latest", [("Range", "bytes=0-")])
         assert (response.status, response.headers["Content-Length"]) == (200, str(len(MANIFEST)))
         assert response.headers["Docker-Content-Digest"] == str(digest)
         assert response.headers["Content-Type"] == OCI_MANIFEST
@@ -442,14 +442,14 @@ def test_a_manifest_by_range(client: Any, backend: Any) -> None:
     put_manifest(backend)
     size = len(MANIFEST)
     path = "/v2/library/busybox/manifests/latest"
-    response = client.ask("GET", path, [("Range", "bytes=0-")])
+    response = client.fetch("GET", path, [("Range", "bytes=0-")])
     assert (response.status, response.body) == (206, MANIFEST)
     assert response.headers["Content-Range"] == f"bytes 0-{size - 1}/{size}"
-    response = client.ask("GET", path, [("Range", "bytes=-5")])
+    response = client.fetch("GET", path, [("Range", "bytes=-5")])
     assert (response.status, response.body) == (206, MANIFEST[-5:])
-    response = client.ask("GET", path, [("Range", f"bytes={size}-")])
+    response = client.fetch("GET", path, [("Range", f"bytes={size}-")])
     assert (response.status, response.headers["Content-Range"]) == (416, f"bytes */{size}")
-    assert client.ask("GET", path, [("Range", "bytes=0-1,3-4")]).status == 200
+    assert client.fetch("GET", path, [("Range", "bytes=0-1,3-4")]).status == 200
 
 
 def test_other_requests_go_to_the_backend(client: Any, backend: Any) -> None:
@@ -465,12 +465,12 @@ def test_other_requests_go_to_the_backend(client: Any, backend: Any) -> None:
         ("DELETE", f"/v2/a/blobs/{digest}", Kind.BLOB),
         ("OPTIONS", "/v2/a/manifests/latest", Kind.MANIFEST),
     ]:
-        assert client.ask(method, path).body == b"other"
+        assert client.fetch(method, path).body == b"other"
         assert (backend.asked[-1][0], backend.asked[-1][1].kind) == (method, kind)
 
 
 def test_media_type_cannot_inject_a_field(client: Any, backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dockerproxy.http.channel.log.failure", lambda *_, **__: None)
     put_manifest(backend, media_type="text/plain\r\nSet-Cookie: a=b")
-    client.request("GET", "/v2/library/busybox/manifests/latest")
+    client.send_request("GET", "/v2/library/busybox/manifests/latest")
     assert b"Set-Cookie" not in client.received

@@ -70,7 +70,7 @@ class RegistryHarness:
         if self.client.transport.closed or self.client.transport.disconnecting:
             self.client = self.connect()
         headers = [(name.replace("_", "-"), value) for name, value in fields.items()]
-        return self.client.ask(method, target, headers, body)
+        return self.client.fetch(method, target, headers, body)
 
     def push_blob(self, data: bytes, name: str = NAME, algorithm: str = "sha256") -> Digest:
         digest = Digest.of(data, algorithm)
@@ -122,7 +122,7 @@ def error_code(response: Any) -> tuple[int, str]:
 
 
 @pytest.fixture
-def registry(tmp_path: Path, visit: Any) -> RegistryHarness:
+def registry(tmp_path: Path, connect_client: Any) -> RegistryHarness:
     reactor = SynchronousReactor()
     store = HostedStore.from_layout(Layout(tmp_path))
     app = HostedRegistryApp(
@@ -130,7 +130,7 @@ def registry(tmp_path: Path, visit: Any) -> RegistryHarness:
     )
 
     def connect() -> Any:
-        return visit(app.handle, clock=reactor)
+        return connect_client(app.handle, clock=reactor)
 
     return RegistryHarness(store, connect(), connect)
 
@@ -199,10 +199,10 @@ def test_chunk_of_wrong_length_is_rolled_back(registry: RegistryHarness) -> None
 def test_disconnect_keeps_the_bytes_received(registry: RegistryHarness) -> None:
     location = registry.start_upload()
     registry.client.send(f"PATCH {location} HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\nsome of it".encode())
-    busy = registry.connect().ask("PATCH", location, (), b"x")
+    busy = registry.connect().fetch("PATCH", location, (), b"x")
     assert error_code(busy) == (409, "BLOB_UPLOAD_INVALID")
     # It waits to be written with what comes next, and is not told of before.
-    assert registry.connect().ask("HEAD", location).headers["Range"] == "0-0"
+    assert registry.connect().fetch("HEAD", location).headers["Range"] == "0-0"
     registry.client.disconnect()
     assert registry.request("GET", location).headers["Range"] == "0-9"
     digest = Digest.of(b"some of it and the rest")
@@ -675,7 +675,7 @@ def test_referrers_pagination(registry: RegistryHarness, monkeypatch: pytest.Mon
         assert sorted(digests) == sorted(pushed)
 
 
-def test_tree_of_another_registry(registry: RegistryHarness, tmp_path: Path, visit: Any) -> None:
+def test_tree_of_another_registry(registry: RegistryHarness, tmp_path: Path, connect_client: Any) -> None:
     """It has no media types and no referrers: clients kept those under a fallback tag. An import may bring more."""
     subject = registry.image("subject")
     signature = registry.image(seed="signature", subject=subject_of(subject))
@@ -689,7 +689,7 @@ def test_tree_of_another_registry(registry: RegistryHarness, tmp_path: Path, vis
     app = HostedRegistryApp(
         RegistryAPI(reactor), HostedRegistry(reactor, store, PushHandler(reactor, store)), AllowAll()
     )
-    reopened = RegistryHarness(store, visit(app.handle, clock=reactor), lambda: visit(app.handle, clock=reactor))
+    reopened = RegistryHarness(store, connect_client(app.handle, clock=reactor), lambda: connect_client(app.handle, clock=reactor))
     assert reopened.request("HEAD", f"/v2/{NAME}/manifests/subject").headers["Content-Type"] == OCI_MANIFEST
     assert reopened.request("GET", f"/v2/{NAME}/manifests/{fallback_tag(subject)}").headers["Content-Type"] == OCI_INDEX
     assert reopened.referrers(subject) == [str(signature)]

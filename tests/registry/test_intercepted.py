@@ -55,24 +55,24 @@ class FakeReferrersIndex:
 
 
 @pytest.fixture
-def connect_intercepted(visit: Any, upstream: Any) -> Any:
+def connect_intercepted(connect_client: Any, upstream: Any) -> Any:
     """Return a function that makes a visitor of a registry that is intercepted."""
 
     def make(allow_push: bool = False, registry: Registry = QUAY, **options: Any) -> Any:
         clock = Clock()
         intercepted = Intercepted(RegistryAPI(clock), upstream.open, upstream, allow_push=allow_push)
-        return visit(lambda request: intercepted.handle(registry, request), clock=clock, **{"secure": True, **options})
+        return connect_client(lambda request: intercepted.handle(registry, request), clock=clock, **{"secure": True, **options})
 
     return make
 
 
 @pytest.fixture
-def connect_mirror(visit: Any, upstream: Any) -> Any:
+def connect_mirror(connect_client: Any, upstream: Any) -> Any:
     """Return a function that makes a visitor of the mirror."""
 
     def make(**options: Any) -> Any:
         clock = Clock()
-        return visit(Mirror(RegistryAPI(clock), upstream.open, MIRRORED, HUB).handle, clock=clock, **options)
+        return connect_client(Mirror(RegistryAPI(clock), upstream.open, MIRRORED, HUB).handle, clock=clock, **options)
 
     return make
 
@@ -89,16 +89,16 @@ def error_code(response: Any) -> str:
 def test_authorization_opens_the_registry(connect_intercepted: Any, upstream: Any, fake_content: Any) -> None:
     digest = upstream.put(fake_content(b"layer"))
     client = connect_intercepted()
-    assert client.ask("GET", f"/v2/a/b/blobs/{digest}").body == b"layer"
+    assert client.fetch("GET", f"/v2/a/b/blobs/{digest}").body == b"layer"
     upstream.put(fake_content(b"layer"))
-    client.ask("GET", f"/v2/a/b/blobs/{digest}", [("Authorization", "Bearer client")])
+    client.fetch("GET", f"/v2/a/b/blobs/{digest}", [("Authorization", "Bearer client")])
     assert upstream.opened == [(QUAY, None), (QUAY, "Bearer client")]
-    assert [request.host for request in client.logged] == ["quay.io", "quay.io"]
+    assert [request.host for request in client.finished_requests] == ["quay.io", "quay.io"]
 
 
 def test_manifest_comes_from_upstream(connect_intercepted: Any, upstream: Any) -> None:
     upstream.manifests["latest"] = ManifestResponse(DIGEST, OCI_INDEX, 2, b"{}", "HIT")
-    response = connect_intercepted().ask("GET", "/v2/a/b/manifests/latest", [("Accept", OCI_INDEX)])
+    response = connect_intercepted().fetch("GET", "/v2/a/b/manifests/latest", [("Accept", OCI_INDEX)])
     assert (response.status, response.body) == (200, b"{}")
     assert upstream.asked == [("a/b", "latest", [OCI_INDEX], False)]
 
@@ -106,11 +106,11 @@ def test_manifest_comes_from_upstream(connect_intercepted: Any, upstream: Any) -
 @pytest.mark.parametrize("path", ["/v2/", "/v2"])
 def test_ping(connect_intercepted: Any, upstream: Any, path: str) -> None:
     for method in ("GET", "HEAD"):
-        response = connect_intercepted().ask(method, path)
+        response = connect_intercepted().fetch(method, path)
         assert (response.status, response.headers["Docker-Distribution-Api-Version"]) == (200, "registry/2.0")
         assert response.body == (b"{}" if method == "GET" else b"")
     upstream.pinged = Unauthorized("who are you?")
-    response = connect_intercepted().ask("GET", "/v2/")
+    response = connect_intercepted().fetch("GET", "/v2/")
     assert (response.status, error_code(response)) == (401, "UNAUTHORIZED")
     assert response.fields("WWW-Authenticate") == ['Bearer remembered,realm="https://ours/token"']
     assert upstream.forwarded == []
@@ -121,7 +121,7 @@ def test_a_401_carries_the_registrys_challenge_once(connect_intercepted: Any, up
     headers = [("www-authenticate", 'Bearer service="s"'), ("www-authenticate", "Basic realm2"), ("x-own", "1")]
     upstream.error = UpstreamRefused(401, b"its words", headers)
     for secure, scheme in ((True, "https"), (False, "http"), (True, "https")):  # the same error again and again
-        response = connect_intercepted(secure=secure).ask("GET", f"/v2/a/b/blobs/{DIGEST}")
+        response = connect_intercepted(secure=secure).fetch("GET", f"/v2/a/b/blobs/{DIGEST}")
         assert (response.status, response.body, response.headers["X-Own"]) == (401, b"its words", "1")
         assert response.fields("WWW-Authenticate") == [
             f'Bearer service="s",realm="{scheme}://ours/token"',
@@ -132,14 +132,14 @@ def test_a_401_carries_the_registrys_challenge_once(connect_intercepted: Any, up
 def test_only_401_carries_a_challenge(connect_intercepted: Any, upstream: Any) -> None:
     for error in (BlobUnknown("no"), UpstreamRefused(403, b"", [("www-authenticate", "Basic")])):
         upstream.error = error
-        assert "WWW-Authenticate" not in connect_intercepted().ask("GET", f"/v2/a/b/blobs/{DIGEST}").headers
+        assert "WWW-Authenticate" not in connect_intercepted().fetch("GET", f"/v2/a/b/blobs/{DIGEST}").headers
 
 
 @pytest.mark.parametrize("error", [UpstreamUnreachable("no such name"), UpstreamTimeout("nothing came")])
 def test_outage_is_reported(connect_intercepted: Any, upstream: Any, error: Any) -> None:
     upstream.error = upstream.answer = error
     for path in (f"/v2/a/b/blobs/{DIGEST}", "/v2/a/b/tags/list", "/elsewhere"):
-        response = connect_intercepted().ask("GET", path)
+        response = connect_intercepted().fetch("GET", path)
         assert (response.status, error_code(response)) == (error.status, "UNAVAILABLE")
         assert error.message in response.body.decode()
 
@@ -157,7 +157,7 @@ def test_outage_is_reported(connect_intercepted: Any, upstream: Any, error: Any)
     ],
 )
 def test_malformed_name_is_not_forwarded(connect_intercepted: Any, upstream: Any, path: str, status: int) -> None:
-    response = connect_intercepted(allow_push=True).ask("GET", path)
+    response = connect_intercepted(allow_push=True).fetch("GET", path)
     assert response.status == status
     assert json.loads(response.body)["errors"]
     assert upstream.forwarded == upstream.asked == []
@@ -183,10 +183,10 @@ def test_invalid_request_target_is_not_forwarded(
 ) -> None:
     """Behind `https://quay.io` it would make another server's URL: `https://quay.io.example.com/v2/`."""
     client = connect_intercepted(allow_push=True)
-    response = client.ask(method, target)
+    response = client.fetch(method, target)
     assert (response.status, error_code(response)) == (400, "UNSUPPORTED")
     assert upstream.forwarded == upstream.asked == upstream.tokens == []
-    assert "password" not in client.logged[0].path
+    assert "password" not in client.finished_requests[0].path
     assert b"password" not in client.received
 
 
@@ -210,11 +210,11 @@ def test_other_requests_are_forwarded_verbatim(
 ) -> None:
     for method in ("GET", "HEAD"):
         client = connect_intercepted()
-        response = client.ask(method, target)
+        response = client.fetch(method, target)
         assert (response.status, response.headers["X-Cache"]) == (200, "PASS")
         assert (upstream.forwarded[-1].method, upstream.forwarded[-1].path) == (method, target)
         assert upstream.forwarded[-1].name == name
-        assert client.logged[0].verdict == "PASS"
+        assert client.finished_requests[0].verdict == "PASS"
         upstream.answer._rest = b"from upstream"
     assert upstream.asked == []
 
@@ -234,7 +234,7 @@ def test_hop_by_hop_request_fields_are_not_forwarded(connect_intercepted: Any, u
         ("User-Agent", "docker/29"),
         ("If-None-Match", '"x"'),
     ]
-    connect_intercepted().ask("GET", "/v2/a/b/tags/list", fields)
+    connect_intercepted().fetch("GET", "/v2/a/b/tags/list", fields)
     assert sorted(name for name, _ in upstream.forwarded[0].headers) == ["accept", "if-none-match", "user-agent"]
     assert upstream.opened == [(QUAY, "Bearer client")]  # which is where its login is dealt with
 
@@ -254,7 +254,7 @@ def test_hop_by_hop_response_fields_are_not_forwarded(
         ("set-cookie", "session=of-our-own-login"),
     ]
     upstream.answer = fake_response(200, fields, b"from upstream")
-    response = connect_intercepted().ask("GET", "/v2/a/b/tags/list")
+    response = connect_intercepted().fetch("GET", "/v2/a/b/tags/list")
     assert (response.body, response.fields("Content-Length")) == (b"from upstream", ["13"])
     assert response.fields("X-Cache") == ["PASS"]
     assert response.headers["Link"] == '</v2/a/b/tags/list?last=9>; rel="next"'
@@ -267,7 +267,7 @@ def test_cookies_are_forwarded_outside_the_api_only(
 ) -> None:
     """quay.io's web pages are at the same host."""
     upstream.answer = fake_response(200, [("set-cookie", "a=b"), ("set-cookie", "c=d")])
-    response = connect_intercepted().ask("GET", "/signin/", [("Cookie", "a=b")])
+    response = connect_intercepted().fetch("GET", "/signin/", [("Cookie", "a=b")])
     assert response.fields("Set-Cookie") == ["a=b", "c=d"]
     assert upstream.forwarded[0].headers.get("cookie") == "a=b"
 
@@ -279,8 +279,8 @@ def test_any_upstream_status_is_forwarded(
     body = b"" if status in (204, 304) else b"its words"
     upstream.answer = fake_response(status, [("location", "https://elsewhere/x?sig=1")], body)
     client = connect_intercepted()
-    response = client.ask("GET", "/v2/a/b/tags/list")
-    assert (response.status, response.body, response.whole) == (status, body, True)
+    response = client.fetch("GET", "/v2/a/b/tags/list")
+    assert (response.status, response.body, response.complete) == (status, body, True)
     assert response.headers["Location"] == "https://elsewhere/x?sig=1"
 
 
@@ -289,7 +289,7 @@ def test_forwarded_401_names_our_realm(connect_intercepted: Any, upstream: Any, 
         upstream.answer = fake_response(
             401, [("www-authenticate", 'Bearer realm="https://theirs"'), ("x-own", "1")], b"no"
         )
-        response = connect_intercepted().ask("GET", target)
+        response = connect_intercepted().fetch("GET", target)
         assert (response.status, response.body, response.headers["X-Own"]) == (401, b"no", "1")
         assert response.fields("WWW-Authenticate") == ['Bearer realm="https://theirs",realm="https://ours/token"']
         assert response.fields("X-Cache") == ["PASS"]
@@ -297,7 +297,7 @@ def test_forwarded_401_names_our_realm(connect_intercepted: Any, upstream: Any, 
 
 def test_long_401_body_is_dropped(connect_intercepted: Any, upstream: Any, fake_response: Any) -> None:
     upstream.answer = fake_response(401, [], b"x" * 100_000)
-    response = connect_intercepted().ask("GET", "/v2/a/b/tags/list")
+    response = connect_intercepted().fetch("GET", "/v2/a/b/tags/list")
     assert (response.status, response.body) == (401, b"")
 
 
@@ -305,16 +305,16 @@ def test_truncated_response_aborts_the_connection(connect_intercepted: Any, upst
     for length in (100, None):
         upstream.answer = fake_response(200, [], b"half of it", length=length, fails=UpstreamBroken("it broke off"))
         client = connect_intercepted()
-        response = client.ask("GET", "/v2/_catalog")
-        assert (response.body, response.whole, client.transport.aborted) == (b"half of it", False, True)
+        response = client.fetch("GET", "/v2/_catalog")
+        assert (response.body, response.complete, client.transport.aborted) == (b"half of it", False, True)
         assert upstream.answer.aborted
 
 
 def test_disconnect_aborts_the_upstream_response(connect_intercepted: Any, upstream: Any, fake_response: Any) -> None:
     upstream.answer = fake_response(200, [], b"x" * 1_000_000, piece=10_000)
     client = connect_intercepted()
-    client.transport.room = 100
-    client.request("GET", "/v2/_catalog")
+    client.transport.window = 100
+    client.send_request("GET", "/v2/_catalog")
     assert not upstream.answer.aborted
     client.disconnect()
     assert upstream.answer.aborted
@@ -326,7 +326,7 @@ def test_disconnect_aborts_the_upstream_response(connect_intercepted: Any, upstr
 def test_referrers(connect_intercepted: Any, upstream: Any) -> None:
     upstream.referred = FakeReferrersIndex(EMPTY_INDEX, False)
     for method in ("GET", "HEAD"):
-        response = connect_intercepted().ask(method, f"/v2/a/b/referrers/{DIGEST}")
+        response = connect_intercepted().fetch(method, f"/v2/a/b/referrers/{DIGEST}")
         assert (response.status, response.headers["Content-Type"]) == (200, OCI_INDEX)
         assert response.headers["Content-Length"] == str(len(EMPTY_INDEX))
         assert response.body == (EMPTY_INDEX if method == "GET" else b"")
@@ -337,16 +337,16 @@ def test_referrers(connect_intercepted: Any, upstream: Any) -> None:
 def test_referrers_of_a_type(connect_intercepted: Any, upstream: Any) -> None:
     upstream.referred = FakeReferrersIndex(EMPTY_INDEX, True)
     query = "artifactType=application%2Fvnd.example%2Bjson&n=5"
-    response = connect_intercepted().ask("GET", f"/v2/a/b/referrers/{DIGEST}?{query}")
+    response = connect_intercepted().fetch("GET", f"/v2/a/b/referrers/{DIGEST}?{query}")
     assert (response.status, response.headers["OCI-Filters-Applied"]) == (200, "artifactType")
     assert upstream.asked[0] == ("a/b", DIGEST, query, "application/vnd.example+json")
 
 
 def test_referrers_that_are_refused(connect_intercepted: Any, upstream: Any) -> None:
     upstream.referred = UpstreamRefused(401, b"no", [("www-authenticate", "Bearer x")])
-    response = connect_intercepted().ask("GET", f"/v2/a/b/referrers/{DIGEST}")
+    response = connect_intercepted().fetch("GET", f"/v2/a/b/referrers/{DIGEST}")
     assert (response.status, response.fields("WWW-Authenticate")) == (401, ['Bearer x,realm="https://ours/token"'])
-    assert connect_intercepted().ask("GET", f"/v2/a/b/referrers/{DIGEST}?artifactType=%zz").status == 400
+    assert connect_intercepted().fetch("GET", f"/v2/a/b/referrers/{DIGEST}?artifactType=%zz").status == 400
 
 
 # interception: tokens
@@ -356,34 +356,34 @@ def test_tokens_at_the_realm_path(connect_intercepted: Any, upstream: Any) -> No
     hub_tokens = Registry.parse("auth.docker.io")
     upstream.realms = {("quay.io", "/ours"): QUAY, ("auth.docker.io", "/token"): HUB}
     query = "service=s&scope=repository%3Aa%3Apull&scope=x"
-    response = connect_intercepted().ask("GET", f"/ours?{query}", [("Authorization", "Basic eA==")])
+    response = connect_intercepted().fetch("GET", f"/ours?{query}", [("Authorization", "Basic eA==")])
     assert (response.status, response.body) == (200, b'{"token":"t"}')
     assert (response.headers["Content-Type"], response.headers["Cache-Control"]) == ("application/json", "no-store")
-    assert connect_intercepted(registry=hub_tokens).ask("GET", "/token").status == 200
+    assert connect_intercepted(registry=hub_tokens).fetch("GET", "/token").status == 200
     form = b"grant_type=password&username=u"
-    assert connect_intercepted(registry=hub_tokens).ask("POST", "/token", body=form).status == 200
+    assert connect_intercepted(registry=hub_tokens).fetch("POST", "/token", body=form).status == 200
     assert upstream.tokens == [(QUAY, query, "Basic eA==", None), (HUB, "", None, None), (HUB, "", None, form)]
     assert upstream.forwarded == []
 
 
 def test_form_size_is_limited(connect_intercepted: Any, upstream: Any) -> None:
     upstream.realms = {("quay.io", "/token"): QUAY}
-    assert connect_intercepted().ask("POST", "/token", body=b"x" * 65_536).status == 200
-    response = connect_intercepted().ask("POST", "/token", body=b"x" * 65_537)
+    assert connect_intercepted().fetch("POST", "/token", body=b"x" * 65_536).status == 200
+    response = connect_intercepted().fetch("POST", "/token", body=b"x" * 65_537)
     assert (response.status, error_code(response)) == (413, "SIZE_INVALID")
     chunked = [("Transfer-Encoding", "chunked")]
     body = b"8000\r\n" + b"x" * 0x8000 + b"\r\n"
-    assert connect_intercepted().ask("POST", "/token", chunked, body * 3).status == 413  # and more would come
+    assert connect_intercepted().fetch("POST", "/token", chunked, body * 3).status == 413  # and more would come
     assert len(upstream.tokens) == 1
 
 
 def test_refused_token(connect_intercepted: Any, upstream: Any) -> None:
     upstream.realms = {("quay.io", "/token"): QUAY}
     upstream.error = UpstreamRefused(401, b'{"details":"incorrect username or password"}', [("content-type", "a/b")])
-    response = connect_intercepted().ask("GET", "/token")
+    response = connect_intercepted().fetch("GET", "/token")
     assert (response.status, response.body) == (401, upstream.error.content)
     upstream.error = UpstreamTimeout("auth.docker.io: timed out")
-    response = connect_intercepted().ask("GET", "/token")
+    response = connect_intercepted().fetch("GET", "/token")
     assert (response.status, error_code(response)) == (504, "UNAVAILABLE")
 
 
@@ -393,7 +393,7 @@ def test_refused_token(connect_intercepted: Any, upstream: Any) -> None:
 @pytest.mark.parametrize(("method", "target"), WRITES)
 def test_push_is_disabled(connect_intercepted: Any, upstream: Any, method: str, target: str) -> None:
     client = connect_intercepted()
-    response = client.ask(method, target)
+    response = client.fetch(method, target)
     assert (response.status, error_code(response)) == (405, "UNSUPPORTED")
     assert "ALLOW_PUSH" in response.body.decode()
     assert upstream.forwarded == []
@@ -407,12 +407,12 @@ def test_refusal_is_sent_before_the_body_is_read(connect_intercepted: Any, upstr
         "chunked": [("Transfer-Encoding", "chunked")],
         "expect": [("Content-Length", "10000000000"), ("Expect", "100-continue")],
     }[framing]
-    response = client.ask("PATCH", "/v2/a/b/blobs/uploads/session", fields)
-    assert (response.status, response.whole, response.headers["Connection"]) == (405, True, "close")
+    response = client.fetch("PATCH", "/v2/a/b/blobs/uploads/session", fields)
+    assert (response.status, response.complete, response.headers["Connection"]) == (405, True, "close")
     assert b"100 Continue" not in client.received
     client.send(b"fffff\r\n" + b"x" * 0xFFFFF)  # it may go on for a while, and is still no next request
     assert client.received.count(b"HTTP/1.1 ") == 1
-    client.run(60)
+    client.advance(60)
     assert client.transport.closed
 
 
@@ -422,7 +422,7 @@ def test_push_is_forwarded(
 ) -> None:
     upstream.answer = fake_response(202, [("location", "/v2/a/b/blobs/uploads/2?_state=x"), ("range", "0-9")])
     body = None if method in ("DELETE", "PROPFIND") else b"some bytes"
-    response = connect_intercepted(allow_push=True).ask(
+    response = connect_intercepted(allow_push=True).fetch(
         method, target, [("Content-Type", "application/octet-stream")], body
     )
     assert (response.status, response.headers["Range"], response.body) == (202, "0-9", b"")
@@ -435,22 +435,22 @@ def test_push_is_forwarded(
 
 def test_a_push_streams(connect_intercepted: Any, upstream: Any) -> None:
     client = connect_intercepted(allow_push=True)
-    client.request("PATCH", "/v2/a/b/blobs/uploads/session", [("Content-Length", "30")])
+    client.send_request("PATCH", "/v2/a/b/blobs/uploads/session", [("Content-Length", "30")])
     client.send(b"0123456789")
     assert b"".join(upstream.pieces) == b"0123456789"  # upstream has it before there is more
     client.send(b"0123456789")
     assert b"".join(upstream.pieces) == b"0123456789" * 2
     assert client.received == b""
     client.send(b"0123456789")
-    assert client.answer().status == 200
+    assert client.read_response().status == 200
 
 
 def test_malformed_push_body(connect_intercepted: Any, upstream: Any) -> None:
     client = connect_intercepted(allow_push=True)
-    client.request("PATCH", "/v2/a/b/blobs/uploads/session", [("Transfer-Encoding", "chunked")])
+    client.send_request("PATCH", "/v2/a/b/blobs/uploads/session", [("Transfer-Encoding", "chunked")])
     client.send(b"5\r\nhello\r\nnot a chunk\r\n")
-    response = client.answer()
-    assert (response.status, response.whole) == (400, True)
+    response = client.read_response()
+    assert (response.status, response.complete) == (400, True)
     assert upstream.forwarded == []
 
 
@@ -481,10 +481,10 @@ def test_ns_names_a_registry(
 ) -> None:
     digest = upstream.put(fake_content(b"layer"))
     client = connect_mirror()
-    response = client.ask("GET", f"/v2/a/b/blobs/{digest}{query}")
+    response = client.fetch("GET", f"/v2/a/b/blobs/{digest}{query}")
     assert (response.status, response.body) == (200, b"layer")
     assert upstream.opened == [(registry, None)]
-    assert client.logged[0].host == str(registry)
+    assert client.finished_requests[0].host == str(registry)
 
 
 @pytest.mark.parametrize(
@@ -505,7 +505,7 @@ def test_ns_names_a_registry(
 )
 def test_unknown_ns_is_never_dialled(connect_mirror: Any, upstream: Any, query: str, status: int) -> None:
     for path in (f"/v2/a/b/blobs/{DIGEST}", "/v2/", "/v2/a/b/tags/list"):
-        response = connect_mirror().ask("GET", path + query)
+        response = connect_mirror().fetch("GET", path + query)
         assert response.status == status
         assert json.loads(response.body)["errors"][0]["message"]
         assert upstream.opened == []
@@ -517,9 +517,9 @@ def test_mirror_drops_client_credentials(connect_mirror: Any, upstream: Any, fak
     digest = upstream.put(fake_content(b"layer"))
     credentials = [("Authorization", "Basic secret"), ("Cookie", "session=1"), ("Proxy-Authorization", "Basic secret")]
     client = connect_mirror()
-    client.ask("GET", f"/v2/a/b/blobs/{digest}?ns=quay.io", credentials)
-    client.ask("GET", "/v2/a/b/tags/list?ns=quay.io", credentials)
-    client.ask("GET", "/v2/_catalog", credentials)
+    client.fetch("GET", f"/v2/a/b/blobs/{digest}?ns=quay.io", credentials)
+    client.fetch("GET", "/v2/a/b/tags/list?ns=quay.io", credentials)
+    client.fetch("GET", "/v2/_catalog", credentials)
     assert upstream.opened == [(QUAY, None), (QUAY, None), (HUB, None)]
     for forwarded in upstream.forwarded:
         assert [name for name, _ in forwarded.headers] == []
@@ -531,7 +531,7 @@ def test_mirror_sends_no_challenge(connect_mirror: Any, upstream: Any, fake_resp
         upstream.error = upstream.referred = error
         upstream.answer = fake_response(401, [challenge], b"no")
         for path in ("blobs/" + str(DIGEST), "manifests/latest", "tags/list", "referrers/" + str(DIGEST)):
-            response = connect_mirror().ask("GET", f"/v2/a/b/{path}?ns=quay.io")
+            response = connect_mirror().fetch("GET", f"/v2/a/b/{path}?ns=quay.io")
             assert (response.status, response.fields("WWW-Authenticate")) == (401, []), path
 
 
@@ -539,15 +539,15 @@ def test_shared_error_is_rendered_for_each_client(connect_mirror: Any, connect_i
     """Clients that wait for the same are answered with one and the same error."""
     upstream.error = UpstreamRefused(401, b"no", [("www-authenticate", "Bearer theirs")])
     path = f"/v2/a/b/blobs/{DIGEST}"
-    assert connect_mirror().ask("GET", path).status == 401
-    response = connect_intercepted().ask("GET", path)
+    assert connect_mirror().fetch("GET", path).status == 401
+    response = connect_intercepted().fetch("GET", path)
     assert response.fields("WWW-Authenticate") == ['Bearer theirs,realm="https://ours/token"']
 
 
 @pytest.mark.parametrize("path", ["/v2/", "/v2", "/v2/?ns=quay.io"])
 def test_mirror_ping(connect_mirror: Any, upstream: Any, path: str) -> None:
     for method in ("GET", "HEAD"):
-        response = connect_mirror().ask(method, path)
+        response = connect_mirror().fetch(method, path)
         assert (response.status, response.headers["Docker-Distribution-Api-Version"]) == (200, "registry/2.0")
     assert upstream.opened == []
 
@@ -555,9 +555,9 @@ def test_mirror_ping(connect_mirror: Any, upstream: Any, path: str) -> None:
 def test_head_requests_to_a_mirror(connect_mirror: Any, upstream: Any, fake_content: Any) -> None:
     digest = upstream.put(fake_content(b"layer"))
     upstream.manifests["latest"] = ManifestResponse(DIGEST, OCI_INDEX, 2, None, "HIT")
-    response = connect_mirror().ask("HEAD", f"/v2/a/b/blobs/{digest}?ns=quay.io")
+    response = connect_mirror().fetch("HEAD", f"/v2/a/b/blobs/{digest}?ns=quay.io")
     assert (response.status, response.headers["Content-Length"]) == (200, "5")
-    response = connect_mirror().ask("HEAD", "/v2/a/b/manifests/latest?ns=quay.io")
+    response = connect_mirror().fetch("HEAD", "/v2/a/b/manifests/latest?ns=quay.io")
     assert (response.status, response.headers["Docker-Content-Digest"]) == (200, str(DIGEST))
 
 
@@ -571,7 +571,7 @@ def test_head_requests_to_a_mirror(connect_mirror: Any, upstream: Any, fake_cont
     ],
 )
 def test_lists_through_a_mirror(connect_mirror: Any, upstream: Any, path: str, forwarded_path: str) -> None:
-    response = connect_mirror().ask("GET", path)
+    response = connect_mirror().fetch("GET", path)
     assert (response.status, response.body) == (200, b"from upstream")
     assert upstream.forwarded[0].path == forwarded_path
 
@@ -589,13 +589,13 @@ def test_the_next_page_is_of_the_same_registry(
     connect_mirror: Any, upstream: Any, fake_response: Any, query: str, link: str, expected: str
 ) -> None:
     upstream.answer = fake_response(200, [("link", link)], b"{}")
-    response = connect_mirror().ask("GET", "/v2/a/b/tags/list" + query)
+    response = connect_mirror().fetch("GET", "/v2/a/b/tags/list" + query)
     assert response.fields("Link") == [expected]
 
 
 def test_referrers_through_a_mirror(connect_mirror: Any, upstream: Any) -> None:
     upstream.referred = FakeReferrersIndex(EMPTY_INDEX, False)
-    assert connect_mirror().ask("GET", f"/v2/a/b/referrers/{DIGEST}?artifactType=x&ns=quay.io").status == 200
+    assert connect_mirror().fetch("GET", f"/v2/a/b/referrers/{DIGEST}?artifactType=x&ns=quay.io").status == 200
     assert upstream.asked == [("a/b", DIGEST, "artifactType=x", "x")]
 
 
@@ -605,7 +605,7 @@ def test_mirror_rejects_push(connect_mirror: Any, upstream: Any, method: str, ta
     if "reference" in target:
         return
     client = connect_mirror()
-    response = client.ask(method, target + ("&" if "?" in target else "?") + namespace, [("Content-Length", "1000000")])
+    response = client.fetch(method, target + ("&" if "?" in target else "?") + namespace, [("Content-Length", "1000000")])
     assert (response.status, error_code(response), response.headers["Allow"]) == (405, "UNSUPPORTED", "GET, HEAD")
     assert "ALLOW_PUSH" not in response.body.decode()  # which would not help
     assert upstream.forwarded == upstream.opened == []
@@ -614,6 +614,6 @@ def test_mirror_rejects_push(connect_mirror: Any, upstream: Any, method: str, ta
 @pytest.mark.parametrize("path", ["/v2/some/thing/unknown", "/v1/_ping", "/v2x/"])
 def test_mirror_serves_only_the_api(connect_mirror: Any, upstream: Any, path: str) -> None:
     for method in ("GET", "POST"):
-        response = connect_mirror().ask(method, path + "?ns=quay.io")
+        response = connect_mirror().fetch(method, path + "?ns=quay.io")
         assert (response.status, error_code(response)) == (404, "NAME_UNKNOWN")
     assert upstream.forwarded == []

@@ -35,13 +35,13 @@ STATUSES = {
 
 
 @pytest.fixture
-def render_error(visit: Any) -> Any:
+def render_error(connect_client: Any) -> Any:
     def render(error: RegistryError, *challenge: tuple[str, str], method: str = "GET", cache_status: str = "-") -> Any:
         async def handle(request: Request) -> None:
             request.cache_status = cache_status
             respond_error(request, error, challenge)
 
-        return visit(handle).ask(method, "/")
+        return connect_client(handle).fetch(method, "/")
 
     return render
 
@@ -112,7 +112,7 @@ REFUSED = UpstreamRefused(
 
 def test_upstream_error_body_is_forwarded(render_error: Any) -> None:
     response = render_error(REFUSED, verdict="MISS")
-    assert (response.status, response.body, response.whole) == (403, REFUSED.content, True)
+    assert (response.status, response.body, response.complete) == (403, REFUSED.content, True)
     assert response.fields("Content-Type") == ["application/json; charset=utf-8"]
     assert response.fields("Content-Length") == [str(len(REFUSED.content))]
     assert response.fields("X-Request-Id") == ["42"]
@@ -144,14 +144,14 @@ def test_error_is_not_changed_by_rendering(render_error: Any) -> None:
 
 
 @pytest.mark.parametrize("value", ["a\r\nSet-Cookie: b=c", "a\nb", "a\rb", "a\0b"])
-def test_no_header_injection(visit: Any, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_header_injection(connect_client: Any, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dockerproxy.http.channel.log.failure", lambda *_, **__: None)
     for error in (UpstreamRefused(404, b"", [("x-odd", value)]), errors.Denied("no", headers=[("x-odd", value)])):
 
         async def handle(request: Request, error: RegistryError = error) -> None:
             respond_error(request, error)
 
-        client = visit(handle)
-        client.request("GET", "/")
+        client = connect_client(handle)
+        client.send_request("GET", "/")
         assert b"x-odd" not in client.received
         assert b"b=c" not in client.received

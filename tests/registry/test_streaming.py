@@ -57,7 +57,7 @@ def test_chunk_size_is_at_most_twice_what_was_written() -> None:
 class StreamingClient:
     """One answer of `send` for a visitor."""
 
-    def __init__(self, visit: Any, content: Any, start: int = 0, stop: int | None = None, **options: Any) -> None:
+    def __init__(self, connect_client: Any, content: Any, start: int = 0, stop: int | None = None, **options: Any) -> None:
         self.clock = Clock()
         self.outcomes: list[BaseException | None] = []
         length = options.pop("length", None if stop is None else stop - start)
@@ -71,123 +71,123 @@ class StreamingClient:
                 raise
             self.outcomes.append(None)
 
-        self.client = visit(handle, clock=self.clock, **options)
+        self.client = connect_client(handle, clock=self.clock, **options)
 
     def get(self, version: str = "1.1") -> Any:
-        return self.client.ask("GET", "/", version=version)
+        return self.client.fetch("GET", "/", version=version)
 
 
-def test_whole_content(visit: Any, fake_content: Any) -> None:
+def test_whole_content(connect_client: Any, fake_content: Any) -> None:
     content = fake_content(DATA)
-    response = StreamingClient(visit, content, 0, len(DATA)).get()
-    assert (response.body, response.whole) == (DATA, True)
+    response = StreamingClient(connect_client, content, 0, len(DATA)).get()
+    assert (response.body, response.complete) == (DATA, True)
     assert response.headers["Content-Length"] == str(len(DATA))
 
 
-def test_partial_content_reads_nothing_else(visit: Any, fake_content: Any) -> None:
+def test_partial_content_reads_nothing_else(connect_client: Any, fake_content: Any) -> None:
     content = fake_content(DATA)
-    assert StreamingClient(visit, content, 1000, 500_000).get().body == DATA[1000:500_000]
+    assert StreamingClient(connect_client, content, 1000, 500_000).get().body == DATA[1000:500_000]
     assert content.asked[0][0] == 1000
     assert max(offset + size for offset, size in content.asked) == 500_000
 
 
-def test_chunks_are_never_larger_than_the_chunk_size(visit: Any, fake_content: Any) -> None:
+def test_chunks_are_never_larger_than_the_chunk_size(connect_client: Any, fake_content: Any) -> None:
     content = fake_content(DATA * 2)
-    StreamingClient(visit, content, 0, len(DATA) * 2).get()
+    StreamingClient(connect_client, content, 0, len(DATA) * 2).get()
     assert max(size for _, size in content.asked) == MAX_CHUNK
     assert content.asked[0][1] == INITIAL_CHUNK
 
 
 @pytest.mark.parametrize("piece", [1, 4096, 100_000])
-def test_content_in_small_chunks(visit: Any, fake_content: Any, chunk_size: int) -> None:
+def test_content_in_small_chunks(connect_client: Any, fake_content: Any, chunk_size: int) -> None:
     data = DATA[: 20 * chunk_size]
-    assert StreamingClient(visit, fake_content(data, piece=chunk_size), 0, len(data)).get().body == data
+    assert StreamingClient(connect_client, fake_content(data, piece=chunk_size), 0, len(data)).get().body == data
 
 
 @pytest.mark.parametrize("data", [b"", b"x", DATA])
-def test_a_content_of_unknown_length(visit: Any, fake_content: Any, data: bytes) -> None:
-    response = StreamingClient(visit, fake_content(data, size=None)).get()
-    assert (response.body, response.whole) == (data, True)
+def test_a_content_of_unknown_length(connect_client: Any, fake_content: Any, data: bytes) -> None:
+    response = StreamingClient(connect_client, fake_content(data, size=None)).get()
+    assert (response.body, response.complete) == (data, True)
     assert response.headers["Transfer-Encoding"] == "chunked"
-    response = StreamingClient(visit, fake_content(data, size=None)).get("1.0")
-    assert (response.body, response.whole) == (data, True)
+    response = StreamingClient(connect_client, fake_content(data, size=None)).get("1.0")
+    assert (response.body, response.complete) == (data, True)
     assert "Transfer-Encoding" not in response.headers
 
 
-def test_stalled_client_is_waited_for(visit: Any, fake_content: Any) -> None:
+def test_stalled_client_is_waited_for(connect_client: Any, fake_content: Any) -> None:
     content = fake_content(DATA)
-    streaming = StreamingClient(visit, content, 0, len(DATA))
-    streaming.client.transport.room = 1000
-    streaming.client.request("GET", "/")
-    streaming.client.run(1)
+    streaming = StreamingClient(connect_client, content, 0, len(DATA))
+    streaming.client.transport.window = 1000
+    streaming.client.send_request("GET", "/")
+    streaming.client.advance(1)
     assert len(content.asked) == 1  # one piece is all that waits in memory
     assert streaming.outcomes == []
-    streaming.client.take(math.inf)
-    assert streaming.client.answer().body == DATA
+    streaming.client.extend_window(math.inf)
+    assert streaming.client.read_response().body == DATA
     assert streaming.outcomes == [None]
 
 
-def test_slow_client_gets_smaller_chunks(visit: Any, fake_content: Any) -> None:
+def test_slow_client_gets_smaller_chunks(connect_client: Any, fake_content: Any) -> None:
     content = fake_content(DATA)
-    streaming = StreamingClient(visit, content, 0, len(DATA))
-    streaming.client.transport.room = 1000
-    streaming.client.request("GET", "/")
-    streaming.client.run(1)
-    streaming.client.take(INITIAL_CHUNK)
+    streaming = StreamingClient(connect_client, content, 0, len(DATA))
+    streaming.client.transport.window = 1000
+    streaming.client.send_request("GET", "/")
+    streaming.client.advance(1)
+    streaming.client.extend_window(INITIAL_CHUNK)
     assert [size for _, size in content.asked] == [INITIAL_CHUNK, INITIAL_CHUNK // 4]
 
 
-def test_disconnect_ends_the_stream(visit: Any, fake_content: Any) -> None:
+def test_disconnect_ends_the_stream(connect_client: Any, fake_content: Any) -> None:
     content = fake_content(DATA)
-    streaming = StreamingClient(visit, content, 0, len(DATA))
-    streaming.client.transport.room = 1000
-    streaming.client.request("GET", "/")
+    streaming = StreamingClient(connect_client, content, 0, len(DATA))
+    streaming.client.transport.window = 1000
+    streaming.client.send_request("GET", "/")
     streaming.client.disconnect()
     assert len(streaming.outcomes) == 1 and streaming.outcomes[0] is not None
     assert len(content.asked) == 1
-    assert streaming.client.logged[0].size == INITIAL_CHUNK
+    assert streaming.client.finished_requests[0].size == INITIAL_CHUNK
 
 
-def test_disconnect_while_waiting_for_content(visit: Any, fake_content: Any) -> None:
+def test_disconnect_while_waiting_for_content(connect_client: Any, fake_content: Any) -> None:
     content = fake_content(DATA, waits={300_000: Deferred()})
-    streaming = StreamingClient(visit, content, 0, len(DATA))
-    streaming.client.request("GET", "/")
+    streaming = StreamingClient(connect_client, content, 0, len(DATA))
+    streaming.client.send_request("GET", "/")
     assert streaming.outcomes == []
     streaming.client.disconnect()
     assert len(streaming.outcomes) == 1 and streaming.outcomes[0] is not None
 
 
-def test_send_timeout(visit: Any, fake_content: Any) -> None:
-    streaming = StreamingClient(visit, fake_content(DATA), 0, len(DATA), timeouts=ServerTimeouts(send=10))
-    streaming.client.transport.room = 1000
-    streaming.client.request("GET", "/")
+def test_send_timeout(connect_client: Any, fake_content: Any) -> None:
+    streaming = StreamingClient(connect_client, fake_content(DATA), 0, len(DATA), timeouts=ServerTimeouts(send=10))
+    streaming.client.transport.window = 1000
+    streaming.client.send_request("GET", "/")
     for _ in range(100):
-        streaming.client.run(1)
+        streaming.client.advance(1)
     assert streaming.client.transport.aborted
     assert len(streaming.outcomes) == 1
 
 
 @pytest.mark.parametrize("version", ["1.0", "1.1"])
 @pytest.mark.parametrize("known", [True, False])
-def test_read_error_is_visible_to_the_client(visit: Any, fake_content: Any, version: str, size_known: bool) -> None:
+def test_read_error_is_visible_to_the_client(connect_client: Any, fake_content: Any, version: str, size_known: bool) -> None:
     content = fake_content(DATA, fails={300_000: UpstreamBroken("it broke off")})
-    streaming = StreamingClient(visit, content, 0, len(DATA) if size_known else None)
+    streaming = StreamingClient(connect_client, content, 0, len(DATA) if size_known else None)
     response = streaming.get(version)
-    assert not response.whole
+    assert not response.complete
     assert DATA.startswith(response.body)
     assert streaming.client.transport.aborted
 
 
 @pytest.mark.parametrize("version", ["1.0", "1.1"])
-def test_truncated_content_is_visible_to_the_client(visit: Any, fake_content: Any, version: str) -> None:
-    streaming = StreamingClient(visit, fake_content(DATA[:-1]), 0, len(DATA))
-    assert not streaming.get(version).whole
+def test_truncated_content_is_visible_to_the_client(connect_client: Any, fake_content: Any, version: str) -> None:
+    streaming = StreamingClient(connect_client, fake_content(DATA[:-1]), 0, len(DATA))
+    assert not streaming.get(version).complete
     assert streaming.client.transport.aborted
 
 
-def test_reactor_runs_between_chunks(visit: Any, fake_content: Any) -> None:
+def test_reactor_runs_between_chunks(connect_client: Any, fake_content: Any) -> None:
     content = fake_content(DATA)
-    streaming = StreamingClient(visit, content, 0, len(DATA))
+    streaming = StreamingClient(connect_client, content, 0, len(DATA))
     read_counts: list[int] = []
 
     def tick() -> None:
