@@ -111,7 +111,7 @@ class HTTPChannel(Protocol):
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         if isinstance(reason.value, SSL.Error):
-            log.info("{client} broke off: {why}", client=self.client, why=describe_handshake_error(reason.value))
+            log.info("{client} broke off: {reason}", client=self.client, reason=describe_handshake_error(reason.value))
         self._input_ignored = True
         self._timer.stop()
         request, self._request = self._request, None
@@ -149,7 +149,7 @@ class HTTPChannel(Protocol):
         return isinstance(self.transport, SocketTransport) and self.transport.can_sendfile
 
     def sendfile(self, descriptor: int, offset: int, size: int) -> int:
-        sent: int = self.transport.offer_file(descriptor, offset, size)
+        sent: int = self.transport.sendfile(descriptor, offset, size)
         return sent
 
     def drain(self) -> Awaitable[None]:
@@ -325,7 +325,7 @@ class HTTPChannel(Protocol):
         body = f"{reason}\n".encode()
         fields = [*_PLAIN_TEXT, ("Content-Length", str(len(body))), ("Connection", "close")]
         self.write(render_head(status, fields) + body)
-        log.info("{client} sent no acceptable request: {why}", client=self.client, why=reason)
+        log.info("{client} sent no acceptable request: {reason}", client=self.client, reason=reason)
         self._linger()
 
     # the end

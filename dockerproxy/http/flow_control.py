@@ -70,7 +70,7 @@ class FlowControl:
     `opened` is called when it takes more again, after whoever waited for that has had his turn.
     """
 
-    __slots__ = ("_failure", "_on_resumed", "_waiter", "paused")
+    __slots__ = ("_drain_waiter", "_failure", "_on_resumed", "paused")
 
     def __init__(self, on_resumed: Callable[[], None]) -> None:
         self.paused = False

@@ -52,7 +52,7 @@ class RequestBodyProducer:
         # Its own Deferred: whoever holds this one must not get at the coroutine by cancelling it.
         done: Deferred[None] = Deferred()
         self._produce_task.addCallbacks(
-            done.callback, lambda why: None if why.check(CancelledError) else done.errback(why)
+            done.callback, lambda failure: None if failure.check(CancelledError) else done.errback(failure)
         )
         return done
 

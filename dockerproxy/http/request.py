@@ -65,7 +65,7 @@ class Request:
         "_body_suppressed",
         "_channel",
         "_chunked",
-        "_length",
+        "_content_length",
         "bytes_sent",
         "cache_status",
         "client",

@@ -51,7 +51,7 @@ class Site(Factory):
         *,
         timeouts: ServerTimeouts,
         on_request_finished: Callable[[Request, float], None],
-        tls: Callable[[], ServerContext] | None = None,
+        get_tls_context: Callable[[], ServerContext] | None = None,
     ) -> None:
         self.reactor = reactor
         self.handler = handler
@@ -61,7 +61,7 @@ class Site(Factory):
         self.draining = False
         self.on_closed: Callable[[], None] = lambda: None
         """Called when a connection that was accepted has ended; as a tunnel, perhaps."""
-        self._get_tls_context = tls
+        self._get_tls_context = get_tls_context
         self._channels: set[HTTPChannel] = set()
         self._drain_waiters: list[Deferred[None]] = []
 

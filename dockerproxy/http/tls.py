@@ -204,9 +204,9 @@ class TLSTransport(SocketTransport):
         corked = len(view) > RECORD_SIZE and self._cork(True)
         try:
             while sent < len(view):
-                size = self._offered = self._offered or min(len(view) - sent, _MAX_WRITE)
+                size = self._retry_size = self._retry_size or min(len(view) - sent, _MAX_WRITE)
                 sent += self._tls.send(view[sent : sent + size])
-                self._offered = 0
+                self._retry_size = 0
         except (SSL.WantWriteError, SSL.WantReadError):
             pass
         except SSL.Error:

@@ -14,7 +14,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from dockerproxy.http.message import MAX_HEAD
 from dockerproxy.http.request import Request
-from tests.http.http_support.in_memory import (
+from tests.http.support.in_memory import (
     GET,
     BlockingHandler,
     DownloadHandler,
@@ -72,7 +72,7 @@ def test_parsing_is_independent_of_splits(case: tuple[list[bytes], int], iterate
             server.clock.advance(0)
     responses = parse_responses(client.transport.value(), *METHODS)
     assert [response.body.decode() for response in responses[:-1]] == ECHOED
-    assert [answer.status for answer in responses] == [200] * len(METHODS) + [status]
+    assert [response.status for response in responses] == [200] * len(METHODS) + [status]
     assert responses[-1].fields["Connection"] == "close"
     server.clock.advance(5)
     assert client.closed_cleanly
@@ -89,7 +89,7 @@ def test_unread_bodies_are_independent_of_splits(case: tuple[list[bytes], int]) 
     assert [response.status for response in responses[: len(METHODS)]] == [200] * len(METHODS)
     # What is wrong with a body that nobody reads concerns nobody; but no request is looked for behind it.
     last = b"".join(pieces).removeprefix(STREAM)
-    assert [answer.status for answer in responses[len(METHODS) :]] == [200 if b"chunked" in last else status]
+    assert [response.status for response in responses[len(METHODS) :]] == [200 if b"chunked" in last else status]
 
 
 def test_byte_by_byte() -> None:

@@ -6,7 +6,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from dockerproxy.errors import BadRequest
 from dockerproxy.http.request import ClientDisconnected, Request
-from tests.http.http_support.in_memory import (
+from tests.http.support.in_memory import (
     DISCARD_LIMIT,
     GET,
     DownloadHandler,

@@ -10,7 +10,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from dockerproxy.concurrency import SingleFlight
 from dockerproxy.errors import Denied, RegistryError
 from dockerproxy.http.request import ClientDisconnected, Request
-from tests.http.http_support.in_memory import (
+from tests.http.support.in_memory import (
     GET,
     BlockingHandler,
     DownloadHandler,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from twisted.trial.unittest import SynchronousTestCase
 
 from dockerproxy.http.request import ClientDisconnected, Request
-from tests.http.http_support.in_memory import (
+from tests.http.support.in_memory import (
     GET,
     TIMEOUTS,
     BlockingHandler,

@@ -15,7 +15,7 @@ from dockerproxy.http.headers import Headers
 from dockerproxy.http.request import ClientDisconnected, Request
 from dockerproxy.upstream.body_writer import framing_field
 from dockerproxy.upstream.connection import OutgoingRequest, UpstreamConnection, UpstreamTimeouts
-from tests.http.http_support.in_memory import GET, InMemoryClient, InMemoryServer, RecordingTransport, parse_responses
+from tests.http.support.in_memory import GET, InMemoryClient, InMemoryServer, RecordingTransport, parse_responses
 
 PUT_WITH_LENGTH = b"PUT /1 HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n"
 PUT_CHUNKED = b"PUT /1 HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -30,9 +30,9 @@ class ForwardingTests(SynchronousTestCase):
         self.connection.makeConnection(self.upstream)
         self.outcomes: list[BaseException | None] = []
 
-    def released(self, connection: UpstreamConnection) -> None: ...
+    def on_connection_idle(self, connection: UpstreamConnection) -> None: ...
 
-    def lost(self, connection: UpstreamConnection) -> None: ...
+    def on_connection_lost(self, connection: UpstreamConnection) -> None: ...
 
     async def handle(self, request: Request) -> None:
         body = request_body_producer(request)

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 CLIENTS = 500
-SERVER = Path(__file__).parent / "kit" / "slow_clients.py"
+SERVER = Path(__file__).parent / "support" / "memory_server.py"
 PROJECT = Path(__file__).parents[2]
 
 
@@ -65,7 +65,7 @@ class ServerProcess:
         self._process.communicate()
 
 
-@pytest.mark.parametrize(("what", "most"), [("/large", 36), ("/", 32)], ids=["slow", "idle"])
+@pytest.mark.parametrize(("path", "max_kib"), [("/large", 36), ("/", 32)], ids=["slow", "idle"])
 def test_many_clients(
     path: str, max_kib: int, record_property: pytest.RecordProperty, capsys: pytest.CaptureFixture[str]
 ) -> None:

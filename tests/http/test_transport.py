@@ -24,7 +24,7 @@ from twisted.python.failure import Failure
 import dockerproxy.http.transport as transport_module
 from dockerproxy.http.tls import TLSTransport
 from dockerproxy.http.transport import SocketTransport
-from tests.http.http_support.loopback import (
+from tests.http.support.loopback import (
     CHUNK,
     LARGE,
     MIB,
@@ -115,7 +115,7 @@ class TransportTestsMixin:
                 return size, digest.hexdigest()
 
         running = self.in_thread(client)
-        await recorder.until(2)
+        await recorder.wait_for(2)
         source = ZerosProducer(transports[0], LARGE)
         source.start()
         await source.paused
@@ -123,7 +123,7 @@ class TransportTestsMixin:
         reading.set()
         await source.done
         size, digest = await running
-        await recorder.lost
+        await recorder.connection_lost
         self.assertEqual(size, LARGE)
         self.assertEqual(digest, hashlib.sha256(bytes(LARGE)).hexdigest())
         self.assertEqual(recorder.size, LARGE + 2)
@@ -147,14 +147,14 @@ class TransportTestsMixin:
             client_closed.set()
 
         running = self.in_thread(client)
-        await recorder.until(5)
+        await recorder.wait_for(5)
         proceed.set()
         client_closed.wait(TIMEOUT)  # the reactor stands still: what was said has not been read
-        transports[0].eager = False
+        transports[0].write_immediately = False
         transports[0].write(b"x")
         transports[0].write(b"x")
         await running
-        await recorder.lost
+        await recorder.connection_lost
         self.assertEqual(recorder.received, b"hellolast words")
 
     async def test_small_writes_are_immediate(self: Any) -> None:
@@ -179,8 +179,8 @@ class TransportTestsMixin:
                 return responses
 
         self.assertEqual(await self.in_thread(client), [b"oneone", b"twotwo", b"threethree"])
-        self.assertEqual(recorder.at_once, 10)
-        await recorder.lost
+        self.assertEqual(recorder.sent_immediately, 10)
+        await recorder.connection_lost
 
     async def test_close_flushes(self: Any) -> None:
         port, recorder, transports = self.serve()
@@ -193,7 +193,7 @@ class TransportTestsMixin:
                 return read_all(sock)
 
         running = self.in_thread(client)
-        await recorder.until(2)
+        await recorder.wait_for(2)
         (transport,) = transports
         transport.write(bytes(OVER_KERNEL_BUFFERS))
         transport.write(b"end")
@@ -201,10 +201,10 @@ class TransportTestsMixin:
         transport.loseConnection()
         transport.loseConnection()
         transport.write(b"too late")
-        self.assertFalse(recorder.lost.called)
+        self.assertFalse(recorder.connection_lost.called)
         reading.set()
         self.assertEqual(await running, bytes(OVER_KERNEL_BUFFERS) + b"end")
-        reason = await recorder.lost
+        reason = await recorder.connection_lost
         self.assertIs(type(reason), ConnectionDone)
 
     async def test_close_with_nothing_pending(self: Any) -> None:
@@ -216,10 +216,10 @@ class TransportTestsMixin:
                 return read_all(sock)
 
         running = self.in_thread(client)
-        await recorder.until(2)
+        await recorder.wait_for(2)
         transports[0].stopProducing()
         self.assertEqual(await running, b"")
-        await recorder.lost
+        await recorder.connection_lost
 
     async def test_abort_during_a_transfer(self: Any) -> None:
         """The client must not take what it has for the whole."""
@@ -237,15 +237,15 @@ class TransportTestsMixin:
                 return "a good end"
 
         running = self.in_thread(client)
-        await recorder.until(2)
+        await recorder.wait_for(2)
         (transport,) = transports
         source = ZerosProducer(transport, LARGE)
         source.start()
         transport.abortConnection()
         transport.abortConnection()
         transport.connectionLost(Failure(ConnectionLost()))  # as the reactor does that has just looked at the socket
-        self.assertFalse(recorder.lost.called)  # never from within a call
-        reason = await recorder.lost
+        self.assertFalse(recorder.connection_lost.called)  # never from within a call
+        reason = await recorder.connection_lost
         self.assertIs(type(reason), ConnectionAborted)
         self.assertTrue(source.stopped)
         self.assertFalse(transport.connected)
@@ -260,7 +260,7 @@ class TransportTestsMixin:
                 sock.sendall(b"go")
 
         await self.in_thread(client)
-        await recorder.lost
+        await recorder.connection_lost
         (transport,) = transports
         sent = transport.sent
         transport.write(b"x")
@@ -285,13 +285,13 @@ class TransportTestsMixin:
             sock.close()  # with bytes unread: a reset
 
         running = self.in_thread(client)
-        await recorder.until(2)
+        await recorder.wait_for(2)
         source = ZerosProducer(transports[0], LARGE)
         source.start()
         await source.paused
         full.set()
         await running
-        reason = await recorder.lost
+        reason = await recorder.connection_lost
         self.assertIsInstance(reason, ConnectionLost)
         self.assertTrue(source.stopped)
 
@@ -309,16 +309,16 @@ class TransportTestsMixin:
             sock.close()
 
         running = self.in_thread(client)
-        await recorder.until(2)
+        await recorder.wait_for(2)
         (transport,) = transports
         transport.pauseProducing()
         paused.set()
         await running
         while transport.connected:
             transport.write(b"x" * CHUNK)
-            self.assertFalse(recorder.lost.called)  # never from within a call
-            await self.turn()
-        await recorder.lost
+            self.assertFalse(recorder.connection_lost.called)  # never from within a call
+            await self.run_reactor()
+        await recorder.connection_lost
 
     async def test_reading_can_be_paused(self: Any) -> None:
         port, recorder, transports = self.serve(RecordingProtocol(keep=False))
@@ -339,7 +339,7 @@ class TransportTestsMixin:
                 sock.sendall(data)
 
         running = self.in_thread(client)
-        await recorder.until(2)
+        await recorder.wait_for(2)
         (transport,) = transports
         transport.pauseProducing()
         transport.pauseProducing()
@@ -348,14 +348,14 @@ class TransportTestsMixin:
         transport.resumeProducing()
         transport.resumeProducing()
         await running
-        await recorder.lost
+        await recorder.connection_lost
         self.assertGreater(recorder.size, CHUNK)
 
     async def test_write_some_buffers_at_most_one_record(self: Any) -> None:
         port, recorder, transports = self.serve()
         content = random.Random(1).randbytes(OVER_KERNEL_BUFFERS)
         reading, running = self.start_late_reader(lambda: self.connect(port))
-        await recorder.until(2)
+        await recorder.wait_for(2)
         (transport,) = transports
         written, max_buffered = 0, 0
         resumed: Deferred[None] = Deferred()
@@ -386,13 +386,13 @@ class TransportTestsMixin:
         self.assertEqual(await running, content)
         self.assertTrue(reading.is_set())
         self.assertLessEqual(max_buffered, 16 * 1024)
-        await recorder.lost
+        await recorder.connection_lost
         self.assertEqual(transport.write_some(b"for nobody"), 10)
 
     async def test_kernel_buffer_is_small_for_a_client_that_does_not_read(self: Any) -> None:
         port, recorder, transports = self.serve()
         reading, running = self.start_late_reader(lambda: self.connect(port))
-        await recorder.until(2)
+        await recorder.wait_for(2)
         (transport,) = transports
         producer = PausableProducer()
         transport.registerProducer(producer, True)
@@ -412,14 +412,14 @@ class TransportTestsMixin:
         """And so has a layer of 4 MiB by few offers."""
         port, recorder, transports = self.serve()
         read, client = self.start_metered_reader(lambda: self.connect(port))
-        await recorder.until(2)
+        await recorder.wait_for(2)
         (transport,) = transports
         transport.registerProducer(PausableProducer(), True)
         counts = []
         while sum(counts) < 4 * MIB:
             counts.append(transport.write_some(bytes(4 * MIB)))
             await read(counts[-1])
-            await self.turn()
+            await self.run_reactor()
         self.assertLessEqual(counts[0], 128 * 1024)
         for current, previous in zip(counts[2:-1], counts[1:], strict=False):
             self.assertGreater(current, previous * 3 // 2)
@@ -427,12 +427,12 @@ class TransportTestsMixin:
         self.assertEqual(transport.sent, sum(counts))
         await read(0)
         await client
-        await recorder.lost
+        await recorder.connection_lost
 
     async def test_kernel_buffer_stays_small_for_a_slow_client(self: Any) -> None:
         port, recorder, transports = self.serve()
         read, client = self.start_metered_reader(lambda: self.connect(port, 32 * 1024))
-        await recorder.until(2)
+        await recorder.wait_for(2)
         (transport,) = transports
         producer = PausableProducer()
         transport.registerProducer(producer, True)
@@ -443,11 +443,11 @@ class TransportTestsMixin:
                 self.assertLessEqual(unsent_bytes(transport), 132 * 1024)  # TLS adds to its records
             await read(16 * 1024)
             read_size += 16 * 1024
-            await self.turn()
+            await self.run_reactor()
         self.assertGreater(read_size, MIB)
         await read(0)
         await client
-        await recorder.lost
+        await recorder.connection_lost
 
     async def test_write_some_without_so_meminfo(self: Any) -> None:
         """The whole is offered in any case, a piece at a time, and comes as it is."""
@@ -455,7 +455,7 @@ class TransportTestsMixin:
         port, recorder, transports = self.serve()
         content = random.Random(3).randbytes(MIB)
         reading, running = self.start_late_reader(lambda: self.connect(port))
-        await recorder.until(2)
+        await recorder.wait_for(2)
         (transport,) = transports
         reading.set()
         written = 0
@@ -466,7 +466,7 @@ class TransportTestsMixin:
             await deferLater(reactor, 0)
         transport.loseConnection()
         self.assertEqual(await running, content)
-        await recorder.lost
+        await recorder.connection_lost
 
     async def test_register_producer(self: Any) -> None:
         port, recorder, transports = self.serve()
@@ -478,7 +478,7 @@ class TransportTestsMixin:
                 return disconnect.wait(TIMEOUT)
 
         running = self.in_thread(client)
-        await recorder.until(2)
+        await recorder.wait_for(2)
         (transport,) = transports
         transport.write(bytes(OVER_KERNEL_BUFFERS))
         source, other = ZerosProducer(transport, 0), ZerosProducer(transport, 0)
@@ -490,7 +490,7 @@ class TransportTestsMixin:
         transport.write(b"x")
         disconnect.set()
         await running
-        await recorder.lost
+        await recorder.connection_lost
         self.assertFalse(source.stopped)
 
     async def test_protocol_error_closes_the_connection(self: Any) -> None:
@@ -509,7 +509,7 @@ class TransportTestsMixin:
                     pass
 
         await self.in_thread(client)
-        reason = await recorder.lost
+        reason = await recorder.connection_lost
         self.assertIs(type(reason), KeyError)
         self.assertEqual(len(self.flushLoggedErrors(KeyError)), 1)
 
@@ -524,12 +524,12 @@ class TransportTestsMixin:
                 return number
 
         running = self.in_thread(client)
-        await recorder.until(2)
+        await recorder.wait_for(2)
         (transport,) = transports
         peer, host = transport.getPeer(), transport.getHost()
         transport.loseConnection()
         self.assertEqual((peer.port, host.port), (await running, port))
-        await recorder.lost
+        await recorder.connection_lost
         self.assertEqual(transport.getPeer(), peer)
 
     async def test_no_descriptor_leak(self: Any) -> None:
@@ -559,7 +559,7 @@ class TransportTestsMixin:
         before = len(os.listdir("/proc/self/fd"))
         await self.in_thread(clients)
         while len(disconnects) < 200:
-            await self.turn()
+            await self.run_reactor()
         for connection_lost in disconnects:
             await connection_lost
         self.assertLessEqual(len(os.listdir("/proc/self/fd")), before)
@@ -573,7 +573,7 @@ class PlainTransportTests(TransportTestsMixin, SocketTestCase):
         reading, running = self.start_late_reader(lambda: self.connect(port))
         await recorder.wait_for(2)
         (transport,) = transports
-        self.assertTrue(transport.takes_files)
+        self.assertTrue(transport.can_sendfile)
         with tempfile.TemporaryFile() as file:
             file.write(content)
             file.flush()

@@ -23,7 +23,7 @@ from zope.interface import implementer
 from dockerproxy.http import tls
 from dockerproxy.http.tls import TLSTransport, describe_handshake_error, upgrade_to_tls
 from dockerproxy.http.transport import SocketTransport
-from tests.http.http_support.loopback import (
+from tests.http.support.loopback import (
     MIB,
     OVER_KERNEL_BUFFERS,
     SERVER_CONTEXT,

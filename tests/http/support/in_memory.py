@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Awaitable, Callable
 
 from attrs import frozen
 from twisted.internet.defer import Deferred
@@ -12,15 +11,13 @@ from twisted.internet.task import Clock
 from twisted.internet.testing import StringTransport
 from twisted.python.failure import Failure
 
-from dockerproxy.http.channel import HTTPChannel
+from dockerproxy.http.channel import Handler, HTTPChannel
 from dockerproxy.http.request import Request
 from dockerproxy.http.site import ServerTimeouts, Site
 
 TIMEOUTS = ServerTimeouts(keepalive=300, header=60, body=50, send=40)
 GET = b"GET /%d HTTP/1.1\r\nHost: a\r\n\r\n"
 DISCARD_LIMIT = 256 * 1024  # bytes of a body that are thrown away for the sake of the next request
-
-Handler = Callable[[Request], Awaitable[None]]
 
 
 class RecordingTransport(StringTransport):

@@ -32,13 +32,13 @@ class Zeros:
         self._file = tempfile.TemporaryFile()
         self._file.truncate(SIZE)
 
-    async def read(self, offset: int, at_most: int) -> bytes:
-        return os.pread(self._file.fileno(), at_most, offset)
+    async def read(self, offset: int, max_bytes: int) -> bytes:
+        return os.pread(self._file.fileno(), max_bytes, offset)
 
-    async def in_file(self, offset: int, at_most: int) -> tuple[int, int] | None:
-        return self._file.fileno(), min(at_most, SIZE - offset)
+    async def sendfile_source(self, offset: int, max_bytes: int) -> tuple[int, int] | None:
+        return self._file.fileno(), min(max_bytes, SIZE - offset)
 
-    async def settled(self) -> None: ...
+    async def wait_verified(self) -> None: ...
 
     def close(self) -> None: ...
 
