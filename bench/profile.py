@@ -206,20 +206,20 @@ def main() -> None:
     configure_process()
     if shutil.which("perf") is None:
         sys.exit("profile: perf is missing: Debian's package linux-perf has it.")
-    fractionsby_load: dict[str, dict[str, float]] = {}
+    shares_by_load: dict[str, dict[str, float]] = {}
     try:
         with ClientPool(1) as clients, Testbed.open(QUICK if options.quick else FULL, clients) as testbed:
             for name, load in LOADS.items():
                 log_progress("profile", name, "proxy")
-                fractionsby_load[name] = read_shares(load(testbed))
+                shares_by_load[name] = read_shares(load(testbed))
     except BenchError as error:
         sys.exit(f"profile: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
-    print(render_table(fractionsby_load))
+    print(render_table(shares_by_load))
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(
-        json.dumps({"table": render_table(fractionsby_load), "shares": fractionsby_load}, indent=1) + "\n"
+        json.dumps({"table": render_table(shares_by_load), "shares": shares_by_load}, indent=1) + "\n"
     )
 
 

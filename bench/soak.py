@@ -105,7 +105,7 @@ def soak(seconds: float, seed: int) -> list[str]:
     ports = DaemonPorts()
     with (
         ClientPool(1) as clients,
-        Testbed.open(evolve(QUICK, blob=1 << 20), clients) as testbed,
+        Testbed.open(evolve(QUICK, large_blob=1 << 20), clients) as testbed,
         testbed.temporary_state() as state,
     ):
         sizes = random.Random(seed)

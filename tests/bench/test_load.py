@@ -27,7 +27,7 @@ class StubServerProcess:
 
     cores = CoreAssignment()
 
-    def cpu(self) -> float:
+    def cpu_seconds(self) -> float:
         return 0.0
 
 
@@ -90,7 +90,7 @@ def test_each_request_uses_a_new_connection(generator: LoadGenerator, running_se
 
 
 def test_handshakes_go_to_each_host_in_turn(generator: LoadGenerator, running_server: RunningServer) -> None:
-    proxied_server = evolve(running_server, target=evolve(running_server.endpoint, through_connect=True))
+    proxied_server = evolve(running_server, endpoint=evolve(running_server.endpoint, through_connect=True))
     result = generator.run_handshakes(proxied_server, ["one.test", "other.test"])
     assert RecordingHandler.requested_paths == ["one.test:443", "other.test:443"]
     assert (result.count, result.bytes) == (2, 0)
@@ -98,7 +98,7 @@ def test_handshakes_go_to_each_host_in_turn(generator: LoadGenerator, running_se
 
 
 @pytest.mark.parametrize(
-    ("path", "why"), [("/missing/5", "the server answered HTTP/1.1 404"), ("/short/100", "the server hung up")]
+    ("path", "message"), [("/missing/5", "the server answered HTTP/1.1 404"), ("/short/100", "the server hung up")]
 )
 def test_unexpected_response_fails(
     generator: LoadGenerator, running_server: RunningServer, path: str, message: str

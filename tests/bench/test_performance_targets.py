@@ -20,7 +20,7 @@ def make_table(proxy_value: float, peer_value: float | None = None) -> ResultTab
 
 
 @pytest.mark.parametrize(
-    ("goal", "ours", "theirs", "met"),
+    ("target", "proxy_value", "peer_value", "is_met"),
     [
         (PerformanceTarget("CPU", KEY, 0.8, peer=NGINX), 0.8, 1.0, True),
         (PerformanceTarget("CPU", KEY, 0.8, peer=NGINX), 0.81, 1.0, False),
@@ -67,6 +67,6 @@ def test_missed_targets_are_marked() -> None:
 def test_targets_are_unique() -> None:
     assert (
         len({target.key for target in PERFORMANCE_TARGETS})
-        == len({goal.label for goal in PERFORMANCE_TARGETS})
+        == len({target.label for target in PERFORMANCE_TARGETS})
         == len(PERFORMANCE_TARGETS)
     )

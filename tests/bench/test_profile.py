@@ -70,9 +70,9 @@ def test_sample_classification(stack: list[Frame], expected: str) -> None:
 
 
 def test_shares_are_of_all_samples() -> None:
-    fractions = category_shares([kernel_stack("do_epoll_wait"), *[[("malloc", "libc.so.6")]] * 3])
-    assert {name: share for name, share in fractions.items() if share} == {"kernel: other": 0.25, "C library": 0.75}
-    assert tuple(fractions) == CATEGORIES
+    shares = category_shares([kernel_stack("do_epoll_wait"), *[[("malloc", "libc.so.6")]] * 3])
+    assert {name: share for name, share in shares.items() if share} == {"kernel: other": 0.25, "C library": 0.75}
+    assert tuple(shares) == CATEGORIES
     with pytest.raises(BenchError, match="no samples"):
         category_shares([])
 
@@ -113,7 +113,7 @@ def test_profile_runs(tmp_path: Path) -> None:
     profile = json.loads((tmp_path / "profile.json").read_text())
     assert profile["table"] in result.stdout
     assert list(profile["shares"]) == list(LOADS)
-    for fractions in profile["shares"].values():
-        assert sum(fractions.values()) == pytest.approx(1)
-        assert fractions["interpreter"] > 0
+    for shares in profile["shares"].values():
+        assert sum(shares.values()) == pytest.approx(1)
+        assert shares["interpreter"] > 0
     assert not [path for path in tmp_path.iterdir() if path.name.startswith("bench-")]

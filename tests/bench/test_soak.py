@@ -35,18 +35,18 @@ def test_fluctuation_is_not_growth() -> None:
 
 def test_memory_growth() -> None:
     memory = [100_000_000 + second * 100_000 for second in range(400)]
-    (complaint,) = find_problems(make_samples(memory), IDLE_SAMPLE, IDLE_SAMPLE)
-    assert complaint.startswith("memory grew from 114,950,000 to ")
+    (problem,) = find_problems(make_samples(memory), IDLE_SAMPLE, IDLE_SAMPLE)
+    assert problem.startswith("memory grew from 114,950,000 to ")
 
 
 def test_descriptor_growth() -> None:
-    (complaint,) = find_problems(make_samples([10**8] * 400, list(range(50, 450))), IDLE_SAMPLE, IDLE_SAMPLE)
-    assert complaint.startswith("descriptors grew from 200 to 400")
+    (problem,) = find_problems(make_samples([10**8] * 400, list(range(50, 450))), IDLE_SAMPLE, IDLE_SAMPLE)
+    assert problem.startswith("descriptors grew from 200 to 400")
 
 
 def test_leaked_descriptors() -> None:
-    (complaint,) = find_problems(make_samples([10**8] * 40), IDLE_SAMPLE, ProcessSample(60_000_000, 29, PIDS))
-    assert complaint == "29 descriptors are open without clients; 20 were at the start"
+    (problem,) = find_problems(make_samples([10**8] * 40), IDLE_SAMPLE, ProcessSample(60_000_000, 29, PIDS))
+    assert problem == "29 descriptors are open without clients; 20 were at the start"
 
 
 def test_idle_memory_may_grow() -> None:
@@ -54,7 +54,7 @@ def test_idle_memory_may_grow() -> None:
 
 
 def test_replaced_worker_is_reported() -> None:
-    (complaint,) = find_problems(
+    (problem,) = find_problems(
         make_samples([10**8] * 40), IDLE_SAMPLE, ProcessSample(60_000_000, 20, frozenset({10, 12}))
     )
-    assert complaint == "1 of 2 processes ended"
+    assert problem == "1 of 2 processes ended"

@@ -6,12 +6,12 @@ import base64
 
 import pytest
 
+from tests.e2e.harness import fake_registry, images
 from tests.e2e.harness.client_factory import ClientFactory
 from tests.e2e.harness.daemon import StartDaemon, TwistdDaemon
 from tests.e2e.harness.http_client import BufferedResponse, request_directly
 from tests.e2e.harness.images import ACCEPT_MANIFESTS, SampleImage
 from tests.e2e.harness.upstreams import BASIC, FAKE, HUB, REGISTRY, STORE_HOST, TOKEN_URL, Upstreams
-from tests.e2e.house import fake_registry, images
 
 PRIVATE_REPOSITORY = "alice/app"
 
@@ -37,13 +37,13 @@ def test_the_owner_is_served_from_disk(upstreams: Upstreams, daemon: TwistdDaemo
     assert upstreams.hub.find_requests("GET", PRIVATE_REPOSITORY) == []
 
 
-@pytest.mark.parametrize("who", [None, "bob"], ids=["anonymous", "bob"])
-@pytest.mark.parametrize("upstream", ["there", "gone"])
+@pytest.mark.parametrize("user", [None, "bob"], ids=["anonymous", "bob"])
+@pytest.mark.parametrize("upstream_state", ["up", "down"])
 def test_others_are_refused(
     upstreams: Upstreams, daemon: TwistdDaemon, private_image: SampleImage, user: str | None, upstream_state: str
 ) -> None:
     token = _fetch_token(upstreams, daemon, PRIVATE_REPOSITORY, user)
-    if upstream_state == "gone":
+    if upstream_state == "down":
         with upstreams.stopped():
             responses = [_get(daemon, path, token) for path in _pull_paths(private_image)]
             responses += [_get(daemon, path, None) for path in _pull_paths(private_image)]
@@ -51,9 +51,8 @@ def test_others_are_refused(
         responses = [_get(daemon, path, token) for path in _pull_paths(private_image)]
         responses += [_get(daemon, path, None) for path in _pull_paths(private_image)]
     for response in responses:
-        assert response.status in ((401, 403, 404) if upstream_state == "there" else (401, 403, 404, 502, 504)), (
-            response
-        )
+        expected_statuses = (401, 403, 404) if upstream_state == "up" else (401, 403, 404, 502, 504)
+        assert response.status in expected_statuses, response
         assert private_image.layers[0].data not in response.body
         assert private_image.manifest.data not in response.body
 

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 
 from attrs import define
 
+from tests.e2e.harness import images
 from tests.e2e.harness.daemon import StartDaemon, TwistdDaemon
 from tests.e2e.harness.fake_registry import pause_after, throttled
 from tests.e2e.harness.http_client import request_directly
@@ -17,7 +18,6 @@ from tests.e2e.harness.http_server import next_event
 from tests.e2e.harness.images import ACCEPT_MANIFESTS
 from tests.e2e.harness.process import wait_until
 from tests.e2e.harness.upstreams import FAKE, REGISTRY, Upstreams
-from tests.e2e.house import images
 
 MIB = 1 << 20
 CLIENTS = 20

@@ -16,11 +16,11 @@ from urllib.parse import quote, urljoin, urlsplit
 import pytest
 from attrs import Factory, define
 
+from tests.e2e.harness import http_client
 from tests.e2e.harness.http_client import BufferedResponse
 from tests.e2e.harness.images import OCI_CONFIG, OCI_INDEX, OCI_MANIFEST, random_bytes
 from tests.e2e.harness.registry_daemon import RegistryDaemon
 from tests.e2e.harness.upstreams import Upstreams
-from tests.e2e.house import wire
 
 JSONObject = dict[str, Any]
 OCTET_STREAM = {"Content-Type": "application/octet-stream"}
@@ -42,14 +42,14 @@ class ConformanceClient:
 
     def __init__(self, port: int) -> None:
         self._base_url = f"http://127.0.0.1:{port}"
-        self._connection = wire.DirectConnection("127.0.0.1", ("127.0.0.1", port), None)
+        self._connection = http_client.DirectConnection("127.0.0.1", ("127.0.0.1", port), None)
 
     def request(
         self, method: str, target: str, body: bytes | None = None, headers: Mapping[str, str] | None = None
     ) -> BufferedResponse:
         """Send a request to `target`, a path or what a Location said."""
         self._connection.request(method, target, body, dict(headers or {}))
-        return wire.read_response(self._connection.getresponse())
+        return http_client.read_response(self._connection.getresponse())
 
     def location_target(self, response: BufferedResponse) -> str:
         """Return the target that the answer's Location names."""
@@ -215,7 +215,7 @@ def check_blob(registry: ConformanceClient, repository: str, digest: str, data: 
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize("way", [*PUSH_METHODS, *MOUNT_METHODS], ids=lambda way: way.__name__)
+@pytest.mark.parametrize("push", [*PUSH_METHODS, *MOUNT_METHODS], ids=lambda push: push.__name__)
 def test_push_blob(registry: ConformanceClient, repository: str, push: PushMethod, algorithm: str) -> None:
     data = random_bytes(3000 - 5, f"{push.__name__}-{algorithm}")
     digest = compute_digest(data, algorithm)
@@ -227,7 +227,7 @@ def test_push_blob(registry: ConformanceClient, repository: str, push: PushMetho
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize("way", VERIFYING_METHODS, ids=lambda way: way.__name__)
+@pytest.mark.parametrize("push", VERIFYING_METHODS, ids=lambda push: push.__name__)
 def test_blob_with_wrong_digest(registry: ConformanceClient, repository: str, push: PushMethod, algorithm: str) -> None:
     data = random_bytes(3000, f"bad-{push.__name__}-{algorithm}")
     digest = compute_digest(data, algorithm)
@@ -237,7 +237,7 @@ def test_blob_with_wrong_digest(registry: ConformanceClient, repository: str, pu
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize("way", PUSH_METHODS, ids=lambda way: way.__name__)
+@pytest.mark.parametrize("push", PUSH_METHODS, ids=lambda push: push.__name__)
 @pytest.mark.parametrize("data", [b"", b"{}"], ids=["empty", "empty-json"])
 def test_well_known_blob(
     registry: ConformanceClient, repository: str, data: bytes, push: PushMethod, algorithm: str
@@ -256,7 +256,7 @@ def test_cancelled_upload(registry: ConformanceClient, repository: str) -> None:
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize(
-    ("asked", "start", "end"),
+    ("byte_range", "start", "end"),
     [
         ("500-1499", 500, 1500),
         ("500-", 500, 2048),
@@ -491,7 +491,9 @@ def test_manifest_with_wrong_digest(registry: ConformanceClient, repository: str
         assert registry.request("GET", target, headers=ACCEPT).status in (400, 404)
 
 
-@pytest.mark.parametrize("make", [lambda data: data.image("it"), lambda data: data.index("it")], ids=["image", "index"])
+@pytest.mark.parametrize(
+    "add_content", [lambda data: data.add_image("it"), lambda data: data.add_index("it")], ids=["image", "index"]
+)
 def test_manifest_with_missing_blobs(
     registry: ConformanceClient, repository: str, add_content: Callable[[PushedContent], JSONObject]
 ) -> None:

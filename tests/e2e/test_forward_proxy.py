@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 
+from tests.e2e.harness import http_client, images
 from tests.e2e.harness.daemon import AccessLogEntry, StartDaemon, TwistdDaemon
 from tests.e2e.harness.http_server import HTTPExchange, StubServer
 from tests.e2e.harness.images import ACCEPT_MANIFESTS
 from tests.e2e.harness.process import is_listening, require_programs, wait_until
 from tests.e2e.harness.upstreams import FAKE, REGISTRY, Upstreams, format_upstream_addresses
-from tests.e2e.house import images, wire
 
 # tunnels
 
@@ -114,7 +114,7 @@ REFUSED_TARGETS = {
 @pytest.mark.parametrize("target", REFUSED_TARGETS)
 def test_refused_tunnel_names_the_setting(daemon: TwistdDaemon, target: str) -> None:
     log_offset = daemon.log_offset()
-    response = wire.send_raw_request(daemon.port, f"CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n\r\n".encode())
+    response = http_client.send_raw_request(daemon.port, f"CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n\r\n".encode())
     assert response.status == 403
     assert REFUSED_TARGETS[target].encode() in response.body
     entry = wait_for_connect_log_entry(daemon, log_offset)
@@ -126,7 +126,7 @@ def test_tunnel_allow(upstreams: Upstreams, start_daemon: StartDaemon, echo: Ech
     daemon = start_daemon(TUNNEL_ALLOW="example.com 127.0.0.0/8", TUNNEL_DENY="none", TUNNEL_PORTS=f"443 {echo.port}")
     with open_tunnel(daemon, f"127.0.0.1:{echo.port}"):
         pass
-    response = wire.send_raw_request(daemon.port, b"CONNECT 192.0.2.1:443 HTTP/1.1\r\nHost: 192.0.2.1:443\r\n\r\n")
+    response = http_client.send_raw_request(daemon.port, b"CONNECT 192.0.2.1:443 HTTP/1.1\r\nHost: 192.0.2.1:443\r\n\r\n")
     assert response.status == 403 and b"TUNNEL_ALLOW" in response.body
 
 
@@ -139,7 +139,7 @@ def test_ipv6_disabled(
         with open_tunnel(unrestricted_daemon, target):
             pass
         daemon = start_daemon(DISABLE_IPV6="true", TUNNEL_DENY="none", TUNNEL_PORTS=str(echo.port))
-        response = wire.send_raw_request(daemon.port, f"CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n\r\n".encode())
+        response = http_client.send_raw_request(daemon.port, f"CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n\r\n".encode())
         assert response.status == 502 and b"DISABLE_IPV6" in response.body
         with open_tunnel(daemon, f"127.0.0.1:{echo.port}"):
             pass
@@ -147,7 +147,7 @@ def test_ipv6_disabled(
 
 def test_tunnel_to_unreachable_target(unrestricted_daemon: TwistdDaemon) -> None:
     for target in ("no-such-name.example.invalid:443", "127.0.0.1:443"):
-        response = wire.send_raw_request(
+        response = http_client.send_raw_request(
             unrestricted_daemon.port, f"CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n\r\n".encode()
         )
         assert response.status in (502, 504)
@@ -164,7 +164,7 @@ def test_clients_not_allowed_are_rejected(upstreams: Upstreams, tmp_path: Path) 
             b"CONNECT registry-1.docker.io:443 HTTP/1.1\r\nHost: x\r\n\r\n",
             b"GET http://plain.test:8080/v2/ HTTP/1.1\r\nHost: plain.test:8080\r\n\r\n",
         ):
-            response = wire.send_raw_request(daemon.port, request)
+            response = http_client.send_raw_request(daemon.port, request)
             assert response.status == 403 and b"ALLOW_CLIENTS" in response.body
         daemon.check_log(upstreams.secrets)
     finally:
@@ -202,14 +202,14 @@ def test_registry_by_ip_address(upstreams: Upstreams, start_daemon: StartDaemon)
 
 
 def test_other_port_is_not_intercepted(upstreams: Upstreams, daemon: TwistdDaemon) -> None:
-    response = wire.send_raw_request(
+    response = http_client.send_raw_request(
         daemon.port, b"CONNECT registry.test:5444 HTTP/1.1\r\nHost: registry.test:5444\r\n\r\n"
     )
     assert response.status == 403 and b"TUNNEL_PORTS" in response.body
 
 
 def test_untrusting_client_is_logged(daemon: TwistdDaemon) -> None:
-    untrusting_client = wire.ProxyClient(daemon.port, ssl.create_default_context())
+    untrusting_client = http_client.ProxyClient(daemon.port, ssl.create_default_context())
     with pytest.raises(ssl.SSLCertVerificationError):
         untrusting_client.get(f"{FAKE}/v2/")
     wait_until(lambda: "/ca.crt" in daemon.output_text, "a hint at /ca.crt in the log")
@@ -272,7 +272,7 @@ def test_plain_http_to_loopback_is_refused(daemon: TwistdDaemon, web_server: _We
     request_count = len(web_server.requests)
     for host in ("127.0.0.1", "localhost", "[::1]"):
         request = f"GET http://{host}:{web_server.port}/ HTTP/1.1\r\nHost: {host}:{web_server.port}\r\n\r\n"
-        response = wire.send_raw_request(daemon.port, request.encode())
+        response = http_client.send_raw_request(daemon.port, request.encode())
         assert response.status == 403 and b"TUNNEL_DENY" in response.body, host
     assert len(web_server.requests) == request_count
 
@@ -281,18 +281,18 @@ def test_plain_http_to_loopback_is_refused(daemon: TwistdDaemon, web_server: _We
 
 
 def test_ca_certificate_can_be_downloaded(daemon: TwistdDaemon) -> None:
-    response = wire.request_directly("GET", daemon.url + "/ca.crt")
+    response = http_client.request_directly("GET", daemon.url + "/ca.crt")
     assert response.status == 200
     certificate = x509.load_pem_x509_certificate(response.body)
     assert certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
     assert b"PRIVATE" not in response.body
-    assert wire.request_directly("HEAD", daemon.url + "/ca.crt").headers["content-length"] == str(len(response.body))
+    assert http_client.request_directly("HEAD", daemon.url + "/ca.crt").headers["content-length"] == str(len(response.body))
     # Whoever has the proxy set for everything asks the proxy for the proxy.
     assert daemon.client.get("http://docker-registry.local:3128/ca.crt").body == response.body
 
 
 def test_setup_script(daemon: TwistdDaemon, tmp_path: Path) -> None:
-    response = wire.request_directly("GET", daemon.url + "/setup/systemd")
+    response = http_client.request_directly("GET", daemon.url + "/setup/systemd")
     assert response.status == 200
     script = response.body.decode()
     assert f"proxy=http://127.0.0.1:{daemon.port}/\n" in script
@@ -304,17 +304,17 @@ def test_setup_script(daemon: TwistdDaemon, tmp_path: Path) -> None:
 
 def test_setup_script_rejects_shell_injection(daemon: TwistdDaemon) -> None:
     for host in ("x;reboot", "$(reboot)", "`reboot`", "x'y", 'x"y', "x y", "a/b", "x\\y"):
-        response = wire.send_raw_request(daemon.port, f"GET /setup/systemd HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
+        response = http_client.send_raw_request(daemon.port, f"GET /setup/systemd HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
         assert response.status in (400, 404)
         assert b"#!/bin/sh" not in response.body
 
 
 def test_health_and_index_page(daemon: TwistdDaemon) -> None:
-    assert wire.request_directly("GET", daemon.url + "/healthz").status == 200
-    page = wire.request_directly("GET", daemon.url + "/")
+    assert http_client.request_directly("GET", daemon.url + "/healthz").status == 200
+    page = http_client.request_directly("GET", daemon.url + "/")
     assert (page.status, page.headers["content-type"].split(";")[0]) == (200, "text/plain")
-    assert wire.request_directly("GET", daemon.url + "/nothing/here").status == 404
-    assert wire.request_directly("POST", daemon.url + "/ca.crt").status == 405
+    assert http_client.request_directly("GET", daemon.url + "/nothing/here").status == 404
+    assert http_client.request_directly("POST", daemon.url + "/ca.crt").status == 405
 
 
 # what is no request
@@ -348,14 +348,14 @@ MALFORMED_REQUESTS = {
 
 @pytest.mark.parametrize("name", MALFORMED_REQUESTS)
 def test_malformed_request_returns_400(daemon: TwistdDaemon, name: str) -> None:
-    response = wire.send_raw_request(daemon.port, MALFORMED_REQUESTS[name])
+    response = http_client.send_raw_request(daemon.port, MALFORMED_REQUESTS[name])
     assert response.status in ((400, 505) if name in ("version 9", "http2") else (400,))
     assert b"Traceback" not in response.body
 
 
 def test_connection_closes_after_malformed_request(daemon: TwistdDaemon) -> None:
     """After a request whose end is not known, the connection is over."""
-    response_bytes = wire.send_raw(
+    response_bytes = http_client.send_raw(
         daemon.port, MALFORMED_REQUESTS["both framings"] + b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
     )
     assert re.findall(rb"HTTP/1\.1 (\d+) ", response_bytes) == [b"400"]
@@ -363,7 +363,7 @@ def test_connection_closes_after_malformed_request(daemon: TwistdDaemon) -> None
 
 def test_oversized_head_is_rejected(daemon: TwistdDaemon) -> None:
     for head in (b"GET /" + b"x" * 200_000, b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 40_000):
-        assert wire.send_raw_request(daemon.port, head).status in (400, 414, 431)
+        assert http_client.send_raw_request(daemon.port, head).status in (400, 414, 431)
 
 
 def test_malformed_intercepted_request_returns_400(daemon: TwistdDaemon) -> None:
@@ -387,17 +387,17 @@ def test_header_and_keepalive_timeouts(start_daemon: StartDaemon) -> None:
 def test_pipelined_requests(daemon: TwistdDaemon) -> None:
     request = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
     last_request = b"GET /nothing HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
-    response = wire.send_raw(daemon.port, request * 5 + last_request)
+    response = http_client.send_raw(daemon.port, request * 5 + last_request)
     assert re.findall(rb"HTTP/1\.1 (\d+) ", response) == [b"200"] * 5 + [b"404"]
 
 
 def test_http_1_0_client(upstreams: Upstreams, daemon: TwistdDaemon) -> None:
-    response = wire.send_raw(daemon.port, b"GET /healthz HTTP/1.0\r\n\r\n")
+    response = http_client.send_raw(daemon.port, b"GET /healthz HTTP/1.0\r\n\r\n")
     assert response.split(b" ")[1] == b"200"
     layer = upstreams.push_to_plain("old/client", "1", images.build_small_image("old")).layers[0]
     request = f"GET http://plain.test:8080/v2/old/client/blobs/{layer.digest} HTTP/1.0\r\n\r\n"
     for _ in range(2):
-        assert wire.send_raw(daemon.port, request.encode()).endswith(layer.data)
+        assert http_client.send_raw(daemon.port, request.encode()).endswith(layer.data)
 
 
 def test_curl_through_proxy_and_mirror(upstreams: Upstreams, daemon: TwistdDaemon) -> None:

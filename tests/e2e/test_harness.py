@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e.harness import http_client, images
 from tests.e2e.harness.client_factory import ProcessGroup
 from tests.e2e.harness.clients import Containerd, Docker, Skopeo
 from tests.e2e.harness.recording_proxy import RecordingProxy
 from tests.e2e.harness.upstreams import HUB, PLAIN, REDIRECTING_ABSOLUTE, REDIRECTING_RELATIVE, TOKEN_URL, Upstreams
-from tests.e2e.house import images, wire
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +30,8 @@ def environment(recording_proxy: RecordingProxy, upstreams: Upstreams) -> dict[s
 
 
 @pytest.fixture
-def client(recording_proxy: RecordingProxy, upstreams: Upstreams) -> wire.ProxyClient:
-    return wire.ProxyClient(recording_proxy.port, upstreams.client_context)
+def client(recording_proxy: RecordingProxy, upstreams: Upstreams) -> http_client.ProxyClient:
+    return http_client.ProxyClient(recording_proxy.port, upstreams.client_context)
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def process_group() -> Iterator[ProcessGroup]:
     group.stop()
 
 
-def test_hub_requires_a_valid_token(upstreams: Upstreams, client: wire.ProxyClient) -> None:
+def test_hub_requires_a_valid_token(upstreams: Upstreams, client: http_client.ProxyClient) -> None:
     image = upstreams.push_to_hub("library/house", "1", images.build_small_image("house"))
     url = f"{HUB}/v2/library/house/manifests/1"
     unauthorized = client.get(url, Accept=images.ACCEPT_MANIFESTS)
@@ -86,7 +86,7 @@ def test_containerd_pulls(
     assert containerd.image_digest("registry.test:5443/house/containerd:1") == image.digest
 
 
-def test_blob_redirects(upstreams: Upstreams, client: wire.ProxyClient) -> None:
+def test_blob_redirects(upstreams: Upstreams, client: http_client.ProxyClient) -> None:
     image = upstreams.push_to_registry("house/redirected", "1", images.build_small_image("redirected"))
     layer = image.layers[0]
     for base_url in (REDIRECTING_ABSOLUTE, REDIRECTING_RELATIVE):
@@ -99,7 +99,7 @@ def test_blob_redirects(upstreams: Upstreams, client: wire.ProxyClient) -> None:
         assert client.get(url.partition("?")[0]).status == 403
 
 
-def test_plain_http_and_basic_auth(upstreams: Upstreams, client: wire.ProxyClient) -> None:
+def test_plain_http_and_basic_auth(upstreams: Upstreams, client: http_client.ProxyClient) -> None:
     image = upstreams.push_to_plain("house/plain", "1", images.build_small_image("plain"))
     assert client.get(f"{PLAIN}/v2/house/plain/blobs/{image.layers[0].digest}").body == image.layers[0].data
     upstreams.push_to_basic("house/basic", "1", images.build_small_image("basic"))
@@ -112,13 +112,13 @@ def test_plain_http_and_basic_auth(upstreams: Upstreams, client: wire.ProxyClien
     )
 
 
-def test_invalid_certificates_are_rejected(client: wire.ProxyClient) -> None:
+def test_invalid_certificates_are_rejected(client: http_client.ProxyClient) -> None:
     for host in ("selfsigned.test", "wrongname.test", "expired.test"):
         with pytest.raises(ssl.SSLCertVerificationError):
             client.get(f"https://{host}/v2/")
 
 
-def test_registry_logs_response_sizes(upstreams: Upstreams, client: wire.ProxyClient) -> None:
+def test_registry_logs_response_sizes(upstreams: Upstreams, client: http_client.ProxyClient) -> None:
     image = upstreams.push_to_registry("house/counted", "1", images.build_small_image("counted"))
     upstreams.registry.clear_log()
     blob_path = f"/v2/house/counted/blobs/{image.layers[0].digest}"

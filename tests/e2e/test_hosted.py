@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from bench.servers import free_port
+from tests.e2e.harness import http_client, images
 from tests.e2e.harness.client_factory import ClientFactory
 from tests.e2e.harness.clients import Skopeo, check_output
 from tests.e2e.harness.daemon import StartDaemon, TwistdDaemon
@@ -30,7 +31,6 @@ from tests.e2e.harness.registry_daemon import (
     write_image_folder,
 )
 from tests.e2e.harness.upstreams import Upstreams
-from tests.e2e.house import images, wire
 
 
 @pytest.fixture(scope="module")
@@ -108,12 +108,12 @@ def test_docker_over_tls_and_plain_http(
 def test_every_endpoint_and_host_name(daemon: RegistryDaemon) -> None:
     """SNI chooses the leaf; without it the address does. A name that is not ours gets no certificate for itself."""
     for host in (HOSTED_REGISTRY_HOST, "127.0.0.1"):
-        connection = wire.DirectConnection(host, ("127.0.0.1", daemon.registry_port), daemon.client_context)
+        connection = http_client.DirectConnection(host, ("127.0.0.1", daemon.registry_port), daemon.client_context)
         connection.request("GET", "/v2/")
         assert connection.getresponse().read() == b"{}"
         connection.close()
     with pytest.raises(ssl.SSLCertVerificationError):
-        wire.DirectConnection(
+        http_client.DirectConnection(
             "registry-1.docker.io", ("127.0.0.1", daemon.registry_port), daemon.client_context
         ).connect()
     for url in (
@@ -122,10 +122,10 @@ def test_every_endpoint_and_host_name(daemon: RegistryDaemon) -> None:
         f"http://{HOSTED_REGISTRY_HOST}/v2/",
     ):
         assert daemon.client.get(url + "_catalog").json["repositories"] is not None
-    assert wire.request_directly("GET", f"http://{daemon.http_address}/ca.crt").body == daemon.ca_file.read_bytes()
-    script = wire.request_directly("GET", f"http://{daemon.http_address}/setup/systemd").body.decode()
+    assert http_client.request_directly("GET", f"http://{daemon.http_address}/ca.crt").body == daemon.ca_file.read_bytes()
+    script = http_client.request_directly("GET", f"http://{daemon.http_address}/setup/systemd").body.decode()
     assert f"127.0.0.1:{daemon.port}/" in script
-    assert wire.send_raw(
+    assert http_client.send_raw(
         daemon.http_port, f"CONNECT {HOSTED_REGISTRY_HOST}:443 HTTP/1.1\r\nHost: x\r\n\r\n".encode()
     ).startswith(b"HTTP/1.1 405 ")
 
@@ -134,12 +134,12 @@ def test_ns_selects_mirror_or_hosted_registry(upstreams: Upstreams, daemon: Regi
     hub_image = upstreams.push_to_hub("library/mirrored-here", "1", images.build_small_image("mirrored-here"))
     base = f"http://{daemon.http_address}/v2/library/mirrored-here/manifests/1"
     accept = {"Accept": ACCEPT_MANIFESTS}
-    assert wire.request_directly("GET", base, accept).status == 404
-    assert wire.request_directly("GET", f"{base}?ns=docker.io", accept).body == hub_image.manifest.data
-    assert wire.request_directly("GET", f"{base}?ns={HOSTED_REGISTRY_HOST}", accept).status == 404
-    assert wire.request_directly("GET", f"{daemon.url}/v2/library/mirrored-here/manifests/1", accept).status == 200
+    assert http_client.request_directly("GET", base, accept).status == 404
+    assert http_client.request_directly("GET", f"{base}?ns=docker.io", accept).body == hub_image.manifest.data
+    assert http_client.request_directly("GET", f"{base}?ns={HOSTED_REGISTRY_HOST}", accept).status == 404
+    assert http_client.request_directly("GET", f"{daemon.url}/v2/library/mirrored-here/manifests/1", accept).status == 200
     assert (
-        wire.request_directly(
+        http_client.request_directly(
             "GET", f"{daemon.url}/v2/library/mirrored-here/manifests/1?ns={HOSTED_REGISTRY_HOST}", accept
         ).status
         == 404
@@ -152,15 +152,15 @@ def test_allow_clients_applies_to_every_endpoint(start_daemon: StartDaemon) -> N
         "closed", ALLOW_CLIENTS="127.0.0.1", REGISTRY_HTTP_LISTEN=f"tcp:{http_port}:interface=127.0.0.1"
     )
     for port, context in ((http_port, None), (daemon.registry_port, daemon.client_context)):
-        connection = wire.DirectConnection("127.0.0.1", ("127.0.0.1", port), context)
+        connection = http_client.DirectConnection("127.0.0.1", ("127.0.0.1", port), context)
         connection.connect()
         connection.close()
-        denied_connection = wire.DirectConnection("127.0.0.1", ("127.0.0.1", port), context)
+        denied_connection = http_client.DirectConnection("127.0.0.1", ("127.0.0.1", port), context)
         denied_connection.sock = socket.create_connection(("127.0.0.1", port), source_address=("127.0.0.2", 0))
         if context is not None:
             denied_connection.sock = context.wrap_socket(denied_connection.sock, server_hostname="127.0.0.1")
         denied_connection.request("GET", "/v2/")
-        response = wire.read_response(denied_connection.getresponse())
+        response = http_client.read_response(denied_connection.getresponse())
         assert (response.status, b"ALLOW_CLIENTS" in response.body) == (403, True)
 
 
@@ -294,7 +294,7 @@ def start_upload(daemon: TwistdDaemon, name: str) -> str:
     return f"http://{HOSTED_REGISTRY_HOST}{response.headers['location']}"
 
 
-@pytest.mark.parametrize("how", ["drop", "kill"])
+@pytest.mark.parametrize("interruption", ["drop", "kill"])
 def test_upload_resumes_after_disconnect_and_kill(start_daemon: StartDaemon, interruption: str) -> None:
     daemon = start_daemon("resumed")
     data = images.random_bytes(3_000_000, "resumed")
@@ -346,7 +346,7 @@ def test_memory_stays_flat_during_upload(daemon: RegistryDaemon) -> None:
         connection.send(chunk)
         hasher.update(chunk)
         peak = max(peak, daemon.resident_bytes)
-    response = wire.read_response(connection.getresponse())
+    response = http_client.read_response(connection.getresponse())
     connection.close()
     assert (response.status, response.headers["range"]) == (202, f"0-{size - 1}")
     assert peak - memory_before < 24 << 20

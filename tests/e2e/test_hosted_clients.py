@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e.harness import http_client, images
 from tests.e2e.harness.client_factory import ClientFactory
 from tests.e2e.harness.clients import Skopeo, check_output, clean_environment, run
 from tests.e2e.harness.daemon import TwistdDaemon
@@ -24,7 +25,6 @@ from tests.e2e.harness.registry_daemon import (
     write_image_folder,
 )
 from tests.e2e.harness.upstreams import Upstreams
-from tests.e2e.house import images, wire
 
 MIB = 1 << 20
 
@@ -81,16 +81,16 @@ def test_podman_with_a_login(private_daemon: RegistryDaemon, clients: ClientFact
     check_output(podman.run("pull", f"{HOSTED_REGISTRY_HOST}/podman/private:1"))
 
 
-@pytest.mark.parametrize("door", ["proxy", "straight", "plain"])
+@pytest.mark.parametrize("endpoint", ["proxy", "https", "http"])
 def test_containerd(daemon: RegistryDaemon, clients: ClientFactory, tmp_path: Path, endpoint: str) -> None:
     image = images.build_index(
         {name: images.build_small_image(f"ctr-{endpoint}-{name}") for name in ("amd64", "arm64")}
     )
-    host = {"proxy": HOSTED_REGISTRY_HOST, "straight": daemon.https_address, "plain": daemon.http_address}[endpoint]
-    options = ["--plain-http"] if endpoint == "plain" else []
+    host = {"proxy": HOSTED_REGISTRY_HOST, "https": daemon.https_address, "http": daemon.http_address}[endpoint]
+    options = ["--plain-http"] if endpoint == "http" else []
     push_with_skopeo(daemon, image, f"ctr-{endpoint}/source", tmp_path)
     containerd = clients.containerd(daemon)
-    if endpoint == "straight":
+    if endpoint == "https":
         containerd.configure_ca(host, daemon.ca_file)  # without that it takes a loopback address for one without TLS
     source = f"{host}/ctr-{endpoint}/source:1"
     containerd.pull(source, *options, "--all-platforms")
@@ -278,7 +278,7 @@ def test_memory_stays_flat_while_curl_pushes_a_gigabyte(daemon: RegistryDaemon, 
         assert curl.stdout is not None
         assert curl.stdout.read() == b"201"
     assert peak - memory_before < 24 * MIB
-    response = wire.request_directly(
+    response = http_client.request_directly(
         "HEAD", f"http://{daemon.http_address}/v2/curl/blob/blobs/sha256:{hasher.hexdigest()}"
     )
     assert response.headers["content-length"] == str(size)

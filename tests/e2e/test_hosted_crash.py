@@ -24,12 +24,12 @@ from dockerproxy.store.cooperative import CooperativeThread, Progress
 from dockerproxy.store.layout import Layout
 from dockerproxy.store.links import Links
 from dockerproxy.store.scrub import Finding, Scrubber, ScrubResult
+from tests.e2e.harness import http_client, images
 from tests.e2e.harness.docker_registry import DockerRegistry
 from tests.e2e.harness.forked_daemon import ForkedDaemon
 from tests.e2e.harness.images import ACCEPT_MANIFESTS, SampleImage, TypedContent
 from tests.e2e.harness.process import require_programs, wait_until
 from tests.e2e.harness.registry_daemon import RegistryDaemon
-from tests.e2e.house import images, wire
 
 RUN_COUNT = 3
 KILL_COUNT = 80
@@ -86,7 +86,7 @@ class Writer:
 
     def run(self) -> None:
         """Go on until the connection breaks."""
-        connection = wire.DirectConnection("127.0.0.1", ("127.0.0.1", self.port), None)
+        connection = http_client.DirectConnection("127.0.0.1", ("127.0.0.1", self.port), None)
         try:
             while not self.failures:
                 self._run_operation(connection)
@@ -145,7 +145,7 @@ class Writer:
         """Return the answer's Location, for the next request."""
         path = target if target.startswith("/") else f"/v2/{self.repository}/{target}"
         connection.request(method, path, body, fields or {})
-        response = wire.read_response(connection.getresponse())
+        response = http_client.read_response(connection.getresponse())
         if response.status != status:
             self.failures.append(f"{method} {path}: {response}")
             raise http.client.HTTPException
@@ -215,7 +215,7 @@ def kill_while_busy(daemon: ForkedDaemon, writers: Sequence[Writer], operations:
 def verify_with_docker_registry(docker_registry: DockerRegistry, writers: Sequence[Writer]) -> None:
     """Pull everything that was acknowledged from Debian's docker-registry over the same tree."""
     docker_registry.start()
-    connection = wire.DirectConnection("127.0.0.1", ("127.0.0.1", docker_registry.port), None)
+    connection = http_client.DirectConnection("127.0.0.1", ("127.0.0.1", docker_registry.port), None)
     try:
         for writer in writers:
             tags = {tag: digest for tag, digest in writer.acknowledged_tags.items() if digest is not None}
@@ -234,6 +234,6 @@ def verify_with_docker_registry(docker_registry: DockerRegistry, writers: Sequen
 
 def fetch(connection: http.client.HTTPConnection, target: str) -> bytes:
     connection.request("GET", target, headers={"Accept": ACCEPT_MANIFESTS})
-    response = wire.read_response(connection.getresponse())
+    response = http_client.read_response(connection.getresponse())
     assert response.status == 200, (target, response)
     return response.body

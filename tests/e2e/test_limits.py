@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e.harness import images
 from tests.e2e.harness.daemon import StartDaemon, TwistdDaemon
 from tests.e2e.harness.fake_registry import pause_after, respond_chunked
 from tests.e2e.harness.http_client import request_directly
 from tests.e2e.harness.images import ACCEPT_MANIFESTS
 from tests.e2e.harness.process import require_programs, wait_until
 from tests.e2e.harness.upstreams import FAKE, Upstreams
-from tests.e2e.house import images
 
 MIB = 1 << 20
 

@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from tests.e2e.harness import fake_registry, images
 from tests.e2e.harness.client_factory import ClientFactory
 from tests.e2e.harness.clients import Containerd, Docker, Skopeo
 from tests.e2e.harness.daemon import StartDaemon, TwistdDaemon
 from tests.e2e.harness.images import ACCEPT_MANIFESTS
 from tests.e2e.harness.upstreams import FAKE, HUB, REGISTRY, TOKEN_URL, Upstreams
-from tests.e2e.house import fake_registry, images
 
 ON_HUB = "docker.io/offline/hub:1"
 ON_REGISTRY = "registry.test:5443/offline/registry:1"
@@ -67,7 +67,7 @@ MakeClient = Callable[[ClientFactory, TwistdDaemon], "Docker | Containerd | Skop
 
 
 @pytest.mark.parametrize(
-    ("client", "names"),
+    ("make_client", "names"),
     [
         (_make_docker, (ON_HUB, ON_REGISTRY, ON_PLAIN)),
         (_make_docker_with_mirror, (ON_HUB,)),

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e.harness import fake_registry, http_client, images
 from tests.e2e.harness.client_factory import ClientFactory
 from tests.e2e.harness.daemon import AccessLogEntry, StartDaemon, TwistdDaemon
 from tests.e2e.harness.images import ACCEPT_MANIFESTS, SampleImage
@@ -25,7 +26,6 @@ from tests.e2e.harness.upstreams import (
     TOKEN_URL,
     Upstreams,
 )
-from tests.e2e.house import fake_registry, images, wire
 
 # whole pulls by real clients
 
@@ -285,7 +285,7 @@ RANGES = {
 
 
 @pytest.mark.parametrize("state", ["cold", "warm"])
-@pytest.mark.parametrize("wanted", RANGES)
+@pytest.mark.parametrize("byte_range", RANGES)
 def test_blob_ranges(upstreams: Upstreams, daemon: TwistdDaemon, byte_range: str, state: str) -> None:
     data = images.random_bytes(50_000, f"range {byte_range} {state}")
     digest = upstreams.fake.put_blob("ranges", data)
@@ -302,7 +302,7 @@ def test_blob_ranges(upstreams: Upstreams, daemon: TwistdDaemon, byte_range: str
 
 
 @pytest.mark.parametrize("state", ["cold", "warm"])
-@pytest.mark.parametrize("beyond", ["1000-1001", "5-2"])
+@pytest.mark.parametrize("byte_range", ["1000-1001", "5-2"])
 def test_blob_range_beyond_the_end(upstreams: Upstreams, daemon: TwistdDaemon, state: str, byte_range: str) -> None:
     digest = upstreams.fake.put_blob("ranges", images.random_bytes(1000, f"beyond {state} {byte_range}"))
     url = f"{FAKE}/v2/ranges/blobs/{digest}"
@@ -327,7 +327,7 @@ def test_conditional_requests(upstreams: Upstreams, daemon: TwistdDaemon) -> Non
         assert (range_response.status, range_response.body) == (200, full_response.body)
 
 
-@pytest.mark.parametrize(("front", "server"), [(REDIRECTING_ABSOLUTE, "store"), (REDIRECTING_RELATIVE, "relative")])
+@pytest.mark.parametrize(("base_url", "server"), [(REDIRECTING_ABSOLUTE, "store"), (REDIRECTING_RELATIVE, "relative")])
 def test_blobs_behind_a_redirect(upstreams: Upstreams, daemon: TwistdDaemon, base_url: str, server: str) -> None:
     name = f"redirected/{server}"
     layer = push_image_and_get_layer(upstreams, name)
@@ -335,8 +335,8 @@ def test_blobs_behind_a_redirect(upstreams: Upstreams, daemon: TwistdDaemon, bas
     # The store refuses whoever shows an Authorization, which the client has for the registry.
     response = daemon.client.get(url, Authorization="Basic b3duOm93bg==")
     assert (response.status, response.body) == (200, layer.data)
-    store_requests = getattr(upstreams, server).seen("GET", f"{layer.digest}?")
-    assert [request.status for request in store_requests] == [200]
+    store_requests = getattr(upstreams, server).find_requests("GET", f"{layer.digest}?")
+    assert [request.response_status for request in store_requests] == [200]
 
 
 def test_blob_is_shared_between_registries(upstreams: Upstreams, daemon: TwistdDaemon) -> None:
@@ -425,11 +425,11 @@ def test_referrers_tag_fallback(upstreams: Upstreams, daemon: TwistdDaemon) -> N
 def test_ns_selects_configured_registries_only(upstreams: Upstreams, daemon: TwistdDaemon) -> None:
     image = upstreams.push_to_registry("by/ns", "1", images.build_small_image("by-ns"))
     path = f"http://127.0.0.1:{daemon.port}/v2/by/ns/manifests/1"
-    response = wire.request_directly("GET", f"{path}?ns=registry.test:5443", {"Accept": ACCEPT_MANIFESTS})
+    response = http_client.request_directly("GET", f"{path}?ns=registry.test:5443", {"Accept": ACCEPT_MANIFESTS})
     assert response.body == image.manifest.data
     request_count = len(upstreams.store.requests)
     for namespace in ("store.test:8443", f"127.0.0.1:{upstreams.store.port}", "169.254.169.254", "a/b", ""):
-        rejection = wire.request_directly("GET", f"{path}?ns={namespace}", {"Accept": ACCEPT_MANIFESTS})
+        rejection = http_client.request_directly("GET", f"{path}?ns={namespace}", {"Accept": ACCEPT_MANIFESTS})
         assert rejection.status in (400, 403, 404), namespace
         assert rejection.error_code
     assert len(upstreams.store.requests) == request_count
@@ -439,7 +439,7 @@ def test_hub_by_alias(upstreams: Upstreams, daemon: TwistdDaemon) -> None:
     image = upstreams.push_to_hub("library/by-ns", "1", images.build_small_image("hub-by-ns"))
     url = f"http://127.0.0.1:{daemon.port}/v2/library/by-ns/manifests/1"
     for query in ("?ns=docker.io", "?ns=registry-1.docker.io", ""):
-        assert wire.request_directly("GET", url + query, {"Accept": ACCEPT_MANIFESTS}).body == image.manifest.data
+        assert http_client.request_directly("GET", url + query, {"Accept": ACCEPT_MANIFESTS}).body == image.manifest.data
 
 
 # on the way

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e.harness import http_client, images
 from tests.e2e.harness.client_factory import ClientFactory
 from tests.e2e.harness.daemon import TwistdDaemon
 from tests.e2e.harness.fake_registry import ResponseBehaviour, respond_error
@@ -20,7 +21,6 @@ from tests.e2e.harness.http_server import HTTPExchange
 from tests.e2e.harness.images import ACCEPT_MANIFESTS, TypedContent
 from tests.e2e.harness.process import require_programs, wait_until
 from tests.e2e.harness.upstreams import FAKE, PLAIN, REGISTRY, TOKEN_URL, Upstreams
-from tests.e2e.house import images, wire
 
 PUSH_REQUESTS = [
     ("POST", "/v2/refused/blobs/uploads/"),
@@ -160,7 +160,7 @@ def test_push_is_streamed_upstream(upstreams: Upstreams, push_enabled_daemon: Tw
         _send_framed(connection, data[100_000:], framing)
         if framing == "chunked":
             connection.send(b"0\r\n\r\n")
-        response = wire.read_response(connection.getresponse())
+        response = http_client.read_response(connection.getresponse())
     finally:
         connection.close()
     assert response.status == 202
@@ -187,7 +187,7 @@ def test_memory_stays_flat_while_upstream_is_slow(upstreams: Upstreams, push_ena
         finally:
             gate.set()
             thread.join(60)  # before anything is read: more than one must not use a TLS connection
-        response = wire.read_response(connection.getresponse())
+        response = http_client.read_response(connection.getresponse())
     finally:
         connection.close()
     assert response.status == 202

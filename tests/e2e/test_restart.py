@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e.harness import images
 from tests.e2e.harness.client_factory import ClientFactory
 from tests.e2e.harness.daemon import StartDaemon, TwistdDaemon
 from tests.e2e.harness.fake_registry import ResponseBehaviour, pause_after, throttled
@@ -18,7 +19,6 @@ from tests.e2e.harness.http_server import HTTPExchange
 from tests.e2e.harness.images import ACCEPT_MANIFESTS, TypedContent
 from tests.e2e.harness.process import is_listening, wait_until
 from tests.e2e.harness.upstreams import FAKE, Upstreams
-from tests.e2e.house import images
 
 MIB = 1 << 20
 CLEAN_EXIT_STATUSES = (0, -signal.SIGTERM)  # twistd ends itself by the signal that it was sent, when all is done

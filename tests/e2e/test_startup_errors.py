@@ -16,9 +16,9 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import NameOID
 
 from bench.servers import free_port
+from tests.e2e.harness import http_client
 from tests.e2e.harness.daemon import StartDaemon, TwistdDaemon, twistd_argv
 from tests.e2e.harness.upstreams import FAKE, Upstreams
-from tests.e2e.house import wire
 
 INVALID_SETTINGS = {
     "CACHE_MAX_SIZE": "plenty",
@@ -147,9 +147,9 @@ def test_environment_overrides_env_file(upstreams: Upstreams, tmp_path: Path) ->
 
 def test_ca_persists_over_a_restart(start_daemon: StartDaemon) -> None:
     daemon = start_daemon()
-    certificate_before = wire.request_directly("GET", daemon.url + "/ca.crt").body
+    certificate_before = http_client.request_directly("GET", daemon.url + "/ca.crt").body
     daemon.restart()
-    assert wire.request_directly("GET", daemon.url + "/ca.crt").body == certificate_before
+    assert http_client.request_directly("GET", daemon.url + "/ca.crt").body == certificate_before
 
 
 def test_cache_and_ca_directories(upstreams: Upstreams, start_daemon: StartDaemon, tmp_path: Path) -> None:
@@ -203,7 +203,7 @@ def make_ca_files(
         .not_valid_before(now - datetime.timedelta(days=60))
         .not_valid_after(now + datetime.timedelta(days=valid_days))
         .add_extension(x509.BasicConstraints(ca=is_ca, path_length=None), critical=True)
-        .issue_token(key, hashes.SHA256())
+        .sign(key, hashes.SHA256())
     )
     encryption = serialization.BestAvailableEncryption(passphrase) if passphrase else serialization.NoEncryption()
     files = folder / f"{name}.crt", folder / f"{name}.key"

@@ -8,13 +8,13 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.e2e.harness import fake_registry, images
 from tests.e2e.harness.client_factory import ClientFactory
 from tests.e2e.harness.daemon import StartDaemon, TwistdDaemon
 from tests.e2e.harness.fake_registry import ResponseBehaviour
 from tests.e2e.harness.http_server import HTTPExchange
 from tests.e2e.harness.images import ACCEPT_MANIFESTS, TypedContent
 from tests.e2e.harness.upstreams import FAKE, REGISTRY, TOKEN_URL, Upstreams
-from tests.e2e.house import fake_registry, images
 
 MIB = 1 << 20
 
@@ -196,7 +196,7 @@ def test_upstream_timeout_returns_504(upstreams: Upstreams, daemon: TwistdDaemon
         gate.set()
 
 
-@pytest.mark.parametrize("after", [None, "30"])
+@pytest.mark.parametrize("retry_after", [None, "30"])
 def test_rate_limit_is_forwarded(upstreams: Upstreams, daemon: TwistdDaemon, retry_after: str | None) -> None:
     headers = {"RateLimit_Limit": "100;w=21600", **({"Retry_After": retry_after} if retry_after else {})}
     for method in ("GET", "HEAD"):

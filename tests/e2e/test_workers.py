@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e.harness import images
 from tests.e2e.harness.daemon import twistd_argv
 from tests.e2e.harness.fake_registry import pause_after
 from tests.e2e.harness.http_client import BufferedResponse, read_response, request_directly
@@ -26,7 +27,6 @@ from tests.e2e.harness.images import OCI_MANIFEST, SampleImage, TypedContent, sh
 from tests.e2e.harness.multi_process import WORKERS, MultiProcessDaemon, all_exited, open_file_targets, request_on
 from tests.e2e.harness.process import is_listening, wait_until
 from tests.e2e.harness.upstreams import FAKE, HUB, TOKEN_URL, Upstreams
-from tests.e2e.house import images
 
 MIB = 1 << 20
 HALF_UPLOAD = MIB  # bytes of an upload: enough for some of it to be written
@@ -323,8 +323,8 @@ def test_tls_session_is_resumed_by_all_processes(
 # how it stops
 
 
-@pytest.mark.parametrize("to_all", [False, True], ids=["the first process", "all processes"])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("signal_all", [False, True], ids=["main process", "all processes"])
+@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])
 def test_stop_lets_transfers_of_all_processes_finish(
     upstreams: Upstreams, start_daemon: StartMultiProcessDaemon, signal_number: signal.Signals, signal_all: bool
 ) -> None:
@@ -393,7 +393,7 @@ def test_reload_applies_to_all_processes(
 ) -> None:
     file = tmp_path / "environment"
     file.write_text("")
-    daemon = start_daemon(f"--env-file={file}", without=("REGISTRIES",))
+    daemon = start_daemon(f"--env-file={file}", unset=("REGISTRIES",))
     digest = upstreams.fake.put_blob("reloaded", b"content")
     path = f"/v2/reloaded/blobs/{digest}?ns=fake.test"
     with daemon.hosted_connection_to_each_process() as connections:

@@ -9,7 +9,7 @@ from tests.e2e.harness.clients import Containerd, Docker, Podman, Skopeo
 from tests.e2e.harness.daemon import TwistdDaemon
 from tests.e2e.harness.process import BackgroundProcess
 
-EngineT = TypeVar("Machine", Docker, Containerd)
+EngineT = TypeVar("EngineT", Docker, Containerd)
 
 
 class ClientFactory:

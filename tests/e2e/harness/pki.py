@@ -40,7 +40,7 @@ class UpstreamCA:
             _builder(subject, subject, self.key.public_key(), 30)
             .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
             .add_extension(_key_usage(is_ca=True), critical=True)
-            .issue_token(self.key, hashes.SHA256())
+            .sign(self.key, hashes.SHA256())
         )
         self.ca_file = folder / "ca.pem"
         self.ca_file.write_bytes(self.certificate.public_bytes(serialization.Encoding.PEM))
@@ -54,7 +54,7 @@ class UpstreamCA:
             .add_extension(x509.SubjectAlternativeName([x509.DNSName(name) for name in names]), critical=False)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(x509.ExtendedKeyUsage([x509.oid.ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
-            .issue_token(self.key, hashes.SHA256())
+            .sign(self.key, hashes.SHA256())
         )
         serial = f"{certificate.serial_number:x}"
         leaf = Leaf(self._folder / f"{serial}.crt", self._folder / f"{serial}.key")

@@ -82,7 +82,7 @@ class TokenServer(StubServer):
         certificate = base64.b64encode(self._certificate.public_bytes(serialization.Encoding.DER)).decode()
         header = {"typ": "JWT", "alg": "ES256", "x5c": [certificate]}
         signing_input = f"{_encode(header)}.{_encode(claims)}"
-        r, s = decode_dss_signature(self._key.issue_token(signing_input.encode(), ec.ECDSA(hashes.SHA256())))
+        r, s = decode_dss_signature(self._key.sign(signing_input.encode(), ec.ECDSA(hashes.SHA256())))
         token = f"{signing_input}.{_base64(r.to_bytes(32, 'big') + s.to_bytes(32, 'big'))}"
         self.issued_tokens.append(token)
         return token
@@ -122,5 +122,5 @@ def _self_signed(key: ec.EllipticCurvePrivateKey) -> x509.Certificate:
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - datetime.timedelta(days=1))
         .not_valid_after(now + datetime.timedelta(days=30))
-        .issue_token(key, hashes.SHA256())
+        .sign(key, hashes.SHA256())
     )
