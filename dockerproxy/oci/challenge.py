@@ -7,7 +7,6 @@ parameters; the Bearer challenge of a registry further holds commas within quote
 from __future__ import annotations
 
 import base64
-import binascii
 import re
 from collections.abc import Iterable, Mapping
 
@@ -24,7 +23,6 @@ _QUOTABLE = re.compile(r"[\t -~\x80-\xff]*")
 
 _MAX_CHALLENGES = 16
 _MAX_PARAMETERS = 32
-_MAX_CREDENTIAL = 16 * 1024
 
 
 @frozen
@@ -86,22 +84,6 @@ def _quote(value: str) -> str:
     if not _QUOTABLE.fullmatch(value):
         raise ValueError("a parameter's value cannot hold control characters")
     return '"' + re.sub(r'(["\\])', r"\\\1", value) + '"'
-
-
-def parse_basic(authorization: str) -> tuple[str, str] | None:
-    """Return user and password of a Basic Authorization value (RFC 7617, in UTF-8), or None where it is none.
-
-    Control characters are let through: the password that goes with Google's ``_json_key`` holds line ends.
-    """
-    scheme, _, encoded = authorization.partition(" ")
-    if scheme.lower() != "basic" or len(encoded) > _MAX_CREDENTIAL:
-        return None
-    try:
-        text = base64.b64decode(encoded.strip(" ").encode("ascii"), validate=True).decode("utf-8")
-    except (binascii.Error, UnicodeError):
-        return None
-    user, colon, password = text.partition(":")
-    return (user, password) if colon else None
 
 
 def basic_authorization(user: str, password: str) -> str:

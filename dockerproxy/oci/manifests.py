@@ -36,7 +36,7 @@ EMPTY_INDEX = b'{"schemaVersion":2,"mediaType":"application/vnd.oci.image.index.
 
 # What a server says that does not know; the content knows better.
 _GENERIC_TYPES = frozenset({"", "application/json", "application/octet-stream", "binary/octet-stream", "text/plain"})
-MEDIA_TYPE = re.compile(r"[a-z0-9][a-z0-9!#$&^_.+-]{0,126}/[a-z0-9][a-z0-9!#$&^_.+-]{0,126}")
+MEDIA_TYPE = re.compile(r"[a-z0-9][a-z0-9!#$&^_.+-]{0,126}/[a-z0-9][a-z0-9!#$&^_.+-]{0,126}", re.IGNORECASE | re.ASCII)
 _MEDIA_RANGE = re.compile(rf"\*/\*|[a-z0-9][a-z0-9!#$&^_.+-]{{0,126}}/\*|{MEDIA_TYPE.pattern}")
 _ZERO_QUALITY = re.compile(r";[ \t]*q[ \t]*=[ \t]*0(?:\.0*)?[ \t]*(?:;|$)", re.IGNORECASE)
 _MAX_MEDIA_RANGES = 100

@@ -20,11 +20,6 @@ class ByteRange:
     start: int
     stop: int
 
-    @property
-    def length(self) -> int:
-        """How many bytes these are."""
-        return self.stop - self.start
-
 
 def parse_range(header: str | None, size: int) -> ByteRange | None:
     """Return the span that a Range field selects of a content of `size` bytes, None for the whole of it.

@@ -15,13 +15,12 @@ from dockerproxy.http.request import Request
 from dockerproxy.oci.names import Host
 from dockerproxy.oci.routes import Kind, Target
 from dockerproxy.registry.htpasswd import BasicCredentials, HtpasswdFile, parse_basic
+from dockerproxy.registry.responses import FieldList
 
 HOSTED_TOKEN_PATH = "/v2/token"
 """Where clients of a registry that lets everyone read get their tokens."""
 
 _TOKEN_LIFETIME = 3600  # seconds for which a token holds
-
-FieldList = list[tuple[str, str]]
 
 
 class AccessControl(Protocol):

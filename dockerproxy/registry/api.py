@@ -12,13 +12,11 @@ from dockerproxy.oci.names import Digest, Reference, Repository
 from dockerproxy.oci.ranges import ByteRange, content_range, parse_range
 from dockerproxy.oci.routes import Kind, Target
 from dockerproxy.registry.backend import RegistryBackend
-from dockerproxy.registry.responses import API_VERSION, cache_status_fields
+from dockerproxy.registry.responses import API_VERSION, FieldList, cache_status_fields
 from dockerproxy.registry.streaming import stream_content
 
 # distribution-spec 1.1, "Warnings": the code is 299, the agent "-"; clients print the text.
 _STALE_WARNING = ("Warning", '299 - "Stale: the registry does not answer, this is what it last said"')
-
-FieldList = list[tuple[str, str]]
 
 
 class RegistryAPI:

@@ -12,7 +12,7 @@ from dockerproxy.oci.routes import Target, pop_parameter, route
 from dockerproxy.registry.access_control import HOSTED_TOKEN_PATH, AccessControl
 from dockerproxy.registry.api import RegistryAPI
 from dockerproxy.registry.hosted import HostedRegistry
-from dockerproxy.registry.intercepted import handle_error
+from dockerproxy.registry.responses import handle_error
 
 
 @define

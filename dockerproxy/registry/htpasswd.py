@@ -143,7 +143,7 @@ class HtpasswdFile:
             try:
                 self.reload()
             except HtpasswdError as error:
-                log.error("{why}; the users stay as they were", why=str(error))
+                log.error("{reason}; the users stay as they were", reason=str(error))
 
 
 def _matches(password: bytes, password_hash: bytes) -> bool:

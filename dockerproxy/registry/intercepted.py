@@ -11,7 +11,7 @@ from dockerproxy.http.request import Request
 from dockerproxy.oci.names import Host, Registry
 from dockerproxy.oci.routes import Kind, Target, pop_parameter, route
 from dockerproxy.registry.api import RegistryAPI
-from dockerproxy.registry.responses import API_VERSION, respond_error
+from dockerproxy.registry.responses import API_VERSION, handle_error
 from dockerproxy.registry.upstream_backend import (
     SAFE_METHODS,
     UpstreamBackend,
@@ -120,14 +120,6 @@ class Mirror:
             request.respond(200, [("Content-Type", "application/json"), API_VERSION], b"{}")
             return
         await self._api.handle(request, target, UpstreamBackend(self._open_registry(registry, None), False, namespace))
-
-
-def handle_error(request: Request, error: RegistryError, challenge: list[tuple[str, str]]) -> None:
-    """Answer with `error` under `challenge`; break off where an answer has begun, so that nobody takes it for whole."""
-    if request.started:
-        request.abort()
-    else:
-        respond_error(request, error, challenge)
 
 
 def _check_path(request: Request) -> None:

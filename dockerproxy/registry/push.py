@@ -86,7 +86,10 @@ async def _run_operation(request: Request, operation: Coroutine[Any, Any, None])
             raise
     except OSError as error:
         log.error(
-            "REGISTRY_DIR: {method} {path} failed: {why}", method=request.method, path=request.path, why=str(error)
+            "REGISTRY_DIR: {method} {path} failed: {reason}",
+            method=request.method,
+            path=request.path,
+            reason=str(error),
         )
         if request.finished:
             return

@@ -14,11 +14,9 @@ from dockerproxy.http.request import Request
 from dockerproxy.oci.names import Digest, Repository, parse_repository
 from dockerproxy.oci.routes import parse_query
 from dockerproxy.oci.uploads import algorithm_for, declared_length, range_header
-from dockerproxy.registry.responses import API_VERSION
+from dockerproxy.registry.responses import API_VERSION, FieldList
 from dockerproxy.store.hosted_store import HostedStore
 from dockerproxy.store.uploads import Upload
-
-FieldList = list[tuple[str, str]]
 
 # Bytes that are written and hashed at a time: a thread is asked for each. With whatever has just come instead, a push
 # over TLS took a fifth more CPU time (3.1 s for a GB against 2.6 s).

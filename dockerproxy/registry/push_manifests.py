@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +14,7 @@ from dockerproxy.http.request import Request
 from dockerproxy.oci.manifests import (
     KNOWN_TYPES,
     MAX_MANIFEST,
+    MEDIA_TYPE,
     Manifest,
     is_nondistributable,
     media_type_of,
@@ -30,7 +30,6 @@ _BATCH_SIZE = 100  # references that are looked for before others get their turn
 _MAX_MISSING_LISTED = 10  # missing references that an error tells of
 
 _GENERIC_TYPES = ("", "application/json", "application/octet-stream")
-_MEDIA_TYPE = re.compile(r"[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]{0,126}/[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]{0,126}")
 
 
 @frozen
@@ -131,7 +130,7 @@ def parse_pushed(content: bytes, expected_digest: Digest | None, declared_type: 
         raise DigestInvalid(f"the manifest's digest is {digest}, and not {expected_digest}")
     if declared_type in _GENERIC_TYPES:
         declared_type = media_type_of(content)
-    if not _MEDIA_TYPE.fullmatch(declared_type):
+    if not MEDIA_TYPE.fullmatch(declared_type):
         raise ManifestInvalid("the manifest's Content-Type is not a media type")
     try:
         manifest = parse_manifest(content, declared_type)

@@ -51,3 +51,11 @@ def respond_error(request: Request, error: RegistryError, challenge: Iterable[tu
         fields = [("Content-Type", "application/json"), API_VERSION, *headers]
         body = json.dumps({"errors": [{"code": error.code, "message": error.message}]}).encode()
     request.respond(error.status, [*fields, *challenge, *cache_status_fields(request.cache_status)], body)
+
+
+def handle_error(request: Request, error: RegistryError, challenge: list[tuple[str, str]]) -> None:
+    """Answer with `error` under `challenge`; break off where an answer has begun, so that nobody takes it for whole."""
+    if request.started:
+        request.abort()
+    else:
+        respond_error(request, error, challenge)

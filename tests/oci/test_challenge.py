@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import base64
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dockerproxy.oci.challenge import Challenge, basic_authorization, parse_basic, parse_challenges
+from dockerproxy.oci.challenge import Challenge, basic_authorization, parse_challenges
 
 tokens = st.from_regex(r"[a-z0-9!#$%&'*+.^_`|~-]{1,10}", fullmatch=True)
 values = st.text(
@@ -130,37 +128,9 @@ def test_render_refuses(value: str) -> None:
         Challenge("bearer", {"realm": value}).render()
 
 
-passwords = st.text(st.characters(exclude_categories=["Cs"]))
-
-
-@given(passwords.filter(lambda text: ":" not in text), passwords)
-def test_basic_round_trip(user: str, password: str) -> None:
-    assert parse_basic(basic_authorization(user, password)) == (user, password)
-
-
-def test_basic_forms() -> None:
+def test_basic_authorization() -> None:
     assert basic_authorization("Aladdin", "open sesame") == "Basic QWxhZGRpbjpvcGVuIHNlc2FtZQ=="  # RFC 7617, section 2
-    assert parse_basic("bAsIc  QWxhZGRpbjpvcGVuIHNlc2FtZQ== ") == ("Aladdin", "open sesame")
     assert basic_authorization("test", "123\u00a3") == "Basic dGVzdDoxMjPCow=="  # section 2.1
-    assert parse_basic(basic_authorization("_json_key", '{\n  "a": "b:c"\n}')) == ("_json_key", '{\n  "a": "b:c"\n}')
-    assert parse_basic(basic_authorization("", "")) == ("", "")
-
-
-def encoded(raw: bytes) -> str:
-    return base64.b64encode(raw).decode()
-
-
-@pytest.mark.parametrize(
-    "value",
-    [
-        "", "Basic", "Basic ", "Bearer " + encoded(b"a:b"), "Basic\t" + encoded(b"a:b"), "Basic !!!!", "Basic YTpi!",
-        "Basic YTp", "Basic é", "Basic " + encoded(b"ab"), "Basic " + encoded(b"a:\xff"),
-        "Basic " + encoded(b"a:" + b"x" * 16384),
-        encoded(b"a:b"), "Basic YT pi",
-    ],
-)  # fmt: skip
-def test_invalid_basic(value: str) -> None:
-    assert parse_basic(value) is None
 
 
 def test_basic_refuses_a_colon_in_the_user() -> None:

@@ -86,7 +86,7 @@ def test_schema1(media_type: str) -> None:
     assert parse_manifest(raw, None).media_type == DOCKER_SCHEMA1_SIGNED
 
 
-def test_lists_as_go_writes_empty_ones() -> None:
+def test_null_is_an_empty_list() -> None:
     assert parse_manifest(make_index(manifests=None), OCI_INDEX) == Manifest(OCI_INDEX)
     assert parse_manifest(make_image(layers=None, manifests=None, subject=None), OCI_MANIFEST).layers == ()
     assert parse_manifest(EMPTY_INDEX, None) == Manifest(OCI_INDEX)
@@ -237,7 +237,7 @@ def test_accept_is_a_set(media_types: list[str], random: Any) -> None:
 
 
 @given(st.frozensets(types), st.frozensets(types))
-def test_accept_keys_tell_sets_apart(one: frozenset[str], other: frozenset[str]) -> None:
+def test_accept_keys_of_different_sets_differ(one: frozenset[str], other: frozenset[str]) -> None:
     assert (accept_key(one) == accept_key(other)) == (one == other)
 
 

@@ -25,7 +25,7 @@ ports = st.integers(1, 65535)
 
 
 @given(repositories)
-def test_repository_is_itself(name: str) -> None:
+def test_a_valid_repository_name_is_unchanged(name: str) -> None:
     assert parse_repository(name) == name
 
 
@@ -47,7 +47,7 @@ def test_longest_repository() -> None:
 
 
 @given(tags)
-def test_tag_is_itself(tag: str) -> None:
+def test_a_valid_tag_is_unchanged(tag: str) -> None:
     assert parse_tag(tag) == parse_reference(tag) == tag
 
 
@@ -115,7 +115,7 @@ def test_address_round_trip(address: ipaddress.IPv4Address | ipaddress.IPv6Addre
     assert host.is_address
 
 
-def test_one_name_for_one_address() -> None:
+def test_an_ipv6_address_has_one_form() -> None:
     assert Host.parse("[0:0:0::0:1]:5000") == Host.parse("[::1]:5000") == Host("::1", 5000)
     assert Host.parse("[2001:DB8::A]") == Host("2001:db8::a", 443)
 
@@ -144,7 +144,7 @@ def test_invalid_host(text: str) -> None:
 
 
 @given(st.text())
-def test_host_of_anything_is_plain(text: str) -> None:
+def test_an_accepted_host_needs_no_escaping(text: str) -> None:
     """Whatever is accepted can be written into a header, a file name or a certificate as it is."""
     try:
         host = Host.parse(text)

@@ -12,7 +12,7 @@ from dockerproxy.oci.paging import Page, next_link
 NAMES = st.lists(st.text("abcXYZ019._-", min_size=1, max_size=4), unique=True).map(sorted)
 
 
-@given(names=NAMES, size=st.integers(1, 5), most=st.integers(1, 5))
+@given(names=NAMES, size=st.integers(1, 5), max_entries=st.integers(1, 5))
 def test_pages_cover_the_list(names: list[str], size: int, max_entries: int) -> None:
     collected: list[str] = []
     page, more = Page(size, None), True

@@ -34,8 +34,8 @@ def test_artifact_type_of_an_index() -> None:
 
 def test_annotations() -> None:
     assert make(OCI_INDEX, manifests=[], annotations={"a": "b"}).descriptor["annotations"] == {"a": "b"}
-    for annotations in (None, {}, [], "x"):
-        assert "annotations" not in make(OCI_INDEX, manifests=[], annotations=annotations).descriptor
+    for value in (None, {}, [], "x"):
+        assert "annotations" not in make(OCI_INDEX, manifests=[], annotations=value).descriptor
 
 
 def test_manifest_without_a_subject() -> None:

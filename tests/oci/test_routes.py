@@ -153,7 +153,7 @@ texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 
 
 @given(st.lists(st.tuples(texts.filter(bool), texts), max_size=8))
-def test_query_is_what_the_standard_library_reads(pairs: list[tuple[str, str]]) -> None:
+def test_parse_query_agrees_with_the_standard_library(pairs: list[tuple[str, str]]) -> None:
     query = urlencode(pairs)
     assert parse_query(query) == pairs == parse_qsl(query, keep_blank_values=True)
 

@@ -11,7 +11,7 @@ from dockerproxy.oci.uploads import algorithm_for, declared_length, range_header
 SIZES = st.integers(0, 10**15)
 
 
-@given(received=SIZES, length=st.integers(1, 10**12), told=st.booleans())
+@given(session_size=SIZES, length=st.integers(1, 10**12), has_length=st.booleans())
 def test_declared_length_of_the_next_chunk(session_size: int, length: int, has_length: bool) -> None:
     assert (
         declared_length(f"{session_size}-{session_size + length - 1}", length if has_length else None, session_size)
@@ -19,7 +19,7 @@ def test_declared_length_of_the_next_chunk(session_size: int, length: int, has_l
     )
 
 
-@given(received=SIZES, start=SIZES, length=st.integers(1, 1000))
+@given(session_size=SIZES, start=SIZES, length=st.integers(1, 1000))
 def test_out_of_order_chunk(session_size: int, start: int, length: int) -> None:
     if start != session_size:
         with pytest.raises(RangeInvalid):
@@ -50,7 +50,7 @@ def test_without_content_range(length: int | None) -> None:
     assert declared_length(None, length, 100) == length
 
 
-@pytest.mark.parametrize(("received", "field"), [(0, "0-0"), (1, "0-0"), (2, "0-1"), (10**12, f"0-{10**12 - 1}")])
+@pytest.mark.parametrize(("session_size", "field"), [(0, "0-0"), (1, "0-0"), (2, "0-1"), (10**12, f"0-{10**12 - 1}")])
 def test_range_header(session_size: int, field: str) -> None:
     assert range_header(session_size) == field
 

@@ -64,7 +64,9 @@ def connect(connect_client: Any, backend: Any, clock: Clock) -> Any:
     backend.manifests["1"] = ManifestResponse(Digest.of(b"{}"), OCI_MANIFEST, 2, b"{}", "-")
 
     def make(access_control: AccessControl, **options: Any) -> Any:
-        return connect_client(HostedRegistryApp(RegistryAPI(clock), backend, access_control).handle, clock=clock, **options)
+        return connect_client(
+            HostedRegistryApp(RegistryAPI(clock), backend, access_control).handle, clock=clock, **options
+        )
 
     return make
 
@@ -154,7 +156,7 @@ class TestAnonymousPull:
         elif change == "empty":
             token = ""
         else:
-            htpasswd.there.clear()
+            htpasswd.users.clear()
         client = connect(AnonymousPull(htpasswd, REALM, b"s" * 32, clock.seconds), secure=True)
         assert client.fetch("PUT", "/v2/a/manifests/1", bearer_fields(token)).status == 401
 
@@ -164,7 +166,7 @@ class TestAnonymousPull:
 
 
 @pytest.mark.parametrize(
-    ("query", "reached"),
+    ("query", "expected"),
     [
         ("", "otherwise /v2/"),
         ("?n=1", "otherwise /v2/?n=1"),
@@ -191,5 +193,7 @@ def test_invalid_namespace(connect_client: Any) -> None:
     async def unused(request: Any) -> None:
         raise AssertionError
 
-    response = connect_client(NamespaceRouter(unused, unused, frozenset(), unused).handle).fetch("GET", "/v2/?ns=a&ns=b")
+    response = connect_client(NamespaceRouter(unused, unused, frozenset(), unused).handle).fetch(
+        "GET", "/v2/?ns=a&ns=b"
+    )
     assert response.status == 400

@@ -19,7 +19,7 @@ from dockerproxy.oci.manifests import OCI_INDEX, OCI_MANIFEST
 from dockerproxy.oci.names import Digest
 from dockerproxy.oci.routes import Kind, route
 from dockerproxy.registry.api import RegistryAPI
-from dockerproxy.registry.intercepted import handle_error
+from dockerproxy.registry.responses import handle_error
 
 SMALL = 64 * 1024
 SIZES = [0, 1, 1000, SMALL - 1, SMALL, SMALL + 1, 700_000]
@@ -60,11 +60,11 @@ def blob_path(digest: Digest) -> str:
 
 
 def put_manifest(
-    shelf: Any, content: bytes = MANIFEST, cache_status: str = "HIT", media_type: str = OCI_MANIFEST
+    backend: Any, content: bytes = MANIFEST, cache_status: str = "HIT", media_type: str = OCI_MANIFEST
 ) -> Digest:
     digest = Digest.of(content)
     response = ManifestResponse(digest, media_type, len(content), content, cache_status)
-    shelf.manifests |= {"latest": response, str(digest): response}
+    backend.manifests |= {"latest": response, str(digest): response}
     return digest
 
 
@@ -88,23 +88,23 @@ def test_a_blob(client: Any, backend: Any, fake_content: Any, size: int) -> None
     }
     assert {name: response.fields(name) for name in expected} == {name: [value] for name, value in expected.items()}
     assert "Warning" not in response.headers
-    assert content.closed == 1
-    assert backend.asked == [("library/busybox", digest, False)]
-    assert client.finished_requests[0].verdict == "HIT"
-    assert client.finished_requests[0].size == size
+    assert content.close_count == 1
+    assert backend.calls == [("library/busybox", digest, False)]
+    assert client.finished_requests[0].cache_status == "HIT"
+    assert client.finished_requests[0].bytes_sent == size
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_the_head_of_a_blob(client: Any, backend: Any, fake_content: Any, size: int) -> None:
-    content = fake_content(make_bytes(size), fails={0: FAILURE})
+    content = fake_content(make_bytes(size), errors={0: FAILURE})
     digest = backend.put(content)
     response = client.fetch("HEAD", blob_path(digest), [("Range", "bytes=0-0")])
     assert (response.status, response.headers["Content-Length"]) == (200, str(size))
     assert response.headers["Docker-Content-Digest"] == str(digest)
     assert response.headers["Accept-Ranges"] == "bytes"
     assert client.received.endswith(b"\r\n\r\n")
-    assert (content.asked, content.closed) == ([], 1)
-    assert backend.asked == [("library/busybox", digest, True)]
+    assert (content.reads, content.close_count) == ([], 1)
+    assert backend.calls == [("library/busybox", digest, True)]
 
 
 def test_head_of_a_blob_without_content(connect_client: Any) -> None:
@@ -139,7 +139,7 @@ def test_blob_of_unknown_length(connect_api: Any, backend: Any, fake_content: An
         assert http10_response is not None
         assert (http10_response.status, http10_response.body, http10_response.complete) == (200, data, True)
         assert (http10_response.headers["Transfer-Encoding"], http10_response.headers["Connection"]) == (None, "close")
-        assert content.closed == 1
+        assert content.close_count == 1
 
 
 def test_the_head_of_a_blob_of_unknown_length(client: Any, backend: Any, fake_content: Any) -> None:
@@ -163,7 +163,7 @@ RANGES = {
 }
 
 
-@pytest.mark.parametrize("asked", RANGES)
+@pytest.mark.parametrize("range_field", RANGES)
 def test_a_range(client: Any, backend: Any, fake_content: Any, range_field: str) -> None:
     start, stop = RANGES[range_field]
     content = fake_content(make_bytes(100_000))
@@ -173,12 +173,12 @@ def test_a_range(client: Any, backend: Any, fake_content: Any, range_field: str)
     assert response.headers["Content-Range"] == f"bytes {start}-{stop - 1}/100000"
     assert response.headers["Content-Length"] == str(stop - start)
     assert response.headers["Docker-Content-Digest"] == str(digest)
-    assert min(offset for offset, _ in content.asked) == start
-    assert max(offset + size for offset, size in content.asked) == stop
-    assert content.closed == 1
+    assert min(offset for offset, _ in content.reads) == start
+    assert max(offset + size for offset, size in content.reads) == stop
+    assert content.close_count == 1
 
 
-@pytest.mark.parametrize("asked", ["bytes=0-1,5-6", "bytes=0-0, -1", "bytes=a-b", "lines=0-1", "bytes=-"])
+@pytest.mark.parametrize("range_field", ["bytes=0-1,5-6", "bytes=0-0, -1", "bytes=a-b", "lines=0-1", "bytes=-"])
 def test_unsupported_range_gets_the_whole(client: Any, backend: Any, fake_content: Any, range_field: str) -> None:
     digest = backend.put(fake_content(make_bytes(100_000)))
     response = client.fetch("GET", blob_path(digest), [("Range", range_field)])
@@ -194,7 +194,7 @@ def test_unsatisfiable_range(client: Any, backend: Any, fake_content: Any, size:
     response = client.fetch("GET", blob_path(digest), [("Range", form.format(size))])
     assert (response.status, response.headers["Content-Range"]) == (416, f"bytes */{size}")
     assert json.loads(response.body)["errors"][0]["code"] == "RANGE_INVALID"
-    assert (content.asked, content.closed) == ([], 1)
+    assert (content.reads, content.close_count) == ([], 1)
 
 
 def test_range_of_an_empty_blob(client: Any, backend: Any, fake_content: Any) -> None:
@@ -205,7 +205,7 @@ def test_range_of_an_empty_blob(client: Any, backend: Any, fake_content: Any) ->
 @settings(max_examples=60, deadline=None)
 @given(size=st.integers(0, 200_000), first=st.integers(0, 200_000), length=st.none() | st.integers(1, 200_000))
 def test_any_range(connect_client: Any, fake_content: Any, size: int, first: int, length: int | None) -> None:
-    content = fake_content(make_bytes(size), piece=50_000)
+    content = fake_content(make_bytes(size), chunk_size=50_000)
     digest = Digest.of(content.data)
 
     class SingleBlobBackend:
@@ -230,7 +230,7 @@ def test_any_range(connect_client: Any, fake_content: Any, size: int, first: int
     else:
         assert (response.status, response.body) == (206, expected)
     assert response.complete
-    assert content.closed == 1
+    assert content.close_count == 1
 
 
 def test_if_range(connect_api: Any, backend: Any, fake_content: Any) -> None:
@@ -248,7 +248,7 @@ def test_if_range(connect_api: Any, backend: Any, fake_content: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("condition", "has"),
+    ("condition", "not_modified"),
     [
         ('"{}"', True),
         ('W/"{}"', True),
@@ -269,9 +269,9 @@ def test_if_none_match(connect_api: Any, backend: Any, fake_content: Any, condit
             assert response.status == (304 if not_modified else 206 if method == "GET" else 200), (method, path)
             assert response.headers["Docker-Content-Digest"] == str(name)
             assert response.headers["Etag"] == f'"{name}"'
-            assert content.closed == ("blobs" in path)
+            assert content.close_count == ("blobs" in path)
             if not_modified:
-                assert (response.body, response.headers["Content-Length"], content.asked) == (b"", None, [])
+                assert (response.body, response.headers["Content-Length"], content.reads) == (b"", None, [])
                 # and what comes next is understood as the next answer
                 backend.put(fake_content(make_bytes(1000)))
                 assert client.fetch(method, path).status == 200
@@ -284,7 +284,7 @@ def test_several_if_none_match_fields_are_one_list(client: Any, backend: Any, fa
 
 
 def test_stale_content_carries_a_warning(client: Any, backend: Any, fake_content: Any) -> None:
-    backend.verdict = "STALE"
+    backend.cache_status = "STALE"
     digest = backend.put(fake_content(b"abc"))
     put_manifest(backend, cache_status="STALE")
     for path in (blob_path(digest), "/v2/library/busybox/manifests/latest"):
@@ -300,13 +300,13 @@ def test_stale_content_carries_a_warning(client: Any, backend: Any, fake_content
 def test_small_blob_failing_verification_is_a_clean_error(
     client: Any, backend: Any, fake_content: Any, error: Any
 ) -> None:
-    content = fake_content(make_bytes(1000), bad=error)
+    content = fake_content(make_bytes(1000), verify_error=error)
     response = client.fetch("GET", blob_path(backend.put(content)))
     assert (response.status, response.complete) == (error.status, True)
     assert json.loads(response.body) == {"errors": [{"code": "UNAVAILABLE", "message": error.message}]}
     assert response.headers["Content-Type"] == "application/json"
     assert "Docker-Content-Digest" not in response.headers
-    assert (content.asked, content.closed) == ([], 1)
+    assert (content.reads, content.close_count) == ([], 1)
 
 
 @pytest.mark.parametrize("size", [1, 1000, SMALL])
@@ -316,9 +316,9 @@ def test_a_small_blob_that_cannot_be_read_is_a_clean_error(
 ) -> None:
     if fails_at >= size:
         return
-    content = fake_content(make_bytes(size), fails={fails_at: FAILURE})
+    content = fake_content(make_bytes(size), errors={fails_at: FAILURE})
     response = client.fetch("GET", blob_path(backend.put(content)))
-    assert (response.status, response.complete, content.closed) == (502, True, 1)
+    assert (response.status, response.complete, content.close_count) == (502, True, 1)
     assert json.loads(response.body)["errors"][0]["message"] == "it broke off"
 
 
@@ -327,22 +327,22 @@ def test_a_small_blob_that_ends_early_is_a_clean_error(client: Any, backend: Any
     digest = backend.put(content)
     content.data = content.data[:999]
     response = client.fetch("GET", blob_path(digest))
-    assert (response.status, response.complete, content.closed) == (502, True, 1)
+    assert (response.status, response.complete, content.close_count) == (502, True, 1)
     assert json.loads(response.body)["errors"][0]["code"] == "UNAVAILABLE"
 
 
 @pytest.mark.parametrize("version", ["1.0", "1.1"])
-@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("size_known", [True, False])
 @pytest.mark.parametrize("fails_at", [0, 1000, 300_000])
 def test_a_large_blob_that_cannot_be_read_breaks_the_connection(
     client: Any, backend: Any, fake_content: Any, version: str, size_known: bool, fails_at: int
 ) -> None:
-    content = fake_content(make_bytes(400_000), size=-1 if size_known else None, fails={fails_at: FAILURE})
+    content = fake_content(make_bytes(400_000), size=-1 if size_known else None, errors={fails_at: FAILURE})
     response = client.fetch("GET", blob_path(backend.put(content)), version=version)
     assert (response.status, response.complete) == (200, False)
     assert len(response.body) == fails_at
     assert client.transport.aborted
-    assert content.closed == 1
+    assert content.close_count == 1
     assert b"it broke off" not in client.received
 
 
@@ -351,7 +351,7 @@ def test_a_large_blob_that_ends_early_breaks_the_connection(client: Any, backend
     digest = backend.put(content)
     content.data = content.data[:399_999]
     response = client.fetch("GET", blob_path(digest))
-    assert (response.complete, client.transport.aborted, content.closed) == (False, True, 1)
+    assert (response.complete, client.transport.aborted, content.close_count) == (False, True, 1)
 
 
 def test_internal_error_aborts_the_response(
@@ -359,20 +359,20 @@ def test_internal_error_aborts_the_response(
 ) -> None:
     """A disk that fails, say: what is no `RegistryError`."""
     monkeypatch.setattr("dockerproxy.http.channel.log.failure", lambda *_, **__: None)
-    content = fake_content(make_bytes(400_000), fails={300_000: OSError(5, "Input/output error")})
+    content = fake_content(make_bytes(400_000), errors={300_000: OSError(5, "Input/output error")})
     response = client.fetch("GET", blob_path(backend.put(content)))
-    assert (response.complete, content.closed) == (False, 1)
+    assert (response.complete, content.close_count) == (False, 1)
 
 
 def test_disconnect_closes_the_content(connect_api: Any, backend: Any, fake_content: Any) -> None:
     for size in (1000, 400_000):
         for size_known in (True, False):
-            content = fake_content(make_bytes(size), size=-1 if size_known else None, waits={size // 2: Deferred()})
+            content = fake_content(make_bytes(size), size=-1 if size_known else None, delays={size // 2: Deferred()})
             client = connect_api()
             client.send_request("GET", blob_path(backend.put(content)))
-            assert content.closed == 0
+            assert content.close_count == 0
             client.disconnect()
-            assert content.closed == 1, (size, size_known)
+            assert content.close_count == 1, (size, size_known)
 
 
 def test_disconnect_during_verification(connect_api: Any, backend: Any, fake_content: Any) -> None:
@@ -382,12 +382,12 @@ def test_disconnect_during_verification(connect_api: Any, backend: Any, fake_con
     async def wait_verified() -> None:
         await verification
 
-    content.settled = wait_verified
+    content.wait_verified = wait_verified
     client = connect_api()
     client.send_request("GET", blob_path(backend.put(content)))
-    assert (client.received, content.closed) == (b"", 0)  # not a byte before it is certain
+    assert (client.received, content.close_count) == (b"", 0)  # not a byte before it is certain
     client.disconnect()
-    assert content.closed == 1
+    assert content.close_count == 1
 
 
 def test_stalled_client(connect_api: Any, backend: Any, fake_content: Any) -> None:
@@ -395,10 +395,10 @@ def test_stalled_client(connect_api: Any, backend: Any, fake_content: Any) -> No
     client = connect_api()
     client.transport.window = 1000
     client.send_request("GET", blob_path(backend.put(content)))
-    assert len(content.asked) == 1
+    assert len(content.reads) == 1
     client.extend_window(math.inf)
     assert client.read_response().body == make_bytes(700_000)
-    assert content.closed == 1
+    assert content.close_count == 1
 
 
 # manifests
@@ -420,7 +420,7 @@ def test_a_manifest(client: Any, backend: Any) -> None:
             "X-Cache": "REVALIDATED",
         }
         assert {name: response.fields(name) for name in expected} == {name: [value] for name, value in expected.items()}
-    assert backend.asked[0] == ("library/busybox", "latest", [OCI_INDEX, f"{OCI_MANIFEST};q=0.5"], False)
+    assert backend.calls[0] == ("library/busybox", "latest", [OCI_INDEX, f"{OCI_MANIFEST};q=0.5"], False)
 
 
 @pytest.mark.parametrize("with_content", [True, False])
@@ -434,7 +434,7 @@ def test_the_head_of_a_manifest(client: Any, backend: Any, with_content: bool) -
         assert response.headers["Docker-Content-Digest"] == str(digest)
         assert response.headers["Content-Type"] == OCI_MANIFEST
     assert client.received.endswith(b"\r\n\r\n")
-    assert backend.asked[0][-1] is True
+    assert backend.calls[0][-1] is True
 
 
 def test_a_manifest_by_range(client: Any, backend: Any) -> None:
@@ -466,7 +466,7 @@ def test_other_requests_go_to_the_backend(client: Any, backend: Any) -> None:
         ("OPTIONS", "/v2/a/manifests/latest", Kind.MANIFEST),
     ]:
         assert client.fetch(method, path).body == b"other"
-        assert (backend.asked[-1][0], backend.asked[-1][1].kind) == (method, kind)
+        assert (backend.calls[-1][0], backend.calls[-1][1].kind) == (method, kind)
 
 
 def test_media_type_cannot_inject_a_field(client: Any, backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:

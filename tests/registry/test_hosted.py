@@ -218,7 +218,7 @@ def test_disconnect_during_monolithic_upload_leaves_nothing(registry: RegistryHa
     assert os.listdir(registry.store.layout.uploads(NAME)) == []
 
 
-@pytest.mark.parametrize("how", ["post", "put", "patch"])
+@pytest.mark.parametrize("operation", ["post", "put", "patch"])
 def test_digest_mismatch(registry: RegistryHarness, operation: str) -> None:
     wrong = Digest.of(b"another")
     if operation == "post":
@@ -262,8 +262,10 @@ def test_an_unregistered_algorithm(registry: RegistryHarness) -> None:
     )
 
 
-@pytest.mark.parametrize("where", ["append", "publish"])
-def test_a_full_disk(registry: RegistryHarness, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+@pytest.mark.parametrize("step", ["append", "publish"])
+def test_a_full_disk_ends_the_upload_with_507(
+    registry: RegistryHarness, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
     """The real thing is in tests/e2e; here each step of it meets the end of the disk."""
 
     def full(*args: Any) -> int:
@@ -281,7 +283,9 @@ def test_a_full_disk(registry: RegistryHarness, monkeypatch: pytest.MonkeyPatch,
     assert os.listdir(registry.store.layout.uploads(NAME)) == []
 
 
-def test_unwritable_directory(registry: RegistryHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unwritable_directory_is_logged_and_reported(
+    registry: RegistryHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As where `registry:2` ran as another user. The client learns what it is, and our log which file."""
 
     def denied(path: str, *args: Any) -> None:
@@ -351,7 +355,7 @@ def test_delete_a_blob(registry: RegistryHarness) -> None:
     assert registry.request("GET", f"/v2/other/place/blobs/{digest}").body == b"data"
 
 
-def test_a_part_of_a_blob(registry: RegistryHarness) -> None:
+def test_a_blob_by_range(registry: RegistryHarness) -> None:
     digest = registry.push_blob(b"0123456789")
     response = registry.request("GET", f"/v2/{NAME}/blobs/{digest}", Range="bytes=2-4")
     assert (response.status, response.body, response.headers["Content-Range"]) == (206, b"234", "bytes 2-4/10")
@@ -365,8 +369,8 @@ def make_old(registry: RegistryHarness, digest: Digest) -> Path:
     return path
 
 
-@pytest.mark.parametrize("how", ["HEAD", "GET", "mount", "upload", "manifest", "child", "subject", "again"])
-def test_push_touches_what_it_references(registry: RegistryHarness, operation: str) -> None:
+@pytest.mark.parametrize("operation", ["HEAD", "GET", "mount", "upload", "manifest", "child", "subject", "again"])
+def test_push_touches_referenced_content(registry: RegistryHarness, operation: str) -> None:
     """Garbage collection leaves alone what was used within the hour."""
     is_manifest = operation in ("child", "subject", "again")
     digest = registry.image(seed="x") if is_manifest else registry.push_blob(b"config x")
@@ -570,7 +574,7 @@ def test_a_repository_without_tags(registry: RegistryHarness) -> None:
     assert json.loads(registry.request("GET", f"/v2/{NAME}/tags/list").body)["tags"] == []
 
 
-def test_an_upload_makes_no_repository(registry: RegistryHarness) -> None:
+def test_an_upload_session_does_not_create_a_repository(registry: RegistryHarness) -> None:
     registry.start_upload()
     assert registry.request("GET", f"/v2/{NAME}/tags/list").status == 404
     assert json.loads(registry.request("GET", "/v2/_catalog").body) == {"repositories": []}
@@ -652,7 +656,7 @@ def test_a_referrer_that_is_deleted_and_pushed_again(registry: RegistryHarness) 
     assert len(registry.referrers(subject)) == 1
 
 
-def test_referrer_removed_behind_our_back(registry: RegistryHarness) -> None:
+def test_a_referrer_that_another_tool_removed_is_not_listed(registry: RegistryHarness) -> None:
     subject = registry.image("subject")
     signature = registry.image(seed="signature", subject=subject_of(subject))
     assert registry.referrers(subject) == [str(signature)]
@@ -663,7 +667,7 @@ def test_referrer_removed_behind_our_back(registry: RegistryHarness) -> None:
 def test_referrers_pagination(registry: RegistryHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     subject = registry.image("subject")
     pushed = [str(registry.image(seed=f"{number}", subject=subject_of(subject))) for number in range(5)]
-    monkeypatch.setattr(module, "_MOST_REFERRERS", 400)
+    monkeypatch.setattr(module, "_MAX_REFERRERS_SIZE", 400)
     for query in ("", "?artifactType=application/vnd.test"):
         digests, target = [], f"/v2/{NAME}/referrers/{subject}{query}"
         while target:
@@ -675,7 +679,7 @@ def test_referrers_pagination(registry: RegistryHarness, monkeypatch: pytest.Mon
         assert sorted(digests) == sorted(pushed)
 
 
-def test_tree_of_another_registry(registry: RegistryHarness, tmp_path: Path, connect_client: Any) -> None:
+def test_a_tree_without_our_metadata_is_indexed(registry: RegistryHarness, tmp_path: Path, connect_client: Any) -> None:
     """It has no media types and no referrers: clients kept those under a fallback tag. An import may bring more."""
     subject = registry.image("subject")
     signature = registry.image(seed="signature", subject=subject_of(subject))
@@ -689,7 +693,9 @@ def test_tree_of_another_registry(registry: RegistryHarness, tmp_path: Path, con
     app = HostedRegistryApp(
         RegistryAPI(reactor), HostedRegistry(reactor, store, PushHandler(reactor, store)), AllowAll()
     )
-    reopened = RegistryHarness(store, connect_client(app.handle, clock=reactor), lambda: connect_client(app.handle, clock=reactor))
+    reopened = RegistryHarness(
+        store, connect_client(app.handle, clock=reactor), lambda: connect_client(app.handle, clock=reactor)
+    )
     assert reopened.request("HEAD", f"/v2/{NAME}/manifests/subject").headers["Content-Type"] == OCI_MANIFEST
     assert reopened.request("GET", f"/v2/{NAME}/manifests/{fallback_tag(subject)}").headers["Content-Type"] == OCI_INDEX
     assert reopened.referrers(subject) == [str(signature)]
@@ -709,7 +715,7 @@ def remove_our_metadata(root: Path) -> None:
 def test_listing_referrers_does_not_scan(registry: RegistryHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     subject = registry.image("subject")
     assert registry.referrers(subject) == []
-    monkeypatch.setattr(Referrers, "complete", None)
+    monkeypatch.setattr(Referrers, "index_missing", None)
     signature = registry.image(seed="signature", subject=subject_of(subject))
     assert registry.referrers(subject) == [str(signature)]
     registry.request("DELETE", f"/v2/{NAME}/manifests/{signature}")
@@ -767,7 +773,7 @@ def test_invalid_names_and_digests(
 
 def test_push_completes_after_disconnect(registry: RegistryHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     """A client that leaves while its manifest is taken in does not leave half of it."""
-    monkeypatch.setattr(push_manifests, "_AT_ONCE", 2)
+    monkeypatch.setattr(push_manifests, "_BATCH_SIZE", 2)
     layers = [make_descriptor(registry.push_blob(b"%d" % number), b"%d" % number) for number in range(10)]
     content = json.dumps(make_image(layers[0], *layers)).encode()
     registry.client.transport.channel.dataReceived(

@@ -60,8 +60,10 @@ def connect_intercepted(connect_client: Any, upstream: Any) -> Any:
 
     def make(allow_push: bool = False, registry: Registry = QUAY, **options: Any) -> Any:
         clock = Clock()
-        intercepted = Intercepted(RegistryAPI(clock), upstream.open, upstream, allow_push=allow_push)
-        return connect_client(lambda request: intercepted.handle(registry, request), clock=clock, **{"secure": True, **options})
+        intercepted = Intercepted(RegistryAPI(clock), upstream.open_registry, upstream, allow_push=allow_push)
+        return connect_client(
+            lambda request: intercepted.handle(registry, request), clock=clock, **{"secure": True, **options}
+        )
 
     return make
 
@@ -72,7 +74,9 @@ def connect_mirror(connect_client: Any, upstream: Any) -> Any:
 
     def make(**options: Any) -> Any:
         clock = Clock()
-        return connect_client(Mirror(RegistryAPI(clock), upstream.open, MIRRORED, HUB).handle, clock=clock, **options)
+        return connect_client(
+            Mirror(RegistryAPI(clock), upstream.open_registry, MIRRORED, HUB).handle, clock=clock, **options
+        )
 
     return make
 
@@ -92,7 +96,7 @@ def test_authorization_opens_the_registry(connect_intercepted: Any, upstream: An
     assert client.fetch("GET", f"/v2/a/b/blobs/{digest}").body == b"layer"
     upstream.put(fake_content(b"layer"))
     client.fetch("GET", f"/v2/a/b/blobs/{digest}", [("Authorization", "Bearer client")])
-    assert upstream.opened == [(QUAY, None), (QUAY, "Bearer client")]
+    assert upstream.open_calls == [(QUAY, None), (QUAY, "Bearer client")]
     assert [request.host for request in client.finished_requests] == ["quay.io", "quay.io"]
 
 
@@ -100,7 +104,7 @@ def test_manifest_comes_from_upstream(connect_intercepted: Any, upstream: Any) -
     upstream.manifests["latest"] = ManifestResponse(DIGEST, OCI_INDEX, 2, b"{}", "HIT")
     response = connect_intercepted().fetch("GET", "/v2/a/b/manifests/latest", [("Accept", OCI_INDEX)])
     assert (response.status, response.body) == (200, b"{}")
-    assert upstream.asked == [("a/b", "latest", [OCI_INDEX], False)]
+    assert upstream.calls == [("a/b", "latest", [OCI_INDEX], False)]
 
 
 @pytest.mark.parametrize("path", ["/v2/", "/v2"])
@@ -109,11 +113,11 @@ def test_ping(connect_intercepted: Any, upstream: Any, path: str) -> None:
         response = connect_intercepted().fetch(method, path)
         assert (response.status, response.headers["Docker-Distribution-Api-Version"]) == (200, "registry/2.0")
         assert response.body == (b"{}" if method == "GET" else b"")
-    upstream.pinged = Unauthorized("who are you?")
+    upstream.ping_error = Unauthorized("who are you?")
     response = connect_intercepted().fetch("GET", "/v2/")
     assert (response.status, error_code(response)) == (401, "UNAUTHORIZED")
     assert response.fields("WWW-Authenticate") == ['Bearer remembered,realm="https://ours/token"']
-    assert upstream.forwarded == []
+    assert upstream.forwarded_requests == []
 
 
 def test_a_401_carries_the_registrys_challenge_once(connect_intercepted: Any, upstream: Any) -> None:
@@ -137,7 +141,7 @@ def test_only_401_carries_a_challenge(connect_intercepted: Any, upstream: Any) -
 
 @pytest.mark.parametrize("error", [UpstreamUnreachable("no such name"), UpstreamTimeout("nothing came")])
 def test_outage_is_reported(connect_intercepted: Any, upstream: Any, error: Any) -> None:
-    upstream.error = upstream.answer = error
+    upstream.error = upstream.response = error
     for path in (f"/v2/a/b/blobs/{DIGEST}", "/v2/a/b/tags/list", "/elsewhere"):
         response = connect_intercepted().fetch("GET", path)
         assert (response.status, error_code(response)) == (error.status, "UNAVAILABLE")
@@ -160,7 +164,7 @@ def test_malformed_name_is_not_forwarded(connect_intercepted: Any, upstream: Any
     response = connect_intercepted(allow_push=True).fetch("GET", path)
     assert response.status == status
     assert json.loads(response.body)["errors"]
-    assert upstream.forwarded == upstream.asked == []
+    assert upstream.forwarded_requests == upstream.calls == []
 
 
 @pytest.mark.parametrize(
@@ -185,7 +189,7 @@ def test_invalid_request_target_is_not_forwarded(
     client = connect_intercepted(allow_push=True)
     response = client.fetch(method, target)
     assert (response.status, error_code(response)) == (400, "UNSUPPORTED")
-    assert upstream.forwarded == upstream.asked == upstream.tokens == []
+    assert upstream.forwarded_requests == upstream.calls == upstream.token_calls == []
     assert "password" not in client.finished_requests[0].path
     assert b"password" not in client.received
 
@@ -212,11 +216,11 @@ def test_other_requests_are_forwarded_verbatim(
         client = connect_intercepted()
         response = client.fetch(method, target)
         assert (response.status, response.headers["X-Cache"]) == (200, "PASS")
-        assert (upstream.forwarded[-1].method, upstream.forwarded[-1].path) == (method, target)
-        assert upstream.forwarded[-1].name == name
-        assert client.finished_requests[0].verdict == "PASS"
-        upstream.answer._rest = b"from upstream"
-    assert upstream.asked == []
+        assert (upstream.forwarded_requests[-1].method, upstream.forwarded_requests[-1].path) == (method, target)
+        assert upstream.forwarded_requests[-1].name == name
+        assert client.finished_requests[0].cache_status == "PASS"
+        upstream.response._remaining = b"from upstream"
+    assert upstream.calls == []
 
 
 def test_hop_by_hop_request_fields_are_not_forwarded(connect_intercepted: Any, upstream: Any) -> None:
@@ -235,8 +239,12 @@ def test_hop_by_hop_request_fields_are_not_forwarded(connect_intercepted: Any, u
         ("If-None-Match", '"x"'),
     ]
     connect_intercepted().fetch("GET", "/v2/a/b/tags/list", fields)
-    assert sorted(name for name, _ in upstream.forwarded[0].headers) == ["accept", "if-none-match", "user-agent"]
-    assert upstream.opened == [(QUAY, "Bearer client")]  # which is where its login is dealt with
+    assert sorted(name for name, _ in upstream.forwarded_requests[0].headers) == [
+        "accept",
+        "if-none-match",
+        "user-agent",
+    ]
+    assert upstream.open_calls == [(QUAY, "Bearer client")]  # which is where its login is dealt with
 
 
 def test_hop_by_hop_response_fields_are_not_forwarded(
@@ -253,7 +261,7 @@ def test_hop_by_hop_response_fields_are_not_forwarded(
         ("alt-svc", 'h3=":443"'),
         ("set-cookie", "session=of-our-own-login"),
     ]
-    upstream.answer = fake_response(200, fields, b"from upstream")
+    upstream.response = fake_response(200, fields, b"from upstream")
     response = connect_intercepted().fetch("GET", "/v2/a/b/tags/list")
     assert (response.body, response.fields("Content-Length")) == (b"from upstream", ["13"])
     assert response.fields("X-Cache") == ["PASS"]
@@ -266,10 +274,10 @@ def test_cookies_are_forwarded_outside_the_api_only(
     connect_intercepted: Any, upstream: Any, fake_response: Any
 ) -> None:
     """quay.io's web pages are at the same host."""
-    upstream.answer = fake_response(200, [("set-cookie", "a=b"), ("set-cookie", "c=d")])
+    upstream.response = fake_response(200, [("set-cookie", "a=b"), ("set-cookie", "c=d")])
     response = connect_intercepted().fetch("GET", "/signin/", [("Cookie", "a=b")])
     assert response.fields("Set-Cookie") == ["a=b", "c=d"]
-    assert upstream.forwarded[0].headers.get("cookie") == "a=b"
+    assert upstream.forwarded_requests[0].headers.get("cookie") == "a=b"
 
 
 @pytest.mark.parametrize("status", [200, 204, 302, 304, 404, 416, 429, 500, 503])
@@ -277,7 +285,7 @@ def test_any_upstream_status_is_forwarded(
     connect_intercepted: Any, upstream: Any, fake_response: Any, status: int
 ) -> None:
     body = b"" if status in (204, 304) else b"its words"
-    upstream.answer = fake_response(status, [("location", "https://elsewhere/x?sig=1")], body)
+    upstream.response = fake_response(status, [("location", "https://elsewhere/x?sig=1")], body)
     client = connect_intercepted()
     response = client.fetch("GET", "/v2/a/b/tags/list")
     assert (response.status, response.body, response.complete) == (status, body, True)
@@ -286,7 +294,7 @@ def test_any_upstream_status_is_forwarded(
 
 def test_forwarded_401_names_our_realm(connect_intercepted: Any, upstream: Any, fake_response: Any) -> None:
     for target in ("/v2/a/b/tags/list", "/api/x"):
-        upstream.answer = fake_response(
+        upstream.response = fake_response(
             401, [("www-authenticate", 'Bearer realm="https://theirs"'), ("x-own", "1")], b"no"
         )
         response = connect_intercepted().fetch("GET", target)
@@ -296,54 +304,54 @@ def test_forwarded_401_names_our_realm(connect_intercepted: Any, upstream: Any, 
 
 
 def test_long_401_body_is_dropped(connect_intercepted: Any, upstream: Any, fake_response: Any) -> None:
-    upstream.answer = fake_response(401, [], b"x" * 100_000)
+    upstream.response = fake_response(401, [], b"x" * 100_000)
     response = connect_intercepted().fetch("GET", "/v2/a/b/tags/list")
     assert (response.status, response.body) == (401, b"")
 
 
 def test_truncated_response_aborts_the_connection(connect_intercepted: Any, upstream: Any, fake_response: Any) -> None:
     for length in (100, None):
-        upstream.answer = fake_response(200, [], b"half of it", length=length, fails=UpstreamBroken("it broke off"))
+        upstream.response = fake_response(200, [], b"half of it", length=length, error=UpstreamBroken("it broke off"))
         client = connect_intercepted()
         response = client.fetch("GET", "/v2/_catalog")
         assert (response.body, response.complete, client.transport.aborted) == (b"half of it", False, True)
-        assert upstream.answer.aborted
+        assert upstream.response.aborted
 
 
 def test_disconnect_aborts_the_upstream_response(connect_intercepted: Any, upstream: Any, fake_response: Any) -> None:
-    upstream.answer = fake_response(200, [], b"x" * 1_000_000, piece=10_000)
+    upstream.response = fake_response(200, [], b"x" * 1_000_000, chunk_size=10_000)
     client = connect_intercepted()
     client.transport.window = 100
     client.send_request("GET", "/v2/_catalog")
-    assert not upstream.answer.aborted
+    assert not upstream.response.aborted
     client.disconnect()
-    assert upstream.answer.aborted
+    assert upstream.response.aborted
 
 
 # interception: referrers
 
 
 def test_referrers(connect_intercepted: Any, upstream: Any) -> None:
-    upstream.referred = FakeReferrersIndex(EMPTY_INDEX, False)
+    upstream.referrers_result = FakeReferrersIndex(EMPTY_INDEX, False)
     for method in ("GET", "HEAD"):
         response = connect_intercepted().fetch(method, f"/v2/a/b/referrers/{DIGEST}")
         assert (response.status, response.headers["Content-Type"]) == (200, OCI_INDEX)
         assert response.headers["Content-Length"] == str(len(EMPTY_INDEX))
         assert response.body == (EMPTY_INDEX if method == "GET" else b"")
         assert "OCI-Filters-Applied" not in response.headers
-    assert upstream.asked[0] == ("a/b", DIGEST, "", None)
+    assert upstream.calls[0] == ("a/b", DIGEST, "", None)
 
 
 def test_referrers_of_a_type(connect_intercepted: Any, upstream: Any) -> None:
-    upstream.referred = FakeReferrersIndex(EMPTY_INDEX, True)
+    upstream.referrers_result = FakeReferrersIndex(EMPTY_INDEX, True)
     query = "artifactType=application%2Fvnd.example%2Bjson&n=5"
     response = connect_intercepted().fetch("GET", f"/v2/a/b/referrers/{DIGEST}?{query}")
     assert (response.status, response.headers["OCI-Filters-Applied"]) == (200, "artifactType")
-    assert upstream.asked[0] == ("a/b", DIGEST, query, "application/vnd.example+json")
+    assert upstream.calls[0] == ("a/b", DIGEST, query, "application/vnd.example+json")
 
 
 def test_referrers_that_are_refused(connect_intercepted: Any, upstream: Any) -> None:
-    upstream.referred = UpstreamRefused(401, b"no", [("www-authenticate", "Bearer x")])
+    upstream.referrers_result = UpstreamRefused(401, b"no", [("www-authenticate", "Bearer x")])
     response = connect_intercepted().fetch("GET", f"/v2/a/b/referrers/{DIGEST}")
     assert (response.status, response.fields("WWW-Authenticate")) == (401, ['Bearer x,realm="https://ours/token"'])
     assert connect_intercepted().fetch("GET", f"/v2/a/b/referrers/{DIGEST}?artifactType=%zz").status == 400
@@ -362,8 +370,8 @@ def test_tokens_at_the_realm_path(connect_intercepted: Any, upstream: Any) -> No
     assert connect_intercepted(registry=hub_tokens).fetch("GET", "/token").status == 200
     form = b"grant_type=password&username=u"
     assert connect_intercepted(registry=hub_tokens).fetch("POST", "/token", body=form).status == 200
-    assert upstream.tokens == [(QUAY, query, "Basic eA==", None), (HUB, "", None, None), (HUB, "", None, form)]
-    assert upstream.forwarded == []
+    assert upstream.token_calls == [(QUAY, query, "Basic eA==", None), (HUB, "", None, None), (HUB, "", None, form)]
+    assert upstream.forwarded_requests == []
 
 
 def test_form_size_is_limited(connect_intercepted: Any, upstream: Any) -> None:
@@ -374,7 +382,7 @@ def test_form_size_is_limited(connect_intercepted: Any, upstream: Any) -> None:
     chunked = [("Transfer-Encoding", "chunked")]
     body = b"8000\r\n" + b"x" * 0x8000 + b"\r\n"
     assert connect_intercepted().fetch("POST", "/token", chunked, body * 3).status == 413  # and more would come
-    assert len(upstream.tokens) == 1
+    assert len(upstream.token_calls) == 1
 
 
 def test_refused_token(connect_intercepted: Any, upstream: Any) -> None:
@@ -396,7 +404,7 @@ def test_push_is_disabled(connect_intercepted: Any, upstream: Any, method: str, 
     response = client.fetch(method, target)
     assert (response.status, error_code(response)) == (405, "UNSUPPORTED")
     assert "ALLOW_PUSH" in response.body.decode()
-    assert upstream.forwarded == []
+    assert upstream.forwarded_requests == []
 
 
 @pytest.mark.parametrize("framing", ["length", "chunked", "expect"])
@@ -420,14 +428,14 @@ def test_refusal_is_sent_before_the_body_is_read(connect_intercepted: Any, upstr
 def test_push_is_forwarded(
     connect_intercepted: Any, upstream: Any, fake_response: Any, method: str, target: str
 ) -> None:
-    upstream.answer = fake_response(202, [("location", "/v2/a/b/blobs/uploads/2?_state=x"), ("range", "0-9")])
+    upstream.response = fake_response(202, [("location", "/v2/a/b/blobs/uploads/2?_state=x"), ("range", "0-9")])
     body = None if method in ("DELETE", "PROPFIND") else b"some bytes"
     response = connect_intercepted(allow_push=True).fetch(
         method, target, [("Content-Type", "application/octet-stream")], body
     )
     assert (response.status, response.headers["Range"], response.body) == (202, "0-9", b"")
     assert response.headers["Location"] == "/v2/a/b/blobs/uploads/2?_state=x"
-    forwarded = upstream.forwarded[0]
+    forwarded = upstream.forwarded_requests[0]
     assert (forwarded.method, forwarded.path, forwarded.body) == (method, target, body)
     assert forwarded.headers.get("content-type") == "application/octet-stream"
     assert forwarded.name == ("a/b" if target.startswith("/v2/a/b/") and "reference" not in target else None)
@@ -437,9 +445,9 @@ def test_a_push_streams(connect_intercepted: Any, upstream: Any) -> None:
     client = connect_intercepted(allow_push=True)
     client.send_request("PATCH", "/v2/a/b/blobs/uploads/session", [("Content-Length", "30")])
     client.send(b"0123456789")
-    assert b"".join(upstream.pieces) == b"0123456789"  # upstream has it before there is more
+    assert b"".join(upstream.body_chunks) == b"0123456789"  # upstream has it before there is more
     client.send(b"0123456789")
-    assert b"".join(upstream.pieces) == b"0123456789" * 2
+    assert b"".join(upstream.body_chunks) == b"0123456789" * 2
     assert client.received == b""
     client.send(b"0123456789")
     assert client.read_response().status == 200
@@ -451,7 +459,7 @@ def test_malformed_push_body(connect_intercepted: Any, upstream: Any) -> None:
     client.send(b"5\r\nhello\r\nnot a chunk\r\n")
     response = client.read_response()
     assert (response.status, response.complete) == (400, True)
-    assert upstream.forwarded == []
+    assert upstream.forwarded_requests == []
 
 
 # the mirror
@@ -483,7 +491,7 @@ def test_ns_names_a_registry(
     client = connect_mirror()
     response = client.fetch("GET", f"/v2/a/b/blobs/{digest}{query}")
     assert (response.status, response.body) == (200, b"layer")
-    assert upstream.opened == [(registry, None)]
+    assert upstream.open_calls == [(registry, None)]
     assert client.finished_requests[0].host == str(registry)
 
 
@@ -508,7 +516,7 @@ def test_unknown_ns_is_never_dialled(connect_mirror: Any, upstream: Any, query: 
         response = connect_mirror().fetch("GET", path + query)
         assert response.status == status
         assert json.loads(response.body)["errors"][0]["message"]
-        assert upstream.opened == []
+        assert upstream.open_calls == []
     if status == 404:
         assert "REGISTRIES" in response.body.decode()
 
@@ -520,16 +528,16 @@ def test_mirror_drops_client_credentials(connect_mirror: Any, upstream: Any, fak
     client.fetch("GET", f"/v2/a/b/blobs/{digest}?ns=quay.io", credentials)
     client.fetch("GET", "/v2/a/b/tags/list?ns=quay.io", credentials)
     client.fetch("GET", "/v2/_catalog", credentials)
-    assert upstream.opened == [(QUAY, None), (QUAY, None), (HUB, None)]
-    for forwarded in upstream.forwarded:
+    assert upstream.open_calls == [(QUAY, None), (QUAY, None), (HUB, None)]
+    for forwarded in upstream.forwarded_requests:
         assert [name for name, _ in forwarded.headers] == []
 
 
 def test_mirror_sends_no_challenge(connect_mirror: Any, upstream: Any, fake_response: Any) -> None:
     challenge = ("www-authenticate", 'Bearer realm="https://theirs"')
     for error in (UpstreamRefused(401, b"no", [challenge]), Unauthorized("no", headers=[challenge])):
-        upstream.error = upstream.referred = error
-        upstream.answer = fake_response(401, [challenge], b"no")
+        upstream.error = upstream.referrers_result = error
+        upstream.response = fake_response(401, [challenge], b"no")
         for path in ("blobs/" + str(DIGEST), "manifests/latest", "tags/list", "referrers/" + str(DIGEST)):
             response = connect_mirror().fetch("GET", f"/v2/a/b/{path}?ns=quay.io")
             assert (response.status, response.fields("WWW-Authenticate")) == (401, []), path
@@ -549,7 +557,7 @@ def test_mirror_ping(connect_mirror: Any, upstream: Any, path: str) -> None:
     for method in ("GET", "HEAD"):
         response = connect_mirror().fetch(method, path)
         assert (response.status, response.headers["Docker-Distribution-Api-Version"]) == (200, "registry/2.0")
-    assert upstream.opened == []
+    assert upstream.open_calls == []
 
 
 def test_head_requests_to_a_mirror(connect_mirror: Any, upstream: Any, fake_content: Any) -> None:
@@ -562,7 +570,7 @@ def test_head_requests_to_a_mirror(connect_mirror: Any, upstream: Any, fake_cont
 
 
 @pytest.mark.parametrize(
-    ("asked", "passed"),
+    ("path", "forwarded_path"),
     [
         ("/v2/a/b/tags/list?ns=quay.io", "/v2/a/b/tags/list"),
         ("/v2/a/b/tags/list?n=10&ns=quay.io&last=a%2Fb", "/v2/a/b/tags/list?n=10&last=a%2Fb"),
@@ -573,11 +581,11 @@ def test_head_requests_to_a_mirror(connect_mirror: Any, upstream: Any, fake_cont
 def test_lists_through_a_mirror(connect_mirror: Any, upstream: Any, path: str, forwarded_path: str) -> None:
     response = connect_mirror().fetch("GET", path)
     assert (response.status, response.body) == (200, b"from upstream")
-    assert upstream.forwarded[0].path == forwarded_path
+    assert upstream.forwarded_requests[0].path == forwarded_path
 
 
 @pytest.mark.parametrize(
-    ("query", "link", "told"),
+    ("query", "link", "expected"),
     [
         ("?ns=quay.io", '</v2/a/tags/list?last=x>; rel="next"', '</v2/a/tags/list?last=x&ns=quay.io>; rel="next"'),
         ("?ns=registry.example:5000", "</v2/a>; rel=next", "</v2/a?ns=registry.example%3A5000>; rel=next"),
@@ -588,15 +596,15 @@ def test_lists_through_a_mirror(connect_mirror: Any, upstream: Any, path: str, f
 def test_the_next_page_is_of_the_same_registry(
     connect_mirror: Any, upstream: Any, fake_response: Any, query: str, link: str, expected: str
 ) -> None:
-    upstream.answer = fake_response(200, [("link", link)], b"{}")
+    upstream.response = fake_response(200, [("link", link)], b"{}")
     response = connect_mirror().fetch("GET", "/v2/a/b/tags/list" + query)
     assert response.fields("Link") == [expected]
 
 
 def test_referrers_through_a_mirror(connect_mirror: Any, upstream: Any) -> None:
-    upstream.referred = FakeReferrersIndex(EMPTY_INDEX, False)
+    upstream.referrers_result = FakeReferrersIndex(EMPTY_INDEX, False)
     assert connect_mirror().fetch("GET", f"/v2/a/b/referrers/{DIGEST}?artifactType=x&ns=quay.io").status == 200
-    assert upstream.asked == [("a/b", DIGEST, "artifactType=x", "x")]
+    assert upstream.calls == [("a/b", DIGEST, "artifactType=x", "x")]
 
 
 @pytest.mark.parametrize(("method", "target"), [write for write in WRITES if "unknown" not in write[1]])
@@ -605,10 +613,12 @@ def test_mirror_rejects_push(connect_mirror: Any, upstream: Any, method: str, ta
     if "reference" in target:
         return
     client = connect_mirror()
-    response = client.fetch(method, target + ("&" if "?" in target else "?") + namespace, [("Content-Length", "1000000")])
+    response = client.fetch(
+        method, target + ("&" if "?" in target else "?") + namespace, [("Content-Length", "1000000")]
+    )
     assert (response.status, error_code(response), response.headers["Allow"]) == (405, "UNSUPPORTED", "GET, HEAD")
     assert "ALLOW_PUSH" not in response.body.decode()  # which would not help
-    assert upstream.forwarded == upstream.opened == []
+    assert upstream.forwarded_requests == upstream.open_calls == []
 
 
 @pytest.mark.parametrize("path", ["/v2/some/thing/unknown", "/v1/_ping", "/v2x/"])
@@ -616,4 +626,4 @@ def test_mirror_serves_only_the_api(connect_mirror: Any, upstream: Any, path: st
     for method in ("GET", "POST"):
         response = connect_mirror().fetch(method, path + "?ns=quay.io")
         assert (response.status, error_code(response)) == (404, "NAME_UNKNOWN")
-    assert upstream.forwarded == []
+    assert upstream.forwarded_requests == []

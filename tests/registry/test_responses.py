@@ -48,7 +48,7 @@ def render_error(connect_client: Any) -> Any:
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
 def test_every_error_is_rendered_as_registry_json(render_error: Any, error: RegistryError) -> None:
-    response = render_error(error, verdict="MISS")
+    response = render_error(error, cache_status="MISS")
     assert response.status == error.status
     assert json.loads(response.body) == {"errors": [{"code": error.code, "message": "a sentence"}]}
     assert response.headers["Content-Type"] == "application/json"
@@ -111,7 +111,7 @@ REFUSED = UpstreamRefused(
 
 
 def test_upstream_error_body_is_forwarded(render_error: Any) -> None:
-    response = render_error(REFUSED, verdict="MISS")
+    response = render_error(REFUSED, cache_status="MISS")
     assert (response.status, response.body, response.complete) == (403, REFUSED.content, True)
     assert response.fields("Content-Type") == ["application/json; charset=utf-8"]
     assert response.fields("Content-Length") == [str(len(REFUSED.content))]
