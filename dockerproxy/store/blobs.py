@@ -15,7 +15,7 @@ from attrs import define, field
 from dockerproxy.errors import DigestInvalid
 from dockerproxy.oci.names import Digest
 from dockerproxy.store.eviction import Entry
-from dockerproxy.store.files import Staging
+from dockerproxy.store.files import Staging, list_names
 from dockerproxy.store.layout import Layout, digest_from_names
 
 # Seconds. The last use is a file's mtime (atime is coarser where `relatime` is mounted, and gone under `noatime`);
@@ -176,10 +176,10 @@ class Blobs:
 
     def digests(self, partition: int = 0, partitions: int = 1) -> Iterator[Digest]:
         """Yield the digests of what is here, as `walk` does, or one of `parts` of them. Blocks."""
-        for algorithm in _names(self._layout.blobs):
-            for prefix in _names(f"{self._layout.blobs}/{algorithm}"):
+        for algorithm in list_names(self._layout.blobs):
+            for prefix in list_names(f"{self._layout.blobs}/{algorithm}"):
                 if _PREFIX.fullmatch(prefix) and int(prefix, 16) % partitions == partition:
-                    for encoded in _names(f"{self._layout.blobs}/{algorithm}/{prefix}"):
+                    for encoded in list_names(f"{self._layout.blobs}/{algorithm}/{prefix}"):
                         digest = digest_from_names(algorithm, encoded)
                         if digest is not None and encoded.startswith(prefix):
                             yield digest
@@ -219,10 +219,3 @@ def fill_cached(fd: int, buffer: bytearray | memoryview, offset: int) -> int | N
 def read_blocking(fd: int, offset: int, size: int) -> bytes:
     """Return up to `size` bytes of a file from `offset`, ``b""`` at the end only. Blocks."""
     return os.pread(fd, size, offset)
-
-
-def _names(directory: str) -> list[str]:
-    try:
-        return os.listdir(directory)
-    except (FileNotFoundError, NotADirectoryError):
-        return []

@@ -176,9 +176,10 @@ def fsync_directory(path: str) -> None:
 
 
 def list_names(directory: str) -> list[str]:
+    """Return the names in `directory`, in no order; an empty list if it does not exist or is not a directory."""
     try:
         return os.listdir(directory)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
 
 

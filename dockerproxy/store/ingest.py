@@ -16,6 +16,7 @@ from attrs import define, frozen
 from dockerproxy.errors import DigestInvalid
 from dockerproxy.oci.names import Digest
 from dockerproxy.store.blobs import Blobs
+from dockerproxy.store.files import list_names
 from dockerproxy.store.hashed_append_file import HashedAppendFile
 from dockerproxy.store.layout import Layout, digest_from_names
 
@@ -145,11 +146,7 @@ class ForeignIngest:
 def stale_ingests(layout: Layout, older_than: float) -> list[Digest]:
     """Return the ingests last written before `older_than` (POSIX time), to be opened and discarded. Blocks."""
     digests = []
-    try:
-        names = os.listdir(layout.ingests)
-    except FileNotFoundError:
-        return []
-    for name in names:
+    for name in list_names(layout.ingests):
         digest = digest_from_names(*name.split("-", 1)) if "-" in name else None
         if digest is not None:
             with suppress(FileNotFoundError):

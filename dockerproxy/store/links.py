@@ -12,7 +12,7 @@ from attrs import define, field
 
 from dockerproxy.errors import DigestInvalid, NameInvalid
 from dockerproxy.oci.names import Digest, parse_tag
-from dockerproxy.store.files import Staging, read_small
+from dockerproxy.store.files import Staging, list_names, read_small
 from dockerproxy.store.layout import Layout, digest_from_names
 
 # The longest link is that of a sha512; what is longer than a media type can be (RFC 6838, section 4.2: 127 + 1 + 127)
@@ -92,12 +92,12 @@ class Links:
 
     def tags(self, repository: str) -> list[str]:
         """Return the repository's tags in order. Blocks."""
-        names = _names(self._layout.tags(repository))
+        names = list_names(self._layout.tags(repository))
         return sorted(tag for tag in names if _is_tag(tag) and _link_exists(self._layout.tag_current(repository, tag)))
 
     def iter_tags(self, repository: str) -> Iterator[tuple[str, Digest | None]]:
         """Yield the repository's tags, in no order, with what each means: None where that cannot be read. Blocks."""
-        for tag in filter(_is_tag, _names(self._layout.tags(repository))):
+        for tag in filter(_is_tag, list_names(self._layout.tags(repository))):
             content = read_small(self._layout.tag_current(repository, tag), _LINK_LIMIT)
             if content:
                 yield tag, _parse_link(content)
@@ -112,7 +112,7 @@ class Links:
 
     def prune_tag_index(self, repository: str, digests: Container[str]) -> Iterator[None]:
         """Take from the memory of what tags meant once what is in `digests` (as text). Blocks, a moment a step."""
-        for tag in filter(_is_tag, _names(self._layout.tags(repository))):
+        for tag in filter(_is_tag, list_names(self._layout.tags(repository))):
             for digest in _iter_digests(f"{self._layout.tag(repository, tag)}/index"):
                 if str(digest) in digests and self.tag(repository, tag) != digest:
                     self._staging.remove_tree(os.path.dirname(self._layout.tag_index(repository, tag, digest)))
@@ -128,9 +128,9 @@ class Links:
         layers, referrers = self._layout.layers(repository), f"{directory}/_referrers"
         for parent in (revisions, tags, layers):
             yield from _remove_empty_children(parent)
-        if any(_names(top) for top in (revisions, tags, layers)):
+        if any(list_names(top) for top in (revisions, tags, layers)):
             return
-        for algorithm in _names(referrers):
+        for algorithm in list_names(referrers):
             yield from _remove_empty_children(f"{referrers}/{algorithm}")
             _rmdir_if_empty(f"{referrers}/{algorithm}")
         for candidate in (
@@ -142,7 +142,7 @@ class Links:
             self._layout.uploads(repository),
         ):
             _rmdir_if_empty(candidate)
-        if _names(revisions):
+        if list_names(revisions):
             self._staging.makedirs(layers)
         remove_empty_directories(self._layout, directory)
 
@@ -160,7 +160,7 @@ def iter_repositories(layout: Layout, *subdirectories: str) -> Iterator[str]:
     pending = [""]
     while pending:
         parent = pending.pop()
-        for name in _names(f"{layout.repositories}/{parent}"):
+        for name in list_names(f"{layout.repositories}/{parent}"):
             # `_uploads` and whatever else is no repository is no name of one either.
             repository = f"{parent}/{name}" if parent else name
             try:
@@ -205,24 +205,17 @@ def _is_tag(name: str) -> bool:
     return True
 
 
-def _names(directory: str) -> list[str]:
-    try:
-        return os.listdir(directory)
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-
-
 def _iter_digests(directory: str) -> Iterator[Digest]:
     """Yield the digests that the names below a directory, ``ALG/HEX``, make."""
-    for algorithm in _names(directory):
-        for encoded in _names(f"{directory}/{algorithm}"):
+    for algorithm in list_names(directory):
+        for encoded in list_names(f"{directory}/{algorithm}"):
             digest = digest_from_names(algorithm, encoded)
             if digest is not None:
                 yield digest
 
 
 def _remove_empty_children(directory: str) -> Iterator[None]:
-    for name in _names(directory):
+    for name in list_names(directory):
         _rmdir_if_empty(f"{directory}/{name}")
         yield None
 

@@ -18,7 +18,7 @@ from dockerproxy.oci.manifests import MAX_MANIFEST, parse_manifest
 from dockerproxy.oci.names import ALGORITHMS, Digest
 from dockerproxy.oci.referrers import Referrer, make_referrer
 from dockerproxy.store.blobs import Blobs
-from dockerproxy.store.files import Staging, read_small
+from dockerproxy.store.files import Staging, list_names, read_small
 from dockerproxy.store.layout import Layout, digest_from_names
 from dockerproxy.store.links import Links
 
@@ -72,11 +72,7 @@ class Referrers:
         Those behind the name `after` only. A referrer that is gone, by whatever hand, is left out.
         """
         directory = self._layout.referrers(repository, subject)
-        try:
-            names = sorted(os.listdir(directory))
-        except (FileNotFoundError, NotADirectoryError):
-            return
-        for name in names:
+        for name in sorted(list_names(directory)):
             digest = digest_from_names(*name.split("-", 1)) if "-" in name else None
             if (
                 digest is None

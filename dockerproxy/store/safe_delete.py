@@ -18,7 +18,7 @@ from enum import Enum
 from attrs import define, field
 
 from dockerproxy.oci.names import Digest
-from dockerproxy.store.files import Staging, fsync_directory, try_remove
+from dockerproxy.store.files import Staging, fsync_directory, list_names, try_remove
 from dockerproxy.store.layout import Layout
 
 
@@ -130,15 +130,8 @@ def _restore(staged_path: str, path: str) -> None:
         os.rename(staged_path, path)
     except OSError:
         # Another wrote there, and found nothing: what it had no need to write is still in what was moved aside.
-        for name in _names(staged_path):
+        for name in list_names(staged_path):
             if not os.path.exists(f"{path}/{name}"):
                 with suppress(OSError):
                     os.rename(f"{staged_path}/{name}", f"{path}/{name}")
         try_remove(staged_path)
-
-
-def _names(directory: str) -> list[str]:
-    try:
-        return os.listdir(directory)
-    except (FileNotFoundError, NotADirectoryError):
-        return []

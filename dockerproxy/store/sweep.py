@@ -150,7 +150,7 @@ class _SweepRun:
 
     async def collect(self) -> SweepResult:
         mark, progress, run = self._mark, self._progress, self._thread.run
-        run_parallel = evolve(self._thread, length=self._thread.slice_length * _SLICE_FACTOR).run_parallel
+        run_parallel = evolve(self._thread, slice_length=self._thread.slice_length * _SLICE_FACTOR).run_parallel
         await run(mark.steps(), after_slice=progress.reporter("mark", lambda: mark.manifest_count))
         report = progress.reporter("sweep", lambda: sum(self._scan_counts))
         await run(self._sweep_manifests(), self._record, after_slice=report)

@@ -23,6 +23,7 @@ from attrs import define, field
 from dockerproxy.errors import BlobUploadBusy, BlobUploadUnknown
 from dockerproxy.oci.names import Digest
 from dockerproxy.store.blobs import Blobs
+from dockerproxy.store.files import list_names
 from dockerproxy.store.hashed_append_file import HashedAppendFile
 from dockerproxy.store.layout import Layout
 from dockerproxy.store.links import iter_repositories, remove_empty_directories
@@ -138,7 +139,7 @@ class Uploads:
         count = 0
         for repository in iter_repositories(self._layout, "_uploads"):
             directory = self._layout.uploads(repository)
-            for session in _listed(directory):
+            for session in list_names(directory):
                 if _SESSION_ID.fullmatch(session):
                     count += self._purge_session(f"{directory}/{session}", session, before)
             remove_empty_directories(self._layout, directory)
@@ -188,13 +189,6 @@ def _makedirs(directory: str) -> None:
             os.makedirs(directory)
             return
     os.makedirs(directory)
-
-
-def _listed(directory: str) -> list[str]:
-    try:
-        return os.listdir(directory)
-    except FileNotFoundError:  # the repository was removed at this moment
-        return []
 
 
 def _file_id(path: str) -> tuple[int, int] | None:

@@ -53,7 +53,7 @@ def test_clear_removes_everything(tmp_path: Path) -> None:
 
 def test_a_directory_that_keeps_vanishing_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     staging = Staging(str(tmp_path / "staging"))
-    monkeypatch.setattr(Staging, "make_directory", lambda self, path: os.makedirs(self.directory, exist_ok=True))
+    monkeypatch.setattr(Staging, "makedirs", lambda self, path: os.makedirs(self.directory, exist_ok=True))
     with pytest.raises(FileNotFoundError, match="removed"):
         staging.write(b"x", str(tmp_path / "gone" / "file"))
     assert os.listdir(staging.directory) == []

@@ -14,6 +14,7 @@ import pytest
 
 from dockerproxy.errors import DigestInvalid
 from dockerproxy.oci.names import Digest
+from dockerproxy.store import hashed_append_file
 from dockerproxy.store.blobs import Blobs
 from dockerproxy.store.ingest import ForeignIngest, Ingest, stale_ingests
 from dockerproxy.store.layout import Layout
@@ -132,7 +133,7 @@ def test_resumes_a_released_ingest(layout: Layout, blobs: Blobs) -> None:
 
 
 def test_rehash_of_more_than_one_chunk(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(growing, "_PIECE", 1000)
+    monkeypatch.setattr(hashed_append_file, "_CHUNK_SIZE", 1000)
     first = open_ingest(layout)
     first.append([CONTENT])
     first.release()

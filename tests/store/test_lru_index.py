@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from dockerproxy.oci.names import Digest
-from dockerproxy.store import lru_index as usage_module
+from dockerproxy.store import lru_index
 from dockerproxy.store.eviction import Entry
 from dockerproxy.store.lru_index import CacheFull, LRUIndex
 
@@ -18,13 +18,13 @@ def digest(number: int) -> Digest:
     return Digest("sha256", f"{number:064x}")
 
 
-def rescan(usage: LRUIndex, entries: Iterable[Entry]) -> None:
-    """Let `usage` count anew, with nothing going on meanwhile."""
-    scan = lru_index.start_rescan()
+def rescan(index: LRUIndex, entries: Iterable[Entry]) -> None:
+    """Run a whole rescan of `index` that finds `entries`, without concurrent changes."""
+    scan = index.start_rescan()
     for entry in entries:
         scan.add(entry)
     deque(scan.sort(), maxlen=0)
-    lru_index.apply_rescan(scan)
+    index.apply_rescan(scan)
 
 
 DIGESTS = st.integers(0, 8).map(digest)
@@ -119,8 +119,8 @@ class LRUIndexMachine(RuleBasedStateMachine):
         )
 
     @invariant()
-    def counts_what_is_there(self) -> None:
-        if hasattr(self, "usage"):
+    def check_total(self) -> None:
+        if hasattr(self, "index"):
             assert self.index.total == sum(size for size, _ in self.model.values())
 
 
@@ -186,7 +186,7 @@ def test_changes_during_a_rescan() -> None:
 
 
 def test_a_rescan_is_sorted_incrementally(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(usage_module, "_RUN", 3)
+    monkeypatch.setattr(lru_index, "_RUN_LENGTH", 3)
     index = LRUIndex(1000)
     rescan(index, [Entry(digest(number), 1, number * 7 % 20) for number in range(20)])
     index.limit = 0

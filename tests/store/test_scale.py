@@ -21,6 +21,7 @@ import pytest
 
 from dockerproxy.cache.space import CacheSpaceManager
 from dockerproxy.oci.names import Digest
+from dockerproxy.store import lru_index
 from dockerproxy.store.blobs import Blobs
 from dockerproxy.store.cooperative import CooperativeThread
 from dockerproxy.store.hosted_store import HostedStore
@@ -162,7 +163,7 @@ def test_step_cost_does_not_grow_with_the_registry(
     folder: Path, work: Operation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "sync", lambda: None)
-    monkeypatch.setattr(usage, "_RUN", 50)  # so that some are merged in a small cache, too
+    monkeypatch.setattr(lru_index, "_RUN_LENGTH", 50)  # so that some are merged in a small cache, too
     # No length: each step is a slice of its own.
     small, large = (max_calls(folder, work, size, -1) for size in (SMALL, LARGE))
     assert large["thread"] <= small["thread"] * 1.1

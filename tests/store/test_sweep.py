@@ -14,7 +14,7 @@ from twisted.internet.defer import CancelledError, Deferred
 
 from dockerproxy.oci.manifests import OCI_INDEX
 from dockerproxy.oci.names import Digest
-from dockerproxy.store import safe_delete as removal_module
+from dockerproxy.store import safe_delete as safe_delete_module
 from dockerproxy.store.cooperative import CooperativeThread, Progress
 from dockerproxy.store.hosted_store import HostedStore
 from dockerproxy.store.layout import Layout
@@ -143,7 +143,7 @@ def test_deletes_unreachable_objects(reactor: SteppedReactor, store: HostedStore
     age_blobs(store)
     sizes = {entry.digest: entry.size for entry in store.blobs.walk()}
     items: list[RemovedItem] = []
-    result = sweep(reactor, store, delete_untagged=True, watch=Progress(emit=items.append))
+    result = sweep(reactor, store, delete_untagged=True, progress=Progress(emit=items.append))
     assert stored_digests(store) == closure(TWO)
     deleted = closure(ONE, signature) - closure(TWO) | {Digest.of(stray)}
     assert (result.manifests, result.links) == (2, 4)
@@ -242,7 +242,7 @@ def test_retains_files_of_another_user(
     put_image(store, REPOSITORY, ONE)
     store.blobs.put(b"loose", Digest.of(b"loose"))
     age_blobs(store)
-    monkeypatch.setattr(removal_module.os, "geteuid", lambda: os.getuid() + 1000)
+    monkeypatch.setattr(safe_delete_module.os, "geteuid", lambda: os.getuid() + 1000)
     result = sweep(reactor, store, delete_untagged=True)
     assert (result.manifests, result.blobs, result.foreign, result.foreign_bytes) == (0, 0, 2, 5)
     assert stored_digests(store) == closure(ONE) | {Digest.of(b"loose")}
@@ -380,15 +380,15 @@ Change = Callable[[HostedStore], object]
 CONFIG = Digest.of(b"config1")
 
 
-def delete_blob(removal: SafeDelete) -> DeleteOutcome:
+def delete_blob(safe_delete: SafeDelete) -> DeleteOutcome:
     return safe_delete.delete_blob(CONFIG)[0]
 
 
-def unlink_layer(removal: SafeDelete) -> DeleteOutcome:
+def unlink_layer(safe_delete: SafeDelete) -> DeleteOutcome:
     return safe_delete.unlink_layer(REPOSITORY, CONFIG)
 
 
-def unlink_manifests(removal: SafeDelete) -> DeleteOutcome:
+def unlink_manifests(safe_delete: SafeDelete) -> DeleteOutcome:
     return safe_delete.unlink_manifests(REPOSITORY, [ONE.digest, TWO.digest])
 
 

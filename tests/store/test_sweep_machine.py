@@ -50,10 +50,10 @@ BY_DIGEST = {content.digest: content for content in MANIFESTS}
 REPOSITORIES, TAGS = ("one", "two/three"), ("v1", "v2")
 
 
-class MemoryTransport:
-    """A connection that keeps what is sent."""
+class MemoryChannel:
+    """A `RequestChannel` that keeps the bytes sent."""
 
-    client, secure, port, takes_files = "test", False, 0, False
+    client, secure, port, can_sendfile = "test", False, 0, False
 
     def __init__(self) -> None:
         self.sent = b""
@@ -61,14 +61,14 @@ class MemoryTransport:
     def write(self, data: bytes) -> None:
         self.sent += data
 
-    async def writable(self) -> None: ...
+    async def drain(self) -> None: ...
 
     def abort(self) -> None: ...
 
-    def overburdened(self) -> bool:
+    def exceeds_discard_limit(self) -> bool:
         return False
 
-    def finished(self) -> None: ...
+    def on_response_finished(self) -> None: ...
 
     def detach(self) -> Any: ...
 
@@ -91,7 +91,7 @@ class InMemoryRegistry:
         stream = ByteStream()
         stream.feed(body)
         stream.finish()
-        request = Request(MemoryTransport(), RequestHead(method, target, (1, 1), headers), stream if body else None)
+        request = Request(MemoryChannel(), RequestHead(method, target, (1, 1), headers), stream if body else None)
         try:
             await RegistryAPI(self.reactor).handle(request, route(request.path), self.hosted)
         except RegistryError as error:
@@ -125,7 +125,7 @@ class SweepMachine(RuleBasedStateMachine):
         # No length: each step is a slice of its own.
         self.sweeper = Sweeper(self.reactor, self.store, thread=CooperativeThread(self.reactor, slice_length=-1))
         self.sweep: Deferred[SweepResult] | None = None
-        self.in_progress: set[tuple[str, str | None]] = set()
+        self.pending_tags: set[tuple[str, str | None]] = set()
         self.tags: dict[tuple[str, str], ManifestTree] = {}
         self.failures: list[Any] = []
 
@@ -144,9 +144,9 @@ class SweepMachine(RuleBasedStateMachine):
         tag=st.sampled_from((*TAGS, *TAGS, None)),
     )
     def push(self, repository: str, content: ManifestTree, tag: str | None) -> None:
-        if tag is not None and (repository, tag) in self.in_progress:
+        if tag is not None and (repository, tag) in self.pending_tags:
             return
-        self.in_progress.add((repository, tag))
+        self.pending_tags.add((repository, tag))
         if tag is not None:
             self.tags.pop((repository, tag), None)
 
@@ -155,20 +155,20 @@ class SweepMachine(RuleBasedStateMachine):
             assert status == 201, f"{content.media_type} refused: {status}"
             if tag is not None:
                 self.tags[repository, tag] = content
-            self.in_progress.discard((repository, tag))
+            self.pending_tags.discard((repository, tag))
 
         Deferred.fromCoroutine(run()).addErrback(self.failures.append)
 
     @rule(repository=st.sampled_from(REPOSITORIES), tag=st.sampled_from(TAGS))
     def delete_tag(self, repository: str, tag: str) -> None:
-        if (repository, tag) in self.in_progress or (repository, tag) not in self.tags:
+        if (repository, tag) in self.pending_tags or (repository, tag) not in self.tags:
             return
-        self.in_progress.add((repository, tag))
+        self.pending_tags.add((repository, tag))
         del self.tags[repository, tag]
 
         async def run() -> None:
             assert await self.registry.request("DELETE", f"/v2/{repository}/manifests/{tag}") == 202
-            self.in_progress.discard((repository, tag))
+            self.pending_tags.discard((repository, tag))
 
         Deferred.fromCoroutine(run()).addErrback(self.failures.append)
 
@@ -206,7 +206,7 @@ class SweepMachine(RuleBasedStateMachine):
             self.reactor.run_one(0)
         assert self.sweep is None
         self.check()
-        assert not self.in_progress
+        assert not self.pending_tags
 
     # what has to hold
 

@@ -268,7 +268,7 @@ def test_resumes_a_session_of_distribution(uploads: Uploads, layout: Layout) -> 
 def test_the_number_of_saved_hashers_is_bounded(uploads: Uploads, monkeypatch: pytest.MonkeyPatch) -> None:
     from dockerproxy.store import uploads as module
 
-    monkeypatch.setattr(module, "_REMEMBERED", 2)
+    monkeypatch.setattr(module, "_MAX_HASHERS", 2)
     first, *rest = (start_upload(uploads, b"some") for _ in range(3))
     assert not uploads.resume(NAME, first).is_hashed("sha256")
     assert all(uploads.resume(NAME, session).is_hashed("sha256") for session in rest)
