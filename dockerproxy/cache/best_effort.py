@@ -21,7 +21,7 @@ def try_put(records: Records, value: Mapping[str, Any], *key: str) -> None:
     try:
         records.put(value, *key)
     except OSError as error:
-        log.warn("{kind} of {name} is not remembered: {why}", kind=key[0], name=key[1], why=error.strerror)
+        log.warn("{kind} of {name} is not remembered: {reason}", kind=key[0], name=key[1], reason=error.strerror)
 
 
 def try_remove(records: Records, *key: str) -> None:
@@ -29,7 +29,7 @@ def try_remove(records: Records, *key: str) -> None:
     try:
         records.remove(*key)
     except OSError as error:
-        log.warn("{kind} of {name} is not forgotten: {why}", kind=key[0], name=key[1], why=error.strerror)
+        log.warn("{kind} of {name} is not forgotten: {reason}", kind=key[0], name=key[1], reason=error.strerror)
 
 
 async def try_link(reactor: Any, write: Callable[..., None], repository: str, *arguments: Any) -> None:
@@ -37,4 +37,4 @@ async def try_link(reactor: Any, write: Callable[..., None], repository: str, *a
     try:
         await in_thread(reactor, write, repository, *arguments)
     except OSError as error:
-        log.warn("{repository} is not linked to its content: {why}", repository=repository, why=error.strerror)
+        log.warn("{repository} is not linked to its content: {reason}", repository=repository, reason=error.strerror)

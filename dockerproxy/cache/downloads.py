@@ -19,19 +19,17 @@ other's, and goes on by itself where the other process has died.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any
 
 from twisted.internet.defer import Deferred, DeferredLock
+from twisted.internet.task import deferLater
 from twisted.logger import Logger
 
-from dockerproxy.cache.following import _follow_ingest
 from dockerproxy.cache.ingests import DownloadInfo, Ingests
 from dockerproxy.cache.reader import WITHHELD_BYTES, BlobReader
-from dockerproxy.cache.recent import TailBuffer
 from dockerproxy.cache.resumable import PartialTooLong, ResumableGet
 from dockerproxy.cache.space import CacheSpace
-from dockerproxy.cache.syncing import BackgroundFsync
 from dockerproxy.cache.upstream import Principal, RegistryClient, UpstreamRepository
 from dockerproxy.concurrency import in_thread, spawn
 from dockerproxy.errors import RegistryError, UpstreamBroken
@@ -47,6 +45,9 @@ if TYPE_CHECKING:
 # 100 µs each time (with half as many, each byte takes 9 % more CPU time). Whoever waits for the beginning has that at
 # once.
 _MAX_WRITE_SIZE = 2 * 1024 * 1024
+_MIN_PIECE_SIZE = 64 * 1024  # bytes of a piece: smaller ones are read from the file, many at a time
+_FSYNC_THRESHOLD = 64 * 1024 * 1024  # bytes: 0.02 s for an NVMe disk
+_POLL_INTERVAL = 0.01  # seconds between two looks at the file
 _LEND_TIMEOUT = 5.0  # seconds for which a stranded flight keeps its connection open for a reader
 _INTERNAL_ERROR = "the download failed in this proxy itself: its log says why"
 
@@ -263,7 +264,7 @@ class BlobDownload:
             if ingest.size:
                 await in_thread(self._reactor, ingest.rehash)
         except OSError as error:
-            log.error("no ingest file for {digest}: {why}", digest=str(self.digest), why=error.strerror)
+            log.error("no ingest file for {digest}: {reason}", digest=str(self.digest), reason=error.strerror)
             if isinstance(ingest, Ingest):
                 ingest.release()
             self._close_file()
@@ -351,7 +352,10 @@ class BlobDownload:
             log.failure("download of {digest} failed", digest=str(self.digest))
             return
         log.warn(
-            "{digest} from {key} was not cached: {why}", digest=str(self.digest), key=self.repository.key, why=reason
+            "{digest} from {key} was not cached: {reason}",
+            digest=str(self.digest),
+            key=self.repository.key,
+            reason=reason,
         )
 
     def _close_file(self) -> None:
@@ -394,3 +398,108 @@ class Downloads:
         finally:
             del self._downloads[download.digest]
             download.end()
+
+
+async def _follow_ingest(
+    reactor: Any, download: BlobDownload, ingests: Ingests, foreign: ForeignIngest
+) -> Ingest | None:
+    """Let the readers of `flight` have what comes, to the end of it.
+
+    Return the right to go on where the other process has died, None where it published the blob or gave it up. Raise
+    `UpstreamBroken` where it took back what readers have a part of.
+    """
+    ingest = None
+    try:
+        while foreign.in_progress and (ingest := foreign.try_take_over()) is None:
+            _update_from(download, ingests, foreign)
+            await deferLater(reactor, _POLL_INTERVAL)
+        _update_from(download, ingests, foreign)
+    except BaseException:
+        if ingest is not None:
+            ingest.release()
+        raise
+    finally:
+        if ingest is None:
+            foreign.close()
+    return ingest
+
+
+def _update_from(download: BlobDownload, ingests: Ingests, foreign: ForeignIngest) -> None:
+    if not download.started and (info := ingests.read_info(download.digest)) is not None:
+        download.mark_started(info)
+    size = foreign.size
+    if size < download.written:
+        # What readers have of it was never hashed.
+        raise UpstreamBroken(f"another process took back what it had received of {download.digest}")
+    if size > download.written:
+        download.grow(size)
+
+
+class TailBuffer:
+    """The pieces of the last two writes, by their offset in the file."""
+
+    def __init__(self) -> None:
+        self._previous_write: list[tuple[int, bytes]] = []
+        self._last_write: list[tuple[int, bytes]] = []
+
+    def add(self, offset: int, pieces: Sequence[bytes]) -> None:
+        """Take `pieces`, which were written at `offset`, and forget those of the write before the last."""
+        self._previous_write, self._last_write = self._last_write, []
+        for piece in pieces:
+            if len(piece) >= _MIN_PIECE_SIZE:
+                self._last_write.append((offset, piece))
+            offset += len(piece)
+
+    def get(self, offset: int, at_most: int) -> memoryview | None:
+        """Return bytes from `offset` on, at least one; None where they are not here."""
+        for pieces in (self._last_write, self._previous_write):
+            for start, piece in pieces:
+                if start <= offset < start + len(piece):
+                    return memoryview(piece)[offset - start : offset - start + at_most]
+        return None
+
+    def clear(self) -> None:
+        """Forget all."""
+        self._previous_write, self._last_write = [], []
+
+
+class BackgroundFsync:
+    """Syncs one ingest again and again as it grows.
+
+    `turn` is shared: only one file is synced at a time, or a slow disk would hold every thread that there is.
+    """
+
+    def __init__(self, reactor: Any, lock: DeferredLock) -> None:
+        self._reactor = reactor
+        self._lock = lock
+        self._synced_size = 0
+        self._running: Deferred[None] | None = None
+        self._error: OSError | None = None
+
+    def start_if_due(self, ingest: Ingest) -> None:
+        """Have the disk take what is there, where that is much, and it is not busy with that already."""
+        if ingest.size - self._synced_size >= _FSYNC_THRESHOLD and not self._lock.locked:
+            self._synced_size = ingest.size
+            self._running = spawn(self._sync(ingest.reader()), "to sync a download")
+
+    async def finish(self, ingest: Ingest) -> None:
+        """Have the disk take the rest. Raise the OSError that any of it met: the kernel tells each only once."""
+        if self._running is not None:
+            await self._running
+        if self._error is not None:
+            raise self._error
+        await in_thread(self._reactor, _sync_and_close, ingest.reader())
+
+    async def _sync(self, descriptor: int) -> None:
+        async with self._lock:
+            try:
+                await in_thread(self._reactor, _sync_and_close, descriptor)
+            except OSError as error:
+                self._error = error
+
+
+def _sync_and_close(descriptor: int) -> None:
+    try:
+        os.fdatasync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -12,7 +12,6 @@ from twisted.logger import Logger
 from dockerproxy.cache.access import Access, AccessState
 from dockerproxy.cache.best_effort import try_link, try_put, try_remove
 from dockerproxy.cache.freshness import Freshness
-from dockerproxy.cache.remembered import ManifestMemoryCache
 from dockerproxy.cache.upstream import Principal, RegistryClient, UpstreamResponse, error_from_response, is_denial
 from dockerproxy.concurrency import KeyedLock, SingleFlight, in_thread
 from dockerproxy.errors import (
@@ -41,6 +40,10 @@ from dockerproxy.store.links import Links
 from dockerproxy.store.records import Records
 
 _MAX_TAG_ENTRIES = 16  # for one tag: so many different sets of media types are remembered
+_MEMORY_TTL = 30.0  # seconds; reading it again dates its last use, and finds the media type that another process wrote
+_MEMORY_MAX_MANIFEST = 256 * 1024  # bytes of a manifest; those of images have some KiB
+_MEMORY_MAX_TOTAL = 4 * 1024 * 1024  # bytes of all
+_MEMORY_ENTRY_OVERHEAD = 1024  # bytes that an entry takes besides its content, about
 
 log = Logger()
 
@@ -111,7 +114,7 @@ class CachedManifests:
             return await self._request("GET", principal, digest, accept)
         except RegistryError as error:
             if stored_manifest is not None and is_outage(error) and self._access.had_access(principal):
-                return evolve(stored_manifest, verdict="STALE")
+                return evolve(stored_manifest, cache_status="STALE")
             raise
 
     # by tag: upstream says what it names, unless it said so a short while ago or cannot say it
@@ -169,7 +172,7 @@ class CachedManifests:
             if entry is exact or accepts(media_types, entry.media_type):
                 stored_manifest = await self._load(key, entry.digest, entry.media_type)
                 if stored_manifest is not None:
-                    return evolve(stored_manifest, verdict="STALE")
+                    return evolve(stored_manifest, cache_status="STALE")
         return None
 
     # upstream
@@ -206,7 +209,7 @@ class CachedManifests:
             stored_manifest = (
                 await self._load(key, entry.digest, entry.media_type) if entry is not None and fresh else None
             )
-        return evolve(stored_manifest, verdict="JOINED") if stored_manifest is not None else None
+        return evolve(stored_manifest, cache_status="JOINED") if stored_manifest is not None else None
 
     async def _request_upstream(
         self, method: str, principal: Principal, reference: Reference, accept: list[str]
@@ -343,7 +346,7 @@ class CachedManifests:
             await in_thread(self._reactor, self._links.link_manifest, key, digest, media_type)
             self._memory_cache.remove(key, digest)  # it may have had another media type
         except OSError as error:
-            log.warn("{digest} was not cached: {why}", digest=str(digest), why=error.strerror)
+            log.warn("{digest} was not cached: {reason}", digest=str(digest), reason=error.strerror)
         else:
             self._on_stored(digest, len(content))
 
@@ -370,7 +373,7 @@ class CachedManifests:
 
 def _mark_revalidated(stored_manifest: ManifestResponse, head_result: ManifestResponse) -> ManifestResponse:
     """Return what is kept, as upstream says by the answer to a HEAD that it is still."""
-    return evolve(stored_manifest, media_type=head_result.media_type, verdict="REVALIDATED")
+    return evolve(stored_manifest, media_type=head_result.media_type, cache_status="REVALIDATED")
 
 
 def _digest_field(response: UpstreamResponse) -> Digest | None:
@@ -384,3 +387,41 @@ def _media_type_field(response: UpstreamResponse) -> str | None:
     """Return the media type that upstream says, unless it says as good as nothing."""
     media_type = (response.headers.get("content-type") or "").partition(";")[0].strip().lower()
     return None if media_type in ("", "application/json", "application/octet-stream", "text/plain") else media_type
+
+
+class ManifestMemoryCache:
+    """Manifests by repository and digest, for a while. `clock` is in seconds.
+
+    That a repository has a manifest is not remembered: what was removed has to be gone at once, in all processes.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._entries: dict[tuple[str, Digest], tuple[float, ManifestResponse]] = {}  # the oldest first
+        self._size = 0
+
+    def get(self, key: str, digest: Digest) -> ManifestResponse | None:
+        """Return what was added a short while ago, None where nothing was."""
+        entry = self._entries.get((key, digest))
+        if entry is None:
+            return None
+        if not 0 <= self._clock() - entry[0] < _MEMORY_TTL:  # or the clock was set back
+            self.remove(key, digest)
+            return None
+        return entry[1]
+
+    def add(self, key: str, manifest: ManifestResponse) -> None:
+        """Remember an answer with its content, unless that is unusually large."""
+        self.remove(key, manifest.digest)
+        if manifest.size > _MEMORY_MAX_MANIFEST:
+            return
+        self._entries[key, manifest.digest] = self._clock(), manifest
+        self._size += manifest.size + _MEMORY_ENTRY_OVERHEAD
+        while self._size > _MEMORY_MAX_TOTAL:
+            self.remove(*next(iter(self._entries)))
+
+    def remove(self, key: str, digest: Digest) -> None:
+        """Forget a manifest."""
+        entry = self._entries.pop((key, digest), None)
+        if entry is not None:
+            self._size -= entry[1].size + _MEMORY_ENTRY_OVERHEAD

@@ -116,8 +116,8 @@ class ResumableGet:
 
     async def _back_off(self, seconds: float, error: RegistryError) -> None:
         log.info(
-            "{digest} broke off at byte {offset} ({why}): going on in {seconds} s",
-            digest=str(self._digest), offset=self.offset, why=error.message, seconds=seconds,
+            "{digest} broke off at byte {offset} ({reason}): going on in {seconds} s",
+            digest=str(self._digest), offset=self.offset, reason=error.message, seconds=seconds,
         )  # fmt: skip
         await deferLater(self._clock, seconds)
 

@@ -219,7 +219,7 @@ class CacheSpaceManager:
 
 
 def _log_removal_error(digest: Digest, error: OSError) -> None:
-    log.error("{digest} cannot be removed: {why}", digest=str(digest), why=error.strerror)
+    log.error("{digest} cannot be removed: {reason}", digest=str(digest), reason=error.strerror)
 
 
 def _ingest_entry(layout: Layout, digest: Digest) -> Entry | None:

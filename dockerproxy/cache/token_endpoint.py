@@ -13,6 +13,7 @@ from twisted.internet.interfaces import IConsumer
 from twisted.web.iweb import IBodyProducer
 from zope.interface import implementer
 
+from dockerproxy.cache.access import STALE_GRANT_TTL
 from dockerproxy.cache.best_effort import try_put, try_remove
 from dockerproxy.cache.challenges import Realm
 from dockerproxy.cache.identity import PUBLIC, TOKEN_LIFETIME, Identities
@@ -25,7 +26,6 @@ from dockerproxy.oci.names import Host, Registry
 from dockerproxy.store.records import Records
 
 _MAX_RESPONSE = 256 * 1024
-_STALE_CLIENT_TTL = 86400.0  # seconds for which a client that proved itself is believed while the realm cannot be asked
 _SAVE_INTERVAL = 300.0
 _MAX_FORM_FIELDS = 50
 
@@ -119,7 +119,7 @@ class TokenEndpoint:
             try_put(self._records, {"at": now}, "client", str(registry), identity)
 
     def _authenticated_recently(self, registry: Registry, identity: str) -> bool:
-        return 0 <= self._clock() - self._last_authenticated(registry, identity) < _STALE_CLIENT_TTL
+        return 0 <= self._clock() - self._last_authenticated(registry, identity) < STALE_GRANT_TTL
 
     def _last_authenticated(self, registry: Registry, identity: str) -> float:
         at = (self._records.get("client", str(registry), identity) or {}).get("at")

@@ -22,7 +22,7 @@ from dockerproxy.errors import (
     UpstreamUnreachable,
 )
 from dockerproxy.oci.names import Digest
-from tests.cache.support.harness import HUB, OTHER, CacheHarness, ManualReader, read_all
+from tests.cache.support.harness import HUB, OTHER, CacheHarness, ManualReader, await_deferred, read_all
 from tests.cache.support.upstream import (
     Gate,
     ScriptedResponse,
@@ -78,21 +78,17 @@ def test_concurrent_requests_share_one_download(harness: CacheHarness) -> None:
     cache_statuses = []
     for deferred in deferreds:
         result = harness.run(await_deferred(deferred))
-        cache_statuses.append(result.verdict)
+        cache_statuses.append(result.cache_status)
         readers.append(ManualReader(harness, result.content))
         assert result.size == len(DATA)
     response.send_rest()
     harness.reactor.run_due_calls()
     for reader in readers:
-        reader.resume_reading()
+        reader.read_available()
         assert reader.data == DATA
         reader.disconnect()
     assert cache_statuses == ["MISS"] + ["JOINED"] * 24
     assert requested_methods(harness) == ["GET"]
-
-
-async def await_deferred(deferred: Deferred[Any]) -> Any:
-    return await deferred
 
 
 def test_request_at_completion_is_a_hit(harness: CacheHarness) -> None:
@@ -114,18 +110,18 @@ def test_request_at_completion_is_a_hit(harness: CacheHarness) -> None:
     reader.read_available()
     assert len(restarted) == 1
     response = harness.run(await_deferred(restarted[0]))
-    assert response.verdict == "HIT"
+    assert response.cache_status == "HIT"
     response.content.close()
     reader.disconnect()
 
 
 def test_head(harness: CacheHarness) -> None:
     response = harness.run(harness.blob(DIGEST, head=True))
-    assert (response.size, response.content, response.verdict) == (len(DATA), None, "MISS")
+    assert (response.size, response.content, response.cache_status) == (len(DATA), None, "MISS")
     assert requested_methods(harness) == ["HEAD"]
     harness.fetch(DIGEST)
     response = harness.run(harness.blob(DIGEST, head=True))
-    assert (response.size, response.content, response.verdict) == (len(DATA), None, "HIT")
+    assert (response.size, response.content, response.cache_status) == (len(DATA), None, "HIT")
     assert requested_methods(harness) == ["HEAD", "GET"]
 
 
@@ -186,7 +182,7 @@ def test_other_repository_joins_after_grant(harness: CacheHarness) -> None:
     harness.upstream.on("GET", APP, respond_streaming)
     first = harness.run(harness.blob(DIGEST))
     second = harness.run(harness.blob(DIGEST, COPY))
-    assert second.verdict == "JOINED"
+    assert second.cache_status == "JOINED"
     with pytest.raises(UpstreamRefused):
         harness.run(harness.blob(DIGEST, "library/not-there"))
     readers = [ManualReader(harness, response.content) for response in (first, second)]
@@ -206,7 +202,7 @@ def test_other_client_joins_after_grant(harness: CacheHarness) -> None:
     second = harness.run(harness.blob(DIGEST, authorization=BOB))
     with pytest.raises(UpstreamRefused):
         harness.run(harness.blob(DIGEST, authorization=None))
-    assert [first.verdict, second.verdict] == ["MISS", "JOINED"]
+    assert [first.cache_status, second.cache_status] == ["MISS", "JOINED"]
     assert [(one.method, one.requester) for one in harness.upstream.requests_matching(pattern="blobs")] == [
         ("GET", ALICE), ("HEAD", BOB), ("HEAD", None),
     ]  # fmt: skip
@@ -321,14 +317,14 @@ def test_long_download_grants_from_its_start(harness: CacheHarness) -> None:
 def test_joining_download_of_unknown_length(harness: CacheHarness) -> None:
     """There is nothing to compare upstream's answer with before its end: so that is waited for."""
     harness.upstream.repository(f"{HUB}/{COPY}").put_blob(DATA)
-    harness.upstream.on("GET", APP, lambda asked, data: ScriptedResponse(200, DATA, length=None, sent=100))
+    harness.upstream.on("GET", APP, lambda request, data: ScriptedResponse(200, DATA, length=None, sent=100))
     first = harness.run(harness.blob(DIGEST))
     second = harness.start(harness.blob(DIGEST, COPY))
     assert not second.called
     harness.upstream.responses[0].send_rest()
     harness.reactor.run_due_calls()
     response = harness.run(await_deferred(second))
-    assert response.verdict == "REVALIDATED"
+    assert response.cache_status == "REVALIDATED"
     assert harness.run(read_all(response.content)) == DATA
     first.content.close()
     response.content.close()
@@ -356,7 +352,7 @@ def test_redirect_is_followed_before_grant(harness: CacheHarness) -> None:
     """registry.k8s.io redirects any name and digest: whoever knows a digest would get what is cached of anyone's."""
     harness.upstream.repository(f"{HUB}/{APP}").readers = {ALICE}
     harness.fetch(DIGEST, authorization=ALICE)
-    redirect_blobs(harness, lambda asked, data: error_response(404))
+    redirect_blobs(harness, lambda request, data: error_response(404))
     with pytest.raises(UpstreamRefused) as excinfo:
         harness.run(harness.blob(DIGEST, COPY))
     assert excinfo.value.status == 404
@@ -366,7 +362,8 @@ def test_redirect_is_followed_before_grant(harness: CacheHarness) -> None:
 def test_redirect_to_url_signed_for_get(harness: CacheHarness) -> None:
     harness.fetch(DIGEST)
     redirect_blobs(
-        harness, lambda asked, data: serve_content(asked, "", data) if asked.method == "GET" else error_response(403)
+        harness,
+        lambda request, data: serve_content(request, "", data) if request.method == "GET" else error_response(403),
     )
     harness.upstream.clear_requests()
     assert harness.fetch(DIGEST, COPY) == ("REVALIDATED", DATA)
@@ -378,7 +375,7 @@ def test_redirect_to_url_signed_for_get(harness: CacheHarness) -> None:
 
 
 def test_head_of_redirected_blob(harness: CacheHarness) -> None:
-    redirect_blobs(harness, lambda asked, data: serve_content(asked, "", data))
+    redirect_blobs(harness, lambda request, data: serve_content(request, "", data))
     response = harness.run(harness.blob(DIGEST, COPY, head=True))
     assert (response.size, response.content) == (len(DATA), None)
 
@@ -393,14 +390,16 @@ def test_upstream_without_head(harness: CacheHarness, status: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "answer",
+    "response",
     [
-        lambda asked, data: (
-            ScriptedResponse(200, DATA, length=None) if asked.method == "GET" else ScriptedResponse(200, length=None)
+        lambda request, data: (
+            ScriptedResponse(200, DATA, length=None) if request.method == "GET" else ScriptedResponse(200, length=None)
         ),
-        lambda asked, data: ScriptedResponse(200, DATA) if asked.method == "GET" else ScriptedResponse(200, length=0),
-        lambda asked, data: (
-            serve_content(asked, "", data) if asked.method == "GET" else ScriptedResponse(200, length=7)
+        lambda request, data: (
+            ScriptedResponse(200, DATA) if request.method == "GET" else ScriptedResponse(200, length=0)
+        ),
+        lambda request, data: (
+            serve_content(request, "", data) if request.method == "GET" else ScriptedResponse(200, length=7)
         ),
     ],
     ids=["no length at all", "a HEAD of length 0, no ranges", "a HEAD of another length"],
@@ -422,15 +421,15 @@ def test_empty_blob_answers_416(harness: CacheHarness) -> None:
 
 
 @pytest.mark.parametrize(
-    "answer",
+    "response",
     [
         captive_portal,
-        lambda asked, data: ScriptedResponse(200, b"<html>" * (asked.method == "GET"), length=None),
-        lambda asked, data: ScriptedResponse(206, b"<", {"content-range": "bytes 0-0/5"}),
-        lambda asked, data: ScriptedResponse(206, b"<", {"content-range": "bytes 0-0/*"}),
-        lambda asked, data: ScriptedResponse(206, b"<"),
-        lambda asked, data: (
-            ScriptedResponse(200, b"x" * 5000, length=None) if asked.method == "GET" else error_response(307)
+        lambda request, data: ScriptedResponse(200, b"<html>" * (request.method == "GET"), length=None),
+        lambda request, data: ScriptedResponse(206, b"<", {"content-range": "bytes 0-0/5"}),
+        lambda request, data: ScriptedResponse(206, b"<", {"content-range": "bytes 0-0/*"}),
+        lambda request, data: ScriptedResponse(206, b"<"),
+        lambda request, data: (
+            ScriptedResponse(200, b"x" * 5000, length=None) if request.method == "GET" else error_response(307)
         ),
     ],
     ids=["page", "page of untold length", "another size", "untold size", "no Content-Range", "redirect to a page"],
@@ -458,7 +457,7 @@ def test_unverified_response_grants_nothing(harness: CacheHarness, response: Any
 
 def test_huge_content_length_is_ignored(harness: CacheHarness) -> None:
     harness.upstream.on(
-        "HEAD", "blobs", lambda asked, data: ScriptedResponse(200, fields={"content-length": "9" * 5000}, length=None)
+        "HEAD", "blobs", lambda request, data: ScriptedResponse(200, fields={"content-length": "9" * 5000}, length=None)
     )
     assert harness.run(harness.blob(DIGEST, head=True)).size == len(DATA)
 
@@ -488,7 +487,7 @@ def test_denial_on_refetch(harness: CacheHarness) -> None:
 
 
 @pytest.mark.parametrize(
-    "trouble",
+    "failure",
     [
         raise_error(UpstreamUnreachable("gone")),
         respond_with(500),
@@ -526,7 +525,7 @@ def test_joining_during_outage_does_not_renew_grant(harness: CacheHarness) -> No
     harness.reactor.advance(GRANT_TTL)
     harness.upstream.go_down()
     second = harness.run(harness.blob(DIGEST))
-    assert second.verdict == "JOINED"
+    assert second.cache_status == "JOINED"
     assert harness.access.state(f"{HUB}/{APP}", "public") is AccessState.GRANTED_STALE
     first.content.close()
     second.content.close()
@@ -559,7 +558,7 @@ def test_cancel_during_upstream_check(harness: CacheHarness) -> None:
     gate.open()
     harness.reactor.run_due_calls()
     response = harness.run(await_deferred(staying))
-    assert response.verdict == "REVALIDATED"
+    assert response.cache_status == "REVALIDATED"
     assert len(harness.upstream.requests_matching("HEAD", COPY)) == 1
     response.content.close()
 
@@ -568,7 +567,7 @@ def serve_response(request: Any, data: Any) -> ScriptedResponse:
     return serve_content(request, "", data)
 
 
-@pytest.mark.parametrize("moment", range(12))
+@pytest.mark.parametrize("step_count", range(12))
 @pytest.mark.parametrize("head", [False, True])
 @pytest.mark.parametrize("stored", [False, True])
 def test_cancel_at_every_step(

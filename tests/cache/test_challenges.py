@@ -59,7 +59,7 @@ def test_concurrent_requests_share_one_fetch(harness: CacheHarness) -> None:
     assert len(harness.upstream.requests) == 1
 
 
-@pytest.mark.parametrize("trouble", [respond_with(500), respond_with(429)])
+@pytest.mark.parametrize("failure", [respond_with(500), respond_with(429)])
 def test_cached_challenge_is_used_during_outage(
     harness: CacheHarness, make_harness: Callable[..., CacheHarness], failure: Any
 ) -> None:
@@ -249,7 +249,7 @@ def test_realm_parse(url: str, realm: Realm | None) -> None:
 
 
 def test_realm_comes_from_challenge(harness: CacheHarness) -> None:
-    harness.upstream.on("GET", "^/v2/$", lambda asked, data: error_response(401, www_authenticate=BEARER))
+    harness.upstream.on("GET", "^/v2/$", lambda request, data: error_response(401, www_authenticate=BEARER))
     assert harness.challenges.realm(OTHER) is None
     get_challenges(harness)
     assert harness.challenges.realm(OTHER) == Realm(Registry.parse("auth.other.example"), "/token")

@@ -141,7 +141,7 @@ def test_blob_sizes(harness: CacheHarness, algorithm: str, size: int) -> None:
             readers.append(reader(harness, download))
             readers[0].read()
     harness.reactor.pool.release()
-    readers[0].resume_reading()
+    readers[0].read_available()
     assert (readers[0].data, readers[0].ended) == (data, True)
     readers[0].disconnect()
     assert harness.blobs.size(digest) == size
@@ -224,7 +224,7 @@ def test_on_verified_runs_during_fsync_and_before_publish(
         await done
         steps.append("landed")
 
-    monkeypatch.setattr(Ingest, "publish", publish_and_record)
+    monkeypatch.setattr(Ingest, "commit", publish_and_record)
     harness.upstream.on("GET", "", respond_streaming)
     download = start(harness, on_verified=on_verified)
     harness.reactor.pool.hold()
@@ -251,7 +251,7 @@ def test_failing_on_verified_does_not_prevent_commit(harness: CacheHarness, log_
 
 
 def test_unknown_length(harness: CacheHarness) -> None:
-    harness.upstream.on("GET", "", lambda asked, data: ScriptedResponse(200, DATA, length=None, sent=100))
+    harness.upstream.on("GET", "", lambda request, data: ScriptedResponse(200, DATA, length=None, sent=100))
     download = start(harness)
     assert download.size is None
     size_known = Deferred.fromCoroutine(download.wait_size())
@@ -337,7 +337,7 @@ def test_joining_at_every_step_of_commit(harness: CacheHarness) -> None:
     assert download.open_reader(harness.repository()) is None
     assert len(readers) == 3  # while it was written, synced and renamed
     for one in readers:
-        one.resume_reading()
+        one.read_available()
         assert one.data == DATA
         one.disconnect()
 
@@ -388,7 +388,7 @@ def test_final_failure_reaches_all_readers(harness: CacheHarness, log_lines: lis
     for one in readers:
         one.read_available()
         one.read()
-    late = Deferred.fromCoroutine(readers[0].content.settled())
+    late = Deferred.fromCoroutine(readers[0].content.wait_verified())
     harness.upstream.go_down()
     response.disconnect()
     harness.advance(20)
@@ -417,9 +417,8 @@ def test_partial_download_is_resumed_next_time(harness: CacheHarness) -> None:
 
 @pytest.mark.parametrize("wrong", [DATA[:-1] + b"!", b"!" + DATA[1:]])
 def test_corrupt_content_is_never_completed(harness: CacheHarness, wrong: bytes) -> None:
-    harness.upstream.on("GET", "", lambda asked, data: ScriptedResponse(200, wrong, sent=0))
+    harness.upstream.on("GET", "", lambda request, data: ScriptedResponse(200, wrong, sent=0))
     download = start(harness)
-    landings: list[int] = []
     readers = [reader(harness, download, start) for start in (0, 0, 70_000)]
     response = harness.upstream.responses[0]
     send(harness, response, 5000)
@@ -431,13 +430,13 @@ def test_corrupt_content_is_never_completed(harness: CacheHarness, wrong: bytes)
         assert one.data == wrong[one.start : -1]
         one.disconnect()
     assert not harness.blobs.exists(DIGEST)
-    assert harness.ingest_files == landings == []
+    assert harness.ingest_files == []
     harness.upstream.reset()
     assert harness.fetch(DIGEST)[1] == DATA
 
 
 def test_corrupt_content_of_unknown_length(harness: CacheHarness) -> None:
-    harness.upstream.on("GET", "", lambda asked, data: ScriptedResponse(200, DATA + b"more", length=None))
+    harness.upstream.on("GET", "", lambda request, data: ScriptedResponse(200, DATA + b"more", length=None))
     with pytest.raises(UpstreamBroken):
         harness.fetch(DIGEST)
     assert not harness.blobs.exists(DIGEST)
@@ -453,7 +452,7 @@ def test_html_page_is_rejected(harness: CacheHarness) -> None:
 def test_small_blob_is_verified_first(harness: CacheHarness) -> None:
     download, response = start_streaming(harness)
     one = reader(harness, download)
-    verified = Deferred.fromCoroutine(one.content.settled())
+    verified = Deferred.fromCoroutine(one.content.wait_verified())
     assert not verified.called
     end(harness, response)
     assert verified.called
@@ -470,7 +469,7 @@ def test_error_before_start(harness: CacheHarness, status: int) -> None:
     assert harness.space.index.total == 0
 
 
-@pytest.mark.parametrize(("status", "told"), [(429, 429), (500, 502), (503, 502)])
+@pytest.mark.parametrize(("status", "expected_status"), [(429, 429), (500, 502), (503, 502)])
 def test_outage_before_start(harness: CacheHarness, status: int, expected_status: int) -> None:
     harness.upstream.on("GET", "", respond_with(status, retry_after="9"))
     download = start(harness)
@@ -535,9 +534,9 @@ def test_complete_partial_file_still_needs_grant(harness: CacheHarness) -> None:
 
 
 @pytest.mark.parametrize(
-    "left", [DATA + b"more", DATA + bytes(100_000), DATA[:-1] + b"!"], ids=["longer", "much longer", "damaged"]
+    "partial_data", [DATA + b"more", DATA + bytes(100_000), DATA[:-1] + b"!"], ids=["longer", "much longer", "damaged"]
 )
-@pytest.mark.parametrize("behaviour", [None, ignore_range, without_length], ids=["ranges", "no ranges", "untold"])
+@pytest.mark.parametrize("responder", [None, ignore_range, without_length], ids=["ranges", "no ranges", "untold"])
 def test_mismatched_partial_file_is_discarded(harness: CacheHarness, partial_data: bytes, responder: Any) -> None:
     leave_partial(harness, partial_data)
     if responder is not None:
@@ -696,7 +695,7 @@ def test_unopenable_ingest(harness: CacheHarness, monkeypatch: pytest.MonkeyPatc
     def refuse(ingests: Ingests, digest: Digest) -> Ingest | None:
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(Ingests, "enter", refuse)
+    monkeypatch.setattr(Ingests, "acquire", refuse)
     assert harness.fetch(DIGEST) == ("MISS", DATA)
     assert len(harness.upstream.requests_matching("GET", "blobs")) == 1
     assert not harness.blobs.exists(DIGEST)
@@ -716,7 +715,7 @@ def test_publish_fails(harness: CacheHarness, monkeypatch: pytest.MonkeyPatch) -
     def fail(ingest: Ingest, blobs: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Ingest, "publish", fail)
+    monkeypatch.setattr(Ingest, "commit", fail)
     for untold_length in (False, True):
         if untold_length:
             harness.upstream.on("GET", "", without_length)
@@ -730,7 +729,7 @@ def test_publish_fails(harness: CacheHarness, monkeypatch: pytest.MonkeyPatch) -
 
 def test_background_fsync(harness: CacheHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is published before that has ended, for it may bring an error."""
-    monkeypatch.setattr("dockerproxy.cache.syncing._AT_ONCE", 5000)
+    monkeypatch.setattr("dockerproxy.cache.downloads._FSYNC_THRESHOLD", 5000)
     download, response = start_streaming(harness, sent=4999)
     harness.reactor.pool.hold()
     send(harness, response, 1)
@@ -753,7 +752,7 @@ def test_fsync_error_prevents_publish(
     harness: CacheHarness, monkeypatch: pytest.MonkeyPatch, log_lines: list[str]
 ) -> None:
     """The kernel reports that once: to sync again would seem to succeed."""
-    monkeypatch.setattr("dockerproxy.cache.syncing._AT_ONCE", 5000)
+    monkeypatch.setattr("dockerproxy.cache.downloads._FSYNC_THRESHOLD", 5000)
     errors = [OSError(errno.EIO, "Input/output error")]
 
     def fail(fd: int) -> None:
@@ -775,7 +774,7 @@ def test_reader_survives_failed_publish(harness: CacheHarness, monkeypatch: pyte
     def fail(ingest: Ingest, blobs: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Ingest, "publish", fail)
+    monkeypatch.setattr(Ingest, "commit", fail)
     download, response = start_streaming(harness, sent=3000)
     one, late = reader(harness, download), reader(harness, download)
     one.read_available()
@@ -818,7 +817,7 @@ def test_blob_of_unknown_length_larger_than_cache(make_harness: Callable[..., Ca
     """What grows is counted, or one answer without a length fills the disk."""
     harness = make_harness(limit=50_000)
     harness.upstream.repository(f"{HUB}/{NAME}").put_blob(DATA)
-    harness.upstream.on("GET", "", lambda asked, data: ScriptedResponse(200, DATA, length=None, sent=30_000), times=1)
+    harness.upstream.on("GET", "", lambda request, data: ScriptedResponse(200, DATA, length=None, sent=30_000), times=1)
     download = start(harness)
     response = harness.upstream.responses[0]
     one = reader(harness, download)
@@ -847,7 +846,9 @@ def test_expired_token_of_first_client(harness: CacheHarness) -> None:
     harness.upstream.on(
         "GET",
         "",
-        lambda asked, data: error_response(401) if asked.requester != "Bearer good" else ignore_range(asked, data),
+        lambda request, data: (
+            error_response(401) if request.requester != "Bearer good" else ignore_range(request, data)
+        ),
     )
     response.disconnect()
     harness.advance(2)
@@ -876,7 +877,7 @@ def test_internal_error_before_request(harness: CacheHarness, monkeypatch: pytes
     def fail(ingests: Ingests, digest: Digest) -> Ingest | None:
         raise RuntimeError("a mistake in this program")
 
-    monkeypatch.setattr(Ingests, "enter", fail)
+    monkeypatch.setattr(Ingests, "acquire", fail)
     download = start(harness)
     [error] = wait_started_outcome(download)
     assert type(error) is RegistryError and error.status == 500
@@ -884,7 +885,7 @@ def test_internal_error_before_request(harness: CacheHarness, monkeypatch: pytes
     assert harness.downloads.get(DIGEST) is None
 
 
-@pytest.mark.parametrize("method", ["append", "verify", "publish"])
+@pytest.mark.parametrize("method", ["append", "verify", "commit"])
 def test_internal_error_during_download(harness: CacheHarness, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
     """Readers go on by themselves, as with a full disk: the hash is checked, so it is all the same to them."""
 

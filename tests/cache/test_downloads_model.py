@@ -32,7 +32,7 @@ operations = st.one_of(
     st.tuples(st.just("join"), sizes),
     st.tuples(st.just("read"), numbers),
     st.tuples(st.just("advance"), st.sampled_from([0.25, 1.0, 6.0])),
-    st.tuples(st.just("upstream"), st.sampled_from(["honest", "rangeless", "untold", "failing", "refusing"])),
+    st.tuples(st.just("upstream"), st.sampled_from(["honest", "ignore-range", "no-length", "failure", "denial"])),
 )
 
 
@@ -57,13 +57,13 @@ class DownloadModel:
             ingest.release()
 
     def respond(self, request: ReceivedRequest, data: bytes | None) -> ScriptedResponse:
-        if self.behaviour == "failing":
+        if self.behaviour == "failure":
             return ScriptedResponse(503)
-        if self.behaviour == "refusing":
+        if self.behaviour == "denial":
             return ScriptedResponse(401)
-        if self.behaviour == "rangeless":
+        if self.behaviour == "ignore-range":
             return ScriptedResponse(200, self.data, sent=0)
-        if self.behaviour == "untold" and request.range is None:
+        if self.behaviour == "no-length" and request.range is None:
             return ScriptedResponse(200, self.data, length=None, sent=0)
         return serve_content(request, "", self.data, sent=0)
 
@@ -86,7 +86,7 @@ class DownloadModel:
             self.expect_success &= self.disconnects < 6
         elif name == "upstream":
             self.behaviour = value
-            self.expect_success &= value not in ("failing", "refusing")
+            self.expect_success &= value not in ("failure", "denial")
         elif name == "disk":
             self.full = value
         elif name == "hold":
@@ -151,7 +151,7 @@ _append = Ingest.append
 @given(
     steps=st.lists(operations, max_size=60),
     wrong=st.booleans(),
-    left=st.sampled_from([0, 0, 1, 1000, SIZE]),
+    partial_size=st.sampled_from([0, 0, 1, 1000, SIZE]),
     limit=st.sampled_from([1 << 20, SIZE, SIZE - 1, 0]),
 )
 def test_readers_get_only_correct_content(

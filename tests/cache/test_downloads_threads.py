@@ -15,6 +15,7 @@ from twisted.internet.defer import Deferred, gatherResults
 from twisted.internet.task import deferLater
 from twisted.trial.unittest import TestCase
 
+from dockerproxy.cache import resumable
 from dockerproxy.oci.names import Digest
 from tests.cache.support.harness import HUB, CacheHarness
 from tests.cache.support.upstream import ReceivedRequest, ScriptedResponse, ScriptedUpstream, serve_content
@@ -26,7 +27,7 @@ class DownloadsTests(TestCase):
     timeout = 60
 
     def setUp(self) -> None:
-        self.patch(download, "_PAUSES", (0.001,) * 6)
+        self.patch(resumable, "_RETRY_DELAYS", (0.001,) * 6)
         self.folder = Path(tempfile.mkdtemp())
         self.addCleanup(shutil.rmtree, self.folder)
         self.random = random.Random(7)

@@ -38,7 +38,7 @@ class TwoProcesses:
         self.upstream.repository(f"{HUB}/{NAME}").put_blob(DATA)
         self.upstream.on("GET", str(DIGEST), respond_streaming, times=1)
         self.download = self._start(self.writer)
-        self.answer: ScriptedResponse = self.upstream.responses[-1]
+        self.response: ScriptedResponse = self.upstream.responses[-1]
         self.foreign_download = self._start(self.follower)
         self.advance()
 
@@ -51,11 +51,11 @@ class TwoProcesses:
         self.writer.advance(seconds)
 
     def send(self, size: int) -> None:
-        self.answer.send(size)
+        self.response.send(size)
         self.advance()
 
     def end(self) -> None:
-        self.answer.send_rest()
+        self.response.send_rest()
         self.advance()
 
     def reader(self, download: BlobDownload | None = None) -> ManualReader:
@@ -179,7 +179,7 @@ def test_corrupt_data_of_dead_writer_is_not_completed(processes: TwoProcesses) -
 def test_corrupt_download_fails_follower(make_harness: Callable[..., CacheHarness]) -> None:
     processes = TwoProcesses(make_harness)
     reader = processes.reader()
-    processes.answer._body = b"x" * len(DATA)
+    processes.response._body = b"x" * len(DATA)
     processes.end()
     reader.read_available()
     assert isinstance(reader.error, UpstreamBroken)

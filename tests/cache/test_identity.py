@@ -80,7 +80,7 @@ def test_bindings_are_shared_between_processes() -> None:
 
 
 def test_bindings_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_MAX_BOUND", 3)
+    monkeypatch.setattr(module, "_MAX_BINDINGS", 3)
     identities = Identities(b"s" * 32)
     for number in range(5):
         identities.bind(str(number), "Basic x")
@@ -94,7 +94,7 @@ def test_bindings_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
-@pytest.mark.parametrize("who", [PUBLIC, "own:0123"])
+@pytest.mark.parametrize("identity", [PUBLIC, "own:0123"])
 @pytest.mark.parametrize("scheme", ["Bearer", "bearer", "BEARER "])
 def test_local_token(identity: str, scheme: str) -> None:
     token = IDENTITIES.issue_token(HUB, identity, NOW)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from twisted.internet.task import Clock
 
-from dockerproxy.cache.remembered import ManifestMemoryCache
+from dockerproxy.cache.manifests import ManifestMemoryCache
 from dockerproxy.oci.content import ManifestResponse
 from dockerproxy.oci.names import Digest
 
@@ -26,7 +26,7 @@ def test_key_is_repository_and_digest() -> None:
     assert cache.get("a", Digest.of(b"2")) is None
 
 
-@pytest.mark.parametrize(("seconds", "known"), [(29.9, True), (30, False), (-1, False)])
+@pytest.mark.parametrize(("seconds", "is_cached"), [(29.9, True), (30, False), (-1, False)])
 def test_entries_expire(seconds: float, is_cached: bool) -> None:
     now = [1000.0]
     cache, one = ManifestMemoryCache(lambda: now[0]), manifest(b"1")

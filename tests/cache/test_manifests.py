@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.defer import CancelledError
 
 from dockerproxy.cache.access import GRANT_TTL, AccessState
 from dockerproxy.cache.freshness import Freshness
@@ -30,7 +30,7 @@ from dockerproxy.oci.content import ManifestResponse
 from dockerproxy.oci.manifests import DOCKER_MANIFEST, DOCKER_SCHEMA1_SIGNED, MAX_MANIFEST, OCI_INDEX
 from dockerproxy.oci.names import Digest
 from dockerproxy.store.blobs import Blobs, OpenBlob
-from tests.cache.support.harness import HUB, CacheHarness
+from tests.cache.support.harness import HUB, CacheHarness, await_deferred
 from tests.cache.support.upstream import (
     FakeRepository,
     Gate,
@@ -75,10 +75,6 @@ def requested_methods(harness: CacheHarness) -> list[str]:
 def result_of(response: ManifestResponse) -> tuple[str, bytes | None]:
     assert response.content is None or response.size == len(response.content)
     return response.cache_status, response.content
-
-
-async def await_deferred(deferred: Deferred[Any]) -> Any:
-    return await deferred
 
 
 # by tag
@@ -211,13 +207,20 @@ def test_tag_entries_are_bounded(harness: CacheHarness) -> None:
 
 # stale if error
 
-TROUBLES = [
-    raise_error(UpstreamUnreachable("gone")), raise_error(UpstreamTimeout("silent")), raise_error(UpstreamBroken("no token")),
-    raise_error(TooManyRequests("of tokens")), respond_with(429, retry_after="5"), respond_with(500), respond_with(502), respond_with(503), respond_with(504),
-]  # fmt: skip
+FAILURES = [
+    raise_error(UpstreamUnreachable("gone")),
+    raise_error(UpstreamTimeout("silent")),
+    raise_error(UpstreamBroken("no token")),
+    raise_error(TooManyRequests("of tokens")),
+    respond_with(429, retry_after="5"),
+    respond_with(500),
+    respond_with(502),
+    respond_with(503),
+    respond_with(504),
+]
 
 
-@pytest.mark.parametrize("trouble", TROUBLES)
+@pytest.mark.parametrize("failure", FAILURES)
 @pytest.mark.parametrize("head", [False, True])
 @pytest.mark.parametrize("reference", ["1", str(Digest.of(ONE))])
 def test_stale_if_error(harness: CacheHarness, failure: Any, head: bool, reference: str) -> None:
@@ -273,7 +276,7 @@ def test_404_to_unauthorized_client_deletes_nothing(harness: CacheHarness) -> No
     assert result_of(harness.run(harness.manifest("1", authorization=ALICE))) == ("STALE", ONE)
 
 
-@pytest.mark.parametrize("refusing", [respond_with(401), respond_with(403), raise_error(Unauthorized("no token"))])
+@pytest.mark.parametrize("denial", [respond_with(401), respond_with(403), raise_error(Unauthorized("no token"))])
 def test_denial_revokes_grant(harness: CacheHarness, denial: Any) -> None:
     harness.run(harness.manifest("1"))
     harness.upstream.on("HEAD", "", denial)
@@ -337,7 +340,7 @@ def test_tag_with_sha512_digest(harness: CacheHarness) -> None:
         harness.upstream.on(method, "manifests/1", behave)
     for cache_status in ("MISS", "REVALIDATED"):
         response = harness.run(harness.manifest("1"))
-        assert (response.verdict, response.digest, response.content) == (cache_status, digest, ONE)
+        assert (response.cache_status, response.digest, response.content) == (cache_status, digest, ONE)
 
 
 def test_manifest_of_another_repository(harness: CacheHarness) -> None:
@@ -371,7 +374,7 @@ def test_exact_bytes(harness: CacheHarness) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "told", "media_type"),
+    ("content", "content_type", "media_type"),
     [
         (INDEX, "application/json", OCI_INDEX),
         (INDEX, "", OCI_INDEX),
@@ -388,7 +391,7 @@ def test_media_types(harness: CacheHarness, content: bytes, content_type: str, m
 
 @pytest.mark.parametrize("reference", ["1", str(Digest.of(ONE))])
 @pytest.mark.parametrize(
-    "behaviour",
+    "responder",
     [
         replace_with(TWO, docker_content_digest=str(Digest.of(ONE)), content_type=OCI),
         replace_with(b"not JSON", docker_content_digest=str(Digest.of(b"not JSON")), content_type=OCI),
@@ -451,13 +454,13 @@ def test_upstream_without_head(harness: CacheHarness, status: int, reference: st
     assert requested_methods(harness) == ["HEAD", "GET"]
 
 
-@pytest.mark.parametrize("told", [{"length": None}, {"length": 0}, {"length": 3}])
+@pytest.mark.parametrize("length", [{"length": None}, {"length": 0}, {"length": 3}])
 def test_head_with_other_length(harness: CacheHarness, length: Any) -> None:
     harness.run(harness.manifest("1"))
     harness.upstream.on(
         "HEAD",
         "",
-        lambda asked, data: ScriptedResponse(200, fields={"docker-content-digest": str(Digest.of(ONE))}, **length),
+        lambda request, data: ScriptedResponse(200, fields={"docker-content-digest": str(Digest.of(ONE))}, **length),
     )
     harness.reactor.advance(GRANT_TTL)
     for reference in ("1", Digest.of(ONE)):
@@ -483,7 +486,7 @@ def test_schema_1_is_not_cached(harness: CacheHarness, reference: str) -> None:
         harness.upstream.on(method, "manifests", replace_with(SCHEMA1, **headers))
     for _ in range(2):
         response = harness.run(harness.manifest(reference_string))
-        assert (response.digest, response.content, response.verdict) == (digest, SCHEMA1, "PASS")
+        assert (response.digest, response.content, response.cache_status) == (digest, SCHEMA1, "PASS")
         assert response.media_type == DOCKER_SCHEMA1_SIGNED
     assert list(harness.blobs.walk()) == []
 
@@ -532,7 +535,7 @@ def test_clients_do_not_share_responses(harness: CacheHarness) -> None:
         "GET",
         "manifests",
         gate.delay(
-            lambda asked, data: error_response(401) if asked.requester != ALICE else respond_normally(asked, data)
+            lambda request, data: error_response(401) if request.requester != ALICE else respond_normally(request, data)
         ),
     )
     deferreds = {
@@ -542,9 +545,9 @@ def test_clients_do_not_share_responses(harness: CacheHarness) -> None:
     gate.open()
     harness.reactor.run_due_calls()
     assert harness.run(await_deferred(deferreds[ALICE])).content == ONE
-    for who in (BOB, None):
+    for authorization in (BOB, None):
         with pytest.raises(UpstreamRefused):
-            harness.run(await_deferred(deferreds[who]))
+            harness.run(await_deferred(deferreds[authorization]))
 
 
 def test_error_reaches_all_waiters(harness: CacheHarness) -> None:
@@ -569,7 +572,7 @@ def test_unwritable_disk(
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr("dockerproxy.store.files.Staging.write", fail)
-    monkeypatch.setattr("dockerproxy.store.files.Staging.make_directory", fail)
+    monkeypatch.setattr("dockerproxy.store.files.Staging.makedirs", fail)
     for reference in ("1", Digest.of(ONE), "1"):
         for head in (False, True):
             response = harness.run(harness.manifest(reference, head=head))
@@ -656,7 +659,7 @@ def test_latest_media_type_wins_for_all_clients(harness: CacheHarness) -> None:
 
 
 @pytest.mark.parametrize("reference", ["typed", str(Digest.of(TWO))])
-@pytest.mark.parametrize("told", [None, "application/json", "text/html; charset=utf-8"])
+@pytest.mark.parametrize("content_type", [None, "application/json", "text/html; charset=utf-8"])
 def test_head_without_media_type(harness: CacheHarness, content_type: str | None, reference: str) -> None:
     """What is known of a manifest stays, and what is not known is asked for by GET."""
     digest = app_repository(harness).put_manifest(TWO, "typed", media_type=OCI)
@@ -711,7 +714,7 @@ def test_evicted_manifest(harness: CacheHarness) -> None:
 @pytest.mark.parametrize("reference", ["1", str(Digest.of(ONE))])
 def test_two_processes_share_one_request(make_harness: Callable[..., CacheHarness], reference: str) -> None:
     one = make_harness(shared=True)
-    other = make_harness(shared=True, upstream=one.upstream, turns=one.lock)
+    other = make_harness(shared=True, upstream=one.upstream, lock=one.lock)
     app_repository(one).put_manifest(ONE, "1")
     for method in ("GET", "HEAD"):  # the second time, all of them know what to expect
         gate = Gate()
@@ -727,12 +730,12 @@ def test_two_processes_share_one_request(make_harness: Callable[..., CacheHarnes
 
 def test_processes_do_not_share_responses_between_clients(make_harness: Callable[..., CacheHarness]) -> None:
     one = make_harness(shared=True)
-    other = make_harness(shared=True, upstream=one.upstream, turns=one.lock)
+    other = make_harness(shared=True, upstream=one.upstream, lock=one.lock)
     app_repository(one).put_manifest(ONE, "1")
     gate = Gate()
     one.upstream.on("GET", "manifests", gate.delay(respond_normally))
     deferreds = [one.start(one.manifest("1", authorization=ALICE)), other.start(other.manifest("1", authorization=BOB))]
     gate.open()
     one.advance(1)
-    assert [one.run(await_deferred(response)).verdict for response in deferreds] == ["MISS", "MISS"]
+    assert [one.run(await_deferred(response)).cache_status for response in deferreds] == ["MISS", "MISS"]
     assert sorted(str(seen.requester) for seen in one.upstream.requests_matching(pattern="manifests")) == [ALICE, BOB]

@@ -51,19 +51,19 @@ def fill_repository(harness: CacheHarness, name: str = APP, registry: Registry =
 
 
 def ask(
-    harness: CacheHarness, target: tuple[str, str], authorization: str | None = None, *, head: bool = False, name: str = APP,
-    registry: Registry = HUB,
+    harness: CacheHarness, target: tuple[str, str], authorization: str | None = None, *, head: bool = False,
+    name: str = APP, registry: Registry = HUB,
 ) -> tuple[str, bytes | None]:  # fmt: skip
     """Return the verdict and the bytes (None where only the head was asked for)."""
     kind, reference = target
     if kind == "manifest":
         manifest = harness.run(harness.manifest(reference, name, authorization, head=head, registry=registry), 60)
-        return manifest.verdict, manifest.content
+        return manifest.cache_status, manifest.content
     response = harness.run(harness.blob(Digest.parse(reference), name, authorization, head=head, registry=registry), 60)
     if response.content is None:
-        return response.verdict, None
+        return response.cache_status, None
     try:
-        return response.verdict, harness.run(read_all(response.content), 60)
+        return response.cache_status, harness.run(read_all(response.content), 60)
     finally:
         response.content.close()
 
@@ -86,7 +86,7 @@ def pull(harness: CacheHarness, authorization: str | None = None, **options: Any
         assert ask(harness, target, authorization, **options)[1] in (DATA, MANIFEST)
 
 
-every_target = pytest.mark.parametrize("way", PATHS_TO_CONTENT, ids=["tag", "digest", "blob"])
+every_target = pytest.mark.parametrize("target", PATHS_TO_CONTENT, ids=["tag", "digest", "blob"])
 get_and_head = pytest.mark.parametrize("head", [False, True], ids=["GET", "HEAD"])
 
 
@@ -110,12 +110,12 @@ def test_public_repository(harness: CacheHarness, target: tuple[str, str], head:
 @every_target
 @get_and_head
 @pytest.mark.parametrize("status", [401, 403, 404])
-@pytest.mark.parametrize("who", [None, BOB, "Basic Ym9iOmd1ZXNz", "a voucher"])
+@pytest.mark.parametrize("authorization", [None, BOB, "Basic Ym9iOmd1ZXNz", "a voucher"])
 @pytest.mark.parametrize("cached", [False, True])
 def test_private_repository_is_denied_to_others(
     harness: CacheHarness, target: tuple[str, str], head: bool, status: int, authorization: str | None, cached: bool
 ) -> None:
-    fill_repository(harness, readers={ALICE}, refusal=status)
+    fill_repository(harness, readers={ALICE}, denial_status=status)
     if cached:
         pull(harness, ALICE)
     error = denied(
@@ -237,8 +237,8 @@ def test_public_content_is_served_throughout_outage(
 
 @every_target
 @get_and_head
-@pytest.mark.parametrize(("trouble", "status"), OUTAGES)
-@pytest.mark.parametrize("who", [None, BOB, "a voucher for nobody", "a voucher for bob", "ended", "forged"])
+@pytest.mark.parametrize(("failure", "status"), OUTAGES)
+@pytest.mark.parametrize("authorization", [None, BOB, "a voucher for nobody", "a voucher for bob", "ended", "forged"])
 def test_private_content_stays_private_during_outage(
     harness: CacheHarness, target: tuple[str, str], head: bool, failure: Any, status: int, authorization: str | None
 ) -> None:
@@ -260,7 +260,7 @@ def test_private_content_stays_private_during_outage(
 
 @every_target
 @get_and_head
-@pytest.mark.parametrize(("trouble", "status"), OUTAGES)
+@pytest.mark.parametrize(("failure", "status"), OUTAGES)
 @pytest.mark.parametrize("restart", [False, True])
 def test_client_grant_is_valid_for_a_day_during_outage(
     make_harness: Callable[..., CacheHarness],
@@ -298,7 +298,7 @@ def test_local_token_is_no_credential_while_upstream_is_up(harness: CacheHarness
 
 
 @every_target
-@pytest.mark.parametrize("how", ["ended", "altered", "another registry's"])
+@pytest.mark.parametrize("defect", ["ended", "altered", "another registry's"])
 def test_invalid_local_token(harness: CacheHarness, target: tuple[str, str], defect: str) -> None:
     """Even for what is public: the client is to come again with another one, and upstream does not hear of it."""
     fill_repository(harness)
@@ -340,7 +340,7 @@ def test_ping_with_local_token(harness: CacheHarness) -> None:
 def test_ping_with_basic_challenge(make_harness: Callable[..., CacheHarness], login: BasicCredentials | None) -> None:
     """Ours serves the client; without one it has to bring its own."""
     harness = make_harness(login=login)
-    harness.upstream.on("GET", "^/v2/$", lambda asked, data: error_response(401, www_authenticate='Basic realm="x"'))
+    harness.upstream.on("GET", "^/v2/$", lambda request, data: error_response(401, www_authenticate='Basic realm="x"'))
     ping = harness.client(registry=OTHER).ping()
     if login is not None:
         harness.run(ping)
@@ -355,7 +355,9 @@ def test_ping_without_challenge(harness: CacheHarness) -> None:
 
 def test_ping_with_client_credential_goes_upstream(harness: CacheHarness) -> None:
     harness.upstream.on(
-        "GET", "^/v2/$", lambda asked, data: ScriptedResponse(200) if asked.requester == ALICE else error_response(401)
+        "GET",
+        "^/v2/$",
+        lambda request, data: ScriptedResponse(200) if request.requester == ALICE else error_response(401),
     )
     harness.run(harness.client(ALICE).ping())
     with pytest.raises(UpstreamRefused) as excinfo:
@@ -393,7 +395,7 @@ def test_plain_http_registry_with_its_own_realm(make_harness: Callable[..., Cach
     harness.upstream.on(
         "GET",
         "^/v2/$",
-        lambda asked, data: error_response(401, www_authenticate='Bearer realm="http://plain.example:5000/token"'),
+        lambda request, data: error_response(401, www_authenticate='Bearer realm="http://plain.example:5000/token"'),
     )
     with pytest.raises(Unauthorized):
         harness.run(harness.client(registry=plain).ping())
@@ -404,7 +406,7 @@ def test_token_flow_during_outage(harness: CacheHarness) -> None:
     """As docker dances it, and then pulls."""
     fill_repository(harness, readers={ALICE, basic_authorization("alice", "pw")})
     harness.upstream.on(
-        "GET", "^/token", lambda asked, data: ScriptedResponse(200, b'{"token":"alice","expires_in":300}')
+        "GET", "^/token", lambda request, data: ScriptedResponse(200, b'{"token":"alice","expires_in":300}')
     )
     login = basic_authorization("alice", "pw")
     harness.run(harness.pull_through.token(HUB, "service=x", login, None))
@@ -487,7 +489,7 @@ def test_referrers_redirect(harness: CacheHarness) -> None:
     harness.upstream.on(
         "GET",
         "referrers",
-        lambda asked, data: ScriptedResponse(200, content) if asked.follow else error_response(307, location="/x"),
+        lambda request, data: ScriptedResponse(200, content) if request.follow else error_response(307, location="/x"),
     )
     assert referrers(harness).content == content
 

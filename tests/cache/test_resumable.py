@@ -152,7 +152,7 @@ def test_resumes_after_error_status(status: int) -> None:
     assert harness.read_all() == DATA
 
 
-@pytest.mark.parametrize(("asked", "waited"), [("3", 3.0), ("3600", 20.0), ("0", 0.2), ("soon", 0.2)])
+@pytest.mark.parametrize(("retry_after", "delay"), [("3", 3.0), ("3600", 20.0), ("0", 0.2), ("soon", 0.2)])
 def test_retry_after_is_bounded(retry_after: str, delay: float) -> None:
     harness = ResumableGetHarness()
     harness.on(disconnect_after(3000), lambda _asked, _data: ScriptedResponse(429, b"", {"retry-after": retry_after}))
@@ -194,7 +194,7 @@ def test_upstream_ignores_range() -> None:
 
 def test_upstream_ignores_range_and_disconnects_early() -> None:
     harness = ResumableGetHarness()
-    disconnected_at = lambda size: lambda asked, data: disconnected(ScriptedResponse(200, data, sent=size))  # noqa: E731
+    disconnected_at = lambda size: lambda request, data: disconnected(ScriptedResponse(200, data, sent=size))  # noqa: E731
     harness.on(disconnect_after(3000), disconnected_at(100), disconnected_at(2999), disconnected_at(3500), ignore_range)
     assert harness.read_all() == DATA
 
@@ -207,7 +207,7 @@ def disconnected(response: ScriptedResponse) -> ScriptedResponse:
 def test_range_starting_too_early_is_skipped() -> None:
     harness = ResumableGetHarness(offset=3000)
     harness.on(
-        lambda asked, data: ScriptedResponse(
+        lambda request, data: ScriptedResponse(
             206, DATA[2000:], {"content-range": f"bytes 2000-{len(DATA) - 1}/{len(DATA)}"}
         )
     )
@@ -218,19 +218,19 @@ def test_short_range_is_continued() -> None:
     """Some servers send no range longer than they like."""
     harness = ResumableGetHarness(offset=3000)
     harness.on(
-        lambda asked, data: ScriptedResponse(206, DATA[2999:5000], {"content-range": f"bytes 2999-4999/{len(DATA)}"})
+        lambda request, data: ScriptedResponse(206, DATA[2999:5000], {"content-range": f"bytes 2999-4999/{len(DATA)}"})
     )
     assert harness.read_all() == DATA[3000:]
     assert harness.ranges == ["bytes=2999-", "bytes=4999-"]
 
 
 @pytest.mark.parametrize(
-    "told", ["", "bytes 3001-10239/10240", "bytes */10240", "bytes 5-4/3", "items 0-1/2", "bytes 2999-10239"]
+    "content_range", ["", "bytes 3001-10239/10240", "bytes */10240", "bytes 5-4/3", "items 0-1/2", "bytes 2999-10239"]
 )
 def test_invalid_content_range(content_range: str) -> None:
     harness = ResumableGetHarness(offset=3000)
     harness.upstream.on(
-        "GET", "", lambda asked, data: ScriptedResponse(206, DATA[2999:], {"content-range": content_range})
+        "GET", "", lambda request, data: ScriptedResponse(206, DATA[2999:], {"content-range": content_range})
     )
     with pytest.raises(UpstreamBroken):
         harness.open()
@@ -241,7 +241,7 @@ def test_invalid_content_range(content_range: str) -> None:
 def test_206_without_range_request() -> None:
     harness = ResumableGetHarness()
     harness.on(
-        lambda asked, data: ScriptedResponse(206, DATA, {"content-range": f"bytes 0-{len(DATA) - 1}/{len(DATA)}"})
+        lambda request, data: ScriptedResponse(206, DATA, {"content-range": f"bytes 0-{len(DATA) - 1}/{len(DATA)}"})
     )
     with pytest.raises(UpstreamFailing):
         harness.open()
@@ -266,7 +266,7 @@ def test_body_longer_than_length() -> None:
     harness.upstream.on(
         "GET",
         "",
-        lambda asked, data: ScriptedResponse(206, DATA[2999:] + b"more", {"content-range": "bytes 2999-10239/10240"}),
+        lambda request, data: ScriptedResponse(206, DATA[2999:] + b"more", {"content-range": "bytes 2999-10239/10240"}),
     )
     harness.open()
     with pytest.raises(UpstreamBroken, match="more of"):
@@ -299,25 +299,25 @@ def test_unknown_length() -> None:
 
 def test_unknown_length_learned_on_resume() -> None:
     harness = ResumableGetHarness()
-    harness.on(lambda asked, data: disconnected(ScriptedResponse(200, DATA, length=None, sent=3000)))
+    harness.on(lambda request, data: disconnected(ScriptedResponse(200, DATA, length=None, sent=3000)))
     assert harness.read_all() == DATA
     assert harness.resumable_get.size == len(DATA)
 
 
 def test_unknown_length_disconnect_at_end() -> None:
     harness = ResumableGetHarness()
-    harness.on(lambda asked, data: disconnected(ScriptedResponse(200, DATA, length=None, sent=len(DATA))))
+    harness.on(lambda request, data: disconnected(ScriptedResponse(200, DATA, length=None, sent=len(DATA))))
     assert harness.read_all() == DATA
     assert [response.status for response in harness.upstream.responses] == [200, 206]
 
 
 @pytest.mark.parametrize(
-    "behaviour",
+    "responder",
     [
-        lambda asked, data: error_response(416),
-        lambda asked, data: ScriptedResponse(200, DATA[:2000]),
-        lambda asked, data: ScriptedResponse(200, DATA[:2000], length=None),
-        lambda asked, data: ScriptedResponse(206, DATA[2:3], {"content-range": "bytes 2-2/3"}),
+        lambda request, data: error_response(416),
+        lambda request, data: ScriptedResponse(200, DATA[:2000]),
+        lambda request, data: ScriptedResponse(200, DATA[:2000], length=None),
+        lambda request, data: ScriptedResponse(206, DATA[2:3], {"content-range": "bytes 2-2/3"}),
     ],
 )
 def test_upstream_shorter_than_offset(responder: Any) -> None:
@@ -407,7 +407,7 @@ def test_abort_closes_connection() -> None:
 
 def test_cancel_while_skipping_closes_connection() -> None:
     harness = ResumableGetHarness(offset=3000)
-    harness.on(lambda asked, data: ScriptedResponse(200, DATA, sent=10))
+    harness.on(lambda request, data: ScriptedResponse(200, DATA, sent=10))
     opening = Deferred.fromCoroutine(harness.resumable_get.open())
     harness.reactor.run_due_calls()
     assert len(harness.upstream.responses) == 1

@@ -5,14 +5,14 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dockerproxy.cache.recent import TailBuffer
+from dockerproxy.cache.downloads import TailBuffer
 
 LARGE = 64 * 1024
 
 
 @given(
     writes=st.lists(st.lists(st.sampled_from([1, LARGE - 1, LARGE, LARGE + 1]), max_size=4), max_size=5),
-    place=st.floats(0, 1),
+    fraction=st.floats(0, 1),
     at_most=st.integers(1, 3 * LARGE),
 )
 def test_returned_bytes_are_correct(writes: list[list[int]], fraction: float, at_most: int) -> None:

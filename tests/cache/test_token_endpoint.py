@@ -33,15 +33,19 @@ ALICE = basic_authorization("alice", "pw:with:colons")
 TOKEN = b'{"token":"upstreams","expires_in":300}'
 DAY = 86400
 
-TROUBLES = [
-    raise_error(UpstreamUnreachable("gone")), raise_error(UpstreamTimeout("silent")), respond_with(500), respond_with(503), respond_with(429),
-    lambda asked, data: ScriptedResponse(200, b"<h1>Sign in</h1>"),
-    lambda asked, data: ScriptedResponse(200, b"{}"),
-]  # fmt: skip
+FAILURES = [
+    raise_error(UpstreamUnreachable("gone")),
+    raise_error(UpstreamTimeout("silent")),
+    respond_with(500),
+    respond_with(503),
+    respond_with(429),
+    lambda request, data: ScriptedResponse(200, b"<h1>Sign in</h1>"),
+    lambda request, data: ScriptedResponse(200, b"{}"),
+]
 
 
 def respond_with_token(content: bytes = TOKEN) -> Any:
-    return lambda asked, data: ScriptedResponse(200, content)
+    return lambda request, data: ScriptedResponse(200, content)
 
 
 def ask(
@@ -124,7 +128,7 @@ def test_invalid_form(harness: CacheHarness, body: bytes) -> None:
     assert harness.upstream.requests == []
 
 
-@pytest.mark.parametrize("trouble", TROUBLES)
+@pytest.mark.parametrize("failure", FAILURES)
 @pytest.mark.parametrize("body", [None, encode_form(username="alice", password="pw:with:colons")])
 @pytest.mark.parametrize("restart", [False, True])
 def test_known_client_gets_local_token_during_outage(
@@ -144,7 +148,7 @@ def test_known_client_gets_local_token_during_outage(
         ask(harness, authorization, body)
 
 
-@pytest.mark.parametrize("trouble", TROUBLES)
+@pytest.mark.parametrize("failure", FAILURES)
 def test_unknown_client_gets_error_during_outage(harness: CacheHarness, failure: Any) -> None:
     script_realm(harness, respond_with_token())
     ask(harness, ALICE)
@@ -225,7 +229,7 @@ def test_realm_address_is_checked(make_harness: Callable[..., CacheHarness]) -> 
     def check_address(address: Any) -> None:
         raise DestinationForbidden("127.0.0.1 is not where a registry is")
 
-    harness = make_harness(permit=check_address)
+    harness = make_harness(address_check=check_address)
 
     def behave(request: Any, data: Any) -> ScriptedResponse:
         check = harness.agent.address_checks[-1]

@@ -70,7 +70,9 @@ def test_error_body_too_large() -> None:
         error_for(ScriptedResponse(403, b"x" * 100_000))
 
 
-@pytest.mark.parametrize(("status", "told"), [(429, 429), (500, 502), (502, 502), (503, 502), (599, 502), (304, 502)])
+@pytest.mark.parametrize(
+    ("status", "expected_status"), [(429, 429), (500, 502), (502, 502), (503, 502), (599, 502), (304, 502)]
+)
 def test_outage_statuses(status: int, expected_status: int) -> None:
     response = ScriptedResponse(
         status, b"x", {"retry-after": "5", "ratelimit-remaining": "0;w=1", "x-more": "1"}, sent=0

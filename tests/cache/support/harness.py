@@ -91,7 +91,6 @@ class CacheHarness:
         registries: tuple[Registry, ...] = (HUB, OTHER),
         address_check: Any = None,
         secret: bytes = b"s" * 32,
-        since: float = 0.0,
         shared: bool = False,
         lock: LocalKeyedLock | None = None,
     ) -> None:
@@ -130,8 +129,8 @@ class CacheHarness:
             reactor, self.upstream, self.blobs, self.links, self.downloads, self.access, self.space
         )
         self.pull_through = PullThrough(
-            self.upstream, self.identities, self.challenges, self.token_endpoint, self.manifests, self.cached_blobs, registries,
-            lambda registry: login, self.now,
+            self.upstream, self.identities, self.challenges, self.token_endpoint, self.manifests, self.cached_blobs,
+            registries, lambda registry: login, self.now,
         )  # fmt: skip
         self._deferreds: list[Deferred[Any]] = []
 
@@ -238,7 +237,7 @@ class CacheHarness:
         assert self.downloads._downloads == {}
         assert self.space.index._pins == {}
         assert self.open_files == []
-        assert all(answer.ended for answer in self.upstream.responses)
+        assert all(response.ended for response in self.upstream.responses)
 
 
 def result(deferred: Deferred[Any], reactor: ManualReactor, seconds: float = 0) -> Any:
@@ -255,6 +254,10 @@ def result(deferred: Deferred[Any], reactor: ManualReactor, seconds: float = 0) 
     if isinstance(outcome[0], Failure):
         outcome[0].raiseException()
     return outcome[0]
+
+
+async def await_deferred(deferred: Deferred[Any]) -> Any:
+    return await deferred
 
 
 async def do_nothing() -> None:

@@ -290,7 +290,7 @@ def error_response(status: int, **fields: str) -> ScriptedResponse:
 
 
 def respond_with(status: int, **fields: str) -> Responder:
-    return lambda asked, data: error_response(status, **fields)
+    return lambda request, data: error_response(status, **fields)
 
 
 def raise_error(error: Exception) -> Responder:
@@ -331,9 +331,9 @@ def without_length(request: ReceivedRequest, data: bytes | None) -> ScriptedResp
 def replace_with(body: bytes, **fields: str) -> Responder:
     """Send something else."""
     headers = {name.replace("_", "-"): value for name, value in fields.items()}
-    return lambda asked, data: (
+    return lambda request, data: (
         ScriptedResponse(200, b"", headers, length=len(body))
-        if asked.method == "HEAD"
+        if request.method == "HEAD"
         else ScriptedResponse(200, body, headers)
     )
 
