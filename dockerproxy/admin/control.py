@@ -29,7 +29,7 @@ from twisted.logger import Logger
 
 from dockerproxy.admin import inventory
 from dockerproxy.admin.deletion import Deleter
-from dockerproxy.admin.ndjson import NDJSONResponse
+from dockerproxy.admin.ndjson import JSON_FIELDS, NDJSONResponse
 from dockerproxy.admin.resolver import CACHED, HOSTED, ImageResolver, InvalidArgument, NotFound, StoreView
 from dockerproxy.cache.space import CacheSpaceManager
 from dockerproxy.concurrency import in_thread
@@ -42,7 +42,6 @@ from dockerproxy.store.scrub import Finding, Scrubber
 from dockerproxy.store.sweep import GRACE_PERIOD, RemovedItem, Sweeper
 
 _MAX_BODY = 64 * 1024
-_JSON_FIELDS = [("Content-Type", "application/json"), ("Cache-Control", "no-store")]
 
 log = Logger()
 
@@ -124,7 +123,7 @@ class Control:
     async def _dispatch(self, request: Request, response: NDJSONResponse) -> None:
         match request.method, request.path:
             case "GET", "/v1/status":
-                request.respond(200, _JSON_FIELDS, json.dumps(await in_thread(self._reactor, self._status)).encode())
+                request.respond(200, JSON_FIELDS, json.dumps(await in_thread(self._reactor, self._status)).encode())
             case "GET", "/v1/repositories":
                 await self._list(dict(parse_query(request.query)), response)
             case "POST", "/v1/remove":
@@ -181,9 +180,9 @@ class Control:
         results = []
         for ref in refs:
             result = await self._deleter.delete(ref)
-            log.info("{named} was removed ({where})", named=str(ref), where=ref.store.kind)
+            log.info("{name} was removed ({kind})", name=str(ref), kind=ref.store.kind)
             results.append({"where": ref.store.kind, "name": str(ref), **attrs.asdict(result)})
-        request.respond(200, _JSON_FIELDS, json.dumps({"removed": results}).encode())
+        request.respond(200, JSON_FIELDS, json.dumps({"removed": results}).encode())
 
     async def _collect(self, arguments: dict[str, Any], response: NDJSONResponse) -> None:
         list_items = arguments.pop("list", True)
@@ -226,7 +225,7 @@ class Control:
                 damaged_digests.append(finding.digest)
 
         kind = CACHED if arguments.get("cached", False) else HOSTED
-        store = next(shelf for shelf in self._resolver.stores if shelf.kind == kind)
+        store = next(store for store in self._resolver.stores if store.kind == kind)
         scrubber = Scrubber(self._reactor, store.layout, kind == HOSTED)
         result = await scrubber.scrub(Progress(response.send_progress, on_finding, response.drain))
         if kind == CACHED:

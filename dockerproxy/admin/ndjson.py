@@ -10,6 +10,7 @@ from dockerproxy.http.request import Request
 
 _PROGRESS_INTERVAL = 0.2  # seconds between two lines that tell of progress
 
+JSON_FIELDS = [("Content-Type", "application/json"), ("Cache-Control", "no-store")]
 _NDJSON_FIELDS = [("Content-Type", "application/x-ndjson"), ("Cache-Control", "no-store")]
 
 
@@ -50,8 +51,7 @@ class NDJSONResponse:
             self._request.finish()
             return
         error = {"code": code, "message": message, "suggestions": list(suggestions)}
-        fields = [("Content-Type", "application/json"), ("Cache-Control", "no-store")]
-        self._request.respond(status, fields, json.dumps({"error": error}).encode())
+        self._request.respond(status, JSON_FIELDS, json.dumps({"error": error}).encode())
 
     def _start(self) -> None:
         if not self._request.started:

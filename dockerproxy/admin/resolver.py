@@ -97,16 +97,16 @@ class ImageResolver:
         ]
         if not matches:
             raise NotFound(f"there is no repository {path}", self._suggestions(path, tag, kind))
-        shelf, repository = matches[0]
-        if any(other is not shelf for other, _ in matches):
+        store, repository = matches[0]
+        if any(other is not store for other, _ in matches):
             raise InvalidArgument(f"{path} is both hosted and cached: say which with --hosted or --cached")
         if tag is not None:
-            _check_tag(shelf, repository, tag)
+            _check_tag(store, repository, tag)
         if digest is not None:
-            linked = shelf.links.has_manifest(repository, digest)
-            if not linked and not (shelf.kind == CACHED and shelf.links.has_layer(repository, digest)):
+            linked = store.links.has_manifest(repository, digest)
+            if not linked and not (store.kind == CACHED and store.links.has_layer(repository, digest)):
                 raise NotFound(f"{repository} has no manifest {digest}")
-        return ImageRef(shelf, repository, tag, digest)
+        return ImageRef(store, repository, tag, digest)
 
     def _candidates(self, store: StoreView, path: str) -> Iterator[str]:
         yield path

@@ -16,6 +16,7 @@ from twisted.internet.interfaces import IListeningPort
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
+from dockerproxy.daemon.endpoints import error_reason
 from dockerproxy.http.site import Site
 
 log = Logger()
@@ -49,7 +50,7 @@ class ControlSocket(Service):
         except OSError as error:
             raise SystemExit(_error_message(self._path, error)) from None
         self._port = result
-        log.info("listening on {where} for commands", where=str(self._path))
+        log.info("listening on {path} for commands", path=str(self._path))
 
     def stopService(self) -> Deferred[None]:
         super().stopService()  # type: ignore[no-untyped-call]
@@ -92,5 +93,4 @@ def _remove_stale_socket(path: Path) -> None:
 
 
 def _error_message(path: Path, error: BaseException) -> str:
-    reason = (isinstance(error, OSError) and error.strerror) or str(error)
-    return f"docker-registry-proxy: {path} cannot be listened on: {reason}."
+    return f"docker-registry-proxy: {path} cannot be listened on: {error_reason(error)}."

@@ -54,7 +54,7 @@ async def _listen(reactor: Any, description: str, factory: Factory, setting: str
             endpoint.addressFamily = _address_family(endpoint.fileno)
         port: IListeningPort = await endpoint.listen(factory)
     except CannotListenError as error:
-        reason = _reason(error.socketError)
+        reason = error_reason(error.socketError)
     except (TypeError, LookupError) as error:  # what Twisted raises for arguments that an endpoint does not know
         if isinstance(error, LookupError) and description.startswith("systemd:"):
             raise SocketNotPassed(
@@ -62,7 +62,7 @@ async def _listen(reactor: Any, description: str, factory: Factory, setting: str
             ) from None
         reason = "it describes no endpoint"
     except (ValueError, ArithmeticError, OSError) as error:
-        reason = _reason(error)
+        reason = error_reason(error)
     else:
         return port
     raise ListenError(f"{setting}: {description} cannot be listened on: {reason}.")
@@ -84,7 +84,8 @@ def _address_family(descriptor: int) -> int:
         return duplicate.family
 
 
-def _reason(error: BaseException) -> str:
+def error_reason(error: BaseException) -> str:
+    """Return the reason in `error`, without an error number."""
     # The resolver's errors have numbers of their own, so the text that came with the error is the one to show.
     return (isinstance(error, OSError) and error.strerror) or str(error)
 

@@ -72,7 +72,7 @@ class ListenerService(Service):
         starting.addErrback(self._listen_failed)  # of an endpoint that takes its time
 
     def _listen_failed(self, failure: Failure) -> None:
-        log.critical("{why}", why=failure.getErrorMessage())
+        log.critical("{reason}", reason=failure.getErrorMessage())
         self._reactor.stop()
 
     def stopService(self) -> Deferred[None]:
@@ -97,11 +97,11 @@ class ListenerService(Service):
                 # Where another program has the port, systemd's socket fails. The proxy is of use without the others.
                 if listener is self._listeners[0]:
                     raise
-                log.warn("{why}", why=str(error))
+                log.warn("{reason}", reason=str(error))
                 continue
             self._ports.extend(ports)
             for port in ports:
-                log.info("listening on {where} ({setting})", where=format_address(port), setting=listener.setting)
+                log.info("listening on {address} ({setting})", address=format_address(port), setting=listener.setting)
         self.listening.callback(None)
 
     async def _stop(self) -> None:

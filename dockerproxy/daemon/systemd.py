@@ -58,7 +58,9 @@ class Notifier:
                 sender.settimeout(_SEND_TIMEOUT)
                 sender.sendto(assignments.encode("utf-8", "replace"), self._address)
         except OSError as error:
-            log.warn("systemd cannot be told {message}: {why}", message=assignments.partition("\n")[0], why=str(error))
+            log.warn(
+                "systemd cannot be told {message}: {reason}", message=assignments.partition("\n")[0], reason=str(error)
+            )
 
 
 def watchdog_interval(environment: Mapping[str, str], pid: int) -> float | None:

@@ -28,9 +28,6 @@ class Transfers:
     )  # a dict, for its order: the oldest is aborted first
     _empty_waiters: list[Deferred[None]] = field(init=False, factory=list)
 
-    def __len__(self) -> int:
-        return len(self._live)
-
     def add(self, abort: Callable[[], None]) -> TransferHandle:
         """Take in a live thing that `abort` ends at once; give what is returned to `remove` when it has ended."""
         handle = TransferHandle(abort)

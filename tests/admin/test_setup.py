@@ -32,7 +32,7 @@ SHELLS = [
 
 
 @pytest.mark.parametrize(
-    ("url", "written"),
+    ("url", "expected"),
     [
         ("http://docker-registry.local:3128/", "http://docker-registry.local:3128/"),
         ("http://10.1.2.3:3128/", "http://10.1.2.3:3128/"),
@@ -40,9 +40,9 @@ SHELLS = [
         ("http://[2001:DB8::1]:3128/", "'http://[2001:db8::1]:3128/'"),
     ],
 )
-def test_the_proxys_address(url: str, written: str) -> None:
+def test_the_proxys_address(url: str, expected: str) -> None:
     script = setup_script(url)
-    assert f"\nproxy={written}\n" in script
+    assert f"\nproxy={expected}\n" in script
     assert "@PROXY@" not in script
 
 
@@ -230,7 +230,7 @@ def test_without_curl_and_wget(host: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "served",
+    "content",
     [
         b"",
         b"<html>Sign in</html>",
@@ -243,15 +243,15 @@ def test_without_curl_and_wget(host: Any) -> None:
     ],
 )
 @pytest.mark.parametrize("shell", SHELLS)
-def test_an_invalid_certificate_changes_nothing(host: Any, shell: list[str], served: bytes) -> None:
+def test_an_invalid_certificate_changes_nothing(host: Any, shell: list[str], content: bytes) -> None:
     valid = host.certificate
     key = b"-----BEGIN PRIVATE KEY-----\n"
     variants = {b"half": valid[: len(valid) // 2], b"twice": valid * 2, b"with a key": key + valid}
-    host.certificate = variants.get(served, served)
+    host.certificate = variants.get(content, content)
     before = host.files()
     result = host.run(shell)
     assert result.returncode == 1
-    reason = "cannot be fetched" if served == b"" else "is not a certificate; nothing was changed"
+    reason = "cannot be fetched" if content == b"" else "is not a certificate; nothing was changed"
     assert result.stderr.endswith(f"Failed: {host.url}ca.crt {reason}\n")
     assert (host.calls, host.files()) == ([], before)
 

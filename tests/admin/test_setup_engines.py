@@ -99,7 +99,7 @@ def test_an_engine_that_does_not_run_is_not_started(host: Any) -> None:
 
 @pytest.mark.parametrize("shell", SHELLS)
 @pytest.mark.parametrize(
-    ("theirs", "kept"),
+    ("existing", "preserved"),
     [
         ('Environment="HTTP_PROXY=http://old:1/" "NO_PROXY=.corp,127.0.0.1,*.x" "A=b"', ".corp,127.0.0.1,*.x"),
         ("Environment=NO_PROXY=a,b HTTPS_PROXY=http://old:1/", "a,b"),
@@ -112,16 +112,16 @@ def test_an_engine_that_does_not_run_is_not_started(host: Any) -> None:
         ('Environment="NO_PROXY=%h,$x,`id`,a\\b,c"', "c"),
     ],
 )  # fmt: skip
-def test_existing_no_proxy_is_preserved(host: Any, shell: list[str], theirs: str, kept: str) -> None:
+def test_existing_no_proxy_is_preserved(host: Any, shell: list[str], existing: str, preserved: str) -> None:
     other = host.drop_in.with_name("http-proxy.conf")
     other.parent.mkdir(parents=True)
-    other.write_text(f"[Service]\n{theirs}\n")
+    other.write_text(f"[Service]\n{existing}\n")
     before = host.files()
-    defaults = [name for name in NO_PROXY.split(",") if name not in kept.split(",")]
+    defaults = [name for name in NO_PROXY.split(",") if name not in preserved.split(",")]
     for _ in range(2):
         result = host.run(shell)
         assert (result.returncode, result.stderr) == (0, "")
-        assert host.drop_in.read_text() == drop_in(host.url, ",".join([*filter(None, [kept]), *defaults]))
+        assert host.drop_in.read_text() == drop_in(host.url, ",".join([*filter(None, [preserved]), *defaults]))
     assert host.calls == []
     assert host.run(shell, "--remove").returncode == 0
     assert host.files() == before
@@ -194,12 +194,14 @@ def test_unsupported_engines_are_reported(host: Any) -> None:
 @pytest.mark.parametrize("shell", SHELLS)
 @pytest.mark.parametrize("host", ["alpine"], indirect=True)
 @pytest.mark.parametrize(
-    "theirs", [None, "# Options\nDOCKER_OPTS=\"--debug\"\nexport NO_PROXY='.corp.example'\n"], ids=["none", "theirs"]
+    "existing",
+    [None, "# Options\nDOCKER_OPTS=\"--debug\"\nexport NO_PROXY='.corp.example'\n"],
+    ids=["none", "existing"],
 )
-def test_openrc(host: Any, shell: list[str], theirs: str | None) -> None:
+def test_openrc(host: Any, shell: list[str], existing: str | None) -> None:
     settings = host.etc / "conf.d/docker"
-    if theirs is not None:
-        settings.write_text(theirs)
+    if existing is not None:
+        settings.write_text(existing)
         settings.chmod(0o640)
         os.chown(settings, 0, 65534)
     before = host.files()
@@ -212,12 +214,12 @@ def test_openrc(host: Any, shell: list[str], theirs: str | None) -> None:
         capture_output=True, text=True, check=True, env={"PATH": "/usr/bin:/bin"},
     ).stdout.splitlines()  # fmt: skip
     assert {f"HTTP_PROXY={host.url}", f"HTTPS_PROXY={host.url}"} <= set(output)
-    assert f"NO_PROXY={'.corp.example,' if theirs else ''}{NO_PROXY}" in output
-    assert output[0] == ("--debug" if theirs else "")
+    assert f"NO_PROXY={'.corp.example,' if existing else ''}{NO_PROXY}" in output
+    assert output[0] == ("--debug" if existing else "")
     assert not (host.etc / "systemd").exists()
 
     status = settings.stat()
-    assert (status.st_mode & 0o777, status.st_gid) == ((0o640, 65534) if theirs else (0o644, 0))
+    assert (status.st_mode & 0o777, status.st_gid) == ((0o640, 65534) if existing else (0o644, 0))
     after = host.files()
     assert host.run(shell).stdout.endswith("Nothing has changed, so nothing was restarted.\n")
     assert (host.calls, host.files()) == ([], after)

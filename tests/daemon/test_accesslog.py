@@ -45,7 +45,7 @@ def test_line_and_fields() -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "logged"),
+    ("path", "expected"),
     [
         ("/blob?X-Amz-Signature=secret", "/blob"),
         ("/a\r\nforged line", "/a\\x0d\\x0aforged\\x20line"),
@@ -55,10 +55,10 @@ def test_line_and_fields() -> None:
         ("", ""),
     ],
 )
-def test_path_has_no_query_and_no_control_characters(path: str, logged: str) -> None:
+def test_path_has_no_query_and_no_control_characters(path: str, expected: str) -> None:
     event = record_request(path=path)
-    assert event["path"] == logged
-    assert formatEvent(event) == f"192.168.1.7 GET registry-1.docker.io{logged} 200 1234 0.123 HIT"
+    assert event["path"] == expected
+    assert formatEvent(event) == f"192.168.1.7 GET registry-1.docker.io{expected} 200 1234 0.123 HIT"
 
 
 @given(method=st.text(), host=st.text(), path=st.text())

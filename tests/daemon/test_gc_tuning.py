@@ -17,7 +17,7 @@ def test_existing_objects_are_frozen(request: pytest.FixtureRequest) -> None:
     assert gc.get_freeze_count() > 1000
     assert not any(tracked is existing for tracked in gc.get_objects())
     later = [existing]
-    assert any(known is later for known in gc.get_objects())
+    assert any(tracked is later for tracked in gc.get_objects())
 
 
 _COUNT_PAGE_FAULTS = """

@@ -95,14 +95,14 @@ def test_listens_on_every_endpoint(harness: ListenerServiceHarness) -> None:
     ]
 
 
-@pytest.mark.parametrize("taken", [3128, 3129, 5443])
-def test_start_fails_if_a_port_is_in_use(harness: ListenerServiceHarness, taken: int) -> None:
-    harness.reactor.port_in_use = taken
+@pytest.mark.parametrize("busy_port", [3128, 3129, 5443])
+def test_start_fails_if_a_port_is_in_use(harness: ListenerServiceHarness, busy_port: int) -> None:
+    harness.reactor.port_in_use = busy_port
     with pytest.raises(SystemExit) as exit_info:
         harness.service.startService()
-    setting = "REGISTRY_LISTEN" if taken == 5443 else "PROXY_LISTEN"
+    setting = "REGISTRY_LISTEN" if busy_port == 5443 else "PROXY_LISTEN"
     assert exit_info.value.code == (
-        f"docker-registry-proxy: {setting}: tcp:{taken} cannot be listened on: Address already in use."
+        f"docker-registry-proxy: {setting}: tcp:{busy_port} cannot be listened on: Address already in use."
     )
 
 
@@ -113,7 +113,9 @@ def test_an_asynchronous_listen_failure_stops_the_reactor(
     listening: Deferred[Any] = Deferred()
     monkeypatch.setattr("dockerproxy.daemon.endpoints.serverFromString", lambda *_: _AsyncEndpoint(listening))
     messages: list[str] = []
-    monkeypatch.setattr("dockerproxy.daemon.listener_service.log.critical", lambda form, why: messages.append(why))
+    monkeypatch.setattr(
+        "dockerproxy.daemon.listener_service.log.critical", lambda form, reason: messages.append(reason)
+    )
     harness.service.startService()
     assert harness.reactor.stops == 0
     listening.errback(CannotListenError("", 3128, OSError(98, "Address already in use")))

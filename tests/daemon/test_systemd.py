@@ -87,7 +87,7 @@ def test_without_systemd_nothing_is_sent() -> None:
 @pytest.mark.parametrize("address", ["/nowhere/notify", "@nobody-listens-here", "vsock:2:1234", "x" * 200])
 def test_send_errors_are_logged(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     messages: list[str] = []
-    monkeypatch.setattr("dockerproxy.daemon.systemd.log.warn", lambda form, message, why: messages.append(message))
+    monkeypatch.setattr("dockerproxy.daemon.systemd.log.warn", lambda form, message, reason: messages.append(message))
     Notifier(address).ready("serving all")
     assert messages == ["READY=1"]
 

@@ -28,13 +28,13 @@ class WhenEmptyTests(SynchronousTestCase):
         self.transfers.remove(second)
         for deferred in waiters:
             self.successResultOf(deferred)
-        self.assertEqual(len(self.transfers), 0)
+        self.successResultOf(self.transfers.when_empty())
 
     def test_removing_twice_has_no_effect(self) -> None:
         first, _second = self.add_transfer(), self.add_transfer()
         self.transfers.remove(first)
         self.transfers.remove(first)
-        self.assertEqual(len(self.transfers), 1)
+        self.assertNoResult(self.transfers.when_empty())
 
     def test_cancelling_one_waiter_leaves_the_others(self) -> None:
         handle = self.add_transfer()
