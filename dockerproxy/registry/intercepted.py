@@ -11,7 +11,7 @@ from dockerproxy.http.request import Request
 from dockerproxy.oci.names import Host, Registry
 from dockerproxy.oci.routes import Kind, Target, pop_parameter, route
 from dockerproxy.registry.api import RegistryAPI
-from dockerproxy.registry.responses import API_VERSION, handle_error
+from dockerproxy.registry.responses import API_VERSION, cache_status_fields, handle_error
 from dockerproxy.registry.upstream_backend import (
     SAFE_METHODS,
     UpstreamBackend,
@@ -78,7 +78,7 @@ class Intercepted:
         fields = [
             ("Content-Type", "application/json"),
             ("Cache-Control", "no-store"),
-            ("X-Cache", request.cache_status),
+            *cache_status_fields(request.cache_status),
         ]
         request.respond(200, fields, content)
 

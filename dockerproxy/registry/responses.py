@@ -19,13 +19,36 @@ FieldList = list[tuple[str, str]]
 _NOT_FORWARDED = ("alt-svc", "server", "strict-transport-security", "x-cache")
 
 
+# Our member of Cache-Status (RFC 9211, section 2) for every value of X-Cache.
+_CACHE_STATUS_MEMBERS = {
+    "HIT": "docker-registry-proxy;hit",
+    "MISS": "docker-registry-proxy;fwd=miss",
+    "JOINED": "docker-registry-proxy;fwd=miss;collapsed",
+    "REVALIDATED": "docker-registry-proxy;fwd=stale",
+    "STALE": "docker-registry-proxy;hit;detail=stale",
+    "PASS": "docker-registry-proxy;fwd=bypass",
+}
+
+
 def cache_status_fields(cache_status: str) -> FieldList:
-    """Return the field that says how an answer came about; none where no cache had a part in it."""
-    return [] if cache_status == "-" else [("X-Cache", cache_status)]
+    """Return the two fields that report a cache status, X-Cache and Cache-Status; none if no cache was involved (-).
+
+    Cache-Status is a list. Its first member is the cache next to the origin, and its last the cache next to the client
+    (RFC 9211, section 2). Put these fields behind those of upstream: several fields are one list, in order (RFC 9110,
+    section 5.3), so our member becomes the last.
+    """
+    if cache_status == "-":
+        return []
+    return [("X-Cache", cache_status), ("Cache-Status", _CACHE_STATUS_MEMBERS[cache_status])]
 
 
 def upstream_fields(headers: Headers) -> FieldList:
-    """Return the fields of a registry's answer that a client of ours gets."""
+    """Return the fields of an upstream response that the client gets.
+
+    Upstream's Cache-Status is among them: a cache that adds its member preserves the existing ones (RFC 9211,
+    section 2). That holds only for a response to this client's own request. The field describes how caches handled one
+    request, so it is neither stored with a blob or manifest nor repeated with the cached copy.
+    """
     return forwarded_fields(headers.without(*_NOT_FORWARDED))
 
 
@@ -46,6 +69,9 @@ def respond_error(request: Request, error: RegistryError, challenge: Iterable[tu
     """
     headers = Headers(error.headers).without("www-authenticate")
     if isinstance(error, UpstreamRefused):
+        if request.cache_status != "PASS":
+            # One refusal may decide for several clients, and its Cache-Status describes the request of only one.
+            headers = headers.without("cache-status")
         fields, body = upstream_fields(without_cookies(headers)), error.content
     else:
         fields = [("Content-Type", "application/json"), API_VERSION, *headers]

@@ -16,7 +16,7 @@ from dockerproxy.oci.content import BlobResponse, ManifestResponse
 from dockerproxy.oci.manifests import OCI_INDEX
 from dockerproxy.oci.names import Digest, Reference, Repository
 from dockerproxy.oci.routes import Kind, Target, parse_query
-from dockerproxy.registry.responses import API_VERSION, upstream_fields, without_cookies
+from dockerproxy.registry.responses import API_VERSION, cache_status_fields, upstream_fields, without_cookies
 
 # What a client says to us and not to upstream: its login is dealt with, the body's framing is ours to say anew.
 _NOT_FORWARDED = ("authorization", "host", "content-length", "expect", "accept-encoding")
@@ -90,9 +90,7 @@ class UpstreamBackend:
             check_push(request, self.allow_push)
         if is_read and target.kind is Kind.BASE:
             await self.upstream.ping()
-            request.respond(
-                200, [("Content-Type", "application/json"), API_VERSION, ("X-Cache", request.cache_status)], b"{}"
-            )
+            request.respond(200, [("Content-Type", "application/json"), API_VERSION], b"{}")
         elif is_read and target.kind is Kind.REFERRERS:
             await self._referrers(request, target)
         else:
@@ -103,7 +101,7 @@ class UpstreamBackend:
         artifact_type = next((value for name, value in parse_query(request.query) if name == "artifactType"), None)
         index = await self.upstream.referrers(target.name, target.reference, request.query, artifact_type)
         request.cache_status = "PASS"
-        fields = [("Content-Type", OCI_INDEX), API_VERSION, ("X-Cache", request.cache_status)]
+        fields = [("Content-Type", OCI_INDEX), API_VERSION, *cache_status_fields(request.cache_status)]
         if index.filtered:
             fields.append(("OCI-Filters-Applied", "artifactType"))
         request.respond(200, fields, index.content)
@@ -137,7 +135,7 @@ async def forward_request(
         (name, _add_namespace(namespace, value) if name == "link" else value)
         for name, value in upstream_fields(response_headers)
     ]
-    await forward_response(request, response, [*fields, ("X-Cache", request.cache_status)])
+    await forward_response(request, response, [*fields, *cache_status_fields(request.cache_status)])
 
 
 async def _read_error_body(response: RegistryResponse) -> bytes:

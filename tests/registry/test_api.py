@@ -85,6 +85,7 @@ def test_a_blob(client: Any, backend: Any, fake_content: Any, size: int) -> None
         "Accept-Ranges": "bytes",
         "Docker-Distribution-Api-Version": "registry/2.0",
         "X-Cache": "HIT",
+        "Cache-Status": "docker-registry-proxy;hit",
     }
     assert {name: response.fields(name) for name in expected} == {name: [value] for name, value in expected.items()}
     assert "Warning" not in response.headers
@@ -290,6 +291,7 @@ def test_stale_content_carries_a_warning(client: Any, backend: Any, fake_content
     for path in (blob_path(digest), "/v2/library/busybox/manifests/latest"):
         response = client.fetch("GET", path)
         assert (response.status, response.headers["X-Cache"]) == (200, "STALE")
+        assert response.headers["Cache-Status"] == "docker-registry-proxy;hit;detail=stale"
         assert response.headers["Warning"].startswith('299 - "Stale: ')
 
 
@@ -418,6 +420,7 @@ def test_a_manifest(client: Any, backend: Any) -> None:
             "Accept-Ranges": "bytes",
             "Docker-Distribution-Api-Version": "registry/2.0",
             "X-Cache": "REVALIDATED",
+            "Cache-Status": "docker-registry-proxy;fwd=stale",
         }
         assert {name: response.fields(name) for name in expected} == {name: [value] for name, value in expected.items()}
     assert backend.calls[0] == ("library/busybox", "latest", [OCI_INDEX, f"{OCI_MANIFEST};q=0.5"], False)

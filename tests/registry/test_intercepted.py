@@ -100,6 +100,24 @@ def test_authorization_opens_the_registry(connect_intercepted: Any, upstream: An
     assert [request.host for request in client.finished_requests] == ["quay.io", "quay.io"]
 
 
+def test_cache_status_of_every_kind_of_response(connect_intercepted: Any, upstream: Any, fake_content: Any) -> None:
+    upstream.manifests["latest"] = ManifestResponse(DIGEST, OCI_INDEX, 2, b"{}", "REVALIDATED")
+    upstream.referrers_result = FakeReferrersIndex(EMPTY_INDEX, False)
+    upstream.realms = {("quay.io", "/token"): QUAY}
+    upstream.cache_status = "JOINED"
+    for path, expected in [
+        (f"/v2/a/b/blobs/{upstream.put(fake_content(b'layer'))}", ["docker-registry-proxy;fwd=miss;collapsed"]),
+        ("/v2/a/b/manifests/latest", ["docker-registry-proxy;fwd=stale"]),
+        (f"/v2/a/b/referrers/{DIGEST}", ["docker-registry-proxy;fwd=bypass"]),
+        ("/v2/a/b/tags/list", ["docker-registry-proxy;fwd=bypass"]),
+        ("/token", ["docker-registry-proxy;fwd=bypass"]),
+        ("/v2/", []),
+    ]:
+        response = connect_intercepted().fetch("GET", path)
+        assert (response.status, response.fields("Cache-Status")) == (200, expected), path
+        assert len(response.fields("X-Cache")) == len(expected), path
+
+
 def test_manifest_comes_from_upstream(connect_intercepted: Any, upstream: Any) -> None:
     upstream.manifests["latest"] = ManifestResponse(DIGEST, OCI_INDEX, 2, b"{}", "HIT")
     response = connect_intercepted().fetch("GET", "/v2/a/b/manifests/latest", [("Accept", OCI_INDEX)])
@@ -258,6 +276,7 @@ def test_hop_by_hop_response_fields_are_not_forwarded(
         ("keep-alive", "timeout=5"),
         ("content-length", "13"),
         ("x-cache", "Hit from cloudfront"),
+        ("cache-status", "OriginCache;hit, ExampleCDN;fwd=miss"),
         ("alt-svc", 'h3=":443"'),
         ("set-cookie", "session=of-our-own-login"),
     ]
@@ -265,6 +284,11 @@ def test_hop_by_hop_response_fields_are_not_forwarded(
     response = connect_intercepted().fetch("GET", "/v2/a/b/tags/list")
     assert (response.body, response.fields("Content-Length")) == (b"from upstream", ["13"])
     assert response.fields("X-Cache") == ["PASS"]
+    # RFC 9211, section 2: the list goes on, and the last member is the cache next to the client.
+    assert response.fields("Cache-Status") == [
+        "OriginCache;hit, ExampleCDN;fwd=miss",
+        "docker-registry-proxy;fwd=bypass",
+    ]
     assert response.headers["Link"] == '</v2/a/b/tags/list?last=9>; rel="next"'
     for name in ("Connection", "X-Hop", "Keep-Alive", "Alt-Svc", "Set-Cookie"):
         assert name not in response.headers, name

@@ -10,7 +10,7 @@ import pytest
 from dockerproxy import errors
 from dockerproxy.errors import RegistryError, UpstreamFailing, UpstreamRefused
 from dockerproxy.http.request import Request
-from dockerproxy.registry.responses import respond_error
+from dockerproxy.registry.responses import cache_status_fields, respond_error
 
 
 def classes() -> list[type[RegistryError]]:
@@ -56,8 +56,44 @@ def test_every_error_is_rendered_as_registry_json(render_error: Any, error: Regi
     assert response.headers["Content-Length"] == str(len(response.body))
     assert response.headers["Retry-After"] == "7"
     assert response.fields("X-Cache") == ["MISS"]
+    assert response.fields("Cache-Status") == ["docker-registry-proxy;fwd=miss"]
     if type(error).__name__ in STATUSES:
         assert (error.status, error.code) == STATUSES[type(error).__name__]
+
+
+@pytest.mark.parametrize(
+    ("cache_status", "member"),
+    [
+        ("HIT", "docker-registry-proxy;hit"),
+        ("MISS", "docker-registry-proxy;fwd=miss"),
+        ("JOINED", "docker-registry-proxy;fwd=miss;collapsed"),
+        ("REVALIDATED", "docker-registry-proxy;fwd=stale"),
+        ("STALE", "docker-registry-proxy;hit;detail=stale"),
+        ("PASS", "docker-registry-proxy;fwd=bypass"),
+    ],
+)
+def test_cache_status_has_two_fields(cache_status: str, member: str) -> None:
+    assert cache_status_fields(cache_status) == [("X-Cache", cache_status), ("Cache-Status", member)]
+
+
+def test_a_response_without_cache_status_has_no_field() -> None:
+    assert cache_status_fields("-") == []
+
+
+@pytest.mark.parametrize(
+    ("cache_status", "expected"),
+    [
+        ("PASS", ["ExampleCache;hit;ttl=30", "docker-registry-proxy;fwd=bypass"]),
+        ("MISS", ["docker-registry-proxy;fwd=miss"]),
+        ("-", []),
+    ],
+)
+def test_cache_status_of_upstream_describes_one_request(
+    render_error: Any, cache_status: str, expected: list[str]
+) -> None:
+    """RFC 9211, section 2: preserved in front of our member. A refusal that several clients share has none."""
+    error = UpstreamRefused(403, b"no", [("cache-status", "ExampleCache;hit;ttl=30")])
+    assert render_error(error, cache_status=cache_status).fields("Cache-Status") == expected
 
 
 def test_every_error_class_has_a_spec_code() -> None:
