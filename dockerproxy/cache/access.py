@@ -1,7 +1,7 @@
-"""Who may read which cached repository. The digest is where the bytes are, never the right to read them.
+"""Access control for cached repositories. Knowing a digest locates a blob but never grants the right to read it.
 
-What counts is upstream's word, remembered by (registry, repository) and the identity it was given to. It is on disk, so
-that a restart while upstream is gone still serves what it served before.
+Only upstream grants access. Grants are stored per (registry, repository) and identity. They are kept on disk so that
+clients keep their access if the proxy restarts while upstream is down.
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ from dockerproxy.cache.upstream import Principal
 from dockerproxy.store.records import Records
 
 GRANT_TTL = 300.0
-"""Seconds for which upstream's yes is not asked for again."""
+"""Seconds for which a grant is used without asking upstream again."""
 
 STALE_GRANT_TTL = 86400.0
-"""Seconds for which a client's own yes is believed while upstream cannot be asked. What is public, or what our own
-credential reads, is believed for as long as upstream is gone."""
+"""Seconds for which a grant to a client's own credential stays valid while upstream is down. Grants to the public and
+to the proxy's own login stay valid for the whole outage."""
 
-_SAVE_INTERVAL = 60.0  # seconds after which a yes that is known is written down again
+_SAVE_INTERVAL = 60.0  # seconds after which a renewed grant is saved again
 
 _MAX_IDENTITIES = 200
 _MAX_GRANTS_IN_MEMORY = 50_000
 
 
 class AccessState(Enum):
-    """What is known of an identity before a repository."""
+    """Access of one identity to one repository, as far as the cache knows."""
 
-    GRANTED = "upstream said yes a moment ago"
-    GRANTED_STALE = "upstream said yes once: enough while it cannot be asked"
-    UNKNOWN = "upstream has to be asked"
+    GRANTED = "upstream granted access less than GRANT_TTL seconds ago"
+    GRANTED_STALE = "upstream granted access earlier; sufficient during an outage"
+    UNKNOWN = "upstream must be asked"
 
 
 class Access:
-    """Upstream's yeses; `clock` is POSIX time. `shared`: other processes use the records, too."""
+    """Grants by upstream. `clock` returns POSIX time. `shared` is true if other processes use the same records."""
 
     def __init__(self, records: Records, clock: Callable[[], float], shared: bool = False) -> None:
         self._records = records
@@ -47,7 +47,7 @@ class Access:
         self._grants: OrderedDict[tuple[str, str], float] = OrderedDict()
 
     def state(self, key: str, identity: str) -> AccessState:
-        """Return how `identity` stands before the repository `key`; what all may read, each may."""
+        """Return the access of `identity` to the repository `key`. A grant to PUBLIC counts for every identity."""
         now = self._clock()
         best = AccessState.UNKNOWN
         for candidate in (identity, PUBLIC) if identity != PUBLIC else (PUBLIC,):
@@ -59,14 +59,14 @@ class Access:
         return best
 
     def granted_since(self, key: str, identity: str, since: float) -> bool:
-        """Whether upstream, asked by whatever process, let `identity` read from `key` at `since` or later.
+        """Return whether any process recorded a grant of `key` to `identity` at the time `since` or later.
 
-        Only what was `proven` as `awaited` is sure to be known of another process.
+        Grants of other processes are reliably visible only if they were recorded with `write_through`.
         """
         return max(self._grants.get((key, identity), -inf), self._saved_grant_time(key, identity)) >= since
 
     def had_access(self, principal: Principal) -> bool:
-        """Whether upstream let the visitor in once, which has to do while it cannot be asked."""
+        """Return whether upstream has granted access before. This is sufficient during an outage."""
         identities = (
             [principal.identity]
             if principal.fallback_identity is None
@@ -75,13 +75,13 @@ class Access:
         return any(self.state(principal.repository.key, identity) is not AccessState.UNKNOWN for identity in identities)
 
     def now(self) -> float:
-        """Return the time, as `proven` takes it."""
+        """Return the current time, in the form that `record_grant` expects."""
         return self._clock()
 
     def record_grant(self, key: str, identity: str, granted_at: float, *, write_through: bool = False) -> None:
-        """Note that upstream let `identity` read from `key` at the time `when`.
+        """Record that upstream let `identity` read from `key` at the time `granted_at`.
 
-        `awaited`: other processes may wait to hear just that, so it is written down at once.
+        `write_through` saves the grant at once if the records are shared, because other processes may wait for it.
         """
         previous = self._grants.get((key, identity))
         if previous is not None and granted_at < previous <= self._clock():
@@ -95,7 +95,7 @@ class Access:
             self._save(key, identity, granted_at)
 
     def record_denial(self, key: str, identity: str) -> None:
-        """Note that upstream does not let `identity` read from `key` (any more)."""
+        """Record that upstream does not (or no longer) let `identity` read from `key`."""
         self._grants.pop((key, identity), None)
         if self._saved_grant_time(key, identity) > -inf:
             self._save(key, identity, None)
@@ -105,7 +105,7 @@ class Access:
         if granted_at is not None and now - granted_at < GRANT_TTL:
             return granted_at
         record = self._records.get("access", key) or {}
-        if identity in record:  # with a yes, or with a no, which another process may have heard
+        if identity in record:  # a grant, or a denial that another process may have recorded
             granted_at = _grant_time(record[identity])
         return granted_at if granted_at is not None and granted_at > -inf else None
 
@@ -123,7 +123,10 @@ class Access:
         return _grant_time((self._records.get("access", key) or {}).get(identity))
 
     def _save(self, key: str, identity: str, granted_at: float | None) -> None:
-        """Write down a yes, or None for a no; the latest yeses stay, those for all first, and noes if there is room."""
+        """Persist a grant, or a denial if `granted_at` is None.
+
+        Keep at most _MAX_IDENTITIES entries: shared grants first, then the newest grants, then denials.
+        """
         grants: dict[str, float] = {identity: granted_at} if granted_at is not None else {}
         denials: dict[str, None] = {identity: None} if granted_at is None else {}
         for name, saved in (self._records.get("access", key) or {}).items():
@@ -136,5 +139,5 @@ class Access:
 
 
 def _grant_time(value: object) -> float:
-    """Return when a yes was heard, as it was written down; -inf for a no, or for what is neither."""
+    """Return the time of a saved grant; -inf for a denial or an invalid value."""
     return value if isinstance(value, int | float) else -inf

@@ -1,6 +1,7 @@
-"""What is written down beside the content: facts that cost another question where they are lost, and never an answer.
+"""Best-effort writes of metadata.
 
-So a disk that takes no more (or a file system that became read-only) is complained about here, and nobody fails for it.
+Losing an entry costs an extra upstream request but never causes a wrong response. If the disk is full or the file
+system is read-only, the error is therefore logged and the request goes on.
 """
 
 from __future__ import annotations
@@ -17,24 +18,26 @@ log = Logger()
 
 
 def try_put(records: Records, value: Mapping[str, Any], *key: str) -> None:
-    """Keep `value`, if the disk takes it."""
+    """Save `value`; log disk errors."""
     try:
         records.put(value, *key)
     except OSError as error:
-        log.warn("{kind} of {name} is not remembered: {reason}", kind=key[0], name=key[1], reason=error.strerror)
+        log.warn("cannot save the {kind} record of {name}: {reason}", kind=key[0], name=key[1], reason=error.strerror)
 
 
 def try_remove(records: Records, *key: str) -> None:
-    """Remove what is kept, if the disk lets it go."""
+    """Remove a record; log disk errors."""
     try:
         records.remove(*key)
     except OSError as error:
-        log.warn("{kind} of {name} is not forgotten: {reason}", kind=key[0], name=key[1], reason=error.strerror)
+        log.warn("cannot remove the {kind} record of {name}: {reason}", kind=key[0], name=key[1], reason=error.strerror)
 
 
 async def try_link(reactor: Any, write: Callable[..., None], repository: str, *arguments: Any) -> None:
-    """Call `write`, which makes a link of `repository`, in a thread; go on where the disk does not take it."""
+    """Call `write`, which creates a link in `repository`, in a thread; log disk errors."""
     try:
         await in_thread(reactor, write, repository, *arguments)
     except OSError as error:
-        log.warn("{repository} is not linked to its content: {reason}", repository=repository, reason=error.strerror)
+        log.warn(
+            "cannot write a link in the repository {repository}: {reason}", repository=repository, reason=error.strerror
+        )

@@ -1,4 +1,7 @@
-"""Blobs of any registry: from the store, from a flight, and only to whom upstream would give them."""
+"""Cached blobs: served from the store or from a download in progress, after checking the client's access.
+
+A client gets a blob only if upstream would serve it to the same client from the same repository.
+"""
 
 from __future__ import annotations
 
@@ -23,11 +26,11 @@ from dockerproxy.store.blobs import Blobs
 from dockerproxy.store.links import Links
 
 _NO_HEADERS = Headers()
-_MAX_ATTEMPTS = 3  # a blob may be evicted between being seen and being opened
+_MAX_ATTEMPTS = 3  # because a blob may be evicted between lookup and opening
 
 
 class CachedBlobs:
-    """Answers for blobs."""
+    """Serves blobs of upstream repositories."""
 
     def __init__(
         self,
@@ -49,15 +52,17 @@ class CachedBlobs:
         self._upstream_checks: SingleFlight[tuple[object, ...], tuple[int | None, bool]] = SingleFlight()
 
     async def get(self, principal: Principal, digest: Digest) -> BlobResponse:
-        """Return the blob for `visitor`. Raise what upstream refuses with, or `UpstreamError`."""
+        """Return the blob for `principal`. Raise the error that upstream responded with, or `UpstreamError`."""
         for _ in range(_MAX_ATTEMPTS):
             response = await self._find(principal, digest)
             if response is not None:
                 return response
-        raise UpstreamFailing(f"{digest} goes as fast as it is fetched: the cache may be too small")
+        raise UpstreamFailing(
+            f"{digest} was evicted {_MAX_ATTEMPTS} times before it could be served; raise CACHE_MAX_SIZE"
+        )
 
     async def head(self, principal: Principal, digest: Digest) -> BlobResponse:
-        """Return the blob's size, without fetching it."""
+        """Return the blob's size without fetching the blob."""
         if self._blobs.exists(digest):
             response = await self.get(principal, digest)
             if response.content is not None:
@@ -66,7 +71,10 @@ class CachedBlobs:
         return BlobResponse(digest, await self._check_upstream(principal, digest, self._size_of(digest)), None, "MISS")
 
     async def _find(self, principal: Principal, digest: Digest) -> BlobResponse | None:
-        """Return the blob; None where it went while it was looked for, or its download was another's and failed."""
+        """Return the blob; None if the caller should try again.
+
+        That is the case if the blob was evicted during the search, or if a download for another client failed.
+        """
         key = principal.repository.key
         linked = self._links.has_layer(key, digest)
         granted = linked and self._access.state(key, principal.identity) is AccessState.GRANTED
@@ -80,7 +88,8 @@ class CachedBlobs:
         if download is not None:
             if not await self._wait_started(download, principal):
                 return None
-            # What upstream answers to the request that is out, or answered to it just now, it answers to this visitor.
+            # The upstream response for this repository and identity, pending or less than GRANT_TTL seconds old, also
+            # decides for this client.
             if granted or download.serves(principal, GRANT_TTL):
                 return self._open_reader(download, principal, "JOINED" if download.is_foreign else cache_status)
             await download.wait_size()
@@ -98,14 +107,14 @@ class CachedBlobs:
         blob = self._blobs.open(digest)
         if blob is None:
             return None
-        self._space.pin(digest)  # it does not leave the cache before it is closed
+        self._space.pin(digest)  # prevents eviction until the content is closed
         content = StoredBlobReader(self._reactor, blob, partial(self._space.unpin, digest))
         return BlobResponse(digest, blob.size, content, cache_status)
 
     def _start_download(self, principal: Principal, digest: Digest) -> BlobDownload:
         started_at = self._access.now()
-        # That upstream sends something is no yes yet: a page that it answers everything with would make everyone's of
-        # all that the repository has here.
+        # A 200 does not prove access, because a captive portal answers every request with 200. Record the grant only
+        # once the digest has been verified.
         return self._downloads.start(principal, digest, lambda: self._record_grant(principal, digest, started_at))
 
     def _open_reader(self, download: BlobDownload, principal: Principal, cache_status: str) -> BlobResponse | None:
@@ -113,7 +122,10 @@ class CachedBlobs:
         return None if content is None else BlobResponse(download.digest, download.size, content, cache_status)
 
     async def _wait_started(self, download: BlobDownload, principal: Principal) -> bool:
-        """Wait until upstream sends, and raise what it says instead; False where it said that to another only."""
+        """Wait until upstream has begun to send.
+
+        Raise the error that upstream responded with. Return False if that error applies only to another client.
+        """
         try:
             await download.wait_started()
         except RegistryError as error:
@@ -124,7 +136,7 @@ class CachedBlobs:
         return True
 
     async def _authorize(self, principal: Principal, digest: Digest, linked: bool) -> str | None:
-        """Make sure that `visitor` may have what is here; return how that was found out, None where it went."""
+        """Check that `principal` may read the present blob. Return the cache status; None if it was evicted."""
         expected_size = self._size_of(digest)
         if expected_size is None:
             return None
@@ -136,12 +148,12 @@ class CachedBlobs:
             raise
         return "REVALIDATED"
 
-    # upstream's word on whether its repository has a blob for a visitor
+    # upstream access checks
 
     async def _check_upstream(self, principal: Principal, digest: Digest, expected_size: int | None) -> int | None:
-        """Ask upstream, joining whoever asks the same; return the size that it tells.
+        """Check upstream that `principal` may read the blob, sharing identical concurrent checks. Return the size.
 
-        `here` is the size that it has to be, so that an answer is a yes and not just an answer.
+        `expected_size` is the size of the cached blob. A response proves access only if it has that size.
         """
         now = self._access.now()
         size, conclusive = await self._upstream_checks.do(
@@ -165,12 +177,12 @@ class CachedBlobs:
             await response.discard()
         else:
             raise await self._error_from(principal, response)
-        # A redirect is no yes: registry.k8s.io sends every name and digest elsewhere, and it is there that the answer
-        # is given. With GET, for which alone a signed URL may be good.
+        # A redirect does not prove access: registry.k8s.io redirects every name and digest, and only the target
+        # decides. Follow it by GET, because a signed URL may be valid for GET only.
         return await self._probe(principal, digest, expected_size)
 
     async def _probe(self, principal: Principal, digest: Digest, expected_size: int | None) -> tuple[int | None, bool]:
-        """Ask for the first byte, wherever that leads."""
+        """Request the first byte by GET, following redirects."""
         response = await self._request("GET", principal, digest, headers=Headers([("range", "bytes=0-0")]))
         if response.status == 200:
             size = response.length
@@ -179,12 +191,15 @@ class CachedBlobs:
         elif response.status == 206:
             size = _total_size(response)
         elif response.status == 416:
-            size = 0  # RFC 9110, section 14.1.2: only an empty content has no first byte
+            size = 0  # RFC 9110, section 14.1.2: only empty content has no first byte
         else:
             raise await self._error_from(principal, response)
         await response.discard()
         if expected_size is not None and size != expected_size:
-            raise UpstreamBroken(f"{principal.repository.registry} has something else by the name of {digest}")
+            raise UpstreamBroken(
+                f"{principal.repository.registry} returned content of another size for {digest}: "
+                f"{size} instead of {expected_size} bytes"
+            )
         return size, expected_size is not None
 
     async def _request(
@@ -220,24 +235,27 @@ class CachedBlobs:
 
 
 def _is_shared_failure(download: BlobDownload, principal: Principal, error: RegistryError) -> bool:
-    """Whether what failed `flight` is its registry's trouble, so that it would fail this visitor in the same way."""
+    """Return whether `error`, which failed `download`, is a failure of the registry itself.
+
+    Such a failure would hit this principal in the same way.
+    """
     same_registry = download.repository.registry == principal.repository.registry
     return same_registry and isinstance(error, UpstreamError) and error.status != 429
 
 
 async def _verify_and_measure(response: UpstreamResponse, digest: Digest) -> int:
-    """Read an answer whose length is not told, and return that; raise `UpstreamBroken` where it is not the blob."""
+    """Read a response of unknown length and return its size. Raise `UpstreamBroken` if the digest differs."""
     hasher, size = digest.hasher(), 0
     while data := await response.read_chunk():
         hasher.update(data)
         size += len(data)
     if hasher.hexdigest() != digest.hex:
-        raise UpstreamBroken(f"upstream has something else by the name of {digest}")
+        raise UpstreamBroken(f"upstream returned content that does not match {digest}")
     return size
 
 
 def _total_size(response: UpstreamResponse) -> int | None:
-    """Return the size of the whole that a 206 tells."""
+    """Return the total size given by a 206's Content-Range; None if it is missing or invalid."""
     try:
         return parse_content_range(response.headers.get("content-range") or "")[2]
     except ValueError:

@@ -1,8 +1,8 @@
-"""What each registry asks of its clients: its answer to `/v2/`, remembered, and told to our clients.
+"""Authentication challenges of upstream registries: learned from `/v2/`, stored, and rendered for clients.
 
-Clients begin with `/v2/` and do what its challenge says. It is remembered on disk, so that with upstream gone they get
-as far as the cache. A realm on a host that is not intercepted would lead them past us (and nowhere, with upstream
-gone): it is replaced by a path of the registry's own host, where we answer for the realm.
+Clients start with `/v2/` and follow its challenge. The challenge is stored on disk so that clients reach the cache even
+if upstream is down. A realm on a host that is not intercepted would let clients bypass the proxy, and would fail during
+an outage. It is therefore replaced by a path on the registry's own host, at which this proxy acts as token server.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dockerproxy.oci.names import Host, Registry
 from dockerproxy.store.records import Records
 
 TOKEN_PATH = "/.well-known/docker-registry-proxy/token"
-"""Where, on a registry's own host, we answer for a realm elsewhere."""
+"""Path on a registry's host at which this proxy serves tokens for a realm on another host."""
 
 _CHALLENGE_TTL = 3600.0
 
@@ -32,14 +32,14 @@ _HUB_CHALLENGE = 'Bearer realm="https://auth.docker.io/token",service="registry.
 
 @frozen
 class Realm:
-    """A token server: its origin, and the path (without query) of its tokens."""
+    """A token server: its origin, and the path of its token endpoint without the query."""
 
     server: Registry
     path: str
 
     @classmethod
     def parse(cls, url: str) -> Realm | None:
-        """Return the realm at `url`, None where that is none that can be asked."""
+        """Return the realm at `url`; None if `url` is not an absolute URL with a valid host."""
         scheme, separator, rest = url.partition("://")
         authority, _, path = rest.partition("/")
         if not separator:
@@ -51,10 +51,10 @@ class Realm:
 
 
 class Challenges:
-    """The challenges of the registries that are intercepted.
+    """The challenges of the intercepted registries.
 
-    `intercepted` has the hosts under which clients reach us at the time, `learned` is told of each challenge that
-    upstream makes.
+    `intercepted` is the live set of hosts that clients reach through this proxy. `on_challenge` is called with each
+    challenge that upstream sends.
     """
 
     def __init__(
@@ -71,12 +71,13 @@ class Challenges:
         self._intercepted = intercepted
         self._clock = clock
         self._requests: SingleFlight[Registry, list[str]] = SingleFlight()
-        self._known_registries: set[Registry] = (
-            set()
-        )  # those of which it is known what they ask for: as many as are intercepted
+        self._known_registries: set[Registry] = set()  # bounded, because only intercepted registries are added
 
     async def get(self, registry: Registry) -> list[Challenge]:
-        """Return what `registry` asks for; nothing where it lets anyone in. Raise `UpstreamError` if it never said."""
+        """Return the challenges of `registry`; an empty list if it requires no authentication.
+
+        Raise `UpstreamError` if upstream fails and no earlier challenge is stored.
+        """
         fields, age = self._load(registry)
         if fields is None or not 0 <= age < _CHALLENGE_TTL:
             try:
@@ -87,11 +88,11 @@ class Challenges:
         return parse_challenges(fields)
 
     def cached(self, registry: Registry) -> list[Challenge]:
-        """Return what `registry` was last known to ask for, without asking."""
+        """Return the stored challenges of `registry`, without a request."""
         return parse_challenges(self._load(registry)[0] or [])
 
     async def ensure_known(self, registry: Registry) -> None:
-        """Find out what `registry` asks for, where that is unknown: which login is good there depends on it."""
+        """Learn the challenges of `registry` unless they are known, because the choice of login depends on them."""
         if registry in self._known_registries:
             return
         if self._load(registry)[0] is None:
@@ -100,22 +101,22 @@ class Challenges:
                 self._known_registries.add(registry)
         else:
             self._known_registries.add(registry)
-            self.restore([registry])  # it may be another process that found out
+            self.restore([registry])  # because another process may have learned it
 
     def restore(self, registries: Iterable[Registry]) -> None:
-        """Tell `learned` what is remembered of `registries` from before."""
+        """Call `on_challenge` with the stored challenges of `registries`."""
         for registry in registries:
             self._on_challenge(registry, self.cached(registry))
 
     def realm(self, registry: Registry) -> Realm | None:
-        """Return where `registry` was last known to send its clients for tokens."""
+        """Return the realm in the stored Bearer challenge of `registry`; None if there is none."""
         for challenge in self.cached(registry):
             if challenge.scheme == "bearer":
                 return Realm.parse(challenge.parameters.get("realm", ""))
         return None
 
     def render_for(self, registry: Registry, fields: Iterable[str], *, secure: bool) -> list[tuple[str, str]]:
-        """Return WWW-Authenticate fields for a client that reached us as `registry`, over TLS if `secure`."""
+        """Return WWW-Authenticate fields for a client that addressed this proxy as `registry`, over TLS if `secure`."""
         rendered = []
         for challenge in parse_challenges(fields):
             if challenge.scheme == "bearer":
@@ -142,12 +143,12 @@ class Challenges:
     async def _fetch(self, registry: Registry) -> list[str]:
         response = await self._agent.request("GET", registry.origin + "/v2/", Headers())
         fields = response.headers.all("www-authenticate") if response.status == 401 else []
-        # A redirect (registry.k8s.io) leads to where the content is open to all.
+        # A redirect (registry.k8s.io) leads to a server that requires no authentication.
         if response.status != 401 and not 200 <= response.status < 400:
             raise await error_from_response(registry, response)
         await response.discard()
         if response.status == 200 and (response.headers.get("content-type") or "").lower().startswith("text/html"):
-            raise UpstreamBroken(f"{registry} answers /v2/ with a web page: it is no registry")
+            raise UpstreamBroken(f"{registry} returned an HTML page for /v2/; it is not a registry")
         try_put(self._records, {"fields": fields, "checked": self._clock()}, "challenge", str(registry))
         self._on_challenge(registry, parse_challenges(fields))
         return fields

@@ -1,19 +1,19 @@
-"""One download per digest, and everyone who wants it reading along.
+"""Downloads of blobs from upstream. There is one download per digest, and any number of readers share it.
 
-A flight writes one blob from upstream into an ingest file and hashes it on the way. Readers follow the file: each has
-its own descriptor and offset, so a slow one delays nobody, and one that leaves is not noticed. The last piece becomes
-readable only when digest and length hold; a blob that turns out corrupt is never completed to anyone.
+A `BlobDownload` writes one blob from upstream into an ingest file and hashes it on the way. Each reader has its own
+descriptor and offset in that file, so that a slow or closed reader does not affect the others. The last byte becomes
+readable only after digest and length have been verified, so no client ever completes a corrupt blob.
 
-    upstream ──Download──► Flight ──append, in a thread──► ingest file ──verify, rename──► blobs
-                              │ wakes                           │ pread
-                              └──────────► FlightContent (one per reader) ──► its client
+    upstream ──ResumableGet──► BlobDownload ──append, in a thread──► ingest file ──verify, rename──► blobs
+                                   │ wakes                               │ pread
+                                   └─────────► BlobReader (one per reader) ──► its client
 
-Where the file cannot go on though upstream could (the disk is full, the blob is larger than the cache, the first
-client's credential has ended), the flight is *stranded*: each reader carries on from upstream itself, from the
-byte where the file ends, with a copy of the hash.
+If the file cannot be written further although upstream could continue, the download fails with `IngestFailed`. This
+happens if the disk is full or the blob is larger than the cache. Each reader then fetches the rest directly from
+upstream, from the byte at which the file ends, with a copy of the hash.
 
-Where another process writes the file already, the flight *follows*: its readers have the same file. It ends with the
-other's, and goes on by itself where the other process has died.
+If another process already writes the file, the download is *foreign*: its readers read the same file. It ends when the
+other process finishes. If that process dies, this one takes over the file and continues the download.
 """
 
 from __future__ import annotations
@@ -41,29 +41,29 @@ from dockerproxy.store.ingest import ForeignIngest, Ingest
 if TYPE_CHECKING:
     from hashlib import _Hash
 
-# Bytes that are hashed and written at a time, if they come fast: to have a thread do that, and to wake readers, takes
-# 100 µs each time (with half as many, each byte takes 9 % more CPU time). Whoever waits for the beginning has that at
-# once.
+# Maximum number of bytes that are hashed and written at a time. Each write costs 100 µs for the thread and for waking
+# the readers; with half the size, each byte costs 9 % more CPU time. The first writes are smaller, so that readers get
+# the beginning at once.
 _MAX_WRITE_SIZE = 2 * 1024 * 1024
-_MIN_PIECE_SIZE = 64 * 1024  # bytes of a piece: smaller ones are read from the file, many at a time
-_FSYNC_THRESHOLD = 64 * 1024 * 1024  # bytes: 0.02 s for an NVMe disk
-_POLL_INTERVAL = 0.01  # seconds between two looks at the file
-_LEND_TIMEOUT = 5.0  # seconds for which a stranded flight keeps its connection open for a reader
-_INTERNAL_ERROR = "the download failed in this proxy itself: its log says why"
+_MIN_PIECE_SIZE = 64 * 1024  # bytes; smaller pieces are read from the file, many at a time
+_FSYNC_THRESHOLD = 64 * 1024 * 1024  # bytes; an NVMe disk needs 0.02 s for them
+_POLL_INTERVAL = 0.01  # seconds between two checks of a foreign ingest
+_LEND_TIMEOUT = 5.0  # seconds for which a failed download keeps its connection open for a reader
+_INTERNAL_ERROR = "the download failed because of an internal error; see the log of docker-registry-proxy"
 
 log = Logger()
 
 
 OnVerified = Callable[[], Coroutine[Any, Any, None]]
-"""What is to be done when a blob is verified, before anyone can have the last of it: to note whose it is."""
+"""Called when a blob has been verified, before its last byte becomes readable. Records the grant."""
 
 
 class IngestFailed(Exception):
-    """The ingest file cannot go on, though the content may be had."""
+    """The ingest file cannot be completed, but upstream may still send the content."""
 
 
 class BlobDownload:
-    """The download of one blob, begun for the first who asked, `visitor`."""
+    """The download of one blob, started for the first client that requested it, `principal`."""
 
     def __init__(
         self,
@@ -85,25 +85,24 @@ class BlobDownload:
         self._principal = principal
         self._info: DownloadInfo | None = None
         self._waiters: list[Deferred[None]] = []
-        self._file: HashedAppendFile | None = (
-            None  # what is written, and its hash: the ingest, or what is left of another's
-        )
-        self._fd = -1  # of the ingest file, for readers to copy: the ingest closes its own in a thread
+        # The partial file and its hash: the ingest, or the file that another process gave up.
+        self._file: HashedAppendFile | None = None
+        self._fd = -1  # of the ingest file; readers duplicate it, because the ingest closes its own in a thread
         self._reserved_size = -1  # bytes
-        self._lent: ResumableGet | None = None  # of a stranded flight: open, and at the byte where the file ends
+        self._lent: ResumableGet | None = None  # after a failure: open, at the byte where the file ends
         self.repository = principal.repository
         self.digest = digest
-        self.size: int | None = None  # of the whole blob, once upstream has said it
+        self.size: int | None = None  # of the whole blob, once it is known
         self.written = 0  # bytes in the ingest file
-        self.tail = TailBuffer()  # the last of them, once more
-        self.is_foreign = False  # whether another process fetches it
+        self.tail = TailBuffer()  # the last of these bytes, in memory
+        self.is_foreign = False  # whether another process downloads the blob
         self.started = False  # whether upstream has begun to send
         self.committed = False  # verified and published
         self.failure: Exception | None = None
-        self.ended = False  # nobody can join any more
+        self.ended = False  # accepts no new readers
 
     async def run(self) -> None:
-        """Fetch the blob into an ingest file; never raises: what went wrong is `failure`. `end` has to follow."""
+        """Download the blob into an ingest file. Do not raise, but set `failure`. The caller must then call `end`."""
         source = ResumableGet(self._reactor, self._upstream, self.repository, self.digest)
         try:
             await self._transfer(source)
@@ -117,33 +116,33 @@ class BlobDownload:
         await self._release()
 
     def mark_started(self, info: DownloadInfo) -> None:
-        """Let those go on who are `ready` when upstream has begun to send."""
+        """Record the response head and wake the callers of `wait_started`."""
         self.size = info.size
         self.started, self._info = True, info
         self._wake()
 
     def grow(self, size: int) -> None:
-        """Let readers have what was written, of which there are `size` bytes now."""
+        """Record that the file now has `size` bytes, and wake the readers."""
         self.written = size
         self._wake()
 
     def end(self) -> None:
-        """Let all go who wait; nobody joins any more."""
+        """Wake all waiters and refuse new readers."""
         self.ended = True
-        self.tail.clear()  # a slow reader may keep the flight for hours
+        self.tail.clear()  # because a slow reader may keep this object alive for hours
         self._close_file()
         self._wake()
 
     async def wait_changed(self) -> None:
-        """Wait until more is written, or the flight has ended."""
+        """Wait until more is written or the download has ended."""
         waiter: Deferred[None] = Deferred()
         self._waiters.append(waiter)
         await waiter
 
     async def wait_started(self) -> None:
-        """Wait until upstream has begun to send. Raise what it refused with, or that it failed.
+        """Wait until upstream has begun to send. Raise the error if it does not.
 
-        Of what another process fetched, the whole may be here before its beginning was seen.
+        A foreign download may be committed before this process has seen it start.
         """
         while not self.started and not self.ended:
             await self.wait_changed()
@@ -151,12 +150,16 @@ class BlobDownload:
             raise self.failure if isinstance(self.failure, RegistryError) else RegistryError(_INTERNAL_ERROR)
 
     async def wait_size(self) -> None:
-        """Wait until it is known how long the blob is, or the flight has ended."""
+        """Wait until the size of the blob is known or the download has ended."""
         while self.size is None and not self.ended:
             await self.wait_changed()
 
     def serves(self, principal: Principal, max_age: float) -> bool:
-        """Whether upstream sends to `visitor`, and began to less than `recent` seconds ago, or has yet to."""
+        """Return whether the upstream request of this download also decides for `principal`.
+
+        It does if repository and identity are the same, and if the response is pending or less than `max_age` seconds
+        old.
+        """
         info = self._info
         if info is None:
             return (principal.repository, principal.identity) == (self.repository, self._principal.identity)
@@ -165,21 +168,21 @@ class BlobDownload:
 
     @property
     def readable(self) -> int:
-        """How many bytes from the start may be given to clients."""
-        complete = self.size is None or self.written == self.size  # or may be, for all that is known
+        """The number of bytes from the start that clients may get."""
+        complete = self.size is None or self.written == self.size  # possibly, if the size is unknown
         return max(0, self.written - WITHHELD_BYTES) if complete and not self.committed else self.written
 
     def open_reader(self, repository: UpstreamRepository) -> BlobReader | None:
-        """Return the content for one reader, who could go to `origin` itself if the flight were stranded.
+        """Return a reader, which would fetch the rest from `repository` if the ingest failed.
 
-        None where the flight has ended: what became of it shows in the store. Raises OSError (too many open files).
+        Return None if the download has ended; the store then has the result. Raise `OSError` (too many open files).
         """
         if self.ended:
             return None
         return BlobReader(self._reactor, self, os.dup(self._fd) if self._fd >= 0 else -1, repository)
 
     def detach_reader(self, repository: UpstreamRepository) -> tuple[ResumableGet, _Hash]:
-        """Return what a reader needs to go on without the file: the rest from upstream, and the hash so far."""
+        """Return the upstream source of the remaining bytes, and the hash of the bytes before them."""
         hasher = self._file.hasher_copy() if self._file is not None else self.digest.hasher()
         lent, self._lent = self._lent, None
         if lent is not None:
@@ -195,8 +198,8 @@ class BlobDownload:
         info = DownloadInfo(source.size, self.repository.key, self._principal.identity, self._reactor.seconds())
         self.mark_started(info)
         if ingest is None:
-            raise IngestFailed("its file cannot be opened")
-        if self.size is None or self.size > VERIFY_FIRST_SIZE:  # else nobody gets any of it before it is here
+            raise IngestFailed("cannot open the ingest file")
+        if self.size is None or self.size > VERIFY_FIRST_SIZE:  # else it is served only when complete
             self._ingests.publish_info(self.digest, info)
         await self._reserve(self.written if self.size is None else self.size)
         while pieces := await source.read(min(_MAX_WRITE_SIZE, self.written)):
@@ -206,21 +209,21 @@ class BlobDownload:
         if not ingest.verify():
             await in_thread(self._reactor, ingest.discard)
             raise UpstreamBroken(f"{self.repository.registry} sent content that is not {self.digest}")
-        verified_hook = spawn(self._on_verified(), f"the landing of {self.digest}")
+        verified_hook = spawn(self._on_verified(), f"recording the grant of {self.digest}")
         try:
             try:
                 await self._background_fsync.finish(ingest)
             finally:
-                await verified_hook  # before other processes find it here, and would ask whose it is
+                await verified_hook  # first, because other processes check the grant as soon as they find the blob
             await self._space.commit(ingest)
         except OSError as error:
-            raise IngestFailed(f"it cannot be kept: {error.strerror}") from error
+            raise IngestFailed(f"cannot commit the file: {error.strerror}") from error
         self.committed = True
 
     async def _open_upstream(self, source: ResumableGet) -> Ingest | None:
-        """Return the ingest, `download` being open at the byte where what is there ends.
+        """Acquire the ingest, and open `source` at the byte where the partial file ends.
 
-        None where there is no file to write to; or the blob `landed`, by another process.
+        Return None if there is no file to write to, or if another process has committed the blob (`committed`).
         """
         while True:
             ingest = await self._acquire_ingest()
@@ -234,17 +237,23 @@ class BlobDownload:
             else:
                 if ingest is None or not self.written or self.written != source.size or ingest.verify():
                     return ingest
-            # What was left is not this blob, or not its beginning; without it there is no second time.
-            log.warn("what was left of {digest} is not part of it: from the start", digest=str(self.digest))
+            # The partial file is not the beginning of this blob. The loop ends, because the file is empty next time.
+            log.warn(
+                "discarded the partial download of {digest}: it does not match, restarting at byte 0",
+                digest=str(self.digest),
+            )
             assert ingest is not None
             source.abort()
             self._close_file()
             await in_thread(self._reactor, ingest.discard)
-            if self.started:  # in another process that has died: readers have some of that
+            if self.started:  # by another process that died: readers already have some of its bytes
                 raise UpstreamBroken(f"{self.repository.registry} sent content that is not {self.digest}")
 
     async def _acquire_ingest(self) -> Ingest | None:
-        """Return the ingest, with what an earlier run left there, or another process that has died meanwhile."""
+        """Return the ingest, including the partial content of an earlier run or of a process that has died.
+
+        Return None if the file cannot be opened, or if the blob is already `committed`.
+        """
         self._file, self.written, self.is_foreign = None, 0, False
         ingest: Ingest | ForeignIngest | None = None
         try:
@@ -264,7 +273,9 @@ class BlobDownload:
             if ingest.size:
                 await in_thread(self._reactor, ingest.rehash)
         except OSError as error:
-            log.error("no ingest file for {digest}: {reason}", digest=str(self.digest), reason=error.strerror)
+            log.error(
+                "cannot open the ingest file for {digest}: {reason}", digest=str(self.digest), reason=error.strerror
+            )
             if isinstance(ingest, Ingest):
                 ingest.release()
             self._close_file()
@@ -273,30 +284,30 @@ class BlobDownload:
         return ingest
 
     async def _follow_foreign(self, foreign: ForeignIngest) -> Ingest | None:
-        """Read along while another process writes. Return the right to go on where that died, None when it landed.
+        """Follow the ingest of another process. Return the ingest if that process died.
 
-        None, too, where that gave it up before anyone here had a part of it.
+        Return None if the blob was published, or if it was given up before a reader here got any of it.
         """
         self.is_foreign = True
         ingest = await _follow_ingest(self._reactor, self, self._ingests, foreign)
         if ingest is None and self.started and not self._ingests.is_published(self.digest):
-            # Nobody knows here whether what it had is wrong, or its disk full: the hash will tell.
+            # It is unknown whether the content was wrong or the disk full. The readers' hash decides.
             self._file = HashedAppendFile(self.written, self._fd, self.digest.hasher())
             await in_thread(self._reactor, self._file.rehash)
-            raise IngestFailed("another process gave it up")
+            raise IngestFailed("another process gave up the download")
         self.is_foreign = ingest is None
         return ingest
 
     async def _reserve(self, size: int) -> None:
-        """Make sure that there is room for `size` bytes of the blob."""
+        """Reserve cache space for `size` bytes of the blob. Raise `IngestFailed`."""
         if size <= self._reserved_size:
             return
         try:
             granted = await self._space.reserve(self.digest, size, self.written)
         except OSError as error:
-            raise IngestFailed(f"no room can be made for it: {error.strerror}") from error
+            raise IngestFailed(f"cannot reserve {size} bytes of cache space: {error.strerror}") from error
         if not granted:
-            raise IngestFailed("the cache has no room for it")
+            raise IngestFailed(f"the cache has no space for {size} bytes")
         self._reserved_size = size
 
     async def _append(self, ingest: Ingest, source: ResumableGet, pieces: list[bytes]) -> None:
@@ -306,7 +317,7 @@ class BlobDownload:
             await in_thread(self._reactor, ingest.append, pieces)
         except OSError as error:
             source.unread(pieces)
-            raise IngestFailed(f"it cannot be written: {error.strerror}") from error
+            raise IngestFailed(f"cannot write the file: {error.strerror}") from error
         except IngestFailed:
             source.unread(pieces)
             raise
@@ -314,10 +325,10 @@ class BlobDownload:
         self.grow(end)
 
     async def _release(self) -> None:
-        """Give back the room, and the file for the next flight to go on with.
+        """Release the cache space and the ingest file. The next download continues with the partial file.
 
-        Of a flight that has stranded nothing is left: the next one would strand as well, and what it has on the disk
-        may be what the disk is full of.
+        After a local failure, delete the partial file: a retry would fail in the same way, and the file may be what
+        fills the disk.
         """
         ingest = self._file if isinstance(self._file, Ingest) else None
         try:
@@ -331,10 +342,10 @@ class BlobDownload:
                 ingest.release()
                 self._space.release(self.digest)
         except Exception:
-            log.failure("the end of the download of {digest} failed", digest=str(self.digest))
+            log.failure("cleaning up after the download of {digest} failed", digest=str(self.digest))
 
     def _lend_connection(self, source: ResumableGet) -> None:
-        """Leave the open connection to the first reader that goes on by itself, for a moment."""
+        """Keep the open connection for _LEND_TIMEOUT seconds, for the first reader that continues directly."""
         self._lent = source
         self._reactor.callLater(_LEND_TIMEOUT, self._close_lent)
 
@@ -370,7 +381,7 @@ class BlobDownload:
 
 
 class Downloads:
-    """The flights under way, by digest."""
+    """The active downloads, by digest."""
 
     def __init__(self, reactor: Any, upstream: RegistryClient, space: CacheSpace, ingests: Ingests) -> None:
         self._reactor = reactor
@@ -381,11 +392,11 @@ class Downloads:
         self._downloads: dict[Digest, BlobDownload] = {}
 
     def get(self, digest: Digest) -> BlobDownload | None:
-        """Return the flight of `digest` that is under way, if any."""
+        """Return the active download of `digest`, if any."""
         return self._downloads.get(digest)
 
     def start(self, principal: Principal, digest: Digest, on_verified: OnVerified) -> BlobDownload:
-        """Begin to fetch `digest` for `visitor`; the flight goes on whoever leaves."""
+        """Start to download `digest` for `principal`. The download continues even if all readers close."""
         download = self._downloads[digest] = BlobDownload(
             self._reactor, self._upstream, principal, digest, self._space, self._ingests, on_verified, self._sync_lock
         )
@@ -403,10 +414,10 @@ class Downloads:
 async def _follow_ingest(
     reactor: Any, download: BlobDownload, ingests: Ingests, foreign: ForeignIngest
 ) -> Ingest | None:
-    """Let the readers of `flight` have what comes, to the end of it.
+    """Pass the progress of a foreign ingest on to the readers of `download`, until that ingest ends.
 
-    Return the right to go on where the other process has died, None where it published the blob or gave it up. Raise
-    `UpstreamBroken` where it took back what readers have a part of.
+    Return the ingest if the other process died; None if it published the blob or gave it up. Raise `UpstreamBroken` if
+    it removed bytes that readers already have.
     """
     ingest = None
     try:
@@ -429,21 +440,21 @@ def _update_from(download: BlobDownload, ingests: Ingests, foreign: ForeignInges
         download.mark_started(info)
     size = foreign.size
     if size < download.written:
-        # What readers have of it was never hashed.
-        raise UpstreamBroken(f"another process took back what it had received of {download.digest}")
+        # The readers cannot continue, because this process has not hashed the bytes that they have.
+        raise UpstreamBroken(f"another process discarded its partial download of {download.digest}")
     if size > download.written:
         download.grow(size)
 
 
 class TailBuffer:
-    """The pieces of the last two writes, by their offset in the file."""
+    """The pieces of the last two writes. They serve readers that are close behind the download."""
 
     def __init__(self) -> None:
         self._previous_write: list[tuple[int, bytes]] = []
         self._last_write: list[tuple[int, bytes]] = []
 
     def add(self, offset: int, pieces: Sequence[bytes]) -> None:
-        """Take `pieces`, which were written at `offset`, and forget those of the write before the last."""
+        """Add `pieces`, which were written at `offset`. Drop those of the write before the last."""
         self._previous_write, self._last_write = self._last_write, []
         for piece in pieces:
             if len(piece) >= _MIN_PIECE_SIZE:
@@ -451,7 +462,7 @@ class TailBuffer:
             offset += len(piece)
 
     def get(self, offset: int, at_most: int) -> memoryview | None:
-        """Return bytes from `offset` on, at least one; None where they are not here."""
+        """Return one or more bytes from `offset` on; None if they are not in the buffer."""
         for pieces in (self._last_write, self._previous_write):
             for start, piece in pieces:
                 if start <= offset < start + len(piece):
@@ -459,14 +470,15 @@ class TailBuffer:
         return None
 
     def clear(self) -> None:
-        """Forget all."""
+        """Drop all pieces."""
         self._previous_write, self._last_write = [], []
 
 
 class BackgroundFsync:
-    """Syncs one ingest again and again as it grows.
+    """Flushes a growing ingest to disk in the background, so that clients wait less for the final sync.
 
-    `turn` is shared: only one file is synced at a time, or a slow disk would hold every thread that there is.
+    All downloads share `lock`. Only one file is synced at a time, because a slow disk would otherwise block every
+    thread of the pool.
     """
 
     def __init__(self, reactor: Any, lock: DeferredLock) -> None:
@@ -477,13 +489,13 @@ class BackgroundFsync:
         self._error: OSError | None = None
 
     def start_if_due(self, ingest: Ingest) -> None:
-        """Have the disk take what is there, where that is much, and it is not busy with that already."""
+        """Start an fdatasync if at least _FSYNC_THRESHOLD bytes are dirty and no other one is running."""
         if ingest.size - self._synced_size >= _FSYNC_THRESHOLD and not self._lock.locked:
             self._synced_size = ingest.size
-            self._running = spawn(self._sync(ingest.reader()), "to sync a download")
+            self._running = spawn(self._sync(ingest.reader()), "the background fdatasync of a download")
 
     async def finish(self, ingest: Ingest) -> None:
-        """Have the disk take the rest. Raise the OSError that any of it met: the kernel tells each only once."""
+        """Sync the rest. Raise the `OSError` of any earlier sync, because the kernel reports an error only once."""
         if self._running is not None:
             await self._running
         if self._error is not None:

@@ -1,7 +1,7 @@
-"""How long a tag's answer is taken as fresh. PURE.
+"""Lifetime of a cached tag. PURE.
 
-The tiers are those of rpardini/docker-registry-proxy: regular expressions matched at the start of the tag, as nginx
-does with a location that ends in one. A digest never goes stale and is not asked about here.
+The tiers are those of rpardini/docker-registry-proxy. Their regular expressions are matched at the start of the tag,
+like the end of an nginx location. They apply to tags only, because the content of a digest never changes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from attrs import frozen
 
 @frozen
 class Freshness:
-    """The manifest-cache tiers; times in seconds."""
+    """The tiers of the manifest cache. Times are in seconds."""
 
     enabled: bool
     primary: re.Pattern[str]
@@ -23,7 +23,7 @@ class Freshness:
     default_time: float
 
     def lifetime(self, tag: str) -> float:
-        """Return for how many seconds an answer about `tag` holds without asking; 0 where each use asks."""
+        """Return the seconds for which `tag` is fresh; 0 if each use must be revalidated."""
         if not self.enabled:
             return 0.0
         if self.primary.match(tag):
@@ -33,5 +33,5 @@ class Freshness:
         return self.default_time
 
     def is_fresh(self, tag: str, age: float) -> bool:
-        """Return whether an answer of `age` seconds holds; one from the future (a clock was set back) does not."""
+        """Return whether `tag` is fresh at `age` seconds. A negative age is stale, because the clock was set back."""
         return 0 <= age < self.lifetime(tag)

@@ -1,9 +1,9 @@
-"""Who a client is, without keeping what it said: identities by keyed hash, and tokens of our own.
+"""Client identities: keyed hashes of credentials, and tokens issued by this proxy ("local tokens").
 
-A client that shows nothing at a token endpoint gets a token of ours, not upstream's. It means "no credential of its
-own": so a credential of AUTH_REGISTRIES serves that client without ever reaching it, and with upstream gone the
-token dance still ends well. A client that once proved a credential upstream gets such a token, with its identity in it,
-while the token server cannot answer.
+Credentials are never stored; an identity is a keyed hash. A client without a credential gets a local token from the
+token endpoint, not one from upstream. The token means "no credential of its own". A login from AUTH_REGISTRIES can
+therefore serve the client without being exposed to it, and the token exchange succeeds even if upstream is down. If the
+token server is down, a client that has authenticated there before gets a local token that carries its identity.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from dockerproxy.store.secret import load_or_create_secret
 from dockerproxy.upstream.credentials import Anonymous, BasicCredentials, Credential
 
 PUBLIC = "public"
-"""The identity of everyone: what it may read, all may."""
+"""The identity of clients without a credential. Every client may read the repositories that PUBLIC may read."""
 
 TOKEN_LIFETIME = 3600
-"""Seconds for which a token of ours holds."""
+"""Lifetime of a local token in seconds."""
 
 _TOKEN_PREFIX = "drp."
 _MAX_BINDINGS = 10_000
@@ -33,32 +33,35 @@ _MAX_BINDINGS = 10_000
 
 @define
 class Bindings:
-    """Which tokens of upstream's stand for which client: identities by identities, the latest of them.
+    """Maps the identity of an upstream token to the identity of its client. Keeps the latest _MAX_BINDINGS pairs.
 
-    `tell` is called with each pair that is found out here: for other processes, which `note` it.
+    `on_bind` is called with each new pair so that other processes can `add` it.
     """
 
     on_bind: Callable[[str, str], None] = lambda token, client: None
     _clients: OrderedDict[str, str] = field(factory=OrderedDict, init=False)
 
     def bind(self, token: str, client: str) -> None:
-        """Let `token` stand for `client`, here and in other processes."""
+        """Map `token` to `client`, here and in other processes."""
         self.add(token, client)
         self.on_bind(token, client)
 
     def add(self, token: str, client: str) -> None:
-        """Let `token` stand for `client`, as another process found out."""
+        """Map `token` to `client` in this process only."""
         self._clients[token] = client
         while len(self._clients) > _MAX_BINDINGS:
             self._clients.popitem(last=False)
 
     def resolve(self, identity: str) -> str:
-        """Return whom `identity` stands for, itself if that is not known."""
+        """Return the client that `identity` belongs to; `identity` itself if it is not bound."""
         return self._clients.get(identity, identity)
 
 
 class Identities:
-    """Makes identities and tokens with one secret, so that they hold over a restart and in every worker process."""
+    """Derives identities and local tokens from one secret.
+
+    They are therefore valid across restarts and in every worker process.
+    """
 
     def __init__(self, secret: bytes, bindings: Bindings | None = None) -> None:
         self._secret = secret
@@ -66,11 +69,11 @@ class Identities:
 
     @classmethod
     def open(cls, path: Path, bindings: Bindings | None = None) -> Identities:
-        """Use the secret kept at `path` (mode 0600), made on first use. Raises OSError."""
+        """Load the secret at `path`, or create it with mode 0600. Raise `OSError`."""
         return cls(load_or_create_secret(path), bindings)
 
     def for_credential(self, registry: Registry, credential: Credential) -> str:
-        """Return the identity that `credential` stands for at `registry`."""
+        """Return the identity of `credential` at `registry`."""
         if isinstance(credential, Anonymous):
             return PUBLIC
         if isinstance(credential, BasicCredentials):
@@ -78,23 +81,23 @@ class Identities:
         return self._bindings.resolve(self._client_identity(credential.authorization))
 
     def bind(self, token: str, authorization: str) -> None:
-        """Note that upstream gave `token` for `authorization`: the two are one client."""
+        """Record that upstream issued `token` for `authorization`: both belong to one client."""
         self._bindings.bind(self._client_identity(f"Bearer {token}"), self._client_identity(authorization))
 
     def for_authorization(self, authorization: str) -> str:
-        """Return the identity of a client's own Authorization."""
+        """Return the identity of a client's Authorization field."""
         return self._client_identity(authorization)
 
     def issue_token(self, registry: Registry, identity: str, now: float) -> str:
-        """Return a token of ours for `registry` that vouches for `identity` (PUBLIC: for nobody)."""
+        """Return a local token for `registry` that carries `identity` (PUBLIC if the client has none)."""
         payload = f"{registry}\n{identity}\n{int(now) + TOKEN_LIFETIME}".encode()
         return _TOKEN_PREFIX + urlsafe_b64encode(payload + self._sign(payload)).decode()
 
     def read_token(self, registry: Registry, authorization: str, now: float) -> str | None:
-        """Return the identity that an Authorization with a token of ours vouches for.
+        """Return the identity in the local token of an Authorization field.
 
-        None where it is no token of ours: then it is the client's own. A token of ours that has ended, was altered or
-        was given for another registry gives ``""``.
+        Return None if it holds no local token but the client's own credential. Return ``""`` if the local token has
+        expired, was altered, or was issued for another registry.
         """
         scheme, _, token = authorization.partition(" ")
         token = token.strip()

@@ -1,7 +1,7 @@
-"""Where downloads of the same blob meet, those of other processes too.
+"""Coordination of downloads of the same blob, across processes too.
 
-The ingest file and its lock are the meeting point. What the file does not tell - how long the blob is, and on whose
-word it is being sent - its writer announces in a record beside it.
+Downloads coordinate through the ingest file and its lock. The file does not contain the size of the blob, nor the
+repository and identity of the request. The writing process publishes these as a `DownloadInfo` record.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ _RECORD_KIND = "flight"
 
 @frozen
 class DownloadInfo:
-    """What upstream began to send: `size` bytes (None: it does not say), to `identity`, out of the repository `key`.
+    """A response that upstream has begun to send to `identity`, from the repository `key`.
 
-    `opened` is the reactor's time, which processes share.
+    `size` is in bytes, or None if upstream does not give it. `opened` is the reactor's time, which all processes share.
     """
 
     size: int | None
@@ -36,7 +36,7 @@ class DownloadInfo:
 
 @frozen
 class Ingests:
-    """The ingest files of a cache. `shared`: other processes use it, too."""
+    """The ingest files of a cache. `shared` is true if other processes use the same cache."""
 
     _layout: Layout
     _blobs: Blobs
@@ -44,9 +44,9 @@ class Ingests:
     shared: bool = False
 
     def acquire(self, digest: Digest) -> Ingest | ForeignIngest | None:
-        """Return the right to write the ingest of `digest`, or it as another process writes it.
+        """Return the ingest of `digest`, locked for writing, or a read-only view if another process writes it.
 
-        None where the blob has come meanwhile. Blocks. Raises `OSError`.
+        Return None if the blob was published in the meantime. Block the thread. Raise `OSError`.
         """
         while True:
             ingest = Ingest.open(self._layout, digest)
@@ -60,21 +60,21 @@ class Ingests:
                 return foreign
 
     def is_published(self, digest: Digest) -> bool:
-        """Say whether the blob is here."""
+        """Return whether the blob is in the store."""
         return self._blobs.exists(digest)
 
     def publish_info(self, digest: Digest, info: DownloadInfo) -> None:
-        """Tell the others what is being written."""
+        """Publish `info` to other processes."""
         if self.shared:
             try_put(self._records, asdict(info), _RECORD_KIND, str(digest))
 
     def remove_info(self, digest: Digest) -> None:
-        """Take back what was announced."""
+        """Remove the published information."""
         if self.shared:
             try_remove(self._records, _RECORD_KIND, str(digest))
 
     def read_info(self, digest: Digest) -> DownloadInfo | None:
-        """Return what the writer announced, None while it did not."""
+        """Return the information that the writing process published; None if there is none yet."""
         return _parse_info(self._records.get(_RECORD_KIND, str(digest)) or {})
 
 

@@ -1,4 +1,4 @@
-"""Manifests and tags of any registry: from the store where that is right, from upstream where it has to be asked."""
+"""Cached manifests and tags: served from the store if access and freshness allow it, otherwise from upstream."""
 
 from __future__ import annotations
 
@@ -39,18 +39,20 @@ from dockerproxy.store.blobs import Blobs
 from dockerproxy.store.links import Links
 from dockerproxy.store.records import Records
 
-_MAX_TAG_ENTRIES = 16  # for one tag: so many different sets of media types are remembered
-_MEMORY_TTL = 30.0  # seconds; reading it again dates its last use, and finds the media type that another process wrote
-_MEMORY_MAX_MANIFEST = 256 * 1024  # bytes of a manifest; those of images have some KiB
-_MEMORY_MAX_TOTAL = 4 * 1024 * 1024  # bytes of all
-_MEMORY_ENTRY_OVERHEAD = 1024  # bytes that an entry takes besides its content, about
+_MAX_TAG_ENTRIES = 16  # per tag: one entry for each set of accepted media types
+_MEMORY_TTL = (
+    30.0  # seconds; a new read updates the manifest's last use, and sees a media type that another process wrote
+)
+_MEMORY_MAX_MANIFEST = 256 * 1024  # bytes; manifests of images have some KiB
+_MEMORY_MAX_TOTAL = 4 * 1024 * 1024  # bytes of all entries
+_MEMORY_ENTRY_OVERHEAD = 1024  # approximate bytes per entry in addition to its content
 
 log = Logger()
 
 
 @frozen
 class TagEntry:
-    """What a tag was found to name, for one set of media types; `checked` is POSIX time."""
+    """The digest that upstream returned for a tag and one set of accepted media types. `checked_at` is POSIX time."""
 
     digest: Digest
     media_type: str
@@ -58,9 +60,10 @@ class TagEntry:
 
 
 class CachedManifests:
-    """Answers for manifests; `clock` is POSIX time, `keep` counts what is written to the store.
+    """Serves manifests of upstream repositories.
 
-    By `turns`, which may be those of several processes, upstream is asked the same by one at a time.
+    `clock` returns POSIX time. `on_stored` is called with digest and size of each stored manifest. `lock` may span
+    processes: identical upstream requests are sent one at a time.
     """
 
     def __init__(
@@ -93,12 +96,12 @@ class CachedManifests:
     async def get(
         self, principal: Principal, reference: Reference, accept: list[str], *, head: bool
     ) -> ManifestResponse:
-        """Return the manifest; `accept` are the client's Accept fields. Raise what upstream refuses with."""
+        """Return the manifest. `accept` has the client's Accept fields. Raise the error that upstream returned."""
         if isinstance(reference, Digest):
             return await self._get_by_digest(principal, reference, accept, head)
         return await self._get_by_tag(principal, reference, accept, head)
 
-    # by digest: the content cannot change, so the only question is whether the visitor may have it
+    # by digest: the content cannot change, so only access must be checked
 
     async def _get_by_digest(
         self, principal: Principal, digest: Digest, accept: list[str], head: bool
@@ -117,7 +120,7 @@ class CachedManifests:
                 return evolve(stored_manifest, cache_status="STALE")
             raise
 
-    # by tag: upstream says what it names, unless it said so a short while ago or cannot say it
+    # by tag: revalidated upstream, unless the entry is fresh or upstream is down
 
     async def _get_by_tag(self, principal: Principal, tag: Tag, accept: list[str], head: bool) -> ManifestResponse:
         key = principal.repository.key
@@ -148,7 +151,7 @@ class CachedManifests:
         # HEAD first: Docker Hub counts no HEAD as a pull.
         head_result = await self._request("HEAD", principal, tag, accept)
         if head_result.content is not None:
-            return head_result  # only a GET could tell: that was the one pull to be counted
+            return head_result  # the HEAD fell back to GET, which already counted as a pull
         current = (
             stored_manifest if stored_manifest is not None and head_result.digest == stored_manifest.digest else None
         )
@@ -161,7 +164,10 @@ class CachedManifests:
     async def _serve_stale(
         self, principal: Principal, tag: Tag, media_types: frozenset[str]
     ) -> ManifestResponse | None:
-        """Return the last good answer that suits the client, for a visitor that upstream once let in."""
+        """Return a stored manifest of `tag` that the client accepts, an exact match first, then the newest.
+
+        Return None if there is none, or if the principal never had access.
+        """
         key = principal.repository.key
         if not self._access.had_access(principal):
             return None
@@ -180,14 +186,14 @@ class CachedManifests:
     async def _request(
         self, method: str, principal: Principal, reference: Reference, accept: list[str]
     ) -> ManifestResponse:
-        """Ask upstream, joining whoever asks the same with the same standing."""
+        """Request from upstream. Identical concurrent requests of the same identity share one response."""
         key = (method, principal.repository.key, str(reference), accept_key(accept_set(accept)), principal.identity)
         return await self._requests.do(key, lambda: self._request_locked(method, principal, reference, accept))
 
     async def _request_locked(
         self, method: str, principal: Principal, reference: Reference, accept: list[str]
     ) -> ManifestResponse:
-        """Ask upstream, unless another process did while we waited for it."""
+        """Request from upstream, unless another process stored the response while this one waited for the lock."""
         started_at = self._clock()
         key = f"{method} {principal.repository.key} {reference} {accept_key(accept_set(accept))} {principal.identity}"
         async with self._lock.hold(key) as waited:
@@ -197,7 +203,7 @@ class CachedManifests:
     async def _stored_since(
         self, principal: Principal, reference: Reference, accept: list[str], since: float
     ) -> ManifestResponse | None:
-        """Return what upstream answered to `visitor` since then, if that was kept."""
+        """Return the manifest that was stored for `principal` at the time `since` or later; None if there is none."""
         key = principal.repository.key
         if not self._access.granted_since(key, principal.identity, since):
             return None
@@ -244,13 +250,16 @@ class CachedManifests:
         stored_size = self._blobs.size(digest) if digest is not None else None
         conclusive = header_digest == digest if header_digest is not None else stored_size is not None
         media_type = _media_type_field(response)
-        if digest is not None and media_type not in KNOWN_TYPES:  # an artifact's, or what a server says of anything
+        if (
+            digest is not None and media_type not in KNOWN_TYPES
+        ):  # an artifact's type, or a server's default for any file
             media_type = self._links.manifest_media_type(key, digest)
         if digest is None or size is None or media_type is None or stored_size not in (None, size) or not conclusive:
-            # A registry that does not say it in a HEAD, or something that says yes to all: only the content tells.
+            # The registry omits fields in HEAD responses, or a captive portal answers. Only the content is conclusive.
             return await self._request("GET", principal, reference, accept)
         self._record_grant(principal)
-        # By tag, not what is yet to be fetched: that may fail, and then the last good answer is what it was.
+        # Do not record a tag whose manifest is not stored yet: the fetch may fail, and then the previous entry must
+        # remain.
         if stored_size is not None and (isinstance(reference, Digest) or self._links.has_manifest(key, digest)):
             await self._update_link(key, digest, media_type)
             if not isinstance(reference, Digest):
@@ -266,15 +275,15 @@ class CachedManifests:
             body_type = media_type_of(content)
             media_type = _media_type_field(response) or body_type
         except ManifestInvalid:
-            raise UpstreamBroken(f"{registry} sent something that is no manifest") from None
+            raise UpstreamBroken(f"{registry} returned content for {reference} that is not a valid manifest") from None
         claimed_digest = reference if isinstance(reference, Digest) else _digest_field(response)
         if media_type == body_type == DOCKER_SCHEMA1_SIGNED and claimed_digest is not None:
-            # Its digest is that of a part of it (the JWS payload): it is passed on, and not kept.
+            # Not cached, because its digest covers only a part of the content, the JWS payload.
             self._record_grant(principal)
             return ManifestResponse(claimed_digest, media_type, len(content), content, "PASS")
         digest = Digest.of(content, claimed_digest.algorithm if claimed_digest is not None else "sha256")
         if claimed_digest is not None and digest != claimed_digest:
-            raise UpstreamBroken(f"{registry} sent content that is not {claimed_digest}")
+            raise UpstreamBroken(f"{registry} returned content that does not match {claimed_digest}")
         self._record_grant(principal)
         await self._store(principal.repository.key, digest, media_type, content)
         if not isinstance(reference, Digest):
@@ -283,21 +292,22 @@ class CachedManifests:
         return ManifestResponse(digest, media_type, len(content), content, "MISS")
 
     def _record_grant(self, principal: Principal) -> None:
-        # Once it is certain that the answer is one: upstream may be a page that is shown for everything.
+        # Called only after the response has been checked, because a captive portal answers every request.
         self._access.record_grant(principal.repository.key, principal.identity, self._access.now(), write_through=True)
 
     def _record_error(self, principal: Principal, reference: Reference, error: RegistryError) -> None:
         if is_denial(error):
             self._access.record_denial(principal.repository.key, principal.identity)
         elif error.status == 404 and isinstance(error, UpstreamRefused) and not isinstance(reference, Digest):
-            # Deleted upstream: not to be served as stale. Unless that is what a stranger is told, of what is not his.
+            # The tag was deleted upstream, and must not be served stale. Ignore a 404 to a client without access,
+            # because registries also send it to hide private repositories.
             if self._access.had_access(principal):
                 try_remove(self._records, "tag", principal.repository.key, reference)
 
     # the store
 
     async def _load(self, key: str, digest: Digest, media_type: str | None = None) -> ManifestResponse | None:
-        """Return a manifest of this repository from the store, as a HIT; of a `media_type` if it is not known there."""
+        """Return a stored manifest of the repository, as a HIT. `media_type` is used if the store has no type."""
         if not self._links.has_manifest(key, digest):
             return None
         cached = self._memory_cache.get(key, digest)
@@ -305,7 +315,7 @@ class CachedManifests:
             return cached
         linked_type = self._links.manifest_media_type(key, digest)
         manifest = await self._read_stored(digest, linked_type or media_type)
-        # It may have got another type meanwhile.
+        # Another process may have changed the type in the meantime.
         if (
             manifest is not None
             and linked_type is not None
@@ -324,18 +334,21 @@ class CachedManifests:
             cached = blob.read(0, blob.size)
             if cached is not None and len(cached) == blob.size:
                 content = bytes(cached)
-            else:  # memory has none of it, or the beginning only
+            else:  # the page cache does not hold all of it
                 content = await in_thread(self._reactor, blob.read_blocking, 0, blob.size)
         if Digest.of(content, digest.algorithm) != digest:
-            # It costs some microseconds to notice it, and all that is pulled by a wrong manifest is wrong.
-            log.error("{digest} is damaged on the disk: it is fetched again", digest=str(digest))
+            # The check takes some microseconds, and a damaged manifest would break the whole pull.
+            log.error(
+                "removed the damaged manifest {digest} from the cache; it is fetched from upstream again",
+                digest=str(digest),
+            )
             with suppress(OSError):
                 self._blobs.remove(digest)
             return None
         return ManifestResponse(digest, media_type, len(content), content, "HIT")
 
     async def _update_link(self, key: str, digest: Digest, media_type: str) -> None:
-        """Let the repository have a manifest that is here, of the type that upstream says now."""
+        """Link a stored manifest to the repository, with the media type that upstream gives now."""
         if self._links.manifest_media_type(key, digest) != media_type or not self._links.has_manifest(key, digest):
             await try_link(self._reactor, self._links.link_manifest, key, digest, media_type)
             self._memory_cache.remove(key, digest)
@@ -344,20 +357,20 @@ class CachedManifests:
         try:
             await in_thread(self._reactor, self._blobs.put, content, digest)
             await in_thread(self._reactor, self._links.link_manifest, key, digest, media_type)
-            self._memory_cache.remove(key, digest)  # it may have had another media type
+            self._memory_cache.remove(key, digest)  # because its media type may have changed
         except OSError as error:
             log.warn("{digest} was not cached: {reason}", digest=str(digest), reason=error.strerror)
         else:
             self._on_stored(digest, len(content))
 
     def _tag_entries(self, key: str, tag: Tag) -> dict[str, TagEntry]:
-        """Return what is remembered of a tag, by the key of the media types that were asked for."""
+        """Return the entries of a tag, by the key of the accepted media types."""
         entries = {}
         for name, entry in (self._records.get("tag", key, tag) or {}).items():
             try:
                 entries[name] = TagEntry(Digest.parse(entry["digest"]), str(entry["type"]), float(entry["checked"]))
             except (DigestInvalid, KeyError, TypeError, ValueError):
-                continue  # damaged: it is asked for again
+                continue  # ignore a damaged entry; upstream is asked again
         return entries
 
     def _record_tag(self, key: str, tag: Tag, accept: list[str], digest: Digest, media_type: str) -> None:
@@ -372,7 +385,7 @@ class CachedManifests:
 
 
 def _mark_revalidated(stored_manifest: ManifestResponse, head_result: ManifestResponse) -> ManifestResponse:
-    """Return what is kept, as upstream says by the answer to a HEAD that it is still."""
+    """Return the stored manifest with the media type of `head_result`, which confirms that it is current."""
     return evolve(stored_manifest, media_type=head_result.media_type, cache_status="REVALIDATED")
 
 
@@ -384,15 +397,15 @@ def _digest_field(response: UpstreamResponse) -> Digest | None:
 
 
 def _media_type_field(response: UpstreamResponse) -> str | None:
-    """Return the media type that upstream says, unless it says as good as nothing."""
+    """Return the Content-Type of the response; None if it is missing or generic."""
     media_type = (response.headers.get("content-type") or "").partition(";")[0].strip().lower()
     return None if media_type in ("", "application/json", "application/octet-stream", "text/plain") else media_type
 
 
 class ManifestMemoryCache:
-    """Manifests by repository and digest, for a while. `clock` is in seconds.
+    """Keeps recently read manifests in memory, because the nodes of a fleet request the same ones at the same time.
 
-    That a repository has a manifest is not remembered: what was removed has to be gone at once, in all processes.
+    `clock` returns seconds. Links are not cached: a removed manifest must disappear at once in all processes.
     """
 
     def __init__(self, clock: Callable[[], float]) -> None:
@@ -401,17 +414,17 @@ class ManifestMemoryCache:
         self._size = 0
 
     def get(self, key: str, digest: Digest) -> ManifestResponse | None:
-        """Return what was added a short while ago, None where nothing was."""
+        """Return an entry that has not expired; None if there is none."""
         entry = self._entries.get((key, digest))
         if entry is None:
             return None
-        if not 0 <= self._clock() - entry[0] < _MEMORY_TTL:  # or the clock was set back
+        if not 0 <= self._clock() - entry[0] < _MEMORY_TTL:  # negative if the clock was set back
             self.remove(key, digest)
             return None
         return entry[1]
 
     def add(self, key: str, manifest: ManifestResponse) -> None:
-        """Remember an answer with its content, unless that is unusually large."""
+        """Add a manifest with its content, unless it is larger than _MEMORY_MAX_MANIFEST."""
         self.remove(key, manifest.digest)
         if manifest.size > _MEMORY_MAX_MANIFEST:
             return
@@ -421,7 +434,7 @@ class ManifestMemoryCache:
             self.remove(*next(iter(self._entries)))
 
     def remove(self, key: str, digest: Digest) -> None:
-        """Forget a manifest."""
+        """Remove a manifest."""
         entry = self._entries.pop((key, digest), None)
         if entry is not None:
             self._size -= entry[1].size + _MEMORY_ENTRY_OVERHEAD

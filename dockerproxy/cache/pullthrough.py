@@ -1,7 +1,7 @@
-"""The pull-through cache: a registry whose missing pieces are fetched.
+"""The pull-through cache: serves upstream registries, fetching content that is not cached.
 
-`PullThrough` is what all clients share. `CachedRegistry` is one registry as one client sees it: it decides which
-credential speaks for the client upstream, and hands the questions to `manifests` and `blobs`.
+All clients share one `PullThrough`. A `CachedRegistry` is one registry as seen by one client: it chooses the credential
+that is used upstream for the client, and delegates to `manifests` and `blobs`.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ from dockerproxy.upstream.credentials import Anonymous, BasicCredentials, Client
 
 @define
 class PullThrough:
-    """What the cache of all registries is made of.
+    """The parts of the cache, shared by all registries and clients.
 
-    `registries` are those that are served at the time, `login` returns the login of ours at a registry that serves
-    every client, or None.
+    `registries` is the live table of served registries. `login_for` returns the configured login at a registry, which
+    serves every client, or None.
     """
 
     upstream: RegistryClient
@@ -59,9 +59,10 @@ class PullThrough:
     clock: Callable[[], float]
 
     def registry(self, registry: Registry, authorization: str | None) -> CachedRegistry:
-        """Return `registry` for a client that shows `authorization` (its Authorization field, if any).
+        """Return `registry` as seen by a client with the Authorization field `authorization`, if any.
 
-        Of one that bears a token of ours which has ended, or was given for another registry, only `Unauthorized` comes.
+        Every method raises `Unauthorized` if the client's token is local and expired, or was issued for another
+        registry.
         """
         fallback_identity = (
             self.identities.read_token(registry, authorization, self.clock()) if authorization is not None else None
@@ -69,7 +70,7 @@ class PullThrough:
         return CachedRegistry(self, registry, authorization if fallback_identity is None else None, fallback_identity)
 
     def registry_for_realm(self, host: Registry, path: str) -> Registry | None:
-        """Return the registry whose tokens are given out at `path` of `host`, if any."""
+        """Return the registry that has its token endpoint at `path` of `host`, if any."""
         if path == TOKEN_PATH:
             return host if self.challenges.realm(host) is not None else None
         for registry in self.registries:
@@ -79,7 +80,7 @@ class PullThrough:
         return None
 
     async def token(self, registry: Registry, query: str, authorization: str | None, form: bytes | None) -> bytes:
-        """Return what the realm of `registry` answers to a client, or we in its place."""
+        """Return the JSON response of the realm of `registry`, or a local token in its place."""
         realm = self.challenges.realm(registry)
         if realm is None:
             raise NameUnknown(f"{registry} has no token server")
@@ -88,7 +89,7 @@ class PullThrough:
 
 @frozen
 class UpstreamReferrers:
-    """An index of referrers; `filtered` says whether the artifact type that was asked for is applied."""
+    """An index of referrers. `filtered` is true if the requested artifact type has been applied."""
 
     content: bytes
     filtered: bool
@@ -96,9 +97,10 @@ class UpstreamReferrers:
 
 @frozen
 class CachedRegistry:
-    """One registry as one client sees it: with the client's own Authorization, or on the word of a token of ours.
+    """One registry as seen by one client, which has its own credential, a local token, or neither.
 
-    `voucher` is what `Identities.read` says of the client's token: None where it bears none of ours.
+    `authorization` is the client's own credential. `fallback_identity` is the result of `Identities.read_token`: None
+    if the client sent no local token, "" if the local token is invalid.
     """
 
     cache: PullThrough
@@ -108,13 +110,13 @@ class CachedRegistry:
 
     @property
     def credential(self) -> Credential:
-        """What speaks for the client upstream: its own, which wins, or the login that is shared, or nothing."""
+        """The credential used upstream: the client's own if it has one, else the configured login, else none."""
         if self.authorization is not None:
             return ClientCredential(self.authorization)
         return self.cache.login_for(self.registry) or Anonymous()
 
     async def principal(self, name: Repository) -> Principal:
-        """Return the client as it stands before the repository `name`. Raise `Unauthorized`."""
+        """Return the principal for the repository `name`. Raise `Unauthorized`."""
         self._check_token()
         await self.cache.challenges.ensure_known(self.registry)
         credential = self.credential
@@ -133,7 +135,7 @@ class CachedRegistry:
         return await (blobs.head(principal, digest) if head else blobs.get(principal, digest))
 
     async def ping(self) -> None:
-        """Answer `/v2/`: return where the client may go on, raise `Unauthorized` where it has to show something."""
+        """Check the client for `/v2/`. Raise `Unauthorized` if it must authenticate first."""
         self._check_token()
         if self.authorization is not None:
             await self._ping_upstream()
@@ -143,7 +145,7 @@ class CachedRegistry:
             raise Unauthorized("authentication required")
 
     async def _ping_upstream(self) -> None:
-        """Let upstream judge what the client shows; while it cannot, each repository's own check has to do."""
+        """Let upstream check the client's credential. Ignore an outage, because each repository checks access again."""
         try:
             response = await self.forward("GET", "/v2/", None, Headers())
             if response.status == 401:
@@ -154,18 +156,21 @@ class CachedRegistry:
                 raise
 
     def _allows_anonymous(self, challenges: list[Challenge]) -> bool:
-        """Whether a client that shows nothing can go on: nothing is asked, or a Basic login that is shared."""
+        """Return whether a client without a credential may continue.
+
+        It may if upstream requires no authentication, or if it requires Basic and there is a configured login.
+        """
         has_shared_login = self.cache.login_for(self.registry) is not None
         return not challenges or (has_shared_login and all(challenge.scheme == "basic" for challenge in challenges))
 
     def _check_token(self) -> None:
         if self.fallback_identity == "":
-            raise Unauthorized("the token has ended")
+            raise Unauthorized("the token has expired or is not valid for this registry")
 
     async def referrers(
         self, name: Repository, digest: Digest, query: str, artifact_type: str | None
     ) -> UpstreamReferrers:
-        """Return the referrers of `digest`; those of the fallback tag where upstream has no referrers API."""
+        """Return the referrers of `digest`, from the fallback tag if upstream has no referrers API."""
         self._check_token()
         path = f"/v2/{name}/referrers/{digest}" + (f"?{query}" if query else "")
         response = await self.cache.upstream.request(
@@ -195,16 +200,16 @@ class CachedRegistry:
         try:
             return filter_referrers(index, artifact_type)
         except ManifestInvalid:
-            raise UpstreamBroken(f"{self.registry} sent something that is no index of referrers") from None
+            raise UpstreamBroken(f"{self.registry} returned an invalid index of referrers") from None
 
     async def forward(
         self, method: str, path: str, name: Repository | None, headers: Headers, body: Any = None
     ) -> UpstreamResponse:
-        """Return upstream's answer to a request as it is, redirects included; its body is the caller's to read."""
+        """Send a request upstream. Return the unmodified response, also a redirect; the caller reads its body."""
         self._check_token()
         credential = self.credential
         if self.authorization is None and (method not in ("GET", "HEAD") or not path.startswith("/v2/")):
-            # What our credential can pull is shared; what it can write, and what the registry has beside, is not.
+            # The configured login is shared for pulls only: not for writes, and not for paths outside the API.
             credential = Anonymous()
         return await self.cache.upstream.request(
             method, self.registry, path,
@@ -213,7 +218,7 @@ class CachedRegistry:
         )  # fmt: skip
 
     def challenge(self, error: RegistryError, *, secure: bool) -> list[tuple[str, str]]:
-        """Return the WWW-Authenticate fields that go with a 401: upstream's own, or the registry's usual ones."""
+        """Return the WWW-Authenticate fields for a 401: those of `error`, or the stored ones of the registry."""
         fields = [value for name, value in error.headers if name.lower() == "www-authenticate"]
         if not fields:
             fields = [challenge.render() for challenge in self.cache.challenges.cached(self.registry)]

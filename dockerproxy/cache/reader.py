@@ -1,4 +1,4 @@
-"""A blob under way as one reader has it: out of the growing file, and where that cannot go on, from upstream."""
+"""Readers of blobs that are being downloaded. They read the growing file; if that fails, directly from upstream."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from dockerproxy.cache.downloads import BlobDownload
 
 WITHHELD_BYTES = 1
-"""Bytes at the end of a blob that no reader gets before it is verified: without them no client takes it for whole."""
+"""Bytes at the end of a blob that are withheld until it is verified, so that no client completes a corrupt blob."""
 
 
 class BlobReader:
-    """A blob under way, read from any offset; each reader has one of its own."""
+    """Content of a blob that is being downloaded, readable from any offset. Each client has its own reader."""
 
     def __init__(self, reactor: Any, download: BlobDownload, fd: int, repository: UpstreamRepository) -> None:
         self._reactor = reactor
@@ -35,11 +35,11 @@ class BlobReader:
 
     @property
     def size(self) -> int | None:
-        """The blob's length in bytes, or None while nobody knows it."""
+        """The blob's size in bytes; None while it is unknown."""
         return self._download.size
 
     async def read(self, offset: int, at_most: int) -> BytesLike:
-        """Return bytes from `offset` on, at least one; ``b""`` at the end. Raise `UpstreamError`."""
+        """Return one or more bytes from `offset` on; ``b""`` at the end. Raise `UpstreamError`."""
         download = self._download
         while True:
             available = min(download.readable - offset, at_most)
@@ -52,11 +52,11 @@ class BlobReader:
             await download.wait_changed()
 
     async def sendfile_source(self, offset: int, at_most: int) -> tuple[int, int] | None:
-        """Return None: it is still arriving."""
+        """Return None, because the blob is still arriving."""
         return None
 
     async def wait_verified(self) -> None:
-        """Wait until the flight has ended; raise where the content cannot be had."""
+        """Wait until the download has ended. Raise `UpstreamError` if it failed upstream."""
         download = self._download
         while not download.committed and download.failure is None:
             await download.wait_changed()
@@ -64,7 +64,7 @@ class BlobReader:
             raise download.failure
 
     def close(self) -> None:
-        """Give back the descriptor, and any connection of this reader's own."""
+        """Close the descriptor, and the upstream connection if this reader has one."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
@@ -76,12 +76,12 @@ class BlobReader:
         if data is None:
             data = await in_thread(self._reactor, read_blocking, self._fd, offset, size)
         if not data:
-            # Cut off by another's hand. It must not look like the blob's end.
-            raise UpstreamBroken(f"what was received of {self.digest} is gone")
+            # Another program truncated the file. This must not look like the end of the blob.
+            raise UpstreamBroken(f"the partial download of {self.digest} was truncated by another program")
         return data
 
     async def _read_direct(self, offset: int, at_most: int) -> BytesLike:
-        """Go on without the flight where that has stranded; where upstream has failed it, so it has this reader."""
+        """Read from upstream if the ingest failed. If upstream itself failed, raise its error for this reader, too."""
         failure = self._download.failure
         if isinstance(failure, UpstreamError):
             raise failure
@@ -95,18 +95,18 @@ class BlobReader:
 
 
 class _DirectReader:
-    """The end of a blob, straight from upstream for one reader, checked as it passes."""
+    """Reads the rest of a blob from upstream for one reader, and verifies its digest."""
 
     def __init__(self, digest: Digest, source: ResumableGet, hasher: _Hash, start: int, buffer: bytes) -> None:
         self._digest = digest
         self._source = source
         self._hasher = hasher
-        self._start = start  # of `_tail` in the blob
-        self._buffer = buffer  # what was read, and is held back or not asked for yet
+        self._start = start  # offset of `_buffer` in the blob
+        self._buffer = buffer  # received, but withheld or not requested yet
         self._verified = False
 
     async def read(self, offset: int, at_most: int) -> bytes:
-        """Return bytes from `offset` on, which only ever grows."""
+        """Return bytes from `offset` on. `offset` must never decrease."""
         while True:
             if offset > self._start:
                 drop = min(offset - self._start, len(self._buffer))
@@ -125,7 +125,7 @@ class _DirectReader:
             self._hasher.update(data)
             self._buffer += data
         elif self._hasher.hexdigest() != self._digest.hex:
-            raise UpstreamBroken(f"upstream sent content that is not {self._digest}")
+            raise UpstreamBroken(f"upstream returned content that does not match {self._digest}")
         else:
             self._verified = True
 

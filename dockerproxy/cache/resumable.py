@@ -1,4 +1,4 @@
-"""One blob from upstream, from an offset to its end, over as many connections as it takes."""
+"""Resumable GET of one blob: reads from an offset to the end, over several connections if necessary."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from dockerproxy.oci.names import Digest
 from dockerproxy.oci.ranges import parse_content_range
 from dockerproxy.upstream.retry import parse_retry_after
 
-_RETRY_DELAYS = (0.2, 0.5, 1, 2, 4, 8)  # seconds before each further try; progress starts the row anew
+_RETRY_DELAYS = (0.2, 0.5, 1, 2, 4, 8)  # seconds before each retry; restarts at the first after progress
 _MAX_OPEN_ATTEMPTS = 2
-_READ_BATCH_TIME = 0.002  # seconds that a larger piece is worth
-_MAX_RETRY_AFTER = 20.0  # seconds, the most that an upstream's Retry-After makes of a pause
+_READ_BATCH_TIME = 0.002  # seconds to wait for more bytes per read
+_MAX_RETRY_AFTER = 20.0  # seconds; upper limit for an upstream's Retry-After
 
 log = Logger()
 
 
 class PartialTooLong(UpstreamBroken):
-    """What is here is longer than what upstream has: no beginning of the same blob."""
+    """The partial download is longer than the blob upstream, so it is not a prefix of it."""
 
 
 class ResumableGet:
-    """The bytes of a blob, in order.
+    """Reads the bytes of a blob in order.
 
-    After `open`, `size` is the whole blob's length in bytes, or None where upstream does not say; it is known when
-    `read` has given all. `read` resumes by Range what breaks off or stalls; an upstream that ignores the Range sends
-    again what is then skipped.
+    After `open`, `size` is the size of the whole blob in bytes, or None if upstream does not give it. It is always
+    known after the last `read`. `read` resumes by Range if the connection breaks off or stalls. If upstream ignores
+    the Range, the bytes before `offset` are skipped.
     """
 
     def __init__(
@@ -42,17 +42,20 @@ class ResumableGet:
         self._repository = repository
         self._digest = digest
         self._response: UpstreamResponse | None = None
-        self._buffer: list[bytes] = []  # read of the answer already
+        self._buffer: list[bytes] = []  # read from the response, but not returned yet
         self.offset = offset
         self.size: int | None = None
 
     @property
     def is_open(self) -> bool:
-        """Whether there is a connection to upstream."""
+        """Whether there is an open response from upstream."""
         return self._response is not None
 
     async def open(self) -> None:
-        """Send the request. Raise what upstream refuses with, `TooLong`, or an `UpstreamError` after a second try."""
+        """Send the request. Raise the error that upstream responds with, `PartialTooLong`, or `UpstreamError`.
+
+        Try a second time after `UpstreamBroken`.
+        """
         for delay in _RETRY_DELAYS[: _MAX_OPEN_ATTEMPTS - 1]:
             try:
                 await self._connect()
@@ -64,9 +67,9 @@ class ResumableGet:
         await self._connect()
 
     async def read(self, at_least: int = 1) -> list[bytes]:
-        """Return the next pieces, none at the end. Raise `UpstreamError` when upstream has failed too often.
+        """Return the next pieces; none at the end. Raise `UpstreamError` after too many retries.
 
-        They are `at_least` so many where that is a matter of milliseconds.
+        Wait up to _READ_BATCH_TIME seconds for `at_least` bytes.
         """
         delays = iter(_RETRY_DELAYS)
         while True:
@@ -75,12 +78,12 @@ class ResumableGet:
             except UpstreamError as error:
                 self.abort()
                 delay = next(delays, None)
-                if delay is None or isinstance(error, PartialTooLong):  # which no further try makes shorter
+                if delay is None or isinstance(error, PartialTooLong):  # a retry cannot succeed
                     raise
                 await self._back_off(max(delay, self._retry_after(error)), error)
 
     def unread(self, pieces: list[bytes]) -> None:
-        """Take back what `read` gave last; it is what the next `read` gives."""
+        """Undo the last `read`, which returned `pieces`. The next `read` returns them again."""
         self._buffer = pieces + self._buffer
         self.offset -= sum(map(len, pieces))
 
@@ -104,27 +107,27 @@ class ResumableGet:
         if not pieces and self.size is None:
             self.size = self.offset
         elif not pieces:
-            raise UpstreamBroken(f"{self._repository.registry} sent too little of {self._digest}")
+            raise UpstreamBroken(f"{self._repository.registry} sent {end} of {self.size} bytes of {self._digest}")
         elif self.size is not None and end > self.size:
-            raise UpstreamBroken(f"{self._repository.registry} sent more of {self._digest} than it has")
+            raise UpstreamBroken(f"{self._repository.registry} sent more than {self.size} bytes of {self._digest}")
         self.offset = end
         return pieces
 
     def _retry_after(self, error: UpstreamError) -> float:
-        """Return for how many seconds upstream wants to be left alone, up to what clients have patience for."""
+        """Return the Retry-After of `error` in seconds, limited to _MAX_RETRY_AFTER because a client is waiting."""
         return min(parse_retry_after(Headers(error.headers), self._clock.seconds()) or 0.0, _MAX_RETRY_AFTER)
 
     async def _back_off(self, seconds: float, error: RegistryError) -> None:
         log.info(
-            "{digest} broke off at byte {offset} ({reason}): going on in {seconds} s",
+            "download of {digest} interrupted at byte {offset} ({reason}); resuming in {seconds} s",
             digest=str(self._digest), offset=self.offset, reason=error.message, seconds=seconds,
         )  # fmt: skip
         await deferLater(self._clock, seconds)
 
     async def _connect(self) -> None:
         repository = self._repository
-        # From the last byte that is here, and not the one behind it: if that was all, there is an answer to this too,
-        # where upstream could only say 416 to the other.
+        # Start at the last byte that is present, not at the next one: if the partial download is already complete,
+        # upstream could only respond with 416 to the latter.
         headers = Headers([("range", f"bytes={self.offset - 1}-")] if self.offset else [])
         response = await self._upstream.request(
             "GET", repository.registry, repository.blob_path(self._digest),
@@ -143,13 +146,17 @@ class ResumableGet:
             start, size = self._parse_range(response)
         elif response.status == 416 and self.offset:
             await response.discard()
-            raise PartialTooLong(f"{registry} has less of {self._digest} than {self.offset} bytes")
+            raise PartialTooLong(
+                f"{registry} has fewer than {self.offset} bytes of {self._digest}, the size of the partial download"
+            )
         elif response.status != 200:
             raise await error_from_response(registry, response, "BLOB_UNKNOWN")
         if self.size is not None and size is not None and size != self.size:
-            raise UpstreamBroken(f"{registry} changed its mind about the length of {self._digest}")
+            raise UpstreamBroken(f"{registry} reported {self.size} and then {size} bytes for {self._digest}")
         if size is not None and size < self.offset:
-            raise PartialTooLong(f"{registry} has {size} bytes of {self._digest}, and here are {self.offset}")
+            raise PartialTooLong(
+                f"{registry} has {size} bytes of {self._digest}, but the partial download has {self.offset}"
+            )
         if self.size is None:
             self.size = size
         await self._skip(response, self.offset - start)
@@ -158,19 +165,25 @@ class ResumableGet:
         try:
             start, _, size = parse_content_range(response.headers.get("content-range") or "")
         except ValueError:
-            raise UpstreamBroken(f"{self._repository.registry} sent a range that it does not describe") from None
+            raise UpstreamBroken(
+                f"{self._repository.registry} sent a 206 without a valid Content-Range for {self._digest}"
+            ) from None
         if start > self.offset:
-            raise UpstreamBroken(f"{self._repository.registry} sent another range than was asked for")
+            raise UpstreamBroken(
+                f"{self._repository.registry} sent {self._digest} from byte {start}, not {self.offset - 1} as requested"
+            )
         return start, size
 
     async def _skip(self, response: UpstreamResponse, count: int) -> None:
-        """Read `count` bytes that are here already; keep what the last piece has beyond them."""
+        """Skip `count` bytes that are already present. Keep the rest of the last piece."""
         remainder = b""
         while count:
             data = await response.read_chunk()
             if not data:
-                # A whole answer that ends before is shorter than what is here; a part may be cut at any place.
+                # A complete response is shorter than the partial download; a 206 may have been cut anywhere.
                 error_class = PartialTooLong if response.status == 200 else UpstreamBroken
-                raise error_class(f"{self._repository.registry} sent too little of {self._digest}")
+                raise error_class(
+                    f"{self._repository.registry} ended its response before byte {self.offset} of {self._digest}"
+                )
             remainder, count = data[count:], max(0, count - len(data))
         self._buffer, self._response = [remainder] if remainder else [], response

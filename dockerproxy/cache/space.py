@@ -1,4 +1,4 @@
-"""The room that the cache has: made for what comes, by what was not used for longest."""
+"""Cache space: reserves space for downloads, and evicts the least recently used blobs."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from dockerproxy.store.layout import Layout
 from dockerproxy.store.lru_index import CacheFull, LRUIndex, Rescan
 
 MAINTENANCE_INTERVAL = 600.0
-"""Seconds between two looks at what is too old, and at what the disk really holds."""
+"""Seconds between two rounds of maintenance, which expires blobs and rescans the disk."""
 
-_STALE_INGEST_AGE = 86400.0  # seconds after which a download that nobody took up is thrown away
-_MIN_FREE_BYTES = 16 * 1024 * 1024  # bytes left free on the disk: links, records and other programs need some
+_STALE_INGEST_AGE = 86400.0  # seconds after which an abandoned partial download is deleted
+_MIN_FREE_BYTES = 16 * 1024 * 1024  # bytes kept free on the disk for links, records and other programs
 
 log = Logger()
 
 
 class CacheSpace(Protocol):
-    """What downloads and reading ask of the room; see `CacheRoom`."""
+    """The interface of the cache space for downloads and readers; see `CacheSpaceManager`."""
 
     async def reserve(self, digest: Digest, size: int, existing_size: int) -> bool: ...
 
@@ -48,7 +48,10 @@ class CacheSpace(Protocol):
 
 
 class CacheSpaceManager:
-    """Keeps the cache within its limit. What is under way is reserved before it is written, and never chosen to go."""
+    """Keeps the cache within its limit.
+
+    Space for a download is reserved before it is written. A reserved blob is never evicted.
+    """
 
     def __init__(
         self,
@@ -71,15 +74,18 @@ class CacheSpaceManager:
         self.index = LRUIndex(limit)
 
     def service(self) -> TimerService:
-        """Return the service that maintains the cache; its first round is at start."""
+        """Return the service that runs `maintain`, first at start."""
         timer = TimerService(  # type: ignore[no-untyped-call]
-            MAINTENANCE_INTERVAL, lambda: spawn(self.maintain(), "the cache's maintenance")
+            MAINTENANCE_INTERVAL, lambda: spawn(self.maintain(), "cache maintenance")
         )
         timer.clock = self._reactor
         return timer
 
     async def maintain(self) -> None:
-        """Count what the disk holds; remove what is over the limit, was not used for too long, or was abandoned."""
+        """Remove abandoned downloads and rescan the disk.
+
+        Then evict blobs that were unused for `inactive` seconds, or that exceed the limit.
+        """
         rescan = self.index.start_rescan()
         try:
             await self._cooperative_thread.run(self._scan(rescan))
@@ -91,11 +97,12 @@ class CacheSpaceManager:
             await self._evict(expired)
 
     async def reserve(self, digest: Digest, size: int, existing_size: int) -> bool:
-        """Make room for a blob of `size` bytes, of which `present` are on the disk already, if that can be.
+        """Reserve space for a blob of `size` bytes, `existing_size` of which are already on disk.
 
-        For a blob whose size nobody tells it is called again as that grows. `release` has to follow.
+        Return False if that is impossible. Call it again as a blob of unknown size grows. The caller must call
+        `release` at the end.
         """
-        self.index.remove(digest)  # what was left of it from before is part of it
+        self.index.remove(digest)  # an earlier partial download is included in `size`
         try:
             evicted = self.index.evict(size)
         except CacheFull:
@@ -108,7 +115,7 @@ class CacheSpaceManager:
         return await self._fits_on_disk(size - existing_size)
 
     def release(self, digest: Digest) -> None:
-        """End what `reserve` began, if it did: from now on what is on the disk counts, and may go."""
+        """End a reservation, if there is one. The bytes on disk then count, and may be evicted."""
         if digest not in self._reservations:
             return
         self._reservations.remove(digest)
@@ -120,26 +127,26 @@ class CacheSpaceManager:
                 self._add(digest, partial_entry.size)
 
     def touch(self, digest: Digest) -> None:
-        """Note that a content is used now."""
+        """Mark a blob as used now."""
         self.index.touch(digest, self._clock())
 
     def pin(self, digest: Digest) -> None:
-        """Note that a content is used now and must not go before `let_go`."""
+        """Mark a blob as used now, and prevent its eviction until `unpin`."""
         self.touch(digest)
         self.index.pin(digest)
 
     def unpin(self, digest: Digest) -> None:
-        """End a `hold`."""
+        """Undo one `pin`."""
         self.index.unpin(digest)
 
     async def commit(self, ingest: Ingest) -> None:
-        """Publish a blob that is complete. Raises OSError."""
+        """Publish a complete blob. Raise `OSError`."""
         size = ingest.size
         await in_thread(self._reactor, ingest.commit, self._blobs)
         await self.record(ingest.digest, size)
 
     async def record(self, digest: Digest, size: int) -> None:
-        """Count a content that was written, and make others go where it is one too many."""
+        """Count a blob that was written, and evict others if the limit is exceeded."""
         self._add(digest, size)
         self.index.pin(digest)
         try:
@@ -149,11 +156,11 @@ class CacheSpaceManager:
             self.index.unpin(digest)
 
     async def usage(self) -> tuple[int, int]:
-        """Return how many bytes contents take, and how many they may."""
+        """Return the bytes used, and the limit."""
         return self.index.total, self.index.limit
 
     async def purge(self, digests: Iterable[Digest]) -> None:
-        """Remove contents, whoever may use them; who reads one goes on reading."""
+        """Remove blobs even if they are in use. Open readers can still read to the end."""
         purge_list = list(digests)
         for digest in purge_list:
             self.index.remove(digest)
@@ -163,10 +170,10 @@ class CacheSpaceManager:
         self.index.add(digest, size, self._clock())
 
     async def _fits_on_disk(self, size: int) -> bool:
-        """Say whether the disk has `wanted` bytes, after making others go for it where it has not."""
+        """Return whether the disk has `size` bytes free, after evicting blobs if necessary."""
         shortfall = size + _MIN_FREE_BYTES - await in_thread(self._reactor, self._free_bytes)
         if shortfall > 0:
-            # As if the limit were that much nearer: the least recently used go first here too.
+            # Evict as if the limit were lower by the shortfall, so that the least recently used go first here too.
             try:
                 await self._evict(self.index.evict(self.index.limit - self.index.total + shortfall))
             except CacheFull:
@@ -179,12 +186,12 @@ class CacheSpaceManager:
 
     async def _evict(self, digests: list[Digest]) -> None:
         if digests:
-            log.info("{count} contents leave the cache", count=len(digests))
+            log.info("evicting {count} blobs", count=len(digests))
             await in_thread(self._reactor, self._remove_blobs, digests)
 
     def _remove_blobs(self, digests: list[Digest]) -> None:
         for digest in digests:
-            # What there is of one that did not come whole goes first: while there is a content nobody fetches it.
+            # Discard the partial download first: while the blob exists, no process starts a download.
             if _ingest_entry(self._layout, digest) is not None:
                 self._discard_ingest(digest)
             try:
@@ -219,11 +226,11 @@ class CacheSpaceManager:
 
 
 def _log_removal_error(digest: Digest, error: OSError) -> None:
-    log.error("{digest} cannot be removed: {reason}", digest=str(digest), reason=error.strerror)
+    log.error("cannot remove {digest} from the cache: {reason}", digest=str(digest), reason=error.strerror)
 
 
 def _ingest_entry(layout: Layout, digest: Digest) -> Entry | None:
-    """Return what there is of a blob that is, or was, under way."""
+    """Return the size and date of a partial download; None if there is none."""
     try:
         status = os.stat(layout.ingest(digest))
     except FileNotFoundError:

@@ -1,4 +1,7 @@
-"""The token dance as our clients dance it: with us, who ask the realm only for those who have something to show."""
+"""The token endpoint for clients.
+
+Requests with a credential are forwarded to the realm. Clients without one get a local token.
+"""
 
 from __future__ import annotations
 
@@ -32,14 +35,14 @@ _MAX_FORM_FIELDS = 50
 
 @frozen
 class TokenRequest:
-    """What a client asks a realm: `form` is the body of a POST (OAuth 2), None for GET."""
+    """A client's request to a realm. `form` is the body of a POST (OAuth 2); None for GET."""
 
     query: str
     authorization: str | None = field(repr=False)
     form: bytes | None = field(default=None, repr=False)
 
     def client_authorization(self) -> str | None:
-        """Return what the client shows, as an Authorization that stands for it; None where it shows nothing.
+        """Return the client's credential in the form of an Authorization field; None if there is no credential.
 
         Raise `BadRequest`.
         """
@@ -50,16 +53,16 @@ class TokenRequest:
             if "username" in fields and "password" in fields:
                 return basic_authorization(fields["username"], fields["password"])
         except ValueError:
-            raise BadRequest("the form has too many fields, or a user's name that none can be") from None
+            raise BadRequest(f"the form has more than {_MAX_FORM_FIELDS} fields, or an invalid username") from None
         refresh_token = fields.get("refresh_token")
         return f"Refresh {refresh_token}" if refresh_token else None
 
 
 class TokenEndpoint:
-    """Answers for the realms of intercepted registries; `clock` is POSIX time.
+    """Token endpoint for the realms of intercepted registries. `clock` returns POSIX time.
 
-    `permits` gives what a connection to a realm's host has to be asked by: upstream chooses the realm, so it must not
-    lead us into our own network.
+    `address_check_for` returns the check for connections to a realm's host. Upstream chooses the realm, so it could
+    otherwise direct requests into the local network.
     """
 
     def __init__(
@@ -77,7 +80,7 @@ class TokenEndpoint:
         self._clock = clock
 
     async def token(self, registry: Registry, realm: Realm, request: TokenRequest) -> bytes:
-        """Return the JSON that `realm` answers for `registry`, or ours. Raise what the realm refuses with."""
+        """Return the JSON response of `realm`, or a local token. Raise the error that the realm responded with."""
         authorization = request.client_authorization()
         if authorization is None:
             return self._issue(registry, PUBLIC)
@@ -135,7 +138,7 @@ class TokenEndpoint:
 
 
 def _parse_tokens(realm: Realm, content: bytes) -> list[str]:
-    """Return the token that a realm gave, under either of its names; raise `UpstreamBroken` where there is none."""
+    """Return the tokens in a realm's response, under both of their names. Raise `UpstreamBroken` if there is none."""
     try:
         document = json.loads(content)
     except (ValueError, RecursionError):
@@ -143,13 +146,13 @@ def _parse_tokens(realm: Realm, content: bytes) -> list[str]:
     candidates = [document.get(name) for name in ("token", "access_token")] if isinstance(document, dict) else []
     tokens = [token for token in candidates if isinstance(token, str) and token]
     if not tokens:
-        raise UpstreamBroken(f"{realm.server}: what it answers holds no token")
+        raise UpstreamBroken(f"{realm.server} returned a response without a token")
     return tokens
 
 
 @implementer(IBodyProducer)
 class _FormBody:
-    """A small body that is here whole."""
+    """A request body that is in memory."""
 
     def __init__(self, form: bytes) -> None:
         self.length = len(form)

@@ -1,4 +1,4 @@
-"""Where content is had from, and what the cache needs of the client that goes there."""
+"""Upstream repositories, and the interfaces of the client through which the cache reaches them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _ERROR_CODES = {401: "UNAUTHORIZED", 403: "DENIED", 405: "UNSUPPORTED", 416: "RA
 
 @frozen
 class UpstreamRepository:
-    """A repository upstream, and the credential that is shown there."""
+    """A repository upstream, and the credential that is sent with requests."""
 
     registry: Registry
     name: Repository
@@ -27,7 +27,7 @@ class UpstreamRepository:
 
     @property
     def key(self) -> str:
-        """The repository's name in the cache's store: it starts with the registry's host."""
+        """The repository's name in the cache's store. It starts with the registry's host."""
         return f"{self.registry.host}/{self.name}"
 
     def blob_path(self, digest: object) -> str:
@@ -38,7 +38,7 @@ class UpstreamRepository:
 
 
 class UpstreamResponse(Protocol):
-    """An answer of upstream's, its body not read yet."""
+    """A response from upstream whose body has not been read yet."""
 
     status: int
     headers: Headers
@@ -56,7 +56,7 @@ class UpstreamResponse(Protocol):
 
 
 class UpstreamAgent(Protocol):
-    """One exchange with any server, as it is: no redirects, no authorization but what `headers` hold."""
+    """Sends single requests to any server. Does not follow redirects, and adds no authorization to `headers`."""
 
     async def request(
         self,
@@ -70,7 +70,7 @@ class UpstreamAgent(Protocol):
 
 
 class RegistryClient(Protocol):
-    """What asks registries: authorization, redirects and time-outs are its business."""
+    """Sends requests to registries. Handles authorization, redirects and timeouts."""
 
     async def request(
         self,
@@ -90,9 +90,9 @@ class RegistryClient(Protocol):
 async def error_from_response(
     registry: Registry, response: UpstreamResponse, not_found_code: str = "NAME_UNKNOWN"
 ) -> RegistryError:
-    """Return the error that an answer which is not a success stands for, its body read.
+    """Return the error for a response that is not a success. Read or discard its body.
 
-    `unknown` is the error code that a 404 has; it is written where upstream wrote nothing, as it must to a HEAD.
+    `not_found_code` is the error code for a 404 without a body. A response to HEAD never has a body.
     """
     retry_fields = tuple(field for field in response.headers if field[0] == "retry-after" or "ratelimit" in field[0])
     if response.status == 429:
@@ -111,16 +111,16 @@ async def error_from_response(
 
 
 def is_denial(error: RegistryError) -> bool:
-    """Whether upstream, or its token server, said that the client may not: and not that it has no such thing."""
+    """Return whether upstream or its token server denied access, as opposed to not having the content."""
     return isinstance(error, Unauthorized) or (isinstance(error, UpstreamRefused) and error.status in (401, 403))
 
 
 @frozen
 class Principal:
-    """A client before a repository: whose word counts, and what is known of it.
+    """A client that requests something from one repository.
 
-    `origin` holds the credential that speaks for the client upstream; `identity` is what access is remembered by;
-    `voucher` is the identity that a token of ours vouches for, to be believed only while upstream cannot be asked.
+    `repository` includes the credential that is used upstream for this client. Grants are recorded under `identity`.
+    `fallback_identity` is the identity in the client's local token. It counts only during an outage.
     """
 
     repository: UpstreamRepository

@@ -222,6 +222,6 @@ def test_unwritable_records(harness: AccessHarness, log_lines: list[str], monkey
     monkeypatch.setattr("dockerproxy.store.files.Staging.write", fail)
     harness.grant(CLIENT)
     assert harness.state(CLIENT) is AccessState.GRANTED
-    assert any("not remembered: No space left" in line for line in log_lines)
+    assert any("cannot save the access record" in line and "No space left" in line for line in log_lines)
     harness.restart()
     assert harness.state(CLIENT) is AccessState.UNKNOWN

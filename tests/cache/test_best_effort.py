@@ -33,9 +33,9 @@ def test_full_disk_is_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lo
     try_remove(records, "client", "host", "own:0123")
     result(Deferred.fromCoroutine(try_link(reactor, fail, "host/name", "x")), reactor)
     assert [line.partition(": No space left on device")[0] for line in log_lines] == [
-        "access of host/name is not remembered",
-        "client of host is not forgotten",
-        "host/name is not linked to its content",
+        "cannot save the access record of host/name",
+        "cannot remove the client record of host",
+        "cannot write a link in the repository host/name",
     ]
 
 

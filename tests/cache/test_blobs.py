@@ -160,7 +160,7 @@ def test_eviction_between_check_and_open(harness: CacheHarness) -> None:
 def test_blob_evicted_on_every_attempt(harness: CacheHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     harness.fetch(DIGEST)
     monkeypatch.setattr(type(harness.blobs), "open", lambda blobs, digest: None)
-    with pytest.raises(UpstreamFailing, match="too small"):
+    with pytest.raises(UpstreamFailing, match="raise CACHE_MAX_SIZE"):
         harness.run(harness.blob(DIGEST))
 
 
@@ -543,7 +543,7 @@ def test_unwritable_links_and_records(
     monkeypatch.setattr("dockerproxy.store.files.Staging.write", fail)
     assert harness.fetch(DIGEST) == ("MISS", DATA)
     assert harness.fetch(DIGEST)[1] == DATA
-    assert any("is not linked" in line for line in log_lines)
+    assert any("cannot write a link" in line for line in log_lines)
 
 
 def test_cancel_during_upstream_check(harness: CacheHarness) -> None:

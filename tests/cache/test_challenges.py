@@ -118,7 +118,7 @@ def test_error_response_is_not_cached(harness: CacheHarness, status: int, kind: 
 @pytest.mark.parametrize("media_type", ["text/html", "text/html; charset=utf-8", "Text/HTML"])
 def test_html_page_is_rejected(harness: CacheHarness, media_type: str) -> None:
     harness.upstream.on("GET", "^/v2/$", replace_with(b"<h1>Sign in</h1>", content_type=media_type))
-    with pytest.raises(UpstreamBroken, match="no registry"):
+    with pytest.raises(UpstreamBroken, match="not a registry"):
         get_challenges(harness)
     assert harness.records.get("challenge", str(OTHER)) is None
 

@@ -247,7 +247,7 @@ def test_failing_on_verified_does_not_prevent_commit(harness: CacheHarness, log_
 
     download = start(harness, on_verified=on_verified)
     assert download.committed and download.failure is None
-    assert any("the landing of" in line and "failed" in line for line in log_lines)
+    assert any("recording the grant of" in line and "failed" in line for line in log_lines)
 
 
 def test_unknown_length(harness: CacheHarness) -> None:
@@ -766,7 +766,7 @@ def test_fsync_error_prevents_publish(
     one.read_available()
     assert one.data == DATA and one.ended
     assert not errors and not harness.blobs.exists(DIGEST)
-    assert any("cannot be kept: Input/output error" in line for line in log_lines)
+    assert any("cannot commit the file: Input/output error" in line for line in log_lines)
     one.disconnect()
 
 

@@ -256,7 +256,7 @@ def test_changed_length() -> None:
     harness.open()
     harness.read()
     harness.upstream.on("GET", "", replace_with(DATA[:-1]))
-    with pytest.raises(UpstreamBroken, match="changed its mind"):
+    with pytest.raises(UpstreamBroken, match="and then"):
         harness.read()
 
 
@@ -269,7 +269,7 @@ def test_body_longer_than_length() -> None:
         lambda request, data: ScriptedResponse(206, DATA[2999:] + b"more", {"content-range": "bytes 2999-10239/10240"}),
     )
     harness.open()
-    with pytest.raises(UpstreamBroken, match="more of"):
+    with pytest.raises(UpstreamBroken, match="more than"):
         harness.read()
 
 
