@@ -1,4 +1,4 @@
-"""One line in the log for each request."""
+"""The access log: each request is logged as one line and one structured event."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from twisted.logger import LogEvent, LogLevel, globalLogPublisher
 NAMESPACE = "dockerproxy.access"
 
 FIELDS = ("client", "method", "host", "path", "status", "size", "seconds", "verdict")
-"""What an access event holds as data, under these names, beside its `line`."""
+"""Keys of an access event beside `line`. The JSON log writes them under the same names."""
 
 
 class AccessLog:
-    """The log of requests: events of the namespace ``dockerproxy.access``."""
+    """Publishes one event of the namespace ``dockerproxy.access`` for each finished request."""
 
     def record(
         self, client: str, method: str, host: str, path: str, status: int, size: int, seconds: float, cache_status: str
     ) -> None:
-        """Log one request that is over.
+        """Log one finished request.
 
-        `path` loses its query (signed URLs are credentials); characters that could forge or break a line are escaped.
-        `size` is the number of body bytes sent to the client.
+        The query is dropped from `path`, because a signed URL is a credential. Characters that could forge or split a
+        line are escaped. `size` is the number of body bytes sent to the client.
         """
         method, host, path = (
             _escape_unprintable(method),
             _escape_unprintable(host),
             _escape_unprintable(path.partition("?")[0]),
         )
-        # Line and event are made here, once: Twisted's own ways to them take as long as all else that a small request
-        # costs.
+        # The line and the event are built here, because Twisted's `Logger` and formatting take as long as the rest of a
+        # small request.
         event: LogEvent = {
             "log_namespace": NAMESPACE,
             "log_level": LogLevel.info,
@@ -50,7 +50,7 @@ class AccessLog:
 
 
 def _escape_unprintable(text: str) -> str:
-    """Return `text` with everything that is not printable, and the space between fields, as Python escapes it."""
+    """Return `text` with Python's escapes for spaces, which separate the fields, and for unprintable characters."""
     if text.isprintable() and " " not in text:
         return text
     return "".join(c if c.isprintable() and c != " " else f"\\x{ord(c):02x}" for c in text)

@@ -1,4 +1,4 @@
-"""The Unix socket on which the daemon listens to who administers this machine."""
+"""The Unix socket on which the daemon accepts administrative commands."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ log = Logger()
 
 
 class ControlSocket(Service):
-    """Listens with `site` on a socket at `path`, which the daemon's user and group may use and nobody else.
+    """Serves `site` on a socket at `path` with mode 0660: only the daemon's user and group can connect.
 
-    At stop, what is under way there is broken off: it is for people who are told so, and can be done again.
+    A stop aborts running commands. The command line reports that to the user, and every command can be repeated.
     """
 
     def __init__(self, reactor: Any, path: Path, site: Site) -> None:
@@ -59,14 +59,14 @@ class ControlSocket(Service):
     async def _stop(self) -> None:
         port, self._port = self._port, None
         if port is not None:
-            with suppress(FileNotFoundError):  # somebody removed the socket
+            with suppress(FileNotFoundError):  # the socket file was removed by hand
                 await maybeDeferred(port.stopListening)
         self._site.abort()
         await self._site.drain()
 
 
 def _make_socket_directory(path: Path) -> None:
-    """Make the directory of the socket; one that is there (systemd's) is as its maker wants it."""
+    """Create the socket's directory with mode 0750. An existing one (systemd's RuntimeDirectory=) keeps its mode."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with suppress(FileExistsError):
         path.mkdir(mode=0o750)
@@ -74,14 +74,14 @@ def _make_socket_directory(path: Path) -> None:
 
 
 def _remove_stale_socket(path: Path) -> None:
-    """Remove the socket that a daemon left which was killed. Raise `OSError` where one listens."""
+    """Remove the socket file that a killed daemon left. Raise `OSError` if a daemon still listens on it."""
     try:
         if not stat.S_ISSOCK(path.lstat().st_mode):
-            raise FileExistsError(0, "there is a file that is no socket")
+            raise FileExistsError(0, "the path exists and is not a socket")
     except FileNotFoundError:
         return
     with socket.socket(socket.AF_UNIX) as probe:
-        probe.setblocking(False)  # one that listens takes the connection at once, or its queue is full
+        probe.setblocking(False)  # a listening socket accepts at once, or fails because its backlog is full
         try:
             probe.connect(str(path))
         except ConnectionRefusedError:
@@ -93,4 +93,4 @@ def _remove_stale_socket(path: Path) -> None:
 
 
 def _error_message(path: Path, error: BaseException) -> str:
-    return f"docker-registry-proxy: {path} cannot be listened on: {error_reason(error)}."
+    return f"docker-registry-proxy: cannot listen on {path}: {error_reason(error)}."

@@ -1,4 +1,4 @@
-"""Listening, in a way that an operator can rely on: a port that cannot be had stops the start, with one sentence."""
+"""Listening on endpoint descriptions, with an error of one sentence that names the setting and the endpoint."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from twisted.internet.interfaces import IListeningPort
 from twisted.internet.protocol import Factory
 
 _BACKLOG = 4096
-"""Connections that may wait to be accepted; net.core.somaxconn, 4096 by default, is the kernel's bound.
+"""Connections that may wait in the accept queue. The kernel caps it at net.core.somaxconn, 4096 by default.
 
-Twisted's 50 is for less than a fleet that connects at once: the kernel then sends SYN cookies, and resets some of those
-that come back with one.
+Twisted's default of 50 is too small if a fleet connects at the same time: the kernel then sends SYN cookies, and resets
+some of the clients that return one.
 """
 
 _BACKLOG_ENDPOINTS = ("tcp:", "tcp6:", "unix:")
 
 
 class ListenError(Exception):
-    """One sentence about an address that cannot be listened on."""
+    """Listening failed. The message is one sentence for the operator."""
 
 
 class SocketNotPassed(ListenError):
-    """It is to be a socket of systemd's, who has handed in no such."""
+    """The endpoint names a systemd socket that was not passed to this process."""
 
 
 async def listen(reactor: Any, descriptions: Sequence[str], factory: Factory, setting: str) -> list[IListeningPort]:
-    """Listen with `factory` on every endpoint of `descriptions`, the value of `setting`; on all of them, or on none.
+    """Listen with `factory` on all endpoints of `descriptions`, the value of `setting`, and return their ports.
 
-    Raise `ListenError`, `NotHandedIn`.
+    If one endpoint fails, stop listening on the others and raise `ListenError` (`SocketNotPassed` for systemd's).
     """
     ports: list[IListeningPort] = []
     try:
@@ -55,17 +55,17 @@ async def _listen(reactor: Any, description: str, factory: Factory, setting: str
         port: IListeningPort = await endpoint.listen(factory)
     except CannotListenError as error:
         reason = error_reason(error.socketError)
-    except (TypeError, LookupError) as error:  # what Twisted raises for arguments that an endpoint does not know
+    except (TypeError, LookupError) as error:  # Twisted's parsers raise these for unknown arguments
         if isinstance(error, LookupError) and description.startswith("systemd:"):
             raise SocketNotPassed(
-                f"{setting}: {description} cannot be listened on: systemd has no such socket."
+                f"{setting}: cannot listen on {description}: systemd passed no such socket; is its .socket unit active?"
             ) from None
-        reason = "it describes no endpoint"
+        reason = "not a valid endpoint description"
     except (ValueError, ArithmeticError, OSError) as error:
         reason = error_reason(error)
     else:
         return port
-    raise ListenError(f"{setting}: {description} cannot be listened on: {reason}.")
+    raise ListenError(f"{setting}: cannot listen on {description}: {reason}.")
 
 
 def _with_backlog(description: str) -> str:
@@ -75,18 +75,18 @@ def _with_backlog(description: str) -> str:
 
 
 def _address_family(descriptor: int) -> int:
-    """Return the address family of a socket that was handed in.
+    """Return the address family of the socket `descriptor`, which systemd passed.
 
-    `domain=` cannot know it: of ``ListenStream=3128`` systemd makes a socket for IPv6, and one for IPv4 where the
-    kernel has no IPv6.
+    The `domain=` of a description cannot be relied on: for ``ListenStream=3128`` systemd creates an IPv6 socket, or an
+    IPv4 one if the kernel has no IPv6.
     """
     with socket.socket(fileno=os.dup(descriptor)) as duplicate:
         return duplicate.family
 
 
 def error_reason(error: BaseException) -> str:
-    """Return the reason in `error`, without an error number."""
-    # The resolver's errors have numbers of their own, so the text that came with the error is the one to show.
+    """Return the message of `error` without its number."""
+    # Use the error's own text instead of os.strerror(), because getaddrinfo's error numbers are not errno values.
     return (isinstance(error, OSError) and error.strerror) or str(error)
 
 

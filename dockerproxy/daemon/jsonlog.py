@@ -1,4 +1,4 @@
-"""The log as JSON: one object a line, for LOG_FORMAT=json."""
+"""The JSON log of LOG_FORMAT=json: one object per line."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from dockerproxy.daemon.accesslog import FIELDS, NAMESPACE
 
 
 class TextStream(Protocol):
-    """Where lines go: an open text file, or Twisted's `LogFile`."""
+    """The methods of a text file that a log needs; Twisted's `LogFile` has them, too."""
 
     def write(self, data: str, /) -> object: ...
 
@@ -34,13 +34,13 @@ class TextStream(Protocol):
 class JsonLog:
     """Writes each event as ``{"time", "level", "namespace", "message"}``; never raises.
 
-    The time is ISO 8601 in UTC. A failure adds its ``traceback``, an access event its fields by name.
+    The time is ISO 8601 in UTC. A failure adds ``traceback``, an access event adds `accesslog.FIELDS`.
     """
 
     _stream: TextStream
 
     def __call__(self, event: LogEvent) -> None:
-        # What is being logged matters more than its line: a full disk or a closed pipe must not end a transfer.
+        # A full disk or a closed pipe must not end the transfer that is being logged.
         with suppress(Exception):
             line = _format_event(event)
             if line is not None:
@@ -51,18 +51,18 @@ class JsonLog:
 def install(application: Componentized, stream: TextStream) -> None:
     """Make `application` log JSON to `stream`.
 
-    To be called before twistd starts its log: by the top service's ``setServiceParent(application)``, or in a .tac
-    file. It replaces ``--logfile`` and ``--syslog`` (give it `twistd_stream` to keep to the former); ``--logger`` wins
-    over it (`twisted.application.app.AppLogger.start`, the same from Twisted 24.3 to 26.10).
+    Call this before twistd starts its log: in the top service's ``setServiceParent(application)``, or in a .tac file.
+    It replaces ``--logfile`` and ``--syslog``; pass `twistd_stream` as `stream` to honour ``--logfile``. ``--logger``
+    takes precedence (`twisted.application.app.AppLogger.start`, unchanged from Twisted 24.3 to 26.10).
     """
     application.setComponent(ILogObserver, JsonLog(stream))  # type: ignore[no-untyped-call]
 
 
 def twistd_stream(options: Mapping[str, Any], reactor: IReactorFromThreads) -> TextStream:
-    """Return where twistd would write its log under its own `options` (``logfile``, ``nodaemon``).
+    """Return the stream that twistd would log to under its `options` ``logfile`` and ``nodaemon``.
 
-    A plugin finds them as the `parent` of its own options. As with twistd, SIGUSR1 rotates a file, and a daemon cannot
-    log to standard output: SystemExit.
+    A plugin finds these options as the `parent` of its own. As in twistd, SIGUSR1 rotates a log file. Raise SystemExit
+    if a daemon is to log to standard output.
     """
     name = options.get("logfile") or ""
     if name == "-" and not options.get("nodaemon"):
@@ -76,12 +76,12 @@ def twistd_stream(options: Mapping[str, Any], reactor: IReactorFromThreads) -> T
 
 
 def logs_to_stdout(options: Mapping[str, Any]) -> bool:
-    """Say whether twistd, by its `options`, logs to standard output."""
+    """Return whether twistd logs to standard output under its `options`."""
     return bool(options.get("nodaemon")) and options.get("logfile") in (None, "", "-") and not options.get("syslog")
 
 
 def parse_event(line: bytes) -> LogEvent | None:
-    """Return the event that a `JsonLog` wrote as `line`, to be published in another process; None where it is none."""
+    """Return the event that a `JsonLog` wrote as `line`, or None if `line` is not such an object."""
     try:
         entry = json.loads(line)
         event = {
@@ -90,7 +90,7 @@ def parse_event(line: bytes) -> LogEvent | None:
             "log_namespace": entry["namespace"],
             "log_source": None,
             "log_format": "{line}",
-            # Not as `message`, which Twisted's older observers have for something else.
+            # Not under the key `message`, which has another meaning for Twisted's legacy observers.
             "line": "\n".join(filter(None, (entry["message"], entry.get("traceback")))),
         }
     except (ValueError, LookupError, TypeError, InvalidLogLevelError):
@@ -116,5 +116,5 @@ def _format_event(event: LogEvent) -> str | None:
         entry["traceback"] = failure.getTraceback()
     if event.get("log_namespace") == NAMESPACE:
         entry.update((name, event.get(name)) for name in FIELDS)
-    # ASCII only, so that no stream's encoding can refuse it; whatever is no JSON value is told as text.
+    # ASCII, because any stream can encode it. Values that JSON lacks are written as their repr().
     return json.dumps(entry, default=repr) + "\n"

@@ -1,4 +1,4 @@
-"""The daemon's doors as a Twisted service: all of them listen, or the start fails; at the end, transfers may finish."""
+"""The service that opens the daemon's listening ports at start-up and drains their connections at shutdown."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from dockerproxy.daemon.transfers import Transfers
 from dockerproxy.http.site import Site
 
 SHUTDOWN_GRACE = 25.0
-"""Seconds that transfers have to finish when the daemon stops (systemd kills after 30: TimeoutStopSec)."""
+"""Seconds that transfers have to finish when the daemon stops; systemd sends SIGKILL after 30 (TimeoutStopSec=)."""
 
 log = Logger()
 
 
 @frozen
 class Listener:
-    """Where a site listens: the endpoint `descriptions` that are the value of `setting`.
+    """A site and the endpoints it listens on: `descriptions`, the value of `setting`.
 
-    `entrance` is what is given the connections, if not the site itself.
+    `factory` receives the connections instead of the site if it is given.
     """
 
     setting: str
@@ -38,11 +38,14 @@ class Listener:
 
 
 class ListenerService(Service):
-    """Opens the doors at start, the first of them in any case.
+    """Listens on all endpoints at start-up, and drains connections at shutdown.
 
-    At stop: close them, let transfers finish for a while, then `close` what is behind.
+    Start-up fails if an endpoint cannot be listened on. One exception: a systemd socket that was not passed is only
+    logged, unless it belongs to the first listener.
 
-    `on_repeat` is told at stop what to call when the daemon is asked to stop once more.
+    Shutdown closes the ports, waits up to `SHUTDOWN_GRACE` seconds for transfers, aborts the rest, then awaits
+    `close_upstreams`. `on_repeated_stop` is called when the shutdown begins, with a function that aborts all transfers:
+    the callback to run at the next stop signal.
     """
 
     def __init__(
@@ -60,7 +63,7 @@ class ListenerService(Service):
         self._on_repeated_stop = on_repeated_stop
         self._ports: list[IListeningPort] = []
         self.listening: Deferred[None] = Deferred()
-        """Fires when every door is open."""
+        """Fires when all ports are open."""
 
     def startService(self) -> None:
         super().startService()  # type: ignore[no-untyped-call]
@@ -69,7 +72,7 @@ class ListenerService(Service):
         if isinstance(result, Failure):
             starting.addErrback(lambda failure: None)
             raise SystemExit(f"docker-registry-proxy: {result.getErrorMessage()}")
-        starting.addErrback(self._listen_failed)  # of an endpoint that takes its time
+        starting.addErrback(self._listen_failed)  # an endpoint may fail later
 
     def _listen_failed(self, failure: Failure) -> None:
         log.critical("{reason}", reason=failure.getErrorMessage())
@@ -81,11 +84,11 @@ class ListenerService(Service):
         return Deferred.fromCoroutine(self._stop())
 
     def abort(self) -> None:
-        """Break off at once what the stopping daemon still waits for."""
-        log.warn("asked to stop once more: what is under way is broken off")
+        """Abort all connections and tunnels that the shutdown waits for."""
+        log.warn("received another stop signal: aborting all transfers")
         for listener in self._listeners:
             listener.site.abort()
-        spawn(self._transfers.drain(self._reactor, 0), "breaking off tunnels")
+        spawn(self._transfers.drain(self._reactor, 0), "aborting tunnels")
 
     async def _listen_on_all(self) -> None:
         for listener in self._listeners:
@@ -94,7 +97,7 @@ class ListenerService(Service):
                     self._reactor, listener.descriptions, listener.factory or listener.site, listener.setting
                 )
             except SocketNotPassed as error:
-                # Where another program has the port, systemd's socket fails. The proxy is of use without the others.
+                # If another program occupies the port, systemd's socket unit fails. The proxy works without that port.
                 if listener is self._listeners[0]:
                     raise
                 log.warn("{reason}", reason=str(error))
@@ -113,7 +116,11 @@ class ListenerService(Service):
             aborted += await self._drain(listener.site, deadline)
         aborted += await self._transfers.drain(self._reactor, max(0.0, deadline - self._reactor.seconds()))
         if aborted:
-            log.warn("{count} transfers were broken off after {grace} s", count=aborted, grace=SHUTDOWN_GRACE)
+            log.warn(
+                "aborted {count} transfers that had not finished {grace} s after the stop signal",
+                count=aborted,
+                grace=SHUTDOWN_GRACE,
+            )
         await self._close_upstreams()
 
     async def _drain(self, site: Site, deadline: float) -> int:

@@ -1,7 +1,7 @@
-"""What the daemon has done, in numbers for Prometheus.
+"""Prometheus metrics of all processes, in shared memory.
 
-Each process counts for itself, in memory that all of them share, and whichever is asked tells the sums. A process that
-takes the place of one that died goes on with its numbers: a counter never decreases while the daemon runs.
+Each process increments its own counters, and any process can render the sums. A worker that replaces a dead one
+continues with its counters, so a counter never decreases while the daemon runs.
 """
 
 from __future__ import annotations
@@ -12,60 +12,54 @@ from collections.abc import Iterable, Iterator
 from attrs import frozen
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-"""Of Prometheus's text format (prometheus.io/docs/instrumenting/exposition_formats)."""
+"""Media type of Prometheus's text format (prometheus.io/docs/instrumenting/exposition_formats)."""
 
 CACHE_STATUSES = ("HIT", "MISS", "JOINED", "REVALIDATED", "STALE", "PASS", "-")
-"""What may become of a request, in the words of the access log."""
+"""Values of the label `verdict`, as in the access log."""
 
-_STATUS_CLASSES = (
-    "other",
-    "1xx",
-    "2xx",
-    "3xx",
-    "4xx",
-    "5xx",
-)  # the first where the client left before there was an answer
-_BYTES, _MICROSECONDS = len(_STATUS_CLASSES), len(_STATUS_CLASSES) + 1  # the places of sums, after those of the codes
-_COUNTERS_PER_STATUS = len(_STATUS_CLASSES) + 2  # numbers
+# "other" counts clients that disconnected before the response, and statuses outside 100..599.
+_STATUS_CLASSES = ("other", "1xx", "2xx", "3xx", "4xx", "5xx")
+_BYTES, _MICROSECONDS = len(_STATUS_CLASSES), len(_STATUS_CLASSES) + 1  # indices of the two sums, behind the classes
+_COUNTERS_PER_STATUS = len(_STATUS_CLASSES) + 2
 _OFFSETS = {cache_status: index * _COUNTERS_PER_STATUS for index, cache_status in enumerate(CACHE_STATUSES)}
 _COUNTERS_PER_PROCESS = _COUNTERS_PER_STATUS * len(CACHE_STATUSES)
-_COUNTER_SIZE = 8  # bytes of a number: it is written, or read, whole
+_COUNTER_SIZE = 8  # bytes; an aligned 64-bit word is read and written atomically
 
 
 @frozen
 class Metrics:
-    """The numbers of several processes, of whom the others are copies of the one that made this.
+    """Counters in an anonymous shared mapping that forked processes inherit.
 
-    Each counts with what is `of` its number, and may tell what all have counted.
+    Each process counts with its own `for_process(index)`, and can render the totals of all.
     """
 
     _counters: memoryview
-    _offset: int = 0  # of those that this process writes
+    _offset: int = 0  # index of this process's first counter
 
     @classmethod
     def make(cls, processes: int) -> Metrics:
-        """Return metrics of which nothing has been counted yet."""
+        """Return metrics for that many processes, all zero."""
         return cls(memoryview(mmap.mmap(-1, _COUNTER_SIZE * _COUNTERS_PER_PROCESS * processes)).cast("Q"))
 
     def for_process(self, process: int) -> Metrics:
-        """Return what the process of that number counts with."""
+        """Return a view that counts for the process with index `process`."""
         return Metrics(self._counters, process * _COUNTERS_PER_PROCESS)
 
     def count(self, cache_status: str, status: int, size: int, seconds: float) -> None:
-        """Count a request that is over; `size` is in bytes."""
+        """Count a finished request that sent `size` bytes of body. `status` is 0 if no response was sent."""
         offset, status_class = self._offset + _OFFSETS[cache_status], status // 100
         self._counters[offset + (status_class if status_class < len(_STATUS_CLASSES) else 0)] += 1
         self._counters[offset + _BYTES] += size
         self._counters[offset + _MICROSECONDS] += int(seconds * 1_000_000)
 
     def render(self, gauges: Iterable[tuple[str, str, float]] = ()) -> bytes:
-        """Return all in Prometheus's text format; `gauges` are a name, what it is, and its value now."""
+        """Return all metrics in Prometheus's text format. `gauges` are (name, help text, value)."""
         lines: list[str] = []
         seconds = ((labels, microseconds / 1_000_000) for labels, microseconds in self._sums(_MICROSECONDS))
         for name, help_text, samples in (
-            ("requests_total", "Requests that are over, by what became of them.", self._requests()),
-            ("sent_bytes_total", "Bytes of bodies that clients were sent.", self._sums(_BYTES)),
-            ("request_seconds_total", "Seconds from the heads of requests to the ends of their answers.", seconds),
+            ("requests_total", "Finished requests by cache status and status class.", self._requests()),
+            ("sent_bytes_total", "Bytes of response bodies sent to clients.", self._sums(_BYTES)),
+            ("request_seconds_total", "Seconds from the request's head to the end of the response.", seconds),
         ):
             lines += _metadata(name, help_text, "counter")
             lines += (f"dockerproxy_{name}{{{labels}}} {value}" for labels, value in samples)
@@ -78,7 +72,7 @@ class Metrics:
             yield from ((f'{labels},code="{code}"', count) for labels, count in self._sums(counter))
 
     def _sums(self, counter: int) -> Iterator[tuple[str, int]]:
-        """Yield labels, and the sum over all processes of the number at `place`, for each verdict."""
+        """Yield each cache status as a label, with the sum of `counter` over all processes."""
         for cache_status, offset in _OFFSETS.items():
             values = self._counters[offset + counter :: _COUNTERS_PER_PROCESS]
             yield f'verdict="{cache_status}"', sum(values)

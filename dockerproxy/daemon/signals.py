@@ -1,4 +1,4 @@
-"""Signals that Twisted does not handle, or not as wanted: a second one to stop, and the one to reload."""
+"""Signal handlers beyond Twisted's: a repeated stop signal, and SIGHUP."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from twisted.internet.interfaces import IReactorFromThreads
 
 
 def on_repeated_stop(reactor: IReactorFromThreads, callback: Callable[[], None]) -> None:
-    """Have the stopping `reactor` call `call` at every further SIGINT and SIGTERM.
+    """Run `callback` in the reactor thread at every further SIGINT or SIGTERM.
 
-    Twisted's own handler would try to stop what is stopping already, and log a traceback of that.
+    This replaces Twisted's handler, which would stop the stopping reactor again and log a traceback.
     """
 
     def handler(*_: object) -> None:
@@ -22,5 +22,5 @@ def on_repeated_stop(reactor: IReactorFromThreads, callback: Callable[[], None])
 
 
 def on_hangup(reactor: IReactorFromThreads, callback: Callable[[], None]) -> None:
-    """Have the reactor call `call` at every SIGHUP, by which a daemon is told to read its settings again."""
+    """Run `callback` in the reactor thread at every SIGHUP, the signal to reload the settings."""
     signal.signal(signal.SIGHUP, lambda *_: reactor.callFromThread(callback))

@@ -1,4 +1,4 @@
-"""What systemd is told of the daemon: that it is ready, alive, reloading, stopping; and in a few words, how it is."""
+"""Integration with systemd: readiness, reload, status text and watchdog through sd_notify(3)."""
 
 from __future__ import annotations
 
@@ -15,37 +15,37 @@ from twisted.logger import Logger
 
 from dockerproxy.daemon.signals import on_hangup
 
-_SEND_TIMEOUT = 1.0  # seconds that a message may wait for the service manager to read its older ones
+_SEND_TIMEOUT = 1.0  # seconds to wait if the queue of systemd's socket is full
 
 log = Logger()
 
 
 class Notifier:
-    """Sends messages to the socket that systemd listens on, sd_notify(3); to an empty `address`, none."""
+    """Sends sd_notify(3) messages to the socket `address` ($NOTIFY_SOCKET). If it is empty, sends nothing."""
 
     def __init__(self, address: str) -> None:
-        # A leading @ stands for the NUL that abstract sockets begin with (unix(7)).
+        # A leading @ stands for the NUL byte of an abstract socket address (unix(7)).
         self._address = "\0" + address[1:] if address.startswith("@") else address
 
     def ready(self, status: str = "") -> None:
-        """Say that the start, or a reload, is over; and with `status`, what came of it."""
+        """Report that start-up, or a reload, has finished, with an optional `status` text."""
         self._send("READY=1", status)
 
     def reloading(self) -> None:
-        """Say that a reload has begun; `ready` has to follow."""
-        # systemd takes only what is younger than its own request, by this clock.
+        """Report that a reload has begun. Call `ready` when it has finished."""
+        # systemd compares this with the time of its own request, and ignores an older message.
         self._send(f"RELOADING=1\nMONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
 
     def stopping(self) -> None:
-        """Say that the daemon is about to end."""
+        """Report that the daemon is shutting down."""
         self._send("STOPPING=1", "letting transfers finish")
 
     def watchdog(self) -> None:
-        """Feed the watchdog."""
+        """Send the watchdog keep-alive."""
         self._send("WATCHDOG=1")
 
     def status(self, text: str) -> None:
-        """Say why the daemon ends: `systemctl status` shows it from then on."""
+        """Set the status text that `systemctl status` shows."""
         self._send("", text)
 
     def _send(self, assignments: str, status: str = "") -> None:
@@ -59,12 +59,14 @@ class Notifier:
                 sender.sendto(assignments.encode("utf-8", "replace"), self._address)
         except OSError as error:
             log.warn(
-                "systemd cannot be told {message}: {reason}", message=assignments.partition("\n")[0], reason=str(error)
+                "cannot notify systemd of {message}: {reason}",
+                message=assignments.partition("\n")[0],
+                reason=str(error),
             )
 
 
 def watchdog_interval(environment: Mapping[str, str], pid: int) -> float | None:
-    """Return how often the watchdog wants to be fed, in seconds; None where there is none (sd_watchdog_enabled(3))."""
+    """Return the seconds between keep-alives, half the timeout, or None without a watchdog (sd_watchdog_enabled(3))."""
     timeout_usec = environment.get("WATCHDOG_USEC", "")
     applies = environment.get("WATCHDOG_PID", str(pid)) == str(pid)
     return (
@@ -75,10 +77,11 @@ def watchdog_interval(environment: Mapping[str, str], pid: int) -> float | None:
 
 
 class SystemdService(Service):
-    """Keeps systemd informed, and does as it says: SIGHUP is for `reload`.
+    """Reports the daemon's state to systemd, and calls `reload` at SIGHUP.
 
-    To be the last of the services: it is the first to stop then. The daemon is ready, and says `status`, when `opened`
-    has fired and the reactor runs. The watchdog is fed by the reactor: one that hangs lets it starve.
+    Add it as the last service: services stop in reverse order, and STOPPING=1 must be sent before the others stop. It
+    reports readiness, with the text `status`, when `listening` has fired and the reactor runs. A reactor timer sends
+    the keep-alives, so a hung reactor misses them and systemd restarts the daemon.
     """
 
     def __init__(

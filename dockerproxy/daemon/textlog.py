@@ -1,6 +1,6 @@
-"""The log as text on standard output. twistd's ``--logger=dockerproxy.daemon.textlog.observer`` asks for it, too.
+"""The text log on standard output. twistd's ``--logger=dockerproxy.daemon.textlog.observer`` selects it, too.
 
-Where that is the journal, lines have its priorities; elsewhere they are as twistd writes them.
+If standard output is the journal, each line has a priority. Otherwise the lines have twistd's format.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from zope.interface import implementer
 from dockerproxy.daemon.accesslog import NAMESPACE
 from dockerproxy.daemon.jsonlog import TextStream, logs_to_stdout
 
-# sd-daemon(3): the levels of syslog. The unit's SyslogLevel= is for lines without one.
+# Syslog levels, as sd-daemon(3) defines them. Lines without one get the unit's SyslogLevel=.
 _PRIORITIES = {LogLevel.debug: 7, LogLevel.info: 6, LogLevel.warn: 4, LogLevel.error: 3, LogLevel.critical: 2}
 _INFO = 6
 
@@ -27,18 +27,18 @@ _INFO = 6
 class TextLog:
     """Writes each event as text; never raises.
 
-    For the `journal`, each line starts with its priority as ``<N>`` and has no time stamp, the journal having its own.
-    The lines of the access log, of which there are many, take a short way to the same text.
+    If `journal` is true, each line starts with its priority as ``<N>``, and has no timestamp because the journal adds
+    one. Lines of the access log take a faster path to the same text, because there are many of them.
     """
 
     def __init__(self, stream: TextStream, *, journal: bool) -> None:
         self._stream = stream
         self._format = _format_with_priority if journal else formatEventAsClassicLogText
         self._journal = journal
-        self._last_second: tuple[int, str] = (-1, "")  # the last one, and how it is written
+        self._last_second: tuple[int, str] = (-1, "")  # the second logged last, and its text
 
     def __call__(self, event: LogEvent) -> None:
-        # What is being logged matters more than its line: a full disk or a closed pipe must not end a transfer.
+        # A full disk or a closed pipe must not end the transfer that is being logged.
         with suppress(Exception):
             text = self._format_access(event) if event.get("log_namespace") == NAMESPACE else self._format(event)
             if text:
@@ -51,7 +51,7 @@ class TextLog:
 
     def _format_time(self, timestamp: float) -> str:
         second, text = self._last_second
-        if timestamp - int(timestamp) > 0.999999:  # Twisted rounds to microseconds: this may be the next second already
+        if timestamp - int(timestamp) > 0.999999:  # Twisted rounds to microseconds, maybe up to the next second
             return formatTime(timestamp)
         if int(timestamp) != second:
             text = formatTime(timestamp)
@@ -60,28 +60,28 @@ class TextLog:
 
 
 def observer() -> TextLog:
-    """Return an observer for standard output, which is the journal where $JOURNAL_STREAM says so (systemd.exec(5))."""
+    """Return an observer for standard output, the journal if $JOURNAL_STREAM names it (systemd.exec(5))."""
     return TextLog(sys.stdout, journal=_is_journal(sys.stdout, os.environ.get("JOURNAL_STREAM", "")))
 
 
 def install(application: Componentized, options: Mapping[str, Any]) -> None:
-    """Make `application` log by `observer` where twistd, by its `options`, would log to standard output.
+    """Make `application` log through `observer` if twistd's `options` select standard output.
 
-    When to call it is told at `dockerproxy.daemon.jsonlog.install`.
+    Call this when `dockerproxy.daemon.jsonlog.install` would be called.
     """
     if logs_to_stdout(options):
         application.setComponent(ILogObserver, observer())  # type: ignore[no-untyped-call]
 
 
 def print_error(text: str) -> None:
-    """Write a line to standard error, there being no log yet."""
+    """Print a line to standard error. Use this for errors before the log exists."""
     priority = _PRIORITIES[LogLevel.error]
     prefix = f"<{priority}>" if _is_journal(sys.stderr, os.environ.get("JOURNAL_STREAM", "")) else ""
     print(f"{prefix}{text}", file=sys.stderr)
 
 
 def _is_journal(stream: TextIO, journal_stream: str) -> bool:
-    # The variable is inherited by children whose output may go elsewhere, so systemd says to compare.
+    # Children inherit the variable even if their output is redirected, so systemd.exec(5) requires this comparison.
     try:
         status = os.fstat(stream.fileno())
     except (OSError, ValueError):
@@ -94,5 +94,5 @@ def _format_with_priority(event: LogEvent) -> str | None:
     if not text:
         return None
     priority = _PRIORITIES.get(event.get("log_level"), _INFO)
-    # The journal takes each line of a traceback as an entry of its own.
+    # The journal stores each line of a traceback as a separate entry, so each needs its priority.
     return "".join(f"<{priority}>{line}\n" for line in text.splitlines())

@@ -1,4 +1,4 @@
-"""The transfers under way, so that a stopping daemon can let them end."""
+"""The set of transfers in progress, which the shutdown waits for."""
 
 from __future__ import annotations
 
@@ -14,35 +14,34 @@ log = Logger()
 
 @frozen(eq=False)
 class TransferHandle:
-    """Stands for one live thing; equal to itself only."""
+    """Identifies one transfer. Handles compare by identity."""
 
     abort: Callable[[], None] = field(repr=False)
 
 
 @define
 class Transfers:
-    """The set of things that are live now."""
+    """The transfers in progress."""
 
-    _live: dict[TransferHandle, None] = field(
-        init=False, factory=dict
-    )  # a dict, for its order: the oldest is aborted first
+    # A dict, because its order lets `drain` abort the oldest first.
+    _live: dict[TransferHandle, None] = field(init=False, factory=dict)
     _empty_waiters: list[Deferred[None]] = field(init=False, factory=list)
 
     def add(self, abort: Callable[[], None]) -> TransferHandle:
-        """Take in a live thing that `abort` ends at once; give what is returned to `remove` when it has ended."""
+        """Register a transfer that `abort` ends at once. Pass the returned handle to `remove` when it has ended."""
         handle = TransferHandle(abort)
         self._live[handle] = None
         return handle
 
     def remove(self, handle: TransferHandle) -> None:
-        """Forget a thing that has ended. Nothing happens if it is forgotten already."""
+        """Remove a transfer that has ended. Removing it twice has no effect."""
         self._live.pop(handle, None)
-        # One by one: what waits may add something, or cancel another that waits.
+        # One by one, because a callback may add a transfer or cancel another waiter.
         while self._empty_waiters and not self._live:
             self._empty_waiters.pop(0).callback(None)
 
     def when_empty(self) -> Deferred[None]:
-        """Return a Deferred that fires when nothing is live: now, if nothing is. It may be cancelled."""
+        """Return a Deferred that fires when no transfer is left, at once if there is none. It may be cancelled."""
         deferred: Deferred[None] = Deferred(self._empty_waiters.remove)
         if self._live:
             self._empty_waiters.append(deferred)
@@ -51,7 +50,7 @@ class Transfers:
         return deferred
 
     async def drain(self, clock: IReactorTime, grace: float) -> int:
-        """Wait up to `grace` seconds until nothing is live, then abort what still is; return how many that were."""
+        """Wait up to `grace` seconds for all transfers to end, abort the rest, and return how many were aborted."""
         try:
             await self.when_empty().addTimeout(grace, clock)
         except TimeoutError:
@@ -61,11 +60,11 @@ class Transfers:
     def _abort_all(self) -> int:
         aborted = 0
         for handle in list(self._live):
-            if handle not in self._live:  # an earlier one's abort ended it
+            if handle not in self._live:  # a previous abort ended this one, too
                 continue
             aborted += 1
             try:
                 handle.abort()
             except Exception:
-                log.failure("A transfer could not be aborted")
+                log.failure("could not abort a transfer")
         return aborted

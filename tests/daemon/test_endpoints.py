@@ -1,4 +1,4 @@
-"""Listening on real ports of loopback: on all that a setting names, or on none, and with a sentence about why."""
+"""Listening on real loopback ports: on all endpoints of a setting or on none, with a one-sentence error."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def connects(port: int) -> bool:
 
 
 def backlog(port: Any) -> int:
-    """Return how many connections may wait to be accepted, which the kernel tells as `tcpi_sacked` (linux/tcp.h)."""
+    """Return the limit of the accept queue. The kernel reports it as `tcpi_sacked` for a listener (linux/tcp.h)."""
     limit: int = struct.unpack_from("=I", port.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 32), 28)[0]
     return limit
 
@@ -38,14 +38,14 @@ class ListenTests(TestCase):
         self.factory.noisy = False
 
     async def listen_error(self, *descriptions: str) -> str:
-        """Return the sentence about why these cannot be listened on."""
+        """Return the error message of listening on `descriptions`."""
         try:
             ports = await listen(reactor, descriptions, self.factory, "PROXY_LISTEN")
         except ListenError as error:
             return str(error)
         for port in ports:
             await port.stopListening()
-        raise AssertionError("it can be listened on")
+        raise AssertionError(f"listening on {descriptions} succeeded")
 
     async def test_listens_on_every_description(self) -> None:
         ports = await listen(reactor, [LOCAL, LOCAL], self.factory, "PROXY_LISTEN")
@@ -56,7 +56,7 @@ class ListenTests(TestCase):
         self.assertEqual([connects(number) for number in numbers], [False, False])
 
     async def test_tcp_backlog(self) -> None:
-        """Where more connect at once than may wait, the kernel turns some away that believe to be connected."""
+        """If the accept queue is full, the kernel resets clients that already regard themselves as connected."""
         limit = int(Path("/proc/sys/net/core/somaxconn").read_text())
         descriptions = [LOCAL, "tcp:port=0:interface=127.0.0.1", "tcp6:0:interface=\\:\\:1", f"{LOCAL}:backlog=7"]
         ports = await listen(reactor, descriptions, self.factory, "PROXY_LISTEN")
@@ -68,10 +68,10 @@ class ListenTests(TestCase):
         with ExitStack() as stack:
             path = f"{stack.enter_context(TemporaryDirectory())}/socket"
             (port,) = await listen(reactor, [f"unix:{path}"], self.factory, "PROXY_LISTEN")
-            for _ in range(100):  # which the reactor does not get to accept meanwhile
+            for _ in range(100):  # the reactor accepts none of them, because the test does not yield to it
                 client = stack.enter_context(socket.socket(socket.AF_UNIX))
                 client.setblocking(False)
-                client.connect(path)  # BlockingIOError where no more may wait
+                client.connect(path)  # raises BlockingIOError if the queue is full
             await port.stopListening()
 
     async def test_no_descriptions(self) -> None:
@@ -80,7 +80,7 @@ class ListenTests(TestCase):
     async def test_a_port_in_use(self) -> None:
         with socket.create_server(("127.0.0.1", 0)) as listener:
             description = f"tcp:{listener.getsockname()[1]}:interface=127.0.0.1"
-            message = f"PROXY_LISTEN: {description} cannot be listened on: Address already in use."
+            message = f"PROXY_LISTEN: cannot listen on {description}: Address already in use."
             self.assertEqual(await self.listen_error(description), message)
 
     async def test_one_failure_closes_all_ports(self) -> None:
@@ -101,14 +101,14 @@ class ListenTests(TestCase):
             ("foo:3128", "Unknown endpoint type: 'foo'"),
             ("tcp:port=http", "invalid literal"),
             ("tcp:port=70000", "0-65535"),
-            ("tcp:colour=red", "it describes no endpoint"),
-            ("tcp6:1:interface=::1", "it describes no endpoint"),
-            ("systemd:domain=INET:index=9", "systemd has no such socket"),
-            ("systemd:domain=INET:colour=red", "it describes no endpoint"),
+            ("tcp:colour=red", "not a valid endpoint description"),
+            ("tcp6:1:interface=::1", "not a valid endpoint description"),
+            ("systemd:domain=INET:index=9", "systemd passed no such socket"),
+            ("systemd:domain=INET:colour=red", "not a valid endpoint description"),
             (f"unix:{folder}/missing/socket", "No such file or directory"),
         ]:
             message = await self.listen_error(description)
-            self.assertTrue(message.startswith(f"PROXY_LISTEN: {description} cannot be listened on: "), message)
+            self.assertTrue(message.startswith(f"PROXY_LISTEN: cannot listen on {description}: "), message)
             self.assertTrue(re.search(reason, message), message)
             self.assertNotIn("\n", message)
             self.assertNotIn("Errno", message)

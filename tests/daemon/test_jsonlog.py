@@ -1,4 +1,4 @@
-"""JSON lines: what they hold, that nothing makes the log raise, and that twistd takes them up."""
+"""The JSON log: the contents of its lines, its robustness, and its installation under twistd."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ from dockerproxy.daemon.accesslog import FIELDS
 from dockerproxy.daemon.jsonlog import JsonLog, twistd_stream
 
 PROJECT = Path(__file__).parents[2]
-REACTOR: IReactorFromThreads = object()  # type: ignore[assignment]  # asked only when a signal comes
+REACTOR: IReactorFromThreads = object()  # type: ignore[assignment]  # used only after a signal
 
 
 class Unprintable:
-    """Something that cannot be told as text."""
+    """An object with a failing repr()."""
 
     def __repr__(self) -> str:
-        raise RuntimeError("no words")
+        raise RuntimeError("no repr")
 
 
 def log_event(**fields: Any) -> list[dict[str, Any]]:
-    """Return the objects that an event of `fields` becomes."""
+    """Log an event of `fields`, and return the JSON objects of its lines."""
     stream = io.StringIO()
     JsonLog(stream)(fields)
     return [json.loads(line) for line in stream.getvalue().splitlines()]
 
 
 def emit(format: str, namespace: str = "a.b", **fields: Any) -> dict[str, Any]:
-    """Return the object that a `Logger`'s event becomes."""
+    """Log through a `Logger`, and return the JSON object of the line."""
     stream = io.StringIO()
     Logger(namespace, observer=JsonLog(stream)).info(format, **fields)
     return dict(json.loads(stream.getvalue()))
@@ -122,7 +122,7 @@ def test_an_ascii_stream_accepts_every_line() -> None:
     assert json.loads(raw.getvalue())["message"] == "caf\u00e9 \U0001f40b"
 
 
-# Where twistd would write.
+# The stream that twistd would log to.
 
 
 def test_standard_output_in_the_foreground() -> None:
@@ -145,7 +145,7 @@ def test_a_file_by_name_or_by_default(tmp_path: Path, monkeypatch: pytest.Monkey
         assert Path(stream.path) == tmp_path / name
 
 
-# twistd itself. The service makes one access event and one failure, says what it has to, and stops.
+# twistd itself. The service logs one access event and one failure, prints a line, and stops.
 
 TAC = """
 import sys
@@ -215,7 +215,7 @@ def test_twistd_uses_and_rotates_its_log_file(tmp_path: Path) -> None:
     check_entries([line for name in ("log.1", "log") for line in (tmp_path / name).read_text().splitlines()])
 
 
-def test_a_logger_on_the_command_line_wins(tmp_path: Path) -> None:
+def test_a_logger_on_the_command_line_takes_precedence(tmp_path: Path) -> None:
     lines = run_twistd(tmp_path, None, "--logger=dockerproxy.daemon.textlog.observer").splitlines()
     assert any("[dockerproxy.access#info] ::1 GET quay.io/v2/ 200 2 0.250 HIT" in line for line in lines)
     assert not any(line.startswith("{") for line in lines)

@@ -1,4 +1,4 @@
-"""The doors at start and at stop, with connections in memory and time that the test holds."""
+"""The listener service at start-up and shutdown, with connections in memory and a fake clock."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class ListeningReactor(MemoryReactorClock):
 
 
 class ListenerServiceHarness:
-    """Two doors. A request to either is answered when the test says so."""
+    """A service with two listeners. A request finishes when the test fires its Deferred in `pending`."""
 
     def __init__(self, connect_client: Any) -> None:
         self.make_client = connect_client
@@ -40,7 +40,7 @@ class ListenerServiceHarness:
         self.close_deferred: Deferred[None] | None = None
         self.stop_handlers: list[Callable[[], None]] = []
         self.sites = [connect_client(self.handle, clock=self.reactor).site for _ in range(2)]
-        for site in self.sites:  # the visitors that came along with them
+        for site in self.sites:  # close the clients that were created only to get a site
             site.abort()
         self.reactor.advance(0)
         self.service = ListenerService(
@@ -102,14 +102,14 @@ def test_start_fails_if_a_port_is_in_use(harness: ListenerServiceHarness, busy_p
         harness.service.startService()
     setting = "REGISTRY_LISTEN" if busy_port == 5443 else "PROXY_LISTEN"
     assert exit_info.value.code == (
-        f"docker-registry-proxy: {setting}: tcp:{busy_port} cannot be listened on: Address already in use."
+        f"docker-registry-proxy: {setting}: cannot listen on tcp:{busy_port}: Address already in use."
     )
 
 
 def test_an_asynchronous_listen_failure_stops_the_reactor(
     harness: ListenerServiceHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """There are endpoints that answer later. What fails there must not leave the daemon alive and deaf."""
+    """An endpoint may fail after start-up. The daemon must not keep running without its port."""
     listening: Deferred[Any] = Deferred()
     monkeypatch.setattr("dockerproxy.daemon.endpoints.serverFromString", lambda *_: _AsyncEndpoint(listening))
     messages: list[str] = []
@@ -120,7 +120,7 @@ def test_an_asynchronous_listen_failure_stops_the_reactor(
     assert harness.reactor.stops == 0
     listening.errback(CannotListenError("", 3128, OSError(98, "Address already in use")))
     assert harness.reactor.stops == 1
-    assert messages == ["PROXY_LISTEN: tcp:3128 cannot be listened on: Address already in use."]
+    assert messages == ["PROXY_LISTEN: cannot listen on tcp:3128: Address already in use."]
 
 
 class _AsyncEndpoint:
@@ -196,7 +196,7 @@ def test_connections_are_aborted_after_the_grace_period(
     harness.stop()
     harness.reactor.advance(SHUTDOWN_GRACE - 1)
     assert (harness.stopped, aborted, one.transport.closed) == ([], [], False)
-    for _ in range(4):  # each thing that is waited for has its turn
+    for _ in range(4):  # the sites and the tunnels are drained one after another
         harness.reactor.advance(1)
     assert one.transport.aborted and other.transport.aborted
     assert not one.read_response().complete
@@ -208,7 +208,7 @@ def test_connections_are_aborted_after_the_grace_period(
 
 
 def test_the_grace_period_is_shared(harness: ListenerServiceHarness) -> None:
-    """All of it together ends before systemd kills, however many doors and tunnels there are."""
+    """The whole shutdown ends before systemd sends SIGKILL, regardless of the number of listeners and tunnels."""
     harness.service.startService()
     for site in (0, 1):
         harness.connect(site).send_request("GET", f"/{site}")
@@ -261,7 +261,7 @@ def test_a_repeated_stop_aborts_connections(harness: ListenerServiceHarness, mon
     assert aborted == ["tunnel"]
     assert len(harness.stopped) == 1
     assert warnings
-    harness.stop_handlers[0]()  # and once more: there is nothing left to break off
+    harness.stop_handlers[0]()  # a third signal finds nothing left to abort
     harness.reactor.advance(1)
     assert aborted == ["tunnel"]
 

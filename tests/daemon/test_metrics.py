@@ -1,4 +1,4 @@
-"""What the daemon has done, as Prometheus reads it."""
+"""The metrics: their text format, and the sums over processes."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 
 from dockerproxy.daemon.metrics import CACHE_STATUSES, Metrics
 
-# The text format as prometheus.io/docs/instrumenting/exposition_formats has it, for what has no escapes.
+# The text format of prometheus.io/docs/instrumenting/exposition_formats, without escapes.
 COMMENT = re.compile(r"# (HELP ([a-z_]+) \S.*|TYPE ([a-z_]+) (counter|gauge))")
 SAMPLE = re.compile(r"([a-z_]+)(\{[a-z]+=\"[^\"\\\n]*\"(?:,[a-z]+=\"[^\"\\\n]*\")*\})? ([0-9.e+-]+)")
 
 
 def parse(exposition: bytes) -> dict[str, float]:
-    """Return the samples, by name and labels as they are written; every line has to be as the format wants it."""
+    """Return the samples by name and labels as written, and assert that every line is valid."""
     text, samples, types = exposition.decode(), {}, {}
     assert text.endswith("\n")
     for line in text.splitlines():
@@ -26,7 +26,7 @@ def parse(exposition: bytes) -> dict[str, float]:
             match = COMMENT.fullmatch(line)
             assert match, line
             if match[3]:
-                assert match[3] not in types  # once, before its samples
+                assert match[3] not in types  # a TYPE line occurs once, before its samples
                 types[match[3]] = match[4]
             continue
         match = SAMPLE.fullmatch(line)
@@ -39,7 +39,7 @@ def parse(exposition: bytes) -> dict[str, float]:
 
 
 def nonzero_samples(metrics: Metrics) -> dict[str, float]:
-    """Return the samples that are not 0."""
+    """Return the samples with a value other than 0."""
     return {name: value for name, value in parse(metrics.render()).items() if value}
 
 
@@ -65,7 +65,7 @@ def test_a_request() -> None:
 
 @pytest.mark.parametrize(("status", "code"), [(0, "other"), (100, "1xx"), (304, "3xx"), (599, "5xx"), (999, "other")])
 def test_codes(status: int, code: str) -> None:
-    """An upstream's may be any three digits, and one who leaves may have none."""
+    """An upstream may send any three digits, and the status is 0 if the client left before the response."""
     metrics = Metrics.make(1)
     metrics.for_process(0).count("-", status, 0, 0.0)
     assert nonzero_samples(metrics) == {f'dockerproxy_requests_total{{verdict="-",code="{code}"}}': 1}
@@ -115,7 +115,7 @@ def test_a_forked_process_counts_in_shared_memory() -> None:
 def test_gauges() -> None:
     def gauges() -> Iterator[tuple[str, str, float]]:
         yield "cache_bytes", "Bytes in the cache.", 12
-        yield "cache_limit_bytes", "Bytes that it may have.", 2**63
+        yield "cache_limit_bytes", "Limit of the cache in bytes.", 2**63
 
     samples = parse(Metrics.make(1).render(gauges()))
     assert (samples["dockerproxy_cache_bytes"], samples["dockerproxy_cache_limit_bytes"]) == (12, 2**63)

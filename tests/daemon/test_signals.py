@@ -1,4 +1,4 @@
-"""The second signal that asks the daemon to stop."""
+"""The handler of repeated stop signals."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_every_repeated_signal_calls_back_in_the_reactor_thread(number: signal.S
     on_repeated_stop(reactor, lambda: received.append("again"))  # type: ignore[arg-type]
     os.kill(os.getpid(), number)
     os.kill(os.getpid(), number)
-    signal.getsignal(number)  # a call, after which the handlers have run
+    signal.getsignal(number)  # the pending Python handlers run before this call returns
     assert received == []
     assert len(reactor.calls) == 2
     reactor.calls[0]()

@@ -1,4 +1,4 @@
-"""What systemd is told, received by sockets as systemd has them."""
+"""Notifications to systemd, received by sockets like systemd's."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dockerproxy.daemon.systemd import Notifier, SystemdService, watchdog_interv
 
 
 class NotifySocket:
-    """The socket of $NOTIFY_SOCKET: a path, or an abstract one."""
+    """The socket of $NOTIFY_SOCKET, at a path or an abstract address."""
 
     def __init__(self, address: str) -> None:
         self.address = address
@@ -61,7 +61,7 @@ def test_messages(notify_socket: NotifySocket) -> None:
 
 
 def test_a_reload_message_has_a_timestamp(notify_socket: NotifySocket) -> None:
-    """systemd ignores a message of a reload that is older than its request for one."""
+    """systemd ignores a RELOADING=1 with a timestamp older than its own reload request."""
     before = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
     Notifier(notify_socket.address).reloading()
     [message] = notify_socket.receive_all()

@@ -1,4 +1,4 @@
-"""Lines for the journal: a priority instead of a time stamp, and only where the journal reads them."""
+"""The text log: lines for the journal have a priority instead of a timestamp, other lines have none."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ log.info("")
 
 
 def run(*arguments: str) -> list[str]:
-    """Return the lines that the program writes to a pipe."""
+    """Run PROGRAM with a pipe as standard output, and return its lines."""
     environment = {name: value for name, value in os.environ.items() if name != "JOURNAL_STREAM"}
     result = subprocess.run(
         [sys.executable, "-c", PROGRAM, *arguments],

@@ -1,4 +1,4 @@
-"""Transfers: who waits is told when nothing is live, and draining ends after its grace."""
+"""Transfers: waiters are called when none is left, and draining aborts the rest after the grace period."""
 
 from __future__ import annotations
 
