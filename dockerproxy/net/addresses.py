@@ -98,7 +98,7 @@ class HostPattern:
         host = Host.parse(name)
         if host.is_address or ":" in name:
             raise NameInvalid(f"{entry[:300]!r} is not a host name")
-        return cls(entry, host.name, itself=not wildcard, below=name != entry)
+        return cls(entry, host.name, matches_apex=not wildcard, matches_subdomains=name != entry)
 
     def matches(self, name: str) -> bool:
         """Whether the pattern has `name` (lower-case)."""

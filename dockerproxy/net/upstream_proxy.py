@@ -164,7 +164,8 @@ class _ConnectProtocol(Protocol):
 
     def _invalid_response_error(self) -> UpstreamError:
         return UpstreamBroken(
-            f"{self._connect_factory.host.authority}: what {self._connect_factory.proxy._authority} answers is no proxy's answer"
+            f"{self._connect_factory.host.authority}: the proxy {self._connect_factory.proxy._authority} "
+            "sent no HTTP response to CONNECT; is it an HTTP proxy?"
         )
 
     def _fail(self, error: UpstreamError) -> None:

@@ -138,7 +138,7 @@ class CertificateAuthority:
                 self.context_for(name if is_known_name else _local_address(connection)).apply_to(connection)
             except (AuthorityError, NameInvalid) as error:
                 # Without a certificate the handshake fails, which is all that can be said to the client.
-                log.error("no certificate for a client: {why}", why=str(error))
+                log.error("no certificate for a client: {reason}", reason=str(error))
 
         self._sni_context.set_tlsext_servername_callback(select_certificate)
         return ServerContext(self._sni_context)

@@ -14,7 +14,6 @@ from functools import partial
 from typing import Any, Protocol
 
 from attrs import frozen
-from twisted.internet.interfaces import IStreamClientEndpoint
 
 from dockerproxy.errors import RegistryError
 from dockerproxy.http.channel import Handler, HTTPChannel
@@ -24,18 +23,12 @@ from dockerproxy.http.message import absolute_form, authority_form
 from dockerproxy.http.request import Request
 from dockerproxy.http.site import Site
 from dockerproxy.http.tls import ServerContext, upgrade_to_tls
-from dockerproxy.net.dial import AddressCheck
+from dockerproxy.net.dial import AddressCheck, Dialer
 from dockerproxy.oci.names import Host, Registry
 from dockerproxy.proxy.policy import Policy
 from dockerproxy.proxy.tunnel import SingleProtocolFactory, Tunnel, TunnelTimeouts
 
 _ESTABLISHED = b"HTTP/1.1 200 Connection established\r\n\r\n"
-
-
-class EndpointFactory(Protocol):
-    """Makes endpoints for hosts; `permit` is asked about every address."""
-
-    def endpoint(self, host: Host, address_check: AddressCheck | None = None) -> IStreamClientEndpoint: ...
 
 
 class HTTPAgent(Protocol):
@@ -91,7 +84,7 @@ class ForwardProxy:
     clock: Any
     policy: Policy
     interception: Interception
-    dialer: EndpointFactory
+    dialer: Dialer
     agent: HTTPAgent
     local: Handler
     hosted: Handler
@@ -155,7 +148,7 @@ class ForwardProxy:
         transport, received = request.detach()
         transfer = self.transfers.add(tunnel.abort)
         transport.write(_ESTABLISHED)
-        transport.hand_over(tunnel.client)
+        transport.set_protocol(tunnel.client)
         if received:
             tunnel.client.dataReceived(received)
         tunnel.start()

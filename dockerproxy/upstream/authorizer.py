@@ -117,13 +117,6 @@ class Authorizer:
 
     # what is sent
 
-    async def authorize(
-        self, registry: Registry, challenges: Sequence[Challenge], scope: str | None, credential: Credential
-    ) -> str | None:
-        """Return the Authorization that answers one of `challenges`, or None; raise as `grant` does."""
-        grant = await self.get_authorization(registry, challenges, scope, credential)
-        return None if grant is None else grant.value
-
     async def get_authorization(
         self,
         registry: Registry,
@@ -176,7 +169,7 @@ class Authorizer:
         )
         if cached is not None and not stale and self._clock() < cached.renew_at:
             self._tokens.move_to_end(key)
-            return evolve(cached.authorization, reused=True)
+            return evolve(cached.authorization, from_cache=True)
         self._tokens.pop(key, None)
         return await self._fetches.do(key, lambda: self._fetch_token(key))
 

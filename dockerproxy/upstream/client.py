@@ -12,7 +12,7 @@ from dockerproxy.oci.challenge import parse_challenges
 from dockerproxy.oci.names import Registry, Repository
 from dockerproxy.upstream.agent import Agent, Response
 from dockerproxy.upstream.authorizer import Authorization, Authorizer
-from dockerproxy.upstream.credentials import BasicCredentials, Credential
+from dockerproxy.upstream.credentials import Credential
 from dockerproxy.upstream.urls import resolve_location, split_url
 
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
@@ -46,10 +46,6 @@ class UpstreamClient:
         self._agent = agent
         self._authorizer = authorizer
         self._redirect_address_check = redirect_address_check
-
-    def effective_login(self, registry: Registry) -> BasicCredentials | None:
-        """Return the login of AUTH_REGISTRIES that is good for `registry`, or None."""
-        return self._authorizer.effective_login(registry)
 
     async def request(
         self,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from typing import Any
-from typing import Protocol as Seam
+from typing import Protocol as TypingProtocol
 
 from attrs import field, frozen
 from twisted.internet.defer import Deferred
@@ -128,7 +128,7 @@ class Response:
         self._connection.abort_response(self)
 
 
-class ConnectionOwner(Seam):
+class ConnectionOwner(TypingProtocol):
     """Who a connection belongs to."""
 
     def on_connection_idle(self, connection: UpstreamConnection) -> None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import hmac
-import secrets
 from collections.abc import Mapping
 from typing import Protocol
 
@@ -13,23 +10,10 @@ from attrs import field, frozen
 from dockerproxy.oci.challenge import basic_authorization
 from dockerproxy.oci.names import Host, Registry
 
-_SECRET = secrets.token_bytes(32)
-
-
-def _identity(kind: str, *parts: str) -> str:
-    """Return a name for a credential that says nothing about it, and means nothing outside this process."""
-    text = "\0".join((kind, *(f"{len(part)}:{part}" for part in parts)))
-    return hmac.new(_SECRET, text.encode("utf-8", "surrogateescape"), hashlib.sha256).hexdigest()
-
 
 @frozen
 class Anonymous:
-    """Nobody in particular."""
-
-    @property
-    def key(self) -> str:
-        """What results that this credential brought are remembered under."""
-        return "anonymous"
+    """No login: the request carries no Authorization."""
 
 
 @frozen
@@ -38,11 +22,6 @@ class BasicCredentials:
 
     user: str = field(repr=False)
     password: str = field(repr=False)
-
-    @property
-    def key(self) -> str:
-        """What results that this credential brought are remembered under."""
-        return _identity("configured", self.user, self.password)
 
     @property
     def authorization(self) -> str:
@@ -55,11 +34,6 @@ class ClientCredential:
     """What the client itself sent as Authorization, passed on as it is."""
 
     authorization: str = field(repr=False)
-
-    @property
-    def key(self) -> str:
-        """What results that this credential brought are remembered under."""
-        return _identity("own", self.authorization)
 
 
 Credential = Anonymous | BasicCredentials | ClientCredential

@@ -232,7 +232,7 @@ class ConnectProxyProtocol(Protocol):
         if self.request:
             self.transport.write(data)
         else:
-            self.request = self.factory.asked = data  # type: ignore[union-attr]
+            self.request = self.factory.connect_request = data  # type: ignore[union-attr]
             self.transport.write(b"HTTP/1.1 200 OK\r\n\r\nfirst ")
 
 
@@ -263,10 +263,10 @@ class DialerLoopbackTests(TestCase):
         self.addCleanup(port.stopListening)
         dialer = Dialer(reactor, proxy=UpstreamProxy("127.0.0.1", port.getHost().port))
         protocol: Any = await dialer.endpoint(HOST).connect(Factory.forProtocol(GreetingClient))
-        await protocol.whole
-        self.assertTrue(proxy_factory.asked.startswith(b"CONNECT registry.example:5000 HTTP/1.1\r\n"))
+        await protocol.complete
+        self.assertTrue(proxy_factory.connect_request.startswith(b"CONNECT registry.example:5000 HTTP/1.1\r\n"))
         protocol.transport.loseConnection()
-        await protocol.gone
+        await protocol.disconnected
 
     async def test_system_resolver(self) -> None:
         port = reactor.listenTCP(0, Factory.forProtocol(Protocol), interface="127.0.0.1")
@@ -276,4 +276,4 @@ class DialerLoopbackTests(TestCase):
         protocol: Any = await endpoint.connect(Factory.forProtocol(GreetingClient))
         self.assertEqual(addresses, ["127.0.0.1"])
         protocol.transport.loseConnection()
-        await protocol.gone
+        await protocol.disconnected

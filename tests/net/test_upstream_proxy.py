@@ -94,10 +94,10 @@ class ConnectFactoryTests(SynchronousTestCase):
             for start in range(0, len(response), size):
                 self.tunnel.dataReceived(response[start : start + size])
             inner = self.successResultOf(self.factory.done)
-            self.assertEqual(inner.got, b"left over")
+            self.assertEqual(inner.received, b"left over")
             self.assertIs(inner.transport, self.transport)
             self.tunnel.connectionLost(Failure(ConnectionDone()))
-            self.assertTrue(inner.lost.check(ConnectionDone))
+            self.assertTrue(inner.lost_reason.check(ConnectionDone))
 
     def test_refusals(self) -> None:
         for status, word in ((407, "password"), (403, "forbids"), (502, "502"), (301, "301")):

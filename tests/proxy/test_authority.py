@@ -462,7 +462,7 @@ def write_chain(directory: Path, passphrase: bytes) -> tuple[Path, Path, bytes]:
             .add_extension(x509.KeyUsage(False, False, False, False, False, True, True, False, False), critical=True)
             .add_extension(identifier, critical=False)
             .add_extension(x509.AuthorityKeyIdentifier(bytes(8), None, None), critical=False)
-            .issue_token(keys[0], hashes.SHA256())
+            .sign(keys[0], hashes.SHA256())
         )
     pem = serialization.Encoding.PEM
     root, issuer = (certificate.public_bytes(pem) for certificate in certificates)
@@ -494,13 +494,13 @@ def test_rsa_intermediate(tmp_path: Path, clock: SteppedClock) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "sentence"),
+    ("setting", "message"),
     [
         ("certificate_file", "CA_CRT_FILE names /x, but CA_KEY_FILE does not say where its key is"),
         ("key_file", "CA_KEY_FILE names /x, but CA_CRT_FILE does not say where its certificate is"),
     ],
 )
-def test_one_file_without_the_other(tmp_path: Path, clock: SteppedClock, setting: str, sentence: str) -> None:
+def test_one_file_without_the_other(tmp_path: Path, clock: SteppedClock, setting: str, message: str) -> None:
     files: dict[str, Path | None] = {"certificate_file": None, "key_file": None} | {setting: Path("/x")}
     with pytest.raises(AuthorityError) as raised:
         CertificateAuthority.open(
@@ -510,7 +510,7 @@ def test_one_file_without_the_other(tmp_path: Path, clock: SteppedClock, setting
             passphrase=None,
             clock=clock,
         )
-    assert str(raised.value) == sentence
+    assert str(raised.value) == message
 
 
 def test_the_repr_holds_no_key(authority: CertificateAuthority) -> None:

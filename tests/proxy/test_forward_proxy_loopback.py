@@ -65,8 +65,8 @@ class TunnelServer(Factory):
 
     def __init__(self) -> None:
         self.connections: list[TunnelServerProtocol] = []
-        self.on_connected: Callable[[TunnelServerProtocol], object] = lambda talk: None
-        self.on_data: Callable[[TunnelServerProtocol], object] = lambda talk: None
+        self.on_connected: Callable[[TunnelServerProtocol], object] = lambda connection: None
+        self.on_data: Callable[[TunnelServerProtocol], object] = lambda connection: None
 
     def buildProtocol(self, address: Any) -> TunnelServerProtocol:
         return TunnelServerProtocol(self)
@@ -202,7 +202,7 @@ class InterceptionTests(ForwardProxyLoopbackCase):
         self.assertEqual(self.server.connections, [])
 
     async def test_every_kind_of_host(self) -> None:
-        for target, name, told in [
+        for target, name, expected in [
             ("QUAY.io:443", "quay.io", b"from quay.io"),
             ("plain.example:5000", "plain.example", b"from plain.example:5000"),
             ("10.9.8.7:5001", "10.9.8.7", b"from 10.9.8.7:5001"),
@@ -210,7 +210,7 @@ class InterceptionTests(ForwardProxyLoopbackCase):
             ("docker-registry.local:443", "docker-registry.local", b"from our own"),
         ]:
             responses, _ = await self.intercepted(target, name, LAST)
-            self.assertTrue(responses.endswith(told), (target, responses))
+            self.assertTrue(responses.endswith(expected), (target, responses))
 
     async def test_large_body(self) -> None:
         head = b"PUT /v2/x HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(LARGE_BODY)
@@ -284,7 +284,12 @@ class TunnelLoopbackTests(ForwardProxyLoopbackCase):
 
     async def test_bytes_go_both_ways_untouched(self) -> None:
         """An echo: nothing of the CONNECT gets there, and nothing is added."""
-        self.server.on_data = lambda far: (far.transport.write(far.received), setattr(far, "got", b""))
+
+        def echo(connection: TunnelServerProtocol) -> None:
+            connection.transport.write(connection.received)
+            connection.received = b""
+
+        self.server.on_data = echo
         sent = bytes(range(256)) * 50
 
         def run_client(connection: socket.socket) -> bytes:
@@ -297,35 +302,40 @@ class TunnelLoopbackTests(ForwardProxyLoopbackCase):
         self.assertEqual(await self.run_through_tunnel(run_client), sent)
 
     async def test_one_access_log_line(self) -> None:
-        self.server.on_connected = lambda far: (far.transport.write(b"x" * 1234), far.transport.loseConnection())
+
+        def send_and_close(connection: TunnelServerProtocol) -> None:
+            connection.transport.write(b"x" * 1234)
+            connection.transport.loseConnection()
+
+        self.server.on_connected = send_and_close
         self.assertEqual(await self.run_through_tunnel(read_all), b"x" * 1234)
         self.assertEqual(self.requests, [])
-        [logged] = self.tunnels
+        [request] = self.tunnels
         self.assertEqual(
             (
-                logged.client,
-                logged.method,
-                logged.host,
-                logged.path,
-                logged.status,
-                logged.bytes_sent,
-                logged.cache_status,
+                request.client,
+                request.method,
+                request.host,
+                request.path,
+                request.status,
+                request.bytes_sent,
+                request.cache_status,
             ),
             ("127.0.0.1", "CONNECT", f"tunnel.example:{self.server_port}", "", 200, 1234, "PASS"),
         )
 
     async def test_data_sent_with_the_connect(self) -> None:
-        self.server.on_data = lambda far: (
-            far.received == b"hello"
-            and (
-                far.transport.write(b"goodbye"),
-                far.transport.loseConnection(),
-            )
-        )
+
+        def respond(connection: TunnelServerProtocol) -> None:
+            if connection.received == b"hello":
+                connection.transport.write(b"goodbye")
+                connection.transport.loseConnection()
+
+        self.server.on_data = respond
         self.assertEqual(await self.run_through_tunnel(read_all, b"hello"), b"goodbye")
 
     async def test_a_server_that_speaks_first(self) -> None:
-        self.server.on_connected = lambda far: far.transport.write(b"220 welcome\r\n")
+        self.server.on_connected = lambda connection: connection.transport.write(b"220 welcome\r\n")
 
         def run_client(connection: socket.socket) -> bytes:
             return connection.recv(100)
@@ -349,11 +359,16 @@ class TunnelLoopbackTests(ForwardProxyLoopbackCase):
 
         self.assertEqual(await self.run_through_tunnel(run_client), LARGE_BODY)
         self.assertEqual(closed_before, [0])  # until the last byte is taken, it is not over
-        self.assertEqual([logged.bytes_sent for logged in self.tunnels], [len(LARGE_BODY)])
+        self.assertEqual([request.bytes_sent for request in self.tunnels], [len(LARGE_BODY)])
 
     async def test_large_body_to_a_slow_server(self) -> None:
-        self.server.on_connected = lambda far: far.transport.pauseProducing()
-        self.server.on_data = lambda far: len(far.received) == len(LARGE_BODY) and far.transport.loseConnection()
+        self.server.on_connected = lambda connection: connection.transport.pauseProducing()
+
+        def close_after_the_body(connection: TunnelServerProtocol) -> None:
+            if len(connection.received) == len(LARGE_BODY):
+                connection.transport.loseConnection()
+
+        self.server.on_data = close_after_the_body
 
         def run_client(connection: socket.socket) -> bytes:
             connection.sendall(LARGE_BODY[:1_000_000])

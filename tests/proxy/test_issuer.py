@@ -57,7 +57,7 @@ def make_certificate(
             key_agreement=False, key_cert_sign=cert_sign, crl_sign=False, encipher_only=False, decipher_only=False,
         )  # fmt: skip
         builder = builder.add_extension(usage, critical=True)
-    return builder.issue_token(
+    return builder.sign(
         issuer_key, None if isinstance(issuer_key, ed25519.Ed25519PrivateKey) else hashes.SHA256()
     )
 

@@ -208,9 +208,9 @@ def test_concurrent_threads_get_the_same_issuer(tmp_path: Path) -> None:
 
 def test_concurrent_processes_get_the_same_issuer(tmp_path: Path) -> None:
     program = (
-        "import sys, time\nfrom pathlib import Path\nfrom dockerproxy.proxy.local_ca import own_issuer\n"
+        "import sys, time\nfrom pathlib import Path\nfrom dockerproxy.proxy.local_ca import load_or_create_issuer\n"
         "print('ready', flush=True)\nsys.stdin.read()\n"
-        "print(own_issuer(Path(sys.argv[1]), None, time.time()).certificate.serial_number)"
+        "print(load_or_create_issuer(Path(sys.argv[1]), None, time.time()).certificate.serial_number)"
     )
     environment = os.environ | {"PYTHONPATH": str(PROJECT)}
     command = [sys.executable, "-c", program, str(tmp_path / "ca")]

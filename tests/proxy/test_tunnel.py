@@ -212,7 +212,7 @@ def test_idle_timeout(harness: TunnelHarness) -> None:
 def test_activity_in_either_direction_resets_the_timeout(harness: TunnelHarness, speaker: str) -> None:
     for _ in range(10):
         harness.run(40)
-        getattr(harness, speaker).says(b".")
+        getattr(harness, speaker).peer_sends(b".")
     harness.run(59)
     assert harness.byte_counts == []
     harness.run(1)
@@ -228,9 +228,9 @@ def test_longer_timeout_applies() -> None:
     assert harness.client.aborted
 
 
-@pytest.mark.parametrize("room", [0, 1 << 60])
-def test_abort_with_pending_data(harness: TunnelHarness, room: int) -> None:
-    harness.client.capacity = room
+@pytest.mark.parametrize("capacity", [0, 1 << 60])
+def test_abort_with_pending_data(harness: TunnelHarness, capacity: int) -> None:
+    harness.client.capacity = capacity
     harness.server.peer_sends(b"12345")
     harness.tunnel.abort()
     harness.run()

@@ -76,7 +76,7 @@ class EphemeralCA:
                 for name in names
             ]
             builder = builder.add_extension(x509.SubjectAlternativeName(alternatives), critical=not len(list(subject)))
-        return builder.issue_token(self.key, hashes.SHA256())
+        return builder.sign(self.key, hashes.SHA256())
 
 
 AUTHORITY = EphemeralCA()

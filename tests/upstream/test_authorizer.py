@@ -111,9 +111,9 @@ class AuthorizerTests(TestCase):
     async def authorize(
         self, credential: Any = ANONYMOUS, scope: str | None = SCOPE, challenges: Any = None
     ) -> str | None:
-        return await self.authorizer.authorize(
-            REGISTRY, bearer() if challenges is None else challenges, scope, credential
-        )
+        challenges = bearer() if challenges is None else challenges
+        authorization = await self.authorizer.get_authorization(REGISTRY, challenges, scope, credential)
+        return None if authorization is None else authorization.value
 
     async def test_anonymous(self) -> None:
         self.assertEqual(await self.authorize(), "Bearer token-1")
@@ -231,7 +231,7 @@ class AuthorizerTests(TestCase):
         self.assertIs(self.authorizer.effective_login(Registry.parse("quay.io")), None)
 
     async def test_realm_without_tls(self) -> None:
-        work = self.authorizer.authorize(Registry.parse("registry.example"), bearer(), SCOPE, LOGIN)
+        work = self.authorizer.get_authorization(Registry.parse("registry.example"), bearer(), SCOPE, LOGIN)
         error = await self.assertFailure(Deferred.fromCoroutine(work), UpstreamBroken)
         self.assertIn("without TLS", error.message)
         self.assertEqual(self.token_server.requests, [])
@@ -246,7 +246,9 @@ class AuthorizerTests(TestCase):
         await self.assertFailure(work, DestinationForbidden)
         registry = Registry(Host("127.0.0.1", port), "http")
         challenges = bearer(f"http://127.0.0.1:{port}/token")
-        self.assertEqual(await self.authorizer.authorize(registry, challenges, SCOPE, ANONYMOUS), "Bearer token-1")
+        authorization = await self.authorizer.get_authorization(registry, challenges, SCOPE, ANONYMOUS)
+        assert authorization is not None
+        self.assertEqual(authorization.value, "Bearer token-1")
 
     async def test_realm_that_is_no_url_or_out_of_reach(self) -> None:
         await self.assertFailure(Deferred.fromCoroutine(self.authorize(challenges=bearer("token"))), UpstreamBroken)

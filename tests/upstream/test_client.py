@@ -48,7 +48,7 @@ class FakeServers(Factory):
     def __init__(self) -> None:
         self.requests: list[ServedRequest] = []
         self.tokens = 0
-        self.respond: Callable[[ServedRequest], ResponseTuple] = lambda seen: (200, {}, b"ok")
+        self.respond: Callable[[ServedRequest], ResponseTuple] = lambda request: (200, {}, b"ok")
         self.connections: set[Any] = set()
 
     def buildProtocol(self, address: Any) -> Protocol:
@@ -150,12 +150,12 @@ class UpstreamClientTests(TestCase):
         while self.servers.connections:
             await deferLater(reactor, 0)
 
-    async def send_request(self, path: str = "/v2/library/ubuntu/x", method: str = "GET", **more: Any) -> Response:
-        settings = {"name": NAME, "credential": Anonymous(), **more}
-        return await self.client.request(method, settings.pop("registry", REGISTRY), path, **settings)
+    async def send_request(self, path: str = "/v2/library/ubuntu/x", method: str = "GET", **options: Any) -> Response:
+        options = {"name": NAME, "credential": Anonymous(), **options}
+        return await self.client.request(method, options.pop("registry", REGISTRY), path, **options)
 
-    async def fetch(self, *arguments: str, **more: Any) -> bytes:
-        response = await self.send_request(*arguments, **more)
+    async def fetch(self, *arguments: str, **options: Any) -> bytes:
+        response = await self.send_request(*arguments, **options)
         self.assertEqual(response.status, 200)
         return await response.read_all(100)
 
@@ -243,7 +243,7 @@ class UpstreamClientTests(TestCase):
         self.addCleanup(globalLogPublisher.removeObserver, events.append)
         self.servers.respond = require_authorization("Bearer t1")
         await self.fetch(credential=LOGIN)
-        self.servers.respond = lambda seen: (302, {"Location": "ftp://cdn.example/?sig=signed"}, b"")
+        self.servers.respond = lambda request: (302, {"Location": "ftp://cdn.example/?sig=signed"}, b"")
         error = await self.assertFailure(Deferred.fromCoroutine(self.send_request(credential=LOGIN)), UpstreamBroken)
         # As a log with every detail would show it.
         text = Failure(error).getTraceback(detail="verbose") + "".join(formatEvent(event) for event in events)
@@ -254,10 +254,10 @@ class UpstreamClientTests(TestCase):
     # redirects
 
     async def test_redirect_to_another_host(self) -> None:
-        self.servers.respond = lambda seen: (
-            redirect_from(x="http://cdn.example/blob?sig=%2B&a")(seen)
-            if seen.headers.get("authorization") == "Bearer t1" or seen.url.startswith("cdn")
-            else require_authorization("Bearer t1")(seen)
+        self.servers.respond = lambda request: (
+            redirect_from(x="http://cdn.example/blob?sig=%2B&a")(request)
+            if request.headers.get("authorization") == "Bearer t1" or request.url.startswith("cdn")
+            else require_authorization("Bearer t1")(request)
         )
         headers = Headers([("Accept", "a/b"), ("Range", "bytes=5-"), ("Cookie", "c"), ("X-Secret", "s")])
         response = await self.send_request(headers=headers)
@@ -286,8 +286,8 @@ class UpstreamClientTests(TestCase):
     async def test_head_stays_head(self) -> None:
         for status in (301, 302, 303, 307, 308):
             self.servers.requests.clear()
-            self.servers.respond = lambda seen, status=status: (
-                (status, {"Location": "/y"}, b"") if seen.url.endswith("x") else (200, {}, b"")
+            self.servers.respond = lambda request, status=status: (
+                (status, {"Location": "/y"}, b"") if request.url.endswith("x") else (200, {}, b"")
             )
             self.assertEqual((await self.send_request(method="HEAD")).status, 200)
             self.assertEqual([request.method for request in self.servers.requests], ["HEAD", "HEAD"])
@@ -336,16 +336,16 @@ class UpstreamClientTests(TestCase):
         self.servers.respond = redirect_from(x="/y")
         self.assertEqual((await self.send_request(follow=False)).status, 307)
         self.assertEqual((await self.send_request(method="DELETE")).status, 307)
-        self.servers.respond = lambda seen: (304, {}, b"")
+        self.servers.respond = lambda request: (304, {}, b"")
         self.assertEqual((await self.send_request()).status, 304)
-        self.servers.respond = lambda seen: (302, {}, b"")
+        self.servers.respond = lambda request: (302, {}, b"")
         self.assertEqual((await self.send_request()).status, 302)
 
 
 class DowngradeTests(TestCase):
     async def test_redirect_to_plain_http_is_refused(self) -> None:
         class RedirectingAgent:
-            async def request(self, method: str, url: str, *arguments: Any, **more: Any) -> Any:
+            async def request(self, method: str, url: str, *arguments: Any, **options: Any) -> Any:
                 urls.append(url)
                 return FoundResponse()
 

@@ -9,22 +9,6 @@ HUB, AUTH, QUAY = Registry.parse("registry-1.docker.io"), Host.parse("auth.docke
 ONE, TWO = BasicCredentials("one", "pw1"), BasicCredentials("two", "pw2")
 
 
-def test_keys_tell_apart_and_say_nothing() -> None:
-    credentials = [
-        Anonymous(),
-        ONE,
-        TWO,
-        BasicCredentials("one:p", "w1"),
-        ClientCredential("Basic b25lOnB3MQ=="),
-        ClientCredential("one\0pw1"),
-        ClientCredential(""),
-    ]
-    keys = [credential.key for credential in credentials]
-    assert len(set(keys)) == len(keys)
-    assert BasicCredentials("one", "pw1").key == ONE.key
-    assert not any("pw1" in key or "one" in key for key in keys)
-
-
 def test_repr_hides_secrets() -> None:
     assert "pw1" not in repr([ONE, ClientCredential("Basic pw1")])
     assert ONE.authorization == "Basic b25lOnB3MQ=="
