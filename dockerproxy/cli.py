@@ -160,7 +160,7 @@ def remove(client: ControlClient, options: argparse.Namespace, terminal: Termina
         if entry["where"] == "cached":
             summary += f", {format_count(entry['blobs'], 'content')} ({format_size(entry['bytes'])})"
         print(f"removed {entry['name']} ({entry['where']}): {summary}")
-    if any(gone["where"] == "hosted" for gone in result["removed"]):
+    if any(entry["where"] == "hosted" for entry in result["removed"]):
         print("`dockerproxy gc --delete-untagged` frees the space.")
     return 0
 

@@ -21,7 +21,7 @@ def spawn(coroutine: Coroutine[Any, Any, object], description: str) -> Deferred[
     """Start `work` and let it run; a failure that it does not deal with is logged as that of `what`."""
 
     def report(failure: Failure) -> None:
-        log.failure("{what} failed", failure, what=description)
+        log.failure("{description} failed", failure, description=description)
 
     deferred: Deferred[Any] = Deferred.fromCoroutine(coroutine)
     return deferred.addErrback(report)
@@ -41,7 +41,7 @@ async def shield(coroutine: Coroutine[Any, Any, T], description: str) -> T:
 
     def on_failure(failure: Failure) -> None:
         if waiter.called:
-            log.failure("{what} failed", failure, what=description)
+            log.failure("{description} failed", failure, description=description)
         else:
             waiter.errback(failure)
 

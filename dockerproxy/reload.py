@@ -81,7 +81,7 @@ class Reloader:
             self.apply(settings)
         except (SettingsError, HtpasswdError, OSError) as error:
             reason = describe_error(error)
-            log.error("not reloaded, the settings stay as they were: {why}", why=reason)
+            log.error("not reloaded, the settings stay as they were: {reason}", reason=reason)
             self.notifier.ready(f"{self.registries.status}; not reloaded: {reason}")
             return
         for warning in settings.warnings:

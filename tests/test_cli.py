@@ -425,8 +425,8 @@ def test_no_daemon(tmp_path: Path) -> None:
     assert run_command("--socket", str(tmp_path / "file"), "ls").returncode == 3
 
 
-@pytest.mark.parametrize("answer", [b"SSH-2.0-OpenSSH\r\n", b"HTTP/1.1 404 Not Found\r\nContent-Length: 2\r\n\r\nno"])
-def test_another_program_on_the_socket(tmp_path: Path, answer: bytes) -> None:
+@pytest.mark.parametrize("reply", [b"SSH-2.0-OpenSSH\r\n", b"HTTP/1.1 404 Not Found\r\nContent-Length: 2\r\n\r\nno"])
+def test_another_program_on_the_socket(tmp_path: Path, reply: bytes) -> None:
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(tmp_path / "s"))
         server.listen()
@@ -437,14 +437,14 @@ def test_another_program_on_the_socket(tmp_path: Path, answer: bytes) -> None:
             accepted, _ = server.accept()
             with accepted:
                 accepted.recv(1000)
-                accepted.sendall(answer)
+                accepted.sendall(reply)
             _, text = process.communicate(timeout=20)
         assert process.returncode == 7
         assert text == b"dockerproxy: what answers on the socket is not docker-registry-proxy\n"
 
 
-@pytest.mark.parametrize("seen", [True, False])
-def test_import_directory_hidden_from_the_daemon(tmp_path: Path, seen: bool) -> None:
+@pytest.mark.parametrize("readable", [True, False])
+def test_import_directory_hidden_from_the_daemon(tmp_path: Path, readable: bool) -> None:
     """The service of the package hides some from it."""
     for part in ("blobs", "repositories"):
         (tmp_path / "docker/registry/v2" / part / "something").mkdir(parents=True)
@@ -452,7 +452,7 @@ def test_import_directory_hidden_from_the_daemon(tmp_path: Path, seen: bool) -> 
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(tmp_path / "s"))
         server.listen()
-        directory = tmp_path if seen else tmp_path / "docker"
+        directory = tmp_path if readable else tmp_path / "docker"
         argv = [sys.executable, "-m", "dockerproxy.cli", "--socket", str(tmp_path / "s"), "import", str(directory)]
         with subprocess.Popen(argv, env=environment(), stderr=subprocess.PIPE, text=True) as process:
             accepted, _ = server.accept()
@@ -464,7 +464,7 @@ def test_import_directory_hidden_from_the_daemon(tmp_path: Path, seen: bool) -> 
             _, text = process.communicate(timeout=20)
     assert process.returncode == 2
     assert "it is no registry's directory" in text
-    assert ("its service hides" in text) == seen
+    assert ("its service hides" in text) == readable
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be somebody else")

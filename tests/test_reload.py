@@ -114,7 +114,7 @@ def test_reload_logs_warnings_again(harness: ReloadHarness) -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "why"),
+    ("error", "reason"),
     [
         (SettingsError("REGISTRIES: 'a b' is wrong."), "REGISTRIES: 'a b' is wrong."),
         (HtpasswdError("HTPASSWD_FILE: /x is not UTF-8 text"), "HTPASSWD_FILE: /x is not UTF-8 text."),
@@ -122,14 +122,14 @@ def test_reload_logs_warnings_again(harness: ReloadHarness) -> None:
         (OSError(5, "Input/output error"), "Input/output error."),
     ],
 )
-def test_failed_reload_changes_nothing(harness: ReloadHarness, error: Exception, why: str) -> None:
-    assert describe_error(error) == why
+def test_failed_reload_changes_nothing(harness: ReloadHarness, error: Exception, reason: str) -> None:
+    assert describe_error(error) == reason
     harness.error = error
     harness.reload()
     assert list(harness.registries.intercepted.values()) == [HUB, QUAY, TOKENS]
     status = "serving registry-1.docker.io, quay.io"
-    assert harness.notifier.messages == ["RELOADING", f"READY {status}; not reloaded: {why}"]
-    assert harness.log_lines == [f"error not reloaded, the settings stay as they were: {why}"]
+    assert harness.notifier.messages == ["RELOADING", f"READY {status}; not reloaded: {reason}"]
+    assert harness.log_lines == [f"error not reloaded, the settings stay as they were: {reason}"]
     harness.error, harness.current = None, settings()
     harness.reload()
     assert harness.notifier.messages[-1] == "READY serving registry-1.docker.io"
@@ -290,14 +290,15 @@ def test_missing_registry_socket_is_not_fatal(
     unit.start({"proxy": listening_socket}, REGISTRY_HTTP_LISTEN="systemd:domain=INET6:name=http")
     assert unit.next_notification().startswith("READY=1")
     assert get(listening_socket, "/healthz")[0] == 200
-    assert (
-        "REGISTRY_HTTP_LISTEN: systemd:domain=INET6:name=http cannot be listened on" in (tmp_path / "log").read_text()
-    )
+    assert "REGISTRY_HTTP_LISTEN: cannot listen on systemd:domain=INET6:name=http" in (tmp_path / "log").read_text()
 
 
 def test_missing_proxy_socket_is_fatal(unit: SystemdUnit, listening_socket: socket.socket) -> None:
     unit.start({"http": listening_socket})
-    expected = "PROXY_LISTEN: systemd:domain=INET6:name=proxy cannot be listened on: systemd has no such socket."
+    expected = (
+        "PROXY_LISTEN: cannot listen on systemd:domain=INET6:name=proxy:"
+        " systemd passed no such socket; is its .socket unit active?"
+    )
     assert unit.next_notification() == f"STATUS={expected}"
     assert unit.process is not None
     assert unit.process.wait(60) == 1

@@ -135,8 +135,8 @@ def test_the_env_file_of_the_readme(tmp_path: Path) -> None:
 
 
 def test_the_documentation_has_every_setting() -> None:
-    told = set(re.findall(r"`([A-Z][A-Z0-9_]+)`", (ROOT / "docs" / "settings.md").read_text("utf-8")))
-    assert told >= set(NAMES)
+    documented = set(re.findall(r"`([A-Z][A-Z0-9_]+)`", (ROOT / "docs" / "settings.md").read_text("utf-8")))
+    assert documented >= set(NAMES)
 
 
 def test_example_env_file_is_valid() -> None:
@@ -261,7 +261,7 @@ def parse_logins(text: str, entry_delimiter: str = "", field_delimiter: str = ""
 
 
 @pytest.mark.parametrize(
-    ("text", "between", "within", "found"),
+    ("text", "entry_delimiter", "field_delimiter", "expected"),
     [
         ("quay.io:u:p", "", "", {"quay.io": ("u", "p")}),
         ("quay.io:u:p:w:", "", "", {"quay.io": ("u", "p:w:")}),
@@ -284,12 +284,12 @@ def parse_logins(text: str, entry_delimiter: str = "", field_delimiter: str = ""
         ("a.test:::u:::p:::q;;;b.test:::u:::p", ";;;", ":::", {"a.test": ("u", "p:::q"), "b.test": ("u", "p")}),
     ],
 )
-def test_logins(text: str, between: str, within: str, found: dict[str, tuple[str, str]]) -> None:
-    assert parse_logins(text, between, within) == found
+def test_logins(text: str, entry_delimiter: str, field_delimiter: str, expected: dict[str, tuple[str, str]]) -> None:
+    assert parse_logins(text, entry_delimiter, field_delimiter) == expected
 
 
 @pytest.mark.parametrize(
-    ("text", "sentence"),
+    ("text", "message"),
     [
         ("SECRET", "entry 1 has no user, expected is host:user:password"),
         ("quay.io:SECRET", "entry 1 (quay.io) has no password, expected is host:user:password"),
@@ -303,8 +303,8 @@ def test_logins(text: str, between: str, within: str, found: dict[str, tuple[str
         ("quay.io:u:SECRET quay.io:u:SECRET2", "entry 2 is for a host that an earlier entry has with another login"),
     ],
 )
-def test_malformed_login(text: str, sentence: str) -> None:
-    assert error_message(AUTH_REGISTRIES=text) == f"AUTH_REGISTRIES: {sentence}."
+def test_malformed_login(text: str, message: str) -> None:
+    assert error_message(AUTH_REGISTRIES=text) == f"AUTH_REGISTRIES: {message}."
 
 
 PASSWORDS = st.text(st.characters(codec="utf-8", exclude_characters="\0|;"), min_size=1).filter(

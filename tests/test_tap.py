@@ -138,13 +138,13 @@ def start(tmp_path: Path, world_readable_directory: Path) -> Iterator[Any]:
 def startup_error(start: Any, *options: str, **settings: Any) -> str:
     """Return the one sentence with which the daemon does not start."""
     daemon = start(*options, **settings)
-    assert daemon.ends() not in (0, None), daemon.text
+    assert daemon.wait_exit() not in (0, None), daemon.log_text
     # Once the log has begun, twistd puts everything into it that is printed.
     log_prefix = re.compile(r"\d{4}-\d\d-\d\dT\S+ \[(?P<source>[^]]+)\] ")
-    lines = [(log_prefix.match(line), log_prefix.sub("", line, count=1)) for line in daemon.text.splitlines()]
+    lines = [(log_prefix.match(line), log_prefix.sub("", line, count=1)) for line in daemon.log_text.splitlines()]
     messages = [line for found, line in lines if found is None or found["source"] == "stderr#error"]
-    assert len(messages) == 1, daemon.text
-    assert re.fullmatch(r"docker-registry-proxy: \S.*[^.]\.", messages[0]), daemon.text
+    assert len(messages) == 1, daemon.log_text
+    assert re.fullmatch(r"docker-registry-proxy: \S.*[^.]\.", messages[0]), daemon.log_text
     return messages[0]
 
 
@@ -192,11 +192,11 @@ def test_port_in_use(start: Any, name: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         description = f"tcp:{server.getsockname()[1]}:interface=127.0.0.1"
         message = startup_error(start, **{name: description})
-    assert message == (f"docker-registry-proxy: {name}: {description} cannot be listened on: Address already in use.")
+    assert message == (f"docker-registry-proxy: {name}: cannot listen on {description}: Address already in use.")
 
 
 def test_unknown_endpoint_type(start: Any) -> None:
-    assert "PROXY_LISTEN: foo:3128 cannot be listened on" in startup_error(start, PROXY_LISTEN="foo:3128")
+    assert "PROXY_LISTEN: cannot listen on foo:3128" in startup_error(start, PROXY_LISTEN="foo:3128")
 
 
 def unprivileged_wrapper(directory: Path) -> list[str]:
@@ -230,7 +230,7 @@ def test_unwritable_directory(start: Any, world_readable_directory: Path, name: 
         os.chown(state, NOBODY, NOBODY)
     unwritable.chmod(0o555)
     path = unwritable if exists else unwritable / "below"
-    message = startup_error(start, folder=world_readable_directory, before=wrapper, **{name: str(path)})
+    message = startup_error(start, directory=world_readable_directory, wrapper=wrapper, **{name: str(path)})
     assert str(path) in message
     assert "Permission denied" in message
 
@@ -261,7 +261,7 @@ def make_ca(directory: Path, name: str) -> tuple[Path, Path]:
         .not_valid_before(now - datetime.timedelta(days=1))
         .not_valid_after(now + datetime.timedelta(days=1))
         .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .issue_token(key, hashes.SHA256())
+        .sign(key, hashes.SHA256())
     )
     files = directory / f"{name}.crt", directory / f"{name}.key"
     files[0].write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
@@ -302,9 +302,9 @@ def test_startup_error_in_both_log_formats(start: Any, log_format: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         description = f"tcp:{server.getsockname()[1]}:interface=127.0.0.1"
         daemon = start(PROXY_LISTEN=description, LOG_FORMAT=log_format)
-        assert daemon.ends() not in (0, None)
-    assert daemon.text.count("Address already in use") == 1
-    assert "Traceback" not in daemon.text
+        assert daemon.wait_exit() not in (0, None)
+    assert daemon.log_text.count("Address already in use") == 1
+    assert "Traceback" not in daemon.log_text
 
 
 # what it says while it runs
@@ -315,7 +315,7 @@ def test_startup_log(start: Any, tmp_path: Path) -> None:
     daemon = start("--env-file", str(tmp_path / "x.env"))
     daemon.port("PROXY_LISTEN")
     daemon.port("REGISTRY_LISTEN")
-    text = daemon.text
+    text = daemon.log_text
     for expected in (
         "intercepting registry-1.docker.io, quay.io, plain.example:5000, auth.docker.io",
         f"cache in {tmp_path}/state/cache (up to 5242880 bytes)",
@@ -343,7 +343,7 @@ def test_requests_are_served_and_logged(start: Any, tmp_path: Path) -> None:
     plain = error_response.partition(b"\r\n\r\n")[2]
     daemon.wait_for(r"\[dockerproxy\.access#info\] 127\.0\.0\.1 GET proxy\.example/healthz 200 3 0\.\d{3} -\n")
     daemon.wait_for(r"CONNECT \S* ?400 ")
-    assert "secret" not in daemon.text
+    assert "secret" not in daemon.log_text
     daemon.wait_for(r"GET proxy\.example/ca\.crt 200 ")
     metrics = exchange(port, GET % b"/metrics").decode()
     assert 'dockerproxy_requests_total{verdict="-",code="2xx"} 2\n' in metrics
@@ -368,8 +368,8 @@ def test_json_log_contains_only_json(start: Any) -> None:
     exchange(int(daemon.wait_for(r"listening on 127\.0\.0\.1:(\d+) \(PROXY_LISTEN\)")[1]), GET % b"/healthz")
     daemon.wait_for(r"/healthz")
     daemon.process.terminate()
-    daemon.ends()
-    lines = [json.loads(line) for line in daemon.text.splitlines()]
+    daemon.wait_exit()
+    lines = [json.loads(line) for line in daemon.log_text.splitlines()]
     assert all(line["message"] and line["level"] and line["time"] for line in lines)
     [access] = [line for line in lines if line["namespace"] == "dockerproxy.access"]
     assert (access["method"], access["path"], access["status"], access["size"]) == ("GET", "/healthz", 200, 3)
@@ -411,7 +411,7 @@ def test_sigterm_closes_idle_connections(start: Any) -> None:
         assert idle.recv(65536)
         daemon.process.terminate()
         assert idle.recv(65536) == b""
-    assert daemon.ends() in (0, -signal.SIGTERM)
+    assert daemon.wait_exit() in (0, -signal.SIGTERM)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -433,8 +433,8 @@ def test_sigterm_lets_transfers_finish(start: Any, tunnel_target: TunnelTarget, 
             upstream.sendall(b"and the other")
             upstream.close()
             assert read_all(client) == b"one half, and the other"
-    assert daemon.ends() in (0, -signal.SIGTERM)
-    assert re.search(rf"CONNECT 127\.0\.0\.1:{tunnel_target.port} 200 23 [\d.]+ PASS\n", daemon.text)
+    assert daemon.wait_exit() in (0, -signal.SIGTERM)
+    assert re.search(rf"CONNECT 127\.0\.0\.1:{tunnel_target.port} 200 23 [\d.]+ PASS\n", daemon.log_text)
 
 
 @pytest.mark.parametrize("again", [signal.SIGTERM, signal.SIGINT])
@@ -449,12 +449,12 @@ def test_second_signal_aborts_transfers(start: Any, tunnel_target: TunnelTarget,
             daemon.process.send_signal(again)
             with pytest.raises(ConnectionResetError):
                 client.recv(1)
-    assert daemon.ends() in (0, -signal.SIGTERM)
-    assert "asked to stop once more" in daemon.text
+    assert daemon.wait_exit() in (0, -signal.SIGTERM)
+    assert "another stop signal" in daemon.log_text
 
 
 def test_unknown_option(start: Any) -> None:
     daemon = start("--no-such-option")
-    daemon.ends()  # with a status that changed with Twisted's versions
-    assert "no-such-option" in daemon.text
-    assert "listening" not in daemon.text
+    daemon.wait_exit()  # with a status that changed with Twisted's versions
+    assert "no-such-option" in daemon.log_text
+    assert "listening" not in daemon.log_text

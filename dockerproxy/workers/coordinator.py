@@ -85,11 +85,11 @@ class WorkerSession:
         return {
             "reserve": self._reserve,
             "release": lambda digest: self._reservations.release(self, Digest.parse(digest)),
-            "count": lambda digest, size: self._reservations.space.record(Digest.parse(digest), size),
-            "used": self._mark_used,
-            "taken": self._reservations.space.usage,
-            "turn": self._lock,
-            "turn_ended": self._unlock,
+            "record": lambda digest, size: self._reservations.space.record(Digest.parse(digest), size),
+            "mark_used": self._mark_used,
+            "usage": self._reservations.space.usage,
+            "lock": self._lock,
+            "unlock": self._unlock,
         }
 
     def close(self) -> None:

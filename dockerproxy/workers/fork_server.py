@@ -126,7 +126,7 @@ def run_fork_server(sock: socket.socket, run: Callable[[SpawnRequest], object]) 
                 number, pid = workers.pop(descriptor)
                 poll.unregister(descriptor)
                 os.close(descriptor)
-                _notify(sock, "ended", number, _exit_reason(os.waitpid(pid, 0)[1]))
+                _notify(sock, "exited", number, _exit_reason(os.waitpid(pid, 0)[1]))
                 continue
             request = _receive_request(sock)
             if request is None:
@@ -134,7 +134,7 @@ def run_fork_server(sock: socket.socket, run: Callable[[SpawnRequest], object]) 
             try:
                 pid = _fork_worker(request, run)
             except OSError as error:  # no memory, or no more processes
-                _notify(sock, "ended", request.number, str(error))
+                _notify(sock, "exited", request.number, str(error))
                 continue
             descriptor = os.pidfd_open(pid)
             workers[descriptor] = request.number, pid

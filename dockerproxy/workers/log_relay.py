@@ -47,7 +47,7 @@ class LogRelay:
         return self._descriptor
 
     def logPrefix(self) -> str:
-        return "Relay"
+        return "LogRelay"
 
     def doRead(self) -> Any:
         try:

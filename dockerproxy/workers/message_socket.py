@@ -103,7 +103,7 @@ class MessageSocket:
         return self._socket.fileno() if self.connected else -1
 
     def logPrefix(self) -> str:
-        return "Line"
+        return "MessageSocket"
 
     def doRead(self) -> Any:
         for _ in range(_MESSAGES_PER_READ):

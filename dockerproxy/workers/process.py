@@ -59,12 +59,12 @@ class WorkerProcess:
         self._number = number
         self._scoreboard = forked_state.scoreboard
         self._stopping = self._ended = False
-        bindings = Bindings(lambda token, client: self._rpc.notify("bound", token, client))
+        bindings = Bindings(lambda token, client: self._rpc.notify("token_bound", token, client))
         handlers: Handlers = {
             "reload": self._reload,
             "stop": self._stop,
-            "hurry": self._abort,
-            "bound": bindings.add,
+            "abort": self._abort,
+            "token_bound": bindings.add,
         }
         self._rpc = RPC(reactor, sock, handlers, on_descriptor=self._on_descriptor, on_closed=self._parent_lost)
         cache_space = RemoteCacheSpace(reactor, self._rpc, Blobs(Layout(settings.cache_dir), durable=False))
@@ -78,7 +78,7 @@ class WorkerProcess:
         self._server = build_server(reactor, settings, forked_state.authority, shared)
         self._listener_service = self._build_listener_service(self._server)
         self._receiver = ConnectionReceiver(
-            reactor, [door.site for door in self._server.listeners], self._on_connection_closed
+            reactor, [listener.site for listener in self._server.listeners], self._on_connection_closed
         )
 
     def start(self) -> None:
@@ -94,8 +94,8 @@ class WorkerProcess:
     def _build_listener_service(self, server: ProxyServer) -> ListenerService:
         for listener in server.listeners:
             listener.site.on_closed = self._on_connection_closed
-        listeners = [evolve(door, descriptions=()) for door in server.listeners]
-        return ListenerService(self._reactor, listeners, server.transfers, server.close, lambda hurry: None)
+        listeners = [evolve(listener, descriptions=()) for listener in server.listeners]
+        return ListenerService(self._reactor, listeners, server.transfers, server.close, lambda abort: None)
 
     def _on_connection_closed(self) -> None:
         self._scoreboard.count_closed(self._number)
@@ -107,7 +107,7 @@ class WorkerProcess:
         try:
             self._server.reconfigure(Settings.from_environment({**self._forked_state.environment, **changed_settings}))
         except (SettingsError, HtpasswdError, OSError) as error:
-            log.error("worker {number} did not reload: {why}", number=self._number, why=str(error))
+            log.error("worker {number} did not reload: {reason}", number=self._number, reason=str(error))
 
     def _stop(self) -> None:
         if not self._stopping:
@@ -139,7 +139,7 @@ def run_worker(forked_state: ForkedState, request: SpawnRequest) -> None:
         settings = Settings.from_environment({**forked_state.environment, **request.changed_settings})
         WorkerProcess(reactor, forked_state, settings, request.number, socket.socket(fileno=request.socket_fd)).start()
     except (SettingsError, HtpasswdError, OSError) as error:
-        log.error("worker {number} cannot start: {why}", number=request.number, why=describe_error(error))
+        log.error("worker {number} cannot start: {reason}", number=request.number, reason=describe_error(error))
         raise SystemExit(1) from None
     reactor.run(installSignalHandlers=False)
 

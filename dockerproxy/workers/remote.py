@@ -44,7 +44,7 @@ class RemoteCacheSpace:
 
     async def record(self, digest: Digest, size: int) -> None:
         """Count a content that was written."""
-        self._rpc.notify("count", str(digest), size)
+        self._rpc.notify("record", str(digest), size)
 
     def pin(self, digest: Digest) -> None:
         """Note that a content is used. It may go for all that: who has it open goes on reading."""
@@ -59,13 +59,13 @@ class RemoteCacheSpace:
 
     async def usage(self) -> tuple[int, int]:
         """Return how many bytes contents take, and how many they may. Raises `Elsewhere`."""
-        used, limit = await self._rpc.call("taken")
+        used, limit = await self._rpc.call("usage")
         return int(used), int(limit)
 
     def _report_uses(self) -> None:
         digests, self._unreported_uses = self._unreported_uses, set()
         if digests:
-            self._rpc.notify("used", [str(digest) for digest in digests])
+            self._rpc.notify("mark_used", [str(digest) for digest in digests])
 
 
 class RemoteKeyedLock:
@@ -81,6 +81,6 @@ class RemoteKeyedLock:
         self._last_lock_id += 1
         lock_id = self._last_lock_id
         try:
-            yield bool(await self._rpc.call("turn", key, lock_id))
+            yield bool(await self._rpc.call("lock", key, lock_id))
         finally:
-            self._rpc.notify("turn_ended", lock_id)  # also of who did not wait for it
+            self._rpc.notify("unlock", lock_id)  # also of who did not wait for it

@@ -96,8 +96,8 @@ class WorkerSupervisor(Service):
         for listener in listeners:
             listener.site.on_closed = partial(self._scoreboard.count_closed, 0)
         return [
-            evolve(door, factory=ConnectionDispatcher(number, door.site, self.dispatch))
-            for number, door in enumerate(listeners)
+            evolve(listener, factory=ConnectionDispatcher(number, listener.site, self.dispatch))
+            for number, listener in enumerate(listeners)
         ]
 
     def dispatch(self, label: bytes, sock: socket.socket | None) -> bool:
@@ -144,7 +144,7 @@ class WorkerSupervisor(Service):
     def abort(self) -> None:
         """Have the workers break off at once what they still wait for."""
         for worker in self._workers:
-            worker.notify("hurry")
+            worker.notify("abort")
 
     async def _stop(self) -> None:
         for worker in self._workers:
@@ -168,7 +168,7 @@ class WorkerSupervisor(Service):
         worker.rpc = RPC(
             self._reactor,
             parent_socket,
-            {**session.answers, "ready": worker.mark_ready, "bound": partial(self._on_token_bound, worker)},
+            {**session.handlers, "ready": worker.mark_ready, "token_bound": partial(self._on_token_bound, worker)},
             on_closed=lambda: self._on_disconnected(worker, session),
         )
         log_fd = None
@@ -190,7 +190,7 @@ class WorkerSupervisor(Service):
     def _broadcast_binding(self, source: WorkerHandle | None, token: str, client: str) -> None:
         for worker in self._workers:
             if worker is not source:
-                worker.notify("bound", token, client)
+                worker.notify("token_bound", token, client)
 
     def _on_disconnected(self, worker: WorkerHandle, session: Any) -> None:
         worker.ready = False
@@ -218,14 +218,14 @@ class WorkerSupervisor(Service):
         if self._stopping:
             return
         if not self._spawner.alive:
-            log.error("worker {number} ended ({why}), and is not replaced", number=worker.number, why=reason)
+            log.error("worker {number} ended ({reason}), and is not replaced", number=worker.number, reason=reason)
             return
         stable = self._reactor.seconds() - worker.started_at >= _STABLE_AFTER
         worker.early_exits = 0 if stable else worker.early_exits + 1
         delay = _RESTART_DELAYS[min(worker.early_exits, len(_RESTART_DELAYS) - 1)]
         log.error(
-            "worker {number} ended ({why}): another one starts in {pause} s",
-            number=worker.number, why=reason, pause=delay,
+            "worker {number} ended ({reason}): another one starts in {delay} s",
+            number=worker.number, reason=reason, delay=delay,
         )  # fmt: skip
         worker.restart_timer = self._reactor.callLater(delay, self._start_worker, worker)
 

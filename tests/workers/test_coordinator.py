@@ -111,7 +111,7 @@ class MainProcessStub:
 
 @pytest.fixture(autouse=True)
 def _unlimited_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(CacheSpaceManager, "_free", lambda room: 2**60)
+    monkeypatch.setattr(CacheSpaceManager, "_free_bytes", lambda space: 2**60)
 
 
 @pytest.fixture
@@ -235,7 +235,7 @@ def test_use_reports_are_split(
 ) -> None:
     one, _ = workers
     used: list[Digest] = []
-    monkeypatch.setattr(main_process.cache_space, "note_use", used.append)
+    monkeypatch.setattr(main_process.cache_space, "touch", used.append)
     digests = [Digest.of(str(number).encode(), "sha512") for number in range(remote._MAX_USES_PER_REPORT + 1)]
     for digest in digests:
         one.space.pin(digest)
@@ -251,9 +251,9 @@ def test_usage_is_the_same_in_all_processes(
 ) -> None:
     one, other = workers
     one.reserve(THIRD, 400)
-    for room in (main_process.space, one.space, other.space):
+    for space in (main_process.space, one.space, other.space):
         results: list[object] = []
-        Deferred.fromCoroutine(room.usage()).addBoth(results.append)
+        Deferred.fromCoroutine(space.usage()).addBoth(results.append)
         main_process.reactor.iterate_all()
         assert results == [(400, LIMIT)]
 
@@ -300,11 +300,11 @@ def test_lock_is_granted_in_request_order(
 ) -> None:
     one, other = workers
     holders = [
-        LockHolder(main_process.reactor, turns)
-        for turns in (one.lock, main_process.lock, other.lock, one.lock, main_process.lock)
+        LockHolder(main_process.reactor, lock)
+        for lock in (one.lock, main_process.lock, other.lock, one.lock, main_process.lock)
     ]
     while holders:
-        assert [turn.holds_lock for turn in holders] == [True] + [False] * (len(holders) - 1)
+        assert [holder.holds_lock for holder in holders] == [True] + [False] * (len(holders) - 1)
         holders.pop(0).release()
     assert main_process.lock._locks == {}
 
@@ -314,18 +314,16 @@ def test_locks_of_different_keys_are_independent(
 ) -> None:
     one, other = workers
     holders = [LockHolder(main_process.reactor, one.lock, "a"), LockHolder(main_process.reactor, other.lock, "b")]
-    assert [turn.holds_lock for turn in holders] == [True, True]
-    for turn in holders:
-        turn.release()
+    assert [holder.holds_lock for holder in holders] == [True, True]
+    for holder in holders:
+        holder.release()
 
 
 def test_cancelled_waiter_does_not_get_the_lock(
     main_process: MainProcessStub, workers: tuple[WorkerStub, WorkerStub]
 ) -> None:
     one, other = workers
-    holder, cancelled, next_one = (
-        LockHolder(main_process.reactor, turns) for turns in (one.lock, other.lock, one.lock)
-    )
+    holder, cancelled, next_one = (LockHolder(main_process.reactor, lock) for lock in (one.lock, other.lock, one.lock))
     cancelled.cancel()
     assert cancelled.failure is not None and cancelled.failure.check(CancelledError)
     holder.release()
@@ -388,10 +386,10 @@ class LockOrderMachine(RuleBasedStateMachine):
         self.workers = [WorkerStub(self.main_process) for _ in range(2)]
         self.queue: list[tuple[LockHolder, int]] = []
 
-    @rule(who=st.integers(0, 2))
-    def request(self, who: int) -> None:
-        lock = self.workers[who].lock if who < 2 else self.main_process.lock
-        self.queue.append((LockHolder(self.main_process.reactor, lock), who))
+    @rule(index=st.integers(0, 2))
+    def request(self, index: int) -> None:
+        lock = self.workers[index].lock if index < 2 else self.main_process.lock
+        self.queue.append((LockHolder(self.main_process.reactor, lock), index))
 
     @precondition(lambda self: self.queue)
     @rule()
@@ -403,22 +401,22 @@ class LockOrderMachine(RuleBasedStateMachine):
     def cancel(self, data: st.DataObject) -> None:
         self.queue.pop(data.draw(st.integers(0, len(self.queue) - 1)))[0].cancel()
 
-    @rule(who=st.integers(0, 1))
-    def die(self, who: int) -> None:
-        self.workers[who].die()
-        self.workers[who] = WorkerStub(self.main_process)
-        self.queue = [(turn, whose) for turn, whose in self.queue if whose != who]
+    @rule(index=st.integers(0, 1))
+    def die(self, index: int) -> None:
+        self.workers[index].die()
+        self.workers[index] = WorkerStub(self.main_process)
+        self.queue = [(holder, owner) for holder, owner in self.queue if owner != index]
 
     @invariant()
     def only_the_head_of_the_queue_holds_the_lock(self) -> None:
-        assert [turn.holds_lock for turn, _ in self.queue] == [index == 0 for index in range(len(self.queue))]
+        assert [holder.holds_lock for holder, _ in self.queue] == [position == 0 for position in range(len(self.queue))]
 
     def teardown(self) -> None:
         for worker in self.workers:
             worker.die()
-        for turn, who in self.queue:
-            if who == 2:
-                turn.release()
+        for holder, index in self.queue:
+            if index == 2:
+                holder.release()
 
 
 TestLockOrder = LockOrderMachine.TestCase

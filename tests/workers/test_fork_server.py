@@ -16,36 +16,35 @@ HERE = Path(__file__).parent
 
 _PRELUDE = """
 import json, os, select, signal, socket, sys, time
-from tests.workers.descriptor_reactor import Reactor
-from dockerproxy.workers import fork_server
+from tests.workers.descriptor_reactor import DescriptorReactor
 from dockerproxy.workers.fork_server import ForkServer
 from twisted.logger import globalLogPublisher
 
-reactor, told = Reactor(), []
+reactor, events = DescriptorReactor(), []
 secret = open(os.devnull)
 ready, go = os.pipe()
 
-def run(order):
+def run(request):
     {run}
 
-def begin(writes=True):
-    forks = ForkServer(reactor, run, writes=writes)
-    forks.started = lambda number, pid: told.append(["started", number, pid])
-    forks.ended = lambda number, why: told.append(["ended", number, why])
-    forks.lost = lambda: told.append(["lost"])
-    forks.startService()
-    return forks
+def begin(keep_log_observers=True):
+    server = ForkServer(reactor, run, keep_log_observers=keep_log_observers)
+    server.on_started = lambda number, pid: events.append(["started", number, pid])
+    server.on_exited = lambda number, reason: events.append(["exited", number, reason])
+    server.on_lost = lambda: events.append(["lost"])
+    server.startService()
+    return server
 
 def wait_for(count):
-    while len(told) < count:
+    while len(events) < count:
         select.select(list(reactor.readers), [], [], 60)
-        reactor.turn()
+        reactor.iterate()
 
-def start(forks, number, changed={{}}, output=None):
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with theirs:
-        assert forks.start(number, changed, theirs.fileno(), output)
-    return ours
+def start(server, number, changed_settings={{}}, log_fd=None):
+    parent_socket, child_socket = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with child_socket:
+        assert server.start(number, changed_settings, child_socket.fileno(), log_fd)
+    return parent_socket
 
 def descriptors(pid):
     return sorted(int(name) for name in os.listdir(f"/proc/{{pid}}/fd"))
@@ -68,48 +67,48 @@ def run_script(run: str, text: str) -> Any:
     return json.loads(completed.stdout)
 
 
-WAIT_FOR_CLOSE = "line = socket.socket(fileno=order.line); line.send(b'here'); select.select([line], [], [])"
+WAIT_FOR_CLOSE = "line = socket.socket(fileno=request.socket_fd); line.send(b'here'); select.select([line], [], [])"
 
 
 def test_worker_gets_its_request_and_its_exit_is_reported() -> None:
     events, received = run_script(
-        "socket.socket(fileno=order.line).send(json.dumps([order.number, order.changed]).encode())",
-        "forks = begin(); line = start(forks, 3, {'A': 'b'}); wait_for(2)\n"
-        "print(json.dumps([told, json.loads(line.recv(1000))]))",
+        "socket.socket(fileno=request.socket_fd).send(json.dumps([request.number, request.changed_settings]).encode())",
+        "server = begin(); line = start(server, 3, {'A': 'b'}); wait_for(2)\n"
+        "print(json.dumps([events, json.loads(line.recv(1000))]))",
     )
     assert received == [3, {"A": "b"}]
     (started, number, pid), ended = events
     assert (started, number, pid > 1) == ("started", 3, True)
-    assert ended == ["ended", 3, "exit status 0"]
+    assert ended == ["exited", 3, "exit status 0"]
 
 
 @pytest.mark.parametrize(
-    ("run", "why"),
+    ("run", "reason"),
     [
         ("raise SystemExit(1)", "exit status 1"),
         ("os._exit(7)", "exit status 7"),
         ("os.kill(os.getpid(), signal.SIGKILL)", "killed by SIGKILL"),
     ],
 )
-def test_exit_reason(run: str, why: str) -> None:
-    events = run_script(run, "forks = begin(); line = start(forks, 1); wait_for(2); print(json.dumps(told))")
-    assert events[1] == ["ended", 1, why]
+def test_exit_reason(run: str, reason: str) -> None:
+    events = run_script(run, "server = begin(); line = start(server, 1); wait_for(2); print(json.dumps(events))")
+    assert events[1] == ["exited", 1, reason]
 
 
 def test_several_workers() -> None:
     events = run_script(
         WAIT_FOR_CLOSE,
-        "forks = begin(); lines = [start(forks, number) for number in (1, 2, 3)]; wait_for(3)\n"
+        "server = begin(); lines = [start(server, number) for number in (1, 2, 3)]; wait_for(3)\n"
         "for line in lines: line.recv(9)\n"
-        "lines[1].close(); wait_for(4); lines[1] = start(forks, 2); wait_for(5); lines[1].recv(9)\n"
+        "lines[1].close(); wait_for(4); lines[1] = start(server, 2); wait_for(5); lines[1].recv(9)\n"
         "for line in lines: line.close()\n"
-        "wait_for(8); print(json.dumps(told))",
+        "wait_for(8); print(json.dumps(events))",
     )
     assert [entry[:2] for entry in events[:5]] == [
         ["started", 1],
         ["started", 2],
         ["started", 3],
-        ["ended", 2],
+        ["exited", 2],
         ["started", 2],
     ]
     assert sorted(entry[1] for entry in events[5:]) == [1, 2, 3]
@@ -120,8 +119,8 @@ def test_descriptors_of_the_main_process_are_closed() -> None:
     """Its own end of the lines is among that: they would not end with it."""
     server, worker = run_script(
         WAIT_FOR_CLOSE,
-        "forks = begin(); line = start(forks, 1); wait_for(1); line.recv(9)\n"
-        "print(json.dumps([descriptors(forks._pid), descriptors(told[0][2])]))",
+        "server = begin(); line = start(server, 1); wait_for(1); line.recv(9)\n"
+        "print(json.dumps([descriptors(server._pid), descriptors(events[0][2])]))",
     )
     assert [number for number in server if number <= 2] == [0, 1, 2]
     assert len(server) == 3 + 2  # its line, and what the kernel knows the worker by
@@ -132,8 +131,8 @@ def test_worker_output_goes_to_the_log_pipe() -> None:
     text = run_script(
         "print('out'); sys.stdout.flush(); os.write(2, b'err'); globalLogPublisher({'log_format': 'unseen'})",
         "globalLogPublisher.addObserver(lambda event: event.get('log_format') and os.write(1, b'observed'))\n"
-        "forks = begin(writes=False); reading, writing = os.pipe(); line = start(forks, 1, output=writing)\n"
-        "wait_for(2); os.close(writing); print(json.dumps(os.read(reading, 1000).decode()))",
+        "server = begin(keep_log_observers=False); read_fd, write_fd = os.pipe(); line = start(server, 1, log_fd=write_fd)\n"
+        "wait_for(2); os.close(write_fd); print(json.dumps(os.read(read_fd, 1000).decode()))",
     )
     assert text == "out\nerr"
 
@@ -141,10 +140,10 @@ def test_worker_output_goes_to_the_log_pipe() -> None:
 def test_fork_server_exits_when_its_socket_closes() -> None:
     events, exit_status = run_script(
         WAIT_FOR_CLOSE,
-        "forks = begin(); line = start(forks, 1); wait_for(1); line.recv(9)\n"
+        "server = begin(); line = start(server, 1); wait_for(1); line.recv(9)\n"
         "wait, found = os.waitpid, []; os.waitpid = lambda *which: found.append(wait(*which)) or found[-1]\n"
-        "forks.close()  # which asks for its end already, and may find it\n"
-        "found[-1][0] or os.waitpid(forks._pid, 0); print(json.dumps([told, found[-1][1]]))",
+        "server.close()  # which asks for its end already, and may find it\n"
+        "found[-1][0] or os.waitpid(server._pid, 0); print(json.dumps([events, found[-1][1]]))",
     )
     assert ([entry[0] for entry in events], exit_status) == (["started", "lost"], 0)
 
@@ -152,9 +151,9 @@ def test_fork_server_exits_when_its_socket_closes() -> None:
 def test_killed_fork_server_is_noticed() -> None:
     events, alive, requested, running = run_script(
         WAIT_FOR_CLOSE,
-        "forks = begin(); line = start(forks, 1); wait_for(1); line.recv(9); os.kill(forks._pid, signal.SIGKILL)\n"
-        "wait_for(2); asked = forks.start(2, {}, line.fileno(), None)\n"
-        "print(json.dumps([told, forks.alive, asked, os.path.exists(f'/proc/{told[0][2]}/exe')]))",
+        "server = begin(); line = start(server, 1); wait_for(1); line.recv(9); os.kill(server._pid, signal.SIGKILL)\n"
+        "wait_for(2); requested = server.start(2, {}, line.fileno(), None)\n"
+        "print(json.dumps([events, server.alive, requested, os.path.exists(f'/proc/{events[0][2]}/exe')]))",
     )
     assert (events[1], alive, requested, running) == (["lost"], False, False, True)
 
@@ -163,16 +162,16 @@ def test_killed_fork_server_is_noticed() -> None:
 def test_workers_ignore_signals_to_the_process_group(number: int) -> None:
     events = run_script(
         f"os.kill(os.getppid(), {number:d}); os.kill(os.getpid(), {number:d})",
-        "forks = begin(); start(forks, 1); wait_for(2); start(forks, 2); wait_for(4); print(json.dumps(told))",
+        "server = begin(); start(server, 1); wait_for(2); start(server, 2); wait_for(4); print(json.dumps(events))",
     )
-    assert [entry[2] for entry in events if entry[0] == "ended"] == ["exit status 0"] * 2
+    assert [entry[2] for entry in events if entry[0] == "exited"] == ["exit status 0"] * 2
 
 
 def test_process_names() -> None:
     names = run_script(
         WAIT_FOR_CLOSE,
-        "forks = begin(); line = start(forks, 12); wait_for(1); line.recv(9)\n"
-        "print(json.dumps([open(f'/proc/{pid}/comm').read() for pid in (forks._pid, told[0][2])]))",
+        "server = begin(); line = start(server, 12); wait_for(1); line.recv(9)\n"
+        "print(json.dumps([open(f'/proc/{pid}/comm').read() for pid in (server._pid, events[0][2])]))",
     )
     assert names == ["fork server\n", "worker 12\n"]
 
@@ -180,14 +179,14 @@ def test_process_names() -> None:
 def test_processes_have_different_random_numbers() -> None:
     """Nor those of the first process: OpenSSL's and Python's, which had some before there were copies."""
     drawn = run_script(
-        "line = socket.socket(fileno=order.line); line.send(draw().encode()); select.select([line], [], [])",
+        "line = socket.socket(fileno=request.socket_fd); line.send(draw().encode()); select.select([line], [], [])",
         "from OpenSSL import SSL\n"
         "import random\n"
         "from cryptography.hazmat.primitives.asymmetric import ec\n"
         "def draw():\n"
         "    number = ec.generate_private_key(ec.SECP256R1()).private_numbers().private_value\n"
         "    return json.dumps([str(number), random.random()])\n"
-        "draw(); forks = begin(); lines = [start(forks, number) for number in (1, 2)]; wait_for(2)\n"
+        "draw(); server = begin(); lines = [start(server, number) for number in (1, 2)]; wait_for(2)\n"
         "print(json.dumps([json.loads(draw()), *(json.loads(line.recv(1000)) for line in lines)]))",
     )
     assert [len(set(numbers)) for numbers in zip(*drawn, strict=True)] == [3, 3]

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from dockerproxy.workers import message_socket
 from dockerproxy.workers.message_socket import MAX_MESSAGE_SIZE, MessageSocket, MessageTooLong, socketpair
 from tests.workers.descriptor_reactor import DescriptorReactor
 
@@ -95,7 +96,7 @@ def test_stalled_peer_is_disconnected(
     reactor: DescriptorReactor, ends: tuple[RecordingEnd, RecordingEnd], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, _ = ends
-    monkeypatch.setattr(line, "_MOST_WAITING", 10)
+    monkeypatch.setattr(message_socket, "_MAX_QUEUED_MESSAGES", 10)
     while one.message_socket.connected:
         one.message_socket.send("again")
     assert one.closed_count == 1

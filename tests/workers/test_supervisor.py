@@ -18,7 +18,7 @@ from twisted.logger import LogEvent, LogLevel
 from dockerproxy.cache.identity import Bindings
 from dockerproxy.daemon.listener_service import Listener
 from dockerproxy.http.site import ServerTimeouts, Site
-from dockerproxy.workers import supervisor as crew_module
+from dockerproxy.workers import supervisor as supervisor_module
 from dockerproxy.workers.rpc import RPC
 from dockerproxy.workers.scoreboard import Scoreboard
 from dockerproxy.workers.supervisor import WorkerSupervisor
@@ -87,7 +87,7 @@ class FakeWorkerProcess:
 
     def __attrs_post_init__(self) -> None:
         # As a worker has them (dockerproxy.workers.process).
-        handlers = {name: partial(self._record, name) for name in ("reload", "stop", "hurry", "bound")}
+        handlers = {name: partial(self._record, name) for name in ("reload", "stop", "abort", "token_bound")}
         self.reactor = self.spawner.reactor
         self.scoreboard = self.spawner.scoreboard
         self.rpc = RPC(self.reactor, self.sock, handlers, on_descriptor=self._on_descriptor, on_closed=lambda: None)
@@ -220,7 +220,7 @@ def harness(make_harness: Any) -> SupervisorHarness:
 @pytest.fixture
 def fake_monotonic(monkeypatch: pytest.MonkeyPatch, harness: SupervisorHarness) -> None:
     """Let the time that signs of life have be that of the machine's clock."""
-    monkeypatch.setattr(crew_module.time, "monotonic_ns", lambda: int(harness.reactor.seconds() * 1e9))
+    monkeypatch.setattr(supervisor_module.time, "monotonic_ns", lambda: int(harness.reactor.seconds() * 1e9))
 
 
 @pytest.fixture
@@ -231,7 +231,7 @@ def recorded_kills(monkeypatch: pytest.MonkeyPatch, harness: SupervisorHarness) 
         [worker] = [worker for worker in harness.spawner.workers if worker.pid == pid]
         worker.signals.append(number)
 
-    monkeypatch.setattr(crew_module.os, "kill", record_kill)
+    monkeypatch.setattr(supervisor_module.os, "kill", record_kill)
 
 
 # how they are started
@@ -304,7 +304,7 @@ def test_full_message_socket_means_local_handling(harness: SupervisorHarness) ->
         harness.reactor.removeReader(worker.rpc.message_socket)
     for worker in harness.supervisor._workers:
         while not worker.message_socket._send_queue:
-            worker.notify("hurry")
+            worker.notify("abort")
     assert not harness.connect()
     assert not one.connections
 
@@ -312,7 +312,7 @@ def test_full_message_socket_means_local_handling(harness: SupervisorHarness) ->
 def test_no_dispatch_without_workers(make_harness: Any) -> None:
     harness = make_harness(0)
     listeners = [Listener("PROXY_LISTEN", (), _site())]
-    assert harness.supervisor.doors(listeners) == listeners
+    assert harness.supervisor.dispatching_listeners(listeners) == listeners
     assert harness.start() == []
     assert harness.stop() == [None]
 
@@ -352,15 +352,15 @@ def test_backoff_resets_after_a_stable_run(harness: SupervisorHarness, fake_mono
 
 def test_failed_start_is_retried(make_harness: Any, log_events: list[LogEvent]) -> None:
     harness = make_harness(1)
-    harness.spawner.refuses = True
+    harness.spawner.refuse = True
     harness.start()
-    assert [event["number"] for event in log_events if "why" in event] == [1]
-    harness.machine.advance(1)
+    assert [event["number"] for event in log_events if "reason" in event] == [1]
+    harness.reactor.advance(1)
     assert harness.started_count == 0
-    harness.spawner.refuses = False
-    harness.machine.advance(2)
+    harness.spawner.refuse = False
+    harness.reactor.advance(2)
     assert harness.started_count == 1
-    assert harness.sessions.pushed_images - harness.sessions.closed == 1
+    assert harness.sessions.opened - harness.sessions.closed == 1
 
 
 def test_session_closes_with_its_socket(harness: SupervisorHarness) -> None:
@@ -417,7 +417,7 @@ def test_workers_continue_without_the_fork_server(harness: SupervisorHarness, lo
     assert harness.started_count == 2
     assert [harness.connect() for _ in range(2)] == [False, True]
     assert len(other.connections) == 2
-    levels = [event["log_level"] for event in log_events if event.get("log_namespace") == crew_module.__name__]
+    levels = [event["log_level"] for event in log_events if event.get("log_namespace") == supervisor_module.__name__]
     assert [level for level in levels if level > LogLevel.warn] == [LogLevel.critical, LogLevel.error]
     ended = harness.stop()
     other.close_silently()
@@ -456,13 +456,13 @@ def test_fork_server_is_closed_after_all_workers(harness: SupervisorHarness) -> 
 
 def test_token_bindings_are_broadcast(harness: SupervisorHarness) -> None:
     one, other = harness.start_ready()
-    one.rpc.notify("bound", "own:token", "own:client")
+    one.rpc.notify("token_bound", "own:token", "own:client")
     harness.reactor.iterate_all()
     assert harness.bindings.resolve("own:token") == "own:client"
-    assert (one.messages, other.messages) == ([], [("bound", "own:token", "own:client")])
+    assert (one.messages, other.messages) == ([], [("token_bound", "own:token", "own:client")])
     harness.bindings.bind("own:another", "own:client")
     harness.reactor.iterate_all()
-    assert [worker.messages[-1] for worker in (one, other)] == [("bound", "own:another", "own:client")] * 2
+    assert [worker.messages[-1] for worker in (one, other)] == [("token_bound", "own:another", "own:client")] * 2
 
 
 # reload, hurry, stop
@@ -472,11 +472,11 @@ def test_changed_settings_reach_current_and_future_workers(make_harness: Any) ->
     harness = make_harness(2)
     workers = harness.start_ready()
     harness.supervisor.reload({"REGISTRIES": "ghcr.io"})
-    harness.machine.settle()
-    assert [worker.asked for worker in workers] == [[("reload", {"REGISTRIES": "ghcr.io"})]] * 2
-    workers[0].end()
-    harness.machine.advance(1)
-    assert [order.wait_changed for order in harness.spawner.workers] == [{}, {}, {"REGISTRIES": "ghcr.io"}]
+    harness.reactor.iterate_all()
+    assert [worker.messages for worker in workers] == [[("reload", {"REGISTRIES": "ghcr.io"})]] * 2
+    workers[0].exit()
+    harness.reactor.advance(1)
+    assert [worker.changed_settings for worker in harness.spawner.workers] == [{}, {}, {"REGISTRIES": "ghcr.io"}]
 
 
 def test_stop_waits_for_all_workers(harness: SupervisorHarness) -> None:
@@ -511,7 +511,7 @@ def test_abort_reaches_all_workers(harness: SupervisorHarness) -> None:
     harness.stop()
     harness.supervisor.abort()
     harness.reactor.iterate_all()
-    assert [worker.messages for worker in workers] == [[("stop",), ("hurry",)]] * 2
+    assert [worker.messages for worker in workers] == [[("stop",), ("abort",)]] * 2
 
 
 def test_worker_is_killed_after_the_grace_period(harness: SupervisorHarness, recorded_kills: None) -> None:
@@ -540,13 +540,13 @@ def test_dead_worker_is_not_replaced_while_stopping(harness: SupervisorHarness) 
 
 
 def test_worker_output_is_relayed_to_the_log(make_harness: Any, log_events: list[LogEvent]) -> None:
-    worker = make_harness(1, relayed=True).start()[0]
+    worker = make_harness(1, relay_logs=True).start()[0]
     worker.write(b"a line\nlast words")
-    worker.end()
+    worker.exit()
     assert [event["line"] for event in log_events if "line" in event] == ["a line", "last words"]
 
 
 def _site() -> Site:
-    async def answer(request: Any) -> None: ...
+    async def handle(request: Any) -> None: ...
 
-    return Site(Clock(), answer, timeouts=ServerTimeouts(), on_request_finished=lambda request, seconds: None)  # type: ignore[no-untyped-call]
+    return Site(Clock(), handle, timeouts=ServerTimeouts(), on_request_finished=lambda request, seconds: None)  # type: ignore[no-untyped-call]
