@@ -1,4 +1,7 @@
-"""Client processes that do the same job at the same time, so that no client's interpreter holds up another's."""
+"""Client processes that run the same job at the same time.
+
+They are processes because threads would share one interpreter lock, and would slow one another down.
+"""
 
 from __future__ import annotations
 
@@ -15,19 +18,19 @@ from attrs import frozen
 
 from bench.servers import BenchError, BenchServer, ResourceUsage
 
-_POLL_INTERVAL = 0.25  # seconds between calls of `meanwhile`
+_POLL_INTERVAL = 0.25  # seconds between calls of `on_poll`
 
 
 @frozen
 class LoadResult(ResourceUsage):
-    """What one load came to; it ends with its last client's job."""
+    """The result of one load, which ends with the job of its last client."""
 
     results: list[Any]
-    """What each client's job returned."""
+    """The return value of each client's job."""
 
 
 class ClientPool:
-    """As many processes as `count`, started once and used for every load. A context manager."""
+    """A pool of `count` client processes, started once and used for every load. A context manager."""
 
     def __init__(self, count: int) -> None:
         spawn_context = multiprocessing.get_context("spawn")
@@ -61,9 +64,9 @@ class ClientPool:
         on_poll: Callable[[], None] = lambda: None,
         **options: Any,
     ) -> LoadResult:
-        """Let `count` clients do `job` of `bench.loads` and measure `server`; call `meanwhile` now and then.
+        """Run `job`, a function of `bench.loads`, in `count` clients and measure `server`.
 
-        Raise `BenchError` where a client fails.
+        `on_poll` is called every _POLL_INTERVAL until the last client is done. Raises `BenchError` if a client fails.
         """
         pipes = self._connections[:count]
         for pipe in pipes:
@@ -87,15 +90,16 @@ def _receive(pipe: Connection) -> Any:
     try:
         message = pipe.recv()
     except EOFError:
-        raise BenchError("A client process has died.") from None
+        raise BenchError("A client process ended without a result.") from None
     if isinstance(message, str):
         raise BenchError(f"A client failed:\n{message}")
     return message
 
 
 def run_jobs(pipe: Connection) -> None:
-    """Do jobs as long as there is somebody who asks."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to all; the parent ends us
+    """Run the jobs that arrive on `pipe`, until the parent closes it."""
+    # A terminal sends SIGINT to the whole process group. The parent terminates its clients itself.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     while True:
         try:
             job, arguments, options = pipe.recv()

@@ -1,4 +1,4 @@
-"""What the registries have: random blobs and a manifest, as files below a folder that an nginx serves."""
+"""The content of the registries: random blobs and a manifest, as files below a folder that an nginx serves."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from pathlib import Path
 from attrs import frozen
 
 REPOSITORY, SLOW_REPOSITORY = "bench/blob", "bench/slow"
-"""Two repositories with the same content; the registry sends what is in the second one slowly."""
+"""Two repositories with the same content. The registry sends the content of the second one slowly."""
 
 OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 
 _MIB = 1 << 20
-_LAYER_COUNT = 8  # of the image whose manifest is asked for
+_LAYER_COUNT = 8  # layers in the manifest
 
 
 @frozen
 class Resource:
-    """What is asked for; `size` is in bytes."""
+    """A blob or manifest that clients request; `size` is in bytes."""
 
     path: str
     size: int
@@ -32,24 +32,24 @@ class Resource:
 
     @property
     def slow_path(self) -> str:
-        """Its path in the slow repository."""
+        """The path of the same content in the slow repository."""
         return self.path.replace(REPOSITORY, SLOW_REPOSITORY, 1)
 
 
 def create_root(root: Path) -> None:
-    """Make the folder that the registry serves."""
+    """Create the folder that the registry serves."""
     (root / f"v2/{REPOSITORY}").mkdir(parents=True)
     (root / f"v2/{SLOW_REPOSITORY}").symlink_to(root / f"v2/{REPOSITORY}")
 
 
 def create_blob(root: Path, size: int) -> Resource:
-    """Put a blob of `size` bytes where a registry has it: below `root`, under its digest."""
+    """Write a random blob of `size` bytes below `root`, at the path that the registry API has for it."""
     chunk = os.urandom(min(size, _MIB))
     return _write_resource(root, "blobs", (chunk for _ in range(size // len(chunk))), size)
 
 
 def create_manifest(root: Path) -> Resource:
-    """Put a manifest there. What it names is not."""
+    """Write a manifest below `root`. The blobs that it references do not exist."""
 
     def descriptor(kind: str, size: int) -> dict[str, object]:
         digest = f"sha256:{hashlib.sha256(os.urandom(8)).hexdigest()}"

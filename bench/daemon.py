@@ -1,4 +1,4 @@
-"""The daemon that is measured, from this tree: how it is started, and its command."""
+"""Start-up of the daemon under test, from this tree, and its command line tool."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _INHERITED_VARIABLES = ("PATH", "HOME", "LANG", "TMPDIR")
 
 @frozen
 class DaemonPorts:
-    """Where the daemon listens: as a proxy, and as the hosted registry with TLS and without."""
+    """The ports of the daemon: the proxy's, and the hosted registry's with TLS and without."""
 
     proxy: int = field(factory=free_port)
     registry_tls: int = field(factory=free_port)
@@ -36,7 +36,10 @@ def make_daemon(
     workers: int | None = None,
     cores: CoreAssignment | None = None,
 ) -> BenchServer:
-    """Return a daemon that is not started yet, its state below `state`. Without `workers` it has one for each core."""
+    """Return a daemon that is not started yet, with its state below `state`.
+
+    Without `workers` it uses its default, one worker for each core.
+    """
     environment = {name: value for name, value in os.environ.items() if name in _INHERITED_VARIABLES}
     environment |= {
         "PYTHONPATH": str(_PROJECT),
@@ -53,12 +56,12 @@ def make_daemon(
 
 
 def default_workers() -> int:
-    """Return how many workers the daemon has where no setting says so."""
+    """Return the number of workers that the daemon starts by default."""
     return min(max(len(os.sched_getaffinity(0)), 1), 8)
 
 
 def fetch_ca(folder: Path, port: int) -> Path:
-    """Return the file, in `folder`, with the CA of the daemon whose proxy listens at `port`."""
+    """Download the CA of the daemon with the proxy port `port` into `folder`, and return the file."""
     file = folder / "ca.crt"
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with opener.open(f"http://127.0.0.1:{port}/ca.crt", timeout=10) as response:
@@ -67,5 +70,5 @@ def fetch_ca(folder: Path, port: int) -> Path:
 
 
 def cli_command(state: Path, *arguments: str) -> list[str]:
-    """Return the command `dockerproxy`, with `arguments`, for the daemon whose state is in `state`."""
+    """Return the command line of `dockerproxy` with `arguments`, for the daemon with its state in `state`."""
     return [sys.executable, "-c", _CLI_SOURCE, str(_PROJECT), *arguments, "--socket", f"{state}/run/control.sock"]

@@ -1,19 +1,18 @@
-"""Debian's docker-registry, which is CNCF distribution: what the hosted registry is measured against."""
+"""Debian's docker-registry (CNCF distribution), the peer of the hosted registry."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 from pathlib import Path
 
 from bench.pki import ServerCertificate
-from bench.servers import BenchError, BenchServer
+from bench.servers import BenchServer, find_program
 
 
 def write_configuration(folder: Path, port: int, storage: Path, certificate: ServerCertificate) -> Path:
-    """Write the configuration of a registry that keeps what it has in `storage`; return the file."""
+    """Write the configuration of a registry that stores its content in `storage`, and return the file."""
     folder.mkdir(parents=True, exist_ok=True)
     tls = {"certificate": str(certificate.file), "key": str(certificate.key_file)}
     configuration = folder / "config.yml"
@@ -23,7 +22,7 @@ def write_configuration(folder: Path, port: int, storage: Path, certificate: Ser
                 "version": "0.1",
                 "log": {"level": "warn", "accesslog": {"disabled": True}},
                 "storage": {"filesystem": {"rootdirectory": str(storage)}, "delete": {"enabled": True}},
-                "http": {"addr": f"127.0.0.1:{port}", "secret": "of nobody", "tls": tls},
+                "http": {"addr": f"127.0.0.1:{port}", "secret": "not a secret", "tls": tls},
             }
         )
     )
@@ -31,12 +30,12 @@ def write_configuration(folder: Path, port: int, storage: Path, certificate: Ser
 
 
 def make_server(folder: Path, configuration: Path, port: int) -> BenchServer:
-    """Return a registry that is not started yet."""
+    """Return a docker-registry that is not started yet."""
     return BenchServer([_find_program(), "serve", str(configuration)], folder, dict(os.environ), [port])
 
 
 def garbage_collect_command(configuration: Path) -> list[str]:
-    """Return the command that collects garbage; its manual wants that nobody pushes meanwhile."""
+    """Return the command that collects garbage. Its manual forbids pushes while it runs."""
     return [_find_program(), "garbage-collect", str(configuration)]
 
 
@@ -47,7 +46,4 @@ def version() -> str:
 
 
 def _find_program() -> str:
-    path = shutil.which("docker-registry")
-    if path is None:
-        raise BenchError("docker-registry is missing: the Debian package of that name has it.")
-    return path
+    return find_program("docker-registry", "docker-registry")

@@ -1,4 +1,4 @@
-"""The measures of what the daemon takes to be there: its start, its memory, and a host that is new to it."""
+"""Benchmarks of the daemon's fixed costs: start-up, memory, and the first connection to a host."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from bench.testbed import UPSTREAM_HOST, Testbed
 
 _KIB, _MB, _MS = 1024, 1e6, 1000
 
-# Connections after which each process has in memory what of its libraries any connection needs: 2 MB, which are not
-# each connection's.
+# Connections opened before measuring, so that each process has loaded the library pages that any connection needs.
+# These are 2 MB, which do not depend on the number of connections.
 _WARM_UP_CONNECTIONS = 8
 
 
 def memory(testbed: Testbed, table: ResultTable) -> None:
-    """What all processes have in memory together: at the start, and what each connection adds to it."""
+    """Measure the memory of all processes together: after the start, and its growth for each connection."""
     count = testbed.scale.memory_connections
     for round_number in range(testbed.scale.memory_rounds):
         for case, job, blob in (
@@ -29,7 +29,7 @@ def memory(testbed: Testbed, table: ResultTable) -> None:
         ):
             for server_name in alternate_order(round_number, [PROXY, NGINX]):
                 with ExitStack() as stack:
-                    # A process that has served before would take the memory that it has left over.
+                    # A new process for each case: one that has served before would reuse the memory it has freed.
                     server = _start_server(testbed, stack, server_name)
                     log_progress("memory", f"{count} {case}", server_name)
                     resident_at_start, unique_resident = (
@@ -42,32 +42,32 @@ def memory(testbed: Testbed, table: ResultTable) -> None:
                         table.add("memory", case, server_name, metric, "KiB", (value - resident_before) / count / _KIB)
                     if job is hold_connections:
                         table.add("memory", "start", server_name, "resident", "MB", resident_at_start / _MB)
-                        table.add("memory", "start", server_name, "shared once", "MB", unique_resident / _MB)
+                        table.add("memory", "start", server_name, "unique resident", "MB", unique_resident / _MB)
         with testbed.warm_proxy(workers=1) as warm:
             log_progress("memory", "start", "1 worker")
             table.add("memory", "start", PROXY, "with 1 worker", "MB", warm.proxy.process.resident_bytes() / _MB)
 
 
 def startup(testbed: Testbed, table: ResultTable) -> None:
-    """The time until the daemon listens, and a client's first handshake with hosts that are new to it."""
+    """Measure the time until the daemon listens, and the first handshakes with hosts that it has no leaf for."""
     hosts = [f"{number}.{UPSTREAM_HOST}" for number in range(testbed.scale.new_hosts)]
     for round_number in range(testbed.scale.rounds):
         for workers, case in alternate_order(round_number, [(None, "all workers"), (1, "1 worker")]):
-            log_progress("start", case, PROXY)
+            log_progress("startup", case, PROXY)
             settings = {"REGISTRIES": " ".join([UPSTREAM_HOST, *hosts])}
             with testbed.temporary_state() as state, testbed.proxy(state, settings=settings, workers=workers) as server:
-                table.add("start", case, PROXY, "listening", "s", server.process.startup_seconds)
+                table.add("startup", case, PROXY, "listening", "s", server.process.startup_seconds)
                 if workers != 1:
                     continue
-                for metric in ("handshake", "the next one"):
+                for metric in ("handshake", "second handshake"):
                     result = testbed.generator.run_handshakes(server, hosts)
-                    table.add("start", "new host", PROXY, metric, "ms", result.first_byte * _MS)
+                    table.add("startup", "new host", PROXY, metric, "ms", result.first_byte * _MS)
 
 
 def _measure_resident(
     testbed: Testbed, server: RunningServer, job: Callable[..., None], blob: Resource, count: int
 ) -> list[int]:
-    """Return the resident set before a load of `count` connections, and as it was seen while that lasted."""
+    """Return the resident set in bytes: before a load of `count` connections, then the samples taken during it."""
     scale, process = testbed.scale, server.process
     resident_samples = [process.resident_bytes()]
     testbed.clients.run(

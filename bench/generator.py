@@ -1,4 +1,4 @@
-"""The load generator: `load.c`, compiled by gcc, and what it makes of a server."""
+"""The load generator: compiles `load.c` with gcc, runs it against a server, and parses its output."""
 
 from __future__ import annotations
 
@@ -15,61 +15,64 @@ from bench.servers import BenchError, ResourceUsage, pin_to_cores
 
 SOURCE = Path(__file__).with_name("load.c")
 
-REQUESTS, RECONNECTS, HANDSHAKES = "requests", "visits", "greetings"
-"""What the connections do: ask again and again, come anew for every request, or go after the handshake."""
+REQUESTS, RECONNECTS, HANDSHAKES = "requests", "reconnects", "handshakes"
+"""Modes of load.c: requests on open connections, a new connection for each request, or handshakes only."""
 
 
 @frozen
 class GeneratorResult(ResourceUsage):
-    """What a load came to. Times of an answer are medians over all of them, in seconds from its request."""
+    """The result of one load. Response times are medians over all responses, in seconds since the request.
+
+    On new connections they count from before the connection is made.
+    """
 
     count: int
-    """Answers that came whole."""
+    """Complete responses."""
     resumed: int
     """Connections that resumed a TLS session."""
     bytes: int
-    """Bytes of bodies."""
+    """Bytes received in bodies."""
     first_byte: float
-    """Until the first byte of the body."""
+    """Seconds until the first byte of the body, or until the end of the handshake if there is no request."""
     last_byte: float
-    """Until the last one, or the end of the handshake. On new connections both count from before they connect."""
+    """Seconds until the last byte of the body, or until the end of the handshake if there is no request."""
     first_byte_times: tuple[float, ...]
-    """The time to the first byte of each connection's first answer."""
+    """For each connection: seconds until the first byte of its first response."""
 
 
 class LoadGenerator:
-    """The compiled program. `compile` makes one."""
+    """The compiled program. Create it with `compile`."""
 
     def __init__(self, program: Path) -> None:
         self._program = program
 
     @classmethod
     def compile(cls, folder: Path) -> LoadGenerator:
-        """Compile it into `folder`. Raise `BenchError` where that fails."""
+        """Compile load.c into `folder`. Raise `BenchError` if that fails."""
         program = folder / "load"
         argv = ["gcc", "-O2", "-std=gnu17", "-Wall", "-o", str(program), str(SOURCE), "-lssl", "-lcrypto", "-pthread"]
         try:
             result = subprocess.run(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False, text=True)
         except FileNotFoundError:
-            raise BenchError("gcc is missing: the Debian package of that name has it.") from None
+            raise BenchError("gcc is not installed; install the Debian package gcc.") from None
         if result.returncode:
-            raise BenchError(f"{SOURCE.name} cannot be compiled (it needs the package libssl-dev):\n{result.stdout}")
+            raise BenchError(f"gcc failed to compile {SOURCE.name}, which needs libssl-dev:\n{result.stdout}")
         return cls(program)
 
     def run_requests(
         self, server: RunningServer, paths: Sequence[str], *, connections: int = 1, count: int = 0, seconds: float = 0.0
     ) -> GeneratorResult:
-        """Ask for `paths` in turn on open connections, `count` times on each, or for so many `seconds`."""
+        """Request `paths` in turn on open connections: `count` requests on each, or as many as `seconds` allow."""
         return self._run(server, paths, mode=REQUESTS, connections=connections, count=count, seconds=seconds)
 
     def run_reconnects(
         self, server: RunningServer, paths: Sequence[str], *, connections: int, seconds: float, resume: bool
     ) -> GeneratorResult:
-        """Connect, ask and hang up for so many `seconds`, `connections` of them at a time."""
+        """For `seconds`, open a connection, send one request and close; `connections` clients at a time."""
         return self._run(server, paths, mode=RECONNECTS, connections=connections, seconds=seconds, resume=int(resume))
 
     def run_handshakes(self, server: RunningServer, hosts: Sequence[str]) -> GeneratorResult:
-        """Connect to each of `hosts`, one after the other, and hang up after the handshake."""
+        """Connect to each of `hosts`, one after the other, and close the connection after the handshake."""
         return self._run(server, [], hosts, mode=HANDSHAKES)
 
     def _run(
@@ -102,7 +105,7 @@ class LoadGenerator:
 
 
 def parse_output(output: str, server_cpu: float) -> GeneratorResult:
-    """Return what the program printed, and what the server used meanwhile."""
+    """Parse the JSON that load.c prints; `server_cpu` is the server's CPU time under the load, in seconds."""
     data = json.loads(output)
     return GeneratorResult(
         wall=data["wall"],
@@ -111,7 +114,7 @@ def parse_output(output: str, server_cpu: float) -> GeneratorResult:
         count=data["count"],
         resumed=data["resumed"],
         bytes=int(data["bytes"]),
-        first_byte=data["first"][0],
-        last_byte=data["whole"][0],
-        first_byte_times=tuple(data["firsts"]),
+        first_byte=data["first_byte"][0],
+        last_byte=data["last_byte"][0],
+        first_byte_times=tuple(data["first_byte_times"]),
     )

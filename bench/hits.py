@@ -1,4 +1,4 @@
-"""The measures of a large blob that is there: through CONNECT and TLS, in plain HTTP, and on a second core."""
+"""Benchmarks of a large cached blob: through CONNECT and TLS, over plain HTTP, and on a second core."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from bench.table import NGINX, PROXY, ResultTable
 from bench.testbed import UPSTREAM_HOST, Testbed
 
 MANY_CLIENTS = 8
-"""Clients of the loads that are not for one client."""
+"""Number of clients in the loads with several clients."""
 
 
 def hit(testbed: Testbed, table: ResultTable) -> None:
-    """A blob that is cached, read whole through the proxy."""
+    """Read a whole cached blob through the proxy."""
     with ExitStack() as stack:
         warm, static = stack.enter_context(testbed.warm_proxy()), stack.enter_context(testbed.static_nginx())
-        # A line in the log for each GiB is soon measured; the many clients take long enough without it.
+        # One log line per GiB hardly costs anything, so measuring nginx's log with one client is enough.
         for count, servers in (
             (1, [warm.proxy, static.tls, static.tls_with_log]),
             (MANY_CLIENTS, [warm.proxy, static.tls]),
@@ -33,20 +33,21 @@ def hit(testbed: Testbed, table: ResultTable) -> None:
 
 
 def plain_http(testbed: Testbed, table: ResultTable) -> None:
-    """The same in plain HTTP: from the hosted registry, and from the proxy as a mirror."""
+    """Read the same blob over plain HTTP: from the hosted registry, and from the proxy as a mirror."""
     with ExitStack() as stack:
         warm, static = stack.enter_context(testbed.warm_proxy()), stack.enter_context(testbed.static_nginx())
         variants = (("hosted", warm.hosted, ""), ("mirror", warm.mirror, f"?ns={UPSTREAM_HOST}"))
         for (name, proxy_server, query), count in product(variants, (1, MANY_CLIENTS)):
             case = f"{name}, {client_count_label(count)}"
-            for server in each_round(testbed, [proxy_server, static.plain_http], "plain", case):
-                _measure_download(testbed, table, "plain", case, server, count, testbed.large_blob.path + query)
+            for server in each_round(testbed, [proxy_server, static.plain_http], "http", case):
+                _measure_download(testbed, table, "http", case, server, count, testbed.large_blob.path + query)
 
 
 def core_scaling(testbed: Testbed, table: ResultTable) -> None:
-    """What a second core brings: two workers and their clients on two cores, beside one worker and the same on one.
+    """Compare two workers and their clients on two cores with one worker and the same clients on one core.
 
-    Everything that a core has to do is there twice, so that the ratio of the rates is what the server makes of it.
+    The clients share the server's cores, so everything gets twice the CPU time. A ratio of the rates below 2 shows the
+    loss between the workers and in the kernel.
     """
     cases = (
         (f"hits, {client_count_label(MANY_CLIENTS)}", partial(_measure_hits, testbed)),
@@ -58,13 +59,13 @@ def core_scaling(testbed: Testbed, table: ResultTable) -> None:
             with ExitStack() as stack:
                 server = _start_on_cores(testbed, stack, server_name, count)
                 for case, load in cases:
-                    log_progress("second", f"{case}, {CORES_LABELS[count]}", server_name)
+                    log_progress("scaling", f"{case}, {CORES_LABELS[count]}", server_name)
                     rate, unit = load(server)
-                    table.add("second", case, server_name, CORES_LABELS[count], unit, rate)
+                    table.add("scaling", case, server_name, CORES_LABELS[count], unit, rate)
                     rates[case, server_name, count] = rate
         for case, server_name in product((case for case, _ in cases), (PROXY, NGINX)):
             table.add(
-                "second",
+                "scaling",
                 case,
                 server_name,
                 "second core",
@@ -77,7 +78,7 @@ CORES_LABELS = {1: "one core", 2: "two cores"}
 
 
 def _start_on_cores(testbed: Testbed, stack: ExitStack, server: str, count: int) -> RunningServer:
-    """Start a server with `count` workers on as many cores, which are its clients' too."""
+    """Start a server with `count` workers on `count` cores, which it shares with its clients."""
     cores = CoreAssignment.shared(count)
     if server == PROXY:
         return stack.enter_context(testbed.warm_proxy(workers=count, cores=cores)).proxy

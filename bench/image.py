@@ -1,7 +1,7 @@
-"""The measure of a whole pull: `skopeo copy` of an image of many layers, through the proxy and without it.
+"""Benchmark of a whole pull: `skopeo copy` of an image with many layers, through the proxy and without it.
 
-The copy goes to memory, and so does what skopeo remembers of blobs: it flushes both to the disk, seven times for each
-layer, which is not what is measured.
+The copy and skopeo's blob information cache are in memory. On a disk skopeo would wait for seven flushes for each
+layer, whichever server the layer comes from.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from attrs import frozen
 
 from bench import registry_tree
 from bench.measurement import alternate_order, log_progress
-from bench.servers import BenchError, BenchServer
+from bench.servers import BenchError, BenchServer, find_program
 from bench.table import DIRECT, NGINX, PROXY, ResultTable
 from bench.testbed import DIRECT_HOST, UPSTREAM_HOST, Testbed
 
-_REPOSITORY, _LAYER = "bench/image", 100_000  # bytes of a layer
+_REPOSITORY, _LAYER_SIZE = "bench/image", 100_000
 _MEMORY_FOLDER = "/dev/shm"
 
-_DESTINATIONS = {"oci": "", "dir": ", one by one"}
-"""Kinds of copies: skopeo fetches six layers at a time for an OCI layout, as engines do, and for a folder one."""
+_DESTINATIONS = {"oci": "", "dir": ", sequential"}
+"""Transports of the copy: into an OCI layout skopeo fetches six layers at a time, as engines do; into a `dir:`, one."""
 
 
 @frozen
 class _ImageSource:
-    """How skopeo gets at the image: by which name, trusting which CA, through which proxy, and what serves it."""
+    """A server of the image, and the reference, CA and proxy by which skopeo pulls from it."""
 
     name: str
     process: BenchServer
@@ -40,12 +40,12 @@ class _ImageSource:
 
 
 def image_copy(testbed: Testbed, table: ResultTable) -> None:
-    """An image that is cached, beside fetching it from the docker-registry that it came from.
+    """Copy a cached image, and compare that with a copy from the docker-registry that it was fetched from.
 
-    And from an nginx that has it as files, without CONNECT: with that, most of the time is skopeo's own.
+    A third copy comes from an nginx that serves the image as files without CONNECT. Most of its time is skopeo's own.
     """
     storage = testbed.folder / "image"
-    tag = registry_tree.write_image(storage, _REPOSITORY, testbed.scale.image_layers, _LAYER)
+    tag = registry_tree.write_image(storage, _REPOSITORY, testbed.scale.image_layers, _LAYER_SIZE)
     published = testbed.root / f"v2/{_REPOSITORY}"
     registry_tree.export_as_files(storage, _REPOSITORY, tag, published)
     with testbed.docker_registry(storage) as upstream, testbed.temporary_state() as state:
@@ -60,7 +60,7 @@ def image_copy(testbed: Testbed, table: ResultTable) -> None:
                 _ImageSource(DIRECT, upstream.process, f"{DIRECT_HOST}:{port}/{image}", ca_file),
                 _ImageSource(NGINX, file_server.process, f"{DIRECT_HOST}:{file_server.endpoint.port}/{image}", ca_file),
             ]
-            copy_image(sources[0], "oci")  # which caches it
+            copy_image(sources[0], "oci")  # fills the cache
             for round_number in range(testbed.scale.rounds):
                 for destination, suffix in _DESTINATIONS.items():
                     case = f"{testbed.scale.image_layers} layers{suffix}"
@@ -74,10 +74,8 @@ def image_copy(testbed: Testbed, table: ResultTable) -> None:
 
 
 def copy_image(source: _ImageSource, destination: str) -> float:
-    """Return the seconds that a copy took."""
-    skopeo = shutil.which("skopeo")
-    if skopeo is None:
-        raise BenchError("skopeo is missing: the Debian package of that name has it.")
+    """Copy the image and return the seconds that this took."""
+    skopeo = find_program("skopeo", "skopeo")
     with tempfile.TemporaryDirectory(
         prefix="bench-", dir=_MEMORY_FOLDER if os.access(_MEMORY_FOLDER, os.W_OK) else None
     ) as folder:
@@ -88,7 +86,8 @@ def copy_image(source: _ImageSource, destination: str) -> float:
             "HOME": folder,
             "SSL_CERT_FILE": source.ca_file,
             "https_proxy": source.proxy,
-            "_CONTAINERS_ROOTLESS_UID": "1",  # root's skopeo would remember blobs below /var/lib instead of HOME
+            # Run by root, skopeo would otherwise keep its blob information cache below /var/lib instead of HOME.
+            "_CONTAINERS_ROOTLESS_UID": "1",
         }
         argv = [
             skopeo,
@@ -110,7 +109,7 @@ def copy_image(source: _ImageSource, destination: str) -> float:
 
 
 def skopeo_version() -> str:
-    """Return the version of skopeo, where there is one."""
+    """Return the version of skopeo, or "no skopeo" if it is not installed."""
     skopeo = shutil.which("skopeo")
     if skopeo is None:
         return "no skopeo"

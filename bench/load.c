@@ -1,8 +1,8 @@
-/* The load of `make bench`: connections to 127.0.0.1, a thread for each, that ask for what they are told to.
+/* The load generator of `make bench`: connections to 127.0.0.1, with one thread for each, that send requests.
 
-   Written in C because the server under load shares its machine with its clients: Python's would use most of it.
-   bench/generator.py compiles it, says what the options mean and reads what it prints. It connects, prints a line, waits
-   for one on its standard input, does its job, and prints what that came to as JSON. Times are in seconds. */
+   It is written in C because the clients share the machine with the server under load, and Python clients would use
+   most of it. bench/generator.py compiles it, documents the options and parses the output. The program connects, prints
+   a line, waits for a line on its standard input, runs the load, and prints JSON. All times are in seconds. */
 
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -20,7 +20,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { BUFFER = 256 * 1024, PATHS = 256, HOSTS = 256, PATIENCE = 600 };
+enum { BUFFER = 256 * 1024, PATHS = 256, HOSTS = 256, RECEIVE_TIMEOUT = 600 };
 
 static struct {
     const char *mode, *hosts[HOSTS], *ca, *paths[PATHS];
@@ -31,7 +31,7 @@ static struct {
 
 struct times {
     double *values;
-    size_t count, room;
+    size_t count, capacity;
 };
 
 struct client {
@@ -43,7 +43,7 @@ struct client {
     char *buffer;
     long count, resumed;
     double bytes;
-    struct times first, whole;
+    struct times first_byte, last_byte;
     double end;
 };
 
@@ -69,13 +69,13 @@ static double now(void)
     return time.tv_sec + time.tv_nsec / 1e9;
 }
 
-static void note(struct times *times, double value)
+static void record_time(struct times *times, double value)
 {
-    if (times->count == times->room) {
-        times->room = times->room ? 2 * times->room : 1024;
-        times->values = realloc(times->values, times->room * sizeof *times->values);
+    if (times->count == times->capacity) {
+        times->capacity = times->capacity ? 2 * times->capacity : 1024;
+        times->values = realloc(times->values, times->capacity * sizeof *times->values);
         if (!times->values)
-            die("no memory");
+            die("out of memory");
     }
     times->values[times->count++] = value;
 }
@@ -84,29 +84,29 @@ static void send_all(struct client *client, const char *data, int length)
 {
     if (client->tls) {
         if (SSL_write(client->tls, data, length) != length)
-            die("the server takes no request");
+            die("cannot send the request");
     } else if (send(client->descriptor, data, length, MSG_NOSIGNAL) != length)
-        die("the server takes no request");
+        die("cannot send the request");
 }
 
-/* Return how many bytes came; a body without TLS may be dropped in the kernel, so that no copy of it is made. */
-static int receive(struct client *client, char *into, int room, int drop)
+/* Return the number of received bytes. Without TLS, `discard` drops them in the kernel, which saves copying them. */
+static int receive(struct client *client, char *buffer, int size, int discard)
 {
-    int got = client->tls ? SSL_read(client->tls, into, room)
-                          : (int)recv(client->descriptor, into, room, drop ? MSG_TRUNC : 0);
-    if (got <= 0)
-        die("the server hung up on client %d", client->number);
-    return got;
+    int received = client->tls ? SSL_read(client->tls, buffer, size)
+                          : (int)recv(client->descriptor, buffer, size, discard ? MSG_TRUNC : 0);
+    if (received <= 0)
+        die("the server closed the connection of client %d", client->number);
+    return received;
 }
 
-/* Read up to the end of a head; return its length, and in `received` how much there is with what came behind it. */
+/* Read at least a response head; return its length, and in `received` the number of bytes read with what follows it. */
 static int read_head(struct client *client, int *received)
 {
     char *end = NULL;
     *received = 0;
     while (!end) {
         if (*received == BUFFER - 1)
-            die("a head without an end");
+            die("the response head is longer than %d bytes", BUFFER - 1);
         *received += receive(client, client->buffer + *received, BUFFER - 1 - *received, 0);
         client->buffer[*received] = 0;
         end = strstr(client->buffer, "\r\n\r\n");
@@ -119,28 +119,29 @@ static int read_head(struct client *client, int *received)
 static void open_connection(struct client *client)
 {
     struct sockaddr_in address = {.sin_family = AF_INET, .sin_port = htons(options.port)};
-    struct timeval patience = {.tv_sec = PATIENCE};
+    struct timeval timeout = {.tv_sec = RECEIVE_TIMEOUT};
     int on = 1, received;
     address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
     client->descriptor = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
     if (client->descriptor < 0 || connect(client->descriptor, (struct sockaddr *)&address, sizeof address))
-        die("no connection to port %d", options.port);
+        die("cannot connect to port %d", options.port);
     setsockopt(client->descriptor, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
-    setsockopt(client->descriptor, SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof patience);
+    setsockopt(client->descriptor, SOL_SOCKET, SO_RCVTIMEO, &timeout, sizeof timeout);
     if (options.connect) {
-        int length = sprintf(client->buffer, "CONNECT %s:443 HTTP/1.1\r\nHost: %s:443\r\n\r\n", client->host, client->host);
+        const char *host = client->host;
+        int length = sprintf(client->buffer, "CONNECT %s:443 HTTP/1.1\r\nHost: %s:443\r\n\r\n", host, host);
         send_all(client, client->buffer, length);
         if (read_head(client, &received) != received)
-            die("there is more than an answer to CONNECT");
+            die("there is data after the response to CONNECT");
     }
     if (!*options.ca)
         return;
     SSL *tls = SSL_new(context);
     if (!tls || !SSL_set_fd(tls, client->descriptor) || !SSL_set_tlsext_host_name(tls, client->host)
         || !SSL_set1_host(tls, client->host) || (client->session && !SSL_set_session(tls, client->session)))
-        die("no TLS");
+        die("cannot set up TLS");
     if (SSL_connect(tls) != 1)
-        die("the handshake failed");
+        die("the TLS handshake failed");
     client->tls = tls;
 }
 
@@ -159,8 +160,8 @@ static void close_connection(struct client *client)
     close(client->descriptor);
 }
 
-/* Ask once, and read the whole answer. */
-static void ask(struct client *client, double since)
+/* Send one request and read the whole response. Its times count from `since`. */
+static void do_request(struct client *client, double since)
 {
     int received, head;
     int length = sprintf(client->buffer, "GET %s HTTP/1.1\r\nHost: %s\r\nUser-Agent: bench\r\nAccept: */*\r\n\r\n",
@@ -169,47 +170,47 @@ static void ask(struct client *client, double since)
     head = read_head(client, &received);
     char *field = strcasestr(client->buffer, "\r\nContent-Length:");
     if (!field || field > client->buffer + head)
-        die("an answer without a length: %.300s", client->buffer);
+        die("the response has no Content-Length: %.300s", client->buffer);
     long size = atol(field + 17), missing = size - (received - head);
     if (size && received == head)
         missing -= receive(client, client->buffer, BUFFER, 0);
-    note(&client->first, now() - since);
+    record_time(&client->first_byte, now() - since);
     while (missing > 0)
         missing -= receive(client, client->buffer, missing < BUFFER ? missing : BUFFER, 1);
     if (missing)
-        die("the server sent more than was asked for");
-    note(&client->whole, now() - since);
+        die("the server sent data after the end of the body");
+    record_time(&client->last_byte, now() - since);
     client->bytes += size;
     client->count++;
 }
 
-/* Requests on a connection that stays open: `count` of them, or as many as `seconds` allow. */
-static void keep_asking(struct client *client)
+/* Send requests on an open connection: `count` of them, or as many as `seconds` allow. */
+static void request_loop(struct client *client)
 {
     while (options.count ? client->count < options.count : now() - began < options.seconds)
-        ask(client, now());
+        do_request(client, now());
 }
 
-/* A new connection for each request. */
-static void keep_coming(struct client *client)
+/* Open a new connection for each request. */
+static void reconnect_loop(struct client *client)
 {
     while (now() - began < options.seconds) {
         double since = now();
         open_connection(client);
-        ask(client, since);
+        do_request(client, since);
         close_connection(client);
     }
 }
 
-/* A connection to each host, of which nothing but the handshake is wanted. */
-static void greet(struct client *client)
+/* Connect to each host in turn, and close the connection after the handshake. */
+static void handshake_loop(struct client *client)
 {
     for (; client->count < options.host_count; client->count++) {
         double since = now();
         client->host = options.hosts[client->count];
         open_connection(client);
-        note(&client->first, now() - since);
-        note(&client->whole, now() - since);
+        record_time(&client->first_byte, now() - since);
+        record_time(&client->last_byte, now() - since);
         close_connection(client);
     }
 }
@@ -217,18 +218,18 @@ static void greet(struct client *client)
 static void *work(void *argument)
 {
     struct client *client = argument;
-    int visits = !strcmp(options.mode, "visits"), greets = !strcmp(options.mode, "greetings");
-    if (!visits && !greets || options.resume)
+    int reconnects = !strcmp(options.mode, "reconnects"), handshakes = !strcmp(options.mode, "handshakes");
+    if ((!reconnects && !handshakes) || options.resume)
         open_connection(client);
-    if (visits && options.resume) { /* a session to begin with comes with the first answer */
-        ask(client, now());
+    if (reconnects && options.resume) { /* the server sends the first session with its first response */
+        do_request(client, now());
         close_connection(client);
-        client->count = client->resumed = client->first.count = client->whole.count = 0;
+        client->count = client->resumed = client->first_byte.count = client->last_byte.count = 0;
         client->bytes = 0;
     }
     pthread_barrier_wait(&ready);
     pthread_barrier_wait(&go);
-    (visits ? keep_coming : greets ? greet : keep_asking)(client);
+    (reconnects ? reconnect_loop : handshakes ? handshake_loop : request_loop)(client);
     client->end = now() - began;
     return NULL;
 }
@@ -253,14 +254,14 @@ static void print_quantiles(const char *name, struct client *clients, size_t off
     for (int number = 0; number < options.connections; number++) {
         struct times *times = (struct times *)((char *)&clients[number] + offset);
         for (size_t index = 0; index < times->count; index++)
-            note(&all, times->values[index]);
+            record_time(&all, times->values[index]);
     }
     qsort(all.values, all.count, sizeof *all.values, compare);
     printf(", \"%s\": [%.9f, %.9f]", name, all.values[(size_t)(quantiles[0] * (all.count - 1))],
            all.values[(size_t)(quantiles[1] * (all.count - 1))]);
 }
 
-static void print_outcome(struct client *clients, double used)
+static void print_results(struct client *clients, double used)
 {
     double end = 0, bytes = 0;
     long count = 0, resumed = 0;
@@ -271,14 +272,16 @@ static void print_outcome(struct client *clients, double used)
         resumed += clients[number].resumed;
     }
     if (!count)
-        die("nothing was done in time");
-    printf("{\"wall\": %.9f, \"cpu\": %.6f, \"count\": %ld, \"resumed\": %ld, \"bytes\": %.0f", end, used, count, resumed,
-           bytes);
-    print_quantiles("first", clients, offsetof(struct client, first));
-    print_quantiles("whole", clients, offsetof(struct client, whole));
-    printf(", \"firsts\": [");
-    for (int number = 0; number < options.connections; number++)
-        printf("%s%.9f", number ? ", " : "", clients[number].first.count ? clients[number].first.values[0] : 0);
+        die("no request was completed in time");
+    printf("{\"wall\": %.9f, \"cpu\": %.6f, \"count\": %ld, \"resumed\": %ld, \"bytes\": %.0f", end, used, count,
+           resumed, bytes);
+    print_quantiles("first_byte", clients, offsetof(struct client, first_byte));
+    print_quantiles("last_byte", clients, offsetof(struct client, last_byte));
+    printf(", \"first_byte_times\": [");
+    for (int number = 0; number < options.connections; number++) {
+        struct times *times = &clients[number].first_byte;
+        printf("%s%.9f", number ? ", " : "", times->count ? times->values[0] : 0);
+    }
     printf("]}\n");
 }
 
@@ -286,7 +289,7 @@ static void read_option(const char *option)
 {
     const char *value = strchr(option, '=');
     if (!value)
-        die("%s is no option", option);
+        die("unknown option %s", option);
     size_t length = value++ - option;
 #define IS(name) (length == sizeof name - 1 && !strncmp(option, name, length))
     if (IS("mode"))
@@ -310,16 +313,16 @@ static void read_option(const char *option)
     else if (IS("path") && options.path_count < PATHS)
         options.paths[options.path_count++] = value;
     else
-        die("%s is no option", option);
+        die("unknown option %s", option);
 }
 
 static void make_context(void)
 {
     context = SSL_CTX_new(TLS_client_method());
     if (!context || !SSL_CTX_set_min_proto_version(context, TLS1_3_VERSION)
-        || !SSL_CTX_set_ciphersuites(context, "TLS_AES_128_GCM_SHA256") /* what Go's clients ask for first */
+        || !SSL_CTX_set_ciphersuites(context, "TLS_AES_128_GCM_SHA256") /* the first choice of Go's clients */
         || !SSL_CTX_load_verify_locations(context, options.ca, NULL))
-        die("no TLS");
+        die("cannot set up TLS");
     SSL_CTX_set_verify(context, SSL_VERIFY_PEER, NULL);
     SSL_CTX_set_read_ahead(context, 1);
     SSL_CTX_set_default_read_buffer_len(context, BUFFER);
@@ -339,7 +342,7 @@ int main(int count, char **arguments)
         clients[number].host = options.hosts[0];
         clients[number].buffer = malloc(BUFFER);
         if (!clients[number].buffer || pthread_create(&clients[number].thread, NULL, work, &clients[number]))
-            die("no thread");
+            die("cannot start a thread");
     }
     pthread_barrier_wait(&ready);
     puts("ready");
@@ -351,6 +354,6 @@ int main(int count, char **arguments)
     pthread_barrier_wait(&go);
     for (int number = 0; number < options.connections; number++)
         pthread_join(clients[number].thread, NULL);
-    print_outcome(clients, cpu() - used);
+    print_results(clients, cpu() - used);
     return 0;
 }

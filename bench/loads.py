@@ -1,6 +1,6 @@
-"""What clients in Python do to a server, where they need not be fast: `generator` has those that do.
+"""Jobs of the clients in Python, which need not be fast. If the load has to be fast, `generator` creates it.
 
-A job prepares, calls `start`, which returns when all clients are ready, and works.
+A job first prepares its connections. Then it calls `start`, which returns when all clients are ready, and begins.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from bench.endpoints import Endpoint, read_body, read_head
 WaitForStart = Callable[[], None]
 
 _BUFFER = 256 * 1024
-_SLOW_READ_SIZE = 10 * 1000  # bytes that a slow client takes each second
+_SLOW_READ_SIZE = 10 * 1000  # bytes that a slow client reads each second
 
 
 def download(start: WaitForStart, endpoint: Endpoint, blob: Resource) -> str:
-    """Read a whole blob on a connection that is open; return the head of the answer."""
+    """Read a whole blob on an open connection; return the head of the response."""
     buffer = bytearray(_BUFFER)
     with endpoint.connect(endpoint.tls_context()) as connection:
         start()
@@ -31,7 +31,7 @@ def download(start: WaitForStart, endpoint: Endpoint, blob: Resource) -> str:
 
 
 def read_slowly(start: WaitForStart, endpoint: Endpoint, blob: Resource, connections: int, seconds: float) -> None:
-    """Ask for a blob on many connections, and take little of it: `_SIP` bytes a second on each."""
+    """Request a blob on many connections, and read only `_SLOW_READ_SIZE` bytes a second on each."""
     context, request, buffer = endpoint.tls_context(), endpoint.get_request(blob.path), bytearray(_SLOW_READ_SIZE)
     open_connections = [endpoint.connect(context) for _ in range(connections)]
     start()
@@ -42,12 +42,12 @@ def read_slowly(start: WaitForStart, endpoint: Endpoint, blob: Resource, connect
         time.sleep(max(0, started + second - time.monotonic()))
         for connection in open_connections:
             if not connection.recv_into(buffer):
-                raise ConnectionError("the server hung up on a slow client")
+                raise ConnectionError("the server closed the connection of a slow client")
     _close(open_connections)
 
 
 def hold_connections(start: WaitForStart, endpoint: Endpoint, blob: Resource, connections: int, seconds: float) -> None:
-    """Ask once on many connections, and leave them open."""
+    """Request a blob once on each of many connections, and leave the connections open."""
     context, request, buffer = endpoint.tls_context(), endpoint.get_request(blob.path), bytearray(_BUFFER)
     open_connections = [endpoint.connect(context) for _ in range(connections)]
     start()

@@ -1,4 +1,4 @@
-"""What the figures were measured on, and what with."""
+"""Description of the machine and of the program versions in a run."""
 
 from __future__ import annotations
 
@@ -16,23 +16,22 @@ from bench.testbed import NGINX_WORKERS
 
 
 def describe_machine() -> dict[str, str]:
-    """Return what a reader of the figures has to know, by its name."""
+    """Return the facts that a reader needs to judge the figures, as name and value."""
     uname = platform.uname()
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "machine": f"{len(os.sched_getaffinity(0))} cores, {_processor()}, {uname.system} {uname.release}, "
         f"congestion control of TCP: {_congestion_control()}",
         "daemon": f"Python {platform.python_version()}, Twisted {twisted.__version__}, "
-        f"{SSL.SSLeay_version(SSL.SSLEAY_VERSION).decode()}; {default_workers()} workers, one where a row is per core",
-        "peers": f"{nginx.version()}, {NGINX_WORKERS} workers, one where a row is per core; "
-        f"{docker_registry.version()}",
+        f"{SSL.SSLeay_version(SSL.SSLEAY_VERSION).decode()}; {default_workers()} workers, one in rows per core",
+        "peers": f"{nginx.version()}, {NGINX_WORKERS} workers, one in rows per core; {docker_registry.version()}",
         "clients": f"on the same cores: bench/load.c; {skopeo_version()}; Python for pushes and memory",
         "load average at the start": load_average(),
     }
 
 
 def load_average() -> str:
-    """Return the load average of the last one, five and fifteen minutes."""
+    """Return the load averages of the last one, five and fifteen minutes."""
     return " ".join(f"{value:.2f}" for value in os.getloadavg())
 
 

@@ -1,4 +1,7 @@
-"""How measures measure. Every round takes each server once, so that what the machine does besides falls on all."""
+"""Helpers of the benchmarks: rounds, progress and recording.
+
+Every round loads each server once, so that other load on the machine affects all of them.
+"""
 
 from __future__ import annotations
 
@@ -20,32 +23,32 @@ _T = TypeVar("_T")
 def each_round(
     testbed: Testbed, servers: Sequence[RunningServer], benchmark: str, case: str
 ) -> Iterator[RunningServer]:
-    """Yield each server in every round."""
+    """Yield each server once in every round."""
     for round_number in range(testbed.scale.rounds):
         for server in alternate_order(round_number, servers):
             log_progress(benchmark, case, server.name)
             yield server
 
 
-def alternate_order(round_: int, items: Sequence[_T]) -> Sequence[_T]:
-    """Return the order of a round: every other one goes backwards, so that a drift favours nobody."""
-    return items[::-1] if round_ % 2 else items
+def alternate_order(round_number: int, items: Sequence[_T]) -> Sequence[_T]:
+    """Return the order of a round. Every second round is reversed, so that a drift favours no server."""
+    return items[::-1] if round_number % 2 else items
 
 
 def client_count_label(count: int) -> str:
-    """Return the name of the case of so many clients."""
+    """Return the name of the case with `count` clients."""
     return "1 client" if count == 1 else f"{count} clients"
 
 
 def log_progress(benchmark: str, case: str, server: str) -> None:
-    """Say what is measured next."""
+    """Print to stderr which case is measured next."""
     print(f"{benchmark}: {case}: {server}", file=sys.stderr, flush=True)
 
 
 def record_throughput(
     table: ResultTable, benchmark: str, case: str, server: RunningServer, usage: ResourceUsage, size: int
 ) -> None:
-    """Note a load in which `size` bytes went to clients, or came from them."""
+    """Record a load in which `size` bytes were sent to clients or received from them."""
     name = server.name
     table.add(
         benchmark, case, name, "throughput", "MB/s", size / usage.wall / MB, utilization=_utilization(usage, server)
@@ -57,7 +60,7 @@ def record_throughput(
 def record_rate(
     table: ResultTable, benchmark: str, case: str, server: RunningServer, usage: ResourceUsage, count: int, unit: str
 ) -> None:
-    """Note a load in which something was done `count` times."""
+    """Record a load of `count` operations; `unit` is the name of one."""
     name = server.name
     table.add(benchmark, case, name, f"{unit}s", "/s", count / usage.wall, utilization=_utilization(usage, server))
     table.add(benchmark, case, name, "server CPU", "µs each", usage.server_cpu / count * _MICRO)

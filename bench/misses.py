@@ -1,4 +1,4 @@
-"""The measures of what is not cached: for one client, for several or very many at once, and for those that join."""
+"""Benchmarks of uncached content: for one client, for many clients at once, and for clients that join a download."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MS = 1000
 
 
 def miss(testbed: Testbed, table: ResultTable) -> None:
-    """A large blob: by one client, and by several that ask for it at the same moment."""
+    """Fetch a large blob: for one client, and for several that request it at the same time."""
     for count in (1, MANY_CLIENTS):
         case = client_count_label(count)
         for round_number in range(testbed.scale.rounds):
@@ -41,7 +41,7 @@ def miss(testbed: Testbed, table: ResultTable) -> None:
 
 
 def time_to_first_byte(testbed: Testbed, table: ResultTable) -> None:
-    """The time to the first byte of small blobs, one after the other on one connection, over fetching directly."""
+    """Measure the time to the first byte of small blobs on one connection, and compare it with a direct fetch."""
     case = "64 KiB, cold"
     for round_number in range(testbed.scale.rounds):
         blobs = [create_blob(testbed.root, _COLD_BLOB_SIZE) for _ in range(testbed.scale.cold_blobs)]
@@ -52,16 +52,16 @@ def time_to_first_byte(testbed: Testbed, table: ResultTable) -> None:
             ]
             first_byte_ms: dict[str, float] = {}
             for server in alternate_order(round_number, [*servers, testbed.registry]):
-                log_progress("first", case, server.name)
+                log_progress("ttfb", case, server.name)
                 result = testbed.generator.run_requests(server, paths, count=len(paths))
                 first_byte_ms[server.name] = result.first_byte * _MS
-                table.add("first", case, server.name, "first byte", "ms", first_byte_ms[server.name])
+                table.add("ttfb", case, server.name, "first byte", "ms", first_byte_ms[server.name])
         for name in (PROXY, NGINX):
-            table.add("first", case, name, "over direct", "ms", first_byte_ms[name] - first_byte_ms[DIRECT])
+            table.add("ttfb", case, name, "over direct", "ms", first_byte_ms[name] - first_byte_ms[DIRECT])
 
 
 def joined_download(testbed: Testbed, table: ResultTable) -> None:
-    """Many clients that ask at once for a blob that the registry sends slowly, beside one client alone."""
+    """Let many clients request at once a blob that the registry sends slowly, and compare them with one client."""
     case, blob = f"{JOINING_CLIENTS} clients", create_blob(testbed.root, testbed.scale.joined_blob)
     for round_number in range(testbed.scale.rounds):
         with testbed.cold_proxy() as server:
@@ -72,25 +72,25 @@ def joined_download(testbed: Testbed, table: ResultTable) -> None:
                 log_progress("joined", case, server.name)
                 duration = _measure_slow_download(testbed, table, case, server, blob, JOINING_CLIENTS)
                 if server.name == PROXY:
-                    table.add("joined", case, PROXY, "over alone", "×", duration / single_client_seconds)
+                    table.add("joined", case, PROXY, "over 1 client", "×", duration / single_client_seconds)
     testbed.remove_resource(blob)
 
 
 def thundering_herd(testbed: Testbed, table: ResultTable) -> None:
-    """A layer that a whole fleet asks for at the same moment."""
+    """Let a whole fleet of clients request the same uncached layer at the same time."""
     count = testbed.scale.herd_clients
     case = f"{count:,} clients"
     for round_number in range(testbed.scale.rounds):
         blob = create_blob(testbed.root, testbed.scale.herd_blob)
         for start_server in alternate_order(round_number, [testbed.cold_proxy, testbed.caching_nginx]):
             with start_server() as server:
-                log_progress("crowd", case, server.name)
+                log_progress("herd", case, server.name)
                 log_offset = testbed.origin_log_offset()
                 result = testbed.generator.run_requests(server, [blob.path], connections=count, count=1)
-                record_throughput(table, "crowd", case, server, result, result.bytes)
-                table.add("crowd", case, server.name, "last first byte", "ms", max(result.first_byte_times) * _MS)
+                record_throughput(table, "herd", case, server, result, result.bytes)
+                table.add("herd", case, server.name, "last first byte", "ms", max(result.first_byte_times) * _MS)
                 table.add(
-                    "crowd", case, server.name, "from upstream", "blobs", _upstream_copies(testbed, log_offset, blob)
+                    "herd", case, server.name, "from upstream", "blobs", _upstream_copies(testbed, log_offset, blob)
                 )
         testbed.remove_resource(blob)
 
@@ -98,14 +98,14 @@ def thundering_herd(testbed: Testbed, table: ResultTable) -> None:
 def _measure_slow_download(
     testbed: Testbed, table: ResultTable, case: str, server: RunningServer, blob: Resource, count: int
 ) -> float:
-    """Return the seconds until the last client has the blob."""
+    """Return the seconds until the last client has received the blob."""
     log_offset = testbed.origin_log_offset()
     result = testbed.generator.run_requests(server, [blob.slow_path], connections=count, count=1)
     if count > 1:
         first_byte_spread = (max(result.first_byte_times) - min(result.first_byte_times)) * _MS
         table.add("joined", case, server.name, "first byte", "ms", first_byte_spread)
         table.add("joined", case, server.name, "from upstream", "blobs", _upstream_copies(testbed, log_offset, blob))
-    table.add("joined", case, server.name, "last end", "s", result.wall)
+    table.add("joined", case, server.name, "last byte", "s", result.wall)
     return result.wall
 
 

@@ -1,19 +1,18 @@
-"""Debian's nginx: the registry that is pulled from, and what the daemon is measured against."""
+"""Debian's nginx: as the upstream registry, and as the peer of the daemon."""
 
 from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
 from bench.pki import ServerCertificate
-from bench.servers import BenchError, BenchServer, CoreAssignment
+from bench.servers import BenchServer, CoreAssignment, find_program
 
-# Debian's nginx.conf has sendfile and tcp_nopush on, too. The daemon ends no connection for the number of its requests,
-# so nginx shall not do so either.
+# sendfile and tcp_nopush are on in Debian's nginx.conf, too. keepalive_requests is huge because the daemon does not
+# limit the number of requests on a connection either.
 _CONFIGURATION = """\
 daemon off;
 {user}
@@ -51,7 +50,7 @@ _STATIC_SERVER = """\
     }}
 """
 
-# As much of a registry as who pulls asks for. `limit_rate` holds for each request.
+# The part of a registry that pulls use. `limit_rate` applies to each request.
 _ORIGIN_SERVER = """\
     server {{
         listen 127.0.0.1:{port} ssl;
@@ -63,8 +62,8 @@ _ORIGIN_SERVER = """\
     }}
 """
 
-# What caches a registry with nginx: TLS on both sides, verified, one request upstream for all who ask. The default
-# buffers of 4 KiB would cost it a quarter more CPU time.
+# A caching proxy for a registry: TLS on both sides, verified, and one upstream request for all clients. With the
+# default buffers of 4 KiB nginx would need a quarter more CPU time.
 _CACHING_SERVER = """\
     server {{
         listen 127.0.0.1:{port} ssl;
@@ -91,20 +90,20 @@ _CACHING_SERVER = """\
 
 
 def static_server(port: int, root: Path, log: str = "off", *, tls: bool = True) -> str:
-    """Return a server of the files below `root`; `log` is what nginx's `access_log` takes."""
+    """Return the configuration of a server for the files below `root`; `log` is the argument of `access_log`."""
     return _STATIC_SERVER.format(port=port, tls=" ssl" if tls else "", root=root, log=log)
 
 
 def origin_server(port: int, root: Path, manifest_type: str, slow_repository: str, slow_rate: int) -> str:
-    """Return a registry of the files below `root`, which notes the bytes of every body in `bytes.log`.
+    """Return the configuration of a registry for the files below `root`. It logs the size of every body in `bytes.log`.
 
-    Manifests have the media type `manifest`. The repository `slow` sends `rate` bytes a second.
+    Manifests have the media type `manifest_type`. `slow_repository` is sent at `slow_rate` bytes a second.
     """
     return _ORIGIN_SERVER.format(port=port, root=root, manifest=manifest_type, slow=slow_repository, rate=slow_rate)
 
 
 def caching_server(port: int, upstream: int, host: str, ca_file: Path) -> str:
-    """Return a server that fetches from `host`, at the port `upstream` here, and caches below `cache`."""
+    """Return the configuration of a server that fetches from `host` at port `upstream`, and caches below `cache`."""
     return _CACHING_SERVER.format(port=port, upstream=upstream, host=host, ca=ca_file)
 
 
@@ -120,7 +119,7 @@ def make_nginx(
     """Return an nginx that is not started yet."""
     folder.mkdir(parents=True, exist_ok=True)
     configuration = _CONFIGURATION.format(
-        # As root it would hand its worker to a user who cannot read our files.
+        # Started by root, nginx would run its worker as a user without access to our files.
         user="user root;" if os.geteuid() == 0 else "",
         workers=workers,
         certificate=certificate.file,
@@ -133,7 +132,7 @@ def make_nginx(
 
 
 def version() -> str:
-    """Return the versions of nginx and of the OpenSSL that it runs with."""
+    """Return the versions of nginx and of its OpenSSL."""
     output = subprocess.run([_find_program(), "-V"], stderr=subprocess.PIPE, check=True, text=True).stderr
     version_match = re.search(r"nginx/(\S+)", output)
     openssl_match = re.search(r"running with OpenSSL (\S+)", output) or re.search(r"built with OpenSSL (\S+)", output)
@@ -141,8 +140,4 @@ def version() -> str:
 
 
 def _find_program() -> str:
-    # Debian puts it where only root looks.
-    path = shutil.which("nginx", path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin")
-    if path is None:
-        raise BenchError("nginx is missing: the Debian package nginx-light has it.")
-    return path
+    return find_program("nginx", "nginx-light")

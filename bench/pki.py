@@ -1,4 +1,4 @@
-"""The certificate of the registries that the benchmark sets up, and the CA that signed it."""
+"""The server certificate of the benchmark's registries, and the CA that signs it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cryptography.x509.oid import NameOID
 
 @frozen
 class ServerCertificate:
-    """A server's certificate and its key, and the CA to trust, as PEM files."""
+    """A server's certificate, its key, and the CA that signed it, as PEM files."""
 
     ca_file: Path
     file: Path
@@ -23,7 +23,10 @@ class ServerCertificate:
 
 
 def create_certificate(folder: Path, hosts: Sequence[str]) -> ServerCertificate:
-    """Make a certificate for `hosts` on an EC P-256 key: what the daemon mints, so that handshakes cost the same."""
+    """Create a certificate for `hosts` with an EC P-256 key.
+
+    The daemon's leaf certificates have such keys too, so that handshakes cost the same.
+    """
     files = ServerCertificate(folder / "ca.pem", folder / "server.pem", folder / "server.key")
     ca_key, key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
     ca = _sign("bench CA", ca_key.public_key(), "bench CA", ca_key, x509.BasicConstraints(ca=True, path_length=0))

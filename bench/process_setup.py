@@ -1,4 +1,4 @@
-"""What the programs of the benchmark do before anything else."""
+"""Process set-up that all programs of the benchmark share."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ import signal
 import sys
 from typing import NoReturn
 
-_OPEN_FILES_LIMIT = 8192  # descriptors: of the slow clients, and of the daemon, which has two for each
+_OPEN_FILES_LIMIT = 8192  # descriptors, for the slow clients and for the daemon, which needs two for each of them
 
 
 def configure_process() -> None:
-    """Allow this process, and those that it starts, enough open files; have SIGTERM end it so that it stops them."""
+    """Raise the limit of open files for this process and its children, and turn SIGTERM into SystemExit.
+
+    SystemExit unwinds the context managers that stop the servers.
+    """
     signal.signal(signal.SIGTERM, _exit_on_signal)
     _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(

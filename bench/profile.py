@@ -1,6 +1,6 @@
-"""`make profile`: where the daemon's CPU time goes under the loads of the benchmark, as `perf` samples it.
+"""`make profile`: samples with `perf` where the daemon's CPU time goes under the loads of the benchmark.
 
-Each sample is put in one place, by its stack: the shares are what docs/performance.md says of the limits of a row.
+The stack of a sample determines its category. The shares of the categories explain the limits in docs/performance.md.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ from bench.servers import BenchError, BenchServer, CoreAssignment
 from bench.testbed import UPSTREAM_HOST, Testbed
 
 Frame = tuple[str, str]
-"""A function, and the file that it is in."""
+"""The name of a function, and the file that contains it."""
 
-_FREQUENCY = 999  # samples a second of each processor; an odd number meets no timer's beat
-_SECONDS = 5.0  # of the loads that go on for a time
-_REPEATS = 4  # times that each client gets the blob where that takes a second only
+_FREQUENCY = 999  # samples per second and processor; odd, so that sampling does not run in step with a timer
+_SECONDS = 5.0  # duration of the loads that are limited by time
+_REPEATS = 4  # downloads of the blob by each client, if one takes only a second
 _KERNEL = "[kernel.kallsyms]"
 
-# The kernel's part is told apart by what it was asked for. A write to a socket goes through the same functions as one
-# to a file before it gets to those of TCP, so sockets come first.
+# Kernel samples are classified by system call. Sockets come first, because a write to a socket passes through the same
+# VFS functions as a write to a file before it reaches those of TCP.
 _KERNEL_CATEGORIES = (
     ("receiving", re.compile(r"(tcp|sock|inet6?|unix_stream)_recvmsg")),
     ("sending", re.compile(r"(tcp|sock|inet6?|unix_stream)_sendmsg|tcp_write_xmit|tcp_push|sendfile|splice")),
     ("files", re.compile(r"vfs_|ext4|xfs|btrfs|filemap|generic_perform_write|fsync|fdatasync|sys_openat|newfstatat")),
 )
-# Wheels of `cryptography` bring an OpenSSL along, for TLS; hashlib has the system's. Where both have the latter, what
-# libcrypto does is not told apart.
+# Wheels of `cryptography` contain an OpenSSL of their own, which TLS uses; hashlib uses the system's. If both use the
+# system's, libcrypto's share cannot be divided between TLS and hashing.
 _LIBRARY_CATEGORIES = (
     ("interpreter", re.compile(r"python|_cffi_backend")),
     ("TLS", re.compile(r"_rust|libssl")),
@@ -58,11 +58,11 @@ CATEGORIES = (
     *(name for name, _ in _LIBRARY_CATEGORIES),
     "other",
 )
-"""Where CPU time can go, in the order of the columns."""
+"""The categories of CPU time, in the order of the columns."""
 
 
 def classify(stack: Sequence[Frame]) -> str:
-    """Return which of `PLACES` a sample belongs to; `stack` has the innermost function first."""
+    """Return the category of a sample, one of `CATEGORIES`; `stack` begins with the innermost function."""
     _, file = stack[0]
     if file == _KERNEL:
         names = " ".join(name for name, symbol_file in stack if symbol_file == _KERNEL)
@@ -75,7 +75,7 @@ def classify(stack: Sequence[Frame]) -> str:
 
 
 def parse_stacks(script: Iterable[str]) -> Iterator[list[Frame]]:
-    """Yield the stack of each sample in the lines that `perf script -F ip,sym,dso` prints; they are never empty."""
+    """Yield the stack of each sample in the output of `perf script -F ip,sym,dso`. No stack is empty."""
     stack: list[Frame] = []
     for line in script:
         if not line.strip():
@@ -89,7 +89,7 @@ def parse_stacks(script: Iterable[str]) -> Iterator[list[Frame]]:
 
 
 def category_shares(samples: Iterable[Sequence[Frame]]) -> dict[str, float]:
-    """Return the part that each place has of the samples, by its name. Raise `BenchError` where there are none."""
+    """Return the share of each category in the samples, from 0 to 1. Raise `BenchError` if there are no samples."""
     counts = Counter(map(classify, samples))
     total = counts.total()
     if not total:
@@ -98,7 +98,7 @@ def category_shares(samples: Iterable[Sequence[Frame]]) -> dict[str, float]:
 
 
 def render_table(shares: Mapping[str, Mapping[str, float]]) -> str:
-    """Return a table in Markdown of the shares under each load, in percent."""
+    """Return a Markdown table of the shares under each load, in percent."""
     rows = [("", *CATEGORIES), ("---",) * (len(CATEGORIES) + 1)]
     rows += [
         (load, *(f"{load_shares[name] * 100:.0f} %" for name in CATEGORIES)) for load, load_shares in shares.items()
@@ -108,7 +108,7 @@ def render_table(shares: Mapping[str, Mapping[str, float]]) -> str:
 
 @contextmanager
 def perf_record(server: BenchServer, recording: Path) -> Iterator[None]:
-    """Sample the server's processes while the context lasts. Raise `BenchError` where perf cannot."""
+    """Sample the server's processes for the time of the context. Raise `BenchError` if perf cannot."""
     control_read, control_write = os.pipe()
     ack_read, ack_write = os.pipe()
     argv = ["perf", "record", "--quiet", "--freq", str(_FREQUENCY), "--call-graph", "fp", "--output", str(recording)]
@@ -123,7 +123,7 @@ def perf_record(server: BenchServer, recording: Path) -> Iterator[None]:
         os.close(control_read)
         os.close(ack_write)
         try:
-            with suppress(BrokenPipeError):  # it has ended already, and says why
+            with suppress(BrokenPipeError):  # perf has ended; its output, which is read below, has the reason
                 control.write(b"enable\n")
             if "ack" not in ack.readline():
                 perf_output.seek(0)
@@ -135,7 +135,7 @@ def perf_record(server: BenchServer, recording: Path) -> Iterator[None]:
 
 
 def read_shares(recording: Path) -> dict[str, float]:
-    """Return the shares that a recording has."""
+    """Return the share of each category in a recording."""
     argv = ["perf", "script", "--input", str(recording), "--fields", "ip,sym,dso"]
     with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as script:
         assert script.stdout is not None
@@ -143,14 +143,14 @@ def read_shares(recording: Path) -> dict[str, float]:
 
 
 def profile_hit(testbed: Testbed) -> Path:
-    """A large blob that is cached, to several clients by TLS."""
+    """Record a large cached blob, sent to several clients over TLS."""
     with testbed.warm_proxy() as warm, perf_record(warm.proxy.process, recording := testbed.folder / "hit.perf"):
         testbed.generator.run_requests(warm.proxy, [testbed.large_blob.path], connections=MANY_CLIENTS, count=1)
     return recording
 
 
 def profile_plain_http(testbed: Testbed) -> Path:
-    """The same in plain HTTP, from the mirror."""
+    """Record the same blob over plain HTTP, from the mirror."""
     with testbed.warm_proxy() as warm, perf_record(warm.mirror.process, recording := testbed.folder / "plain.perf"):
         testbed.generator.run_requests(
             warm.mirror, [f"{testbed.large_blob.path}?ns={UPSTREAM_HOST}"], connections=MANY_CLIENTS, count=_REPEATS
@@ -159,14 +159,14 @@ def profile_plain_http(testbed: Testbed) -> Path:
 
 
 def profile_miss(testbed: Testbed) -> Path:
-    """A large blob that is fetched, for one client."""
+    """Record a large uncached blob, fetched for one client."""
     with testbed.cold_proxy() as server, perf_record(server.process, recording := testbed.folder / "miss.perf"):
         testbed.generator.run_requests(server, [testbed.large_blob.path], connections=1, count=1)
     return recording
 
 
 def profile_small(testbed: Testbed) -> Path:
-    """A manifest that is cached, on many connections; per core."""
+    """Record a cached manifest on many connections; one worker on a core of its own."""
     with (
         testbed.warm_proxy(workers=1, cores=CoreAssignment.separate()) as warm,
         perf_record(warm.proxy.process, recording := testbed.folder / "small.perf"),
@@ -176,7 +176,7 @@ def profile_small(testbed: Testbed) -> Path:
 
 
 def profile_connect(testbed: Testbed) -> Path:
-    """A small blob that is cached, each on a new connection with a full handshake; per core."""
+    """Record a small cached blob, on a new connection with a full handshake each time; one worker on its own core."""
     with (
         testbed.warm_proxy(workers=1, cores=CoreAssignment.separate()) as warm,
         perf_record(warm.proxy.process, recording := testbed.folder / "connect.perf"),
@@ -194,18 +194,20 @@ LOADS: dict[str, Callable[[Testbed], Path]] = {
     f"small hits, {CONNECTIONS} connections": profile_small,
     f"new tunnels, {CONCURRENT_CONNECTS} at a time": profile_connect,
 }
-"""The loads, by what the rows are called."""
+"""The loads, by the name of the table row."""
 
 
 def main() -> None:
-    """Sample the daemon under each load, print the shares, and keep them for docs/performance.md."""
+    """Sample the daemon under each load, print the shares, and save them for docs/performance.md."""
     parser = argparse.ArgumentParser("profile", description="Sample where the daemon's CPU time goes.")
-    parser.add_argument("--quick", action="store_true", help="a smaller blob: shows that it works, and no more")
-    parser.add_argument("--output", type=Path, default=PROFILE_FILE, help="where the table goes (%(default)s)")
+    parser.add_argument("--quick", action="store_true", help="use a smaller blob, to check that everything works")
+    parser.add_argument(
+        "--output", type=Path, default=PROFILE_FILE, help="write the table and the shares to this file (%(default)s)"
+    )
     options = parser.parse_args()
     configure_process()
     if shutil.which("perf") is None:
-        sys.exit("profile: perf is missing: Debian's package linux-perf has it.")
+        sys.exit("profile: perf is not installed; install the Debian package linux-perf")
     shares_by_load: dict[str, dict[str, float]] = {}
     try:
         with ClientPool(1) as clients, Testbed.open(QUICK if options.quick else FULL, clients) as testbed:

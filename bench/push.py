@@ -1,4 +1,4 @@
-"""The measures of the hosted registry, beside Debian's docker-registry: what is pushed, and what garbage costs."""
+"""Benchmarks of the hosted registry beside Debian's docker-registry: pushes and garbage collection."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from bench.table import ResultTable
 from bench.testbed import PushableServer, Testbed
 
 _BUFFER_SIZE = 1 << 20
-_CHUNK = 32 * 1024  # of the chunked coding: what io.Copy reads at once, by which docker and others in Go send
-_LAYER_COUNT, _LAYER_SIZE = 200, 10_000  # small layers, and the bytes of each
-_PUSH_CLIENTS = 5  # docker pushes so many layers at a time
-_REQUEST_INTERVAL = 0.005  # seconds between two requests of the client that waits beside a garbage collection
+_CHUNK_SIZE = 32 * 1024  # bytes of an HTTP chunk: the buffer of io.Copy, with which docker and other Go clients send
+_LAYER_COUNT, _LAYER_SIZE = 200, 10_000  # number of small layers, and the bytes of each
+_PUSH_CLIENTS = 5  # docker pushes five layers at a time
+_REQUEST_INTERVAL = 0.005  # seconds between two requests of the client that runs during a garbage collection
 
 
 def push(testbed: Testbed, table: ResultTable) -> None:
-    """A large layer, and many small ones."""
+    """Push a large layer, and many small ones."""
     for round_number in range(testbed.scale.rounds):
         for start_server in alternate_order(round_number, [_hosted_registry, _docker_registry]):
             with start_server(testbed) as server:
@@ -46,7 +46,10 @@ def push(testbed: Testbed, table: ResultTable) -> None:
 
 
 def garbage_collection(testbed: Testbed, table: ResultTable) -> None:
-    """A garbage collection, and how long requests wait beside it: once, since it takes its time to litter."""
+    """Collect garbage, and measure the latency of requests during it.
+
+    This is measured only once, because creating the garbage takes long.
+    """
     for start_server in (_hosted_registry, _docker_registry):
         folder = testbed.folder / "garbage"
         digest, garbage = write_garbage_tree(folder, testbed.scale.gc_blobs)
@@ -62,14 +65,17 @@ def garbage_collection(testbed: Testbed, table: ResultTable) -> None:
             remaining = _count_blobs(folder)
             shutil.rmtree(folder)
         if remaining != testbed.scale.gc_blobs - garbage:
-            raise BenchError(f"{remaining} blobs are left of those that {server.name} had to look through.")
+            expected = testbed.scale.gc_blobs - garbage
+            raise BenchError(
+                f"{remaining} blobs are left after {server.name}'s garbage collection, expected {expected}."
+            )
         table.add("gc", case, server.name, "duration", "s", duration)
         table.add("gc", case, server.name, "CPU", "s", cpu_seconds)
-        table.add("gc", case, server.name, "wait, 99 %", "ms", waits[int(0.99 * len(waits))] * 1000)
+        table.add("gc", case, server.name, "p99 wait", "ms", waits[int(0.99 * len(waits))] * 1000)
         table.add("gc", case, server.name, "longest wait", "ms", waits[-1] * 1000)
 
 
-PUSH_MEASURES: dict[str, Callable[[Testbed, ResultTable], None]] = {"push": push, "gc": garbage_collection}
+PUSH_BENCHMARKS: dict[str, Callable[[Testbed, ResultTable], None]] = {"push": push, "gc": garbage_collection}
 
 
 @contextmanager
@@ -85,7 +91,7 @@ def _docker_registry(testbed: Testbed, folder: Path | None = None) -> Iterator[P
 
 
 def _measure_collection(server: PushableServer, digest: str) -> list[float]:
-    """Collect garbage; return the times, in seconds, that a client waited for a manifest meanwhile."""
+    """Collect garbage; return the latencies, in seconds, of a client that requests a manifest all the time."""
     waits, connection = [], open_connection(server.endpoint)
     with subprocess.Popen(server.gc_command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as collector:
         while collector.poll() is None:
@@ -106,7 +112,7 @@ def _children_cpu() -> float:
 
 
 def _count_blobs(folder: Path) -> int:
-    """Return how many of the blobs that `grow` made, manifests and the configuration aside, are there."""
+    """Return the number of existing blobs of `write_garbage_tree`, without manifests and the configuration."""
     files = (folder / "docker/registry/v2/blobs/sha256").glob("*/*/data")
     return sum(file.read_bytes().startswith((b"needed", b"garbage")) for file in files)
 
@@ -115,11 +121,12 @@ def _count_blobs(folder: Path) -> int:
 
 
 def push_large(start: WaitForStart, endpoint: Endpoint, size: int) -> None:
-    """Push a layer of `size` bytes as docker does: its length is not told, it comes in chunks."""
+    """Push a layer of `size` bytes as docker does: in HTTP chunks, without a Content-Length."""
     data, hasher = os.urandom(_BUFFER_SIZE), hashlib.sha256()
     for _ in range(size // _BUFFER_SIZE):
         hasher.update(data)
-    chunks = [b"%x\r\n%b\r\n" % (_CHUNK, data[offset : offset + _CHUNK]) for offset in range(0, _BUFFER_SIZE, _CHUNK)]
+    pieces = [data[offset : offset + _CHUNK_SIZE] for offset in range(0, _BUFFER_SIZE, _CHUNK_SIZE)]
+    chunks = [b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces]
     connection = open_connection(endpoint)
     start()
     location = send_request(connection, 202, "POST", "/v2/bench/large/blobs/uploads/")
@@ -136,7 +143,7 @@ def push_large(start: WaitForStart, endpoint: Endpoint, size: int) -> None:
 
 
 def push_small(start: WaitForStart, endpoint: Endpoint, count: int) -> None:
-    """Push `count` small layers one after the other, each looked for before."""
+    """Push `count` small layers one after the other, with a HEAD request before each."""
     layers = [os.urandom(_LAYER_SIZE) for _ in range(count)]
     connection = open_connection(endpoint)
     start()

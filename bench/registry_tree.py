@@ -1,4 +1,4 @@
-"""Trees of `registry:2`: many small blobs, half of which nothing needs any more; images; and one large blob."""
+"""Writes storage trees of `registry:2`: many small blobs, half of them unreferenced; images; and one large blob."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pathlib import Path
 from bench.content import OCI_MANIFEST
 
 REPOSITORY = "bench/gc"
-_LAYERS_PER_IMAGE = 100  # of each image
-_AGE = 86400.0  # seconds since all of it was last used: garbage collectors spare what is new
+_LAYERS_PER_IMAGE = 100
+_AGE = 86400.0  # seconds since the last use of every blob, because garbage collectors spare new blobs
 
 
 def link_blob(root: Path, repository: str, blob: Path, sha256_hex: str) -> None:
-    """Have `repository` below `root` hold the content of the file `blob`, whose sha256 is `encoded`, by a hard link."""
+    """Add the file `blob`, whose sha256 is `sha256_hex`, to `repository` below `root` as a hard link."""
     folder = root / f"docker/registry/v2/blobs/sha256/{sha256_hex[:2]}/{sha256_hex}"
     folder.mkdir(parents=True, exist_ok=True)
     os.link(blob, folder / "data")
@@ -26,7 +26,7 @@ def link_blob(root: Path, repository: str, blob: Path, sha256_hex: str) -> None:
 
 
 def write_image(root: Path, repository: str, layers: int, size: int) -> str:
-    """Put an image of so many layers, of `size` random bytes each, below `root`; return its tag."""
+    """Write an image with `layers` layers of `size` random bytes each below `root`; return its tag."""
     config = {"architecture": "amd64", "os": "linux", "rootfs": {"type": "layers", "diff_ids": []}}
     digests = [write_blob(root, os.urandom(size), repository=repository) for _ in range(layers)]
     config_digest = write_blob(root, json.dumps(config).encode(), repository=repository)
@@ -35,7 +35,7 @@ def write_image(root: Path, repository: str, layers: int, size: int) -> str:
 
 
 def export_as_files(root: Path, repository: str, tag: str, folder: Path) -> None:
-    """Have `folder` hold the image of `tag` that is below `root`, by hard links, as a server of files gives it out."""
+    """Export the image `tag` below `root` into `folder`, as hard links that a file server can serve as a registry."""
     (folder / "blobs").mkdir(parents=True)
     (folder / "manifests").mkdir()
     blobs = root / "docker/registry/v2/blobs/sha256"
@@ -46,7 +46,7 @@ def export_as_files(root: Path, repository: str, tag: str, folder: Path) -> None
 
 
 def write_garbage_tree(root: Path, count: int) -> tuple[str, int]:
-    """Put `count` blobs below `root`; return the digest of one of the manifests, and how many blobs are garbage."""
+    """Write `count` blobs below `root`; return the digest of one manifest, and the number of unreferenced blobs."""
     referenced = [write_blob(root, f"needed {number}".encode()) for number in range(count // 2)]
     for number in range(count - len(referenced)):
         write_blob(root, f"garbage {number}".encode())
@@ -58,7 +58,7 @@ def write_garbage_tree(root: Path, count: int) -> tuple[str, int]:
 
 
 def write_blob(root: Path, content: bytes, *, layer: bool = True, repository: str = REPOSITORY) -> str:
-    """Store a blob that the repository has, or had, a link to; return its digest."""
+    """Write a blob, and a layer link to it in the repository if `layer` is true; return its digest."""
     sha256_hex = hashlib.sha256(content).hexdigest()
     folder = f"{root}/docker/registry/v2/blobs/sha256/{sha256_hex[:2]}/{sha256_hex}"
     _write_file(folder, "data", content)
@@ -74,7 +74,7 @@ def write_blob(root: Path, content: bytes, *, layer: bool = True, repository: st
 def write_manifest(
     root: Path, config: str, layers: list[str], *, repository: str = REPOSITORY, sizes: tuple[int, int] = (2, 16)
 ) -> str:
-    """Store a manifest that has a tag of its own; return its digest. `sizes`: of the configuration, of a layer."""
+    """Write a manifest with a tag of its own; return its digest. `sizes` are those of the configuration and a layer."""
     layer_type = "application/vnd.oci.image.layer.v1.tar"
     manifest = {
         "schemaVersion": 2,

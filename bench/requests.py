@@ -1,6 +1,6 @@
-"""The measures of small things that are cached: on connections that stay open, and each on a new one.
+"""Benchmarks of small cached content: on open connections, and on a new connection for each request.
 
-What is said to be per core is one worker on a core of its own, the clients on the others.
+The server has one worker on a core of its own, and the clients run on the other cores, so the rates are per core.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _MS = 1000
 
 
 def small_requests(testbed: Testbed, table: ResultTable) -> None:
-    """A manifest and a small blob, on one connection and on many."""
+    """Request a manifest and a small blob, on one connection and on many."""
     cores = CoreAssignment.separate()
     with ExitStack() as stack:
         proxy_server = stack.enter_context(testbed.warm_proxy(workers=1, cores=cores)).proxy
@@ -37,7 +37,7 @@ def small_requests(testbed: Testbed, table: ResultTable) -> None:
 
 
 def new_connections(testbed: Testbed, table: ResultTable) -> None:
-    """New connections, each for one small blob: CONNECT, a handshake, a hit; nginx is spared the CONNECT."""
+    """Open a new connection for each small blob: CONNECT, a handshake, a hit. Connections to nginx need no CONNECT."""
     cores = CoreAssignment.separate()
     with ExitStack() as stack:
         proxy_server = stack.enter_context(testbed.warm_proxy(workers=1, cores=cores)).proxy
@@ -45,7 +45,7 @@ def new_connections(testbed: Testbed, table: ResultTable) -> None:
         for count, handshakes in (
             (1, (_FULL, _RESUMED)),
             (CONCURRENT_CONNECTS, (_FULL, _RESUMED)),
-            (testbed.scale.herd_clients, (_FULL,)),  # hardly anybody comes a second time while it is measured
+            (testbed.scale.herd_clients, (_FULL,)),  # hardly any client connects a second time during the measurement
         ):
             for round_number in range(testbed.scale.rounds):
                 full_rates: dict[str, float] = {}

@@ -1,11 +1,11 @@
-"""How much is done: the full run, and a quick one that only shows that everything works."""
+"""Sizes and durations of a run: the full one, and a quick one that only checks that everything works."""
 
 from __future__ import annotations
 
 from attrs import frozen
 
 SMALL_BLOBS = (1536, 65536)
-"""Bytes of two small blobs: an image's configuration, say, and a small layer."""
+"""Bytes of two small blobs, the size of an image's configuration and of a small layer."""
 
 
 @frozen(kw_only=True)
@@ -13,29 +13,29 @@ class Scale:
     """Sizes are in bytes, times in seconds."""
 
     rounds: int
-    """How often everything is measured, but for what says otherwise; medians are shown."""
+    """Number of rounds. The medians are shown. Benchmarks with another number of rounds say so."""
     large_blob: int
     seconds: float
-    """How long a load of small requests or of new connections goes on."""
+    """Duration of a load of small requests or of new connections."""
     slow_rate: int
-    """Bytes a second of the registry that is slow."""
+    """Bytes per second from the slow repository."""
     joined_blob: int
-    """Bytes of the blob that clients join who come while it is fetched."""
+    """Bytes of the blob that many clients download together."""
     herd_clients: int
-    """Clients that come at the same moment, ..."""
+    """Number of clients that send their requests at the same time."""
     herd_blob: int
-    """... and bytes of the blob that they ask for."""
+    """Bytes of the blob that these clients request."""
     cold_blobs: int
-    """Small blobs that are fetched one by one, in each round."""
+    """Number of small blobs that are fetched one by one, in each round."""
     new_hosts: int
-    """Hosts that nobody connected to before, in each round."""
+    """Number of hosts that have no leaf certificate yet, in each round."""
     memory_connections: int
     memory_seconds: float
     memory_rounds: int
     image_layers: int
-    """Of the image that is copied."""
+    """Number of layers in the image that is copied."""
     gc_blobs: int
-    """Blobs that a garbage collector looks through, once."""
+    """Number of blobs in the tree for the garbage collection, which is measured once."""
 
 
 FULL = Scale(

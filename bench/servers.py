@@ -1,9 +1,10 @@
-"""Servers under load: programs in the foreground, where they run, and what their processes use."""
+"""Servers under load: start and stop of a program, its cores, and the resources that its processes use."""
 
 from __future__ import annotations
 
 import os
 import random
+import shutil
 import socket
 import subprocess
 import time
@@ -15,23 +16,23 @@ from types import TracebackType
 from attrs import frozen
 
 _CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
-_START_TIMEOUT = 20.0  # seconds that a program may take to come up
+_START_TIMEOUT = 20.0  # seconds until a program has to listen
 _STOP_TIMEOUT = 30.0
 
-# Below those that the kernel gives to connections, of which a benchmark makes thousands.
+# Below the ephemeral ports of the kernel, because a benchmark opens thousands of connections.
 _FIRST_PORT, _PORTS = 20000, 11000
 _ports = count(random.randrange(_PORTS))
 
-_POLL_INTERVAL = 0.002  # seconds between two looks whether it came up, which the time of that is measured by
+_POLL_INTERVAL = 0.002  # seconds between two checks whether a program listens; limits the precision of startup_seconds
 
 
 class BenchError(Exception):
-    """The benchmark cannot go on: one sentence, and what the program wrote where one failed."""
+    """The benchmark cannot continue. The message is one sentence, and the output of the program if one failed."""
 
 
 @frozen
 class ResourceUsage:
-    """What a load took: seconds from its start to its end, and seconds of CPU time."""
+    """The cost of a load: seconds from its start to its end, and seconds of CPU time."""
 
     wall: float
     server_cpu: float
@@ -40,7 +41,7 @@ class ResourceUsage:
 
 @frozen
 class CoreAssignment:
-    """Which cores servers and clients run on; empty: wherever the kernel puts them."""
+    """The cores of servers and of clients. Empty tuples leave the choice to the kernel."""
 
     server: tuple[int, ...] = ()
     clients: tuple[int, ...] = ()
@@ -53,20 +54,28 @@ class CoreAssignment:
 
     @classmethod
     def shared(cls, count: int) -> CoreAssignment:
-        """Return `count` cores for server and clients alike, or all where there are fewer."""
+        """Return `count` cores, shared by server and clients, or all cores if there are fewer."""
         cores = tuple(sorted(os.sched_getaffinity(0))[:count])
         return cls(cores, cores)
 
 
 def pin_to_cores(argv: Sequence[str], cores: Sequence[int]) -> list[str]:
-    """Return the command that runs `argv`, and all that it starts, on `cores`."""
+    """Return the command that runs `argv` and its child processes on `cores`."""
     return ["taskset", "-c", ",".join(map(str, cores)), *argv] if cores else list(argv)
 
 
-class BenchServer:
-    """A program that listens on `ports` of 127.0.0.1; what it writes goes to `folder`/output. A context manager.
+def find_program(name: str, package: str) -> str:
+    """Return the path of a program. Raise `BenchError` with the name of the Debian package if it is missing."""
+    path = shutil.which(name, path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin")  # nginx is in /usr/sbin
+    if path is None:
+        raise BenchError(f"{name} is not installed; install the Debian package {package}.")
+    return path
 
-    It has so many `workers`, and runs on those of `cores` that are for the server.
+
+class BenchServer:
+    """A program that listens on `ports` of 127.0.0.1, and writes its output to `folder`/output. A context manager.
+
+    It runs on `cores.server`. `workers` is the number of processes that serve.
     """
 
     def __init__(
@@ -84,7 +93,7 @@ class BenchServer:
         self.workers = workers
         self.cores = cores or CoreAssignment()
         self.startup_seconds = 0.0
-        """Seconds from its start until it listened on all of its ports."""
+        """Seconds from the start until the program listened on all of its ports."""
         self._argv = pin_to_cores(argv, self.cores.server)
         self._environment = environment
         self._ports = ports
@@ -100,7 +109,7 @@ class BenchServer:
         self.stop()
 
     def start(self) -> None:
-        """Start it, and wait until it listens. Raise `BenchError` where that takes too long."""
+        """Start the program and wait until it listens. Raise `BenchError` if that takes too long."""
         started = time.monotonic()
         with (self.folder / "output").open("ab") as output:
             self._process = subprocess.Popen(
@@ -119,7 +128,7 @@ class BenchServer:
         self.startup_seconds = time.monotonic() - started
 
     def stop(self) -> None:
-        """End it, by force where it takes its time."""
+        """Send SIGTERM, and SIGKILL if the program does not end within _STOP_TIMEOUT."""
         process, self._process = self._process, None
         if process is None:
             return
@@ -131,7 +140,7 @@ class BenchServer:
             process.wait()
 
     def wait_for_output(self, text: str) -> None:
-        """Wait until it has written `text`."""
+        """Wait until `text` is in the program's output."""
         self._wait_until(lambda: text in self._read_output())
 
     def _wait_until(self, condition: Callable[[], bool]) -> None:
@@ -139,26 +148,26 @@ class BenchServer:
         while not condition():
             assert self._process is not None
             if self._process.poll() is not None or time.monotonic() > deadline:
-                raise BenchError(f"{' '.join(self._argv)} did not come up:\n{self._read_output()[-4000:]}")
+                raise BenchError(f"{' '.join(self._argv)} did not start:\n{self._read_output()[-4000:]}")
             time.sleep(_POLL_INTERVAL)
 
     def _read_output(self) -> str:
         return (self.folder / "output").read_text("utf-8", "replace")
 
     def cpu_seconds(self) -> float:
-        """Return the CPU seconds, of user and system, that its processes have used so far."""
+        """Return the user and system CPU seconds that the processes have used so far."""
         return sum(map(_cpu, self.pids()))
 
     def resident_bytes(self) -> int:
-        """Return the resident set of its processes in bytes."""
+        """Return the sum of the processes' resident sets in bytes."""
         return sum(
             int(line.split()[1]) * 1024 for pid in self.pids() for line in _matching_lines(pid, "status", "VmRSS:")
         )
 
     def unique_resident_bytes(self) -> int:
-        """Return the same with every page counted once that several of them have.
+        """Return the resident bytes, with each page that several processes share counted once.
 
-        That is not the sum of their PSS, which counts less of a library the more strangers have loaded it.
+        The sum of the PSS would be too small, because other programs that have loaded the same library reduce it.
         """
         anonymous_total, file_backed = 0, dict[tuple[str, ...], int]()
         for pid in self.pids():
@@ -168,11 +177,11 @@ class BenchServer:
         return (anonymous_total + sum(file_backed.values())) * 1024
 
     def descriptor_count(self) -> int:
-        """Return how many files and connections its processes have open."""
+        """Return the number of open descriptors of all processes."""
         return sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in self.pids())
 
     def pids(self) -> list[int]:
-        """Return the ids of the program's process and of all that come from it."""
+        """Return the process ids of the program and of all its descendants."""
         assert self._process is not None
         parents = {int(name): _parent_pid(int(name)) for name in os.listdir("/proc") if name.isdigit()}
         descendants = [self._process.pid]
@@ -182,7 +191,7 @@ class BenchServer:
 
 
 def _cpu(pid: int) -> float:
-    # After the name in parentheses, which may hold spaces: proc(5), fields 14 and 15.
+    # proc(5), fields 14 and 15. They are counted after the name in parentheses, because it may contain spaces.
     user, system = _stat(pid).split()[11:13]
     return (int(user) + int(system)) / _CLOCK_TICKS
 
@@ -194,7 +203,7 @@ def _stat(pid: int) -> str:
 def _parent_pid(pid: int) -> int:
     try:
         return int(_stat(pid).split()[1])
-    except OSError:  # it has ended since it was listed
+    except OSError:  # the process has ended since it was listed
         return 0
 
 
@@ -203,7 +212,7 @@ def _matching_lines(pid: int, file: str, field: str) -> list[str]:
 
 
 def _mappings(pid: int) -> Iterator[tuple[tuple[str, ...], tuple[int, int]]]:
-    """Yield the file of each mapping with the place in it, and how many KiB are resident, and of those anonymous."""
+    """Yield offset, device, inode and path of each mapping, with its resident and its anonymous KiB."""
     mapping: tuple[str, ...] = ()
     resident = 0
     for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
@@ -217,13 +226,13 @@ def _mappings(pid: int) -> Iterator[tuple[tuple[str, ...], tuple[int, int]]]:
 
 
 def is_listening(port: int) -> bool:
-    """Tell whether something accepts connections at `port` of 127.0.0.1."""
+    """Return whether a program accepts connections on `port` of 127.0.0.1."""
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def free_port() -> int:
-    """Return a port that nothing listens on, another one each time."""
+    """Return a port on which nothing listens; each call returns another one."""
     for number in islice(_ports, _PORTS):
         port = _FIRST_PORT + number % _PORTS
         with socket.socket() as probe:

@@ -1,10 +1,12 @@
-"""`make soak`: mixed loads for minutes, with memory and descriptors that must not grow.
+"""`make soak`: puts mixed loads on a daemon for minutes, and checks that its memory and descriptors do not grow.
 
-Clients pull and verify, leave in the midst of a download, push and delete; the registry upstream goes away and comes
-back; the cache is too small for what is pulled, so that it evicts all the time, and garbage is collected. It fails
-where memory or descriptors of the daemon's processes, all of them together, grow, where one of them ends, where clients
-that are gone leave descriptors behind, and where a client gets what it should not: a wrong content ever, an error
-unless the registry was away.
+Clients pull and verify, abort downloads, push and delete. The upstream registry goes down and comes back. The cache is
+smaller than the pulled content, so that it evicts all the time, and garbage is collected. The run fails
+
+- if the memory or the descriptors of all processes of the daemon together grow;
+- if one of these processes ends;
+- if descriptors stay open after the clients have disconnected;
+- if a client ever receives wrong content, or receives an error while the upstream registry is up.
 """
 
 from __future__ import annotations
@@ -31,24 +33,23 @@ from bench.testbed import HOSTED_REGISTRY_HOST, Testbed
 
 _MINUTES = 10.0
 _SAMPLE_INTERVAL = 1.0  # seconds
-_SAMPLES_PER_REPORT = 10  # samples between two lines that are printed
+_SAMPLES_PER_REPORT = 10  # samples between two lines of output
 _SAMPLES_PER_COLLECTION = 60  # samples between two garbage collections
-_SETTLE_TIMEOUT = (
-    75.0  # seconds that the daemon has to close what it does not need: it keeps idle connections upstream for 60
-)
+# Seconds for the daemon to close unused connections. It keeps idle upstream connections for 60 s.
+_SETTLE_TIMEOUT = 75.0
 _BLOB_COUNT, _BLOB_SIZES = 120, (16 * 1024, 1 << 20, 8 << 20)
 _MANIFEST_COUNT = 30
-_CACHE_SIZE = "128m"  # of about 360 MB that are pulled
+_CACHE_SIZE = "128m"  # the clients pull about 360 MB
 
 _MEMORY_GROWTH_LIMIT, _DESCRIPTOR_GROWTH_LIMIT = 0.03, 0.10
-"""What the later part of a soak may have above the earlier one: loads are random, and heaps fragment."""
+"""Permitted growth from the second quarter to the last, as a fraction: loads are random, and heaps fragment."""
 _MEMORY_SLACK, _DESCRIPTOR_SLACK = 2e6, 8
-"""And besides, in bytes and descriptors."""
+"""Permitted growth in addition to that, in bytes and in descriptors."""
 
 
 @frozen
 class ProcessSample:
-    """What the daemon's processes have together, memory in bytes, and their ids."""
+    """The sums over all processes of the daemon, memory in bytes, and the process ids."""
 
     memory: int
     descriptors: int
@@ -60,15 +61,18 @@ class ProcessSample:
 
 
 def quarter_medians(values: Sequence[float]) -> tuple[float, float]:
-    """Return the medians of the second quarter and of the last one: the first quarter is for warming up."""
+    """Return the medians of the second and of the last quarter. The first quarter is for warming up."""
     quarter = len(values) // 4
     if not quarter:
-        raise BenchError("That is too short to say whether anything grows.")
+        raise BenchError("The run was too short to detect growth; use a larger --minutes.")
     return statistics.median(values[quarter : 2 * quarter]), statistics.median(values[-quarter:])
 
 
 def find_problems(samples: Sequence[ProcessSample], before: ProcessSample, after: ProcessSample) -> Iterator[str]:
-    """Yield what has grown or ended: while the load lasted, and from rest to rest."""
+    """Yield a sentence for each problem: growth under the load, descriptors left open, or processes that ended.
+
+    `before` and `after` are samples without clients.
+    """
     for resource, values, growth_limit, slack in (
         ("memory", [sample.memory for sample in samples], _MEMORY_GROWTH_LIMIT, _MEMORY_SLACK),
         ("descriptors", [sample.descriptors for sample in samples], _DESCRIPTOR_GROWTH_LIMIT, _DESCRIPTOR_SLACK),
@@ -77,16 +81,16 @@ def find_problems(samples: Sequence[ProcessSample], before: ProcessSample, after
         if later > earlier * (1 + growth_limit) + slack:
             yield f"{resource} grew from {earlier:,.0f} to {later:,.0f}"
     if after.descriptors > before.descriptors + _DESCRIPTOR_SLACK:
-        yield f"{after.descriptors} descriptors are open without clients; {before.descriptors} were at the start"
+        yield f"{after.descriptors} descriptors are open without clients, {before.descriptors} were open at the start"
     if ended := before.pids - after.pids:
         yield f"{len(ended)} of {len(before.pids)} processes ended"
 
 
 def main() -> None:
-    """Soak for as long as the command line says."""
-    parser = argparse.ArgumentParser("soak", description="Load the daemon for minutes, and see whether anything grows.")
-    parser.add_argument("--minutes", type=float, default=_MINUTES, help="how long (%(default)g)")
-    parser.add_argument("--seed", type=int, default=0, help="another one has the clients choose otherwise")
+    """Run the soak test for the time that the command line gives."""
+    parser = argparse.ArgumentParser("soak", description="Load the daemon for minutes, and check that nothing grows.")
+    parser.add_argument("--minutes", type=float, default=_MINUTES, help="duration (%(default)g)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the clients' random choices (%(default)s)")
     options = parser.parse_args()
     configure_process()
     try:
@@ -101,7 +105,7 @@ def main() -> None:
 
 
 def soak(seconds: float, seed: int) -> list[str]:
-    """Do it, tell of it, and return what went wrong."""
+    """Run the soak test, print its progress, and return the failures."""
     ports = DaemonPorts()
     with (
         ClientPool(1) as clients,
@@ -123,7 +127,7 @@ def soak(seconds: float, seed: int) -> list[str]:
     for name, sample in (("at the start", before), ("at the end, without clients", after)):
         print(f"{name}: {_format_sample(sample)}")
     failures = soak_clients.failures
-    summary = [f"and {len(failures) - 5} more of that kind"] if len(failures) > 5 else []
+    summary = [f"and {len(failures) - 5} more client failures"] if len(failures) > 5 else []
     return [*failures[:5], *summary, *find_problems(samples, before, after)]
 
 
@@ -139,7 +143,7 @@ def _clients_running(soak_clients: SoakClients, seed: int) -> Iterator[None]:
 def _collect_samples(
     server: BenchServer, soak_clients: SoakClients, seconds: float, gc_command: Sequence[str]
 ) -> list[ProcessSample]:
-    """Return a sample for each second, and tell of some."""
+    """Take a sample every second and return all of them; print every tenth, and collect garbage once a minute."""
     samples: list[ProcessSample] = []
     started = time.monotonic()
     while (elapsed := time.monotonic() - started) < seconds:
@@ -161,7 +165,7 @@ def _collect_samples(
 
 
 def _wait_until_settled(server: BenchServer, before: ProcessSample) -> ProcessSample:
-    """Return what the daemon has when it has as few descriptors open as before, or had the time to."""
+    """Wait until no more descriptors are open than in `before`, at most _SETTLE_TIMEOUT; return the last sample."""
     deadline = time.monotonic() + _SETTLE_TIMEOUT
     while (sample := ProcessSample.take(server)).descriptors > before.descriptors and time.monotonic() < deadline:
         time.sleep(_SAMPLE_INTERVAL)

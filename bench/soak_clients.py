@@ -1,4 +1,4 @@
-"""The clients of a soak: each in a thread, doing one thing again and again until it is told to stop."""
+"""The clients of the soak test: each repeats one job in a thread of its own until `stop` is called."""
 
 from __future__ import annotations
 
@@ -18,41 +18,41 @@ from bench.registry_client import UnexpectedStatus, open_connection, push_blob, 
 from bench.servers import BenchServer
 
 _READ_SIZE = 64 * 1024
-_MAX_REQUESTS = 10  # on a connection, at most
-_LAYER_SIZES = (10_000, 3_000_000)  # bytes of what is pushed
-_PAUSE = 0.02  # seconds between two things that a client does
-_OUTAGE_GRACE = 5.0  # seconds after an outage in which an answer may still tell of it
-_UP, _DOWN = 15.0, 2.0  # seconds that the registry is there, and is not
+_MAX_REQUESTS = 10  # requests on one connection
+_LAYER_SIZES = (10_000, 3_000_000)  # bytes of the pushed layers
+_PAUSE = 0.02  # seconds between two jobs of a client
+_OUTAGE_GRACE = 5.0  # seconds after an outage in which a request may still fail because of it
+_UP_SECONDS, _DOWN_SECONDS = 15.0, 2.0  # durations of the upstream registry's states
 
 _OUTAGE_ERRORS = (OSError, http.client.HTTPException)
-"""What a client may meet with where the registry is away; `Refused` is one of them."""
+"""Exceptions that a client may raise while the upstream registry is down. `UnexpectedStatus` is an OSError."""
 
 
 @define
 class FlakyUpstream:
-    """The registry that is pulled from, and when it was away."""
+    """The upstream registry, which goes down and comes back, and the time of its last outage."""
 
     server: BenchServer
     _is_down: bool = False
     _up_since: float = 0.0
 
     def cycle(self, stop: threading.Event) -> None:
-        """Have it go away and come back again and again."""
-        while not stop.wait(_UP):
+        """Stop and start the registry again and again, until `stop` is set."""
+        while not stop.wait(_UP_SECONDS):
             self._is_down = True
             self.server.stop()
-            stop.wait(_DOWN)
+            stop.wait(_DOWN_SECONDS)
             self.server.start()
             self._up_since, self._is_down = time.monotonic(), False
 
     def was_down(self, started: float) -> bool:
-        """Tell whether a request that began at `since` may have met with it."""
+        """Return whether an outage may have affected a request that began at `started`."""
         return self._is_down or self._up_since > started - _OUTAGE_GRACE
 
 
 @define
 class SoakClients:
-    """All of them: what they did, by its name, and what went wrong that should not have."""
+    """All clients, with counters of their completed jobs and a list of their failures."""
 
     proxy: Endpoint
     hosted: Endpoint
@@ -64,14 +64,14 @@ class SoakClients:
     _threads: list[threading.Thread] = field(factory=list)
 
     def start(self, seed: int) -> None:
-        """Begin. The same `seed` has each of them choose the same."""
+        """Start the threads. With the same `seed` each client makes the same random choices."""
         jobs = [*[self._pull] * 4, *[self._abort_download] * 2, *[self._push] * 2]
         for number, job in enumerate(jobs):
             self._start_thread(self._repeat, job, random.Random(f"{seed} {number}"))
         self._start_thread(self.upstream.cycle, self._stop)
 
     def stop(self) -> None:
-        """End what they do, and wait for that."""
+        """Ask all threads to end, and wait for them."""
         self._stop.set()
         for thread in self._threads:
             thread.join()
@@ -87,9 +87,9 @@ class SoakClients:
             try:
                 job(rng)
             except _OUTAGE_ERRORS as error:
-                # Pushes have nothing to do with the registry upstream.
+                # Pushes do not use the upstream registry.
                 if job != self._push and self.upstream.was_down(started):
-                    self.counts["failed in an outage"] += 1
+                    self.counts["failed during outage"] += 1
                 else:
                     self.failures.append(f"{job.__name__.strip('_')}: {type(error).__name__}: {error}")
 
@@ -101,14 +101,14 @@ class SoakClients:
                 connection.request("GET", resource.path)
                 response = connection.getresponse()
                 if response.status != 200:
-                    raise UnexpectedStatus(f"{resource.path} was answered {response.status}: {response.read(200)!r}")
+                    raise UnexpectedStatus(f"{resource.path} returned {response.status}: {response.read(200)!r}")
                 while chunk := response.read(_READ_SIZE):
                     hasher.update(chunk)
                     received += len(chunk)
                 if received < resource.size:
-                    raise UnexpectedStatus(f"{resource.path} broke off at byte {received} of {resource.size}")
+                    raise UnexpectedStatus(f"{resource.path} ended at byte {received} of {resource.size}")
                 if f"sha256:{hasher.hexdigest()}" != resource.digest:
-                    self.failures.append(f"pull: {resource.path} came with another content")
+                    self.failures.append(f"pull: the content of {resource.path} does not match its digest")
                 self.counts["pulls"] += 1
         finally:
             connection.close()
@@ -121,7 +121,7 @@ class SoakClients:
             connection.getresponse().read(rng.randrange(1, resource.size))
         finally:
             connection.close()
-        self.counts["leavers"] += 1
+        self.counts["aborted downloads"] += 1
 
     def _push(self, rng: random.Random) -> None:
         content = rng.randbytes(rng.choice(_LAYER_SIZES))

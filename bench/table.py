@@ -1,4 +1,4 @@
-"""Figures by measure and server: medians over the rounds, and ratios, as text or as data."""
+"""The table of results by benchmark and server: medians over the rounds, and ratios, as text or as data."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from attrs import define, field
 
 PROXY, NGINX, NGINX_LOGGING = "proxy", "nginx", "nginx+log"
 REGISTRY, DIRECT = "registry:2", "direct"
-"""Whose figures they are. `DIRECT` is the registry that is pulled from, asked by clients without a proxy."""
+"""Names of the servers. `DIRECT` is the upstream registry, used by clients without a proxy."""
 
 Key = tuple[str, str, str]
-"""A measure, a case of it, and what is figured."""
+"""Benchmark, case and metric."""
 
-_MIN_UTILIZATION = 0.85  # of what its workers could use; below it, the server waited for somebody
+_MIN_UTILIZATION = 0.85  # of the CPU time of its workers; below this, something else limited the rate
 
 
 @define
 class Row:
-    """One figure of one case; `samples` has a value for each round, by server."""
+    """One metric of one case; `samples` has the values of all rounds for each server."""
 
     benchmark: str
     case: str
@@ -28,7 +28,7 @@ class Row:
     unit: str
     samples: dict[str, list[float]] = field(factory=dict)
     underutilized: set[str] = field(factory=set)
-    """The servers that had time to spare in some round: others set the rate that this row tells."""
+    """The servers that were partly idle in some round, so that something else limited the rate in this row."""
 
     def median(self, server: str) -> float | None:
         values = self.samples.get(server)
@@ -41,34 +41,34 @@ class Row:
 
     def as_dict(self) -> dict[str, Any]:
         return {
-            "measure": self.benchmark,
+            "benchmark": self.benchmark,
             "case": self.case,
-            "figure": self.metric,
+            "metric": self.metric,
             "unit": self.unit,
             "samples": self.samples,
             "medians": {server: self.median(server) for server in self.samples},
             "ratios": {server: self.ratio(server) for server in self.samples if server != PROXY},
-            "waited": sorted(self.underutilized),
+            "underutilized": sorted(self.underutilized),
         }
 
 
 @define
 class ResultTable:
-    """The rows, in the order in which they came."""
+    """The rows, in the order in which they were added."""
 
     rows: dict[Key, Row] = field(factory=dict)
 
     def add(
         self, benchmark: str, case: str, server: str, metric: str, unit: str, value: float, *, utilization: float = 1.0
     ) -> None:
-        """Note the value of one round; `busy` says how much the server used of its cores while it came about."""
+        """Add the value of one round; `utilization` is the used fraction of the CPU time of the server's workers."""
         row = self.rows.setdefault((benchmark, case, metric), Row(benchmark, case, metric, unit))
         row.samples.setdefault(server, []).append(value)
         if utilization < _MIN_UTILIZATION:
             row.underutilized.add(server)
 
     def render(self, titles: Mapping[str, str]) -> str:
-        """Return the table for people; `titles` says what each measure is."""
+        """Return the table as text; `titles` has the heading of each benchmark."""
         lines: list[str] = []
         for benchmark in dict.fromkeys(row.benchmark for row in self.rows.values()):
             rows = [row for row in self.rows.values() if row.benchmark == benchmark]
@@ -84,13 +84,13 @@ class ResultTable:
         if any(row.underutilized for row in self.rows.values()):
             lines += [
                 "",
-                "* The server used less than 85 % of what its workers could: clients, disk or whatever else ran on the",
-                "  machine set this rate. The CPU time beside it is the server's own.",
+                "* The server used less than 85 % of its workers' CPU time: the clients, the disk or other load on the",
+                "  machine limited this rate. The CPU time below it is the server's own.",
             ]
         return "\n".join(lines)
 
     def as_dicts(self) -> list[dict[str, Any]]:
-        """Return everything, the rounds' values too."""
+        """Return all rows, including the values of each round."""
         return [row.as_dict() for row in self.rows.values()]
 
 
@@ -105,7 +105,7 @@ def _format_row(row: Row, case: str, peers: Sequence[str]) -> str:
 
 
 def format_number(value: float | None) -> str:
-    """Return three digits of a figure, or what there are before the point."""
+    """Return the number with three significant digits, or with all digits before the decimal point if it is larger."""
     if value is None:
         return ""
     if abs(value) >= 100:

@@ -1,4 +1,4 @@
-"""What is measured: one folder with blobs and a registry that has them, and servers that give them out."""
+"""The servers of a run: a folder with blobs, the upstream registry that serves them, the daemon, and its peers."""
 
 from __future__ import annotations
 
@@ -28,25 +28,25 @@ from bench.table import DIRECT, NGINX, NGINX_LOGGING, PROXY, REGISTRY
 
 UPSTREAM_HOST = "registry.bench.test"
 DIRECT_HOST = "localhost"
-"""A registry's second name: what clients call it that ask for no proxy, and resolve it."""
+"""The registry's second name, which clients without a proxy use, because they have to resolve it."""
 HOSTED_REGISTRY_HOST = "docker-registry.local"
 
 _LARGE_FILE_SIZE = 1024 * 1024  # bytes
 
 NGINX_WORKERS = 2
-"""Of the nginx that the daemon, with a worker for each core, is measured beside."""
+"""Workers of the nginx that is compared with a daemon that has one worker for each core."""
 
 
 @frozen
 class PushableServer(RunningServer):
-    """A registry to push to; `collect` is the command that collects its garbage."""
+    """A registry to push to; `gc_command` collects its garbage."""
 
     gc_command: list[str]
 
 
 @frozen
 class WarmDaemon:
-    """A daemon that has everything: through CONNECT, and in plain HTTP as hosted registry and as mirror."""
+    """A daemon with all content cached: through CONNECT, and over plain HTTP as hosted registry and as mirror."""
 
     proxy: RunningServer
     hosted: RunningServer
@@ -55,7 +55,7 @@ class WarmDaemon:
 
 @frozen
 class StaticNginx:
-    """An nginx that has everything as files: by TLS, by TLS with an access log, and in plain HTTP."""
+    """An nginx that serves all content as files: over TLS, over TLS with an access log, and over plain HTTP."""
 
     tls: RunningServer
     tls_with_log: RunningServer
@@ -63,7 +63,7 @@ class StaticNginx:
 
 
 class Testbed:
-    """The registry, running, and everything else not started yet. `open` makes one."""
+    """The content and the configuration of all servers. `open` creates one, with the upstream registry running."""
 
     def __init__(
         self, folder: Path, scale: Scale, clients: ClientPool, origin_port: int, certificate: ServerCertificate
@@ -80,12 +80,12 @@ class Testbed:
         self.large_blob = create_blob(self.root, scale.large_blob)
         self.small_blob, self.medium_blob = (create_blob(self.root, size) for size in SMALL_BLOBS)
         self.manifest = create_manifest(self.root)
-        os.sync()  # or the disk is busy with it beside what is measured first
+        os.sync()  # otherwise the disk would still write the content during the first benchmark
 
     @classmethod
     @contextmanager
     def open(cls, scale: Scale, clients: ClientPool) -> Iterator[Testbed]:
-        # Debian's /tmp may lie in memory, which is neither what is measured nor large enough.
+        # Debian's /tmp may be in memory, which would hide the cost of the disk, and may be too small.
         folder = Path(tempfile.mkdtemp(prefix="bench-", dir=os.environ.get("TMPDIR") or "/var/tmp"))
         try:
             certificate, port = create_certificate(folder, [UPSTREAM_HOST, DIRECT_HOST]), free_port()
@@ -99,30 +99,28 @@ class Testbed:
 
     @cached_property
     def registry(self) -> RunningServer:
-        """The registry that everything is pulled from, as clients see it that have no proxy."""
+        """The upstream registry, with the endpoint of clients without a proxy."""
         servers = [origin_server(self._origin_port, self.root, OCI_MANIFEST, SLOW_REPOSITORY, self.scale.slow_rate)]
         folder, ports = self.folder / "origin", [self._origin_port]
         process = make_nginx(folder, self._certificate, servers, ports, workers=NGINX_WORKERS)
         return self._direct_server(process, DIRECT, self._origin_port)
 
     def origin_log_offset(self) -> int:
-        """Return the present end of what the registry has noted, for `origin_sent`."""
+        """Return the current end of the registry's log, for `origin_bytes_since`."""
         return len(self._read_origin_log())
 
     def origin_bytes_since(self, log_offset: int) -> int:
-        """Return how many bytes of blobs the registry sent since `mark`."""
-        deadline = (
-            time.monotonic() + 2
-        )  # it notes a request when that is over, a little after the client has the last byte
-        while (
-            not (sent_bytes := sum(map(int, self._read_origin_log()[log_offset:].split())))
-            and time.monotonic() < deadline
-        ):
+        """Return how many bytes of bodies the registry sent since `log_offset`."""
+        # nginx logs a request when it is complete, slightly after the client has received the last byte.
+        deadline = time.monotonic() + 2
+        while True:
+            sent_bytes = sum(map(int, self._read_origin_log()[log_offset:].split()))
+            if sent_bytes or time.monotonic() >= deadline:
+                return sent_bytes
             time.sleep(0.02)
-        return sent_bytes
 
     def remove_resource(self, resource: Resource) -> None:
-        """Have the registry no longer have `resource`."""
+        """Delete `resource` from the upstream registry."""
         (self.root / resource.path.lstrip("/")).unlink()
 
     def _read_origin_log(self) -> str:
@@ -132,10 +130,10 @@ class Testbed:
 
     @contextmanager
     def warm_proxy(self, *, workers: int | None = None, cores: CoreAssignment | None = None) -> Iterator[WarmDaemon]:
-        """Run a daemon, just started, that has everything in its cache, and the large blob in its hosted registry."""
+        """Run a new daemon with all content in its cache, and the large blob in its hosted registry."""
         state, resources = self.folder / "filled", (self.large_blob, self.small_blob, self.medium_blob, self.manifest)
         if not state.exists():
-            # By another process: what fetching leaves in the heap would hide how much serving takes.
+            # Another daemon fills the cache: memory that fetching leaves in the heap would hide the cost of serving.
             with self.proxy(state, workers=1) as server:
                 for resource in resources:
                     self._fetch_head(server, resource)
@@ -148,14 +146,14 @@ class Testbed:
         with self.proxy(state, ports, workers=workers, cores=cores) as server:
             for resource in resources:
                 if "x-cache: miss" in self._fetch_head(server, resource).lower():
-                    raise BenchError(f"The daemon does not have {resource.path} in its cache.")
+                    raise BenchError(f"{resource.path} is not in the daemon's cache.")
             hosted = Endpoint(PROXY, ports.registry_http, HOSTED_REGISTRY_HOST, ca_file="", through_connect=False)
             mirror = evolve(hosted, port=ports.proxy)
             yield WarmDaemon(server, RunningServer(server.process, hosted), RunningServer(server.process, mirror))
 
     @contextmanager
     def cold_proxy(self) -> Iterator[RunningServer]:
-        """Run a daemon with an empty cache, warmed up by one small blob."""
+        """Run a daemon with an empty cache, warmed up with one small blob."""
         with self.temporary_state() as state, self.proxy(state) as server:
             self._fetch_head(server, self.small_blob)
             yield server
@@ -164,7 +162,7 @@ class Testbed:
     def static_nginx(
         self, *, workers: int = NGINX_WORKERS, cores: CoreAssignment | None = None
     ) -> Iterator[StaticNginx]:
-        """Run an nginx that has everything as files."""
+        """Run an nginx that serves all content as files."""
         folder, (tls, logging, plain) = self._new_folder("static"), (free_port(), free_port(), free_port())
         servers = [
             static_server(tls, self.root),
@@ -184,7 +182,7 @@ class Testbed:
 
     @contextmanager
     def caching_nginx(self) -> Iterator[RunningServer]:
-        """Run an nginx that fetches from the registry and caches, warmed up by one small blob."""
+        """Run an nginx that fetches from the registry and caches, warmed up with one small blob."""
         folder, port = self._new_folder("caching"), free_port()
         try:
             servers = [caching_server(port, self._origin_port, UPSTREAM_HOST, self._certificate.ca_file)]
@@ -197,7 +195,7 @@ class Testbed:
 
     @contextmanager
     def hosted_registry(self, registry: Path | None = None) -> Iterator[PushableServer]:
-        """Run a daemon whose hosted registry has what is in `registry`, or nothing."""
+        """Run a daemon whose hosted registry has its content in `registry`, or is empty."""
         ports = DaemonPorts()
         with self.temporary_state() as state:
             settings = {"REGISTRY_DIR": str(registry or state / "registry")}
@@ -209,7 +207,7 @@ class Testbed:
 
     @contextmanager
     def docker_registry(self, storage: Path | None = None) -> Iterator[PushableServer]:
-        """Run Debian's docker-registry over what is in `storage`, or nothing."""
+        """Run Debian's docker-registry with its content in `storage`, or empty."""
         folder, port = self._new_folder("docker-registry"), free_port()
         try:
             configuration = docker_registry.write_configuration(
@@ -231,7 +229,7 @@ class Testbed:
         workers: int | None = None,
         cores: CoreAssignment | None = None,
     ) -> Iterator[RunningServer]:
-        """Run a daemon that intercepts the registry, its state in `state`; all of its workers serve."""
+        """Run a daemon that intercepts the upstream registry, with its state in `state`; wait for all its workers."""
         folder, ports = self._new_folder("proxy"), ports or DaemonPorts()
         defaults = {
             "REGISTRIES": UPSTREAM_HOST,
@@ -272,16 +270,16 @@ class Testbed:
         return self.folder / f"{name}-{self._folder_count}"
 
     def _fetch_head(self, server: RunningServer, resource: Resource) -> str:
-        """Return the head of the answer."""
+        """Download `resource` and return the head of the response."""
         head: str = self.clients.run(1, server.process, download, server.endpoint, resource).results[0]
         return head
 
 
 def _remove_large_files(folder: Path) -> None:
-    """Remove the large files below `folder`, which is not used any more. The others go with the stage.
+    """Remove the large files below `folder`, which is no longer used. The small ones stay until the end of the run.
 
-    Where many files were removed, each new one may take a millisecond for the next minutes: ext4, if it has no journal,
-    looks for an inode that was not in use lately.
+    After many files were removed, creating a file may take a millisecond for some minutes, because ext4 without a
+    journal searches for an inode that was not used recently.
     """
     for path in folder.rglob("*"):
         if path.is_file() and path.stat().st_size >= _LARGE_FILE_SIZE:

@@ -1,4 +1,4 @@
-"""What the registry of the benchmark has, and what images are planted."""
+"""The blobs, manifests and storage trees that the benchmark creates."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The last run's place in docs/performance.md."""
+"""The generated sections of docs/performance.md."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_run_is_rendered_as_markdown() -> None:
         "- date: 2026-01-02",
         "- rounds: 5",
         "",
-        "| what | unit | proxy | peer | ratio | target |  |",
+        "| target | unit | proxy | peer | ratio | bound |  |",
         "| --- | --- | --- | --- | --- | --- | --- |",
         "| hit | s/GB | 0.7 | nginx 1.0 | 0.70 | ≤ 0.8 × | met |",
         "| start | s | 0.7 |  |  | ≤ 0.6 | MISSED |",
@@ -55,7 +55,7 @@ def test_only_the_section_is_replaced() -> None:
 
 @pytest.mark.parametrize("document", ["", BEGIN, END, END + BEGIN])
 def test_missing_markers_are_an_error(document: str) -> None:
-    with pytest.raises(ValueError, match="not both there"):
+    with pytest.raises(ValueError, match="The document lacks"):
         replace_section(document, RUN_SECTION, "new\n")
 
 
@@ -80,4 +80,4 @@ def test_section_without_file_is_unchanged(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr("sys.argv", argv)
     main()
     assert document.read_text() == replace_section(before, PROFILE_SECTION, "| a |\n")
-    assert "the last run stays as it is" in capsys.readouterr().err
+    assert "none.json does not exist; the section 'last run' is unchanged" in capsys.readouterr().err

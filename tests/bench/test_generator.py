@@ -1,4 +1,4 @@
-"""What the load generator prints, read."""
+"""Parsing of the load generator's output."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ OUTPUT = json.dumps(
         "count": 100,
         "resumed": 7,
         "bytes": 6553600,
-        "first": [0.001, 0.01],
-        "whole": [0.002, 0.02],
-        "firsts": [0.25, 0.5],
+        "first_byte": [0.001, 0.01],
+        "last_byte": [0.002, 0.02],
+        "first_byte_times": [0.25, 0.5],
     }
 )
 

@@ -1,4 +1,4 @@
-"""The load generator against a small server of plain HTTP: what it asks for, and what it takes for an answer."""
+"""The load generator against a small plain HTTP server: its requests, and its checks of the responses."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(
 
 
 class StubServerProcess:
-    """A server of which nothing is known."""
+    """A server process that uses no CPU time."""
 
     cores = CoreAssignment()
 
@@ -32,7 +32,7 @@ class StubServerProcess:
 
 
 class RecordingHandler(BaseHTTPRequestHandler):
-    """Sends as many bytes as the path says, and notes the path; the connections are counted by their ports."""
+    """Sends a body of the size in the path. Records the paths, and the client ports to count the connections."""
 
     protocol_version = "HTTP/1.1"
     requested_paths: list[str]
@@ -98,7 +98,8 @@ def test_handshakes_go_to_each_host_in_turn(generator: LoadGenerator, running_se
 
 
 @pytest.mark.parametrize(
-    ("path", "message"), [("/missing/5", "the server answered HTTP/1.1 404"), ("/short/100", "the server hung up")]
+    ("path", "message"),
+    [("/missing/5", "the server answered HTTP/1.1 404"), ("/short/100", "the server closed the connection")],
 )
 def test_unexpected_response_fails(
     generator: LoadGenerator, running_server: RunningServer, path: str, message: str

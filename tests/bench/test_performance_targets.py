@@ -1,4 +1,4 @@
-"""Targets, and whether figures reach them."""
+"""Performance targets and their comparison with figures."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_missed_targets_are_marked() -> None:
         )
     )
     assert [line.split() for line in performance_targets.render_results(results).splitlines()] == [
-        ["what", "unit", "proxy", "peer", "ratio", "target"],
+        ["target", "unit", "proxy", "peer", "ratio", "bound"],
         ["CPU", "s/GB", "0.90", "nginx", "1.00", "0.90", "≤", "0.8", "×", "MISSED"],
         ["CPU", "at", "all", "s/GB", "0.90", "≥", "1,500", "MISSED"],
         [],

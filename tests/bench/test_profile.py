@@ -1,4 +1,4 @@
-"""Where samples of perf belong, and that `make profile` says all it is meant to say."""
+"""Classification of perf samples, and a run of `make profile`."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_a_table_has_a_row_for_each_load() -> None:
 
 
 def can_run_perf(folder: Path) -> bool:
-    """Whether perf is there, and may take samples here."""
+    """Return whether perf is installed and permitted to take samples."""
     perf = shutil.which("perf", path=_PATH)
     argv = [str(perf), "record", "--quiet", "--output", str(folder / "perf.data"), "true"]
     return perf is not None and not subprocess.run(argv, capture_output=True, check=False).returncode
@@ -105,7 +105,7 @@ def test_profile_runs(tmp_path: Path) -> None:
     if missing or not Path("/usr/include/openssl/ssl.h").exists():
         pytest.skip(f"{', '.join(missing) or 'libssl-dev'} is missing")
     if not can_run_perf(tmp_path):
-        pytest.skip("perf is missing, or may not sample here")
+        pytest.skip("perf is missing, or is not permitted to take samples here")
     argv = [sys.executable, "-m", "bench.profile", "--quick", "--output", str(tmp_path / "profile.json")]
     environment = {**os.environ, "PATH": _PATH, "TMPDIR": str(tmp_path)}
     result = subprocess.run(argv, cwd=_PROJECT, env=environment, capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""A server's ports, and what its processes have in memory."""
+"""The ports of a server, and the memory of its processes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from bench.servers import BenchServer, free_port
 
 _SIZE = 64 << 20
-# It ends with its parent, whose end of the pipe is then closed.
+# The child ends with its parent, because the parent's end of the pipe is closed then.
 _PROGRAM = f"""
 import os, signal, socket, sys
 memory = bytearray(b"x") * {_SIZE}
@@ -32,7 +32,7 @@ def test_shared_pages_are_counted_once(tmp_path: Path) -> None:
 
 
 def test_free_ports_are_unique() -> None:
-    """A server is given several before it listens on the first."""
+    """A server is given several ports before it listens on the first."""
     first_port = free_port()
     with socket.create_server(("127.0.0.1", first_port + 1)):
         other_ports = [free_port() for _ in range(100)]

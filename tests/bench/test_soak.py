@@ -1,4 +1,4 @@
-"""What a soak complains of."""
+"""Detection of growth in a soak test."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_descriptor_growth() -> None:
 
 def test_leaked_descriptors() -> None:
     (problem,) = find_problems(make_samples([10**8] * 40), IDLE_SAMPLE, ProcessSample(60_000_000, 29, PIDS))
-    assert problem == "29 descriptors are open without clients; 20 were at the start"
+    assert problem == "29 descriptors are open without clients, 20 were open at the start"
 
 
 def test_idle_memory_may_grow() -> None:

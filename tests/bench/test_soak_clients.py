@@ -1,4 +1,4 @@
-"""When a client of the soak may have met with a registry that was away."""
+"""Whether an outage may have affected a request of the soak test's clients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Figures of several rounds: their medians, ratios, and the table that people read."""
+"""The table of results: medians, ratios, and the text output."""
 
 from __future__ import annotations
 
