@@ -1,7 +1,7 @@
 """Challenges (WWW-Authenticate) and Basic credentials.
 
-RFC 9110, section 11.6.1, warns that one field may hold several challenges and that commas separate both challenges and
-parameters; the Bearer challenge of a registry further holds commas within quotes (``scope="repository:a:pull,push"``).
+RFC 9110, section 11.6.1, warns that one field may contain several challenges, and that commas separate both challenges
+and parameters. The Bearer challenge of a registry has commas within quotes too (``scope="repository:a:pull,push"``).
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ _MAX_PARAMETERS = 32
 
 @frozen
 class Challenge:
-    """One challenge: `scheme` and the names of `parameters` are lower-case; `token68` is what Negotiate and NTLM have
-    in the place of parameters."""
+    """One challenge. `scheme` and the names of `parameters` are lower-case. Negotiate and NTLM have a `token68` instead
+    of parameters."""
 
     scheme: str
     parameters: Mapping[str, str] = field(factory=dict)
@@ -39,14 +39,14 @@ class Challenge:
         return evolve(self, parameters={**self.parameters, name.lower(): value})
 
     def render(self) -> str:
-        """Return the challenge as a field's value; raise ValueError where a quoted string cannot hold a parameter."""
-        # Some clients compare the scheme's case in spite of RFC 9110, and the registered names are capitalized.
+        """Return the challenge as a field value. Raise ValueError if a quoted string cannot represent a parameter."""
+        # Some clients compare the scheme case-sensitively, contrary to RFC 9110; the registered names are capitalized.
         parts = [f"{name}={_quote(value)}" for name, value in self.parameters.items()]
         return f"{self.scheme.capitalize()} {','.join(parts) or self.token68}".rstrip(" ")
 
 
 def parse_challenges(values: Iterable[str]) -> list[Challenge]:
-    """Return the challenges of all WWW-Authenticate fields, in order; what cannot be read is left out."""
+    """Return the challenges of all WWW-Authenticate fields, in order. Unreadable challenges are skipped."""
     challenges: list[Challenge] = []
     for value in values:
         challenges += _parse_field(value)
@@ -55,7 +55,7 @@ def parse_challenges(values: Iterable[str]) -> list[Challenge]:
 
 def _parse_field(value: str) -> list[Challenge]:
     challenges: list[Challenge] = []
-    # The parameters of the challenge that is being read; None while it is one that cannot be read.
+    # Parameters of the current challenge; None if that challenge is unreadable.
     current: dict[str, str] | None = None
     for element in elements(value):
         if parameter := _PARAMETER.fullmatch(element):
@@ -74,7 +74,7 @@ def _parse_field(value: str) -> list[Challenge]:
 
 
 def _add_parameter(parameters: dict[str, str] | None, match: re.Match[str] | None) -> None:
-    """Add a parameter; of one that is given twice, which RFC 9110 forbids, the first counts."""
+    """Add a parameter. If it is given twice, which RFC 9110 forbids, the first one counts."""
     if parameters is not None and match is not None and len(parameters) < _MAX_PARAMETERS:
         value = match[2] if match[3] is None else re.sub(r"\\(.)", r"\1", match[3])
         parameters.setdefault(match[1].lower(), value)
@@ -82,12 +82,12 @@ def _add_parameter(parameters: dict[str, str] | None, match: re.Match[str] | Non
 
 def _quote(value: str) -> str:
     if not _QUOTABLE.fullmatch(value):
-        raise ValueError("a parameter's value cannot hold control characters")
+        raise ValueError("a challenge parameter must not contain control characters")
     return '"' + re.sub(r'(["\\])', r"\\\1", value) + '"'
 
 
 def basic_authorization(user: str, password: str) -> str:
-    """Return the Basic Authorization value for `user` and `password`; raise ValueError for a user with a colon."""
+    """Return the Basic Authorization value for `user` and `password`. Raise ValueError if `user` contains a colon."""
     if ":" in user:
-        raise ValueError("a user's name cannot hold a colon")
+        raise ValueError("a user name must not contain a colon")
     return "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode("ascii")

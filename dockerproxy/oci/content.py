@@ -1,4 +1,4 @@
-"""What a registry answers with: values that the HTTP face sends, whoever made them."""
+"""Blob and manifest responses: the values that a registry backend returns and the HTTP API sends."""
 
 from __future__ import annotations
 
@@ -9,41 +9,42 @@ from attrs import frozen
 from dockerproxy.oci.names import Digest
 
 VERIFY_FIRST_SIZE = 64 * 1024
-"""Bytes up to which a blob under way is sent only when it is verified: then a bad one is a clean error."""
+"""Blobs of up to this many bytes are verified before they are sent, so that a bad one is a clean error."""
 
 BytesLike = bytes | bytearray | memoryview
-"""Bytes of a content. Nobody changes them any more."""
+"""Bytes of a blob. They are never modified."""
 
 
 class Content(Protocol):
-    """The bytes of a blob, by offset; perhaps still arriving."""
+    """The bytes of a blob, read by offset. The blob may still be downloading."""
 
     @property
     def size(self) -> int | None:
-        """The whole length in bytes, or None while nobody knows it."""
+        """The total size in bytes, or None if it is not known yet."""
 
     async def read(self, offset: int, max_bytes: int) -> BytesLike:
-        """Return bytes from `offset` on, at least one, waiting for them; ``b""`` at the end. Raise `UpstreamError`.
+        """Return at least one byte from `offset` on, waiting for it if necessary; ``b""`` at the end.
 
-        `offset` grows from call to call.
+        `offset` increases from call to call. Raise `UpstreamError`.
         """
 
     async def sendfile_source(self, offset: int, max_bytes: int) -> tuple[int, int] | None:
-        """Return a file's descriptor, and how many bytes it has in memory at `offset` that are the content's there.
+        """Return a file descriptor, and the number of bytes at `offset` that are both in memory and part of the blob.
 
-        None where there is no such file: what is still arriving is `read`. The descriptor is good until `close`.
+        Return None if there is no such file: a blob that is still downloading must be `read`. The descriptor is valid
+        until `close`.
         """
 
     async def wait_verified(self) -> None:
-        """Wait until it is certain that the content can be had whole; raise where it cannot."""
+        """Wait until the blob is certain to be available as a whole. Raise an error if it is not."""
 
     def close(self) -> None:
-        """Let go of it."""
+        """Release the blob."""
 
 
 @frozen
 class BlobResponse:
-    """A blob to send. `content` is to be closed; it is None where only the head was asked for and is all there is."""
+    """A blob to send. The receiver closes `content`. It may be None if only the head was requested."""
 
     digest: Digest
     size: int | None
@@ -53,7 +54,7 @@ class BlobResponse:
 
 @frozen
 class ManifestResponse:
-    """A manifest to send. `content` is None where only the head was asked for and is all there is."""
+    """A manifest to send. `content` may be None if only the head was requested."""
 
     digest: Digest
     media_type: str

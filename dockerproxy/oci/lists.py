@@ -1,20 +1,20 @@
-"""Comma-separated header fields (RFC 9110, section 5.6.1), for the fields whose elements may hold quoted strings."""
+"""Comma-separated header fields (RFC 9110, section 5.6.1) whose elements may contain quoted strings."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
 
-# Possessive, so that a quotation mark without its fellow costs one pass and no more.
+# Possessive, so that an unmatched quotation mark costs a single pass.
 _ELEMENT = re.compile(r'(?:[^",]++|"(?:[^"\\]++|\\.)*+")*+', re.DOTALL)
 _MAX_FIELD = 32 * 1024
 
 
 def elements(field: str) -> Iterator[str]:
-    """Yield the elements of `field` without surrounding whitespace, the empty ones left out.
+    """Yield the non-empty elements of `field` without surrounding whitespace.
 
-    A comma within a quoted string separates nothing. What follows a quotation mark that is never closed cannot be told
-    apart and is left out, as is all of a field over 32 KiB.
+    A comma within a quoted string does not separate elements. Everything after an unclosed quotation mark is left out,
+    because it cannot be split reliably. A field over 32 KiB yields nothing.
     """
     if len(field) > _MAX_FIELD:
         return

@@ -1,6 +1,6 @@
-"""Manifests: their media types, what they refer to, and what a client accepts of them.
+"""Manifests: their media types, the content they refer to, and the types that a client accepts.
 
-A manifest is always kept and sent as the bytes it came in; what is parsed here only tells what those bytes refer to.
+A manifest is always stored and sent as the bytes in which it arrived. It is parsed only to find its references.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ INDEX_TYPES = frozenset({DOCKER_LIST, OCI_INDEX})
 SCHEMA1_TYPES = frozenset({DOCKER_SCHEMA1, DOCKER_SCHEMA1_SIGNED})
 
 KNOWN_TYPES = IMAGE_TYPES | INDEX_TYPES | SCHEMA1_TYPES
-"""The types of which `parse_manifest` knows what they have to have."""
+"""The types whose required fields `parse_manifest` checks."""
 
 MAX_MANIFEST = 4 * 1024 * 1024  # distribution-spec 1.1, "Pushing Manifests": at least 4 MiB
 EMPTY_INDEX = b'{"schemaVersion":2,"mediaType":"application/vnd.oci.image.index.v1+json","manifests":[]}'
 
-# What a server says that does not know; the content knows better.
+# Types that servers send if they do not know better. The content then determines the type.
 _GENERIC_TYPES = frozenset({"", "application/json", "application/octet-stream", "binary/octet-stream", "text/plain"})
 MEDIA_TYPE = re.compile(r"[a-z0-9][a-z0-9!#$&^_.+-]{0,126}/[a-z0-9][a-z0-9!#$&^_.+-]{0,126}", re.IGNORECASE | re.ASCII)
 _MEDIA_RANGE = re.compile(rf"\*/\*|[a-z0-9][a-z0-9!#$&^_.+-]{{0,126}}/\*|{MEDIA_TYPE.pattern}")
@@ -49,8 +49,8 @@ _Document = dict[str, Any]
 
 @frozen(slots=True)
 class Descriptor:
-    """A reference to a content. `media_type` is empty and `size` (bytes) None where the manifest does not tell, as
-    schema 1 never does."""
+    """A reference to a blob or manifest. If the manifest does not state them, as schema 1 never does, `media_type` is
+    empty and `size` (bytes) is None."""
 
     media_type: str
     digest: Digest
@@ -59,10 +59,10 @@ class Descriptor:
 
 @frozen(slots=True)
 class Manifest:
-    """What a manifest refers to: `config` and `layers` are blobs, `manifests` (an index's) are manifests.
+    """The references of a manifest: `config` and `layers` are blobs, `manifests` (of an index) are manifests.
 
-    `artifact_type` is the one that the referrers API reports (distribution-spec 1.1, "Listing Referrers"): the
-    manifest's own, for an image manifest without one its config's media type.
+    `artifact_type` is the type that the referrers API reports (distribution-spec 1.1, "Listing Referrers"). It is the
+    manifest's own; if an image manifest has none, it is the media type of the config.
     """
 
     media_type: str
@@ -74,14 +74,17 @@ class Manifest:
 
 
 def parse_manifest(content: bytes, media_type: str | None) -> Manifest:
-    """Return what `content` refers to, read as `media_type` (a Content-Type; None or a generic one: as the content
-    itself says). Raise `ManifestInvalid` for content that is no manifest, or not one of that type."""
+    """Return the references in `content`, read as `media_type` (a Content-Type).
+
+    If `media_type` is None or generic, the content determines the type. Raise `ManifestInvalid` if the content is not a
+    manifest of that type.
+    """
     document = _parse_json(content)
     actual_type = _essence(media_type or "")
     if actual_type in _GENERIC_TYPES:
         actual_type = _document_type(document)
     elif document.get("mediaType") not in (None, "") and _document_type(document) != actual_type:
-        raise ManifestInvalid("the manifest's mediaType is not its Content-Type")
+        raise ManifestInvalid("the manifest's mediaType differs from its Content-Type")
     _check_unambiguous(document)
     if actual_type in SCHEMA1_TYPES:
         return Manifest(
@@ -106,15 +109,18 @@ def parse_manifest(content: bytes, media_type: str | None) -> Manifest:
 
 
 def is_nondistributable(media_type: str) -> bool:
-    """Whether a layer of this type is one that clients fetch from its vendor, who lets nobody else distribute it
-    (image-spec 1.1, "Non-distributable Layers"): no push brings it."""
+    """Return whether a layer of this type is fetched from its vendor, because nobody else may distribute it.
+
+    A push does not include such a layer (image-spec 1.1, "Non-distributable Layers").
+    """
     return _NONDISTRIBUTABLE.match(media_type) is not None
 
 
 def media_type_of(content: bytes) -> str:
-    """Return the media type of a manifest that came without one: its `mediaType` field, else by its shape.
+    """Return the media type of a manifest that came without one: its `mediaType` field, or else the type that its
+    fields imply.
 
-    Raise `ManifestInvalid` for content that is no manifest.
+    Raise `ManifestInvalid` if the content is not a manifest.
     """
     return _document_type(_parse_json(content))
 
@@ -135,7 +141,7 @@ def _document_type(document: _Document) -> str:
 
 
 def _parse_json(content: bytes) -> _Document:
-    """Return the JSON object in `content`, read so that every other parser reads the same in it."""
+    """Return the JSON object in `content`. Raise `ManifestInvalid` if JSON parsers could read it differently."""
     if len(content) > MAX_MANIFEST:
         raise ManifestInvalid(f"the manifest is longer than {MAX_MANIFEST} bytes")
     try:
@@ -152,7 +158,7 @@ def _parse_json(content: bytes) -> _Document:
 def _unique_fields(pairs: list[tuple[str, Any]]) -> _Document:
     document = dict(pairs)
     if len(document) != len(pairs):
-        raise ManifestInvalid("the manifest holds a field twice")
+        raise ManifestInvalid("the manifest contains a field twice")
     return document
 
 
@@ -161,7 +167,7 @@ def _reject_constant(name: str) -> NoReturn:
 
 
 def _check_unambiguous(document: _Document) -> None:
-    """Refuse a content that is one thing to one reader and another to the next (CVE-2021-41190)."""
+    """Refuse content that some readers take for an image and others for an index (CVE-2021-41190)."""
     shapes = (("manifests",), ("config", "layers"), ("fsLayers",))
     if sum(any(document.get(name) is not None for name in shape) for shape in shapes) > 1:
         raise ManifestInvalid("the content is an image and an index at the same time")
@@ -220,8 +226,10 @@ def _essence(media_type: str) -> str:
 
 
 def accept_set(values: Iterable[str]) -> frozenset[str]:
-    """Return the media ranges of all Accept fields, lower-case and without parameters; those refused by ``q=0`` and
-    what is no media range are left out, and all behind the first hundred."""
+    """Return the media ranges of all Accept fields, lower-case and without parameters.
+
+    Malformed ranges, ranges refused by ``q=0`` and all after the first hundred are left out.
+    """
     media_ranges: set[str] = set()
     for value in values:
         for element in elements(value):
@@ -234,28 +242,30 @@ def accept_set(values: Iterable[str]) -> frozenset[str]:
 
 
 def accepts(media_ranges: frozenset[str], media_type: str) -> bool:
-    """Whether a client that sent `accepted` takes `media_type`; one that sent nothing takes everything."""
+    """Return whether a client that sent `media_ranges` accepts `media_type`. No media ranges accept every type."""
     essence = _essence(media_type)
     return not media_ranges or bool(media_ranges & {essence, essence.partition("/")[0] + "/*", "*/*"})
 
 
 def accept_key(media_ranges: frozenset[str]) -> str:
-    """Return a name for `accepted`, 32 hex digits, the same on every machine and in every run."""
+    """Return a key for `media_ranges`: 32 hex digits, the same on every machine and in every run."""
     return hashlib.sha256("\n".join(sorted(media_ranges)).encode("ascii")).hexdigest()[:32]
 
 
 def fallback_tag(digest: Digest) -> Tag:
-    """Return the tag under which registries without a referrers API list what refers to `digest` (distribution-spec
-    1.1, "Referrers Tag Schema": a longer encoding is cut to 64 characters)."""
+    """Return the tag under which clients list the referrers of `digest` if a registry has no referrers API.
+
+    A longer encoding is cut to 64 characters (distribution-spec 1.1, "Referrers Tag Schema").
+    """
     return Tag(f"{digest.algorithm}-{digest.hex[:64]}")
 
 
 def filter_referrers(index: bytes, artifact_type: str) -> bytes:
-    """Return the referrers `index` with only the descriptors of `artifact_type`; raise `ManifestInvalid`."""
+    """Return the referrers `index` with only the descriptors of `artifact_type`. Raise `ManifestInvalid`."""
     document = _parse_json(index)
     descriptors = [item for item in _get_list(document, "manifests") if isinstance(item, dict)]
     matching = [item for item in descriptors if item.get("artifactType") == artifact_type]
     try:
         return json.dumps({**document, "manifests": matching}, separators=(",", ":"), allow_nan=False).encode("ascii")
     except (ValueError, RecursionError):
-        raise ManifestInvalid("the index holds what cannot be written as JSON") from None
+        raise ManifestInvalid("the index contains a value that JSON cannot represent") from None

@@ -1,4 +1,4 @@
-"""The names of the distribution API as values: parsed once at the edge, carried as types from there on."""
+"""The names of the distribution API as typed values, parsed once at the edge."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ if TYPE_CHECKING:
     from hashlib import _Hash
 
 Repository = NewType("Repository", str)
-"""A repository's name, e.g. ``library/ubuntu``; made by `parse_repository` only."""
+"""A repository name such as ``library/ubuntu``. Only `parse_repository` creates one."""
 
 Tag = NewType("Tag", str)
-"""A tag, e.g. ``v1.2.3.4``; made by `parse_tag` only."""
+"""A tag such as ``v1.2.3.4``. Only `parse_tag` creates one."""
 
 # distribution-spec 1.1, "Pulling manifests": the grammar of <name> and of a tag as <reference>.
 _REPOSITORY = re.compile(r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*)*")
 _TAG = re.compile(r"[a-zA-Z0-9_][a-zA-Z0-9._-]{0,127}")
 _MAX_REPOSITORY = 255  # what distribution and Docker Hub accept
 
-# image-spec 1.1, "Registered Algorithms", with the length of the encoded part.
+# image-spec 1.1, "Registered Algorithms".
 ALGORITHMS = {"sha256": 64, "sha512": 128}
-"""The algorithms of digests, and how many hex digits each has."""
+"""The digest algorithms, and the number of hex digits of each."""
 
 _HASHES = {"sha256": hashlib.sha256, "sha512": hashlib.sha512}
 
@@ -38,13 +38,13 @@ _HEX = re.compile(r"[0-9a-f]+")
 _LABEL = r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?"
 _HOSTNAME = re.compile(rf"(?=.{{1,253}}\Z){_LABEL}(?:\.{_LABEL})*")
 
-# A last label that is a number makes an address of the name for some resolvers, glibc's among them: 0x7f000001 is
-# 127.0.0.1 (WHATWG URL, "ends in a number").
+# Some resolvers, glibc's among them, read a name as an address if its last label is a number: 0x7f000001 is 127.0.0.1
+# (WHATWG URL, "ends in a number").
 _NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*")
 
 
 def parse_repository(text: str) -> Repository:
-    """Return `text` as a repository's name, or raise `NameInvalid`."""
+    """Return `text` as a repository name, or raise `NameInvalid`."""
     if len(text) > _MAX_REPOSITORY or not _REPOSITORY.fullmatch(text):
         raise NameInvalid(f"{text[:300]!r} is not a repository name")
     return Repository(text)
@@ -59,7 +59,7 @@ def parse_tag(text: str) -> Tag:
 
 @frozen(slots=True)
 class Digest:
-    """The hash that names a content: `algorithm` sha256 or sha512, `hex` its lower-case encoding."""
+    """The hash that identifies a blob or manifest. `algorithm` is sha256 or sha512, `hex` the lower-case encoding."""
 
     algorithm: str
     hex: str
@@ -89,13 +89,13 @@ Reference = Tag | Digest
 
 
 def parse_reference(text: str) -> Reference:
-    """Return the digest or tag written in `text`; a colon makes it a digest, which no tag can hold."""
+    """Return the digest or tag written in `text`. A colon makes it a digest, because no tag contains one."""
     return Digest.parse(text) if ":" in text else parse_tag(text)
 
 
 @frozen(slots=True)
 class Host:
-    """A host and port: the identity of a registry. `name` is lower-case, an IPv6 address without brackets."""
+    """A host and port, which identify a registry. `name` is lower-case; an IPv6 address has no brackets."""
 
     name: str
     port: int
@@ -107,12 +107,12 @@ class Host:
 
     @property
     def is_address(self) -> bool:
-        """Whether the name is an IP address."""
+        """Whether `name` is an IP address."""
         return _parse_address(self.name) is not None
 
     @property
     def authority(self) -> str:
-        """``name:port``, the port always written (RFC 9112, authority-form)."""
+        """``name:port``, always with the port (RFC 9112, authority-form)."""
         return f"{self._bracketed}:{self.port}"
 
     @property
@@ -120,13 +120,13 @@ class Host:
         return f"[{self.name}]" if ":" in self.name else self.name
 
     def __str__(self) -> str:
-        """The shortest form that an image reference has: the port is left out where it is 443."""
+        """Return the shortest form for an image reference: the port is left out if it is 443."""
         return self._bracketed if self.port == 443 else self.authority
 
 
 @frozen(slots=True)
 class Registry:
-    """A registry upstream: where it is, and whether it is spoken to over TLS (`scheme` ``https`` or ``http``)."""
+    """An upstream registry: its host, and the `scheme` ``https`` or ``http`` to reach it."""
 
     host: Host
     scheme: str = "https"
@@ -143,7 +143,7 @@ class Registry:
 
     @property
     def origin(self) -> str:
-        """The start of its URLs, ``scheme://host[:port]``, the scheme's default port left out."""
+        """The start of the registry's URLs, ``scheme://host[:port]``, without the scheme's default port."""
         bracketed = f"[{self.host.name}]" if ":" in self.host.name else self.host.name
         default = 80 if self.scheme == "http" else 443
         return f"{self.scheme}://{bracketed if self.host.port == default else self.host.authority}"
@@ -152,7 +152,7 @@ class Registry:
         return str(self.host)
 
 
-@lru_cache(1024)  # every client of a fleet names the same few; a text that is a host has 261 characters at most
+@lru_cache(1024)  # all clients of a fleet use the same few hosts; a valid text has at most 261 characters
 def _parse_host(text: str, default_port: int) -> Host:
     name, port = _split_port(text)
     if port is None:
@@ -179,7 +179,7 @@ def _canonical_hostname(name: str, text: str) -> str:
     if address is not None:
         return str(address)
     canonical = name.lower().removesuffix(".")
-    # Lower-casing makes ASCII of some letters that are not: the Kelvin sign becomes a "k".
+    # Lower-casing turns some non-ASCII letters into ASCII: the Kelvin sign becomes a "k".
     if not name.isascii() or not _HOSTNAME.fullmatch(canonical) or _NUMBER.fullmatch(canonical.rpartition(".")[2]):
         raise NameInvalid(f"{text[:300]!r} is not a host name")
     return canonical
@@ -190,5 +190,5 @@ def _parse_address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address |
         address = ipaddress.ip_address(name)
     except ValueError:
         return None
-    # A zone (fe80::1%eth0) means something on one machine only.
+    # A zone (fe80::1%eth0) has a meaning on one machine only.
     return None if isinstance(address, ipaddress.IPv6Address) and address.scope_id else address

@@ -1,4 +1,4 @@
-"""What refers to a manifest (distribution-spec 1.1, "Listing Referrers"): descriptors, and the index of them."""
+"""Referrers of a manifest (distribution-spec 1.1, "Listing Referrers"): their descriptors, and the index of them."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from dockerproxy.oci.names import Digest
 
 @frozen
 class Referrer:
-    """A manifest that refers to `subject`, as the referrers of that list it."""
+    """A manifest that refers to `subject`, with the descriptor that the referrers API lists for it."""
 
     subject: Digest
     descriptor: dict[str, Any]
 
 
 def make_referrer(manifest: Manifest, content: bytes, digest: Digest) -> Referrer | None:
-    """Return what `manifest`, parsed from `content`, is in the list of its subject; None where it has none."""
+    """Return the referrer that `manifest`, parsed from `content`, is of its subject; None if it has no subject."""
     if manifest.subject is None:
         return None
     descriptor: dict[str, Any] = {"mediaType": manifest.media_type, "digest": str(digest), "size": len(content)}
@@ -34,5 +34,5 @@ def make_referrer(manifest: Manifest, content: bytes, digest: Digest) -> Referre
 
 
 def build_index(descriptors: Iterable[bytes]) -> bytes:
-    """Return the index that lists `descriptors`, each as JSON."""
+    """Return an index of `descriptors`, each of which is JSON."""
     return b'{"schemaVersion":2,"mediaType":"%b","manifests":[%b]}' % (OCI_INDEX.encode(), b",".join(descriptors))

@@ -1,4 +1,4 @@
-"""What a URL of the distribution API asks for: one path in, one value out.
+"""Routes of the distribution API: one URL path in, one `Target` out.
 
     /v2/                                    BASE
     /v2/_catalog                            CATALOG
@@ -9,7 +9,8 @@
     /v2/NAME/blobs/uploads/                 UPLOADS
     /v2/NAME/blobs/uploads/SESSION          UPLOAD
 
-A repository's name may itself hold `blobs`, `manifests` or `tags` as components, so a path is read from its right end.
+A repository name may itself contain the components `blobs`, `manifests` or `tags`. A path is therefore read from its
+right end.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ class Kind(Enum):
 
 @frozen(slots=True)
 class Target:
-    """What one path names: `name` for all but BASE and CATALOG, `reference` (a `Digest` for BLOB and REFERRERS) for
-    MANIFEST, BLOB and REFERRERS, `session` for UPLOAD."""
+    """The resource that a path names. `name` is set for all kinds except BASE and CATALOG, `session` for UPLOAD, and
+    `reference` for MANIFEST, BLOB and REFERRERS. For the latter two it is a `Digest`."""
 
     kind: Kind
     name: Repository | None = None
@@ -56,12 +57,12 @@ class Target:
     session: str | None = None
 
 
-@lru_cache(1024)  # nodes of a fleet ask for the same; a path that is routed has 3 KiB at most
+@lru_cache(1024)  # nodes of a fleet request the same paths; a valid path has at most 3 KiB
 def route(path: str) -> Target:
-    """Return what `path` (without its query, percent-encoded as it came) asks for.
+    """Return the target of `path` (without its query, percent-encoded as received).
 
-    Raise `NameInvalid` or `DigestInvalid` for a name that the grammar does not allow, and `NameUnknown` for a path that
-    is no resource of this API.
+    Raise `NameInvalid` or `DigestInvalid` if a name does not match the grammar, and `NameUnknown` if this API has no
+    such path.
     """
     parts = _segments(path)
     if len(parts) < 2 or parts[0] or parts[1] != "v2":
@@ -83,7 +84,7 @@ def route(path: str) -> Target:
             return Target(Kind.REFERRERS, _parse_repository_parts(name), Digest.parse(digest))
         case [*name, "blobs", "uploads", session]:
             return Target(Kind.UPLOAD, _parse_repository_parts(name), session=_parse_session(session))
-    raise NameUnknown("the path is no resource of the distribution API")
+    raise NameUnknown("the distribution API has no such path")
 
 
 def _parse_repository_parts(parts: list[str]) -> Repository:
@@ -99,30 +100,32 @@ def _parse_session(text: str) -> str:
 def _segments(path: str) -> list[str]:
     """Return the path's segments, decoded once.
 
-    An escape that would change how the path is cut, or that needs a second decoding, is how a path comes to mean one
-    thing to us and another to an upstream; dot segments would be resolved by some and not by others.
+    Refuse an escape that changes how the path is split, or that needs a second decoding, because an upstream might read
+    such a path differently. Refuse dot segments, because some servers resolve them and others do not.
     """
     if not _VISIBLE.fullmatch(path):
-        raise NameInvalid("the path holds characters that a URL cannot hold")
+        raise NameInvalid("the path contains characters that are not allowed in a URL")
     if "%" in path:
         path = _ESCAPE.sub(_decode_octet, path)
     parts = path.split("/")
     if "." in parts or ".." in parts:
-        raise NameInvalid("the path holds a dot segment")
+        raise NameInvalid("the path contains a dot segment")
     return parts
 
 
 def _decode_octet(escape: re.Match[str]) -> str:
     character = chr(int(escape[1], 16)) if escape[1] else "%"
-    # No name of this API holds anything but visible ASCII.
+    # Names of this API consist of visible ASCII only.
     if character in "/%" or not "!" <= character <= "~":
-        raise NameInvalid("the path holds a percent-encoding that no name needs")
+        raise NameInvalid("the path contains a percent-encoding that no name needs")
     return character
 
 
 def parse_query(query: str) -> list[tuple[str, str]]:
-    """Return the decoded (name, value) pairs of `query` in order; raise `BadRequest` for one that is too long, or whose
-    escapes are broken or not UTF-8."""
+    """Return the decoded (name, value) pairs of `query` in order.
+
+    Raise `BadRequest` if the query is too long, or if its escapes are broken or not UTF-8.
+    """
     if len(query) > _MAX_QUERY or query.count("&") >= _MAX_PARAMETERS:
         raise BadRequest("the URL's query is too long")
     pairs = []
@@ -135,7 +138,7 @@ def parse_query(query: str) -> list[tuple[str, str]]:
 
 def _decode_query_text(text: str) -> str:
     if any(escape[1] is None for escape in _ESCAPE.finditer(text)):
-        raise BadRequest("the URL's query holds a broken percent-encoding")
+        raise BadRequest("the URL's query contains a broken percent-encoding")
     try:
         return unquote_plus(text, errors="strict")
     except UnicodeDecodeError:
@@ -143,10 +146,10 @@ def _decode_query_text(text: str) -> str:
 
 
 def pop_parameter(query: str, name: str) -> tuple[str | None, str]:
-    """Return the decoded value of parameter `name` (None where there is none) and `query` without it.
+    """Return the decoded value of parameter `name` (None if it is absent) and `query` without it.
 
-    The rest stays as it is, byte for byte: a signed URL would break otherwise. Raise `BadRequest` where the parameter
-    occurs with two different values, or as `parse_query` does for this one parameter.
+    The rest is unchanged byte for byte, because a signed URL would break otherwise. Raise `BadRequest` if the parameter
+    has two different values, or as `parse_query` does for this one parameter.
     """
     if len(query) > _MAX_QUERY:
         raise BadRequest("the URL's query is too long")
@@ -158,5 +161,5 @@ def pop_parameter(query: str, name: str) -> tuple[str | None, str]:
         else:
             rest.append(part)
     if len(values) > 1:
-        raise BadRequest(f"the URL's query gives {name} twice")
+        raise BadRequest(f"the URL's query contains two different values of {name}")
     return (values.pop() if values else None), "&".join(rest)

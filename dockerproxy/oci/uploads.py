@@ -1,7 +1,7 @@
-"""The rules of an upload session (distribution-spec 1.1, "Pushing blobs"): what a chunk says, and what we say.
+"""The rules of an upload session (distribution-spec 1.1, "Pushing blobs"): ranges of chunks, and the session's status.
 
-A session is a count of bytes that have arrived in order. All that a client can do wrong is to send others than the
-next ones.
+A session is a number of bytes received in order. The only mistake that a client can make is to send other bytes than
+the next ones.
 """
 
 from __future__ import annotations
@@ -11,15 +11,16 @@ import re
 from dockerproxy.errors import BlobUploadInvalid, DigestInvalid, RangeInvalid
 from dockerproxy.oci.names import ALGORITHMS, Digest
 
-# The spec's own form, inclusive and without a unit: it is not RFC 9110's Content-Range.
+# The form of the distribution-spec, inclusive and without a unit. It differs from the Content-Range of RFC 9110.
 _CHUNK_RANGE = re.compile(r"([0-9]{1,19})-([0-9]{1,19})")
 
 
 def declared_length(content_range: str | None, content_length: int | None, session_size: int) -> int | None:
-    """Return how many bytes a chunk is going to have; None where it does not say, and has as many as come.
+    """Return the length in bytes that a chunk declares, or None if it declares none and its body may have any length.
 
-    `content_length` is None for a body in chunked coding, `received` what the session has. Raise `RangeInvalid` where
-    the chunk is not the next one, `BlobUploadInvalid` where its range cannot be read or is not of its length.
+    `content_length` is None for a body in chunked coding. `session_size` is the number of bytes already received. Raise
+    `RangeInvalid` if the chunk is not the next one, and `BlobUploadInvalid` if its range is unreadable or does not
+    match its length.
     """
     if content_range is None:
         return content_length
@@ -28,30 +29,30 @@ def declared_length(content_range: str | None, content_length: int | None, sessi
         raise BlobUploadInvalid("the chunk's Content-Range is not of the form start-end")
     start, last = int(match[1]), int(match[2])
     if start != session_size or last < start:
-        raise RangeInvalid(f"the session has {session_size} bytes, and the chunk is {start}-{last}")
+        raise RangeInvalid(f"the chunk {start}-{last} does not continue the session, which has {session_size} bytes")
     length = last - start + 1
     if content_length is not None and content_length != length:
-        raise BlobUploadInvalid(f"the chunk {start}-{last} comes with {content_length} bytes")
+        raise BlobUploadInvalid(f"the chunk {start}-{last} has a Content-Length of {content_length}")
     return length
 
 
 def range_header(session_size: int) -> str:
-    """Return the Range field of a session that has `received` bytes: ``0-`` and the position of the last.
+    """Return the Range field of a session with `session_size` bytes: ``0-`` and the position of the last byte.
 
-    An empty one has no last byte. As CNCF distribution it says ``0-0``: clients read two numbers.
+    An empty session has no last byte. It gets ``0-0``, as in CNCF distribution, because clients expect two numbers.
     """
     return f"0-{max(session_size - 1, 0)}"
 
 
 def algorithm_for(digest: Digest | None, digest_algorithm: str | None) -> str:
-    """Return what to hash a session's bytes with as they arrive, by what the client tells of the digest to come.
+    """Return the algorithm to hash a session's bytes with, from the digest or algorithm that the client announced.
 
-    Raise `DigestInvalid` for an algorithm that is not registered.
+    Raise `DigestInvalid` if the algorithm is not registered.
     """
     if digest is not None:
         return digest.algorithm
     if digest_algorithm is None:
         return "sha256"
     if digest_algorithm not in ALGORITHMS:
-        raise DigestInvalid(f"{digest_algorithm[:32]!r} is not one of {', '.join(ALGORITHMS)}")
+        raise DigestInvalid(f"digest algorithm {digest_algorithm[:32]!r} is not one of {', '.join(ALGORITHMS)}")
     return digest_algorithm

@@ -1,4 +1,4 @@
-"""Who may read the hosted registry and who may write to it; and how clients are told to say who they are."""
+"""Access control of the hosted registry: permissions, and the challenges for clients without a login."""
 
 from __future__ import annotations
 
@@ -18,29 +18,32 @@ from dockerproxy.registry.htpasswd import BasicCredentials, HtpasswdFile, parse_
 from dockerproxy.registry.responses import FieldList
 
 HOSTED_TOKEN_PATH = "/v2/token"
-"""Where clients of a registry that lets everyone read get their tokens."""
+"""Clients of a registry with ANONYMOUS_PULL get their tokens at this path."""
 
-_TOKEN_LIFETIME = 3600  # seconds for which a token holds
+_TOKEN_LIFETIME = 3600  # seconds
 
 
 class AccessControl(Protocol):
     """Decides about the requests of one registry."""
 
     async def check(self, request: Request, target: Target) -> None:
-        """Return where the client may do what it asks for; raise `Unauthorized`."""
+        """Return if the client may make this request. Raise `Unauthorized` otherwise."""
 
     def challenge(self, request: Request, target: Target | None) -> FieldList:
-        """Return what a client is told that may not; `target` is None where its path means nothing."""
+        """Return the challenge for a client without permission. `target` is None if the path is not part of the API."""
 
     async def handle_token(self, request: Request) -> bool:
-        """Answer a request to `TOKEN_PATH`, if there is such a thing here; say whether. Raise `Unauthorized`."""
+        """Respond to a request to `HOSTED_TOKEN_PATH` and return True. Return False if this registry has no tokens.
+
+        Raise `Unauthorized`.
+        """
 
 
 class AllowAll:
-    """No users: everyone may do everything."""
+    """No users: every request is allowed."""
 
     async def check(self, request: Request, target: Target) -> None:
-        """Let it pass."""
+        """Allow the request."""
 
     def challenge(self, request: Request, target: Target | None) -> FieldList:
         return []
@@ -50,7 +53,7 @@ class AllowAll:
 
 
 class RequireLogin:
-    """A login for everything."""
+    """Every request needs a login."""
 
     def __init__(self, htpasswd: HtpasswdFile, realm: str) -> None:
         self._htpasswd = htpasswd
@@ -67,11 +70,12 @@ class RequireLogin:
 
 
 class AnonymousPull:
-    """Everyone may read, a login is for the rest (ANONYMOUS_PULL).
+    """Reading needs no login; everything else does (ANONYMOUS_PULL).
 
-    With Basic alone dockerd cannot do both: it asks `/v2/` once, without a login. Where that answers 200 it never
-    shows one, and where that asks for Basic it pulls nothing without one. So it is told to fetch a token, which it does
-    with its login where it has one; each of our own making is for a user, or for nobody. Basic is taken as well.
+    With Basic alone, dockerd cannot do both. It requests `/v2/` once, without a login. If the response is 200, it never
+    sends its login; if the response asks for Basic, it pulls nothing without one. The challenge therefore asks for a
+    token, which dockerd fetches with its login if it has one. All tokens are our own; each is for one user, or for an
+    anonymous client. Basic is accepted as well.
     """
 
     def __init__(self, htpasswd: HtpasswdFile, realm: str, secret: bytes, clock: Callable[[], float]) -> None:
@@ -88,13 +92,13 @@ class AnonymousPull:
             if user and self._htpasswd.has_user(user):
                 return
             if user is None:
-                raise Unauthorized("the token has ended, or is none of this registry's")
+                raise Unauthorized("the token has expired, or was not issued by this registry")
         elif has_authorization:
             await _authenticate(self._htpasswd, request)
             return
         is_read = request.method in ("GET", "HEAD") and target.kind is not Kind.UPLOAD
         if not is_read or (target.kind is Kind.BASE and not has_authorization):
-            raise Unauthorized("a login is needed to write to this registry")
+            raise Unauthorized("authentication required to write to this registry")
 
     def challenge(self, request: Request, target: Target | None) -> FieldList:
         scheme = "https" if request.secure else "http"
@@ -106,7 +110,7 @@ class AnonymousPull:
 
     async def handle_token(self, request: Request) -> bool:
         if request.method != "GET":
-            raise Unsupported("tokens are given out by GET only", headers=[("Allow", "GET")])
+            raise Unsupported("tokens are requested with GET", headers=[("Allow", "GET")])
         user = ""
         if "authorization" in request.headers:
             try:
@@ -126,7 +130,7 @@ class AnonymousPull:
         return True
 
     def _host(self, request: Request) -> str:
-        """Return where the client reaches us, as it says; it goes there itself, and nobody else does."""
+        """Return the address at which the client reaches us, from its Host field. Only this client uses it."""
         try:
             return str(Host.parse(request.headers.get("host") or "", 443 if request.secure else 80).authority)
         except NameInvalid:
@@ -137,7 +141,7 @@ class AnonymousPull:
         return urlsafe_b64encode(self._sign(payload) + payload).decode("ascii")
 
     def _verify_token(self, token: str) -> str | None:
-        """Return the user whom a token is for, ``""`` for nobody; None where it is not, or no longer, good."""
+        """Return the user of a token, ``""`` for an anonymous client. Return None if it is invalid or expired."""
         try:
             data = urlsafe_b64decode(token)
         except ValueError:
@@ -153,15 +157,15 @@ class AnonymousPull:
 
 
 async def _authenticate(htpasswd: HtpasswdFile, request: Request) -> str:
-    """Return the user that `request` shows a right login of; raise `Unauthorized`."""
+    """Return the user name if `request` has a correct login. Raise `Unauthorized` otherwise."""
     authorization = request.headers.get("authorization")
     if authorization is None:
-        raise Unauthorized("a login is needed")
+        raise Unauthorized("authentication required")
     credentials = parse_basic(authorization)
-    if credentials == BasicCredentials("", b""):  # what podman and skopeo show where they have none
-        raise Unauthorized("a login is needed")
+    if credentials == BasicCredentials("", b""):  # podman and skopeo send this if they have no login
+        raise Unauthorized("authentication required")
     if credentials is None or not await htpasswd.check_password(credentials):
-        raise Unauthorized("the user or the password is wrong")
+        raise Unauthorized("the user name or the password is wrong")
     return credentials.user
 
 

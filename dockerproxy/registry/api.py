@@ -1,4 +1,4 @@
-"""The OCI distribution API over HTTP: pulling, the same for whichever `Source` answers."""
+"""The OCI distribution API over HTTP: pulls, the same for every `RegistryBackend`."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from dockerproxy.registry.responses import API_VERSION, FieldList, cache_status_
 from dockerproxy.registry.streaming import stream_content
 
 # distribution-spec 1.1, "Warnings": the code is 299, the agent "-"; clients print the text.
-_STALE_WARNING = ("Warning", '299 - "Stale: the registry does not answer, this is what it last said"')
+_STALE_WARNING = ("Warning", '299 - "Stale: the registry did not respond, so the cached copy is used"')
 
 
 class RegistryAPI:
-    """Answers requests to `/v2/`."""
+    """Handles requests to `/v2/`."""
 
     def __init__(self, clock: Any) -> None:
         self._clock = clock
 
     def handle(self, request: Request, target: Target, backend: RegistryBackend) -> Awaitable[None]:
-        """Answer `request`, whose path was found to mean `target`, from `source`. Raise `RegistryError`."""
+        """Respond to `request`, whose path is `target`, from `backend`. Raise `RegistryError`."""
         if request.method in ("GET", "HEAD") and target.name is not None and target.reference is not None:
             if target.kind is Kind.MANIFEST:
                 return self._manifest(request, target.name, target.reference, backend)
@@ -60,7 +60,7 @@ class RegistryAPI:
         content = blob.content
         try:
             remaining = await _start_blob(request, blob)
-            del blob  # a slow client waits for what follows, and each has its own
+            del blob  # to free it: streaming to a slow client takes long, and each client has one
             if content is not None and remaining is not None:
                 await stream_content(request, content, *remaining, self._clock)
         finally:
@@ -69,7 +69,10 @@ class RegistryAPI:
 
 
 async def _start_blob(request: Request, blob: BlobResponse) -> tuple[int, int | None] | None:
-    """Answer for a blob, or begin to: return where what has yet to be sent starts and stops, None where that is all."""
+    """Send the head of a blob's response, and the body if it is small.
+
+    Return the offsets at which the remaining body starts and stops. Return None if the response is complete.
+    """
     fields = [("Content-Type", "application/octet-stream"), *_common_fields(blob, blob.cache_status)]
     if _is_not_modified(request, blob.digest):
         request.respond(304, fields)
@@ -91,7 +94,7 @@ async def _start_blob(request: Request, blob: BlobResponse) -> tuple[int, int | 
         request.start(status, fields, length)
         request.finish()
     elif length is not None and length <= VERIFY_FIRST_SIZE:
-        # Head and body in one write: one system call, one packet for the client to wait for.
+        # Head and body in one write: one system call, and one packet for the client to wait for.
         request.respond(status, fields, await _read_exactly(content, start, length))
     else:
         request.start(status, fields, length)
@@ -104,7 +107,7 @@ async def _read_exactly(content: Content, start: int, length: int) -> bytes:
     while len(data) < length:
         chunk = await content.read(start + len(data), length - len(data))
         if not chunk:
-            raise UpstreamBroken(f"the content ends {length - len(data)} bytes too early")
+            raise UpstreamBroken(f"the blob ends {length - len(data)} bytes early")
         data = data + chunk if data else bytes(chunk)
     return data
 
@@ -123,7 +126,7 @@ def _common_fields(response: BlobResponse | ManifestResponse, cache_status: str)
 
 
 def _is_not_modified(request: Request, digest: Digest) -> bool:
-    """Whether the client says that it has this content (If-None-Match, RFC 9110, section 13.1.2)."""
+    """Return whether the client already has this content (If-None-Match, RFC 9110, section 13.1.2)."""
     condition = request.headers.joined("if-none-match")
     if condition is None:
         return False
@@ -132,7 +135,7 @@ def _is_not_modified(request: Request, digest: Digest) -> bool:
 
 
 def _requested_range(request: Request, digest: Digest, size: int) -> ByteRange | None:
-    """Return the part that the client asks for; None for the whole. Raise `RangeInvalid`."""
+    """Return the range that the client requests, None for the whole content. Raise `RangeInvalid`."""
     if request.method != "GET":  # RFC 9110, section 14.2
         return None
     if_range = request.headers.get("if-range")

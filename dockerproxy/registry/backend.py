@@ -1,4 +1,4 @@
-"""What the HTTP face asks of whoever answers: a registry hosted here, or the cache of one elsewhere."""
+"""The interface between the HTTP API and a registry: the hosted one, or the cache of an upstream one."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from dockerproxy.oci.routes import Target
 
 
 class RegistryBackend(Protocol):
-    """A registry, as one client sees it. Every method raises `RegistryError` for what it cannot or must not give."""
+    """A registry as one client sees it. Methods raise `RegistryError` if they cannot or must not serve a request."""
 
     async def manifest(
         self, name: Repository, reference: Reference, accept: list[str], *, head: bool
     ) -> ManifestResponse:
-        """Return a manifest; `accept` are the client's Accept fields. With `head` the content may be left out."""
+        """Return a manifest for the Accept fields `accept`. If `head` is true, the content may be left out."""
 
     async def blob(self, name: Repository, digest: Digest, *, head: bool) -> BlobResponse:
-        """Return a blob. With `head` the content may be left out."""
+        """Return a blob. If `head` is true, the content may be left out."""
 
     async def handle(self, request: Request, target: Target) -> None:
-        """Answer a request that is neither: the ping, lists, referrers, uploads and deletions."""
+        """Respond to any other request: the ping, lists, referrers, uploads and deletions."""

@@ -1,4 +1,4 @@
-"""The registry that is hosted here, as the HTTP face meets it: what can be read of it."""
+"""The hosted registry as a backend of the HTTP API: manifests, blobs, lists and referrers."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from dockerproxy.store.blob_reader import StoredBlobReader
 from dockerproxy.store.hosted_store import HostedStore
 from dockerproxy.store.uploads import Uploads
 
-_NO_CACHE_STATUS = "-"  # nothing of it comes from a cache
+_NO_CACHE_STATUS = "-"  # hosted content does not come from a cache
 
-_MAX_ENTRIES = 10_000  # in one answer; what is behind them is behind its Link
-_MAX_REFERRERS_SIZE = 3 * 1024 * 1024  # bytes of descriptors in one index: clients read 4 MiB of a manifest
+_MAX_ENTRIES = 10_000  # per response; its Link leads to the rest
+_MAX_REFERRERS_SIZE = 3 * 1024 * 1024  # bytes of descriptors per index: clients read 4 MiB of a manifest
 
 _JSON_FIELDS = [("Content-Type", "application/json"), API_VERSION]
 
@@ -44,28 +44,28 @@ _ALLOWED_METHODS = {
 }
 
 
-_PURGE_INTERVAL = 3600.0  # seconds between two looks for uploads that were given up
-_STALE_UPLOAD_AGE = 86400.0  # seconds without a byte after which an upload is
+_PURGE_INTERVAL = 3600.0  # seconds between two searches for stale upload sessions
+_STALE_UPLOAD_AGE = 86400.0  # seconds without a byte after which a session is stale
 
 log = Logger()
 
 
 def upload_purge_service(reactor: Any, uploads: Uploads, clock: Callable[[], float]) -> TimerService:
-    """Return the service that removes uploads that were given up, at start and then hourly. `clock`: POSIX time."""
+    """Return the service that removes stale upload sessions at start-up and then hourly. `clock` returns POSIX time."""
 
     async def purge() -> None:
         count = await in_thread(reactor, uploads.purge, clock() - _STALE_UPLOAD_AGE)
         if count:
-            log.info("uploads that were given up and are removed: {count}", count=count)
+            log.info("removed {count} stale upload sessions", count=count)
 
-    timer = TimerService(_PURGE_INTERVAL, lambda: spawn(purge(), "the removal of old uploads"))  # type: ignore[no-untyped-call]
+    timer = TimerService(_PURGE_INTERVAL, lambda: spawn(purge(), "removing stale upload sessions"))  # type: ignore[no-untyped-call]
     timer.clock = reactor
     return timer
 
 
 @frozen
 class HostedRegistry:
-    """A `Source` over a `HostedStore`. Who may do what was asked before (`guard`)."""
+    """A `RegistryBackend` over a `HostedStore`. `AccessControl` has already checked the client's permission."""
 
     reactor: Any
     store: HostedStore
@@ -74,10 +74,10 @@ class HostedRegistry:
     async def manifest(
         self, name: Repository, reference: Reference, accept: list[str], *, head: bool
     ) -> ManifestResponse:
-        # What Accept asks for makes no difference: a tag means one manifest (the spec lets a registry ignore it).
+        # Accept is ignored, as the spec allows: a tag refers to exactly one manifest.
         links = self.store.links
         digest = reference if isinstance(reference, Digest) else links.tag(name, reference)
-        # Used first, then looked for: garbage collection takes a link away only with a content that nobody used.
+        # Touch the blob first, and check the link afterwards: gc removes a link only if nobody used its blob recently.
         size = None if digest is None else self.store.blobs.touch(digest)
         if digest is None or size is None or not links.has_manifest(name, digest):
             self._check_repository(name)
@@ -104,7 +104,7 @@ class HostedRegistry:
         return BlobResponse(digest, blob.size, StoredBlobReader(self.reactor, blob), _NO_CACHE_STATUS)
 
     async def handle(self, request: Request, target: Target) -> None:
-        """Answer the ping, lists, referrers; leave what writes to `push`."""
+        """Respond to the ping, lists and referrers. Pass requests that write to `push`."""
         name, reference = target.name, target.reference
         is_read = request.method in ("GET", "HEAD")
         match target.kind:
@@ -118,7 +118,9 @@ class HostedRegistry:
                 await self._referrers(request, name, reference)
             case _ if not await self.push.handle(request, target):
                 allowed = _ALLOWED_METHODS[target.kind]
-                raise Unsupported(f"{request.method} is not one of {allowed}", headers=[("Allow", allowed)])
+                raise Unsupported(
+                    f"{request.method} is not supported here; supported: {allowed}", headers=[("Allow", allowed)]
+                )
 
     def _check_repository(self, name: Repository) -> None:
         if not self.store.has_repository(name):
@@ -153,7 +155,10 @@ class HostedRegistry:
         request.respond(200, fields, json.dumps({"repositories": names}).encode())
 
     def _repositories(self) -> list[str]:
-        """Return, in order, what has a manifest; of what was removed, gc has not taken the blobs yet. Blocks."""
+        """Return the sorted names of the repositories that have manifests. Blocks.
+
+        A repository whose manifests were all deleted is left out, although it has blobs until gc runs.
+        """
         links = self.store.links
         return sorted(name for name in links.repositories() if next(links.manifests(name), None) is not None)
 
@@ -176,7 +181,7 @@ class HostedRegistry:
     def _list_referrers(
         self, name: Repository, subject: Digest, artifact_type: str | None, after: str | None
     ) -> tuple[list[bytes], str | None]:
-        """Return the descriptors of one answer, and the name of the last where there are more. Blocks."""
+        """Return the descriptors of one page, and the name of its last entry if more follow. Blocks."""
         descriptors: list[bytes] = []
         size, last = 0, None
         for entry, content in self.store.referrers.list(name, subject, after):
@@ -191,7 +196,7 @@ class HostedRegistry:
 
 
 def _detect_media_type(content: bytes) -> str:
-    """Return the media type of a manifest that another registry took in, by what it says itself."""
+    """Return the media type of a manifest that another registry stored, from its content."""
     try:
         return media_type_of(content)
     except ManifestInvalid:

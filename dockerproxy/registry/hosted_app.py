@@ -1,4 +1,4 @@
-"""The registry that is hosted here, at the daemon's own doors; and which registry a request at such a door means."""
+"""HTTP handlers of direct requests: the hosted registry, and the choice of a registry by `?ns=`."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from dockerproxy.registry.responses import handle_error
 
 @define
 class HostedRegistryApp:
-    """Answers requests to `/v2/` for the hosted registry. Another `guard` may be set, for the requests to come."""
+    """Handles requests to `/v2/` for the hosted registry. A newly set `access_control` applies to later requests."""
 
     api: RegistryAPI
     backend: HostedRegistry
     access_control: AccessControl
 
     async def handle(self, request: Request) -> None:
-        """Answer `request`."""
+        """Respond to `request`."""
         target: Target | None = None
         try:
             if request.path == HOSTED_TOKEN_PATH and await self.access_control.handle_token(request):
@@ -41,10 +41,10 @@ class HostedRegistryApp:
 
 @frozen
 class NamespaceRouter:
-    """Answers requests to `/v2/`: `?ns=HOST` asks for a mirror of that registry, unless HOST is one of `own_names`.
+    """Dispatches requests to `/v2/` by `?ns=HOST`: to the mirror, unless HOST is one of `local_hostnames`.
 
-    A client that reaches us by another name or an address says `ns` for our own registry as well. Without it the door's
-    own `otherwise` answers.
+    A client that reaches us by another name or by address sends `ns` for our own registry as well. A request without
+    `ns` goes to the listener's `default`.
     """
 
     hosted: Handler
@@ -53,7 +53,7 @@ class NamespaceRouter:
     default: Handler
 
     async def handle(self, request: Request) -> None:
-        """Answer `request`."""
+        """Respond to `request`."""
         try:
             namespace, rest = pop_parameter(request.query, "ns")
             is_local = namespace is not None and Host.parse(namespace).name in self.local_hostnames

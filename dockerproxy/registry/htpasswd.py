@@ -1,4 +1,4 @@
-"""The users of the hosted registry: HTPASSWD_FILE, as Apache's htpasswd writes it with bcrypt."""
+"""The users of the hosted registry: HTPASSWD_FILE, in the format of Apache's htpasswd with bcrypt."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from twisted.logger import Logger
 from dockerproxy.concurrency import SingleFlight, in_thread
 
 _HASH = re.compile(r"\$2[aby]\$(0[4-9]|[12][0-9]|3[01])\$[./A-Za-z0-9]{53}")
-_MAX_PASSWORD = 72  # bytes; bcrypt looks at no more, and its Python library refuses what is longer
-_CACHE_SECONDS = 300.0  # seconds in which a login that was right is not computed again
+_MAX_PASSWORD = 72  # bytes; bcrypt ignores the rest, and its Python library refuses longer passwords
+_CACHE_SECONDS = 300.0  # seconds for which a verified login is not hashed again
 _MAX_CACHED = 1000
 _MAX_FIELD = 4096
 
@@ -29,19 +29,19 @@ log = Logger()
 
 
 class HtpasswdError(ValueError):
-    """A file of users that cannot be used: one sentence, without any part of a hash."""
+    """The htpasswd file cannot be used. The message is one sentence and contains no part of a hash."""
 
 
 @frozen
 class BasicCredentials:
-    """What a client shows by Basic (RFC 7617)."""
+    """User and password from a Basic Authorization field (RFC 7617)."""
 
     user: str
     password: bytes = field(repr=False)
 
 
 def parse_basic(authorization: str) -> BasicCredentials | None:
-    """Return the login in an Authorization field, None where it is not a readable Basic one."""
+    """Return the credentials in an Authorization field. Return None if it is not a readable Basic field."""
     scheme, _, encoded = authorization.partition(" ")
     if scheme.lower() != "basic" or len(encoded) > _MAX_FIELD:
         return None
@@ -53,30 +53,30 @@ def parse_basic(authorization: str) -> BasicCredentials | None:
 
 
 def parse_htpasswd(text: str, path: Path) -> dict[str, bytes]:
-    """Return the bcrypt hashes in `text`, the content of `path`, by user. Raise `HtpasswdError`."""
+    """Return the bcrypt hashes in `text`, the content of `path`, by user name. Raise `HtpasswdError`."""
     users: dict[str, bytes] = {}
     for number, line in enumerate(text.splitlines(), 1):
         entry = line.strip()
         if not entry or entry.startswith("#"):
             continue
         user, colon, password_hash = entry.partition(":")
-        location = f"HTPASSWD_FILE: {path}, line {number},"
+        location = f"HTPASSWD_FILE: {path}, line {number}"
         if not colon or not user:
-            raise HtpasswdError(f"{location} is not user:hash")
+            raise HtpasswdError(f"{location} is not of the form user:hash")
         if not _HASH.fullmatch(password_hash):
-            raise HtpasswdError(f"{location} has no bcrypt hash (made by: htpasswd -B {path} USER)")
+            raise HtpasswdError(f"{location} has no bcrypt hash; create one with: htpasswd -B {path} USER")
         if user in users:
-            raise HtpasswdError(f"{location} names a user for the second time")
+            raise HtpasswdError(f"{location} repeats the user of an earlier line")
         users[user] = password_hash.encode("ascii")
     return users
 
 
 class HtpasswdFile:
-    """Tells whether a login is right.
+    """Checks user names and passwords against an htpasswd file.
 
-    The file is read again when it changes; a broken one leaves the users as they are. A password is checked in a
-    thread, for that takes as long as whoever made the hash wanted. `secret` keys what is remembered of it, so that
-    memory holds no password.
+    The file is read again when it changes. If the new file is invalid, the previous users stay. A password is hashed in
+    a thread, because the cost in its hash decides how long that takes. Verified logins are remembered under a key made
+    with `secret`, so that memory holds no password.
     """
 
     def __init__(self, reactor: Any, path: Path, secret: bytes, clock: Callable[[], float]) -> None:
@@ -92,7 +92,7 @@ class HtpasswdFile:
         self.reload()
 
     def reload(self) -> None:
-        """Read the file. Raise `HtpasswdError` where it cannot be used; the users are then as before."""
+        """Read the file. If it cannot be used, raise `HtpasswdError` and keep the previous users."""
         try:
             with self._path.open(encoding="utf-8") as file:
                 self._signature = _signature(os.fstat(file.fileno()))
@@ -103,17 +103,17 @@ class HtpasswdFile:
             raise HtpasswdError(f"HTPASSWD_FILE: {self._path} is not UTF-8 text") from None
         self._users = users
         self._verified.clear()
-        # What a user who does not exist is compared with costs as much as the dearest of those who do.
+        # Unknown users are compared with this hash, which costs as much as the most expensive one in the file.
         rounds = max((int(hashed[4:6]) for hashed in users.values()), default=10)
         self._dummy_hash = b"$2b$%02d$" % rounds + b"." * 53
 
     def has_user(self, user: str) -> bool:
-        """Say whether there is such a user."""
+        """Return whether this user exists."""
         self._reload_if_changed()
         return user in self._users
 
     async def check_password(self, credentials: BasicCredentials) -> bool:
-        """Say whether `login` is right."""
+        """Return whether user and password are correct."""
         self._reload_if_changed()
         key = hmac.new(self._secret, f"{credentials.user}\n".encode() + credentials.password, hashlib.sha256).digest()
         expiry = self._verified.get(key)
@@ -143,13 +143,13 @@ class HtpasswdFile:
             try:
                 self.reload()
             except HtpasswdError as error:
-                log.error("{reason}; the users stay as they were", reason=str(error))
+                log.error("{reason}; the previous users stay in effect", reason=str(error))
 
 
 def _matches(password: bytes, password_hash: bytes) -> bool:
     try:
         return bool(bcrypt.checkpw(password[:_MAX_PASSWORD], password_hash))
-    except ValueError:  # a NUL in the password
+    except ValueError:  # the password contains a NUL
         return False
 
 

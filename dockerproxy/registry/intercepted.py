@@ -1,4 +1,4 @@
-"""The two ways to a registry elsewhere: reached under its own name (interception), and as its mirror."""
+"""The two handlers for upstream registries: interception under their own names, and the mirror."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from dockerproxy.registry.upstream_backend import (
 _MAX_FORM_SIZE = 64 * 1024
 
 OpenRegistry = Callable[[Registry, str | None], UpstreamRegistry]
-"""Returns a registry for a client that shows an Authorization, or none."""
+"""Returns the registry for a client with this Authorization value, or without one."""
 
 
 class TokenService(Protocol):
-    """Answers for the token servers of the registries."""
+    """The token endpoints of upstream registries."""
 
     def registry_for_realm(self, host: Registry, path: str) -> Registry | None:
-        """Return the registry whose tokens are given out at `path` of `host`, if any."""
+        """Return the registry whose token endpoint is at `path` of `host`, or None."""
 
     async def token(self, registry: Registry, query: str, authorization: str | None, form: bytes | None) -> bytes:
-        """Return the JSON that a client gets."""
+        """Return the JSON document for the client."""
 
 
 class Intercepted:
-    """Answers for registries under their own names, in their place."""
+    """Handles requests to upstream registries under their own names."""
 
     def __init__(
         self, api: RegistryAPI, open_registry: OpenRegistry, token_service: TokenService, *, allow_push: bool
@@ -48,7 +48,7 @@ class Intercepted:
         self._allow_push = allow_push
 
     async def handle(self, registry: Registry, request: Request) -> None:
-        """Answer a request that the client means for `registry`."""
+        """Respond to a request for `registry`."""
         request.host = str(registry)
         upstream = self._open_registry(registry, request.headers.get("authorization"))
         try:
@@ -59,7 +59,7 @@ class Intercepted:
             )
 
     def _route(self, registry: Registry, request: Request, upstream: UpstreamRegistry) -> Awaitable[None]:
-        """Return what answers `request`: no coroutine around it, each of which takes memory with a slow client."""
+        """Return the awaitable that responds to `request`. Another coroutine would cost memory per slow client."""
         _check_path(request)
         target = _api_target(request.path)
         if target is not None:
@@ -84,9 +84,10 @@ class Intercepted:
 
 
 class Mirror:
-    """Answers as a mirror: `?ns=HOST` names one of `registries`, and without it `hub` is meant.
+    """Handles requests as a mirror: `?ns=HOST` names one of `registries`; the default is `hub`.
 
-    A mirror's client brings no login of upstream's, so what it shows goes nowhere, and our own or none speaks for it.
+    The client of a mirror has no login for upstream. Its Authorization is therefore not forwarded, and the proxy's own
+    login is used, if there is one.
     """
 
     def __init__(
@@ -98,11 +99,11 @@ class Mirror:
         self._hub = hub
 
     async def handle(self, request: Request) -> None:
-        """Answer a request to `/v2/`."""
+        """Respond to a request to `/v2/`."""
         try:
             await self._route(request)
         except RegistryError as error:
-            # Without a challenge: a login for the registry that is mirrored is nothing to show to us.
+            # No challenge: the client must not send us its login for the mirrored registry.
             handle_error(request, error, [])
 
     async def _route(self, request: Request) -> None:
@@ -111,10 +112,12 @@ class Mirror:
         namespace, request.query = pop_parameter(request.query, "ns")
         registry = self._hub if namespace is None else self._registries.get(Host.parse(namespace))
         if registry is None:
-            raise NameUnknown(f"{namespace!r} is not mirrored here: its administrator can add it to REGISTRIES")
+            raise NameUnknown(
+                f"{namespace!r} is not mirrored here; the administrator of this proxy can add it to REGISTRIES"
+            )
         request.host = str(registry)
         if request.method not in SAFE_METHODS:
-            message = "a mirror is pulled from only: push to the registry itself"
+            message = "a mirror is read-only; push to the registry itself"
             raise Unsupported(message, headers=[("Allow", ", ".join(SAFE_METHODS))])
         if target.kind is Kind.BASE:
             request.respond(200, [("Content-Type", "application/json"), API_VERSION], b"{}")
@@ -123,13 +126,13 @@ class Mirror:
 
 
 def _check_path(request: Request) -> None:
-    """Refuse what is no path: behind a registry's origin, `.example.com/` would make another server's URL of it."""
-    path, request.path = request.path, ""  # it may hold a login, which is nothing for the log
+    """Refuse a target that is not a path: after a registry's origin, `.example.com/` would name another server."""
+    path, request.path = request.path, ""  # it may contain a login, which must not be logged
     request.path = origin_form(path)
 
 
 def _api_target(path: str) -> Target | None:
-    """Return what a path of the API means; None for one that is none of it, and is upstream's business."""
+    """Return the API resource of `path`. Return None if the API has no such path, so that the request is forwarded."""
     try:
         return route(path)
     except NameUnknown:

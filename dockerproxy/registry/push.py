@@ -1,8 +1,7 @@
-"""Pushing to the registry that is hosted here, and deleting from it (distribution-spec 1.1, "Push", "Content
-Management").
+"""Pushing to the hosted registry and deleting from it (distribution-spec 1.1, "Push" and "Content Management").
 
-What is begun here is brought to its end whether or not the client still listens: a thread may be writing at the moment
-when it goes, and what has arrived counts when it comes back.
+An operation runs to its end even if the client disconnects. A thread may be writing at that moment, and the bytes
+received so far count if the client returns.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ log = Logger()
 
 @frozen
 class PushHandler:
-    """Answers what writes to a `HostedStore`."""
+    """Handles the requests that write to a `HostedStore`."""
 
     reactor: Any
     store: HostedStore
@@ -47,7 +46,7 @@ class PushHandler:
         return ManifestPushHandler(self.reactor, self.store)
 
     async def handle(self, request: Request, target: Target) -> bool:
-        """Answer `request`, and say whether that was possible: its method may be none that `target` has."""
+        """Respond to `request` and return True. Return False if `target` does not support its method."""
         operation = self._dispatch(request, target)
         if operation is None:
             return False
@@ -76,7 +75,7 @@ class PushHandler:
 
 
 async def _run_operation(request: Request, operation: Coroutine[Any, Any, None]) -> None:
-    """Do `work`, whose troubles are the client's to hear of, if it is still there."""
+    """Run `operation`. Report errors to the client if it is still connected."""
     try:
         await operation
     except ClientDisconnected:

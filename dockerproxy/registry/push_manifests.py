@@ -1,4 +1,4 @@
-"""Manifests on their way in and out: what they are taken to be, what they need, what they are called."""
+"""Manifest pushes to the hosted registry and deletions: media types, references and tags."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from dockerproxy.oci.routes import parse_query
 from dockerproxy.registry.responses import API_VERSION
 from dockerproxy.store.hosted_store import HostedStore
 
-_BATCH_SIZE = 100  # references that are looked for before others get their turn
-_MAX_MISSING_LISTED = 10  # missing references that an error tells of
+_BATCH_SIZE = 100  # references that are checked before the reactor runs again
+_MAX_MISSING_LISTED = 10  # missing references that an error message lists
 
 _GENERIC_TYPES = ("", "application/json", "application/octet-stream")
 
 
 @frozen
 class ParsedManifest:
-    """A manifest that was looked through. `manifest` is None for a type that nobody here knows to read."""
+    """A parsed push. `manifest` is None if the media type is unknown."""
 
     content: bytes
     digest: Digest
@@ -45,18 +45,18 @@ class ParsedManifest:
 
 @frozen
 class ManifestPushHandler:
-    """Answers PUT and DELETE of manifests."""
+    """Handles PUT and DELETE of manifests."""
 
     reactor: Any
     store: HostedStore
 
     async def put(self, request: Request, name: Repository, reference: Reference) -> None:
-        """Take a manifest in under a digest or a tag."""
+        """Store a manifest under a digest or a tag."""
         tags = _tags(request, reference)
         try:
             content = await request.read_all(MAX_MANIFEST)
         except SizeInvalid:
-            raise SizeInvalid(f"a manifest has at most {MAX_MANIFEST} bytes") from None
+            raise SizeInvalid(f"the manifest is longer than {MAX_MANIFEST} bytes") from None
         expected_digest = reference if isinstance(reference, Digest) else None
         media_type = (request.headers.get("content-type") or "").partition(";")[0].strip()
         parsed = await in_thread(self.reactor, parse_pushed, content, expected_digest, media_type)
@@ -91,7 +91,8 @@ class ManifestPushHandler:
         self.store.link_manifest(name, parsed.digest, parsed.media_type, parsed.referrer, tags)
 
     async def _check_references(self, name: Repository, manifest: Manifest) -> None:
-        """Raise `ManifestBlobUnknown` unless `name` has all that `manifest` needs, and use that: it stays."""
+        """Raise `ManifestBlobUnknown` if `name` lacks a reference of `manifest`. Touch all of them: gc then keeps
+        them."""
         missing = []
         for count, (digest, is_manifest) in enumerate(_required_references(manifest), 1):
             if self.store.blobs.touch(digest) is None or not self._is_linked(name, digest, is_manifest):
@@ -101,19 +102,19 @@ class ManifestPushHandler:
         if missing:
             more = f" and {len(missing) - _MAX_MISSING_LISTED} more" if len(missing) > _MAX_MISSING_LISTED else ""
             raise ManifestBlobUnknown(
-                f"{name} has no {', '.join(missing[:_MAX_MISSING_LISTED])}{more}, which the manifest needs"
+                f"{name} lacks references of the manifest: {', '.join(missing[:_MAX_MISSING_LISTED])}{more}"
             )
         if manifest.subject is not None:
-            self.store.blobs.touch(manifest.subject.digest)  # it may be missing; if it is here, it stays here
+            self.store.blobs.touch(manifest.subject.digest)  # it may be missing; if it exists, gc keeps it
 
     def _is_linked(self, name: Repository, digest: Digest, is_manifest: bool) -> bool:
-        # BuildKit's cache is an index of blobs. As CNCF distribution, we take a blob for a child too.
+        # BuildKit's cache is an index of blobs. A child may therefore be a blob too, as in CNCF distribution.
         links = self.store.links
         return (is_manifest and links.has_manifest(name, digest)) or links.has_layer(name, digest)
 
 
 def _tags(request: Request, reference: Reference) -> list[Tag]:
-    """Return the tags that a pushed manifest gets: its reference, or beside a digest those of the query."""
+    """Return the tags of a pushed manifest: its reference, or the tags in the query if that is a digest."""
     if not isinstance(reference, Digest):
         return [reference]
     tags = [parse_tag(value) for name, value in parse_query(request.query) if name == "tag"]
@@ -121,13 +122,13 @@ def _tags(request: Request, reference: Reference) -> list[Tag]:
 
 
 def parse_pushed(content: bytes, expected_digest: Digest | None, declared_type: str) -> ParsedManifest:
-    """Return what `content` is, said to be of the media type `told`. Blocks for as long as 4 MiB of JSON take.
+    """Return the manifest in `content`, declared to be of `declared_type`. Blocks: it may parse 4 MiB of JSON.
 
-    Raise `DigestInvalid`, or `ManifestInvalid` for content that is not of a type that we know.
+    Raise `DigestInvalid`, or `ManifestInvalid` if the content is not valid for a known type.
     """
     digest = Digest.of(content, "sha256" if expected_digest is None else expected_digest.algorithm)
     if expected_digest is not None and digest != expected_digest:
-        raise DigestInvalid(f"the manifest's digest is {digest}, and not {expected_digest}")
+        raise DigestInvalid(f"the manifest's digest is {digest}, not {expected_digest}")
     if declared_type in _GENERIC_TYPES:
         declared_type = media_type_of(content)
     if not MEDIA_TYPE.fullmatch(declared_type):
@@ -142,7 +143,7 @@ def parse_pushed(content: bytes, expected_digest: Digest | None, declared_type: 
 
 
 def _required_references(manifest: Manifest) -> Iterator[tuple[Digest, bool]]:
-    """Yield what has to be there before `manifest`, and whether it is a manifest itself. Its subject may come later."""
+    """Yield each digest that `manifest` needs, and whether that is a manifest. The subject may be pushed later."""
     if manifest.media_type not in KNOWN_TYPES:
         return
     if manifest.config is not None:

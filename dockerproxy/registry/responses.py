@@ -1,4 +1,4 @@
-"""Errors as the distribution API has them: the one place that renders a `RegistryError`."""
+"""Header fields and errors of the distribution API. Only this module renders a `RegistryError`."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ API_VERSION = ("Docker-Distribution-Api-Version", "registry/2.0")
 
 FieldList = list[tuple[str, str]]
 
-# What upstream says about itself as a server: we stand in its place. Alt-Svc would lead clients past us, and a
-# content delivery network's X-Cache tells of another cache than ours.
+# Fields that describe the upstream server, which the client does not talk to. Alt-Svc would lead clients past us, and
+# the X-Cache of a content delivery network describes another cache than ours.
 _NOT_FORWARDED = ("alt-svc", "server", "strict-transport-security", "x-cache")
 
 
@@ -53,19 +53,19 @@ def upstream_fields(headers: Headers) -> FieldList:
 
 
 def without_cookies(headers: Headers) -> Headers:
-    """Return `headers` without cookies, which the API does not know.
+    """Return `headers` without cookies, which the API does not use.
 
-    A cookie that upstream gives may be a session of our own login; one that a client sends may be for another server
-    than the one that it is passed on to.
+    A cookie from upstream may be a session of our own login. A cookie from a client may be meant for another server
+    than the one that gets the request.
     """
     return headers.without("cookie", "set-cookie")
 
 
 def respond_error(request: Request, error: RegistryError, challenge: Iterable[tuple[str, str]] = ()) -> None:
-    """Answer with `error`, upstream's own refusal in upstream's own words.
+    """Respond with `error`. A refusal by upstream keeps upstream's own words.
 
-    The fields `challenge` take the place of whatever challenge `error` holds: that was not made for this client. The
-    error is left as it is, for it may be the answer to several requests.
+    The fields in `challenge` replace any challenge of `error`, because that one was not made for this client. `error`
+    is not modified, because it may be the response to several requests.
     """
     headers = Headers(error.headers).without("www-authenticate")
     if isinstance(error, UpstreamRefused):
@@ -80,7 +80,8 @@ def respond_error(request: Request, error: RegistryError, challenge: Iterable[tu
 
 
 def handle_error(request: Request, error: RegistryError, challenge: list[tuple[str, str]]) -> None:
-    """Answer with `error` under `challenge`; break off where an answer has begun, so that nobody takes it for whole."""
+    """Respond with `error` and `challenge`. If a response has begun, abort it, so that the client does not take it for
+    complete."""
     if request.started:
         request.abort()
     else:

@@ -1,4 +1,4 @@
-"""Content on its way to a client: read and written a piece at a time, as fast as the client takes it."""
+"""Streams a blob to a client, in chunks whose size follows the speed of the client."""
 
 from __future__ import annotations
 
@@ -10,21 +10,20 @@ from dockerproxy.http.request import Request
 from dockerproxy.oci.content import Content
 
 _MIN_CHUNK = 16 * 1024
-_INITIAL_CHUNK = (
-    128 * 1024
-)  # what a client that has taken nothing yet is given of it (`SocketTransport`), and a small layer
+_INITIAL_CHUNK = 128 * 1024  # a client's first bytes (see `SocketTransport`), and the size of a small layer
 _MAX_CHUNK = 1024 * 1024  # CPU seconds per GB in plain HTTP: 0.137, with 512 KiB 0.153
-_FAST = 0.02  # seconds in which a client takes a piece, to be given a larger one
+_FAST = 0.02  # seconds; a client that takes a chunk in less gets a larger one
 _SLOW = 0.2
 
 _UNBOUNDED = 1 << 62
 
 
 class ChunkSizer:
-    """How large the next piece is, in bytes.
+    """Chooses the size of the next chunk in bytes.
 
-    Large pieces cost least for each byte; but what a slow client does not take of one was read for nothing, or, where
-    it goes out as a chunk, waits in memory. So it grows while pieces are taken quickly and shrinks when they are not.
+    Large chunks cost least per byte. But if a slow client does not take all of a chunk, the rest was read for nothing
+    or, in chunked coding, waits in memory. The size therefore grows while chunks are taken quickly, and shrinks
+    otherwise.
     """
 
     __slots__ = ("size",)
@@ -33,7 +32,7 @@ class ChunkSizer:
         self.size = _INITIAL_CHUNK
 
     def record(self, size: int, seconds: float) -> None:
-        """Note how much was taken of the last piece, and how long the client took for that."""
+        """Record that the client took `size` bytes of the last chunk in `seconds`."""
         if seconds < _FAST:
             self.size = min(_MAX_CHUNK, max(_MIN_CHUNK, size * 2))
         elif seconds > _SLOW:
@@ -41,9 +40,9 @@ class ChunkSizer:
 
 
 async def stream_content(request: Request, content: Content, start: int, stop: int | None, clock: Any) -> None:
-    """Send the bytes from `start` to before `stop` (None: to the end) as the body that was announced, and finish.
+    """Send the bytes from `start` up to `stop` (None: to the end) as the announced body, and finish the response.
 
-    Raise `ClientGone`, or what reading raised. The reactor gets its turn after each piece.
+    Raise `ClientDisconnected`, or the error of a read. The reactor runs after every chunk.
     """
     sizer, offset, end = ChunkSizer(), start, _UNBOUNDED if stop is None else stop
     while offset < end:
@@ -62,9 +61,9 @@ async def stream_content(request: Request, content: Content, start: int, stop: i
 
 
 async def _send_chunk(request: Request, content: Content, offset: int, max_bytes: int) -> int:
-    """Send bytes from `offset` on, and return how many; 0 at the content's end.
+    """Send bytes from `offset` on, and return their number; 0 at the end of the content.
 
-    What the client does not take is read again when it will be, and does not wait in memory.
+    Bytes that the client does not take now are read again later, so that they do not wait in memory.
     """
     source = await content.sendfile_source(offset, max_bytes) if request.can_sendfile else None
     if source is not None:

@@ -1,4 +1,4 @@
-"""A registry elsewhere, as our clients meet it: pulls from the cache, all else passed on."""
+"""An upstream registry as a backend of the HTTP API: pulls come from the cache, other requests are forwarded."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from dockerproxy.oci.names import Digest, Reference, Repository
 from dockerproxy.oci.routes import Kind, Target, parse_query
 from dockerproxy.registry.responses import API_VERSION, cache_status_fields, upstream_fields, without_cookies
 
-# What a client says to us and not to upstream: its login is dealt with, the body's framing is ours to say anew.
+# Request fields that are not forwarded: the login is handled elsewhere, and the framing of the body is our own.
 _NOT_FORWARDED = ("authorization", "host", "content-length", "expect", "accept-encoding")
 
 SAFE_METHODS = ("GET", "HEAD")
 
 _MAX_ERROR_BODY = 64 * 1024
 
-# RFC 8288, section 3; a target that is a path is one of ours.
+# RFC 8288, section 3. A link whose target is only a path leads to us.
 _LINK = re.compile(r"<(/[^<>]*)>")
 
 
 class RegistryResponse(ForwardedResponse, Protocol):
-    """Another server's answer."""
+    """A response of an upstream server."""
 
     async def read_all(self, limit: int) -> bytes: ...
 
 
 class ReferrersIndex(Protocol):
-    """An index of referrers; `filtered` says whether the artifact type that was asked for is applied."""
+    """An index of referrers. `filtered` is true if it holds only the requested artifact type."""
 
     @property
     def content(self) -> bytes: ...
@@ -46,7 +46,7 @@ class ReferrersIndex(Protocol):
 
 
 class UpstreamRegistry(Protocol):
-    """A registry elsewhere for one client: the cache's side of it."""
+    """An upstream registry for one client, implemented by the cache."""
 
     async def manifest(
         self, name: Repository, reference: Reference, accept: list[str], *, head: bool
@@ -69,7 +69,7 @@ class UpstreamRegistry(Protocol):
 
 @frozen
 class UpstreamBackend:
-    """A `Source` over a `Remote`. `namespace` is what a client names it by at every request (`?ns=`), if it does."""
+    """A `RegistryBackend` over an `UpstreamRegistry`. `namespace` is the client's `?ns=`, if it sends one."""
 
     upstream: UpstreamRegistry
     allow_push: bool
@@ -84,7 +84,7 @@ class UpstreamBackend:
         return await self.upstream.blob(name, digest, head=head)
 
     async def handle(self, request: Request, target: Target) -> None:
-        """Answer the ping and referrers ourselves; pass on the rest, and writing only where the settings say so."""
+        """Respond to the ping and to referrers. Forward the rest; requests that write need `allow_push`."""
         is_read = request.method in SAFE_METHODS
         if not is_read:
             check_push(request, self.allow_push)
@@ -108,18 +108,18 @@ class UpstreamBackend:
 
 
 def check_push(request: Request, allow_push: bool) -> None:
-    """Raise `Unsupported` for a request that writes, where that is not allowed."""
+    """Raise `Unsupported` for a request that writes, unless `allow_push` is true."""
     if not allow_push:
-        request.closing = request.has_body  # nobody reads what is being sent
-        raise Unsupported("pushing through this proxy is switched off: its administrator can set ALLOW_PUSH=true")
+        request.closing = request.has_body  # the body is not read
+        raise Unsupported("pushing through this proxy is disabled; its administrator can set ALLOW_PUSH=true")
 
 
 async def forward_request(
     request: Request, upstream: UpstreamRegistry, target: Target | None, namespace: str | None = None
 ) -> None:
-    """Answer `request` with what upstream answers to it, body and answer streamed; raise `UpstreamRefused` for a 401.
+    """Forward `request` to upstream, streaming its body and the response. Raise `UpstreamRefused` for a 401.
 
-    `target` is what its path means in the API, None where that is nothing.
+    `target` is the API resource of its path, None if the path is not part of the API.
     """
     request.cache_status = "PASS"
     path = request.path + (f"?{request.query}" if request.query else "")
@@ -139,7 +139,7 @@ async def forward_request(
 
 
 async def _read_error_body(response: RegistryResponse) -> bytes:
-    """Return the body of a refusal; nothing where it is too long or breaks off, for its status says enough."""
+    """Return the body of a refusal. Return nothing if it is too long or incomplete, because the status is enough."""
     try:
         return await response.read_all(_MAX_ERROR_BODY)
     except UpstreamError:
@@ -147,7 +147,7 @@ async def _read_error_body(response: RegistryResponse) -> bytes:
 
 
 def _add_namespace(namespace: str | None, link: str) -> str:
-    """Return a Link field that leads on within `namespace`: without it, the next page would be another registry's."""
+    """Return `link` with `ns=namespace` in its targets. Without it, the next page would be that of another registry."""
     if namespace is None:
         return link
 

@@ -93,7 +93,7 @@ def test_require_login(connect: Any, htpasswd: Any) -> None:
         assert client.fetch(method, path, basic_fields("alice:wonder")).status == 200
     assert client.fetch("GET", "/v2/token").status == 404
     # Where they have no login, podman and skopeo show an empty one.
-    assert b"a login is needed" in client.fetch("GET", "/v2/", basic_fields(":")).body
+    assert b"authentication required" in client.fetch("GET", "/v2/", basic_fields(":")).body
 
 
 class TestAnonymousPull:

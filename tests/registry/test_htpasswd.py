@@ -80,7 +80,7 @@ def test_parse_htpasswd() -> None:
 def test_broken_line_is_reported_without_its_hash(line: str) -> None:
     with pytest.raises(HtpasswdError) as caught:
         parse_htpasswd(f"first:{hash_password(b'x')}\n# a comment\n{line}\n", PATH)
-    assert f"HTPASSWD_FILE: {PATH}, line 3," in str(caught.value)
+    assert f"HTPASSWD_FILE: {PATH}, line 3 " in str(caught.value)
     secret = line.partition(":")[2]
     assert not secret or secret not in str(caught.value)
 
