@@ -283,7 +283,7 @@ def test_invalid_htpasswd_prevents_startup(tmp_path: Path, upstreams: Upstreams)
     daemon = TwistdDaemon(tmp_path / "proxy", {**upstreams.settings, "HTPASSWD_FILE": str(file)})
     daemon.launch()
     wait_until(lambda: not daemon.running, "the end of the daemon")
-    assert f"{file}, line 2," in daemon.output_text
+    assert f"{file}, line 2 " in daemon.output_text
     assert "secretsecret" not in daemon.output_text
     assert "Traceback" not in daemon.output_text
 
