@@ -1,7 +1,7 @@
-"""Connections to other servers: names resolved, every address asked about, the first one that answers taken.
+"""Connections to other servers: name resolution, address checks and Happy Eyeballs (RFC 8305).
 
-The address that a connection goes to is one that `permit` was asked about, from the same look-up: a name that means
-another address a moment later (DNS rebinding) gains nothing.
+The dialer connects only to addresses that the address check accepted, taken from the same DNS look-up. DNS rebinding
+therefore gains nothing: a second look-up, which could return another address, never happens.
 """
 
 from __future__ import annotations
@@ -30,18 +30,16 @@ from dockerproxy.net.upstream_proxy import ConnectFactory, UpstreamProxy
 from dockerproxy.oci.names import Host
 
 AddressCheck = Callable[[str], None]
-"""Raises a `RegistryError` for an address (as text) that must not be connected to."""
+"""Raises a `RegistryError` if connections to an address (as text) are forbidden."""
 
-_CONNECTION_ATTEMPT_DELAY = (
-    0.25  # seconds before the next address is tried as well: RFC 8305, section 5, "Connection Attempt Delay"
-)
+_CONNECTION_ATTEMPT_DELAY = 0.25  # seconds until the next address is tried as well: RFC 8305, section 5
 
 
 class Dialer:
-    """Makes endpoints for hosts.
+    """Makes client endpoints for hosts.
 
-    `overrides` say where to connect instead of asking DNS (neither `permit` nor `proxy` is asked then). Without `ipv6`
-    only IPv4 is used. `connect_timeout` are the seconds for all of a connection: look-up, attempts, the proxy's answer.
+    `overrides` maps a host to the address and port to use instead of DNS; the address check and `proxy` are then
+    skipped. `connect_timeout` is the limit in seconds for DNS, all attempts and the proxy's response together.
     """
 
     def __init__(
@@ -60,22 +58,23 @@ class Dialer:
         self._connect_timeout = connect_timeout
 
     def endpoint(self, host: Host, address_check: AddressCheck | None = None) -> IStreamClientEndpoint:
-        """Return an endpoint for `host` whose connection goes only to an address that `permit` lets pass.
+        """Return an endpoint that connects to `host`, and only at addresses that `address_check` accepts.
 
-        It fails with what `permit` raised where that leaves no address, else with `UpstreamUnreachable`,
-        `UpstreamTimeout` or `UpstreamBroken` (the parent proxy's answer), with a sentence that names the host.
+        If the check rejects every address, connecting fails with its first error. Other failures are
+        `UpstreamUnreachable`, `UpstreamTimeout` and `UpstreamBroken` (an invalid response of the upstream proxy); their
+        messages name the host.
         """
         return _Endpoint(self, host, address_check)
 
     async def connect(self, host: Host, address_check: AddressCheck | None, factory: IProtocolFactory) -> IProtocol:
-        """Return a connected protocol of `factory`; see `endpoint`."""
+        """Connect to `host` and return the protocol that `factory` built; see `endpoint`."""
         work = Deferred.fromCoroutine(self._connect(host, address_check, factory))
         work.addTimeout(self._connect_timeout, self._reactor)
         try:
             return await work
         except (DeferredTimeout, TimeoutError):
             seconds = self._connect_timeout
-            raise UpstreamTimeout(f"{host.authority}: timed out, no connection in {seconds:g} s") from None
+            raise UpstreamTimeout(f"{host.authority}: timed out, not connected after {seconds:g} s") from None
 
     async def _connect(self, host: Host, address_check: AddressCheck | None, factory: IProtocolFactory) -> IProtocol:
         override = self._overrides.get(host)
@@ -97,7 +96,9 @@ class Dialer:
                 proxy_host, [(address, proxy_host.port) for address in addresses], connect_factory
             )
         except UpstreamUnreachable as error:
-            raise UpstreamUnreachable(f"{host.authority}: no connection to the proxy, {error.message}") from None
+            raise UpstreamUnreachable(
+                f"{host.authority}: cannot connect to the upstream proxy {error.message}"
+            ) from None
         try:
             return await connect_factory.done
         except CancelledError:
@@ -105,17 +106,19 @@ class Dialer:
             raise
 
     async def _resolve(self, host: Host) -> list[str]:
-        """Return the addresses of `host`, families alternating as the resolver's first choice begins; at least one."""
+        """Return the addresses of `host`, at least one, with IPv4 and IPv6 interleaved."""
         if host.is_address:
             if ":" in host.name and not self._ipv6:
-                raise UpstreamUnreachable(f"{host.authority}: not connected to, DISABLE_IPV6 is set")
+                raise UpstreamUnreachable(
+                    f"{host.authority}: cannot connect to an IPv6 address because DISABLE_IPV6 is set"
+                )
             return [host.name]
         receiver = _ResolutionReceiver()
         types = (IPv4Address, IPv6Address) if self._ipv6 else (IPv4Address,)
         self._reactor.nameResolver.resolveHostName(receiver, host.name, portNumber=host.port, addressTypes=types)
         addresses = interleave_families(await receiver.resolved, ipv6=self._ipv6)
         if not addresses:
-            raise UpstreamUnreachable(f"{host.authority}: no such name, DNS has no address for it")
+            raise UpstreamUnreachable(f"{host.authority}: no such name, DNS returned no address")
         return addresses
 
     async def _dial_parallel(
@@ -133,7 +136,7 @@ class Dialer:
 
 
 def filter_addresses(addresses: Iterable[str], address_check: AddressCheck | None) -> list[str]:
-    """Return those of `addresses` that `permit` lets pass; where that is none, raise what it raised first."""
+    """Return the addresses that `address_check` accepts. If it rejects all of them, raise its first error."""
     allowed, errors = [], []
     for address in addresses:
         try:
@@ -149,8 +152,8 @@ def filter_addresses(addresses: Iterable[str], address_check: AddressCheck | Non
 
 
 def interleave_families(addresses: Iterable[IAddress], *, ipv6: bool) -> list[str]:
-    """Return the distinct addresses with their families in turn, as RFC 8305, section 4, asks."""
-    families: dict[type, list[str]] = {}  # in the order in which the resolver brought them
+    """Return the distinct addresses with IPv4 and IPv6 interleaved (RFC 8305, section 4)."""
+    families: dict[type, list[str]] = {}  # in the resolver's order
     for address in addresses:
         if isinstance(address, IPv4Address) or (isinstance(address, IPv6Address) and ipv6):
             family = families.setdefault(type(address), [])
@@ -164,10 +167,10 @@ def _explain(error: BaseException) -> str:
     if isinstance(error, ConnectionRefusedError):
         return "connection refused"
     if isinstance(error, NoRouteError):
-        return "no route to it"
+        return "no route to host"
     if isinstance(error, ConnectError):
-        return f"no connection ({error.osError or type(error).__name__})"
-    return f"no connection ({type(error).__name__})"
+        return f"cannot connect ({error.osError or type(error).__name__})"
+    return f"cannot connect ({type(error).__name__})"
 
 
 @implementer(IStreamClientEndpoint)
@@ -183,14 +186,14 @@ class _Endpoint:
 
 @implementer(IResolutionReceiver)
 class _ResolutionReceiver:
-    """Collects what the resolver brings."""
+    """Collects the addresses of one look-up; `resolved` fires with all of them."""
 
     def __init__(self) -> None:
         self._addresses: list[IAddress] = []
         self.resolved: Deferred[list[IAddress]] = Deferred()
 
     def resolutionBegan(self, resolutionInProgress: IHostResolution) -> None:
-        """A thread's look-up cannot be called off; whoever waits gives up alone."""
+        """Ignore the handle: a look-up in a thread cannot be cancelled. A caller that gives up just stops waiting."""
 
     def addressResolved(self, address: IAddress) -> None:
         self._addresses.append(address)
@@ -200,9 +203,10 @@ class _ResolutionReceiver:
 
 
 class _HappyEyeballs:
-    """Attempts to connect, each begun when the one before failed or took too long; the first to succeed ends them all.
+    """Parallel connection attempts (RFC 8305): the next begins when the last one failed or took 250 ms.
 
-    Twisted's HostnameEndpoint does the same behind a look-up of its own; here the addresses are given.
+    The first attempt that succeeds cancels the others. Twisted's HostnameEndpoint does the same, but resolves the name
+    itself; this class takes the addresses, because they have already been checked.
     """
 
     def __init__(
@@ -239,7 +243,7 @@ class _HappyEyeballs:
 
     def _on_failed(self, failure: Failure, attempt: Deferred[IProtocol]) -> None:
         if attempt not in self._pending:
-            return  # called off
+            return  # cancelled
         self._pending.remove(attempt)
         if self._first_failure is None:
             self._first_failure = failure
@@ -249,7 +253,7 @@ class _HappyEyeballs:
             self._result.errback(self._first_failure)
 
     def _cancel_attempts(self) -> None:
-        """Call off whatever is under way."""
+        """Cancel all pending attempts and start no more."""
         if self._next_attempt_call is not None and self._next_attempt_call.active():
             self._next_attempt_call.cancel()
         self._targets.clear()

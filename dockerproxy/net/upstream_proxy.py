@@ -1,4 +1,4 @@
-"""The HTTP proxy through which upstreams are reached, where there is one: whom it serves, and how it is asked."""
+"""The HTTP proxy between us and the upstreams (UPSTREAM_PROXY, NO_PROXY), and the CONNECT request to it."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from twisted.python.failure import Failure
 from dockerproxy.errors import UpstreamBroken, UpstreamError, UpstreamUnreachable
 from dockerproxy.oci.names import Host
 
-_MAX_HEAD = 16 * 1024  # what nginx and Go's net/http, halved, take for a proxy's answer; real ones are below 1 KiB
+_MAX_HEAD = 16 * 1024  # bytes; nginx's limit and half of Go's net/http for such a response; real ones are below 1 KiB
 
 
 @frozen
 class UpstreamProxy:
-    """An HTTP proxy at `host`:`port`, asked with the field value `authorization` where that is not None.
+    """An HTTP proxy at `host`:`port`. `authorization` is the value of Proxy-Authorization.
 
-    `no_proxy` are the entries of NO_PROXY: `*`; a name, which stands for the names below it too; `.name`, for those
-    alone; an address; a network; each but the first and the last with `:port` or without.
+    `no_proxy` holds the entries of NO_PROXY: `*`; a name, which also matches all names below it; `.name`, which matches
+    only the names below; an address; a network. All but `*` and networks may have a `:port`.
     """
 
     host: str
@@ -31,7 +31,7 @@ class UpstreamProxy:
     no_proxy: tuple[str, ...] = ()
 
     def applies_to(self, host: Host) -> bool:
-        """Whether `host` is reached through this proxy. One's own machine never is, as Go's clients have it."""
+        """Return whether to reach `host` through this proxy. Loopback hosts are always direct, as in Go's clients."""
         if host.name == "localhost" or (host.is_address and ip_address(host.name).is_loopback):
             return False
         return not any(_matches_no_proxy(entry, host) for entry in self.no_proxy)
@@ -48,12 +48,12 @@ class UpstreamProxy:
 
     def _refusal_error(self, host: Host, status: int) -> UpstreamUnreachable:
         if status == 407:
-            reason = "wants a (different) user and password"
+            reason = "requires a (different) user name and password"
         elif status == 403:
-            reason = "forbids it"
+            reason = "forbids the connection"
         else:
-            reason = "answered"
-        return UpstreamUnreachable(f"{host.authority}: the proxy {self._authority} {reason} (status {status})")
+            reason = "refused the connection"
+        return UpstreamUnreachable(f"{host.authority}: the upstream proxy {self._authority} {reason} (status {status})")
 
 
 def _matches_no_proxy(entry: str, host: Host) -> bool:
@@ -86,9 +86,9 @@ def _parse_network(text: str) -> IPv4Network | IPv6Network | None:
 
 
 class ConnectFactory(Factory):
-    """Makes protocols that ask `proxy` for a tunnel to `host` and then carry a protocol of `inner`.
+    """Makes protocols that request a tunnel to `host` from `proxy` and then run a protocol of `inner` on it.
 
-    `done` fires with that protocol once it is connected, or fails with an `UpstreamError`.
+    `done` fires with the inner protocol once the tunnel is open, or fails with an `UpstreamError`.
     """
 
     noisy = False
@@ -104,7 +104,7 @@ class ConnectFactory(Factory):
 
 
 class _ConnectProtocol(Protocol):
-    """Asks for the tunnel; afterwards passes on whatever comes."""
+    """Sends CONNECT and, once the proxy accepted it, forwards all data to the inner protocol."""
 
     def __init__(self, factory: ConnectFactory, address: Any) -> None:
         self._connect_factory = factory
@@ -133,7 +133,9 @@ class _ConnectProtocol(Protocol):
             return
         authority = self._connect_factory.proxy._authority
         self._fail(
-            UpstreamUnreachable(f"{self._connect_factory.host.authority}: the proxy {authority} closed the connection")
+            UpstreamUnreachable(
+                f"{self._connect_factory.host.authority}: the upstream proxy {authority} closed the connection"
+            )
         )
 
     def _handle_response(self, head: bytes, rest: bytes) -> None:
@@ -152,7 +154,7 @@ class _ConnectProtocol(Protocol):
         inner = self._connect_factory.inner.buildProtocol(self._address)
         if inner is None or self.transport is None:
             self._fail(
-                UpstreamUnreachable(f"{self._connect_factory.host.authority}: the connection is not wanted any more")
+                UpstreamUnreachable(f"{self._connect_factory.host.authority}: the connection is no longer needed")
             )
             return
         self._head = b""
@@ -164,8 +166,8 @@ class _ConnectProtocol(Protocol):
 
     def _invalid_response_error(self) -> UpstreamError:
         return UpstreamBroken(
-            f"{self._connect_factory.host.authority}: the proxy {self._connect_factory.proxy._authority} "
-            "sent no HTTP response to CONNECT; is it an HTTP proxy?"
+            f"{self._connect_factory.host.authority}: the upstream proxy {self._connect_factory.proxy._authority} "
+            "did not answer CONNECT with an HTTP response; is it an HTTP proxy?"
         )
 
     def _fail(self, error: UpstreamError) -> None:
@@ -176,7 +178,7 @@ class _ConnectProtocol(Protocol):
 
 
 def _parse_status(head: bytes) -> int | None:
-    """Return the status in the head of an HTTP/1 answer, or None where it is none (RFC 9112, section 4)."""
+    """Return the status in the head of an HTTP/1 response, or None if it is malformed (RFC 9112, section 4)."""
     line = head.partition(b"\r\n")[0]
     version, _, rest = line.partition(b" ")
     code = rest[:3]

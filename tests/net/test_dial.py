@@ -1,4 +1,4 @@
-"""Dialling on a reactor of memory, with a clock and a resolver that the tests hold; CONNECT once over real sockets."""
+"""Tests for the dialer, on an in-memory reactor with a fake clock and resolver, and twice over real sockets."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ HOST = Host("registry.example", 5000)
 
 
 class FakeResolver:
-    """Answers with addresses at once, or when told if there are none."""
+    """A resolver with fixed addresses. It returns at once, except that `slow.example` never returns."""
 
-    def __init__(self, answers: dict[str, list[str]]) -> None:
-        self.answers = answers
+    def __init__(self, addresses: dict[str, list[str]]) -> None:
+        self.addresses = addresses
         self.queries: list[tuple[str, Any]] = []
 
     def resolveHostName(
@@ -35,9 +35,9 @@ class FakeResolver:
         receiver.resolutionBegan(None)
         if hostName == "slow.example":
             return
-        for text in self.answers.get(hostName, []):
-            kind = IPv6Address if ":" in text else IPv4Address
-            receiver.addressResolved(kind("TCP", text, portNumber))
+        for text in self.addresses.get(hostName, []):
+            address_type = IPv6Address if ":" in text else IPv4Address
+            receiver.addressResolved(address_type("TCP", text, portNumber))
         receiver.resolutionComplete()
 
 
@@ -99,19 +99,19 @@ class DialerTests(SynchronousTestCase):
         self.assertEqual(self.stopped_connecting()[1:], [True, False])
         self.assertEqual(self.reactor.getDelayedCalls(), [])
 
-    def test_without_ipv6(self) -> None:
+    def test_disabled_ipv6_queries_and_dials_only_ipv4(self) -> None:
         self.dial("2001:db8::1", "192.0.2.1", ipv6=False)
         self.assertEqual(self.targets, [("192.0.2.1", 5000)])
         self.assertEqual(self.resolver.queries, [("registry.example", (IPv4Address,))])
 
-    def test_without_ipv6_literal_addresses_are_refused(self) -> None:
+    def test_disabled_ipv6_refuses_literal_ipv6_addresses(self) -> None:
         work = self.dial(host=Host("2001:db8::1", 443), ipv6=False)
         message = str(self.failureResultOf(work, UpstreamUnreachable).value)
-        self.assertEqual(message, "[2001:db8::1]:443: not connected to, DISABLE_IPV6 is set")
+        self.assertEqual(message, "[2001:db8::1]:443: cannot connect to an IPv6 address because DISABLE_IPV6 is set")
         self.dial(host=Host("192.0.2.1", 5000), ipv6=False)
         self.assertEqual(self.targets, [("192.0.2.1", 5000)])
 
-    def test_all_fail(self) -> None:
+    def test_first_error_is_raised_if_all_attempts_fail(self) -> None:
         work = self.dial("192.0.2.1", "192.0.2.2")
         self.refuse(0)
         self.refuse(1, NoRouteError())
@@ -153,9 +153,9 @@ class DialerTests(SynchronousTestCase):
         self.reactor.advance(5)
         self.assertEqual(checked, ["169.254.169.254", "192.0.2.1"])
         self.assertEqual(self.targets, [("192.0.2.1", 5000)])
-        self.assertEqual(len(self.resolver.queries), 1)  # nothing is looked up a second time
+        self.assertEqual(len(self.resolver.queries), 1)  # because a second look-up could return other addresses
 
-    def test_all_addresses_refused(self) -> None:
+    def test_first_error_is_raised_if_all_addresses_are_forbidden(self) -> None:
         def address_check(address: str) -> None:
             raise DestinationForbidden(f"{address} is forbidden")
 
@@ -164,9 +164,9 @@ class DialerTests(SynchronousTestCase):
         work = self.dial(host=Host("::1", 80), address_check=address_check)
         self.failureResultOf(work, DestinationForbidden)
         self.assertEqual(self.targets, [])
-        self.assertEqual(self.resolver.queries, [])  # an address is no name
+        self.assertEqual(self.resolver.queries, [])  # because an address needs no look-up
 
-    def test_overrides(self) -> None:
+    def test_overrides_skip_dns_proxy_and_address_check(self) -> None:
         def address_check(address: str) -> None:
             raise DestinationForbidden(f"{address} is forbidden")
 
@@ -223,7 +223,7 @@ class DialerTests(SynchronousTestCase):
 
 
 class ConnectProxyProtocol(Protocol):
-    """A proxy that answers CONNECT, says something at once, and then echoes."""
+    """A proxy that accepts CONNECT, sends `first ` at once, and then echoes."""
 
     request = b""
 

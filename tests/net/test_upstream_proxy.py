@@ -1,3 +1,5 @@
+"""Tests for NO_PROXY and for the CONNECT request to an upstream proxy."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -99,7 +101,7 @@ class ConnectFactoryTests(SynchronousTestCase):
             self.tunnel.connectionLost(Failure(ConnectionDone()))
             self.assertTrue(inner.lost_reason.check(ConnectionDone))
 
-    def test_refusals(self) -> None:
+    def test_refusal_names_host_proxy_and_reason_but_no_password(self) -> None:
         for status, word in ((407, "password"), (403, "forbids"), (502, "502"), (301, "301")):
             self.connect("Basic eDp5")
             self.tunnel.dataReceived(b"HTTP/1.1 %d No\r\nContent-Length: 3\r\n\r\nno!" % status)
@@ -116,7 +118,7 @@ class ConnectFactoryTests(SynchronousTestCase):
             self.failureResultOf(self.factory.done, UpstreamBroken)
             self.assertTrue(self.transport.disconnected)
 
-    def test_closed(self) -> None:
+    def test_connection_closed_by_the_proxy_is_unreachable(self) -> None:
         self.connect()
         self.tunnel.dataReceived(b"HTTP/1.1 200 OK\r\n")
         self.tunnel.connectionLost(Failure(ConnectionDone()))
