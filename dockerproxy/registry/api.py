@@ -26,7 +26,7 @@ class RegistryAPI:
         self._clock = clock
 
     def handle(self, request: Request, target: Target, backend: RegistryBackend) -> Awaitable[None]:
-        """Respond to `request`, whose path is `target`, from `backend`. Raise `RegistryError`."""
+        """Respond to `request` for `target` from `backend`. Raise `RegistryError`."""
         if request.method in ("GET", "HEAD") and target.name is not None and target.reference is not None:
             if target.kind is Kind.MANIFEST:
                 return self._manifest(request, target.name, target.reference, backend)

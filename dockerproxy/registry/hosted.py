@@ -157,7 +157,7 @@ class HostedRegistry:
     def _repositories(self) -> list[str]:
         """Return the sorted names of the repositories that have manifests. Blocks.
 
-        A repository whose manifests were all deleted is left out, although it has blobs until gc runs.
+        A repository is left out if all its manifests were deleted, although its blobs stay until gc runs.
         """
         links = self.store.links
         return sorted(name for name in links.repositories() if next(links.manifests(name), None) is not None)

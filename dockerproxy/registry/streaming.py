@@ -1,4 +1,4 @@
-"""Streams a blob to a client, in chunks whose size follows the speed of the client."""
+"""Streams a blob to a client, in chunks sized by the speed of the client."""
 
 from __future__ import annotations
 

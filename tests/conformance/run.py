@@ -1,11 +1,11 @@
-"""Runs the specification's own conformance suite against a daemon of this tree: `make test-conformance SUITE=PATH`.
+"""Runs the conformance suite of the distribution-spec against this tree: `make test-conformance SUITE=PATH`.
 
 The suite is a program in Go. To build it, with Go 1.24 or newer:
 
     git clone https://github.com/opencontainers/distribution-spec
     cd distribution-spec/conformance && go build -o /tmp/suite .
 
-Its own variables are passed on to it, `OCI_VERSION=dev` for one. Its reports are in build/conformance.
+The suite inherits environment variables such as `OCI_VERSION=dev`. Its reports are in build/conformance.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ _COUNT = re.compile(r"^  (Disabled|Skip|Pass|FAIL|Error|Total)\.+: +([0-9]+)$", 
 
 
 def main() -> int:
-    """Run it three ways, and return 0 where all of them pass."""
+    """Run the suite in three variants. Return 0 if all of them pass."""
     suite = Path(sys.argv[1]).absolute() if len(sys.argv) == 2 else None
     if suite is None or not os.access(suite, os.X_OK):
-        print(f"SUITE has to name the program that the suite is built as.\n\n{__doc__}", file=sys.stderr)
+        print(f"SUITE must be the path of the executable that was built from the suite.\n\n{__doc__}", file=sys.stderr)
         return 2
     with tempfile.TemporaryDirectory() as scratch:
         directory = Path(scratch)
-        anonymous = RegistryDaemon(directory / "everybody", {})
+        anonymous = RegistryDaemon(directory / "anonymous", {})
         users = RegistryDaemon(
             directory / "users", {"HTPASSWD_FILE": str(write_htpasswd(directory)), "ANONYMOUS_PULL": "true"}
         )
@@ -57,10 +57,10 @@ def _run(suite: Path, variant: str, hosting: RegistryDaemon, registry: str, sett
     counts = _COUNT.findall(completed.stdout)
     print(
         f"{variant}:",
-        ", ".join(f"{number} {outcome}" for outcome, number in counts) or "the suite said nothing",
+        ", ".join(f"{number} {outcome}" for outcome, number in counts) or "the suite reported no counts",
         flush=True,
     )
-    # It ends with 0 as well where it could not run.
+    # The suite also exits with 0 if it could not run.
     return 0 if completed.returncode == 0 and dict(counts).get("Pass", "0") != "0" else 1
 
 

@@ -1,4 +1,4 @@
-"""Challenges as registries write them, and as nobody should."""
+"""Challenges: well-formed ones from registries, and malformed ones."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ HUB_PARAMETERS = {
         ('Negotiate, Basic realm="a",, Digest nonce="n" , qop="auth,auth-int"', [
             *single("negotiate"), *single("basic", realm="a"), *single("digest", nonce="n", qop="auth,auth-int")]),
         ('Bearer realm="a",realm="b"', single("bearer", realm="a")),
-        # What cannot be read is left out.
+        # Unreadable challenges are left out.
         ("", []),
         (",,,", []),
         ('realm="a"', []),

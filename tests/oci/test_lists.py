@@ -1,4 +1,4 @@
-"""Comma-separated fields."""
+"""Splitting of comma-separated fields."""
 
 from __future__ import annotations
 

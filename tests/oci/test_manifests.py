@@ -1,4 +1,4 @@
-"""Manifests: what they refer to, what is refused, and what a client accepts."""
+"""Manifests: their references, invalid content, and the types that a client accepts."""
 
 from __future__ import annotations
 

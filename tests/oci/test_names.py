@@ -1,4 +1,4 @@
-"""Names: what the grammar allows comes back as it was, what it does not allow is refused."""
+"""Names: valid ones are unchanged by parsing, and invalid ones are refused."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def test_invalid_host(text: str) -> None:
 
 @given(st.text())
 def test_an_accepted_host_needs_no_escaping(text: str) -> None:
-    """Whatever is accepted can be written into a header, a file name or a certificate as it is."""
+    """An accepted host can be written into a header, a file name or a certificate without escaping."""
     try:
         host = Host.parse(text)
     except NameInvalid:

@@ -1,3 +1,5 @@
+"""Pagination: pages of a list, the query, and the link to the next page."""
+
 from __future__ import annotations
 
 from urllib.parse import parse_qs, urlsplit

@@ -1,4 +1,4 @@
-"""Ranges, against Python's own slices."""
+"""Byte ranges, compared with Python's slices."""
 
 from __future__ import annotations
 

@@ -1,3 +1,5 @@
+"""Referrers: the descriptor of a manifest, and the index."""
+
 from __future__ import annotations
 
 import json

@@ -1,4 +1,4 @@
-"""Routes: every path of the distribution API, names that look like paths, and paths that try to be two things."""
+"""Routes: every path of the distribution API, names that look like paths, and ambiguous paths."""
 
 from __future__ import annotations
 

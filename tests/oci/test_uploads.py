@@ -1,3 +1,5 @@
+"""Upload sessions: ranges of chunks, and hash algorithms."""
+
 from __future__ import annotations
 
 import pytest

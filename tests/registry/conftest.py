@@ -1,4 +1,4 @@
-"""Content and sources that do what a test tells them."""
+"""Fake blob contents, backends and upstream registries for the tests of the registry package."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from dockerproxy.oci.routes import Target
 
 
 class FakeBlobContent:
-    """The content `data`, in pieces of at most `piece` bytes.
+    """The blob `data`, read in chunks of at most `chunk_size` bytes.
 
-    `size` is what is known of its length; `fails` maps offsets to what reading there raises, `waits` those from which
-    on reading waits for a Deferred; `bad` is what `settled` raises.
+    `size` is the size that is known. `errors` maps offsets to the errors that a read there raises, `delays` to
+    Deferreds that a read there waits for. `wait_verified` raises `verify_error`, if it is set.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class FakeBlobContent:
 
 
 class FakeRegistryBackend:
-    """A `Source` with the blobs and manifests that it was given, and whatever `others` do with the rest."""
+    """A `RegistryBackend` with the given blobs and manifests. It responds 200 to every other request."""
 
     def __init__(self) -> None:
         self.blobs: dict[Digest, FakeBlobContent] = {}
@@ -107,7 +107,7 @@ class FakeRegistryBackend:
 
 @pytest.fixture(scope="session")
 def fake_content() -> type[FakeBlobContent]:
-    """Return `Text`: conftest modules cannot be imported."""
+    """Return `FakeBlobContent`, because conftest modules cannot be imported."""
     return FakeBlobContent
 
 
@@ -117,7 +117,7 @@ def backend() -> FakeRegistryBackend:
 
 
 class FakeRegistryResponse:
-    """Another server's answer, in memory."""
+    """An upstream response in memory."""
 
     def __init__(
         self,
@@ -154,7 +154,7 @@ class FakeRegistryResponse:
 
 @frozen
 class ForwardedRequest:
-    """A request that was passed on."""
+    """A request that was forwarded."""
 
     method: str
     path: str
@@ -164,7 +164,11 @@ class ForwardedRequest:
 
 
 class FakeUpstreamRegistry(FakeRegistryBackend):
-    """A `Remote`: a shelf that answers what is forwarded to it with `answer`, and pings and referrers as told."""
+    """An `UpstreamRegistry` and `TokenService` on top of `FakeRegistryBackend`.
+
+    It responds to forwarded requests with `response`, to pings with `ping_error`, and to referrers with
+    `referrers_result`.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -178,7 +182,7 @@ class FakeUpstreamRegistry(FakeRegistryBackend):
         self.token_calls: list[Any] = []
 
     def open_registry(self, registry: Registry, authorization: str | None) -> FakeUpstreamRegistry:
-        """Be the registry for a client; `Open` of doors.py."""
+        """Return this registry, as an `OpenRegistry` of intercepted.py."""
         self.open_calls.append((registry, authorization))
         return self
 
@@ -209,14 +213,14 @@ class FakeUpstreamRegistry(FakeRegistryBackend):
         self.body_chunks.append(data)
 
     def challenge(self, error: RegistryError, *, secure: bool) -> list[tuple[str, str]]:
-        """Tell the challenges of the error, marked, or one of our own."""
+        """Return the challenges of `error` with our realm added, or a remembered challenge if it has none."""
         scheme = "https" if secure else "http"
         challenges = [value for name, value in error.headers if name.lower() == "www-authenticate"] or [
             "Bearer remembered"
         ]
         return [("WWW-Authenticate", f'{value},realm="{scheme}://ours/token"') for value in challenges]
 
-    # Realms
+    # TokenService
 
     def registry_for_realm(self, host: Registry, path: str) -> Registry | None:
         return self.realms.get((str(host), path))
@@ -230,7 +234,7 @@ class FakeUpstreamRegistry(FakeRegistryBackend):
 
 @pytest.fixture(scope="session")
 def fake_response() -> type[FakeRegistryResponse]:
-    """Return `Answered`: conftest modules cannot be imported."""
+    """Return `FakeRegistryResponse`, because conftest modules cannot be imported."""
     return FakeRegistryResponse
 
 

@@ -1,3 +1,5 @@
+"""Access control of the hosted registry, tokens of AnonymousPull, and routing by `?ns=`."""
+
 from __future__ import annotations
 
 import base64
@@ -26,7 +28,7 @@ WRITE_REQUESTS = [
 
 
 class FakeHtpasswd:
-    """Users, of whom there is one: alice, whose password is wonder."""
+    """An htpasswd file with one user: alice, whose password is "wonder"."""
 
     def __init__(self) -> None:
         self.users = {"alice"}
@@ -60,7 +62,7 @@ def clock() -> Clock:
 
 @pytest.fixture
 def connect(connect_client: Any, backend: Any, clock: Clock) -> Any:
-    """Return a function that makes a visitor of a registry with a guard."""
+    """Return a function that connects a client to a registry with the given access control."""
     backend.manifests["1"] = ManifestResponse(Digest.of(b"{}"), OCI_MANIFEST, 2, b"{}", "-")
 
     def make(access_control: AccessControl, **options: Any) -> Any:
@@ -92,7 +94,7 @@ def test_require_login(connect: Any, htpasswd: Any) -> None:
             assert (response.status, response.fields("WWW-Authenticate")) == (401, [f'Basic realm="{REALM}"'])
         assert client.fetch(method, path, basic_fields("alice:wonder")).status == 200
     assert client.fetch("GET", "/v2/token").status == 404
-    # Where they have no login, podman and skopeo show an empty one.
+    # Without a login, podman and skopeo send an empty user and password.
     assert b"authentication required" in client.fetch("GET", "/v2/", basic_fields(":")).body
 
 
@@ -123,7 +125,7 @@ class TestAnonymousPull:
                 assert client.fetch(method, path, fields).status == 200
 
     def test_docker_login_sequence(self, client: Any) -> None:
-        """It is challenged at /v2/ in any case, and so shows its login where it has one."""
+        """dockerd gets a challenge at /v2/ in any case, and therefore sends its login if it has one."""
         response = client.fetch("GET", "/v2/", [("Host", "192.0.2.1:5443")])
         assert response.status == 401
         assert response.fields("WWW-Authenticate") == [
@@ -142,10 +144,10 @@ class TestAnonymousPull:
         assert (response.status, response.headers["WWW-Authenticate"]) == (401, f'Basic realm="{REALM}"')
         assert client.fetch("POST", "/v2/token", [], b"grant_type=password").status == 405
 
-    @pytest.mark.parametrize("change", ["ended", "altered", "foreign", "empty", "gone"])
+    @pytest.mark.parametrize("change", ["expired", "altered", "foreign", "empty", "deleted user"])
     def test_invalid_tokens(self, client: Any, clock: Clock, connect: Any, htpasswd: Any, change: str) -> None:
         token = self.token(client, basic_fields("alice:wonder"))
-        if change == "ended":
+        if change == "expired":
             clock.advance(3600)
         elif change == "altered":
             token = token[:50] + ("A" if token[50] != "A" else "B") + token[51:]
@@ -168,11 +170,11 @@ class TestAnonymousPull:
 @pytest.mark.parametrize(
     ("query", "expected"),
     [
-        ("", "otherwise /v2/"),
-        ("?n=1", "otherwise /v2/?n=1"),
+        ("", "default /v2/"),
+        ("?n=1", "default /v2/?n=1"),
         ("?ns=docker.io", "mirror /v2/?ns=docker.io"),
-        ("?ns=Docker-Registry.local", "own /v2/"),
-        ("?n=1&ns=docker-registry.local:5443&last=x", "own /v2/?n=1&last=x"),
+        ("?ns=Docker-Registry.local", "hosted /v2/"),
+        ("?n=1&ns=docker-registry.local:5443&last=x", "hosted /v2/?n=1&last=x"),
         ("?ns=a/b", "mirror /v2/?ns=a/b"),
         ("?ns=", "mirror /v2/?ns="),
     ],
@@ -185,7 +187,9 @@ def test_namespace_routing(connect_client: Any, query: str, expected: str) -> No
 
         return handle
 
-    router = NamespaceRouter(make_handler("own"), make_handler("mirror"), frozenset([REALM]), make_handler("otherwise"))
+    router = NamespaceRouter(
+        make_handler("hosted"), make_handler("mirror"), frozenset([REALM]), make_handler("default")
+    )
     assert connect_client(router.handle).fetch("GET", "/v2/" + query).body.decode() == expected
 
 

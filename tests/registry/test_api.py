@@ -1,4 +1,4 @@
-"""Pulling over HTTP, from a source and content that do what the test says."""
+"""Pulls over HTTP from a fake backend."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from dockerproxy.registry.responses import handle_error
 SMALL = 64 * 1024
 SIZES = [0, 1, 1000, SMALL - 1, SMALL, SMALL + 1, 700_000]
 MANIFEST = b'{"schemaVersion":2,"config":{},"layers":[]}'
-FAILURE = UpstreamBroken("it broke off")
+FAILURE = UpstreamBroken("connection lost")
 
 
 def make_bytes(size: int) -> bytes:
@@ -33,7 +33,7 @@ def make_bytes(size: int) -> bytes:
 
 @pytest.fixture
 def connect_api(connect_client: Any, backend: Any) -> Any:
-    """Return a function that makes a visitor of a face that answers from `shelf`."""
+    """Return a function that connects a client to an API that serves `backend`."""
 
     def make(**options: Any) -> Any:
         clock = Clock()
@@ -119,7 +119,7 @@ def test_head_of_a_blob_without_content(connect_client: Any) -> None:
         await RegistryAPI(Clock()).handle(request, route(request.path), HeadOnlyBackend())  # type: ignore[arg-type]
 
     client = connect_client(handle)
-    for _ in range(2):  # and the connection goes on
+    for _ in range(2):  # the connection stays usable
         response = client.fetch("HEAD", blob_path(digest))
         assert (response.status, response.headers["Content-Length"]) == (200, "5000000000")
         assert response.headers["X-Cache"] == "MISS"
@@ -151,7 +151,7 @@ def test_the_head_of_a_blob_of_unknown_length(client: Any, backend: Any, fake_co
 
 
 RANGES = {
-    # for a content of 100,000 bytes: what is asked, and start and stop of what is answered
+    # Range fields for 100,000 bytes, and start and stop of the expected range
     "bytes=0-0": (0, 1),
     "bytes=0-": (0, 100_000),
     "bytes=500-999": (500, 1000),
@@ -273,7 +273,7 @@ def test_if_none_match(connect_api: Any, backend: Any, fake_content: Any, condit
             assert content.close_count == ("blobs" in path)
             if not_modified:
                 assert (response.body, response.headers["Content-Length"], content.reads) == (b"", None, [])
-                # and what comes next is understood as the next answer
+                # The client reads the next response correctly.
                 backend.put(fake_content(make_bytes(1000)))
                 assert client.fetch(method, path).status == 200
 
@@ -295,10 +295,10 @@ def test_stale_content_carries_a_warning(client: Any, backend: Any, fake_content
         assert response.headers["Warning"].startswith('299 - "Stale: ')
 
 
-# what goes wrong
+# errors
 
 
-@pytest.mark.parametrize("error", [FAILURE, UpstreamTimeout("nothing came")])
+@pytest.mark.parametrize("error", [FAILURE, UpstreamTimeout("timed out")])
 def test_small_blob_failing_verification_is_a_clean_error(
     client: Any, backend: Any, fake_content: Any, error: Any
 ) -> None:
@@ -321,7 +321,7 @@ def test_a_small_blob_that_cannot_be_read_is_a_clean_error(
     content = fake_content(make_bytes(size), errors={fails_at: FAILURE})
     response = client.fetch("GET", blob_path(backend.put(content)))
     assert (response.status, response.complete, content.close_count) == (502, True, 1)
-    assert json.loads(response.body)["errors"][0]["message"] == "it broke off"
+    assert json.loads(response.body)["errors"][0]["message"] == "connection lost"
 
 
 def test_a_small_blob_that_ends_early_is_a_clean_error(client: Any, backend: Any, fake_content: Any) -> None:
@@ -345,7 +345,7 @@ def test_a_large_blob_that_cannot_be_read_breaks_the_connection(
     assert len(response.body) == fails_at
     assert client.transport.aborted
     assert content.close_count == 1
-    assert b"it broke off" not in client.received
+    assert b"connection lost" not in client.received
 
 
 def test_a_large_blob_that_ends_early_breaks_the_connection(client: Any, backend: Any, fake_content: Any) -> None:
@@ -359,7 +359,7 @@ def test_a_large_blob_that_ends_early_breaks_the_connection(client: Any, backend
 def test_internal_error_aborts_the_response(
     client: Any, backend: Any, fake_content: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A disk that fails, say: what is no `RegistryError`."""
+    """For example a disk error: an exception other than `RegistryError`."""
     monkeypatch.setattr("dockerproxy.http.channel.log.failure", lambda *_, **__: None)
     content = fake_content(make_bytes(400_000), errors={300_000: OSError(5, "Input/output error")})
     response = client.fetch("GET", blob_path(backend.put(content)))
@@ -387,7 +387,7 @@ def test_disconnect_during_verification(connect_api: Any, backend: Any, fake_con
     content.wait_verified = wait_verified
     client = connect_api()
     client.send_request("GET", blob_path(backend.put(content)))
-    assert (client.received, content.close_count) == (b"", 0)  # not a byte before it is certain
+    assert (client.received, content.close_count) == (b"", 0)  # nothing is sent before the blob is verified
     client.disconnect()
     assert content.close_count == 1
 

@@ -1,4 +1,5 @@
-"""The hosted registry over HTTP, on a real disk; threads run at once, so that a test sees what came of a request."""
+"""The hosted registry over HTTP, on a real disk. Thread calls run synchronously, so the result of a request is visible
+at once."""
 
 from __future__ import annotations
 
@@ -41,7 +42,7 @@ HOUR = 3600.0
 
 
 class SynchronousReactor(Clock):
-    """A clock, and threads whose work is done at once."""
+    """A clock with a thread pool that runs every call at once."""
 
     def getThreadPool(self) -> SynchronousReactor:
         return self
@@ -60,7 +61,7 @@ class SynchronousReactor(Clock):
 
 @define
 class RegistryHarness:
-    """The hosted registry, and a client of it."""
+    """The hosted registry, and a client connected to it."""
 
     store: HostedStore
     client: Any
@@ -88,10 +89,10 @@ class RegistryHarness:
         assert response.status == 201, response
         return digest
 
-    def image(self, tag: str = "", name: str = NAME, seed: str = "", **more: Any) -> Digest:
+    def image(self, tag: str = "", name: str = NAME, seed: str = "", **extra: Any) -> Digest:
         config, layer = f"config {seed}".encode(), f"layer {seed}".encode()
         return self.push(
-            make_image(*(make_descriptor(self.push_blob(blob, name), blob) for blob in (config, layer)), **more),
+            make_image(*(make_descriptor(self.push_blob(blob, name), blob) for blob in (config, layer)), **extra),
             tag,
             name,
         )
@@ -109,12 +110,12 @@ class RegistryHarness:
         return [descriptor["digest"] for descriptor in document["manifests"]]
 
 
-def make_descriptor(digest: Digest, content: bytes, media_type: str = "application/vnd.test", **more: Any) -> JSON:
-    return {"mediaType": media_type, "digest": str(digest), "size": len(content), **more}
+def make_descriptor(digest: Digest, content: bytes, media_type: str = "application/vnd.test", **extra: Any) -> JSON:
+    return {"mediaType": media_type, "digest": str(digest), "size": len(content), **extra}
 
 
-def make_image(config: JSON, *layers: JSON, **more: Any) -> JSON:
-    return {"schemaVersion": 2, "mediaType": OCI_MANIFEST, "config": config, "layers": list(layers), **more}
+def make_image(config: JSON, *layers: JSON, **extra: Any) -> JSON:
+    return {"schemaVersion": 2, "mediaType": OCI_MANIFEST, "config": config, "layers": list(layers), **extra}
 
 
 def error_code(response: Any) -> tuple[int, str]:
@@ -201,7 +202,7 @@ def test_disconnect_keeps_the_bytes_received(registry: RegistryHarness) -> None:
     registry.client.send(f"PATCH {location} HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\nsome of it".encode())
     busy = registry.connect().fetch("PATCH", location, (), b"x")
     assert error_code(busy) == (409, "BLOB_UPLOAD_INVALID")
-    # It waits to be written with what comes next, and is not told of before.
+    # The bytes are written together with the next ones, and are not reported before that.
     assert registry.connect().fetch("HEAD", location).headers["Range"] == "0-0"
     registry.client.disconnect()
     assert registry.request("GET", location).headers["Range"] == "0-9"
@@ -266,7 +267,7 @@ def test_an_unregistered_algorithm(registry: RegistryHarness) -> None:
 def test_a_full_disk_ends_the_upload_with_507(
     registry: RegistryHarness, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
-    """The real thing is in tests/e2e; here each step of it meets the end of the disk."""
+    """Each step fails with ENOSPC. tests/e2e has the test with a full disk."""
 
     def full(*args: Any) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -286,7 +287,7 @@ def test_a_full_disk_ends_the_upload_with_507(
 def test_an_unwritable_directory_is_logged_and_reported(
     registry: RegistryHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As where `registry:2` ran as another user. The client learns what it is, and our log which file."""
+    """For example if `registry:2` ran as another user. The client gets the error, and our log also names the file."""
 
     def denied(path: str, *args: Any) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
@@ -363,7 +364,7 @@ def test_a_blob_by_range(registry: RegistryHarness) -> None:
 
 
 def make_old(registry: RegistryHarness, digest: Digest) -> Path:
-    """Make a content old enough to be swept, and return its file."""
+    """Make a blob old enough for garbage collection, and return its file."""
     path = Path(registry.store.layout.blob(digest))
     os.utime(path, (1000, 1000))
     return path
@@ -371,7 +372,7 @@ def make_old(registry: RegistryHarness, digest: Digest) -> Path:
 
 @pytest.mark.parametrize("operation", ["HEAD", "GET", "mount", "upload", "manifest", "child", "subject", "again"])
 def test_push_touches_referenced_content(registry: RegistryHarness, operation: str) -> None:
-    """Garbage collection leaves alone what was used within the hour."""
+    """Garbage collection keeps everything that was used within the hour."""
     is_manifest = operation in ("child", "subject", "again")
     digest = registry.image(seed="x") if is_manifest else registry.push_blob(b"config x")
     registry.push_blob(b"layer x")
@@ -489,7 +490,7 @@ def test_a_manifest_without_a_content_type(registry: RegistryHarness) -> None:
 @pytest.mark.parametrize("missing", ["config", "layer", "child", "swept"])
 def test_missing_references(registry: RegistryHarness, missing: str) -> None:
     present, absent = make_descriptor(registry.push_blob(b"c"), b"c"), make_descriptor(Digest.of(b"gone"), b"gone")
-    registry.push_blob(b"gone", "other/place")  # which is not enough
+    registry.push_blob(b"gone", "other/place")  # a blob of another repository does not count
     if missing == "swept":
         registry.push_blob(b"gone")
         registry.store.blobs.remove(Digest.of(b"gone"))
@@ -520,7 +521,7 @@ def test_nondistributable_layers(registry: RegistryHarness, media_type: str) -> 
 
 
 def test_an_index_of_blobs(registry: RegistryHarness) -> None:
-    """What BuildKit keeps its cache in."""
+    """BuildKit stores its cache in such an index."""
     layer = make_descriptor(registry.push_blob(b"layer"), b"layer")
     registry.push({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": [layer]}, "cache")
 
@@ -680,7 +681,8 @@ def test_referrers_pagination(registry: RegistryHarness, monkeypatch: pytest.Mon
 
 
 def test_a_tree_without_our_metadata_is_indexed(registry: RegistryHarness, tmp_path: Path, connect_client: Any) -> None:
-    """It has no media types and no referrers: clients kept those under a fallback tag. An import may bring more."""
+    """The tree of another registry has no media types and no referrers; clients kept those under a fallback tag. An
+    import may add more."""
     subject = registry.image("subject")
     signature = registry.image(seed="signature", subject=subject_of(subject))
     index = {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": [
@@ -722,7 +724,7 @@ def test_listing_referrers_does_not_scan(registry: RegistryHarness, monkeypatch:
     assert registry.referrers(subject) == []
 
 
-# the rest
+# other requests
 
 
 @pytest.mark.parametrize("path", ["/v2/", "/v2"])
@@ -772,7 +774,7 @@ def test_invalid_names_and_digests(
 
 
 def test_push_completes_after_disconnect(registry: RegistryHarness, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A client that leaves while its manifest is taken in does not leave half of it."""
+    """If the client disconnects while its manifest is stored, the push still completes."""
     monkeypatch.setattr(push_manifests, "_BATCH_SIZE", 2)
     layers = [make_descriptor(registry.push_blob(b"%d" % number), b"%d" % number) for number in range(10)]
     content = json.dumps(make_image(layers[0], *layers)).encode()

@@ -1,3 +1,5 @@
+"""The htpasswd file of the hosted registry, and Basic credentials."""
+
 from __future__ import annotations
 
 import base64
@@ -45,7 +47,7 @@ passwords = st.text(st.characters(exclude_categories=["Cs"]))
 
 
 @given(user_names, passwords)
-@example("_json_key", '{\n  "a": "b:c"\n}')  # Google's registry: a password with line ends
+@example("_json_key", '{\n  "a": "b:c"\n}')  # Google's registry: the password contains line ends
 @example("", "")
 def test_basic_credentials_round_trip(user: str, password: str) -> None:
     assert parse_basic(basic_authorization(user, password)) == BasicCredentials(user, password.encode())
@@ -97,7 +99,7 @@ class HtpasswdFileTests(TestCase):
         self.path.write_text("".join(f"{user}:{hash_password(password)}\n" for user, password in users.items()))
 
     def record_hash_threads(self) -> list[Any]:
-        """Return a list that grows with each computation, which is made where it must not hold anybody up."""
+        """Return a list of the threads that computed a hash. It grows with each computation."""
         threads: list[Any] = []
         original = module._matches
 

@@ -1,4 +1,4 @@
-"""Registries elsewhere, by interception and as a mirror, over a `Remote` that does what the test says."""
+"""Upstream registries, intercepted and as a mirror, over a fake `UpstreamRegistry`."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class FakeReferrersIndex:
 
 @pytest.fixture
 def connect_intercepted(connect_client: Any, upstream: Any) -> Any:
-    """Return a function that makes a visitor of a registry that is intercepted."""
+    """Return a function that connects a client to an intercepted registry."""
 
     def make(allow_push: bool = False, registry: Registry = QUAY, **options: Any) -> Any:
         clock = Clock()
@@ -70,7 +70,7 @@ def connect_intercepted(connect_client: Any, upstream: Any) -> Any:
 
 @pytest.fixture
 def connect_mirror(connect_client: Any, upstream: Any) -> Any:
-    """Return a function that makes a visitor of the mirror."""
+    """Return a function that connects a client to the mirror."""
 
     def make(**options: Any) -> Any:
         clock = Clock()
@@ -131,7 +131,7 @@ def test_ping(connect_intercepted: Any, upstream: Any, path: str) -> None:
         response = connect_intercepted().fetch(method, path)
         assert (response.status, response.headers["Docker-Distribution-Api-Version"]) == (200, "registry/2.0")
         assert response.body == (b"{}" if method == "GET" else b"")
-    upstream.ping_error = Unauthorized("who are you?")
+    upstream.ping_error = Unauthorized("authentication required")
     response = connect_intercepted().fetch("GET", "/v2/")
     assert (response.status, error_code(response)) == (401, "UNAUTHORIZED")
     assert response.fields("WWW-Authenticate") == ['Bearer remembered,realm="https://ours/token"']
@@ -139,12 +139,12 @@ def test_ping(connect_intercepted: Any, upstream: Any, path: str) -> None:
 
 
 def test_a_401_carries_the_registrys_challenge_once(connect_intercepted: Any, upstream: Any) -> None:
-    """Its realm is one that leads to us, by the scheme that the client came by."""
+    """The realm leads to us, with the scheme of the client's connection."""
     headers = [("www-authenticate", 'Bearer service="s"'), ("www-authenticate", "Basic realm2"), ("x-own", "1")]
-    upstream.error = UpstreamRefused(401, b"its words", headers)
-    for secure, scheme in ((True, "https"), (False, "http"), (True, "https")):  # the same error again and again
+    upstream.error = UpstreamRefused(401, b"upstream words", headers)
+    for secure, scheme in ((True, "https"), (False, "http"), (True, "https")):  # the same error object every time
         response = connect_intercepted(secure=secure).fetch("GET", f"/v2/a/b/blobs/{DIGEST}")
-        assert (response.status, response.body, response.headers["X-Own"]) == (401, b"its words", "1")
+        assert (response.status, response.body, response.headers["X-Own"]) == (401, b"upstream words", "1")
         assert response.fields("WWW-Authenticate") == [
             f'Bearer service="s",realm="{scheme}://ours/token"',
             f'Basic realm2,realm="{scheme}://ours/token"',
@@ -157,7 +157,7 @@ def test_only_401_carries_a_challenge(connect_intercepted: Any, upstream: Any) -
         assert "WWW-Authenticate" not in connect_intercepted().fetch("GET", f"/v2/a/b/blobs/{DIGEST}").headers
 
 
-@pytest.mark.parametrize("error", [UpstreamUnreachable("no such name"), UpstreamTimeout("nothing came")])
+@pytest.mark.parametrize("error", [UpstreamUnreachable("no such name"), UpstreamTimeout("timed out")])
 def test_outage_is_reported(connect_intercepted: Any, upstream: Any, error: Any) -> None:
     upstream.error = upstream.response = error
     for path in (f"/v2/a/b/blobs/{DIGEST}", "/v2/a/b/tags/list", "/elsewhere"):
@@ -203,7 +203,8 @@ def test_malformed_name_is_not_forwarded(connect_intercepted: Any, upstream: Any
 def test_invalid_request_target_is_not_forwarded(
     connect_intercepted: Any, upstream: Any, target: str, method: str
 ) -> None:
-    """Behind `https://quay.io` it would make another server's URL: `https://quay.io.example.com/v2/`."""
+    """After `https://quay.io`, such a target would make the URL of another server:
+    `https://quay.io.example.com/v2/`."""
     client = connect_intercepted(allow_push=True)
     response = client.fetch(method, target)
     assert (response.status, error_code(response)) == (400, "UNSUPPORTED")
@@ -212,7 +213,7 @@ def test_invalid_request_target_is_not_forwarded(
     assert b"password" not in client.received
 
 
-# interception: what is passed on
+# interception: forwarded requests
 
 
 @pytest.mark.parametrize(
@@ -262,7 +263,7 @@ def test_hop_by_hop_request_fields_are_not_forwarded(connect_intercepted: Any, u
         "if-none-match",
         "user-agent",
     ]
-    assert upstream.open_calls == [(QUAY, "Bearer client")]  # which is where its login is dealt with
+    assert upstream.open_calls == [(QUAY, "Bearer client")]  # the login is handled there
 
 
 def test_hop_by_hop_response_fields_are_not_forwarded(
@@ -284,7 +285,7 @@ def test_hop_by_hop_response_fields_are_not_forwarded(
     response = connect_intercepted().fetch("GET", "/v2/a/b/tags/list")
     assert (response.body, response.fields("Content-Length")) == (b"from upstream", ["13"])
     assert response.fields("X-Cache") == ["PASS"]
-    # RFC 9211, section 2: the list goes on, and the last member is the cache next to the client.
+    # RFC 9211, section 2: the existing members stay, and the last one is the cache next to the client.
     assert response.fields("Cache-Status") == [
         "OriginCache;hit, ExampleCDN;fwd=miss",
         "docker-registry-proxy;fwd=bypass",
@@ -297,7 +298,7 @@ def test_hop_by_hop_response_fields_are_not_forwarded(
 def test_cookies_are_forwarded_outside_the_api_only(
     connect_intercepted: Any, upstream: Any, fake_response: Any
 ) -> None:
-    """quay.io's web pages are at the same host."""
+    """The web pages of quay.io have the same host name as its registry."""
     upstream.response = fake_response(200, [("set-cookie", "a=b"), ("set-cookie", "c=d")])
     response = connect_intercepted().fetch("GET", "/signin/", [("Cookie", "a=b")])
     assert response.fields("Set-Cookie") == ["a=b", "c=d"]
@@ -308,7 +309,7 @@ def test_cookies_are_forwarded_outside_the_api_only(
 def test_any_upstream_status_is_forwarded(
     connect_intercepted: Any, upstream: Any, fake_response: Any, status: int
 ) -> None:
-    body = b"" if status in (204, 304) else b"its words"
+    body = b"" if status in (204, 304) else b"upstream words"
     upstream.response = fake_response(status, [("location", "https://elsewhere/x?sig=1")], body)
     client = connect_intercepted()
     response = client.fetch("GET", "/v2/a/b/tags/list")
@@ -335,10 +336,12 @@ def test_long_401_body_is_dropped(connect_intercepted: Any, upstream: Any, fake_
 
 def test_truncated_response_aborts_the_connection(connect_intercepted: Any, upstream: Any, fake_response: Any) -> None:
     for length in (100, None):
-        upstream.response = fake_response(200, [], b"half of it", length=length, error=UpstreamBroken("it broke off"))
+        upstream.response = fake_response(
+            200, [], b"first half", length=length, error=UpstreamBroken("connection lost")
+        )
         client = connect_intercepted()
         response = client.fetch("GET", "/v2/_catalog")
-        assert (response.body, response.complete, client.transport.aborted) == (b"half of it", False, True)
+        assert (response.body, response.complete, client.transport.aborted) == (b"first half", False, True)
         assert upstream.response.aborted
 
 
@@ -405,7 +408,7 @@ def test_form_size_is_limited(connect_intercepted: Any, upstream: Any) -> None:
     assert (response.status, error_code(response)) == (413, "SIZE_INVALID")
     chunked = [("Transfer-Encoding", "chunked")]
     body = b"8000\r\n" + b"x" * 0x8000 + b"\r\n"
-    assert connect_intercepted().fetch("POST", "/token", chunked, body * 3).status == 413  # and more would come
+    assert connect_intercepted().fetch("POST", "/token", chunked, body * 3).status == 413  # although the body goes on
     assert len(upstream.token_calls) == 1
 
 
@@ -442,7 +445,7 @@ def test_refusal_is_sent_before_the_body_is_read(connect_intercepted: Any, upstr
     response = client.fetch("PATCH", "/v2/a/b/blobs/uploads/session", fields)
     assert (response.status, response.complete, response.headers["Connection"]) == (405, True, "close")
     assert b"100 Continue" not in client.received
-    client.send(b"fffff\r\n" + b"x" * 0xFFFFF)  # it may go on for a while, and is still no next request
+    client.send(b"fffff\r\n" + b"x" * 0xFFFFF)  # the rest of the body is not read as a request
     assert client.received.count(b"HTTP/1.1 ") == 1
     client.advance(60)
     assert client.transport.closed
@@ -469,7 +472,7 @@ def test_a_push_streams(connect_intercepted: Any, upstream: Any) -> None:
     client = connect_intercepted(allow_push=True)
     client.send_request("PATCH", "/v2/a/b/blobs/uploads/session", [("Content-Length", "30")])
     client.send(b"0123456789")
-    assert b"".join(upstream.body_chunks) == b"0123456789"  # upstream has it before there is more
+    assert b"".join(upstream.body_chunks) == b"0123456789"  # upstream has it before the client sends more
     client.send(b"0123456789")
     assert b"".join(upstream.body_chunks) == b"0123456789" * 2
     assert client.received == b""
@@ -568,7 +571,7 @@ def test_mirror_sends_no_challenge(connect_mirror: Any, upstream: Any, fake_resp
 
 
 def test_shared_error_is_rendered_for_each_client(connect_mirror: Any, connect_intercepted: Any, upstream: Any) -> None:
-    """Clients that wait for the same are answered with one and the same error."""
+    """Clients that share an upstream request also share its error object."""
     upstream.error = UpstreamRefused(401, b"no", [("www-authenticate", "Bearer theirs")])
     path = f"/v2/a/b/blobs/{DIGEST}"
     assert connect_mirror().fetch("GET", path).status == 401
@@ -641,7 +644,7 @@ def test_mirror_rejects_push(connect_mirror: Any, upstream: Any, method: str, ta
         method, target + ("&" if "?" in target else "?") + namespace, [("Content-Length", "1000000")]
     )
     assert (response.status, error_code(response), response.headers["Allow"]) == (405, "UNSUPPORTED", "GET, HEAD")
-    assert "ALLOW_PUSH" not in response.body.decode()  # which would not help
+    assert "ALLOW_PUSH" not in response.body.decode()  # because that setting would not help
     assert upstream.forwarded_requests == upstream.open_calls == []
 
 

@@ -1,4 +1,4 @@
-"""How errors look to a client."""
+"""Errors as a client receives them, and the fields of the cache status."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_a_response_without_cache_status_has_no_field() -> None:
 def test_cache_status_of_upstream_describes_one_request(
     render_error: Any, cache_status: str, expected: list[str]
 ) -> None:
-    """RFC 9211, section 2: preserved in front of our member. A refusal that several clients share has none."""
+    """RFC 9211, section 2: upstream's members stay in front of ours. If clients share a refusal, they are left out."""
     error = UpstreamRefused(403, b"no", [("cache-status", "ExampleCache;hit;ttl=30")])
     assert render_error(error, cache_status=cache_status).fields("Cache-Status") == expected
 

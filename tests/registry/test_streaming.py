@@ -1,4 +1,4 @@
-"""Content on its way to a client that takes it fast, slowly, or not to the end."""
+"""Streaming to clients that are fast, slow or stalled, or that disconnect."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_chunk_size_is_at_most_twice_what_was_written() -> None:
 
 
 class StreamingClient:
-    """One answer of `send` for a visitor."""
+    """A client of a server that responds with `stream_content`."""
 
     def __init__(
         self, connect_client: Any, content: Any, start: int = 0, stop: int | None = None, **options: Any
@@ -122,7 +122,7 @@ def test_a_stalled_client_stops_the_reading(connect_client: Any, fake_content: A
     streaming.client.transport.window = 1000
     streaming.client.send_request("GET", "/")
     streaming.client.advance(1)
-    assert len(content.reads) == 1  # one piece is all that waits in memory
+    assert len(content.reads) == 1  # only one chunk waits in memory
     assert streaming.outcomes == []
     streaming.client.extend_window(math.inf)
     assert streaming.client.read_response().body == DATA
@@ -174,7 +174,7 @@ def test_send_timeout(connect_client: Any, fake_content: Any) -> None:
 def test_read_error_is_visible_to_the_client(
     connect_client: Any, fake_content: Any, version: str, size_known: bool
 ) -> None:
-    content = fake_content(DATA, errors={300_000: UpstreamBroken("it broke off")})
+    content = fake_content(DATA, errors={300_000: UpstreamBroken("connection lost")})
     streaming = StreamingClient(connect_client, content, 0, len(DATA) if size_known else None)
     response = streaming.get(version)
     assert not response.complete
@@ -208,7 +208,7 @@ def test_reactor_runs_between_chunks(connect_client: Any, fake_content: Any) -> 
 
 
 class FileContent:
-    """A content in a file, `cached` bytes of which are in memory at a time."""
+    """A blob in a file that `sendfile` can send."""
 
     def __init__(self, folder: Path, data: bytes) -> None:
         path = folder / "content"
@@ -222,11 +222,11 @@ class FileContent:
         return self._file.fileno(), min(max_bytes, len(DATA) - offset)
 
     async def read(self, offset: int, max_bytes: int) -> bytes:
-        raise AssertionError("its bytes are not to be copied")
+        raise AssertionError("read() was called instead of sendfile_source()")
 
 
 class SendfileRequest:
-    """A request over a connection that takes files, `step` bytes at a time."""
+    """A request on a connection that supports sendfile, `step` bytes at a time."""
 
     def __init__(self, step: int) -> None:
         self.can_sendfile = True
@@ -263,4 +263,5 @@ def test_truncated_file_ends_the_response(tmp_path: Path) -> None:
     streaming = Deferred.fromCoroutine(stream_content(request, content, 0, len(DATA), clock))
     for _ in range(10):
         clock.advance(0)
-    assert streaming.called and request.sent == DATA[:1000] and request.finished  # which breaks off what is too short
+    assert streaming.called and request.sent == DATA[:1000]
+    assert request.finished  # this aborts a response that is too short
