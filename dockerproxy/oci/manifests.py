@@ -34,7 +34,7 @@ KNOWN_TYPES = IMAGE_TYPES | INDEX_TYPES | SCHEMA1_TYPES
 MAX_MANIFEST = 4 * 1024 * 1024  # distribution-spec 1.1, "Pushing Manifests": at least 4 MiB
 EMPTY_INDEX = b'{"schemaVersion":2,"mediaType":"application/vnd.oci.image.index.v1+json","manifests":[]}'
 
-# Types that servers send if they do not know better. The content then determines the type.
+# Types that servers send if they do not know the real one. The content then determines it.
 _GENERIC_TYPES = frozenset({"", "application/json", "application/octet-stream", "binary/octet-stream", "text/plain"})
 MEDIA_TYPE = re.compile(r"[a-z0-9][a-z0-9!#$&^_.+-]{0,126}/[a-z0-9][a-z0-9!#$&^_.+-]{0,126}", re.IGNORECASE | re.ASCII)
 _MEDIA_RANGE = re.compile(rf"\*/\*|[a-z0-9][a-z0-9!#$&^_.+-]{{0,126}}/\*|{MEDIA_TYPE.pattern}")
