@@ -1,5 +1,4 @@
-"""What the cache's tests stand on: `stand_ins`, an upstream that does as it is told and a reactor without a clock of
-its own, and a cache between them whose store is a real one."""
+"""Fixtures for the tests of the cache. They use a scripted upstream, a manual reactor, and a store on disk."""
 
 from __future__ import annotations
 
@@ -15,9 +14,9 @@ from tests.cache.support.harness import CacheHarness
 
 @pytest.fixture
 def make_harness(tmp_path: Path) -> Iterator[Callable[..., CacheHarness]]:
-    """Return a function that makes a cache on the test's folder; another one is the same after a restart.
+    """Return a function that makes a cache in the test's directory. A second one acts as the cache after a restart.
 
-    No cache may leave a descriptor open, a download that nobody ends, or content pinned.
+    At the end, check that no cache has open descriptors, active downloads or pinned blobs.
     """
     harnesses: list[CacheHarness] = []
 
@@ -37,7 +36,7 @@ def harness(make_harness: Callable[..., CacheHarness]) -> CacheHarness:
 
 @pytest.fixture
 def log_lines() -> Iterator[list[str]]:
-    """What is logged while the test runs."""
+    """Return the list of formatted log lines that the test produces."""
     lines: list[str] = []
 
     def observe(event: Any) -> None:

@@ -77,7 +77,7 @@ def test_public_grant_covers_every_identity(harness: AccessHarness, identity: st
 
 @pytest.mark.parametrize("restart", [False, True])
 def test_client_grant_expires_during_outage(harness: AccessHarness, restart: bool) -> None:
-    """What is public, or read by the administrator's login, is served for as long as upstream is gone."""
+    """Grants to the public and to the configured login stay valid for the whole outage."""
     for identity in (CLIENT, LOGIN):
         harness.grant(identity)
     harness.grant(PUBLIC, "public/key")
@@ -106,7 +106,7 @@ def test_denial_revokes_grant(harness: AccessHarness, identity: str, restart: bo
 
 @pytest.mark.parametrize("identity", [PUBLIC, CLIENT, LOGIN])
 def test_denial_from_another_process_counts_during_outage(harness: AccessHarness, identity: str) -> None:
-    """Both knew the yes. For a while nobody asks again, and then what one remembers is not the last word."""
+    """Both processes hold the grant in memory. Once it is stale, the denial on disk takes precedence."""
     other = Access(Records(harness.root), harness.now)
     for access in (harness.access, other):
         access.record_grant(KEY, identity, harness.now())
@@ -140,7 +140,7 @@ def test_grant_is_saved_once_a_minute(harness: AccessHarness) -> None:
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_write_through_grant_is_saved_at_once(harness: AccessHarness, shared: bool) -> None:
-    """Unless there are no others. One that nobody waits for has its minute."""
+    """Only if other processes share the records. Without `write_through`, a renewed grant is saved once a minute."""
     access, other = (
         Access(Records(harness.root), harness.now, shared),
         Access(Records(harness.root), harness.now, shared),
@@ -155,7 +155,7 @@ def test_write_through_grant_is_saved_at_once(harness: AccessHarness, shared: bo
 
 
 def test_grant_counts_from_its_own_time(harness: AccessHarness) -> None:
-    """It counts from when upstream said it, which for a long download is long ago."""
+    """A grant dates from the upstream response, which precedes the end of a long download."""
     before = harness.now()
     harness.clock.advance(GRANT_TTL)
     harness.access.record_grant(KEY, CLIENT, before)
@@ -164,13 +164,13 @@ def test_grant_counts_from_its_own_time(harness: AccessHarness) -> None:
     harness.clock.advance(GRANT_TTL - 1)
     now = harness.now()
     harness.access.record_grant(KEY, CLIENT, now - 10)
-    harness.access.record_grant(KEY, CLIENT, now - 20)  # one that is older changes nothing
+    harness.access.record_grant(KEY, CLIENT, now - 20)  # an older grant changes nothing
     harness.clock.advance(GRANT_TTL - 15)
     assert harness.state(CLIENT) is AccessState.GRANTED
 
 
 def test_clock_set_back(harness: AccessHarness) -> None:
-    """A yes from the future proves nothing, and a client's own is not believed for longer than it should."""
+    """A grant dated in the future is not fresh. A grant to a client's own credential is then not valid at all."""
     for identity in (PUBLIC, CLIENT):
         harness.grant(identity, "key/" + identity.replace(":", "-"))
     harness.clock.rightNow -= 1e6
@@ -192,7 +192,7 @@ def test_records_are_bounded(harness: AccessHarness) -> None:
         harness.clock.advance(0.01)
         harness.grant(f"own:{number}")
     harness.restart()
-    assert harness.state("own:0") is AccessState.GRANTED  # because it is public
+    assert harness.state("own:0") is AccessState.GRANTED  # because of the grant to PUBLIC
     harness.access.record_denial(KEY, PUBLIC)
     assert harness.state(LOGIN) is AccessState.GRANTED
     assert harness.state("own:299") is AccessState.GRANTED
@@ -214,7 +214,7 @@ def test_damaged_records_grant_nothing(harness: AccessHarness, content: str) -> 
 
 
 def test_unwritable_records(harness: AccessHarness, log_lines: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Then it is remembered as long as the daemon runs."""
+    """The grant is then kept in memory, until the daemon ends."""
 
     def fail(*args: object, **more: object) -> None:
         raise OSError(28, os.strerror(28))

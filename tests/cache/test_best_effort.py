@@ -41,7 +41,7 @@ def test_full_disk_is_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lo
 
 def test_internal_error_is_raised(tmp_path: Path) -> None:
     def fail(*args: Any) -> None:
-        raise RuntimeError("a mistake in this program")
+        raise RuntimeError("a bug in this program")
 
     reactor = ManualReactor()
     with pytest.raises(RuntimeError):

@@ -1,4 +1,4 @@
-"""Blobs of the cache: who gets them from where, and what upstream has to say for it."""
+"""Tests of cached blobs: their source, and the upstream access check before they are served."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def requested_methods(harness: CacheHarness) -> list[str]:
     return [request.method for request in harness.upstream.requests_matching(pattern="blobs")]
 
 
-# the usual way
+# hits and misses
 
 
 def test_miss_then_hit(harness: CacheHarness) -> None:
@@ -73,7 +73,7 @@ def test_concurrent_requests_share_one_download(harness: CacheHarness) -> None:
     response = harness.upstream.responses[0]
     response.send(1000)
     harness.reactor.run_due_calls()
-    deferreds += [harness.start(harness.blob(DIGEST)) for _ in range(5)]  # and some more, while it flows
+    deferreds += [harness.start(harness.blob(DIGEST)) for _ in range(5)]  # some requests arrive during the transfer
     readers = []
     cache_statuses = []
     for deferred in deferreds:
@@ -99,12 +99,12 @@ def test_request_at_completion_is_a_hit(harness: CacheHarness) -> None:
     restarted: list[Any] = []
     on_data = reader._on_data
 
-    def ask_again(data: bytes) -> None:
+    def request_again(data: bytes) -> None:
         on_data(data)
         if len(reader.data) == len(DATA) and not restarted:
             restarted.append(harness.start(harness.blob(DIGEST)))
 
-    reader._on_data = ask_again  # type: ignore[method-assign]
+    reader._on_data = request_again  # type: ignore[method-assign]
     harness.upstream.responses[0].send_rest()
     harness.reactor.run_due_calls()
     reader.read_available()
@@ -174,7 +174,7 @@ def test_open_blob_is_pinned(harness: CacheHarness) -> None:
     assert harness.space.index.expire(0, harness.now() + 100) == [DIGEST]
 
 
-# another's download
+# shared downloads
 
 
 def test_other_repository_joins_after_grant(harness: CacheHarness) -> None:
@@ -211,7 +211,7 @@ def test_other_client_joins_after_grant(harness: CacheHarness) -> None:
 
 
 def test_second_token_of_same_client_shares_grant(harness: CacheHarness) -> None:
-    """Its login is what counts: the desk knows that both were given to it."""
+    """Access is per login. The token endpoint has recorded that both tokens were issued for it."""
     harness.upstream.repository(f"{HUB}/{APP}").readers = {ALICE, "Bearer second"}
     for token in ("alice", "second"):
         harness.identities.bind(token, "Basic YWxpY2U6cHc=")
@@ -221,7 +221,7 @@ def test_second_token_of_same_client_shares_grant(harness: CacheHarness) -> None
 
 
 def test_denial_of_first_client_does_not_affect_second(harness: CacheHarness) -> None:
-    """A client with a bad token must not take the blob from one with a good token."""
+    """A client with an invalid token must not fail the download for a client with a valid token."""
     harness.upstream.repository(f"{HUB}/{APP}").readers = {ALICE}
     gate = Gate()
     harness.upstream.on("GET", "blobs", gate.delay(respond_with(401)), times=1)
@@ -254,7 +254,7 @@ def test_failure_of_one_registry_does_not_affect_another(harness: CacheHarness, 
 
 
 def test_unreachable_registry_is_tried_once(harness: CacheHarness) -> None:
-    """However many clients ask, with whatever tokens: the next one would only wait as long again."""
+    """All waiting clients get the error of one attempt, because another attempt would take as long again."""
     harness.upstream.repository(f"{HUB}/{APP}").readers = {ALICE, BOB}
     gate = Gate()
     harness.upstream.on("GET", "blobs", gate.delay(raise_error(UpstreamUnreachable("gone"))))
@@ -285,7 +285,7 @@ def test_rate_limit_of_one_client_does_not_affect_another(harness: CacheHarness)
 
 
 def test_long_download_does_not_extend_grant(harness: CacheHarness) -> None:
-    """Whoever joins it when upstream's yes is old is asked about, like everyone."""
+    """A client that joins when the grant has expired is checked upstream."""
     repository = harness.upstream.repository(f"{HUB}/{APP}")
     harness.upstream.on("GET", "blobs", respond_streaming)
     first = harness.run(harness.blob(DIGEST))
@@ -315,7 +315,7 @@ def test_long_download_grants_from_its_start(harness: CacheHarness) -> None:
 
 
 def test_joining_download_of_unknown_length(harness: CacheHarness) -> None:
-    """There is nothing to compare upstream's answer with before its end: so that is waited for."""
+    """The check compares sizes, so a second client must wait until the size is known."""
     harness.upstream.repository(f"{HUB}/{COPY}").put_blob(DATA)
     harness.upstream.on("GET", APP, lambda request, data: ScriptedResponse(200, DATA, length=None, sent=100))
     first = harness.run(harness.blob(DIGEST))
@@ -330,14 +330,14 @@ def test_joining_download_of_unknown_length(harness: CacheHarness) -> None:
     response.content.close()
 
 
-# what is a yes
+# responses that grant access
 
 
 def redirect_blobs(harness: CacheHarness, redirect_target: Callable[[Any, Any], ScriptedResponse]) -> None:
-    """Let COPY redirect every blob; what is there is answered by `there`."""
+    """Make COPY redirect every blob. `redirect_target` responds at the target."""
     harness.upstream.repository(f"{HUB}/{COPY}")
 
-    def behave(request: Any, data: Any) -> ScriptedResponse:
+    def respond(request: Any, data: Any) -> ScriptedResponse:
         return (
             redirect_target(request, DATA)
             if request.follow
@@ -345,11 +345,11 @@ def redirect_blobs(harness: CacheHarness, redirect_target: Callable[[Any, Any], 
         )
 
     for method in ("GET", "HEAD"):
-        harness.upstream.on(method, COPY, behave)
+        harness.upstream.on(method, COPY, respond)
 
 
 def test_redirect_is_followed_before_grant(harness: CacheHarness) -> None:
-    """registry.k8s.io redirects any name and digest: whoever knows a digest would get what is cached of anyone's."""
+    """registry.k8s.io redirects any name and digest. Its redirects would grant access to every cached blob."""
     harness.upstream.repository(f"{HUB}/{APP}").readers = {ALICE}
     harness.fetch(DIGEST, authorization=ALICE)
     redirect_blobs(harness, lambda request, data: error_response(404))
@@ -412,7 +412,7 @@ def test_other_successful_responses(harness: CacheHarness, response: Any) -> Non
     assert harness.fetch(DIGEST, COPY)[1] == DATA
 
 
-def test_empty_blob_answers_416(harness: CacheHarness) -> None:
+def test_416_for_empty_blob_is_a_grant(harness: CacheHarness) -> None:
     empty = harness.upstream.repository(f"{HUB}/{APP}").put_blob(b"")
     harness.fetch(empty)
     harness.upstream.repository(f"{HUB}/{COPY}").put_blob(b"")
@@ -432,10 +432,10 @@ def test_empty_blob_answers_416(harness: CacheHarness) -> None:
             ScriptedResponse(200, b"x" * 5000, length=None) if request.method == "GET" else error_response(307)
         ),
     ],
-    ids=["page", "page of untold length", "another size", "untold size", "no Content-Range", "redirect to a page"],
+    ids=["page", "page of unknown length", "another size", "unknown size", "no Content-Range", "redirect to a page"],
 )
 def test_unverified_response_grants_nothing(harness: CacheHarness, response: Any) -> None:
-    """A captive portal says 200 to everything; so does a web application in the place of a registry."""
+    """A captive portal responds with 200 to every request. So does a web application in place of a registry."""
     harness.upstream.repository(f"{HUB}/{APP}").readers = {ALICE}
     harness.fetch(DIGEST, authorization=ALICE)
     for method in ("GET", "HEAD"):
@@ -448,7 +448,7 @@ def test_unverified_response_grants_nothing(harness: CacheHarness, response: Any
         harness.run(harness.blob(other, head=True))
     with pytest.raises(RegistryError):
         harness.fetch(other)
-    # And with all that said, the private repository is still nobody else's.
+    # None of these responses gave anyone else access to the private repository.
     assert harness.access.state(f"{HUB}/{APP}", "public") is AccessState.UNKNOWN
     harness.upstream.reset()
     with pytest.raises(UpstreamRefused):
@@ -463,14 +463,14 @@ def test_huge_content_length_is_ignored(harness: CacheHarness) -> None:
 
 
 def test_denial_by_token_server(harness: CacheHarness) -> None:
-    """That is upstream's word as well as the registry's own 401."""
+    """A denial by the token server counts like a 401 of the registry."""
     harness.fetch(DIGEST)
     harness.reactor.advance(GRANT_TTL)
     harness.upstream.on("HEAD", "blobs", raise_error(Unauthorized("no token")))
     with pytest.raises(Unauthorized):
         harness.run(harness.blob(DIGEST))
     harness.upstream.go_down()
-    with pytest.raises(UpstreamUnreachable):  # and so it is not served as stale
+    with pytest.raises(UpstreamUnreachable):  # because a revoked grant does not allow a stale response
         harness.run(harness.blob(DIGEST))
 
 
@@ -503,12 +503,12 @@ def test_stale_while_upstream_fails(harness: CacheHarness, failure: Any) -> None
         harness.upstream.on(method, "", failure)
     assert harness.fetch(DIGEST) == ("STALE", DATA)
     harness.upstream.repository(f"{HUB}/{COPY}").put_blob(DATA)
-    with pytest.raises(UpstreamError):  # what upstream never confirmed there
+    with pytest.raises(UpstreamError):  # upstream never granted access to COPY
         harness.run(harness.blob(DIGEST, COPY))
 
 
 def test_stale_response_does_not_renew_grant(harness: CacheHarness) -> None:
-    """Or each use while upstream is gone would prolong the yes."""
+    """Otherwise each use during an outage would extend the grant."""
     harness.fetch(DIGEST)
     harness.reactor.advance(GRANT_TTL)
     harness.upstream.go_down()
@@ -573,7 +573,7 @@ def serve_response(request: Any, data: Any) -> ScriptedResponse:
 def test_cancel_at_every_step(
     make_harness: Callable[..., CacheHarness], step_count: int, head: bool, stored: bool
 ) -> None:
-    """What he held is given back, and the blob comes all the same (`make_world` looks for what is left open)."""
+    """Resources are released, and the download completes. The `make_harness` fixture checks for leaks."""
     harness = make_harness()
     harness.upstream.repository(f"{HUB}/{APP}").put_blob(DATA)
     if stored:
@@ -598,7 +598,7 @@ def test_cancel_at_every_step(
 
 def test_internal_error_does_not_leak(harness: CacheHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any) -> None:
-        raise RuntimeError("a mistake in this program")
+        raise RuntimeError("a bug in this program")
 
     monkeypatch.setattr(type(harness.links), "link_layer", fail)
     response = harness.run(harness.blob(DIGEST))

@@ -25,12 +25,12 @@ HOUR = 3600
 
 
 def respond_with_challenge(*fields: str, status: int = 401, **more: str) -> Any:
-    def behave(request: Any, data: Any) -> ScriptedResponse:
+    def respond(request: Any, data: Any) -> ScriptedResponse:
         response = ScriptedResponse(status, b"{}", {name.replace("_", "-"): value for name, value in more.items()})
         response.headers._fields += [("www-authenticate", field) for field in fields]
         return response
 
-    return behave
+    return respond
 
 
 def get_challenges(harness: CacheHarness, registry: Registry = OTHER) -> list[Challenge]:
@@ -100,7 +100,7 @@ def test_docker_hub_challenge_is_built_in(harness: CacheHarness) -> None:
 
 @pytest.mark.parametrize("status", [200, 204, 301, 302, 307, 308])
 def test_registry_without_authentication(harness: CacheHarness, status: int) -> None:
-    """registry.k8s.io sends who asks for /v2/ elsewhere."""
+    """registry.k8s.io redirects requests for /v2/."""
     harness.upstream.on(
         "GET", "^/v2/$", respond_with_challenge(status=status, location="https://elsewhere.example/v2/")
     )
@@ -149,7 +149,7 @@ def test_ensure_known_fetches_once(harness: CacheHarness) -> None:
 
 def test_ensure_known_retries_after_outage(harness: CacheHarness) -> None:
     harness.upstream.go_down()
-    harness.run(harness.challenges.ensure_known(OTHER))  # no error: what is asked for next will tell
+    harness.run(harness.challenges.ensure_known(OTHER))  # no error, because the next request reports it
     harness.upstream.reset()
     harness.run(harness.challenges.ensure_known(OTHER))
     assert len(harness.upstream.requests) == 2
@@ -176,7 +176,7 @@ def test_cancel_does_not_abort_fetch(harness: CacheHarness) -> None:
     assert len(harness.challenges.cached(OTHER)) == 1
 
 
-# what our clients are told
+# rendered challenges
 
 
 def rendered_challenges(harness: CacheHarness, registry: Registry, *fields: str, secure: bool = True) -> list[str]:

@@ -1,4 +1,4 @@
-"""One download and its readers: how it begins, how it ends, and what everyone gets out of it."""
+"""Tests of a download and its readers in one process."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ DIGEST = Digest.of(DATA)
 
 
 def require_nonblocking_reads(harness: CacheHarness) -> None:
-    """Skip the test where a reader would wait for the very thread that the test holds up."""
+    """Skip the test if a reader would need a thread of the pool, which the test holds."""
     path = Path(harness.layout.root, "sample")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(b"1")
     with path.open("rb") as file:
         if read_cached(file.fileno(), 0, 1) is None:
-            pytest.skip("this file system (an overlay, say) cannot tell what is in memory")
+            pytest.skip("this file system (an overlay, for example) does not support reads from the page cache only")
     path.unlink()
 
 
@@ -70,7 +70,7 @@ def start(
 
 
 def start_streaming(harness: CacheHarness, *, sent: int = 0) -> tuple[BlobDownload, ScriptedResponse]:
-    """Return a flight whose upstream sends what it is told to."""
+    """Return a download, and its upstream response, which the test controls."""
     harness.upstream.on("GET", str(DIGEST), respond_streaming, times=1)
     download = start(harness)
     response = harness.upstream.responses[-1]
@@ -98,7 +98,7 @@ def reader(
 
 
 def wait_started_outcome(download: BlobDownload) -> list[Any]:
-    """Return what waiting for the flight to begin brings: nothing yet, None or the error."""
+    """Return a list that gets the result of `wait_started` or its error. It is empty while waiting."""
     outcome: list[Any] = []
     Deferred.fromCoroutine(download.wait_started()).addBoth(
         lambda result: outcome.append(getattr(result, "value", result))
@@ -106,7 +106,7 @@ def wait_started_outcome(download: BlobDownload) -> list[Any]:
     return outcome
 
 
-# all is well
+# success
 
 
 def test_download_is_committed(harness: CacheHarness) -> None:
@@ -183,7 +183,7 @@ def test_last_byte_waits_for_publish(harness: CacheHarness) -> None:
 
 
 def test_last_byte_waits_for_on_verified(harness: CacheHarness) -> None:
-    """Who has all of it and asks again at once must find it."""
+    """A client that has the whole blob and requests it again must find it in the store."""
     done: Deferred[None] = Deferred()
 
     async def on_verified() -> None:
@@ -207,7 +207,7 @@ def test_last_byte_waits_for_on_verified(harness: CacheHarness) -> None:
 def test_on_verified_runs_during_fsync_and_before_publish(
     harness: CacheHarness, monkeypatch: pytest.MonkeyPatch, fails: bool
 ) -> None:
-    """Who finds it published, in another process, is to find as well whose it is."""
+    """A process that finds the published blob must also find the grant."""
     require_nonblocking_reads(harness)
     steps: list[str] = []
     done: Deferred[None] = Deferred()
@@ -220,30 +220,31 @@ def test_on_verified_runs_during_fsync_and_before_publish(
         publish(ingest, blobs)
 
     async def on_verified() -> None:
-        steps.append("landing")
+        steps.append("hook started")
         await done
-        steps.append("landed")
+        steps.append("hook finished")
 
     monkeypatch.setattr(Ingest, "commit", publish_and_record)
     harness.upstream.on("GET", "", respond_streaming)
     download = start(harness, on_verified=on_verified)
     harness.reactor.pool.hold()
     end(harness, harness.upstream.responses[0])
-    harness.reactor.pool.step()  # the last of it is written
+    harness.reactor.pool.step()  # write the last bytes
     harness.reactor.run_due_calls()
-    assert steps == ["landing"]
-    harness.reactor.pool.step()  # and synced
+    assert steps == ["hook started"]
+    harness.reactor.pool.step()  # and sync them
     harness.reactor.run_due_calls()
     assert harness.reactor.pool.waiting == 0
     done.callback(None)
     harness.reactor.pool.release()
     harness.reactor.run_due_calls()
-    assert (steps, download.ended, download.committed) == (["landing", "landed", "published"], True, not fails)
+    assert steps == ["hook started", "hook finished", "published"]
+    assert (download.ended, download.committed) == (True, not fails)
 
 
 def test_failing_on_verified_does_not_prevent_commit(harness: CacheHarness, log_lines: list[str]) -> None:
     async def on_verified() -> None:
-        raise ValueError("a mistake of ours")
+        raise ValueError("a bug in this program")
 
     download = start(harness, on_verified=on_verified)
     assert download.committed and download.failure is None
@@ -319,11 +320,11 @@ def test_disconnect_during_threaded_read(harness: CacheHarness, monkeypatch: pyt
     end(harness, response)
 
 
-# it joins and ends at once
+# joining at the end
 
 
 def test_joining_at_every_step_of_commit(harness: CacheHarness) -> None:
-    """While a thread closes the ingest, whoever comes must get the blob's bytes, and not those of another file."""
+    """A reader that joins while a thread closes the ingest must not read another file with the same descriptor."""
     require_nonblocking_reads(harness)
     download, response = start_streaming(harness, sent=1000)
     harness.reactor.pool.hold(results=True)
@@ -331,11 +332,11 @@ def test_joining_at_every_step_of_commit(harness: CacheHarness) -> None:
     harness.reactor.run_due_calls()
     readers = []
     while not download.ended:
-        readers.append(reader(harness, download))  # the thread's work is done, nobody was told
+        readers.append(reader(harness, download))  # the thread has finished, but its result is delayed
         harness.reactor.pool.step()
         harness.reactor.run_due_calls()
     assert download.open_reader(harness.repository()) is None
-    assert len(readers) == 3  # while it was written, synced and renamed
+    assert len(readers) == 3  # during write, sync and rename
     for one in readers:
         one.read_available()
         assert one.data == DATA
@@ -354,7 +355,7 @@ def test_serves_same_principal_while_fresh(harness: CacheHarness) -> None:
     harness.upstream.on("GET", "", gate.delay(respond_streaming))
     download = start(harness)
     harness.reactor.advance(1000)
-    assert download.serves(harness.principal(), 300)  # upstream has not answered yet
+    assert download.serves(harness.principal(), 300)  # upstream has not responded yet
     gate.open()
     assert download.serves(harness.principal(), 300)
     assert not download.serves(harness.principal(authorization="Basic someone"), 300)
@@ -366,7 +367,7 @@ def test_serves_same_principal_while_fresh(harness: CacheHarness) -> None:
     end(harness, harness.upstream.responses[0])
 
 
-# upstream's trouble
+# upstream failures
 
 
 def test_disconnect_and_resume(harness: CacheHarness) -> None:
@@ -489,7 +490,7 @@ def test_waiters_get_upstream_error(harness: CacheHarness) -> None:
     assert all(isinstance(outcome[0], UpstreamRefused) for outcome in deferreds)
 
 
-# what an earlier run left
+# partial files of an earlier run
 
 
 def leave_partial(harness: CacheHarness, data: bytes, digest: Digest = DIGEST) -> None:
@@ -508,7 +509,7 @@ def test_partial_file_is_resumed(harness: CacheHarness, size: int) -> None:
 
 
 def test_complete_partial_file(harness: CacheHarness) -> None:
-    """A crash between the last byte and the renaming; upstream says 416 to a Range behind the end."""
+    """A crash after the last byte, but before the rename. Upstream would respond with 416 to a Range at the end."""
     leave_partial(harness, DATA)
     assert harness.fetch(DIGEST)[1] == DATA
     assert [response.status for response in harness.upstream.responses if response.bytes_read] == [206]
@@ -522,8 +523,8 @@ def test_complete_partial_file_without_range_support(harness: CacheHarness) -> N
     assert harness.fetch(DIGEST)[1] == DATA
 
 
-def test_complete_partial_file_still_needs_grant(harness: CacheHarness) -> None:
-    """To have the bytes is no right to give them."""
+def test_complete_partial_file_still_requires_grant(harness: CacheHarness) -> None:
+    """The partial file does not prove access."""
     leave_partial(harness, DATA)
     harness.upstream.on("GET", "", respond_with(401))
     with pytest.raises(UpstreamRefused):
@@ -536,13 +537,13 @@ def test_complete_partial_file_still_needs_grant(harness: CacheHarness) -> None:
 @pytest.mark.parametrize(
     "partial_data", [DATA + b"more", DATA + bytes(100_000), DATA[:-1] + b"!"], ids=["longer", "much longer", "damaged"]
 )
-@pytest.mark.parametrize("responder", [None, ignore_range, without_length], ids=["ranges", "no ranges", "untold"])
+@pytest.mark.parametrize("responder", [None, ignore_range, without_length], ids=["ranges", "no ranges", "no length"])
 def test_mismatched_partial_file_is_discarded(harness: CacheHarness, partial_data: bytes, responder: Any) -> None:
     leave_partial(harness, partial_data)
     if responder is not None:
         harness.upstream.on("GET", "", responder)
     if responder is without_length and len(partial_data) == len(DATA):
-        with pytest.raises(UpstreamBroken):  # only at the end can it be known
+        with pytest.raises(UpstreamBroken):  # detected only at the end
             harness.fetch(DIGEST)
     assert harness.fetch(DIGEST)[1] == DATA
     assert harness.ingest_files == []
@@ -568,11 +569,11 @@ def test_partial_file_is_not_served_before_grant(harness: CacheHarness) -> None:
     assert download.open_reader(harness.repository()) is None
 
 
-# the disk's trouble
+# disk failures
 
 
 class FullDisk:
-    """Takes `room` bytes more, for all ingests together."""
+    """Simulates a disk with `space` bytes left for all ingests."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, space: int, number: int = errno.ENOSPC) -> None:
         self.space = space
@@ -598,7 +599,7 @@ def test_full_disk(harness: CacheHarness, monkeypatch: pytest.MonkeyPatch, numbe
     send(harness, response, 9_900)
     one.read_available()
     other.read(100)
-    send(harness, response, 5_000)  # this does not fit any more
+    send(harness, response, 5_000)  # this exceeds the space
     assert download.ended
     end(harness, response)
     for reading in (one, other, behind, beyond):
@@ -606,12 +607,12 @@ def test_full_disk(harness: CacheHarness, monkeypatch: pytest.MonkeyPatch, numbe
         assert reading.error is None
         assert reading.data == DATA[reading.start :]
         reading.disconnect()
-    # The first one had the connection that was open; each of the others goes on from where the file ends.
+    # The first reader got the open connection. The others resume at the end of the file.
     assert [request.range for request in harness.upstream.requests_matching("GET", "blobs")] == [None] + [
         "bytes=9899-"
     ] * 3
     assert not harness.blobs.exists(DIGEST)
-    assert harness.ingest_files == []  # and what the disk is full of is gone
+    assert harness.ingest_files == []  # the partial file is deleted
     assert any("was not cached" in line and os.strerror(number) in line for line in log_lines)
 
 
@@ -622,14 +623,14 @@ def test_full_disk_and_corrupt_content(
     FullDisk(monkeypatch, 10_000)
     wrong = DATA[:-1] + b"!"
 
-    def behave(request: Any, data: Any) -> ScriptedResponse:
+    def respond(request: Any, data: Any) -> ScriptedResponse:
         if request.range is None:
             return ScriptedResponse(200, wrong, length=length, sent=9000)
         return ScriptedResponse(
             206, wrong[8999:], {"content-range": f"bytes 8999-{len(DATA) - 1}/{len(DATA)}"}, length=length
         )
 
-    harness.upstream.on("GET", "", behave)
+    harness.upstream.on("GET", "", respond)
     download = start(harness)
     readers = [reader(harness, download, start) for start in (0, 95_000)]
     end(harness, harness.upstream.responses[0])
@@ -685,7 +686,7 @@ def test_lent_connection_times_out(harness: CacheHarness, monkeypatch: pytest.Mo
     assert not response.ended
     harness.advance(1)
     assert response.aborted
-    one.read_available()  # late, but not too late
+    one.read_available()  # opens a new connection
     assert one.data == DATA
     assert len(harness.upstream.requests_matching("GET", "blobs")) == 2
     one.disconnect()
@@ -711,13 +712,13 @@ def test_unreadable_partial_file(harness: CacheHarness, monkeypatch: pytest.Monk
     assert harness.fetch(DIGEST)[1] == DATA
 
 
-def test_publish_fails(harness: CacheHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_publish_does_not_fail_readers(harness: CacheHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(ingest: Ingest, blobs: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Ingest, "commit", fail)
-    for untold_length in (False, True):
-        if untold_length:
+    for without_size in (False, True):
+        if without_size:
             harness.upstream.on("GET", "", without_length)
         download = start(harness)
         one = reader(harness, download) if not download.ended else None
@@ -728,21 +729,21 @@ def test_publish_fails(harness: CacheHarness, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_background_fsync(harness: CacheHarness, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is published before that has ended, for it may bring an error."""
+    """The blob is published only after the fsync, because that may fail."""
     monkeypatch.setattr("dockerproxy.cache.downloads._FSYNC_THRESHOLD", 5000)
     download, response = start_streaming(harness, sent=4999)
     harness.reactor.pool.hold()
     send(harness, response, 1)
-    harness.reactor.pool.step()  # it is written
+    harness.reactor.pool.step()  # write the data
     harness.reactor.run_due_calls()
-    assert harness.reactor.pool.waiting == 1  # and to be synced
+    assert harness.reactor.pool.waiting == 1  # the sync
     response.send_rest()
     harness.reactor.run_due_calls()
     assert harness.reactor.pool.waiting == 2
-    harness.reactor.pool.defer_next()  # the sync
+    harness.reactor.pool.defer_next()  # finish the sync last
     harness.reactor.pool.step()
     harness.reactor.run_due_calls()
-    assert download.written == len(DATA) and harness.reactor.pool.waiting == 1  # nothing but the sync
+    assert download.written == len(DATA) and harness.reactor.pool.waiting == 1  # only the sync
     harness.reactor.pool.release()
     harness.reactor.run_due_calls()
     assert download.committed
@@ -751,7 +752,7 @@ def test_background_fsync(harness: CacheHarness, monkeypatch: pytest.MonkeyPatch
 def test_fsync_error_prevents_publish(
     harness: CacheHarness, monkeypatch: pytest.MonkeyPatch, log_lines: list[str]
 ) -> None:
-    """The kernel reports that once: to sync again would seem to succeed."""
+    """The kernel reports the error only once; a second sync would appear to succeed."""
     monkeypatch.setattr("dockerproxy.cache.downloads._FSYNC_THRESHOLD", 5000)
     errors = [OSError(errno.EIO, "Input/output error")]
 
@@ -770,7 +771,7 @@ def test_fsync_error_prevents_publish(
     one.disconnect()
 
 
-def test_reader_survives_failed_publish(harness: CacheHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_direct_readers_survive_failed_publish(harness: CacheHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(ingest: Ingest, blobs: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -784,13 +785,15 @@ def test_reader_survives_failed_publish(harness: CacheHarness, monkeypatch: pyte
     harness.advance(10)
     late.read_available()
     assert late.data == DATA and late.ended
-    assert len(harness.upstream.requests_matching("GET", "blobs")) == 1  # all was here: there is nothing to go on with
+    assert (
+        len(harness.upstream.requests_matching("GET", "blobs")) == 1
+    )  # the file was complete, so nothing else is requested
     one.disconnect()
     late.disconnect()
 
 
 def test_truncated_ingest_fails_reader(harness: CacheHarness) -> None:
-    """By another's hand. A shorter file must not look like the blob's end."""
+    """If another program truncates the file, it must not look like the end of the blob."""
     download, response = start_streaming(harness, sent=5000)
     one = reader(harness, download)
     os.truncate(harness.layout.ingest(DIGEST), 0)
@@ -800,7 +803,7 @@ def test_truncated_ingest_fails_reader(harness: CacheHarness) -> None:
     end(harness, response)
 
 
-# no room
+# cache space
 
 
 def test_blob_larger_than_cache(make_harness: Callable[..., CacheHarness]) -> None:
@@ -814,7 +817,7 @@ def test_blob_larger_than_cache(make_harness: Callable[..., CacheHarness]) -> No
 
 
 def test_blob_of_unknown_length_larger_than_cache(make_harness: Callable[..., CacheHarness]) -> None:
-    """What grows is counted, or one answer without a length fills the disk."""
+    """Growth is counted, because one response without a length could otherwise fill the disk."""
     harness = make_harness(limit=50_000)
     harness.upstream.repository(f"{HUB}/{NAME}").put_blob(DATA)
     harness.upstream.on("GET", "", lambda request, data: ScriptedResponse(200, DATA, length=None, sent=30_000), times=1)
@@ -837,7 +840,7 @@ def test_blob_of_unknown_length_larger_than_cache(make_harness: Callable[..., Ca
 
 
 def test_expired_token_of_first_client(harness: CacheHarness) -> None:
-    """The others go on with what they have; who has nothing better hears upstream's own words."""
+    """Readers with a valid credential continue. The others get the error from upstream."""
     download, response = start_streaming(harness, sent=3000)
     expired, good = reader(harness, download, 0, harness.repository(authorization="Bearer old")), None
     good = reader(harness, download, 0, harness.repository(authorization="Bearer good"))
@@ -870,27 +873,27 @@ def test_reader_from_another_registry(harness: CacheHarness) -> None:
     one.disconnect()
 
 
-# our own trouble
+# internal errors
 
 
 def test_internal_error_before_request(harness: CacheHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(ingests: Ingests, digest: Digest) -> Ingest | None:
-        raise RuntimeError("a mistake in this program")
+        raise RuntimeError("a bug in this program")
 
     monkeypatch.setattr(Ingests, "acquire", fail)
     download = start(harness)
     [error] = wait_started_outcome(download)
     assert type(error) is RegistryError and error.status == 500
-    assert "a mistake" not in error.message
+    assert "a bug" not in error.message
     assert harness.downloads.get(DIGEST) is None
 
 
 @pytest.mark.parametrize("method", ["append", "verify", "commit"])
 def test_internal_error_during_download(harness: CacheHarness, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
-    """Readers go on by themselves, as with a full disk: the hash is checked, so it is all the same to them."""
+    """Readers continue directly from upstream, as if the disk were full. The digest is still verified."""
 
     def fail(ingest: Ingest, *args: Any) -> None:
-        raise RuntimeError("a mistake in this program")
+        raise RuntimeError("a bug in this program")
 
     harness.upstream.on("GET", "", respond_streaming, times=1)
     download = start(harness)

@@ -1,5 +1,7 @@
-"""Flights by chance: whatever upstream, disk, threads and readers do, and in whatever order - what a reader has is a
-piece of the blob, and who is told that this was all has all of it."""
+"""Random sequences of events for a download: upstream, disk, threads and readers in any order.
+
+A reader must always have a correct part of the blob, and all of it if the reader has ended.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,7 @@ operations = st.one_of(
 
 
 class DownloadModel:
-    """One flight after the other, of a blob that upstream sends as `data`; `left` lies there from before."""
+    """Successive downloads of a blob that upstream sends as `data`, after a partial file of `partial_size` bytes."""
 
     def __init__(self, root: Path, data: bytes, partial_size: int, limit: int) -> None:
         self.harness = CacheHarness(root, limit=limit)
@@ -45,7 +47,7 @@ class DownloadModel:
         self.behaviour = "honest"
         self.full = False
         self.disconnects = 0
-        self.expect_success = data == DATA  # whether all that is asked for can be had
+        self.expect_success = data == DATA  # whether every reader must succeed
         self.readers: list[ManualReader] = []
         self.closed_readers: set[int] = set()
         self.harness.upstream.repository(f"{HUB}/{NAME}").blobs[str(DIGEST)] = data
@@ -128,7 +130,7 @@ class DownloadModel:
             assert Path(self.harness.layout.blob(DIGEST)).read_bytes() == DATA
 
     def finish(self) -> None:
-        """Let everything go well from here on."""
+        """Complete all reads without further failures."""
         self.behaviour = "honest"
         self.harness.reactor.pool.release()
         for _ in range(200):
@@ -168,7 +170,7 @@ def test_readers_get_only_correct_content(
             model.check()
             for number, reader in enumerate(model.readers):
                 if number not in model.closed_readers:
-                    assert reader.ended or reader.error is not None  # nobody is left hanging
+                    assert reader.ended or reader.error is not None  # no reader waits forever
                     reader.disconnect()
             assert model.harness.downloads.get(DIGEST) is None
             model.harness.assert_no_leaks()

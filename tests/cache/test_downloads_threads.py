@@ -1,5 +1,4 @@
-"""The same with a reactor that runs and threads that are threads: what a stand-in cannot show is what they get in each
-other's way with."""
+"""Downloads with a running reactor and real threads, because the manual reactor cannot show race conditions."""
 
 from __future__ import annotations
 
@@ -40,7 +39,7 @@ class DownloadsTests(TestCase):
             self.blobs[repository.put_blob(data)] = data
 
     def respond_in_pieces(self, request: ReceivedRequest, data: bytes | None) -> ScriptedResponse:
-        """Send pieces, and break off now and then: after the first, so that a request without a range is a download."""
+        """Send pieces, and sometimes break the connection after the first, so that every retry has a Range."""
         assert data is not None
         response = serve_content(request, "", data, sent=0)
         length = len(response._body)
@@ -59,7 +58,7 @@ class DownloadsTests(TestCase):
         reactor.callLater(0, send_next)
         return response
 
-    async def read(self, harness: CacheHarness, digest: Digest, leaves: bool) -> None:
+    async def read(self, harness: CacheHarness, digest: Digest, disconnects: bool) -> None:
         data, start = self.blobs[digest], 0
         response = await harness.blob(digest)
         assert response.content is not None
@@ -69,7 +68,7 @@ class DownloadsTests(TestCase):
             received = bytearray()
             while piece := await response.content.read(start + len(received), self.random.choice([100_000, 1 << 20])):
                 received += piece
-                if leaves and len(received) > len(data) // 2:
+                if disconnects and len(received) > len(data) // 2:
                     return
                 await deferLater(reactor, 0)
             self.assertEqual(bytes(received), data[start:])
@@ -77,7 +76,7 @@ class DownloadsTests(TestCase):
             response.content.close()
 
     async def read_concurrently(self, harness: CacheHarness, readers: int) -> None:
-        """Let many read at random moments; some leave, in mid-read or in mid-wait."""
+        """Run many readers at random times. Some disconnect during a read or while waiting."""
         reading: list[Deferred[Any]] = []
         for number in range(readers):
             digest = self.random.choice(list(self.blobs))
@@ -89,7 +88,7 @@ class DownloadsTests(TestCase):
             if self.random.random() < 0.3:
                 await deferLater(reactor, 0.002)
         await gatherResults(reading, consumeErrors=True)
-        await deferLater(reactor, 0.02)  # the last of those who leave
+        await deferLater(reactor, 0.02)  # until the last reader has disconnected
         while harness.downloads._downloads:
             await deferLater(reactor, 0.01)
         self.assertEqual(harness.space.index._pins, {})
@@ -99,13 +98,13 @@ class DownloadsTests(TestCase):
         await self.read_concurrently(harness, 100)
         self.assertEqual(harness.open_files, [])
         first = [request for request in self.upstream.requests_matching("GET", "blobs") if request.range is None]
-        self.assertEqual(len(first), len({asked.path for asked in first}))  # one download for each
+        self.assertEqual(len(first), len({request.path for request in first}))  # one download per blob
         for digest, data in self.blobs.items():
             if harness.blobs.exists(digest):
                 self.assertEqual(Path(harness.layout.blob(digest)).read_bytes(), data)
 
     async def test_many_readers_and_little_space(self) -> None:
-        """What is evicted while it is read, joined while it lands, and passed by while there is no room."""
+        """Blobs are evicted during reads, joined during commits, and read directly while there is no space."""
         harness = CacheHarness(self.folder, upstream=self.upstream, limit=3_100_000)
         maintaining = True
 
@@ -124,4 +123,4 @@ class DownloadsTests(TestCase):
         self.assertLessEqual(sum(entry.size for entry in harness.blobs.walk()), 3_100_000)
         self.assertEqual([name for name in os.listdir(harness.layout.ingests) if name], [])
         for deferred in reactor.getDelayedCalls():
-            deferred.cancel()  # connections that were offered to whoever has no room
+            deferred.cancel()  # timeouts of lent connections

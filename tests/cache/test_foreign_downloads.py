@@ -1,4 +1,7 @@
-"""A blob that two processes want at once: here, two caches on one folder, which know of each other by nothing else."""
+"""Downloads of the same blob by two processes.
+
+The processes are two caches in one directory. They share no other state.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ ALICE = "Basic alice"
 
 
 class TwoProcesses:
-    """Two caches, `one` of which fetches the blob; upstream sends what it is told to."""
+    """Two caches. `writer` downloads the blob, and `follower` follows. The test controls the upstream response."""
 
     def __init__(self, make_harness: Callable[..., CacheHarness]) -> None:
         self.writer = make_harness(shared=True)
@@ -64,14 +67,14 @@ class TwoProcesses:
         return ManualReader(self.follower, content)
 
     def kill_writer(self) -> None:
-        """Let the process of `one` die: its lock goes, and it does nothing more."""
+        """Simulate the death of the writing process, which releases its lock."""
         ingest = self.download._file
         assert isinstance(ingest, Ingest)
         fcntl.flock(ingest._fd, fcntl.LOCK_UN)
 
     @property
     def requested_ranges(self) -> list[str | None]:
-        """The ranges that upstream was asked for."""
+        """The ranges that were requested from upstream."""
         return [request.range for request in self.upstream.requests_matching("GET", "blobs")]
 
 
@@ -126,7 +129,7 @@ def test_follower_starts_after_info_and_ends_after_publish(harness: CacheHarness
 
 @pytest.mark.parametrize("size", [1, VERIFY_FIRST_SIZE, VERIFY_FIRST_SIZE + 1])
 def test_small_blob_has_no_download_info(make_harness: Callable[..., CacheHarness], size: int) -> None:
-    """Nobody is given any of it before it is whole; then others have it, and know by the first whose it is."""
+    """A small blob is served only when complete. Other processes then find the blob and its grant in the store."""
     one = make_harness(shared=True)
     upstream = one.upstream
     other = make_harness(shared=True, upstream=upstream)
@@ -198,7 +201,7 @@ def test_full_disk_fails_both_ingests(processes: TwoProcesses, monkeypatch: pyte
     monkeypatch.setattr(Ingest, "append", full)
     processes.end()
     reader.read_available()
-    assert (reader.data, reader.ended) == (DATA, True)  # by itself
+    assert (reader.data, reader.ended) == (DATA, True)  # read directly from upstream
     assert processes.requested_ranges == [None, "bytes=999-"]
     assert not processes.writer.blobs.exists(DIGEST)
     reader.disconnect()
@@ -233,7 +236,7 @@ def test_blob_published_before_lock(make_harness: Callable[..., CacheHarness]) -
 
 
 def test_blob_published_before_first_poll(make_harness: Callable[..., CacheHarness]) -> None:
-    """Nothing was ever seen to begin; the client is answered all the same, by what is here now."""
+    """The follower never sees the download start. It serves the client from the published blob."""
     harness = make_harness(shared=True)
     harness.upstream.repository(f"{HUB}/{NAME}").put_blob(DATA)
     ingest = harness.ingests.acquire(DIGEST)
@@ -264,16 +267,16 @@ def test_ingest_discarded_before_first_poll(make_harness: Callable[..., CacheHar
 
 
 def test_same_client_in_both_processes(processes: TwoProcesses) -> None:
-    """The one for whom it is fetched needs no further word of upstream's, wherever it asks."""
-    answers = [
+    """The client that started the download needs no further access check in any process."""
+    deferreds = [
         processes.writer.start(harness.fetch_later(DIGEST))
         for harness in (processes.writer, processes.follower, processes.follower)
     ]
     processes.advance()
     processes.end()
     results: list[Any] = []
-    for response in answers:
-        response.addBoth(results.append)
+    for deferred in deferreds:
+        deferred.addBoth(results.append)
     assert results == [("JOINED", DATA)] * 3
     assert processes.requested_ranges == [None]
     assert processes.upstream.requests_matching("HEAD", "blobs") == []

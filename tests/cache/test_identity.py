@@ -30,7 +30,7 @@ def test_identity_per_credential() -> None:
     assert login.startswith("login:")
     assert login == IDENTITIES.for_credential(
         HUB, BasicCredentials("me", "another")
-    )  # the password may change, the one who reads does not
+    )  # a new password does not change the identity
     assert login != IDENTITIES.for_credential(HUB, BasicCredentials("you", "secret"))
     assert login != IDENTITIES.for_credential(OTHER, BasicCredentials("me", "secret"))
 
@@ -133,8 +133,8 @@ def test_forged_token(text: str) -> None:
     assert IDENTITIES.read_token(HUB, f"Bearer drp.{text}", NOW) in ("", None)
 
 
-def test_identity_hash_is_no_token_signature() -> None:
-    """The secret also makes identities: none of its hashes is a token's."""
+def test_identity_hash_is_not_a_token_signature() -> None:
+    """The same secret is used for identities, but their hashes must not be valid signatures of tokens."""
     payload = f"{HUB}\nown:0123\n{int(NOW) + TOKEN_LIFETIME}".encode()
     plain = hmac.new(b"s" * 32, payload, "sha256").digest()
     assert IDENTITIES.read_token(HUB, f"Bearer drp.{urlsafe_b64encode(payload + plain).decode()}", NOW) == ""
@@ -149,6 +149,6 @@ def test_secret_is_persistent(tmp_path: Path) -> None:
     token = Identities.open(path).issue_token(HUB, PUBLIC, NOW)
     assert path.stat().st_mode & 0o777 == 0o600
     assert Identities.open(path).read_token(HUB, f"Bearer {token}", NOW) == PUBLIC
-    path.write_bytes(b"")  # a crash while it was made
+    path.write_bytes(b"")  # a crash during its creation
     assert Identities.open(path).read_token(HUB, f"Bearer {token}", NOW) == ""
     assert len(path.read_bytes()) == 32 and path.stat().st_mode & 0o777 == 0o600

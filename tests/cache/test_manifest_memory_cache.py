@@ -1,4 +1,4 @@
-"""What is remembered of manifests: for a short while, and no more than so much of them."""
+"""Tests of the memory cache of manifests: expiry and limit of size."""
 
 from __future__ import annotations
 

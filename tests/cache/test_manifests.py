@@ -1,4 +1,4 @@
-"""Manifests and tags of the cache: asked for as rarely as may be, served stale where it must be, and always exact."""
+"""Tests of cached manifests and tags: few upstream requests, stale responses during outages, exact bytes."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ from tests.cache.support.upstream import (
 APP, COPY = "library/app", "library/copy"
 ALICE, BOB = "Bearer alice", "Bearer bob"
 OCI = "application/vnd.oci.image.manifest.v1+json"
-# Not as a program would write it: the bytes are what counts.
+# Unusual whitespace, because the exact bytes must be preserved.
 ONE = b'{ "schemaVersion":2,\n"config":{"digest":"sha256:%b","size":1}, "layers": [] }\n' % (b"1" * 64)
 TWO = ONE.replace(b"1" * 64, b"2" * 64)
 INDEX = b'{"schemaVersion":2,"manifests":[]}'
@@ -97,7 +97,7 @@ def test_moved_tag_costs_one_pull(harness: CacheHarness) -> None:
     assert result_of(harness.run(harness.manifest("1"))) == ("MISS", TWO)
     assert requested_methods(harness) == ["HEAD", "GET"]
     assert result_of(harness.run(harness.manifest("1"))) == ("REVALIDATED", TWO)
-    app_repository(harness).put_manifest(ONE, "1")  # and back again: that one is known
+    app_repository(harness).put_manifest(ONE, "1")  # back to the stored manifest
     requested_methods(harness)
     assert result_of(harness.run(harness.manifest("1"))) == ("REVALIDATED", ONE)
     assert requested_methods(harness) == ["HEAD"]
@@ -122,21 +122,21 @@ def test_tiers(make_harness: Callable[..., CacheHarness], tag: str, lifetime: fl
     for _ in range(2):
         assert result_of(harness.run(harness.manifest(tag))) == ("HIT", ONE)
     assert requested_methods(harness) == []
-    harness.reactor.advance(GRANT_TTL)  # who may read it is another question than what it is
+    harness.reactor.advance(GRANT_TTL)  # the tag is fresh, but the grant has expired
     assert result_of(harness.run(harness.manifest(tag))) == ("REVALIDATED", ONE)
     assert requested_methods(harness) == ["HEAD"]
     before = 0.0
     while before + GRANT_TTL / 2 < lifetime:
         harness.reactor.advance(GRANT_TTL / 2)
         before += GRANT_TTL / 2
-        harness.run(harness.manifest(Digest.of(ONE)))  # keeps access fresh, and says nothing of the tag
+        harness.run(harness.manifest(Digest.of(ONE)))  # renews the grant, but not the tag
     requested_methods(harness)
     assert result_of(harness.run(harness.manifest(tag))) == ("HIT", ONE)
     harness.reactor.advance(lifetime - before)
     assert result_of(harness.run(harness.manifest(tag))) == ("REVALIDATED", ONE)
 
 
-def test_fresh_tag_still_needs_grant(make_harness: Callable[..., CacheHarness]) -> None:
+def test_fresh_tag_still_requires_grant(make_harness: Callable[..., CacheHarness]) -> None:
     harness = make_harness(freshness=TIERS)
     app_repository(harness).put_manifest(ONE, "latest")
     app_repository(harness).readers = {ALICE}
@@ -159,7 +159,7 @@ def test_state_survives_restart(harness: CacheHarness, make_harness: Callable[..
 
 
 def respond_by_accept(request: Any, data: Any) -> ScriptedResponse:
-    """Give the index to those who take one, as a registry does."""
+    """Return an index to clients that accept one, like a registry."""
     index = OCI_INDEX in request.headers.joined("accept").replace(" ", "").split(",")
     return serve_content(request, OCI_INDEX if index else OCI, INDEX if index else ONE)
 
@@ -230,7 +230,9 @@ def test_stale_if_error(harness: CacheHarness, failure: Any, head: bool, referen
         harness.upstream.on(method, "", failure)
     for _ in range(2):
         assert result_of(harness.run(harness.manifest(reference, head=head))) == ("STALE", ONE)
-    assert harness.access.state(f"{HUB}/{APP}", "public") is AccessState.GRANTED_STALE  # nothing was proven by that
+    assert (
+        harness.access.state(f"{HUB}/{APP}", "public") is AccessState.GRANTED_STALE
+    )  # a stale response does not renew the grant
     with pytest.raises(RegistryError) as excinfo:
         harness.run(harness.manifest("unknown", head=head))
     assert excinfo.value.status in (429, 502, 504)
@@ -239,7 +241,7 @@ def test_stale_if_error(harness: CacheHarness, failure: Any, head: bool, referen
 
 
 def test_stale_when_new_manifest_is_unavailable(harness: CacheHarness) -> None:
-    """The HEAD tells of another one, and the GET for it is one too many for the rate limit."""
+    """HEAD shows that the tag has moved, but the GET of the new manifest exceeds the rate limit."""
     harness.run(harness.manifest("1"))
     app_repository(harness).put_manifest(TWO, "1")
     harness.upstream.on("GET", "manifests", respond_with(429))
@@ -263,11 +265,11 @@ def test_tag_deleted_upstream(harness: CacheHarness) -> None:
     harness.upstream.go_down()
     with pytest.raises(UpstreamUnreachable):
         harness.run(harness.manifest("1"))
-    assert result_of(harness.run(harness.manifest(Digest.of(ONE))))[1] == ONE  # that is not what was deleted
+    assert result_of(harness.run(harness.manifest(Digest.of(ONE))))[1] == ONE  # only the tag was deleted
 
 
 def test_404_to_unauthorized_client_deletes_nothing(harness: CacheHarness) -> None:
-    """Many registries say so to those who may not know."""
+    """Many registries send 404 to clients without access."""
     app_repository(harness).readers, app_repository(harness).denial_status = {ALICE}, 404
     harness.run(harness.manifest("1", authorization=ALICE))
     with pytest.raises(UpstreamRefused):
@@ -332,19 +334,19 @@ def test_sha512(harness: CacheHarness) -> None:
 def test_tag_with_sha512_digest(harness: CacheHarness) -> None:
     digest = Digest.of(ONE, "sha512")
 
-    def behave(request: Any, data: Any) -> ScriptedResponse:
+    def respond(request: Any, data: Any) -> ScriptedResponse:
         body = ONE if request.method == "GET" else b""
         return ScriptedResponse(200, body, {"content-type": OCI, "docker-content-digest": str(digest)}, length=len(ONE))
 
     for method in ("GET", "HEAD"):
-        harness.upstream.on(method, "manifests/1", behave)
+        harness.upstream.on(method, "manifests/1", respond)
     for cache_status in ("MISS", "REVALIDATED"):
         response = harness.run(harness.manifest("1"))
         assert (response.cache_status, response.digest, response.content) == (cache_status, digest, ONE)
 
 
 def test_manifest_of_another_repository(harness: CacheHarness) -> None:
-    """To know a digest is no right to what it names."""
+    """Knowing a digest does not grant access."""
     app_repository(harness).readers = {ALICE}
     harness.run(harness.manifest("1", authorization=ALICE))
     harness.upstream.repository(f"{HUB}/{COPY}")
@@ -363,7 +365,7 @@ def test_layer_is_not_a_manifest(harness: CacheHarness) -> None:
         harness.run(harness.manifest(layer))
 
 
-# what upstream may send
+# unusual upstream responses
 
 
 def test_exact_bytes(harness: CacheHarness) -> None:
@@ -413,7 +415,7 @@ def test_invalid_manifest_is_rejected(harness: CacheHarness, responder: Any, ref
 
 
 def test_captive_portal_grants_nothing(harness: CacheHarness) -> None:
-    """It answers 200 to whoever asks, and that is all it knows."""
+    """A captive portal responds with 200 to every request, so a 200 alone grants nothing."""
     app_repository(harness).readers = {ALICE}
     harness.run(harness.manifest("1", authorization=ALICE))
     for method in ("GET", "HEAD"):
@@ -426,7 +428,7 @@ def test_captive_portal_grants_nothing(harness: CacheHarness) -> None:
 
 
 def test_head_without_digest(harness: CacheHarness) -> None:
-    """Only the content tells, and that is asked for once."""
+    """Only the content shows the digest. It is requested once."""
 
     def bare(request: Any, data: Any) -> ScriptedResponse:
         return ScriptedResponse(200, data if request.method == "GET" else b"", {"content-type": OCI}, length=len(data))
@@ -478,7 +480,7 @@ def test_head_with_other_digest(harness: CacheHarness) -> None:
 
 @pytest.mark.parametrize("reference", ["old", "digest"])
 def test_schema_1_is_not_cached(harness: CacheHarness, reference: str) -> None:
-    """Its digest is that of a part of it."""
+    """Its digest covers only a part of the content, so it cannot be verified."""
     digest = Digest.of(b"the payload")
     reference_string = "old" if reference == "old" else str(digest)
     headers = {"content_type": DOCKER_SCHEMA1_SIGNED, "docker_content_digest": str(digest)}
@@ -504,13 +506,13 @@ def test_schema_1_without_head_support(harness: CacheHarness) -> None:
 
 
 def test_schema_1_media_type_does_not_bypass_digest_check(harness: CacheHarness) -> None:
-    """Whose content is not checked against the digest."""
+    """The digest of a schema 1 manifest is not checked. Other content must not use that exception."""
     harness.upstream.on("GET", "manifests", replace_with(TWO, content_type=DOCKER_SCHEMA1_SIGNED))
     with pytest.raises(UpstreamBroken):
         harness.run(harness.manifest(Digest.of(ONE)))
 
 
-# many at once
+# concurrent requests
 
 
 @pytest.mark.parametrize("reference", ["1", str(Digest.of(ONE))])
@@ -520,7 +522,7 @@ def test_concurrent_requests_are_coalesced(harness: CacheHarness, reference: str
     harness.upstream.on("HEAD" if head else "GET", "manifests", gate.delay(respond_normally))
     deferreds = [harness.start(harness.manifest(reference, head=head)) for _ in range(20)]
     deferreds[0].addErrback(lambda failure: failure.trap(CancelledError))
-    deferreds[0].cancel()  # who asked first goes
+    deferreds[0].cancel()  # the first client disconnects
     gate.open()
     harness.reactor.run_due_calls()
     for deferred in deferreds[1:]:
@@ -596,7 +598,7 @@ def test_undeletable_records(harness: CacheHarness, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("damage", [b"more", b"!", b""])
 @pytest.mark.parametrize("reference", ["1", str(Digest.of(ONE))])
 def test_damaged_manifest_is_fetched_again(harness: CacheHarness, damage: bytes, reference: str) -> None:
-    """A disk that loses bytes, or a power cut behind our back."""
+    """Damage by a failing disk or a power failure."""
     harness.run(harness.manifest(reference))
     path = Path(harness.layout.blob(Digest.of(ONE)))
     path.write_bytes(ONE + damage if damage == b"more" else damage + ONE[len(damage) or len(ONE) :])
@@ -638,12 +640,12 @@ def test_memory_cache_respects_access(harness: CacheHarness) -> None:
 
 
 def test_latest_media_type_wins(harness: CacheHarness) -> None:
-    """Of the same bytes: upstream may have had it wrong."""
+    """Upstream may correct the media type of the same bytes."""
     digest = app_repository(harness).put_manifest(TWO, "typed", media_type=OCI)
     for _ in range(2):
         assert harness.run(harness.manifest(digest)).media_type == OCI
     app_repository(harness).put_manifest(TWO, "typed", media_type=DOCKER_MANIFEST)
-    harness.upstream.on("HEAD", "manifests", respond_with(405))  # so that it is fetched
+    harness.upstream.on("HEAD", "manifests", respond_with(405))  # forces a GET
     for _ in range(2):
         assert harness.run(harness.manifest("typed")).media_type == DOCKER_MANIFEST
     assert harness.run(harness.manifest(digest)).media_type == DOCKER_MANIFEST
@@ -654,14 +656,14 @@ def test_latest_media_type_wins_for_all_clients(harness: CacheHarness) -> None:
     for _ in range(2):
         harness.run(harness.manifest(digest, authorization=ALICE))
     app_repository(harness).put_manifest(TWO, "typed", media_type=DOCKER_MANIFEST)
-    for authorization in (BOB, ALICE):  # upstream is asked whether Bob may, and says another type
+    for authorization in (BOB, ALICE):  # the access check for Bob returns another type
         assert harness.run(harness.manifest(digest, authorization=authorization)).media_type == DOCKER_MANIFEST
 
 
 @pytest.mark.parametrize("reference", ["typed", str(Digest.of(TWO))])
 @pytest.mark.parametrize("content_type", [None, "application/json", "text/html; charset=utf-8"])
 def test_head_without_media_type(harness: CacheHarness, content_type: str | None, reference: str) -> None:
-    """What is known of a manifest stays, and what is not known is asked for by GET."""
+    """A stored media type is kept. If there is none, GET determines it."""
     digest = app_repository(harness).put_manifest(TWO, "typed", media_type=OCI)
     typed = {} if content_type is None else {"content_type": content_type}
     harness.upstream.on("HEAD", "manifests", replace_with(TWO, docker_content_digest=str(digest), **typed))
@@ -690,7 +692,7 @@ def test_media_type_changed_during_read(harness: CacheHarness, monkeypatch: pyte
 def test_partial_page_cache_read(
     harness: CacheHarness, monkeypatch: pytest.MonkeyPatch, cached: bytearray | None
 ) -> None:
-    """A read that does not wait for the disk gives what is there."""
+    """A nonblocking read may return only a part, or nothing."""
     harness.run(harness.manifest("1"))
     monkeypatch.setattr("dockerproxy.store.blobs.OpenBlob.read", lambda blob, offset, size: cached)
     assert result_of(harness.run(harness.manifest("1"))) == ("REVALIDATED", ONE)
@@ -716,7 +718,7 @@ def test_two_processes_share_one_request(make_harness: Callable[..., CacheHarnes
     one = make_harness(shared=True)
     other = make_harness(shared=True, upstream=one.upstream, lock=one.lock)
     app_repository(one).put_manifest(ONE, "1")
-    for method in ("GET", "HEAD"):  # the second time, all of them know what to expect
+    for method in ("GET", "HEAD"):  # by HEAD in the second round, because the manifest is stored
         gate = Gate()
         one.upstream.on(method, "manifests", gate.delay(respond_normally))
         deferreds = [harness.start(harness.manifest(reference)) for harness in (one, other, other)]
@@ -738,4 +740,5 @@ def test_processes_do_not_share_responses_between_clients(make_harness: Callable
     gate.open()
     one.advance(1)
     assert [one.run(await_deferred(response)).cache_status for response in deferreds] == ["MISS", "MISS"]
-    assert sorted(str(seen.requester) for seen in one.upstream.requests_matching(pattern="manifests")) == [ALICE, BOB]
+    requests = one.upstream.requests_matching(pattern="manifests")
+    assert sorted(str(request.requester) for request in requests) == [ALICE, BOB]

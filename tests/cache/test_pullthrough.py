@@ -1,4 +1,4 @@
-"""The cache as clients of different kinds see it: what upstream would refuse them, they do not get."""
+"""Tests of the cache with different clients. No client may get content that upstream would deny to it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ BLOB = Digest.of(DATA)
 MANIFEST = b'{"schemaVersion":2,"config":{},"layers":[]}'
 REVISION = Digest.of(MANIFEST)
 
-# Every way to what a repository holds.
+# All kinds of requests for content.
 PATHS_TO_CONTENT = [("manifest", "1"), ("manifest", str(REVISION)), ("blob", str(BLOB))]
 
 
@@ -54,7 +54,7 @@ def ask(
     harness: CacheHarness, target: tuple[str, str], authorization: str | None = None, *, head: bool = False,
     name: str = APP, registry: Registry = HUB,
 ) -> tuple[str, bytes | None]:  # fmt: skip
-    """Return the verdict and the bytes (None where only the head was asked for)."""
+    """Return the cache status and the content (None for HEAD)."""
     kind, reference = target
     if kind == "manifest":
         manifest = harness.run(harness.manifest(reference, name, authorization, head=head, registry=registry), 60)
@@ -81,7 +81,7 @@ def local_token(harness: CacheHarness, identity: str, registry: Registry = HUB) 
 
 
 def pull(harness: CacheHarness, authorization: str | None = None, **options: Any) -> None:
-    """Let a client have all of it."""
+    """Pull all content of the repository."""
     for target in PATHS_TO_CONTENT:
         assert ask(harness, target, authorization, **options)[1] in (DATA, MANIFEST)
 
@@ -90,7 +90,7 @@ every_target = pytest.mark.parametrize("target", PATHS_TO_CONTENT, ids=["tag", "
 get_and_head = pytest.mark.parametrize("head", [False, True], ids=["GET", "HEAD"])
 
 
-# with upstream there
+# upstream is reachable
 
 
 @every_target
@@ -110,7 +110,7 @@ def test_public_repository(harness: CacheHarness, target: tuple[str, str], head:
 @every_target
 @get_and_head
 @pytest.mark.parametrize("status", [401, 403, 404])
-@pytest.mark.parametrize("authorization", [None, BOB, "Basic Ym9iOmd1ZXNz", "a voucher"])
+@pytest.mark.parametrize("authorization", [None, BOB, "Basic Ym9iOmd1ZXNz", "local token"])
 @pytest.mark.parametrize("cached", [False, True])
 def test_private_repository_is_denied_to_others(
     harness: CacheHarness, target: tuple[str, str], head: bool, status: int, authorization: str | None, cached: bool
@@ -121,12 +121,12 @@ def test_private_repository_is_denied_to_others(
     error = denied(
         harness,
         target,
-        local_token(harness, "own:someone") if authorization == "a voucher" else authorization,
+        local_token(harness, "own:someone") if authorization == "local token" else authorization,
         head=head,
     )
     assert isinstance(error, UpstreamRefused) and error.status == status
-    assert b"UPSTREAM" in error.content  # its own words
-    # And as before for whom it is for.
+    assert b"UPSTREAM" in error.content  # the error from upstream
+    # Clients with access are not affected.
     assert ask(harness, target, ALICE)[1] in (DATA, MANIFEST)
 
 
@@ -166,7 +166,7 @@ def test_grant_expires(harness: CacheHarness, target: tuple[str, str]) -> None:
     harness.reactor.advance(GRANT_TTL)
     repository.readers = {BOB}
     assert denied(harness, target, ALICE).status == 401
-    harness.upstream.go_down()  # and that no stands
+    harness.upstream.go_down()  # the denial remains in effect
     assert isinstance(denied(harness, target, ALICE), UpstreamUnreachable)
 
 
@@ -195,7 +195,7 @@ def test_without_shared_login(harness: CacheHarness) -> None:
     assert harness.client().credential == Anonymous()
 
 
-# with upstream gone
+# outage
 
 OUTAGES = [
     (raise_error(UpstreamUnreachable("registry-1.docker.io: connection refused")), 502),
@@ -238,7 +238,9 @@ def test_public_content_is_served_throughout_outage(
 @every_target
 @get_and_head
 @pytest.mark.parametrize(("failure", "status"), OUTAGES)
-@pytest.mark.parametrize("authorization", [None, BOB, "a voucher for nobody", "a voucher for bob", "ended", "forged"])
+@pytest.mark.parametrize(
+    "authorization", [None, BOB, "local token of nobody", "local token of bob", "expired", "forged"]
+)
 def test_private_content_stays_private_during_outage(
     harness: CacheHarness, target: tuple[str, str], head: bool, failure: Any, status: int, authorization: str | None
 ) -> None:
@@ -248,14 +250,14 @@ def test_private_content_stays_private_during_outage(
     alice = harness.identities.for_authorization(ALICE)
     token = local_token(harness, alice)
     header = {
-        "a voucher for nobody": local_token(harness, "public"),
-        "a voucher for bob": local_token(harness, harness.identities.for_authorization(BOB)),
+        "local token of nobody": local_token(harness, "public"),
+        "local token of bob": local_token(harness, harness.identities.for_authorization(BOB)),
         "forged": token[:-2] + ("AA" if token[-2:] != "AA" else "BB"),
-        "ended": f"Bearer {harness.identities.issue_token(HUB, alice, harness.now() - TOKEN_LIFETIME)}",
+        "expired": f"Bearer {harness.identities.issue_token(HUB, alice, harness.now() - TOKEN_LIFETIME)}",
     }.get(authorization or "", authorization)
     make_unreachable(harness, failure)
     error = denied(harness, target, header, head=head)
-    assert error.status == (401 if authorization in ("ended", "forged") else status)
+    assert error.status == (401 if authorization in ("expired", "forged") else status)
 
 
 @every_target
@@ -270,7 +272,7 @@ def test_client_grant_is_valid_for_a_day_during_outage(
     status: int,
     restart: bool,
 ) -> None:
-    """By the same credential, and by a token of ours that stands for it."""
+    """The client may use the same credential, or a local token with its identity."""
     harness = make_harness()
     fill_repository(harness, readers={ALICE})
     pull(harness, ALICE)
@@ -288,7 +290,7 @@ def test_client_grant_is_valid_for_a_day_during_outage(
 
 @every_target
 def test_local_token_is_no_credential_while_upstream_is_up(harness: CacheHarness, target: tuple[str, str]) -> None:
-    """Upstream is asked as for anybody, and its no is a no."""
+    """Upstream is asked as for a client without a credential, and its denial applies."""
     fill_repository(harness, readers={ALICE})
     pull(harness, ALICE)
     token = local_token(harness, harness.identities.for_authorization(ALICE))
@@ -298,15 +300,15 @@ def test_local_token_is_no_credential_while_upstream_is_up(harness: CacheHarness
 
 
 @every_target
-@pytest.mark.parametrize("defect", ["ended", "altered", "another registry's"])
+@pytest.mark.parametrize("defect", ["expired", "altered", "another registry's"])
 def test_invalid_local_token(harness: CacheHarness, target: tuple[str, str], defect: str) -> None:
-    """Even for what is public: the client is to come again with another one, and upstream does not hear of it."""
+    """It is rejected even for public content, without an upstream request, so that the client gets a new token."""
     fill_repository(harness)
     pull(harness)
     token = local_token(harness, "public", OTHER if defect == "another registry's" else HUB)
     if defect == "altered":
         token = token.replace("drp.", "drp.AAAA")
-    if defect == "ended":
+    if defect == "expired":
         harness.reactor.advance(TOKEN_LIFETIME)
     harness.upstream.clear_requests()
     assert isinstance(denied(harness, target, token), Unauthorized)
@@ -321,7 +323,7 @@ def test_invalid_local_token(harness: CacheHarness, target: tuple[str, str], def
 
 
 def test_ping_without_credential(harness: CacheHarness) -> None:
-    """The challenge is what leads a client to a token."""
+    """The client needs the challenge in order to get a token."""
     harness.upstream.on("GET", "^/v2/$", respond_with(401))
     with pytest.raises(Unauthorized) as excinfo:
         harness.run(harness.client().ping())
@@ -338,7 +340,7 @@ def test_ping_with_local_token(harness: CacheHarness) -> None:
 
 @pytest.mark.parametrize("login", [None, LOGIN])
 def test_ping_with_basic_challenge(make_harness: Callable[..., CacheHarness], login: BasicCredentials | None) -> None:
-    """Ours serves the client; without one it has to bring its own."""
+    """A configured login serves the client. Without one, the client needs its own login."""
     harness = make_harness(login=login)
     harness.upstream.on("GET", "^/v2/$", lambda request, data: error_response(401, www_authenticate='Basic realm="x"'))
     ping = harness.client(registry=OTHER).ping()
@@ -364,14 +366,14 @@ def test_ping_with_client_credential_goes_upstream(harness: CacheHarness) -> Non
         harness.run(harness.client(BOB).ping())
     assert excinfo.value.status == 401
     harness.upstream.go_down()
-    harness.run(harness.client(BOB).ping())  # each repository's own check has to do
+    harness.run(harness.client(BOB).ping())  # allowed, because each repository checks access again
 
 
 def test_ping_of_unreachable_registry(harness: CacheHarness) -> None:
     harness.upstream.go_down()
     with pytest.raises(UpstreamUnreachable):
         harness.run(harness.client(registry=OTHER).ping())
-    with pytest.raises(Unauthorized):  # Docker Hub's is known from the start
+    with pytest.raises(Unauthorized):  # Docker Hub's challenge is built in
         harness.run(harness.client().ping())
 
 
@@ -384,7 +386,7 @@ def test_token_urls(harness: CacheHarness) -> None:
     assert harness.pull_through.registry_for_realm(auth, "/other") is None
     assert harness.pull_through.registry_for_realm(HUB, "/token") is None
     assert harness.pull_through.registry_for_realm(HUB, TOKEN_PATH) == HUB
-    assert harness.pull_through.registry_for_realm(OTHER, TOKEN_PATH) is None  # nothing is known of it
+    assert harness.pull_through.registry_for_realm(OTHER, TOKEN_PATH) is None  # its challenge is not known
     with pytest.raises(NameUnknown):
         harness.run(harness.pull_through.token(OTHER, "", None, None))
 
@@ -403,7 +405,7 @@ def test_plain_http_registry_with_its_own_realm(make_harness: Callable[..., Cach
 
 
 def test_token_flow_during_outage(harness: CacheHarness) -> None:
-    """As docker dances it, and then pulls."""
+    """Request a token like docker, and then pull with it."""
     fill_repository(harness, readers={ALICE, basic_authorization("alice", "pw")})
     harness.upstream.on(
         "GET", "^/token", lambda request, data: ScriptedResponse(200, b'{"token":"alice","expires_in":300}')
@@ -420,7 +422,7 @@ def test_token_flow_during_outage(harness: CacheHarness) -> None:
         assert ask(harness, target, token)[0] == "STALE"
 
 
-# what is passed on
+# forwarded requests
 
 
 def test_forward(make_harness: Callable[..., CacheHarness]) -> None:
@@ -450,7 +452,7 @@ def test_shared_login_is_read_only(make_harness: Callable[..., CacheHarness], me
 
 @pytest.mark.parametrize("path", ["/api/v2.0/users", "/", "/service/token", "/v1/x", "/v2x/"])
 def test_shared_login_is_limited_to_v2(make_harness: Callable[..., CacheHarness], path: str) -> None:
-    """A registry often has an API beside it where the same login may see more than images."""
+    """Many registries have other APIs, in which the login may read more than images."""
     harness = make_harness(login=LOGIN)
     harness.run(harness.client().forward("GET", path, None, Headers()))
     assert harness.upstream.requests[-1].credential == Anonymous()
@@ -484,7 +486,7 @@ def test_referrers_from_upstream(harness: CacheHarness) -> None:
 
 
 def test_referrers_redirect(harness: CacheHarness) -> None:
-    """registry.k8s.io redirects these too."""
+    """registry.k8s.io redirects these requests too."""
     content = index(ONE)
     harness.upstream.on(
         "GET",
@@ -494,7 +496,7 @@ def test_referrers_redirect(harness: CacheHarness) -> None:
     assert referrers(harness).content == content
 
 
-def test_referrers_by_the_fallback_tag(harness: CacheHarness) -> None:
+def test_referrers_from_fallback_tag(harness: CacheHarness) -> None:
     harness.upstream.on("GET", "referrers", respond_with(404))
     repository = harness.upstream.repository(f"{HUB}/{APP}")
     assert referrers(harness).content == EMPTY_INDEX
@@ -516,11 +518,11 @@ def test_referrers_denied(harness: CacheHarness, status: int) -> None:
 @pytest.mark.parametrize(
     "content", [b"<h1>Sign in</h1>", b"[]", b"\xff", b" " * (MAX_MANIFEST + 1), b'{"manifests":{}}'], ids=range(5)
 )
-@pytest.mark.parametrize("where", ["referrers", "manifests"])
-def test_invalid_referrers(harness: CacheHarness, content: bytes, where: str) -> None:
-    if where == "manifests":
+@pytest.mark.parametrize("endpoint", ["referrers", "manifests"])
+def test_invalid_referrers(harness: CacheHarness, content: bytes, endpoint: str) -> None:
+    if endpoint == "manifests":
         harness.upstream.on("GET", "referrers", respond_with(404))
-    harness.upstream.on("GET", where, replace_with(content, content_type=OCI_INDEX))
+    harness.upstream.on("GET", endpoint, replace_with(content, content_type=OCI_INDEX))
     with pytest.raises(UpstreamBroken):
         referrers(harness, "artifactType=a%2Fb", "a/b")
 
@@ -535,7 +537,7 @@ def test_referrers_during_outage(harness: CacheHarness) -> None:
         referrers(harness)
 
 
-def test_no_credential_is_in_a_repr(make_harness: Callable[..., CacheHarness]) -> None:
+def test_repr_hides_credentials(make_harness: Callable[..., CacheHarness]) -> None:
     harness = make_harness(login=LOGIN)
     text = repr(harness.client("Basic c2VjcmV0OnNlY3JldA==")) + repr(harness.principal(authorization="Bearer secret"))
     assert "secret" not in text and "c2VjcmV0" not in text

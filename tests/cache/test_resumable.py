@@ -37,7 +37,7 @@ REPOSITORY = UpstreamRepository(HUB, parse_repository("library/app"), Anonymous(
 
 
 class ResumableGetHarness:
-    """A download of DATA from an upstream that the test instructs."""
+    """A `ResumableGet` of DATA from a scripted upstream."""
 
     def __init__(self, offset: int = 0, data: bytes = DATA) -> None:
         self.reactor = ManualReactor()
@@ -45,8 +45,8 @@ class ResumableGetHarness:
         self.digest = self.upstream.repository(REPOSITORY.key).put_blob(data)
         self.resumable_get = ResumableGet(self.reactor, self.upstream, REPOSITORY, self.digest, offset)
 
-    def on(self, *behaviours: Any) -> None:
-        for responder in behaviours:
+    def on(self, *responders: Any) -> None:
+        for responder in responders:
             self.upstream.on("GET", str(self.digest), responder, times=1)
 
     def open(self, seconds: float = 60) -> None:
@@ -63,7 +63,7 @@ class ResumableGetHarness:
         data = b""
         while chunk := self.read():
             data += chunk
-        assert self.read() == b""  # and again: it stays the end
+        assert self.read() == b""  # further reads return the end, too
         assert all(response.ended for response in self.upstream.responses)
         return data
 
@@ -86,7 +86,7 @@ def test_empty_blob() -> None:
 
 
 def test_resume_from_offset() -> None:
-    """The last byte that is there is asked for again."""
+    """The request starts at the last byte that is present."""
     harness = ResumableGetHarness(offset=1000)
     assert harness.read_all() == DATA[1000:]
     assert harness.ranges == ["bytes=999-"]
@@ -99,7 +99,7 @@ def test_resume_at_either_end(offset: int) -> None:
 
 
 def test_resume_at_end() -> None:
-    """To a Range behind the last byte an upstream could only answer 416."""
+    """Upstream could only respond with 416 to a Range after the last byte."""
     harness = ResumableGetHarness(offset=len(DATA))
     harness.open()
     assert harness.resumable_get.size == len(DATA)
@@ -111,7 +111,7 @@ def test_resumes_after_repeated_disconnects() -> None:
     harness = ResumableGetHarness()
     harness.on(disconnect_after(3000), disconnect_after(1), disconnect_after(5), disconnect_after(500))
     assert harness.read_all() == DATA
-    # A connection that brings nothing but the byte that is known makes no progress.
+    # A connection that delivers only the known byte makes no progress.
     assert harness.ranges == [None, "bytes=2999-", "bytes=2999-", "bytes=3003-", "bytes=3502-"]
 
 
@@ -140,9 +140,9 @@ def test_retry_delays_and_final_error(error: RegistryError) -> None:
 
 def test_progress_resets_retry_delays() -> None:
     harness = ResumableGetHarness()
-    harness.on(*[disconnect_after(2)] * 50)  # the second byte is a new one
+    harness.on(*[disconnect_after(2)] * 50)  # only the second byte is new
     assert harness.read_all() == DATA
-    assert harness.reactor.seconds() < 50 * 0.4  # and not the pauses further on in the row
+    assert harness.reactor.seconds() < 50 * 0.4  # the first delay each time, not the longer ones
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
@@ -155,17 +155,17 @@ def test_resumes_after_error_status(status: int) -> None:
 @pytest.mark.parametrize(("retry_after", "delay"), [("3", 3.0), ("3600", 20.0), ("0", 0.2), ("soon", 0.2)])
 def test_retry_after_is_bounded(retry_after: str, delay: float) -> None:
     harness = ResumableGetHarness()
-    harness.on(disconnect_after(3000), lambda _asked, _data: ScriptedResponse(429, b"", {"retry-after": retry_after}))
+    harness.on(disconnect_after(3000), lambda _request, _data: ScriptedResponse(429, b"", {"retry-after": retry_after}))
     harness.open()
     harness.read()
     started_at = harness.reactor.seconds()
     harness.read()
-    # The cut costs the first pause, the 429 the second of its row at least.
+    # The broken connection costs the first delay. The 429 costs at least the second one.
     assert harness.reactor.seconds() - started_at == pytest.approx(0.2 + max(0.5, delay))
 
 
 def test_416_on_resume_is_not_retried() -> None:
-    """No further try makes the content longer."""
+    """A retry would not make the content longer."""
     harness = ResumableGetHarness()
     harness.on(disconnect_after(3000), respond_with(416))
     harness.open()
@@ -215,7 +215,7 @@ def test_range_starting_too_early_is_skipped() -> None:
 
 
 def test_short_range_is_continued() -> None:
-    """Some servers send no range longer than they like."""
+    """Some servers limit the length of a range."""
     harness = ResumableGetHarness(offset=3000)
     harness.on(
         lambda request, data: ScriptedResponse(206, DATA[2999:5000], {"content-range": f"bytes 2999-4999/{len(DATA)}"})
@@ -250,7 +250,7 @@ def test_206_without_range_request() -> None:
 def test_changed_length() -> None:
     harness = ResumableGetHarness()
     harness.on(disconnect_after(3000), replace_with(DATA + b"more"))
-    assert harness.read_all() == DATA  # the next answer is right again
+    assert harness.read_all() == DATA  # the next response is correct
     harness = ResumableGetHarness()
     harness.on(disconnect_after(3000))
     harness.open()
@@ -261,7 +261,7 @@ def test_changed_length() -> None:
 
 
 def test_body_longer_than_length() -> None:
-    """The framing says one length, the Content-Range another."""
+    """The Content-Length and the Content-Range disagree."""
     harness = ResumableGetHarness(offset=3000)
     harness.upstream.on(
         "GET",
@@ -274,7 +274,7 @@ def test_body_longer_than_length() -> None:
 
 
 def test_endless_response_is_aborted() -> None:
-    """All bytes are here: the connection is given back, whatever may come."""
+    """The connection is closed as soon as all bytes have arrived, even if the response does not end."""
     harness = ResumableGetHarness()
 
     def endless(request: Any, data: Any) -> ScriptedResponse:
@@ -321,7 +321,7 @@ def test_unknown_length_disconnect_at_end() -> None:
     ],
 )
 def test_upstream_shorter_than_offset(responder: Any) -> None:
-    """That is for the caller to know at once: what is here is no beginning of the blob."""
+    """The error is raised without retries, because the partial file is not a prefix of the blob."""
     harness = ResumableGetHarness(offset=3000)
     harness.upstream.on("GET", "", responder)
     with pytest.raises(PartialTooLong):
@@ -366,14 +366,15 @@ def test_open_succeeds_on_retry() -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "tries"), [(UpstreamBroken("cut"), 2), (UpstreamUnreachable("gone"), 1), (UpstreamTimeout("silent"), 1)]
+    ("error", "attempts"),
+    [(UpstreamBroken("cut"), 2), (UpstreamUnreachable("gone"), 1), (UpstreamTimeout("silent"), 1)],
 )
-def test_open_fails(error: RegistryError, tries: int) -> None:
+def test_open_fails(error: RegistryError, attempts: int) -> None:
     harness = ResumableGetHarness()
     harness.upstream.down = error
     with pytest.raises(type(error)):
         harness.open()
-    assert len(harness.upstream.requests) == tries
+    assert len(harness.upstream.requests) == attempts
 
 
 def test_unread() -> None:
@@ -389,7 +390,7 @@ def test_unread() -> None:
     assert harness.read_pieces() == pieces
     harness.upstream.responses[0].send_rest()
     last = harness.read_pieces()
-    harness.resumable_get.unread(last)  # the last bytes of all, behind which no answer is left
+    harness.resumable_get.unread(last)  # the last bytes, after the response has ended
     assert harness.read_pieces() == last
     assert harness.read_pieces() == []
     harness.resumable_get.unread(last)

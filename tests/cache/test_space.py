@@ -24,7 +24,7 @@ def content(number: int, size: int = 1000) -> bytes:
 
 
 def put_blob(harness: CacheHarness, number: int, size: int = 1000) -> Digest:
-    """Keep a content in the cache, as a manifest is kept."""
+    """Store a blob like a manifest, and record it."""
     data = content(number, size)
     digest = Digest.of(data)
     harness.blobs.put(data, digest)
@@ -35,7 +35,7 @@ def put_blob(harness: CacheHarness, number: int, size: int = 1000) -> Digest:
 
 
 def leave_partial(harness: CacheHarness, number: int, size: int = 1000, partial_size: int = 600) -> Digest:
-    """Leave the beginning of a blob, as a download that failed does."""
+    """Leave a partial file, like a failed download."""
     data = content(number, size)
     ingest = Ingest.open(harness.layout, Digest.of(data))
     assert ingest is not None
@@ -45,8 +45,8 @@ def leave_partial(harness: CacheHarness, number: int, size: int = 1000, partial_
     return ingest.digest
 
 
-def reserve(harness: CacheHarness, digest: Digest, size: int, present: int = 0) -> bool:
-    return harness.run(harness.space.reserve(digest, size, present))  # type: ignore[no-any-return]
+def reserve(harness: CacheHarness, digest: Digest, size: int, existing_size: int = 0) -> bool:
+    return harness.run(harness.space.reserve(digest, size, existing_size))  # type: ignore[no-any-return]
 
 
 def stored_digests(harness: CacheHarness) -> set[Digest]:
@@ -54,10 +54,10 @@ def stored_digests(harness: CacheHarness) -> set[Digest]:
 
 
 class FakeFreeSpace:
-    """Says how many bytes are free."""
+    """Replaces the free space reported by the file system."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, free: int) -> None:
-        self.free_bytes = free + 16 * 1024 * 1024  # so much is left to others
+        self.free_bytes = free + 16 * 1024 * 1024  # the cache keeps 16 MiB free
         monkeypatch.setattr(
             "dockerproxy.cache.space.os.statvfs", lambda path: SimpleNamespace(f_bavail=self.free_bytes, f_frsize=1)
         )
@@ -68,25 +68,25 @@ NEW = Digest.of(b"new")
 
 def test_least_recently_used_is_evicted(make_harness: Callable[..., CacheHarness]) -> None:
     harness = make_harness(limit=3000)
-    one, processes, three = put_blob(harness, 1), put_blob(harness, 2), put_blob(harness, 3)
-    harness.space.pin(one)  # read once more, and no longer
+    one, two, three = put_blob(harness, 1), put_blob(harness, 2), put_blob(harness, 3)
+    harness.space.pin(one)  # used again, but not pinned any more
     harness.space.unpin(one)
     assert reserve(harness, NEW, 500)
     assert stored_digests(harness) == {one, three}
     assert harness.space.index.total == 2500
-    assert not harness.blobs.exists(processes)
+    assert not harness.blobs.exists(two)
     harness.space.release(NEW)
     assert harness.space.index.total == 2000
 
 
 def test_pinned_blob_is_not_evicted(make_harness: Callable[..., CacheHarness]) -> None:
     harness = make_harness(limit=2000)
-    one, processes = put_blob(harness, 1), put_blob(harness, 2)
+    one, two = put_blob(harness, 1), put_blob(harness, 2)
     harness.space.pin(one)
     harness.space.pin(one)
     harness.space.unpin(one)
     assert not reserve(harness, NEW, 1500)
-    assert stored_digests(harness) == {one, processes}  # and what cannot help is left
+    assert stored_digests(harness) == {one, two}  # nothing is evicted if it would not suffice
     assert reserve(harness, NEW, 900)
     assert stored_digests(harness) == {one}
     harness.space.unpin(one)
@@ -99,7 +99,7 @@ def test_reservations_do_not_overlap(make_harness: Callable[..., CacheHarness]) 
     other = Digest.of(b"other")
     assert not reserve(harness, other, 600)
     assert reserve(harness, other, 500)
-    harness.run(harness.space.maintain())  # which finds nothing on the disk yet
+    harness.run(harness.space.maintain())  # finds no file on disk yet
     assert harness.space.index.total == 2000
     harness.space.release(NEW)
     assert reserve(harness, Digest.of(b"third"), 1500)
@@ -133,7 +133,7 @@ def test_growing_reservation(make_harness: Callable[..., CacheHarness]) -> None:
 
 
 def test_release_keeps_pins(make_harness: Callable[..., CacheHarness]) -> None:
-    """A reader's hold on the same blob stays, whatever became of the download."""
+    """A reader's pin of the same blob is independent of the download."""
     harness = make_harness(limit=2000)
     one = put_blob(harness, 1)
     harness.space.pin(one)
@@ -148,9 +148,9 @@ def test_release_keeps_pins(make_harness: Callable[..., CacheHarness]) -> None:
 def test_disk_smaller_than_limit(make_harness: Callable[..., CacheHarness], monkeypatch: pytest.MonkeyPatch) -> None:
     harness = make_harness(limit=1 << 40)
     free_space = FakeFreeSpace(monkeypatch, 500)
-    one, processes, three = put_blob(harness, 1), put_blob(harness, 2), put_blob(harness, 3)
+    one, two, three = put_blob(harness, 1), put_blob(harness, 2), put_blob(harness, 3)
     assert reserve(harness, NEW, 500)
-    assert stored_digests(harness) == {one, processes, three}
+    assert stored_digests(harness) == {one, two, three}
     harness.space.release(NEW)
     assert reserve(harness, NEW, 501)
     assert one not in stored_digests(harness)
@@ -192,7 +192,7 @@ def test_removal_error(
     harness.space.release(NEW)
 
 
-# what did not come whole
+# partial downloads
 
 
 def test_partial_download_counts(harness: CacheHarness) -> None:
@@ -213,10 +213,10 @@ def test_partial_download_is_evicted(make_harness: Callable[..., CacheHarness]) 
     harness = make_harness(limit=2000)
     leave_partial(harness, 1)
     harness.run(harness.space.maintain())
-    processes = put_blob(harness, 2)
+    two = put_blob(harness, 2)
     assert reserve(harness, NEW, 900)
     assert harness.ingest_files == []
-    assert stored_digests(harness) == {processes}
+    assert stored_digests(harness) == {two}
     harness.space.release(NEW)
 
 
@@ -254,9 +254,9 @@ def test_abandoned_ingests_are_discarded(harness: CacheHarness) -> None:
     old, new = leave_partial(harness, 1), leave_partial(harness, 2)
     for digest, age in ((old, DAY + 1), (new, DAY - 1)):
         os.utime(harness.layout.ingest(digest), (harness.now() - age, harness.now() - age))
-    Path(harness.layout.ingests, "somebody-elses").write_text("x")
+    Path(harness.layout.ingests, "unrelated-file").write_text("x")
     harness.run(harness.space.maintain())
-    assert harness.ingest_files == [Path(harness.layout.ingest(new)).name, "somebody-elses"]
+    assert harness.ingest_files == [Path(harness.layout.ingest(new)).name, "unrelated-file"]
     assert harness.space.index.total == 600
 
 
@@ -273,42 +273,42 @@ def test_rescan_counts_disk(harness: CacheHarness, make_harness: Callable[..., C
 
 
 def test_lowered_limit(harness: CacheHarness, make_harness: Callable[..., CacheHarness]) -> None:
-    one, processes, three = (put_blob(harness, number) for number in (1, 2, 3))
-    for digest, age in ((one, 30), (processes, 10), (three, 20)):
+    one, two, three = (put_blob(harness, number) for number in (1, 2, 3))
+    for digest, age in ((one, 30), (two, 10), (three, 20)):
         os.utime(harness.layout.blob(digest), (harness.now() - age, harness.now() - age))
     restarted = make_harness(upstream=harness.upstream, limit=1500)
     restarted.run(restarted.space.maintain())
-    assert stored_digests(restarted) == {processes}
+    assert stored_digests(restarted) == {two}
 
 
 def test_inactive_blob_is_evicted(make_harness: Callable[..., CacheHarness]) -> None:
     harness = make_harness(inactive=100)
-    one, processes, three = (put_blob(harness, number) for number in (1, 2, 3))
-    harness.space.pin(processes)
+    one, two, three = (put_blob(harness, number) for number in (1, 2, 3))
+    harness.space.pin(two)
     harness.reactor.advance(90)
     harness.space.pin(three)
     harness.space.unpin(three)
     harness.reactor.advance(90)
     harness.run(harness.space.maintain())
-    assert stored_digests(harness) == {processes, three}
+    assert stored_digests(harness) == {two, three}
     assert not harness.blobs.exists(one)
-    harness.space.unpin(processes)
+    harness.space.unpin(two)
 
 
 def test_changes_during_rescan(harness: CacheHarness) -> None:
-    """The walk may have seen it as it was before; nothing may be missing for ten minutes, or counted that is gone."""
+    """The scan may have seen the old state. A change must not be lost until the next rescan."""
     one = put_blob(harness, 1)
     harness.reactor.pool.hold(results=True)
     maintaining = harness.start(harness.space.maintain())
-    assert harness.reactor.pool.waiting == 1  # it has walked, and nobody knows yet
-    processes = Digest.of(content(2))
-    harness.blobs.put(content(2), processes)
-    harness.start(harness.space.record(processes, 1000))
+    assert harness.reactor.pool.waiting == 1  # the scan has finished, but its result is delayed
+    two = Digest.of(content(2))
+    harness.blobs.put(content(2), two)
+    harness.start(harness.space.record(two, 1000))
     harness.start(harness.space.purge([one]))
     harness.reactor.pool.release()
     assert maintaining.called
     assert harness.space.index.total == 1000
-    assert list(harness.space.index._entries) == [str(processes)]
+    assert list(harness.space.index._entries) == [str(two)]
 
 
 def test_failing_scan(harness: CacheHarness, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -342,7 +342,7 @@ def test_maintenance_interval(harness: CacheHarness, monkeypatch: pytest.MonkeyP
         raise OSError(5, os.strerror(5))
 
     monkeypatch.setattr(type(harness.blobs), "walk", fail)
-    harness.reactor.advance(MAINTENANCE_INTERVAL)  # an error does not end it
+    harness.reactor.advance(MAINTENANCE_INTERVAL)  # an error does not stop the service
     monkeypatch.undo()
     harness.blobs.put(content(3), Digest.of(content(3)))
     harness.reactor.advance(MAINTENANCE_INTERVAL)

@@ -1,4 +1,4 @@
-"""What was written last, by offset: right bytes or none, and no more than the last two writes."""
+"""Tests of the tail buffer: it returns correct bytes or None, from the last two writes only."""
 
 from __future__ import annotations
 

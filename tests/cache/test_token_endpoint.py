@@ -55,7 +55,7 @@ def ask(
 
 
 def local_identity(harness: CacheHarness, content: bytes) -> str | None:
-    """Return who an answer of ours vouches for, None for one of upstream's."""
+    """Return the identity in a local token; None for a token from upstream."""
     token = json.loads(content)["token"]
     return harness.identities.read_token(HUB, f"Bearer {token}", harness.now())
 
@@ -109,7 +109,7 @@ def test_form_post(harness: CacheHarness) -> None:
     assert (request.method, request.headers.get("content-type")) == ("POST", "application/x-www-form-urlencoded")
     assert harness.agent.bodies == [body]
     assert request.headers.get("authorization") is None
-    # The same client as the one who shows the same login by GET.
+    # The identity is the same as for GET with the same login.
     assert harness.identities.for_credential(
         HUB, ClientCredential("Bearer upstreams")
     ) == harness.identities.for_authorization(ALICE)
@@ -190,7 +190,7 @@ def test_invalid_token_response(harness: CacheHarness, content: bytes) -> None:
     with pytest.raises(UpstreamBroken):
         ask(harness, ALICE)
     script_realm(harness, raise_error(UpstreamUnreachable("gone")))
-    with pytest.raises(UpstreamUnreachable):  # and nobody was proven by it
+    with pytest.raises(UpstreamUnreachable):  # because the response did not authenticate the client
         ask(harness, ALICE)
 
 
@@ -224,20 +224,23 @@ def test_unwritable_records(harness: CacheHarness, monkeypatch: pytest.MonkeyPat
 
 
 def test_realm_address_is_checked(make_harness: Callable[..., CacheHarness]) -> None:
-    """Upstream names it: it must not make us ask this machine. Hosts that the administrator named are his affair."""
+    """Upstream chooses the realm, so it could direct requests to this machine.
+
+    Hosts in the settings are not checked, because the administrator chose them.
+    """
 
     def check_address(address: Any) -> None:
-        raise DestinationForbidden("127.0.0.1 is not where a registry is")
+        raise DestinationForbidden("127.0.0.1 is not a public address")
 
     harness = make_harness(address_check=check_address)
 
-    def behave(request: Any, data: Any) -> ScriptedResponse:
+    def respond(request: Any, data: Any) -> ScriptedResponse:
         check = harness.agent.address_checks[-1]
         if check is not None:
             check("127.0.0.1")
         return ScriptedResponse(200, TOKEN)
 
-    script_realm(harness, behave)
+    script_realm(harness, respond)
     assert ask(harness, ALICE) == TOKEN  # auth.docker.io is intercepted
     elsewhere = Realm(Registry.parse("localhost:8080"), "/token")
     with pytest.raises(DestinationForbidden):

@@ -49,7 +49,7 @@ def test_client_error_is_passed_through(status: int) -> None:
     [(401, "UNAUTHORIZED"), (403, "DENIED"), (404, "BLOB_UNKNOWN"), (405, "UNSUPPORTED"), (418, "UNKNOWN")],
 )
 def test_error_without_body(status: int, code: str) -> None:
-    """To a HEAD; the client may have asked by GET, and expects some."""
+    """Upstream sends no body in response to HEAD, but the client may have sent GET, which expects one."""
     mapped_error = error_for(
         ScriptedResponse(
             status, b"", {"content-type": "text/html", "www-authenticate": "Basic", "x-more": "1"}, length=99

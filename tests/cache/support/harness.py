@@ -1,4 +1,4 @@
-"""A cache between stand-ins, put together as `dockerproxy.tap.make_cache` does it, on a store of its own."""
+"""A complete cache with its own store, a scripted upstream and a manual reactor; built like in `dockerproxy.app`."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ NEVER_FRESH = Freshness(False, re.compile("(stable)"), 600, re.compile(r"\d+\.\d
 
 
 class ScriptedAgent:
-    """What is asked of servers without going through `Upstream`: pings and realms."""
+    """The agent for requests that bypass the registry client: pings and realms."""
 
     def __init__(self, upstream: ScriptedUpstream) -> None:
         self._upstream = upstream
@@ -77,7 +77,7 @@ class ScriptedAgent:
 
 
 class CacheHarness:
-    """The cache, and all that it is made of. Time starts at `EPOCH`."""
+    """A cache and its parts. Time starts at `EPOCH`."""
 
     def __init__(
         self,
@@ -103,7 +103,7 @@ class CacheHarness:
         self.identities = Identities(secret)
         self.access = Access(self.records, self.now, shared)
         self.lock = lock or LocalKeyedLock()
-        unsliced = CooperativeThread(reactor, slice_length=math.inf)  # nothing else is going on that would have to wait
+        unsliced = CooperativeThread(reactor, slice_length=math.inf)  # because nothing else runs that it could delay
         self.space = CacheSpaceManager(
             reactor,
             self.layout,
@@ -137,7 +137,7 @@ class CacheHarness:
     def now(self) -> float:
         return EPOCH + float(self.reactor.seconds())
 
-    # who asks
+    # clients
 
     def client(self, authorization: str | None = None, registry: Registry = HUB) -> CachedRegistry:
         return self.pull_through.registry(registry, authorization)
@@ -159,40 +159,40 @@ class CacheHarness:
         self, digest: Digest, name: str = "library/app", authorization: str | None = None, *, head: bool = False,
         registry: Registry = HUB,
     ) -> Coroutine[Any, Any, BlobResponse]:  # fmt: skip
-        """Ask for a blob as the client that shows `who`."""
+        """Request a blob as the client with `authorization`."""
         return self.client(authorization, registry).blob(parse_repository(name), digest, head=head)
 
     def manifest(
         self, reference: object, name: str = "library/app", authorization: str | None = None, *, head: bool = False,
         registry: Registry = HUB, accept: list[str] = ACCEPT,
     ) -> Coroutine[Any, Any, ManifestResponse]:  # fmt: skip
-        """Ask for a manifest as the client that shows `who`."""
+        """Request a manifest as the client with `authorization`."""
         parsed = parse_reference(str(reference))
         return self.client(authorization, registry).manifest(parse_repository(name), parsed, accept, head=head)
 
-    # how it goes on
+    # time
 
     def start(self, work: Coroutine[Any, Any, Any]) -> Deferred[Any]:
-        """Start `work`, and let happen what is due."""
+        """Start `work`, and run the calls that are due."""
         deferred = Deferred.fromCoroutine(work)
         self._deferreds.append(deferred)
         self.reactor.run_due_calls()
         return deferred
 
     def run(self, work: Coroutine[Any, Any, Any], seconds: float = 0) -> Any:
-        """Return what `work` gives, within `seconds`, or raise what it raises."""
+        """Return the result of `work`, or raise its error. It must finish within `seconds`."""
         return result(self.start(work), self.reactor, seconds)
 
     def fetch(
         self, digest: Digest, name: str = "library/app", authorization: str | None = None, **options: Any
     ) -> tuple[str, bytes]:
-        """Ask for a blob and read it: return the verdict and the content."""
+        """Request a blob and read it. Return the cache status and the content."""
         return self.run(self.fetch_later(digest, name, authorization, **options), 60)  # type: ignore[no-any-return]
 
     async def fetch_later(
         self, digest: Digest, name: str = "library/app", authorization: str | None = None, **options: Any
     ) -> tuple[str, bytes]:
-        """Ask for a blob and read it, however long that takes."""
+        """Request a blob and read it, without a time limit."""
         response = await self.blob(digest, name, authorization, **options)
         assert response.content is not None
         try:
@@ -201,12 +201,12 @@ class CacheHarness:
             response.content.close()
 
     def advance(self, seconds: float) -> None:
-        """Let time pass, in steps."""
+        """Advance the clock in steps of 0.1 s, and run the calls that are due."""
         for _ in range(int(seconds * 10)):
             self.reactor.advance(0.1)
             self.reactor.run_due_calls()
 
-    # what is left
+    # leaks
 
     @property
     def ingest_files(self) -> list[str]:
@@ -215,7 +215,7 @@ class CacheHarness:
 
     @property
     def open_files(self) -> list[str]:
-        """The files of this cache that are open."""
+        """The paths of this cache's files that are open."""
         files = []
         for name in os.listdir("/proc/self/fd"):
             with suppress(FileNotFoundError):
@@ -223,7 +223,7 @@ class CacheHarness:
         return [file for file in files if file.startswith(f"{self.layout.root}/")]
 
     def assert_no_leaks(self) -> None:
-        """Let all that is under way come to its end; nothing may be left."""
+        """End all downloads, then check that no download, pin, descriptor or upstream response is left."""
         self.reactor.pool.release()
         self.upstream.go_down()
         for response in self.upstream.responses:
@@ -241,7 +241,7 @@ class CacheHarness:
 
 
 def result(deferred: Deferred[Any], reactor: ManualReactor, seconds: float = 0) -> Any:
-    """Return what `deferred` fires with, within `seconds`; raise what it fails with, or AssertionError."""
+    """Return the result of `deferred`, or raise its error. Raise AssertionError if it does not fire in `seconds`."""
     outcome: list[Any] = []
     deferred.addBoth(outcome.append)
     reactor.run_due_calls()
@@ -250,7 +250,7 @@ def result(deferred: Deferred[Any], reactor: ManualReactor, seconds: float = 0) 
             break
         reactor.advance(0.1)
         reactor.run_due_calls()
-    assert outcome, "it still waits"
+    assert outcome, f"the Deferred has not fired within {seconds} s"
     if isinstance(outcome[0], Failure):
         outcome[0].raiseException()
     return outcome[0]
@@ -261,11 +261,11 @@ async def await_deferred(deferred: Deferred[Any]) -> Any:
 
 
 async def do_nothing() -> None:
-    """What there is to be done for a flight that lands."""
+    """Do nothing when a download has been verified."""
 
 
 async def read_all(content: Any, start: int = 0, piece: int = 1 << 20) -> bytes:
-    """Read a content as a client does, from `start` on, never more than `piece` bytes at once."""
+    """Return the content from `start` on, read at most `piece` bytes at a time."""
     data = b""
     while chunk := await content.read(start + len(data), piece):
         assert 0 < len(chunk) <= piece
@@ -274,7 +274,7 @@ async def read_all(content: Any, start: int = 0, piece: int = 1 << 20) -> bytes:
 
 
 class ManualReader:
-    """A client of a content under way, that reads when it is told to."""
+    """A client that reads content only if the test calls `read`."""
 
     def __init__(self, harness: CacheHarness, content: Any, start: int = 0) -> None:
         self._harness = harness
@@ -286,21 +286,21 @@ class ManualReader:
         self.waiting: Deferred[Any] | None = None
 
     def read(self, at_most: int = 1 << 20) -> None:
-        """Ask for the next bytes, unless it waits for them already."""
+        """Start to read the next bytes, unless a read is pending."""
         if self.waiting is None and not self.ended and self.error is None:
             self.waiting = Deferred.fromCoroutine(self.content.read(self.start + len(self.data), at_most))
             self.waiting.addCallbacks(self._on_data, self._on_failure)
             self._harness.reactor.run_due_calls()
 
     def read_available(self, at_most: int = 1 << 20) -> None:
-        """Read until there is no more for now."""
+        """Read all bytes that are available now."""
         previous_size = -1
         while len(self.data) != previous_size:
             previous_size = len(self.data)
             self.read(at_most)
 
     def disconnect(self) -> None:
-        """Go, in the middle of whatever it does."""
+        """Cancel a pending read and close the content."""
         if self.waiting is not None:
             self.waiting.cancel()
         self.content.close()

@@ -1,4 +1,4 @@
-"""A reactor whose time and threads are the test's."""
+"""A reactor whose clock and thread pool are controlled by the test."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ from twisted.python.failure import Failure
 
 
 class ManualThreadPool:
-    """A thread pool without threads: what is given to it runs at once, or when the test says so."""
+    """A thread pool without threads. Jobs run at once, or on `step` and `release` after `hold`."""
 
     def __init__(self) -> None:
         self._queue: list[Callable[[], None]] | None = None
         self._run_before_queueing = False
 
     def hold(self, *, results: bool = False) -> None:
-        """Run nothing more until `step` or `release`; with `results`, run it but keep what comes of it."""
+        """Queue all jobs until `step` or `release`. If `results`, run them at once but delay their results."""
         self._queue, self._run_before_queueing = self._queue or [], results
 
     def step(self) -> bool:
-        """Let the next one go, and say whether there was one."""
+        """Run the next queued job. Return whether there was one."""
         if not self._queue:
             return False
         self._queue.pop(0)()
         return True
 
     def defer_next(self) -> None:
-        """Have the next one wait until the others have gone: a thread that takes its time."""
+        """Move the next job to the end of the queue, like a slow thread."""
         assert self._queue
         self._queue.append(self._queue.pop(0))
 
     def release(self) -> None:
-        """Let all go, and hold no more."""
+        """Run all queued jobs, and stop queueing."""
         queue, self._queue = self._queue or [], None
         for job in queue:
             job()
@@ -62,7 +62,7 @@ class ManualThreadPool:
 
 
 class ManualReactor(Clock):
-    """Time stands still but for `advance`; `settle` lets happen what is due."""
+    """A reactor whose time changes only by `advance`. `run_due_calls` runs the calls that are due."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
-"""Registries in memory, spoken to as the cache speaks to `UpstreamClient` and `Transport`: honest, or as they are told.
+"""Registries in memory, with the interfaces of `UpstreamClient` and `Agent`. Tests can script their responses.
 
-A request is answered in the reactor's next turn, never while it is made.
+A response arrives in the reactor's next turn, never during the request.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _NO_HEADERS = Headers()
 
 
 class ScriptedResponse:
-    """An answer: its body is `body`, the first `sent` bytes of which (None: all) are there."""
+    """A response with the body `body`, of which the first `sent` bytes have arrived (None: all)."""
 
     def __init__(
         self,
@@ -59,25 +59,25 @@ class ScriptedResponse:
         return self._stream.ended
 
     def send(self, size: int | None = None) -> None:
-        """Let the next `size` bytes of the body (None: the rest) arrive."""
+        """Make the next `size` bytes of the body arrive (None: the rest)."""
         data, self._body = (self._body, b"") if size is None else (self._body[:size], self._body[size:])
         if data:
             self._stream.feed(data)
 
     def finish(self) -> None:
-        """Let the body end."""
+        """End the body."""
         self._stream.finish()
 
     def send_rest(self) -> None:
-        """Let the rest arrive, and the end."""
+        """Make the rest of the body arrive, and end it."""
         self.send()
         self.finish()
 
     def disconnect(self, error: Exception | None = None) -> None:
-        """Let the connection break off."""
+        """Break the connection."""
         self._stream.fail(error or UpstreamBroken("upstream broke off"))
 
-    # cache.origin.Answer
+    # cache.upstream.UpstreamResponse
 
     async def read_chunk(self) -> bytes:
         return b"".join(await self.read_pieces(1, 0.0))
@@ -93,7 +93,7 @@ class ScriptedResponse:
             content += data
             if len(content) > limit:
                 self.abort()
-                raise UpstreamBroken(f"its answer is longer than {limit} bytes")
+                raise UpstreamBroken(f"the response is longer than {limit} bytes")
         return content
 
     async def discard(self) -> None:
@@ -102,12 +102,12 @@ class ScriptedResponse:
     def abort(self) -> None:
         if not self.ended:
             self.aborted = True
-            self._stream.fail(UpstreamBroken("the connection was given up"))
+            self._stream.fail(UpstreamBroken("the response was aborted"))
 
 
 @define(eq=False)
 class ReceivedRequest:
-    """A request that was made."""
+    """A request that the upstream received."""
 
     method: str
     registry: Registry
@@ -120,7 +120,7 @@ class ReceivedRequest:
 
     @property
     def requester(self) -> str | None:
-        """Who asks: None, ``login USER`` or the Authorization."""
+        """The requesting client: None, ``login USER`` or the Authorization field."""
         if isinstance(self.credential, BasicCredentials):
             return f"login {self.credential.user}"
         return self.credential.authorization if isinstance(self.credential, ClientCredential) else None
@@ -135,7 +135,7 @@ class ReceivedRequest:
 
 @define
 class FakeRepository:
-    """What a repository holds, and who may read it (None: all); `refusal` is what others are told."""
+    """The content of a repository. `readers` may read it (None: everyone); others get `denial_status`."""
 
     blobs: dict[str, bytes] = Factory(dict)
     manifests: dict[str, tuple[str, bytes]] = Factory(dict)
@@ -157,7 +157,7 @@ class FakeRepository:
 
 
 Responder = Callable[[ReceivedRequest, "bytes | None"], Any]
-"""Returns an `Answer` or a Deferred of one, or raises, for a request for the content given (None: there is none)."""
+"""Returns the response to a request, or a Deferred of it, or raises. The bytes are the content (None if missing)."""
 
 
 @define
@@ -170,7 +170,7 @@ class _Rule:
 
 @define
 class ScriptedUpstream:
-    """All registries there are. `down` is raised for everything while it is not None."""
+    """All registries. While `down` is not None, every request raises it."""
 
     reactor: Any
     repositories: dict[str, FakeRepository] = Factory(dict)
@@ -180,24 +180,24 @@ class ScriptedUpstream:
     _rules: list[_Rule] = field(factory=list, init=False)
 
     def repository(self, name: str, **options: Any) -> FakeRepository:
-        """Return the repository HOST/NAME, made if need be."""
+        """Return the repository HOST/NAME. Create it if it does not exist."""
         return self.repositories.setdefault(name, FakeRepository(**options))
 
     def on(self, method: str, pattern: str, responder: Responder, times: int | None = None) -> None:
-        """Answer requests whose path matches by `behaviour`, the next `times` of them or all. Older rules go first."""
+        """Use `responder` for the next `times` requests (None: all) that match. Earlier rules take precedence."""
         self._rules.append(_Rule(method, re.compile(pattern), responder, times))
 
     def reset(self) -> None:
-        """Be honest again, and reachable."""
+        """Remove all rules, and be reachable again."""
         self._rules.clear()
         self.down = None
 
     def go_down(self) -> None:
-        """Be unreachable."""
+        """Make all registries unreachable."""
         self.down = UpstreamUnreachable("registry.example: connection refused")
 
     def requests_matching(self, method: str = "", pattern: str = "") -> list[ReceivedRequest]:
-        """Return the requests of that method whose path matches."""
+        """Return the received requests with this method whose path matches `pattern`."""
         return [
             request
             for request in self.requests
@@ -205,7 +205,7 @@ class ScriptedUpstream:
         ]
 
     def clear_requests(self) -> None:
-        """Forget what was asked."""
+        """Clear the list of received requests."""
         self.requests.clear()
 
     async def request(
@@ -258,13 +258,13 @@ class ScriptedUpstream:
         return None if data is None else ("application/octet-stream", data)
 
 
-# behaviours
+# responders
 
 
 def serve_content(
     request: ReceivedRequest, media_type: str, data: bytes, *, sent: int | None = None
 ) -> ScriptedResponse:
-    """Answer as a registry does: the head, the whole, or the range that is asked for."""
+    """Respond like a registry: to HEAD, to GET, and to a Range."""
     fields = {"content-type": media_type, "docker-content-digest": str(Digest.of(data))}
     if request.method == "HEAD":
         return ScriptedResponse(200, b"", fields, length=len(data))
@@ -280,7 +280,7 @@ def serve_content(
 
 
 def error_response(status: int, **fields: str) -> ScriptedResponse:
-    """Return an answer in upstream's own words."""
+    """Return an error response with a body from upstream."""
     headers = {name.replace("_", "-"): value for name, value in fields.items()}
     if status == 401:
         headers.setdefault(
@@ -301,13 +301,13 @@ def raise_error(error: Exception) -> Responder:
 
 
 def respond_streaming(request: ReceivedRequest, data: bytes | None) -> ScriptedResponse:
-    """Begin an honest answer, of which the test lets pass what it likes."""
+    """Start a correct response. The test sends its body."""
     assert data is not None
     return serve_content(request, "application/octet-stream", data, sent=0)
 
 
 def disconnect_after(size: int) -> Responder:
-    """Break off after `size` bytes of what was asked for."""
+    """Break the connection after `size` bytes of the requested content."""
 
     def respond(request: ReceivedRequest, data: bytes | None) -> ScriptedResponse:
         response = respond_streaming(request, data)
@@ -319,17 +319,17 @@ def disconnect_after(size: int) -> Responder:
 
 
 def ignore_range(request: ReceivedRequest, data: bytes | None) -> ScriptedResponse:
-    """Send the whole, whatever part was asked for."""
+    """Send the whole content even if a range was requested."""
     return ScriptedResponse(200, data or b"")
 
 
 def without_length(request: ReceivedRequest, data: bytes | None) -> ScriptedResponse:
-    """Send the whole and tell no length (chunked)."""
+    """Send the whole content without a Content-Length (chunked)."""
     return ScriptedResponse(200, data or b"", length=None)
 
 
 def replace_with(body: bytes, **fields: str) -> Responder:
-    """Send something else."""
+    """Send `body` instead of the content."""
     headers = {name.replace("_", "-"): value for name, value in fields.items()}
     return lambda request, data: (
         ScriptedResponse(200, b"", headers, length=len(body))
@@ -339,12 +339,12 @@ def replace_with(body: bytes, **fields: str) -> Responder:
 
 
 def captive_portal(request: ReceivedRequest, data: bytes | None) -> ScriptedResponse:
-    """Answer as a captive portal or a tired load balancer does: the same to everything."""
+    """Send the same page for every request, like a captive portal or a failing load balancer."""
     return replace_with(b"<!doctype html><h1>Sign in</h1>", content_type="text/html")(request, data)  # type: ignore[no-any-return]
 
 
 class Gate:
-    """Behaves honestly, but not before it is opened."""
+    """Delays responses until it is opened."""
 
     def __init__(self) -> None:
         self._waiters: list[Deferred[None]] = []
