@@ -198,7 +198,7 @@ class CachedBlobs:
         if expected_size is not None and size != expected_size:
             raise UpstreamBroken(
                 f"{principal.repository.registry} returned content of another size for {digest}: "
-                f"{size} instead of {expected_size} bytes"
+                f"{'unknown' if size is None else size} instead of {expected_size} bytes"
             )
         return size, expected_size is not None
 

@@ -208,7 +208,7 @@ class BlobDownload:
         self.size = source.size
         if not ingest.verify():
             await in_thread(self._reactor, ingest.discard)
-            raise UpstreamBroken(f"{self.repository.registry} sent content that is not {self.digest}")
+            raise UpstreamBroken(f"{self.repository.registry} returned content that does not match {self.digest}")
         verified_hook = spawn(self._on_verified(), f"recording the grant of {self.digest}")
         try:
             try:
@@ -247,7 +247,7 @@ class BlobDownload:
             self._close_file()
             await in_thread(self._reactor, ingest.discard)
             if self.started:  # by another process that died: readers already have some of its bytes
-                raise UpstreamBroken(f"{self.repository.registry} sent content that is not {self.digest}")
+                raise UpstreamBroken(f"{self.repository.registry} returned content that does not match {self.digest}")
 
     async def _acquire_ingest(self) -> Ingest | None:
         """Return the ingest, including the partial content of an earlier run or of a process that has died.
@@ -307,7 +307,7 @@ class BlobDownload:
         except OSError as error:
             raise IngestFailed(f"cannot reserve {size} bytes of cache space: {error.strerror}") from error
         if not granted:
-            raise IngestFailed(f"the cache has no space for {size} bytes")
+            raise IngestFailed(f"no cache space for {size} bytes; check CACHE_MAX_SIZE and the free disk space")
         self._reserved_size = size
 
     async def _append(self, ingest: Ingest, source: ResumableGet, pieces: list[bytes]) -> None:
