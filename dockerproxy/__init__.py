@@ -1,18 +1,20 @@
-"""A caching proxy for Docker registries: a registry whose missing pieces are fetched.
+"""A caching proxy for Docker registries, and a registry of its own.
 
-The way of a request, top to bottom; a package imports only what is below it (tests/test_imports.py holds that):
+The packages, in the order in which a request passes through them. Each package imports only packages further down the
+list; tests/test_imports.py checks that.
 
-- `tap` is what `twistd dockerproxy` starts. Read it first: the daemon is composed there from `settings`, and in
-  `assembly` what serves clients; that is in each of its processes (`workers`) the same.
-- `proxy` is the front door: it reads the first request head and decides whether to tunnel, to intercept with a
-  certificate of our own CA, or to answer.
-- `registry` speaks the OCI distribution API over `http`, ignorant of where content comes from.
-- `cache` is where it comes from: the `store` where it is there, an `upstream` registry where it is missing, once for
-  all who ask at the same time.
-- `cli` is the command `dockerproxy`; `admin` answers it, and browsers.
-- `net` connects to other machines, `daemon` talks to the host system, `tasks` runs coroutines.
-- `oci` has the nouns: `Host`, `Registry`, `Repository`, `Tag`, `Digest`; `errors` has what can go wrong, in the
-  registry's own terms.
+- `tap` is the plugin that `twistd dockerproxy` starts. Read it first: it builds the daemon from `settings`. `app`
+  builds the part that serves clients, which is the same in every process of the daemon (`workers`). `reload` handles
+  SIGHUP.
+- `proxy` is the forward proxy. It reads the head of the first request and decides whether to open a tunnel, to
+  intercept the connection with a certificate of our own CA, or to respond itself.
+- `registry` serves the OCI distribution API over `http`. It does not depend on the source of the content.
+- `cache` is the pull-through cache. It reads blobs and manifests from the `store`, and fetches the missing ones from
+  an `upstream` registry, once for all clients that request the same one at the same time.
+- `cli` is the command `dockerproxy`. `admin` serves that command and the endpoints for browsers.
+- `net` connects to other machines, `daemon` integrates with systemd and the log, `concurrency` runs coroutines.
+- `oci` has the data types: `Host`, `Registry`, `Repository`, `Tag`, `Digest`. `errors` has the exceptions; each one
+  carries its HTTP status and its error code of the distribution API.
 """
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""What serves clients, put together: the same in every process of the daemon."""
+"""Build the server: the part of the daemon that serves clients, which is the same in every process."""
 
 from __future__ import annotations
 
@@ -64,20 +64,21 @@ from dockerproxy.upstream.client import UpstreamClient
 from dockerproxy.upstream.tls import ClientContext
 
 RECORDS = "records"
-"""Where in CACHE_DIR the cache's records are."""
+"""The directory of the cache's records, relative to CACHE_DIR."""
 
-_THREAD_POOL_SIZE = 20  # disk writes of downloads, one each, and name look-ups share them
+_THREAD_POOL_SIZE = 20  # each download writes to the disk in a thread of its own; DNS look-ups use the pool as well
 
 
 OnRequestFinished = Callable[[Request, float], None]
-"""Is told of a request that is over, and of its seconds."""
+"""Callback for a finished request, with its duration in seconds."""
 
 
 @frozen
 class SharedServices:
-    """What the processes of a daemon have in common: the cache's room, turns, and which token stands for whom.
+    """Services that all processes of the daemon share.
 
-    `metrics` count what this process does, and tell what all have done. `shared`: there are several processes.
+    `metrics` counts the requests of this process and renders the sum over all processes. `bindings` maps issued tokens
+    to the clients they were issued to. `multi_process` is true if the daemon has several processes.
     """
 
     cache_space: CacheSpace
@@ -89,39 +90,42 @@ class SharedServices:
 
 @frozen
 class ProxyServer:
-    """What serves clients; `close` ends the connections to upstreams."""
+    """The running parts of the server. `close` closes the connections to upstream registries."""
 
     listeners: list[Listener]
     transfers: Transfers
     registries: RegistryTable
-    cache: Cache
+    pull_through: PullThrough
+    authorizer: Authorizer
     hosted_app: HostedRegistryApp
     close: Callable[[], Awaitable[None]]
     _reactor: Any
 
     def reconfigure(self, settings: Settings) -> None:
-        """Serve as `settings` say, some of which may have changed. Raise `HtpasswdError` or OSError: no change."""
-        access_control = build_access_control(self._reactor, settings)  # first, for it may fail
+        """Apply `settings`. Raise `HtpasswdError` or OSError, and change nothing, if the htpasswd file is unusable."""
+        access_control = build_access_control(self._reactor, settings)  # first, because it may raise
         self.hosted_app.access_control = access_control
         self.registries.update(settings)
-        self.cache.reconfigure(settings)
+        self.authorizer.set_logins(settings.auth_registries)
+        self.pull_through.challenges.restore(settings.registries)
 
 
 def build_server(
     reactor: Any, settings: Settings, authority: CertificateAuthority, shared: SharedServices
 ) -> ProxyServer:
-    """Put together what serves clients. Raise `SettingsError`, `HtpasswdError` or OSError."""
+    """Build the server. Raise `SettingsError`, `HtpasswdError` or OSError."""
     reactor.suggestThreadPoolSize(_THREAD_POOL_SIZE)
     raise_descriptor_limit()
     policy = Policy(settings.allow_clients, settings.tunnel_ports, settings.tunnel_allow, settings.tunnel_deny)
     connectors = build_connectors(reactor, settings)
     registries = RegistryTable(settings)
-    cache = build_cache(reactor, settings, shared, registries, policy, connectors.transport)
+    authorizer = Authorizer(connectors.agent, time.time, policy.check_upstream, settings.auth_registries)
+    pull_through = build_cache(reactor, settings, shared, registries, policy, connectors.agent, authorizer)
     api = RegistryAPI(reactor)
     hosted_app = build_hosted_app(reactor, settings, shared, api)
     metrics_handler = partial(handle_metrics, shared)
     on_finished = partial(count_and_log, shared.metrics)
-    mirror = Mirror(api, cache.pull_through.registry, registries.mirrored, DOCKER_HUB)
+    mirror = Mirror(api, pull_through.registry, registries.mirrored, DOCKER_HUB)
     route_by_namespace = partial(
         NamespaceRouter, hosted_app.handle, mirror.handle, frozenset(settings.registry_hostname)
     )
@@ -129,14 +133,14 @@ def build_server(
         authority.certificate_pem, route_by_namespace(hosted_app.handle).handle, metrics_handler, proxy_port(settings)
     )
     direct_listener = DirectRequestHandler(policy, direct_endpoints.handle)
-    intercepted = Intercepted(api, cache.pull_through.registry, cache.pull_through, allow_push=settings.allow_push)
+    intercepted = Intercepted(api, pull_through.registry, pull_through, allow_push=settings.allow_push)
     transfers = Transfers()
     forward_proxy = ForwardProxy(
         clock=reactor,
         policy=policy,
         interception=Interception(registries.intercepted, authority.context_for, intercepted.handle),
         dialer=connectors.tunnel_dialer,
-        agent=connectors.transport,
+        agent=connectors.agent,
         local=BuiltinEndpoints(
             authority.certificate_pem, route_by_namespace(mirror.handle).handle, metrics_handler
         ).handle,
@@ -151,11 +155,13 @@ def build_server(
         on_request_finished=on_finished,
     )
     listeners = build_listeners(reactor, settings, forward_proxy, direct_listener, authority, on_finished)
-    return ProxyServer(listeners, transfers, registries, cache, hosted_app, connectors.transport.close, reactor)
+    return ProxyServer(
+        listeners, transfers, registries, pull_through, authorizer, hosted_app, connectors.agent.close, reactor
+    )
 
 
 def open_authority(settings: Settings) -> CertificateAuthority:
-    """Return the CA, made if there is none yet. Raise `AuthorityError` or OSError."""
+    """Load the CA, or create it if there is none. Raise `AuthorityError` or OSError."""
     return CertificateAuthority.open(
         settings.ca_dir,
         certificate_file=settings.ca_crt_file,
@@ -166,21 +172,24 @@ def open_authority(settings: Settings) -> CertificateAuthority:
 
 
 def raise_descriptor_limit() -> None:
-    """Use all the file descriptors that we may: a client that reads a blob has two, and the usual limit is 1,024."""
+    """Raise the limit of open files to the hard limit.
+
+    The usual soft limit of 1,024 is too low, because each client that reads a blob uses two descriptors.
+    """
     _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
 
 
 @frozen
 class Connectors:
-    """The ways out: HTTP exchanges with upstreams, and connections for tunnels."""
+    """The two ways to connect to other servers: HTTP requests to upstream registries, and tunnels."""
 
-    transport: Agent
+    agent: Agent
     tunnel_dialer: Dialer
 
 
 def build_connectors(reactor: Any, settings: Settings) -> Connectors:
-    """Return the ways to other servers. Raise `SettingsError` where UPSTREAM_CA_FILE cannot be used."""
+    """Build the connectors. Raise `SettingsError` if UPSTREAM_CA_FILE cannot be used."""
 
     def dialer(connect_timeout: float) -> Dialer:
         return Dialer(
@@ -198,14 +207,14 @@ def build_connectors(reactor: Any, settings: Settings) -> Connectors:
         tls = ClientContext(verify=settings.verify_ssl, ca_file=str(settings.upstream_ca_file or "") or None)
     except ValueError as error:
         raise SettingsError(str(error)) from None
-    transport = Agent(reactor, dialer(settings.proxy_connect_timeout), tls, timeouts)
-    return Connectors(transport, dialer(settings.proxy_connect_connect_timeout))
+    agent = Agent(reactor, dialer(settings.proxy_connect_timeout), tls, timeouts)
+    return Connectors(agent, dialer(settings.proxy_connect_connect_timeout))
 
 
 def prepare_state_directories(settings: Settings) -> None:
-    """Make the stores' directories, and clear away what a crash left. For one process, before others.
+    """Create the directories of the stores, and delete the temporary files that a crash left behind.
 
-    Raises OSError.
+    Only the main process may call this, before it forks: it would delete the files of running workers. Raise OSError.
     """
     for root in (settings.cache_dir, settings.registry_dir):
         root.mkdir(parents=True, exist_ok=True)
@@ -215,35 +224,22 @@ def prepare_state_directories(settings: Settings) -> None:
     Records(settings.cache_dir / RECORDS).clear_staging()
 
 
-@frozen
-class Cache:
-    """The pull-through cache, and the logins that it shows upstream."""
-
-    pull_through: PullThrough
-    tokens: Authorizer
-
-    def reconfigure(self, settings: Settings) -> None:
-        """Show the logins of `settings` from now on, and recall what is known of its registries."""
-        self.tokens.set_logins(settings.auth_registries)
-        self.pull_through.challenges.restore(settings.registries)
-
-
 def build_cache(
     reactor: Any,
     settings: Settings,
     shared: SharedServices,
     registries: RegistryTable,
     policy: Policy,
-    transport: Agent,
-) -> Cache:
-    """Return the cache in CACHE_DIR. Raises OSError."""
+    agent: Agent,
+    authorizer: Authorizer,
+) -> PullThrough:
+    """Open the cache in CACHE_DIR. Raise OSError."""
     layout, cache_space = Layout(settings.cache_dir), shared.cache_space
     records = Records(settings.cache_dir / RECORDS)
     identities = Identities.open(settings.cache_dir / "secret", shared.bindings)
     blobs, links = Blobs(layout, durable=False), Links(layout, durable=False)
-    tokens = Authorizer(transport, time.time, policy.check_upstream, settings.auth_registries)
-    upstream = UpstreamClient(transport, tokens, policy.check_upstream)
-    challenges = Challenges(transport, records, registries.intercepted, tokens.add_challenges, time.time)
+    upstream = UpstreamClient(agent, authorizer, policy.check_upstream)
+    challenges = Challenges(agent, records, registries.intercepted, authorizer.add_challenges, time.time)
     challenges.restore(settings.registries)
     access = Access(records, time.time, shared.multi_process)
     freshness = Freshness(
@@ -256,7 +252,7 @@ def build_cache(
     )
 
     def record_blob(digest: Digest, size: int) -> None:
-        spawn(cache_space.record(digest, size), f"making room for {digest}")
+        spawn(cache_space.record(digest, size), f"recording {digest} in the cache space")
 
     manifests = CachedManifests(
         reactor,
@@ -271,37 +267,38 @@ def build_cache(
         on_stored=record_blob,
     )
     downloads = Downloads(reactor, upstream, cache_space, Ingests(layout, blobs, records, shared.multi_process))
-    return Cache(
-        PullThrough(
-            upstream,
-            identities,
-            challenges,
-            TokenEndpoint(
-                transport,
-                identities,
-                records,
-                lambda host: None if host in registries.intercepted else policy.check_upstream,
-                time.time,
-            ),
-            manifests,
-            CachedBlobs(reactor, upstream, blobs, links, downloads, access, cache_space),
-            registries.mirrored.values(),
-            tokens.effective_login if settings.share_auth_registries else lambda registry: None,
-            time.time,
-        ),
-        tokens,
+    token_endpoint = TokenEndpoint(
+        agent,
+        identities,
+        records,
+        lambda host: None if host in registries.intercepted else policy.check_upstream,
+        time.time,
+    )
+    return PullThrough(
+        upstream,
+        identities,
+        challenges,
+        token_endpoint,
+        manifests,
+        CachedBlobs(reactor, upstream, blobs, links, downloads, access, cache_space),
+        registries.mirrored.values(),
+        authorizer.effective_login if settings.share_auth_registries else lambda registry: None,
+        time.time,
     )
 
 
 def build_hosted_app(reactor: Any, settings: Settings, shared: SharedServices, api: RegistryAPI) -> HostedRegistryApp:
-    """Return the hosted registry in REGISTRY_DIR. Raises OSError, ValueError."""
+    """Open the hosted registry in REGISTRY_DIR. Raise `HtpasswdError`, OSError or ValueError."""
     store = HostedStore.from_layout(Layout(settings.registry_dir), locks=shared.locks)
     backend = HostedRegistry(reactor, store, PushHandler(reactor, store))
     return HostedRegistryApp(api, backend, build_access_control(reactor, settings))
 
 
 def build_access_control(reactor: Any, settings: Settings) -> AccessControl:
-    """Return who asks for logins to the hosted registry, as HTPASSWD_FILE and ANONYMOUS_PULL say. Raises ValueError."""
+    """Return the access control of the hosted registry by HTPASSWD_FILE and ANONYMOUS_PULL.
+
+    Raise `HtpasswdError`, OSError or ValueError.
+    """
     if settings.htpasswd_file is None:
         return AllowAll()
     realm = settings.registry_hostname[0]
@@ -311,7 +308,7 @@ def build_access_control(reactor: Any, settings: Settings) -> AccessControl:
 
 
 def proxy_port(settings: Settings) -> int:
-    """Return the port that the first of PROXY_LISTEN has; the usual one where it does not say (a socket handed in)."""
+    """Return the port of the first endpoint of PROXY_LISTEN, or 3128 if that has none (a socket from systemd)."""
     match = re.match(r"tcp6?:(?:.*?port=)?([0-9]+)", settings.proxy_listen[0])
     return int(match[1]) if match else 3128
 
@@ -324,7 +321,7 @@ def build_listeners(
     authority: CertificateAuthority,
     on_finished: OnRequestFinished,
 ) -> list[Listener]:
-    """Return the doors of the settings, not open yet; `finished` is told of each request."""
+    """Build the configured listeners, which are not open yet. `on_finished` is called after each request."""
 
     async def handle(request: Request) -> None:
         await forward_proxy.handle(proxy_site, request)
@@ -347,7 +344,7 @@ def build_site(
     on_finished: OnRequestFinished,
     tls: Callable[[], ServerContext] | None = None,
 ) -> Site:
-    """Return a site whose requests `handler` answers, over TLS by the contexts of `tls` if given."""
+    """Build a site that passes its requests to `handler`. `tls`, if given, returns the TLS context of a connection."""
     timeouts = ServerTimeouts(
         settings.keepalive_timeout, settings.client_header_timeout, settings.client_body_timeout, settings.send_timeout
     )
@@ -355,7 +352,7 @@ def build_site(
 
 
 async def handle_metrics(shared: SharedServices, request: Request) -> None:
-    """Answer with what all processes have done."""
+    """Respond with the metrics of all processes."""
     used, limit = await shared.cache_space.usage()
     gauges = [
         ("cache_bytes", "Bytes of contents in the cache.", used),
@@ -369,13 +366,13 @@ _access_log = AccessLog()
 
 
 def count_and_log(metrics: Metrics, request: Request, seconds: float) -> None:
-    """Count and log one request."""
+    """Count a finished request in the metrics and log it."""
     metrics.count(request.cache_status, request.status, request.bytes_sent, seconds)
     log_access(request, seconds)
 
 
 def log_access(request: Request, seconds: float) -> None:
-    """Log one request."""
+    """Write the access log line of a finished request."""
     _access_log.record(
         request.client,
         request.method,

@@ -1,8 +1,8 @@
-"""`dockerproxy`, the command: what is hosted and cached, shown and cleared up in the running daemon.
+"""The command `dockerproxy`: list, remove and verify hosted and cached images through the control socket of the daemon.
 
-Exit status: 0 done; 1 done, and something wrong was found (`check`, `import`, `gc`); 2 used wrongly; 3 the daemon does
-not run; 4 there is no such thing; 5 not permitted; 6 the daemon is busy with another of these; 7 the daemon could not
-do it, or ended; 130 interrupted.
+Exit status: 0 success; 1 completed, and found a problem (`check`, `import`, `gc`); 2 wrong usage; 3 the daemon is not
+running; 4 no such image or repository; 5 permission denied; 6 the daemon is busy with another of these commands; 7 the
+command failed, or the daemon stopped; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from dockerproxy.terminal import Terminal, format_age, format_ago, format_count,
 PROBLEMS, USAGE, NOT_RUNNING, NOT_FOUND, NOT_PERMITTED, BUSY, FAILED, INTERRUPTED = 1, 2, 3, 4, 5, 6, 7, 130
 
 _HIDDEN_DIRECTORY_HINT = (
-    "the daemon does not see what you see: it is a user of its own, and its service hides /home, /root and /tmp"
+    "the daemon cannot read it: it runs as another user, and its service hides /home, /root and /tmp"
 )
-_DISCONNECTED = "the daemon ended in the midst of it"
+_DISCONNECTED = "the daemon closed the connection before it finished"
 _EXIT_STATUS_BY_HTTP = {400: USAGE, 404: NOT_FOUND, 409: BUSY}
 _UNIT_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
@@ -36,7 +36,7 @@ Event = dict[str, Any]
 
 
 class CommandError(Exception):
-    """Why a command cannot be done: the exit status, a sentence, and names that may have been meant."""
+    """A command failed. `status` is the exit status, `message` a sentence, `suggestions` are similar names."""
 
     def __init__(self, status: int, message: str, suggestions: Sequence[str] = ()) -> None:
         super().__init__(message)
@@ -44,7 +44,7 @@ class CommandError(Exception):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command, and return its exit status."""
+    """Run the command and return its exit status."""
     options = _build_parser().parse_args(arguments)
     terminal = Terminal(as_json=getattr(options, "json", False))
     try:
@@ -56,10 +56,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return error.status
     except KeyboardInterrupt:
         terminal.clear_progress()
-        print("dockerproxy: interrupted; what was done by then is done", file=sys.stderr)
+        print("dockerproxy: interrupted; changes made so far are kept", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
-        # Whoever read our output has enough. Python would complain about it once more at its end.
+        # The reader of our output closed the pipe. Replace stdout, because Python flushes it at exit and would print
+        # the error again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     return status
@@ -70,17 +71,17 @@ def _print_error(error: CommandError, as_json: bool) -> None:
         print(json.dumps({"error": {"message": error.message, "suggestions": list(error.suggestions)}}))
     print(f"dockerproxy: {error.message}", file=sys.stderr)
     if error.suggestions:
-        print(f"Is {' or '.join(error.suggestions)} meant? Nothing was changed.", file=sys.stderr)
+        print(f"Did you mean {' or '.join(error.suggestions)}? Nothing was changed.", file=sys.stderr)
 
 
 def _build_parser() -> argparse.ArgumentParser:
     common_options = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
     common_options.add_argument("--json", action="store_true", help="print one JSON document instead of text")
     common_options.add_argument(
-        "--socket", metavar="PATH", help="the daemon's socket, where it is not in its usual place"
+        "--socket", metavar="PATH", help="the control socket of the daemon, if it is not the default one"
     )
     parser = argparse.ArgumentParser(
-        "dockerproxy", description="Show and clear up what docker-registry-proxy hosts and caches.", parents=[common_options],
+        "dockerproxy", description="List, remove and verify images in docker-registry-proxy.", parents=[common_options],
         epilog=(__doc__ or "").partition("\n\n")[2],
     )  # fmt: skip
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
@@ -93,25 +94,29 @@ def _build_parser() -> argparse.ArgumentParser:
 
     def add_store_options(subparser: argparse.ArgumentParser) -> None:
         group = subparser.add_mutually_exclusive_group()
-        group.add_argument("--hosted", dest="where", action="store_const", const="hosted", help="what is pushed here")
-        group.add_argument("--cached", dest="where", action="store_const", const="cached", help="what is cached")
+        group.add_argument("--hosted", dest="where", action="store_const", const="hosted", help="hosted images only")
+        group.add_argument("--cached", dest="where", action="store_const", const="cached", help="cached images only")
 
-    ls = add_command("ls", list_, "list repositories or, of one, its tags and manifests")
-    ls.add_argument("name", nargs="?", metavar="NAME", help="REPO, or HOST/REPO for what is cached")
+    ls = add_command("ls", list_, "list repositories, or the tags and manifests of one")
+    ls.add_argument("name", nargs="?", metavar="NAME", help="REPO, or HOST/REPO for a cached repository")
     add_store_options(ls)
-    rm = add_command("rm", remove, "remove an image, or all images of a repository; gc frees the space of hosted ones")
+    rm = add_command("rm", remove, "remove images, or all images of a repository; gc frees the space of hosted ones")
     rm.add_argument("names", nargs="+", metavar="NAME", help="REPO:TAG, REPO@DIGEST or REPO; HOST/REPO… if cached")
     add_store_options(rm)
-    gc = add_command("gc", collect, "free the space of what is hosted and no tag leads to any more")
-    gc.add_argument("--dry-run", action="store_true", help="only say what would be removed")
-    gc.add_argument("--delete-untagged", action="store_true", help="remove manifests that no tag leads to, as well")
-    gc.add_argument("--grace", type=_duration, metavar="TIME", help="spare what was used since (1h; at least 2m)")
-    import_command = add_command("import", import_, "take over the directory of another registry (registry:2)")
-    import_command.add_argument("directory", metavar="DIR", help="its storage directory, readable by the daemon")
-    import_command.add_argument("--force", action="store_true", help="let tags mean what they mean there")
-    check_command = add_command("check", check, "verify every content by its digest; set aside what is damaged")
-    check_command.add_argument("--cached", action="store_true", help="of what is cached, instead of what is hosted")
-    add_command("status", status, "say how full it is and what is going on")
+    gc = add_command("gc", collect, "delete hosted blobs that no manifest needs")
+    gc.add_argument("--dry-run", action="store_true", help="only report what would be deleted")
+    gc.add_argument("--delete-untagged", action="store_true", help="also delete manifests that no tag leads to")
+    gc.add_argument(
+        "--grace", type=_duration, metavar="TIME", help="keep everything used within TIME (default 1h, minimum 2m)"
+    )
+    import_command = add_command("import", import_, "import the storage directory of another registry (registry:2)")
+    import_command.add_argument(
+        "directory", metavar="DIR", help="the storage directory; the daemon must be able to read it"
+    )
+    import_command.add_argument("--force", action="store_true", help="overwrite tags that exist in both")
+    check_command = add_command("check", check, "verify the digest of every blob and move damaged ones to damaged/")
+    check_command.add_argument("--cached", action="store_true", help="verify cached blobs instead of hosted ones")
+    add_command("status", status, "show disk usage and running operations")
     return parser
 
 
@@ -158,10 +163,10 @@ def remove(client: ControlClient, options: argparse.Namespace, terminal: Termina
     for entry in result["removed"]:
         summary = f"{format_count(entry['tags'], 'tag')}, {format_count(entry['manifests'], 'manifest')}"
         if entry["where"] == "cached":
-            summary += f", {format_count(entry['blobs'], 'content')} ({format_size(entry['bytes'])})"
+            summary += f", {format_count(entry['blobs'], 'blob')} ({format_size(entry['bytes'])})"
         print(f"removed {entry['name']} ({entry['where']}): {summary}")
     if any(entry["where"] == "hosted" for entry in result["removed"]):
-        print("`dockerproxy gc --delete-untagged` frees the space.")
+        print("Run `dockerproxy gc --delete-untagged` to free the space.")
     return 0
 
 
@@ -181,15 +186,16 @@ def collect(client: ControlClient, options: argparse.Namespace, terminal: Termin
         for item in removed:
             print(" ".join(filter(None, (item["kind"], item["repository"], item["digest"]))))
     print(
-        f"{'would remove' if options.dry_run else 'removed'} {format_count(result['manifests'], 'manifest')}, "
-        f"{format_count(result['links'], 'link')} and {format_count(result['blobs'], 'blob')} ({format_size(result['bytes'])}); "
-        f"{format_count(result['needed'], 'content')} in {format_count(result['repositories'], 'repository')} needed"
+        f"{'would delete' if options.dry_run else 'deleted'} {format_count(result['manifests'], 'manifest')}, "
+        f"{format_count(result['links'], 'link')} and {format_count(result['blobs'], 'blob')} "
+        f"({format_size(result['bytes'])}); "
+        f"kept {format_count(result['needed'], 'blob')} in {format_count(result['repositories'], 'repository')}"
     )
     if result["recent_manifests"] or result["recent"]:
         manifests = format_count(result["recent_manifests"], "untagged manifest")
-        print(f"spared, as used within the grace period: {manifests} and {_format_objects(result, 'recent')}")
+        print(f"kept, because used within the grace period: {manifests} and {_format_objects(result, 'recent')}")
     if result["foreign"]:
-        print(f"spared, as another user's files: {_format_objects(result, 'foreign')}")
+        print(f"kept, because the file belongs to another user: {_format_objects(result, 'foreign')}")
     for problem in result["problems"]:
         print(problem)
     return PROBLEMS if result["problems"] else 0
@@ -210,12 +216,13 @@ def import_(client: ControlClient, options: argparse.Namespace, terminal: Termin
     for finding in findings:
         print(finding["what"])
     print(
-        f"{format_count(result['repositories'], 'repository')}: {result['hardlinked']} contents hard-linked, "
-        f"{result['copied']} copied ({format_size(result['bytes'])}), {result['present']} here already; "
-        f"{format_count(result['manifests'], 'manifest')} and {format_count(result['tags'], 'tag')} are new"
+        f"{format_count(result['repositories'], 'repository')}: "
+        f"{format_count(result['hardlinked'], 'blob')} hard-linked, "
+        f"{result['copied']} copied ({format_size(result['bytes'])}), {result['present']} already present; "
+        f"{format_count(result['manifests'], 'manifest')} and {format_count(result['tags'], 'tag')} added"
     )
     if result["conflicts"]:
-        print("--force lets tags mean what they mean there")
+        print("use --force to overwrite existing tags")
     return PROBLEMS if findings else 0
 
 
@@ -234,9 +241,14 @@ def check(client: ControlClient, options: argparse.Namespace, terminal: Terminal
     for finding in findings:
         print(finding["what"])
     print(
-        f"{format_count(result['blobs'], 'content')} ({format_size(result['bytes'])}), {format_count(result['links'], 'link')} and "
-        f"{format_count(result['tags'], 'tag')} in {format_count(result['repositories'], 'repository')}: "
-        + (f"{len(findings)} findings, {result['damaged']} set aside" if findings else "all sound")
+        f"checked {format_count(result['blobs'], 'blob')} ({format_size(result['bytes'])}), "
+        f"{format_count(result['links'], 'link')} and {format_count(result['tags'], 'tag')} "
+        f"in {format_count(result['repositories'], 'repository')}: "
+        + (
+            f"{format_count(len(findings), 'problem')}, {format_count(result['damaged'], 'blob')} moved to damaged/"
+            if findings
+            else "no problems"
+        )
     )
     return PROBLEMS if findings else 0
 
@@ -252,16 +264,16 @@ def status(client: ControlClient, options: argparse.Namespace, terminal: Termina
         free = "" if store["free"] is None else f", {format_size(store['free'])} free"
         usage = f", {format_size(cache['bytes'])} of {format_size(cache['limit'])} used" if kind == "cached" else ""
         print(f"{kind} in {store['directory']}{usage}{free}")
-    print("idle" if operation is None else f"at {operation['name']} for {format_age(operation['since'])}")
+    print("idle" if operation is None else f"{operation['name']} running for {format_age(operation['since'])}")
     return 0
 
 
 def _format_objects(result: Event, name: str) -> str:
-    return f"{format_count(result[name], 'content')} ({format_size(result[f'{name}_bytes'])})"
+    return f"{format_count(result[name], 'blob')} ({format_size(result[f'{name}_bytes'])})"
 
 
 def _gather(events: Iterator[Event], terminal: Terminal) -> tuple[list[Event], Event]:
-    """Return what the daemon came upon and its result, showing progress meanwhile."""
+    """Return the items that the daemon reports, and its result. Show its progress meanwhile."""
     items: list[Event] = []
     for event in events:
         match event.pop("event"):
@@ -281,7 +293,7 @@ def _gather(events: Iterator[Event], terminal: Terminal) -> tuple[list[Event], E
 
 
 class _UnixHTTPConnection(http.client.HTTPConnection):
-    """HTTP on a Unix socket."""
+    """An HTTP connection over a UNIX socket."""
 
     def __init__(self, path: str) -> None:
         super().__init__("localhost")
@@ -293,13 +305,13 @@ class _UnixHTTPConnection(http.client.HTTPConnection):
 
 
 class ControlClient:
-    """The daemon behind the socket at `path`, or at the first of the usual places where there is one."""
+    """Client of the daemon's control API, at the socket `path` or at the first default path that exists."""
 
     def __init__(self, path: str | None) -> None:
         self._paths = [path] if path else list(_default_socket_paths())
 
     def call(self, method: str, target: str, body: Any) -> Event:
-        """Return the one JSON object that the daemon answers with. Raise `Trouble`."""
+        """Send a request and return the JSON object of the response. Raise `CommandError`."""
         try:
             result: Event = json.loads(self._request(method, target, body).read())
         except (OSError, http.client.HTTPException, ValueError):
@@ -307,7 +319,7 @@ class ControlClient:
         return result
 
     def stream_events(self, method: str, target: str, body: Any = None) -> Iterator[Event]:
-        """Yield the JSON objects that the daemon answers with, as they come. Raise `Trouble`."""
+        """Send a request and yield the JSON objects of the response as they arrive. Raise `CommandError`."""
         response = self._request(method, target, body)
         try:
             for line in response:
@@ -323,10 +335,10 @@ class ControlClient:
             if response.status == 200:
                 return response
             error = json.loads(response.read())["error"]
-        except OSError:  # http.client.RemoteDisconnected is one, too
+        except OSError:  # including http.client.RemoteDisconnected
             raise CommandError(FAILED, _DISCONNECTED) from None
         except (http.client.HTTPException, ValueError, KeyError, TypeError):
-            raise CommandError(FAILED, "what answers on the socket is not docker-registry-proxy") from None
+            raise CommandError(FAILED, "the process on the control socket is not docker-registry-proxy") from None
         raise CommandError(
             _EXIT_STATUS_BY_HTTP.get(response.status, FAILED), error["message"], error.get("suggestions", ())
         )
@@ -342,16 +354,21 @@ class ControlClient:
                 raise CommandError(NOT_PERMITTED, _permission_message(path)) from None
             except ConnectionRefusedError:
                 raise CommandError(
-                    NOT_RUNNING, f"docker-registry-proxy does not run: nobody listens on {path}"
+                    NOT_RUNNING, f"docker-registry-proxy is not running: no process listens on {path}"
                 ) from None
             except OSError as error:
-                raise CommandError(NOT_RUNNING, f"{path} is no socket of docker-registry-proxy: {error}") from None
+                raise CommandError(
+                    NOT_RUNNING, f"{path} is not a control socket of docker-registry-proxy: {error}"
+                ) from None
             return connection
-        raise CommandError(NOT_RUNNING, f"docker-registry-proxy does not run: there is no {' or '.join(self._paths)}")
+        raise CommandError(NOT_RUNNING, f"docker-registry-proxy is not running: {' and '.join(self._paths)} not found")
 
 
 def _default_socket_paths() -> Iterator[str]:
-    """Yield where the daemon's socket may be: as its own environment says, of the Debian package, of `make run`."""
+    """Yield the default paths of the control socket.
+
+    They are those of the environment variables, of the Debian package, and of `make run`.
+    """
     environment = os.environ
     directories = [
         environment.get("RUNTIME_DIR") or environment.get("RUNTIME_DIRECTORY", "").partition(":")[0],
@@ -367,8 +384,8 @@ def _permission_message(path: str) -> str:
     try:
         group = grp.getgrgid(os.stat(os.path.dirname(path)).st_gid).gr_name
     except (OSError, KeyError):
-        return f"you are not permitted to use {path}: be root, or in the group of the daemon"
-    return f"you are not permitted to use {path}: be root, or in the group {group}"
+        return f"permission denied for {path}: run this as root, or join the daemon's group"
+    return f"permission denied for {path}: run this as root, or join the group {group}"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Coroutines at work: started and logged, run in a thread, shared by all who ask for the same."""
+"""Helpers for coroutines: start, run in a thread, shield from cancellation, lock by key, deduplicate calls."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ K = TypeVar("K", bound=Hashable)
 
 
 def spawn(coroutine: Coroutine[Any, Any, object], description: str) -> Deferred[None]:
-    """Start `work` and let it run; a failure that it does not deal with is logged as that of `what`."""
+    """Start `coroutine` in the background. Log an exception that it raises as "`description` failed"."""
 
     def report(failure: Failure) -> None:
         log.failure("{description} failed", failure, description=description)
@@ -28,14 +28,14 @@ def spawn(coroutine: Coroutine[Any, Any, object], description: str) -> Deferred[
 
 
 async def in_thread(reactor: Any, function: Callable[..., T], *args: object) -> T:
-    """Return what `function`, which may block, returns in a thread of the reactor's pool."""
+    """Call `function`, which may block, in a thread of the reactor's pool, and return its result."""
     return await deferToThreadPool(reactor, reactor.getThreadPool(), function, *args)
 
 
 async def shield(coroutine: Coroutine[Any, Any, T], description: str) -> T:
-    """Return what `work` gives; it goes on where the caller is cancelled.
+    """Return the result of `coroutine`, which runs to its end even if the caller is cancelled.
 
-    A failure is logged as that of `what` then.
+    If it fails after the caller was cancelled, the exception is logged as "`description` failed".
     """
     waiter: Deferred[T] = Deferred()
 
@@ -52,21 +52,21 @@ async def shield(coroutine: Coroutine[Any, Any, T], description: str) -> T:
 
 
 class KeyedLock(Protocol):
-    """One at a time for each key."""
+    """A set of locks, one for each key."""
 
     def hold(self, key: str) -> AbstractAsyncContextManager[bool]:
-        """Wait for one's turn, and have it for the length of the block; the value says whether one had to wait."""
+        """Hold the lock of `key` during the `async with` block. The value is true if the caller had to wait."""
 
 
 class LocalKeyedLock:
-    """One at a time for each key, in the order they asked."""
+    """Locks of this process. Waiting callers get a lock in the order of their calls."""
 
     def __init__(self) -> None:
         self._locks: dict[str, DeferredLock] = {}
 
     @asynccontextmanager
     async def hold(self, key: str) -> AsyncIterator[bool]:
-        """Wait for one's turn, and have it for the length of the block; the value says whether one had to wait."""
+        """Hold the lock of `key`; see `KeyedLock.hold`."""
         lock = self._locks.setdefault(key, DeferredLock())
         waited = bool(lock.locked)
         await lock.acquire()
@@ -79,22 +79,22 @@ class LocalKeyedLock:
 
 
 class SingleFlight(Generic[K, T]):
-    """Work that is under way once for each key, however many ask.
+    """Runs a function at most once at a time for each key; concurrent callers share the result.
 
-    A caller that is cancelled leaves the work alone: others may wait for it. Nothing is remembered afterwards.
+    A cancelled caller does not cancel the work, because others may wait for it. Results are not cached.
     """
 
     def __init__(self) -> None:
         self._in_flight: dict[K, list[Deferred[T]]] = {}
 
     async def do(self, key: K, work: Callable[[], Awaitable[T]]) -> T:
-        """Return what `work` gives, joining it where it is under way for `key` already."""
+        """Call `work` and return its result. If a call for `key` is already running, return the result of that one."""
         waiter: Deferred[T] = Deferred()
         waiters = self._in_flight.get(key)
         if waiters is not None:
             waiters.append(waiter)
         else:
-            # The entry stands before the work starts: work that ends at once must find its waiters.
+            # Add the entry before the work starts, because work that ends synchronously must find its waiters.
             self._in_flight[key] = [waiter]
             Deferred.fromCoroutine(self._run(key, work))
         return await waiter

@@ -1,8 +1,8 @@
-"""What can go wrong, in the registry's own terms.
+"""The exceptions of the registry API, in one tree.
 
-One tree. A class carries its wire form (HTTP status and the error code of distribution-spec 1.1,
-"Error Codes"); `dockerproxy.registry.responses` is the one place that renders it. `UpstreamError` is a branch of its
-own: the trouble is another server's, and the client is told so (502, 504) and never blamed.
+Each class carries its wire form: the HTTP status and the error code of distribution-spec 1.1, "Error Codes". Only
+`dockerproxy.registry.responses` renders it. `UpstreamError` and its subclasses are failures of another server. Their
+usual status is 502 or 504, because the client is not at fault.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from collections.abc import Sequence
 
 
 class RegistryError(Exception):
-    """A request that cannot be answered as asked.
+    """A request that failed. Base class of all errors that a client receives.
 
-    `message` is a sentence for a person; it never holds a credential, a path of this machine or a URL's query.
-    `headers` are further response fields as (name, value), e.g. a challenge or Retry-After.
+    `message` is a sentence for a person. It never contains a credential, a path of this machine or the query of a URL.
+    `headers` are additional response fields as (name, value), for example a challenge or Retry-After.
     """
 
     status = 500
@@ -27,151 +27,151 @@ class RegistryError(Exception):
 
 
 class NameInvalid(RegistryError):
-    """A repository, host or tag name that the grammar does not allow."""
+    """The repository, host or tag name is malformed."""
 
     status, code = 400, "NAME_INVALID"
 
 
 class NameUnknown(RegistryError):
-    """A well-formed name that means nothing here."""
+    """The name is well-formed, but there is no such repository or host here."""
 
     status, code = 404, "NAME_UNKNOWN"
 
 
 class DigestInvalid(RegistryError):
-    """A digest that is malformed, of an unregistered algorithm, or not that of the content."""
+    """The digest is malformed, uses an unregistered algorithm, or does not match the content."""
 
     status, code = 400, "DIGEST_INVALID"
 
 
 class ManifestUnknown(RegistryError):
-    """The tag or digest names no manifest of this repository."""
+    """The repository has no manifest with this tag or digest."""
 
     status, code = 404, "MANIFEST_UNKNOWN"
 
 
 class ManifestInvalid(RegistryError):
-    """Content that is no manifest."""
+    """The content is not a valid manifest."""
 
     status, code = 400, "MANIFEST_INVALID"
 
 
 class BlobUnknown(RegistryError):
-    """The digest names no blob of this repository."""
+    """The repository has no blob with this digest."""
 
     status, code = 404, "BLOB_UNKNOWN"
 
 
 class ManifestBlobUnknown(RegistryError):
-    """A manifest that refers to blobs or manifests which its repository does not have."""
+    """The manifest refers to blobs or manifests that are missing in its repository."""
 
     status, code = 404, "MANIFEST_BLOB_UNKNOWN"
 
 
 class BlobUploadUnknown(RegistryError):
-    """There is no such upload session in this repository: never, or no longer."""
+    """The repository has no such upload session. It may have expired."""
 
     status, code = 404, "BLOB_UPLOAD_UNKNOWN"
 
 
 class BlobUploadInvalid(RegistryError):
-    """A chunk that contradicts itself; the session stays as it was before."""
+    """The chunk is inconsistent, for example its length and its Content-Range. The session is unchanged."""
 
     status, code = 400, "BLOB_UPLOAD_INVALID"
 
 
 class BlobUploadBusy(BlobUploadInvalid):
-    """Another request writes to the session at this moment."""
+    """Another request is writing to the upload session."""
 
     status = 409
 
 
 class PaginationInvalid(RegistryError):
-    """A page size that is no number (a code of CNCF distribution)."""
+    """The page size is not a number. The code is an extension of CNCF distribution."""
 
     status, code = 400, "PAGINATION_NUMBER_INVALID"
 
 
 class SizeInvalid(RegistryError):
-    """A body that is longer than what is accepted."""
+    """The request body exceeds the size limit."""
 
     status, code = 413, "SIZE_INVALID"
 
 
 class RangeInvalid(RegistryError):
-    """A range that the content does not have."""
+    """The requested range is outside the content."""
 
     status, code = 416, "RANGE_INVALID"
 
 
 class Unauthorized(RegistryError):
-    """The client has to show who it is; `headers` hold the challenge."""
+    """The client must authenticate. `headers` contains the challenge."""
 
     status, code = 401, "UNAUTHORIZED"
 
 
 class Denied(RegistryError):
-    """The client may not, whoever it is."""
+    """The request is not permitted with any credential."""
 
     status, code = 403, "DENIED"
 
 
 class Unsupported(RegistryError):
-    """A method that is switched off, or that the resource does not have."""
+    """The method is disabled by a setting, or the resource does not support it."""
 
     status, code = 405, "UNSUPPORTED"
 
 
 class BadRequest(RegistryError):
-    """A request that is not HTTP as we accept it."""
+    """The request violates HTTP, or uses a form of it that is not accepted."""
 
     status, code = 400, "UNSUPPORTED"
 
 
 class TooManyRequests(RegistryError):
-    """The rate limit (ours or upstream's) is reached."""
+    """The rate limit of the proxy or of the upstream registry is exceeded."""
 
     status, code = 429, "TOOMANYREQUESTS"
 
 
 class InsufficientStorage(RegistryError):
-    """Our own disk is full. Of a 5xx docker prints the status line, which says as much."""
+    """The disk of the proxy is full. Docker prints the status line of a 5xx, so 507 itself tells the user."""
 
     status, code = 507, "UNAVAILABLE"
 
 
 class StorageFailed(RegistryError):
-    """Our own disk does not do as it should; the log has more of it."""
+    """The disk of the proxy failed. The log has the details."""
 
 
 class UpstreamError(RegistryError):
-    """Another server failed us."""
+    """Another server failed. Base class of upstream errors."""
 
     status, code = 502, "UNAVAILABLE"
 
 
 class UpstreamUnreachable(UpstreamError):
-    """No connection: name not found, refused, TLS not acceptable."""
+    """The connection failed: unknown host name, refused, or an invalid TLS certificate."""
 
 
 class UpstreamTimeout(UpstreamError):
-    """Nothing came for as long as we are willing to wait."""
+    """The server sent nothing within the timeout."""
 
     status = 504
 
 
 class UpstreamBroken(UpstreamError):
-    """The answer broke off, or is not what it has to be (digest, length, type)."""
+    """The response was truncated or invalid: wrong digest, length or type."""
 
 
 class DestinationForbidden(UpstreamError):
-    """An address that the settings do not let us connect to."""
+    """The settings forbid connections to the address."""
 
     status, code = 403, "DENIED"
 
 
 class UpstreamFailing(UpstreamError):
-    """Upstream answers, but not with what was asked for: 5xx, or 429 with its Retry-After."""
+    """The upstream registry responded with 5xx, or with 429 and perhaps Retry-After."""
 
     def __init__(self, message: str, status: int = 502, *, headers: Sequence[tuple[str, str]] = ()) -> None:
         super().__init__(message, headers=headers)
@@ -180,15 +180,18 @@ class UpstreamFailing(UpstreamError):
 
 
 class UpstreamRefused(RegistryError):
-    """Upstream said no (4xx), in its own words: `content` is its body, `headers` its fields, names in lower case."""
+    """The upstream registry responded with 4xx, which is forwarded.
+
+    `content` is the body of its response, `headers` are the fields, with names in lower case.
+    """
 
     def __init__(self, status: int, content: bytes, headers: Sequence[tuple[str, str]]) -> None:
-        super().__init__(f"upstream answered {status}", headers=headers)
+        super().__init__(f"upstream responded with {status}", headers=headers)
         self.status = status
         self.content = content
 
 
 def is_outage(error: RegistryError) -> bool:
-    """Whether upstream could not say yes or no, so that the last good answer stands."""
+    """Return whether upstream is unavailable, so that a stale response may be served instead of the error."""
     outage = isinstance(error, UpstreamError | TooManyRequests)
     return outage and not isinstance(error, DestinationForbidden)

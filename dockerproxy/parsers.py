@@ -1,7 +1,7 @@
-"""How the text of a setting becomes a value.
+"""Parsers for the values of settings.
 
-Each reader takes the text, never empty, and returns the value or raises `ValueError` with the middle of a sentence:
-what was written, without what may be a password in it, and what is expected.
+Each parser takes a non-empty text and returns the value. It raises `ValueError` with the middle of a sentence: the
+text, without parts that may be a password, and the expected format.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ _ENDPOINT = re.compile(r"(?!tcp6?:)[a-z][a-z0-9+-]*:\S+|tcp6?:(?:\S*=\S*|(?P<por
 
 @frozen
 class BasicCredentials:
-    """User and password for a registry, or for the server that gives out its tokens."""
+    """User and password for a registry, or for its token server."""
 
     user: str
     password: str = field(repr=False)
 
 
 def boolean(text: str) -> bool:
-    """true, 1, yes, on; false, 0, no, off."""
+    """Parse true, 1, yes, on or false, 0, no, off, in any case."""
     value = _BOOLEANS.get(text.lower())
     if value is None:
         raise ValueError(f"{redacted_repr(text)} is neither true nor false")
@@ -48,7 +48,7 @@ def boolean(text: str) -> bool:
 
 
 def duration(text: str) -> float:
-    """``90s``, ``10m``, ``1h30m``, ``60d`` or plain seconds, as seconds."""
+    """Parse ``90s``, ``10m``, ``1h30m``, ``60d`` or plain seconds. Return seconds."""
     if _PLAIN_SECONDS.fullmatch(text):
         seconds = float(text)
     elif _DURATION.fullmatch(text):
@@ -61,15 +61,17 @@ def duration(text: str) -> float:
 
 
 def positive_duration(text: str) -> float:
-    """As `interval`, but not 0."""
+    """Parse a `duration` that is not 0."""
     seconds = duration(text)
     if seconds == 0:
-        raise ValueError(f"{redacted_repr(text)} is no time at all, expected is one such as 90s, 10m, 1h or 60d")
+        raise ValueError(
+            f"{redacted_repr(text)} is not allowed; use a time greater than zero, such as 90s, 10m, 1h or 60d"
+        )
     return seconds
 
 
 def size(text: str) -> int:
-    """``512m``, ``32g`` or plain bytes, as bytes; the units are powers of 1024, as nginx has them."""
+    """Parse ``512m``, ``32g`` or plain bytes. Return bytes. Units are powers of 1024, as in nginx."""
     match = _SIZE.fullmatch(text)
     if match is None or int(match[1]) == 0:
         raise ValueError(f"{redacted_repr(text)} is not a size such as 512m or 32g")
@@ -77,7 +79,7 @@ def size(text: str) -> int:
 
 
 def integer(minimum: int, maximum: int) -> Callable[[str], int]:
-    """Return a reader of whole numbers from `lowest` to `highest`."""
+    """Return a parser of whole numbers from `minimum` to `maximum`."""
 
     def parse(text: str) -> int:
         if not re.fullmatch(r"[0-9]{1,9}", text) or not minimum <= int(text) <= maximum:
@@ -88,7 +90,7 @@ def integer(minimum: int, maximum: int) -> Callable[[str], int]:
 
 
 def one_of(*choices: str) -> Callable[[str], str]:
-    """Return a reader of one of `words`, in whatever case."""
+    """Return a parser that accepts one of `choices`, in any case."""
 
     def parse(text: str) -> str:
         if text.lower() not in choices:
@@ -99,14 +101,17 @@ def one_of(*choices: str) -> Callable[[str], str]:
 
 
 def path(text: str) -> Path:
-    """A file or folder; a relative one starts from the folder the daemon is started in."""
+    """Parse the path of a file or directory. A relative path is relative to the working directory of the daemon."""
     if "\0" in text:
         raise ValueError(f"{redacted_repr(text)} is not a path")
     return Path(text).absolute()
 
 
 def regex(text: str) -> re.Pattern[str]:
-    """A regular expression for tags, which are ASCII; `match` it: nginx anchored it after ``/manifests/`` only."""
+    """Parse a regular expression for tags. Tags are ASCII.
+
+    Use it with `match`, because nginx anchored it only at the start, after ``/manifests/``.
+    """
     try:
         return re.compile(text, re.ASCII)
     except (re.error, OverflowError, RecursionError) as error:
@@ -114,7 +119,7 @@ def regex(text: str) -> re.Pattern[str]:
 
 
 def ports(text: str) -> frozenset[int]:
-    """Port numbers and ranges (``8000-8999``), separated by spaces."""
+    """Parse port numbers and ranges (``8000-8999``), separated by spaces."""
     numbers: set[int] = set()
     for word in text.split():
         match = re.fullmatch(r"([0-9]{1,5})(?:-([0-9]{1,5}))?", word)
@@ -126,7 +131,7 @@ def ports(text: str) -> frozenset[int]:
 
 
 def endpoints(text: str) -> tuple[str, ...]:
-    """Twisted endpoint descriptions, separated by spaces; their form is checked here, the rest by who listens."""
+    """Split Twisted endpoint descriptions at spaces. Check only their form; listening finds the other errors."""
     descriptions = tuple(text.split())
     for word in descriptions:
         match = _ENDPOINT.fullmatch(word)
@@ -138,12 +143,12 @@ def endpoints(text: str) -> tuple[str, ...]:
 
 
 def optional_endpoints(text: str) -> tuple[str, ...]:
-    """As `endpoints`, or ``none``."""
+    """Parse `endpoints`, or ``none``."""
     return () if text.lower() == "none" else endpoints(text)
 
 
 def host_names(text: str) -> tuple[str, ...]:
-    """Host names without ports, separated by spaces."""
+    """Parse host names without ports, separated by spaces."""
     return tuple(dict.fromkeys(_host_name(word) for word in text.split()))
 
 
@@ -153,12 +158,12 @@ def _host_name(word: str) -> str:
     except NameInvalid:
         raise ValueError(f"{redacted_repr(word)} is not a host name") from None
     if word.endswith(f":{host.port}"):
-        raise ValueError(f"{redacted_repr(word)} is a host name with a port, expected is one without")
+        raise ValueError(f"{redacted_repr(word)} has a port; use the host name only")
     return host.name
 
 
 def registries(text: str) -> tuple[Registry, ...]:
-    """Registries as ``host``, ``host:port`` or ``http://host:port``, separated by spaces; each once."""
+    """Parse registries as ``host``, ``host:port`` or ``http://host:port``, separated by spaces. Remove duplicates."""
     by_host: dict[Host, Registry] = {}
     for word in text.split():
         try:
@@ -169,12 +174,12 @@ def registries(text: str) -> tuple[Registry, ...]:
                 "http://registry.example.com:5000"
             ) from None
         if by_host.setdefault(registry.host, registry) != registry:
-            raise ValueError(f"{registry.host.authority!r} is there both with http:// and without")
+            raise ValueError(f"{registry.host.authority!r} is given both with http:// and without")
     return tuple(by_host.values())
 
 
 def _quoted_host(word: str) -> str:
-    """Return `word` for an error, without a login that strayed there (``host:user:password``)."""
+    """Return `word` for an error message. Redact a misplaced login (``host:user:password``)."""
     scheme, separator, rest = word.rpartition("://")
     name, colon, port = rest.partition(":")
     has_login = colon and not port.isdigit() and not name.startswith("[") and "@" not in word
@@ -182,7 +187,7 @@ def _quoted_host(word: str) -> str:
 
 
 def addresses(text: str) -> Mapping[Host, Host]:
-    """``host=address:port`` entries: where to connect for a host; without a port, to the host's own."""
+    """Parse ``host=address:port`` entries: the address to connect to for a host. The default is the host's own port."""
     overrides: dict[Host, Host] = {}
     for word in text.split():
         left, _, right = word.partition("=")
@@ -190,20 +195,20 @@ def addresses(text: str) -> Mapping[Host, Host]:
             host = Host.parse(left)
             address = Host.parse(right, host.port)
             if not address.is_address:
-                raise NameInvalid("a name cannot stand in for a look-up")
+                raise NameInvalid("a host name cannot replace a DNS look-up")
         except NameInvalid:
             raise ValueError(
                 f"{redacted_repr(word)} is not host=address:port, such as registry.test:5000=127.0.0.1:25000"
             ) from None
         if overrides.setdefault(host, address) != address:
-            raise ValueError(f"{host.authority!r} is there twice, with different addresses")
+            raise ValueError(f"{host.authority!r} is given twice, with different addresses")
     return MappingProxyType(overrides)
 
 
 def upstream_proxy(text: str, no_proxy: str) -> UpstreamProxy | None:
-    """``http://[user:password@]host[:port]``, the scheme may be left out; ``none`` for no proxy.
+    """Parse ``http://[user:password@]host[:port]``, with an optional scheme, or ``none`` for no proxy.
 
-    `no_proxy` is what NO_PROXY has: entries separated by commas or spaces, their grammar is `ParentProxy`'s.
+    `no_proxy` is the value of NO_PROXY: entries separated by commas or spaces. See `UpstreamProxy` for their grammar.
     """
     if text.lower() == "none":
         return None
@@ -224,11 +229,11 @@ def upstream_proxy(text: str, no_proxy: str) -> UpstreamProxy | None:
 def logins(
     text: str, entry_delimiter: str, field_delimiter: str, known_hosts: Iterable[Host]
 ) -> Mapping[Host, BasicCredentials]:
-    """``host:user:password`` entries: `between` separates them, `within` their three parts.
+    """Parse ``host:user:password`` entries. `field_delimiter` separates the three parts of an entry.
 
-    The password is the rest, whatever it holds; spaces around an entry are no part of it. `known` are hosts that
-    the other settings name: only these, and that of the first entry, are shown in an error. What another entry begins
-    with may be the rest of a password that holds the separator.
+    The password is the rest of the entry and may contain delimiters of fields. Spaces around an entry are removed.
+    An error message shows a host only if it is in `known_hosts` (the other settings name it) or in the first entry. Any
+    other entry may begin with the rest of a password that contains `entry_delimiter`.
     """
     printable_hosts = set(known_hosts)
     by_host: dict[Host, BasicCredentials] = {}
@@ -239,26 +244,26 @@ def logins(
             host = Registry.parse(host_text).host
         except NameInvalid:
             raise ValueError(
-                f"entry {position} does not begin with a host, expected is {_login_format(field_delimiter)}"
+                f"entry {position} does not begin with a host; expected {_login_format(field_delimiter)}"
             ) from None
         label = (
             f"entry {position} ({host})" if (user and position == 1) or host in printable_hosts else f"entry {position}"
         )
         if not user or not password:
             raise ValueError(
-                f"{label} has no {'password' if user else 'user'}, expected is {_login_format(field_delimiter)}"
+                f"{label} has no {'password' if user else 'user'}; expected {_login_format(field_delimiter)}"
             )
         credentials = BasicCredentials(user, password)
         if by_host.setdefault(host, credentials) != credentials:
-            raise ValueError(f"{label} is for a host that an earlier entry has with another login")
+            raise ValueError(f"{label} repeats the host of an earlier entry with another login")
     return MappingProxyType(by_host)
 
 
 def _split_login(entry: str, field_delimiter: str) -> tuple[str, str, str]:
-    """Return the host (with the scheme and port it may be written with), user and password."""
+    """Return host, user and password. The host includes its scheme and port, if they are given."""
     scheme = next((scheme for scheme in ("https://", "http://") if entry.startswith(scheme)), "")
     rest = entry.removeprefix(scheme)
-    # The colons within an IPv6 address separate nothing.
+    # Skip an IPv6 address, because its colons are not delimiters.
     bracket = rest.find("]") + 1 if rest.startswith("[") else 0
     name, _, rest = rest[bracket:].partition(field_delimiter)
     user, _, password = rest.partition(field_delimiter)

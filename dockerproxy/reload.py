@@ -1,7 +1,7 @@
-"""SIGHUP: the settings are read again, and those that may change under a running daemon do.
+"""Reload on SIGHUP: read the settings again and apply those that may change in a running daemon.
 
-These are REGISTRIES, AUTH_REGISTRIES, HTPASSWD_FILE and ANONYMOUS_PULL. Whoever uses them holds a mapping, or asks an
-object, whose content is changed between two requests; so no connection ends and no transfer notices.
+These are REGISTRIES, AUTH_REGISTRIES with its delimiters, HTPASSWD_FILE and ANONYMOUS_PULL. The code that uses them
+holds a mapping or an object that is modified in place, so a reload closes no connection and interrupts no transfer.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ log = Logger()
 
 
 def reloadable_variables(variables: Mapping[str, str]) -> dict[str, str]:
-    """Return those of `variables` that may change under a running daemon, as empty where they are not set."""
+    """Return the environment variables that a reload applies. The value is empty if a variable is not set."""
     attributes = _RELOADABLE - {"warnings"}
     names = ["REGISTRIES" if name == "extra_registries" else name.upper() for name in attributes]
     return {name: variables.get(name, "") for name in names}
 
 
 class RegistryTable:
-    """The registries that are served. The mappings stay the same objects, and always hold what is served now."""
+    """The registries that are served now. `update` modifies the two mappings in place."""
 
     def __init__(self, settings: Settings) -> None:
         self.intercepted: dict[Host, Registry] = {}
-        """By the host under which clients reach them."""
+        """Registries by the host that clients connect to."""
         self.mirrored: dict[Host, Registry] = {}
-        """By what `?ns=` may call them; Docker Hub has a name that is none of its hosts."""
+        """Registries by the value of `?ns=`. Docker Hub also has the name docker.io, which is not one of its hosts."""
         self.update(settings)
 
     def update(self, settings: Settings) -> None:
-        """Serve what `settings` say."""
+        """Replace the entries by the registries of `settings`."""
         self.intercepted.clear()
         self.intercepted.update((registry.host, registry) for registry in settings.intercepted)
         self.mirrored.clear()
@@ -56,15 +56,16 @@ class RegistryTable:
 
     @property
     def status(self) -> str:
-        """What `systemctl status` says."""
+        """The text that `systemctl status` shows."""
         return f"serving {', '.join(str(registry) for registry in self.mirrored if registry.name != 'docker.io')}"
 
 
 @define
 class Reloader:
-    """Reads the settings again with `read` and has them used by `use`, which changes everything or raises.
+    """Reads the settings with `read` and passes them to `apply`, which applies all of them or raises.
 
-    `running` are the settings that the daemon started with.
+    `initial_settings` are the settings that the daemon started with. A changed setting that a reload cannot apply is
+    found by comparison with them.
     """
 
     read: Callable[[], Settings]
@@ -74,20 +75,20 @@ class Reloader:
     notifier: Notifier
 
     def __call__(self) -> None:
-        """Reload, or say in the log and to systemd why not."""
+        """Reload. If that fails, report the reason to the log and to systemd, and keep the current settings."""
         self.notifier.reloading()
         try:
             settings = self.read()
             self.apply(settings)
         except (SettingsError, HtpasswdError, OSError) as error:
             reason = describe_error(error)
-            log.error("not reloaded, the settings stay as they were: {reason}", reason=reason)
+            log.error("not reloaded, the settings are unchanged: {reason}", reason=reason)
             self.notifier.ready(f"{self.registries.status}; not reloaded: {reason}")
             return
         for warning in settings.warnings:
             log.warn("{warning}", warning=warning)
         for name in self._needing_restart(settings):
-            log.warn("{name} has changed, which takes effect at the next start only", name=name)
+            log.warn("{name} has changed; restart the daemon to apply it", name=name)
         log.info("reloaded: {status}", status=self.registries.status)
         self.notifier.ready(self.registries.status)
 
@@ -97,7 +98,7 @@ class Reloader:
 
 
 def describe_error(error: Exception) -> str:
-    """Return what is wrong with a setting, or with a file that one names, as one sentence."""
+    """Return the error of a setting, or of a file that a setting names, as one sentence."""
     reason = str(error)
     if isinstance(error, OSError) and error.strerror:
         reason = f"{error.filename}: {error.strerror}" if error.filename else error.strerror

@@ -1,4 +1,4 @@
-"""The environment becomes one frozen `Settings`; every check of a value is made here or in `dockerproxy.parsers`."""
+"""Settings of the daemon, parsed from environment variables and a .env file. `dockerproxy.parsers` checks values."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ DOCKER_HUB = Registry.parse("registry-1.docker.io")
 DOCKER_HUB_TOKENS = Registry.parse("auth.docker.io")
 _DOCKER_HUB_NAMES = {DOCKER_HUB, DOCKER_HUB_TOKENS, Registry.parse("docker.io")}
 
-_PARSER = "dockerproxy"  # what attrs keeps of a setting: its reader, and the default as text
+_PARSER = "dockerproxy"  # the attrs metadata key of a setting's (parser, default as text)
 
 
 class SettingsError(Exception):
-    """A setting that cannot be used: one sentence that names the variable, its value and what is expected.
+    """A setting is invalid. The message is one sentence with the variable, its value and the expected format.
 
-    A value that is or may hold a password is not in it.
+    The message omits a value that is, or may contain, a password.
     """
 
 
@@ -37,16 +37,16 @@ def _setting(parse: Callable[[str], Any], default: str | None = None, **options:
 
 
 def _derived(**options: Any) -> Any:
-    """An attribute that is made from several variables."""
+    """Declare an attribute that is derived from several variables."""
     return field(metadata={_PARSER: None}, **options)
 
 
 @frozen(kw_only=True)
 class Settings:
-    """What the administrator decided. Durations are in seconds, sizes in bytes; None and empty mean not set.
+    """The administrator's settings. Durations are in seconds, sizes in bytes. None or empty means not set.
 
-    An attribute is the variable of the same name, but for `extra_registries` (REGISTRIES without Docker Hub). What
-    each means is in the README.
+    Each attribute has the name of its variable in lower case. The exception is `extra_registries`, which is REGISTRIES
+    without Docker Hub. docs/settings.md describes each setting.
     """
 
     extra_registries: tuple[Registry, ...] = _derived()
@@ -102,14 +102,14 @@ class Settings:
     log_format: str = _setting(parsers.one_of("text", "json"), "text")
 
     warnings: tuple[str, ...] = _derived()
-    """Sentences about what was ignored and perhaps was meant to be something else."""
+    """Sentences about variables that have no effect, such as misspelt ones."""
 
     @classmethod
     def from_environment(cls, env: Mapping[str, str], file: Mapping[str, str] = MappingProxyType({})) -> Settings:
-        """Return the settings that `env` has, and `file` (of `read_env_file`) for what `env` does not have.
+        """Parse the settings from `env`, which takes precedence over `file` (see `read_env_file`).
 
-        An empty variable is as good as none. AUTH_REGISTRIES, where it is in neither, may be a credential of systemd's.
-        Raise `SettingsError` for the first value that cannot be used.
+        An empty variable counts as unset. If AUTH_REGISTRIES is unset in both, it is read from a systemd credential.
+        Raise `SettingsError` for the first invalid value.
         """
         variables = {**file, **env}
         if not variables.get("AUTH_REGISTRIES", "").strip():
@@ -132,40 +132,40 @@ class Settings:
         for present, missing in (("CA_CRT_FILE", "CA_KEY_FILE"), ("CA_KEY_FILE", "CA_CRT_FILE")):
             if attributes[present.lower()] is not None and attributes[missing.lower()] is None:
                 raise SettingsError(
-                    f"{present} is set and {missing} is not: expected are both files of a CA or neither."
+                    f"{present} is set and {missing} is not; set both CA_CRT_FILE and CA_KEY_FILE, or neither."
                 )
         return cls(**attributes)
 
     @property
     def registries(self) -> tuple[Registry, ...]:
-        """Every registry that is cached: Docker Hub first, then those of REGISTRIES."""
+        """The cached registries: Docker Hub first, then those of REGISTRIES."""
         return (DOCKER_HUB, *self.extra_registries)
 
     @property
     def intercepted(self) -> tuple[Registry, ...]:
-        """What is intercepted: the registries, and Docker Hub's token server."""
+        """The hosts to intercept: the cached registries, and the token server of Docker Hub."""
         return (*self.registries, DOCKER_HUB_TOKENS)
 
 
 class _Environment:
-    """Variables, and the sentence that says which of them is wrong."""
+    """Environment variables, parsed with errors that name the variable."""
 
     def __init__(self, variables: Mapping[str, str]) -> None:
         self._variables = variables
 
     def text(self, name: str) -> str:
-        """Return the variable's text; `""` where it is not set."""
+        """Return the text of the variable, or `""` if it is not set."""
         return self._variables.get(name, "")
 
     def setting(self, attribute: Attribute[Any]) -> Any:
-        """Return the value of the setting that `attribute` declares."""
+        """Parse the setting that `attribute` declares."""
         parse, default = attribute.metadata[_PARSER]
         return self.read(attribute.name.upper(), parse, default)
 
     def read(self, names: str | tuple[str, ...], parse: Callable[[str], Any], default: str | None) -> Any:
-        """Return the value of the first of `names` that is set, else of `default`; None where that is None."""
+        """Parse the first of `names` that is set, or else `default`. Return None if that is None."""
         for name in (names,) if isinstance(names, str) else names:
-            # A delimiter may consist of spaces; elsewhere they mean nothing at the ends.
+            # Keep the spaces of a text setting, because a delimiter may consist of spaces. Strip all other values.
             text = self.text(name) if parse is str else self.text(name).strip()
             if text:
                 return self._parse(name, parse, text)
@@ -176,14 +176,14 @@ class _Environment:
         try:
             text.encode()
             return parse(text)
-        except UnicodeEncodeError:  # the system hands over bytes that are not UTF-8 as lone surrogates
+        except UnicodeEncodeError:  # os.environ has lone surrogates in place of bytes that are not UTF-8
             raise SettingsError(f"{name} is not UTF-8 text.") from None
         except ValueError as error:
             raise SettingsError(f"{name}: {error}.") from None
 
 
 def _systemd_credential(env: Mapping[str, str], name: str) -> dict[str, str]:
-    """Return the variable `name` as a credential of systemd's has it, docker-registry-proxy.NAME in small letters."""
+    """Read the variable `name` from the systemd credential docker-registry-proxy.NAME, with NAME in lower case."""
     directory = env.get("CREDENTIALS_DIRECTORY", "")
     path = Path(directory) / f"docker-registry-proxy.{name.lower()}"
     try:
@@ -214,7 +214,7 @@ def _upstreams(environment: _Environment, entry_delimiter: str, field_delimiter:
 
 
 def _directories(environment: _Environment) -> dict[str, Any]:
-    # systemd separates several directories by colons; ours is the first.
+    # systemd separates several directories by colons. Use the first one.
     default_state_dir = environment.text("STATE_DIRECTORY").partition(":")[0] or "var"
     directories: dict[str, Any] = {"state_dir": environment.read("STATE_DIR", parsers.path, default_state_dir)}
     for name in ("cache", "registry", "ca"):
@@ -237,7 +237,7 @@ def _variable_names(settings: type[Settings]) -> list[str]:
     return ["REGISTRIES" if name == "extra_registries" else name.upper() for name in attributes]
 
 
-# Names that are somebody else's business, however near they are to ours.
+# Variables of other programs that resemble a setting. A warning about them would be wrong.
 _UNRELATED_VARIABLES = set(
     "HTTP_PROXY HTTPS_PROXY ALL_PROXY NO_PROXY STATE_DIRECTORY RUNTIME_DIRECTORY DEBUG DEBUG_HUB DEBUG_NGINX".split()
 )
@@ -253,13 +253,13 @@ def _typo_warnings(file: Mapping[str, str], setting_names: list[str]) -> list[st
             [upper] if upper in setting_names else difflib.get_close_matches(upper, setting_names, n=2, cutoff=0.77)
         )
         if candidates:
-            warnings.append(f"{name} is not a setting and has no effect; is {' or '.join(candidates)} meant?")
+            warnings.append(f"{name} is not a setting and has no effect. Did you mean {' or '.join(candidates)}?")
     return warnings
 
 
 def _override_warnings(env: Mapping[str, str], file: Mapping[str, str], setting_names: list[str]) -> list[str]:
     return [
-        f"{name} has no effect in the file: the environment, which wins, has another value."
+        f"{name} in the .env file has no effect, because the environment sets it to another value."
         for name in setting_names
         if name in file and env.get(name, file[name]) != file[name]
     ]
@@ -271,11 +271,12 @@ _QUOTED = re.compile(r"(['\"])(.*?)\1(?:\s+#.*)?")
 
 
 def read_env_file(path: str | Path) -> dict[str, str]:
-    """Return the variables of a ``.env`` file as docker-compose reads it, none expanded.
+    """Read the variables of a ``.env`` file as docker-compose does, but without expansion.
 
-    ``NAME=value``, with or without ``export``; the value goes to the end of the line or to a ``#`` after a space, and
-    loses one pair of quotes around it, within which a ``#`` stays. The last line of a name counts. Raise
-    `SettingsError` where the file cannot be read, or a line is none of this; its text is not in the sentence.
+    A line is ``NAME=value``, optionally after ``export``. The value ends at the end of the line, or at a ``#`` after a
+    space. One pair of quotes around it is removed; a ``#`` between quotes is kept. The last line of a name counts.
+    Raise `SettingsError` if the file cannot be read or a line is malformed. The message omits the text of the line,
+    because that may be a password.
     """
     try:
         text = Path(path).read_text("utf-8-sig")

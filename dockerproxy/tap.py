@@ -1,4 +1,4 @@
-"""`twistd dockerproxy`: the daemon is put together here, and nothing else happens here."""
+"""The plugin `twistd dockerproxy`: builds the daemon from its parts and does nothing else."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ from dockerproxy.workers.process import ForkedState, run_worker
 from dockerproxy.workers.scoreboard import Scoreboard
 from dockerproxy.workers.supervisor import WorkerSupervisor
 
-_WORKER_EXTRA_GRACE = 2.0  # seconds after the end of their own grace that workers have to end
+_WORKER_EXTRA_GRACE = 2.0  # seconds that workers have to exit after their own shutdown grace period
 
 log = Logger()
 
@@ -60,12 +60,14 @@ class Options(usage.Options):
     """The command line of `twistd dockerproxy`."""
 
     synopsis = "twistd [options] dockerproxy [--env-file FILE]"
-    longdesc = "A caching proxy for Docker registries. Its settings are environment variables: see the README."
-    optParameters: ClassVar = [["env-file", None, None, "A .env file with settings; the environment wins over it."]]
+    longdesc = "A caching proxy for Docker registries. Its settings are environment variables; see docs/settings.md."
+    optParameters: ClassVar = [
+        ["env-file", None, None, "A .env file with settings. The environment takes precedence over it."]
+    ]
 
 
 def makeService(options: Options) -> IService:
-    """Return the daemon, not started; say one sentence and SystemExit where the settings do not let it be made."""
+    """Build the daemon. If a setting is unusable, print one sentence and raise SystemExit."""
     from twisted.internet import reactor
 
     notifier = Notifier(os.environ.get("NOTIFY_SOCKET", ""))
@@ -75,21 +77,23 @@ def makeService(options: Options) -> IService:
         reason = describe_error(error)
     notifier.status(reason)
     textlog.print_error(f"docker-registry-proxy: {reason}")
-    raise SystemExit(os.EX_CONFIG)  # which tells systemd that another try would fail as well
+    raise SystemExit(
+        os.EX_CONFIG
+    )  # systemd does not restart the service on this status, because a restart would fail again
 
 
 def read_settings(env_file: str | None) -> Settings:
-    """Return the settings as environment and `env_file` have them now. Raise `SettingsError`."""
+    """Parse the settings from the environment and `env_file`. Raise `SettingsError`."""
     return Settings.from_environment(os.environ, read_env_file(env_file) if env_file else {})
 
 
 def merged_environment(env_file: str | None) -> dict[str, str]:
-    """Return what `read_settings` reads, as an environment. Raise `SettingsError`."""
+    """Return the variables of `env_file` and of the environment, which takes precedence. Raise `SettingsError`."""
     return {**(read_env_file(env_file) if env_file else {}), **os.environ}
 
 
 def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifier: Notifier) -> IService:
-    """Put the daemon together. Raise `SettingsError`, `AuthorityError`, `HtpasswdError` or OSError."""
+    """Build the daemon. Raise `SettingsError`, `AuthorityError`, `HtpasswdError` or OSError."""
     settings = read_settings(env_file)
     authority = open_authority(settings)
     for warning in (*settings.warnings, *authority.warnings):
@@ -135,7 +139,9 @@ def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifi
     reloader = Reloader(partial(read_settings, env_file), apply, settings, server.registries, notifier)
     daemon = DaemonService(reactor, settings, twistd_options, notifier)
     for service in (
-        *([fork_server] if multi_process else []),  # first, while nothing is open
+        *(
+            [fork_server] if multi_process else []
+        ),  # first, because it forks: no descriptors and no threads may exist yet
         cache_space.service(),
         upload_purge_service(reactor, store.uploads, time.time),
         listener_service,
@@ -149,7 +155,7 @@ def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifi
 
 
 class DaemonService(MultiService):
-    """The top service. It sets up the log at the one moment when twistd lets a plugin do so."""
+    """The top service. It installs the log in `setServiceParent`, the only moment at which a twistd plugin can."""
 
     def __init__(self, reactor: Any, settings: Settings, twistd_options: Any, notifier: Notifier) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -162,7 +168,7 @@ class DaemonService(MultiService):
         self._reactor.callWhenRunning(freeze_startup_objects)
         try:
             super().startService()  # type: ignore[no-untyped-call]
-        except SystemExit as error:  # a door that cannot be opened
+        except SystemExit as error:  # a listener failed to open
             self._notifier.status(str(error.code).removeprefix("docker-registry-proxy: "))
             raise
 
@@ -175,7 +181,7 @@ class DaemonService(MultiService):
 
 
 def build_cache_space(reactor: Any, settings: Settings) -> CacheSpaceManager:
-    """Return the room that the cache has in CACHE_DIR."""
+    """Build the manager of the cache's disk space in CACHE_DIR."""
     layout = Layout(settings.cache_dir)
     return CacheSpaceManager(
         reactor,
@@ -190,7 +196,7 @@ def build_cache_space(reactor: Any, settings: Settings) -> CacheSpaceManager:
 def build_control_socket(
     reactor: Any, settings: Settings, store: HostedStore, cache_space: CacheSpaceManager
 ) -> ControlSocket:
-    """Return what answers the commands of `dockerproxy`, on the socket in RUNTIME_DIR."""
+    """Build the control socket in RUNTIME_DIR, which serves the command `dockerproxy`."""
     stores = [StoreView(HOSTED, store.layout), StoreView(CACHED, Layout(settings.cache_dir))]
     resolver = ImageResolver(stores, frozenset(settings.registry_hostname), {"docker.io": str(DOCKER_HUB)})
     control = Control(
@@ -208,7 +214,7 @@ def build_control_socket(
 
 
 def log_configuration(settings: Settings) -> None:
-    """Say what is intercepted and where things are kept."""
+    """Log the intercepted registries and the directories."""
     log.info("intercepting {hosts}", hosts=", ".join(str(registry) for registry in settings.intercepted))
     log.info(
         "cache in {cache} (up to {size} bytes), registry in {registry}, CA in {ca}",

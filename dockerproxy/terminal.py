@@ -1,4 +1,4 @@
-"""What people read on their terminals."""
+"""Output for a terminal: progress bars, tables, and formatted numbers."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from collections.abc import Sequence
 
 
 class Terminal:
-    """Shows progress on a terminal, and nowhere else."""
+    """Shows progress on stderr if that is a terminal. `as_json` is true if the user asked for JSON output."""
 
     def __init__(self, *, as_json: bool) -> None:
         self.as_json = as_json
         self._progress_visible = False
 
     def show_progress(self, phase: str, done: int, total: int | None) -> None:
-        """Show a bar where it is known how much there is to do, else how much is done."""
+        """Show a progress bar, or only the amount done if `total` is unknown."""
         if not sys.stderr.isatty():
             return
         width = shutil.get_terminal_size().columns
@@ -24,7 +24,7 @@ class Terminal:
             text = f"{format_size(done)}" if total is None else f"{format_size(done)} of {format_size(total)}"
         else:
             text = str(done)
-        line = f"{phase}: {text}"
+        line = f"{'blobs' if phase == 'contents' else phase}: {text}"
         if total:
             bar_width = max(0, min(40, width - len(line) - 10))
             filled = min(bar_width, bar_width * done // total)
@@ -33,27 +33,27 @@ class Terminal:
         print(f"\r\x1b[K{line[: width - 1]}", end="", file=sys.stderr, flush=True)
 
     def clear_progress(self) -> None:
-        """Take progress from the screen."""
+        """Erase the progress line."""
         if self._progress_visible:
             self._progress_visible = False
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print `rows` under `head`."""
+    """Print `header` and `rows` in aligned columns."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     for row in (header, *rows):
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def format_count(number: int, noun: str) -> str:
-    """Return how many there are."""
+    """Return `number` with the singular or plural of `noun`."""
     plural = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
     return f"{number} {noun if number == 1 else plural}"
 
 
 def format_size(number: float) -> str:
-    """Return bytes as docker shows them: in powers of 1000."""
+    """Return a number of bytes as docker prints it, in powers of 1000."""
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if number < 1000 or unit == "TB":
             break
@@ -62,12 +62,12 @@ def format_size(number: float) -> str:
 
 
 def format_ago(timestamp: float | None) -> str:
-    """Return how long ago `when` (POSIX time) was."""
+    """Return the age of `timestamp` (POSIX time) with "ago", or "-" if it is None."""
     return "-" if timestamp is None else f"{format_age(timestamp)} ago"
 
 
 def format_age(timestamp: float) -> str:
-    """Return how much time went by since `when` (POSIX time)."""
+    """Return the time since `timestamp` (POSIX time) in its largest unit."""
     seconds = max(0.0, time.time() - timestamp)
     for noun, length in (("day", 86400), ("hour", 3600), ("minute", 60)):
         if seconds >= length:

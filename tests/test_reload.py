@@ -101,8 +101,7 @@ def test_settings_that_need_a_restart_are_logged(harness: ReloadHarness) -> None
     harness.reload()
     harness.reload()
     warnings = [
-        f"warn {name} has changed, which takes effect at the next start only"
-        for name in ("CACHE_MAX_SIZE", "CA_KEY_PASSPHRASE")
+        f"warn {name} has changed; restart the daemon to apply it" for name in ("CACHE_MAX_SIZE", "CA_KEY_PASSPHRASE")
     ]
     assert harness.log_lines == [*warnings, "info reloaded: serving registry-1.docker.io, quay.io"] * 2
 
@@ -110,7 +109,7 @@ def test_settings_that_need_a_restart_are_logged(harness: ReloadHarness) -> None
 def test_reload_logs_warnings_again(harness: ReloadHarness) -> None:
     harness.current = Settings.from_environment({}, {"REGISTRIE": "quay.io"})
     harness.reload()
-    assert harness.log_lines[0] == "warn REGISTRIE is not a setting and has no effect; is REGISTRIES meant?"
+    assert harness.log_lines[0] == "warn REGISTRIE is not a setting and has no effect. Did you mean REGISTRIES?"
 
 
 @pytest.mark.parametrize(
@@ -129,7 +128,7 @@ def test_failed_reload_changes_nothing(harness: ReloadHarness, error: Exception,
     assert list(harness.registries.intercepted.values()) == [HUB, QUAY, TOKENS]
     status = "serving registry-1.docker.io, quay.io"
     assert harness.notifier.messages == ["RELOADING", f"READY {status}; not reloaded: {reason}"]
-    assert harness.log_lines == [f"error not reloaded, the settings stay as they were: {reason}"]
+    assert harness.log_lines == [f"error not reloaded, the settings are unchanged: {reason}"]
     harness.error, harness.current = None, settings()
     harness.reload()
     assert harness.notifier.messages[-1] == "READY serving registry-1.docker.io"

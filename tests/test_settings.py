@@ -224,9 +224,9 @@ def test_typo_in_env_file_gives_a_warning() -> None:
     }
     parsed = Settings.from_environment({"REGISTRYS": "not in the file"}, file)
     assert parsed.warnings == (
-        "REGISTRY is not a setting and has no effect; is REGISTRY_DIR or REGISTRIES meant?",
-        "AUTH_REGISTRY is not a setting and has no effect; is AUTH_REGISTRIES meant?",
-        "cache_max_size is not a setting and has no effect; is CACHE_MAX_SIZE meant?",
+        "REGISTRY is not a setting and has no effect. Did you mean REGISTRY_DIR or REGISTRIES?",
+        "AUTH_REGISTRY is not a setting and has no effect. Did you mean AUTH_REGISTRIES?",
+        "cache_max_size is not a setting and has no effect. Did you mean CACHE_MAX_SIZE?",
     )
 
 
@@ -249,7 +249,7 @@ def test_docker_hub_is_always_included() -> None:
 
 def test_registry_with_both_http_and_https_is_rejected() -> None:
     assert error_message(REGISTRIES="http://a.test:5000 a.test:5000") == (
-        "REGISTRIES: 'a.test:5000' is there both with http:// and without."
+        "REGISTRIES: 'a.test:5000' is given both with http:// and without."
     )
 
 
@@ -291,16 +291,16 @@ def test_logins(text: str, entry_delimiter: str, field_delimiter: str, expected:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("SECRET", "entry 1 has no user, expected is host:user:password"),
-        ("quay.io:SECRET", "entry 1 (quay.io) has no password, expected is host:user:password"),
+        ("SECRET", "entry 1 has no user; expected host:user:password"),
+        ("quay.io:SECRET", "entry 1 (quay.io) has no password; expected host:user:password"),
         (
             "quay.io:u:p registry-1.docker.io:SECRET:",
-            "entry 2 (registry-1.docker.io) has no password, expected is host:user:password",
+            "entry 2 (registry-1.docker.io) has no password; expected host:user:password",
         ),
-        ("quay.io:u:p SECRET:x", "entry 2 has no password, expected is host:user:password"),
-        ("quay.io:u:SECRET SECRET", "entry 2 has no user, expected is host:user:password"),
-        ("quay.io:u:SECRET SEC/RET:a:b", "entry 2 does not begin with a host, expected is host:user:password"),
-        ("quay.io:u:SECRET quay.io:u:SECRET2", "entry 2 is for a host that an earlier entry has with another login"),
+        ("quay.io:u:p SECRET:x", "entry 2 has no password; expected host:user:password"),
+        ("quay.io:u:SECRET SECRET", "entry 2 has no user; expected host:user:password"),
+        ("quay.io:u:SECRET SEC/RET:a:b", "entry 2 does not begin with a host; expected host:user:password"),
+        ("quay.io:u:SECRET quay.io:u:SECRET2", "entry 2 repeats the host of an earlier entry with another login"),
     ],
 )
 def test_malformed_login(text: str, message: str) -> None:
@@ -452,7 +452,7 @@ INVALID = [
     ("CACHE_MAX_SIZE", "0", "'0' is not a size"),
     ("CACHE_MAX_SIZE", "-1g", "'-1g' is not a size"),
     ("CACHE_INACTIVE", "60 d", "'60 d' is not a time such as 90s, 10m, 1h or 60d"),
-    ("CACHE_INACTIVE", "0s", "'0s' is no time at all"),
+    ("CACHE_INACTIVE", "0s", "'0s' is not allowed; use a time greater than zero"),
     ("CACHE_INACTIVE", "999999d", "'999999d' is a time of more than 100 years"),
     ("PROXY_READ_TIMEOUT", "-5s", "'-5s' is not a time"),
     ("PROXY_READ_TIMEOUT", "inf", "'inf' is not a time"),
@@ -465,10 +465,10 @@ INVALID = [
     ("PROXY_LISTEN", "tcp:70000", "'tcp:70000' is not an endpoint"),
     ("PROXY_LISTEN", "none", "'none' is not an endpoint"),
     ("REGISTRY_HOSTNAME", "a_b/c", "'a_b/c' is not a host name"),
-    ("REGISTRY_HOSTNAME", "a.test:443", "'a.test:443' is a host name with a port"),
+    ("REGISTRY_HOSTNAME", "a.test:443", "'a.test:443' has a port; use the host name only"),
     ("UPSTREAM_ADDRESSES", "a.test", "'a.test' is not host=address:port"),
     ("UPSTREAM_ADDRESSES", "a.test=b.test:1", "'a.test=b.test:1' is not host=address:port"),
-    ("UPSTREAM_ADDRESSES", "a.test=1.2.3.4 a.test=1.2.3.5", "'a.test:443' is there twice, with different addresses"),
+    ("UPSTREAM_ADDRESSES", "a.test=1.2.3.4 a.test=1.2.3.5", "'a.test:443' is given twice, with different addresses"),
     ("UPSTREAM_PROXY", "socks5://user:SECRET@proxy:1080", "'…@proxy:1080' is not an HTTP proxy such as"),
     ("UPSTREAM_PROXY", "http://user:SEC/RET@proxy:1080", "'…@proxy:1080' is not an HTTP proxy such as"),
     ("UPSTREAM_PROXY", "http://[::1", "'http://[::1' is not an HTTP proxy such as"),
@@ -489,7 +489,7 @@ INVALID = [
     ("LOG_FORMAT", "xml", "'xml' is not one of text, json"),
     ("STATE_DIR", "a\0b", "'a\\x00b' is not a path"),
     ("CA_KEY_PASSPHRASE", "\udce4SECRET", "is not UTF-8 text"),
-    ("CA_CRT_FILE", "/etc/ca.crt", "is set and CA_KEY_FILE is not: expected are both files of a CA or neither"),
+    ("CA_CRT_FILE", "/etc/ca.crt", "is set and CA_KEY_FILE is not; set both CA_CRT_FILE and CA_KEY_FILE, or neither"),
     ("CA_KEY_FILE", "/etc/ca.key", "is set and CA_CRT_FILE is not"),
 ]
 
@@ -536,7 +536,7 @@ def test_login_errors_never_contain_the_password(text: str) -> None:
         settings(AUTH_REGISTRIES=f"quay.io:user:{SECRET}{text} x")
     except SettingsError as error:
         assert re.fullmatch(
-            r"AUTH_REGISTRIES: entry \d+( \(quay\.io(:\d+)?\))? [a-z ]+(, expected is host:user:password)?\.",
+            r"AUTH_REGISTRIES: entry \d+( \(quay\.io(:\d+)?\))? [a-z ]+(; expected host:user:password)?\.",
             str(error),
         )
 
@@ -609,5 +609,5 @@ def test_overridden_env_file_line_gives_a_warning() -> None:
     file = {"PROXY_LISTEN": "tcp:8080", "WORKERS": "2", "REGISTRIES": "quay.io"}
     settings = Settings.from_environment({"PROXY_LISTEN": "systemd:domain=INET6:name=proxy", "WORKERS": "2"}, file)
     assert settings.warnings == (
-        "PROXY_LISTEN has no effect in the file: the environment, which wins, has another value.",
+        "PROXY_LISTEN in the .env file has no effect, because the environment sets it to another value.",
     )
