@@ -1,14 +1,17 @@
-"""What is kept on disk: one tree (`layout`), used twice - as the bounded cache and as the durable hosted registry.
+"""On-disk storage: one directory tree (`layout`) that serves both the bounded cache and the durable hosted registry.
 
-`blobs` holds contents by digest, `links` says which repository may serve which of them, `ingest` is a blob under way,
-`records` are small remembered facts. `eviction` and `usage` decide what goes when the cache is full; they touch no
-disk.
-The hosted registry alone has `uploads`, blobs that are being pushed, and `referrers`, an index of what refers to what;
-`hosting` holds its parts together. `sweep` collects its garbage - what to keep is found by `survey`, and what goes is
-taken away by `removal` - `check` verifies it, and `importing` takes over another's directory; all three work beside
-requests, in `slices`.
-All writes go through `files`: written beside, then renamed, so that no reader and no crash meets half of anything.
+Both use `blobs` (files by digest; a manifest is a blob too) and `links` (which repository has which blobs). Both use
+`blob_reader`, which sends a blob to a client. The cache adds `ingest` (a blob that is being downloaded) and `records`
+(small JSON documents). `lru_index` and `eviction` choose the blobs to evict; they do not touch the disk.
 
-What is said to block does disk I/O that can wait and belongs in a thread. The rest is a system call or two on names
-that are in use, and may be called from the reactor.
+The hosted registry adds `uploads` (blobs that are being pushed) and `referrers` (the index behind the referrers API).
+`hosted_store` combines its parts. `sweep` collects garbage: `mark` finds the reachable blobs, `safe_delete` deletes
+the others. `scrub` verifies the store, and `importer` imports the directory of another registry. All three run beside
+requests, in short slices (`cooperative`).
+
+All writes go through `files`, which writes a staged file and renames it. Neither a reader nor a crash ever sees a
+partial file.
+
+A function documented as blocking may wait for the disk, so call it in a thread. The others make one or two system
+calls on paths that are in use, and may be called in the reactor's thread.
 """

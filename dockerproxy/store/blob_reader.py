@@ -1,4 +1,4 @@
-"""A blob of a store as the HTTP face sends it."""
+"""Reader that sends a stored blob to an HTTP client."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dockerproxy.store.blobs import OpenBlob
 
 
 class StoredBlobReader:
-    """A whole blob on disk, open (`oci.contents.Content`); `closed` is called once it is closed."""
+    """An `oci.contents.Content` over an open blob on disk. Closing it calls `on_close` once."""
 
     __slots__ = ("_blob", "_on_close", "_reactor", "size")
 
@@ -21,22 +21,25 @@ class StoredBlobReader:
         self.size: int | None = blob.size
 
     async def read(self, offset: int, max_bytes: int) -> bytes | bytearray:
-        """Return bytes from `offset` on, at least one; ``b""`` at the end."""
+        """Return 1 to `max_bytes` bytes from `offset`, or ``b""`` at the end of the blob."""
         data = self._blob.read(offset, max_bytes)
         return data if data is not None else await in_thread(self._reactor, self._blob.read_blocking, offset, max_bytes)
 
     async def sendfile_source(self, offset: int, max_bytes: int) -> tuple[int, int] | None:
-        """Return the descriptor, and how many bytes may be sent from it."""
+        """Return the file descriptor and the number of bytes to send from it.
+
+        If these bytes are not in the page cache, read them in a thread first: sendfile(2) would block the reactor.
+        """
         size = max(0, min(max_bytes, self._blob.size - offset))
         if size and not self._blob.is_cached(offset, size):
             await in_thread(self._reactor, self._blob.read_blocking, offset, size)
         return self._blob.fd, size
 
     async def wait_verified(self) -> None:
-        """What is stored was verified."""
+        """Return at once, because every stored blob has been verified."""
 
     def close(self) -> None:
-        """Let go of it; a second time does nothing."""
+        """Close the blob. A second call does nothing."""
         self._blob.close()
         on_close, self._on_close = self._on_close, None
         if on_close is not None:

@@ -1,4 +1,4 @@
-"""Contents by digest. What is here under its name is whole and was verified; nothing here is ever changed."""
+"""Blobs by digest. A file that has its final name is complete, verified and never modified."""
 
 from __future__ import annotations
 
@@ -18,19 +18,20 @@ from dockerproxy.store.eviction import Entry
 from dockerproxy.store.files import Staging, list_names
 from dockerproxy.store.layout import Layout, digest_from_names
 
-# Seconds. The last use is a file's mtime (atime is coarser where `relatime` is mounted, and gone under `noatime`);
-# eviction counts in days, so a blob read a thousand times a second needs no thousand inode updates.
+# Seconds. A file's mtime records its last use, because atime is coarse under `relatime` and absent under `noatime`.
+# Eviction counts in days, so a blob that is read a thousand times a second needs no thousand inode updates.
 _TOUCH_INTERVAL = 60
-_SAMPLE_INTERVAL = 128 * 1024  # bytes: what Linux reads ahead by default
+_SAMPLE_INTERVAL = 128 * 1024  # bytes: Linux's default readahead
 
 _PREFIX = re.compile(r"[0-9a-f]{2}")
 
 
 @define
 class OpenBlob:
-    """A content that is open: eviction may remove its name, not its bytes. `size` in bytes.
+    """An open blob of `size` bytes. It stays readable after eviction, which only unlinks the name.
 
-    A context manager, or `close` it; not while a thread reads from it, for another file may get its number.
+    Use it as a context manager, or call `close`. Do not close it while a thread reads from it, because another file
+    may get the same descriptor number.
     """
 
     fd: int
@@ -38,21 +39,24 @@ class OpenBlob:
     digest: Digest
 
     def read(self, offset: int, size: int) -> bytearray | None:
-        """Return up to `size` bytes from `offset` if memory has them; None: `read_blocking` has to fetch them."""
+        """Return up to `size` bytes from `offset`, or None if they are not in the page cache (use `read_blocking`)."""
         return read_cached(self.fd, offset, max(0, min(size, self.size - offset)))
 
     def read_blocking(self, offset: int, size: int) -> bytes:
-        """Return up to `size` bytes from `offset`, ``b""`` at the end only. Blocks."""
+        """Return up to `size` bytes from `offset`; ``b""`` only at the end. Blocks."""
         return read_blocking(self.fd, offset, size)
 
     def is_cached(self, offset: int, size: int) -> bool:
-        """Say whether memory has these bytes, as samples tell: the kernel reads and drops them in larger parts."""
+        """Return whether the page cache has these bytes.
+
+        Samples suffice, because the kernel reads and drops larger parts at a time.
+        """
         sample = bytearray(1)
         positions = [*range(offset, offset + size, _SAMPLE_INTERVAL), offset + size - 1]
         return all(fill_cached(self.fd, sample, position) for position in positions)
 
     def close(self) -> None:
-        """Let go of the content; a second time does nothing."""
+        """Close the file. A second call does nothing."""
         fd, self.fd = self.fd, -1
         if fd >= 0:
             os.close(fd)
@@ -68,7 +72,7 @@ class OpenBlob:
 
 @define
 class Blobs:
-    """The contents below a root. `durable`: what is published outlives a power cut; the clock dates the last use."""
+    """The blobs of a store. If `durable`, a committed blob survives a power cut. `clock` gives the time of use."""
 
     _layout: Layout
     _durable: bool
@@ -77,31 +81,32 @@ class Blobs:
 
     @_staging.default
     def _make_staging(self) -> Staging:
-        # The cache syncs data as well, not names. Readers trust a blob by its name alone and for good, and after a
-        # power cut a renamed file may have its size and zeros for bytes, so no look at the size later would tell. It
-        # costs 0.3 to 0.4 s for 1 GiB and 0.3 ms for a small blob (NVMe), once, in the writer's thread, beside 0.2 s
-        # of writing and 0.6 s of hashing. A name that is lost costs another download.
+        # The cache syncs data too, but not names. Readers trust a blob by its name alone, and after a power cut a
+        # renamed file may have the right size and zeros for content. Checking the size would not detect that.
+        # The sync costs 0.3 to 0.4 s for 1 GiB and 0.3 ms for a small blob (NVMe), once, in the writer's thread.
+        # Writing 1 GiB takes 0.2 s and hashing it 0.6 s. A lost name only costs another download.
         return Staging(self._layout.staging, sync_data=True, sync_names=self._durable)
 
     def open(self, digest: Digest) -> OpenBlob | None:
-        """Return the content, opened and noted as used now, or None where there is none."""
+        """Open the blob and record the use; return None if it does not exist."""
         try:
             fd = os.open(self._layout.blob(digest), os.O_RDONLY | os.O_CLOEXEC)
         except (FileNotFoundError, NotADirectoryError):
             return None
         status = os.fstat(fd)
         now = self._clock()
-        # A date in the future (a clock that was set back) would keep the blob for ever.
+        # An mtime in the future (the clock was set back) would keep the blob forever.
         if not 0 <= now - status.st_mtime < _TOUCH_INTERVAL:
-            # Not ours (a tree that another user's registry wrote), or read-only: it can be read all the same.
+            # A file of another user (a tree that another registry wrote) or a read-only one is still readable.
             with suppress(OSError):
                 os.utime(fd, (now, now))
         return OpenBlob(fd, status.st_size, digest)
 
     def touch(self, digest: Digest) -> int | None:
-        """Note the content as used now, and return its length in bytes; None where there is none.
+        """Record a use of the blob and return its size in bytes, or None if it does not exist.
 
-        Garbage collection leaves alone what was used within the hour: what was found here stays here (`removal`).
+        Garbage collection keeps blobs that were used within the grace period, so a blob found here stays (see
+        `safe_delete`).
         """
         path = self._layout.blob(digest)
         try:
@@ -115,28 +120,28 @@ class Blobs:
             except FileNotFoundError:
                 return None
             except OSError:
-                pass  # as in `open`; nothing removes what it could not date
+                pass  # as in `open`; `SafeDelete` keeps files whose mtime this process cannot set
         return status.st_size
 
     def size(self, digest: Digest) -> int | None:
-        """Return the content's length in bytes, None where there is none."""
+        """Return the blob's size in bytes, or None if it does not exist."""
         try:
             return os.stat(self._layout.blob(digest)).st_size
         except (FileNotFoundError, NotADirectoryError):
             return None
 
     def exists(self, digest: Digest) -> bool:
-        """Say whether the content is here."""
+        """Return whether the blob exists."""
         return self.size(digest) is not None
 
     def commit(self, staged_path: str, digest: Digest) -> None:
-        """Give the file at `staged`, whose content was verified, its place. Blocks.
+        """Move the verified file at `staged_path` to its final path. Blocks.
 
-        It is gone from where it was, also where the content is here already. Raises `OSError`; the file then stays.
+        If the blob exists already, delete the staged file instead. If it raises `OSError`, the staged file remains.
         """
         fd = os.open(staged_path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            # One of another length is no content of this digest: damage, which ours mends.
+            # An existing file of another size is damaged. The staged file replaces it.
             if self.touch(digest) == os.fstat(fd).st_size:
                 os.unlink(staged_path)
                 return
@@ -145,37 +150,40 @@ class Blobs:
             os.fdatasync(fd)
         finally:
             os.close(fd)
-        # Two who publish at once both get here: the second rename puts the same bytes over the first.
+        # Two concurrent commits both get here. The second rename replaces the file by one with the same bytes.
         self._staging.move(staged_path, self._layout.blob(digest))
 
     def put(self, content: bytes, digest: Digest) -> None:
-        """Keep a small content, a manifest. Blocks. Raise `DigestInvalid` where `digest` is not its digest."""
+        """Store a small blob, such as a manifest. Blocks.
+
+        Raises `DigestInvalid` if `content` does not match `digest`.
+        """
         if Digest.of(content, digest.algorithm) != digest:
-            raise DigestInvalid(f"the content is not that of {digest}")
+            raise DigestInvalid(f"the content does not match the digest {digest}")
         if self.touch(digest) != len(content):
             self._staging.write(content, self._layout.blob(digest))
 
     def remove(self, digest: Digest) -> bool:
-        """Remove the content, and say whether it was here; who has it open goes on reading."""
+        """Delete the blob and return whether it existed. Open blobs stay readable."""
         path = self._layout.blob(digest)
         try:
             os.unlink(path)
         except (FileNotFoundError, NotADirectoryError):
             return False
-        # Another may be publishing there at this moment.
+        # Another process may be committing the blob again at this moment.
         with suppress(OSError):
             os.rmdir(os.path.dirname(path))
         return True
 
     def walk(self) -> Iterator[Entry]:
-        """Yield what is here, in no order; what comes or goes meanwhile may be missed or be gone. Blocks."""
+        """Yield all blobs, in no order. Blobs added or deleted meanwhile may or may not be included. Blocks."""
         for digest in self.digests():
             with suppress(FileNotFoundError, NotADirectoryError):
                 status = os.stat(self._layout.blob(digest))
                 yield Entry(digest, status.st_size, status.st_mtime)
 
     def digests(self, partition: int = 0, partitions: int = 1) -> Iterator[Digest]:
-        """Yield the digests of what is here, as `walk` does, or one of `parts` of them. Blocks."""
+        """Yield the digests of all blobs, or of one of `partitions` partitions, in no order. Blocks."""
         for algorithm in list_names(self._layout.blobs):
             for prefix in list_names(f"{self._layout.blobs}/{algorithm}"):
                 if _PREFIX.fullmatch(prefix) and int(prefix, 16) % partitions == partition:
@@ -186,12 +194,12 @@ class Blobs:
 
 
 def read_cached(fd: int, offset: int, size: int) -> bytearray | None:
-    """Return up to `size` bytes of a file from `offset` without waiting for the disk, None where that cannot be.
+    """Return up to `size` bytes of a file from `offset`, or None if that would wait for the disk.
 
-    Empty at the file's end only. The bytearray is the caller's: nothing writes to it afterwards.
+    Empty only at the end of the file. The caller owns the bytearray; nothing writes to it later.
     """
-    # CPU seconds per GiB at 256 KiB a piece, measured: 0.12 this way (a new bytearray, 0.02 of it for the zeroing),
-    # 0.14 to 0.16 with a copy into bytes, 0.10 with `os.pread`, which waits for the disk, 0.11 with `fill_cached`.
+    # Measured CPU seconds per GiB in reads of 256 KiB: 0.12 this way (0.02 of them to zero the new bytearray), 0.14 to
+    # 0.16 with a copy into bytes, 0.11 with `fill_cached`, and 0.10 with `os.pread`, which waits for the disk.
     buffer = bytearray(size)
     length = fill_cached(fd, buffer, offset)
     if length is None:
@@ -201,10 +209,10 @@ def read_cached(fd: int, offset: int, size: int) -> bytearray | None:
 
 
 def fill_cached(fd: int, buffer: bytearray | memoryview, offset: int) -> int | None:
-    """Read as `read_cached` does, into `buffer`, which must not be one that a transport still keeps; return the length.
+    """Read as `read_cached` does, but into `buffer`, and return the number of bytes read.
 
-    None, too, where the file system cannot tell what is in memory. That is not remembered: asking again costs some
-    microseconds, the thread that has to read then costs a hundred.
+    No transport may still hold `buffer`. Return None, too, if the file system does not support RWF_NOWAIT. That is not
+    cached: the failing call takes a few microseconds, and the read in a thread that follows takes a hundred.
     """
     try:
         return os.preadv(fd, [buffer], offset, os.RWF_NOWAIT)
@@ -217,5 +225,5 @@ def fill_cached(fd: int, buffer: bytearray | memoryview, offset: int) -> int | N
 
 
 def read_blocking(fd: int, offset: int, size: int) -> bytes:
-    """Return up to `size` bytes of a file from `offset`, ``b""`` at the end only. Blocks."""
+    """Return up to `size` bytes of a file from `offset`; ``b""`` only at the end. Blocks."""
     return os.pread(fd, size, offset)

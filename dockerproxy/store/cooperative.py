@@ -1,4 +1,4 @@
-"""Long work beside requests: a slice of it in a thread, a pause, the next slice."""
+"""Long-running work beside requests: it runs in a thread in short slices with a pause after each."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ AsyncHook = Callable[[], Awaitable[None]]
 LockFactory = Callable[[], AbstractAsyncContextManager[Any]]
 
 _MAX_RESULTS = 128
-"""So many things are handed to the reactor's thread in one turn: 1 to 2 ms, where each becomes a line of JSON."""
+"""Results passed to the reactor's thread per slice. This takes 1 to 2 ms if each becomes a line of JSON."""
 
 
 _MAX_LOCK_HOLD = 0.002
-"""Seconds at most for which a slice holds a turn that requests wait for."""
+"""Seconds that a slice may hold a lock, because requests wait for it."""
 
 
 def _noop(*arguments: object) -> None:
@@ -37,18 +37,16 @@ async def _async_noop() -> None:
 
 
 def thread_cost() -> float:
-    """Return how long this thread was in others' way, in seconds: it computed, or it waited for the disk, which counts
-    a tenth of that."""
+    """Return the seconds this thread cost others: CPU time in full, time blocked on I/O at a tenth."""
     return 0.9 * time.thread_time() + 0.1 * time.monotonic()
 
 
 @frozen
 class Progress(Generic[T]):
-    """Who is told how long work goes on, in the reactor's thread.
+    """Callbacks for the progress and the results of some work. They run in the reactor's thread.
 
-    `progress` gets the name of a phase, how much of it is done, and of how much (None where nobody knows yet); `found`
-    gets each thing that the work came upon. `ready` is waited for before the work goes on: a listener that cannot keep
-    up holds it.
+    `report` gets the name of a phase, the amount done, and the total (None if it is not known yet). `emit` gets each
+    result. The work awaits `drain` before it continues, so a slow listener pauses it.
     """
 
     report: Callable[[str, int, int | None], object] = _noop
@@ -58,7 +56,7 @@ class Progress(Generic[T]):
     def reporter(
         self, phase: str, done: Callable[[], int], total: Callable[[], int | None] = lambda: None
     ) -> AsyncHook:
-        """Return what tells of `phase` after each slice of it."""
+        """Return an `after_slice` hook that reports the progress of `phase`."""
 
         async def after_slice() -> None:
             self.report(phase, done(), total())
@@ -69,13 +67,15 @@ class Progress(Generic[T]):
 
 @frozen
 class CooperativeThread:
-    """How work is cut.
+    """Runs work in a thread, in slices that leave time for requests.
 
-    Python runs one thread at a time, and one that computes is asked to let go only every 5 ms
-    (`sys.getswitchinterval`), so a request beside it crawls. Hence the work computes for `length` seconds at most (or
-    waits for the disk ten times as long, which holds nobody up), and rests for `pause` seconds, in which requests have
-    the machine to themselves. This bounds what requests wait as long as a step is short: it looks at a bounded number
-    of things, however many there are.
+    Python runs one thread at a time, and makes a computing thread release the interpreter only every 5 ms
+    (`sys.getswitchinterval`). A request beside such a thread would be very slow. A slice therefore computes for at most
+    `slice_length` seconds, or waits ten times as long for the disk, which delays nobody. Then the thread sleeps for
+    `pause` seconds, in which requests have the processor to themselves.
+
+    This bounds the delay of a request only if each step is short. A step must handle a bounded number of items,
+    however large the store is.
     """
 
     reactor: Any
@@ -91,11 +91,11 @@ class CooperativeThread:
         after_slice: AsyncHook = _async_noop,
         lock: LockFactory | None = None,
     ) -> None:
-        """Take `steps`, each of which blocks for a moment, in a thread, until there are no more.
+        """Exhaust `steps` in a thread. Each step may block briefly.
 
-        What a step comes upon (not None) is `use`d in the reactor's thread, after the slice. `turn` is held during each
-        slice, which is the shorter for it, and not in between. A cancelled run ends with the slice under way, and
-        closes `steps` where that is a generator.
+        After each slice, `consume` gets the step results that are not None, in the reactor's thread. `lock` is held
+        during each slice, but not between slices; it makes the slices shorter. A cancelled run ends after the current
+        slice, and closes `steps` if that is a generator.
         """
         length = self.slice_length if lock is None else min(self.slice_length, _MAX_LOCK_HOLD)
         try:
@@ -119,9 +119,9 @@ class CooperativeThread:
         *,
         after_slice: AsyncHook = _async_noop,
     ) -> None:
-        """Take the steps of several iterators, each in its own thread: disks do several things at a time.
+        """Exhaust several iterators, each in its own thread, because a disk serves several requests at a time.
 
-        Where one goes wrong, the others are cancelled, and it is raised when all of them have ended.
+        If one fails, cancel the others, wait until all have ended, and raise its error.
         """
         runs = [Deferred.fromCoroutine(self.run(steps, consume, after_slice=after_slice)) for steps in iterators]
         failures: list[Failure] = []
@@ -144,7 +144,7 @@ class CooperativeThread:
         try:
             result: tuple[list[T], bool] = await waiter
         except CancelledError:
-            # A thread cannot be stopped. It is waited for: what it works on is the caller's again after this.
+            # A thread cannot be stopped. Wait for it, because the caller may reuse the data it works on.
             job_done: Deferred[None] = Deferred()
             job.addBoth(lambda _: job_done.callback(None))
             await job_done

@@ -1,4 +1,4 @@
-"""Which of the cache's contents go. Pure: what is there comes in, what is to be removed comes out."""
+"""Eviction policy of the cache: pure functions that choose the blobs to evict."""
 
 from __future__ import annotations
 
@@ -8,22 +8,23 @@ from attrs import frozen
 
 from dockerproxy.oci.names import Digest
 
-# Freeing a little more than is needed makes room for the next blobs too, so that not each of them has to ask.
+# Evict a little more than needed, so that the next blobs fit without another eviction.
 _LOW_WATERMARK = 0.95
 
 BATCH_SIZE = 500
-"""So many are chosen at once, where that will do: choosing, and forgetting them, takes 1 to 2 ms."""
+"""Blobs chosen per call, unless more are needed. Choosing them and removing them from the index takes 1 to 2 ms."""
 
 LRUEntry = tuple[int, float]
-"""Of a content that is kept: its length in bytes, and when it was last read or written (POSIX time).
+"""A blob's size in bytes, and the time of its last read or write (POSIX time).
 
-A plain tuple, as `Entry` is not: the cyclic garbage collection, which stops all else, looks at those once only.
+This is a plain tuple, unlike `Entry`, because Python's garbage collector untracks tuples of numbers when it first sees
+them. It stops the whole process while it looks at tracked objects.
 """
 
 
 @frozen(slots=True)
 class Entry:
-    """A content that is kept: its length in bytes, and when it was last read or written (POSIX time)."""
+    """A cached blob: its size in bytes, and the time of its last read or write (POSIX time)."""
 
     digest: Digest
     size: int
@@ -31,7 +32,10 @@ class Entry:
 
 
 def inactive_since(entries: Mapping[str, LRUEntry], pins: Container[str], since: float) -> Iterator[str]:
-    """Yield what was not used since then, `AT_ONCE` at most; of `kept`, the least recently used come first."""
+    """Yield at most `BATCH_SIZE` unpinned keys that were last used before `since`.
+
+    `entries` is ordered by last use, the least recent first.
+    """
     count = 0
     for key, (_, last_used) in entries.items():
         if last_used >= since or count == BATCH_SIZE:
@@ -44,9 +48,9 @@ def inactive_since(entries: Mapping[str, LRUEntry], pins: Container[str], since:
 def least_recently_used(
     entries: Mapping[str, LRUEntry], pins: Container[str], minimum: int, target: int
 ) -> Iterator[str]:
-    """Yield, in their order, those that have `enough` bytes, or more than `AT_ONCE` only until they have the `least`.
+    """Yield unpinned keys, in the order of `entries`, until their blobs have `target` bytes.
 
-    Nothing in `keep`.
+    After `BATCH_SIZE` keys, stop as soon as they have `minimum` bytes.
     """
     count = freed_bytes = 0
     for key, (size, _) in entries.items():
@@ -58,5 +62,5 @@ def least_recently_used(
 
 
 def excess_bytes(total: int, limit: int) -> int:
-    """Return how many of `total` bytes are to go: none up to `limit`, above it those over 95 % of it."""
+    """Return the bytes to evict: 0 if `total` is at most `limit`, otherwise those above 95 % of `limit`."""
     return total - int(limit * _LOW_WATERMARK) if total > limit else 0

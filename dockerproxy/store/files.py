@@ -1,4 +1,4 @@
-"""Writing so that a reader, or a machine that comes back from a crash, finds the old state or the new one."""
+"""Atomic file writes: readers, and the daemon after a crash, see either the old state or the new one."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from contextlib import suppress
 
 from attrs import frozen
 
-# A directory may be removed (the last of its files went) between making it and renaming into it. Each round needs
-# another removal at that very moment.
+# A directory may be removed between creating it and renaming into it, because its last file was deleted. Each further
+# attempt is needed only if that happens again.
 _ATTEMPTS = 8
 
-# Linux takes so many buffers in one writev (limits.h, IOV_MAX).
+# Maximum number of buffers in one writev on Linux (limits.h, IOV_MAX).
 _IOV_MAX = 1024
 
 
 @frozen
 class Staging:
-    """A directory of temp files, on the file system of the places they go to.
+    """A directory of temporary files, on the same file system as their final paths.
 
-    `sync_data`: contents are on the disk before they get their name. `sync_names`: the name is when the call ends.
-    `private`: only the daemon's user may read (else the process's umask says who may).
+    If `sync_data`, the data is synced before the file gets its final name. If `sync_names`, the name is synced before
+    the call returns. If `private`, only the daemon's user can read the files; otherwise the umask decides.
     """
 
     directory: str
@@ -33,12 +33,12 @@ class Staging:
     private: bool = False
 
     def clear(self) -> None:
-        """Drop what a crash left. For one process at start, before any other uses the directory."""
+        """Delete files left by a crash. One process calls this at start-up, before others use the directory."""
         for name in list_names(self.directory):
             try_remove(f"{self.directory}/{name}")
 
     def write(self, content: bytes, path: str) -> None:
-        """Make `content` the file at `path`, in place of one that may be there."""
+        """Write `content` to the file at `path`, atomically replacing an existing file."""
         staged_path = self._new_path()
         fd = self._create(staged_path)
         try:
@@ -55,7 +55,10 @@ class Staging:
             raise
 
     def move(self, staged_path: str, path: str) -> None:
-        """Rename `staged`, whose data is synced already where it has to be, to `path`."""
+        """Rename `staged_path` to `path`, creating its directory if necessary.
+
+        The caller has synced the data if that is required.
+        """
         parent = os.path.dirname(path)
         for _ in range(_ATTEMPTS):
             try:
@@ -66,12 +69,12 @@ class Staging:
                     raise
                 self.makedirs(parent)
         else:
-            raise FileNotFoundError(f"{parent} is removed as fast as it is made")
+            raise FileNotFoundError(f"{parent} was removed {_ATTEMPTS} times while a file was moved into it")
         if self.sync_names:
             fsync_directory(parent)
 
     def remove_tree(self, path: str) -> bool:
-        """Remove the directory at `path` with all it holds, in one step to every reader; say whether it was there."""
+        """Delete the directory at `path` recursively, atomically for readers. Return whether it existed."""
         staged_path = self.move_aside(path)
         if staged_path is None:
             return False
@@ -83,7 +86,10 @@ class Staging:
         return True
 
     def move_aside(self, path: str) -> str | None:
-        """Rename what is at `path` to a new name here, and return that; None where there is nothing."""
+        """Move the file or directory at `path` into the staging directory.
+
+        Return its new path, or None if `path` does not exist.
+        """
         staged_path = self._new_path()
         for _ in range(_ATTEMPTS):
             try:
@@ -95,10 +101,10 @@ class Staging:
                 if os.path.isdir(self.directory):
                     return None
                 self.makedirs(self.directory)
-        raise FileNotFoundError(f"{self.directory} is removed as fast as it is made")
+        raise FileNotFoundError(f"{self.directory} was removed {_ATTEMPTS} times while a file was moved into it")
 
     def makedirs(self, path: str) -> None:
-        """Make the directory at `path` and those above it that are missing."""
+        """Create the directory at `path` and its missing parents."""
         mode = 0o700 if self.private else 0o777
         for _ in range(_ATTEMPTS):
             try:
@@ -109,9 +115,9 @@ class Staging:
             except FileNotFoundError:
                 self.makedirs(os.path.dirname(path))
         else:
-            raise FileNotFoundError(f"{os.path.dirname(path)} is removed as fast as it is made")
-        # Only who made a directory syncs the one above it. Journals keep the order of changes (ext4, XFS), so whoever
-        # found it there and then syncs what is in it has this name on disk as well.
+            raise FileNotFoundError(f"{os.path.dirname(path)} was removed {_ATTEMPTS} times while {path} was created")
+        # Only the creator of a directory syncs its parent. Journals (ext4, XFS) keep the order of changes, so another
+        # process that finds the directory and syncs it writes its name to disk as well.
         if self.sync_names:
             fsync_directory(os.path.dirname(path))
 
@@ -129,7 +135,7 @@ class Staging:
 
 
 def write_all(fd: int, chunks: Sequence[bytes], offset: int) -> int:
-    """Write `chunks` at `offset`, however often the file system takes less than all; return their length."""
+    """Write all `chunks` at `offset`, repeating partial writes. Return the number of bytes written."""
     start = offset
     buffers: list[bytes | memoryview] = [chunk for chunk in chunks if chunk]
     while buffers:
@@ -146,7 +152,7 @@ def write_all(fd: int, chunks: Sequence[bytes], offset: int) -> int:
 
 
 def read_small(path: str, limit: int) -> bytes | None:
-    """Return the first `limit` bytes of the file at `path`, None where there is no file."""
+    """Return the first `limit` bytes of the file at `path`, or None if it does not exist."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except (FileNotFoundError, NotADirectoryError):
@@ -158,14 +164,14 @@ def read_small(path: str, limit: int) -> bytes | None:
 
 
 def fsync_directory(path: str) -> None:
-    """Make sure that the names in the directory at `path`, if it is there, are on the disk. Blocks.
+    """Sync the directory at `path`, if it exists, so that its entries survive a power cut. Blocks.
 
-    On a file system that cannot sync directories (shared folders of virtual machines) nothing is done.
+    Do nothing if the file system cannot sync directories (shared folders of virtual machines).
     """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except FileNotFoundError:
-        return  # `Links.prune` was faster: it had no names any more
+        return  # `Links.prune` has removed the directory, which had become empty
     try:
         os.fsync(fd)
     except OSError as error:
@@ -184,8 +190,8 @@ def list_names(directory: str) -> list[str]:
 
 
 def try_remove(path: str) -> None:
-    """Remove what is at `path`, a file or a directory with all it holds, if that can be. Blocks."""
-    # What cannot be removed now is in nobody's way, and is tried again at the next start.
+    """Delete the file or directory tree at `path`, ignoring errors. Blocks."""
+    # A file that cannot be deleted now does no harm, and `Staging.clear` retries at the next start.
     try:
         os.unlink(path)
     except OSError:

@@ -1,4 +1,4 @@
-"""A file that grows while it is hashed: what a download and an upload under way have in common."""
+"""Append-only file with an incremental hash: the base class of downloads (`Ingest`) and uploads (`Upload`)."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _CHUNK_SIZE = 1024 * 1024
 
 @define(eq=False)
 class HashedAppendFile:
-    """An open file of `size` bytes, and the hash of its first `hashed` ones.
+    """An open file of `size` bytes, and the hash of its first `hashed_size` bytes.
 
-    One method runs at a time, in whatever thread. Those that read or write block, and raise `OSError`.
+    Only one method may run at a time, in any thread. Methods that read or write block, and raise `OSError`.
     """
 
     size: int
@@ -31,20 +31,20 @@ class HashedAppendFile:
     hashed_size: int = field(default=0, init=False)
 
     def append(self, chunks: Sequence[bytes]) -> None:
-        """Write `chunks` after what is there, and hash them unless something before them is not hashed yet.
+        """Append `chunks`. Hash them too if all bytes before them are hashed.
 
-        Where that fails (a full disk), nothing of them is kept, and it may be tried again.
+        If it fails (such as a full disk), the file has its old size, and the caller may try again.
         """
         hasher = self._hasher.copy() if self.hashed_size == self.size else None
         end = self.size
         try:
             for chunk in chunks:
-                # Hashed at once, while it is in the processor's cache: all of a MiB written first takes a tenth longer.
+                # Hash the chunk now, while it is in the CPU cache. Writing a MiB before hashing it takes 10 % longer.
                 end += write_all(self._fd, [chunk], end)
                 if hasher is not None:
                     hasher.update(chunk)
         except OSError:
-            # What reached the disk is cut off, or a resume would hash what no one was told of.
+            # Cut off the bytes that reached the disk. A resumed download or upload would count them otherwise.
             with suppress(OSError):
                 os.ftruncate(self._fd, self.size)
             raise
@@ -53,12 +53,12 @@ class HashedAppendFile:
         self.size = end
 
     def hasher_copy(self) -> _Hash:
-        """Return a copy of the hash of all that is there, e.g. to try bytes that are not appended yet."""
+        """Return a copy of the hash of the whole file. Callers use it to check more bytes before they append them."""
         self._require_hashed()
         return self._hasher.copy()
 
     def rehash(self, algorithm: str | None = None) -> None:
-        """Hash all that is there anew, with another `algorithm` if one is given. A GiB takes about a second."""
+        """Hash the whole file again, with another `algorithm` if one is given. A GiB takes about a second."""
         hasher, offset = hashlib.new(algorithm or self._hasher.name), 0
         buffer = bytearray(min(_CHUNK_SIZE, self.size))
         while offset < self.size:
@@ -67,10 +67,10 @@ class HashedAppendFile:
                 break
             hasher.update(memoryview(buffer)[:length])
             offset += length
-        # Shorter than it was: somebody else's hand. What is left is what there is.
+        # The file may be shorter than `size` if something else truncated it. Use the actual size.
         self.size = offset
         self._hasher, self.hashed_size = hasher, offset
 
     def _require_hashed(self) -> None:
         if self.hashed_size != self.size:
-            raise RuntimeError("what is there already has to be hashed first")
+            raise RuntimeError(f"only {self.hashed_size} of {self.size} bytes are hashed; call rehash() first")

@@ -1,4 +1,4 @@
-"""The hosted registry's store: the parts of the tree, and the changes that concern several of them."""
+"""The hosted registry's store: its parts, and the operations that change several of them."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ from dockerproxy.store.uploads import Uploads
 
 @frozen
 class HostedStore:
-    """What is kept below a root, durable. Whoever changes a repository's manifests or tags takes its turn for that.
+    """Durable storage of the hosted registry.
 
-    The methods here block, and are for who has the turn: ``async with store.turns.of(repository)``.
+    Changing a repository's manifests or tags requires its lock: ``async with store.locks.hold(repository)``. The
+    methods here block; call `link_manifest` and `remove_manifest` only while holding the lock.
     """
 
     layout: Layout
@@ -36,21 +37,21 @@ class HostedStore:
     def from_layout(
         cls, layout: Layout, clock: Callable[[], float] = time.time, locks: KeyedLock | None = None
     ) -> HostedStore:
-        """Return the store in `layout`. `clock`: POSIX time; `turns`: where other processes use it, too."""
+        """Return the store in `layout`. `clock` returns POSIX time; pass `locks` if other processes use the store."""
         blobs, links = Blobs(layout, True, clock), Links(layout, True)
         return cls(
             layout, blobs, links, Uploads(layout, clock), Referrers(layout, blobs, links), locks or LocalKeyedLock()
         )
 
     def has_repository(self, repository: str) -> bool:
-        """Say whether the repository has, or had, a blob or manifest."""
+        """Return whether the repository has, or had, a blob or manifest."""
         directory = self.layout.repository(repository)
         return any(os.path.isdir(f"{directory}/{part}") for part in ("_manifests", "_layers"))
 
     def link_manifest(
         self, repository: str, digest: Digest, media_type: str, referrer: Referrer | None, tags: Sequence[str]
     ) -> None:
-        """Let the repository have a manifest that is among the blobs, and let `tags` mean it."""
+        """Link a stored manifest to the repository, and point `tags` to it."""
         old_signature = self.referrers.signature(repository)
         self.referrers.record(repository, digest, referrer)
         self.links.link_manifest(repository, digest, media_type)
@@ -59,10 +60,10 @@ class HostedStore:
             self.links.set_tag(repository, tag, digest)
 
     def remove_manifest(self, repository: str, digest: Digest) -> bool:
-        """Take a manifest from the repository, with its tags, and say whether it had it."""
+        """Unlink a manifest and delete its tags. Return whether the repository had the manifest."""
         if not self.links.has_manifest(repository, digest):
             return False
-        # The tags first: at no moment does one mean what is not there.
+        # Delete the tags first, so that no tag ever points to a missing manifest.
         for tag in self.links.tags(repository):
             if self.links.tag(repository, tag) == digest:
                 self.links.remove_tag(repository, tag)

@@ -1,8 +1,8 @@
-"""Taking over another registry's directory: `registry:2`'s, or one like ours.
+"""Import of another registry's directory: one of `registry:2`, or one of this daemon.
 
-Contents are verified by their digests on their way, and are hard-linked where they lie on our file system and are our
-user's, else copied. Then come the links and, last, the tags: what a tag means is whole when it gets there. What is here
-already stays, so that an import can be made again, and goes on where it was broken off.
+Blobs are verified by their digests. They are hard-linked if they are on our file system and belong to our user, and
+copied otherwise. Links follow, and tags come last, so that a tag always points to a complete image. Existing objects
+stay, so an import can be repeated, and a repeated one continues an interrupted one.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ _CHUNK_SIZE = 1024 * 1024
 
 
 class NotARegistry(Exception):
-    """A sentence about a directory that cannot be imported."""
+    """The directory cannot be imported; the message is for the user."""
 
 
 @frozen
 class Skipped:
-    """Something that was not taken over, and a sentence about it.
+    """An item that was not imported, and a message for the user.
 
-    `kind` is ``damaged`` or ``missing`` (a content), ``invalid`` (a name, a manifest), ``unreadable`` (the disk's
-    trouble), or ``conflict`` (a tag that means something else here).
+    `kind` is ``damaged`` or ``missing`` (a blob or manifest), ``invalid`` (a name or a manifest), ``unreadable`` (an
+    I/O error), or ``conflict`` (a tag that points to another manifest here).
     """
 
     kind: str
@@ -50,8 +50,10 @@ class Skipped:
 
 @frozen
 class ImportResult:
-    """What was taken over: of the contents some were `hardlinked` and some `copied` (`bytes`: of both), and some were
-    `present`. `conflicts` are among the `untaken`."""
+    """Numbers of imported objects. Blobs were `hardlinked` or `copied` (`bytes` counts both), or already `present`.
+
+    `untaken` counts the skipped items, including the `conflicts`.
+    """
 
     repositories: int = 0
     hardlinked: int = 0
@@ -65,7 +67,10 @@ class ImportResult:
 
 
 def find_source_layout(directory: Path) -> Layout:
-    """Return the tree in `directory`: a registry's root, or the ``v2`` directory within. Blocks; raise `NoRegistry`."""
+    """Return the layout of `directory`, which is a registry's root or its ``docker/registry/v2`` directory.
+
+    Blocks. Raises `NotARegistry`.
+    """
     candidates = [directory]
     if directory.parts[-3:] == ("docker", "registry", "v2"):
         candidates.append(directory.parents[2])
@@ -78,12 +83,13 @@ def find_source_layout(directory: Path) -> Layout:
             continue
         except OSError as error:
             raise NotARegistry(f"{error.filename} cannot be read: {error.strerror}") from None
-    raise NotARegistry(f"{directory} is no registry's directory: there is no docker/registry/v2 in it")
+    reason = "it has no docker/registry/v2 with blobs and repositories"
+    raise NotARegistry(f"{directory} is not a registry's directory: {reason}")
 
 
 @define
 class Importer:
-    """Imports into `store`."""
+    """Imports the directories of other registries into `store`."""
 
     _reactor: Any
     _store: HostedStore
@@ -96,10 +102,10 @@ class Importer:
     async def import_from(
         self, directory: Path, *, force: bool = False, progress: Progress[Skipped] | None = None
     ) -> ImportResult:
-        """Import `directory`. Tags that mean something else here are left alone unless `force`.
+        """Import `directory`. Leave tags alone that point to another manifest here, unless `force` is true.
 
-        `watch` is told of bytes, and then of manifests. It may be cancelled, and made again. Raise `NoRegistry`,
-        OSError.
+        `progress` reports bytes, and then manifests. The import may be cancelled and repeated. Raises `NotARegistry`
+        and `OSError`.
         """
         source = await in_thread(self._reactor, find_source_layout, directory)
         if await in_thread(self._reactor, _is_same_directory, source.root, self._store.layout.root):
@@ -115,7 +121,7 @@ class Importer:
             lock = partial(self._store.locks.hold, repository)
             await self._thread.run(run.link_manifests(repository), run.record, after_slice=report_manifests, lock=lock)
             await self._thread.run(run.set_tags(repository), run.record, after_slice=report_manifests, lock=lock)
-        # Once for all: two or three times for each link would take longer than the rest.
+        # Sync once at the end: two or three fsyncs per link would take longer than all the rest.
         await in_thread(self._reactor, os.sync)
         return ImportResult(repositories=len(run.repositories), **run.counts)
 
@@ -128,8 +134,8 @@ class _ImportRun:
     _progress: Progress[Skipped]
     repositories: list[str] = field(factory=list, init=False)
     counts: Counter[str] = field(factory=Counter, init=False)
-    _blob_sizes: dict[str, int] = field(factory=dict, init=False)  # digests as text (as `survey.Text`), and lengths
-    total_bytes: int | None = field(default=None, init=False)  # bytes, once they are known
+    _blob_sizes: dict[str, int] = field(factory=dict, init=False)  # sizes by digest (see `mark.DigestText`)
+    total_bytes: int | None = field(default=None, init=False)  # None until `scan` has finished
     processed_bytes: int = field(default=0, init=False)
     _source_links: Links = field(init=False)
     _target_blobs: Blobs = field(init=False)
@@ -139,7 +145,7 @@ class _ImportRun:
     def _make_source_links(self) -> Links:
         return Links(self._source, durable=False)
 
-    # What is written here is synced at the end.
+    # Not durable, because `import_from` syncs everything at the end.
 
     @_target_blobs.default
     def _make_target_blobs(self) -> Blobs:
@@ -150,14 +156,14 @@ class _ImportRun:
         return Links(self._store.layout, durable=False)
 
     def record(self, item: Skipped) -> None:
-        """Count something that was not taken, and tell of it."""
+        """Count and report a skipped item."""
         self.counts.update(untaken=1, conflicts=item.kind == "conflict")
         self._progress.emit(item)
 
-    # in a thread
+    # The methods below run in a thread.
 
     def scan(self) -> Iterator[Skipped | None]:
-        """Find the repositories, and the contents that these have."""
+        """Find the repositories, and the sizes of their blobs."""
         total = 0
         for repository in self._source_links.repositories():
             try:
@@ -176,9 +182,9 @@ class _ImportRun:
         self.total_bytes = total
 
     def import_blobs(self) -> Iterator[Skipped | None]:
-        """Bring the contents, up to a piece of one a step."""
-        for text, size in self._blob_sizes.items():
-            digest = Digest.parse(text)
+        """Import the blobs, at most one chunk per step."""
+        for digest_text, size in self._blob_sizes.items():
+            digest = Digest.parse(digest_text)
             if self._target_blobs.touch(digest) == size:
                 self.counts.update(present=1)
                 self.processed_bytes += size
@@ -190,7 +196,7 @@ class _ImportRun:
                 yield Skipped("unreadable", f"{digest} cannot be read: {error}")
 
     def link_layers(self, repository: str) -> Iterator[Skipped | None]:
-        """Link the repository's blobs."""
+        """Link the blobs of the repository."""
         for digest in self._source_links.layers(repository):
             if not self._source_links.has_layer(repository, digest):
                 yield None
@@ -201,7 +207,7 @@ class _ImportRun:
                 yield Skipped("missing", f"{repository}: the blob {digest} is missing")
 
     def link_manifests(self, repository: str) -> Iterator[Skipped | None]:
-        """Link the repository's manifests."""
+        """Link the manifests of the repository."""
         for digest in self._source_links.manifests(repository):
             if not self._source_links.has_manifest(repository, digest):
                 yield None
@@ -221,13 +227,13 @@ class _ImportRun:
             yield None
 
     def set_tags(self, repository: str) -> Iterator[Skipped | None]:
-        """Set the repository's tags."""
+        """Set the tags of the repository."""
         for tag, digest in self._source_links.iter_tags(repository):
             current = self._target_links.tag(repository, tag)
             if digest is None or not self._target_links.has_manifest(repository, digest):
-                yield Skipped("missing", f"{repository}:{tag}: what the tag means is missing")
+                yield Skipped("missing", f"{repository}:{tag}: the manifest of the tag is missing")
             elif current is not None and current != digest and not self._force:
-                yield Skipped("conflict", f"{repository}:{tag} means {current} here, and {digest} there")
+                yield Skipped("conflict", f"{repository}:{tag} points to {current} here, but to {digest} in the import")
             elif current != digest:
                 self._target_links.set_tag(repository, tag, digest)
                 self.counts.update(tags=1)
@@ -266,7 +272,7 @@ class _ImportRun:
 
 
 class _SourceError(Exception):
-    """What the disk said of a file that was to be imported."""
+    """A file of the imported directory cannot be read."""
 
 
 def _open_source(path: str) -> int:
@@ -284,9 +290,9 @@ def _read_source(fd: int) -> bytes:
 
 
 def _hardlink(fd: int, path: str, staged_path: str) -> bool:
-    """Link the file that is open to `staged`, and say whether that could be."""
+    """Hard-link the open file to `staged_path`. Return whether that succeeded."""
     status = os.fstat(fd)
-    # What another user owns, that user may write to and we may not date (`Removal`).
+    # Another user could write to a file of theirs, and we could not set its mtime (see `SafeDelete`).
     if status.st_uid != os.geteuid():
         return False
     try:

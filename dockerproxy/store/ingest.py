@@ -1,7 +1,8 @@
-"""A blob under way: a file that grows while it is hashed, survives the process, and becomes a blob or goes.
+"""Ingests: partially downloaded blobs. An ingest file outlives its process, and is committed as a blob or deleted.
 
-The lock on the file says who writes. It goes with the process, so that after a `kill -9` the next one takes up what is
-there; what it cannot know - whether the bytes are right - the digest says at the end. Other processes read along.
+The writer holds a lock (flock) on the file. The kernel releases it when the process ends, so that after a `kill -9`
+another process can resume the download. The resumed bytes may be wrong, but the digest is verified at the end. Other
+processes can read the file while it grows.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ from dockerproxy.store.layout import Layout, digest_from_names
 
 @define(eq=False)
 class Ingest(HashedAppendFile):
-    """The one right to write a blob's ingest file. Ends with `publish`, `discard` or `release`.
+    """The exclusive right to write a blob's ingest file. It ends with `commit`, `discard` or `release`.
 
-    `size` is the number of bytes that are there. The caller `rehash`es those of an earlier run before it appends.
-    Of `rehash`, `append`, `verify` and `publish` one runs at a time, in whatever thread.
+    `size` is the number of bytes in the file. If an earlier run left some, the caller must `rehash` before it appends.
+    Only one of `rehash`, `append`, `verify` and `commit` may run at a time, in any thread.
     """
 
     digest: Digest
@@ -34,16 +35,17 @@ class Ingest(HashedAppendFile):
 
     @classmethod
     def open(cls, layout: Layout, digest: Digest) -> Ingest | None:
-        """Return the ingest of `digest`, made if need be, or None while another holds it (`Followed.open` it then).
+        """Open or create the ingest of `digest`. Return None if another writer has it (then use `ForeignIngest.open`).
 
-        The other may have published in between: look for the blob after this, not before. Raises `OSError`.
+        Check whether the blob exists after this call, not before it, because another writer may have just committed
+        it. Raises `OSError`.
         """
         path = layout.ingest(digest)
         while True:
             fd = _open_writable(path)
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # Between open and lock the one who held it may have published or discarded the file.
+                # The previous writer may have committed or discarded the file between our open and our lock.
                 if _is_same_file(path, fd):
                     return cls(os.fstat(fd).st_size, fd, digest.hasher(), digest, path)
             except BlockingIOError:
@@ -55,54 +57,54 @@ class Ingest(HashedAppendFile):
             os.close(fd)
 
     def append(self, chunks: Sequence[bytes]) -> None:
-        """Write `chunks` after what is there, and hash them. Blocks.
+        """Append and hash `chunks`. Blocks.
 
-        Raises `OSError` (a full disk); then nothing of them is kept, and it may be tried again.
+        If it raises `OSError` (such as a full disk), the file has its old size, and the caller may try again.
         """
         self._require_hashed()
         super().append(chunks)
 
     def verify(self) -> bool:
-        """Say whether what is there is the whole blob, by its digest."""
+        """Return whether the file has the digest of the blob."""
         self._require_hashed()
         return self._hasher.hexdigest() == self.digest.hex
 
     def commit(self, blobs: Blobs) -> None:
-        """Make it a blob, and end. Blocks.
+        """Commit the file as a blob and end the ingest. Blocks.
 
-        Raise `DigestInvalid` where it is not whole, `OSError` where it cannot be done; the ingest is then as before.
+        Raises `DigestInvalid` if the blob is not complete, or `OSError`; the ingest is unchanged then.
         """
         if not self.verify():
-            raise DigestInvalid(f"what was received is not the content of {self.digest}")
+            raise DigestInvalid(f"the {self.size} bytes received do not match the digest {self.digest}")
         blobs.commit(self._path, self.digest)
         self.release()
 
     def discard(self) -> None:
-        """Remove what is there, and end; who reads it goes on reading."""
+        """Delete the file and end the ingest. Open readers stay usable."""
         if self._fd >= 0:
             with suppress(FileNotFoundError):
                 os.unlink(self._path)
         self.release()
 
     def release(self) -> None:
-        """Leave what is there to be resumed, and end; a second time does nothing."""
+        """End the ingest, but leave the file to be resumed. A second call does nothing."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
-            # Closing alone would not do: the readers' descriptors are copies of this one and share its lock.
+            # Closing would not release the lock, because the readers' descriptors are duplicates and share it.
             fcntl.flock(fd, fcntl.LOCK_UN)
             os.close(fd)
 
     def reader(self) -> int:
-        """Return a descriptor to read from, the caller's to close; it outlives the end of the ingest.
+        """Return a descriptor to read from. It stays valid after the end of the ingest, and the caller closes it.
 
-        Up to `size` the bytes stay as they are; beyond it a failed `append` may take them back.
+        Bytes up to `size` do not change. A failed `append` may cut off bytes beyond that.
         """
         return os.dup(self._fd)
 
 
 @frozen
 class ForeignIngest:
-    """An ingest that another process writes, to be read along. Ends with `close`, or when it was `taken_over`."""
+    """An ingest that another process writes, opened to read it. It ends with `close` or a successful takeover."""
 
     digest: Digest
     fd: int
@@ -110,7 +112,7 @@ class ForeignIngest:
 
     @classmethod
     def open(cls, layout: Layout, digest: Digest) -> ForeignIngest | None:
-        """Return the ingest of `digest` as it is, None where there is none (or no longer). Raises `OSError`."""
+        """Open the ingest of `digest`, or return None if there is none. Raises `OSError`."""
         path = layout.ingest(digest)
         try:
             return cls(digest, os.open(path, os.O_RDWR | os.O_CLOEXEC), path)
@@ -119,16 +121,16 @@ class ForeignIngest:
 
     @property
     def size(self) -> int:
-        """How many bytes are there now. They stay as they are, unless the writer's disk is full."""
+        """The current number of bytes. They do not change, unless the writer's disk is full."""
         return os.fstat(self.fd).st_size
 
     @property
     def in_progress(self) -> bool:
-        """Whether it is still under way: not published, nor given up by a writer that was alive to do so."""
+        """Whether the ingest has neither been committed nor discarded. Stays true if its writer was killed."""
         return _is_same_file(self._path, self.fd)
 
     def try_take_over(self) -> Ingest | None:
-        """Return the right to write, where whoever had it has gone without an end; what is there is to be rehashed."""
+        """Return the ingest if its writer has died or released it, otherwise None. The caller must `rehash` it."""
         try:
             fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -139,12 +141,12 @@ class ForeignIngest:
         return Ingest(self.size, self.fd, self.digest.hasher(), self.digest, self._path)
 
     def close(self) -> None:
-        """End the reading along; not after it was `taken_over`."""
+        """Close the file. Do not call this after a successful `try_take_over`."""
         os.close(self.fd)
 
 
 def stale_ingests(layout: Layout, older_than: float) -> list[Digest]:
-    """Return the ingests last written before `older_than` (POSIX time), to be opened and discarded. Blocks."""
+    """Return the ingests last written before `older_than` (POSIX time), which the caller may discard. Blocks."""
     digests = []
     for name in list_names(layout.ingests):
         digest = digest_from_names(*name.split("-", 1)) if "-" in name else None

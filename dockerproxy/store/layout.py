@@ -1,26 +1,27 @@
-"""Where everything lies. The tree is CNCF distribution's (registry/storage/paths.go), so `registry:2` can take it over.
+"""Paths of a store. The tree is CNCF distribution's (registry/storage/paths.go), so `registry:2` can use it.
 
     ROOT
     ├── docker/registry/v2
-    │   ├── blobs/ALG/HH/HEX/data                        a content; HH = the first two digits of HEX
+    │   ├── blobs/ALG/HH/HEX/data                        a blob; HH = the first two digits of HEX
     │   └── repositories/NAME
     │       ├── _layers/ALG/HEX/link                     the repository has this blob
     │       ├── _manifests
     │       │   ├── revisions/ALG/HEX/link               the repository has this manifest
     │       │   ├── revisions/ALG/HEX/media-type         (ours) the type it was served or pushed with
-    │       │   ├── revisions/ALG/HEX/subject            (ours) what it refers to, ``-`` for nothing; see `referrers`
+    │       │   ├── revisions/ALG/HEX/subject            (ours) its subject, or ``-`` if it has none; see `referrers`
     │       │   └── tags/TAG
-    │       │       ├── current/link                     what the tag means
-    │       │       └── index/ALG/HEX/link               what it ever meant
-    │       ├── _referrers/ALG/HEX/ALG-HEX               (ours) the descriptor of the second, which refers to the first
+    │       │       ├── current/link                     the manifest of the tag
+    │       │       └── index/ALG/HEX/link               all manifests that the tag has had
+    │       ├── _referrers/ALG/HEX/ALG-HEX               (ours) the descriptor of the second, a referrer of the first
     │       └── _uploads/UUID                            a blob that is being pushed
-    │           ├── data                                 what has arrived
-    │           └── startedat                            when it began (RFC 3339)
-    ├── ingest/ALG-HEX                                   (ours) a blob under way, to be resumed after a crash
-    ├── damaged/ALG-HEX                                  (ours) what was no content of its digest; see `check`
-    └── staging/                                         (ours) nameless files on their way to their place
+    │           ├── data                                 the bytes received so far
+    │           └── startedat                            the start time (RFC 3339)
+    ├── ingest/ALG-HEX                                   (ours) a partial download, resumable after a crash
+    ├── damaged/ALG-HEX                                  (ours) a blob that did not match its digest; see `scrub`
+    └── staging/                                         (ours) temporary files, renamed to their final paths
 
-A link holds ``alg:hex`` and no line end. In the cache NAME starts with the upstream host, ``host`` or ``host:port``.
+A link contains ``alg:hex`` without a line end. In the cache, NAME starts with the upstream host (``host`` or
+``host:port``).
 """
 
 from __future__ import annotations
@@ -33,8 +34,9 @@ from attrs import field, frozen
 from dockerproxy.errors import DigestInvalid, NameInvalid
 from dockerproxy.oci.names import Digest, parse_tag
 
-# What callers build from validated hosts and repository names; checked here again, for a path is made of it. A
-# component can neither hide (`.`, `..`) nor be taken for one of the tree's own (`_layers`). 255: what a file name has.
+# Callers build repository names from validated hosts and names. They are checked again here, because paths are built
+# from them. A component cannot be hidden (`.`, `..`) or match a name of the tree itself (`_layers`). A file name has at
+# most 255 bytes.
 _COMPONENT = r"[A-Za-z0-9\[][A-Za-z0-9._:\[\]-]{0,254}"
 _REPOSITORY = re.compile(rf"{_COMPONENT}(?:/{_COMPONENT})*")
 _MAX_REPOSITORY = 1024
@@ -42,7 +44,7 @@ _MAX_REPOSITORY = 1024
 
 @frozen
 class Layout:
-    """The paths below `root`, as plain strings: each request needs some, and `pathlib` takes 10 µs for one."""
+    """The paths below `root`, as strings: each request needs several, and `pathlib` takes 10 µs for each."""
 
     root: Path
     blobs: str = field(init=False)
@@ -72,69 +74,69 @@ class Layout:
         return f"{self.root}/damaged"
 
     def blob(self, digest: Digest) -> str:
-        """The data file of a content."""
+        """Return the data file of a blob."""
         return f"{self.blobs}/{digest.algorithm}/{digest.hex[:2]}/{digest.hex}/data"
 
     def ingest(self, digest: Digest) -> str:
-        """The file of a blob under way."""
+        """Return the file of an ingest."""
         return f"{self.ingests}/{digest.algorithm}-{digest.hex}"
 
     def repository(self, repository: str) -> str:
-        """The directory of a repository; raise `NameInvalid` where `repository` could lead anywhere else."""
+        """Return the directory of a repository. Raises `NameInvalid` if `repository` could lead elsewhere."""
         if len(repository) > _MAX_REPOSITORY or not _REPOSITORY.fullmatch(repository):
             raise NameInvalid(f"{repository[:300]!r} is not a repository name")
         return f"{self.repositories}/{repository}"
 
     def layers(self, repository: str) -> str:
-        """The directory of a repository's blob links."""
+        """Return the directory of a repository's blob links."""
         return f"{self.repository(repository)}/_layers"
 
     def layer(self, repository: str, digest: Digest) -> str:
-        """The link by which a repository has a blob."""
+        """Return the link that makes a blob part of a repository."""
         return f"{self.layers(repository)}/{digest.algorithm}/{digest.hex}/link"
 
     def manifest(self, repository: str, digest: Digest) -> str:
-        """The link by which a repository has a manifest."""
+        """Return the link that makes a manifest part of a repository."""
         return f"{self._revision(repository, digest)}/link"
 
     def media_type(self, repository: str, digest: Digest) -> str:
-        """The file that holds a manifest's media type."""
+        """Return the file that contains a manifest's media type."""
         return f"{self._revision(repository, digest)}/media-type"
 
     def subject(self, repository: str, digest: Digest) -> str:
-        """The file that holds what a manifest refers to, and by being there says that its referrer is noted."""
+        """Return the file that contains a manifest's subject. Its existence shows that the manifest is indexed."""
         return f"{self._revision(repository, digest)}/subject"
 
     def referrers(self, repository: str, subject: Digest) -> str:
-        """The directory of the descriptors of what refers to `subject`."""
+        """Return the directory of the descriptors of `subject`'s referrers."""
         return f"{self.repository(repository)}/_referrers/{subject.algorithm}/{subject.hex}"
 
     def referrer(self, repository: str, subject: Digest, digest: Digest) -> str:
-        """The file that holds the descriptor of manifest `digest`, which refers to `subject`."""
+        """Return the file that contains the descriptor of the manifest `digest`, a referrer of `subject`."""
         return f"{self.referrers(repository, subject)}/{digest.algorithm}-{digest.hex}"
 
     def uploads(self, repository: str) -> str:
-        """The directory of a repository's upload sessions."""
+        """Return the directory of a repository's upload sessions."""
         return f"{self.repository(repository)}/_uploads"
 
     def tags(self, repository: str) -> str:
-        """The directory of a repository's tags."""
+        """Return the directory of a repository's tags."""
         return f"{self.repository(repository)}/_manifests/tags"
 
     def tag(self, repository: str, tag: str) -> str:
-        """The directory of a tag; raise `NameInvalid` where `tag` is none."""
+        """Return the directory of a tag. Raises `NameInvalid` if `tag` is not a valid tag."""
         return f"{self.tags(repository)}/{parse_tag(tag)}"
 
     def tag_current(self, repository: str, tag: str) -> str:
-        """The link to what a tag means."""
+        """Return the link to the manifest of a tag."""
         return f"{self.tag(repository, tag)}/current/link"
 
     def tag_index(self, repository: str, tag: str, digest: Digest) -> str:
-        """The link that remembers that a tag meant `digest` once."""
+        """Return the link in a tag's index that records that the tag has pointed to `digest`."""
         return f"{self.tag(repository, tag)}/index/{digest.algorithm}/{digest.hex}/link"
 
     def revisions(self, repository: str) -> str:
-        """The directory of a repository's manifest links."""
+        """Return the directory of a repository's manifest links."""
         return f"{self.repository(repository)}/_manifests/revisions"
 
     def _revision(self, repository: str, digest: Digest) -> str:
@@ -142,7 +144,7 @@ class Layout:
 
 
 def digest_from_names(algorithm: str, encoded: str) -> Digest | None:
-    """Return the digest that two file names make, or None where they are somebody else's."""
+    """Return the digest that two file names form, or None if they do not form a digest."""
     try:
         return Digest.parse(f"{algorithm}:{encoded}")
     except DigestInvalid:

@@ -1,4 +1,4 @@
-"""Which repository has which blobs and manifests, and what its tags mean: small files that hold a digest.
+"""Links: small files that contain a digest. They record the blobs, manifests and tags of each repository.
 
 A link that a power cut left empty or torn counts as absent.
 """
@@ -15,17 +15,17 @@ from dockerproxy.oci.names import Digest, parse_tag
 from dockerproxy.store.files import Staging, list_names, read_small
 from dockerproxy.store.layout import Layout, digest_from_names
 
-# The longest link is that of a sha512; what is longer than a media type can be (RFC 6838, section 4.2: 127 + 1 + 127)
-# is none.
+# The longest link contains a sha512 digest. A media type has at most 255 characters (RFC 6838, section 4.2: 127 + 1 +
+# 127); longer content is invalid.
 _LINK_LIMIT = 256
 _MEDIA_TYPE_LIMIT = 255
 
 
 @define
 class Links:
-    """The repositories below a root. `durable`: what is written outlives a power cut. Writing blocks.
+    """The links of a store. If `durable`, changes survive a power cut. Methods that write block.
 
-    Callers build `repository` from validated parts; every method raises `NameInvalid` for one that is not.
+    Callers build `repository` from validated parts. Every method raises `NameInvalid` for an invalid name.
     """
 
     _layout: Layout
@@ -37,81 +37,81 @@ class Links:
         return Staging(self._layout.staging, sync_data=self._durable, sync_names=self._durable)
 
     def has_layer(self, repository: str, digest: Digest) -> bool:
-        """Say whether the repository has this blob."""
+        """Return whether the repository has the blob."""
         return _link_exists(self._layout.layer(repository, digest))
 
     def link_layer(self, repository: str, digest: Digest) -> None:
-        """Let the repository have this blob."""
+        """Link the blob to the repository."""
         self._link(self._layout.layer(repository, digest), digest)
 
     def unlink_layer(self, repository: str, digest: Digest) -> bool:
-        """Take this blob from the repository, and say whether it had it."""
+        """Unlink the blob from the repository. Return whether it was linked."""
         return self._staging.remove_tree(os.path.dirname(self._layout.layer(repository, digest)))
 
     def has_manifest(self, repository: str, digest: Digest) -> bool:
-        """Say whether the repository has this manifest."""
+        """Return whether the repository has the manifest."""
         return _link_exists(self._layout.manifest(repository, digest))
 
     def link_manifest(self, repository: str, digest: Digest, media_type: str) -> None:
-        """Let the repository have this manifest, of the type that upstream or the pushing client said."""
-        # The type first: where the link is, the type is.
+        """Link the manifest to the repository. `media_type` is the type stated by upstream or by the pushing client."""
+        # Write the type first, so that every link has one.
         if self.manifest_media_type(repository, digest) != media_type:
             self._staging.write(media_type.encode(), self._layout.media_type(repository, digest))
         self._link(self._layout.manifest(repository, digest), digest)
-        # distribution's catalogue, and with it its garbage collector's mark phase, knows a repository by its `_layers`
-        # (catalog.go, handleRepository): it would sweep the manifests of one that has none.
+        # distribution's catalog, and thus the mark phase of its garbage collector, recognizes a repository by its
+        # `_layers` (catalog.go, handleRepository). It would sweep the manifests of a repository without that directory.
         self._staging.makedirs(self._layout.layers(repository))
 
     def unlink_manifest(self, repository: str, digest: Digest) -> bool:
-        """Take this manifest from the repository, and say whether it had it. Its tags are the caller's to remove."""
+        """Unlink the manifest from the repository. Return whether it was linked. The caller removes its tags."""
         return self._staging.remove_tree(os.path.dirname(self._layout.manifest(repository, digest)))
 
     def manifest_media_type(self, repository: str, digest: Digest) -> str | None:
-        """Return the manifest's media type; None where it is not known (a tree that another registry wrote)."""
+        """Return the manifest's media type, or None if it is not known (a tree that another registry wrote)."""
         content = read_small(self._layout.media_type(repository, digest), _MEDIA_TYPE_LIMIT + 1)
-        # It goes into a header: nothing but a torn or foreign file has other characters.
+        # The media type is sent in a header field, so reject the characters that a torn or foreign file may contain.
         if not content or len(content) > _MEDIA_TYPE_LIMIT or not content.isascii():
             return None
         text = content.decode("ascii")
         return text if text.isprintable() else None
 
     def tag(self, repository: str, tag: str) -> Digest | None:
-        """Return the digest of the manifest that a tag means, None where there is no such tag."""
+        """Return the digest of the tag's manifest, or None if there is no such tag."""
         return _read_link(self._layout.tag_current(repository, tag))
 
     def set_tag(self, repository: str, tag: str, digest: Digest) -> None:
-        """Let a tag mean `digest`."""
-        # In distribution's order (tagstore.go, Tag): what is current is always in the index.
+        """Point the tag to the manifest `digest`."""
+        # Same order as distribution (tagstore.go, Tag): the current manifest is always in the index.
         self._link(self._layout.tag_index(repository, tag, digest), digest)
         self._link(self._layout.tag_current(repository, tag), digest)
 
     def remove_tag(self, repository: str, tag: str) -> bool:
-        """Remove a tag, not what it means, and say whether it was there."""
+        """Remove the tag, but not its manifest. Return whether the tag existed."""
         existed = self.tag(repository, tag) is not None
         return self._staging.remove_tree(self._layout.tag(repository, tag)) and existed
 
     def tags(self, repository: str) -> list[str]:
-        """Return the repository's tags in order. Blocks."""
+        """Return the repository's tags, sorted. Blocks."""
         names = list_names(self._layout.tags(repository))
         return sorted(tag for tag in names if _is_tag(tag) and _link_exists(self._layout.tag_current(repository, tag)))
 
     def iter_tags(self, repository: str) -> Iterator[tuple[str, Digest | None]]:
-        """Yield the repository's tags, in no order, with what each means: None where that cannot be read. Blocks."""
+        """Yield the repository's tags, in no order, each with its manifest (None if the link is torn). Blocks."""
         for tag in filter(_is_tag, list_names(self._layout.tags(repository))):
             content = read_small(self._layout.tag_current(repository, tag), _LINK_LIMIT)
             if content:
                 yield tag, _parse_link(content)
 
     def layers(self, repository: str) -> Iterator[Digest]:
-        """Yield the blobs that the repository has a link to, a torn one too, in no order. Blocks."""
+        """Yield the blobs to which the repository has a link, even a torn one, in no order. Blocks."""
         yield from _iter_digests(self._layout.layers(repository))
 
     def manifests(self, repository: str) -> Iterator[Digest]:
-        """Yield the manifests that the repository has a link to, a torn one too, in no order. Blocks."""
+        """Yield the manifests to which the repository has a link, even a torn one, in no order. Blocks."""
         yield from _iter_digests(self._layout.revisions(repository))
 
     def prune_tag_index(self, repository: str, digests: Container[str]) -> Iterator[None]:
-        """Take from the memory of what tags meant once what is in `digests` (as text). Blocks, a moment a step."""
+        """Remove the former manifests in `digests` from the index of every tag. Each step blocks briefly."""
         for tag in filter(_is_tag, list_names(self._layout.tags(repository))):
             for digest in _iter_digests(f"{self._layout.tag(repository, tag)}/index"):
                 if str(digest) in digests and self.tag(repository, tag) != digest:
@@ -119,16 +119,16 @@ class Links:
                 yield None
 
     def prune(self, repository: str) -> Iterator[None]:
-        """Remove the directories of a repository that has nothing any more. Blocks, a moment a step.
+        """Remove the empty directories of the repository, and its own directory if nothing is left.
 
-        Whoever writes there at this moment makes them anew (`Staging.move`).
+        Each step blocks briefly. A concurrent writer recreates the directories it needs (`Staging.move`).
         """
         directory = self._layout.repository(repository)
         revisions, tags = self._layout.revisions(repository), self._layout.tags(repository)
         layers, referrers = self._layout.layers(repository), f"{directory}/_referrers"
         for parent in (revisions, tags, layers):
             yield from _remove_empty_children(parent)
-        if any(list_names(top) for top in (revisions, tags, layers)):
+        if any(list_names(parent) for parent in (revisions, tags, layers)):
             return
         for algorithm in list_names(referrers):
             yield from _remove_empty_children(f"{referrers}/{algorithm}")
@@ -156,12 +156,12 @@ class Links:
 
 
 def iter_repositories(layout: Layout, *subdirectories: str) -> Iterator[str]:
-    """Yield the repositories that hold one of these directories, in no order. Blocks."""
+    """Yield the repositories that contain one of these directories, in no order. Blocks."""
     pending = [""]
     while pending:
         parent = pending.pop()
         for name in list_names(f"{layout.repositories}/{parent}"):
-            # `_uploads` and whatever else is no repository is no name of one either.
+            # `_uploads` and other foreign names are not valid repository names.
             repository = f"{parent}/{name}" if parent else name
             try:
                 directory = layout.repository(repository)
@@ -173,13 +173,13 @@ def iter_repositories(layout: Layout, *subdirectories: str) -> Iterator[str]:
 
 
 def remove_empty_directories(layout: Layout, directory: str) -> None:
-    """Remove `directory` if it is empty, and then those above it that are, as far as the repositories go. Blocks."""
+    """Remove `directory` if it is empty, and then its empty parents, up to the repositories' directory. Blocks."""
     while directory != layout.repositories and _rmdir_if_empty(directory):
         directory = os.path.dirname(directory)
 
 
 def _link_exists(path: str) -> bool:
-    # The path says what it holds; one look suffices to tell a whole one from one that a power cut left empty.
+    # The path determines the content, so one stat tells a good link from one that a power cut left empty.
     try:
         return os.stat(path).st_size > 0
     except (FileNotFoundError, NotADirectoryError):
@@ -206,7 +206,7 @@ def _is_tag(name: str) -> bool:
 
 
 def _iter_digests(directory: str) -> Iterator[Digest]:
-    """Yield the digests that the names below a directory, ``ALG/HEX``, make."""
+    """Yield the digests that the entries ``ALG/HEX`` below a directory stand for."""
     for algorithm in list_names(directory):
         for encoded in list_names(f"{directory}/{algorithm}"):
             digest = digest_from_names(algorithm, encoded)

@@ -1,7 +1,6 @@
-"""How full the cache is: an index, in memory, of what lies on disk, so that no request has to walk the tree.
+"""In-memory index of the cached blobs by last use. It saves requests from walking the directory tree.
 
-All this is done in the reactor's thread, and takes no longer with a large cache; but a `Recount`, which is made in a
-thread.
+Its methods run in the reactor's thread, and take no longer if the cache is larger. Only a `Rescan` runs in a thread.
 """
 
 from __future__ import annotations
@@ -15,55 +14,55 @@ from attrs import define, field
 from dockerproxy.oci.names import Digest
 from dockerproxy.store.eviction import BATCH_SIZE, Entry, LRUEntry, excess_bytes, inactive_since, least_recently_used
 
-_RUN_LENGTH = 1000  # contents that are sorted in one go: 1 ms
-_YIELD_EVERY = 100  # contents that are looked at in one step
+_RUN_LENGTH = 1000  # entries sorted in one step, which takes 1 ms
+_YIELD_EVERY = 100  # entries handled in one step
 
 
 class CacheFull(Exception):
-    """More bytes than the cache may have, beside what is in use."""
+    """The requested bytes do not fit into the cache beside the blobs in use."""
 
 
 @define
 class LRUIndex:
-    """The contents of a cache of at most `limit` bytes, least recently used first.
+    """The blobs of a cache of at most `limit` bytes, least recently used first.
 
-    Whoever is about to write a content adds it, with the size it will have, and pins it: that reserves the bytes.
-    What is chosen to go is forgotten here at once, so that two who need room are not given the same bytes; the caller
-    removes it from disk.
+    To reserve the bytes of a blob that will be written, add it with its expected size and pin it. Evicted blobs are
+    removed from the index at once, so that two callers never get the same bytes. The caller deletes them from disk.
     """
 
     limit: int
     total: int = field(default=0, init=False)
-    _entries: OrderedDict[str, LRUEntry] = field(factory=OrderedDict, init=False)  # by digests as text (see `Known`)
+    _entries: OrderedDict[str, LRUEntry] = field(factory=OrderedDict, init=False)  # by `str(digest)`
     _pins: dict[str, int] = field(factory=dict, init=False)
-    _dirty: dict[str, None] | None = field(default=None, init=False)  # since the recount began, where one is made
+    # Digests changed since the running rescan began; None if no rescan is running.
+    _dirty: dict[str, None] | None = field(default=None, init=False)
 
     def add(self, digest: Digest, size: int, now: float) -> None:
-        """Count a content of `size` bytes, used now; in place of what was known of it."""
+        """Add a blob of `size` bytes that is used now, replacing its old entry."""
         self.remove(digest)
         self._entries[str(digest)] = size, now
         self.total += size
 
     def touch(self, digest: Digest, now: float) -> None:
-        """Note that a content is used now; nothing where it is not known."""
+        """Record a use of the blob. Does nothing if the blob is not in the index."""
         key = self._mark_dirty(digest)
         if key in self._entries:
             self._entries[key] = self._entries[key][0], now
             self._entries.move_to_end(key)
 
     def remove(self, digest: Digest) -> None:
-        """Count a content no longer; nothing where it is not known. Its pins stay: who holds them gives them back."""
+        """Remove the blob, if it is in the index. Its pins stay until they are released by `unpin`."""
         entry = self._entries.pop(self._mark_dirty(digest), None)
         if entry is not None:
             self.total -= entry[0]
 
     def pin(self, digest: Digest) -> None:
-        """Keep a content from being chosen until `unpin` was called as often."""
+        """Protect the blob from eviction until `unpin` has been called as often as `pin`."""
         key = self._mark_dirty(digest)
         self._pins[key] = self._pins.get(key, 0) + 1
 
     def unpin(self, digest: Digest) -> None:
-        """Take back one `pin`; raise `KeyError` where there is none."""
+        """Undo one `pin`. Raises `KeyError` if the blob is not pinned."""
         key = self._mark_dirty(digest)
         count = self._pins[key] - 1
         if count:
@@ -72,26 +71,27 @@ class LRUIndex:
             del self._pins[key]
 
     def evict(self, size: int) -> list[Digest]:
-        """Return what to remove so that `wanted` more bytes fit, least recently used first; nothing where they do.
+        """Remove and return the blobs to evict so that `size` more bytes fit, least recently used first.
 
-        Raise `DoesNotFit`, and choose nothing, where they cannot fit beside what is pinned.
+        Raises `CacheFull`, and removes nothing, if the bytes do not fit beside the pinned blobs.
         """
         minimum = self.total + size - self.limit
         if minimum <= 0:
             return []
         evictable = self._evictable_bytes()
         if evictable < minimum:
-            raise CacheFull(f"{size} bytes do not fit in {self.limit} beside what is in use")
-        # Down to 95 %, unless `wanted` and what is pinned alone have more than that.
+            in_use = self.total - evictable
+            raise CacheFull(f"{size} bytes do not fit into a cache of {self.limit} bytes with {in_use} bytes in use")
+        # Evict down to 95 %, unless `size` and the pinned blobs alone exceed that.
         target = excess_bytes(self.total + size, self.limit)
         return self._remove_all(
             least_recently_used(self._entries, self._pins, minimum, target if target <= evictable else minimum)
         )
 
     def expire(self, inactive: float, now: float) -> list[Digest]:
-        """Return what to remove because it was not used for `inactive` seconds, or because `limit` is passed.
+        """Remove and return blobs that were not used for `inactive` seconds, or that exceed `limit`.
 
-        There may be more of it, unless there is nothing.
+        This handles one batch. Call it again until it returns an empty list.
         """
         expired = self._remove_all(inactive_since(self._entries, self._pins, now - inactive))
         excess = excess_bytes(self.total, self.limit)
@@ -100,12 +100,15 @@ class LRUIndex:
         return expired
 
     def start_rescan(self) -> Rescan:
-        """Begin to count anew, by what is on disk; `adopt` ends that, or `give_up`."""
+        """Begin to rebuild the index from disk. End the rescan with `apply_rescan` or `abort_rescan`."""
         self._dirty = {}
         return Rescan(self._entries, self._pins)
 
     def apply_rescan(self, rescan: Rescan) -> None:
-        """Go on with what was counted, but for what changed here meanwhile: it may have been seen as it was before."""
+        """Replace the entries by those of the rescan.
+
+        Keep the current entries of blobs that changed since the rescan began, because it may have seen the old state.
+        """
         entries, total = rescan.entries, rescan.total
         for key in self._dirty or ():
             total -= entries.pop(key, (0, 0.0))[0]
@@ -116,7 +119,7 @@ class LRUIndex:
         self._dirty = None
 
     def abort_rescan(self) -> None:
-        """End a recount that did not work out; nothing where none is made."""
+        """End a rescan that failed. Does nothing if none is running."""
         self._dirty = None
 
     def _mark_dirty(self, digest: Digest) -> str:
@@ -127,10 +130,10 @@ class LRUIndex:
         return key
 
     def _evictable_bytes(self) -> int:
-        return self.total - sum(self._entries[text][0] for text in self._pins if text in self._entries)
+        return self.total - sum(self._entries[key][0] for key in self._pins if key in self._entries)
 
     def _remove_all(self, keys: Iterable[str]) -> list[Digest]:
-        digests = [Digest.parse(text) for text in list(keys)]
+        digests = [Digest.parse(key) for key in list(keys)]
         for digest in digests:
             self.remove(digest)
         return digests
@@ -138,9 +141,9 @@ class LRUIndex:
 
 @define
 class Rescan:
-    """What is found on disk, for a `Usage` that `known` and `pins` are of: it is only looked at, a content at a time.
+    """The blobs found on disk, to replace the entries of an `LRUIndex`. Reads, but does not change, that index.
 
-    For a thread; a moment's work at a time, for to sort 100,000 in one go would hold the whole process.
+    It runs in a thread, in short steps, because sorting 100,000 entries at once would block the whole process.
     """
 
     _current: OrderedDict[str, LRUEntry]
@@ -150,17 +153,17 @@ class Rescan:
     _runs: list[list[tuple[float, str, int]]] = field(factory=lambda: [[]], init=False)
 
     def add(self, entry: Entry) -> None:
-        """Count a content. What is pinned stays as it is known, found or not: it is on its way there."""
+        """Add a blob found on disk. A pinned blob keeps its current entry, because it may still be downloading."""
         key = str(entry.digest)
         current = self._current.get(key)
         if current is None:
             self._append(key, entry.size, entry.last_used)
         elif key not in self._pins:
-            # The disk notes a use once a minute only.
+            # The mtime on disk is updated only once a minute.
             self._append(key, entry.size, max(entry.last_used, current[1]))
 
     def sort(self) -> Iterator[None]:
-        """Put what was found in order, least recently used first; some at a time."""
+        """Sort the entries by last use, the least recent first, in short steps."""
         for key in list(self._pins):
             current = self._current.get(key)
             if current is not None:
@@ -176,7 +179,7 @@ class Rescan:
             yield None
 
     def clear_incrementally(self) -> Iterator[None]:
-        """Free what was known before; some at a time, as all at once would take 10 ms for 100,000."""
+        """Free the replaced entries in short steps. Freeing 100,000 at once would take 10 ms."""
         while self.entries:
             for _ in range(min(_YIELD_EVERY, len(self.entries))):
                 self.entries.popitem()

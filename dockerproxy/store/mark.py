@@ -1,4 +1,4 @@
-"""The mark phase of garbage collection: what a registry needs of what it holds, found by reading its manifests."""
+"""The mark phase of garbage collection: finds the reachable objects of a registry by reading its manifests."""
 
 from __future__ import annotations
 
@@ -15,31 +15,32 @@ from dockerproxy.store.layout import Layout
 from dockerproxy.store.links import Links
 from dockerproxy.store.references import extract_references
 
-_YIELD_EVERY = 100  # names looked at in one step of reading
+_YIELD_EVERY = 100  # names handled in one step
 
 DigestText = str
-"""A digest as text, or several with spaces in between.
+"""A digest as a string, or several digests separated by spaces.
 
-Python's cyclic garbage collection, which holds the whole process while it looks at every object, does not look at text,
-nor at tuples of text after a first time; with 100,000 of `Digest` it takes 100 ms. So what is kept of a registry is
-text, in few containers. In this module no step does more the larger a registry is.
+Python's garbage collector stops the whole process while it looks at every tracked object. With 100,000 `Digest` objects
+that takes 100 ms. It does not track strings, and untracks tuples of strings when it first sees them. This module
+therefore stores strings in a few containers, and no step does more work if the registry is larger.
 """
 
 ManifestRefs = tuple[DigestText, DigestText, DigestText | None]
-"""What a manifest refers to: contents, those of them that may be manifests, and its subject (`References`)."""
+"""The references of a manifest (`References`): all objects, those that may be manifests, and the subject."""
 
 _NO_REFS: ManifestRefs = ("", "", None)
 
 LinkedList = tuple[DigestText, "LinkedList | None"]
-"""Text after text, the last one first: as little looked at as other tuples, and each is added in no time."""
+"""Linked list, the last string first. The garbage collector untracks it like other tuples, and adding is O(1)."""
 
 
 @frozen
 class Unreferenced:
-    """What a repository has and does not need.
+    """The unreachable objects of a repository.
 
-    Manifests are in `groups`, of those that nothing needs but others of the group: an index, its images, their
-    signatures. In each, those come first that refer to others. `needs` is what they refer to.
+    `groups` holds the manifests. The manifests of a group are connected by references, such as an index, its images
+    and their signatures. In each group, manifests with children come first. `refs` has the references of each
+    manifest, and `layers` the unreachable blob links.
     """
 
     groups: list[tuple[DigestText, ...]] = field(factory=list)
@@ -49,7 +50,7 @@ class Unreferenced:
 
 @frozen
 class Problem:
-    """Something in a repository that could not be understood."""
+    """An error that prevents the collection of a repository's garbage."""
 
     repository: str
     message: str
@@ -59,16 +60,16 @@ class Problem:
 
 
 class ManifestUnreadable(Exception):
-    """A sentence's end about a manifest that cannot be read."""
+    """A manifest cannot be read or parsed. The message names the manifest, but not the repository."""
 
 
 @define
 class Mark:
-    """What is `needed` by any repository, and what each has that is `idle` in it.
+    """Finds the objects that are `reachable` from any repository, and those `unreferenced` in each repository.
 
-    A tag needs its manifest; a manifest needs what it refers to, its subject too, and all that refers to it as their
-    subject. `delete_untagged`: else every manifest is needed. One whose content was used after `cutoff` (POSIX time)
-    is needed in any case. Of a repository with a manifest that cannot be read, everything is: there is no telling.
+    A tag reaches its manifest. A manifest reaches its references, its subject and its referrers. If `delete_untagged`
+    is false, every manifest is a root. A manifest used after `cutoff` (POSIX time) is always a root. If a manifest of
+    a repository cannot be read, all objects of that repository count as reachable, because its references are unknown.
     """
 
     _layout: Layout
@@ -80,16 +81,16 @@ class Mark:
     problems: list[Problem] = field(factory=list, init=False)
     repositories: list[str] = field(factory=list, init=False)
     manifest_count: int = field(default=0, init=False)
-    recent_count: int = field(default=0, init=False)  # manifests that are needed for having been used only
+    recent_count: int = field(default=0, init=False)  # manifests reachable only due to recent use
 
     def steps(self) -> Iterator[None]:
-        """Make the survey, a moment's work a step. Blocks."""
+        """Mark all repositories. Each step blocks briefly."""
         for repository in self._links.repositories():
             yield from self._mark_repository(repository)
             self.repositories.append(repository)
 
     def retain(self, unreferenced: Unreferenced, members: Iterable[DigestText]) -> Iterator[None]:
-        """Need these idle manifests after all, and what they refer to, one a step."""
+        """Mark these unreferenced manifests and their references as reachable after all, one manifest per step."""
         for member in members:
             self.reachable.add(member)
             for digest in unreferenced.refs[member][0].split():
@@ -110,7 +111,7 @@ class Mark:
                         yield None
             yield from graph.reach(recent if self.delete_untagged else graph.refs, live)
         except ManifestUnreadable as error:
-            self.problems.append(Problem(repository, f"{error}; nothing is removed from this repository"))
+            self.problems.append(Problem(repository, f"{error}; nothing was deleted from this repository"))
             yield from self._mark_all(repository)
             return
         unreferenced = Unreferenced()
@@ -129,7 +130,7 @@ class Mark:
     def _read_manifests(
         self, repository: str, graph: _Graph
     ) -> Generator[None, None, tuple[dict[DigestText, str], set[DigestText]]]:
-        """Read the repository's manifests; return those that have a tag, and those that were used after `cutoff`."""
+        """Read the repository's manifests. Return the tagged ones, and those used after `cutoff`."""
         tags: dict[str, DigestText] = {}
         roots: dict[DigestText, str] = {}
         for tag, target in self._links.iter_tags(repository):
@@ -144,17 +145,21 @@ class Mark:
                 recent.add(str(digest))
             self.manifest_count += 1
             yield None
-        for tag, text in tags.items():
-            if text not in graph.refs and not self._links.has_manifest(repository, Digest.parse(text)):
-                if self._links.tag(repository, tag) == Digest.parse(text):
-                    raise ManifestUnreadable(f"the tag {tag} means {text}, which is no manifest of it")
+        for tag, target_text in tags.items():
+            target = Digest.parse(target_text)
+            if target_text not in graph.refs and not self._links.has_manifest(repository, target):
+                if self._links.tag(repository, tag) == target:
+                    raise ManifestUnreadable(f"the tag {tag} points to {target_text}, which is not a manifest here")
             yield None
         return roots, recent
 
     def _mark_reachable(
         self, graph: _Graph, unreferenced: Unreferenced, live: set[DigestText]
     ) -> Generator[None, None, set[DigestText]]:
-        """Need what is `kept`, and what that refers to; return all of it. What is idle keeps its part of the graph."""
+        """Mark the `live` manifests and their references as reachable, and return them all.
+
+        Move the references of the other manifests from the graph to `unreferenced`.
+        """
         reachable: set[DigestText] = set()
         while graph.refs:
             digest, refs = graph.refs.popitem()
@@ -164,7 +169,7 @@ class Mark:
             else:
                 unreferenced.refs[digest] = refs
             yield None
-        # Some of those that are kept are no manifests of the repository.
+        # Some live digests are not manifests of this repository.
         for digest in live:
             reachable.add(digest)
             self.reachable.add(digest)
@@ -190,7 +195,7 @@ class Mark:
 
 @define
 class _Graph:
-    """The manifests of one repository, and how they hang together."""
+    """The manifests of one repository and the references between them."""
 
     _layout: Layout
     _links: Links
@@ -200,7 +205,7 @@ class _Graph:
     _referrers: dict[DigestText, LinkedList] = field(factory=dict, init=False)
 
     def add(self, digest: Digest) -> float:
-        """Take a manifest in, and return when it was last used (POSIX time); raise `Unreadable`."""
+        """Add a manifest and return its last use (POSIX time). Raises `ManifestUnreadable`."""
         refs, last_used = load_refs(self._layout, self._links, self._repository, digest)
         text = str(digest)
         _, manifests, subject = self.refs[text] = refs
@@ -213,9 +218,10 @@ class _Graph:
     def reach(
         self, roots: Iterable[DigestText], visited: set[DigestText], *, excluding: Container[DigestText] | None = None
     ) -> Iterator[None]:
-        """Put into `reached` what `roots` need.
+        """Add the digests that are reachable from `roots` to `visited`.
 
-        With `apart_from` what needs them as well, but only manifests that are here and not in that.
+        If `excluding` is given, follow references backwards as well, but only visit manifests of this graph that are
+        not in `excluding`.
         """
         for root in roots:
             stack = [root]
@@ -230,7 +236,7 @@ class _Graph:
                 yield None
 
     def group_unreferenced(self, unreferenced: Unreferenced, live: set[DigestText]) -> Iterator[None]:
-        """Put the manifests that are not `kept` into groups."""
+        """Divide the manifests that are not `live` into groups."""
         visited: set[DigestText] = set()
         for digest in self.refs:
             if digest not in live and digest not in visited:
@@ -246,7 +252,7 @@ class _Graph:
             yield None
 
     def clear_incrementally(self) -> Iterator[None]:
-        """Forget how manifests hang together, a little at a time."""
+        """Free the references between manifests in short steps."""
         for chains in (self._parents, self._referrers):
             while chains:
                 chains.popitem()
@@ -267,24 +273,25 @@ def _iter_linked_list(node: LinkedList | None) -> Iterator[DigestText]:
 
 
 def load_refs(layout: Layout, links: Links, repository: str, digest: Digest) -> tuple[ManifestRefs, float]:
-    """Return what a manifest refers to, and when it was last used (POSIX time); raise `Unreadable`. Blocks."""
-    # Not by way of `Blobs`: that would date every manifest as used now.
+    """Return the references of a manifest and its last use (POSIX time). Blocks. Raises `ManifestUnreadable`."""
+    # Do not use `Blobs`, because it would record a use of every manifest.
     try:
         with open(layout.blob(digest), "rb", buffering=0) as file:
             status = os.fstat(file.fileno())
             if status.st_size > MAX_MANIFEST:
-                raise ManifestUnreadable(f"the manifest {digest} has more than {MAX_MANIFEST} bytes")
+                size = f"{status.st_size} bytes, more than the {MAX_MANIFEST} allowed"
+                raise ManifestUnreadable(f"the manifest {digest} has {size}")
             content = file.read(status.st_size) or b""
     except (FileNotFoundError, NotADirectoryError):
-        raise ManifestUnreadable(f"the content of the manifest {digest} is missing") from None
+        raise ManifestUnreadable(f"the blob of the manifest {digest} is missing") from None
     except OSError as error:
         raise ManifestUnreadable(f"the manifest {digest} cannot be read ({error.strerror})") from None
     if Digest.of(content, digest.algorithm) != digest:
-        raise ManifestUnreadable(f"the content of the manifest {digest} is damaged")
+        raise ManifestUnreadable(f"the manifest {digest} is damaged: its content does not match the digest")
     try:
         references = extract_references(content, links.manifest_media_type(repository, digest))
     except ManifestInvalid as error:
-        raise ManifestUnreadable(f"the manifest {digest} is not understood ({error.message})") from None
+        raise ManifestUnreadable(f"the manifest {digest} is invalid ({error.message})") from None
     subject = None if references.subject is None else str(references.subject)
     return (_join_digests(references.objects), _join_digests(references.manifests), subject), status.st_mtime
 
@@ -294,7 +301,7 @@ def _join_digests(digests: Iterable[Digest]) -> DigestText:
 
 
 def clear_incrementally(*sets: set[DigestText]) -> Iterator[None]:
-    """Empty `sets` a little at a time: to free 100,000 texts in one go takes Python 10 ms, and holds it."""
+    """Empty `sets` in short steps, because freeing 100,000 strings at once blocks Python for 10 ms."""
     for texts in sets:
         while texts:
             for _ in range(min(_YIELD_EVERY, len(texts))):

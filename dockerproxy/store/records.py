@@ -1,4 +1,4 @@
-"""Small JSON documents by key, remembered across restarts: tag answers, pings, access decisions."""
+"""Small JSON documents by key that survive a restart: tag lookups, pings and access decisions."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _Signature = tuple[int, int, int, int]
 
 @frozen(slots=True)
 class _CachedRecord:
-    """What a file held when it had this signature; no signature: there was no file."""
+    """The content of a file when it had this signature, which is None if the file did not exist."""
 
     path: str
     signature: _Signature | None
@@ -33,10 +33,10 @@ class _CachedRecord:
 
 @define(eq=False)
 class Records:
-    """Documents below `root`, each a file that only the daemon's user can read. May be used from several threads.
+    """Documents below `root`, each in a file that only the daemon's user can read. Thread-safe.
 
-    A document in memory is believed while its file is the same one by `stat`, which is how several processes see each
-    other's writes. `remembered` bounds how many stay in memory.
+    A document cached in memory is valid while `stat` shows that its file is unchanged. In this way several processes
+    see each other's writes. At most `max_cached` documents stay in memory.
     """
 
     root: Path
@@ -47,15 +47,15 @@ class Records:
 
     @_staging.default
     def _make_staging(self) -> Staging:
-        # No sync: what a power cut loses or tears is asked for again.
+        # Do not sync, because a record that a power cut loses or tears is requested from upstream again.
         return Staging(f"{self.root}/~staging", private=True)
 
     def clear_staging(self) -> None:
-        """Drop what a crash left. For one process at start, before any other uses the directory."""
+        """Delete files left by a crash. One process calls this at start-up, before others use the directory."""
         self._staging.clear()
 
     def get(self, *key: str) -> Mapping[str, Any] | None:
-        """Return the document, None where there is none that can be read. It is shared: nobody changes it."""
+        """Return the document, or None if it does not exist or is torn. It is shared, so do not modify it."""
         with self._lock:
             record = self._cache.get(key)
         path = self._path(key) if record is None else record.path
@@ -70,12 +70,12 @@ class Records:
         return record.value
 
     def put(self, value: Mapping[str, Any], *key: str) -> None:
-        """Keep `value`, which JSON can hold, in place of what was kept. Blocks."""
+        """Store `value`, which must be serializable as JSON, replacing the old document. Blocks."""
         content = json.dumps({"key": key, "value": value}, separators=(",", ":")).encode()
         self._staging.write(content, self._path(key))
 
     def remove(self, *key: str) -> None:
-        """Forget the document, if there is one. Blocks."""
+        """Delete the document, if it exists. Blocks."""
         try:
             os.unlink(self._path(key))
         except (FileNotFoundError, NotADirectoryError):
@@ -83,13 +83,13 @@ class Records:
 
     def _path(self, key: tuple[str, ...]) -> str:
         if not key:
-            raise ValueError("a record has a key")
-        # `~` is in no escaped text, so a document, the directory of longer keys and the temp files never meet.
+            raise ValueError("the key of a record must not be empty")
+        # Escaped text never contains `~`, so documents, directories of longer keys and temporary files do not collide.
         return f"{self.root}/{'/'.join(map(_escape, key))}~.json"
 
 
 def _escape(component: str) -> str:
-    """Return a file name for any text, a different one for each, readable where the text is short."""
+    """Return a unique file name for any text. It is readable if the text is short."""
     text = quote(component, safe=":@", errors="surrogatepass").replace("~", "%7E")
     if len(text) > _MAX_COMPONENT:
         return "~" + hashlib.sha256(component.encode("utf-8", "surrogatepass")).hexdigest()
@@ -104,7 +104,7 @@ def _signature(path: str) -> _Signature | None:
 
 
 def _signature_of(status: os.stat_result) -> _Signature:
-    # The inode: two writes may fall into one tick of the clock that dates them.
+    # The inode is included because two writes may get the same mtime and ctime.
     return status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino
 
 
@@ -123,7 +123,7 @@ def _parse(content: bytes, key: tuple[str, ...]) -> Mapping[str, Any] | None:
         document = json.loads(content)
     except ValueError:
         return None
-    # The key is in the file: a file system that takes upper and lower case for the same must not mix two tags up.
+    # The file contains the key, so that a case-insensitive file system does not mix up two tags.
     if not isinstance(document, dict) or document.get("key") != list(key):
         return None
     value = document.get("value")

@@ -1,4 +1,4 @@
-"""What a manifest refers to, told by its content alone."""
+"""The references of a manifest, extracted from its content alone."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _DIGEST = re.compile(rb"(?:sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128})(?![0-9a-f])
 
 @frozen
 class References:
-    """What one manifest refers to: `contents` are all but the subject, `manifests` those of them that may be manifests.
+    """The references of one manifest. `objects` has all except the subject; `manifests` may be manifests.
 
-    They may be blobs too: BuildKit's cache is an index of blobs.
+    The latter may also be plain blobs, because BuildKit's cache is an index of blobs.
     """
 
     objects: frozenset[Digest] = frozenset()
@@ -26,9 +26,9 @@ class References:
 
 
 def extract_references(content: bytes, media_type: str | None) -> References:
-    """Return what a manifest refers to, or raise `ManifestInvalid`.
+    """Return the references of a manifest. Raises `ManifestInvalid`.
 
-    In one of a type that is not known, and that may be no JSON, every digest is taken for a reference.
+    If the media type is unknown, the content need not be JSON, and every digest in it counts as a reference.
     """
     effective_type = (media_type or media_type_of(content)).lower()
     try:

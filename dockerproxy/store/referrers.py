@@ -1,7 +1,7 @@
-"""Which manifests refer to which: an index on disk, so that listing them does not read every manifest.
+"""On-disk index of referrers, so that listing the referrers of a manifest does not read every manifest.
 
-It lies beside distribution's tree, which knows nothing of it. So what another registry wrote, or an import brought, is
-found here by what it lacks: the note of its subject.
+The index is an addition to distribution's tree. Manifests that another registry or an import wrote are not indexed.
+They are recognized because they have no subject file.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ _Signature = tuple[tuple[int, int], ...]
 
 @define(eq=False)
 class Referrers:
-    """The referrers of the repositories below a root. Everything blocks, but for `is_complete`.
+    """The referrers index of a store. All methods except `is_complete` block.
 
-    What changes a repository runs alone in it: see `HostedStore.turns`.
+    Methods that change a repository require its lock (see `HostedStore.locks`).
     """
 
     _layout: Layout
@@ -45,7 +45,7 @@ class Referrers:
         return Staging(self._layout.staging, sync_data=True, sync_names=True)
 
     def record(self, repository: str, digest: Digest, referrer: Referrer | None) -> None:
-        """Note what manifest `digest` refers to, before the repository has it."""
+        """Index the manifest `digest`, whose subject is `referrer.subject`. Call this before linking the manifest."""
         if referrer is not None:
             content = json.dumps(referrer.descriptor, separators=(",", ":"), ensure_ascii=False)
             path = self._layout.referrer(repository, referrer.subject, digest)
@@ -55,21 +55,21 @@ class Referrers:
             self._staging.write(subject_text, self._layout.subject(repository, digest))
 
     def remove(self, repository: str, digest: Digest, subject: Digest | None) -> None:
-        """Take a manifest that the repository had, and that referred to `subject`, from the list of that."""
+        """Remove a manifest that was unlinked from the referrers of its `subject`."""
         if subject is not None:
             with suppress(FileNotFoundError, NotADirectoryError):
                 os.unlink(self._layout.referrer(repository, subject, digest))
 
     def subject(self, repository: str, digest: Digest) -> Digest | None:
-        """Return what manifest `digest` is noted to refer to."""
+        """Return the subject of the manifest `digest` according to the index."""
         content = read_small(self._layout.subject(repository, digest), 256) or b""
         algorithm, _, encoded = content.decode("ascii", "replace").partition(":")
         return digest_from_names(algorithm, encoded)
 
     def list(self, repository: str, subject: Digest, after: str | None) -> Iterator[tuple[str, bytes]]:
-        """Yield the descriptors of what refers to `subject`, as JSON, each with its name in this list's order.
+        """Yield the names of `subject`'s referrers and their descriptors as JSON, sorted by name.
 
-        Those behind the name `after` only. A referrer that is gone, by whatever hand, is left out.
+        Skip names up to and including `after`, and referrers that are no longer linked.
         """
         directory = self._layout.referrers(repository, subject)
         for name in sorted(list_names(directory)):
@@ -85,11 +85,11 @@ class Referrers:
                 yield name, content
 
     def is_complete(self, repository: str) -> bool:
-        """Say whether every manifest of the repository is known to be noted."""
+        """Return whether every manifest of the repository is known to be indexed."""
         return self._complete_signatures.get(repository) == self.signature(repository)
 
     def index_missing(self, repository: str) -> None:
-        """Note the manifests that others brought into the repository."""
+        """Index the manifests that another registry or an import added to the repository."""
         signature = self.signature(repository)
         for digest in self._links.manifests(repository):
             if not read_small(self._layout.subject(repository, digest), 1) and self._links.has_manifest(
@@ -99,12 +99,15 @@ class Referrers:
         self._complete_signatures[repository] = signature
 
     def record_change(self, repository: str, old_signature: _Signature) -> None:
-        """Say that one noted manifest was linked or removed since `before`, and nothing else changed by our hand."""
+        """Record that this daemon linked or unlinked an indexed manifest since `old_signature`.
+
+        The index stays complete if it was complete before.
+        """
         if self._complete_signatures.get(repository) == old_signature:
             self._complete_signatures[repository] = self.signature(repository)
 
     def signature(self, repository: str) -> _Signature:
-        """Return what changes when the repository gets or loses a manifest."""
+        """Return a value that changes if the repository gains or loses a manifest."""
         revisions = self._layout.revisions(repository)
         return tuple(_directory_signature(f"{revisions}/{algorithm}") for algorithm in ALGORITHMS)
 
@@ -126,5 +129,5 @@ def _directory_signature(path: str) -> tuple[int, int]:
         status = os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
         return 0, 0
-    # The number of links counts the directories in it: two changes may fall into one tick of the clock.
+    # The link count, which counts subdirectories, is included because two changes may get the same mtime.
     return status.st_mtime_ns, status.st_nlink

@@ -1,11 +1,12 @@
-"""Taking away what nobody counts on, while others may come to count on it at any moment.
+"""Deletion of unused blobs and links while other threads and processes may begin to use them.
 
-Whoever counts on a content - answers that it is here, mounts it, lets a manifest refer to it - first sets the date of
-its data file to now (`Blobs.touch`), and takes it for there only where that worked. Whoever takes it away looks at the
-date, renames the file aside, and looks again: a date set in between is seen then and the file goes back; one that
-comes later finds no file. So no lock is needed, be it between threads or processes.
-The same date guards the links to a content. What is aside at a crash is gone (`Staging.empty`), and then nobody was
-told yet that it is here.
+Code that relies on a blob (HEAD 200, mount, manifest reference) first sets its mtime to now (`Blobs.touch`), and treats
+the blob as present only if that succeeds. `SafeDelete` checks the mtime, moves the file aside, and checks again. If the
+blob was used in between, the second check sees the new mtime and moves the file back. A later use finds no file. No
+lock between threads or processes is needed.
+
+A blob's mtime protects the links to it in the same way. A file that is aside during a crash is lost (`Staging.clear`).
+That is safe, because no client has been told yet that the blob exists.
 """
 
 from __future__ import annotations
@@ -23,19 +24,19 @@ from dockerproxy.store.layout import Layout
 
 
 class DeleteOutcome(Enum):
-    """What became of something that was to go."""
+    """The outcome of a deletion."""
 
-    DELETED = "it went, or was not there any more"
-    IN_USE = "its content was used lately, and it stays"
-    NOT_OWNED = "its content is another user's file, on which nobody can set a date, and it stays"
+    DELETED = "deleted, or it did not exist"
+    IN_USE = "kept, because its blob was used recently"
+    NOT_OWNED = "kept, because its blob belongs to another user, and only that user can set its mtime"
 
 
 @define
 class SafeDelete:
-    """Takes away contents, and links to contents, that were last used before `cutoff` (POSIX time). Blocks; in threads.
+    """Deletes blobs, and links to blobs, that were last used before `cutoff` (POSIX time). Blocks. Thread-safe.
 
-    With `dry_run` only the verdicts are made. Nothing is synced but, by `sync`, the links that went: a content that a
-    power cut brings back is found by the next collection.
+    With `dry_run`, return the outcomes, but delete nothing. Only deleted links are synced, by `sync`. A blob that
+    reappears after a power cut is found by the next collection.
     """
 
     _layout: Layout
@@ -49,7 +50,7 @@ class SafeDelete:
         return Staging(self._layout.staging)
 
     def delete_blob(self, digest: Digest) -> tuple[DeleteOutcome, int]:
-        """Take a content away; return how many bytes it has, too."""
+        """Delete a blob. Return the outcome and the blob's size in bytes."""
         path = self._layout.blob(digest)
         outcome, size = self._check([path])
         if outcome is not DeleteOutcome.DELETED or self.dry_run:
@@ -61,21 +62,21 @@ class SafeDelete:
                 _restore(staged_path, path)
                 return outcome, size
             try_remove(staged_path)
-        # Another may be publishing there at this moment.
+        # Another process may be committing the blob again at this moment.
         with suppress(OSError):
             os.rmdir(os.path.dirname(path))
         return outcome, size
 
     def unlink_layer(self, repository: str, digest: Digest) -> DeleteOutcome:
-        """Take a blob from a repository."""
+        """Unlink a blob from a repository."""
         return self._unlink([self._layout.layer(repository, digest)], [digest])
 
     def unlink_manifests(self, repository: str, digests: Sequence[Digest]) -> DeleteOutcome:
-        """Take manifests from a repository: all of them or, where one was used lately, none."""
+        """Unlink manifests from a repository: all of them, or none if one was used recently."""
         return self._unlink([self._layout.manifest(repository, digest) for digest in digests], digests)
 
     def sync(self) -> Iterator[None]:
-        """Make sure that no power cut brings a link back that went, a directory a step."""
+        """Sync the deleted links, so that none reappears after a power cut. Each step syncs one directory."""
         while self._unsynced_directories:
             fsync_directory(self._unsynced_directories.pop())
             yield None
@@ -87,7 +88,7 @@ class SafeDelete:
             return outcome
         moves = []
         for link in links:
-            directory = os.path.dirname(link)  # a manifest's media type is beside the link
+            directory = os.path.dirname(link)  # it also contains a manifest's media type
             staged_path = self._staging.move_aside(directory)
             if staged_path is not None:
                 moves.append((staged_path, directory))
@@ -101,7 +102,7 @@ class SafeDelete:
         return outcome
 
     def _check(self, blob_paths: Iterable[str]) -> tuple[DeleteOutcome, int]:
-        """Say whether these data files let themselves go, and the links to them; and how many bytes they have."""
+        """Return whether these blobs, and links to them, may be deleted, and the size of the blobs in bytes."""
         euid, size = os.geteuid(), 0
         for path in blob_paths:
             try:
@@ -117,7 +118,7 @@ class SafeDelete:
 
 
 def _remove_link(staged_path: str) -> None:
-    # A blob's has nothing else in it, and `drop` takes as long to find that out as to remove it.
+    # The directory of a blob link contains nothing else. `try_remove` takes twice as long.
     try:
         os.unlink(f"{staged_path}/link")
         os.rmdir(staged_path)
@@ -129,7 +130,7 @@ def _restore(staged_path: str, path: str) -> None:
     try:
         os.rename(staged_path, path)
     except OSError:
-        # Another wrote there, and found nothing: what it had no need to write is still in what was moved aside.
+        # A concurrent push found no link and wrote a new one. Move back the files that it did not write.
         for name in list_names(staged_path):
             if not os.path.exists(f"{path}/{name}"):
                 with suppress(OSError):

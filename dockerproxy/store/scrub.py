@@ -1,7 +1,7 @@
-"""Whether a store is whole: every content by its digest, every link by what it leads to.
+"""Verification of a store: checks every blob against its digest, and every link against its target.
 
-Content that is not what its name says is set aside, in ROOT/damaged, so that nobody is served it and a push brings it
-anew. Nothing else is changed, and nothing is removed: what to do about a link that leads nowhere is for people.
+Move a blob that does not match its digest to ROOT/damaged, so that clients do not receive it and a push can restore it.
+Change and delete nothing else. Only report dangling links, because an administrator must decide about them.
 """
 
 from __future__ import annotations
@@ -30,8 +30,11 @@ _FileID = tuple[int, int, int]
 
 @frozen
 class Finding:
-    """Something wrong. `kind` is ``damaged`` (a content, set aside), ``unreadable`` (the disk's trouble), ``torn`` (a
-    link), ``missing`` (what something leads to) or ``invalid`` (a manifest); `what` is a sentence about it."""
+    """A problem found in the store. `message` is for the user.
+
+    `kind` is ``damaged`` (a blob, now quarantined), ``unreadable`` (an I/O error), ``torn`` (a link), ``missing`` (the
+    target of a link or reference) or ``invalid`` (a manifest).
+    """
 
     kind: str
     message: str
@@ -41,7 +44,7 @@ class Finding:
 
 @frozen
 class ScrubResult:
-    """How much was looked at, and how much was found wrong; `bytes` of content."""
+    """Numbers of checked objects and of findings. `bytes` is the size of the blobs."""
 
     blobs: int = 0
     bytes: int = 0
@@ -54,12 +57,15 @@ class ScrubResult:
 
 @define
 class Scrubber:
-    """Checks what is below `layout`. `links`: its repositories too, which in a cache may well lack what was evicted."""
+    """Verifies the store in `layout`.
+
+    If `check_links` is false, skip the repositories, because in a cache they may refer to evicted blobs.
+    """
 
     _reactor: Any
     _layout: Layout
     _check_links: bool = True
-    # Hashing lets go of the interpreter, so longer slices do no harm.
+    # Hashing releases the interpreter lock, so longer slices do no harm.
     _thread: CooperativeThread = field(kw_only=True)
 
     @_thread.default
@@ -67,7 +73,7 @@ class Scrubber:
         return CooperativeThread(self._reactor, slice_length=0.05)
 
     async def scrub(self, progress: Progress[Finding] | None = None) -> ScrubResult:
-        """Check everything. `watch` is told of bytes and then of repositories. It may be cancelled."""
+        """Check everything. `progress` reports bytes, and then repositories. It may be cancelled."""
         progress = progress or Progress()
         run = _ScrubRun(self._layout, progress)
         report = progress.reporter("contents", lambda: run.counts["bytes"], lambda: run.total_bytes)
@@ -83,7 +89,7 @@ class _ScrubRun:
     _layout: Layout
     _progress: Progress[Finding]
     counts: Counter[str] = field(factory=Counter, init=False)
-    total_bytes: int | None = field(default=None, init=False)  # bytes, once they are known
+    total_bytes: int | None = field(default=None, init=False)  # None until they are known
     _blobs: Blobs = field(init=False)
     _links: Links = field(init=False)
 
@@ -96,25 +102,25 @@ class _ScrubRun:
         return Links(self._layout, durable=False)
 
     def record(self, finding: Finding) -> None:
-        """Count a finding, and tell of it."""
+        """Count and report a finding."""
         self.counts.update(findings=1, damaged=finding.kind == "damaged")
         self._progress.emit(finding)
 
-    # in a thread: contents
+    # Blobs. The methods below run in a thread.
 
     def scrub_blobs(self) -> Iterator[Finding | None]:
-        """Check every content, up to a piece of it a step."""
+        """Check every blob, at most one chunk per step."""
         total = 0
         for entry in self._blobs.walk():
             total += entry.size
             yield None
         self.total_bytes = total
-        # Once more, rather than with a list of all of them.
+        # Walk again, because a list of all entries could be large.
         for entry in self._blobs.walk():
             try:
                 yield from self._scrub_blob(entry.digest)
             except (FileNotFoundError, NotADirectoryError):
-                continue  # it was removed meanwhile
+                continue  # the blob was deleted meanwhile
             except OSError as error:
                 message = f"{entry.digest} cannot be read: {error.strerror}"
                 yield Finding("unreadable", message, digest=entry.digest)
@@ -129,10 +135,10 @@ class _ScrubRun:
                 self.counts.update(bytes=len(chunk))
                 yield None
         if hasher.hexdigest() != digest.hex and self._quarantine(digest, file_id):
-            yield Finding("damaged", f"{digest} was damaged, and is set aside", digest=digest)
+            yield Finding("damaged", f"{digest} is damaged; moved to {self._layout.damaged}", digest=digest)
 
     def _quarantine(self, digest: Digest, file_id: _FileID) -> bool:
-        """Move a content away, unless a whole one took the place of what was read."""
+        """Move the blob to ROOT/damaged, unless its file has been replaced since it was read."""
         os.makedirs(self._layout.damaged, exist_ok=True)
         quarantine_path, number = f"{self._layout.damaged}/{digest.algorithm}-{digest.hex}", 0
         while os.path.exists(quarantine_path):
@@ -145,10 +151,10 @@ class _ScrubRun:
         os.rename(quarantine_path, path)
         return False
 
-    # in a thread: what leads to them
+    # Links, tags and manifests.
 
     def check_repositories(self) -> Iterator[Finding | None]:
-        """Check the repositories, a link a step."""
+        """Check the repositories, one link per step."""
         for repository in self._links.repositories():
             for layer in self._links.layers(repository):
                 yield self._check_link(repository, layer, self._layout.layer(repository, layer), "blob")
@@ -164,7 +170,7 @@ class _ScrubRun:
         self.counts.update(links=1)
         content = read_small(path, _LINK_LIMIT)
         if content is None or content.strip() != str(digest).encode():
-            # Not there: it is being written, or was removed, or a crash came between the two halves of that.
+            # The link may be absent, because it is being written or removed, or because a crash interrupted that.
             message = f"{repository}: the link to the {kind} {digest} is torn"
             return Finding("torn", message, repository, digest) if content is not None else None
         if self._blobs.exists(digest) or not os.path.exists(path):
@@ -180,8 +186,8 @@ class _ScrubRun:
             manifest = parse_manifest(content, media_type)
         except ManifestInvalid as error:
             if media_type is not None and media_type.lower() not in KNOWN_TYPES:
-                return  # whatever it is, it was pushed as that
-            message = f"{repository}: the manifest {digest} is not understood ({error.message})"
+                return  # a manifest of an unknown type need not parse
+            message = f"{repository}: the manifest {digest} is invalid ({error.message})"
             yield Finding("invalid", message, repository, digest)
             return
         layers = manifest.layers if manifest.config is None else (manifest.config, *manifest.layers)
@@ -199,8 +205,9 @@ class _ScrubRun:
 
     def _missing_reference(self, repository: str, digest: Digest, reference: Digest) -> Finding | None:
         if not self._links.has_manifest(repository, digest):
-            return None  # it was removed meanwhile
-        return Finding("missing", f"{repository}: the manifest {digest} lacks {reference}", repository, digest)
+            return None  # the manifest was deleted meanwhile
+        message = f"{repository}: the manifest {digest} refers to {reference}, which is missing"
+        return Finding("missing", message, repository, digest)
 
     def _check_tags(self, repository: str) -> Iterator[Finding | None]:
         for tag, digest in self._links.iter_tags(repository):
@@ -208,11 +215,11 @@ class _ScrubRun:
             if digest is None:
                 yield Finding("torn", f"{repository}:{tag}: the tag's link is torn", repository)
             elif not self._links.has_manifest(repository, digest) and self._links.tag(repository, tag) == digest:
-                message = f"{repository}:{tag}: the tag means {digest}, which is no manifest there"
+                message = f"{repository}:{tag}: the tag points to {digest}, which is not a manifest of the repository"
                 yield Finding("missing", message, repository, digest)
             yield None
 
 
 def _file_id(status: os.stat_result) -> _FileID:
-    # Whoever reads a content dates it (`Blobs.open`), so neither mtime nor ctime can be part of this.
+    # Neither mtime nor ctime can be included, because reading a blob changes both (`Blobs.open`).
     return status.st_dev, status.st_ino, status.st_size

@@ -1,15 +1,16 @@
-"""Garbage collection of a registry that goes on serving: what no tag leads to any more is found, and taken away.
+"""Garbage collection of a registry while it serves requests: deletes the objects that no tag reaches.
 
-First the mark phase (`survey`), in a thread, beside pushes and pulls. Then manifests, links to blobs and blobs go, in
-this order. What is true when a thing goes and was not when it was looked at, no lock keeps out; the order and one date
-do (`removal`):
+The mark phase (`mark`) runs in a thread, beside pushes and pulls. The sweep phase then deletes manifests, links to
+blobs, and blobs, in this order. Races between mark and delete are not prevented by a lock, but by the order of deletion
+and the blob's mtime (see `safe_delete`):
 
-- Nothing goes whose content was used after a moment that lies `grace` seconds before the start. So whatever a push
-  found here, wrote or linked while the collection ran stays, and a client has the grace period from its HEAD to its
-  manifest.
-- A manifest that is pushed meanwhile refers to contents that were used by that, and to manifests. These have all been
-  judged, with what they need in turn, before the first blob goes: one that was to go and was used first stays, and what
-  it needs with it; one that went is not found by the push, which has to bring it again.
+- No object is deleted if its blob was used after the cutoff, which is `grace` seconds before the start. Objects that a
+  push found, wrote or linked during the collection therefore stay. A client has the grace period from its HEAD request
+  to the push of its manifest.
+- A manifest that is pushed meanwhile refers to blobs, which the push has used, and to manifests. All unreachable
+  manifests are decided, with their references, before the first blob is deleted. If such a manifest was used before
+  its deletion, it stays with all its references. If it was deleted first, the push does not find it and must push it
+  again.
 """
 
 from __future__ import annotations
@@ -31,33 +32,33 @@ from dockerproxy.store.mark import DigestText, Mark, clear_incrementally
 from dockerproxy.store.safe_delete import DeleteOutcome, SafeDelete
 
 GRACE_PERIOD = 3600.0
-"""Seconds for which a content is safe after its last use: a push may count on it."""
+"""Seconds for which a blob is kept after its last use, because a running push may rely on it."""
 
 MIN_GRACE_PERIOD = 120.0
-"""Seconds. The date of the last use is up to 60 s behind (`Blobs.touch`)."""
+"""Seconds. The recorded time of the last use may be 60 s too old (`Blobs.touch`)."""
 
 _MANIFEST_BATCH = 32
-"""So many manifests go in one step at most. An image for all platforms, with its signatures, has fewer."""
+"""Maximum number of manifests deleted per step. An image for all platforms has fewer, even with its signatures."""
 
 _THREADS = 2
-"""Threads in which links and contents are taken away. Each of these frees blocks, for which some disks let wait (0.1 to
-0.4 ms on ext4 without a journal that is mounted with `discard`): two threads get twice as much done."""
+"""Threads that delete links and blobs. Two are twice as fast as one, because some disks are slow to free blocks. A
+deletion takes 0.1 to 0.4 ms on ext4 without a journal, mounted with `discard`."""
 
 _SLICE_FACTOR = 5
-"""The slices of these are so much longer than those of the mark phase: they hardly compute in Python, and what the
-system does for them lets go of the interpreter."""
+"""Slice length of these threads as a multiple of the mark phase's. Longer slices do no harm, because these threads
+compute little in Python, and their system calls release the interpreter lock."""
 
-_YIELD_EVERY = 200  # names looked at in one step
+_YIELD_EVERY = 200  # names handled in one step
 _MAX_PROBLEMS = 1000
 
 
 class SweepInProgress(Exception):
-    """There is a collection already."""
+    """A collection is already running."""
 
 
 @frozen
 class RemovedItem:
-    """Something that went (or would go): a ``manifest`` or ``link`` of a repository, or a ``blob`` of `size` bytes."""
+    """A deleted object: a ``manifest`` or ``link`` of a repository, or a ``blob`` of `size` bytes."""
 
     kind: str
     digest: Digest
@@ -70,11 +71,11 @@ DeleteResult = tuple[DeleteOutcome, RemovedItem]
 
 @frozen
 class SweepResult:
-    """What a collection did, or with `dry_run` would do.
+    """The result of a collection. With `dry_run`, nothing was deleted, and the numbers say what would be.
 
-    Of what nothing needs, `recent_manifests` (with what they need) and `recent` other blobs stayed, being used
-    within the grace period, and `foreign` blobs and groups of manifests, because their files are another user's.
-    `problems` are sentences.
+    Some unreachable objects were kept. `recent_manifests` (with their references) and `recent` other blobs were used
+    within the grace period. `foreign` blobs and groups of manifests belong to another user. `needed` is the number of
+    reachable blobs, and `problems` are messages for the user.
     """
 
     dry_run: bool
@@ -94,7 +95,7 @@ class SweepResult:
 
 @define
 class Sweeper:
-    """Collects the garbage of `store`; one collection at a time. `clock` is POSIX time."""
+    """Collects the garbage of `store`, one collection at a time. `clock` returns POSIX time."""
 
     _reactor: Any
     _store: HostedStore
@@ -114,12 +115,12 @@ class Sweeper:
         grace: float = GRACE_PERIOD,
         progress: Progress[RemovedItem] | None = None,
     ) -> SweepResult:
-        """Collect. It may be cancelled at any time, and what went by then is gone.
+        """Collect garbage. The collection may be cancelled at any time; deleted objects stay deleted.
 
-        Raise `SweepUnderWay`, ValueError for a grace period that is too short, OSError.
+        Raises `SweepInProgress`, `OSError`, and `ValueError` if the grace period is too short.
         """
         if grace < MIN_GRACE_PERIOD:
-            raise ValueError(f"a grace period has {MIN_GRACE_PERIOD:g} seconds at least")
+            raise ValueError(f"a grace period of {grace:g} seconds is too short; use at least {MIN_GRACE_PERIOD:g}")
         if self._running:
             raise SweepInProgress
         self._running = True
@@ -143,10 +144,9 @@ class _SweepRun:
     _progress: Progress[RemovedItem]
     _thread: CooperativeThread
     _counts: Counter[str] = field(factory=Counter, init=False)
-    _scan_counts: list[int] = field(factory=lambda: [0] * _THREADS, init=False)  # contents
-    _deleted_manifests: dict[str, dict[DigestText, DigestText | None]] = field(
-        factory=dict, init=False
-    )  # with their subjects
+    _scan_counts: list[int] = field(factory=lambda: [0] * _THREADS, init=False)  # blobs
+    # By repository: the deleted manifests and their subjects.
+    _deleted_manifests: dict[str, dict[DigestText, DigestText | None]] = field(factory=dict, init=False)
 
     async def collect(self) -> SweepResult:
         mark, progress, run = self._mark, self._progress, self._thread.run
@@ -155,7 +155,7 @@ class _SweepRun:
         report = progress.reporter("sweep", lambda: sum(self._scan_counts))
         await run(self._sweep_manifests(), self._record, after_slice=report)
         await run_parallel([self._sweep_links() for _ in range(_THREADS)], self._record, after_slice=report)
-        # What is linked is there, after a power cut too: the links are gone from the disk before the first blob is.
+        # Sync the deleted links before the first blob is deleted, so that no link dangles after a power cut.
         await run(self._safe_delete.sync())
         if not self._safe_delete.dry_run:
             await self._clean_up()
@@ -174,7 +174,7 @@ class _SweepRun:
         )
 
     async def _clean_up(self) -> None:
-        """Remove what was noted of the manifests that went, and the directories of repositories that have nothing."""
+        """Remove the deleted manifests from the indexes, and the directories of empty repositories."""
         for repository in self._mark.repositories:
             lock = partial(self._store.locks.hold, repository)
             await self._thread.run(self._clean_up_repository(repository), lock=lock)
@@ -191,7 +191,7 @@ class _SweepRun:
             counts[category] += 1
             counts[f"{category}_bytes"] += item.size
 
-    # in a thread
+    # The methods below run in a thread.
 
     def _clean_up_repository(self, repository: str) -> Iterator[None]:
         store, subjects = self._store, self._deleted_manifests.get(repository, {})
@@ -229,7 +229,7 @@ class _SweepRun:
                 try:
                     digest = Digest.parse(unreferenced.layers.pop())
                 except KeyError:
-                    break  # this lane, or the other, had the last one
+                    break  # this thread, or the other, has taken the last one
                 outcome = self._safe_delete.unlink_layer(repository, digest)
                 yield (outcome, RemovedItem("link", digest, repository)) if outcome is DeleteOutcome.DELETED else None
 

@@ -1,7 +1,7 @@
-"""Blobs that are being pushed: a session's bytes on disk, where they outlive the connection and the daemon.
+"""Upload sessions: blobs that are being pushed. Their bytes on disk outlive the connection and the daemon.
 
-Sessions lie where CNCF distribution has them. The lock on a session's file says who writes: one request at a time, in
-whatever process, and none once the process is gone.
+The on-disk layout is CNCF distribution's. A lock (flock) on a session's file ensures that only one request in any
+process writes to it. The kernel releases the lock when the process ends.
 """
 
 from __future__ import annotations
@@ -32,43 +32,43 @@ if TYPE_CHECKING:
     from hashlib import _Hash
 
 _SESSION_ID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
-_MAX_HASHERS = 1000  # sessions between two of their requests whose hash is kept; the others are hashed again at the end
-_ATTEMPTS = 8  # a repository's directory may be removed, being empty, as it is made
+_MAX_HASHERS = 1000  # suspended sessions whose hash is kept in memory; the others are hashed again at the end
+_ATTEMPTS = 8  # an empty directory of the repository may be removed while it is created
 
 
 @define(eq=False)
 class Upload(HashedAppendFile):
-    """The one right to write to a session. Ends with `publish`, `cancel` or `Uploads.suspend`."""
+    """The exclusive right to write to a session. It ends with `commit`, `cancel` or `Uploads.suspend`."""
 
     session: str
     _directory: str
 
     def truncate(self, size: int) -> None:
-        """Drop what is behind the first `size` bytes. Blocks. Raises `OSError`."""
+        """Truncate the file to its first `size` bytes. Blocks. Raises `OSError`."""
         os.ftruncate(self._fd, size)
         self.size = size
-        self.hashed_size = -1  # a hash cannot be taken back
+        self.hashed_size = -1  # a hash cannot be rolled back
 
     def is_hashed(self, algorithm: str) -> bool:
-        """Say whether `verify` for a digest of this algorithm has nothing left to read."""
+        """Return whether `verify` need not read the file for a digest of this algorithm."""
         return self.hashed_size == self.size and self._hasher.name == algorithm
 
     def verify(self, digest: Digest) -> bool:
-        """Say whether what arrived is the content of `digest`. Blocks unless `is_hashed`. Raises `OSError`."""
+        """Return whether the received bytes match `digest`. Blocks unless `is_hashed`. Raises `OSError`."""
         if not self.is_hashed(digest.algorithm):
             self.rehash(digest.algorithm)
         return self._hasher.hexdigest() == digest.hex
 
     def commit(self, blobs: Blobs, digest: Digest) -> None:
-        """Make it the blob `digest`, for which it was verified, and end. Blocks.
+        """Commit the file as the blob `digest` and end the session. The caller has verified it. Blocks.
 
-        Raises `OSError`; the session is then as before.
+        If it raises `OSError`, the session is unchanged.
         """
         blobs.commit(f"{self._directory}/data", digest)
         self.cancel()
 
     def cancel(self) -> None:
-        """Remove the session with what arrived, and end; a second time does nothing. Blocks."""
+        """Delete the session and its bytes. A second call does nothing. Blocks."""
         if self._fd >= 0:
             shutil.rmtree(self._directory, ignore_errors=True)
         self._close()
@@ -82,10 +82,10 @@ class Upload(HashedAppendFile):
 
 @define
 class Uploads:
-    """The sessions below a root.
+    """The upload sessions of a store.
 
-    Methods raise `NameInvalid` for what is no repository, and `OSError` for the disk's trouble. For the reactor's
-    thread, but for `start` and `purge`.
+    Methods raise `NameInvalid` for an invalid repository name, and `OSError`. Call them in the reactor's thread, except
+    `start` and `purge`, which block.
     """
 
     _layout: Layout
@@ -93,7 +93,7 @@ class Uploads:
     _hashers: OrderedDict[str, tuple[_Hash, int]] = field(factory=OrderedDict, init=False)
 
     def start(self, repository: str, algorithm: str = "sha256") -> Upload:
-        """Begin a session whose bytes are hashed by `algorithm` as they arrive. Blocks."""
+        """Start a session whose bytes are hashed with `algorithm` as they arrive. Blocks."""
         session = str(uuid.uuid4())
         directory = self._directory(repository, session)
         try:
@@ -108,33 +108,33 @@ class Uploads:
             raise
 
     def resume(self, repository: str, session: str) -> Upload:
-        """Return the right to go on with a session; raise `BlobUploadUnknown`, or `BlobUploadBusy`."""
+        """Open a session to append to it. Raises `BlobUploadUnknown` and `BlobUploadBusy`."""
         directory = self._directory(repository, session)
         hasher, hashed_size = self._hashers.get(session) or (hashlib.sha256(), 0)
         upload = self._acquire(session, directory, hasher)
         self._hashers.pop(session, None)
-        # Another process may have gone on with it: what is hashed is the start of what is there all the same.
+        # Another process may have appended to the session. Our hash still covers the first bytes of the file.
         upload.hashed_size = hashed_size if hashed_size <= upload.size else -1
         return upload
 
     def suspend(self, upload: Upload) -> None:
-        """Leave a session to be gone on with; nothing where it has ended."""
+        """Release a session, so that it can be resumed. Does nothing if it has ended."""
         if upload._fd >= 0:
             self._hashers[upload.session] = (upload._close(), upload.hashed_size)
             if len(self._hashers) > _MAX_HASHERS:
                 self._hashers.popitem(last=False)
 
     def size(self, repository: str, session: str) -> int:
-        """Return how many bytes a session has, also while it is written to; raise `BlobUploadUnknown`."""
+        """Return the number of bytes of a session, even one that is being written. Raises `BlobUploadUnknown`."""
         try:
             return os.stat(f"{self._directory(repository, session)}/data").st_size
         except (FileNotFoundError, NotADirectoryError):
             raise _unknown_upload() from None
 
     def purge(self, before: float) -> int:
-        """Remove the sessions that nobody touched since `before` (POSIX time); return how many. Blocks.
+        """Delete the sessions that were last used before `before` (POSIX time). Return their number. Blocks.
 
-        Of a repository to which nothing else ever came, nothing is left.
+        Also delete the directory of a repository that contains nothing else.
         """
         count = 0
         for repository in iter_repositories(self._layout, "_uploads"):
@@ -153,7 +153,7 @@ class Uploads:
             self._acquire(session, directory, hashlib.sha256()).cancel()
         except BlobUploadBusy:
             return False
-        except BlobUploadUnknown:  # a crash between publishing its data and removing it
+        except BlobUploadUnknown:  # a crash came after its data was committed, but before the session was deleted
             shutil.rmtree(directory, ignore_errors=True)
         return True
 
@@ -171,7 +171,7 @@ class Uploads:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             status = os.fstat(fd)
-            # Between open and lock the one who held it may have published or cancelled.
+            # The previous writer may have committed or cancelled the session between our open and our lock.
             if _file_id(path) != (status.st_dev, status.st_ino):
                 raise _unknown_upload()
             return Upload(status.st_size, fd, hasher, session, directory)

@@ -1,4 +1,4 @@
-"""A stored blob as it is sent: its file, and who is told when it is closed."""
+"""Tests of `StoredBlobReader`: reading, sendfile and the close callback."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DATA = bytes(range(256)) * 1000
 
 
 class SynchronousThreadPool:
-    """A reactor whose threads are this one, and are counted."""
+    """A reactor that runs thread calls synchronously and counts them."""
 
     def __init__(self) -> None:
         self.calls = 0

@@ -26,7 +26,7 @@ class ManualClock:
 
 
 class BlobsMachine(RuleBasedStateMachine):
-    """`Blobs` beside a dict; readers that stay open keep their bytes whatever happens."""
+    """Compare `Blobs` with a dict. Readers that stay open keep their bytes, even after a removal."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ class BlobsMachine(RuleBasedStateMachine):
         assert self.blobs.size(digest) == (len(content) if digest in self.model else None)
 
     def record_use(self, digest: Digest) -> bool:
-        """Note a use of what is there; say whether it is."""
+        """Record a use in the model. Return whether the blob exists."""
         if digest not in self.model:
             return False
         content, last_used = self.model[digest]
@@ -157,7 +157,7 @@ def test_commit_survives_a_concurrent_rmdir(layout: Layout, monkeypatch: pytest.
     def rename(source: str, target: str) -> None:
         calls.append(target)
         if len(calls) == 2:
-            # `remove` of the same digest, between our mkdir and our rename.
+            # `Blobs.remove` deletes the same digest between our mkdir and our rename.
             os.rmdir(os.path.dirname(target))
         real(source, target)
 
@@ -187,7 +187,7 @@ def test_walk_skips_foreign_files(layout: Layout) -> None:
     (root / "README").write_text("?")
     (root / "sha256" / "file").write_text("?")
     (root / "sha256" / digest.hex[:2] / "nohex").mkdir()
-    (root / "sha256" / digest.hex[:2] / (digest.hex[:2] + "0" * 62)).mkdir()  # a removal that stopped half-way
+    (root / "sha256" / digest.hex[:2] / (digest.hex[:2] + "0" * 62)).mkdir()  # left by an interrupted removal
     (root / "sha256" / digest.hex[:2] / (digest.hex[:2] + "1" * 62)).write_text("?")
     (root / "sha256" / "zz" / digest.hex).mkdir(parents=True)
     assert [entry.digest for entry in blobs.walk()] == [digest]
@@ -210,10 +210,10 @@ def test_reads_from_the_page_cache(tmp_path: Path) -> None:
     path.write_bytes(bytes(range(256)) * 4096)
     fd = os.open(path, os.O_RDONLY)
     try:
-        whole = os.pread(fd, 1 << 20, 0)  # brings it into memory
+        whole = os.pread(fd, 1 << 20, 0)  # read it into the page cache
         data = read_cached(fd, 1000, 5000)
         if data is None:
-            pytest.skip("this file system does not tell what is in memory")
+            pytest.skip("this file system does not support RWF_NOWAIT")
         assert bytes(data) == whole[1000:6000]
         assert bytes(read_cached(fd, (1 << 20) - 10, 5000) or b"") == whole[-10:]
         assert read_cached(fd, 1 << 20, 5000) == bytearray()

@@ -1,4 +1,4 @@
-"""Work in slices: how long one is, what ends it, and what becomes of it when nobody wants it any more."""
+"""Tests of `CooperativeThread`: the length of slices, locks, errors and cancellation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.store.support.reactor import SteppedReactor
 
 
 class TickingClock:
-    """Passes by one each time it is looked at."""
+    """A clock that advances by one at each reading."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -25,7 +25,7 @@ class TickingClock:
 
 
 class Steps:
-    """Steps 0, 1, 2, … of which some are found; notes what is taken, and whether it was closed."""
+    """Steps 0, 1, 2, …, of which some return results. Records the executed steps, and whether it was closed."""
 
     def __init__(self, count: int, results: frozenset[int] = frozenset()) -> None:
         self.count, self.results = count, results
@@ -55,7 +55,7 @@ def test_a_slice_ends_at_its_deadline() -> None:
 
 
 def test_results_per_slice_are_bounded() -> None:
-    """The reactor's turn that uses it is as short as that."""
+    """This keeps the reactor iteration that consumes the results short."""
     reactor, work, results, counts = SteppedReactor(), Steps(300, frozenset(range(1, 300))), list[int](), list[int]()
     report = Progress[int](lambda *state: counts.append(state[1])).reporter("work", lambda: len(results))
     reactor.run(
@@ -97,10 +97,10 @@ def test_thread_cost_weighs_waiting_at_a_tenth(monkeypatch: pytest.MonkeyPatch) 
     assert thread_cost() - start == pytest.approx(100)
 
 
-# side by side
+# Parallel iterators
 
 
-def test_run_parallel() -> None:
+def test_run_parallel_runs_all_iterators() -> None:
     reactor, works, results = SteppedReactor(), [Steps(3, frozenset({1})), Steps(6, frozenset({4}))], list[int]()
     iterators = [work.iterate() for work in works]
     job = Deferred.fromCoroutine(CooperativeThread(reactor, slice_length=-1).run_parallel(iterators, results.append))
@@ -112,15 +112,15 @@ def test_run_parallel() -> None:
     assert results == [1, 4]
 
 
-@pytest.mark.parametrize("how", ["cancelled", "broken"])
-def test_one_failure_cancels_all_iterators(how: str) -> None:
+@pytest.mark.parametrize("cause", ["cancelled", "broken"])
+def test_one_failure_cancels_all_iterators(cause: str) -> None:
     reactor, work = SteppedReactor(), Steps(100)
 
     def broken() -> Iterator[None]:
         yield None
         raise OSError(5, "Input/output error")
 
-    iterators: list[Iterator[int | None]] = [Steps(100).iterate() if how == "cancelled" else broken(), work.iterate()]
+    iterators: list[Iterator[int | None]] = [Steps(100).iterate() if cause == "cancelled" else broken(), work.iterate()]
     job, outcomes = (
         Deferred.fromCoroutine(CooperativeThread(reactor, slice_length=-1).run_parallel(iterators)),
         list[Any](),
@@ -128,16 +128,16 @@ def test_one_failure_cancels_all_iterators(how: str) -> None:
     job.addBoth(outcomes.append)
     for _ in range(4):
         reactor.run_one()
-    if how == "cancelled":
+    if cause == "cancelled":
         job.cancel()
     while reactor.busy:
         reactor.run_one()
-    assert outcomes[0].check(CancelledError if how == "cancelled" else OSError)
+    assert outcomes[0].check(CancelledError if cause == "cancelled" else OSError)
     assert work.closed
     assert len(work.executed) < 10
 
 
-# how it ends
+# Pauses, cancellation and errors
 
 
 def test_there_is_a_pause_between_two_slices() -> None:
@@ -180,7 +180,7 @@ def test_cancellation_waits_for_the_current_slice(moment: str) -> None:
     reactor.run_one()
     if moment == "in a thread":
         reactor.run_one()
-        assert len(reactor.jobs) == 1, "the second slice"
+        assert len(reactor.jobs) == 1, "the second slice is queued"
     job.cancel()
     assert not outcomes
     while reactor.busy:

@@ -1,8 +1,8 @@
-"""Every change to the tree, stopped before each of the system calls it makes.
+"""Crash tests: every change to the tree is interrupted before each of its system calls.
 
-`Disk` stands for `os` in the store's modules. In a crash nothing reaches the disk after the call that was stopped,
-clean-up neither; an error is one failing call, after which the program goes on. Either way a reader finds the old state
-or the new one, the next start finds no litter it cannot remove, and the change can be made again.
+`FaultyOS` replaces `os` in the store's modules. After a crash, no further call reaches the disk, not even clean-up. An
+error is one failing call, after which the program continues. In both cases a reader finds the old state or the new one,
+the next start removes all temporary files, and the change can be repeated.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ INDEX, MANIFEST = "application/vnd.oci.image.index.v1+json", "application/vnd.oc
 
 
 class Crash(BaseException):
-    """The machine is gone."""
+    """Simulates a crash of the machine."""
 
 
 class FaultyOS:
-    """`os`, whose changing call number `stop` fails."""
+    """A proxy for `os` that fails the mutating call number `fail_at`."""
 
     def __init__(self, fail_at: int, *, crash: bool) -> None:
         self.fail_at, self.crash = fail_at, crash
@@ -73,7 +73,7 @@ class FaultyOS:
 
 
 class FaultyShutil:
-    """`shutil`, on the same disk."""
+    """A replacement for `shutil` that uses the same `FaultyOS`."""
 
     def __init__(self, disk: FaultyOS) -> None:
         self.disk = disk
@@ -117,7 +117,7 @@ class CrashStore:
 
 @define
 class Change:
-    """`before` makes the old state, `change` goes from there to the new one; `seen` is what a reader then finds."""
+    """`set_up` creates the old state, `apply` changes it to the new state, and `observe` returns a reader's view."""
 
     set_up: Callable[[CrashStore], object]
     apply: Callable[[CrashStore], object]
@@ -132,7 +132,7 @@ def stage(store: CrashStore) -> str:
 
 
 def download(store: CrashStore) -> None:
-    """What a process does for a blob under way, whatever an earlier one left."""
+    """Download a blob, resuming the ingest of an earlier process if there is one."""
     if store.blobs.exists(NEW):
         return
     partial = Ingest.open(store.layout, NEW)
@@ -147,7 +147,7 @@ def download(store: CrashStore) -> None:
 
 CHANGES = {
     "put": Change(lambda s: None, lambda s: s.blobs.put(b"new content", NEW), lambda s: s.read(NEW)),
-    "publish": Change(lambda s: None, lambda s: s.blobs.commit(stage(s), NEW), lambda s: s.read(NEW)),
+    "commit": Change(lambda s: None, lambda s: s.blobs.commit(stage(s), NEW), lambda s: s.read(NEW)),
     "remove blob": Change(
         lambda s: s.blobs.put(b"new content", NEW), lambda s: s.blobs.remove(NEW), lambda s: s.read(NEW)
     ),
@@ -202,7 +202,7 @@ def install(monkeypatch: pytest.MonkeyPatch, disk: Any) -> None:
 @pytest.mark.parametrize("durable", [False, True])
 @pytest.mark.parametrize("crash", [False, True])
 @pytest.mark.parametrize("name", list(CHANGES))
-def test_old_or_new_state_wherever_it_fails(
+def test_every_failure_leaves_the_old_or_the_new_state(
     name: str, crash: bool, durable: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     change = CHANGES[name]
@@ -219,9 +219,9 @@ def test_old_or_new_state_wherever_it_fails(
             except (Crash, OSError):
                 failures += 1
         state = change.observe(store)
-        if not crash and "publish" not in name:
+        if not crash and "commit" not in name:
             staging = Path(store.layout.staging)
-            # Of a tree that was moved aside, and then could not be removed, the rest waits for the next start.
+            # If a tree was moved aside but could not be removed, the next start deletes the rest.
             assert not staging.exists() or not list(staging.iterdir()) or disk.calls[-1] in ("unlink", "rmdir")
         Staging(store.layout.staging).clear()
         store.records.clear_staging()
@@ -234,14 +234,14 @@ def test_old_or_new_state_wherever_it_fails(
         if len(disk.calls) < fail_at:
             break
     else:
-        pytest.fail("no end")
+        pytest.fail("the change makes more than 98 system calls")
     assert failures
 
 
 def test_an_ingest_is_resumable_after_a_crash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = CrashStore(tmp_path, True)
     with monkeypatch.context() as patch:
-        # Stopped before the fifth call: open, makedirs, open again, pwritev; then utime, of `publish`.
+        # Crash before the fifth call, after open, makedirs, open and pwritev. The fifth is the utime of `commit`.
         install(patch, FaultyOS(5, crash=True))
         with pytest.raises(Crash):
             download(store)
@@ -260,11 +260,11 @@ def test_fsync_order_of_data_and_directories(durable: bool, tmp_path: Path, monk
 
     class RecordingOS(FaultyOS):
         def wrap(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
-            def call(*arguments: Any, **named: Any) -> Any:
-                where = arguments[-1] if name == "rename" else arguments[0]
-                named_by = os.readlink(f"/proc/self/fd/{where}") if isinstance(where, int) else where
-                steps.append((name, named_by))
-                return real(*arguments, **named)
+            def call(*arguments: Any, **kwargs: Any) -> Any:
+                target = arguments[-1] if name == "rename" else arguments[0]
+                path = os.readlink(f"/proc/self/fd/{target}") if isinstance(target, int) else target
+                steps.append((name, path))
+                return real(*arguments, **kwargs)
 
             return call
 
@@ -282,11 +282,11 @@ def test_fsync_order_of_data_and_directories(durable: bool, tmp_path: Path, monk
         return
     assert steps[:5] == [*expected, ("fsync", directory)]
     link = store.layout.layer("a", NEW)
-    link_calls = [name for name, where in steps[5:] if where in (link, os.path.dirname(link))]
-    # Renamed in vain once (the directories were missing), then for good, then synced.
+    link_calls = [name for name, target in steps[5:] if target in (link, os.path.dirname(link))]
+    # The first rename fails, because the directories are missing. The second succeeds and is synced.
     assert link_calls == ["rename", "rename", "fsync"]
     assert steps[5][0] == "fdatasync"
-    synced = {where for name, where in steps[5:] if name == "fsync"}
+    synced = {target for name, target in steps[5:] if name == "fsync"}
     parent = os.path.dirname(link)
     while parent != store.layout.repositories:
         assert parent in synced

@@ -1,4 +1,4 @@
-"""The tree beside the one that CNCF distribution writes: Debian's `docker-registry`, with skopeo as its client."""
+"""Compatibility with the tree of CNCF distribution, tested with Debian's `docker-registry` and skopeo."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def write_config(root: Path, port: int = 0) -> Path:
 
 @contextmanager
 def registry(root: Path) -> Iterator[str]:
-    """Run `docker-registry` on `root`; yields its ``host:port``."""
+    """Run `docker-registry` on `root` and yield its ``host:port``."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     environment = {"PATH": os.environ["PATH"], "OTEL_TRACES_EXPORTER": "none"}
@@ -109,13 +109,13 @@ def copy(source: str, destination: str) -> None:
 
 
 def files(root: Path) -> dict[str, bytes]:
-    """The files of a tree with their content, less what belongs to uploads."""
+    """Return the files of a tree with their content, except those of upload sessions."""
     paths = (path for path in root.rglob("*") if path.is_file())
     return {str(path): path.read_bytes() for path in paths if "_uploads" not in path.parts}
 
 
 def put_docker_image(root: Path, image: DockerImage) -> None:
-    """Write `content` as we do."""
+    """Store `image` with our own code."""
     layout = Layout(root)
     blobs, links = Blobs(layout, True), Links(layout, True)
     for blob in image.blobs:
@@ -160,7 +160,7 @@ def test_distribution_serves_and_retains_our_tree(tmp_path: Path) -> None:
     content = docker_image()
     root, pulled = tmp_path / "root", tmp_path / "pulled"
     put_docker_image(root, content)
-    # An index that has no child yet, in a repository without a layer.
+    # Add an index without children, in a repository without layers.
     index = json.dumps({
         "schemaVersion": 2, "mediaType": "application/vnd.oci.image.index.v1+json", "manifests": [],
     }).encode()  # fmt: skip
@@ -190,7 +190,7 @@ def test_distribution_serves_and_retains_our_tree(tmp_path: Path) -> None:
 
 
 def push(host: str, repository: str, content: ManifestTree, tag: str) -> None:
-    """Push as docker does."""
+    """Push a manifest and its blobs in the same order as docker."""
     connection = http.client.HTTPConnection(host)
 
     def request(status: int, method: str, target: str, body: bytes = b"", media_type: str = "") -> str:
@@ -214,7 +214,7 @@ THREE = oci_image(b"config3", b"base", b"layer3")
 
 @pytest.fixture
 def theirs(tmp_path: Path) -> Path:
-    """A directory that it wrote: an index, tags that moved on, tags that were deleted as seed's recipe does."""
+    """A directory written by distribution: an index, a moved tag, and a tag deleted by removing its directory."""
     root = tmp_path / "theirs"
     with registry(root) as host:
         push(host, "multi", BOTH, "v1")
@@ -230,7 +230,7 @@ def theirs(tmp_path: Path) -> Path:
 
 
 def list_objects(root: Path) -> dict[str, set[str]]:
-    """What is there: the contents, and the manifests and blobs of each repository."""
+    """Return the manifests and blobs of each repository, and all stored blobs under the key ``""``."""
     store = HostedStore.from_layout(Layout(root))
     objects = {repository: {f"m {digest}" for digest in store.links.manifests(repository)}
              | {f"b {digest}" for digest in store.links.layers(repository)}
@@ -251,8 +251,10 @@ def findings(root: Path) -> list[Finding]:
 
 @pytest.mark.parametrize("delete_untagged", [False, True])
 def test_garbage_collection_against_distribution(theirs: Path, tmp_path: Path, delete_untagged: bool) -> None:
-    """What it takes for garbage is garbage to us, but for the children of an index: those it deletes, and breaks it
-    (distribution 3178)."""
+    """Our collection deletes the same objects as distribution's, except the children of an index.
+
+    distribution deletes these and thereby breaks the index (distribution issue 3178).
+    """
     copy_root = tmp_path / "copied"
     shutil.copytree(theirs, copy_root)
     subprocess.run(

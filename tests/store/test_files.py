@@ -80,7 +80,7 @@ def test_read_small_respects_the_limit(tmp_path: Path) -> None:
     assert read_small(str(tmp_path / "y"), 4) is None
 
 
-def test_private_file_modes(tmp_path: Path) -> None:
+def test_private_files_are_readable_only_by_their_owner(tmp_path: Path) -> None:
     Staging(str(tmp_path / "s"), private=True).write(b"x", str(tmp_path / "a" / "b" / "c"))
     assert (tmp_path / "a" / "b" / "c").stat().st_mode & 0o777 == 0o600
     assert {(tmp_path / name).stat().st_mode & 0o777 for name in ("s", "a", "a/b")} == {0o700}
@@ -88,7 +88,7 @@ def test_private_file_modes(tmp_path: Path) -> None:
 
 
 def test_fsync_directory_ignores_unsupported_file_systems(tmp_path: Path) -> None:
-    """A shared folder of VirtualBox answers as /proc does: EINVAL, for its directories have nothing to sync."""
+    """A shared folder of VirtualBox returns EINVAL, as /proc does, because its directories cannot be synced."""
     with pytest.raises(OSError, match="Invalid argument"):
         os.fsync(os.open("/proc/self", os.O_RDONLY | os.O_DIRECTORY))
     fsync_directory("/proc/self")

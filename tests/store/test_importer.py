@@ -1,4 +1,4 @@
-"""What is taken over from another registry's directory, and what is left where it was."""
+"""Tests of the importer: which objects of another registry's directory are imported, and which are skipped."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def store(tmp_path: Path) -> HostedStore:
 
 @pytest.fixture
 def other(tmp_path: Path) -> HostedStore:
-    """A registry's directory, as `registry:2` leaves it: it notes no media types and no subjects."""
+    """A directory as `registry:2` writes it, without media types and subjects."""
     other = HostedStore.from_layout(Layout(tmp_path / "other"))
     put_image(other, REPOSITORY, BOTH, "v1", "latest")
     put_image(other, REPOSITORY, SIGNATURE)
@@ -75,7 +75,7 @@ def test_imports_everything_in_repositories(store: HostedStore, other: HostedSto
     assert sorted(map(str, other.layout.root.rglob("*"))) == before
     config = Digest.of(b"config1")
     assert os.path.samefile(store.layout.blob(config), other.layout.blob(config))
-    # Referrers are found although nobody noted them there.
+    # Referrers are found although the source has no referrers index.
     store.referrers.index_missing(REPOSITORY)
     assert len(list(store.referrers.list(REPOSITORY, BOTH.digest, None))) == 1
 
@@ -87,12 +87,12 @@ def test_a_second_import_is_a_no_op(store: HostedStore, other: HostedStore) -> N
     assert result == ImportResult(repositories=2, present=len(list(other.blobs.walk())))
 
 
-@pytest.mark.parametrize("below", ["", "docker/registry/v2"])
-def test_root_or_v2_directory(store: HostedStore, other: HostedStore, below: str) -> None:
-    assert import_from(store, other.layout.root / below)[0].tags == 3
+@pytest.mark.parametrize("subdirectory", ["", "docker/registry/v2"])
+def test_accepts_the_root_or_the_v2_directory(store: HostedStore, other: HostedStore, subdirectory: str) -> None:
+    assert import_from(store, other.layout.root / subdirectory)[0].tags == 3
 
 
-def test_not_a_registry_directory(store: HostedStore, other: HostedStore, tmp_path: Path) -> None:
+def test_other_directories_are_rejected(store: HostedStore, other: HostedStore, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for directory in (tmp_path / "nothing", tmp_path, tmp_path / "file"):
         with pytest.raises(NotARegistry, match=str(directory)):
@@ -118,7 +118,7 @@ def test_copies_if_hard_links_are_impossible(
     assert import_from(third, other.layout.root)[0].hardlinked == 0
 
 
-def test_conflicting_tags(store: HostedStore, other: HostedStore) -> None:
+def test_a_conflicting_tag_is_only_moved_by_force(store: HostedStore, other: HostedStore) -> None:
     put_image(store, REPOSITORY, ONE, "v1", "mine")
     result, skipped_items = import_from(store, other.layout.root)
     assert (result.conflicts, result.tags) == (1, 2)
@@ -146,11 +146,11 @@ def test_damaged_source_blobs_are_skipped(store: HostedStore, other: HostedStore
         f"two: the blob {layer} is missing",
         f"{REPOSITORY}: the manifest {SIGNATURE.digest} is missing",
         f"{REPOSITORY}: the manifest {TWO.digest} is missing",
-        "two:v1: what the tag means is missing",
+        "two:v1: the manifest of the tag is missing",
     ])  # fmt: skip
     assert store.links.tags("two") == []
     assert not store.blobs.exists(layer)
-    # Mended there, it comes.
+    # Once the source blob is repaired, the next import adds it.
     Path(other.layout.blob(layer)).write_bytes(b"layer1")
     import_from(store, other.layout.root)
     assert store.links.has_layer(REPOSITORY, layer)
@@ -165,7 +165,7 @@ def test_import_repairs_a_damaged_target_blob(store: HostedStore, other: HostedS
     assert is_intact(store)
 
 
-def test_an_invalid_repository_name(store: HostedStore, other: HostedStore) -> None:
+def test_an_invalid_repository_name_is_skipped(store: HostedStore, other: HostedStore) -> None:
     os.rename(f"{other.layout.repositories}/two", f"{other.layout.repositories}/Two")
     result, skipped_items = import_from(store, other.layout.root)
     assert [item.kind for item in skipped_items] == ["invalid"]
@@ -201,7 +201,7 @@ def test_a_cancelled_import_can_be_resumed(store: HostedStore, other: HostedStor
     assert store.links.tags(REPOSITORY) == ["latest", "v1"]
 
 
-def test_progress(store: HostedStore, other: HostedStore) -> None:
+def test_progress_reports_bytes_and_manifests(store: HostedStore, other: HostedStore) -> None:
     reactor, reports = SteppedReactor(), list[tuple[str, int, int | None]]()
     importer = Importer(reactor, store, thread=CooperativeThread(reactor, slice_length=-1))
     reactor.run(importer.import_from(other.layout.root, progress=Progress(report=lambda *state: reports.append(state))))

@@ -23,7 +23,7 @@ from dockerproxy.store.links import Links
 CONTENT = bytes(range(256)) * 40
 DIGEST = Digest.of(CONTENT)
 
-# Takes the ingest of the digest given, appends as often as it is told, and stays until it is killed.
+# Opens the ingest of the given digest, appends the given number of times, and waits until it is killed.
 WRITER = """
 import itertools, sys
 from pathlib import Path
@@ -58,7 +58,7 @@ def open_ingest(layout: Layout, digest: Digest = DIGEST) -> Ingest:
 
 @contextmanager
 def writer(layout: Layout, digest: Digest, times: int) -> Iterator[subprocess.Popen[str]]:
-    """Run WRITER in a process of its own, killed at the end."""
+    """Run WRITER in a subprocess, and kill it at the end."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", WRITER, str(layout.root), str(digest), str(times)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
@@ -148,7 +148,7 @@ def test_the_lock_is_exclusive(layout: Layout) -> None:
     assert Ingest.open(layout, DIGEST) is None
     reader = first.reader()
     first.release()
-    second = open_ingest(layout)  # although a reader of the first one is still there
+    second = open_ingest(layout)  # although a reader of the first ingest is still open
     second.release()
     os.close(reader)
     open_ingest(layout, Digest.of(CONTENT, "sha512")).release()
@@ -169,7 +169,7 @@ def open_foreign_ingest(layout: Layout) -> ForeignIngest:
     return ingest
 
 
-def test_following_until_commit(layout: Layout, blobs: Blobs) -> None:
+def test_a_foreign_ingest_is_readable_until_commit(layout: Layout, blobs: Blobs) -> None:
     assert ForeignIngest.open(layout, DIGEST) is None
     ingest = open_ingest(layout)
     foreign = open_foreign_ingest(layout)
@@ -229,7 +229,7 @@ def test_a_process_killed_during_append_leaves_a_prefix(layout: Layout, blobs: B
     assert Path(layout.blob(digest)).read_bytes() == whole
 
 
-@pytest.mark.parametrize("end", ["publish", "discard", "discard and again"])
+@pytest.mark.parametrize("end", ["commit", "discard", "discard and recreate"])
 def test_a_file_renamed_before_the_lock_is_not_acquired(
     layout: Layout, blobs: Blobs, monkeypatch: pytest.MonkeyPatch, end: str
 ) -> None:
@@ -241,21 +241,21 @@ def test_a_file_renamed_before_the_lock_is_not_acquired(
     def flock(fd: int, operation: int) -> None:
         if operation == fcntl.LOCK_EX | fcntl.LOCK_NB and not finished:
             finished.append(first)
-            first.commit(blobs) if end == "publish" else first.discard()
-            if end.endswith("again"):
+            first.commit(blobs) if end == "commit" else first.discard()
+            if end.endswith("recreate"):
                 Path(layout.ingest(DIGEST)).write_bytes(b"another's")
         real(fd, operation)
 
     monkeypatch.setattr(fcntl, "flock", flock)
     second = open_ingest(layout)
     assert finished
-    assert second.size == (len(b"another's") if end.endswith("again") else 0)
+    assert second.size == (len(b"another's") if end.endswith("recreate") else 0)
     reader = second.reader()
     assert os.path.samestat(os.fstat(reader), os.stat(layout.ingest(DIGEST)))
     os.close(reader)
     second.discard()
-    assert blobs.exists(DIGEST) == (end == "publish")
-    if end == "publish":
+    assert blobs.exists(DIGEST) == (end == "commit")
+    if end == "commit":
         assert Path(layout.blob(DIGEST)).read_bytes() == CONTENT
 
 
@@ -270,7 +270,7 @@ def test_no_descriptor_is_left_open(layout: Layout, blobs: Blobs) -> None:
     assert os.listdir("/proc/self/fd") == before
 
 
-def test_stale_ingests(layout: Layout) -> None:
+def test_stale_ingests_are_older_than_the_limit(layout: Layout) -> None:
     assert stale_ingests(layout, 1e12) == []
     for content, mtime in ((b"1", 100), (b"2", 200)):
         ingest = open_ingest(layout, Digest.of(content))
@@ -292,7 +292,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(tmp_path)], capture_output=True, text=True
     )
     if mount.returncode:
-        pytest.skip(f"no file system can be mounted here: {mount.stderr.strip()}")
+        pytest.skip(f"a small file system cannot be mounted here: {mount.stderr.strip()}")
     try:
         yield tmp_path
     finally:
@@ -321,7 +321,7 @@ def test_a_full_disk_loses_nothing(small_disk: Path) -> None:
     with pytest.raises(OSError), open(filler, "wb", buffering=0) as file:
         while True:
             file.write(b"f" * 4096)
-    # To the last byte: what is there can still be evicted.
+    # Even if the disk is full to the last byte, blobs can be evicted.
     with pytest.raises(OSError):
         Links(layout, True).link_layer("a", digest)
     assert blobs.remove(evicted)

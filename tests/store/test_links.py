@@ -22,7 +22,7 @@ TYPES = st.sampled_from([INDEX, "application/vnd.docker.distribution.manifest.v2
 
 
 class LinksMachine(RuleBasedStateMachine):
-    """`Links` beside dicts; each answer comes from a second one on the same tree, as another process would see it."""
+    """Compare `Links` with dicts. Queries use a second `Links` on the same tree, as another process would."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -189,10 +189,13 @@ def test_prune_removes_only_empty_directories(tmp_path: Path) -> None:
     list(links.prune("never/there"))
 
 
-def test_a_manifest_linked_during_prune(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before any of the directories is removed: it is there then, and so is `_layers`, for distribution's sake."""
+def test_a_manifest_linked_during_prune_is_retained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The manifest is linked before each rmdir in turn. It exists afterwards, as does `_layers`.
+
+    distribution requires `_layers`.
+    """
     digest = Digest.of(b"a")
-    real, moment = os.rmdir, 0
+    real, attempt = os.rmdir, 0
 
     def rmdir(path: str) -> None:
         nonlocal countdown
@@ -202,14 +205,14 @@ def test_a_manifest_linked_during_prune(tmp_path: Path, monkeypatch: pytest.Monk
         real(path)
 
     while True:
-        layout = Layout(tmp_path / str(moment))
+        layout = Layout(tmp_path / str(attempt))
         links = Links(layout, durable=True)
         links.link_manifest("a", digest, "x/y")
         links.set_tag("a", "v1", digest)
         links.unlink_manifest("a", digest)
         links.remove_tag("a", "v1")
-        moment += 1
-        countdown = moment
+        attempt += 1
+        countdown = attempt
         monkeypatch.setattr(os, "rmdir", rmdir)
         list(links.prune("a"))
         monkeypatch.undo()
@@ -217,7 +220,7 @@ def test_a_manifest_linked_during_prune(tmp_path: Path, monkeypatch: pytest.Monk
             break
         assert links.has_manifest("a", digest)
         assert os.path.isdir(layout.layers("a"))
-    assert moment > 5
+    assert attempt > 5
 
 
 def test_prune_tag_index_retains_the_current_target(tmp_path: Path) -> None:
@@ -226,7 +229,7 @@ def test_prune_tag_index_retains_the_current_target(tmp_path: Path) -> None:
     one, two = Digest.of(b"1"), Digest.of(b"2")
     for digest in (one, two):
         links.set_tag("a", "v1", digest)
-    assert len(list(links.prune_tag_index("a", {str(one), str(two)}))) == 2, "a step for each"
+    assert len(list(links.prune_tag_index("a", {str(one), str(two)}))) == 2, "one step per index entry"
     assert not os.path.exists(layout.tag_index("a", "v1", one))
     assert os.path.exists(layout.tag_index("a", "v1", two))
     assert links.tag("a", "v1") == two

@@ -32,7 +32,7 @@ SIZES = st.integers(0, 60)
 
 
 class LRUIndexMachine(RuleBasedStateMachine):
-    """`Usage` beside a dict of sizes and last uses, and a dict of pins. Time goes by one at each use."""
+    """Compare `LRUIndex` with a dict of sizes and last uses, and a dict of pins. Each use advances the time by one."""
 
     @initialize(limit=st.integers(0, 200))
     def start(self, limit: int) -> None:
@@ -160,8 +160,8 @@ def test_evicts_the_minimum_if_the_low_watermark_is_unreachable() -> None:
     assert index.evict(98) == [digest(1)]
 
 
-def test_changes_during_a_rescan() -> None:
-    """Nothing of it is counted as it was seen, be it before the change or after."""
+def test_changes_during_a_rescan_are_retained() -> None:
+    """The index keeps the changed entries, whether the rescan saw the blobs before the change or after it."""
     index = LRUIndex(1000)
     for number in range(6):
         index.add(digest(number), 10, number)
@@ -180,7 +180,7 @@ def test_changes_during_a_rescan() -> None:
     assert index.total == 20 + 4 * 10 + 70 + 5
     index.limit = 0
     assert index.evict(0) == list(map(digest, (3, 4, 5, 1, 2, 6, 7)))
-    # And from now on changes are no longer noted.
+    # After the rescan, changes are no longer recorded.
     index.touch(digest(1), 20)
     assert index._dirty is None
 
@@ -193,7 +193,7 @@ def test_a_rescan_is_sorted_incrementally(monkeypatch: pytest.MonkeyPatch) -> No
     assert index.evict(0) == [digest(number) for number in sorted(range(20), key=lambda number: number * 7 % 20)]
 
 
-def test_eviction_batch_size() -> None:
+def test_eviction_works_in_batches() -> None:
     index = LRUIndex(20_000)
     for number in range(20_000):
         index.add(digest(number), 1, number)
@@ -205,8 +205,10 @@ def test_eviction_batch_size() -> None:
 
 
 def test_gc_tracked_objects_do_not_grow_with_the_index() -> None:
-    """It holds the whole process while it looks at each object that it tracks; text, numbers and their tuples are not
-    among them after a first look."""
+    """Python's garbage collector blocks the whole process while it looks at tracked objects.
+
+    It does not track strings and numbers, and untracks tuples of them when it first sees them.
+    """
     tracked = {}
     for count in (10, 3000):
         index = LRUIndex(1 << 40)

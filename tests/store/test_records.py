@@ -82,7 +82,7 @@ def test_a_cached_record_is_not_read_again(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(module, "_load", load)
     for key in "aabacabx":
         assert (records.get(key) is None) == (key == "x")
-    # Two are remembered, the least recently used one goes; what does not exist is not read at all.
+    # Two records stay cached, and the least recently used one is dropped. Missing files are not read.
     assert loads == ["a", "b", "c", "b"]
 
 
@@ -91,7 +91,7 @@ def test_an_empty_key_is_rejected(tmp_path: Path) -> None:
         Records(tmp_path).get()
 
 
-def test_thread_safety(tmp_path: Path) -> None:
+def test_records_are_thread_safe(tmp_path: Path) -> None:
     records = Records(tmp_path, max_cached=2)
     errors: list[BaseException] = []
 

@@ -1,8 +1,8 @@
-"""That long work is made of short steps, however much there is: this bounds the time that requests wait for it.
+"""Scalability tests: long-running work consists of short steps, which bounds the delay of requests.
 
-No clock decides here. A step, and a turn of the reactor, is measured by the calls that are made in it, those of the
-system included; and what the cyclic garbage collector looks through, in one go, by the number of objects it tracks.
-In a larger registry both are to be what they are in a small one.
+The tests do not measure time. The cost of a step, or of a reactor iteration, is the number of calls made in it,
+including system calls. The cost of Python's garbage collection is the number of tracked objects. Both must not grow
+with the registry.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ Operation = Callable[[SteppedReactor, Path, CooperativeThread], Coroutine[Any, A
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """In memory where that can be: there are many files."""
+    """A temporary directory, in memory if possible, because the tests create many files."""
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as name:
         yield Path(name)
 
 
 class CallCountingReactor(SteppedReactor):
-    """Notes how many calls the longest job in a thread made, and the longest turn of the reactor."""
+    """Records the maximum number of calls made by a thread job and by a reactor iteration."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,8 +59,8 @@ class CallCountingReactor(SteppedReactor):
             self.jobs.appendleft((done, lambda: self.count_calls("thread", job)))
         self.count_calls("reactor", super().run_one, number)
 
-    def count_calls(self, where: str, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Call, and count what it calls; the job that the reactor has done in between is none of its own."""
+    def count_calls(self, place: str, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Call `function` and count the calls it makes, but not those of a job that runs within it."""
         calls, outer = 0, sys.getprofile()
 
         def profile(frame: Any, event: str, argument: Any) -> None:
@@ -72,11 +72,11 @@ class CallCountingReactor(SteppedReactor):
             return function(*arguments)
         finally:
             sys.setprofile(outer)
-            self.max_calls[where] = max(self.max_calls[where], calls)
+            self.max_calls[place] = max(self.max_calls[place], calls)
 
 
 def put_manifest(store: HostedStore, content: ManifestTree, *tags: str) -> None:
-    """Put a manifest and what it needs into `store`, as `registry:2` would; none of it was used lately."""
+    """Store a manifest with its blobs and children, as `registry:2` would, all unused for a long time."""
     for part in content.walk():
         digests = [Digest.of(blob) for blob in part.blobs]
         for data, digest in zip((*part.blobs, part.data), (*digests, part.digest), strict=True):
@@ -96,8 +96,10 @@ def write(path: str, data: bytes) -> None:
 
 
 def make_registry(root: Path, count: int) -> HostedStore:
-    """A registry with `count` images that have tags, as many that have none, each with a signature, or in an index, and
-    as many blobs that nothing leads to."""
+    """Create a registry with `count` tagged images, `count` untagged ones and `count` unreferenced blobs.
+
+    Each untagged image has a signature, and every second one is in an index.
+    """
     store = HostedStore.from_layout(Layout(root))
     for number in range(count):
         put_manifest(store, image(b"config %d" % number, b"layer %d" % number, b"base"), f"v{number}", f"again{number}")
@@ -112,36 +114,36 @@ def make_registry(root: Path, count: int) -> HostedStore:
     return store
 
 
-async def collect(reactor: SteppedReactor, root: Path, slices: CooperativeThread) -> None:
-    result = await Sweeper(reactor, HostedStore.from_layout(Layout(root)), thread=slices).sweep(delete_untagged=True)
+async def collect(reactor: SteppedReactor, root: Path, thread: CooperativeThread) -> None:
+    result = await Sweeper(reactor, HostedStore.from_layout(Layout(root)), thread=thread).sweep(delete_untagged=True)
     assert result.blobs > SMALL * 5
     assert not result.problems
 
 
-async def scrub(reactor: SteppedReactor, root: Path, slices: CooperativeThread) -> None:
-    result = await Scrubber(reactor, Layout(root), thread=slices).scrub()
+async def scrub(reactor: SteppedReactor, root: Path, thread: CooperativeThread) -> None:
+    result = await Scrubber(reactor, Layout(root), thread=thread).scrub()
     assert (result.damaged, result.findings > SMALL, result.blobs > SMALL * 5) == (0, False, True)
 
 
-async def import_from(reactor: SteppedReactor, root: Path, slices: CooperativeThread) -> None:
+async def import_from(reactor: SteppedReactor, root: Path, thread: CooperativeThread) -> None:
     store = HostedStore.from_layout(Layout(root / "new"))
-    result = await Importer(reactor, store, thread=slices).import_from(root)
+    result = await Importer(reactor, store, thread=thread).import_from(root)
     assert result.tags > SMALL
 
 
-async def rescan(reactor: SteppedReactor, root: Path, slices: CooperativeThread) -> None:
+async def rescan(reactor: SteppedReactor, root: Path, thread: CooperativeThread) -> None:
     layout = Layout(root)
     space = CacheSpaceManager(
-        reactor, layout, Blobs(layout, False), limit=1 << 40, inactive=1e10, clock=time.time, cooperative_thread=slices
+        reactor, layout, Blobs(layout, False), limit=1 << 40, inactive=1e10, clock=time.time, cooperative_thread=thread
     )
     await space.maintain()
     assert space.index.total > SMALL * 10
 
 
-async def expire(reactor: SteppedReactor, root: Path, slices: CooperativeThread) -> None:
+async def expire(reactor: SteppedReactor, root: Path, thread: CooperativeThread) -> None:
     layout = Layout(root)
     space = CacheSpaceManager(
-        reactor, layout, Blobs(layout, False), limit=1 << 40, inactive=1, clock=time.time, cooperative_thread=slices
+        reactor, layout, Blobs(layout, False), limit=1 << 40, inactive=1, clock=time.time, cooperative_thread=thread
     )
     await space.maintain()
     assert space.index.total == 0
@@ -150,33 +152,33 @@ async def expire(reactor: SteppedReactor, root: Path, slices: CooperativeThread)
 OPERATIONS = [collect, scrub, import_from, rescan]
 
 
-def max_calls(folder: Path, operation: Operation, size: int, slices: float) -> dict[str, int]:
+def max_calls(folder: Path, operation: Operation, size: int, slice_length: float) -> dict[str, int]:
     root = folder / f"{size}"
     make_registry(root, size)
     reactor = CallCountingReactor()
-    reactor.run(operation(reactor, root, CooperativeThread(reactor, slice_length=slices)))
+    reactor.run(operation(reactor, root, CooperativeThread(reactor, slice_length=slice_length)))
     return reactor.max_calls
 
 
-@pytest.mark.parametrize("work", OPERATIONS)
+@pytest.mark.parametrize("operation", OPERATIONS)
 def test_step_cost_does_not_grow_with_the_registry(
-    folder: Path, work: Operation, monkeypatch: pytest.MonkeyPatch
+    folder: Path, operation: Operation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "sync", lambda: None)
-    monkeypatch.setattr(lru_index, "_RUN_LENGTH", 50)  # so that some are merged in a small cache, too
-    # No length: each step is a slice of its own.
-    small, large = (max_calls(folder, work, size, -1) for size in (SMALL, LARGE))
+    monkeypatch.setattr(lru_index, "_RUN_LENGTH", 50)  # so that even a small cache has several runs to merge
+    # A negative slice length makes each step a slice of its own.
+    small, large = (max_calls(folder, operation, size, -1) for size in (SMALL, LARGE))
     assert large["thread"] <= small["thread"] * 1.1
     assert large["reactor"] <= small["reactor"] * 1.1
     assert small["thread"] < 3000
 
 
-@pytest.mark.parametrize("work", [collect, rescan, expire])
+@pytest.mark.parametrize("operation", [collect, rescan, expire])
 def test_reactor_iteration_cost_does_not_grow_with_results(
-    folder: Path, work: Operation, monkeypatch: pytest.MonkeyPatch
+    folder: Path, operation: Operation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # One slice has it all, but for what hands over to the reactor.
-    small, large = (max_calls(folder, work, size, math.inf) for size in (LARGE, 2 * LARGE))
+    # One slice does all the work, except that results are passed to the reactor in batches.
+    small, large = (max_calls(folder, operation, size, math.inf) for size in (LARGE, 2 * LARGE))
     assert large["reactor"] <= small["reactor"] * 1.1
 
 

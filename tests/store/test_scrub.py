@@ -1,4 +1,4 @@
-"""Damage of every kind, and what is said and done about it."""
+"""Tests of the scrubber: the finding for every kind of damage, and the quarantine of damaged blobs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def scrub(store: HostedStore, *, links: bool = True) -> tuple[ScrubResult, list[
     return reactor.run(Scrubber(reactor, store.layout, links).scrub(Progress(emit=findings.append))), findings
 
 
-def test_an_intact_store(store: HostedStore) -> None:
+def test_an_intact_store_has_no_findings(store: HostedStore) -> None:
     put_image(store, "other", image(b"sig", b"signature", subject=BOTH))
     before = {path: path.stat().st_mtime for path in store.layout.root.rglob("*")}
     result, findings = scrub(store)
@@ -56,7 +56,7 @@ def test_a_damaged_blob_is_quarantined(store: HostedStore, content: bytes) -> No
     assert str(CONFIG) in findings[2].message
     assert not blob.exists()
     assert (store.layout.root / "damaged" / f"sha256-{CONFIG.hex}").read_bytes() == content
-    # Pushed again and damaged again, it does not take the place of the first.
+    # If the blob is pushed and damaged again, the second file does not overwrite the first in quarantine.
     store.blobs.put(b"config1", CONFIG)
     assert scrub(store)[1] == []
     blob.write_bytes(b"damaged again")
@@ -64,7 +64,9 @@ def test_a_damaged_blob_is_quarantined(store: HostedStore, content: bytes) -> No
     assert len(os.listdir(store.layout.damaged)) == 2
 
 
-def test_a_blob_replaced_while_it_is_scrubbed(store: HostedStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_blob_replaced_while_it_is_scrubbed_is_not_quarantined(
+    store: HostedStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     Path(store.layout.blob(CONFIG)).write_bytes(b"damaged!")
     real = os.rename
 
@@ -79,7 +81,7 @@ def test_a_blob_replaced_while_it_is_scrubbed(store: HostedStore, monkeypatch: p
     assert Path(store.layout.blob(CONFIG)).read_bytes() == b"config1"
 
 
-def test_missing_and_torn_links(store: HostedStore) -> None:
+def test_missing_and_torn_links_are_reported(store: HostedStore) -> None:
     os.unlink(store.layout.blob(Digest.of(b"layer2")))
     store.links.unlink_layer(REPOSITORY, Digest.of(b"layer1"))
     Path(store.layout.layer(REPOSITORY, Digest.of(b"base"))).write_bytes(b"")
@@ -96,13 +98,13 @@ def test_missing_and_torn_links(store: HostedStore) -> None:
     assert messages == sorted([
         f"the blob {second} is missing",
         f"the link to the blob {base} is torn",
-        f"the manifest {children[0]} lacks {base}",
-        f"the manifest {children[0]} lacks {first}",
-        f"the manifest {children[1]} lacks {base}",
-        f"the manifest {children[1]} lacks {second}",
-        f"the tag means {Digest.of(b'nothing')}, which is no manifest there",
+        f"the manifest {children[0]} refers to {base}, which is missing",
+        f"the manifest {children[0]} refers to {first}, which is missing",
+        f"the manifest {children[1]} refers to {base}, which is missing",
+        f"the manifest {children[1]} refers to {second}, which is missing",
+        f"the tag points to {Digest.of(b'nothing')}, which is not a manifest of the repository",
         "the tag's link is torn",
-        f"the manifest {Digest.of(odd)} is not understood (the manifest has no config)",
+        f"the manifest {Digest.of(odd)} is invalid (the manifest has no config)",
     ])  # fmt: skip
     assert result.findings == len(findings)
     assert result.damaged == 0

@@ -1,4 +1,4 @@
-"""What goes and what stays, one case each; `test_sweep_machine` tries them all at once."""
+"""Tests of garbage collection, one case each. `test_sweep_machine` combines them at random."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ def stored_digests(store: HostedStore) -> set[Digest]:
 
 
 def closure(*manifests: ManifestTree) -> set[Digest]:
-    """Everything that `contents` consist of."""
+    """Return the digests of all manifests and blobs of `manifests`."""
     parts = [part for content in manifests for part in content.walk()]
     return {part.digest for part in parts} | {Digest.of(blob) for part in parts for blob in part.blobs}
 
 
-# what stays
+# Retained objects
 
 
 def test_retains_what_a_tag_reaches(reactor: SteppedReactor, store: HostedStore) -> None:
@@ -84,7 +84,7 @@ def test_a_subject_in_another_repository_only_is_not_retained(reactor: SteppedRe
     assert not store.links.has_manifest(REPOSITORY, ONE.digest)
 
 
-def test_delete_untagged(reactor: SteppedReactor, store: HostedStore) -> None:
+def test_untagged_manifests_are_deleted_only_on_request(reactor: SteppedReactor, store: HostedStore) -> None:
     put_image(store, REPOSITORY, ONE)
     age_blobs(store)
     assert sweep(reactor, store).blobs == 0
@@ -95,7 +95,7 @@ def test_delete_untagged(reactor: SteppedReactor, store: HostedStore) -> None:
 
 def test_retains_the_blobs_of_a_buildkit_cache_index(reactor: SteppedReactor, store: HostedStore) -> None:
     """BuildKit's `type=registry` cache: the index's children are blobs."""
-    layer = b"a cached layer" * 1_000_000  # longer than a manifest can be
+    layer = b"a cached layer" * 1_000_000  # larger than the manifest size limit
     data = json.dumps({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": [descriptor("x/y", layer)]}).encode()
     cache = ManifestTree(OCI_INDEX, data, (layer,))
     put_image(store, REPOSITORY, cache, "cache")
@@ -129,16 +129,16 @@ def test_retains_uploads_and_foreign_files(reactor: SteppedReactor, store: Hoste
     assert other.read_text() == "mine"
 
 
-# what goes
+# Deleted objects
 
 
 def test_deletes_unreachable_objects(reactor: SteppedReactor, store: HostedStore) -> None:
     signature = image(b"sig", b"signature", subject=ONE)
     put_image(store, REPOSITORY, ONE, "v1", "v2")
     put_image(store, REPOSITORY, signature)
-    put_image(store, REPOSITORY, TWO, "v1")  # in place of the first
+    put_image(store, REPOSITORY, TWO, "v1")  # moves the tag from the first image
     store.links.remove_tag(REPOSITORY, "v2")
-    stray = b"nobody's"
+    stray = b"unreferenced"
     store.blobs.put(stray, Digest.of(stray))
     age_blobs(store)
     sizes = {entry.digest: entry.size for entry in store.blobs.walk()}
@@ -151,9 +151,9 @@ def test_deletes_unreachable_objects(reactor: SteppedReactor, store: HostedStore
     assert {(item.repository, item.digest) for item in items if item.kind == "manifest"} == {
         (REPOSITORY, ONE.digest), (REPOSITORY, signature.digest)
     }  # fmt: skip
-    assert {thing.digest for thing in items if thing.kind == "blob"} == deleted
+    assert {item.digest for item in items if item.kind == "blob"} == deleted
     assert list(store.links.manifests(REPOSITORY)) == [TWO.digest]
-    # Nothing is left of it beside the tree's own parts, either.
+    # No file of our additions to the tree is left, either.
     leftovers = [str(path) for path in store.layout.root.rglob("*") if ONE.digest.hex in path.name]
     assert leftovers == []
     assert not os.path.exists(store.layout.referrers(REPOSITORY, ONE.digest))
@@ -178,7 +178,7 @@ def test_removes_empty_repositories(reactor: SteppedReactor, store: HostedStore)
     assert os.listdir(f"{store.layout.repositories}/a") == ["d"]
 
 
-def test_dry_run(reactor: SteppedReactor, store: HostedStore) -> None:
+def test_a_dry_run_deletes_nothing(reactor: SteppedReactor, store: HostedStore) -> None:
     put_image(store, REPOSITORY, BOTH, "v1")
     put_image(store, REPOSITORY, image(b"config3", b"base"), "v1")
     age_blobs(store)
@@ -191,11 +191,11 @@ def test_dry_run(reactor: SteppedReactor, store: HostedStore) -> None:
         assert getattr(dry_result, name) == getattr(result, name), name
 
 
-# what cannot be understood
+# Damage
 
 
 def test_skips_a_repository_with_a_damaged_manifest(reactor: SteppedReactor, store: HostedStore) -> None:
-    for repository in ("sound", "damaged"):
+    for repository in ("intact", "damaged"):
         put_image(store, repository, ONE, "v1")
         store.links.remove_tag(repository, "v1")
         store.blobs.put(b"unused", Digest.of(b"unused"))
@@ -211,12 +211,12 @@ def test_skips_a_repository_with_a_damaged_manifest(reactor: SteppedReactor, sto
     assert store.links.has_layer("damaged", Digest.of(b"unused"))
 
 
-@pytest.mark.parametrize("trouble", ["missing", "no link", "torn tag", "too long", "no manifest"])
-def test_other_damage(reactor: SteppedReactor, store: HostedStore, trouble: str) -> None:
+@pytest.mark.parametrize("damage", ["missing", "no link", "torn tag", "too long", "no manifest"])
+def test_damage_of_any_kind_deletes_nothing(reactor: SteppedReactor, store: HostedStore, damage: str) -> None:
     put_image(store, REPOSITORY, BOTH, "v1")
     put_image(store, REPOSITORY, ONE, "v2")
     blob = Path(store.layout.blob(ONE.digest))
-    match trouble:
+    match damage:
         case "missing":
             blob.unlink()
         case "no link":
@@ -238,7 +238,7 @@ def test_other_damage(reactor: SteppedReactor, store: HostedStore, trouble: str)
 def test_retains_files_of_another_user(
     reactor: SteppedReactor, store: HostedStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Only their owner can date them, so nobody can tell when they were last counted on."""
+    """Only the owner can set their mtime, so their last use is not known."""
     put_image(store, REPOSITORY, ONE)
     store.blobs.put(b"loose", Digest.of(b"loose"))
     age_blobs(store)
@@ -248,14 +248,16 @@ def test_retains_files_of_another_user(
     assert stored_digests(store) == closure(ONE) | {Digest.of(b"loose")}
 
 
-# while others are at it
+# Concurrent use
 
 
-def test_the_grace_period(reactor: SteppedReactor, store: HostedStore) -> None:
+def test_objects_used_within_the_grace_period_are_retained(reactor: SteppedReactor, store: HostedStore) -> None:
     put_image(store, REPOSITORY, ONE)
     age_blobs(store, 1800)
     result = sweep(reactor, store, delete_untagged=True)
-    assert (result.recent_manifests, result.blobs, result.recent) == (1, 0, 0), "it needs what it refers to"
+    assert (result.recent_manifests, result.blobs, result.recent) == (1, 0, 0), (
+        "a recent manifest retains its references"
+    )
     store.blobs.put(b"loose", Digest.of(b"loose"))
     result = sweep(reactor, store, delete_untagged=True)
     assert (result.blobs, result.recent, result.recent_bytes) == (0, 1, 5)
@@ -265,10 +267,10 @@ def test_the_grace_period(reactor: SteppedReactor, store: HostedStore) -> None:
 
 
 def start_after_mark(reactor: SteppedReactor, store: HostedStore) -> Deferred[SweepResult]:
-    """Start a collection and let it get to the end of its mark phase."""
+    """Start a collection and run it to the end of its mark phase."""
     marks: list[int] = []
-    slices = CooperativeThread(reactor, slice_length=-1)
-    sweeper = Sweeper(reactor, store, thread=slices)
+    thread = CooperativeThread(reactor, slice_length=-1)
+    sweeper = Sweeper(reactor, store, thread=thread)
     progress: Progress[RemovedItem] = Progress(
         report=lambda phase, done, total: marks.append(1) if phase == "mark" else None
     )
@@ -276,7 +278,7 @@ def start_after_mark(reactor: SteppedReactor, store: HostedStore) -> Deferred[Sw
     expected = len(marks)
     marks.clear()
     sweep = Deferred.fromCoroutine(
-        Sweeper(reactor, store, thread=slices).sweep(delete_untagged=True, progress=progress)
+        Sweeper(reactor, store, thread=thread).sweep(delete_untagged=True, progress=progress)
     )
     while len(marks) < expected:
         reactor.run_one()
@@ -291,8 +293,10 @@ def finish(reactor: SteppedReactor, sweep: Deferred[SweepResult]) -> SweepResult
 
 
 @pytest.mark.parametrize("child", range(4))
-def test_a_child_of_an_index_used_after_the_mark_phase(reactor: SteppedReactor, store: HostedStore, child: int) -> None:
-    """A push of the index finds its children there, and does not look at their layers: they have to stay with them."""
+def test_a_child_used_after_the_mark_phase_retains_its_index(
+    reactor: SteppedReactor, store: HostedStore, child: int
+) -> None:
+    """A push of the index finds its children and does not check their layers, so these must stay, too."""
     children = [image(b"config%d" % number, b"base", b"layer%d" % number) for number in range(4)]
     put_image(store, REPOSITORY, index(*children))
     age_blobs(store)
@@ -312,7 +316,7 @@ def test_a_recently_used_index_retains_its_children(reactor: SteppedReactor, sto
     assert stored_digests(store) == closure(BOTH)
 
 
-def test_blobs_used_after_the_mark_phase(reactor: SteppedReactor, store: HostedStore) -> None:
+def test_a_blob_used_after_the_mark_phase_is_retained(reactor: SteppedReactor, store: HostedStore) -> None:
     put_image(store, REPOSITORY, ONE)
     age_blobs(store)
     sweep = start_after_mark(reactor, store)
@@ -341,7 +345,7 @@ def test_a_large_group_is_deleted_in_batches(reactor: SteppedReactor, store: Hos
     assert stored_digests(store) == closure(*remaining)
 
 
-def test_one_collection_at_a_time(reactor: SteppedReactor, store: HostedStore) -> None:
+def test_only_one_collection_runs_at_a_time(reactor: SteppedReactor, store: HostedStore) -> None:
     put_image(store, REPOSITORY, ONE)
     sweeper = Sweeper(reactor, store)
     first = Deferred.fromCoroutine(sweeper.sweep())
@@ -372,8 +376,7 @@ def test_a_cancelled_collection_leaves_no_staged_files(reactor: SteppedReactor, 
     assert stored_digests(store) == set()
 
 
-# one thing, taken away
-
+# SafeDelete
 
 Change = Callable[[HostedStore], object]
 
@@ -397,21 +400,21 @@ DELETIONS: list[tuple[Callable[[SafeDelete], DeleteOutcome], Digest]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("take", "digest"), DELETIONS)
-@pytest.mark.parametrize("moment", range(6))
+@pytest.mark.parametrize(("delete", "digest"), DELETIONS)
+@pytest.mark.parametrize("call_number", range(6))
 def test_a_concurrent_use_prevents_deletion_or_fails(
-    store: HostedStore, monkeypatch: pytest.MonkeyPatch, take: Any, digest: Digest, moment: int
+    store: HostedStore, monkeypatch: pytest.MonkeyPatch, delete: Any, digest: Digest, call_number: int
 ) -> None:
-    """Another thread uses the content between any two of the system calls that look at it and move it."""
+    """Another thread uses the blob between any two system calls of the deletion."""
     put_image(store, REPOSITORY, BOTH)
     age_blobs(store)
     touches: list[int | None] = []
     calls = iter(range(100))
 
     def wrap(real: Any) -> Any:
-        def call(*args: Any, **named: Any) -> Any:
-            result = real(*args, **named)
-            if next(calls) == moment:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            result = real(*args, **kwargs)
+            if next(calls) == call_number:
                 monkeypatch.undo()
                 touches.append(store.blobs.touch(digest))
             return result
@@ -421,26 +424,26 @@ def test_a_concurrent_use_prevents_deletion_or_fails(
     for name in ("stat", "rename"):
         monkeypatch.setattr(os, name, wrap(getattr(os, name)))
     safe_delete = SafeDelete(store.layout, time.time() - 3600)
-    outcome = take(safe_delete)
+    outcome = delete(safe_delete)
     monkeypatch.undo()
     exists = store.blobs.exists(digest)
     linked = store.links.has_layer(REPOSITORY, CONFIG) and store.links.has_manifest(REPOSITORY, ONE.digest)
     linked = linked and store.links.has_manifest(REPOSITORY, TWO.digest)
     if outcome is DeleteOutcome.DELETED:
         assert not (exists and linked)
-        assert touches in ([], [None]) or not linked, "the use was seen, and what it counted on went"
+        assert touches in ([], [None]) or not linked, "the use succeeded, but the object was deleted"
     else:
         assert exists and linked
-    if touches and touches[0] is not None and take is delete_blob:
+    if touches and touches[0] is not None and delete is delete_blob:
         assert outcome is DeleteOutcome.IN_USE
     assert os.listdir(store.layout.staging) == []
     assert store.links.manifest_media_type(REPOSITORY, ONE.digest) == (
-        None if outcome is DeleteOutcome.DELETED and take is unlink_manifests else ONE.media_type
+        None if outcome is DeleteOutcome.DELETED and delete is unlink_manifests else ONE.media_type
     )
 
 
 def test_a_link_rewritten_during_deletion(store: HostedStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The push found no link and wrote it, but found the media type: none of the two may be lost."""
+    """A push finds no link and writes one, but finds the media type. Neither file may be lost."""
     put_image(store, REPOSITORY, ONE)
     age_blobs(store)
     real = os.rename

@@ -1,8 +1,8 @@
-"""Pushes, deletions and garbage collection, cut into pieces that run in any order, against a model.
+"""State machine test: pushes, deletions and garbage collection, interleaved at random and compared with a model.
 
-Nothing is asked of the real threads: the reactor here is a clock whose thread pool keeps each call until the test lets
-it run. So a collection stands still between any two of its slices while clients go on, and the other way round. Time
-passes by making files older.
+No real threads run. The reactor is a clock with a thread pool that queues each call until the test runs it. A
+collection can therefore pause between any two slices while clients continue, and vice versa. The test simulates the
+passing of time by making files older.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from tests.store.support.reactor import SteppedReactor
 
 
 def make_manifests() -> list[ManifestTree]:
-    """Images that share layers, indexes of them and of an index, signatures, and a signature of a signature."""
+    """Return images that share layers, an index, a nested index, signatures and a signature of a signature."""
     images = [image(b"config%d" % number, b"base", b"layer%d" % number) for number in range(3)]
     one, two, three = images
     both = index(one, two)
@@ -75,7 +75,7 @@ class MemoryChannel:
 
 @define
 class InMemoryRegistry:
-    """The hosted registry's HTTP face, without a socket."""
+    """The HTTP API of a hosted registry, without a socket."""
 
     reactor: SteppedReactor
     store: HostedStore
@@ -86,7 +86,7 @@ class InMemoryRegistry:
         return HostedRegistry(self.reactor, self.store, PushHandler(self.reactor, self.store))
 
     async def request(self, method: str, target: str, body: bytes = b"", media_type: str = "") -> int:
-        """Return the status of the answer."""
+        """Send a request and return the status of the response."""
         headers = Headers([("host", "test"), ("content-length", str(len(body))), ("content-type", media_type)])
         stream = ByteStream()
         stream.feed(body)
@@ -99,7 +99,7 @@ class InMemoryRegistry:
         return request.status
 
     async def push(self, repository: str, content: ManifestTree, tag: str | None) -> int:
-        """Push as docker does: look for each blob, bring what is missing, then the manifest."""
+        """Push like docker: check each blob and child, push the missing ones, and then the manifest."""
         for blob in content.blobs:
             digest = Digest.of(blob)
             if await self.request("HEAD", f"/v2/{repository}/blobs/{digest}") != 200:
@@ -116,13 +116,13 @@ class InMemoryRegistry:
 class SweepMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
-        # In memory where that can be: every link is synced to the disk.
+        # In memory if possible, because every link is synced to disk.
         self.directory = tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
         self.reactor = SteppedReactor()
         self.layout = Layout(Path(self.directory.name))
         self.store = HostedStore.from_layout(self.layout)
         self.registry = InMemoryRegistry(self.reactor, self.store)
-        # No length: each step is a slice of its own.
+        # A negative slice length makes each step a slice of its own.
         self.sweeper = Sweeper(self.reactor, self.store, thread=CooperativeThread(self.reactor, slice_length=-1))
         self.sweep: Deferred[SweepResult] | None = None
         self.pending_tags: set[tuple[str, str | None]] = set()
@@ -136,7 +136,7 @@ class SweepMachine(RuleBasedStateMachine):
         finally:
             self.directory.cleanup()
 
-    # what clients do
+    # Clients
 
     @rule(
         repository=st.sampled_from(REPOSITORIES),
@@ -152,7 +152,7 @@ class SweepMachine(RuleBasedStateMachine):
 
         async def run() -> None:
             status = await self.registry.push(repository, content, tag)
-            assert status == 201, f"{content.media_type} refused: {status}"
+            assert status == 201, f"the push of {content.media_type} failed with status {status}"
             if tag is not None:
                 self.tags[repository, tag] = content
             self.pending_tags.discard((repository, tag))
@@ -172,7 +172,7 @@ class SweepMachine(RuleBasedStateMachine):
 
         Deferred.fromCoroutine(run()).addErrback(self.failures.append)
 
-    # the collection
+    # Garbage collection
 
     @precondition(lambda self: self.sweep is None)
     @rule(delete_untagged=st.booleans(), dry_run=st.sampled_from((False, False, False, True)))
@@ -185,7 +185,7 @@ class SweepMachine(RuleBasedStateMachine):
         assert self.sweep is not None
         self.sweep.cancel()
 
-    # time
+    # Time
 
     @precondition(lambda self: self.reactor.busy)
     @rule(order=st.lists(st.integers(0, 3), min_size=1, max_size=25))
@@ -208,29 +208,33 @@ class SweepMachine(RuleBasedStateMachine):
         self.check()
         assert not self.pending_tags
 
-    # what has to hold
+    # Invariants
 
     @invariant()
     def check(self) -> None:
         assert not self.failures, self.failures[0].getTraceback()
         for (repository, tag), content in self.tags.items():
             assert self.store.links.tag(repository, tag) == content.digest
-            assert self.store.links.has_manifest(repository, content.digest), f"{repository}:{tag} is gone"
+            assert self.store.links.has_manifest(repository, content.digest), (
+                f"the manifest of {repository}:{tag} was deleted"
+            )
         for repository in REPOSITORIES:
             for digest in self.store.links.manifests(repository):
                 if self.store.links.has_manifest(repository, digest):
                     self.check_complete(repository, BY_DIGEST[digest])
 
     def check_complete(self, repository: str, content: ManifestTree) -> None:
-        assert self.store.blobs.exists(content.digest), f"{content} has no data"
+        assert self.store.blobs.exists(content.digest), f"the blob of {content} was deleted"
         for blob in content.blobs:
-            assert self.store.links.has_layer(repository, Digest.of(blob)), f"{repository} lacks {blob!r}"
-            assert self.store.blobs.exists(Digest.of(blob)), f"{blob!r} is gone"
+            assert self.store.links.has_layer(repository, Digest.of(blob)), f"{repository} has no link to {blob!r}"
+            assert self.store.blobs.exists(Digest.of(blob)), f"{blob!r} was deleted"
         for child in content.children:
-            assert self.store.links.has_manifest(repository, child.digest), f"{repository} lacks a child"
+            assert self.store.links.has_manifest(repository, child.digest), (
+                f"{repository} has no link to {child.digest}"
+            )
 
     def check_final_collection(self) -> None:
-        """With nobody about, what is left is what tags lead to, and nothing else."""
+        """A collection without concurrent clients leaves exactly the objects that tags reach."""
         self.age()
         self.start_sweep(True, False)
         self.settle()

@@ -4,6 +4,7 @@ import errno
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from dockerproxy.errors import BlobUploadBusy, BlobUploadUnknown, DigestInvalid,
 from dockerproxy.oci.names import Digest
 from dockerproxy.oci.uploads import declared_length, range_header
 from dockerproxy.store import hashed_append_file
+from dockerproxy.store import uploads as uploads_module
 from dockerproxy.store.blobs import Blobs
 from dockerproxy.store.hosted_store import HostedStore
 from dockerproxy.store.layout import Layout
@@ -52,12 +54,10 @@ def sessions(layout: Layout) -> list[str]:
 
 
 class UploadsMachine(RuleBasedStateMachine):
-    """A session as a client drives it, through restarts, against the bytes it should have."""
+    """Compare a session with the expected bytes, through client requests and restarts of the daemon."""
 
     def __init__(self) -> None:
         super().__init__()
-        import tempfile
-
         self.folder = tempfile.TemporaryDirectory()
         self.layout = Layout(Path(self.folder.name))
         self.uploads = Uploads(self.layout)
@@ -121,13 +121,13 @@ class UploadsMachine(RuleBasedStateMachine):
         self.uploads.suspend(upload)
 
     @precondition(lambda self: self.model is not None)
-    @rule(algorithm=st.sampled_from(["sha256", "sha512"]), right=st.booleans())
-    def finish(self, algorithm: str, right: bool) -> None:
+    @rule(algorithm=st.sampled_from(["sha256", "sha512"]), is_correct=st.booleans())
+    def finish(self, algorithm: str, is_correct: bool) -> None:
         upload = self.resume()
         assert upload is not None and self.model is not None
-        digest = Digest.of(self.model if right else self.model + b"!", algorithm)
-        assert upload.verify(digest) is right
-        if right:
+        digest = Digest.of(self.model if is_correct else self.model + b"!", algorithm)
+        assert upload.verify(digest) is is_correct
+        if is_correct:
             upload.commit(self.blobs, digest)
             with open(self.layout.blob(digest), "rb") as file:
                 assert file.read() == self.model
@@ -189,7 +189,7 @@ def test_hashes_while_appending(uploads: Uploads, layout: Layout, monkeypatch: p
 @pytest.mark.parametrize(
     "session", ["", "x", "..", "../../x", "0" * 36, "A" * 36, "00000000-0000-0000-0000-00000000000g"]
 )
-def test_invalid_session_ids(uploads: Uploads, session: str) -> None:
+def test_an_invalid_session_id_is_unknown(uploads: Uploads, session: str) -> None:
     start_upload(uploads)
     with pytest.raises(BlobUploadUnknown):
         uploads.resume(NAME, session)
@@ -231,12 +231,12 @@ def test_purge_removes_idle_sessions(uploads: Uploads, layout: Layout) -> None:
     for session in (old, busy, torn):
         for path in (folder / session, *(folder / session).iterdir()):
             os.utime(path, (1000, 1000))
-    (folder / "somebody-elses").mkdir()
+    (folder / "foreign").mkdir()
     assert uploads.purge(DAY) == 2
-    assert set(sessions(layout)) == {fresh, busy, "somebody-elses"}
+    assert set(sessions(layout)) == {fresh, busy, "foreign"}
     uploads.suspend(upload)
     assert uploads.purge(DAY) == 1
-    assert set(sessions(layout)) == {fresh, "somebody-elses"}
+    assert set(sessions(layout)) == {fresh, "foreign"}
 
 
 def test_purge_removes_repositories_without_content(uploads: Uploads, layout: Layout) -> None:
@@ -266,9 +266,7 @@ def test_resumes_a_session_of_distribution(uploads: Uploads, layout: Layout) -> 
 
 
 def test_the_number_of_saved_hashers_is_bounded(uploads: Uploads, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dockerproxy.store import uploads as module
-
-    monkeypatch.setattr(module, "_MAX_HASHERS", 2)
+    monkeypatch.setattr(uploads_module, "_MAX_HASHERS", 2)
     first, *rest = (start_upload(uploads, b"some") for _ in range(3))
     assert not uploads.resume(NAME, first).is_hashed("sha256")
     assert all(uploads.resume(NAME, session).is_hashed("sha256") for session in rest)
@@ -281,7 +279,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     folder.mkdir()
     mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)], capture_output=True)
     if mount.returncode:
-        pytest.skip("needs root, to mount a small file system")
+        pytest.skip(f"a small file system cannot be mounted here: {mount.stderr!r}")
     yield folder
     subprocess.run(["umount", "-l", str(folder)], check=True)
 

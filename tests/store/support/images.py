@@ -1,4 +1,4 @@
-"""Manifests and what they refer to."""
+"""Test images: manifests with the blobs, children and subjects that they refer to."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dockerproxy.store.hosted_store import HostedStore
 
 @frozen
 class ManifestTree:
-    """A manifest: its bytes, and what it needs before it can be pushed."""
+    """A manifest's bytes, and the blobs and children that must be pushed before it."""
 
     media_type: str
     data: bytes
@@ -30,7 +30,7 @@ class ManifestTree:
         return Digest.of(self.data)
 
     def walk(self) -> Iterator[ManifestTree]:
-        """Yield its children and what these have, then it."""
+        """Yield all descendants, and then this manifest."""
         for child in self.children:
             yield from child.walk()
         yield self
@@ -60,7 +60,7 @@ def index(*children: ManifestTree) -> ManifestTree:
 
 
 def put_image(store: HostedStore, repository: str, manifest: ManifestTree, *tags: str) -> None:
-    """Put `content` and what it needs into `store`."""
+    """Store `manifest` with its blobs and children, and point `tags` to it."""
     for part in manifest.walk():
         for blob in part.blobs:
             store.blobs.put(blob, Digest.of(blob))
@@ -71,7 +71,7 @@ def put_image(store: HostedStore, repository: str, manifest: ManifestTree, *tags
 
 
 def age_blobs(store: HostedStore, seconds: float = 7200) -> None:
-    """Let all contents have been used `seconds` before they were."""
+    """Move the last use of every blob `seconds` into the past."""
     for entry in list(store.blobs.walk()):
         mtime = entry.last_used - seconds
         os.utime(store.layout.blob(entry.digest), (mtime, mtime))

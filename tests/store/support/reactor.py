@@ -1,4 +1,4 @@
-"""A reactor whose threads and time stand still until a test lets them go on."""
+"""A reactor that runs thread jobs and advances its clock only if a test requests it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 class SteppedReactor(Clock):
-    """A clock with a thread pool, each of whose jobs waits until `run_one` takes it."""
+    """A clock with a thread pool that queues its jobs until `run_one` runs them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class SteppedReactor(Clock):
         return bool(self.jobs or self.getDelayedCalls())
 
     def run_one(self, number: int = 0) -> None:
-        """Run one of the jobs, or let a moment pass where there are none."""
+        """Run one queued job, or advance the clock if there is none."""
         if not self.jobs:
             self.advance(0.01)
             return
@@ -48,12 +48,12 @@ class SteppedReactor(Clock):
             done(True, result)
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Return what `work` gives, everything that it starts run at once."""
+        """Run `work` and all jobs it starts, and return its result."""
         results: list[Any] = []
         Deferred.fromCoroutine(work).addBoth(results.append)
         while not results and self.busy:
             self.run_one()
-        assert results, "it waits for something that never comes"
+        assert results, "the coroutine waits, but no job or delayed call is left"
         if isinstance(results[0], Failure):
             results[0].raiseException()
         return results[0]
