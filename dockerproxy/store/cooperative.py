@@ -71,7 +71,7 @@ class CooperativeThread:
 
     Python runs one thread at a time, and makes a computing thread release the interpreter only every 5 ms
     (`sys.getswitchinterval`). A request beside such a thread would be very slow. A slice therefore computes for at most
-    `slice_length` seconds, or waits ten times as long for the disk, which delays nobody. Then the thread sleeps for
+    `slice_length` seconds, or waits ten times as long for the disk, which delays nobody. The run then pauses for
     `pause` seconds, in which requests have the processor to themselves.
 
     This bounds the delay of a request only if each step is short. A step must handle a bounded number of items,

@@ -132,7 +132,7 @@ def test_resumes_a_released_ingest(layout: Layout, blobs: Blobs) -> None:
     assert Path(layout.blob(DIGEST)).read_bytes() == CONTENT
 
 
-def test_rehash_of_more_than_one_chunk(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rehash_reads_the_file_in_chunks(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hashed_append_file, "_CHUNK_SIZE", 1000)
     first = open_ingest(layout)
     first.append([CONTENT])

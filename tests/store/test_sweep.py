@@ -53,7 +53,7 @@ def closure(*manifests: ManifestTree) -> set[Digest]:
 # Retained objects
 
 
-def test_retains_what_a_tag_reaches(reactor: SteppedReactor, store: HostedStore) -> None:
+def test_retains_everything_a_tag_reaches(reactor: SteppedReactor, store: HostedStore) -> None:
     put_image(store, REPOSITORY, BOTH, "v1")
     signature = image(b"sig", b"signature", subject=BOTH)
     again = image(b"sig", b"of the signature", subject=signature)
@@ -442,7 +442,7 @@ def test_a_concurrent_use_prevents_deletion_or_fails(
     )
 
 
-def test_a_link_rewritten_during_deletion(store: HostedStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_link_rewritten_during_deletion_is_retained(store: HostedStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """A push finds no link and writes one, but finds the media type. Neither file may be lost."""
     put_image(store, REPOSITORY, ONE)
     age_blobs(store)
