@@ -1,4 +1,4 @@
-"""What the daemon answers in its own name: the CA certificate, the set-up script, whether it is well, its metrics."""
+"""The daemon's own HTTP endpoints: welcome page, CA certificate, set-up script, health check and metrics."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ docker-registry-proxy
 
 Docker hosts use this as their HTTP and HTTPS proxy; images are served from its cache.
 
-  /ca.crt           the CA certificate that clients have to trust
+  /ca.crt           the CA certificate that clients must trust
   /setup            a script that sets up dockerd, containerd, CRI-O and podman on a host:
                     curl -fsS {url}setup | sudo sh
-  /healthz          whether the proxy is well
-  /metrics          what it has done, for Prometheus
+  /healthz          health check
+  /metrics          metrics for Prometheus
 """
 
 
 @frozen
 class BuiltinEndpoints:
-    """Answers origin-form requests; `registry` those to `/v2/`, `metrics` those to `/metrics`.
+    """Handles origin-form requests. Passes `/v2/` to `registry` and `/metrics` to `metrics`.
 
-    `proxy_port` is the proxy's port where the page is at another.
+    `proxy_port` is the proxy's port if these endpoints are served on another port.
     """
 
     certificate_pem: bytes
@@ -40,31 +40,31 @@ class BuiltinEndpoints:
     proxy_port: int | None = None
 
     async def handle(self, request: Request) -> None:
-        """Answer `request`. Raise `RegistryError`."""
+        """Respond to `request`, or raise `RegistryError`."""
         request.host = request.host or (request.headers.get("host") or "")
         if request.path == "/v2" or request.path.startswith("/v2/"):
             await self.registry(request)
             return
         if request.method not in ("GET", "HEAD"):
-            raise Unsupported(f"{request.path} can only be read", headers=[("Allow", "GET, HEAD")])
+            raise Unsupported(f"{request.path} supports only GET and HEAD", headers=[("Allow", "GET, HEAD")])
         match request.path:
             case "/":
                 self._serve_welcome(request)
             case "/ca.crt":
                 fields = [("Content-Type", "application/x-x509-ca-cert"), ("Cache-Control", "no-cache")]
                 request.respond(200, fields, self.certificate_pem)
-            case "/setup" | "/setup/systemd":  # the latter is rpardini/docker-registry-proxy's address
+            case "/setup" | "/setup/systemd":  # rpardini/docker-registry-proxy serves the latter
                 self._serve_setup_script(request)
             case "/healthz":
                 request.respond(200, _TEXT_FIELDS, b"ok\n")
             case "/metrics":
                 await self.metrics(request)
             case _:
-                raise NameUnknown("there is no such page; / tells which there are")
+                raise NameUnknown("no such page; / lists the pages")
 
     def _serve_welcome(self, request: Request) -> None:
         try:
-            # With TLS the certificate would be one that is not trusted yet.
+            # After a TLS request, name the plain HTTP port, because the client does not trust our certificate yet.
             url = _base_url(request, self.proxy_port if request.secure else None)
         except BadRequest:
             url = "http://THIS-HOST:PORT/"
@@ -76,14 +76,17 @@ class BuiltinEndpoints:
 
 
 def _base_url(request: Request, port: int | None) -> str:
-    """Return our own address as the client knows it, checked: it goes into commands that are run as root.
+    """Return the URL under which the client reaches this proxy, with `port` instead of the request's if given.
 
-    With a `port`, that of our door there.
+    The client's Host field is validated, because the URL becomes part of commands that root runs. Raise `BadRequest`
+    if it is invalid.
     """
     try:
         host = Host.parse(request.host, 80)
     except NameInvalid:
-        raise BadRequest("your Host field does not tell under which address you reach this proxy") from None
+        raise BadRequest(
+            "the Host field is not a valid host name or address; request this page by the proxy's name or address"
+        ) from None
     if port is not None:
         host = Host(host.name, port)
     return f"http://{host.authority.removesuffix(':80')}/"

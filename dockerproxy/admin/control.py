@@ -1,4 +1,4 @@
-"""What `dockerproxy`, the command, asks of the daemon: a small HTTP API on a Unix socket.
+"""The HTTP API on a Unix socket that the `dockerproxy` command uses.
 
     GET  /v1/status
     GET  /v1/repositories                       ls                        lines
@@ -8,10 +8,11 @@
     POST /v1/import   {"directory", "force"?}   import                    lines
     POST /v1/check    {"cached"?}               check                     lines
 
-``lines`` are JSON objects, one each, sent as things happen: ``{"event": "progress", "phase", "done", "total"}``, what
-is found (``repository``, ``manifest``, ``removed``, ``finding``), and at the end ``{"event": "result", …}`` or
-``{"event": "error", "code", "message"}``. A request that is refused at once gets ``{"error": {"code", "message",
-"suggestions"}}``. Of the last three one runs at a time; it ends when its client goes.
+``lines`` responses are newline-delimited JSON, one event per line, sent as the work proceeds:
+``{"event": "progress", "phase", "done", "total"}``, the items (``repository``, ``manifest``, ``removed``, ``finding``),
+and at the end ``{"event": "result", …}`` or ``{"event": "error", "code", "message"}``. An error before the first line
+is sent as ``{"error": {"code", "message", "suggestions"}}``. Only one of gc, import and check runs at a time. It is
+cancelled if its client disconnects.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ log = Logger()
 
 
 class ControlError(Exception):
-    """A request that cannot be done as asked: the status and code of the answer, and a sentence."""
+    """A request that is refused: the status and code of the response, and a message for the user."""
 
     def __init__(self, status: int, code: str, message: str, suggestions: tuple[str, ...] = ()) -> None:
         super().__init__(message)
@@ -55,19 +56,19 @@ class ControlError(Exception):
 
 
 class ExclusiveJobs:
-    """Long operations, of which one runs at a time: they would spoil each other's results."""
+    """Runs long operations one at a time, because concurrent ones would invalidate each other's results."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self.current: dict[str, Any] | None = None
 
     async def run(self, name: str, job: Coroutine[Any, Any, Any]) -> Any:
-        """Return what `work` gives; raise `Refused` while another is under way."""
+        """Return the result of `job`. Raise `ControlError` if another job is running."""
         if self.current is not None:
             job.close()
-            raise ControlError(409, "BUSY", f"the daemon is busy ({self.current['name']}); wait for that to end")
+            raise ControlError(409, "BUSY", f"the daemon is busy: {self.current['name']} is running; try again later")
         self.current = {"name": name, "since": self._clock()}
-        log.info("{operation} began", operation=name)
+        log.info("{operation} started", operation=name)
         try:
             return await job
         finally:
@@ -77,7 +78,7 @@ class ExclusiveJobs:
 
 @frozen
 class Control:
-    """Answers the requests."""
+    """Handles the requests of the control API."""
 
     _reactor: Any
     _resolver: ImageResolver
@@ -99,7 +100,7 @@ class Control:
         return self._clock()
 
     async def handle(self, request: Request) -> None:
-        """Answer `request`."""
+        """Respond to `request`. Errors become responses, except a disconnect or a cancellation."""
         response = NDJSONResponse(self._reactor, request)
         try:
             await self._dispatch(request, response)
@@ -112,13 +113,13 @@ class Control:
         except RegistryError as error:
             response.send_error(error.status, error.code, error.message)
         except OSError as error:
-            log.failure("{path} failed", path=request.path)
+            log.failure("control request {path} failed with a disk error", path=request.path)
             response.send_error(500, "DISK", f"{error.filename or 'the disk'}: {error.strerror}")
         except (ClientDisconnected, CancelledError):
             raise
         except Exception:
-            log.failure("{path} failed", path=request.path)
-            response.send_error(500, "INTERNAL", "something went wrong in the daemon, its log has it")
+            log.failure("control request {path} failed", path=request.path)
+            response.send_error(500, "INTERNAL", "internal error in the daemon; see its log")
 
     async def _dispatch(self, request: Request, response: NDJSONResponse) -> None:
         match request.method, request.path:
@@ -140,7 +141,11 @@ class Control:
                 arguments = await _parse_arguments(request, cached=bool)
                 await self._jobs.run("check", self._check(arguments, response))
             case _:
-                raise ControlError(404, "UNSUPPORTED", f"this daemon has no {request.method} {request.path}")
+                raise ControlError(
+                    404,
+                    "UNSUPPORTED",
+                    f"this daemon does not support {request.method} {request.path}; is the command of another version?",
+                )
 
     def _status(self) -> dict[str, Any]:
         return {
@@ -175,12 +180,12 @@ class Control:
 
     async def _delete(self, arguments: dict[str, Any], request: Request) -> None:
         kind = arguments.get("where")
-        # All of them are found before any of them goes.
+        # Resolve all names first, so that an unknown name changes nothing.
         refs = [await in_thread(self._reactor, self._resolver.resolve, str(name), kind) for name in arguments["names"]]
         results = []
         for ref in refs:
             result = await self._deleter.delete(ref)
-            log.info("{name} was removed ({kind})", name=str(ref), kind=ref.store.kind)
+            log.info("removed {name} ({kind})", name=str(ref), kind=ref.store.kind)
             results.append({"where": ref.store.kind, "name": str(ref), **attrs.asdict(result)})
         request.respond(200, JSON_FIELDS, json.dumps({"removed": results}).encode())
 
@@ -208,7 +213,7 @@ class Control:
 
         directory = Path(arguments["directory"])
         if not directory.is_absolute() or "\0" in str(directory):
-            raise InvalidArgument("the directory to import is to be named from the root on")
+            raise InvalidArgument("the directory to import must be an absolute path")
         result = await self._importer.import_from(
             directory,
             force=arguments.get("force", False),
@@ -234,7 +239,7 @@ class Control:
 
 
 def _storage_info(store: StoreView) -> dict[str, Any]:
-    """Say where a shelf is, and how much room its disk has. Blocks."""
+    """Return the directory of `store` and the free bytes of its disk. Blocks."""
     try:
         status = os.statvfs(store.layout.root)
     except OSError:
@@ -243,7 +248,11 @@ def _storage_info(store: StoreView) -> dict[str, Any]:
 
 
 async def _parse_arguments(request: Request, required: str | None = None, **types: Any) -> dict[str, Any]:
-    """Return the request's arguments; raise `Refused` for what is not one of those expected."""
+    """Return the arguments in the JSON body of `request`.
+
+    `types` maps the known arguments to their types. Raise `ControlError` if an argument is unknown, has another type,
+    or if `required` is missing.
+    """
     content = await request.read_all(_MAX_BODY)
     try:
         arguments = json.loads(content or b"{}")
@@ -253,7 +262,7 @@ async def _parse_arguments(request: Request, required: str | None = None, **type
         raise ControlError(400, "NOT_UNDERSTOOD", "the request's body is not a JSON object")
     for name, value in arguments.items():
         if name not in types or not isinstance(value, types[name]):
-            raise ControlError(400, "NOT_UNDERSTOOD", f"{name!r} is not an argument that this daemon takes here")
+            raise ControlError(400, "NOT_UNDERSTOOD", f"the argument {name!r} is unknown or has a wrong type")
     if required is not None and required not in arguments:
-        raise ControlError(400, "NOT_UNDERSTOOD", f"{required!r} is missing")
+        raise ControlError(400, "NOT_UNDERSTOOD", f"the argument {required!r} is missing")
     return arguments

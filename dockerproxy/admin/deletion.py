@@ -1,7 +1,7 @@
-"""Removing what an operator names: hosted tags, manifests and repositories, and what is cached.
+"""Deletion of tags, manifests and repositories, hosted or cached.
 
-Of what is hosted only the names go, and garbage collection takes the content. What is cached has none: it goes at
-once, and comes back from upstream when it is asked for.
+Deleting from the hosted store removes only links, and garbage collection frees the blobs later. The cache has no
+garbage collection, so its blobs are deleted at once. A later pull fetches them from upstream again.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dockerproxy.store.records import Records
 
 @frozen
 class DeletionResult:
-    """How much went; `blobs` and `bytes` of what was cached only."""
+    """Numbers of deleted items. `blobs` and `bytes` are counted for the cache only."""
 
     tags: int = 0
     manifests: int = 0
@@ -32,7 +32,7 @@ class DeletionResult:
 
 @frozen
 class Deleter:
-    """Removes from both shelves. `records` are the cache's."""
+    """Deletes images from both stores. `records` are the cache's."""
 
     _reactor: Any
     _hosted_store: HostedStore
@@ -45,7 +45,7 @@ class Deleter:
         return CooperativeThread(self._reactor)
 
     async def delete(self, ref: ImageRef) -> DeletionResult:
-        """Remove what is named."""
+        """Delete the tag, manifest, blob or repository that `ref` names."""
         if ref.store.kind != HOSTED:
             return await self._delete_cached(ref)
         counts = {"tags": 0, "manifests": 0}
@@ -53,7 +53,7 @@ class Deleter:
             await self._thread.run(self._unlink_hosted(ref, counts))
         return DeletionResult(**counts)
 
-    # hosted; in a thread, for who has the repository's turn
+    # Hosted: runs in a thread while `delete` holds the repository's lock.
 
     def _unlink_hosted(self, ref: ImageRef, counts: dict[str, int]) -> Iterator[None]:
         store, repository = self._hosted_store, ref.repository
@@ -68,7 +68,7 @@ class Deleter:
                 counts["manifests"] += store.remove_manifest(repository, digest)
             yield None
 
-    # cached
+    # Cached.
 
     async def _delete_cached(self, ref: ImageRef) -> DeletionResult:
         plan = _DeletionPlan(ref)
@@ -94,9 +94,13 @@ class Deleter:
 
 
 class _DeletionPlan:
-    """What of a cached repository has to go: all of it, a manifest or blob, or what no other tag of it leads to.
+    """The links and objects to delete for a reference to the cache.
 
-    `contents`: those that no other repository has, but one that is named by its digest in any case. It may be damaged.
+    A repository is deleted as a whole. A digest selects that manifest or blob. A tag selects everything that no other
+    tag, and no untagged manifest, of the repository reaches.
+
+    `objects` are the blobs and manifests to delete from the store. An object that another repository links is kept,
+    unless it was named by its digest: it may be damaged.
     """
 
     def __init__(self, ref: ImageRef) -> None:
@@ -107,7 +111,7 @@ class _DeletionPlan:
         self.objects: set[Digest] = set()
 
     def compute(self) -> Iterator[None]:
-        """Find out. Blocks, a moment a step."""
+        """Fill the attributes. Each step blocks briefly."""
         ref, links = self._ref, self._ref.store.links
         if ref.digest is not None:
             if links.has_manifest(ref.repository, ref.digest):
@@ -138,7 +142,7 @@ class _DeletionPlan:
             if digest is not None:
                 yield from (target if name == tag else others).reach([digest])
         self.manifests = target.manifests - others.manifests
-        # What was pulled by its digest has no tag.
+        # Manifests that were pulled by digest have no tag, but keep their blobs.
         yield from others.reach(digest for digest in links.manifests(repository) if digest not in self.manifests)
         self.blobs = target.blobs - others.blobs
 

@@ -1,4 +1,4 @@
-"""What is on the shelves: repositories, their images, how large they are and when they were last used."""
+"""Listings of repositories and their images, with sizes and times of last use."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from dockerproxy.store.references import References, extract_references
 
 Row = dict[str, Any]
 
-_BATCH = 200  # contents that are looked at in one step
+_BATCH = 200  # files that one step looks at
 
 
 def list_repositories(store: StoreView, rows: list[Row]) -> Iterator[None]:
-    """Put a row for each repository into `rows`. Blocks, a moment a step."""
+    """Append a row for each repository to `rows`. Each step blocks briefly."""
     for repository in sorted(store.links.repositories()):
         manifests = list(store.links.manifests(repository))
         tags = len(store.links.tags(repository))
@@ -27,7 +27,7 @@ def list_repositories(store: StoreView, rows: list[Row]) -> Iterator[None]:
         yield from usage.add(manifests)
         last_used = usage.last_used
         yield from usage.add(store.links.layers(repository))
-        # In the cache, links stay when contents are evicted; and of a hosted one only directories may be left.
+        # Skip empty repositories: the cache keeps links to evicted blobs, and the hosted store empty directories.
         if usage.sizes or (store.kind == HOSTED and (tags or manifests)):
             rows.append({
                 "where": store.kind,
@@ -40,9 +40,9 @@ def list_repositories(store: StoreView, rows: list[Row]) -> Iterator[None]:
 
 
 def list_manifests(ref: ImageRef, rows: list[Row]) -> Iterator[None]:
-    """Put a row for each tag of a repository, then for each manifest without one, into `rows`. Blocks, a moment a step.
+    """Append a row for each tag of a repository, then for each untagged manifest, to `rows`. Each step blocks briefly.
 
-    Of a name with a tag or a digest, only for that. `tag` is None for one without.
+    If `ref` has a tag or a digest, list only that. An untagged manifest's row has the `tag` None.
     """
     store, repository = ref.store, ref.repository
     tagged_digests: set[Digest] = set()
@@ -64,7 +64,7 @@ def _add_row(ref: ImageRef, tag: str | None, digest: Digest, rows: list[Row]) ->
     yield from usage.add([digest])
     last_used = usage.last_used
     if not usage.sizes and store.kind == CACHED:
-        return  # evicted
+        return  # the manifest was evicted
     closure = Closure(store, ref.repository)
     yield from closure.reach([digest])
     yield from usage.add(closure.manifests | closure.blobs)
@@ -86,7 +86,10 @@ def _media_type_in_content(store: StoreView, digest: Digest) -> str | None:
 
 
 class Closure:
-    """What manifests lead to, as far as it is there: `manifests`, themselves included, and `blobs`."""
+    """The objects reachable from root manifests: `manifests`, including the roots, and `blobs`.
+
+    Only manifests that the repository has are followed.
+    """
 
     def __init__(self, store: StoreView, repository: str) -> None:
         self._store = store
@@ -95,7 +98,7 @@ class Closure:
         self.blobs: set[Digest] = set()
 
     def reach(self, roots: Iterable[Digest]) -> Iterator[None]:
-        """Go on from `roots`. Blocks, a moment a step."""
+        """Add the objects reachable from `roots`. Each step blocks briefly."""
         pending = [*roots]
         while pending:
             digest = pending.pop()
@@ -103,7 +106,7 @@ class Closure:
                 continue
             self.manifests.add(digest)
             references = self._read(digest)
-            # What an index leads to may be blobs (BuildKit's cache).
+            # An index may refer to blobs instead of manifests (BuildKit's cache).
             children = [
                 child for child in references.manifests if self._store.links.has_manifest(self._repository, child)
             ]
@@ -120,7 +123,7 @@ class Closure:
 
 
 class _DiskUsage:
-    """The lengths of contents, each once, and when the last of them was used."""
+    """The sizes of blobs, each counted once, and the latest time that one was used."""
 
     def __init__(self, store: StoreView) -> None:
         self._store = store
@@ -128,7 +131,7 @@ class _DiskUsage:
         self.last_used: float | None = None
 
     def add(self, digests: Iterable[Digest]) -> Iterator[None]:
-        """Look at contents; those that are not there count for nothing. Blocks, a moment a step."""
+        """Add the blobs of `digests`, ignoring missing ones. Each step blocks briefly."""
         for count, digest in enumerate(digests):
             if digest not in self.sizes:
                 try:

@@ -1,4 +1,4 @@
-"""An answer of JSON lines, sent as things happen, no faster than the client reads them."""
+"""A response of newline-delimited JSON that is sent as the work proceeds, with backpressure."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 
 from dockerproxy.http.request import Request
 
-_PROGRESS_INTERVAL = 0.2  # seconds between two lines that tell of progress
+_PROGRESS_INTERVAL = 0.2  # seconds between two progress lines of one phase
 
 JSON_FIELDS = [("Content-Type", "application/json"), ("Cache-Control", "no-store")]
 _NDJSON_FIELDS = [("Content-Type", "application/x-ndjson"), ("Cache-Control", "no-store")]
 
 
 class NDJSONResponse:
-    """The answer to `request`, which begins with the first line. `clock` has `seconds`."""
+    """The response to `request`. Its head is sent with the first line. `clock` has a method `seconds`."""
 
     def __init__(self, clock: Any, request: Request) -> None:
         self._clock = clock
@@ -24,28 +24,28 @@ class NDJSONResponse:
         self._phase = ""
 
     def send(self, event: str, **fields: Any) -> None:
-        """Send a line."""
+        """Send one line, an event with `fields`."""
         self._start()
         self._request.write(json.dumps({"event": event, **fields}).encode() + b"\n")
 
     def send_progress(self, phase: str, done: int, total: int | None) -> None:
-        """Send how far the work is, now and then."""
+        """Send a progress line, unless the last one of this phase is too recent."""
         now = self._clock.seconds()
         if self._last_progress is None or phase != self._phase or now - self._last_progress >= _PROGRESS_INTERVAL:
             self._last_progress, self._phase = now, phase
             self.send("progress", phase=phase, done=done, total=total)
 
     async def drain(self) -> None:
-        """Wait until the client has taken what was sent. Raise `ClientGone`."""
+        """Wait until the output buffer has drained. Raise `ClientDisconnected`."""
         await self._request.drain()
 
     def finish(self, **fields: Any) -> None:
-        """Send the result, and end."""
+        """Send the result line and finish the response."""
         self.send("result", **fields)
         self._request.finish()
 
     def send_error(self, status: int, code: str, message: str, suggestions: Sequence[str] = ()) -> None:
-        """Answer with an error: as a line, where lines were sent."""
+        """Finish the response with an error: a line if lines were sent before, otherwise an error response."""
         if self._request.started:
             self.send("error", code=code, message=message)
             self._request.finish()

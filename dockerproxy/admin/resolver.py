@@ -1,4 +1,4 @@
-"""What people call repositories and images, and which of ours they mean."""
+"""Resolution of the names that users give to repositories and images."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _MAX_SUGGESTIONS = 3
 
 
 class InvalidArgument(Exception):
-    """A name that is none, or that two things have: a sentence."""
+    """A malformed or ambiguous name. The message is for the user."""
 
 
 class NotFound(Exception):
-    """A name that nothing has: a sentence, and names that are near it."""
+    """An unknown name. The message is for the user; `suggestions` are similar names."""
 
     def __init__(self, message: str, suggestions: Sequence[str] = ()) -> None:
         super().__init__(message)
@@ -32,7 +32,7 @@ class NotFound(Exception):
 
 @frozen
 class StoreView:
-    """One of the two stores. `where` is ``hosted`` or ``cached``; in the latter, repositories begin with a host."""
+    """One of the two stores. `kind` is ``hosted`` or ``cached``; cached repositories begin with the registry's host."""
 
     kind: str
     layout: Layout
@@ -48,7 +48,7 @@ class StoreView:
         return Links(self.layout, durable=False)
 
     def has_repository(self, repository: str) -> bool:
-        """Say whether the repository has anything. Blocks."""
+        """Return whether the repository has a tag, a manifest or a layer. Blocks."""
         try:
             listings: tuple[Iterator[object], ...] = (
                 iter(self.links.tags(repository)), self.links.manifests(repository), self.links.layers(repository)
@@ -60,7 +60,7 @@ class StoreView:
 
 @frozen
 class ImageRef:
-    """A repository on a shelf or, where there is a tag or a digest, that of it."""
+    """A repository in a store; with `tag` or `digest`, one image or blob of it."""
 
     store: StoreView
     repository: str
@@ -75,10 +75,10 @@ class ImageRef:
 
 @frozen
 class ImageResolver:
-    """Finds what is meant by ``REPO``, ``REPO:TAG`` and ``REPO@DIGEST``, of what is hosted, and ``HOST/REPO…`` of what
-    is cached.
+    """Resolves ``REPO``, ``REPO:TAG`` and ``REPO@DIGEST`` in the hosted store, and ``HOST/REPO…`` in the cache.
 
-    `own_names`: hosts that may stand before a hosted repository. `aliases`: other names of hosts of cached ones.
+    `registry_hostnames` are the host names that may precede a hosted repository. `host_aliases` maps other names of
+    upstream registries, such as docker.io, to their hosts in the cache.
     """
 
     stores: Sequence[StoreView]
@@ -86,7 +86,10 @@ class ImageResolver:
     host_aliases: Mapping[str, str]
 
     def resolve(self, text: str, kind: str | None = None) -> ImageRef:
-        """Return what `text` means, on the shelf `where` if given. Blocks. Raise `NotFound`, `NotUnderstood`."""
+        """Return the image or repository that `text` names, in the store `kind` if given. Blocks.
+
+        Raise `NotFound`, or `InvalidArgument` if `text` is malformed or ambiguous.
+        """
         path, tag, digest = _parse_name(text)
         matches = [
             (store, repository)
@@ -96,10 +99,10 @@ class ImageResolver:
             if store.has_repository(repository)
         ]
         if not matches:
-            raise NotFound(f"there is no repository {path}", self._suggestions(path, tag, kind))
+            raise NotFound(f"no such repository: {path}", self._suggestions(path, tag, kind))
         store, repository = matches[0]
         if any(other is not store for other, _ in matches):
-            raise InvalidArgument(f"{path} is both hosted and cached: say which with --hosted or --cached")
+            raise InvalidArgument(f"{path} is both hosted and cached; choose one with --hosted or --cached")
         if tag is not None:
             _check_tag(store, repository, tag)
         if digest is not None:
@@ -115,7 +118,7 @@ class ImageResolver:
             if slash and first.partition(":")[0].lower() in self.registry_hostnames:
                 yield rest
         elif first in self.host_aliases:
-            # As docker does: ubuntu is library/ubuntu.
+            # Docker's rule: ubuntu means library/ubuntu.
             yield f"{self.host_aliases[first]}/{rest if '/' in rest else f'library/{rest}'}"
 
     def _suggestions(self, path: str, tag: str | None, kind: str | None) -> list[str]:
@@ -126,14 +129,14 @@ class ImageResolver:
             for repository in store.links.repositories()
             if store.has_repository(repository)
         ]
-        # With what stands before it elsewhere: a registry's host, or the address that ours was reached by.
+        # Names that differ only by a prefix: a registry's host, or the address by which ours was reached.
         longer_or_shorter = [name for name in names if name.endswith(f"/{path}") or path.endswith(f"/{name}")]
         suggestions = dict.fromkeys((*longer_or_shorter, *_close_matches(path, names)))
         return [name if tag is None else f"{name}:{tag}" for name in suggestions][:_MAX_SUGGESTIONS]
 
 
 def _close_matches(text: str, names: Sequence[str]) -> list[str]:
-    """Return the `names` that are spelled like `text`, or begin so; in upper case or lower."""
+    """Return the `names` that resemble `text` or begin with it, ignoring case."""
     by_lowercase = {name.lower(): name for name in names}
     prefix_matches = [name for name in by_lowercase if text and name.startswith(text.lower())]
     matches = dict.fromkeys(
@@ -150,13 +153,13 @@ def _parse_name(text: str) -> tuple[str, str | None, Digest | None]:
             digest = Digest.parse(encoded)
         except DigestInvalid as error:
             raise InvalidArgument(error.message) from None
-    # The colon of a port has a slash behind it.
+    # A colon before a slash belongs to a port.
     repository, colon, tag = name.rpartition(":")
     if not colon or "/" in tag:
         repository, tag = name, ""
     if not repository or (colon and not tag and name.endswith(":")):
-        raise InvalidArgument(f"{text!r} is not REPO, REPO:TAG or REPO@DIGEST")
-    # As docker has it: beside a digest a tag means nothing.
+        raise InvalidArgument(f"{text!r} is not of the form REPO, REPO:TAG or REPO@DIGEST")
+    # Docker's rule: a tag beside a digest is ignored.
     return repository, tag if tag and digest is None else None, digest
 
 

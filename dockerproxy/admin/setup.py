@@ -1,4 +1,4 @@
-"""The script that sets a client up, setup.sh beside this: what ``curl http://HOST/setup | sudo sh`` runs."""
+"""The client set-up script (setup.sh), which ``curl http://HOST/setup | sudo sh`` runs."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _TEMPLATE = Path(__file__).with_name("setup.sh").read_text(encoding="utf-8")
 
 
 def setup_script(proxy_url: str) -> str:
-    """Return a POSIX shell script that makes a host's container engines use the proxy at `proxy_url`, and trust its CA.
+    """Return a POSIX shell script that configures a host's container engines to use a proxy and to trust its CA.
 
-    `proxy_url` is ``http://host/`` or ``http://host:port/``; anything else raises ValueError. It comes from the request
-    of whoever asks, and a script that root runs is made of it.
+    `proxy_url` is ``http://host/`` or ``http://host:port/``. It is validated strictly, because it comes from a client's
+    request and becomes part of a script that root runs. Raise ValueError if it is anything else.
     """
     match = re.fullmatch(r"http://([^/?#@\\\s]+)/", proxy_url)
     if match is None:

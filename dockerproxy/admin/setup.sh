@@ -1,8 +1,8 @@
 #!/bin/sh
-# Makes the container engines on this host pull through the proxy named below, and makes the host trust the proxy's CA
-# certificate: dockerd, containerd and CRI-O under systemd or OpenRC, podman; those that are installed, and nothing else.
-# Run it as root; run it again at any time: it changes what differs, and restarts only what something changed for.
-# With --remove it takes away what it brought.
+# Configures the container engines on this host to pull through the proxy below, and the host to trust the proxy's CA
+# certificate. It supports dockerd, containerd and CRI-O under systemd or OpenRC, and podman, and configures only
+# installed ones. Run it as root. It is idempotent: another run changes only settings that differ, and restarts only the
+# services concerned. --remove undoes its changes.
 
 set -eu
 umask 022
@@ -11,15 +11,15 @@ LC_ALL=C
 export LC_ALL
 
 proxy=@PROXY@
-mark='# Of the set-up script of docker-registry-proxy. When it is run again, NO_PROXY is kept, and nothing else.'
-tail=' # by the set-up script of docker-registry-proxy'
+header='# Written by the set-up script of docker-registry-proxy. Another run keeps NO_PROXY and replaces the rest.'
+suffix=' # by the set-up script of docker-registry-proxy'
 unfinished=/var/lib/docker-registry-proxy-setup.unfinished
-probe=/etc/.docker-registry-proxy-setup # not `test -w /etc`: busybox says yes to root on a read-only one
-own_name=zz-docker-registry-proxy.conf # read after the files of others, which stay as they are
-podman_conf=/etc/containers/containers.conf.d/$own_name
-services='containerd docker crio' # in the order of a restart: dockerd needs containerd
-pending=                          # the services that something changed for
-new=                              # the file that is being written
+probe=/etc/.docker-registry-proxy-setup # test -w /etc will not do: busybox's succeeds for root on a read-only /etc
+drop_in_name=zz-docker-registry-proxy.conf # zz: sorts behind other drop-ins, so it overrides them unchanged
+podman_conf=/etc/containers/containers.conf.d/$drop_in_name
+services='containerd docker crio' # in the order of restarts, because dockerd needs containerd
+pending=                          # services to restart
+new=                              # temporary file to remove on exit
 
 say() {
     printf '%s\n' "$*"
@@ -39,38 +39,38 @@ has() {
     command -v "$1" >/dev/null
 }
 
-# Whether the second file is there and holds the text of the first.
+# Succeeds if the second file exists and has the content of the first.
 is_same() {
     [ -f "$2" ] && [ "$(cat "$1")" = "$(cat "$2")" ]
 }
 
-# Remembers that something changed for a service, also if this script is stopped before it restarts it.
-change() {
+# Marks a service for restart. If this script ends before the restart, the file $unfinished makes the next run do it.
+mark_changed() {
     : >"$unfinished"
     pending="$pending $1"
 }
 
-# The same for all of them: each reads the trust store when it starts, and not again.
-change_all() {
-    change "$services podman"
+# Marks all services for restart, because each reads the trust store only when it starts.
+mark_all_changed() {
+    mark_changed "$services podman"
 }
 
-# Gives the second file the text of the first. At no moment is there a part of it; its owner and mode stay.
-put() {
+# Replaces the second file atomically by the content of the first, and keeps its owner and mode.
+write_file() {
     new=$2.new
     {
         mkdir -p "${2%/*}" &&
             if [ -e "$2" ]; then cp -p "$2" "$new"; fi &&
             cat "$1" >"$new" &&
             mv "$new" "$2"
-    } || fail "$2 cannot be written"
+    } || fail "cannot write $2"
     new=
 }
 
-# The certificate.
+# The CA certificate.
 
-# Sets $update, the command that makes the system's trust store anew, and $anchor, where our certificate goes in it.
-find_store() {
+# Sets $update, the command that rebuilds the system's trust store, and $anchor, the path of our certificate in it.
+find_trust_store() {
     if has update-ca-trust && [ -d /etc/pki/ca-trust/source/anchors ]; then # Fedora, RHEL
         update='update-ca-trust'
         anchor=/etc/pki/ca-trust/source/anchors/docker_registry_proxy.crt
@@ -81,15 +81,15 @@ find_store() {
         update='update-ca-certificates --fresh'
         anchor=/usr/local/share/ca-certificates/docker_registry_proxy.crt
     else
-        fail 'no trust store as Debian, Alpine, Fedora or Arch have it was found; is ca-certificates installed?'
+        fail 'found no trust store of Debian, Alpine, Fedora or Arch; is ca-certificates installed?'
     fi
 }
 
-update_store() {
+update_trust_store() {
     # shellcheck disable=SC2086 # a command and its argument
-    if ! $update >"$work/told" 2>&1; then # some warn where nothing is wrong
-        cat "$work/told" >&2
-        fail "the system's trust store could not be updated: $update"
+    if ! $update >"$work/output" 2>&1; then # print output only on failure, because some versions always warn
+        cat "$work/output" >&2
+        fail "cannot update the system's trust store: $update"
     fi
 }
 
@@ -103,7 +103,7 @@ fetch() {
     fi
 }
 
-# One PEM certificate and nothing else: not an error page, not half of one.
+# Succeeds if the file is exactly one complete PEM certificate, not an error page or a truncated download.
 is_certificate() {
     [ "$(sed -n '1p' "$1")" = '-----BEGIN CERTIFICATE-----' ] || return 1
     [ "$(sed -n '$p' "$1")" = '-----END CERTIFICATE-----' ] || return 1
@@ -113,27 +113,27 @@ is_certificate() {
 }
 
 install_certificate() {
-    fetch "${proxy}ca.crt" "$work/ca.crt" || fail "${proxy}ca.crt cannot be fetched"
+    fetch "${proxy}ca.crt" "$work/ca.crt" || fail "cannot fetch ${proxy}ca.crt"
     is_certificate "$work/ca.crt" || fail "${proxy}ca.crt is not a certificate; nothing was changed"
     if [ -z "$pending" ] && is_same "$work/ca.crt" "$anchor"; then
-        say "The CA certificate is trusted already: $anchor"
+        say "The CA certificate is already trusted: $anchor"
         return
     fi
-    change_all
-    put "$work/ca.crt" "$anchor"
-    update_store
+    mark_all_changed
+    write_file "$work/ca.crt" "$anchor"
+    update_trust_store
     say "The CA certificate is now trusted: $anchor"
 }
 
 remove_certificate() {
     [ -e "$anchor" ] || return 0
-    change_all
+    mark_all_changed
     rm -f "$anchor"
-    update_store
+    update_trust_store
     say "The CA certificate was removed: $anchor"
 }
 
-# The engines.
+# The container engines.
 
 has_systemd() {
     has systemctl && [ -d /run/systemd/system ]
@@ -143,7 +143,7 @@ has_openrc() {
     has rc-service && [ -d /run/openrc ]
 }
 
-# Whether there is a service to set up; where neither systemd nor OpenRC runs, whether there is a program.
+# Succeeds if the service exists. Without systemd and OpenRC: if the program exists.
 is_installed() {
     if [ "$1" = podman ]; then
         has podman
@@ -158,12 +158,12 @@ is_installed() {
     fi
 }
 
-drop_in_of() {
-    printf '%s' "/etc/systemd/system/$1.service.d/$own_name"
+drop_in_path() {
+    printf '%s' "/etc/systemd/system/$1.service.d/$drop_in_name"
 }
 
-# Prints the hosts that are not to be proxied: those that the files name, such of them as are there, and those that never
-# are. Not `*`, for that is all hosts.
+# Prints the value of NO_PROXY: the hosts in the NO_PROXY of existing files among the arguments, then the defaults.
+# Leaves out `*`, because it would bypass the proxy for all hosts.
 no_proxy_list() {
     set -f
     value="=[\"']\{0,1\}\([^\"'#;]*\).*/\1/p"
@@ -181,84 +181,84 @@ no_proxy_list() {
     printf '%s' "$list"
 }
 
-# Makes the second argument, a file of this script's, of what is in $work/new, for the service named first.
-settle() {
+# Writes $work/new to the second argument, a settings file for the service in the first one.
+write_settings() {
     if is_same "$work/new" "$2"; then
-        say "$1 is set up already: $2"
+        say "$1 is already set up: $2"
         return
     fi
-    change "$1"
-    put "$work/new" "$2"
+    mark_changed "$1"
+    write_file "$work/new" "$2"
     say "$1 is now set up to use $proxy: $2"
 }
 
-# Takes away what `settle` made.
-unsettle() {
+# Removes the file that `write_settings` created.
+remove_settings() {
     [ -e "$2" ] || return 0
-    change "$1"
+    mark_changed "$1"
     rm -f "$2"
     rmdir "${2%/*}" 2>/dev/null || true
-    say "$1 has its former settings again, without $2"
+    say "The proxy settings of $1 were removed: $2"
 }
 
 configure_systemd() {
-    systemctl cat "$1.service" >"$work/old" 2>/dev/null || true # with the files of others, and ours
+    systemctl cat "$1.service" >"$work/old" 2>/dev/null || true # the unit with all its drop-ins, ours included
     {
-        say "$mark"
+        say "$header"
         say '[Service]'
         say "Environment=\"HTTP_PROXY=$proxy\""
         say "Environment=\"HTTPS_PROXY=$proxy\""
         say "Environment=\"NO_PROXY=$(no_proxy_list "$work/old")\""
     } >"$work/new"
-    settle "$1" "$(drop_in_of "$1")"
+    write_settings "$1" "$(drop_in_path "$1")"
 }
 
-# The other lines of an OpenRC service's settings, all of which are in one file.
+# Prints the lines of an OpenRC settings file that this script did not write.
 other_lines() {
-    grep -v "$tail\$" "$1" 2>/dev/null || true
+    grep -v "$suffix\$" "$1" 2>/dev/null || true
 }
 
 configure_openrc() {
     file=/etc/conf.d/$1
     {
         other_lines "$file"
-        say "export HTTP_PROXY='$proxy'$tail"
-        say "export HTTPS_PROXY='$proxy'$tail"
-        say "export NO_PROXY='$(no_proxy_list "$file")'$tail"
+        say "export HTTP_PROXY='$proxy'$suffix"
+        say "export HTTPS_PROXY='$proxy'$suffix"
+        say "export NO_PROXY='$(no_proxy_list "$file")'$suffix"
     } >"$work/new"
-    settle "$1" "$file"
+    write_settings "$1" "$file"
 }
 
 remove_openrc() {
     file=/etc/conf.d/$1
-    grep -q "$tail\$" "$file" 2>/dev/null || return 0
-    change "$1"
+    grep -q "$suffix\$" "$file" 2>/dev/null || return 0
+    mark_changed "$1"
     other_lines "$file" >"$work/new"
     if [ -s "$work/new" ]; then
-        put "$work/new" "$file"
+        write_file "$work/new" "$file"
     else
         rm -f "$file"
     fi
-    say "$1 has its former settings again: $file"
+    say "The proxy settings of $1 were removed: $file"
 }
 
-# podman has no daemon, so there is no environment to set but its own. What it pulls with goes through the proxy; what
-# runs in its containers does not, as with the other engines.
+# podman has no daemon, so this sets the environment of podman itself. Its pulls go through the proxy. As with the other
+# engines, its containers do not.
 configure_podman() {
     {
-        say "$mark"
+        say "$header"
         say '[engine]'
         say "env = ['HTTP_PROXY=$proxy', 'HTTPS_PROXY=$proxy', 'NO_PROXY=$(no_proxy_list /etc/containers/containers.conf "$podman_conf")']"
         say '[containers]'
         say 'http_proxy = false'
     } >"$work/new"
-    settle podman "$podman_conf"
+    write_settings podman "$podman_conf"
 }
 
-# Sets up what is installed. Sets $found, whether anything is, and $by_hand, the services that only a person can set up.
+# Configures the installed engines. Sets $found if there is one, and $manual, the services that need manual set-up.
 configure_engines() {
     found=
-    by_hand=
+    manual=
     for service in $services; do
         is_installed "$service" || continue
         found=yes
@@ -267,7 +267,7 @@ configure_engines() {
         elif has_openrc; then
             configure_openrc "$service"
         else
-            by_hand="$by_hand $service"
+            manual="$manual $service"
         fi
     done
     if is_installed podman; then
@@ -276,20 +276,20 @@ configure_engines() {
     fi
 }
 
-# Takes away what is there, be the engine still installed or not.
-remove_settings() {
+# Removes all settings, even those of engines that are no longer installed.
+remove_all_settings() {
     for service in $services; do
-        unsettle "$service" "$(drop_in_of "$service")"
+        remove_settings "$service" "$(drop_in_path "$service")"
         remove_openrc "$service"
     done
-    unsettle podman "$podman_conf"
+    remove_settings podman "$podman_conf"
 }
 
 restart_with_systemd() {
     if systemctl is-active --quiet "$1.service"; then
         systemctl restart "$1.service" || fail "$1 did not restart; see: journalctl -u $1.service"
         say "$1 was restarted."
-    elif [ "$1" != podman ]; then # which runs when it is called
+    elif [ "$1" != podman ]; then # podman itself reads its settings at each call
         say "$1 is not running; it will use the new settings when it is started."
     fi
 }
@@ -324,30 +324,30 @@ restart_engines() {
     done
 }
 
-# Looks at what the services run with, for some settings of others go before ours all the same.
+# Checks the environment of the running services, because some settings override ours.
 check_engines() {
     if is_installed docker && grep -q '"proxies"' /etc/docker/daemon.json 2>/dev/null &&
         ! grep -qF "${proxy%/}" /etc/docker/daemon.json; then
-        fail 'docker does not use the proxy yet: take "proxies" out of /etc/docker/daemon.json, and restart it'
+        fail 'docker does not use the proxy yet: remove "proxies" from /etc/docker/daemon.json, then restart docker'
     fi
     has_systemd || return 0
     for service in $services; do
         process=$(systemctl show --property=MainPID "$service.service")
         environment=/proc/${process#MainPID=}/environ
-        [ -r "$environment" ] || continue # it does not run
+        [ -r "$environment" ] || continue # not running
         tr '\0' '\n' <"$environment" >"$work/environ"
         grep -qxF "HTTPS_PROXY=$proxy" "$work/environ" ||
-            fail "$service does not use the proxy yet: HTTPS_PROXY is set elsewhere too; see: systemctl cat $service" \
-                '(and the files that EnvironmentFile= names)'
+            fail "$service does not use the proxy yet: HTTPS_PROXY is also set elsewhere; see: systemctl cat $service" \
+                '(and the files named by EnvironmentFile=)'
     done
 }
 
-# Says what else runs containers here, and is left alone.
-tell_of_others() {
+# Reports other container engines on this host, which this script does not configure.
+report_unsupported_engines() {
     for file in /etc/systemd/system/k3s.service /etc/systemd/system/k3s-agent.service /etc/rancher/rke2 \
         /var/snap/docker /var/snap/microk8s /home/*/.config/systemd/user/docker.service; do
         if [ -e "$file" ]; then
-            say "Not set up, having its own settings for proxy and certificates: what $file belongs to"
+            say "Not set up, because it has its own proxy and certificate settings: the engine of $file"
         fi
     done
 }
@@ -357,23 +357,23 @@ set_up() {
     configure_engines
     restart_engines
     rm -f "$unfinished"
-    tell_of_others
-    if [ -n "$by_hand" ]; then
-        say "There is neither systemd nor OpenRC here. Restart yourself, with this environment:$by_hand"
+    report_unsupported_engines
+    if [ -n "$manual" ]; then
+        say "Neither systemd nor OpenRC is running. Restart these services with the environment below:$manual"
         say "    HTTP_PROXY=$proxy"
         say "    HTTPS_PROXY=$proxy"
         say "    NO_PROXY=$(no_proxy_list /dev/null)"
         exit 1
     fi
     if [ -z "$found" ]; then
-        say 'Neither dockerd, containerd, CRI-O nor podman is installed. Run this again when one is.'
+        say 'Neither dockerd, containerd, CRI-O nor podman is installed. Run this script again after installing one.'
     fi
     check_engines
 }
 
 remove() {
     remove_certificate
-    remove_settings
+    remove_all_settings
     restart_engines
     rm -f "$unfinished"
 }
@@ -384,16 +384,16 @@ main() {
         -h | --help) usage; exit 0 ;;
         *) usage >&2; exit 2 ;;
     esac
-    [ "$(id -u)" = 0 ] || fail 'this changes the configuration of the system, so it has to be run as root (with sudo)'
-    find_store
-    { mkdir -p "$probe" && rmdir "$probe"; } 2>/dev/null || fail '/etc cannot be written to; nothing was changed'
+    [ "$(id -u)" = 0 ] || fail 'this script changes the system configuration; run it as root (with sudo)'
+    find_trust_store
+    { mkdir -p "$probe" && rmdir "$probe"; } 2>/dev/null || fail '/etc is not writable; nothing was changed'
 
-    # The proxy is reached directly, whatever proxy this shell is told to use.
+    # Connect to the proxy directly, even if this shell has a proxy configured.
     unset http_proxy HTTP_PROXY all_proxy ALL_PROXY
     work=$(mktemp -d)
     trap 'rm -rf "$work" ${new:+"$new"}' EXIT
     trap 'exit 1' HUP INT TERM
-    if [ -e "$unfinished" ]; then change_all; fi
+    if [ -e "$unfinished" ]; then mark_all_changed; fi
     if [ "$*" = --remove ]; then
         remove
     else
@@ -401,6 +401,6 @@ main() {
     fi
 }
 
-# All of it is functions until this line, which a shell runs only when it is there to its closing brace: a download that
-# breaks off does nothing.
+# A truncated download does nothing: everything above is a function, and the shell runs this line only if it is complete
+# to its closing brace.
 { main "$@"; exit; }

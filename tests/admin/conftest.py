@@ -1,9 +1,9 @@
-"""A system for the set-up script to change.
+"""A simulated host for the set-up script.
 
-The script is run for real, with several shells, in a mount namespace: the directories it writes to are bound to ones of
-the test; ``systemctl``, ``rc-service`` and the trust store's commands are stand-ins that note how they were called, the
-few other commands it needs are the real ones, and there are none but these. What it fetches comes from a server on
-loopback. That needs root; without it those tests are skipped.
+The real script runs with several shells in a mount namespace. The directories it writes to are bind mounts of the
+test's directories. ``systemctl``, ``rc-service`` and the trust store's commands are stubs that record their calls. The
+few other commands that the script needs are the real ones, and PATH has no others. A server on loopback serves the
+certificate. Mount namespaces need root, so these tests are skipped without it.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from dockerproxy.admin.setup import setup_script
 
 COMMANDS = "curl sed grep cat mkdir mv cp rm rmdir tr id mktemp openssl"
 
-# A service is a process that sleeps, with the environment that the unit's drop-ins set, and after them the file that
-# Debian's units name in EnvironmentFile=.
+# A service is a sleeping process. Its environment is set by the unit's drop-ins, then by the EnvironmentFile= of
+# Debian's units.
 SYSTEMCTL = """PATH=/usr/bin
 IFS='
 '
@@ -51,10 +51,10 @@ esac"""
 
 
 class ClientHost:
-    """A system to set up: its directories, its commands, and a proxy that serves `certificate`.
+    """A host to set up, with its directories and commands, and a proxy stub that serves `certificate`.
 
-    `kind` says whose trust store it has: ``debian``, ``fedora``, ``arch``, or ``alpine``, which also has OpenRC in
-    place of systemd. dockerd is installed, and runs.
+    `distribution` selects the trust store: ``debian``, ``fedora``, ``arch`` or ``alpine``. Alpine has OpenRC instead of
+    systemd. dockerd is installed and running.
     """
 
     def __init__(self, root: Path, distribution: str) -> None:
@@ -95,7 +95,7 @@ class ClientHost:
         self.install("docker")
 
     def tool(self, name: str, script: str) -> None:
-        """Put in a command `name` that notes its call and does `then`."""
+        """Install a command `name` that records its call, then runs `script`."""
         path = self.tools / name
         path.unlink(missing_ok=True)
         path.write_text(
@@ -104,7 +104,7 @@ class ClientHost:
         path.chmod(0o755)
 
     def install(self, service: str, *, running: bool = True) -> None:
-        """Install a container engine that is a service, and start it."""
+        """Install a container engine as a service, and start it if `running`."""
         (self.root / f"units/{service}.service").touch()
         if (self.etc / "init.d").exists():
             (self.etc / "init.d" / service).touch()
@@ -113,20 +113,20 @@ class ClientHost:
             (self.root / f"active/{service}.service").touch()
 
     def uninstall(self, service: str) -> None:
-        """Take it out again."""
+        """Uninstall a container engine."""
         for path in (f"units/{service}.service", f"active/{service}.service", f"etc/init.d/{service}"):
             (self.root / path).unlink(missing_ok=True)
         (self.tools / {"docker": "dockerd"}.get(service, service)).unlink()
 
     def stop(self) -> None:
-        """End the services."""
+        """Kill the processes of all services."""
         for path in (self.root / "active").iterdir():
             if pid := path.read_text():
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(int(pid), signal.SIGKILL)
 
     def enter(self, *command: str, sbin: bool = False, read_only: bool = False) -> list[str]:
-        """Return `command` as one that is run on this host; with the real system's /usr/sbin if `sbin`."""
+        """Return a command line that runs `command` on this host, with the real /usr/sbin if `sbin`."""
         binds = {"etc": self.etc, "usr/share": self.share, "usr/local/share": self.local, "run": self.root / "run",
                  "var/lib": self.root / "lib", "usr/local/sbin": self.root / "sbin"}  # fmt: skip
         if not sbin:
@@ -139,9 +139,9 @@ class ClientHost:
     def run(
         self, shell: list[str], *arguments: str, user: str | None = None, sbin: bool = False, read_only: bool = False
     ) -> subprocess.CompletedProcess[str]:
-        """Feed the script to `shell` on this host."""
+        """Run the script on this host, as the standard input of `shell`."""
         (self.root / "calls").write_text("")
-        # Others than root cannot look into a directory of pytest's.
+        # Only root can read pytest's directories, so other users get the real /usr/bin.
         environment = [
             "/usr/bin/env",
             f"PATH={self.tools if user is None else '/usr/bin'}",
@@ -158,12 +158,12 @@ class ClientHost:
 
     @property
     def calls(self) -> list[str]:
-        """How the stand-ins were called in the last run, to do something."""
+        """The recorded calls of the last run, except those that only query."""
         lines = (self.root / "calls").read_text().splitlines()
         return [line for line in lines if not line.startswith(("systemctl cat ", "systemctl show "))]
 
     def files(self) -> dict[str, str]:
-        """The files of the system, and what is in them."""
+        """The host's files and their contents."""
         roots = (self.etc, self.share, self.local, self.root / "lib")
         paths = [path for root in roots for path in root.rglob("*") if path.is_file()]
         return {str(path.relative_to(self.root)): path.read_text() for path in paths}
@@ -176,7 +176,7 @@ def can_mount() -> bool:
 
 @pytest.fixture(scope="session")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
-    """Two certificates such as an authority of ours has."""
+    """Two self-signed CA certificates with keys of the type that our CA uses."""
     directory = tmp_path_factory.mktemp("certificates")
     pems = []
     for number in "12":

@@ -1,4 +1,4 @@
-"""What the daemon answers in its own name."""
+"""The daemon's own HTTP endpoints."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ INVALID_HOSTS = [
 
 @pytest.fixture
 def connect(connect_client: Any) -> Any:
-    """Return a function that makes a visitor of the page; `name` is what an absolute-form target named."""
+    """Return a function that connects a client. `name` is the host of an absolute-form target, if it had one."""
 
     def make(name: str = "", proxy_port: int | None = None, *, secure: bool = False) -> Any:
         async def registry(request: Request) -> None:
@@ -78,7 +78,7 @@ def connect(connect_client: Any) -> Any:
         ("/setup/systemd", "text/x-shellscript; charset=utf-8", b"#!/bin/sh\n"),
     ],
 )
-def test_builtin_endpoints(connect: Any, path: str, media_type: str, content: bytes) -> None:
+def test_each_endpoint_serves_its_content(connect: Any, path: str, media_type: str, content: bytes) -> None:
     for target in (path, f"{path}?anything=1"):
         client = connect()
         response = client.fetch("GET", target)
@@ -103,10 +103,10 @@ def test_v2_is_passed_to_the_registry(connect: Any, path: str, method: str) -> N
 @pytest.mark.parametrize(
     "path", ["/nothing", "/v2x", "/v1/", "/ca.crt/", "/CA.CRT", "//", "/%63a.crt", "/setup/", "/setup/../ca.crt"]
 )
-def test_unknown_paths(connect: Any, path: str) -> None:
+def test_unknown_paths_get_404(connect: Any, path: str) -> None:
     response = connect().fetch("GET", path)
     assert (response.status, response.headers["Content-Type"]) == (404, "text/plain; charset=utf-8")
-    assert b"/ tells" in response.body
+    assert b"/ lists" in response.body
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS", "TRACE"])
@@ -132,12 +132,12 @@ def test_the_base_url_is_the_clients_host_field(connect: Any, host: str, address
     page = connect().fetch("GET", "/", [("Host", host)])
     assert f"http://{address}/setup |" in page.body.decode()
     script = connect().fetch("GET", "/setup/systemd", [("Host", host)]).body.decode()
-    # which shell quotes, where it has brackets
+    # a URL with brackets is quoted for the shell
     assert "proxy=" + shlex.quote(f"http://{Host.parse(host, 80).authority}/") + "\n" in script
 
 
 def test_an_absolute_target_takes_precedence_over_the_host_field(connect: Any) -> None:
-    """RFC 9112, section 3.2.2: beside a target with a host, the Host field is not looked at."""
+    """RFC 9112, section 3.2.2: a server ignores the Host field if the target is in absolute form."""
     script = connect(name="docker-registry.local:3128").fetch("GET", "/setup/systemd", [("Host", "evil.example")])
     assert b"proxy=http://docker-registry.local:3128/\n" in script.body
     assert b"evil" not in script.body
@@ -148,12 +148,12 @@ def test_on_another_listener_the_script_names_the_proxys_port(connect: Any) -> N
     script = client.fetch("GET", "/setup", [("Host", "docker-registry.local")]).body
     assert b"proxy=http://docker-registry.local:3128/\n" in script
     page = client.fetch("GET", "/", [("Host", "docker-registry.local")]).body
-    assert b"http://docker-registry.local/setup |" in page  # the page itself is where it was found
+    assert b"http://docker-registry.local/setup |" in page  # the page's own URL keeps the port of the request
 
 
 @pytest.mark.parametrize("host", ["docker-registry.local", "docker-registry.local:5443"])
 def test_on_a_tls_listener_the_page_names_the_proxys_port(connect: Any, host: str) -> None:
-    """Whose certificate nobody trusts yet who reads it."""
+    """A client that reads the page does not trust the certificate yet, so the command must use plain HTTP."""
     page = connect(proxy_port=3128, secure=True).fetch("GET", "/", [("Host", host)]).body
     assert b"curl -fsS http://docker-registry.local:3128/setup |" in page
 
@@ -173,7 +173,7 @@ def test_the_welcome_page_needs_no_valid_host(connect: Any, host: str) -> None:
     assert not host or host.encode() not in response.body
 
 
-def test_a_request_without_a_host_field(connect: Any) -> None:
+def test_only_the_script_needs_a_host_field(connect: Any) -> None:
     client = connect()
     client.send(b"GET /healthz HTTP/1.0\r\n\r\n")
     assert client.read_response().body == b"ok\n"

@@ -1,4 +1,4 @@
-"""The client set-up script: what may go into it, and how it has the system trust the proxy; see conftest."""
+"""The client set-up script: its template, and the trust store. conftest describes the simulated host."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ URL = "http://docker-registry.local:3128/"
 
 
 def requires_command(command: str) -> pytest.MarkDecorator:
-    """Skip a test where there is no `command`."""
+    """Return a mark that skips a test if `command` is not installed."""
     path = shutil.which(command, path="/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
     return pytest.mark.skipif(path is None, reason=f"{command} is not installed")
 
@@ -28,7 +28,7 @@ SHELLS = [
 ]
 
 
-# What may go into it.
+# The template.
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ SHELLS = [
         ("http://[2001:DB8::1]:3128/", "'http://[2001:db8::1]:3128/'"),
     ],
 )
-def test_the_proxys_address(url: str, expected: str) -> None:
+def test_the_script_contains_the_proxys_address(url: str, expected: str) -> None:
     script = setup_script(url)
     assert f"\nproxy={expected}\n" in script
     assert "@PROXY@" not in script
@@ -84,7 +84,7 @@ def test_shellcheck_is_clean() -> None:
 
 @pytest.mark.parametrize("shell", SHELLS)
 def test_a_truncated_download_does_nothing(shell: list[str], tmp_path: Path) -> None:
-    """All commands of the path are stand-ins that leave a trace, and the shell can reach no others."""
+    """Every command in PATH is a stub that leaves a trace."""
     script = setup_script(URL)
     tools = tmp_path / "tools"
     tools.mkdir()
@@ -116,10 +116,10 @@ def test_a_truncated_download_does_nothing(shell: list[str], tmp_path: Path) -> 
         assert not (tmp_path / "trace").exists(), script[:cut][-100:]
         assert result.stdout == b""
     subprocess.run(command, input=script.encode(), env=environment, capture_output=True, check=False)
-    assert (tmp_path / "trace").read_text() == "id\n"  # the trap works: the whole script does start
+    assert (tmp_path / "trace").read_text() == "id\n"  # control: the complete script does run a stub
 
 
-# How the system comes to trust the proxy.
+# The trust store.
 
 RESTART = ["systemctl daemon-reload", "systemctl is-active --quiet docker.service", "systemctl restart docker.service"]
 DEBIAN = "update-ca-certificates --fresh"
@@ -155,12 +155,12 @@ def test_setup_is_idempotent_and_reversible(host: Any, shell: list[str], anchor:
     assert host.calls == []
     assert host.files() == after
     assert result.stdout.splitlines() == [
-        f"The CA certificate is trusted already: {anchor}",
-        "docker is set up already: /etc/systemd/system/docker.service.d/zz-docker-registry-proxy.conf",
+        f"The CA certificate is already trusted: {anchor}",
+        "docker is already set up: /etc/systemd/system/docker.service.d/zz-docker-registry-proxy.conf",
         "Nothing has changed, so nothing was restarted.",
     ]
 
-    host.certificate = b""  # what is removed need not be fetched
+    host.certificate = b""  # --remove needs no certificate from the proxy
     result = host.run(shell, "--remove")
     assert (result.returncode, result.stderr) == (0, "")
     assert host.calls == [update, *RESTART]
@@ -168,8 +168,7 @@ def test_setup_is_idempotent_and_reversible(host: Any, shell: list[str], anchor:
     assert not host.drop_in.parent.exists()
     assert result.stdout.splitlines() == [
         f"The CA certificate was removed: {anchor}",
-        "docker has its former settings again, without"
-        " /etc/systemd/system/docker.service.d/zz-docker-registry-proxy.conf",
+        "The proxy settings of docker were removed: /etc/systemd/system/docker.service.d/zz-docker-registry-proxy.conf",
         "docker was restarted.",
     ]
 
@@ -186,11 +185,11 @@ def test_a_new_certificate_replaces_the_old_one(host: Any, certificates: list[by
     assert result.returncode == 0
     assert host.calls == ["update-ca-trust ", *RESTART]
     assert host.anchor.read_bytes() == certificates[1]
-    assert "docker is set up already" in result.stdout
+    assert "docker is already set up" in result.stdout
 
 
 @requires_command("update-ca-certificates")
-def test_debian_trust_store(host: Any, certificates: list[bytes]) -> None:
+def test_the_debian_trust_store_is_updated(host: Any, certificates: list[bytes]) -> None:
     commands = "ln readlink sort find basename dirname touch chmod awk xargs uniq true ls wc"
     for name in f"update-ca-certificates {commands}".split():
         (host.tools / name).unlink(missing_ok=True)
@@ -221,7 +220,7 @@ def test_wget_is_used_if_curl_is_missing(host: Any) -> None:
     assert host.anchor.read_bytes() == host.certificate
 
 
-def test_without_curl_and_wget(host: Any) -> None:
+def test_without_curl_and_wget_nothing_is_changed(host: Any) -> None:
     (host.tools / "curl").unlink()
     result = host.run(["dash"])
     assert result.returncode == 1
@@ -251,24 +250,25 @@ def test_an_invalid_certificate_changes_nothing(host: Any, shell: list[str], con
     before = host.files()
     result = host.run(shell)
     assert result.returncode == 1
-    reason = "cannot be fetched" if content == b"" else "is not a certificate; nothing was changed"
-    assert result.stderr.endswith(f"Failed: {host.url}ca.crt {reason}\n")
+    url = f"{host.url}ca.crt"
+    reason = f"cannot fetch {url}" if content == b"" else f"{url} is not a certificate; nothing was changed"
+    assert result.stderr.endswith(f"Failed: {reason}\n")
     assert (host.calls, host.files()) == ([], before)
 
 
 @pytest.mark.parametrize("status", [0, 1])
 def test_trust_store_output_is_printed_on_failure(host: Any, status: int) -> None:
-    """Debian 12's warns of its own file at every run."""
+    """The output of a successful run is hidden, because Debian 12's tool warns about its own file at every run."""
     host.tool("update-ca-certificates", f"echo warning >&2; exit {status}")
     result = host.run(["dash"])
-    stderr = f"warning\nFailed: the system's trust store could not be updated: {DEBIAN}\n" if status else ""
+    stderr = f"warning\nFailed: cannot update the system's trust store: {DEBIAN}\n" if status else ""
     assert (result.returncode, result.stderr) == (status, stderr)
 
 
 def test_the_next_run_completes_a_failed_setup(host: Any) -> None:
     (host.root / "fails").touch()
     result = host.run(["dash"])
-    stderr = f"Failed: the system's trust store could not be updated: {DEBIAN}\n"
+    stderr = f"Failed: cannot update the system's trust store: {DEBIAN}\n"
     assert (result.returncode, result.stderr) == (1, stderr)
     host.tool("update-ca-certificates", "true")
     result = host.run(["dash"])
@@ -299,7 +299,7 @@ def test_an_unknown_system_is_reported(host: Any) -> None:
     (host.share / "ca-certificates").rmdir()
     result = host.run(["dash"])
     assert result.returncode == 1
-    assert result.stderr.startswith("Failed: no trust store as Debian, Alpine, Fedora or Arch have it")
+    assert result.stderr.startswith("Failed: found no trust store of Debian, Alpine, Fedora or Arch")
     assert host.calls == []
 
 
@@ -307,32 +307,30 @@ def test_an_unknown_system_is_reported(host: Any) -> None:
 def test_a_read_only_system_is_unchanged(host: Any, shell: list[str]) -> None:
     before = host.files()
     result = host.run(shell, read_only=True)
-    assert (result.returncode, result.stderr) == (1, "Failed: /etc cannot be written to; nothing was changed\n")
+    assert (result.returncode, result.stderr) == (1, "Failed: /etc is not writable; nothing was changed\n")
     assert (host.calls, host.files()) == ([], before)
 
 
 @pytest.mark.parametrize("shell", SHELLS)
 def test_a_failed_write_is_reported(host: Any, shell: list[str]) -> None:
-    """As when the disk is full; nothing half-written is left."""
+    """A failing write, for example on a full disk, leaves no partial file."""
     host.tool("mv", "exit 1")
     before = host.files()
     result = host.run(shell)
-    stderr = "Failed: /usr/local/share/ca-certificates/docker_registry_proxy.crt cannot be written\n"
+    stderr = "Failed: cannot write /usr/local/share/ca-certificates/docker_registry_proxy.crt\n"
     assert (result.returncode, result.stderr) == (1, stderr)
     assert set(host.files()) - set(before) == {"lib/docker-registry-proxy-setup.unfinished"}
 
 
-def test_root_is_needed(host: Any) -> None:
+def test_the_script_needs_root(host: Any) -> None:
     result = host.run(["dash"], user="65534")
     assert result.returncode == 1
-    assert result.stderr == (
-        "Failed: this changes the configuration of the system, so it has to be run as root (with sudo)\n"
-    )
+    assert result.stderr == "Failed: this script changes the system configuration; run it as root (with sudo)\n"
     assert host.calls == []
 
 
 @pytest.mark.parametrize(("argument", "status"), [("--help", 0), ("--remov", 2), ("x --remove", 2)])
-def test_usage(host: Any, argument: str, status: int) -> None:
+def test_help_and_wrong_arguments_print_the_usage(host: Any, argument: str, status: int) -> None:
     result = host.run(["dash"], *argument.split())
     assert result.returncode == status
     output = result.stdout if status == 0 else result.stderr

@@ -1,4 +1,4 @@
-"""The client set-up script: what it does to dockerd, containerd, CRI-O and podman; see conftest."""
+"""The client set-up script: settings of dockerd, containerd, CRI-O and podman. conftest has the simulated host."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-MARK = "# Of the set-up script of docker-registry-proxy. When it is run again, NO_PROXY is kept, and nothing else.\n"
+HEADER = "# Written by the set-up script of docker-registry-proxy. Another run keeps NO_PROXY and replaces the rest.\n"
 NO_PROXY = "localhost,127.0.0.1,::1"
 DEBIAN = "update-ca-certificates --fresh"
 SHELLS = [
@@ -24,16 +24,16 @@ SHELLS = [
         marks=pytest.mark.skipif(shutil.which("busybox") is None, reason="busybox is not installed"),
     ),
 ]
-NO_ENGINE = "Neither dockerd, containerd, CRI-O nor podman is installed. Run this again when one is.\n"
+NO_ENGINE = "Neither dockerd, containerd, CRI-O nor podman is installed. Run this script again after installing one.\n"
 
 
 def drop_in(url: str, no_proxy: str = NO_PROXY) -> str:
     environment = {"HTTP_PROXY": url, "HTTPS_PROXY": url, "NO_PROXY": no_proxy}
-    return f"{MARK}[Service]\n" + "".join(f'Environment="{name}={value}"\n' for name, value in environment.items())
+    return f"{HEADER}[Service]\n" + "".join(f'Environment="{name}={value}"\n' for name, value in environment.items())
 
 
 def restarts(*services: str) -> list[str]:
-    """Return what is to be called to restart services that run under systemd."""
+    """Return the expected calls that restart running services under systemd."""
     calls = (f"systemctl {verb} {name}.service" for name in services for verb in ("is-active --quiet", "restart"))
     return ["systemctl daemon-reload", *calls]
 
@@ -49,7 +49,7 @@ def test_only_installed_engines_are_configured(host: Any) -> None:
 
 
 @pytest.mark.parametrize("shell", [["dash"], ["bash", "--posix"]])
-def test_all_engines(host: Any, shell: list[str]) -> None:
+def test_all_engines_are_configured(host: Any, shell: list[str]) -> None:
     before = host.files()
     for name in ("containerd", "crio"):
         host.install(name)
@@ -59,7 +59,7 @@ def test_all_engines(host: Any, shell: list[str]) -> None:
     for name in ("docker", "containerd", "crio"):
         path = host.etc / f"systemd/system/{name}.service.d/zz-docker-registry-proxy.conf"
         assert path.read_text() == drop_in(host.url)
-    # dockerd is restarted behind containerd, on which it stands
+    # dockerd is restarted after containerd, because it needs it
     assert host.calls == [
         DEBIAN, *restarts("containerd", "docker", "crio"), "systemctl is-active --quiet podman.service",
     ]  # fmt: skip
@@ -77,7 +77,7 @@ def test_a_later_engine_does_not_restart_the_others(host: Any) -> None:
     host.install("containerd")
     result = host.run(["dash"])
     assert host.calls == restarts("containerd")
-    assert "docker is set up already" in result.stdout
+    assert "docker is already set up" in result.stdout
 
 
 def test_remove_cleans_up_after_an_uninstalled_engine(host: Any) -> None:
@@ -108,7 +108,7 @@ def test_an_engine_that_does_not_run_is_not_started(host: Any) -> None:
         ('Environment="NO_PROXY=a" "no_proxy=b"', "a,b"),
         ("Environment=NO_PROXY=a\nEnvironment=NO_PROXY=b,a", "a,b"),
         ('#Environment="NO_PROXY=a"\n; Environment="NO_PROXY=b"', ""),
-        ("Environment=NO_PROXY=*", ""),  # nothing would be proxied
+        ("Environment=NO_PROXY=*", ""),  # it would bypass the proxy for all hosts
         ('Environment="NO_PROXY=%h,$x,`id`,a\\b,c"', "c"),
     ],
 )  # fmt: skip
@@ -131,7 +131,7 @@ def test_additions_to_no_proxy_are_preserved(host: Any) -> None:
     host.run(["dash"])
     host.drop_in.write_text(host.drop_in.read_text().replace("::1", "::1,registry.corp.example"))
     result = host.run(["dash"])
-    assert "docker is set up already" in result.stdout
+    assert "docker is already set up" in result.stdout
     assert "registry.corp.example" in host.drop_in.read_text()
 
 
@@ -160,7 +160,7 @@ def test_a_new_address_replaces_the_old_one(host: Any) -> None:
     assert host.calls == [
         *restarts("containerd", "docker", "crio"), "systemctl is-active --quiet podman.service",
     ]  # fmt: skip
-    assert "The CA certificate is trusted already" in result.stdout
+    assert "The CA certificate is already trusted" in result.stdout
 
 
 def test_overriding_settings_are_reported(host: Any) -> None:
@@ -169,12 +169,12 @@ def test_overriding_settings_are_reported(host: Any) -> None:
     result = host.run(["dash"])
     assert result.returncode == 1
     assert result.stderr == (
-        "Failed: docker does not use the proxy yet: HTTPS_PROXY is set elsewhere too; see: systemctl cat docker"
-        " (and the files that EnvironmentFile= names)\n"
+        "Failed: docker does not use the proxy yet: HTTPS_PROXY is also set elsewhere; see: systemctl cat docker"
+        " (and the files named by EnvironmentFile=)\n"
     )
     (host.etc / "docker").mkdir()
     (host.etc / "docker/daemon.json").write_text('{"proxies": {"https-proxy": "http://old:1"}}')
-    assert 'take "proxies" out of /etc/docker/daemon.json' in host.run(["dash"]).stderr
+    assert 'remove "proxies" from /etc/docker/daemon.json' in host.run(["dash"]).stderr
     (host.etc / "default/docker").unlink()
     (host.etc / "docker/daemon.json").write_text(f'{{"proxies": {{"https-proxy": "{host.url[:-1]}"}}}}')
     assert "daemon.json" not in host.run(["dash"]).stderr
@@ -184,11 +184,11 @@ def test_unsupported_engines_are_reported(host: Any) -> None:
     (host.etc / "systemd/system/k3s.service").touch()
     result = host.run(["dash"])
     assert result.returncode == 0
-    message = "having its own settings for proxy and certificates: what /etc/systemd/system/k3s.service belongs to\n"
+    message = "because it has its own proxy and certificate settings: the engine of /etc/systemd/system/k3s.service\n"
     assert f"Not set up, {message}" in result.stdout
 
 
-# OpenRC
+# OpenRC.
 
 
 @pytest.mark.parametrize("shell", SHELLS)
@@ -198,7 +198,7 @@ def test_unsupported_engines_are_reported(host: Any) -> None:
     [None, "# Options\nDOCKER_OPTS=\"--debug\"\nexport NO_PROXY='.corp.example'\n"],
     ids=["none", "existing"],
 )
-def test_openrc(host: Any, shell: list[str], existing: str | None) -> None:
+def test_openrc_services_are_configured(host: Any, shell: list[str], existing: str | None) -> None:
     settings = host.etc / "conf.d/docker"
     if existing is not None:
         settings.write_text(existing)
@@ -228,9 +228,9 @@ def test_openrc(host: Any, shell: list[str], existing: str | None) -> None:
 
 
 @pytest.mark.parametrize("host", ["alpine"], indirect=True)
-def test_openrc_services_missing_or_stopped(host: Any) -> None:
+def test_missing_or_stopped_openrc_services_are_not_restarted(host: Any) -> None:
     (host.root / "active/docker.service").unlink()
-    (host.tools / "containerd").symlink_to("/usr/bin/true")  # a program of another kind of installation
+    (host.tools / "containerd").symlink_to("/usr/bin/true")  # a program without a service
     result = host.run(["dash"])
     assert (result.returncode, host.calls) == (0, [DEBIAN, "rc-service --quiet docker status"])
     assert "docker is not running" in result.stdout
@@ -242,7 +242,10 @@ def test_without_systemd_and_openrc_the_environment_is_printed(host: Any) -> Non
     host.tool("podman", "exit 1")
     result = host.run(["dash"])
     assert result.returncode == 1
-    assert "neither systemd nor OpenRC here. Restart yourself, with this environment: docker\n" in result.stdout
+    assert (
+        "Neither systemd nor OpenRC is running. Restart these services with the environment below: docker\n"
+        in result.stdout
+    )
     assert f"HTTPS_PROXY={host.url}\n" in result.stdout
     assert host.anchor.exists()
     assert host.podman.exists()
@@ -250,17 +253,17 @@ def test_without_systemd_and_openrc_the_environment_is_printed(host: Any) -> Non
     assert host.calls == [DEBIAN]
 
 
-# podman
+# podman.
 
 
-def test_podmans_settings(host: Any) -> None:
+def test_podmans_settings_are_written(host: Any) -> None:
     host.uninstall("docker")
     host.tool("podman", "exit 1")
     host.podman.parent.parent.mkdir()
     (host.podman.parent.parent / "containers.conf").write_text('[engine]\nenv = [\n  "NO_PROXY=.corp.example",\n]\n')
     result = host.run(["dash"])
     assert (result.returncode, result.stderr) == (0, "")
-    assert host.podman.read_text().startswith(MARK)
+    assert host.podman.read_text().startswith(HEADER)
     no_proxy = f"NO_PROXY=.corp.example,{NO_PROXY}"
     assert tomllib.loads(host.podman.read_text()) == {
         "engine": {"env": [f"HTTP_PROXY={host.url}", f"HTTPS_PROXY={host.url}", no_proxy]},

@@ -34,7 +34,7 @@ def record_request(**changes: Any) -> LogEvent:
     return event
 
 
-def test_line_and_fields() -> None:
+def test_an_event_has_a_line_and_fields() -> None:
     event = record_request()
     assert formatEvent(event) == "192.168.1.7 GET registry-1.docker.io/v2/library/ubuntu/tags/list 200 1234 0.123 HIT"
     assert event["log_namespace"] == "dockerproxy.access"

@@ -55,7 +55,7 @@ class ListenTests(TestCase):
             await port.stopListening()
         self.assertEqual([connects(number) for number in numbers], [False, False])
 
-    async def test_tcp_backlog(self) -> None:
+    async def test_tcp_endpoints_get_a_large_backlog(self) -> None:
         """If the accept queue is full, the kernel resets clients that already regard themselves as connected."""
         limit = int(Path("/proc/sys/net/core/somaxconn").read_text())
         descriptions = [LOCAL, "tcp:port=0:interface=127.0.0.1", "tcp6:0:interface=\\:\\:1", f"{LOCAL}:backlog=7"]
@@ -64,7 +64,7 @@ class ListenTests(TestCase):
         for port in ports:
             await port.stopListening()
 
-    async def test_unix_backlog(self) -> None:
+    async def test_unix_endpoints_get_a_large_backlog(self) -> None:
         with ExitStack() as stack:
             path = f"{stack.enter_context(TemporaryDirectory())}/socket"
             (port,) = await listen(reactor, [f"unix:{path}"], self.factory, "PROXY_LISTEN")
@@ -74,10 +74,10 @@ class ListenTests(TestCase):
                 client.connect(path)  # raises BlockingIOError if the queue is full
             await port.stopListening()
 
-    async def test_no_descriptions(self) -> None:
+    async def test_an_empty_setting_opens_no_port(self) -> None:
         self.assertEqual(await listen(reactor, [], self.factory, "PROXY_LISTEN"), [])
 
-    async def test_a_port_in_use(self) -> None:
+    async def test_a_port_in_use_is_reported(self) -> None:
         with socket.create_server(("127.0.0.1", 0)) as listener:
             description = f"tcp:{listener.getsockname()[1]}:interface=127.0.0.1"
             message = f"PROXY_LISTEN: cannot listen on {description}: Address already in use."
@@ -93,7 +93,7 @@ class ListenTests(TestCase):
             )
             self.assertFalse(connects(free_port))
 
-    async def test_error_messages(self) -> None:
+    async def test_error_messages_name_the_endpoint_and_the_reason(self) -> None:
         folder = Path(self.mktemp())
         for description, reason in [
             ("tcp:0:interface=192.0.2.1", "Cannot assign requested address"),
@@ -114,7 +114,7 @@ class ListenTests(TestCase):
             self.assertNotIn("Errno", message)
             self.assertNotIn("_parse", message)
 
-    def test_format_address(self) -> None:
+    def test_addresses_are_formatted(self) -> None:
         class Port:
             def __init__(self, address: Any) -> None:
                 self.address = address

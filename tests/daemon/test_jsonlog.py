@@ -46,7 +46,7 @@ def emit(format: str, namespace: str = "a.b", **fields: Any) -> dict[str, Any]:
     return dict(json.loads(stream.getvalue()))
 
 
-def test_an_event() -> None:
+def test_an_event_has_time_level_namespace_and_message() -> None:
     entry = emit("{n} of {total}\nsecond line", n=1, total=2)
     time = datetime.fromisoformat(entry.pop("time"))
     assert time.utcoffset() is not None
@@ -125,17 +125,17 @@ def test_an_ascii_stream_accepts_every_line() -> None:
 # The stream that twistd would log to.
 
 
-def test_standard_output_in_the_foreground() -> None:
+def test_the_stream_is_standard_output_in_the_foreground() -> None:
     assert twistd_stream({"logfile": None, "nodaemon": True}, REACTOR) is sys.stdout
     assert twistd_stream({"logfile": "-", "nodaemon": True}, REACTOR) is sys.stdout
 
 
-def test_a_daemon_has_no_standard_output() -> None:
+def test_a_daemon_cannot_log_to_standard_output() -> None:
     with pytest.raises(SystemExit, match="cannot log to stdout"):
         twistd_stream({"logfile": "-", "nodaemon": False}, REACTOR)
 
 
-def test_a_file_by_name_or_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_log_file_is_the_option_or_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("signal.signal", lambda *_: None)
     for options, name in (({"logfile": "x.log", "nodaemon": True}, "x.log"), ({"nodaemon": False}, "twistd.log")):

@@ -53,7 +53,7 @@ def test_all_samples_start_at_zero() -> None:
     assert len(samples) == 7 * (6 + 2)
 
 
-def test_a_request() -> None:
+def test_a_request_is_counted() -> None:
     metrics = Metrics.make(1)
     metrics.for_process(0).count("MISS", 206, 1000, 1.25)
     assert nonzero_samples(metrics) == {
@@ -64,7 +64,7 @@ def test_a_request() -> None:
 
 
 @pytest.mark.parametrize(("status", "code"), [(0, "other"), (100, "1xx"), (304, "3xx"), (599, "5xx"), (999, "other")])
-def test_codes(status: int, code: str) -> None:
+def test_codes_are_counted_by_class(status: int, code: str) -> None:
     """An upstream may send any three digits, and the status is 0 if the client left before the response."""
     metrics = Metrics.make(1)
     metrics.for_process(0).count("-", status, 0, 0.0)
@@ -83,7 +83,7 @@ REQUESTS = st.lists(
 
 
 @given(REQUESTS)
-def test_sums_over_all_processes(requests: list[tuple[int, str, int, int, float]]) -> None:
+def test_totals_are_summed_over_all_processes(requests: list[tuple[int, str, int, int, float]]) -> None:
     metrics = Metrics.make(3)
     for process, *request in requests:
         metrics.for_process(process).count(*request)  # type: ignore[arg-type]
@@ -112,7 +112,7 @@ def test_a_forked_process_counts_in_shared_memory() -> None:
     }
 
 
-def test_gauges() -> None:
+def test_gauges_are_rendered() -> None:
     def gauges() -> Iterator[tuple[str, str, float]]:
         yield "cache_bytes", "Bytes in the cache.", 12
         yield "cache_limit_bytes", "Limit of the cache in bytes.", 2**63

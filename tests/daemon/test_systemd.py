@@ -44,7 +44,7 @@ def notify_socket(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[No
     notify_socket.socket.close()
 
 
-def test_messages(notify_socket: NotifySocket) -> None:
+def test_each_message_has_systemds_form(notify_socket: NotifySocket) -> None:
     notifier = Notifier(notify_socket.address)
     notifier.ready("serving all")
     notifier.ready()
@@ -75,7 +75,7 @@ def test_a_status_cannot_inject_another_message(notify_socket: NotifySocket) -> 
     assert notify_socket.receive_all() == ["STATUS=no such file: a READY=1 MAINPID=1"]
 
 
-def test_text_that_is_not_utf_8(notify_socket: NotifySocket) -> None:
+def test_text_that_is_not_utf_8_is_replaced(notify_socket: NotifySocket) -> None:
     Notifier(notify_socket.address).status("\udcff.")
     assert notify_socket.receive_all() == ["STATUS=?."]
 
@@ -105,7 +105,7 @@ def test_send_errors_are_logged(address: str, monkeypatch: pytest.MonkeyPatch) -
         ({"WATCHDOG_USEC": "٣"}, None),
     ],
 )
-def test_watchdog_interval(environment: dict[str, str], expected: float | None) -> None:
+def test_the_watchdog_interval_is_half_the_timeout(environment: dict[str, str], expected: float | None) -> None:
     assert watchdog_interval(environment, 42) == expected
 
 
@@ -136,7 +136,9 @@ def harness(notify_socket: NotifySocket, monkeypatch: pytest.MonkeyPatch) -> Ite
     signal.signal(signal.SIGHUP, before)
 
 
-def test_ready_once_listening_and_the_reactor_runs(harness: SystemdServiceHarness, notify_socket: NotifySocket) -> None:
+def test_readiness_is_reported_once_listening_and_running(
+    harness: SystemdServiceHarness, notify_socket: NotifySocket
+) -> None:
     harness.service.startService()
     assert notify_socket.receive_all() == ["WATCHDOG=1"]
     harness.listening.callback(None)
@@ -159,7 +161,7 @@ def test_the_watchdog_is_fed_until_stop(harness: SystemdServiceHarness, notify_s
     assert harness.reactor.getDelayedCalls() == []
 
 
-def test_without_a_watchdog_no_keepalives(
+def test_without_a_watchdog_no_keepalives_are_sent(
     harness: SystemdServiceHarness, notify_socket: NotifySocket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("WATCHDOG_USEC")
