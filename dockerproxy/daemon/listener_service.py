@@ -40,7 +40,7 @@ class Listener:
 class ListenerService(Service):
     """Listens on all endpoints at start-up, and drains connections at shutdown.
 
-    Start-up fails if an endpoint cannot be listened on. One exception: a systemd socket that was not passed is only
+    Start-up fails if listening on an endpoint fails. One exception: a systemd socket that was not passed is only
     logged, unless it belongs to the first listener.
 
     Shutdown closes the ports, waits up to `SHUTDOWN_GRACE` seconds for transfers, aborts the rest, then awaits
