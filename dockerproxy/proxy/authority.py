@@ -1,4 +1,4 @@
-"""The certificate authority: a TLS context for any host name, its certificate made when first asked for."""
+"""The certificate authority: TLS server contexts for any host name, with certificates signed on first use."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _LEAF_LIFETIME = 90 * DAY
 _MAX_CONTEXTS = 1000
 _MAX_COMMON_NAME = 64  # characters, X.520's ub-common-name
 
-# For TLS 1.2; the leaves have EC keys. The client's order holds: it knows whether its processor has AES.
+# For TLS 1.2, with EC keys only. The client's order applies, because the client knows whether its processor has AES.
 _CIPHERS = b"ECDHE-ECDSA-AES128-GCM-SHA256:ECDHE-ECDSA-AES256-GCM-SHA384:ECDHE-ECDSA-CHACHA20-POLY1305"
 
 
@@ -46,7 +46,7 @@ log = Logger()
 
 @frozen
 class _Leaf:
-    """A context in use between two moments, in seconds since the epoch."""
+    """A server context with its certificate. Times are in seconds since the epoch."""
 
     context: ServerContext
     not_before: float
@@ -55,13 +55,13 @@ class _Leaf:
 
 @define
 class CertificateAuthority:
-    """Signs certificates for the hosts whose TLS we end ourselves.
+    """Signs certificates for the hosts whose TLS we terminate.
 
-    One EC key, made at start and never written, serves all leaves. Not for several threads at once.
+    One EC key, generated at start and never written to disk, serves all leaves. Not thread-safe.
 
-    A session may be resumed for as long as the authority is there, for the host that it began with. That also holds
-    where it began in one process and is resumed in another, if the authority was there before they became two: they
-    have the same ticket keys then. Another CA has other keys, and a client has to look at its certificates.
+    A client may resume a session with the same host as long as this object exists. Processes forked from this one share
+    its ticket keys, so they can resume each other's sessions. Another CA has other ticket keys, so its clients always
+    verify a certificate first.
     """
 
     _issuer: Issuer
@@ -83,33 +83,33 @@ class CertificateAuthority:
         passphrase: str | None,
         clock: Callable[[], float],
     ) -> CertificateAuthority:
-        """Return the authority that the files hold (CA_CRT_FILE, CA_KEY_FILE, CA_KEY_PASSPHRASE), or our own.
+        """Load the CA from the two files (CA_CRT_FILE, CA_KEY_FILE, CA_KEY_PASSPHRASE), or else the one in `directory`.
 
-        Our own lies in `directory`, and is made there if need be. `now` gives seconds since the epoch. Raises
-        `AuthorityError`. Blocks on the disk: call it before the reactor runs.
+        If `directory` contains no CA yet, create one. Raise `AuthorityError` if the CA cannot be used. This blocks on
+        disk I/O, so call it before the reactor runs.
         """
         if certificate_file is not None and key_file is not None:
             return cls(load_configured_issuer(certificate_file, key_file, passphrase, clock()), clock)
         if certificate_file is not None:
-            raise AuthorityError(f"CA_CRT_FILE names {certificate_file}, but CA_KEY_FILE does not say where its key is")
+            raise AuthorityError(f"CA_CRT_FILE is {certificate_file} but CA_KEY_FILE is not set; set both, or neither")
         if key_file is not None:
-            raise AuthorityError(f"CA_KEY_FILE names {key_file}, but CA_CRT_FILE does not say where its certificate is")
+            raise AuthorityError(f"CA_KEY_FILE is {key_file} but CA_CRT_FILE is not set; set both, or neither")
         return cls(load_or_create_issuer(directory, passphrase, clock()), clock)
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What the operator should be told of, a sentence each; none of it keeps the authority from working."""
+        """Messages for the operator about problems that do not prevent the CA from working."""
         return self._issuer.warnings
 
     @property
     def certificate_pem(self) -> bytes:
-        """The one certificate, in PEM, that clients must trust."""
+        """The certificate that clients must trust, in PEM."""
         return self._issuer.trusted.public_bytes(serialization.Encoding.PEM)
 
     def context_for(self, name: str) -> ServerContext:
-        """Return a server's context for the host `name`: a DNS name, or an IP address without brackets.
+        """Return the server context for the host `name`: a DNS name, or an IP address without brackets.
 
-        Raises `NameInvalid` where it is neither, and `AuthorityError` once the authority has expired.
+        Raise `NameInvalid` if `name` is neither, and `AuthorityError` if the CA certificate is not valid now.
         """
         host = Host.parse(f"[{name}]" if ":" in name else name)
         now = self._clock()
@@ -122,12 +122,12 @@ class CertificateAuthority:
         return leaf.context
 
     def sni_context(self, names: Container[str]) -> ServerContext:
-        """Return a server's context that shows each client the leaf for the name it asks for, if that is in `names`.
+        """Return a server context that selects the leaf by the server name (SNI) of each client. Call this only once.
 
-        So it does for ``localhost``, which we always are to clients on this machine. Who asks for none (a client that
-        was given an IP address does not) or for another gets the leaf for the address that the connection came to. For
-        connections on sockets; to be asked for once. A session holds for all the names: OpenSSL resumes it before it
-        looks at the name, and they are one server.
+        If the name is in `names` or ``localhost``, the client gets the leaf for that name. Otherwise it gets the leaf
+        for the local address of its connection, which must be a socket. Clients that connect to an IP address send no
+        name. A session can be resumed under any of the names, because OpenSSL resumes it before it looks at the name.
+        This is harmless because all the names belong to one server.
         """
 
         def select_certificate(connection: SSL.Connection) -> None:
@@ -137,8 +137,8 @@ class CertificateAuthority:
             try:
                 self.context_for(name if is_known_name else _local_address(connection)).apply_to(connection)
             except (AuthorityError, NameInvalid) as error:
-                # Without a certificate the handshake fails, which is all that can be said to the client.
-                log.error("no certificate for a client: {reason}", reason=str(error))
+                # Without a certificate the handshake fails. Nothing more can be reported to the client.
+                log.error("TLS handshake fails without a certificate for the client: {reason}", reason=str(error))
 
         self._sni_context.set_tlsext_servername_callback(select_certificate)
         return ServerContext(self._sni_context)
@@ -149,7 +149,7 @@ class CertificateAuthority:
         if not not_before <= now < not_after:
             validity = f"{to_datetime(issuer.not_before):%Y-%m-%d} to {to_datetime(issuer.not_after):%Y-%m-%d}"
             raise AuthorityError(
-                f"the CA certificate is valid from {validity}, and this machine's clock is outside that"
+                f"the CA certificate is valid from {validity}, and this machine's clock is outside that range"
             )
         certificate = self._sign_leaf(host, not_before, not_after)
         certificate_context = _certificate_context(host, certificate, self._leaf_key, issuer.sent)
@@ -169,7 +169,7 @@ class CertificateAuthority:
             .serial_number(x509.random_serial_number())
             .not_valid_before(to_datetime(not_before))
             .not_valid_after(to_datetime(not_after))
-            # RFC 5280, section 4.2.1.6: critical where the subject is empty.
+            # RFC 5280, section 4.2.1.6: critical if the subject is empty.
             .add_extension(x509.SubjectAlternativeName([_general_name(host)]), critical=not has_common_name)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(key_usage(ca=False), critical=True)
@@ -185,8 +185,8 @@ def _general_name(host: Host) -> x509.GeneralName:
 
 
 def _authority_key_identifier(issuer: x509.Certificate) -> x509.AuthorityKeyIdentifier:
-    # RFC 5280, section 4.2.1.1: the issuer's own identifier, byte for byte. There are several ways to compute one, and
-    # a client that finds another value than the issuer has looks for another issuer.
+    # RFC 5280, section 4.2.1.1: copy the issuer's own identifier, byte for byte. There are several ways to compute one,
+    # and a client that finds another value than the issuer's looks for another issuer.
     identifier = get_extension(issuer, x509.SubjectKeyIdentifier)
     if identifier is not None:
         return x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(identifier)
@@ -197,7 +197,7 @@ def _certificate_context(
     host: Host, certificate: x509.Certificate, key: ec.EllipticCurvePrivateKey, sent: Sequence[x509.Certificate]
 ) -> SSL.Context:
     context = _base_context()
-    # At most 32 bytes, which names are not. The port is no part of what a certificate, or a session, is for.
+    # A hash, because OpenSSL accepts at most 32 bytes. Certificates and sessions do not depend on the port.
     context.set_session_id(hashlib.sha256(host.name.encode()).digest())
     _use_certificate(context, certificate, key, sent)
     return context
@@ -209,7 +209,7 @@ def _base_context() -> SSL.Context:
     context.set_cipher_list(_CIPHERS)
     context.set_options(SSL.OP_NO_COMPRESSION | SSL.OP_NO_RENEGOTIATION)
     set_mode(context)
-    # Sessions are resumed by tickets, which clients keep. The cache would keep them here, and serve nobody of today.
+    # Sessions are resumed by tickets, which clients store. The server-side cache would serve no client in use today.
     context.set_session_cache_mode(SSL.SESS_CACHE_OFF)
     context.set_session_id(b"docker-registry-proxy")
     context.set_alpn_select_callback(_select_alpn)
@@ -217,7 +217,7 @@ def _base_context() -> SSL.Context:
 
 
 def _local_address(connection: SSL.Connection) -> str:
-    """Return the address of this machine that a connection came to, as a client writes it."""
+    """Return the local address of a connection in the form that the client used."""
     host: str = connection.getsockname()[0]
     address = ipaddress.ip_address(host.partition("%")[0])
     mapped = getattr(address, "ipv4_mapped", None)
@@ -230,10 +230,10 @@ def _use_certificate(
     key: ec.EllipticCurvePrivateKey,
     sent: Sequence[x509.Certificate],
 ) -> None:
-    """Give `context` what it shows to clients, in the one form that this pyOpenSSL takes without complaint."""
+    """Load key, certificate and chain into `context`, with the types that this pyOpenSSL accepts without a warning."""
     try:
         context.use_certificate(certificate)
-    except TypeError:  # pyOpenSSL < 24.3 knows only its own wrappers, of which later ones warn
+    except TypeError:  # pyOpenSSL < 24.3 accepts only its own wrappers; later versions deprecate them
         context.use_certificate(crypto.X509.from_cryptography(certificate))  # noqa: TID251
         context.use_privatekey(crypto.PKey.from_cryptography_key(key))
         for intermediate in sent:
@@ -245,5 +245,5 @@ def _use_certificate(
 
 
 def _select_alpn(connection: SSL.Connection, client_protocols: list[bytes]) -> bytes | SSL._NoOverlappingProtocols:
-    # Without an overlap the handshake goes on without ALPN: a client that only hoped for h2 still speaks HTTP/1.1.
+    # Without an overlap continue without ALPN, because a client that offers only h2 still speaks HTTP/1.1.
     return b"http/1.1" if b"http/1.1" in client_protocols else SSL.NO_OVERLAPPING_PROTOCOLS

@@ -1,4 +1,4 @@
-"""The doors of the hosted registry, which are no proxy: what comes there is for ourselves."""
+"""The request handler of the listeners of the hosted registry, which do not proxy."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from dockerproxy.proxy.policy import Policy
 
 @frozen
 class DirectRequestHandler:
-    """Lets in whom ALLOW_CLIENTS allows, and hands their requests to `page`."""
+    """Passes requests to `handler` if ALLOW_CLIENTS allows the client."""
 
     policy: Policy
     handler: Handler
 
     async def handle(self, request: Request) -> None:
-        """Answer `request`."""
+        """Handle `request`; respond with plain text if it is refused."""
         try:
             self.policy.check_client(request.client)
             if request.method == "CONNECT":
-                raise Unsupported("this is the registry's port; the proxy has another (PROXY_LISTEN)")
+                raise Unsupported("this is the registry's port; the proxy listens on another one (PROXY_LISTEN)")
             if not request.head.target.startswith("/"):
-                # Only proxies are sent these, but every server has to understand them (RFC 9112, section 3.2.2).
+                # Only proxies receive absolute-form, but every server must accept it (RFC 9112, section 3.2.2).
                 request.path = request.query = ""
                 _, host, target = absolute_form(request.head.target)
                 request.path, _, request.query = target.partition("?")

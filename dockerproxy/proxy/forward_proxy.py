@@ -1,10 +1,10 @@
-"""The front door: what a client of the proxy port wants, decided by the first line of its request.
+"""The forward proxy: dispatches the requests of the proxy port by their request line.
 
-CONNECT host:port     a registry's name: intercepted; our own: the hosted registry, answered here as well; any other: a
-                      tunnel, if the policy lets it pass
-GET http://host/...   a registry's name: answered in its place; our own with this port: see below, with another: the
-                      hosted registry; any other: forwarded
-GET /...              for ourselves: the page, /ca.crt, the set-up script, and as a mirror /v2/
+CONNECT host:port     An intercepted registry or the hosted registry: terminate TLS and handle the requests here.
+                      Any other host: open a tunnel, if the policy allows it.
+GET http://host/...   An intercepted registry: handle the request in its place. The hosted registry's name: handle it
+                      as `GET /...` if it has this port, else as the hosted registry. Any other host: forward.
+GET /...              This server itself: the start page, /ca.crt, the set-up script, and /v2/ as a mirror.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _ESTABLISHED = b"HTTP/1.1 200 Connection established\r\n\r\n"
 
 
 class HTTPAgent(Protocol):
-    """Sends one request to any server."""
+    """Sends one request to any server; `dockerproxy.upstream.agent.Agent` is the implementation."""
 
     async def request(
         self,
@@ -46,7 +46,7 @@ class HTTPAgent(Protocol):
 
 
 class TransferTracker(Protocol):
-    """What is told of long-lived things, so that a stopping daemon waits for them."""
+    """Tracks open tunnels, so that the daemon can wait for them when it stops."""
 
     def add(self, abort: Callable[[], None]) -> Any: ...
 
@@ -55,7 +55,8 @@ class TransferTracker(Protocol):
 
 @frozen
 class DestinationCheck:
-    """Asks the policy about the addresses of one host. Equal to another for the same host: connections are shared."""
+    """Checks the addresses of one host against the policy. Checks for the same host are equal, so that requests to it
+    share connections."""
 
     policy: Policy
     host: Host
@@ -66,7 +67,7 @@ class DestinationCheck:
 
 @frozen
 class Interception:
-    """Whom we answer for. `context` returns what TLS as a host needs, `answer` answers a request to a registry."""
+    """The intercepted registries. `context_for` returns the TLS context for a host name, `handle` handles a request."""
 
     registries: Mapping[Host, Registry]
     context_for: Callable[[str], ServerContext]
@@ -75,10 +76,10 @@ class Interception:
 
 @frozen
 class ForwardProxy:
-    """Answers the requests of the proxy port.
+    """Handles the requests of the proxy port.
 
-    `local` answers those that are for this port itself, `own` those for the registry that is hosted here, under one of
-    `own_names`: what its doors would answer, were the client to go there without the proxy.
+    `local` handles requests for this port itself. `hosted` handles requests for one of `hosted_names`, as the listeners
+    of the hosted registry would handle them without the proxy.
     """
 
     clock: Any
@@ -94,7 +95,7 @@ class ForwardProxy:
     on_request_finished: Callable[[Request, float], None]
 
     async def handle(self, site: Site, request: Request) -> None:
-        """Answer `request`, which came to `site`."""
+        """Handle `request`, which `site` received; respond with plain text if it is refused."""
         try:
             self.policy.check_client(request.client)
             if request.method == "CONNECT":
@@ -112,7 +113,8 @@ class ForwardProxy:
     # CONNECT
 
     async def _handle_connect(self, site: Site, request: Request) -> None:
-        request.path = request.query = ""  # before it is parsed: a login may be in it, which is nothing for the log
+        # Before parsing, which may fail: both are logged, and the target may contain a login.
+        request.path = request.query = ""
         host = authority_form(request.head.target)
         request.host = host.authority
         registry = self.interception.registries.get(host)
@@ -156,7 +158,7 @@ class ForwardProxy:
     # absolute-form
 
     async def _handle_absolute_form(self, request: Request) -> None:
-        request.path = request.query = ""  # as in `_connect`
+        request.path = request.query = ""  # as in `_handle_connect`
         scheme, host, target = absolute_form(request.head.target)
         request.path, _, request.query = target.partition("?")
         request.host = str(host)
@@ -185,7 +187,7 @@ class ForwardProxy:
 
 
 def respond_text_error(request: Request, error: RegistryError) -> None:
-    """Answer with the sentence of `error`, for a person who reads what curl prints."""
+    """Respond with the message of `error` as plain text, because a person may read it in curl's output."""
     request.closing = request.closing or request.method == "CONNECT" or request.has_body
     fields = [("Content-Type", "text/plain; charset=utf-8"), *error.headers]
     request.respond(error.status, fields, f"{error.message}\n".encode())

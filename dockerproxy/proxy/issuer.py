@@ -1,4 +1,4 @@
-"""The certificate and key that sign the leaves, as files hold them, and what makes them unfit."""
+"""The CA certificate and key that sign the leaves: loading them from files, and checking that they are usable."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKey
 
 DAY = 86400.0
 BACKDATE = 2 * DAY
-"""How long before now a certificate begins, in seconds: the clocks of clients lag."""
+"""Seconds by which a new certificate is backdated, because the clocks of clients may lag."""
 
 _EXPIRY_WARNING = 30 * DAY
-_MIN_RSA_BITS = 2048  # bits; less fails under OpenSSL's security level 2, which Debian's clients have
+_MIN_RSA_BITS = 2048  # OpenSSL's security level 2, the default on Debian clients, rejects shorter keys
 
 IssuerKey = ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey
 
@@ -28,16 +28,16 @@ _Extension = TypeVar("_Extension", bound=x509.ExtensionType)
 
 
 class AuthorityError(Exception):
-    """A certificate authority that cannot be used: one sentence for the operator, naming the setting and the file."""
+    """The certificate authority cannot be used. The message is one sentence that names the setting and the file."""
 
 
 @frozen
 class Issuer:
-    """What signs leaves. Times are seconds since the epoch."""
+    """A CA key with its certificate chain. Times are in seconds since the epoch."""
 
     key: IssuerKey = field(repr=False)
     path: tuple[x509.Certificate, ...]
-    """The issuer's certificate, and those above it, each signed by the next."""
+    """The issuer's certificate and the certificates above it, each signed by the next."""
     warnings: tuple[str, ...] = ()
 
     @property
@@ -47,32 +47,32 @@ class Issuer:
 
     @property
     def trusted(self) -> x509.Certificate:
-        """What a client must trust: the self-signed root where the path reaches one, else the issuer."""
+        """The certificate that clients must trust: the self-signed root if the path reaches one, else the issuer."""
         return self.path[-1] if _is_self_signed(self.path[-1]) else self.certificate
 
     @property
     def sent(self) -> tuple[x509.Certificate, ...]:
-        """What goes along with a leaf: the path without its root, which a client has already or does not believe."""
+        """The certificates sent with a leaf: the path without its root, which clients either have or do not trust."""
         return tuple(certificate for certificate in self.path if not _is_self_signed(certificate))
 
     @property
     def not_before(self) -> float:
-        """When all of the path has become valid."""
+        """The time from which all certificates of the path are valid."""
         return max(_validity(certificate)[0] for certificate in self.path)
 
     @property
     def not_after(self) -> float:
-        """When the first certificate of the path ends."""
+        """The time at which the first certificate of the path expires."""
         return min(_validity(certificate)[1] for certificate in self.path)
 
     def with_warning(self, message: str) -> Issuer:
-        """Return this issuer with one more thing to tell the operator."""
+        """Return a copy of this issuer with one more warning."""
         return evolve(self, warnings=(*self.warnings, message))
 
 
 @frozen
 class IssuerFiles:
-    """The two files, and the settings that name them: what the sentences of errors speak of."""
+    """The two files, and the settings that name them, for error messages."""
 
     certificate: Path
     certificate_setting: str
@@ -82,18 +82,18 @@ class IssuerFiles:
 
 
 def load_configured_issuer(certificate_file: Path, key_file: Path, passphrase: str | None, now: float) -> Issuer:
-    """Return the issuer that CA_CRT_FILE and CA_KEY_FILE name, or raise `AuthorityError`.
+    """Load the issuer from CA_CRT_FILE and CA_KEY_FILE. Raise `AuthorityError` if it is not usable at `now`.
 
-    The certificate file may hold a chain; its first certificate is the issuer.
+    The certificate file may contain a chain; its first certificate is the issuer.
     """
     issuer = load_issuer(IssuerFiles(certificate_file, "CA_CRT_FILE", key_file, "CA_KEY_FILE"), passphrase, now)
     if is_readable_by_others(key_file):
-        issuer = issuer.with_warning(f"CA_KEY_FILE: {key_file} can be read by others than its owner")
+        issuer = issuer.with_warning(f"CA_KEY_FILE: {key_file} is readable by other users; set its mode to 0600")
     return issuer
 
 
 def load_issuer(files: IssuerFiles, passphrase: str | None, now: float) -> Issuer:
-    """Return the issuer in the files of `source`, fit for use at `now`, or raise `AuthorityError`."""
+    """Load the issuer from `files`. Raise `AuthorityError` if it is not usable at `now`."""
     certificates = _load_certificates(files)
     key, warnings = load_key(files, passphrase)
     if _spki(certificates[0].public_key()) != _spki(key.public_key()):
@@ -106,43 +106,48 @@ def load_issuer(files: IssuerFiles, passphrase: str | None, now: float) -> Issue
     prefix = f"{files.certificate_setting}: {files.certificate}"
     unused = len(certificates) - len(issuer.path)
     if unused:
-        issuer = issuer.with_warning(f"{prefix} holds certificates that are not above the first; left out: {unused}")
+        issuer = issuer.with_warning(f"{prefix} has certificates outside the chain of the first; ignored: {unused}")
     if issuer.not_after - now < _EXPIRY_WARNING:
-        issuer = issuer.with_warning(f"{prefix} ends on {to_datetime(issuer.not_after):%Y-%m-%d}")
+        issuer = issuer.with_warning(f"{prefix} expires on {to_datetime(issuer.not_after):%Y-%m-%d}")
     return issuer
 
 
 def load_key(files: IssuerFiles, passphrase: str | None) -> tuple[IssuerKey, tuple[str, ...]]:
-    """Return the private key of `source` (PKCS #1, PKCS #8 or SEC 1 in PEM) and warnings, or raise `AuthorityError`."""
+    """Load the private key of `files` (PKCS #1, PKCS #8 or SEC 1 in PEM) and return it with warnings.
+
+    Raise `AuthorityError` if the key is not usable.
+    """
     content = _read(files.key, files.key_setting)
     prefix = f"{files.key_setting}: {files.key}"
-    encrypted = b"ENCRYPTED" in content  # PKCS #8 has it in its label, the older forms in their Proc-Type header
+    encrypted = b"ENCRYPTED" in content  # in the label of PKCS #8, in the Proc-Type header of the older formats
     if encrypted and not passphrase:
-        raise AuthorityError(f"{prefix} is encrypted, and CA_KEY_PASSPHRASE is not set")
+        raise AuthorityError(f"{prefix} is encrypted, but CA_KEY_PASSPHRASE is not set")
     try:
         key = serialization.load_pem_private_key(content, passphrase.encode() if passphrase and encrypted else None)
     except (ValueError, TypeError, UnsupportedAlgorithm):
-        # Without the cause: nothing about a failed decryption belongs into a log.
-        problem = "cannot be decrypted with CA_KEY_PASSPHRASE" if encrypted else "holds no private key in PEM"
+        # Suppress the cause, because details of a failed decryption must not get into a log.
+        problem = "cannot be decrypted with CA_KEY_PASSPHRASE" if encrypted else "contains no private key in PEM format"
         raise AuthorityError(f"{prefix} {problem}") from None
     if not isinstance(key, ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey):
         raise AuthorityError(f"{prefix} is neither an RSA nor an EC key")
     if isinstance(key, rsa.RSAPrivateKey) and key.key_size < _MIN_RSA_BITS:
-        raise AuthorityError(f"{prefix} is an RSA key of {key.key_size} bits, and clients want {_MIN_RSA_BITS} or more")
+        raise AuthorityError(
+            f"{prefix} is an RSA key of {key.key_size} bits, but clients require {_MIN_RSA_BITS} or more"
+        )
     if passphrase and not encrypted:
         return key, (f"{prefix} is not encrypted, so CA_KEY_PASSPHRASE has no effect",)
     return key, ()
 
 
 def is_readable_by_others(path: Path) -> bool:
-    """Return whether others than the owner of `path` may read it."""
+    """Return whether users other than the owner of `path` can read it."""
     mode = path.stat().st_mode
-    # With an access list the group's bits are its mask and say nothing: systemd hands over credentials like that.
+    # With an ACL the group bits are its mask and do not mean access by the group. systemd passes credentials like that.
     return bool(mode & 0o007) or (bool(mode & 0o070) and not _has_acl(path))
 
 
 def get_extension(certificate: x509.Certificate, extension_type: type[_Extension]) -> _Extension | None:
-    """Return the extension of `kind` that `certificate` has, or None."""
+    """Return the extension of type `extension_type` of `certificate`, or None."""
     try:
         return certificate.extensions.get_extension_for_class(extension_type).value
     except x509.ExtensionNotFound:
@@ -150,7 +155,7 @@ def get_extension(certificate: x509.Certificate, extension_type: type[_Extension
 
 
 def to_datetime(seconds: float) -> datetime:
-    """Return `seconds` since the epoch as certificates write time: UTC, whole seconds."""
+    """Convert seconds since the epoch to the precision of certificates: UTC, whole seconds."""
     return datetime.fromtimestamp(int(seconds), UTC)
 
 
@@ -181,10 +186,10 @@ def _load_certificates(files: IssuerFiles) -> list[x509.Certificate]:
     try:
         certificates = x509.load_pem_x509_certificates(content)
         for certificate in certificates:
-            _ = certificate.extensions, certificate.public_key()  # parsed only when asked for
+            _ = certificate.extensions, certificate.public_key()  # parse them now, because both are parsed lazily
     except (ValueError, UnsupportedAlgorithm, x509.DuplicateExtension, x509.UnsupportedGeneralNameType) as error:
         prefix = f"{files.certificate_setting}: {files.certificate}"
-        raise AuthorityError(f"{prefix} is not a certificate in PEM, or not one that can be read") from error
+        raise AuthorityError(f"{prefix} is not a valid certificate in PEM format") from error
     return certificates
 
 
@@ -192,7 +197,7 @@ def _check_can_sign(files: IssuerFiles, issuer: x509.Certificate) -> None:
     prefix = f"{files.certificate_setting}: the certificate in {files.certificate}"
     constraints = get_extension(issuer, x509.BasicConstraints)
     if constraints is None or not constraints.ca:
-        raise AuthorityError(f"{prefix} is not that of a CA (basicConstraints)")
+        raise AuthorityError(f"{prefix} is not a CA certificate (basicConstraints)")
     usage = get_extension(issuer, x509.KeyUsage)
     if usage is not None and not usage.key_cert_sign:
         raise AuthorityError(f"{prefix} may not sign certificates (keyUsage lacks keyCertSign)")
@@ -209,11 +214,11 @@ def _check_validity(files: IssuerFiles, path: Sequence[x509.Certificate], now: f
             raise AuthorityError(f"{prefix} expired on {to_datetime(not_after):%Y-%m-%d}{files.expiry_hint}")
         if now < not_before:
             start = f"{to_datetime(not_before):%Y-%m-%d %H:%M} UTC"
-            raise AuthorityError(f"{prefix} is not valid before {start}, and this machine's clock is not there yet")
+            raise AuthorityError(f"{prefix} is not valid before {start}; is this machine's clock right?")
 
 
 def _build_path(certificates: Sequence[x509.Certificate]) -> tuple[x509.Certificate, ...]:
-    """Return the first certificate and those above it, whatever order the file has them in."""
+    """Return the first certificate and the ones above it, in order. The file may have them in any order."""
     path, candidates = [certificates[0]], list(certificates[1:])
     while not _is_self_signed(path[-1]):
         issuer = next((certificate for certificate in candidates if _has_issued(certificate, path[-1])), None)

@@ -1,7 +1,8 @@
-"""Our own certificate authority: made once, kept in a directory, found there by every later start.
+"""The CA that the daemon creates for itself at its first start, in a directory of its own.
 
-The directory holds ``ca.crt`` (0644), ``ca.key`` (0600) and ``ca.lock``. Each of the two is written beside its place,
-synced and renamed, the key first: a process killed between them leaves a key whose certificate the next start makes.
+The directory contains ``ca.crt`` (0644), ``ca.key`` (0600) and ``ca.lock``. The key is written first, then the
+certificate, each to a temporary file that is synced and renamed. If the process is killed in between, the next start
+creates the certificate for the existing key.
 """
 
 from __future__ import annotations
@@ -33,15 +34,15 @@ from dockerproxy.proxy.issuer import (
 )
 
 _ROOT_LIFETIME = 3650 * DAY
-_MAX_HOSTNAME = 36  # what X.520's 64 characters for a common name leave
-_RECREATE_HINT = "remove {files} to have a new authority made, which every client must then be told to trust"
+_MAX_HOSTNAME = 36  # because X.520 limits the common name to 64 characters
+_RECREATE_HINT = "remove {files} to create a new CA, which every client must then trust"
 
 
 def load_or_create_issuer(directory: Path, passphrase: str | None, now: float) -> Issuer:
-    """Return the issuer kept in `directory`, made now if there is none yet, or raise `AuthorityError`.
+    """Load the issuer from `directory`, or create it. Raise `AuthorityError` if it cannot be used.
 
-    The key of a new one is encrypted where there is a `passphrase`. Any number of processes may call this at once, and
-    get the same issuer; it blocks while another of them is making it.
+    The key of a new issuer is encrypted if there is a `passphrase`. Several processes may call this at the same time;
+    one of them creates the issuer while the others block, and all return the same one.
     """
     expiry_hint = f"; {_RECREATE_HINT.format(files='ca.crt and ca.key')}"
     files = IssuerFiles(directory / "ca.crt", "CA_DIR", directory / "ca.key", "CA_DIR", expiry_hint)
@@ -53,7 +54,7 @@ def load_or_create_issuer(directory: Path, passphrase: str | None, now: float) -
             with suppress(PermissionError):
                 files.key.chmod(0o600)
             if is_readable_by_others(files.key):
-                issuer = issuer.with_warning(f"CA_DIR: {files.key} can be read by others than its owner")
+                issuer = issuer.with_warning(f"CA_DIR: {files.key} is readable by other users; set its mode to 0600")
     except OSError as error:
         raise AuthorityError(f"CA_DIR: {error.filename or directory} cannot be used: {error.strerror}") from error
     return issuer
@@ -67,8 +68,8 @@ def _create(files: IssuerFiles, passphrase: str | None, now: float) -> None:
             key, _ = load_key(files, passphrase)
         elif files.certificate.exists():
             raise AuthorityError(
-                f"CA_DIR: {files.certificate} is there and its key {files.key} is not: "
-                f"put the key back, or {_RECREATE_HINT.format(files='ca.crt')}"
+                f"CA_DIR: {files.certificate} exists but its key {files.key} is missing: "
+                f"restore the key, or {_RECREATE_HINT.format(files='ca.crt')}"
             )
         else:
             key = ec.generate_private_key(ec.SECP256R1())
@@ -81,7 +82,7 @@ def _create(files: IssuerFiles, passphrase: str | None, now: float) -> None:
 
 @contextmanager
 def _file_lock(path: Path) -> Iterator[None]:
-    # O_RDWR: over NFS only a file open for writing can be locked against others.
+    # O_RDWR, because over NFS an exclusive lock requires a file that is open for writing.
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -91,13 +92,13 @@ def _file_lock(path: Path) -> Iterator[None]:
 
 
 def _write_atomically(path: Path, content: bytes, mode: int) -> None:
-    """Put a file in place, whole and synced, at no moment more readable than `mode`. The lock is held."""
+    """Create a file atomically and sync it. It never has more permissions than `mode`. The caller holds the lock."""
     temporary = path.with_name(path.name + ".new")
-    temporary.unlink(missing_ok=True)  # a killed process left it: nobody else writes while we hold the lock
+    temporary.unlink(missing_ok=True)  # left by a killed process, because no other writes while we hold the lock
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     with open(descriptor, "wb") as file:
-        with suppress(PermissionError):  # shared folders and FAT have modes of their own
-            os.fchmod(descriptor, mode)  # the umask may have taken bits away
+        with suppress(PermissionError):  # shared folders and FAT do not support modes
+            os.fchmod(descriptor, mode)  # because the umask may have removed bits
         file.write(content)
         file.flush()
         os.fsync(descriptor)
@@ -108,7 +109,7 @@ def _write_atomically(path: Path, content: bytes, mode: int) -> None:
 def _fsync_directory(directory: Path) -> None:
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        with suppress(OSError):  # some network file systems refuse, having nothing to sync
+        with suppress(OSError):  # some network file systems do not support fsync on directories
             os.fsync(descriptor)
     finally:
         os.close(descriptor)
@@ -123,7 +124,7 @@ def _key_pem(key: IssuerKey, passphrase: str | None) -> bytes:
 
 def _root_certificate(key: IssuerKey, now: float) -> x509.Certificate:
     serial = x509.random_serial_number()
-    # A serial number in the name keeps two authorities of one host apart where a trust store looks up by name.
+    # The serial number in the name distinguishes two CAs of one host in trust stores that look up by name.
     hostname = socket.gethostname()[:_MAX_HOSTNAME]
     name = x509.Name([
         x509.NameAttribute(NameOID.COMMON_NAME, f"docker-registry-proxy CA ({hostname})"),

@@ -1,4 +1,4 @@
-"""Who may use the proxy, and where it goes for them. Pure: one question each, a refusal names the setting."""
+"""The access policy: which clients may use the proxy, and which destinations it may connect to. Pure."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _FIRST_UNPRIVILEGED_PORT = 1024
 
 @frozen
 class Policy:
-    """The access rules of the settings of the same names.
+    """The access rules, from the settings of the same names.
 
-    Every check returns where the rules allow it and raises `Denied` otherwise, with one sentence that names the
-    setting, and the entry that forbids, but no address that a name resolved to.
+    Each check raises `Denied` if the rules forbid it. The message is one sentence that names the setting and the entry
+    that forbids it. It never contains an address that a name resolved to.
     """
 
     allow_clients: AddressSet
@@ -29,7 +29,7 @@ class Policy:
         """Check that a client at `address` may use the proxy."""
         try:
             allowed = self.allow_clients.match(address, exact=True) is not None
-        except ValueError:  # a peer without an IP address, such as a UNIX socket's
+        except ValueError:  # a peer without an IP address, such as a UNIX socket
             allowed = False
         if not allowed:
             raise Denied(f"ALLOW_CLIENTS has no entry for your address, {address}.")
@@ -42,13 +42,14 @@ class Policy:
     def check_http_port(self, host: Host) -> None:
         """Check that a plain-HTTP request may be forwarded to the port of `host`.
 
-        Ports from 1024 are free here, other than for a tunnel: a request that we write ourselves cannot speak SMTP.
+        All ports from 1024 are allowed here, unlike for a tunnel, because we send only HTTP requests and so the client
+        cannot speak another protocol such as SMTP.
         """
         if host.port != _HTTP_PORT and host.port < _FIRST_UNPRIVILEGED_PORT:
             self.check_port(host)
 
     def check_name(self, host: Host) -> None:
-        """Check `host` before its name is resolved: what no address could make allowed is refused here."""
+        """Check `host` before its name is resolved. Refuse it if no address could make it allowed."""
         if host.is_address:
             return self.check_address(host, host.name)
         self._check_denied(host, self.tunnel_deny.match_name(host.name))
@@ -56,30 +57,30 @@ class Policy:
             raise _not_allowed_error(host)
 
     def check_address(self, host: Host, address: str) -> None:
-        """Check that a connection made for `host` may go to `address`, one that its name resolved to.
+        """Check that a connection to `host` may use `address`, which its name resolved to.
 
-        It may where TUNNEL_ALLOW has the name or the address, and TUNNEL_DENY has neither.
+        It may if TUNNEL_ALLOW has the name or the address, and TUNNEL_DENY has neither.
         """
         try:
             deny_entry = self.tunnel_deny.match_name(host.name) or self.tunnel_deny.match_address(address)
             allow_entry = self.tunnel_allow.match_name(host.name) or self.tunnel_allow.match_address(
                 address, exact=True
             )
-        except ValueError:  # no IP address: nothing that the rules could allow
+        except ValueError:  # not an IP address, so no rule can allow it
             deny_entry = allow_entry = None
         self._check_denied(host, deny_entry)
         if allow_entry is None:
             raise _not_allowed_error(host)
 
     def check_upstream(self, address: str) -> None:
-        """Check that we may connect to `address`, which an upstream led us to: by a redirect, or as a token server.
+        """Check that we may connect to `address`, which an upstream named in a redirect or as its token server.
 
-        TUNNEL_DENY holds here too. TUNNEL_ALLOW does not: it is about where clients may go, and content delivery
-        networks are everywhere.
+        TUNNEL_DENY applies here too. TUNNEL_ALLOW does not, because it limits the destinations of clients, and content
+        delivery networks may have any address.
         """
         entry = self.tunnel_deny.match_address(address)
         if entry is not None:
-            raise DestinationForbidden(f"TUNNEL_DENY ({entry}) forbids the address that upstream leads to")
+            raise DestinationForbidden(f"TUNNEL_DENY ({entry}) forbids the address that the upstream refers to")
 
     @staticmethod
     def _check_denied(host: Host, entry: str | None) -> None:

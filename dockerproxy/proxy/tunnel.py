@@ -1,4 +1,4 @@
-"""A tunnel: the bytes of two connections passed across, unread."""
+"""A tunnel: copies bytes between two connections without looking at them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from twisted.python.failure import Failure
 
 @frozen
 class TunnelTimeouts:
-    """Seconds: until connected, without a byte in either direction, without a byte taken."""
+    """Limits in seconds: to connect, without a byte received, without a byte sent."""
 
     connect: float = 60.0
     read: float = 60.0
@@ -20,11 +20,11 @@ class TunnelTimeouts:
 
 
 class Tunnel:
-    """Two connections, each of which gets what the other sends.
+    """Two connections that receive each other's bytes.
 
-    Whichever end is slow holds the other back. When one closes, or only says that it has no more to send, the other is
-    closed after what is on its way. When neither sends nor takes a byte for too long, both are. `ended` is called once,
-    with the bytes that went to the client.
+    Back-pressure applies in both directions. If one side closes or half-closes its connection, the other is closed once
+    all pending data has been written. If no byte moves in either direction for too long, both are aborted. `on_closed`
+    is called once, with the number of bytes sent to the client.
     """
 
     def __init__(self, clock: Any, timeouts: TunnelTimeouts, on_closed: Callable[[int], None]) -> None:
@@ -38,7 +38,7 @@ class Tunnel:
         self.client.peer, self.server.peer = self.server, self.client
 
     def start(self) -> None:
-        """Begin: both ends are connected."""
+        """Start copying. Both sides must be connected."""
         self.client.transport.registerProducer(self.server.transport, True)
         self.server.transport.registerProducer(self.client.transport, True)
         self.client.start()
@@ -46,7 +46,7 @@ class Tunnel:
         self._timer = self._clock.callLater(self._idle_timeout, self._check_idle)
 
     def abort(self) -> None:
-        """Close both ends now."""
+        """Abort both connections."""
         for side in (self.client, self.server):
             if side.transport is not None:
                 side.transport.abortConnection()
@@ -72,7 +72,7 @@ class Tunnel:
 
 
 class _TunnelSide(Protocol):
-    """One end; what arrives before the other end is there waits."""
+    """The protocol of one connection. Data that arrives before the tunnel starts is buffered."""
 
     transport: Any
     peer: _TunnelSide
@@ -105,7 +105,7 @@ class _TunnelSide(Protocol):
 
 
 class SingleProtocolFactory(Factory):
-    """Makes the one protocol that it was made with: a tunnel's far end."""
+    """Returns an existing protocol, the server side of a tunnel."""
 
     noisy = False
 

@@ -1,4 +1,4 @@
-"""The authority at work: real handshakes in memory, verified by two TLS stacks and by `openssl verify -x509_strict`."""
+"""Tests for the certificate authority: handshakes in memory, verified by two TLS stacks and `openssl verify`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Step = Callable[[], object]
 
 
 class SteppedClock:
-    """A clock that stands still; certificates are verified by the real one, so it starts there."""
+    """A manual clock. It starts at the real time, because TLS clients verify certificates against the real clock."""
 
     def __init__(self) -> None:
         self.now = float(int(time.time()))
@@ -52,7 +52,7 @@ def authority(tmp_path: Path, clock: SteppedClock) -> CertificateAuthority:
 
 
 class HandshakePair:
-    """A client of Python's `ssl` and a server of ours, connected in memory."""
+    """A client of Python's `ssl` module and our server, connected in memory."""
 
     def __init__(
         self,
@@ -77,7 +77,7 @@ class HandshakePair:
         self.server = context.create_connection(None)
 
     def step(self, side: Callable[[], object]) -> bool:
-        """Let one side go on, and carry its bytes over; say whether it has finished."""
+        """Run one side, transfer its bytes, and return whether it has finished."""
         try:
             side()
         except (ssl.SSLWantReadError, SSL.WantReadError):
@@ -95,7 +95,7 @@ class HandshakePair:
             pass
 
     def complete_handshake(self) -> HandshakePair:
-        """Complete the handshake, and read what the server adds to it (TLS 1.3's tickets)."""
+        """Complete the handshake and read the session tickets that a TLS 1.3 server sends after it."""
         done = {self.client.do_handshake: False, self.server.do_handshake: False}
         for _ in range(10):
             for side in done:
@@ -114,7 +114,7 @@ class HandshakePair:
 
 
 def presented_leaf(authority: CertificateAuthority, name: str) -> x509.Certificate:
-    """Return the certificate that a client sees which checks nothing."""
+    """Return the certificate that the server presents to a client without verification."""
     client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     client.check_hostname, client.verify_mode = False, ssl.CERT_NONE
     return HandshakePair(authority.context_for(name), b"", name, client=client).complete_handshake().leaf
@@ -127,14 +127,16 @@ def validity(certificate: x509.Certificate) -> tuple[float, float]:
     return not_before.replace(tzinfo=UTC).timestamp(), not_after.replace(tzinfo=UTC).timestamp()
 
 
-def extension(certificate: x509.Certificate, kind: type[x509.ExtensionType]) -> x509.Extension[x509.ExtensionType]:
-    return certificate.extensions.get_extension_for_class(kind)
+def get_extension(
+    certificate: x509.Certificate, extension_type: type[x509.ExtensionType]
+) -> x509.Extension[x509.ExtensionType]:
+    return certificate.extensions.get_extension_for_class(extension_type)
 
 
 NAMES = ["registry-1.docker.io", "localhost", "my_registry.local", "10.1.2.3", "::1", "2001:db8::7", LONG_NAME]
 
 
-# What a client sees.
+# Verification by clients.
 
 
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
@@ -154,7 +156,7 @@ def test_a_client_that_trusts_the_root_verifies_the_name(
     assert pair.client.read(10) == b"pong"
 
 
-def test_a_pyopenssl_client_verifies_it_too(authority: CertificateAuthority, tmp_path: Path) -> None:
+def test_a_pyopenssl_client_verifies_the_name(authority: CertificateAuthority, tmp_path: Path) -> None:
     context = SSL.Context(SSL.TLS_CLIENT_METHOD)
     context.load_verify_locations(str(tmp_path / "ca.crt"))
     context.set_verify(SSL.VERIFY_PEER)
@@ -174,10 +176,12 @@ def test_a_pyopenssl_client_verifies_it_too(authority: CertificateAuthority, tmp
     assert server.recv(10) == b"done"
 
 
-@pytest.mark.parametrize(("served", "asked"), [("quay.io", "ghcr.io"), ("10.1.2.3", "10.1.2.4"), ("io", "quay.io")])
-def test_another_name_does_not_verify(authority: CertificateAuthority, served: str, asked: str) -> None:
+@pytest.mark.parametrize(
+    ("server_name", "client_name"), [("quay.io", "ghcr.io"), ("10.1.2.3", "10.1.2.4"), ("io", "quay.io")]
+)
+def test_another_name_does_not_verify(authority: CertificateAuthority, server_name: str, client_name: str) -> None:
     with pytest.raises(ssl.SSLCertVerificationError, match="mismatch"):
-        HandshakePair(authority.context_for(served), authority.certificate_pem, asked).complete_handshake()
+        HandshakePair(authority.context_for(server_name), authority.certificate_pem, client_name).complete_handshake()
 
 
 def test_another_authority_does_not_verify(
@@ -189,7 +193,7 @@ def test_another_authority_does_not_verify(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_openssl_finds_no_fault(authority: CertificateAuthority, tmp_path: Path, name: str) -> None:
+def test_openssl_verifies_the_leaf_strictly(authority: CertificateAuthority, tmp_path: Path, name: str) -> None:
     (tmp_path / "leaf.crt").write_bytes(presented_leaf(authority, name).public_bytes(serialization.Encoding.PEM))
     check = "-verify_ip" if name[0].isdigit() or ":" in name else "-verify_hostname"
     strict = ["openssl", "verify", "-x509_strict", "-check_ss_sig", "-purpose", "sslserver"]
@@ -201,14 +205,14 @@ def test_openssl_finds_no_fault(authority: CertificateAuthority, tmp_path: Path,
 # The leaf.
 
 
-def test_the_leaf(authority: CertificateAuthority) -> None:
+def test_fields_of_the_leaf(authority: CertificateAuthority) -> None:
     leaf = presented_leaf(authority, "quay.io")
     root = x509.load_pem_x509_certificate(authority.certificate_pem)
     assert leaf.subject.rfc4514_string() == "CN=quay.io"
     assert isinstance(leaf.public_key(), ec.EllipticCurvePublicKey)
-    names = extension(leaf, x509.SubjectAlternativeName)
+    names = get_extension(leaf, x509.SubjectAlternativeName)
     assert (names.critical, list(names.value)) == (False, [x509.DNSName("quay.io")])  # type: ignore[call-overload]
-    assert extension(leaf, x509.ExtendedKeyUsage).value == x509.ExtendedKeyUsage([x509.OID_SERVER_AUTH])
+    assert get_extension(leaf, x509.ExtendedKeyUsage).value == x509.ExtendedKeyUsage([x509.OID_SERVER_AUTH])
     usage = leaf.extensions.get_extension_for_class(x509.KeyUsage).value
     assert (usage.digital_signature, usage.key_encipherment, usage.key_cert_sign) == (True, False, False)
     identifier = leaf.extensions.get_extension_for_class(x509.AuthorityKeyIdentifier).value.key_identifier
@@ -218,15 +222,15 @@ def test_the_leaf(authority: CertificateAuthority) -> None:
 
 
 @pytest.mark.parametrize("address", ["10.1.2.3", "2001:db8::7"])
-def test_an_address_is_an_address(authority: CertificateAuthority, address: str) -> None:
-    names = extension(presented_leaf(authority, address), x509.SubjectAlternativeName).value
+def test_an_address_is_an_address_in_the_alternative_name(authority: CertificateAuthority, address: str) -> None:
+    names = get_extension(presented_leaf(authority, address), x509.SubjectAlternativeName).value
     assert names == x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(address))])
 
 
 def test_a_long_name_is_in_the_critical_alternative_name_only(authority: CertificateAuthority) -> None:
     leaf = presented_leaf(authority, LONG_NAME)
     assert leaf.subject == x509.Name([])
-    names = extension(leaf, x509.SubjectAlternativeName)
+    names = get_extension(leaf, x509.SubjectAlternativeName)
     assert (names.critical, names.value) == (True, x509.SubjectAlternativeName([x509.DNSName(LONG_NAME)]))
 
 
@@ -235,7 +239,7 @@ def test_common_name_of_64_characters(authority: CertificateAuthority) -> None:
     assert presented_leaf(authority, name).subject.rfc4514_string() == f"CN={name}"
 
 
-def test_lifetime(authority: CertificateAuthority, clock: SteppedClock) -> None:
+def test_lifetime_of_the_leaf(authority: CertificateAuthority, clock: SteppedClock) -> None:
     assert validity(presented_leaf(authority, "quay.io")) == (clock.now - 2 * DAY, clock.now + 90 * DAY)
 
 
@@ -247,7 +251,7 @@ def test_invalid_names_are_refused(authority: CertificateAuthority, name: str) -
         authority.context_for(name)
 
 
-# Contexts are kept, renewed and bounded.
+# Cache of contexts.
 
 
 def test_same_context_for_every_spelling_of_a_name(authority: CertificateAuthority) -> None:
@@ -257,7 +261,9 @@ def test_same_context_for_every_spelling_of_a_name(authority: CertificateAuthori
     assert authority.context_for("2001:db8::7") is authority.context_for("2001:DB8:0::7")
 
 
-def test_renewed_at_a_third_of_its_lifetime(authority: CertificateAuthority, clock: SteppedClock) -> None:
+def test_leaf_is_renewed_when_a_third_of_its_lifetime_is_left(
+    authority: CertificateAuthority, clock: SteppedClock
+) -> None:
     context, start = authority.context_for("quay.io"), clock.now
     clock.now = start + 60 * DAY - 1
     assert authority.context_for("quay.io") is context
@@ -268,7 +274,9 @@ def test_renewed_at_a_third_of_its_lifetime(authority: CertificateAuthority, clo
     assert validity(presented_leaf(authority, "quay.io")) == (clock.now - 2 * DAY, clock.now + 90 * DAY)
 
 
-def test_renewed_if_the_clock_is_before_not_before(authority: CertificateAuthority, clock: SteppedClock) -> None:
+def test_leaf_is_renewed_if_the_clock_is_before_its_not_before(
+    authority: CertificateAuthority, clock: SteppedClock
+) -> None:
     clock.now += 100 * DAY
     context = authority.context_for("quay.io")
     clock.now -= 2 * DAY
@@ -278,7 +286,7 @@ def test_renewed_if_the_clock_is_before_not_before(authority: CertificateAuthori
     assert validity(presented_leaf(authority, "quay.io"))[0] == clock.now - 2 * DAY
 
 
-def test_never_outlives_the_authority(authority: CertificateAuthority, clock: SteppedClock) -> None:
+def test_leaf_never_outlives_the_authority(authority: CertificateAuthority, clock: SteppedClock) -> None:
     root_not_after = validity(x509.load_pem_x509_certificate(authority.certificate_pem))[1]
     clock.now = root_not_after - 30 * DAY
     context = authority.context_for("quay.io")
@@ -338,22 +346,22 @@ def test_sessions_are_resumed_by_ticket(authority: CertificateAuthority, version
 
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
 def test_ticket_of_another_host_is_not_resumed(authority: CertificateAuthority, version: ssl.TLSVersion) -> None:
-    """Not even where the client asks for the host that it got it from: the proxy was told by CONNECT which is meant."""
+    """CONNECT selects the context, so the server name in the handshake makes no difference."""
     first = HandshakePair(
         authority.context_for("quay.io"), authority.certificate_pem, "quay.io", version=version
     ).complete_handshake()
     client = first.client_context
     client.check_hostname, client.verify_mode = False, ssl.CERT_NONE
-    for asked in ("ghcr.io", "quay.io"):
+    for server_name in ("ghcr.io", "quay.io"):
         again = HandshakePair(
-            authority.context_for("ghcr.io"), b"", asked, client=client, session=first.client.session
+            authority.context_for("ghcr.io"), b"", server_name, client=client, session=first.client.session
         ).complete_handshake()
         assert not again.client.session_reused
 
 
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
 def test_ticket_of_another_process_is_resumed(authority: CertificateAuthority, version: ssl.TLSVersion) -> None:
-    """That has the same keys and makes its own leaves; here it is that which makes a new one, in another context."""
+    """A forked process has the same ticket keys but signs its own leaves. Simulate it by dropping the signed leaf."""
     first = HandshakePair(
         authority.context_for("quay.io"), authority.certificate_pem, "quay.io", version=version
     ).complete_handshake()
@@ -434,13 +442,13 @@ def test_no_deprecated_call_is_made(tmp_path: Path, clock: SteppedClock) -> None
         open_authority(tmp_path, clock).context_for("quay.io")
 
 
-# Existing authorities.
+# CAs from files.
 
 
 def write_chain(directory: Path, passphrase: bytes) -> tuple[Path, Path, bytes]:
-    """Write an RSA issuer below a root, and its encrypted key; return the two files and the root."""
+    """Write an RSA issuer below a root, and its encrypted key. Return the paths of both files and the root in PEM."""
     keys = [rsa.generate_private_key(65537, 2048) for _ in range(2)]
-    # Strings of a kind that we would not write ourselves, and an identifier of a kind that we would not compute.
+    # String types that we do not write ourselves, and a key identifier that we do not compute this way.
     names = [
         x509.Name([x509.RelativeDistinguishedName([
             x509.NameAttribute(x509.NameOID.COMMON_NAME, text, _type=x509.name._ASN1Type.PrintableString),
@@ -496,11 +504,13 @@ def test_rsa_intermediate(tmp_path: Path, clock: SteppedClock) -> None:
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("certificate_file", "CA_CRT_FILE names /x, but CA_KEY_FILE does not say where its key is"),
-        ("key_file", "CA_KEY_FILE names /x, but CA_CRT_FILE does not say where its certificate is"),
+        ("certificate_file", "CA_CRT_FILE is /x but CA_KEY_FILE is not set; set both, or neither"),
+        ("key_file", "CA_KEY_FILE is /x but CA_CRT_FILE is not set; set both, or neither"),
     ],
 )
-def test_one_file_without_the_other(tmp_path: Path, clock: SteppedClock, setting: str, message: str) -> None:
+def test_one_file_without_the_other_is_an_error(
+    tmp_path: Path, clock: SteppedClock, setting: str, message: str
+) -> None:
     files: dict[str, Path | None] = {"certificate_file": None, "key_file": None} | {setting: Path("/x")}
     with pytest.raises(AuthorityError) as raised:
         CertificateAuthority.open(
@@ -513,5 +523,5 @@ def test_one_file_without_the_other(tmp_path: Path, clock: SteppedClock, setting
     assert str(raised.value) == message
 
 
-def test_the_repr_holds_no_key(authority: CertificateAuthority) -> None:
+def test_repr_contains_no_key(authority: CertificateAuthority) -> None:
     assert "key" not in repr(authority).lower()

@@ -1,4 +1,4 @@
-"""The doors of the hosted registry: whose certificate they show, and whom they let in."""
+"""Tests for the handler of direct requests, and for the certificates that the hosted registry's listeners present."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NAME = "docker-registry.local"
 
 async def application(request: Request) -> None:
     if request.path == "/none":
-        raise NameUnknown("there is no such page")
+        raise NameUnknown("page not found")
     request.respond(200, [], f"{request.host} {request.path} {request.query}".encode())
 
 
@@ -57,7 +57,7 @@ def test_connect_is_refused(connect_client: Any, handler: DirectRequestHandler) 
 
 
 class SNICertificateTests(TestCase):
-    """On real sockets: the choice is made from what OpenSSL and the kernel tell."""
+    """Tests on real sockets, because the server name comes from OpenSSL and the local address from the kernel."""
 
     async def listen(self, description: str) -> int:
         directory = Path(self.mktemp())
@@ -79,7 +79,7 @@ class SNICertificateTests(TestCase):
         return int(port.getHost().port)
 
     def presented_names(self, address: str, port: int, name: str | None) -> list[tuple[str, str]]:
-        """Return the names in the certificate that a client is shown, which it must be able to verify."""
+        """Return the names in the certificate that the server presents. The client verifies the certificate."""
         context = self.context
         context.check_hostname = name is not None
         with socket.create_connection((address, port), timeout=10) as tcp:
@@ -90,7 +90,7 @@ class SNICertificateTests(TestCase):
                 assert certificate is not None
                 return list(certificate["subjectAltName"])  # type: ignore[arg-type]
 
-    async def test_by_name_and_by_address(self) -> None:
+    async def test_leaf_is_selected_by_server_name_or_local_address(self) -> None:
         port = await self.listen("tcp:0:interface=0.0.0.0")
         for name in (NAME, "registry", NAME.upper(), "localhost"):
             self.assertEqual(
@@ -104,7 +104,7 @@ class SNICertificateTests(TestCase):
         with self.assertRaises(ssl.SSLCertVerificationError):
             await deferToThread(self.presented_names, "127.0.0.1", port, "registry-1.docker.io")
 
-    async def test_ipv4_client_of_an_ipv6_listener(self) -> None:
+    async def test_ipv4_client_of_an_ipv6_listener_gets_the_ipv4_leaf(self) -> None:
         port = await self.listen(r"tcp6:0:interface=\:\:")
         self.assertEqual(
             await deferToThread(self.presented_names, "127.0.0.1", port, None), [("IP Address", "127.0.0.1")]

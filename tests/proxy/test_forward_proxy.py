@@ -1,4 +1,4 @@
-"""The front door in memory: what it decides, what it refuses and why, and what it passes on."""
+"""Tests for the forward proxy in memory: dispatch, refusals and forwarding."""
 
 from __future__ import annotations
 
@@ -69,10 +69,10 @@ def make_policy(**changes: str) -> Policy:
 
 @define
 class ProxyHarness:
-    """A front door, and what came to whom behind it."""
+    """A forward proxy with fake handlers, and a record of the requests that they received."""
 
     reactor: FakeNetworkReactor = field(factory=FakeNetworkReactor)
-    handled: list[tuple[str, str, str, str]] = field(factory=list)  # whom it was for, method, path, query
+    handled: list[tuple[str, str, str, str]] = field(factory=list)  # handler, method, path, query
     closed_tunnels: list[tuple[Request, float]] = field(factory=list)
     agent: Any = None
 
@@ -114,14 +114,14 @@ def harness() -> ProxyHarness:
 
 @pytest.fixture
 def connect(connect_client: Any, harness: ProxyHarness) -> Any:
-    """Return a function that makes a visitor of the front door."""
+    """Return a function that connects an HTTP client to the forward proxy."""
 
     def make(client: str = "10.1.2.3", **changes: str) -> Any:
         proxy = harness.make_proxy(**changes)
         http_client: Any = None
 
         async def handle(request: Request) -> None:
-            request.port = PORT  # the in-memory transport has another
+            request.port = PORT  # because the in-memory transport has another one
             await proxy.handle(http_client.site, request)
 
         http_client = connect_client(handle, clock=harness.reactor, client=client)
@@ -137,7 +137,7 @@ def error_text(response: Any) -> str:
     return text
 
 
-# who may come in
+# ALLOW_CLIENTS
 
 
 @pytest.mark.parametrize("client", ["8.8.8.8", "2001:db8::1", "192.0.2.1"])
@@ -242,11 +242,11 @@ def test_invalid_target(connect: Any, harness: ProxyHarness, target: str, method
     assert "secret" not in f"{finished_request.host}{finished_request.path}{finished_request.query}"
 
 
-# what is forwarded elsewhere
+# forwarding
 
 
 class ServerConnection:
-    """The one connection that was made, as its server sees it."""
+    """The server side of the proxy's connection number `attempt`."""
 
     def __init__(self, reactor: FakeNetworkReactor, attempt: int = 0) -> None:
         self.address = reactor.tcpClients[attempt][:2]
@@ -286,7 +286,7 @@ def test_request_and_response_are_forwarded(connect: Any, harness: ProxyHarness)
     assert sent.pop("user-agent")
     assert sent == {
         "host": "web.example",
-        "authorization": "Basic theirs",  # the server's own business, unlike the proxy's
+        "authorization": "Basic theirs",  # for the server, unlike Proxy-Authorization
         "cookie": "theirs=1",
         "x-end": "2",
         "accept-encoding": "identity",
@@ -312,7 +312,7 @@ def test_request_body_is_streamed(connect: Any, harness: ProxyHarness, framing: 
     chunked = framing == "chunked"
     fields = [("Transfer-Encoding", "chunked")] if chunked else [("Content-Length", "10")]
     http_client.send_request("POST", "http://web.example:8080/form", [*fields, ("Expect", "100-continue")])
-    assert http_client.received == b""  # until it is known that someone takes the body
+    assert http_client.received == b""  # because no server accepts the body yet
     server = ServerConnection(harness.reactor)
     assert server.address == ("192.0.2.7", 8080)
     assert http_client.received == b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -329,7 +329,7 @@ def test_request_body_is_streamed(connect: Any, harness: ProxyHarness, framing: 
 
 
 def test_pipelined_request_in_body_is_not_smuggled(connect: Any, harness: ProxyHarness) -> None:
-    """A body is what its framing says: what is behind it is the next request, for which the policy is asked anew."""
+    """The framing delimits the body. The bytes after it are the next request, which the policy checks again."""
     http_client = connect()
     inner = b"GET http://forbidden.example/ HTTP/1.1\r\nHost: x\r\n\r\n"
     http_client.send_request("POST", "http://web.example/", [("Content-Length", "3")], b"abc" + inner)
@@ -384,7 +384,7 @@ def test_forbidden_destinations(connect: Any, harness: ProxyHarness, target: str
     assert response.status == 403
     assert rule in error_text(response)
     assert harness.reactor.tcpClients == []
-    # What a name resolves to is nothing to tell: it would map the inside of the network.
+    # An error must not contain the address of a name, because clients could map the internal network with it.
     if target.split("/")[2].endswith("example"):
         assert "127.0.0.1" not in error_text(response) and "169.254" not in error_text(response)
 
@@ -438,7 +438,7 @@ def test_invalid_response(connect: Any, harness: ProxyHarness) -> None:
 
 
 def test_destination_checks_compare_by_host() -> None:
-    """A connection that was made for one name is not taken for another, whose rules may be other ones."""
+    """A connection made for one name must not be reused for another, because other rules may apply to that."""
     rules = make_policy()
     web, other = DestinationCheck(rules, Host("web.example", 80)), DestinationCheck(rules, Host("other.example", 80))
     assert web == DestinationCheck(rules, Host("web.example", 80))

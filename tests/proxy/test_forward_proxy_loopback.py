@@ -1,6 +1,6 @@
-"""The front door over loopback: what needs a real socket, which is all that comes after a CONNECT.
+"""Tests for CONNECT over loopback: interception and tunnels, which need real sockets.
 
-The clients are Python's own, blocking, in threads; their TLS is OpenSSL's. The time of tunnels is the test's.
+The clients use Python's blocking sockets and `ssl` in threads. A fake clock drives the time-outs of the tunnels.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ QUAY = Registry.parse("quay.io")
 PLAIN_HTTP = Registry.parse("http://plain.example:5000")
 ADDRESS = Registry.parse("10.9.8.7:5001")
 IPV6 = Registry.parse("[fd00::1]:443")
-LARGE_BODY = b"0123456789abcdef" * 65536 * 8  # 8 MiB: more than sockets hold
+LARGE_BODY = b"0123456789abcdef" * 65536 * 8  # 8 MiB, more than the socket buffers hold
 
 
 class TunnelServerProtocol(Protocol):
-    """A server behind a tunnel, told by its test what to do."""
+    """One connection to the server behind a tunnel; the callbacks of `TunnelServer` decide its behaviour."""
 
     def __init__(self, server: TunnelServer) -> None:
         self.server = server
@@ -82,10 +82,10 @@ class ForwardProxyLoopbackCase(TestCase):
         )
         self.pem = authority.certificate_pem.decode()
         self.handled: list[tuple[str, str, str]] = []
-        self.requests: list[Request] = []  # those of the site's log
+        self.requests: list[Request] = []  # the requests that the site reported as finished
         self.tunnels: list[Request] = []
         self.transfers = Transfers()
-        self.clock = Clock()  # the tunnels' own
+        self.clock = Clock()  # drives the tunnels only
         self.server = TunnelServer()
         server = await TCP4ServerEndpoint(reactor, 0, interface="127.0.0.1").listen(self.server)
         self.addCleanup(server.stopListening)
@@ -119,8 +119,8 @@ class ForwardProxyLoopbackCase(TestCase):
             request.respond(200, [("X-Secure", str(request.secure))], content or f"from {registry}".encode())
 
         async def hosted(request: Request) -> None:
-            self.handled.append(("own", request.method, request.path))
-            request.respond(200, [], b"from our own")
+            self.handled.append(("hosted", request.method, request.path))
+            request.respond(200, [], b"from the hosted registry")
 
         registries = {registry.host: registry for registry in (QUAY, PLAIN_HTTP, ADDRESS, IPV6)}
         return ForwardProxy(
@@ -144,11 +144,11 @@ class ForwardProxyLoopbackCase(TestCase):
             on_request_finished=lambda request, seconds: self.tunnels.append(request),
         )
 
-    # the client's side, in a thread
+    # client side, in a thread
 
     @contextmanager
     def connect(self, target: str, early_data: bytes = b"") -> Any:
-        """Yield a socket on which a CONNECT to `target` was answered with yes."""
+        """Yield a socket after a successful CONNECT to `target`."""
         with socket.create_connection(("127.0.0.1", self.proxy_port), timeout=30) as connection:
             connection.sendall(f"CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n\r\n".encode() + early_data)
             head = b""
@@ -163,7 +163,7 @@ class ForwardProxyLoopbackCase(TestCase):
         return ssl.create_default_context(cadata=self.pem)
 
     def over_tls(self, target: str, name: str, *requests: bytes) -> tuple[bytes, Any]:
-        """Return all that the answers to `requests` are, and the certificate that was shown."""
+        """Return the bytes of all responses to `requests`, and the certificate that the server presented."""
         with self.connect(target) as connection, self.context().wrap_socket(connection, server_hostname=name) as secure:
             certificate = x509.load_der_x509_certificate(secure.getpeercert(binary_form=True) or b"")
             for request in requests:
@@ -188,7 +188,7 @@ class InterceptionTests(ForwardProxyLoopbackCase):
         return responses, certificate
 
     async def test_registry_is_intercepted_over_tls(self) -> None:
-        """Python's client checks chain and name; several requests share the connection."""
+        """Python's client verifies the chain and the name. Several requests share the connection."""
         responses, certificate = await self.intercepted("quay.io:443", "quay.io", GET, GET, LAST)
         self.assertEqual(responses.count(b"HTTP/1.1 200 OK"), 3)
         self.assertEqual(responses.count(b"from quay.io"), 3)
@@ -196,30 +196,28 @@ class InterceptionTests(ForwardProxyLoopbackCase):
         self.assertEqual(self.handled, [("quay.io", "GET", "/v2/")] * 2 + [("quay.io", "GET", "/v2/last")])
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         self.assertEqual(names.get_values_for_type(x509.DNSName), ["quay.io"])
-        # one line for each request, and none for the CONNECT
+        # the access log has one line per request, and none for the CONNECT
         self.assertEqual([request.method for request in self.requests], ["GET"] * 3)
         self.assertEqual({request.client for request in self.requests}, {"127.0.0.1"})
         self.assertEqual(self.server.connections, [])
 
-    async def test_every_kind_of_host(self) -> None:
+    async def test_every_kind_of_host_is_intercepted(self) -> None:
         for target, name, expected in [
             ("QUAY.io:443", "quay.io", b"from quay.io"),
             ("plain.example:5000", "plain.example", b"from plain.example:5000"),
             ("10.9.8.7:5001", "10.9.8.7", b"from 10.9.8.7:5001"),
             ("[fd00::1]:443", "fd00::1", b"from [fd00::1]"),
-            ("docker-registry.local:443", "docker-registry.local", b"from our own"),
+            ("docker-registry.local:443", "docker-registry.local", b"from the hosted registry"),
         ]:
             responses, _ = await self.intercepted(target, name, LAST)
             self.assertTrue(responses.endswith(expected), (target, responses))
 
-    async def test_large_body(self) -> None:
+    async def test_large_body_is_sent_and_received(self) -> None:
         head = b"PUT /v2/x HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(LARGE_BODY)
         responses, _ = await self.intercepted("quay.io:443", "quay.io", head + LARGE_BODY)
         self.assertTrue(responses.endswith(LARGE_BODY))
 
     async def test_client_hello_sent_with_the_connect(self) -> None:
-        """It sends the first bytes of TLS along with it."""
-
         def run_client() -> bytes:
             incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
             tls = self.context().wrap_bio(incoming, outgoing, server_hostname="quay.io")
@@ -283,7 +281,7 @@ class TunnelLoopbackTests(ForwardProxyLoopbackCase):
         return result
 
     async def test_bytes_go_both_ways_untouched(self) -> None:
-        """An echo: nothing of the CONNECT gets there, and nothing is added."""
+        """An echo server must receive nothing of the CONNECT, and the tunnel must not add a byte."""
 
         def echo(connection: TunnelServerProtocol) -> None:
             connection.transport.write(connection.received)
@@ -343,7 +341,7 @@ class TunnelLoopbackTests(ForwardProxyLoopbackCase):
         self.assertEqual(await self.run_through_tunnel(run_client), b"220 welcome\r\n")
 
     async def test_large_response(self) -> None:
-        """More than sockets hold: the server is held back until the client takes it, and nothing is lost on the way."""
+        """The response exceeds the socket buffers: back-pressure pauses the server, and no byte is lost."""
         closed_before: list[int] = []
 
         def on_connected(connection: TunnelServerProtocol) -> None:
@@ -358,7 +356,7 @@ class TunnelLoopbackTests(ForwardProxyLoopbackCase):
             return head + read_all(connection)
 
         self.assertEqual(await self.run_through_tunnel(run_client), LARGE_BODY)
-        self.assertEqual(closed_before, [0])  # until the last byte is taken, it is not over
+        self.assertEqual(closed_before, [0])  # because the client had not read everything yet
         self.assertEqual([request.bytes_sent for request in self.tunnels], [len(LARGE_BODY)])
 
     async def test_large_body_to_a_slow_server(self) -> None:

@@ -1,4 +1,4 @@
-"""An existing authority: every form it may come in, and a sentence for every reason why it will not do."""
+"""Tests for CAs from files: all supported formats, and an error message for every defect."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def make_certificate(
     not_before: float = NOW - DAY,
     not_after: float = NOW + 365 * DAY,
 ) -> x509.Certificate:
-    """Return a CA's certificate for `key`, self-signed unless the name and key `above` sign it."""
+    """Return a CA certificate for `key`, signed by the name and key `issuer` or else self-signed."""
     issuer_name, issuer_key = issuer or (subject, key)
     builder = (
         x509.CertificateBuilder()
@@ -57,9 +57,7 @@ def make_certificate(
             key_agreement=False, key_cert_sign=cert_sign, crl_sign=False, encipher_only=False, decipher_only=False,
         )  # fmt: skip
         builder = builder.add_extension(usage, critical=True)
-    return builder.sign(
-        issuer_key, None if isinstance(issuer_key, ed25519.Ed25519PrivateKey) else hashes.SHA256()
-    )
+    return builder.sign(issuer_key, None if isinstance(issuer_key, ed25519.Ed25519PrivateKey) else hashes.SHA256())
 
 
 def pem(key: Any, format: serialization.PrivateFormat = FORMATS.PKCS8, passphrase: bytes | None = None) -> bytes:
@@ -85,7 +83,7 @@ class IssuerFilePair:
         return load_configured_issuer(self.certificate, self.key, passphrase, now)
 
     def error_message(self, passphrase: str | None = None, now: float = NOW) -> str:
-        """Return the sentence that these files are refused with, the directory left out."""
+        """Return the error message for these files, without the directory."""
         with pytest.raises(AuthorityError) as raised:
             self.load(passphrase, now)
         message = str(raised.value).replace(f"{self.key.parent}/", "")
@@ -104,7 +102,7 @@ def files(tmp_path: Path) -> IssuerFilePair:
 @pytest.mark.parametrize("passphrase", [None, "s3cret pa\u00df"])
 @pytest.mark.parametrize("format", [FORMATS.PKCS8, FORMATS.TraditionalOpenSSL])
 @pytest.mark.parametrize("key", [EC_KEY, OTHER_EC_KEY, RSA_KEY], ids=["P-256", "P-384", "RSA"])
-def test_every_form_of_key(
+def test_every_key_format_is_loaded(
     files: IssuerFilePair, key: IssuerKey, format: serialization.PrivateFormat, passphrase: str | None
 ) -> None:
     root = make_certificate(key)
@@ -118,7 +116,7 @@ def test_every_form_of_key(
 
 
 def test_files_made_by_openssl(files: IssuerFilePair) -> None:
-    """`openssl ecparam -genkey` puts the curve before the key."""
+    """`openssl ecparam -genkey` writes the curve parameters before the key."""
     key, certificate = str(files.key), str(files.certificate)
     subprocess.run(["openssl", "ecparam", "-name", "prime256v1", "-genkey", "-out", key], check=True)
     assert files.key.read_bytes().startswith(b"-----BEGIN EC PARAMETERS-----")
@@ -127,7 +125,7 @@ def test_files_made_by_openssl(files: IssuerFilePair) -> None:
     assert files.load(now=time.time()).warnings == ()
 
 
-def test_the_repr_holds_no_key(files: IssuerFilePair) -> None:
+def test_repr_contains_no_key(files: IssuerFilePair) -> None:
     issuer = files.write(pem(EC_KEY), make_certificate()).load()
     assert "key" not in repr(issuer).lower()
 
@@ -162,22 +160,22 @@ def test_a_chain_without_its_root_is_trusted_at_the_issuer(files: IssuerFilePair
 
 
 def test_unrelated_certificates_are_ignored(files: IssuerFilePair) -> None:
-    namesake = make_certificate(EC_KEY, subject="root")  # the name is right, the signature is not
+    namesake = make_certificate(EC_KEY, subject="root")  # the right name, but it did not sign the chain
     issuer = files.write(pem(EC_KEY), LEAF_CA, INTERMEDIATE, namesake, make_certificate(subject="stranger")).load()
     assert issuer.path == (LEAF_CA, INTERMEDIATE)
     assert issuer.trusted == LEAF_CA
     (warning,) = issuer.warnings
-    assert warning.endswith("my.crt holds certificates that are not above the first; left out: 2")
+    assert warning.endswith("my.crt has certificates outside the chain of the first; ignored: 2")
 
 
-def test_an_expired_certificate_in_the_chain(files: IssuerFilePair) -> None:
+def test_an_expired_certificate_in_the_chain_is_an_error(files: IssuerFilePair) -> None:
     old = make_certificate(RSA_KEY, subject="root", not_after=NOW - 3600)
     files.write(pem(OTHER_EC_KEY), INTERMEDIATE, old)
     day = time.strftime("%Y-%m-%d", time.gmtime(NOW - 3600))
     assert files.error_message() == f"CA_CRT_FILE: the issuer 'CN=root' in my.crt expired on {day}"
 
 
-# What is refused.
+# Errors.
 
 
 def test_no_certificate_file(files: IssuerFilePair) -> None:
@@ -211,7 +209,7 @@ def test_a_directory_for_a_file(files: IssuerFilePair) -> None:
 def test_invalid_certificate_file(files: IssuerFilePair, content: bytes) -> None:
     files.write(pem(EC_KEY))
     files.certificate.write_bytes(content)
-    assert files.error_message() == "CA_CRT_FILE: my.crt is not a certificate in PEM, or not one that can be read"
+    assert files.error_message() == "CA_CRT_FILE: my.crt is not a valid certificate in PEM format"
 
 
 @pytest.mark.parametrize(
@@ -222,15 +220,17 @@ def test_invalid_certificate_file(files: IssuerFilePair, content: bytes) -> None
 @pytest.mark.parametrize("passphrase", [None, "s3cret"])
 def test_invalid_key_file(files: IssuerFilePair, content: bytes, passphrase: str | None) -> None:
     files.write(content, make_certificate())
-    assert files.error_message(passphrase) == "CA_KEY_FILE: my.key holds no private key in PEM"
+    assert files.error_message(passphrase) == "CA_KEY_FILE: my.key contains no private key in PEM format"
 
 
 @pytest.mark.parametrize("format", [FORMATS.PKCS8, FORMATS.TraditionalOpenSSL])
 @pytest.mark.parametrize("key", [EC_KEY, RSA_KEY], ids=["EC", "RSA"])
-def test_pass_phrases(files: IssuerFilePair, key: IssuerKey, format: serialization.PrivateFormat) -> None:
+def test_encrypted_key_needs_the_right_passphrase(
+    files: IssuerFilePair, key: IssuerKey, format: serialization.PrivateFormat
+) -> None:
     files.write(pem(key, format, b"right"), make_certificate(key))
     for missing in (None, ""):
-        assert files.error_message(missing) == "CA_KEY_FILE: my.key is encrypted, and CA_KEY_PASSPHRASE is not set"
+        assert files.error_message(missing) == "CA_KEY_FILE: my.key is encrypted, but CA_KEY_PASSPHRASE is not set"
     assert files.error_message("wr0ng") == "CA_KEY_FILE: my.key cannot be decrypted with CA_KEY_PASSPHRASE"
 
 
@@ -239,7 +239,7 @@ def test_unused_passphrase_warning(files: IssuerFilePair) -> None:
     assert warning.endswith("my.key is not encrypted, so CA_KEY_PASSPHRASE has no effect")
 
 
-@pytest.mark.parametrize("key", [ec.generate_private_key(ec.SECP256R1()), RSA_KEY], ids=["same kind", "other kind"])
+@pytest.mark.parametrize("key", [ec.generate_private_key(ec.SECP256R1()), RSA_KEY], ids=["same type", "other type"])
 def test_a_key_of_another_certificate(files: IssuerFilePair, key: IssuerKey) -> None:
     files.write(pem(key), make_certificate(EC_KEY))
     assert files.error_message() == "CA_KEY_FILE: my.key is not the key of the certificate in my.crt"
@@ -254,8 +254,8 @@ def test_expired(files: IssuerFilePair) -> None:
 def test_not_yet_valid(files: IssuerFilePair) -> None:
     files.write(pem(EC_KEY), make_certificate(not_before=1893456000, not_after=1993456000))
     assert files.error_message() == (
-        "CA_CRT_FILE: the certificate in my.crt is not valid before 2030-01-01 00:00 UTC, "
-        "and this machine's clock is not there yet"
+        "CA_CRT_FILE: the certificate in my.crt is not valid before 2030-01-01 00:00 UTC; "
+        "is this machine's clock right?"
     )
 
 
@@ -263,13 +263,13 @@ def test_expiry_warning(files: IssuerFilePair) -> None:
     (warning,) = (
         files.write(pem(EC_KEY), make_certificate(not_after=1893456000)).load(now=1893456000 - 29 * DAY).warnings
     )
-    assert warning.endswith("my.crt ends on 2030-01-01")
+    assert warning.endswith("my.crt expires on 2030-01-01")
 
 
 @pytest.mark.parametrize("ca", [False, None])
 def test_not_a_ca(files: IssuerFilePair, ca: bool | None) -> None:
     files.write(pem(EC_KEY), make_certificate(ca=ca))
-    assert files.error_message() == "CA_CRT_FILE: the certificate in my.crt is not that of a CA (basicConstraints)"
+    assert files.error_message() == "CA_CRT_FILE: the certificate in my.crt is not a CA certificate (basicConstraints)"
 
 
 def test_may_not_sign(files: IssuerFilePair) -> None:
@@ -282,28 +282,28 @@ def test_may_not_sign(files: IssuerFilePair) -> None:
 def test_a_weak_rsa_key(files: IssuerFilePair) -> None:
     key = rsa.generate_private_key(65537, 1024)
     files.write(pem(key), make_certificate(key))
-    assert files.error_message() == "CA_KEY_FILE: my.key is an RSA key of 1024 bits, and clients want 2048 or more"
+    assert files.error_message() == "CA_KEY_FILE: my.key is an RSA key of 1024 bits, but clients require 2048 or more"
 
 
-def test_another_kind_of_key(files: IssuerFilePair) -> None:
+def test_a_key_of_another_type(files: IssuerFilePair) -> None:
     key = ed25519.Ed25519PrivateKey.generate()
     files.write(pem(key), make_certificate(key))
     assert files.error_message() == "CA_KEY_FILE: my.key is neither an RSA nor an EC key"
 
 
-# Who can read the key.
+# Permissions of the key file.
 
 
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o644])
 def test_readable_key_warning(files: IssuerFilePair, mode: int) -> None:
     files.write(pem(EC_KEY), make_certificate()).key.chmod(mode)
     (warning,) = files.load().warnings
-    assert warning == f"CA_KEY_FILE: {files.key} can be read by others than its owner"
+    assert warning == f"CA_KEY_FILE: {files.key} is readable by other users; set its mode to 0600"
     assert files.key.stat().st_mode & 0o777 == mode
 
 
 def test_systemd_credential_is_private(files: IssuerFilePair, monkeypatch: pytest.MonkeyPatch) -> None:
-    """systemd gives the service's user access by a list, whose mask shows as the group's bits: 0440."""
+    """systemd grants the service's user access with an ACL. Its mask appears as the group bits: 0440."""
     files.write(pem(EC_KEY), make_certificate()).key.chmod(0o440)
     monkeypatch.setattr("os.getxattr", lambda path, name: b"\x02" if name == "system.posix_acl_access" else b"")
     assert files.load().warnings == ()

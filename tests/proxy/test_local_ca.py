@@ -1,4 +1,4 @@
-"""Our own authority: made once, private, whole after a crash at any point, the same for all who start at once."""
+"""Tests for the CA that the daemon creates: file modes, recovery after a crash at any point, concurrent starts."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def umask(mask: int) -> Iterator[None]:
 
 
 class SimulatedKill(BaseException):
-    """Stands for SIGKILL: nothing of ours may catch it."""
+    """Simulates SIGKILL. It is a BaseException, because our code must not catch it."""
 
 
 def test_root_certificate(tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ def test_two_authorities_of_one_host_have_different_names(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("mask", [0o000, 0o022, 0o077])
-def test_modes_whatever_the_umask(tmp_path: Path, mask: int) -> None:
+def test_modes_do_not_depend_on_the_umask(tmp_path: Path, mask: int) -> None:
     with umask(mask):
         load_or_create_issuer(tmp_path / "state" / "ca", None, NOW)
     assert mode(tmp_path / "state" / "ca") == 0o700
@@ -105,7 +105,7 @@ def test_the_key_is_private_from_its_first_byte(tmp_path: Path, monkeypatch: pyt
     assert observations == [(str(tmp_path / "ca.key.new"), 0o600, 0), (str(tmp_path / "ca.crt.new"), 0o644, 0)]
 
 
-def test_a_directory_that_is_there_keeps_its_mode(tmp_path: Path) -> None:
+def test_an_existing_directory_keeps_its_mode(tmp_path: Path) -> None:
     directory = tmp_path / "ca"
     directory.mkdir(mode=0o755)
     directory.chmod(0o755)
@@ -124,7 +124,7 @@ def test_a_pass_phrase_encrypts_the_key(tmp_path: Path) -> None:
     first = load_or_create_issuer(tmp_path, "pa\u00dfwort", NOW)
     assert b"ENCRYPTED" in (tmp_path / "ca.key").read_bytes()
     assert der(load_or_create_issuer(tmp_path, "pa\u00dfwort", NOW)) == der(first)
-    with pytest.raises(AuthorityError, match=r"ca\.key is encrypted, and CA_KEY_PASSPHRASE is not set"):
+    with pytest.raises(AuthorityError, match=r"ca\.key is encrypted, but CA_KEY_PASSPHRASE is not set"):
         load_or_create_issuer(tmp_path, None, NOW)
 
 
@@ -144,16 +144,16 @@ def test_warning_if_the_key_cannot_be_made_private(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr("pathlib.Path.chmod", refuse)
     (warning,) = load_or_create_issuer(tmp_path, None, NOW).warnings
-    assert warning == f"CA_DIR: {tmp_path}/ca.key can be read by others than its owner"
+    assert warning == f"CA_DIR: {tmp_path}/ca.key is readable by other users; set its mode to 0600"
 
 
 # Crashes.
 
 
 @pytest.mark.parametrize("call", ["os.open", "os.fchmod", "os.fsync", "pathlib.Path.rename"])
-@pytest.mark.parametrize("which", range(7))
+@pytest.mark.parametrize("index", range(7))
 def test_next_start_recovers_from_a_kill_at_any_step(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, which: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, index: int
 ) -> None:
     module, _, name = call.rpartition(".")
     target = Path if module == "pathlib.Path" else os
@@ -161,7 +161,7 @@ def test_next_start_recovers_from_a_kill_at_any_step(
 
     def kill_at_index(*arguments: object, **keywords: object) -> object:
         calls.append(arguments)
-        if len(calls) == which + 1:
+        if len(calls) == index + 1:
             raise SimulatedKill
         return original(*arguments, **keywords)
 
@@ -191,13 +191,13 @@ def test_missing_key_is_an_error(tmp_path: Path) -> None:
     load_or_create_issuer(tmp_path, None, NOW)
     (tmp_path / "ca.key").unlink()
     certificate = (tmp_path / "ca.crt").read_bytes()
-    with pytest.raises(AuthorityError, match=r"^CA_DIR: .*/ca\.crt is there and its key .*/ca\.key is not: "):
+    with pytest.raises(AuthorityError, match=r"^CA_DIR: .*/ca\.crt exists but its key .*/ca\.key is missing: "):
         load_or_create_issuer(tmp_path, None, NOW)
     assert (tmp_path / "ca.crt").read_bytes() == certificate
     assert not (tmp_path / "ca.key").exists()
 
 
-# Together.
+# Concurrent starts.
 
 
 def test_concurrent_threads_get_the_same_issuer(tmp_path: Path) -> None:
@@ -224,33 +224,33 @@ def test_concurrent_processes_get_the_same_issuer(tmp_path: Path) -> None:
     for process in processes:
         assert process.stdin is not None
         process.stdin.close()
-    answers = set()
+    serial_numbers = set()
     for process in processes:
         assert process.stdout is not None
-        answers.add(process.stdout.read())
+        serial_numbers.add(process.stdout.read())
         process.stdout.close()
         assert process.wait(30) == 0
-    assert len(answers) == 1
+    assert len(serial_numbers) == 1
 
 
-# Troubles.
+# Errors.
 
 
 def test_expired_error_says_how_to_recreate(tmp_path: Path) -> None:
     load_or_create_issuer(tmp_path, None, NOW)
-    with pytest.raises(AuthorityError, match=r"expired on \d{4}-\d\d-\d\d; remove ca\.crt and ca\.key to have a new"):
+    with pytest.raises(AuthorityError, match=r"expired on \d{4}-\d\d-\d\d; remove ca\.crt and ca\.key to create a new"):
         load_or_create_issuer(tmp_path, None, NOW + 3651 * DAY)
 
 
 def test_expiry_warning(tmp_path: Path) -> None:
     load_or_create_issuer(tmp_path, None, NOW)
     (warning,) = load_or_create_issuer(tmp_path, None, NOW + 3625 * DAY).warnings
-    assert warning.startswith(f"CA_DIR: {tmp_path}/ca.crt ends on ")
+    assert warning.startswith(f"CA_DIR: {tmp_path}/ca.crt expires on ")
 
 
 def test_clock_before_not_before(tmp_path: Path) -> None:
     load_or_create_issuer(tmp_path, None, NOW)
-    with pytest.raises(AuthorityError, match=r"is not valid before .* UTC, and this machine's clock is not there yet"):
+    with pytest.raises(AuthorityError, match=r"is not valid before .* UTC; is this machine's clock right\?"):
         load_or_create_issuer(tmp_path, None, NOW - 3 * DAY)
 
 
@@ -258,7 +258,7 @@ def test_clock_before_not_before(tmp_path: Path) -> None:
 def test_a_damaged_certificate_is_refused_not_replaced(tmp_path: Path, content: bytes) -> None:
     load_or_create_issuer(tmp_path, None, NOW)
     (tmp_path / "ca.crt").write_bytes(content)
-    with pytest.raises(AuthorityError, match=r"^CA_DIR: .*/ca\.crt is not a certificate in PEM"):
+    with pytest.raises(AuthorityError, match=r"^CA_DIR: .*/ca\.crt is not a valid certificate in PEM"):
         load_or_create_issuer(tmp_path, None, NOW)
     assert (tmp_path / "ca.crt").read_bytes() == content
 
@@ -270,6 +270,6 @@ def test_file_instead_of_directory(tmp_path: Path) -> None:
 
 
 def test_a_directory_that_cannot_be_written(tmp_path: Path) -> None:
-    # /proc refuses new entries to root as well, whom modes do not stop.
+    # Use /proc, because it refuses new entries even if the tests run as root.
     with pytest.raises(AuthorityError, match=r"^CA_DIR: /proc/.* cannot be used: "):
         load_or_create_issuer(Path("/proc/self/ca"), None, NOW)

@@ -1,4 +1,4 @@
-"""Which requests the access rules let through, and what a refusal says."""
+"""Tests for the access policy and its error messages."""
 
 from __future__ import annotations
 
@@ -53,10 +53,10 @@ def test_tunnel_ports() -> None:
 
 
 @pytest.mark.parametrize(
-    ("port", "fine"), [(80, True), (443, True), (1024, True), (65535, True), (25, False), (1023, False)]
+    ("port", "allowed"), [(80, True), (443, True), (1024, True), (65535, True), (25, False), (1023, False)]
 )
-def test_plain_http_ports(port: int, fine: bool) -> None:
-    if fine:
+def test_plain_http_ports(port: int, allowed: bool) -> None:
+    if allowed:
         make_policy().check_http_port(Host("example.com", port))
     else:
         with pytest.raises(Denied, match="TUNNEL_PORTS"):
@@ -69,7 +69,7 @@ def test_name_that_resolves_to_a_metadata_service_is_denied() -> None:
     for address in ("169.254.169.254", "::ffff:169.254.169.254", "64:ff9b::a9fe:a9fe", "2002:a9fe:a9fe::1"):
         with pytest.raises(Denied) as caught:
             rules.check_address(parse_host("evil.example"), address)
-        # "link-local" is the first entry that has it. The address itself is nothing that the client needs to learn.
+        # "link-local" is the first entry that matches. The error does not reveal the address to the client.
         assert str(caught.value) == "TUNNEL_DENY (link-local) forbids connections to evil.example:443."
 
 
@@ -95,7 +95,7 @@ def test_allowed_names() -> None:
     rules = make_policy(allow=".example.com 192.0.2.0/24")
     rules.check_address(parse_host("www.example.com"), "198.51.100.1")
     rules.check_address(parse_host("other.example"), "192.0.2.1")
-    rules.check_name(parse_host("other.example"))  # its address may be in the network
+    rules.check_name(parse_host("other.example"))  # because its address may be in the network
     with pytest.raises(Denied) as caught:
         rules.check_address(parse_host("other.example"), "198.51.100.1")
     assert str(caught.value) == "TUNNEL_ALLOW has no entry for other.example:443."
@@ -125,10 +125,10 @@ def test_non_address_is_denied() -> None:
 
 
 NAMES = st.sampled_from(["example.com", "www.example.com", "other.example"])
-WORDS = st.sampled_from(
+ENTRIES = st.sampled_from(
     ["example.com", "*.example.com", ".example.com", "10.0.0.0/8", "private", "loopback", "all", "none"]
 )
-LISTS = st.lists(WORDS, max_size=3).map(" ".join)
+LISTS = st.lists(ENTRIES, max_size=3).map(" ".join)
 ADDRESSES = st.sampled_from(["10.0.0.1", "192.168.0.1", "127.0.0.1", "0.0.0.0", "203.0.113.1", "2001:db8::1"])
 
 
@@ -149,7 +149,7 @@ def test_allowed_means_in_allow_and_not_in_deny(allow: str, deny: str, name: str
     assert is_allowed(make_policy(allow=allow, deny=deny), name, address) == bool(expected)
 
 
-@given(LISTS, LISTS, WORDS, NAMES, ADDRESSES)
+@given(LISTS, LISTS, ENTRIES, NAMES, ADDRESSES)
 def test_adding_a_deny_entry_never_allows_more(allow: str, deny: str, more: str, name: str, address: str) -> None:
     if is_allowed(make_policy(allow=allow, deny=f"{deny} {more}"), name, address):
         assert is_allowed(make_policy(allow=allow, deny=deny), name, address)

@@ -1,4 +1,4 @@
-"""Tunnels between two transports in memory, and time that the test holds."""
+"""Tests for tunnels between two in-memory transports, with a fake clock."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from dockerproxy.proxy.tunnel import SingleProtocolFactory, Tunnel, TunnelTimeou
 
 
 class FakeTransport:
-    """One end's transport. What is written beyond `room` waits, and the producer is told; ends are reported later."""
+    """The transport of one side. Data beyond `capacity` is buffered and pauses the producer.
+
+    The end of the connection is reported in a later turn of the clock.
+    """
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
@@ -51,7 +54,7 @@ class FakeTransport:
             self.report_lost(ConnectionDone())
 
     def loseConnection(self) -> None:
-        assert self.producer is None, "closing waits for a producer that nobody unregistered"
+        assert self.producer is None, "loseConnection waits for a producer that is still registered"
         if not self.disconnecting:
             self.disconnecting = True
             self.clock.callLater(0, self.accept, 0)
@@ -87,11 +90,11 @@ class FakeTransport:
         self.loseConnection()
 
     def peer_sends(self, data: bytes) -> None:
-        """Let the peer send."""
+        """Deliver `data` from the peer."""
         self.protocol.dataReceived(data)
 
     def peer_closes(self) -> None:
-        """Let the peer close, or say that it sends no more: Twisted tells these apart only for who asks."""
+        """Close or half-close the connection from the peer; Twisted reports both in this way by default."""
         self.report_lost(ConnectionDone())
 
 
@@ -111,7 +114,7 @@ class TunnelHarness:
 
     @property
     def is_over(self) -> bool:
-        """Whether nothing is left of the tunnel."""
+        """Whether both connections are closed and no timer is pending."""
         return self.client.closed and self.server.closed and not self.clock.getDelayedCalls()
 
 
@@ -236,7 +239,7 @@ def test_abort_with_pending_data(harness: TunnelHarness, capacity: int) -> None:
     harness.run()
     assert harness.byte_counts == [5]
     assert harness.is_over
-    harness.tunnel.abort()  # and once more, as a drain does that comes late
+    harness.tunnel.abort()  # a late abort, as from a drain, must have no effect
     harness.run(1000)
     assert harness.byte_counts == [5]
 
