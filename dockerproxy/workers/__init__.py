@@ -1,13 +1,15 @@
-"""The daemon as several processes, one for each core.
+"""The processes of the daemon: the main process, the fork server, and the workers, one process for each core.
 
-The first process is the daemon as it would be alone: it listens, administers, collects, and serves. The others, the
-*workers*, are started for it as copies of what it was itself before it served (`forking`). It hands each of them
-connections it has accepted (`passing`), always to whoever has the fewest (`tally`); nothing is read from a connection
-before. What of a process's state concerns the others is in the first one, which is asked over a `line` of its own to
-each worker: how much room the cache has, and whose turn it is to change a repository (`desk`; the worker's end is
-`elsewhere`). It also passes on what one of them finds out about a client's token. All else they share by the files of
-the store, a download by its ingest file.
+The main process is the complete daemon: it listens, serves clients, serves the command `dockerproxy` and evicts blobs.
+With WORKERS=1 it is the only process. The *workers* only serve clients. The fork server is a copy of the main process
+from before it served clients, and forks the workers (`fork_server`). The main process accepts every connection and
+passes it, unread, to the process with the fewest open connections (`dispatch`, `scoreboard`).
 
-A worker that dies is replaced (`crew`). Where the first process dies, its workers end. Where the fork server dies, all
-others go on, and those who die then are not replaced.
+State that concerns several processes is in the main process: the space of the cache, and the locks of repositories
+(`coordinator`). A worker accesses it by RPC (`remote`, `rpc`) over a socket pair (`message_socket`). The main process
+also forwards token bindings from one worker to the others. All other state is shared through the files of the store;
+a download is shared through its ingest file.
+
+If a worker dies, the main process starts another one (`supervisor`). If the main process dies, its workers exit. If the
+fork server dies, the other processes continue, but workers that die are not replaced until the daemon is restarted.
 """

@@ -1,4 +1,4 @@
-"""What the first process does for its workers: it keeps the cache's room, and gives turns."""
+"""The main process's side of the state that all processes share: the space of the cache, and locks."""
 
 from __future__ import annotations
 
@@ -16,35 +16,35 @@ from dockerproxy.store.ingest import Ingest
 
 @define
 class ReservationTable:
-    """Who has reserved room for which blob; the first process's own downloads reserve it here as well.
+    """Maps each reserved blob to its owner: a worker's session, or the main process.
 
-    The ingest's lock goes from one process to the next before the word of it gets here. So what a process releases that
-    another has reserved by now stays.
+    A process may take over an ingest before we learn that its previous writer released it. A release is therefore
+    ignored if another process has reserved the digest since.
     """
 
     space: CacheSpaceManager
     _owners: dict[Digest, object] = field(factory=dict, init=False)
 
     async def reserve(self, owner: object, digest: Digest, size: int, existing_size: int) -> bool:
-        """Reserve room, as `CacheRoom.reserve`."""
+        """Reserve space for `owner`; see `CacheSpaceManager.reserve`."""
         self._owners[digest] = owner
         return await self.space.reserve(digest, size, existing_size)
 
     def release(self, owner: object, digest: Digest) -> None:
-        """Release what `owner` reserved, unless another has by now."""
+        """Release a reservation of `owner`. Do nothing if another process has reserved the digest since."""
         if self._owners.get(digest) is owner:
             del self._owners[digest]
             self.space.release(digest)
 
     def release_all(self, owner: object) -> None:
-        """Release all that a process that is gone had reserved."""
+        """Release all reservations of a process that has exited."""
         for digest in [digest for digest, holder in self._owners.items() if holder is owner]:
             self.release(owner, digest)
 
 
 @define
 class LocalCacheSpace:
-    """The cache's room for the downloads of the first process itself."""
+    """The cache space as the downloads of the main process use it. See `CacheSpace` for the methods."""
 
     _reservations: ReservationTable
 
@@ -72,7 +72,7 @@ class LocalCacheSpace:
 
 @define(eq=False)
 class WorkerSession:
-    """What one worker may ask."""
+    """The server side of one worker's RPC connection."""
 
     _reservations: ReservationTable
     _locks: LocalKeyedLock
@@ -81,7 +81,7 @@ class WorkerSession:
 
     @property
     def handlers(self) -> dict[str, Callable[..., Any]]:
-        """The questions, as `Calls` takes them."""
+        """The RPC methods that the worker may call."""
         return {
             "reserve": self._reserve,
             "release": lambda digest: self._reservations.release(self, Digest.parse(digest)),
@@ -93,7 +93,7 @@ class WorkerSession:
         }
 
     def close(self) -> None:
-        """End what a worker that is gone had here."""
+        """Release the reservations and locks of a worker that has exited."""
         self._waiting_locks.clear()
         self._reservations.release_all(self)
         for lock_id in list(self._held_locks):
@@ -107,10 +107,13 @@ class WorkerSession:
             self._reservations.space.touch(Digest.parse(digest))
 
     def _lock(self, key: str, lock_id: int) -> Deferred[bool]:
-        """Give the turn that the worker calls `number`; it ends by `turn_ended`, which may come before it begins."""
+        """Acquire a lock for the worker.
+
+        The worker releases it by `unlock` with the same `lock_id`. That also cancels a lock that is still waiting.
+        """
         acquired: Deferred[bool] = Deferred()
         self._waiting_locks.add(lock_id)
-        spawn(self._hold_lock(key, lock_id, acquired), f"the turn in {key}")
+        spawn(self._hold_lock(key, lock_id, acquired), f"locking {key} for a worker")
         return acquired
 
     async def _hold_lock(self, key: str, lock_id: int, acquired: Deferred[bool]) -> None:

@@ -1,4 +1,4 @@
-"""Connections on their way from the process that accepts them to the one that serves them."""
+"""Passing of accepted connections from the main process to workers."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _FAMILIES = (socket.AF_INET, socket.AF_INET6)
 
 
 DispatchConnection = Callable[[bytes, socket.socket | None], bool]
-"""Passes a connection on, and says whether it did; see `Crew.pass_on`."""
+"""Passes a connection to a worker. Returns whether it did; see `WorkerSupervisor.dispatch`."""
 
 
 class ConnectionDispatcher(Factory):
-    """Takes the connections of the door `number`; those that `pass_on` does not pass on are served here, by `site`."""
+    """Passes the connections of listener `number` to `dispatch`. If it returns False, `site` serves the connection."""
 
     noisy = False
 
@@ -33,11 +33,11 @@ class ConnectionDispatcher(Factory):
         return _PendingConnection(self)
 
     def on_accepted(self, transport: Any) -> Protocol | None:
-        """Pass a connection on; return the protocol that serves it here, where that could not be."""
+        """Pass the connection to a worker. If none takes it, return the protocol that serves it in this process."""
         sock: socket.socket = transport.getHandle()
         if not self._dispatch(bytes([self._number, sock.family]), sock if sock.family in _FAMILIES else None):
             return self._site.buildProtocol(transport.getPeer())
-        # Closed as a descriptor only: Twisted would shut the connection down, which the other process now has.
+        # Close only the descriptor. Twisted would call shutdown(), which closes the connection in the worker as well.
         transport.stopReading()
         sock.close()
         return None
@@ -56,7 +56,7 @@ class _PendingConnection(Protocol):
 
 
 class ConnectionReceiver:
-    """Takes in the connections that are passed on to this process, for the `sites` of the doors by their number."""
+    """Receives connections from the main process and hands each to the site of its listener (`sites` by number)."""
 
     def __init__(self, reactor: Any, sites: Sequence[Site], on_closed: Callable[[], None]) -> None:
         self._reactor = reactor
@@ -66,9 +66,9 @@ class ConnectionReceiver:
     def __call__(self, label: bytes, descriptor: int) -> None:
         number, family = label
         try:
-            # Twisted makes a copy of the descriptor.
+            # adoptStreamConnection duplicates the descriptor.
             self._reactor.adoptStreamConnection(descriptor, family, self._sites[number])
-        except OSError:  # the client has left already
+        except OSError:  # the client has already disconnected
             self._on_closed()
         finally:
             os.close(descriptor)

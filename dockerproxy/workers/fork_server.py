@@ -1,8 +1,8 @@
-"""The fork server: a copy of the first process as it was before it served anybody, of which workers are copies.
+"""The fork server: a copy of the main process from before it served clients, which forks the workers.
 
-A worker that begins as a copy has its modules already, and shares the memory they are in; and it has the same CA with
-the same keys for TLS session tickets. It is not copied from the first process when it is wanted, for that has threads
-and clients then. Here nothing happens but this: it waits for an order, makes a copy, and tells of the ends of those.
+A forked worker has all modules loaded and shares their memory with the other processes. It also has the same CA and the
+same TLS session ticket keys. The main process cannot fork workers itself once it runs, because it has threads and
+connections by then. The fork server only waits for requests, forks a worker for each, and reports the exit of workers.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from twisted.logger import Logger
 from dockerproxy.workers.log_relay import remove_log_observers
 from dockerproxy.workers.message_socket import MAX_MESSAGE_SIZE, MessageSocket, reject_descriptor, socketpair
 
-# A terminal's signals go to all processes, as systemd's SIGTERM does; it is the first one that knows what to do.
+# The terminal and systemd send these signals to all processes. Only the main process handles them.
 _MAIN_PROCESS_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 log = Logger()
@@ -35,10 +35,10 @@ log = Logger()
 
 @frozen
 class SpawnRequest:
-    """What a worker is to be: its `number`, and the settings that have `changed` since the start.
+    """A request to start a worker.
 
-    `line` is its line to the first process. Its log goes into that of the first process by the pipe `output`, or to the
-    standard output that it has.
+    `changed_settings` are the variables that a reload has changed since the daemon started. `socket_fd` is the worker's
+    end of the socket to the main process. `log_fd` is a pipe for its log, or None if it logs to its standard output.
     """
 
     number: int
@@ -48,10 +48,10 @@ class SpawnRequest:
 
 
 class ForkServer(Service):
-    """The fork server, as the first process has it, and this as a service: to be the first, when nothing is open.
+    """The main process's handle of the fork server. It must be the first service, because it forks when it starts.
 
-    `run` is what a worker does, in a process of its own that ends when it returns. A copy `writes` to the log that the
-    first process has, or its log has no observers when it begins.
+    `run` is the worker's main function; the worker exits when it returns. If `keep_log_observers` is true, the fork
+    server and the workers keep the log observers of the main process; otherwise they start without any.
     """
 
     def __init__(self, reactor: Any, run: Callable[[SpawnRequest], object], *, keep_log_observers: bool) -> None:
@@ -61,24 +61,24 @@ class ForkServer(Service):
         self._pid = 0
         self._message_socket: MessageSocket | None = None
         self.on_started: Callable[[int, int], None]
-        """Called with the number of a worker, and its process's."""
+        """Called with the number and the process ID of a worker that started."""
         self.on_exited: Callable[[int, str], None]
-        """Called with the number of a worker that ended, or could not be started, and why."""
+        """Called with the number of a worker that exited or could not be started, and the reason."""
         self.on_lost: Callable[[], None]
-        """Called when there is no fork server any more."""
+        """Called when the fork server has exited."""
 
     @property
     def alive(self) -> bool:
-        """Whether workers can be started, and their ends are told."""
+        """Whether the fork server can start workers and report their exit."""
         return self._message_socket is not None and self._message_socket.connected
 
     def startService(self) -> None:
         super().startService()  # type: ignore[no-untyped-call]
-        assert threading.active_count() == 1  # or a copy would have locks that nobody opens
+        assert threading.active_count() == 1  # a lock that another thread holds would stay locked in the child
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         gc.collect()
-        gc.freeze()  # what a copy does not look through stays shared
+        gc.freeze()  # the collector would write to the objects' headers, which copies their pages
         parent_socket, child_socket = socketpair()
         self._pid = os.fork()
         if not self._pid:
@@ -90,13 +90,13 @@ class ForkServer(Service):
         )
 
     def start(self, number: int, changed_settings: Mapping[str, str], socket_fd: int, log_fd: int | None) -> bool:
-        """Have a worker started (see `Order`), and say whether that could be asked for."""
+        """Request a worker; see `SpawnRequest`. Return whether the request was sent."""
         request = json.dumps([number, changed_settings], separators=(",", ":")).encode()
         descriptors = [socket_fd] if log_fd is None else [socket_fd, log_fd]
         return self._message_socket is not None and self._message_socket.send_descriptors(request, *descriptors)
 
     def close(self) -> None:
-        """Have the fork server end. Workers stay, and their ends are no longer told."""
+        """Make the fork server exit. Its workers continue, but their exit is no longer reported."""
         if self._message_socket is not None:
             self._message_socket.close()
 
@@ -111,13 +111,13 @@ class ForkServer(Service):
 
 
 def run_fork_server(sock: socket.socket, run: Callable[[SpawnRequest], object]) -> None:
-    """Be the fork server, at the other end of `line`, until that is closed."""
+    """Run the fork server on its end of the socket pair, until the other end is closed."""
     for signal_number in _MAIN_PROCESS_SIGNALS:
         signal.signal(signal_number, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     _close_other_descriptors(sock.fileno())
     set_process_name("fork server")
-    workers: dict[int, tuple[int, int]] = {}  # a process's descriptor: its number as a worker, and the kernel's
+    workers: dict[int, tuple[int, int]] = {}  # pidfd: (worker number, process ID)
     poll = select.poll()
     poll.register(sock, select.POLLIN)
     while True:
@@ -133,7 +133,7 @@ def run_fork_server(sock: socket.socket, run: Callable[[SpawnRequest], object]) 
                 return
             try:
                 pid = _fork_worker(request, run)
-            except OSError as error:  # no memory, or no more processes
+            except OSError as error:  # out of memory, or too many processes
                 _notify(sock, "exited", request.number, str(error))
                 continue
             descriptor = os.pidfd_open(pid)
@@ -143,7 +143,7 @@ def run_fork_server(sock: socket.socket, run: Callable[[SpawnRequest], object]) 
 
 
 def set_process_name(name: str) -> None:
-    """Give this process a name of up to 15 bytes, which programs like top show."""
+    """Set the name of this process, at most 15 bytes, that top and ps show."""
     with suppress(OSError), open("/proc/self/comm", "w") as file:
         file.write(name)
 
@@ -172,7 +172,7 @@ def _run_worker(request: SpawnRequest, run: Callable[[SpawnRequest], object]) ->
 def _receive_request(sock: socket.socket) -> SpawnRequest | None:
     try:
         data, descriptors, _, _ = socket.recv_fds(sock, MAX_MESSAGE_SIZE, 2)
-    except ConnectionError:  # it was closed before all that was told here had been read
+    except ConnectionError:  # closed while messages of ours were unread
         return None
     if not data:
         return None
@@ -181,7 +181,7 @@ def _receive_request(sock: socket.socket) -> SpawnRequest | None:
 
 
 def _notify(sock: socket.socket, event: str, number: int, detail: int | str) -> None:
-    with suppress(OSError):  # the first process is gone, which is found by reading
+    with suppress(OSError):  # the main process is gone; the next read reports that
         sock.send(b"{" + json.dumps([event, number, detail]).encode())
 
 
@@ -191,12 +191,12 @@ def _exit_reason(status: int) -> str:
 
 
 def _run_and_exit(run: Callable[[], object]) -> NoReturn:
-    """Do `run`, and end, without anything of what this process was to do when it was another's copy."""
+    """Call `run` and exit. `os._exit` skips the exit handlers that were inherited from the parent process."""
     status = 1
     try:
         run()
         status = 0
-    except SystemExit:  # what is wrong has been said
+    except SystemExit:  # the error has been logged
         pass
     except BaseException:
         log.failure("process {pid} failed", pid=os.getpid())
@@ -207,12 +207,12 @@ def _run_and_exit(run: Callable[[], object]) -> NoReturn:
 
 
 def _close_other_descriptors(*keep: int) -> None:
-    """Close what this process has open beside its standard streams and `kept`.
+    """Close all descriptors but the standard streams and `keep`.
 
-    The objects that had these numbers must not be freed: they would close what others have under these numbers then.
-    They are referred to from the frames that called this, which are never left.
+    The Python objects that own these descriptors must not be freed, because they would close descriptors that reuse the
+    numbers. The calling frames, which never return, hold references to them.
     """
     for name in os.listdir("/proc/self/fd"):
         if int(name) > 2 and int(name) not in keep:
-            with suppress(OSError):  # that of the list itself
+            with suppress(OSError):  # the descriptor of os.listdir is already closed
                 os.close(int(name))

@@ -1,4 +1,4 @@
-"""The log of a worker on its way into that of the first process, where only that writes it: through a pipe."""
+"""Relays the log of a worker, through a pipe, to the log of the main process."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ log = Logger()
 
 
 def remove_log_observers() -> list[ILogObserver]:
-    """Take away the observers that the log has, and return them.
+    """Remove all observers of the log and return them.
 
-    It is twistd that has set one, and it does not say which; but the way of an event can be traced.
+    twistd installs an observer without exposing it. Find it by publishing an event with `log_trace`.
     """
     trace: list[tuple[object, ILogObserver]] = []
     globalLogPublisher({"log_trace": trace})
@@ -34,7 +34,7 @@ def remove_log_observers() -> list[ILogObserver]:
 
 @implementer(IReadDescriptor)
 class LogRelay:
-    """Logs what comes from the pipe `descriptor`, until its other end is closed: events of `JsonLog`, and lines."""
+    """Logs everything that arrives from the pipe `descriptor` until it closes: events of `JsonLog`, and other lines."""
 
     def __init__(self, reactor: Any, descriptor: int) -> None:
         self._reactor = reactor

@@ -1,4 +1,4 @@
-"""A line between two processes: messages, and descriptors, over a pair of sockets that keep both in order."""
+"""A socket between two processes that carries JSON messages and file descriptors in order (AF_UNIX, SOCK_SEQPACKET)."""
 
 from __future__ import annotations
 
@@ -15,36 +15,36 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 MAX_MESSAGE_SIZE = 192 * 1024
-"""Bytes in a message: what a socket takes at once by the kernel's defaults (net.core.wmem_default)."""
+"""Maximum bytes of a message. A socket accepts that many at once by the default of net.core.wmem_default."""
 
-_MAX_QUEUED_MESSAGES = 10_000  # messages; who is so far behind hangs
-_MESSAGES_PER_READ = 64  # messages that are received before others get their turn
+_MAX_QUEUED_MESSAGES = 10_000  # messages; a peer that is so far behind hangs, and is disconnected
+_MESSAGES_PER_READ = 64  # messages to receive before control returns to the reactor
 
 OnMessage = Callable[[Any], None]
 OnDescriptor = Callable[[bytes, int], None]
 
 
 def reject_descriptor(label: bytes, descriptor: int) -> None:
-    """Take no descriptors."""
+    """Close a descriptor that was not expected."""
     os.close(descriptor)
 
 
 class MessageTooLong(Exception):
-    """A message that cannot be sent."""
+    """The message exceeds `MAX_MESSAGE_SIZE`."""
 
 
 def socketpair() -> tuple[socket.socket, socket.socket]:
-    """Return the two ends of a line."""
+    """Return two connected sockets."""
     parent_socket, child_socket = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     return parent_socket, child_socket
 
 
 @implementer(IReadWriteDescriptor)
 class MessageSocket:
-    """One end of a line.
+    """One end of the connection.
 
-    `received` is called with each message (what JSON holds), `passed` with each descriptor, which is its to close, and
-    the label that came with it, `lost` once when the other end is gone or was closed.
+    `on_message` is called with each message, a JSON value. `on_descriptor` is called with the label of each descriptor
+    and the descriptor, which it must close. `on_closed` is called once, when either end has been closed.
     """
 
     def __init__(
@@ -67,10 +67,10 @@ class MessageSocket:
         reactor.addReader(self)
 
     def send(self, message: Any) -> None:
-        """Send `message`, after those before it. Raise `LineError` for one that is too long."""
+        """Send `message`, or queue it if the socket is full. Raise `MessageTooLong`."""
         data = b"{" + json.dumps(message, separators=(",", ":")).encode()
         if len(data) > MAX_MESSAGE_SIZE:
-            raise MessageTooLong(f"a message of {len(data)} bytes")
+            raise MessageTooLong(f"message of {len(data)} bytes exceeds {MAX_MESSAGE_SIZE} bytes")
         if not self.connected:
             return
         if self._send_queue or not self._try_send(data):
@@ -80,9 +80,9 @@ class MessageSocket:
                 self.close()
 
     def send_descriptors(self, label: bytes, *descriptors: int) -> bool:
-        """Pass descriptors on, and say whether they were: not where the other end is behind. The caller closes its own.
+        """Send copies of `descriptors`. Return False if messages are queued or the socket is full.
 
-        A label does not begin with ``{``.
+        The caller closes its own descriptors. `label` must not begin with ``{``, which marks a message.
         """
         if not self.connected or self._send_queue:
             return False
@@ -93,7 +93,7 @@ class MessageSocket:
         return True
 
     def close(self) -> None:
-        """Hang up."""
+        """Close this end, and call `on_closed`, unless it is closed already."""
         if self.connected:
             self._shut_down()
 
@@ -146,7 +146,7 @@ class MessageSocket:
             self._socket.send(data)
         except (BlockingIOError, InterruptedError):
             return False
-        except OSError:  # the other end is gone: that is found by reading, not in the middle of a call of ours
+        except OSError:  # the peer is gone; `doRead` reports that, so that `on_closed` is not called within `send`
             return True
         return True
 

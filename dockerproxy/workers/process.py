@@ -1,4 +1,4 @@
-"""A worker: one more process that serves clients, begun as a copy of the first one; see `dockerproxy.workers`."""
+"""The main function of a worker process; see `dockerproxy.workers`."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ log = Logger()
 
 @frozen
 class ForkedState:
-    """What a worker has from the first process: the `environment`, as the settings were read from at the start, ..."""
+    """State a worker inherits through fork(). `environment` is the one the settings were parsed from at start-up."""
 
     reactor: Any
     environment: Mapping[str, str] = field(repr=False)
@@ -49,7 +49,7 @@ class ForkedState:
 
 
 class WorkerProcess:
-    """This process, which the first one calls `number` and has a `line` to."""
+    """Worker `number`, which is this process. `sock` is connected to the main process."""
 
     def __init__(
         self, reactor: Any, forked_state: ForkedState, settings: Settings, number: int, sock: socket.socket
@@ -82,7 +82,7 @@ class WorkerProcess:
         )
 
     def start(self) -> None:
-        """Begin to serve."""
+        """Start to serve clients, and report that to the main process once the reactor runs."""
         self._listener_service.startService()
         self._reactor.addSystemEventTrigger("before", "shutdown", self._drain)
         heartbeats = LoopingCall(lambda: self._scoreboard.heartbeat(self._number, time.monotonic_ns()))
@@ -107,7 +107,11 @@ class WorkerProcess:
         try:
             self._server.reconfigure(Settings.from_environment({**self._forked_state.environment, **changed_settings}))
         except (SettingsError, HtpasswdError, OSError) as error:
-            log.error("worker {number} did not reload: {reason}", number=self._number, reason=str(error))
+            log.error(
+                "worker {number} not reloaded, its settings are unchanged: {reason}",
+                number=self._number,
+                reason=str(error),
+            )
 
     def _stop(self) -> None:
         if not self._stopping:
@@ -125,13 +129,14 @@ class WorkerProcess:
         self._listener_service.abort()
 
     def _parent_lost(self) -> None:
-        """End at once: another daemon may start where the first process is gone, and clears what is under way."""
-        if not self._ended:  # or it is the reactor that closes the line, and what it closes last has yet to be logged
+        """Exit at once, because a new daemon may start now and delete the files of downloads that are in progress."""
+        # After a regular stop the reactor closes the socket itself. Let it finish, so that its last events are logged.
+        if not self._ended:
             os._exit(1)
 
 
 def run_worker(forked_state: ForkedState, request: SpawnRequest) -> None:
-    """Run a worker until the first process says so or is gone."""
+    """Run a worker until the main process stops it or exits."""
     if request.log_fd is not None:
         globalLogPublisher.addObserver(JsonLog(open(1, "w", closefd=False)))
     reactor = _install_new_reactor(forked_state.reactor)
@@ -145,7 +150,10 @@ def run_worker(forked_state: ForkedState, request: SpawnRequest) -> None:
 
 
 def _install_new_reactor(reactor: Any) -> Any:
-    """Return a reactor of the same kind, which is the one that is imported from now on: one has no use in a copy."""
+    """Install and return a new reactor of the same class.
+
+    A reactor cannot be used after fork(): parent and child would share one epoll set.
+    """
     del sys.modules["twisted.internet.reactor"]
     new_reactor = type(reactor)()
     installReactor(new_reactor)  # type: ignore[no-untyped-call]

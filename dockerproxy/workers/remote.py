@@ -1,4 +1,4 @@
-"""What the first process keeps for all, as a worker uses it."""
+"""The worker's side of the state that all processes share: proxies that call the main process by RPC."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from dockerproxy.store.blobs import Blobs
 from dockerproxy.store.ingest import Ingest
 from dockerproxy.workers.rpc import RPC, RemoteError
 
-_USE_REPORT_INTERVAL = 5.0  # seconds in which uses of contents are collected before they are told
+_USE_REPORT_INTERVAL = 5.0  # seconds over which uses of blobs are collected into one message
 _MAX_USES_PER_REPORT = 1000  # uses in one message
 
 
 class RemoteCacheSpace:
-    """The cache's room, which the first process keeps (`CacheRoom`)."""
+    """Proxy of the `CacheSpaceManager` in the main process; implements `CacheSpace`."""
 
     def __init__(self, reactor: Any, rpc: RPC, blobs: Blobs) -> None:
         self._reactor = reactor
@@ -26,28 +26,28 @@ class RemoteCacheSpace:
         self._unreported_uses: set[Digest] = set()
 
     async def reserve(self, digest: Digest, size: int, existing_size: int) -> bool:
-        """Make room for a blob; see `CacheRoom`."""
+        """Reserve space for a blob; see `CacheSpaceManager.reserve`. Return False if the main process is gone."""
         try:
             return bool(await self._rpc.call("reserve", str(digest), size, existing_size))
         except RemoteError:
-            return False  # its clients get it all the same
+            return False  # the blob is not cached, but its clients still receive it
 
     def release(self, digest: Digest) -> None:
-        """End what `reserve` began."""
+        """Release the reservation of `digest`."""
         self._rpc.notify("release", str(digest))
 
     async def commit(self, ingest: Ingest) -> None:
-        """Publish a blob that is complete. Raises OSError."""
+        """Move a complete blob into the store and record it. Raise OSError."""
         size = ingest.size
         await in_thread(self._reactor, ingest.commit, self._blobs)
         await self.record(ingest.digest, size)
 
     async def record(self, digest: Digest, size: int) -> None:
-        """Count a content that was written."""
+        """Count a blob that was written."""
         self._rpc.notify("record", str(digest), size)
 
     def pin(self, digest: Digest) -> None:
-        """Note that a content is used. It may go for all that: who has it open goes on reading."""
+        """Record a use of the blob. It may still be evicted; an open reader can then read it to the end."""
         if not self._unreported_uses:
             self._reactor.callLater(_USE_REPORT_INTERVAL, self._report_uses)
         self._unreported_uses.add(digest)
@@ -55,10 +55,10 @@ class RemoteCacheSpace:
             self._report_uses()
 
     def unpin(self, digest: Digest) -> None:
-        """End a `hold`."""
+        """Do nothing, because `pin` of a worker does not prevent eviction."""
 
     async def usage(self) -> tuple[int, int]:
-        """Return how many bytes contents take, and how many they may. Raises `Elsewhere`."""
+        """Return the bytes used by the cache, and their limit. Raise `RemoteError`."""
         used, limit = await self._rpc.call("usage")
         return int(used), int(limit)
 
@@ -69,7 +69,7 @@ class RemoteCacheSpace:
 
 
 class RemoteKeyedLock:
-    """Turns that the first process gives (`Turns`)."""
+    """Proxy of the `LocalKeyedLock` in the main process; implements `KeyedLock`."""
 
     def __init__(self, rpc: RPC) -> None:
         self._rpc = rpc
@@ -77,10 +77,10 @@ class RemoteKeyedLock:
 
     @asynccontextmanager
     async def hold(self, key: str) -> AsyncIterator[bool]:
-        """Wait for one's turn, and have it for the length of the block; the value says whether one had to wait."""
+        """Hold the lock of `key`; see `KeyedLock.hold`. Raise `RemoteError`."""
         self._last_lock_id += 1
         lock_id = self._last_lock_id
         try:
             yield bool(await self._rpc.call("lock", key, lock_id))
         finally:
-            self._rpc.notify("unlock", lock_id)  # also of who did not wait for it
+            self._rpc.notify("unlock", lock_id)  # also if the caller was cancelled while it waited

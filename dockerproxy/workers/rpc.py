@@ -1,4 +1,4 @@
-"""Questions and answers between two processes."""
+"""Remote procedure calls between two processes, over a `MessageSocket`."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from dockerproxy.workers.message_socket import MessageSocket, OnDescriptor, reje
 log = Logger()
 
 Handlers = Mapping[str, Callable[..., Any]]
-"""What can be asked, by name: functions, or coroutine functions, of what JSON holds."""
+"""Functions or coroutine functions by name. Their arguments and results are JSON values."""
 
 
 class RemoteError(Exception):
-    """What was asked failed in the other process, or that is gone; the log has why."""
+    """The call failed in the other process, or that process is gone. The log of the other process has the details."""
 
 
 class RPC:
-    """This process's end of a line to another. `answers` are what the other may ask; the rest is as of `Line`."""
+    """This process's end of the connection. The other process may call `handlers`. See `MessageSocket` for the rest."""
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class RPC:
         self.message_socket = MessageSocket(reactor, sock, self._on_message, on_descriptor, self._on_closed)
 
     async def call(self, name: str, *arguments: Any) -> Any:
-        """Return what the other process answers. Raise `Elsewhere`."""
+        """Call a handler of the other process and return its result. Raise `RemoteError`."""
         if not self.message_socket.connected:
             raise RemoteError("the other process is gone")
         self._last_call_id += 1
@@ -56,13 +56,13 @@ class RPC:
         del self._pending[call_id]
 
     def notify(self, name: str, *arguments: Any) -> None:
-        """Say something that is not answered."""
+        """Call a handler of the other process without waiting for a result."""
         self.message_socket.send([name, 0, *arguments])
 
     def _on_message(self, message: Any) -> None:
         name, call_id, *arguments = message
         if name:
-            spawn(self._handle(name, call_id, arguments), f"the answer to {name}")
+            spawn(self._handle(name, call_id, arguments), f"handling the RPC {name}")
         elif (waiter := self._pending.pop(call_id, None)) is not None:
             result, failed = arguments
             waiter.callback(Failure(RemoteError(result)) if failed else result)  # type: ignore[no-untyped-call]
@@ -74,13 +74,15 @@ class RPC:
                 result = await result
             reply = [result, False]
         except Exception:
-            log.failure("{name}, asked by another process, failed", name=name)
+            log.failure("handler of the RPC {name} failed", name=name)
             reply = [f"{name} failed", True]
         if call_id:
             self.message_socket.send(["", call_id, *reply])
 
     def _on_closed(self) -> None:
-        self._on_lost()  # first: a worker ends in there, before a client is told of a failure that it would not repeat
+        # Call this first, because a worker exits in it. Otherwise its clients would receive an error response, which
+        # they do not retry, instead of a broken connection.
+        self._on_lost()
         pending, self._pending = self._pending, {}
         for waiter in pending.values():
             waiter.errback(Failure(RemoteError("the other process is gone")))  # type: ignore[no-untyped-call]

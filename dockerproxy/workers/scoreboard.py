@@ -1,4 +1,4 @@
-"""How many connections each process has, and when it was last seen alive: numbers in memory that all of them share."""
+"""Shared memory with the closed connections and the last heartbeat of each process."""
 
 from __future__ import annotations
 
@@ -7,36 +7,39 @@ import struct
 
 from attrs import frozen
 
-_SLOT = struct.Struct("QQ")  # connections that have ended, and the last sign of life (CLOCK_MONOTONIC, ns)
+_SLOT = struct.Struct("QQ")  # closed connections; last heartbeat (CLOCK_MONOTONIC, ns)
 
 
 @frozen
 class Scoreboard:
-    """Slots by a process's number. Each is written by its process alone; a number is written, or read, whole."""
+    """One slot for each process, by its number.
+
+    Only that process writes to its slot while it runs. Reads and writes of a single number are atomic.
+    """
 
     _memory: mmap.mmap
 
     @classmethod
     def create(cls, processes: int) -> Scoreboard:
-        """Return a tally for so many processes, of whom the others are copies of this one from now on."""
+        """Create a scoreboard for `processes` processes, which must be forked from this one afterwards."""
         return cls(mmap.mmap(-1, _SLOT.size * processes))
 
     def reset(self, number: int, now: int) -> None:
-        """Begin to count for a process that starts."""
+        """Reset the slot of a process that starts."""
         _SLOT.pack_into(self._memory, number * _SLOT.size, 0, now)
 
     def closed_connections(self, number: int) -> int:
-        """Return how many connections of a process have ended."""
+        """Return the number of connections that the process has closed."""
         return int(_SLOT.unpack_from(self._memory, number * _SLOT.size)[0])
 
     def last_heartbeat(self, number: int) -> int:
-        """Return when a process was last seen alive, in ns."""
+        """Return the time of the last heartbeat of the process, in ns."""
         return int(_SLOT.unpack_from(self._memory, number * _SLOT.size)[1])
 
     def count_closed(self, number: int) -> None:
-        """Count a connection of this process, `number`, that has ended."""
+        """Count a closed connection of this process, `number`."""
         struct.pack_into("Q", self._memory, number * _SLOT.size, self.closed_connections(number) + 1)
 
     def heartbeat(self, number: int, now: int) -> None:
-        """Note that this process, `number`, is alive."""
+        """Record a heartbeat of this process, `number`."""
         struct.pack_into("Q", self._memory, number * _SLOT.size + 8, now)

@@ -1,4 +1,4 @@
-"""The workers, as the first process has them: started, replaced, given connections, told to reload and to stop."""
+"""The supervisor of the workers in the main process: starts, replaces, reloads and stops them."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ from dockerproxy.workers.rpc import RPC
 from dockerproxy.workers.scoreboard import Scoreboard
 
 HEARTBEAT_INTERVAL = 1.0
-"""Seconds between two signs of life of a worker."""
+"""Seconds between two heartbeats of a worker."""
 
-_HEARTBEAT_TIMEOUT = 60.0  # seconds without a sign of life after which a worker is killed
-_RESTART_DELAYS = (0.5, 1, 2, 4, 8, 16, 30)  # seconds before one that died is replaced
-_STABLE_AFTER = 60.0  # seconds after which a worker that dies did not do so at its start
+_HEARTBEAT_TIMEOUT = 60.0  # seconds without a heartbeat after which a worker is killed
+_RESTART_DELAYS = (0.5, 1, 2, 4, 8, 16, 30)  # seconds before a dead worker is replaced
+_STABLE_AFTER = 60.0  # seconds after which the exit of a worker does not count as a failed start
 
-_UNKNOWN_REASON = "nobody was told why"
+_UNKNOWN_REASON = "exit status unknown"
 
 log = Logger()
 
 
 class Spawner(Protocol):
-    """What starts workers; see `ForkServer`."""
+    """Starts worker processes; see `ForkServer`."""
 
     on_started: Callable[[int, int], None]
     on_exited: Callable[[int, str], None]
@@ -53,10 +53,11 @@ class Spawner(Protocol):
 
 
 class WorkerSupervisor(Service):
-    """`count` workers beside this process, whose number is 0. `desk` returns what does for one what it asks for.
+    """Supervises `count` workers. The number of the main process is 0, those of the workers begin at 1.
 
-    `forks` starts them; where they do not write the log themselves (`relayed`), it goes into that of this process. What
-    one process finds out about a token, the others learn (`bindings`).
+    `new_session` returns a `WorkerSession` for a new worker. `grace` is the time in seconds that workers have to stop.
+    If `relay_logs` is true, workers send their log to this process through a pipe. A token binding that one process
+    adds to its `bindings` is sent to all others.
     """
 
     def __init__(
@@ -90,7 +91,7 @@ class WorkerSupervisor(Service):
     # connections
 
     def dispatching_listeners(self, listeners: Sequence[Listener]) -> list[Listener]:
-        """Return `doors` as this process opens them: so that connections are passed on to workers."""
+        """Return copies of `listeners` that pass their connections to workers."""
         if not self._workers:
             return list(listeners)
         for listener in listeners:
@@ -101,9 +102,10 @@ class WorkerSupervisor(Service):
         ]
 
     def dispatch(self, label: bytes, sock: socket.socket | None) -> bool:
-        """Pass a connection on to the worker that has the fewest; False where this process has to serve it.
+        """Pass a connection to the process with the fewest connections. Return False if this process must serve it.
 
-        None: it has to in any case. So it has to at the end: the workers were told to stop before the doors close.
+        That is the case if this process has the fewest, if no worker is ready, if `sock` is None (not TCP), or if the
+        daemon is stopping: the workers stop before the listeners close.
         """
         scoreboard, dispatched = self._scoreboard, self._dispatched
         chosen, fewest = None, dispatched[0] - scoreboard.closed_connections(0)
@@ -136,13 +138,13 @@ class WorkerSupervisor(Service):
         return Deferred.fromCoroutine(self._stop())
 
     def reload(self, changed_settings: Mapping[str, str]) -> None:
-        """Have the workers, now and later, use settings that have changed; the others are as they were at the start."""
+        """Send changed settings to the workers, and to those that start later."""
         self._changed_settings.update(changed_settings)
         for worker in self._workers:
             worker.notify("reload", changed_settings)
 
     def abort(self) -> None:
-        """Have the workers break off at once what they still wait for."""
+        """Make the workers abort their open connections at once."""
         for worker in self._workers:
             worker.notify("abort")
 
@@ -181,7 +183,7 @@ class WorkerSupervisor(Service):
             os.close(log_fd)
         worker.running = True
         if not requested:
-            self._on_worker_ended(worker, "it could not be asked for")
+            self._on_worker_ended(worker, "the fork server did not accept the request")
 
     def _on_token_bound(self, worker: WorkerHandle, token: str, client: str) -> None:
         self._bindings.add(token, client)
@@ -206,7 +208,7 @@ class WorkerSupervisor(Service):
 
     def _spawner_lost(self) -> None:
         if not self._stopping:
-            log.critical("the fork server has ended: workers that end are not replaced any more, until a restart")
+            log.critical("the fork server has exited; workers that exit are not replaced until the daemon is restarted")
         for worker in self._workers:
             if worker.running and not worker.message_socket.connected:
                 self._on_worker_ended(worker, _UNKNOWN_REASON)
@@ -218,13 +220,17 @@ class WorkerSupervisor(Service):
         if self._stopping:
             return
         if not self._spawner.alive:
-            log.error("worker {number} ended ({reason}), and is not replaced", number=worker.number, reason=reason)
+            log.error(
+                "worker {number} exited ({reason}) and is not replaced; restart the daemon",
+                number=worker.number,
+                reason=reason,
+            )
             return
         stable = self._reactor.seconds() - worker.started_at >= _STABLE_AFTER
         worker.early_exits = 0 if stable else worker.early_exits + 1
         delay = _RESTART_DELAYS[min(worker.early_exits, len(_RESTART_DELAYS) - 1)]
         log.error(
-            "worker {number} ended ({reason}): another one starts in {delay} s",
+            "worker {number} exited ({reason}); starting another one in {delay} s",
             number=worker.number, reason=reason, delay=delay,
         )  # fmt: skip
         worker.restart_timer = self._reactor.callLater(delay, self._start_worker, worker)
@@ -235,15 +241,21 @@ class WorkerSupervisor(Service):
                 worker.unresponsive,
                 time.monotonic_ns() - self._scoreboard.last_heartbeat(worker.number) > _HEARTBEAT_TIMEOUT * 1e9,
             )
-            # For the second time: where all of the daemon was halted for a while (a frozen container), this process may
-            # be the first to go on.
+            # Kill only if the previous check failed as well. If the whole daemon was suspended (a frozen container),
+            # this process may resume before the workers do.
             if worker.running and worker.unresponsive and was_unresponsive:
-                log.error("worker {number} hangs and is killed", number=worker.number)
+                log.error(
+                    "worker {number} unresponsive for {seconds:.0f} s, sending SIGKILL",
+                    number=worker.number,
+                    seconds=_HEARTBEAT_TIMEOUT,
+                )
                 worker.kill()
 
 
 @define(eq=False)
 class WorkerHandle:
+    """A worker as the main process sees it."""
+
     number: int
     rpc: RPC | None = None
     running: bool = False
