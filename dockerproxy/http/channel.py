@@ -1,8 +1,10 @@
-"""HTTP/1.1, the server's side: requests off a transport, one after the other, each to one coroutine.
+"""The server side of HTTP/1.1: parse requests from a transport and run one handler coroutine per request.
 
-Ours and not `twisted.web.server`, for three things that a registry and a proxy need from the ground up: a request is
-answered while its body still arrives (a push streams through), the same strict parser reads every head on every
-port (two parsers that differ are how requests are smuggled), and CONNECT hands the transport over.
+`twisted.web.server` is not used because a registry and a proxy need three things that it lacks:
+
+- A handler can respond while the request body still arrives, so a push streams through.
+- One strict parser reads every request head on every port. Request smuggling exploits two parsers that disagree.
+- A handler of CONNECT can detach the transport from HTTP.
 """
 
 from __future__ import annotations
@@ -40,9 +42,10 @@ if TYPE_CHECKING:
 
 Handler = Callable[[Request], Awaitable[None]]
 
-_MAX_BUFFERED = MAX_HEAD + 4  # bytes, the empty line included: with so many, there is a head or there will be none
-_REQUESTS_PER_ITERATION = 32  # requests of one client that are answered before others get their turn
-_LINGER_TIMEOUT = 5.0  # seconds in which a client may notice an answer that came before its request was whole
+# Bytes, including the empty line that ends a head. A full buffer holds a complete head, or its head is too long.
+_MAX_BUFFERED = MAX_HEAD + 4
+_REQUESTS_PER_ITERATION = 32  # requests of one client per reactor iteration, so that other clients are served too
+_LINGER_TIMEOUT = 5.0  # seconds for a client to read a response that was sent before its request was complete
 
 _PLAIN_TEXT = [("Content-Type", "text/plain; charset=utf-8")]
 
@@ -50,21 +53,20 @@ log = Logger()
 
 
 class _BodyTimeout(BadRequest):
-    """The rest of a request's body did not come in time."""
+    """The client stopped sending the request body."""
 
     status = 408
 
 
 class HTTPChannel(Protocol):
-    """One client's connection.
+    """One client connection.
 
-    Bytes go to the body of the request under way until that is complete, then to `_buffer`; the next head is looked
-    for there when the answer before it has ended and the client has taken it. So pipelined requests wait, are
-    answered in order, and never make more than one answer wait in memory.
+    Input goes to the body of the current request until that is complete, and then to `_buffer`. The next head is
+    parsed only after the previous response has ended and the client has read it. Pipelined requests are therefore
+    handled in order, and at most one response is buffered in memory.
 
-    The end has two steps, of which the first may be left out: *lingering*, in which a client that is still sending
-    may notice its answer, and *closing*, in which the transport hands over what it has. From either on, nothing that
-    comes is looked at.
+    Closing has two states: *lingering* (optional: input is discarded so that the client can read the response) and
+    *closing* (pending output is flushed). Both ignore all input.
     """
 
     transport: Any
@@ -81,7 +83,7 @@ class HTTPChannel(Protocol):
         self._input_ignored = self._lingering = self._closing = False
         self._request_count = 0
         self._timer = ConnectionTimer(site.timeout_reaper, self._current_deadline)
-        self._request_started_at = 0.0  # when the request under way did
+        self._request_started_at = 0.0  # of the current request, in the reactor's time
         self.secure = secure
         self.client = "-"
         self.port = 0
@@ -90,7 +92,7 @@ class HTTPChannel(Protocol):
 
     def connectionMade(self) -> None:
         client = str(getattr(self.transport.getPeer(), "host", "-"))
-        # On a socket for both (systemd's), IPv4 addresses come as IPv6 (RFC 4291, section 2.5.5.2).
+        # A dual-stack socket (from systemd) reports IPv4 addresses as IPv6 (RFC 4291, section 2.5.5.2).
         self.client = client.removeprefix("::ffff:") if "." in client else client
         self.port = getattr(self.transport.getHost(), "port", 0)
         self._site.channel_opened(self)
@@ -111,7 +113,11 @@ class HTTPChannel(Protocol):
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         if isinstance(reason.value, SSL.Error):
-            log.info("{client} broke off: {reason}", client=self.client, reason=describe_handshake_error(reason.value))
+            log.info(
+                "TLS connection from {client} failed: {reason}",
+                client=self.client,
+                reason=describe_handshake_error(reason.value),
+            )
         self._input_ignored = True
         self._timer.stop()
         request, self._request = self._request, None
@@ -123,17 +129,17 @@ class HTTPChannel(Protocol):
             self._body.stream.fail(ClientDisconnected())
         handler_task, self._handler_task = self._handler_task, None
         if handler_task is not None:
-            handler_task.cancel()  # the coroutine's wait ends; what others share goes on (it is never ours to cancel)
+            handler_task.cancel()  # work shared with other requests continues: SingleFlight does not pass this on
         self._site.channel_closed(self)
 
     def shutdown(self) -> None:
-        """Close when the answer under way has ended, or now where there is none."""
+        """Close after the current response, or now if there is none."""
         if self._request is None:
             self._close()
         else:
             self._request.closing = True
 
-    # what a request does with its connection
+    # RequestChannel
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         self.transport.write(data)
@@ -153,18 +159,18 @@ class HTTPChannel(Protocol):
         return sent
 
     def drain(self) -> Awaitable[None]:
-        return self._flow_control.drain()  # as it is: with each coroutine around it, a slow client costs memory
+        return self._flow_control.drain()  # no `async def`: every coroutine around it costs memory per slow client
 
     def abort(self) -> None:
         self._input_ignored = True
         self.transport.abortConnection()
 
     def exceeds_discard_limit(self) -> bool:
-        """Whether more of the request's body is to come than is read for the sake of the next request."""
+        """Whether the rest of the request body is too long to discard in order to reuse the connection."""
         return self._body is not None and self._body.exceeds_discard_limit
 
     def on_response_finished(self) -> None:
-        """Log the request whose answer has ended, and go on to the next, or close."""
+        """Log the request whose response has ended, then process the next request or close."""
         request, self._request, self._handler_task = self._request, None, None
         assert request is not None
         self._request_count += 1
@@ -181,7 +187,7 @@ class HTTPChannel(Protocol):
             self._process_buffer()
 
     def detach(self) -> tuple[Any, bytes]:
-        """Leave the connection to another protocol: return its transport and the bytes not read as HTTP."""
+        """Stop using the transport; return it together with the bytes received after the request head."""
         assert self._request is not None
         self._timer.stop()
         self.transport.unregisterProducer()
@@ -192,10 +198,10 @@ class HTTPChannel(Protocol):
         rest, self._buffer = self._buffer, b""
         return self.transport, rest
 
-    # heads and bodies
+    # Heads and bodies
 
     def _process_buffer(self) -> None:
-        """Start the requests that are complete, until one has to be waited for."""
+        """Start the buffered requests until one is incomplete or its response is pending."""
         if self._processing:
             return
         self._processing = True
@@ -225,7 +231,7 @@ class HTTPChannel(Protocol):
         self._process_buffer()
 
     def _apply_back_pressure(self) -> None:
-        """Keep the client from sending more than can be made use of."""
+        """Pause reading while the buffer is full, and resume it afterwards."""
         if not self._input_ignored and (len(self._buffer) >= _MAX_BUFFERED) != self._reading_paused:
             self._reading_paused = not self._reading_paused
             if self._reading_paused:
@@ -234,9 +240,9 @@ class HTTPChannel(Protocol):
                 self.transport.resumeProducing()
 
     def _parse_next_head(self) -> RequestHead | None:
-        """Return the head at the start of the buffer, parsed, or None where it is not complete or not acceptable."""
-        # RFC 9112, section 2.2: empty lines before a request are passed over. What is left of the buffer after them is
-        # what counts as having come.
+        """Parse and return the head at the start of the buffer, or None if it is incomplete or was refused."""
+        # RFC 9112, section 2.2: ignore empty lines before a request. They are removed from the buffer, because a
+        # non-empty buffer counts as the start of a request.
         start = 0
         while self._buffer.startswith(b"\r\n", start):
             start += 2
@@ -247,9 +253,9 @@ class HTTPChannel(Protocol):
                 self._buffer = buffer[end + 4 :]
                 return parse_head(buffer[:end])
             if len(buffer) >= _MAX_BUFFERED:
-                raise BadRequest(f"the request's head is longer than {MAX_HEAD} bytes")
+                raise BadRequest(f"the request head is longer than {MAX_HEAD} bytes")
             if not may_become_head(buffer):
-                raise BadRequest("this is not HTTP")
+                raise BadRequest("this is not an HTTP request")
         except BadRequest as error:
             self._refuse(error.status, error.message)
         return None
@@ -265,7 +271,7 @@ class HTTPChannel(Protocol):
         self._request_started_at = self._timer.now()
         if self._body is not None:
             rest, self._buffer = self._buffer, b""
-            self._apply_back_pressure()  # from here on, the body's stream has the say over that
+            self._apply_back_pressure()  # with an empty buffer: from here on the body's stream pauses the transport
             self._buffer = self._feed_body(rest) if rest else b""
         handler_task = Deferred.fromCoroutine(self._run_handler(request))
         if not handler_task.called and self._request is request:
@@ -280,16 +286,20 @@ class HTTPChannel(Protocol):
             self._send_error(request, error.status, error.message, error.headers)
         except Exception as error:
             if isinstance(error, CancelledError) and request.finished:
-                return  # by us
+                return  # cancelled by `connectionLost`
             log.failure("{method} {path} failed", method=request.method, path=request.path)
             self._send_error(request, 500, "internal error")
         else:
             if not request.finished:
-                log.error("{method} {path} was left without an answer", method=request.method, path=request.path)
+                log.error(
+                    "the handler of {method} {path} returned without a complete response",
+                    method=request.method,
+                    path=request.path,
+                )
                 self._send_error(request, 500, "internal error")
 
     def _send_error(self, request: Request, status: int, reason: str, fields: Fields = ()) -> None:
-        """Say that the request failed, by an answer where none was begun, else by breaking off."""
+        """Report a failed request: send an error response, or abort the connection if a response was started."""
         if request.started:
             request.abort()
         elif not request.finished:
@@ -297,13 +307,13 @@ class HTTPChannel(Protocol):
             request.respond(status, [*_PLAIN_TEXT, *fields], f"{reason}\n".encode())
 
     def _feed_body(self, data: bytes) -> bytes:
-        """Give `data` to the body under way; return what lies beyond its end."""
+        """Pass `data` to the current request body and return the bytes after its end."""
         body = self._body
         assert body is not None
         try:
             rest = body.feed(data)
         except BadRequest as error:
-            # Where the next request would begin, nobody knows.
+            # The end of this body is unknown, and so is the start of the next request.
             self._body = None
             self._input_ignored = True
             if self._request is None:
@@ -321,17 +331,17 @@ class HTTPChannel(Protocol):
         return rest
 
     def _refuse(self, status: int, reason: str) -> None:
-        """Answer what is no request, and close."""
+        """Respond to invalid input with `status` and `reason`, then close."""
         body = f"{reason}\n".encode()
         fields = [*_PLAIN_TEXT, ("Content-Length", str(len(body))), ("Connection", "close")]
         self.write(render_head(status, fields) + body)
-        log.info("{client} sent no acceptable request: {reason}", client=self.client, reason=reason)
+        log.info("refused a request from {client}: {reason}", client=self.client, reason=reason)
         self._linger()
 
-    # the end
+    # Closing
 
     def _close(self) -> None:
-        """Close; where the client is still sending, let it first see the answer (RFC 9112, section 9.6)."""
+        """Close the connection, after lingering if the client may still be sending (RFC 9112, section 9.6)."""
         if self._lingering or self._closing:
             return
         if self._body is not None or self._input_ignored:
@@ -355,7 +365,7 @@ class HTTPChannel(Protocol):
         self.transport.unregisterProducer()
         self.transport.loseConnection()
 
-    # time
+    # Timeouts
 
     def _current_deadline(self) -> Deadline:
         timeouts, timer = self._site.timeouts, self._timer
@@ -368,7 +378,7 @@ class HTTPChannel(Protocol):
             wait_count = self._body.stream.wait_count
             return Deadline(timeouts.body, timer.last_progress(("body", wait_count)), self._on_body_timeout)
         if self._request is not None:
-            return Deadline(math.inf, 0.0, self.abort)  # it is not the client who keeps us waiting
+            return Deadline(math.inf, 0.0, self.abort)  # the handler is working; the client has nothing to do
         if self._body is not None:
             return Deadline(timeouts.body, timer.started_at, self._lose_connection)
         if self._buffer:
@@ -378,9 +388,11 @@ class HTTPChannel(Protocol):
         )
 
     def _on_header_timeout(self) -> None:
-        self._refuse(HTTPStatus.REQUEST_TIMEOUT, "the request's head took too long")
+        seconds = self._site.timeouts.header
+        self._refuse(HTTPStatus.REQUEST_TIMEOUT, f"the request head was not complete within {seconds:g} seconds")
 
     def _on_body_timeout(self) -> None:
         assert self._request is not None and self._body is not None
         self._request.closing = True
-        self._body.stream.fail(_BodyTimeout("the request's body took too long"))
+        seconds = self._site.timeouts.body
+        self._body.stream.fail(_BodyTimeout(f"no more of the request body arrived within {seconds:g} seconds"))

@@ -1,4 +1,4 @@
-"""What flows on a server's connection: the body that comes with a request, and room for the bytes of an answer."""
+"""Flow in both directions of a server connection: the incoming request body and back-pressure on the response."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ from dockerproxy.http.message import ChunkedDecoder
 from dockerproxy.http.stream import ByteStream
 
 MAX_DISCARDED = 256 * 1024
-"""Bytes of a body that nobody reads which are thrown away; beyond that the connection is given up instead."""
+"""Bytes of an unread request body that are discarded to keep the connection usable; if more remain, it is closed."""
 
 
 class RequestBody:
-    """The body of the request under way: `framing` is its length in bytes, or None for the chunked coding."""
+    """The body of the current request.
+
+    `framing` is its length in bytes, or None for the chunked transfer coding.
+    """
 
     def __init__(self, stream: ByteStream, framing: int | None) -> None:
         self.stream = stream
@@ -28,11 +31,11 @@ class RequestBody:
 
     @property
     def exceeds_discard_limit(self) -> bool:
-        """Whether more is to come, as far as is known, than is worth being thrown away."""
+        """Whether the bytes discarded so far plus the known rest of the body exceed `MAX_DISCARDED`."""
         return self._discarded_bytes + (self._remaining or 0) > MAX_DISCARDED
 
     def feed(self, data: bytes) -> bytes:
-        """Pass on what belongs to the body; return the rest. Raise `BadRequest` where the framing is broken."""
+        """Pass the body's share of `data` to the stream and return the rest; raise `BadRequest` for invalid framing."""
         if self.discarding:
             self._discarded_bytes += len(data)
         if self._decoder is not None:
@@ -50,7 +53,7 @@ class RequestBody:
         return rest
 
     def discard(self, error: BaseException) -> None:
-        """Throw away what still comes; whoever reads all the same gets `error`, and not a body with a hole."""
+        """Discard the rest of the body. A pending or later read raises `error`, so no reader sees a body with a gap."""
         self.discarding = True
         self.stream.discard()
         self.stream.fail(error)
@@ -60,14 +63,14 @@ _DRAINED = succeed(None)
 
 
 def _noop() -> None:
-    """In the place of a callback that would keep a connection alive in memory."""
+    """Replace a callback whose reference would keep a closed connection in memory."""
 
 
 @implementer(IPushProducer)
 class FlowControl:
-    """Whether the transport takes more: what a transport tells a push producer, made awaitable.
+    """A push producer that turns the transport's pause and resume calls into an awaitable `drain`.
 
-    `opened` is called when it takes more again, after whoever waited for that has had his turn.
+    `on_resumed` is called when the transport has resumed, after the coroutine waiting in `drain` has run.
     """
 
     __slots__ = ("_drain_waiter", "_failure", "_on_resumed", "paused")
@@ -79,7 +82,7 @@ class FlowControl:
         self._drain_waiter: Deferred[None] | None = None
 
     def drain(self) -> Awaitable[None]:
-        """Wait until the transport takes more; raise what `fail` was given. For one coroutine at a time."""
+        """Wait until the transport accepts more; raise the exception given to `fail`. One coroutine may wait."""
         if self._failure is not None:
             raise self._failure
         if not self.paused:
@@ -88,7 +91,7 @@ class FlowControl:
         return self._drain_waiter
 
     def fail(self, error: BaseException) -> None:
-        """Say that the transport is gone."""
+        """Make pending and later `drain` calls raise `error`, because the transport is gone."""
         self._on_resumed = _noop
         self._failure = error
         waiter, self._drain_waiter = self._drain_waiter, None

@@ -1,4 +1,4 @@
-"""A request passed on to another server, and its answer passed back: both streamed, neither held."""
+"""Forwarding of a request to another server and of its response to the client. Both bodies are streamed."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from dockerproxy.http.request import Request
 
 
 class ForwardedResponse(Protocol):
-    """Another server's answer, its body not read yet."""
+    """Another server's response, with an unread body."""
 
     status: int
     headers: Headers
 
     @property
     def length(self) -> int | None:
-        """Its Content-Length (in an answer to HEAD, that which GET would have), or None where there is none."""
+        """The Content-Length (in a response to HEAD, the one that GET would have), or None if it has none."""
 
     async def read_chunk(self) -> bytes: ...
 
@@ -31,13 +31,13 @@ class ForwardedResponse(Protocol):
 
 
 def request_body_producer(request: Request) -> RequestBodyProducer | None:
-    """Return the request's body for the next server, or None where it has none."""
+    """Return a producer that sends the body of `request` to another server, or None if there is no body."""
     return RequestBodyProducer(request) if request.has_body else None
 
 
 @implementer(IBodyProducer)
 class RequestBodyProducer:
-    """The body of a client's request, as it arrives. The client is held back while the next server takes no more."""
+    """A producer that forwards a request body as it arrives. It pauses the client while the other server is slow."""
 
     def __init__(self, request: Request) -> None:
         framing = body_framing(request.head)
@@ -49,7 +49,7 @@ class RequestBodyProducer:
 
     def startProducing(self, consumer: IConsumer) -> Deferred[None]:
         self._produce_task = Deferred.fromCoroutine(self._produce(consumer))
-        # Its own Deferred: whoever holds this one must not get at the coroutine by cancelling it.
+        # Return a separate Deferred because cancelling the returned one must not cancel the coroutine.
         done: Deferred[None] = Deferred()
         self._produce_task.addCallbacks(
             done.callback, lambda failure: None if failure.check(CancelledError) else done.errback(failure)
@@ -61,7 +61,7 @@ class RequestBodyProducer:
             consumer.write(data)
             if self._resume_waiter is not None:
                 await self._resume_waiter
-            if self._stopped:  # from within that `write`, when there was nothing to cancel
+            if self._stopped:  # `write` called stopProducing, when the coroutine waited for nothing it could cancel
                 raise CancelledError
 
     def pauseProducing(self) -> None:
@@ -80,7 +80,7 @@ class RequestBodyProducer:
 
 
 async def forward_response(request: Request, response: ForwardedResponse, fields: Iterable[tuple[str, str]]) -> None:
-    """Answer `request` with `answer`, under the header fields `fields`."""
+    """Respond to `request` with the status and body of `response` and with the header fields `fields`."""
     try:
         request.start(response.status, fields, response.length)
         while data := await response.read_chunk():
@@ -93,5 +93,5 @@ async def forward_response(request: Request, response: ForwardedResponse, fields
 
 
 def forwarded_fields(headers: Headers) -> list[tuple[str, str]]:
-    """Return the fields of an answer that go to the client as they are; the framing is ours to say."""
+    """Return the response fields that are forwarded unchanged. Content-Length and Date are sent by `Request`."""
     return list(headers.end_to_end().without("content-length", "date"))

@@ -1,10 +1,10 @@
-"""Header fields, the same for what clients send us and what upstreams answer."""
+"""HTTP header fields, of requests from clients and of responses from upstreams."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-# RFC 9110, section 7.6.1: these speak of one connection and are never passed on.
+# RFC 9110, section 7.6.1: these fields concern a single connection and are never forwarded.
 HOP_BY_HOP = frozenset({
     "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection",
     "te", "trailer", "transfer-encoding", "upgrade",
@@ -12,7 +12,7 @@ HOP_BY_HOP = frozenset({
 
 
 class Headers:
-    """Header fields in order, looked up by lower-case name; values are text as Latin-1 has it."""
+    """An ordered list of header fields with lookup by lower-case name. Values are decoded as Latin-1."""
 
     __slots__ = ("_fields",)
 
@@ -21,7 +21,7 @@ class Headers:
 
     @classmethod
     def from_lowercase(cls, fields: list[tuple[str, str]]) -> Headers:
-        """Return headers of fields whose names are lower-case already (what a parser made)."""
+        """Return headers that use `fields` itself; its names must be lower-case already, as a parser makes them."""
         headers = cls.__new__(cls)
         headers._fields = fields
         return headers
@@ -38,16 +38,16 @@ class Headers:
         return [value for field, value in self._fields if field == name]
 
     def joined(self, name: str) -> str | None:
-        """Return the values of `name` as one list (RFC 9110, section 5.3), or None where there is none."""
+        """Return the values of `name` (lower-case) as one comma-separated list, or None (RFC 9110, section 5.3)."""
         values = self.all(name)
         return ", ".join(values) if values else None
 
     def without(self, *names: str) -> Headers:
-        """Return a copy that lacks `names` (lower-case)."""
+        """Return a copy without `names` (lower-case)."""
         return Headers.from_lowercase([field for field in self._fields if field[0] not in names])
 
     def end_to_end(self) -> Headers:
-        """Return a copy without the fields that concern one connection only (RFC 9110, section 7.6.1)."""
+        """Return a copy without the hop-by-hop fields (RFC 9110, section 7.6.1)."""
         connection_options = {token.strip().lower() for value in self.all("connection") for token in value.split(",")}
         dropped = HOP_BY_HOP | connection_options
         return Headers.from_lowercase([field for field in self._fields if field[0] not in dropped])
@@ -62,5 +62,5 @@ class Headers:
         return isinstance(other, Headers) and self._fields == other._fields
 
     def __repr__(self) -> str:
-        """Names only: values may be credentials."""
+        """Show the names only, because values may be credentials."""
         return f"<Headers {' '.join(name for name, _ in self._fields)}>"

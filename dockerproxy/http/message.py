@@ -1,8 +1,8 @@
-"""HTTP/1.1 messages as bytes (RFC 9112): the one parser for all connections that clients make to us.
+"""Parser and writer of HTTP/1.1 messages (RFC 9112). All client connections use this one parser.
 
-It is strict on purpose. What two readers of one stream can read in two ways is how requests are smuggled, so whatever
-is ambiguous is refused instead of repaired; docker, containerd, podman, skopeo, curl and apt send none of it. No error
-repeats what was sent: any part of a malformed head may be a credential.
+It is strict on purpose. Request smuggling depends on input that two parsers read differently, so ambiguous input is
+refused instead of repaired. docker, containerd, podman, skopeo, curl and apt never send such input. Errors never quote
+the input, because any part of a malformed head may be a credential.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ MAX_FIELDS = 100
 _CONTROL_CHARACTERS = bytes(code for code in range(128) if chr(code) != "\t" and (code < 32 or code == 127))
 _VERSIONS = {"HTTP/1.1": (1, 1), "HTTP/1.0": (1, 0)}
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
-# Visible ASCII but for "#": no form of a target has a fragment (RFC 9112, section 3.2).
+# Visible ASCII except "#": no form of a target has a fragment (RFC 9112, section 3.2).
 _TARGET = re.compile(r"[!\"$-~]+")
-# A user and password before the host match nothing here, and so never reach an error that names the host.
+# A user and password before the host do not match, so they never appear in an error that names the host.
 _ABSOLUTE_FORM = re.compile(r"(https?)://([^/?@]+)([/?].*)?", re.IGNORECASE)
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 _CONTENT_LENGTH = re.compile(r"[0-9]{1,18}")
 
-# Chunked coding. Whitespace before an extension (BWS) is refused: nobody sends it, and readers differ on it.
+# Chunked coding. Whitespace before an extension (BWS) is refused: no client sends it, and parsers disagree about it.
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:;[\t\x20-\x7e\x80-\xff]*)?")
 _TRAILER = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*")
 _MAX_LINE = 1024
@@ -39,7 +39,10 @@ _MAX_TRAILERS = 8192
 
 @frozen(slots=True)
 class RequestHead:
-    """A request line and its fields. `target` is as it came: see `authority_form`, `absolute_form`, `origin_form`."""
+    """A request line and its header fields.
+
+    `target` is unparsed; `authority_form`, `absolute_form` and `origin_form` parse it.
+    """
 
     method: str
     target: str
@@ -48,13 +51,13 @@ class RequestHead:
 
 
 def parse_head(raw: bytes) -> RequestHead:
-    """Return the request head in `raw` (all before the empty line), its framing checked; raise `BadRequest`."""
+    """Parse `raw`, the bytes before the empty line, and check the body framing; raise `BadRequest` if invalid."""
     if len(raw) > MAX_HEAD:
-        raise BadRequest(f"the request's head is longer than {MAX_HEAD} bytes")
+        raise BadRequest(f"the request head is longer than {MAX_HEAD} bytes")
     lines = raw.decode("latin-1").split("\r\n")
-    # One look at all bytes: every control character but the tab is half of a line end, or it is refused.
+    # One pass over all bytes: the only control characters allowed are tabs and the CR LF pairs that end lines.
     if len(raw) - len(raw.translate(None, _CONTROL_CHARACTERS)) != 2 * (len(lines) - 1):
-        raise BadRequest("the request's head holds a control character, or a CR or LF that stands alone")
+        raise BadRequest("the request head contains a control character, or a CR or LF outside a CR LF pair")
     if len(lines) > MAX_FIELDS + 1:
         raise BadRequest(f"the request has more than {MAX_FIELDS} header fields")
     method, target, version = _request_line(lines[0])
@@ -71,7 +74,7 @@ def parse_head(raw: bytes) -> RequestHead:
 
 
 def may_become_head(raw: bytes) -> bool:
-    """Whether `raw`, which has no end yet, is the beginning of what `parse_head` might accept."""
+    """Return whether `raw`, an incomplete head, may be the beginning of a head that `parse_head` accepts."""
     controls = len(raw) - len(raw.translate(None, _CONTROL_CHARACTERS))
     line_ends = 2 * raw.count(b"\r\n") + raw.endswith(b"\r")
     return controls == line_ends and (raw in (b"", b"\r") or _TOKEN.match(raw[:1].decode("latin-1")) is not None)
@@ -80,88 +83,95 @@ def may_become_head(raw: bytes) -> bool:
 def _request_line(line: str) -> tuple[str, str, tuple[int, int]]:
     parts = line.split(" ")
     if len(parts) != 3:
-        raise BadRequest("the request line is not a method, a target and a version with one space between them")
+        raise BadRequest("the request line is not a method, a target and a version separated by single spaces")
     method, target, version = parts
     if not _TOKEN.fullmatch(method):
-        raise BadRequest("the request's method is not a token")
+        raise BadRequest("the request method contains invalid characters")
     if not _TARGET.fullmatch(target):
-        raise BadRequest("the request's target is empty or holds characters that a target cannot hold")
+        raise BadRequest("the request target is empty or contains invalid characters")
     if version not in _VERSIONS:
-        raise BadRequest("the request's version is neither HTTP/1.1 nor HTTP/1.0")
+        raise BadRequest("the HTTP version is neither HTTP/1.1 nor HTTP/1.0")
     return method, target, _VERSIONS[version]
 
 
 def _describe_field_error(line: str) -> str:
     name, colon, _ = line.partition(":")
     if line.startswith((" ", "\t")):
-        return "a header field is folded onto a second line"
+        return "a header field is folded onto a second line (obs-fold), which is not supported"
     if not colon:
-        return "a line among the header fields has no colon"
+        return "a header line has no colon"
     if not name:
         return "a header field has no name"
     if name.endswith((" ", "\t")):
         return "a header field has whitespace before its colon"
-    return "a header field's name is not a token"
+    return "a header field name contains invalid characters"
 
 
 def _check_host(method: str, version: tuple[int, int], headers: Headers) -> None:
-    """RFC 9112, section 3.2. A CONNECT without Host is let pass: its target says it all."""
+    """Check the Host field (RFC 9112, section 3.2). CONNECT may omit it, because its target names the host."""
     hosts = headers.all("host")
     if len(hosts) > 1:
-        raise BadRequest("the request has several Host fields")
+        raise BadRequest("the request has more than one Host field")
     if not hosts and version == (1, 1) and method != "CONNECT":
         raise BadRequest("the request has no Host field")
 
 
 def _check_framing(version: tuple[int, int], headers: Headers) -> None:
-    """RFC 9112, section 6.3, refusing wherever it leaves a choice."""
+    """Check the fields that delimit the body; refuse cases in which RFC 9112, section 6.3, leaves a choice."""
     lengths, codings = headers.all("content-length"), headers.all("transfer-encoding")
     if codings:
         if lengths:
             raise BadRequest("the request has both Content-Length and Transfer-Encoding")
         if version == (1, 0):
-            raise BadRequest("the request has a Transfer-Encoding, which HTTP/1.0 does not know")
+            raise BadRequest("the request has a Transfer-Encoding, which HTTP/1.0 does not define")
         if len(codings) > 1 or codings[0].lower() != "chunked":
             raise BadRequest("the request has a Transfer-Encoding other than chunked")
     elif lengths:
         if len(lengths) > 1:
-            raise BadRequest("the request has several Content-Length fields")
+            raise BadRequest("the request has more than one Content-Length field")
         if not _CONTENT_LENGTH.fullmatch(lengths[0]):
-            raise BadRequest("the request's Content-Length is not a number")
+            raise BadRequest("the Content-Length is not a number of at most 18 digits")
 
 
 def body_framing(head: RequestHead) -> int | None:
-    """Return the body's length in bytes (0 where there is none), or None for a chunked one."""
+    """Return the length of the body in bytes (0 if there is none), or None if it is chunked."""
     if "transfer-encoding" in head.headers:
         return None
     return int(head.headers.get("content-length") or 0)
 
 
 def keeps_alive(head: RequestHead) -> bool:
-    """Whether the client means to use the connection further (RFC 9112, section 9.3)."""
+    """Return whether the connection persists after this request (RFC 9112, section 9.3)."""
     tokens = {token.strip(" \t").lower() for value in head.headers.all("connection") for token in value.split(",")}
     return "close" not in tokens and (head.version == (1, 1) or "keep-alive" in tokens)
 
 
 def expects_continue(head: RequestHead) -> bool:
-    """Whether the client waits for a 100 before it sends the body; HTTP/1.0's word is not heard (RFC 9110, 10.1.1)."""
+    """Return whether the client waits for a 100 (Continue) before it sends the body.
+
+    The expectation is ignored in HTTP/1.0 (RFC 9110, section 10.1.1).
+    """
     return head.version == (1, 1) and (head.headers.get("expect") or "").lower() == "100-continue"
 
 
 def authority_form(target: str) -> Host:
-    """Return the host of a CONNECT's target (RFC 9112, section 3.2.3), its port written out; raise `BadRequest` or
-    `NameInvalid`."""
+    """Parse the target of CONNECT (RFC 9112, section 3.2.3), which must include a port.
+
+    Raise `BadRequest` or `NameInvalid`.
+    """
     if "@" in target or ":" not in target.rpartition("]")[2]:
-        raise BadRequest("the target of a CONNECT has to be a host and a port")
+        raise BadRequest("the target of CONNECT is not host:port")
     return Host.parse(target)
 
 
 def absolute_form(target: str) -> tuple[str, Host, str]:
-    """Return scheme (``http`` or ``https``), host and origin-form of what a client asks a proxy for (RFC 9112, section
-    3.2.2); raise `BadRequest` or `NameInvalid`."""
+    """Split the target of a request to a proxy (RFC 9112, section 3.2.2).
+
+    Return the scheme (``http`` or ``https``), the host, and the path and query. Raise `BadRequest` or `NameInvalid`.
+    """
     match = _ABSOLUTE_FORM.fullmatch(target) if _TARGET.fullmatch(target) else None
     if match is None:
-        raise BadRequest("the target is not the URL of an http or https resource")
+        raise BadRequest("the request target is not an http:// or https:// URL")
     scheme, path_and_query = match[1].lower(), match[3] or "/"
     return (
         scheme,
@@ -171,26 +181,26 @@ def absolute_form(target: str) -> tuple[str, Host, str]:
 
 
 def origin_form(target: str) -> str:
-    """Return `target` where it is a path and query (RFC 9112, section 3.2.1), or raise `BadRequest`."""
+    """Return `target` if it is a path and query (RFC 9112, section 3.2.1), or raise `BadRequest`."""
     if not target.startswith("/") or not _TARGET.fullmatch(target):
-        raise BadRequest("the target is not a path")
+        raise BadRequest("the request target is not a path")
     return target
 
 
 def render_head(status: int, fields: Iterable[tuple[str, str]]) -> bytes:
-    """Return the head of a response, the empty line included.
+    """Return the head of a response, including the empty line.
 
-    Raise ValueError for a status outside 100 to 599, a name that is no token, and a value that holds CR, LF or NUL or
-    is not Latin-1.
+    Raise ValueError if the status is outside 100 to 599, if a field name is not a token, or if a field value contains
+    CR, LF or NUL or cannot be encoded in Latin-1.
     """
     lines = [_status_line(status)]
     for name, value in fields:
         if not _TOKEN.fullmatch(name):
-            raise ValueError("a header field's name is not a token")
+            raise ValueError("a header field name is not a token")
         lines.append(f"{name}: {value}")
     head = "\r\n".join(lines)
     if head.count("\r") != len(lines) - 1 or head.count("\n") != len(lines) - 1 or "\0" in head:
-        raise ValueError("a header field's value holds CR, LF or NUL")
+        raise ValueError("a header field value contains CR, LF or NUL")
     return f"{head}\r\n\r\n".encode("latin-1")
 
 
@@ -200,21 +210,21 @@ def _status_line(status: int) -> str:
     try:
         phrase = HTTPStatus(status).phrase
     except ValueError:
-        phrase = ""  # RFC 9112, section 4: the space stays, the phrase may be empty
+        phrase = ""  # RFC 9112, section 4: the phrase may be empty, but the space before it is required
     return f"HTTP/1.1 {status} {phrase}"
 
 
 class ChunkedDecoder:
-    """Takes the bytes of a chunked body (RFC 9112, section 7.1) as they come and gives the content in them.
+    """Incremental decoder of the chunked transfer coding (RFC 9112, section 7.1).
 
-    What waits here between two calls is part of one line, at most `_MAX_LINE` bytes. How the bytes are cut makes no
-    difference to the content, to where it ends, or to whether it is refused.
+    Between calls it buffers part of one line, at most `_MAX_LINE` bytes. The decoded content, its end and any error do
+    not depend on how the input is split.
     """
 
     __slots__ = ("_chunk_remaining", "_pending", "_state", "_trailers_size", "_unused_data")
 
     def __init__(self) -> None:
-        self._state = "size"  # then "data" and "end" by turns with it; last "trailers" and "done"
+        self._state = "size"  # size, data, end for each chunk; after the last size: trailers, done
         self._chunk_remaining = 0
         self._trailers_size = 0
         self._pending = b""
@@ -222,21 +232,22 @@ class ChunkedDecoder:
 
     @property
     def done(self) -> bool:
-        """Whether the body is complete, its trailers included."""
+        """Whether the body, including its trailers, is complete."""
         return self._state == "done"
 
     @property
     def unused_data(self) -> bytes:
-        """What came behind the body; empty until `done`."""
+        """The bytes after the end of the body; empty until `done`."""
         return self._unused_data
 
     def feed(self, data: bytes) -> list[bytes]:
-        """Return the pieces of content in `data`, none of them empty; raise `BadRequest` for what is no chunked coding.
+        """Decode `data` and return its content as a list of non-empty pieces.
 
-        A decoder that is `done` takes nothing more (RuntimeError); one that refused is of no further use.
+        Raise `BadRequest` if the coding is invalid, after which the decoder must not be used again. Raise RuntimeError
+        if the decoder is `done`.
         """
         if self.done:
-            raise RuntimeError("the body has ended")
+            raise RuntimeError("feed() called after the end of the body")
         pieces: list[bytes] = []
         data, position = self._pending + data, 0
         self._pending = b""
@@ -252,7 +263,7 @@ class ChunkedDecoder:
                     self._state = "end"
                 continue
             if self._state == "end" and not b"\r\n".startswith(data[position : position + 2]):
-                raise BadRequest("a chunk is longer than its size says")
+                raise BadRequest("a chunk is longer than its declared size")
             line = _read_line(data, position)
             if line is None:
                 self._pending = data[position:]
@@ -270,26 +281,26 @@ class ChunkedDecoder:
         elif line:
             self._trailers_size += len(line)
             if self._trailers_size > _MAX_TRAILERS or not _TRAILER.fullmatch(line):
-                raise BadRequest("the trailer of a chunked body is malformed or too long")
+                raise BadRequest("a trailer field of the chunked body is malformed, or the trailers are too long")
         else:
             self._state = "done"
 
     def _parse_chunk_size(self, line: bytes) -> None:
         match = _CHUNK_SIZE.fullmatch(line)
         if match is None:
-            raise BadRequest("the size of a chunk is malformed")
+            raise BadRequest("a chunk size is malformed")
         self._chunk_remaining = int(match[1], 16)
         self._state = "data" if self._chunk_remaining else "trailers"
 
 
 def _read_line(data: bytes, position: int) -> bytes | None:
-    """Return the line that starts at `position`, without its CRLF; None while its end is yet to come."""
+    """Return the line that starts at `position`, without its CR LF, or None if it is incomplete."""
     end = data.find(b"\n", position, position + _MAX_LINE + 2)
     if end < 0:
         if len(data) - position > _MAX_LINE + 1:
-            raise BadRequest("a line of a chunked body is too long")
+            raise BadRequest(f"a line of the chunked body is longer than {_MAX_LINE} bytes")
         return None
     line = data[position:end]
     if not line.endswith(b"\r"):
-        raise BadRequest("a line of a chunked body ends in an LF that stands alone")
+        raise BadRequest("a line of the chunked body ends in LF without CR")
     return line[:-1]

@@ -1,4 +1,4 @@
-"""One request, and the answer to it."""
+"""An HTTP request and the response to it, as handlers use them."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _BODYLESS_STATUSES = frozenset({204, 304})  # RFC 9112, section 6.3
 
 
 class ClientDisconnected(Exception):
-    """The client closed its connection; there is nobody left to answer."""
+    """The client closed the connection before the response was complete."""
 
 
 class RequestChannel(Protocol):
-    """What a request needs of the connection that it came by."""
+    """The part of a connection that a request uses."""
 
     client: str
     port: int
@@ -51,12 +51,14 @@ class RequestChannel(Protocol):
 
 
 class Request:
-    """One request and its answer.
+    """A request and its response.
 
-    `path` and `query` are those of the origin-form target, as sent (still percent-encoded). `verdict` says for the
-    access log and `X-Cache` how the answer came about. `host` is whom the client wanted to speak to, for the log.
-    An answer is either `answer`, or `start`, any number of `write` and `drain`, and `finish`. Once it has ended, or the
-    client is gone, what is written goes nowhere.
+    To respond, call either `respond`, or `start`, then `write` and `drain` any number of times, then `finish`. Writes
+    are ignored after the response has ended or the client has disconnected.
+
+    `path` and `query` come from the origin-form target and are still percent-encoded. `cache_status` is reported in the
+    access log and in `X-Cache`. `host` is the host that the client addressed. Handlers set it and the access log
+    reports it.
     """
 
     __slots__ = (
@@ -93,30 +95,32 @@ class Request:
         self.headers: Headers = head.headers
         self.path, _, self.query = head.target.partition("?")
         self.client = channel.client
-        self.port = channel.port  # ours, that the client connected to; 0 where there is none
+        self.port = channel.port  # the local port that the client connected to; 0 for a Unix socket
         self.secure = channel.secure
         self.host = ""
         self.cache_status = "-"
         self.status = 0
-        self.bytes_sent = 0  # bytes of the answer's body that were written
+        self.bytes_sent = 0  # bytes of the response body that were written
         self.finished = False
-        self.closing = False  # whether the connection ends with this answer
+        self.closing = False  # whether the connection is closed after this response
 
     @property
     def started(self) -> bool:
-        """Whether a status was sent, after which no other answer is possible."""
+        """Whether the status was sent, so that no other response is possible."""
         return self.status != 0
 
-    # the request's body
+    # Request body
 
     @property
     def has_body(self) -> bool:
-        """Whether a body comes with the request (an empty one does not count)."""
+        """Whether the request has a body that is not empty."""
         return self._body is not None
 
     async def read_chunk(self, at_least: int = 1) -> bytes:
-        """Return what has come of the body, `at_least` so many bytes of it unless it ends before;
-        ``b""`` at its end. Raise `ClientGone`."""
+        """Return the buffered part of the body, after waiting for `at_least` bytes or the end of the body.
+
+        Return ``b""`` at the end. Raise `ClientDisconnected`.
+        """
         if self._body is None:
             return b""
         if self._awaits_continue:
@@ -126,38 +130,41 @@ class Request:
         return await self._body.read(at_least)
 
     async def read_all(self, limit: int) -> bytes:
-        """Return the whole body; raise `SizeInvalid` where it is longer than `limit` bytes."""
+        """Return the whole body; raise `SizeInvalid` if it is longer than `limit` bytes."""
         parts, size = [], 0
         while data := await self.read_chunk():
             size += len(data)
             if size > limit:
-                raise SizeInvalid(f"the body is longer than {limit} bytes")
+                raise SizeInvalid(f"the request body is longer than {limit} bytes")
             parts.append(data)
         return b"".join(parts)
 
-    # the answer
+    # Response
 
     def respond(self, status: int, fields: Fields, content: bytes = b"") -> None:
-        """Send a whole answer."""
+        """Send a complete response."""
         self._send_head(status, fields, len(content), content)
         self.finish()
 
     def start(self, status: int, fields: Fields, length: int | None) -> None:
-        """Send the head of an answer whose body has `length` bytes; None where that is not known before the end."""
+        """Send the response head. `length` is the length of the body in bytes, or None if it is unknown."""
         self._send_head(status, fields, length, b"")
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
-        """Send a piece of the body; the transport keeps what the client does not take: `drain` before the next."""
+        """Send part of the response body; await `drain` before the next part.
+
+        The transport buffers all the bytes that the kernel does not accept.
+        """
         if self._may_write(len(data)):
             self.bytes_sent += len(data)
             self._channel.write(b"%x\r\n%b\r\n" % (len(data), bytes(data)) if self._chunked else data)
 
     def write_some(self, data: bytes | bytearray | memoryview) -> int:
-        """Send what the client takes at once of a piece of the body, and little more; return how much that was.
+        """Send as much of `data` as the kernel accepts now, and little more; return the number of bytes.
 
-        `drain` before the rest is offered again: for content that need not wait in memory.
+        Await `drain` before you pass the rest again. This avoids buffering content that can be read again.
         """
-        if self._chunked or not self._may_write(len(data)):  # the length of a chunk is said before it is sent
+        if self._chunked or not self._may_write(len(data)):  # a chunk is announced with its length, so send it whole
             self.write(data)
             return len(data)
         written = self._channel.write_some(data)
@@ -166,13 +173,13 @@ class Request:
 
     @property
     def can_sendfile(self) -> bool:
-        """Whether the body can be sent by `offer_file`."""
+        """Whether the response body can be sent with `sendfile`."""
         return not self._chunked and self._channel.can_sendfile
 
     def sendfile(self, descriptor: int, offset: int, size: int) -> int:
-        """Send bytes of a file as `offer` does. They should be in memory: what the disk takes, all wait for.
+        """Send bytes of a file, like `write_some`; raise OSError if they cannot be read.
 
-        Raise OSError where they cannot be read.
+        The bytes should be in the page cache: a read from disk blocks the reactor.
         """
         if not self._may_write(size):
             return size
@@ -181,11 +188,11 @@ class Request:
         return sent
 
     def drain(self) -> Awaitable[None]:
-        """Wait until the client has taken what was written. Raise `ClientGone`."""
+        """Wait until the transport accepts more data; raise `ClientDisconnected`."""
         return self._channel.drain()
 
     def finish(self) -> None:
-        """End the answer; one that lacks bytes of what it promised breaks the connection off, so that it is noticed."""
+        """End the response. If it is shorter than its Content-Length, abort, so that the client notices."""
         if self.finished:
             return
         if self._chunked and not self._body_suppressed:
@@ -197,33 +204,33 @@ class Request:
         self._channel.on_response_finished()
 
     def abort(self) -> None:
-        """Break the connection off: the client must not take what it has for the whole."""
+        """Reset the connection, so that the client does not mistake a partial response for a complete one."""
         if not self.finished:
             self.finished = True
             self.closing = True
             self._channel.abort()
 
     def detach(self) -> tuple[Any, bytes]:
-        """Take the connection over: its transport, and what was read beyond this request's head."""
+        """Take over the connection: return its transport and the bytes received after the request head."""
         self.finished = True
         return self._channel.detach()
 
     def _may_write(self, size: int) -> bool:
-        """Whether `size` bytes more are to be sent."""
+        """Return whether `size` more bytes are to be sent; abort if they exceed the Content-Length."""
         if self._body_suppressed or self.finished or not size:
             return False
         if self._content_length is not None and self.bytes_sent + size > self._content_length:
-            self.abort()  # what is too much would be read as the next answer
+            self.abort()  # the client would read the excess as the next response
             return False
         return True
 
     def _send_head(self, status: int, fields: Fields, length: int | None, content: bytes) -> None:
         if self.started:
-            raise RuntimeError("an answer was started already")
+            raise RuntimeError("the response was started already")
         response_fields = list(fields)
         chunked = False
         if status in _BODYLESS_STATUSES:
-            # RFC 9110, section 8.6: a 204 has no length; a 304 may tell the content's, which is left unsaid.
+            # RFC 9110, section 8.6: a 204 has no Content-Length. A 304 may have one, but it is optional.
             length = 0
         elif length is not None:
             response_fields.append(("Content-Length", str(length)))
@@ -233,7 +240,7 @@ class Request:
         else:
             self.closing = True
         if self._awaits_continue or self._channel.exceeds_discard_limit():
-            self.closing = True  # what is left of the body is not asked for, or not worth reading
+            self.closing = True  # the rest of the request body was not requested, or is too long to discard
         if self.closing:
             response_fields.append(("Connection", "close"))
         elif self.head.version == (1, 0):
@@ -250,7 +257,7 @@ class Request:
 
 
 class _DateField:
-    """The Date field, made anew once a second only."""
+    """The value of the Date field, formatted at most once a second."""
 
     def __init__(self) -> None:
         self._second = 0

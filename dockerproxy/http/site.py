@@ -1,4 +1,4 @@
-"""A door's site: the connections that it has, and how they come and go."""
+"""The server factory of a listener: it accepts connections, tracks them, and drains or aborts them."""
 
 from __future__ import annotations
 
@@ -20,26 +20,23 @@ from dockerproxy.http.transport import DetachedProtocol, SocketTransport
 
 @frozen
 class ServerTimeouts:
-    """Seconds that a client may keep us waiting: between requests, for a head, for more of a body, to take bytes.
+    """Limits in seconds for a client to make progress. A timeout may fire up to `tick` seconds late."""
 
-    None is observed more exactly than to `tick` seconds.
-    """
-
-    keepalive: float = 300
-    header: float = 60
-    body: float = 60
-    send: float = 60
+    keepalive: float = 300  # until the next request begins
+    header: float = 60  # until a request head is complete
+    body: float = 60  # until more of a request body arrives
+    send: float = 60  # until the client reads more of a response
 
     @property
     def tick(self) -> float:
-        """How often a connection looks at the clock."""
+        """The interval in seconds at which deadlines are checked."""
         return min(self.keepalive, self.header, self.body, self.send) / 4
 
 
 class Site(Factory):
-    """Makes the channels of one door; `handler` answers their requests.
+    """The factory of HTTP channels of one listener; `handler` responds to their requests.
 
-    `finished` is called with each request and its seconds when its answer has ended: for the access log.
+    `on_request_finished` is called with each finished request and its duration in seconds. It writes the access log.
     """
 
     noisy = False
@@ -60,7 +57,7 @@ class Site(Factory):
         self.on_request_finished = on_request_finished
         self.draining = False
         self.on_closed: Callable[[], None] = lambda: None
-        """Called when a connection that was accepted has ended; as a tunnel, perhaps."""
+        """Called whenever an accepted connection has closed, even if it was detached and became a tunnel."""
         self._get_tls_context = get_tls_context
         self._channels: set[HTTPChannel] = set()
         self._drain_waiters: list[Deferred[None]] = []
@@ -69,7 +66,7 @@ class Site(Factory):
         return _AcceptedConnection(self)
 
     def accept(self, tcp: Any) -> None:
-        """Serve a connection that Twisted accepted."""
+        """Serve a connection accepted by Twisted; `tcp` is its transport."""
         channel = HTTPChannel(self, self.handler, secure=self._get_tls_context is not None)
         if self._get_tls_context is None:
             SocketTransport(self.reactor, tcp).take_over(channel)
@@ -87,7 +84,7 @@ class Site(Factory):
                 deferred.callback(None)
 
     def drain(self) -> Deferred[None]:
-        """Close idle connections and let the others end with their answer; fires when none is left."""
+        """Close idle connections now and the others after their response; fires when all are closed."""
         self.draining = True
         for channel in list(self._channels):
             channel.shutdown()
@@ -99,7 +96,7 @@ class Site(Factory):
         return done
 
     def abort(self) -> int:
-        """Break off the connections that are left; return how many."""
+        """Reset all remaining connections and return their number."""
         channels = list(self._channels)
         for channel in channels:
             channel.abort()
@@ -107,7 +104,7 @@ class Site(Factory):
 
 
 class _AcceptedConnection(DetachedProtocol):
-    """Takes a new connection from Twisted, hands it to the site, and sees its end, whatever has become of it."""
+    """The protocol of a connection accepted by Twisted: it passes the connection to the site and reports its end."""
 
     def __init__(self, site: Site) -> None:
         self._site = site

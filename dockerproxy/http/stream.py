@@ -1,4 +1,4 @@
-"""Bytes on their way from a transport to a coroutine, with a bound on how many may wait."""
+"""A bounded byte stream from a transport to a coroutine."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from typing import Protocol
 
 from twisted.internet.defer import Deferred
 
-_MAX_CHUNKS = 4096  # that may wait: tiny ones take many times their bytes in memory
+_MAX_CHUNKS = 4096  # buffered chunks: a tiny chunk takes many times its length in memory
 
 
 class Producer(Protocol):
-    """What can be asked to hold its bytes back: a transport."""
+    """A source of bytes that can be paused, such as a transport."""
 
     def pauseProducing(self) -> object: ...
 
@@ -20,10 +20,11 @@ class Producer(Protocol):
 class ByteStream:
     """A bounded queue of bytes between one producer and one reader.
 
-    The producer side calls `feed`, then once `finish` or `fail`. The reader awaits `read` until it returns ``b""``.
-    The producer is paused while more bytes wait than `high`, and than the reader wanted last, or very many pieces. It
-    is resumed when the reader took them, or when nothing more is to come: what the producer has then is not for this
-    stream, nor for it to hold back.
+    The producer side calls `feed`, then `finish` or `fail` once. The reader awaits `read` until it returns ``b""``.
+
+    The producer is paused while the stream buffers more than `high_water` bytes and more than the last read asked for,
+    or more than `_MAX_CHUNKS` chunks. It is resumed after a read. It is also resumed at the end of the stream, because
+    its further bytes belong to the next message.
     """
 
     def __init__(self, producer: Producer | None = None, *, high_water: int = 256 * 1024) -> None:
@@ -36,20 +37,20 @@ class ByteStream:
         self._failure: BaseException | None = None
         self._read_waiter: Deferred[None] | None = None
         self._min_read = 1
-        self.wait_count = 0  # how often the reader began to wait for more: while it waits, this tells one wait apart
+        self.wait_count = 0  # how often the reader began to wait; a change means that bytes arrived
 
     @property
     def ended(self) -> bool:
-        """Whether the producer has no more to give (what it gave may still wait here)."""
+        """Whether `finish` or `fail` was called; bytes may still be buffered."""
         return self._ended
 
     @property
     def starved(self) -> bool:
-        """Whether the reader waits for the producer (and not the other way round)."""
+        """Whether a reader waits for bytes from the producer."""
         return self._read_waiter is not None and not self._ended
 
     def feed(self, data: bytes) -> None:
-        """Take what the producer has."""
+        """Buffer bytes from the producer and wake the reader if it has enough."""
         self._chunks.append(data)
         self._buffered += len(data)
         full = self._buffered > max(self._high_water, self._min_read) or len(self._chunks) > _MAX_CHUNKS
@@ -62,30 +63,30 @@ class ByteStream:
             self.wait_count += 1
 
     def finish(self) -> None:
-        """Say that all is given."""
+        """End the stream."""
         self._resume_producer()
         self._ended = True
         self._wake_reader()
 
     def fail(self, error: BaseException) -> None:
-        """Say that no more can come; the reader gets what waits and then `error`."""
+        """End the stream with an error: reads return the buffered bytes, then raise `error`."""
         if not self._ended:
             self._failure = error
             self.finish()
 
     async def read(self, at_least: int = 1) -> bytes:
-        """Return what `read_pieces` does as one."""
+        """Return the bytes that `read_pieces` returns, joined."""
         pieces = await self.read_pieces(at_least)
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     async def read_pieces(self, at_least: int = 1) -> list[bytes]:
-        """Return all bytes that wait, in the pieces in which they came; none at the end. Raise what `fail` was given.
+        """Return all buffered chunks, or an empty list at the end. Raise the exception given to `fail`.
 
-        They are `at_least` so many, or very many pieces, unless the end comes before.
+        Wait until they hold `at_least` bytes, there are more than `_MAX_CHUNKS` of them, or the stream has ended.
         """
         self._min_read = max(1, at_least)
         while not self._has_enough() and not self._ended:
-            self._resume_producer()  # it was paused at `high`, and more than that is wanted
+            self._resume_producer()  # it was paused at `high_water`, but this read needs more
             waiter = self._read_waiter = Deferred()
             self.wait_count += 1
             try:
@@ -103,13 +104,13 @@ class ByteStream:
         return []
 
     def return_available(self) -> None:
-        """Let a read under way that wants many bytes have those that are here, or the next that come."""
+        """Make a pending read return the buffered bytes now, or the next ones as soon as they arrive."""
         self._min_read = 1
         if self._has_enough():
             self._wake_reader()
 
     def discard(self) -> None:
-        """Drop what waits and let the producer go on: nobody reads any more."""
+        """Drop the buffered bytes and resume the producer, because there is no reader any more."""
         self._chunks.clear()
         self._buffered = 0
         self._resume_producer()

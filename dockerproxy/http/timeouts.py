@@ -1,4 +1,4 @@
-"""How long a client is waited for."""
+"""Deadlines of client connections."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 
 from attrs import define, field
 
-_CHECKS_PER_ITERATION = 500  # clients that are looked after before others get their turn
+_CHECKS_PER_ITERATION = 500  # connections checked per reactor iteration, so that a sweep does not block the reactor
 
 
 class Deadline(NamedTuple):
-    """What is waited for, `since` when (the reactor's time), up to `limit` seconds.
+    """A limit of `timeout` seconds, counted from `started_at` in the reactor's time.
 
-    Then `expired` is called, and in every later round that finds it waited for still.
+    `on_timeout` is called when it has passed, and again in every later sweep that finds the same deadline expired.
     """
 
     timeout: float
@@ -22,27 +22,29 @@ class Deadline(NamedTuple):
 
 
 class TimeoutReaper:
-    """Has every client looked after again each `tick` seconds: by one timer, for one for each takes half a KiB."""
+    """Checks every connection's deadline once per `tick` seconds with one shared delayed call.
+
+    A delayed call per connection would cost 0.5 KiB each.
+    """
 
     def __init__(self, reactor: Any, tick: float) -> None:
         self.reactor = reactor
         self.tick = tick
         self._timers: set[ConnectionTimer] = set()
-        self._pending: list[ConnectionTimer] = []  # of the round under way
+        self._pending: list[ConnectionTimer] = []  # not yet checked in the current sweep
         self._delayed_call: Any = None
 
     def add(self, timer: ConnectionTimer) -> None:
-        """Look at this one, too, from the next round on."""
+        """Check `timer` from the next sweep on."""
         self._timers.add(timer)
         if self._delayed_call is None:
             self._delayed_call = self.reactor.callLater(self.tick, self._start_sweep)
 
     def remove(self, timer: ConnectionTimer) -> None:
-        """Look at this one no more."""
+        """Stop checking `timer`."""
         self._timers.discard(timer)
-        if (
-            not self._timers and self._delayed_call is not None and self._delayed_call.active()
-        ):  # else a round is under way
+        # The delayed call is inactive during a sweep, which then decides whether to schedule the next one.
+        if not self._timers and self._delayed_call is not None and self._delayed_call.active():
             self._delayed_call.cancel()
             self._delayed_call = None
 
@@ -63,18 +65,18 @@ class TimeoutReaper:
 
 @define(eq=False)
 class ConnectionTimer:
-    """Ends what takes a client too long.
+    """The deadline of one connection, which `get_deadline` computes at every check.
 
-    It asks what is waited for in every one of the `rounds`, and not only when a limit is near: whatever the client gets
-    on with then has no need to set a timer anew. A limit that would be reached before the next one has a timer.
+    Progress need not reset a timer, because the deadline is recomputed in every sweep of `reaper`. Only a deadline
+    before the next sweep gets its own delayed call.
     """
 
     _reaper: TimeoutReaper
     _get_deadline: Callable[[], Deadline] | None
     _delayed_call: Any = field(default=None, init=False)
-    _last_progress: tuple[object, float] = field(default=(None, 0.0), init=False)  # what was found, and since when
+    _last_progress: tuple[object, float] = field(default=(None, 0.0), init=False)  # value, time of its first check
     started_at: float = field(default=0.0, init=False)
-    """When the wait began that `note` was last called for."""
+    """The time of the last `restart`."""
 
     def now(self) -> float:
         """Return the reactor's time."""
@@ -82,35 +84,35 @@ class ConnectionTimer:
         return now
 
     def restart(self) -> None:
-        """Take note that a wait begins now."""
+        """Count the timeout from now."""
         self.started_at = self.now()
 
     def start(self) -> None:
-        """Begin to wait."""
+        """Count from now and have the deadline checked."""
         self.restart()
         self._reaper.add(self)
 
     def stop(self) -> None:
-        """Wait for nothing any more, and let go of who knew what is waited for."""
+        """Stop checking, and drop `get_deadline`, which refers to the connection."""
         self._get_deadline = None
         self._reaper.remove(self)
         self._cancel_delayed_call()
 
     def check_in(self, seconds: float) -> None:
-        """Ask in so many seconds what is waited for, besides the rounds; not after the end."""
+        """Check the deadline after `seconds` in addition to the sweeps. Do nothing if the timer was stopped."""
         self._cancel_delayed_call()
         if self._get_deadline is not None:
             self._delayed_call = self._reaper.reactor.callLater(seconds, self.check)
 
     def last_progress(self, progress: object) -> float:
-        """Return when somebody first found what is found now, `mark`."""
+        """Return the time of the first check that saw the current value of `progress`."""
         if progress != self._last_progress[0]:
             self._last_progress = (progress, self.now())
         return self._last_progress[1]
 
     def check(self) -> None:
-        """End what has waited too long; come again when the next thing could have."""
-        assert self._get_deadline is not None  # after the end nobody looks
+        """Call `on_timeout` if the deadline has passed; schedule a check if it passes before the next sweep."""
+        assert self._get_deadline is not None  # a stopped timer is not checked
         self._cancel_delayed_call()
         deadline = self._get_deadline()
         remaining = deadline.timeout - (self.now() - deadline.started_at)

@@ -1,4 +1,4 @@
-"""TLS on a socket of ours: OpenSSL has the socket itself, so that nothing is copied on its way."""
+"""TLS transport in which OpenSSL reads and writes the socket directly, without copies through a memory BIO."""
 
 from __future__ import annotations
 
@@ -17,57 +17,54 @@ from zope.interface import implementer
 
 from dockerproxy.http.transport import READ_SIZE, RECORD_SIZE, SocketTransport
 
-# To a client that begins with a request where TLS is expected; in these words it is known from servers in Go.
+# Sent to a client that speaks plain HTTP on a TLS port. Go's net/http sends the same text, which users know.
 _TLS_EXPECTED_RESPONSE = (
     b"HTTP/1.0 400 Bad Request\r\nContent-Type: text/plain; charset=utf-8\r\nConnection: close\r\n\r\n"
     b"Client sent an HTTP request to an HTTPS server.\n"
 )
-_PLAIN_HTTP_ERRORS = ("http request", "https proxy request")  # OpenSSL's words for that
+_PLAIN_HTTP_ERRORS = ("http request", "https proxy request")  # OpenSSL's reasons for this error
 
-_SMALL_RECORD = 1024  # bytes: a record that is shorter is a request rather than content
-_MAX_READ = 512 * 1024  # bytes; then other connections get their turn
-# What is read from a connection is decrypted to here, and copied from here once: `SSL.Connection.recv` takes memory for
-# each record, copies it twice, and leaves the records to be joined, for which a GB takes 0.2 s more of CPU time.
+_SMALL_RECORD = 1024  # bytes: a shorter record is probably a request, and a longer one content
+_MAX_READ = 512 * 1024  # bytes per reactor iteration, so that other connections are served too
+# All connections decrypt into this shared buffer, from which the data is copied once. `SSL.Connection.recv` would
+# allocate memory for each record, copy it twice, and leave the records to be joined: 0.2 s more CPU time per GB.
 _READ_BUFFER = ffi.new_allocator(should_clear_after_alloc=False)("char[]", _MAX_READ)
 
-_MODE_ENABLE_PARTIAL_WRITE, _MODE_ACCEPT_MOVING_WRITE_BUFFER = (
-    0x1,
-    0x2,
-)  # of SSL_CTX_set_mode(3); pyOpenSSL has no names for them
-_MULTI_RECORD_WRITES = hasattr(
-    SSL.Context, "clear_mode"
-)  # whether OpenSSL can be had to write several records by one call
-_MAX_WRITE = 256 * 1024 if _MULTI_RECORD_WRITES else RECORD_SIZE  # bytes that OpenSSL is given by one call
+# Modes of SSL_CTX_set_mode(3). pyOpenSSL has no names for them.
+_MODE_ENABLE_PARTIAL_WRITE, _MODE_ACCEPT_MOVING_WRITE_BUFFER = 0x1, 0x2
+# Whether one call can write several records. This requires clearing a mode that pyOpenSSL sets on every context.
+_MULTI_RECORD_WRITES = hasattr(SSL.Context, "clear_mode")
+_MAX_WRITE = 256 * 1024 if _MULTI_RECORD_WRITES else RECORD_SIZE  # bytes per SSL_write
 
-_UNTRUSTED_CERTIFICATE_ALERTS = (
-    "unknown ca",
-    "certificate unknown",
-    "bad certificate",
-)  # alerts (RFC 8446, section 6.2)
+# Alerts of RFC 8446, section 6.2, as OpenSSL spells them.
+_UNTRUSTED_CERTIFICATE_ALERTS = ("unknown ca", "certificate unknown", "bad certificate")
 
 
 @implementer(IOpenSSLServerConnectionCreator)
 @frozen
 class ServerContext:
-    """What a server's connections are made of.
+    """The OpenSSL contexts of a server's connections.
 
-    OpenSSL resumes a session for all connections that are created of the same context, by the ticket keys of that
-    (`sessions`), whatever context they change to; there, a session is of those alone whose contexts have its session id
-    (`SSL_CTX_set_session_id_context`). `shown` has the certificate and that id, unless `sessions` chooses one itself.
+    `ticket_context` holds the ticket keys. OpenSSL uses those of the context that a connection was created with, even
+    if the connection changes to another context later. A session is resumed only if the context then in use has the
+    same session id context (`SSL_CTX_set_session_id_context`).
+
+    `certificate_context` holds the certificate and that session id context. It is None if `ticket_context` selects a
+    certificate itself.
     """
 
     ticket_context: SSL.Context
     certificate_context: SSL.Context | None = None
 
     def create_connection(self, handle: socket.socket | None) -> SSL.Connection:
-        """Return the server's side of a connection on a socket, or on memory."""
+        """Return the server side of a connection on the socket `handle`, or on a memory BIO if that is None."""
         connection = SSL.Connection(self.ticket_context, handle)
         self.apply_to(connection)
         connection.set_accept_state()
         return connection
 
     def apply_to(self, connection: SSL.Connection) -> None:
-        """Have a connection, which may be one of other `sessions`, go on with what is shown here."""
+        """Switch `connection` to this certificate, even if it was created with another `ticket_context`."""
         if self.certificate_context is not None:
             connection.set_context(self.certificate_context)
 
@@ -76,10 +73,11 @@ class ServerContext:
 
 
 class TLSTransport(SocketTransport):
-    """TLS on a taken-over socket, by `tls`, which knows the socket and its side and has a context as of `set_mode`.
+    """TLS on a socket taken over from Twisted.
 
-    `preface` is sent in the clear before the handshake. An `IHandshakeListener` is told when that is complete; where
-    it fails, the protocol's `connectionLost` gets the `SSL.Error`.
+    `tls` is a connection on that socket, in accept or connect state, whose context was prepared by `set_mode`.
+    `plaintext` is sent unencrypted before the handshake. A protocol that provides `IHandshakeListener` is notified when
+    the handshake is complete. If it fails, the protocol's `connectionLost` receives the `SSL.Error`.
     """
 
     __slots__ = ("_plaintext", "_tls")
@@ -95,32 +93,31 @@ class TLSTransport(SocketTransport):
         return False
 
     def set_protocol(self, protocol: IProtocol) -> None:
-        """Wait for the other side to begin with the handshake, unless we `greet`; then it is `protocol`'s."""
+        """Attach `protocol` and wait for the peer to start the handshake, unless `start_handshake` is called."""
         super().set_protocol(protocol)
         if self._plaintext:
             self._start_writing()
 
     def start_handshake(self) -> None:
-        """Begin with the handshake, as the client."""
+        """Start the handshake as the client."""
         if self.connected and not self._broken:
             self._start_writing()
 
     def resumeProducing(self) -> None:
-        if (
-            not self._plaintext
-        ):  # what comes before that is sent would not be read, and wake the reactor again and again
+        # Input before `plaintext` is sent stays unread, and would wake the reactor in every iteration.
+        if not self._plaintext:
             super().resumeProducing()
 
     @classmethod
     def server(cls, reactor: Any, tcp: Any, context: ServerContext, plaintext: bytes = b"") -> TLSTransport:
-        """Return the server's side, as `context` has it."""
+        """Return a transport for the server side that uses `context`."""
         return cls(reactor, tcp, context.create_connection(tcp.getHandle()), plaintext)
 
     def doRead(self) -> Any:
         if self._ready:
             return self._read_records()
-        # What ends the handshake, two tickets, and the answer to what came with the client's last words of it go out
-        # together: each by itself would cost both sides a segment.
+        # Cork the socket so that three parts share a segment: the end of the handshake, two tickets, and the response
+        # to data that arrived with the client's last handshake message. Separate segments would cost both sides more.
         corked = self._cork(True)
         try:
             if self._do_handshake():
@@ -138,14 +135,14 @@ class TLSTransport(SocketTransport):
                 break
             size += received
             if received < _SMALL_RECORD:
-                break  # most often the last for now, and if not, the reactor says so: to find out costs more
+                break  # probably the last record for now: another read would cost more than a reactor iteration
         reason = self._read_end_reason(received) if received <= 0 else None
         if size:
             self.protocol.dataReceived(ffi.buffer(_READ_BUFFER, size)[:])
         return reason
 
     def _read_end_reason(self, result: int) -> Exception | None:
-        """Return why nothing more can be read, after `SSL_read` had this `result`; None where it may be later."""
+        """Return the reason for the end of input after `SSL_read` returned `result`, or None if more may arrive."""
         try:
             self._tls._raise_ssl_error(self._tls._ssl, result)
         except (SSL.WantReadError, SSL.WantWriteError):
@@ -169,7 +166,7 @@ class TLSTransport(SocketTransport):
         return super().doWrite()
 
     def _do_handshake(self) -> bool:
-        """Go on with the handshake; return whether it is complete."""
+        """Continue the handshake and return whether it is complete."""
         try:
             self._tls.do_handshake()
         except SSL.WantReadError:
@@ -195,7 +192,7 @@ class TLSTransport(SocketTransport):
 
     def _refuse_plain_http(self) -> None:
         with suppress(OSError):
-            self._socket.recv(READ_SIZE)  # what is unread when a socket is closed resets it, and the answer is lost
+            self._socket.recv(READ_SIZE)  # closing a socket with unread data resets it, and the response is lost
         with suppress(OSError):
             self._socket.send(_TLS_EXPECTED_RESPONSE)
 
@@ -217,14 +214,14 @@ class TLSTransport(SocketTransport):
         return sent
 
     def _cork(self, corked: bool) -> bool:
-        """Have the kernel wait for full segments, or no longer; return whether it can.
+        """Set or clear TCP_CORK, so that the kernel sends full segments only; return whether the socket supports it.
 
-        OpenSSL makes a call for each record, and the kernel would send each by itself: that takes a third more CPU
-        time for each byte (measured on loopback, server and client on a core each).
+        OpenSSL makes a system call for each record, and the kernel would send each one separately. That takes a third
+        more CPU time per byte (measured on loopback with server and client on a core each).
         """
         if self._is_unix:
             return False
-        with suppress(OSError):  # the peer is gone, as writing will tell
+        with suppress(OSError):  # the peer is gone; the next write reports it
             self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, corked)
         return True
 
@@ -234,12 +231,16 @@ class TLSTransport(SocketTransport):
 
 
 def upgrade_to_tls(transport: SocketTransport, context: ServerContext, protocol: IProtocol, received: bytes) -> None:
-    """Go on with TLS, as the server, for `protocol`; `received` was read from the socket before."""
+    """Start TLS as the server on a plain transport and attach `protocol`.
+
+    `received` holds bytes of the TLS stream that were already read from the socket.
+    """
     if not received:
         reactor, tcp, pending = transport.detach()
         TLSTransport.server(reactor, tcp, context, pending).set_protocol(protocol)
         return
-    # A client that did not wait for the answer to its CONNECT: OpenSSL cannot be given bytes for a socket.
+    # The client sent its ClientHello before our response to CONNECT. OpenSSL cannot be fed bytes that were already read
+    # from its socket, so this connection needs a memory BIO.
     factory = TLSMemoryBIOFactory(context, False, SingleProtocolFactory(protocol), transport.reactor)
     wrapper: Any = factory.buildProtocol(transport.getPeer())
     transport.set_protocol(wrapper)
@@ -247,10 +248,10 @@ def upgrade_to_tls(transport: SocketTransport, context: ServerContext, protocol:
 
 
 def set_mode(context: SSL.Context) -> None:
-    """Set the mode of a context that is for a `TLSTransport`.
+    """Set the modes that `TLSTransport` needs on `context`.
 
-    A record may be offered again from another place in memory (which pyOpenSSL 25.0 does not set), a connection without
-    traffic keeps no buffers, which are 34 KiB, and several records are written by one call, if that can be.
+    A write may be retried from another address, which pyOpenSSL 25.0 does not allow by default. An idle connection
+    releases its buffers of 34 KiB. One call writes several records, if pyOpenSSL can enable that.
     """
     context.set_mode(SSL.MODE_RELEASE_BUFFERS | _MODE_ACCEPT_MOVING_WRITE_BUFFER)
     if _MULTI_RECORD_WRITES:
@@ -258,15 +259,15 @@ def set_mode(context: SSL.Context) -> None:
 
 
 def describe_handshake_error(error: SSL.Error) -> str:
-    """Say why a client's handshake failed, as OpenSSL has it; but in our words where our certificate is rejected."""
+    """Return the reason of a failed handshake: OpenSSL's text, or a hint if the client rejected our certificate."""
     reasons = [str(entry[-1]) for entry in error.args[0]] if error.args and isinstance(error.args[0], list) else []
     if any(distrust in reason for reason in reasons for distrust in _UNTRUSTED_CERTIFICATE_ALERTS):
-        return "the client does not trust our CA (/ca.crt)"
-    return "; ".join(reasons) or "the client hung up"
+        return "the client does not trust this proxy's CA; install the certificate from /ca.crt on it"
+    return "; ".join(reasons) or "the client closed the connection"
 
 
 class SingleProtocolFactory(Factory):
-    """A factory that gives the one protocol it was made with."""
+    """A factory whose `buildProtocol` returns the given protocol. Use it for one connection."""
 
     noisy = False
 

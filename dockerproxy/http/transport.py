@@ -1,9 +1,11 @@
-"""Bytes between a socket and a protocol: plain, or TLS by OpenSSL on the socket itself.
+"""Transport on a socket taken over from Twisted; `TLSTransport` in tls.py is its TLS variant.
 
-Twisted accepts the connection; then these transports take its socket over. Two things are gained. OpenSSL reads and
-writes the socket without a memory BIO between, which halves the CPU time for each byte (measured: 1.07 s per GiB
-against 2.5 s through `TLSMemoryBIOProtocol`; nginx needs 1.08 s). And a write goes to the kernel at once where it
-takes it, so that a small answer costs no round through the reactor, and nothing is buffered for a client that reads.
+Twisted accepts the connection, and then these transports take over its socket. This has two benefits:
+
+- OpenSSL reads and writes the socket without a memory BIO, which halves the CPU time per byte. Measured: 1.07 s per GiB
+  instead of 2.5 s through `TLSMemoryBIOProtocol`; nginx needs 1.08 s.
+- A write goes to the kernel immediately if that accepts it. A small response needs no extra reactor iteration, and
+  nothing is buffered for a client that keeps reading.
 """
 
 from __future__ import annotations
@@ -33,32 +35,34 @@ from zope.interface import implementer
 READ_SIZE = 64 * 1024
 
 RECORD_SIZE = 16 * 1024  # bytes of content in a TLS record (RFC 8446, section 5.1)
-_MIN_WRITE = 4 * 1024  # bytes that are given to the kernel at least, whether or not it has room
-# For each client, the kernel keeps up to 4 MiB (tcp_wmem) to be sent. With many slow ones it runs out of memory
-# (tcp_mem), and takes less than it had room for. So no more than `_UNSENT` bytes wait there, but for a client that
-# has shown to be quick: where nothing waits any more when there is more to give, it may be as much as it was given so
-# far, and any number from `_PROMPT` on; so it is for one that has taken `_PROOF`.
+_MIN_WRITE = 4 * 1024  # bytes passed to the kernel in any case, even if it reports no free space
+# The kernel buffers up to 4 MiB (tcp_wmem) of output per client. With many slow clients it runs out of TCP memory
+# (tcp_mem) and then accepts less than the free space that it reported. The unsent bytes in the kernel are therefore
+# limited to `_SLOW_SEND_BUFFER` until the client has proved fast. If no bytes are unsent at the next write, the limit
+# grows to the number of bytes sent so far, and ends once that is `_FAST_AFTER_DRAINED`. It also ends once the client
+# has acknowledged `_FAST_AFTER` bytes.
 _SLOW_SEND_BUFFER = 128 * 1024
 _FAST_AFTER_DRAINED = 1024 * 1024
 _FAST_AFTER = 4 * 1024 * 1024
 
-_SO_MEMINFO = 55  # socket(7) does not have it: asm-generic/socket.h and linux/sock_diag.h do, since Linux 4.12
+_SO_MEMINFO = 55  # since Linux 4.12; not in socket(7), but in asm-generic/socket.h and linux/sock_diag.h
 _MEMINFO = struct.Struct("@9I")
-_MEMINFO_SNDBUF, _MEMINFO_WMEM_QUEUED = 3, 5  # of that: SK_MEMINFO_SNDBUF, SK_MEMINFO_WMEM_QUEUED
-_TCP_NOTSENT_LOWAT = 25  # tcp(7); socket has it since Python 3.12
-_SIOCOUTQNSD = 0x894B  # tcp(7) does not have that either: linux/sockios.h
+_MEMINFO_SNDBUF, _MEMINFO_WMEM_QUEUED = 3, 5  # indexes SK_MEMINFO_SNDBUF, SK_MEMINFO_WMEM_QUEUED
+_TCP_NOTSENT_LOWAT = 25  # tcp(7); Python's socket module has it since 3.12
+_SIOCOUTQNSD = 0x894B  # linux/sockios.h; not in tcp(7)
 
 
 class DetachedProtocol(Protocol):
-    """What Twisted's own transport is left with once its socket is taken over."""
+    """A placeholder protocol for Twisted's own transport after its socket was taken over."""
 
 
 @implementer(ITransport, IReadWriteDescriptor, IPushProducer)
 class SocketTransport:
-    """A connected TCP or Unix socket, taken over from Twisted's transport `tcp`.
+    """A transport on a connected TCP or Unix socket, taken over from Twisted's transport `tcp`.
 
-    An `ITransport` for `protocol`, and an `IConsumer` for one push producer: it is paused as soon as the kernel takes
-    no more, and resumed when all is handed over. `sent` counts bytes given to the kernel: what a time-out looks at.
+    It is an `ITransport` for `protocol` and an `IConsumer` for one push producer. The producer is paused as soon as the
+    kernel accepts no more, and resumed when the pending bytes are written. `sent` counts the bytes accepted by the
+    kernel; send timeouts check it for progress.
     """
 
     __slots__ = (
@@ -95,23 +99,23 @@ class SocketTransport:
         self._producer: IPushProducer | None = None
         self._producer_paused = False
         self._reading = self._writing = False
-        self._retry_size = 0  # bytes that OpenSSL could not send, and has to be offered once more; 0: none
-        self._ready = True  # whether application data can be written: TLS first shakes hands
+        self._retry_size = 0  # bytes of a failed SSL_write, which OpenSSL requires to be retried; 0 if there is none
+        self._ready = True  # whether application data can be written; with TLS, only after the handshake
         self._broken = self._aborted = False
-        self._is_unix = self._socket.family == socket.AF_UNIX  # asked once: an enum is made for each answer
-        self._fast_client = self._is_unix  # whether the client has shown to be quick
-        self._notsent_lowat = 0  # bytes that may wait in the kernel to be sent; 0: any number
+        self._is_unix = self._socket.family == socket.AF_UNIX  # cached because `family` creates an enum on each access
+        self._fast_client = self._is_unix  # whether the send buffer is no longer limited
+        self._notsent_lowat = 0  # current TCP_NOTSENT_LOWAT in bytes; 0 if it was not set
         self._lost_reason: Exception = CONNECTION_LOST
         self.protocol: IProtocol = DetachedProtocol()
         self.connected = True
         self.disconnecting = False
         self.sent = 0
-        # Whether `write` sends at once. Else that is left to the reactor, and what can be read is read before: so a
-        # peer's last words are heard before it is found that it takes no more (after which OpenSSL reads nothing).
+        # If False, `write` leaves sending to the reactor, and pending input is read first. A peer's last message is
+        # then received before a failed write is noticed, after which OpenSSL reads nothing more.
         self.write_immediately = True
 
     def take_over(self, protocol: IProtocol) -> None:
-        """Take the socket from Twisted's transport and give `protocol` what arrives from now on."""
+        """Take the socket from Twisted's transport and attach `protocol`."""
         self._tcp.stopReading()
         self._tcp.stopWriting()
         if not isinstance(self._tcp.protocol, DetachedProtocol):
@@ -122,13 +126,13 @@ class SocketTransport:
         self.set_protocol(protocol)
 
     def set_protocol(self, protocol: IProtocol) -> None:
-        """Give `protocol` what arrives from now on."""
+        """Deliver all further input to `protocol`."""
         self.protocol = protocol
         self.resumeProducing()
         protocol.makeConnection(self)
 
     def detach(self) -> tuple[Any, Any, bytes]:
-        """Leave the socket to another transport: return reactor, Twisted's transport, and what was not sent."""
+        """Give up the socket for another transport; return the reactor, Twisted's transport and the unsent bytes."""
         pending = b"".join(self._pending)
         self._pending.clear()
         self._stop_io()
@@ -139,7 +143,7 @@ class SocketTransport:
     # ITransport
 
     def write(self, data: bytes) -> None:
-        """Hand `data` to the kernel, and keep what it does not take yet."""
+        """Pass `data` to the kernel, and buffer the bytes that it does not accept yet."""
         if not self.connected or self.disconnecting or self._broken or not data:
             return
         if not self._pending and self._ready and self.write_immediately:
@@ -151,11 +155,11 @@ class SocketTransport:
         self._enqueue(data)
 
     def write_some(self, data: bytes | bytearray | memoryview) -> int:
-        """Hand as much of `data` to the kernel as it has room for; return how much that was.
+        """Pass as much of `data` to the kernel as it has room for; return the number of bytes, at least one.
 
-        That is at least one byte. Whoever can get at the rest again offers that when the producer is resumed, and so
-        for a client that reads slowly nothing waits here: what TLS has encrypted and the kernel does not take would be
-        kept twice, 16 KiB each time, for OpenSSL wants to be given the same once more.
+        The caller passes the rest again when its producer is resumed. Nothing is then buffered here for a slow client.
+        With TLS, a record that the kernel does not accept would be buffered twice, 16 KiB each, because OpenSSL keeps
+        the encrypted record and requires the same plaintext for the retry.
         """
         if not self.connected or self.disconnecting or self._broken:
             return len(data)
@@ -172,13 +176,13 @@ class SocketTransport:
 
     @property
     def can_sendfile(self) -> bool:
-        """Whether bytes of a file can go to the peer as they are (`offer_file`)."""
+        """Whether bytes go to the peer unencrypted, so that `sendfile` can be used."""
         return True
 
     def sendfile(self, descriptor: int, offset: int, size: int) -> int:
-        """Hand `size` bytes of a file to the kernel as `offer` does; they are not copied on the way (sendfile(2)).
+        """Pass `size` bytes of a file to the kernel like `write_some`, without copying them (sendfile(2)).
 
-        Raise OSError where they cannot be read.
+        Raise OSError if they cannot be read.
         """
         if not self.connected or self.disconnecting or self._broken:
             return size
@@ -205,17 +209,17 @@ class SocketTransport:
         self.write(b"".join(data))
 
     def loseConnection(self) -> None:
-        """Close when all that was written has been sent."""
+        """Close after all pending bytes have been sent."""
         if self.connected and not self.disconnecting:
             self.disconnecting = True
             self.pauseProducing()
             if self._ready:
                 self._start_writing()
             else:
-                self.abortConnection()  # nothing can be said before the handshake, and the peer may never end it
+                self.abortConnection()  # nothing can be sent before the handshake, which the peer may never complete
 
     def abortConnection(self) -> None:
-        """Reset the connection, whatever has not been sent: the peer does not take that for an end that was meant."""
+        """Reset the connection and drop pending bytes. The peer cannot mistake this for a regular close."""
         if self.connected and not self._broken:
             self._broken = self._aborted = True
             self.disconnecting = True
@@ -236,7 +240,7 @@ class SocketTransport:
         self._pause_producer()
 
     def _pause_producer(self) -> None:
-        """Wait for the kernel to have room."""
+        """Pause the producer until the kernel accepts more."""
         self._start_writing()
         if self._producer is not None and not self._producer_paused:
             self._producer_paused = True
@@ -246,9 +250,9 @@ class SocketTransport:
 
     def registerProducer(self, producer: Any, streaming: bool) -> None:
         if self._producer is not None:
-            raise RuntimeError("there is a producer already")
+            raise RuntimeError("a producer is already registered")
         if not streaming:
-            raise ValueError("push producers only")
+            raise ValueError("only push producers are supported")
         if not self.connected:
             producer.stopProducing()
             return
@@ -275,7 +279,7 @@ class SocketTransport:
     def stopProducing(self) -> None:
         self.loseConnection()
 
-    # IReadWriteDescriptor: what the reactor calls
+    # IReadWriteDescriptor, called by the reactor
 
     def fileno(self) -> int:
         return self._fileno if self.connected else -1
@@ -317,31 +321,34 @@ class SocketTransport:
         return None
 
     def connectionLost(self, reason: Failure) -> None:
-        if not self._aborted:  # else that is how it ends, and not as the reactor finds it in the middle of that
+        if not self._aborted:  # abortConnection reports ConnectionAborted even if the reactor finds another reason
             self._call_connection_lost(reason)
 
-    # the socket
+    # Socket
 
     def _send_space(self) -> int:
-        """Return how many bytes the kernel has room for.
+        """Return an estimate of the bytes that the kernel has room for.
 
-        As good as surely: where it does not take them, they are kept here.
+        If the kernel accepts less than that, the rest of the record is buffered here.
         """
         try:
             meminfo: tuple[int, ...] = _MEMINFO.unpack(
                 self._socket.getsockopt(socket.SOL_SOCKET, _SO_MEMINFO, _MEMINFO.size)
             )
             free, queued = meminfo[_MEMINFO_SNDBUF] - meminfo[_MEMINFO_WMEM_QUEUED], meminfo[_MEMINFO_WMEM_QUEUED]
-            space = free - free // 4  # what the kernel makes of them takes room as well
+            space = free - free // 4  # the kernel's own overhead per segment counts as well
             return space if self._fast_client else min(space, self._slow_client_space(queued))
         except (OSError, struct.error):
             return RECORD_SIZE
 
     def _slow_client_space(self, queued: int) -> int:
-        """Return the same as far as it goes by how quick the client is; of what was sent, it has not taken `queued`."""
+        """Return the room under the limit for slow clients, and adjust or end that limit.
+
+        `queued` is the number of bytes sent that the client has not acknowledged.
+        """
         unsent = int.from_bytes(fcntl.ioctl(self._fileno, _SIOCOUTQNSD, bytes(4)), sys.byteorder)
         if self.sent - queued >= _FAST_AFTER or (self.sent >= _FAST_AFTER_DRAINED and not unsent):
-            lowat = 0  # as for every socket
+            lowat = 0  # the kernel's default: no limit
         elif unsent:
             lowat = self._notsent_lowat or _SLOW_SEND_BUFFER
         else:
@@ -352,10 +359,10 @@ class SocketTransport:
         if not lowat:
             self._fast_client = True
             return _FAST_AFTER
-        return lowat - lowat // 16 - unsent  # a record is somewhat longer than what is in it
+        return lowat - lowat // 16 - unsent  # a TLS record is somewhat longer than its content
 
     def _send(self, data: bytes | bytearray | memoryview) -> int:
-        """Return how many bytes the kernel took."""
+        """Pass `data` to the kernel and return the number of bytes accepted."""
         try:
             sent = self._socket.send(data)
         except (BlockingIOError, InterruptedError):
@@ -367,11 +374,11 @@ class SocketTransport:
         return sent
 
     def _send_close_notify(self) -> None:
-        """Tell the peer that the end is meant, where the protocol has a word for it."""
+        """Announce a regular close to the peer, if the protocol has a message for that (TLS does)."""
 
     def _mark_broken(self) -> None:
         self._broken = True
-        self._start_writing()  # the reactor comes to doWrite, which reports it: never from within a call of ours
+        self._start_writing()  # the reactor then calls doWrite, which reports the loss outside of the caller's call
 
     def _call_connection_lost(self, reason: Failure) -> None:
         if not self.connected:

@@ -76,7 +76,10 @@ class HandshakeTests(SocketTestCase):
                 with dial(port) as sock, self.assertRaises(ssl.SSLCertVerificationError):
                     context.wrap_socket(sock, server_hostname="a.test")
 
-            self.assertEqual(await self.handshake_error(client), "the client does not trust our CA (/ca.crt)")
+            self.assertEqual(
+                await self.handshake_error(client),
+                "the client does not trust this proxy's CA; install the certificate from /ca.crt on it",
+            )
 
     async def test_plain_http(self) -> None:
         """Told in the clear that this is the wrong port, as by servers in Go."""
@@ -126,7 +129,7 @@ class HandshakeTests(SocketTestCase):
             dial(port).close()
 
         for client in (after_client_hello, before_client_hello):
-            self.assertEqual(await self.handshake_error(client), "the client hung up")
+            self.assertEqual(await self.handshake_error(client), "the client closed the connection")
 
     async def test_handshake_byte_by_byte(self) -> None:
         port, recorder, _ = self.serve()
