@@ -1,8 +1,8 @@
-"""Fixtures of the end-to-end tests: real upstreams and clients, and the daemon between them as a process of its own.
+"""Fixtures of the end-to-end tests: real upstreams and clients, and the daemon between them in a process of its own.
 
-The upstreams run for the whole session and are shared: a test gives what it puts there names of its own. Daemons come
-in two sizes: `proxy` is shared by a module, `run_proxy` makes one with other settings for one test. After each test
-the logs of all of them are searched for tracebacks and secrets.
+The upstreams run for the whole session and are shared, so each test uses repository names of its own. The daemon of the
+fixture `daemon` is shared by a module. `start_daemon` starts one with other settings for a single test. After each test
+the logs of all daemons are searched for tracebacks and secrets.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ def upstreams(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Upstreams]:
 
 @pytest.fixture(autouse=True)
 def _check_logs(upstreams: Upstreams) -> Iterator[None]:
-    """No daemon may crash or tell a secret, whatever the test is about."""
+    """Check after every test that no daemon's log has a traceback or a secret."""
     upstreams.fake.reset_rules()
     yield
-    for proxy in _daemons:
-        proxy.check_log(upstreams.secrets)
+    for daemon in _daemons:
+        daemon.check_log(upstreams.secrets)
 
 
 @pytest.fixture(scope="module")
 def daemon(upstreams: Upstreams, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwistdDaemon]:
-    """A daemon with default settings that knows the upstreams."""
-    daemon = TwistdDaemon(tmp_path_factory.mktemp("proxy"), upstreams.settings)
+    """Return a daemon with default settings, configured for the upstreams."""
+    daemon = TwistdDaemon(tmp_path_factory.mktemp("daemon"), upstreams.settings)
     _daemons.append(daemon)
     with daemon.run_and_check_log(lambda: upstreams.secrets):
         yield daemon
@@ -48,10 +48,10 @@ def daemon(upstreams: Upstreams, tmp_path_factory: pytest.TempPathFactory) -> It
 
 @pytest.fixture
 def start_daemon(upstreams: Upstreams, tmp_path: Path) -> Iterator[StartDaemon]:
-    """Return a function that starts a daemon with the given settings beside those of `proxy`."""
+    """Return a function that starts a daemon with the given settings in addition to those of `daemon`."""
     group = ProcessGroup()
 
-    def start_daemon(name: str = "proxy", **settings: str) -> TwistdDaemon:
+    def start_daemon(name: str = "daemon", **settings: str) -> TwistdDaemon:
         daemon = TwistdDaemon(tmp_path / name, {**upstreams.settings, **settings})
         group.add(daemon)
         _daemons.append(daemon)

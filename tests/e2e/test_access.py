@@ -1,4 +1,4 @@
-"""Who gets what: upstream's word counts, whatever the cache holds; and whose credential goes where."""
+"""Access control and credentials: upstream decides about access to cached content, and no credential goes elsewhere."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from tests.e2e.harness import fake_registry, images
 from tests.e2e.harness.client_factory import ClientFactory
 from tests.e2e.harness.daemon import StartDaemon, TwistdDaemon
-from tests.e2e.harness.http_client import BufferedResponse, request_directly
+from tests.e2e.harness.http_client import BufferedResponse, basic_authorization, request_directly
 from tests.e2e.harness.images import ACCEPT_MANIFESTS, SampleImage
 from tests.e2e.harness.upstreams import BASIC, FAKE, HUB, REGISTRY, STORE_HOST, TOKEN_URL, Upstreams
 
@@ -18,7 +18,7 @@ PRIVATE_REPOSITORY = "alice/app"
 
 @pytest.fixture(scope="module")
 def private_image(upstreams: Upstreams, daemon: TwistdDaemon) -> SampleImage:
-    """An image that only alice may read, and that the daemon has cached for her."""
+    """Return an image that only alice may read, and that the daemon has cached for her."""
     image = upstreams.push_to_hub(
         PRIVATE_REPOSITORY, "1", images.build_small_image(PRIVATE_REPOSITORY), owners={"alice"}
     )
@@ -58,7 +58,7 @@ def test_others_are_refused(
 
 
 def test_digest_alone_grants_no_access(upstreams: Upstreams, daemon: TwistdDaemon, private_image: SampleImage) -> None:
-    """What the cache has from a private repository is not had under the name of a public one."""
+    """Content that is cached for a private repository is not served under the name of a public one."""
     token = _fetch_token(upstreams, daemon, "library/public", None)
     for digest in (private_image.layers[0].digest, private_image.blobs[0].digest):
         response = _get(daemon, f"library/public/blobs/{digest}", token)
@@ -79,11 +79,11 @@ def test_forged_token_is_rejected(upstreams: Upstreams, daemon: TwistdDaemon, pr
             assert _get(daemon, path, token).status in (400, 401), token[:10]
 
 
-def test_wrong_password_returns_upstream_401(daemon: TwistdDaemon) -> None:
-    wrong_credentials = base64.b64encode(b"alice:guess").decode()
+def test_wrong_password_returns_401(daemon: TwistdDaemon) -> None:
+    wrong_credentials = basic_authorization("alice", "guess")
     response = daemon.client.get(
         f"{TOKEN_URL}?service=registry.docker.io&scope=repository:{PRIVATE_REPOSITORY}:pull",
-        Authorization=f"Basic {wrong_credentials}",
+        Authorization=wrong_credentials,
     )
     assert response.status == 401
 
@@ -113,7 +113,7 @@ def test_repository_that_became_private_is_refused(upstreams: Upstreams, start_d
     assert _get(daemon, path, _fetch_token(upstreams, daemon, "alice/shy", None)).status == 401
 
 
-# credentials of the administrator's
+# credentials configured by the administrator
 
 
 def test_auth_registries_logs_in_to_hub_for_everyone(
@@ -132,7 +132,7 @@ def test_auth_registries_logs_in_to_hub_for_everyone(
 
 
 def test_unshared_configured_login(upstreams: Upstreams, start_daemon: StartDaemon) -> None:
-    """It opens nothing for clients; who has a right of their own keeps it."""
+    """The configured login gives clients no access. Clients with access of their own keep it."""
     login = f"alice:{upstreams.users['alice']}"
     daemon = start_daemon(
         AUTH_REGISTRIES=f"auth.docker.io:{login} registry-1.docker.io:{login} basic.test:{login}",
@@ -155,7 +155,7 @@ def test_unshared_configured_login(upstreams: Upstreams, start_daemon: StartDaem
 
 
 def test_auth_registries_with_basic(upstreams: Upstreams, start_daemon: StartDaemon, clients: ClientFactory) -> None:
-    """alice's password holds a colon."""
+    """The password of alice contains a colon."""
     assert ":" in upstreams.users["alice"]
     upstreams.push_to_basic("private/app", "1", images.build_small_image("basic"))
     daemon = start_daemon(AUTH_REGISTRIES=f"basic.test:alice:{upstreams.users['alice']}")
@@ -172,13 +172,13 @@ def test_basic_auth_without_configured_login(upstreams: Upstreams, daemon: Twist
     unauthorized = daemon.client.get(url)
     assert unauthorized.status == 401
     assert unauthorized.headers["www-authenticate"].startswith("Basic ")
-    wrong_credentials = base64.b64encode(b"alice:guess").decode()
-    assert daemon.client.get(url, Authorization=f"Basic {wrong_credentials}").status == 401
+    wrong_credentials = basic_authorization("alice", "guess")
+    assert daemon.client.get(url, Authorization=wrong_credentials).status == 401
     assert daemon.client.get(url, Authorization=upstreams.basic_authorization("bob")).status == 200
 
 
 def test_custom_delimiters(upstreams: Upstreams, start_daemon: StartDaemon) -> None:
-    """Google's `_json_key` has a password full of spaces and colons."""
+    """The password of Google's `_json_key` contains spaces and colons."""
     image = images.build_small_image("json-key")
     upstreams.fake.put("json/key", "1", image)
     for method in ("GET", "HEAD"):
@@ -242,7 +242,7 @@ def test_ca_key_is_readable_by_its_owner_only(upstreams: Upstreams, daemon: Twis
 
 
 def _fetch_token(upstreams: Upstreams, daemon: TwistdDaemon, name: str, user: str | None) -> str:
-    """Return what the token server gives `user`, asked through the proxy."""
+    """Return the token that `user` gets from the token server through the proxy."""
     headers = {} if user is None else {"Authorization": upstreams.basic_authorization(user)}
     response = daemon.client.request(
         "GET", f"{TOKEN_URL}?service=registry.docker.io&scope=repository:{name}:pull", headers
@@ -254,7 +254,7 @@ def _fetch_token(upstreams: Upstreams, daemon: TwistdDaemon, name: str, user: st
 
 
 def _pull_paths(image: SampleImage) -> list[str]:
-    """Return what a pull of the image asks for, in `PRIVATE`."""
+    """Return the paths that a pull of the image from `PRIVATE_REPOSITORY` requests."""
     manifests = [f"{PRIVATE_REPOSITORY}/manifests/1", f"{PRIVATE_REPOSITORY}/manifests/{image.digest}"]
     return [*manifests, *(f"{PRIVATE_REPOSITORY}/blobs/{blob.digest}" for blob in image.blobs)]
 

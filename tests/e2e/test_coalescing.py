@@ -1,4 +1,4 @@
-"""One download per digest, however many ask; everyone is served while it grows, and whoever leaves harms nobody."""
+"""Concurrent requests for a digest share one download, and are served while it grows, even if others disconnect."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CLIENTS = 20
 class BlobDownloader:
     """A client that reads a blob to its end; times are seconds of the monotonic clock."""
 
-    proxy: TwistdDaemon
+    daemon: TwistdDaemon
     url: str
     first_byte_time: float = 0.0
     first_byte_event: int = 0
@@ -39,7 +39,7 @@ class BlobDownloader:
     def read(self, started: threading.Semaphore) -> None:
         buffer = memoryview(bytearray(256 * 1024))
         checksum = hashlib.sha256()
-        with self.proxy.client.stream("GET", self.url) as response:
+        with self.daemon.client.stream("GET", self.url) as response:
             assert response.status == 200
             self.cache_status = response.headers["X-Cache"]
             while count := response.readinto(buffer):
@@ -53,37 +53,35 @@ class BlobDownloader:
 
 
 def test_twenty_clients_share_one_download(upstreams: Upstreams, daemon: TwistdDaemon) -> None:
-    """The upstream stops after 4 MiB until all clients have begun, then goes on at 20 MB/s."""
+    """The upstream pauses after 4 MiB until all clients have begun, and then sends 20 MB/s."""
     data = images.random_bytes(256 * MIB, "shared by twenty")
     digest = upstreams.fake.put_blob("twenty", data)
     gate = threading.Event()
     upstreams.fake.add_rule("GET", digest, throttled(20e6, 4 * MIB, gate))
-    readers = [BlobDownloader(daemon, f"{FAKE}/v2/twenty/blobs/{digest}") for _ in range(CLIENTS)]
+    downloaders = [BlobDownloader(daemon, f"{FAKE}/v2/twenty/blobs/{digest}") for _ in range(CLIENTS)]
     started = threading.Semaphore(0)
     memory_before = daemon.resident_bytes
     with ThreadPoolExecutor(CLIENTS) as pool:
-        futures = [pool.submit(reader.read, started) for reader in readers]
-        for _ in readers:
-            assert started.acquire(timeout=30), "not all have their first bytes while the upstream waits at 4 MiB"
+        futures = [pool.submit(downloader.read, started) for downloader in downloaders]
+        for _ in downloaders:
+            assert started.acquire(timeout=30), "some clients have no data while the upstream pauses at 4 MiB"
         [upstream_request] = upstreams.fake.find_requests("GET", digest)
         assert upstream_request.sent_bytes <= 5 * MIB and upstream_request.ended_event is None
         gate.set()
         for future in futures:
             future.result(120)
     assert [request.sent_bytes for request in upstreams.fake.find_requests("GET", digest)] == [len(data)]
-    assert {(reader.size, reader.digest) for reader in readers} == {(len(data), digest)}
-    assert sorted(str(reader.cache_status) for reader in readers) == ["JOINED"] * (CLIENTS - 1) + ["MISS"]
-    assert upstream_request.ended_event is not None and all(
-        reader.first_byte_event < upstream_request.ended_event for reader in readers
-    )
+    assert {(downloader.size, downloader.digest) for downloader in downloaders} == {(len(data), digest)}
+    assert sorted(str(downloader.cache_status) for downloader in downloaders) == ["JOINED"] * (CLIENTS - 1) + ["MISS"]
+    ended_event = upstream_request.ended_event
+    assert ended_event is not None
+    assert all(downloader.first_byte_event < ended_event for downloader in downloaders)
     assert daemon.resident_bytes - memory_before < 96 * MIB
-    first_byte_times, last_byte_times = (
-        sorted(reader.first_byte_time for reader in readers),
-        sorted(reader.last_byte_time for reader in readers),
-    )
-    print(
-        f"first bytes within {first_byte_times[-1] - first_byte_times[0]:.2f} s, last ones within {last_byte_times[-1] - last_byte_times[0]:.2f} s"
-    )
+    first_byte_times = [downloader.first_byte_time for downloader in downloaders]
+    last_byte_times = [downloader.last_byte_time for downloader in downloaders]
+    first_byte_spread = max(first_byte_times) - min(first_byte_times)
+    last_byte_spread = max(last_byte_times) - min(last_byte_times)
+    print(f"first bytes within {first_byte_spread:.2f} s, last bytes within {last_byte_spread:.2f} s")
 
 
 def test_late_client_receives_everything(upstreams: Upstreams, daemon: TwistdDaemon) -> None:
@@ -131,7 +129,7 @@ def test_download_continues_without_clients(upstreams: Upstreams, daemon: Twistd
     upstreams.fake.add_rule("GET", digest, pause_after(2 * MIB, gate))
     with daemon.client.stream("GET", url) as first_response:
         first_response.read(MIB)
-    request_directly("GET", f"{daemon.url}/healthz")  # it has seen by now that nobody is left
+    request_directly("GET", f"{daemon.url}/healthz")  # after its response, the daemon has noticed the disconnect
     gate.set()
     [upstream_request] = upstreams.fake.find_requests("GET", digest)
     wait_until(lambda: upstream_request.ended_event is not None, "the end of the download")
@@ -147,7 +145,7 @@ def test_a_slow_client_does_not_slow_the_others(upstreams: Upstreams, daemon: Tw
     digest = upstreams.fake.put_blob("slow/reader", data)
     url = f"{FAKE}/v2/slow/reader/blobs/{digest}"
     with daemon.client.stream("GET", url) as slow_response:
-        assert slow_response.read(1000) == data[:1000]  # and no more for now
+        assert slow_response.read(1000) == data[:1000]  # and nothing more until the other client is done
         assert daemon.client.get(url).body == data
         assert slow_response.read() == data[1000:]
     assert len(upstreams.fake.find_requests("GET", digest)) == 1
@@ -171,7 +169,10 @@ def test_one_download_for_two_repositories(upstreams: Upstreams, daemon: TwistdD
 
 
 def test_tag_requests_are_collapsed(upstreams: Upstreams, start_daemon: StartDaemon) -> None:
-    """Ten clients ask while upstream thinks; a question of later on was answered, so all ten have arrived."""
+    """Ten clients send requests before upstream responds.
+
+    The response to a later request, to another registry, shows that the daemon has received all ten.
+    """
     daemon = start_daemon(WORKERS="1")
     image = images.build_small_image("asked once")
     upstreams.fake.put("asked/once", "1", image)

@@ -1,7 +1,7 @@
-"""What the specification's own conformance suite asks of a registry (opencontainers/distribution-spec, `conformance/`).
+"""The requests of the OCI conformance suite (opencontainers/distribution-spec, `conformance/`), in Python.
 
-The suite is a program in Go, which is not to be had everywhere. Its requests are few, and what makes them many is the
-product of ways and data: so they are tables here, and each test does with one line of a table what the suite does.
+The suite is a Go program, which is not available everywhere. It sends a few kinds of requests for many combinations of
+push methods and contents. Here these are tables, and each test does the suite's steps for one row of a table.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def compute_digest(data: bytes, algorithm: str = "sha256") -> str:
 
 
 class ConformanceClient:
-    """The hosted registry, on a connection that stays open."""
+    """A client of the hosted registry with one open connection."""
 
     def __init__(self, port: int) -> None:
         self._base_url = f"http://127.0.0.1:{port}"
@@ -47,12 +47,12 @@ class ConformanceClient:
     def request(
         self, method: str, target: str, body: bytes | None = None, headers: Mapping[str, str] | None = None
     ) -> BufferedResponse:
-        """Send a request to `target`, a path or what a Location said."""
+        """Send a request to `target`, which is a path or the result of `location_target`."""
         self._connection.request(method, target, body, dict(headers or {}))
         return http_client.read_response(self._connection.getresponse())
 
     def location_target(self, response: BufferedResponse) -> str:
-        """Return the target that the answer's Location names."""
+        """Return the path and query of the response's Location."""
         parts = urlsplit(urljoin(self._base_url, response.headers["location"]))
         return parts.path + (f"?{parts.query}" if parts.query else "")
 
@@ -62,7 +62,7 @@ class ConformanceClient:
         return self.location_target(response)
 
     def finish_upload(self, location: str, digest: str, body: bytes = b"", **fields: str) -> BufferedResponse:
-        """Close an upload. `fields`: with underscores for dashes."""
+        """Complete an upload. Underscores in the names of `fields` become dashes."""
         headers = {name.replace("_", "-"): value for name, value in fields.items()}
         separator = "&" if "?" in location else "?"
         return self.request("PUT", f"{location}{separator}digest={digest}", body, OCTET_STREAM | headers)
@@ -73,7 +73,7 @@ class ConformanceClient:
         return digest
 
 
-# The ways of a blob: each returns the answer that says whether it was taken.
+# Push methods of a blob. Each returns the response that completes the push.
 
 
 def push_monolithic_post(registry: ConformanceClient, repository: str, digest: str, data: bytes) -> BufferedResponse:
@@ -99,7 +99,10 @@ def push_chunked(
     last_chunk_in_put: bool = False,
     out_of_order: bool = False,
 ) -> BufferedResponse:
-    """Send three chunks, the last with the PUT where that `ends` it; one that `strays` comes before each."""
+    """Push a blob in three chunks.
+
+    `last_chunk_in_put` sends the last one with the PUT. `out_of_order` sends a wrong chunk before each one.
+    """
     location, size = registry.start_upload(repository), len(data) // 3 + 1
     for start in range(0, len(data), size):
         if out_of_order:
@@ -126,7 +129,7 @@ def send_out_of_order_chunk(
     *,
     last_chunk_in_put: bool,
 ) -> str:
-    """Send a chunk that is not the next; return where to go on, as asking for the upload's state tells."""
+    """Send a chunk that is not the next one; return the upload's location from a request for its status."""
     wrong_start = start + size if start + size < len(data) else 0
     chunk = data[wrong_start : wrong_start + size]
     content_range = f"{wrong_start}-{wrong_start + len(chunk) - 1}"
@@ -197,12 +200,12 @@ def registry(upstreams: Upstreams, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture
 def repository(request: pytest.FixtureRequest) -> str:
-    """Return a repository of the test's own."""
+    """Return a repository name that only this test uses."""
     return "conformance/" + hashlib.sha256(request.node.name.encode()).hexdigest()[:16]
 
 
 def check_blob(registry: ConformanceClient, repository: str, digest: str, data: bytes) -> None:
-    """Look for a blob, read it, delete it."""
+    """Check HEAD, GET and DELETE of a blob."""
     target = f"/v2/{repository}/blobs/{digest}"
     for method, body in (("HEAD", b""), ("GET", data)):
         response = registry.request(method, target)
@@ -282,7 +285,7 @@ def test_blob_range(
 
 @define
 class PushedContent:
-    """What is pushed together; `referrers` is what has to be told of each subject."""
+    """Content that is pushed together, and the descriptors that the referrers API must return for each subject."""
 
     seed: str
     algorithm: str = "sha256"
@@ -409,7 +412,7 @@ CONTENT_CASES: dict[str, Callable[[PushedContent], object]] = {
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("name", CONTENT_CASES)
 def test_push_and_pull_content(registry: ConformanceClient, repository: str, name: str, algorithm: str) -> None:
-    """Push, list, look for, pull, ask for referrers, delete."""
+    """Push the content, list its tags, check HEAD, GET and referrers, and delete everything."""
     data = PushedContent(f"{name}-{algorithm}", algorithm)
     CONTENT_CASES[name](data)
     for blob, content in data.blobs.items():
@@ -427,7 +430,7 @@ def test_push_and_pull_content(registry: ConformanceClient, repository: str, nam
 def push_manifests(registry: ConformanceClient, repository: str, data: PushedContent) -> None:
     for digest, content in data.manifests.items():
         names = [tag for tag, tagged_digest in data.tags.items() if tagged_digest == digest]
-        # A tag by itself makes a sha256 of what it is given; another algorithm's needs the digest, and ?tag= for tags.
+        # A PUT by tag has a sha256 digest. Any other algorithm needs a PUT by digest, with the tags in ?tag=.
         targets = [digest, *names] if data.algorithm == "sha256" else ["&tag=".join([digest, *names])]
         for target in targets:
             media_type = json.loads(content)["mediaType"]

@@ -1,4 +1,4 @@
-"""The front door: what is intercepted, tunnelled, forwarded, answered by the daemon itself, or turned away."""
+"""The forward proxy: interception, tunnels, forwarding, the daemon's own pages, and rejected requests."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 
+from bench.servers import is_listening
 from tests.e2e.harness import http_client, images
 from tests.e2e.harness.daemon import AccessLogEntry, StartDaemon, TwistdDaemon
 from tests.e2e.harness.http_server import HTTPExchange, StubServer
 from tests.e2e.harness.images import ACCEPT_MANIFESTS
-from tests.e2e.harness.process import is_listening, require_programs, wait_until
+from tests.e2e.harness.process import require_programs, wait_until
 from tests.e2e.harness.upstreams import FAKE, REGISTRY, Upstreams, format_upstream_addresses
 
 # tunnels
 
 
 class EchoTLSServer:
-    """A TLS server that sends back, in upper case, what it is sent; its certificate is its own."""
+    """A TLS server with its own certificate, which sends received data back in upper case."""
 
     def __init__(self, context: ssl.SSLContext) -> None:
         self._context = context
@@ -66,7 +67,7 @@ def echo(upstreams: Upstreams) -> Iterator[EchoTLSServer]:
 def unrestricted_daemon(
     upstreams: Upstreams, echo: EchoTLSServer, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[TwistdDaemon]:
-    """A daemon whose tunnels may go to this machine."""
+    """Return a daemon with tunnels to this machine permitted."""
     settings = {**upstreams.settings, "TUNNEL_DENY": "none", "TUNNEL_PORTS": f"443 {echo.port}"}
     daemon = TwistdDaemon(tmp_path_factory.mktemp("open"), settings)
     with daemon.run_and_check_log(lambda: upstreams.secrets):
@@ -81,7 +82,7 @@ def test_other_https_traffic_is_tunnelled_unchanged(
         with upstreams.client_context.wrap_socket(tunnel, server_hostname="echo.test") as connection:
             certificate = connection.getpeercert()
             received = b""
-            for start in range(0, len(data), 65536):  # in turns: more than one thread must not use a TLS connection
+            for start in range(0, len(data), 65536):  # alternately, because two threads must not use a TLS connection
                 connection.sendall(data[start : start + 65536])
                 while len(received) < min(start + 65536, len(data)):
                     received += connection.recv(65536)
@@ -101,7 +102,7 @@ def test_a_tunnel_is_logged_when_it_ends(unrestricted_daemon: TwistdDaemon, echo
 
 REFUSED_TARGETS = {
     "127.0.0.1:443": "TUNNEL_DENY",
-    "localhost:443": "TUNNEL_DENY",  # a name that resolves to it
+    "localhost:443": "TUNNEL_DENY",  # resolves to a loopback address
     "[::1]:443": "TUNNEL_DENY",
     "0.0.0.0:443": "TUNNEL_DENY",
     "[::ffff:127.0.0.1]:443": "TUNNEL_DENY",
@@ -114,7 +115,7 @@ REFUSED_TARGETS = {
 @pytest.mark.parametrize("target", REFUSED_TARGETS)
 def test_refused_tunnel_names_the_setting(daemon: TwistdDaemon, target: str) -> None:
     log_offset = daemon.log_offset()
-    response = http_client.send_raw_request(daemon.port, f"CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n\r\n".encode())
+    response = http_client.send_raw_request(daemon.port, connect_request(target))
     assert response.status == 403
     assert REFUSED_TARGETS[target].encode() in response.body
     entry = wait_for_connect_log_entry(daemon, log_offset)
@@ -126,20 +127,20 @@ def test_tunnel_allow(upstreams: Upstreams, start_daemon: StartDaemon, echo: Ech
     daemon = start_daemon(TUNNEL_ALLOW="example.com 127.0.0.0/8", TUNNEL_DENY="none", TUNNEL_PORTS=f"443 {echo.port}")
     with open_tunnel(daemon, f"127.0.0.1:{echo.port}"):
         pass
-    response = http_client.send_raw_request(daemon.port, b"CONNECT 192.0.2.1:443 HTTP/1.1\r\nHost: 192.0.2.1:443\r\n\r\n")
+    response = http_client.send_raw_request(daemon.port, connect_request("192.0.2.1:443"))
     assert response.status == 403 and b"TUNNEL_ALLOW" in response.body
 
 
 def test_ipv6_disabled(
     upstreams: Upstreams, unrestricted_daemon: TwistdDaemon, start_daemon: StartDaemon, echo: EchoTLSServer
 ) -> None:
-    """An address of IPv6 that could be reached, and is by the other daemon."""
+    """An IPv6 address that the other daemon can reach is refused."""
     with socket.create_server(("::1", echo.port), family=socket.AF_INET6):
         target = f"[::1]:{echo.port}"
         with open_tunnel(unrestricted_daemon, target):
             pass
         daemon = start_daemon(DISABLE_IPV6="true", TUNNEL_DENY="none", TUNNEL_PORTS=str(echo.port))
-        response = http_client.send_raw_request(daemon.port, f"CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n\r\n".encode())
+        response = http_client.send_raw_request(daemon.port, connect_request(target))
         assert response.status == 502 and b"DISABLE_IPV6" in response.body
         with open_tunnel(daemon, f"127.0.0.1:{echo.port}"):
             pass
@@ -147,9 +148,7 @@ def test_ipv6_disabled(
 
 def test_tunnel_to_unreachable_target(unrestricted_daemon: TwistdDaemon) -> None:
     for target in ("no-such-name.example.invalid:443", "127.0.0.1:443"):
-        response = http_client.send_raw_request(
-            unrestricted_daemon.port, f"CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n\r\n".encode()
-        )
+        response = http_client.send_raw_request(unrestricted_daemon.port, connect_request(target))
         assert response.status in (502, 504)
         assert target.partition(":")[0].encode() in response.body
 
@@ -184,7 +183,7 @@ def test_each_host_has_its_leaf(upstreams: Upstreams, daemon: TwistdDaemon) -> N
         serials.add(certificate.serial_number)
     assert len(serials) == 4
     second_certificate = get_server_certificate(daemon, "fake.test", 443)
-    assert second_certificate.serial_number in serials  # minted once
+    assert second_certificate.serial_number in serials  # the leaf is minted once
 
 
 def test_registry_by_ip_address(upstreams: Upstreams, start_daemon: StartDaemon) -> None:
@@ -197,14 +196,12 @@ def test_registry_by_ip_address(upstreams: Upstreams, start_daemon: StartDaemon)
     )
     response = daemon.client.get("http://127.0.0.5:5000/v2/by/address/manifests/1", Accept=ACCEPT_MANIFESTS)
     assert response.body == image.manifest.data
-    # http.client checks that the leaf is for the address
+    # http.client verifies that the leaf is valid for the address
     assert daemon.client.get("https://127.0.0.6:5001/v2/").status == 200
 
 
 def test_other_port_is_not_intercepted(upstreams: Upstreams, daemon: TwistdDaemon) -> None:
-    response = http_client.send_raw_request(
-        daemon.port, b"CONNECT registry.test:5444 HTTP/1.1\r\nHost: registry.test:5444\r\n\r\n"
-    )
+    response = http_client.send_raw_request(daemon.port, connect_request("registry.test:5444"))
     assert response.status == 403 and b"TUNNEL_PORTS" in response.body
 
 
@@ -212,11 +209,11 @@ def test_untrusting_client_is_logged(daemon: TwistdDaemon) -> None:
     untrusting_client = http_client.ProxyClient(daemon.port, ssl.create_default_context())
     with pytest.raises(ssl.SSLCertVerificationError):
         untrusting_client.get(f"{FAKE}/v2/")
-    wait_until(lambda: "/ca.crt" in daemon.output_text, "a hint at /ca.crt in the log")
+    wait_until(lambda: "/ca.crt" in daemon.output_text, "the log mentions /ca.crt")
 
 
 def test_request_body_is_not_parsed_as_a_request(upstreams: Upstreams, daemon: TwistdDaemon) -> None:
-    """What follows a refused push's head is its body, whatever it looks like."""
+    """The data after the head of a refused push is its body, even if it looks like a request."""
     smuggled_request = b"GET /v2/smuggled/manifests/1 HTTP/1.1\r\nHost: fake.test\r\n\r\n"
     response = daemon.client.request("POST", f"{FAKE}/v2/x/blobs/uploads/", {}, smuggled_request)
     assert response.status == 405
@@ -227,13 +224,13 @@ def test_request_body_is_not_parsed_as_a_request(upstreams: Upstreams, daemon: T
 
 
 class _WebServer(StubServer):
-    """A web server that is no registry."""
+    """A web server that is not a registry."""
 
     def handle(self, exchange: HTTPExchange) -> None:
         body = b"".join(exchange.read_body())
         if exchange.path == "/large":
             exchange.respond(200, {"Content-Length": str(3_000_000)}, images.random_bytes(3_000_000, "site"))
-        elif exchange.path == "/gone":
+        elif exchange.path == "/moved":
             exchange.respond(302, {"Location": "/elsewhere", "X-Own": "kept"})
         else:
             exchange.respond(200, {"Content-Type": "text/plain"}, b"you sent " + body)
@@ -241,10 +238,10 @@ class _WebServer(StubServer):
 
 @pytest.fixture(scope="module")
 def web_server() -> Iterator[_WebServer]:
-    site = _WebServer()
-    site.start()
-    yield site
-    site.stop()
+    server = _WebServer()
+    server.start()
+    yield server
+    server.stop()
 
 
 def test_plain_http_is_forwarded(unrestricted_daemon: TwistdDaemon, web_server: _WebServer) -> None:
@@ -263,7 +260,7 @@ def test_plain_http_is_forwarded(unrestricted_daemon: TwistdDaemon, web_server: 
     assert request.headers["x-end"] == "2"
     assert not {"proxy-authorization", "proxy-connection", "x-hop"} & set(request.headers)
     assert unrestricted_daemon.client.get(f"{url}/large").body == images.random_bytes(3_000_000, "site")
-    redirect = unrestricted_daemon.client.get(f"{url}/gone")  # the client's own to follow
+    redirect = unrestricted_daemon.client.get(f"{url}/moved")  # the client, not the proxy, follows redirects
     assert (redirect.status, redirect.headers["location"], redirect.headers["x-own"]) == (302, "/elsewhere", "kept")
     assert unrestricted_daemon.client.head(f"{url}/large").headers["content-length"] == "3000000"
 
@@ -277,7 +274,7 @@ def test_plain_http_to_loopback_is_refused(daemon: TwistdDaemon, web_server: _We
     assert len(web_server.requests) == request_count
 
 
-# the daemon's own pages
+# the daemon's built-in pages
 
 
 def test_ca_certificate_can_be_downloaded(daemon: TwistdDaemon) -> None:
@@ -286,8 +283,9 @@ def test_ca_certificate_can_be_downloaded(daemon: TwistdDaemon) -> None:
     certificate = x509.load_pem_x509_certificate(response.body)
     assert certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
     assert b"PRIVATE" not in response.body
-    assert http_client.request_directly("HEAD", daemon.url + "/ca.crt").headers["content-length"] == str(len(response.body))
-    # Whoever has the proxy set for everything asks the proxy for the proxy.
+    head_response = http_client.request_directly("HEAD", daemon.url + "/ca.crt")
+    assert head_response.headers["content-length"] == str(len(response.body))
+    # A client that uses the proxy for every host also uses it to reach the proxy itself.
     assert daemon.client.get("http://docker-registry.local:3128/ca.crt").body == response.body
 
 
@@ -304,7 +302,8 @@ def test_setup_script(daemon: TwistdDaemon, tmp_path: Path) -> None:
 
 def test_setup_script_rejects_shell_injection(daemon: TwistdDaemon) -> None:
     for host in ("x;reboot", "$(reboot)", "`reboot`", "x'y", 'x"y', "x y", "a/b", "x\\y"):
-        response = http_client.send_raw_request(daemon.port, f"GET /setup/systemd HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
+        request = f"GET /setup/systemd HTTP/1.1\r\nHost: {host}\r\n\r\n"
+        response = http_client.send_raw_request(daemon.port, request.encode())
         assert response.status in (400, 404)
         assert b"#!/bin/sh" not in response.body
 
@@ -317,7 +316,7 @@ def test_health_and_index_page(daemon: TwistdDaemon) -> None:
     assert http_client.request_directly("POST", daemon.url + "/ca.crt").status == 405
 
 
-# what is no request
+# malformed requests
 
 
 MALFORMED_REQUESTS = {
@@ -354,7 +353,7 @@ def test_malformed_request_returns_400(daemon: TwistdDaemon, name: str) -> None:
 
 
 def test_connection_closes_after_malformed_request(daemon: TwistdDaemon) -> None:
-    """After a request whose end is not known, the connection is over."""
+    """After a request with ambiguous framing the daemon closes the connection."""
     response_bytes = http_client.send_raw(
         daemon.port, MALFORMED_REQUESTS["both framings"] + b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
     )
@@ -416,10 +415,14 @@ def test_curl_through_proxy_and_mirror(upstreams: Upstreams, daemon: TwistdDaemo
         assert result.stdout == layer.data
 
 
+def connect_request(target: str) -> bytes:
+    return f"CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n\r\n".encode()
+
+
 def open_tunnel(daemon: TwistdDaemon, target: str) -> socket.socket:
-    """Return a socket after a CONNECT that succeeded."""
+    """Return a socket after a successful CONNECT to `target`."""
     tunnel = socket.create_connection(("127.0.0.1", daemon.port), timeout=20)
-    tunnel.sendall(f"CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n\r\n".encode())
+    tunnel.sendall(connect_request(target))
     head = b""
     while not head.endswith(b"\r\n\r\n"):
         byte = tunnel.recv(1)
@@ -430,12 +433,12 @@ def open_tunnel(daemon: TwistdDaemon, target: str) -> socket.socket:
 
 
 def wait_for_connect_log_entry(daemon: TwistdDaemon, log_offset: int) -> AccessLogEntry:
-    """Return the one CONNECT that the log has since then; its line comes when all is over."""
+    """Return the only CONNECT in the log since `log_offset`. It is logged when the tunnel has ended."""
 
     def connect_entries() -> list[AccessLogEntry]:
         return [line for line in daemon.access_log(log_offset) if line.method == "CONNECT"]
 
-    wait_until(connect_entries, "the CONNECT in the log")
+    wait_until(connect_entries, "the CONNECT is logged")
     [entry] = connect_entries()
     return entry
 

@@ -1,4 +1,6 @@
-"""The house itself: clients and upstreams work together without the daemon, so what fails elsewhere is the daemon's."""
+"""The harness itself: clients and upstreams work together without the daemon. If these tests pass, others that fail
+show a fault of the daemon.
+"""
 
 from __future__ import annotations
 
@@ -42,12 +44,12 @@ def process_group() -> Iterator[ProcessGroup]:
 
 
 def test_hub_requires_a_valid_token(upstreams: Upstreams, client: http_client.ProxyClient) -> None:
-    image = upstreams.push_to_hub("library/house", "1", images.build_small_image("house"))
-    url = f"{HUB}/v2/library/house/manifests/1"
+    image = upstreams.push_to_hub("library/harness", "1", images.build_small_image("harness"))
+    url = f"{HUB}/v2/library/harness/manifests/1"
     unauthorized = client.get(url, Accept=images.ACCEPT_MANIFESTS)
     assert unauthorized.status == 401
     assert 'realm="https://auth.docker.io/token"' in unauthorized.headers["www-authenticate"]
-    token = client.get(f"{TOKEN_URL}?service=registry.docker.io&scope=repository:library/house:pull").json["token"]
+    token = client.get(f"{TOKEN_URL}?service=registry.docker.io&scope=repository:library/harness:pull").json["token"]
     response = client.get(url, Accept=images.ACCEPT_MANIFESTS, Authorization=f"Bearer {token}")
     assert (response.status, response.body) == (200, image.manifest.data)
     forged_token = token[:-8] + "AAAAAAAA"
@@ -55,42 +57,44 @@ def test_hub_requires_a_valid_token(upstreams: Upstreams, client: http_client.Pr
 
 
 def test_hub_hides_private_repositories(upstreams: Upstreams, environment: dict[str, str], tmp_path: Path) -> None:
-    upstreams.push_to_hub("alice/house", "1", images.build_small_image("private"), owners={"alice"})
+    upstreams.push_to_hub("alice/harness", "1", images.build_small_image("private"), owners={"alice"})
     skopeo = Skopeo(tmp_path, environment)
-    assert skopeo.try_pull("docker.io/alice/house:1").returncode != 0
-    assert skopeo.try_pull("docker.io/alice/house:1", "--src-creds", f"bob:{upstreams.users['bob']}").returncode != 0
-    skopeo.pull("docker.io/alice/house:1", "--src-creds", f"alice:{upstreams.users['alice']}")
+    assert skopeo.try_pull("docker.io/alice/harness:1").returncode != 0
+    assert skopeo.try_pull("docker.io/alice/harness:1", "--src-creds", f"bob:{upstreams.users['bob']}").returncode != 0
+    skopeo.pull("docker.io/alice/harness:1", "--src-creds", f"alice:{upstreams.users['alice']}")
 
 
 def test_docker_pulls(
     upstreams: Upstreams, environment: dict[str, str], process_group: ProcessGroup, tmp_path: Path
 ) -> None:
-    hub_image = upstreams.push_to_hub("library/house-docker", "1", images.build_small_image("house-docker", oci=False))
-    upstreams.push_to_plain("plain/house", "1", images.build_small_image("plain"))
+    hub_image = upstreams.push_to_hub(
+        "library/harness-docker", "1", images.build_small_image("harness-docker", oci=False)
+    )
+    upstreams.push_to_plain("plain/harness", "1", images.build_small_image("plain"))
     docker = Docker(tmp_path / "d", environment, insecure=["plain.test:8080"])
     process_group.add(docker)
     docker.start()
-    docker.run_checked("pull", "house-docker:1")
-    assert docker.image_digest("house-docker:1") == hub_image.digest
-    docker.run_checked("pull", "plain.test:8080/plain/house:1")
+    docker.run_checked("pull", "harness-docker:1")
+    assert docker.image_digest("harness-docker:1") == hub_image.digest
+    docker.run_checked("pull", "plain.test:8080/plain/harness:1")
 
 
 def test_containerd_pulls(
     upstreams: Upstreams, environment: dict[str, str], process_group: ProcessGroup, tmp_path: Path
 ) -> None:
-    image = upstreams.push_to_registry("house/containerd", "1", images.build_small_image("house-containerd"))
+    image = upstreams.push_to_registry("harness/containerd", "1", images.build_small_image("harness-containerd"))
     containerd = Containerd(tmp_path / "c", environment)
     process_group.add(containerd)
     containerd.start()
-    containerd.pull("registry.test:5443/house/containerd:1")
-    assert containerd.image_digest("registry.test:5443/house/containerd:1") == image.digest
+    containerd.pull("registry.test:5443/harness/containerd:1")
+    assert containerd.image_digest("registry.test:5443/harness/containerd:1") == image.digest
 
 
 def test_blob_redirects(upstreams: Upstreams, client: http_client.ProxyClient) -> None:
-    image = upstreams.push_to_registry("house/redirected", "1", images.build_small_image("redirected"))
+    image = upstreams.push_to_registry("harness/redirected", "1", images.build_small_image("redirected"))
     layer = image.layers[0]
     for base_url in (REDIRECTING_ABSOLUTE, REDIRECTING_RELATIVE):
-        redirect = client.get(f"{base_url}/v2/house/redirected/blobs/{layer.digest}")
+        redirect = client.get(f"{base_url}/v2/harness/redirected/blobs/{layer.digest}")
         assert redirect.status == 307
         location = redirect.headers["location"]
         url = location if location.startswith("https:") else base_url + location
@@ -100,10 +104,10 @@ def test_blob_redirects(upstreams: Upstreams, client: http_client.ProxyClient) -
 
 
 def test_plain_http_and_basic_auth(upstreams: Upstreams, client: http_client.ProxyClient) -> None:
-    image = upstreams.push_to_plain("house/plain", "1", images.build_small_image("plain"))
-    assert client.get(f"{PLAIN}/v2/house/plain/blobs/{image.layers[0].digest}").body == image.layers[0].data
-    upstreams.push_to_basic("house/basic", "1", images.build_small_image("basic"))
-    url = "https://basic.test/v2/house/basic/manifests/1"
+    image = upstreams.push_to_plain("harness/plain", "1", images.build_small_image("plain"))
+    assert client.get(f"{PLAIN}/v2/harness/plain/blobs/{image.layers[0].digest}").body == image.layers[0].data
+    upstreams.push_to_basic("harness/basic", "1", images.build_small_image("basic"))
+    url = "https://basic.test/v2/harness/basic/manifests/1"
     unauthorized = client.get(url)
     assert (unauthorized.status, unauthorized.headers["www-authenticate"].split()[0]) == (401, "Basic")
     assert (
@@ -119,9 +123,9 @@ def test_invalid_certificates_are_rejected(client: http_client.ProxyClient) -> N
 
 
 def test_registry_logs_response_sizes(upstreams: Upstreams, client: http_client.ProxyClient) -> None:
-    image = upstreams.push_to_registry("house/counted", "1", images.build_small_image("counted"))
+    image = upstreams.push_to_registry("harness/counted", "1", images.build_small_image("counted"))
     upstreams.registry.clear_log()
-    blob_path = f"/v2/house/counted/blobs/{image.layers[0].digest}"
+    blob_path = f"/v2/harness/counted/blobs/{image.layers[0].digest}"
     client.get(f"https://registry.test:5443{blob_path}")
     [entry] = upstreams.registry.find_requests("GET", blob_path)
     assert (entry.status, entry.size) == (200, len(image.layers[0].data))

@@ -1,14 +1,12 @@
-"""The hosted registry with real clients: by each of its doors, with users, and beside Debian's `docker-registry`."""
+"""The hosted registry with real clients: on each endpoint, with users, and beside Debian's `docker-registry`."""
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import os
 import shutil
 import socket
 import ssl
-import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +20,7 @@ from tests.e2e.harness.clients import Skopeo, check_output
 from tests.e2e.harness.daemon import StartDaemon, TwistdDaemon
 from tests.e2e.harness.docker_registry import DockerRegistry
 from tests.e2e.harness.images import ACCEPT_MANIFESTS, OCI_MANIFEST, SampleImage
-from tests.e2e.harness.process import require_programs, wait_until
+from tests.e2e.harness.process import mount_tmpfs, require_programs, wait_until
 from tests.e2e.harness.registry_daemon import (
     HOSTED_REGISTRY_HOST,
     USERS,
@@ -60,7 +58,7 @@ def test_skopeo_through_the_proxy_and_over_tls(
     proxied_client = clients.skopeo(daemon)
     push_folder(proxied_client, image, folder, f"{HOSTED_REGISTRY_HOST}/skopeo/{image_format}:1")
     assert proxied_client.inspect_raw(f"{HOSTED_REGISTRY_HOST}/skopeo/{image_format}:1") == image.manifest.data
-    direct_client = Skopeo(tmp_path / "straight", {"SSL_CERT_FILE": str(daemon.ca_file)})
+    direct_client = Skopeo(tmp_path / "direct", {"SSL_CERT_FILE": str(daemon.ca_file)})
     pulled_folder = direct_client.pull(f"{daemon.https_address}/skopeo/{image_format}:1", "--all")
     assert (pulled_folder / "manifest.json").read_bytes() == image.manifest.data
     push_folder(direct_client, image, folder, f"{daemon.https_address}/skopeo/{image_format}:2")
@@ -75,7 +73,7 @@ def test_skopeo_through_the_proxy_and_over_tls(
 def test_docker_pushes_and_pulls_through_the_proxy(
     upstreams: Upstreams, daemon: RegistryDaemon, clients: ClientFactory
 ) -> None:
-    """As seed.md has it: pull from Docker Hub, tag, push, and pull it on another machine."""
+    """Pull an image from Docker Hub, tag and push it, and pull it again, as in the README."""
     upstreams.push_to_hub("library/hosted", "1", images.build_small_image("docker-hosted", oci=False))
     docker = clients.docker(daemon)
     docker.run_checked("pull", "hosted:1")
@@ -94,19 +92,19 @@ def test_docker_pushes_and_pulls_through_the_proxy(
 def test_docker_over_tls_and_plain_http(
     upstreams: Upstreams, daemon: RegistryDaemon, clients: ClientFactory, tmp_path: Path
 ) -> None:
-    upstreams.push_to_hub("library/straight", "1", images.build_small_image("docker-straight", oci=False))
+    upstreams.push_to_hub("library/direct", "1", images.build_small_image("docker-direct", oci=False))
     docker = clients.docker(daemon)
-    docker.run_checked("pull", "straight:1")
-    # Go asks no proxy for loopback addresses: these go to the doors themselves.
+    docker.run_checked("pull", "direct:1")
+    # Go uses no proxy for loopback addresses, so docker connects to the registry's own endpoints.
     for host in (daemon.https_address, daemon.http_address):
-        docker.run_checked("tag", "straight:1", f"{host}/docker/straight:1")
-        docker.run_checked("push", f"{host}/docker/straight:1")
-        docker.run_checked("rmi", f"{host}/docker/straight:1")
-        docker.run_checked("pull", f"{host}/docker/straight:1")
+        docker.run_checked("tag", "direct:1", f"{host}/docker/direct:1")
+        docker.run_checked("push", f"{host}/docker/direct:1")
+        docker.run_checked("rmi", f"{host}/docker/direct:1")
+        docker.run_checked("pull", f"{host}/docker/direct:1")
 
 
 def test_every_endpoint_and_host_name(daemon: RegistryDaemon) -> None:
-    """SNI chooses the leaf; without it the address does. A name that is not ours gets no certificate for itself."""
+    """SNI selects the leaf, or the address if there is no SNI. Other names get no certificate of their own."""
     for host in (HOSTED_REGISTRY_HOST, "127.0.0.1"):
         connection = http_client.DirectConnection(host, ("127.0.0.1", daemon.registry_port), daemon.client_context)
         connection.request("GET", "/v2/")
@@ -122,7 +120,8 @@ def test_every_endpoint_and_host_name(daemon: RegistryDaemon) -> None:
         f"http://{HOSTED_REGISTRY_HOST}/v2/",
     ):
         assert daemon.client.get(url + "_catalog").json["repositories"] is not None
-    assert http_client.request_directly("GET", f"http://{daemon.http_address}/ca.crt").body == daemon.ca_file.read_bytes()
+    ca_response = http_client.request_directly("GET", f"http://{daemon.http_address}/ca.crt")
+    assert ca_response.body == daemon.ca_file.read_bytes()
     script = http_client.request_directly("GET", f"http://{daemon.http_address}/setup/systemd").body.decode()
     assert f"127.0.0.1:{daemon.port}/" in script
     assert http_client.send_raw(
@@ -137,13 +136,9 @@ def test_ns_selects_mirror_or_hosted_registry(upstreams: Upstreams, daemon: Regi
     assert http_client.request_directly("GET", base, accept).status == 404
     assert http_client.request_directly("GET", f"{base}?ns=docker.io", accept).body == hub_image.manifest.data
     assert http_client.request_directly("GET", f"{base}?ns={HOSTED_REGISTRY_HOST}", accept).status == 404
-    assert http_client.request_directly("GET", f"{daemon.url}/v2/library/mirrored-here/manifests/1", accept).status == 200
-    assert (
-        http_client.request_directly(
-            "GET", f"{daemon.url}/v2/library/mirrored-here/manifests/1?ns={HOSTED_REGISTRY_HOST}", accept
-        ).status
-        == 404
-    )
+    mirror_url = f"{daemon.url}/v2/library/mirrored-here/manifests/1"
+    assert http_client.request_directly("GET", mirror_url, accept).status == 200
+    assert http_client.request_directly("GET", f"{mirror_url}?ns={HOSTED_REGISTRY_HOST}", accept).status == 404
 
 
 def test_allow_clients_applies_to_every_endpoint(start_daemon: StartDaemon) -> None:
@@ -167,13 +162,13 @@ def test_allow_clients_applies_to_every_endpoint(start_daemon: StartDaemon) -> N
 def test_storage_is_interchangeable_with_docker_registry(
     start_daemon: StartDaemon, clients: ClientFactory, tmp_path: Path
 ) -> None:
-    """Both directions on one tree: theirs, then ours, then theirs again, which serves what we added."""
+    """One storage tree is used by docker-registry, by the daemon, and by docker-registry again, in that order."""
     require_programs("docker-registry")
     old_image = images.build_index(
         {"amd64": images.build_small_image("tree-old"), "arm64": images.build_small_image("tree-old-arm")}
     )
     schema2_image = images.build_small_image("tree-schema2", oci=False)
-    docker_registry = DockerRegistry(tmp_path / "theirs", "127.0.0.1")
+    docker_registry = DockerRegistry(tmp_path / "docker-registry", "127.0.0.1")
     docker_registry.start()
     skopeo = Skopeo(tmp_path / "skopeo", {})
     try:
@@ -197,7 +192,7 @@ def test_storage_is_interchangeable_with_docker_registry(
 
     http_port = free_port()
     daemon = start_daemon(
-        "ours", REGISTRY_DIR=str(docker_registry.storage), REGISTRY_HTTP_LISTEN=f"tcp:{http_port}:interface=127.0.0.1"
+        "daemon", REGISTRY_DIR=str(docker_registry.storage), REGISTRY_HTTP_LISTEN=f"tcp:{http_port}:interface=127.0.0.1"
     )
     pulled_folder = skopeo.pull(f"127.0.0.1:{http_port}/tree/old:1", "--all", plain_http=True)
     assert (pulled_folder / "manifest.json").read_bytes() == old_image.manifest.data
@@ -271,10 +266,10 @@ def test_anonymous_pull_with_docker(
     assert pull_client.run("push", f"{HOSTED_REGISTRY_HOST}/readers/other:1").returncode != 0
     skopeo = clients.skopeo(daemon)
     skopeo.pull(name)
-    encoded_credentials = base64.b64encode(f"alice:{USERS['alice']}".encode()).decode()
+    login = {"Authorization": http_client.basic_authorization("alice", USERS["alice"])}
     url = f"https://{HOSTED_REGISTRY_HOST}/v2/readers/image/manifests/1"
     assert daemon.client.request("DELETE", url).status == 401
-    assert daemon.client.request("DELETE", url, {"Authorization": f"Basic {encoded_credentials}"}).status == 202
+    assert daemon.client.request("DELETE", url, login).status == 202
 
 
 def test_invalid_htpasswd_prevents_startup(tmp_path: Path, upstreams: Upstreams) -> None:
@@ -304,13 +299,11 @@ def test_upload_resumes_after_disconnect_and_kill(start_daemon: StartDaemon, int
     connection.putheader("Content-Length", str(len(data)))
     connection.endheaders()
     connection.send(data[:2_000_000])
-    wait_until(lambda: upload_size(daemon, url) >= 1_700_000, "most of what was sent")
+    wait_until(lambda: upload_size(daemon, url) >= 1_700_000, "most of the sent data is in the upload")
     if interruption == "kill":
         daemon.restart(kill=True)
     connection.close()
-    wait_until(
-        lambda: patch_upload(daemon, url, b"", upload_size(daemon, url)) != 409, "the end of the request that dropped"
-    )
+    wait_until(lambda: patch_upload(daemon, url, b"", upload_size(daemon, url)) != 409, "the interrupted request ends")
     received_size = upload_size(daemon, url)
     assert 1_700_000 <= received_size <= 2_000_000
     assert patch_upload(daemon, url, data[received_size:], received_size) == 202
@@ -386,17 +379,9 @@ def push_over_http(daemon: TwistdDaemon, name: str, tag: str, image: SampleImage
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 4 MiB."""
-    require_programs(root=True)
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    result = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)], capture_output=True, check=False
-    )
-    if result.returncode:
-        pytest.skip("no tmpfs can be mounted here")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+    """Return the mount point of a file system of 4 MiB."""
+    with mount_tmpfs(tmp_path / "disk", "4m") as folder:
+        yield folder
 
 
 def test_full_disk_is_reported_and_leaves_no_files(start_daemon: StartDaemon, small_disk: Path) -> None:

@@ -1,4 +1,4 @@
-"""Pushing to the hosted registry, and pulling from it, with the clients that `test_hosted.py` does not have."""
+"""Pushes to the hosted registry and pulls from it with more clients: podman, containerd, oras, dxf and curl."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def daemon(upstreams: Upstreams, tmp_path_factory: pytest.TempPathFactory) -> It
 
 @pytest.fixture(scope="module")
 def private_daemon(upstreams: Upstreams, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RegistryDaemon]:
-    """A daemon that all may pull from, and users push to."""
+    """Return a daemon with ANONYMOUS_PULL: everybody may pull, and users may push."""
     folder = tmp_path_factory.mktemp("private")
     settings = {**upstreams.settings, "HTPASSWD_FILE": str(write_htpasswd(folder)), "ANONYMOUS_PULL": "true"}
     registry_daemon = RegistryDaemon(folder, settings)
@@ -49,7 +49,7 @@ def private_daemon(upstreams: Upstreams, tmp_path_factory: pytest.TempPathFactor
 def run_python(
     daemon: TwistdDaemon, folder: Path, *arguments: str, **variables: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run Python with the packages that the tests have; it reaches the registry through the proxy port."""
+    """Run Python with the packages of the tests, and with the daemon as its proxy."""
     ca_variables = {"REQUESTS_CA_BUNDLE": str(daemon.ca_file), "HOME": str(folder), **variables}
     environment = clean_environment(daemon.client_environment | ca_variables)
     return run([sys.executable, *arguments], environment)
@@ -59,7 +59,7 @@ def test_podman_with_zstd(daemon: RegistryDaemon, clients: ClientFactory, tmp_pa
     image = images.build_small_image("podman-zstd", size=100_000)
     push_client, pull_client = clients.podman(daemon), clients.podman(daemon)
     image_id = check_output(push_client.run("pull", f"dir:{write_image_folder(image, tmp_path / 'image')}")).strip()
-    for name in (f"{HOSTED_REGISTRY_HOST}/podman/zstd:1", f"{daemon.https_address}/podman/straight:1"):
+    for name in (f"{HOSTED_REGISTRY_HOST}/podman/zstd:1", f"{daemon.https_address}/podman/direct:1"):
         check_output(push_client.run("push", "--format=oci", "--compression-format=zstd", image_id, f"docker://{name}"))
         assert check_output(pull_client.run("pull", name)).strip() == image_id
     manifest = daemon.client.get(
@@ -91,7 +91,7 @@ def test_containerd(daemon: RegistryDaemon, clients: ClientFactory, tmp_path: Pa
     push_with_skopeo(daemon, image, f"ctr-{endpoint}/source", tmp_path)
     containerd = clients.containerd(daemon)
     if endpoint == "https":
-        containerd.configure_ca(host, daemon.ca_file)  # without that it takes a loopback address for one without TLS
+        containerd.configure_ca(host, daemon.ca_file)  # containerd assumes plain HTTP for loopback addresses otherwise
     source = f"{host}/ctr-{endpoint}/source:1"
     containerd.pull(source, *options, "--all-platforms")
     check_output(containerd.try_push(f"{host}/ctr-{endpoint}/target:1", source, *options))

@@ -1,4 +1,4 @@
-"""The daemon is killed at random moments of pushes and deletions: nothing that it acknowledged is lost or half done."""
+"""The daemon is killed at random moments of pushes and deletions. Every acknowledged operation must be complete."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ from tests.e2e.harness.registry_daemon import RegistryDaemon
 
 RUN_COUNT = 3
 KILL_COUNT = 80
-"""How often the daemon is killed over each of the trees; a kill takes a quarter of a second."""
+"""Kills of the daemon in each run; each takes a quarter of a second."""
 WRITER_COUNT = 3
-MAX_OPERATIONS_BEFORE_KILL = 5  # that the writers get done between the start and a kill
+MAX_OPERATIONS_BEFORE_KILL = 5  # operations that the writers complete between the start and a kill
 
 
 class InlineThreadsReactor(Clock):
-    """A reactor whose threads are this one."""
+    """A reactor that runs the functions of its thread pool at once, in the calling thread."""
 
     def getThreadPool(self) -> InlineThreadsReactor:
         return self
@@ -57,10 +57,10 @@ class InlineThreadsReactor(Clock):
 
 
 def check_tree(root: Path) -> list[Finding]:
-    """Return what `dockerproxy check` would say of the tree."""
+    """Return the findings of `dockerproxy check` in the tree."""
     reactor, problems, results = InlineThreadsReactor(), list[Finding](), list[ScrubResult]()
-    checker = Scrubber(reactor, Layout(root), thread=CooperativeThread(reactor, slice_length=60))
-    deferred = Deferred.fromCoroutine(checker.scrub(Progress(emit=problems.append)))
+    scrubber = Scrubber(reactor, Layout(root), thread=CooperativeThread(reactor, slice_length=60))
+    deferred = Deferred.fromCoroutine(scrubber.scrub(Progress(emit=problems.append)))
     deferred.addCallbacks(results.append, Failure.raiseException)
     while not results:
         assert reactor.getDelayedCalls()
@@ -70,13 +70,13 @@ def check_tree(root: Path) -> list[Finding]:
 
 @define
 class Writer:
-    """Pushes and deletes in a repository of its own until the daemon is gone, and keeps what it was told."""
+    """Pushes and deletes in its own repository until the connection breaks, and records acknowledged operations."""
 
     repository: str
     port: int
     rng: random.Random
     acknowledged_tags: dict[str, str | None] = Factory(dict)
-    """What each tag was acknowledged to mean."""
+    """The acknowledged digest of each tag; None if the tag was deleted."""
     pending_tags: dict[str, str | None] = Factory(dict)
     blobs: set[str] = Factory(set)
     manifests: set[str] = Factory(set)
@@ -85,7 +85,7 @@ class Writer:
     operation_count: int = 0
 
     def run(self) -> None:
-        """Go on until the connection breaks."""
+        """Run random operations until the connection breaks."""
         connection = http_client.DirectConnection("127.0.0.1", ("127.0.0.1", self.port), None)
         try:
             while not self.failures:
@@ -142,7 +142,7 @@ class Writer:
         body: bytes = b"",
         fields: dict[str, str] | None = None,
     ) -> str:
-        """Return the answer's Location, for the next request."""
+        """Send a request that must return `status`, and return the Location of the response."""
         path = target if target.startswith("/") else f"/v2/{self.repository}/{target}"
         connection.request(method, path, body, fields or {})
         response = http_client.read_response(connection.getresponse())
@@ -156,7 +156,7 @@ class Writer:
         self.pending_tags = {}
 
     def verify(self, links: Links) -> None:
-        """Compare the tree with what was acknowledged; what was under way is found done, or not begun."""
+        """Compare the tree with the acknowledged operations. A pending operation must be complete or not begun."""
         assert not self.failures
         for tag in {*self.acknowledged_tags, *self.pending_tags}:
             current_digest = links.tag(self.repository, tag)
@@ -176,8 +176,8 @@ class Writer:
 @pytest.mark.parametrize("seed", range(RUN_COUNT))
 def test_kill_at_random_moments(tmp_path: Path, seed: int) -> None:
     require_programs("docker-registry")
-    docker_registry = DockerRegistry(tmp_path / "theirs", "127.0.0.1")
-    daemon = RegistryDaemon(tmp_path / "ours", {"REGISTRY_DIR": str(docker_registry.storage)})
+    docker_registry = DockerRegistry(tmp_path / "docker-registry", "127.0.0.1")
+    daemon = RegistryDaemon(tmp_path / "daemon", {"REGISTRY_DIR": str(docker_registry.storage)})
     rng = random.Random(seed)
     writers = [
         Writer(f"crash/of{number}", daemon.http_port, random.Random(rng.random())) for number in range(WRITER_COUNT)
@@ -198,13 +198,13 @@ def test_kill_at_random_moments(tmp_path: Path, seed: int) -> None:
 
 
 def kill_while_busy(daemon: ForkedDaemon, writers: Sequence[Writer], operations: int, delay: float) -> None:
-    """Kill it when so much is done, and a moment later: in the middle of something."""
+    """Kill the daemon `delay` seconds after the writers have completed `operations`, in the middle of another one."""
     target_count = sum(writer.operation_count for writer in writers) + operations
     threads = [threading.Thread(target=writer.run) for writer in writers]
     for thread in threads:
         thread.start()
     wait_until(
-        lambda: sum(writer.operation_count for writer in writers) >= target_count, "what the writers are to get done"
+        lambda: sum(writer.operation_count for writer in writers) >= target_count, f"{operations} more operations"
     )
     time.sleep(delay)
     daemon.kill()
@@ -213,7 +213,7 @@ def kill_while_busy(daemon: ForkedDaemon, writers: Sequence[Writer], operations:
 
 
 def verify_with_docker_registry(docker_registry: DockerRegistry, writers: Sequence[Writer]) -> None:
-    """Pull everything that was acknowledged from Debian's docker-registry over the same tree."""
+    """Pull all acknowledged content from Debian's docker-registry, which serves the same tree."""
     docker_registry.start()
     connection = http_client.DirectConnection("127.0.0.1", ("127.0.0.1", docker_registry.port), None)
     try:

@@ -1,9 +1,8 @@
-"""Limits of room: the least recently used go first, what is too large passes, a full disk stops nobody."""
+"""Cache limits: least recently used blobs are evicted, too large blobs are not cached, and a full disk is no error."""
 
 from __future__ import annotations
 
 import http.client
-import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -16,7 +15,7 @@ from tests.e2e.harness.daemon import StartDaemon, TwistdDaemon
 from tests.e2e.harness.fake_registry import pause_after, respond_chunked
 from tests.e2e.harness.http_client import request_directly
 from tests.e2e.harness.images import ACCEPT_MANIFESTS
-from tests.e2e.harness.process import require_programs, wait_until
+from tests.e2e.harness.process import mount_tmpfs, wait_until
 from tests.e2e.harness.upstreams import FAKE, Upstreams
 
 MIB = 1 << 20
@@ -27,12 +26,12 @@ def test_least_recently_used_blob_is_evicted(upstreams: Upstreams, start_daemon:
     urls = [put_blob_and_get_url(upstreams, "lru", 3 * MIB, str(number)) for number in range(4)]
     for url in urls[:3]:
         assert daemon.client.get(url).cache_status == "MISS"
-    assert daemon.client.get(urls[0]).cache_status == "HIT"  # used again: 1 is the oldest now
+    assert daemon.client.get(urls[0]).cache_status == "HIT"  # now blob 1 is the least recently used
     assert daemon.client.get(urls[3]).cache_status == "MISS"
-    wait_until(lambda: cache_bytes_on_disk(daemon) <= 10 * MIB, "less than the limit on disk")
+    wait_until(lambda: cache_bytes_on_disk(daemon) <= 10 * MIB, "the cache is within its limit")
     assert [daemon.client.get(urls[number]).cache_status for number in (0, 2, 3)] == ["HIT"] * 3
     assert daemon.client.get(urls[1]).cache_status == "MISS"
-    wait_until(lambda: cache_bytes_on_disk(daemon) <= 10 * MIB, "less than the limit on disk")
+    wait_until(lambda: cache_bytes_on_disk(daemon) <= 10 * MIB, "the cache is within its limit")
 
 
 def test_cache_limit_applies_after_a_restart(upstreams: Upstreams, start_daemon: StartDaemon) -> None:
@@ -42,7 +41,7 @@ def test_cache_limit_applies_after_a_restart(upstreams: Upstreams, start_daemon:
     daemon.stop()
     daemon.environment["CACHE_MAX_SIZE"] = "10m"
     daemon.start()
-    wait_until(lambda: cache_bytes_on_disk(daemon) <= 10 * MIB, "less than the new limit on disk")
+    wait_until(lambda: cache_bytes_on_disk(daemon) <= 10 * MIB, "the cache is within its new limit")
     for number in range(6):
         url = put_blob_and_get_url(upstreams, "restart", 3 * MIB, str(number))
         assert daemon.client.get(url).body == images.random_bytes(3 * MIB, f"restart/{number}")
@@ -63,7 +62,7 @@ def test_blob_larger_than_the_limit_is_not_cached(upstreams: Upstreams, start_da
         images.random_bytes(12 * MIB, "limit/large")[11 * MIB :],
     )
     assert cache_bytes_on_disk(daemon) <= 8 * MIB
-    assert daemon.client.get(small_url).cache_status == "HIT"  # nothing was thrown out for it
+    assert daemon.client.get(small_url).cache_status == "HIT"  # the large blob has evicted nothing
 
 
 def test_blob_being_read_is_not_evicted(upstreams: Upstreams, start_daemon: StartDaemon) -> None:
@@ -93,7 +92,7 @@ def test_download_in_progress_is_not_evicted(upstreams: Upstreams, start_daemon:
 
 
 def test_evicted_layer_is_fetched_again(upstreams: Upstreams, start_daemon: StartDaemon) -> None:
-    """A manifest that is cached while its layers are not: they are fetched."""
+    """If a manifest is cached but its layers were evicted, the daemon fetches the layers again."""
     daemon = start_daemon(CACHE_MAX_SIZE="4m")
     image = images.build_small_image("evicted layer", size=MIB)
     upstreams.fake.put("evicted", "1", image)
@@ -110,8 +109,8 @@ def test_inactive_blob_is_evicted(upstreams: Upstreams, start_daemon: StartDaemo
     daemon.client.get(url)
     daemon.stop()
     threading.Event().wait(1.2)
-    daemon.start()  # old things are looked for at start, and from time to time
-    wait_until(lambda: cache_bytes_on_disk(daemon) < MIB, "an empty cache")
+    daemon.start()  # inactive blobs are evicted at the start, and from time to time
+    wait_until(lambda: cache_bytes_on_disk(daemon) < MIB, "the cache is empty")
     assert daemon.client.get(url).cache_status == "MISS"
 
 
@@ -121,7 +120,7 @@ def test_send_timeout_closes_stalled_client(upstreams: Upstreams, start_daemon: 
     with daemon.client.stream("GET", url) as response:
         assert response.read(1000)
         wait_until(
-            lambda: any("/taking/nothing/" in line.target for line in daemon.access_log()), "the end of the request"
+            lambda: any("/taking/nothing/" in line.target for line in daemon.access_log()), "the stalled request ends"
         )
         with pytest.raises((http.client.IncompleteRead, OSError)):
             response.read()
@@ -136,19 +135,15 @@ def test_memory_stays_flat_with_slow_clients(upstreams: Upstreams, start_daemon:
         slow_responses = [stack.enter_context(daemon.client.stream("GET", url)) for _ in range(30)]
         for slow_response in slow_responses:
             assert slow_response.read(1000)
-        assert daemon.client.get(url).status == 200  # it is all here now, and thirty still want nearly all of it
+        assert daemon.client.get(url).status == 200  # the download is complete, and thirty clients still wait for data
         assert daemon.resident_bytes - memory_before < 64 * MIB
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    require_programs("mount", root=True)
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)], check=False).returncode:
-        pytest.skip("no tmpfs can be mounted here")
-    yield disk
-    subprocess.run(["umount", "-l", str(disk)], check=True)
+    """Return the mount point of a file system of 8 MiB."""
+    with mount_tmpfs(tmp_path / "disk", "8m") as folder:
+        yield folder
 
 
 def test_pull_succeeds_on_a_full_disk(upstreams: Upstreams, start_daemon: StartDaemon, small_disk: Path) -> None:
@@ -167,7 +162,7 @@ def test_pull_succeeds_on_a_full_disk(upstreams: Upstreams, start_daemon: StartD
 
 
 def test_disk_fills_up_during_a_download(upstreams: Upstreams, start_daemon: StartDaemon, small_disk: Path) -> None:
-    """Its length untold, nobody can see in time that it does not fit."""
+    """Without a Content-Length, the daemon cannot know in advance that the blob does not fit."""
     daemon = start_daemon(CACHE_DIR=str(small_disk))
     url = put_blob_and_get_url(upstreams, "filling", 20 * MIB, "large")
     upstreams.fake.add_rule("GET", url.rpartition("/")[2], respond_chunked, times=1)
@@ -176,17 +171,17 @@ def test_disk_fills_up_during_a_download(upstreams: Upstreams, start_daemon: Sta
 
 
 def put_blob_and_get_url(upstreams: Upstreams, name: str, size: int, seed: str) -> str:
-    """Return the URL of a blob of so many bytes."""
+    """Put a random blob of `size` bytes into the fake registry, and return its URL."""
     digest = upstreams.fake.put_blob(name, images.random_bytes(size, f"{name}/{seed}"))
     return f"{FAKE}/v2/{name}/blobs/{digest}"
 
 
 def cache_bytes_on_disk(daemon: TwistdDaemon) -> int:
-    """Return the bytes that the cache's files have."""
+    """Return the total size of the cache's files in bytes."""
     total = 0
     for path in (daemon.state_folder / "cache").rglob("*"):
         try:
             total += path.stat().st_size if path.is_file() else 0
         except FileNotFoundError:
-            continue  # evicted just now
+            continue  # the file was evicted after it was listed
     return total

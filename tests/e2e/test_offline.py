@@ -1,4 +1,4 @@
-"""With the upstreams gone, or unwell, everything that was cached still pulls."""
+"""Cached images can be pulled while the upstreams are down or return errors."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ ON_PLAIN = "plain.test:8080/offline/plain:1"
 
 @pytest.fixture(scope="module")
 def warm_daemon(upstreams: Upstreams, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwistdDaemon]:
-    """A daemon that has the three images, from one pull by each kind of client, and was restarted since."""
+    """Return a daemon that was restarted after each kind of client had pulled the three images."""
     image = images.build_small_image("offline", oci=False)
     upstreams.push_to_hub("offline/hub", "1", image)
     upstreams.push_to_registry("offline/registry", "1", image)
     upstreams.push_to_plain("offline/plain", "1", image)
-    daemon = TwistdDaemon(tmp_path_factory.mktemp("cached"), upstreams.settings)
+    daemon = TwistdDaemon(tmp_path_factory.mktemp("warm"), upstreams.settings)
     with daemon.run_and_check_log(lambda: upstreams.secrets):
-        machines = ClientFactory(tmp_path_factory.mktemp("warm"))
+        clients = ClientFactory(tmp_path_factory.mktemp("clients"))
         try:
-            docker, containerd, skopeo = machines.docker(daemon), machines.containerd(daemon), machines.skopeo(daemon)
+            docker, containerd, skopeo = clients.docker(daemon), clients.containerd(daemon), clients.skopeo(daemon)
             for name in (ON_HUB, ON_REGISTRY, ON_PLAIN):
                 docker.run_checked("pull", name)
                 skopeo.pull(name, plain_http=name is ON_PLAIN)
                 containerd.pull(name, *(["--plain-http"] if name is ON_PLAIN else []))
         finally:
-            machines.stop()
+            clients.stop()
         daemon.restart()
         yield daemon
 
@@ -108,7 +108,7 @@ def test_stale_response_is_marked(upstreams: Upstreams, start_daemon: StartDaemo
         response = daemon.client.get(f"{REGISTRY}/v2/known/manifests/1", Accept=ACCEPT_MANIFESTS)
         assert (response.status, response.cache_status, response.body) == (200, "STALE", image.manifest.data)
         assert "stale" in response.headers["warning"].lower()
-        # With the same media types in another header, which was never asked for, it is still the best answer.
+        # An Accept that was never requested before, with a part of the media types, still gets the stale manifest.
         second_response = daemon.client.get(f"{REGISTRY}/v2/known/manifests/1", Accept=images.OCI_MANIFEST)
         assert second_response.body == image.manifest.data
     response = daemon.client.get(f"{REGISTRY}/v2/known/manifests/1", Accept=ACCEPT_MANIFESTS)
@@ -147,7 +147,7 @@ def test_tag_deleted_upstream_returns_404(upstreams: Upstreams, daemon: TwistdDa
     for method in ("GET", "HEAD"):
         upstreams.fake.add_rule(method, "/deleted/manifests/1", fake_registry.respond_status(404, "MANIFEST_UNKNOWN"))
     assert daemon.client.get(url, Accept=ACCEPT_MANIFESTS).status == 404
-    upstreams.fake.reset_rules()  # and it does not come back as a stale answer
+    upstreams.fake.reset_rules()  # from now on upstream fails, and the deleted tag must not be served as stale
     for method in ("GET", "HEAD"):
         upstreams.fake.add_rule(method, "/deleted/manifests/1", fake_registry.respond_status(503))
     assert daemon.client.get(url, Accept=ACCEPT_MANIFESTS).status >= 500
@@ -159,7 +159,7 @@ def test_cached_pull_while_token_server_fails(
     daemon = start_daemon()
     upstreams.push_to_hub("library/tokenless", "1", images.build_small_image("tokenless"))
     clients.skopeo(daemon).pull("docker.io/library/tokenless:1")
-    daemon.restart()  # no token is left in memory
+    daemon.restart()  # drops the tokens, which are only in memory
     upstreams.token_server.failure_status = 503
     try:
         clients.skopeo(daemon).pull("docker.io/library/tokenless:1")
@@ -168,7 +168,7 @@ def test_cached_pull_while_token_server_fails(
 
 
 def test_cached_pull_needs_no_upstream_token(upstreams: Upstreams, start_daemon: StartDaemon) -> None:
-    """Once access is proven, a cached digest needs neither /v2/ nor a token from upstream."""
+    """After access was granted once, serving a cached digest needs neither /v2/ nor a token from upstream."""
     daemon = start_daemon()
     image = upstreams.push_to_hub("library/proven", "1", images.build_small_image("proven"))
     token = daemon.client.get(f"{TOKEN_URL}?service=registry.docker.io&scope=repository:library/proven:pull").json[

@@ -1,4 +1,4 @@
-"""Pulling: through the interception, as a mirror, over plain HTTP; the second time from disk."""
+"""Pulls through interception, from the mirror and over plain HTTP, which are served from disk the second time."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def test_docker_pulls_from_hub_then_from_cache(
     upstreams: Upstreams, daemon: TwistdDaemon, clients: ClientFactory
 ) -> None:
     image = upstreams.push_to_hub("library/first", "1", images.build_small_image("first", oci=False, layers=3))
-    first = clients.docker(daemon)
-    first.run_checked("pull", "first:1")
-    assert first.image_digest("first:1") == image.digest
+    first_docker = clients.docker(daemon)
+    first_docker.run_checked("pull", "first:1")
+    assert first_docker.image_digest("first:1") == image.digest
     upstreams.hub.clear_log()
     log_offset = daemon.log_offset()
-    second = clients.docker(daemon)
-    second.run_checked("pull", "first:1")
-    assert second.image_digest("first:1") == image.digest
+    second_docker = clients.docker(daemon)
+    second_docker.run_checked("pull", "first:1")
+    assert second_docker.image_digest("first:1") == image.digest
     assert upstreams.hub.find_requests("GET", "/library/first/") == []
     entries = find_log_entries(daemon, log_offset, "/library/first/blobs/")
     assert {line.cache_status for line in entries} == {"HIT"}
@@ -136,7 +136,7 @@ def test_podman_pulls_through_the_proxy(
     upstreams: Upstreams, daemon: TwistdDaemon, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     require_programs("podman", root=True)
-    tmp_path = tmp_path_factory.mktemp("p")  # podman wants a short one
+    tmp_path = tmp_path_factory.mktemp("p")  # podman needs a short path
     image = upstreams.push_to_registry("podman/app", "1", images.build_small_image("podman"))
     storage_options = ["--root", str(tmp_path / "root"), "--runroot", str(tmp_path / "run"), "--storage-driver", "vfs"]
     environment = {"PATH": "/usr/bin:/bin:/usr/sbin:/sbin", "HOME": str(tmp_path), **daemon.client_environment}
@@ -159,7 +159,7 @@ def test_manifest_by_tag_and_digest(upstreams: Upstreams, daemon: TwistdDaemon, 
     )
     name = "v1" if reference == "tag" else image.digest
     url = f"{REGISTRY}/v2/manifest/{method.lower()}-{reference}/manifests/{name}"
-    for _ in range(2):  # cold, and warm
+    for _ in range(2):  # uncached, then cached
         response = daemon.client.request(method, url, {"Accept": ACCEPT_MANIFESTS})
         assert response.status == 200
         assert response.headers["docker-content-digest"] == image.digest
@@ -169,8 +169,8 @@ def test_manifest_by_tag_and_digest(upstreams: Upstreams, daemon: TwistdDaemon, 
 
 
 def test_cache_status(upstreams: Upstreams, daemon: TwistdDaemon) -> None:
-    image = upstreams.push_to_registry("verdicts", "v1", images.build_small_image("verdicts"))
-    url = f"{REGISTRY}/v2/verdicts"
+    image = upstreams.push_to_registry("statuses", "v1", images.build_small_image("statuses"))
+    url = f"{REGISTRY}/v2/statuses"
     log_offset = daemon.log_offset()
     tag_statuses = [daemon.client.get(f"{url}/manifests/v1", Accept=ACCEPT_MANIFESTS).cache_status for _ in range(2)]
     assert tag_statuses == ["MISS", "REVALIDATED"]
@@ -178,11 +178,11 @@ def test_cache_status(upstreams: Upstreams, daemon: TwistdDaemon) -> None:
     blob_statuses = [daemon.client.get(f"{url}/blobs/{image.layers[0].digest}").cache_status for _ in range(2)]
     assert blob_statuses == ["MISS", "HIT"]
     assert daemon.client.get(f"{url}/tags/list").cache_status == "PASS"
-    wait_until(lambda: len(find_log_entries(daemon, log_offset, "/v2/verdicts/")) == 6, "six lines in the log")
-    entries = find_log_entries(daemon, log_offset, "/v2/verdicts/")
+    wait_until(lambda: len(find_log_entries(daemon, log_offset, "/v2/statuses/")) == 6, "six requests are logged")
+    entries = find_log_entries(daemon, log_offset, "/v2/statuses/")
     assert [entry.cache_status for entry in entries] == ["MISS", "REVALIDATED", "HIT", "MISS", "HIT", "PASS"]
     assert {(line.client, line.method, line.status) for line in entries} == {("127.0.0.1", "GET", 200)}
-    assert entries[3].target == f"registry.test:5443/v2/verdicts/blobs/{image.layers[0].digest}"
+    assert entries[3].target == f"registry.test:5443/v2/statuses/blobs/{image.layers[0].digest}"
     assert entries[3].size == len(image.layers[0].data)
 
 
@@ -193,10 +193,10 @@ def test_tag_content_negotiation(upstreams: Upstreams, daemon: TwistdDaemon) -> 
     for _ in range(2):
         list_response = daemon.client.get(url, Accept=f"{images.DOCKER_LIST}, {images.DOCKER_MANIFEST}")
         assert list_response.headers["docker-content-digest"] == multi_platform_image.digest
-        # distribution gives those who know no lists the image for amd64
+        # distribution returns the image for amd64 to clients that do not accept manifest lists
         image_response = daemon.client.get(url, Accept=images.DOCKER_MANIFEST)
         assert image_response.headers["docker-content-digest"] == multi_platform_image.children[0].digest
-        # the same set in another order is the same question
+        # the order of the media types in Accept does not matter
         assert (
             daemon.client.get(url, Accept=f"{images.DOCKER_MANIFEST}, {images.DOCKER_LIST}").body == list_response.body
         )
@@ -249,7 +249,7 @@ def test_unknown_manifest_returns_upstream_404(daemon: TwistdDaemon) -> None:
 
 
 def test_manifest_range_request(upstreams: Upstreams, daemon: TwistdDaemon) -> None:
-    """containerd 2.1 asks for `bytes=0-`, and says what it can decompress."""
+    """containerd 2.1 requests manifests with `Range: bytes=0-` and an Accept-Encoding."""
     image = upstreams.push_to_registry("manifest/part", "1", images.build_small_image("part"))
     url = f"{REGISTRY}/v2/manifest/part/manifests/1"
     for _ in range(2):
@@ -279,7 +279,7 @@ RANGES = {
     "bytes=39000-": (206, slice(39000, None)),
     "bytes=-500": (206, slice(-500, None)),
     "bytes=39000-99999999": (206, slice(39000, None)),
-    "bytes=0-0,10-19": (200, slice(None)),  # several at once: the whole blob
+    "bytes=0-0,10-19": (200, slice(None)),  # several ranges get the whole blob
     "lines=1-2": (200, slice(None)),
 }
 
@@ -332,7 +332,7 @@ def test_blobs_behind_a_redirect(upstreams: Upstreams, daemon: TwistdDaemon, bas
     name = f"redirected/{server}"
     layer = push_image_and_get_layer(upstreams, name)
     url = f"{base_url}/v2/{name}/blobs/{layer.digest}"
-    # The store refuses whoever shows an Authorization, which the client has for the registry.
+    # The store rejects requests with an Authorization. The client's is for the registry only.
     response = daemon.client.get(url, Authorization="Basic b3duOm93bg==")
     assert (response.status, response.body) == (200, layer.data)
     store_requests = getattr(upstreams, server).find_requests("GET", f"{layer.digest}?")
@@ -366,8 +366,8 @@ def test_sha512(upstreams: Upstreams, daemon: TwistdDaemon) -> None:
 
 
 def test_a_blob_without_a_manifest_is_fetched(upstreams: Upstreams, daemon: TwistdDaemon) -> None:
-    digest = upstreams.fake.put_blob("lone/blob", b"nobody speaks of this one")
-    assert daemon.client.get(f"{FAKE}/v2/lone/blob/blobs/{digest}").body == b"nobody speaks of this one"
+    digest = upstreams.fake.put_blob("lone/blob", b"no manifest references this blob")
+    assert daemon.client.get(f"{FAKE}/v2/lone/blob/blobs/{digest}").body == b"no manifest references this blob"
 
 
 def test_an_empty_blob(upstreams: Upstreams, daemon: TwistdDaemon) -> None:
@@ -377,7 +377,7 @@ def test_an_empty_blob(upstreams: Upstreams, daemon: TwistdDaemon) -> None:
         assert (response.status, response.body, response.headers["content-length"]) == (200, b"", "0")
 
 
-# what passes through
+# requests that are not cached
 
 
 def test_ping_tags_and_catalog(upstreams: Upstreams, daemon: TwistdDaemon) -> None:
@@ -401,7 +401,7 @@ def test_hub_requires_a_token(daemon: TwistdDaemon) -> None:
 
 
 def test_referrers_tag_fallback(upstreams: Upstreams, daemon: TwistdDaemon) -> None:
-    """distribution 2.8 knows no referrers: the tag of the spec's "Referrers Tag Schema" is asked for."""
+    """distribution 2.8 has no referrers API, so the daemon uses the tag of the spec's "Referrers Tag Schema"."""
     subject = upstreams.push_to_registry("referred", "1", images.build_small_image("referred"))
     url = f"{REGISTRY}/v2/referred/referrers"
     empty_response = daemon.client.get(f"{url}/sha256:{'0' * 64}")
@@ -439,10 +439,11 @@ def test_hub_by_alias(upstreams: Upstreams, daemon: TwistdDaemon) -> None:
     image = upstreams.push_to_hub("library/by-ns", "1", images.build_small_image("hub-by-ns"))
     url = f"http://127.0.0.1:{daemon.port}/v2/library/by-ns/manifests/1"
     for query in ("?ns=docker.io", "?ns=registry-1.docker.io", ""):
-        assert http_client.request_directly("GET", url + query, {"Accept": ACCEPT_MANIFESTS}).body == image.manifest.data
+        response = http_client.request_directly("GET", url + query, {"Accept": ACCEPT_MANIFESTS})
+        assert response.body == image.manifest.data
 
 
-# on the way
+# upstream proxy, logs and connections
 
 
 def test_through_an_upstream_proxy(upstreams: Upstreams, start_daemon: StartDaemon) -> None:
@@ -475,7 +476,7 @@ def test_json_log(upstreams: Upstreams, start_daemon: StartDaemon) -> None:
         lines = [json.loads(line) for line in daemon.output_text.splitlines()]
         return [line for line in lines if line.get("path") == path]
 
-    wait_until(log_entries, "the request in the log")
+    wait_until(log_entries, "the request is logged")
     [entry] = log_entries()
     assert {name: entry[name] for name in ("client", "method", "host", "status", "verdict")} == {
         "client": "127.0.0.1", "method": "GET", "host": "registry.test:5443", "status": 200, "verdict": "MISS",
@@ -521,7 +522,7 @@ def push_image_and_get_layer(upstreams: Upstreams, name: str) -> images.TypedCon
 
 
 def fetch_manifest(daemon: TwistdDaemon, origin: str, name: str, reference: str) -> bytes:
-    """Return a manifest, after the token dance where that is asked for."""
+    """Return a manifest, with a token if the registry requires one."""
     url = f"{origin}/v2/{name}/manifests/{reference}"
     response = daemon.client.get(url, Accept=ACCEPT_MANIFESTS)
     if response.status == 401:

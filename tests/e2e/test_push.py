@@ -1,4 +1,4 @@
-"""Pushing to an intercepted registry: refused unless it is allowed, and then streamed."""
+"""Pushes to an intercepted registry: refused unless ALLOW_PUSH is set, and streamed if it is."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def test_push_is_streamed_upstream(upstreams: Upstreams, push_enabled_daemon: Tw
         _send_framed(connection, data[:100_000], framing)
         wait_until(
             lambda: any(request.received_bytes for request in upstreams.fake.find_requests("PATCH", "/push/streamed/")),
-            "the first bytes upstream, while the rest is still to be sent",
+            "upstream receives the first bytes before the rest is sent",
         )
         _send_framed(connection, data[100_000:], framing)
         if framing == "chunked":
@@ -164,11 +164,12 @@ def test_push_is_streamed_upstream(upstreams: Upstreams, push_enabled_daemon: Tw
     finally:
         connection.close()
     assert response.status == 202
-    assert [seen.received_bytes for seen in upstreams.fake.find_requests("PATCH", "/push/streamed/")] == [len(data)]
+    upstream_requests = upstreams.fake.find_requests("PATCH", "/push/streamed/")
+    assert [request.received_bytes for request in upstream_requests] == [len(data)]
 
 
 def test_memory_stays_flat_while_upstream_is_slow(upstreams: Upstreams, push_enabled_daemon: TwistdDaemon) -> None:
-    """The client is held back: what upstream did not take yet stays with the client."""
+    """If upstream does not read, the daemon stops reading from the client."""
     gate = threading.Event()
     upstreams.fake.add_rule("PATCH", "/push/big/", _discard_body(gate))
     memory_before = push_enabled_daemon.resident_bytes
@@ -181,12 +182,12 @@ def test_memory_stays_flat_while_upstream_is_slow(upstreams: Upstreams, push_ena
         thread = threading.Thread(target=_send_mebibytes, args=(connection, 128, sent), daemon=True)
         thread.start()
         try:
-            wait_until(lambda: upstreams.fake.find_requests("PATCH", "/push/big/"), "the request upstream")
-            assert not sent.wait(1.5)  # it cannot be: there is room for 128 MiB nowhere
+            wait_until(lambda: upstreams.fake.find_requests("PATCH", "/push/big/"), "the request arrives upstream")
+            assert not sent.wait(1.5)  # no buffer on the way can hold 128 MiB
             memory_growth = push_enabled_daemon.resident_bytes - memory_before
         finally:
             gate.set()
-            thread.join(60)  # before anything is read: more than one must not use a TLS connection
+            thread.join(60)  # before reading the response, because two threads must not use a TLS connection
         response = http_client.read_response(connection.getresponse())
     finally:
         connection.close()
@@ -199,10 +200,10 @@ def test_curl_waits_for_100_continue(upstreams: Upstreams, push_enabled_daemon: 
     require_programs("curl")
     file = tmp_path / "layer"
     file.write_bytes(images.random_bytes(3_000_000, "expect"))
+    proxy_options = ["--cacert", str(push_enabled_daemon.ca_file), "--proxy", push_enabled_daemon.url]
+    upload_options = ["-X", "PATCH", "-H", "Expect: 100-continue", "--expect100-timeout", "30", "-T", str(file)]
     result = subprocess.run(
-        ["curl", "-sS", "--fail", "--cacert", str(push_enabled_daemon.ca_file), "--proxy", push_enabled_daemon.url, "-X", "PATCH",
-         "-H", "Expect: 100-continue", "--expect100-timeout", "30", "-T", str(file),
-         f"{FAKE}/v2/push/expect/blobs/uploads/s"],
+        ["curl", "-sS", "--fail", *proxy_options, *upload_options, f"{FAKE}/v2/push/expect/blobs/uploads/s"],
         capture_output=True, text=True, timeout=25, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
@@ -222,7 +223,7 @@ def test_upstream_refusal_is_forwarded(upstreams: Upstreams, push_enabled_daemon
 
 
 def test_early_refusal_is_forwarded(upstreams: Upstreams, push_enabled_daemon: TwistdDaemon) -> None:
-    """Upstream reads no more after it has answered; the client hears of it while it is still sending."""
+    """Upstream stops reading after its response, and the client receives the response while it is still sending."""
     response_received = threading.Event()
     upstreams.fake.add_rule("PATCH", "/push/early/", _refuse_early(response_received))
     connection = push_enabled_daemon.client.new_connection(FAKE)
@@ -254,12 +255,12 @@ def test_interrupted_push_is_not_completed(
     _send_framed(connection, bytes(100_000), framing)
     wait_until(
         lambda: any(request.received_bytes for request in upstreams.fake.find_requests("PATCH", path)),
-        "the first bytes upstream",
+        "upstream receives the first bytes",
     )
     connection.close()
-    [seen] = upstreams.fake.find_requests("PATCH", path)
-    wait_until(lambda: seen.ended_event is not None, "the end of the request upstream")
-    assert seen.response_status == 0  # the fake registry had nothing that it could answer
+    [upstream_request] = upstreams.fake.find_requests("PATCH", path)
+    wait_until(lambda: upstream_request.ended_event is not None, "the upstream request ends")
+    assert upstream_request.response_status == 0  # the fake registry received an incomplete body, and did not respond
     assert path not in upstreams.fake.uploads
 
 
@@ -273,7 +274,7 @@ def _refuse_early(response_received: threading.Event) -> ResponseBehaviour:
 
 
 def _send_until_response(sock: ssl.SSLSocket) -> bytes:
-    """Send as fast as it is taken, all in one thread: more than one must not use a TLS connection."""
+    """Send until there is a response, in one thread, because two threads must not use a TLS connection."""
     sock.setblocking(False)
     chunk, response = bytes(1 << 16), b""
     while b"SIZE_INVALID" not in response:
@@ -281,7 +282,7 @@ def _send_until_response(sock: ssl.SSLSocket) -> bytes:
             sock.send(chunk)
         try:
             data = sock.recv(1 << 16)
-            assert data, "the connection ends without an answer"
+            assert data, "the connection was closed without a response"
             response += data
         except ssl.SSLWantReadError:
             select.select([sock], [sock], [], 20)

@@ -1,9 +1,8 @@
-"""The daemon's end, wanted or not: transfers finish, and a power cut leaves nothing half-made that is ever served."""
+"""Stops and kills of the daemon: SIGTERM lets transfers finish, and after SIGKILL no partial content is ever served."""
 
 from __future__ import annotations
 
 import http.client
-import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -11,21 +10,21 @@ from pathlib import Path
 
 import pytest
 
+from bench.servers import is_listening
 from tests.e2e.harness import images
 from tests.e2e.harness.client_factory import ClientFactory
-from tests.e2e.harness.daemon import StartDaemon, TwistdDaemon
+from tests.e2e.harness.daemon import CLEAN_EXIT_STATUSES, StartDaemon, TwistdDaemon
 from tests.e2e.harness.fake_registry import ResponseBehaviour, pause_after, throttled
 from tests.e2e.harness.http_server import HTTPExchange
 from tests.e2e.harness.images import ACCEPT_MANIFESTS, TypedContent
-from tests.e2e.harness.process import is_listening, wait_until
+from tests.e2e.harness.process import wait_until
 from tests.e2e.harness.upstreams import FAKE, Upstreams
 
 MIB = 1 << 20
-CLEAN_EXIT_STATUSES = (0, -signal.SIGTERM)  # twistd ends itself by the signal that it was sent, when all is done
 
 
 def test_interrupted_download_resumes_after_kill(upstreams: Upstreams, start_daemon: StartDaemon) -> None:
-    """What lies in the ingest file is taken up by Range, not fetched again."""
+    """The download resumes with a Range request after the bytes in the ingest file."""
     daemon = start_daemon()
     data = images.random_bytes(16 * MIB, "killed")
     digest = upstreams.fake.put_blob("killed", data)
@@ -47,7 +46,7 @@ def test_interrupted_download_resumes_after_kill(upstreams: Upstreams, start_dae
 
 
 def test_kill_before_the_final_chunk(upstreams: Upstreams, start_daemon: StartDaemon) -> None:
-    """All bytes lie in the ingest file, and nothing follows them upstream: a Range from there on is 416."""
+    """All bytes are in the ingest file, so upstream responds to a Range request after them with 416."""
     daemon = start_daemon()
     data = images.random_bytes(3 * MIB, "nearly")
     digest = upstreams.fake.put_blob("nearly", data)
@@ -65,7 +64,7 @@ def test_kill_before_the_final_chunk(upstreams: Upstreams, start_daemon: StartDa
 
 
 def test_corrupted_partial_download_is_fetched_again(upstreams: Upstreams, start_daemon: StartDaemon) -> None:
-    """A disk that lost what was written last: the digest tells, and the blob is fetched anew."""
+    """If a crash corrupts the ingest file, the digest does not match, and the blob is fetched again."""
     daemon = start_daemon()
     data = images.random_bytes(6 * MIB, "rotten")
     digest = upstreams.fake.put_blob("rotten", data)
@@ -88,9 +87,9 @@ def test_corrupted_partial_download_is_fetched_again(upstreams: Upstreams, start
                 break
         except (http.client.IncompleteRead, ConnectionError):
             continue
-        raise AssertionError("wrong content was completed")
+        raise AssertionError("the daemon completed a response with wrong content")
     else:
-        raise AssertionError("the blob never came")
+        raise AssertionError("no response with the blob was complete")
 
 
 def test_no_partial_content_is_served_after_many_kills(upstreams: Upstreams, start_daemon: StartDaemon) -> None:
@@ -126,7 +125,7 @@ def test_sigterm_lets_transfers_finish(upstreams: Upstreams, start_daemon: Start
         response = stack.enter_context(daemon.client.stream("GET", f"{FAKE}/v2/finishing/blobs/{digest}"))
         first_part = response.read(2 * MIB)
         daemon.terminate()
-        wait_until(lambda: not is_listening(daemon.port), "the end of listening")
+        wait_until(lambda: not is_listening(daemon.port), "the daemon stops listening")
         assert daemon.running
         gate.set()
         assert first_part + response.read() == data
@@ -168,7 +167,7 @@ def test_docker_pulls_from_cache_after_a_restart(
 
 
 def test_no_temporary_files_are_left(upstreams: Upstreams, start_daemon: StartDaemon) -> None:
-    """A download that failed for good leaves no ingest file, and no temporary one."""
+    """Neither a complete download nor a restart leaves an ingest file or another temporary file."""
     daemon = start_daemon()
     digest = upstreams.fake.put_blob("tidy", images.random_bytes(MIB, "tidy"))
     assert daemon.client.get(f"{FAKE}/v2/tidy/blobs/{digest}").status == 200
@@ -184,7 +183,7 @@ def test_no_temporary_files_are_left(upstreams: Upstreams, start_daemon: StartDa
 
 
 def _read_partially(daemon: TwistdDaemon, url: str, byte_count: int) -> None:
-    """Read the beginning; the other end may go away in the middle of it."""
+    """Read the first `byte_count` bytes, and ignore errors if the daemon is killed."""
     try:
         with daemon.client.stream("GET", url, {"Accept": ACCEPT_MANIFESTS}) as response:
             response.read(byte_count)
@@ -193,7 +192,7 @@ def _read_partially(daemon: TwistdDaemon, url: str, byte_count: int) -> None:
 
 
 def _omit_final_chunk(gate: threading.Event) -> ResponseBehaviour:
-    """Send the whole in chunks, and wait before the last chunk, the empty one."""
+    """Send the whole content in chunks, and wait before the last chunk, which is empty."""
 
     def respond(exchange: HTTPExchange, content: TypedContent | None) -> None:
         assert content is not None

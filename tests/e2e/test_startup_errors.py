@@ -1,4 +1,4 @@
-"""What an operator may get wrong: the daemon does not start, and says why in one sentence."""
+"""Configuration errors: the daemon does not start, and reports the reason in one sentence."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_port_in_use(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["STATE_DIR", "CACHE_DIR", "CA_DIR"])
 def test_unwritable_folder(tmp_path: Path, name: str) -> None:
-    """Permissions do not stop root; a file in the folder's place, and a file system without files, do."""
+    """Permissions do not restrict root, so the tests use a path below a file, and one in /proc."""
     file = tmp_path / "a-file"
     file.write_text("")
     for path, expected_path in ((str(file / "below"), str(file)), ("/proc/nothing/here", "/proc/nothing")):
@@ -108,11 +108,11 @@ def test_missing_env_file(tmp_path: Path) -> None:
     assert "missing.env" in text
 
 
-# and what is right
+# valid settings
 
 
 def test_existing_ca_is_used(upstreams: Upstreams, start_daemon: StartDaemon, tmp_path: Path) -> None:
-    """An RSA key with a pass phrase, as rpardini's tool makes them."""
+    """An RSA key with a passphrase, as rpardini/docker-registry-proxy creates it."""
     certificate, key = make_ca_files(tmp_path, "existing", passphrase=b"pw-of-the-ca", algorithm="rsa")
     daemon = start_daemon(CA_CRT_FILE=str(certificate), CA_KEY_FILE=str(key), CA_KEY_PASSPHRASE="pw-of-the-ca")
     assert daemon.ca_file.read_bytes().strip() == certificate.read_bytes().strip()
@@ -157,12 +157,12 @@ def test_cache_and_ca_directories(upstreams: Upstreams, start_daemon: StartDaemo
     daemon = start_daemon(**{name: str(folder) for name, folder in folders.items()})
     digest = upstreams.fake.put_blob("elsewhere", b"elsewhere")
     assert daemon.client.get(f"{FAKE}/v2/elsewhere/blobs/{digest}").status == 200
-    for place in folders.values():
-        assert any(path.is_file() for path in place.rglob("*"))
+    for folder in folders.values():
+        assert any(path.is_file() for path in folder.rglob("*"))
 
 
 def startup_error(folder: Path, settings: Mapping[str, str], *options: str) -> str:
-    """Start the daemon, which must refuse; return what it says."""
+    """Start the daemon, which must fail; return its output."""
     environment = {
         **TwistdDaemon(folder / "p", {}).environment,
         "PROXY_LISTEN": f"tcp:{free_port()}:interface=127.0.0.1",
@@ -170,8 +170,8 @@ def startup_error(folder: Path, settings: Mapping[str, str], *options: str) -> s
         **settings,
     }
     result = subprocess.run(
-        [*twistd_argv(), "dockerproxy", *options], env=environment, cwd=folder, capture_output=True, text=True, timeout=30,
-        check=False,
+        [*twistd_argv(), "dockerproxy", *options], env=environment, cwd=folder,
+        capture_output=True, text=True, timeout=30, check=False,
     )  # fmt: skip
     text = result.stdout + result.stderr
     assert result.returncode != 0, text

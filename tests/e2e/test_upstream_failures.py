@@ -1,4 +1,4 @@
-"""Upstreams that break off, lie, stall and loop: a good answer where one can still be had, else a clear error."""
+"""Upstreams that disconnect, send wrong data, stall or redirect in loops. The daemon recovers or reports an error."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ MIB = 1 << 20
 
 @pytest.fixture(scope="module")
 def daemon(upstreams: Upstreams, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwistdDaemon]:
-    """A daemon that waits for upstream for two seconds only."""
+    """Return a daemon that waits only two seconds for upstream."""
     settings = {**upstreams.settings, "PROXY_READ_TIMEOUT": "2s", "PROXY_CONNECT_TIMEOUT": "5s"}
     daemon = TwistdDaemon(tmp_path_factory.mktemp("impatient"), settings)
     with daemon.run_and_check_log(lambda: upstreams.secrets):
         yield daemon
 
 
-# what can be mended
+# failures that the daemon can recover from
 
 
 def test_interrupted_download_resumes(upstreams: Upstreams, daemon: TwistdDaemon) -> None:
@@ -116,7 +116,7 @@ def test_manifests_are_redirected_too(upstreams: Upstreams, daemon: TwistdDaemon
     assert (response.status, response.body) == (200, image.manifest.data)
 
 
-# what cannot
+# failures that it cannot recover from
 
 
 @pytest.mark.parametrize("size", [1000, 3 * MIB], ids=["small", "large"])
@@ -144,14 +144,15 @@ def test_blob_of_wrong_length_is_never_completed(upstreams: Upstreams, daemon: T
     digest = upstreams.fake.put_blob("length", data)
     url = f"{FAKE}/v2/length/blobs/{digest}"
     upstreams.fake.add_rule("GET", digest, fake_registry.respond_wrong_length(extra), times=1)
-    for _ in range(3):  # once for those who were told the wrong length, and once more if its end is still being sought
+    # The first response may have announced the wrong length. A second one may still belong to the same download.
+    for _ in range(3):
         try:
             response = daemon.client.get(url)
         except http.client.IncompleteRead:
             continue
         assert (response.status, response.body) == (200, data)
         return
-    raise AssertionError("the blob never came")
+    raise AssertionError("no response with the blob was complete")
 
 
 def test_html_instead_of_manifest(upstreams: Upstreams, daemon: TwistdDaemon) -> None:
@@ -185,7 +186,7 @@ def test_manifest_with_wrong_digest(upstreams: Upstreams, daemon: TwistdDaemon) 
 
 def test_upstream_timeout_returns_504(upstreams: Upstreams, daemon: TwistdDaemon) -> None:
     gate = threading.Event()
-    digest = upstreams.fake.put_blob("silent", b"nothing comes of it")
+    digest = upstreams.fake.put_blob("silent", b"no response")
     upstreams.fake.add_rule("GET", "/v2/silent/", _never_respond(gate))
     try:
         for path in ("manifests/1", f"blobs/{digest}"):
@@ -205,7 +206,7 @@ def test_rate_limit_is_forwarded(upstreams: Upstreams, daemon: TwistdDaemon, ret
     assert (response.status, response.error_code) == (429, "TOOMANYREQUESTS")
     assert response.headers.get("retry-after") == retry_after
     assert response.headers["ratelimit-limit"] == "100;w=21600"
-    assert len(upstreams.fake.requests) <= 2  # no hammering
+    assert len(upstreams.fake.requests) <= 2  # the daemon does not retry
 
 
 @pytest.mark.parametrize("status", [500, 503])
@@ -309,7 +310,8 @@ MALFORMED_RESPONSES = {
 def test_malformed_upstream_response(upstreams: Upstreams, daemon: TwistdDaemon, name: str) -> None:
     digest = upstreams.fake.put_blob("garbage", b"garbage")
     upstreams.fake.add_rule("GET", "/v2/garbage/", _respond_raw(MALFORMED_RESPONSES[name]))
-    # A blob whose length upstream does not tell has begun when the bad chunk comes; it is sought for long.
+    # The response to a client has begun when the bad chunk arrives, because the length is unknown, and the daemon
+    # retries the download for long.
     paths = ["manifests/1"] if name == "bad chunk" else ["manifests/1", f"blobs/{digest}"]
     for path in paths:
         response = daemon.client.get(f"{FAKE}/v2/garbage/{path}", Accept=ACCEPT_MANIFESTS)
@@ -327,7 +329,7 @@ def test_oversized_manifest(upstreams: Upstreams, daemon: TwistdDaemon) -> None:
 def test_pull_succeeds_despite_interrupted_layers(
     upstreams: Upstreams, daemon: TwistdDaemon, clients: ClientFactory
 ) -> None:
-    """A real pull, with every layer broken off once."""
+    """Pull with a real client while upstream interrupts the first download of every blob."""
     image = images.build_small_image("bad day", layers=3, size=400_000)
     upstreams.fake.put("bad/day", "1", image)
     for blob in image.blobs:
@@ -374,7 +376,7 @@ def test_other_upstreams_are_not_blocked(upstreams: Upstreams, daemon: TwistdDae
 
 
 def test_expired_redirect_is_requested_again(upstreams: Upstreams, daemon: TwistdDaemon) -> None:
-    """A signed URL that has ended is no reason to give up: the registry gives a new one."""
+    """If a signed URL has expired, the daemon requests a new one from the registry."""
     data = images.random_bytes(2 * MIB, "signed")
     digest = upstreams.fake.put_blob("signed", data)
     upstreams.fake.put_blob("bucket", data)
@@ -390,7 +392,7 @@ def test_expired_redirect_is_requested_again(upstreams: Upstreams, daemon: Twist
 
 
 def _respond_without_digest(exchange: HTTPExchange, content: TypedContent | None) -> None:
-    """Answer without Docker-Content-Digest."""
+    """Respond without Docker-Content-Digest."""
     assert content is not None
     fields = {"Content-Type": content.media_type, "Content-Length": str(len(content.data))}
     exchange.respond(200, fields, content.data)

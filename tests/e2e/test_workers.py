@@ -1,4 +1,4 @@
-"""A daemon of three processes, which is to be as one: whoever a client gets to, whoever dies, whatever changes."""
+"""A daemon of three processes behaves like one: on every connection, after a process is killed, and after a reload."""
 
 from __future__ import annotations
 
@@ -15,41 +15,42 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from bench.servers import is_listening
 from tests.e2e.harness import images
-from tests.e2e.harness.daemon import twistd_argv
+from tests.e2e.harness.daemon import CLEAN_EXIT_STATUSES, twistd_argv
 from tests.e2e.harness.fake_registry import pause_after
-from tests.e2e.harness.http_client import BufferedResponse, read_response, request_directly
+from tests.e2e.harness.http_client import BufferedResponse, basic_authorization, read_response, request_directly
 from tests.e2e.harness.images import OCI_MANIFEST, SampleImage, TypedContent, sha256_digest
 from tests.e2e.harness.multi_process import WORKERS, MultiProcessDaemon, all_exited, open_file_targets, request_on
-from tests.e2e.harness.process import is_listening, wait_until
+from tests.e2e.harness.process import wait_until
 from tests.e2e.harness.upstreams import FAKE, HUB, TOKEN_URL, Upstreams
 
 MIB = 1 << 20
-HALF_UPLOAD = MIB  # bytes of an upload: enough for some of it to be written
-CLEAN_EXIT_STATUSES = (0, -signal.SIGTERM)
+HALF_UPLOAD = MIB  # bytes; enough for the daemon to write some of them to the disk
 
 StartMultiProcessDaemon = Callable[..., MultiProcessDaemon]
 
 
 @pytest.fixture(scope="module")
 def daemon(upstreams: Upstreams, tmp_path_factory: pytest.TempPathFactory) -> Iterator[MultiProcessDaemon]:
-    """A daemon that none of the tests harms."""
-    multi_process_daemon = MultiProcessDaemon(tmp_path_factory.mktemp("several"), upstreams.settings)
+    """Return a daemon for the tests that do not kill or reconfigure it."""
+    multi_process_daemon = MultiProcessDaemon(tmp_path_factory.mktemp("daemon"), upstreams.settings)
     with multi_process_daemon.run_and_check_log(lambda: upstreams.secrets):
         yield multi_process_daemon
 
 
 @pytest.fixture
 def start_daemon(upstreams: Upstreams, tmp_path: Path) -> Iterator[StartMultiProcessDaemon]:
-    """Return a function that starts a daemon for one test, which need not be there at the end."""
+    """Return a function that starts a daemon for one test, which may have ended at the end of the test."""
     daemons: list[MultiProcessDaemon] = []
 
     def start(*options: str, unset: tuple[str, ...] = (), **settings: str) -> MultiProcessDaemon:
-        daemon = MultiProcessDaemon(tmp_path / "several", {**upstreams.settings, **settings})
+        daemon = MultiProcessDaemon(tmp_path / "daemon", {**upstreams.settings, **settings})
         for name in unset:
             del daemon.environment[name]
         daemon.argv += options
@@ -66,7 +67,7 @@ def start_daemon(upstreams: Upstreams, tmp_path: Path) -> Iterator[StartMultiPro
 
 
 class GatedBlob:
-    """A blob upstream, which stops after `gate_at` bytes for as long as the gate is shut."""
+    """An upstream blob. Upstream pauses after `gate_at` bytes until `gate` is set."""
 
     def __init__(self, upstreams: Upstreams, name: str, size: int, gate_at: int, times: int | None = None) -> None:
         self.fake = upstreams.fake
@@ -79,18 +80,18 @@ class GatedBlob:
 
     @property
     def requested_ranges(self) -> list[str | None]:
-        """The ranges that were asked for."""
+        """The Range headers of all upstream requests for the blob."""
         return [request.headers.get("range") for request in self.fake.find_requests("GET", self.digest)]
 
     def start_download(self, connection: http.client.HTTPConnection) -> http.client.HTTPResponse:
-        """Ask for it, and read its first MiB."""
+        """Request the blob, and read its first MiB."""
         connection.request("GET", self.path)
         response = connection.getresponse()
         assert response.read(MIB) == self.data[:MIB]
         return response
 
 
-# one daemon to its clients
+# all processes together
 
 
 def test_all_processes_serve(daemon: MultiProcessDaemon) -> None:
@@ -114,13 +115,13 @@ def test_connections_are_balanced(daemon: MultiProcessDaemon) -> None:
 
 
 def test_metrics_are_aggregated(upstreams: Upstreams, start_daemon: StartMultiProcessDaemon) -> None:
-    """Whoever is asked. What one that was killed had counted is not lost, and its successor goes on from there."""
+    """Every process reports the sums of all. The counts of a killed worker are kept, and its successor adds to them."""
     daemon = start_daemon()
     blob = upstreams.fake.put_blob("counted/by/all", b"content")
     path = f"/v2/counted/by/all/blobs/{blob}"
 
     def scrape_each_process() -> list[dict[str, str]]:
-        """Return the metrics that each process tells."""
+        """Return the metrics that each process reports."""
         metrics = []
         with daemon.hosted_connection_to_each_process() as connections:
             for connection in connections.values():
@@ -129,7 +130,7 @@ def test_metrics_are_aggregated(upstreams: Upstreams, start_daemon: StartMultiPr
                     "text/plain; version=0.0.4"
                 )
                 lines = [line for line in response.body.decode().splitlines() if not line.startswith("#")]
-                # Without what this counts itself.
+                # Requests for /metrics, which have no cache status, would change the counters.
                 metrics.append(dict(line.rsplit(" ", 1) for line in lines if 'verdict="-"' not in line))
         return metrics
 
@@ -145,7 +146,7 @@ def test_metrics_are_aggregated(upstreams: Upstreams, start_daemon: StartMultiPr
 
     request_from_each_process()
     request_from_each_process()
-    wait_until(lambda: count_hits() == {2 * WORKERS - 1}, "all are counted")
+    wait_until(lambda: count_hits() == {2 * WORKERS - 1}, "all requests are counted")
     first_metrics, *other_metrics = scrape_each_process()
     assert other_metrics == [first_metrics] * (WORKERS - 1)
     assert first_metrics['dockerproxy_requests_total{verdict="MISS",code="2xx"}'] == "1"
@@ -153,14 +154,14 @@ def test_metrics_are_aggregated(upstreams: Upstreams, start_daemon: StartMultiPr
     assert int(first_metrics["dockerproxy_cache_bytes"]) == len(b"content")
     pids_before = daemon.serving_pids
     os.kill(pids_before[-1], signal.SIGKILL)
-    wait_until(lambda: daemon.output_text.count(" serves") == WORKERS, "another one serves in its place")
+    wait_until(lambda: daemon.output_text.count(" serves") == WORKERS, "the worker is replaced")
     assert count_hits() == {2 * WORKERS - 1}
     request_from_each_process()
-    wait_until(lambda: count_hits() == {3 * WORKERS - 1}, "all are counted on")
+    wait_until(lambda: count_hits() == {3 * WORKERS - 1}, "all requests are counted, including the new ones")
 
 
 def test_clients_of_all_processes_share_one_download(upstreams: Upstreams, daemon: MultiProcessDaemon) -> None:
-    """The upstream stops after 4 MiB until all clients have begun."""
+    """Upstream pauses after 4 MiB until all clients have begun."""
     blob = GatedBlob(upstreams, "twenty/of/all", 24 * MIB, 4 * MIB)
     with ExitStack() as stack, ThreadPoolExecutor(20) as pool:
         connections = [daemon.client.new_connection(FAKE) for _ in range(20)]
@@ -183,7 +184,7 @@ def test_clients_of_all_processes_share_one_download(upstreams: Upstreams, daemo
 
 
 def test_simultaneous_requests_share_one_download(upstreams: Upstreams, daemon: MultiProcessDaemon) -> None:
-    """Who fetches it is decided between the processes, several times over."""
+    """The processes agree ten times on the one that downloads the blob."""
     with ExitStack() as stack, ThreadPoolExecutor(20) as pool:
         connections = [daemon.client.new_connection(FAKE) for _ in range(20)]
         for connection in connections:
@@ -198,7 +199,7 @@ def test_simultaneous_requests_share_one_download(upstreams: Upstreams, daemon: 
             assert len(upstreams.fake.find_requests("GET", digest)) == 1
 
 
-# who dies
+# killed processes
 
 
 def test_downloading_worker_is_killed(upstreams: Upstreams, start_daemon: StartMultiProcessDaemon) -> None:
@@ -239,7 +240,7 @@ def test_main_process_is_killed(upstreams: Upstreams, start_daemon: StartMultiPr
         for response in responses:
             with pytest.raises((http.client.IncompleteRead, ConnectionError)):
                 response.read()
-    wait_until(lambda: all_exited(pids), "the workers end with the first process, as does who started them")
+    wait_until(lambda: all_exited(pids), "the workers and the fork server end with the main process")
     blob.gate.set()
     daemon.start()
     with daemon.connection_to_each_process(FAKE) as connections:
@@ -252,18 +253,18 @@ def test_main_process_is_killed(upstreams: Upstreams, start_daemon: StartMultiPr
 
 
 def test_fork_server_is_killed(upstreams: Upstreams, start_daemon: StartMultiProcessDaemon) -> None:
-    """All go on, and who ends then is not replaced; the others have its clients."""
+    """The other processes continue. A worker that ends later is not replaced, and the others serve its clients."""
     daemon = start_daemon()
     blob = GatedBlob(upstreams, "killed/fork/server", 12 * MIB, 6 * MIB, times=1)
     with daemon.connection_to_each_process(FAKE) as connections:
         serving_pids, fork_server_pid = list(connections), daemon.fork_server_pid
         responses = [blob.start_download(connection) for connection in connections.values()]
         os.kill(fork_server_pid, signal.SIGKILL)
-        wait_until(lambda: "the fork server has ended" in daemon.output_text, "it is said")
+        wait_until(lambda: "the fork server has exited" in daemon.output_text, "the exit of the fork server is logged")
         blob.gate.set()
         assert [response.read() for response in responses] == [blob.data[MIB:]] * WORKERS
         os.kill(serving_pids[1], signal.SIGKILL)
-        wait_until(lambda: "worker 1 ended" in daemon.output_text, "it is missed")
+        wait_until(lambda: "worker 1 exited" in daemon.output_text, "the exit of the worker is logged")
     assert "and is not replaced" in daemon.output_text
     for _ in range(2 * WORKERS):
         assert daemon.client.get(blob.url).body == blob.data
@@ -278,13 +279,13 @@ def test_fork_server_is_killed(upstreams: Upstreams, start_daemon: StartMultiPro
 def test_tls_session_is_resumed_by_all_processes(
     start_daemon: StartMultiProcessDaemon, version: ssl.TLSVersion
 ) -> None:
-    """So it is by who replaces a worker; but not for another host."""
+    """A replaced worker resumes the session too. A session is not resumed for another host."""
     daemon = start_daemon()
     context = ssl.create_default_context(cafile=str(daemon.ca_file))
     context.maximum_version = version
 
     def connect_with_session(host: str, session: ssl.SSLSession | None) -> tuple[int, ssl.SSLSession, bool]:
-        """Return which process it was, the session, and whether it was resumed."""
+        """Return the pid of the process, the session, and whether it was resumed."""
         connection = http.client.HTTPSConnection("127.0.0.1", daemon.port, context=context, timeout=60)
         tcp_socket = socket.create_connection(("127.0.0.1", daemon.port), timeout=60)
         tcp_socket.sendall(f"CONNECT {host}:443 HTTP/1.1\r\nHost: {host}:443\r\n\r\n".encode())
@@ -299,28 +300,28 @@ def test_tls_session_is_resumed_by_all_processes(
         by_pid: dict[int, tuple[ssl.SSLSession, bool]] = {}
         with ExitStack() as stack:
             for _ in range(4 * WORKERS):
-                pid, *rest = connect_with_session(hostname(FAKE), session)
-                by_pid[pid] = rest[0], rest[1]
-                idle_connection = daemon.client.new_connection(FAKE)  # the next one goes on to another process
+                pid, new_session, resumed = connect_with_session(hostname(FAKE), session)
+                by_pid[pid] = new_session, resumed
+                idle_connection = daemon.client.new_connection(FAKE)  # so that the next one gets another process
                 stack.callback(idle_connection.close)
                 daemon.connect_and_get_pid(idle_connection)
         return by_pid
 
     context.check_hostname = False
-    first_visit = connect_with_session(hostname(FAKE), None)
-    assert not first_visit[2]
-    sessions = connect_to_all(first_visit[1])
+    _, session, resumed = connect_with_session(hostname(FAKE), None)
+    assert not resumed
+    sessions = connect_to_all(session)
     assert [resumed for _, resumed in sessions.values()] == [True] * WORKERS
     worker = daemon.serving_pids[1]
     os.kill(worker, signal.SIGKILL)
     wait_until(lambda: daemon.output_text.count("worker 1 serves") == 2, "the worker is replaced")
-    sessions = connect_to_all(first_visit[1])
+    sessions = connect_to_all(session)
     assert worker not in sessions
     assert [resumed for _, resumed in sessions.values()] == [True] * WORKERS
-    assert not connect_with_session(hostname(HUB), first_visit[1])[2]
+    assert not connect_with_session(hostname(HUB), session)[2]
 
 
-# how it stops
+# stopping
 
 
 @pytest.mark.parametrize("signal_all", [False, True], ids=["main process", "all processes"])
@@ -328,7 +329,7 @@ def test_tls_session_is_resumed_by_all_processes(
 def test_stop_lets_transfers_of_all_processes_finish(
     upstreams: Upstreams, start_daemon: StartMultiProcessDaemon, signal_number: signal.Signals, signal_all: bool
 ) -> None:
-    """A terminal's Ctrl-C goes to all processes, as SIGTERM does by systemd."""
+    """A terminal sends SIGINT on Ctrl-C to all processes, and systemd sends SIGTERM to all processes."""
     daemon = start_daemon()
     blob = GatedBlob(upstreams, f"finishing/{signal_number.name.lower()}/{signal_all}".lower(), 8 * MIB, 4 * MIB)
     pids = daemon.serving_pids
@@ -337,7 +338,7 @@ def test_stop_lets_transfers_of_all_processes_finish(
         for pid in reversed(pids) if signal_all else pids[:1]:
             os.kill(pid, signal_number)
         daemon._terminating = True
-        wait_until(lambda: not is_listening(daemon.port), "the end of listening")
+        wait_until(lambda: not is_listening(daemon.port), "the daemon stops listening")
         assert daemon.serving_pids == pids
         blob.gate.set()
         for response in responses:
@@ -345,7 +346,7 @@ def test_stop_lets_transfers_of_all_processes_finish(
     assert daemon.stop() in (0, -signal_number)
     assert all_exited(pids)
     assert "rror" not in daemon.output_text.rpartition(f"Received {signal_number.name}")[2]
-    assert " ended (" not in daemon.output_text
+    assert " exited (" not in daemon.output_text
 
 
 def test_stop_while_idle_is_immediate(start_daemon: StartMultiProcessDaemon) -> None:
@@ -365,7 +366,7 @@ def test_second_signal_aborts_transfers(upstreams: Upstreams, start_daemon: Star
     with daemon.connection_to_each_process(FAKE) as connections:
         responses = [blob.start_download(connection) for connection in connections.values()]
         daemon.terminate()
-        wait_until(lambda: not is_listening(daemon.port), "the end of listening")
+        wait_until(lambda: not is_listening(daemon.port), "the daemon stops listening")
         daemon.send_signal(signal.SIGTERM)
         for response in responses:
             with pytest.raises((http.client.IncompleteRead, ConnectionError)):
@@ -379,13 +380,13 @@ def test_stop_while_workers_start(start_daemon: StartMultiProcessDaemon) -> None
     daemon = start_daemon()
     daemon.stop()
     daemon.launch()
-    wait_until(lambda: is_listening(daemon.port), "it listens")
+    wait_until(lambda: is_listening(daemon.port), "the daemon listens")
     pids = daemon.serving_pids
     assert daemon.stop(timeout=10) in CLEAN_EXIT_STATUSES
-    wait_until(lambda: all_exited(pids), "who was starting ends as well")
+    wait_until(lambda: all_exited(pids), "the starting workers end as well")
 
 
-# what changes
+# reload
 
 
 def test_reload_applies_to_all_processes(
@@ -396,13 +397,17 @@ def test_reload_applies_to_all_processes(
     daemon = start_daemon(f"--env-file={file}", unset=("REGISTRIES",))
     digest = upstreams.fake.put_blob("reloaded", b"content")
     path = f"/v2/reloaded/blobs/{digest}?ns=fake.test"
+
+    def is_served(connection: http.client.HTTPConnection) -> bool:
+        return request_on(connection, "GET", path).status == 200
+
     with daemon.hosted_connection_to_each_process() as connections:
         assert [request_on(connection, "GET", path).status for connection in connections.values()] == [404] * WORKERS
         file.write_text(f"REGISTRIES=fake.test\nCACHE_DIR={tmp_path}/elsewhere\n")
         daemon.send_signal(signal.SIGHUP)
         wait_until(lambda: "reloaded: " in daemon.output_text, "the reload")
         for connection in connections.values():
-            wait_until(lambda one=connection: request_on(one, "GET", path).status == 200, "it is served")
+            wait_until(partial(is_served, connection), "the process serves the new registry")
     worker = daemon.serving_pids[1]
     os.kill(worker, signal.SIGKILL)
     wait_until(lambda: daemon.output_text.count("worker 1 serves") == 2, "the worker is replaced")
@@ -410,11 +415,11 @@ def test_reload_applies_to_all_processes(
         assert [request_on(connection, "GET", path).body for connection in connections.values()] == [
             b"content"
         ] * WORKERS
-    assert "CACHE_DIR has changed, which takes effect at the next start only" in daemon.output_text
+    assert "CACHE_DIR has changed; restart the daemon to apply it" in daemon.output_text
     assert not (tmp_path / "elsewhere").exists()
     file.write_text("REGISTRIES=a/b\n")
     daemon.send_signal(signal.SIGHUP)
-    wait_until(lambda: "not reloaded" in daemon.output_text, "the reload that cannot be")
+    wait_until(lambda: "not reloaded" in daemon.output_text, "the failed reload is logged")
     with daemon.hosted_connection_to_each_process() as connections:
         assert [request_on(connection, "GET", path).status for connection in connections.values()] == [200] * WORKERS
 
@@ -473,16 +478,14 @@ def test_concurrent_upload_writes_are_rejected(daemon: MultiProcessDaemon) -> No
         second_connection.putheader("Content-Length", str(2 * HALF_UPLOAD))
         second_connection.endheaders()
         second_connection.send(b"a" * HALF_UPLOAD)
-        wait_until(lambda: request_on(first_connection, "GET", upload).headers["range"] != "0-0", "some of it")
+        wait_until(
+            lambda: request_on(first_connection, "GET", upload).headers["range"] != "0-0", "some of the data is written"
+        )
         assert request_on(third_connection, "PATCH", upload, b"xyz").status not in (200, 202)
         second_connection.send(b"b" * HALF_UPLOAD)
         assert read_response(second_connection.getresponse()).status == 202
-        assert (
-            request_on(
-                third_connection, "PUT", f"{upload}?digest={sha256_digest(b'a' * HALF_UPLOAD + b'b' * HALF_UPLOAD)}"
-            ).status
-            == 201
-        )
+        digest = sha256_digest(b"a" * HALF_UPLOAD + b"b" * HALF_UPLOAD)
+        assert request_on(third_connection, "PUT", f"{upload}?digest={digest}").status == 201
 
 
 def test_concurrent_pushes_of_the_same_tag(daemon: MultiProcessDaemon) -> None:
@@ -600,13 +603,13 @@ def test_worker_writes_count_towards_cache_size(upstreams: Upstreams, start_daem
             folder = daemon.state_folder / "cache/docker/registry/v2/blobs/sha256"
             return [(folder / digest[7:9] / digest[7:] / "data").exists() for digest in digests]
 
-        wait_until(lambda: blobs_present() == [False] * 4 + [True] * 3, "the oldest leave")
+        wait_until(lambda: blobs_present() == [False] * 4 + [True] * 3, "the oldest blobs are evicted")
         status = daemon.run_cli("ls", "--json")
         assert status.returncode == 0, status.stderr
 
 
 def test_garbage_collection_during_a_push(daemon: MultiProcessDaemon) -> None:
-    """Blobs that were pushed long ago are used by a push again: one is not, and goes."""
+    """Old blobs that a running push uses again are kept. A blob that no push uses is deleted."""
     image = images.build_small_image("collected")
     unreferenced = b"forgotten"
     for content in (*(blob.data for blob in image.blobs), unreferenced):
@@ -634,18 +637,14 @@ def test_garbage_collection_during_a_push(daemon: MultiProcessDaemon) -> None:
             assert response.status == 201
         worker_connection.send(b"b" * HALF_UPLOAD)
         assert read_response(worker_connection.getresponse()).status == 202
-        assert (
-            request_on(
-                worker_connection, "PUT", f"{upload}?digest={sha256_digest(b'a' * HALF_UPLOAD + b'b' * HALF_UPLOAD)}"
-            ).status
-            == 201
-        )
+        digest = sha256_digest(b"a" * HALF_UPLOAD + b"b" * HALF_UPLOAD)
+        assert request_on(worker_connection, "PUT", f"{upload}?digest={digest}").status == 201
         for blob in image.blobs:
             assert request_on(worker_connection, "GET", f"/v2/collected/blobs/{blob.digest}").body == blob.data
 
 
 def test_concurrent_pushes_and_garbage_collections(daemon: MultiProcessDaemon) -> None:
-    """Pushes through all processes, each image of which is pulled by another, while collection follows collection."""
+    """Images are pushed through all processes and pulled from another one, while garbage is collected all the time."""
     stop = threading.Event()
 
     def collect() -> int:
@@ -686,7 +685,7 @@ def test_htpasswd_changes_apply_to_all_processes(start_daemon: StartMultiProcess
         new_file.rename(tmp_path / "htpasswd")
 
     def request_statuses(user: str) -> list[int]:
-        login = {"Authorization": f"Basic {_base64(f'{user}:word')}"}
+        login = {"Authorization": basic_authorization(user, "word")}
         return [request_on(connection, "GET", "/v2/", headers=login).status for connection in connections.values()]
 
     write_htpasswd("alice")
@@ -702,7 +701,7 @@ def test_token_is_valid_in_all_processes(start_daemon: StartMultiProcessDaemon, 
 
     (tmp_path / "htpasswd").write_text(f"alice:{bcrypt.hashpw(b'word', bcrypt.gensalt(4)).decode()}\n")
     daemon = start_daemon(HTPASSWD_FILE=str(tmp_path / "htpasswd"), ANONYMOUS_PULL="true")
-    login = {"Authorization": f"Basic {_base64('alice:word')}"}
+    login = {"Authorization": basic_authorization("alice", "word")}
     with daemon.hosted_connection_to_each_process() as connections:
         for connection in connections.values():
             token = request_on(connection, "GET", "/v2/token", headers=login).json["token"]
@@ -714,7 +713,7 @@ def test_token_is_valid_in_all_processes(start_daemon: StartMultiProcessDaemon, 
 
 
 def test_upstream_token_is_known_to_all_processes(upstreams: Upstreams, daemon: MultiProcessDaemon) -> None:
-    """Alice got it through one process. What she may have of the cache, the others know of her, without upstream."""
+    """Alice gets a token through one process. The others know her access to the cache too, without upstream."""
     image = upstreams.push_to_hub("alice/everywhere", "1", images.build_small_image("everywhere"), owners={"alice"})
     path = f"/v2/alice/everywhere/blobs/{image.layers[0].digest}"
     query = "service=registry.docker.io&scope=repository:alice/everywhere:pull"
@@ -724,19 +723,19 @@ def test_upstream_token_is_known_to_all_processes(upstreams: Upstreams, daemon: 
         daemon.connection_to_each_process(HUB) as connections,
     ):
         realm_connection, registry_connection = list(realm_connections.values())[1], list(connections.values())[1]
-        token = {
-            "Authorization": f"Bearer {request_on(realm_connection, 'GET', f'/token?{query}', headers=login).json['token']}"
-        }
-        assert request_on(registry_connection, "GET", path, headers=token).status == 200
+        token = request_on(realm_connection, "GET", f"/token?{query}", headers=login).json["token"]
+        headers = {"Authorization": f"Bearer {token}"}
+
+        def is_hit(connection: http.client.HTTPConnection) -> bool:
+            return request_on(connection, "GET", path, headers=headers).cache_status == "HIT"
+
+        assert request_on(registry_connection, "GET", path, headers=headers).status == 200
         with upstreams.stopped():
             for connection in connections.values():
-                wait_until(
-                    lambda one=connection: request_on(one, "GET", path, headers=token).cache_status == "HIT",
-                    "it is known",
-                )
+                wait_until(partial(is_hit, connection), "the process knows her access")
 
 
-# how it is started, and its log
+# start and log
 
 
 def test_systemd_socket_activation(upstreams: Upstreams, start_daemon: StartMultiProcessDaemon, tmp_path: Path) -> None:
@@ -745,7 +744,7 @@ def test_systemd_socket_activation(upstreams: Upstreams, start_daemon: StartMult
     notify_socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     notify_socket.bind(str(tmp_path / "notify"))
     notify_socket.settimeout(30)
-    daemon = MultiProcessDaemon(tmp_path / "several", upstreams.settings)
+    daemon = MultiProcessDaemon(tmp_path / "daemon", upstreams.settings)
     daemon.port, daemon.http_port = proxy_socket.getsockname()[1], http_socket.getsockname()[1]
     daemon.environment |= {
         "PROXY_LISTEN": "systemd:domain=INET:name=proxy",
@@ -758,7 +757,7 @@ def test_systemd_socket_activation(upstreams: Upstreams, start_daemon: StartMult
     script = f'export LISTEN_PID=$$; exec 23<&{descriptors[0]} 24<&{descriptors[1]} 3<&23 4<&24; exec "$@"'
     for descriptor in descriptors:
         os.set_inheritable(descriptor, True)
-    log = (tmp_path / "several/log").open("ab")
+    log = (tmp_path / "daemon/log").open("ab")
     with subprocess.Popen(
         ["bash", "-c", script, "bash", *daemon.argv], env=daemon.environment, cwd=daemon.folder,
         pass_fds=descriptors, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
@@ -768,13 +767,13 @@ def test_systemd_socket_activation(upstreams: Upstreams, start_daemon: StartMult
             assert notify_socket.recv(65536).startswith(b"READY=1")
             wait_until(lambda: daemon.output_text.count(" serves") == WORKERS - 1, "all workers serve")
             daemon.ca_file.write_bytes(request_directly("GET", daemon.url + "/ca.crt").body)
-            digest = upstreams.fake.put_blob("handed/in", b"content")
+            digest = upstreams.fake.put_blob("passed/sockets", b"content")
             with (
                 daemon.connection_to_each_process(FAKE) as connections,
                 daemon.hosted_connection_to_each_process() as hosted_connections,
             ):
                 for connection in connections.values():
-                    assert request_on(connection, "GET", f"/v2/handed/in/blobs/{digest}").body == b"content"
+                    assert request_on(connection, "GET", f"/v2/passed/sockets/blobs/{digest}").body == b"content"
                 for connection in hosted_connections.values():
                     assert request_on(connection, "GET", "/v2/").status == 200
             passed_sockets = {f"socket:[{os.fstat(sock.fileno()).st_ino}]" for sock in (proxy_socket, http_socket)}
@@ -787,8 +786,8 @@ def test_systemd_socket_activation(upstreams: Upstreams, start_daemon: StartMult
             assert all_exited(pids)
         finally:
             process.kill()
-            for one in (proxy_socket, http_socket, notify_socket):
-                one.close()
+            for sock in (proxy_socket, http_socket, notify_socket):
+                sock.close()
     log.close()
 
 
@@ -797,7 +796,7 @@ def test_json_log_of_all_processes(start_daemon: StartMultiProcessDaemon) -> Non
     with daemon.hosted_connection_to_each_process() as connections:
         for number, connection in enumerate(connections.values()):
             request_on(connection, "GET", f"/v2/log/{number}/tags/list")
-        wait_until(lambda: daemon.output_text.count('"path": "/v2/log/') == WORKERS, "the log of all")
+        wait_until(lambda: daemon.output_text.count('"path": "/v2/log/') == WORKERS, "all processes have logged")
     lines = [json.loads(line) for line in daemon.output_text.splitlines()]
     paths = [line["path"] for line in lines if line["namespace"] == "dockerproxy.access" and "/log/" in line["path"]]
     assert sorted(paths) == [f"/v2/log/{number}/tags/list" for number in range(WORKERS)]
@@ -805,8 +804,8 @@ def test_json_log_of_all_processes(start_daemon: StartMultiProcessDaemon) -> Non
 
 @pytest.mark.parametrize("log_format", ["text", "json"])
 def test_daemonized_with_a_log_file(upstreams: Upstreams, tmp_path: Path, log_format: str) -> None:
-    """twistd goes to the background, and what workers log goes into the file as what the first process does."""
-    daemon = MultiProcessDaemon(tmp_path / "several", {**upstreams.settings, "LOG_FORMAT": log_format})
+    """If twistd runs in the background, the workers log to the same file as the main process."""
+    daemon = MultiProcessDaemon(tmp_path / "daemon", {**upstreams.settings, "LOG_FORMAT": log_format})
     log, pid_file = tmp_path / "the.log", tmp_path / "the.pid"
     program = [part for part in twistd_argv() if not part.startswith("--")]
     subprocess.run(
@@ -814,9 +813,9 @@ def test_daemonized_with_a_log_file(upstreams: Upstreams, tmp_path: Path, log_fo
         env=daemon.environment, cwd=daemon.folder, check=True, timeout=60, stdin=subprocess.DEVNULL,
         stdout=(tmp_path / "out").open("wb"), stderr=subprocess.STDOUT,
     )  # fmt: skip
-    wait_until(pid_file.exists, "the file with the process's number")
+    wait_until(pid_file.exists, "the pid file is written")
     main_pid = int(pid_file.read_text())
-    daemon._popen = type("Popen", (), {"pid": main_pid})()  # type: ignore[assignment]
+    daemon._popen = type("Popen", (), {"pid": main_pid})()
     pids = [main_pid]
     try:
         wait_until(lambda: log.read_text().count(" serves") == WORKERS - 1, "all workers serve")
@@ -824,10 +823,10 @@ def test_daemonized_with_a_log_file(upstreams: Upstreams, tmp_path: Path, log_fo
         with daemon.hosted_connection_to_each_process() as connections:
             for number, connection in enumerate(connections.values()):
                 assert request_on(connection, "GET", f"/v2/log/{number}/tags/list").status == 404
-            wait_until(lambda: log.read_text().count("tags/list") >= WORKERS, "the log of all")
+            wait_until(lambda: log.read_text().count("tags/list") >= WORKERS, "all processes have logged")
     finally:
         os.kill(main_pid, signal.SIGTERM)
-        wait_until(lambda: all_exited(pids), "the end")
+        wait_until(lambda: all_exited(pids), "all processes end")
     assert (tmp_path / "out").read_bytes() == b""
     if log_format == "json":
         lines = [json.loads(line) for line in log.read_text().splitlines()]
@@ -844,7 +843,7 @@ def test_daemonized_with_a_log_file(upstreams: Upstreams, tmp_path: Path, log_fo
 
 
 def test_worker_that_cannot_start_does_not_affect_others(start_daemon: StartMultiProcessDaemon, tmp_path: Path) -> None:
-    """The file of users is damaged later on; who runs keeps them, and who is started anew says why it cannot."""
+    """If the htpasswd file is damaged, running workers keep the users, and a new worker logs why it cannot start."""
     import bcrypt
 
     htpasswd = tmp_path / "htpasswd"
@@ -853,12 +852,12 @@ def test_worker_that_cannot_start_does_not_affect_others(start_daemon: StartMult
     daemon = start_daemon(HTPASSWD_FILE=str(htpasswd))
     htpasswd.write_text("damaged")
     os.kill(daemon.serving_pids[1], signal.SIGKILL)
-    wait_until(lambda: "worker 1 cannot start: HTPASSWD_FILE: " in daemon.output_text, "the trouble is told")
+    wait_until(lambda: "worker 1 cannot start: HTPASSWD_FILE: " in daemon.output_text, "the error is logged")
     assert "Traceback" not in daemon.output_text
     for _ in range(2 * WORKERS):
         assert daemon.client.get(f"{FAKE}/v2/").status == 200
     htpasswd.write_text(valid_content)
-    wait_until(lambda: daemon.output_text.count("worker 1 serves") == 2, "it starts again", timeout=40)
+    wait_until(lambda: daemon.output_text.count("worker 1 serves") == 2, "the worker starts again", timeout=40)
 
 
 # helpers
@@ -891,9 +890,3 @@ def push_image(
         connection = (connections or list(stack.enter_context(daemon.hosted_connection_to_each_process()).values()))[-1]
         target, headers = f"/v2/{name}/manifests/{tag}", {"Content-Type": OCI_MANIFEST}
         assert request_on(connection, "PUT", target, image.manifest.data, headers).status == 201
-
-
-def _base64(text: str) -> str:
-    import base64
-
-    return base64.b64encode(text.encode()).decode()

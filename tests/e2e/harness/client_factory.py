@@ -1,4 +1,4 @@
-"""Clients of the daemon by the dozen, and their end."""
+"""Creates clients of the daemon, and stops them after the test."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ EngineT = TypeVar("EngineT", Docker, Containerd)
 
 
 class ClientFactory:
-    """Makes clients; each is a machine that was never used before."""
+    """Creates clients. Each has empty storage of its own, like a new machine."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -27,16 +27,16 @@ class ClientFactory:
         return Podman(self._new_folder("p"), daemon.client_environment)
 
     def docker(self, daemon: TwistdDaemon) -> Docker:
-        """A dockerd that has the daemon as its proxy."""
+        """Start a dockerd that uses the daemon as its proxy."""
         return self._start(Docker(self._new_folder("docker"), daemon.client_environment, insecure=["plain.test:8080"]))
 
     def docker_with_mirror(self, daemon: TwistdDaemon) -> Docker:
-        """A dockerd that has the daemon as its mirror of Docker Hub, and cannot reach anything else."""
+        """Start a dockerd that uses the daemon as its mirror of Docker Hub, and cannot reach any other server."""
         unreachable_proxy = {"HTTPS_PROXY": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9"}
         return self._start(Docker(self._new_folder("docker"), unreachable_proxy, mirrors=[daemon.url]))
 
     def containerd(self, daemon: TwistdDaemon | None = None) -> Containerd:
-        """A containerd; without a proxy it is to be given mirrors."""
+        """Start a containerd, with `daemon` as its proxy if given. Otherwise the test configures mirrors."""
         return self._start(Containerd(self._new_folder("containerd"), daemon.client_environment if daemon else None))
 
     def stop(self) -> None:
@@ -53,7 +53,7 @@ class ClientFactory:
 
 
 class ProcessGroup:
-    """Everything that was started for a test or a module, to be stopped with it."""
+    """The processes that were started for a test or a module, which are stopped together."""
 
     def __init__(self) -> None:
         self.members: list[BackgroundProcess] = []
@@ -62,7 +62,7 @@ class ProcessGroup:
         self.members.append(process)
 
     def stop(self) -> None:
-        """Ask all to end before waiting for any: dockerd takes its second."""
+        """Send SIGTERM to all processes before waiting for any, because dockerd takes a second to end."""
         for process in reversed(self.members):
             if process.running:
                 process.terminate()

@@ -1,4 +1,4 @@
-"""Real clients, each a machine of its own: skopeo, podman, dockerd, containerd. All they know of is a proxy."""
+"""Real clients with storage of their own: skopeo, podman, dockerd and containerd, configured with a proxy only."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from tests.e2e.harness.process import BackgroundProcess, require_programs
 
 
 def clean_environment(extra: Mapping[str, str]) -> dict[str, str]:
-    """Return an environment without any proxy, CA or login of whoever runs the tests."""
+    """Return an environment without the proxy, CA and login settings of the user who runs the tests."""
     return {"PATH": os.environ["PATH"], "LANG": "C.UTF-8", **extra}
 
 
 def run(
     argv: Sequence[str], environment: Mapping[str, str], *, timeout: float = 120
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end; its output is text."""
+    """Run a command, wait for its end, and return its output as text."""
     return subprocess.run(
         list(argv), env=dict(environment), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout,
         check=False,
@@ -29,13 +29,13 @@ def run(
 
 
 def check_output(result: subprocess.CompletedProcess[str]) -> str:
-    """Return what the command wrote; fail with all of it where it failed."""
+    """Return the command's stdout. Fail with its whole output if its exit status is not 0."""
     assert result.returncode == 0, f"{result.args}\n{result.stdout}{result.stderr}"
     return result.stdout
 
 
 class Skopeo:
-    """skopeo with its own home in `folder`."""
+    """skopeo with its home in `folder`."""
 
     def __init__(self, folder: Path, environment: Mapping[str, str]) -> None:
         require_programs("skopeo")
@@ -59,7 +59,7 @@ class Skopeo:
         return run([*base, *arguments], self._environment)
 
     def pull(self, image: str, *options: str, plain_http: bool = False) -> Path:
-        """Copy `image` to a new folder and return that; skopeo checks every digest."""
+        """Copy `image` to a new folder and return the folder. skopeo verifies every digest."""
         self._pull_count += 1
         target = self._folder / f"pulled-{self._pull_count}"
         insecure = ["--src-tls-verify=false"] if plain_http else []
@@ -76,7 +76,7 @@ class Skopeo:
 
 
 class Podman:
-    """podman with its own home and storage in `folder`, whose path has to be short."""
+    """podman with its home and storage in `folder`. The path must be short."""
 
     def __init__(self, folder: Path, environment: Mapping[str, str]) -> None:
         require_programs("podman", root=True)
@@ -94,7 +94,7 @@ class Podman:
 
 
 class Docker(BackgroundProcess):
-    """A dockerd with its own disk and socket."""
+    """A dockerd with its own storage and socket."""
 
     def __init__(
         self, folder: Path, environment: Mapping[str, str], *, insecure: Sequence[str] = (), mirrors: Sequence[str] = ()
@@ -132,30 +132,30 @@ class Docker(BackgroundProcess):
         return run(["docker", *arguments], environment)
 
     def run_checked(self, *arguments: str) -> str:
-        """Run a docker command that has to succeed."""
+        """Run a docker command that must succeed, and return its output."""
         return check_output(self.run(*arguments))
 
     def write_login(self, registry: str, user: str, password: str) -> None:
-        """Keep a login as `docker login` does without a credential helper."""
+        """Store a login in the form of `docker login` without a credential helper."""
         auth = base64.b64encode(f"{user}:{password}".encode()).decode()
         folder = self._home / ".docker"
         folder.mkdir(exist_ok=True)
         (folder / "config.json").write_text(json.dumps({"auths": {registry: {"auth": auth}}}))
 
     def image_digest(self, image: str) -> str:
-        """Return the digest by which `image` was pulled."""
+        """Return the digest of the manifest that `image` was pulled by."""
         digests = json.loads(self.run_checked("image", "inspect", "--format", "{{json .RepoDigests}}", image))
         return str(digests[0].partition("@")[2])
 
     def remove_all_images(self) -> None:
-        """Remove every image, so that the next pull needs all of it."""
+        """Remove every image, so that the next pull downloads all layers."""
         images = self.run_checked("images", "-aq").split()
         if images:
             self.run_checked("rmi", "-f", *dict.fromkeys(images))
 
 
 class Containerd(BackgroundProcess):
-    """A containerd with its own disk and socket, and ctr to speak to it."""
+    """A containerd with its own storage and socket, controlled with ctr."""
 
     def __init__(self, folder: Path, environment: Mapping[str, str] | None = None) -> None:
         require_programs("containerd", "ctr", root=True)
@@ -185,12 +185,12 @@ address = "{self._address}"
         return run(["ctr", "--address", self._address, *arguments], self._environment)
 
     def configure_mirror(self, host: str, url: str) -> None:
-        """Have what belongs to `host` asked for at `url` (and nowhere else: the host itself is a closed port)."""
+        """Make containerd fetch images of `host` only from the mirror `url`; the host itself is a closed port."""
         unreachable_server = f'server = "http://127.0.0.1:{free_port()}"\n'
         self._write_hosts_file(host, f'{unreachable_server}[host."{url}"]\n  capabilities = ["pull", "resolve"]\n')
 
     def configure_ca(self, host: str, ca_file: Path) -> None:
-        """Have `host` spoken to over TLS, by a certificate of this authority."""
+        """Make containerd use TLS for `host`, and trust the CA in `ca_file`."""
         capabilities = f'capabilities = ["pull", "resolve", "push"]\n  ca = "{ca_file}"'
         self._write_hosts_file(host, f'server = "https://{host}"\n[host."https://{host}"]\n  {capabilities}\n')
 
@@ -203,7 +203,7 @@ address = "{self._address}"
         return ["--hosts-dir", str(self._folder / "hosts")] if (self._folder / "hosts").exists() else []
 
     def try_push(self, image: str, source: str, *options: str) -> subprocess.CompletedProcess[str]:
-        """Push the image that is here as `source`."""
+        """Push the local image `source` as `image`."""
         return self.ctr("images", "push", *self._hosts_dir_options(), *options, image, source)
 
     def try_pull(self, image: str, *options: str) -> subprocess.CompletedProcess[str]:
@@ -214,7 +214,7 @@ address = "{self._address}"
         check_output(self.try_pull(image, *options))
 
     def remove_all_images(self) -> None:
-        """Remove every image and its content, before the next pull."""
+        """Remove every image and its content, so that the next pull downloads all layers."""
         names = check_output(self.ctr("images", "ls", "-q")).split()
         if names:
             check_output(self.ctr("images", "rm", "--sync", *names))
@@ -223,4 +223,4 @@ address = "{self._address}"
         for line in check_output(self.ctr("images", "ls")).splitlines()[1:]:
             if line.split()[0] == image:
                 return line.split()[2]
-        raise AssertionError(f"{image} is not there")
+        raise AssertionError(f"containerd has no image {image}")

@@ -1,4 +1,4 @@
-"""The daemon under test, run as a user runs it: `twistd dockerproxy`, configured by its environment."""
+"""The daemon under test, started as a user starts it: `twistd dockerproxy`, configured by its environment."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ from tests.e2e.harness.process import BackgroundProcess
 
 _PROJECT = Path(__file__).resolve().parents[3]
 
-# CLIENT METHOD HOST/PATH STATUS BYTES SECONDS VERDICT, after whatever the log puts before it
+CLEAN_EXIT_STATUSES = (0, -signal.SIGTERM)
+"""Exit statuses of a daemon after SIGTERM: twistd ends by sending itself the signal that it received."""
+
+# CLIENT METHOD HOST/PATH STATUS BYTES SECONDS CACHE_STATUS, after the prefix of the log line
 _ACCESS_LINE = re.compile(
     r"([0-9a-f.:]+) ([A-Z]+) (\S+) (\d{3}) (\d+) [\d.]+ (HIT|MISS|JOINED|REVALIDATED|STALE|PASS|-)$", re.MULTILINE
 )
@@ -42,7 +45,7 @@ class AccessLogEntry:
 
 
 class TwistdDaemon(BackgroundProcess):
-    """A daemon with its state in `folder`; ports are chosen when it is made and stay."""
+    """A daemon with its state in `folder`. Its ports are chosen once and stay the same after a restart."""
 
     def __init__(self, folder: Path, settings: Mapping[str, str]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -67,7 +70,7 @@ class TwistdDaemon(BackgroundProcess):
         return f"http://127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        """Start, and wait until it answers."""
+        """Start the daemon, wait until it is healthy, and download its CA."""
         self.launch()
         self.wait_until_ready(self._is_healthy)
         response = request_directly("GET", self.url + "/ca.crt")
@@ -76,7 +79,7 @@ class TwistdDaemon(BackgroundProcess):
 
     @contextmanager
     def run_and_check_log(self, get_secrets: Callable[[], list[str]]) -> Iterator[TwistdDaemon]:
-        """Run for a while; see `check_log` for what has to hold at the end."""
+        """Run the daemon for the time of the context, and call `check_log` at its end."""
         try:
             self.start()
             yield self
@@ -91,13 +94,13 @@ class TwistdDaemon(BackgroundProcess):
             return False
 
     def restart(self, *, kill: bool = False) -> None:
-        """Stop (or kill) and start again with the same state."""
+        """Stop (or kill) the daemon and start it again with the same state."""
         self.kill() if kill else self.stop()
         self.start()
 
     @property
     def client_context(self) -> ssl.SSLContext:
-        """Return a client's context that trusts the daemon's CA and no other."""
+        """Return a client's context that trusts only the daemon's CA."""
         if self._client_context is None:
             self._client_context = ssl.create_default_context(cafile=str(self.ca_file))
         return self._client_context
@@ -108,31 +111,31 @@ class TwistdDaemon(BackgroundProcess):
 
     @property
     def client_environment(self) -> dict[str, str]:
-        """What a program of the client's side has in its environment, by both spellings that programs look for."""
+        """Environment variables that make client programs use the daemon, in upper and lower case for all programs."""
         names = ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy")
         return {**dict.fromkeys(names, self.url), "SSL_CERT_FILE": str(self.ca_file)}
 
     def log_offset(self) -> int:
-        """Return the present end of the log, for `logged`."""
+        """Return the current end of the log, for `access_log`."""
         return len(self.output_text)
 
     def access_log(self, offset: int = 0) -> list[AccessLogEntry]:
-        """Return the requests that were logged."""
+        """Return the requests logged since `offset`."""
         return [
             AccessLogEntry(client, method, target, int(status), int(size), cache_status)
             for client, method, target, status, size, cache_status in _ACCESS_LINE.findall(self.output_text[offset:])
         ]
 
     def check_log(self, secrets: list[str]) -> None:
-        """Fail where the log since the last check holds a traceback or one of `secrets`."""
+        """Fail if the log since the last check contains a traceback or one of `secrets`."""
         full_text = self.output_text
         new_text, self._checked_offset = full_text[self._checked_offset :], len(full_text)
         traceback = _TRACEBACK.search(new_text)
         assert traceback is None, (
-            f"the daemon's log has a traceback:\n{new_text[max(0, traceback.start() - 500) :][:6000]}"
+            f"the daemon's log contains a traceback:\n{new_text[max(0, traceback.start() - 500) :][:6000]}"
         )
         for secret in secrets:
-            assert secret not in new_text, f"the daemon's log has a secret, {secret[:6]}…"
+            assert secret not in new_text, f"the daemon's log contains the secret {secret[:6]}…"
 
     @property
     def resident_bytes(self) -> int:
@@ -142,19 +145,13 @@ class TwistdDaemon(BackgroundProcess):
         assert match is not None
         return int(match[1]) * 1024
 
-    def pause(self) -> None:
-        self.send_signal(signal.SIGSTOP)
-
-    def resume(self) -> None:
-        self.send_signal(signal.SIGCONT)
-
 
 StartDaemon = Callable[..., TwistdDaemon]
-"""Starts a daemon: `run_proxy(name, **settings)`; see the fixture of that name."""
+"""Starts a daemon: `start_daemon(name, **settings)`; see the fixture `start_daemon`."""
 
 
 def twistd_argv() -> list[str]:
-    """Return the twistd of the Python that runs the tests, in the foreground."""
+    """Return the command of the twistd that belongs to the tests' Python, in the foreground."""
     sibling = Path(sys.executable).with_name("twistd")
     program = [str(sibling)] if sibling.exists() else [shutil.which("twistd3") or "twistd"]
     return [*program, "--nodaemon", "--pidfile="]

@@ -1,4 +1,4 @@
-"""CNCF distribution, as Debian packages it, as an upstream; and a front that sends its blobs' readers elsewhere."""
+"""Debian's docker-registry (CNCF distribution) as an upstream, and servers that redirect its blobs to a signed URL."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from urllib.parse import urlsplit
 
 from attrs import frozen
 
-from bench.servers import free_port
+from bench.servers import free_port, is_listening
 from tests.e2e.harness.http_client import DirectConnection
 from tests.e2e.harness.http_server import HTTPExchange, StubServer
 from tests.e2e.harness.images import SampleImage, TypedContent
 from tests.e2e.harness.pki import Leaf
-from tests.e2e.harness.process import BackgroundProcess, is_listening, wait_until
+from tests.e2e.harness.process import BackgroundProcess, wait_until
 
 _ACCESS_LINE = re.compile(
     r'^\S+ \S+ \S+ \[[^]]*\] "(?P<method>[A-Z]+) (?P<path>\S+) \S+" (?P<status>\d+) (?P<size>\d+)', re.MULTILINE
@@ -29,7 +29,7 @@ _ACCESS_LINE = re.compile(
 
 @frozen
 class RegistryLogEntry:
-    """A line of the registry's access log; `size` counts the body's bytes."""
+    """A line of the registry's access log; `size` is the size of the body in bytes."""
 
     method: str
     path: str
@@ -38,7 +38,7 @@ class RegistryLogEntry:
 
 
 class DockerRegistry(BackgroundProcess):
-    """A registry for `host` on a port of 127.0.0.1, over TLS where it has a `leaf`; `auth` as its config.yml has it."""
+    """A registry for `host` on a port of 127.0.0.1, over TLS if `leaf` is given; `auth` goes into its config.yml."""
 
     def __init__(
         self, folder: Path, host: str, leaf: Leaf | None = None, auth: Mapping[str, Any] | None = None
@@ -71,7 +71,7 @@ class DockerRegistry(BackgroundProcess):
 
     @property
     def log_entries(self) -> list[RegistryLogEntry]:
-        """What was asked since the last `forget`; complete, since a line is written when its request is over."""
+        """The requests since the last `clear_log`. The list is complete, although a request is logged after its end."""
         if self.running:
             self._wait_for_log()
         return [
@@ -84,7 +84,7 @@ class DockerRegistry(BackgroundProcess):
         self._log_offset = len(self.output_text)
 
     def _wait_for_log(self) -> None:
-        """Wait until a request of our own is in the log, so that all before it are."""
+        """Send a request and wait until it is in the log, so that all earlier requests are in the log too."""
         marker = f"/v2/?marker={secrets.token_hex(4)}"
         context = ssl._create_unverified_context() if self.uses_tls else None
         connection = DirectConnection(self.host, ("127.0.0.1", self.port), context)
@@ -93,10 +93,10 @@ class DockerRegistry(BackgroundProcess):
             connection.getresponse().read()
         finally:
             connection.close()
-        wait_until(lambda: marker in self.output_text, "the registry's log")
+        wait_until(lambda: marker in self.output_text, "the registry logs the marker request")
 
     def find_requests(self, method: str, path_part: str) -> list[RegistryLogEntry]:
-        """Return the accesses with this method whose path holds `part`."""
+        """Return the requests with this method and `path_part` in their path."""
         return [entry for entry in self.log_entries if entry.method == method and path_part in entry.path]
 
     def blob_file(self, digest: str) -> Path:
@@ -112,7 +112,7 @@ def push_image(
     tls_context: ssl.SSLContext | None = None,
     authorization: str | None = None,
 ) -> SampleImage:
-    """Put `image` into `registry` as `name`:`tag`, straight, and return it."""
+    """Push `image` to `registry` as `name`:`tag`, without the daemon, and return it."""
     connection = DirectConnection(
         registry.host, ("127.0.0.1", registry.port), tls_context if registry.uses_tls else None
     )
@@ -155,9 +155,9 @@ def _request_expecting(
 
 
 class RedirectingRegistry(StubServer):
-    """Stands before a registry, as Docker Hub's does: readers of blobs are sent to a store, with a signature.
+    """A frontend of a registry that redirects GETs of blobs to signed URLs of a store, as Docker Hub's does.
 
-    `locate` makes the Location of the store's URL; a relative one is completed by the client.
+    `location_template` is the Location, with the fields `digest` and `signature`. It may be relative.
     """
 
     def __init__(
@@ -194,7 +194,7 @@ class RedirectingRegistry(StubServer):
 
 
 class SignedURLStore(StubServer):
-    """An object store that is read by signed URLs; a strict one takes it ill when an Authorization comes along."""
+    """An object store with signed URLs. It may reject requests with an Authorization header, as S3 does."""
 
     SIGNATURE = "5ig-" + secrets.token_hex(16)
 

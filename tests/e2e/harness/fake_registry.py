@@ -1,4 +1,4 @@
-"""A registry in memory that can be told to misbehave: what no well-made registry would do on demand."""
+"""A registry in memory with rules that make it misbehave on demand."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.e2e.harness.http_server import HTTPExchange, StubServer
 from tests.e2e.harness.images import SampleImage, TypedContent, sha256_digest
 
 ResponseBehaviour = Callable[[HTTPExchange, "TypedContent | None"], None]
-"""Answers a request for the given content; None where there is no such thing."""
+"""Responds to a request for the given content, which is None if the registry does not have it."""
 
 _PATH = re.compile(r"/v2/(?P<name>.+)/(?P<kind>manifests|blobs)/(?P<reference>[^/]+)")
 _UPLOAD = re.compile(r"/v2/(?P<name>.+)/blobs/uploads/(?P<session>[^/]*)")
@@ -37,7 +37,7 @@ class _Repository:
 
 
 class FakeRegistry(StubServer):
-    """Serves what was put into it, honestly, save where a rule says otherwise."""
+    """Serves the content that was put into it. A rule replaces the normal response to matching requests."""
 
     def __init__(self, context: ssl.SSLContext | None = None) -> None:
         super().__init__(context)
@@ -47,7 +47,7 @@ class FakeRegistry(StubServer):
         self.uploads: dict[str, bytes] = {}
 
     def put(self, name: str, tag: str, image: SampleImage) -> None:
-        """Hold `image` as `name`:`tag`."""
+        """Store `image` as `name`:`tag`."""
         repository = self._repositories.setdefault(name, _Repository())
         for child in image.children_first():
             repository.manifests[child.digest] = child.manifest
@@ -55,7 +55,7 @@ class FakeRegistry(StubServer):
         repository.manifests[tag] = image.manifest
 
     def put_blob(self, name: str, data: bytes, digest: str | None = None) -> str:
-        """Hold `data` as a blob of `name` and return its digest (or the one that it is to be had by)."""
+        """Store `data` as a blob of `name` and return its digest. A wrong `digest` may be given for the blob's name."""
         content = TypedContent("application/octet-stream", data)
         digest = digest or content.digest
         self._repositories.setdefault(name, _Repository()).blobs[digest] = content
@@ -65,12 +65,12 @@ class FakeRegistry(StubServer):
         self._repositories.setdefault(name, _Repository()).manifests[reference] = manifest
 
     def add_rule(self, method: str, pattern: str, behaviour: ResponseBehaviour, times: int | None = None) -> None:
-        """Answer requests whose path matches `pattern` by `behaviour`, the next `times` of them or all."""
+        """Respond with `behaviour` to requests with a path that matches `pattern`: to the next `times` or to all."""
         with self._lock:
             self._rules.append(_Rule(method, re.compile(pattern), behaviour, times))
 
     def reset_rules(self) -> None:
-        """Forget the rules and the log."""
+        """Remove all rules, and clear the list of requests."""
         with self._lock:
             self._rules.clear()
         self.requests.clear()
@@ -102,7 +102,7 @@ class FakeRegistry(StubServer):
         return (repository.manifests if match["kind"] == "manifests" else repository.blobs).get(match["reference"])
 
     def _handle_push(self, exchange: HTTPExchange) -> None:
-        """The pushing side: POST, PATCH, PUT of blobs and PUT of manifests, unchecked."""
+        """Handle POST, PATCH and PUT of blobs, and PUT of manifests, without checking anything."""
         body = b"".join(exchange.read_body())
         upload = _UPLOAD.fullmatch(exchange.path)
         manifest = _PATH.fullmatch(exchange.path)
@@ -129,7 +129,7 @@ class FakeRegistry(StubServer):
 
 
 def respond_normally(exchange: HTTPExchange, content: TypedContent | None) -> None:
-    """Answer as a registry does: whole, or the one range that is asked for."""
+    """Respond as a correct registry does: with the whole content, or with a single requested range."""
     if content is None:
         if exchange.path in ("/v2", "/v2/"):
             exchange.respond(200, {"Content-Type": "application/json"}, b"{}")
@@ -159,19 +159,19 @@ def respond_normally(exchange: HTTPExchange, content: TypedContent | None) -> No
 
 
 def respond_error(exchange: HTTPExchange, status: int, code: str, **headers: str) -> None:
-    """Answer with an OCI error body."""
+    """Respond with an OCI error body."""
     body = json.dumps({"errors": [{"code": code, "message": f"the fake registry says {code}"}]}).encode()
     fields = {name.replace("_", "-"): value for name, value in headers.items()}
     exchange.respond(status, {"Content-Type": "application/json", **fields}, body)
 
 
 def respond_status(status_code: int, code: str = "UNKNOWN", **headers: str) -> ResponseBehaviour:
-    """Answer with that status; the header names' underscores are dashes."""
+    """Respond with this status. Underscores in the names of `headers` become dashes."""
     return lambda exchange, content: respond_error(exchange, status_code, code, **headers)
 
 
 def require_authorization(www_authenticate: str) -> ResponseBehaviour:
-    """Ask for credentials; a request that brings any is answered."""
+    """Respond with 401 to requests without an Authorization, and normally to all others."""
 
     def respond(exchange: HTTPExchange, content: TypedContent | None) -> None:
         if "authorization" in exchange.request.headers:
@@ -187,12 +187,12 @@ def redirect_to(location: str, status_code: int = 307) -> ResponseBehaviour:
 
 
 def respond_html(exchange: HTTPExchange, content: TypedContent | None) -> None:
-    """Answer as a captive portal or a tired load balancer does."""
+    """Respond with an HTML page, as a captive portal or an overloaded load balancer does."""
     exchange.respond(200, {"Content-Type": "text/html"}, b"<!doctype html><title>Welcome</title><h1>Sign in</h1>")
 
 
 def truncate_after(size: int, *, reset: bool = False) -> ResponseBehaviour:
-    """Promise all that was asked for, and break off after `size` bytes of it."""
+    """Announce the whole content, and close or reset the connection after `size` bytes of it."""
 
     def respond(exchange: HTTPExchange, content: TypedContent | None) -> None:
         _, remainder = _send_head(exchange, content)
@@ -203,13 +203,13 @@ def truncate_after(size: int, *, reset: bool = False) -> ResponseBehaviour:
 
 
 def respond_corrupted(exchange: HTTPExchange, content: TypedContent | None) -> None:
-    """Send the right number of wrong bytes; all of the error is at the start."""
+    """Send content of the right length with a wrong first byte."""
     _, remainder = _send_head(exchange, content)
     exchange.send_body(bytes([remainder[0] ^ 1]) + bytes(remainder[1:]))
 
 
 def respond_wrong_length(extra: int) -> ResponseBehaviour:
-    """State a length that is `extra` more than what comes, and then end the connection."""
+    """Announce a length that is `extra` bytes more than the body, and close the connection after the body."""
 
     def respond(exchange: HTTPExchange, content: TypedContent | None) -> None:
         assert content is not None
@@ -221,13 +221,13 @@ def respond_wrong_length(extra: int) -> ResponseBehaviour:
 
 
 def ignore_range(exchange: HTTPExchange, content: TypedContent | None) -> None:
-    """Answer every GET with the whole."""
+    """Respond to every GET with the whole content."""
     assert content is not None
     exchange.respond(200, {"Content-Type": content.media_type}, content.data)
 
 
 def respond_chunked(exchange: HTTPExchange, content: TypedContent | None) -> None:
-    """Send the whole in chunks, its length untold."""
+    """Send the whole content in chunks, without a Content-Length."""
     assert content is not None
     exchange.send_head(200, {"Content-Type": content.media_type, "Transfer-Encoding": "chunked"})
     for start in range(0, len(content.data), 50_000):
@@ -236,7 +236,7 @@ def respond_chunked(exchange: HTTPExchange, content: TypedContent | None) -> Non
 
 
 def pause_after(size: int, gate: threading.Event, then: ResponseBehaviour | None = None) -> ResponseBehaviour:
-    """Send `size` bytes of what is asked for, and the rest once `gate` is open."""
+    """Send `size` bytes of the requested content, and the rest after `gate` is set."""
 
     def respond(exchange: HTTPExchange, content: TypedContent | None) -> None:
         _, remainder = _send_head(exchange, content)
@@ -248,7 +248,7 @@ def pause_after(size: int, gate: threading.Event, then: ResponseBehaviour | None
 
 
 def throttled(rate: float, gate_at: int = 0, gate: threading.Event | None = None) -> ResponseBehaviour:
-    """Send at `rate` bytes a second; before byte `gate_at` wait for `gate`."""
+    """Send `rate` bytes a second, and wait for `gate` before byte `gate_at`."""
 
     def respond(exchange: HTTPExchange, content: TypedContent | None) -> None:
         start, remainder = _send_head(exchange, content)
@@ -264,7 +264,7 @@ def throttled(rate: float, gate_at: int = 0, gate: threading.Event | None = None
 
 
 def _send_head(exchange: HTTPExchange, content: TypedContent | None) -> tuple[int, memoryview]:
-    """Send the head of an honest answer; return where it starts and what has to follow."""
+    """Send the head of a correct response; return the offset of the body in the content, and the body."""
     assert content is not None
     size = len(content.data)
     headers = {"Content-Type": content.media_type, "Accept-Ranges": "bytes"}

@@ -1,4 +1,7 @@
-"""A daemon that is killed hundreds of times: its modules are imported once, and each run is a fork of that process."""
+"""A daemon that can be started and killed hundreds of times.
+
+One process imports the modules. Each run of the daemon is a fork of it, which saves the imports.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,10 @@ import sys
 import time
 from pathlib import Path
 
-from tests.e2e.harness.process import is_listening
+from bench.servers import is_listening
 from tests.e2e.harness.registry_daemon import RegistryDaemon
 
-# No module here may make the reactor: its descriptors would be shared by all that come of the fork.
+# No imported module may install the reactor, because all forks would share its descriptors.
 _FORKER_SOURCE = """
 import os, signal, sys
 import dockerproxy.tap
@@ -30,12 +33,12 @@ while os.read(0, 1):
         os._exit(0)
     os.write(1, b"%d\\n" % pid)
     os.waitpid(pid, 0)
-    os.write(1, b"gone\\n")
+    os.write(1, b"exited\\n")
 """
 
 
 class ForkedDaemon:
-    """The daemon that `hosting` would be, never asked to end. A context manager."""
+    """A daemon with the settings of `daemon`, which is only ever killed. A context manager."""
 
     def __init__(self, daemon: RegistryDaemon) -> None:
         self._daemon = daemon
@@ -59,7 +62,7 @@ class ForkedDaemon:
         self._forker.wait(10)
 
     def start(self) -> None:
-        """Start it, and wait until it takes connections."""
+        """Start the daemon and wait until it accepts connections."""
         assert self._forker.stdin is not None
         self._forker.stdin.write(b".")
         self._forker.stdin.flush()
@@ -72,11 +75,11 @@ class ForkedDaemon:
             time.sleep(0.005)
 
     def kill(self) -> None:
-        """End it as it stands, and wait until it is gone."""
+        """Send SIGKILL, and wait until the process has ended."""
         pid, self._child_pid = self._child_pid, 0
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-        assert self._read_line() == "gone"
+        assert self._read_line() == "exited"
 
     def _read_line(self) -> str:
         assert self._forker.stdout is not None

@@ -1,7 +1,8 @@
-"""A plain HTTP client for looking closely: through a proxy (CONNECT or absolute-form), a mirror, or straight."""
+"""An HTTP client for detailed checks: through a proxy (CONNECT or absolute-form), to a mirror, or directly."""
 
 from __future__ import annotations
 
+import base64
 import http.client
 import json
 import socket
@@ -18,7 +19,7 @@ _TIMEOUT = 60
 
 @frozen
 class BufferedResponse:
-    """A response read to its end; `headers` by lower-case name."""
+    """A response read to its end; the names of `headers` are in lower case."""
 
     status: int
     headers: dict[str, str]
@@ -26,7 +27,7 @@ class BufferedResponse:
 
     @property
     def cache_status(self) -> str | None:
-        """What the daemon says about where the answer came from."""
+        """The daemon's X-Cache header: HIT, MISS and so on."""
         return self.headers.get("x-cache")
 
     @property
@@ -49,7 +50,7 @@ class BufferedResponse:
 
 
 class DirectConnection(http.client.HTTPConnection):
-    """A connection to an address of ours in the name of another host; `context` makes it TLS."""
+    """A connection to `address` with the Host (and SNI) of another host; over TLS if there is a `context`."""
 
     def __init__(self, host: str, address: tuple[str, int], context: ssl.SSLContext | None) -> None:
         super().__init__(host, timeout=_TIMEOUT)
@@ -64,13 +65,13 @@ class DirectConnection(http.client.HTTPConnection):
 
 @define
 class ProxyClient:
-    """Asks for URLs through the proxy at `port` of 127.0.0.1, trusting `context` where they are https."""
+    """Requests URLs through the proxy on `port` of 127.0.0.1; `context` is for https URLs."""
 
     port: int
     context: ssl.SSLContext
 
     def new_connection(self, url: str) -> http.client.HTTPConnection:
-        """Return a connection, not yet made, by which `url` can be asked for."""
+        """Return a connection for requests of `url`, which is not connected yet."""
         parts = urlsplit(url)
         assert parts.hostname
         if parts.scheme == "http":
@@ -83,7 +84,7 @@ class ProxyClient:
     def stream(
         self, method: str, url: str, headers: Mapping[str, str] | None = None, body: bytes | None = None
     ) -> Iterator[http.client.HTTPResponse]:
-        """Send a request and yield the response as soon as its head is there."""
+        """Send a request and yield the response as soon as its head is received."""
         parts = urlsplit(url)
         target = (parts.path or "/") + ("?" + parts.query if parts.query else "")
         connection = self.new_connection(url)
@@ -97,16 +98,21 @@ class ProxyClient:
     def request(
         self, method: str, url: str, headers: Mapping[str, str] | None = None, body: bytes | None = None
     ) -> BufferedResponse:
-        """Send a request and return the whole answer. Raise what http.client raises where it breaks off."""
+        """Send a request and return the whole response. Raise http.client's exceptions if it is incomplete."""
         with self.stream(method, url, headers, body) as response:
             return read_response(response)
 
     def get(self, url: str, **headers: str) -> BufferedResponse:
-        """GET `url`; the header names' underscores are dashes."""
+        """GET `url`. Underscores in the names of `headers` become dashes."""
         return self.request("GET", url, {name.replace("_", "-"): value for name, value in headers.items()})
 
     def head(self, url: str, **headers: str) -> BufferedResponse:
         return self.request("HEAD", url, {name.replace("_", "-"): value for name, value in headers.items()})
+
+
+def basic_authorization(user: str, password: str) -> str:
+    """Return the Authorization header for a user and password."""
+    return "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()
 
 
 def read_response(response: http.client.HTTPResponse) -> BufferedResponse:
@@ -118,7 +124,7 @@ def read_response(response: http.client.HTTPResponse) -> BufferedResponse:
 def request_directly(
     method: str, url: str, headers: Mapping[str, str] | None = None, context: ssl.SSLContext | None = None
 ) -> BufferedResponse:
-    """Ask a server of this machine directly, without any proxy."""
+    """Send a request directly to a server of this machine, without a proxy."""
     parts = urlsplit(url)
     assert parts.hostname and parts.port
     connection = DirectConnection(parts.hostname, (parts.hostname, parts.port), context)
@@ -131,7 +137,7 @@ def request_directly(
 
 
 def send_raw(port: int, data: bytes, *, timeout: float = 20) -> bytes:
-    """Send `data` as it is to `port` and return all that comes until the other side closes."""
+    """Send `data` unchanged to `port` and return all received bytes until the server closes the connection."""
     with socket.create_connection(("127.0.0.1", port), timeout=timeout) as sock:
         sock.sendall(data)
         received = b""
@@ -141,7 +147,7 @@ def send_raw(port: int, data: bytes, *, timeout: float = 20) -> bytes:
 
 
 def send_raw_request(port: int, data: bytes, *, timeout: float = 20) -> BufferedResponse:
-    """Send `data` as it is to `port` and return the first answer, without waiting for the connection's end."""
+    """Send `data` unchanged to `port` and return the first response, without waiting for the connection to close."""
     with socket.create_connection(("127.0.0.1", port), timeout=timeout) as sock:
         sock.sendall(data)
         response = http.client.HTTPResponse(sock)

@@ -1,4 +1,4 @@
-"""HTTP servers inside the tests' own process: they log what they were asked, and can be told what to do."""
+"""HTTP servers in the process of the tests, which record their requests and can misbehave on demand."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _event_numbers = itertools.count()
 
 @define
 class RecordedRequest:
-    """A request as a server saw it; headers by lower-case name.
+    """A request that a server received; the names of `headers` are in lower case.
 
-    `sent` counts the bytes of the answer's body, `received` those of the request's. `began` and `ended` are places in
-    the order of events of all servers: they tell what was before what.
+    `started_event` and `ended_event` are numbers in the order of events of all servers (see `next_event`), and show
+    which of two events was first. `ended_event` is None until the request is complete.
     """
 
     method: str
@@ -37,12 +37,12 @@ class RecordedRequest:
 
 
 def next_event() -> int:
-    """Return the present place in the order of events."""
+    """Return the next number in the order of events of all servers."""
     return next(_event_numbers)
 
 
 class HTTPExchange:
-    """One request to a server, and the means to answer it well or badly."""
+    """One request to a server, with methods to send a correct or a broken response."""
 
     def __init__(self, handler: BaseHTTPRequestHandler, request: RecordedRequest) -> None:
         self._handler = handler
@@ -52,7 +52,7 @@ class HTTPExchange:
         self.query = request.path.partition("?")[2]
 
     def respond(self, status: int, headers: Mapping[str, str] | None = None, body: bytes = b"") -> None:
-        """Answer in one piece, with a Content-Length where `headers` have no opinion."""
+        """Send a whole response. A Content-Length is added if `headers` do not determine the framing."""
         fields = dict(headers or {})
         if not {"Content-Length", "Transfer-Encoding"} & set(fields) and status not in (204, 304):
             fields["Content-Length"] = str(len(body))
@@ -74,29 +74,29 @@ class HTTPExchange:
             self.request.sent_bytes += len(chunk)
 
     def send_chunk(self, data: bytes) -> None:
-        """Send a chunk of chunked coding; an empty one ends it."""
+        """Send a chunk of the chunked coding; an empty one ends the body."""
         self._handler.wfile.write(b"%x\r\n%b\r\n" % (len(data), data))
         self.request.sent_bytes += len(data)
 
     def close_after_response(self) -> None:
-        """End the connection after what was sent."""
+        """Close the connection after the data sent so far."""
         self._handler.close_connection = True
 
     def reset(self) -> None:
-        """Break the connection off."""
+        """Reset the connection."""
         connection = self._handler.connection
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self._handler.close_connection = True
 
     def read_body(self) -> Iterator[bytes]:
-        """Yield the request's body as it comes."""
+        """Yield the request's body as it is received."""
         reader = self._handler.rfile
         if self.request.headers.get("transfer-encoding", "").lower() == "chunked":
             while size := int(reader.readline().split(b";")[0], 16):
                 while size:
                     chunk = reader.read1(min(size, 65536))
                     if not chunk:
-                        raise ConnectionError("the body broke off")
+                        raise ConnectionError("the request's body is incomplete")
                     size -= len(chunk)
                     self.request.received_bytes += len(chunk)
                     yield chunk
@@ -107,14 +107,14 @@ class HTTPExchange:
         while remaining:
             chunk = reader.read1(min(remaining, 65536))
             if not chunk:
-                raise ConnectionError("the body broke off")
+                raise ConnectionError("the request's body is incomplete")
             remaining -= len(chunk)
             self.request.received_bytes += len(chunk)
             yield chunk
 
 
 class StubServer(ABC):
-    """An HTTP/1.1 server on a port of 127.0.0.1, over TLS where it has a context. `serve` says what it answers."""
+    """An HTTP/1.1 server on a port of 127.0.0.1, over TLS if there is a context. `handle` responds to the requests."""
 
     def __init__(self, context: ssl.SSLContext | None = None) -> None:
         self.requests: list[RecordedRequest] = []
@@ -123,35 +123,26 @@ class StubServer(ABC):
         self._server: _ThreadingServer | None = None
 
     def start(self) -> None:
-        """Listen, at the port of the last time where there was one."""
+        """Listen, on the same port as before if the server was started earlier."""
         self._server = _ThreadingServer(self, self._context, self.port)
         self.port = self._server.server_address[1]
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
 
     def stop(self) -> None:
-        """Close the port and every connection: nobody is there any more."""
+        """Close the port and every connection."""
         if self._server is not None:
             self._server.shutdown()
             self._server.server_close()
             self._server.close_all()
             self._server = None
 
-    @contextlib.contextmanager
-    def away(self) -> Iterator[None]:
-        """Be gone for a while."""
-        self.stop()
-        try:
-            yield
-        finally:
-            self.start()
-
     def find_requests(self, method: str, path_part: str) -> list[RecordedRequest]:
-        """Return the requests with this method whose path holds `part`."""
+        """Return the requests with this method and `path_part` in their path."""
         return [request for request in list(self.requests) if request.method == method and path_part in request.path]
 
     @abstractmethod
     def handle(self, exchange: HTTPExchange) -> None:
-        """Answer a request."""
+        """Respond to a request."""
 
 
 class _ThreadingServer(ThreadingHTTPServer):
@@ -167,7 +158,7 @@ class _ThreadingServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", port), _make_handler(stub))
 
     def finish_request(self, request: Any, client_address: Any) -> None:
-        """Shake hands in the connection's own thread, so that one bad client does not stop the others."""
+        """Do the TLS handshake in the connection's own thread, so that a bad client does not block the others."""
         try:
             if self._context is not None:
                 request.settimeout(20)
@@ -176,7 +167,7 @@ class _ThreadingServer(ThreadingHTTPServer):
             self._connections.add(request)
             super().finish_request(request, client_address)
         except (OSError, ValueError):
-            pass  # the client went away, which some of the tests are about
+            pass  # the client disconnected, which some tests do on purpose
         finally:
             self._connections.discard(request)
             with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""Images made of a few bytes, the same at every run: schema 2, OCI, lists of platforms, referrers."""
+"""Builds small images, identical in every run: schema 2, OCI, multi-platform indexes and referrers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ACCEPT_MANIFESTS = ", ".join((OCI_MANIFEST, OCI_INDEX, DOCKER_MANIFEST, DOCKER_L
 
 
 def random_bytes(size: int, seed: str) -> bytes:
-    """Return `size` bytes that no compression makes shorter."""
+    """Return `size` pseudo-random bytes, which cannot be compressed."""
     rng = random.Random(seed)
     return b"".join(rng.randbytes(min(size - start, 1 << 20)) for start in range(0, size, 1 << 20))
 
@@ -37,7 +37,7 @@ def sha256_digest(data: bytes) -> str:
 
 @frozen
 class TypedContent:
-    """Bytes with their media type; `digest` is their name."""
+    """Bytes with their media type and digest."""
 
     media_type: str
     data: bytes = field(repr=False)
@@ -52,7 +52,7 @@ class TypedContent:
 
 @frozen
 class SampleImage:
-    """A manifest and all that it speaks of; an index has `children` and no blobs of its own."""
+    """A manifest and everything that it references; an index has `children` and no blobs."""
 
     manifest: TypedContent
     blobs: tuple[TypedContent, ...] = ()
@@ -67,7 +67,7 @@ class SampleImage:
         return self.blobs[1:]
 
     def children_first(self) -> Iterator[SampleImage]:
-        """Yield the children first, as they have to be pushed."""
+        """Yield the children and then the image itself, which is the order of a push."""
         for child in self.children:
             yield from child.children_first()
         yield self
@@ -81,7 +81,7 @@ def build_image(
     command: Sequence[str] = ("/hello",),
     subject: TypedContent | None = None,
 ) -> SampleImage:
-    """Return an image whose layers hold the given files (path to content, all of them executable)."""
+    """Return an image with these files in its layers (path to content; all files are executable)."""
     layer_tars = [_make_tar(files) for files in layers]
     compressed_layers = [
         TypedContent(OCI_LAYER if oci else DOCKER_LAYER, gzip.compress(tar, mtime=0)) for tar in layer_tars
@@ -105,7 +105,7 @@ def build_image(
 def build_image_from_blobs(
     config: TypedContent, layers: Sequence[TypedContent], *, oci: bool = True, subject: TypedContent | None = None
 ) -> SampleImage:
-    """Return the image that has these blobs, whatever is in them."""
+    """Return an image with these blobs, which may have any content."""
     media_type = OCI_MANIFEST if oci else DOCKER_MANIFEST
     manifest: dict[str, Any] = {
         "schemaVersion": 2,
@@ -119,7 +119,7 @@ def build_image_from_blobs(
 
 
 def build_index(children: Mapping[str, SampleImage], *, oci: bool = True) -> SampleImage:
-    """Return the list of `children`, by architecture."""
+    """Return the index (or manifest list) of `children`, by architecture."""
     media_type = OCI_INDEX if oci else DOCKER_LIST
     manifests = [
         child.manifest.descriptor(platform={"architecture": architecture, "os": "linux"})
@@ -132,7 +132,7 @@ def build_index(children: Mapping[str, SampleImage], *, oci: bool = True) -> Sam
 
 
 def build_small_image(seed: str, *, oci: bool = True, size: int = 40_000, layers: int = 2) -> SampleImage:
-    """Return an image of its own for `seed`, of `layers` layers of `size` bytes."""
+    """Return an image that differs for each `seed`, with `layers` layers of `size` bytes."""
     return build_image(
         [{f"data/{seed}-{number}": random_bytes(size, f"{seed}/{number}")} for number in range(layers)], oci=oci
     )

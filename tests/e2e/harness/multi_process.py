@@ -1,4 +1,4 @@
-"""A daemon of several processes: who they are, and which of them has a connection."""
+"""A daemon with several processes, their pids, and connections to a particular process."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WORKERS = 3
 
 
 class MultiProcessDaemon(RegistryDaemon):
-    """A daemon of `WORKERS` processes, the first of which is number 0 here too."""
+    """A daemon with `WORKERS` serving processes: the main process, number 0, and the workers 1, 2 and so on."""
 
     def __init__(self, folder: Path, settings: Mapping[str, str]) -> None:
         super().__init__(folder, {"WORKERS": str(WORKERS), **settings})
@@ -31,7 +31,7 @@ class MultiProcessDaemon(RegistryDaemon):
 
     @property
     def serving_pids(self) -> list[int]:
-        """Return the processes that serve: the first, and then the fork server's children by age."""
+        """Return the pids of the serving processes: the main process, then the fork server's children by age."""
         return [self.pid, *_child_pids(self.fork_server_pid)]
 
     @property
@@ -39,7 +39,7 @@ class MultiProcessDaemon(RegistryDaemon):
         return _child_pids(self.pid)[0]
 
     def pid_serving(self, connection: http.client.HTTPConnection) -> int | None:
-        """Return the process that has the other end of a connection; None while it is on its way there."""
+        """Return the pid of the process that serves a connection, or None while it is passed between processes."""
         assert isinstance(connection.sock, socket.socket)
         local_port, remote_port = connection.sock.getsockname()[1], connection.sock.getpeername()[1]
         inode = _socket_inode(remote_port, local_port)
@@ -47,11 +47,11 @@ class MultiProcessDaemon(RegistryDaemon):
         return pids[0] if len(pids) == 1 else None
 
     def connection_to_each_process(self, url: str) -> AbstractContextManager[dict[int, http.client.HTTPConnection]]:
-        """Open connections for `url`, one to each process, by process; they stay open for the time of the block."""
+        """Open one connection for `url` to each process, by pid; they stay open for the time of the context."""
         return self._connection_to_each_process(lambda: self.client.new_connection(url))
 
     def hosted_connection_to_each_process(self) -> AbstractContextManager[dict[int, http.client.HTTPConnection]]:
-        """As `one_each`, to the hosted registry in the clear."""
+        """Open one plain HTTP connection to the hosted registry in each process, by pid."""
         return self._connection_to_each_process(
             lambda: http.client.HTTPConnection("127.0.0.1", self.http_port, timeout=60)
         )
@@ -72,20 +72,24 @@ class MultiProcessDaemon(RegistryDaemon):
             yield {pid: by_pid[pid] for pid in self.serving_pids}
 
     def connect_and_get_pid(self, connection: http.client.HTTPConnection) -> int:
-        """Connect, and return the process that has it: then it has answered, be it to CONNECT."""
+        """Connect, and return the pid of the process that serves the connection.
+
+        The process is known only after its first response, which may be the one to CONNECT.
+        """
         connection.connect()
         if not isinstance(connection, http.client.HTTPSConnection):
             request_on(connection, "GET", "/v2/")
-        wait_until(lambda: self.pid_serving(connection) is not None, "some process takes the connection")
+        wait_until(lambda: self.pid_serving(connection) is not None, "a process serves the connection")
         pid = self.pid_serving(connection)
         assert pid is not None
         return pid
 
     def run_cli(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """Run the command `dockerproxy`."""
+        """Run the command line tool `dockerproxy`."""
+        argv = [sys.executable, "-m", "dockerproxy.cli", *arguments]
         return subprocess.run(
-            [sys.executable, "-m", "dockerproxy.cli", *arguments, "--socket", str(self.state_folder / "run/control.sock")],
-            env=self.environment, capture_output=True, text=True, timeout=60, check=False,
+            [*argv, "--socket", str(self.state_folder / "run/control.sock")], env=self.environment,
+            capture_output=True, text=True, timeout=60, check=False,
         )  # fmt: skip
 
 
@@ -96,13 +100,13 @@ def request_on(
     body: bytes | None = None,
     headers: Mapping[str, str] | None = None,
 ) -> BufferedResponse:
-    """Send a request on a connection, which stays open, and return the answer."""
+    """Send a request on a connection, which stays open, and return the response."""
     connection.request(method, target, body=body, headers=dict(headers or {}))
     return read_response(connection.getresponse())
 
 
 def all_exited(pids: list[int]) -> bool:
-    """Say whether none of these processes is there any more."""
+    """Return whether all of these processes have ended."""
     return not any(os.path.exists(f"/proc/{pid}/exe") for pid in pids)
 
 
@@ -111,7 +115,7 @@ def _child_pids(pid: int) -> list[int]:
 
 
 def _socket_inode(local: int, remote: int) -> str | None:
-    """Return the inode of the socket that has these two ports of 127.0.0.1."""
+    """Return the inode of the TCP socket with these two ports of 127.0.0.1, or None."""
     for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
         fields = line.split()
         if [int(address.partition(":")[2], 16) for address in fields[1:3]] == [local, remote]:

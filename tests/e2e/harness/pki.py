@@ -1,4 +1,4 @@
-"""The certificates of the upstream servers: a CA that the daemon is told to trust, and ones that it is not."""
+"""The certificate authorities and server certificates of the upstream servers."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class UpstreamCA:
         self.ca_file.write_bytes(self.certificate.public_bytes(serialization.Encoding.PEM))
 
     def leaf(self, *names: str, valid_days: int = 20) -> Leaf:
-        """Return a server's certificate for `names`; it ended already where `days` is negative."""
+        """Return a server certificate for `names`. It is expired if `valid_days` is negative."""
         key = ec.generate_private_key(ec.SECP256R1())
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, names[0])])
         certificate = (
@@ -63,7 +63,7 @@ class UpstreamCA:
         return leaf
 
     def client_context(self) -> ssl.SSLContext:
-        """Return a client's context that trusts this authority and no other."""
+        """Return a client's context that trusts only this authority."""
         return ssl.create_default_context(cafile=str(self.ca_file))
 
 

@@ -1,14 +1,14 @@
-"""Programs that run beside the tests, and the tools that this machine may lack."""
+"""Background processes of the tests, and a check for programs that may be missing."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -27,7 +27,7 @@ _DEBIAN_PACKAGES = {
 
 
 def require_programs(*programs: str, root: bool = False) -> None:
-    """Skip the test, saying why, where a program (or the right to run it) is missing."""
+    """Skip the test with a reason if a program, or root's rights, are missing."""
     for program in programs:
         if shutil.which(program) is None:
             pytest.skip(f"{program} is not installed (Debian package {_DEBIAN_PACKAGES.get(program, program)})")
@@ -36,16 +36,30 @@ def require_programs(*programs: str, root: bool = False) -> None:
 
 
 def wait_until(condition: Callable[[], object], description: str, timeout: float = 20) -> None:
-    """Wait until `condition()` is true; fail with `what` after `timeout` seconds."""
+    """Wait until `condition()` is true; fail after `timeout` seconds. `description` names the condition."""
     deadline = time.monotonic() + timeout
     while not condition():
         if time.monotonic() > deadline:
-            raise AssertionError(f"{description}: not after {timeout:g} s")
+            raise AssertionError(f"{description}: not within {timeout:g} s")
         time.sleep(0.02)
 
 
+@contextmanager
+def mount_tmpfs(folder: Path, size: str) -> Iterator[Path]:
+    """Mount a tmpfs of `size` ("8m") on `folder`, which is created. Skip the test if this is not possible."""
+    require_programs("mount", root=True)
+    folder.mkdir()
+    argv = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    if subprocess.run(argv, capture_output=True, check=False).returncode:
+        pytest.skip("no tmpfs can be mounted here")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
 class BackgroundProcess:
-    """A program with its output in a file; it ends with the tests, even where these are killed."""
+    """A program with its output in a file. It ends with the tests, even if they are killed."""
 
     def __init__(self, argv: Sequence[str], output: Path, environment: Mapping[str, str], folder: Path) -> None:
         parent_death_signal = ["setpriv", "--pdeathsig", "TERM"] if shutil.which("setpriv") else []
@@ -66,16 +80,12 @@ class BackgroundProcess:
         return self._popen is not None and self._popen.poll() is None
 
     @property
-    def exit_code(self) -> int | None:
-        return None if self._popen is None else self._popen.poll()
-
-    @property
     def output_text(self) -> str:
-        """All that the program wrote so far, over all its runs."""
+        """The program's output so far, in all its runs."""
         return self.output_file.read_text(errors="replace") if self.output_file.exists() else ""
 
     def launch(self) -> None:
-        """Start the program, without waiting for it to be of use."""
+        """Start the program without waiting until it is ready."""
         assert not self.running
         self._terminating = False
         with self.output_file.open("ab") as output:
@@ -84,15 +94,15 @@ class BackgroundProcess:
             )
 
     def wait_until_ready(self, is_ready: Callable[[], object], timeout: float = 20) -> None:
-        """Wait until the program is `ready`; fail with its output where it ends or takes too long."""
+        """Wait until `is_ready()` is true; fail with the program's output if it ends or takes too long."""
         deadline = time.monotonic() + timeout
         while not is_ready():
             if not self.running or time.monotonic() > deadline:
-                raise AssertionError(f"{self.argv[-1]} did not come up:\n{self.output_text[-4000:]}")
+                raise AssertionError(f"{self.argv[-1]} did not start:\n{self.output_text[-4000:]}")
             time.sleep(0.02)
 
     def stop(self, timeout: float = 30) -> int:
-        """End the program with SIGTERM and return its exit status; one that stays is killed and the test fails."""
+        """Send SIGTERM and return the exit status. Kill the program and fail if it does not end within `timeout`."""
         if self._popen is None:
             return 0
         if not self._terminating:
@@ -101,15 +111,17 @@ class BackgroundProcess:
             return self._popen.wait(timeout)
         except subprocess.TimeoutExpired:
             self.kill()
-            raise AssertionError(f"{self.argv} stayed {timeout} s after SIGTERM:\n{self.output_text[-4000:]}") from None
+            raise AssertionError(
+                f"{self.argv} still ran {timeout} s after SIGTERM:\n{self.output_text[-4000:]}"
+            ) from None
 
     def terminate(self) -> None:
-        """Ask the program to end, and do not wait for it."""
+        """Send SIGTERM without waiting for the end."""
         self._terminating = True
         self.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
-        """End the program as a power cut would."""
+        """Send SIGKILL, and wait for the end."""
         if self._popen is not None and self.running:
             self._popen.kill()
             self._popen.wait()
@@ -117,9 +129,3 @@ class BackgroundProcess:
     def send_signal(self, signal_number: signal.Signals) -> None:
         assert self._popen is not None
         self._popen.send_signal(signal_number)
-
-
-def is_listening(port: int) -> bool:
-    """Tell whether something accepts connections at `port` of 127.0.0.1."""
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0

@@ -1,6 +1,6 @@
-"""A proxy that only passes on.
+"""A simple proxy that records the requests it forwards.
 
-It stands for a company's own, and shows that the clients and the upstreams work together without ours.
+It takes the part of a company's proxy, and shows that the clients and the upstreams work together without the daemon.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 
 class RecordingProxy:
-    """Connects where `addresses` ("host:port" to a port of 127.0.0.1) say, and nowhere else; logs what it was asked."""
+    """Connects only to the targets in `addresses` ("host:port" to a port of 127.0.0.1), and records the requests."""
 
     def __init__(self, addresses: Mapping[str, int]) -> None:
         self.connected_targets: list[str] = []
@@ -59,7 +59,7 @@ class RecordingProxy:
                     client.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
                     server.sendall(head.partition(b"\r\n\r\n")[2])
                 else:
-                    # Only the first request of a connection is rewritten: say so, and it is the only one.
+                    # Only the first request of a connection is rewritten. "Connection: close" prevents a second one.
                     path = target.decode().partition("://")[2].partition("/")[2]
                     fields = rest.replace(b"\r\n", b"\r\nConnection: close\r\n", 1)
                     server.sendall(method + b" /" + path.encode() + b" " + fields)

@@ -1,4 +1,4 @@
-"""The hosted registry as its clients know it: its doors, its users, and images as the programs that push have them."""
+"""A daemon with the hosted registry on all endpoints, its htpasswd file, and images in folders for skopeo, podman."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ USERS = {"alice": "wonder:land", "bob": "x" * 80}
 
 
 class RegistryDaemon(TwistdDaemon):
-    """A daemon that has the hosted registry on a plain port too."""
+    """A daemon that serves the hosted registry on a plain HTTP port too."""
 
     def __init__(self, folder: Path, settings: Mapping[str, str]) -> None:
         self.http_port = free_port()
@@ -23,18 +23,18 @@ class RegistryDaemon(TwistdDaemon):
 
     @property
     def http_address(self) -> str:
-        """The registry's name without TLS."""
+        """The registry's address without TLS."""
         return f"127.0.0.1:{self.http_port}"
 
     @property
     def https_address(self) -> str:
-        """Its name over TLS, by no proxy: programs in Go ask none for loopback addresses."""
+        """The registry's address over TLS. Go programs use no proxy for it, because it is a loopback address."""
         return f"127.0.0.1:{self.registry_port}"
 
 
 def write_htpasswd(folder: Path) -> Path:
-    """Return a file for HTPASSWD_FILE with `USERS`."""
-    import bcrypt  # not needed by what else is here
+    """Write a file for HTPASSWD_FILE with `USERS`, and return its path."""
+    import bcrypt  # only this function needs it
 
     lines = [
         f"{user}:{bcrypt.hashpw(password.encode()[:72], bcrypt.gensalt(4)).decode()}"
@@ -46,7 +46,7 @@ def write_htpasswd(folder: Path) -> Path:
 
 
 def write_image_folder(image: SampleImage, folder: Path) -> Path:
-    """Return `image` as the dir: transport of skopeo and podman has it."""
+    """Write `image` to `folder` in the format of the `dir:` transport of skopeo and podman; return the folder."""
     folder.mkdir()
     (folder / "version").write_text("Directory Transport Version: 1.1\n")
     for child in image.children_first():

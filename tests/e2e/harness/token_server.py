@@ -1,4 +1,4 @@
-"""A token server as Docker Hub has one: its tokens are signed, and the registry beside it checks them."""
+"""A token server like Docker Hub's: it signs tokens, and docker-registry verifies them."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ SERVICE = "registry.docker.io"
 
 
 class TokenServer(StubServer):
-    """Gives tokens to `users` (name to password) and to anyone for public repositories.
+    """Issues tokens to `users` (name to password), and to anonymous clients for public repositories.
 
-    A repository is private where `owners` has it; only the users named there get a token with rights to it. As on
-    Docker Hub, less is granted than was asked for without an error.
+    A repository in `owners` is private: only the users named there get a token with access to it. As on Docker Hub, a
+    token may grant less than the client requested, without an error.
     """
 
     def __init__(self, context: ssl.SSLContext, folder: Path) -> None:
@@ -60,7 +60,7 @@ class TokenServer(StubServer):
         exchange.respond(200, {"Content-Type": "application/json"}, json.dumps(token_response).encode())
 
     def issue_token(self, user: str, scopes: list[str], *, grant_all: bool = False) -> str:
-        """Return a token for what `user` may do of what `scopes` ask for."""
+        """Return a token with the requested `scopes`, reduced to the access that `user` has."""
         access = []
         for scope in " ".join(scopes).split():
             resource_type, _, remainder = scope.partition(":")
@@ -94,7 +94,7 @@ class TokenServer(StubServer):
         return actions if user in owners else []
 
     def _authenticate(self, authorization: str | None) -> str | None:
-        """Return who asks, ``""`` for nobody in particular, None where the password is wrong."""
+        """Return the user's name, ``""`` for an anonymous client, or None if the password is wrong."""
         if authorization is None:
             return ""
         scheme, _, encoded = authorization.partition(" ")

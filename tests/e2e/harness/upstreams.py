@@ -1,4 +1,4 @@
-"""All the upstream servers of the tests, with the names that the world knows them by."""
+"""All upstream servers of the tests, and their public host names."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 from bench.servers import free_port
 from tests.e2e.harness.docker_registry import DockerRegistry, RedirectingRegistry, SignedURLStore, push_image
 from tests.e2e.harness.fake_registry import FakeRegistry
+from tests.e2e.harness.http_client import basic_authorization
 from tests.e2e.harness.http_server import HTTPExchange
 from tests.e2e.harness.images import SampleImage
 from tests.e2e.harness.pki import UpstreamCA
@@ -29,11 +30,11 @@ STORE_HOST = "store.test:8443"
 
 REDIRECTING_ABSOLUTE = "https://redirecting.test"
 REDIRECTING_RELATIVE = "https://relative.test"
-"""Fronts of `REGISTRY` whose blobs lie elsewhere: absolute Locations at another host, relative ones at their own."""
+"""Frontends of `REGISTRY` that redirect GETs of blobs: to another host, or to a relative Location on the same host."""
 
 
 class Upstreams:
-    """The servers, started together and shared by all tests; each has its own names for what it puts there."""
+    """The upstream servers, started together and shared by all tests. Each test uses repository names of its own."""
 
     def __init__(self, folder: Path) -> None:
         require_programs("docker-registry")
@@ -62,13 +63,13 @@ class Upstreams:
         )
         self.fake = FakeRegistry(leaf("fake.test").server_context())
         self.self_signed = FakeRegistry(untrusted_ca.leaf("selfsigned.test").server_context())
-        self.wrong_name = FakeRegistry(leaf("somebody-else.test").server_context())
+        self.wrong_name = FakeRegistry(leaf("other-name.test").server_context())
         self.expired = FakeRegistry(leaf("expired.test", valid_days=-1).server_context())
         self._closed_port = free_port()
         self._registries = (self.registry, self.plain, self.hub, self.basic)
         self._stub_servers = (
-            self.token_server, self.store, self.redirecting, self.relative, self.fake, self.self_signed, self.wrong_name,
-            self.expired,
+            self.token_server, self.store, self.redirecting, self.relative, self.fake, self.self_signed,
+            self.wrong_name, self.expired,
         )  # fmt: skip
 
     def start(self) -> None:
@@ -85,7 +86,7 @@ class Upstreams:
 
     @contextlib.contextmanager
     def stopped(self) -> Iterator[None]:
-        """Have every upstream switched off for a while."""
+        """Stop every upstream for the time of the context."""
         self.stop()
         try:
             yield
@@ -94,7 +95,7 @@ class Upstreams:
 
     @property
     def addresses(self) -> dict[str, int]:
-        """Where each host is: "name:port" to a port of 127.0.0.1."""
+        """The address of each host: "name:port" to a port of 127.0.0.1."""
         return {
             "registry-1.docker.io:443": self.hub.port,
             "auth.docker.io:443": self.token_server.port,
@@ -113,7 +114,7 @@ class Upstreams:
 
     @property
     def settings(self) -> dict[str, str]:
-        """What the daemon has to know to reach them all."""
+        """The settings with which the daemon reaches all upstreams."""
         return {
             "REGISTRIES": " ".join((
                 "registry.test:5443", PLAIN, "basic.test", "redirecting.test", "relative.test", "fake.test",
@@ -125,20 +126,20 @@ class Upstreams:
 
     @property
     def secrets(self) -> list[str]:
-        """What must never be in a log: passwords, what Basic makes of them, tokens, signatures."""
+        """Strings that must never be in a log: passwords, Basic credentials, tokens and signatures."""
         encoded_credentials = [
             base64.b64encode(f"{user}:{password}".encode()).decode() for user, password in self.users.items()
         ]
         return [*self.users.values(), *encoded_credentials, *self.token_server.issued_tokens, SignedURLStore.SIGNATURE]
 
     def basic_authorization(self, user: str) -> str:
-        """Return the Authorization that `user` logs in with."""
-        return "Basic " + base64.b64encode(f"{user}:{self.users[user]}".encode()).decode()
+        """Return the Authorization header of `user`."""
+        return basic_authorization(user, self.users[user])
 
-    # putting images there
+    # pushing images
 
     def push_to_hub(self, name: str, tag: str, image: SampleImage, owners: set[str] | None = None) -> SampleImage:
-        """Push an image to the hub; it is private where it has owners."""
+        """Push an image to Docker Hub's stand-in. It is private if `owners` are given."""
         if owners is not None:
             self.token_server.owners[name] = owners
         token = self.token_server.issue_token("the tests", [f"repository:{name}:pull,push"], grant_all=True)
@@ -155,7 +156,7 @@ class Upstreams:
 
 
 class RelativeRedirectingRegistry(RedirectingRegistry):
-    """Sends readers of blobs to another path of its own, by a Location without a host."""
+    """Redirects GETs of blobs to another path on the same host, with a Location without a host."""
 
     def __init__(self, context: ssl.SSLContext, registry: DockerRegistry, client_context: ssl.SSLContext) -> None:
         super().__init__(context, registry, client_context, "/objects/{digest}?Signature={signature}")
@@ -169,7 +170,7 @@ class RelativeRedirectingRegistry(RedirectingRegistry):
 
 
 def format_upstream_addresses(addresses: Mapping[str, int]) -> str:
-    """Return `addresses` as UPSTREAM_ADDRESSES has them."""
+    """Return `addresses` in the format of the setting UPSTREAM_ADDRESSES."""
     return " ".join(f"{host}=127.0.0.1:{port}" for host, port in addresses.items())
 
 
@@ -189,7 +190,7 @@ def basic_auth_config(htpasswd_file: Path, users: Mapping[str, str]) -> dict[str
 
 
 def _bcrypt(password: str) -> str:
-    """Hash as htpasswd -B does; the C library has it, Python from 3.13 on has not."""
+    """Hash a password as `htpasswd -B` does, with the C library, because Python 3.13 has no crypt module."""
     crypt = ctypes.CDLL("libcrypt.so.1").crypt
     crypt.restype = ctypes.c_char_p
     password_hash = crypt(password.encode(), b"$2b$04$" + secrets.token_hex(11).encode())
