@@ -1,4 +1,4 @@
-"""Requests off an in-memory transport: their order, their framing, those that are refused, and how it all ends."""
+"""HTTPChannel on an in-memory transport: order, framing, invalid requests, detaching and draining."""
 
 from __future__ import annotations
 
@@ -26,8 +26,7 @@ from tests.http.support.in_memory import (
     parse_responses,
 )
 
-# Any cut of the same bytes
-
+# The same bytes, split in any way
 STREAM = (
     b"GET /1 HTTP/1.1\r\nHost: a\r\n\r\n"
     b"\r\nPOST /2 HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\nhello"
@@ -53,7 +52,7 @@ TAILS = {
 
 @st.composite
 def split_requests(draw: st.DrawFn) -> tuple[list[bytes], int]:
-    """Return a stream of requests, of which the last ends the connection, cut anywhere; and the last one's status."""
+    """Return a split stream of requests, the last of which ends the connection, and the last response's status."""
     tail, status = draw(st.sampled_from(sorted(TAILS.items())))
     data = STREAM + tail
     offsets = sorted(draw(st.sets(st.integers(1, len(data) - 1), max_size=40)))
@@ -87,12 +86,12 @@ def test_unread_bodies_are_independent_of_splits(case: tuple[list[bytes], int]) 
         client.send(piece)
     responses = parse_responses(client.transport.value(), *METHODS)
     assert [response.status for response in responses[: len(METHODS)]] == [200] * len(METHODS)
-    # What is wrong with a body that nobody reads concerns nobody; but no request is looked for behind it.
+    # An invalid body that the handler does not read has no effect on its response, but no further request is parsed.
     last = b"".join(pieces).removeprefix(STREAM)
     assert [response.status for response in responses[len(METHODS) :]] == [200 if b"chunked" in last else status]
 
 
-def test_byte_by_byte() -> None:
+def test_requests_are_parsed_byte_by_byte() -> None:
     client = InMemoryServer(echo).client()
     for byte in STREAM:
         client.send(bytes([byte]))
@@ -101,7 +100,7 @@ def test_byte_by_byte() -> None:
 
 
 @pytest.mark.parametrize("excess", [0, 1])
-def test_the_longest_head(excess: int) -> None:
+def test_head_length_limit_is_exact(excess: int) -> None:
     start = b"GET / HTTP/1.1\r\nHost: a\r\nA: "
     head = start + b"a" * (MAX_HEAD - len(start) + excess) + b"\r\n\r\n"
     for missing in (0, 1, 2, 3, 4, 5, 1000):
@@ -122,8 +121,8 @@ class PipeliningTests(SynchronousTestCase):
             handler.waiters[-1].callback(None)
         self.assertEqual([response.body for response in client.responses], [b"/1", b"/2", b"/3"])
 
-    def test_thousands_of_requests_in_one_segment(self) -> None:
-        """Neither the stack nor the other clients suffer: some are answered, then others have their turn."""
+    def test_thousands_of_requests_in_one_segment_are_handled_in_batches(self) -> None:
+        """Requests are handled in batches, which bound the stack depth and let other clients in between."""
         server = InMemoryServer(echo)
         client, other = server.client(), server.client()
         client.send(GET % 7 * 5000)
@@ -134,9 +133,9 @@ class PipeliningTests(SynchronousTestCase):
         server.clock.pump([0] * 500)
         self.assertEqual(client.statuses, [200] * 5000)
         self.assertFalse(client.transport.paused)
-        self.assertEqual(len(server.clock.getDelayedCalls()), 1)  # the clients' time-outs
+        self.assertEqual(len(server.clock.getDelayedCalls()), 1)  # the timeout reaper
 
-    def test_thousands_of_requests_behind_a_slow_one(self) -> None:
+    def test_thousands_of_requests_wait_behind_a_slow_one(self) -> None:
         handler = BlockingHandler()
         handled: list[str] = []
 
@@ -156,7 +155,7 @@ class PipeliningTests(SynchronousTestCase):
         self.assertEqual(client.statuses, [200] * 3001)
 
     def test_next_request_waits_for_a_client_that_does_not_read(self) -> None:
-        """Else a client that reads nothing makes us keep all the answers that it asks for."""
+        """Otherwise a client that reads nothing could make the server buffer any number of responses."""
 
         async def large(request: Request) -> None:
             request.respond(200, [], b"x" * 100_000)
@@ -186,8 +185,7 @@ class PipeliningTests(SynchronousTestCase):
         self.assertEqual(len(handler.waiters), 4)
         self.assertFalse(client.transport.paused)
 
-    def test_no_request_after_connection_close(self) -> None:
-        """What comes behind a request that ends the connection is not carried out."""
+    def test_no_request_is_handled_after_connection_close(self) -> None:
         for first in (
             b"GET /1 HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n",
             b"GET /1 HTTP/1.0\r\n\r\n",
@@ -216,13 +214,13 @@ class PipeliningTests(SynchronousTestCase):
 
 class KeepAliveTests(SynchronousTestCase):
     def request(self, head: bytes) -> tuple[bool, str | None]:
-        """Return whether the connection goes on, and what was said about it."""
+        """Return whether the connection stays open, and the Connection field of the response."""
         client = InMemoryServer(echo).client()
         client.send(head + b"\r\n\r\n")
         (response,) = client.responses
         return not client.closed_cleanly, response.fields.get("Connection")
 
-    def test_connection_field(self) -> None:
+    def test_connection_field_decides_on_keepalive(self) -> None:
         self.assertEqual(self.request(b"GET / HTTP/1.1\r\nHost: a"), (True, None))
         self.assertEqual(self.request(b"GET / HTTP/1.1\r\nHost: a\r\nConnection: keep-alive"), (True, None))
         self.assertEqual(self.request(b"GET / HTTP/1.1\r\nHost: a\r\nConnection: x, Close"), (False, "close"))
@@ -237,8 +235,8 @@ class KeepAliveTests(SynchronousTestCase):
         self.assertEqual(server.clock.getDelayedCalls(), [])
         self.successResultOf(server.site.drain())
 
-    def test_no_reference_cycles(self) -> None:
-        """Else thousands of them, and what TLS keeps for each, would wait for it."""
+    def test_closed_connection_leaves_no_reference_cycle(self) -> None:
+        """With cycles, thousands of closed connections and their TLS state would stay until a garbage collection."""
         server = InMemoryServer(echo)
         client = server.client()
         client.send(GET % 1 + b"POST /1 HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\n\r\nx")
@@ -263,20 +261,20 @@ class ResponseFramingTests(SynchronousTestCase):
         request.write(b"world")
         request.finish()
 
-    def test_unknown_length(self) -> None:
+    def test_response_of_unknown_length_is_chunked(self) -> None:
         raw = self.get_response(self.write_chunks)
         self.assertTrue(raw.endswith(b"\r\n\r\n6\r\nhello \r\n5\r\nworld\r\n0\r\n\r\n"))
         self.assertEqual(parse_responses(raw)[0].body, b"hello world")
         self.assertFalse(self.client.closed_cleanly)
 
-    def test_unknown_length_for_http_1_0(self) -> None:
+    def test_response_of_unknown_length_to_http_1_0_ends_with_the_connection(self) -> None:
         raw = self.get_response(self.write_chunks, b"GET / HTTP/1.0\r\nConnection: keep-alive")
         self.assertTrue(raw.endswith(b"\r\n\r\nhello world"))
         self.assertNotIn("Transfer-Encoding", parse_responses(raw)[0].fields)
         self.assertEqual(parse_responses(raw)[0].fields["Connection"], "close")
         self.assertTrue(self.client.closed_cleanly)
 
-    def test_head(self) -> None:
+    def test_response_to_head_has_no_body(self) -> None:
         for length in (11, None):
 
             async def handle(request: Request, length: int | None = length) -> None:
@@ -291,8 +289,8 @@ class ResponseFramingTests(SynchronousTestCase):
             self.assertEqual(response.fields["A"], "b")
             self.assertFalse(self.client.transport.disconnecting)
 
-    def test_no_content(self) -> None:
-        """RFC 9112, section 6.1 and 6.3: these have no body, and a 204 no framing."""
+    def test_204_and_304_have_no_body(self) -> None:
+        """These statuses have no body, and a 204 has no framing fields (RFC 9112, sections 6.1 and 6.3)."""
         for status in (204, 304):
             for length in (0, 5, None):
 
@@ -310,7 +308,7 @@ class ResponseFramingTests(SynchronousTestCase):
                 self.assertNotIn("Content-Length", response.fields)
                 self.assertFalse(self.client.transport.disconnecting)
 
-    def test_date_and_length(self) -> None:
+    def test_response_has_date_and_content_length(self) -> None:
         (response,) = parse_responses(self.get_response(echo))
         self.assertRegex(response.fields["Date"], r"\A\w{3}, \d\d \w{3} \d{4} \d\d:\d\d:\d\d GMT\Z")
         self.assertEqual(response.fields["Content-Length"], "6")
@@ -325,7 +323,7 @@ class ResponseFramingTests(SynchronousTestCase):
         self.assertTrue(self.client.transport.aborted)
 
     def test_response_too_long_aborts(self) -> None:
-        """What is beyond the length that was said is never sent: it would be read as the next answer."""
+        """Bytes beyond the Content-Length are never sent, because a client would read them as the next response."""
 
         async def handle(request: Request) -> None:
             request.start(200, [], 3)
@@ -391,7 +389,7 @@ class BadRequestTests(SynchronousTestCase):
         self.assertEqual(self.server.clock.getDelayedCalls(), [])
         return response
 
-    def test_malformed_heads(self) -> None:
+    def test_malformed_heads_are_refused(self) -> None:
         for head in (
             b"GET / HTTP/1.1\r\n\r\n",
             b"GET / HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n",
@@ -404,7 +402,7 @@ class BadRequestTests(SynchronousTestCase):
             self.assertRegex(response.body.decode(), r"\A[^\n]+\n\Z")
 
     def test_garbage_is_refused_immediately(self) -> None:
-        """What can no more become a request is not waited for."""
+        """Input that cannot become a request is refused without waiting for more."""
         hello = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(range(200))
         for data in (hello, hello[:1], b"\x00", b"\xff\xfe", b"SSH-2.0-x\n", b"GET / HTTP/1.0\n\n", b"\rGET", b" GET"):
             self.assertEqual(self.refuse(data).status, 400)
@@ -415,11 +413,11 @@ class BadRequestTests(SynchronousTestCase):
             client.send(data)
             self.assertEqual(client.transport.value(), b"")
 
-    def test_head_too_long(self) -> None:
+    def test_too_long_heads_are_refused(self) -> None:
         for data in (b"A" * 100_000, b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 10_000, b"GET /" + b"a" * 40_000):
             self.assertEqual(self.refuse(data).status, 400)
 
-    def test_garbage_after_a_request(self) -> None:
+    def test_garbage_after_a_request_is_refused(self) -> None:
         client = InMemoryServer(echo).client()
         client.send(GET % 1 + b"garbage\r\n\r\n" + GET % 2)
         self.assertEqual(client.statuses, [200, 400])
@@ -437,12 +435,12 @@ class DetachTests(SynchronousTestCase):
         async def handle(request: Request) -> None:
             await self.connected
             self.detached = request.detach()
-            request.write(b"not ours any more")
+            request.write(b"written after detach")
 
         self.server = InMemoryServer(handle)
         self.client = self.server.client()
 
-    def test_with_early_bytes(self) -> None:
+    def test_detach_returns_early_bytes(self) -> None:
         self.client.send(b"CONNECT a:443 HTTP/1.1\r\nHost: a:443\r\n\r\n\x16early")
         self.client.send(b" bytes")
         done = self.server.site.drain()
@@ -466,13 +464,13 @@ class DetachTests(SynchronousTestCase):
         self.assertEqual(len(self.detached[1]), (MAX_HEAD // 1000 + 1) * 1000)
 
     def test_content_length_of_connect_is_ignored(self) -> None:
-        """RFC 9110, section 9.3.6: what follows a CONNECT is no body."""
+        """A CONNECT request has no body (RFC 9110, section 9.3.6)."""
         self.client.send(b"CONNECT a:443 HTTP/1.1\r\nHost: a:443\r\nContent-Length: 5\r\n\r\nhello world")
         self.connected.callback(None)
         assert self.detached is not None
         self.assertEqual(self.detached[1], b"hello world")
 
-    def test_client_disconnects_before_detach(self) -> None:
+    def test_no_detach_if_the_client_disconnects_first(self) -> None:
         self.client.send(b"CONNECT a:443 HTTP/1.1\r\nHost: a:443\r\n\r\n")
         self.client.disconnect()
         self.assertIsNone(self.detached)
@@ -484,7 +482,7 @@ class SiteDrainTests(SynchronousTestCase):
         self.handler = BlockingHandler()
         self.server = InMemoryServer(self.handler)
 
-    def test_idle_connections(self) -> None:
+    def test_idle_connections_are_closed(self) -> None:
         idle, fresh, half = self.server.client(), self.server.client(), self.server.client()
         idle.send(GET % 1)
         self.handler.waiters[0].callback(None)
@@ -497,7 +495,7 @@ class SiteDrainTests(SynchronousTestCase):
         self.successResultOf(done)
         self.assertEqual(self.server.clock.getDelayedCalls(), [])
 
-    def test_no_connections(self) -> None:
+    def test_drain_without_connections_fires_immediately(self) -> None:
         self.successResultOf(self.server.site.drain())
 
     def test_pending_response_is_sent_before_close(self) -> None:
@@ -527,7 +525,7 @@ class SiteDrainTests(SynchronousTestCase):
         self.assertEqual(len(client.responses[0].body), 2000)
         self.assertTrue(client.closed_cleanly)
 
-    def test_twice(self) -> None:
+    def test_drain_can_be_called_twice(self) -> None:
         client = self.server.client()
         client.send(GET % 1)
         one, other = self.server.site.drain(), self.server.site.drain()
@@ -536,7 +534,7 @@ class SiteDrainTests(SynchronousTestCase):
         self.successResultOf(one)
         self.successResultOf(other)
 
-    def test_while_lingering(self) -> None:
+    def test_lingering_connection_is_closed_after_its_timeout(self) -> None:
         client = self.server.client()
         client.send(b"\x16")
         self.server.site.drain()
@@ -544,7 +542,7 @@ class SiteDrainTests(SynchronousTestCase):
         self.server.clock.advance(5)
         self.assertTrue(client.closed_cleanly)
 
-    def test_abort(self) -> None:
+    def test_abort_resets_all_connections(self) -> None:
         clients = [self.server.client(), self.server.client()]
         clients[0].send(GET % 1)
         self.assertEqual(self.server.site.abort(), 2)
@@ -555,7 +553,7 @@ class SiteDrainTests(SynchronousTestCase):
         self.assertEqual(len(self.server.logged), 1)
         self.assertEqual(self.server.site.abort(), 0)
 
-    def test_drain_timeout(self) -> None:
+    def test_abort_after_a_drain_timeout(self) -> None:
         client = self.server.client()
         client.send(GET % 1)
         done = self.server.site.drain().addTimeout(25, self.server.clock)

@@ -1,4 +1,4 @@
-"""Bodies of requests: asked for, read, held back, or thrown away."""
+"""Request bodies of HTTPChannel: reading, 100 (Continue), discarding and back-pressure."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class RequestBodyTests(SynchronousTestCase):
         self.assertIsInstance(upload_handler.error, BadRequest)
         self.assertEqual(client.statuses, [400])
 
-    def test_no_body(self) -> None:
+    def test_request_without_body(self) -> None:
         results: list[tuple[bool, bytes]] = []
 
         async def handle(request: Request) -> None:
@@ -62,7 +62,7 @@ class ExpectContinueTests(SynchronousTestCase):
     HEAD = b"PUT /1 HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\nExpect: 100-continue\r\n\r\n"
     CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
-    def test_once_when_the_body_is_read(self) -> None:
+    def test_continue_is_sent_once_when_the_body_is_read(self) -> None:
         upload_handler = UploadHandler()
         client = InMemoryServer(upload_handler).client()
         client.send(self.HEAD)
@@ -75,8 +75,8 @@ class ExpectContinueTests(SynchronousTestCase):
         self.assertEqual(upload_handler.body, b"hello")
         self.assertFalse(client.transport.disconnecting)
 
-    def test_not_if_the_body_is_not_read(self) -> None:
-        """Then the client may send it or not (RFC 9110, section 10.1.1): where the next request begins is open."""
+    def test_no_continue_if_the_body_is_not_read(self) -> None:
+        """The connection closes, because the client may or may not send the body (RFC 9110, section 10.1.1)."""
         server = InMemoryServer(ignore_body)
         client = server.client()
         client.send(self.HEAD)
@@ -87,20 +87,20 @@ class ExpectContinueTests(SynchronousTestCase):
         server.clock.advance(5)
         self.assertTrue(client.closed_cleanly)
 
-    def test_not_for_http_1_0(self) -> None:
+    def test_no_continue_for_http_1_0(self) -> None:
         upload_handler = UploadHandler()
         client = InMemoryServer(upload_handler).client()
         client.send(self.HEAD.replace(b"HTTP/1.1", b"HTTP/1.0"))
         upload_handler.proceed.callback(None)
         self.assertEqual(client.transport.value(), b"")
 
-    def test_not_without_a_body(self) -> None:
+    def test_no_continue_without_a_body(self) -> None:
         client = InMemoryServer(echo).client()
         client.send(self.HEAD.replace(b"Content-Length: 5", b"Content-Length: 0"))
         self.assertEqual(client.statuses, [200])
         self.assertFalse(client.transport.disconnecting)
 
-    def test_not_after_the_response_started(self) -> None:
+    def test_no_continue_after_the_response_started(self) -> None:
         async def handle(request: Request) -> None:
             request.start(200, [], 2)
             await request.read_chunk()
@@ -123,7 +123,7 @@ class UnreadBodyTests(SynchronousTestCase):
     def test_short_body_is_discarded(self) -> None:
         for chunked in (False, True):
             client = InMemoryServer(ignore_body).client()
-            for _ in range(20):  # each of them has the same right
+            for _ in range(20):  # the limit applies to each body separately
                 head, body = self.post(DISCARD_LIMIT // 2, chunked=chunked)
                 client.send(head)
                 for start in range(0, len(body), 10_000):
@@ -139,7 +139,7 @@ class UnreadBodyTests(SynchronousTestCase):
         head, body = self.post(DISCARD_LIMIT + 100_000)
         client.send(head + body[:1000])
         self.assertEqual(client.responses[0].fields["Connection"], "close")
-        # While the client is still sending it could not read the answer, were the connection closed now.
+        # If the connection were closed now, the client could not read the response, because it is still sending.
         client.send(body[1000:])
         client.send(GET % 2)
         self.assertFalse(client.transport.disconnecting)
@@ -160,7 +160,7 @@ class UnreadBodyTests(SynchronousTestCase):
         self.assertEqual(client.statuses, [200])
 
     def test_chunk_extensions_count_as_discarded(self) -> None:
-        """A chunk of one byte may have an extension of a thousand."""
+        """A chunk of one byte may have an extension of 1000 bytes."""
         server = InMemoryServer(ignore_body)
         client = server.client()
         client.send(self.post(1, chunked=True)[0])
@@ -169,7 +169,7 @@ class UnreadBodyTests(SynchronousTestCase):
         server.clock.advance(5)
         self.assertTrue(client.closed_cleanly)
 
-    def test_discard_timeout(self) -> None:
+    def test_discarding_times_out(self) -> None:
         server = InMemoryServer(ignore_body)
         client = server.client()
         client.send(self.post(100)[0] + b"x")
@@ -179,7 +179,7 @@ class UnreadBodyTests(SynchronousTestCase):
             server.clock.advance(5)
         self.assertTrue(client.closed_cleanly)
 
-    def test_broken_framing(self) -> None:
+    def test_broken_framing_of_an_unread_body_closes_the_connection(self) -> None:
         server = InMemoryServer(ignore_body)
         client = server.client()
         client.send(self.post(5, chunked=True)[0])
@@ -189,7 +189,7 @@ class UnreadBodyTests(SynchronousTestCase):
         self.assertTrue(client.closed_cleanly)
 
     def test_reading_a_discarded_body_fails(self) -> None:
-        """A body that is thrown away from some point on must not look whole to a reader that stayed."""
+        """A partly discarded body must not look complete to a handler that still reads it."""
         upload_handler = UploadHandler()
         client = InMemoryServer(upload_handler).client()
         client.send(self.post(10)[0] + b"12345")
@@ -202,7 +202,7 @@ class UnreadBodyTests(SynchronousTestCase):
         self.assertEqual(client.statuses, [403, 201])
 
     def test_buffered_bytes_do_not_block_the_connection(self) -> None:
-        """An answer comes while more of the body waits than may: what is left of it is small, so it goes on."""
+        """The handler responds while its unread body has paused the transport. The rest of the body is short."""
         upload_handler = UploadHandler()
         client = InMemoryServer(upload_handler).client()
         head, body = self.post(500_000)
@@ -220,7 +220,7 @@ class UnreadBodyTests(SynchronousTestCase):
 
 
 class BackPressureTests(SynchronousTestCase):
-    def test_request_body(self) -> None:
+    def test_unread_request_body_pauses_the_transport(self) -> None:
         upload_handler = UploadHandler()
         client = InMemoryServer(upload_handler).client()
         size = 3_000_000
@@ -236,8 +236,8 @@ class BackPressureTests(SynchronousTestCase):
         client.send(b"x" * (size - sent))
         self.assertEqual(client.statuses, [201])
 
-    def test_tiny_chunks(self) -> None:
-        """Two bytes each, they take some fifty in memory."""
+    def test_tiny_chunks_pause_the_transport(self) -> None:
+        """A chunk of two bytes takes about 50 bytes of memory, so the number of chunks is bounded as well."""
         upload_handler = UploadHandler()
         client = InMemoryServer(upload_handler).client()
         client.send(b"POST /1 HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n")
@@ -247,7 +247,7 @@ class BackPressureTests(SynchronousTestCase):
             chunk_count += 1
         self.assertLess(chunk_count, 5000)
 
-    def test_next_request_after_a_paused_body(self) -> None:
+    def test_next_request_after_a_paused_body_is_read(self) -> None:
         for chunked in (False, True):
             upload_handler = UploadHandler()
             client = InMemoryServer(upload_handler).client()
@@ -262,16 +262,16 @@ class BackPressureTests(SynchronousTestCase):
             client.send(b"POST /1 HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\n\r\nhi")
             self.assertEqual(client.statuses, [201, 201])
 
-    def test_pipelined_requests_behind_a_long_body(self) -> None:
+    def test_pipelined_requests_behind_a_long_body_are_handled(self) -> None:
         upload_handler = UploadHandler()
         client = InMemoryServer(upload_handler).client()
         client.send(b"POST /1 HTTP/1.1\r\nHost: a\r\nContent-Length: 300000\r\n\r\n" + b"x" * 300_000 + GET % 2 * 2000)
         self.assertTrue(client.transport.paused)
-        upload_handler.proceed.callback(None)  # reading the body makes no room in what waits behind it
+        upload_handler.proceed.callback(None)  # this does not shrink the buffer of pipelined requests
         self.assertEqual(len(client.responses[0].body), 0)
         self.assertEqual(client.statuses[:2], [201, 201])
 
-    def test_response(self) -> None:
+    def test_slow_client_pauses_the_response(self) -> None:
         download_handler = DownloadHandler(100_000)
 
         async def handle(request: Request) -> None:

@@ -1,4 +1,4 @@
-"""Clients that leave, and handlers that fail."""
+"""Disconnecting clients and failing handlers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.http.support.in_memory import (
 
 
 class DisconnectTests(SynchronousTestCase):
-    def test_before_the_response(self) -> None:
+    def test_disconnect_before_the_response_cancels_the_handler(self) -> None:
         handler = BlockingHandler()
         server = InMemoryServer(handler)
         client = server.client()
@@ -34,7 +34,7 @@ class DisconnectTests(SynchronousTestCase):
         self.assertEqual(server.logged, [("/1", 0, 0, 7.0)])
         self.assertEqual(server.clock.getDelayedCalls(), [])
 
-    def test_during_the_response(self) -> None:
+    def test_disconnect_during_the_response_fails_drain(self) -> None:
         download_handler = DownloadHandler(10_000)
 
         async def handle(request: Request) -> None:
@@ -48,7 +48,7 @@ class DisconnectTests(SynchronousTestCase):
         self.assertEqual([type(error) for error in download_handler.errors], [ClientDisconnected])
         self.assertEqual([(path, status, size) for path, status, size, _ in server.logged], [("/1", 200, 1000)])
 
-    def test_during_the_request_body(self) -> None:
+    def test_disconnect_during_the_request_body_fails_the_reader(self) -> None:
         upload_handler = UploadHandler()
         server = InMemoryServer(upload_handler)
         client = server.client()
@@ -78,8 +78,8 @@ class DisconnectTests(SynchronousTestCase):
         self.assertEqual([response.body for response in second.responses], [b"content"])
         self.assertEqual([(path, status) for path, status, *_ in server.logged], [("/1", 0), ("/2", 200)])
 
-    def test_handler_that_suppresses_cancellation(self) -> None:
-        """Neither an answer nor a log line comes of what a handler does for a client that has left."""
+    def test_handler_that_suppresses_cancellation_is_ignored(self) -> None:
+        """A handler that outlives its client causes neither a response nor a second log entry."""
         disconnected: Deferred[None] = Deferred()
         cleanup: Deferred[None] = Deferred()
 
@@ -97,7 +97,7 @@ class DisconnectTests(SynchronousTestCase):
         cleanup.callback(None)
         self.assertEqual(len(server.logged), 1)
 
-    def test_handler_continues_after_its_response(self) -> None:
+    def test_handler_continues_after_its_response_and_the_disconnect(self) -> None:
         cleaned_up: list[bool] = []
         cleanup: Deferred[None] = Deferred()
 
@@ -114,7 +114,7 @@ class DisconnectTests(SynchronousTestCase):
         self.assertEqual(cleaned_up, [True])
         self.assertEqual(len(server.logged), 1)
 
-    def test_while_lingering(self) -> None:
+    def test_disconnect_while_lingering_leaves_no_delayed_calls(self) -> None:
         server = InMemoryServer(echo)
         client = server.client()
         client.send(b"\x16")
@@ -130,7 +130,7 @@ class HandlerFailureTests(SynchronousTestCase):
         self.assertEqual([failure.type for failure in self.flushLoggedErrors()], list(logged))
         return client
 
-    def test_before_the_response(self) -> None:
+    def test_failure_before_the_response_is_a_500(self) -> None:
         async def handle(request: Request) -> None:
             raise KeyError("secret")
 
@@ -140,7 +140,7 @@ class HandlerFailureTests(SynchronousTestCase):
         self.assertEqual([status for _, status, *_ in self.server.logged], [500])
         self.assertTrue(client.closed_cleanly)
 
-    def test_during_the_response(self) -> None:
+    def test_failure_during_the_response_aborts(self) -> None:
         async def handle(request: Request) -> None:
             request.start(200, [], None)
             request.write(b"half")
@@ -152,7 +152,7 @@ class HandlerFailureTests(SynchronousTestCase):
         client.disconnect()
         self.assertEqual(len(self.server.logged), 1)
 
-    def test_after_the_response(self) -> None:
+    def test_failure_after_the_response_keeps_the_connection(self) -> None:
         async def handle(request: Request) -> None:
             request.respond(200, [])
             raise KeyError("secret")
@@ -161,7 +161,7 @@ class HandlerFailureTests(SynchronousTestCase):
         self.assertEqual(client.statuses, [200, 200])
         self.assertFalse(client.transport.disconnecting)
 
-    def test_no_response(self) -> None:
+    def test_missing_response_is_a_500(self) -> None:
         async def handle(request: Request) -> None:
             pass
 
@@ -169,13 +169,13 @@ class HandlerFailureTests(SynchronousTestCase):
         self.assertEqual(client.statuses, [500])
         self.assertTrue(client.closed_cleanly)
 
-    def test_incomplete_response(self) -> None:
+    def test_incomplete_response_aborts(self) -> None:
         async def handle(request: Request) -> None:
             request.start(200, [], 5)
 
         self.assertTrue(self.run_failing(handle, []).transport.aborted)
 
-    def test_invalid_response_fields(self) -> None:
+    def test_invalid_response_fields_are_a_500(self) -> None:
         async def handle(request: Request) -> None:
             request.respond(200, [("A", "b\r\nSet-Cookie: c")])
 
@@ -183,7 +183,7 @@ class HandlerFailureTests(SynchronousTestCase):
         self.assertEqual(client.statuses, [500])
         self.assertNotIn(b"Cookie", client.transport.value())
 
-    def test_second_response(self) -> None:
+    def test_second_response_aborts(self) -> None:
         async def handle(request: Request) -> None:
             request.start(200, [], 2)
             request.respond(404, [])
@@ -192,7 +192,7 @@ class HandlerFailureTests(SynchronousTestCase):
         self.assertEqual(client.transport.value().count(b"HTTP/1.1"), 1)
         self.assertTrue(client.transport.aborted)
 
-    def test_registry_error(self) -> None:
+    def test_registry_error_becomes_the_response(self) -> None:
         error: RegistryError = Denied("not for you", headers=[("A", "b")])
 
         async def handle(request: Request) -> None:
@@ -202,7 +202,7 @@ class HandlerFailureTests(SynchronousTestCase):
         (response,) = client.responses
         self.assertEqual((response.status, response.body, response.fields["A"]), (403, b"not for you\n", "b"))
 
-    def test_awaited_deferred_is_cancelled(self) -> None:
+    def test_cancellation_by_others_is_a_500(self) -> None:
         waiting: Deferred[None] = Deferred()
 
         async def handle(request: Request) -> None:

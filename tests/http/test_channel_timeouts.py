@@ -1,4 +1,4 @@
-"""How long a client may take for what, under a clock that the tests turn."""
+"""Timeouts of HTTPChannel, on a Clock."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class ChannelTimeoutTests(SynchronousTestCase):
         self.client = self.server.client()
 
     def assert_open_for(self, seconds: float, send: bytes = b"", interval: float = 1) -> None:
-        """Let time go by, the client sending something now and then; see that the connection is still open."""
+        """Advance the clock by `seconds`, send `send` after each interval, and assert that the connection is open."""
         for _ in range(int(seconds / interval)):
             self.assertFalse(self.client.transport.disconnecting)
             self.server.clock.advance(interval)
@@ -36,13 +36,13 @@ class ChannelTimeoutTests(SynchronousTestCase):
     def finish_response(self) -> None:
         self.handler.waiters[-1].callback(None)
 
-    def test_no_request_at_all(self) -> None:
+    def test_connection_without_request_times_out(self) -> None:
         self.assert_open_for(TIMEOUTS.header - 1)
         self.server.clock.advance(1)
         self.assertTrue(self.client.closed_cleanly)
         self.assertEqual(self.client.transport.value(), b"")
 
-    def test_between_requests(self) -> None:
+    def test_keepalive_timeout_between_requests(self) -> None:
         self.client.send(GET % 1)
         self.assert_open_for(1000)
         self.finish_response()
@@ -55,7 +55,7 @@ class ChannelTimeoutTests(SynchronousTestCase):
         self.assertEqual(self.client.statuses, [200, 200])
 
     def test_bytes_do_not_extend_the_header_timeout(self) -> None:
-        """A byte now and then does not extend the time for a head: else they would hold a connection for ever."""
+        """Otherwise a client could keep a connection open forever with an occasional byte."""
         self.assert_open_for(TIMEOUTS.header - 1, b"A")
         self.assertEqual(self.client.transport.value(), b"")
         self.server.clock.advance(1)
@@ -78,7 +78,7 @@ class ChannelTimeoutTests(SynchronousTestCase):
         self.assertTrue(self.client.closed_cleanly)
         self.assertEqual(self.client.statuses, [200])
 
-    def test_header_timeout_of_a_later_request(self) -> None:
+    def test_header_timeout_applies_to_a_later_request(self) -> None:
         self.client.send(GET % 1)
         self.finish_response()
         self.assert_open_for(200)
@@ -106,7 +106,7 @@ class ChannelTimeoutTests(SynchronousTestCase):
         self.server = InMemoryServer(handler)
         self.client = self.server.client()
 
-    def test_body_timeout(self) -> None:
+    def test_body_timeout_is_a_408(self) -> None:
         self.serve(echo)
         self.client.send(b"POST /1 HTTP/1.1\r\nHost: a\r\nContent-Length: 1000\r\n\r\n")
         self.assert_open_for(500, b"x", interval=10)
@@ -119,7 +119,7 @@ class ChannelTimeoutTests(SynchronousTestCase):
         self.assertTrue(self.client.closed_cleanly)
 
     def test_body_timeout_excludes_back_pressure(self) -> None:
-        """The client's time begins when it is its turn: here the reader was away for long, the transport paused."""
+        """The timeout does not run while the transport is paused because the handler does not read."""
         upload_handler = UploadHandler()
         self.serve(upload_handler)
         self.client.send(b"POST /1 HTTP/1.1\r\nHost: a\r\nContent-Length: 400000\r\n\r\n")
@@ -142,7 +142,7 @@ class ChannelTimeoutTests(SynchronousTestCase):
         self.client.send(GET % 1)
         return download_handler
 
-    def test_send_timeout(self) -> None:
+    def test_send_timeout_aborts(self) -> None:
         download_handler = self.start_stalled_download()
         self.assert_open_for(TIMEOUTS.send)
         self.server.clock.advance(self.tick)
@@ -161,8 +161,8 @@ class ChannelTimeoutTests(SynchronousTestCase):
         self.server.clock.advance(1 + self.tick)
         self.assertTrue(self.client.transport.aborted)
 
-    def test_send_timeout_while_closing(self) -> None:
-        """The answer has ended and the connection is to be closed; that must not last for ever either."""
+    def test_send_timeout_applies_while_closing(self) -> None:
+        """The timeout also limits the flush after the last response of a connection."""
         self.client.send(b"GET /1 HTTP/1.0\r\n\r\n")
         self.client.stop_reading()
         self.finish_response()
@@ -174,7 +174,7 @@ class ChannelTimeoutTests(SynchronousTestCase):
         self.server.clock.pump([self.tick] * 2)
         self.assertTrue(self.client.transport.aborted)
 
-    def test_send_timeout_after_a_keepalive_response(self) -> None:
+    def test_send_timeout_applies_after_a_keepalive_response(self) -> None:
         self.client.send(GET % 1)
         self.client.stop_reading()
         self.finish_response()

@@ -1,4 +1,4 @@
-"""A request passed on and its answer passed back: our server's side on one wire, our client's side on another."""
+"""Forwarding between a server connection and an upstream connection, both on in-memory transports."""
 
 from __future__ import annotations
 
@@ -49,8 +49,7 @@ class ForwardingTests(SynchronousTestCase):
     def feed_response(self, data: bytes) -> None:
         self.connection.dataReceived(data)
 
-    # the request
-
+    # Request
     def test_request_body_is_streamed(self) -> None:
         self.client.send(PUT_WITH_LENGTH % 11)
         self.assertEqual(self.upstream.value(), b"PUT /1\r\nContent-Length: 11\r\n\r\n")
@@ -71,7 +70,7 @@ class ForwardingTests(SynchronousTestCase):
         self.client.send(b"\r\n2\r\nlo\r\n0\r\nA: b\r\n\r\n")
         self.assertTrue(self.upstream.value().endswith(b"hel\r\n2\r\nlo\r\n0\r\n\r\n"))
 
-    def test_request_body_back_pressure(self) -> None:
+    def test_slow_upstream_pauses_the_client(self) -> None:
         self.client.send(PUT_WITH_LENGTH % 3_000_000)
         self.client.send(b"x" * 1000)
         sent = 1000
@@ -89,7 +88,7 @@ class ForwardingTests(SynchronousTestCase):
         self.feed_response(b"HTTP/1.1 201 Created\r\nContent-Length: 0\r\n\r\n")
         self.assertEqual(self.client.statuses, [201])
 
-    def test_early_refusal_of_a_long_request_body(self) -> None:
+    def test_early_refusal_of_a_long_request_body_is_forwarded(self) -> None:
         self.client.send(PUT_WITH_LENGTH % 1_000_000 + b"x" * 1000)
         self.feed_response(b"HTTP/1.1 413 Too large\r\nContent-Length: 3\r\nConnection: close\r\n\r\nno\n")
         (response,) = self.client.responses
@@ -98,7 +97,7 @@ class ForwardingTests(SynchronousTestCase):
         before = len(self.upstream.value())
         self.client.send(b"x" * 100_000)
         self.assertEqual(len(self.upstream.value()), before)
-        self.assertFalse(self.client.transport.disconnecting)  # it may still be sending, and not have read the answer
+        self.assertFalse(self.client.transport.disconnecting)  # lingers, because the client may still be sending
         self.server.clock.advance(5)
         self.assertTrue(self.client.closed_cleanly)
         self.assertTrue(self.upstream.disconnecting)
@@ -117,7 +116,7 @@ class ForwardingTests(SynchronousTestCase):
         self.assertTrue(self.upstream.disconnecting)
         self.assertFalse(self.upstream.value().endswith(b"0\r\n\r\n"))
 
-    def test_client_disconnects_during_request_body(self) -> None:
+    def test_disconnect_during_request_body_aborts_upstream(self) -> None:
         for head in (PUT_WITH_LENGTH % 10, PUT_CHUNKED + b"5\r\n"):
             self.setUp()
             self.client.send(head + b"hello")
@@ -127,13 +126,12 @@ class ForwardingTests(SynchronousTestCase):
             self.assertEqual([type(error) for error in self.outcomes], [ClientDisconnected])
             self.assertEqual(len(self.server.logged), 1)
 
-    def test_upstream_disconnects_during_request_body(self) -> None:
+    def test_upstream_disconnect_during_request_body_is_a_502(self) -> None:
         self.client.send(PUT_WITH_LENGTH % 10 + b"hello")
         self.connection.connectionLost(Failure(ConnectionDone()))
         self.assertEqual(self.client.statuses, [502])
 
-    # the answer
-
+    # Response
     def get(self, response: bytes, head: bytes = GET % 1) -> None:
         self.client.send(head)
         self.feed_response(response)
@@ -147,7 +145,7 @@ class ForwardingTests(SynchronousTestCase):
         self.assertEqual(self.client.responses[0].body, b"hello world")
         self.assertNotIn("x", self.client.responses[0].fields)
 
-    def test_response_framing(self) -> None:
+    def test_response_framing_is_preserved(self) -> None:
         for response, body, fields in (
             (b"Content-Length: 5\r\n\r\nhello", b"hello", {"Content-Length": "5"}),
             (b"Content-Length: 0\r\n\r\n", b"", {"Content-Length": "0"}),
@@ -159,26 +157,26 @@ class ForwardingTests(SynchronousTestCase):
         ):
             self.setUp()
             self.get(b"HTTP/1.1 200 OK\r\nDate: then\r\na: b\r\n" + response)
-            (responses,) = self.client.responses
-            self.assertEqual(responses.body, body)
-            self.assertNotEqual(responses.fields.pop("Date"), "then")
-            self.assertEqual(responses.fields, {"a": "b", **fields})
+            (forwarded,) = self.client.responses
+            self.assertEqual(forwarded.body, body)
+            self.assertNotEqual(forwarded.fields.pop("Date"), "then")
+            self.assertEqual(forwarded.fields, {"a": "b", **fields})
             self.assertFalse(self.client.transport.disconnecting)
 
-    def test_response_delimited_by_close(self) -> None:
+    def test_response_delimited_by_close_is_forwarded(self) -> None:
         self.get(b"HTTP/1.1 200 OK\r\n\r\nhello")
         self.connection.connectionLost(Failure(ConnectionDone()))
         self.assertEqual(self.client.responses[0].body, b"hello")
 
     def test_head_response_keeps_content_length(self) -> None:
-        """Its length is that of what GET would give (RFC 9110, section 8.6), not that of nothing."""
+        """The Content-Length in a response to HEAD is the one that GET would have (RFC 9110, section 8.6)."""
         self.get(b"HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\n", b"HEAD /1 HTTP/1.1\r\nHost: a\r\n\r\n")
         (response,) = parse_responses(self.client.transport.value(), "HEAD")
         self.assertEqual(response.fields["Content-Length"], "500")
         self.assertFalse(self.client.transport.disconnecting)
         self.assertEqual(self.outcomes, [None])
 
-    def test_bodyless_statuses(self) -> None:
+    def test_bodyless_statuses_are_forwarded(self) -> None:
         for status in (204, 304):
             self.setUp()
             self.get(b"HTTP/1.1 %d X\r\nETag: x\r\n\r\n" % status)
@@ -187,7 +185,7 @@ class ForwardingTests(SynchronousTestCase):
             self.assertEqual(self.client.transport.value().count(b"\r\n\r\n"), 1)
             self.assertFalse(self.client.transport.disconnecting)
 
-    def test_response_back_pressure(self) -> None:
+    def test_slow_client_pauses_upstream(self) -> None:
         self.get(b"HTTP/1.1 200 OK\r\nContent-Length: 3000000\r\n\r\n")
         self.client.stop_reading()
         sent = 0
@@ -201,7 +199,7 @@ class ForwardingTests(SynchronousTestCase):
         self.feed_response(b"x" * (3_000_000 - sent))
         self.assertEqual(len(self.client.responses[0].body), 3_000_000)
 
-    def test_client_disconnects_during_response(self) -> None:
+    def test_disconnect_during_response_aborts_upstream(self) -> None:
         self.get(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nhello")
         self.client.disconnect()
         self.assertTrue(self.upstream.aborted)
@@ -216,7 +214,7 @@ class ForwardingTests(SynchronousTestCase):
             self.assertFalse(self.client.transport.value().endswith(b"0\r\n\r\n"))
 
     def test_unforwardable_response_is_aborted(self) -> None:
-        """What upstream sends is let go of, and the client is told."""
+        """If the response head cannot be sent, the upstream connection is aborted and the client gets a 500."""
 
         async def handle(request: Request) -> None:
             response = await self.connection.exchange(OutgoingRequest("GET", "http://a/", b"", None))
@@ -230,7 +228,7 @@ class ForwardingTests(SynchronousTestCase):
         self.assertTrue(self.upstream.aborted)
 
 
-def test_forwarded_fields() -> None:
+def test_forwarded_fields_omit_framing_and_hop_by_hop_fields() -> None:
     headers = Headers([
         ("Content-Type", "a/b"), ("Content-Length", "5"), ("Date", "now"), ("Connection", "close, X-Hop"),
         ("X-Hop", "1"), ("Transfer-Encoding", "chunked"), ("Docker-Content-Digest", "sha256:0"),
@@ -239,7 +237,7 @@ def test_forwarded_fields() -> None:
 
 
 class RequestBodyProducerTests(SynchronousTestCase):
-    """`RequestBody` as whoever sends requests uses it."""
+    """RequestBodyProducer used through the IBodyProducer interface."""
 
     def start_request(self, data: bytes, consumer: Any) -> tuple[RequestBodyProducer, InMemoryClient]:
         bodies: list[RequestBodyProducer] = []
@@ -254,11 +252,11 @@ class RequestBodyProducerTests(SynchronousTestCase):
         client.send(data)
         return bodies[0], client
 
-    def test_length(self) -> None:
+    def test_length_is_the_content_length_or_unknown(self) -> None:
         self.assertEqual(self.start_request(PUT_WITH_LENGTH % 7, None)[0].length, 7)
         self.assertIs(self.start_request(PUT_CHUNKED, None)[0].length, UNKNOWN_LENGTH)
 
-    def test_no_body(self) -> None:
+    def test_no_producer_without_a_body(self) -> None:
         bodies: list[RequestBodyProducer | None] = []
 
         async def handle(request: Request) -> None:
@@ -268,8 +266,8 @@ class RequestBodyProducerTests(SynchronousTestCase):
         InMemoryServer(handle).client().send(GET % 1 + PUT_WITH_LENGTH % 0)
         self.assertEqual(bodies, [None, None])
 
-    def test_stop(self) -> None:
-        """Its Deferred never fires then (IBodyProducer), and nothing more is read."""
+    def test_stop_producing_within_write(self) -> None:
+        """After stopProducing the Deferred never fires (IBodyProducer) and nothing more is read."""
 
         class RecordingConsumer:
             def __init__(self) -> None:
@@ -296,7 +294,7 @@ class RequestBodyProducerTests(SynchronousTestCase):
                 body.stopProducing()
                 body.resumeProducing()
 
-    def test_stop_while_waiting(self) -> None:
+    def test_stop_producing_while_waiting(self) -> None:
         consumer = RecordingTransport()
         body, client = self.start_request(PUT_WITH_LENGTH % 10, consumer)
         done = body.startProducing(consumer)
@@ -305,14 +303,14 @@ class RequestBodyProducerTests(SynchronousTestCase):
         self.assertEqual(consumer.value(), b"")
         self.assertNoResult(done)
 
-    def test_pause(self) -> None:
+    def test_pause_and_resume_producing(self) -> None:
         consumer = RecordingTransport()
         body, client = self.start_request(PUT_WITH_LENGTH % 10, consumer)
         done = body.startProducing(consumer)
         body.pauseProducing()
         body.pauseProducing()
         client.send(b"hello")
-        client.send(b"w")  # one piece may be on its way, no more
+        client.send(b"w")  # at most one piece is written after a pause
         self.assertEqual(consumer.value(), b"hello")
         body.resumeProducing()
         body.resumeProducing()

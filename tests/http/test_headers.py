@@ -1,4 +1,4 @@
-"""Header fields: look-ups, lists, and what goes no further than one connection."""
+"""Headers: lookup, copies, and the removal of hop-by-hop fields."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dockerproxy.http.headers import HOP_BY_HOP, Headers
 FIELDS = Headers([("Accept", "a"), ("X-One", "1"), ("ACCEPT", "b, c"), ("Authorization", "Basic c2VjcmV0")])
 
 
-def test_lookups() -> None:
+def test_lookup_ignores_case() -> None:
     assert FIELDS.get("accept") == "a"
     assert FIELDS.all("accept") == ["a", "b, c"]
     assert FIELDS.joined("accept") == "a, b, c"
@@ -19,7 +19,7 @@ def test_lookups() -> None:
     assert [name for name, _ in FIELDS] == ["accept", "x-one", "accept", "authorization"]
 
 
-def test_copies() -> None:
+def test_without_returns_a_copy() -> None:
     assert FIELDS.without("accept", "authorization") == Headers([("x-one", "1")])
     assert FIELDS.without() == FIELDS
     assert FIELDS != Headers()
@@ -32,7 +32,7 @@ def test_repr_hides_values() -> None:
 
 
 def test_hop_by_hop_fields_are_dropped() -> None:
-    """RFC 9110, section 7.6.1: the named fields, and those that Connection names."""
+    """RFC 9110, section 7.6.1: drop the hop-by-hop fields and those that Connection names."""
     headers = Headers([
         ("Connection", "keep-alive, X-Mine"), ("connection", " Other "), ("X-Mine", "1"), ("Other", "2"),
         ("Keep-Alive", "5"), ("Proxy-Authorization", "Basic x"), ("Transfer-Encoding", "chunked"), ("Upgrade", "h2c"),
@@ -42,7 +42,7 @@ def test_hop_by_hop_fields_are_dropped() -> None:
 
 
 @given(st.lists(st.tuples(st.sampled_from([*sorted(HOP_BY_HOP), "a", "b", "Connection"]), st.sampled_from("abc"))))
-def test_end_to_end(fields: list[tuple[str, str]]) -> None:
+def test_end_to_end_keeps_all_other_fields(fields: list[tuple[str, str]]) -> None:
     connection_options = {value for name, value in fields if name.lower() == "connection"}
     remaining = Headers(fields).end_to_end()
     assert all(name not in HOP_BY_HOP and name not in connection_options for name, _ in remaining)

@@ -1,4 +1,4 @@
-"""What a connection costs in memory: measured, in a server process of its own."""
+"""Memory per connection, measured in a separate server process."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class ServerProcess:
         self._tls, self._plain = map(int, self._process.stdout.readline().split())
 
     def connect(self, path: str) -> ssl.SSLSocket:
-        """Ask for something, and read no more than the beginning of the answer."""
+        """Request `path` and read only the beginning of the response."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
         sock = context.wrap_socket(socket.create_connection(("127.0.0.1", self._tls), timeout=20))
@@ -54,7 +54,7 @@ class ServerProcess:
 
     @property
     def resident(self) -> int:
-        """KiB."""
+        """The resident set size in KiB."""
         for line in Path(f"/proc/{self._process.pid}/status").read_text().splitlines():
             if line.startswith("VmRSS:"):
                 return int(line.split()[1])
@@ -66,13 +66,13 @@ class ServerProcess:
 
 
 @pytest.mark.parametrize(("path", "max_kib"), [("/large", 36), ("/", 32)], ids=["slow", "idle"])
-def test_many_clients(
+def test_memory_per_connection(
     path: str, max_kib: int, record_property: pytest.RecordProperty, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with ExitStack() as stack:
         server = ServerProcess()
         stack.callback(server.close)
-        for warm_up_path in ("/", "/large"):  # what is needed once
+        for warm_up_path in ("/", "/large"):  # allocate everything that the server needs only once
             server.connect(warm_up_path).close()
         server.wait_until_blocked(0)
         before = server.resident

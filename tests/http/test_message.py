@@ -1,4 +1,4 @@
-"""HTTP heads and chunked bodies: what real clients send, and every smuggling trick that the parser has to refuse."""
+"""HTTP heads and chunked bodies: input of real clients, and smuggling attempts that the parser must refuse."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def head(*lines: str, method: str = "GET", target: str = "/v2/", version: str = 
     return "\r\n".join([*start, *lines]).encode("latin-1")
 
 
-def test_docker_request_head() -> None:
+def test_docker_request_head_is_parsed() -> None:
     raw = head(
         "User-Agent: docker/27.3.1 go/go1.22.7 os/linux arch/amd64 UpstreamClient(Docker-Client/27.3.1 \\(linux\\))",
         "Accept: application/json",
@@ -67,7 +67,7 @@ targets = st.from_regex(r"/[!\"$-~]{0,20}", fullmatch=True)
     st.lists(st.tuples(field_names, field_values), max_size=10),
     st.text(" \t"),
 )
-def test_round_trip(
+def test_heads_round_trip(
     method: str, target: str, version: tuple[int, int], fields: list[tuple[str, str]], space: str
 ) -> None:
     lines = [f"{name}:{space}{value}{space}" for name, value in fields]
@@ -94,9 +94,9 @@ REFUSED_HEADS = {
     "obs-fold by a space": START + b"A: b\r\n c",
     "obs-fold by a tab": START + b"A: b\r\n\tc",
     "obs-fold of the first field": b"GET / HTTP/1.1\r\n Host: a\r\nHost: a",
-    "empty line within": START + b"A: b\r\n\r\nC: d",
-    "empty line before": b"\r\n" + START[:-2],
-    "nothing": b"",
+    "empty line in the middle": START + b"A: b\r\n\r\nC: d",
+    "empty line at the start": b"\r\n" + START[:-2],
+    "empty head": b"",
     # Fields
     "space before the colon": START + b"A : b",
     "tab before the colon": START + b"A\t: b",
@@ -119,7 +119,7 @@ REFUSED_HEADS = {
     "a tab in the target": b"GET /a\tb HTTP/1.1\r\nHost: a",
     "a fragment in the target": b"GET /a#b HTTP/1.1\r\nHost: a",
     "non-ASCII target": b"GET /\xe9 HTTP/1.1\r\nHost: a",
-    "no token as method": b"G(T / HTTP/1.1\r\nHost: a",
+    "method is not a token": b"G(T / HTTP/1.1\r\nHost: a",
     "HTTP/2.0": b"PRI * HTTP/2.0",
     "HTTP/1.2": b"GET / HTTP/1.2\r\nHost: a",
     "HTTP/1.01": b"GET / HTTP/1.01\r\nHost: a",
@@ -142,7 +142,7 @@ REFUSED_HEADS = {
     "CL empty": START + b"Content-Length:",
     "CL with an underscore": START + b"Content-Length: 1_0",
     "CL with a fraction": START + b"Content-Length: 5.0",
-    "CL with a space within": START + b"Content-Length: 5 5",
+    "CL with a space in the middle": START + b"Content-Length: 5 5",
     "CL in superscript": START + b"Content-Length: \xb2",
     "CL of 19 digits": START + b"Content-Length: " + b"1" * 19,
     "CL and TE": START + b"Content-Length: 5\r\nTransfer-Encoding: chunked",
@@ -161,12 +161,12 @@ REFUSED_HEADS = {
     "TE in 1.0": b"POST / HTTP/1.0\r\nHost: a\r\nTransfer-Encoding: chunked",
     "TE with a space before the colon": START + b"Transfer-Encoding : chunked",
     "TE folded": START + b"Transfer-Encoding:\r\n chunked",
-    "TE in a no-break space": START + b"Transfer-Encoding: \xa0chunked",
+    "TE with a no-break space": START + b"Transfer-Encoding: \xa0chunked",
 }
 
 
 @pytest.mark.parametrize("raw", REFUSED_HEADS.values(), ids=REFUSED_HEADS)
-def test_refused_head(raw: bytes) -> None:
+def test_head_is_refused(raw: bytes) -> None:
     with pytest.raises(BadRequest) as caught:
         parse_head(raw)
     assert caught.value.status == 400
@@ -187,7 +187,7 @@ def test_limits_are_inclusive() -> None:
         b"GET /?sig=c2VjcmV0#x HTTP/1.1",
     ],
 )
-def test_errors_do_not_repeat_what_was_sent(raw: bytes) -> None:
+def test_errors_do_not_quote_the_input(raw: bytes) -> None:
     with pytest.raises(BadRequest) as caught:
         parse_head(raw)
     assert "c2VjcmV0" not in str(caught.value)
@@ -203,7 +203,7 @@ def test_any_bytes_parse_or_raise_bad_request(raw: bytes) -> None:
 
 @given(st.integers(0, 10_000), st.binary(min_size=1, max_size=3), st.sampled_from(["cut", "put", "set"]))
 def test_accepted_damaged_heads_are_unambiguous(offset: int, damage: bytes, mutation: str) -> None:
-    """Whatever is accepted has one line for one field: written out again, it is the same head."""
+    """If a damaged head is accepted, each line is one field, and the head is the same after rendering it again."""
     raw = head("Content-Length: 5", "Accept: a, b", "Connection: close", method="PUT")
     position = offset % len(raw)
     damaged = (
@@ -297,7 +297,7 @@ def test_authority_form(target: str, expected: Host) -> None:
         ":443", "http://quay.io:443", "a b:443", "u@quay.io:443", "u:pw@quay.io:443", "u:pw@quay.io",
     ],
 )  # fmt: skip
-def test_no_authority_form(target: str) -> None:
+def test_invalid_authority_form_is_refused(target: str) -> None:
     with pytest.raises((BadRequest, NameInvalid)) as caught:
         authority_form(target)
     assert "pw" not in str(caught.value)
@@ -326,7 +326,7 @@ def test_absolute_form(target: str, expected: tuple[str, Host, str]) -> None:
         " http://a/", "http://[::1/", "http://a/é",
     ],
 )  # fmt: skip
-def test_no_absolute_form(target: str) -> None:
+def test_invalid_absolute_form_is_refused(target: str) -> None:
     with pytest.raises((BadRequest, NameInvalid)) as caught:
         absolute_form(target)
     assert "pw" not in str(caught.value)
@@ -363,7 +363,7 @@ def test_render_head() -> None:
         (600, ("A", "b")),
     ],
 )
-def test_render_head_refuses(status: int, field: tuple[str, str]) -> None:
+def test_render_head_refuses_invalid_input(status: int, field: tuple[str, str]) -> None:
     with pytest.raises(ValueError):
         render_head(status, [field])
 
@@ -378,7 +378,7 @@ def test_rendered_fields_round_trip(status: int, fields: list[tuple[str, str]]) 
 
 
 def decode(parts: list[bytes]) -> tuple[bytes, bool, bytes] | None:
-    """Feed `parts` to a new decoder; return content, whether it ended, and what is left over; None if it is refused."""
+    """Feed `parts` to a new decoder; return content, whether it is done and the unused data, or None if refused."""
     decoder, content = ChunkedDecoder(), b""
     try:
         for number, part in enumerate(parts):
@@ -399,19 +399,18 @@ trailers = st.sampled_from([b"", b"A: b\r\n", b"A:\r\nB: c\t\xe9\r\n"])
 
 @st.composite
 def chunked_bodies(draw: st.DrawFn) -> tuple[bytes, bytes]:
-    """A chunked body and its content."""
+    """Return a chunked body and its content."""
     encoded = content = b""
     for chunk in draw(st.lists(st.binary(min_size=1, max_size=40), max_size=5)):
         size = draw(st.sampled_from([b"%x", b"%X", b"%08x"])) % len(chunk)
         encoded += size + draw(extensions) + b"\r\n" + chunk + b"\r\n"
         content += chunk
-    return encoded + draw(st.sampled_from([b"0", b"000"])) + draw(extensions) + b"\r\n" + draw(
-        trailers
-    ) + b"\r\n", content
+    encoded += draw(st.sampled_from([b"0", b"000"])) + draw(extensions) + b"\r\n" + draw(trailers) + b"\r\n"
+    return encoded, content
 
 
 def split_at(raw: bytes, offsets: list[int]) -> list[bytes]:
-    ends = sorted(place % (len(raw) + 1) for place in offsets)
+    ends = sorted(index % (len(raw) + 1) for index in offsets)
     return [raw[start:stop] for start, stop in zip([0, *ends], [*ends, len(raw)], strict=True)]
 
 
@@ -423,7 +422,7 @@ def test_decoding_is_independent_of_splits(body: tuple[bytes, bytes], rest: byte
     encoded, content = body
     raw = encoded + rest
     assert decode([raw]) == (content, True, rest)
-    assert decode([raw[place : place + 1] for place in range(len(raw))]) == (content, True, rest)
+    assert decode([raw[index : index + 1] for index in range(len(raw))]) == (content, True, rest)
     assert decode(split_at(raw, offsets)) == (content, True, rest)
 
 
@@ -445,7 +444,7 @@ def test_decoding_a_damaged_body_is_independent_of_splits(
         + encoded[position + (0 if mutation == "put" else len(damage)) :]
     )
     whole = decode([raw])
-    assert decode([raw[place : place + 1] for place in range(len(raw))]) == whole
+    assert decode([raw[index : index + 1] for index in range(len(raw))]) == whole
     assert decode(split_at(raw, offsets)) == whole
 
 
@@ -466,9 +465,9 @@ REFUSED_BODIES = {
     "minus": b"-5\r\nhello\r\n" + END,
     "0x": b"0x5\r\nhello\r\n" + END,
     "underscore": b"1_0\r\n",
-    "space before": b" 5\r\nhello\r\n" + END,
-    "space behind": b"5 \r\nhello\r\n" + END,
-    "tab behind": b"5\t\r\nhello\r\n" + END,
+    "space before the size": b" 5\r\nhello\r\n" + END,
+    "space after the size": b"5 \r\nhello\r\n" + END,
+    "tab after the size": b"5\t\r\nhello\r\n" + END,
     "space before the extension": b"5 ;a\r\nhello\r\n" + END,
     "no hex digit": b"g\r\n",
     "17 digits": b"0" * 16 + b"5\r\nhello\r\n" + END,
@@ -480,12 +479,12 @@ REFUSED_BODIES = {
     "NUL in an extension": b"5;\0\r\nhello\r\n" + END,
     "extension too long": b"5;" + b"a" * 1024 + b"\r\nhello\r\n" + END,
     "extension without end": b"5;" + b"a" * 1024,
-    "chunk longer than said": b"4\r\nhello\r\n" + END,
-    "chunk shorter than said": b"6\r\nhello\r\n" + END,
+    "chunk longer than its size": b"4\r\nhello\r\n" + END,
+    "chunk shorter than its size": b"6\r\nhello\r\n" + END,
     "chunk ended by LF": b"5\r\nhello\n" + END,
     "chunk ended by CR": b"5\r\nhello\r" + END,
-    "chunk ended by nothing": b"5\r\nhello" + END,
-    "wrong byte behind a chunk": b"5\r\nhello!",
+    "chunk without an end": b"5\r\nhello" + END,
+    "wrong byte after a chunk": b"5\r\nhello!",
     "end with LF": b"0\n\n",
     "end with LF in the trailer": b"0\r\n\n",
     "trailer without colon": b"0\r\nabc\r\n\r\n",
@@ -495,24 +494,24 @@ REFUSED_BODIES = {
     "trailer ended by LF": b"0\r\nA: b\n\r\n",
     "trailer line too long": b"0\r\nA: " + b"b" * 1024 + b"\r\n\r\n",
     "trailers too long": b"0\r\n" + (b"A: " + b"b" * 500 + b"\r\n") * 20 + b"\r\n",
-    "a request at the place of the end": b"5\r\nhello\r\nGET / HTTP/1.1\r\n",
+    "a request instead of the end of a chunk": b"5\r\nhello\r\nGET / HTTP/1.1\r\n",
 }
 
 
 @pytest.mark.parametrize("raw", REFUSED_BODIES.values(), ids=REFUSED_BODIES)
-def test_refused_body(raw: bytes) -> None:
+def test_body_is_refused(raw: bytes) -> None:
     assert decode([raw]) is None
-    assert decode([raw[place : place + 1] for place in range(len(raw))]) is None
+    assert decode([raw[index : index + 1] for index in range(len(raw))]) is None
 
 
-def test_longest_line() -> None:
+def test_longest_line_is_accepted() -> None:
     raw = b"5;" + b"a" * 1022 + b"\r\nhello\r\n" + END
     assert decode([raw]) == (b"hello", True, b"")
-    assert decode([raw[place : place + 1] for place in range(len(raw))]) == (b"hello", True, b"")
+    assert decode([raw[index : index + 1] for index in range(len(raw))]) == (b"hello", True, b"")
 
 
 @given(st.lists(st.binary(max_size=20), max_size=5))
-def test_any_bytes_decode_alike_however_split(parts: list[bytes]) -> None:
+def test_decoding_any_bytes_is_independent_of_splits(parts: list[bytes]) -> None:
     assert decode(parts) == decode([b"".join(parts)])
 
 
@@ -521,7 +520,7 @@ def test_content_is_decoded_incrementally() -> None:
     assert decoder.feed(b"ffffffffffffffff\r\nab") == [b"ab"]
     assert decoder.feed(b"cd") == [b"cd"]
     data = bytes(65536)
-    assert decoder.feed(data)[0] is data  # not copied on its way
+    assert decoder.feed(data)[0] is data  # not copied
     assert not decoder.done
 
 

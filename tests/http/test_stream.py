@@ -1,4 +1,4 @@
-"""A queue of bytes between a transport and a coroutine: order, bounds, ends."""
+"""ByteStream: order, bounds, and end of stream."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dockerproxy.http.stream import ByteStream
 
 
 class RecordingProducer:
-    """What the stream asks of its producer."""
+    """A producer that checks and counts the calls of the stream."""
 
     def __init__(self) -> None:
         self.resumed = True
@@ -30,9 +30,10 @@ class RecordingProducer:
 
 @given(st.lists(st.one_of(st.binary(min_size=1, max_size=50), st.integers(0, 150))), st.integers(0, 100))
 def test_bytes_are_ordered_and_bounded(steps: list[bytes | int], high: int) -> None:
-    """A step feeds bytes, or reads at least so many. However they alternate, the bytes come out as they went in.
+    """Bytes are read in the order in which they were fed, and the producer is paused above the limit.
 
-    Who wants more than `high` can have it, and then that is how many may wait.
+    A step feeds bytes, or reads at least the given number. A read of more than `high` bytes raises the limit to that
+    number.
     """
     producer, fed, received = RecordingProducer(), b"", b""
     stream = ByteStream(producer, high_water=high)
@@ -85,7 +86,7 @@ class ByteStreamTests(SynchronousTestCase):
         self.assertEqual(self.successResultOf(reading), b"hello")
         self.assertFalse(self.stream.starved)
 
-    def test_finish(self) -> None:
+    def test_finish_after_buffered_data(self) -> None:
         self.stream.feed(b"hello")
         self.stream.finish()
         self.assertTrue(self.stream.ended)
@@ -93,20 +94,20 @@ class ByteStreamTests(SynchronousTestCase):
         self.assertEqual(self.successResultOf(self.read()), b"")
         self.assertEqual(self.successResultOf(self.read()), b"")
 
-    def test_finish_during_a_read(self) -> None:
+    def test_finish_ends_a_pending_read(self) -> None:
         reading = self.read()
         self.stream.finish()
         self.assertEqual(self.successResultOf(reading), b"")
         self.assertFalse(self.stream.starved)
 
-    def test_fail_after_buffered_data(self) -> None:
+    def test_fail_raises_after_buffered_data(self) -> None:
         self.stream.feed(b"hello")
         self.stream.fail(ValueError("trouble"))
         self.assertEqual(self.successResultOf(self.read()), b"hello")
         self.failureResultOf(self.read(), ValueError)
         self.failureResultOf(self.read(), ValueError)
 
-    def test_fail_during_a_read(self) -> None:
+    def test_fail_fails_a_pending_read(self) -> None:
         reading = self.read()
         self.stream.fail(ValueError("trouble"))
         self.failureResultOf(reading, ValueError)
@@ -134,7 +135,7 @@ class ByteStreamTests(SynchronousTestCase):
         self.assertEqual(len(wait_counts), 3)
 
     def test_wait_count_grows_with_partial_data(self) -> None:
-        """A client that sends little by little is not one that sends nothing."""
+        """The count lets a timeout distinguish a client that sends slowly from one that sends nothing."""
         reading = Deferred.fromCoroutine(self.stream.read(4))
         wait_counts = {self.stream.wait_count}
         for data in (b"x", b"y", b"z"):
@@ -146,7 +147,7 @@ class ByteStreamTests(SynchronousTestCase):
         self.assertEqual(self.successResultOf(reading), b"xyz")
 
     def test_end_resumes_the_producer(self) -> None:
-        """What it has then is for whoever comes next: the body's end does not hold the connection."""
+        """Bytes after the end of a body belong to the next request, so the transport must not stay paused."""
         for end in (self.stream.finish, lambda: self.stream.fail(ValueError("trouble"))):
             self.setUp()
             self.stream.feed(b"x" * 11)
@@ -159,12 +160,12 @@ class ByteStreamTests(SynchronousTestCase):
         self.stream.feed(b"x" * 11)
         self.stream.finish()
         call_count = self.producer.call_count
-        self.producer.resumed = False  # by somebody else
+        self.producer.resumed = False  # paused by another party
         self.successResultOf(self.read())
         self.stream.discard()
         self.assertEqual(self.producer.call_count, call_count)
 
-    def test_discard(self) -> None:
+    def test_discard_drops_buffered_bytes_and_resumes_the_producer(self) -> None:
         self.stream.feed(b"x" * 11)
         self.stream.discard()
         self.assertTrue(self.producer.resumed)
@@ -179,7 +180,7 @@ class ByteStreamTests(SynchronousTestCase):
             count += 1
         self.assertLess(count, 5000)
 
-    def test_without_a_producer(self) -> None:
+    def test_stream_without_a_producer(self) -> None:
         stream = ByteStream(high_water=1)
         stream.feed(b"hello")
         stream.finish()

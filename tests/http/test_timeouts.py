@@ -1,4 +1,4 @@
-"""When a client's time is up, by a clock of the test's."""
+"""Connection timers and the timeout reaper, on a Clock."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dockerproxy.http.timeouts import ConnectionTimer, Deadline, TimeoutReaper
 
 @define
 class TimerCase:
-    """A client that is waited for from `begin` on, for 10 seconds; every 4 it is looked after."""
+    """A timer with a timeout of 10 seconds, checked every 4 seconds. The timeout counts from `started_at`."""
 
     clock: Clock = field(factory=Clock)
     timeouts: list[float] = field(factory=list)
@@ -41,7 +41,7 @@ def test_timeout_fires_on_time() -> None:
     assert case.timeouts == [10.0]
 
 
-def test_restart() -> None:
+def test_restart_extends_the_deadline() -> None:
     case = TimerCase()
     case.clock.pump([1.0] * 7)
     case.timer.restart()
@@ -50,7 +50,7 @@ def test_restart() -> None:
 
 
 def test_progress_extends_the_deadline() -> None:
-    """As often as somebody looks; a client that stopped in between gets up to as much more."""
+    """Progress is noticed at the checks only, so the deadline may be up to one tick late."""
     case = TimerCase()
     case.started_at = lambda: case.timer.last_progress(min(20.0, case.clock.seconds()))
     case.clock.pump([1.0] * 40)
@@ -72,7 +72,7 @@ def test_no_check_after_stop() -> None:
 
 @define(eq=False)
 class CheckedConnection:
-    """One of many: how often it was looked after, and what is done then."""
+    """A connection whose deadline counts its checks and calls `on_check`."""
 
     reaper: TimeoutReaper
     check_count: int = 0

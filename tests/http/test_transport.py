@@ -1,4 +1,4 @@
-"""Both transports on real sockets: bytes, back-pressure, ends."""
+"""SocketTransport and TLSTransport on real sockets: transfers, back-pressure, closing."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from tests.http.support.loopback import (
 
 
 class PausableProducer:
-    """A producer that knows whether it is to wait."""
+    """A push producer that records whether it is paused."""
 
     def __init__(self) -> None:
         self.paused = False
@@ -58,18 +58,18 @@ class PausableProducer:
 
 
 def unsent_bytes(transport: Any) -> int:
-    """Return how many bytes wait in the kernel to be sent."""
+    """Return the number of unsent bytes in the kernel's send buffer."""
     result = fcntl.ioctl(transport.fileno(), 0x894B, bytes(4))  # SIOCOUTQNSD of linux/sockios.h
     return int.from_bytes(result, sys.byteorder)
 
 
 class TransportTestsMixin:
-    """What holds for both kinds. A mixin, so that it is not collected by itself."""
+    """Tests of both transports. This is a mixin so that it is not collected by itself."""
 
     tls: ClassVar[ssl.TLSVersion | None] = None
 
     def serve(self: Any, protocol: Protocol | None = None) -> tuple[int, RecordingProtocol, list[Any]]:
-        """Listen; return the port, the protocol of the one connection, and a list that its transport will be in."""
+        """Listen; return the port, the connection's protocol, and a list to which its transport will be appended."""
         recorder: Any = protocol or RecordingProtocol()
         transports: list[Any] = []
 
@@ -86,11 +86,11 @@ class TransportTestsMixin:
     def connect(self, port: int, receive_buffer: int | None = None) -> socket.socket:
         sock = dial(port, receive_buffer)
         if self.tls is not None:
-            # Without a close_notify the end is no end that was meant.
+            # Without suppress_ragged_eofs=False, a connection closed without close_notify would look complete.
             sock = client_context(self.tls).wrap_socket(sock, server_hostname="a.test", suppress_ragged_eofs=False)
         return sock
 
-    async def test_large_transfer_both_ways_with_a_slow_reader(self: Any) -> None:
+    async def test_large_transfers_both_ways_with_a_slow_reader(self: Any) -> None:
         port, recorder, transports = self.serve(RecordingProtocol(keep=False))
         reading = threading.Event()
 
@@ -132,7 +132,7 @@ class TransportTestsMixin:
         self.assertGreater(source.pause_count, 1)
 
     async def test_data_received_before_a_reset_is_delivered(self: Any) -> None:
-        """A server that refuses a push says why and closes; what is being written to it must not drown that out."""
+        """An upstream that refuses a push responds and closes. Writing to it must not lose that response."""
         port, recorder, transports = self.serve()
         client_closed, proceed = threading.Event(), threading.Event()
 
@@ -143,13 +143,13 @@ class TransportTestsMixin:
             proceed.wait(TIMEOUT)
             sock.sendall(b"last words")
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            sock.close()  # a reset: writing to it is an error from now on
+            sock.close()  # a reset: writes to this connection fail from now on
             client_closed.set()
 
         running = self.in_thread(client)
         await recorder.wait_for(5)
         proceed.set()
-        client_closed.wait(TIMEOUT)  # the reactor stands still: what was said has not been read
+        client_closed.wait(TIMEOUT)  # this blocks the reactor, so the last words are not read yet
         transports[0].write_immediately = False
         transports[0].write(b"x")
         transports[0].write(b"x")
@@ -158,7 +158,7 @@ class TransportTestsMixin:
         self.assertEqual(recorder.received, b"hellolast words")
 
     async def test_small_writes_are_immediate(self: Any) -> None:
-        """What the kernel takes needs no turn of the reactor, and nothing is kept."""
+        """Bytes that the kernel accepts need no reactor iteration and are not buffered."""
 
         class RecordingEcho(RecordingProtocol):
             def dataReceived(self, data: bytes) -> None:
@@ -182,7 +182,7 @@ class TransportTestsMixin:
         self.assertEqual(recorder.sent_immediately, 10)
         await recorder.connection_lost
 
-    async def test_close_flushes(self: Any) -> None:
+    async def test_close_flushes_pending_bytes(self: Any) -> None:
         port, recorder, transports = self.serve()
         reading = threading.Event()
 
@@ -221,8 +221,8 @@ class TransportTestsMixin:
         self.assertEqual(await running, b"")
         await recorder.connection_lost
 
-    async def test_abort_during_a_transfer(self: Any) -> None:
-        """The client must not take what it has for the whole."""
+    async def test_abort_during_a_transfer_resets_the_connection(self: Any) -> None:
+        """The client must be able to tell a partial transfer from a complete one."""
         port, recorder, transports = self.serve()
         reading = threading.Event()
 
@@ -234,7 +234,7 @@ class TransportTestsMixin:
                     read_all(sock)
                 except OSError as error:
                     return type(error).__name__
-                return "a good end"
+                return "no error"
 
         running = self.in_thread(client)
         await recorder.wait_for(2)
@@ -243,8 +243,8 @@ class TransportTestsMixin:
         source.start()
         transport.abortConnection()
         transport.abortConnection()
-        transport.connectionLost(Failure(ConnectionLost()))  # as the reactor does that has just looked at the socket
-        self.assertFalse(recorder.connection_lost.called)  # never from within a call
+        transport.connectionLost(Failure(ConnectionLost()))  # the reactor may find the loss at the same time
+        self.assertFalse(recorder.connection_lost.called)  # it is never reported within the caller's call
         reason = await recorder.connection_lost
         self.assertIs(type(reason), ConnectionAborted)
         self.assertTrue(source.stopped)
@@ -274,7 +274,7 @@ class TransportTestsMixin:
         self.assertEqual(transport.sent, sent)
         self.assertEqual(transport.fileno(), -1)
 
-    async def test_client_resets_during_a_transfer(self: Any) -> None:
+    async def test_reset_during_a_transfer_stops_the_producer(self: Any) -> None:
         port, recorder, transports = self.serve()
         full = threading.Event()
 
@@ -282,7 +282,7 @@ class TransportTestsMixin:
             sock = self.connect(port)
             sock.sendall(b"go")
             full.wait(TIMEOUT)
-            sock.close()  # with bytes unread: a reset
+            sock.close()  # with unread bytes, which causes a reset
 
         running = self.in_thread(client)
         await recorder.wait_for(2)
@@ -295,7 +295,7 @@ class TransportTestsMixin:
         self.assertIsInstance(reason, ConnectionLost)
         self.assertTrue(source.stopped)
 
-    async def test_write_to_a_reset_connection(self: Any) -> None:
+    async def test_write_to_a_reset_connection_reports_the_loss_later(self: Any) -> None:
         port, recorder, transports = self.serve()
         paused = threading.Event()
 
@@ -316,7 +316,7 @@ class TransportTestsMixin:
         await running
         while transport.connected:
             transport.write(b"x" * CHUNK)
-            self.assertFalse(recorder.connection_lost.called)  # never from within a call
+            self.assertFalse(recorder.connection_lost.called)  # it is never reported within the caller's call
             await self.run_reactor()
         await recorder.connection_lost
 
@@ -333,7 +333,7 @@ class TransportTestsMixin:
                 try:
                     while True:
                         sent += sock.send(data)
-                except OSError:  # a time-out, or in TLS the same as a half-written record
+                except OSError:  # a timeout, which TLS may report as a partially written record
                     stuck.set()
                 sock.settimeout(TIMEOUT)
                 sock.sendall(data)
@@ -387,7 +387,7 @@ class TransportTestsMixin:
         self.assertTrue(reading.is_set())
         self.assertLessEqual(max_buffered, 16 * 1024)
         await recorder.connection_lost
-        self.assertEqual(transport.write_some(b"for nobody"), 10)
+        self.assertEqual(transport.write_some(b"after loss"), 10)
 
     async def test_kernel_buffer_is_small_for_a_client_that_does_not_read(self: Any) -> None:
         port, recorder, transports = self.serve()
@@ -402,14 +402,14 @@ class TransportTestsMixin:
                 written += transport.write_some(bytes(MIB))
             await deferLater(reactor, 0)
         self.assertLess(written, 2 * MIB)
-        self.assertEqual(written, transport.sent)  # nothing waits here
+        self.assertEqual(written, transport.sent)  # nothing is buffered in the transport
         transport.abortConnection()
         reading.set()
         with contextlib.suppress(OSError):
             await running
 
     async def test_kernel_buffer_grows_for_a_fast_client(self: Any) -> None:
-        """And so has a layer of 4 MiB by few offers."""
+        """A fast client gets 4 MiB in few calls of write_some."""
         port, recorder, transports = self.serve()
         read, client = self.start_metered_reader(lambda: self.connect(port))
         await recorder.wait_for(2)
@@ -440,7 +440,7 @@ class TransportTestsMixin:
         while written < 3 * MIB:
             while not producer.paused:
                 written += transport.write_some(bytes(MIB))
-                self.assertLessEqual(unsent_bytes(transport), 132 * 1024)  # TLS adds to its records
+                self.assertLessEqual(unsent_bytes(transport), 132 * 1024)  # 128 KiB and the overhead of TLS records
             await read(16 * 1024)
             read_size += 16 * 1024
             await self.run_reactor()
@@ -450,7 +450,7 @@ class TransportTestsMixin:
         await recorder.connection_lost
 
     async def test_write_some_without_so_meminfo(self: Any) -> None:
-        """The whole is offered in any case, a piece at a time, and comes as it is."""
+        """Without SO_MEMINFO the content is still sent completely, at most one record per call."""
         self.patch(transport_module, "_SO_MEMINFO", 9999)
         port, recorder, transports = self.serve()
         content = random.Random(3).randbytes(MIB)
@@ -468,7 +468,7 @@ class TransportTestsMixin:
         self.assertEqual(await running, content)
         await recorder.connection_lost
 
-    async def test_register_producer(self: Any) -> None:
+    async def test_register_producer_pauses_it_while_bytes_are_pending(self: Any) -> None:
         port, recorder, transports = self.serve()
         disconnect = threading.Event()
 
@@ -513,7 +513,7 @@ class TransportTestsMixin:
         self.assertIs(type(reason), KeyError)
         self.assertEqual(len(self.flushLoggedErrors(KeyError)), 1)
 
-    async def test_addresses(self: Any) -> None:
+    async def test_addresses_are_known_after_the_end(self: Any) -> None:
         port, recorder, transports = self.serve()
 
         def client() -> int:
@@ -547,7 +547,7 @@ class TransportTestsMixin:
 
         def clients() -> None:
             for number in range(200):
-                if number % 4 == 3:  # in the middle of a handshake, where there is one
+                if number % 4 == 3:  # with TLS, disconnect during the handshake
                     sock = dial(port)
                     sock.sendall(b"\x16\x03\x01")
                 else:
@@ -555,7 +555,7 @@ class TransportTestsMixin:
                     sock.sendall(b"go")
                 sock.close()
 
-        await self.in_thread(lambda: None)  # starts the thread pool, with descriptors of its own
+        await self.in_thread(lambda: None)  # start the thread pool now, because it opens descriptors
         before = len(os.listdir("/proc/self/fd"))
         await self.in_thread(clients)
         while len(disconnects) < 200:
@@ -566,8 +566,8 @@ class TransportTestsMixin:
 
 
 class PlainTransportTests(TransportTestsMixin, SocketTestCase):
-    async def test_sendfile(self) -> None:
-        """To a client that reads late: nothing waits in memory but little, and nothing is lost."""
+    async def test_sendfile_to_a_client_that_reads_late(self) -> None:
+        """A client that reads late gets the complete file, and at most one record is buffered in memory."""
         port, recorder, transports = self.serve()
         content = random.Random(1).randbytes(OVER_KERNEL_BUFFERS)
         reading, running = self.start_late_reader(lambda: self.connect(port))
@@ -586,14 +586,14 @@ class PlainTransportTests(TransportTestsMixin, SocketTestCase):
                 while transport._pending:
                     reading.set()
                     await deferLater(reactor, 0)
-            self.assertEqual(transport.sendfile(file.fileno(), len(content), 10), 0)  # there is no more
+            self.assertEqual(transport.sendfile(file.fileno(), len(content), 10), 0)  # at the end of the file
             transport.loseConnection()
             self.assertEqual(await running, content)
             self.assertTrue(reading.is_set())
             await recorder.connection_lost
             self.assertEqual(transport.sendfile(file.fileno(), 0, 10), 10)
 
-    async def test_sendfile_to_a_reset_connection(self) -> None:
+    async def test_sendfile_to_a_reset_connection_reports_the_loss(self) -> None:
         port, recorder, transports = self.serve()
 
         def client() -> None:
@@ -611,7 +611,7 @@ class PlainTransportTests(TransportTestsMixin, SocketTestCase):
                 transport.sendfile(file.fileno(), 0, MIB)
                 await deferLater(reactor, 0)
 
-    async def test_sendfile_read_error(self) -> None:
+    async def test_sendfile_raises_read_errors(self) -> None:
         port, recorder, transports = self.serve()
 
         def client() -> bytes:
@@ -628,7 +628,7 @@ class PlainTransportTests(TransportTestsMixin, SocketTestCase):
         self.assertEqual(await running, b"")
         await recorder.connection_lost
 
-    async def test_set_protocol(self) -> None:
+    async def test_set_protocol_delivers_further_input_to_the_new_protocol(self) -> None:
         port, first, transports = self.serve()
         second = RecordingProtocol()
 

@@ -1,8 +1,8 @@
-"""TLS on real sockets: handshakes that fail or take their time, and what CONNECT makes of a connection."""
+"""TLSTransport on real sockets: failing and slow handshakes, and the upgrade of a connection after CONNECT."""
 
 from __future__ import annotations
 
-import contextlib  # `suppress` itself means something to Trial in a module of tests
+import contextlib  # not `from contextlib import suppress`: Trial interprets a module attribute of that name
 import random
 import socket
 import ssl
@@ -58,7 +58,7 @@ class HandshakeTests(SocketTestCase):
         return self.listen(on_connection), recorder, transports
 
     async def handshake_error(self, client: Callable[[int], object]) -> str:
-        """Return how the failed handshake of `client` is explained."""
+        """Return the description of the error if `client` fails in the handshake."""
         port, recorder, _ = self.serve()
         await self.in_thread(client, port)
         reason = await recorder.connection_lost
@@ -67,7 +67,7 @@ class HandshakeTests(SocketTestCase):
         self.assertEqual(recorder.size, 0)
         return describe_handshake_error(reason)
 
-    async def test_client_does_not_trust_the_ca(self) -> None:
+    async def test_error_of_a_client_that_does_not_trust_the_ca(self) -> None:
         for version in (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3):
 
             def client(port: int, version: ssl.TLSVersion = version) -> None:
@@ -81,8 +81,8 @@ class HandshakeTests(SocketTestCase):
                 "the client does not trust this proxy's CA; install the certificate from /ca.crt on it",
             )
 
-    async def test_plain_http(self) -> None:
-        """Told in the clear that this is the wrong port, as by servers in Go."""
+    async def test_plain_http_gets_a_response(self) -> None:
+        """The client gets an unencrypted response with the text that Go's net/http sends."""
         for method, expected in (("GET", "http request"), ("PUT", "http request"), ("CONNECT", "https proxy request")):
             responses: list[bytes] = []
 
@@ -96,7 +96,7 @@ class HandshakeTests(SocketTestCase):
             self.assertTrue(head.startswith(b"HTTP/1.0 400 Bad Request\r\n"), head)
             self.assertEqual(body, b"Client sent an HTTP request to an HTTPS server.\n")
 
-    async def test_garbage(self) -> None:
+    async def test_garbage_fails_the_handshake(self) -> None:
         def client(port: int) -> None:
             with dial(port) as sock:
                 sock.sendall(bytes(range(256)))
@@ -107,11 +107,11 @@ class HandshakeTests(SocketTestCase):
 
         self.assertTrue(await self.handshake_error(client))
 
-    async def test_an_old_version(self) -> None:
+    async def test_old_tls_versions_are_refused(self) -> None:
         def client(port: int) -> None:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
             context.set_ciphers("ALL:@SECLEVEL=0")
-            with warnings.catch_warnings():  # they are deprecated indeed
+            with warnings.catch_warnings():  # these versions are deprecated
                 warnings.simplefilter("ignore", DeprecationWarning)
                 context.minimum_version = ssl.TLSVersion.TLSv1
                 context.maximum_version = ssl.TLSVersion.TLSv1_1
@@ -120,7 +120,7 @@ class HandshakeTests(SocketTestCase):
 
         self.assertRegex(await self.handshake_error(client), "protocol")
 
-    async def test_client_closes_during_the_handshake(self) -> None:
+    async def test_error_of_a_client_that_closes_during_the_handshake(self) -> None:
         def after_client_hello(port: int) -> None:
             with dial(port) as sock:
                 sock.sendall(client_hello()[:100])
@@ -202,10 +202,10 @@ class HandshakeTests(SocketTestCase):
                 super().connectionMade()
                 self.transport.write(b"hel")
                 self.transport.write(b"lo")
-                self.events.append("made")
+                self.events.append("connected")
 
             def handshakeCompleted(self) -> None:
-                self.events.append("shaken")
+                self.events.append("handshake completed")
 
             def dataReceived(self, data: bytes) -> None:
                 super().dataReceived(data)
@@ -221,11 +221,11 @@ class HandshakeTests(SocketTestCase):
 
         self.assertEqual(await self.in_thread(client), b"hello")
         await recorder.connection_lost
-        self.assertEqual(WritesOnConnect.events, ["made", "shaken", "data"])
+        self.assertEqual(WritesOnConnect.events, ["connected", "handshake completed", "data"])
 
-    async def test_close_during_the_handshake(self) -> None:
-        """The client may never go on with it: there is nothing to wait for, whatever was written."""
-        for data in (b"", b"for nobody"):
+    async def test_close_during_the_handshake_does_not_wait(self) -> None:
+        """The connection closes even if data is pending, because the client may never complete the handshake."""
+        for data in (b"", b"not sent"):
             port, recorder, transports = self.serve()
             sock = dial(port)
             await recorder.connection_made
@@ -235,7 +235,6 @@ class HandshakeTests(SocketTestCase):
             sock.close()
 
     async def test_no_wakeups_while_the_handshake_waits(self) -> None:
-        """The reactor is not woken again and again while a handshake waits for the client."""
         port, recorder, transports = self.serve()
         sock = dial(port)
         sock.sendall(client_hello()[:100])
@@ -259,7 +258,7 @@ class HandshakeTests(SocketTestCase):
 
 
 class UpgradeToTLSTests(SocketTestCase):
-    """As CONNECT does: some bytes in the clear, our answer, then TLS."""
+    """An upgrade as after CONNECT: plaintext, the response, then TLS."""
 
     CONNECT_REQUEST, CONNECT_RESPONSE = b"CONNECT\r\n", b"200 OK\r\n"
 
@@ -276,7 +275,7 @@ class UpgradeToTLSTests(SocketTestCase):
                 upgrade_to_tls(transport, SERVER_CONTEXT, protocol, data.removeprefix(case.CONNECT_REQUEST))
 
             def connectionLost(self, reason: Failure = connectionDone) -> None:
-                raise AssertionError("the connection is not this protocol's any more")
+                raise AssertionError("connectionLost called on a detached protocol")
 
         def on_connection(tcp: Any) -> None:
             transports.append(SocketTransport(reactor, tcp))
@@ -313,21 +312,21 @@ class UpgradeToTLSTests(SocketTestCase):
         await recorder.connection_lost
         return data, recorder
 
-    async def test_client_hello_after_the_response(self) -> None:
+    async def test_upgrade_with_client_hello_after_the_response(self) -> None:
         for version in (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3):
             data, recorder = await self.exchange(version, early=False)
             self.assertEqual(data, bytes(5 * MIB))
             self.assertEqual(recorder.received, b"hello world!")
             self.assertIsInstance(recorder.transport, TLSTransport)
 
-    async def test_client_hello_before_the_response(self) -> None:
+    async def test_upgrade_with_client_hello_before_the_response(self) -> None:
         for version in (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3):
             data, recorder = await self.exchange(version, early=True)
             self.assertEqual(data, bytes(5 * MIB))
             self.assertEqual(recorder.received, b"hello world!")
 
     async def test_pending_plaintext_is_sent_first(self) -> None:
-        """What is still to be sent in the clear goes first, and its client wakes nobody while it waits for that."""
+        """Pending plaintext is sent before the handshake; input that arrives meanwhile does not wake the reactor."""
         recorder = RecordingProtocol()
         port, transports = self.serve(recorder, plaintext=bytes(OVER_KERNEL_BUFFERS))
         sock = dial(port)
@@ -390,7 +389,7 @@ class UpgradeToTLSTests(SocketTestCase):
         await recorder.connection_lost
         self.assertGreater(transports[0].sent, OVER_KERNEL_BUFFERS)
 
-    async def test_handshake_failure(self) -> None:
+    async def test_handshake_failure_after_an_upgrade(self) -> None:
         for early in (b"", b"GET / HTTP/1.1\r\n\r\n"):
             recorder = RecordingProtocol()
             port, _ = self.serve(recorder)
@@ -417,7 +416,7 @@ class UpgradeToTLSTests(SocketTestCase):
 
 
 class OverestimatingTransport(TLSTransport):
-    """Believes that the kernel has more room than it has."""
+    """A transport that overestimates the free space in the kernel."""
 
     __slots__ = ()
 
@@ -427,7 +426,7 @@ class OverestimatingTransport(TLSTransport):
 
 class MultiRecordWriteTests(SocketTestCase):
     async def test_partial_writes_are_retried(self) -> None:
-        """As where the kernel has less room than it seemed to have: content stays what it is."""
+        """If the kernel accepts less than it reported, the content still arrives unchanged."""
         content = random.Random(2).randbytes(OVER_KERNEL_BUFFERS)
         transports: list[TLSTransport] = []
         recorder = RecordingProtocol()
@@ -445,7 +444,7 @@ class MultiRecordWriteTests(SocketTestCase):
         written, pause_count = 0, 0
         while written < len(content):
             written += transport.write_some(content[written : written + MIB])
-            # Else the end of what was taken would wait for more.
+            # With TCP_CORK set, the kernel would hold back the last partial segment.
             self.assertFalse(transport._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_CORK))
             while transport._pending:
                 pause_count += 1

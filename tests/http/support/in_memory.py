@@ -1,4 +1,4 @@
-"""A site on a clock, its clients on transports of bytes, and handlers that do what tests need of them."""
+"""An in-memory HTTP server on a Clock, its clients, and handlers for tests."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from dockerproxy.http.site import ServerTimeouts, Site
 
 TIMEOUTS = ServerTimeouts(keepalive=300, header=60, body=50, send=40)
 GET = b"GET /%d HTTP/1.1\r\nHost: a\r\n\r\n"
-DISCARD_LIMIT = 256 * 1024  # bytes of a body that are thrown away for the sake of the next request
+DISCARD_LIMIT = 256 * 1024  # bytes of an unread body that are discarded to keep the connection open
 
 
 class RecordingTransport(StringTransport):
-    """A transport of bytes that counts what was sent, as the real one does."""
+    """A StringTransport with the `sent` counter of `SocketTransport` and a flag for aborted connections."""
 
     def __init__(self) -> None:
         super().__init__(lenient=True)
@@ -49,7 +49,7 @@ class ParsedResponse:
 
 
 def parse_responses(data: bytes, *methods: str) -> list[ParsedResponse]:
-    """Read the answers in `data` as a client does that sent requests with these methods (else GETs)."""
+    """Parse `data` as the responses to requests with these methods; further requests are GETs."""
     file, responses = io.BytesIO(data), []
     while line := file.readline():
         version, status, _ = line.decode().split(" ", 2)
@@ -78,7 +78,7 @@ def parse_responses(data: bytes, *methods: str) -> list[ParsedResponse]:
 
 
 class InMemoryServer:
-    """A site on a clock, what it logged, and clients of it."""
+    """A site on a clock. `logged` has path, status, body bytes and seconds of each finished request."""
 
     def __init__(self, handler: Handler, timeouts: ServerTimeouts = TIMEOUTS) -> None:
         self.clock = Clock()
@@ -122,23 +122,23 @@ class InMemoryClient:
 
     @property
     def closed_cleanly(self) -> bool:
-        """Whether the connection was closed in good order."""
+        """Whether the server closed the connection without a reset."""
         return self.transport.disconnecting and not self.transport.aborted
 
 
 async def echo(request: Request) -> None:
-    """Answer with what was asked."""
+    """Respond with the method, path and body of the request."""
     body = await request.read_all(1 << 20)
     request.respond(200, [], f"{request.method} {request.path} ".encode() + body)
 
 
 async def ignore_body(request: Request) -> None:
-    """Answer without a look at the body."""
+    """Respond without reading the request body."""
     request.respond(200, [], b"ok")
 
 
 class BlockingHandler:
-    """Answers when told."""
+    """Responds to each request when the test fires its Deferred in `waiters`."""
 
     def __init__(self) -> None:
         self.waiters: list[Deferred[None]] = []
@@ -157,7 +157,7 @@ class BlockingHandler:
 
 
 class DownloadHandler:
-    """Answers with `size` bytes in pieces of 1000, one after the other as the client takes them."""
+    """Responds with `size` bytes in chunks of 1000, and drains after each chunk."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -178,7 +178,7 @@ class DownloadHandler:
 
 
 class UploadHandler:
-    """Reads a body when told."""
+    """Reads the request body after the test fires `proceed`."""
 
     def __init__(self) -> None:
         self.request: Request | None = None

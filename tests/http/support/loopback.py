@@ -1,4 +1,4 @@
-"""Real sockets on loopback: the reactor on our side, clients that block, each in its thread, on the other."""
+"""Real sockets on loopback: the server runs in the reactor, and each client blocks in a thread of its own."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ reactor: Any = _reactor
 T = TypeVar("T")
 
 MIB = 1 << 20
-TIMEOUT = 20  # seconds: what takes longer has failed
+TIMEOUT = 20  # seconds after which a blocking client operation fails
 LARGE = 50 * MIB
 CHUNK = 64 * 1024
-OVER_KERNEL_BUFFERS = 16 * MIB  # more than the kernel keeps of a connection, however it tunes its buffers
+OVER_KERNEL_BUFFERS = 16 * MIB  # more than the kernel buffers for a connection, even with auto-tuned buffers
 
 with tempfile.TemporaryDirectory() as _directory:
     _authority = CertificateAuthority.open(
         Path(_directory), certificate_file=None, key_file=None, passphrase=None, clock=time.time
     )
-    # Once, for an authority is not for several threads.
+    # Created at import time because an authority must not be used from several threads.
     CERTIFICATE = _authority.certificate_pem.decode()
     SERVER_CONTEXT = _authority.context_for("a.test")
 
@@ -51,7 +51,7 @@ def client_context(version: ssl.TLSVersion = ssl.TLSVersion.TLSv1_3) -> ssl.SSLC
 
 
 class RecordingProtocol(Protocol):
-    """Keeps what arrives, or its length and hash only; fires `lost` once."""
+    """Records the length and hash of its input, and also the bytes if `keep` is true."""
 
     transport: Any
 
@@ -77,7 +77,7 @@ class RecordingProtocol(Protocol):
             deferred.callback(None)
 
     def wait_for(self, size: int) -> Deferred[None]:
-        """Fires when so many bytes have arrived."""
+        """Return a Deferred that fires when `size` bytes have arrived."""
         deferred: Deferred[None] = Deferred()
         if self.size >= size:
             deferred.callback(None)
@@ -91,7 +91,7 @@ class RecordingProtocol(Protocol):
 
 @implementer(IPushProducer)
 class ZerosProducer:
-    """Writes `size` bytes as the transport takes them; notes how many waited in it at most."""
+    """Writes `size` zeros with back-pressure, and records the largest number of bytes buffered in the transport."""
 
     def __init__(self, transport: Any, size: int) -> None:
         self._transport = transport
@@ -153,12 +153,15 @@ class _CallbackFactory(Factory):
 
 
 class SocketTestCase(TestCase):
-    """Trial itself sees to it that no test leaves a socket, a reader, a writer or a delayed call behind."""
+    """Base class of tests with real sockets.
+
+    Trial fails a test that leaves a socket, a reader, a writer or a delayed call behind.
+    """
 
     timeout = 60
 
     def listen(self, on_connection: Callable[[Any], None]) -> int:
-        """Call `take` with each connection's transport of Twisted's; return the port."""
+        """Listen, call `on_connection` with the Twisted transport of each connection, and return the port."""
         port = reactor.listenTCP(0, _CallbackFactory(on_connection), interface="127.0.0.1")
         self.addCleanup(port.stopListening)
         number: int = port.getHost().port
@@ -169,7 +172,7 @@ class SocketTestCase(TestCase):
         return deferred
 
     def start_late_reader(self, connect: Callable[[], socket.socket]) -> tuple[threading.Event, Deferred[bytes]]:
-        """Start a client that says "go" and reads all once the event is set; return that, and what will be read."""
+        """Start a client that sends "go" and reads to the end once an event is set; return the event and the data."""
         reading = threading.Event()
 
         def client() -> bytes:
@@ -183,7 +186,10 @@ class SocketTestCase(TestCase):
     def start_metered_reader(
         self, connect: Callable[[], socket.socket]
     ) -> tuple[Callable[[int], Deferred[None]], Deferred[None]]:
-        """Start a client that says "go"; return what has it read so many bytes, or leave for 0, and its end."""
+        """Start a client that sends "go"; return a function that makes it read, and a Deferred for its end.
+
+        The function takes the number of bytes to read; 0 makes the client disconnect.
+        """
         reads: queue.SimpleQueue[tuple[int, Deferred[None]]] = queue.SimpleQueue()
 
         def client() -> None:
@@ -194,7 +200,7 @@ class SocketTestCase(TestCase):
                     remaining, done = size, _ = reads.get(timeout=TIMEOUT)
                     while remaining:
                         data = sock.recv(min(remaining, MIB))
-                        assert data, "hung up"
+                        assert data, "the server closed the connection"
                         remaining -= len(data)
                     reactor.callFromThread(done.callback, None)
 
@@ -206,13 +212,13 @@ class SocketTestCase(TestCase):
         return read, self.in_thread(client)
 
     async def run_reactor(self) -> None:
-        """Let the reactor look at its sockets once or twice."""
+        """Run a few iterations of the reactor."""
         for _ in range(3):
             await deferLater(reactor, 0)
 
 
 def dial(port: int, receive_buffer: int | None = None) -> socket.socket:
-    """Connect; `receives` is how many bytes, about, wait in the kernel to be read."""
+    """Connect to `port`. `receive_buffer` is the approximate size of the kernel's receive buffer in bytes."""
     sock = socket.socket()
     sock.settimeout(TIMEOUT)
     if receive_buffer is not None:
@@ -222,7 +228,7 @@ def dial(port: int, receive_buffer: int | None = None) -> socket.socket:
 
 
 def read_all(sock: socket.socket) -> bytes:
-    """Return what comes until the peer closes in good order; raise OSError where it breaks off."""
+    """Return all input until the peer closes the connection; raise OSError if it resets the connection."""
     parts = []
     while data := sock.recv(MIB):
         parts.append(data)
@@ -240,14 +246,14 @@ def read_exactly(sock: socket.socket, size: int) -> bytes:
 
 
 class MemoryBIOClient:
-    """A TLS client whose bytes the test sends when and how it likes."""
+    """A TLS client that leaves the transfer of its bytes to the test."""
 
     def __init__(self, version: ssl.TLSVersion = ssl.TLSVersion.TLSv1_3) -> None:
         self.incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._session = client_context(version).wrap_bio(self.incoming, self._outgoing, server_hostname="a.test")
 
     def next_flight(self) -> bytes | None:
-        """Return what is to be sent next in the handshake; None where it was complete already."""
+        """Return the next bytes of the handshake to be sent, or None if the handshake was already complete."""
         try:
             self._session.do_handshake()
         except ssl.SSLWantReadError:
@@ -273,7 +279,7 @@ class MemoryBIOClient:
         return self._outgoing.read()
 
     def read(self, sock: socket.socket, size: int | None = None) -> bytes:
-        """Return `size` bytes at least, or what comes until the server says that it ends."""
+        """Return at least `size` bytes, or all bytes until the server's close_notify."""
         data = b""
         while size is None or len(data) < size:
             try:

@@ -1,6 +1,6 @@
-"""A server of its own process, for what a process takes of memory. Prints the ports of TLS and of plain HTTP.
+"""A server whose memory test_memory.py measures. Run it in its own process; it prints its TLS and its plain port.
 
-`/large` is answered with a GiB of zeros, `/blocked` as soon as so many answers as its query says wait for clients.
+The response to `/large` is a GiB of zeros. The response to `/blocked?N` is sent once N responses wait for slow clients.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SIZE = 1 << 30
 
 
 class Zeros:
-    """A content as it lies on disk."""
+    """Content in a sparse file."""
 
     size: int | None = SIZE
 
@@ -44,18 +44,17 @@ class Zeros:
 
 
 def main() -> None:
-    content, slow_client_count = Zeros(), 0
+    content = Zeros()
+
+    def count_blocked() -> int:
+        return sum(channel._flow_control.paused for channel in site._channels)
 
     async def handle(request: Request) -> None:
-        nonlocal slow_client_count
         if request.path == "/large":
-            slow_client_count += 1
             request.start(200, [], SIZE)
             await stream_content(request, content, 0, SIZE, reactor)
             return
-        while request.path == "/blocked" and sum(channel._flow_control.paused for channel in site._channels) < int(
-            request.query
-        ):
+        while request.path == "/blocked" and count_blocked() < int(request.query):
             await deferLater(reactor, 0.01)
         request.respond(200, [], b"yes")
 
