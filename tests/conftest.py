@@ -1,4 +1,4 @@
-"""What tests of several parts stand on: `Visitor`, a client's end of an HTTP connection in memory."""
+"""The fixture `connect_client`: an HTTP client on a connection in memory, for tests of several packages."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from dockerproxy.http.site import ServerTimeouts, Site
 Fields = Iterable[tuple[str, str]]
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    # As a shell has it for what it starts in the background. Programs inherit that, and some tests interrupt them.
+    # A shell starts background jobs with SIGINT ignored. Child processes inherit that, and some tests interrupt theirs.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class WindowedTransport(StringTransport):
-    """The server's transport. Its ends are reported as a reactor does: later, and once.
+    """The transport of the server. It reports the end of the connection as a reactor does: asynchronously, and once.
 
-    The client takes `room` bytes; what is more waits, and the producer is told.
+    The client accepts `window` bytes. The rest is queued, and the producer is paused meanwhile.
     """
 
     def __init__(self, clock: Clock, client: str) -> None:
@@ -55,7 +55,7 @@ class WindowedTransport(StringTransport):
             self.producer.pauseProducing()
 
     def extend_window(self, size: float) -> None:
-        """Let the client take `more` bytes than it did."""
+        """Make the client accept `size` more bytes."""
         self.window += size
         written = self._pending if self.window == math.inf else self._pending[: int(self.window)]
         super().write(written)
@@ -91,7 +91,7 @@ class WindowedTransport(StringTransport):
 
 
 class _SocketStub:
-    """As much of a socket as the standard library's parser asks for."""
+    """The method of a socket that `http.client` uses."""
 
     def __init__(self, stream: io.BufferedReader) -> None:
         self._stream = stream
@@ -102,12 +102,12 @@ class _SocketStub:
 
 class _UncloseableBytesIO(io.BytesIO):
     def close(self) -> None:
-        """Stay open: the parser closes what it has read an answer from, and the next one is behind it."""
+        """Stay open. The parser closes the stream after a response, but the next response follows in it."""
 
 
 @frozen
 class ReceivedResponse:
-    """An answer as Python's own client reads it; `whole` says whether that found it complete."""
+    """A response as parsed by `http.client`. `complete` is false if the body was truncated."""
 
     status: int
     headers: Message
@@ -119,9 +119,9 @@ class ReceivedResponse:
 
 
 class HTTPTestClient:
-    """A client on one connection to `handler`, which is given its requests as the daemon's sites do.
+    """A client with one connection to a `Site` that passes its requests to `handler`.
 
-    `site` is that of another visitor, for a further connection there.
+    Pass the `site` of another client to open a second connection to the same site.
     """
 
     def __init__(
@@ -147,7 +147,7 @@ class HTTPTestClient:
         self.transport.channel.makeConnection(self.transport)
 
     def send(self, data: bytes, seconds: float = 0) -> None:
-        """Send bytes, and let what is due within `seconds` happen."""
+        """Send bytes and advance the clock by `seconds`."""
         self.transport.channel.dataReceived(data)
         self.advance(seconds)
 
@@ -160,7 +160,7 @@ class HTTPTestClient:
         self.advance()
 
     def extend_window(self, size: float) -> None:
-        """Take `more` bytes than before; at first, `wire.room` is without a bound."""
+        """Accept `size` more bytes. The initial window is unlimited."""
         self.transport.extend_window(size)
         self.advance()
 
@@ -184,17 +184,17 @@ class HTTPTestClient:
     def fetch(
         self, method: str, target: str, fields: Fields = (), body: bytes | None = None, version: str = "1.1"
     ) -> ReceivedResponse:
-        """Send a request and return the answer to it, of which what is due now is taken."""
+        """Send a request and return the part of the response that is available now."""
         start = len(self.received)
         self.send_request(method, target, fields, body, version)
         return self.read_response(method, start)
 
     def read_response(self, method: str = "GET", start: int = 0) -> ReceivedResponse:
-        """Return the answer that begins at byte `start` of what was received."""
+        """Return the response that begins at byte `start` of the received data."""
         return next(self.read_responses(method, start=start))
 
     def read_responses(self, *methods: str, start: int = 0) -> Iterator[ReceivedResponse]:
-        """Yield the answers to requests with `methods`, read one behind the other."""
+        """Yield the consecutive responses to requests with `methods`."""
         stream: Any = _UncloseableBytesIO(self.received[start:])
         for method in methods:
             response = http.client.HTTPResponse(_SocketStub(stream), method=method)  # type: ignore[arg-type]
@@ -204,12 +204,12 @@ class HTTPTestClient:
                 body, complete = response.read(), True
             except http.client.IncompleteRead as error:
                 body, complete = error.partial, False
-            if not has_framing:  # then the end of the connection is the end of the body, if it was meant to be one
+            if not has_framing:  # then an orderly close of the connection is the end of the body
                 complete = self.transport.closed and not self.transport.aborted
             yield ReceivedResponse(response.status, response.headers, body, complete)
 
 
 @pytest.fixture(scope="session")
 def connect_client() -> type[HTTPTestClient]:
-    """Return `Visitor`: conftest modules cannot be imported."""
+    """Return `HTTPTestClient`."""
     return HTTPTestClient

@@ -1,4 +1,4 @@
-"""`dockerproxy` against a running daemon: the command and the daemon are processes of their own."""
+"""The command `dockerproxy` against a running daemon. Both run in processes of their own."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from dockerproxy.store.blobs import Blobs
 from dockerproxy.store.layout import Layout
 from dockerproxy.store.links import Links
 from dockerproxy.store.records import Records
+from tests.twistd import twistd_command
 
 ROOT = Path(__file__).parent.parent
 HUB = "registry-1.docker.io/library/ubuntu"
@@ -54,7 +55,7 @@ ONE, TWO = image_manifest(*LAYERS), image_manifest(b"other config", LAYERS[1])
 
 @define
 class StoreTree:
-    """One of the daemon's stores, as it lies on the disk."""
+    """A store of the daemon on disk, which the test fills without the daemon."""
 
     root: Path
     layout: Layout = field(init=False)
@@ -86,7 +87,7 @@ class StoreTree:
 
 @define
 class DaemonProcess:
-    """A daemon with its state below `folder`."""
+    """A daemon with its state in `state_dir`."""
 
     state_dir: Path
     process: subprocess.Popen[bytes] | None = None
@@ -108,11 +109,9 @@ class DaemonProcess:
         return StoreTree(self.state_dir / "cache")
 
     def launch(self) -> subprocess.Popen[bytes]:
-        sibling = Path(sys.executable).with_name("twistd")
-        twistd = str(sibling) if sibling.exists() else shutil.which("twistd3") or "twistd"
         with (self.state_dir / "log").open("ab") as output:
             return subprocess.Popen(
-                [twistd, "--nodaemon", "--pidfile=", "dockerproxy"], cwd=self.state_dir, stdin=subprocess.DEVNULL,
+                [*twistd_command(), "dockerproxy"], cwd=self.state_dir, stdin=subprocess.DEVNULL,
                 stdout=output, stderr=output, env=environment(
                     STATE_DIR=str(self.state_dir), PROXY_LISTEN="tcp:0:interface=127.0.0.1",
                     REGISTRY_LISTEN="none", PATH=os.environ["PATH"],
@@ -133,12 +132,12 @@ class DaemonProcess:
     def stop(self) -> None:
         if self.process is not None:
             self.process.terminate()
-            # twistd ends by the signal that it was asked to end by.
+            # twistd exits with status 0, or kills itself with the SIGTERM that it received (Twisted 22.10 and later).
             assert self.process.wait(30) in (0, -15), self.log
             assert "Traceback" not in self.log, self.log
 
     def run(self, *arguments: str, status: int = 0) -> str:
-        """Run the command and return what it printed; its complaints too, where it fails."""
+        """Run the command, check its exit status, and return its output. Include stderr if it failed."""
         completed = run_command("--socket", str(self.socket), *arguments)
         assert completed.returncode == status, (completed.returncode, completed.stdout, completed.stderr)
         assert "Traceback" not in completed.stderr
@@ -171,7 +170,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]
 
 @pytest.fixture
 def daemon(running: DaemonProcess) -> DaemonProcess:
-    """A daemon that hosts two repositories and caches two."""
+    """Return a daemon that hosts two repositories and caches two."""
     for tree in (running.hosted, running.cached):
         for path in tree.root.glob("docker"):
             shutil.rmtree(path)
@@ -235,7 +234,7 @@ def test_ls_of_one_repository(daemon: DaemonProcess) -> None:
 def test_rm_of_a_tag(daemon: DaemonProcess, name: str) -> None:
     assert "foo/bar:v1.2.3.4" in daemon.run("rm", name)
     assert daemon.hosted.links.tags("foo/bar") == ["latest"]
-    assert daemon.hosted.links.has_manifest("foo/bar", Digest.of(ONE)), "a tag is a tag"
+    assert daemon.hosted.links.has_manifest("foo/bar", Digest.of(ONE)), "removing a tag must keep its manifest"
     assert "deleted 1 manifest" in daemon.run("gc", "--delete-untagged")
     assert daemon.hosted.digests == {Digest.of(content) for content in (TWO, b"other config", LAYERS[1])}
     assert daemon.hosted.links.tags("foo/bar/deep") == ["v1"]
@@ -256,7 +255,7 @@ def test_rm_of_a_digest_and_of_a_repository(daemon: DaemonProcess) -> None:
 def test_rm_of_cached_images(daemon: DaemonProcess) -> None:
     cached, records = daemon.cached, Records(daemon.cached.root / "records")
     removed = daemon.json("rm", f"{HUB}:latest")["removed"][0]
-    # What `jammy` needs stays, and what another repository has.
+    # The blobs of `jammy` stay, and those of the other repository.
     assert cached.digests == {Digest.of(content) for content in (TWO, b"other config", LAYERS[1])}
     assert (removed["tags"], removed["manifests"], removed["blobs"]) == (1, 2, 4)
     assert records.get("tag", HUB, "latest") is None
@@ -265,7 +264,7 @@ def test_rm_of_cached_images(daemon: DaemonProcess) -> None:
     assert cached.links.tags(HUB) == []
     assert records.get("tag", HUB, "jammy") is None
     assert Digest.of(TWO) in cached.digests
-    # By its digest it goes for all: it may be damaged.
+    # A blob that is removed by its digest is removed from all repositories, because it may be damaged.
     daemon.run("rm", f"quay.io/some/thing@{Digest.of(LAYERS[1])}")
     assert cached.digests == {Digest.of(TWO), Digest.of(b"other config")}
 
@@ -311,7 +310,7 @@ def test_gc(daemon: DaemonProcess) -> None:
     daemon.hosted.blobs.touch(Digest.of(LAYERS[0]))
     result = daemon.json("gc", "--delete-untagged")
     assert (result["manifests"], result["links"], result["blobs"], result["recent"]) == (1, 1, 2, 1)
-    assert {thing["kind"] for thing in result["removed"]} == {"manifest", "link", "blob"}
+    assert {item["kind"] for item in result["removed"]} == {"manifest", "link", "blob"}
     assert "kept, because used within the grace period" in daemon.run("gc", "--delete-untagged")
     daemon.run("gc", "--grace", "1m", status=2)
     daemon.run("gc", "--grace", "soon", status=2)
@@ -328,7 +327,7 @@ def test_check(daemon: DaemonProcess) -> None:
     assert f"foo/bar: the manifest {Digest.of(ONE)} refers to {Digest.of(LAYERS[2])}, which is missing" in text
     assert not path.exists()
     assert len(os.listdir(daemon.hosted.layout.damaged)) == 1
-    assert daemon.json("check", status=1)["damaged"] == 0, "it is out of the way"
+    assert daemon.json("check", status=1)["damaged"] == 0, "the damaged blob was moved away by the previous check"
     Path(daemon.cached.layout.blob(Digest.of(LAYERS[2]))).write_bytes(b"bad")
     assert daemon.json("check", "--cached", status=1)["damaged"] == 1
     assert "no problems" in daemon.run("check", "--cached")
@@ -361,8 +360,8 @@ def test_status(daemon: DaemonProcess) -> None:
 def test_operations_are_exclusive_and_end_with_their_client(daemon: DaemonProcess) -> None:
     large = daemon.hosted.root / "large"
     with large.open("wb") as file:
-        file.truncate(20_000_000_000)  # sparse: it takes long enough to read
-    digest = Digest.of(b"somebody's")
+        file.truncate(20_000_000_000)  # sparse, and large enough that `check` runs for a while
+    digest = Digest.of(b"other content")
     path = Path(daemon.hosted.layout.blob(digest))
     path.parent.mkdir(parents=True)
     large.rename(path)
@@ -445,7 +444,7 @@ def test_another_program_on_the_socket(tmp_path: Path, reply: bytes) -> None:
 
 @pytest.mark.parametrize("readable", [True, False])
 def test_import_directory_hidden_from_the_daemon(tmp_path: Path, readable: bool) -> None:
-    """The service of the package hides some from it."""
+    """The systemd service of the Debian package hides some directories from the daemon."""
     for part in ("blobs", "repositories"):
         (tmp_path / "docker/registry/v2" / part / "something").mkdir(parents=True)
     body = json.dumps({"error": {"code": "NOT_UNDERSTOOD", "message": "it is no registry's directory"}}).encode()
@@ -467,7 +466,7 @@ def test_import_directory_hidden_from_the_daemon(tmp_path: Path, readable: bool)
     assert ("its service hides" in text) == readable
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be somebody else")
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become another user")
 def test_permission_denied(tmp_path: Path) -> None:
     tmp_path.chmod(0o755)
     for parent in tmp_path.parents:
@@ -509,7 +508,7 @@ def test_daemon_stops_during_a_command(tmp_path: Path) -> None:
     daemon = DaemonProcess(tmp_path)
     daemon.start()
     assert daemon.process is not None
-    path = Path(daemon.hosted.layout.blob(Digest.of(b"somebody's")))
+    path = Path(daemon.hosted.layout.blob(Digest.of(b"other content")))
     path.parent.mkdir(parents=True)
     with path.open("wb") as file:
         file.truncate(20_000_000_000)
@@ -542,7 +541,7 @@ def test_usage(arguments: list[str], status: int, capsys: pytest.CaptureFixture[
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
-    """It is the package's; and what the Debian package is called after."""
+    """`--version` prints the version of the Python package, which is the version in debian/changelog too."""
     with pytest.raises(SystemExit) as exit_info:
         cli.main(["--version"])
     assert exit_info.value.code == 0

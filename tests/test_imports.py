@@ -1,6 +1,6 @@
-"""Who may import whom: the flow of dockerproxy/__init__.py, held by reading every module's import statements.
+"""The import rules of dockerproxy/__init__.py, checked by parsing the import statements of every module.
 
-And what no process of the daemon loads, for each has it in memory to the end.
+One more test checks that the daemon does not load certain modules, because every process would keep them in memory.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "dockerproxy"
 
-# What each part may import of ours, beside itself. A part is a folder or module directly under dockerproxy.
+# The parts of the package that each part may import, besides itself. A part is a package or module in dockerproxy.
 ALLOWED = {
     "__init__": set(),
     "errors": set(),
     "concurrency": set(),
+    "bounded_dict": set(),
+    "thread_pool": {"errors"},
     "oci": {"errors"},
     "http": {"oci", "errors"},
     "net": {"oci", "errors"},
@@ -36,13 +38,13 @@ ALLOWED = {
     "admin": {"cache", "registry", "proxy", "store", "http", "oci", "errors"},
     "workers": {"cache", "store", "daemon", "http", "oci"},
     "terminal": set(),
-    "cli": {"__init__", "terminal"},  # it asks the daemon, and starts fast
+    "cli": {"__init__", "terminal"},  # it must start fast, and the daemon does the work
 }
-COMPOSITION_ROOTS = {"tap", "app", "workers.process"}  # these put the parts together and may import all of them
-ENTRY_POINTS = {"tap"}  # where the daemon begins
-ALLOWED_EVERYWHERE = {"concurrency"}  # helpers that know of no part
+COMPOSITION_ROOTS = {"tap", "app", "workers.process"}  # they build the daemon and may import every part
+ENTRY_POINTS = {"tap"}  # the modules that twistd loads first
+ALLOWED_EVERYWHERE = {"concurrency", "bounded_dict"}  # helpers that depend on no part
 
-# Each would be loaded with all that it needs itself: megabytes that no request has a use for.
+# No request needs these modules. Each one costs megabytes, together with the modules that it imports.
 UNWANTED = {
     "importlib.resources",
     "multiprocessing",
@@ -55,9 +57,10 @@ UNWANTED = {
     "xml",
 }
 
-# They decide and do no I/O: no reactor, no socket and no file is in their reach.
+# These modules do no I/O. They may not import a reactor, sockets or files.
 PURE_MODULES = {
-    "oci", "errors", "net.addresses", "proxy.policy", "http.headers", "http.message", "upstream.http1",
+    "oci", "errors", "bounded_dict", "net.addresses", "proxy.policy", "registry.login_throttle", "http.headers",
+    "http.message", "upstream.http1",
     "upstream.retry", "upstream.urls", "cache.freshness", "store.eviction",
 }  # fmt: skip
 IO_MODULES = {
@@ -79,15 +82,15 @@ def modules() -> list[Path]:
 
 
 def module_name(path: Path, package: Path = PACKAGE) -> str:
-    """Return the module's dotted name below the package; a folder's own is the folder's."""
+    """Return the dotted name of the module within the package. For an __init__.py it is the name of its directory."""
     parts = path.relative_to(package).with_suffix("").parts
     return ".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)
 
 
 def imported_names(source: str, name: str, is_package: bool = False) -> Iterator[str]:
-    """Yield the dotted names that the module `name` of the package `dockerproxy` imports, at whatever depth.
+    """Yield the dotted names that the module `name` of `dockerproxy` imports, also within functions and blocks.
 
-    `from x import y` yields `x.y`: y may be a module.
+    `from x import y` yields `x.y`, because y may be a module.
     """
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -106,7 +109,7 @@ def imports_of(path: Path) -> set[str]:
 
 
 def imported_parts(path: Path) -> set[str]:
-    """Return the parts that a module imports; what is no module of the package is its own, as `__version__` is."""
+    """Return the parts that a module imports. A name that is not a module, such as `__version__`, is of `__init__`."""
     names = {name.split(".")[1] for name in imports_of(path) if name.startswith("dockerproxy.")}
     parts = {entry.name.removesuffix(".py") for entry in PACKAGE.iterdir()}
     return {part if part in parts else "__init__" for part in names}
@@ -121,7 +124,7 @@ def test_imports_follow_the_layers(path: Path) -> None:
     if module_name(path) in COMPOSITION_ROOTS:
         return
     part = module_name(path).split(".")[0]
-    assert part in ALLOWED, f"say in {Path(__file__).name} what {part} may import"
+    assert part in ALLOWED, f"add an entry for {part} to ALLOWED in {Path(__file__).name}"
     wrong = imported_parts(path) - ALLOWED[part] - ALLOWED_EVERYWHERE - {part}
     assert not wrong, f"{module_name(path)} imports {', '.join(sorted(wrong))}"
 
@@ -143,7 +146,7 @@ def test_allowed_imports_have_no_cycle() -> None:
     checked: set[str] = set()
     while remaining := {part for part in ALLOWED if part not in checked}:
         ready = {part for part in remaining if ALLOWED[part] <= checked}
-        assert ready, f"a circle within {', '.join(sorted(remaining))}"
+        assert ready, f"import cycle within {', '.join(sorted(remaining))}"
         checked |= ready
 
 

@@ -1,4 +1,4 @@
-"""A reload: what may change under a running daemon does, all of it or nothing; and the daemon as systemd runs it."""
+"""Reload on SIGHUP, which applies all changed settings or none; and the daemon as a systemd service."""
 
 from __future__ import annotations
 
@@ -8,10 +8,8 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from shutil import which
 from typing import Any
 
 import bcrypt
@@ -24,6 +22,7 @@ from dockerproxy.registry.htpasswd import HtpasswdError
 from dockerproxy.reload import RegistryTable, Reloader, describe_error
 from dockerproxy.settings import Settings, SettingsError
 from dockerproxy.upstream.authorizer import Authorizer
+from tests.twistd import twistd_command
 
 ROOT = Path(dockerproxy.__file__).parent.parent
 HUB, TOKENS = Registry.parse("registry-1.docker.io"), Registry.parse("auth.docker.io")
@@ -35,7 +34,7 @@ def settings(**variables: str) -> Settings:
 
 
 class RecordingNotifier(Notifier):
-    """Keeps what systemd is told."""
+    """Records the notifications to systemd."""
 
     def __init__(self) -> None:
         super().__init__("")
@@ -46,6 +45,8 @@ class RecordingNotifier(Notifier):
 
 
 class ReloadHarness:
+    """A `Reloader` whose settings and errors the test sets. Records the log and the notifications to systemd."""
+
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.current = settings(REGISTRIES="quay.io")
         self.registries = RegistryTable(self.current)
@@ -144,29 +145,27 @@ def test_reload_replaces_logins() -> None:
     assert tokens.effective_login(QUAY) is None
 
 
-# the daemon as systemd runs it
+# the daemon as a systemd service
 
 
 class SystemdUnit:
-    """`twistd dockerproxy` with sockets handed in, a socket to tell systemd by, and an environment file."""
+    """`twistd dockerproxy` as a systemd unit: with passed sockets, a notification socket and an environment file."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.env_file = folder / "environment"
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.env_file = directory / "environment"
         self.env_file.write_text("")
         self.notify_socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self.notify_socket.bind(str(folder / "notify"))
+        self.notify_socket.bind(str(directory / "notify"))
         self.notify_socket.settimeout(30)
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self, sockets: Mapping[str, socket.socket], **settings: str) -> None:
-        """Start with `sockets`, by their names, as the descriptors from 3 on."""
-        sibling = Path(sys.executable).with_name("twistd")
-        twistd = str(sibling if sibling.exists() else which("twistd3") or "twistd")
-        # systemd's child says who it is itself; a shell is as near to that as can be had.
-        numbers = [made.fileno() for made in sockets.values()]
-        redirections = " ".join(f"{3 + place}<&{number}" for place, number in enumerate(numbers, start=20))
-        redirections += " " + " ".join(f"{3 + place}<&{23 + place}" for place in range(len(numbers)))
+        """Start the daemon. It gets `sockets`, which have names, as the descriptors from 3 on."""
+        # LISTEN_PID must be the process ID of the daemon. A shell sets it and then executes the daemon.
+        numbers = [sock.fileno() for sock in sockets.values()]
+        redirections = " ".join(f"{3 + index}<&{number}" for index, number in enumerate(numbers, start=20))
+        redirections += " " + " ".join(f"{3 + index}<&{23 + index}" for index in range(len(numbers)))
         script = f'export LISTEN_PID=$$; exec {redirections}; exec "$@"'
         self.process = subprocess.Popen(
             [
@@ -174,17 +173,15 @@ class SystemdUnit:
                 "-c",
                 script,
                 "bash",
-                twistd,
-                "--nodaemon",
-                "--pidfile=",
+                *twistd_command(),
                 "dockerproxy",
                 f"--env-file={self.env_file}",
             ],
             env={
                 "PATH": os.environ["PATH"],
                 "PYTHONPATH": str(ROOT),
-                "STATE_DIRECTORY": str(self.folder / "state"),
-                "NOTIFY_SOCKET": str(self.folder / "notify"),
+                "STATE_DIRECTORY": str(self.directory / "state"),
+                "NOTIFY_SOCKET": str(self.directory / "notify"),
                 "LISTEN_FDS": str(len(sockets)),
                 "LISTEN_FDNAMES": ":".join(sockets),
                 "PROXY_LISTEN": "systemd:domain=INET6:name=proxy",
@@ -193,17 +190,17 @@ class SystemdUnit:
             },
             pass_fds=numbers,
             stdin=subprocess.DEVNULL,
-            stdout=(self.folder / "log").open("wb"),
+            stdout=(self.directory / "log").open("wb"),
             stderr=subprocess.STDOUT,
-            cwd=self.folder,
+            cwd=self.directory,
         )
 
     def next_notification(self) -> str:
-        """Wait for the next message to systemd."""
+        """Wait for the next notification to systemd."""
         return self.notify_socket.recv(65536).decode()
 
     def reload(self, text: str) -> str:
-        """Reload with `text` as the environment file, and return what systemd is told at the end."""
+        """Reload with `text` as the environment file. Return the last notification to systemd."""
         assert self.process is not None
         self.env_file.write_text(text)
         self.process.send_signal(signal.SIGHUP)
@@ -226,14 +223,14 @@ def unit(tmp_path: Path) -> Iterator[SystemdUnit]:
 
 @pytest.fixture(params=["IPv4", "IPv6"])
 def listening_socket(request: pytest.FixtureRequest) -> Iterator[socket.socket]:
-    """A listening socket, as systemd makes one where the kernel has IPv6 and where it has not."""
+    """Yield a listening socket, as systemd creates it on a host with IPv6 and on one without."""
     family = socket.AF_INET if request.param == "IPv4" else socket.AF_INET6
     with socket.create_server(("127.0.0.1" if request.param == "IPv4" else "::1", 0), family=family) as sock:
         yield sock
 
 
 def get(listening_socket: socket.socket, path: str, credentials: str = "") -> tuple[int, str]:
-    """Return status and text of the answer."""
+    """Send a GET request. Return the status and the text of the response."""
     request = f"GET {path} HTTP/1.1\r\nHost: here\r\nConnection: close\r\n"
     if credentials:
         request += f"Authorization: Basic {base64.b64encode(credentials.encode()).decode()}\r\n"

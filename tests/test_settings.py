@@ -1,4 +1,4 @@
-"""The environment and .env files as users write them: what is understood, what is refused, and that nothing leaks."""
+"""Settings from the environment and .env files: valid and invalid values, and that errors contain no password."""
 
 from __future__ import annotations
 
@@ -18,14 +18,18 @@ from dockerproxy.settings import DOCKER_HUB, DOCKER_HUB_TOKENS, Settings, Settin
 ROOT = Path(__file__).parent.parent
 NAMES = [
     "REGISTRIES",
-    *(one.name.upper() for one in fields(Settings) if one.name not in ("extra_registries", "warnings")),
+    *(
+        attribute.name.upper()
+        for attribute in fields(Settings)
+        if attribute.name not in ("extra_registries", "warnings")
+    ),
 ]
 SECRET = "Pa55wOrd"
 
 SEED = """\
 REGISTRIES=k8s.gcr.io quat.io mirror.gcr.io mirrors--dockerhub.company.com
 AUTH_REGISTRIES=auth.docker.io:meermanr:dckr_pat_myPASSWORD registry-1.docker.io:meermanr:dckr_pat_myPASSWORD mirrors--dockerhub.company.com:robert.meerman@company.com:REDACTEDREDACTED
-"""  # noqa: E501 - the file as users have it
+"""  # noqa: E501 - an actual file of a user
 
 
 def settings(**env: str) -> Settings:
@@ -47,7 +51,7 @@ def env_file(directory: Path, text: str) -> dict[str, str]:
 # Defaults and derived values
 
 
-def test_an_empty_environment_gives_the_documented_defaults(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_defaults_are_the_documented_ones(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     defaults = settings()
     assert defaults.registries == (Registry.parse("registry-1.docker.io"),)
@@ -89,7 +93,7 @@ def test_an_empty_environment_gives_the_documented_defaults(monkeypatch: pytest.
     assert defaults.warnings == ()
 
 
-def test_every_setting_may_be_empty() -> None:
+def test_empty_settings_count_as_unset() -> None:
     assert Settings.from_environment(dict.fromkeys([*NAMES, "STATE_DIRECTORY"], "")) == settings()
 
 
@@ -117,7 +121,7 @@ def test_relative_paths_are_relative_to_the_working_directory(monkeypatch: pytes
 # The .env file
 
 
-def test_the_env_file_of_the_readme(tmp_path: Path) -> None:
+def test_env_file_of_a_user(tmp_path: Path) -> None:
     parsed = Settings.from_environment({}, env_file(tmp_path, SEED))
     assert [str(registry) for registry in parsed.registries] == [
         "registry-1.docker.io",
@@ -134,7 +138,7 @@ def test_the_env_file_of_the_readme(tmp_path: Path) -> None:
     assert parsed.warnings == ()
 
 
-def test_the_documentation_has_every_setting() -> None:
+def test_documentation_has_every_setting() -> None:
     documented = set(re.findall(r"`([A-Z][A-Z0-9_]+)`", (ROOT / "docs" / "settings.md").read_text("utf-8")))
     assert documented >= set(NAMES)
 
@@ -236,8 +240,8 @@ def test_typo_in_env_file_gives_a_warning() -> None:
 def test_registries_in_each_form_without_duplicates() -> None:
     text = "quay.io  https://quay.io/ QUAY.IO. registry.test:5000 http://plain.test http://plain.test:8080 [::1]:5000"
     assert settings(REGISTRIES=text).extra_registries == tuple(
-        Registry.parse(one)
-        for one in ("quay.io", "registry.test:5000", "http://plain.test", "http://plain.test:8080", "[::1]:5000")
+        Registry.parse(expected)
+        for expected in ("quay.io", "registry.test:5000", "http://plain.test", "http://plain.test:8080", "[::1]:5000")
     )
 
 
@@ -331,7 +335,7 @@ def test_logins_round_trip_with_default_delimiters(logins: dict[str, tuple[str, 
     assert parse_logins(" ".join(f"{host}:{user}:{password}" for host, (user, password) in logins.items())) == logins
 
 
-# Single kinds of values
+# Values of each type
 
 
 @pytest.mark.parametrize(
@@ -416,7 +420,7 @@ def test_upstream_addresses() -> None:
     }
 
 
-def test_the_upstream_proxy() -> None:
+def test_upstream_proxy() -> None:
     parsed = settings(
         UPSTREAM_PROXY="http://us%3Aer:p%40ss/w@proxy.test:3128/".replace("/w", "%2Fw"),
         NO_PROXY="a.test,.b.test c.test",
@@ -439,7 +443,7 @@ def test_upstream_proxy_variable_precedence() -> None:
     assert port(HTTP_PROXY="http://proxy.test:2") is None
 
 
-# What is refused
+# Invalid values
 
 INVALID = [
     ("REGISTRIES", "quay.io/v2/", "'quay.io/v2/' is not a registry such as quay.io"),
@@ -505,10 +509,10 @@ def test_invalid_value_gives_one_sentence(name: str, text: str, part: str) -> No
     assert "SEC" not in message.removeprefix(name)
 
 
-# Nothing leaks
+# Errors contain no password
 
 
-# A URL with a login in it may get anywhere; bare words only where a login may be thought to belong.
+# A URL with a login may be misplaced in any setting. Bare words only in a setting that seems to take a login.
 URLS = ["user:{}@host", "https://user:{}@host/x", "AUTH {} quay.io:u:{}@x"]
 WORDS = ["quay.io:user:{}", "quay.io:u:a b:{}"]
 LOGINS = ["AUTH_REGISTRIES", "UPSTREAM_PROXY", "CA_KEY_PASSPHRASE"]
@@ -516,7 +520,10 @@ LOGINS = ["AUTH_REGISTRIES", "UPSTREAM_PROXY", "CA_KEY_PASSPHRASE"]
 
 @pytest.mark.parametrize(
     ("name", "form"),
-    [*((name, form) for name in NAMES for form in URLS), *((n, f) for n in ["REGISTRIES", *LOGINS] for f in WORDS)],
+    [
+        *((name, form) for name in NAMES for form in URLS),
+        *((name, form) for name in ["REGISTRIES", *LOGINS] for form in WORDS),
+    ],
 )
 def test_misplaced_credentials_do_not_leak(name: str, form: str) -> None:
     text = form.replace("{}", SECRET)
@@ -551,7 +558,7 @@ def test_only_settings_error_is_raised(name: str, text: str) -> None:
         assert isinstance(parsed, Settings)
 
 
-# systemd's credentials
+# systemd credentials
 
 
 @pytest.fixture

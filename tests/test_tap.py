@@ -1,4 +1,4 @@
-"""The daemon as an operator meets it: a process of twistd's, its environment, its log and its exit status."""
+"""The daemon as a twistd process: its environment, its log, its exit status and its signals."""
 
 from __future__ import annotations
 
@@ -25,14 +25,15 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 import dockerproxy
+from tests.twistd import twistd_command
 
 ROOT = Path(dockerproxy.__file__).parent.parent
-TIMEOUT = 60  # for what a machine under load does in one
+TIMEOUT = 60  # seconds; an operation takes well below a second, but the machine may be loaded
 NOBODY = 65534
 
 
 def environment(directory: Path, settings: Mapping[str, str]) -> dict[str, str]:
-    """Return what the daemon finds in its environment: nothing of ours but where programs are."""
+    """Return the environment of the daemon. It has only PATH, LANG and PYTHONPATH of this process."""
     variables = {name: os.environ[name] for name in ("PATH", "LANG") if name in os.environ}
     if not _is_installed():
         variables["PYTHONPATH"] = str(ROOT)
@@ -47,24 +48,19 @@ def environment(directory: Path, settings: Mapping[str, str]) -> dict[str, str]:
 
 
 def _is_installed() -> bool:
-    """Whether this Python finds the project wherever it is started, as in `make test`'s environment."""
-    found = subprocess.run(
+    """Return whether the project is installed, as in the environment of `make test`."""
+    probe = subprocess.run(
         [sys.executable, "-c", "import dockerproxy, twisted.plugins.dockerproxy_plugin"],
         cwd="/",
         env={"PATH": os.environ.get("PATH", "")},
         capture_output=True,
         check=False,
     )
-    return found.returncode == 0
-
-
-def twistd() -> list[str]:
-    sibling = Path(sys.executable).with_name("twistd")
-    return [str(sibling if sibling.exists() else shutil.which("twistd3") or "twistd"), "--nodaemon", "--pidfile="]
+    return probe.returncode == 0
 
 
 class TwistdProcess:
-    """The daemon, running."""
+    """A running daemon."""
 
     def __init__(
         self, directory: Path, settings: Mapping[str, str], *options: str, wrapper: Sequence[str] = ()
@@ -73,7 +69,7 @@ class TwistdProcess:
         self.log_path = directory / "output"
         with self.log_path.open("wb") as output:
             self.process = subprocess.Popen(
-                [*wrapper, *twistd(), "dockerproxy", *options],
+                [*wrapper, *twistd_command(), "dockerproxy", *options],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -86,19 +82,19 @@ class TwistdProcess:
         return self.log_path.read_text(errors="replace")
 
     def wait_for(self, pattern: str) -> re.Match[str]:
-        """Return the first match of `pattern` in the log; fail with the log where it does not come."""
+        """Wait for `pattern` in the log and return its first match. Fail with the text of the log after TIMEOUT."""
         deadline = time.monotonic() + TIMEOUT
         while (match := re.search(pattern, self.log_text)) is None:
             assert self.process.poll() is None, self.log_text
             assert time.monotonic() < deadline, f"{pattern}:\n{self.log_text}"
-            time.sleep(0.02)  # what another process does is nothing that this one is told of
+            time.sleep(0.02)  # poll, because another process sends no notification
         return match
 
     def port(self, setting: str = "PROXY_LISTEN") -> int:
         return int(self.wait_for(rf"listening on 127\.0\.0\.1:(\d+) \({setting}\)")[1])
 
     def wait_exit(self) -> int:
-        """Return the exit status."""
+        """Wait until the daemon exits, and return its exit status."""
         return self.process.wait(TIMEOUT)
 
     def kill(self) -> None:
@@ -109,7 +105,7 @@ class TwistdProcess:
 
 @pytest.fixture
 def world_readable_directory() -> Iterator[Path]:
-    """Return a folder that every user can get to; those of pytest are the user's alone."""
+    """Create a directory that every user can read. The directories of pytest are private to its user."""
     folder = Path(tempfile.mkdtemp())
     folder.chmod(0o755)
     yield folder
@@ -118,7 +114,7 @@ def world_readable_directory() -> Iterator[Path]:
 
 @pytest.fixture
 def start(tmp_path: Path, world_readable_directory: Path) -> Iterator[Any]:
-    """Return a function that starts a daemon, in `tmp_path` if it is given no other folder."""
+    """Return a function that starts a daemon. Its default directory is `tmp_path`."""
     daemons: list[TwistdProcess] = []
 
     def start_daemon(
@@ -136,20 +132,20 @@ def start(tmp_path: Path, world_readable_directory: Path) -> Iterator[Any]:
 
 
 def startup_error(start: Any, *options: str, **settings: Any) -> str:
-    """Return the one sentence with which the daemon does not start."""
+    """Start the daemon, which must fail with exactly one sentence, and return that sentence."""
     daemon = start(*options, **settings)
     assert daemon.wait_exit() not in (0, None), daemon.log_text
-    # Once the log has begun, twistd puts everything into it that is printed.
+    # twistd logs printed text once the log is open, so the sentence may have the prefix of a log line.
     log_prefix = re.compile(r"\d{4}-\d\d-\d\dT\S+ \[(?P<source>[^]]+)\] ")
     lines = [(log_prefix.match(line), log_prefix.sub("", line, count=1)) for line in daemon.log_text.splitlines()]
-    messages = [line for found, line in lines if found is None or found["source"] == "stderr#error"]
+    messages = [line for prefix, line in lines if prefix is None or prefix["source"] == "stderr#error"]
     assert len(messages) == 1, daemon.log_text
     assert re.fullmatch(r"docker-registry-proxy: \S.*[^.]\.", messages[0]), daemon.log_text
     return messages[0]
 
 
 def exchange(port: int, request: bytes) -> bytes:
-    """Return all that is answered, until the daemon closes."""
+    """Send `request` and return everything that the daemon sends before it closes the connection."""
     with socket.create_connection(("127.0.0.1", port), timeout=TIMEOUT) as connection:
         connection.sendall(request)
         return read_all(connection)
@@ -165,7 +161,7 @@ def read_all(connection: socket.socket) -> bytes:
 GET = b"GET %b HTTP/1.1\r\nHost: proxy.example\r\nConnection: close\r\n\r\n"
 
 
-# what keeps it from starting
+# startup errors
 
 
 @pytest.mark.parametrize(
@@ -200,22 +196,22 @@ def test_unknown_endpoint_type(start: Any) -> None:
 
 
 def unprivileged_wrapper(directory: Path) -> list[str]:
-    """Return what runs the daemon as a user whom permissions stop; nothing where this one is stopped already."""
+    """Return the command that runs the daemon as an unprivileged user, or nothing if this user is not root."""
     if os.geteuid() != 0:
         return []
     setpriv = shutil.which("setpriv")
     if setpriv is None:
-        pytest.skip("permissions do not stop root, and there is no setpriv (Debian package util-linux)")
+        pytest.skip("running as root, which ignores permissions, and setpriv is missing (Debian package util-linux)")
     wrapper = [setpriv, f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
-    found = subprocess.run(
+    probe = subprocess.run(
         [*wrapper, sys.executable, "-c", "import dockerproxy.tap"],
         cwd=directory,
         env=environment(directory, {}),
         capture_output=True,
         check=False,
     )
-    if found.returncode != 0:
-        pytest.skip("the project, its Python or the folder for temporary files cannot be read by other users than root")
+    if probe.returncode != 0:
+        pytest.skip("only root can read the project, its Python or the directory for temporary files")
     return wrapper
 
 
@@ -307,7 +303,7 @@ def test_startup_error_in_both_log_formats(start: Any, log_format: str) -> None:
     assert "Traceback" not in daemon.log_text
 
 
-# what it says while it runs
+# log and metrics
 
 
 def test_startup_log(start: Any, tmp_path: Path) -> None:
@@ -350,7 +346,7 @@ def test_requests_are_served_and_logged(start: Any, tmp_path: Path) -> None:
     assert 'dockerproxy_requests_total{verdict="-",code="4xx"} 1\n' in metrics
     sent = len(b"ok\n") + len(pem) + len(plain)
     assert f'dockerproxy_sent_bytes_total{{verdict="-"}} {sent}\n' in metrics
-    # the registry that is hosted here, under a certificate of the CA that it hands out
+    # The hosted registry has a certificate of the CA that /ca.crt returned.
     context = ssl.create_default_context(cadata=pem.decode())
     with (
         socket.create_connection(("127.0.0.1", daemon.port("REGISTRY_LISTEN")), timeout=TIMEOUT) as connection,
@@ -378,11 +374,11 @@ def test_json_log_contains_only_json(start: Any) -> None:
         assert expected in messages
 
 
-# how it stops
+# shutdown
 
 
 class TunnelTarget:
-    """A server behind a tunnel: a transfer that ends when the test wants it to."""
+    """A server behind a tunnel. The test controls when the transfer ends."""
 
     def __init__(self) -> None:
         self.server = socket.create_server(("127.0.0.1", 0))
@@ -390,7 +386,7 @@ class TunnelTarget:
         self.settings = {"TUNNEL_DENY": "none", "TUNNEL_PORTS": str(self.port)}
 
     def tunnel(self, port: int) -> tuple[socket.socket, socket.socket]:
-        """Return both ends of a new tunnel through the daemon at `port`."""
+        """Open a tunnel through the daemon at `port`, and return its client and its server end."""
         client = socket.create_connection(("127.0.0.1", port), timeout=TIMEOUT)
         client.sendall(f"CONNECT 127.0.0.1:{self.port} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
         assert client.recv(1000).startswith(b"HTTP/1.1 200 ")
@@ -416,18 +412,18 @@ def test_sigterm_closes_idle_connections(start: Any) -> None:
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_sigterm_lets_transfers_finish(start: Any, tunnel_target: TunnelTarget, workers: int) -> None:
-    """The last one is logged as well, be it that of a worker, which ends with it."""
+    """The last transfer is logged too, even if a worker serves it and exits right after it."""
     daemon = start(**tunnel_target.settings, WORKERS=str(workers))
     port = daemon.port()
     if workers > 1:
-        daemon.wait_for("worker 1 serves")  # then it gets the second connection
+        daemon.wait_for("worker 1 serves")  # then it gets the second connection, because this process has the first one
     with socket.create_connection(("127.0.0.1", port), timeout=TIMEOUT) as idle:
-        client, upstream = tunnel_target.tunnel(port)  # by then, the daemon has taken the one before it too
+        client, upstream = tunnel_target.tunnel(port)  # the daemon has accepted the idle connection by then
         with client, upstream:
             upstream.sendall(b"one half, ")
             daemon.process.terminate()
             assert idle.recv(1) == b""
-            with pytest.raises(OSError):  # refused, or reset
+            with pytest.raises(OSError):  # connection refused or reset
                 exchange(port, GET % b"/healthz")
             assert daemon.process.poll() is None
             upstream.sendall(b"and the other")
@@ -437,8 +433,8 @@ def test_sigterm_lets_transfers_finish(start: Any, tunnel_target: TunnelTarget, 
     assert re.search(rf"CONNECT 127\.0\.0\.1:{tunnel_target.port} 200 23 [\d.]+ PASS\n", daemon.log_text)
 
 
-@pytest.mark.parametrize("again", [signal.SIGTERM, signal.SIGINT])
-def test_second_signal_aborts_transfers(start: Any, tunnel_target: TunnelTarget, again: signal.Signals) -> None:
+@pytest.mark.parametrize("second_signal", [signal.SIGTERM, signal.SIGINT])
+def test_second_signal_aborts_transfers(start: Any, tunnel_target: TunnelTarget, second_signal: signal.Signals) -> None:
     daemon = start(**tunnel_target.settings)
     port = daemon.port()
     with socket.create_connection(("127.0.0.1", port), timeout=TIMEOUT) as idle:
@@ -446,7 +442,7 @@ def test_second_signal_aborts_transfers(start: Any, tunnel_target: TunnelTarget,
         with client, upstream:
             daemon.process.terminate()
             assert idle.recv(1) == b""
-            daemon.process.send_signal(again)
+            daemon.process.send_signal(second_signal)
             with pytest.raises(ConnectionResetError):
                 client.recv(1)
     assert daemon.wait_exit() in (0, -signal.SIGTERM)
@@ -455,6 +451,6 @@ def test_second_signal_aborts_transfers(start: Any, tunnel_target: TunnelTarget,
 
 def test_unknown_option(start: Any) -> None:
     daemon = start("--no-such-option")
-    daemon.wait_exit()  # with a status that changed with Twisted's versions
+    daemon.wait_exit()  # the status depends on the version of Twisted
     assert "no-such-option" in daemon.log_text
     assert "listening" not in daemon.log_text
