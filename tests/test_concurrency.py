@@ -1,4 +1,4 @@
-"""Coroutines that are started, shared, put in a queue, or let run on."""
+"""Helpers for coroutines."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class SpawnTests(SynchronousTestCase):
             events.append("begun")
             await gate
             events.append("ended")
-            return "nobody's concern"
+            return "an ignored result"
 
         running = spawn(work(), "work")
         self.assertEqual(events, ["begun"])
@@ -132,7 +132,7 @@ class SingleFlightTests(SynchronousTestCase):
 
     def test_cancelled_caller_does_not_stop_the_work(self) -> None:
         first, second, third = self.start(), self.start(), self.start()
-        first.cancel()  # for whom it was begun
+        first.cancel()  # the caller that started the work
         third.cancel()
         self.failureResultOf(first, CancelledError)
         self.failureResultOf(third, CancelledError)
@@ -161,7 +161,7 @@ class SingleFlightTests(SynchronousTestCase):
         self.assertEqual(self.single_flight._in_flight, {})
 
     def test_second_call_starts_new_work(self) -> None:
-        """It gets new work: what it was just given may be what it does not like."""
+        """A caller that calls again starts new work, because it may have rejected the first result."""
 
         async def twice() -> tuple[Any, Any]:
             return await self.single_flight.do("a", self.work), await self.single_flight.do("a", self.work)
@@ -175,7 +175,7 @@ class SingleFlightTests(SynchronousTestCase):
     def test_exception_in_one_caller_does_not_affect_others(self) -> None:
         async def raise_afterwards() -> None:
             await self.single_flight.do("a", self.work)
-            raise KeyError("mine")
+            raise KeyError("raised by the caller")
 
         failing, other = Deferred.fromCoroutine(raise_afterwards()), self.start()
         self.gates[0].callback(1)
@@ -244,7 +244,7 @@ class LocalKeyedLockTests(SynchronousTestCase):
     def test_holders_are_served_in_order(self) -> None:
         gates: list[Deferred[None]] = [Deferred() for _ in range(3)]
         running = [self.acquire("a", str(number), gate) for number, gate in enumerate(gates)]
-        other = self.acquire("b", "other", Deferred())  # kept, or the collector ends it
+        other = self.acquire("b", "other", Deferred())  # keep a reference, or the collector closes the coroutine
         self.assertEqual(self.events, ["0 begins", "other begins"])
         gates[1].callback(None)
         gates[0].errback(ValueError("trouble"))
