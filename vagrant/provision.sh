@@ -1,9 +1,9 @@
 #!/bin/sh
-# Makes a Debian 13 machine run the proxy: vagrant/provision.sh [PACKAGE], a file in dist/. Vagrant runs it as root, at
-# the first `vagrant up` and at each `vagrant provision`. Without PACKAGE, one is built from the sources.
+# Sets up the proxy on a Debian 13 machine: vagrant/provision.sh [PACKAGE], which is a file in dist/. Vagrant runs it as
+# root at the first `vagrant up` and at each `vagrant provision`. Without PACKAGE, it builds one from the sources.
 #
-# /vagrant is the checkout on the host, shared by means that differ in what they can: it may belong to somebody whom
-# this machine does not know, and its files may be nobody else's whatever chown and chmod are told.
+# /vagrant is the shared checkout of the host. The kinds of shares differ: the owner may be a user that this machine
+# does not have, and chown and chmod may have no effect.
 
 set -eu
 export DEBIAN_FRONTEND=noninteractive
@@ -26,12 +26,12 @@ fail() {
 
 check_share() {
     mountpoint -q "$share" ||
-        fail "$share is a copy of the checkout, so what is pushed would be lost with the machine; share it another way"
+        fail "$share is a copy of the checkout, so pushed images would be lost with the machine; use a shared folder"
 }
 
 # The package.
 
-# Prints the file to install. It is built anew when the sources have changed.
+# Prints the file to install. Without PACKAGE, it is built again if the sources have changed.
 find_package() {
     if [ -n "$package" ]; then
         say "$share/dist/$package"
@@ -41,13 +41,13 @@ find_package() {
     sources='debian dockerproxy docs man systemd tests tools twisted .env.example CHANGELOG.md CONTRIBUTING.md LICENSE MANIFEST.in'
     sources="$sources Makefile README.md SECURITY.md pyproject.toml ruff.toml setup.cfg setup.py"
     cd "$share"
-    # shellcheck disable=SC2086 # several names
+    # shellcheck disable=SC2086 # the variable contains several names
     if [ ! -e "$build/built" ] || [ -n "$(find $sources -type f -newer "$build/built" ! -name '*.pyc')" ]; then
-        say 'Building the package: this takes a few minutes.' >&2
+        say 'Building the package, which takes a few minutes.' >&2
         rm -rf "$build"
         mkdir -p "$build/source"
         : >"$build/begun"
-        # shellcheck disable=SC2086 # several names
+        # shellcheck disable=SC2086 # the variable contains several names
         tar --exclude=__pycache__ --exclude=dropin.cache -cf - $sources |
             tar -C "$build/source" --no-same-owner -xf -
         cd "$build/source"
@@ -63,19 +63,20 @@ find_package() {
 
 install_package() {
     file=$(find_package)
-    [ -f "$file" ] || fail "there is no $file in this machine"
+    [ -f "$file" ] || fail "$file does not exist in this machine"
     sum=$(sha256sum <"$file")
     if [ "$(cat /var/lib/$name-installed 2>/dev/null)" = "$sum" ] && dpkg -s "$name" >/dev/null 2>&1; then
-        say 'The package is installed already.'
+        say 'The package is already installed.'
         return
     fi
-    # The service is started below, when its settings are there: else it would make an authority that nobody wants.
+    # Do not let apt start the service. It is started below, after its settings are written; before that it would create
+    # a CA in the wrong place.
     if [ ! -e "$policy" ]; then
         trap 'rm -f "$policy"' EXIT
         printf '#!/bin/sh\nexit 101\n' >"$policy"
         chmod 755 "$policy"
     fi
-    # Where _apt, which apt reads it as, can read it too.
+    # apt reads the file as the user _apt, which may not be able to read the share.
     mkdir -p /var/cache/$name
     cp "$file" "/var/cache/$name/$name.deb"
     apt-get update -qq
@@ -95,13 +96,13 @@ names() {
 write_settings() {
     umask 027
     {
-        say '# Made of .env by vagrant/provision.sh. Change .env, and run: vagrant provision'
-        # An editor on Windows may have ended the lines its way.
+        say '# Generated from .env by vagrant/provision.sh. Change .env, and run: vagrant provision'
+        # Editors on Windows end lines with CR LF.
         if [ -e "$share/.env" ]; then sed 's/\r$//' "$share/.env"; fi
         say
         names REGISTRY_DIR || say "REGISTRY_DIR=$share/registry"
         names CA_DIR || say "CA_DIR=$share/ca"
-        # An authority that rpardini/docker-registry-proxy made has the pass phrase that is in its source.
+        # The key of a CA that rpardini/docker-registry-proxy created has the passphrase in its source code.
         if grep -q ENCRYPTED "$share/ca/ca.key" 2>/dev/null && ! names CA_KEY_PASSPHRASE; then
             say 'CA_KEY_PASSPHRASE=foobar'
         fi
@@ -119,19 +120,20 @@ as_user() {
     setpriv --reuid="$number" --regid="$(id -g "$name")" --clear-groups --inh-caps=-all "$@"
 }
 
-# Makes a folder in the share, by the share's owner: root may be nobody there, or make what is root's on the host.
+# Creates a folder in the share as the share's owner. As root this may be forbidden, or create a folder that belongs to
+# root on the host.
 make_folder() {
-    [ -d "$1" ] || as_user "$owner" mkdir "$1" 2>/dev/null || mkdir "$1" 2>/dev/null || fail "$1 cannot be made"
+    [ -d "$1" ] || as_user "$owner" mkdir "$1" 2>/dev/null || mkdir "$1" 2>/dev/null || fail "cannot create $1"
 }
 
-# Whether a user can do in a folder what the daemon does there.
+# Checks that a user can do everything in a folder that the daemon does there.
 can_write() {
     # shellcheck disable=SC2016 # for the shell that is started
     as_user "$1" sh -ec 'cd "$0"; : >.probe; mv .probe .probe2; flock .probe2 true; rm .probe2' "$2" 2>/dev/null
 }
 
-# Sets $user, the number of the user that the daemon runs as: it has to be the one to whom the folders belong, for many
-# shares know no other. If that is root they are given away instead, to the share's owner.
+# Sets $user, the uid of the daemon. It must be the owner of the folders, because many shares support no other user. If
+# that is root, the folders are given to the share's owner instead, or to the package's user if that is root as well.
 choose_user() {
     owner=$(stat -c %u "$share")
     make_folder "$share/registry"
@@ -139,7 +141,7 @@ choose_user() {
     user=$(stat -c %u "$share/registry")
     [ "$user" != 0 ] || user=$owner
     [ "$user" != 0 ] || user=$(id -u "$name")
-    # systemd starts nothing as a user who has no name.
+    # systemd needs a user with a name.
     if ! getent passwd "$user" >/dev/null; then
         userdel "$name-share" 2>/dev/null || true
         useradd --system --key SYS_UID_MAX="$user" --uid "$user" --gid "$name" --home-dir /nonexistent \
@@ -147,7 +149,7 @@ choose_user() {
     fi
     for folder in "$share/registry" "$share/ca"; do
         find "$folder" ! -user "$user" -exec chown -h "$user" {} + 2>/dev/null || true
-        can_write "$user" "$folder" || fail "nobody but root can write to $folder: change its owner on the host"
+        can_write "$user" "$folder" || fail "only root can write to $folder; change its owner on the host"
     done
 }
 
@@ -155,7 +157,7 @@ write_units() {
     mkdir -p "$units/$name.service.d"
     {
         say '[Unit]'
-        say '# Before the share is there, an authority would be made in its place.'
+        say '# Without the share, the daemon would create a new CA in the mount point.'
         say 'After=local-fs.target remote-fs.target'
         say "ConditionPathIsMountPoint=$share"
         say '[Service]'
@@ -170,13 +172,13 @@ write_units() {
 }
 
 start() {
-    # It took its name when the machine had none yet.
+    # avahi-daemon has read the host name before Vagrant set it.
     systemctl restart avahi-daemon.service
     systemctl restart "$name.service" || {
         systemctl status --no-pager --full --lines=5 "$name.service" >&2 || true
-        fail 'the service did not start; the line above that begins with "Status:" tells why'
+        fail 'the service did not start; see the line "Status:" above'
     }
-    systemctl is-active --quiet "$name.service" || fail "the service does not run; see: journalctl -u $name"
+    systemctl is-active --quiet "$name.service" || fail "the service is not running; see: journalctl -u $name"
     say "Running, as $(hostname).local: $(hostname -I)"
 }
 

@@ -1,22 +1,23 @@
 # shellcheck shell=bash
-# Machines that boot Debian 13 with systemd, as containers on a switch of their own: no packet leaves it. Source this.
+# Functions for machines that boot Debian 13 with systemd. They are containers on an isolated switch. Source this file.
 #
-#   check_host                         end with one sentence where root may not do here what all this needs
-#   make_tree                          make the tree that machines boot, if it is not there yet
-#   network_up                         make the switch
+#   check_host                         fail with one sentence if root lacks a right that the machines need
+#   make_tree                          create the tree that the machines boot, if it does not exist
+#   network_up                         create the switch
 #   start_machine NAME ADDRESS/24 [OPTION...]   boot a machine from an overlay of the tree, and wait until it is up;
 #                                      the options are systemd-nspawn's
-#   on NAME COMMAND...                 run a command on it
-#   root_of NAME                       print where its files are
-#   stop_machines                      end all of them, and the switch
+#   on NAME COMMAND...                 run a command on a machine
+#   root_of NAME                       print the path of a machine's root directory
+#   stop_machines                      stop all machines, and remove the switch
 #
-# Needs root. It works where PID 1 is systemd and where it is not, with cgroups of version 1 and 2.
+# Needs root. PID 1 need not be systemd. cgroups of version 1 and 2 are supported.
 
-MACHINES=${MACHINES:?a folder for the machines}
-TREE=${TREE:?the tree that they boot}
+MACHINES=${MACHINES:?set it to a folder for the machines}
+TREE=${TREE:?set it to the tree that they boot}
 SWITCH=drp-switch
 
-# What is in the tree, and what is downloaded for it: what the package and its tests depend on, for apt to install.
+# Packages installed in the tree, and packages only downloaded into it: the dependencies of the package and of its
+# tests, which apt installs later.
 INSTALLED=systemd,systemd-sysv,dbus,libpam-systemd,libnss-systemd,iproute2,procps,avahi-daemon,libnss-mdns,ca-certificates,curl,sudo,docker.io,docker-cli,iptables,python3
 LATER=python3-twisted,python3-openssl,python3-cryptography,python3-service-identity,python3-attr,python3-bcrypt
 LATER+=,autopkgtest,dpkg-dev,python3-hypothesis,python3-pytest
@@ -26,33 +27,33 @@ check_host() {
         nsenter=util-linux findmnt=util-linux
     allowed "make namespaces and mount file systems (CAP_SYS_ADMIN)" unshare --mount mount -t tmpfs tmpfs "$MACHINES"
     allowed "make network namespaces (CAP_NET_ADMIN)" unshare --net ip link add name br0 type bridge
-    allowed "make user namespaces, which the service wants (user.max_user_namespaces is 0, or this is a chroot)" \
+    allowed "make user namespaces, which the service needs (user.max_user_namespaces is 0, or this is a chroot)" \
         unshare --user true
     allowed "make control groups: /sys/fs/cgroup has none, or is read-only" make_cgroup
-    # Where the machines' folder is itself on an overlay, as in a container, it cannot take an overlay's changes.
+    # If the machines' folder is itself on an overlay, as in a container, it cannot be the upper layer of another one.
     if ! mount_overlay 2>/dev/null; then
         mount -t tmpfs -o mode=755 machines "$MACHINES"
         allowed "mount overlays" mount_overlay
     fi
 }
 
-allowed() { # WHAT COMMAND...
-    local what=$1 said
+allowed() { # DESCRIPTION COMMAND...: fail with a sentence if the command fails
+    local description=$1 output
     shift
-    if ! said=$("$@" 2>&1); then
-        echo "Machines cannot be started here, for root may not $what." >&2
-        echo "$said" >&2
+    if ! output=$("$@" 2>&1); then
+        echo "Machines cannot be started here because root is not allowed to $description." >&2
+        echo "$output" >&2
         return 1
     fi
 }
 
-make_cgroup() { # ... and remove it again
+make_cgroup() { # create a control group and remove it again
     local hierarchy=
     read -r hierarchy < <(cgroups)
     mkdir "$hierarchy/drp-check" && rmdir "$hierarchy/drp-check"
 }
 
-mount_overlay() { # ... of anything, where nobody sees it
+mount_overlay() { # try an overlay mount in a private namespace
     local check=$MACHINES/check status=0
     mkdir -p "$check"/{upper,work}
     unshare --mount mount -t overlay check -o "lowerdir=/usr,upperdir=$check/upper,workdir=$check/work" "$check" || status=$?
@@ -74,7 +75,7 @@ on() {
 
 network_up() {
     ip netns add "$SWITCH"
-    # Without snooping, multicast (mDNS) reaches everybody: nobody here asks who wants it.
+    # Without snooping, multicast (mDNS) reaches all ports. With it, a querier would be needed, and there is none.
     ip -n "$SWITCH" link add br0 type bridge mcast_snooping 0
     ip -n "$SWITCH" link set br0 up
 }
@@ -87,7 +88,7 @@ start_machine() {
     mkdir -p "$folder"/{upper,work,root}
     mount -t overlay "drp-$name" -o "lowerdir=$TREE,upperdir=$folder/upper,workdir=$folder/work" "$folder/root"
     echo "$name" >"$folder/root/etc/hostname"
-    rm -f "$folder"/root/etc/systemd/system/*.wants/docker.* # who needs dockerd starts it
+    rm -f "$folder"/root/etc/systemd/system/*.wants/docker.* # a test that needs dockerd starts it
 
     ip netns add "$namespace"
     ip -n "$SWITCH" link add "$port" type veth peer name host0 netns "$namespace"
@@ -96,7 +97,7 @@ start_machine() {
     ip -n "$namespace" addr add "$address" dev host0
     ip -n "$namespace" link set host0 up
 
-    # With --keep-unit a machine lives in the cgroup that it is started from: each needs its own.
+    # With --keep-unit a machine stays in the cgroup of the process that starts it, so each is started in its own one.
     (
         join_cgroups "$name"
         exec setsid systemd-nspawn --quiet --directory="$folder/root" --machine="$name" --boot --register=no --keep-unit \
@@ -112,7 +113,7 @@ start_machine() {
     open_cgroups "$name"
 }
 
-# The machine's first process is nspawn's only child, once the one before it, which prepares things, has ended.
+# The machine's PID 1 is nspawn's only child after a preparatory process has ended.
 is_up() {
     pgrep --oldest --parent "$(cat "$MACHINES/$1/nspawn")" >"$MACHINES/$1/leader" || return
     [[ $(on "$1" systemctl is-system-running 2>/dev/null) =~ ^(running|degraded)$ ]]
@@ -120,7 +121,7 @@ is_up() {
 
 is_up_or_ended() { is_up "$1" || ended "$(cat "$MACHINES/$1/nspawn")"; }
 
-# wait_for SECONDS COMMAND...: until the command succeeds
+# wait_for SECONDS COMMAND...: wait until the command succeeds; fail after that time
 wait_for() {
     local ends=$((SECONDS + $1))
     shift
@@ -136,7 +137,7 @@ join_cgroups() {
     local hierarchy file
     for hierarchy in $(cgroups); do
         mkdir -p "$hierarchy/drp-$1"
-        for file in cpuset.cpus cpuset.mems; do # empty in a new group of version 1, which then takes no process
+        for file in cpuset.cpus cpuset.mems; do # a new group of version 1 has them empty, and then accepts no process
             if [ -e "$hierarchy/$file" ]; then
                 cat "$hierarchy/$file" >"$hierarchy/drp-$1/$file"
             fi
@@ -145,7 +146,7 @@ join_cgroups() {
     done
 }
 
-# nspawn mounts controllers of version 1 read-only, and what runs in the machine (dockerd) wants to write there.
+# nspawn mounts controllers of version 1 read-only, but dockerd in the machine has to write to them.
 open_cgroups() {
     # shellcheck disable=SC2016 # for the shell on the machine
     on "$1" sh -c 'mounts=$(awk "\$3 == \"cgroup\" && \$2 !~ /systemd/ {print \$2}" /proc/mounts)
@@ -164,7 +165,7 @@ stop_machines() {
         [ -e "$folder/root" ] || continue
         name=$(basename "$folder")
         if [ -e "$folder/nspawn" ]; then
-            # Without its first process a machine is gone; without nspawn alone it would live on.
+            # Killing only nspawn would leave the machine running, so its PID 1 is killed too.
             wait_for 20 ended "$(cat "$folder/nspawn")" || kill -KILL $(cat "$folder/leader" "$folder/nspawn") || true
             wait "$(cat "$folder/nspawn")" 2>/dev/null || true
         fi

@@ -1,6 +1,8 @@
 #!/bin/bash
-# Builds the package twice, under different conditions, and compares; has lintian look at it. Usage: package.sh FOLDER
-# The .deb of the first build, in which the tests ran, is left in FOLDER.
+# Builds the package twice under different conditions, compares the results, and runs lintian and piuparts.
+# Usage: package.sh FOLDER
+#
+# The .deb of the first build, during which the tests ran, is left in FOLDER.
 set -euo pipefail
 
 project=$(realpath "$(dirname "$0")/../..")
@@ -12,7 +14,7 @@ trap 'rm -rf "$scratch"' EXIT
 "$project/tools/build-deb" "$folder"
 echo "built: $(basename "$folder"/*.deb)"
 
-# Again from the source package, which also shows that it holds everything.
+# The second build uses the source package, which also checks that it is complete.
 mkdir "$scratch/source"
 tar -C "$scratch/source" --strip-components=1 -xf "$folder"/*.tar.xz
 BUILD_SOURCE=$scratch/source BUILD_PATH=/build/some/longer/path BUILD_UMASK=077 BUILD_TZ=Asia/Kolkata BUILD_LANG=C \
@@ -20,7 +22,7 @@ BUILD_SOURCE=$scratch/source BUILD_PATH=/build/some/longer/path BUILD_UMASK=077 
 cmp "$folder"/*.deb "$scratch/again"/*.deb
 echo "built again in another folder, with another umask, time zone, locale and clock: identical"
 
-# In the tree that it was built in, with what was built as /build.
+# Runs a command in the tree of the build, with the built files in /build.
 in_tree() {
     systemd-nspawn --quiet --register=no --keep-unit --console=pipe --private-network --link-journal=no --resolv-conf=off \
         --timezone=off --read-only --tmpfs=/tmp --directory="$tree" --bind="$scratch:/build" \
@@ -28,23 +30,23 @@ in_tree() {
 }
 fail() {
     tail -n 60 "$scratch/log" >&2
-    echo "$1 is not content" >&2
+    echo "$1 has failed or found problems; its output is above" >&2
     exit 1
 }
 tree=$project/.cache/debian/build/root
 cp "$folder"/*.{changes,dsc,tar.xz,deb,buildinfo} "$scratch"
 
-# By what it prints: its exit status counts what is overridden as well.
+# The result is read from the output, because the exit status also counts overridden tags.
 in_tree sh -c 'lintian --allow-root --pedantic --display-info --fail-on=none /build/*.changes && echo finished' || fail lintian
 if ! grep -q '^finished$' "$scratch/log" || grep -q '^[A-Z]:' "$scratch/log"; then
     fail lintian
 fi
-echo "lintian has nothing to say"
+echo "lintian: no problems"
 
-# In a copy of the tree, which has all that the package depends on: so this needs no network. systemd-sysusers leaves its
-# lock file behind, as on every system.
+# piuparts uses a copy of the tree, which has all dependencies of the package, so it needs no network. systemd-sysusers
+# leaves its lock file behind, as on every system.
 tar -C "$tree" --one-file-system -cf "$scratch/base.tar" .
 in_tree piuparts --basetgz=/build/base.tar --keep-sources-list --no-eatmydata --no-upgrade-test \
     --ignore=/etc/.pwd.lock --tmpdir=/build /build/"$(basename "$folder"/*.deb)" || fail piuparts
 grep -q 'PASS: All tests' "$scratch/log" || fail piuparts
-echo "piuparts finds nothing left behind"
+echo "piuparts: no files are left behind"

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""A registry elsewhere: images made in memory, of which some come slowly. Usage: registry.py PORT
+"""An upstream registry with images generated in memory, some of which it sends slowly. Usage: registry.py PORT
 
-GET /log returns the requests so far, one a line.
+GET /log returns the requests so far, one per line.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"
-SLOW_RATE = 2_000_000  # bytes a second of the slow ones
+SLOW_RATE = 2_000_000  # bytes per second for slow images
 CHUNK_SIZE = 65536
 
 
@@ -27,7 +27,7 @@ def digest(data: bytes) -> str:
 
 
 class GeneratedImage:
-    """An image of one layer, whose one file has `size` random bytes."""
+    """An image with one layer, which contains one file of `size` random bytes."""
 
     def __init__(self, name: str, size: int) -> None:
         layer = io.BytesIO()

@@ -1,7 +1,7 @@
-"""The Vagrantfile and its scripts, as far as that goes without a machine: `make test-vagrant` starts one.
+"""The Vagrantfile and its scripts, tested without a machine. `make test-vagrant` starts one.
 
-Vagrant checks a provider's settings only where the provider is there. VirtualBox and Docker are stand-ins, which do as
-much as say so; libvirt's own driver for tests takes the place of a hypervisor, so no libvirtd has to run.
+Vagrant checks a provider's settings only if the provider is installed. Stub programs take the place of VirtualBox and
+Docker, and libvirt's test driver takes the place of a hypervisor, so that no libvirtd has to run.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ PROJECT = Path(__file__).parents[2]
 STUB_PROGRAMS = {
     "VBoxManage": 'case "$1" in --version) echo 7.0.20r163906 ;; esac',
     "docker": "",
-    # vagrant-libvirt asks it which interfaces there are. It leaves the loopback out.
+    # vagrant-libvirt lists the host's interfaces with it, and ignores the loopback interface.
     "ip": r"""printf '[{"ifname":"eth0"},{"ifname":"office0"}'
         for name in $(ls /sys/class/net); do printf ',{"ifname":"%s"}' "$name"; done; echo ']'""",
 }
@@ -36,7 +36,7 @@ needs_shellcheck = pytest.mark.skipif(shutil.which("shellcheck") is None, reason
 
 
 class VagrantCheckout:
-    """A copy of what Vagrant reads of the project."""
+    """A copy of the project's files that Vagrant reads."""
 
     def __init__(self, path: Path) -> None:
         self.path = path / "checkout"
@@ -65,12 +65,12 @@ class VagrantCheckout:
         )  # fmt: skip
 
     def require_libvirt(self) -> None:
-        """Skip the test where Vagrant does not know libvirt."""
+        """Skip the test if vagrant-libvirt is not installed."""
         if "vagrant-libvirt" not in self.vagrant("plugin", "list", provider="docker").stdout:
             pytest.skip("vagrant-libvirt is not installed")
 
     def replace_in_vagrantfile(self, old: str, new: str) -> None:
-        """Change the Vagrantfile."""
+        """Replace `old`, which must occur, by `new` in the Vagrantfile."""
         file = self.path / "Vagrantfile"
         assert old in file.read_text()
         file.write_text(file.read_text().replace(old, new))
@@ -145,7 +145,7 @@ def test_missing_package_is_reported(checkout: VagrantCheckout) -> None:
         result = checkout.vagrant(command, provider="docker")
         assert result.returncode == 1
         assert result.stderr == (
-            "There is no dist/docker-registry-proxy_*.deb, and no debian/ to build one from: put the package there.\n"
+            "There is neither dist/docker-registry-proxy_*.deb nor debian/ to build it: put the package into dist/.\n"
         )
     assert checkout.vagrant("destroy", "--force", provider="docker").returncode == 0
 
