@@ -1,4 +1,4 @@
-"""Tests of the line between processes: over real sockets, with a reactor `by_hand`."""
+"""Fixtures for the tests of the workers. They use real sockets with a `DescriptorReactor`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from twisted.logger import LogEvent, globalLogPublisher
 
 @pytest.fixture
 def log_events() -> Iterator[list[LogEvent]]:
-    """What is logged meanwhile."""
+    """Return the list of events that are logged during the test."""
     events: list[LogEvent] = []
     globalLogPublisher.addObserver(events.append)
     yield events

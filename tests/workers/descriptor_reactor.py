@@ -1,12 +1,15 @@
-"""A reactor whose turns are the test's."""
+"""Reactors that run only if the test calls `iterate`."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from twisted.internet.task import Clock
+from twisted.python.failure import Failure
+
 
 class DescriptorReactor:
-    """Knows who wants to read and to write, and lets them."""
+    """Holds readers and writers, and calls each once in `iterate`, without a check that its descriptor is ready."""
 
     def __init__(self) -> None:
         self.readers: set[Any] = set()
@@ -30,3 +33,34 @@ class DescriptorReactor:
                 reason = getattr(descriptor, method)()
                 if reason is not None:
                     descriptor.connectionLost(reason)
+
+
+class DescriptorClockReactor(DescriptorReactor, Clock):
+    """A `DescriptorReactor` with a clock."""
+
+    def __init__(self) -> None:
+        DescriptorReactor.__init__(self)
+        Clock.__init__(self)  # type: ignore[no-untyped-call]
+
+    def iterate_all(self) -> None:
+        """Iterate often enough for a call, its result, and their consequences."""
+        for _ in range(4):
+            self.iterate()
+
+
+class DescriptorThreadReactor(DescriptorClockReactor):
+    """A `DescriptorClockReactor`. Its thread pool runs a function at once, in the calling thread."""
+
+    def getThreadPool(self) -> Any:
+        return self
+
+    def callInThreadWithCallback(self, on_result: Any, function: Any, *arguments: Any, **keywords: Any) -> None:
+        try:
+            value = function(*arguments, **keywords)
+        except Exception:
+            on_result(False, Failure())  # type: ignore[no-untyped-call]
+        else:
+            on_result(True, value)
+
+    def callFromThread(self, function: Any, *arguments: Any) -> None:
+        function(*arguments)

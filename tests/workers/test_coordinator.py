@@ -1,4 +1,4 @@
-"""What a worker asks of the first process, over a real pair of sockets: room in the cache, and turns."""
+"""The shared cache space and locks, between a main process and workers, over real socket pairs in this process."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from twisted.internet.defer import CancelledError, Deferred
-from twisted.internet.task import Clock
 from twisted.python.failure import Failure
 
 from dockerproxy.cache.space import CacheSpaceManager
@@ -26,40 +25,14 @@ from dockerproxy.workers.coordinator import LocalCacheSpace, ReservationTable, W
 from dockerproxy.workers.message_socket import socketpair
 from dockerproxy.workers.remote import RemoteCacheSpace, RemoteKeyedLock
 from dockerproxy.workers.rpc import RPC
-from tests.workers.descriptor_reactor import DescriptorReactor
+from tests.workers.descriptor_reactor import DescriptorThreadReactor
 
 LIMIT = 1000
 ONE, OTHER, THIRD = (Digest.of(name) for name in (b"1", b"2", b"3"))
 
 
-class DescriptorThreadReactor(DescriptorReactor, Clock):
-    """A reactor by hand that has a clock, and whose threads are done at once."""
-
-    def __init__(self) -> None:
-        DescriptorReactor.__init__(self)
-        Clock.__init__(self)  # type: ignore[no-untyped-call]
-
-    def getThreadPool(self) -> Any:
-        return self
-
-    def callInThreadWithCallback(self, result: Any, function: Any, *arguments: Any, **named: Any) -> None:
-        try:
-            value = function(*arguments, **named)
-        except Exception:
-            result(False, Failure())  # type: ignore[no-untyped-call]
-        else:
-            result(True, value)
-
-    def callFromThread(self, function: Any, *arguments: Any) -> None:
-        function(*arguments)
-
-    def iterate_all(self) -> None:
-        for _ in range(4):
-            self.iterate()
-
-
 class WorkerStub:
-    """A worker's end of its line, and the desk that it asks."""
+    """A worker's end of its socket, and the session in the main process."""
 
     def __init__(self, main_process: MainProcessStub) -> None:
         self.reactor = main_process.reactor
@@ -78,7 +51,7 @@ class WorkerStub:
         self.reactor.iterate_all()
 
     def start(self, work: Coroutine[Any, Any, Any]) -> list[Any]:
-        """Start `work`, and return where its result is or will be."""
+        """Start `work`. Return a list to which its result is appended."""
         outcome: list[Any] = []
         Deferred.fromCoroutine(work).addBoth(outcome.append)
         self.reactor.iterate_all()
@@ -90,7 +63,7 @@ class WorkerStub:
 
 
 class MainProcessStub:
-    """The first process: a cache of `LIMIT` bytes, its reservations, and its turns."""
+    """The main process: a cache of `LIMIT` bytes, its reservations, and its locks."""
 
     def __init__(self, directory: Path) -> None:
         self.reactor = DescriptorThreadReactor()
@@ -105,7 +78,7 @@ class MainProcessStub:
 
     @property
     def reserved_bytes(self) -> int:
-        """How many bytes are counted."""
+        """The bytes of all reserved and stored blobs."""
         return self.cache_space.index.total
 
 
@@ -127,7 +100,7 @@ def workers(main_process: MainProcessStub) -> Iterator[tuple[WorkerStub, WorkerS
     other.die()
 
 
-# room
+# cache space
 
 
 def test_space_is_reserved_until_release(main_process: MainProcessStub, workers: tuple[WorkerStub, WorkerStub]) -> None:
@@ -258,11 +231,11 @@ def test_usage_is_the_same_in_all_processes(
         assert results == [(400, LIMIT)]
 
 
-# turns
+# locks
 
 
 class LockHolder:
-    """Someone who wants a turn, and has it until told."""
+    """A coroutine that acquires a lock and holds it until `release`."""
 
     def __init__(
         self, reactor: DescriptorThreadReactor, lock: LocalKeyedLock | RemoteKeyedLock, key: str = "a/b"
@@ -343,10 +316,10 @@ def test_cancelled_holder_releases_the_lock(
 
 
 def test_cancellation_crosses_the_grant(main_process: MainProcessStub, workers: tuple[WorkerStub, WorkerStub]) -> None:
-    """The one says that it has ended what the other says has begun."""
+    """The worker cancels its wait while the message that grants it the lock is on the way."""
     one, other = workers
     holder, cancelled = LockHolder(main_process.reactor, main_process.lock), LockHolder(main_process.reactor, one.lock)
-    holder._release.callback(None)  # and nobody has read yet that it was given on
+    holder._release.callback(None)  # the worker has not read yet that it holds the lock
     cancelled.deferred.cancel()
     main_process.reactor.iterate_all()
     waiting = LockHolder(main_process.reactor, other.lock)
@@ -378,7 +351,7 @@ def test_failing_holder_releases_the_lock(
 
 
 class LockOrderMachine(RuleBasedStateMachine):
-    """Workers and the first process, of whom some leave or die while they wait; a list is the model."""
+    """Workers and the main process acquire one lock; some cancel or die meanwhile. A list is the model."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Connections on their way between processes: real ones on loopback; both ends of the line are in this process."""
+"""Dispatch of real connections on loopback. This process plays the main process and the worker."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ GET = b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
 
 
 class SiteProcess:
-    """Sites of one process, each of which answers with its name, and how many connections have ended there."""
+    """The sites of one process, which respond with their names. Counts the closed connections."""
 
     def __init__(self, *names: str) -> None:
         self.closed_connections = 0
@@ -44,7 +44,7 @@ class SiteProcess:
 
 
 class DispatchTestCase(TestCase):
-    """The doors are `site`s 0 and 1 of the process `here`; `line` leads to the process `there`."""
+    """The main process has the sites "here 0" and "here 1", the worker has "there 0" and "there 1"."""
 
     timeout = 60
 
@@ -83,7 +83,7 @@ class DispatchTestCase(TestCase):
 
 
 def _get(family: int, address: Any) -> bytes:
-    """Return the body of what is answered until the other side closes in good order."""
+    """Send GET. Return the body of the response, after the other side has closed the connection."""
     with socket.socket(family) as client:
         client.settimeout(TIMEOUT)
         client.connect(address if len(address) > 1 else address[0])
@@ -160,7 +160,7 @@ class ConnectionDispatcherTests(DispatchTestCase):
         self.assertEqual(_count_sockets(), descriptors_before)
 
     async def test_dispatch_does_not_shut_the_connection_down(self) -> None:
-        """Bytes that came before, and those that come when it is long elsewhere, are all read there."""
+        """The worker reads the bytes that arrived before the dispatch and those that arrive after it."""
         port = self.listen()
         reactor.removeReader(self.receiving_end)
         with socket.create_connection(("127.0.0.1", port), timeout=TIMEOUT) as client:
@@ -191,7 +191,7 @@ def _count_sockets() -> int:
 
 
 def _open_sockets() -> Iterator[str]:
-    """Yield the sockets that this process has open; its threads' pipes and files come and go."""
+    """Yield the open sockets of this process. Other descriptors are ignored, because threads open and close some."""
     for name in os.listdir("/proc/self/fd"):
         try:
             target = os.readlink(f"/proc/self/fd/{name}")

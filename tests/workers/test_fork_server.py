@@ -1,4 +1,7 @@
-"""The fork server and its copies: real processes, from one without threads, which the test's own is not."""
+"""The fork server and its workers, as real processes.
+
+Each test runs a script in a new process, because the fork server needs a process without threads.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +55,7 @@ def descriptors(pid):
 
 
 def run_script(run: str, text: str) -> Any:
-    """Return what a process prints that does `text`, as JSON; a worker does `run`."""
+    """Run the script `text` in a new process; its workers execute `run`. Return its output, parsed as JSON."""
     prelude = _PRELUDE.format(run=run)
     completed = subprocess.run(
         [sys.executable, "-W", "error::DeprecationWarning:__main__", "-c", f"{prelude}\n{text}"],
@@ -67,14 +70,14 @@ def run_script(run: str, text: str) -> Any:
     return json.loads(completed.stdout)
 
 
-WAIT_FOR_CLOSE = "line = socket.socket(fileno=request.socket_fd); line.send(b'here'); select.select([line], [], [])"
+WAIT_FOR_CLOSE = "sock = socket.socket(fileno=request.socket_fd); sock.send(b'here'); select.select([sock], [], [])"
 
 
 def test_worker_gets_its_request_and_its_exit_is_reported() -> None:
     events, received = run_script(
         "socket.socket(fileno=request.socket_fd).send(json.dumps([request.number, request.changed_settings]).encode())",
-        "server = begin(); line = start(server, 3, {'A': 'b'}); wait_for(2)\n"
-        "print(json.dumps([events, json.loads(line.recv(1000))]))",
+        "server = begin(); sock = start(server, 3, {'A': 'b'}); wait_for(2)\n"
+        "print(json.dumps([events, json.loads(sock.recv(1000))]))",
     )
     assert received == [3, {"A": "b"}]
     (started, number, pid), ended = events
@@ -91,17 +94,17 @@ def test_worker_gets_its_request_and_its_exit_is_reported() -> None:
     ],
 )
 def test_exit_reason(run: str, reason: str) -> None:
-    events = run_script(run, "server = begin(); line = start(server, 1); wait_for(2); print(json.dumps(events))")
+    events = run_script(run, "server = begin(); sock = start(server, 1); wait_for(2); print(json.dumps(events))")
     assert events[1] == ["exited", 1, reason]
 
 
 def test_several_workers() -> None:
     events = run_script(
         WAIT_FOR_CLOSE,
-        "server = begin(); lines = [start(server, number) for number in (1, 2, 3)]; wait_for(3)\n"
-        "for line in lines: line.recv(9)\n"
-        "lines[1].close(); wait_for(4); lines[1] = start(server, 2); wait_for(5); lines[1].recv(9)\n"
-        "for line in lines: line.close()\n"
+        "server = begin(); socks = [start(server, number) for number in (1, 2, 3)]; wait_for(3)\n"
+        "for sock in socks: sock.recv(9)\n"
+        "socks[1].close(); wait_for(4); socks[1] = start(server, 2); wait_for(5); socks[1].recv(9)\n"
+        "for sock in socks: sock.close()\n"
         "wait_for(8); print(json.dumps(events))",
     )
     assert [entry[:2] for entry in events[:5]] == [
@@ -116,14 +119,14 @@ def test_several_workers() -> None:
 
 
 def test_descriptors_of_the_main_process_are_closed() -> None:
-    """Its own end of the lines is among that: they would not end with it."""
+    """A worker that held the other end of a socket would keep it open after the main process exits."""
     server, worker = run_script(
         WAIT_FOR_CLOSE,
-        "server = begin(); line = start(server, 1); wait_for(1); line.recv(9)\n"
+        "server = begin(); sock = start(server, 1); wait_for(1); sock.recv(9)\n"
         "print(json.dumps([descriptors(server._pid), descriptors(events[0][2])]))",
     )
     assert [number for number in server if number <= 2] == [0, 1, 2]
-    assert len(server) == 3 + 2  # its line, and what the kernel knows the worker by
+    assert len(server) == 3 + 2  # the socket to the main process, the pidfd of the worker
     assert len(worker) == 3 + 1
 
 
@@ -131,7 +134,8 @@ def test_worker_output_goes_to_the_log_pipe() -> None:
     text = run_script(
         "print('out'); sys.stdout.flush(); os.write(2, b'err'); globalLogPublisher({'log_format': 'unseen'})",
         "globalLogPublisher.addObserver(lambda event: event.get('log_format') and os.write(1, b'observed'))\n"
-        "server = begin(keep_log_observers=False); read_fd, write_fd = os.pipe(); line = start(server, 1, log_fd=write_fd)\n"
+        "server = begin(keep_log_observers=False); read_fd, write_fd = os.pipe()\n"
+        "sock = start(server, 1, log_fd=write_fd)\n"
         "wait_for(2); os.close(write_fd); print(json.dumps(os.read(read_fd, 1000).decode()))",
     )
     assert text == "out\nerr"
@@ -140,10 +144,10 @@ def test_worker_output_goes_to_the_log_pipe() -> None:
 def test_fork_server_exits_when_its_socket_closes() -> None:
     events, exit_status = run_script(
         WAIT_FOR_CLOSE,
-        "server = begin(); line = start(server, 1); wait_for(1); line.recv(9)\n"
-        "wait, found = os.waitpid, []; os.waitpid = lambda *which: found.append(wait(*which)) or found[-1]\n"
-        "server.close()  # which asks for its end already, and may find it\n"
-        "found[-1][0] or os.waitpid(server._pid, 0); print(json.dumps([events, found[-1][1]]))",
+        "server = begin(); sock = start(server, 1); wait_for(1); sock.recv(9)\n"
+        "wait, results = os.waitpid, []; os.waitpid = lambda *args: results.append(wait(*args)) or results[-1]\n"
+        "server.close()  # this calls waitpid as well, and may get the exit status\n"
+        "results[-1][0] or os.waitpid(server._pid, 0); print(json.dumps([events, results[-1][1]]))",
     )
     assert ([entry[0] for entry in events], exit_status) == (["started", "lost"], 0)
 
@@ -151,8 +155,8 @@ def test_fork_server_exits_when_its_socket_closes() -> None:
 def test_killed_fork_server_is_noticed() -> None:
     events, alive, requested, running = run_script(
         WAIT_FOR_CLOSE,
-        "server = begin(); line = start(server, 1); wait_for(1); line.recv(9); os.kill(server._pid, signal.SIGKILL)\n"
-        "wait_for(2); requested = server.start(2, {}, line.fileno(), None)\n"
+        "server = begin(); sock = start(server, 1); wait_for(1); sock.recv(9); os.kill(server._pid, signal.SIGKILL)\n"
+        "wait_for(2); requested = server.start(2, {}, sock.fileno(), None)\n"
         "print(json.dumps([events, server.alive, requested, os.path.exists(f'/proc/{events[0][2]}/exe')]))",
     )
     assert (events[1], alive, requested, running) == (["lost"], False, False, True)
@@ -170,23 +174,23 @@ def test_workers_ignore_signals_to_the_process_group(number: int) -> None:
 def test_process_names() -> None:
     names = run_script(
         WAIT_FOR_CLOSE,
-        "server = begin(); line = start(server, 12); wait_for(1); line.recv(9)\n"
+        "server = begin(); sock = start(server, 12); wait_for(1); sock.recv(9)\n"
         "print(json.dumps([open(f'/proc/{pid}/comm').read() for pid in (server._pid, events[0][2])]))",
     )
     assert names == ["fork server\n", "worker 12\n"]
 
 
 def test_processes_have_different_random_numbers() -> None:
-    """Nor those of the first process: OpenSSL's and Python's, which had some before there were copies."""
+    """OpenSSL and Python draw different numbers in each process, although all inherit a used generator."""
     drawn = run_script(
-        "line = socket.socket(fileno=request.socket_fd); line.send(draw().encode()); select.select([line], [], [])",
+        "sock = socket.socket(fileno=request.socket_fd); sock.send(draw().encode()); select.select([sock], [], [])",
         "from OpenSSL import SSL\n"
         "import random\n"
         "from cryptography.hazmat.primitives.asymmetric import ec\n"
         "def draw():\n"
         "    number = ec.generate_private_key(ec.SECP256R1()).private_numbers().private_value\n"
         "    return json.dumps([str(number), random.random()])\n"
-        "draw(); server = begin(); lines = [start(server, number) for number in (1, 2)]; wait_for(2)\n"
-        "print(json.dumps([json.loads(draw()), *(json.loads(line.recv(1000)) for line in lines)]))",
+        "draw(); server = begin(); socks = [start(server, number) for number in (1, 2)]; wait_for(2)\n"
+        "print(json.dumps([json.loads(draw()), *(json.loads(sock.recv(1000)) for sock in socks)]))",
     )
     assert [len(set(numbers)) for numbers in zip(*drawn, strict=True)] == [3, 3]

@@ -1,4 +1,4 @@
-"""What a worker writes, in the log of the first process."""
+"""The relay of a worker's log to the log of the main process."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.workers.descriptor_reactor import DescriptorReactor
 
 
 class LogPipe:
-    """The worker's end of a pipe."""
+    """The worker's end of the pipe to a `LogRelay`."""
 
     def __init__(self) -> None:
         self.reactor = DescriptorReactor()
@@ -81,7 +81,7 @@ def test_relay_closes_with_the_pipe() -> None:
 
 
 def test_remove_log_observers(log_events: list[LogEvent]) -> None:
-    """Who observes it is put back afterwards: pytest and trial are among them."""
+    """The test restores the observers afterwards, because those of pytest and trial are among them."""
     observers = remove_log_observers()
     try:
         globalLogPublisher({"log_level": LogLevel.info, "log_format": "unseen"})

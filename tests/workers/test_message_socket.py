@@ -1,4 +1,4 @@
-"""Messages and descriptors between two processes: over real sockets, with a reactor that does what the test says."""
+"""Messages and descriptors over a real socket pair. The test runs the iterations of the reactor."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from tests.workers.descriptor_reactor import DescriptorReactor
 
 
 class RecordingEnd:
-    """One end, and what came to it."""
+    """One end of the socket pair. Records received messages and descriptors."""
 
     def __init__(self, reactor: DescriptorReactor, sock: socket.socket) -> None:
         self.messages: list[Any] = []
         self.descriptors: list[tuple[bytes, int]] = []
         self.closed_count = 0
         self.message_socket = MessageSocket(
-            reactor, sock, self.messages.append, lambda *passed: self.descriptors.append(passed), self._on_closed
+            reactor, sock, self.messages.append, lambda *received: self.descriptors.append(received), self._on_closed
         )
 
     def _on_closed(self) -> None:

@@ -1,4 +1,4 @@
-"""Questions and answers between two processes."""
+"""Remote procedure calls over a real socket pair."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.workers.descriptor_reactor import DescriptorReactor
 
 
 class RPCPair:
-    """Two processes. The one asks the other, whose answers come when the test says so."""
+    """A caller and a callee. The handler "later" returns when the test sets its result."""
 
     def __init__(self) -> None:
         self.reactor = DescriptorReactor()
@@ -26,7 +26,7 @@ class RPCPair:
             "later": lambda: self.deferred_result,
             "fail": lambda: 1 // 0,
             "note": self.notifications.append,
-            "think": self._uppercase,
+            "uppercase": self._uppercase,
         }
         caller_socket, callee_socket = socketpair()
         self.on_lost = lambda: None
@@ -37,7 +37,7 @@ class RPCPair:
         return text.upper()
 
     def call(self, name: str, *arguments: Any) -> list[Any]:
-        """Ask, and return where the answer will be."""
+        """Start a call. Return a list to which its result or its failure is appended."""
         outcome: list[Any] = []
         self.pending_call = Deferred.fromCoroutine(self.caller.call(name, *arguments))
         self.pending_call.addBoth(outcome.append)
@@ -59,7 +59,7 @@ def rpc_pair() -> Any:
 
 def test_call_returns_the_result(rpc_pair: RPCPair) -> None:
     assert rpc_pair.call("sum", 1, 2, 3) == [6]
-    assert rpc_pair.call("think", "a") == ["A"]
+    assert rpc_pair.call("uppercase", "a") == ["A"]
 
 
 def test_results_in_any_order(rpc_pair: RPCPair) -> None:
@@ -77,7 +77,7 @@ def test_notify_has_no_reply(rpc_pair: RPCPair) -> None:
     assert rpc_pair.notifications == ["something"]
 
 
-@pytest.mark.parametrize("name", ["fail", "unheard of"])
+@pytest.mark.parametrize("name", ["fail", "unknown"])
 def test_failing_and_unknown_handlers(rpc_pair: RPCPair, name: str, log_events: list[LogEvent]) -> None:
     [failure] = rpc_pair.call(name)
     assert isinstance(failure, Failure) and isinstance(failure.value, RemoteError)
@@ -103,7 +103,7 @@ def test_peer_closes(rpc_pair: RPCPair) -> None:
 
 
 def test_on_lost_is_called_before_pending_calls_fail(rpc_pair: RPCPair) -> None:
-    # A worker ends in there: nobody is answered, in the first process's last moment, that something failed.
+    # A worker exits in `on_lost`. So its clients do not receive an error response that they would not retry.
     outcome = rpc_pair.call("later")
     outcomes: list[list[Any]] = []
     rpc_pair.on_lost = lambda: outcomes.append(list(outcome))

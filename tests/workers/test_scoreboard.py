@@ -1,4 +1,4 @@
-"""Numbers in memory that several processes share."""
+"""The shared memory of the processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The workers as the first process has them. No processes are started: the test plays their part."""
+"""The supervisor of the workers. No processes are started; the test plays the fork server and the workers."""
 
 from __future__ import annotations
 
@@ -22,27 +22,15 @@ from dockerproxy.workers import supervisor as supervisor_module
 from dockerproxy.workers.rpc import RPC
 from dockerproxy.workers.scoreboard import Scoreboard
 from dockerproxy.workers.supervisor import WorkerSupervisor
-from tests.workers.descriptor_reactor import DescriptorReactor
+from tests.workers.descriptor_reactor import DescriptorClockReactor
 
 GRACE = 25.0
 LABEL = b"\x00\x02"
-UNUSED_PID = 2**22  # more than the kernel gives
-
-
-class DescriptorClockReactor(DescriptorReactor, Clock):
-    """A reactor by hand that has a clock."""
-
-    def __init__(self) -> None:
-        DescriptorReactor.__init__(self)
-        Clock.__init__(self)  # type: ignore[no-untyped-call]
-
-    def iterate_all(self) -> None:
-        for _ in range(4):
-            self.iterate()
+UNUSED_PID = 2**22  # above the largest process ID of the kernel
 
 
 class FakeSpawner:
-    """The fork server, as far as the crew knows it; `orders` are those it had."""
+    """A fork server that starts no processes. `workers` are those that were requested."""
 
     on_started: Any
     on_exited: Any
@@ -74,7 +62,7 @@ class FakeSpawner:
 
 @define(eq=False, slots=False)
 class FakeWorkerProcess:
-    """A worker's process, played by the test: it has copies of the descriptors that it was started with."""
+    """A worker process, played by the test. It owns copies of the descriptors that it was started with."""
 
     spawner: FakeSpawner
     number: int
@@ -86,7 +74,7 @@ class FakeWorkerProcess:
     signals: list[int] = field(factory=list)
 
     def __attrs_post_init__(self) -> None:
-        # As a worker has them (dockerproxy.workers.process).
+        # The same names as in dockerproxy.workers.process.
         handlers = {name: partial(self._record, name) for name in ("reload", "stop", "abort", "token_bound")}
         self.reactor = self.spawner.reactor
         self.scoreboard = self.spawner.scoreboard
@@ -109,7 +97,7 @@ class FakeWorkerProcess:
         self.reactor.iterate_all()
 
     def close_silently(self) -> None:
-        """End, without a word of that from the fork server."""
+        """Exit without a report of the fork server."""
         self.rpc.message_socket.close()
         if self.log_fd is not None:
             os.close(self.log_fd)
@@ -128,7 +116,7 @@ class FakeWorkerProcess:
 
 
 class FakeSessions:
-    """Desks, and how many of them were closed."""
+    """Counts the sessions that were opened and closed."""
 
     def __init__(self) -> None:
         self.opened = self.closed = 0
@@ -143,7 +131,7 @@ class FakeSessions:
 
 
 class SupervisorHarness:
-    """A crew and its machine."""
+    """A supervisor with a fake fork server."""
 
     def __init__(self, count: int = 2, *, relay_logs: bool = False) -> None:
         self.reactor = DescriptorClockReactor()
@@ -174,7 +162,7 @@ class SupervisorHarness:
         return workers
 
     def connect(self) -> bool:
-        """Say whether a new connection was passed on."""
+        """Accept a connection. Return whether it was passed to a worker."""
         local, remote = socket.socketpair()
         self._sockets += [local, remote]
         dispatched = self.supervisor.dispatch(LABEL, local)
@@ -192,8 +180,8 @@ class SupervisorHarness:
         return len(self.spawner.workers)
 
     def close(self) -> None:
-        for one in self._sockets:
-            one.close()
+        for sock in self._sockets:
+            sock.close()
         for worker in self.spawner.workers:
             worker.close_silently()
 
@@ -219,13 +207,13 @@ def harness(make_harness: Any) -> SupervisorHarness:
 
 @pytest.fixture
 def fake_monotonic(monkeypatch: pytest.MonkeyPatch, harness: SupervisorHarness) -> None:
-    """Let the time that signs of life have be that of the machine's clock."""
+    """Make the clock of the heartbeats that of the reactor."""
     monkeypatch.setattr(supervisor_module.time, "monotonic_ns", lambda: int(harness.reactor.seconds() * 1e9))
 
 
 @pytest.fixture
 def recorded_kills(monkeypatch: pytest.MonkeyPatch, harness: SupervisorHarness) -> None:
-    """Let who is killed note that."""
+    """Record signals in the fake worker instead of sending them."""
 
     def record_kill(pid: int, number: int) -> None:
         [worker] = [worker for worker in harness.spawner.workers if worker.pid == pid]
@@ -234,7 +222,7 @@ def recorded_kills(monkeypatch: pytest.MonkeyPatch, harness: SupervisorHarness) 
     monkeypatch.setattr(supervisor_module.os, "kill", record_kill)
 
 
-# how they are started
+# start
 
 
 def test_workers_get_their_number_and_an_rpc_socket(harness: SupervisorHarness) -> None:
@@ -248,7 +236,7 @@ def test_workers_get_their_number_and_an_rpc_socket(harness: SupervisorHarness) 
     assert {worker.log_fd for worker in workers} == {None}
 
 
-# who gets a connection
+# connections
 
 
 def test_connection_goes_to_the_process_with_the_fewest(harness: SupervisorHarness) -> None:
@@ -317,7 +305,7 @@ def test_no_dispatch_without_workers(make_harness: Any) -> None:
     assert harness.stop() == [None]
 
 
-# who dies
+# exit and restart
 
 
 def test_dead_worker_is_replaced_with_backoff(harness: SupervisorHarness) -> None:
@@ -341,8 +329,8 @@ def test_backoff_resets_after_a_stable_run(harness: SupervisorHarness, fake_mono
     for _ in range(3):
         worker = harness.spawner.workers[-1]
         for _ in range(60):
-            for each in harness.spawner.workers:
-                each.scoreboard.heartbeat(each.number, int(harness.reactor.seconds() * 1e9))
+            for running in harness.spawner.workers:
+                running.scoreboard.heartbeat(running.number, int(harness.reactor.seconds() * 1e9))
             harness.reactor.advance(1)
         worker.exit()
         started_before = harness.started_count
@@ -372,7 +360,7 @@ def test_session_closes_with_its_socket(harness: SupervisorHarness) -> None:
     assert harness.sessions.closed == 1
 
 
-# who hangs
+# unresponsive workers
 
 
 def test_worker_without_heartbeat_is_killed_and_replaced(
@@ -405,7 +393,7 @@ def test_suspended_daemon_kills_no_worker(
     assert [worker.signals for worker in workers] == [[], []]
 
 
-# when the fork server is gone
+# exit of the fork server
 
 
 def test_workers_continue_without_the_fork_server(harness: SupervisorHarness, log_events: list[LogEvent]) -> None:
@@ -451,7 +439,7 @@ def test_fork_server_is_closed_after_all_workers(harness: SupervisorHarness) -> 
     assert not harness.spawner.alive
 
 
-# what they tell each other
+# token bindings
 
 
 def test_token_bindings_are_broadcast(harness: SupervisorHarness) -> None:
@@ -465,7 +453,7 @@ def test_token_bindings_are_broadcast(harness: SupervisorHarness) -> None:
     assert [worker.messages[-1] for worker in (one, other)] == [("token_bound", "own:another", "own:client")] * 2
 
 
-# reload, hurry, stop
+# reload, abort, stop
 
 
 def test_changed_settings_reach_current_and_future_workers(make_harness: Any) -> None:
@@ -525,7 +513,7 @@ def test_worker_is_killed_after_the_grace_period(harness: SupervisorHarness, rec
 
 
 def test_dead_worker_is_not_replaced_while_stopping(harness: SupervisorHarness) -> None:
-    """The second has died, and a pause passes while the first takes its time to end."""
+    """The second worker died before the stop, and its restart delay passes while the first is still stopping."""
     one, other = harness.start_ready()
     other.exit()
     ended = harness.stop()
@@ -536,7 +524,7 @@ def test_dead_worker_is_not_replaced_while_stopping(harness: SupervisorHarness) 
     assert harness.reactor.getDelayedCalls() == []
 
 
-# what they write
+# log
 
 
 def test_worker_output_is_relayed_to_the_log(make_harness: Any, log_events: list[LogEvent]) -> None:
