@@ -138,7 +138,7 @@ class CertificateAuthority:
                 self.context_for(name if is_known_name else _local_address(connection)).apply_to(connection)
             except (AuthorityError, NameInvalid) as error:
                 # Without a certificate the handshake fails. Nothing more can be reported to the client.
-                log.error("TLS handshake fails without a certificate for the client: {reason}", reason=str(error))
+                log.error("cannot issue a certificate, so a client's TLS handshake fails: {reason}", reason=str(error))
 
         self._sni_context.set_tlsext_servername_callback(select_certificate)
         return ServerContext(self._sni_context)

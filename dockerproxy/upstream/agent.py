@@ -1,4 +1,7 @@
-"""Single HTTP exchanges with any server: connections, TLS, time-outs. No redirects, no logins: see `client`."""
+"""HTTP agent: single requests to any server, over pooled connections, with TLS and time-outs.
+
+The module `client` adds redirects and authorization.
+"""
 
 from __future__ import annotations
 
@@ -30,14 +33,15 @@ from dockerproxy.upstream.urls import split_url
 __all__ = ["Agent", "ClientContext", "Response", "UpstreamTimeouts"]
 
 _RETRYABLE_METHODS = frozenset({"GET", "HEAD"})
-_BODY_METHODS = frozenset({"POST", "PUT", "PATCH"})  # RFC 9110, section 8.6: an empty one is announced too
-# Ours to say: where to, how the body is framed, and that nobody is to recode what a digest is taken of.
+_BODY_METHODS = frozenset({"POST", "PUT", "PATCH"})  # RFC 9110, section 8.6: they declare even an empty body
+# Fields that the agent sets itself: destination, framing, and the content coding. The coding must be identity, because
+# a body in another coding would not match its digest.
 _REPLACED_FIELDS = ("host", "content-length", "expect", "accept-encoding")
 _NO_HEADERS = Headers()
 
 
 class Agent:
-    """Sends requests over connections that `dialer` makes, and keeps these for the next ones."""
+    """Sends requests over connections from `dialer`, and pools idle connections for later requests."""
 
     def __init__(self, reactor: Any, dialer: Dialer, context: ClientContext, timeouts: UpstreamTimeouts) -> None:
         self._reactor = reactor
@@ -57,16 +61,16 @@ class Agent:
         *,
         address_check: AddressCheck | None = None,
     ) -> Response:
-        """Return the answer to a request for `url` as soon as its head is here; the caller reads or aborts its body.
+        """Send a request and return the response once its head is received. The caller reads or aborts its body.
 
-        `permit` is asked about every address before a connection goes there (see `Dialer.endpoint`). Connections are
-        shared among requests with an equal `permit` only, so pass the same object each time. Raise what the dialer
-        raises, `UpstreamUnreachable` (TLS), `UpstreamTimeout`, `UpstreamBroken`, and what `body` fails with.
+        `address_check` checks every address before a connection is made (see `Dialer.endpoint`). Only requests with an
+        equal check share connections, so pass an equal object each time. Raise the dialer's errors,
+        `UpstreamUnreachable` (TLS), `UpstreamTimeout`, `UpstreamBroken` and the errors of `body`.
         """
         origin, target = split_url(url)
         request = OutgoingRequest(method, url, _render_head(method, origin, target, headers, body), body)
         key = (origin, address_check)
-        # The server may be closing an idle connection just now, and what cannot be sent twice must not get lost there.
+        # The server may close an idle connection at this moment. A request must not be lost if it cannot be sent again.
         idle = self._pool.take(key) if method in _RETRYABLE_METHODS and body is None else None
         if idle is not None:
             try:
@@ -77,7 +81,7 @@ class Agent:
         return await connection.exchange(request)
 
     async def close(self) -> None:
-        """Close every connection at once; return when none is left."""
+        """Abort all connections; return once all are closed."""
         for connection in list(self._connections):
             connection.abort()
         if self._connections:
@@ -86,11 +90,11 @@ class Agent:
             await closed
 
     def on_connection_idle(self, connection: UpstreamConnection) -> None:
-        """Take note that `connection` is idle."""
+        """Put `connection`, which is idle, into the pool."""
         self._pool.put(connection)
 
     def on_connection_lost(self, connection: UpstreamConnection) -> None:
-        """Take note that `connection` is no more."""
+        """Remove `connection`, which is closed, from the pool and from the open connections."""
         self._pool.remove(connection)
         self._connections.discard(connection)
         if not self._connections:
@@ -105,7 +109,7 @@ class Agent:
             return await work
         except TimeoutError:
             authority, seconds = origin.host.authority, self._timeouts.connect
-            raise UpstreamTimeout(f"{authority}: timed out, no connection in {seconds:g} s") from None
+            raise UpstreamTimeout(f"{authority}: timed out, not connected after {seconds:g} s") from None
 
     async def _open_connection(
         self, key: Hashable, origin: Registry, address_check: AddressCheck | None
@@ -139,7 +143,7 @@ def _render_head(method: str, origin: Registry, target: str, headers: Headers, b
 
 
 class SingleProtocolFactory(Factory):
-    """A factory for the one connection that it was made with."""
+    """Returns an existing connection."""
 
     noisy = False
 

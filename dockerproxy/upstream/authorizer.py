@@ -1,6 +1,6 @@
-"""Tokens: asked for where a registry says so, shared by all who need the same, renewed before they end.
+"""Authorization at registries: fetches bearer tokens, caches them, and renews them before they expire.
 
-The specification is distribution's "Token Authentication Specification" (docs/spec/auth/token.md).
+The protocol is distribution's "Token Authentication Specification" (docs/spec/auth/token.md).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _MAX_TOKENS = 1024
 _MAX_REGISTRIES = 256
 _MAX_RESPONSE = 256 * 1024
 _MAX_SCOPES = 8
-_TOKEN_PATTERN = re.compile(r"[!-~]{1,16384}")  # must fit a header field; Amazon's and Google's have 2 to 5 KiB
+_TOKEN_PATTERN = re.compile(r"[!-~]{1,16384}")  # must fit in a header field; Amazon's and Google's have 2 to 5 KiB
 _SCOPE_PATTERN = re.compile(r"[!-~]{1,1024}")
 _DEFAULT_LIFETIME = 60.0
 _MAX_LIFETIME = 86400.0
@@ -37,7 +37,7 @@ _MAX_LIFETIME = 86400.0
 
 @frozen
 class TokenKey:
-    """What a token was asked for: `login` None for one that anybody gets."""
+    """The key of a cached token: the parameters of the request for it. `login` is None for an anonymous token."""
 
     registry: Registry
     realm: str
@@ -53,7 +53,10 @@ class TokenKey:
 
 @frozen
 class Authorization:
-    """What to send as Authorization; `asked` None where that is no token; `reused` if it was kept from before."""
+    """The value of an Authorization field. `token_key` is None unless it is a bearer token that we fetched.
+
+    `from_cache` says that the token was fetched for an earlier request.
+    """
 
     value: str = field(repr=False)
     token_key: TokenKey | None = None
@@ -63,13 +66,13 @@ class Authorization:
 @frozen
 class _CachedToken:
     authorization: Authorization
-    renew_at: float  # the time from which on another one is asked for
+    renew_at: float  # Unix time after which a new token is fetched
 
 
 class Authorizer:
-    """Authorization for requests to registries.
+    """Provides the Authorization field for requests to registries.
 
-    `permit` is asked for the addresses of realms that are not on the registry's own host; `clock` gives Unix time.
+    `address_check` checks the addresses of realms on other hosts than the registry's; `clock` returns Unix time.
     """
 
     def __init__(
@@ -83,19 +86,19 @@ class Authorizer:
         self._clock = clock
         self._address_check = address_check
         self._logins = LoginTable(logins)
-        self._tokens: OrderedDict[TokenKey, _CachedToken] = OrderedDict()  # the least recently used first
+        self._tokens: OrderedDict[TokenKey, _CachedToken] = OrderedDict()  # least recently used first
         self._challenges: OrderedDict[Registry, tuple[Challenge, ...]] = OrderedDict()
         self._fetches: SingleFlight[TokenKey, Authorization] = SingleFlight()
 
     def set_logins(self, logins: Mapping[Host, Login]) -> None:
-        """Show these logins from now on, and no other of ours."""
+        """Replace the logins of AUTH_REGISTRIES."""
         self._logins = LoginTable(logins)
 
-    # what registries ask for
+    # challenges
 
     def add_challenges(self, registry: Registry, challenges: Sequence[Challenge]) -> None:
-        """Keep what `registry` asks for, so that the next request need not be refused first."""
-        # The scope belongs to the request that was refused, and to no other.
+        """Remember the challenges of `registry`, so that the next request can be authorized at once."""
+        # Drop the scope, because it applies only to the request that was refused.
         usable = tuple(_without_scope(challenge) for challenge in challenges if challenge.scheme in ("bearer", "basic"))
         if usable:
             self._challenges[registry] = usable
@@ -104,18 +107,18 @@ class Authorizer:
                 self._challenges.popitem(last=False)
 
     def challenges_for(self, registry: Registry) -> tuple[Challenge, ...]:
-        """Return what `registry` asked for last, none if that is not known."""
+        """Return the latest challenges of `registry`, or an empty tuple if none are known."""
         return self._challenges.get(registry, ())
 
     def remove_challenges(self, registry: Registry) -> None:
-        """Forget what `registry` asked for: it led nowhere."""
+        """Forget the challenges of `registry`, because its token server failed."""
         self._challenges.pop(registry, None)
 
     def effective_login(self, registry: Registry) -> BasicCredentials | None:
-        """Return the login of AUTH_REGISTRIES that is good for `registry`: its own, or that of its realm's host."""
+        """Return the login of AUTH_REGISTRIES for `registry`: its own, or else the login for its realm's host."""
         return self._logins.effective_login(registry, self._realm_host(registry))
 
-    # what is sent
+    # authorization
 
     async def get_authorization(
         self,
@@ -125,10 +128,11 @@ class Authorizer:
         credential: Credential,
         rejected_authorization: Authorization | None = None,
     ) -> Authorization | None:
-        """Return what answers one of `challenges`, a token's `scope` being asked for, or None where nothing does.
+        """Return an authorization for one of `challenges`, or None if none of them can be answered.
 
-        `refused` is what the registry did not take; it comes back where nothing better can be had. Raise
-        `Unauthorized` (by the realm), `TooManyRequests`, `UpstreamBroken`, and what `Transport.request` raises.
+        A token is fetched for `scope` and the scopes of the challenge. `rejected_authorization` is one that the
+        registry refused; it is returned again if no other can be obtained. Raise `Unauthorized` if the realm refuses
+        the token, `TooManyRequests`, `UpstreamBroken`, and the errors of `Agent.request`.
         """
         if isinstance(credential, ClientCredential):
             return Authorization(credential.authorization)
@@ -147,8 +151,8 @@ class Authorizer:
         realm = bearer.parameters["realm"]
         origin, _ = split_url(realm)
         if origin.scheme == "http" and registry.scheme == "https":
-            raise UpstreamBroken(f"{registry}: it names a token server without TLS, {origin.host.authority}")
-        # The registry's own scope too: it knows what a request really needs (a mount: the other repository).
+            raise UpstreamBroken(f"{registry}: its token server {origin.host.authority} uses plain HTTP; refused")
+        # Add the registry's scope, because it may include more than ours, such as the source repository of a mount.
         scopes = dict.fromkeys([*([scope] if scope else []), *bearer.parameters.get("scope", "").split()])
         valid_scopes = tuple(candidate for candidate in scopes if _SCOPE_PATTERN.fullmatch(candidate))[:_MAX_SCOPES]
         login = self._logins.login_for(credential, origin.host, registry)
@@ -193,14 +197,14 @@ class Authorizer:
         return authorization
 
     def _parse_token_response(self, key: TokenKey, content: bytes) -> tuple[Authorization, float]:
-        """Return the token in a realm's answer and for how long it is good."""
+        """Return the token in a realm's response, and its remaining lifetime in seconds."""
         try:
             payload = json.loads(content)
         except (ValueError, RecursionError):
             payload = None
         token = payload.get("token") or payload.get("access_token") if isinstance(payload, dict) else None
         if not isinstance(token, str) or not _TOKEN_PATTERN.fullmatch(token):
-            raise UpstreamBroken(f"{key.host}: what it answers holds no token for {key.registry}")
+            raise UpstreamBroken(f"{key.host}: its response contains no token for {key.registry}")
         return Authorization(f"Bearer {token}", key), remaining_lifetime(payload, self._clock())
 
     def _store(self, key: TokenKey, authorization: Authorization, lifetime: float) -> None:
@@ -218,15 +222,15 @@ class Authorizer:
         return _DEFAULT_REALMS.get(registry.host)
 
 
-# Asked about before the first request, when nothing is remembered yet.
+# For the time before the first request, when no challenge is known yet.
 _DEFAULT_REALMS = {Host("registry-1.docker.io", 443): Host("auth.docker.io", 443)}
 
 
 def remaining_lifetime(payload: Mapping[str, Any], now: float) -> float:
-    """Return the seconds for which the token in a realm's `answer`, which came at `now`, is good.
+    """Return the remaining lifetime, in seconds, of the token in a realm's response that was received at `now`.
 
-    They count from `issued_at`, which may be earlier (a server may hand out a token twice), but is not believed where
-    it would mean that the token has ended or is yet to begin: then the clocks differ.
+    The lifetime counts from `issued_at`, which may be in the past because a server may return the same token twice. It
+    is ignored if the token would be expired or not yet valid, because that means that the clocks differ.
     """
     lifetime = payload.get("expires_in")
     if isinstance(lifetime, bool) or not isinstance(lifetime, (int, float)) or not 0 < lifetime < float("inf"):
@@ -238,10 +242,10 @@ def remaining_lifetime(payload: Mapping[str, Any], now: float) -> float:
 
 
 def _parse_timestamp(text: object) -> float | None:
-    """Return RFC 3339 `text` as Unix time, None where it is none."""
+    """Convert an RFC 3339 timestamp to Unix time; return None if it is malformed."""
     if not isinstance(text, str):
         return None
-    # Go writes nanoseconds, of which Python takes six digits.
+    # Go writes nanoseconds, but Python parses at most six digits.
     try:
         date = datetime.fromisoformat(re.sub(r"(\.\d{6})\d+", r"\1", text[:64]))
     except ValueError:
@@ -257,9 +261,9 @@ def _refusal_error(key: TokenKey, response: Response) -> RegistryError:
     host, status = key.host, response.status
     if status in (401, 403):
         login_phrase = "anonymously" if key.login is None else "with the login of AUTH_REGISTRIES"
-        return Unauthorized(f"{host} gives no token for {key.registry} {login_phrase} (status {status})")
+        return Unauthorized(f"{host} refuses a token for {key.registry} {login_phrase} (status {status})")
     if status == 429:
         retry_after = response.headers.get("retry-after")
         headers = [] if retry_after is None else [("Retry-After", retry_after)]
         return TooManyRequests(f"{host} limits the rate of tokens for {key.registry}", headers=headers)
-    return UpstreamBroken(f"{host} gives no token for {key.registry} (status {status})")
+    return UpstreamBroken(f"{host} returned no token for {key.registry} (status {status})")

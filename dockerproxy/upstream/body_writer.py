@@ -1,4 +1,4 @@
-"""A request's body on its way to the transport."""
+"""The writer of request bodies: framing, back-pressure and the send time-out."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dockerproxy.upstream.idle_timer import IdleTimer
 
 
 def framing_field(body: IBodyProducer) -> tuple[str, str]:
-    """Return the field that says how `body` is framed."""
+    """Return the header field that declares the framing of `body`."""
     if body.length is UNKNOWN_LENGTH:
         return "Transfer-Encoding", "chunked"
     return "Content-Length", str(body.length)
@@ -24,9 +24,10 @@ def framing_field(body: IBodyProducer) -> tuple[str, str]:
 
 @implementer(IConsumer, IPushProducer)
 class BodyWriter:
-    """Frames what `body` produces, holds it back while `transport` is full, and calls `stalled` when that lasts.
+    """Frames the data of `body`, writes it to `transport`, and pauses `body` while the transport's buffer is full.
 
-    Only the upstream's slowness counts, `seconds` of it: how long the client may take is the client side's affair.
+    Calls `on_stalled` if the buffer stays full for `timeout` seconds. Time in which the client sends nothing does not
+    count, because the client's connection has its own time-out.
     """
 
     def __init__(
@@ -40,15 +41,18 @@ class BodyWriter:
         self.active = False
 
     def start(self) -> Deferred[None]:
-        """Send the body; fires when all of it is handed over, fails with what ended it before. Silent after `stop`."""
+        """Send the body. The Deferred fires once all of it is written, or fails with the body's error.
+
+        After `stop` it never fires.
+        """
         self.active = True
         self._transport.registerProducer(self, True)
-        if self.active:  # else the transport is gone already
+        if self.active:  # False if the transport is already closed: then `registerProducer` called `stopProducing`
             self._body.startProducing(self).addCallbacks(self._on_body_complete, self._on_body_failed)
         return self._done
 
     def stop(self) -> None:
-        """Send no more."""
+        """Stop sending."""
         if self.active:
             self._finish()
             self._body.stopProducing()
@@ -65,7 +69,7 @@ class BodyWriter:
             self._transport.write(b"0\r\n\r\n")
         self._finish()
         if self._remaining:
-            self._done.errback(BadRequest("the request's body is shorter than its length says"))
+            self._done.errback(BadRequest("the request body is shorter than its declared length"))
         else:
             self._done.callback(None)
 
@@ -73,9 +77,9 @@ class BodyWriter:
         if self.active:
             self._finish()
             self._done.errback(failure)
-        # else it was stopped, and how its producer takes that is nobody's concern
+        # Otherwise it was stopped, and the producer's error does not matter.
 
-    # IConsumer, for the body
+    # IConsumer: called by the body
 
     def write(self, data: bytes) -> None:
         if not self.active or not data:
@@ -87,15 +91,15 @@ class BodyWriter:
             self._transport.write(data)
         else:
             self.stop()
-            self._done.errback(BadRequest("the request's body is longer than its length says"))
+            self._done.errback(BadRequest("the request body is longer than its declared length"))
 
     def registerProducer(self, producer: Any, streaming: bool) -> None:
-        raise RuntimeError("a body is started by its startProducing")
+        raise RuntimeError("IBodyProducer.startProducing starts a body, not registerProducer")
 
     def unregisterProducer(self) -> None:
-        raise RuntimeError("a body has ended when the Deferred of its startProducing fires")
+        raise RuntimeError("the Deferred of IBodyProducer.startProducing ends a body, not unregisterProducer")
 
-    # IPushProducer, for the transport
+    # IPushProducer: called by the transport
 
     def pauseProducing(self) -> None:
         if self.active:
@@ -108,7 +112,7 @@ class BodyWriter:
             self._body.resumeProducing()
 
     def stopProducing(self) -> None:
-        """Stop: the connection is lost."""
+        """Stop the body, because the connection is lost."""
         if self.active:
             self.active = False
             self._send_timer.stop()

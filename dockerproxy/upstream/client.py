@@ -1,4 +1,4 @@
-"""Requests to registries: authorized, and followed to wherever the registry keeps what was asked for."""
+"""The client for registries: requests with authorization, which follow redirects."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from dockerproxy.upstream.urls import resolve_location, split_url
 
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _MAX_REDIRECTS = 5
-_MAX_AUTH_RETRIES = 2  # with the first token, and with one in the place of a token that the registry takes no more
-# What another host may be told. The rest, of which nobody knows whether it is a credential, is for the registry.
+_MAX_AUTH_RETRIES = 2  # once with the cached token, once with a new token if the registry rejects the cached one
+# Fields that are sent to other hosts after a redirect. All others are omitted, because they may contain credentials.
 _CROSS_ORIGIN_FIELDS = frozenset(
     {"accept", "range", "if-range", "if-match", "if-none-match", "if-modified-since", "user-agent"}
 )
@@ -36,10 +36,10 @@ class _Request:
 
 
 class UpstreamClient:
-    """Speaks to registries for the cache and the pass-through.
+    """Sends the requests of the cache and the pass-through to registries.
 
-    `redirect_permit` is asked for the addresses that a redirect leads to, unless that is the registry itself: what an
-    upstream names must not make us fetch from this machine, its network's edge or the cloud's metadata service.
+    `redirect_address_check` checks the addresses of redirect targets on other hosts. Without it an upstream could make
+    us fetch from this machine, its local network or the cloud's metadata service.
     """
 
     def __init__(self, agent: Agent, authorizer: Authorizer, redirect_address_check: AddressCheck | None) -> None:
@@ -60,14 +60,14 @@ class UpstreamClient:
         actions: str = "pull",
         follow: bool = True,
     ) -> Response:
-        """Return the final answer of `registry` for `path` (and query), whatever its status.
+        """Send a request to `registry` and return the final response, with any status. `path` includes the query.
 
-        Authorization is added for `actions` (``pull``, ``pull,push``) on the repository `name`, as `credential` has
-        it; one that `headers` hold is replaced. A 401 is answered with a token and the request repeated, where it has
-        no `body` and the credential is not the client's own. Redirects of GET and HEAD are followed; where `follow` is
-        false they are the answer.
+        Authorization for `actions` (``pull`` or ``pull,push``) on the repository `name` is added according to
+        `credential`, and replaces the one in `headers`. After a 401 the request is sent again with a new token, unless
+        it has a `body` or the credential is the client's own. Redirects of GET and HEAD are followed if `follow` is
+        true.
 
-        Raise `UpstreamError`s, and `Unauthorized` or `TooManyRequests` where no token is given out.
+        Raise `UpstreamError`, or `Unauthorized` or `TooManyRequests` if the token server refuses a token.
         """
         scope = None if name is None else f"repository:{name}:{actions}"
         follow = follow and method in ("GET", "HEAD")
@@ -100,13 +100,13 @@ class UpstreamClient:
     async def _initial_authorization(
         self, registry: Registry, scope: str | None, credential: Credential
     ) -> Authorization | None:
-        """Return what the registry will ask for, as it asked before."""
+        """Return an authorization for the remembered challenges, so that the registry need not refuse first."""
         try:
             return await self._authorizer.get_authorization(
                 registry, self._authorizer.challenges_for(registry), scope, credential
             )
         except UpstreamError:
-            self._authorizer.remove_challenges(registry)  # the realm may have moved: the next request finds out
+            self._authorizer.remove_challenges(registry)  # because the realm may have moved; the next 401 will name it
             raise
 
     async def _follow_redirects(self, request: _Request, authorization: Authorization | None) -> Response:
@@ -129,7 +129,7 @@ class UpstreamClient:
             await response.discard()
             url = resolve_location(url, location)
             if url in visited or len(visited) > _MAX_REDIRECTS:
-                raise UpstreamBroken(f"{registry}: it redirects in a circle, or more than {_MAX_REDIRECTS} times")
+                raise UpstreamBroken(f"{registry}: it redirects in a loop, or more than {_MAX_REDIRECTS} times")
             visited.add(url)
             _check_downgrade(registry, url)
 
@@ -137,4 +137,4 @@ class UpstreamClient:
 def _check_downgrade(registry: Registry, url: str) -> None:
     target, _ = split_url(url)
     if target.scheme == "http" and registry.scheme == "https":
-        raise UpstreamBroken(f"{registry}: it redirects to plain HTTP, at {target.host.authority}")
+        raise UpstreamBroken(f"{registry}: it redirects to plain HTTP at {target.host.authority}; refused")

@@ -1,8 +1,8 @@
 """One HTTP/1.1 connection to an upstream, for one exchange after the other.
 
-Ours and not `twisted.web.client`, whose connections lose an answer that comes before the request's body is whole (a
-push that is refused), ignore what comes behind an answer, read heads without a bound, and are pooled by host name
-alone, so that a request whose `permit` forbids an address could travel on a connection that was opened without it.
+`twisted.web.client` is not suitable. Its connections lose a response that arrives before the request body is complete
+(a refused push), ignore bytes after a response, and read heads of any size. Its pool uses the host name alone as the
+key, so a request could use a connection to an address that its address check forbids.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from dockerproxy.upstream.http1 import (
 from dockerproxy.upstream.idle_timer import IdleTimer
 from dockerproxy.upstream.tls import ClientHandshake
 
-_MAX_DISCARD = 64 * 1024  # an answer nobody wants is read to its end if it is no longer than this
+_MAX_DISCARD = 64 * 1024  # bytes of an unwanted body that are read so that the connection can be reused
 
 
 @frozen
 class UpstreamTimeouts:
-    """Seconds: until connected (TLS included), without a byte from upstream, without upstream taking a byte."""
+    """Limits in seconds: to connect (with TLS), without a byte received, without a byte sent."""
 
     connect: float = 60.0
     read: float = 60.0
@@ -50,7 +50,7 @@ class UpstreamTimeouts:
 
 @frozen
 class OutgoingRequest:
-    """A request to send: `head` are its bytes, `url` is what the response is known by."""
+    """A request to send. `head` contains the bytes of the head; `url` is copied to the response."""
 
     method: str
     url: str
@@ -59,16 +59,15 @@ class OutgoingRequest:
 
 
 class ConnectionDropped(UpstreamBroken):
-    """The connection ended before a byte of the answer came."""
+    """The connection was closed before the first byte of the response."""
 
 
 class Response:
-    """An answer whose head is here. Its body is read with `read_chunk` (or `read_pieces`), or given up with `abort` or
-    `discard`.
+    """A response whose head has been received. Read its body with `read_chunk` or `read_pieces`, or call `discard` or
+    `abort`.
 
-    `length` is the Content-Length (in an answer to HEAD, that which GET would have), None where there is none.
-    While nobody reads, at most 768 KiB of the body wait here (or 512 KiB more than `read_pieces` was asked for), and
-    the connection is held.
+    `length` is the Content-Length, or None. In a response to HEAD it is the length that GET would return.
+    Back-pressure limits the buffered body to 768 KiB, or to 512 KiB more than `read_pieces` requested.
     """
 
     def __init__(self, url: str, head: ResponseHead, stream: ByteStream, connection: UpstreamConnection) -> None:
@@ -80,16 +79,16 @@ class Response:
         self._connection = connection
 
     async def read_chunk(self) -> bytes:
-        """Return what has come of the body, at least one byte; ``b""`` at its end.
+        """Return the data received so far, at least one byte, or ``b""`` at the end of the body.
 
-        Raise `UpstreamBroken` where it ends too early and `UpstreamTimeout` where nothing comes for too long.
+        Raise `UpstreamBroken` if the body is truncated and `UpstreamTimeout` if no byte arrives in time.
         """
         return await self._stream.read()
 
     async def read_pieces(self, at_least: int, timeout: float) -> list[bytes]:
-        """Return what has come of the body, as it came; none at its end. Raise as `read_chunk` does.
+        """Return the received pieces of the body, or an empty list at its end. Raise as `read_chunk` does.
 
-        `at_least` so many bytes are waited for, but no longer than `within` seconds.
+        Wait until `at_least` bytes are there, or for `timeout` seconds and then for the first byte.
         """
         timer = self._connection.call_later(timeout, self._stream.return_available)
         try:
@@ -99,18 +98,18 @@ class Response:
                 timer.cancel()
 
     async def read_all(self, limit: int) -> bytes:
-        """Return the whole body; raise as `read_chunk` does, and `UpstreamBroken` where it is above `limit` bytes."""
+        """Return the whole body. Raise as `read_chunk` does, and `UpstreamBroken` if it exceeds `limit` bytes."""
         parts, size = [], 0
         while data := await self.read_chunk():
             size += len(data)
             if size > limit:
                 self.abort()
-                raise UpstreamBroken(f"{self._connection.authority}: its answer is longer than {limit} bytes")
+                raise UpstreamBroken(f"{self._connection.authority}: its response exceeds {limit} bytes")
             parts.append(data)
         return b"".join(parts)
 
     async def discard(self) -> None:
-        """Be done with the body: read it where it is small, so that the connection can be used again, or abort."""
+        """Read the rest of the body if it is small, so that the connection can be reused; otherwise abort."""
         size = 0
         try:
             while size <= _MAX_DISCARD and (self._stream.ended or (self.length or 0) <= _MAX_DISCARD):
@@ -119,31 +118,31 @@ class Response:
                     return
                 size += len(data)
         except UpstreamError:
-            return  # that it broke harms nobody now
+            return  # because an error in an unwanted body does not matter
         finally:
             self.abort()
 
     def abort(self) -> None:
-        """Close the connection at once. Does nothing once the body is complete."""
+        """Abort the connection. This has no effect once the body is complete."""
         self._connection.abort_response(self)
 
 
 class ConnectionOwner(TypingProtocol):
-    """Who a connection belongs to."""
+    """The owner of a connection, which is notified of its state."""
 
     def on_connection_idle(self, connection: UpstreamConnection) -> None:
-        """Take note that `connection` can be used for another exchange."""
+        """Called when `connection` is ready for another exchange."""
 
     def on_connection_lost(self, connection: UpstreamConnection) -> None:
-        """Take note that `connection` is no more."""
+        """Called when `connection` is closed."""
 
 
 @implementer(IHandshakeListener, IPushProducer)
 class UpstreamConnection(Protocol):
-    """A connection to `place` (host and port, for sentences); over TLS where `tls` is given.
+    """A connection to `authority`, the host and port in error messages. It uses TLS if `handshake` is given.
 
-    `opened` fires when it can be used, or fails with an `UpstreamError`. After that, `exchange` may be called whenever
-    no exchange is under way and it is `alive`. `key` tells the owner which requests it serves.
+    `ready` fires once the connection can be used, or fails with an `UpstreamError`. After that, `exchange` may be
+    called if no other exchange is running and the connection is `alive`. The pool finds connections by `key`.
     """
 
     transport: Any
@@ -169,11 +168,11 @@ class UpstreamConnection(Protocol):
         self._read_timer = IdleTimer(clock, timeouts.read, self._on_read_timeout)
         self._method = ""
         self._url = ""
-        self._response_waiter: Deferred[Response] | None = None  # until the head of the answer is here
-        self._response: Response | None = None  # from then on, until the answer is complete
+        self._response_waiter: Deferred[Response] | None = None  # until the head is received
+        self._response: Response | None = None  # from then until the response is complete
         self._body_writer: BodyWriter | None = None
         self._buffer = b""
-        self._interim_size = 0  # bytes of interim answers before this one
+        self._interim_size = 0  # bytes of interim (1xx) responses before this one
         self._body_reader = BodyReader()
         self._stream = ByteStream()
         self._reusable = False
@@ -200,7 +199,10 @@ class UpstreamConnection(Protocol):
     # an exchange
 
     def exchange(self, request: OutgoingRequest) -> Deferred[Response]:
-        """Send `request`; fires with the response when its head is here. To cancel it closes the connection."""
+        """Send `request`. The Deferred fires with the response once its head is received.
+
+        Cancelling the Deferred aborts the connection.
+        """
         self._method, self._url = request.method, request.url
         self._buffer, self._interim_size = b"", 0
         waiter: Deferred[Response] = Deferred(self._cancel_exchange)
@@ -216,17 +218,17 @@ class UpstreamConnection(Protocol):
         return waiter
 
     def call_later(self, seconds: float, callback: Callable[[], None]) -> Any:
-        """Have the clock call `call`, and return what cancels that."""
+        """Schedule `callback` on the connection's clock and return the delayed call."""
         return self._clock.callLater(seconds, callback)
 
     def abort_response(self, response: Response) -> None:
-        """Close the connection if `response` is still what comes on it."""
+        """Abort the connection if it still receives `response`."""
         if self._response is response:
             self.abort()
 
     def abort(self) -> None:
-        """Close the connection at once."""
-        self._fail(UpstreamBroken(f"{self.authority}: the connection was given up"))
+        """Abort the connection."""
+        self._fail(UpstreamBroken(f"{self.authority}: the connection was aborted"))
 
     def _cancel_exchange(self, _: Deferred[Response]) -> None:
         self._response_waiter = None
@@ -238,7 +240,7 @@ class UpstreamConnection(Protocol):
             self._read_timer.start()
 
     def _on_body_failed(self, failure: Failure) -> None:
-        """End the exchange whose body failed: that is the client's side, and its error goes back there."""
+        """Fail the exchange with the body's error, which comes from the client's side and is reported there."""
         self._body_writer = None
         assert isinstance(failure.value, Exception)
         self._fail(failure.value)
@@ -250,14 +252,14 @@ class UpstreamConnection(Protocol):
         elif self._response is not None:
             self._read_body(data)
         elif self.alive:
-            self.abort()  # bytes that nobody asked for
+            self.abort()  # because unsolicited bytes could be mistaken for the next response
 
     def _read_head(self, data: bytes) -> None:
         self._buffer += data
         while self._response_waiter is not None:
             end = self._buffer.find(b"\r\n\r\n")
             if self._interim_size + (end if end >= 0 else len(self._buffer)) > MAX_HEAD:
-                self._fail(UpstreamBroken(f"{self.authority}: the head of its answer is longer than {MAX_HEAD} bytes"))
+                self._fail(UpstreamBroken(f"{self.authority}: its response head exceeds {MAX_HEAD} bytes"))
                 return
             if end < 0:
                 return
@@ -269,8 +271,8 @@ class UpstreamConnection(Protocol):
 
     def _handle_head(self, head: ResponseHead, size: int, waiter: Deferred[Response]) -> None:
         if head.status == 101:
-            raise ValueError("it changed the protocol, which nobody asked for")
-        if head.status < 200:  # RFC 9110, section 15.2: may be passed over
+            raise ValueError("it switched protocols without a request to do so (status 101)")
+        if head.status < 200:  # RFC 9110, section 15.2: a client may ignore interim responses
             self._interim_size += size + 4
             return
         body_reader, stream = body_reader_for(self._method, head), ByteStream(self)
@@ -278,7 +280,7 @@ class UpstreamConnection(Protocol):
         self._body_reader, self._stream, self._response, self._response_waiter = body_reader, stream, response, None
         self._reusable = should_keep_alive(head)
         if self._body_writer is not None and head.status >= 300:
-            self._stop_sending()  # refused: nobody reads the rest
+            self._stop_sending()  # because the server refused the request and will not read the rest
             self._reusable = False
         rest, self._buffer = self._buffer, b""
         if body_reader.done:
@@ -298,12 +300,12 @@ class UpstreamConnection(Protocol):
             self._fail(UpstreamBroken(f"{self.authority}: {error}"))
             return
         for piece in pieces:
-            self._stream.feed(piece)  # wakes the reader, which may give the response up
+            self._stream.feed(piece)  # this wakes the reader, which may abort the response
         if self._body_reader.done and self._response is response:
             self._finish_response()
 
     def _finish_response(self) -> None:
-        """Let the next exchange have the connection, now that all of the answer is here, or close it."""
+        """Complete the response; return the connection to its owner, or close it if it cannot be reused."""
         stream, self._response = self._stream, None
         self._read_timer.stop()
         if self._reusable and self._body_writer is None and not self._body_reader.rest and self._connected:
@@ -316,7 +318,7 @@ class UpstreamConnection(Protocol):
                 self.transport.loseConnection()
         stream.finish()
 
-    # IPushProducer: what the stream asks for
+    # IPushProducer: called by the stream
 
     def pauseProducing(self) -> None:
         self._read_timer.pause()
@@ -330,7 +332,7 @@ class UpstreamConnection(Protocol):
     def stopProducing(self) -> None:
         self.abort()
 
-    # ends
+    # errors and closing
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         self._connected = self.alive = False
@@ -339,11 +341,11 @@ class UpstreamConnection(Protocol):
             self._fail(UpstreamUnreachable(f"{self.authority}: {detail}"))
         elif self._response_waiter is not None:
             error_type = UpstreamBroken if self._buffer or self._interim_size else ConnectionDropped
-            self._fail(error_type(f"{self.authority}: closed the connection without a complete answer"))
+            self._fail(error_type(f"{self.authority}: closed the connection before a complete response head"))
         elif self._response is not None:
             shortfall = self._body_reader.read_eof()
             if shortfall is None and not isinstance(reason.value, ConnectionDone):
-                shortfall = "broke off in an answer of unknown length"
+                shortfall = "the connection broke within a response of unknown length"
             if shortfall is None:
                 self._finish_response()
             else:
@@ -351,13 +353,13 @@ class UpstreamConnection(Protocol):
         self._owner.on_connection_lost(self)
 
     def _on_read_timeout(self) -> None:
-        self._fail(UpstreamTimeout(f"{self.authority}: timed out, nothing came for {self._timeouts.read:g} s"))
+        self._fail(UpstreamTimeout(f"{self.authority}: timed out, received nothing for {self._timeouts.read:g} s"))
 
     def _on_send_timeout(self) -> None:
-        self._fail(UpstreamTimeout(f"{self.authority}: timed out, it took nothing for {self._timeouts.send:g} s"))
+        self._fail(UpstreamTimeout(f"{self.authority}: timed out, could send nothing for {self._timeouts.send:g} s"))
 
     def _fail(self, error: Exception) -> None:
-        """End the connection, and with `error` whatever is under way."""
+        """Abort the connection, and fail pending operations with `error`."""
         self.alive = False
         self._read_timer.stop()
         self._stop_sending()

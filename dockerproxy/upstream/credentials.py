@@ -1,4 +1,4 @@
-"""Who a request upstream is made as, and to whom our logins may be shown."""
+"""Credentials for requests to upstreams, and the rules about which hosts may receive the logins of AUTH_REGISTRIES."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class BasicCredentials:
 
 @frozen
 class ClientCredential:
-    """What the client itself sent as Authorization, passed on as it is."""
+    """The Authorization field of the client, forwarded unchanged."""
 
     authorization: str = field(repr=False)
 
@@ -50,24 +50,24 @@ class Login(Protocol):
 
 
 class LoginTable:
-    """The logins of AUTH_REGISTRIES by host, with the rule about who may be shown which.
+    """The logins of AUTH_REGISTRIES by host, and the rules about which host may receive which login.
 
-    A realm is named by the registry, so it is the registry's word against our secret. A login goes to the host that
-    it is for and nowhere else. And on behalf of a registry it goes to the host of its realm only where the two belong
-    together, by their names or because the administrator gave both the same login: else any registry could name
-    ``auth.docker.io`` as its realm and be handed the token that our login there is worth.
+    A registry chooses its realm, so the realm cannot be trusted. A login is sent only to the host that it is configured
+    for. For a request to a registry it is sent to the host of the realm only if the two belong together: they share a
+    domain, or the administrator configured the same login for both. Otherwise any registry could name
+    ``auth.docker.io`` as its realm and receive the token that our login there obtains.
     """
 
     def __init__(self, logins: Mapping[Host, Login]) -> None:
         self._by_host = {host: BasicCredentials(login.user, login.password) for host, login in logins.items()}
 
     def effective_login(self, registry: Registry, realm: Host | None) -> BasicCredentials | None:
-        """Return the login that requests to `registry`, whose tokens `realm` gives out, are made with."""
+        """Return the login for requests to `registry`, if `realm` is the host of its token server."""
         login = self._by_host.get(registry.host)
         return self._realm_login(realm, registry) if login is None and realm is not None else login
 
     def login_for(self, credential: Credential, host: Host, registry: Registry) -> BasicCredentials | None:
-        """Return the login to show to `host` in a request for `registry` made as `credential`, or None."""
+        """Return the login to send to `host` for a request to `registry` with `credential`, or None."""
         if not isinstance(credential, BasicCredentials):
             return None
         if credential not in self._by_host.values():
@@ -82,11 +82,14 @@ class LoginTable:
 
 
 def in_same_domain(one: str, other: str) -> bool:
-    """Whether two host names are the same, one below the other, or below the same domain of two labels or more."""
+    """Return whether two host names are equal, one is below the other, or both are below the same domain.
+
+    The domain must have two labels or more.
+    """
     if one == other:
         return True
     parent, other_parent = one.partition(".")[2], other.partition(".")[2]
-    if parent.replace(".", "").isdigit() or ":" in one:  # addresses are not below anything
+    if parent.replace(".", "").isdigit() or ":" in one:  # because addresses have no domain
         return False
     is_subdomain = ("." in other and one.endswith(f".{other}")) or ("." in one and other.endswith(f".{one}"))
     return is_subdomain or ("." in parent and parent == other_parent)

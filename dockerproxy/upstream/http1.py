@@ -1,8 +1,7 @@
-"""HTTP/1.1 as a client sees it (RFC 9112), without I/O: request heads written, response heads and bodies read.
+"""The client side of HTTP/1.1 (RFC 9112), without I/O: renders request heads, parses response heads and bodies.
 
-Requests, which strangers send us, are parsed in `dockerproxy.http.message`; this is the other direction. It is as
-strict: what two readers could read in two ways is refused. Errors are `ValueError`s with a phrase that goes behind the
-server's name and never repeats what was sent.
+`dockerproxy.http.message` is the server side. Both are strict: input that two parsers could read differently is
+refused. Errors are `ValueError`. The message is a phrase to put after the server's name, and contains no input.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from dockerproxy.errors import BadRequest
 from dockerproxy.http.headers import Headers
 from dockerproxy.http.message import ChunkedDecoder
 
-MAX_HEAD = 64 * 1024  # Go's client takes 10 MiB, curl 300 KiB, nginx 4 to 8 KiB; signed redirects reach some 4 KiB
+MAX_HEAD = 64 * 1024  # Go's client accepts 10 MiB, curl 300 KiB, nginx 4 to 8 KiB; signed redirects reach about 4 KiB
 
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _TARGET = re.compile(r"/[!\"$-~]*")
@@ -29,7 +28,7 @@ _BODYLESS_STATUSES = frozenset({204, 304})
 
 @frozen(slots=True)
 class ResponseHead:
-    """A status line and its fields; `version` is the minor version of HTTP/1."""
+    """A status line and the header fields. `version` is the minor version of HTTP/1."""
 
     status: int
     version: int
@@ -37,15 +36,15 @@ class ResponseHead:
 
 
 def render_request_head(method: str, target: str, fields: Iterable[tuple[str, str]]) -> bytes:
-    """Return a request's head; raise ValueError for what cannot stand there, without repeating it."""
+    """Render a request head. Raise ValueError, without the value, if a part of it is not allowed there."""
     if not _TOKEN.fullmatch(method):
-        raise ValueError("a method has to be a token")
+        raise ValueError("the method is not a token")
     if not _TARGET.fullmatch(target):
-        raise ValueError("a target has to be a path of visible ASCII")
+        raise ValueError("the target is not a path of visible ASCII")
     lines = [f"{method} {target} HTTP/1.1"]
     for name, value in fields:
         if not _TOKEN.fullmatch(name) or _CONTROLS.search(value):
-            raise ValueError("a header field's name is no token, or its value holds control characters")
+            raise ValueError("a header field's name is not a token, or its value contains control characters")
         lines.append(f"{name}: {value}")
     try:
         return "".join(f"{line}\r\n" for line in [*lines, ""]).encode("latin-1")
@@ -54,59 +53,59 @@ def render_request_head(method: str, target: str, fields: Iterable[tuple[str, st
 
 
 def parse_response_head(raw: bytes) -> ResponseHead:
-    """Return the head in `raw` (all before the empty line), or raise ValueError."""
+    """Parse a response head without its final empty line. Raise ValueError if it is malformed."""
     first, *lines = raw.decode("latin-1").split("\r\n")
     status = _STATUS_LINE.fullmatch(first)
     if status is None:
-        raise ValueError("what it sent is not an HTTP answer")
+        raise ValueError("it did not send an HTTP/1 response")
     fields = []
     for line in lines:
         name, colon, value = line.partition(":")
         if not colon or not _TOKEN.fullmatch(name) or _CONTROLS.search(value):
-            raise ValueError("its answer has a malformed header field")
+            raise ValueError("its response has a malformed header field")
         fields.append((name.lower(), value.strip(" \t")))
     return ResponseHead(int(status[2]), int(status[1]), Headers.from_lowercase(fields))
 
 
 def parse_content_length(headers: Headers) -> int | None:
-    """Return what Content-Length says; None where there is none. Raise ValueError where it is no one number."""
+    """Return the Content-Length, or None without one. Raise ValueError if it is not a single number."""
     values = {value.strip(" \t") for field in headers.all("content-length") for value in field.split(",")}
     if not values:
         return None
     [first, *others] = values
-    if others or not _CONTENT_LENGTH.fullmatch(first):  # RFC 9112, section 6.3: repetitions of one number are a number
-        raise ValueError("its answer has no one Content-Length")
+    if others or not _CONTENT_LENGTH.fullmatch(first):  # RFC 9112, section 6.3: equal repetitions are valid
+        raise ValueError("its response has an invalid or ambiguous Content-Length")
     return int(first)
 
 
 def should_keep_alive(head: ResponseHead) -> bool:
-    """Whether the server lets the connection be used again. HTTP/1.0's keep-alive is left alone: nobody needs it."""
+    """Return whether the connection can be reused. HTTP/1.0 keep-alive is ignored, because no registry needs it."""
     tokens = {token.strip(" \t").lower() for field in head.headers.all("connection") for token in field.split(",")}
-    # RFC 9112, section 6.1: after an answer with both framings the connection is not to be trusted.
+    # RFC 9112, section 6.1: do not reuse the connection after a response with both framings.
     ambiguous = "transfer-encoding" in head.headers and "content-length" in head.headers
     return head.version == 1 and "close" not in tokens and not ambiguous
 
 
 class BodyReader:
-    """Takes the bytes behind a head and gives the content in them; this one lasts until the connection ends."""
+    """Extracts the content from the bytes after a head. This base class reads until the connection ends."""
 
     done = False
     rest = b""
 
     def feed(self, data: bytes) -> list[bytes]:
-        """Return the pieces of content in `data`, none empty; raise ValueError for what breaks the framing.
+        """Return the pieces of content in `data`, without empty ones. Raise ValueError if the framing is invalid.
 
-        Once `done` nothing may be fed; `rest` is what came behind the end.
+        Do not call this once `done` is true. `rest` contains the bytes after the end of the body.
         """
         return [data]
 
     def read_eof(self) -> str | None:
-        """Say what is missing where the connection has ended now; None where that is a proper end."""
+        """Describe the missing data, given that the connection has ended. Return None if the body is complete."""
         return None
 
 
 class ContentLengthReader(BodyReader):
-    """A body of so many bytes."""
+    """Reads a body of a known length."""
 
     def __init__(self, length: int) -> None:
         self._length = self._remaining = length
@@ -126,7 +125,7 @@ class ContentLengthReader(BodyReader):
 
 
 class ChunkedReader(BodyReader):
-    """A body in the chunked coding."""
+    """Reads a body in the chunked transfer coding."""
 
     def __init__(self) -> None:
         self._decoder = ChunkedDecoder()
@@ -135,7 +134,7 @@ class ChunkedReader(BodyReader):
         try:
             pieces = self._decoder.feed(data)
         except BadRequest as error:
-            raise ValueError(f"broke the framing of its answer: {error.message}") from None
+            raise ValueError(f"its response has invalid chunked framing: {error.message}") from None
         self.done, self.rest = self._decoder.done, self._decoder.unused_data
         return pieces
 
@@ -144,13 +143,13 @@ class ChunkedReader(BodyReader):
 
 
 def body_reader_for(method: str, head: ResponseHead) -> BodyReader:
-    """Return the body that follows `head` (RFC 9112, section 6.3), or raise ValueError."""
+    """Return a reader for the body after `head` (RFC 9112, section 6.3). Raise ValueError if the framing is invalid."""
     if method == "HEAD" or head.status in _BODYLESS_STATUSES:
         return ContentLengthReader(0)
     codings = head.headers.all("transfer-encoding")
     if codings:
         if head.version == 0 or [coding.lower() for coding in codings] != ["chunked"]:
-            raise ValueError("its answer has a Transfer-Encoding other than chunked")
+            raise ValueError("its response has a Transfer-Encoding other than chunked")
         return ChunkedReader()
     length = parse_content_length(head.headers)
     return BodyReader() if length is None else ContentLengthReader(length)

@@ -1,4 +1,4 @@
-"""A limit on how long nothing may happen."""
+"""A timer that expires after a period without activity."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 
 
 class IdleTimer:
-    """Calls `expired` once `seconds` have passed since the last `start` or `touch`, unless stopped.
+    """Calls `on_expired` once `timeout` seconds have passed since the last `start` or `touch`, unless it is stopped.
 
-    A touch costs a look at the clock: the reactor's timer is left alone and put off when it goes off too early.
+    A touch only reads the clock. It does not reset the reactor's timer, which is rescheduled if it fires too early.
     """
 
     def __init__(self, clock: Any, timeout: float, on_expired: Callable[[], None]) -> None:
@@ -21,22 +21,22 @@ class IdleTimer:
         self._running = False
 
     def start(self) -> None:
-        """Begin to count, anew where it counts already."""
+        """Start or restart the timer."""
         self._running = True
         self._last_activity = self._clock.seconds()
         if self._delayed_call is None:
             self._delayed_call = self._clock.callLater(self._timeout, self._check)
 
     def touch(self) -> None:
-        """Note that something happened."""
+        """Record activity."""
         self._last_activity = self._clock.seconds()
 
     def pause(self) -> None:
-        """Count no more until the next start; the timer stays, for a pause is often short."""
+        """Suspend until the next `start`. The reactor's timer is kept, because most pauses are short."""
         self._running = False
 
     def stop(self) -> None:
-        """Count no more, and leave nothing behind."""
+        """Stop, and cancel the reactor's timer."""
         self._running = False
         call, self._delayed_call = self._delayed_call, None
         if call is not None:

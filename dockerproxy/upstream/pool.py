@@ -1,4 +1,4 @@
-"""Idle connections, kept for the next request to the same place."""
+"""The pool of idle connections to upstreams."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ _IDLE_TIMEOUT = 60.0
 
 
 class Pool:
-    """Idle connections by key: at most 32 a key and 256 in all, none for longer than 60 s; the oldest have to go.
+    """Idle connections by key: at most 32 per key and 256 in all, each for at most 60 s. The oldest is evicted first.
 
-    The last one to become idle is the first to be used again: it is the least likely to be closed at the other end.
+    The connection that became idle last is reused first, because the server is least likely to have closed it.
     """
 
     def __init__(self, clock: Any) -> None:
         self._clock = clock
-        self._idle: dict[UpstreamConnection, Any] = {}  # each with its timer, the oldest first
+        self._idle: dict[UpstreamConnection, Any] = {}  # connection to timer, oldest first
 
     def take(self, key: Hashable) -> UpstreamConnection | None:
-        """Return an idle connection for `key`, or None."""
+        """Remove and return an idle connection for `key`, or return None."""
         for connection in reversed(self._idle):
             if connection.key == key and connection.alive:
                 self.remove(connection)
@@ -31,7 +31,7 @@ class Pool:
         return None
 
     def put(self, connection: UpstreamConnection) -> None:
-        """Keep a connection for another request with its key."""
+        """Add an idle connection. Evict the oldest one if a limit is exceeded."""
         same_key = [other for other in self._idle if other.key == connection.key]
         if len(same_key) >= _MAX_PER_KEY:
             self._evict(same_key[0])
@@ -40,7 +40,7 @@ class Pool:
         self._idle[connection] = self._clock.callLater(_IDLE_TIMEOUT, self._evict, connection)
 
     def remove(self, connection: UpstreamConnection) -> None:
-        """Forget a connection: it is in use, or no more."""
+        """Remove a connection, because it is in use or closed."""
         timer = self._idle.pop(connection, None)
         if timer is not None and timer.active():
             timer.cancel()

@@ -1,4 +1,4 @@
-"""When an upstream wants to be asked again. Pure."""
+"""The Retry-After field of upstream responses. Pure."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from email.utils import parsedate_to_datetime
 
 from dockerproxy.http.headers import Headers
 
-MAX_RETRY_AFTER = 3600.0  # seconds; an upstream that asks for more is asked again after this
+MAX_RETRY_AFTER = 3600.0  # seconds; longer waits are shortened to this
 
 
 def parse_retry_after(headers: Headers, now: float) -> float | None:
-    """Return the seconds that a Retry-After field (RFC 9110, section 10.2.3) asks to wait, from 0 to an hour.
+    """Return the wait in seconds that a Retry-After field (RFC 9110, section 10.2.3) requests, from 0 to an hour.
 
-    `now` is Unix time, for the form that is a date. None where there is no such field or it cannot be read.
+    `now` is Unix time, because the field may contain a date. Return None if the field is missing or malformed.
     """
     value = headers.get("retry-after")
     if value is None:
@@ -24,6 +24,6 @@ def parse_retry_after(headers: Headers, now: float) -> float | None:
         date = parsedate_to_datetime(value[:64])
     except ValueError:
         return None
-    # A date without a zone is meant as GMT, the one that HTTP knows.
+    # A date without a time zone is GMT, the only zone in HTTP.
     seconds = date.timestamp() if date.tzinfo else date.replace(tzinfo=UTC).timestamp()
     return min(max(seconds - now, 0.0), MAX_RETRY_AFTER)

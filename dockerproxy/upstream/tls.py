@@ -1,4 +1,4 @@
-"""TLS to upstreams: whom we trust, and the check that a certificate is that of the host which was meant."""
+"""TLS to upstreams: trusted CAs, and verification that a certificate matches the host."""
 
 from __future__ import annotations
 
@@ -17,25 +17,26 @@ from dockerproxy.errors import UpstreamUnreachable
 from dockerproxy.http.tls import TLSTransport, set_mode
 from dockerproxy.oci.names import Host
 
-# The errors of X509_verify_cert that an operator meets (openssl-verification-options(1)); others keep their number.
+_UNTRUSTED_CA = "its CA is not trusted; to trust it, add the CA to UPSTREAM_CA_FILE"
+# The common errors of X509_verify_cert (openssl-verification-options(1)); all others are reported by number.
 _VERIFY_ERRORS = {
-    9: "it is not valid yet (is the clock right?)",
+    9: "it is not valid yet; is this machine's clock right?",
     10: "it has expired",
-    18: "it is self-signed; UPSTREAM_CA_FILE can name it",
-    19: "its CA is not trusted here; UPSTREAM_CA_FILE can name it",
-    20: "its CA is not trusted here; UPSTREAM_CA_FILE can name it",
-    21: "its CA is not trusted here; UPSTREAM_CA_FILE can name it",
+    18: "it is self-signed; to trust it, add it to UPSTREAM_CA_FILE",
+    19: _UNTRUSTED_CA,
+    20: _UNTRUSTED_CA,
+    21: _UNTRUSTED_CA,
     23: "it was revoked",
-    24: "its CA is none",
-    26: "it is not for servers",
+    24: "its issuer is not a CA",
+    26: "it is not a server certificate",
 }
 
 
 class ClientContext:
-    """The trust of all connections to upstreams.
+    """The TLS settings of all connections to upstreams.
 
-    With `verify`, certificates have to come from a CA of the system's or of `ca_file` (PEM), and to name the host.
-    Raise `ValueError` with one sentence where `ca_file` cannot be used.
+    If `verify` is true, a certificate must match the host, and its CA must be trusted by the system or be in `ca_file`
+    (PEM). Raise `ValueError` with one sentence if `ca_file` cannot be used.
     """
 
     def __init__(self, *, verify: bool = True, ca_file: str | None = None) -> None:
@@ -48,11 +49,11 @@ class ClientContext:
             context.set_default_verify_paths()
             if ca_file is not None:
                 _load_ca_file(context, ca_file)
-        # pyOpenSSL lets nobody change a context once a connection has used it: this one is complete.
+        # pyOpenSSL forbids changes to a context once a connection has used it, so it is complete here.
         self._context = context
 
     def handshake(self, host: Host) -> ClientHandshake:
-        """Return what one connection to `host` needs."""
+        """Return a new handshake for one connection to `host`."""
         return ClientHandshake(self._context, host, verify=self.verify)
 
 
@@ -67,19 +68,19 @@ class ClientHandshake:
         self._verify_error = 0
 
     def connection(self, sock: socket.socket) -> SSL.Connection:
-        """Return the client's side of TLS on `sock`, before its handshake."""
+        """Return a client TLS connection on `sock`, before its handshake."""
         connection = SSL.Connection(self._context, sock)
         connection.set_connect_state()
         if self._verify:
             connection.set_verify(SSL.VERIFY_PEER, self._on_verify)
         connection.set_alpn_protos([b"http/1.1"])
-        if not self._host.is_address:  # RFC 6066, section 3: addresses are not allowed as server names
+        if not self._host.is_address:  # RFC 6066, section 3: a server name must not be an address
             connection.set_tlsext_host_name(self._host.name.encode("ascii"))
         self._connection = connection
         return connection
 
     def verify_certificate(self) -> None:
-        """Raise `UpstreamUnreachable` where the server's certificate is not one for the host (RFC 9110, 4.3.4)."""
+        """Raise `UpstreamUnreachable` if the server's certificate does not match the host (RFC 9110, section 4.3.4)."""
         connection, self._connection = self._connection, None
         if not self._verify or connection is None:
             return
@@ -90,24 +91,24 @@ class ClientHandshake:
             raise UpstreamUnreachable(f"{self._host.authority}: its certificate is for another name") from None
 
     def describe_failure(self, reason: Failure) -> str:
-        """Return why the handshake failed, as a phrase to go behind the host."""
+        """Describe the failure of the handshake, as a phrase to put after the host."""
         self._connection = None
         if self._verify_error:
-            detail = _VERIFY_ERRORS.get(self._verify_error, f"OpenSSL's error {self._verify_error}")
-            return f"its certificate is not acceptable: {detail}"
+            detail = _VERIFY_ERRORS.get(self._verify_error, f"OpenSSL verification error {self._verify_error}")
+            return f"its certificate was rejected: {detail}"
         entries = reason.value.args[0] if isinstance(reason.value, SSL.Error) and reason.value.args else None
         detail = str(entries[0][-1]) if isinstance(entries, list) and entries else "unexpected eof"
-        return "closed the connection in the TLS handshake" if "eof" in detail else f"no TLS with it: {detail}"
+        return "it closed the connection during the handshake" if "eof" in detail else f"TLS handshake failed: {detail}"
 
     def _on_verify(self, connection: SSL.Connection, certificate: object, error: int, depth: int, ok: int) -> bool:
-        """Keep what OpenSSL finds wrong, which its exception does not say, and let it stand."""
+        """Record OpenSSL's error code, because its exception omits it, and keep OpenSSL's decision."""
         if not ok:
             self._verify_error = error
         return bool(ok)
 
 
 class TLSClientFactory(Factory):
-    """Makes what puts `protocol` on TLS as soon as there is a connection."""
+    """Makes a protocol that starts TLS on a new connection and then runs `protocol` on it."""
 
     noisy = False
 
@@ -126,7 +127,7 @@ class TLSClientFactory(Factory):
 
 
 class _TLSStarter(Protocol):
-    """Hands its transport on."""
+    """Passes its transport to `start` once it is connected."""
 
     def __init__(self, start: Callable[[Any], None]) -> None:
         self._start = start
@@ -138,9 +139,9 @@ class _TLSStarter(Protocol):
 def _load_ca_file(context: SSL.Context, ca_file: str) -> None:
     try:
         with open(ca_file, "rb"):
-            pass  # OpenSSL words a missing file badly
+            pass  # because OpenSSL's error for a missing file is unclear
         context.load_verify_locations(ca_file)
     except OSError as error:
         raise ValueError(f"UPSTREAM_CA_FILE {ca_file!r} cannot be read: {error.strerror}") from None
     except SSL.Error:
-        raise ValueError(f"UPSTREAM_CA_FILE {ca_file!r} holds no certificates in PEM form") from None
+        raise ValueError(f"UPSTREAM_CA_FILE {ca_file!r} contains no certificates in PEM format") from None

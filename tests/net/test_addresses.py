@@ -170,7 +170,7 @@ def test_names_only() -> None:
         "10.0.0.0/40",
     ],
 )
-def test_invalid_destination(entry: str) -> None:
+def test_invalid_destination_is_refused(entry: str) -> None:
     with pytest.raises(ValueError, match="is not a host name such as"):
         Destinations.parse(entry)
 

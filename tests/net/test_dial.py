@@ -119,7 +119,7 @@ class DialerTests(SynchronousTestCase):
             str(self.failureResultOf(work, UpstreamUnreachable).value), "registry.example:5000: connection refused"
         )
 
-    def test_name_without_addresses(self) -> None:
+    def test_name_without_addresses_is_unreachable(self) -> None:
         message = str(self.failureResultOf(self.dial(), UpstreamUnreachable).value)
         self.assertIn("registry.example:5000: no such name", message)
 
@@ -178,7 +178,7 @@ class DialerTests(SynchronousTestCase):
         self.dial("192.0.2.1", host=Host("registry.example", 443), overrides=overrides)
         self.assertEqual(self.targets[1:], [("192.0.2.1", 443)])
 
-    def test_upstream_proxy(self) -> None:
+    def test_upstream_proxy_is_dialled_and_receives_connect(self) -> None:
         checked: list[str] = []
         names = {"proxy.example": ["192.0.2.9"]}
         work = self.dial(names=names, proxy=UpstreamProxy("proxy.example", 3128), address_check=checked.append)
@@ -203,14 +203,14 @@ class DialerTests(SynchronousTestCase):
         self.failureResultOf(work, DestinationForbidden)
         self.assertEqual(self.targets, [])
 
-    def test_unreachable_upstream_proxy(self) -> None:
+    def test_unreachable_upstream_proxy_is_named_in_the_error(self) -> None:
         work = self.dial(proxy=UpstreamProxy("192.0.2.9", 3128))
         self.refuse(0)
         message = str(self.failureResultOf(work, UpstreamUnreachable).value)
         self.assertIn("registry.example:5000", message)
         self.assertIn("192.0.2.9:3128: connection refused", message)
 
-    def test_silent_upstream_proxy(self) -> None:
+    def test_silent_upstream_proxy_times_out(self) -> None:
         work = self.dial(proxy=UpstreamProxy("192.0.2.9", 3128))
         transport = self.accept(0)
         self.reactor.advance(20)
@@ -257,7 +257,7 @@ class GreetingClient(Protocol):
 class DialerLoopbackTests(TestCase):
     timeout = 10
 
-    async def test_through_an_upstream_proxy(self) -> None:
+    async def test_bytes_pass_through_an_upstream_proxy(self) -> None:
         proxy_factory: Any = Factory.forProtocol(ConnectProxyProtocol)
         port = reactor.listenTCP(0, proxy_factory, interface="127.0.0.1")
         self.addCleanup(port.stopListening)
@@ -268,7 +268,7 @@ class DialerLoopbackTests(TestCase):
         protocol.transport.loseConnection()
         await protocol.disconnected
 
-    async def test_system_resolver(self) -> None:
+    async def test_system_resolver_resolves_localhost(self) -> None:
         port = reactor.listenTCP(0, Factory.forProtocol(Protocol), interface="127.0.0.1")
         self.addCleanup(port.stopListening)
         addresses: list[str] = []

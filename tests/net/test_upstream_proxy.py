@@ -46,7 +46,7 @@ HOST = Host("registry.example", 443)
         ("io", "quay.io", True),
     ],
 )
-def test_no_proxy(entry: str, host: str, excluded: bool) -> None:
+def test_no_proxy_excludes_hosts(entry: str, host: str, excluded: bool) -> None:
     proxy = UpstreamProxy("proxy.example", 3128, None, ("other.example", entry))
     assert proxy.applies_to(Host.parse(host)) is not excluded
 
@@ -81,7 +81,7 @@ class ConnectFactoryTests(SynchronousTestCase):
         self.transport = StringTransport()
         self.tunnel.makeConnection(self.transport)
 
-    def test_connect_request(self) -> None:
+    def test_connect_request_names_host_and_login(self) -> None:
         self.connect()
         self.assertEqual(
             self.transport.value(), b"CONNECT registry.example:443 HTTP/1.1\r\nHost: registry.example:443\r\n\r\n"
@@ -89,7 +89,7 @@ class ConnectFactoryTests(SynchronousTestCase):
         self.connect("Basic eDp5")
         self.assertIn(b"\r\nProxy-Authorization: Basic eDp5\r\n", self.transport.value())
 
-    def test_any_segmentation_and_trailing_bytes(self) -> None:
+    def test_response_is_parsed_in_any_segmentation(self) -> None:
         response = b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.0 200 Connection established\r\nVia: x\r\n\r\nleft over"
         for size in range(1, len(response) + 1):
             self.connect()
@@ -111,7 +111,7 @@ class ConnectFactoryTests(SynchronousTestCase):
             self.assertNotIn("eDp5", message)
             self.assertTrue(self.transport.disconnected)
 
-    def test_invalid_response(self) -> None:
+    def test_invalid_response_is_an_error(self) -> None:
         for response in (b"hello\r\n\r\n", b"HTTP/1.1 2xx\r\n\r\n", b"HTTP/3 200\r\n\r\n", b"x" * 20000):
             self.connect()
             self.tunnel.dataReceived(response)

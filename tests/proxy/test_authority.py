@@ -325,7 +325,9 @@ def test_all_leaves_have_one_key_and_a_later_start_another(
     ("offered", "selected"),
     [(None, None), (["http/1.1"], "http/1.1"), (["h2", "http/1.1"], "http/1.1"), (["h2"], None)],
 )
-def test_alpn(authority: CertificateAuthority, offered: list[str] | None, selected: str | None) -> None:
+def test_alpn_selects_only_http_1_1(
+    authority: CertificateAuthority, offered: list[str] | None, selected: str | None
+) -> None:
     pair = HandshakePair(
         authority.context_for("quay.io"), authority.certificate_pem, "quay.io", alpn=offered
     ).complete_handshake()
@@ -403,7 +405,7 @@ def test_tls_1_2_ciphers_are_authenticated_and_forward_secret(authority: Certifi
         assert "GCM" in cipher or "POLY1305" in cipher
 
 
-def test_context_options(authority: CertificateAuthority) -> None:
+def test_contexts_forbid_renegotiation_and_compression(authority: CertificateAuthority) -> None:
     context = authority.context_for("quay.io").ticket_context
     expected = SSL.OP_NO_RENEGOTIATION | SSL.OP_NO_COMPRESSION
     assert context.set_options(0) & (expected | SSL.OP_NO_TICKET) == expected
@@ -483,7 +485,7 @@ def write_chain(directory: Path, passphrase: bytes) -> tuple[Path, Path, bytes]:
     return directory / "x.crt", directory / "x.key", root
 
 
-def test_rsa_intermediate(tmp_path: Path, clock: SteppedClock) -> None:
+def test_rsa_intermediate_signs_leaves(tmp_path: Path, clock: SteppedClock) -> None:
     certificate_file, key_file, root = write_chain(tmp_path, b"pass phrase")
     authority = CertificateAuthority.open(
         tmp_path / "unused", certificate_file=certificate_file, key_file=key_file, passphrase="pass phrase", clock=clock

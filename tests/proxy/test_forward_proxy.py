@@ -169,7 +169,7 @@ def test_clients_outside_allow_clients_are_refused(
     assert harness.reactor.tcpClients == []
 
 
-def test_allowed_clients(connect: Any) -> None:
+def test_clients_in_allow_clients_are_served(connect: Any) -> None:
     for client in ("10.1.2.3", "192.168.1.1", "127.0.0.1", "::1", "fe80::1%eth0", "::ffff:10.0.0.1", "fd00::1"):
         assert connect(client).fetch("GET", "/").status == 200, client
     assert connect("8.8.8.8", clients="8.8.8.0/24").fetch("GET", "/").status == 200
@@ -230,7 +230,7 @@ def test_dispatch_by_target(connect: Any, harness: ProxyHarness, target: str, ex
     ],
 )
 @pytest.mark.parametrize("method", ["GET", "OPTIONS", "POST"])
-def test_invalid_target(connect: Any, harness: ProxyHarness, target: str, method: str) -> None:
+def test_invalid_target_is_refused(connect: Any, harness: ProxyHarness, target: str, method: str) -> None:
     http_client = connect()
     response = http_client.fetch(method, target)
     assert response.status == 400
@@ -378,7 +378,7 @@ def test_head_request_is_forwarded(connect: Any, harness: ProxyHarness) -> None:
         ("http://FORBIDDEN.example.:8080/", "TUNNEL_DENY (forbidden.example)"),
     ],
 )
-def test_forbidden_destinations(connect: Any, harness: ProxyHarness, target: str, rule: str) -> None:
+def test_forbidden_destinations_are_refused(connect: Any, harness: ProxyHarness, target: str, rule: str) -> None:
     http_client = connect()
     response = http_client.fetch("GET", target)
     assert response.status == 403
@@ -408,7 +408,7 @@ def test_response_to_a_refused_body_is_delivered(connect: Any) -> None:
     assert (response.status, response.complete, response.headers["Connection"]) == (403, True, "close")
 
 
-def test_unreachable_server(connect: Any, harness: ProxyHarness) -> None:
+def test_unreachable_server_is_a_gateway_error(connect: Any, harness: ProxyHarness) -> None:
     response = connect().fetch("GET", "http://nowhere.example/")
     assert (response.status, "no such name" in error_text(response)) == (502, True)
     http_client = connect()
@@ -428,7 +428,7 @@ def test_truncated_response_aborts_the_client(connect: Any, harness: ProxyHarnes
     assert (http_client.read_response().complete, http_client.transport.aborted) == (False, True)
 
 
-def test_invalid_response(connect: Any, harness: ProxyHarness) -> None:
+def test_invalid_response_is_a_gateway_error(connect: Any, harness: ProxyHarness) -> None:
     http_client = connect()
     http_client.send_request("GET", "http://web.example/")
     ServerConnection(harness.reactor).protocol.dataReceived(b"SSH-2.0-OpenSSH\r\n\r\n")
@@ -477,7 +477,7 @@ def test_destination_checks_compare_by_host() -> None:
         "127.1:443",
     ],
 )
-def test_malformed_connect_target(connect: Any, harness: ProxyHarness, target: str) -> None:
+def test_malformed_connect_target_is_refused(connect: Any, harness: ProxyHarness, target: str) -> None:
     http_client = connect()
     response = http_client.fetch("CONNECT", target)
     assert (response.status, response.headers["Connection"]) == (400, "close")
@@ -504,7 +504,7 @@ def test_malformed_connect_target(connect: Any, harness: ProxyHarness, target: s
         ("forbidden.example:443", "TUNNEL_DENY (forbidden.example)"),
     ],
 )
-def test_forbidden_tunnels(connect: Any, harness: ProxyHarness, target: str, rule: str) -> None:
+def test_forbidden_tunnels_are_refused(connect: Any, harness: ProxyHarness, target: str, rule: str) -> None:
     http_client = connect()
     response = http_client.fetch("CONNECT", target)
     assert (response.status, response.headers["Connection"]) == (403, "close")
@@ -514,7 +514,7 @@ def test_forbidden_tunnels(connect: Any, harness: ProxyHarness, target: str, rul
     assert (http_client.finished_requests[0].status, http_client.finished_requests[0].path) == (403, "")
 
 
-def test_tunnel_to_an_unreachable_server(connect: Any, harness: ProxyHarness) -> None:
+def test_tunnel_to_an_unreachable_server_is_a_gateway_error(connect: Any, harness: ProxyHarness) -> None:
     response = connect().fetch("CONNECT", "nowhere.example:443")
     assert (response.status, "no such name" in error_text(response)) == (502, True)
     http_client = connect()

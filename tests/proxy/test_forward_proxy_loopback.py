@@ -217,7 +217,7 @@ class InterceptionTests(ForwardProxyLoopbackCase):
         responses, _ = await self.intercepted("quay.io:443", "quay.io", head + LARGE_BODY)
         self.assertTrue(responses.endswith(LARGE_BODY))
 
-    async def test_client_hello_sent_with_the_connect(self) -> None:
+    async def test_client_hello_may_follow_the_connect_at_once(self) -> None:
         def run_client() -> bytes:
             incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
             tls = self.context().wrap_bio(incoming, outgoing, server_hostname="quay.io")
@@ -246,7 +246,7 @@ class InterceptionTests(ForwardProxyLoopbackCase):
 
         self.assertIn(b"200 OK", await deferToThread(run_client))
 
-    async def test_client_that_does_not_trust_the_ca(self) -> None:
+    async def test_client_that_does_not_trust_the_ca_fails_the_handshake(self) -> None:
         def run_client() -> None:
             with self.connect("quay.io:443") as connection:
                 ssl.create_default_context().wrap_socket(connection, server_hostname="quay.io")
@@ -255,7 +255,7 @@ class InterceptionTests(ForwardProxyLoopbackCase):
             await deferToThread(run_client)
         self.assertEqual(self.handled, [])
 
-    async def test_garbage_instead_of_tls(self) -> None:
+    async def test_garbage_instead_of_tls_is_not_answered(self) -> None:
         def run_client() -> bytes:
             with self.connect("quay.io:443") as connection:
                 connection.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
@@ -299,7 +299,7 @@ class TunnelLoopbackTests(ForwardProxyLoopbackCase):
 
         self.assertEqual(await self.run_through_tunnel(run_client), sent)
 
-    async def test_one_access_log_line(self) -> None:
+    async def test_tunnel_logs_one_line(self) -> None:
 
         def send_and_close(connection: TunnelServerProtocol) -> None:
             connection.transport.write(b"x" * 1234)
@@ -322,7 +322,7 @@ class TunnelLoopbackTests(ForwardProxyLoopbackCase):
             ("127.0.0.1", "CONNECT", f"tunnel.example:{self.server_port}", "", 200, 1234, "PASS"),
         )
 
-    async def test_data_sent_with_the_connect(self) -> None:
+    async def test_data_sent_with_the_connect_is_delivered(self) -> None:
 
         def respond(connection: TunnelServerProtocol) -> None:
             if connection.received == b"hello":
@@ -332,7 +332,7 @@ class TunnelLoopbackTests(ForwardProxyLoopbackCase):
         self.server.on_data = respond
         self.assertEqual(await self.run_through_tunnel(read_all, b"hello"), b"goodbye")
 
-    async def test_a_server_that_speaks_first(self) -> None:
+    async def test_a_server_may_send_first(self) -> None:
         self.server.on_connected = lambda connection: connection.transport.write(b"220 welcome\r\n")
 
         def run_client(connection: socket.socket) -> bytes:
@@ -340,7 +340,7 @@ class TunnelLoopbackTests(ForwardProxyLoopbackCase):
 
         self.assertEqual(await self.run_through_tunnel(run_client), b"220 welcome\r\n")
 
-    async def test_large_response(self) -> None:
+    async def test_large_response_is_delivered_completely(self) -> None:
         """The response exceeds the socket buffers: back-pressure pauses the server, and no byte is lost."""
         closed_before: list[int] = []
 
@@ -359,7 +359,7 @@ class TunnelLoopbackTests(ForwardProxyLoopbackCase):
         self.assertEqual(closed_before, [0])  # because the client had not read everything yet
         self.assertEqual([request.bytes_sent for request in self.tunnels], [len(LARGE_BODY)])
 
-    async def test_large_body_to_a_slow_server(self) -> None:
+    async def test_large_body_to_a_slow_server_is_delivered_completely(self) -> None:
         self.server.on_connected = lambda connection: connection.transport.pauseProducing()
 
         def close_after_the_body(connection: TunnelServerProtocol) -> None:
@@ -416,7 +416,7 @@ class TunnelLoopbackTests(ForwardProxyLoopbackCase):
         self.assertEqual(drained, [1])
         self.assertEqual(len(self.tunnels), 1)
 
-    async def test_unreachable_server(self) -> None:
+    async def test_unreachable_server_is_a_gateway_error(self) -> None:
         with socket.create_server(("127.0.0.1", 0)) as listener:
             forbidden_port = listener.getsockname()[1]
         for port, status in ((forbidden_port, b"403"), (self.server_port, b"502")):

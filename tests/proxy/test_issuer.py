@@ -115,7 +115,7 @@ def test_every_key_format_is_loaded(
     assert issuer.key.private_numbers() == key.private_numbers()
 
 
-def test_files_made_by_openssl(files: IssuerFilePair) -> None:
+def test_files_made_by_openssl_are_loaded(files: IssuerFilePair) -> None:
     """`openssl ecparam -genkey` writes the curve parameters before the key."""
     key, certificate = str(files.key), str(files.certificate)
     subprocess.run(["openssl", "ecparam", "-name", "prime256v1", "-genkey", "-out", key], check=True)
@@ -178,17 +178,17 @@ def test_an_expired_certificate_in_the_chain_is_an_error(files: IssuerFilePair) 
 # Errors.
 
 
-def test_no_certificate_file(files: IssuerFilePair) -> None:
+def test_missing_certificate_file_is_an_error(files: IssuerFilePair) -> None:
     files.key.write_bytes(pem(EC_KEY))
     assert files.error_message() == "CA_CRT_FILE: my.crt cannot be read: No such file or directory"
 
 
-def test_no_key_file(files: IssuerFilePair) -> None:
+def test_missing_key_file_is_an_error(files: IssuerFilePair) -> None:
     files.certificate.write_bytes(make_certificate().public_bytes(PEM))
     assert files.error_message() == "CA_KEY_FILE: my.key cannot be read: No such file or directory"
 
 
-def test_a_directory_for_a_file(files: IssuerFilePair) -> None:
+def test_a_directory_instead_of_a_file_is_an_error(files: IssuerFilePair) -> None:
     files.certificate.mkdir()
     assert files.error_message() == "CA_CRT_FILE: my.crt cannot be read: Is a directory"
 
@@ -206,7 +206,7 @@ def test_a_directory_for_a_file(files: IssuerFilePair) -> None:
     ],
     ids=["empty", "text", "binary", "DER", "a key", "cut off", "damaged"],
 )
-def test_invalid_certificate_file(files: IssuerFilePair, content: bytes) -> None:
+def test_invalid_certificate_file_is_an_error(files: IssuerFilePair, content: bytes) -> None:
     files.write(pem(EC_KEY))
     files.certificate.write_bytes(content)
     assert files.error_message() == "CA_CRT_FILE: my.crt is not a valid certificate in PEM format"
@@ -218,7 +218,7 @@ def test_invalid_certificate_file(files: IssuerFilePair, content: bytes) -> None
     ids=["empty", "text", "a certificate", "cut off", "damaged"],
 )
 @pytest.mark.parametrize("passphrase", [None, "s3cret"])
-def test_invalid_key_file(files: IssuerFilePair, content: bytes, passphrase: str | None) -> None:
+def test_invalid_key_file_is_an_error(files: IssuerFilePair, content: bytes, passphrase: str | None) -> None:
     files.write(content, make_certificate())
     assert files.error_message(passphrase) == "CA_KEY_FILE: my.key contains no private key in PEM format"
 
@@ -234,24 +234,24 @@ def test_encrypted_key_needs_the_right_passphrase(
     assert files.error_message("wr0ng") == "CA_KEY_FILE: my.key cannot be decrypted with CA_KEY_PASSPHRASE"
 
 
-def test_unused_passphrase_warning(files: IssuerFilePair) -> None:
+def test_unused_passphrase_gives_a_warning(files: IssuerFilePair) -> None:
     (warning,) = files.write(pem(EC_KEY), make_certificate()).load("s3cret").warnings
     assert warning.endswith("my.key is not encrypted, so CA_KEY_PASSPHRASE has no effect")
 
 
 @pytest.mark.parametrize("key", [ec.generate_private_key(ec.SECP256R1()), RSA_KEY], ids=["same type", "other type"])
-def test_a_key_of_another_certificate(files: IssuerFilePair, key: IssuerKey) -> None:
+def test_a_key_of_another_certificate_is_an_error(files: IssuerFilePair, key: IssuerKey) -> None:
     files.write(pem(key), make_certificate(EC_KEY))
     assert files.error_message() == "CA_KEY_FILE: my.key is not the key of the certificate in my.crt"
 
 
-def test_expired(files: IssuerFilePair) -> None:
+def test_expired_certificate_is_an_error(files: IssuerFilePair) -> None:
     files.write(pem(EC_KEY), make_certificate(not_after=NOW + DAY))
     files.load(now=NOW + DAY - 5)
     assert files.error_message(now=NOW + DAY + 5).startswith("CA_CRT_FILE: the certificate in my.crt expired on ")
 
 
-def test_not_yet_valid(files: IssuerFilePair) -> None:
+def test_certificate_that_is_not_yet_valid_is_an_error(files: IssuerFilePair) -> None:
     files.write(pem(EC_KEY), make_certificate(not_before=1893456000, not_after=1993456000))
     assert files.error_message() == (
         "CA_CRT_FILE: the certificate in my.crt is not valid before 2030-01-01 00:00 UTC; "
@@ -259,7 +259,7 @@ def test_not_yet_valid(files: IssuerFilePair) -> None:
     )
 
 
-def test_expiry_warning(files: IssuerFilePair) -> None:
+def test_certificate_near_its_expiry_gives_a_warning(files: IssuerFilePair) -> None:
     (warning,) = (
         files.write(pem(EC_KEY), make_certificate(not_after=1893456000)).load(now=1893456000 - 29 * DAY).warnings
     )
@@ -267,25 +267,25 @@ def test_expiry_warning(files: IssuerFilePair) -> None:
 
 
 @pytest.mark.parametrize("ca", [False, None])
-def test_not_a_ca(files: IssuerFilePair, ca: bool | None) -> None:
+def test_certificate_without_ca_flag_is_an_error(files: IssuerFilePair, ca: bool | None) -> None:
     files.write(pem(EC_KEY), make_certificate(ca=ca))
     assert files.error_message() == "CA_CRT_FILE: the certificate in my.crt is not a CA certificate (basicConstraints)"
 
 
-def test_may_not_sign(files: IssuerFilePair) -> None:
+def test_certificate_without_key_cert_sign_is_an_error(files: IssuerFilePair) -> None:
     files.write(pem(EC_KEY), make_certificate(cert_sign=False))
     assert files.error_message() == (
         "CA_CRT_FILE: the certificate in my.crt may not sign certificates (keyUsage lacks keyCertSign)"
     )
 
 
-def test_a_weak_rsa_key(files: IssuerFilePair) -> None:
+def test_a_weak_rsa_key_is_an_error(files: IssuerFilePair) -> None:
     key = rsa.generate_private_key(65537, 1024)
     files.write(pem(key), make_certificate(key))
     assert files.error_message() == "CA_KEY_FILE: my.key is an RSA key of 1024 bits, but clients require 2048 or more"
 
 
-def test_a_key_of_another_type(files: IssuerFilePair) -> None:
+def test_a_key_of_another_type_is_an_error(files: IssuerFilePair) -> None:
     key = ed25519.Ed25519PrivateKey.generate()
     files.write(pem(key), make_certificate(key))
     assert files.error_message() == "CA_KEY_FILE: my.key is neither an RSA nor an EC key"
@@ -295,7 +295,7 @@ def test_a_key_of_another_type(files: IssuerFilePair) -> None:
 
 
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o644])
-def test_readable_key_warning(files: IssuerFilePair, mode: int) -> None:
+def test_readable_key_gives_a_warning(files: IssuerFilePair, mode: int) -> None:
     files.write(pem(EC_KEY), make_certificate()).key.chmod(mode)
     (warning,) = files.load().warnings
     assert warning == f"CA_KEY_FILE: {files.key} is readable by other users; set its mode to 0600"

@@ -45,7 +45,7 @@ class SimulatedKill(BaseException):
     """Simulates SIGKILL. It is a BaseException, because our code must not catch it."""
 
 
-def test_root_certificate(tmp_path: Path) -> None:
+def test_root_certificate_is_a_self_signed_ca(tmp_path: Path) -> None:
     root = load_or_create_issuer(tmp_path / "ca", None, NOW).certificate
     assert isinstance(root.public_key(), ec.EllipticCurvePublicKey)
     (common_name,) = root.subject.get_attributes_for_oid(x509.NameOID.COMMON_NAME)
@@ -60,7 +60,7 @@ def test_root_certificate(tmp_path: Path) -> None:
     assert not usage.value.digital_signature
 
 
-def test_validity(tmp_path: Path) -> None:
+def test_root_is_valid_for_ten_years(tmp_path: Path) -> None:
     issuer = load_or_create_issuer(tmp_path, None, NOW)
     assert issuer.not_before == int(NOW - 2 * DAY)
     assert issuer.not_after == int(NOW + 3650 * DAY)
@@ -113,14 +113,14 @@ def test_an_existing_directory_keeps_its_mode(tmp_path: Path) -> None:
     assert mode(directory) == 0o755
 
 
-def test_later_start_reuses_it(tmp_path: Path) -> None:
+def test_later_start_reuses_the_ca(tmp_path: Path) -> None:
     first = load_or_create_issuer(tmp_path, None, NOW)
     before = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     assert der(load_or_create_issuer(tmp_path, None, NOW + 365 * DAY)) == der(first)
     assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
 
 
-def test_a_pass_phrase_encrypts_the_key(tmp_path: Path) -> None:
+def test_a_passphrase_encrypts_the_key(tmp_path: Path) -> None:
     first = load_or_create_issuer(tmp_path, "pa\u00dfwort", NOW)
     assert b"ENCRYPTED" in (tmp_path / "ca.key").read_bytes()
     assert der(load_or_create_issuer(tmp_path, "pa\u00dfwort", NOW)) == der(first)
@@ -242,13 +242,13 @@ def test_expired_error_says_how_to_recreate(tmp_path: Path) -> None:
         load_or_create_issuer(tmp_path, None, NOW + 3651 * DAY)
 
 
-def test_expiry_warning(tmp_path: Path) -> None:
+def test_root_near_its_expiry_gives_a_warning(tmp_path: Path) -> None:
     load_or_create_issuer(tmp_path, None, NOW)
     (warning,) = load_or_create_issuer(tmp_path, None, NOW + 3625 * DAY).warnings
     assert warning.startswith(f"CA_DIR: {tmp_path}/ca.crt expires on ")
 
 
-def test_clock_before_not_before(tmp_path: Path) -> None:
+def test_clock_before_not_before_is_an_error(tmp_path: Path) -> None:
     load_or_create_issuer(tmp_path, None, NOW)
     with pytest.raises(AuthorityError, match=r"is not valid before .* UTC; is this machine's clock right\?"):
         load_or_create_issuer(tmp_path, None, NOW - 3 * DAY)
@@ -263,13 +263,13 @@ def test_a_damaged_certificate_is_refused_not_replaced(tmp_path: Path, content: 
     assert (tmp_path / "ca.crt").read_bytes() == content
 
 
-def test_file_instead_of_directory(tmp_path: Path) -> None:
+def test_file_instead_of_directory_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "ca").write_text("")
     with pytest.raises(AuthorityError, match=r"^CA_DIR: .*/ca.* cannot be used: "):
         load_or_create_issuer(tmp_path / "ca", None, NOW)
 
 
-def test_a_directory_that_cannot_be_written(tmp_path: Path) -> None:
+def test_a_directory_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     # Use /proc, because it refuses new entries even if the tests run as root.
     with pytest.raises(AuthorityError, match=r"^CA_DIR: /proc/.* cannot be used: "):
         load_or_create_issuer(Path("/proc/self/ca"), None, NOW)

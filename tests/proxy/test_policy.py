@@ -44,7 +44,7 @@ def test_peer_without_an_ip_address_is_denied() -> None:
         make_policy(clients="all").check_client("/run/socket")
 
 
-def test_tunnel_ports() -> None:
+def test_tunnels_may_use_only_tunnel_ports() -> None:
     rules = make_policy(ports=(443, 8443))
     rules.check_port(parse_host("example.com:8443"))
     with pytest.raises(Denied) as caught:
@@ -55,7 +55,7 @@ def test_tunnel_ports() -> None:
 @pytest.mark.parametrize(
     ("port", "allowed"), [(80, True), (443, True), (1024, True), (65535, True), (25, False), (1023, False)]
 )
-def test_plain_http_ports(port: int, allowed: bool) -> None:
+def test_plain_http_may_use_unprivileged_ports(port: int, allowed: bool) -> None:
     if allowed:
         make_policy().check_http_port(Host("example.com", port))
     else:
@@ -79,7 +79,7 @@ def test_literal_addresses_are_checked_before_resolution(literal: str) -> None:
         make_policy().check_name(parse_host(literal))
 
 
-def test_denied_names() -> None:
+def test_denied_names_are_refused() -> None:
     rules = make_policy(deny="*.example.com")
     for check in (
         lambda: rules.check_name(parse_host("www.example.com")),
@@ -91,7 +91,7 @@ def test_denied_names() -> None:
     rules.check_address(parse_host("example.com"), "192.0.2.1")
 
 
-def test_allowed_names() -> None:
+def test_allow_list_matches_name_or_address() -> None:
     rules = make_policy(allow=".example.com 192.0.2.0/24")
     rules.check_address(parse_host("www.example.com"), "198.51.100.1")
     rules.check_address(parse_host("other.example"), "192.0.2.1")

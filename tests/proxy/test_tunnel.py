@@ -148,7 +148,7 @@ def test_data_before_start_is_buffered() -> None:
 
 
 @pytest.mark.parametrize("slow", ["client", "server"])
-def test_back_pressure(harness: TunnelHarness, slow: str) -> None:
+def test_slow_receiver_pauses_the_sender(harness: TunnelHarness, slow: str) -> None:
     receiver, sender = (harness.client, harness.server) if slow == "client" else (harness.server, harness.client)
     receiver.capacity = 10
     sender.peer_sends(b"x" * 10)
@@ -193,7 +193,7 @@ def test_blocked_side_is_aborted_after_the_idle_timeout(harness: TunnelHarness, 
     assert harness.is_over
 
 
-def test_both_sides_close_at_once(harness: TunnelHarness) -> None:
+def test_closing_both_sides_at_once_ends_the_tunnel(harness: TunnelHarness) -> None:
     harness.client.peer_closes()
     harness.server.peer_closes()
     harness.run(100)
@@ -201,7 +201,7 @@ def test_both_sides_close_at_once(harness: TunnelHarness) -> None:
     assert harness.is_over
 
 
-def test_idle_timeout(harness: TunnelHarness) -> None:
+def test_idle_tunnel_is_aborted(harness: TunnelHarness) -> None:
     harness.run(59)
     assert not harness.client.aborted
     harness.run(1)
@@ -232,7 +232,7 @@ def test_longer_timeout_applies() -> None:
 
 
 @pytest.mark.parametrize("capacity", [0, 1 << 60])
-def test_abort_with_pending_data(harness: TunnelHarness, capacity: int) -> None:
+def test_abort_discards_pending_data(harness: TunnelHarness, capacity: int) -> None:
     harness.client.capacity = capacity
     harness.server.peer_sends(b"12345")
     harness.tunnel.abort()
@@ -244,7 +244,7 @@ def test_abort_with_pending_data(harness: TunnelHarness, capacity: int) -> None:
     assert harness.byte_counts == [5]
 
 
-def test_abort_after_one_side_closed(harness: TunnelHarness) -> None:
+def test_abort_after_one_side_closed_ends_the_tunnel(harness: TunnelHarness) -> None:
     harness.client.capacity = 0
     harness.server.peer_sends(b"12345")
     harness.server.peer_closes()

@@ -1,6 +1,6 @@
-"""The transport against real servers on loopback: sockets, TLS, time-outs, memory.
+"""Tests for the HTTP agent against real servers on loopback: sockets, TLS, time-outs, memory.
 
-Bytes and TLS are real; time is not: the transport's clock stands still until a test advances it.
+Sockets and TLS are real, but the agent's clock is fake: it stands still until a test advances it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ NOW = datetime.now(UTC)
 
 
 class EphemeralCA:
-    """A CA for tests; `issue` returns the PEM of certificate and key for names and addresses."""
+    """A CA for tests; `issue` returns a certificate for names and addresses, and its key, in PEM."""
 
     def __init__(self) -> None:
         self.key = ec.generate_private_key(ec.SECP256R1())
@@ -103,7 +103,7 @@ class ServerTLSCreator:
 
 
 class ScriptedProtocol(Protocol):
-    """A server that answers each request head with `answer(server, head)`; the bytes of bodies go to `got`."""
+    """A server that calls `respond(connection, head)` for each request head. `buffer` collects the bodies."""
 
     def __init__(self, factory: ScriptedServer) -> None:
         self.server = factory
@@ -159,7 +159,7 @@ OK = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello"
 
 @implementer(IBodyProducer)
 class PiecewiseBodyProducer:
-    """A body of the given pieces, produced at once as far as the transport lets it."""
+    """Produces the given pieces at once, except while the transport pauses it."""
 
     def __init__(self, *pieces: bytes, length: Any = None) -> None:
         self.length = sum(map(len, pieces)) if length is None else length
@@ -191,7 +191,7 @@ class PiecewiseBodyProducer:
 
 
 async def wait_until(condition: Callable[[], object]) -> None:
-    """Let the reactor turn until `condition` holds; trial's time-out ends it where that never comes."""
+    """Wait until `condition` holds. If it never does, trial's time-out fails the test."""
     while not condition():
         await deferLater(reactor, 0)
 
@@ -243,7 +243,7 @@ class AgentLoopbackCase(TestCase):
 
 
 class PlainHTTPTests(AgentLoopbackCase):
-    async def test_head_and_body(self) -> None:
+    async def test_request_and_response(self) -> None:
         server, port = self.serve(
             respond_with(b"HTTP/1.1 200 OK\r\nX-Tag: one\r\nX-Tag: two\r\nContent-Length: 5\r\n\r\nhello")
         )
@@ -260,7 +260,7 @@ class PlainHTTPTests(AgentLoopbackCase):
         self.assertEqual([line for line in lines if b"ncoding" in line], [b"Accept-Encoding: identity"])
         self.assertNotIn(b"x-hop", server.heads[0])
 
-    async def test_connection_reuse(self) -> None:
+    async def test_connections_are_reused(self) -> None:
         server, port = self.serve(respond_with(OK))
         agent = self.make_agent()
         for _ in range(3):
@@ -282,7 +282,7 @@ class PlainHTTPTests(AgentLoopbackCase):
         self.assertEqual(server.accepted, 1)
 
     async def test_idle_connection_closed_by_server_is_replaced(self) -> None:
-        # The server closes on the second request, without an answer, as one does whose keep-alive has just ended.
+        # The server closes the connection on the second request, as if its keep-alive time-out had just expired.
         def respond(connection: Any, head: bytes) -> None:
             if connection.server.heads.count(head) == 2:
                 connection.transport.loseConnection()
@@ -321,7 +321,7 @@ class PlainHTTPTests(AgentLoopbackCase):
             await response.discard()
         self.assertEqual(server.accepted, 1)
 
-    async def test_chunked(self) -> None:
+    async def test_chunked_body_is_read(self) -> None:
         _, port = self.serve(
             respond_with(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nfoo\r\n", b"3\r\nbar\r\n0\r\n\r\n")
         )
@@ -329,12 +329,12 @@ class PlainHTTPTests(AgentLoopbackCase):
         self.assertIs(response.length, None)
         self.assertEqual(await response.read_all(6), b"foobar")
 
-    async def test_body_until_close(self) -> None:
+    async def test_body_without_a_length_ends_with_the_connection(self) -> None:
         _, port = self.serve(respond_with(b"HTTP/1.0 200 OK\r\n\r\nall", close=True))
         response = await self.make_agent().request("GET", f"http://127.0.0.1:{port}/")
         self.assertEqual(await response.read_all(3), b"all")
 
-    async def test_truncated_bodies(self) -> None:
+    async def test_truncated_bodies_are_errors(self) -> None:
         for head in (b"Content-Length: 9", b"Transfer-Encoding: chunked"):
             _, port = self.serve(respond_with(b"HTTP/1.1 200 OK\r\n" + head + b"\r\n\r\n5\r\nhel", close=True))
             response = await self.make_agent().request("GET", f"http://127.0.0.1:{port}/")
@@ -342,20 +342,20 @@ class PlainHTTPTests(AgentLoopbackCase):
                 UpstreamBroken, response.read_all(100), f"127.0.0.1:{port}", "closed the connection"
             )
 
-    async def test_read_timeout_in_head_and_body(self) -> None:
+    async def test_silence_in_head_or_body_times_out(self) -> None:
         agent = self.make_agent()
         server, port = self.serve(respond_with())
         work = Deferred.fromCoroutine(agent.request("GET", f"http://127.0.0.1:{port}/"))
         await wait_until(lambda: server.heads)
         self.clock.advance(30)
-        self.assertIn("nothing came for 30 s", str(await self.assertFailure(work, UpstreamTimeout)))
+        self.assertIn("received nothing for 30 s", str(await self.assertFailure(work, UpstreamTimeout)))
         _, port = self.serve(respond_with(OK[:-1]))
         response = await agent.request("GET", f"http://127.0.0.1:{port}/")
         self.assertEqual(await response.read_chunk(), b"hell")
         self.clock.advance(30)
         await self.assert_fails(UpstreamTimeout, response.read_chunk(), f"127.0.0.1:{port}")
 
-    async def test_unknown_name_and_connection_refused(self) -> None:
+    async def test_unreachable_servers_are_named_in_the_error(self) -> None:
         agent = self.make_agent()
         await self.assert_fails(
             UpstreamUnreachable, agent.request("GET", "http://a.invalid/"), "a.invalid:80", "no such name"
@@ -366,12 +366,12 @@ class PlainHTTPTests(AgentLoopbackCase):
             UpstreamUnreachable, agent.request("GET", f"http://127.0.0.1:{port}/"), f"127.0.0.1:{port}", "refused"
         )
 
-    async def test_read_all_limit(self) -> None:
+    async def test_read_all_refuses_a_longer_body(self) -> None:
         _, port = self.serve(respond_with(OK))
         response = await self.make_agent().request("GET", f"http://127.0.0.1:{port}/")
         await self.assert_fails(UpstreamBroken, response.read_all(4), "4 bytes")
 
-    async def test_discard(self) -> None:
+    async def test_discard_reuses_the_connection_after_a_small_body(self) -> None:
         server, port = self.serve(respond_with(OK))
         agent = self.make_agent()
         for _ in range(2):
@@ -420,17 +420,16 @@ class PlainHTTPTests(AgentLoopbackCase):
         self.addCleanup(tracemalloc.stop)
         while data := await response.read_chunk():
             received += len(data)
-            for _ in range(3):  # the reader takes its time
+            for _ in range(3):  # read slowly
                 await deferLater(reactor, 0)
-            self.assertLess(
-                ZeroProducer.sent - received, 16 * 1024 * 1024
-            )  # the kernel's buffers have their share of this
+            # The kernel's socket buffers account for a part of these 16 MiB.
+            self.assertLess(ZeroProducer.sent - received, 16 * 1024 * 1024)
         self.assertEqual(received, size)
         self.assertLess(tracemalloc.get_traced_memory()[1], 8 * 1024 * 1024)
 
 
 class SendBodyTests(AgentLoopbackCase):
-    async def test_body_of_known_length(self) -> None:
+    async def test_body_of_known_length_is_sent_with_its_length(self) -> None:
         server, port = self.serve(respond_with())
         body = PiecewiseBodyProducer(b"abc", b"def")
         work = Deferred.fromCoroutine(self.make_agent().request("PUT", f"http://127.0.0.1:{port}/", body=body))
@@ -450,16 +449,16 @@ class SendBodyTests(AgentLoopbackCase):
         server.connections[0].transport.write(OK)
         self.assertEqual(await (await work).read_all(9), b"hello")
 
-    async def test_response_before_the_end_of_the_body(self) -> None:
+    async def test_early_response_stops_the_body(self) -> None:
         _, port = self.serve(respond_with(b"HTTP/1.1 413 Too Large\r\nContent-Length: 3\r\n\r\nbig"))
         body = PiecewiseBodyProducer(b"x", length=1000)
         body.done = Deferred()
-        body._produce = lambda: None  # type: ignore[method-assign]  # nothing ever comes
+        body._produce = lambda: None  # type: ignore[method-assign]  # it produces nothing
         response = await self.make_agent().request("PUT", f"http://127.0.0.1:{port}/", body=body)
         self.assertEqual((response.status, await response.read_all(3)), (413, b"big"))
         self.assertTrue(body.stopped)
 
-    async def test_body_length_mismatch(self) -> None:
+    async def test_body_of_another_length_is_an_error(self) -> None:
         for pieces in ([b"abc"], [b"abc", b"defg"]):
             _, port = self.serve(respond_with())
             work = self.make_agent().request(
@@ -467,16 +466,16 @@ class SendBodyTests(AgentLoopbackCase):
             )
             await self.assert_fails(BadRequest, work, "length")
 
-    async def test_body_that_fails(self) -> None:
+    async def test_error_of_the_body_is_raised(self) -> None:
         server, port = self.serve(respond_with())
         body = PiecewiseBodyProducer(b"abc", length=6)
         body._produce = lambda: None  # type: ignore[method-assign]
         work = Deferred.fromCoroutine(self.make_agent().request("PUT", f"http://127.0.0.1:{port}/", body=body))
         await wait_until(lambda: server.heads)
-        body.done.errback(ZeroDivisionError("the client is gone"))
+        body.done.errback(ZeroDivisionError("the client disconnected"))
         await self.assertFailure(work, ZeroDivisionError)
 
-    async def test_send_timeout(self) -> None:
+    async def test_stalled_upload_times_out(self) -> None:
         def respond(connection: Any, head: bytes) -> None:
             connection.transport.pauseProducing()
 
@@ -490,16 +489,16 @@ class SendBodyTests(AgentLoopbackCase):
             for _ in range(20):
                 await deferLater(reactor, 0)
         self.clock.advance(40)
-        self.assertIn("took nothing for 40 s", str(await self.assertFailure(work, UpstreamTimeout)))
+        self.assertIn("could send nothing for 40 s", str(await self.assertFailure(work, UpstreamTimeout)))
         self.assertTrue(body.stopped)
-        self.assertGreater(len(body.pieces), 32)  # held back, not buffered
+        self.assertGreater(len(body.pieces), 32)  # because the producer was paused, and nothing buffered
 
 
 class UpstreamTLSTests(AgentLoopbackCase):
     def overrides_for(self, port: int, name: str = "registry.example") -> dict[Host, tuple[str, int]]:
         return {Host(name, 443): ("127.0.0.1", port)}
 
-    async def test_trusted_name(self) -> None:
+    async def test_certificate_for_the_name_is_accepted(self) -> None:
         tls = ServerTLSCreator(AUTHORITY.issue("registry.example"))
         server, port = self.serve(respond_with(OK), tls)
         agent = self.make_trusting_agent(self.overrides_for(port))
@@ -510,14 +509,14 @@ class UpstreamTLSTests(AgentLoopbackCase):
         self.assertIn(b"Host: registry.example\r\n", server.heads[0] + b"\r\n")
         self.assertEqual(server.accepted, 1)
 
-    async def test_address(self) -> None:
+    async def test_certificate_for_an_address_is_accepted(self) -> None:
         tls = ServerTLSCreator(AUTHORITY.issue("127.0.0.1"))
         _, port = self.serve(respond_with(OK), tls)
         response = await self.make_trusting_agent({}).request("GET", f"https://127.0.0.1:{port}/")
         self.assertEqual(await response.read_all(9), b"hello")
         self.assertEqual(tls.server_names, [None])
 
-    async def assert_certificate_refused(self, key_pair: tuple[bytes, bytes], *words: str, trust: bool = True) -> None:
+    async def assert_certificate_rejected(self, key_pair: tuple[bytes, bytes], *words: str, trust: bool = True) -> None:
         server, port = self.serve(respond_with(OK), ServerTLSCreator(key_pair))
         agent = (
             self.make_trusting_agent(self.overrides_for(port))
@@ -529,31 +528,31 @@ class UpstreamTLSTests(AgentLoopbackCase):
         )
         self.assertEqual(server.heads, [])
 
-    async def test_other_name(self) -> None:
-        await self.assert_certificate_refused(AUTHORITY.issue("other.example"), "another name")
+    async def test_certificate_for_another_name_is_rejected(self) -> None:
+        await self.assert_certificate_rejected(AUTHORITY.issue("other.example"), "another name")
 
-    async def test_address_certificate_for_a_name(self) -> None:
-        await self.assert_certificate_refused(AUTHORITY.issue("127.0.0.1"), "another name")
+    async def test_certificate_for_the_address_of_a_name_is_rejected(self) -> None:
+        await self.assert_certificate_rejected(AUTHORITY.issue("127.0.0.1"), "another name")
 
-    async def test_expired(self) -> None:
-        await self.assert_certificate_refused(
+    async def test_expired_certificate_is_rejected(self) -> None:
+        await self.assert_certificate_rejected(
             AUTHORITY.issue("registry.example", lifetime=-timedelta(days=1)), "expired"
         )
 
-    async def test_unknown_ca(self) -> None:
-        await self.assert_certificate_refused(EphemeralCA().issue("registry.example"), "not trusted")
-        await self.assert_certificate_refused(
+    async def test_unknown_ca_is_rejected(self) -> None:
+        await self.assert_certificate_rejected(EphemeralCA().issue("registry.example"), "not trusted")
+        await self.assert_certificate_rejected(
             AUTHORITY.issue("registry.example"), "not trusted", "UPSTREAM_CA_FILE", trust=False
         )
 
-    async def test_self_signed(self) -> None:
+    async def test_self_signed_certificate_is_rejected(self) -> None:
         self_signed = EphemeralCA()
         key = self_signed.key.private_bytes(
             serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
         )
-        await self.assert_certificate_refused((self_signed.pem, key), "self-signed")
+        await self.assert_certificate_rejected((self_signed.pem, key), "self-signed")
 
-    async def test_verification_disabled(self) -> None:
+    async def test_any_certificate_is_accepted_without_verification(self) -> None:
         tls = ServerTLSCreator(EphemeralCA().issue("other.example"))
         _, port = self.serve(respond_with(OK), tls)
         response = await self.make_agent(verify=False, overrides=self.overrides_for(port)).request(
@@ -562,14 +561,14 @@ class UpstreamTLSTests(AgentLoopbackCase):
         self.assertEqual(await response.read_all(9), b"hello")
         self.assertEqual(tls.server_names, [b"registry.example"])
 
-    async def test_old_tls(self) -> None:
+    async def test_tls_1_1_is_refused(self) -> None:
         _, port = self.serve(
             respond_with(OK), ServerTLSCreator(AUTHORITY.issue("registry.example"), SSL.TLS1_1_VERSION)
         )
         work = self.make_trusting_agent(self.overrides_for(port)).request("GET", "https://registry.example/")
         await self.assert_fails(UpstreamUnreachable, work, "registry.example:443")
 
-    async def test_server_without_tls(self) -> None:
+    async def test_server_without_tls_is_an_error(self) -> None:
         class MailServer(Protocol):
             def connectionMade(self) -> None:
                 self.transport.write(b"220 this is mail, not HTTP\r\n")  # type: ignore[union-attr]
@@ -582,9 +581,9 @@ class UpstreamTLSTests(AgentLoopbackCase):
         work = self.make_trusting_agent(self.overrides_for(port.getHost().port)).request(
             "GET", "https://registry.example/"
         )
-        await self.assert_fails(UpstreamUnreachable, work, "registry.example:443", "no TLS")
+        await self.assert_fails(UpstreamUnreachable, work, "registry.example:443", "TLS handshake failed")
 
-    async def test_handshake_timeout(self) -> None:
+    async def test_silent_handshake_times_out(self) -> None:
         server, port = self.serve(respond_with())
         work = Deferred.fromCoroutine(
             self.make_trusting_agent(self.overrides_for(port)).request("GET", "https://registry.example/")
@@ -594,33 +593,33 @@ class UpstreamTLSTests(AgentLoopbackCase):
         self.assertIn("registry.example:443: timed out", str(await self.assertFailure(work, UpstreamTimeout)))
         await wait_until(lambda: server.closed)
 
-    async def test_truncation_without_close_notify(self) -> None:
+    async def test_missing_close_notify_is_an_error(self) -> None:
         def respond(connection: Any, head: bytes) -> None:
             connection.transport.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\nsome")
 
         server, port = self.serve(respond, ServerTLSCreator(AUTHORITY.issue("registry.example")))
         response = await self.make_trusting_agent(self.overrides_for(port)).request("GET", "https://registry.example/")
         self.assertEqual(await response.read_chunk(), b"some")
-        server.connections[0].transport.transport.loseConnection()  # TCP ends, and TLS without a word
-        await self.assert_fails(UpstreamBroken, response.read_all(100), "broke off")
+        server.connections[0].transport.transport.loseConnection()  # close TCP without close_notify
+        await self.assert_fails(UpstreamBroken, response.read_all(100), "connection broke")
 
-    async def test_large_push_and_pull(self) -> None:
+    async def test_large_bodies_are_sent_and_received_over_tls(self) -> None:
         size = 8 * 1024 * 1024
 
         def respond(connection: Any, head: bytes) -> None:
-            def take(data: bytes) -> None:
-                counted.append(len(data))
-                if sum(counted) == size:
+            def count(data: bytes) -> None:
+                sizes.append(len(data))
+                if sum(sizes) == size:
                     connection.transport.write(
                         b"HTTP/1.1 201 Created\r\nContent-Length: %d\r\n\r\n" % size + bytes(size)
                     )
 
-            connection.dataReceived = take
+            connection.dataReceived = count
             rest, connection.buffer = connection.buffer, b""
             if rest:
-                take(rest)
+                count(rest)
 
-        counted: list[int] = []
+        sizes: list[int] = []
         _, port = self.serve(respond, ServerTLSCreator(AUTHORITY.issue("registry.example")))
         body = PiecewiseBodyProducer(*[bytes(1024 * 1024)] * 8)
         response = await self.make_trusting_agent(self.overrides_for(port)).request(
@@ -631,7 +630,7 @@ class UpstreamTLSTests(AgentLoopbackCase):
 
 
 class CAFileTests(TestCase):
-    def test_bad_ca_files(self) -> None:
+    def test_ca_file_errors_name_the_setting(self) -> None:
         path = self.mktemp()
         error = self.assertRaises(ValueError, ClientContext, ca_file=path)
         self.assertIn("UPSTREAM_CA_FILE", str(error))

@@ -1,4 +1,4 @@
-"""The token dance with a small token server on loopback, reached under the names that tests give it."""
+"""Tests for the authorizer with a token server on loopback. The dialer maps several host names to it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def bearer(realm: str = "http://registry.example/token", **more: str) -> list[Ch
 
 
 class FakeTokenServer(Factory):
-    """Counts its answers into the tokens it gives: token-1, token-2, …; `held` keeps them back."""
+    """Returns the tokens token-1, token-2, … Responses wait in `pending_responses` if that is a list."""
 
     noisy = False
 
@@ -115,13 +115,13 @@ class AuthorizerTests(TestCase):
         authorization = await self.authorizer.get_authorization(REGISTRY, challenges, scope, credential)
         return None if authorization is None else authorization.value
 
-    async def test_anonymous(self) -> None:
+    async def test_anonymous_token_is_fetched_without_a_login(self) -> None:
         self.assertEqual(await self.authorize(), "Bearer token-1")
         self.assertEqual(
             self.token_server.requests, [("registry.example", [("service", "the registry"), ("scope", SCOPE)], [])]
         )
 
-    async def test_access_token_field(self) -> None:
+    async def test_access_token_field_is_accepted(self) -> None:
         self.token_server.respond = lambda number: (200, {"access_token": "other"})
         self.assertEqual(await self.authorize(), "Bearer other")
 
@@ -155,10 +155,10 @@ class AuthorizerTests(TestCase):
 
     async def test_tokens_are_renewed_before_expiry(self) -> None:
         for lifetime, margin in ((None, 10), (300, 30), (50, 10), (6, 3)):
-            self.token_server.respond = lambda number, life=lifetime: (
-                200, {"token": f"token-{number}", **({} if life is None else {"expires_in": life})}
+            self.token_server.respond = lambda number, lifetime=lifetime: (
+                200, {"token": f"token-{number}", **({} if lifetime is None else {"expires_in": lifetime})}
             )  # fmt: skip
-            scope = f"repository:life{lifetime}:pull"
+            scope = f"repository:lifetime{lifetime}:pull"
             first = await self.authorize(scope=scope)
             self.clock.advance((lifetime or 60) - margin - 0.1)
             self.assertEqual(await self.authorize(scope=scope), first)
@@ -187,22 +187,22 @@ class AuthorizerTests(TestCase):
         self.assertEqual(len(self.token_server.requests), 1)
 
     async def test_failures_are_not_cached(self) -> None:
-        for status, kind in ((401, Unauthorized), (403, Unauthorized), (500, UpstreamBroken), (404, UpstreamBroken),
-                             (302, UpstreamBroken)):  # fmt: skip
+        for status, error_type in ((401, Unauthorized), (403, Unauthorized), (500, UpstreamBroken),
+                                   (404, UpstreamBroken), (302, UpstreamBroken)):  # fmt: skip
             self.token_server.respond = lambda number, status=status: (status, {"token": "no"})
-            error = await self.assertFailure(Deferred.fromCoroutine(self.authorize(LOGIN)), kind)
+            error = await self.assertFailure(Deferred.fromCoroutine(self.authorize(LOGIN)), error_type)
             self.assertIn("registry.example", error.message)
             self.assertNotIn("secret", error.message)
         self.token_server.respond = lambda number: (200, {"token": "yes"})
         self.assertEqual(await self.authorize(LOGIN), "Bearer yes")
 
-    async def test_rate_limit(self) -> None:
+    async def test_rate_limit_error_has_retry_after(self) -> None:
         self.token_server.respond = lambda number: (429, b"")
         self.token_server.fields = "Retry-After: 17\r\n"
         error = await self.assertFailure(Deferred.fromCoroutine(self.authorize()), TooManyRequests)
         self.assertEqual(error.headers, (("Retry-After", "17"),))
 
-    async def test_responses_without_a_token(self) -> None:
+    async def test_responses_without_a_token_are_errors(self) -> None:
         for content in (b"", b"<html>", b"[]", b"{}", b'{"token": 5}', b'{"token": ""}', b'{"token": "a\\r\\nX: y"}',
                         b"[" * 100000, b'{"token": "' + b"x" * 20000 + b'"}', b" " * 300000):  # fmt: skip
             self.token_server.respond = lambda number, content=content: (200, content)
@@ -216,7 +216,7 @@ class AuthorizerTests(TestCase):
         expected = [("registry.example", [LOGIN.authorization]), ("auth.example", []), ("evil.test", [])]
         self.assertEqual(sent, expected)
 
-    async def test_login_of_the_realms_host(self) -> None:
+    async def test_login_of_the_realms_host_is_used_for_its_registry(self) -> None:
         registry = Registry.parse("http://registry.example.test")
         self.authorizer = self.make_authorizer({Host("evil.test", 80): REALM_LOGIN, Host("example.test", 80): LOGIN})
         self.assertIs(self.authorizer.effective_login(registry), None)
@@ -230,10 +230,10 @@ class AuthorizerTests(TestCase):
         self.assertEqual(self.authorizer.effective_login(Registry.parse("registry-1.docker.io")), LOGIN)
         self.assertIs(self.authorizer.effective_login(Registry.parse("quay.io")), None)
 
-    async def test_realm_without_tls(self) -> None:
+    async def test_realm_without_tls_is_refused(self) -> None:
         work = self.authorizer.get_authorization(Registry.parse("registry.example"), bearer(), SCOPE, LOGIN)
         error = await self.assertFailure(Deferred.fromCoroutine(work), UpstreamBroken)
-        self.assertIn("without TLS", error.message)
+        self.assertIn("plain HTTP", error.message)
         self.assertEqual(self.token_server.requests, [])
 
     async def test_foreign_realm_address_is_checked(self) -> None:
@@ -250,12 +250,12 @@ class AuthorizerTests(TestCase):
         assert authorization is not None
         self.assertEqual(authorization.value, "Bearer token-1")
 
-    async def test_realm_that_is_no_url_or_out_of_reach(self) -> None:
+    async def test_malformed_or_unreachable_realm_is_an_error(self) -> None:
         await self.assertFailure(Deferred.fromCoroutine(self.authorize(challenges=bearer("token"))), UpstreamBroken)
         work = Deferred.fromCoroutine(self.authorize(challenges=bearer("http://no.invalid/token")))
         await self.assertFailure(work, UpstreamUnreachable)
 
-    async def test_basic(self) -> None:
+    async def test_basic_challenge_is_answered_with_the_login(self) -> None:
         basic = [Challenge("basic", {"realm": "x"})]
         self.assertEqual(await self.authorize(LOGIN, challenges=basic), LOGIN.authorization)
         self.assertIs(await self.authorize(challenges=basic), None)
@@ -266,7 +266,7 @@ class AuthorizerTests(TestCase):
         self.assertEqual(await self.authorize(ClientCredential("Bearer mine")), "Bearer mine")
         self.assertEqual(self.token_server.requests, [])
 
-    async def test_rejected_tokens(self) -> None:
+    async def test_rejected_token_is_replaced_unless_it_is_new(self) -> None:
         challenges = bearer()
         first = await self.authorizer.get_authorization(REGISTRY, challenges, SCOPE, ANONYMOUS)
         assert first is not None
@@ -304,7 +304,7 @@ class AuthorizerTests(TestCase):
 
 
 @pytest.mark.parametrize(
-    ("answer", "life"),
+    ("payload", "lifetime"),
     [
         ({}, 60),
         ({"expires_in": 300}, 300),
@@ -319,14 +319,14 @@ class AuthorizerTests(TestCase):
         ({"expires_in": 300, "issued_at": "2023-11-14T22:12:20.123456789Z"}, 240.123456),
         ({"expires_in": 300, "issued_at": "2023-11-14T23:12:20+01:00"}, 240),
         ({"expires_in": 300, "issued_at": "2023-11-14T22:12:20"}, 240),
-        ({"expires_in": 300, "issued_at": "2023-11-14T22:20:00Z"}, 300),  # their clock is ahead
+        ({"expires_in": 300, "issued_at": "2023-11-14T22:20:00Z"}, 300),  # the server's clock is ahead
         ({"expires_in": 300, "issued_at": "2023-11-14T20:00:00Z"}, 300),  # or behind
         ({"expires_in": 300, "issued_at": "yesterday"}, 300),
         ({"expires_in": 300, "issued_at": 17}, 300),
     ],
 )
-def test_remaining_lifetime(answer: dict[str, Any], life: float) -> None:
-    assert remaining_lifetime(answer, NOW) == pytest.approx(life, abs=1e-5)
+def test_remaining_lifetime(payload: dict[str, Any], lifetime: float) -> None:
+    assert remaining_lifetime(payload, NOW) == pytest.approx(lifetime, abs=1e-5)
 
 
 @given(
@@ -334,5 +334,5 @@ def test_remaining_lifetime(answer: dict[str, Any], life: float) -> None:
         st.sampled_from(["expires_in", "issued_at"]), st.integers() | st.floats() | st.text() | st.datetimes().map(str)
     )
 )
-def test_lifetime_is_bounded(answer: dict[str, Any]) -> None:
-    assert 0 < remaining_lifetime(answer, NOW) <= 86400
+def test_lifetime_is_bounded(payload: dict[str, Any]) -> None:
+    assert 0 < remaining_lifetime(payload, NOW) <= 86400

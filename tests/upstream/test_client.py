@@ -1,4 +1,4 @@
-"""The client with a registry, its token server and its blob stores in one small server on loopback."""
+"""Tests for the registry client. One server on loopback is the registry, its token server and its blob stores."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ ResponseTuple = tuple[int, dict[str, str], bytes]
 
 
 class FakeServers(Factory):
-    """Every host of the tests; `answer` gets what was asked. Bodies of requests are not looked at."""
+    """The server for all host names. `respond` receives each request except token requests. Bodies are ignored."""
 
     noisy = False
 
@@ -93,7 +93,7 @@ class _FakeServersProtocol(Protocol):
 
 
 def require_authorization(*accepted: str, challenge: str = BEARER) -> Callable[[ServedRequest], ResponseTuple]:
-    """Answers only to these Authorization values."""
+    """Return a `respond` that accepts only these Authorization values and answers others with `challenge`."""
 
     def respond(request: ServedRequest) -> ResponseTuple:
         if request.headers.get("authorization") in accepted:
@@ -103,11 +103,11 @@ def require_authorization(*accepted: str, challenge: str = BEARER) -> Callable[[
     return respond
 
 
-def redirect_from(**to: str) -> Callable[[ServedRequest], ResponseTuple]:
-    """Redirects from paths, by their last part, to Locations."""
+def redirect_from(**locations: str) -> Callable[[ServedRequest], ResponseTuple]:
+    """Return a `respond` that redirects paths ending in a keyword to the Location that is its value."""
 
     def respond(request: ServedRequest) -> ResponseTuple:
-        location = to.get(request.url.partition("?")[0].rpartition("/")[2])
+        location = locations.get(request.url.partition("?")[0].rpartition("/")[2])
         return (200, {}, b"ok") if location is None else (307, {"Location": location}, b"see there")
 
     return respond
@@ -161,7 +161,7 @@ class UpstreamClientTests(TestCase):
 
     # authorization
 
-    async def test_no_challenge(self) -> None:
+    async def test_no_authorization_is_sent_without_a_challenge(self) -> None:
         self.assertEqual(await self.fetch(credential=LOGIN), b"ok")
         self.assertEqual((self.servers.authorizations(), self.servers.tokens), ([None], 0))
 
@@ -187,7 +187,7 @@ class UpstreamClientTests(TestCase):
             self.assertEqual(await response.read_all(9), b"{}")
             self.assertEqual(self.servers.tokens, attempt)
 
-    async def test_challenge_with_another_scope(self) -> None:
+    async def test_challenge_with_another_scope_fetches_a_new_token(self) -> None:
         self.servers.respond = require_authorization("Bearer t1")
         await self.fetch()
         self.servers.respond = require_authorization(
@@ -195,7 +195,7 @@ class UpstreamClientTests(TestCase):
         )
         self.assertEqual(await self.fetch(), b"ok")
 
-    async def test_basic(self) -> None:
+    async def test_basic_challenge_is_answered_with_the_login(self) -> None:
         self.servers.respond = require_authorization(LOGIN.authorization, challenge='Basic realm="x"')
         self.assertEqual(await self.fetch(credential=LOGIN), b"ok")
         self.assertEqual((await self.send_request()).status, 401)
@@ -216,14 +216,14 @@ class UpstreamClientTests(TestCase):
 
     async def test_a_body_is_sent_once(self) -> None:
         self.servers.respond = require_authorization("Bearer t1")
-        for status in (401, 200):  # the first answer taught us what to send with the second
+        for status in (401, 200):  # the challenge of the first response applies to the second request
             response = await self.send_request(
                 "/v2/library/ubuntu/blobs/uploads/", "POST", body=SmallBodyProducer(), actions="pull,push"
             )
             self.assertEqual(response.status, status)
             await response.discard()
 
-    async def test_realm_that_refuses(self) -> None:
+    async def test_refused_token_is_unauthorized(self) -> None:
         def respond(request: ServedRequest) -> ResponseTuple:
             return 401, {"WWW-Authenticate": 'Bearer realm="http://registry.example/denied"'}, b"{}"
 
@@ -245,7 +245,7 @@ class UpstreamClientTests(TestCase):
         await self.fetch(credential=LOGIN)
         self.servers.respond = lambda request: (302, {"Location": "ftp://cdn.example/?sig=signed"}, b"")
         error = await self.assertFailure(Deferred.fromCoroutine(self.send_request(credential=LOGIN)), UpstreamBroken)
-        # As a log with every detail would show it.
+        # A traceback with all local variables, the most detailed log output.
         text = Failure(error).getTraceback(detail="verbose") + "".join(formatEvent(event) for event in events)
         for secret in ("secret", LOGIN.authorization, "Bearer t1"):
             self.assertNotIn(secret, text)
@@ -253,7 +253,7 @@ class UpstreamClientTests(TestCase):
 
     # redirects
 
-    async def test_redirect_to_another_host(self) -> None:
+    async def test_redirect_to_another_host_sends_no_credentials(self) -> None:
         self.servers.respond = lambda request: (
             redirect_from(x="http://cdn.example/blob?sig=%2B&a")(request)
             if request.headers.get("authorization") == "Bearer t1" or request.url.startswith("cdn")
@@ -292,7 +292,7 @@ class UpstreamClientTests(TestCase):
             self.assertEqual((await self.send_request(method="HEAD")).status, 200)
             self.assertEqual([request.method for request in self.servers.requests], ["HEAD", "HEAD"])
 
-    async def test_redirect_loops_and_limit(self) -> None:
+    async def test_redirect_loops_and_more_than_five_redirects_are_errors(self) -> None:
         self.servers.respond = redirect_from(x="y", y="x")
         await self.assertFailure(Deferred.fromCoroutine(self.send_request()), UpstreamBroken)
         self.assertEqual(len(self.servers.requests), 2)
@@ -317,7 +317,7 @@ class UpstreamClientTests(TestCase):
         self.servers.respond = redirect_from(x="/y")
         self.assertEqual(await self.fetch(registry=registry), b"ok")
 
-    async def test_malformed_locations(self) -> None:
+    async def test_malformed_locations_are_errors(self) -> None:
         for location in ("ftp://cdn.example/", "http://u:p@cdn.example/", "http://cdn.example:99999/", "//["):
             self.servers.respond = redirect_from(x=location)
             await self.assertFailure(Deferred.fromCoroutine(self.send_request()), UpstreamBroken)
@@ -332,7 +332,7 @@ class UpstreamClientTests(TestCase):
         self.assertEqual((await self.send_request(credential=LOGIN)).status, 401)
         self.assertEqual((self.servers.tokens, self.authorizer.challenges_for(REGISTRY)), (0, ()))
 
-    async def test_redirects_not_followed(self) -> None:
+    async def test_other_redirects_are_returned(self) -> None:
         self.servers.respond = redirect_from(x="/y")
         self.assertEqual((await self.send_request(follow=False)).status, 307)
         self.assertEqual((await self.send_request(method="DELETE")).status, 307)

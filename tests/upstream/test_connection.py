@@ -1,4 +1,4 @@
-"""One connection on a transport of strings: what it makes of whatever a server may send, and when."""
+"""Tests for one upstream connection on a string transport, with a fake clock."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ OK = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello"
 
 
 class ManualBodyProducer:
-    """A body that goes on when told."""
+    """A body that the test controls; it records the calls of its consumer."""
 
     length = 1000
 
@@ -73,10 +73,10 @@ class ConnectionTests(SynchronousTestCase):
     def read(self, response: Response) -> bytes:
         return self.successResultOf(Deferred.fromCoroutine(response.read_all(1 << 20)))
 
-    def lose_connection(self, kind: type[Exception] = ConnectionDone) -> None:
-        self.connection.connectionLost(Failure(kind()))
+    def lose_connection(self, error_type: type[Exception] = ConnectionDone) -> None:
+        self.connection.connectionLost(Failure(error_type()))
 
-    def test_any_segmentation(self) -> None:
+    def test_response_is_parsed_in_any_segmentation(self) -> None:
         interim = b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\nHTTP/1.1 100 Continue\r\n\r\n"
         chunked = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2;x=y\r\nhe\r\n3\r\nllo\r\n0\r\nA: b\r\n\r\n"
         for response_bytes in (OK, chunked, interim + OK, interim + chunked):
@@ -89,7 +89,7 @@ class ConnectionTests(SynchronousTestCase):
         self.assertFalse(self.transport.disconnecting)
         self.assertEqual(self.clock.getDelayedCalls(), [])
 
-    def test_connection_close(self) -> None:
+    def test_connection_is_closed_if_the_server_says_so(self) -> None:
         for line in (b"Connection: Close\r\n", b"connection: x, close\r\n"):
             self.setUp()
             pending = self.exchange()
@@ -119,7 +119,7 @@ class ConnectionTests(SynchronousTestCase):
         self.assertTrue(self.transport.disconnected)
         self.assertFalse(self.connection.alive)
 
-    def test_invalid_responses(self) -> None:
+    def test_invalid_responses_are_errors(self) -> None:
         invalid = [
             b"SSH-2.0-x\r\n\r\n",
             b"HTTP/2 200\r\n\r\n",
@@ -144,7 +144,7 @@ class ConnectionTests(SynchronousTestCase):
             self.assertTrue(str(error).startswith("a:80: "), error)
             self.assertTrue(self.transport.disconnected)
 
-    def test_invalid_chunks(self) -> None:
+    def test_invalid_chunks_are_an_error(self) -> None:
         pending = self.exchange()
         self.receive(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nabc\r\n")
         reading = Deferred.fromCoroutine(self.successResultOf(pending).read_all(9))
@@ -163,7 +163,7 @@ class ConnectionTests(SynchronousTestCase):
         self.assertEqual(self.read(response), b"a")
         self.assertEqual(self.idle_count, 0)
 
-    def test_back_pressure(self) -> None:
+    def test_slow_reader_pauses_the_connection(self) -> None:
         pending = self.exchange()
         self.receive(b"HTTP/1.1 200 OK\r\nContent-Length: 600000\r\n\r\n")
         response = self.successResultOf(pending)
@@ -171,7 +171,7 @@ class ConnectionTests(SynchronousTestCase):
         self.assertEqual(self.transport.producerState, "producing")
         self.receive(bytes(1))
         self.assertEqual(self.transport.producerState, "paused")
-        self.clock.advance(3600)  # a slow reader of ours is no stall of theirs
+        self.clock.advance(3600)  # a slow reader must not cause a read time-out
         self.assertEqual(len(self.successResultOf(Deferred.fromCoroutine(response.read_chunk()))), 262145)
         self.assertEqual(self.transport.producerState, "producing")
         self.clock.advance(29)
@@ -211,7 +211,7 @@ class ConnectionTests(SynchronousTestCase):
         timers = [call for call in self.clock.getDelayedCalls() if call.getTime() - self.clock.seconds() <= 0.5]
         self.assertEqual(timers, [])
 
-    def test_read_timeout(self) -> None:
+    def test_silence_times_out(self) -> None:
         pending = self.exchange()
         self.receive(OK[:-5])
         response = self.successResultOf(pending)
@@ -238,7 +238,7 @@ class ConnectionTests(SynchronousTestCase):
         self.assertNotIsInstance(self.failureResultOf(pending, UpstreamBroken).value, ConnectionDropped)
         self.assertEqual(self.lost_count, 1)
 
-    def test_body_until_close(self) -> None:
+    def test_body_without_a_length_ends_with_the_connection(self) -> None:
         pending = self.exchange()
         self.receive(b"HTTP/1.1 200 OK\r\n\r\nabc")
         self.lose_connection()
@@ -250,14 +250,14 @@ class ConnectionTests(SynchronousTestCase):
         reading = Deferred.fromCoroutine(self.successResultOf(pending).read_all(9))
         self.failureResultOf(reading, UpstreamBroken)
 
-    def test_truncated_body(self) -> None:
+    def test_truncated_body_is_an_error(self) -> None:
         pending = self.exchange()
         self.receive(OK[:-1])
         self.lose_connection()
         reading = Deferred.fromCoroutine(self.successResultOf(pending).read_all(9))
         self.assertIn("4 of 5 bytes", str(self.failureResultOf(reading, UpstreamBroken).value))
 
-    def test_cancelling_closes(self) -> None:
+    def test_cancelling_aborts_the_connection(self) -> None:
         pending = self.exchange()
         pending.cancel()
         self.failureResultOf(pending, CancelledError)
@@ -284,7 +284,7 @@ class ConnectionTests(SynchronousTestCase):
         self.assertEqual((response.status, self.read(response)), (401, b"hello"))
         self.assertEqual(body.calls, ["stop"])
         self.assertEqual(self.idle_count, 0)
-        body.consumer.write(b"more")  # a producer that has not noticed yet
+        body.consumer.write(b"more")  # from a producer that has not handled the stop yet
         self.assertEqual(self.transport.value(), b"PUT / HTTP/1.1\r\n\r\n" + b"x" * 10)
 
     def test_interim_response_does_not_stop_the_body(self) -> None:
@@ -296,7 +296,7 @@ class ConnectionTests(SynchronousTestCase):
     def test_read_timeout_starts_after_the_body(self) -> None:
         body = ManualBodyProducer()
         pending = self.exchange(OutgoingRequest("PUT", "http://a/", b"", body))
-        self.clock.advance(3600)  # a slow client of ours
+        self.clock.advance(3600)  # a slow client must not cause a read time-out
         body.consumer.write(bytes(1000))
         body.done.callback(None)
         self.clock.advance(29)
@@ -304,7 +304,7 @@ class ConnectionTests(SynchronousTestCase):
         self.clock.advance(1)
         self.failureResultOf(pending, UpstreamTimeout)
 
-    def test_send_timeout(self) -> None:
+    def test_stalled_upload_times_out(self) -> None:
         body = ManualBodyProducer()
         pending = self.exchange(OutgoingRequest("PUT", "http://a/", b"", body))
         body_writer = self.transport.producer

@@ -1,3 +1,5 @@
+"""Tests for credentials and for the rules about which host receives which login."""
+
 from __future__ import annotations
 
 import pytest
@@ -45,7 +47,7 @@ def test_login_is_sent_only_to_its_host() -> None:
     assert logins.login_for(ClientCredential("Basic x"), QUAY.host, QUAY) is None
 
 
-def test_realm_with_its_own_login() -> None:
+def test_realm_receives_its_own_login() -> None:
     logins = LoginTable({AUTH: ONE, HUB.host: TWO})
     assert logins.effective_login(HUB, AUTH) == TWO
     assert logins.login_for(TWO, AUTH, HUB) == ONE
@@ -53,16 +55,15 @@ def test_realm_with_its_own_login() -> None:
     assert only.effective_login(HUB, AUTH) == ONE
     assert only.effective_login(HUB, None) is None
     assert only.login_for(ONE, AUTH, HUB) == ONE
-    assert only.login_for(ONE, HUB.host, HUB) is None  # the registry itself is told nothing that is for its realm
+    assert only.login_for(ONE, HUB.host, HUB) is None  # because the login belongs to the realm only
 
 
 def test_foreign_realm_gets_no_login() -> None:
     evil = Registry.parse("evil.example")
     assert LoginTable({AUTH: ONE}).effective_login(evil, AUTH) is None
     assert LoginTable({AUTH: ONE, evil.host: TWO}).login_for(TWO, AUTH, evil) is None
-    assert (
-        LoginTable({AUTH: ONE, evil.host: ONE}).login_for(ONE, AUTH, evil) == ONE
-    )  # the administrator said they are one
+    # The administrator configured the same login for both.
+    assert LoginTable({AUTH: ONE, evil.host: ONE}).login_for(ONE, AUTH, evil) == ONE
 
 
 def test_unconfigured_login_is_sent_only_to_the_registry() -> None:

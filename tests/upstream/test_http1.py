@@ -1,3 +1,5 @@
+"""Tests for the client side of HTTP/1.1."""
+
 from __future__ import annotations
 
 import pytest
@@ -30,7 +32,7 @@ def test_render_request_head() -> None:
         ("GET", "/", [("A", "secret €")]),
     ],
 )
-def test_invalid_request(method: str, target: str, fields: list[tuple[str, str]]) -> None:
+def test_invalid_request_is_refused(method: str, target: str, fields: list[tuple[str, str]]) -> None:
     with pytest.raises(ValueError) as caught:
         render_request_head(method, target, fields)
     assert "secret" not in str(caught.value)
@@ -72,7 +74,7 @@ def test_any_bytes_are_parsed_or_refused(raw: bytes) -> None:
         ("GET", b"HTTP/1.1 200", b"abcdef", False),
     ],
 )
-def test_body_readers(method: str, head: bytes, content: bytes, done: bool) -> None:
+def test_body_reader_depends_on_the_framing(method: str, head: bytes, content: bytes, done: bool) -> None:
     body = body_reader_for(method, parse_response_head(head))
     pieces = [] if body.done else body.feed(b"abcdef")
     assert (b"".join(pieces), body.done) == (content, done)

@@ -1,3 +1,5 @@
+"""Tests for the pool of idle connections."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -39,7 +41,7 @@ def test_dead_connection_is_skipped() -> None:
     assert pool.take("a") is one
 
 
-def test_idle_timeout() -> None:
+def test_idle_connection_is_closed_after_60_seconds() -> None:
     clock, pool, (one,) = make_pool("a")
     clock.advance(59)
     assert not one.aborted
@@ -56,7 +58,7 @@ def test_remove_cancels_the_timer() -> None:
     assert pool.take("a") is None
 
 
-def test_limits() -> None:
+def test_oldest_connection_is_evicted_at_the_limits() -> None:
     _, _, connections = make_pool(*["a"] * 33)
     assert [connection.aborted for connection in connections] == [True] + [False] * 32
     _, _, connections = make_pool(*map(str, range(257)))

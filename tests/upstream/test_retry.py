@@ -1,3 +1,5 @@
+"""Tests for parsing Retry-After."""
+
 from __future__ import annotations
 
 import pytest
@@ -32,7 +34,7 @@ def test_parse_retry_after(value: str, seconds: float | None) -> None:
     assert parse_retry_after(Headers([("Retry-After", value)]), NOW) == seconds
 
 
-def test_no_field() -> None:
+def test_missing_field_is_none() -> None:
     assert parse_retry_after(Headers(), NOW) is None
 
 

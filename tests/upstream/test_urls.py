@@ -1,3 +1,5 @@
+"""Tests for splitting URLs and resolving redirects."""
+
 from __future__ import annotations
 
 import pytest
@@ -29,10 +31,10 @@ def test_split_url(url: str, origin: str, target: str) -> None:
     ["", "/v2/", "ftp://h/", "https:///x", "https://u:p@h/", "https://h:0/", "https://h\\@i/", "https://h/\r\nX: y",
      "https://h/ä", "https://h/" + "x" * 20000, "file:///etc/passwd", "https://h:443x/"],
 )  # fmt: skip
-def test_invalid_urls(url: str) -> None:
+def test_invalid_urls_are_refused(url: str) -> None:
     with pytest.raises(UpstreamBroken) as caught:
         split_url(url)
-    assert "/" not in caught.value.message.replace("http or https", "")  # no part of it is repeated
+    assert "/" not in caught.value.message.replace("http or https", "")  # the error contains no part of the URL
 
 
 @pytest.mark.parametrize(
