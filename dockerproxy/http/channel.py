@@ -31,7 +31,7 @@ from dockerproxy.http.message import (
     parse_head,
     render_head,
 )
-from dockerproxy.http.request import ClientDisconnected, Fields, Request
+from dockerproxy.http.request import PLAIN_TEXT, ClientDisconnected, Request, respond_text_error
 from dockerproxy.http.stream import ByteStream
 from dockerproxy.http.timeouts import ConnectionTimer, Deadline
 from dockerproxy.http.tls import describe_handshake_error
@@ -46,8 +46,6 @@ Handler = Callable[[Request], Awaitable[None]]
 _MAX_BUFFERED = MAX_HEAD + 4
 _REQUESTS_PER_ITERATION = 32  # requests of one client per reactor iteration, so that other clients are served too
 _LINGER_TIMEOUT = 5.0  # seconds for a client to read a response that was sent before its request was complete
-
-_PLAIN_TEXT = [("Content-Type", "text/plain; charset=utf-8")]
 
 log = Logger()
 
@@ -280,31 +278,33 @@ class HTTPChannel(Protocol):
     async def _run_handler(self, request: Request) -> None:
         try:
             await self._handler(request)
+            if not request.finished:
+                raise RuntimeError("the handler returned without a complete response")
         except ClientDisconnected:
             request.abort()
-        except RegistryError as error:
-            self._send_error(request, error.status, error.message, error.headers)
         except Exception as error:
             if isinstance(error, CancelledError) and request.finished:
                 return  # cancelled by `connectionLost`
-            log.failure("{method} {path} failed", method=request.method, path=request.path)
-            self._send_error(request, 500, "internal error")
-        else:
-            if not request.finished:
-                log.error(
-                    "the handler of {method} {path} returned without a complete response",
-                    method=request.method,
-                    path=request.path,
-                )
-                self._send_error(request, 500, "internal error")
+            self._handle_error(request, error)
 
-    def _send_error(self, request: Request, status: int, reason: str, fields: Fields = ()) -> None:
-        """Report a failed request: send an error response, or abort the connection if a response was started."""
+    def _handle_error(self, request: Request, error: Exception) -> None:
+        """Respond with the error of a handler, or abort if the response has started. Do nothing if it has ended.
+
+        This is the only place that turns an error of a handler into a response. It logs an unexpected error, which
+        becomes a 500 that tells the client nothing about it.
+        """
+        if not isinstance(error, RegistryError):
+            log.failure("{method} {path} failed", method=request.method, path=request.path)
+            request.closing = True
+            error = RegistryError("internal error")
         if request.started:
             request.abort()
         elif not request.finished:
-            request.closing = True
-            request.respond(status, [*_PLAIN_TEXT, *fields], f"{reason}\n".encode())
+            try:
+                request.error_renderer(request, error)
+            except Exception as rendering_error:
+                request.error_renderer = respond_text_error
+                self._handle_error(request, rendering_error)
 
     def _feed_body(self, data: bytes) -> bytes:
         """Pass `data` to the current request body and return the bytes after its end."""
@@ -333,7 +333,7 @@ class HTTPChannel(Protocol):
     def _refuse(self, status: int, reason: str) -> None:
         """Respond to invalid input with `status` and `reason`, then close."""
         body = f"{reason}\n".encode()
-        fields = [*_PLAIN_TEXT, ("Content-Length", str(len(body))), ("Connection", "close")]
+        fields = [PLAIN_TEXT, ("Content-Length", str(len(body))), ("Connection", "close")]
         self.write(render_head(status, fields) + body)
         log.info("refused a request from {client}: {reason}", client=self.client, reason=reason)
         self._linger()

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from email.utils import formatdate
 from typing import TYPE_CHECKING, Any, Protocol
 
-from dockerproxy.errors import SizeInvalid
+from dockerproxy.errors import RegistryError, SizeInvalid
 from dockerproxy.http.headers import Headers
 from dockerproxy.http.message import RequestHead, expects_continue, render_head
 
@@ -15,6 +15,11 @@ if TYPE_CHECKING:
     from dockerproxy.http.stream import ByteStream
 
 Fields = Iterable[tuple[str, str]]
+
+ErrorRenderer = Callable[["Request", RegistryError], None]
+"""Responds with an error in the form that a surface's clients read. It is called before the response has started."""
+
+PLAIN_TEXT = ("Content-Type", "text/plain; charset=utf-8")
 
 _BODYLESS_STATUSES = frozenset({204, 304})  # RFC 9112, section 6.3
 
@@ -59,6 +64,10 @@ class Request:
     `path` and `query` come from the origin-form target and are still percent-encoded. `cache_status` is reported in the
     access log and in `X-Cache`. `host` is the host that the client addressed. Handlers set it and the access log
     reports it.
+
+    A handler raises an error instead of responding with it. The channel then aborts a response that has started, and
+    otherwise calls `error_renderer`. The handler that knows the surface of the request sets it; the default is plain
+    text.
     """
 
     __slots__ = (
@@ -72,6 +81,7 @@ class Request:
         "cache_status",
         "client",
         "closing",
+        "error_renderer",
         "finished",
         "head",
         "headers",
@@ -103,6 +113,7 @@ class Request:
         self.bytes_sent = 0  # bytes of the response body that were written
         self.finished = False
         self.closing = False  # whether the connection is closed after this response
+        self.error_renderer: ErrorRenderer = respond_text_error
 
     @property
     def started(self) -> bool:
@@ -254,6 +265,12 @@ class Request:
             self._channel.write(head + content)
         else:
             self._channel.write(head)
+
+
+def respond_text_error(request: Request, error: RegistryError) -> None:
+    """Respond with the message of `error` as plain text, because a person may read it in curl's output."""
+    request.closing = request.closing or request.method == "CONNECT" or request.has_body
+    request.respond(error.status, [PLAIN_TEXT, *error.headers], f"{error.message}\n".encode())
 
 
 class _DateField:

@@ -165,7 +165,7 @@ class HandlerFailureTests(SynchronousTestCase):
         async def handle(request: Request) -> None:
             pass
 
-        client = self.run_failing(handle, [])
+        client = self.run_failing(handle, [RuntimeError])
         self.assertEqual(client.statuses, [500])
         self.assertTrue(client.closed_cleanly)
 
@@ -173,7 +173,7 @@ class HandlerFailureTests(SynchronousTestCase):
         async def handle(request: Request) -> None:
             request.start(200, [], 5)
 
-        self.assertTrue(self.run_failing(handle, []).transport.aborted)
+        self.assertTrue(self.run_failing(handle, [RuntimeError]).transport.aborted)
 
     def test_invalid_response_fields_are_a_500(self) -> None:
         async def handle(request: Request) -> None:
@@ -193,14 +193,54 @@ class HandlerFailureTests(SynchronousTestCase):
         self.assertTrue(client.transport.aborted)
 
     def test_registry_error_becomes_the_response(self) -> None:
+        """The connection stays open, so that a client can repeat the request with a login."""
         error: RegistryError = Denied("not for you", headers=[("A", "b")])
 
         async def handle(request: Request) -> None:
             raise error
 
         client = self.run_failing(handle, [])
-        (response,) = client.responses
-        self.assertEqual((response.status, response.body, response.fields["A"]), (403, b"not for you\n", "b"))
+        for response in client.responses:
+            self.assertEqual((response.status, response.body, response.fields["A"]), (403, b"not for you\n", "b"))
+        self.assertEqual(client.statuses, [403, 403])
+        self.assertFalse(client.transport.disconnecting)
+
+    def test_errors_are_rendered_by_the_requests_renderer(self) -> None:
+        def render(request: Request, error: RegistryError) -> None:
+            request.respond(error.status, [("A", error.code)], error.message.encode())
+
+        def handler_of(error: Exception) -> Handler:
+            async def handle(request: Request) -> None:
+                request.error_renderer = render
+                raise error
+
+            return handle
+
+        (response, _) = self.run_failing(handler_of(Denied("not for you")), []).responses
+        self.assertEqual((response.status, response.body, response.fields["A"]), (403, b"not for you", "DENIED"))
+        (response,) = self.run_failing(handler_of(KeyError("secret")), [KeyError]).responses
+        self.assertEqual((response.status, response.body, response.fields["A"]), (500, b"internal error", "UNKNOWN"))
+
+    def test_error_after_the_start_of_the_response_is_not_rendered(self) -> None:
+        def render(request: Request, error: RegistryError) -> None:
+            raise AssertionError
+
+        async def handle(request: Request) -> None:
+            request.error_renderer = render
+            request.start(200, [], 5)
+            raise Denied("not for you")
+
+        client = self.run_failing(handle, [])
+        self.assertTrue(client.transport.aborted)
+        self.assertNotIn(b"not for you", client.transport.value())
+
+    def test_failing_renderer_is_a_500(self) -> None:
+        async def handle(request: Request) -> None:
+            raise Denied("not for you", headers=[("A", "b\r\nSet-Cookie: c")])
+
+        client = self.run_failing(handle, [ValueError])
+        self.assertEqual([(each.status, each.body) for each in client.responses], [(500, b"internal error\n")])
+        self.assertTrue(client.closed_cleanly)
 
     def test_cancellation_by_others_is_a_500(self) -> None:
         waiting: Deferred[None] = Deferred()
