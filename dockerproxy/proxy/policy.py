@@ -42,8 +42,8 @@ class Policy:
     def check_http_port(self, host: Host) -> None:
         """Check that a plain-HTTP request may be forwarded to the port of `host`.
 
-        All ports from 1024 are allowed here, unlike for a tunnel, because we send only HTTP requests and so the client
-        cannot speak another protocol such as SMTP.
+        Unlike for a tunnel, all ports from 1024 are allowed, because the client cannot speak another protocol such as
+        SMTP: we write the request ourselves.
         """
         if host.port != _HTTP_PORT and host.port < _FIRST_UNPRIVILEGED_PORT:
             self.check_port(host)

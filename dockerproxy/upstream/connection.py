@@ -1,8 +1,8 @@
 """One HTTP/1.1 connection to an upstream, for one exchange after the other.
 
-`twisted.web.client` is not suitable. Its connections lose a response that arrives before the request body is complete
-(a refused push), ignore bytes after a response, and read heads of any size. Its pool uses the host name alone as the
-key, so a request could use a connection to an address that its address check forbids.
+`twisted.web.client` is not suitable. Its connections lose a response that arrives before the request body is complete,
+such as a refused push. They ignore bytes after a response, and read heads of any size. Its pool uses the host name
+alone as the key, so a request could use a connection to an address that its address check forbids.
 """
 
 from __future__ import annotations
