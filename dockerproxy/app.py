@@ -35,6 +35,7 @@ from dockerproxy.http.request import Request
 from dockerproxy.http.site import ServerTimeouts, Site
 from dockerproxy.http.tls import ServerContext
 from dockerproxy.net.dial import Dialer
+from dockerproxy.net.resolver import NameResolver
 from dockerproxy.oci.names import Digest
 from dockerproxy.proxy.authority import CertificateAuthority
 from dockerproxy.proxy.direct import DirectRequestHandler
@@ -57,6 +58,7 @@ from dockerproxy.store.layout import Layout
 from dockerproxy.store.links import Links
 from dockerproxy.store.records import Records
 from dockerproxy.store.secret import load_or_create_secret
+from dockerproxy.thread_pool import BoundedThreadPool, PoolLimits
 from dockerproxy.upstream.agent import Agent
 from dockerproxy.upstream.agent import UpstreamTimeouts as UpstreamTimeouts
 from dockerproxy.upstream.authorizer import Authorizer
@@ -66,7 +68,14 @@ from dockerproxy.upstream.tls import ClientContext
 RECORDS = "records"
 """The directory of the cache's records, relative to CACHE_DIR."""
 
-_THREAD_POOL_SIZE = 20  # each download writes to the disk in a thread of its own; DNS look-ups use the pool as well
+_DISK_THREADS = 20  # the reactor's own pool: each download writes to the disk in a thread of its own
+
+_LOOKUP_LIMITS = PoolLimits(threads=16, threads_per_client=6, waiting=4000, waiting_per_client=1000, reserved_threads=4)
+"""Name look-ups. One silent name server must leave threads to other clients, and some to registries. Waiting ones cost
+little memory, and a NAT with 500 hosts behind it is one client."""
+
+_PASSWORD_PRIORITY = 10
+"""Nice value of threads that hash passwords: other work goes first, because anyone can send wrong passwords."""
 
 
 OnRequestFinished = Callable[[Request, float], None]
@@ -89,6 +98,25 @@ class SharedServices:
 
 
 @frozen
+class ThreadPools:
+    """The threads of one process for blocking work that clients can cause, apart from the disk's."""
+
+    lookups: BoundedThreadPool
+    passwords: BoundedThreadPool
+
+    @classmethod
+    def start(cls, reactor: Any, processes: int) -> ThreadPools:
+        """Return the pools of one of `processes` processes that share the cores. Hashes leave one core free."""
+        cores = len(os.sched_getaffinity(0))
+        threads = max(1, (cores - 1) // processes)
+        password_limits = PoolLimits(threads, max(1, threads // 2), waiting=2000, waiting_per_client=500)
+        return cls(
+            BoundedThreadPool.start(reactor, "name look-ups", _LOOKUP_LIMITS),
+            BoundedThreadPool.start(reactor, "password checks", password_limits, nice=_PASSWORD_PRIORITY),
+        )
+
+
+@frozen
 class ProxyServer:
     """The running parts of the server. `close` closes the connections to upstream registries."""
 
@@ -98,12 +126,13 @@ class ProxyServer:
     pull_through: PullThrough
     authorizer: Authorizer
     hosted_app: HostedRegistryApp
+    pools: ThreadPools
     close: Callable[[], Awaitable[None]]
     _reactor: Any
 
     def reconfigure(self, settings: Settings) -> None:
         """Apply `settings`. Raise `HtpasswdError` or OSError, and change nothing, if the htpasswd file is unusable."""
-        access_control = build_access_control(self._reactor, settings)  # first, because it may raise
+        access_control = build_access_control(self._reactor, settings, self.pools)  # first, because it may raise
         self.hosted_app.access_control = access_control
         self.registries.update(settings)
         self.authorizer.set_logins(settings.auth_registries)
@@ -114,15 +143,16 @@ def build_server(
     reactor: Any, settings: Settings, authority: CertificateAuthority, shared: SharedServices
 ) -> ProxyServer:
     """Build the server. Raise `SettingsError`, `HtpasswdError` or OSError."""
-    reactor.suggestThreadPoolSize(_THREAD_POOL_SIZE)
+    reactor.suggestThreadPoolSize(_DISK_THREADS)
     raise_descriptor_limit()
+    pools = ThreadPools.start(reactor, settings.workers)
     policy = Policy(settings.allow_clients, settings.tunnel_ports, settings.tunnel_allow, settings.tunnel_deny)
-    connectors = build_connectors(reactor, settings)
+    connectors = build_connectors(reactor, settings, pools)
     registries = RegistryTable(settings)
     authorizer = Authorizer(connectors.agent, time.time, policy.check_upstream, settings.auth_registries)
     pull_through = build_cache(reactor, settings, shared, registries, policy, connectors.agent, authorizer)
     api = RegistryAPI(reactor)
-    hosted_app = build_hosted_app(reactor, settings, shared, api)
+    hosted_app = build_hosted_app(reactor, settings, shared, api, pools)
     metrics_handler = partial(handle_metrics, shared)
     on_finished = partial(count_and_log, shared.metrics)
     mirror = Mirror(api, pull_through.registry, registries.mirrored, DOCKER_HUB)
@@ -156,7 +186,7 @@ def build_server(
     )
     listeners = build_listeners(reactor, settings, forward_proxy, direct_listener, authority, on_finished)
     return ProxyServer(
-        listeners, transfers, registries, pull_through, authorizer, hosted_app, connectors.agent.close, reactor
+        listeners, transfers, registries, pull_through, authorizer, hosted_app, pools, connectors.agent.close, reactor
     )
 
 
@@ -188,12 +218,14 @@ class Connectors:
     tunnel_dialer: Dialer
 
 
-def build_connectors(reactor: Any, settings: Settings) -> Connectors:
+def build_connectors(reactor: Any, settings: Settings, pools: ThreadPools) -> Connectors:
     """Build the connectors. Raise `SettingsError` if UPSTREAM_CA_FILE cannot be used."""
+    resolver = NameResolver(pools.lookups, reactor.seconds, ipv6=not settings.disable_ipv6)
 
     def dialer(connect_timeout: float) -> Dialer:
         return Dialer(
             reactor,
+            resolver,
             overrides={host: (address.name, address.port) for host, address in settings.upstream_addresses.items()},
             ipv6=not settings.disable_ipv6,
             proxy=settings.upstream_proxy,
@@ -287,14 +319,16 @@ def build_cache(
     )
 
 
-def build_hosted_app(reactor: Any, settings: Settings, shared: SharedServices, api: RegistryAPI) -> HostedRegistryApp:
+def build_hosted_app(
+    reactor: Any, settings: Settings, shared: SharedServices, api: RegistryAPI, pools: ThreadPools
+) -> HostedRegistryApp:
     """Open the hosted registry in REGISTRY_DIR. Raise `HtpasswdError`, OSError or ValueError."""
     store = HostedStore.from_layout(Layout(settings.registry_dir), locks=shared.locks)
     backend = HostedRegistry(reactor, store, PushHandler(reactor, store))
-    return HostedRegistryApp(api, backend, build_access_control(reactor, settings))
+    return HostedRegistryApp(api, backend, build_access_control(reactor, settings, pools))
 
 
-def build_access_control(reactor: Any, settings: Settings) -> AccessControl:
+def build_access_control(reactor: Any, settings: Settings, pools: ThreadPools) -> AccessControl:
     """Return the access control of the hosted registry by HTPASSWD_FILE and ANONYMOUS_PULL.
 
     Raise `HtpasswdError`, OSError or ValueError.
@@ -303,7 +337,7 @@ def build_access_control(reactor: Any, settings: Settings) -> AccessControl:
         return AllowAll()
     realm = settings.registry_hostname[0]
     secret = load_or_create_secret(settings.registry_dir / "secret")
-    users = HtpasswdFile(reactor, settings.htpasswd_file, secret, time.time)
+    users = HtpasswdFile(reactor, pools.passwords, settings.htpasswd_file, secret)
     return AnonymousPull(users, realm, secret, time.time) if settings.anonymous_pull else RequireLogin(users, realm)
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Hashable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Hashable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, Generic, Protocol, TypeVar
 
+from attrs import define, field
 from twisted.internet.defer import Deferred, DeferredLock
 from twisted.internet.threads import deferToThreadPool
 from twisted.logger import Logger
@@ -78,32 +79,56 @@ class LocalKeyedLock:
                 del self._locks[key]
 
 
-class SingleFlight(Generic[K, T]):
-    """Runs a function at most once at a time for each key; concurrent callers share the result.
+@define(eq=False)
+class _SharedCall(Generic[T]):
+    """A call in progress and its callers. `call` is None until the call has suspended for the first time."""
 
-    A cancelled caller does not cancel the work, because others may wait for it. Results are not cached.
+    waiters: list[Deferred[T]] = field(factory=list)
+    call: Deferred[None] | None = None
+
+
+class SingleFlight(Generic[K, T]):
+    """Runs one call per key at a time and gives its result to all callers. Nothing is cached afterwards.
+
+    A caller that is cancelled does not affect the call, because others may wait for it. With `cancel_abandoned`, the
+    call is cancelled with the last of its callers.
     """
 
-    def __init__(self) -> None:
-        self._in_flight: dict[K, list[Deferred[T]]] = {}
+    def __init__(self, *, cancel_abandoned: bool = False) -> None:
+        self._cancel_abandoned = cancel_abandoned
+        self._calls: dict[K, _SharedCall[T]] = {}
 
-    async def do(self, key: K, work: Callable[[], Awaitable[T]]) -> T:
-        """Call `work` and return its result. If a call for `key` is already running, return the result of that one."""
-        waiter: Deferred[T] = Deferred()
-        waiters = self._in_flight.get(key)
-        if waiters is not None:
-            waiters.append(waiter)
-        else:
-            # Add the entry before the work starts, because work that ends synchronously must find its waiters.
-            self._in_flight[key] = [waiter]
-            Deferred.fromCoroutine(self._run(key, work))
+    def __iter__(self) -> Iterator[K]:
+        """Iterate over the keys of the calls in progress."""
+        return iter(self._calls)
+
+    async def do(self, key: K, function: Callable[[], Awaitable[T]]) -> T:
+        """Return the result of `function`. If a call for `key` is in progress, wait for that one instead."""
+        shared = self._calls.get(key)
+        is_first = shared is None
+        if shared is None:
+            shared = self._calls[key] = _SharedCall()
+        waiter: Deferred[T] = Deferred(lambda waiter: self._leave(key, shared, waiter))
+        shared.waiters.append(waiter)
+        if is_first:
+            # The waiter must be registered first: the call may finish at once.
+            shared.call = Deferred.fromCoroutine(self._run(key, shared, function))
         return await waiter
 
-    async def _run(self, key: K, work: Callable[[], Awaitable[T]]) -> None:
+    async def _run(self, key: K, shared: _SharedCall[T], function: Callable[[], Awaitable[T]]) -> None:
         result: T | Failure
         try:
-            result = await work()
+            result = await function()
         except Exception:
             result = Failure()  # type: ignore[no-untyped-call]
-        for waiter in self._in_flight.pop(key):
+        if self._calls.get(key) is shared:
+            del self._calls[key]
+        for waiter in shared.waiters:
             waiter.callback(result)
+
+    def _leave(self, key: K, shared: _SharedCall[T], waiter: Deferred[T]) -> None:
+        shared.waiters.remove(waiter)
+        if self._cancel_abandoned and not shared.waiters and shared.call is not None:
+            if self._calls.get(key) is shared:
+                del self._calls[key]
+            shared.call.cancel()

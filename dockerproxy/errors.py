@@ -134,6 +134,12 @@ class TooManyRequests(RegistryError):
     status, code = 429, "TOOMANYREQUESTS"
 
 
+class ServiceOverloaded(RegistryError):
+    """Too many requests of all clients together wait for a limited resource. `headers` has Retry-After."""
+
+    status, code = 503, "UNAVAILABLE"
+
+
 class InsufficientStorage(RegistryError):
     """The disk of the proxy is full. Docker prints the status line of a 5xx, so 507 itself tells the user."""
 

@@ -110,7 +110,7 @@ class SingleFlightTests(SynchronousTestCase):
             else:
                 self.gates[-1].callback(outcome)
                 self.assertEqual(self.successResultOf(call), outcome)
-            self.assertEqual(self.single_flight._in_flight, {})
+            self.assertEqual(list(self.single_flight), [])
         self.assertEqual(len(self.gates), 3)
 
     def test_work_that_completes_synchronously(self) -> None:
@@ -152,13 +152,27 @@ class SingleFlightTests(SynchronousTestCase):
         self.gates[0].callback(7)
         self.assertEqual(self.successResultOf(late), 7)
 
+    def test_abandoned_work_is_cancelled_if_asked_for(self) -> None:
+        self.single_flight = SingleFlight(cancel_abandoned=True)
+        calls = [self.start(), self.start()]
+        calls[0].cancel()
+        self.failureResultOf(calls[0], CancelledError)
+        self.assertFalse(self.gates[0].called)
+        calls[1].cancel()
+        self.failureResultOf(calls[1], CancelledError)
+        self.assertTrue(self.gates[0].called)
+        self.assertEqual(list(self.single_flight), [])
+        late = self.start()
+        self.gates[1].callback(7)
+        self.assertEqual(self.successResultOf(late), 7)
+
     def test_failure_without_callers_is_dropped(self) -> None:
         call = self.start()
         call.cancel()
         self.failureResultOf(call, CancelledError)
         self.gates[0].errback(ValueError("trouble"))
         self.assertEqual(self.flushLoggedErrors(), [])
-        self.assertEqual(self.single_flight._in_flight, {})
+        self.assertEqual(list(self.single_flight), [])
 
     def test_second_call_starts_new_work(self) -> None:
         """A caller that calls again starts new work, because it may have rejected the first result."""

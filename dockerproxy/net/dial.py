@@ -7,21 +7,13 @@ therefore gains nothing: a second look-up, which could return another address, n
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
-from twisted.internet.address import IPv4Address, IPv6Address
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.defer import TimeoutError as DeferredTimeout
 from twisted.internet.endpoints import TCP4ClientEndpoint, TCP6ClientEndpoint
 from twisted.internet.error import ConnectError, ConnectionRefusedError, NoRouteError, TimeoutError
-from twisted.internet.interfaces import (
-    IAddress,
-    IHostResolution,
-    IProtocol,
-    IProtocolFactory,
-    IResolutionReceiver,
-    IStreamClientEndpoint,
-)
+from twisted.internet.interfaces import IProtocol, IProtocolFactory, IStreamClientEndpoint
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
@@ -35,6 +27,13 @@ AddressCheck = Callable[[str], None]
 _CONNECTION_ATTEMPT_DELAY = 0.25  # seconds until the next address is tried as well: RFC 8305, section 5
 
 
+class Resolver(Protocol):
+    """Resolves host names; see `NameResolver`."""
+
+    async def resolve(self, name: str, client: str = "") -> list[str]:
+        """Return the addresses of `name`; none if it has none. `client` is whose request needs them."""
+
+
 class Dialer:
     """Makes client endpoints for hosts.
 
@@ -45,6 +44,7 @@ class Dialer:
     def __init__(
         self,
         reactor: Any,
+        resolver: Resolver,
         *,
         overrides: Mapping[Host, tuple[str, int]] | None = None,
         ipv6: bool = True,
@@ -52,23 +52,29 @@ class Dialer:
         connect_timeout: float = 60.0,
     ) -> None:
         self._reactor = reactor
+        self._resolver = resolver
         self._overrides = dict(overrides or {})
         self._ipv6 = ipv6
         self._proxy = proxy
         self._connect_timeout = connect_timeout
 
-    def endpoint(self, host: Host, address_check: AddressCheck | None = None) -> IStreamClientEndpoint:
+    def endpoint(
+        self, host: Host, address_check: AddressCheck | None = None, client: str = ""
+    ) -> IStreamClientEndpoint:
         """Return an endpoint that connects to `host`, and only at addresses that `address_check` accepts.
 
-        If the check rejects every address, connecting fails with its first error. Other failures are
-        `UpstreamUnreachable`, `UpstreamTimeout` and `UpstreamBroken` (an invalid response of the upstream proxy); their
-        messages name the host.
+        `client` is the address of the client that chose the host, for its share of look-ups. If the check rejects every
+        address, connecting fails with its first error. Other failures are `UpstreamUnreachable`, `UpstreamTimeout` and
+        `UpstreamBroken` (an invalid response of the upstream proxy); their messages name the host. `TooManyRequests`
+        and `ServiceOverloaded` mean that too many look-ups wait.
         """
-        return _Endpoint(self, host, address_check)
+        return _Endpoint(self, host, address_check, client)
 
-    async def connect(self, host: Host, address_check: AddressCheck | None, factory: IProtocolFactory) -> IProtocol:
+    async def connect(
+        self, host: Host, address_check: AddressCheck | None, client: str, factory: IProtocolFactory
+    ) -> IProtocol:
         """Connect to `host` and return the protocol that `factory` built; see `endpoint`."""
-        work = Deferred.fromCoroutine(self._connect(host, address_check, factory))
+        work = Deferred.fromCoroutine(self._connect(host, address_check, client, factory))
         work.addTimeout(self._connect_timeout, self._reactor)
         try:
             return await work
@@ -76,7 +82,9 @@ class Dialer:
             seconds = self._connect_timeout
             raise UpstreamTimeout(f"{host.authority}: timed out, not connected after {seconds:g} s") from None
 
-    async def _connect(self, host: Host, address_check: AddressCheck | None, factory: IProtocolFactory) -> IProtocol:
+    async def _connect(
+        self, host: Host, address_check: AddressCheck | None, client: str, factory: IProtocolFactory
+    ) -> IProtocol:
         override = self._overrides.get(host)
         if override is not None:
             return await self._dial_parallel(host, [override], factory)
@@ -84,14 +92,14 @@ class Dialer:
             if address_check is not None and host.is_address:
                 address_check(host.name)
             return await self._connect_via_proxy(self._proxy, host, factory)
-        addresses = filter_addresses(await self._resolve(host), address_check)
+        addresses = filter_addresses(await self._resolve(host, client), address_check)
         return await self._dial_parallel(host, [(address, host.port) for address in addresses], factory)
 
     async def _connect_via_proxy(self, proxy: UpstreamProxy, host: Host, factory: IProtocolFactory) -> IProtocol:
         proxy_host = Host(proxy.host, proxy.port)
         connect_factory = ConnectFactory(proxy, host, factory)
         try:
-            addresses = await self._resolve(proxy_host)
+            addresses = await self._resolve(proxy_host, "")
             connection = await self._dial_parallel(
                 proxy_host, [(address, proxy_host.port) for address in addresses], connect_factory
             )
@@ -105,7 +113,7 @@ class Dialer:
             connection.transport.abortConnection()  # type: ignore[attr-defined]
             raise
 
-    async def _resolve(self, host: Host) -> list[str]:
+    async def _resolve(self, host: Host, client: str) -> list[str]:
         """Return the addresses of `host`, at least one, with IPv4 and IPv6 interleaved."""
         if host.is_address:
             if ":" in host.name and not self._ipv6:
@@ -113,10 +121,7 @@ class Dialer:
                     f"{host.authority}: cannot connect to an IPv6 address because DISABLE_IPV6 is set"
                 )
             return [host.name]
-        receiver = _ResolutionReceiver()
-        types = (IPv4Address, IPv6Address) if self._ipv6 else (IPv4Address,)
-        self._reactor.nameResolver.resolveHostName(receiver, host.name, portNumber=host.port, addressTypes=types)
-        addresses = interleave_families(await receiver.resolved, ipv6=self._ipv6)
+        addresses = interleave_families(await self._resolver.resolve(host.name, client), ipv6=self._ipv6)
         if not addresses:
             raise UpstreamUnreachable(f"{host.authority}: no such name, DNS returned no address")
         return addresses
@@ -151,14 +156,13 @@ def filter_addresses(addresses: Iterable[str], address_check: AddressCheck | Non
     return allowed
 
 
-def interleave_families(addresses: Iterable[IAddress], *, ipv6: bool) -> list[str]:
-    """Return the distinct addresses with IPv4 and IPv6 interleaved (RFC 8305, section 4)."""
-    families: dict[type, list[str]] = {}  # in the resolver's order
-    for address in addresses:
-        if isinstance(address, IPv4Address) or (isinstance(address, IPv6Address) and ipv6):
-            family = families.setdefault(type(address), [])
-            if address.host not in family:
-                family.append(address.host)
+def interleave_families(addresses: Iterable[str], *, ipv6: bool) -> list[str]:
+    """Return the distinct addresses, alternating between IPv4 and IPv6 (RFC 8305, section 4)."""
+    families: dict[bool, list[str]] = {}  # in the order in which the resolver returned them
+    for address in dict.fromkeys(addresses):
+        is_ipv6 = ":" in address
+        if ipv6 or not is_ipv6:
+            families.setdefault(is_ipv6, []).append(address)
     longest = max((len(family) for family in families.values()), default=0)
     return [family[index] for index in range(longest) for family in families.values() if index < len(family)]
 
@@ -175,31 +179,15 @@ def _explain(error: BaseException) -> str:
 
 @implementer(IStreamClientEndpoint)
 class _Endpoint:
-    def __init__(self, dialer: Dialer, host: Host, address_check: AddressCheck | None) -> None:
+    def __init__(self, dialer: Dialer, host: Host, address_check: AddressCheck | None, client: str) -> None:
         self._dialer = dialer
         self._host = host
         self._address_check = address_check
+        self._client = client
 
     def connect(self, protocolFactory: IProtocolFactory) -> Deferred[IProtocol]:
-        return Deferred.fromCoroutine(self._dialer.connect(self._host, self._address_check, protocolFactory))
-
-
-@implementer(IResolutionReceiver)
-class _ResolutionReceiver:
-    """Collects the addresses of one look-up; `resolved` fires with all of them."""
-
-    def __init__(self) -> None:
-        self._addresses: list[IAddress] = []
-        self.resolved: Deferred[list[IAddress]] = Deferred()
-
-    def resolutionBegan(self, resolutionInProgress: IHostResolution) -> None:
-        """Ignore the handle: a look-up in a thread cannot be cancelled. A caller that gives up just stops waiting."""
-
-    def addressResolved(self, address: IAddress) -> None:
-        self._addresses.append(address)
-
-    def resolutionComplete(self) -> None:
-        self.resolved.callback(self._addresses)
+        work = self._dialer.connect(self._host, self._address_check, self._client, protocolFactory)
+        return Deferred.fromCoroutine(work)
 
 
 class _HappyEyeballs:

@@ -42,6 +42,7 @@ class HTTPAgent(Protocol):
         body: Any = ...,
         *,
         address_check: AddressCheck | None = ...,
+        client: str = ...,
     ) -> ForwardedResponse: ...
 
 
@@ -143,9 +144,8 @@ class ForwardProxy:
             self.on_request_finished(request, self.clock.seconds() - started_at)
 
         tunnel = Tunnel(self.clock, self.timeouts, on_closed)
-        await self.dialer.endpoint(host, DestinationCheck(self.policy, host)).connect(
-            SingleProtocolFactory(tunnel.server)
-        )
+        endpoint = self.dialer.endpoint(host, DestinationCheck(self.policy, host), request.client)
+        await endpoint.connect(SingleProtocolFactory(tunnel.server))
         request.status, request.cache_status = 200, "PASS"
         transport, received = request.detach()
         transfer = self.transfers.add(tunnel.abort)
@@ -182,6 +182,7 @@ class ForwardProxy:
             headers,
             request_body_producer(request),
             address_check=DestinationCheck(self.policy, server.host),
+            client=request.client,
         )
         await forward_response(request, response, forwarded_fields(response.headers))
 

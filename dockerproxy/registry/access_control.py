@@ -157,14 +157,14 @@ class AnonymousPull:
 
 
 async def _authenticate(htpasswd: HtpasswdFile, request: Request) -> str:
-    """Return the user name if `request` has a correct login. Raise `Unauthorized` otherwise."""
+    """Return the user name if `request` has a correct login. Raise `Unauthorized` or `TooManyRequests` otherwise."""
     authorization = request.headers.get("authorization")
     if authorization is None:
         raise Unauthorized("authentication required")
     credentials = parse_basic(authorization)
     if credentials == BasicCredentials("", b""):  # podman and skopeo send this if they have no login
         raise Unauthorized("authentication required")
-    if credentials is None or not await htpasswd.check_password(credentials):
+    if credentials is None or not await htpasswd.check_password(credentials, request.client):
         raise Unauthorized("the user name or the password is wrong")
     return credentials.user
 

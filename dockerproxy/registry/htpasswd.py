@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import math
 import os
 import re
 from base64 import b64decode
 from binascii import Error as Base64Error
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import bcrypt
 from attrs import field, frozen
+from twisted.internet.task import deferLater
 from twisted.logger import Logger
 
-from dockerproxy.concurrency import SingleFlight, in_thread
+from dockerproxy.bounded_dict import BoundedDict
+from dockerproxy.concurrency import SingleFlight
+from dockerproxy.errors import TooManyRequests
+from dockerproxy.registry.login_throttle import LoginThrottle
 
 _HASH = re.compile(r"\$2[aby]\$(0[4-9]|[12][0-9]|3[01])\$[./A-Za-z0-9]{53}")
 _MAX_PASSWORD = 72  # bytes; bcrypt ignores the rest, and its Python library refuses longer passwords
 _CACHE_SECONDS = 300.0  # seconds for which a verified login is not hashed again
 _MAX_CACHED = 1000
 _MAX_FIELD = 4096
+_MAX_DELAY = 2.0  # seconds that a throttled login waits; a longer delay is refused with 429
 
 log = Logger()
 
@@ -71,24 +76,31 @@ def parse_htpasswd(text: str, path: Path) -> dict[str, bytes]:
     return users
 
 
+class PasswordPool(Protocol):
+    """Threads for password hashes; see `BoundedThreadPool`."""
+
+    async def run(self, function: Callable[..., Any], *args: object, client: str = "") -> Any: ...
+
+
 class HtpasswdFile:
     """Checks user names and passwords against an htpasswd file.
 
     The file is read again when it changes. If the new file is invalid, the previous users stay. A password is hashed in
-    a thread, because the cost in its hash decides how long that takes. Verified logins are remembered under a key made
-    with `secret`, so that memory holds no password.
+    `pool`, because the cost in its hash decides how long that takes. Verified logins are remembered under a key made
+    with `secret`, so that memory holds no password. `clock` is the reactor.
     """
 
-    def __init__(self, reactor: Any, path: Path, secret: bytes, clock: Callable[[], float]) -> None:
-        self._reactor = reactor
+    def __init__(self, clock: Any, pool: PasswordPool, path: Path, secret: bytes) -> None:
+        self._clock = clock
+        self._pool = pool
         self._path = path
         self._secret = secret
-        self._clock = clock
+        self._throttle = LoginThrottle(clock.seconds)
         self._users: Mapping[str, bytes] = {}
         self._dummy_hash = b""
         self._signature: tuple[int, int, int] | None = None
-        self._verified: OrderedDict[bytes, float] = OrderedDict()
-        self._checks: SingleFlight[bytes, bool] = SingleFlight()
+        self._verified: BoundedDict[bytes, bool] = BoundedDict(_MAX_CACHED, ttl=_CACHE_SECONDS, clock=clock.seconds)
+        self._checks: SingleFlight[tuple[str, bytes], bool] = SingleFlight(cancel_abandoned=True)
         self.reload()
 
     def reload(self) -> None:
@@ -112,26 +124,39 @@ class HtpasswdFile:
         self._reload_if_changed()
         return user in self._users
 
-    async def check_password(self, credentials: BasicCredentials) -> bool:
-        """Return whether user and password are correct."""
+    async def check_password(self, credentials: BasicCredentials, client: str) -> bool:
+        """Return whether user and password are correct.
+
+        `client` is the address that sent them. After a few failures its logins wait; raise `TooManyRequests` if they
+        would wait too long, or if too many of them wait already.
+        """
         self._reload_if_changed()
         key = hmac.new(self._secret, f"{credentials.user}\n".encode() + credentials.password, hashlib.sha256).digest()
-        expiry = self._verified.get(key)
-        if expiry is not None and self._clock() < expiry:
+        if self._verified.get(key):
             return True
-        return await self._checks.do(key, lambda: self._check(credentials, key))
+        await self._delay(client)
+        return await self._checks.do((client, key), lambda: self._check(credentials, key, client))
 
-    async def _check(self, credentials: BasicCredentials, key: bytes) -> bool:
+    async def _delay(self, client: str) -> None:
+        delay = self._throttle.remaining_delay(client)
+        if delay > _MAX_DELAY:
+            seconds = math.ceil(delay)
+            raise TooManyRequests(
+                f"too many failed logins from {client}: try again in {seconds} s",
+                headers=[("Retry-After", str(seconds))],
+            )
+        if delay:
+            await deferLater(self._clock, delay)
+
+    async def _check(self, credentials: BasicCredentials, key: bytes, client: str) -> bool:
         password_hash = self._users.get(credentials.user)
-        is_match: bool = await in_thread(
-            self._reactor, _matches, credentials.password, password_hash or self._dummy_hash
+        is_match: bool = await self._pool.run(
+            _matches, credentials.password, password_hash or self._dummy_hash, client=client
         )
         if not is_match or password_hash is None or self._users.get(credentials.user) != password_hash:
+            self._throttle.record_failure(client)
             return False
-        self._verified[key] = self._clock() + _CACHE_SECONDS
-        self._verified.move_to_end(key)
-        if len(self._verified) > _MAX_CACHED:
-            self._verified.popitem(last=False)
+        self._verified[key] = True
         return True
 
     def _reload_if_changed(self) -> None:

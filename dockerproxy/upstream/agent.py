@@ -60,6 +60,7 @@ class Agent:
         body: IBodyProducer | None = None,
         *,
         address_check: AddressCheck | None = None,
+        client: str = "",
     ) -> Response:
         """Send a request and return the response once its head is received. The caller reads or aborts its body.
 
@@ -77,7 +78,7 @@ class Agent:
                 return await idle.exchange(request)
             except ConnectionDropped:
                 pass
-        connection = await self._connect(key, origin, address_check)
+        connection = await self._connect(key, origin, address_check, client)
         return await connection.exchange(request)
 
     async def close(self) -> None:
@@ -102,8 +103,10 @@ class Agent:
             for waiter in waiters:
                 waiter.callback(None)
 
-    async def _connect(self, key: Hashable, origin: Registry, address_check: AddressCheck | None) -> UpstreamConnection:
-        work = Deferred.fromCoroutine(self._open_connection(key, origin, address_check))
+    async def _connect(
+        self, key: Hashable, origin: Registry, address_check: AddressCheck | None, client: str
+    ) -> UpstreamConnection:
+        work = Deferred.fromCoroutine(self._open_connection(key, origin, address_check, client))
         work.addTimeout(self._timeouts.connect, self._reactor)
         try:
             return await work
@@ -112,12 +115,12 @@ class Agent:
             raise UpstreamTimeout(f"{authority}: timed out, not connected after {seconds:g} s") from None
 
     async def _open_connection(
-        self, key: Hashable, origin: Registry, address_check: AddressCheck | None
+        self, key: Hashable, origin: Registry, address_check: AddressCheck | None, client: str
     ) -> UpstreamConnection:
         handshake = self._context.handshake(origin.host) if origin.scheme == "https" else None
         connection = UpstreamConnection(self._reactor, origin.host.authority, handshake, self._timeouts, self, key)
         factory = SingleProtocolFactory(connection) if handshake is None else TLSClientFactory(handshake, connection)
-        await self._dialer.endpoint(origin.host, address_check).connect(factory)
+        await self._dialer.endpoint(origin.host, address_check, client).connect(factory)
         self._connections.add(connection)
         try:
             await connection.ready

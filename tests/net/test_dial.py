@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from twisted.internet import reactor
-from twisted.internet.address import IPv4Address, IPv6Address
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.error import ConnectionRefusedError, NoRouteError
 from twisted.internet.protocol import Factory, Protocol
@@ -17,45 +16,20 @@ from dockerproxy.errors import DestinationForbidden, UpstreamTimeout, UpstreamUn
 from dockerproxy.net.dial import Dialer
 from dockerproxy.net.upstream_proxy import UpstreamProxy
 from dockerproxy.oci.names import Host
+from tests.support.resolvers import StaticResolver, system_resolver
 
 HOST = Host("registry.example", 5000)
 
 
-class FakeResolver:
-    """A resolver with fixed addresses. It returns at once, except that `slow.example` never returns."""
-
-    def __init__(self, addresses: dict[str, list[str]]) -> None:
-        self.addresses = addresses
-        self.queries: list[tuple[str, Any]] = []
-
-    def resolveHostName(
-        self, receiver: Any, hostName: str, portNumber: int = 0, addressTypes: Any = None, **_: Any
-    ) -> None:
-        self.queries.append((hostName, addressTypes))
-        receiver.resolutionBegan(None)
-        if hostName == "slow.example":
-            return
-        for text in self.addresses.get(hostName, []):
-            address_type = IPv6Address if ":" in text else IPv4Address
-            receiver.addressResolved(address_type("TCP", text, portNumber))
-        receiver.resolutionComplete()
-
-
-class ResolvingReactor(MemoryReactorClock):
-    nameResolver: Any = None
-
-
 class DialerTests(SynchronousTestCase):
     def setUp(self) -> None:
-        self.reactor = ResolvingReactor()
+        self.reactor = MemoryReactorClock()
         self.factory = Factory.forProtocol(Protocol)
 
     def dial(self, *addresses: str, host: Host = HOST, address_check: Any = None, **settings: Any) -> Deferred[Any]:
-        self.reactor.nameResolver = self.resolver = FakeResolver(
-            {"registry.example": list(addresses), **settings.pop("names", {})}
-        )
-        dialer = Dialer(self.reactor, connect_timeout=20, **settings)
-        return dialer.endpoint(host, address_check).connect(self.factory)
+        self.resolver = StaticResolver({"registry.example": list(addresses), **settings.pop("names", {})})
+        dialer = Dialer(self.reactor, self.resolver, connect_timeout=20, **settings)
+        return dialer.endpoint(host, address_check, "192.0.2.9").connect(self.factory)
 
     @property
     def targets(self) -> list[tuple[str, int]]:
@@ -99,10 +73,9 @@ class DialerTests(SynchronousTestCase):
         self.assertEqual(self.stopped_connecting()[1:], [True, False])
         self.assertEqual(self.reactor.getDelayedCalls(), [])
 
-    def test_disabled_ipv6_queries_and_dials_only_ipv4(self) -> None:
+    def test_disabled_ipv6_dials_only_ipv4(self) -> None:
         self.dial("2001:db8::1", "192.0.2.1", ipv6=False)
         self.assertEqual(self.targets, [("192.0.2.1", 5000)])
-        self.assertEqual(self.resolver.queries, [("registry.example", (IPv4Address,))])
 
     def test_disabled_ipv6_refuses_literal_ipv6_addresses(self) -> None:
         work = self.dial(host=Host("2001:db8::1", 443), ipv6=False)
@@ -153,7 +126,9 @@ class DialerTests(SynchronousTestCase):
         self.reactor.advance(5)
         self.assertEqual(checked, ["169.254.169.254", "192.0.2.1"])
         self.assertEqual(self.targets, [("192.0.2.1", 5000)])
-        self.assertEqual(len(self.resolver.queries), 1)  # because a second look-up could return other addresses
+        self.assertEqual(
+            self.resolver.queries, [("registry.example", "192.0.2.9")]
+        )  # because a second look-up could return other addresses
 
     def test_first_error_is_raised_if_all_addresses_are_forbidden(self) -> None:
         def address_check(address: str) -> None:
@@ -183,7 +158,7 @@ class DialerTests(SynchronousTestCase):
         names = {"proxy.example": ["192.0.2.9"]}
         work = self.dial(names=names, proxy=UpstreamProxy("proxy.example", 3128), address_check=checked.append)
         self.assertEqual(self.targets, [("192.0.2.9", 3128)])
-        self.assertEqual([name for name, _ in self.resolver.queries], ["proxy.example"])
+        self.assertEqual(self.resolver.queries, [("proxy.example", "")])  # no client chose this name
         transport = self.accept(0)
         self.assertTrue(transport.value().startswith(b"CONNECT registry.example:5000 HTTP/1.1\r\n"))
         self.assertNoResult(work)
@@ -261,7 +236,7 @@ class DialerLoopbackTests(TestCase):
         proxy_factory: Any = Factory.forProtocol(ConnectProxyProtocol)
         port = reactor.listenTCP(0, proxy_factory, interface="127.0.0.1")
         self.addCleanup(port.stopListening)
-        dialer = Dialer(reactor, proxy=UpstreamProxy("127.0.0.1", port.getHost().port))
+        dialer = Dialer(reactor, StaticResolver(), proxy=UpstreamProxy("127.0.0.1", port.getHost().port))
         protocol: Any = await dialer.endpoint(HOST).connect(Factory.forProtocol(GreetingClient))
         await protocol.complete
         self.assertTrue(proxy_factory.connect_request.startswith(b"CONNECT registry.example:5000 HTTP/1.1\r\n"))
@@ -272,7 +247,8 @@ class DialerLoopbackTests(TestCase):
         port = reactor.listenTCP(0, Factory.forProtocol(Protocol), interface="127.0.0.1")
         self.addCleanup(port.stopListening)
         addresses: list[str] = []
-        endpoint = Dialer(reactor, ipv6=False).endpoint(Host("localhost", port.getHost().port), addresses.append)
+        dialer = Dialer(reactor, system_resolver(reactor, ipv6=False), ipv6=False)
+        endpoint = dialer.endpoint(Host("localhost", port.getHost().port), addresses.append)
         protocol: Any = await endpoint.connect(Factory.forProtocol(GreetingClient))
         self.assertEqual(addresses, ["127.0.0.1"])
         protocol.transport.loseConnection()

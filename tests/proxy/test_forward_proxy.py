@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 from attrs import define, field
-from twisted.internet.address import IPv4Address, IPv6Address
 from twisted.internet.error import ConnectionDone
 from twisted.internet.testing import MemoryReactorClock, StringTransport
 from twisted.python.failure import Failure
@@ -21,6 +20,7 @@ from dockerproxy.proxy.policy import Policy
 from dockerproxy.proxy.tunnel import TunnelTimeouts
 from dockerproxy.upstream.agent import Agent, UpstreamTimeouts
 from dockerproxy.upstream.tls import ClientContext
+from tests.support.resolvers import StaticResolver
 
 QUAY = Registry.parse("quay.io")
 PLAIN = Registry.parse("http://plain.example:5000")
@@ -34,22 +34,6 @@ NAMES = {
     "six.example": ["::ffff:127.0.0.1"],
     "forbidden.example": ["192.0.2.9"],
 }
-
-
-class StaticResolver:
-    def resolveHostName(self, receiver: Any, hostName: str, portNumber: int = 0, **_: Any) -> None:
-        receiver.resolutionBegan(None)
-        if hostName == "slow.example":
-            return
-        for text in NAMES.get(hostName, []):
-            receiver.addressResolved((IPv6Address if ":" in text else IPv4Address)("TCP", text, portNumber))
-        receiver.resolutionComplete()
-
-
-class FakeNetworkReactor(MemoryReactorClock):
-    def __init__(self) -> None:
-        super().__init__()
-        self.nameResolver: Any = StaticResolver()
 
 
 def make_policy(**changes: str) -> Policy:
@@ -71,7 +55,8 @@ def make_policy(**changes: str) -> Policy:
 class ProxyHarness:
     """A forward proxy with fake handlers, and a record of the requests that they received."""
 
-    reactor: FakeNetworkReactor = field(factory=FakeNetworkReactor)
+    reactor: MemoryReactorClock = field(factory=MemoryReactorClock)
+    resolver: StaticResolver = field(factory=lambda: StaticResolver(NAMES))
     handled: list[tuple[str, str, str, str]] = field(factory=list)  # handler, method, path, query
     closed_tunnels: list[tuple[Request, float]] = field(factory=list)
     agent: Any = None
@@ -91,7 +76,7 @@ class ProxyHarness:
         def no_context(host: str) -> Any:
             raise AssertionError("no TLS in memory")
 
-        dialer = Dialer(self.reactor, connect_timeout=20)
+        dialer = Dialer(self.reactor, self.resolver, connect_timeout=20)
         return ForwardProxy(
             clock=self.reactor,
             policy=make_policy(**changes),
@@ -248,7 +233,7 @@ def test_invalid_target_is_refused(connect: Any, harness: ProxyHarness, target: 
 class ServerConnection:
     """The server side of the proxy's connection number `attempt`."""
 
-    def __init__(self, reactor: FakeNetworkReactor, attempt: int = 0) -> None:
+    def __init__(self, reactor: MemoryReactorClock, attempt: int = 0) -> None:
         self.address = reactor.tcpClients[attempt][:2]
         self.transport = StringTransport(lenient=True)
         self.protocol = reactor.tcpClients[attempt][2].buildProtocol(None)

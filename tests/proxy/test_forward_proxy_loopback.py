@@ -32,6 +32,7 @@ from dockerproxy.proxy.authority import CertificateAuthority
 from dockerproxy.proxy.forward_proxy import ForwardProxy, Interception
 from dockerproxy.proxy.policy import Policy
 from dockerproxy.proxy.tunnel import TunnelTimeouts
+from tests.support.resolvers import StaticResolver
 
 QUAY = Registry.parse("quay.io")
 PLAIN_HTTP = Registry.parse("http://plain.example:5000")
@@ -133,7 +134,9 @@ class ForwardProxyLoopbackCase(TestCase):
             ),
             interception=Interception(registries, authority.context_for, registry),
             dialer=Dialer(
-                reactor, overrides={Host("tunnel.example", self.server_port): ("127.0.0.1", self.server_port)}
+                reactor,
+                StaticResolver(),
+                overrides={Host("tunnel.example", self.server_port): ("127.0.0.1", self.server_port)},
             ),
             agent=None,  # type: ignore[arg-type]
             local=hosted,

@@ -33,7 +33,7 @@ class FakeHtpasswd:
     def __init__(self) -> None:
         self.users = {"alice"}
 
-    async def check_password(self, credentials: BasicCredentials) -> bool:
+    async def check_password(self, credentials: BasicCredentials, client: str = "") -> bool:
         return credentials.user in self.users and credentials.password == b"wonder"
 
     def has_user(self, user: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import os
 import threading
 import time
@@ -14,16 +15,19 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from twisted.internet import reactor
-from twisted.internet.defer import gatherResults
+from twisted.internet.defer import CancelledError, Deferred, gatherResults
 from twisted.internet.task import Clock
 from twisted.trial.unittest import TestCase
 
 from dockerproxy.concurrency import spawn
+from dockerproxy.errors import TooManyRequests
 from dockerproxy.oci.challenge import basic_authorization
 from dockerproxy.registry import htpasswd as module
 from dockerproxy.registry.htpasswd import BasicCredentials, HtpasswdError, HtpasswdFile, parse_basic, parse_htpasswd
+from dockerproxy.thread_pool import BoundedThreadPool, PoolLimits
 
 PATH = Path("/etc/dockerproxy/users")
+CLIENT = "192.0.2.7"
 
 
 def hash_password(password: bytes, rounds: int = 4, prefix: bytes = b"2b") -> str:
@@ -93,7 +97,11 @@ class HtpasswdFileTests(TestCase):
         self.write(alice=b"wonder", bob=b"x" * 80)
         self.clock = Clock()
         self.clock.advance(1000)
-        self.htpasswd = HtpasswdFile(reactor, self.path, b"s" * 32, self.clock.seconds)
+        self.pool = BoundedThreadPool.start(reactor, "password checks", PoolLimits(2, 1, 20, 10))
+        self.htpasswd = self.open_file()
+
+    def open_file(self) -> HtpasswdFile:
+        return HtpasswdFile(self.clock, self.pool, self.path, b"s" * 32)
 
     def write(self, **users: bytes) -> None:
         self.path.write_text("".join(f"{user}:{hash_password(password)}\n" for user, password in users.items()))
@@ -117,20 +125,22 @@ class HtpasswdFileTests(TestCase):
             ("bob", b"x" * 80, True), ("bob", b"x" * 71, False), ("", b"", False), ("alice", b"won\0der", False),
         ]:  # fmt: skip
             self.assertEqual(
-                await self.htpasswd.check_password(BasicCredentials(user, password)), expected, (user, password)
+                await self.htpasswd.check_password(BasicCredentials(user, password), f"host of {user!r} {password!r}"),
+                expected,
+                (user, password),
             )
 
     async def test_hash_is_computed_in_a_thread_and_cached(self) -> None:
         threads = self.record_hash_threads()
         for _ in range(3):
-            self.assertTrue(await self.htpasswd.check_password(BasicCredentials("alice", b"wonder")))
+            self.assertTrue(await self.htpasswd.check_password(BasicCredentials("alice", b"wonder"), CLIENT))
         self.assertEqual(len(threads), 1)
         self.assertIsNot(threads[0], threading.main_thread())
         self.clock.advance(module._CACHE_SECONDS)
-        self.assertTrue(await self.htpasswd.check_password(BasicCredentials("alice", b"wonder")))
+        self.assertTrue(await self.htpasswd.check_password(BasicCredentials("alice", b"wonder"), CLIENT))
         self.assertEqual(len(threads), 2)
         for _ in range(2):
-            self.assertFalse(await self.htpasswd.check_password(BasicCredentials("alice", b"wrong")))
+            self.assertFalse(await self.htpasswd.check_password(BasicCredentials("alice", b"wrong"), CLIENT))
         self.assertEqual(len(threads), 4)
 
     async def test_concurrent_checks_compute_once(self) -> None:
@@ -138,16 +148,17 @@ class HtpasswdFileTests(TestCase):
         results: list[bool] = []
 
         async def check() -> None:
-            results.append(await self.htpasswd.check_password(BasicCredentials("alice", b"wonder")))
+            results.append(await self.htpasswd.check_password(BasicCredentials("alice", b"wonder"), CLIENT))
 
         await gatherResults([spawn(check(), "a check") for _ in range(10)])
         self.assertEqual((results, len(threads)), ([True] * 10, 1))
 
     async def test_cache_holds_no_password_and_is_bounded(self) -> None:
         self.patch(module, "_MAX_CACHED", 2)
+        self.htpasswd = self.open_file()
         self.write(**{f"user{number}": b"wonder" for number in range(4)})
         for number in range(4):
-            self.assertTrue(await self.htpasswd.check_password(BasicCredentials(f"user{number}", b"wonder")))
+            self.assertTrue(await self.htpasswd.check_password(BasicCredentials(f"user{number}", b"wonder"), CLIENT))
         self.assertEqual(len(self.htpasswd._verified), 2)
         self.assertNotIn("wonder", repr(vars(self.htpasswd)))
 
@@ -157,27 +168,72 @@ class HtpasswdFileTests(TestCase):
         durations = {}
         for user in ("alice", "nobody"):
             start = time.thread_time(), time.perf_counter()
-            self.assertFalse(await self.htpasswd.check_password(BasicCredentials(user, b"wrong")))
+            self.assertFalse(await self.htpasswd.check_password(BasicCredentials(user, b"wrong"), CLIENT))
             durations[user] = time.perf_counter() - start[1]
         self.assertGreater(durations["nobody"], durations["alice"] / 3)
 
     async def test_file_is_reloaded_when_it_changes(self) -> None:
-        self.assertTrue(await self.htpasswd.check_password(BasicCredentials("alice", b"wonder")))
+        self.assertTrue(await self.htpasswd.check_password(BasicCredentials("alice", b"wonder"), CLIENT))
         self.write(alice=b"new", carol=b"c")
-        self.assertFalse(await self.htpasswd.check_password(BasicCredentials("alice", b"wonder")))
-        self.assertTrue(await self.htpasswd.check_password(BasicCredentials("alice", b"new")))
+        self.assertFalse(await self.htpasswd.check_password(BasicCredentials("alice", b"wonder"), CLIENT))
+        self.assertTrue(await self.htpasswd.check_password(BasicCredentials("alice", b"new"), CLIENT))
         self.assertTrue(self.htpasswd.has_user("carol"))
         self.assertFalse(self.htpasswd.has_user("bob"))
 
     async def test_broken_file_keeps_the_previous_users(self) -> None:
         self.path.write_text("alice:in the clear\n")
-        self.assertTrue(await self.htpasswd.check_password(BasicCredentials("alice", b"wonder")))
+        self.assertTrue(await self.htpasswd.check_password(BasicCredentials("alice", b"wonder"), CLIENT))
         with self.assertRaises(HtpasswdError):
             self.htpasswd.reload()
         os.unlink(self.path)
-        self.assertTrue(await self.htpasswd.check_password(BasicCredentials("alice", b"wonder")))
+        self.assertTrue(await self.htpasswd.check_password(BasicCredentials("alice", b"wonder"), CLIENT))
 
     async def test_missing_file(self) -> None:
         with self.assertRaises(HtpasswdError) as caught:
-            HtpasswdFile(reactor, Path("/no/such/file"), b"", self.clock.seconds)
+            HtpasswdFile(self.clock, self.pool, Path("/no/such/file"), b"")
         self.assertIn("HTPASSWD_FILE: /no/such/file cannot be read", str(caught.exception))
+
+    async def test_wrong_passwords_of_one_client_wait_and_are_refused_then(self) -> None:
+        threads = self.record_hash_threads()
+        wrong = [BasicCredentials("alice", b"wrong %d" % number) for number in range(20)]
+        for credentials in wrong[:5]:
+            self.assertFalse(await self.htpasswd.check_password(credentials, CLIENT))
+        delayed = Deferred.fromCoroutine(self.htpasswd.check_password(wrong[5], CLIENT))
+        self.assertEqual(len(threads), 5)
+        self.clock.advance(0.5)
+        self.assertFalse(await delayed)
+        for _ in range(2):
+            delayed = Deferred.fromCoroutine(self.htpasswd.check_password(wrong[6], CLIENT))
+            self.clock.advance(2)
+            self.assertFalse(await delayed)
+        with self.assertRaises(TooManyRequests) as caught:
+            await self.htpasswd.check_password(wrong[7], CLIENT)
+        self.assertEqual(caught.exception.message, "too many failed logins from 192.0.2.7: try again in 4 s")
+        self.assertEqual(caught.exception.headers, (("Retry-After", "4"),))
+        self.assertEqual(len(threads), 8)
+        self.assertFalse(await self.htpasswd.check_password(wrong[8], "192.0.2.2"))
+
+    async def test_a_verified_login_is_not_delayed_by_failures_of_its_address(self) -> None:
+        self.assertTrue(await self.htpasswd.check_password(BasicCredentials("alice", b"wonder"), CLIENT))
+        for number in range(9):
+            failing = Deferred.fromCoroutine(
+                self.htpasswd.check_password(BasicCredentials("alice", b"wrong %d" % number), CLIENT)
+            )
+            self.clock.advance(2)
+            with contextlib.suppress(TooManyRequests):
+                await failing
+        self.assertTrue(await self.htpasswd.check_password(BasicCredentials("alice", b"wonder"), CLIENT))
+
+    async def test_a_check_is_dropped_if_its_client_leaves_before_it_starts(self) -> None:
+        threads = self.record_hash_threads()
+        checks = [
+            Deferred.fromCoroutine(
+                self.htpasswd.check_password(BasicCredentials("alice", b"wrong %d" % number), CLIENT)
+            )
+            for number in range(4)
+        ]
+        for check in checks[1:]:
+            check.cancel()
+            check.addErrback(lambda failure: failure.trap(CancelledError))
+        self.assertFalse(await checks[0])
+        self.assertEqual((len(threads), self.pool.waiting), (1, 0))

@@ -34,6 +34,7 @@ from dockerproxy.http.headers import Headers
 from dockerproxy.net.dial import Dialer
 from dockerproxy.oci.names import Host
 from dockerproxy.upstream.agent import Agent, ClientContext, UpstreamTimeouts
+from tests.support.resolvers import StaticResolver
 
 NOW = datetime.now(UTC)
 
@@ -226,7 +227,7 @@ class AgentLoopbackCase(TestCase):
         return server, port.getHost().port
 
     def make_agent(self, overrides: Any = None, **tls: Any) -> Agent:
-        dialer = Dialer(reactor, overrides=overrides)
+        dialer = Dialer(reactor, StaticResolver(), overrides=overrides)
         agent = Agent(self.clock, dialer, ClientContext(**tls), UpstreamTimeouts(connect=20, read=30, send=40))
         self.agents.append(agent)
         return agent

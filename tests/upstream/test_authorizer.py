@@ -23,6 +23,7 @@ from dockerproxy.oci.names import Host, Registry
 from dockerproxy.upstream.agent import Agent, ClientContext, UpstreamTimeouts
 from dockerproxy.upstream.authorizer import Authorizer, remaining_lifetime
 from dockerproxy.upstream.credentials import Anonymous, BasicCredentials, ClientCredential
+from tests.support.resolvers import StaticResolver
 
 NOW = 1_700_000_000.0
 REGISTRY = Registry.parse("http://registry.example")
@@ -96,7 +97,7 @@ class AuthorizerTests(TestCase):
         self.port = reactor.listenTCP(0, self.token_server, interface="127.0.0.1")
         place = ("127.0.0.1", self.port.getHost().port)
         names = ("registry.example", "auth.example", "evil.test")
-        dialer = Dialer(reactor, overrides={Host(name, 80): place for name in names})
+        dialer = Dialer(reactor, StaticResolver(), overrides={Host(name, 80): place for name in names})
         self.agent = Agent(self.clock, dialer, ClientContext(), UpstreamTimeouts())
         self.authorizer = self.make_authorizer({REGISTRY.host: LOGIN})
 

@@ -23,6 +23,7 @@ from dockerproxy.upstream.agent import Agent, ClientContext, Response, UpstreamT
 from dockerproxy.upstream.authorizer import Authorizer
 from dockerproxy.upstream.client import UpstreamClient
 from dockerproxy.upstream.credentials import Anonymous, BasicCredentials, ClientCredential
+from tests.support.resolvers import StaticResolver
 
 REGISTRY = Registry.parse("http://registry.example")
 NAME = parse_repository("library/ubuntu")
@@ -136,7 +137,8 @@ class UpstreamClientTests(TestCase):
         self.port = reactor.listenTCP(0, self.servers, interface="127.0.0.1")
         place = ("127.0.0.1", self.port.getHost().port)
         hosts = [Host(name, port) for name in ("registry.example", "cdn.example") for port in (80, 443, 5000)]
-        dialer = Dialer(reactor, overrides=dict.fromkeys(hosts, place))
+        resolver = StaticResolver({"localhost": ["127.0.0.1", "::1"]})
+        dialer = Dialer(reactor, resolver, overrides=dict.fromkeys(hosts, place))
         self.agent = Agent(clock, dialer, ClientContext(verify=False), UpstreamTimeouts())
         self.authorizer = Authorizer(self.agent, clock.seconds, None, {REGISTRY.host: LOGIN})
         self.client = UpstreamClient(self.agent, self.authorizer, self.check_address)

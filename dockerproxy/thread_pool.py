@@ -1,0 +1,170 @@
+"""Threads for one kind of blocking work, with a bound for all clients and a share for one.
+
+Python has no non-blocking getaddrinfo, fdatasync or bcrypt, so each of them needs threads. If they shared one pool,
+slow name servers would stop disk writes. So each kind has a pool of its own, and a client that fills its share of one
+delays only itself.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Protocol, TypeVar
+
+from attrs import define, field, frozen
+from twisted.internet.defer import Deferred
+from twisted.python.failure import Failure
+from twisted.python.threadpool import ThreadPool
+
+from dockerproxy.errors import ServiceOverloaded, TooManyRequests
+
+T = TypeVar("T")
+
+_RETRY_AFTER = ("Retry-After", "1")
+
+
+class Threads(Protocol):
+    """Runs functions in threads; see `twisted.python.threadpool.ThreadPool`."""
+
+    def callInThreadWithCallback(
+        self, onResult: Callable[[bool, Any], object] | None, func: Callable[..., Any], *args: Any
+    ) -> None: ...
+
+
+class DaemonThreadPool(ThreadPool):
+    """A thread pool that the process does not wait for at exit: a look-up may block for half a minute."""
+
+    threadFactory = staticmethod(partial(threading.Thread, daemon=True))  # type: ignore[assignment]
+
+
+@frozen
+class PoolLimits:
+    """The bounds of a pool: jobs that run and jobs that wait, of all clients together and of one."""
+
+    threads: int
+    threads_per_client: int
+    waiting: int
+    waiting_per_client: int
+    reserved_threads: int = 0
+    """Threads that only jobs of the daemon itself may use."""
+
+
+@define(eq=False)
+class _Job:
+    client: str
+    call: Callable[[], Any]
+    done: Deferred[Any]
+    started: bool = False
+
+
+@define(eq=False)
+class BoundedThreadPool:
+    """Runs jobs called `name` (a plural for sentences, such as "name look-ups") in threads of its own.
+
+    Jobs wait in the reactor's thread. So a job whose Deferred is cancelled is dropped if it has not started, and jobs
+    that wait delay no shutdown. Clients take turns. `nice` is added to the threads' scheduling priority value: on Linux
+    each thread has its own.
+    """
+
+    _reactor: Any
+    name: str
+    limits: PoolLimits
+    _threads: Threads
+    _nice: int = 0
+    _queues: OrderedDict[str, deque[_Job]] = field(factory=OrderedDict, init=False)  # the next client first
+    _running: Counter[str] = field(factory=Counter, init=False)
+
+    @classmethod
+    def start(cls, reactor: Any, name: str, limits: PoolLimits, *, nice: int = 0) -> BoundedThreadPool:
+        """Return a pool with daemon threads, none of which is started before there is work."""
+        threads = DaemonThreadPool(0, limits.threads, name)
+        threads.start()
+        return cls(reactor, name, limits, threads, nice)
+
+    @property
+    def running(self) -> int:
+        """The number of jobs in threads."""
+        return self._running.total()
+
+    @property
+    def waiting(self) -> int:
+        """The number of jobs that wait for a thread."""
+        return sum(map(len, self._queues.values()))
+
+    def busiest_clients(self, count: int = 3) -> list[tuple[str, int]]:
+        """Return the clients with most jobs, running and waiting, and how many each has."""
+        jobs = Counter(self._running)
+        for client, queue in self._queues.items():
+            jobs[client] += len(queue)
+        return jobs.most_common(count)
+
+    async def run(self, function: Callable[..., T], *args: object, client: str = "") -> T:
+        """Return what `function` returns in a thread.
+
+        `client` is whom the job counts for, `""` for the daemon itself. Raise `TooManyRequests` if the client's share
+        of waiting jobs is used up, `ServiceOverloaded` if too many jobs wait in all.
+        """
+        queue = self._queues.get(client)
+        if client and queue is not None and len(queue) >= self.limits.waiting_per_client:
+            raise TooManyRequests(f"{len(queue)} {self.name} of {client} are waiting already", headers=[_RETRY_AFTER])
+        if self.waiting >= self.limits.waiting:
+            raise ServiceOverloaded(f"{self.waiting} {self.name} are waiting already", headers=[_RETRY_AFTER])
+        job = _Job(client, partial(self._in_thread, function, args), Deferred(lambda _: self._drop(job)))
+        self._queues.setdefault(client, deque()).append(job)
+        self._dispatch()
+        result: T = await job.done
+        return result
+
+    def _in_thread(self, function: Callable[..., T], args: tuple[object, ...]) -> T:
+        if self._nice:
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), self._nice)
+        return function(*args)
+
+    def _dispatch(self) -> None:
+        """Start jobs while there are threads, one of each client in turn."""
+        while self.running < self.limits.threads:
+            client = next((client for client in self._queues if self._may_start(client)), None)
+            if client is None:
+                return
+            queue = self._queues[client]
+            job = queue.popleft()
+            del self._queues[client]
+            if queue:
+                self._queues[client] = queue  # behind the others
+            job.started = True
+            self._running[client] += 1
+            on_result = partial(self._reactor.callFromThread, self._finish, job)
+            self._threads.callInThreadWithCallback(on_result, job.call)
+
+    def _may_start(self, client: str) -> bool:
+        if not client:
+            return True
+        running_for_clients = self.running - self._running[""]
+        return (
+            running_for_clients < self.limits.threads - self.limits.reserved_threads
+            and self._running[client] < self.limits.threads_per_client
+        )
+
+    def _finish(self, job: _Job, success: bool, result: Any) -> None:
+        self._running[job.client] -= 1
+        if not self._running[job.client]:
+            del self._running[job.client]
+        if not job.done.called:
+            if success:
+                job.done.callback(result)
+            else:
+                assert isinstance(result, Failure)
+                job.done.errback(result)
+        self._dispatch()
+
+    def _drop(self, job: _Job) -> None:
+        """Forget a cancelled job if it has not started; a thread cannot be interrupted."""
+        if job.started:
+            return
+        queue = self._queues[job.client]
+        queue.remove(job)
+        if not queue:
+            del self._queues[job.client]

@@ -1,0 +1,188 @@
+"""The bounds of a thread pool, each client's share, and work that is dropped. Threads run when the test says so."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from attrs import define, field
+from twisted.internet.defer import CancelledError, Deferred
+from twisted.python.failure import Failure
+
+from dockerproxy.errors import RegistryError, ServiceOverloaded, TooManyRequests
+from dockerproxy.thread_pool import BoundedThreadPool, PoolLimits
+
+
+@define(eq=False)
+class ManualThreads:
+    """Threads whose jobs the test runs; it is the reactor as well, which gets their results at once."""
+
+    jobs: list[tuple[Callable[[bool, Any], object], Callable[[], Any]]] = field(factory=list)
+
+    def callInThreadWithCallback(self, onResult: Any, func: Any, *args: Any) -> None:
+        self.jobs.append((onResult, lambda: func(*args)))
+
+    def callFromThread(self, function: Callable[..., object], *args: object) -> None:
+        function(*args)
+
+    def finish(self, index: int = 0) -> None:
+        on_result, function = self.jobs.pop(index)
+        try:
+            result, success = function(), True
+        except Exception:
+            result, success = Failure(), False
+        on_result(success, result)
+
+
+LIMITS = PoolLimits(threads=2, threads_per_client=1, waiting=5, waiting_per_client=3)
+
+
+@pytest.fixture
+def threads() -> ManualThreads:
+    return ManualThreads()
+
+
+@pytest.fixture
+def pool(threads: ManualThreads) -> BoundedThreadPool:
+    return BoundedThreadPool(threads, "look-ups", LIMITS, threads)
+
+
+def start(pool: BoundedThreadPool, function: Callable[[], Any] = lambda: None, client: str = "") -> Deferred[Any]:
+    return Deferred.fromCoroutine(pool.run(function, client=client))
+
+
+def failure_of(deferred: Deferred[Any]) -> BaseException:
+    caught: list[Failure] = []
+    deferred.addErrback(caught.append)
+    return caught[0].value
+
+
+def test_returns_the_result(pool: BoundedThreadPool, threads: ManualThreads) -> None:
+    work = start(pool, lambda: 5)
+    threads.finish()
+    assert work.result == 5
+
+
+def test_raises_what_the_function_raised(pool: BoundedThreadPool, threads: ManualThreads) -> None:
+    work = start(pool, lambda: 1 // 0)
+    threads.finish()
+    assert isinstance(failure_of(work), ZeroDivisionError)
+
+
+def test_no_more_threads_than_the_limit(pool: BoundedThreadPool, threads: ManualThreads) -> None:
+    for _ in range(4):
+        start(pool)
+    assert (pool.running, pool.waiting, len(threads.jobs)) == (2, 2, 2)
+    threads.finish()
+    assert (pool.running, pool.waiting, len(threads.jobs)) == (2, 1, 2)
+
+
+def test_one_client_leaves_threads_to_others(pool: BoundedThreadPool, threads: ManualThreads) -> None:
+    for _ in range(3):
+        start(pool, client="a")
+    assert pool.running == 1
+    start(pool, client="b")
+    assert (pool.running, pool.waiting) == (2, 2)
+
+
+def test_clients_take_turns(pool: BoundedThreadPool, threads: ManualThreads) -> None:
+    order: list[str] = []
+    for client in "aabb":
+        start(pool, lambda client=client: order.append(client), client=client)  # type: ignore[misc]
+    while threads.jobs:
+        threads.finish()
+    assert order == ["a", "b", "a", "b"]
+
+
+def test_a_client_has_a_share_of_the_queue(pool: BoundedThreadPool, threads: ManualThreads) -> None:
+    for _ in range(4):
+        start(pool, client="a")
+    error = failure_of(start(pool, client="a"))
+    assert isinstance(error, TooManyRequests)
+    assert error.message == "3 look-ups of a are waiting already"
+    assert error.headers == (("Retry-After", "1"),)
+    threads.finish()
+    assert not start(pool, client="a").called
+
+
+def test_the_queue_has_a_bound(pool: BoundedThreadPool) -> None:
+    for number in range(7):
+        start(pool, client=f"client {number}")
+    error = failure_of(start(pool, client="another"))
+    assert isinstance(error, ServiceOverloaded)
+    assert (error.status, error.message) == (503, "5 look-ups are waiting already")
+
+
+def test_the_daemon_itself_has_no_share_but_the_bound(pool: BoundedThreadPool) -> None:
+    for _ in range(7):
+        start(pool)
+    assert pool.running == 2
+    assert isinstance(failure_of(start(pool)), ServiceOverloaded)
+
+
+def test_a_waiting_job_is_dropped_if_its_client_leaves(pool: BoundedThreadPool, threads: ManualThreads) -> None:
+    calls: list[int] = []
+    first = start(pool, client="a")
+    second = start(pool, lambda: calls.append(2), client="a")
+    second.cancel()
+    assert isinstance(failure_of(second), CancelledError)
+    assert pool.waiting == 0
+    threads.finish()
+    assert first.called
+    assert (calls, threads.jobs, pool.running) == ([], [], 0)
+
+
+def test_a_running_job_ends_although_its_client_leaves(pool: BoundedThreadPool, threads: ManualThreads) -> None:
+    calls: list[int] = []
+    work = start(pool, lambda: calls.append(1), client="a")
+    work.cancel()
+    assert isinstance(failure_of(work), CancelledError)
+    assert pool.running == 1  # the thread is not free yet
+    threads.finish()
+    assert (calls, pool.running) == ([1], 0)
+
+
+def test_clients_leave_reserved_threads_to_the_daemon(threads: ManualThreads) -> None:
+    pool = BoundedThreadPool(threads, "look-ups", PoolLimits(3, 3, 9, 9, reserved_threads=1), threads)
+    for client in "abc":
+        start(pool, client=client)
+    assert (pool.running, pool.waiting) == (2, 1)
+    start(pool)
+    assert (pool.running, pool.waiting) == (3, 1)
+
+
+def test_names_the_busiest_clients(pool: BoundedThreadPool) -> None:
+    for client in ("a", "a", "a", "b", "c"):
+        start(pool, client=client)
+    assert pool.busiest_clients(2) == [("a", 3), ("b", 1)]
+
+
+def test_errors_are_the_registrys() -> None:
+    assert issubclass(ServiceOverloaded, RegistryError)
+
+
+def test_real_threads_are_daemons_with_their_own_priority() -> None:
+    results: list[Any] = []
+    arrived = threading.Event()
+
+    class Reactor:
+        def callFromThread(self, function: Callable[..., object], *args: object) -> None:
+            function(*args)
+            arrived.set()
+
+    def work() -> tuple[bool, int, str]:
+        thread = threading.current_thread()
+        return thread.daemon, os.getpriority(os.PRIO_PROCESS, threading.get_native_id()), thread.name
+
+    pool = BoundedThreadPool.start(Reactor(), "checks", PoolLimits(1, 1, 1, 1), nice=10)
+    own_priority = os.getpriority(os.PRIO_PROCESS, 0)
+    Deferred.fromCoroutine(pool.run(work)).addBoth(results.append)
+    assert arrived.wait(30)
+    daemon, priority, name = results[0]
+    assert daemon
+    assert priority == 10
+    assert "checks" in name
+    assert os.getpriority(os.PRIO_PROCESS, 0) == own_priority
