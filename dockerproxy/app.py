@@ -389,8 +389,8 @@ async def handle_metrics(shared: SharedServices, request: Request) -> None:
     """Respond with the metrics of all processes."""
     used, limit = await shared.cache_space.usage()
     gauges = [
-        ("cache_bytes", "Bytes of contents in the cache.", used),
-        ("cache_limit_bytes", "Bytes that they may take (CACHE_MAX_SIZE).", limit),
+        ("cache_bytes", "Bytes of blobs in the cache.", used),
+        ("cache_limit_bytes", "Maximum bytes of blobs in the cache (CACHE_MAX_SIZE).", limit),
     ]
     fields = [("Content-Type", CONTENT_TYPE), ("Cache-Control", "no-store")]
     request.respond(200, fields, shared.metrics.render(gauges))
