@@ -12,7 +12,6 @@ import grp
 import http.client
 import json
 import os
-import re
 import socket
 import sys
 import time
@@ -21,6 +20,7 @@ from typing import Any
 from urllib.parse import urlencode
 
 from dockerproxy import __version__
+from dockerproxy.durations import parse_duration
 from dockerproxy.terminal import Terminal, format_age, format_ago, format_count, format_size, print_table
 
 PROBLEMS, USAGE, NOT_RUNNING, NOT_FOUND, NOT_PERMITTED, BUSY, FAILED, INTERRUPTED = 1, 2, 3, 4, 5, 6, 7, 130
@@ -30,7 +30,6 @@ _HIDDEN_DIRECTORY_HINT = (
 )
 _DISCONNECTED = "the daemon closed the connection before it finished"
 _EXIT_STATUS_BY_HTTP = {400: USAGE, 404: NOT_FOUND, 409: BUSY}
-_UNIT_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 Event = dict[str, Any]
 
@@ -120,11 +119,11 @@ def _build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _duration(text: str) -> int:
-    match = re.fullmatch(r"([0-9]{1,6})([smhd]?)", text)
-    if match is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a time such as 30m or 1h")
-    return int(match[1]) * _UNIT_SECONDS[match[2] or "s"]
+def _duration(text: str) -> float:
+    try:
+        return parse_duration(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time such as 30m or 1h") from None
 
 
 # the commands

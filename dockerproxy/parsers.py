@@ -13,30 +13,18 @@ from pathlib import Path
 from types import MappingProxyType
 from urllib.parse import unquote_to_bytes, urlsplit
 
-from attrs import field, frozen
-
+from dockerproxy.durations import parse_duration
 from dockerproxy.errors import NameInvalid
 from dockerproxy.net.addresses import redacted_repr
 from dockerproxy.net.upstream_proxy import UpstreamProxy
+from dockerproxy.oci.credentials import BasicCredentials
 from dockerproxy.oci.names import Host, Registry
 
 _BOOLEANS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
-_UNIT_SECONDS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
-_DURATION_PART = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,3})?)(ms|[smhdw])")
-_DURATION = re.compile(rf"(?:{_DURATION_PART.pattern})+")
-_PLAIN_SECONDS = re.compile(r"[0-9]{1,9}(?:\.[0-9]{1,3})?")
 _MAX_PORT = 65535
 _MAX_DURATION = 100 * 365 * 86400.0
 _SIZE = re.compile(r"([0-9]{1,15})(?:([kmgt])(?:i?b)?)?", re.IGNORECASE)
 _ENDPOINT = re.compile(r"(?!tcp6?:)[a-z][a-z0-9+-]*:\S+|tcp6?:(?:\S*=\S*|(?P<port>[0-9]{1,5})(?::\S*)?)")
-
-
-@frozen
-class BasicCredentials:
-    """User and password for a registry, or for its token server."""
-
-    user: str
-    password: str = field(repr=False)
 
 
 def boolean(text: str) -> bool:
@@ -49,12 +37,10 @@ def boolean(text: str) -> bool:
 
 def duration(text: str) -> float:
     """Parse ``90s``, ``10m``, ``1h30m``, ``60d`` or plain seconds. Return seconds."""
-    if _PLAIN_SECONDS.fullmatch(text):
-        seconds = float(text)
-    elif _DURATION.fullmatch(text):
-        seconds = sum(float(number) * _UNIT_SECONDS[unit] for number, unit in _DURATION_PART.findall(text))
-    else:
-        raise ValueError(f"{redacted_repr(text)} is not a time such as 90s, 10m, 1h or 60d")
+    try:
+        seconds = parse_duration(text)
+    except ValueError:
+        raise ValueError(f"{redacted_repr(text)} is not a time such as 90s, 10m, 1h or 60d") from None
     if seconds > _MAX_DURATION:
         raise ValueError(f"{redacted_repr(text)} is a time of more than 100 years")
     return seconds

@@ -15,8 +15,8 @@ from attrs import Attribute, field, fields, frozen
 from dockerproxy import parsers
 from dockerproxy.net.addresses import AddressSet, Destinations
 from dockerproxy.net.upstream_proxy import UpstreamProxy
+from dockerproxy.oci.credentials import BasicCredentials
 from dockerproxy.oci.names import Host, Registry
-from dockerproxy.parsers import BasicCredentials
 
 DOCKER_HUB = Registry.parse("registry-1.docker.io")
 DOCKER_HUB_TOKENS = Registry.parse("auth.docker.io")

@@ -22,6 +22,7 @@ ALLOWED = {
     "errors": set(),
     "concurrency": set(),
     "bounded_dict": set(),
+    "durations": set(),
     "thread_pool": {"errors"},
     "oci": {"errors"},
     "http": {"oci", "errors"},
@@ -32,13 +33,13 @@ ALLOWED = {
     "registry": {"store", "oci", "http", "errors"},
     "proxy": {"net", "http", "oci", "errors"},
     "daemon": {"http"},
-    "parsers": {"net", "oci", "errors"},
+    "parsers": {"durations", "net", "oci", "errors"},
     "settings": {"parsers", "net", "oci", "errors"},
     "reload": {"daemon", "registry", "settings", "oci"},
     "admin": {"cache", "registry", "proxy", "store", "http", "oci", "errors"},
     "workers": {"cache", "store", "daemon", "http", "oci"},
     "terminal": set(),
-    "cli": {"__init__", "terminal"},  # it must start fast, and the daemon does the work
+    "cli": {"__init__", "durations", "terminal"},  # it must start fast, and the daemon does the work
 }
 COMPOSITION_ROOTS = {"tap", "app", "workers.process"}  # they build the daemon and may import every part
 ENTRY_POINTS = {"tap"}  # the modules that twistd loads first
@@ -59,8 +60,8 @@ UNWANTED = {
 
 # These modules do no I/O. They may not import a reactor, sockets or files.
 PURE_MODULES = {
-    "oci", "errors", "bounded_dict", "net.addresses", "proxy.policy", "registry.login_throttle", "http.headers",
-    "http.message", "upstream.http1",
+    "oci", "errors", "bounded_dict", "durations", "net.addresses", "proxy.policy", "registry.login_throttle",
+    "http.headers", "http.message", "upstream.http1",
     "upstream.retry", "upstream.urls", "cache.freshness", "store.eviction",
 }  # fmt: skip
 IO_MODULES = {

@@ -11,8 +11,8 @@ from attrs import fields
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dockerproxy.oci.credentials import BasicCredentials
 from dockerproxy.oci.names import Host, Registry
-from dockerproxy.parsers import BasicCredentials
 from dockerproxy.settings import DOCKER_HUB, DOCKER_HUB_TOKENS, Settings, SettingsError, read_env_file
 
 ROOT = Path(__file__).parent.parent

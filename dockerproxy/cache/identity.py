@@ -17,9 +17,10 @@ from pathlib import Path
 
 from attrs import define, field
 
+from dockerproxy.oci.credentials import BasicCredentials
 from dockerproxy.oci.names import Registry
 from dockerproxy.store.secret import load_or_create_secret
-from dockerproxy.upstream.credentials import Anonymous, BasicCredentials, Credential
+from dockerproxy.upstream.credentials import Anonymous, Credential
 
 PUBLIC = "public"
 """The identity of clients without a credential. Every client may read the repositories that PUBLIC may read."""

@@ -35,9 +35,10 @@ from dockerproxy.errors import (
 from dockerproxy.http.headers import Headers
 from dockerproxy.oci.challenge import Challenge
 from dockerproxy.oci.content import BlobResponse, ManifestResponse
+from dockerproxy.oci.credentials import BasicCredentials
 from dockerproxy.oci.manifests import EMPTY_INDEX, MAX_MANIFEST, OCI_INDEX, fallback_tag, filter_referrers
 from dockerproxy.oci.names import Digest, Reference, Registry, Repository
-from dockerproxy.upstream.credentials import Anonymous, BasicCredentials, ClientCredential, Credential
+from dockerproxy.upstream.credentials import Anonymous, ClientCredential, Credential
 
 
 @define

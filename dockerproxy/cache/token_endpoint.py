@@ -24,7 +24,7 @@ from dockerproxy.cache.upstream import UpstreamAgent, error_from_response, is_de
 from dockerproxy.errors import BadRequest, RegistryError, UpstreamBroken, is_outage
 from dockerproxy.http.headers import Headers
 from dockerproxy.net.dial import AddressCheck
-from dockerproxy.oci.challenge import basic_authorization
+from dockerproxy.oci.credentials import BasicCredentials
 from dockerproxy.oci.names import Host, Registry
 from dockerproxy.store.records import Records
 
@@ -51,7 +51,7 @@ class TokenRequest:
         try:
             fields = dict(parse_qsl((self.form or b"").decode("utf-8", "replace"), max_num_fields=_MAX_FORM_FIELDS))
             if "username" in fields and "password" in fields:
-                return basic_authorization(fields["username"], fields["password"])
+                return BasicCredentials(fields["username"], fields["password"]).authorization
         except ValueError:
             raise BadRequest(f"the form has more than {_MAX_FORM_FIELDS} fields, or an invalid username") from None
         refresh_token = fields.get("refresh_token")

@@ -15,6 +15,7 @@ from attrs import frozen
 
 from dockerproxy.errors import BadRequest
 from dockerproxy.http.headers import Headers
+from dockerproxy.oci.lists import TOKEN
 from dockerproxy.oci.names import Host
 
 MAX_HEAD = 32 * 1024
@@ -22,7 +23,7 @@ MAX_FIELDS = 100
 
 _CONTROL_CHARACTERS = bytes(code for code in range(128) if chr(code) != "\t" and (code < 32 or code == 127))
 _VERSIONS = {"HTTP/1.1": (1, 1), "HTTP/1.0": (1, 0)}
-_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_TOKEN = re.compile(TOKEN)
 # Visible ASCII except "#": no form of a target has a fragment (RFC 9112, section 3.2).
 _TARGET = re.compile(r"[!\"$-~]+")
 # A user and password before the host do not match, so they never appear in an error that names the host.

@@ -1,4 +1,4 @@
-"""Challenges (WWW-Authenticate) and Basic credentials.
+"""Challenges (WWW-Authenticate).
 
 RFC 9110, section 11.6.1, warns that one field may contain several challenges, and that commas separate both challenges
 and parameters. The Bearer challenge of a registry has commas within quotes too (``scope="repository:a:pull,push"``).
@@ -6,18 +6,16 @@ and parameters. The Bearer challenge of a registry has commas within quotes too 
 
 from __future__ import annotations
 
-import base64
 import re
 from collections.abc import Iterable, Mapping
 
 from attrs import evolve, field, frozen
 
-from dockerproxy.oci.lists import elements
+from dockerproxy.oci.lists import TOKEN, elements
 
-_TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _QUOTED = r'"((?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*+)"'
-_PARAMETER = re.compile(rf"({_TOKEN})[ \t]*=[ \t]*(?:({_TOKEN})|{_QUOTED})")
-_SCHEME = re.compile(rf"({_TOKEN})(?:[ \t]+(.+))?", re.DOTALL)
+_PARAMETER = re.compile(rf"({TOKEN})[ \t]*=[ \t]*(?:({TOKEN})|{_QUOTED})")
+_SCHEME = re.compile(rf"({TOKEN})(?:[ \t]+(.+))?", re.DOTALL)
 _TOKEN68 = re.compile(r"[A-Za-z0-9._~+/-]+=*")
 _QUOTABLE = re.compile(r"[\t -~\x80-\xff]*")
 
@@ -84,10 +82,3 @@ def _quote(value: str) -> str:
     if not _QUOTABLE.fullmatch(value):
         raise ValueError("a challenge parameter must not contain control characters")
     return '"' + re.sub(r'(["\\])', r"\\\1", value) + '"'
-
-
-def basic_authorization(user: str, password: str) -> str:
-    """Return the Basic Authorization value for `user` and `password`. Raise ValueError if `user` contains a colon."""
-    if ":" in user:
-        raise ValueError("a user name must not contain a colon")
-    return "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode("ascii")

@@ -1,9 +1,15 @@
-"""Comma-separated header fields (RFC 9110, section 5.6.1) whose elements may contain quoted strings."""
+"""The syntax of header fields: tokens, and comma-separated lists whose elements may contain quoted strings.
+
+RFC 9110, section 5.6.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+
+TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+"""A token (RFC 9110, section 5.6.2), as the text of a regular expression."""
 
 # Possessive, so that an unmatched quotation mark costs a single pass.
 _ELEMENT = re.compile(r'(?:[^",]++|"(?:[^"\\]++|\\.)*+")*+', re.DOTALL)

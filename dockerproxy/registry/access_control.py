@@ -12,9 +12,10 @@ from typing import Protocol
 
 from dockerproxy.errors import NameInvalid, Unauthorized, Unsupported
 from dockerproxy.http.request import Request
+from dockerproxy.oci.credentials import BasicCredentials
 from dockerproxy.oci.names import Host
 from dockerproxy.oci.routes import Kind, Target
-from dockerproxy.registry.htpasswd import BasicCredentials, HtpasswdFile, parse_basic
+from dockerproxy.registry.htpasswd import HtpasswdFile
 from dockerproxy.registry.responses import FieldList
 
 HOSTED_TOKEN_PATH = "/v2/token"
@@ -161,8 +162,8 @@ async def _authenticate(htpasswd: HtpasswdFile, request: Request) -> str:
     authorization = request.headers.get("authorization")
     if authorization is None:
         raise Unauthorized("authentication required")
-    credentials = parse_basic(authorization)
-    if credentials == BasicCredentials("", b""):  # podman and skopeo send this if they have no login
+    credentials = BasicCredentials.parse(authorization)
+    if credentials == BasicCredentials("", ""):  # podman and skopeo send this if they have no login
         raise Unauthorized("authentication required")
     if credentials is None or not await htpasswd.check_password(credentials, request.client):
         raise Unauthorized("the user name or the password is wrong")

@@ -7,27 +7,24 @@ import hmac
 import math
 import os
 import re
-from base64 import b64decode
-from binascii import Error as Base64Error
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import bcrypt
-from attrs import field, frozen
 from twisted.internet.task import deferLater
 from twisted.logger import Logger
 
 from dockerproxy.bounded_dict import BoundedDict
 from dockerproxy.concurrency import SingleFlight
 from dockerproxy.errors import TooManyRequests
+from dockerproxy.oci.credentials import BasicCredentials
 from dockerproxy.registry.login_throttle import LoginThrottle
 
 _HASH = re.compile(r"\$2[aby]\$(0[4-9]|[12][0-9]|3[01])\$[./A-Za-z0-9]{53}")
 _MAX_PASSWORD = 72  # bytes; bcrypt ignores the rest, and its Python library refuses longer passwords
 _CACHE_SECONDS = 300.0  # seconds for which a verified login is not hashed again
 _MAX_CACHED = 1000
-_MAX_FIELD = 4096
 _MAX_DELAY = 2.0  # seconds that a throttled login waits; a longer delay is refused with 429
 
 log = Logger()
@@ -35,26 +32,6 @@ log = Logger()
 
 class HtpasswdError(ValueError):
     """The htpasswd file cannot be used. The message is one sentence and contains no part of a hash."""
-
-
-@frozen
-class BasicCredentials:
-    """User and password from a Basic Authorization field (RFC 7617)."""
-
-    user: str
-    password: bytes = field(repr=False)
-
-
-def parse_basic(authorization: str) -> BasicCredentials | None:
-    """Return the credentials in an Authorization field. Return None if it is not a readable Basic field."""
-    scheme, _, encoded = authorization.partition(" ")
-    if scheme.lower() != "basic" or len(encoded) > _MAX_FIELD:
-        return None
-    try:
-        user, colon, password = b64decode(encoded.strip(), validate=True).partition(b":")
-        return BasicCredentials(user.decode("utf-8"), password) if colon else None
-    except (Base64Error, ValueError):
-        return None
 
 
 def parse_htpasswd(text: str, path: Path) -> dict[str, bytes]:
@@ -131,7 +108,9 @@ class HtpasswdFile:
         would wait too long, or if too many of them wait already.
         """
         self._reload_if_changed()
-        key = hmac.new(self._secret, f"{credentials.user}\n".encode() + credentials.password, hashlib.sha256).digest()
+        key = hmac.new(
+            self._secret, f"{credentials.user}\n".encode() + credentials.password_bytes, hashlib.sha256
+        ).digest()
         if self._verified.get(key):
             return True
         await self._delay(client)
@@ -151,7 +130,7 @@ class HtpasswdFile:
     async def _check(self, credentials: BasicCredentials, key: bytes, client: str) -> bool:
         password_hash = self._users.get(credentials.user)
         is_match: bool = await self._pool.run(
-            _matches, credentials.password, password_hash or self._dummy_hash, client=client
+            _matches, credentials.password_bytes, password_hash or self._dummy_hash, client=client
         )
         if not is_match or password_hash is None or self._users.get(credentials.user) != password_hash:
             self._throttle.record_failure(client)

@@ -20,9 +20,10 @@ from dockerproxy.errors import RegistryError, TooManyRequests, Unauthorized, Ups
 from dockerproxy.http.headers import Headers
 from dockerproxy.net.dial import AddressCheck
 from dockerproxy.oci.challenge import Challenge
+from dockerproxy.oci.credentials import BasicCredentials
 from dockerproxy.oci.names import Host, Registry
 from dockerproxy.upstream.agent import Agent, Response
-from dockerproxy.upstream.credentials import BasicCredentials, ClientCredential, Credential, Login, LoginTable
+from dockerproxy.upstream.credentials import ClientCredential, Credential, LoginTable
 from dockerproxy.upstream.urls import split_url
 
 _MAX_TOKENS = 1024
@@ -80,7 +81,7 @@ class Authorizer:
         agent: Agent,
         clock: Callable[[], float],
         address_check: AddressCheck | None,
-        logins: Mapping[Host, Login],
+        logins: Mapping[Host, BasicCredentials],
     ) -> None:
         self._agent = agent
         self._clock = clock
@@ -90,7 +91,7 @@ class Authorizer:
         self._challenges: OrderedDict[Registry, tuple[Challenge, ...]] = OrderedDict()
         self._fetches: SingleFlight[TokenKey, Authorization] = SingleFlight()
 
-    def set_logins(self, logins: Mapping[Host, Login]) -> None:
+    def set_logins(self, logins: Mapping[Host, BasicCredentials]) -> None:
         """Replace the logins of AUTH_REGISTRIES."""
         self._logins = LoginTable(logins)
 

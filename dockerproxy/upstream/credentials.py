@@ -3,30 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
 
 from attrs import field, frozen
 
-from dockerproxy.oci.challenge import basic_authorization
+from dockerproxy.oci.credentials import BasicCredentials
 from dockerproxy.oci.names import Host, Registry
 
 
 @frozen
 class Anonymous:
     """No login: the request carries no Authorization."""
-
-
-@frozen
-class BasicCredentials:
-    """A login for one registry, most often one of AUTH_REGISTRIES."""
-
-    user: str = field(repr=False)
-    password: str = field(repr=False)
-
-    @property
-    def authorization(self) -> str:
-        """The Basic value of an Authorization field."""
-        return basic_authorization(self.user, self.password)
 
 
 @frozen
@@ -39,16 +25,6 @@ class ClientCredential:
 Credential = Anonymous | BasicCredentials | ClientCredential
 
 
-class Login(Protocol):
-    """An entry of AUTH_REGISTRIES."""
-
-    @property
-    def user(self) -> str: ...
-
-    @property
-    def password(self) -> str: ...
-
-
 class LoginTable:
     """The logins of AUTH_REGISTRIES by host, and the rules about which host may receive which login.
 
@@ -58,8 +34,8 @@ class LoginTable:
     ``auth.docker.io`` as its realm and receive the token that our login there obtains.
     """
 
-    def __init__(self, logins: Mapping[Host, Login]) -> None:
-        self._by_host = {host: BasicCredentials(login.user, login.password) for host, login in logins.items()}
+    def __init__(self, logins: Mapping[Host, BasicCredentials]) -> None:
+        self._by_host = logins
 
     def effective_login(self, registry: Registry, realm: Host | None) -> BasicCredentials | None:
         """Return the login for requests to `registry`, if `realm` is the host of its token server."""

@@ -14,10 +14,11 @@ from attrs import frozen
 from dockerproxy.errors import BadRequest
 from dockerproxy.http.headers import Headers
 from dockerproxy.http.message import ChunkedDecoder
+from dockerproxy.oci.lists import TOKEN
 
 MAX_HEAD = 64 * 1024  # Go's client accepts 10 MiB, curl 300 KiB, nginx 4 to 8 KiB; signed redirects reach about 4 KiB
 
-_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_TOKEN = re.compile(TOKEN)
 _TARGET = re.compile(r"/[!\"$-~]*")
 _STATUS_LINE = re.compile(r"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: [^\r\n]*)?")
 _CONTENT_LENGTH = re.compile(r"[0-9]{1,18}")

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from dockerproxy.cache import identity as module
 from dockerproxy.cache.identity import PUBLIC, TOKEN_LIFETIME, Bindings, Identities
+from dockerproxy.oci.credentials import BasicCredentials
 from dockerproxy.oci.names import Registry
-from dockerproxy.upstream.credentials import Anonymous, BasicCredentials, ClientCredential
+from dockerproxy.upstream.credentials import Anonymous, ClientCredential
 
 HUB, OTHER = Registry.parse("registry-1.docker.io"), Registry.parse("other.example:5000")
 NOW = 1_700_000_000.0

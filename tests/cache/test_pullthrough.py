@@ -23,10 +23,11 @@ from dockerproxy.errors import (
     UpstreamUnreachable,
 )
 from dockerproxy.http.headers import Headers
-from dockerproxy.oci.challenge import basic_authorization, parse_challenges
+from dockerproxy.oci.challenge import parse_challenges
+from dockerproxy.oci.credentials import BasicCredentials
 from dockerproxy.oci.manifests import EMPTY_INDEX, MAX_MANIFEST, OCI_INDEX
 from dockerproxy.oci.names import Digest, Registry, parse_repository
-from dockerproxy.upstream.credentials import Anonymous, BasicCredentials, ClientCredential
+from dockerproxy.upstream.credentials import Anonymous, ClientCredential
 from tests.cache.support.harness import HUB, OTHER, CacheHarness, read_all
 from tests.cache.support.upstream import ScriptedResponse, error_response, raise_error, replace_with, respond_with
 
@@ -406,11 +407,11 @@ def test_plain_http_registry_with_its_own_realm(make_harness: Callable[..., Cach
 
 def test_token_flow_during_outage(harness: CacheHarness) -> None:
     """Request a token like docker, and then pull with it."""
-    fill_repository(harness, readers={ALICE, basic_authorization("alice", "pw")})
+    fill_repository(harness, readers={ALICE, BasicCredentials("alice", "pw").authorization})
     harness.upstream.on(
         "GET", "^/token", lambda request, data: ScriptedResponse(200, b'{"token":"alice","expires_in":300}')
     )
-    login = basic_authorization("alice", "pw")
+    login = BasicCredentials("alice", "pw").authorization
     harness.run(harness.pull_through.token(HUB, "service=x", login, None))
     pull(harness, ALICE)
     make_unreachable(harness)

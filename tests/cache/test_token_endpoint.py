@@ -21,7 +21,7 @@ from dockerproxy.errors import (
     UpstreamTimeout,
     UpstreamUnreachable,
 )
-from dockerproxy.oci.challenge import basic_authorization
+from dockerproxy.oci.credentials import BasicCredentials
 from dockerproxy.oci.names import Registry
 from dockerproxy.upstream.credentials import ClientCredential
 from tests.cache.support.harness import EPOCH, HUB, CacheHarness
@@ -29,7 +29,7 @@ from tests.cache.support.upstream import ScriptedResponse, raise_error, respond_
 
 REALM = Realm(Registry.parse("auth.docker.io"), "/token")
 QUERY = "service=registry.docker.io&scope=repository:library/app:pull"
-ALICE = basic_authorization("alice", "pw:with:colons")
+ALICE = BasicCredentials("alice", "pw:with:colons").authorization
 TOKEN = b'{"token":"upstreams","expires_in":300}'
 DAY = 86400
 
@@ -153,7 +153,7 @@ def test_unknown_client_gets_error_during_outage(harness: CacheHarness, failure:
     script_realm(harness, respond_with_token())
     ask(harness, ALICE)
     script_realm(harness, failure)
-    for authorization in (basic_authorization("alice", "guess"), "Basic", "Bearer x", ""):
+    for authorization in (BasicCredentials("alice", "guess").authorization, "Basic", "Bearer x", ""):
         with pytest.raises(RegistryError) as excinfo:
             ask(harness, authorization)
         assert excinfo.value.status in (429, 502, 504)

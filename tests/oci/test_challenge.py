@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dockerproxy.oci.challenge import Challenge, basic_authorization, parse_challenges
+from dockerproxy.oci.challenge import Challenge, parse_challenges
 
 tokens = st.from_regex(r"[a-z0-9!#$%&'*+.^_`|~-]{1,10}", fullmatch=True)
 values = st.text(
@@ -126,13 +126,3 @@ def test_with_parameter() -> None:
 def test_render_refuses(value: str) -> None:
     with pytest.raises(ValueError):
         Challenge("bearer", {"realm": value}).render()
-
-
-def test_basic_authorization() -> None:
-    assert basic_authorization("Aladdin", "open sesame") == "Basic QWxhZGRpbjpvcGVuIHNlc2FtZQ=="  # RFC 7617, section 2
-    assert basic_authorization("test", "123\u00a3") == "Basic dGVzdDoxMjPCow=="  # section 2.1
-
-
-def test_basic_refuses_a_colon_in_the_user() -> None:
-    with pytest.raises(ValueError):
-        basic_authorization("a:b", "c")

@@ -10,12 +10,12 @@ import pytest
 from twisted.internet.task import Clock
 
 from dockerproxy.oci.content import ManifestResponse
+from dockerproxy.oci.credentials import BasicCredentials
 from dockerproxy.oci.manifests import OCI_MANIFEST
 from dockerproxy.oci.names import Digest
 from dockerproxy.registry.access_control import AccessControl, AllowAll, AnonymousPull, RequireLogin
 from dockerproxy.registry.api import RegistryAPI
 from dockerproxy.registry.hosted_app import HostedRegistryApp, NamespaceRouter
-from dockerproxy.registry.htpasswd import BasicCredentials
 
 REALM = "docker-registry.local"
 MANIFEST = "/v2/a/manifests/1"
@@ -34,7 +34,7 @@ class FakeHtpasswd:
         self.users = {"alice"}
 
     async def check_password(self, credentials: BasicCredentials, client: str = "") -> bool:
-        return credentials.user in self.users and credentials.password == b"wonder"
+        return credentials.user in self.users and credentials.password == "wonder"
 
     def has_user(self, user: str) -> bool:
         return user in self.users

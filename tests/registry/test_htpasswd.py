@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import os
 import threading
@@ -12,8 +11,6 @@ from typing import Any
 
 import bcrypt
 import pytest
-from hypothesis import example, given
-from hypothesis import strategies as st
 from twisted.internet import reactor
 from twisted.internet.defer import CancelledError, Deferred, gatherResults
 from twisted.internet.task import Clock
@@ -21,9 +18,9 @@ from twisted.trial.unittest import TestCase
 
 from dockerproxy.concurrency import spawn
 from dockerproxy.errors import TooManyRequests
-from dockerproxy.oci.challenge import basic_authorization
+from dockerproxy.oci.credentials import BasicCredentials
 from dockerproxy.registry import htpasswd as module
-from dockerproxy.registry.htpasswd import BasicCredentials, HtpasswdError, HtpasswdFile, parse_basic, parse_htpasswd
+from dockerproxy.registry.htpasswd import HtpasswdError, HtpasswdFile, parse_htpasswd
 from dockerproxy.thread_pool import BoundedThreadPool, PoolLimits
 
 PATH = Path("/etc/dockerproxy/users")
@@ -32,40 +29,6 @@ CLIENT = "192.0.2.7"
 
 def hash_password(password: bytes, rounds: int = 4, prefix: bytes = b"2b") -> str:
     return bcrypt.hashpw(password[:72], bcrypt.gensalt(rounds)).replace(b"$2b$", b"$" + prefix + b"$").decode()
-
-
-def basic_field(text: bytes) -> str:
-    return "Basic " + base64.b64encode(text).decode()
-
-
-def test_basic() -> None:
-    assert parse_basic(basic_field(b"alice:wonder:land")) == BasicCredentials("alice", b"wonder:land")
-    assert parse_basic("bAsIc  QWxhZGRpbjpvcGVuIHNlc2FtZQ== ") == BasicCredentials("Aladdin", b"open sesame")
-    assert parse_basic(basic_field("ä:ö".encode())) == BasicCredentials("ä", "ö".encode())
-    assert parse_basic(basic_field(b"alice:").replace("Basic", "bAsIc")) == BasicCredentials("alice", b"")
-    assert "wonder" not in repr(parse_basic(basic_field(b"alice:wonder")))
-
-
-user_names = st.text(st.characters(exclude_categories=["Cs"], exclude_characters=":"))
-passwords = st.text(st.characters(exclude_categories=["Cs"]))
-
-
-@given(user_names, passwords)
-@example("_json_key", '{\n  "a": "b:c"\n}')  # Google's registry: the password contains line ends
-@example("", "")
-def test_basic_credentials_round_trip(user: str, password: str) -> None:
-    assert parse_basic(basic_authorization(user, password)) == BasicCredentials(user, password.encode())
-
-
-@pytest.mark.parametrize(
-    "field",
-    [
-        "", "YTpi", "Basic", "Basic !", "Basic é", "Basic YTp", "Basic YTpi!", "Basic YT pi", "Basic\tYTpi", "Bearer x",
-        "Basic " + base64.b64encode(b"nocolon").decode(), basic_field(b"\xff:x"), basic_field(b"a:" + b"x" * 5000),
-    ],
-)  # fmt: skip
-def test_invalid_basic(field: str) -> None:
-    assert parse_basic(field) is None
 
 
 def test_parse_htpasswd() -> None:
@@ -125,7 +88,9 @@ class HtpasswdFileTests(TestCase):
             ("bob", b"x" * 80, True), ("bob", b"x" * 71, False), ("", b"", False), ("alice", b"won\0der", False),
         ]:  # fmt: skip
             self.assertEqual(
-                await self.htpasswd.check_password(BasicCredentials(user, password), f"host of {user!r} {password!r}"),
+                await self.htpasswd.check_password(
+                    BasicCredentials(user, password.decode()), f"host of {user!r} {password!r}"
+                ),
                 expected,
                 (user, password),
             )
@@ -133,14 +98,14 @@ class HtpasswdFileTests(TestCase):
     async def test_hash_is_computed_in_a_thread_and_cached(self) -> None:
         threads = self.record_hash_threads()
         for _ in range(3):
-            self.assertTrue(await self.htpasswd.check_password(BasicCredentials("alice", b"wonder"), CLIENT))
+            self.assertTrue(await self.htpasswd.check_password(BasicCredentials("alice", "wonder"), CLIENT))
         self.assertEqual(len(threads), 1)
         self.assertIsNot(threads[0], threading.main_thread())
         self.clock.advance(module._CACHE_SECONDS)
-        self.assertTrue(await self.htpasswd.check_password(BasicCredentials("alice", b"wonder"), CLIENT))
+        self.assertTrue(await self.htpasswd.check_password(BasicCredentials("alice", "wonder"), CLIENT))
         self.assertEqual(len(threads), 2)
         for _ in range(2):
-            self.assertFalse(await self.htpasswd.check_password(BasicCredentials("alice", b"wrong"), CLIENT))
+            self.assertFalse(await self.htpasswd.check_password(BasicCredentials("alice", "wrong"), CLIENT))
         self.assertEqual(len(threads), 4)
 
     async def test_concurrent_checks_compute_once(self) -> None:
@@ -148,7 +113,7 @@ class HtpasswdFileTests(TestCase):
         results: list[bool] = []
 
         async def check() -> None:
-            results.append(await self.htpasswd.check_password(BasicCredentials("alice", b"wonder"), CLIENT))
+            results.append(await self.htpasswd.check_password(BasicCredentials("alice", "wonder"), CLIENT))
 
         await gatherResults([spawn(check(), "a check") for _ in range(10)])
         self.assertEqual((results, len(threads)), ([True] * 10, 1))
@@ -158,7 +123,7 @@ class HtpasswdFileTests(TestCase):
         self.htpasswd = self.open_file()
         self.write(**{f"user{number}": b"wonder" for number in range(4)})
         for number in range(4):
-            self.assertTrue(await self.htpasswd.check_password(BasicCredentials(f"user{number}", b"wonder"), CLIENT))
+            self.assertTrue(await self.htpasswd.check_password(BasicCredentials(f"user{number}", "wonder"), CLIENT))
         self.assertEqual(len(self.htpasswd._verified), 2)
         self.assertNotIn("wonder", repr(vars(self.htpasswd)))
 
@@ -168,25 +133,25 @@ class HtpasswdFileTests(TestCase):
         durations = {}
         for user in ("alice", "nobody"):
             start = time.thread_time(), time.perf_counter()
-            self.assertFalse(await self.htpasswd.check_password(BasicCredentials(user, b"wrong"), CLIENT))
+            self.assertFalse(await self.htpasswd.check_password(BasicCredentials(user, "wrong"), CLIENT))
             durations[user] = time.perf_counter() - start[1]
         self.assertGreater(durations["nobody"], durations["alice"] / 3)
 
     async def test_file_is_reloaded_when_it_changes(self) -> None:
-        self.assertTrue(await self.htpasswd.check_password(BasicCredentials("alice", b"wonder"), CLIENT))
+        self.assertTrue(await self.htpasswd.check_password(BasicCredentials("alice", "wonder"), CLIENT))
         self.write(alice=b"new", carol=b"c")
-        self.assertFalse(await self.htpasswd.check_password(BasicCredentials("alice", b"wonder"), CLIENT))
-        self.assertTrue(await self.htpasswd.check_password(BasicCredentials("alice", b"new"), CLIENT))
+        self.assertFalse(await self.htpasswd.check_password(BasicCredentials("alice", "wonder"), CLIENT))
+        self.assertTrue(await self.htpasswd.check_password(BasicCredentials("alice", "new"), CLIENT))
         self.assertTrue(self.htpasswd.has_user("carol"))
         self.assertFalse(self.htpasswd.has_user("bob"))
 
     async def test_broken_file_keeps_the_previous_users(self) -> None:
         self.path.write_text("alice:in the clear\n")
-        self.assertTrue(await self.htpasswd.check_password(BasicCredentials("alice", b"wonder"), CLIENT))
+        self.assertTrue(await self.htpasswd.check_password(BasicCredentials("alice", "wonder"), CLIENT))
         with self.assertRaises(HtpasswdError):
             self.htpasswd.reload()
         os.unlink(self.path)
-        self.assertTrue(await self.htpasswd.check_password(BasicCredentials("alice", b"wonder"), CLIENT))
+        self.assertTrue(await self.htpasswd.check_password(BasicCredentials("alice", "wonder"), CLIENT))
 
     async def test_missing_file(self) -> None:
         with self.assertRaises(HtpasswdError) as caught:
@@ -195,7 +160,7 @@ class HtpasswdFileTests(TestCase):
 
     async def test_wrong_passwords_of_one_client_wait_and_are_refused_then(self) -> None:
         threads = self.record_hash_threads()
-        wrong = [BasicCredentials("alice", b"wrong %d" % number) for number in range(20)]
+        wrong = [BasicCredentials("alice", f"wrong {number}") for number in range(20)]
         for credentials in wrong[:5]:
             self.assertFalse(await self.htpasswd.check_password(credentials, CLIENT))
         delayed = Deferred.fromCoroutine(self.htpasswd.check_password(wrong[5], CLIENT))
@@ -214,22 +179,20 @@ class HtpasswdFileTests(TestCase):
         self.assertFalse(await self.htpasswd.check_password(wrong[8], "192.0.2.2"))
 
     async def test_a_verified_login_is_not_delayed_by_failures_of_its_address(self) -> None:
-        self.assertTrue(await self.htpasswd.check_password(BasicCredentials("alice", b"wonder"), CLIENT))
+        self.assertTrue(await self.htpasswd.check_password(BasicCredentials("alice", "wonder"), CLIENT))
         for number in range(9):
             failing = Deferred.fromCoroutine(
-                self.htpasswd.check_password(BasicCredentials("alice", b"wrong %d" % number), CLIENT)
+                self.htpasswd.check_password(BasicCredentials("alice", f"wrong {number}"), CLIENT)
             )
             self.clock.advance(2)
             with contextlib.suppress(TooManyRequests):
                 await failing
-        self.assertTrue(await self.htpasswd.check_password(BasicCredentials("alice", b"wonder"), CLIENT))
+        self.assertTrue(await self.htpasswd.check_password(BasicCredentials("alice", "wonder"), CLIENT))
 
     async def test_a_check_is_dropped_if_its_client_leaves_before_it_starts(self) -> None:
         threads = self.record_hash_threads()
         checks = [
-            Deferred.fromCoroutine(
-                self.htpasswd.check_password(BasicCredentials("alice", b"wrong %d" % number), CLIENT)
-            )
+            Deferred.fromCoroutine(self.htpasswd.check_password(BasicCredentials("alice", f"wrong {number}"), CLIENT))
             for number in range(4)
         ]
         for check in checks[1:]:

@@ -19,10 +19,11 @@ from twisted.trial.unittest import TestCase
 from dockerproxy.errors import DestinationForbidden, TooManyRequests, Unauthorized, UpstreamBroken, UpstreamUnreachable
 from dockerproxy.net.dial import Dialer
 from dockerproxy.oci.challenge import Challenge
+from dockerproxy.oci.credentials import BasicCredentials
 from dockerproxy.oci.names import Host, Registry
 from dockerproxy.upstream.agent import Agent, ClientContext, UpstreamTimeouts
 from dockerproxy.upstream.authorizer import Authorizer, remaining_lifetime
-from dockerproxy.upstream.credentials import Anonymous, BasicCredentials, ClientCredential
+from dockerproxy.upstream.credentials import Anonymous, ClientCredential
 from tests.support.resolvers import StaticResolver
 
 NOW = 1_700_000_000.0

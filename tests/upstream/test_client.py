@@ -18,11 +18,12 @@ from dockerproxy.errors import DestinationForbidden, Unauthorized, UpstreamBroke
 from dockerproxy.http.headers import Headers
 from dockerproxy.net.dial import Dialer
 from dockerproxy.oci.challenge import Challenge
+from dockerproxy.oci.credentials import BasicCredentials
 from dockerproxy.oci.names import Host, Registry, parse_repository
 from dockerproxy.upstream.agent import Agent, ClientContext, Response, UpstreamTimeouts
 from dockerproxy.upstream.authorizer import Authorizer
 from dockerproxy.upstream.client import UpstreamClient
-from dockerproxy.upstream.credentials import Anonymous, BasicCredentials, ClientCredential
+from dockerproxy.upstream.credentials import Anonymous, ClientCredential
 from tests.support.resolvers import StaticResolver
 
 REGISTRY = Registry.parse("http://registry.example")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from dockerproxy.oci.credentials import BasicCredentials
 from dockerproxy.oci.names import Host, Registry
-from dockerproxy.upstream.credentials import Anonymous, BasicCredentials, ClientCredential, LoginTable, in_same_domain
+from dockerproxy.upstream.credentials import Anonymous, ClientCredential, LoginTable, in_same_domain
 
 HUB, AUTH, QUAY = Registry.parse("registry-1.docker.io"), Host.parse("auth.docker.io"), Registry.parse("quay.io")
 ONE, TWO = BasicCredentials("one", "pw1"), BasicCredentials("two", "pw2")

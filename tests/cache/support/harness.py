@@ -28,13 +28,14 @@ from dockerproxy.cache.upstream import Principal, UpstreamRepository
 from dockerproxy.concurrency import LocalKeyedLock, spawn
 from dockerproxy.http.headers import Headers
 from dockerproxy.oci.content import BlobResponse, ManifestResponse
+from dockerproxy.oci.credentials import BasicCredentials
 from dockerproxy.oci.names import Digest, Registry, parse_reference, parse_repository
 from dockerproxy.store.blobs import Blobs
 from dockerproxy.store.cooperative import CooperativeThread
 from dockerproxy.store.layout import Layout
 from dockerproxy.store.links import Links
 from dockerproxy.store.records import Records
-from dockerproxy.upstream.credentials import Anonymous, BasicCredentials, ClientCredential
+from dockerproxy.upstream.credentials import Anonymous, ClientCredential
 from tests.cache.support.reactor import ManualReactor
 from tests.cache.support.upstream import ScriptedUpstream
 

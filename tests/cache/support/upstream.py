@@ -16,8 +16,9 @@ from twisted.internet.task import deferLater
 from dockerproxy.errors import RegistryError, UpstreamBroken, UpstreamUnreachable
 from dockerproxy.http.headers import Headers
 from dockerproxy.http.stream import ByteStream
+from dockerproxy.oci.credentials import BasicCredentials
 from dockerproxy.oci.names import Digest, Registry, Repository
-from dockerproxy.upstream.credentials import BasicCredentials, ClientCredential, Credential
+from dockerproxy.upstream.credentials import ClientCredential, Credential
 
 OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 
