@@ -15,5 +15,5 @@ This is a benchmark, not a test: it reports figures, and fails only if a server 
 Compare CPU times first: they stay valid if the machine is busy, and if the clients are slower than the server.
 
 There are two more programs. `make soak` runs `soak`, which watches the memory and the descriptors of a daemon while
-`soak_clients` use it. `make profile` runs `profile`, which samples with perf where the daemon's CPU time goes.
+`soak_clients` use it. `make profile` runs `profile`, which samples the daemon's CPU time with perf.
 """

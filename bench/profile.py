@@ -1,4 +1,4 @@
-"""`make profile`: samples with `perf` where the daemon's CPU time goes under the loads of the benchmark.
+"""`make profile`: samples with `perf` the daemon's CPU time under the loads of the benchmark.
 
 The stack of a sample determines its category. The shares of the categories explain the limits in docs/performance.md.
 """
@@ -199,7 +199,7 @@ LOADS: dict[str, Callable[[Testbed], Path]] = {
 
 def main() -> None:
     """Sample the daemon under each load, print the shares, and save them for docs/performance.md."""
-    parser = argparse.ArgumentParser("profile", description="Sample where the daemon's CPU time goes.")
+    parser = argparse.ArgumentParser("profile", description="Sample the CPU time of the daemon.")
     parser.add_argument("--quick", action="store_true", help="use a smaller blob, to check that everything works")
     parser.add_argument(
         "--output", type=Path, default=PROFILE_FILE, help="write the table and the shares to this file (%(default)s)"

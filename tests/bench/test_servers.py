@@ -13,10 +13,10 @@ _SIZE = 64 << 20
 _PROGRAM = f"""
 import os, signal, socket, sys
 memory = bytearray(b"x") * {_SIZE}
-ours, theirs = os.pipe()
+child_end, parent_end = os.pipe()
 if not os.fork():
-    os.close(theirs)
-    os.read(ours, 1)
+    os.close(parent_end)
+    os.read(child_end, 1)
     os._exit(0)
 listening = socket.create_server(("127.0.0.1", int(sys.argv[1])))
 signal.pause()

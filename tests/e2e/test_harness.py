@@ -1,5 +1,6 @@
-"""The harness itself: clients and upstreams work together without the daemon. If these tests pass, others that fail
-show a fault of the daemon.
+"""The harness itself: clients and upstreams work together without the daemon.
+
+If these tests pass and another one fails, the fault is the daemon's.
 """
 
 from __future__ import annotations
