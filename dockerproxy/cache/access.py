@@ -13,7 +13,7 @@ from math import inf
 
 from dockerproxy.cache.best_effort import try_put
 from dockerproxy.cache.identity import PUBLIC
-from dockerproxy.cache.upstream import Principal
+from dockerproxy.cache.upstream import UpstreamPrincipal
 from dockerproxy.store.records import Records
 
 GRANT_TTL = 300.0
@@ -65,7 +65,7 @@ class Access:
         """
         return max(self._grants.get((key, identity), -inf), self._saved_grant_time(key, identity)) >= since
 
-    def had_access(self, principal: Principal) -> bool:
+    def had_access(self, principal: UpstreamPrincipal) -> bool:
         """Return whether upstream has granted access before. This is sufficient during an outage."""
         identities = (
             [principal.identity]

@@ -14,7 +14,13 @@ from dockerproxy.cache.access import GRANT_TTL, Access, AccessState
 from dockerproxy.cache.best_effort import try_link
 from dockerproxy.cache.downloads import BlobDownload, Downloads
 from dockerproxy.cache.space import CacheSpace
-from dockerproxy.cache.upstream import Principal, RegistryClient, UpstreamResponse, error_from_response, is_denial
+from dockerproxy.cache.upstream import (
+    UpstreamPrincipal,
+    RegistryClient,
+    UpstreamResponse,
+    error_from_response,
+    is_denial,
+)
 from dockerproxy.concurrency import SingleFlight
 from dockerproxy.errors import RegistryError, Unauthorized, UpstreamBroken, UpstreamError, UpstreamFailing, is_outage
 from dockerproxy.http.headers import Headers
@@ -51,7 +57,7 @@ class CachedBlobs:
         self._space = space
         self._upstream_checks: SingleFlight[tuple[object, ...], tuple[int | None, bool]] = SingleFlight()
 
-    async def get(self, principal: Principal, digest: Digest) -> BlobResponse:
+    async def get(self, principal: UpstreamPrincipal, digest: Digest) -> BlobResponse:
         """Return the blob for `principal`. Raise the error that upstream responded with, or `UpstreamError`."""
         for _ in range(_MAX_ATTEMPTS):
             response = await self._find(principal, digest)
@@ -61,7 +67,7 @@ class CachedBlobs:
             f"{digest} was evicted {_MAX_ATTEMPTS} times before it could be served; raise CACHE_MAX_SIZE"
         )
 
-    async def head(self, principal: Principal, digest: Digest) -> BlobResponse:
+    async def head(self, principal: UpstreamPrincipal, digest: Digest) -> BlobResponse:
         """Return the blob's size without fetching the blob."""
         if self._blobs.exists(digest):
             response = await self.get(principal, digest)
@@ -70,7 +76,7 @@ class CachedBlobs:
             return evolve(response, content=None)
         return BlobResponse(digest, await self._check_upstream(principal, digest, self._size_of(digest)), None, "MISS")
 
-    async def _find(self, principal: Principal, digest: Digest) -> BlobResponse | None:
+    async def _find(self, principal: UpstreamPrincipal, digest: Digest) -> BlobResponse | None:
         """Return the blob; None if the caller should try again.
 
         That is the case if the blob was evicted during the search, or if a download for another client failed.
@@ -111,17 +117,19 @@ class CachedBlobs:
         content = StoredBlobReader(self._reactor, blob, partial(self._space.unpin, digest))
         return BlobResponse(digest, blob.size, content, cache_status)
 
-    def _start_download(self, principal: Principal, digest: Digest) -> BlobDownload:
+    def _start_download(self, principal: UpstreamPrincipal, digest: Digest) -> BlobDownload:
         started_at = self._access.now()
         # A 200 does not prove access, because a captive portal answers every request with 200. Record the grant only
         # once the digest has been verified.
         return self._downloads.start(principal, digest, lambda: self._record_grant(principal, digest, started_at))
 
-    def _open_reader(self, download: BlobDownload, principal: Principal, cache_status: str) -> BlobResponse | None:
+    def _open_reader(
+        self, download: BlobDownload, principal: UpstreamPrincipal, cache_status: str
+    ) -> BlobResponse | None:
         content = download.open_reader(principal.repository)
         return None if content is None else BlobResponse(download.digest, download.size, content, cache_status)
 
-    async def _wait_started(self, download: BlobDownload, principal: Principal) -> bool:
+    async def _wait_started(self, download: BlobDownload, principal: UpstreamPrincipal) -> bool:
         """Wait until upstream has begun to send.
 
         Raise the error that upstream responded with. Return False if that error applies only to another client.
@@ -135,7 +143,7 @@ class CachedBlobs:
             raise
         return True
 
-    async def _authorize(self, principal: Principal, digest: Digest, linked: bool) -> str | None:
+    async def _authorize(self, principal: UpstreamPrincipal, digest: Digest, linked: bool) -> str | None:
         """Check that `principal` may read the present blob. Return the cache status; None if it was evicted."""
         expected_size = self._size_of(digest)
         if expected_size is None:
@@ -150,7 +158,9 @@ class CachedBlobs:
 
     # upstream access checks
 
-    async def _check_upstream(self, principal: Principal, digest: Digest, expected_size: int | None) -> int | None:
+    async def _check_upstream(
+        self, principal: UpstreamPrincipal, digest: Digest, expected_size: int | None
+    ) -> int | None:
         """Check upstream that `principal` may read the blob, sharing identical concurrent checks. Return the size.
 
         `expected_size` is the size of the cached blob. A response proves access only if it has that size.
@@ -165,7 +175,7 @@ class CachedBlobs:
         return size
 
     async def _head_upstream(
-        self, principal: Principal, digest: Digest, expected_size: int | None
+        self, principal: UpstreamPrincipal, digest: Digest, expected_size: int | None
     ) -> tuple[int | None, bool]:
         response = await self._request("HEAD", principal, digest, follow=False)
         if response.status == 200:
@@ -181,7 +191,9 @@ class CachedBlobs:
         # decides. Follow it by GET, because a signed URL may be valid for GET only.
         return await self._probe(principal, digest, expected_size)
 
-    async def _probe(self, principal: Principal, digest: Digest, expected_size: int | None) -> tuple[int | None, bool]:
+    async def _probe(
+        self, principal: UpstreamPrincipal, digest: Digest, expected_size: int | None
+    ) -> tuple[int | None, bool]:
         """Request the first byte by GET, following redirects."""
         response = await self._request("GET", principal, digest, headers=Headers([("range", "bytes=0-0")]))
         if response.status == 200:
@@ -203,7 +215,13 @@ class CachedBlobs:
         return size, expected_size is not None
 
     async def _request(
-        self, method: str, principal: Principal, digest: Digest, *, headers: Headers = _NO_HEADERS, follow: bool = True
+        self,
+        method: str,
+        principal: UpstreamPrincipal,
+        digest: Digest,
+        *,
+        headers: Headers = _NO_HEADERS,
+        follow: bool = True,
     ) -> UpstreamResponse:
         repository = principal.repository
         try:
@@ -215,7 +233,7 @@ class CachedBlobs:
             self._record_denial(principal, error)
             raise
 
-    async def _error_from(self, principal: Principal, response: UpstreamResponse) -> RegistryError:
+    async def _error_from(self, principal: UpstreamPrincipal, response: UpstreamResponse) -> RegistryError:
         error = await error_from_response(principal.repository.registry, response, "BLOB_UNKNOWN")
         self._record_denial(principal, error)
         return error
@@ -224,17 +242,17 @@ class CachedBlobs:
         download = self._downloads.get(digest)
         return self._blobs.size(digest) if download is None else download.size
 
-    async def _record_grant(self, principal: Principal, digest: Digest, granted_at: float) -> None:
+    async def _record_grant(self, principal: UpstreamPrincipal, digest: Digest, granted_at: float) -> None:
         self._access.record_grant(principal.repository.key, principal.identity, granted_at)
         if not self._links.has_layer(principal.repository.key, digest):
             await try_link(self._reactor, self._links.link_layer, principal.repository.key, digest)
 
-    def _record_denial(self, principal: Principal, error: RegistryError) -> None:
+    def _record_denial(self, principal: UpstreamPrincipal, error: RegistryError) -> None:
         if is_denial(error):
             self._access.record_denial(principal.repository.key, principal.identity)
 
 
-def _is_shared_failure(download: BlobDownload, principal: Principal, error: RegistryError) -> bool:
+def _is_shared_failure(download: BlobDownload, principal: UpstreamPrincipal, error: RegistryError) -> bool:
     """Return whether `error`, which failed `download`, is a failure of the registry itself.
 
     Such a failure would hit this principal in the same way.

@@ -30,7 +30,7 @@ from dockerproxy.cache.ingests import DownloadInfo, Ingests
 from dockerproxy.cache.reader import WITHHELD_BYTES, BlobReader
 from dockerproxy.cache.resumable import PartialTooLong, ResumableGet
 from dockerproxy.cache.space import CacheSpace
-from dockerproxy.cache.upstream import Principal, RegistryClient, UpstreamRepository
+from dockerproxy.cache.upstream import UpstreamPrincipal, RegistryClient, UpstreamRepository
 from dockerproxy.concurrency import in_thread, spawn
 from dockerproxy.errors import RegistryError, UpstreamBroken
 from dockerproxy.oci.content import VERIFY_FIRST_SIZE
@@ -69,7 +69,7 @@ class BlobDownload:
         self,
         reactor: Any,
         upstream: RegistryClient,
-        principal: Principal,
+        principal: UpstreamPrincipal,
         digest: Digest,
         space: CacheSpace,
         ingests: Ingests,
@@ -154,7 +154,7 @@ class BlobDownload:
         while self.size is None and not self.ended:
             await self.wait_changed()
 
-    def serves(self, principal: Principal, max_age: float) -> bool:
+    def serves(self, principal: UpstreamPrincipal, max_age: float) -> bool:
         """Return whether the upstream request of this download also decides for `principal`.
 
         It does if repository and identity are the same, and if the response is pending or less than `max_age` seconds
@@ -395,7 +395,7 @@ class Downloads:
         """Return the active download of `digest`, if any."""
         return self._downloads.get(digest)
 
-    def start(self, principal: Principal, digest: Digest, on_verified: OnVerified) -> BlobDownload:
+    def start(self, principal: UpstreamPrincipal, digest: Digest, on_verified: OnVerified) -> BlobDownload:
         """Start to download `digest` for `principal`. The download continues even if all readers close."""
         download = self._downloads[digest] = BlobDownload(
             self._reactor, self._upstream, principal, digest, self._space, self._ingests, on_verified, self._sync_lock

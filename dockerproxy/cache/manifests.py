@@ -12,7 +12,13 @@ from twisted.logger import Logger
 from dockerproxy.cache.access import Access, AccessState
 from dockerproxy.cache.best_effort import try_link, try_put, try_remove
 from dockerproxy.cache.freshness import Freshness
-from dockerproxy.cache.upstream import Principal, RegistryClient, UpstreamResponse, error_from_response, is_denial
+from dockerproxy.cache.upstream import (
+    UpstreamPrincipal,
+    RegistryClient,
+    UpstreamResponse,
+    error_from_response,
+    is_denial,
+)
 from dockerproxy.concurrency import KeyedLock, SingleFlight, in_thread
 from dockerproxy.errors import (
     DigestInvalid,
@@ -94,7 +100,7 @@ class CachedManifests:
         self._memory_cache = ManifestMemoryCache(clock)
 
     async def get(
-        self, principal: Principal, reference: Reference, accept: list[str], *, head: bool
+        self, principal: UpstreamPrincipal, reference: Reference, accept: list[str], *, head: bool
     ) -> ManifestResponse:
         """Return the manifest. `accept` has the client's Accept fields. Raise the error that upstream returned."""
         if isinstance(reference, Digest):
@@ -104,7 +110,7 @@ class CachedManifests:
     # by digest: the content cannot change, so only access must be checked
 
     async def _get_by_digest(
-        self, principal: Principal, digest: Digest, accept: list[str], head: bool
+        self, principal: UpstreamPrincipal, digest: Digest, accept: list[str], head: bool
     ) -> ManifestResponse:
         key = principal.repository.key
         stored_manifest = await self._load(key, digest)
@@ -122,7 +128,9 @@ class CachedManifests:
 
     # by tag: revalidated upstream, unless the entry is fresh or upstream is down
 
-    async def _get_by_tag(self, principal: Principal, tag: Tag, accept: list[str], head: bool) -> ManifestResponse:
+    async def _get_by_tag(
+        self, principal: UpstreamPrincipal, tag: Tag, accept: list[str], head: bool
+    ) -> ManifestResponse:
         key = principal.repository.key
         media_types = accept_set(accept)
         entry = self._tag_entries(key, tag).get(accept_key(media_types))
@@ -137,14 +145,19 @@ class CachedManifests:
                 raise
             return stale
 
-    def _is_fresh(self, principal: Principal, tag: Tag, entry: TagEntry) -> bool:
+    def _is_fresh(self, principal: UpstreamPrincipal, tag: Tag, entry: TagEntry) -> bool:
         return (
             self._freshness.is_fresh(tag, self._clock() - entry.checked_at)
             and self._access.state(principal.repository.key, principal.identity) is AccessState.GRANTED
         )
 
     async def _revalidate(
-        self, principal: Principal, tag: Tag, accept: list[str], stored_manifest: ManifestResponse | None, head: bool
+        self,
+        principal: UpstreamPrincipal,
+        tag: Tag,
+        accept: list[str],
+        stored_manifest: ManifestResponse | None,
+        head: bool,
     ) -> ManifestResponse:
         if stored_manifest is None and not head:
             return await self._request("GET", principal, tag, accept)
@@ -162,7 +175,7 @@ class CachedManifests:
         return head_result if head else await self._request("GET", principal, tag, accept)
 
     async def _serve_stale(
-        self, principal: Principal, tag: Tag, media_types: frozenset[str]
+        self, principal: UpstreamPrincipal, tag: Tag, media_types: frozenset[str]
     ) -> ManifestResponse | None:
         """Return a stored manifest of `tag` that the client accepts, an exact match first, then the newest.
 
@@ -184,14 +197,14 @@ class CachedManifests:
     # upstream
 
     async def _request(
-        self, method: str, principal: Principal, reference: Reference, accept: list[str]
+        self, method: str, principal: UpstreamPrincipal, reference: Reference, accept: list[str]
     ) -> ManifestResponse:
         """Request from upstream. Identical concurrent requests of the same identity share one response."""
         key = (method, principal.repository.key, str(reference), accept_key(accept_set(accept)), principal.identity)
         return await self._requests.do(key, lambda: self._request_locked(method, principal, reference, accept))
 
     async def _request_locked(
-        self, method: str, principal: Principal, reference: Reference, accept: list[str]
+        self, method: str, principal: UpstreamPrincipal, reference: Reference, accept: list[str]
     ) -> ManifestResponse:
         """Request from upstream, unless another process stored the response while this one waited for the lock."""
         started_at = self._clock()
@@ -201,7 +214,7 @@ class CachedManifests:
             return stored_manifest or await self._request_upstream(method, principal, reference, accept)
 
     async def _stored_since(
-        self, principal: Principal, reference: Reference, accept: list[str], since: float
+        self, principal: UpstreamPrincipal, reference: Reference, accept: list[str], since: float
     ) -> ManifestResponse | None:
         """Return the manifest that was stored for `principal` at the time `since` or later; None if there is none."""
         key = principal.repository.key
@@ -218,7 +231,7 @@ class CachedManifests:
         return evolve(stored_manifest, cache_status="JOINED") if stored_manifest is not None else None
 
     async def _request_upstream(
-        self, method: str, principal: Principal, reference: Reference, accept: list[str]
+        self, method: str, principal: UpstreamPrincipal, reference: Reference, accept: list[str]
     ) -> ManifestResponse:
         repository = principal.repository
         headers = Headers([("accept", value) for value in accept])
@@ -242,7 +255,7 @@ class CachedManifests:
         return await self._handle_get(principal, reference, accept, response)
 
     async def _handle_head(
-        self, principal: Principal, reference: Reference, accept: list[str], response: UpstreamResponse
+        self, principal: UpstreamPrincipal, reference: Reference, accept: list[str], response: UpstreamResponse
     ) -> ManifestResponse:
         header_digest, size, key = _digest_field(response), response.length, principal.repository.key
         await response.discard()
@@ -267,7 +280,7 @@ class CachedManifests:
         return ManifestResponse(digest, media_type, size, None, "MISS")
 
     async def _handle_get(
-        self, principal: Principal, reference: Reference, accept: list[str], response: UpstreamResponse
+        self, principal: UpstreamPrincipal, reference: Reference, accept: list[str], response: UpstreamResponse
     ) -> ManifestResponse:
         registry = principal.repository.registry
         content = await response.read_all(MAX_MANIFEST)
@@ -291,11 +304,11 @@ class CachedManifests:
             await try_link(self._reactor, self._links.set_tag, principal.repository.key, reference, digest)
         return ManifestResponse(digest, media_type, len(content), content, "MISS")
 
-    def _record_grant(self, principal: Principal) -> None:
+    def _record_grant(self, principal: UpstreamPrincipal) -> None:
         # Called only after the response has been checked, because a captive portal answers every request.
         self._access.record_grant(principal.repository.key, principal.identity, self._access.now(), write_through=True)
 
-    def _record_error(self, principal: Principal, reference: Reference, error: RegistryError) -> None:
+    def _record_error(self, principal: UpstreamPrincipal, reference: Reference, error: RegistryError) -> None:
         if is_denial(error):
             self._access.record_denial(principal.repository.key, principal.identity)
         elif error.status == 404 and isinstance(error, UpstreamRefused) and not isinstance(reference, Digest):

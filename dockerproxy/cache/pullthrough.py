@@ -17,7 +17,7 @@ from dockerproxy.cache.identity import Identities
 from dockerproxy.cache.manifests import CachedManifests
 from dockerproxy.cache.token_endpoint import TokenEndpoint, TokenRequest
 from dockerproxy.cache.upstream import (
-    Principal,
+    UpstreamPrincipal,
     RegistryClient,
     UpstreamRepository,
     UpstreamResponse,
@@ -116,13 +116,13 @@ class CachedRegistry:
             return ClientCredential(self.authorization)
         return self.cache.login_for(self.registry) or Anonymous()
 
-    async def principal(self, name: Repository) -> Principal:
+    async def principal(self, name: Repository) -> UpstreamPrincipal:
         """Return the principal for the repository `name`. Raise `Unauthorized`."""
         self._check_token()
         await self.cache.challenges.ensure_known(self.registry)
         credential = self.credential
         identity = self.cache.identities.for_credential(self.registry, credential)
-        return Principal(UpstreamRepository(self.registry, name, credential), identity, self.fallback_identity)
+        return UpstreamPrincipal(UpstreamRepository(self.registry, name, credential), identity, self.fallback_identity)
 
     async def manifest(
         self, name: Repository, reference: Reference, accept: list[str], *, head: bool

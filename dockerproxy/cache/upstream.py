@@ -116,7 +116,7 @@ def is_denial(error: RegistryError) -> bool:
 
 
 @frozen
-class Principal:
+class UpstreamPrincipal:
     """A client that requests something from one repository.
 
     `repository` includes the credential that is used upstream for this client. Grants are recorded under `identity`.

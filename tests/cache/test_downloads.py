@@ -13,7 +13,7 @@ from twisted.internet.defer import Deferred
 
 from dockerproxy.cache.downloads import BlobDownload
 from dockerproxy.cache.ingests import Ingests
-from dockerproxy.cache.upstream import Principal, UpstreamRepository
+from dockerproxy.cache.upstream import UpstreamPrincipal, UpstreamRepository
 from dockerproxy.errors import RegistryError, UpstreamBroken, UpstreamError, UpstreamFailing, UpstreamRefused
 from dockerproxy.oci.names import Digest
 from dockerproxy.store.blobs import read_cached
@@ -63,7 +63,7 @@ def start(
     repository: UpstreamRepository | None = None,
     on_verified: Any = None,
 ) -> BlobDownload:
-    principal = harness.principal() if repository is None else Principal(repository, "someone")
+    principal = harness.principal() if repository is None else UpstreamPrincipal(repository, "someone")
     download = harness.downloads.start(principal, digest, on_verified or do_nothing)
     harness.reactor.run_due_calls()
     return download

@@ -24,7 +24,7 @@ from dockerproxy.cache.manifests import CachedManifests
 from dockerproxy.cache.pullthrough import CachedRegistry, PullThrough
 from dockerproxy.cache.space import CacheSpaceManager
 from dockerproxy.cache.token_endpoint import TokenEndpoint
-from dockerproxy.cache.upstream import Principal, UpstreamRepository
+from dockerproxy.cache.upstream import UpstreamPrincipal, UpstreamRepository
 from dockerproxy.concurrency import LocalKeyedLock, spawn
 from dockerproxy.http.headers import Headers
 from dockerproxy.oci.content import BlobResponse, ManifestResponse
@@ -152,9 +152,9 @@ class CacheHarness:
 
     def principal(
         self, name: str = "library/app", registry: Registry = HUB, authorization: str | None = None
-    ) -> Principal:
+    ) -> UpstreamPrincipal:
         repository = self.repository(name, registry, authorization)
-        return Principal(repository, self.identities.for_credential(registry, repository.credential))
+        return UpstreamPrincipal(repository, self.identities.for_credential(registry, repository.credential))
 
     def blob(
         self, digest: Digest, name: str = "library/app", authorization: str | None = None, *, head: bool = False,
