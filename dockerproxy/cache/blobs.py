@@ -15,8 +15,8 @@ from dockerproxy.cache.best_effort import try_link
 from dockerproxy.cache.downloads import BlobDownload, Downloads
 from dockerproxy.cache.space import CacheSpace
 from dockerproxy.cache.upstream import (
-    UpstreamPrincipal,
     RegistryClient,
+    UpstreamPrincipal,
     UpstreamResponse,
     error_from_response,
     is_denial,

@@ -13,8 +13,8 @@ from dockerproxy.cache.access import Access, AccessState
 from dockerproxy.cache.best_effort import try_link, try_put, try_remove
 from dockerproxy.cache.freshness import Freshness
 from dockerproxy.cache.upstream import (
-    UpstreamPrincipal,
     RegistryClient,
+    UpstreamPrincipal,
     UpstreamResponse,
     error_from_response,
     is_denial,

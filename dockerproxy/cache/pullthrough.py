@@ -17,8 +17,8 @@ from dockerproxy.cache.identity import Identities
 from dockerproxy.cache.manifests import CachedManifests
 from dockerproxy.cache.token_endpoint import TokenEndpoint, TokenRequest
 from dockerproxy.cache.upstream import (
-    UpstreamPrincipal,
     RegistryClient,
+    UpstreamPrincipal,
     UpstreamRepository,
     UpstreamResponse,
     error_from_response,
