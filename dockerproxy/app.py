@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import resource
@@ -52,21 +51,15 @@ from dockerproxy.registry.push import PushHandler
 from dockerproxy.reload import RegistryTable
 from dockerproxy.settings import DOCKER_HUB, Settings, SettingsError
 from dockerproxy.store.blobs import Blobs
-from dockerproxy.store.files import Staging
 from dockerproxy.store.hosted_store import HostedStore
-from dockerproxy.store.layout import Layout
 from dockerproxy.store.links import Links
-from dockerproxy.store.records import Records
-from dockerproxy.store.secret import load_or_create_secret
+from dockerproxy.store.state_directory import StateDirectory
 from dockerproxy.thread_pool import BoundedThreadPool, PoolLimits
 from dockerproxy.upstream.agent import Agent
 from dockerproxy.upstream.agent import UpstreamTimeouts as UpstreamTimeouts
 from dockerproxy.upstream.authorizer import Authorizer
 from dockerproxy.upstream.client import UpstreamClient
 from dockerproxy.upstream.tls import ClientContext
-
-RECORDS = "records"
-"""The directory of the cache's records, relative to CACHE_DIR."""
 
 _DISK_THREADS = 20  # the reactor's own pool: each download writes to the disk in a thread of its own
 
@@ -84,12 +77,13 @@ OnRequestFinished = Callable[[Request, float], None]
 
 @frozen
 class SharedServices:
-    """Services that all processes of the daemon share.
+    """The state and the services that all processes of the daemon share.
 
     `metrics` counts the requests of this process and renders the sum over all processes. `bindings` maps issued tokens
     to the clients they were issued to. `multi_process` is true if the daemon has several processes.
     """
 
+    state: StateDirectory
     cache_space: CacheSpace
     metrics: Metrics
     locks: KeyedLock = field(factory=LocalKeyedLock)
@@ -127,12 +121,14 @@ class ProxyServer:
     authorizer: Authorizer
     hosted_app: HostedRegistryApp
     pools: ThreadPools
+    state: StateDirectory
     close: Callable[[], Awaitable[None]]
     _reactor: Any
 
     def reconfigure(self, settings: Settings) -> None:
         """Apply `settings`. Raise `HtpasswdError` or OSError, and change nothing, if the htpasswd file is unusable."""
-        access_control = build_access_control(self._reactor, settings, self.pools)  # first, because it may raise
+        # First, because it may raise.
+        access_control = build_access_control(self._reactor, settings, self.pools, self.state)
         self.hosted_app.access_control = access_control
         self.registries.update(settings)
         self.authorizer.set_logins(settings.auth_registries)
@@ -186,7 +182,16 @@ def build_server(
     )
     listeners = build_listeners(reactor, settings, forward_proxy, direct_listener, authority, on_finished)
     return ProxyServer(
-        listeners, transfers, registries, pull_through, authorizer, hosted_app, pools, connectors.agent.close, reactor
+        listeners,
+        transfers,
+        registries,
+        pull_through,
+        authorizer,
+        hosted_app,
+        pools,
+        shared.state,
+        connectors.agent.close,
+        reactor,
     )
 
 
@@ -243,19 +248,6 @@ def build_connectors(reactor: Any, settings: Settings, pools: ThreadPools) -> Co
     return Connectors(agent, dialer(settings.proxy_connect_connect_timeout))
 
 
-def prepare_state_directories(settings: Settings) -> None:
-    """Create the directories of the stores, and delete the temporary files that a crash left behind.
-
-    Only the main process may call this, before it forks: it would delete the files of running workers. Raise OSError.
-    """
-    for root in (settings.cache_dir, settings.registry_dir):
-        root.mkdir(parents=True, exist_ok=True)
-        if not os.access(root, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(root))
-        Staging(Layout(root).staging).clear()
-    Records(settings.cache_dir / RECORDS).clear_staging()
-
-
 def build_cache(
     reactor: Any,
     settings: Settings,
@@ -265,10 +257,9 @@ def build_cache(
     agent: Agent,
     authorizer: Authorizer,
 ) -> PullThrough:
-    """Open the cache in CACHE_DIR. Raise OSError."""
-    layout, cache_space = Layout(settings.cache_dir), shared.cache_space
-    records = Records(settings.cache_dir / RECORDS)
-    identities = Identities.open(settings.cache_dir / "secret", shared.bindings)
+    """Build the cache in CACHE_DIR."""
+    layout, records, cache_space = shared.state.cache, shared.state.records, shared.cache_space
+    identities = Identities(shared.state.cache_secret, shared.bindings)
     blobs, links = Blobs(layout, durable=False), Links(layout, durable=False)
     upstream = UpstreamClient(agent, authorizer, policy.check_upstream)
     challenges = Challenges(agent, records, registries.intercepted, authorizer.add_challenges, time.time)
@@ -322,21 +313,20 @@ def build_cache(
 def build_hosted_app(
     reactor: Any, settings: Settings, shared: SharedServices, api: RegistryAPI, pools: ThreadPools
 ) -> HostedRegistryApp:
-    """Open the hosted registry in REGISTRY_DIR. Raise `HtpasswdError`, OSError or ValueError."""
-    store = HostedStore.from_layout(Layout(settings.registry_dir), locks=shared.locks)
+    """Build the hosted registry in REGISTRY_DIR. Raise `HtpasswdError`, OSError or ValueError."""
+    store = HostedStore.from_layout(shared.state.registry, locks=shared.locks)
     backend = HostedRegistry(reactor, store, PushHandler(reactor, store))
-    return HostedRegistryApp(api, backend, build_access_control(reactor, settings, pools))
+    return HostedRegistryApp(api, backend, build_access_control(reactor, settings, pools, shared.state))
 
 
-def build_access_control(reactor: Any, settings: Settings, pools: ThreadPools) -> AccessControl:
+def build_access_control(reactor: Any, settings: Settings, pools: ThreadPools, state: StateDirectory) -> AccessControl:
     """Return the access control of the hosted registry by HTPASSWD_FILE and ANONYMOUS_PULL.
 
     Raise `HtpasswdError`, OSError or ValueError.
     """
     if settings.htpasswd_file is None:
         return AllowAll()
-    realm = settings.registry_hostname[0]
-    secret = load_or_create_secret(settings.registry_dir / "secret")
+    realm, secret = settings.registry_hostname[0], state.registry_secret
     users = HtpasswdFile(reactor, pools.passwords, settings.htpasswd_file, secret)
     return AnonymousPull(users, realm, secret, time.time) if settings.anonymous_pull else RequireLogin(users, realm)
 

@@ -16,13 +16,11 @@ from dockerproxy.admin.control import Control, ExclusiveJobs
 from dockerproxy.admin.deletion import Deleter
 from dockerproxy.admin.resolver import CACHED, HOSTED, ImageResolver, StoreView
 from dockerproxy.app import (
-    RECORDS,
     SharedServices,
     build_server,
     build_site,
     log_access,
     open_authority,
-    prepare_state_directories,
 )
 from dockerproxy.cache.identity import Bindings
 from dockerproxy.cache.space import CacheSpaceManager
@@ -42,8 +40,7 @@ from dockerproxy.settings import DOCKER_HUB, Settings, SettingsError, read_env_f
 from dockerproxy.store.blobs import Blobs
 from dockerproxy.store.hosted_store import HostedStore
 from dockerproxy.store.importer import Importer
-from dockerproxy.store.layout import Layout
-from dockerproxy.store.records import Records
+from dockerproxy.store.state_directory import DirectoryInUse, StateDirectory
 from dockerproxy.store.sweep import Sweeper
 from dockerproxy.workers.coordinator import LocalCacheSpace, ReservationTable, WorkerSession
 from dockerproxy.workers.fork_server import ForkServer
@@ -73,7 +70,7 @@ def makeService(options: Options) -> IService:
     notifier = Notifier(os.environ.get("NOTIFY_SOCKET", ""))
     try:
         return build_daemon(reactor, options["env-file"], options.parent or {}, notifier)
-    except (SettingsError, AuthorityError, HtpasswdError, OSError) as error:
+    except (SettingsError, DirectoryInUse, AuthorityError, HtpasswdError, OSError) as error:
         reason = describe_error(error)
     notifier.status(reason)
     textlog.print_error(f"docker-registry-proxy: {reason}")
@@ -93,21 +90,22 @@ def merged_environment(env_file: str | None) -> dict[str, str]:
 
 
 def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifier: Notifier) -> IService:
-    """Build the daemon. Raise `SettingsError`, `AuthorityError`, `HtpasswdError` or OSError."""
+    """Build the daemon. Raise `SettingsError`, `DirectoryInUse`, `AuthorityError`, `HtpasswdError` or OSError."""
     settings = read_settings(env_file)
+    state = StateDirectory.open(settings.cache_dir, settings.registry_dir)  # first, because another daemon may run
     authority = open_authority(settings)
-    for warning in (*settings.warnings, *authority.warnings):
+    for warning in (*settings.warnings, *state.warnings, *authority.warnings):
         log.warn("{warning}", warning=warning)
-    prepare_state_directories(settings)
-    cache_space = build_cache_space(reactor, settings)
+    cache_space = build_cache_space(reactor, settings, state)
     reservations, locks, bindings = ReservationTable(cache_space), LocalKeyedLock(), Bindings()
     multi_process, metrics = settings.workers > 1, Metrics.make(settings.workers)
-    shared = SharedServices(LocalCacheSpace(reservations), metrics.for_process(0), locks, bindings, multi_process)
+    local_space = LocalCacheSpace(reservations)
+    shared = SharedServices(state, local_space, metrics.for_process(0), locks, bindings, multi_process)
     server = build_server(reactor, settings, authority, shared)
     store = server.hosted_app.backend.store
     keep_log_observers = jsonlog.logs_to_stdout(twistd_options)
     scoreboard = Scoreboard.create(settings.workers)
-    forked_state = ForkedState(reactor, merged_environment(env_file), authority, scoreboard, metrics)
+    forked_state = ForkedState(reactor, merged_environment(env_file), state, authority, scoreboard, metrics)
     fork_server = ForkServer(reactor, partial(run_worker, forked_state), keep_log_observers=keep_log_observers)
     new_session = partial(WorkerSession, reservations, locks)
     supervisor = WorkerSupervisor(
@@ -137,7 +135,7 @@ def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifi
         lambda call: on_repeated_stop(reactor, partial(abort, call)),
     )
     reloader = Reloader(partial(read_settings, env_file), apply, settings, server.registries, notifier)
-    daemon = DaemonService(reactor, settings, twistd_options, notifier)
+    daemon = DaemonService(reactor, settings, state, twistd_options, notifier)
     for service in (
         *(
             [fork_server] if multi_process else []
@@ -146,7 +144,7 @@ def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifi
         upload_purge_service(reactor, store.uploads, time.time),
         listener_service,
         supervisor,
-        build_control_socket(reactor, settings, store, cache_space),
+        build_control_socket(reactor, settings, state, store, cache_space),
         SystemdService(reactor, notifier, listener_service.listening, server.registries.status, reloader),
     ):
         daemon.addService(service)  # type: ignore[no-untyped-call]
@@ -157,15 +155,19 @@ def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifi
 class DaemonService(MultiService):
     """The top service. It installs the log in `setServiceParent`, the only moment at which a twistd plugin can."""
 
-    def __init__(self, reactor: Any, settings: Settings, twistd_options: Any, notifier: Notifier) -> None:
+    def __init__(
+        self, reactor: Any, settings: Settings, state: StateDirectory, twistd_options: Any, notifier: Notifier
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._reactor = reactor
         self._settings = settings
+        self._state = state
         self._twistd_options = twistd_options
         self._notifier = notifier
 
     def startService(self) -> None:
         self._reactor.callWhenRunning(freeze_startup_objects)
+        self._state.write_pid()  # this process may be a fork of the one that opened the directories
         try:
             super().startService()  # type: ignore[no-untyped-call]
         except SystemExit as error:  # a listener failed to open
@@ -180,13 +182,12 @@ class DaemonService(MultiService):
         super().setServiceParent(parent)  # type: ignore[no-untyped-call]
 
 
-def build_cache_space(reactor: Any, settings: Settings) -> CacheSpaceManager:
+def build_cache_space(reactor: Any, settings: Settings, state: StateDirectory) -> CacheSpaceManager:
     """Build the manager of the cache's disk space in CACHE_DIR."""
-    layout = Layout(settings.cache_dir)
     return CacheSpaceManager(
         reactor,
-        layout,
-        Blobs(layout, durable=False),
+        state.cache,
+        Blobs(state.cache, durable=False),
         limit=settings.cache_max_size,
         inactive=settings.cache_inactive,
         clock=time.time,
@@ -194,16 +195,16 @@ def build_cache_space(reactor: Any, settings: Settings) -> CacheSpaceManager:
 
 
 def build_control_socket(
-    reactor: Any, settings: Settings, store: HostedStore, cache_space: CacheSpaceManager
+    reactor: Any, settings: Settings, state: StateDirectory, store: HostedStore, cache_space: CacheSpaceManager
 ) -> ControlSocket:
     """Build the control socket in RUNTIME_DIR, which serves the command `dockerproxy`."""
-    stores = [StoreView(HOSTED, store.layout), StoreView(CACHED, Layout(settings.cache_dir))]
+    stores = [StoreView(HOSTED, store.layout), StoreView(CACHED, state.cache)]
     resolver = ImageResolver(stores, frozenset(settings.registry_hostname), {"docker.io": str(DOCKER_HUB)})
     control = Control(
         reactor,
         resolver,
         cache_space,
-        Deleter(reactor, store, cache_space, Records(settings.cache_dir / RECORDS)),
+        Deleter(reactor, store, cache_space, state.records),
         Sweeper(reactor, store),
         Importer(reactor, store),
         ExclusiveJobs(time.time),

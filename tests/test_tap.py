@@ -454,3 +454,66 @@ def test_unknown_option(start: Any) -> None:
     daemon.wait_exit()  # the status depends on the version of Twisted
     assert "no-such-option" in daemon.log_text
     assert "listening" not in daemon.log_text
+
+
+# state directories
+
+
+def snapshot(directory: Path) -> dict[Path, tuple[int, int, int, int, bytes]]:
+    """Return everything that a change to a file or directory below `directory` would change."""
+    entries = {}
+    for path in directory.rglob("*"):
+        status = path.lstat()
+        content = path.read_bytes() if path.is_file() else b""
+        entries[path] = (status.st_ino, status.st_mode, status.st_mtime_ns, status.st_ctime_ns, content)
+    return entries
+
+
+@pytest.mark.parametrize(("setting", "name"), [("CACHE_DIR", "cache"), ("REGISTRY_DIR", "registry")])
+def test_second_daemon_touches_nothing(start: Any, tmp_path: Path, setting: str, name: str) -> None:
+    (tmp_path / "other").mkdir()
+    first = start(WORKERS="2")
+    first.wait_for("worker 1 serves")
+    state = tmp_path / "state"
+    for root in (state / "cache", state / "registry"):
+        (root / "staging").mkdir(exist_ok=True)
+        (root / "staging" / "upload").write_bytes(b"of the first daemon")
+    before = snapshot(state)
+    second = start(directory=tmp_path / "other", **{setting: str(state / name)})
+    assert second.wait_exit() == os.EX_CONFIG
+    assert second.log_text == (
+        f"docker-registry-proxy: {state / name} is in use by the daemon with process ID {first.process.pid}; stop that "
+        f"daemon, or set {setting} to another directory.\n"
+    )
+    assert snapshot(state) == before
+    assert not (tmp_path / "other" / "state" / "ca").exists()
+    assert exchange(first.port(), GET % b"/healthz").endswith(b"ok\n")
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGTERM])
+def test_restart_at_once(start: Any, signal_number: signal.Signals) -> None:
+    """Workers of the killed daemon may still be there for a moment. They hold no lock."""
+    for _ in range(3):
+        daemon = start(WORKERS="2")
+        daemon.wait_for("worker 1 serves")
+        daemon.process.send_signal(signal_number)
+        daemon.wait_exit()
+
+
+def test_lock_of_a_daemonized_process(start: Any, tmp_path: Path) -> None:
+    """twistd forks after the directories were opened, and the first process exits."""
+    pid_file = tmp_path / "twistd.pid"
+    command = [twistd_command()[0], f"--pidfile={pid_file}", f"--logfile={tmp_path / 'log'}", "dockerproxy"]
+    subprocess.run(command, cwd=tmp_path, env=environment(tmp_path, {}), check=True, timeout=TIMEOUT)
+    pid = int(pid_file.read_text())
+    try:
+        deadline = time.monotonic() + TIMEOUT
+        while (tmp_path / "state" / "cache" / "lock").read_text() != f"{pid}\n":
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        assert f"is in use by the daemon with process ID {pid};" in startup_error(start)
+    finally:
+        os.kill(pid, signal.SIGTERM)
+        while Path(f"/proc/{pid}").exists():
+            time.sleep(0.02)
+    start().port()

@@ -13,13 +13,11 @@ import hmac
 from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections import OrderedDict
 from collections.abc import Callable
-from pathlib import Path
 
 from attrs import define, field
 
 from dockerproxy.oci.credentials import BasicCredentials
 from dockerproxy.oci.names import Registry
-from dockerproxy.store.secret import load_or_create_secret
 from dockerproxy.upstream.credentials import Anonymous, Credential
 
 PUBLIC = "public"
@@ -67,11 +65,6 @@ class Identities:
     def __init__(self, secret: bytes, bindings: Bindings | None = None) -> None:
         self._secret = secret
         self._bindings = bindings or Bindings()
-
-    @classmethod
-    def open(cls, path: Path, bindings: Bindings | None = None) -> Identities:
-        """Load the secret at `path`, or create it with mode 0600. Raise `OSError`."""
-        return cls(load_or_create_secret(path), bindings)
 
     def for_credential(self, registry: Registry, credential: Credential) -> str:
         """Return the identity of `credential` at `registry`."""

@@ -6,14 +6,17 @@ import errno
 import os
 import secrets
 import shutil
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 
 from attrs import frozen
 
 # A directory may be removed between creating it and renaming into it, because its last file was deleted. Each further
 # attempt is needed only if that happens again.
 _ATTEMPTS = 8
+
+# Errors of link(2) on file systems without hard links (shared folders of virtual machines, FAT).
+_NO_HARD_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
 
 # Maximum number of buffers in one writev on Linux (limits.h, IOV_MAX).
 _IOV_MAX = 1024
@@ -39,20 +42,25 @@ class Staging:
 
     def write(self, content: bytes, path: str) -> None:
         """Write `content` to the file at `path`, atomically replacing an existing file."""
-        staged_path = self._new_path()
-        fd = self._create(staged_path)
-        try:
-            try:
-                write_all(fd, [content], 0)
-                if self.sync_data:
-                    os.fdatasync(fd)
-            finally:
-                os.close(fd)
+        with self._staged(content) as staged_path:
             self.move(staged_path, path)
-        except BaseException:
-            with suppress(OSError):
+
+    def write_new(self, content: bytes, path: str) -> None:
+        """Write `content` to the file at `path`, unless it exists. If several processes do so, one file wins."""
+        with self._staged(content) as staged_path:
+            try:
+                os.link(staged_path, path)
+            except FileExistsError:
+                pass
+            except OSError as error:
+                if error.errno not in _NO_HARD_LINKS:
+                    raise
+                if not os.path.lexists(path):
+                    os.rename(staged_path, path)
+            with suppress(FileNotFoundError):
                 os.unlink(staged_path)
-            raise
+        if self.sync_names:
+            fsync_directory(os.path.dirname(path))
 
     def move(self, staged_path: str, path: str) -> None:
         """Rename `staged_path` to `path`, creating its directory if necessary.
@@ -120,6 +128,24 @@ class Staging:
         # process that finds the directory and syncs it writes its name to disk as well.
         if self.sync_names:
             fsync_directory(os.path.dirname(path))
+
+    @contextmanager
+    def _staged(self, content: bytes) -> Iterator[str]:
+        """Write `content` to a temporary file, whose path is the value. Delete it if the block raises."""
+        path = self._new_path()
+        fd = self._create(path)
+        try:
+            try:
+                write_all(fd, [content], 0)
+                if self.sync_data:
+                    os.fdatasync(fd)
+            finally:
+                os.close(fd)
+            yield path
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(path)
+            raise
 
     def _new_path(self) -> str:
         return f"{self.directory}/{secrets.token_hex(8)}"

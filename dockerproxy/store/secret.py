@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 from pathlib import Path
+
+from dockerproxy.store.files import Staging, read_small
 
 _LENGTH = 32
 
 
-def load_or_create_secret(path: Path) -> bytes:
-    """Return the secret stored at `path` (mode 0600), creating it on first use. Raises OSError. Blocks."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    except FileExistsError:
-        pass
+def load_or_create_secret(path: Path, staging: Staging) -> bytes:
+    """Return the secret stored at `path`, creating it on first use. Raises OSError. Blocks.
+
+    If several processes create it at the same time, all return the same secret. `staging` is private, and syncs.
+    """
+    secret = read_small(str(path), _LENGTH)
+    if secret is None:
+        staging.write_new(secrets.token_bytes(_LENGTH), str(path))
+    elif len(secret) < _LENGTH:
+        # A power cut has torn the file. It can be replaced, because nothing was signed with it yet.
+        staging.write(secrets.token_bytes(_LENGTH), str(path))
     else:
-        with os.fdopen(fd, "wb") as file:
-            file.write(secrets.token_bytes(_LENGTH))
-    secret = path.read_bytes()
-    # A crash may have left a short file. It can be replaced, because nothing was signed with it yet.
-    if len(secret) < _LENGTH:
-        path.unlink()
-        return load_or_create_secret(path)
-    return secret
+        return secret
+    return load_or_create_secret(path, staging)

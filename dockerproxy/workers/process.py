@@ -26,7 +26,7 @@ from dockerproxy.registry.htpasswd import HtpasswdError
 from dockerproxy.reload import describe_error
 from dockerproxy.settings import Settings, SettingsError
 from dockerproxy.store.blobs import Blobs
-from dockerproxy.store.layout import Layout
+from dockerproxy.store.state_directory import StateDirectory
 from dockerproxy.workers.dispatch import ConnectionReceiver
 from dockerproxy.workers.fork_server import SpawnRequest
 from dockerproxy.workers.remote import RemoteCacheSpace, RemoteKeyedLock
@@ -43,6 +43,7 @@ class ForkedState:
 
     reactor: Any
     environment: Mapping[str, str] = field(repr=False)
+    state: StateDirectory
     authority: CertificateAuthority
     scoreboard: Scoreboard
     metrics: Metrics
@@ -67,8 +68,9 @@ class WorkerProcess:
             "token_bound": bindings.add,
         }
         self._rpc = RPC(reactor, sock, handlers, on_descriptor=self._on_descriptor, on_closed=self._parent_lost)
-        cache_space = RemoteCacheSpace(reactor, self._rpc, Blobs(Layout(settings.cache_dir), durable=False))
+        cache_space = RemoteCacheSpace(reactor, self._rpc, Blobs(forked_state.state.cache, durable=False))
         shared = SharedServices(
+            forked_state.state,
             cache_space,
             forked_state.metrics.for_process(number),
             RemoteKeyedLock(self._rpc),

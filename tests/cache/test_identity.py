@@ -13,6 +13,8 @@ from dockerproxy.cache import identity as module
 from dockerproxy.cache.identity import PUBLIC, TOKEN_LIFETIME, Bindings, Identities
 from dockerproxy.oci.credentials import BasicCredentials
 from dockerproxy.oci.names import Registry
+from dockerproxy.store.files import Staging
+from dockerproxy.store.secret import load_or_create_secret
 from dockerproxy.upstream.credentials import Anonymous, ClientCredential
 
 HUB, OTHER = Registry.parse("registry-1.docker.io"), Registry.parse("other.example:5000")
@@ -146,10 +148,14 @@ def test_signatures_are_compared_in_constant_time() -> None:
 
 
 def test_secret_is_persistent(tmp_path: Path) -> None:
-    path = tmp_path / "cache" / "secret"
-    token = Identities.open(path).issue_token(HUB, PUBLIC, NOW)
+    path = tmp_path / "secret"
+
+    def identities() -> Identities:
+        return Identities(load_or_create_secret(path, Staging(str(tmp_path / "staging"), private=True)))
+
+    token = identities().issue_token(HUB, PUBLIC, NOW)
     assert path.stat().st_mode & 0o777 == 0o600
-    assert Identities.open(path).read_token(HUB, f"Bearer {token}", NOW) == PUBLIC
+    assert identities().read_token(HUB, f"Bearer {token}", NOW) == PUBLIC
     path.write_bytes(b"")  # a crash during its creation
-    assert Identities.open(path).read_token(HUB, f"Bearer {token}", NOW) == ""
+    assert identities().read_token(HUB, f"Bearer {token}", NOW) == ""
     assert len(path.read_bytes()) == 32 and path.stat().st_mode & 0o777 == 0o600
