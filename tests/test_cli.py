@@ -492,7 +492,7 @@ def test_second_daemon_and_stale_socket(tmp_path: Path) -> None:
     assert daemon.process is not None
     other = daemon.launch()
     assert other.wait(30) != 0
-    assert "another daemon listens there" in daemon.log
+    assert f"is in use by the daemon with process ID {daemon.process.pid};" in daemon.log
     daemon.run("status")
     daemon.process.kill()
     daemon.process.wait()
