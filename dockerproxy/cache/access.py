@@ -2,16 +2,19 @@
 
 Only upstream grants access. Grants are stored per (registry, repository) and identity. They are kept on disk so that
 clients keep their access if the proxy restarts while upstream is down.
+
+A grant and a denial of one identity are two records, each with its time, and the later one counts. No process modifies
+a record that another one may modify as well, so none can overwrite a denial that it has not seen.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable
 from enum import Enum
 from math import inf
 
-from dockerproxy.cache.best_effort import try_put
+from dockerproxy.bounded_dict import BoundedDict
+from dockerproxy.cache.best_effort import try_put, try_remove
 from dockerproxy.cache.identity import PUBLIC
 from dockerproxy.cache.upstream import UpstreamPrincipal
 from dockerproxy.store.records import Records
@@ -25,8 +28,10 @@ to the proxy's own login stay valid for the whole outage."""
 
 _SAVE_INTERVAL = 60.0  # seconds after which a renewed grant is saved again
 
-_MAX_IDENTITIES = 200
 _MAX_GRANTS_IN_MEMORY = 50_000
+
+GRANT, DENIAL = "grant", "denial"
+"""The kinds of the records. Their keys are the key of the repository and the identity."""
 
 
 class AccessState(Enum):
@@ -44,7 +49,7 @@ class Access:
         self._records = records
         self._clock = clock
         self._shared = shared
-        self._grants: OrderedDict[tuple[str, str], float] = OrderedDict()
+        self._grants: BoundedDict[tuple[str, str], float] = BoundedDict(_MAX_GRANTS_IN_MEMORY)
 
     def state(self, key: str, identity: str) -> AccessState:
         """Return the access of `identity` to the repository `key`. A grant to PUBLIC counts for every identity."""
@@ -63,7 +68,8 @@ class Access:
 
         Grants of other processes are reliably visible only if they were recorded with `write_through`.
         """
-        return max(self._grants.get((key, identity), -inf), self._saved_grant_time(key, identity)) >= since
+        granted_at = max(self._grants.get((key, identity)) or -inf, self._saved_time(GRANT, key, identity))
+        return granted_at >= since and granted_at > self._saved_time(DENIAL, key, identity)
 
     def had_access(self, principal: UpstreamPrincipal) -> bool:
         """Return whether upstream has granted access before. This is sufficient during an outage."""
@@ -83,31 +89,35 @@ class Access:
 
         `write_through` saves the grant at once if the records are shared, because other processes may wait for it.
         """
+        now = self._clock()
         previous = self._grants.get((key, identity))
-        if previous is not None and granted_at < previous <= self._clock():
+        if previous is not None and granted_at < previous <= now:
             return
+        denied_at = self._saved_time(DENIAL, key, identity)
+        if granted_at <= denied_at <= now:
+            return  # a denial that arrived while a download was running
         self._grants[key, identity] = granted_at
-        self._grants.move_to_end((key, identity))
-        if len(self._grants) > _MAX_GRANTS_IN_MEMORY:
-            self._grants.popitem(last=False)
         save_interval = 0.0 if write_through and self._shared else _SAVE_INTERVAL
-        if previous is None or granted_at - self._saved_grant_time(key, identity) > save_interval:
-            self._save(key, identity, granted_at)
+        if previous is None or granted_at - self._saved_time(GRANT, key, identity) > save_interval:
+            try_put(self._records, {"at": granted_at}, GRANT, key, identity)
+        if denied_at > now:  # the clock was set back
+            try_remove(self._records, DENIAL, key, identity)
 
     def record_denial(self, key: str, identity: str) -> None:
         """Record that upstream does not (or no longer) let `identity` read from `key`."""
-        self._grants.pop((key, identity), None)
-        if self._saved_grant_time(key, identity) > -inf:
-            self._save(key, identity, None)
+        self._grants.pop((key, identity))
+        if self._saved_time(GRANT, key, identity) > self._saved_time(DENIAL, key, identity):
+            saved = try_put(self._records, {"at": self._clock()}, DENIAL, key, identity)
+            if not saved:  # removing a file works on a full disk
+                try_remove(self._records, GRANT, key, identity)
 
     def _granted_at(self, key: str, identity: str, now: float) -> float | None:
         granted_at = self._grants.get((key, identity))
         if granted_at is not None and now - granted_at < GRANT_TTL:
             return granted_at
-        record = self._records.get("access", key) or {}
-        if identity in record:  # a grant, or a denial that another process may have recorded
-            granted_at = _grant_time(record[identity])
-        return granted_at if granted_at is not None and granted_at > -inf else None
+        # Older grants count as saved, because another process may have recorded a denial.
+        saved_at = self._saved_time(GRANT, key, identity)
+        return saved_at if saved_at > self._saved_time(DENIAL, key, identity) else None
 
     def _evaluate(self, granted_at: float | None, now: float, identity: str) -> AccessState:
         if granted_at is None:
@@ -119,25 +129,7 @@ class Access:
             return AccessState.UNKNOWN
         return AccessState.GRANTED_STALE
 
-    def _saved_grant_time(self, key: str, identity: str) -> float:
-        return _grant_time((self._records.get("access", key) or {}).get(identity))
-
-    def _save(self, key: str, identity: str, granted_at: float | None) -> None:
-        """Persist a grant, or a denial if `granted_at` is None.
-
-        Keep at most _MAX_IDENTITIES entries: shared grants first, then the newest grants, then denials.
-        """
-        grants: dict[str, float] = {identity: granted_at} if granted_at is not None else {}
-        denials: dict[str, None] = {identity: None} if granted_at is None else {}
-        for name, saved in (self._records.get("access", key) or {}).items():
-            if name != identity and isinstance(saved, int | float):
-                grants[name] = saved
-            elif name != identity and saved is None:
-                denials[name] = None
-        newest = sorted(grants.items(), key=lambda item: (item[0].startswith("own:"), -item[1]))
-        try_put(self._records, dict([*newest, *denials.items()][:_MAX_IDENTITIES]), "access", key)
-
-
-def _grant_time(value: object) -> float:
-    """Return the time of a saved grant; -inf for a denial or an invalid value."""
-    return value if isinstance(value, int | float) else -inf
+    def _saved_time(self, kind: str, key: str, identity: str) -> float:
+        """Return the time of a saved grant or denial; -inf if there is none."""
+        at = (self._records.get(kind, key, identity) or {}).get("at")
+        return at if isinstance(at, int | float) else -inf

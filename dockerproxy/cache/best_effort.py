@@ -17,12 +17,14 @@ from dockerproxy.store.records import Records
 log = Logger()
 
 
-def try_put(records: Records, value: Mapping[str, Any], *key: str) -> None:
-    """Save `value`; log disk errors."""
+def try_put(records: Records, value: Mapping[str, Any], *key: str) -> bool:
+    """Save `value` and return whether that succeeded; log disk errors."""
     try:
         records.put(value, *key)
+        return True
     except OSError as error:
         log.warn("cannot save the {kind} record of {name}: {reason}", kind=key[0], name=key[1], reason=error.strerror)
+        return False
 
 
 def try_remove(records: Records, *key: str) -> None:

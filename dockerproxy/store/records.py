@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import threading
-from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from urllib.parse import quote
 
 from attrs import define, field, frozen
 
+from dockerproxy.bounded_dict import BoundedDict
 from dockerproxy.store.files import Staging
 
 _MAX_CACHED = 10_000
@@ -42,8 +42,12 @@ class Records:
     root: Path
     max_cached: int = _MAX_CACHED
     _staging: Staging = field(init=False)
-    _cache: OrderedDict[tuple[str, ...], _CachedRecord] = field(factory=OrderedDict, init=False)
+    _cache: BoundedDict[tuple[str, ...], _CachedRecord] = field(init=False)
     _lock: threading.Lock = field(factory=threading.Lock, init=False)
+
+    @_cache.default
+    def _make_cache(self) -> BoundedDict[tuple[str, ...], _CachedRecord]:
+        return BoundedDict(self.max_cached)
 
     @_staging.default
     def _make_staging(self) -> Staging:
@@ -64,9 +68,6 @@ class Records:
             record = _CachedRecord(path, None, None) if signature is None else _load(path, key)
         with self._lock:
             self._cache[key] = record
-            self._cache.move_to_end(key)
-            if len(self._cache) > self.max_cached:
-                self._cache.popitem(last=False)
         return record.value
 
     def put(self, value: Mapping[str, Any], *key: str) -> None:

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from twisted.internet.task import Clock
@@ -185,36 +187,88 @@ def test_grant_from_another_process(harness: AccessHarness) -> None:
     assert harness.state(CLIENT) is AccessState.GRANTED
 
 
-def test_records_are_bounded(harness: AccessHarness) -> None:
-    harness.grant(PUBLIC)
-    harness.grant(LOGIN)
-    for number in range(300):
-        harness.clock.advance(0.01)
-        harness.grant(f"own:{number}")
+def test_memory_is_bounded(harness: AccessHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The files are bounded by the cache's janitor."""
+    monkeypatch.setattr("dockerproxy.cache.access._MAX_GRANTS_IN_MEMORY", 100)
     harness.restart()
-    assert harness.state("own:0") is AccessState.GRANTED  # because of the grant to PUBLIC
-    harness.access.record_denial(KEY, PUBLIC)
-    assert harness.state(LOGIN) is AccessState.GRANTED
-    assert harness.state("own:299") is AccessState.GRANTED
-    assert harness.state("own:0") is AccessState.UNKNOWN
-    [path] = harness.root.rglob("*~.json")
-    assert path.stat().st_size < 30_000
+    for number in range(300):
+        harness.grant(f"own:{number}")
+    assert len(harness.access._grants) == 100
+    assert harness.state("own:299") is harness.state("own:0") is AccessState.GRANTED  # as saved
 
 
-@pytest.mark.parametrize(
-    "content", ["", "[]", f'{{"key":["access","{KEY}"],"value":{{"own:0123":"yes","public":null}}}}']
-)
+class InterleavedRecords(Records):
+    """Runs `interrupt` just before the next write, like another process."""
+
+    interrupt: Callable[[], None] | None = None
+
+    def put(self, value: Mapping[str, Any], *key: str) -> None:
+        interrupt, self.interrupt = self.interrupt, None
+        if interrupt is not None:
+            interrupt()
+        super().put(value, *key)
+
+
+@pytest.mark.parametrize("granted", [CLIENT, "own:another", LOGIN])
+@pytest.mark.parametrize("write", ["grant", "denial"])
+def test_denial_is_not_overwritten_by_another_process(harness: AccessHarness, granted: str, write: str) -> None:
+    """The other process denies CLIENT just before this one writes what upstream decided earlier for `granted`."""
+    records = InterleavedRecords(harness.root)
+    harness.access, other = Access(records, harness.now), Access(Records(harness.root), harness.now)
+    harness.grant(CLIENT)
+    if granted != CLIENT and write == "denial":
+        harness.grant(granted)
+    started_at = harness.now()
+    harness.clock.advance(100)
+    records.interrupt = partial(other.record_denial, KEY, CLIENT)
+    if write == "grant":
+        harness.access.record_grant(KEY, granted, started_at + 90)
+    else:
+        harness.access.record_denial(KEY, granted)
+    assert records.interrupt is None
+    harness.clock.advance(GRANT_TTL)
+    for access in (harness.access, other, Access(Records(harness.root), harness.now)):
+        assert access.state(KEY, CLIENT) is AccessState.UNKNOWN
+    other.record_grant(KEY, CLIENT, harness.now())
+    assert harness.state(CLIENT) is AccessState.GRANTED
+
+
+def test_download_that_began_before_a_denial_grants_nothing(harness: AccessHarness) -> None:
+    harness.grant(CLIENT)
+    started_at = harness.now()
+    harness.clock.advance(10)
+    harness.access.record_denial(KEY, CLIENT)
+    harness.clock.advance(10)
+    harness.access.record_grant(KEY, CLIENT, started_at)
+    assert harness.state(CLIENT) is AccessState.UNKNOWN
+    harness.grant(CLIENT)
+    assert harness.state(CLIENT) is AccessState.GRANTED
+
+
+def test_denial_dated_in_the_future_ends_with_the_next_grant(harness: AccessHarness) -> None:
+    harness.grant(CLIENT)
+    harness.access.record_denial(KEY, CLIENT)
+    harness.clock.rightNow -= 1e6
+    assert harness.state(CLIENT) is AccessState.UNKNOWN
+    harness.grant(CLIENT)
+    harness.restart()
+    assert harness.state(CLIENT) is AccessState.GRANTED
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"key":["grant","KEY","own:0123"],"value":{"at":"yes"}}'])
 def test_damaged_records_grant_nothing(harness: AccessHarness, content: str) -> None:
     harness.grant(CLIENT)
     harness.grant(PUBLIC)
-    [path] = harness.root.rglob("*~.json")
-    path.write_text(content)
+    paths = list(harness.root.rglob("*~.json"))
+    assert len(paths) == 2
+    for path in paths:
+        path.write_text(content.replace("KEY", KEY))
     harness.restart()
     assert harness.state(CLIENT) is AccessState.UNKNOWN
 
 
 def test_unwritable_records(harness: AccessHarness, log_lines: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The grant is then kept in memory, until the daemon ends."""
+    """The grant is then kept in memory, for GRANT_TTL seconds."""
 
     def fail(*args: object, **more: object) -> None:
         raise OSError(28, os.strerror(28))
@@ -222,6 +276,18 @@ def test_unwritable_records(harness: AccessHarness, log_lines: list[str], monkey
     monkeypatch.setattr("dockerproxy.store.files.Staging.write", fail)
     harness.grant(CLIENT)
     assert harness.state(CLIENT) is AccessState.GRANTED
-    assert any("cannot save the access record" in line and "No space left" in line for line in log_lines)
+    assert any("cannot save the grant record" in line and "No space left" in line for line in log_lines)
+    harness.restart()
+    assert harness.state(CLIENT) is AccessState.UNKNOWN
+
+
+def test_denial_counts_on_a_full_disk(harness: AccessHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object, **more: object) -> None:
+        raise OSError(28, os.strerror(28))
+
+    harness.grant(CLIENT)
+    monkeypatch.setattr("dockerproxy.store.files.Staging.write", fail)
+    harness.access.record_denial(KEY, CLIENT)
+    assert harness.state(CLIENT) is AccessState.UNKNOWN
     harness.restart()
     assert harness.state(CLIENT) is AccessState.UNKNOWN
