@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from itertools import islice
 from urllib.parse import urlencode
 
 from attrs import frozen
@@ -12,30 +12,38 @@ from dockerproxy.errors import PaginationInvalid
 from dockerproxy.oci.routes import parse_query
 
 
+def sort_key(name: str) -> tuple[str, str]:
+    """Return the key of the order of tags: "lexical order (i.e. case-insensitive alphanumeric order)".
+
+    Names that differ only in case are in the order of ASCII.
+    """
+    return name.lower(), name
+
+
 @frozen
 class Page:
-    """A requested page: at most `limit` entries (None: not specified) after `last` (None: from the start)."""
+    """A requested page: at most `limit` entries after `last` (None: from the start)."""
 
-    limit: int | None
+    limit: int
     last: str | None
 
     @classmethod
-    def parse(cls, query: str) -> Page:
-        """Return the page that a URL's query requests. Raise `PaginationInvalid`."""
+    def parse(cls, query: str, max_entries: int) -> Page:
+        """Return the page that a URL's query requests, of at most `max_entries`. Raise `PaginationInvalid`."""
         parameters = dict(parse_query(query))
         text = parameters.get("n")
         if text is not None and not (text.isascii() and text.isdigit() and len(text) <= 18):
             raise PaginationInvalid("n is not a valid number of entries")
-        return cls(None if text is None else int(text), parameters.get("last"))
+        return cls(max_entries if text is None else min(int(text), max_entries), parameters.get("last"))
 
-    def slice(self, entries: Sequence[str], max_entries: int) -> tuple[Sequence[str], bool]:
-        """Return this page of the sorted `entries`, `max_entries` at most, and whether more entries follow.
 
-        A page without entries has no next page, because its Link would not advance.
-        """
-        start = 0 if self.last is None else bisect_right(entries, self.last)
-        stop = start + (max_entries if self.limit is None else min(self.limit, max_entries))
-        return entries[start:stop], start < stop < len(entries)
+def take_page(names: Iterable[str], limit: int) -> tuple[list[str], bool]:
+    """Return the first `limit` of `names`, and whether more follow.
+
+    A page without entries has no next page, because its Link would not advance.
+    """
+    page = list(islice(names, limit + 1)) if limit else []
+    return page[:limit], len(page) > limit
 
 
 def next_link(path: str, parameters: Mapping[str, str]) -> tuple[str, str]:

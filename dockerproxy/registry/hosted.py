@@ -16,7 +16,7 @@ from dockerproxy.http.request import Request
 from dockerproxy.oci.content import BlobResponse, ManifestResponse
 from dockerproxy.oci.manifests import MAX_MANIFEST, OCI_INDEX, media_type_of
 from dockerproxy.oci.names import Digest, Reference, Repository
-from dockerproxy.oci.paging import Page, next_link
+from dockerproxy.oci.paging import Page, next_link, take_page
 from dockerproxy.oci.referrers import build_index
 from dockerproxy.oci.routes import Kind, Target, parse_query
 from dockerproxy.registry.push import PushHandler
@@ -123,7 +123,7 @@ class HostedRegistry:
                 )
 
     def _check_repository(self, name: Repository) -> None:
-        if not self.store.has_repository(name):
+        if not self.store.links.has_repository(name):
             raise NameUnknown(f"there is no repository {name}")
 
     async def _read_manifest(self, digest: Digest) -> bytes | None:
@@ -137,35 +137,39 @@ class HostedRegistry:
         return bytes(content)
 
     async def _tags(self, request: Request, name: Repository) -> None:
-        page = Page.parse(request.query)
+        page = Page.parse(request.query, _MAX_ENTRIES)
         self._check_repository(name)
-        tags, more = page.slice(await in_thread(self.reactor, self.store.links.tags, name), _MAX_ENTRIES)
+        tags, more = await in_thread(self.reactor, self._list_tags, name, page)
         fields = list(_JSON_FIELDS)
         if more:
             fields.append(next_link(f"/v2/{name}/tags/list", {"n": str(len(tags)), "last": tags[-1]}))
         request.respond(200, fields, json.dumps({"name": name, "tags": tags}).encode())
 
     async def _catalog(self, request: Request) -> None:
-        page = Page.parse(request.query)
-        repositories = await in_thread(self.reactor, self._repositories)
-        names, more = page.slice(repositories, _MAX_ENTRIES)
+        page = Page.parse(request.query, _MAX_ENTRIES)
+        names, more = await in_thread(self.reactor, self._list_repositories, page)
         fields = list(_JSON_FIELDS)
         if more:
             fields.append(next_link("/v2/_catalog", {"n": str(len(names)), "last": names[-1]}))
         request.respond(200, fields, json.dumps({"repositories": names}).encode())
 
-    def _repositories(self) -> list[str]:
-        """Return the sorted names of the repositories that have manifests. Blocks.
+    def _list_tags(self, name: Repository, page: Page) -> tuple[list[str], bool]:
+        return take_page(self.store.links.tags_after(name, page.last), page.limit)
+
+    def _list_repositories(self, page: Page) -> tuple[list[str], bool]:
+        """Return one page of the repositories that have manifests. Blocks.
 
         A repository is left out if all its manifests were deleted, although its blobs stay until gc runs.
         """
         links = self.store.links
-        return sorted(name for name in links.repositories() if next(links.manifests(name), None) is not None)
+        names = (name for name in links.repositories_after(page.last) if next(links.manifests(name), None) is not None)
+        return take_page(names, page.limit)
 
     async def _referrers(self, request: Request, name: Repository, subject: Digest) -> None:
         parameters = dict(parse_query(request.query))
         artifact_type, after = parameters.get("artifactType"), parameters.get("last")
-        if not self.store.referrers.is_complete(name):
+        # A 404 would tell clients that there is no referrers API, so an unknown repository has an empty index.
+        if self.store.links.has_repository(name) and not self.store.referrers.is_complete(name):
             async with self.store.locks.hold(name):
                 await in_thread(self.reactor, self.store.referrers.index_missing, name)
         descriptors, last = await in_thread(self.reactor, self._list_referrers, name, subject, artifact_type, after)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Sequence
 
@@ -42,11 +41,6 @@ class HostedStore:
         return cls(
             layout, blobs, links, Uploads(layout, clock), Referrers(layout, blobs, links), locks or LocalKeyedLock()
         )
-
-    def has_repository(self, repository: str) -> bool:
-        """Return whether the repository has, or had, a blob or manifest."""
-        directory = self.layout.repository(repository)
-        return any(os.path.isdir(f"{directory}/{part}") for part in ("_manifests", "_layers"))
 
     def link_manifest(
         self, repository: str, digest: Digest, media_type: str, referrer: Referrer | None, tags: Sequence[str]

@@ -6,12 +6,15 @@ A link that a power cut left empty or torn counts as absent.
 from __future__ import annotations
 
 import os
-from collections.abc import Container, Iterator
+from bisect import bisect_right
+from collections.abc import Container, Iterable, Iterator
+from itertools import islice
 
 from attrs import define, field
 
 from dockerproxy.errors import DigestInvalid, NameInvalid
 from dockerproxy.oci.names import Digest, parse_tag
+from dockerproxy.oci.paging import sort_key
 from dockerproxy.store.files import Staging, list_names, read_small
 from dockerproxy.store.layout import Layout, digest_from_names
 
@@ -19,6 +22,8 @@ from dockerproxy.store.layout import Layout, digest_from_names
 # 127); longer content is invalid.
 _LINK_LIMIT = 256
 _MEDIA_TYPE_LIMIT = 255
+
+_CONTENT_DIRECTORIES = ("_layers", "_manifests")
 
 
 @define
@@ -95,6 +100,17 @@ class Links:
         names = list_names(self._layout.tags(repository))
         return sorted(tag for tag in names if _is_tag(tag) and _link_exists(self._layout.tag_current(repository, tag)))
 
+    def tags_after(self, repository: str, after: str | None) -> Iterator[str]:
+        """Yield the repository's tags behind `after` (None: all) in the order of `sort_key`. Blocks.
+
+        Only the tags that are taken cost more than a directory entry.
+        """
+        names = sorted(filter(_is_tag, list_names(self._layout.tags(repository))), key=sort_key)
+        start = 0 if after is None else bisect_right(names, sort_key(after), key=sort_key)
+        for tag in islice(names, start, None):
+            if _link_exists(self._layout.tag_current(repository, tag)):
+                yield tag
+
     def iter_tags(self, repository: str) -> Iterator[tuple[str, Digest | None]]:
         """Yield the repository's tags, in no order, each with its manifest (None if the link is torn). Blocks."""
         for tag in filter(_is_tag, list_names(self._layout.tags(repository))):
@@ -148,7 +164,28 @@ class Links:
 
     def repositories(self) -> Iterator[str]:
         """Yield the repositories that have, or had, a blob or manifest, in no order. Blocks."""
-        return iter_repositories(self._layout, "_layers", "_manifests")
+        return iter_repositories(self._layout, *_CONTENT_DIRECTORIES)
+
+    def has_repository(self, repository: str) -> bool:
+        """Return whether the repository has, or had, a blob or manifest."""
+        return _has_any(self._layout, repository, _CONTENT_DIRECTORIES)
+
+    def repositories_after(self, after: str | None) -> Iterator[str]:
+        """Yield the repositories behind `after` (None: all), like `repositories`, but in order. Blocks.
+
+        The order compares component by component. Directories that are entirely before `after` are not read.
+        """
+        # Each entry has the components of `after` that are still to be passed below it, and whether it is behind it.
+        pending: list[tuple[str, list[str], bool]] = [("", [] if after is None else after.split("/"), False)]
+        while pending:
+            parent, passing, is_behind = pending.pop()
+            if is_behind and self.has_repository(parent):
+                yield parent
+            for name in sorted(list_names(f"{self._layout.repositories}/{parent}"), reverse=True):
+                repository = f"{parent}/{name}" if parent else name
+                if (not passing or name >= passing[0]) and _is_repository(self._layout, repository):
+                    on_path = bool(passing) and name == passing[0]
+                    pending.append((repository, passing[1:] if on_path else [], not on_path))
 
     def _link(self, path: str, digest: Digest) -> None:
         if _read_link(path) != digest:
@@ -163,13 +200,23 @@ def iter_repositories(layout: Layout, *subdirectories: str) -> Iterator[str]:
         for name in list_names(f"{layout.repositories}/{parent}"):
             # `_uploads` and other foreign names are not valid repository names.
             repository = f"{parent}/{name}" if parent else name
-            try:
-                directory = layout.repository(repository)
-            except NameInvalid:
-                continue
-            pending.append(repository)
-            if any(os.path.isdir(f"{directory}/{subdirectory}") for subdirectory in subdirectories):
-                yield repository
+            if _is_repository(layout, repository):
+                pending.append(repository)
+                if _has_any(layout, repository, subdirectories):
+                    yield repository
+
+
+def _is_repository(layout: Layout, name: str) -> bool:
+    try:
+        layout.repository(name)
+    except NameInvalid:
+        return False
+    return True
+
+
+def _has_any(layout: Layout, repository: str, subdirectories: Iterable[str]) -> bool:
+    directory = layout.repository(repository)
+    return any(os.path.isdir(f"{directory}/{subdirectory}") for subdirectory in subdirectories)
 
 
 def remove_empty_directories(layout: Layout, directory: str) -> None:

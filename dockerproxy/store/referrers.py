@@ -13,6 +13,7 @@ from contextlib import suppress
 
 from attrs import define, field
 
+from dockerproxy.bounded_dict import BoundedDict
 from dockerproxy.errors import ManifestInvalid
 from dockerproxy.oci.manifests import MAX_MANIFEST, parse_manifest
 from dockerproxy.oci.names import ALGORITHMS, Digest
@@ -23,6 +24,7 @@ from dockerproxy.store.layout import Layout, digest_from_names
 from dockerproxy.store.links import Links
 
 _NO_SUBJECT = b"-"
+_MAX_SIGNATURES = 10_000  # repositories that are remembered as indexed; for others, the index is looked through again
 
 _Signature = tuple[tuple[int, int], ...]
 
@@ -37,8 +39,12 @@ class Referrers:
     _layout: Layout
     _blobs: Blobs
     _links: Links
-    _complete_signatures: dict[str, _Signature] = field(factory=dict, init=False)
+    _complete_signatures: BoundedDict[str, _Signature] = field(init=False)
     _staging: Staging = field(init=False)
+
+    @_complete_signatures.default
+    def _make_signatures(self) -> BoundedDict[str, _Signature]:
+        return BoundedDict(_MAX_SIGNATURES)
 
     @_staging.default
     def _make_staging(self) -> Staging:

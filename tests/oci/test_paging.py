@@ -9,42 +9,48 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dockerproxy.errors import PaginationInvalid
-from dockerproxy.oci.paging import Page, next_link
+from dockerproxy.oci.paging import Page, next_link, sort_key, take_page
 
-NAMES = st.lists(st.text("abcXYZ019._-", min_size=1, max_size=4), unique=True).map(sorted)
-
-
-@given(names=NAMES, size=st.integers(1, 5), max_entries=st.integers(1, 5))
-def test_pages_cover_the_list(names: list[str], size: int, max_entries: int) -> None:
-    collected: list[str] = []
-    page, more = Page(size, None), True
-    while more:
-        part, more = page.slice(names, max_entries)
-        assert len(part) <= min(size, max_entries)
-        collected += part
-        page = Page(size, collected[-1] if collected else None)
-    assert collected == names
+NAMES = st.lists(st.text("abcXYZ019._-", min_size=1, max_size=4), unique=True)
 
 
-@given(names=NAMES, last=st.text("abcXYZ019._-", max_size=4))
-def test_last_need_not_exist(names: list[str], last: str) -> None:
-    assert Page(None, last).slice(names, 1000) == ([name for name in names if name > last], False)
+@given(names=NAMES, limit=st.integers(1, 5))
+def test_a_page(names: list[str], limit: int) -> None:
+    assert take_page(iter(names), limit) == (names[:limit], len(names) > limit)
 
 
 def test_empty_page_has_no_next() -> None:
-    assert Page(0, None).slice(["a", "b"], 10) == ([], False)
+    assert take_page(iter(["a", "b"]), 0) == ([], False)
+
+
+def test_a_page_takes_one_more_entry_only() -> None:
+    names = iter("abcdef")
+    assert take_page(names, 2) == (["a", "b"], True)
+    assert list(names) == ["d", "e", "f"]
+
+
+def test_the_order_ignores_case() -> None:
+    """distribution-spec 1.1, "Listing Tags": "in lexical order (i.e. case-insensitive alphanumeric order)"."""
+    tags = ["v2.0", "Zeta", "v1", "V1", "beta", "Alpha", "V2", "_x", "1.0"]
+    assert sorted(tags, key=sort_key) == ["1.0", "_x", "Alpha", "beta", "V1", "v1", "V2", "v2.0", "Zeta"]
+
+
+@given(names=NAMES)
+def test_the_order_is_total(names: list[str]) -> None:
+    assert len({sort_key(name) for name in names}) == len(names)
 
 
 def test_parse() -> None:
-    assert Page.parse("") == Page(None, None)
-    assert Page.parse("n=0") == Page(0, None)
-    assert Page.parse("last=a%2Fb&n=10") == Page(10, "a/b")
+    assert Page.parse("", 100) == Page(100, None)
+    assert Page.parse("n=0", 100) == Page(0, None)
+    assert Page.parse("n=101", 100) == Page(100, None)
+    assert Page.parse("last=a%2Fb&n=10", 100) == Page(10, "a/b")
 
 
 @pytest.mark.parametrize("n", ["", "-1", "x", "1.0", "1e3", "%D9%A1", "1" * 19])
 def test_invalid_page_size(n: str) -> None:
     with pytest.raises(PaginationInvalid):
-        Page.parse(f"n={n}")
+        Page.parse(f"n={n}", 100)
 
 
 def test_link() -> None:

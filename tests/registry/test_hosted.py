@@ -552,20 +552,20 @@ def test_delete_a_digest_takes_its_tags(registry: RegistryHarness) -> None:
 
 
 def test_tags_pagination(registry: RegistryHarness) -> None:
-    for tag in ("b", "a", "C", "d"):
+    for tag in ("b", "a", "C", "B", "d"):
         registry.image(tag)
     response = registry.request("GET", f"/v2/{NAME}/tags/list")
-    assert json.loads(response.body) == {"name": NAME, "tags": ["C", "a", "b", "d"]}
+    assert json.loads(response.body) == {"name": NAME, "tags": ["a", "B", "b", "C", "d"]}
     assert "Link" not in response.headers
     tags, target = [], f"/v2/{NAME}/tags/list?n=3"
     while target:
         response = registry.request("GET", target)
         tags += json.loads(response.body)["tags"]
         target = (response.headers["Link"] or "").partition(">")[0].removeprefix("<")
-    assert tags == ["C", "a", "b", "d"]
+    assert tags == ["a", "B", "b", "C", "d"]
     empty_page = registry.request("GET", f"/v2/{NAME}/tags/list?n=0")
     assert (json.loads(empty_page.body)["tags"], empty_page.headers["Link"]) == ([], None)
-    assert json.loads(registry.request("GET", f"/v2/{NAME}/tags/list?last=a").body)["tags"] == ["b", "d"]
+    assert json.loads(registry.request("GET", f"/v2/{NAME}/tags/list?last=B").body)["tags"] == ["b", "C", "d"]
     assert error_code(registry.request("GET", f"/v2/{NAME}/tags/list?n=x")) == (400, "PAGINATION_NUMBER_INVALID")
     assert error_code(registry.request("GET", "/v2/no/such/tags/list")) == (404, "NAME_UNKNOWN")
 
@@ -588,6 +588,21 @@ def test_catalog_pagination(registry: RegistryHarness) -> None:
     assert json.loads(response.body) == {"repositories": ["a", "b", "b/c"]}
     target = response.headers["Link"].partition(">")[0].removeprefix("<")
     assert json.loads(registry.request("GET", target).body) == {"repositories": ["b/c/d"]}
+
+
+@pytest.mark.parametrize("kind", ["blob", "manifest"])
+def test_a_push_replaces_damaged_content_of_the_same_size(registry: RegistryHarness, kind: str) -> None:
+    content = (
+        b"layer" if kind == "blob" else json.dumps(make_image(make_descriptor(registry.push_blob(b"c"), b"c"))).encode()
+    )
+    digest = Digest.of(content)
+    for _ in range(2):
+        if kind == "blob":
+            registry.push_blob(content)
+        else:
+            registry.push(json.loads(content), "1")
+        assert registry.request("GET", f"/v2/{NAME}/{kind}s/{digest}").body == content
+        Path(registry.store.layout.blob(digest)).write_bytes(b"x" * len(content))
 
 
 def test_catalog_lists_repositories_with_manifests(registry: RegistryHarness) -> None:
@@ -633,6 +648,27 @@ def test_referrers(registry: RegistryHarness) -> None:
     assert filtered.headers["OCI-Filters-Applied"] == "artifactType"
     assert [item["digest"] for item in json.loads(filtered.body)["manifests"]] == [str(signature)]
     assert registry.referrers(subject, "?artifactType=none") == []
+
+
+def test_referrers_in_an_unknown_repository(registry: RegistryHarness) -> None:
+    """Nothing is remembered for a name that anyone can invent, and nothing is locked or written."""
+    before = len(registry.store.referrers._complete_signatures)
+    for number in range(3):
+        assert registry.referrers(Digest.of(b"x"), name=f"no/such{number}") == []
+    assert len(registry.store.referrers._complete_signatures) == before
+    assert os.listdir(registry.store.layout.root) == []
+
+
+def test_the_index_of_many_repositories_is_remembered_within_a_bound(
+    registry: RegistryHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry.store.referrers._complete_signatures, "_max_entries", 2)
+    subject = registry.image("subject", "a/0")
+    for _ in range(2):
+        for number in range(3):
+            registry.push_blob(b"x", f"a/{number}")
+            assert registry.referrers(subject, name=f"a/{number}") == []
+    assert len(registry.store.referrers._complete_signatures) == 2
 
 
 def test_subject_may_be_pushed_later(registry: RegistryHarness) -> None:

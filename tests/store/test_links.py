@@ -11,14 +11,21 @@ from hypothesis.stateful import RuleBasedStateMachine, rule
 
 from dockerproxy.errors import NameInvalid
 from dockerproxy.oci.names import Digest
+from dockerproxy.oci.paging import sort_key, take_page
+from dockerproxy.store import links as module
 from dockerproxy.store.layout import Layout
 from dockerproxy.store.links import Links
 
 INDEX = "application/vnd.oci.image.index.v1+json"
 REPOSITORIES = st.sampled_from(["a", "a/b", "a/b/c", "a-b", "registry-1.docker.io/library/ubuntu", "host:5000/a"])
-TAGS = st.sampled_from(["latest", "v1", "_x", "link", "current"])
+POSITIONS = REPOSITORIES | st.sampled_from(["", "a/", "a/b/", "a/b/c/d", "a/a", "0", "h", "z", "../x", "a//b"])
+TAGS = st.sampled_from(["latest", "v1", "V1", "_x", "link", "current"])
 DIGESTS = st.sampled_from([Digest.of(b"1"), Digest.of(b"2"), Digest.of(b"1", "sha512")])
 TYPES = st.sampled_from([INDEX, "application/vnd.docker.distribution.manifest.v2+json"])
+
+
+def components(repository: str) -> list[str]:
+    return repository.split("/")
 
 
 class LinksMachine(RuleBasedStateMachine):
@@ -83,10 +90,46 @@ class LinksMachine(RuleBasedStateMachine):
     @rule()
     def list_repositories(self) -> None:
         assert sorted(self.other.repositories()) == sorted(self.repositories)
+        assert list(self.other.repositories_after(None)) == sorted(self.repositories, key=components)
+
+    @rule(position=POSITIONS)
+    def list_repositories_after(self, position: str) -> None:
+        expected = [name for name in self.repositories if components(name) > components(position)]
+        assert list(self.other.repositories_after(position)) == sorted(expected, key=components)
+
+    @rule(repository=REPOSITORIES, position=TAGS | st.sampled_from(["", "A", "m", "~"]))
+    def list_tags_after(self, repository: str, position: str) -> None:
+        tags = sorted(self.tags.get(repository, {}), key=sort_key)
+        assert list(self.other.tags_after(repository, None)) == tags
+        assert list(self.other.tags_after(repository, position)) == [
+            t for t in tags if sort_key(t) > sort_key(position)
+        ]
 
 
 TestLinks = LinksMachine.TestCase
 TestLinks.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
+
+
+def test_a_page_of_tags_looks_only_at_its_own_links(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    links, digest = Links(layout, False), Digest.of(b"1")
+    for number in range(20):
+        links.set_tag("a", f"v{number:02}", digest)
+    opened: list[str] = []
+    link_exists = module._link_exists
+    monkeypatch.setattr(module, "_link_exists", lambda path: opened.append(path) or link_exists(path))
+    assert take_page(links.tags_after("a", "v04"), 3) == (["v05", "v06", "v07"], True)
+    assert len(opened) == 4
+
+
+def test_a_page_of_repositories_reads_only_its_own_directories(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    links, digest = Links(layout, False), Digest.of(b"1")
+    for number in range(20):
+        links.link_layer(f"team{number:02}/app", digest)
+    read: list[str] = []
+    list_names = module.list_names
+    monkeypatch.setattr(module, "list_names", lambda path: read.append(path) or list_names(path))
+    assert take_page(links.repositories_after("team04/app"), 2) == (["team05/app", "team06/app"], True)
+    assert len(read) <= 10
 
 
 @pytest.fixture
