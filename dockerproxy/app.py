@@ -51,7 +51,7 @@ from dockerproxy.registry.push import PushHandler
 from dockerproxy.reload import RegistryTable
 from dockerproxy.settings import DOCKER_HUB, Settings, SettingsError
 from dockerproxy.store.blobs import Blobs
-from dockerproxy.store.hosted_store import HostedStore
+from dockerproxy.store.hosted_tree import HostedTree
 from dockerproxy.store.links import Links
 from dockerproxy.store.state_directory import StateDirectory
 from dockerproxy.thread_pool import BoundedThreadPool, PoolLimits
@@ -314,7 +314,7 @@ def build_hosted_app(
     reactor: Any, settings: Settings, shared: SharedServices, api: RegistryAPI, pools: ThreadPools
 ) -> HostedRegistryApp:
     """Build the hosted registry in REGISTRY_DIR. Raise `HtpasswdError`, OSError or ValueError."""
-    store = HostedStore.from_layout(shared.state.registry, locks=shared.locks)
+    store = HostedTree.from_layout(shared.state.registry, locks=shared.locks)
     backend = HostedRegistry(reactor, store, PushHandler(reactor, store))
     return HostedRegistryApp(api, backend, build_access_control(reactor, settings, pools, shared.state))
 

@@ -38,7 +38,7 @@ from dockerproxy.registry.htpasswd import HtpasswdError
 from dockerproxy.reload import Reloader, describe_error, reloadable_variables
 from dockerproxy.settings import DOCKER_HUB, Settings, SettingsError, read_env_file
 from dockerproxy.store.blobs import Blobs
-from dockerproxy.store.hosted_store import HostedStore
+from dockerproxy.store.hosted_tree import HostedTree
 from dockerproxy.store.importer import Importer
 from dockerproxy.store.state_directory import DirectoryInUse, StateDirectory
 from dockerproxy.store.sweep import Sweeper
@@ -195,7 +195,7 @@ def build_cache_space(reactor: Any, settings: Settings, state: StateDirectory) -
 
 
 def build_control_socket(
-    reactor: Any, settings: Settings, state: StateDirectory, store: HostedStore, cache_space: CacheSpaceManager
+    reactor: Any, settings: Settings, state: StateDirectory, store: HostedTree, cache_space: CacheSpaceManager
 ) -> ControlSocket:
     """Build the control socket in RUNTIME_DIR, which serves the command `dockerproxy`."""
     stores = [StoreView(HOSTED, store.layout), StoreView(CACHED, state.cache)]

@@ -16,7 +16,7 @@ from dockerproxy.admin.resolver import HOSTED, ImageRef
 from dockerproxy.cache.space import CacheSpaceManager
 from dockerproxy.oci.names import Digest
 from dockerproxy.store.cooperative import CooperativeThread
-from dockerproxy.store.hosted_store import HostedStore
+from dockerproxy.store.hosted_tree import HostedTree
 from dockerproxy.store.records import Records
 
 
@@ -35,7 +35,7 @@ class Deleter:
     """Deletes images from both stores. `records` are the cache's."""
 
     _reactor: Any
-    _hosted_store: HostedStore
+    _hosted_store: HostedTree
     _space: CacheSpaceManager
     _records: Records
     _thread: CooperativeThread = field(init=False)

@@ -22,7 +22,7 @@ from dockerproxy.oci.routes import Kind, Target, parse_query
 from dockerproxy.registry.push import PushHandler
 from dockerproxy.registry.responses import API_VERSION
 from dockerproxy.store.blob_reader import StoredBlobReader
-from dockerproxy.store.hosted_store import HostedStore
+from dockerproxy.store.hosted_tree import HostedTree
 from dockerproxy.store.uploads import Uploads
 
 _NO_CACHE_STATUS = "-"  # hosted content does not come from a cache
@@ -65,10 +65,10 @@ def upload_purge_service(reactor: Any, uploads: Uploads, clock: Callable[[], flo
 
 @frozen
 class HostedRegistry:
-    """A `RegistryBackend` over a `HostedStore`. `AccessControl` has already checked the client's permission."""
+    """A `RegistryBackend` over a `HostedTree`. `AccessControl` has already checked the client's permission."""
 
     reactor: Any
-    store: HostedStore
+    store: HostedTree
     push: PushHandler
 
     async def manifest(

@@ -21,7 +21,7 @@ from dockerproxy.oci.routes import Kind, Target
 from dockerproxy.registry.push_blobs import BlobUploadHandler
 from dockerproxy.registry.push_manifests import ManifestPushHandler
 from dockerproxy.registry.responses import API_VERSION
-from dockerproxy.store.hosted_store import HostedStore
+from dockerproxy.store.hosted_tree import HostedTree
 
 _DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 
@@ -30,10 +30,10 @@ log = Logger()
 
 @frozen
 class PushHandler:
-    """Handles the requests that write to a `HostedStore`."""
+    """Handles the requests that write to a `HostedTree`."""
 
     reactor: Any
-    store: HostedStore
+    store: HostedTree
     _blobs: BlobUploadHandler = field(init=False)
     _manifests: ManifestPushHandler = field(init=False)
 

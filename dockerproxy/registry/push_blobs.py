@@ -15,7 +15,7 @@ from dockerproxy.oci.names import Digest, Repository, parse_repository
 from dockerproxy.oci.routes import parse_query
 from dockerproxy.oci.uploads import algorithm_for, declared_length, range_header
 from dockerproxy.registry.responses import API_VERSION, FieldList
-from dockerproxy.store.hosted_store import HostedStore
+from dockerproxy.store.hosted_tree import HostedTree
 from dockerproxy.store.uploads import Upload
 
 # Bytes that one thread call writes and hashes. With chunks of whatever size had arrived, a push over TLS took a fifth
@@ -28,7 +28,7 @@ class BlobUploadHandler:
     """Handles the requests of upload sessions."""
 
     reactor: Any
-    store: HostedStore
+    store: HostedTree
 
     async def start(self, request: Request, name: Repository) -> None:
         """Mount the requested blob, receive it in this request, or begin a session."""

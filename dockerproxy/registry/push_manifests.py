@@ -24,7 +24,7 @@ from dockerproxy.oci.names import Digest, Reference, Repository, Tag, parse_tag
 from dockerproxy.oci.referrers import Referrer, make_referrer
 from dockerproxy.oci.routes import parse_query
 from dockerproxy.registry.responses import API_VERSION
-from dockerproxy.store.hosted_store import HostedStore
+from dockerproxy.store.hosted_tree import HostedTree
 
 _BATCH_SIZE = 100  # references that are checked before the reactor runs again
 _MAX_MISSING_LISTED = 10  # missing references that an error message lists
@@ -48,7 +48,7 @@ class ManifestPushHandler:
     """Handles PUT and DELETE of manifests."""
 
     reactor: Any
-    store: HostedStore
+    store: HostedTree
 
     async def put(self, request: Request, name: Repository, reference: Reference) -> None:
         """Store a manifest under a digest or a tag."""

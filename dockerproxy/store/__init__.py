@@ -5,7 +5,7 @@ Both use `blobs` (files by digest; a manifest is a blob too) and `links` (which 
 (small JSON documents). `lru_index` and `eviction` choose the blobs to evict; they do not touch the disk.
 
 The hosted registry adds `uploads` (blobs that are being pushed) and `referrers` (the index behind the referrers API).
-`hosted_store` combines its parts. `sweep` collects garbage: `mark` finds the reachable blobs, `safe_delete` deletes
+`hosted_tree` combines its parts. `sweep` collects garbage: `mark` finds the reachable blobs, `safe_delete` deletes
 the others. `scrub` verifies the store, and `importer` imports the directory of another registry. All three run beside
 requests, in short slices (`cooperative`).
 

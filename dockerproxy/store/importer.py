@@ -25,7 +25,7 @@ from dockerproxy.oci.names import Digest, parse_repository
 from dockerproxy.store.blobs import Blobs
 from dockerproxy.store.cooperative import CooperativeThread, Progress
 from dockerproxy.store.files import read_small, write_all
-from dockerproxy.store.hosted_store import HostedStore
+from dockerproxy.store.hosted_tree import HostedTree
 from dockerproxy.store.layout import Layout
 from dockerproxy.store.links import Links
 
@@ -92,7 +92,7 @@ class Importer:
     """Imports the directories of other registries into `store`."""
 
     _reactor: Any
-    _store: HostedStore
+    _store: HostedTree
     _thread: CooperativeThread = field(kw_only=True)
 
     @_thread.default
@@ -129,7 +129,7 @@ class Importer:
 @define
 class _ImportRun:
     _source: Layout
-    _store: HostedStore
+    _store: HostedTree
     _force: bool
     _progress: Progress[Skipped]
     repositories: list[str] = field(factory=list, init=False)

@@ -33,7 +33,7 @@ _Signature = tuple[tuple[int, int], ...]
 class Referrers:
     """The referrers index of a store. All methods except `is_complete` block.
 
-    Methods that change a repository require its lock (see `HostedStore.locks`).
+    Methods that change a repository require its lock (see `HostedTree.locks`).
     """
 
     _layout: Layout

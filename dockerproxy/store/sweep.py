@@ -27,7 +27,7 @@ from attrs import define, evolve, field, frozen
 
 from dockerproxy.oci.names import Digest
 from dockerproxy.store.cooperative import CooperativeThread, Progress
-from dockerproxy.store.hosted_store import HostedStore
+from dockerproxy.store.hosted_tree import HostedTree
 from dockerproxy.store.mark import DigestText, Mark, clear_incrementally
 from dockerproxy.store.safe_delete import DeleteOutcome, SafeDelete
 
@@ -98,7 +98,7 @@ class Sweeper:
     """Collects the garbage of `store`, one collection at a time. `clock` returns POSIX time."""
 
     _reactor: Any
-    _store: HostedStore
+    _store: HostedTree
     _thread: CooperativeThread = field(kw_only=True)
     _clock: Callable[[], float] = field(default=time.time, kw_only=True)
     _running: bool = field(default=False, init=False)
@@ -138,7 +138,7 @@ class Sweeper:
 class _SweepRun:
     """One collection."""
 
-    _store: HostedStore
+    _store: HostedTree
     _mark: Mark
     _safe_delete: SafeDelete
     _progress: Progress[RemovedItem]

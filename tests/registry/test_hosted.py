@@ -32,7 +32,7 @@ from dockerproxy.registry.api import RegistryAPI
 from dockerproxy.registry.hosted import HostedRegistry
 from dockerproxy.registry.hosted_app import HostedRegistryApp
 from dockerproxy.registry.push import PushHandler
-from dockerproxy.store.hosted_store import HostedStore
+from dockerproxy.store.hosted_tree import HostedTree
 from dockerproxy.store.layout import Layout
 from dockerproxy.store.referrers import Referrers
 
@@ -63,7 +63,7 @@ class SynchronousReactor(Clock):
 class RegistryHarness:
     """The hosted registry, and a client connected to it."""
 
-    store: HostedStore
+    store: HostedTree
     client: Any
     connect: Callable[[], Any]
 
@@ -125,7 +125,7 @@ def error_code(response: Any) -> tuple[int, str]:
 @pytest.fixture
 def registry(tmp_path: Path, connect_client: Any) -> RegistryHarness:
     reactor = SynchronousReactor()
-    store = HostedStore.from_layout(Layout(tmp_path))
+    store = HostedTree.from_layout(Layout(tmp_path))
     app = HostedRegistryApp(
         RegistryAPI(reactor), HostedRegistry(reactor, store, PushHandler(reactor, store)), AllowAll()
     )
@@ -726,7 +726,7 @@ def test_a_tree_without_our_metadata_is_indexed(registry: RegistryHarness, tmp_p
     ]}  # fmt: skip
     registry.push(index, fallback_tag(subject))
     remove_our_metadata(tmp_path)
-    store = HostedStore.from_layout(Layout(tmp_path))
+    store = HostedTree.from_layout(Layout(tmp_path))
     reactor = SynchronousReactor()
     app = HostedRegistryApp(
         RegistryAPI(reactor), HostedRegistry(reactor, store, PushHandler(reactor, store)), AllowAll()

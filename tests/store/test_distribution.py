@@ -19,7 +19,7 @@ from attrs import frozen
 from dockerproxy.oci.names import Digest
 from dockerproxy.store.blobs import Blobs
 from dockerproxy.store.cooperative import Progress
-from dockerproxy.store.hosted_store import HostedStore
+from dockerproxy.store.hosted_tree import HostedTree
 from dockerproxy.store.importer import Importer
 from dockerproxy.store.layout import Layout
 from dockerproxy.store.links import Links
@@ -224,14 +224,14 @@ def theirs(tmp_path: Path) -> Path:
         push(host, "deleted", index(TWO, THREE), "v1")
         push(host, "deleted", ONE, "v2")
     shutil.rmtree(f"{Layout(root).tags('deleted')}/v1")
-    store = HostedStore.from_layout(Layout(root))
+    store = HostedTree.from_layout(Layout(root))
     age_blobs(store)
     return root
 
 
 def list_objects(root: Path) -> dict[str, set[str]]:
     """Return the manifests and blobs of each repository, and all stored blobs under the key ``""``."""
-    store = HostedStore.from_layout(Layout(root))
+    store = HostedTree.from_layout(Layout(root))
     objects = {repository: {f"m {digest}" for digest in store.links.manifests(repository)}
              | {f"b {digest}" for digest in store.links.layers(repository)}
              for repository in store.links.repositories()}  # fmt: skip
@@ -240,7 +240,7 @@ def list_objects(root: Path) -> dict[str, set[str]]:
 
 def sweep(root: Path, *, delete_untagged: bool = True) -> SweepResult:
     reactor = SteppedReactor()
-    return reactor.run(Sweeper(reactor, HostedStore.from_layout(Layout(root))).sweep(delete_untagged=delete_untagged))
+    return reactor.run(Sweeper(reactor, HostedTree.from_layout(Layout(root))).sweep(delete_untagged=delete_untagged))
 
 
 def findings(root: Path) -> list[Finding]:
@@ -286,7 +286,7 @@ def test_garbage_collection_against_distribution(theirs: Path, tmp_path: Path, d
 
 
 def test_imports_a_distribution_directory(theirs: Path, tmp_path: Path) -> None:
-    store = HostedStore.from_layout(Layout(tmp_path / "ours"))
+    store = HostedTree.from_layout(Layout(tmp_path / "ours"))
     reactor = SteppedReactor()
     result = reactor.run(Importer(reactor, store).import_from(theirs))
     assert (result.untaken, result.repositories, result.tags) == (0, 3, 4)

@@ -12,7 +12,7 @@ from twisted.internet.defer import CancelledError, Deferred
 from dockerproxy.oci.names import Digest
 from dockerproxy.store import importer
 from dockerproxy.store.cooperative import CooperativeThread, Progress
-from dockerproxy.store.hosted_store import HostedStore
+from dockerproxy.store.hosted_tree import HostedTree
 from dockerproxy.store.importer import Importer, ImportResult, NotARegistry, Skipped
 from dockerproxy.store.layout import Layout
 from dockerproxy.store.scrub import Scrubber
@@ -24,14 +24,14 @@ SIGNATURE = image(b"sig", b"signature", subject=BOTH)
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> HostedStore:
-    return HostedStore.from_layout(Layout(tmp_path / "ours"))
+def store(tmp_path: Path) -> HostedTree:
+    return HostedTree.from_layout(Layout(tmp_path / "ours"))
 
 
 @pytest.fixture
-def other(tmp_path: Path) -> HostedStore:
+def other(tmp_path: Path) -> HostedTree:
     """A directory as `registry:2` writes it, without media types and subjects."""
-    other = HostedStore.from_layout(Layout(tmp_path / "other"))
+    other = HostedTree.from_layout(Layout(tmp_path / "other"))
     put_image(other, REPOSITORY, BOTH, "v1", "latest")
     put_image(other, REPOSITORY, SIGNATURE)
     put_image(other, "two", ONE, "v1")
@@ -43,7 +43,7 @@ def other(tmp_path: Path) -> HostedStore:
     return other
 
 
-def import_from(store: HostedStore, directory: Path, *, force: bool = False) -> tuple[ImportResult, list[Skipped]]:
+def import_from(store: HostedTree, directory: Path, *, force: bool = False) -> tuple[ImportResult, list[Skipped]]:
     reactor, skipped_items = SteppedReactor(), list[Skipped]()
     result = reactor.run(
         Importer(reactor, store).import_from(directory, force=force, progress=Progress(emit=skipped_items.append))
@@ -53,12 +53,12 @@ def import_from(store: HostedStore, directory: Path, *, force: bool = False) -> 
     return result, skipped_items
 
 
-def is_intact(store: HostedStore) -> bool:
+def is_intact(store: HostedTree) -> bool:
     reactor = SteppedReactor()
     return reactor.run(Scrubber(reactor, store.layout).scrub()).findings == 0
 
 
-def test_imports_everything_in_repositories(store: HostedStore, other: HostedStore) -> None:
+def test_imports_everything_in_repositories(store: HostedTree, other: HostedTree) -> None:
     other.blobs.put(b"garbage", Digest.of(b"garbage"))
     before = sorted(map(str, other.layout.root.rglob("*")))
     result, skipped_items = import_from(store, other.layout.root)
@@ -80,7 +80,7 @@ def test_imports_everything_in_repositories(store: HostedStore, other: HostedSto
     assert len(list(store.referrers.list(REPOSITORY, BOTH.digest, None))) == 1
 
 
-def test_a_second_import_is_a_no_op(store: HostedStore, other: HostedStore) -> None:
+def test_a_second_import_is_a_no_op(store: HostedTree, other: HostedTree) -> None:
     import_from(store, other.layout.root)
     result, skipped_items = import_from(store, other.layout.root)
     assert skipped_items == []
@@ -88,11 +88,11 @@ def test_a_second_import_is_a_no_op(store: HostedStore, other: HostedStore) -> N
 
 
 @pytest.mark.parametrize("subdirectory", ["", "docker/registry/v2"])
-def test_accepts_the_root_or_the_v2_directory(store: HostedStore, other: HostedStore, subdirectory: str) -> None:
+def test_accepts_the_root_or_the_v2_directory(store: HostedTree, other: HostedTree, subdirectory: str) -> None:
     assert import_from(store, other.layout.root / subdirectory)[0].tags == 3
 
 
-def test_other_directories_are_rejected(store: HostedStore, other: HostedStore, tmp_path: Path) -> None:
+def test_other_directories_are_rejected(store: HostedTree, other: HostedTree, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for directory in (tmp_path / "nothing", tmp_path, tmp_path / "file"):
         with pytest.raises(NotARegistry, match=str(directory)):
@@ -102,7 +102,7 @@ def test_other_directories_are_rejected(store: HostedStore, other: HostedStore, 
 
 
 def test_copies_if_hard_links_are_impossible(
-    store: HostedStore, other: HostedStore, monkeypatch: pytest.MonkeyPatch
+    store: HostedTree, other: HostedTree, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def link(source: str, target: str) -> None:
         raise OSError(18, "Invalid cross-device link")
@@ -113,12 +113,12 @@ def test_copies_if_hard_links_are_impossible(
     assert (result.hardlinked, result.copied) == (0, len(list(other.blobs.walk())))
     assert is_intact(store)
     assert not os.path.samefile(store.layout.blob(ONE.digest), other.layout.blob(ONE.digest))
-    third = HostedStore.from_layout(Layout(store.layout.root.parent / "third"))
+    third = HostedTree.from_layout(Layout(store.layout.root.parent / "third"))
     monkeypatch.setattr(importer.os, "geteuid", lambda: os.getuid() + 1000)
     assert import_from(third, other.layout.root)[0].hardlinked == 0
 
 
-def test_a_conflicting_tag_is_only_moved_by_force(store: HostedStore, other: HostedStore) -> None:
+def test_a_conflicting_tag_is_only_moved_by_force(store: HostedTree, other: HostedTree) -> None:
     put_image(store, REPOSITORY, ONE, "v1", "mine")
     result, skipped_items = import_from(store, other.layout.root)
     assert (result.conflicts, result.tags) == (1, 2)
@@ -131,7 +131,7 @@ def test_a_conflicting_tag_is_only_moved_by_force(store: HostedStore, other: Hos
     assert store.links.tag(REPOSITORY, "mine") == ONE.digest
 
 
-def test_damaged_source_blobs_are_skipped(store: HostedStore, other: HostedStore) -> None:
+def test_damaged_source_blobs_are_skipped(store: HostedTree, other: HostedTree) -> None:
     Path(other.layout.blob(Digest.of(b"layer1"))).write_bytes(b"layer?")
     Path(other.layout.blob(TWO.digest)).unlink()
     Path(other.layout.blob(SIGNATURE.digest)).write_bytes(b"no manifest")
@@ -156,7 +156,7 @@ def test_damaged_source_blobs_are_skipped(store: HostedStore, other: HostedStore
     assert store.links.has_layer(REPOSITORY, layer)
 
 
-def test_import_repairs_a_damaged_target_blob(store: HostedStore, other: HostedStore) -> None:
+def test_import_repairs_a_damaged_target_blob(store: HostedTree, other: HostedTree) -> None:
     import_from(store, other.layout.root)
     path = store.layout.blob(ONE.digest)
     os.unlink(path)
@@ -165,7 +165,7 @@ def test_import_repairs_a_damaged_target_blob(store: HostedStore, other: HostedS
     assert is_intact(store)
 
 
-def test_an_invalid_repository_name_is_skipped(store: HostedStore, other: HostedStore) -> None:
+def test_an_invalid_repository_name_is_skipped(store: HostedTree, other: HostedTree) -> None:
     os.rename(f"{other.layout.repositories}/two", f"{other.layout.repositories}/Two")
     result, skipped_items = import_from(store, other.layout.root)
     assert [item.kind for item in skipped_items] == ["invalid"]
@@ -173,7 +173,7 @@ def test_an_invalid_repository_name_is_skipped(store: HostedStore, other: Hosted
     assert result.repositories == 1
 
 
-def test_a_cancelled_import_can_be_resumed(store: HostedStore, other: HostedStore) -> None:
+def test_a_cancelled_import_can_be_resumed(store: HostedTree, other: HostedTree) -> None:
     reactor = SteppedReactor()
     importer = Importer(reactor, store, thread=CooperativeThread(reactor, slice_length=-1))
     steps = 0
@@ -201,7 +201,7 @@ def test_a_cancelled_import_can_be_resumed(store: HostedStore, other: HostedStor
     assert store.links.tags(REPOSITORY) == ["latest", "v1"]
 
 
-def test_progress_reports_bytes_and_manifests(store: HostedStore, other: HostedStore) -> None:
+def test_progress_reports_bytes_and_manifests(store: HostedTree, other: HostedTree) -> None:
     reactor, reports = SteppedReactor(), list[tuple[str, int, int | None]]()
     importer = Importer(reactor, store, thread=CooperativeThread(reactor, slice_length=-1))
     reactor.run(importer.import_from(other.layout.root, progress=Progress(report=lambda *state: reports.append(state))))

@@ -24,7 +24,7 @@ from dockerproxy.oci.names import Digest
 from dockerproxy.store import lru_index
 from dockerproxy.store.blobs import Blobs
 from dockerproxy.store.cooperative import CooperativeThread
-from dockerproxy.store.hosted_store import HostedStore
+from dockerproxy.store.hosted_tree import HostedTree
 from dockerproxy.store.importer import Importer
 from dockerproxy.store.layout import Layout
 from dockerproxy.store.mark import Mark
@@ -75,7 +75,7 @@ class CallCountingReactor(SteppedReactor):
             self.max_calls[place] = max(self.max_calls[place], calls)
 
 
-def put_manifest(store: HostedStore, content: ManifestTree, *tags: str) -> None:
+def put_manifest(store: HostedTree, content: ManifestTree, *tags: str) -> None:
     """Store a manifest with its blobs and children, as `registry:2` would, all unused for a long time."""
     for part in content.walk():
         digests = [Digest.of(blob) for blob in part.blobs]
@@ -95,12 +95,12 @@ def write(path: str, data: bytes) -> None:
     Path(path).write_bytes(data)
 
 
-def make_registry(root: Path, count: int) -> HostedStore:
+def make_registry(root: Path, count: int) -> HostedTree:
     """Create a registry with `count` tagged images, `count` untagged ones and `count` unreferenced blobs.
 
     Each untagged image has a signature, and every second one is in an index.
     """
-    store = HostedStore.from_layout(Layout(root))
+    store = HostedTree.from_layout(Layout(root))
     for number in range(count):
         put_manifest(store, image(b"config %d" % number, b"layer %d" % number, b"base"), f"v{number}", f"again{number}")
         untagged = image(b"loose config %d" % number, b"loose layer %d" % number, b"base")
@@ -115,7 +115,7 @@ def make_registry(root: Path, count: int) -> HostedStore:
 
 
 async def collect(reactor: SteppedReactor, root: Path, thread: CooperativeThread) -> None:
-    result = await Sweeper(reactor, HostedStore.from_layout(Layout(root)), thread=thread).sweep(delete_untagged=True)
+    result = await Sweeper(reactor, HostedTree.from_layout(Layout(root)), thread=thread).sweep(delete_untagged=True)
     assert result.blobs > SMALL * 5
     assert not result.problems
 
@@ -126,7 +126,7 @@ async def scrub(reactor: SteppedReactor, root: Path, thread: CooperativeThread) 
 
 
 async def import_from(reactor: SteppedReactor, root: Path, thread: CooperativeThread) -> None:
-    store = HostedStore.from_layout(Layout(root / "new"))
+    store = HostedTree.from_layout(Layout(root / "new"))
     result = await Importer(reactor, store, thread=thread).import_from(root)
     assert result.tags > SMALL
 

@@ -12,7 +12,7 @@ from twisted.internet.defer import CancelledError, Deferred
 from dockerproxy.oci.manifests import OCI_MANIFEST
 from dockerproxy.oci.names import Digest
 from dockerproxy.store.cooperative import CooperativeThread, Progress
-from dockerproxy.store.hosted_store import HostedStore
+from dockerproxy.store.hosted_tree import HostedTree
 from dockerproxy.store.layout import Layout
 from dockerproxy.store.scrub import Finding, Scrubber, ScrubResult
 from tests.store.support.images import BOTH, ONE, descriptor, image, put_image
@@ -23,18 +23,18 @@ CONFIG = Digest.of(b"config1")
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> HostedStore:
-    store = HostedStore.from_layout(Layout(tmp_path))
+def store(tmp_path: Path) -> HostedTree:
+    store = HostedTree.from_layout(Layout(tmp_path))
     put_image(store, REPOSITORY, BOTH, "v1")
     return store
 
 
-def scrub(store: HostedStore, *, links: bool = True) -> tuple[ScrubResult, list[Finding]]:
+def scrub(store: HostedTree, *, links: bool = True) -> tuple[ScrubResult, list[Finding]]:
     reactor, findings = SteppedReactor(), list[Finding]()
     return reactor.run(Scrubber(reactor, store.layout, links).scrub(Progress(emit=findings.append))), findings
 
 
-def test_an_intact_store_has_no_findings(store: HostedStore) -> None:
+def test_an_intact_store_has_no_findings(store: HostedTree) -> None:
     put_image(store, "other", image(b"sig", b"signature", subject=BOTH))
     before = {path: path.stat().st_mtime for path in store.layout.root.rglob("*")}
     result, findings = scrub(store)
@@ -45,7 +45,7 @@ def test_an_intact_store_has_no_findings(store: HostedStore) -> None:
 
 
 @pytest.mark.parametrize("content", [b"config2", b"", b"config1 and more"])
-def test_a_damaged_blob_is_quarantined(store: HostedStore, content: bytes) -> None:
+def test_a_damaged_blob_is_quarantined(store: HostedTree, content: bytes) -> None:
     blob = Path(store.layout.blob(CONFIG))
     blob.write_bytes(content)
     result, findings = scrub(store)
@@ -65,7 +65,7 @@ def test_a_damaged_blob_is_quarantined(store: HostedStore, content: bytes) -> No
 
 
 def test_a_blob_replaced_while_it_is_scrubbed_is_not_quarantined(
-    store: HostedStore, monkeypatch: pytest.MonkeyPatch
+    store: HostedTree, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Path(store.layout.blob(CONFIG)).write_bytes(b"damaged!")
     real = os.rename
@@ -81,7 +81,7 @@ def test_a_blob_replaced_while_it_is_scrubbed_is_not_quarantined(
     assert Path(store.layout.blob(CONFIG)).read_bytes() == b"config1"
 
 
-def test_missing_and_torn_links_are_reported(store: HostedStore) -> None:
+def test_missing_and_torn_links_are_reported(store: HostedTree) -> None:
     os.unlink(store.layout.blob(Digest.of(b"layer2")))
     store.links.unlink_layer(REPOSITORY, Digest.of(b"layer1"))
     Path(store.layout.layer(REPOSITORY, Digest.of(b"base"))).write_bytes(b"")
@@ -111,7 +111,7 @@ def test_missing_and_torn_links_are_reported(store: HostedStore) -> None:
     assert not os.path.exists(store.layout.damaged)
 
 
-def test_nondistributable_layers_may_be_missing(store: HostedStore) -> None:
+def test_nondistributable_layers_may_be_missing(store: HostedTree) -> None:
     foreign = descriptor("application/vnd.docker.image.rootfs.foreign.diff.tar.gzip", b"from its vendor")
     manifest = json.dumps(
         {"schemaVersion": 2, "mediaType": OCI_MANIFEST, "config": descriptor("a/b", b"config1"), "layers": [foreign]}
@@ -121,14 +121,14 @@ def test_nondistributable_layers_may_be_missing(store: HostedStore) -> None:
     assert scrub(store)[1] == []
 
 
-def test_a_manifest_of_an_unknown_type_need_not_parse(store: HostedStore) -> None:
+def test_a_manifest_of_an_unknown_type_need_not_parse(store: HostedTree) -> None:
     for content, media_type in ((b"anything", "application/vnd.anything"), (b'{"config": 1}', "a/b+json")):
         store.blobs.put(content, Digest.of(content))
         store.links.link_manifest(REPOSITORY, Digest.of(content), media_type)
     assert scrub(store)[1] == []
 
 
-def test_a_cache_may_have_dangling_links(store: HostedStore) -> None:
+def test_a_cache_may_have_dangling_links(store: HostedTree) -> None:
     os.unlink(store.layout.blob(CONFIG))
     Path(store.layout.blob(Digest.of(b"base"))).write_bytes(b"bass")
     result, findings = scrub(store, links=False)
@@ -136,7 +136,7 @@ def test_a_cache_may_have_dangling_links(store: HostedStore) -> None:
     assert (result.repositories, result.links, result.tags) == (0, 0, 0)
 
 
-def test_progress_and_cancellation(store: HostedStore) -> None:
+def test_progress_and_cancellation(store: HostedTree) -> None:
     reactor, reports = SteppedReactor(), list[tuple[str, int, int | None]]()
     scrubber = Scrubber(reactor, store.layout, thread=CooperativeThread(reactor, slice_length=-1))
     progress: Progress[Finding] = Progress(report=lambda *state: reports.append(state))

@@ -16,7 +16,7 @@ from dockerproxy.oci.manifests import OCI_INDEX
 from dockerproxy.oci.names import Digest
 from dockerproxy.store import safe_delete as safe_delete_module
 from dockerproxy.store.cooperative import CooperativeThread, Progress
-from dockerproxy.store.hosted_store import HostedStore
+from dockerproxy.store.hosted_tree import HostedTree
 from dockerproxy.store.layout import Layout
 from dockerproxy.store.safe_delete import DeleteOutcome, SafeDelete
 from dockerproxy.store.sweep import RemovedItem, Sweeper, SweepInProgress, SweepResult
@@ -32,15 +32,15 @@ def reactor() -> SteppedReactor:
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> HostedStore:
-    return HostedStore.from_layout(Layout(tmp_path))
+def store(tmp_path: Path) -> HostedTree:
+    return HostedTree.from_layout(Layout(tmp_path))
 
 
-def sweep(reactor: SteppedReactor, store: HostedStore, **options: Any) -> SweepResult:
+def sweep(reactor: SteppedReactor, store: HostedTree, **options: Any) -> SweepResult:
     return reactor.run(Sweeper(reactor, store).sweep(**options))
 
 
-def stored_digests(store: HostedStore) -> set[Digest]:
+def stored_digests(store: HostedTree) -> set[Digest]:
     return {entry.digest for entry in store.blobs.walk()}
 
 
@@ -53,7 +53,7 @@ def closure(*manifests: ManifestTree) -> set[Digest]:
 # Retained objects
 
 
-def test_retains_everything_a_tag_reaches(reactor: SteppedReactor, store: HostedStore) -> None:
+def test_retains_everything_a_tag_reaches(reactor: SteppedReactor, store: HostedTree) -> None:
     put_image(store, REPOSITORY, BOTH, "v1")
     signature = image(b"sig", b"signature", subject=BOTH)
     again = image(b"sig", b"of the signature", subject=signature)
@@ -66,7 +66,7 @@ def test_retains_everything_a_tag_reaches(reactor: SteppedReactor, store: Hosted
     assert result.needed == len(stored_digests(store))
 
 
-def test_retains_the_subject_of_a_tagged_manifest(reactor: SteppedReactor, store: HostedStore) -> None:
+def test_retains_the_subject_of_a_tagged_manifest(reactor: SteppedReactor, store: HostedTree) -> None:
     put_image(store, REPOSITORY, ONE)
     put_image(store, REPOSITORY, image(b"sig", b"signature", subject=ONE), "signature")
     age_blobs(store)
@@ -75,7 +75,7 @@ def test_retains_the_subject_of_a_tagged_manifest(reactor: SteppedReactor, store
     assert closure(ONE) <= stored_digests(store)
 
 
-def test_a_subject_in_another_repository_only_is_not_retained(reactor: SteppedReactor, store: HostedStore) -> None:
+def test_a_subject_in_another_repository_only_is_not_retained(reactor: SteppedReactor, store: HostedTree) -> None:
     put_image(store, "other", BOTH, "v1")
     put_image(store, REPOSITORY, ONE)
     put_image(store, REPOSITORY, image(b"sig", b"signature", subject=BOTH), "signature")
@@ -84,7 +84,7 @@ def test_a_subject_in_another_repository_only_is_not_retained(reactor: SteppedRe
     assert not store.links.has_manifest(REPOSITORY, ONE.digest)
 
 
-def test_untagged_manifests_are_deleted_only_on_request(reactor: SteppedReactor, store: HostedStore) -> None:
+def test_untagged_manifests_are_deleted_only_on_request(reactor: SteppedReactor, store: HostedTree) -> None:
     put_image(store, REPOSITORY, ONE)
     age_blobs(store)
     assert sweep(reactor, store).blobs == 0
@@ -93,7 +93,7 @@ def test_untagged_manifests_are_deleted_only_on_request(reactor: SteppedReactor,
     assert stored_digests(store) == set()
 
 
-def test_retains_the_blobs_of_a_buildkit_cache_index(reactor: SteppedReactor, store: HostedStore) -> None:
+def test_retains_the_blobs_of_a_buildkit_cache_index(reactor: SteppedReactor, store: HostedTree) -> None:
     """BuildKit's `type=registry` cache: the index's children are blobs."""
     layer = b"a cached layer" * 1_000_000  # larger than the manifest size limit
     data = json.dumps({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": [descriptor("x/y", layer)]}).encode()
@@ -107,7 +107,7 @@ def test_retains_the_blobs_of_a_buildkit_cache_index(reactor: SteppedReactor, st
 
 @pytest.mark.parametrize("text", ['{"blobs": [{"digest": "%s"}]}', "not JSON, but %s", '{"%s": NaN}'])
 def test_retains_every_digest_in_a_manifest_of_an_unknown_type(
-    reactor: SteppedReactor, store: HostedStore, text: str
+    reactor: SteppedReactor, store: HostedTree, text: str
 ) -> None:
     strange = ManifestTree("application/vnd.strange", (text % Digest.of(b"named")).encode(), (b"named",))
     put_image(store, REPOSITORY, strange, "strange")
@@ -117,7 +117,7 @@ def test_retains_every_digest_in_a_manifest_of_an_unknown_type(
     assert stored_digests(store) == closure(strange)
 
 
-def test_retains_uploads_and_foreign_files(reactor: SteppedReactor, store: HostedStore) -> None:
+def test_retains_uploads_and_foreign_files(reactor: SteppedReactor, store: HostedTree) -> None:
     upload = store.uploads.start(REPOSITORY)
     upload.append([b"half"])
     store.uploads.suspend(upload)
@@ -132,7 +132,7 @@ def test_retains_uploads_and_foreign_files(reactor: SteppedReactor, store: Hoste
 # Deleted objects
 
 
-def test_deletes_unreachable_objects(reactor: SteppedReactor, store: HostedStore) -> None:
+def test_deletes_unreachable_objects(reactor: SteppedReactor, store: HostedTree) -> None:
     signature = image(b"sig", b"signature", subject=ONE)
     put_image(store, REPOSITORY, ONE, "v1", "v2")
     put_image(store, REPOSITORY, signature)
@@ -159,7 +159,7 @@ def test_deletes_unreachable_objects(reactor: SteppedReactor, store: HostedStore
     assert not os.path.exists(store.layout.referrers(REPOSITORY, ONE.digest))
 
 
-def test_links_are_swept_per_repository(reactor: SteppedReactor, store: HostedStore) -> None:
+def test_links_are_swept_per_repository(reactor: SteppedReactor, store: HostedTree) -> None:
     put_image(store, "one", ONE, "v1")
     for blob in (*ONE.blobs, b"mounted"):
         store.links.link_layer("two", Digest.of(blob))
@@ -169,7 +169,7 @@ def test_links_are_swept_per_repository(reactor: SteppedReactor, store: HostedSt
     assert set(store.links.layers("one")) == {Digest.of(blob) for blob in ONE.blobs}
 
 
-def test_removes_empty_repositories(reactor: SteppedReactor, store: HostedStore) -> None:
+def test_removes_empty_repositories(reactor: SteppedReactor, store: HostedTree) -> None:
     put_image(store, "a/b/c", ONE)
     put_image(store, "a/d", TWO, "v1")
     age_blobs(store)
@@ -178,7 +178,7 @@ def test_removes_empty_repositories(reactor: SteppedReactor, store: HostedStore)
     assert os.listdir(f"{store.layout.repositories}/a") == ["d"]
 
 
-def test_a_dry_run_deletes_nothing(reactor: SteppedReactor, store: HostedStore) -> None:
+def test_a_dry_run_deletes_nothing(reactor: SteppedReactor, store: HostedTree) -> None:
     put_image(store, REPOSITORY, BOTH, "v1")
     put_image(store, REPOSITORY, image(b"config3", b"base"), "v1")
     age_blobs(store)
@@ -194,7 +194,7 @@ def test_a_dry_run_deletes_nothing(reactor: SteppedReactor, store: HostedStore) 
 # Damage
 
 
-def test_skips_a_repository_with_a_damaged_manifest(reactor: SteppedReactor, store: HostedStore) -> None:
+def test_skips_a_repository_with_a_damaged_manifest(reactor: SteppedReactor, store: HostedTree) -> None:
     for repository in ("intact", "damaged"):
         put_image(store, repository, ONE, "v1")
         store.links.remove_tag(repository, "v1")
@@ -212,7 +212,7 @@ def test_skips_a_repository_with_a_damaged_manifest(reactor: SteppedReactor, sto
 
 
 @pytest.mark.parametrize("damage", ["missing", "no link", "torn tag", "too long", "no manifest"])
-def test_damage_of_any_kind_deletes_nothing(reactor: SteppedReactor, store: HostedStore, damage: str) -> None:
+def test_damage_of_any_kind_deletes_nothing(reactor: SteppedReactor, store: HostedTree, damage: str) -> None:
     put_image(store, REPOSITORY, BOTH, "v1")
     put_image(store, REPOSITORY, ONE, "v2")
     blob = Path(store.layout.blob(ONE.digest))
@@ -236,7 +236,7 @@ def test_damage_of_any_kind_deletes_nothing(reactor: SteppedReactor, store: Host
 
 
 def test_retains_files_of_another_user(
-    reactor: SteppedReactor, store: HostedStore, monkeypatch: pytest.MonkeyPatch
+    reactor: SteppedReactor, store: HostedTree, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Only the owner can set their mtime, so their last use is not known."""
     put_image(store, REPOSITORY, ONE)
@@ -251,7 +251,7 @@ def test_retains_files_of_another_user(
 # Concurrent use
 
 
-def test_objects_used_within_the_grace_period_are_retained(reactor: SteppedReactor, store: HostedStore) -> None:
+def test_objects_used_within_the_grace_period_are_retained(reactor: SteppedReactor, store: HostedTree) -> None:
     put_image(store, REPOSITORY, ONE)
     age_blobs(store, 1800)
     result = sweep(reactor, store, delete_untagged=True)
@@ -266,7 +266,7 @@ def test_objects_used_within_the_grace_period_are_retained(reactor: SteppedReact
         sweep(reactor, store, grace=60)
 
 
-def start_after_mark(reactor: SteppedReactor, store: HostedStore) -> Deferred[SweepResult]:
+def start_after_mark(reactor: SteppedReactor, store: HostedTree) -> Deferred[SweepResult]:
     """Start a collection and run it to the end of its mark phase."""
     marks: list[int] = []
     thread = CooperativeThread(reactor, slice_length=-1)
@@ -294,7 +294,7 @@ def finish(reactor: SteppedReactor, sweep: Deferred[SweepResult]) -> SweepResult
 
 @pytest.mark.parametrize("child", range(4))
 def test_a_child_used_after_the_mark_phase_retains_its_index(
-    reactor: SteppedReactor, store: HostedStore, child: int
+    reactor: SteppedReactor, store: HostedTree, child: int
 ) -> None:
     """A push of the index finds its children and does not check their layers, so these must stay, too."""
     children = [image(b"config%d" % number, b"base", b"layer%d" % number) for number in range(4)]
@@ -308,7 +308,7 @@ def test_a_child_used_after_the_mark_phase_retains_its_index(
     assert set(store.links.layers(REPOSITORY)) == {Digest.of(blob) for child in children for blob in child.blobs}
 
 
-def test_a_recently_used_index_retains_its_children(reactor: SteppedReactor, store: HostedStore) -> None:
+def test_a_recently_used_index_retains_its_children(reactor: SteppedReactor, store: HostedTree) -> None:
     put_image(store, REPOSITORY, BOTH)
     age_blobs(store)
     store.blobs.touch(BOTH.digest)
@@ -316,7 +316,7 @@ def test_a_recently_used_index_retains_its_children(reactor: SteppedReactor, sto
     assert stored_digests(store) == closure(BOTH)
 
 
-def test_a_blob_used_after_the_mark_phase_is_retained(reactor: SteppedReactor, store: HostedStore) -> None:
+def test_a_blob_used_after_the_mark_phase_is_retained(reactor: SteppedReactor, store: HostedTree) -> None:
     put_image(store, REPOSITORY, ONE)
     age_blobs(store)
     sweep = start_after_mark(reactor, store)
@@ -327,7 +327,7 @@ def test_a_blob_used_after_the_mark_phase_is_retained(reactor: SteppedReactor, s
     assert stored_digests(store) == {Digest.of(b"base")}
 
 
-def test_a_large_group_is_deleted_in_batches(reactor: SteppedReactor, store: HostedStore) -> None:
+def test_a_large_group_is_deleted_in_batches(reactor: SteppedReactor, store: HostedTree) -> None:
     children = [image(b"config%d" % number, b"base") for number in range(100)]
     large = index(*children)
     put_image(store, REPOSITORY, large)
@@ -345,7 +345,7 @@ def test_a_large_group_is_deleted_in_batches(reactor: SteppedReactor, store: Hos
     assert stored_digests(store) == closure(*remaining)
 
 
-def test_only_one_collection_runs_at_a_time(reactor: SteppedReactor, store: HostedStore) -> None:
+def test_only_one_collection_runs_at_a_time(reactor: SteppedReactor, store: HostedTree) -> None:
     put_image(store, REPOSITORY, ONE)
     sweeper = Sweeper(reactor, store)
     first = Deferred.fromCoroutine(sweeper.sweep())
@@ -355,7 +355,7 @@ def test_only_one_collection_runs_at_a_time(reactor: SteppedReactor, store: Host
     assert reactor.run(sweeper.sweep()).repositories == 1
 
 
-def test_a_cancelled_collection_leaves_no_staged_files(reactor: SteppedReactor, store: HostedStore) -> None:
+def test_a_cancelled_collection_leaves_no_staged_files(reactor: SteppedReactor, store: HostedTree) -> None:
     put_image(store, REPOSITORY, BOTH)
     age_blobs(store)
     sweeper = Sweeper(reactor, store, thread=CooperativeThread(reactor, slice_length=-1))
@@ -378,7 +378,7 @@ def test_a_cancelled_collection_leaves_no_staged_files(reactor: SteppedReactor, 
 
 # SafeDelete
 
-Change = Callable[[HostedStore], object]
+Change = Callable[[HostedTree], object]
 
 CONFIG = Digest.of(b"config1")
 
@@ -403,7 +403,7 @@ DELETIONS: list[tuple[Callable[[SafeDelete], DeleteOutcome], Digest]] = [
 @pytest.mark.parametrize(("delete", "digest"), DELETIONS)
 @pytest.mark.parametrize("call_number", range(6))
 def test_a_concurrent_use_prevents_deletion_or_fails(
-    store: HostedStore, monkeypatch: pytest.MonkeyPatch, delete: Any, digest: Digest, call_number: int
+    store: HostedTree, monkeypatch: pytest.MonkeyPatch, delete: Any, digest: Digest, call_number: int
 ) -> None:
     """Another thread uses the blob between any two system calls of the deletion."""
     put_image(store, REPOSITORY, BOTH)
@@ -442,7 +442,7 @@ def test_a_concurrent_use_prevents_deletion_or_fails(
     )
 
 
-def test_a_link_rewritten_during_deletion_is_retained(store: HostedStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_link_rewritten_during_deletion_is_retained(store: HostedTree, monkeypatch: pytest.MonkeyPatch) -> None:
     """A push finds no link and writes one, but finds the media type. Neither file may be lost."""
     put_image(store, REPOSITORY, ONE)
     age_blobs(store)

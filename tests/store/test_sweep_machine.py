@@ -29,7 +29,7 @@ from dockerproxy.registry.api import RegistryAPI
 from dockerproxy.registry.hosted import HostedRegistry
 from dockerproxy.registry.push import PushHandler
 from dockerproxy.store.cooperative import CooperativeThread
-from dockerproxy.store.hosted_store import HostedStore
+from dockerproxy.store.hosted_tree import HostedTree
 from dockerproxy.store.layout import Layout
 from dockerproxy.store.sweep import Sweeper, SweepResult
 from tests.store.support.images import ManifestTree, age_blobs, image, index
@@ -78,7 +78,7 @@ class InMemoryRegistry:
     """The HTTP API of a hosted registry, without a socket."""
 
     reactor: SteppedReactor
-    store: HostedStore
+    store: HostedTree
     hosted: HostedRegistry = field(init=False)
 
     @hosted.default
@@ -120,7 +120,7 @@ class SweepMachine(RuleBasedStateMachine):
         self.directory = tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
         self.reactor = SteppedReactor()
         self.layout = Layout(Path(self.directory.name))
-        self.store = HostedStore.from_layout(self.layout)
+        self.store = HostedTree.from_layout(self.layout)
         self.registry = InMemoryRegistry(self.reactor, self.store)
         # A negative slice length makes each step a slice of its own.
         self.sweeper = Sweeper(self.reactor, self.store, thread=CooperativeThread(self.reactor, slice_length=-1))

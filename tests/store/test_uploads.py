@@ -20,7 +20,7 @@ from dockerproxy.oci.uploads import declared_length, range_header
 from dockerproxy.store import hashed_append_file
 from dockerproxy.store import uploads as uploads_module
 from dockerproxy.store.blobs import Blobs
-from dockerproxy.store.hosted_store import HostedStore
+from dockerproxy.store.hosted_tree import HostedTree
 from dockerproxy.store.layout import Layout
 from dockerproxy.store.links import Links
 from dockerproxy.store.uploads import Upload, Uploads
@@ -311,7 +311,7 @@ def test_a_failed_start_leaves_no_session(small_disk: Path) -> None:
 
 
 def test_a_wrong_digest_is_not_committed(layout: Layout) -> None:
-    store = HostedStore.from_layout(layout)
+    store = HostedTree.from_layout(layout)
     upload = store.uploads.start(NAME)
     upload.append([b"content"])
     assert not upload.verify(Digest.of(b"another content"))

@@ -12,7 +12,7 @@ from attrs import frozen
 from dockerproxy.oci.manifests import OCI_INDEX, OCI_MANIFEST
 from dockerproxy.oci.names import Digest
 from dockerproxy.oci.referrers import Referrer
-from dockerproxy.store.hosted_store import HostedStore
+from dockerproxy.store.hosted_tree import HostedTree
 
 
 @frozen
@@ -59,7 +59,7 @@ def index(*children: ManifestTree) -> ManifestTree:
     return ManifestTree(OCI_INDEX, json.dumps(document).encode(), (), children)
 
 
-def put_image(store: HostedStore, repository: str, manifest: ManifestTree, *tags: str) -> None:
+def put_image(store: HostedTree, repository: str, manifest: ManifestTree, *tags: str) -> None:
     """Store `manifest` with its blobs and children, and point `tags` to it."""
     for part in manifest.walk():
         for blob in part.blobs:
@@ -70,7 +70,7 @@ def put_image(store: HostedStore, repository: str, manifest: ManifestTree, *tags
         store.link_manifest(repository, part.digest, part.media_type, referrer, tags if part is manifest else ())
 
 
-def age_blobs(store: HostedStore, seconds: float = 7200) -> None:
+def age_blobs(store: HostedTree, seconds: float = 7200) -> None:
     """Move the last use of every blob `seconds` into the past."""
     for entry in list(store.blobs.walk()):
         mtime = entry.last_used - seconds

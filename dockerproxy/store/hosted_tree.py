@@ -1,4 +1,4 @@
-"""The hosted registry's store: its parts, and the operations that change several of them."""
+"""The hosted registry's tree on disk: its parts, and the operations that change several of them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dockerproxy.store.uploads import Uploads
 
 
 @frozen
-class HostedStore:
+class HostedTree:
     """Durable storage of the hosted registry.
 
     Changing a repository's manifests or tags requires its lock: ``async with store.locks.hold(repository)``. The
@@ -35,7 +35,7 @@ class HostedStore:
     @classmethod
     def from_layout(
         cls, layout: Layout, clock: Callable[[], float] = time.time, locks: KeyedLock | None = None
-    ) -> HostedStore:
+    ) -> HostedTree:
         """Return the store in `layout`. `clock` returns POSIX time; pass `locks` if other processes use the store."""
         blobs, links = Blobs(layout, True, clock), Links(layout, True)
         return cls(
