@@ -173,7 +173,8 @@ def test_clients_not_allowed_are_rejected(upstreams: Upstreams, tmp_path: Path) 
 # interception
 
 
-def test_each_host_has_its_leaf(upstreams: Upstreams, daemon: TwistdDaemon) -> None:
+def test_each_host_has_its_leaf(start_daemon: StartDaemon) -> None:
+    daemon = start_daemon(WORKERS="1")  # each process mints leaves of its own
     serials = set()
     hosts = {"registry-1.docker.io": 443, "auth.docker.io": 443, "registry.test": 5443, "fake.test": 443}
     for host, port in hosts.items():

@@ -147,7 +147,7 @@ def test_sigterm_does_not_wait_for_idle_connections(upstreams: Upstreams, start_
             connection.close()
 
 
-def test_clean_stop_logs_no_errors(start_daemon: StartDaemon) -> None:
+def test_clean_stop_logs_no_failure(start_daemon: StartDaemon) -> None:
     daemon = start_daemon()
     assert daemon.stop() in CLEAN_EXIT_STATUSES
     assert "rror" not in daemon.output_text.rpartition("Received SIGTERM")[2]
