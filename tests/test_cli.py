@@ -78,11 +78,11 @@ class StoreTree:
 
     def backdate(self) -> None:
         for entry in list(self.blobs.walk()):
-            os.utime(self.layout.blob(entry.digest), (entry.last_used - 7200, entry.last_used - 7200))
+            os.utime(self.layout.blob(entry.key), (entry.last_used - 7200, entry.last_used - 7200))
 
     @property
     def digests(self) -> set[Digest]:
-        return {entry.digest for entry in self.blobs.walk()}
+        return {entry.key for entry in self.blobs.walk()}
 
 
 @define

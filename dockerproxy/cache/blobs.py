@@ -12,6 +12,7 @@ from attrs import evolve
 
 from dockerproxy.cache.access import GRANT_TTL, Access, AccessState
 from dockerproxy.cache.best_effort import try_link
+from dockerproxy.cache.download_state import DownloadState
 from dockerproxy.cache.downloads import BlobDownload, Downloads
 from dockerproxy.cache.space import CacheSpace
 from dockerproxy.cache.upstream import (
@@ -74,7 +75,9 @@ class CachedBlobs:
             if response.content is not None:
                 response.content.close()
             return evolve(response, content=None)
-        return BlobResponse(digest, await self._check_upstream(principal, digest, self._size_of(digest)), None, "MISS")
+        download = self._downloads.get(principal.repository.ingest_key(digest))
+        expected_size = None if download is None else download.size
+        return BlobResponse(digest, await self._check_upstream(principal, digest, expected_size), None, "MISS")
 
     async def _find(self, principal: UpstreamPrincipal, digest: Digest) -> BlobResponse | None:
         """Return the blob; None if the caller should try again.
@@ -84,30 +87,38 @@ class CachedBlobs:
         key = principal.repository.key
         linked = self._links.has_layer(key, digest)
         granted = linked and self._access.state(key, principal.identity) is AccessState.GRANTED
-        download, cache_status = self._downloads.get(digest), "JOINED"
-        if download is None:
-            hit = self._open_stored(digest, "HIT") if granted else None
-            if hit is not None:
-                return hit
-            if not self._blobs.exists(digest):
-                download, cache_status = self._start_download(principal, digest), "MISS"
+        hit = self._open_stored(digest, "HIT") if granted else None
+        if hit is not None:
+            return hit
+        download = self._downloads.get(principal.repository.ingest_key(digest))
         if download is not None:
-            if not await self._wait_started(download, principal):
-                return None
-            # The upstream response for this repository and identity, pending or less than GRANT_TTL seconds old, also
-            # decides for this client.
-            if granted or download.serves(principal, GRANT_TTL):
-                return self._open_reader(download, principal, "JOINED" if download.is_foreign else cache_status)
-            await download.wait_size()
-        status = await self._authorize(principal, digest, linked)
-        download = self._downloads.get(digest)
-        if download is not None and status is not None:
-            return (
-                self._open_reader(download, principal, "JOINED")
-                if await self._wait_started(download, principal)
-                else None
-            )
-        return self._open_stored(digest, status) if status is not None else None
+            return await self._join(download, principal, linked, granted, "JOINED")
+        size = self._blobs.size(digest)
+        if size is None:
+            return await self._join(self._start_download(principal, digest), principal, linked, granted, "MISS")
+        status = await self._authorize(principal, digest, size, linked)
+        return self._open_stored(digest, status)
+
+    async def _join(
+        self, download: BlobDownload, principal: UpstreamPrincipal, linked: bool, granted: bool, cache_status: str
+    ) -> BlobResponse | None:
+        """Return the blob of a download from the principal's registry; None if the caller should try again."""
+        if not await self._wait_started(download, principal):
+            return None
+        # The upstream response for this repository and identity, pending or less than GRANT_TTL seconds old, also
+        # decides for this client.
+        if granted or download.serves(principal, GRANT_TTL):
+            is_foreign = download.state is DownloadState.FOLLOWING
+            return self._open_reader(download, principal, "JOINED" if is_foreign else cache_status)
+        await download.wait_size()
+        if download.size is None:
+            return None
+        status = await self._authorize(principal, download.digest, download.size, linked)
+        response = self._open_reader(download, principal, "JOINED")
+        # The check was for a blob of this size. The store may have another one, from another registry.
+        if response is None and self._blobs.size(download.digest) == download.size:
+            return self._open_stored(download.digest, status)
+        return response
 
     def _open_stored(self, digest: Digest, cache_status: str) -> BlobResponse | None:
         blob = self._blobs.open(digest)
@@ -137,17 +148,14 @@ class CachedBlobs:
         try:
             await download.wait_started()
         except RegistryError as error:
-            if download.repository != principal.repository and not _is_shared_failure(download, principal, error):
+            if download.repository != principal.repository and not _is_shared_failure(error):
                 return False
             self._record_denial(principal, error)
             raise
         return True
 
-    async def _authorize(self, principal: UpstreamPrincipal, digest: Digest, linked: bool) -> str | None:
-        """Check that `principal` may read the present blob. Return the cache status; None if it was evicted."""
-        expected_size = self._size_of(digest)
-        if expected_size is None:
-            return None
+    async def _authorize(self, principal: UpstreamPrincipal, digest: Digest, expected_size: int, linked: bool) -> str:
+        """Check that `principal` may read the blob, which has `expected_size` bytes. Return the cache status."""
         try:
             await self._check_upstream(principal, digest, expected_size)
         except RegistryError as error:
@@ -238,10 +246,6 @@ class CachedBlobs:
         self._record_denial(principal, error)
         return error
 
-    def _size_of(self, digest: Digest) -> int | None:
-        download = self._downloads.get(digest)
-        return self._blobs.size(digest) if download is None else download.size
-
     async def _record_grant(self, principal: UpstreamPrincipal, digest: Digest, granted_at: float) -> None:
         self._access.record_grant(principal.repository.key, principal.identity, granted_at)
         if not self._links.has_layer(principal.repository.key, digest):
@@ -252,13 +256,9 @@ class CachedBlobs:
             self._access.record_denial(principal.repository.key, principal.identity)
 
 
-def _is_shared_failure(download: BlobDownload, principal: UpstreamPrincipal, error: RegistryError) -> bool:
-    """Return whether `error`, which failed `download`, is a failure of the registry itself.
-
-    Such a failure would hit this principal in the same way.
-    """
-    same_registry = download.repository.registry == principal.repository.registry
-    return same_registry and isinstance(error, UpstreamError) and error.status != 429
+def _is_shared_failure(error: RegistryError) -> bool:
+    """Return whether `error`, which failed a download, would hit all clients of that registry in the same way."""
+    return isinstance(error, UpstreamError) and error.status != 429
 
 
 async def _verify_and_measure(response: UpstreamResponse, digest: Digest) -> int:

@@ -1,4 +1,4 @@
-"""Downloads of blobs from upstream. There is one download per digest, and any number of readers share it.
+"""Downloads of blobs from upstream. There is one download per registry and digest, and any number of readers share it.
 
 A `BlobDownload` writes one blob from upstream into an ingest file and hashes it on the way. Each reader has its own
 descriptor and offset in that file, so that a slow or closed reader does not affect the others. The last byte becomes
@@ -8,35 +8,41 @@ readable only after digest and length have been verified, so no client ever comp
                                    │ wakes                               │ pread
                                    └─────────► BlobReader (one per reader) ──► its client
 
+A download belongs to one registry. Registries share verified blobs, but never a download: its bytes are unverified, and
+its speed is that of its registry. If two registries send the same blob, the one that is verified first is stored.
+
 If the file cannot be written further although upstream could continue, the download fails with `IngestFailed`. This
 happens if the disk is full or the blob is larger than the cache. Each reader then fetches the rest directly from
 upstream, from the byte at which the file ends, with a copy of the hash.
 
-If another process already writes the file, the download is *foreign*: its readers read the same file. It ends when the
+If another process already writes the file, the readers of this process read the same file. The download ends when the
 other process finishes. If that process dies, this one takes over the file and continues the download.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 from twisted.internet.defer import Deferred, DeferredLock
 from twisted.internet.task import deferLater
 from twisted.logger import Logger
 
-from dockerproxy.cache.ingests import DownloadInfo, Ingests
+from dockerproxy.cache.download_state import DownloadState
+from dockerproxy.cache.ingests import DownloadInfo, FollowedIngest, Ingests, IngestWriter
 from dockerproxy.cache.reader import WITHHELD_BYTES, BlobReader
 from dockerproxy.cache.resumable import PartialTooLong, ResumableGet
-from dockerproxy.cache.space import CacheSpace
+from dockerproxy.cache.space import CacheSpace, Reservation
 from dockerproxy.cache.upstream import RegistryClient, UpstreamPrincipal, UpstreamRepository
 from dockerproxy.concurrency import in_thread, spawn
 from dockerproxy.errors import RegistryError, UpstreamBroken
 from dockerproxy.oci.content import VERIFY_FIRST_SIZE
 from dockerproxy.oci.names import Digest
 from dockerproxy.store.hashed_append_file import HashedAppendFile
-from dockerproxy.store.ingest import ForeignIngest, Ingest
+from dockerproxy.store.layout import IngestKey
+from dockerproxy.store.lru_index import CacheFull
 
 if TYPE_CHECKING:
     from hashlib import _Hash
@@ -62,8 +68,15 @@ class IngestFailed(Exception):
     """The ingest file cannot be completed, but upstream may still send the content."""
 
 
+class IngestUnavailable(IngestFailed):
+    """The ingest file cannot be opened or read."""
+
+
 class BlobDownload:
-    """The download of one blob, started for the first client that requested it, `principal`."""
+    """The download of one blob, started for the first client that requested it, `principal`.
+
+    `state` is described at `DownloadState`. It implements `Download`.
+    """
 
     def __init__(
         self,
@@ -83,58 +96,48 @@ class BlobDownload:
         self._on_verified = on_verified
         self._background_fsync = BackgroundFsync(reactor, sync_lock)
         self._principal = principal
-        self._info: DownloadInfo | None = None
+        self._info: DownloadInfo | None = None  # what is known of upstream's response
         self._waiters: list[Deferred[None]] = []
         # The partial file and its hash: the ingest, or the file that another process gave up.
-        self._file: HashedAppendFile | None = None
-        self._fd = -1  # of the ingest file; readers duplicate it, because the ingest closes its own in a thread
-        self._reserved_size = -1  # bytes
+        self._file: IngestWriter | HashedAppendFile | None = None
+        self._fd = -1  # of the ingest file, to read it; each reader duplicates it
         self._lent: ResumableGet | None = None  # after a failure: open, at the byte where the file ends
+        self._tail = TailBuffer()
+        self.key = principal.repository.ingest_key(digest)
         self.repository = principal.repository
         self.digest = digest
-        self.size: int | None = None  # of the whole blob, once it is known
-        self.written = 0  # bytes in the ingest file
-        self.tail = TailBuffer()  # the last of these bytes, in memory
-        self.is_foreign = False  # whether another process downloads the blob
-        self.started = False  # whether upstream has begun to send
-        self.committed = False  # verified and published
+        self.state = DownloadState.CONNECTING
         self.failure: Exception | None = None
-        self.ended = False  # accepts no new readers
+        self.size: int | None = None
+        self.written = 0
 
-    async def run(self) -> None:
-        """Download the blob into an ingest file. Do not raise, but set `failure`. The caller must then call `end`."""
+    async def run(self) -> DownloadState:
+        """Download the blob into an ingest file. Return the final state, with which the caller calls `end`.
+
+        Do not raise, but set `failure`.
+        """
         source = ResumableGet(self._reactor, self._upstream, self.repository, self.digest)
         try:
             await self._transfer(source)
         except Exception as error:
             self.failure = error
             self._log_failure(error)
-        if isinstance(self.failure, IngestFailed) and source.is_open:
-            self._lend_connection(source)
-        else:
-            source.abort()
-        await self._release()
+            if isinstance(error, IngestFailed) and source.is_open:
+                self._lend_connection(source)
+            else:
+                source.abort()
+            return DownloadState.FAILED
+        source.abort()
+        return DownloadState.COMMITTED
 
-    def mark_started(self, info: DownloadInfo) -> None:
-        """Record the response head and wake the callers of `wait_started`."""
-        self.size = info.size
-        self.started, self._info = True, info
-        self._wake()
-
-    def grow(self, size: int) -> None:
-        """Record that the file now has `size` bytes, and wake the readers."""
-        self.written = size
-        self._wake()
-
-    def end(self) -> None:
-        """Wake all waiters and refuse new readers."""
-        self.ended = True
-        self.tail.clear()  # because a slow reader may keep this object alive for hours
+    def end(self, state: DownloadState) -> None:
+        """Change to the final `state`, and wake all waiters."""
+        self._tail.clear()  # because a slow reader may keep this object alive for hours
         self._close_file()
-        self._wake()
+        self._change_state(state)
 
     async def wait_changed(self) -> None:
-        """Wait until more is written or the download has ended."""
+        """Wait until more is written, or the state has changed."""
         waiter: Deferred[None] = Deferred()
         self._waiters.append(waiter)
         await waiter
@@ -144,14 +147,14 @@ class BlobDownload:
 
         A foreign download may be committed before this process has seen it start.
         """
-        while not self.started and not self.ended:
+        while self.state.is_pending:
             await self.wait_changed()
-        if not self.started and not self.committed:
+        if self.state is DownloadState.FAILED and self._info is None:
             raise self.failure if isinstance(self.failure, RegistryError) else RegistryError(_INTERNAL_ERROR)
 
     async def wait_size(self) -> None:
         """Wait until the size of the blob is known or the download has ended."""
-        while self.size is None and not self.ended:
+        while self.size is None and not self.state.is_end:
             await self.wait_changed()
 
     def serves(self, principal: UpstreamPrincipal, max_age: float) -> bool:
@@ -169,17 +172,23 @@ class BlobDownload:
     @property
     def readable(self) -> int:
         """The number of bytes from the start that clients may get."""
+        if self.state is DownloadState.COMMITTED:
+            return self.written
         complete = self.size is None or self.written == self.size  # possibly, if the size is unknown
-        return max(0, self.written - WITHHELD_BYTES) if complete and not self.committed else self.written
+        return max(0, self.written - WITHHELD_BYTES) if complete else self.written
 
     def open_reader(self, repository: UpstreamRepository) -> BlobReader | None:
         """Return a reader, which would fetch the rest from `repository` if the ingest failed.
 
         Return None if the download has ended; the store then has the result. Raise `OSError` (too many open files).
         """
-        if self.ended:
+        if self.state.is_end:
             return None
         return BlobReader(self._reactor, self, os.dup(self._fd) if self._fd >= 0 else -1, repository)
+
+    def read_tail(self, offset: int, at_most: int) -> memoryview | None:
+        """Return one or more bytes from `offset` on if they are still in memory."""
+        return self._tail.get(offset, at_most)
 
     def detach_reader(self, repository: UpstreamRepository) -> tuple[ResumableGet, _Hash]:
         """Return the upstream source of the remaining bytes, and the hash of the bytes before them."""
@@ -191,19 +200,160 @@ class BlobDownload:
         source.size = self.size
         return source, hasher
 
+    # the transfer
+
     async def _transfer(self, source: ResumableGet) -> None:
-        ingest = await self._open_upstream(source)
-        if self.committed:
-            return
-        info = DownloadInfo(source.size, self.repository.key, self._principal.identity, self._reactor.seconds())
-        self.mark_started(info)
-        if ingest is None:
-            raise IngestFailed("cannot open the ingest file")
-        if self.size is None or self.size > VERIFY_FIRST_SIZE:  # else it is served only when complete
-            self._ingests.publish_info(self.digest, info)
-        await self._reserve(self.written if self.size is None else self.size)
+        """Bring the blob into the store, or return as soon as somebody else has."""
+        try:
+            while (ingest := await self._acquire_ingest()) is not None:
+                async with self._space.reservation(ingest) as reservation, self._holding(ingest):
+                    if await self._open_upstream(source, ingest):
+                        await self._receive(source, ingest, reservation)
+                        return
+        except IngestUnavailable:
+            await source.open()  # because upstream decides whether the clients get the blob
+            self._mark_started(self._describe(source))
+            raise
+
+    async def _acquire_ingest(self) -> IngestWriter | None:
+        """Return the ingest, including the partial content of an earlier run or of a process that has died.
+
+        Return None if the blob is in the store by now. Raise `IngestFailed`.
+        """
+        try:
+            while isinstance(ingest := await in_thread(self._reactor, self._ingests.acquire, self.key), FollowedIngest):
+                writer = await self._follow(ingest)
+                if writer is not None:
+                    return await self._adopt(writer)
+                if self._ingests.is_stored(self.digest):
+                    return None
+                self._change_state(DownloadState.CONNECTING)
+            return None if ingest is None else await self._adopt(ingest)
+        except OSError as error:
+            log.error(
+                "cannot open the ingest file for {digest}: {reason}", digest=str(self.digest), reason=error.strerror
+            )
+            self._close_file()
+            self._file, self.written = None, 0
+            raise IngestUnavailable(f"cannot open the ingest file: {error.strerror}") from error
+
+    async def _adopt(self, ingest: IngestWriter) -> IngestWriter:
+        """Become the writer of `ingest`. Raise `OSError`, after which the ingest is released."""
+        try:
+            if self._fd < 0:
+                self._fd = ingest.reader()
+            self._ingests.remove_info(self.key)
+            if ingest.size:
+                await in_thread(self._reactor, ingest.rehash)
+        except BaseException:
+            ingest.release()
+            raise
+        self._file, self.written = ingest, ingest.size
+        if self.state is not DownloadState.CONNECTING:  # the writer died
+            self._change_state(DownloadState.DOWNLOADING if self._info else DownloadState.CONNECTING)
+        return ingest
+
+    async def _follow(self, foreign: FollowedIngest) -> IngestWriter | None:
+        """Pass the progress of another writer on to the readers here. Return the ingest if that writer died.
+
+        Return None if the file is complete, or if it was given up before a reader here got any of it. Raise
+        `IngestFailed` if it was given up later, and `UpstreamBroken` if bytes that readers have were removed.
+        """
+        self._change_state(DownloadState.WAITING)
+        ingest = None
+        try:
+            self._fd = foreign.reader()
+            while foreign.in_progress:
+                ingest = foreign.try_take_over()
+                if ingest is not None:
+                    self._update_from(foreign)
+                    return ingest
+                self._update_from(foreign)
+                await deferLater(self._reactor, _POLL_INTERVAL)
+            self._update_from(foreign)
+            if self._info is not None and not self._ingests.was_committed(foreign):
+                # It is unknown whether the content was wrong or the disk full. The readers' hash decides.
+                self._file = HashedAppendFile(self.written, self._fd, self.digest.hasher())
+                await in_thread(self._reactor, self._file.rehash)
+                raise IngestFailed("another process gave up the download")
+        except BaseException:
+            if ingest is not None:
+                ingest.release()
+            raise
+        finally:
+            if ingest is None:
+                foreign.close()
+        if self._info is None:
+            self._close_file()
+        return None
+
+    def _update_from(self, foreign: FollowedIngest) -> None:
+        if self._info is None and (info := self._ingests.read_info(self.key)) is not None:
+            self._info, self.size = info, info.size
+            self._change_state(DownloadState.FOLLOWING)
+        size = foreign.size
+        if size < self.written:
+            # The readers cannot continue, because this process has not hashed the bytes that they have.
+            raise UpstreamBroken(f"another process discarded its partial download of {self.digest}")
+        if size > self.written:
+            self._grow(size)
+
+    @asynccontextmanager
+    async def _holding(self, ingest: IngestWriter) -> AsyncIterator[None]:
+        """Release the ingest at the end, so that the next download continues with the partial file.
+
+        After a local failure, delete the partial file: a retry would fail in the same way, and the file may be what
+        fills the disk.
+        """
+        try:
+            yield
+        except IngestFailed:
+            try:
+                await in_thread(self._reactor, ingest.discard)
+            except OSError:
+                log.failure("deleting the partial download of {digest} failed", digest=str(self.digest))
+            raise
+        finally:
+            self._ingests.remove_info(self.key)
+            ingest.release()
+
+    async def _open_upstream(self, source: ResumableGet, ingest: IngestWriter) -> bool:
+        """Open `source` at the byte where the partial file ends.
+
+        If the partial file is not the beginning of this blob, discard it and return False. It is empty the next time.
+        """
+        source.offset, source.size = ingest.size, self.size
+        try:
+            await source.open()
+        except PartialTooLong:
+            pass
+        else:
+            if not ingest.size or ingest.size != source.size or ingest.verify():
+                return True
+        log.warn(
+            "discarded the partial download of {digest}: it does not match, restarting at byte 0",
+            digest=str(self.digest),
+        )
+        source.abort()
+        self._close_file()
+        await in_thread(self._reactor, ingest.discard)
+        if self._info is not None:  # from another process that died: readers already have some of its bytes
+            raise UpstreamBroken(f"{self.repository.registry} returned content that does not match {self.digest}")
+        return False
+
+    async def _receive(self, source: ResumableGet, ingest: IngestWriter, reservation: Reservation) -> None:
+        """Write all that `source` sends, verify it and commit it. Raise `IngestFailed`, `UpstreamError`."""
+        info = self._describe(source)
+        self._mark_started(info)
+        if info.size is None or info.size > VERIFY_FIRST_SIZE:  # else it is served only when complete
+            self._ingests.publish_info(self.key, info)
+        await self._reserve(reservation, self.written if info.size is None else info.size)
         while pieces := await source.read(min(_MAX_WRITE_SIZE, self.written)):
-            await self._append(ingest, source, pieces)
+            try:
+                await self._append(source, ingest, reservation, pieces)
+            except IngestFailed:
+                source.unread(pieces)
+                raise
             self._background_fsync.start_if_due(ingest)
         self.size = source.size
         if not ingest.verify():
@@ -215,134 +365,59 @@ class BlobDownload:
                 await self._background_fsync.finish(ingest)
             finally:
                 await verified_hook  # first, because other processes check the grant as soon as they find the blob
-            await self._space.commit(ingest)
+            await in_thread(self._reactor, self._ingests.commit, ingest)
+            await reservation.commit(ingest.size)
         except OSError as error:
             raise IngestFailed(f"cannot commit the file: {error.strerror}") from error
-        self.committed = True
 
-    async def _open_upstream(self, source: ResumableGet) -> Ingest | None:
-        """Acquire the ingest, and open `source` at the byte where the partial file ends.
-
-        Return None if there is no file to write to, or if another process has committed the blob (`committed`).
-        """
-        while True:
-            ingest = await self._acquire_ingest()
-            if self.committed:
-                return None
-            source.offset, source.size = self.written, self.size
-            try:
-                await source.open()
-            except PartialTooLong:
-                pass
-            else:
-                if ingest is None or not self.written or self.written != source.size or ingest.verify():
-                    return ingest
-            # The partial file is not the beginning of this blob. The loop ends, because the file is empty next time.
-            log.warn(
-                "discarded the partial download of {digest}: it does not match, restarting at byte 0",
-                digest=str(self.digest),
-            )
-            assert ingest is not None
-            source.abort()
-            self._close_file()
-            await in_thread(self._reactor, ingest.discard)
-            if self.started:  # by another process that died: readers already have some of its bytes
-                raise UpstreamBroken(f"{self.repository.registry} returned content that does not match {self.digest}")
-
-    async def _acquire_ingest(self) -> Ingest | None:
-        """Return the ingest, including the partial content of an earlier run or of a process that has died.
-
-        Return None if the file cannot be opened, or if the blob is already `committed`.
-        """
-        self._file, self.written, self.is_foreign = None, 0, False
-        ingest: Ingest | ForeignIngest | None = None
-        try:
-            ingest = await in_thread(self._reactor, self._ingests.acquire, self.digest)
-            if isinstance(ingest, ForeignIngest):
-                self._fd = os.dup(ingest.fd)
-                ingest = await self._follow_foreign(ingest)
-                if ingest is None and not self._ingests.is_published(self.digest):
-                    self._close_file()
-                    return await self._acquire_ingest()
-            elif ingest is not None:
-                self._fd = ingest.reader()
-            if ingest is None:
-                self.committed = True
-                return None
-            self._ingests.remove_info(self.digest)
-            if ingest.size:
-                await in_thread(self._reactor, ingest.rehash)
-        except OSError as error:
-            log.error(
-                "cannot open the ingest file for {digest}: {reason}", digest=str(self.digest), reason=error.strerror
-            )
-            if isinstance(ingest, Ingest):
-                ingest.release()
-            self._close_file()
-            return None
-        self._file, self.written = ingest, ingest.size
-        return ingest
-
-    async def _follow_foreign(self, foreign: ForeignIngest) -> Ingest | None:
-        """Follow the ingest of another process. Return the ingest if that process died.
-
-        Return None if the blob was published, or if it was given up before a reader here got any of it.
-        """
-        self.is_foreign = True
-        ingest = await _follow_ingest(self._reactor, self, self._ingests, foreign)
-        if ingest is None and self.started and not self._ingests.is_published(self.digest):
-            # It is unknown whether the content was wrong or the disk full. The readers' hash decides.
-            self._file = HashedAppendFile(self.written, self._fd, self.digest.hasher())
-            await in_thread(self._reactor, self._file.rehash)
-            raise IngestFailed("another process gave up the download")
-        self.is_foreign = ingest is None
-        return ingest
-
-    async def _reserve(self, size: int) -> None:
-        """Reserve cache space for `size` bytes of the blob. Raise `IngestFailed`."""
-        if size <= self._reserved_size:
-            return
-        try:
-            granted = await self._space.reserve(self.digest, size, self.written)
-        except OSError as error:
-            raise IngestFailed(f"cannot reserve {size} bytes of cache space: {error.strerror}") from error
-        if not granted:
-            raise IngestFailed(f"no cache space for {size} bytes; check CACHE_MAX_SIZE and the free disk space")
-        self._reserved_size = size
-
-    async def _append(self, ingest: Ingest, source: ResumableGet, pieces: list[bytes]) -> None:
+    async def _append(
+        self, source: ResumableGet, ingest: IngestWriter, reservation: Reservation, pieces: list[bytes]
+    ) -> None:
         end = self.written + sum(map(len, pieces))
+        await self._reserve(reservation, end if source.size is None else source.size)
         try:
-            await self._reserve(end if source.size is None else source.size)
             await in_thread(self._reactor, ingest.append, pieces)
         except OSError as error:
-            source.unread(pieces)
             raise IngestFailed(f"cannot write the file: {error.strerror}") from error
-        except IngestFailed:
-            source.unread(pieces)
-            raise
-        self.tail.add(self.written, pieces)
-        self.grow(end)
+        self._tail.add(self.written, pieces)
+        self._grow(end)
 
-    async def _release(self) -> None:
-        """Release the cache space and the ingest file. The next download continues with the partial file.
-
-        After a local failure, delete the partial file: a retry would fail in the same way, and the file may be what
-        fills the disk.
-        """
-        ingest = self._file if isinstance(self._file, Ingest) else None
+    async def _reserve(self, reservation: Reservation, size: int) -> None:
+        """Reserve cache space for `size` bytes of the blob. Raise `IngestFailed`."""
         try:
-            if ingest is None:
-                return
-            self._ingests.remove_info(self.digest)
-            try:
-                if isinstance(self.failure, IngestFailed):
-                    await in_thread(self._reactor, ingest.discard)
-            finally:
-                ingest.release()
-                self._space.release(self.digest)
-        except Exception:
-            log.failure("cleaning up after the download of {digest} failed", digest=str(self.digest))
+            await reservation.grow(size)
+        except CacheFull as error:
+            raise IngestFailed(str(error)) from error
+        except OSError as error:
+            raise IngestFailed(f"cannot reserve {size} bytes of cache space: {error.strerror}") from error
+
+    # state
+
+    def _describe(self, source: ResumableGet) -> DownloadInfo:
+        return DownloadInfo(source.size, self.repository.key, self._principal.identity, self._reactor.seconds())
+
+    def _mark_started(self, info: DownloadInfo) -> None:
+        """Record that upstream has begun to send, and wake the callers of `wait_started`."""
+        self._info, self.size = info, info.size
+        self._change_state(DownloadState.DOWNLOADING)
+
+    def _grow(self, size: int) -> None:
+        """Record that the file now has `size` bytes, and wake the readers."""
+        self.written = size
+        self._wake()
+
+    def _change_state(self, state: DownloadState) -> None:
+        if not self.state.may_become(state):
+            raise RuntimeError(f"a download that is {self.state.value} cannot become {state.value}")
+        self.state = state
+        self._wake()
+
+    def _wake(self) -> None:
+        waiters, self._waiters = self._waiters, []
+        for waiter in waiters:
+            waiter.callback(None)
+
+    # failures
 
     def _lend_connection(self, source: ResumableGet) -> None:
         """Keep the open connection for _LEND_TIMEOUT seconds, for the first reader that continues directly."""
@@ -374,14 +449,9 @@ class BlobDownload:
         if fd >= 0:
             os.close(fd)
 
-    def _wake(self) -> None:
-        waiters, self._waiters = self._waiters, []
-        for waiter in waiters:
-            waiter.callback(None)
-
 
 class Downloads:
-    """The active downloads, by digest."""
+    """The active downloads, by registry and digest."""
 
     def __init__(self, reactor: Any, upstream: RegistryClient, space: CacheSpace, ingests: Ingests) -> None:
         self._reactor = reactor
@@ -389,61 +459,28 @@ class Downloads:
         self._space = space
         self._ingests = ingests
         self._sync_lock = DeferredLock()
-        self._downloads: dict[Digest, BlobDownload] = {}
+        self._downloads: dict[IngestKey, BlobDownload] = {}
 
-    def get(self, digest: Digest) -> BlobDownload | None:
-        """Return the active download of `digest`, if any."""
-        return self._downloads.get(digest)
+    def get(self, key: IngestKey) -> BlobDownload | None:
+        """Return the active download of `key`, if any."""
+        return self._downloads.get(key)
 
     def start(self, principal: UpstreamPrincipal, digest: Digest, on_verified: OnVerified) -> BlobDownload:
         """Start to download `digest` for `principal`. The download continues even if all readers close."""
-        download = self._downloads[digest] = BlobDownload(
+        download = BlobDownload(
             self._reactor, self._upstream, principal, digest, self._space, self._ingests, on_verified, self._sync_lock
         )
+        self._downloads[download.key] = download
         spawn(self._run(download), f"the download of {digest}")
         return download
 
     async def _run(self, download: BlobDownload) -> None:
+        state = DownloadState.FAILED
         try:
-            await download.run()
+            state = await download.run()
         finally:
-            del self._downloads[download.digest]
-            download.end()
-
-
-async def _follow_ingest(
-    reactor: Any, download: BlobDownload, ingests: Ingests, foreign: ForeignIngest
-) -> Ingest | None:
-    """Pass the progress of a foreign ingest on to the readers of `download`, until that ingest ends.
-
-    Return the ingest if the other process died; None if it published the blob or gave it up. Raise `UpstreamBroken` if
-    it removed bytes that readers already have.
-    """
-    ingest = None
-    try:
-        while foreign.in_progress and (ingest := foreign.try_take_over()) is None:
-            _update_from(download, ingests, foreign)
-            await deferLater(reactor, _POLL_INTERVAL)
-        _update_from(download, ingests, foreign)
-    except BaseException:
-        if ingest is not None:
-            ingest.release()
-        raise
-    finally:
-        if ingest is None:
-            foreign.close()
-    return ingest
-
-
-def _update_from(download: BlobDownload, ingests: Ingests, foreign: ForeignIngest) -> None:
-    if not download.started and (info := ingests.read_info(download.digest)) is not None:
-        download.mark_started(info)
-    size = foreign.size
-    if size < download.written:
-        # The readers cannot continue, because this process has not hashed the bytes that they have.
-        raise UpstreamBroken(f"another process discarded its partial download of {download.digest}")
-    if size > download.written:
-        download.grow(size)
+            del self._downloads[download.key]
+            download.end(state)
 
 
 class TailBuffer:
@@ -488,19 +525,19 @@ class BackgroundFsync:
         self._running: Deferred[None] | None = None
         self._error: OSError | None = None
 
-    def start_if_due(self, ingest: Ingest) -> None:
+    def start_if_due(self, ingest: IngestWriter) -> None:
         """Start an fdatasync if at least _FSYNC_THRESHOLD bytes are dirty and no other one is running."""
         if ingest.size - self._synced_size >= _FSYNC_THRESHOLD and not self._lock.locked:
             self._synced_size = ingest.size
-            self._running = spawn(self._sync(ingest.reader()), "the background fdatasync of a download")
+            self._running = spawn(self._sync(ingest.duplicate()), "the background fdatasync of a download")
 
-    async def finish(self, ingest: Ingest) -> None:
+    async def finish(self, ingest: IngestWriter) -> None:
         """Sync the rest. Raise the `OSError` of any earlier sync, because the kernel reports an error only once."""
         if self._running is not None:
             await self._running
         if self._error is not None:
             raise self._error
-        await in_thread(self._reactor, _sync_and_close, ingest.reader())
+        await in_thread(self._reactor, _sync_and_close, ingest.duplicate())
 
     async def _sync(self, descriptor: int) -> None:
         async with self._lock:

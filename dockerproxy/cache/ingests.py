@@ -1,4 +1,4 @@
-"""Coordination of downloads of the same blob, across processes too.
+"""Coordination of downloads of the same blob from the same registry, across processes too.
 
 Downloads coordinate through the ingest file and its lock. The file does not contain the size of the blob, nor the
 repository and identity of the request. The writing process publishes these as a `DownloadInfo` record.
@@ -6,8 +6,8 @@ repository and identity of the request. The writing process publishes these as a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from attrs import asdict, frozen
 
@@ -15,8 +15,11 @@ from dockerproxy.cache.best_effort import try_put, try_remove
 from dockerproxy.oci.names import Digest
 from dockerproxy.store.blobs import Blobs
 from dockerproxy.store.ingest import ForeignIngest, Ingest
-from dockerproxy.store.layout import Layout
+from dockerproxy.store.layout import IngestKey, Layout
 from dockerproxy.store.records import Records
+
+if TYPE_CHECKING:
+    from hashlib import _Hash
 
 _RECORD_KIND = "flight"
 
@@ -34,6 +37,50 @@ class DownloadInfo:
     opened: float
 
 
+class IngestWriter(Protocol):
+    """The exclusive right to write an ingest; `store.ingest.Ingest` has the details."""
+
+    key: IngestKey
+    size: int
+
+    def rehash(self) -> None: ...
+
+    def append(self, chunks: Sequence[bytes]) -> None: ...
+
+    def verify(self) -> bool: ...
+
+    def hasher_copy(self) -> _Hash: ...
+
+    def commit(self, blobs: Blobs) -> None: ...
+
+    def discard(self) -> None: ...
+
+    def release(self) -> None: ...
+
+    def reader(self) -> int: ...
+
+    def duplicate(self) -> int: ...
+
+
+@runtime_checkable
+class FollowedIngest(Protocol):
+    """An ingest that somebody else writes and this process reads; `store.ingest.ForeignIngest` has the details."""
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def in_progress(self) -> bool: ...
+
+    def was_committed(self, layout: Layout) -> bool: ...
+
+    def reader(self) -> int: ...
+
+    def try_take_over(self) -> IngestWriter | None: ...
+
+    def close(self) -> None: ...
+
+
 @frozen
 class Ingests:
     """The ingest files of a cache. `shared` is true if other processes use the same cache."""
@@ -43,39 +90,48 @@ class Ingests:
     _records: Records
     shared: bool = False
 
-    def acquire(self, digest: Digest) -> Ingest | ForeignIngest | None:
-        """Return the ingest of `digest`, locked for writing, or a read-only view if another process writes it.
+    def acquire(self, key: IngestKey) -> IngestWriter | FollowedIngest | None:
+        """Return the ingest of `key`, locked for writing, or a read-only view if another process writes it.
 
-        Return None if the blob was published in the meantime. Block the thread. Raise `OSError`.
+        Return None if the blob is in the store by now: another process or another registry was faster. Block the
+        thread. Raise `OSError`.
         """
         while True:
-            ingest = Ingest.open(self._layout, digest)
+            ingest = Ingest.open(self._layout, key)
             if ingest is not None:
-                if self.shared and self._blobs.exists(digest):
+                if self._blobs.exists(key.digest):
                     ingest.discard()
                     return None
                 return ingest
-            foreign = ForeignIngest.open(self._layout, digest)
+            foreign = ForeignIngest.open(self._layout, key)
             if foreign is not None:
                 return foreign
 
-    def is_published(self, digest: Digest) -> bool:
-        """Return whether the blob is in the store."""
+    def commit(self, ingest: IngestWriter) -> None:
+        """Move the complete file of `ingest` into the store. Block the thread. Raise `OSError`."""
+        ingest.commit(self._blobs)
+
+    def was_committed(self, ingest: FollowedIngest) -> bool:
+        """Return whether the file of `ingest` has become the blob."""
+        return ingest.was_committed(self._layout)
+
+    def is_stored(self, digest: Digest) -> bool:
+        """Return whether the blob is in the store, whichever registry it came from."""
         return self._blobs.exists(digest)
 
-    def publish_info(self, digest: Digest, info: DownloadInfo) -> None:
+    def publish_info(self, key: IngestKey, info: DownloadInfo) -> None:
         """Publish `info` to other processes."""
         if self.shared:
-            try_put(self._records, asdict(info), _RECORD_KIND, str(digest))
+            try_put(self._records, asdict(info), _RECORD_KIND, key.host, str(key.digest))
 
-    def remove_info(self, digest: Digest) -> None:
+    def remove_info(self, key: IngestKey) -> None:
         """Remove the published information."""
         if self.shared:
-            try_remove(self._records, _RECORD_KIND, str(digest))
+            try_remove(self._records, _RECORD_KIND, key.host, str(key.digest))
 
-    def read_info(self, digest: Digest) -> DownloadInfo | None:
+    def read_info(self, key: IngestKey) -> DownloadInfo | None:
         """Return the information that the writing process published; None if there is none yet."""
-        return _parse_info(self._records.get(_RECORD_KIND, str(digest)) or {})
+        return _parse_info(self._records.get(_RECORD_KIND, key.host, str(key.digest)) or {})
 
 
 def _parse_info(record: Mapping[str, Any]) -> DownloadInfo | None:

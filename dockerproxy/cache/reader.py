@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+from dockerproxy.cache.download_state import Download, DownloadState
 from dockerproxy.cache.resumable import ResumableGet
 from dockerproxy.cache.upstream import UpstreamRepository
 from dockerproxy.concurrency import in_thread
@@ -16,8 +17,6 @@ from dockerproxy.store.blobs import read_blocking, read_cached
 if TYPE_CHECKING:
     from hashlib import _Hash
 
-    from dockerproxy.cache.downloads import BlobDownload
-
 WITHHELD_BYTES = 1
 """Bytes at the end of a blob that are withheld until it is verified, so that no client completes a corrupt blob."""
 
@@ -25,7 +24,7 @@ WITHHELD_BYTES = 1
 class BlobReader:
     """Content of a blob that is being downloaded, readable from any offset. Each client has its own reader."""
 
-    def __init__(self, reactor: Any, download: BlobDownload, fd: int, repository: UpstreamRepository) -> None:
+    def __init__(self, reactor: Any, download: Download, fd: int, repository: UpstreamRepository) -> None:
         self._reactor = reactor
         self._download = download
         self._fd = fd
@@ -44,10 +43,10 @@ class BlobReader:
         while True:
             available = min(download.readable - offset, at_most)
             if available > 0:
-                return download.tail.get(offset, available) or await self._read_file(offset, available)
-            if download.committed:
+                return download.read_tail(offset, available) or await self._read_file(offset, available)
+            if download.state is DownloadState.COMMITTED:
                 return b""
-            if download.failure is not None:
+            if download.state is DownloadState.FAILED:
                 return await self._read_direct(offset, at_most)
             await download.wait_changed()
 
@@ -58,7 +57,7 @@ class BlobReader:
     async def wait_verified(self) -> None:
         """Wait until the download has ended. Raise `UpstreamError` if it failed upstream."""
         download = self._download
-        while not download.committed and download.failure is None:
+        while not download.state.is_end:
             await download.wait_changed()
         if isinstance(download.failure, UpstreamError):
             raise download.failure

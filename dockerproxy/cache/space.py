@@ -1,23 +1,24 @@
-"""Cache space: reserves space for downloads, and evicts the least recently used blobs."""
+"""Cache space: reserves space for downloads, and evicts the least recently used blobs and partial downloads."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from math import inf
 from typing import Any, Protocol
 
+from attrs import define, field
 from twisted.application.internet import TimerService
 from twisted.logger import Logger
 
+from dockerproxy.cache.ingests import IngestWriter
 from dockerproxy.concurrency import in_thread, spawn
 from dockerproxy.oci.names import Digest
 from dockerproxy.store.blobs import Blobs
 from dockerproxy.store.cooperative import CooperativeThread
-from dockerproxy.store.eviction import Entry
-from dockerproxy.store.ingest import Ingest, stale_ingests
-from dockerproxy.store.layout import Layout
+from dockerproxy.store.eviction import CacheKey
+from dockerproxy.store.ingest import Ingest, ingests_of, remove_ingests_without_host, walk_ingests
+from dockerproxy.store.layout import IngestKey, Layout
 from dockerproxy.store.lru_index import CacheFull, LRUIndex, Rescan
 
 MAINTENANCE_INTERVAL = 600.0
@@ -30,13 +31,17 @@ log = Logger()
 
 
 class CacheSpace(Protocol):
-    """The interface of the cache space for downloads and readers; see `CacheSpaceManager`."""
+    """The cache space as downloads and readers of one process see it.
 
-    async def reserve(self, digest: Digest, size: int, existing_size: int) -> bool: ...
+    `CacheSpaceManager` implements it; the processes reach that one directly or by RPC. Downloads call `reservation`,
+    which calls `reserve`, `record_commit` and `release`.
+    """
 
-    def release(self, digest: Digest) -> None: ...
+    async def reserve(self, key: IngestKey, size: int, existing_size: int) -> bool: ...
 
-    async def commit(self, ingest: Ingest) -> None: ...
+    async def record_commit(self, key: IngestKey, size: int) -> None: ...
+
+    def release(self, key: IngestKey) -> None: ...
 
     async def record(self, digest: Digest, size: int) -> None: ...
 
@@ -46,11 +51,47 @@ class CacheSpace(Protocol):
 
     async def usage(self) -> tuple[int, int]: ...
 
+    def reservation(self, ingest: IngestWriter) -> Reservation:
+        """Return the reservation for `ingest`. It reserves nothing before its first `grow`."""
+        return Reservation(self, ingest)
 
-class CacheSpaceManager:
+
+@define
+class Reservation:
+    """The cache space of one download, used as ``async with``. At the end, the bytes that are on disk count."""
+
+    _space: CacheSpace
+    _ingest: IngestWriter
+    _size: int | None = field(default=None, init=False)
+
+    async def grow(self, size: int) -> None:
+        """Reserve `size` bytes for the whole file. Raise `CacheFull` if they do not fit, or `OSError`."""
+        if self._size is not None and size <= self._size:
+            return
+        self._size = self._size or 0  # from here on there is something to release, even if this fails
+        if not await self._space.reserve(self._ingest.key, size, self._ingest.size):
+            raise CacheFull(f"no cache space for {size} bytes; check CACHE_MAX_SIZE and the free disk space")
+        self._size = size
+
+    async def commit(self, size: int) -> None:
+        """Count the blob of `size` bytes that the ingest has become, in place of the reserved bytes."""
+        await self._space.record_commit(self._ingest.key, size)
+
+    async def __aenter__(self) -> Reservation:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._size is not None:
+            try:
+                self._space.release(self._ingest.key)
+            except Exception:  # the rescan corrects the count; the download has done its work
+                log.failure("releasing the cache space of {key} failed", key=str(self._ingest.key))
+
+
+class CacheSpaceManager(CacheSpace):
     """Keeps the cache within its limit.
 
-    Space for a download is reserved before it is written. A reserved blob is never evicted.
+    Space for a download is reserved before it is written. A reserved download is never evicted.
     """
 
     def __init__(
@@ -70,7 +111,7 @@ class CacheSpaceManager:
         self._blobs = blobs
         self._inactive = inactive
         self._clock = clock
-        self._reservations: set[Digest] = set()
+        self._reservations: set[IngestKey] = set()
         self.index = LRUIndex(limit)
 
     def service(self) -> TimerService:
@@ -96,35 +137,41 @@ class CacheSpaceManager:
         while expired := self.index.expire(self._inactive, self._clock()):
             await self._evict(expired)
 
-    async def reserve(self, digest: Digest, size: int, existing_size: int) -> bool:
-        """Reserve space for a blob of `size` bytes, `existing_size` of which are already on disk.
+    async def reserve(self, key: IngestKey, size: int, existing_size: int) -> bool:
+        """Reserve space for a download of `size` bytes, `existing_size` of which are already on disk.
 
         Return False if that is impossible. Call it again as a blob of unknown size grows. The caller must call
-        `release` at the end.
+        `release` at the end, even then.
         """
-        self.index.remove(digest)  # an earlier partial download is included in `size`
+        if key not in self._reservations:
+            self._reservations.add(key)
+            self.index.pin(key)
         try:
-            evicted = self.index.evict(size)
+            # An earlier partial download, or a smaller reservation, is included in `size`.
+            evicted = self.index.evict(size - self.index.size(key))
         except CacheFull:
             return False
-        self.index.add(digest, size, self._clock())
-        if digest not in self._reservations:
-            self._reservations.add(digest)
-            self.index.pin(digest)
+        self.index.add(key, size, self._clock())
         await self._evict(evicted)
         return await self._fits_on_disk(size - existing_size)
 
-    def release(self, digest: Digest) -> None:
+    def release(self, key: IngestKey) -> None:
         """End a reservation, if there is one. The bytes on disk then count, and may be evicted."""
-        if digest not in self._reservations:
+        if key not in self._reservations:
             return
-        self._reservations.remove(digest)
-        self.index.unpin(digest)
-        if not self._blobs.exists(digest):
-            self.index.remove(digest)
-            partial_entry = _ingest_entry(self._layout, digest)
-            if partial_entry is not None:
-                self._add(digest, partial_entry.size)
+        self._reservations.remove(key)
+        self.index.unpin(key)
+        self.index.remove(key)
+        partial_size, blob_size = _file_size(self._layout.ingest(key)), self._blobs.size(key.digest)
+        if partial_size is not None:
+            self._add(key, partial_size)
+        if blob_size is not None and key.digest not in self.index:
+            self._add(key.digest, blob_size)  # its writer died before it could call `record_commit`
+
+    async def record_commit(self, key: IngestKey, size: int) -> None:
+        """Count the blob that a reserved download has become."""
+        self.index.remove(key)
+        await self.record(key.digest, size)
 
     def touch(self, digest: Digest) -> None:
         """Mark a blob as used now."""
@@ -138,12 +185,6 @@ class CacheSpaceManager:
     def unpin(self, digest: Digest) -> None:
         """Undo one `pin`."""
         self.index.unpin(digest)
-
-    async def commit(self, ingest: Ingest) -> None:
-        """Publish a complete blob. Raise `OSError`."""
-        size = ingest.size
-        await in_thread(self._reactor, ingest.commit, self._blobs)
-        await self.record(ingest.digest, size)
 
     async def record(self, digest: Digest, size: int) -> None:
         """Count a blob that was written, and evict others if the limit is exceeded."""
@@ -160,14 +201,20 @@ class CacheSpaceManager:
         return self.index.total, self.index.limit
 
     async def purge(self, digests: Iterable[Digest]) -> None:
-        """Remove blobs even if they are in use. Open readers can still read to the end."""
-        purge_list = list(digests)
-        for digest in purge_list:
+        """Remove blobs and their partial downloads even if they are in use. Open readers can still read to the end."""
+        blobs = list(digests)
+        for digest in blobs:
             self.index.remove(digest)
-        await self._evict(purge_list)
+        ingests = await in_thread(self._reactor, self._find_ingests, blobs)
+        for key in ingests:
+            self.index.remove(key)
+        await self._evict([*ingests, *blobs])
 
-    def _add(self, digest: Digest, size: int) -> None:
-        self.index.add(digest, size, self._clock())
+    def _find_ingests(self, digests: list[Digest]) -> list[IngestKey]:
+        return [key for digest in digests for key in ingests_of(self._layout, digest)]
+
+    def _add(self, key: CacheKey, size: int) -> None:
+        self.index.add(key, size, self._clock())
 
     async def _fits_on_disk(self, size: int) -> bool:
         """Return whether the disk has `size` bytes free, after evicting blobs if necessary."""
@@ -184,40 +231,37 @@ class CacheSpaceManager:
         status = os.statvfs(self._layout.root)
         return status.f_bavail * status.f_frsize
 
-    async def _evict(self, digests: list[Digest]) -> None:
-        if digests:
-            log.info("evicting {count} blobs", count=len(digests))
-            await in_thread(self._reactor, self._remove_blobs, digests)
+    async def _evict(self, keys: list[CacheKey]) -> None:
+        if keys:
+            log.info("evicting {count} blobs", count=len(keys))
+            await in_thread(self._reactor, self._remove_all, keys)
 
-    def _remove_blobs(self, digests: list[Digest]) -> None:
-        for digest in digests:
-            # Discard the partial download first: while the blob exists, no process starts a download.
-            if _ingest_entry(self._layout, digest) is not None:
-                self._discard_ingest(digest)
+    def _remove_all(self, keys: list[CacheKey]) -> None:
+        for key in keys:
             try:
-                self._blobs.remove(digest)
+                if isinstance(key, IngestKey):
+                    self._discard_ingest(key)
+                else:
+                    self._blobs.remove(key)
             except OSError as error:
-                _log_removal_error(digest, error)
+                _log_removal_error(key, error)
 
-    def _discard_ingest(self, digest: Digest) -> None:
-        try:
-            ingest = Ingest.open(self._layout, digest)
+    def _discard_ingest(self, key: IngestKey) -> None:
+        if _file_size(self._layout.ingest(key)) is not None:
+            ingest = Ingest.open(self._layout, key)
             if ingest is not None:
                 try:
                     ingest.discard()
                 finally:
                     ingest.release()
-        except OSError as error:
-            _log_removal_error(digest, error)
 
     def _scan(self, rescan: Rescan) -> Iterator[None]:
-        for digest in stale_ingests(self._layout, self._clock() - _STALE_INGEST_AGE):
-            self._discard_ingest(digest)
-            yield None
-        for digest in stale_ingests(self._layout, inf):
-            partial_entry = _ingest_entry(self._layout, digest)
-            if partial_entry is not None:
-                rescan.add(partial_entry)
+        remove_ingests_without_host(self._layout)
+        for partial in walk_ingests(self._layout):
+            if partial.last_used < self._clock() - _STALE_INGEST_AGE:
+                self._remove_all([partial.key])
+            if _file_size(self._layout.ingest(partial.key)) is not None:
+                rescan.add(partial)
             yield None
         for entry in self._blobs.walk():
             rescan.add(entry)
@@ -225,14 +269,13 @@ class CacheSpaceManager:
         yield from rescan.sort()
 
 
-def _log_removal_error(digest: Digest, error: OSError) -> None:
-    log.error("cannot remove {digest} from the cache: {reason}", digest=str(digest), reason=error.strerror)
+def _log_removal_error(key: CacheKey, error: OSError) -> None:
+    log.error("cannot remove {key} from the cache: {reason}", key=str(key), reason=error.strerror)
 
 
-def _ingest_entry(layout: Layout, digest: Digest) -> Entry | None:
-    """Return the size and date of a partial download; None if there is none."""
+def _file_size(path: str) -> int | None:
+    """Return the bytes in the file at `path`, or None if it does not exist."""
     try:
-        status = os.stat(layout.ingest(digest))
+        return os.stat(path).st_size
     except FileNotFoundError:
         return None
-    return Entry(digest, status.st_size, status.st_mtime)

@@ -10,7 +10,8 @@ from attrs import frozen
 from dockerproxy.errors import RegistryError, Unauthorized, UpstreamFailing, UpstreamRefused
 from dockerproxy.http.headers import Headers
 from dockerproxy.net.dial import AddressCheck
-from dockerproxy.oci.names import Registry, Repository
+from dockerproxy.oci.names import Digest, Registry, Repository
+from dockerproxy.store.layout import IngestKey
 from dockerproxy.upstream.credentials import Credential
 
 _MAX_ERROR_BODY = 64 * 1024
@@ -29,6 +30,10 @@ class UpstreamRepository:
     def key(self) -> str:
         """The repository's name in the cache's store. It starts with the registry's host."""
         return f"{self.registry.host}/{self.name}"
+
+    def ingest_key(self, digest: Digest) -> IngestKey:
+        """Return the key of the download of `digest`, which all repositories of the registry share."""
+        return IngestKey(str(self.registry.host), digest)
 
     def blob_path(self, digest: object) -> str:
         return f"/v2/{self.name}/blobs/{digest}"

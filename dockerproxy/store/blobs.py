@@ -177,7 +177,7 @@ class Blobs:
             os.rmdir(os.path.dirname(path))
         return True
 
-    def walk(self) -> Iterator[Entry]:
+    def walk(self) -> Iterator[Entry[Digest]]:
         """Yield all blobs, in no order. Blobs added or deleted meanwhile may or may not be included. Blocks."""
         for digest in self.digests():
             with suppress(FileNotFoundError, NotADirectoryError):

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterator, Mapping
+from typing import Generic, TypeVar
 
 from attrs import frozen
 
 from dockerproxy.oci.names import Digest
+from dockerproxy.store.layout import IngestKey
 
 # Evict a little more than needed, so that the next blobs fit without another eviction.
 _LOW_WATERMARK = 0.95
 
 BATCH_SIZE = 500
 """Blobs chosen per call, unless more are needed. Choosing them and removing them from the index takes 1 to 2 ms."""
+
+K = TypeVar("K", Digest, IngestKey)
+
+CacheKey = Digest | IngestKey
+"""What has a place in the cache: a blob, or a partial download."""
 
 LRUEntry = tuple[int, float]
 """A blob's size in bytes, and the time of its last read or write (POSIX time).
@@ -23,10 +30,10 @@ them. It stops the whole process while it looks at tracked objects.
 
 
 @frozen(slots=True)
-class Entry:
-    """A cached blob: its size in bytes, and the time of its last read or write (POSIX time)."""
+class Entry(Generic[K]):
+    """A cached blob or partial download: its size in bytes, and when it was last read or written (POSIX time)."""
 
-    digest: Digest
+    key: K
     size: int
     last_used: float
 
@@ -59,6 +66,11 @@ def least_recently_used(
         if key not in pins:
             count, freed_bytes = count + 1, freed_bytes + size
             yield key
+
+
+def parse_key(text: str) -> CacheKey:
+    """Return the key whose `str` is `text`."""
+    return IngestKey.parse(text) if "/" in text else Digest.parse(text)
 
 
 def excess_bytes(total: int, limit: int) -> int:

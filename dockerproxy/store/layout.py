@@ -16,7 +16,7 @@
     │       └── _uploads/UUID                            a blob that is being pushed
     │           ├── data                                 the bytes received so far
     │           └── startedat                            the start time (RFC 3339)
-    ├── ingest/ALG-HEX                                   (ours) a partial download, resumable after a crash
+    ├── ingest/HOST/ALG-HEX                              (ours) a partial download, resumable after a crash
     ├── damaged/ALG-HEX                                  (ours) a blob that did not match its digest; see `scrub`
     └── staging/                                         (ours) temporary files, renamed to their final paths
 
@@ -38,8 +38,29 @@ from dockerproxy.oci.names import Digest, parse_tag
 # from them. A component cannot be hidden (`.`, `..`) or match a name of the tree itself (`_layers`). A file name has at
 # most 255 bytes.
 _COMPONENT = r"[A-Za-z0-9\[][A-Za-z0-9._:\[\]-]{0,254}"
+_HOST = re.compile(_COMPONENT)
 _REPOSITORY = re.compile(rf"{_COMPONENT}(?:/{_COMPONENT})*")
 _MAX_REPOSITORY = 1024
+
+
+@frozen(slots=True)
+class IngestKey:
+    """Identifies a partial download: the host of the registry that sends it, and the digest of the blob.
+
+    Each registry has its own, because its bytes are unverified until the end.
+    """
+
+    host: str
+    digest: Digest
+
+    @classmethod
+    def parse(cls, text: str) -> IngestKey:
+        """Return the key written as ``host/alg:hex``, or raise `DigestInvalid`."""
+        host, _, digest = text.partition("/")
+        return cls(host, Digest.parse(digest))
+
+    def __str__(self) -> str:
+        return f"{self.host}/{self.digest}"
 
 
 @frozen
@@ -77,9 +98,11 @@ class Layout:
         """Return the data file of a blob."""
         return f"{self.blobs}/{digest.algorithm}/{digest.hex[:2]}/{digest.hex}/data"
 
-    def ingest(self, digest: Digest) -> str:
-        """Return the file of an ingest."""
-        return f"{self.ingests}/{digest.algorithm}-{digest.hex}"
+    def ingest(self, key: IngestKey) -> str:
+        """Return the file of an ingest. Raises `NameInvalid` if the key's host could lead elsewhere."""
+        if not _HOST.fullmatch(key.host):
+            raise NameInvalid(f"{key.host[:300]!r} is not a host")
+        return f"{self.ingests}/{key.host}/{key.digest.algorithm}-{key.digest.hex}"
 
     def repository(self, repository: str) -> str:
         """Return the directory of a repository. Raises `NameInvalid` if `repository` could lead elsewhere."""
@@ -141,6 +164,13 @@ class Layout:
 
     def _revision(self, repository: str, digest: Digest) -> str:
         return f"{self.revisions(repository)}/{digest.algorithm}/{digest.hex}"
+
+
+def ingest_key_from_names(host: str, name: str) -> IngestKey | None:
+    """Return the key of the ingest in the directory `host` with the file name `name`, or None if it is no ingest."""
+    algorithm, dash, encoded = name.partition("-")
+    digest = digest_from_names(algorithm, encoded) if dash else None
+    return IngestKey(host, digest) if digest is not None and _HOST.fullmatch(host) else None
 
 
 def digest_from_names(algorithm: str, encoded: str) -> Digest | None:

@@ -1,4 +1,4 @@
-"""In-memory index of the cached blobs by last use. It saves requests from walking the directory tree.
+"""In-memory index of the cached blobs and partial downloads by last use. It saves requests from walking the tree.
 
 Its methods run in the reactor's thread, and take no longer if the cache is larger. Only a `Rescan` runs in a thread.
 """
@@ -12,7 +12,17 @@ from collections.abc import Iterable, Iterator
 from attrs import define, field
 
 from dockerproxy.oci.names import Digest
-from dockerproxy.store.eviction import BATCH_SIZE, Entry, LRUEntry, excess_bytes, inactive_since, least_recently_used
+from dockerproxy.store.eviction import (
+    BATCH_SIZE,
+    CacheKey,
+    Entry,
+    LRUEntry,
+    excess_bytes,
+    inactive_since,
+    least_recently_used,
+    parse_key,
+)
+from dockerproxy.store.layout import IngestKey
 
 _RUN_LENGTH = 1000  # entries sorted in one step, which takes 1 ms
 _YIELD_EVERY = 100  # entries handled in one step
@@ -24,53 +34,60 @@ class CacheFull(Exception):
 
 @define
 class LRUIndex:
-    """The blobs of a cache of at most `limit` bytes, least recently used first.
+    """The blobs and partial downloads of a cache of at most `limit` bytes, least recently used first.
 
-    To reserve the bytes of a blob that will be written, add it with its expected size and pin it. Evicted blobs are
+    To reserve the bytes of a download, add it with its expected size and pin it. Evicted blobs are
     removed from the index at once, so that two callers never get the same bytes. The caller deletes them from disk.
     """
 
     limit: int
     total: int = field(default=0, init=False)
-    _entries: OrderedDict[str, LRUEntry] = field(factory=OrderedDict, init=False)  # by `str(digest)`
+    _entries: OrderedDict[str, LRUEntry] = field(factory=OrderedDict, init=False)  # by `str(key)`
     _pins: dict[str, int] = field(factory=dict, init=False)
-    # Digests changed since the running rescan began; None if no rescan is running.
+    # Keys changed since the running rescan began; None if no rescan is running.
     _dirty: dict[str, None] | None = field(default=None, init=False)
 
-    def add(self, digest: Digest, size: int, now: float) -> None:
+    def add(self, key: CacheKey, size: int, now: float) -> None:
         """Add a blob of `size` bytes that is used now, replacing its old entry."""
-        self.remove(digest)
-        self._entries[str(digest)] = size, now
+        self.remove(key)
+        self._entries[str(key)] = size, now
         self.total += size
 
-    def touch(self, digest: Digest, now: float) -> None:
-        """Record a use of the blob. Does nothing if the blob is not in the index."""
-        key = self._mark_dirty(digest)
-        if key in self._entries:
-            self._entries[key] = self._entries[key][0], now
-            self._entries.move_to_end(key)
+    def __contains__(self, key: CacheKey) -> bool:
+        return str(key) in self._entries
 
-    def remove(self, digest: Digest) -> None:
+    def touch(self, key: CacheKey, now: float) -> None:
+        """Record a use of the blob. Does nothing if the blob is not in the index."""
+        text = self._mark_dirty(key)
+        if text in self._entries:
+            self._entries[text] = self._entries[text][0], now
+            self._entries.move_to_end(text)
+
+    def size(self, key: CacheKey) -> int:
+        """Return the bytes that count for `key`; 0 if it is not in the index."""
+        return self._entries.get(str(key), (0, 0.0))[0]
+
+    def remove(self, key: CacheKey) -> None:
         """Remove the blob, if it is in the index. Its pins stay until they are released by `unpin`."""
-        entry = self._entries.pop(self._mark_dirty(digest), None)
+        entry = self._entries.pop(self._mark_dirty(key), None)
         if entry is not None:
             self.total -= entry[0]
 
-    def pin(self, digest: Digest) -> None:
+    def pin(self, key: CacheKey) -> None:
         """Protect the blob from eviction until `unpin` has been called as often as `pin`."""
-        key = self._mark_dirty(digest)
-        self._pins[key] = self._pins.get(key, 0) + 1
+        text = self._mark_dirty(key)
+        self._pins[text] = self._pins.get(text, 0) + 1
 
-    def unpin(self, digest: Digest) -> None:
+    def unpin(self, key: CacheKey) -> None:
         """Undo one `pin`. Raises `KeyError` if the blob is not pinned."""
-        key = self._mark_dirty(digest)
-        count = self._pins[key] - 1
+        text = self._mark_dirty(key)
+        count = self._pins[text] - 1
         if count:
-            self._pins[key] = count
+            self._pins[text] = count
         else:
-            del self._pins[key]
+            del self._pins[text]
 
-    def evict(self, size: int) -> list[Digest]:
+    def evict(self, size: int) -> list[CacheKey]:
         """Remove and return the blobs to evict so that `size` more bytes fit, least recently used first.
 
         Raises `CacheFull`, and removes nothing, if the bytes do not fit beside the pinned blobs.
@@ -88,7 +105,7 @@ class LRUIndex:
             least_recently_used(self._entries, self._pins, minimum, target if target <= evictable else minimum)
         )
 
-    def expire(self, inactive: float, now: float) -> list[Digest]:
+    def expire(self, inactive: float, now: float) -> list[CacheKey]:
         """Remove and return blobs that were not used for `inactive` seconds, or that exceed `limit`.
 
         This handles one batch. Call it again until it returns an empty list.
@@ -122,21 +139,21 @@ class LRUIndex:
         """End a rescan that failed. Does nothing if none is running."""
         self._dirty = None
 
-    def _mark_dirty(self, digest: Digest) -> str:
-        key = str(digest)
+    def _mark_dirty(self, key: CacheKey) -> str:
+        text = str(key)
         if self._dirty is not None:
-            self._dirty.pop(key, None)
-            self._dirty[key] = None
-        return key
+            self._dirty.pop(text, None)
+            self._dirty[text] = None
+        return text
 
     def _evictable_bytes(self) -> int:
         return self.total - sum(self._entries[key][0] for key in self._pins if key in self._entries)
 
-    def _remove_all(self, keys: Iterable[str]) -> list[Digest]:
-        digests = [Digest.parse(key) for key in list(keys)]
-        for digest in digests:
-            self.remove(digest)
-        return digests
+    def _remove_all(self, texts: Iterable[str]) -> list[CacheKey]:
+        keys = [parse_key(text) for text in list(texts)]
+        for key in keys:
+            self.remove(key)
+        return keys
 
 
 @define
@@ -152,9 +169,9 @@ class Rescan:
     total: int = field(default=0, init=False)
     _runs: list[list[tuple[float, str, int]]] = field(factory=lambda: [[]], init=False)
 
-    def add(self, entry: Entry) -> None:
+    def add(self, entry: Entry[Digest] | Entry[IngestKey]) -> None:
         """Add a blob found on disk. A pinned blob keeps its current entry, because it may still be downloading."""
-        key = str(entry.digest)
+        key = str(entry.key)
         current = self._current.get(key)
         if current is None:
             self._append(key, entry.size, entry.last_used)

@@ -118,12 +118,12 @@ class _ScrubRun:
         # Walk again, because a list of all entries could be large.
         for entry in self._blobs.walk():
             try:
-                yield from self._scrub_blob(entry.digest)
+                yield from self._scrub_blob(entry.key)
             except (FileNotFoundError, NotADirectoryError):
                 continue  # the blob was deleted meanwhile
             except OSError as error:
-                message = f"{entry.digest} cannot be read: {error.strerror}"
-                yield Finding("unreadable", message, digest=entry.digest)
+                message = f"{entry.key} cannot be read: {error.strerror}"
+                yield Finding("unreadable", message, digest=entry.key)
             self.counts.update(blobs=1)
 
     def _scrub_blob(self, digest: Digest) -> Iterator[Finding | None]:

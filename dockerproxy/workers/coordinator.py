@@ -8,54 +8,54 @@ from typing import Any
 from attrs import define, field
 from twisted.internet.defer import Deferred
 
-from dockerproxy.cache.space import CacheSpaceManager
+from dockerproxy.cache.space import CacheSpace, CacheSpaceManager
 from dockerproxy.concurrency import LocalKeyedLock, spawn
 from dockerproxy.oci.names import Digest
-from dockerproxy.store.ingest import Ingest
+from dockerproxy.store.layout import IngestKey
 
 
 @define
 class ReservationTable:
-    """Maps each reserved blob to its owner: a worker's session, or the main process.
+    """Maps each reserved download to its owner: a worker's session, or the main process.
 
     A process may take over an ingest before we learn that its previous writer released it. A release is therefore
-    ignored if another process has reserved the digest since.
+    ignored if another process has reserved the same key since.
     """
 
     space: CacheSpaceManager
-    _owners: dict[Digest, object] = field(factory=dict, init=False)
+    _owners: dict[IngestKey, object] = field(factory=dict, init=False)
 
-    async def reserve(self, owner: object, digest: Digest, size: int, existing_size: int) -> bool:
+    async def reserve(self, owner: object, key: IngestKey, size: int, existing_size: int) -> bool:
         """Reserve space for `owner`; see `CacheSpaceManager.reserve`."""
-        self._owners[digest] = owner
-        return await self.space.reserve(digest, size, existing_size)
+        self._owners[key] = owner
+        return await self.space.reserve(key, size, existing_size)
 
-    def release(self, owner: object, digest: Digest) -> None:
-        """Release a reservation of `owner`. Do nothing if another process has reserved the digest since."""
-        if self._owners.get(digest) is owner:
-            del self._owners[digest]
-            self.space.release(digest)
+    def release(self, owner: object, key: IngestKey) -> None:
+        """Release a reservation of `owner`. Do nothing if another process has reserved the key since."""
+        if self._owners.get(key) is owner:
+            del self._owners[key]
+            self.space.release(key)
 
     def release_all(self, owner: object) -> None:
         """Release all reservations of a process that has exited."""
-        for digest in [digest for digest, holder in self._owners.items() if holder is owner]:
-            self.release(owner, digest)
+        for key in [key for key, holder in self._owners.items() if holder is owner]:
+            self.release(owner, key)
 
 
 @define
-class LocalCacheSpace:
-    """The cache space as the downloads of the main process use it. See `CacheSpace` for the methods."""
+class LocalCacheSpace(CacheSpace):
+    """The cache space as the downloads of the main process use it."""
 
     _reservations: ReservationTable
 
-    async def reserve(self, digest: Digest, size: int, existing_size: int) -> bool:
-        return await self._reservations.reserve(self, digest, size, existing_size)
+    async def reserve(self, key: IngestKey, size: int, existing_size: int) -> bool:
+        return await self._reservations.reserve(self, key, size, existing_size)
 
-    def release(self, digest: Digest) -> None:
-        self._reservations.release(self, digest)
+    async def record_commit(self, key: IngestKey, size: int) -> None:
+        await self._reservations.space.record_commit(key, size)
 
-    async def commit(self, ingest: Ingest) -> None:
-        await self._reservations.space.commit(ingest)
+    def release(self, key: IngestKey) -> None:
+        self._reservations.release(self, key)
 
     async def record(self, digest: Digest, size: int) -> None:
         await self._reservations.space.record(digest, size)
@@ -84,7 +84,8 @@ class WorkerSession:
         """The RPC methods that the worker may call."""
         return {
             "reserve": self._reserve,
-            "release": lambda digest: self._reservations.release(self, Digest.parse(digest)),
+            "record_commit": lambda key, size: self._reservations.space.record_commit(IngestKey.parse(key), size),
+            "release": lambda key: self._reservations.release(self, IngestKey.parse(key)),
             "record": lambda digest, size: self._reservations.space.record(Digest.parse(digest), size),
             "mark_used": self._mark_used,
             "usage": self._reservations.space.usage,
@@ -99,8 +100,8 @@ class WorkerSession:
         for lock_id in list(self._held_locks):
             self._unlock(lock_id)
 
-    async def _reserve(self, digest: str, size: int, existing_size: int) -> bool:
-        return await self._reservations.reserve(self, Digest.parse(digest), size, existing_size)
+    async def _reserve(self, key: str, size: int, existing_size: int) -> bool:
+        return await self._reservations.reserve(self, IngestKey.parse(key), size, existing_size)
 
     def _mark_used(self, digests: list[str]) -> None:
         for digest in digests:

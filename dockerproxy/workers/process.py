@@ -25,7 +25,6 @@ from dockerproxy.proxy.authority import CertificateAuthority
 from dockerproxy.registry.htpasswd import HtpasswdError
 from dockerproxy.reload import describe_error
 from dockerproxy.settings import Settings, SettingsError
-from dockerproxy.store.blobs import Blobs
 from dockerproxy.store.state_directory import StateDirectory
 from dockerproxy.workers.dispatch import ConnectionReceiver
 from dockerproxy.workers.fork_server import SpawnRequest
@@ -68,7 +67,7 @@ class WorkerProcess:
             "token_bound": bindings.add,
         }
         self._rpc = RPC(reactor, sock, handlers, on_descriptor=self._on_descriptor, on_closed=self._parent_lost)
-        cache_space = RemoteCacheSpace(reactor, self._rpc, Blobs(forked_state.state.cache, durable=False))
+        cache_space = RemoteCacheSpace(reactor, self._rpc)
         shared = SharedServices(
             forked_state.state,
             cache_space,

@@ -6,41 +6,37 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-from dockerproxy.concurrency import in_thread
+from dockerproxy.cache.space import CacheSpace
 from dockerproxy.oci.names import Digest
-from dockerproxy.store.blobs import Blobs
-from dockerproxy.store.ingest import Ingest
+from dockerproxy.store.layout import IngestKey
 from dockerproxy.workers.rpc import RPC, RemoteError
 
 _USE_REPORT_INTERVAL = 5.0  # seconds over which uses of blobs are collected into one message
 _MAX_USES_PER_REPORT = 1000  # uses in one message
 
 
-class RemoteCacheSpace:
-    """Proxy of the `CacheSpaceManager` in the main process; implements `CacheSpace`."""
+class RemoteCacheSpace(CacheSpace):
+    """Proxy of the `CacheSpaceManager` in the main process."""
 
-    def __init__(self, reactor: Any, rpc: RPC, blobs: Blobs) -> None:
+    def __init__(self, reactor: Any, rpc: RPC) -> None:
         self._reactor = reactor
         self._rpc = rpc
-        self._blobs = blobs
         self._unreported_uses: set[Digest] = set()
 
-    async def reserve(self, digest: Digest, size: int, existing_size: int) -> bool:
-        """Reserve space for a blob; see `CacheSpaceManager.reserve`. Return False if the main process is gone."""
+    async def reserve(self, key: IngestKey, size: int, existing_size: int) -> bool:
+        """Reserve space for a download; see `CacheSpaceManager.reserve`. Return False if the main process is gone."""
         try:
-            return bool(await self._rpc.call("reserve", str(digest), size, existing_size))
+            return bool(await self._rpc.call("reserve", str(key), size, existing_size))
         except RemoteError:
             return False  # the blob is not cached, but its clients still receive it
 
-    def release(self, digest: Digest) -> None:
-        """Release the reservation of `digest`."""
-        self._rpc.notify("release", str(digest))
+    async def record_commit(self, key: IngestKey, size: int) -> None:
+        """Count the blob that a reserved download has become."""
+        self._rpc.notify("record_commit", str(key), size)
 
-    async def commit(self, ingest: Ingest) -> None:
-        """Move a complete blob into the store and record it. Raise OSError."""
-        size = ingest.size
-        await in_thread(self._reactor, ingest.commit, self._blobs)
-        await self.record(ingest.digest, size)
+    def release(self, key: IngestKey) -> None:
+        """Release the reservation of `key`."""
+        self._rpc.notify("release", str(key))
 
     async def record(self, digest: Digest, size: int) -> None:
         """Count a blob that was written."""

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from twisted.internet.defer import Deferred
 
+from dockerproxy.cache.download_state import DownloadState
 from dockerproxy.cache.downloads import BlobDownload
 from dockerproxy.cache.ingests import Ingests
 from dockerproxy.cache.upstream import UpstreamPrincipal, UpstreamRepository
@@ -18,7 +19,8 @@ from dockerproxy.errors import RegistryError, UpstreamBroken, UpstreamError, Ups
 from dockerproxy.oci.names import Digest
 from dockerproxy.store.blobs import read_cached
 from dockerproxy.store.ingest import Ingest
-from tests.cache.support.harness import HUB, OTHER, CacheHarness, ManualReader, do_nothing
+from dockerproxy.store.layout import IngestKey
+from tests.cache.support.harness import HUB, CacheHarness, ManualReader, do_nothing, ingest_key
 from tests.cache.support.upstream import (
     Gate,
     ScriptedResponse,
@@ -120,10 +122,10 @@ def test_download_is_committed(harness: CacheHarness) -> None:
     one.read_available()
     assert (one.data, one.ended, one.error) == (DATA, True, None)
     one.disconnect()
-    assert download.committed and download.ended and download.size == len(DATA)
+    assert download.state is DownloadState.COMMITTED and download.size == len(DATA)
     assert Path(harness.layout.blob(DIGEST)).read_bytes() == DATA
     assert harness.ingest_files == []
-    assert harness.downloads.get(DIGEST) is None
+    assert harness.active_download(DIGEST) is None
     assert harness.space.index.total == len(DATA)
 
 
@@ -137,7 +139,7 @@ def test_blob_sizes(harness: CacheHarness, algorithm: str, size: int) -> None:
     readers = []
     while harness.reactor.pool.step():
         harness.reactor.run_due_calls()
-        if download.started and not readers:
+        if not download.state.is_pending and not readers:
             readers.append(reader(harness, download))
             readers[0].read()
     harness.reactor.pool.release()
@@ -239,7 +241,7 @@ def test_on_verified_runs_during_fsync_and_before_publish(
     harness.reactor.pool.release()
     harness.reactor.run_due_calls()
     assert steps == ["hook started", "hook finished", "published"]
-    assert (download.ended, download.committed) == (True, not fails)
+    assert download.state is (DownloadState.FAILED if fails else DownloadState.COMMITTED)
 
 
 def test_failing_on_verified_does_not_prevent_commit(harness: CacheHarness, log_lines: list[str]) -> None:
@@ -247,7 +249,7 @@ def test_failing_on_verified_does_not_prevent_commit(harness: CacheHarness, log_
         raise ValueError("a bug in this program")
 
     download = start(harness, on_verified=on_verified)
-    assert download.committed and download.failure is None
+    assert download.state is DownloadState.COMMITTED and download.failure is None
     assert any("recording the grant of" in line and "failed" in line for line in log_lines)
 
 
@@ -331,7 +333,7 @@ def test_joining_at_every_step_of_commit(harness: CacheHarness) -> None:
     response.send_rest()
     harness.reactor.run_due_calls()
     readers = []
-    while not download.ended:
+    while not download.state.is_end:
         readers.append(reader(harness, download))  # the thread has finished, but its result is delayed
         harness.reactor.pool.step()
         harness.reactor.run_due_calls()
@@ -400,7 +402,7 @@ def test_final_failure_reaches_all_readers(harness: CacheHarness, log_lines: lis
     late.addErrback(lambda failure: failure.trap(UpstreamError))
     assert late.called
     assert any("was not cached" in line and "connection refused" in line for line in log_lines)
-    assert harness.downloads.get(DIGEST) is None
+    assert harness.active_download(DIGEST) is None
     assert not harness.blobs.exists(DIGEST)
 
 
@@ -466,7 +468,7 @@ def test_error_before_start(harness: CacheHarness, status: int) -> None:
     download = start(harness)
     [error] = wait_started_outcome(download)
     assert isinstance(error, UpstreamRefused) and error.status == status
-    assert harness.downloads.get(DIGEST) is None
+    assert harness.active_download(DIGEST) is None
     assert harness.space.index.total == 0
 
 
@@ -494,7 +496,7 @@ def test_waiters_get_upstream_error(harness: CacheHarness) -> None:
 
 
 def leave_partial(harness: CacheHarness, data: bytes, digest: Digest = DIGEST) -> None:
-    ingest = Ingest.open(harness.layout, digest)
+    ingest = Ingest.open(harness.layout, ingest_key(digest))
     assert ingest is not None
     ingest.append([data])
     ingest.release()
@@ -600,7 +602,7 @@ def test_full_disk(harness: CacheHarness, monkeypatch: pytest.MonkeyPatch, numbe
     one.read_available()
     other.read(100)
     send(harness, response, 5_000)  # this exceeds the space
-    assert download.ended
+    assert download.state is DownloadState.FAILED
     end(harness, response)
     for reading in (one, other, behind, beyond):
         reading.read_available(3000)
@@ -693,7 +695,7 @@ def test_lent_connection_times_out(harness: CacheHarness, monkeypatch: pytest.Mo
 
 
 def test_unopenable_ingest(harness: CacheHarness, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(ingests: Ingests, digest: Digest) -> Ingest | None:
+    def refuse(ingests: Ingests, key: IngestKey) -> Ingest | None:
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(Ingests, "acquire", refuse)
@@ -721,7 +723,7 @@ def test_failed_publish_does_not_fail_readers(harness: CacheHarness, monkeypatch
         if without_size:
             harness.upstream.on("GET", "", without_length)
         download = start(harness)
-        one = reader(harness, download) if not download.ended else None
+        one = reader(harness, download) if not download.state.is_end else None
         assert one is None
         assert harness.fetch(DIGEST) == ("MISS", DATA)
     assert not harness.blobs.exists(DIGEST)
@@ -746,7 +748,7 @@ def test_background_fsync(harness: CacheHarness, monkeypatch: pytest.MonkeyPatch
     assert download.written == len(DATA) and harness.reactor.pool.waiting == 1  # only the sync
     harness.reactor.pool.release()
     harness.reactor.run_due_calls()
-    assert download.committed
+    assert download.state is DownloadState.COMMITTED
 
 
 def test_fsync_error_prevents_publish(
@@ -796,7 +798,7 @@ def test_truncated_ingest_fails_reader(harness: CacheHarness) -> None:
     """If another program truncates the file, it must not look like the end of the blob."""
     download, response = start_streaming(harness, sent=5000)
     one = reader(harness, download)
-    os.truncate(harness.layout.ingest(DIGEST), 0)
+    os.truncate(harness.layout.ingest(ingest_key(DIGEST)), 0)
     one.read()
     assert isinstance(one.error, UpstreamBroken)
     one.disconnect()
@@ -827,7 +829,7 @@ def test_blob_of_unknown_length_larger_than_cache(make_harness: Callable[..., Ca
     one.read_available()
     assert harness.space.index.total == 30_000
     send(harness, response, 30_000)
-    assert download.ended
+    assert download.state is DownloadState.FAILED
     end(harness, response)
     one.read_available()
     assert one.data == DATA and one.ended
@@ -864,20 +866,11 @@ def test_expired_token_of_first_client(harness: CacheHarness) -> None:
     good.disconnect()
 
 
-def test_reader_from_another_registry(harness: CacheHarness) -> None:
-    download, response = start_streaming(harness)
-    one = reader(harness, download, 0, harness.repository(registry=OTHER))
-    end(harness, response)
-    one.read_available()
-    assert one.data == DATA
-    one.disconnect()
-
-
 # internal errors
 
 
 def test_internal_error_before_request(harness: CacheHarness, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(ingests: Ingests, digest: Digest) -> Ingest | None:
+    def fail(ingests: Ingests, key: IngestKey) -> Ingest | None:
         raise RuntimeError("a bug in this program")
 
     monkeypatch.setattr(Ingests, "acquire", fail)
@@ -885,7 +878,7 @@ def test_internal_error_before_request(harness: CacheHarness, monkeypatch: pytes
     [error] = wait_started_outcome(download)
     assert type(error) is RegistryError and error.status == 500
     assert "a bug" not in error.message
-    assert harness.downloads.get(DIGEST) is None
+    assert harness.active_download(DIGEST) is None
 
 
 @pytest.mark.parametrize("method", ["append", "verify", "commit"])
@@ -905,10 +898,10 @@ def test_internal_error_during_download(harness: CacheHarness, monkeypatch: pyte
     one.read_available()
     assert one.data == DATA and one.ended
     one.disconnect()
-    assert harness.downloads.get(DIGEST) is None
+    assert harness.active_download(DIGEST) is None
 
 
-@pytest.mark.parametrize("method", ["release", "exists"])
+@pytest.mark.parametrize("method", ["release", "size"])
 def test_failing_cleanup_wakes_readers(harness: CacheHarness, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
     download, response = start_streaming(harness, sent=3000)
     one = reader(harness, download)
@@ -924,7 +917,7 @@ def test_failing_cleanup_wakes_readers(harness: CacheHarness, monkeypatch: pytes
     end(harness, response)
     one.read_available()
     assert one.data == DATA
-    assert harness.downloads.get(DIGEST) is None
+    assert harness.active_download(DIGEST) is None
     monkeypatch.undo()
-    release(DIGEST)
+    release(ingest_key(DIGEST))
     one.disconnect()

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from dockerproxy.errors import RegistryError
 from dockerproxy.oci.names import Digest
 from dockerproxy.store.ingest import Ingest
-from tests.cache.support.harness import HUB, CacheHarness, ManualReader, do_nothing
+from tests.cache.support.harness import HUB, CacheHarness, ManualReader, do_nothing, ingest_key
 from tests.cache.support.upstream import ReceivedRequest, ScriptedResponse, serve_content
 
 NAME = "library/app"
@@ -53,7 +53,7 @@ class DownloadModel:
         self.harness.upstream.repository(f"{HUB}/{NAME}").blobs[str(DIGEST)] = data
         self.harness.upstream.on("GET", "blobs", self.respond)
         if partial_size:
-            ingest = Ingest.open(self.harness.layout, DIGEST)
+            ingest = Ingest.open(self.harness.layout, ingest_key(DIGEST))
             assert ingest is not None
             ingest.append([data[:partial_size]])
             ingest.release()
@@ -102,11 +102,11 @@ class DownloadModel:
         self.harness.reactor.run_due_calls()
 
     def join(self, start: int) -> None:
-        if self.harness.downloads.get(DIGEST) is None and not self.harness.blobs.exists(DIGEST):
+        if self.harness.active_download(DIGEST) is None and not self.harness.blobs.exists(DIGEST):
             self.harness.downloads.start(self.harness.principal(), DIGEST, do_nothing)
             self.harness.reactor.run_due_calls()
-        download = self.harness.downloads.get(DIGEST)
-        if download is not None and download.started:
+        download = self.harness.active_download(DIGEST)
+        if download is not None and not download.state.is_pending:
             content = download.open_reader(self.harness.repository())
             if content is not None:
                 self.readers.append(ManualReader(self.harness, content, min(start, len(self.data))))
@@ -141,7 +141,7 @@ class DownloadModel:
                 if number not in self.closed_readers:
                     reader.read_available()
             active = [reader for number, reader in enumerate(self.readers) if number not in self.closed_readers]
-            if self.harness.downloads.get(DIGEST) is None and all(reader.ended or reader.error for reader in active):
+            if self.harness.active_download(DIGEST) is None and all(reader.ended or reader.error for reader in active):
                 break
             self.harness.reactor.advance(1)
 
@@ -172,5 +172,5 @@ def test_readers_get_only_correct_content(
                 if number not in model.closed_readers:
                     assert reader.ended or reader.error is not None  # no reader waits forever
                     reader.disconnect()
-            assert model.harness.downloads.get(DIGEST) is None
+            assert model.harness.active_download(DIGEST) is None
             model.harness.assert_no_leaks()

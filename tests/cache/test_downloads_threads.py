@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
 import tempfile
@@ -121,6 +120,6 @@ class DownloadsTests(TestCase):
         self.assertEqual(harness.open_files, [])
         self.assertLessEqual(harness.space.index.total, 3_100_000)
         self.assertLessEqual(sum(entry.size for entry in harness.blobs.walk()), 3_100_000)
-        self.assertEqual([name for name in os.listdir(harness.layout.ingests) if name], [])
+        self.assertEqual(harness.ingest_files, [])
         for deferred in reactor.getDelayedCalls():
             deferred.cancel()  # timeouts of lent connections

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from attrs import evolve
 
+from dockerproxy.cache.download_state import DownloadState
 from dockerproxy.cache.downloads import BlobDownload, Downloads
 from dockerproxy.cache.identity import PUBLIC
 from dockerproxy.cache.ingests import DownloadInfo
@@ -22,11 +23,12 @@ from dockerproxy.errors import UpstreamBroken
 from dockerproxy.oci.content import VERIFY_FIRST_SIZE
 from dockerproxy.oci.names import Digest
 from dockerproxy.store.ingest import Ingest
-from tests.cache.support.harness import HUB, CacheHarness, ManualReader, do_nothing, result
+from tests.cache.support.harness import HUB, CacheHarness, ManualReader, do_nothing, ingest_key, result
 from tests.cache.support.upstream import ScriptedResponse, respond_streaming, respond_with
 
 DATA = bytes(range(256)) * 400
 DIGEST = Digest.of(DATA)
+KEY = ingest_key(DIGEST)
 NAME = "library/app"
 ALICE = "Basic alice"
 
@@ -92,26 +94,26 @@ def test_both_processes_read_one_download(processes: TwoProcesses) -> None:
     processes.end()
     reader.read_available()
     assert (reader.data, reader.ended) == (DATA, True)
-    assert processes.foreign_download.committed and processes.foreign_download.ended
+    assert processes.foreign_download.state is DownloadState.COMMITTED
     assert processes.requested_ranges == [None]
     assert processes.writer.ingest_files == []
-    assert processes.writer.ingests.read_info(DIGEST) is None
+    assert processes.writer.ingests.read_info(KEY) is None
     reader.disconnect()
 
 
 @pytest.mark.parametrize("size", [None, len(DATA)])
 def test_follower_starts_after_info_and_ends_after_publish(harness: CacheHarness, size: int | None) -> None:
     harness.ingests = evolve(harness.ingests, shared=True)
-    ingest = harness.ingests.acquire(DIGEST)
+    ingest = harness.ingests.acquire(KEY)
     assert isinstance(ingest, Ingest)
     ingest.append([DATA[:10]])
     downloads = Downloads(harness.reactor, harness.upstream, harness.space, harness.ingests)
     download = downloads.start(harness.principal(), DIGEST, do_nothing)
     harness.advance(1)
-    assert not download.started
-    harness.ingests.publish_info(DIGEST, DownloadInfo(size, "library/app", PUBLIC, 0.0))
+    assert download.state is DownloadState.WAITING
+    harness.ingests.publish_info(KEY, DownloadInfo(size, "library/app", PUBLIC, 0.0))
     harness.advance(1)
-    assert download.started and (download.size, download.written) == (size, 10)
+    assert download.state is DownloadState.FOLLOWING and (download.size, download.written) == (size, 10)
     content = download.open_reader(harness.repository())
     assert content is not None
     reader = ManualReader(harness, content)
@@ -138,7 +140,7 @@ def test_small_blob_has_no_download_info(make_harness: Callable[..., CacheHarnes
     first = one.start(one.fetch_later(digest))
     second = other.start(other.fetch_later(digest))
     one.advance(0.1)
-    info = one.ingests.read_info(digest)
+    info = one.ingests.read_info(ingest_key(digest))
     assert info is None if size <= VERIFY_FIRST_SIZE else info.size == size
     upstream.responses[-1].send_rest()
     one.advance(0.1)
@@ -227,7 +229,7 @@ def test_blob_published_before_lock(make_harness: Callable[..., CacheHarness]) -
     harness.blobs.put(DATA, DIGEST)
     download = harness.downloads.start(harness.principal(), DIGEST, do_nothing)
     harness.reactor.run_due_calls()
-    assert download.committed and download.ended
+    assert download.state is DownloadState.COMMITTED
     assert harness.upstream.requests_matching("GET", "blobs") == []
     assert harness.ingest_files == []
 
@@ -239,7 +241,7 @@ def test_blob_published_before_first_poll(make_harness: Callable[..., CacheHarne
     """The follower never sees the download start. It serves the client from the published blob."""
     harness = make_harness(shared=True)
     harness.upstream.repository(f"{HUB}/{NAME}").put_blob(DATA)
-    ingest = harness.ingests.acquire(DIGEST)
+    ingest = harness.ingests.acquire(KEY)
     assert isinstance(ingest, Ingest)
     results: list[Any] = []
     harness.start(harness.fetch_later(DIGEST)).addBoth(results.append)
@@ -253,7 +255,7 @@ def test_blob_published_before_first_poll(make_harness: Callable[..., CacheHarne
 def test_ingest_discarded_before_first_poll(make_harness: Callable[..., CacheHarness]) -> None:
     harness = make_harness(shared=True)
     harness.upstream.repository(f"{HUB}/{NAME}").put_blob(DATA)
-    ingest = harness.ingests.acquire(DIGEST)
+    ingest = harness.ingests.acquire(KEY)
     assert isinstance(ingest, Ingest)
     ingest.append([b"something else"])
     results: list[Any] = []

@@ -12,7 +12,9 @@ from dockerproxy.cache.space import MAINTENANCE_INTERVAL
 from dockerproxy.errors import UpstreamBroken
 from dockerproxy.oci.names import Digest
 from dockerproxy.store.ingest import Ingest
-from tests.cache.support.harness import HUB, CacheHarness
+from dockerproxy.store.layout import IngestKey
+from dockerproxy.store.lru_index import CacheFull
+from tests.cache.support.harness import HUB, CacheHarness, ingest_key
 from tests.cache.support.upstream import disconnect_after, raise_error, respond_streaming
 
 APP = "library/app"
@@ -34,23 +36,23 @@ def put_blob(harness: CacheHarness, number: int, size: int = 1000) -> Digest:
     return digest
 
 
-def leave_partial(harness: CacheHarness, number: int, size: int = 1000, partial_size: int = 600) -> Digest:
+def leave_partial(harness: CacheHarness, number: int, size: int = 1000, partial_size: int = 600) -> IngestKey:
     """Leave a partial file, like a failed download."""
     data = content(number, size)
-    ingest = Ingest.open(harness.layout, Digest.of(data))
+    ingest = Ingest.open(harness.layout, ingest_key(Digest.of(data)))
     assert ingest is not None
     ingest.append([data[:partial_size]])
     ingest.release()
-    os.utime(harness.layout.ingest(ingest.digest), (harness.now(), harness.now()))
-    return ingest.digest
+    os.utime(harness.layout.ingest(ingest.key), (harness.now(), harness.now()))
+    return ingest.key
 
 
-def reserve(harness: CacheHarness, digest: Digest, size: int, existing_size: int = 0) -> bool:
-    return harness.run(harness.space.reserve(digest, size, existing_size))  # type: ignore[no-any-return]
+def reserve(harness: CacheHarness, key: IngestKey, size: int, existing_size: int = 0) -> bool:
+    return harness.run(harness.space.reserve(key, size, existing_size))  # type: ignore[no-any-return]
 
 
 def stored_digests(harness: CacheHarness) -> set[Digest]:
-    return {entry.digest for entry in harness.blobs.walk()}
+    return {entry.key for entry in harness.blobs.walk()}
 
 
 class FakeFreeSpace:
@@ -63,7 +65,7 @@ class FakeFreeSpace:
         )
 
 
-NEW = Digest.of(b"new")
+NEW = ingest_key(Digest.of(b"new"))
 
 
 def test_least_recently_used_is_evicted(make_harness: Callable[..., CacheHarness]) -> None:
@@ -96,14 +98,14 @@ def test_pinned_blob_is_not_evicted(make_harness: Callable[..., CacheHarness]) -
 def test_reservations_do_not_overlap(make_harness: Callable[..., CacheHarness]) -> None:
     harness = make_harness(limit=2000)
     assert reserve(harness, NEW, 1500)
-    other = Digest.of(b"other")
+    other = ingest_key(Digest.of(b"other"))
     assert not reserve(harness, other, 600)
     assert reserve(harness, other, 500)
     harness.run(harness.space.maintain())  # finds no file on disk yet
     assert harness.space.index.total == 2000
     harness.space.release(NEW)
-    assert reserve(harness, Digest.of(b"third"), 1500)
-    for digest in (other, Digest.of(b"third")):
+    assert reserve(harness, ingest_key(Digest.of(b"third")), 1500)
+    for digest in (other, ingest_key(Digest.of(b"third"))):
         harness.space.release(digest)
     assert harness.space.index.total == 0
 
@@ -132,14 +134,89 @@ def test_growing_reservation(make_harness: Callable[..., CacheHarness]) -> None:
     assert not harness.blobs.exists(one)
 
 
+def test_reservation_that_cannot_grow_keeps_its_bytes(make_harness: Callable[..., CacheHarness]) -> None:
+    """The bytes of a partial download count, also after its reservation could not grow."""
+    harness = make_harness(limit=2000)
+    key = leave_partial(harness, 1)
+    harness.run(harness.space.maintain())
+    for reserved, size in ((600, 2001), (1500, 3000)):
+        assert not reserve(harness, key, size)
+        assert harness.space.index.total == reserved
+        assert reserve(harness, key, 1500)
+    harness.space.release(key)
+    assert harness.space.index.total == 600
+
+
+async def use_reservation(harness: CacheHarness, ingest: Ingest, sizes: list[int], *, commit: bool) -> None:
+    async with harness.space.reservation(ingest) as reservation:
+        for size in sizes:
+            await reservation.grow(size)
+            assert harness.space.index.total == size
+        if commit:
+            ingest.commit(harness.blobs)
+            await reservation.commit(ingest.size)
+        else:
+            ingest.release()
+
+
+@pytest.mark.parametrize("commit", [True, False])
+def test_reservation_ends_with_the_bytes_on_disk(harness: CacheHarness, commit: bool) -> None:
+    ingest = Ingest.open(harness.layout, ingest_key(Digest.of(content(1))))
+    assert ingest is not None
+    ingest.append([content(1)])
+    harness.run(use_reservation(harness, ingest, [1000, 1500], commit=commit))
+    assert harness.space.index.total == 1000
+    assert (ingest.key in harness.space.index) != commit
+    assert (ingest.key.digest in harness.space.index) == commit
+
+
+def test_commit_needs_no_space_beside_the_reservation(make_harness: Callable[..., CacheHarness]) -> None:
+    """The blob takes the place of the reserved bytes. Nothing is evicted for it."""
+    harness = make_harness(limit=2000)
+    old = put_blob(harness, 2)
+    ingest = Ingest.open(harness.layout, ingest_key(Digest.of(content(1))))
+    assert ingest is not None
+    ingest.append([content(1)])
+
+    async def commit() -> None:
+        async with harness.space.reservation(ingest) as reservation:
+            await reservation.grow(1000)
+            ingest.commit(harness.blobs)
+            await reservation.commit(1000)
+
+    harness.run(commit())
+    assert stored_digests(harness) == {old, ingest.key.digest}
+
+
+def test_reservation_that_does_not_fit_is_released(make_harness: Callable[..., CacheHarness]) -> None:
+    harness = make_harness(limit=999)
+    ingest = Ingest.open(harness.layout, ingest_key(Digest.of(content(1))))
+    assert ingest is not None
+    with pytest.raises(CacheFull):
+        harness.run(use_reservation(harness, ingest, [1000], commit=False))
+    ingest.discard()
+    assert harness.space.index.total == 0
+
+
+def test_purge_removes_partial_downloads(harness: CacheHarness) -> None:
+    blob, partial = put_blob(harness, 1), leave_partial(harness, 1)
+    other = leave_partial(harness, 2)
+    harness.run(harness.space.maintain())
+    harness.run(harness.space.purge([blob]))
+    assert stored_digests(harness) == set()
+    assert not Path(harness.layout.ingest(partial)).exists()
+    assert harness.ingest_files == [Path(harness.layout.ingest(other)).name]
+    assert harness.space.index.total == 600
+
+
 def test_release_keeps_pins(make_harness: Callable[..., CacheHarness]) -> None:
     """A reader's pin of the same blob is independent of the download."""
     harness = make_harness(limit=2000)
     one = put_blob(harness, 1)
     harness.space.pin(one)
-    harness.space.release(one)
-    assert not reserve(harness, one, 5000)
-    harness.space.release(one)
+    harness.space.release(ingest_key(one))
+    assert not reserve(harness, ingest_key(one), 5000)
+    harness.space.release(ingest_key(one))
     harness.space.unpin(one)
     with pytest.raises(KeyError):
         harness.space.unpin(one)
@@ -240,7 +317,7 @@ def test_running_download_is_not_evicted(make_harness: Callable[..., CacheHarnes
     harness.upstream.responses[0].send(5000)
     harness.reactor.run_due_calls()
     harness.reactor.advance(2 * DAY)
-    os.utime(harness.layout.ingest(digest), (1, 1))
+    os.utime(harness.layout.ingest(ingest_key(digest)), (1, 1))
     harness.run(harness.space.maintain())
     assert not reserve(harness, NEW, 5000)
     harness.space.release(NEW)

@@ -86,7 +86,7 @@ class BlobsMachine(RuleBasedStateMachine):
 
     @rule()
     def walk(self) -> None:
-        entries = {entry.digest: (entry.size, entry.last_used) for entry in self.blobs.walk()}
+        entries = {entry.key: (entry.size, entry.last_used) for entry in self.blobs.walk()}
         assert entries == {digest: (len(content), last) for digest, (content, last) in self.model.items()}
 
     @rule(content=st.sampled_from(CONTENTS))
@@ -190,7 +190,7 @@ def test_walk_skips_foreign_files(layout: Layout) -> None:
     (root / "sha256" / digest.hex[:2] / (digest.hex[:2] + "0" * 62)).mkdir()  # left by an interrupted removal
     (root / "sha256" / digest.hex[:2] / (digest.hex[:2] + "1" * 62)).write_text("?")
     (root / "sha256" / "zz" / digest.hex).mkdir(parents=True)
-    assert [entry.digest for entry in blobs.walk()] == [digest]
+    assert [entry.key for entry in blobs.walk()] == [digest]
 
 
 def test_walk_skips_blobs_removed_meanwhile(layout: Layout) -> None:
@@ -199,7 +199,7 @@ def test_walk_skips_blobs_removed_meanwhile(layout: Layout) -> None:
     for number in range(20):
         blobs.put(bytes([number]), Digest.of(bytes([number])))
     entries = blobs.walk()
-    seen = {next(entries).digest}
+    seen = {next(entries).key}
     for digest in digests - seen:
         blobs.remove(digest)
     assert list(entries) == []

@@ -21,7 +21,7 @@ from dockerproxy.store import files, ingest, records
 from dockerproxy.store.blobs import Blobs
 from dockerproxy.store.files import Staging
 from dockerproxy.store.ingest import Ingest
-from dockerproxy.store.layout import Layout
+from dockerproxy.store.layout import IngestKey, Layout
 from dockerproxy.store.links import Links
 from dockerproxy.store.records import Records
 
@@ -135,7 +135,7 @@ def download(store: CrashStore) -> None:
     """Download a blob, resuming the ingest of an earlier process if there is one."""
     if store.blobs.exists(NEW):
         return
-    partial = Ingest.open(store.layout, NEW)
+    partial = Ingest.open(store.layout, IngestKey("registry.example", NEW))
     assert partial is not None
     try:
         partial.rehash()
@@ -245,7 +245,7 @@ def test_an_ingest_is_resumable_after_a_crash(tmp_path: Path, monkeypatch: pytes
         install(patch, FaultyOS(5, crash=True))
         with pytest.raises(Crash):
             download(store)
-    partial = Ingest.open(store.layout, NEW)
+    partial = Ingest.open(store.layout, IngestKey("registry.example", NEW))
     assert partial is not None
     assert partial.size == len(b"new content")
     partial.release()

@@ -147,7 +147,7 @@ def test_reads_and_writes_the_same_tree(tmp_path: Path) -> None:
     assert links.has_manifest(REPOSITORY, manifest)
     assert links.manifest_media_type(REPOSITORY, manifest) is None
     assert all(links.has_layer(REPOSITORY, Digest.of(blob)) for blob in content.blobs)
-    sizes = {entry.digest: entry.size for entry in blobs.walk()}
+    sizes = {entry.key: entry.size for entry in blobs.walk()}
     assert sizes == {Digest.of(blob): len(blob) for blob in (*content.blobs, content.manifest)}
 
     put_docker_image(ours, content)
@@ -186,7 +186,7 @@ def test_distribution_serves_and_retains_our_tree(tmp_path: Path) -> None:
         ["docker-registry", "garbage-collect", "--delete-untagged=true", str(write_config(root))],
         check=True, capture_output=True, timeout=60,
     )  # fmt: skip
-    assert [entry.digest for entry in blobs.walk()] == [Digest.of(index)]
+    assert [entry.key for entry in blobs.walk()] == [Digest.of(index)]
 
 
 def push(host: str, repository: str, content: ManifestTree, tag: str) -> None:
@@ -235,7 +235,7 @@ def list_objects(root: Path) -> dict[str, set[str]]:
     objects = {repository: {f"m {digest}" for digest in store.links.manifests(repository)}
              | {f"b {digest}" for digest in store.links.layers(repository)}
              for repository in store.links.repositories()}  # fmt: skip
-    return {**objects, "": {str(entry.digest) for entry in store.blobs.walk()}}
+    return {**objects, "": {str(entry.key) for entry in store.blobs.walk()}}
 
 
 def sweep(root: Path, *, delete_untagged: bool = True) -> SweepResult:

@@ -63,11 +63,11 @@ def test_imports_everything_in_repositories(store: HostedTree, other: HostedTree
     before = sorted(map(str, other.layout.root.rglob("*")))
     result, skipped_items = import_from(store, other.layout.root)
     assert skipped_items == []
-    entries = {entry.digest: entry.size for entry in other.blobs.walk() if entry.digest != Digest.of(b"garbage")}
+    entries = {entry.key: entry.size for entry in other.blobs.walk() if entry.key != Digest.of(b"garbage")}
     assert result == ImportResult(
         repositories=2, hardlinked=len(entries), bytes=sum(entries.values()), manifests=5, tags=3
     )
-    assert {entry.digest: entry.size for entry in store.blobs.walk()} == entries
+    assert {entry.key: entry.size for entry in store.blobs.walk()} == entries
     assert store.links.tags(REPOSITORY) == ["latest", "v1"]
     assert store.links.tag(REPOSITORY, "v1") == BOTH.digest
     assert store.links.manifest_media_type(REPOSITORY, BOTH.digest) == BOTH.media_type

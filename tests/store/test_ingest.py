@@ -16,21 +16,27 @@ from dockerproxy.errors import DigestInvalid
 from dockerproxy.oci.names import Digest
 from dockerproxy.store import hashed_append_file
 from dockerproxy.store.blobs import Blobs
-from dockerproxy.store.ingest import ForeignIngest, Ingest, stale_ingests
-from dockerproxy.store.layout import Layout
+from dockerproxy.store.eviction import Entry
+from dockerproxy.store.ingest import ForeignIngest, Ingest, ingests_of, remove_ingests_without_host, walk_ingests
+from dockerproxy.store.layout import IngestKey, Layout
 from dockerproxy.store.links import Links
 
 CONTENT = bytes(range(256)) * 40
 DIGEST = Digest.of(CONTENT)
+HOST = "registry.example:5000"
+
+
+def ingest_key(digest: Digest = DIGEST, host: str = HOST) -> IngestKey:
+    return IngestKey(host, digest)
+
 
 # Opens the ingest of the given digest, appends the given number of times, and waits until it is killed.
 WRITER = """
 import itertools, sys
 from pathlib import Path
-from dockerproxy.oci.names import Digest
 from dockerproxy.store.ingest import Ingest
-from dockerproxy.store.layout import Layout
-ingest = Ingest.open(Layout(Path(sys.argv[1])), Digest.parse(sys.argv[2]))
+from dockerproxy.store.layout import IngestKey, Layout
+ingest = Ingest.open(Layout(Path(sys.argv[1])), IngestKey.parse(sys.argv[2]))
 print(ingest is not None, flush=True)
 ingest.rehash()
 for _ in range(int(sys.argv[3])):
@@ -51,7 +57,7 @@ def blobs(layout: Layout) -> Blobs:
 
 
 def open_ingest(layout: Layout, digest: Digest = DIGEST) -> Ingest:
-    ingest = Ingest.open(layout, digest)
+    ingest = Ingest.open(layout, ingest_key(digest))
     assert ingest is not None
     return ingest
 
@@ -60,7 +66,7 @@ def open_ingest(layout: Layout, digest: Digest = DIGEST) -> Ingest:
 def writer(layout: Layout, digest: Digest, times: int) -> Iterator[subprocess.Popen[str]]:
     """Run WRITER in a subprocess, and kill it at the end."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", WRITER, str(layout.root), str(digest), str(times)]
+    command = [sys.executable, "-c", WRITER, str(layout.root), str(ingest_key(digest)), str(times)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
     with process:
         try:
@@ -90,7 +96,7 @@ def test_append_and_commit(layout: Layout, blobs: Blobs) -> None:
     assert os.pread(reader, 20_000, 0) == CONTENT
     os.close(reader)
     assert Path(layout.blob(DIGEST)).read_bytes() == CONTENT
-    assert os.listdir(layout.ingests) == []
+    assert os.listdir(f"{layout.ingests}/{HOST}") == []
 
 
 def test_an_unverified_ingest_is_not_committed(layout: Layout, blobs: Blobs) -> None:
@@ -104,7 +110,7 @@ def test_an_unverified_ingest_is_not_committed(layout: Layout, blobs: Blobs) -> 
     ingest.discard()
     assert os.pread(reader, 20_000, 0) == CONTENT[:-1] + b"!"
     os.close(reader)
-    assert os.listdir(layout.ingests) == []
+    assert os.listdir(f"{layout.ingests}/{HOST}") == []
 
 
 def test_commit_retains_a_blob_committed_concurrently(layout: Layout, blobs: Blobs) -> None:
@@ -114,7 +120,7 @@ def test_commit_retains_a_blob_committed_concurrently(layout: Layout, blobs: Blo
     inode = os.stat(layout.blob(DIGEST)).st_ino
     ingest.commit(blobs)
     assert os.stat(layout.blob(DIGEST)).st_ino == inode
-    assert os.listdir(layout.ingests) == []
+    assert os.listdir(f"{layout.ingests}/{HOST}") == []
 
 
 def test_resumes_a_released_ingest(layout: Layout, blobs: Blobs) -> None:
@@ -145,7 +151,7 @@ def test_rehash_reads_the_file_in_chunks(layout: Layout, monkeypatch: pytest.Mon
 
 def test_the_lock_is_exclusive(layout: Layout) -> None:
     first = open_ingest(layout)
-    assert Ingest.open(layout, DIGEST) is None
+    assert Ingest.open(layout, ingest_key()) is None
     reader = first.reader()
     first.release()
     second = open_ingest(layout)  # although a reader of the first ingest is still open
@@ -157,20 +163,20 @@ def test_the_lock_is_exclusive(layout: Layout) -> None:
 def test_the_lock_is_exclusive_between_processes(layout: Layout) -> None:
     with writer(layout, DIGEST, 0) as process:
         assert read_line(process) == "True"
-        assert Ingest.open(layout, DIGEST) is None
+        assert Ingest.open(layout, ingest_key()) is None
         process.kill()
         process.wait()
         open_ingest(layout).release()
 
 
 def open_foreign_ingest(layout: Layout) -> ForeignIngest:
-    ingest = ForeignIngest.open(layout, DIGEST)
+    ingest = ForeignIngest.open(layout, ingest_key())
     assert ingest is not None
     return ingest
 
 
 def test_a_foreign_ingest_is_readable_until_commit(layout: Layout, blobs: Blobs) -> None:
-    assert ForeignIngest.open(layout, DIGEST) is None
+    assert ForeignIngest.open(layout, ingest_key()) is None
     ingest = open_ingest(layout)
     foreign = open_foreign_ingest(layout)
     assert (foreign.size, foreign.in_progress) == (0, True)
@@ -180,7 +186,7 @@ def test_a_foreign_ingest_is_readable_until_commit(layout: Layout, blobs: Blobs)
     ingest.commit(blobs)
     assert not foreign.in_progress
     assert foreign.try_take_over() is None
-    assert os.pread(foreign.fd, len(CONTENT), 0) == CONTENT
+    assert os.pread(foreign._fd, len(CONTENT), 0) == CONTENT
     foreign.close()
 
 
@@ -205,7 +211,7 @@ def test_takes_over_from_a_dead_writer(layout: Layout, blobs: Blobs) -> None:
     ingest = foreign.try_take_over()
     assert ingest is not None
     assert ingest.size == foreign.size >= size
-    assert Ingest.open(layout, DIGEST) is None
+    assert Ingest.open(layout, ingest_key()) is None
     ingest.rehash()
     ingest.append([CONTENT[ingest.size :]])
     ingest.commit(blobs)
@@ -222,7 +228,7 @@ def test_a_process_killed_during_append_leaves_a_prefix(layout: Layout, blobs: B
         process.wait()
     ingest = open_ingest(layout, digest)
     assert size <= ingest.size <= len(whole)
-    assert Path(layout.ingest(digest)).read_bytes() == whole[: ingest.size]
+    assert Path(layout.ingest(ingest_key(digest))).read_bytes() == whole[: ingest.size]
     ingest.rehash()
     ingest.append([whole[ingest.size :]])
     ingest.commit(blobs)
@@ -243,7 +249,7 @@ def test_a_file_renamed_before_the_lock_is_not_acquired(
             finished.append(first)
             first.commit(blobs) if end == "commit" else first.discard()
             if end.endswith("recreate"):
-                Path(layout.ingest(DIGEST)).write_bytes(b"another's")
+                Path(layout.ingest(ingest_key())).write_bytes(b"another's")
         real(fd, operation)
 
     monkeypatch.setattr(fcntl, "flock", flock)
@@ -251,7 +257,7 @@ def test_a_file_renamed_before_the_lock_is_not_acquired(
     assert finished
     assert second.size == (len(b"another's") if end.endswith("recreate") else 0)
     reader = second.reader()
-    assert os.path.samestat(os.fstat(reader), os.stat(layout.ingest(DIGEST)))
+    assert os.path.samestat(os.fstat(reader), os.stat(layout.ingest(ingest_key())))
     os.close(reader)
     second.discard()
     assert blobs.exists(DIGEST) == (end == "commit")
@@ -262,7 +268,7 @@ def test_a_file_renamed_before_the_lock_is_not_acquired(
 def test_no_descriptor_is_left_open(layout: Layout, blobs: Blobs) -> None:
     before = os.listdir("/proc/self/fd")
     ingest = open_ingest(layout)
-    assert Ingest.open(layout, DIGEST) is None
+    assert Ingest.open(layout, ingest_key()) is None
     ingest.append([CONTENT])
     ingest.commit(blobs)
     open_ingest(layout).discard()
@@ -270,17 +276,63 @@ def test_no_descriptor_is_left_open(layout: Layout, blobs: Blobs) -> None:
     assert os.listdir("/proc/self/fd") == before
 
 
-def test_stale_ingests_are_older_than_the_limit(layout: Layout) -> None:
-    assert stale_ingests(layout, 1e12) == []
-    for content, mtime in ((b"1", 100), (b"2", 200)):
-        ingest = open_ingest(layout, Digest.of(content))
-        ingest.append([b"x"])
+def test_walk_yields_all_ingests(layout: Layout) -> None:
+    assert list(walk_ingests(layout)) == []
+    keys = [ingest_key(Digest.of(b"1")), ingest_key(Digest.of(b"2")), ingest_key(Digest.of(b"1"), "other.example")]
+    for number, key in enumerate(keys):
+        ingest = Ingest.open(layout, key)
+        assert ingest is not None
+        ingest.append([b"x" * number])
         ingest.release()
-        os.utime(layout.ingest(Digest.of(content)), (mtime, mtime))
+        os.utime(layout.ingest(key), (number, number))
     (Path(layout.ingests) / "README").write_text("?")
-    (Path(layout.ingests) / "sha256-12").write_text("?")
-    assert stale_ingests(layout, 200) == [Digest.of(b"1")]
-    assert set(stale_ingests(layout, 1e12)) == {Digest.of(b"1"), Digest.of(b"2")}
+    (Path(layout.ingests) / HOST / "sha256-12").write_text("?")
+    (Path(layout.ingests) / ".hidden").mkdir()
+    (Path(layout.ingests) / ".hidden" / f"sha256-{DIGEST.hex}").write_text("?")
+    entries = sorted(walk_ingests(layout), key=lambda entry: entry.size)
+    assert entries == [Entry(key, number, number) for number, key in enumerate(keys)]
+    assert set(ingests_of(layout, Digest.of(b"1"))) == {keys[0], keys[2]}
+    assert ingests_of(layout, DIGEST) == []
+
+
+def test_registries_have_separate_ingests(layout: Layout) -> None:
+    first, second = open_ingest(layout), Ingest.open(layout, ingest_key(host="other.example"))
+    assert second is not None
+    first.append([CONTENT[:10]])
+    assert os.path.getsize(layout.ingest(second.key)) == 0
+    first.discard()
+    assert os.path.exists(layout.ingest(second.key))
+    second.release()
+
+
+def test_ingests_of_earlier_versions_are_removed(layout: Layout) -> None:
+    """Their names had no host, so it is unknown which registry sent them."""
+    open_ingest(layout).release()
+    old = Path(layout.ingests) / f"sha256-{DIGEST.hex}"
+    old.write_bytes(CONTENT)
+    other = Path(layout.ingests) / "unrelated-file"
+    other.write_text("x")
+    remove_ingests_without_host(layout)
+    assert not old.exists() and other.exists() and os.path.exists(layout.ingest(ingest_key()))
+
+
+def test_only_the_committed_file_was_committed(layout: Layout, blobs: Blobs) -> None:
+    """A blob of another registry does not make a discarded file a committed one."""
+    ingest = open_ingest(layout)
+    foreign = open_foreign_ingest(layout)
+    ingest.append([b"wrong"])
+    blobs.put(CONTENT, DIGEST)
+    assert not foreign.was_committed(layout)
+    ingest.discard()
+    assert not foreign.was_committed(layout)
+    foreign.close()
+    blobs.remove(DIGEST)
+    ingest = open_ingest(layout)
+    foreign = open_foreign_ingest(layout)
+    ingest.append([CONTENT])
+    ingest.commit(blobs)
+    assert foreign.was_committed(layout)
+    foreign.close()
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from dockerproxy.errors import NameInvalid
 from dockerproxy.oci.names import Digest
-from dockerproxy.store.layout import Layout, digest_from_names
+from dockerproxy.store.layout import IngestKey, Layout, digest_from_names, ingest_key_from_names
 
 DIGEST = Digest("sha256", "ab" + "0" * 62)
 LAYOUT = Layout(Path("/root"))
@@ -64,3 +64,18 @@ def test_digest_from_names() -> None:
     assert digest_from_names("sha256", DIGEST.hex) == DIGEST
     assert digest_from_names("sha256", "ab") is None
     assert digest_from_names("md5", DIGEST.hex) is None
+
+
+@pytest.mark.parametrize("host", ["registry-1.docker.io", "host:5000", "[::1]:5000"])
+def test_ingest_of_a_registry(host: str) -> None:
+    key = IngestKey(host, DIGEST)
+    assert LAYOUT.ingest(key) == f"/root/ingest/{host}/sha256-{DIGEST.hex}"
+    assert IngestKey.parse(str(key)) == key
+    assert ingest_key_from_names(host, f"sha256-{DIGEST.hex}") == key
+
+
+@pytest.mark.parametrize("host", ["", ".", "..", "a/b", "_layers", "a\n"])
+def test_ingest_rejects_path_traversal(host: str) -> None:
+    with pytest.raises(NameInvalid):
+        LAYOUT.ingest(IngestKey(host, DIGEST))
+    assert ingest_key_from_names(host, f"sha256-{DIGEST.hex}") is None

@@ -41,7 +41,7 @@ def sweep(reactor: SteppedReactor, store: HostedTree, **options: Any) -> SweepRe
 
 
 def stored_digests(store: HostedTree) -> set[Digest]:
-    return {entry.digest for entry in store.blobs.walk()}
+    return {entry.key for entry in store.blobs.walk()}
 
 
 def closure(*manifests: ManifestTree) -> set[Digest]:
@@ -141,7 +141,7 @@ def test_deletes_unreachable_objects(reactor: SteppedReactor, store: HostedTree)
     stray = b"unreferenced"
     store.blobs.put(stray, Digest.of(stray))
     age_blobs(store)
-    sizes = {entry.digest: entry.size for entry in store.blobs.walk()}
+    sizes = {entry.key: entry.size for entry in store.blobs.walk()}
     items: list[RemovedItem] = []
     result = sweep(reactor, store, delete_untagged=True, progress=Progress(emit=items.append))
     assert stored_digests(store) == closure(TWO)

@@ -245,7 +245,7 @@ class SweepMachine(RuleBasedStateMachine):
             assert set(self.store.links.manifests(repository)) == manifests
             assert set(self.store.links.layers(repository)) == blobs
             all_reachable |= manifests | blobs
-        assert {entry.digest for entry in self.store.blobs.walk()} == all_reachable
+        assert {entry.key for entry in self.store.blobs.walk()} == all_reachable
         assert not os.path.exists(self.layout.staging) or os.listdir(self.layout.staging) == []
 
     def reachable(self, repository: str) -> tuple[set[Digest], set[Digest]]:

@@ -19,7 +19,7 @@ from dockerproxy.concurrency import LocalKeyedLock
 from dockerproxy.oci.names import Digest
 from dockerproxy.store.blobs import Blobs
 from dockerproxy.store.ingest import Ingest
-from dockerproxy.store.layout import Layout
+from dockerproxy.store.layout import IngestKey, Layout
 from dockerproxy.workers import remote
 from dockerproxy.workers.coordinator import LocalCacheSpace, ReservationTable, WorkerSession
 from dockerproxy.workers.message_socket import socketpair
@@ -28,7 +28,7 @@ from dockerproxy.workers.rpc import RPC
 from tests.workers.descriptor_reactor import DescriptorThreadReactor
 
 LIMIT = 1000
-ONE, OTHER, THIRD = (Digest.of(name) for name in (b"1", b"2", b"3"))
+ONE, OTHER, THIRD = (IngestKey("registry.example", Digest.of(name)) for name in (b"1", b"2", b"3"))
 
 
 class WorkerStub:
@@ -40,14 +40,14 @@ class WorkerStub:
         self.session = WorkerSession(main_process.reservations, main_process.lock)
         self._main_rpc = RPC(self.reactor, main_socket, self.session.handlers, on_closed=self.session.close)
         self.rpc = RPC(self.reactor, worker_socket, {}, on_closed=lambda: None)
-        self.space = RemoteCacheSpace(self.reactor, self.rpc, main_process.blobs)
+        self.space = RemoteCacheSpace(self.reactor, self.rpc)
         self.lock = RemoteKeyedLock(self.rpc)
 
-    def reserve(self, digest: Digest, size: int) -> list[Any]:
-        return self.start(self.space.reserve(digest, size, 0))
+    def reserve(self, key: IngestKey, size: int) -> list[Any]:
+        return self.start(self.space.reserve(key, size, 0))
 
-    def release(self, digest: Digest) -> None:
-        self.space.release(digest)
+    def release(self, key: IngestKey) -> None:
+        self.space.release(key)
         self.reactor.iterate_all()
 
     def start(self, work: Coroutine[Any, Any, Any]) -> list[Any]:
@@ -161,27 +161,49 @@ def test_reservation_fails_without_the_main_process(workers: tuple[WorkerStub, W
     assert one.reserve(ONE, 1) == [False]
 
 
+async def commit(worker: WorkerStub, blobs: Blobs, ingest: Ingest) -> None:
+    """Commit an ingest as a download of the worker does."""
+    async with worker.space.reservation(ingest) as reservation:
+        await reservation.grow(ingest.size)
+        ingest.commit(blobs)
+        await reservation.commit(ingest.size)
+
+
 def test_committed_blob_is_counted_and_evicts_others(
     main_process: MainProcessStub, workers: tuple[WorkerStub, WorkerStub]
 ) -> None:
     one, _ = workers
     old, new = b"a" * 500, b"b" * 600
     for content in (old, new):
-        digest = Digest.of(content)
-        ingest = Ingest.open(main_process.layout, digest)
+        ingest = Ingest.open(main_process.layout, IngestKey("registry.example", Digest.of(content)))
         assert ingest is not None
         ingest.append([content])
-        assert one.reserve(digest, len(content)) == [True]
-        assert one.start(one.space.commit(ingest)) == [None]
-        one.release(digest)
+        assert one.start(commit(one, main_process.blobs, ingest)) == [None]
         main_process.reactor.advance(100)
     assert main_process.reserved_bytes == 600
     assert [main_process.blobs.exists(Digest.of(content)) for content in (old, new)] == [False, True]
 
 
+def test_worker_dies_between_commit_and_its_report(
+    main_process: MainProcessStub, workers: tuple[WorkerStub, WorkerStub]
+) -> None:
+    """The blob is counted when the worker's reservations are released."""
+    one, _ = workers
+    content = b"a" * 500
+    ingest = Ingest.open(main_process.layout, IngestKey("registry.example", Digest.of(content)))
+    assert ingest is not None
+    ingest.append([content])
+    assert one.reserve(ingest.key, 500) == [True]
+    ingest.commit(main_process.blobs)
+    one.die()
+    assert main_process.reserved_bytes == 500
+    main_process.reactor.advance(1)
+    assert main_process.cache_space.index.expire(0.5, main_process.reactor.seconds()) == [Digest.of(content)]
+
+
 def test_recorded_blob_is_counted(main_process: MainProcessStub, workers: tuple[WorkerStub, WorkerStub]) -> None:
     one, _ = workers
-    one.start(one.space.record(ONE, 250))
+    one.start(one.space.record(ONE.digest, 250))
     assert main_process.reserved_bytes == 250
 
 

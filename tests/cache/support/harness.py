@@ -16,7 +16,7 @@ from twisted.python.failure import Failure
 from dockerproxy.cache.access import Access
 from dockerproxy.cache.blobs import CachedBlobs
 from dockerproxy.cache.challenges import Challenges
-from dockerproxy.cache.downloads import Downloads
+from dockerproxy.cache.downloads import BlobDownload, Downloads
 from dockerproxy.cache.freshness import Freshness
 from dockerproxy.cache.identity import Identities
 from dockerproxy.cache.ingests import Ingests
@@ -32,7 +32,7 @@ from dockerproxy.oci.credentials import BasicCredentials
 from dockerproxy.oci.names import Digest, Registry, parse_reference, parse_repository
 from dockerproxy.store.blobs import Blobs
 from dockerproxy.store.cooperative import CooperativeThread
-from dockerproxy.store.layout import Layout
+from dockerproxy.store.layout import IngestKey, Layout
 from dockerproxy.store.links import Links
 from dockerproxy.store.records import Records
 from dockerproxy.upstream.credentials import Anonymous, ClientCredential
@@ -45,6 +45,11 @@ HUB = Registry.parse("registry-1.docker.io")
 OTHER = Registry.parse("other.example:5000")
 ACCEPT = ["application/vnd.oci.image.manifest.v1+json", "application/vnd.oci.image.index.v1+json"]
 NEVER_FRESH = Freshness(False, re.compile("(stable)"), 600, re.compile(r"\d+\.\d+"), 6000, 3600)
+
+
+def ingest_key(digest: Digest, registry: Registry = HUB) -> IngestKey:
+    """Return the key of the download of `digest` from `registry`."""
+    return IngestKey(str(registry), digest)
 
 
 class ScriptedAgent:
@@ -171,6 +176,9 @@ class CacheHarness:
         parsed = parse_reference(str(reference))
         return self.client(authorization, registry).manifest(parse_repository(name), parsed, accept, head=head)
 
+    def active_download(self, digest: Digest, registry: Registry = HUB) -> BlobDownload | None:
+        return self.downloads.get(ingest_key(digest, registry))
+
     # time
 
     def start(self, work: Coroutine[Any, Any, Any]) -> Deferred[Any]:
@@ -212,7 +220,7 @@ class CacheHarness:
     @property
     def ingest_files(self) -> list[str]:
         folder = Path(self.layout.ingests)
-        return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+        return sorted(path.name for path in folder.rglob("*") if path.is_file())
 
     @property
     def open_files(self) -> list[str]:

@@ -74,7 +74,7 @@ def age_blobs(store: HostedTree, seconds: float = 7200) -> None:
     """Move the last use of every blob `seconds` into the past."""
     for entry in list(store.blobs.walk()):
         mtime = entry.last_used - seconds
-        os.utime(store.layout.blob(entry.digest), (mtime, mtime))
+        os.utime(store.layout.blob(entry.key), (mtime, mtime))
 
 
 ONE, TWO = image(b"config1", b"base", b"layer1"), image(b"config2", b"base", b"layer2")
