@@ -35,6 +35,8 @@ class WindowedTransport(StringTransport):
     The client accepts `window` bytes. The rest is queued, and the producer is paused meanwhile.
     """
 
+    can_sendfile = False
+
     def __init__(self, clock: Clock, client: str) -> None:
         super().__init__(peerAddress=IPv4Address("TCP", client, 50000), lenient=True)
         self.clock = clock
@@ -53,6 +55,10 @@ class WindowedTransport(StringTransport):
         if self._pending and not self._paused and self.producer is not None:
             self._paused = True
             self.producer.pauseProducing()
+
+    def write_some(self, data: bytes | bytearray) -> int:
+        self.write(data)
+        return len(data)
 
     def extend_window(self, size: float) -> None:
         """Make the client accept `size` more bytes."""

@@ -35,7 +35,6 @@ from dockerproxy.http.request import PLAIN_TEXT, ClientDisconnected, Request, re
 from dockerproxy.http.stream import ByteStream
 from dockerproxy.http.timeouts import ConnectionTimer, Deadline
 from dockerproxy.http.tls import describe_handshake_error
-from dockerproxy.http.transport import SocketTransport
 
 if TYPE_CHECKING:
     from dockerproxy.http.site import Site
@@ -110,7 +109,7 @@ class HTTPChannel(Protocol):
                 self._timer.restart()
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
-        if isinstance(reason.value, SSL.Error):
+        if isinstance(reason.value, SSL.Error | OSError):
             log.info(
                 "TLS connection from {client} failed: {reason}",
                 client=self.client,
@@ -143,14 +142,12 @@ class HTTPChannel(Protocol):
         self.transport.write(data)
 
     def write_some(self, data: bytes | bytearray | memoryview) -> int:
-        if isinstance(self.transport, SocketTransport):
-            return self.transport.write_some(data)
-        self.transport.write(data)
-        return len(data)
+        written: int = self.transport.write_some(data)
+        return written
 
     @property
     def can_sendfile(self) -> bool:
-        return isinstance(self.transport, SocketTransport) and self.transport.can_sendfile
+        return bool(self.transport.can_sendfile)
 
     def sendfile(self, descriptor: int, offset: int, size: int) -> int:
         sent: int = self.transport.sendfile(descriptor, offset, size)
@@ -372,8 +369,7 @@ class HTTPChannel(Protocol):
         if self._lingering and not self._closing:
             return Deadline(_LINGER_TIMEOUT, timer.started_at, self._lose_connection)
         if self._closing or self._flow_control.paused:
-            sent = getattr(self.transport, "sent", 0)
-            return Deadline(timeouts.send, timer.last_progress(("sent", sent)), self.abort)
+            return Deadline(timeouts.send, timer.last_progress(("sent", self.transport.sent)), self.abort)
         if self._body is not None and self._body.stream.starved:
             wait_count = self._body.stream.wait_count
             return Deadline(timeouts.body, timer.last_progress(("body", wait_count)), self._on_body_timeout)

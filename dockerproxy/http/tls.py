@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import socket
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from attrs import frozen
 from OpenSSL import SSL
 from OpenSSL._util import ffi, lib  # private; Twisted needs it too (`twisted.internet._sslverify`)
-from twisted.internet.interfaces import IHandshakeListener, IOpenSSLServerConnectionCreator, IProtocol
+from twisted.internet.interfaces import IHandshakeListener, IProtocol
 from twisted.internet.main import CONNECTION_DONE, CONNECTION_LOST
-from twisted.internet.protocol import Factory
-from twisted.protocols.tls import TLSMemoryBIOFactory
-from zope.interface import implementer
 
 from dockerproxy.http.transport import READ_SIZE, RECORD_SIZE, SocketTransport
 
@@ -40,7 +39,6 @@ _MAX_WRITE = 256 * 1024 if _MULTI_RECORD_WRITES else RECORD_SIZE  # bytes per SS
 _UNTRUSTED_CERTIFICATE_ALERTS = ("unknown ca", "certificate unknown", "bad certificate")
 
 
-@implementer(IOpenSSLServerConnectionCreator)
 @frozen
 class ServerContext:
     """The OpenSSL contexts of a server's connections.
@@ -68,25 +66,26 @@ class ServerContext:
         if self.certificate_context is not None:
             connection.set_context(self.certificate_context)
 
-    def serverConnectionForTLS(self, protocol: object) -> SSL.Connection:
-        return self.create_connection(None)
-
 
 class TLSTransport(SocketTransport):
     """TLS on a socket taken over from Twisted.
 
     `tls` is a connection on that socket, in accept or connect state, whose context was prepared by `set_mode`.
-    `plaintext` is sent unencrypted before the handshake. A protocol that provides `IHandshakeListener` is notified when
-    the handshake is complete. If it fails, the protocol's `connectionLost` receives the `SSL.Error`.
+    `plaintext` is sent unencrypted before the handshake. `received` is the start of the TLS stream if it was already
+    read from the socket. A protocol that provides `IHandshakeListener` is notified when the handshake is complete. If
+    it fails, the protocol's `connectionLost` receives the `SSL.Error`.
     """
 
-    __slots__ = ("_plaintext", "_tls")
+    __slots__ = ("_received", "_tls", "_unencrypted")
 
-    def __init__(self, reactor: Any, tcp: Any, tls: SSL.Connection, plaintext: bytes = b"") -> None:
+    def __init__(
+        self, reactor: Any, tcp: Any, tls: SSL.Connection, plaintext: bytes = b"", received: bytes = b""
+    ) -> None:
         super().__init__(reactor, tcp)
         self._tls = tls
         self._ready = False
-        self._plaintext = plaintext
+        self._received = received
+        self._unencrypted = plaintext  # to be sent around OpenSSL, before OpenSSL sends anything
 
     @property
     def can_sendfile(self) -> bool:
@@ -95,7 +94,7 @@ class TLSTransport(SocketTransport):
     def set_protocol(self, protocol: IProtocol) -> None:
         """Attach `protocol` and wait for the peer to start the handshake, unless `start_handshake` is called."""
         super().set_protocol(protocol)
-        if self._plaintext:
+        if self._unencrypted or self._received:
             self._start_writing()
 
     def start_handshake(self) -> None:
@@ -104,14 +103,16 @@ class TLSTransport(SocketTransport):
             self._start_writing()
 
     def resumeProducing(self) -> None:
-        # Input before `plaintext` is sent stays unread, and would wake the reactor in every iteration.
-        if not self._plaintext:
+        # OpenSSL may not read the socket before these bytes. Input would stay unread, and wake the reactor each time.
+        if not self._unencrypted and not self._received:
             super().resumeProducing()
 
     @classmethod
-    def server(cls, reactor: Any, tcp: Any, context: ServerContext, plaintext: bytes = b"") -> TLSTransport:
+    def server(
+        cls, reactor: Any, tcp: Any, context: ServerContext, plaintext: bytes = b"", received: bytes = b""
+    ) -> TLSTransport:
         """Return a transport for the server side that uses `context`."""
-        return cls(reactor, tcp, context.create_connection(tcp.getHandle()), plaintext)
+        return cls(reactor, tcp, context.create_connection(tcp.getHandle()), plaintext, received)
 
     def doRead(self) -> Any:
         if self._ready:
@@ -154,11 +155,6 @@ class TLSTransport(SocketTransport):
         return CONNECTION_LOST
 
     def doWrite(self) -> Any:
-        if self._plaintext:
-            self._plaintext = self._plaintext[super()._send(self._plaintext) :]
-            if self._plaintext:
-                return CONNECTION_LOST if self._broken else None
-            self.resumeProducing()
         if not self._ready and not self._do_handshake():
             return self._lost_reason if self._broken else None
         if not self.write_immediately and self._reading and (reason := self.doRead()) is not None:
@@ -168,6 +164,8 @@ class TLSTransport(SocketTransport):
     def _do_handshake(self) -> bool:
         """Continue the handshake and return whether it is complete."""
         try:
+            if (self._unencrypted or self._received) and not self._exchange_prefixes():
+                return False
             self._tls.do_handshake()
         except SSL.WantReadError:
             self._stop_writing()
@@ -175,8 +173,9 @@ class TLSTransport(SocketTransport):
         except SSL.WantWriteError:
             self._start_writing()
             return False
-        except SSL.Error as error:
+        except (SSL.Error, OSError) as error:
             self._lost_reason = error
+            self._send_unencrypted()  # may be OpenSSL's alert
             if describe_handshake_error(error) in _PLAIN_HTTP_ERRORS:
                 self._refuse_plain_http()
             self._mark_broken()
@@ -189,6 +188,47 @@ class TLSTransport(SocketTransport):
         if IHandshakeListener.providedBy(self.protocol):
             self.protocol.handshakeCompleted()
         return True
+
+    def _exchange_prefixes(self) -> bool:
+        """Send `_unencrypted` and let OpenSSL process `_received`; return whether OpenSSL may use the socket now."""
+        if not self._send_unencrypted():
+            return False
+        if self._received:
+            self._process_received()
+            if not self._send_unencrypted():
+                return False
+        self.resumeProducing()
+        return True
+
+    def _send_unencrypted(self) -> bool:
+        """Send what is left of `_unencrypted` and return whether all of it was sent."""
+        if self._unencrypted:
+            self._unencrypted = self._unencrypted[super()._send(self._unencrypted) :]
+        return not self._unencrypted
+
+    def _process_received(self) -> None:
+        """Let OpenSSL process `_received`, and append its response to `_unencrypted`.
+
+        OpenSSL uses only the descriptor that it was created with. Meanwhile that refers to a socket pair. The reactor
+        does not notice, because it runs only after the descriptor refers to the connection again.
+        """
+        received, self._received = self._received, b""
+        pair, openssl_end = socket.socketpair()
+        with pair, openssl_end, _redirected(self._fileno, openssl_end.fileno()):
+            pair.setblocking(False)
+            openssl_end.setblocking(False)
+            blocked = False
+            while received or blocked:
+                received, blocked = received[pair.send(received) :], False
+                try:
+                    self._tls.do_handshake()
+                except SSL.WantReadError:
+                    pass
+                except SSL.WantWriteError:
+                    blocked = True
+                finally:
+                    with suppress(BlockingIOError):
+                        self._unencrypted += pair.recv(_MAX_READ)
 
     def _refuse_plain_http(self) -> None:
         with suppress(OSError):
@@ -230,21 +270,26 @@ class TLSTransport(SocketTransport):
             self._tls.shutdown()
 
 
+@contextmanager
+def _redirected(descriptor: int, target: int) -> Iterator[None]:
+    """Let `descriptor` refer to the file of `target` in the context."""
+    original = os.dup(descriptor)
+    try:
+        os.dup2(target, descriptor, inheritable=False)
+        yield
+    finally:
+        os.dup2(original, descriptor, inheritable=False)
+        os.close(original)
+
+
 def upgrade_to_tls(transport: SocketTransport, context: ServerContext, protocol: IProtocol, received: bytes) -> None:
     """Start TLS as the server on a plain transport and attach `protocol`.
 
-    `received` holds bytes of the TLS stream that were already read from the socket.
+    `received` holds bytes of the TLS stream that were already read from the socket. A client may send its ClientHello
+    without waiting for the response to CONNECT.
     """
-    if not received:
-        reactor, tcp, pending = transport.detach()
-        TLSTransport.server(reactor, tcp, context, pending).set_protocol(protocol)
-        return
-    # The client sent its ClientHello before our response to CONNECT. OpenSSL cannot be fed bytes that were already read
-    # from its socket, so this connection needs a memory BIO.
-    factory = TLSMemoryBIOFactory(context, False, SingleProtocolFactory(protocol), transport.reactor)
-    wrapper: Any = factory.buildProtocol(transport.getPeer())
-    transport.set_protocol(wrapper)
-    wrapper.dataReceived(received)
+    reactor, tcp, pending = transport.detach()
+    TLSTransport.server(reactor, tcp, context, pending, received).set_protocol(protocol)
 
 
 def set_mode(context: SSL.Context) -> None:
@@ -258,21 +303,11 @@ def set_mode(context: SSL.Context) -> None:
         context.clear_mode(_MODE_ENABLE_PARTIAL_WRITE)
 
 
-def describe_handshake_error(error: SSL.Error) -> str:
+def describe_handshake_error(error: SSL.Error | OSError) -> str:
     """Return the reason of a failed handshake: OpenSSL's text, or a hint if the client rejected our certificate."""
+    if isinstance(error, OSError):
+        return str(error)
     reasons = [str(entry[-1]) for entry in error.args[0]] if error.args and isinstance(error.args[0], list) else []
     if any(distrust in reason for reason in reasons for distrust in _UNTRUSTED_CERTIFICATE_ALERTS):
         return "the client does not trust this proxy's CA; install the certificate from /ca.crt on it"
     return "; ".join(reasons) or "the client closed the connection"
-
-
-class SingleProtocolFactory(Factory):
-    """A factory whose `buildProtocol` returns the given protocol. Use it for one connection."""
-
-    noisy = False
-
-    def __init__(self, protocol: IProtocol) -> None:
-        self._protocol = protocol
-
-    def buildProtocol(self, address: object) -> Any:
-        return self._protocol

@@ -9,13 +9,16 @@ import ssl
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
+from tests.http.support.loopback import MemoryBIOClient, read_exactly
+
 CLIENTS = 500
+MAX_IN_KERNEL = 256  # KiB for each client: up to 128 unsent, and the rest is unacknowledged or overhead
 SERVER = Path(__file__).parent / "support" / "memory_server.py"
 PROJECT = Path(__file__).parents[2]
 
@@ -26,6 +29,12 @@ def _raise_file_limit() -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4096), hard))  # the server inherits it
     yield
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def unverified_context() -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context
 
 
 class ServerProcess:
@@ -41,16 +50,29 @@ class ServerProcess:
 
     def connect(self, path: str) -> ssl.SSLSocket:
         """Request `path` and read only the beginning of the response."""
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-        sock = context.wrap_socket(socket.create_connection(("127.0.0.1", self._tls), timeout=20))
+        sock = unverified_context().wrap_socket(socket.create_connection(("127.0.0.1", self._tls), timeout=20))
         sock.sendall(b"GET %b HTTP/1.1\r\nHost: a.test\r\n\r\n" % path.encode())
         assert sock.recv(12) == b"HTTP/1.1 200"
         return sock
 
-    def wait_until_blocked(self, count: int) -> None:
+    def connect_early(self, path: str) -> socket.socket:
+        """Like `connect`, through a CONNECT that has the ClientHello in the same segment."""
+        sock, session = (
+            socket.create_connection(("127.0.0.1", self._plain), timeout=20),
+            MemoryBIOClient(context=unverified_context()),
+        )
+        sock.sendall(b"CONNECT a.test:443 HTTP/1.1\r\nHost: a.test:443\r\n\r\n" + (session.next_flight() or b""))
+        assert read_exactly(sock, 19) == b"HTTP/1.1 200 OK\r\n\r\n"
+        session.incoming.write(sock.recv(1 << 16))
+        session.do_handshake(sock)
+        sock.sendall(session.encrypt(b"GET %b HTTP/1.1\r\nHost: a.test\r\n\r\n" % path.encode()))
+        assert session.read(sock, 12).startswith(b"HTTP/1.1 200")
+        return sock
+
+    def wait_until_blocked(self, count: int) -> int:
+        """Wait until `count` clients are blocked; return the bytes that the kernel holds for them."""
         url = f"http://127.0.0.1:{self._plain}/blocked?{count}"
-        assert urllib.request.urlopen(url, timeout=60).read() == b"yes"
+        return int(urllib.request.urlopen(url, timeout=60).read())
 
     @property
     def resident(self) -> int:
@@ -65,21 +87,34 @@ class ServerProcess:
         self._process.communicate()
 
 
-@pytest.mark.parametrize(("path", "max_kib"), [("/large", 36), ("/", 32)], ids=["slow", "idle"])
+@pytest.mark.parametrize(
+    ("connect", "path", "max_kib"),
+    [
+        (ServerProcess.connect, "/large", 36),
+        (ServerProcess.connect_early, "/large", 36),
+        (ServerProcess.connect, "/", 32),
+        (ServerProcess.connect_early, "/", 32),
+    ],
+    ids=["slow", "slow, early ClientHello", "idle", "idle, early ClientHello"],
+)
 def test_memory_per_connection(
-    path: str, max_kib: int, record_property: pytest.RecordProperty, capsys: pytest.CaptureFixture[str]
+    connect: Callable[[ServerProcess, str], socket.socket],
+    path: str,
+    max_kib: int,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     with ExitStack() as stack:
         server = ServerProcess()
         stack.callback(server.close)
         for warm_up_path in ("/", "/large"):  # allocate everything that the server needs only once
-            server.connect(warm_up_path).close()
+            connect(server, warm_up_path).close()
         server.wait_until_blocked(0)
         before = server.resident
         for _ in range(CLIENTS):
-            stack.enter_context(server.connect(path))
-        server.wait_until_blocked(CLIENTS if path == "/large" else 0)
+            stack.enter_context(connect(server, path))
+        in_kernel = server.wait_until_blocked(CLIENTS if path == "/large" else 0) / 1024 / CLIENTS
         per_connection = (server.resident - before) / CLIENTS
     with capsys.disabled():
-        print(f" {path}: {per_connection:.1f} KiB for each of {CLIENTS} connections", end="")
+        print(f" {per_connection:.1f} KiB, in the kernel {in_kernel:.0f} KiB, each of {CLIENTS} clients", end="")
     assert per_connection <= max_kib
+    assert in_kernel <= MAX_IN_KERNEL

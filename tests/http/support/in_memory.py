@@ -21,16 +21,22 @@ DISCARD_LIMIT = 256 * 1024  # bytes of an unread body that are discarded to keep
 
 
 class RecordingTransport(StringTransport):
-    """A StringTransport with the `sent` counter of `SocketTransport` and a flag for aborted connections."""
+    """A StringTransport with the additions of `SocketTransport`, and a flag for aborted connections."""
 
     def __init__(self) -> None:
         super().__init__(lenient=True)
         self.sent = 0
         self.aborted = False
 
+    can_sendfile = False
+
     def write(self, data: bytes) -> None:
         if not self.disconnecting:
             super().write(data)
+
+    def write_some(self, data: bytes) -> int:
+        self.write(data)
+        return len(data)
 
     def abortConnection(self) -> None:
         self.aborted = True

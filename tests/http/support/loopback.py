@@ -30,6 +30,7 @@ reactor: Any = _reactor
 T = TypeVar("T")
 
 MIB = 1 << 20
+RECORD_SIZE = 16 * 1024
 TIMEOUT = 20  # seconds after which a blocking client operation fails
 LARGE = 50 * MIB
 CHUNK = 64 * 1024
@@ -248,9 +249,10 @@ def read_exactly(sock: socket.socket, size: int) -> bytes:
 class MemoryBIOClient:
     """A TLS client that leaves the transfer of its bytes to the test."""
 
-    def __init__(self, version: ssl.TLSVersion = ssl.TLSVersion.TLSv1_3) -> None:
+    def __init__(self, version: ssl.TLSVersion = ssl.TLSVersion.TLSv1_3, context: ssl.SSLContext | None = None) -> None:
         self.incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        self._session = client_context(version).wrap_bio(self.incoming, self._outgoing, server_hostname="a.test")
+        context = context or client_context(version)
+        self._session = context.wrap_bio(self.incoming, self._outgoing, server_hostname="a.test")
 
     def next_flight(self) -> bytes | None:
         """Return the next bytes of the handshake to be sent, or None if the handshake was already complete."""
@@ -285,7 +287,7 @@ class MemoryBIOClient:
             try:
                 chunk = self._session.read(MIB)
             except ssl.SSLWantReadError:
-                ciphertext = sock.recv(MIB)
+                ciphertext = sock.recv(MIB if size is None else RECORD_SIZE)
                 if not ciphertext:
                     raise EOFError("no close_notify") from None
                 self.incoming.write(ciphertext)

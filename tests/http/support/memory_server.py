@@ -1,11 +1,15 @@
 """A server whose memory test_memory.py measures. Run it in its own process; it prints its TLS and its plain port.
 
-The response to `/large` is a GiB of zeros. The response to `/blocked?N` is sent once N responses wait for slow clients.
+The plain port also accepts CONNECT, after which TLS follows. The response to `/large` is a GiB of zeros. The response
+to `/blocked?N` is sent once N responses wait for slow clients. It is the number of bytes that the kernel holds for
+them.
 """
 
 from __future__ import annotations
 
 import os
+import socket
+import struct
 import tempfile
 import time
 from pathlib import Path
@@ -14,13 +18,16 @@ from typing import Any
 from twisted.internet import reactor as _reactor
 from twisted.internet.task import deferLater
 
+from dockerproxy.http.channel import HTTPChannel
 from dockerproxy.http.request import Request
 from dockerproxy.http.site import ServerTimeouts, Site
+from dockerproxy.http.tls import upgrade_to_tls
 from dockerproxy.proxy.authority import CertificateAuthority
 from dockerproxy.registry.streaming import stream_content
 
 reactor: Any = _reactor
 SIZE = 1 << 30
+SO_MEMINFO, SK_MEMINFO_WMEM_QUEUED = 55, 5
 
 
 class Zeros:
@@ -43,20 +50,33 @@ class Zeros:
     def close(self) -> None: ...
 
 
+def kernel_memory(sock: socket.socket) -> int:
+    """Return the bytes that the kernel holds for sending."""
+    return int(struct.unpack("@9I", sock.getsockopt(socket.SOL_SOCKET, SO_MEMINFO, 36))[SK_MEMINFO_WMEM_QUEUED])
+
+
 def main() -> None:
     content = Zeros()
 
-    def count_blocked() -> int:
-        return sum(channel._flow_control.paused for channel in site._channels)
+    def blocked_sockets() -> list[socket.socket]:
+        channels = [*site._channels, *plain._channels]
+        return [channel.transport._socket for channel in channels if channel._flow_control.paused]
 
     async def handle(request: Request) -> None:
         if request.path == "/large":
             request.start(200, [], SIZE)
             await stream_content(request, content, 0, SIZE, reactor)
             return
-        while request.path == "/blocked" and count_blocked() < int(request.query):
-            await deferLater(reactor, 0.01)
-        request.respond(200, [], b"yes")
+        if request.path == "/blocked":
+            while len(sockets := blocked_sockets()) < int(request.query):
+                await deferLater(reactor, 0.01)
+            request.respond(200, [], str(sum(map(kernel_memory, sockets))).encode())
+        elif request.method == "CONNECT":
+            transport, received = request.detach()
+            transport.write(b"HTTP/1.1 200 OK\r\n\r\n")
+            upgrade_to_tls(transport, context, HTTPChannel(plain, handle, secure=True), received)
+        else:
+            request.respond(200, [], b"yes")
 
     with tempfile.TemporaryDirectory() as directory:
         authority = CertificateAuthority.open(
