@@ -12,8 +12,9 @@ from twisted.application.service import IService, MultiService
 from twisted.logger import Logger
 from twisted.python import usage
 
-from dockerproxy.admin.control import Control, ExclusiveJobs
+from dockerproxy.admin.control import Control
 from dockerproxy.admin.deletion import Deleter
+from dockerproxy.admin.operations import Operations
 from dockerproxy.admin.resolver import CACHED, HOSTED, ImageResolver, StoreView
 from dockerproxy.app import (
     SharedServices,
@@ -39,9 +40,7 @@ from dockerproxy.reload import Reloader, describe_error, reloadable_variables
 from dockerproxy.settings import DOCKER_HUB, Settings, SettingsError, read_env_file
 from dockerproxy.store.blobs import Blobs
 from dockerproxy.store.hosted_tree import HostedTree
-from dockerproxy.store.importer import Importer
 from dockerproxy.store.state_directory import DirectoryInUse, StateDirectory
-from dockerproxy.store.sweep import Sweeper
 from dockerproxy.workers.coordinator import LocalCacheSpace, ReservationTable, WorkerSession
 from dockerproxy.workers.fork_server import ForkServer
 from dockerproxy.workers.process import ForkedState, run_worker
@@ -136,6 +135,7 @@ def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifi
     )
     reloader = Reloader(partial(read_settings, env_file), apply, settings, server.registries, notifier)
     daemon = DaemonService(reactor, settings, state, twistd_options, notifier)
+    operations = Operations(reactor, locks, time.time)
     for service in (
         *(
             [fork_server] if multi_process else []
@@ -144,7 +144,8 @@ def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifi
         upload_purge_service(reactor, store.uploads, time.time),
         listener_service,
         supervisor,
-        build_control_socket(reactor, settings, state, store, cache_space),
+        operations,
+        build_control_socket(reactor, settings, state, store, cache_space, operations),
         SystemdService(reactor, notifier, listener_service.listening, server.registries.status, reloader),
     ):
         daemon.addService(service)  # type: ignore[no-untyped-call]
@@ -195,7 +196,12 @@ def build_cache_space(reactor: Any, settings: Settings, state: StateDirectory) -
 
 
 def build_control_socket(
-    reactor: Any, settings: Settings, state: StateDirectory, store: HostedTree, cache_space: CacheSpaceManager
+    reactor: Any,
+    settings: Settings,
+    state: StateDirectory,
+    store: HostedTree,
+    cache_space: CacheSpaceManager,
+    operations: Operations,
 ) -> ControlSocket:
     """Build the control socket in RUNTIME_DIR, which serves the command `dockerproxy`."""
     stores = [StoreView(HOSTED, store.layout), StoreView(CACHED, state.cache)]
@@ -205,9 +211,7 @@ def build_control_socket(
         resolver,
         cache_space,
         Deleter(reactor, store, cache_space, state.records),
-        Sweeper(reactor, store),
-        Importer(reactor, store),
-        ExclusiveJobs(time.time),
+        operations,
         time.time,
     )
     site = build_site(reactor, settings, control.handle, log_access)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pty
@@ -521,6 +522,43 @@ def test_daemon_stops_during_a_command(tmp_path: Path) -> None:
         _, text = checking.communicate(timeout=20)
     assert checking.returncode == 7
     assert text == b"dockerproxy: the daemon closed the connection before it finished\n"
+
+
+def operation_processes(daemon: DaemonProcess) -> list[int]:
+    """Return the IDs of the processes of operations on the daemon's stores."""
+    pids = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            arguments = path.read_bytes().split(b"\0")
+            if b"dockerproxy.operations" in arguments and str(daemon.state_dir).encode() in arguments[-2]:
+                pids.append(int(path.parent.name))
+    return pids
+
+
+@pytest.mark.parametrize("killed", ["operation", "daemon"])
+def test_crash_during_a_command(tmp_path: Path, killed: str) -> None:
+    daemon = DaemonProcess(tmp_path)
+    daemon.start()
+    assert daemon.process is not None
+    path = Path(daemon.hosted.layout.blob(Digest.of(b"somebody's")))
+    path.parent.mkdir(parents=True)
+    with path.open("wb") as file:
+        file.truncate(20_000_000_000)
+    argv = [sys.executable, "-m", "dockerproxy.cli", "--socket", str(daemon.socket), "check"]
+    with subprocess.Popen(argv, env=environment(), stderr=subprocess.PIPE, text=True) as checking:
+        wait_for(lambda: operation_processes(daemon))
+        os.kill(operation_processes(daemon)[0] if killed == "operation" else daemon.process.pid, 9)
+        _, text = checking.communicate(timeout=20)
+    assert checking.returncode == 7
+    wait_for(lambda: not operation_processes(daemon))
+    if killed == "operation":
+        assert text == "dockerproxy: the process of check failed (killed by signal 9); see the daemon's log\n"
+        assert "check failed (killed by signal 9)" in daemon.log
+        assert daemon.json("status")["operation"] is None
+        daemon.stop()
+    else:
+        assert text == "dockerproxy: the daemon closed the connection before it finished\n"
+        daemon.process.wait()
 
 
 @pytest.mark.parametrize(

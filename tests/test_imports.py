@@ -38,6 +38,7 @@ ALLOWED = {
     "reload": {"daemon", "registry", "settings", "oci"},
     "admin": {"cache", "registry", "proxy", "store", "http", "oci", "errors"},
     "workers": {"cache", "store", "daemon", "http", "oci"},
+    "operations": {"store"},  # a process of its own, which starts fast and takes little memory
     "terminal": set(),
     "cli": {"__init__", "durations", "terminal"},  # it must start fast, and the daemon does the work
 }
@@ -169,6 +170,12 @@ def test_allowed_imports_have_no_cycle() -> None:
 )
 def test_imported_names(source: str, name: str, is_package: bool, expected: set[str]) -> None:
     assert set(imported_names(source, name, is_package)) == expected
+
+
+def test_the_process_of_an_operation_does_not_load_twisted() -> None:
+    program = "import sys, dockerproxy.operations; print(*sys.modules)"
+    process = subprocess.run([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    assert not {module for module in process.stdout.split() if is_within(module, {*UNWANTED, "twisted", "OpenSSL"})}
 
 
 @pytest.mark.parametrize("name", sorted(ENTRY_POINTS))

@@ -11,16 +11,15 @@
 ``lines`` responses are newline-delimited JSON, one event per line, sent as the work proceeds:
 ``{"event": "progress", "phase", "done", "total"}``, the items (``repository``, ``manifest``, ``removed``, ``finding``),
 and at the end ``{"event": "result", …}`` or ``{"event": "error", "code", "message"}``. An error before the first line
-is sent as ``{"error": {"code", "message", "suggestions"}}``. Only one of gc, import and check runs at a time. It is
-cancelled if its client disconnects.
+is sent as ``{"error": {"code", "message", "suggestions"}}``. Only one of gc, import and check runs at a time, in a
+process of its own (`operations`). It stops if its client disconnects.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Coroutine, Iterator
-from pathlib import Path
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 import attrs
@@ -31,18 +30,18 @@ from twisted.logger import Logger
 from dockerproxy.admin import inventory
 from dockerproxy.admin.deletion import Deleter
 from dockerproxy.admin.ndjson import JSON_FIELDS, NDJSONResponse
+from dockerproxy.admin.operations import Event, OperationError, Operations
 from dockerproxy.admin.resolver import CACHED, HOSTED, ImageResolver, InvalidArgument, NotFound, StoreView
 from dockerproxy.cache.space import CacheSpaceManager
 from dockerproxy.concurrency import in_thread
 from dockerproxy.errors import RegistryError
 from dockerproxy.http.request import ClientDisconnected, Request
+from dockerproxy.oci.names import Digest
 from dockerproxy.oci.routes import parse_query
-from dockerproxy.store.cooperative import CooperativeThread, Progress
-from dockerproxy.store.importer import Importer, NotARegistry, Skipped
-from dockerproxy.store.scrub import Finding, Scrubber
-from dockerproxy.store.sweep import GRACE_PERIOD, RemovedItem, Sweeper
+from dockerproxy.store.cooperative import CooperativeThread
 
 _MAX_BODY = 64 * 1024
+_OPERATION_STATUSES = {"NOT_UNDERSTOOD": 400, "BUSY": 409}  # by the code of an `OperationError`; otherwise 500
 
 log = Logger()
 
@@ -55,25 +54,8 @@ class ControlError(Exception):
         self.status, self.code, self.message, self.suggestions = status, code, message, suggestions
 
 
-class ExclusiveJobs:
-    """Runs long operations one at a time, because concurrent ones would invalidate each other's results."""
-
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
-        self.current: dict[str, Any] | None = None
-
-    async def run(self, name: str, job: Coroutine[Any, Any, Any]) -> Any:
-        """Return the result of `job`. Raise `ControlError` if another job is running."""
-        if self.current is not None:
-            job.close()
-            raise ControlError(409, "BUSY", f"the daemon is busy: {self.current['name']} is running; try again later")
-        self.current = {"name": name, "since": self._clock()}
-        log.info("{operation} started", operation=name)
-        try:
-            return await job
-        finally:
-            self.current = None
-            log.info("{operation} ended", operation=name)
+async def _ignore_event(event: Event) -> None:
+    pass
 
 
 @frozen
@@ -84,9 +66,7 @@ class Control:
     _resolver: ImageResolver
     _space: CacheSpaceManager
     _deleter: Deleter
-    _sweeper: Sweeper
-    _importer: Importer
-    _jobs: ExclusiveJobs
+    _operations: Operations
     _clock: Callable[[], float]
     _thread: CooperativeThread = field(init=False)
     _start_time: float = field(init=False)
@@ -101,15 +81,17 @@ class Control:
 
     async def handle(self, request: Request) -> None:
         """Respond to `request`. Errors become responses, except a disconnect or a cancellation."""
-        response = NDJSONResponse(self._reactor, request)
+        response = NDJSONResponse(request)
         try:
             await self._dispatch(request, response)
         except ControlError as error:
             response.send_error(error.status, error.code, error.message, error.suggestions)
         except NotFound as error:
             response.send_error(404, "NOT_FOUND", str(error), error.suggestions)
-        except (InvalidArgument, NotARegistry) as error:
+        except InvalidArgument as error:
             response.send_error(400, "NOT_UNDERSTOOD", str(error))
+        except OperationError as error:
+            response.send_error(_OPERATION_STATUSES.get(error.code, 500), error.code, error.message)
         except RegistryError as error:
             response.send_error(error.status, error.code, error.message)
         except OSError as error:
@@ -133,13 +115,13 @@ class Control:
                 arguments = await _parse_arguments(
                     request, delete_untagged=bool, dry_run=bool, grace=(int, float), list=bool
                 )
-                await self._jobs.run("gc", self._collect(arguments, response))
+                await self._run_operation("gc", {"root": self._root(HOSTED), **arguments}, response)
             case "POST", "/v1/import":
                 arguments = await _parse_arguments(request, "directory", directory=str, force=bool)
-                await self._jobs.run("import", self._import(arguments, response))
+                await self._import(arguments, response)
             case "POST", "/v1/check":
                 arguments = await _parse_arguments(request, cached=bool)
-                await self._jobs.run("check", self._check(arguments, response))
+                await self._check(CACHED if arguments.get("cached", False) else HOSTED, response)
             case _:
                 raise ControlError(
                     404,
@@ -150,7 +132,7 @@ class Control:
     def _status(self) -> dict[str, Any]:
         return {
             "started": self._start_time,
-            "operation": self._jobs.current,
+            "operation": self._operations.current,
             "cache": {"bytes": self._space.index.total, "limit": self._space.index.limit},
             "shelves": {store.kind: _storage_info(store) for store in self._resolver.stores},
         }
@@ -189,53 +171,37 @@ class Control:
             results.append({"where": ref.store.kind, "name": str(ref), **attrs.asdict(result)})
         request.respond(200, JSON_FIELDS, json.dumps({"removed": results}).encode())
 
-    async def _collect(self, arguments: dict[str, Any], response: NDJSONResponse) -> None:
-        list_items = arguments.pop("list", True)
-
-        def on_item(item: RemovedItem) -> None:
-            if list_items:
-                response.send(
-                    "removed", kind=item.kind, digest=str(item.digest), repository=item.repository, size=item.size
-                )
-
-        grace = arguments.pop("grace", GRACE_PERIOD)
-        try:
-            result = await self._sweeper.sweep(
-                **arguments, grace=grace, progress=Progress(response.send_progress, on_item, response.drain)
-            )
-        except ValueError as error:
-            raise InvalidArgument(str(error)) from None
-        response.finish(**attrs.asdict(result))
-
     async def _import(self, arguments: dict[str, Any], response: NDJSONResponse) -> None:
-        def on_skipped(item: Skipped) -> None:
-            response.send("finding", kind=item.kind, what=item.message)
-
-        directory = Path(arguments["directory"])
-        if not directory.is_absolute() or "\0" in str(directory):
+        directory = arguments["directory"]
+        if not os.path.isabs(directory) or "\0" in directory:
             raise InvalidArgument("the directory to import must be an absolute path")
-        result = await self._importer.import_from(
-            directory,
-            force=arguments.get("force", False),
-            progress=Progress(response.send_progress, on_skipped, response.drain),
-        )
-        response.finish(**attrs.asdict(result))
+        await self._run_operation("import", {"root": self._root(HOSTED), **arguments}, response)
 
-    async def _check(self, arguments: dict[str, Any], response: NDJSONResponse) -> None:
-        damaged_digests = []
+    async def _check(self, kind: str, response: NDJSONResponse) -> None:
+        async def on_event(event: Event) -> None:
+            # The file is in quarantine already, but the index of the cache still counts the blob.
+            if kind == CACHED and event.get("kind") == "damaged":
+                await self._space.purge([Digest.parse(event["digest"])])
 
-        def on_finding(finding: Finding) -> None:
-            response.send("finding", kind=finding.kind, what=finding.message, repository=finding.repository)
-            if finding.kind == "damaged":
-                damaged_digests.append(finding.digest)
+        options = {"root": self._root(kind), "links": kind == HOSTED}
+        await self._run_operation("check", options, response, on_event)
 
-        kind = CACHED if arguments.get("cached", False) else HOSTED
-        store = next(store for store in self._resolver.stores if store.kind == kind)
-        scrubber = Scrubber(self._reactor, store.layout, kind == HOSTED)
-        result = await scrubber.scrub(Progress(response.send_progress, on_finding, response.drain))
-        if kind == CACHED:
-            await self._space.purge(digest for digest in damaged_digests if digest is not None)
-        response.finish(**attrs.asdict(result))
+    async def _run_operation(
+        self,
+        name: str,
+        options: dict[str, Any],
+        response: NDJSONResponse,
+        on_event: Callable[[Event], Awaitable[None]] = _ignore_event,
+    ) -> None:
+        async def relay(event: Event) -> None:
+            await on_event(event)
+            response.send(**event)
+            await response.drain()
+
+        response.finish(**await self._operations.run(name, options, relay))
+
+    def _root(self, kind: str) -> str:
+        return next(str(store.layout.root) for store in self._resolver.stores if store.kind == kind)
 
 
 def _storage_info(store: StoreView) -> dict[str, Any]:

@@ -14,20 +14,17 @@ from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from attrs import define, field, frozen
 
-from dockerproxy.concurrency import in_thread
 from dockerproxy.errors import ManifestInvalid, NameInvalid
 from dockerproxy.oci.manifests import MAX_MANIFEST, media_type_of
 from dockerproxy.oci.names import Digest, parse_repository
 from dockerproxy.store.blobs import Blobs
-from dockerproxy.store.cooperative import CooperativeThread, Progress
 from dockerproxy.store.files import read_small, write_all
-from dockerproxy.store.hosted_tree import HostedTree
 from dockerproxy.store.layout import Layout
 from dockerproxy.store.links import Links
+from dockerproxy.store.progress import Progress, RepositoryLock, locked_slices, no_lock
 
 _CHUNK_SIZE = 1024 * 1024
 
@@ -87,56 +84,48 @@ def find_source_layout(directory: Path) -> Layout:
     raise NotARegistry(f"{directory} is not a registry's directory: {reason}")
 
 
-@define
-class Importer:
-    """Imports the directories of other registries into `store`."""
+def import_registry(
+    layout: Layout,
+    directory: Path,
+    *,
+    force: bool = False,
+    progress: Progress[Skipped] | None = None,
+    lock: RepositoryLock = no_lock,
+) -> ImportResult:
+    """Import `directory` into the store in `layout`. Blocks.
 
-    _reactor: Any
-    _store: HostedTree
-    _thread: CooperativeThread = field(kw_only=True)
-
-    @_thread.default
-    def _make_thread(self) -> CooperativeThread:
-        return CooperativeThread(self._reactor, slice_length=0.05)
-
-    async def import_from(
-        self, directory: Path, *, force: bool = False, progress: Progress[Skipped] | None = None
-    ) -> ImportResult:
-        """Import `directory`. Leave tags alone that point to another manifest here, unless `force` is true.
-
-        `progress` reports bytes, and then manifests. The import may be cancelled and repeated. Raises `NotARegistry`
-        and `OSError`.
-        """
-        source = await in_thread(self._reactor, find_source_layout, directory)
-        if await in_thread(self._reactor, _is_same_directory, source.root, self._store.layout.root):
-            raise NotARegistry(f"{directory} is this registry's own directory")
-        progress = progress or Progress()
-        run = _ImportRun(source, self._store, force, progress)
-        report_bytes = progress.reporter("contents", lambda: run.processed_bytes, lambda: run.total_bytes)
-        report_manifests = progress.reporter("manifests", lambda: run.counts["manifests"])
-        await self._thread.run(run.scan(), run.record, after_slice=report_bytes)
-        await self._thread.run(run.import_blobs(), run.record, after_slice=report_bytes)
-        for repository in run.repositories:
-            await self._thread.run(run.link_layers(repository), run.record, after_slice=report_manifests)
-            lock = partial(self._store.locks.hold, repository)
-            await self._thread.run(run.link_manifests(repository), run.record, after_slice=report_manifests, lock=lock)
-            await self._thread.run(run.set_tags(repository), run.record, after_slice=report_manifests, lock=lock)
-        # Sync once at the end: two or three fsyncs per link would take longer than all the rest.
-        await in_thread(self._reactor, os.sync)
-        return ImportResult(repositories=len(run.repositories), **run.counts)
+    Leave tags alone that point to another manifest here, unless `force` is true. `progress` reports bytes, and then
+    manifests. A stopped import may be repeated. Raises `NotARegistry`, `OSError` and `Stopped`.
+    """
+    source = find_source_layout(directory)
+    if _is_same_directory(source.root, layout.root):
+        raise NotARegistry(f"{directory} is this registry's own directory")
+    run = _ImportRun(source, layout, force, progress or Progress())
+    run.scan()
+    run.import_blobs()
+    for repository in run.repositories:
+        run.link_layers(repository)
+        for steps in (run.link_manifests(repository), run.set_tags(repository)):
+            for skipped_items in locked_slices(partial(lock, repository), steps):
+                for item in skipped_items:
+                    run.record(item)
+                run.report_manifests()
+    # Sync once at the end: two or three fsyncs per link would take longer than all the rest.
+    os.sync()
+    return ImportResult(repositories=len(run.repositories), **run.counts)
 
 
 @define
 class _ImportRun:
     _source: Layout
-    _store: HostedTree
+    _target: Layout
     _force: bool
     _progress: Progress[Skipped]
     repositories: list[str] = field(factory=list, init=False)
     counts: Counter[str] = field(factory=Counter, init=False)
-    _blob_sizes: dict[str, int] = field(factory=dict, init=False)  # sizes by digest (see `mark.DigestText`)
-    total_bytes: int | None = field(default=None, init=False)  # None until `scan` has finished
-    processed_bytes: int = field(default=0, init=False)
+    _blob_sizes: dict[Digest, int] = field(factory=dict, init=False)
+    _total_bytes: int | None = field(default=None, init=False)  # None until `scan` has finished
+    _processed_bytes: int = field(default=0, init=False)
     _source_links: Links = field(init=False)
     _target_blobs: Blobs = field(init=False)
     _target_links: Links = field(init=False)
@@ -145,74 +134,76 @@ class _ImportRun:
     def _make_source_links(self) -> Links:
         return Links(self._source, durable=False)
 
-    # Not durable, because `import_from` syncs everything at the end.
+    # Not durable, because `import_registry` syncs everything at the end.
 
     @_target_blobs.default
     def _make_target_blobs(self) -> Blobs:
-        return Blobs(self._store.layout, durable=False)
+        return Blobs(self._target, durable=False)
 
     @_target_links.default
     def _make_target_links(self) -> Links:
-        return Links(self._store.layout, durable=False)
+        return Links(self._target, durable=False)
 
     def record(self, item: Skipped) -> None:
         """Count and report a skipped item."""
         self.counts.update(untaken=1, conflicts=item.kind == "conflict")
         self._progress.emit(item)
 
-    # The methods below run in a thread.
-
-    def scan(self) -> Iterator[Skipped | None]:
+    def scan(self) -> None:
         """Find the repositories, and the sizes of their blobs."""
         total = 0
         for repository in self._source_links.repositories():
             try:
                 parse_repository(repository)
             except NameInvalid as error:
-                yield Skipped("invalid", error.message)
+                self.record(Skipped("invalid", error.message))
                 continue
             self.repositories.append(repository)
             for links in (self._source_links.layers, self._source_links.manifests):
                 for digest in links(repository):
-                    if str(digest) not in self._blob_sizes:
+                    if digest not in self._blob_sizes:
                         with suppress(FileNotFoundError, NotADirectoryError):
-                            size = self._blob_sizes[str(digest)] = os.stat(self._source.blob(digest)).st_size
+                            size = self._blob_sizes[digest] = os.stat(self._source.blob(digest)).st_size
                             total += size
-                    yield None
-        self.total_bytes = total
+                    self._report_bytes()
+        self._total_bytes = total
 
-    def import_blobs(self) -> Iterator[Skipped | None]:
-        """Import the blobs, at most one chunk per step."""
-        for digest_text, size in self._blob_sizes.items():
-            digest = Digest.parse(digest_text)
+    def import_blobs(self) -> None:
+        """Import the blobs."""
+        for digest, size in self._blob_sizes.items():
             if self._target_blobs.touch(digest) == size:
                 self.counts.update(present=1)
-                self.processed_bytes += size
-                yield None
+                self._processed_bytes += size
+                self._report_bytes()
                 continue
             try:
-                yield from self._import_blob(digest)
+                self._import_blob(digest)
             except _SourceError as error:
-                yield Skipped("unreadable", f"{digest} cannot be read: {error}")
+                self.record(Skipped("unreadable", f"{digest} cannot be read: {error}"))
 
-    def link_layers(self, repository: str) -> Iterator[Skipped | None]:
+    def link_layers(self, repository: str) -> None:
         """Link the blobs of the repository."""
         for digest in self._source_links.layers(repository):
-            if not self._source_links.has_layer(repository, digest):
-                yield None
-            elif self._target_blobs.exists(digest):
-                self._target_links.link_layer(repository, digest)
-                yield None
-            else:
-                yield Skipped("missing", f"{repository}: the blob {digest} is missing")
+            if self._source_links.has_layer(repository, digest):
+                if self._target_blobs.exists(digest):
+                    self._target_links.link_layer(repository, digest)
+                else:
+                    self.record(Skipped("missing", f"{repository}: the blob {digest} is missing"))
+            self.report_manifests()
+
+    def report_manifests(self) -> None:
+        """Report the number of imported manifests."""
+        self._progress.report("manifests", self.counts["manifests"], None)
+
+    # Steps that need the repository's lock.
 
     def link_manifests(self, repository: str) -> Iterator[Skipped | None]:
-        """Link the manifests of the repository."""
+        """Link the manifests of the repository, one per step."""
         for digest in self._source_links.manifests(repository):
             if not self._source_links.has_manifest(repository, digest):
                 yield None
                 continue
-            content = read_small(self._target_path(digest), MAX_MANIFEST + 1)
+            content = read_small(self._target.blob(digest), MAX_MANIFEST + 1)
             if content is None:
                 yield Skipped("missing", f"{repository}: the manifest {digest} is missing")
                 continue
@@ -227,7 +218,7 @@ class _ImportRun:
             yield None
 
     def set_tags(self, repository: str) -> Iterator[Skipped | None]:
-        """Set the tags of the repository."""
+        """Set the tags of the repository, one per step."""
         for tag, digest in self._source_links.iter_tags(repository):
             current = self._target_links.tag(repository, tag)
             if digest is None or not self._target_links.has_manifest(repository, digest):
@@ -239,12 +230,9 @@ class _ImportRun:
                 self.counts.update(tags=1)
             yield None
 
-    def _target_path(self, digest: Digest) -> str:
-        return self._store.layout.blob(digest)
-
-    def _import_blob(self, digest: Digest) -> Iterator[Skipped | None]:
-        os.makedirs(self._store.layout.staging, exist_ok=True)
-        staged_path = f"{self._store.layout.staging}/{secrets.token_hex(8)}"
+    def _import_blob(self, digest: Digest) -> None:
+        os.makedirs(self._target.staging, exist_ok=True)
+        staged_path = f"{self._target.staging}/{secrets.token_hex(8)}"
         source_fd = _open_source(self._source.blob(digest))
         copy_fd = -1
         try:
@@ -256,10 +244,10 @@ class _ImportRun:
                 if not is_hardlink:
                     write_all(copy_fd, [chunk], size)
                 size += len(chunk)
-                self.processed_bytes += len(chunk)
-                yield None
+                self._processed_bytes += len(chunk)
+                self._report_bytes()
             if hasher.hexdigest() != digest.hex:
-                yield Skipped("damaged", f"{digest} is damaged")
+                self.record(Skipped("damaged", f"{digest} is damaged"))
                 return
             self._target_blobs.commit(staged_path, digest)
             self.counts.update(hardlinked=is_hardlink, copied=not is_hardlink, bytes=size)
@@ -269,6 +257,9 @@ class _ImportRun:
                 os.close(copy_fd)
             with suppress(FileNotFoundError):
                 os.unlink(staged_path)
+
+    def _report_bytes(self) -> None:
+        self._progress.report("contents", self._processed_bytes, self._total_bytes)
 
 
 class _SourceError(Exception):

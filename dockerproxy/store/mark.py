@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Container, Generator, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 
 from attrs import define, field, frozen
@@ -11,27 +11,13 @@ from attrs import define, field, frozen
 from dockerproxy.errors import ManifestInvalid
 from dockerproxy.oci.manifests import MAX_MANIFEST
 from dockerproxy.oci.names import Digest
+from dockerproxy.store.blobs import Blobs
 from dockerproxy.store.layout import Layout
 from dockerproxy.store.links import Links
-from dockerproxy.store.references import extract_references
-
-_YIELD_EVERY = 100  # names handled in one step
+from dockerproxy.store.references import References, extract_references
 
 DigestText = str
-"""A digest as a string, or several digests separated by spaces.
-
-Python's garbage collector stops the whole process while it looks at every tracked object. With 100,000 `Digest` objects
-that takes 100 ms. It does not track strings, and untracks tuples of strings when it first sees them. This module
-therefore stores strings in a few containers, and no step does more work if the registry is larger.
-"""
-
-ManifestRefs = tuple[DigestText, DigestText, DigestText | None]
-"""The references of a manifest (`References`): all objects, those that may be manifests, and the subject."""
-
-_NO_REFS: ManifestRefs = ("", "", None)
-
-LinkedList = tuple[DigestText, "LinkedList | None"]
-"""Linked list, the last string first. The garbage collector untracks it like other tuples, and adding is O(1)."""
+"""A digest as a string, because sets of strings are smaller and faster than sets of `Digest`."""
 
 
 @frozen
@@ -39,13 +25,13 @@ class Unreferenced:
     """The unreachable objects of a repository.
 
     `groups` holds the manifests. The manifests of a group are connected by references, such as an index, its images
-    and their signatures. In each group, manifests with children come first. `refs` has the references of each
-    manifest, and `layers` the unreachable blob links.
+    and their signatures. In each group, manifests with children come first. `subjects` has the subjects of those that
+    have one, and `layers` the unreachable blob links.
     """
 
-    groups: list[tuple[DigestText, ...]] = field(factory=list)
-    refs: dict[DigestText, ManifestRefs] = field(factory=dict)
-    layers: set[DigestText] = field(factory=set)
+    groups: list[list[DigestText]]
+    subjects: dict[DigestText, DigestText]
+    layers: set[DigestText]
 
 
 @frozen
@@ -65,214 +51,225 @@ class ManifestUnreadable(Exception):
 
 @define
 class Mark:
-    """Finds the objects that are `reachable` from any repository, and those `unreferenced` in each repository.
+    """Finds the blobs that no repository reaches, and the `unreferenced` objects of each repository.
 
     A tag reaches its manifest. A manifest reaches its references, its subject and its referrers. If `delete_untagged`
     is false, every manifest is a root. A manifest used after `cutoff` (POSIX time) is always a root. If a manifest of
     a repository cannot be read, all objects of that repository count as reachable, because its references are unknown.
+
+    `garbage` first has all blobs, and loses those that are reached. A blob that is written meanwhile is not in it, and
+    stays. Memory grows with the number of blobs, manifests and links on disk, but not with the number of references:
+    whoever may push could write a thousand references for each of them. References are therefore not remembered, but
+    read from disk whenever they are needed, which is at most three times. `on_step` is called after each short step.
     """
 
     _layout: Layout
     _links: Links
     cutoff: float
     delete_untagged: bool
-    reachable: set[DigestText] = field(factory=set, init=False)
+    on_step: Callable[[], object]
+    garbage: set[DigestText] = field(factory=set, init=False)
+    blob_count: int = field(default=0, init=False)
     unreferenced: dict[str, Unreferenced] = field(factory=dict, init=False)
     problems: list[Problem] = field(factory=list, init=False)
     repositories: list[str] = field(factory=list, init=False)
     manifest_count: int = field(default=0, init=False)
     recent_count: int = field(default=0, init=False)  # manifests reachable only due to recent use
 
-    def steps(self) -> Iterator[None]:
-        """Mark all repositories. Each step blocks briefly."""
+    def run(self) -> None:
+        """Mark all repositories."""
+        for digest in Blobs(self._layout, durable=False).digests():
+            self.garbage.add(str(digest))
+            self.on_step()
+        self.blob_count = len(self.garbage)
         for repository in self._links.repositories():
-            yield from self._mark_repository(repository)
+            self._mark_repository(repository)
             self.repositories.append(repository)
 
-    def retain(self, unreferenced: Unreferenced, members: Iterable[DigestText]) -> Iterator[None]:
-        """Mark these unreferenced manifests and their references as reachable after all, one manifest per step."""
-        for member in members:
-            self.reachable.add(member)
-            for digest in unreferenced.refs[member][0].split():
-                self.reachable.add(digest)
-                unreferenced.layers.discard(digest)
-            yield None
-
-    def _mark_repository(self, repository: str) -> Iterator[None]:
-        graph = _Graph(self._layout, self._links, repository)
-        live: set[DigestText] = set()
+    def retain(self, repository: str, members: Iterable[DigestText]) -> None:
+        """Mark these unreferenced manifests of a repository and their references as reachable after all."""
+        layers = self.unreferenced[repository].layers
         try:
-            roots, recent = yield from self._read_manifests(repository, graph)
-            yield from graph.reach(roots, live)
-            if self.delete_untagged:
-                for count, digest in enumerate(recent):
-                    self.recent_count += digest not in live
-                    if count % _YIELD_EVERY == 0:
-                        yield None
-            yield from graph.reach(recent if self.delete_untagged else graph.refs, live)
+            for member in members:
+                self._mark(self._read(repository, member)[0], layers)
+                self.garbage.discard(member)
+                self.on_step()
+        except ManifestUnreadable as error:
+            self.problems.append(Problem(repository, f"{error}; no blob was deleted from this repository"))
+            layers.clear()
+            self._mark_all(repository)
+
+    def _mark_repository(self, repository: str) -> None:
+        layers: set[DigestText] = set()
+        for layer in self._links.layers(repository):
+            layers.add(str(layer))
+            self.on_step()
+        try:
+            roots = self._read_tags(repository)
+            catalog = self._read_catalog(repository, roots)
+            live: set[DigestText] = set()
+            self._reach(repository, catalog, roots, live, layers)
+            self.recent_count += len(catalog.recent - live)
+            self._reach(repository, catalog, catalog.recent if self.delete_untagged else catalog.digests, live, layers)
+            groups = self._group(repository, catalog, live)
         except ManifestUnreadable as error:
             self.problems.append(Problem(repository, f"{error}; nothing was deleted from this repository"))
-            yield from self._mark_all(repository)
+            self._mark_all(repository)
             return
-        unreferenced = Unreferenced()
-        yield from graph.group_unreferenced(unreferenced, live)
-        reachable = yield from self._mark_reachable(graph, unreferenced, live)
-        for count, layer in enumerate(map(str, self._links.layers(repository))):
-            if layer not in reachable:
-                unreferenced.layers.add(layer)
-            if count % _YIELD_EVERY == 0:
-                yield None
-        if unreferenced.groups or unreferenced.layers:
-            self.unreferenced[repository] = unreferenced
-        yield from clear_incrementally(live, reachable)
-        yield from graph.clear_incrementally()
+        if groups or layers:
+            subjects = {digest: subject for digest, subject in catalog.subjects.items() if digest not in live}
+            self.unreferenced[repository] = Unreferenced(groups, subjects, layers)
 
-    def _read_manifests(
-        self, repository: str, graph: _Graph
-    ) -> Generator[None, None, tuple[dict[DigestText, str], set[DigestText]]]:
-        """Read the repository's manifests. Return the tagged ones, and those used after `cutoff`."""
-        tags: dict[str, DigestText] = {}
+    def _read_tags(self, repository: str) -> dict[DigestText, str]:
+        """Return the repository's tagged manifests, each with one of its tags."""
         roots: dict[DigestText, str] = {}
         for tag, target in self._links.iter_tags(repository):
             if target is None:
                 raise ManifestUnreadable(f"the link of the tag {tag} cannot be read")
-            tags[tag] = str(target)
             roots[str(target)] = tag
-            yield None
-        recent: set[DigestText] = set()
+            self.on_step()
+        return roots
+
+    def _read_catalog(self, repository: str, roots: dict[DigestText, str]) -> _Catalog:
+        """Read the repository's manifests, unless each of them is a root. Check that the tagged ones exist."""
+        catalog = _Catalog()
         for digest in self._links.manifests(repository):
-            if graph.add(digest) > self.cutoff:
-                recent.add(str(digest))
+            text = str(digest)
+            if self.delete_untagged:
+                references, last_used = self._read(repository, text)
+                if references.subject is not None:
+                    subject = catalog.subjects[text] = str(references.subject)
+                    catalog.referrers.setdefault(subject, []).append(text)
+                if last_used > self.cutoff:
+                    catalog.recent.add(text)
+            catalog.digests.add(text)
             self.manifest_count += 1
-            yield None
-        for tag, target_text in tags.items():
-            target = Digest.parse(target_text)
-            if target_text not in graph.refs and not self._links.has_manifest(repository, target):
+            self.on_step()
+        for text, tag in roots.items():
+            target = Digest.parse(text)
+            if text not in catalog.digests and not self._links.has_manifest(repository, target):
                 if self._links.tag(repository, tag) == target:
-                    raise ManifestUnreadable(f"the tag {tag} points to {target_text}, which is not a manifest here")
-            yield None
-        return roots, recent
+                    raise ManifestUnreadable(f"the tag {tag} points to {text}, which is not a manifest here")
+            self.on_step()
+        return catalog
 
-    def _mark_reachable(
-        self, graph: _Graph, unreferenced: Unreferenced, live: set[DigestText]
-    ) -> Generator[None, None, set[DigestText]]:
-        """Mark the `live` manifests and their references as reachable, and return them all.
+    def _reach(
+        self,
+        repository: str,
+        catalog: _Catalog,
+        roots: Iterable[DigestText],
+        live: set[DigestText],
+        layers: set[DigestText],
+    ) -> None:
+        """Add the manifests that are reachable from `roots` to `live`, and mark them and their references."""
 
-        Move the references of the other manifests from the graph to `unreferenced`.
-        """
-        reachable: set[DigestText] = set()
-        while graph.refs:
-            digest, refs = graph.refs.popitem()
-            if digest in live:
-                reachable.update(refs[0].split())
-                self.reachable.update(refs[0].split())
-            else:
-                unreferenced.refs[digest] = refs
-            yield None
-        # Some live digests are not manifests of this repository.
-        for digest in live:
-            reachable.add(digest)
-            self.reachable.add(digest)
-            yield None
-        return reachable
+        def visit(digests: Iterable[DigestText]) -> None:
+            for digest in digests:
+                if digest not in live:
+                    live.add(digest)
+                    pending.append(digest)
 
-    def _mark_all(self, repository: str) -> Iterator[None]:
+        pending: list[DigestText] = []
+        for root in roots:
+            visit([root])
+            while pending:
+                digest = pending.pop()
+                self.garbage.discard(digest)
+                layers.discard(digest)
+                visit(catalog.referrers.get(digest, ()))
+                if digest in catalog.digests:
+                    references, _ = self._read(repository, digest)
+                    self._mark(references, layers)
+                    visit(child for child in map(str, references.manifests) if catalog.leads_on(child))
+                    if references.subject is not None and str(references.subject) in catalog.digests:
+                        visit([str(references.subject)])
+                self.on_step()
+
+    def _group(self, repository: str, catalog: _Catalog, live: set[DigestText]) -> list[list[DigestText]]:
+        """Return the groups of the manifests that are not `live`."""
+        forest = _Forest()
+        parents: set[DigestText] = set()
+        for digest in catalog.digests:
+            if digest not in live:
+                forest.find(digest)
+                references, _ = self._read(repository, digest)
+                for child in map(str, references.manifests):
+                    if child in catalog.digests and child not in live:
+                        parents.add(digest)
+                        forest.join(digest, child)
+                subject = catalog.subjects.get(digest)
+                if subject is not None and subject in catalog.digests:
+                    forest.join(digest, subject)
+            self.on_step()
+        groups: dict[DigestText, tuple[list[DigestText], list[DigestText]]] = {}
+        for digest in forest.parents:
+            groups.setdefault(forest.find(digest), ([], []))[digest not in parents].append(digest)
+            self.on_step()
+        return [[*group_parents, *leaves] for group_parents, leaves in groups.values()]
+
+    def _mark(self, references: References, layers: set[DigestText]) -> None:
+        for digest in map(str, references.objects):
+            self.garbage.discard(digest)
+            layers.discard(digest)
+
+    def _mark_all(self, repository: str) -> None:
         for _, target in self._links.iter_tags(repository):
             if target is not None:
-                self.reachable.add(str(target))
-            yield None
+                self.garbage.discard(str(target))
+            self.on_step()
         for digest in self._links.manifests(repository):
-            self.reachable.add(str(digest))
+            self.garbage.discard(str(digest))
             with suppress(ManifestUnreadable):
-                refs, _ = load_refs(self._layout, self._links, repository, digest)
-                self.reachable.update(refs[0].split())
-            yield None
-        for count, layer in enumerate(self._links.layers(repository)):
-            self.reachable.add(str(layer))
-            if count % _YIELD_EVERY == 0:
-                yield None
+                self._mark(self._read(repository, str(digest))[0], set())
+            self.on_step()
+        for layer in self._links.layers(repository):
+            self.garbage.discard(str(layer))
+            self.on_step()
+
+    def _read(self, repository: str, text: DigestText) -> tuple[References, float]:
+        return load_references(self._layout, self._links, repository, Digest.parse(text))
 
 
 @define
-class _Graph:
-    """The manifests of one repository and the references between them."""
+class _Catalog:
+    """The manifests of a repository, without their references.
 
-    _layout: Layout
-    _links: Links
-    _repository: str
-    refs: dict[DigestText, ManifestRefs] = field(factory=dict, init=False)
-    _parents: dict[DigestText, LinkedList] = field(factory=dict, init=False)
-    _referrers: dict[DigestText, LinkedList] = field(factory=dict, init=False)
+    If untagged manifests are deleted, it has also the `recent` ones, and the `subjects` of those that have one.
+    `referrers` has the manifests by subject; the subject need not be a manifest of the repository.
+    """
 
-    def add(self, digest: Digest) -> float:
-        """Add a manifest and return its last use (POSIX time). Raises `ManifestUnreadable`."""
-        refs, last_used = load_refs(self._layout, self._links, self._repository, digest)
-        text = str(digest)
-        _, manifests, subject = self.refs[text] = refs
-        for child in manifests.split():
-            self._parents[child] = text, self._parents.get(child)
-        if subject is not None:
-            self._referrers[subject] = text, self._referrers.get(subject)
-        return last_used
+    digests: set[DigestText] = field(factory=set, init=False)
+    recent: set[DigestText] = field(factory=set, init=False)
+    subjects: dict[DigestText, DigestText] = field(factory=dict, init=False)
+    referrers: dict[DigestText, list[DigestText]] = field(factory=dict, init=False)
 
-    def reach(
-        self, roots: Iterable[DigestText], visited: set[DigestText], *, excluding: Container[DigestText] | None = None
-    ) -> Iterator[None]:
-        """Add the digests that are reachable from `roots` to `visited`.
-
-        If `excluding` is given, follow references backwards as well, but only visit manifests of this graph that are
-        not in `excluding`.
-        """
-        for root in roots:
-            stack = [root]
-            while stack:
-                digest = stack.pop()
-                is_excluded = excluding is not None and (digest in excluding or digest not in self.refs)
-                if digest not in visited and not is_excluded:
-                    visited.add(digest)
-                    stack.extend(self._successors(digest))
-                    if excluding is not None:
-                        stack.extend(_iter_linked_list(self._parents.get(digest)))
-                yield None
-
-    def group_unreferenced(self, unreferenced: Unreferenced, live: set[DigestText]) -> Iterator[None]:
-        """Divide the manifests that are not `live` into groups."""
-        visited: set[DigestText] = set()
-        for digest in self.refs:
-            if digest not in live and digest not in visited:
-                members: set[DigestText] = set()
-                yield from self.reach([digest], members, excluding=live)
-                parents: list[DigestText] = []
-                leaves: list[DigestText] = []
-                for member in members:
-                    (parents if self.refs[member][1] else leaves).append(member)
-                    visited.add(member)
-                    yield None
-                unreferenced.groups.append((*parents, *leaves))
-            yield None
-
-    def clear_incrementally(self) -> Iterator[None]:
-        """Free the references between manifests in short steps."""
-        for chains in (self._parents, self._referrers):
-            while chains:
-                chains.popitem()
-                yield None
-
-    def _successors(self, digest: DigestText) -> Iterator[DigestText]:
-        _, manifests, subject = self.refs.get(digest, _NO_REFS)
-        yield from manifests.split()
-        yield from _iter_linked_list(self._referrers.get(digest))
-        if subject is not None and subject in self.refs:
-            yield subject
+    def leads_on(self, digest: DigestText) -> bool:
+        """Return whether other manifests may be reached from `digest`."""
+        return digest in self.digests or digest in self.referrers
 
 
-def _iter_linked_list(node: LinkedList | None) -> Iterator[DigestText]:
-    while node is not None:
-        text, node = node
-        yield text
+@define
+class _Forest:
+    """Disjoint sets of manifests (union-find with path halving)."""
+
+    parents: dict[DigestText, DigestText] = field(factory=dict, init=False)  # a root is its own parent
+
+    def find(self, digest: DigestText) -> DigestText:
+        """Return the representative of the set that contains `digest`; add a new set if there is none."""
+        parents = self.parents
+        parent = parents.setdefault(digest, digest)
+        while parent != digest:
+            parents[digest] = parents[parent]
+            digest = parents[digest]
+            parent = parents[digest]
+        return digest
+
+    def join(self, one: DigestText, other: DigestText) -> None:
+        """Unite the sets of two manifests."""
+        self.parents[self.find(one)] = self.find(other)
 
 
-def load_refs(layout: Layout, links: Links, repository: str, digest: Digest) -> tuple[ManifestRefs, float]:
+def load_references(layout: Layout, links: Links, repository: str, digest: Digest) -> tuple[References, float]:
     """Return the references of a manifest and its last use (POSIX time). Blocks. Raises `ManifestUnreadable`."""
     # Do not use `Blobs`, because it would record a use of every manifest.
     try:
@@ -292,18 +289,4 @@ def load_refs(layout: Layout, links: Links, repository: str, digest: Digest) -> 
         references = extract_references(content, links.manifest_media_type(repository, digest))
     except ManifestInvalid as error:
         raise ManifestUnreadable(f"the manifest {digest} is invalid ({error.message})") from None
-    subject = None if references.subject is None else str(references.subject)
-    return (_join_digests(references.objects), _join_digests(references.manifests), subject), status.st_mtime
-
-
-def _join_digests(digests: Iterable[Digest]) -> DigestText:
-    return " ".join(map(str, digests))
-
-
-def clear_incrementally(*sets: set[DigestText]) -> Iterator[None]:
-    """Empty `sets` in short steps, because freeing 100,000 strings at once blocks Python for 10 ms."""
-    for texts in sets:
-        while texts:
-            for _ in range(min(_YIELD_EVERY, len(texts))):
-                texts.pop()
-            yield None
+    return references, status.st_mtime

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
-from typing import Any
 
 from attrs import define, field, frozen
 
@@ -17,10 +15,10 @@ from dockerproxy.errors import ManifestInvalid
 from dockerproxy.oci.manifests import KNOWN_TYPES, MAX_MANIFEST, is_nondistributable, parse_manifest
 from dockerproxy.oci.names import Digest
 from dockerproxy.store.blobs import Blobs
-from dockerproxy.store.cooperative import CooperativeThread, Progress
 from dockerproxy.store.files import read_small
 from dockerproxy.store.layout import Layout
 from dockerproxy.store.links import Links
+from dockerproxy.store.progress import Progress
 
 _CHUNK_SIZE = 1024 * 1024
 _LINK_LIMIT = 256
@@ -55,33 +53,17 @@ class ScrubResult:
     findings: int = 0
 
 
-@define
-class Scrubber:
-    """Verifies the store in `layout`.
+def scrub(layout: Layout, *, check_links: bool = True, progress: Progress[Finding] | None = None) -> ScrubResult:
+    """Verify the store in `layout`. Blocks. Raises `OSError` and `Stopped`.
 
-    If `check_links` is false, skip the repositories, because in a cache they may refer to evicted blobs.
+    `progress` reports bytes, and then repositories. If `check_links` is false, skip the repositories, because in a
+    cache they may refer to evicted blobs.
     """
-
-    _reactor: Any
-    _layout: Layout
-    _check_links: bool = True
-    # Hashing releases the interpreter lock, so longer slices do no harm.
-    _thread: CooperativeThread = field(kw_only=True)
-
-    @_thread.default
-    def _make_thread(self) -> CooperativeThread:
-        return CooperativeThread(self._reactor, slice_length=0.05)
-
-    async def scrub(self, progress: Progress[Finding] | None = None) -> ScrubResult:
-        """Check everything. `progress` reports bytes, and then repositories. It may be cancelled."""
-        progress = progress or Progress()
-        run = _ScrubRun(self._layout, progress)
-        report = progress.reporter("contents", lambda: run.counts["bytes"], lambda: run.total_bytes)
-        await self._thread.run(run.scrub_blobs(), run.record, after_slice=report)
-        if self._check_links:
-            report = progress.reporter("repositories", lambda: run.counts["repositories"])
-            await self._thread.run(run.check_repositories(), run.record, after_slice=report)
-        return ScrubResult(**run.counts)
+    run = _ScrubRun(layout, progress or Progress())
+    run.scrub_blobs()
+    if check_links:
+        run.check_repositories()
+    return ScrubResult(**run.counts)
 
 
 @define
@@ -89,7 +71,7 @@ class _ScrubRun:
     _layout: Layout
     _progress: Progress[Finding]
     counts: Counter[str] = field(factory=Counter, init=False)
-    total_bytes: int | None = field(default=None, init=False)  # None until they are known
+    _total_bytes: int | None = field(default=None, init=False)  # None until they are known
     _blobs: Blobs = field(init=False)
     _links: Links = field(init=False)
 
@@ -101,41 +83,39 @@ class _ScrubRun:
     def _make_links(self) -> Links:
         return Links(self._layout, durable=False)
 
-    def record(self, finding: Finding) -> None:
-        """Count and report a finding."""
-        self.counts.update(findings=1, damaged=finding.kind == "damaged")
-        self._progress.emit(finding)
+    def _record(self, kind: str, message: str, repository: str | None = None, digest: Digest | None = None) -> None:
+        self.counts.update(findings=1, damaged=kind == "damaged")
+        self._progress.emit(Finding(kind, message, repository, digest))
 
-    # Blobs. The methods below run in a thread.
+    # Blobs.
 
-    def scrub_blobs(self) -> Iterator[Finding | None]:
-        """Check every blob, at most one chunk per step."""
+    def scrub_blobs(self) -> None:
+        """Check every blob."""
         total = 0
         for entry in self._blobs.walk():
             total += entry.size
-            yield None
-        self.total_bytes = total
+            self._report_bytes()
+        self._total_bytes = total
         # Walk again, because a list of all entries could be large.
-        for entry in self._blobs.walk():
+        for digest in self._blobs.digests():
             try:
-                yield from self._scrub_blob(entry.key)
+                self._scrub_blob(digest)
             except (FileNotFoundError, NotADirectoryError):
                 continue  # the blob was deleted meanwhile
             except OSError as error:
-                message = f"{entry.key} cannot be read: {error.strerror}"
-                yield Finding("unreadable", message, digest=entry.key)
+                self._record("unreadable", f"{digest} cannot be read: {error.strerror}", digest=digest)
             self.counts.update(blobs=1)
 
-    def _scrub_blob(self, digest: Digest) -> Iterator[Finding | None]:
+    def _scrub_blob(self, digest: Digest) -> None:
         hasher, path = digest.hasher(), self._layout.blob(digest)
         with open(path, "rb", buffering=0) as file:
             file_id = _file_id(os.fstat(file.fileno()))
             while chunk := file.read(_CHUNK_SIZE):
                 hasher.update(chunk)
                 self.counts.update(bytes=len(chunk))
-                yield None
+                self._report_bytes()
         if hasher.hexdigest() != digest.hex and self._quarantine(digest, file_id):
-            yield Finding("damaged", f"{digest} is damaged; moved to {self._layout.damaged}", digest=digest)
+            self._record("damaged", f"{digest} is damaged; moved to {self._layout.damaged}", digest=digest)
 
     def _quarantine(self, digest: Digest, file_id: _FileID) -> bool:
         """Move the blob to ROOT/damaged, unless its file has been replaced since it was read."""
@@ -151,33 +131,40 @@ class _ScrubRun:
         os.rename(quarantine_path, path)
         return False
 
+    def _report_bytes(self) -> None:
+        self._progress.report("contents", self.counts["bytes"], self._total_bytes)
+
     # Links, tags and manifests.
 
-    def check_repositories(self) -> Iterator[Finding | None]:
-        """Check the repositories, one link per step."""
+    def check_repositories(self) -> None:
+        """Check the links, tags and manifests of all repositories."""
         for repository in self._links.repositories():
             for layer in self._links.layers(repository):
-                yield self._check_link(repository, layer, self._layout.layer(repository, layer), "blob")
+                self._check_link(repository, layer, self._layout.layer(repository, layer), "blob")
             for digest in self._links.manifests(repository):
-                finding = self._check_link(repository, digest, self._layout.manifest(repository, digest), "manifest")
-                yield finding
-                if finding is None:
-                    yield from self._check_manifest(repository, digest)
-            yield from self._check_tags(repository)
+                if self._check_link(repository, digest, self._layout.manifest(repository, digest), "manifest"):
+                    self._check_manifest(repository, digest)
+            self._check_tags(repository)
             self.counts.update(repositories=1)
+            self._report_repositories()
 
-    def _check_link(self, repository: str, digest: Digest, path: str, kind: str) -> Finding | None:
+    def _check_link(self, repository: str, digest: Digest, path: str, kind: str) -> bool:
+        """Check one link. Return false if there was a finding."""
+        self._report_repositories()
         self.counts.update(links=1)
         content = read_small(path, _LINK_LIMIT)
         if content is None or content.strip() != str(digest).encode():
             # The link may be absent, because it is being written or removed, or because a crash interrupted that.
-            message = f"{repository}: the link to the {kind} {digest} is torn"
-            return Finding("torn", message, repository, digest) if content is not None else None
+            if content is None:
+                return True
+            self._record("torn", f"{repository}: the link to the {kind} {digest} is torn", repository, digest)
+            return False
         if self._blobs.exists(digest) or not os.path.exists(path):
-            return None
-        return Finding("missing", f"{repository}: the {kind} {digest} is missing", repository, digest)
+            return True
+        self._record("missing", f"{repository}: the {kind} {digest} is missing", repository, digest)
+        return False
 
-    def _check_manifest(self, repository: str, digest: Digest) -> Iterator[Finding | None]:
+    def _check_manifest(self, repository: str, digest: Digest) -> None:
         content = read_small(self._layout.blob(digest), MAX_MANIFEST + 1)
         if content is None:
             return
@@ -188,36 +175,39 @@ class _ScrubRun:
             if media_type is not None and media_type.lower() not in KNOWN_TYPES:
                 return  # a manifest of an unknown type need not parse
             message = f"{repository}: the manifest {digest} is invalid ({error.message})"
-            yield Finding("invalid", message, repository, digest)
+            self._record("invalid", message, repository, digest)
             return
         layers = manifest.layers if manifest.config is None else (manifest.config, *manifest.layers)
         for blob in layers:
-            is_missing = not self._has_blob(repository, blob.digest) and not is_nondistributable(blob.media_type)
-            yield self._missing_reference(repository, digest, blob.digest) if is_missing else None
+            if not self._has_blob(repository, blob.digest) and not is_nondistributable(blob.media_type):
+                self._record_missing_reference(repository, digest, blob.digest)
+            self._report_repositories()
         for child in manifest.manifests:
             is_manifest = self._links.has_manifest(repository, child.digest) and self._blobs.exists(child.digest)
             if not is_manifest and not self._has_blob(repository, child.digest):
-                yield self._missing_reference(repository, digest, child.digest)
-            yield None
+                self._record_missing_reference(repository, digest, child.digest)
+            self._report_repositories()
 
     def _has_blob(self, repository: str, digest: Digest) -> bool:
         return self._links.has_layer(repository, digest) and self._blobs.exists(digest)
 
-    def _missing_reference(self, repository: str, digest: Digest, reference: Digest) -> Finding | None:
-        if not self._links.has_manifest(repository, digest):
-            return None  # the manifest was deleted meanwhile
-        message = f"{repository}: the manifest {digest} refers to {reference}, which is missing"
-        return Finding("missing", message, repository, digest)
+    def _record_missing_reference(self, repository: str, digest: Digest, reference: Digest) -> None:
+        if self._links.has_manifest(repository, digest):  # it may have been deleted meanwhile
+            message = f"{repository}: the manifest {digest} refers to {reference}, which is missing"
+            self._record("missing", message, repository, digest)
 
-    def _check_tags(self, repository: str) -> Iterator[Finding | None]:
+    def _check_tags(self, repository: str) -> None:
         for tag, digest in self._links.iter_tags(repository):
             self.counts.update(tags=1)
             if digest is None:
-                yield Finding("torn", f"{repository}:{tag}: the tag's link is torn", repository)
+                self._record("torn", f"{repository}:{tag}: the tag's link is torn", repository)
             elif not self._links.has_manifest(repository, digest) and self._links.tag(repository, tag) == digest:
                 message = f"{repository}:{tag}: the tag points to {digest}, which is not a manifest of the repository"
-                yield Finding("missing", message, repository, digest)
-            yield None
+                self._record("missing", message, repository, digest)
+            self._report_repositories()
+
+    def _report_repositories(self) -> None:
+        self._progress.report("repositories", self.counts["repositories"], None)
 
 
 def _file_id(status: os.stat_result) -> _FileID:

@@ -1,7 +1,7 @@
 """Garbage collection of a registry while it serves requests: deletes the objects that no tag reaches.
 
-The mark phase (`mark`) runs in a thread, beside pushes and pulls. The sweep phase then deletes manifests, links to
-blobs, and blobs, in this order. Races between mark and delete are not prevented by a lock, but by the order of deletion
+The mark phase (`mark`) runs beside pushes and pulls. The sweep phase then deletes manifests, links to blobs, and
+blobs, in this order. Races between mark and delete are not prevented by a lock, but by the order of deletion
 and the blob's mtime (see `safe_delete`):
 
 - No object is deleted if its blob was used after the cutoff, which is `grace` seconds before the start. Objects that a
@@ -18,17 +18,22 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
-from typing import Any
+from itertools import islice
+from typing import TypeVar
 
-from attrs import define, evolve, field, frozen
+from attrs import define, field, frozen
 
 from dockerproxy.oci.names import Digest
-from dockerproxy.store.cooperative import CooperativeThread, Progress
-from dockerproxy.store.hosted_tree import HostedTree
-from dockerproxy.store.mark import DigestText, Mark, clear_incrementally
+from dockerproxy.store.blobs import Blobs
+from dockerproxy.store.layout import Layout
+from dockerproxy.store.links import Links
+from dockerproxy.store.mark import DigestText, Mark
+from dockerproxy.store.progress import Progress, RepositoryLock, locked_slices, no_lock
+from dockerproxy.store.referrers import Referrers
 from dockerproxy.store.safe_delete import DeleteOutcome, SafeDelete
 
 GRACE_PERIOD = 3600.0
@@ -44,16 +49,16 @@ _THREADS = 2
 """Threads that delete links and blobs. Two are twice as fast as one, because some disks are slow to free blocks. A
 deletion takes 0.1 to 0.4 ms on ext4 without a journal, mounted with `discard`."""
 
-_SLICE_FACTOR = 5
-"""Slice length of these threads as a multiple of the mark phase's. Longer slices do no harm, because these threads
-compute little in Python, and their system calls release the interpreter lock."""
+_BATCH = 200
+"""Links or blobs that these threads delete in one step."""
 
-_YIELD_EVERY = 200  # names handled in one step
 _MAX_PROBLEMS = 1000
 
+T = TypeVar("T")
 
-class SweepInProgress(Exception):
-    """A collection is already running."""
+
+class InvalidGracePeriod(ValueError):
+    """The grace period is too short."""
 
 
 @frozen
@@ -93,91 +98,148 @@ class SweepResult:
     problems: tuple[str, ...] = ()
 
 
-@define
-class Sweeper:
-    """Collects the garbage of `store`, one collection at a time. `clock` returns POSIX time."""
+def sweep(
+    layout: Layout,
+    *,
+    delete_untagged: bool = False,
+    dry_run: bool = False,
+    grace: float = GRACE_PERIOD,
+    progress: Progress[RemovedItem] | None = None,
+    lock: RepositoryLock = no_lock,
+    clock: Callable[[], float] = time.time,
+) -> SweepResult:
+    """Collect the garbage of the store in `layout`. Only one collection may run at a time. Blocks.
 
-    _reactor: Any
-    _store: HostedTree
-    _thread: CooperativeThread = field(kw_only=True)
-    _clock: Callable[[], float] = field(default=time.time, kw_only=True)
-    _running: bool = field(default=False, init=False)
-
-    @_thread.default
-    def _make_thread(self) -> CooperativeThread:
-        return CooperativeThread(self._reactor)
-
-    async def sweep(
-        self,
-        *,
-        delete_untagged: bool = False,
-        dry_run: bool = False,
-        grace: float = GRACE_PERIOD,
-        progress: Progress[RemovedItem] | None = None,
-    ) -> SweepResult:
-        """Collect garbage. The collection may be cancelled at any time; deleted objects stay deleted.
-
-        Raises `SweepInProgress`, `OSError`, and `ValueError` if the grace period is too short.
-        """
-        if grace < MIN_GRACE_PERIOD:
-            raise ValueError(f"a grace period of {grace:g} seconds is too short; use at least {MIN_GRACE_PERIOD:g}")
-        if self._running:
-            raise SweepInProgress
-        self._running = True
-        try:
-            cutoff = self._clock() - grace
-            mark = Mark(self._store.layout, self._store.links, cutoff, delete_untagged)
-            safe_delete = SafeDelete(self._store.layout, cutoff, dry_run)
-            run = _SweepRun(self._store, mark, safe_delete, progress or Progress(), self._thread)
-            return await run.collect()
-        finally:
-            self._running = False
+    `clock` returns POSIX time. Raises `OSError`, `InvalidGracePeriod` and `Stopped`.
+    """
+    if not grace >= MIN_GRACE_PERIOD:  # also true for NaN
+        message = f"a grace period of {grace:g} seconds is too short; use at least {MIN_GRACE_PERIOD:g}"
+        raise InvalidGracePeriod(message)
+    cutoff = clock() - grace
+    return _SweepRun(layout, SafeDelete(layout, cutoff, dry_run), delete_untagged, progress or Progress(), lock).run()
 
 
 @define
 class _SweepRun:
     """One collection."""
 
-    _store: HostedTree
-    _mark: Mark
+    _layout: Layout
     _safe_delete: SafeDelete
+    _delete_untagged: bool
     _progress: Progress[RemovedItem]
-    _thread: CooperativeThread
+    _lock: RepositoryLock
+    _links: Links = field(init=False)
+    _referrers: Referrers = field(init=False)
+    _mark: Mark = field(init=False)
     _counts: Counter[str] = field(factory=Counter, init=False)
-    _scan_counts: list[int] = field(factory=lambda: [0] * _THREADS, init=False)  # blobs
-    # By repository: the deleted manifests and their subjects.
-    _deleted_manifests: dict[str, dict[DigestText, DigestText | None]] = field(factory=dict, init=False)
+    _done: int = field(default=0, init=False)  # unreferenced objects handled
+    _total: int = field(default=0, init=False)
+    # By repository: the deleted manifests.
+    _deleted_manifests: dict[str, set[DigestText]] = field(factory=dict, init=False)
 
-    async def collect(self) -> SweepResult:
-        mark, progress, run = self._mark, self._progress, self._thread.run
-        run_parallel = evolve(self._thread, slice_length=self._thread.slice_length * _SLICE_FACTOR).run_parallel
-        await run(mark.steps(), after_slice=progress.reporter("mark", lambda: mark.manifest_count))
-        report = progress.reporter("sweep", lambda: sum(self._scan_counts))
-        await run(self._sweep_manifests(), self._record, after_slice=report)
-        await run_parallel([self._sweep_links() for _ in range(_THREADS)], self._record, after_slice=report)
-        # Sync the deleted links before the first blob is deleted, so that no link dangles after a power cut.
-        await run(self._safe_delete.sync())
-        if not self._safe_delete.dry_run:
-            await self._clean_up()
-        await run_parallel(
-            [self._sweep_blobs(partition) for partition in range(_THREADS)], self._record, after_slice=report
+    @_links.default
+    def _make_links(self) -> Links:
+        return Links(self._layout, durable=True)
+
+    @_referrers.default
+    def _make_referrers(self) -> Referrers:
+        return Referrers(self._layout, Blobs(self._layout, durable=True), self._links)
+
+    @_mark.default
+    def _make_mark(self) -> Mark:
+        cutoff = self._safe_delete.cutoff
+        return Mark(self._layout, self._links, cutoff, self._delete_untagged, on_step=self._report_mark)
+
+    def run(self) -> SweepResult:
+        """Collect the garbage."""
+        mark = self._mark
+        mark.run()
+        self._total = len(mark.garbage) + sum(
+            len(unreferenced.layers) + sum(map(len, unreferenced.groups)) for unreferenced in mark.unreferenced.values()
         )
-        reachable_count = len(mark.reachable)
-        await run(clear_incrementally(mark.reachable))
+        self._sweep_manifests()
+        self._delete_in_threads(self._unreferenced_layers(), self._unlink_layer)
+        # Sync the deleted links before the first blob is deleted, so that no link dangles after a power cut.
+        for _ in self._safe_delete.sync():
+            self._report_sweep()
+        if not self._safe_delete.dry_run:
+            for repository in mark.repositories:
+                self._clean_up(repository)
+        self._delete_in_threads(sorted(mark.garbage), self._delete_blob)
         return SweepResult(
             self._safe_delete.dry_run,
             **self._counts,
             repositories=len(mark.repositories),
-            needed=reachable_count,
+            needed=mark.blob_count - len(mark.garbage),
             recent_manifests=mark.recent_count,
             problems=tuple(map(str, mark.problems[:_MAX_PROBLEMS])),
         )
 
-    async def _clean_up(self) -> None:
-        """Remove the deleted manifests from the indexes, and the directories of empty repositories."""
-        for repository in self._mark.repositories:
-            lock = partial(self._store.locks.hold, repository)
-            await self._thread.run(self._clean_up_repository(repository), lock=lock)
+    def _sweep_manifests(self) -> None:
+        for repository, unreferenced in self._mark.unreferenced.items():
+            for group in unreferenced.groups:
+                for start in range(0, len(group), _MANIFEST_BATCH):
+                    batch = [Digest.parse(text) for text in group[start : start + _MANIFEST_BATCH]]
+                    outcome = self._safe_delete.unlink_manifests(repository, batch)
+                    if outcome is not DeleteOutcome.DELETED:
+                        if outcome is DeleteOutcome.NOT_OWNED:
+                            self._record((outcome, RemovedItem("manifest", batch[0], repository)))
+                        self._mark.retain(repository, group[start:])
+                        break
+                    self._deleted_manifests.setdefault(repository, set()).update(map(str, batch))
+                    for digest in batch:
+                        self._record((outcome, RemovedItem("manifest", digest, repository)))
+                    self._report_sweep()
+                self._done += len(group)
+
+    def _unreferenced_layers(self) -> Iterator[tuple[str, DigestText]]:
+        for repository, unreferenced in self._mark.unreferenced.items():
+            for layer in unreferenced.layers:
+                yield repository, layer
+
+    def _clean_up(self, repository: str) -> None:
+        """Remove the deleted manifests of a repository from its indexes, and its empty directories."""
+        for _ in locked_slices(partial(self._lock, repository), self._clean_up_steps(repository)):
+            self._report_sweep()
+
+    def _clean_up_steps(self, repository: str) -> Iterator[None]:
+        deleted = self._deleted_manifests.get(repository)
+        if deleted is not None:
+            for text, subject_text in self._mark.unreferenced[repository].subjects.items():
+                digest, subject = Digest.parse(text), Digest.parse(subject_text)
+                if text in deleted and not self._links.has_manifest(repository, digest):
+                    self._referrers.remove(repository, digest, subject)
+                    with suppress(OSError):
+                        os.rmdir(self._layout.referrers(repository, subject))
+                yield None
+            yield from self._links.prune_tag_index(repository, deleted)
+        yield from self._links.prune(repository)
+
+    def _delete_in_threads(self, items: Iterable[T], delete: Callable[[T], DeleteResult | None]) -> None:
+        """Call `delete` with each item in `_THREADS` threads, and record the results."""
+
+        def delete_all(part: list[T]) -> list[DeleteResult | None]:
+            return [delete(item) for item in part]
+
+        remaining = iter(items)
+        with ThreadPoolExecutor(_THREADS) as pool:
+            while batch := list(islice(remaining, _BATCH)):
+                for results in pool.map(delete_all, [batch[thread::_THREADS] for thread in range(_THREADS)]):
+                    for result in results:
+                        if result is not None:
+                            self._record(result)
+                self._done += len(batch)
+                self._report_sweep()
+
+    def _unlink_layer(self, item: tuple[str, DigestText]) -> DeleteResult | None:
+        repository, digest = item[0], Digest.parse(item[1])
+        outcome = self._safe_delete.unlink_layer(repository, digest)
+        return (outcome, RemovedItem("link", digest, repository)) if outcome is DeleteOutcome.DELETED else None
+
+    def _delete_blob(self, text: DigestText) -> DeleteResult:
+        digest = Digest.parse(text)
+        outcome, size = self._safe_delete.delete_blob(digest)
+        return outcome, RemovedItem("blob", digest, size=size)
 
     def _record(self, result: DeleteResult) -> None:
         outcome, item = result
@@ -191,53 +253,8 @@ class _SweepRun:
             counts[category] += 1
             counts[f"{category}_bytes"] += item.size
 
-    # The methods below run in a thread.
+    def _report_mark(self) -> None:
+        self._progress.report("mark", self._mark.manifest_count, None)
 
-    def _clean_up_repository(self, repository: str) -> Iterator[None]:
-        store, subjects = self._store, self._deleted_manifests.get(repository, {})
-        for text, subject_text in subjects.items():
-            digest = Digest.parse(text)
-            if subject_text is not None and not store.links.has_manifest(repository, digest):
-                subject = Digest.parse(subject_text)
-                store.referrers.remove(repository, digest, subject)
-                with suppress(OSError):
-                    os.rmdir(store.layout.referrers(repository, subject))
-            yield None
-        if subjects:
-            yield from store.links.prune_tag_index(repository, subjects)
-        yield from store.links.prune(repository)
-
-    def _sweep_manifests(self) -> Iterator[DeleteResult | None]:
-        for repository, unreferenced in self._mark.unreferenced.items():
-            for group in unreferenced.groups:
-                for start in range(0, len(group), _MANIFEST_BATCH):
-                    batch = group[start : start + _MANIFEST_BATCH]
-                    outcome = self._safe_delete.unlink_manifests(repository, list(map(Digest.parse, batch)))
-                    if outcome is not DeleteOutcome.DELETED:
-                        if outcome is DeleteOutcome.NOT_OWNED:
-                            yield outcome, RemovedItem("manifest", Digest.parse(batch[0]), repository)
-                        yield from self._mark.retain(unreferenced, group[start:])
-                        break
-                    subjects = self._deleted_manifests.setdefault(repository, {})
-                    for text in batch:
-                        subjects[text] = unreferenced.refs[text][2]
-                        yield outcome, RemovedItem("manifest", Digest.parse(text), repository)
-
-    def _sweep_links(self) -> Iterator[DeleteResult | None]:
-        for repository, unreferenced in self._mark.unreferenced.items():
-            while True:
-                try:
-                    digest = Digest.parse(unreferenced.layers.pop())
-                except KeyError:
-                    break  # this thread, or the other, has taken the last one
-                outcome = self._safe_delete.unlink_layer(repository, digest)
-                yield (outcome, RemovedItem("link", digest, repository)) if outcome is DeleteOutcome.DELETED else None
-
-    def _sweep_blobs(self, partition: int) -> Iterator[DeleteResult | None]:
-        for digest in self._store.blobs.digests(partition, _THREADS):
-            self._scan_counts[partition] += 1
-            if str(digest) not in self._mark.reachable:
-                outcome, size = self._safe_delete.delete_blob(digest)
-                yield outcome, RemovedItem("blob", digest, size=size)
-            elif self._scan_counts[partition] % _YIELD_EVERY == 0:
-                yield None
+    def _report_sweep(self) -> None:
+        self._progress.report("sweep", self._done, self._total)

@@ -11,19 +11,15 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 from attrs import Factory, define
-from twisted.internet.defer import Deferred
-from twisted.internet.task import Clock
-from twisted.python.failure import Failure
 
 from dockerproxy.oci.names import Digest
-from dockerproxy.store.cooperative import CooperativeThread, Progress
 from dockerproxy.store.layout import Layout
 from dockerproxy.store.links import Links
-from dockerproxy.store.scrub import Finding, Scrubber, ScrubResult
+from dockerproxy.store.progress import Progress
+from dockerproxy.store.scrub import Finding, scrub
 from tests.e2e.harness import http_client, images
 from tests.e2e.harness.docker_registry import DockerRegistry
 from tests.e2e.harness.forked_daemon import ForkedDaemon
@@ -38,33 +34,10 @@ WRITER_COUNT = 3
 MAX_OPERATIONS_BEFORE_KILL = 5  # operations that the writers complete between the start and a kill
 
 
-class InlineThreadsReactor(Clock):
-    """A reactor that runs the functions of its thread pool at once, in the calling thread."""
-
-    def getThreadPool(self) -> InlineThreadsReactor:
-        return self
-
-    def callInThreadWithCallback(self, on_result: Any, function: Any, *arguments: Any) -> None:
-        try:
-            result = function(*arguments)
-        except Exception:
-            on_result(False, Failure())
-        else:
-            on_result(True, result)
-
-    def callFromThread(self, function: Any, *arguments: Any) -> None:
-        function(*arguments)
-
-
 def check_tree(root: Path) -> list[Finding]:
     """Return the findings of `dockerproxy check` in the tree."""
-    reactor, problems, results = InlineThreadsReactor(), list[Finding](), list[ScrubResult]()
-    scrubber = Scrubber(reactor, Layout(root), thread=CooperativeThread(reactor, slice_length=60))
-    deferred = Deferred.fromCoroutine(scrubber.scrub(Progress(emit=problems.append)))
-    deferred.addCallbacks(results.append, Failure.raiseException)
-    while not results:
-        assert reactor.getDelayedCalls()
-        reactor.advance(1)
+    problems: list[Finding] = []
+    scrub(Layout(root), progress=Progress(emit=problems.append))
     return problems
 
 

@@ -1,15 +1,14 @@
-"""Tests of `CooperativeThread`: the length of slices, locks, errors and cancellation."""
+"""Tests of `CooperativeThread`: the length of slices, pauses, errors and cancellation."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from twisted.internet.defer import CancelledError, Deferred
 
-from dockerproxy.store.cooperative import CooperativeThread, Progress, thread_cost
+from dockerproxy.store.cooperative import CooperativeThread, thread_cost
 from tests.store.support.reactor import SteppedReactor
 
 
@@ -25,65 +24,32 @@ class TickingClock:
 
 
 class Steps:
-    """Steps 0, 1, 2, …, of which some return results. Records the executed steps, and whether it was closed."""
+    """Steps 0, 1, 2, …. Records the executed steps, and whether it was closed."""
 
-    def __init__(self, count: int, results: frozenset[int] = frozenset()) -> None:
-        self.count, self.results = count, results
+    def __init__(self, count: int) -> None:
+        self.count = count
         self.executed: list[int] = []
         self.closed = False
 
-    def iterate(self) -> Iterator[int | None]:
+    def iterate(self) -> Iterator[None]:
         try:
             for number in range(self.count):
                 self.executed.append(number)
-                yield number if number in self.results else None
+                yield None
         finally:
             self.closed = True
 
 
 def test_a_slice_ends_at_its_deadline() -> None:
-    reactor, work, results, slices = SteppedReactor(), Steps(10, frozenset({4})), list[int](), list[int]()
-    report = Progress[int](lambda *state: slices.append(state[1])).reporter("work", lambda: len(work.executed))
-    reactor.run(
-        CooperativeThread(reactor, slice_length=3, clock=TickingClock()).run(
-            work.iterate(), results.append, after_slice=report
-        )
-    )
+    reactor, work, slices = SteppedReactor(), Steps(10), list[int]()
+
+    async def after_slice() -> None:
+        slices.append(len(work.executed))
+
+    thread = CooperativeThread(reactor, slice_length=3, clock=TickingClock())
+    reactor.run(thread.run(work.iterate(), after_slice=after_slice))
     assert slices == [3, 6, 9, 10]
-    assert results == [4]
     assert work.closed
-
-
-def test_results_per_slice_are_bounded() -> None:
-    """This keeps the reactor iteration that consumes the results short."""
-    reactor, work, results, counts = SteppedReactor(), Steps(300, frozenset(range(1, 300))), list[int](), list[int]()
-    report = Progress[int](lambda *state: counts.append(state[1])).reporter("work", lambda: len(results))
-    reactor.run(
-        CooperativeThread(reactor, slice_length=1000, clock=lambda: 0).run(
-            work.iterate(), results.append, after_slice=report
-        )
-    )
-    assert counts == [128, 256, 299]
-    assert results == list(range(1, 300))
-
-
-def test_the_lock_is_held_for_one_slice() -> None:
-    reactor, work, lock_states = SteppedReactor(), Steps(3), list[bool]()
-
-    @asynccontextmanager
-    async def lock() -> AsyncIterator[None]:
-        lock_states.append(True)
-        yield
-        lock_states[-1] = False
-
-    job = Deferred.fromCoroutine(CooperativeThread(reactor, slice_length=-1).run(work.iterate(), lock=lock))
-    for number in (1, 2, 3):
-        assert lock_states == [*[False] * (number - 1), True]
-        reactor.run_one()
-        assert lock_states == [False] * number
-        reactor.advance(1)
-    reactor.run_one()
-    assert job.called
 
 
 def test_thread_cost_weighs_waiting_at_a_tenth(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,46 +61,6 @@ def test_thread_cost_weighs_waiting_at_a_tenth(monkeypatch: pytest.MonkeyPatch) 
     assert thread_cost() - start == pytest.approx(10)
     times["thread_time"] = 100
     assert thread_cost() - start == pytest.approx(100)
-
-
-# Parallel iterators
-
-
-def test_run_parallel_runs_all_iterators() -> None:
-    reactor, works, results = SteppedReactor(), [Steps(3, frozenset({1})), Steps(6, frozenset({4}))], list[int]()
-    iterators = [work.iterate() for work in works]
-    job = Deferred.fromCoroutine(CooperativeThread(reactor, slice_length=-1).run_parallel(iterators, results.append))
-    assert len(reactor.jobs) == 2
-    while reactor.busy:
-        reactor.run_one()
-    assert job.called
-    assert [len(work.executed) for work in works] == [3, 6]
-    assert results == [1, 4]
-
-
-@pytest.mark.parametrize("cause", ["cancelled", "broken"])
-def test_one_failure_cancels_all_iterators(cause: str) -> None:
-    reactor, work = SteppedReactor(), Steps(100)
-
-    def broken() -> Iterator[None]:
-        yield None
-        raise OSError(5, "Input/output error")
-
-    iterators: list[Iterator[int | None]] = [Steps(100).iterate() if cause == "cancelled" else broken(), work.iterate()]
-    job, outcomes = (
-        Deferred.fromCoroutine(CooperativeThread(reactor, slice_length=-1).run_parallel(iterators)),
-        list[Any](),
-    )
-    job.addBoth(outcomes.append)
-    for _ in range(4):
-        reactor.run_one()
-    if cause == "cancelled":
-        job.cancel()
-    while reactor.busy:
-        reactor.run_one()
-    assert outcomes[0].check(CancelledError if cause == "cancelled" else OSError)
-    assert work.closed
-    assert len(work.executed) < 10
 
 
 # Pauses, cancellation and errors
@@ -152,14 +78,13 @@ def test_there_is_a_pause_between_two_slices() -> None:
     assert not job.called
 
 
-def test_drain_suspends_the_work() -> None:
+def test_the_work_waits_for_the_hook() -> None:
     reactor, work, ready = SteppedReactor(), Steps(3), Deferred[None]()
 
     async def wait() -> None:
         await ready
 
-    report = Progress[int](drain=wait).reporter("work", lambda: 0)
-    job = Deferred.fromCoroutine(CooperativeThread(reactor, slice_length=-1).run(work.iterate(), after_slice=report))
+    job = Deferred.fromCoroutine(CooperativeThread(reactor, slice_length=-1).run(work.iterate(), after_slice=wait))
     while reactor.busy:
         reactor.run_one()
     assert work.executed == [0]
@@ -171,11 +96,8 @@ def test_drain_suspends_the_work() -> None:
 
 @pytest.mark.parametrize("moment", ["in a thread", "in a pause"])
 def test_cancellation_waits_for_the_current_slice(moment: str) -> None:
-    reactor, work, results = SteppedReactor(), Steps(5, frozenset({1})), list[int]()
-    job, outcomes = (
-        Deferred.fromCoroutine(CooperativeThread(reactor, slice_length=-1).run(work.iterate(), results.append)),
-        list[Any](),
-    )
+    reactor, work, outcomes = SteppedReactor(), Steps(5), list[Any]()
+    job = Deferred.fromCoroutine(CooperativeThread(reactor, slice_length=-1).run(work.iterate()))
     job.addBoth(outcomes.append)
     reactor.run_one()
     if moment == "in a thread":
@@ -185,19 +107,18 @@ def test_cancellation_waits_for_the_current_slice(moment: str) -> None:
     assert not outcomes
     while reactor.busy:
         reactor.run_one()
-    assert (work.executed, results, work.closed) == ([0, 1] if moment == "in a thread" else [0], [], True)
+    assert (work.executed, work.closed) == ([0, 1] if moment == "in a thread" else [0], True)
     assert outcomes[0].check(CancelledError)
 
 
 def test_errors_are_raised() -> None:
-    reactor, work = SteppedReactor(), Steps(3, frozenset({1}))
+    reactor, work = SteppedReactor(), Steps(3)
 
-    def consume(number: int) -> None:
-        raise LookupError(number)
+    async def fail() -> None:
+        raise LookupError
 
     with pytest.raises(LookupError):
-        reactor.run(CooperativeThread(reactor).run(work.iterate(), consume))
-    assert work.closed
+        reactor.run(CooperativeThread(reactor).run(work.iterate(), after_slice=fail))
 
     def broken() -> Iterator[None]:
         yield None

@@ -18,16 +18,15 @@ from attrs import frozen
 
 from dockerproxy.oci.names import Digest
 from dockerproxy.store.blobs import Blobs
-from dockerproxy.store.cooperative import Progress
 from dockerproxy.store.hosted_tree import HostedTree
-from dockerproxy.store.importer import Importer
+from dockerproxy.store.importer import import_registry
 from dockerproxy.store.layout import Layout
 from dockerproxy.store.links import Links
-from dockerproxy.store.scrub import Finding, Scrubber
-from dockerproxy.store.sweep import Sweeper, SweepResult
+from dockerproxy.store.progress import Progress
+from dockerproxy.store.scrub import Finding, scrub
+from dockerproxy.store.sweep import sweep
 from tests.store.support.images import BOTH, ONE, TWO, ManifestTree, age_blobs, index
 from tests.store.support.images import image as oci_image
-from tests.store.support.reactor import SteppedReactor
 
 pytestmark = pytest.mark.skipif(
     not (shutil.which("docker-registry") and shutil.which("skopeo")), reason="needs docker-registry and skopeo"
@@ -238,14 +237,9 @@ def list_objects(root: Path) -> dict[str, set[str]]:
     return {**objects, "": {str(entry.key) for entry in store.blobs.walk()}}
 
 
-def sweep(root: Path, *, delete_untagged: bool = True) -> SweepResult:
-    reactor = SteppedReactor()
-    return reactor.run(Sweeper(reactor, HostedTree.from_layout(Layout(root))).sweep(delete_untagged=delete_untagged))
-
-
 def findings(root: Path) -> list[Finding]:
-    reactor, results = SteppedReactor(), list[Finding]()
-    reactor.run(Scrubber(reactor, Layout(root)).scrub(Progress(emit=results.append)))
+    results: list[Finding] = []
+    scrub(Layout(root), progress=Progress(emit=results.append))
     return results
 
 
@@ -262,7 +256,7 @@ def test_garbage_collection_against_distribution(theirs: Path, tmp_path: Path, d
          str(write_config(copy_root))],
         check=True, capture_output=True, timeout=60,
     )  # fmt: skip
-    assert sweep(theirs, delete_untagged=delete_untagged).problems == ()
+    assert sweep(Layout(theirs), delete_untagged=delete_untagged).problems == ()
     ours, its = list_objects(theirs), list_objects(copy_root)
     children = {str(child.digest) for child in BOTH.children} if delete_untagged else set()
     assert ours[""] - its[""] <= children | {str(Digest.of(blob)) for child in BOTH.children for blob in child.blobs}
@@ -287,8 +281,7 @@ def test_garbage_collection_against_distribution(theirs: Path, tmp_path: Path, d
 
 def test_imports_a_distribution_directory(theirs: Path, tmp_path: Path) -> None:
     store = HostedTree.from_layout(Layout(tmp_path / "ours"))
-    reactor = SteppedReactor()
-    result = reactor.run(Importer(reactor, store).import_from(theirs))
+    result = import_registry(store.layout, theirs)
     assert (result.untaken, result.repositories, result.tags) == (0, 3, 4)
     assert findings(store.layout.root) == findings(theirs) == []
     assert list_objects(store.layout.root) == list_objects(theirs)

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from twisted.internet.defer import CancelledError, Deferred
 
 from dockerproxy.oci.names import Digest
 from dockerproxy.store import importer
-from dockerproxy.store.cooperative import CooperativeThread, Progress
+from dockerproxy.store import progress as progress_module
 from dockerproxy.store.hosted_tree import HostedTree
-from dockerproxy.store.importer import Importer, ImportResult, NotARegistry, Skipped
+from dockerproxy.store.importer import ImportResult, NotARegistry, Skipped, import_registry
 from dockerproxy.store.layout import Layout
-from dockerproxy.store.scrub import Scrubber
+from dockerproxy.store.progress import Progress, Stopped
+from dockerproxy.store.scrub import scrub
 from tests.store.support.images import BOTH, ONE, TWO, image, put_image
-from tests.store.support.reactor import SteppedReactor
 
 REPOSITORY = "library/tiny"
 SIGNATURE = image(b"sig", b"signature", subject=BOTH)
@@ -44,18 +45,15 @@ def other(tmp_path: Path) -> HostedTree:
 
 
 def import_from(store: HostedTree, directory: Path, *, force: bool = False) -> tuple[ImportResult, list[Skipped]]:
-    reactor, skipped_items = SteppedReactor(), list[Skipped]()
-    result = reactor.run(
-        Importer(reactor, store).import_from(directory, force=force, progress=Progress(emit=skipped_items.append))
-    )
+    skipped_items: list[Skipped] = []
+    result = import_registry(store.layout, directory, force=force, progress=Progress(emit=skipped_items.append))
     assert result.untaken == len(skipped_items)
     assert os.listdir(store.layout.staging) == []
     return result, skipped_items
 
 
 def is_intact(store: HostedTree) -> bool:
-    reactor = SteppedReactor()
-    return reactor.run(Scrubber(reactor, store.layout).scrub()).findings == 0
+    return scrub(store.layout).findings == 0
 
 
 def test_imports_everything_in_repositories(store: HostedTree, other: HostedTree) -> None:
@@ -173,23 +171,21 @@ def test_an_invalid_repository_name_is_skipped(store: HostedTree, other: HostedT
     assert result.repositories == 1
 
 
-def test_a_cancelled_import_can_be_resumed(store: HostedTree, other: HostedTree) -> None:
-    reactor = SteppedReactor()
-    importer = Importer(reactor, store, thread=CooperativeThread(reactor, slice_length=-1))
+def test_a_stopped_import_can_be_resumed(store: HostedTree, other: HostedTree, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress_module, "_MAX_LOCK_HOLD", 0)  # report after each link
     steps = 0
     while True:
-        job = Deferred.fromCoroutine(importer.import_from(other.layout.root))
-        for _ in range(steps):
-            reactor.run_one()
-        if job.called:
+        remaining = iter(range(steps))
+
+        def stop(phase: str, done: int, total: int | None, remaining: Iterator[int] = remaining) -> None:
+            if next(remaining, None) is None:
+                raise Stopped
+
+        try:
+            import_registry(store.layout, other.layout.root, progress=Progress(report=stop))
             break
-        job.cancel()
-
-        async def wait(job: Deferred[ImportResult] = job) -> ImportResult:
-            return await job
-
-        with pytest.raises(CancelledError):
-            reactor.run(wait())
+        except Stopped:
+            pass
         assert not os.path.exists(store.layout.staging) or os.listdir(store.layout.staging) == []
         for repository in store.links.repositories():
             for tag in store.links.tags(repository):
@@ -201,10 +197,30 @@ def test_a_cancelled_import_can_be_resumed(store: HostedTree, other: HostedTree)
     assert store.links.tags(REPOSITORY) == ["latest", "v1"]
 
 
+def test_locks_cover_manifests_and_tags_only(store: HostedTree, other: HostedTree) -> None:
+    """Requests wait for a lock, so nothing is reported, which may block, while one is held."""
+    held: list[str] = []
+    locked: list[str] = []
+
+    @contextmanager
+    def lock(repository: str) -> Iterator[None]:
+        held.append(repository)
+        locked.append(repository)
+        yield
+        held.pop()
+
+    def check(*arguments: object) -> None:
+        assert not held
+
+    put_image(store, REPOSITORY, ONE, "v1")
+    import_registry(store.layout, other.layout.root, progress=Progress(check, check), lock=lock)
+    assert set(locked) == {REPOSITORY, "two"}
+
+
 def test_progress_reports_bytes_and_manifests(store: HostedTree, other: HostedTree) -> None:
-    reactor, reports = SteppedReactor(), list[tuple[str, int, int | None]]()
-    importer = Importer(reactor, store, thread=CooperativeThread(reactor, slice_length=-1))
-    reactor.run(importer.import_from(other.layout.root, progress=Progress(report=lambda *state: reports.append(state))))
+    reports: list[tuple[str, int, int | None]] = []
+    progress: Progress[Skipped] = Progress(report=lambda *state: reports.append(state))
+    import_registry(store.layout, other.layout.root, progress=progress)
     size = sum(entry.size for entry in other.blobs.walk())
     byte_counts = [done for phase, done, total in reports if phase == "contents" and total == size]
     assert byte_counts == sorted(byte_counts)

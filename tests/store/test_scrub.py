@@ -7,16 +7,15 @@ import os
 from pathlib import Path
 
 import pytest
-from twisted.internet.defer import CancelledError, Deferred
 
 from dockerproxy.oci.manifests import OCI_MANIFEST
 from dockerproxy.oci.names import Digest
-from dockerproxy.store.cooperative import CooperativeThread, Progress
 from dockerproxy.store.hosted_tree import HostedTree
 from dockerproxy.store.layout import Layout
-from dockerproxy.store.scrub import Finding, Scrubber, ScrubResult
+from dockerproxy.store.progress import Progress, Stopped
+from dockerproxy.store.scrub import Finding, ScrubResult
+from dockerproxy.store.scrub import scrub as scrub_layout
 from tests.store.support.images import BOTH, ONE, descriptor, image, put_image
-from tests.store.support.reactor import SteppedReactor
 
 REPOSITORY = "library/tiny"
 CONFIG = Digest.of(b"config1")
@@ -30,8 +29,8 @@ def store(tmp_path: Path) -> HostedTree:
 
 
 def scrub(store: HostedTree, *, links: bool = True) -> tuple[ScrubResult, list[Finding]]:
-    reactor, findings = SteppedReactor(), list[Finding]()
-    return reactor.run(Scrubber(reactor, store.layout, links).scrub(Progress(emit=findings.append))), findings
+    findings: list[Finding] = []
+    return scrub_layout(store.layout, check_links=links, progress=Progress(emit=findings.append)), findings
 
 
 def test_an_intact_store_has_no_findings(store: HostedTree) -> None:
@@ -136,22 +135,17 @@ def test_a_cache_may_have_dangling_links(store: HostedTree) -> None:
     assert (result.repositories, result.links, result.tags) == (0, 0, 0)
 
 
-def test_progress_and_cancellation(store: HostedTree) -> None:
-    reactor, reports = SteppedReactor(), list[tuple[str, int, int | None]]()
-    scrubber = Scrubber(reactor, store.layout, thread=CooperativeThread(reactor, slice_length=-1))
-    progress: Progress[Finding] = Progress(report=lambda *state: reports.append(state))
-    reactor.run(scrubber.scrub(progress))
+def test_progress_and_stop(store: HostedTree) -> None:
+    reports: list[tuple[str, int, int | None]] = []
+    scrub_layout(store.layout, progress=Progress(report=lambda *state: reports.append(state)))
     size = sum(entry.size for entry in store.blobs.walk())
     assert [state for state in reports if state[0] == "contents"][-1] == ("contents", size, size)
     assert reports[-1] == ("repositories", 1, None)
-    job = Deferred.fromCoroutine(scrubber.scrub())
-    for _ in range(10):
-        reactor.run_one()
-    job.cancel()
+    remaining = iter(range(10))
 
-    async def wait() -> ScrubResult:
-        return await job
+    def stop(phase: str, done: int, total: int | None) -> None:
+        if next(remaining, None) is None:
+            raise Stopped
 
-    with pytest.raises(CancelledError):
-        reactor.run(wait())
-    assert not reactor.busy
+    with pytest.raises(Stopped):
+        scrub_layout(store.layout, progress=Progress(report=stop))

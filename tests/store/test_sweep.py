@@ -10,18 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from twisted.internet.defer import CancelledError, Deferred
 
 from dockerproxy.oci.manifests import OCI_INDEX
 from dockerproxy.oci.names import Digest
 from dockerproxy.store import safe_delete as safe_delete_module
-from dockerproxy.store.cooperative import CooperativeThread, Progress
+from dockerproxy.store import sweep as sweep_module
 from dockerproxy.store.hosted_tree import HostedTree
 from dockerproxy.store.layout import Layout
+from dockerproxy.store.progress import Progress, RepositoryLock, Stopped
 from dockerproxy.store.safe_delete import DeleteOutcome, SafeDelete
-from dockerproxy.store.sweep import RemovedItem, Sweeper, SweepInProgress, SweepResult
+from dockerproxy.store.sweep import InvalidGracePeriod, RemovedItem, SweepResult, sweep
 from tests.store.support.images import BOTH, ONE, TWO, ManifestTree, age_blobs, descriptor, image, index, put_image
 from tests.store.support.reactor import SteppedReactor
+from tests.store.support.stepped_operation import SteppedOperation
 
 REPOSITORY = "library/tiny"
 
@@ -34,10 +35,6 @@ def reactor() -> SteppedReactor:
 @pytest.fixture
 def store(tmp_path: Path) -> HostedTree:
     return HostedTree.from_layout(Layout(tmp_path))
-
-
-def sweep(reactor: SteppedReactor, store: HostedTree, **options: Any) -> SweepResult:
-    return reactor.run(Sweeper(reactor, store).sweep(**options))
 
 
 def stored_digests(store: HostedTree) -> set[Digest]:
@@ -53,78 +50,76 @@ def closure(*manifests: ManifestTree) -> set[Digest]:
 # Retained objects
 
 
-def test_retains_everything_a_tag_reaches(reactor: SteppedReactor, store: HostedTree) -> None:
+def test_retains_everything_a_tag_reaches(store: HostedTree) -> None:
     put_image(store, REPOSITORY, BOTH, "v1")
     signature = image(b"sig", b"signature", subject=BOTH)
     again = image(b"sig", b"of the signature", subject=signature)
     put_image(store, REPOSITORY, signature)
     put_image(store, REPOSITORY, again)
     age_blobs(store)
-    result = sweep(reactor, store, delete_untagged=True)
+    result = sweep(store.layout, delete_untagged=True)
     assert stored_digests(store) == closure(BOTH, signature, again)
     assert (result.manifests, result.links, result.blobs, result.problems) == (0, 0, 0, ())
     assert result.needed == len(stored_digests(store))
 
 
-def test_retains_the_subject_of_a_tagged_manifest(reactor: SteppedReactor, store: HostedTree) -> None:
+def test_retains_the_subject_of_a_tagged_manifest(store: HostedTree) -> None:
     put_image(store, REPOSITORY, ONE)
     put_image(store, REPOSITORY, image(b"sig", b"signature", subject=ONE), "signature")
     age_blobs(store)
-    sweep(reactor, store, delete_untagged=True)
+    sweep(store.layout, delete_untagged=True)
     assert store.links.has_manifest(REPOSITORY, ONE.digest)
     assert closure(ONE) <= stored_digests(store)
 
 
-def test_a_subject_in_another_repository_only_is_not_retained(reactor: SteppedReactor, store: HostedTree) -> None:
+def test_a_subject_in_another_repository_only_is_not_retained(store: HostedTree) -> None:
     put_image(store, "other", BOTH, "v1")
     put_image(store, REPOSITORY, ONE)
     put_image(store, REPOSITORY, image(b"sig", b"signature", subject=BOTH), "signature")
     age_blobs(store)
-    sweep(reactor, store, delete_untagged=True)
+    sweep(store.layout, delete_untagged=True)
     assert not store.links.has_manifest(REPOSITORY, ONE.digest)
 
 
-def test_untagged_manifests_are_deleted_only_on_request(reactor: SteppedReactor, store: HostedTree) -> None:
+def test_untagged_manifests_are_deleted_only_on_request(store: HostedTree) -> None:
     put_image(store, REPOSITORY, ONE)
     age_blobs(store)
-    assert sweep(reactor, store).blobs == 0
+    assert sweep(store.layout).blobs == 0
     assert stored_digests(store) == closure(ONE)
-    assert sweep(reactor, store, delete_untagged=True).blobs == len(closure(ONE))
+    assert sweep(store.layout, delete_untagged=True).blobs == len(closure(ONE))
     assert stored_digests(store) == set()
 
 
-def test_retains_the_blobs_of_a_buildkit_cache_index(reactor: SteppedReactor, store: HostedTree) -> None:
+def test_retains_the_blobs_of_a_buildkit_cache_index(store: HostedTree) -> None:
     """BuildKit's `type=registry` cache: the index's children are blobs."""
     layer = b"a cached layer" * 1_000_000  # larger than the manifest size limit
     data = json.dumps({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": [descriptor("x/y", layer)]}).encode()
     cache = ManifestTree(OCI_INDEX, data, (layer,))
     put_image(store, REPOSITORY, cache, "cache")
     age_blobs(store)
-    assert sweep(reactor, store, delete_untagged=True).problems == ()
+    assert sweep(store.layout, delete_untagged=True).problems == ()
     assert store.links.has_layer(REPOSITORY, Digest.of(layer))
     assert stored_digests(store) == closure(cache)
 
 
 @pytest.mark.parametrize("text", ['{"blobs": [{"digest": "%s"}]}', "not JSON, but %s", '{"%s": NaN}'])
-def test_retains_every_digest_in_a_manifest_of_an_unknown_type(
-    reactor: SteppedReactor, store: HostedTree, text: str
-) -> None:
+def test_retains_every_digest_in_a_manifest_of_an_unknown_type(store: HostedTree, text: str) -> None:
     strange = ManifestTree("application/vnd.strange", (text % Digest.of(b"named")).encode(), (b"named",))
     put_image(store, REPOSITORY, strange, "strange")
     put_image(store, REPOSITORY, ONE)
     age_blobs(store)
-    assert sweep(reactor, store, delete_untagged=True).problems == ()
+    assert sweep(store.layout, delete_untagged=True).problems == ()
     assert stored_digests(store) == closure(strange)
 
 
-def test_retains_uploads_and_foreign_files(reactor: SteppedReactor, store: HostedTree) -> None:
+def test_retains_uploads_and_foreign_files(store: HostedTree) -> None:
     upload = store.uploads.start(REPOSITORY)
     upload.append([b"half"])
     store.uploads.suspend(upload)
     other = Path(store.layout.blobs) / "sha256/ab/notes.txt"
     other.parent.mkdir(parents=True)
     other.write_text("mine")
-    sweep(reactor, store, delete_untagged=True)
+    sweep(store.layout, delete_untagged=True)
     assert store.uploads.size(REPOSITORY, upload.session) == 4
     assert other.read_text() == "mine"
 
@@ -132,7 +127,7 @@ def test_retains_uploads_and_foreign_files(reactor: SteppedReactor, store: Hoste
 # Deleted objects
 
 
-def test_deletes_unreachable_objects(reactor: SteppedReactor, store: HostedTree) -> None:
+def test_deletes_unreachable_objects(store: HostedTree) -> None:
     signature = image(b"sig", b"signature", subject=ONE)
     put_image(store, REPOSITORY, ONE, "v1", "v2")
     put_image(store, REPOSITORY, signature)
@@ -143,7 +138,7 @@ def test_deletes_unreachable_objects(reactor: SteppedReactor, store: HostedTree)
     age_blobs(store)
     sizes = {entry.key: entry.size for entry in store.blobs.walk()}
     items: list[RemovedItem] = []
-    result = sweep(reactor, store, delete_untagged=True, progress=Progress(emit=items.append))
+    result = sweep(store.layout, delete_untagged=True, progress=Progress(emit=items.append))
     assert stored_digests(store) == closure(TWO)
     deleted = closure(ONE, signature) - closure(TWO) | {Digest.of(stray)}
     assert (result.manifests, result.links) == (2, 4)
@@ -159,33 +154,33 @@ def test_deletes_unreachable_objects(reactor: SteppedReactor, store: HostedTree)
     assert not os.path.exists(store.layout.referrers(REPOSITORY, ONE.digest))
 
 
-def test_links_are_swept_per_repository(reactor: SteppedReactor, store: HostedTree) -> None:
+def test_links_are_swept_per_repository(store: HostedTree) -> None:
     put_image(store, "one", ONE, "v1")
     for blob in (*ONE.blobs, b"mounted"):
         store.links.link_layer("two", Digest.of(blob))
     age_blobs(store)
-    assert sweep(reactor, store).links == 4
+    assert sweep(store.layout).links == 4
     assert list(store.links.layers("two")) == []
     assert set(store.links.layers("one")) == {Digest.of(blob) for blob in ONE.blobs}
 
 
-def test_removes_empty_repositories(reactor: SteppedReactor, store: HostedTree) -> None:
+def test_removes_empty_repositories(store: HostedTree) -> None:
     put_image(store, "a/b/c", ONE)
     put_image(store, "a/d", TWO, "v1")
     age_blobs(store)
-    sweep(reactor, store, delete_untagged=True)
+    sweep(store.layout, delete_untagged=True)
     assert list(store.links.repositories()) == ["a/d"]
     assert os.listdir(f"{store.layout.repositories}/a") == ["d"]
 
 
-def test_a_dry_run_deletes_nothing(reactor: SteppedReactor, store: HostedTree) -> None:
+def test_a_dry_run_deletes_nothing(store: HostedTree) -> None:
     put_image(store, REPOSITORY, BOTH, "v1")
     put_image(store, REPOSITORY, image(b"config3", b"base"), "v1")
     age_blobs(store)
     before = sorted(map(str, store.layout.root.rglob("*")))
-    dry_result = sweep(reactor, store, delete_untagged=True, dry_run=True)
+    dry_result = sweep(store.layout, delete_untagged=True, dry_run=True)
     assert sorted(map(str, store.layout.root.rglob("*"))) == before
-    result = sweep(reactor, store, delete_untagged=True)
+    result = sweep(store.layout, delete_untagged=True)
     assert dry_result.manifests == 3
     for name in ("manifests", "links", "blobs", "bytes", "needed", "recent_manifests", "recent"):
         assert getattr(dry_result, name) == getattr(result, name), name
@@ -194,7 +189,7 @@ def test_a_dry_run_deletes_nothing(reactor: SteppedReactor, store: HostedTree) -
 # Damage
 
 
-def test_skips_a_repository_with_a_damaged_manifest(reactor: SteppedReactor, store: HostedTree) -> None:
+def test_skips_a_repository_with_a_damaged_manifest(store: HostedTree) -> None:
     for repository in ("intact", "damaged"):
         put_image(store, repository, ONE, "v1")
         store.links.remove_tag(repository, "v1")
@@ -203,7 +198,7 @@ def test_skips_a_repository_with_a_damaged_manifest(reactor: SteppedReactor, sto
     put_image(store, "damaged", BOTH, "v1")
     Path(store.layout.blob(BOTH.digest)).write_bytes(b"{}")
     age_blobs(store)
-    result = sweep(reactor, store, delete_untagged=True)
+    result = sweep(store.layout, delete_untagged=True)
     assert len(result.problems) == 1
     assert "damaged" in result.problems[0] and str(BOTH.digest) in result.problems[0]
     assert closure(BOTH) | {Digest.of(b"unused")} == stored_digests(store)
@@ -212,7 +207,7 @@ def test_skips_a_repository_with_a_damaged_manifest(reactor: SteppedReactor, sto
 
 
 @pytest.mark.parametrize("damage", ["missing", "no link", "torn tag", "too long", "no manifest"])
-def test_damage_of_any_kind_deletes_nothing(reactor: SteppedReactor, store: HostedTree, damage: str) -> None:
+def test_damage_of_any_kind_deletes_nothing(store: HostedTree, damage: str) -> None:
     put_image(store, REPOSITORY, BOTH, "v1")
     put_image(store, REPOSITORY, ONE, "v2")
     blob = Path(store.layout.blob(ONE.digest))
@@ -229,21 +224,19 @@ def test_damage_of_any_kind_deletes_nothing(reactor: SteppedReactor, store: Host
             put_image(store, REPOSITORY, ManifestTree(OCI_INDEX, b"[]"))
     age_blobs(store)
     before = stored_digests(store)
-    result = sweep(reactor, store, delete_untagged=True)
+    result = sweep(store.layout, delete_untagged=True)
     assert len(result.problems) == 1, result
     assert stored_digests(store) == before
     assert all(store.links.has_layer(REPOSITORY, Digest.of(data)) for data in (*ONE.blobs, *TWO.blobs))
 
 
-def test_retains_files_of_another_user(
-    reactor: SteppedReactor, store: HostedTree, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_retains_files_of_another_user(store: HostedTree, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the owner can set their mtime, so their last use is not known."""
     put_image(store, REPOSITORY, ONE)
     store.blobs.put(b"loose", Digest.of(b"loose"))
     age_blobs(store)
     monkeypatch.setattr(safe_delete_module.os, "geteuid", lambda: os.getuid() + 1000)
-    result = sweep(reactor, store, delete_untagged=True)
+    result = sweep(store.layout, delete_untagged=True)
     assert (result.manifests, result.blobs, result.foreign, result.foreign_bytes) == (0, 0, 2, 5)
     assert stored_digests(store) == closure(ONE) | {Digest.of(b"loose")}
 
@@ -251,43 +244,43 @@ def test_retains_files_of_another_user(
 # Concurrent use
 
 
-def test_objects_used_within_the_grace_period_are_retained(reactor: SteppedReactor, store: HostedTree) -> None:
+def test_objects_used_within_the_grace_period_are_retained(store: HostedTree) -> None:
     put_image(store, REPOSITORY, ONE)
     age_blobs(store, 1800)
-    result = sweep(reactor, store, delete_untagged=True)
+    result = sweep(store.layout, delete_untagged=True)
     assert (result.recent_manifests, result.blobs, result.recent) == (1, 0, 0), (
         "a recent manifest retains its references"
     )
     store.blobs.put(b"loose", Digest.of(b"loose"))
-    result = sweep(reactor, store, delete_untagged=True)
+    result = sweep(store.layout, delete_untagged=True)
     assert (result.blobs, result.recent, result.recent_bytes) == (0, 1, 5)
-    assert sweep(reactor, store, delete_untagged=True, grace=600).blobs == len(closure(ONE))
-    with pytest.raises(ValueError, match="120"):
-        sweep(reactor, store, grace=60)
+    assert sweep(store.layout, delete_untagged=True, grace=600).blobs == len(closure(ONE))
+    for grace in (60, float("nan"), -1):
+        with pytest.raises(InvalidGracePeriod, match="120"):
+            sweep(store.layout, grace=grace)
+    assert stored_digests(store) == {Digest.of(b"loose")}
 
 
-def start_after_mark(reactor: SteppedReactor, store: HostedTree) -> Deferred[SweepResult]:
+def start(reactor: SteppedReactor, store: HostedTree, **options: Any) -> SteppedOperation[SweepResult]:
+    def operation(progress: Progress[RemovedItem], lock: RepositoryLock) -> SweepResult:
+        return sweep(store.layout, delete_untagged=True, progress=progress, lock=lock, **options)
+
+    return SteppedOperation(reactor, operation, store.locks)
+
+
+def start_after_mark(reactor: SteppedReactor, store: HostedTree) -> SteppedOperation[SweepResult]:
     """Start a collection and run it to the end of its mark phase."""
-    marks: list[int] = []
-    thread = CooperativeThread(reactor, slice_length=-1)
-    sweeper = Sweeper(reactor, store, thread=thread)
-    progress: Progress[RemovedItem] = Progress(
-        report=lambda phase, done, total: marks.append(1) if phase == "mark" else None
-    )
-    reactor.run(sweeper.sweep(delete_untagged=True, dry_run=True, progress=progress))
-    expected = len(marks)
-    marks.clear()
-    sweep = Deferred.fromCoroutine(
-        Sweeper(reactor, store, thread=thread).sweep(delete_untagged=True, progress=progress)
-    )
-    while len(marks) < expected:
+    dry_run = start(reactor, store, dry_run=True)
+    finish(reactor, dry_run)
+    operation = start(reactor, store)
+    while operation.reports_of("mark") < dry_run.reports_of("mark"):
         reactor.run_one()
-    return sweep
+    return operation
 
 
-def finish(reactor: SteppedReactor, sweep: Deferred[SweepResult]) -> SweepResult:
+def finish(reactor: SteppedReactor, operation: SteppedOperation[SweepResult]) -> SweepResult:
     async def wait() -> SweepResult:
-        return await sweep
+        return await operation.ended
 
     return reactor.run(wait())
 
@@ -300,28 +293,28 @@ def test_a_child_used_after_the_mark_phase_retains_its_index(
     children = [image(b"config%d" % number, b"base", b"layer%d" % number) for number in range(4)]
     put_image(store, REPOSITORY, index(*children))
     age_blobs(store)
-    sweep = start_after_mark(reactor, store)
+    operation = start_after_mark(reactor, store)
     store.blobs.touch(children[child].digest)
-    result = finish(reactor, sweep)
+    result = finish(reactor, operation)
     assert result.manifests == 0
     assert stored_digests(store) == closure(index(*children))
     assert set(store.links.layers(REPOSITORY)) == {Digest.of(blob) for child in children for blob in child.blobs}
 
 
-def test_a_recently_used_index_retains_its_children(reactor: SteppedReactor, store: HostedTree) -> None:
+def test_a_recently_used_index_retains_its_children(store: HostedTree) -> None:
     put_image(store, REPOSITORY, BOTH)
     age_blobs(store)
     store.blobs.touch(BOTH.digest)
-    assert sweep(reactor, store, delete_untagged=True).manifests == 0
+    assert sweep(store.layout, delete_untagged=True).manifests == 0
     assert stored_digests(store) == closure(BOTH)
 
 
 def test_a_blob_used_after_the_mark_phase_is_retained(reactor: SteppedReactor, store: HostedTree) -> None:
     put_image(store, REPOSITORY, ONE)
     age_blobs(store)
-    sweep = start_after_mark(reactor, store)
+    operation = start_after_mark(reactor, store)
     store.blobs.touch(Digest.of(b"base"))
-    result = finish(reactor, sweep)
+    result = finish(reactor, operation)
     assert (result.manifests, result.links, result.blobs, result.recent) == (1, 2, 3, 1)
     assert store.links.has_layer(REPOSITORY, Digest.of(b"base"))
     assert stored_digests(store) == {Digest.of(b"base")}
@@ -332,12 +325,12 @@ def test_a_large_group_is_deleted_in_batches(reactor: SteppedReactor, store: Hos
     large = index(*children)
     put_image(store, REPOSITORY, large)
     age_blobs(store)
-    sweep = start_after_mark(reactor, store)
+    operation = start_after_mark(reactor, store)
     while store.links.has_manifest(REPOSITORY, large.digest):
         reactor.run_one()
     later_child = next(child for child in children if store.links.has_manifest(REPOSITORY, child.digest))
     store.blobs.touch(later_child.digest)
-    result = finish(reactor, sweep)
+    result = finish(reactor, operation)
     assert result.manifests in (32, 64, 96)
     remaining = [child for child in children if store.links.has_manifest(REPOSITORY, child.digest)]
     assert len(remaining) == 101 - result.manifests
@@ -345,30 +338,27 @@ def test_a_large_group_is_deleted_in_batches(reactor: SteppedReactor, store: Hos
     assert stored_digests(store) == closure(*remaining)
 
 
-def test_only_one_collection_runs_at_a_time(reactor: SteppedReactor, store: HostedTree) -> None:
-    put_image(store, REPOSITORY, ONE)
-    sweeper = Sweeper(reactor, store)
-    first = Deferred.fromCoroutine(sweeper.sweep())
-    with pytest.raises(SweepInProgress):
-        reactor.run(sweeper.sweep())
-    finish(reactor, first)
-    assert reactor.run(sweeper.sweep()).repositories == 1
+@pytest.fixture
+def single_deletions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Delete one link or blob per step."""
+    monkeypatch.setattr(sweep_module, "_BATCH", 1)
 
 
-def test_a_cancelled_collection_leaves_no_staged_files(reactor: SteppedReactor, store: HostedTree) -> None:
+def test_a_stopped_collection_leaves_no_staged_files(
+    reactor: SteppedReactor, store: HostedTree, single_deletions: None
+) -> None:
     put_image(store, REPOSITORY, BOTH)
     age_blobs(store)
-    sweeper = Sweeper(reactor, store, thread=CooperativeThread(reactor, slice_length=-1))
     steps = 0
     while True:
-        sweep = Deferred.fromCoroutine(sweeper.sweep(delete_untagged=True))
+        operation = start(reactor, store)
         for _ in range(steps):
             reactor.run_one()
-        if sweep.called:
+        if operation.ended.called:
             break
-        sweep.cancel()
-        with pytest.raises(CancelledError):
-            finish(reactor, sweep)
+        operation.stop()
+        with pytest.raises(Stopped):
+            finish(reactor, operation)
         assert not reactor.busy
         assert not os.path.exists(store.layout.staging) or os.listdir(store.layout.staging) == []
         steps += 1

@@ -1,17 +1,19 @@
 """State machine test: pushes, deletions and garbage collection, interleaved at random and compared with a model.
 
-No real threads run. The reactor is a clock with a thread pool that queues each call until the test runs it. A
-collection can therefore pause between any two slices while clients continue, and vice versa. The test simulates the
-passing of time by making files older.
+The reactor is a clock with a thread pool that queues each call until the test runs it. A collection is one of these
+jobs after each of its steps, so it can pause between any two while clients continue, and vice versa. Its thread never
+runs at the same time as the test's. The test simulates the passing of time by making files older.
 """
 
 from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 from attrs import define, field
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -28,12 +30,15 @@ from dockerproxy.oci.routes import route
 from dockerproxy.registry.api import RegistryAPI
 from dockerproxy.registry.hosted import HostedRegistry
 from dockerproxy.registry.push import PushHandler
-from dockerproxy.store.cooperative import CooperativeThread
+from dockerproxy.store import progress as progress_module
+from dockerproxy.store import sweep as sweep_module
 from dockerproxy.store.hosted_tree import HostedTree
 from dockerproxy.store.layout import Layout
-from dockerproxy.store.sweep import Sweeper, SweepResult
+from dockerproxy.store.progress import Progress, RepositoryLock, Stopped
+from dockerproxy.store.sweep import RemovedItem, SweepResult, sweep
 from tests.store.support.images import ManifestTree, age_blobs, image, index
 from tests.store.support.reactor import SteppedReactor
+from tests.store.support.stepped_operation import SteppedOperation
 
 
 def make_manifests() -> list[ManifestTree]:
@@ -122,9 +127,7 @@ class SweepMachine(RuleBasedStateMachine):
         self.layout = Layout(Path(self.directory.name))
         self.store = HostedTree.from_layout(self.layout)
         self.registry = InMemoryRegistry(self.reactor, self.store)
-        # A negative slice length makes each step a slice of its own.
-        self.sweeper = Sweeper(self.reactor, self.store, thread=CooperativeThread(self.reactor, slice_length=-1))
-        self.sweep: Deferred[SweepResult] | None = None
+        self.sweep: SteppedOperation[SweepResult] | None = None
         self.pending_tags: set[tuple[str, str | None]] = set()
         self.tags: dict[tuple[str, str], ManifestTree] = {}
         self.failures: list[Any] = []
@@ -181,9 +184,9 @@ class SweepMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.sweep is not None)
     @rule()
-    def cancel(self) -> None:
+    def stop(self) -> None:
         assert self.sweep is not None
-        self.sweep.cancel()
+        self.sweep.stop()
 
     # Time
 
@@ -265,18 +268,30 @@ class SweepMachine(RuleBasedStateMachine):
 
     def start_sweep(self, delete_untagged: bool, dry_run: bool) -> None:
         self.manifests_before = {name: set(self.store.links.manifests(name)) for name in REPOSITORIES}
-        sweep = Deferred.fromCoroutine(self.sweeper.sweep(delete_untagged=delete_untagged, dry_run=dry_run))
-        self.sweep = sweep
+
+        def operation(progress: Progress[RemovedItem], lock: RepositoryLock) -> SweepResult:
+            return sweep(self.layout, delete_untagged=delete_untagged, dry_run=dry_run, progress=progress, lock=lock)
+
+        self.sweep = SteppedOperation(self.reactor, operation, self.store.locks)
 
         def on_finished(result: Any) -> None:
             self.sweep = None
-            if not isinstance(result, SweepResult) and "CancelledError" not in str(result.type):
-                self.failures.append(result)
-            elif isinstance(result, SweepResult):
+            if isinstance(result, SweepResult):
                 assert not result.problems
+            else:
+                result.trap(Stopped)
 
-        sweep.addBoth(on_finished)
-        sweep.addErrback(self.failures.append)
+        self.sweep.ended.addBoth(on_finished)
+        self.sweep.ended.addErrback(self.failures.append)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def short_steps() -> Iterator[None]:
+    """Delete one link or blob per step, and hold a lock for one step at a time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sweep_module, "_BATCH", 1)
+        patch.setattr(progress_module, "_MAX_LOCK_HOLD", 0)
+        yield
 
 
 TestSweep = SweepMachine.TestCase
