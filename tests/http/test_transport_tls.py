@@ -10,10 +10,11 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any, ClassVar
+from unittest.mock import patch
 
 from OpenSSL import SSL
+from twisted.internet.error import ConnectionDone
 from twisted.internet.interfaces import IHandshakeListener
 from twisted.internet.protocol import Protocol, connectionDone
 from twisted.internet.task import deferLater
@@ -26,6 +27,7 @@ from dockerproxy.http.transport import SocketTransport
 from tests.http.support.loopback import (
     MIB,
     OVER_KERNEL_BUFFERS,
+    RECORD_SIZE,
     SERVER_CONTEXT,
     TIMEOUT,
     MemoryBIOClient,
@@ -182,7 +184,7 @@ class HandshakeTests(SocketTestCase):
                     pass
 
         def read_once() -> None:
-            self.patch(tls, "lib", SimpleNamespace(SSL_read=lambda connection, place, size: size))
+            self.patch(tls, "_read_record", lambda connection, offset: RECORD_SIZE)
             self.assertIsNone(transports[0].doRead())
             sizes.append(len(recorder.received))
             recorder.transport.abortConnection()
@@ -408,6 +410,40 @@ class UpgradeToTLSTests(SocketTestCase):
             reason = await recorder.connection_lost
             assert isinstance(reason, SSL.Error)
             self.assertEqual(describe_handshake_error(reason), "http request")
+
+
+class PublicFunctionsMixin(SocketTestCase):
+    """A pyOpenSSL without the private names that `make_record_reader` uses."""
+
+    def setUp(self) -> None:
+        with patch.dict(sys.modules, {"OpenSSL._util": None}):
+            buffer, read_record = tls.make_record_reader()
+        self.assertIsInstance(buffer.obj, bytearray)
+        self.patch(tls, "_read_buffer", buffer)
+        self.patch(tls, "_read_record", read_record)
+
+
+class HandshakeWithPublicFunctionsTests(PublicFunctionsMixin, HandshakeTests): ...
+
+
+class UpgradeToTLSWithPublicFunctionsTests(PublicFunctionsMixin, UpgradeToTLSTests):
+    async def test_content_is_received_unchanged(self) -> None:
+        recorder = RecordingProtocol()
+        port, _ = self.serve(recorder)
+        content = random.Random(3).randbytes(3 * MIB)
+
+        def client() -> None:
+            with dial(port) as sock:
+                sock.sendall(self.CONNECT_REQUEST)
+                read_exactly(sock, len(self.CONNECT_RESPONSE))
+                with client_context().wrap_socket(sock, server_hostname="a.test") as secure:
+                    secure.sendall(content)
+                    with contextlib.suppress(ssl.SSLEOFError):  # the server does not respond with a close_notify
+                        secure.unwrap()
+
+        await self.in_thread(client)
+        self.assertEqual(type(await recorder.connection_lost), ConnectionDone)
+        self.assertEqual(recorder.received, content)
 
 
 class OverestimatingTransport(TLSTransport):
