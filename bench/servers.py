@@ -191,9 +191,9 @@ class BenchServer:
 
 
 def _cpu(pid: int) -> float:
-    # proc(5), fields 14 and 15. They are counted after the name in parentheses, because it may contain spaces.
-    user, system = _stat(pid).split()[11:13]
-    return (int(user) + int(system)) / _CLOCK_TICKS
+    # proc(5), fields 14 to 17: the process's own, and that of its children that have ended, such as the one that
+    # collects garbage. They are counted after the name in parentheses, because it may contain spaces.
+    return sum(map(int, _stat(pid).split()[11:15])) / _CLOCK_TICKS
 
 
 def _stat(pid: int) -> str:

@@ -42,9 +42,13 @@ _NICENESS = 10
 """It also lowers the priority of disk accesses: Linux derives one from the other (ioprio_set(2))."""
 
 _MIN_MEMORY = 512 * 1024 * 1024
-"""Bytes of memory that the process may always use. A collection needs about 200 MB for a million blobs."""
+"""Bytes of memory that the process may always use. A collection needs about 0.2 KB for each blob, and for
+each link of the largest repository."""
 
 _MEMORY_SHARE = 4  # it may use a fourth of the machine's memory if that is more
+
+_OOM_SCORE_ADJUSTMENT = "500"
+"""If the machine runs out of memory, the kernel kills this process rather than the daemon (proc(5))."""
 
 _IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """The terminal and systemd send these signals to all processes. The daemon stops this one by closing its input."""
@@ -164,14 +168,24 @@ def default_memory_limit() -> int:
     return max(_MIN_MEMORY, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // _MEMORY_SHARE)
 
 
+def limit_resources(memory_limit: int) -> None:
+    """Make this process yield the processor, the disk and the memory to others. Allow it `memory_limit` bytes."""
+    # A sandbox may refuse each of these, and the operation works without.
+    with suppress(OSError):
+        os.nice(_NICENESS)
+    with suppress(OSError, ValueError):  # ValueError: the hard limit is lower already
+        resource.setrlimit(resource.RLIMIT_DATA, (memory_limit, memory_limit))
+    with suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text(_OOM_SCORE_ADJUSTMENT)
+
+
 def main(arguments: Sequence[str]) -> None:
     """Run the operation that the command line names."""
     name, options = arguments
     for signal_number in _IGNORED_SIGNALS:
         signal.signal(signal_number, signal.SIG_IGN)
-    os.nice(_NICENESS)
     memory_limit = default_memory_limit()
-    resource.setrlimit(resource.RLIMIT_DATA, (memory_limit, memory_limit))
+    limit_resources(memory_limit)
     run(Daemon(0, 1), partial(OPERATIONS[name], **json.loads(options)), memory_limit)
 
 

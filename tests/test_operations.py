@@ -94,6 +94,7 @@ def test_low_priority_and_limits(store: HostedTree) -> None:
     with start("gc", store) as process:
         read_events(process, until="lock")
         assert os.getpriority(os.PRIO_PROCESS, process.pid) == min(19, os.getpriority(os.PRIO_PROCESS, 0) + 10)
+        assert Path(f"/proc/{process.pid}/oom_score_adj").read_text() == "500\n"
         limit = resource.prlimit(process.pid, resource.RLIMIT_DATA)[0]
         assert limit == operations.default_memory_limit() >= 512 * 1024 * 1024
         # The signals that the terminal and systemd send to all processes.

@@ -6,8 +6,9 @@ Both use `blobs` (files by digest; a manifest is a blob too) and `links` (which 
 
 The hosted registry adds `uploads` (blobs that are being pushed) and `referrers` (the index behind the referrers API).
 `hosted_tree` combines its parts. `sweep` collects garbage: `mark` finds the reachable blobs, `safe_delete` deletes
-the others. `scrub` verifies the store, and `importer` imports the directory of another registry. All three run beside
-requests, in short slices (`cooperative`).
+the others. `scrub` verifies the store, and `importer` imports the directory of another registry. All three are plain
+loops that run in a process of their own (`dockerproxy.operations`) and report their `progress`. Walks in the daemon run
+beside requests, in short slices (`cooperative`).
 
 All writes go through `files`, which writes a staged file and renames it. Neither a reader nor a crash ever sees a
 partial file.
