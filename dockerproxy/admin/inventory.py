@@ -88,7 +88,8 @@ def _media_type_in_content(store: StoreView, digest: Digest) -> str | None:
 class Closure:
     """The objects reachable from root manifests: `manifests`, including the roots, and `blobs`.
 
-    Only manifests that the repository has are followed.
+    Only manifests that the repository has are followed. Of the blobs, only those are included that the repository links
+    or that exist, because a manifest may be full of digests of nothing.
     """
 
     def __init__(self, store: StoreView, repository: str) -> None:
@@ -106,13 +107,23 @@ class Closure:
                 continue
             self.manifests.add(digest)
             references = self._read(digest)
-            # An index may refer to blobs instead of manifests (BuildKit's cache).
-            children = [
-                child for child in references.manifests if self._store.links.has_manifest(self._repository, child)
-            ]
-            pending.extend(children)
-            self.blobs |= references.objects.difference(children)
             yield None
+            children: set[Digest] = set()
+            for count, child in enumerate(references.manifests):
+                # An index may refer to blobs instead of manifests (BuildKit's cache).
+                if self._store.links.has_manifest(self._repository, child):
+                    children.add(child)
+                if count % _BATCH == 0:
+                    yield None
+            pending.extend(children - self.manifests)
+            for count, digest in enumerate(references.objects):
+                if digest not in children and self._has_blob(digest):
+                    self.blobs.add(digest)
+                if count % _BATCH == 0:
+                    yield None
+
+    def _has_blob(self, digest: Digest) -> bool:
+        return self._store.links.has_layer(self._repository, digest) or self._store.blobs.exists(digest)
 
     def _read(self, digest: Digest) -> References:
         content = read_small(self._store.layout.blob(digest), MAX_MANIFEST + 1)

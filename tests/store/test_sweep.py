@@ -72,6 +72,16 @@ def test_retains_the_subject_of_a_tagged_manifest(store: HostedTree) -> None:
     assert closure(ONE) <= stored_digests(store)
 
 
+def test_retains_the_signatures_of_a_manifest_that_is_not_pushed_yet(store: HostedTree) -> None:
+    """An index may list images that come later, and the signatures of these may come before them."""
+    put_image(store, REPOSITORY, ManifestTree(BOTH.media_type, BOTH.data), "v1")
+    signature = image(b"sig", b"signature", subject=ONE)
+    put_image(store, REPOSITORY, signature)
+    age_blobs(store)
+    assert sweep(store.layout, delete_untagged=True).problems == ()
+    assert store.links.has_manifest(REPOSITORY, signature.digest)
+
+
 def test_a_subject_in_another_repository_only_is_not_retained(store: HostedTree) -> None:
     put_image(store, "other", BOTH, "v1")
     put_image(store, REPOSITORY, ONE)
@@ -299,6 +309,41 @@ def test_a_child_used_after_the_mark_phase_retains_its_index(
     assert result.manifests == 0
     assert stored_digests(store) == closure(index(*children))
     assert set(store.links.layers(REPOSITORY)) == {Digest.of(blob) for child in children for blob in child.blobs}
+
+
+@pytest.mark.parametrize("used", ["subject", "signature"])
+def test_a_subject_and_its_signature_used_after_the_mark_phase_retain_each_other(
+    reactor: SteppedReactor, store: HostedTree, used: str
+) -> None:
+    signature = image(b"sig", b"signature", subject=ONE)
+    put_image(store, REPOSITORY, ONE)
+    put_image(store, REPOSITORY, signature)
+    age_blobs(store)
+    operation = start_after_mark(reactor, store)
+    store.blobs.touch(ONE.digest if used == "subject" else signature.digest)
+    assert finish(reactor, operation).manifests == 0
+    assert stored_digests(store) == closure(ONE, signature)
+
+
+@pytest.mark.parametrize("damage", ["missing", "changed"])
+def test_a_manifest_damaged_after_the_mark_phase_retains_its_repository(
+    reactor: SteppedReactor, store: HostedTree, damage: str
+) -> None:
+    """Its references are read again when it turns out to be in use, and are unknown then."""
+    put_image(store, REPOSITORY, BOTH)
+    put_image(store, "other", image(b"other"))
+    age_blobs(store)
+    operation = start_after_mark(reactor, store)
+    store.blobs.touch(TWO.digest)
+    path = Path(store.layout.blob(ONE.digest))
+    path.unlink()
+    if damage == "changed":
+        path.write_bytes(b"{}")
+    result = finish(reactor, operation)
+    assert len(result.problems) == 1 and str(ONE.digest) in result.problems[0]
+    assert closure(BOTH) - {ONE.digest} <= stored_digests(store)
+    assert list(store.links.repositories()) == [REPOSITORY]
+    assert set(store.links.layers(REPOSITORY)) == {Digest.of(blob) for part in (ONE, TWO) for blob in part.blobs}
 
 
 def test_a_recently_used_index_retains_its_children(store: HostedTree) -> None:
