@@ -26,12 +26,12 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
+from attrs import field, frozen
 from twisted.internet.defer import Deferred, DeferredLock
-from twisted.internet.task import deferLater
 from twisted.logger import Logger
 
 from dockerproxy.cache.download_state import DownloadState
-from dockerproxy.cache.ingests import DownloadInfo, FollowedIngest, Ingests, IngestWriter
+from dockerproxy.cache.ingests import DownloadInfo, FollowedIngest, IngestObserver, Ingests, IngestWriter
 from dockerproxy.cache.reader import WITHHELD_BYTES, BlobReader
 from dockerproxy.cache.resumable import PartialTooLong, ResumableGet
 from dockerproxy.cache.space import CacheSpace, Reservation
@@ -53,7 +53,6 @@ if TYPE_CHECKING:
 _MAX_WRITE_SIZE = 2 * 1024 * 1024
 _MIN_PIECE_SIZE = 64 * 1024  # bytes; smaller pieces are read from the file, many at a time
 _FSYNC_THRESHOLD = 64 * 1024 * 1024  # bytes; an NVMe disk needs 0.02 s for them
-_POLL_INTERVAL = 0.01  # seconds between two checks of a foreign ingest
 _LEND_TIMEOUT = 5.0  # seconds for which a failed download keeps its connection open for a reader
 _INTERNAL_ERROR = "the download failed because of an internal error; see the log of docker-registry-proxy"
 
@@ -72,6 +71,18 @@ class IngestUnavailable(IngestFailed):
     """The ingest file cannot be opened or read."""
 
 
+@frozen
+class DownloadResources:
+    """What all downloads of a process share."""
+
+    reactor: Any
+    upstream: RegistryClient
+    space: CacheSpace
+    ingests: Ingests
+    observer: IngestObserver
+    sync_lock: DeferredLock = field(factory=DeferredLock)
+
+
 class BlobDownload:
     """The download of one blob, started for the first client that requested it, `principal`.
 
@@ -79,22 +90,15 @@ class BlobDownload:
     """
 
     def __init__(
-        self,
-        reactor: Any,
-        upstream: RegistryClient,
-        principal: UpstreamPrincipal,
-        digest: Digest,
-        space: CacheSpace,
-        ingests: Ingests,
-        on_verified: OnVerified,
-        sync_lock: DeferredLock,
+        self, resources: DownloadResources, principal: UpstreamPrincipal, digest: Digest, on_verified: OnVerified
     ) -> None:
-        self._reactor = reactor
-        self._upstream = upstream
-        self._space = space
-        self._ingests = ingests
+        self._reactor = resources.reactor
+        self._upstream = resources.upstream
+        self._space = resources.space
+        self._ingests = resources.ingests
+        self._observer = resources.observer
         self._on_verified = on_verified
-        self._background_fsync = BackgroundFsync(reactor, sync_lock)
+        self._background_fsync = BackgroundFsync(resources.reactor, resources.sync_lock)
         self._principal = principal
         self._info: DownloadInfo | None = None  # what is known of upstream's response
         self._waiters: list[Deferred[None]] = []
@@ -263,13 +267,13 @@ class BlobDownload:
         ingest = None
         try:
             self._fd = foreign.reader()
-            while foreign.in_progress:
-                ingest = foreign.try_take_over()
-                if ingest is not None:
-                    self._update_from(foreign)
-                    return ingest
-                self._update_from(foreign)
-                await deferLater(self._reactor, _POLL_INTERVAL)
+            with self._observer.observe(self._fd) as changes:
+                while foreign.in_progress:
+                    ingest = foreign.try_take_over()
+                    progress = self._update_from(foreign)
+                    if ingest is not None:
+                        return ingest
+                    await changes.wait(progress=progress)
             self._update_from(foreign)
             if self._info is not None and not self._ingests.was_committed(foreign):
                 # It is unknown whether the content was wrong or the disk full. The readers' hash decides.
@@ -287,7 +291,8 @@ class BlobDownload:
             self._close_file()
         return None
 
-    def _update_from(self, foreign: FollowedIngest) -> None:
+    def _update_from(self, foreign: FollowedIngest) -> bool:
+        """Pass on what is new of `foreign`. Return whether it has grown."""
         if self._info is None and (info := self._ingests.read_info(self.key)) is not None:
             self._info, self.size = info, info.size
             self._change_state(DownloadState.FOLLOWING)
@@ -295,8 +300,10 @@ class BlobDownload:
         if size < self.written:
             # The readers cannot continue, because this process has not hashed the bytes that they have.
             raise UpstreamBroken(f"another process discarded its partial download of {self.digest}")
-        if size > self.written:
-            self._grow(size)
+        if size == self.written:
+            return False
+        self._grow(size)
+        return True
 
     @asynccontextmanager
     async def _holding(self, ingest: IngestWriter) -> AsyncIterator[None]:
@@ -346,7 +353,7 @@ class BlobDownload:
         info = self._describe(source)
         self._mark_started(info)
         if info.size is None or info.size > VERIFY_FIRST_SIZE:  # else it is served only when complete
-            self._ingests.publish_info(self.key, info)
+            self._ingests.publish_info(ingest, info)
         await self._reserve(reservation, self.written if info.size is None else info.size)
         while pieces := await source.read(min(_MAX_WRITE_SIZE, self.written)):
             try:
@@ -454,11 +461,7 @@ class Downloads:
     """The active downloads, by registry and digest."""
 
     def __init__(self, reactor: Any, upstream: RegistryClient, space: CacheSpace, ingests: Ingests) -> None:
-        self._reactor = reactor
-        self._upstream = upstream
-        self._space = space
-        self._ingests = ingests
-        self._sync_lock = DeferredLock()
+        self._resources = DownloadResources(reactor, upstream, space, ingests, IngestObserver(reactor))
         self._downloads: dict[IngestKey, BlobDownload] = {}
 
     def get(self, key: IngestKey) -> BlobDownload | None:
@@ -467,9 +470,7 @@ class Downloads:
 
     def start(self, principal: UpstreamPrincipal, digest: Digest, on_verified: OnVerified) -> BlobDownload:
         """Start to download `digest` for `principal`. The download continues even if all readers close."""
-        download = BlobDownload(
-            self._reactor, self._upstream, principal, digest, self._space, self._ingests, on_verified, self._sync_lock
-        )
+        download = BlobDownload(self._resources, principal, digest, on_verified)
         self._downloads[download.key] = download
         spawn(self._run(download), f"the download of {digest}")
         return download

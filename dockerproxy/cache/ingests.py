@@ -2,19 +2,26 @@
 
 Downloads coordinate through the ingest file and its lock. The file does not contain the size of the blob, nor the
 repository and identity of the request. The writing process publishes these as a `DownloadInfo` record.
+
+A process that follows the ingest of another one is told of each change by the kernel (`IngestObserver`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from attrs import asdict, frozen
+from twisted.internet.defer import Deferred
+from twisted.internet.task import deferLater
+from twisted.logger import Logger
 
 from dockerproxy.cache.best_effort import try_put, try_remove
 from dockerproxy.oci.names import Digest
 from dockerproxy.store.blobs import Blobs
 from dockerproxy.store.ingest import ForeignIngest, Ingest
+from dockerproxy.store.inotify import FileWatcher
 from dockerproxy.store.layout import IngestKey, Layout
 from dockerproxy.store.records import Records
 
@@ -22,6 +29,12 @@ if TYPE_CHECKING:
     from hashlib import _Hash
 
 _RECORD_KIND = "flight"
+
+_MIN_INTERVAL = 0.01  # seconds between two looks at a followed ingest
+_MAX_INTERVAL = 1.0
+_MAX_POLL_INTERVAL = 0.1  # without inotify
+
+log = Logger()
 
 
 @frozen
@@ -51,6 +64,8 @@ class IngestWriter(Protocol):
 
     def hasher_copy(self) -> _Hash: ...
 
+    def touch(self) -> None: ...
+
     def commit(self, blobs: Blobs) -> None: ...
 
     def discard(self) -> None: ...
@@ -79,6 +94,84 @@ class FollowedIngest(Protocol):
     def try_take_over(self) -> IngestWriter | None: ...
 
     def close(self) -> None: ...
+
+
+class IngestObserver:
+    """Tells when to look again at the ingests that other processes write.
+
+    The kernel reports changes (inotify). A follower looks at most every _MIN_INTERVAL seconds, however often the file
+    is written. If the kernel reports nothing, it looks every _MAX_INTERVAL seconds, because the kernel reports that a
+    dying writer has closed its file before it releases the lock. Without inotify, a follower looks again after
+    _MIN_INTERVAL seconds, and less and less often while there is no progress.
+    """
+
+    def __init__(self, reactor: Any) -> None:
+        self._reactor = reactor
+        self._watcher = FileWatcher(reactor)
+        self._warned = False
+
+    @contextmanager
+    def observe(self, fd: int) -> Iterator[Changes]:
+        """Observe the open file `fd` during the ``with`` block."""
+        changes = Changes(self._reactor)
+        try:
+            watch = self._watcher.watch(fd, changes.notify)
+        except OSError as error:
+            self._warn(error)
+            yield PolledChanges(self._reactor)
+            return
+        try:
+            yield changes
+        finally:
+            self._watcher.unwatch(watch)
+
+    def _warn(self, error: OSError) -> None:
+        if not self._warned:
+            self._warned = True
+            log.warn(
+                "cannot watch the downloads of other processes ({reason}); checking each of them every {ms} ms or less"
+                " often instead, which takes more CPU time",
+                reason=error.strerror, ms=int(_MIN_INTERVAL * 1000),
+            )  # fmt: skip
+
+
+class Changes:
+    """The changes of one file, as the kernel reports them."""
+
+    def __init__(self, reactor: Any) -> None:
+        self._reactor = reactor
+        self._changed = False
+        self._waiter: Deferred[None] | None = None
+
+    def notify(self) -> None:
+        """Record a change, and wake the follower."""
+        self._changed = True
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None:
+            waiter.callback(None)
+
+    async def wait(self, *, progress: bool) -> None:
+        """Wait until it is time to look again. `progress` says whether the last look has shown any."""
+        await deferLater(self._reactor, _MIN_INTERVAL)
+        if not self._changed:
+            self._waiter = Deferred()
+            timeout = self._reactor.callLater(_MAX_INTERVAL, self.notify)
+            await self._waiter
+            if timeout.active():
+                timeout.cancel()
+        self._changed = False
+
+
+class PolledChanges(Changes):
+    """The substitute for a process that cannot have inotify."""
+
+    def __init__(self, reactor: Any) -> None:
+        super().__init__(reactor)
+        self._interval = _MIN_INTERVAL
+
+    async def wait(self, *, progress: bool) -> None:
+        self._interval = _MIN_INTERVAL if progress else min(2 * self._interval, _MAX_POLL_INTERVAL)
+        await deferLater(self._reactor, self._interval)
 
 
 @frozen
@@ -119,10 +212,11 @@ class Ingests:
         """Return whether the blob is in the store, whichever registry it came from."""
         return self._blobs.exists(digest)
 
-    def publish_info(self, key: IngestKey, info: DownloadInfo) -> None:
-        """Publish `info` to other processes."""
+    def publish_info(self, ingest: IngestWriter, info: DownloadInfo) -> None:
+        """Publish `info` to other processes, and make them look at it."""
         if self.shared:
-            try_put(self._records, asdict(info), _RECORD_KIND, key.host, str(key.digest))
+            try_put(self._records, asdict(info), _RECORD_KIND, ingest.key.host, str(ingest.key.digest))
+            ingest.touch()
 
     def remove_info(self, key: IngestKey) -> None:
         """Remove the published information."""

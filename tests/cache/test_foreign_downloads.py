@@ -6,7 +6,6 @@ The processes are two caches in one directory. They share no other state.
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +21,8 @@ from dockerproxy.cache.ingests import DownloadInfo
 from dockerproxy.errors import UpstreamBroken
 from dockerproxy.oci.content import VERIFY_FIRST_SIZE
 from dockerproxy.oci.names import Digest
-from dockerproxy.store.ingest import Ingest
+from dockerproxy.store.ingest import ForeignIngest, Ingest
+from dockerproxy.store.inotify import FileWatcher
 from tests.cache.support.harness import HUB, CacheHarness, ManualReader, do_nothing, ingest_key, result
 from tests.cache.support.upstream import ScriptedResponse, respond_streaming, respond_with
 
@@ -69,10 +69,12 @@ class TwoProcesses:
         return ManualReader(self.follower, content)
 
     def kill_writer(self) -> None:
-        """Simulate the death of the writing process, which releases its lock."""
+        """Simulate the death of the writing process: the kernel closes its file and releases the lock."""
         ingest = self.download._file
         assert isinstance(ingest, Ingest)
-        fcntl.flock(ingest._fd, fcntl.LOCK_UN)
+        reader = ingest.reader()
+        os.dup2(reader, ingest._fd, inheritable=False)
+        os.close(reader)
 
     @property
     def requested_ranges(self) -> list[str | None]:
@@ -111,7 +113,7 @@ def test_follower_starts_after_info_and_ends_after_publish(harness: CacheHarness
     download = downloads.start(harness.principal(), DIGEST, do_nothing)
     harness.advance(1)
     assert download.state is DownloadState.WAITING
-    harness.ingests.publish_info(KEY, DownloadInfo(size, "library/app", PUBLIC, 0.0))
+    harness.ingests.publish_info(ingest, DownloadInfo(size, "library/app", PUBLIC, 0.0))
     harness.advance(1)
     assert download.state is DownloadState.FOLLOWING and (download.size, download.written) == (size, 10)
     content = download.open_reader(harness.repository())
@@ -232,6 +234,86 @@ def test_blob_published_before_lock(make_harness: Callable[..., CacheHarness]) -
     assert download.state is DownloadState.COMMITTED
     assert harness.upstream.requests_matching("GET", "blobs") == []
     assert harness.ingest_files == []
+
+
+# notification
+
+
+@pytest.fixture
+def count_looks(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """Return a function that returns how often followers have looked at a foreign ingest since its last call."""
+    looks: list[None] = []
+    in_progress = ForeignIngest.in_progress.fget  # type: ignore[attr-defined]
+
+    def count(ingest: ForeignIngest) -> bool:
+        looks.append(None)
+        return in_progress(ingest)  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(ForeignIngest, "in_progress", property(count))
+
+    def count_since_last_call() -> int:
+        number = len(looks)
+        looks.clear()
+        return number
+
+    return count_since_last_call
+
+
+def test_follower_looks_only_at_changes(processes: TwoProcesses, count_looks: Callable[[], int]) -> None:
+    processes.advance(10)
+    assert count_looks() <= 10
+    processes.response.send(1000)
+    processes.writer.reactor.run_due_calls()  # without any time
+    assert processes.foreign_download.written == 1000
+    assert count_looks() == 1
+
+
+def test_many_writes_are_one_change(processes: TwoProcesses, count_looks: Callable[[], int]) -> None:
+    processes.advance(0.1)
+    count_looks()
+    for _ in range(50):
+        processes.response.send(1000)
+        processes.writer.reactor.run_due_calls()
+    processes.advance(0.1)
+    assert processes.foreign_download.written == 50_000
+    assert count_looks() == 2  # the first at once, the second 10 ms later
+
+
+def test_lost_notification_delays_a_follower_by_a_second(
+    processes: TwoProcesses, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FileWatcher, "doRead", lambda watcher: os.read(watcher.fileno(), 65536))
+    processes.send(1000)
+    assert processes.foreign_download.written == 0
+    processes.advance(1)
+    assert processes.foreign_download.written == 1000
+
+
+def test_without_inotify(
+    make_harness: Callable[..., CacheHarness],
+    monkeypatch: pytest.MonkeyPatch,
+    count_looks: Callable[[], int],
+    log_lines: list[str],
+) -> None:
+    """Followers look every 10 ms while the file grows, and every 100 ms while it does not. The log says so once."""
+
+    def fail(watcher: FileWatcher, fd: int, callback: Any) -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(FileWatcher, "watch", fail)
+    processes = TwoProcesses(make_harness)
+    reader = processes.reader()
+    processes.advance(1)
+    count_looks()
+    processes.advance(10)
+    assert 90 <= count_looks() <= 110
+    processes.send(1000)
+    processes.kill_writer()
+    processes.advance(1)
+    reader.read_available()
+    assert reader.data == DATA
+    assert sum("cannot watch the downloads of other processes" in line for line in log_lines) == 1
+    reader.disconnect()
 
 
 # clients

@@ -246,6 +246,7 @@ class CacheHarness:
         assert self.downloads._downloads == {}
         assert self.space.index._pins == {}
         assert self.open_files == []
+        assert self.reactor.readers == []
         assert all(response.ended for response in self.upstream.responses)
 
 

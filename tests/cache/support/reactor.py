@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 from collections.abc import Callable
 from typing import Any
 
@@ -67,6 +68,7 @@ class ManualReactor(Clock):
     def __init__(self) -> None:
         super().__init__()
         self.pool = ManualThreadPool()
+        self.readers: list[Any] = []
 
     def getThreadPool(self) -> ManualThreadPool:
         return self.pool
@@ -74,6 +76,19 @@ class ManualReactor(Clock):
     def callFromThread(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         function(*args, **kwargs)
 
+    def addReader(self, reader: Any) -> None:
+        self.readers.append(reader)
+
+    def removeReader(self, reader: Any) -> None:
+        self.readers.remove(reader)
+
     def run_due_calls(self) -> None:
-        while any(call.getTime() <= self.seconds() for call in self.getDelayedCalls()):
+        """Run the calls that are due, and let the readers read what has arrived."""
+        while self._read_available() or any(call.getTime() <= self.seconds() for call in self.getDelayedCalls()):
             self.advance(0)
+
+    def _read_available(self) -> bool:
+        ready = select.select(self.readers, [], [], 0)[0]
+        for reader in ready:
+            reader.doRead()
+        return bool(ready)
