@@ -62,7 +62,7 @@ UNWANTED = {
 # These modules do no I/O. They may not import a reactor, sockets or files.
 PURE_MODULES = {
     "oci", "errors", "bounded_dict", "durations", "net.addresses", "proxy.policy", "registry.login_throttle",
-    "http.headers", "http.message", "upstream.http1",
+    "http.connection_state", "http.headers", "http.message", "upstream.http1",
     "upstream.retry", "upstream.urls", "cache.freshness", "store.eviction",
 }  # fmt: skip
 IO_MODULES = {

@@ -21,6 +21,9 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from dockerproxy.errors import BadRequest, RegistryError
+from dockerproxy.http.connection_state import READS_INPUT, next_state
+from dockerproxy.http.connection_state import ConnectionEvent as Event
+from dockerproxy.http.connection_state import ConnectionState as State
 from dockerproxy.http.flow_control import FlowControl, RequestBody
 from dockerproxy.http.message import (
     MAX_HEAD,
@@ -60,10 +63,8 @@ class HTTPChannel(Protocol):
 
     Input goes to the body of the current request until that is complete, and then to `_buffer`. The next head is
     parsed only after the previous response has ended and the client has read it. Pipelined requests are therefore
-    handled in order, and at most one response is buffered in memory.
-
-    Closing has two states: *lingering* (optional: input is discarded so that the client can read the response) and
-    *closing* (pending output is flushed). Both ignore all input.
+    handled in order, and at most one response is buffered in memory. `connection_state` has the states of a connection
+    and what each does.
     """
 
     transport: Any
@@ -76,8 +77,9 @@ class HTTPChannel(Protocol):
         self._handler_task: Deferred[None] | None = None
         self._body: RequestBody | None = None
         self._flow_control = FlowControl(self._process_buffer)
-        self._processing = self._processing_scheduled = self._reading_paused = False
-        self._input_ignored = self._lingering = self._closing = False
+        self._state = State.READING_HEAD
+        self._processing = False  # whether buffered requests are being started, or that is scheduled
+        self._reading_paused = False  # because the buffer is full
         self._request_count = 0
         self._timer = ConnectionTimer(site.timeout_reaper, self._current_deadline)
         self._request_started_at = 0.0  # of the current request, in the reactor's time
@@ -97,10 +99,10 @@ class HTTPChannel(Protocol):
         self.transport.registerProducer(self._flow_control, True)
 
     def dataReceived(self, data: bytes) -> None:
-        if self._input_ignored:
+        if self._state not in READS_INPUT:
             return
         if self._body is not None:
-            data = self._feed_body(data)
+            data = self._feed_body(self._body, data)
         if data:
             was_empty = not self._buffer
             self._buffer += data
@@ -115,7 +117,7 @@ class HTTPChannel(Protocol):
                 client=self.client,
                 reason=describe_handshake_error(reason.value),
             )
-        self._input_ignored = True
+        self._on_event(Event.LOST)
         self._timer.stop()
         request, self._request = self._request, None
         if request is not None:
@@ -132,7 +134,7 @@ class HTTPChannel(Protocol):
     def shutdown(self) -> None:
         """Close after the current response, or now if there is none."""
         if self._request is None:
-            self._close()
+            self._on_event(Event.CLOSE)
         else:
             self._request.closing = True
 
@@ -157,7 +159,7 @@ class HTTPChannel(Protocol):
         return self._flow_control.drain()  # no `async def`: every coroutine around it costs memory per slow client
 
     def abort(self) -> None:
-        self._input_ignored = True
+        self._on_event(Event.LOST)
         self.transport.abortConnection()
 
     def exceeds_discard_limit(self) -> bool:
@@ -167,7 +169,8 @@ class HTTPChannel(Protocol):
     def on_response_finished(self) -> None:
         """Log the request whose response has ended, then process the next request or close."""
         request, self._request, self._handler_task = self._request, None, None
-        assert request is not None
+        if request is None:
+            raise RuntimeError("there is no response that could end")
         self._request_count += 1
         self._timer.restart()
         self._site.on_request_finished(request, self._timer.started_at - self._request_started_at)
@@ -176,19 +179,19 @@ class HTTPChannel(Protocol):
                 self._body = None
             else:
                 self._body.discard(ClientDisconnected())
+        self._on_event(Event.RESPONSE_END if self._body is None else Event.EARLY_RESPONSE_END)
         if request.closing or self._site.draining or self.exceeds_discard_limit():
-            self._close()
+            self._on_event(Event.CLOSE)
         else:
             self._process_buffer()
 
     def detach(self) -> tuple[Any, bytes]:
         """Stop using the transport; return it together with the bytes received after the request head."""
-        assert self._request is not None
+        self._on_event(Event.DETACH)
         self._timer.stop()
         self.transport.unregisterProducer()
         self._flow_control.fail(ClientDisconnected())
         self._request = self._handler_task = None
-        self._input_ignored = True
         self._site.channel_closed(self)
         rest, self._buffer = self._buffer, b""
         return self.transport, rest
@@ -197,37 +200,27 @@ class HTTPChannel(Protocol):
 
     def _process_buffer(self) -> None:
         """Start the buffered requests until one is incomplete or its response is pending."""
-        if self._processing:
-            return
-        self._processing = True
+        if not self._processing:
+            self._processing = True
+            self._start_buffered_requests()
+
+    def _start_buffered_requests(self) -> None:
         for _ in range(_REQUESTS_PER_ITERATION):
-            if not self._can_start_request():
-                break
-            head = self._parse_next_head()
+            head = self._parse_next_head() if self._can_start_request() else None
             if head is None:
+                self._processing = False
                 break
             self._start_request(head)
         else:
-            self._schedule_processing()
-        self._processing = False
+            self._site.reactor.callLater(0, self._start_buffered_requests)
         self._apply_back_pressure()
 
     def _can_start_request(self) -> bool:
-        busy = self._request is not None or self._body is not None or self._flow_control.paused
-        return bool(self._buffer) and not busy and not self._input_ignored
-
-    def _schedule_processing(self) -> None:
-        if not self._processing_scheduled:
-            self._processing_scheduled = True
-            self._site.reactor.callLater(0, self._run_scheduled_processing)
-
-    def _run_scheduled_processing(self) -> None:
-        self._processing_scheduled = False
-        self._process_buffer()
+        return self._state is State.READING_HEAD and bool(self._buffer) and not self._flow_control.paused
 
     def _apply_back_pressure(self) -> None:
         """Pause reading while the buffer is full, and resume it afterwards."""
-        if not self._input_ignored and (len(self._buffer) >= _MAX_BUFFERED) != self._reading_paused:
+        if self._state in READS_INPUT and (len(self._buffer) >= _MAX_BUFFERED) != self._reading_paused:
             self._reading_paused = not self._reading_paused
             if self._reading_paused:
                 self.transport.pauseProducing()
@@ -261,13 +254,14 @@ class HTTPChannel(Protocol):
         if framing != 0:
             stream = ByteStream(self.transport)
             self._body = RequestBody(stream, framing)
+        self._on_event(Event.REQUEST)
         request = self._request = Request(self, head, stream)
         request.closing = self._site.draining or not keeps_alive(head)
         self._request_started_at = self._timer.now()
         if self._body is not None:
             rest, self._buffer = self._buffer, b""
             self._apply_back_pressure()  # with an empty buffer: from here on the body's stream pauses the transport
-            self._buffer = self._feed_body(rest) if rest else b""
+            self._buffer = self._feed_body(self._body, rest) if rest else b""
         handler_task = Deferred.fromCoroutine(self._run_handler(request))
         if not handler_task.called and self._request is request:
             self._handler_task = handler_task
@@ -303,28 +297,24 @@ class HTTPChannel(Protocol):
                 request.error_renderer = respond_text_error
                 self._handle_error(request, rendering_error)
 
-    def _feed_body(self, data: bytes) -> bytes:
+    def _feed_body(self, body: RequestBody, data: bytes) -> bytes:
         """Pass `data` to the current request body and return the bytes after its end."""
-        body = self._body
-        assert body is not None
         try:
             rest = body.feed(data)
         except BadRequest as error:
-            # The end of this body is unknown, and so is the start of the next request.
             self._body = None
-            self._input_ignored = True
-            if self._request is None:
-                self._close()
-            else:
+            if self._request is not None:
                 self._request.closing = True
-                body.stream.fail(error)
+            self._on_event(Event.INVALID_INPUT)
+            body.stream.fail(error)
             return b""
         if body.done:
             self._body = None
-            if self._request is None:
+            if self._state is State.DISCARDING_BODY:
                 self._timer.restart()
+                self._on_event(Event.BODY_END)
         elif body.discarding and body.exceeds_discard_limit:
-            self._close()
+            self._on_event(Event.CLOSE)
         return rest
 
     def _refuse(self, status: int, reason: str) -> None:
@@ -333,21 +323,18 @@ class HTTPChannel(Protocol):
         fields = [PLAIN_TEXT, ("Content-Length", str(len(body))), ("Connection", "close")]
         self.write(render_head(status, fields) + body)
         log.info("refused a request from {client}: {reason}", client=self.client, reason=reason)
-        self._linger()
+        self._on_event(Event.INVALID_INPUT)
 
-    # Closing
+    # State
 
-    def _close(self) -> None:
-        """Close the connection, after lingering if the client may still be sending (RFC 9112, section 9.6)."""
-        if self._lingering or self._closing:
-            return
-        if self._body is not None or self._input_ignored:
-            self._linger()
-        else:
-            self._lose_connection()
+    def _on_event(self, event: Event) -> None:
+        previous, self._state = self._state, next_state(self._state, event)
+        if self._state is State.LINGERING and previous is not State.LINGERING:
+            self._start_lingering()
+        elif self._state is State.CLOSING and previous is not State.CLOSING:
+            self._start_closing()
 
-    def _linger(self) -> None:
-        self._input_ignored = self._lingering = True
+    def _start_lingering(self) -> None:
         self._buffer = b""
         if self._body is not None:
             self._body.discard(ClientDisconnected())
@@ -356,8 +343,7 @@ class HTTPChannel(Protocol):
         self._timer.check_in(_LINGER_TIMEOUT)
         self.transport.resumeProducing()
 
-    def _lose_connection(self) -> None:
-        self._input_ignored = self._closing = True
+    def _start_closing(self) -> None:
         self._buffer = b""
         self.transport.unregisterProducer()
         self.transport.loseConnection()
@@ -366,29 +352,32 @@ class HTTPChannel(Protocol):
 
     def _current_deadline(self) -> Deadline:
         timeouts, timer = self._site.timeouts, self._timer
-        if self._lingering and not self._closing:
-            return Deadline(_LINGER_TIMEOUT, timer.started_at, self._lose_connection)
-        if self._closing or self._flow_control.paused:
+        if self._state is State.LINGERING:
+            return Deadline(_LINGER_TIMEOUT, timer.started_at, self._give_up)
+        if self._state is State.CLOSING or self._flow_control.paused:
             return Deadline(timeouts.send, timer.last_progress(("sent", self.transport.sent)), self.abort)
         if self._body is not None and self._body.stream.starved:
             wait_count = self._body.stream.wait_count
             return Deadline(timeouts.body, timer.last_progress(("body", wait_count)), self._on_body_timeout)
-        if self._request is not None:
-            return Deadline(math.inf, 0.0, self.abort)  # the handler is working; the client has nothing to do
-        if self._body is not None:
-            return Deadline(timeouts.body, timer.started_at, self._lose_connection)
-        if self._buffer:
-            return Deadline(timeouts.header, timer.started_at, self._on_header_timeout)
-        return Deadline(
-            timeouts.keepalive if self._request_count else timeouts.header, timer.started_at, self._lose_connection
-        )
+        if self._state is State.DISCARDING_BODY:
+            return Deadline(timeouts.body, timer.started_at, self._give_up)
+        if self._state is State.READING_HEAD:
+            if self._buffer:
+                return Deadline(timeouts.header, timer.started_at, self._on_header_timeout)
+            seconds = timeouts.keepalive if self._request_count else timeouts.header
+            return Deadline(seconds, timer.started_at, self._give_up)
+        return Deadline(math.inf, 0.0, self.abort)  # the handler is working; the client has nothing to do
+
+    def _give_up(self) -> None:
+        self._on_event(Event.GIVE_UP)
 
     def _on_header_timeout(self) -> None:
         seconds = self._site.timeouts.header
         self._refuse(HTTPStatus.REQUEST_TIMEOUT, f"the request head was not complete within {seconds:g} seconds")
 
     def _on_body_timeout(self) -> None:
-        assert self._request is not None and self._body is not None
+        if self._request is None or self._body is None:
+            raise RuntimeError("no handler waits for a request body")
         self._request.closing = True
         seconds = self._site.timeouts.body
         self._body.stream.fail(_BodyTimeout(f"no more of the request body arrived within {seconds:g} seconds"))

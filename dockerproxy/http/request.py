@@ -222,7 +222,12 @@ class Request:
             self._channel.abort()
 
     def detach(self) -> tuple[Any, bytes]:
-        """Take over the connection: return its transport and the bytes received after the request head."""
+        """Take over the connection: return its transport and the bytes received after the request head.
+
+        Raise `ClientDisconnected` if the response has ended or the client has disconnected.
+        """
+        if self.finished:
+            raise ClientDisconnected
         self.finished = True
         return self._channel.detach()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib  # not `from contextlib import suppress`: Trial interprets a module attribute of that name
 import gc
 import weakref
 from typing import Any
@@ -13,7 +14,7 @@ from twisted.internet.defer import CancelledError, Deferred
 from twisted.trial.unittest import SynchronousTestCase
 
 from dockerproxy.http.message import MAX_HEAD
-from dockerproxy.http.request import Request
+from dockerproxy.http.request import ClientDisconnected, Request
 from tests.http.support.in_memory import (
     GET,
     BlockingHandler,
@@ -469,6 +470,27 @@ class DetachTests(SynchronousTestCase):
         self.connected.callback(None)
         assert self.detached is not None
         self.assertEqual(self.detached[1], b"hello world")
+
+    def test_no_detach_after_the_response_or_the_disconnect(self) -> None:
+        disconnected = Deferred[None]()
+        errors: list[type[BaseException]] = []
+
+        async def handle(request: Request) -> None:
+            if request.path == "/1":
+                request.respond(200, [])
+            else:
+                with contextlib.suppress(CancelledError):
+                    await disconnected
+            try:
+                request.detach()
+            except ClientDisconnected as error:
+                errors.append(type(error))
+
+        client = InMemoryServer(handle).client()
+        client.send(GET % 1 + GET % 2)
+        self.assertEqual(client.statuses, [200])
+        client.disconnect()
+        self.assertEqual(errors, [ClientDisconnected, ClientDisconnected])
 
     def test_no_detach_if_the_client_disconnects_first(self) -> None:
         self.client.send(b"CONNECT a:443 HTTP/1.1\r\nHost: a:443\r\n\r\n")
