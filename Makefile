@@ -19,7 +19,7 @@ PIP_INSTALL = -m pip --disable-pip-version-check install --quiet
 # The other editable modes of setuptools hide twisted/plugins from Twisted, which searches sys.path for it.
 EDITABLE = --config-settings editable_mode=compat --editable
 
-.PHONY: help venv run test lint test-oldest test-conformance test-programs deb test-deb test-vagrant \
+.PHONY: help venv run check test lint test-oldest test-conformance test-programs deb test-deb test-vagrant \
     bench bench-programs profile soak clean
 
 help: ## list the targets
@@ -37,6 +37,12 @@ else
 	@echo "tests/e2e is skipped because it needs root, to start dockerd and containerd and install Debian packages."
 	.venv/bin/python -m pytest -ra --ignore=tests/e2e
 endif
+
+check: .venv/made-test ## check style, types and what the fast tests cover, in less than a minute
+	.venv/bin/ruff check --quiet
+	.venv/bin/ruff format --quiet --check
+	.venv/bin/mypy
+	.venv/bin/python -m pytest -q --numprocesses=auto --hypothesis-profile=fast -m "not slow and not root and not bench"
 
 lint: .venv/made-test ## check style and types
 	.venv/bin/ruff check

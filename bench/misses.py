@@ -1,4 +1,4 @@
-"""Benchmarks of uncached content: for one client, for many clients at once, and for clients that join a download."""
+"""Benchmarks of uncached content: one client, many clients at once, and clients that join a download."""
 
 from __future__ import annotations
 

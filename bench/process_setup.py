@@ -7,7 +7,7 @@ import signal
 import sys
 from typing import NoReturn
 
-_OPEN_FILES_LIMIT = 8192  # descriptors, for the slow clients and for the daemon, which needs two for each of them
+_OPEN_FILES_LIMIT = 8192  # descriptors: the slow clients need one each, the daemon two for each of them
 
 
 def configure_process() -> None:

@@ -106,7 +106,7 @@ class Testbed:
         return self._direct_server(process, DIRECT, self._origin_port)
 
     def origin_log_offset(self) -> int:
-        """Return the current end of the registry's log, for `origin_bytes_since`."""
+        """Return the current end of the registry's log. `origin_bytes_since` takes it."""
         return len(self._read_origin_log())
 
     def origin_bytes_since(self, log_offset: int) -> int:

@@ -8,10 +8,12 @@ import math
 import signal
 from collections.abc import Iterable, Iterator
 from email.message import Message
+from pathlib import Path
 from typing import Any
 
 import pytest
 from attrs import frozen
+from hypothesis import settings
 from twisted.internet.address import IPv4Address
 from twisted.internet.error import ConnectionDone, ConnectionLost
 from twisted.internet.task import Clock
@@ -23,6 +25,19 @@ from dockerproxy.http.request import Request
 from dockerproxy.http.site import ServerTimeouts, Site
 
 Fields = Iterable[tuple[str, str]]
+
+settings.register_profile("fast", max_examples=20)  # of `make check`
+
+DIRECTORY_MARKERS = {"e2e": pytest.mark.root, "bench": pytest.mark.bench}
+"""Markers of all tests in a directory."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for directory, marker in DIRECTORY_MARKERS.items():
+            if Path(__file__).parent / directory in item.path.parents:
+                item.add_marker(marker)
+
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell starts background jobs with SIGINT ignored. Child processes inherit that, and some tests interrupt theirs.

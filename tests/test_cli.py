@@ -29,6 +29,8 @@ from dockerproxy.store.links import Links
 from dockerproxy.store.records import Records
 from tests.twistd import twistd_command
 
+pytestmark = pytest.mark.slow  # each test starts a daemon
+
 ROOT = Path(__file__).parent.parent
 HUB = "registry-1.docker.io/library/ubuntu"
 

@@ -24,6 +24,8 @@ from dockerproxy.settings import Settings, SettingsError
 from dockerproxy.upstream.authorizer import Authorizer
 from tests.twistd import twistd_command
 
+pytestmark = pytest.mark.slow  # each test starts a daemon
+
 ROOT = Path(dockerproxy.__file__).parent.parent
 HUB, TOKENS = Registry.parse("registry-1.docker.io"), Registry.parse("auth.docker.io")
 QUAY, LOCAL = Registry.parse("quay.io"), Registry.parse("http://registry.test:5000")

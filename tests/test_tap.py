@@ -27,6 +27,8 @@ from cryptography.x509.oid import NameOID
 import dockerproxy
 from tests.twistd import twistd_command
 
+pytestmark = pytest.mark.slow  # each test starts a daemon
+
 ROOT = Path(dockerproxy.__file__).parent.parent
 TIMEOUT = 60  # seconds; an operation takes well below a second, but the machine may be loaded
 NOBODY = 65534

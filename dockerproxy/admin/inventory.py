@@ -88,8 +88,8 @@ def _media_type_in_content(store: StoreView, digest: Digest) -> str | None:
 class Closure:
     """The objects reachable from root manifests: `manifests`, including the roots, and `blobs`.
 
-    Only manifests that the repository has are followed. Of the blobs, only those are included that the repository links
-    or that exist, because a manifest may be full of digests of nothing.
+    Only manifests that the repository has are followed. Blobs are included only if the repository links them
+    or they exist, because a manifest may be full of digests of nothing.
     """
 
     def __init__(self, store: StoreView, repository: str) -> None:

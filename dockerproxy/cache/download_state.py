@@ -61,7 +61,7 @@ _NEXT_STATES = {
 
 
 class Download(Protocol):
-    """What a reader knows of a download: how far it is, and how to go on without it."""
+    """The view that a reader has of a download: how far it is, and how to go on without it."""
 
     @property
     def digest(self) -> Digest: ...

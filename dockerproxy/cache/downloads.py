@@ -73,7 +73,7 @@ class IngestUnavailable(IngestFailed):
 
 @frozen
 class DownloadResources:
-    """What all downloads of a process share."""
+    """Services that all downloads of a process share."""
 
     reactor: Any
     upstream: RegistryClient

@@ -14,6 +14,7 @@ from twisted.internet.defer import TimeoutError as DeferredTimeout
 from twisted.internet.endpoints import TCP4ClientEndpoint, TCP6ClientEndpoint
 from twisted.internet.error import ConnectError, ConnectionRefusedError, NoRouteError, TimeoutError
 from twisted.internet.interfaces import IProtocol, IProtocolFactory, IStreamClientEndpoint
+from twisted.internet.protocol import Factory
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
@@ -25,6 +26,18 @@ AddressCheck = Callable[[str], None]
 """Raises a `RegistryError` if connections to an address (as text) are forbidden."""
 
 _CONNECTION_ATTEMPT_DELAY = 0.25  # seconds until the next address is tried as well: RFC 8305, section 5
+
+
+class SingleProtocolFactory(Factory):
+    """A factory for one connection: it returns the protocol that it was made with."""
+
+    noisy = False
+
+    def __init__(self, protocol: IProtocol) -> None:
+        self._protocol = protocol
+
+    def buildProtocol(self, address: object) -> Any:
+        return self._protocol
 
 
 class Resolver(Protocol):

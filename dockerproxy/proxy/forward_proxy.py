@@ -23,10 +23,10 @@ from dockerproxy.http.message import absolute_form, authority_form
 from dockerproxy.http.request import Request
 from dockerproxy.http.site import Site
 from dockerproxy.http.tls import ServerContext, upgrade_to_tls
-from dockerproxy.net.dial import AddressCheck, Dialer
+from dockerproxy.net.dial import AddressCheck, Dialer, SingleProtocolFactory
 from dockerproxy.oci.names import Host, Registry
 from dockerproxy.proxy.policy import Policy
-from dockerproxy.proxy.tunnel import SingleProtocolFactory, Tunnel, TunnelTimeouts
+from dockerproxy.proxy.tunnel import Tunnel, TunnelTimeouts
 
 _ESTABLISHED = b"HTTP/1.1 200 Connection established\r\n\r\n"
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from attrs import frozen
-from twisted.internet.protocol import Factory, Protocol, connectionDone
+from twisted.internet.protocol import Protocol, connectionDone
 from twisted.python.failure import Failure
 
 
@@ -102,15 +102,3 @@ class _TunnelSide(Protocol):
             self.peer.transport.unregisterProducer()
             self.peer.transport.loseConnection()
         self._tunnel.on_connection_lost()
-
-
-class SingleProtocolFactory(Factory):
-    """Returns an existing protocol, the server side of a tunnel."""
-
-    noisy = False
-
-    def __init__(self, protocol: Protocol) -> None:
-        self._protocol = protocol
-
-    def buildProtocol(self, address: object) -> Protocol:
-        return self._protocol

@@ -19,7 +19,7 @@ BATCH_SIZE = 500
 K = TypeVar("K", Digest, IngestKey)
 
 CacheKey = Digest | IngestKey
-"""What has a place in the cache: a blob, or a partial download."""
+"""A key of something in the cache: a blob, or a partial download."""
 
 LRUEntry = tuple[int, float]
 """A blob's size in bytes, and the time of its last read or write (POSIX time).

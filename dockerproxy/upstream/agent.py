@@ -9,13 +9,11 @@ from collections.abc import Hashable
 from typing import Any
 
 from twisted.internet.defer import CancelledError, Deferred, TimeoutError
-from twisted.internet.interfaces import IAddress
-from twisted.internet.protocol import Factory
 from twisted.web.iweb import IBodyProducer
 
 from dockerproxy.errors import BadRequest, UpstreamTimeout
 from dockerproxy.http.headers import Headers
-from dockerproxy.net.dial import AddressCheck, Dialer
+from dockerproxy.net.dial import AddressCheck, Dialer, SingleProtocolFactory
 from dockerproxy.oci.names import Registry
 from dockerproxy.upstream.body_writer import framing_field
 from dockerproxy.upstream.connection import (
@@ -143,15 +141,3 @@ def _render_head(method: str, origin: Registry, target: str, headers: Headers, b
         return render_request_head(method, target, fields)
     except ValueError as error:
         raise BadRequest(f"the request cannot be sent upstream: {error}") from None
-
-
-class SingleProtocolFactory(Factory):
-    """Returns an existing connection."""
-
-    noisy = False
-
-    def __init__(self, protocol: UpstreamConnection) -> None:
-        self._protocol = protocol
-
-    def buildProtocol(self, address: IAddress | None) -> UpstreamConnection:
-        return self._protocol

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 
 from dockerproxy.admin.setup import setup_script
 
+pytestmark = pytest.mark.slow  # runs the script in several shells
+
 URL = "http://docker-registry.local:3128/"
 
 

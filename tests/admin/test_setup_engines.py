@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow  # runs the script in several shells
+
 HEADER = "# Written by the set-up script of docker-registry-proxy. Another run keeps NO_PROXY and replaces the rest.\n"
 NO_PROXY = "localhost,127.0.0.1,::1"
 DEBIAN = "update-ca-certificates --fresh"

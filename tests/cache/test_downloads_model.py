@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -18,6 +19,8 @@ from dockerproxy.oci.names import Digest
 from dockerproxy.store.ingest import Ingest
 from tests.cache.support.harness import HUB, CacheHarness, ManualReader, do_nothing, ingest_key
 from tests.cache.support.upstream import ReceivedRequest, ScriptedResponse, serve_content
+
+pytestmark = pytest.mark.slow  # many examples
 
 NAME = "library/app"
 SIZE = 3000

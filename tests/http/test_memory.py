@@ -17,6 +17,8 @@ import pytest
 
 from tests.http.support.loopback import MemoryBIOClient, read_exactly
 
+pytestmark = pytest.mark.slow  # hundreds of real connections
+
 CLIENTS = 500
 MAX_IN_KERNEL = 256  # KiB for each client: up to 128 unsent, and the rest is unacknowledged or overhead
 SERVER = Path(__file__).parent / "support" / "memory_server.py"

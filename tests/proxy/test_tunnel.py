@@ -11,7 +11,8 @@ from twisted.internet.error import ConnectionDone, ConnectionLost
 from twisted.internet.task import Clock
 from twisted.python.failure import Failure
 
-from dockerproxy.proxy.tunnel import SingleProtocolFactory, Tunnel, TunnelTimeouts
+from dockerproxy.net.dial import SingleProtocolFactory
+from dockerproxy.proxy.tunnel import Tunnel, TunnelTimeouts
 
 
 class FakeTransport:

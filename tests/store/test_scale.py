@@ -36,6 +36,8 @@ from dockerproxy.store.sweep import sweep
 from tests.store.support.images import ManifestTree, image, index
 from tests.store.support.reactor import SteppedReactor
 
+pytestmark = pytest.mark.slow  # large trees
+
 SMALL, LARGE = 30, 150
 REPOSITORY = "library/many"
 
@@ -179,7 +181,7 @@ def put_hostile_manifest(store: HostedTree, rng: random.Random, references: int)
 
 @pytest.mark.parametrize("delete_untagged", [False, True])
 def test_memory_of_a_collection_does_not_grow_with_references(folder: Path, delete_untagged: bool) -> None:
-    """Whoever may push could otherwise decide whether garbage can be collected."""
+    """Anyone who may push could otherwise decide whether garbage can be collected."""
     rng, peaks = random.Random(0), list[int]()
     for count in (5, 50):
         store = HostedTree.from_layout(Layout(folder / f"{count}"))

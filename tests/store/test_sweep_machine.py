@@ -40,6 +40,8 @@ from tests.store.support.images import ManifestTree, age_blobs, image, index
 from tests.store.support.reactor import SteppedReactor
 from tests.store.support.stepped_operation import SteppedOperation
 
+pytestmark = pytest.mark.slow  # a state machine on a real tree
+
 
 def make_manifests() -> list[ManifestTree]:
     """Return images that share layers, an index, a nested index, signatures and a signature of a signature."""

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow  # runs vagrant
+
 PROJECT = Path(__file__).parents[2]
 STUB_PROGRAMS = {
     "VBoxManage": 'case "$1" in --version) echo 7.0.20r163906 ;; esac',

@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow  # starts processes
+
 HERE = Path(__file__).parent
 
 _PRELUDE = """
