@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from twisted.internet.defer import Deferred
 
 from dockerproxy.oci.manifests import OCI_INDEX
 from dockerproxy.oci.names import Digest
@@ -381,6 +382,40 @@ def test_a_large_group_is_deleted_in_batches(reactor: SteppedReactor, store: Hos
     assert len(remaining) == 101 - result.manifests
     assert later_child in remaining
     assert stored_digests(store) == closure(*remaining)
+
+
+def test_a_referrer_pushed_again_after_its_deletion_stays_in_the_index(
+    reactor: SteppedReactor, store: HostedTree
+) -> None:
+    signature = image(b"sig", b"signature", subject=ONE)
+    put_image(store, REPOSITORY, ONE, "v1")
+    put_image(store, "other", signature)
+    put_image(store, REPOSITORY, signature)
+    store.links.remove_tag(REPOSITORY, "v1")
+    age_blobs(store)
+    operation = start_after_mark(reactor, store)
+    while store.links.has_manifest(REPOSITORY, signature.digest):
+        reactor.run_one()
+    put_image(store, REPOSITORY, signature)
+    finish(reactor, operation)
+    assert len(list(store.referrers.list(REPOSITORY, ONE.digest, None))) == 1
+
+
+def test_cleans_up_a_repository_only_under_its_lock(reactor: SteppedReactor, store: HostedTree) -> None:
+    signature = image(b"sig", b"signature", subject=ONE)
+    put_image(store, REPOSITORY, signature)
+    age_blobs(store)
+    push_lock = store.locks.hold(REPOSITORY)
+    Deferred.fromCoroutine(push_lock.__aenter__())
+    operation = start(reactor, store)
+    while reactor.busy:
+        reactor.run_one()
+    assert not operation.ended.called, "it waits for the push"
+    assert not store.links.has_manifest(REPOSITORY, signature.digest)
+    assert os.path.exists(store.layout.referrer(REPOSITORY, ONE.digest, signature.digest))
+    Deferred.fromCoroutine(push_lock.__aexit__(None, None, None))
+    finish(reactor, operation)
+    assert not os.path.exists(store.layout.referrer(REPOSITORY, ONE.digest, signature.digest))
 
 
 @pytest.fixture
