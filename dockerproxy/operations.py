@@ -42,7 +42,7 @@ _NICENESS = 10
 """It also lowers the priority of disk accesses: Linux derives one from the other (ioprio_set(2))."""
 
 _MIN_MEMORY = 512 * 1024 * 1024
-"""Bytes of memory that the process may always use. A collection needs about 0.2 KB for each blob, and for
+"""Bytes of memory that the process may always use. A collection needs about 0.25 KB for each blob, and for
 each link of the largest repository."""
 
 _MEMORY_SHARE = 4  # it may use a fourth of the machine's memory if that is more
