@@ -12,7 +12,7 @@ from typing import Any
 
 from attrs import field, frozen
 
-from dockerproxy.admin.builtin_endpoints import BuiltinEndpoints
+from dockerproxy.admin.builtin_endpoints import builtin_endpoints
 from dockerproxy.cache.access import Access
 from dockerproxy.cache.blobs import CachedBlobs
 from dockerproxy.cache.challenges import Challenges
@@ -40,19 +40,21 @@ from dockerproxy.proxy.authority import CertificateAuthority
 from dockerproxy.proxy.direct import DirectRequestHandler
 from dockerproxy.proxy.forward_proxy import ForwardProxy, Interception
 from dockerproxy.proxy.policy import Policy
+from dockerproxy.proxy.router import Router
 from dockerproxy.proxy.tunnel import TunnelTimeouts
 from dockerproxy.registry.access_control import AccessControl, AllowAll, AnonymousPull, RequireLogin
 from dockerproxy.registry.api import RegistryAPI
 from dockerproxy.registry.hosted import HostedRegistry
-from dockerproxy.registry.hosted_app import HostedRegistryApp, NamespaceRouter
+from dockerproxy.registry.hosted_app import HostedRegistryApp
 from dockerproxy.registry.htpasswd import HtpasswdFile
 from dockerproxy.registry.intercepted import Intercepted, Mirror
-from dockerproxy.registry.push import PushHandler
+from dockerproxy.registry.namespaces import NamespacedRegistries
 from dockerproxy.reload import RegistryTable
 from dockerproxy.settings import DOCKER_HUB, Settings, SettingsError
 from dockerproxy.store.blobs import Blobs
 from dockerproxy.store.hosted_tree import HostedTree
 from dockerproxy.store.links import Links
+from dockerproxy.store.local_hosted_store import LocalHostedStore
 from dockerproxy.store.state_directory import StateDirectory
 from dockerproxy.thread_pool import BoundedThreadPool, PoolLimits
 from dockerproxy.upstream.agent import Agent
@@ -120,6 +122,7 @@ class ProxyServer:
     pull_through: PullThrough
     authorizer: Authorizer
     hosted_app: HostedRegistryApp
+    hosted_tree: HostedTree
     pools: ThreadPools
     state: StateDirectory
     close: Callable[[], Awaitable[None]]
@@ -148,17 +151,17 @@ def build_server(
     authorizer = Authorizer(connectors.agent, time.time, policy.check_upstream, settings.auth_registries)
     pull_through = build_cache(reactor, settings, shared, registries, policy, connectors.agent, authorizer)
     api = RegistryAPI(reactor)
-    hosted_app = build_hosted_app(reactor, settings, shared, api, pools)
+    hosted_tree = HostedTree.from_layout(shared.state.registry, locks=shared.locks)
+    access_control = build_access_control(reactor, settings, pools, shared.state)
+    hosted_app = HostedRegistryApp(api, HostedRegistry(reactor, LocalHostedStore(reactor, hosted_tree)), access_control)
     metrics_handler = partial(handle_metrics, shared)
     on_finished = partial(count_and_log, shared.metrics)
     mirror = Mirror(api, pull_through.registry, registries.mirrored, DOCKER_HUB)
-    route_by_namespace = partial(
-        NamespaceRouter, hosted_app.handle, mirror.handle, frozenset(settings.registry_hostname)
-    )
-    direct_endpoints = BuiltinEndpoints(
-        authority.certificate_pem, route_by_namespace(hosted_app.handle).handle, metrics_handler, proxy_port(settings)
-    )
-    direct_listener = DirectRequestHandler(policy, direct_endpoints.handle)
+    registries_for = partial(NamespacedRegistries, hosted_app, mirror, frozenset(settings.registry_hostname))
+    pages_for = partial(builtin_endpoints, authority.certificate_pem, metrics_handler)
+    proxy_router = Router(registries_for(mirror_by_default=True).handle, pages_for())
+    registry_router = Router(registries_for(mirror_by_default=False).handle, pages_for(proxy_port(settings)))
+    direct_listener = DirectRequestHandler(policy, registry_router.handle)
     intercepted = Intercepted(api, pull_through.registry, pull_through, allow_push=settings.allow_push)
     transfers = Transfers()
     forward_proxy = ForwardProxy(
@@ -167,9 +170,7 @@ def build_server(
         interception=Interception(registries.intercepted, authority.context_for, intercepted.handle),
         dialer=connectors.tunnel_dialer,
         agent=connectors.agent,
-        local=BuiltinEndpoints(
-            authority.certificate_pem, route_by_namespace(mirror.handle).handle, metrics_handler
-        ).handle,
+        local=proxy_router.handle,
         hosted=direct_listener.handle,
         hosted_names=frozenset(settings.registry_hostname),
         timeouts=TunnelTimeouts(
@@ -188,6 +189,7 @@ def build_server(
         pull_through,
         authorizer,
         hosted_app,
+        hosted_tree,
         pools,
         shared.state,
         connectors.agent.close,
@@ -310,15 +312,6 @@ def build_cache(
     )
 
 
-def build_hosted_app(
-    reactor: Any, settings: Settings, shared: SharedServices, api: RegistryAPI, pools: ThreadPools
-) -> HostedRegistryApp:
-    """Build the hosted registry in REGISTRY_DIR. Raise `HtpasswdError`, OSError or ValueError."""
-    store = HostedTree.from_layout(shared.state.registry, locks=shared.locks)
-    backend = HostedRegistry(reactor, store, PushHandler(reactor, store))
-    return HostedRegistryApp(api, backend, build_access_control(reactor, settings, pools, shared.state))
-
-
 def build_access_control(reactor: Any, settings: Settings, pools: ThreadPools, state: StateDirectory) -> AccessControl:
     """Return the access control of the hosted registry by HTPASSWD_FILE and ANONYMOUS_PULL.
 
@@ -347,8 +340,8 @@ def build_listeners(
 ) -> list[Listener]:
     """Build the configured listeners, which are not open yet. `on_finished` is called after each request."""
 
-    async def handle(request: Request) -> None:
-        await forward_proxy.handle(proxy_site, request)
+    def handle(request: Request) -> Awaitable[None]:
+        return forward_proxy.handle(proxy_site, request)
 
     certificates = authority.sni_context(frozenset(settings.registry_hostname))
     proxy_site = build_site(reactor, settings, handle, on_finished)
@@ -406,4 +399,6 @@ def log_access(request: Request, seconds: float) -> None:
         request.bytes_sent,
         seconds,
         request.cache_status,
+        request.user,
+        request.user_agent,
     )

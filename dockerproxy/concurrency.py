@@ -33,18 +33,21 @@ async def in_thread(reactor: Any, function: Callable[..., T], *args: object) -> 
     return await deferToThreadPool(reactor, reactor.getThreadPool(), function, *args)
 
 
-async def shield(coroutine: Coroutine[Any, Any, T], description: str) -> T:
+async def shield(
+    coroutine: Coroutine[Any, Any, T], description: str, *, expected: tuple[type[Exception], ...] = ()
+) -> T:
     """Return the result of `coroutine`, which runs to its end even if the caller is cancelled.
 
-    If it fails after the caller was cancelled, the exception is logged as "`description` failed".
+    If it fails after the caller was cancelled, the exception is logged as "`description` failed", unless it is one of
+    `expected`.
     """
     waiter: Deferred[T] = Deferred()
 
     def on_failure(failure: Failure) -> None:
-        if waiter.called:
-            log.failure("{description} failed", failure, description=description)
-        else:
+        if not waiter.called:
             waiter.errback(failure)
+        elif not isinstance(failure.value, expected):
+            log.failure("{description} failed", failure, description=description)
 
     Deferred.fromCoroutine(coroutine).addCallbacks(
         lambda result: None if waiter.called else waiter.callback(result), on_failure

@@ -34,12 +34,12 @@ from dockerproxy.daemon.metrics import Metrics
 from dockerproxy.daemon.signals import on_repeated_stop
 from dockerproxy.daemon.systemd import Notifier, SystemdService
 from dockerproxy.proxy.issuer import AuthorityError
-from dockerproxy.registry.hosted import upload_purge_service
 from dockerproxy.registry.htpasswd import HtpasswdError
 from dockerproxy.reload import Reloader, describe_error, reloadable_variables
 from dockerproxy.settings import DOCKER_HUB, Settings, SettingsError, read_env_file
 from dockerproxy.store.blobs import Blobs
 from dockerproxy.store.hosted_tree import HostedTree
+from dockerproxy.store.local_hosted_store import upload_purge_service
 from dockerproxy.store.state_directory import DirectoryInUse, StateDirectory
 from dockerproxy.workers.coordinator import LocalCacheSpace, ReservationTable, WorkerSession
 from dockerproxy.workers.fork_server import ForkServer
@@ -101,7 +101,7 @@ def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifi
     local_space = LocalCacheSpace(reservations)
     shared = SharedServices(state, local_space, metrics.for_process(0), locks, bindings, multi_process)
     server = build_server(reactor, settings, authority, shared)
-    store = server.hosted_app.backend.store
+    store = server.hosted_tree
     keep_log_observers = jsonlog.logs_to_stdout(twistd_options)
     scoreboard = Scoreboard.create(settings.workers)
     forked_state = ForkedState(reactor, merged_environment(env_file), state, authority, scoreboard, metrics)

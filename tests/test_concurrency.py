@@ -240,6 +240,18 @@ class ShieldTests(SynchronousTestCase):
         gate.errback(ValueError("trouble"))
         self.assertEqual(len(self.flushLoggedErrors(ValueError)), 1)
 
+    def test_expected_failure_after_cancellation_is_not_logged(self) -> None:
+        gate: Deferred[None] = Deferred()
+
+        async def work() -> None:
+            await gate
+
+        caller = Deferred.fromCoroutine(shield(work(), "work", expected=(KeyError, ValueError)))
+        caller.cancel()
+        self.failureResultOf(caller, CancelledError)
+        gate.errback(ValueError("trouble"))
+        self.assertEqual(self.flushLoggedErrors(), [])
+
 
 class LocalKeyedLockTests(SynchronousTestCase):
     def setUp(self) -> None:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-
-from attrs import frozen
-
 from dockerproxy.admin.setup import setup_script
-from dockerproxy.errors import BadRequest, NameInvalid, NameUnknown, Unsupported
+from dockerproxy.errors import BadRequest, NameInvalid
+from dockerproxy.http.channel import Handler
 from dockerproxy.http.request import Request
 from dockerproxy.oci.names import Host
 
@@ -27,52 +24,39 @@ Docker hosts use this as their HTTP and HTTPS proxy; images are served from its 
 """
 
 
-@frozen
-class BuiltinEndpoints:
-    """Handles origin-form requests. Passes `/v2/` to `registry` and `/metrics` to `metrics`.
+def builtin_endpoints(certificate_pem: bytes, metrics: Handler, proxy_port: int | None = None) -> dict[str, Handler]:
+    """Return the handlers of GET by path. `metrics` handles `/metrics`.
 
     `proxy_port` is the proxy's port if these endpoints are served on another port.
     """
 
-    certificate_pem: bytes
-    registry: Callable[[Request], Awaitable[None]]
-    metrics: Callable[[Request], Awaitable[None]]
-    proxy_port: int | None = None
-
-    async def handle(self, request: Request) -> None:
-        """Respond to `request`, or raise `RegistryError`."""
-        request.host = request.host or (request.headers.get("host") or "")
-        if request.path == "/v2" or request.path.startswith("/v2/"):
-            await self.registry(request)
-            return
-        if request.method not in ("GET", "HEAD"):
-            raise Unsupported(f"{request.path} supports only GET and HEAD", headers=[("Allow", "GET, HEAD")])
-        match request.path:
-            case "/":
-                self._serve_welcome(request)
-            case "/ca.crt":
-                fields = [("Content-Type", "application/x-x509-ca-cert"), ("Cache-Control", "no-cache")]
-                request.respond(200, fields, self.certificate_pem)
-            case "/setup" | "/setup/systemd":  # rpardini/docker-registry-proxy serves the latter
-                self._serve_setup_script(request)
-            case "/healthz":
-                request.respond(200, _TEXT_FIELDS, b"ok\n")
-            case "/metrics":
-                await self.metrics(request)
-            case _:
-                raise NameUnknown("no such page; / lists the pages")
-
-    def _serve_welcome(self, request: Request) -> None:
+    async def welcome(request: Request) -> None:
         try:
             # After a TLS request, name the plain HTTP port, because the client does not trust our certificate yet.
-            url = _base_url(request, self.proxy_port if request.secure else None)
+            url = _base_url(request, proxy_port if request.secure else None)
         except BadRequest:
             url = "http://THIS-HOST:PORT/"
         request.respond(200, _TEXT_FIELDS, _WELCOME.format(url=url).encode())
 
-    def _serve_setup_script(self, request: Request) -> None:
-        script = setup_script(_base_url(request, self.proxy_port)).encode()
+    async def certificate(request: Request) -> None:
+        fields = [("Content-Type", "application/x-x509-ca-cert"), ("Cache-Control", "no-cache")]
+        request.respond(200, fields, certificate_pem)
+
+    async def setup(request: Request) -> None:
+        script = setup_script(_base_url(request, proxy_port)).encode()
         request.respond(200, [("Content-Type", "text/x-shellscript; charset=utf-8"), _NO_STORE], script)
+
+    async def health(request: Request) -> None:
+        request.respond(200, _TEXT_FIELDS, b"ok\n")
+
+    return {
+        "/": welcome,
+        "/ca.crt": certificate,
+        "/setup": setup,
+        "/setup/systemd": setup,  # as in rpardini/docker-registry-proxy
+        "/healthz": health,
+        "/metrics": metrics,
+    }
 
 
 def _base_url(request: Request, port: int | None) -> str:

@@ -38,6 +38,7 @@ from dockerproxy.oci.content import BlobResponse, ManifestResponse
 from dockerproxy.oci.credentials import BasicCredentials
 from dockerproxy.oci.manifests import EMPTY_INDEX, MAX_MANIFEST, OCI_INDEX, fallback_tag, filter_referrers
 from dockerproxy.oci.names import Digest, Reference, Registry, Repository
+from dockerproxy.oci.referrers import ReferrersIndex, ReferrersQuery
 from dockerproxy.upstream.credentials import Anonymous, ClientCredential, Credential
 
 
@@ -89,16 +90,10 @@ class PullThrough:
 
 
 @frozen
-class UpstreamReferrers:
-    """An index of referrers. `filtered` is true if the requested artifact type has been applied."""
-
-    content: bytes
-    filtered: bool
-
-
-@frozen
 class CachedRegistry:
     """One registry as seen by one client, which has its own credential, a local token, or neither.
+
+    It is the backend of the HTTP API for pulls (`registry.backend.PullBackend`, `registry.upstream.UpstreamRegistry`).
 
     `authorization` is the client's own credential. `fallback_identity` is the result of `Identities.read_token`: None
     if the client sent no local token, "" if the local token is invalid.
@@ -168,12 +163,10 @@ class CachedRegistry:
         if self.fallback_identity == "":
             raise Unauthorized("the token has expired or is not valid for this registry")
 
-    async def referrers(
-        self, name: Repository, digest: Digest, query: str, artifact_type: str | None
-    ) -> UpstreamReferrers:
-        """Return the referrers of `digest`, from the fallback tag if upstream has no referrers API."""
+    async def referrers(self, name: Repository, subject: Digest, query: ReferrersQuery) -> ReferrersIndex:
+        """Return the referrers of `subject`, from the fallback tag if upstream has no referrers API."""
         self._check_token()
-        path = f"/v2/{name}/referrers/{digest}" + (f"?{query}" if query else "")
+        path = f"/v2/{name}/referrers/{subject}" + (f"?{query.text}" if query.text else "")
         response = await self.cache.upstream.request(
             "GET", self.registry, path,
             name=name, credential=self.credential, headers=Headers([("accept", OCI_INDEX)]),
@@ -182,20 +175,20 @@ class CachedRegistry:
             filtered = "artifactType" in (response.headers.get("oci-filters-applied") or "")
             content = await response.read_all(MAX_MANIFEST)
             self._filter_referrers(content, "")
-            return UpstreamReferrers(content, filtered)
+            return ReferrersIndex(content, filtered, "PASS")
         if response.status != 404:
             raise await error_from_response(self.registry, response)
         await response.discard()
         try:
-            manifest = await self.manifest(name, fallback_tag(digest), [OCI_INDEX], head=False)
+            manifest = await self.manifest(name, fallback_tag(subject), [OCI_INDEX], head=False)
             content = manifest.content or EMPTY_INDEX
         except UpstreamRefused as error:
             if error.status != 404:
                 raise
             content = EMPTY_INDEX
-        if artifact_type is None:
-            return UpstreamReferrers(content, False)
-        return UpstreamReferrers(self._filter_referrers(content, artifact_type), True)
+        if query.artifact_type is None:
+            return ReferrersIndex(content, False, "PASS")
+        return ReferrersIndex(self._filter_referrers(content, query.artifact_type), True, "PASS")
 
     def _filter_referrers(self, index: bytes, artifact_type: str) -> bytes:
         try:

@@ -8,7 +8,7 @@ from twisted.logger import LogEvent, LogLevel, globalLogPublisher
 
 NAMESPACE = "dockerproxy.access"
 
-FIELDS = ("client", "method", "host", "path", "status", "size", "seconds", "verdict")
+FIELDS = ("client", "method", "host", "path", "status", "size", "seconds", "verdict", "user", "user_agent")
 """Keys of an access event beside `line`. The JSON log writes them under the same names."""
 
 
@@ -16,12 +16,23 @@ class AccessLog:
     """Publishes one event of the namespace ``dockerproxy.access`` for each finished request."""
 
     def record(
-        self, client: str, method: str, host: str, path: str, status: int, size: int, seconds: float, cache_status: str
+        self,
+        client: str,
+        method: str,
+        host: str,
+        path: str,
+        status: int,
+        size: int,
+        seconds: float,
+        cache_status: str,
+        user: str | None = None,
+        user_agent: str | None = None,
     ) -> None:
         """Log one finished request.
 
         The query is dropped from `path`, because a signed URL is a credential. Characters that could forge or split a
-        line are escaped. `size` is the number of body bytes sent to the client.
+        line are escaped. `size` is the number of body bytes sent to the client. `user` and `user_agent` are not part of
+        the line, so that its form stays.
         """
         method, host, path = (
             _escape_unprintable(method),
@@ -45,6 +56,8 @@ class AccessLog:
             "size": size,
             "seconds": seconds,
             "verdict": cache_status,
+            "user": user,
+            "user_agent": user_agent,
         }
         globalLogPublisher(event)
 

@@ -21,6 +21,8 @@ ErrorRenderer = Callable[["Request", RegistryError], None]
 
 PLAIN_TEXT = ("Content-Type", "text/plain; charset=utf-8")
 
+_MAX_USER_AGENT = 256  # characters that are logged
+
 _BODYLESS_STATUSES = frozenset({204, 304})  # RFC 9112, section 6.3
 
 
@@ -62,8 +64,8 @@ class Request:
     are ignored after the response has ended or the client has disconnected.
 
     `path` and `query` come from the origin-form target and are still percent-encoded. `cache_status` is reported in the
-    access log and in `X-Cache`. `host` is the host that the client addressed. Handlers set it and the access log
-    reports it.
+    access log and in `X-Cache`. `host` is the host that the client addressed, `user` the user that logged in. Handlers
+    set them and the access log reports them.
 
     A handler raises an error instead of responding with it. The channel then aborts a response that has started, and
     otherwise calls `error_renderer`. The handler that knows the surface of the request sets it; the default is plain
@@ -92,6 +94,7 @@ class Request:
         "query",
         "secure",
         "status",
+        "user",
     )  # fmt: skip
 
     def __init__(self, channel: RequestChannel, head: RequestHead, body: ByteStream | None) -> None:
@@ -109,6 +112,7 @@ class Request:
         self.secure = channel.secure
         self.host = ""
         self.cache_status = "-"
+        self.user: str | None = None
         self.status = 0
         self.bytes_sent = 0  # bytes of the response body that were written
         self.finished = False
@@ -119,6 +123,12 @@ class Request:
     def started(self) -> bool:
         """Whether the status was sent, so that no other response is possible."""
         return self.status != 0
+
+    @property
+    def user_agent(self) -> str | None:
+        """The start of the User-Agent field, None if there is none."""
+        value = self.headers.get("user-agent")
+        return None if value is None else value[:_MAX_USER_AGENT]
 
     # Request body
 

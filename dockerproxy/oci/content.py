@@ -61,3 +61,12 @@ class ManifestResponse:
     size: int
     content: bytes | None
     cache_status: str
+
+
+@frozen
+class StoredManifest:
+    """A manifest of a repository, as it is stored."""
+
+    digest: Digest
+    media_type: str
+    content: bytes

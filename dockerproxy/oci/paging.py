@@ -37,13 +37,21 @@ class Page:
         return cls(max_entries if text is None else min(int(text), max_entries), parameters.get("last"))
 
 
-def take_page(names: Iterable[str], limit: int) -> tuple[list[str], bool]:
-    """Return the first `limit` of `names`, and whether more follow.
+@frozen
+class NamePage:
+    """A page of tags or repositories. `more` is true if others follow the last of `names`."""
+
+    names: list[str]
+    more: bool
+
+
+def take_page(names: Iterable[str], limit: int) -> NamePage:
+    """Return the first `limit` of `names`.
 
     A page without entries has no next page, because its Link would not advance.
     """
     page = list(islice(names, limit + 1)) if limit else []
-    return page[:limit], len(page) > limit
+    return NamePage(page[:limit], len(page) > limit)
 
 
 def next_link(path: str, parameters: Mapping[str, str]) -> tuple[str, str]:

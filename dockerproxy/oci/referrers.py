@@ -10,6 +10,7 @@ from attrs import frozen
 
 from dockerproxy.oci.manifests import OCI_INDEX, Manifest
 from dockerproxy.oci.names import Digest
+from dockerproxy.oci.routes import parse_query
 
 
 @frozen
@@ -18,6 +19,45 @@ class Referrer:
 
     subject: Digest
     descriptor: dict[str, Any]
+
+
+@frozen
+class ReferrersQuery:
+    """The query of a request for referrers: only those of `artifact_type`, and only those behind `last`.
+
+    `text` is the query as it was received.
+    """
+
+    text: str = ""
+    artifact_type: str | None = None
+    last: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> ReferrersQuery:
+        """Return the parsed query. Raise `BadRequest`."""
+        parameters = dict(reversed(parse_query(text)))
+        return cls(text, parameters.get("artifactType"), parameters.get("last"))
+
+
+@frozen
+class ReferrersPage:
+    """Descriptors of referrers as JSON, and the name of the last entry if more follow."""
+
+    descriptors: list[bytes]
+    last: str | None = None
+
+
+@frozen
+class ReferrersIndex:
+    """An index of referrers to send.
+
+    `filtered` is true if it holds only the requested artifact type. `last` is its last entry, if more follow.
+    """
+
+    content: bytes
+    filtered: bool
+    cache_status: str
+    last: str | None = None
 
 
 def make_referrer(manifest: Manifest, content: bytes, digest: Digest) -> Referrer | None:

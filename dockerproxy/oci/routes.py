@@ -23,11 +23,14 @@ from urllib.parse import unquote_plus
 from attrs import frozen
 
 from dockerproxy.errors import BadRequest, NameInvalid, NameUnknown
-from dockerproxy.oci.names import Digest, Reference, Repository, parse_reference, parse_repository
+from dockerproxy.oci.names import Digest, Reference, Repository, Tag, parse_reference, parse_repository
 
 _VISIBLE = re.compile(r"[!-~]*")
 _ESCAPE = re.compile(r"%([0-9A-Fa-f]{2})?")
 _SESSION = re.compile(r"[A-Za-z0-9_=.~-]{1,512}")
+
+_NO_NAME = Repository("")
+_NO_REFERENCE = Tag("")
 
 _MAX_QUERY = 8192
 _MAX_PARAMETERS = 100
@@ -48,13 +51,23 @@ class Kind(Enum):
 
 @frozen(slots=True)
 class Target:
-    """The resource that a path names. `name` is set for all kinds except BASE and CATALOG, `session` for UPLOAD, and
-    `reference` for MANIFEST, BLOB and REFERRERS. For the latter two it is a `Digest`."""
+    """The resource that a path names.
+
+    `name` is empty for BASE and CATALOG. `reference` belongs to MANIFEST, BLOB and REFERRERS, `session` to UPLOAD; both
+    are empty for the others.
+    """
 
     kind: Kind
-    name: Repository | None = None
-    reference: Reference | None = None
-    session: str | None = None
+    name: Repository = _NO_NAME
+    reference: Reference = _NO_REFERENCE
+    session: str = ""
+
+    @property
+    def digest(self) -> Digest:
+        """The reference of a BLOB, of REFERRERS, or of a MANIFEST that is named by its digest."""
+        if not isinstance(self.reference, Digest):
+            raise ValueError(f"the reference {self.reference!r} is not a digest")
+        return self.reference
 
 
 @lru_cache(1024)  # nodes of a fleet request the same paths; a valid path has at most 3 KiB

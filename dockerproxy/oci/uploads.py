@@ -8,11 +8,48 @@ from __future__ import annotations
 
 import re
 
+from attrs import frozen
+
 from dockerproxy.errors import BlobUploadInvalid, DigestInvalid, RangeInvalid
-from dockerproxy.oci.names import ALGORITHMS, Digest
+from dockerproxy.oci.names import ALGORITHMS, Digest, Repository, parse_repository
+from dockerproxy.oci.routes import parse_query
 
 # The form of the distribution-spec, inclusive and without a unit. It differs from the Content-Range of RFC 9110.
 _CHUNK_RANGE = re.compile(r"([0-9]{1,19})-([0-9]{1,19})")
+
+
+@frozen
+class UploadParameters:
+    """The request that starts an upload.
+
+    It may mount a blob of another repository (of `source`, or of any) or upload the blob `digest` at once. `algorithm`
+    is the digest algorithm that the client announces.
+    """
+
+    mount: Digest | None = None
+    source: Repository | None = None
+    digest: Digest | None = None
+    algorithm: str | None = None
+
+    @classmethod
+    def parse(cls, query: str) -> UploadParameters:
+        """Return the parameters in a URL's query. Raise `DigestInvalid`, `NameInvalid`, `BadRequest`."""
+        parameters = dict(parse_query(query))
+        mount, source, digest = (parameters.get(name) for name in ("mount", "from", "digest"))
+        return cls(
+            None if mount is None else Digest.parse(mount),
+            None if mount is None or source is None else parse_repository(source),
+            None if digest is None else Digest.parse(digest),
+            parameters.get("digest-algorithm"),
+        )
+
+
+@frozen
+class UploadStatus:
+    """An upload session, and the number of bytes received so far."""
+
+    session: str
+    size: int
 
 
 def declared_length(content_range: str | None, content_length: int | None, session_size: int) -> int | None:

@@ -15,7 +15,6 @@ from typing import Any, Protocol
 
 from attrs import frozen
 
-from dockerproxy.errors import RegistryError
 from dockerproxy.http.channel import Handler, HTTPChannel
 from dockerproxy.http.forwarding import ForwardedResponse, forward_response, forwarded_fields, request_body_producer
 from dockerproxy.http.headers import Headers
@@ -95,21 +94,14 @@ class ForwardProxy:
     transfers: TransferTracker
     on_request_finished: Callable[[Request, float], None]
 
-    async def handle(self, site: Site, request: Request) -> None:
-        """Handle `request`, which `site` received; respond with plain text if it is refused."""
-        try:
-            self.policy.check_client(request.client)
-            if request.method == "CONNECT":
-                await self._handle_connect(site, request)
-            elif request.head.target.startswith("/"):
-                await self.local(request)
-            else:
-                await self._handle_absolute_form(request)
-        except RegistryError as error:
-            if request.started:
-                request.abort()
-            else:
-                respond_text_error(request, error)
+    def handle(self, site: Site, request: Request) -> Awaitable[None]:
+        """Return the awaitable that responds to `request`, which `site` received. Raise `RegistryError`."""
+        self.policy.check_client(request.client)
+        if request.method == "CONNECT":
+            return self._handle_connect(site, request)
+        if request.head.target.startswith("/"):
+            return self.local(request)
+        return self._handle_absolute_form(request)
 
     # CONNECT
 
@@ -157,18 +149,17 @@ class ForwardProxy:
 
     # absolute-form
 
-    async def _handle_absolute_form(self, request: Request) -> None:
+    def _handle_absolute_form(self, request: Request) -> Awaitable[None]:
         request.path = request.query = ""  # as in `_handle_connect`
         scheme, host, target = absolute_form(request.head.target)
         request.path, _, request.query = target.partition("?")
         request.host = str(host)
         registry = self.interception.registries.get(host)
         if registry is not None:
-            await self.interception.handle(registry, request)
-        elif host.name in self.hosted_names:
-            await (self.local(request) if host.port == request.port else self.hosted(request))
-        else:
-            await self._forward_request(request, Registry(host, scheme))
+            return self.interception.handle(registry, request)
+        if host.name in self.hosted_names:
+            return self.local(request) if host.port == request.port else self.hosted(request)
+        return self._forward_request(request, Registry(host, scheme))
 
     async def _forward_request(self, request: Request, server: Registry) -> None:
         self.policy.check_http_port(server.host)
@@ -185,10 +176,3 @@ class ForwardProxy:
             client=request.client,
         )
         await forward_response(request, response, forwarded_fields(response.headers))
-
-
-def respond_text_error(request: Request, error: RegistryError) -> None:
-    """Respond with the message of `error` as plain text, because a person may read it in curl's output."""
-    request.closing = request.closing or request.method == "CONNECT" or request.has_body
-    fields = [("Content-Type", "text/plain; charset=utf-8"), *error.headers]
-    request.respond(error.status, fields, f"{error.message}\n".encode())

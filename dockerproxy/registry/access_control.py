@@ -16,6 +16,7 @@ from dockerproxy.oci.credentials import BasicCredentials
 from dockerproxy.oci.names import Host
 from dockerproxy.oci.routes import Kind, Target
 from dockerproxy.registry.htpasswd import HtpasswdFile
+from dockerproxy.registry.principal import Principal
 from dockerproxy.registry.responses import FieldList
 
 HOSTED_TOKEN_PATH = "/v2/token"
@@ -27,11 +28,8 @@ _TOKEN_LIFETIME = 3600  # seconds
 class AccessControl(Protocol):
     """Decides about the requests of one registry."""
 
-    async def check(self, request: Request, target: Target) -> None:
-        """Return if the client may make this request. Raise `Unauthorized` otherwise."""
-
-    def challenge(self, request: Request, target: Target | None) -> FieldList:
-        """Return the challenge for a client without permission. `target` is None if the path is not part of the API."""
+    async def check(self, request: Request, target: Target) -> Principal:
+        """Return who makes this request. Raise `Unauthorized`, with a challenge, if the client may not make it."""
 
     async def handle_token(self, request: Request) -> bool:
         """Respond to a request to `HOSTED_TOKEN_PATH` and return True. Return False if this registry has no tokens.
@@ -43,11 +41,8 @@ class AccessControl(Protocol):
 class AllowAll:
     """No users: every request is allowed."""
 
-    async def check(self, request: Request, target: Target) -> None:
-        """Allow the request."""
-
-    def challenge(self, request: Request, target: Target | None) -> FieldList:
-        return []
+    async def check(self, request: Request, target: Target) -> Principal:
+        return Principal.of(request, None)
 
     async def handle_token(self, request: Request) -> bool:
         return False
@@ -58,13 +53,10 @@ class RequireLogin:
 
     def __init__(self, htpasswd: HtpasswdFile, realm: str) -> None:
         self._htpasswd = htpasswd
-        self._realm = realm
+        self._challenge = [_basic_challenge(realm)]
 
-    async def check(self, request: Request, target: Target) -> None:
-        await _authenticate(self._htpasswd, request)
-
-    def challenge(self, request: Request, target: Target | None) -> FieldList:
-        return [_basic_challenge(self._realm)]
+    async def check(self, request: Request, target: Target) -> Principal:
+        return Principal.of(request, await _authenticate(self._htpasswd, request, self._challenge))
 
     async def handle_token(self, request: Request) -> bool:
         return False
@@ -85,26 +77,29 @@ class AnonymousPull:
         self._secret = secret
         self._clock = clock
 
-    async def check(self, request: Request, target: Target) -> None:
+    async def check(self, request: Request, target: Target) -> Principal:
         scheme, _, token = (request.headers.get("authorization") or "").partition(" ")
         has_authorization = bool(scheme)
         if scheme.lower() == "bearer":
             user = self._verify_token(token.strip())
             if user and self._htpasswd.has_user(user):
-                return
+                return Principal.of(request, user)
             if user is None:
-                raise Unauthorized("the token has expired, or was not issued by this registry")
+                message = "the token has expired, or was not issued by this registry"
+                raise Unauthorized(message, headers=self._challenge(request, target))
         elif has_authorization:
-            await _authenticate(self._htpasswd, request)
-            return
+            challenge = self._challenge(request, target)
+            return Principal.of(request, await _authenticate(self._htpasswd, request, challenge))
         is_read = request.method in ("GET", "HEAD") and target.kind is not Kind.UPLOAD
         if not is_read or (target.kind is Kind.BASE and not has_authorization):
-            raise Unauthorized("authentication required to write to this registry")
+            message = "authentication required to write to this registry"
+            raise Unauthorized(message, headers=self._challenge(request, target))
+        return Principal.of(request, None)
 
-    def challenge(self, request: Request, target: Target | None) -> FieldList:
+    def _challenge(self, request: Request, target: Target) -> FieldList:
         scheme = "https" if request.secure else "http"
         value = f'Bearer realm="{scheme}://{self._host(request)}{HOSTED_TOKEN_PATH}",service="{self._realm}"'
-        if target is not None and target.name is not None:
+        if target.name:
             actions = "pull" if request.method in ("GET", "HEAD") else "pull,push"
             value += f',scope="repository:{target.name}:{actions}"'
         return [("WWW-Authenticate", value)]
@@ -114,10 +109,7 @@ class AnonymousPull:
             raise Unsupported("tokens are requested with GET", headers=[("Allow", "GET")])
         user = ""
         if "authorization" in request.headers:
-            try:
-                user = await _authenticate(self._htpasswd, request)
-            except Unauthorized as error:
-                raise Unauthorized(error.message, headers=[_basic_challenge(self._realm)]) from None
+            user = await _authenticate(self._htpasswd, request, [_basic_challenge(self._realm)])
         now = self._clock()
         token = self._issue_token(user, now)
         document = {
@@ -157,16 +149,19 @@ class AnonymousPull:
         return hmac.new(self._secret, b"hosted\n" + payload, hashlib.sha256).digest()
 
 
-async def _authenticate(htpasswd: HtpasswdFile, request: Request) -> str:
-    """Return the user name if `request` has a correct login. Raise `Unauthorized` or `TooManyRequests` otherwise."""
+async def _authenticate(htpasswd: HtpasswdFile, request: Request, challenge: FieldList) -> str:
+    """Return the user name if `request` has a correct login.
+
+    Raise `Unauthorized` with `challenge` otherwise, or `TooManyRequests`.
+    """
     authorization = request.headers.get("authorization")
     if authorization is None:
-        raise Unauthorized("authentication required")
+        raise Unauthorized("authentication required", headers=challenge)
     credentials = BasicCredentials.parse(authorization)
     if credentials == BasicCredentials("", ""):  # podman and skopeo send this if they have no login
-        raise Unauthorized("authentication required")
+        raise Unauthorized("authentication required", headers=challenge)
     if credentials is None or not await htpasswd.check_password(credentials, request.client):
-        raise Unauthorized("the user name or the password is wrong")
+        raise Unauthorized("the user name or the password is wrong", headers=challenge)
     return credentials.user
 
 

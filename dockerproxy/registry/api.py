@@ -1,44 +1,70 @@
-"""The OCI distribution API over HTTP: pulls, the same for every `RegistryBackend`."""
+"""The OCI distribution API over HTTP: which method of a backend a request is for, and how its result is sent."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable
+import json
+from collections.abc import Awaitable, Callable
 from typing import Any
 
-from dockerproxy.errors import UpstreamBroken
+from dockerproxy.errors import DigestInvalid, RangeInvalid, SizeInvalid, Unsupported, UpstreamBroken
+from dockerproxy.http.message import body_framing
 from dockerproxy.http.request import Request
 from dockerproxy.oci.content import VERIFY_FIRST_SIZE, BlobResponse, Content, ManifestResponse
-from dockerproxy.oci.names import Digest, Reference, Repository
+from dockerproxy.oci.manifests import MAX_MANIFEST, OCI_INDEX
+from dockerproxy.oci.names import Digest, Repository, Tag, parse_tag
+from dockerproxy.oci.paging import NamePage, Page, next_link
 from dockerproxy.oci.ranges import ByteRange, content_range, parse_range
-from dockerproxy.oci.routes import Kind, Target
-from dockerproxy.registry.backend import RegistryBackend
-from dockerproxy.registry.responses import API_VERSION, FieldList, cache_status_fields
+from dockerproxy.oci.referrers import ReferrersQuery
+from dockerproxy.oci.routes import Kind, Target, parse_query
+from dockerproxy.oci.uploads import UploadParameters, UploadStatus, range_header
+from dockerproxy.registry.backend import PullBackend, RegistryBackend, UploadChunk
+from dockerproxy.registry.principal import Principal
+from dockerproxy.registry.responses import API_VERSION, FieldList, cache_status_fields, respond_ping
 from dockerproxy.registry.streaming import stream_content
 
 # distribution-spec 1.1, "Warnings": the code is 299, the agent "-"; clients print the text.
 _STALE_WARNING = ("Warning", '299 - "Stale: the registry did not respond, so the cached copy is used"')
 
+_MAX_ENTRIES = 10_000  # of a list per response; its Link leads to the rest
+
 
 class RegistryAPI:
-    """Handles requests to `/v2/`."""
+    """Handles requests to `/v2/`. Each (kind of target, method) has one method here, which calls one of the backend."""
 
     def __init__(self, clock: Any) -> None:
         self._clock = clock
 
-    def handle(self, request: Request, target: Target, backend: RegistryBackend) -> Awaitable[None]:
-        """Respond to `request` for `target` from `backend`. Raise `RegistryError`."""
-        if request.method in ("GET", "HEAD") and target.name is not None and target.reference is not None:
-            if target.kind is Kind.MANIFEST:
-                return self._manifest(request, target.name, target.reference, backend)
-            if target.kind is Kind.BLOB and isinstance(target.reference, Digest):
-                return self._blob(request, target.name, target.reference, backend)
-        return backend.handle(request, target)
+    def handle(
+        self, request: Request, target: Target, backend: RegistryBackend, principal: Principal
+    ) -> Awaitable[None]:
+        """Return the awaitable that responds to `request` from `backend`. It raises `RegistryError`.
 
-    async def _manifest(
-        self, request: Request, name: Repository, reference: Reference, backend: RegistryBackend
-    ) -> None:
-        head_only = request.method == "HEAD"
-        manifest = await backend.manifest(name, reference, request.headers.all("accept"), head=head_only)
+        Raise `Unsupported` if `target` does not support the method.
+        """
+        key = target.kind, _METHODS.get(request.method, request.method)
+        operation = _OPERATIONS.get(key)
+        if operation is not None:
+            return operation(self, request, target, backend, principal)
+        pull = _PULL_OPERATIONS.get(key)
+        if pull is not None:
+            return pull(self, request, target, backend)
+        allowed = ", ".join(allowed_methods(target.kind))
+        raise Unsupported(f"{request.method} is not supported here; supported: {allowed}", headers=[("Allow", allowed)])
+
+    def handle_pull(self, request: Request, target: Target, backend: PullBackend) -> Awaitable[None] | None:
+        """Return the awaitable that responds to `request` if a `PullBackend` can. Return None otherwise."""
+        operation = _PULL_OPERATIONS.get((target.kind, _METHODS.get(request.method, request.method)))
+        return None if operation is None else operation(self, request, target, backend)
+
+    # pulls
+
+    async def _ping(self, request: Request, target: Target, backend: PullBackend) -> None:
+        await backend.ping()
+        respond_ping(request)
+
+    async def _manifest(self, request: Request, target: Target, backend: PullBackend) -> None:
+        accept, head_only = request.headers.all("accept"), request.method == "HEAD"
+        manifest = await backend.manifest(target.name, target.reference, accept, head=head_only)
         request.cache_status = manifest.cache_status
         fields = [("Content-Type", manifest.media_type), *_common_fields(manifest, manifest.cache_status)]
         if _is_not_modified(request, manifest.digest):
@@ -54,8 +80,8 @@ class RegistryAPI:
                 fields.append(("Content-Range", content_range(byte_range, manifest.size)))
                 request.respond(206, fields, manifest.content[byte_range.start : byte_range.stop])
 
-    async def _blob(self, request: Request, name: Repository, digest: Digest, backend: RegistryBackend) -> None:
-        blob = await backend.blob(name, digest, head=request.method == "HEAD")
+    async def _blob(self, request: Request, target: Target, backend: PullBackend) -> None:
+        blob = await backend.blob(target.name, target.digest, head=request.method == "HEAD")
         request.cache_status = blob.cache_status
         content = blob.content
         try:
@@ -66,6 +92,174 @@ class RegistryAPI:
         finally:
             if content is not None:
                 content.close()
+
+    async def _referrers(self, request: Request, target: Target, backend: PullBackend) -> None:
+        query = ReferrersQuery.parse(request.query)
+        index = await backend.referrers(target.name, target.digest, query)
+        request.cache_status = index.cache_status
+        fields = [("Content-Type", OCI_INDEX), API_VERSION, *cache_status_fields(index.cache_status)]
+        parameters = {}
+        if index.filtered:
+            fields.append(("OCI-Filters-Applied", "artifactType"))
+        if query.artifact_type is not None:
+            parameters["artifactType"] = query.artifact_type
+        if index.last is not None:
+            fields.append(next_link(f"/v2/{target.name}/referrers/{target.digest}", {**parameters, "last": index.last}))
+        request.respond(200, fields, index.content)
+
+    # lists
+
+    async def _catalog(self, request: Request, target: Target, backend: RegistryBackend, principal: Principal) -> None:
+        page = await backend.catalog(Page.parse(request.query, _MAX_ENTRIES))
+        _respond_page(request, "/v2/_catalog", page, {"repositories": page.names})
+
+    async def _tags(self, request: Request, target: Target, backend: RegistryBackend, principal: Principal) -> None:
+        page = await backend.tags(target.name, Page.parse(request.query, _MAX_ENTRIES))
+        _respond_page(request, f"/v2/{target.name}/tags/list", page, {"name": target.name, "tags": page.names})
+
+    # manifests and deletions
+
+    async def _put_manifest(
+        self, request: Request, target: Target, backend: RegistryBackend, principal: Principal
+    ) -> None:
+        name, reference = target.name, target.reference
+        digest = reference if isinstance(reference, Digest) else None
+        tags = _tag_parameters(request.query) if isinstance(reference, Digest) else [reference]
+        try:
+            content = await request.read_all(MAX_MANIFEST)
+        except SizeInvalid:
+            raise SizeInvalid(f"the manifest is longer than {MAX_MANIFEST} bytes") from None
+        media_type = (request.headers.get("content-type") or "").partition(";")[0].strip()
+        manifest = await backend.put_manifest(principal, name, content, media_type, digest, tags)
+        fields = _created_fields(f"/v2/{name}/manifests/{manifest.digest}", manifest.digest)
+        if manifest.subject is not None:
+            fields.append(("OCI-Subject", str(manifest.subject)))
+        if digest is not None and tags:
+            fields.append(("OCI-Tag", ", ".join(tags)))
+        request.respond(201, fields)
+
+    async def _delete_manifest(
+        self, request: Request, target: Target, backend: RegistryBackend, principal: Principal
+    ) -> None:
+        await backend.delete_manifest(principal, target.name, target.reference)
+        request.respond(202, [API_VERSION])
+
+    async def _delete_blob(
+        self, request: Request, target: Target, backend: RegistryBackend, principal: Principal
+    ) -> None:
+        await backend.delete_blob(principal, target.name, target.digest)
+        request.respond(202, [API_VERSION, ("Docker-Content-Digest", str(target.digest))])
+
+    # uploads
+
+    async def _start_upload(
+        self, request: Request, target: Target, backend: RegistryBackend, principal: Principal
+    ) -> None:
+        parameters = UploadParameters.parse(request.query)
+        status = await backend.start_upload(principal, target.name, parameters, request)
+        digest = parameters.mount or parameters.digest
+        if status is not None:
+            request.respond(202, _upload_fields(target.name, status))
+        elif digest is not None:
+            request.respond(201, _created_fields(f"/v2/{target.name}/blobs/{digest}", digest))
+
+    async def _upload_status(
+        self, request: Request, target: Target, backend: RegistryBackend, principal: Principal
+    ) -> None:
+        request.respond(204, _upload_fields(target.name, await backend.upload_status(target.name, target.session)))
+
+    async def _upload_chunk(
+        self, request: Request, target: Target, backend: RegistryBackend, principal: Principal
+    ) -> None:
+        try:
+            status = await backend.upload_chunk(principal, target.name, target.session, _chunk(request))
+        except RangeInvalid as error:
+            raise await _with_position(error, target, backend) from None
+        request.respond(202, _upload_fields(target.name, status))
+
+    async def _finish_upload(
+        self, request: Request, target: Target, backend: RegistryBackend, principal: Principal
+    ) -> None:
+        digest = UploadParameters.parse(request.query).digest
+        if digest is None:
+            raise DigestInvalid("the request that completes an upload needs the digest parameter")
+        try:
+            await backend.finish_upload(principal, target.name, target.session, _chunk(request), digest)
+        except RangeInvalid as error:
+            raise await _with_position(error, target, backend) from None
+        request.respond(201, _created_fields(f"/v2/{target.name}/blobs/{digest}", digest))
+
+    async def _cancel_upload(
+        self, request: Request, target: Target, backend: RegistryBackend, principal: Principal
+    ) -> None:
+        await backend.cancel_upload(principal, target.name, target.session)
+        request.respond(204, [API_VERSION])
+
+
+_METHODS = {"HEAD": "GET"}  # HEAD is routed as GET; `Request` leaves out the body
+
+_PULL_OPERATIONS: dict[tuple[Kind, str], Callable[[RegistryAPI, Request, Target, PullBackend], Awaitable[None]]] = {
+    (Kind.BASE, "GET"): RegistryAPI._ping,
+    (Kind.MANIFEST, "GET"): RegistryAPI._manifest,
+    (Kind.BLOB, "GET"): RegistryAPI._blob,
+    (Kind.REFERRERS, "GET"): RegistryAPI._referrers,
+}
+
+_OPERATIONS: dict[
+    tuple[Kind, str], Callable[[RegistryAPI, Request, Target, RegistryBackend, Principal], Awaitable[None]]
+] = {
+    (Kind.CATALOG, "GET"): RegistryAPI._catalog,
+    (Kind.TAGS, "GET"): RegistryAPI._tags,
+    (Kind.MANIFEST, "PUT"): RegistryAPI._put_manifest,
+    (Kind.MANIFEST, "DELETE"): RegistryAPI._delete_manifest,
+    (Kind.BLOB, "DELETE"): RegistryAPI._delete_blob,
+    (Kind.UPLOADS, "POST"): RegistryAPI._start_upload,
+    (Kind.UPLOAD, "GET"): RegistryAPI._upload_status,
+    (Kind.UPLOAD, "PATCH"): RegistryAPI._upload_chunk,
+    (Kind.UPLOAD, "PUT"): RegistryAPI._finish_upload,
+    (Kind.UPLOAD, "DELETE"): RegistryAPI._cancel_upload,
+}
+
+
+def allowed_methods(kind: Kind) -> list[str]:
+    """Return the methods that targets of this kind support."""
+    methods = [method for key, method in (*_PULL_OPERATIONS, *_OPERATIONS) if key is kind]
+    return ["GET", "HEAD", *methods[1:]] if methods[0] == "GET" else methods
+
+
+def _respond_page(request: Request, path: str, page: NamePage, document: dict[str, Any]) -> None:
+    fields = [("Content-Type", "application/json"), API_VERSION]
+    if page.more:
+        fields.append(next_link(path, {"n": str(len(page.names)), "last": page.names[-1]}))
+    request.respond(200, fields, json.dumps(document).encode())
+
+
+def _tag_parameters(query: str) -> list[Tag]:
+    """Return the tags that a push by digest asks for."""
+    return list(dict.fromkeys(parse_tag(value) for name, value in parse_query(query) if name == "tag"))
+
+
+def _chunk(request: Request) -> UploadChunk:
+    return UploadChunk(request, request.headers.get("content-range"), body_framing(request.head))
+
+
+async def _with_position(error: RangeInvalid, target: Target, backend: RegistryBackend) -> RangeInvalid:
+    """Return the error of a chunk that is out of order, with the position at which the client can go on."""
+    status = await backend.upload_status(target.name, target.session)
+    return RangeInvalid(error.message, headers=_upload_fields(target.name, status))
+
+
+def _upload_fields(name: Repository, status: UploadStatus) -> FieldList:
+    return [
+        API_VERSION,
+        ("Location", f"/v2/{name}/blobs/uploads/{status.session}"),
+        ("Range", range_header(status.size)),
+        ("Docker-Upload-UUID", status.session),
+    ]
+
+
+def _created_fields(location: str, digest: Digest) -> FieldList:
+    return [API_VERSION, ("Location", location), ("Docker-Content-Digest", str(digest))]
 
 
 async def _start_blob(request: Request, blob: BlobResponse) -> tuple[int, int | None] | None:

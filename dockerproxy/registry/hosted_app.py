@@ -1,18 +1,16 @@
-"""HTTP handlers of direct requests: the hosted registry, and the choice of a registry by `?ns=`."""
+"""The HTTP handler of the hosted registry."""
 
 from __future__ import annotations
 
-from attrs import define, frozen
+from attrs import define
 
-from dockerproxy.errors import NameInvalid, RegistryError
-from dockerproxy.http.channel import Handler
+from dockerproxy.errors import RegistryError
 from dockerproxy.http.request import Request
-from dockerproxy.oci.names import Host
-from dockerproxy.oci.routes import Target, pop_parameter, route
+from dockerproxy.oci.routes import route
 from dockerproxy.registry.access_control import HOSTED_TOKEN_PATH, AccessControl
 from dockerproxy.registry.api import RegistryAPI
-from dockerproxy.registry.hosted import HostedRegistry
-from dockerproxy.registry.responses import handle_error
+from dockerproxy.registry.backend import RegistryBackend
+from dockerproxy.registry.responses import respond_error
 
 
 @define
@@ -20,52 +18,20 @@ class HostedRegistryApp:
     """Handles requests to `/v2/` for the hosted registry. A newly set `access_control` applies to later requests."""
 
     api: RegistryAPI
-    backend: HostedRegistry
+    backend: RegistryBackend
     access_control: AccessControl
 
     async def handle(self, request: Request) -> None:
-        """Respond to `request`."""
-        target: Target | None = None
-        try:
-            if request.path == HOSTED_TOKEN_PATH and await self.access_control.handle_token(request):
-                return
-            target = route(request.path)
-            await self.access_control.check(request, target)
-            await self.api.handle(request, target, self.backend)
-        except RegistryError as error:
-            challenge = [field for field in error.headers if field[0] == "WWW-Authenticate"]
-            if error.status == 401 and not challenge:
-                challenge = self.access_control.challenge(request, target)
-            handle_error(request, error, challenge)
-
-
-@frozen
-class NamespaceRouter:
-    """Dispatches requests to `/v2/` by `?ns=HOST`: to the mirror, unless HOST is one of `local_hostnames`.
-
-    A client that reaches us by another name or by address sends `ns` for our own registry as well. A request without
-    `ns` goes to the listener's `default`.
-    """
-
-    hosted: Handler
-    mirror: Handler
-    local_hostnames: frozenset[str]
-    default: Handler
-
-    async def handle(self, request: Request) -> None:
-        """Respond to `request`."""
-        try:
-            namespace, rest = pop_parameter(request.query, "ns")
-            is_local = namespace is not None and Host.parse(namespace).name in self.local_hostnames
-        except NameInvalid:
-            is_local = False
-        except RegistryError as error:
-            handle_error(request, error, [])
+        """Respond to `request`. Raise `RegistryError`."""
+        request.error_renderer = _respond_error
+        if request.path == HOSTED_TOKEN_PATH and await self.access_control.handle_token(request):
             return
-        if is_local:
-            request.query = rest
-            await self.hosted(request)
-        elif namespace is not None:
-            await self.mirror(request)
-        else:
-            await self.default(request)
+        target = route(request.path)
+        principal = await self.access_control.check(request, target)
+        request.user = principal.user
+        await self.api.handle(request, target, self.backend, principal)
+
+
+def _respond_error(request: Request, error: RegistryError) -> None:
+    """Respond with `error`. Its challenge, if it has one, was made for this client."""
+    respond_error(request, error, [field for field in error.headers if field[0] == "WWW-Authenticate"])

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from typing import Protocol
 
 from dockerproxy.errors import NameUnknown, RegistryError, Unsupported
 from dockerproxy.http.message import origin_form
 from dockerproxy.http.request import Request
 from dockerproxy.oci.names import Host, Registry
-from dockerproxy.oci.routes import Kind, Target, pop_parameter, route
+from dockerproxy.oci.routes import Kind, Target, route
 from dockerproxy.registry.api import RegistryAPI
-from dockerproxy.registry.responses import API_VERSION, cache_status_fields, handle_error
-from dockerproxy.registry.upstream_backend import (
-    SAFE_METHODS,
-    UpstreamBackend,
-    UpstreamRegistry,
-    check_push,
-    forward_request,
-)
+from dockerproxy.registry.responses import cache_status_fields, respond_error, respond_ping
+from dockerproxy.registry.upstream import SAFE_METHODS, UpstreamRegistry, check_push, forward_request
 
 _MAX_FORM_SIZE = 64 * 1024
 
@@ -47,29 +42,29 @@ class Intercepted:
         self._token_service = token_service
         self._allow_push = allow_push
 
-    async def handle(self, registry: Registry, request: Request) -> None:
-        """Respond to a request for `registry`."""
+    def handle(self, registry: Registry, request: Request) -> Awaitable[None]:
+        """Return the awaitable that responds to a request for `registry`. Raise `RegistryError`.
+
+        This is no coroutine, because one around another costs memory for each slow client.
+        """
         request.host = str(registry)
         upstream = self._open_registry(registry, request.headers.get("authorization"))
-        try:
-            await self._route(registry, request, upstream)
-        except RegistryError as error:
-            handle_error(
-                request, error, upstream.challenge(error, secure=request.secure) if error.status == 401 else []
-            )
-
-    def _route(self, registry: Registry, request: Request, upstream: UpstreamRegistry) -> Awaitable[None]:
-        """Return the awaitable that responds to `request`. Another coroutine would cost memory per slow client."""
+        request.error_renderer = partial(_respond_error, upstream)
         _check_path(request)
         target = _api_target(request.path)
+        is_safe = request.method in SAFE_METHODS
         if target is not None:
-            return self._api.handle(request, target, UpstreamBackend(upstream, self._allow_push))
-        token_registry = self._token_service.registry_for_realm(registry, request.path)
-        if token_registry is not None and request.method in ("GET", "POST"):
-            return self._handle_token(token_registry, request)
-        if request.method not in (*SAFE_METHODS, "OPTIONS"):
+            pull = self._api.handle_pull(request, target, upstream)
+            if pull is not None:
+                return pull
+        else:
+            token_registry = self._token_service.registry_for_realm(registry, request.path)
+            if token_registry is not None and request.method in ("GET", "POST"):
+                return self._handle_token(token_registry, request)
+            is_safe = is_safe or request.method == "OPTIONS"
+        if not is_safe:
             check_push(request, self._allow_push)
-        return forward_request(request, upstream, None)
+        return forward_request(request, upstream, target)
 
     async def _handle_token(self, registry: Registry, request: Request) -> None:
         request.cache_status = "PASS"
@@ -84,7 +79,7 @@ class Intercepted:
 
 
 class Mirror:
-    """Handles requests as a mirror: `?ns=HOST` names one of `registries`; the default is `hub`.
+    """Handles requests as a mirror: the namespace names one of `registries`; the default is `hub`.
 
     The client of a mirror has no login for upstream. Its Authorization is therefore not forwarded, and the proxy's own
     login is used, if there is one.
@@ -98,31 +93,34 @@ class Mirror:
         self._registries = registries
         self._hub = hub
 
-    async def handle(self, request: Request) -> None:
-        """Respond to a request to `/v2/`."""
-        try:
-            await self._route(request)
-        except RegistryError as error:
-            # No challenge: the client must not send us its login for the mirrored registry.
-            handle_error(request, error, [])
-
-    async def _route(self, request: Request) -> None:
-        _check_path(request)
+    def handle(self, request: Request, namespace: Host | None) -> Awaitable[None]:
+        """Return the awaitable that responds to a request to `/v2/`. Raise `RegistryError`."""
+        # Without a challenge: the client must not send us its login for the mirrored registry.
+        request.error_renderer = respond_error
         target = route(request.path)
-        namespace, request.query = pop_parameter(request.query, "ns")
-        registry = self._hub if namespace is None else self._registries.get(Host.parse(namespace))
+        registry = self._hub if namespace is None else self._registries.get(namespace)
         if registry is None:
             raise NameUnknown(
-                f"{namespace!r} is not mirrored here; the administrator of this proxy can add it to REGISTRIES"
+                f"'{namespace}' is not mirrored here; the administrator of this proxy can add it to REGISTRIES"
             )
         request.host = str(registry)
         if request.method not in SAFE_METHODS:
             message = "a mirror is read-only; push to the registry itself"
             raise Unsupported(message, headers=[("Allow", ", ".join(SAFE_METHODS))])
         if target.kind is Kind.BASE:
-            request.respond(200, [("Content-Type", "application/json"), API_VERSION], b"{}")
-            return
-        await self._api.handle(request, target, UpstreamBackend(self._open_registry(registry, None), False, namespace))
+            return _respond_ping(request)
+        upstream = self._open_registry(registry, None)
+        pull = self._api.handle_pull(request, target, upstream)
+        return pull if pull is not None else forward_request(request, upstream, target, namespace)
+
+
+async def _respond_ping(request: Request) -> None:
+    respond_ping(request)  # without a question to upstream, because a mirror needs no login
+
+
+def _respond_error(upstream: UpstreamRegistry, request: Request, error: RegistryError) -> None:
+    """Respond with `error`. A 401 has the registry's challenge."""
+    respond_error(request, error, upstream.challenge(error, secure=request.secure) if error.status == 401 else [])
 
 
 def _check_path(request: Request) -> None:

@@ -61,6 +61,11 @@ def without_cookies(headers: Headers) -> Headers:
     return headers.without("cookie", "set-cookie")
 
 
+def respond_ping(request: Request) -> None:
+    """Respond that the distribution API is here."""
+    request.respond(200, [("Content-Type", "application/json"), API_VERSION], b"{}")
+
+
 def respond_error(request: Request, error: RegistryError, challenge: Iterable[tuple[str, str]] = ()) -> None:
     """Respond with `error`. A refusal by upstream keeps upstream's own words.
 
@@ -77,12 +82,3 @@ def respond_error(request: Request, error: RegistryError, challenge: Iterable[tu
         fields = [("Content-Type", "application/json"), API_VERSION, *headers]
         body = json.dumps({"errors": [{"code": error.code, "message": error.message}]}).encode()
     request.respond(error.status, [*fields, *challenge, *cache_status_fields(request.cache_status)], body)
-
-
-def handle_error(request: Request, error: RegistryError, challenge: list[tuple[str, str]]) -> None:
-    """Respond with `error` and `challenge`. If a response has begun, abort it, so that the client does not take it for
-    complete."""
-    if request.started:
-        request.abort()
-    else:
-        respond_error(request, error, challenge)

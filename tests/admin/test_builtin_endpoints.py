@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Awaitable
 from typing import Any
 
 import pytest
 
-from dockerproxy.admin.builtin_endpoints import BuiltinEndpoints
-from dockerproxy.errors import RegistryError
+from dockerproxy.admin.builtin_endpoints import builtin_endpoints
 from dockerproxy.http.request import Request
 from dockerproxy.oci.names import Host
-from dockerproxy.proxy.forward_proxy import respond_text_error
+from dockerproxy.proxy.router import Router
 
 PEM = b"-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----\n"
 
@@ -52,14 +52,11 @@ def connect(connect_client: Any) -> Any:
             fields = [("Content-Type", "text/plain; version=0.0.4"), ("Cache-Control", "no-store")]
             request.respond(200, fields, b"# HELP")
 
-        endpoints = BuiltinEndpoints(PEM, registry, metrics, proxy_port)
+        router = Router(registry, builtin_endpoints(PEM, metrics, proxy_port))
 
-        async def handle(request: Request) -> None:
+        def handle(request: Request) -> Awaitable[None]:
             request.host = name
-            try:
-                await endpoints.handle(request)
-            except RegistryError as error:
-                respond_text_error(request, error)
+            return router.handle(request)
 
         return connect_client(handle, secure=secure)
 

@@ -27,6 +27,7 @@ from dockerproxy.oci.challenge import parse_challenges
 from dockerproxy.oci.credentials import BasicCredentials
 from dockerproxy.oci.manifests import EMPTY_INDEX, MAX_MANIFEST, OCI_INDEX
 from dockerproxy.oci.names import Digest, Registry, parse_repository
+from dockerproxy.oci.referrers import ReferrersQuery
 from dockerproxy.upstream.credentials import Anonymous, ClientCredential
 from tests.cache.support.harness import HUB, OTHER, CacheHarness, read_all
 from tests.cache.support.upstream import ScriptedResponse, error_response, raise_error, replace_with, respond_with
@@ -473,7 +474,7 @@ def index(*descriptors: Any) -> bytes:
 
 
 def referrers(harness: CacheHarness, query: str = "", artifact_type: str | None = None) -> Any:
-    return harness.run(harness.client().referrers(NAME, SUBJECT, query, artifact_type))
+    return harness.run(harness.client().referrers(NAME, SUBJECT, ReferrersQuery(query, artifact_type)))
 
 
 def test_referrers_from_upstream(harness: CacheHarness) -> None:

@@ -42,6 +42,13 @@ def test_an_event_has_a_line_and_fields() -> None:
     assert (event["client"], event["method"], event["host"]) == ("192.168.1.7", "GET", "registry-1.docker.io")
     assert (event["path"], event["status"], event["size"]) == ("/v2/library/ubuntu/tags/list", 200, 1234)
     assert (event["seconds"], event["verdict"]) == (0.12345, "HIT")
+    assert (event["user"], event["user_agent"]) == (None, None)
+
+
+def test_the_user_is_in_the_event_only() -> None:
+    event = record_request(user="alice", user_agent="docker/29.0 go/1.25")
+    assert (event["user"], event["user_agent"]) == ("alice", "docker/29.0 go/1.25")
+    assert formatEvent(event) == formatEvent(record_request())
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,9 @@ def test_time_is_iso_8601_in_utc() -> None:
 
 
 def test_an_access_event_has_its_fields() -> None:
-    fields = dict(zip(FIELDS, ("::1", "GET", "quay.io", "/v2/", 200, 2, 0.25, "HIT"), strict=True))
+    fields = dict(
+        zip(FIELDS, ("::1", "GET", "quay.io", "/v2/", 200, 2, 0.25, "HIT", "alice", "docker/29"), strict=True)
+    )
     entry = emit("{line}", "dockerproxy.access", line="the line", **fields)
     assert entry["message"] == "the line"
     assert {name: entry[name] for name in FIELDS} == fields

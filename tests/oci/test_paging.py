@@ -9,23 +9,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dockerproxy.errors import PaginationInvalid
-from dockerproxy.oci.paging import Page, next_link, sort_key, take_page
+from dockerproxy.oci.paging import NamePage, Page, next_link, sort_key, take_page
 
 NAMES = st.lists(st.text("abcXYZ019._-", min_size=1, max_size=4), unique=True)
 
 
 @given(names=NAMES, limit=st.integers(1, 5))
 def test_a_page(names: list[str], limit: int) -> None:
-    assert take_page(iter(names), limit) == (names[:limit], len(names) > limit)
+    assert take_page(iter(names), limit) == NamePage(names[:limit], len(names) > limit)
 
 
 def test_empty_page_has_no_next() -> None:
-    assert take_page(iter(["a", "b"]), 0) == ([], False)
+    assert take_page(iter(["a", "b"]), 0) == NamePage([], False)
 
 
 def test_a_page_takes_one_more_entry_only() -> None:
     names = iter("abcdef")
-    assert take_page(names, 2) == (["a", "b"], True)
+    assert take_page(names, 2) == NamePage(["a", "b"], True)
     assert list(names) == ["d", "e", "f"]
 
 

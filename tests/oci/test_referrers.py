@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import pytest
+
 from dockerproxy.oci.manifests import OCI_INDEX, OCI_MANIFEST, parse_manifest
 from dockerproxy.oci.names import Digest
-from dockerproxy.oci.referrers import build_index, make_referrer
+from dockerproxy.oci.referrers import ReferrersQuery, build_index, make_referrer
 
 SUBJECT = Digest.of(b"subject")
 CONFIG = {"mediaType": "application/vnd.config", "digest": str(Digest.of(b"c")), "size": 1}
@@ -48,3 +50,16 @@ def test_manifest_without_a_subject() -> None:
 def test_build_index() -> None:
     assert json.loads(build_index([])) == {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": []}
     assert json.loads(build_index([b'{"a":1}', b'{"b":2}']))["manifests"] == [{"a": 1}, {"b": 2}]
+
+
+@pytest.mark.parametrize(
+    ("text", "artifact_type", "last"),
+    [
+        ("", None, None),
+        ("artifactType=a%2Fb&n=5", "a/b", None),
+        ("last=x&artifactType=", "", "x"),
+        ("artifactType=a&artifactType=b", "a", None),
+    ],
+)
+def test_query(text: str, artifact_type: str | None, last: str | None) -> None:
+    assert ReferrersQuery.parse(text) == ReferrersQuery(text, artifact_type, last)

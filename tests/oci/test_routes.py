@@ -142,11 +142,18 @@ def test_any_path(path: str) -> None:
         target = route(path)
     except (NameInvalid, NameUnknown, DigestInvalid):
         return
-    assert (target.name is None) == (target.kind in (Kind.BASE, Kind.CATALOG))
-    assert (target.reference is not None) == (target.kind in (Kind.MANIFEST, Kind.BLOB, Kind.REFERRERS))
-    assert (target.session is not None) == (target.kind is Kind.UPLOAD)
-    if target.name is not None:
+    assert (target.name == "") == (target.kind in (Kind.BASE, Kind.CATALOG))
+    assert (target.reference != "") == (target.kind in (Kind.MANIFEST, Kind.BLOB, Kind.REFERRERS))
+    assert (target.session != "") == (target.kind is Kind.UPLOAD)
+    if target.name:
         assert parse_repository(target.name) == target.name
+    if target.kind in (Kind.BLOB, Kind.REFERRERS):
+        assert target.digest == target.reference
+
+
+def test_a_tag_is_no_digest() -> None:
+    with pytest.raises(ValueError, match="latest"):
+        _ = route("/v2/a/manifests/latest").digest
 
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -10,10 +11,15 @@ from twisted.internet.defer import Deferred
 
 from dockerproxy.errors import BlobUnknown, ManifestUnknown, RegistryError, UpstreamBroken
 from dockerproxy.http.headers import Headers
-from dockerproxy.http.request import Request
 from dockerproxy.oci.content import BlobResponse, ManifestResponse
-from dockerproxy.oci.names import Digest, Reference, Registry, Repository
-from dockerproxy.oci.routes import Target
+from dockerproxy.oci.manifests import EMPTY_INDEX
+from dockerproxy.oci.names import Digest, Reference, Registry, Repository, Tag
+from dockerproxy.oci.paging import NamePage, Page
+from dockerproxy.oci.pushed_manifest import PushedManifest
+from dockerproxy.oci.referrers import ReferrersIndex, ReferrersQuery
+from dockerproxy.oci.uploads import UploadParameters, UploadStatus
+from dockerproxy.registry.backend import BodyReader, UploadChunk
+from dockerproxy.registry.principal import Principal
 
 
 class FakeBlobContent:
@@ -65,8 +71,8 @@ class FakeBlobContent:
         self.close_count += 1
 
 
-class FakeRegistryBackend:
-    """A `RegistryBackend` with the given blobs and manifests. It responds 200 to every other request."""
+class FakePullBackend:
+    """A `PullBackend` with the given blobs and manifests. Pings succeed."""
 
     def __init__(self) -> None:
         self.blobs: dict[Digest, FakeBlobContent] = {}
@@ -100,9 +106,61 @@ class FakeRegistryBackend:
             raise BlobUnknown("no such blob")
         return BlobResponse(digest, content.size, content, self.cache_status)
 
-    async def handle(self, request: Request, target: Target) -> None:
-        self.calls.append((request.method, target))
-        request.respond(200, [], b"other")
+    async def ping(self) -> None:
+        self.calls.append(("ping",))
+
+
+class FakeRegistryBackend(FakePullBackend):
+    """A `RegistryBackend`. Lists have one entry, and every change succeeds. `calls` has the name of each method."""
+
+    async def referrers(self, name: Repository, subject: Digest, query: ReferrersQuery) -> ReferrersIndex:
+        self.calls.append(("referrers", name, subject, query))
+        return ReferrersIndex(EMPTY_INDEX, False, "-")
+
+    async def catalog(self, page: Page) -> NamePage:
+        self.calls.append(("catalog", page))
+        return NamePage(["a"], False)
+
+    async def tags(self, name: Repository, page: Page) -> NamePage:
+        self.calls.append(("tags", name, page))
+        return NamePage(["1"], False)
+
+    async def put_manifest(
+        self, principal: Principal, name: Repository, content: bytes, media_type: str, digest: Digest | None,
+        tags: Sequence[Tag],
+    ) -> PushedManifest:  # fmt: skip
+        self.calls.append(("put_manifest", principal, name, digest, tags))
+        return PushedManifest(content, Digest.of(content), media_type)
+
+    async def delete_manifest(self, principal: Principal, name: Repository, reference: Reference) -> None:
+        self.calls.append(("delete_manifest", principal, name, reference))
+
+    async def delete_blob(self, principal: Principal, name: Repository, digest: Digest) -> None:
+        self.calls.append(("delete_blob", principal, name, digest))
+
+    async def start_upload(
+        self, principal: Principal, name: Repository, parameters: UploadParameters, body: BodyReader
+    ) -> UploadStatus | None:
+        self.calls.append(("start_upload", principal, name, parameters))
+        return UploadStatus("session", 0)
+
+    async def upload_status(self, name: Repository, session: str) -> UploadStatus:
+        self.calls.append(("upload_status", name, session))
+        return UploadStatus(session, 3)
+
+    async def upload_chunk(
+        self, principal: Principal, name: Repository, session: str, chunk: UploadChunk
+    ) -> UploadStatus:
+        self.calls.append(("upload_chunk", principal, name, session))
+        return UploadStatus(session, 4)
+
+    async def finish_upload(
+        self, principal: Principal, name: Repository, session: str, chunk: UploadChunk, digest: Digest
+    ) -> None:
+        self.calls.append(("finish_upload", principal, name, session, digest))
+
+    async def cancel_upload(self, principal: Principal, name: Repository, session: str) -> None:
+        self.calls.append(("cancel_upload", principal, name, session))
 
 
 @pytest.fixture(scope="session")
@@ -163,8 +221,8 @@ class ForwardedRequest:
     body: bytes | None
 
 
-class FakeUpstreamRegistry(FakeRegistryBackend):
-    """An `UpstreamRegistry` and `TokenService` on top of `FakeRegistryBackend`.
+class FakeUpstreamRegistry(FakePullBackend):
+    """An `UpstreamRegistry` and `TokenService` on top of `FakePullBackend`.
 
     It responds to forwarded requests with `response`, to pings with `ping_error`, and to referrers with
     `referrers_result`.
@@ -190,10 +248,11 @@ class FakeUpstreamRegistry(FakeRegistryBackend):
         if self.ping_error is not None:
             raise self.ping_error
 
-    async def referrers(self, name: Repository, digest: Digest, query: str, artifact_type: str | None) -> Any:
-        self.calls.append((name, digest, query, artifact_type))
+    async def referrers(self, name: Repository, subject: Digest, query: ReferrersQuery) -> ReferrersIndex:
+        self.calls.append((name, subject, query.text, query.artifact_type))
         if isinstance(self.referrers_result, Exception):
             raise self.referrers_result
+        assert isinstance(self.referrers_result, ReferrersIndex)
         return self.referrers_result
 
     async def forward(

@@ -12,10 +12,11 @@ from twisted.internet.task import Clock
 from dockerproxy.oci.content import ManifestResponse
 from dockerproxy.oci.credentials import BasicCredentials
 from dockerproxy.oci.manifests import OCI_MANIFEST
-from dockerproxy.oci.names import Digest
+from dockerproxy.oci.names import Digest, Host
 from dockerproxy.registry.access_control import AccessControl, AllowAll, AnonymousPull, RequireLogin
 from dockerproxy.registry.api import RegistryAPI
-from dockerproxy.registry.hosted_app import HostedRegistryApp, NamespaceRouter
+from dockerproxy.registry.hosted_app import HostedRegistryApp
+from dockerproxy.registry.namespaces import NamespacedRegistries
 
 REALM = "docker-registry.local"
 MANIFEST = "/v2/a/manifests/1"
@@ -76,7 +77,7 @@ def connect(connect_client: Any, backend: Any, clock: Clock) -> Any:
 def test_allow_all(connect: Any) -> None:
     client = connect(AllowAll())
     for method, path in [("GET", "/v2/"), *READ_REQUESTS, *WRITE_REQUESTS]:
-        assert client.fetch(method, path).status == 200
+        assert 200 <= client.fetch(method, path).status < 300
     assert client.fetch("GET", "/v2/token").status == 404
 
 
@@ -92,7 +93,8 @@ def test_require_login(connect: Any, htpasswd: Any) -> None:
         ):
             response = client.fetch(method, path, fields)
             assert (response.status, response.fields("WWW-Authenticate")) == (401, [f'Basic realm="{REALM}"'])
-        assert client.fetch(method, path, basic_fields("alice:wonder")).status == 200
+        assert 200 <= client.fetch(method, path, basic_fields("alice:wonder")).status < 300
+        assert client.finished_requests[-1].user == "alice"
     assert client.fetch("GET", "/v2/token").status == 404
     # Without a login, podman and skopeo send an empty user and password.
     assert b"authentication required" in client.fetch("GET", "/v2/", basic_fields(":")).body
@@ -113,6 +115,7 @@ class TestAnonymousPull:
     def test_read_needs_no_login(self, client: Any) -> None:
         for method, path in READ_REQUESTS:
             assert client.fetch(method, path).status == 200
+            assert client.finished_requests[-1].user is None
 
     def test_write_needs_a_login(self, client: Any) -> None:
         for method, path in WRITE_REQUESTS:
@@ -122,7 +125,8 @@ class TestAnonymousPull:
                 basic_fields("alice:wonder"),
                 bearer_fields(self.token(client, basic_fields("alice:wonder"))),
             ):
-                assert client.fetch(method, path, fields).status == 200
+                assert 200 <= client.fetch(method, path, fields).status < 300
+                assert client.finished_requests[-1].user == "alice"
 
     def test_docker_login_sequence(self, client: Any) -> None:
         """dockerd gets a challenge at /v2/ in any case, and therefore sends its login if it has one."""
@@ -167,37 +171,41 @@ class TestAnonymousPull:
         assert response.status == 400 or f"https://{REALM}/v2/token" in response.headers["WWW-Authenticate"]
 
 
+@pytest.mark.parametrize("mirror_by_default", [False, True])
 @pytest.mark.parametrize(
     ("query", "expected"),
     [
         ("", "default /v2/"),
         ("?n=1", "default /v2/?n=1"),
-        ("?ns=docker.io", "mirror /v2/?ns=docker.io"),
+        ("?ns=docker.io", "mirror docker.io /v2/"),
+        ("?n=1&ns=quay.io:444&last=x", "mirror quay.io:444 /v2/?n=1&last=x"),
         ("?ns=Docker-Registry.local", "hosted /v2/"),
         ("?n=1&ns=docker-registry.local:5443&last=x", "hosted /v2/?n=1&last=x"),
-        ("?ns=a/b", "mirror /v2/?ns=a/b"),
-        ("?ns=", "mirror /v2/?ns="),
     ],
 )
-def test_namespace_routing(connect_client: Any, query: str, expected: str) -> None:
-    def make_handler(name: str) -> Any:
-        async def handle(request: Any) -> None:
+def test_namespace_routing(connect_client: Any, query: str, expected: str, mirror_by_default: bool) -> None:
+    class FakeRegistry:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        async def handle(self, request: Any, namespace: Host | None = None) -> None:
             target = request.path + (f"?{request.query}" if request.query else "")
-            request.respond(200, [], f"{name} {target}".encode())
+            request.respond(200, [], f"{self.name} {'' if namespace is None else f'{namespace} '}{target}".encode())
 
-        return handle
-
-    router = NamespaceRouter(
-        make_handler("hosted"), make_handler("mirror"), frozenset([REALM]), make_handler("default")
+    registries = NamespacedRegistries(
+        FakeRegistry("hosted"),  # type: ignore[arg-type]
+        FakeRegistry("mirror"),  # type: ignore[arg-type]
+        frozenset([REALM]),
+        mirror_by_default,
     )
-    assert connect_client(router.handle).fetch("GET", "/v2/" + query).body.decode() == expected
+    response = connect_client(registries.handle).fetch("GET", "/v2/" + query)
+    assert response.body.decode() == expected.replace("default", "mirror" if mirror_by_default else "hosted")
 
 
-def test_invalid_namespace(connect_client: Any) -> None:
-    async def unused(request: Any) -> None:
-        raise AssertionError
-
-    response = connect_client(NamespaceRouter(unused, unused, frozenset(), unused).handle).fetch(
-        "GET", "/v2/?ns=a&ns=b"
-    )
-    assert response.status == 400
+@pytest.mark.parametrize(
+    ("query", "code"), [("?ns=a&ns=b", "UNSUPPORTED"), ("?ns=a/b", "NAME_INVALID"), ("?ns=", "NAME_INVALID")]
+)
+def test_invalid_namespace(connect_client: Any, query: str, code: str) -> None:
+    registries = NamespacedRegistries(None, None, frozenset(), False)  # type: ignore[arg-type]
+    response = connect_client(registries.handle).fetch("GET", f"/v2/{query}")
+    assert (response.status, json.loads(response.body)["errors"][0]["code"]) == (400, code)

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Awaitable
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 
-from dockerproxy.errors import RegistryError, UpstreamBroken, UpstreamTimeout
+from dockerproxy.errors import UpstreamBroken, UpstreamTimeout
 from dockerproxy.http.request import Request
 from dockerproxy.oci.content import BlobResponse, ManifestResponse
 from dockerproxy.oci.manifests import OCI_INDEX, OCI_MANIFEST
 from dockerproxy.oci.names import Digest
 from dockerproxy.oci.routes import Kind, route
 from dockerproxy.registry.api import RegistryAPI
-from dockerproxy.registry.responses import handle_error
+from dockerproxy.registry.principal import Principal
+from dockerproxy.registry.responses import respond_error
 
 SMALL = 64 * 1024
 SIZES = [0, 1, 1000, SMALL - 1, SMALL, SMALL + 1, 700_000]
@@ -39,11 +41,9 @@ def connect_api(connect_client: Any, backend: Any) -> Any:
         clock = Clock()
         api = RegistryAPI(clock)
 
-        async def handle(request: Request) -> None:
-            try:
-                await api.handle(request, route(request.path), backend)
-            except RegistryError as error:
-                handle_error(request, error, [])
+        def handle(request: Request) -> Awaitable[None]:
+            request.error_renderer = respond_error
+            return api.handle(request, route(request.path), backend, Principal.of(request, "alice"))
 
         return connect_client(handle, clock=clock, **options)
 
@@ -115,8 +115,10 @@ def test_head_of_a_blob_without_content(connect_client: Any) -> None:
         async def blob(self, name: Any, digest: Digest, *, head: bool) -> BlobResponse:
             return BlobResponse(digest, 5_000_000_000, None, "MISS")
 
-    async def handle(request: Request) -> None:
-        await RegistryAPI(Clock()).handle(request, route(request.path), HeadOnlyBackend())  # type: ignore[arg-type]
+    def handle(request: Request) -> Awaitable[None]:
+        pull = RegistryAPI(Clock()).handle_pull(request, route(request.path), HeadOnlyBackend())  # type: ignore[arg-type]
+        assert pull is not None
+        return pull
 
     client = connect_client(handle)
     for _ in range(2):  # the connection stays usable
@@ -215,11 +217,11 @@ def test_any_range(connect_client: Any, fake_content: Any, size: int, first: int
 
     clock = Clock()
 
-    async def handle(request: Request) -> None:
-        try:
-            await RegistryAPI(clock).handle(request, route(request.path), SingleBlobBackend())  # type: ignore[arg-type]
-        except RegistryError as error:
-            handle_error(request, error, [])
+    def handle(request: Request) -> Awaitable[None]:
+        request.error_renderer = respond_error
+        pull = RegistryAPI(clock).handle_pull(request, route(request.path), SingleBlobBackend())  # type: ignore[arg-type]
+        assert pull is not None
+        return pull
 
     last = "" if length is None else first + length - 1
     response = connect_client(handle, clock=clock).fetch("GET", blob_path(digest), [("Range", f"bytes={first}-{last}")])
@@ -455,21 +457,116 @@ def test_a_manifest_by_range(client: Any, backend: Any) -> None:
     assert client.fetch("GET", path, [("Range", "bytes=0-1,3-4")]).status == 200
 
 
-def test_other_requests_go_to_the_backend(client: Any, backend: Any) -> None:
-    digest = Digest.of(b"x")
-    for method, path, kind in [
-        ("GET", "/v2/", Kind.BASE),
-        ("GET", "/v2/_catalog", Kind.CATALOG),
-        ("GET", "/v2/a/tags/list", Kind.TAGS),
-        ("GET", f"/v2/a/referrers/{digest}", Kind.REFERRERS),
-        ("GET", "/v2/a/blobs/uploads/x", Kind.UPLOAD),
-        ("POST", "/v2/a/blobs/uploads/", Kind.UPLOADS),
-        ("PUT", "/v2/a/manifests/latest", Kind.MANIFEST),
-        ("DELETE", f"/v2/a/blobs/{digest}", Kind.BLOB),
-        ("OPTIONS", "/v2/a/manifests/latest", Kind.MANIFEST),
-    ]:
-        assert client.fetch(method, path).body == b"other"
-        assert (backend.calls[-1][0], backend.calls[-1][1].kind) == (method, kind)
+# routes
+
+PATHS = {
+    Kind.BASE: "/v2/",
+    Kind.CATALOG: "/v2/_catalog",
+    Kind.TAGS: "/v2/a/tags/list",
+    Kind.MANIFEST: "/v2/a/manifests/latest",
+    Kind.BLOB: f"/v2/a/blobs/{Digest.of(b'x')}",
+    Kind.REFERRERS: f"/v2/a/referrers/{Digest.of(b'x')}",
+    Kind.UPLOADS: "/v2/a/blobs/uploads/",
+    Kind.UPLOAD: f"/v2/a/blobs/uploads/session?digest={Digest.of(b'x')}",
+}
+OPERATIONS = {
+    (Kind.BASE, "GET"): "ping",
+    (Kind.CATALOG, "GET"): "catalog",
+    (Kind.TAGS, "GET"): "tags",
+    (Kind.MANIFEST, "GET"): "manifest",
+    (Kind.MANIFEST, "PUT"): "put_manifest",
+    (Kind.MANIFEST, "DELETE"): "delete_manifest",
+    (Kind.BLOB, "GET"): "blob",
+    (Kind.BLOB, "DELETE"): "delete_blob",
+    (Kind.REFERRERS, "GET"): "referrers",
+    (Kind.UPLOADS, "POST"): "start_upload",
+    (Kind.UPLOAD, "GET"): "upload_status",
+    (Kind.UPLOAD, "PATCH"): "upload_chunk",
+    (Kind.UPLOAD, "PUT"): "finish_upload",
+    (Kind.UPLOAD, "DELETE"): "cancel_upload",
+}
+METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "PROPFIND", "get"]
+
+
+class RecordingBackend:
+    """Passes every call to `backend` and records the names of the methods."""
+
+    def __init__(self, backend: Any) -> None:
+        self.backend = backend
+        self.methods: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
+            self.methods.append(name)
+            return getattr(self.backend, name)(*args, **options)
+
+        return call
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(kind=st.sampled_from(Kind), method=st.sampled_from(METHODS) | st.text("ABCDEFGHIJKLMNOPQRSTUVWXYZ", min_size=1))
+def test_each_kind_and_method_has_one_operation(
+    connect_client: Any, backend: Any, fake_content: Any, kind: Kind, method: str
+) -> None:
+    backend.put(fake_content(b"x"))
+    put_manifest(backend)
+    recorder = RecordingBackend(backend)
+
+    def handle(request: Request) -> Awaitable[None]:
+        request.error_renderer = respond_error
+        api = RegistryAPI(Clock())
+        return api.handle(request, route(request.path), recorder, Principal.of(request, None))  # type: ignore[arg-type]
+
+    response = connect_client(handle).fetch(method, PATHS[kind])
+    operation = OPERATIONS.get((kind, "GET" if method == "HEAD" else method))
+    assert recorder.methods == ([] if operation is None else [operation])
+    if operation is None:
+        allowed = {known_method for known_kind, known_method in OPERATIONS if known_kind is kind}
+        assert response.status == 405
+        assert set(response.headers["Allow"].split(", ")) == allowed | ({"HEAD"} if "GET" in allowed else set())
+    else:
+        assert 200 <= response.status < 300
+        assert method != "HEAD" or response.body == b""
+
+
+@given(kind=st.sampled_from(Kind), method=st.sampled_from(METHODS))
+def test_operations_of_a_pull_backend(kind: Kind, method: str) -> None:
+    """Everything else is forwarded to the upstream registry."""
+
+    class Backend:
+        async def respond(self, *args: Any, **options: Any) -> None: ...
+
+        ping = manifest = blob = referrers = respond
+
+    class Incoming:
+        def __init__(self) -> None:
+            self.method = method
+
+    pull = RegistryAPI(Clock()).handle_pull(Incoming(), route(PATHS[kind].partition("?")[0]), Backend())  # type: ignore[arg-type]
+    served = kind in (Kind.BASE, Kind.MANIFEST, Kind.BLOB, Kind.REFERRERS) and method in ("GET", "HEAD")
+    assert (pull is not None) == served
+    if pull is not None:
+        pull.close()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "call"),
+    [
+        ("PUT", PATHS[Kind.MANIFEST], "put_manifest"),
+        ("DELETE", PATHS[Kind.MANIFEST], "delete_manifest"),
+        ("DELETE", PATHS[Kind.BLOB], "delete_blob"),
+        ("POST", PATHS[Kind.UPLOADS], "start_upload"),
+        ("PATCH", PATHS[Kind.UPLOAD], "upload_chunk"),
+        ("PUT", PATHS[Kind.UPLOAD], "finish_upload"),
+        ("DELETE", PATHS[Kind.UPLOAD], "cancel_upload"),
+    ],
+)
+def test_a_change_gets_the_principal(client: Any, backend: Any, method: str, path: str, call: str) -> None:
+    assert client.fetch(method, path, [("User-Agent", "docker/29" + "x" * 1000)]).status < 300
+    assert backend.calls[-1][0] == call
+    principal = backend.calls[-1][1]
+    assert (principal.user, principal.address) == ("alice", client.finished_requests[0].client)
+    assert principal.user_agent.startswith("docker/29") and len(principal.user_agent) == 256
 
 
 def test_media_type_cannot_inject_a_field(client: Any, backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:

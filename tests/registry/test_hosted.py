@@ -25,15 +25,14 @@ from dockerproxy.oci.manifests import (
     fallback_tag,
 )
 from dockerproxy.oci.names import Digest
-from dockerproxy.registry import hosted as module
-from dockerproxy.registry import push_manifests
 from dockerproxy.registry.access_control import AllowAll
 from dockerproxy.registry.api import RegistryAPI
 from dockerproxy.registry.hosted import HostedRegistry
 from dockerproxy.registry.hosted_app import HostedRegistryApp
-from dockerproxy.registry.push import PushHandler
+from dockerproxy.store import local_hosted_store as module
 from dockerproxy.store.hosted_tree import HostedTree
 from dockerproxy.store.layout import Layout
+from dockerproxy.store.local_hosted_store import LocalHostedStore
 from dockerproxy.store.referrers import Referrers
 
 JSON = dict[str, Any]
@@ -126,9 +125,8 @@ def error_code(response: Any) -> tuple[int, str]:
 def registry(tmp_path: Path, connect_client: Any) -> RegistryHarness:
     reactor = SynchronousReactor()
     store = HostedTree.from_layout(Layout(tmp_path))
-    app = HostedRegistryApp(
-        RegistryAPI(reactor), HostedRegistry(reactor, store, PushHandler(reactor, store)), AllowAll()
-    )
+    backend = HostedRegistry(reactor, LocalHostedStore(reactor, store))
+    app = HostedRegistryApp(RegistryAPI(reactor), backend, AllowAll())
 
     def connect() -> Any:
         return connect_client(app.handle, clock=reactor)
@@ -296,7 +294,7 @@ def test_an_unwritable_directory_is_logged_and_reported(
     with monkeypatch.context() as patch:
         patch.setattr("os.mkdir", denied)
         patch.setattr(
-            "dockerproxy.registry.push.log.error", lambda form, **fields: messages.append(form.format(**fields))
+            "dockerproxy.registry.hosted.log.error", lambda form, **fields: messages.append(form.format(**fields))
         )
         response = registry.request("POST", f"/v2/{NAME}/blobs/uploads/")
     assert error_code(response) == (500, "UNKNOWN")
@@ -605,6 +603,23 @@ def test_a_push_replaces_damaged_content_of_the_same_size(registry: RegistryHarn
         Path(registry.store.layout.blob(digest)).write_bytes(b"x" * len(content))
 
 
+def test_a_damaged_manifest_is_not_served(registry: RegistryHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+    digest = registry.image("1")
+    path = Path(registry.store.layout.blob(digest))
+    path.write_bytes(path.read_bytes().replace(b"layers", b"slayer"))
+    messages: list[str] = []
+    monkeypatch.setattr(
+        "dockerproxy.store.local_hosted_store.log.error", lambda form, **fields: messages.append(form.format(**fields))
+    )
+    for reference in ("1", str(digest)):
+        for method in ("GET", "HEAD"):
+            assert registry.request(method, f"/v2/{NAME}/manifests/{reference}").status == 404
+    assert len(messages) == 4 and str(digest) in messages[0]
+    assert path.exists()  # `check` quarantines it
+    registry.image("1")
+    assert registry.request("GET", f"/v2/{NAME}/manifests/1").status == 200
+
+
 def test_catalog_lists_repositories_with_manifests(registry: RegistryHarness) -> None:
     digest = registry.image("v1")
     registry.push_blob(b"x", "only/a/blob")
@@ -728,9 +743,8 @@ def test_a_tree_without_our_metadata_is_indexed(registry: RegistryHarness, tmp_p
     remove_our_metadata(tmp_path)
     store = HostedTree.from_layout(Layout(tmp_path))
     reactor = SynchronousReactor()
-    app = HostedRegistryApp(
-        RegistryAPI(reactor), HostedRegistry(reactor, store, PushHandler(reactor, store)), AllowAll()
-    )
+    backend = HostedRegistry(reactor, LocalHostedStore(reactor, store))
+    app = HostedRegistryApp(RegistryAPI(reactor), backend, AllowAll())
     reopened = RegistryHarness(
         store, connect_client(app.handle, clock=reactor), lambda: connect_client(app.handle, clock=reactor)
     )
@@ -811,7 +825,7 @@ def test_invalid_names_and_digests(
 
 def test_push_completes_after_disconnect(registry: RegistryHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     """If the client disconnects while its manifest is stored, the push still completes."""
-    monkeypatch.setattr(push_manifests, "_BATCH_SIZE", 2)
+    monkeypatch.setattr(module, "_BATCH_SIZE", 2)
     layers = [make_descriptor(registry.push_blob(b"%d" % number), b"%d" % number) for number in range(10)]
     content = json.dumps(make_image(layers[0], *layers)).encode()
     registry.client.transport.channel.dataReceived(

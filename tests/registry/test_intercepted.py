@@ -6,7 +6,6 @@ import json
 from typing import Any
 
 import pytest
-from attrs import frozen
 from twisted.internet.task import Clock
 
 from dockerproxy.errors import (
@@ -20,8 +19,10 @@ from dockerproxy.errors import (
 from dockerproxy.oci.content import ManifestResponse
 from dockerproxy.oci.manifests import EMPTY_INDEX, OCI_INDEX
 from dockerproxy.oci.names import Digest, Host, Registry
+from dockerproxy.oci.referrers import ReferrersIndex
 from dockerproxy.registry.api import RegistryAPI
 from dockerproxy.registry.intercepted import Intercepted, Mirror
+from dockerproxy.registry.namespaces import NamespacedRegistries
 
 QUAY = Registry.parse("quay.io")
 HUB = Registry.parse("registry-1.docker.io")
@@ -46,14 +47,6 @@ WRITES = [
 ]
 
 
-@frozen
-class FakeReferrersIndex:
-    """An index of referrers."""
-
-    content: bytes
-    filtered: bool
-
-
 @pytest.fixture
 def connect_intercepted(connect_client: Any, upstream: Any) -> Any:
     """Return a function that connects a client to an intercepted registry."""
@@ -74,9 +67,9 @@ def connect_mirror(connect_client: Any, upstream: Any) -> Any:
 
     def make(**options: Any) -> Any:
         clock = Clock()
-        return connect_client(
-            Mirror(RegistryAPI(clock), upstream.open_registry, MIRRORED, HUB).handle, clock=clock, **options
-        )
+        mirror = Mirror(RegistryAPI(clock), upstream.open_registry, MIRRORED, HUB)
+        registries = NamespacedRegistries(None, mirror, frozenset(), mirror_by_default=True)  # type: ignore[arg-type]
+        return connect_client(registries.handle, clock=clock, **options)
 
     return make
 
@@ -102,7 +95,7 @@ def test_authorization_opens_the_registry(connect_intercepted: Any, upstream: An
 
 def test_cache_status_of_every_kind_of_response(connect_intercepted: Any, upstream: Any, fake_content: Any) -> None:
     upstream.manifests["latest"] = ManifestResponse(DIGEST, OCI_INDEX, 2, b"{}", "REVALIDATED")
-    upstream.referrers_result = FakeReferrersIndex(EMPTY_INDEX, False)
+    upstream.referrers_result = ReferrersIndex(EMPTY_INDEX, False, "PASS")
     upstream.realms = {("quay.io", "/token"): QUAY}
     upstream.cache_status = "JOINED"
     for path, expected in [
@@ -359,7 +352,7 @@ def test_disconnect_aborts_the_upstream_response(connect_intercepted: Any, upstr
 
 
 def test_referrers(connect_intercepted: Any, upstream: Any) -> None:
-    upstream.referrers_result = FakeReferrersIndex(EMPTY_INDEX, False)
+    upstream.referrers_result = ReferrersIndex(EMPTY_INDEX, False, "PASS")
     for method in ("GET", "HEAD"):
         response = connect_intercepted().fetch(method, f"/v2/a/b/referrers/{DIGEST}")
         assert (response.status, response.headers["Content-Type"]) == (200, OCI_INDEX)
@@ -370,7 +363,7 @@ def test_referrers(connect_intercepted: Any, upstream: Any) -> None:
 
 
 def test_referrers_of_a_type(connect_intercepted: Any, upstream: Any) -> None:
-    upstream.referrers_result = FakeReferrersIndex(EMPTY_INDEX, True)
+    upstream.referrers_result = ReferrersIndex(EMPTY_INDEX, True, "PASS")
     query = "artifactType=application%2Fvnd.example%2Bjson&n=5"
     response = connect_intercepted().fetch("GET", f"/v2/a/b/referrers/{DIGEST}?{query}")
     assert (response.status, response.headers["OCI-Filters-Applied"]) == (200, "artifactType")
@@ -629,7 +622,7 @@ def test_the_next_page_is_of_the_same_registry(
 
 
 def test_referrers_through_a_mirror(connect_mirror: Any, upstream: Any) -> None:
-    upstream.referrers_result = FakeReferrersIndex(EMPTY_INDEX, False)
+    upstream.referrers_result = ReferrersIndex(EMPTY_INDEX, False, "PASS")
     assert connect_mirror().fetch("GET", f"/v2/a/b/referrers/{DIGEST}?artifactType=x&ns=quay.io").status == 200
     assert upstream.calls == [("a/b", DIGEST, "artifactType=x", "x")]
 

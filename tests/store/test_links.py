@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, rule
 
 from dockerproxy.errors import NameInvalid
 from dockerproxy.oci.names import Digest
-from dockerproxy.oci.paging import sort_key, take_page
+from dockerproxy.oci.paging import NamePage, sort_key, take_page
 from dockerproxy.store import links as module
 from dockerproxy.store.layout import Layout
 from dockerproxy.store.links import Links
@@ -117,7 +117,7 @@ def test_a_page_of_tags_looks_only_at_its_own_links(layout: Layout, monkeypatch:
     opened: list[str] = []
     link_exists = module._link_exists
     monkeypatch.setattr(module, "_link_exists", lambda path: opened.append(path) or link_exists(path))
-    assert take_page(links.tags_after("a", "v04"), 3) == (["v05", "v06", "v07"], True)
+    assert take_page(links.tags_after("a", "v04"), 3) == NamePage(["v05", "v06", "v07"], True)
     assert len(opened) == 4
 
 
@@ -128,7 +128,7 @@ def test_a_page_of_repositories_reads_only_its_own_directories(layout: Layout, m
     read: list[str] = []
     list_names = module.list_names
     monkeypatch.setattr(module, "list_names", lambda path: read.append(path) or list_names(path))
-    assert take_page(links.repositories_after("team04/app"), 2) == (["team05/app", "team06/app"], True)
+    assert take_page(links.repositories_after("team04/app"), 2) == NamePage(["team05/app", "team06/app"], True)
     assert len(read) <= 10
 
 

@@ -29,11 +29,12 @@ from dockerproxy.oci.names import Digest
 from dockerproxy.oci.routes import route
 from dockerproxy.registry.api import RegistryAPI
 from dockerproxy.registry.hosted import HostedRegistry
-from dockerproxy.registry.push import PushHandler
+from dockerproxy.registry.principal import Principal
 from dockerproxy.store import progress as progress_module
 from dockerproxy.store import sweep as sweep_module
 from dockerproxy.store.hosted_tree import HostedTree
 from dockerproxy.store.layout import Layout
+from dockerproxy.store.local_hosted_store import LocalHostedStore
 from dockerproxy.store.progress import Progress, RepositoryLock, Stopped
 from dockerproxy.store.sweep import RemovedItem, SweepResult, sweep
 from tests.store.support.images import ManifestTree, age_blobs, image, index
@@ -90,7 +91,7 @@ class InMemoryRegistry:
 
     @hosted.default
     def _make_hosted(self) -> HostedRegistry:
-        return HostedRegistry(self.reactor, self.store, PushHandler(self.reactor, self.store))
+        return HostedRegistry(self.reactor, LocalHostedStore(self.reactor, self.store))
 
     async def request(self, method: str, target: str, body: bytes = b"", media_type: str = "") -> int:
         """Send a request and return the status of the response."""
@@ -100,7 +101,8 @@ class InMemoryRegistry:
         stream.finish()
         request = Request(MemoryChannel(), RequestHead(method, target, (1, 1), headers), stream if body else None)
         try:
-            await RegistryAPI(self.reactor).handle(request, route(request.path), self.hosted)
+            principal = Principal.of(request, None)
+            await RegistryAPI(self.reactor).handle(request, route(request.path), self.hosted, principal)
         except RegistryError as error:
             return error.status
         return request.status

@@ -1,0 +1,24 @@
+"""Who makes a request to the hosted registry."""
+
+from __future__ import annotations
+
+from attrs import frozen
+
+from dockerproxy.http.request import Request
+
+
+@frozen
+class Principal:
+    """The client of a request: its user, or None if it has not logged in, and where the request comes from."""
+
+    user: str | None
+    address: str
+    user_agent: str | None
+
+    @classmethod
+    def of(cls, request: Request, user: str | None) -> Principal:
+        """Return the principal of `request`, which authenticated as `user`."""
+        return cls(user, request.client, request.user_agent)
+
+    def __str__(self) -> str:
+        return self.address if self.user is None else f"{self.user} at {self.address}"

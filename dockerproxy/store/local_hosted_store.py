@@ -1,0 +1,290 @@
+"""The storage of the hosted registry on a local disk: a `registry.hosted_store.HostedStore` over a `HostedTree`.
+
+Reading a link or touching a blob takes some microseconds and happens in the reactor's thread. Whatever writes, or reads
+a directory or a large file, happens in other threads.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from attrs import field, frozen
+from twisted.application.internet import TimerService
+from twisted.internet.task import deferLater
+from twisted.logger import Logger
+
+from dockerproxy.concurrency import in_thread, spawn
+from dockerproxy.errors import DigestInvalid, ManifestBlobUnknown, ManifestInvalid
+from dockerproxy.oci.content import StoredManifest
+from dockerproxy.oci.manifests import MAX_MANIFEST, media_type_of
+from dockerproxy.oci.names import Digest, Reference, Repository, Tag
+from dockerproxy.oci.paging import NamePage, Page, take_page
+from dockerproxy.oci.pushed_manifest import PushedManifest
+from dockerproxy.oci.referrers import ReferrersPage
+from dockerproxy.oci.uploads import UploadStatus
+from dockerproxy.store.blob_reader import StoredBlobReader
+from dockerproxy.store.blobs import OpenBlob
+from dockerproxy.store.hosted_tree import HostedTree
+from dockerproxy.store.uploads import Upload, Uploads
+
+_BATCH_SIZE = 100  # references that are checked before the reactor runs again
+_MAX_MISSING_LISTED = 10  # missing references that an error message lists
+_MAX_INLINE_MANIFEST = 256 * 1024  # bytes that are hashed in the reactor's thread, in 0.2 ms; most have some KiB
+_MAX_REFERRERS_SIZE = 3 * 1024 * 1024  # bytes of descriptors per index: clients read 4 MiB of a manifest
+
+_PURGE_INTERVAL = 3600.0  # seconds between two searches for stale upload sessions
+_STALE_UPLOAD_AGE = 86400.0  # seconds without a byte after which a session is stale
+
+log = Logger()
+
+
+@frozen
+class LocalUpload:
+    """An `UploadSession` in the tree."""
+
+    _reactor: Any
+    _tree: HostedTree
+    _repository: Repository
+    _upload: Upload
+
+    @property
+    def status(self) -> UploadStatus:
+        return UploadStatus(self._upload.session, self._upload.size)
+
+    async def append(self, data: bytes) -> None:
+        await in_thread(self._reactor, self._upload.append, [data])
+
+    async def truncate(self, size: int) -> None:
+        await in_thread(self._reactor, self._upload.truncate, size)
+
+    async def commit(self, digest: Digest) -> None:
+        await in_thread(self._reactor, self._commit, digest)
+
+    def _commit(self, digest: Digest) -> None:
+        if not self._upload.verify(digest):
+            raise DigestInvalid(f"the uploaded bytes do not match {digest}")
+        self._upload.commit(self._tree.blobs, digest)
+        self._tree.links.link_layer(self._repository, digest)
+
+    async def suspend(self) -> None:
+        self._tree.uploads.suspend(self._upload)
+
+    async def cancel(self) -> None:
+        await in_thread(self._reactor, self._upload.cancel)
+
+
+@frozen
+class LocalUploads:
+    """The `UploadSessions` of the tree."""
+
+    _reactor: Any
+    _tree: HostedTree
+
+    async def start(self, repository: Repository, algorithm: str) -> LocalUpload:
+        upload = await in_thread(self._reactor, self._tree.uploads.start, repository, algorithm)
+        return LocalUpload(self._reactor, self._tree, repository, upload)
+
+    async def resume(self, repository: Repository, session: str) -> LocalUpload:
+        return LocalUpload(self._reactor, self._tree, repository, self._tree.uploads.resume(repository, session))
+
+    async def status(self, repository: Repository, session: str) -> UploadStatus:
+        return UploadStatus(session, self._tree.uploads.size(repository, session))
+
+
+@frozen
+class LocalHostedStore:
+    """A `HostedStore` over a `HostedTree`.
+
+    Methods that rely on a blob touch it first and look at its link afterwards: gc removes a link only if nobody used
+    its blob recently.
+    """
+
+    _reactor: Any
+    _tree: HostedTree
+    uploads: LocalUploads = field(init=False)
+
+    @uploads.default
+    def _make_uploads(self) -> LocalUploads:
+        return LocalUploads(self._reactor, self._tree)
+
+    async def has_repository(self, repository: Repository) -> bool:
+        return self._tree.links.has_repository(repository)
+
+    # blobs
+
+    async def blob_size(self, repository: Repository, digest: Digest) -> int | None:
+        size = self._tree.blobs.touch(digest)
+        return size if size is not None and self._tree.links.has_layer(repository, digest) else None
+
+    async def open_blob(self, repository: Repository, digest: Digest) -> StoredBlobReader | None:
+        blob = self._tree.blobs.open(digest)
+        if blob is None:
+            return None
+        if not self._tree.links.has_layer(repository, digest):
+            blob.close()
+            return None
+        return StoredBlobReader(self._reactor, blob)
+
+    async def mount_blob(self, repository: Repository, digest: Digest, source: Repository | None) -> bool:
+        links = self._tree.links
+        if self._tree.blobs.touch(digest) is None:
+            return False
+        if links.has_layer(repository, digest):
+            return True
+        if source is not None:
+            is_linked = links.has_layer(source, digest)
+        else:
+            is_linked = await in_thread(self._reactor, self._is_in_any_repository, digest)
+        if is_linked:
+            await in_thread(self._reactor, links.link_layer, repository, digest)
+        return is_linked
+
+    def _is_in_any_repository(self, digest: Digest) -> bool:
+        links = self._tree.links
+        return any(links.has_layer(repository, digest) for repository in links.repositories())
+
+    async def unlink_blob(self, repository: Repository, digest: Digest) -> bool:
+        return await in_thread(self._reactor, self._tree.links.unlink_layer, repository, digest)
+
+    # manifests
+
+    async def manifest(self, repository: Repository, reference: Reference) -> StoredManifest | None:
+        links = self._tree.links
+        digest = reference if isinstance(reference, Digest) else links.tag(repository, reference)
+        blob = None if digest is None else self._tree.blobs.open(digest)
+        if digest is None or blob is None:
+            return None
+        with blob:
+            if not links.has_manifest(repository, digest):
+                return None
+            media_type = links.manifest_media_type(repository, digest)
+            content = await self._read_verified(blob) if blob.size <= MAX_MANIFEST else None
+        if content is None:
+            log.error(
+                "the manifest {digest} of {repository} is damaged; push it again, or run `dockerproxy check`",
+                digest=str(digest),
+                repository=repository,
+            )
+            return None
+        return StoredManifest(digest, media_type or _detect_media_type(content), content)
+
+    async def _read_verified(self, blob: OpenBlob) -> bytes | None:
+        """Return the content of `blob`, or None if it does not match the digest."""
+        if blob.size <= _MAX_INLINE_MANIFEST:
+            cached = blob.read(0, blob.size)
+            if cached is not None and len(cached) == blob.size:
+                content = bytes(cached)
+                return content if _matches(content, blob.digest) else None
+        return await in_thread(self._reactor, _read_and_verify, blob)
+
+    async def commit_manifest(self, repository: Repository, manifest: PushedManifest, tags: Sequence[Tag]) -> None:
+        await self._touch_references(repository, manifest)
+        async with self._tree.locks.hold(repository):
+            await in_thread(self._reactor, self._commit_manifest, repository, manifest, tags)
+
+    def _commit_manifest(self, repository: Repository, manifest: PushedManifest, tags: Sequence[Tag]) -> None:
+        self._tree.blobs.put(manifest.content, manifest.digest)
+        self._tree.link_manifest(repository, manifest.digest, manifest.media_type, manifest.referrer, tags)
+
+    async def _touch_references(self, repository: Repository, manifest: PushedManifest) -> None:
+        """Touch all references of `manifest`, so that gc keeps them. Raise `ManifestBlobUnknown` if any is missing."""
+        missing = []
+        for count, (digest, is_manifest) in enumerate(manifest.required_references(), 1):
+            if self._tree.blobs.touch(digest) is None or not self._is_linked(repository, digest, is_manifest):
+                missing.append(str(digest))
+            if count % _BATCH_SIZE == 0:
+                await deferLater(self._reactor, 0)
+        if missing:
+            more = f" and {len(missing) - _MAX_MISSING_LISTED} more" if len(missing) > _MAX_MISSING_LISTED else ""
+            raise ManifestBlobUnknown(
+                f"{repository} lacks references of the manifest: {', '.join(missing[:_MAX_MISSING_LISTED])}{more}"
+            )
+        if manifest.subject is not None:
+            self._tree.blobs.touch(manifest.subject)  # it may be missing; if it exists, gc keeps it
+
+    def _is_linked(self, repository: Repository, digest: Digest, is_manifest: bool) -> bool:
+        # BuildKit's cache is an index of blobs. A child may therefore be a blob too, as in CNCF distribution.
+        links = self._tree.links
+        return (is_manifest and links.has_manifest(repository, digest)) or links.has_layer(repository, digest)
+
+    async def remove_tag(self, repository: Repository, tag: Tag) -> bool:
+        async with self._tree.locks.hold(repository):
+            return await in_thread(self._reactor, self._tree.links.remove_tag, repository, tag)
+
+    async def remove_manifest(self, repository: Repository, digest: Digest) -> bool:
+        async with self._tree.locks.hold(repository):
+            return await in_thread(self._reactor, self._tree.remove_manifest, repository, digest)
+
+    # lists
+
+    async def tags(self, repository: Repository, page: Page) -> NamePage:
+        return await in_thread(self._reactor, self._list_tags, repository, page)
+
+    def _list_tags(self, repository: Repository, page: Page) -> NamePage:
+        return take_page(self._tree.links.tags_after(repository, page.last), page.limit)
+
+    async def repositories(self, page: Page) -> NamePage:
+        return await in_thread(self._reactor, self._list_repositories, page)
+
+    def _list_repositories(self, page: Page) -> NamePage:
+        # A repository is left out if all its manifests were deleted, although its blobs stay until gc runs.
+        links = self._tree.links
+        names = (name for name in links.repositories_after(page.last) if next(links.manifests(name), None) is not None)
+        return take_page(names, page.limit)
+
+    async def referrers(
+        self, repository: Repository, subject: Digest, artifact_type: str | None, after: str | None
+    ) -> ReferrersPage:
+        if not self._tree.links.has_repository(repository):
+            return ReferrersPage([])  # and nothing is remembered for a name that anyone can invent
+        if not self._tree.referrers.is_complete(repository):
+            async with self._tree.locks.hold(repository):
+                await in_thread(self._reactor, self._tree.referrers.index_missing, repository)
+        return await in_thread(self._reactor, self._list_referrers, repository, subject, artifact_type, after)
+
+    def _list_referrers(
+        self, repository: Repository, subject: Digest, artifact_type: str | None, after: str | None
+    ) -> ReferrersPage:
+        descriptors: list[bytes] = []
+        size, last = 0, None
+        for entry, content in self._tree.referrers.list(repository, subject, after):
+            if artifact_type is not None and json.loads(content).get("artifactType") != artifact_type:
+                continue
+            size += len(content)
+            if descriptors and size > _MAX_REFERRERS_SIZE:
+                return ReferrersPage(descriptors, last)
+            descriptors.append(content)
+            last = entry
+        return ReferrersPage(descriptors)
+
+
+def upload_purge_service(reactor: Any, uploads: Uploads, clock: Callable[[], float]) -> TimerService:
+    """Return the service that removes stale upload sessions at start-up and then hourly. `clock` returns POSIX time."""
+
+    async def purge() -> None:
+        count = await in_thread(reactor, uploads.purge, clock() - _STALE_UPLOAD_AGE)
+        if count:
+            log.info("removed {count} stale upload sessions", count=count)
+
+    timer = TimerService(_PURGE_INTERVAL, lambda: spawn(purge(), "removing stale upload sessions"))  # type: ignore[no-untyped-call]
+    timer.clock = reactor
+    return timer
+
+
+def _read_and_verify(blob: OpenBlob) -> bytes | None:
+    content = blob.read_blocking(0, blob.size)
+    return content if _matches(content, blob.digest) else None
+
+
+def _matches(content: bytes, digest: Digest) -> bool:
+    return Digest.of(content, digest.algorithm) == digest
+
+
+def _detect_media_type(content: bytes) -> str:
+    """Return the media type of a manifest that another registry stored, from its content."""
+    try:
+        return media_type_of(content)
+    except ManifestInvalid:
+        return "application/octet-stream"
