@@ -22,7 +22,7 @@ other process finishes. If that process dies, this one takes over the file and c
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ from attrs import field, frozen
 from twisted.internet.defer import Deferred, DeferredLock
 from twisted.logger import Logger
 
+from dockerproxy.cache.download_memory import DownloadMemory
 from dockerproxy.cache.download_state import DownloadState
 from dockerproxy.cache.ingests import DownloadInfo, FollowedIngest, IngestObserver, Ingests, IngestWriter
 from dockerproxy.cache.reader import WITHHELD_BYTES, BlobReader
@@ -47,11 +48,6 @@ from dockerproxy.store.lru_index import CacheFull
 if TYPE_CHECKING:
     from hashlib import _Hash
 
-# Maximum number of bytes that are hashed and written at a time. Each write costs 100 µs for the thread and for waking
-# the readers; with half the size, each byte costs 9 % more CPU time. The first writes are smaller, so that readers get
-# the beginning at once.
-_MAX_WRITE_SIZE = 2 * 1024 * 1024
-_MIN_PIECE_SIZE = 64 * 1024  # bytes; smaller pieces are read from the file, many at a time
 _FSYNC_THRESHOLD = 64 * 1024 * 1024  # bytes; an NVMe disk needs 0.02 s for them
 _LEND_TIMEOUT = 5.0  # seconds for which a failed download keeps its connection open for a reader
 _INTERNAL_ERROR = "the download failed because of an internal error; see the log of docker-registry-proxy"
@@ -80,6 +76,7 @@ class DownloadResources:
     space: CacheSpace
     ingests: Ingests
     observer: IngestObserver
+    memory: DownloadMemory = field(factory=DownloadMemory)
     sync_lock: DeferredLock = field(factory=DeferredLock)
 
 
@@ -106,7 +103,8 @@ class BlobDownload:
         self._file: IngestWriter | HashedAppendFile | None = None
         self._fd = -1  # of the ingest file, to read it; each reader duplicates it
         self._lent: ResumableGet | None = None  # after a failure: open, at the byte where the file ends
-        self._tail = TailBuffer()
+        self._memory = resources.memory
+        self._tail = resources.memory.tail()
         self.key = principal.repository.ingest_key(digest)
         self.repository = principal.repository
         self.digest = digest
@@ -120,7 +118,9 @@ class BlobDownload:
 
         Do not raise, but set `failure`.
         """
-        source = ResumableGet(self._reactor, self._upstream, self.repository, self.digest)
+        source = ResumableGet(
+            self._reactor, self._upstream, self.repository, self.digest, read_ahead=lambda: self._memory.read_ahead
+        )
         try:
             await self._transfer(source)
         except Exception as error:
@@ -307,13 +307,16 @@ class BlobDownload:
 
     @asynccontextmanager
     async def _holding(self, ingest: IngestWriter) -> AsyncIterator[None]:
-        """Release the ingest at the end, so that the next download continues with the partial file.
+        """Take part in the division of the memory, and release the ingest at the end.
+
+        The next download continues with the partial file.
 
         After a local failure, delete the partial file: a retry would fail in the same way, and the file may be what
         fills the disk.
         """
         try:
-            yield
+            with self._memory.share():
+                yield
         except IngestFailed:
             try:
                 await in_thread(self._reactor, ingest.discard)
@@ -355,7 +358,8 @@ class BlobDownload:
         if info.size is None or info.size > VERIFY_FIRST_SIZE:  # else it is served only when complete
             self._ingests.publish_info(ingest, info)
         await self._reserve(reservation, self.written if info.size is None else info.size)
-        while pieces := await source.read(min(_MAX_WRITE_SIZE, self.written)):
+        # The first writes are smaller, so that readers get the beginning at once.
+        while pieces := await source.read(min(self._memory.write_size, self.written)):
             try:
                 await self._append(source, ingest, reservation, pieces)
             except IngestFailed:
@@ -482,34 +486,6 @@ class Downloads:
         finally:
             del self._downloads[download.key]
             download.end(state)
-
-
-class TailBuffer:
-    """The pieces of the last two writes. They serve readers that are close behind the download."""
-
-    def __init__(self) -> None:
-        self._previous_write: list[tuple[int, bytes]] = []
-        self._last_write: list[tuple[int, bytes]] = []
-
-    def add(self, offset: int, pieces: Sequence[bytes]) -> None:
-        """Add `pieces`, which were written at `offset`. Drop those of the write before the last."""
-        self._previous_write, self._last_write = self._last_write, []
-        for piece in pieces:
-            if len(piece) >= _MIN_PIECE_SIZE:
-                self._last_write.append((offset, piece))
-            offset += len(piece)
-
-    def get(self, offset: int, at_most: int) -> memoryview | None:
-        """Return one or more bytes from `offset` on; None if they are not in the buffer."""
-        for pieces in (self._last_write, self._previous_write):
-            for start, piece in pieces:
-                if start <= offset < start + len(piece):
-                    return memoryview(piece)[offset - start : offset - start + at_most]
-        return None
-
-    def clear(self) -> None:
-        """Drop all pieces."""
-        self._previous_write, self._last_write = [], []
 
 
 class BackgroundFsync:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from twisted.internet.task import deferLater
@@ -17,6 +18,7 @@ from dockerproxy.upstream.retry import parse_retry_after
 _RETRY_DELAYS = (0.2, 0.5, 1, 2, 4, 8)  # seconds before each retry; restarts at the first after progress
 _MAX_OPEN_ATTEMPTS = 2
 _READ_BATCH_TIME = 0.002  # seconds to wait for more bytes per read
+_READ_AHEAD = 256 * 1024  # bytes
 _MAX_RETRY_AFTER = 20.0  # seconds; upper limit for an upstream's Retry-After
 
 log = Logger()
@@ -31,11 +33,17 @@ class ResumableGet:
 
     After `open`, `size` is the size of the whole blob in bytes, or None if upstream does not give it. It is always
     known after the last `read`. `read` resumes by Range if the connection breaks off or stalls. If upstream ignores
-    the Range, the bytes before `offset` are skipped.
+    the Range, the bytes before `offset` are skipped. About `read_ahead()` bytes may arrive between two reads.
     """
 
     def __init__(
-        self, clock: Any, upstream: RegistryClient, repository: UpstreamRepository, digest: Digest, offset: int = 0
+        self,
+        clock: Any,
+        upstream: RegistryClient,
+        repository: UpstreamRepository,
+        digest: Digest,
+        offset: int = 0,
+        read_ahead: Callable[[], int] = lambda: _READ_AHEAD,
     ) -> None:
         self._clock = clock
         self._upstream = upstream
@@ -45,6 +53,7 @@ class ResumableGet:
         self._buffer: list[bytes] = []  # read from the response, but not returned yet
         self.offset = offset
         self.size: int | None = None
+        self._read_ahead = read_ahead
 
     @property
     def is_open(self) -> bool:
@@ -101,6 +110,7 @@ class ResumableGet:
                 self.abort()
                 return []
             assert self._response is not None
+            self._response.limit_read_ahead(self._read_ahead())
             self._buffer = await self._response.read_pieces(at_least, _READ_BATCH_TIME)
         pieces, self._buffer = self._buffer, []
         end = self.offset + sum(map(len, pieces))
@@ -133,6 +143,7 @@ class ResumableGet:
             "GET", repository.registry, repository.blob_path(self._digest),
             name=repository.name, credential=repository.credential, headers=headers,
         )  # fmt: skip
+        response.limit_read_ahead(self._read_ahead())
         try:
             await self._check_response(response)
         except BaseException:

@@ -29,7 +29,7 @@ class ByteStream:
 
     def __init__(self, producer: Producer | None = None, *, high_water: int = 256 * 1024) -> None:
         self._producer = producer
-        self._high_water = high_water
+        self.high_water = high_water
         self._chunks: list[bytes] = []
         self._buffered = 0
         self._paused = False
@@ -53,7 +53,7 @@ class ByteStream:
         """Buffer bytes from the producer and wake the reader if it has enough."""
         self._chunks.append(data)
         self._buffered += len(data)
-        full = self._buffered > max(self._high_water, self._min_read) or len(self._chunks) > _MAX_CHUNKS
+        full = self._buffered > max(self.high_water, self._min_read) or len(self._chunks) > _MAX_CHUNKS
         if full and not self._paused and self._producer is not None:
             self._paused = True
             self._producer.pauseProducing()

@@ -78,6 +78,10 @@ class Response:
         self._stream = stream
         self._connection = connection
 
+    def limit_read_ahead(self, size: int) -> None:
+        """Stop to receive while more than `size` bytes wait for the next read, instead of 256 KiB."""
+        self._stream.high_water = size
+
     async def read_chunk(self) -> bytes:
         """Return the data received so far, at least one byte, or ``b""`` at the end of the body.
 

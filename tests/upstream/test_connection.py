@@ -180,6 +180,16 @@ class ConnectionTests(SynchronousTestCase):
         self.assertEqual(self.transport.producerState, "producing")  # ready for the next exchange
         self.assertEqual(self.clock.getDelayedCalls(), [])
 
+    def test_read_ahead_is_limited(self) -> None:
+        pending = self.exchange()
+        self.receive(b"HTTP/1.1 200 OK\r\nContent-Length: 5000\r\n\r\n")
+        response = self.successResultOf(pending)
+        response.limit_read_ahead(1000)
+        self.receive(bytes(1000))
+        self.assertEqual(self.transport.producerState, "producing")
+        self.receive(b"1")
+        self.assertEqual(self.transport.producerState, "paused")
+
     def test_read_pieces_waits_briefly_for_more(self) -> None:
         pending = self.exchange()
         self.receive(b"HTTP/1.1 200 OK\r\nContent-Length: 5000\r\n\r\n")

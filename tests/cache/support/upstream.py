@@ -80,6 +80,9 @@ class ScriptedResponse:
 
     # cache.upstream.UpstreamResponse
 
+    def limit_read_ahead(self, size: int) -> None:
+        self._stream.high_water = size
+
     async def read_chunk(self) -> bytes:
         return b"".join(await self.read_pieces(1, 0.0))
 
