@@ -13,7 +13,7 @@ from OpenSSL import SSL
 from twisted.internet.interfaces import IHandshakeListener, IProtocol
 from twisted.internet.main import CONNECTION_DONE, CONNECTION_LOST
 
-from dockerproxy.http.transport import READ_SIZE, RECORD_SIZE, SocketTransport
+from dockerproxy.http.transport import READ_SIZE, RECORD_SIZE, SocketTransport, TransportState
 
 # Sent to a client that speaks plain HTTP on a TLS port. Go's net/http sends the same text, which users know.
 _TLS_EXPECTED_RESPONSE = (
@@ -115,7 +115,7 @@ class TLSTransport(SocketTransport):
     ) -> None:
         super().__init__(reactor, tcp)
         self._tls = tls
-        self._ready = False
+        self._state = TransportState.HANDSHAKE
         self._received = received
         self._unencrypted = plaintext  # to be sent around OpenSSL, before OpenSSL sends anything
 
@@ -131,7 +131,7 @@ class TLSTransport(SocketTransport):
 
     def start_handshake(self) -> None:
         """Start the handshake as the client."""
-        if self.connected and not self._broken:
+        if self._state is TransportState.HANDSHAKE:
             self._start_writing()
 
     def resumeProducing(self) -> None:
@@ -147,7 +147,7 @@ class TLSTransport(SocketTransport):
         return cls(reactor, tcp, context.create_connection(tcp.getHandle()), plaintext, received)
 
     def doRead(self) -> Any:
-        if self._ready:
+        if self._state is not TransportState.HANDSHAKE:
             return self._read_records()
         # Cork the socket so that three parts share a segment: the end of the handshake, two tickets, and the response
         # to data that arrived with the client's last handshake message. Separate segments would cost both sides more.
@@ -155,7 +155,7 @@ class TLSTransport(SocketTransport):
         try:
             if self._do_handshake():
                 return self._read_records()
-            return self._lost_reason if self._broken else None
+            return self._handshake_failure()
         finally:
             if corked:
                 self._cork(False)
@@ -180,8 +180,8 @@ class TLSTransport(SocketTransport):
         return reason
 
     def doWrite(self) -> Any:
-        if not self._ready and not self._do_handshake():
-            return self._lost_reason if self._broken else None
+        if self._state is TransportState.HANDSHAKE and not self._do_handshake():
+            return self._handshake_failure()
         if not self.write_immediately and self._reading and (reason := self.doRead()) is not None:
             return reason
         return super().doWrite()
@@ -205,7 +205,7 @@ class TLSTransport(SocketTransport):
                 self._refuse_plain_http()
             self._mark_broken()
             return False
-        self._ready = True
+        self._state = TransportState.OPEN
         if self._pending:
             self._start_writing()
         else:
@@ -213,6 +213,9 @@ class TLSTransport(SocketTransport):
         if IHandshakeListener.providedBy(self.protocol):
             self.protocol.handshakeCompleted()
         return True
+
+    def _handshake_failure(self) -> Exception | None:
+        return None if self._state is TransportState.HANDSHAKE else self._lost_reason
 
     def _exchange_prefixes(self) -> bool:
         """Send `_unencrypted` and let OpenSSL process `_received`; return whether OpenSSL may use the socket now."""

@@ -17,6 +17,7 @@ import socket
 import struct
 import sys
 from collections.abc import Iterable
+from enum import Enum, auto
 from typing import Any
 
 from twisted.internet.error import ConnectionAborted
@@ -52,6 +53,32 @@ _TCP_NOTSENT_LOWAT = 25  # tcp(7); Python's socket module has it since 3.12
 _SIOCOUTQNSD = 0x894B  # linux/sockios.h; not in tcp(7)
 
 
+class TransportState(Enum):
+    """The states of a transport::
+
+        HANDSHAKE ──► OPEN ──► FLUSHING ──► CLOSED
+            └───────────┴─────────┴──► BROKEN or RESET ──► CLOSED
+
+    Reading may be paused in HANDSHAKE and OPEN. The producer is paused while bytes are buffered.
+    """
+
+    HANDSHAKE = auto()
+    """Writes are buffered, because no application data can be sent yet (TLS)."""
+    OPEN = auto()
+    """Writes go to the kernel. Bytes that it does not accept are buffered."""
+    FLUSHING = auto()
+    """After `loseConnection`: the buffered bytes are sent. Input is not read, and writes are ignored."""
+    BROKEN = auto()
+    """After a failed write or handshake: writes are ignored. `doWrite` reports the loss."""
+    RESET = auto()
+    """After `abortConnection`: writes are ignored. The loss is reported in the next reactor iteration."""
+    CLOSED = auto()
+    """The loss was reported, or the socket was detached."""
+
+
+_WRITABLE = (TransportState.HANDSHAKE, TransportState.OPEN)  # not a set: members of an Enum hash in Python code
+
+
 class DetachedProtocol(Protocol):
     """A placeholder protocol for Twisted's own transport after its socket was taken over."""
 
@@ -66,8 +93,6 @@ class SocketTransport:
     """
 
     __slots__ = (
-        "_aborted",
-        "_broken",
         "_fast_client",
         "_fileno",
         "_is_unix",
@@ -77,13 +102,11 @@ class SocketTransport:
         "_producer",
         "_producer_paused",
         "_reading",
-        "_ready",
         "_retry_size",
         "_socket",
+        "_state",
         "_tcp",
         "_writing",
-        "connected",
-        "disconnecting",
         "protocol",
         "reactor",
         "sent",
@@ -100,15 +123,12 @@ class SocketTransport:
         self._producer_paused = False
         self._reading = self._writing = False
         self._retry_size = 0  # bytes of a failed SSL_write, which OpenSSL requires to be retried; 0 if there is none
-        self._ready = True  # whether application data can be written; with TLS, only after the handshake
-        self._broken = self._aborted = False
+        self._state = TransportState.OPEN
         self._is_unix = self._socket.family == socket.AF_UNIX  # cached because `family` creates an enum on each access
         self._fast_client = self._is_unix  # whether the send buffer is no longer limited
         self._notsent_lowat = 0  # current TCP_NOTSENT_LOWAT in bytes; 0 if it was not set
         self._lost_reason: Exception = CONNECTION_LOST
         self.protocol: IProtocol = DetachedProtocol()
-        self.connected = True
-        self.disconnecting = False
         self.sent = 0
         # If False, `write` leaves sending to the reactor, and pending input is read first. A peer's last message is
         # then received before a failed write is noticed, after which OpenSSL reads nothing more.
@@ -136,17 +156,22 @@ class SocketTransport:
         pending = b"".join(self._pending)
         self._pending.clear()
         self._stop_io()
-        self.connected = False
+        self._state = TransportState.CLOSED
         self.protocol = DetachedProtocol()
         return self.reactor, self._tcp, pending
+
+    @property
+    def connected(self) -> bool:
+        """Whether the transport has its socket, and the protocol was not told of a loss."""
+        return self._state is not TransportState.CLOSED
 
     # ITransport
 
     def write(self, data: bytes) -> None:
         """Pass `data` to the kernel, and buffer the bytes that it does not accept yet."""
-        if not self.connected or self.disconnecting or self._broken or not data:
+        if self._state not in _WRITABLE or not data:
             return
-        if not self._pending and self._ready and self.write_immediately:
+        if self.write_immediately and self._can_send_now():
             sent = self._send(data)
             if sent == len(data):
                 return
@@ -161,11 +186,11 @@ class SocketTransport:
         With TLS, a record that the kernel does not accept would be buffered twice, 16 KiB each, because OpenSSL keeps
         the encrypted record and requires the same plaintext for the retry.
         """
-        if not self.connected or self.disconnecting or self._broken:
+        if self._state not in _WRITABLE:
             return len(data)
         space = self._send_space() if len(data) >= RECORD_SIZE else 2 * RECORD_SIZE
         size = min(len(data), max(_MIN_WRITE, space))
-        sent = self._send(memoryview(data)[:size]) if not self._pending and self._ready else 0
+        sent = self._send(memoryview(data)[:size]) if self._can_send_now() else 0
         if sent < size:
             buffered = bytes(memoryview(data)[sent : sent + (self._retry_size or _MIN_WRITE)])
             self._enqueue(buffered)
@@ -184,9 +209,9 @@ class SocketTransport:
 
         Raise OSError if they cannot be read.
         """
-        if not self.connected or self.disconnecting or self._broken:
+        if self._state not in _WRITABLE:
             return size
-        sent = self._sendfile(descriptor, offset, size) if not self._pending else 0
+        sent = self._sendfile(descriptor, offset, size) if self._can_send_now() else 0
         buffered = os.pread(descriptor, min(size - sent, RECORD_SIZE), offset + sent) if sent < size else b""
         if buffered:
             self._enqueue(buffered)
@@ -210,19 +235,19 @@ class SocketTransport:
 
     def loseConnection(self) -> None:
         """Close after all pending bytes have been sent."""
-        if self.connected and not self.disconnecting:
-            self.disconnecting = True
+        if self._state is TransportState.HANDSHAKE:
+            self.abortConnection()  # nothing can be sent yet, and the peer may never complete the handshake
+        elif self._state is TransportState.OPEN:
+            self._state = TransportState.FLUSHING
             self.pauseProducing()
-            if self._ready:
-                self._start_writing()
-            else:
-                self.abortConnection()  # nothing can be sent before the handshake, which the peer may never complete
+            self._start_writing()
+        elif self._state is TransportState.BROKEN:
+            self.pauseProducing()
 
     def abortConnection(self) -> None:
         """Reset the connection and drop pending bytes. The peer cannot mistake this for a regular close."""
-        if self.connected and not self._broken:
-            self._broken = self._aborted = True
-            self.disconnecting = True
+        if self._state in (TransportState.HANDSHAKE, TransportState.OPEN, TransportState.FLUSHING):
+            self._state = TransportState.RESET
             self._pending.clear()
             self._stop_io()
             self.reactor.callLater(0, self._call_connection_lost, Failure(ConnectionAborted()))  # type: ignore[no-untyped-call]
@@ -234,6 +259,9 @@ class SocketTransport:
     def getHost(self) -> IAddress:
         address: IAddress = self._tcp.getHost()
         return address
+
+    def _can_send_now(self) -> bool:
+        return not self._pending and self._state is TransportState.OPEN
 
     def _enqueue(self, data: bytes | memoryview) -> None:
         self._pending.append(data)
@@ -272,7 +300,7 @@ class SocketTransport:
             self.reactor.removeReader(self)
 
     def resumeProducing(self) -> None:
-        if self.connected and not self.disconnecting and not self._reading:
+        if self._state in _WRITABLE and not self._reading:
             self._reading = True
             self.reactor.addReader(self)
 
@@ -300,19 +328,19 @@ class SocketTransport:
         return None
 
     def doWrite(self) -> Any:
-        while self._pending and not self._broken:
+        while self._pending and self._state is not TransportState.BROKEN:
             data = self._pending[0]
             sent = self._send(data)
             if sent < len(data):
                 self._pending[0] = memoryview(data)[sent:]
                 break
             del self._pending[0]
-        if self._broken:
-            return CONNECTION_LOST
+        if self._state in (TransportState.BROKEN, TransportState.RESET):
+            return self._lost_reason
         if self._pending:
             return None
         self._stop_writing()
-        if self.disconnecting:
+        if self._state is TransportState.FLUSHING:
             self._send_close_notify()
             return CONNECTION_DONE
         if self._producer is not None and self._producer_paused:
@@ -321,7 +349,7 @@ class SocketTransport:
         return None
 
     def connectionLost(self, reason: Failure) -> None:
-        if not self._aborted:  # abortConnection reports ConnectionAborted even if the reactor finds another reason
+        if self._state is not TransportState.RESET:  # the reactor may find another reason than the reset
             self._call_connection_lost(reason)
 
     # Socket
@@ -377,14 +405,14 @@ class SocketTransport:
         """Announce a regular close to the peer, if the protocol has a message for that (TLS does)."""
 
     def _mark_broken(self) -> None:
-        self._broken = True
+        self._state = TransportState.BROKEN
         self._start_writing()  # the reactor then calls doWrite, which reports the loss outside of the caller's call
 
     def _call_connection_lost(self, reason: Failure) -> None:
         if not self.connected:
             return
         self._stop_io()
-        self.connected = False
+        self._state = TransportState.CLOSED
         self._pending.clear()
         producer, self._producer = self._producer, None
         self._tcp.connectionLost(reason)
