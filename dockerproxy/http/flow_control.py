@@ -25,14 +25,14 @@ class RequestBody:
         self.stream = stream
         self.done = False
         self.discarding = False
-        self._remaining = framing
+        self._remaining = framing or 0  # bytes that are known to follow
         self._decoder = ChunkedDecoder() if framing is None else None
         self._discarded_bytes = 0
 
     @property
     def exceeds_discard_limit(self) -> bool:
         """Whether the bytes discarded so far plus the known rest of the body exceed `MAX_DISCARDED`."""
-        return self._discarded_bytes + (self._remaining or 0) > MAX_DISCARDED
+        return self._discarded_bytes + self._remaining > MAX_DISCARDED
 
     def feed(self, data: bytes) -> bytes:
         """Pass the body's share of `data` to the stream and return the rest; raise `BadRequest` for invalid framing."""
@@ -42,7 +42,6 @@ class RequestBody:
             content = b"".join(self._decoder.feed(data))
             rest, self.done = self._decoder.unused_data, self._decoder.done
         else:
-            assert self._remaining is not None
             content, rest = data[: self._remaining], data[self._remaining :]
             self._remaining -= len(content)
             self.done = not self._remaining

@@ -112,7 +112,8 @@ class ConnectionTimer:
 
     def check(self) -> None:
         """Call `on_timeout` if the deadline has passed; schedule a check if it passes before the next sweep."""
-        assert self._get_deadline is not None  # a stopped timer is not checked
+        if self._get_deadline is None:
+            raise RuntimeError("the timer was stopped")
         self._cancel_delayed_call()
         deadline = self._get_deadline()
         remaining = deadline.timeout - (self.now() - deadline.started_at)

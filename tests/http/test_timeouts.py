@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import pytest
 from attrs import define, field
 from twisted.internet.task import Clock
 
@@ -145,3 +146,10 @@ def test_timer_started_while_the_last_one_stops() -> None:
     assert len(clock.getDelayedCalls()) == 1
     clock.advance(4.0)
     assert (first.check_count, new[0].check_count) == (1, 1)
+
+
+def test_a_stopped_timer_cannot_be_checked() -> None:
+    client = CheckedConnection(TimeoutReaper(Clock(), 4.0))
+    client.timer.stop()
+    with pytest.raises(RuntimeError, match="the timer was stopped"):
+        client.timer.check()
