@@ -41,7 +41,7 @@ class RegistryAPI:
 
         Raise `Unsupported` if `target` does not support the method.
         """
-        key = target.kind, _METHODS.get(request.method, request.method)
+        key = _operation_key(request, target)
         operation = _OPERATIONS.get(key)
         if operation is not None:
             return operation(self, request, target, backend, principal)
@@ -53,7 +53,7 @@ class RegistryAPI:
 
     def handle_pull(self, request: Request, target: Target, backend: PullBackend) -> Awaitable[None] | None:
         """Return the awaitable that responds to `request` if a `PullBackend` can. Return None otherwise."""
-        operation = _PULL_OPERATIONS.get((target.kind, _METHODS.get(request.method, request.method)))
+        operation = _PULL_OPERATIONS.get(_operation_key(request, target))
         return None if operation is None else operation(self, request, target, backend)
 
     # pulls
@@ -196,8 +196,6 @@ class RegistryAPI:
         request.respond(204, [API_VERSION])
 
 
-_METHODS = {"HEAD": "GET"}  # HEAD is routed as GET; `Request` leaves out the body
-
 _PULL_OPERATIONS: dict[tuple[Kind, str], Callable[[RegistryAPI, Request, Target, PullBackend], Awaitable[None]]] = {
     (Kind.BASE, "GET"): RegistryAPI._ping,
     (Kind.MANIFEST, "GET"): RegistryAPI._manifest,
@@ -219,6 +217,11 @@ _OPERATIONS: dict[
     (Kind.UPLOAD, "PUT"): RegistryAPI._finish_upload,
     (Kind.UPLOAD, "DELETE"): RegistryAPI._cancel_upload,
 }
+
+
+def _operation_key(request: Request, target: Target) -> tuple[Kind, str]:
+    # HEAD is the same operation as GET; `Request` leaves out the body.
+    return target.kind, "GET" if request.method == "HEAD" else request.method
 
 
 def allowed_methods(kind: Kind) -> list[str]:

@@ -74,9 +74,12 @@ class HostedRegistry:
         return ManifestResponse(manifest.digest, manifest.media_type, len(content), content, _NO_CACHE_STATUS)
 
     async def blob(self, name: Repository, digest: Digest, *, head: bool) -> BlobResponse:
-        content = None if head else await self._store.open_blob(name, digest)
-        size = content.size if content is not None else await self._store.blob_size(name, digest) if head else None
-        if size is None:
+        if head:
+            content, size = None, await self._store.blob_size(name, digest)
+        else:
+            content = await self._store.open_blob(name, digest)
+            size = None if content is None else content.size
+        if content is None and size is None:
             await self._check_repository(name)
             raise BlobUnknown(f"{name} has no blob {digest}")
         return BlobResponse(digest, size, content, _NO_CACHE_STATUS)

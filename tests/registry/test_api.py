@@ -368,6 +368,16 @@ def test_internal_error_aborts_the_response(
     assert (response.complete, content.close_count) == (False, 1)
 
 
+def test_an_unexpected_error_is_a_500_in_the_form_of_the_api(
+    client: Any, backend: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dockerproxy.http.channel.log.failure", lambda *_, **__: None)
+    backend.error = OSError(5, "Input/output error")
+    response = client.fetch("GET", "/v2/library/busybox/manifests/latest")
+    assert (response.status, response.complete) == (500, True)
+    assert json.loads(response.body) == {"errors": [{"code": "UNKNOWN", "message": "internal error"}]}
+
+
 def test_disconnect_closes_the_content(connect_api: Any, backend: Any, fake_content: Any) -> None:
     for size in (1000, 400_000):
         for size_known in (True, False):

@@ -13,8 +13,6 @@ from typing import Any
 
 import pytest
 from attrs import define
-from twisted.internet.task import Clock
-from twisted.python.failure import Failure
 
 from dockerproxy.oci.manifests import (
     DOCKER_LIST,
@@ -34,28 +32,11 @@ from dockerproxy.store.hosted_tree import HostedTree
 from dockerproxy.store.layout import Layout
 from dockerproxy.store.local_hosted_store import LocalHostedStore
 from dockerproxy.store.referrers import Referrers
+from tests.registry.support.synchronous_reactor import SynchronousReactor
 
 JSON = dict[str, Any]
 NAME = "some/where"
 HOUR = 3600.0
-
-
-class SynchronousReactor(Clock):
-    """A clock with a thread pool that runs every call at once."""
-
-    def getThreadPool(self) -> SynchronousReactor:
-        return self
-
-    def callInThreadWithCallback(self, on_result: Any, function: Any, *args: Any, **kwargs: Any) -> None:
-        try:
-            result = function(*args, **kwargs)
-        except Exception:
-            on_result(False, Failure())
-        else:
-            on_result(True, result)
-
-    def callFromThread(self, function: Any, *args: Any) -> None:
-        function(*args)
 
 
 @define
