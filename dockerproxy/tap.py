@@ -179,7 +179,7 @@ class DaemonService(MultiService):
         if self._settings.log_format == "json":
             jsonlog.install(parent, jsonlog.twistd_stream(self._twistd_options, self._reactor))
         else:
-            textlog.install(parent, self._twistd_options)
+            textlog.install(parent, self._twistd_options, self._reactor)
         super().setServiceParent(parent)  # type: ignore[no-untyped-call]
 
 

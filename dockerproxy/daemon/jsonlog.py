@@ -19,6 +19,7 @@ from twisted.python.logfile import LogFile
 from zope.interface import implementer
 
 from dockerproxy.daemon.accesslog import FIELDS, NAMESPACE
+from dockerproxy.daemon.log_stream import DROPPED_MESSAGE, NonBlockingStream
 
 
 class TextStream(Protocol):
@@ -68,11 +69,26 @@ def twistd_stream(options: Mapping[str, Any], reactor: IReactorFromThreads) -> T
     if name == "-" and not options.get("nodaemon"):
         raise SystemExit("Daemons cannot log to stdout, exiting!")
     if logs_to_stdout(options):
-        return sys.stdout
+        return stdout_stream(reactor)
     file: LogFile = LogFile.fromFullPath(name or "twistd.log")  # type: ignore[no-untyped-call]
     if signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL:
         signal.signal(signal.SIGUSR1, lambda *_: reactor.callFromThread(file.rotate))
     return file
+
+
+def stdout_stream(reactor: Any) -> NonBlockingStream:
+    """Return a stream of JSON lines to standard output that does not block if nobody reads it."""
+    return NonBlockingStream(reactor, sys.stdout.fileno(), encoding="ascii", format_dropped=_format_dropped)
+
+
+def _format_dropped(count: int) -> str:
+    entry = {
+        "time": datetime.now(UTC).isoformat(timespec="microseconds"),
+        "level": "warn",
+        "namespace": __name__,
+        "message": DROPPED_MESSAGE.format(count),
+    }
+    return json.dumps(entry) + "\n"
 
 
 def logs_to_stdout(options: Mapping[str, Any]) -> bool:

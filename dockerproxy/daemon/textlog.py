@@ -17,6 +17,7 @@ from zope.interface import implementer
 
 from dockerproxy.daemon.accesslog import NAMESPACE
 from dockerproxy.daemon.jsonlog import TextStream, logs_to_stdout
+from dockerproxy.daemon.log_stream import DROPPED_MESSAGE, NonBlockingStream
 
 # Syslog levels, as sd-daemon(3) defines them. Lines without one get the unit's SyslogLevel=.
 _PRIORITIES = {LogLevel.debug: 7, LogLevel.info: 6, LogLevel.warn: 4, LogLevel.error: 3, LogLevel.critical: 2}
@@ -59,18 +60,29 @@ class TextLog:
         return text
 
 
-def observer() -> TextLog:
-    """Return an observer for standard output, the journal if $JOURNAL_STREAM names it (systemd.exec(5))."""
-    return TextLog(sys.stdout, journal=_is_journal(sys.stdout, os.environ.get("JOURNAL_STREAM", "")))
+def observer(reactor: Any | None = None) -> TextLog:
+    """Return an observer for standard output, the journal if $JOURNAL_STREAM names it (systemd.exec(5)).
+
+    If nobody reads the log, `reactor` serves to try again; see `NonBlockingStream`.
+    """
+    journal = _is_journal(sys.stdout, os.environ.get("JOURNAL_STREAM", ""))
+    prefix = f"<{_PRIORITIES[LogLevel.warn]}>" if journal else ""
+    stream = NonBlockingStream(
+        reactor,
+        sys.stdout.fileno(),
+        encoding=sys.stdout.encoding,
+        format_dropped=lambda count: f"{prefix}{DROPPED_MESSAGE.format(count)}\n",
+    )
+    return TextLog(stream, journal=journal)
 
 
-def install(application: Componentized, options: Mapping[str, Any]) -> None:
+def install(application: Componentized, options: Mapping[str, Any], reactor: Any) -> None:
     """Make `application` log through `observer` if twistd's `options` select standard output.
 
     Call this when `dockerproxy.daemon.jsonlog.install` would be called.
     """
     if logs_to_stdout(options):
-        application.setComponent(ILogObserver, observer())  # type: ignore[no-untyped-call]
+        application.setComponent(ILogObserver, observer(reactor))  # type: ignore[no-untyped-call]
 
 
 def print_error(text: str) -> None:

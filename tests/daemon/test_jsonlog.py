@@ -127,9 +127,12 @@ def test_an_ascii_stream_accepts_every_line() -> None:
 # The stream that twistd would log to.
 
 
-def test_the_stream_is_standard_output_in_the_foreground() -> None:
-    assert twistd_stream({"logfile": None, "nodaemon": True}, REACTOR) is sys.stdout
-    assert twistd_stream({"logfile": "-", "nodaemon": True}, REACTOR) is sys.stdout
+@pytest.mark.parametrize("logfile", [None, "-"])
+def test_the_stream_is_standard_output_in_the_foreground(
+    logfile: str | None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    twistd_stream({"logfile": logfile, "nodaemon": True}, REACTOR).write("{}\n")
+    assert capfd.readouterr().out == "{}\n"
 
 
 def test_a_daemon_cannot_log_to_standard_output() -> None:
