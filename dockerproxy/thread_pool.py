@@ -11,6 +11,7 @@ import os
 import threading
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
@@ -120,7 +121,8 @@ class BoundedThreadPool:
 
     def _in_thread(self, function: Callable[..., T], args: tuple[object, ...]) -> T:
         if self._nice:
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), self._nice)
+            with suppress(OSError):  # a container engine's seccomp filter may forbid it
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), self._nice)
         return function(*args)
 
     def _dispatch(self) -> None:

@@ -164,6 +164,16 @@ def test_errors_are_the_registrys() -> None:
     assert issubclass(ServiceOverloaded, RegistryError)
 
 
+def test_work_is_done_where_a_priority_cannot_be_set(threads: ManualThreads, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "setpriority", refuse)
+    work = start(BoundedThreadPool(threads, "checks", LIMITS, threads, nice=10), lambda: 5)
+    threads.finish()
+    assert work.result == 5
+
+
 def test_real_threads_are_daemons_with_their_own_priority() -> None:
     results: list[Any] = []
     arrived = threading.Event()
