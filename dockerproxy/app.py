@@ -22,7 +22,7 @@ from dockerproxy.cache.identity import Bindings, Identities
 from dockerproxy.cache.ingests import Ingests
 from dockerproxy.cache.manifests import CachedManifests
 from dockerproxy.cache.pullthrough import PullThrough
-from dockerproxy.cache.space import CacheSpace
+from dockerproxy.cache.space import CacheSpace, FileCounter
 from dockerproxy.cache.token_endpoint import TokenEndpoint
 from dockerproxy.concurrency import KeyedLock, LocalKeyedLock, spawn
 from dockerproxy.daemon.accesslog import AccessLog
@@ -260,9 +260,11 @@ def build_cache(
     authorizer: Authorizer,
 ) -> PullThrough:
     """Build the cache in CACHE_DIR."""
-    layout, records, cache_space = shared.state.cache, shared.state.records, shared.cache_space
+    layout, cache_space = shared.state.cache, shared.cache_space
+    file_counter = FileCounter(reactor, cache_space.record_files)
+    records = shared.state.open_records(file_counter.add)
     identities = Identities(shared.state.cache_secret, shared.bindings)
-    blobs, links = Blobs(layout, durable=False), Links(layout, durable=False)
+    blobs, links = Blobs(layout, durable=False), Links(layout, False, time.time, file_counter.add)
     upstream = UpstreamClient(agent, authorizer, policy.check_upstream)
     challenges = Challenges(agent, records, registries.intercepted, authorizer.add_challenges, time.time)
     challenges.restore(settings.registries)
@@ -372,8 +374,8 @@ async def handle_metrics(shared: SharedServices, request: Request) -> None:
     """Respond with the metrics of all processes."""
     used, limit = await shared.cache_space.usage()
     gauges = [
-        ("cache_bytes", "Bytes of blobs in the cache.", used),
-        ("cache_limit_bytes", "Maximum bytes of blobs in the cache (CACHE_MAX_SIZE).", limit),
+        ("cache_bytes", "Bytes of the cache, with 4 KiB for each link and record.", used),
+        ("cache_limit_bytes", "Maximum bytes of the cache (CACHE_MAX_SIZE).", limit),
     ]
     fields = [("Content-Type", CONTENT_TYPE), ("Cache-Control", "no-store")]
     request.respond(200, fields, shared.metrics.render(gauges))

@@ -24,6 +24,7 @@ from dockerproxy.app import (
     open_authority,
 )
 from dockerproxy.cache.identity import Bindings
+from dockerproxy.cache.janitor import Janitor
 from dockerproxy.cache.space import CacheSpaceManager
 from dockerproxy.concurrency import LocalKeyedLock
 from dockerproxy.daemon import jsonlog, textlog
@@ -192,6 +193,7 @@ def build_cache_space(reactor: Any, settings: Settings, state: StateDirectory) -
         limit=settings.cache_max_size,
         inactive=settings.cache_inactive,
         clock=time.time,
+        janitor=Janitor(state.cache, state.open_records(), time.time),
     )
 
 
@@ -210,7 +212,7 @@ def build_control_socket(
         reactor,
         resolver,
         cache_space,
-        Deleter(reactor, store, cache_space, state.records),
+        Deleter(reactor, store, cache_space, state.open_records()),
         operations,
         time.time,
     )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from math import inf
 from typing import Any, Protocol
 
 from attrs import define, field
@@ -12,6 +14,7 @@ from twisted.application.internet import TimerService
 from twisted.logger import Logger
 
 from dockerproxy.cache.ingests import IngestWriter
+from dockerproxy.cache.janitor import Janitor
 from dockerproxy.concurrency import in_thread, spawn
 from dockerproxy.oci.names import Digest
 from dockerproxy.store.blobs import Blobs
@@ -25,7 +28,14 @@ MAINTENANCE_INTERVAL = 600.0
 """Seconds between two rounds of maintenance, which expires blobs and rescans the disk."""
 
 _STALE_INGEST_AGE = 86400.0  # seconds after which an abandoned partial download is deleted
-_MIN_FREE_BYTES = 16 * 1024 * 1024  # bytes kept free on the disk for links, records and other programs
+_MIN_FREE_BYTES = 16 * 1024 * 1024  # bytes kept free on the disk for other programs
+_MIN_FREE_INODES = 10_000  # files kept free on the disk for other programs, if it has 20 times as many
+
+_FILE_COST = 4096  # bytes that a link or record counts; it takes a block and an inode
+_MAX_METADATA = 8  # links and records may take one part in so many of the cache, because losing them costs little
+_CLEAN_INTERVAL = 3600.0  # seconds between two walks of the janitor
+_EARLY_CLEAN = 10_000  # new files after which the janitor walks earlier, and those of more than 10 % growth
+_REPORT_INTERVAL = 5.0  # seconds over which new files are collected into one report
 
 log = Logger()
 
@@ -48,6 +58,8 @@ class CacheSpace(Protocol):
     def pin(self, digest: Digest) -> None: ...
 
     def unpin(self, digest: Digest) -> None: ...
+
+    def record_files(self, count: int) -> None: ...
 
     async def usage(self) -> tuple[int, int]: ...
 
@@ -88,10 +100,35 @@ class Reservation:
                 log.failure("releasing the cache space of {key} failed", key=str(self._ingest.key))
 
 
+class FileCounter:
+    """Counts new files in any thread, and reports their number to `report` every few seconds."""
+
+    def __init__(self, reactor: Any, report: Callable[[int], object]) -> None:
+        self._reactor = reactor
+        self._report = report
+        self._count = 0
+        self._lock = threading.Lock()
+
+    def add(self) -> None:
+        """Count a new file."""
+        with self._lock:
+            self._count += 1
+            report_is_due = self._count > 1
+        if not report_is_due:
+            self._reactor.callFromThread(self._reactor.callLater, _REPORT_INTERVAL, self._flush)
+
+    def _flush(self) -> None:
+        with self._lock:
+            count, self._count = self._count, 0
+        self._report(count)
+
+
 class CacheSpaceManager(CacheSpace):
     """Keeps the cache within its limit.
 
-    Space for a download is reserved before it is written. A reserved download is never evicted.
+    Space for a download is reserved before it is written. A reserved download is never evicted. Links and records count
+    as well. The janitor keeps them within their part of the limit; if there are more between two of its walks, they do
+    not take the space of blobs.
     """
 
     def __init__(
@@ -103,6 +140,7 @@ class CacheSpaceManager(CacheSpace):
         limit: int,
         inactive: float,
         clock: Callable[[], float],
+        janitor: Janitor,
         cooperative_thread: CooperativeThread | None = None,
     ) -> None:
         self._reactor = reactor
@@ -111,6 +149,10 @@ class CacheSpaceManager(CacheSpace):
         self._blobs = blobs
         self._inactive = inactive
         self._clock = clock
+        self._janitor = janitor
+        self._new_files = 0  # since the janitor's last walk
+        self._cleaned_at = -inf  # in the reactor's time
+        self._is_cleaning = False
         self._reservations: set[IngestKey] = set()
         self.index = LRUIndex(limit)
 
@@ -125,7 +167,8 @@ class CacheSpaceManager(CacheSpace):
     async def maintain(self) -> None:
         """Remove abandoned downloads and rescan the disk.
 
-        Then evict blobs that were unused for `inactive` seconds, or that exceed the limit.
+        Then evict blobs that were unused for `inactive` seconds, or that exceed the limit. Once an hour, and if the
+        disk has few free inodes, remove links and records.
         """
         rescan = self.index.start_rescan()
         try:
@@ -136,6 +179,64 @@ class CacheSpaceManager(CacheSpace):
         await self._cooperative_thread.run(rescan.clear_incrementally())
         while expired := self.index.expire(self._inactive, self._clock()):
             await self._evict(expired)
+        is_due = self._reactor.seconds() - self._cleaned_at >= _CLEAN_INTERVAL
+        if is_due or await in_thread(self._reactor, self._missing_inodes):
+            await self.clean()
+
+    async def clean(self) -> None:
+        """Remove the links and records that nothing needs, and the oldest ones of those that exceed their part.
+
+        If the disk has few free inodes, remove more of them, and then blobs. Do nothing if this is running already.
+        """
+        if self._is_cleaning:
+            return
+        self._is_cleaning = True
+        try:
+            await self._clean(self._max_files)
+            missing = await in_thread(self._reactor, self._missing_inodes)
+            if missing:
+                log.warn("{root} has few free inodes left; evicting from the cache", root=str(self._layout.root))
+                await self._clean(max(0, min(self._max_files, self._janitor.inodes - missing)))
+            while missing := await in_thread(self._reactor, self._missing_inodes):
+                evicted = self.index.evict_count(missing // 2 + 1)  # a blob has a directory of its own
+                if not evicted:
+                    break
+                await self._evict(evicted)
+        finally:
+            self._is_cleaning = False
+            self._cleaned_at = self._reactor.seconds()
+
+    async def _clean(self, max_files: int) -> None:
+        new_files = self._new_files
+        await self._cooperative_thread.run(self._janitor.clean(max_files))
+        self._new_files -= new_files  # those written meanwhile may be counted twice, until the next walk
+        self._update_overhead()
+
+    @property
+    def _max_files(self) -> int:
+        return self.index.limit // _MAX_METADATA // _FILE_COST
+
+    @property
+    def _file_count(self) -> int:
+        return self._janitor.inodes + self._new_files
+
+    def record_files(self, count: int) -> None:
+        """Count new links and records. If there are too many, start `clean`."""
+        self._new_files += count
+        self._update_overhead()
+        threshold = self._file_count // 10
+        if self._file_count <= self._max_files:
+            threshold = max(threshold, _EARLY_CLEAN)
+        if self._new_files > threshold:
+            spawn(self.clean(), "removing links and records from the cache")
+
+    def _update_overhead(self) -> None:
+        self.index.overhead = min(self._file_count, self._max_files) * _FILE_COST
+
+    def _missing_inodes(self) -> int:
+        """Return how many inodes the file system lacks; 0 if it has enough, or does not count them (Btrfs)."""
+        status = os.statvfs(self._layout.root)
+        return max(0, min(_MIN_FREE_INODES, status.f_files // 20) - status.f_favail)
 
     async def reserve(self, key: IngestKey, size: int, existing_size: int) -> bool:
         """Reserve space for a download of `size` bytes, `existing_size` of which are already on disk.
@@ -197,8 +298,8 @@ class CacheSpaceManager(CacheSpace):
             self.index.unpin(digest)
 
     async def usage(self) -> tuple[int, int]:
-        """Return the bytes used, and the limit."""
-        return self.index.total, self.index.limit
+        """Return the bytes used, also by links and records, and the limit."""
+        return self.index.total + self._file_count * _FILE_COST, self.index.limit
 
     async def purge(self, digests: Iterable[Digest]) -> None:
         """Remove blobs and their partial downloads even if they are in use. Open readers can still read to the end."""
@@ -222,7 +323,7 @@ class CacheSpaceManager(CacheSpace):
         if shortfall > 0:
             # Evict as if the limit were lower by the shortfall, so that the least recently used go first here too.
             try:
-                await self._evict(self.index.evict(self.index.limit - self.index.total + shortfall))
+                await self._evict(self.index.evict(self.index.free + shortfall))
             except CacheFull:
                 return False
         return True

@@ -6,7 +6,7 @@ import errno
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 from attrs import frozen
@@ -27,13 +27,15 @@ class Staging:
     """A directory of temporary files, on the same file system as their final paths.
 
     If `sync_data`, the data is synced before the file gets its final name. If `sync_names`, the name is synced before
-    the call returns. If `private`, only the daemon's user can read the files; otherwise the umask decides.
+    the call returns. If `private`, only the daemon's user can read the files; otherwise the umask decides. `on_create`
+    is called after each file or directory that did not exist before, in the thread that created it.
     """
 
     directory: str
     sync_data: bool = False
     sync_names: bool = False
     private: bool = False
+    on_create: Callable[[], object] | None = None
 
     def clear(self) -> None:
         """Delete files left by a crash. One process calls this at start-up, before others use the directory."""
@@ -68,6 +70,7 @@ class Staging:
         The caller has synced the data if that is required.
         """
         parent = os.path.dirname(path)
+        is_new = self.on_create is not None and not os.path.lexists(path)
         for _ in range(_ATTEMPTS):
             try:
                 os.rename(staged_path, path)
@@ -80,6 +83,8 @@ class Staging:
             raise FileNotFoundError(f"{parent} was removed {_ATTEMPTS} times while a file was moved into it")
         if self.sync_names:
             fsync_directory(parent)
+        if is_new and self.on_create is not None:
+            self.on_create()
 
     def remove_tree(self, path: str) -> bool:
         """Delete the directory at `path` recursively, atomically for readers. Return whether it existed."""
@@ -124,6 +129,8 @@ class Staging:
                 self.makedirs(os.path.dirname(path))
         else:
             raise FileNotFoundError(f"{os.path.dirname(path)} was removed {_ATTEMPTS} times while {path} was created")
+        if self.on_create is not None:
+            self.on_create()
         # Only the creator of a directory syncs its parent. Journals (ext4, XFS) keep the order of changes, so another
         # process that finds the directory and syncs it writes its name to disk as well.
         if self.sync_names:

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_right
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
+from contextlib import suppress
 from itertools import islice
 
-from attrs import define, field
+from attrs import define, field, frozen
 
 from dockerproxy.errors import DigestInvalid, NameInvalid
 from dockerproxy.oci.names import Digest, parse_tag
 from dockerproxy.oci.paging import sort_key
-from dockerproxy.store.files import Staging, list_names, read_small
+from dockerproxy.store.files import Staging, list_names, read_small, try_remove
 from dockerproxy.store.layout import Layout, digest_from_names
 
 # The longest link contains a sha512 digest. A media type has at most 255 characters (RFC 6838, section 4.2: 127 + 1 +
@@ -24,6 +25,16 @@ _LINK_LIMIT = 256
 _MEDIA_TYPE_LIMIT = 255
 
 _CONTENT_DIRECTORIES = ("_layers", "_manifests")
+_USE_INTERVAL = 86400  # seconds between two updates of the time of a link's last use
+
+
+@frozen(slots=True)
+class LinkEntry:
+    """A link, or a tag: its directory, its digest (None if torn), and its last use (POSIX time)."""
+
+    directory: str
+    digest: Digest | None
+    last_used: float
 
 
 @define
@@ -31,19 +42,26 @@ class Links:
     """The links of a store. If `durable`, changes survive a power cut. Methods that write block.
 
     Callers build `repository` from validated parts. Every method raises `NameInvalid` for an invalid name.
+
+    If `clock`, which returns POSIX time, is given, the mtime of a link is its last use, at most a day late. `on_create`
+    is called after each new file or directory.
     """
 
     _layout: Layout
     _durable: bool
+    _clock: Callable[[], float] | None = None
+    _on_create: Callable[[], object] | None = None
     _staging: Staging = field(init=False)
 
     @_staging.default
     def _make_staging(self) -> Staging:
-        return Staging(self._layout.staging, sync_data=self._durable, sync_names=self._durable)
+        return Staging(
+            self._layout.staging, sync_data=self._durable, sync_names=self._durable, on_create=self._on_create
+        )
 
     def has_layer(self, repository: str, digest: Digest) -> bool:
         """Return whether the repository has the blob."""
-        return _link_exists(self._layout.layer(repository, digest))
+        return self._use_link(self._layout.layer(repository, digest))
 
     def link_layer(self, repository: str, digest: Digest) -> None:
         """Link the blob to the repository."""
@@ -55,7 +73,7 @@ class Links:
 
     def has_manifest(self, repository: str, digest: Digest) -> bool:
         """Return whether the repository has the manifest."""
-        return _link_exists(self._layout.manifest(repository, digest))
+        return self._use_link(self._layout.manifest(repository, digest))
 
     def link_manifest(self, repository: str, digest: Digest, media_type: str) -> None:
         """Link the manifest to the repository. `media_type` is the type stated by upstream or by the pushing client."""
@@ -126,6 +144,39 @@ class Links:
         """Yield the manifests to which the repository has a link, even a torn one, in no order. Blocks."""
         yield from _iter_digests(self._layout.revisions(repository))
 
+    def layer_entries(self, repository: str) -> Iterator[LinkEntry]:
+        """Yield the links of `layers`. Blocks."""
+        yield from _iter_entries(self._layout.layers(repository))
+
+    def manifest_entries(self, repository: str) -> Iterator[LinkEntry]:
+        """Yield the links of `manifests`. Blocks."""
+        yield from _iter_entries(self._layout.revisions(repository))
+
+    def tag_entries(self, repository: str) -> Iterator[LinkEntry]:
+        """Yield the tags, in no order. A tag is used with its manifest. Blocks."""
+        for tag in filter(_is_tag, list_names(self._layout.tags(repository))):
+            digest = self.tag(repository, tag)
+            last_used = _mtime(self._layout.tag_current(repository, tag), self._layout.tag(repository, tag))
+            if digest is not None:
+                last_used = max(last_used, _mtime(self._layout.manifest(repository, digest)))
+            yield LinkEntry(self._layout.tag(repository, tag), digest, last_used)
+
+    def discard(self, entry: LinkEntry, is_needed: Callable[[], bool]) -> bool:
+        """Remove a link or tag, unless `is_needed` is true once nobody sees it any more. Return whether it is removed.
+
+        Code that needs a link first creates what it leads to, and then creates the link if it does not exist. One of
+        the two therefore notices the other.
+        """
+        staged_path = self._staging.move_aside(entry.directory)
+        if staged_path is None:
+            return False
+        needed = is_needed()
+        if needed:
+            with suppress(OSError):  # it was created again in the meantime
+                self._staging.move(staged_path, entry.directory)
+        try_remove(staged_path)
+        return not needed
+
     def prune_tag_index(self, repository: str, digests: Container[str]) -> Iterator[None]:
         """Remove the former manifests in `digests` from the index of every tag. Each step blocks briefly."""
         for tag in filter(_is_tag, list_names(self._layout.tags(repository))):
@@ -186,6 +237,19 @@ class Links:
                 if (not passing or name >= passing[0]) and _is_repository(self._layout, repository):
                     on_path = bool(passing) and name == passing[0]
                     pending.append((repository, passing[1:] if on_path else [], not on_path))
+
+    def _use_link(self, path: str) -> bool:
+        """Return whether the link exists, and record its use."""
+        try:
+            status = os.stat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        if self._clock is not None:
+            now = self._clock()
+            if not 0 <= now - status.st_mtime < _USE_INTERVAL:
+                with suppress(OSError):
+                    os.utime(path, (now, now))
+        return status.st_size > 0
 
     def _link(self, path: str, digest: Digest) -> None:
         if _read_link(path) != digest:
@@ -259,6 +323,20 @@ def _iter_digests(directory: str) -> Iterator[Digest]:
             digest = digest_from_names(algorithm, encoded)
             if digest is not None:
                 yield digest
+
+
+def _iter_entries(directory: str) -> Iterator[LinkEntry]:
+    for digest in _iter_digests(directory):
+        path = f"{directory}/{digest.algorithm}/{digest.hex}"
+        yield LinkEntry(path, digest, _mtime(f"{path}/link", path))
+
+
+def _mtime(*paths: str) -> float:
+    """Return the mtime of the first path that exists; 0 if none does."""
+    for path in paths:
+        with suppress(FileNotFoundError, NotADirectoryError):
+            return os.stat(path).st_mtime
+    return 0.0
 
 
 def _remove_empty_children(directory: str) -> Iterator[None]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import heapq
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
+from itertools import islice
 
 from attrs import define, field
 
@@ -42,6 +43,8 @@ class LRUIndex:
 
     limit: int
     total: int = field(default=0, init=False)
+    overhead: int = field(default=0, init=False)
+    """Bytes of other files that count towards `limit`."""
     _entries: OrderedDict[str, LRUEntry] = field(factory=OrderedDict, init=False)  # by `str(key)`
     _pins: dict[str, int] = field(factory=dict, init=False)
     # Keys changed since the running rescan began; None if no rescan is running.
@@ -87,20 +90,25 @@ class LRUIndex:
         else:
             del self._pins[text]
 
+    @property
+    def free(self) -> int:
+        """The bytes that fit without an eviction."""
+        return self.limit - self.total - self.overhead
+
     def evict(self, size: int) -> list[CacheKey]:
         """Remove and return the blobs to evict so that `size` more bytes fit, least recently used first.
 
         Raises `CacheFull`, and removes nothing, if the bytes do not fit beside the pinned blobs.
         """
-        minimum = self.total + size - self.limit
+        minimum = size - self.free
         if minimum <= 0:
             return []
         evictable = self._evictable_bytes()
         if evictable < minimum:
-            in_use = self.total - evictable
+            in_use = self.total + self.overhead - evictable
             raise CacheFull(f"{size} bytes do not fit into a cache of {self.limit} bytes with {in_use} bytes in use")
         # Evict down to 95 %, unless `size` and the pinned blobs alone exceed that.
-        target = excess_bytes(self.total + size, self.limit)
+        target = excess_bytes(self.total + self.overhead + size, self.limit)
         return self._remove_all(
             least_recently_used(self._entries, self._pins, minimum, target if target <= evictable else minimum)
         )
@@ -111,10 +119,15 @@ class LRUIndex:
         This handles one batch. Call it again until it returns an empty list.
         """
         expired = self._remove_all(inactive_since(self._entries, self._pins, now - inactive))
-        excess = excess_bytes(self.total, self.limit)
+        excess = excess_bytes(self.total + self.overhead, self.limit)
         if len(expired) < BATCH_SIZE and excess > 0:
             expired += self._remove_all(least_recently_used(self._entries, self._pins, 0, excess))
         return expired
+
+    def evict_count(self, count: int) -> list[CacheKey]:
+        """Remove and return `count` blobs, but at most one batch, least recently used first."""
+        unpinned = (key for key in self._entries if key not in self._pins)
+        return self._remove_all(islice(unpinned, min(count, BATCH_SIZE)))
 
     def start_rescan(self) -> Rescan:
         """Begin to rebuild the index from disk. End the rescan with `apply_rescan` or `abort_rescan`."""

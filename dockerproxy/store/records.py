@@ -6,18 +6,20 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 from attrs import define, field, frozen
 
 from dockerproxy.bounded_dict import BoundedDict
-from dockerproxy.store.files import Staging
+from dockerproxy.store.files import Staging, list_names
 
 _MAX_CACHED = 10_000
 _MAX_COMPONENT = 120
+_SUFFIX, _STAGING = "~.json", "~staging"
 
 _Signature = tuple[int, int, int, int]
 
@@ -36,11 +38,13 @@ class Records:
     """Documents below `root`, each in a file that only the daemon's user can read. Thread-safe.
 
     A document cached in memory is valid while `stat` shows that its file is unchanged. In this way several processes
-    see each other's writes. At most `max_cached` documents stay in memory.
+    see each other's writes. At most `max_cached` documents stay in memory. `on_create` is called after each new file or
+    directory.
     """
 
     root: Path
     max_cached: int = _MAX_CACHED
+    on_create: Callable[[], object] | None = None
     _staging: Staging = field(init=False)
     _cache: BoundedDict[tuple[str, ...], _CachedRecord] = field(init=False)
     _lock: threading.Lock = field(factory=threading.Lock, init=False)
@@ -52,7 +56,7 @@ class Records:
     @_staging.default
     def _make_staging(self) -> Staging:
         # Do not sync, because a record that a power cut loses or tears is requested from upstream again.
-        return Staging(f"{self.root}/~staging", private=True)
+        return Staging(f"{self.root}/{_STAGING}", private=True, on_create=self.on_create)
 
     def clear_staging(self) -> None:
         """Delete files left by a crash. One process calls this at start-up, before others use the directory."""
@@ -82,11 +86,58 @@ class Records:
         except (FileNotFoundError, NotADirectoryError):
             pass
 
+    def exists(self, *key: str) -> bool:
+        """Return whether the document exists, even a torn one."""
+        return os.path.exists(self._path(key))
+
+    def kinds(self) -> list[str]:
+        """Return the first components of all keys, sorted. Blocks."""
+        return sorted(_unescape(name) or name for name in list_names(str(self.root)) if name != _STAGING)
+
+    def walk(self, kind: str) -> Iterator[RecordEntry]:
+        """Yield the documents of one kind, grouped by directory, and remove empty directories. Blocks."""
+        pending: list[tuple[str, ...]] = [(_escape(kind),)]
+        while pending:
+            names = pending.pop()
+            directory = "/".join((str(self.root), *names))
+            for name in list_names(directory):
+                path = f"{directory}/{name}"
+                if name.endswith(_SUFFIX):
+                    entry = _record_entry(path, (*names, name.removesuffix(_SUFFIX)))
+                    if entry is not None:
+                        yield entry
+                else:
+                    pending.append((*names, name))
+            with suppress(OSError):  # not empty, or not a directory
+                os.rmdir(directory)
+
+    def read(self, entry: RecordEntry) -> Mapping[str, Any] | None:
+        """Return the document without keeping it in memory. None if it does not exist or is torn. Blocks."""
+        return _load(entry.path, entry.key).value
+
+    def discard(self, entry: RecordEntry) -> bool:
+        """Delete the document, unless it was written again since. Return whether it is deleted. Blocks."""
+        signature = _signature(entry.path)
+        if signature is None or signature[0] != entry.mtime_ns:
+            return False
+        with suppress(FileNotFoundError):
+            os.unlink(entry.path)
+        return True
+
     def _path(self, key: tuple[str, ...]) -> str:
         if not key:
             raise ValueError("the key of a record must not be empty")
         # Escaped text never contains `~`, so documents, directories of longer keys and temporary files do not collide.
-        return f"{self.root}/{'/'.join(map(_escape, key))}~.json"
+        return f"{self.root}/{'/'.join(map(_escape, key))}{_SUFFIX}"
+
+
+@frozen(slots=True)
+class RecordEntry:
+    """A document on disk. `mtime_ns` is the time of its last write (POSIX time)."""
+
+    key: tuple[str, ...]
+    path: str
+    mtime_ns: int
 
 
 def _escape(component: str) -> str:
@@ -95,6 +146,32 @@ def _escape(component: str) -> str:
     if len(text) > _MAX_COMPONENT:
         return "~" + hashlib.sha256(component.encode("utf-8", "surrogatepass")).hexdigest()
     return "%2E" + text[1:] if text.startswith(".") else text or "~"
+
+
+def _unescape(name: str) -> str | None:
+    """Return the text that `_escape` turned into `name`, or None if that is a hash."""
+    if name.startswith("~"):
+        return "" if name == "~" else None
+    return unquote(name, errors="surrogatepass")
+
+
+def _record_entry(path: str, names: tuple[str, ...]) -> RecordEntry | None:
+    signature = _signature(path)
+    if signature is None:
+        return None
+    key = tuple(map(_unescape, names))
+    if None in key:
+        key = tuple(_read_key(path)) or names  # torn
+    return RecordEntry(tuple(component or "" for component in key), path, signature[0])
+
+
+def _read_key(path: str) -> list[str]:
+    try:
+        document = json.loads(Path(path).read_bytes())
+    except (OSError, ValueError):
+        return []
+    key = document.get("key") if isinstance(document, dict) else None
+    return key if isinstance(key, list) and all(isinstance(component, str) for component in key) else []
 
 
 def _signature(path: str) -> _Signature | None:

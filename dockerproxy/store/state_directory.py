@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from attrs import define, field
@@ -29,7 +30,7 @@ class DirectoryInUse(Exception):
 
 @define(eq=False)
 class StateDirectory:
-    """The stores, records and secrets below CACHE_DIR and REGISTRY_DIR.
+    """The stores, records and secrets in CACHE_DIR and REGISTRY_DIR.
 
     `warnings` are sentences for the log. `cache_secret` signs tokens of the cache, `registry_secret` those of the
     hosted registry.
@@ -37,7 +38,6 @@ class StateDirectory:
 
     cache: Layout
     registry: Layout
-    records: Records
     cache_secret: bytes = field(repr=False)
     registry_secret: bytes = field(repr=False)
     warnings: tuple[str, ...]
@@ -59,10 +59,9 @@ class StateDirectory:
                     raise DirectoryInUse(f"CACHE_DIR and {setting} are both {root}; set one to another directory")
                 locks.append(_lock(setting, root))
             cache, registry = Layout(cache_dir), Layout(registry_dir)
-            records = Records(cache_dir / "records")
             for layout in (cache, registry):
                 Staging(layout.staging).clear()
-            records.clear_staging()
+            _records(cache).clear_staging()
             cache_secret, registry_secret = _open_secret(cache), _open_secret(registry)
         except BaseException:
             for fd, _ in locks:
@@ -70,12 +69,20 @@ class StateDirectory:
             raise
         warnings = tuple(warning for _, warning in locks if warning)
         lock_fds = tuple(fd for fd, _ in locks)
-        return cls(cache, registry, records, cache_secret, registry_secret, warnings, lock_fds)
+        return cls(cache, registry, cache_secret, registry_secret, warnings, lock_fds)
+
+    def open_records(self, on_create: Callable[[], object] | None = None) -> Records:
+        """Return the records of the cache. `on_create` is called after each new file."""
+        return _records(self.cache, on_create)
 
     def write_pid(self) -> None:
         """Write the ID of this process into the lock files. It changes if twistd becomes a daemon. Raises OSError."""
         for fd in self._lock_fds:
             _write_pid(fd)
+
+
+def _records(cache: Layout, on_create: Callable[[], object] | None = None) -> Records:
+    return Records(cache.root / "records", on_create=on_create)
 
 
 def _make_writable(root: Path) -> None:

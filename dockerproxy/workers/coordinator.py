@@ -66,6 +66,9 @@ class LocalCacheSpace(CacheSpace):
     def unpin(self, digest: Digest) -> None:
         self._reservations.space.unpin(digest)
 
+    def record_files(self, count: int) -> None:
+        self._reservations.space.record_files(count)
+
     async def usage(self) -> tuple[int, int]:
         return await self._reservations.space.usage()
 
@@ -88,6 +91,7 @@ class WorkerSession:
             "release": lambda key: self._reservations.release(self, IngestKey.parse(key)),
             "record": lambda digest, size: self._reservations.space.record(Digest.parse(digest), size),
             "mark_used": self._mark_used,
+            "record_files": self._reservations.space.record_files,
             "usage": self._reservations.space.usage,
             "lock": self._lock,
             "unlock": self._unlock,

@@ -53,6 +53,10 @@ class RemoteCacheSpace(CacheSpace):
     def unpin(self, digest: Digest) -> None:
         """Do nothing, because `pin` of a worker does not prevent eviction."""
 
+    def record_files(self, count: int) -> None:
+        """Count new links and records."""
+        self._rpc.notify("record_files", count)
+
     async def usage(self) -> tuple[int, int]:
         """Return the bytes used by the cache, and their limit. Raise `RemoteError`."""
         used, limit = await self._rpc.call("usage")

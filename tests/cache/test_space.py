@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,13 +9,14 @@ from typing import Any
 
 import pytest
 
-from dockerproxy.cache.space import MAINTENANCE_INTERVAL
+from dockerproxy.cache.space import MAINTENANCE_INTERVAL, FileCounter
 from dockerproxy.errors import UpstreamBroken
 from dockerproxy.oci.names import Digest
 from dockerproxy.store.ingest import Ingest
 from dockerproxy.store.layout import IngestKey
 from dockerproxy.store.lru_index import CacheFull
 from tests.cache.support.harness import HUB, CacheHarness, ingest_key
+from tests.cache.support.reactor import ManualReactor
 from tests.cache.support.upstream import disconnect_after, raise_error, respond_streaming
 
 APP = "library/app"
@@ -60,9 +62,13 @@ class FakeFreeSpace:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, free: int) -> None:
         self.free_bytes = free + 16 * 1024 * 1024  # the cache keeps 16 MiB free
-        monkeypatch.setattr(
-            "dockerproxy.cache.space.os.statvfs", lambda path: SimpleNamespace(f_bavail=self.free_bytes, f_frsize=1)
-        )
+        self.inodes = 0  # as Btrfs reports
+        self.free_inodes: Callable[[], int] = lambda: 0
+        monkeypatch.setattr("dockerproxy.cache.space.os.statvfs", lambda path: self.status)
+
+    @property
+    def status(self) -> SimpleNamespace:
+        return SimpleNamespace(f_bavail=self.free_bytes, f_frsize=1, f_files=self.inodes, f_favail=self.free_inodes())
 
 
 NEW = ingest_key(Digest.of(b"new"))
@@ -425,3 +431,159 @@ def test_maintenance_interval(harness: CacheHarness, monkeypatch: pytest.MonkeyP
     harness.reactor.advance(MAINTENANCE_INTERVAL)
     assert harness.space.index.total == 3000
     service.stopService()
+
+
+# links and records
+
+
+def put_records(harness: CacheHarness, count: int, start: int = 0) -> None:
+    for number in range(start, start + count):
+        harness.records.put({"at": 1.0}, "client", "quay.io", f"own:{number}")
+
+
+def count_records(harness: CacheHarness) -> int:
+    return sum(1 for kind in harness.records.kinds() for _ in harness.records.walk(kind))
+
+
+def test_links_and_records_count(make_harness: Callable[..., CacheHarness]) -> None:
+    harness = make_harness(limit=1 << 20)  # 32 of 256 blocks are for links and records
+    put_records(harness, 10)
+    assert harness.run(harness.space.usage()) == (0, 1 << 20)
+    harness.reactor.advance(5)
+    assert harness.run(harness.space.usage())[0] == 14 * 4096  # with their directories
+    assert not reserve(harness, NEW, (1 << 20) - 14 * 4096 + 1)
+    assert reserve(harness, NEW, (1 << 20) - 14 * 4096)
+    harness.space.release(NEW)
+
+
+def test_new_links_count(harness: CacheHarness) -> None:
+    digest = harness.upstream.repository(f"{HUB}/{APP}").put_blob(content(1))
+    assert harness.fetch(digest)[0] == "MISS"
+    harness.reactor.advance(5)
+    counted = harness.run(harness.space.usage())[0]
+    assert counted >= 1000 + 8 * 4096  # the grant, the link, and their directories
+    assert harness.fetch(digest)[0] == "HIT"
+    harness.reactor.advance(5)
+    assert harness.run(harness.space.usage())[0] == counted
+    harness.run(harness.space.maintain())
+    assert harness.run(harness.space.usage())[0] < counted + 8 * 4096
+
+
+def test_links_and_records_do_not_take_the_space_of_blobs(make_harness: Callable[..., CacheHarness]) -> None:
+    """If there are too many, the janitor walks at once, and the oldest ones go."""
+    harness = make_harness(limit=1 << 20)
+    one = put_blob(harness, 1, 900_000)
+    harness.reactor.pool.hold()  # the janitor cannot walk yet
+    put_records(harness, 1000)
+    harness.reactor.advance(5)
+    assert harness.run(harness.space.usage())[0] > 1 << 20
+    assert harness.space.index.overhead == 32 * 4096
+    harness.reactor.pool.release()
+    assert count_records(harness) <= 32
+    assert harness.run(harness.space.usage())[0] <= 1 << 20
+    assert stored_digests(harness) == {one}
+
+
+@pytest.mark.parametrize("load", ["blobs", "logins"])
+def test_tree_is_bounded_whatever_clients_do(make_harness: Callable[..., CacheHarness], load: str) -> None:
+    """200 blobs through a cache of 200 kB, and 2,000 one-time logins: all of the tree stays within the limit."""
+    harness = make_harness(limit=200_000)
+    if load == "blobs":
+        repository = harness.upstream.repository(f"{HUB}/{APP}")
+        for number in range(200):
+            assert harness.fetch(repository.put_blob(b"%d" % number * 1000))[0] == "MISS"
+            harness.advance(1)
+    else:
+        for number in range(20):
+            put_records(harness, 100, 100 * number)
+            harness.advance(5)
+    harness.advance(10)
+    used, limit = harness.run(harness.space.usage())
+    assert used <= limit
+    folders = [Path(harness.layout.repositories), harness.records.root]
+    files = [path for folder in folders for path in folder.rglob("*")]
+    assert len(files) * 4096 <= limit / 8 + 10 * 4096
+    assert sum(path.stat().st_size for path in Path(harness.layout.blobs).rglob("data")) + len(files) * 4096 <= limit
+
+
+def test_janitor_walks_once_an_hour(harness: CacheHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+    walks: list[float] = []
+    clean = harness.space.clean
+
+    async def count() -> None:
+        walks.append(harness.reactor.seconds())
+        await clean()
+
+    monkeypatch.setattr(harness.space, "clean", count)
+    service = harness.space.service()
+    service.startService()
+    for _ in range(12):
+        harness.reactor.advance(MAINTENANCE_INTERVAL)
+    assert walks == [0, 3600, 7200]
+    service.stopService()
+
+
+def test_only_one_walk_at_a_time(harness: CacheHarness) -> None:
+    put_records(harness, 3)
+    harness.reactor.pool.hold()
+    first = harness.start(harness.space.clean())
+    assert harness.reactor.pool.waiting == 1
+    second = harness.start(harness.space.clean())
+    assert second.called
+    assert harness.reactor.pool.waiting == 1
+    harness.reactor.pool.release()
+    assert first.called
+
+
+@pytest.mark.parametrize("records", [0, 500])
+def test_few_free_inodes(
+    make_harness: Callable[..., CacheHarness], monkeypatch: pytest.MonkeyPatch, log_lines: list[str], records: int
+) -> None:
+    """Records go first, and then blobs, each of which is a file in a directory of its own."""
+    harness = make_harness(limit=1 << 40)
+    file_system = FakeFreeSpace(monkeypatch, 1 << 40)
+    blobs = [put_blob(harness, number) for number in range(20)]
+    put_records(harness, records)
+    harness.run(harness.space.maintain())
+    assert (count_records(harness), len(stored_digests(harness))) == (0, 20)  # they are old by this clock
+    put_records(harness, records)
+    for path in harness.records.root.rglob("*"):
+        os.utime(path, (harness.now() - 100, harness.now() - 100))
+
+    def free_inodes() -> int:
+        return 9_985 + (records - count_records(harness)) + 2 * (20 - len(stored_digests(harness)))
+
+    file_system.inodes = 1_000_000
+    file_system.free_inodes = free_inodes
+    harness.run(harness.space.maintain())
+    assert free_inodes() >= 10_000
+    if records:
+        assert stored_digests(harness) == set(blobs)
+        assert 300 <= count_records(harness) <= 490
+    else:
+        assert stored_digests(harness) == set(blobs[8:])
+    assert any("few free inodes" in line for line in log_lines)
+
+
+def test_file_systems_that_do_not_count_inodes(harness: CacheHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+    FakeFreeSpace(monkeypatch, 1 << 40)
+    one = put_blob(harness, 1)
+    harness.run(harness.space.clean())
+    assert stored_digests(harness) == {one}
+
+
+def test_files_are_counted_in_threads_and_reported_together() -> None:
+    reactor = ManualReactor()
+    reports: list[int] = []
+    counter = FileCounter(reactor, reports.append)
+    threads = [threading.Thread(target=lambda: [counter.add() for _ in range(1000)]) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(reactor.getDelayedCalls()) == 1
+    reactor.advance(5)
+    assert reports == [4000]
+    counter.add()
+    reactor.advance(5)
+    assert reports == [4000, 1]

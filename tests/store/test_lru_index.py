@@ -204,6 +204,32 @@ def test_eviction_works_in_batches() -> None:
     assert [len(index.expire(0, 30_000)) for _ in range(3)] == [500] * 3
 
 
+def test_other_files_count_towards_the_limit() -> None:
+    index = LRUIndex(1000)
+    for number in range(5):
+        index.add(digest(number), 100, number)
+    index.overhead = 300
+    assert index.free == 200
+    assert index.evict(200) == []
+    assert index.evict(201) == [digest(0)]
+    with pytest.raises(CacheFull, match="1000 bytes with 300 bytes in use"):
+        index.evict(701)
+    index.overhead = 900
+    assert index.expire(1e9, 10) == [digest(1), digest(2), digest(3), digest(4)]
+
+
+def test_eviction_by_number() -> None:
+    index = LRUIndex(10_000)
+    for number in range(600):
+        index.add(digest(number), 1, number)
+    index.pin(digest(0))
+    assert index.evict_count(2) == [digest(1), digest(2)]
+    assert len(index.evict_count(10_000)) == 500
+    assert len(index.evict_count(10_000)) == 97
+    assert index.evict_count(10_000) == []
+    assert index.total == 1
+
+
 def test_gc_tracked_objects_do_not_grow_with_the_index() -> None:
     """Python's garbage collector blocks the whole process while it looks at tracked objects.
 

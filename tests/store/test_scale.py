@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 
+from dockerproxy.cache.janitor import Janitor
 from dockerproxy.cache.space import CacheSpaceManager
 from dockerproxy.oci.names import Digest
 from dockerproxy.store import lru_index
@@ -31,6 +32,7 @@ from dockerproxy.store.hosted_tree import HostedTree
 from dockerproxy.store.importer import import_registry
 from dockerproxy.store.layout import Layout
 from dockerproxy.store.progress import Progress
+from dockerproxy.store.records import Records
 from dockerproxy.store.scrub import scrub
 from dockerproxy.store.sweep import sweep
 from tests.store.support.images import ManifestTree, image, index
@@ -198,8 +200,9 @@ def test_memory_of_a_collection_does_not_grow_with_references(folder: Path, dele
 async def rescan(reactor: SteppedReactor, root: Path, thread: CooperativeThread) -> None:
     layout = Layout(root)
     space = CacheSpaceManager(
-        reactor, layout, Blobs(layout, False), limit=1 << 40, inactive=1e10, clock=time.time, cooperative_thread=thread
-    )
+        reactor, layout, Blobs(layout, False), limit=1 << 40, inactive=1e10, clock=time.time,
+        janitor=Janitor(layout, Records(root / "records"), time.time), cooperative_thread=thread,
+    )  # fmt: skip
     await space.maintain()
     assert space.index.total > SMALL * 10
 
@@ -207,8 +210,9 @@ async def rescan(reactor: SteppedReactor, root: Path, thread: CooperativeThread)
 async def expire(reactor: SteppedReactor, root: Path, thread: CooperativeThread) -> None:
     layout = Layout(root)
     space = CacheSpaceManager(
-        reactor, layout, Blobs(layout, False), limit=1 << 40, inactive=1, clock=time.time, cooperative_thread=thread
-    )
+        reactor, layout, Blobs(layout, False), limit=1 << 40, inactive=1, clock=time.time,
+        janitor=Janitor(layout, Records(root / "records"), time.time), cooperative_thread=thread,
+    )  # fmt: skip
     await space.maintain()
     assert space.index.total == 0
 

@@ -43,7 +43,7 @@ def close(state: StateDirectory) -> None:
 def test_open_creates_the_directories_and_secrets(directories: Directories) -> None:
     state = directories.open()
     assert (state.cache.root, state.registry.root) == (directories.cache, directories.registry)
-    assert state.records.root == directories.cache / "records"
+    assert state.open_records().root == directories.cache / "records"
     assert state.warnings == ()
     assert len({state.cache_secret, state.registry_secret}) == 2
     for secret in (state.cache_secret, state.registry_secret):

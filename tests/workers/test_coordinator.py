@@ -14,12 +14,14 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.python.failure import Failure
 
+from dockerproxy.cache.janitor import Janitor
 from dockerproxy.cache.space import CacheSpaceManager
 from dockerproxy.concurrency import LocalKeyedLock
 from dockerproxy.oci.names import Digest
 from dockerproxy.store.blobs import Blobs
 from dockerproxy.store.ingest import Ingest
 from dockerproxy.store.layout import IngestKey, Layout
+from dockerproxy.store.records import Records
 from dockerproxy.workers import remote
 from dockerproxy.workers.coordinator import LocalCacheSpace, ReservationTable, WorkerSession
 from dockerproxy.workers.message_socket import socketpair
@@ -70,8 +72,9 @@ class MainProcessStub:
         self.layout = Layout(directory)
         self.blobs = Blobs(self.layout, durable=False, clock=self.reactor.seconds)
         self.cache_space = CacheSpaceManager(
-            self.reactor, self.layout, self.blobs, limit=LIMIT, inactive=1e9, clock=self.reactor.seconds
-        )
+            self.reactor, self.layout, self.blobs, limit=LIMIT, inactive=1e9, clock=self.reactor.seconds,
+            janitor=Janitor(self.layout, Records(directory / "records"), self.reactor.seconds),
+        )  # fmt: skip
         self.reservations = ReservationTable(self.cache_space)
         self.space = LocalCacheSpace(self.reservations)
         self.lock = LocalKeyedLock()
@@ -111,6 +114,17 @@ def test_space_is_reserved_until_release(main_process: MainProcessStub, workers:
     one.release(ONE)
     assert main_process.reserved_bytes == 0
     assert other.reserve(OTHER, 600) == [True]
+
+
+def test_links_and_records_of_workers_count(
+    main_process: MainProcessStub, workers: tuple[WorkerStub, WorkerStub], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dockerproxy.cache.space._MAX_METADATA", 1 / 1000)  # so that the janitor does not walk yet
+    for worker in workers:
+        worker.space.record_files(2)
+    main_process.space.record_files(1)
+    main_process.reactor.iterate_all()
+    assert workers[0].start(workers[0].space.usage()) == [(5 * 4096, LIMIT)]
 
 
 def test_growing_blob_reserves_more(main_process: MainProcessStub, workers: tuple[WorkerStub, WorkerStub]) -> None:

@@ -20,9 +20,10 @@ from dockerproxy.cache.downloads import BlobDownload, Downloads
 from dockerproxy.cache.freshness import Freshness
 from dockerproxy.cache.identity import Identities
 from dockerproxy.cache.ingests import Ingests
+from dockerproxy.cache.janitor import Janitor
 from dockerproxy.cache.manifests import CachedManifests
 from dockerproxy.cache.pullthrough import CachedRegistry, PullThrough
-from dockerproxy.cache.space import CacheSpaceManager
+from dockerproxy.cache.space import CacheSpaceManager, FileCounter
 from dockerproxy.cache.token_endpoint import TokenEndpoint
 from dockerproxy.cache.upstream import UpstreamPrincipal, UpstreamRepository
 from dockerproxy.concurrency import LocalKeyedLock, spawn
@@ -104,8 +105,10 @@ class CacheHarness:
         self.upstream = upstream or ScriptedUpstream(reactor)
         self.agent = ScriptedAgent(self.upstream)
         self.layout = Layout(root)
-        self.blobs, self.links = Blobs(self.layout, False, self.now), Links(self.layout, False)
-        self.records = Records(root / "records")
+        counter = FileCounter(reactor, lambda count: self.space.record_files(count))
+        self.blobs = Blobs(self.layout, False, self.now)
+        self.links = Links(self.layout, False, self.now, counter.add)
+        self.records = Records(root / "records", on_create=counter.add)
         self.identities = Identities(secret)
         self.access = Access(self.records, self.now, shared)
         self.lock = lock or LocalKeyedLock()
@@ -117,6 +120,7 @@ class CacheHarness:
             limit=limit,
             inactive=inactive,
             clock=self.now,
+            janitor=Janitor(self.layout, Records(root / "records"), self.now),
             cooperative_thread=unsliced,
         )
         self.ingests = Ingests(self.layout, self.blobs, self.records, shared)
