@@ -179,7 +179,7 @@ class CachedBlobs:
             lambda: self._head_upstream(principal, digest, expected_size),
         )
         if conclusive:
-            await self._record_grant(principal, digest, now)
+            await self._record_check(principal, digest, size, now)
         return size
 
     async def _head_upstream(
@@ -245,6 +245,21 @@ class CachedBlobs:
         error = await error_from_response(principal.repository.registry, response, "BLOB_UNKNOWN")
         self._record_denial(principal, error)
         return error
+
+    async def _record_check(
+        self, principal: UpstreamPrincipal, digest: Digest, size: int | None, checked_at: float
+    ) -> None:
+        """Record that upstream offers `principal` the blob with `size` bytes.
+
+        The offer is no proof that the registry has the content. It counts for a stored blob of this size, or for a
+        download from the same registry once that is verified.
+        """
+        stored_size = self._blobs.size(digest)
+        download = self._downloads.get(principal.repository.ingest_key(digest))
+        if stored_size is not None and stored_size == size:
+            await self._record_grant(principal, digest, checked_at)
+        elif stored_size is None and download is not None:
+            download.when_verified(principal, lambda: self._record_grant(principal, digest, checked_at))
 
     async def _record_grant(self, principal: UpstreamPrincipal, digest: Digest, granted_at: float) -> None:
         self._access.record_grant(principal.repository.key, principal.identity, granted_at)

@@ -22,12 +22,12 @@ other process finishes. If that process dies, this one takes over the file and c
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 from attrs import field, frozen
-from twisted.internet.defer import Deferred, DeferredLock
+from twisted.internet.defer import Deferred, DeferredList, DeferredLock
 from twisted.logger import Logger
 
 from dockerproxy.cache.download_memory import DownloadMemory
@@ -95,6 +95,7 @@ class BlobDownload:
         self._ingests = resources.ingests
         self._observer = resources.observer
         self._on_verified = on_verified
+        self._other_hooks: dict[tuple[str, str], OnVerified] = {}  # by repository and identity
         self._background_fsync = BackgroundFsync(resources.reactor, resources.sync_lock)
         self._principal = principal
         self._info: DownloadInfo | None = None  # what is known of upstream's response
@@ -172,6 +173,11 @@ class BlobDownload:
             return (principal.repository, principal.identity) == (self.repository, self._principal.identity)
         age = self._reactor.seconds() - info.opened
         return (principal.repository.key, principal.identity) == (info.key, info.identity) and age < max_age
+
+    def when_verified(self, principal: UpstreamPrincipal, hook: OnVerified) -> None:
+        """Call `hook` for another principal as soon as the blob is verified. There is one hook for each principal."""
+        if not self.state.is_end:
+            self._other_hooks.setdefault((principal.repository.key, principal.identity), hook)
 
     @property
     def readable(self) -> int:
@@ -275,7 +281,10 @@ class BlobDownload:
                         return ingest
                     await changes.wait(progress=progress)
             self._update_from(foreign)
-            if self._info is not None and not self._ingests.was_committed(foreign):
+            if self._ingests.was_committed(foreign):
+                # Not `_on_verified`: this process has not sent the request of its principal.
+                await self._call(self._other_hooks.values())
+            elif self._info is not None:
                 # It is unknown whether the content was wrong or the disk full. The readers' hash decides.
                 self._file = HashedAppendFile(self.written, self._fd, self.digest.hasher())
                 await in_thread(self._reactor, self._file.rehash)
@@ -370,16 +379,19 @@ class BlobDownload:
         if not ingest.verify():
             await in_thread(self._reactor, ingest.discard)
             raise UpstreamBroken(f"{self.repository.registry} returned content that does not match {self.digest}")
-        verified_hook = spawn(self._on_verified(), f"recording the grant of {self.digest}")
+        verified_hooks = self._call([self._on_verified, *self._other_hooks.values()])
         try:
             try:
                 await self._background_fsync.finish(ingest)
             finally:
-                await verified_hook  # first, because other processes check the grant as soon as they find the blob
+                await verified_hooks  # first, because other processes check the grant as soon as they find the blob
             await in_thread(self._reactor, self._ingests.commit, ingest)
             await reservation.commit(ingest.size)
         except OSError as error:
             raise IngestFailed(f"cannot commit the file: {error.strerror}") from error
+
+    def _call(self, hooks: Iterable[OnVerified]) -> Deferred[Any]:
+        return DeferredList([spawn(hook(), f"recording the grant of {self.digest}") for hook in hooks])
 
     async def _append(
         self, source: ResumableGet, ingest: IngestWriter, reservation: Reservation, pieces: list[bytes]

@@ -268,6 +268,35 @@ def test_follower_looks_only_at_changes(processes: TwoProcesses, count_looks: Ca
     assert count_looks() == 1
 
 
+def test_published_information_wakes_followers(harness: CacheHarness) -> None:
+    """Upstream has responded, but has not sent any byte."""
+    harness.ingests = evolve(harness.ingests, shared=True)
+    ingest = harness.ingests.acquire(KEY)
+    assert isinstance(ingest, Ingest)
+    download = Downloads(harness.reactor, harness.upstream, harness.space, harness.ingests).start(
+        harness.principal(), DIGEST, do_nothing
+    )
+    harness.advance(0.1)
+    harness.ingests.publish_info(ingest, DownloadInfo(len(DATA), "library/app", PUBLIC, 0.0))
+    harness.reactor.run_due_calls()
+    assert download.state is DownloadState.FOLLOWING
+    ingest.discard()
+    harness.advance(1)
+
+
+def test_follower_may_not_grant_access_to_its_client(processes: TwoProcesses) -> None:
+    """The request that the writer sent was not for this client."""
+    granted: list[None] = []
+
+    async def grant() -> None:
+        granted.append(None)
+
+    processes.foreign_download._on_verified = grant
+    processes.end()
+    assert processes.foreign_download.state is DownloadState.COMMITTED
+    assert granted == []
+
+
 def test_many_writes_are_one_change(processes: TwoProcesses, count_looks: Callable[[], int]) -> None:
     processes.advance(0.1)
     count_looks()

@@ -14,8 +14,15 @@ from twisted.internet.defer import Deferred
 
 from dockerproxy.errors import UpstreamBroken
 from dockerproxy.oci.names import Digest
-from tests.cache.support.harness import HUB, OTHER, CacheHarness, ManualReader, result
-from tests.cache.support.upstream import ReceivedRequest, ScriptedResponse, raise_error, respond_streaming
+from tests.cache.support.harness import HUB, OTHER, CacheHarness, ManualReader, await_deferred, result
+from tests.cache.support.upstream import (
+    Gate,
+    ReceivedRequest,
+    ScriptedResponse,
+    raise_error,
+    respond_normally,
+    respond_streaming,
+)
 
 EVIL = OTHER
 APP = "library/app"
@@ -179,6 +186,53 @@ def test_failing_registry_keeps_its_own_partial_download(harness: CacheHarness) 
     harness.upstream.clear_requests()
     assert harness.fetch(DIGEST) == ("MISS", DATA)
     assert requested_ranges(harness, HUB) == [None]
+
+
+def send_unverifiable(request: ReceivedRequest, data: bytes | None) -> ScriptedResponse:
+    """Announce a blob of another size, and send a part of it."""
+    return ScriptedResponse(200, WRONG, length=60_000, sent=1000)
+
+
+def claim_to_have_it(request: ReceivedRequest, data: bytes | None) -> ScriptedResponse:
+    return ScriptedResponse(200, b"", {"docker-content-digest": str(DIGEST)}, length=60_000)
+
+
+@pytest.mark.parametrize(
+    "order", ["stored, confirmed, failed", "confirmed, failed, stored", "stored, failed, confirmed"]
+)
+def test_claim_of_a_wrong_download_gives_no_access_to_the_stored_blob(harness: CacheHarness, order: str) -> None:
+    """EVIL confirms that its download is right. Its client must not get the blob that HUB has sent meanwhile."""
+    gate = Gate()
+    script_evil(harness, send_unverifiable)
+    harness.upstream.on("HEAD", "blobs", gate.delay(claim_to_have_it))
+    one = harness.start(harness.fetch_later(DIGEST, registry=EVIL))
+    two = harness.start(harness.fetch_later(DIGEST, "library/copy", registry=EVIL))
+    evil_response = pending_response(harness)
+    for step in order.split(", "):
+        if step == "stored":
+            assert harness.fetch(DIGEST) == ("MISS", DATA)
+        elif step == "confirmed":
+            gate.open()
+            harness.reactor.run_due_calls()
+        else:
+            harness.upstream.reset()
+            harness.upstream.on("HEAD", "blobs", claim_to_have_it)
+            harness.upstream.on("GET", "blobs", refuse_evil)
+            evil_response.disconnect()
+            harness.advance(30)
+    for deferred in (one, two):
+        assert deferred.called
+        deferred.addErrback(lambda failure: None if failure.check(UpstreamBroken) else failure)
+        assert harness.run(await_deferred(deferred)) is None
+    assert not harness.links.has_layer(f"{EVIL}/library/copy", DIGEST)
+    with pytest.raises(UpstreamBroken):
+        harness.fetch(DIGEST, "library/copy", registry=EVIL)
+
+
+def refuse_evil(request: ReceivedRequest, data: bytes | None) -> Any:
+    if request.registry == EVIL:
+        raise UpstreamBroken("refused")
+    return respond_normally(request, data)
 
 
 # several processes

@@ -343,6 +343,16 @@ def test_abandoned_ingests_are_discarded(harness: CacheHarness) -> None:
     assert harness.space.index.total == 600
 
 
+def test_partial_downloads_without_a_registry_are_discarded(harness: CacheHarness) -> None:
+    """An earlier version did not record which registry had sent them."""
+    old = Path(harness.layout.ingests, f"sha256-{Digest.of(content(2)).hex}")
+    kept = leave_partial(harness, 1)
+    old.write_bytes(content(2))
+    harness.run(harness.space.maintain())
+    assert harness.ingest_files == [Path(harness.layout.ingest(kept)).name]
+    assert harness.space.index.total == 600
+
+
 # maintenance
 
 
