@@ -252,7 +252,7 @@ class HTTPChannel(Protocol):
         framing = 0 if head.method == "CONNECT" else body_framing(head)
         stream = None
         if framing != 0:
-            stream = ByteStream(self.transport)
+            stream = ByteStream(self.transport, budget=self._site.body_budget)
             self._body = RequestBody(stream, framing)
         self._on_event(Event.REQUEST)
         request = self._request = Request(self, head, stream)

@@ -13,9 +13,12 @@ from twisted.python.failure import Failure
 
 from dockerproxy.http.channel import Handler, HTTPChannel
 from dockerproxy.http.request import Request
+from dockerproxy.http.stream import BufferBudget
 from dockerproxy.http.timeouts import TimeoutReaper
 from dockerproxy.http.tls import ServerContext, TLSTransport
 from dockerproxy.http.transport import DetachedProtocol, SocketTransport
+
+_MAX_BUFFERED_BODIES = 32 * 1024 * 1024  # bytes of all request bodies of a site that handlers have not read yet
 
 
 @frozen
@@ -55,6 +58,7 @@ class Site(Factory):
         self.timeouts = timeouts
         self.timeout_reaper = TimeoutReaper(reactor, timeouts.tick)
         self.on_request_finished = on_request_finished
+        self.body_budget = BufferBudget(_MAX_BUFFERED_BODIES)
         self.draining = False
         self.on_closed: Callable[[], None] = lambda: None
         """Called whenever an accepted connection has closed, even if it was detached and became a tunnel."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 from twisted.internet.defer import Deferred
 
 _MAX_CHUNKS = 4096  # buffered chunks: a tiny chunk takes many times its length in memory
+_SCARCE_HIGH_WATER = 16 * 1024
 
 
 class Producer(Protocol):
@@ -17,6 +19,42 @@ class Producer(Protocol):
     def resumeProducing(self) -> object: ...
 
 
+class BufferBudget:
+    """A limit in bytes for the buffers of several streams together.
+
+    A read of many bytes saves threads and system calls. But if clients stop just before the last of them, each takes
+    that much memory. If the streams together exceed `limit`, such reads therefore return what there is, the oldest
+    first. Streams whose reader is busy are then paused at `_SCARCE_HIGH_WATER` bytes.
+    """
+
+    def __init__(self, limit: float) -> None:
+        self._limit = limit
+        self._waiting: dict[ByteStream, None] = {}  # with a pending read of more than a byte, the oldest first
+        self.used = 0
+        """The number of bytes that the streams buffer."""
+
+    @property
+    def exceeded(self) -> bool:
+        """Whether the streams buffer more than the limit."""
+        return self.used > self._limit
+
+    def relieve(self) -> None:
+        """Make pending reads return what there is until the limit is no longer exceeded."""
+        while self._waiting and self.exceeded:
+            next(iter(self._waiting)).return_available()
+
+    def add_waiting(self, stream: ByteStream) -> None:
+        """Count `stream` among those with a pending read of more than a byte."""
+        self._waiting[stream] = None
+
+    def remove_waiting(self, stream: ByteStream) -> None:
+        """Forget what `add_waiting` said."""
+        self._waiting.pop(stream, None)
+
+
+_UNLIMITED = BufferBudget(math.inf)
+
+
 class ByteStream:
     """A bounded queue of bytes between one producer and one reader.
 
@@ -24,12 +62,15 @@ class ByteStream:
 
     The producer is paused while the stream buffers more than `high_water` bytes and more than the last read asked for,
     or more than `_MAX_CHUNKS` chunks. It is resumed after a read. It is also resumed at the end of the stream, because
-    its further bytes belong to the next message.
+    its further bytes belong to the next message. `budget` may lower these limits.
     """
 
-    def __init__(self, producer: Producer | None = None, *, high_water: int = 256 * 1024) -> None:
+    def __init__(
+        self, producer: Producer | None = None, *, high_water: int = 256 * 1024, budget: BufferBudget = _UNLIMITED
+    ) -> None:
         self._producer = producer
         self.high_water = high_water
+        self._budget = budget
         self._chunks: list[bytes] = []
         self._buffered = 0
         self._paused = False
@@ -53,7 +94,10 @@ class ByteStream:
         """Buffer bytes from the producer and wake the reader if it has enough."""
         self._chunks.append(data)
         self._buffered += len(data)
-        full = self._buffered > max(self.high_water, self._min_read) or len(self._chunks) > _MAX_CHUNKS
+        self._budget.used += len(data)
+        self._budget.relieve()
+        high_water = _SCARCE_HIGH_WATER if self._budget.exceeded else self.high_water
+        full = self._buffered > max(high_water, self._min_read) or len(self._chunks) > _MAX_CHUNKS
         if full and not self._paused and self._producer is not None:
             self._paused = True
             self._producer.pauseProducing()
@@ -84,19 +128,22 @@ class ByteStream:
 
         Wait until they hold `at_least` bytes, there are more than `_MAX_CHUNKS` of them, or the stream has ended.
         """
-        self._min_read = max(1, at_least)
+        self._min_read = 1 if self._budget.exceeded else max(1, at_least)
         while not self._has_enough() and not self._ended:
             self._resume_producer()  # it was paused at `high_water`, but this read needs more
             waiter = self._read_waiter = Deferred()
             self.wait_count += 1
+            if self._min_read > 1:
+                self._budget.add_waiting(self)
             try:
                 await waiter
             finally:
+                self._budget.remove_waiting(self)
                 if self._read_waiter is waiter:  # cancelled
                     self._read_waiter = None
         if self._chunks:
             pieces, self._chunks = self._chunks, []
-            self._buffered = 0
+            self._empty()
             self._resume_producer()
             return pieces
         if self._failure is not None:
@@ -106,14 +153,22 @@ class ByteStream:
     def return_available(self) -> None:
         """Make a pending read return the buffered bytes now, or the next ones as soon as they arrive."""
         self._min_read = 1
+        self._budget.remove_waiting(self)
         if self._has_enough():
             self._wake_reader()
 
     def discard(self) -> None:
         """Drop the buffered bytes and resume the producer, because there is no reader any more."""
         self._chunks.clear()
-        self._buffered = 0
+        self._empty()
         self._resume_producer()
+
+    def __del__(self) -> None:
+        self._empty()  # bytes that nobody read
+
+    def _empty(self) -> None:
+        self._budget.used -= self._buffered
+        self._buffered = 0
 
     def _has_enough(self) -> bool:
         return self._buffered >= self._min_read or len(self._chunks) > _MAX_CHUNKS

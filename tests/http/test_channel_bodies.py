@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 from twisted.trial.unittest import SynchronousTestCase
 
 from dockerproxy.errors import BadRequest
@@ -25,6 +27,33 @@ class RequestBodyTests(SynchronousTestCase):
         client = InMemoryServer(handle).client()
         client.send(b"POST /1 HTTP/1.1\r\nHost: a\r\nContent-Length: 11\r\n\r\n12345678901")
         self.assertEqual(client.statuses, [413])
+
+    def test_stalled_bodies_of_all_clients_are_bounded(self) -> None:
+        """Each client stops a byte before the handler's read of 256 KiB would return."""
+        stored = 0
+
+        async def handle(request: Request) -> None:
+            nonlocal stored
+            while data := await request.read_chunk(256 * 1024):
+                stored += len(data)
+
+        server = InMemoryServer(handle)
+        clients = [server.client() for _ in range(300)]
+        sent, piece = 0, bytes(64 * 1024)
+        for client in clients:
+            client.send(b"POST /1 HTTP/1.1\r\nHost: a\r\nContent-Length: 1000000\r\n\r\n")
+            for data in (piece, piece, piece, piece[1:]):
+                client.send(data)
+                sent += len(data)
+                self.assertLessEqual(server.site.body_budget.used, 32 * 1024 * 1024)
+        self.assertEqual(server.site.body_budget.used + stored, sent)
+        self.assertGreater(stored, 0)
+        for client in clients:
+            client.disconnect()
+        del client
+        clients.clear()
+        gc.collect()
+        self.assertEqual(server.site.body_budget.used, 0)
 
     def test_broken_framing_raises_in_the_reader(self) -> None:
         upload_handler = UploadHandler()

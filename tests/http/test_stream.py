@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.trial.unittest import SynchronousTestCase
 
-from dockerproxy.http.stream import ByteStream
+from dockerproxy.http.stream import BufferBudget, ByteStream
 
 
 class RecordingProducer:
@@ -185,3 +185,80 @@ class ByteStreamTests(SynchronousTestCase):
         stream.feed(b"hello")
         stream.finish()
         self.assertEqual(self.successResultOf(Deferred.fromCoroutine(stream.read())), b"hello")
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 60)), max_size=60))
+def test_budget_bounds_streams_with_pending_reads(steps: list[tuple[int, int]]) -> None:
+    """A step feeds bytes to a stream, or for 0 bytes ends it. A reader asks each stream for at least 50 bytes."""
+    budget = BufferBudget(100)
+    received: dict[int, int] = {}
+
+    async def read(number: int, stream: ByteStream) -> None:
+        while pieces := await stream.read_pieces(50):
+            received[number] += sum(map(len, pieces))
+
+    def new_stream(number: int) -> ByteStream:
+        received[number] = fed[number] = 0
+        stream = ByteStream(budget=budget)
+        Deferred.fromCoroutine(read(number, stream))
+        return stream
+
+    fed: dict[int, int] = {}
+    streams = {number: new_stream(number) for number in range(5)}
+    for number, size in steps:
+        if size:
+            streams[number].feed(bytes(size))
+            fed[number] += size
+        else:
+            streams[number].finish()
+            assert received[number] == fed[number]
+            streams[number] = new_stream(number)
+        assert budget.used == sum(fed.values()) - sum(received.values()) <= 100
+
+
+class BufferBudgetTests(SynchronousTestCase):
+    def setUp(self) -> None:
+        self.budget = BufferBudget(64 * 1024)
+
+    def read(self, stream: ByteStream) -> Deferred[bytes]:
+        return Deferred.fromCoroutine(stream.read(40 * 1024))
+
+    def test_the_oldest_read_returns_first(self) -> None:
+        streams = [ByteStream(budget=self.budget) for _ in range(3)]
+        reads = [self.read(stream) for stream in streams]
+        for stream in streams[1:]:
+            stream.feed(bytes(30 * 1024))
+        self.assertFalse(self.budget.exceeded)
+        streams[0].feed(bytes(10 * 1024))
+        self.assertEqual(len(self.successResultOf(reads[0])), 10 * 1024)
+        self.assertNoResult(reads[1])
+        self.assertNoResult(reads[2])
+
+    def test_streams_with_a_busy_reader_are_paused_early(self) -> None:
+        self.budget.used = 1024 * 1024
+        producer = RecordingProducer()
+        stream = ByteStream(producer, budget=self.budget)
+        stream.feed(bytes(16 * 1024))
+        self.assertTrue(producer.resumed)
+        stream.feed(b"x")
+        self.assertFalse(producer.resumed)
+        self.assertEqual(len(self.successResultOf(self.read(stream))), 16 * 1024 + 1)
+        self.assertTrue(producer.resumed)
+
+    def test_bytes_that_nobody_reads_are_released(self) -> None:
+        for drop in (ByteStream.discard, lambda stream: None):
+            stream = ByteStream(budget=self.budget)
+            stream.feed(bytes(1000))
+            self.assertEqual(self.budget.used, 1000)
+            drop(stream)
+            del stream
+            self.assertEqual(self.budget.used, 0)
+
+    def test_cancelled_reads_are_forgotten(self) -> None:
+        stream = ByteStream(budget=self.budget)
+        reading = self.read(stream)
+        reading.cancel()
+        self.failureResultOf(reading, CancelledError)
+        stream.feed(bytes(65 * 1024))  # would make a forgotten read return
+        self.assertEqual(len(self.budget._waiting), 0)
+        self.assertEqual(self.budget.used, 65 * 1024)
