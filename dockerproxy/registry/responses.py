@@ -1,4 +1,4 @@
-"""Header fields and errors of the distribution API. Only this module renders a `RegistryError`."""
+"""Header fields and errors of the distribution API."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,10 +17,12 @@ from dockerproxy.errors import (
     UpstreamTimeout,
     UpstreamUnreachable,
 )
+from dockerproxy.http.request import Request
 from dockerproxy.oci.content import ManifestResponse
 from dockerproxy.oci.manifests import EMPTY_INDEX, OCI_INDEX
 from dockerproxy.oci.names import Digest, Host, Registry
 from dockerproxy.oci.referrers import ReferrersIndex
+from dockerproxy.proxy.router import Router
 from dockerproxy.registry.api import RegistryAPI
 from dockerproxy.registry.intercepted import Intercepted, Mirror
 from dockerproxy.registry.namespaces import NamespacedRegistries
@@ -91,6 +94,24 @@ def test_authorization_opens_the_registry(connect_intercepted: Any, upstream: An
     client.fetch("GET", f"/v2/a/b/blobs/{digest}", [("Authorization", "Bearer client")])
     assert upstream.open_calls == [(QUAY, None), (QUAY, "Bearer client")]
     assert [request.host for request in client.finished_requests] == ["quay.io", "quay.io"]
+
+
+def test_the_coroutine_that_streams_is_not_wrapped(connect_client: Any, upstream: Any, fake_content: Any) -> None:
+    """Every coroutine around it costs memory for each slow client."""
+    clock, names = Clock(), []
+    intercepted = Intercepted(RegistryAPI(clock), upstream.open_registry, upstream, allow_push=False)
+    mirror = Mirror(RegistryAPI(clock), upstream.open_registry, MIRRORED, HUB)
+    router = Router(NamespacedRegistries(None, mirror, frozenset(), True).handle, {})  # type: ignore[arg-type]
+    for handler in (partial(intercepted.handle, QUAY), router.handle):
+
+        def handle(request: Request, handler: Any = handler) -> Any:
+            coroutine = handler(request)
+            names.append(coroutine.cr_code.co_qualname)
+            return coroutine
+
+        digest = upstream.put(fake_content(b"layer"))
+        assert connect_client(handle, clock=clock).fetch("GET", f"/v2/a/b/blobs/{digest}").body == b"layer"
+    assert names == ["RegistryAPI._blob"] * 2
 
 
 def test_cache_status_of_every_kind_of_response(connect_intercepted: Any, upstream: Any, fake_content: Any) -> None:
