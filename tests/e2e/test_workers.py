@@ -23,8 +23,9 @@ import pytest
 from bench.servers import is_listening
 from tests.e2e.harness import images
 from tests.e2e.harness.daemon import CLEAN_EXIT_STATUSES, twistd_argv
-from tests.e2e.harness.fake_registry import pause_after
+from tests.e2e.harness.fake_registry import ResponseBehaviour, pause_after, respond_normally
 from tests.e2e.harness.http_client import BufferedResponse, basic_authorization, read_response, request_directly
+from tests.e2e.harness.http_server import HTTPExchange
 from tests.e2e.harness.images import OCI_MANIFEST, SampleImage, TypedContent, sha256_digest
 from tests.e2e.harness.multi_process import WORKERS, MultiProcessDaemon, all_exited, open_file_targets, request_on
 from tests.e2e.harness.process import wait_until
@@ -229,6 +230,47 @@ def test_downloading_worker_is_killed(upstreams: Upstreams, start_daemon: StartM
         assert [request_on(connection, "HEAD", blob.path).cache_status for connection in by_pid.values()] == [
             "HIT"
         ] * WORKERS
+
+
+@pytest.mark.parametrize("gate_at", [None, 0, 3 * MIB - 1], ids=["before the response", "no byte yet", "the last byte"])
+def test_worker_is_killed_at_the_ends_of_a_download(
+    upstreams: Upstreams, start_daemon: StartMultiProcessDaemon, gate_at: int | None
+) -> None:
+    """The clients of the other processes get the blob, and no lock, partial file or reserved space is left."""
+    daemon = start_daemon()
+    blob = GatedBlob(
+        upstreams, f"killed/at/{str(gate_at).lower()}", 3 * MIB, gate_at or 0, times=0 if gate_at is None else 1
+    )
+    asked = threading.Event()
+    if gate_at is None:
+        blob.fake.add_rule("GET", blob.digest, wait_for(blob.gate, asked), times=1)
+    pids = daemon.serving_pids
+    with daemon.connection_to_each_process(FAKE) as connections, ThreadPoolExecutor(WORKERS) as pool:
+        killed = pool.submit(request_on, connections[pids[1]], "GET", blob.path)
+        wait_until(lambda: asked.is_set() or blob.requested_ranges, "the worker has sent its request")
+        others = [pool.submit(request_on, connections[pid], "GET", blob.path) for pid in (pids[0], pids[2])]
+        ingest = daemon.state_folder / "cache" / "ingest"
+        wait_until(lambda: len(list(ingest.glob("*/*"))) == 1, "the ingest file exists")
+        os.kill(pids[1], signal.SIGKILL)
+        with pytest.raises((http.client.IncompleteRead, ConnectionError)):
+            killed.result()
+        assert [other.result().body == blob.data for other in others] == [True, True]
+    blob.gate.set()
+    wait_until(lambda: len(blob.requested_ranges) == 2, "upstream has recorded both requests")
+    assert list(ingest.glob("*/*")) == []
+    metrics = request_directly("GET", f"http://{daemon.http_address}/metrics").body.decode()
+    assert f"dockerproxy_cache_bytes {3 * MIB}\n" in metrics
+
+
+def wait_for(gate: threading.Event, asked: threading.Event) -> ResponseBehaviour:
+    """Set `asked`, and respond only after `gate` is set."""
+
+    def respond(exchange: HTTPExchange, content: TypedContent | None) -> None:
+        asked.set()
+        gate.wait(120)
+        respond_normally(exchange, content)
+
+    return respond
 
 
 def test_main_process_is_killed(upstreams: Upstreams, start_daemon: StartMultiProcessDaemon) -> None:
