@@ -82,7 +82,8 @@ class SharedServices:
     """The state and the services that all processes of the daemon share.
 
     `metrics` counts the requests of this process and renders the sum over all processes. `bindings` maps issued tokens
-    to the clients they were issued to. `multi_process` is true if the daemon has several processes.
+    to the clients they were issued to. `multi_process` is true if the daemon has several processes;
+    `on_connection_closed` then counts the connections that this one has closed.
     """
 
     state: StateDirectory
@@ -91,6 +92,7 @@ class SharedServices:
     locks: KeyedLock = field(factory=LocalKeyedLock)
     bindings: Bindings = field(factory=Bindings)
     multi_process: bool = False
+    on_connection_closed: Callable[[], None] | None = None
 
 
 @frozen
@@ -137,6 +139,14 @@ class ProxyServer:
         self.authorizer.set_logins(settings.auth_registries)
         self.pull_through.challenges.restore(settings.registries)
 
+    def debug_report(self) -> dict[str, Any]:
+        """Return what this process is doing, as a JSON value."""
+        pools = (self.pools.lookups, self.pools.passwords)
+        return {
+            "pools": {pool.name: {"running": pool.running, "waiting": pool.waiting} for pool in pools},
+            "listeners": {listener.setting: listener.site.channel_count for listener in self.listeners},
+        }
+
 
 def build_server(
     reactor: Any, settings: Settings, authority: CertificateAuthority, shared: SharedServices
@@ -181,7 +191,9 @@ def build_server(
         transfers=transfers,
         on_request_finished=on_finished,
     )
-    listeners = build_listeners(reactor, settings, forward_proxy, direct_listener, authority, on_finished)
+    listeners = build_listeners(
+        reactor, settings, forward_proxy, direct_listener, authority, on_finished, shared.on_connection_closed
+    )
     return ProxyServer(
         listeners,
         transfers,
@@ -339,6 +351,7 @@ def build_listeners(
     direct_listener: DirectRequestHandler,
     authority: CertificateAuthority,
     on_finished: OnRequestFinished,
+    on_connection_closed: Callable[[], None] | None,
 ) -> list[Listener]:
     """Build the configured listeners, which are not open yet. `on_finished` is called after each request."""
 
@@ -346,9 +359,12 @@ def build_listeners(
         return forward_proxy.handle(proxy_site, request)
 
     certificates = authority.sni_context(frozenset(settings.registry_hostname))
-    proxy_site = build_site(reactor, settings, handle, on_finished)
-    tls_site = build_site(reactor, settings, direct_listener.handle, on_finished, lambda: certificates)
-    plain_site = build_site(reactor, settings, direct_listener.handle, on_finished)
+    make_site = partial(
+        build_site, reactor, settings, on_finished=on_finished, on_connection_closed=on_connection_closed
+    )
+    proxy_site = make_site(handle)
+    tls_site = make_site(direct_listener.handle, tls=lambda: certificates)
+    plain_site = make_site(direct_listener.handle)
     return [
         Listener("PROXY_LISTEN", settings.proxy_listen, proxy_site),
         Listener("REGISTRY_LISTEN", settings.registry_listen, tls_site),
@@ -362,12 +378,20 @@ def build_site(
     handler: Handler,
     on_finished: OnRequestFinished,
     tls: Callable[[], ServerContext] | None = None,
+    on_connection_closed: Callable[[], None] | None = None,
 ) -> Site:
     """Build a site that passes its requests to `handler`. `tls`, if given, returns the TLS context of a connection."""
     timeouts = ServerTimeouts(
         settings.keepalive_timeout, settings.client_header_timeout, settings.client_body_timeout, settings.send_timeout
     )
-    return Site(reactor, handler, timeouts=timeouts, on_request_finished=on_finished, get_tls_context=tls)
+    return Site(
+        reactor,
+        handler,
+        timeouts=timeouts,
+        on_request_finished=on_finished,
+        get_tls_context=tls,
+        on_connection_closed=on_connection_closed,
+    )
 
 
 async def handle_metrics(shared: SharedServices, request: Request) -> None:

@@ -6,15 +6,17 @@ holds a mapping or an object that is modified in place, so a reload closes no co
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 
-from attrs import define, fields
+from attrs import define, field, fields, frozen
+from twisted.internet.defer import DeferredLock
 from twisted.logger import Logger
 
+from dockerproxy.concurrency import spawn
 from dockerproxy.daemon.systemd import Notifier
 from dockerproxy.oci.names import Host, Registry
 from dockerproxy.registry.htpasswd import HtpasswdError
-from dockerproxy.settings import DOCKER_HUB, Settings, SettingsError
+from dockerproxy.settings import DOCKER_HUB, Settings, SettingsError, read_env_file, with_credentials
 
 _RELOADABLE = {
     "extra_registries",
@@ -27,6 +29,24 @@ _RELOADABLE = {
 }
 
 log = Logger()
+
+
+@frozen
+class Configuration:
+    """The settings, and the variables that they were parsed from. Other processes parse the same variables."""
+
+    settings: Settings
+    variables: Mapping[str, str] = field(repr=False)
+
+    @classmethod
+    def read(cls, environment: Mapping[str, str], env_file: str | None) -> Configuration:
+        """Read `env_file` and the credentials of systemd once. The environment takes precedence over `env_file`.
+
+        Raise `SettingsError`.
+        """
+        file = read_env_file(env_file) if env_file else {}
+        environment = with_credentials(environment, file)
+        return cls(Settings.from_environment(environment, file), {**file, **environment})
 
 
 def reloadable_variables(variables: Mapping[str, str]) -> dict[str, str]:
@@ -62,35 +82,52 @@ class RegistryTable:
 
 @define
 class Reloader:
-    """Reads the settings with `read` and passes them to `apply`, which applies all of them or raises.
+    """Reads the configuration with `read` and passes it to `apply`, which applies all settings or raises.
 
-    `initial_settings` are the settings that the daemon started with. A changed setting that a reload cannot apply is
-    found by comparison with them.
+    `apply` returns sentences about worker processes that could not apply them. `initial_settings` are the settings that
+    the daemon started with. A changed setting that a reload cannot apply is found by comparison with them.
     """
 
-    read: Callable[[], Settings]
-    apply: Callable[[Settings], None]
+    read: Callable[[], Configuration]
+    apply: Callable[[Configuration], Awaitable[Sequence[str]]]
     initial_settings: Settings
     registries: RegistryTable
     notifier: Notifier
+    _lock: DeferredLock = field(factory=DeferredLock, init=False)
 
     def __call__(self) -> None:
         """Reload. If that fails, report the reason to the log and to systemd, and keep the current settings."""
+        spawn(self._reload_in_turn(), "reloading the settings")
+
+    async def _reload_in_turn(self) -> None:
+        async with self._lock:
+            await self._reload()
+
+    async def _reload(self) -> None:
         self.notifier.reloading()
+        outcome = "not reloaded: internal error; see the log"  # systemd waits for the end of a reload, however it ends
         try:
-            settings = self.read()
-            self.apply(settings)
+            outcome = await self._try_reload()
+        finally:
+            self.notifier.ready("; ".join(filter(None, (self.registries.status, outcome))))
+
+    async def _try_reload(self) -> str:
+        """Return the outcome for systemd. It is empty if all processes have the new settings."""
+        try:
+            configuration = self.read()
+            problems = await self.apply(configuration)
         except (SettingsError, HtpasswdError, OSError) as error:
             reason = describe_error(error)
             log.error("not reloaded, the settings are unchanged: {reason}", reason=reason)
-            self.notifier.ready(f"{self.registries.status}; not reloaded: {reason}")
-            return
-        for warning in settings.warnings:
+            return f"not reloaded: {reason}"
+        for warning in configuration.settings.warnings:
             log.warn("{warning}", warning=warning)
-        for name in self._needing_restart(settings):
+        for name in self._needing_restart(configuration.settings):
             log.warn("{name} has changed; restart the daemon to apply it", name=name)
+        for problem in problems:
+            log.error("{problem}", problem=problem)
         log.info("reloaded: {status}", status=self.registries.status)
-        self.notifier.ready(self.registries.status)
+        return " ".join(problems)
 
     def _needing_restart(self, settings: Settings) -> list[str]:
         names = [attribute.name for attribute in fields(Settings) if attribute.name not in _RELOADABLE]

@@ -111,10 +111,7 @@ class Settings:
         An empty variable counts as unset. If AUTH_REGISTRIES is unset in both, it is read from a systemd credential.
         Raise `SettingsError` for the first invalid value.
         """
-        variables = {**file, **env}
-        if not variables.get("AUTH_REGISTRIES", "").strip():
-            variables |= _systemd_credential(env, "AUTH_REGISTRIES")
-        environment = _Environment(variables)
+        environment = _Environment({**file, **with_credentials(env, file)})
         attributes = {
             attribute.name: environment.setting(attribute)
             for attribute in fields(cls)
@@ -180,6 +177,16 @@ class _Environment:
             raise SettingsError(f"{name} is not UTF-8 text.") from None
         except ValueError as error:
             raise SettingsError(f"{name}: {error}.") from None
+
+
+def with_credentials(env: Mapping[str, str], file: Mapping[str, str]) -> Mapping[str, str]:
+    """Return `env` with AUTH_REGISTRIES from a systemd credential if it is unset in `env` and `file`.
+
+    Raise `SettingsError`.
+    """
+    if {**file, **env}.get("AUTH_REGISTRIES", "").strip():
+        return env
+    return {**env, **_systemd_credential(env, "AUTH_REGISTRIES")}
 
 
 def _systemd_credential(env: Mapping[str, str], name: str) -> dict[str, str]:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar
 
+from attrs import frozen
 from twisted.application.service import IService, MultiService
 from twisted.logger import Logger
 from twisted.python import usage
@@ -16,33 +17,27 @@ from dockerproxy.admin.control import Control
 from dockerproxy.admin.deletion import Deleter
 from dockerproxy.admin.operations import Operations
 from dockerproxy.admin.resolver import CACHED, HOSTED, ImageResolver, StoreView
-from dockerproxy.app import (
-    SharedServices,
-    build_server,
-    build_site,
-    log_access,
-    open_authority,
-)
+from dockerproxy.app import ProxyServer, SharedServices, build_server, build_site, log_access, open_authority
 from dockerproxy.cache.identity import Bindings
 from dockerproxy.cache.janitor import Janitor
 from dockerproxy.cache.space import CacheSpaceManager
-from dockerproxy.concurrency import LocalKeyedLock
 from dockerproxy.daemon import jsonlog, textlog
 from dockerproxy.daemon.control_socket import ControlSocket
 from dockerproxy.daemon.gc_tuning import freeze_startup_objects
-from dockerproxy.daemon.listener_service import SHUTDOWN_GRACE, ListenerService
+from dockerproxy.daemon.listener_service import SHUTDOWN_GRACE, EndpointOpener, ListenerService, PortOpener
 from dockerproxy.daemon.metrics import Metrics
 from dockerproxy.daemon.signals import on_repeated_stop
 from dockerproxy.daemon.systemd import Notifier, SystemdService
 from dockerproxy.proxy.issuer import AuthorityError
 from dockerproxy.registry.htpasswd import HtpasswdError
-from dockerproxy.reload import Reloader, describe_error, reloadable_variables
-from dockerproxy.settings import DOCKER_HUB, Settings, SettingsError, read_env_file
+from dockerproxy.reload import Configuration, Reloader, describe_error, reloadable_variables
+from dockerproxy.settings import DOCKER_HUB, Settings, SettingsError
 from dockerproxy.store.blobs import Blobs
 from dockerproxy.store.hosted_tree import HostedTree
 from dockerproxy.store.local_hosted_store import upload_purge_service
 from dockerproxy.store.state_directory import DirectoryInUse, StateDirectory
-from dockerproxy.workers.coordinator import LocalCacheSpace, ReservationTable, WorkerSession
+from dockerproxy.workers.coordinator import LocalCoordinator, SharedState
+from dockerproxy.workers.dispatch import DispatchingOpener
 from dockerproxy.workers.fork_server import ForkServer
 from dockerproxy.workers.process import ForkedState, run_worker
 from dockerproxy.workers.scoreboard import Scoreboard
@@ -67,6 +62,8 @@ def makeService(options: Options) -> IService:
     """Build the daemon. If a setting is unusable, print one sentence and raise SystemExit."""
     from twisted.internet import reactor
 
+    # Timers go on if the wall clock is set back. Dates, which are stored and sent, are those of time.time.
+    reactor.seconds = time.monotonic  # type: ignore[method-assign]
     notifier = Notifier(os.environ.get("NOTIFY_SOCKET", ""))
     try:
         return build_daemon(reactor, options["env-file"], options.parent or {}, notifier)
@@ -74,77 +71,52 @@ def makeService(options: Options) -> IService:
         reason = describe_error(error)
     notifier.status(reason)
     textlog.print_error(f"docker-registry-proxy: {reason}")
-    raise SystemExit(
-        os.EX_CONFIG
-    )  # systemd does not restart the service on this status, because a restart would fail again
-
-
-def read_settings(env_file: str | None) -> Settings:
-    """Parse the settings from the environment and `env_file`. Raise `SettingsError`."""
-    return Settings.from_environment(os.environ, read_env_file(env_file) if env_file else {})
-
-
-def merged_environment(env_file: str | None) -> dict[str, str]:
-    """Return the variables of `env_file` and of the environment, which takes precedence. Raise `SettingsError`."""
-    return {**(read_env_file(env_file) if env_file else {}), **os.environ}
+    raise SystemExit(os.EX_CONFIG)  # systemd does not restart the service on this status; it would fail again
 
 
 def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifier: Notifier) -> IService:
     """Build the daemon. Raise `SettingsError`, `DirectoryInUse`, `AuthorityError`, `HtpasswdError` or OSError."""
-    settings = read_settings(env_file)
+    read = partial(Configuration.read, os.environ, env_file)
+    configuration = read()
+    settings = configuration.settings
     state = StateDirectory.open(settings.cache_dir, settings.registry_dir)  # first, because another daemon may run
     authority = open_authority(settings)
     for warning in (*settings.warnings, *state.warnings, *authority.warnings):
         log.warn("{warning}", warning=warning)
     cache_space = build_cache_space(reactor, settings, state)
-    reservations, locks, bindings = ReservationTable(cache_space), LocalKeyedLock(), Bindings()
-    multi_process, metrics = settings.workers > 1, Metrics.make(settings.workers)
-    local_space = LocalCacheSpace(reservations)
-    shared = SharedServices(state, local_space, metrics.for_process(0), locks, bindings, multi_process)
+    shared_state, metrics, bindings = SharedState(cache_space), Metrics.make(settings.workers), Bindings()
+    scoreboard, coordinator = Scoreboard.create(settings.workers), LocalCoordinator(shared_state)
+    shared = SharedServices(
+        state,
+        coordinator,
+        metrics.for_process(0),
+        coordinator,
+        bindings,
+        multi_process=settings.workers > 1,
+        on_connection_closed=scoreboard.slot(0).count_closed,
+    )
     server = build_server(reactor, settings, authority, shared)
     store = server.hosted_tree
-    keep_log_observers = jsonlog.logs_to_stdout(twistd_options)
-    scoreboard = Scoreboard.create(settings.workers)
-    forked_state = ForkedState(reactor, merged_environment(env_file), state, authority, scoreboard, metrics)
-    fork_server = ForkServer(reactor, partial(run_worker, forked_state), keep_log_observers=keep_log_observers)
-    new_session = partial(WorkerSession, reservations, locks)
-    supervisor = WorkerSupervisor(
-        reactor,
-        settings.workers - 1,
-        fork_server,
-        scoreboard,
-        new_session,
-        bindings,
-        SHUTDOWN_GRACE + _WORKER_EXTRA_GRACE,
-        relay_logs=not keep_log_observers,
-    )
-
-    def apply(new_settings: Settings) -> None:
-        server.reconfigure(new_settings)
-        supervisor.reload(reloadable_variables(merged_environment(env_file)))
-
-    def abort(abort_connections: Callable[[], None]) -> None:
-        abort_connections()
-        supervisor.abort()
-
+    forked_state = ForkedState(reactor, configuration.variables, state, authority, scoreboard, metrics)
+    workers = build_workers(reactor, forked_state, settings, shared_state, bindings, twistd_options)
     listener_service = ListenerService(
         reactor,
-        supervisor.dispatching_listeners(server.listeners),
+        server.listeners,
+        workers.opener,
         server.transfers,
         server.close,
-        lambda call: on_repeated_stop(reactor, partial(abort, call)),
+        partial(abort_on_repeated_stop, reactor, workers.supervisor),
     )
-    reloader = Reloader(partial(read_settings, env_file), apply, settings, server.registries, notifier)
+    apply = partial(apply_configuration, server, workers.supervisor)
+    reloader = Reloader(read, apply, settings, server.registries, notifier)
+    operations = Operations(reactor, shared_state.locks, time.time)
     daemon = DaemonService(reactor, settings, state, twistd_options, notifier)
-    operations = Operations(reactor, locks, time.time)
     for service in (
-        *(
-            [fork_server] if multi_process else []
-        ),  # first, because it forks: no descriptors and no threads may exist yet
+        *workers.services,  # first, because the fork server forks: no descriptors and no threads may exist yet
         cache_space.service(),
         upload_purge_service(reactor, store.uploads, time.time),
         listener_service,
-        supervisor,
+        workers.supervisor,
         operations,
         build_control_socket(reactor, settings, state, store, cache_space, operations),
         SystemdService(reactor, notifier, listener_service.listening, server.registries.status, reloader),
@@ -152,6 +124,65 @@ def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifi
         daemon.addService(service)  # type: ignore[no-untyped-call]
     log_configuration(settings)
     return daemon
+
+
+@frozen
+class Workers:
+    """The worker processes: `opener` for the ports, and `services` to start before the others."""
+
+    opener: PortOpener
+    services: list[IService]
+    supervisor: WorkerSupervisor
+
+
+def build_workers(
+    reactor: Any,
+    forked_state: ForkedState,
+    settings: Settings,
+    shared_state: SharedState,
+    bindings: Bindings,
+    twistd_options: Any,
+) -> Workers:
+    """Build what starts the workers and hands connections to them. With WORKERS=1 there are no workers."""
+    keep_log_observers = jsonlog.logs_to_stdout(twistd_options)
+    fork_server = ForkServer(reactor, partial(run_worker, forked_state), keep_log_observers=keep_log_observers)
+    supervisor = WorkerSupervisor(
+        reactor,
+        settings.workers - 1,
+        fork_server,
+        forked_state.scoreboard,
+        partial(LocalCoordinator, shared_state),
+        bindings.add,
+        SHUTDOWN_GRACE + _WORKER_EXTRA_GRACE,
+        relay_logs=not keep_log_observers,
+    )
+    if settings.workers == 1:
+        return Workers(EndpointOpener(reactor), [], supervisor)
+    fork_server.subscribe(supervisor)
+    bindings.subscribe(supervisor.broadcast_binding)
+    opener = DispatchingOpener(reactor, supervisor.dispatch, supervisor.count_local_connection)
+    return Workers(opener, [fork_server], supervisor)
+
+
+def abort_on_repeated_stop(reactor: Any, supervisor: WorkerSupervisor, abort_connections: Callable[[], None]) -> None:
+    """Make another stop signal abort the connections of all processes."""
+
+    def abort() -> None:
+        abort_connections()
+        supervisor.abort()
+
+    on_repeated_stop(reactor, abort)
+
+
+async def apply_configuration(
+    server: ProxyServer, supervisor: WorkerSupervisor, configuration: Configuration
+) -> list[str]:
+    """Apply the settings that may change in all processes. Return a sentence for each worker that failed.
+
+    Raise `HtpasswdError` or OSError if they cannot be applied here. Then they change nothing.
+    """
+    server.reconfigure(configuration.settings)
+    return await supervisor.reload(reloadable_variables(configuration.variables))
 
 
 class DaemonService(MultiService):

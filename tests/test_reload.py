@@ -14,12 +14,13 @@ from typing import Any
 
 import bcrypt
 import pytest
+from twisted.internet.defer import Deferred
 
 import dockerproxy
 from dockerproxy.daemon.systemd import Notifier
 from dockerproxy.oci.names import Host, Registry
 from dockerproxy.registry.htpasswd import HtpasswdError
-from dockerproxy.reload import RegistryTable, Reloader, describe_error
+from dockerproxy.reload import Configuration, RegistryTable, Reloader, describe_error, reloadable_variables
 from dockerproxy.settings import Settings, SettingsError
 from dockerproxy.upstream.authorizer import Authorizer
 from tests.twistd import twistd_command
@@ -54,6 +55,9 @@ class ReloadHarness:
         self.registries = RegistryTable(self.current)
         self.notifier = RecordingNotifier()
         self.error: Exception | None = None
+        self.apply_error: Exception | None = None
+        self.problems: list[str] = []
+        self.applied: Deferred[None] | None = None
         self.log_lines: list[str] = []
         for level in ("info", "warn", "error"):
             monkeypatch.setattr(f"dockerproxy.reload.log.{level}", self._log(level))
@@ -62,13 +66,18 @@ class ReloadHarness:
     def _log(self, level: str) -> Any:
         return lambda form, **fields: self.log_lines.append(f"{level} {form.format(**fields)}")
 
-    def _read(self) -> Settings:
+    def _read(self) -> Configuration:
         if self.error is not None:
             raise self.error
-        return self.current
+        return Configuration(self.current, {})
 
-    def _apply(self, new_settings: Settings) -> None:
-        self.registries.update(new_settings)
+    async def _apply(self, configuration: Configuration) -> list[str]:
+        if self.apply_error is not None:
+            raise self.apply_error
+        self.registries.update(configuration.settings)
+        if self.applied is not None:
+            await self.applied
+        return self.problems
 
 
 @pytest.fixture
@@ -135,6 +144,66 @@ def test_failed_reload_changes_nothing(harness: ReloadHarness, error: Exception,
     harness.error, harness.current = None, settings()
     harness.reload()
     assert harness.notifier.messages[-1] == "READY serving registry-1.docker.io"
+
+
+def test_worker_that_cannot_reload_is_reported(harness: ReloadHarness) -> None:
+    harness.problems = ["worker 1 is restarted, because it could not reload: it is hung."]
+    harness.reload()
+    status = "serving registry-1.docker.io, quay.io"
+    assert harness.notifier.messages == ["RELOADING", f"READY {status}; {harness.problems[0]}"]
+    assert harness.log_lines == [f"error {harness.problems[0]}", f"info reloaded: {status}"]
+
+
+@pytest.mark.parametrize("where", ["read", "apply"])
+def test_unexpected_error_ends_the_reload(harness: ReloadHarness, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """systemd must not wait for ever for the end of the reload, and the next one works."""
+    failures: list[str] = []
+    monkeypatch.setattr("dockerproxy.concurrency.log.failure", lambda form, failure, **_: failures.append(str(failure)))
+    setattr(harness, "error" if where == "read" else "apply_error", RuntimeError("unexpected"))
+    harness.reload()
+    status = "serving registry-1.docker.io, quay.io"
+    assert harness.notifier.messages == ["RELOADING", f"READY {status}; not reloaded: internal error; see the log"]
+    assert len(failures) == 1
+    harness.error = harness.apply_error = None
+    harness.reload()
+    assert harness.notifier.messages[2:] == ["RELOADING", f"READY {status}"]
+
+
+def test_reloads_run_one_after_the_other(harness: ReloadHarness) -> None:
+    """SIGHUP may arrive while workers still apply the settings of the previous reload."""
+    harness.applied = first = Deferred()
+    harness.reload()
+    harness.applied = None
+    harness.current = settings(REGISTRIES="ghcr.io")
+    harness.reload()
+    assert harness.notifier.messages == ["RELOADING"]
+    first.callback(None)
+    assert harness.notifier.messages[1:] == [
+        "READY serving registry-1.docker.io, quay.io",
+        "RELOADING",
+        "READY serving registry-1.docker.io, ghcr.io",
+    ]
+
+
+def test_configuration_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers get the variables that the main process parsed, even if the files change meanwhile."""
+    env_file, credential = tmp_path / "env", tmp_path / "docker-registry-proxy.auth_registries"
+    env_file.write_text("REGISTRIES=quay.io\nANONYMOUS_PULL=true\n")
+    credential.write_text("quay.io:me:secret")
+    reads: list[str] = []
+    read_text = Path.read_text
+    monkeypatch.setattr(Path, "read_text", lambda path, *args: reads.append(path.name) or read_text(path, *args))
+    configuration = Configuration.read(
+        {"CREDENTIALS_DIRECTORY": str(tmp_path), "ANONYMOUS_PULL": "false"}, str(env_file)
+    )
+    assert sorted(reads) == [credential.name, env_file.name]
+    variables = reloadable_variables(configuration.variables)
+    env_file.unlink()
+    credential.unlink()
+    worker_settings = Settings.from_environment(variables)
+    for name in ("extra_registries", "auth_registries", "anonymous_pull"):
+        assert getattr(worker_settings, name) == getattr(configuration.settings, name)
+    assert [login.password for login in worker_settings.auth_registries.values()] == ["secret"]
 
 
 def test_reload_replaces_logins() -> None:

@@ -34,16 +34,21 @@ _MAX_BINDINGS = 10_000
 class Bindings:
     """Maps the identity of an upstream token to the identity of its client. Keeps the latest _MAX_BINDINGS pairs.
 
-    `on_bind` is called with each new pair so that other processes can `add` it.
+    Functions that `subscribe` are called with each new pair so that other processes can `add` it.
     """
 
-    on_bind: Callable[[str, str], None] = lambda token, client: None
     _clients: OrderedDict[str, str] = field(factory=OrderedDict, init=False)
+    _subscribers: list[Callable[[str, str], None]] = field(factory=list, init=False)
+
+    def subscribe(self, on_bind: Callable[[str, str], None]) -> None:
+        """Call `on_bind` with each pair that this process binds from now on."""
+        self._subscribers.append(on_bind)
 
     def bind(self, token: str, client: str) -> None:
         """Map `token` to `client`, here and in other processes."""
         self.add(token, client)
-        self.on_bind(token, client)
+        for on_bind in self._subscribers:
+            on_bind(token, client)
 
     def add(self, token: str, client: str) -> None:
         """Map `token` to `client` in this process only."""

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from attrs import frozen
 from twisted.application.service import Service
-from twisted.internet.defer import Deferred, TimeoutError, maybeDeferred
+from twisted.internet.defer import Deferred, TimeoutError, gatherResults, maybeDeferred
 from twisted.internet.interfaces import IListeningPort
-from twisted.internet.protocol import Factory
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
@@ -26,38 +25,64 @@ log = Logger()
 
 @frozen
 class Listener:
-    """A site and the endpoints it listens on: `descriptions`, the value of `setting`.
-
-    `factory` receives the connections instead of the site if it is given.
-    """
+    """A site and the endpoints it listens on: `descriptions`, the value of `setting`."""
 
     setting: str
     descriptions: tuple[str, ...]
     site: Site
-    factory: Factory | None = None
+
+
+class PortOpener(Protocol):
+    """Opens the ports of a listener."""
+
+    async def open(self, listener: Listener) -> Sequence[IListeningPort]:
+        """Return ports that accept connections for `listener`. Raise `ListenError`."""
+        ...
+
+
+@frozen
+class EndpointOpener:
+    """Opens the endpoints that the settings describe."""
+
+    _reactor: Any
+
+    async def open(self, listener: Listener) -> Sequence[IListeningPort]:
+        """Listen on all endpoints of `listener`. Raise `ListenError`."""
+        ports = await listen(self._reactor, listener.descriptions, listener.site, listener.setting)
+        log_listening(listener, ports)
+        return ports
+
+
+def log_listening(listener: Listener, ports: Sequence[IListeningPort]) -> None:
+    """Log the addresses of open ports."""
+    for port in ports:
+        log.info("listening on {address} ({setting})", address=format_address(port), setting=listener.setting)
 
 
 class ListenerService(Service):
-    """Listens on all endpoints at start-up, and drains connections at shutdown.
+    """Opens the ports of all listeners at start-up by `opener`, and drains connections at shutdown.
 
     Start-up fails if listening on an endpoint fails. One exception: a systemd socket that was not passed is only
     logged, unless it belongs to the first listener.
 
-    Shutdown closes the ports, waits up to `SHUTDOWN_GRACE` seconds for transfers, aborts the rest, then awaits
-    `close_upstreams`. `on_repeated_stop` is called when the shutdown begins, with a function that aborts all transfers:
-    the callback to run at the next stop signal.
+    Shutdown closes the ports, then idle connections, and the others after their response. It waits up to
+    `SHUTDOWN_GRACE` seconds for responses and tunnels, aborts the rest, then awaits `close_upstreams`.
+    `on_repeated_stop` is called when the shutdown begins, with a function that aborts all transfers: the callback to
+    run at the next stop signal.
     """
 
     def __init__(
         self,
         reactor: Any,
         listeners: Sequence[Listener],
+        opener: PortOpener,
         transfers: Transfers,
         close_upstreams: Callable[[], Awaitable[None]],
         on_repeated_stop: Callable[[Callable[[], None]], None],
     ) -> None:
         self._reactor = reactor
         self._listeners = listeners
+        self._opener = opener
         self._transfers = transfers
         self._close_upstreams = close_upstreams
         self._on_repeated_stop = on_repeated_stop
@@ -93,28 +118,21 @@ class ListenerService(Service):
     async def _listen_on_all(self) -> None:
         for listener in self._listeners:
             try:
-                ports = await listen(
-                    self._reactor, listener.descriptions, listener.factory or listener.site, listener.setting
-                )
+                self._ports.extend(await self._opener.open(listener))
             except SocketNotPassed as error:
                 # If another program occupies the port, systemd's socket unit fails. The proxy works without that port.
                 if listener is self._listeners[0]:
                     raise
                 log.warn("{reason}", reason=str(error))
-                continue
-            self._ports.extend(ports)
-            for port in ports:
-                log.info("listening on {address} ({setting})", address=format_address(port), setting=listener.setting)
         self.listening.callback(None)
 
     async def _stop(self) -> None:
         for port in self._ports:
             await maybeDeferred(port.stopListening)
-        deadline = self._reactor.seconds() + SHUTDOWN_GRACE
-        aborted = 0
-        for listener in self._listeners:
-            aborted += await self._drain(listener.site, deadline)
-        aborted += await self._transfers.drain(self._reactor, max(0.0, deadline - self._reactor.seconds()))
+        # All sites drain from now on, so that a busy one does not let the clients of the others send new requests.
+        drains = [Deferred.fromCoroutine(self._drain(listener.site)) for listener in self._listeners]
+        drains.append(Deferred.fromCoroutine(self._transfers.drain(self._reactor, SHUTDOWN_GRACE)))
+        aborted = sum(await gatherResults(drains))
         if aborted:
             log.warn(
                 "aborted {count} transfers that had not finished {grace} s after the stop signal",
@@ -123,9 +141,9 @@ class ListenerService(Service):
             )
         await self._close_upstreams()
 
-    async def _drain(self, site: Site, deadline: float) -> int:
+    async def _drain(self, site: Site) -> int:
         try:
-            await site.drain().addTimeout(max(0.0, deadline - self._reactor.seconds()), self._reactor)
+            await site.drain().addTimeout(SHUTDOWN_GRACE, self._reactor)
         except TimeoutError:
             return site.abort()
         return 0

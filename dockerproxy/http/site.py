@@ -40,6 +40,8 @@ class Site(Factory):
     """The factory of HTTP channels of one listener; `handler` responds to their requests.
 
     `on_request_finished` is called with each finished request and its duration in seconds. It writes the access log.
+    `on_connection_closed`, if given, is called whenever an accepted connection has closed, even if it was detached and
+    became a tunnel.
     """
 
     noisy = False
@@ -52,6 +54,7 @@ class Site(Factory):
         timeouts: ServerTimeouts,
         on_request_finished: Callable[[Request, float], None],
         get_tls_context: Callable[[], ServerContext] | None = None,
+        on_connection_closed: Callable[[], None] | None = None,
     ) -> None:
         self.reactor = reactor
         self.handler = handler
@@ -60,8 +63,7 @@ class Site(Factory):
         self.on_request_finished = on_request_finished
         self.body_budget = BufferBudget(_MAX_BUFFERED_BODIES)
         self.draining = False
-        self.on_closed: Callable[[], None] = lambda: None
-        """Called whenever an accepted connection has closed, even if it was detached and became a tunnel."""
+        self.on_connection_closed = on_connection_closed
         self._get_tls_context = get_tls_context
         self._channels: set[HTTPChannel] = set()
         self._drain_waiters: list[Deferred[None]] = []
@@ -76,6 +78,11 @@ class Site(Factory):
             SocketTransport(self.reactor, tcp).take_over(channel)
         else:
             TLSTransport.server(self.reactor, tcp, self._get_tls_context()).take_over(channel)
+
+    @property
+    def channel_count(self) -> int:
+        """The number of HTTP channels, including those within a CONNECT."""
+        return len(self._channels)
 
     def channel_opened(self, channel: HTTPChannel) -> None:
         self._channels.add(channel)
@@ -117,4 +124,5 @@ class _AcceptedConnection(DetachedProtocol):
         self._site.accept(self.transport)
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
-        self._site.on_closed()
+        if self._site.on_connection_closed is not None:
+            self._site.on_connection_closed()

@@ -1,9 +1,14 @@
-"""The main process's side of the state that all processes share: the space of the cache, and locks."""
+"""The state that all processes share: the space of the cache, and locks.
+
+Every process sees it as a `Coordinator`. The main process owns the state, so its `LocalCoordinator` works directly. A
+worker's `RemoteCoordinator` (`remote`) calls the methods of a `LocalCoordinator` that the main process has for it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any, Protocol
 
 from attrs import define, field
 from twisted.internet.defer import Deferred
@@ -14,115 +19,96 @@ from dockerproxy.oci.names import Digest
 from dockerproxy.store.layout import IngestKey
 
 
-@define
-class ReservationTable:
-    """Maps each reserved download to its owner: a worker's session, or the main process.
+class Coordinator(CacheSpace, Protocol):
+    """The shared state as one process sees it: a `CacheSpace` and a `KeyedLock`."""
 
-    A process may take over an ingest before we learn that its previous writer released it. A release is therefore
-    ignored if another process has reserved the same key since.
+    def hold(self, key: str) -> AbstractAsyncContextManager[bool]: ...
+
+
+@define
+class SharedState:
+    """The shared state in the main process.
+
+    `owners` maps each reserved download to the coordinator of its process. A process may take over an ingest before we
+    learn that its previous writer released it. A release is therefore ignored if another process has reserved the same
+    key since.
     """
 
     space: CacheSpaceManager
-    _owners: dict[IngestKey, object] = field(factory=dict, init=False)
-
-    async def reserve(self, owner: object, key: IngestKey, size: int, existing_size: int) -> bool:
-        """Reserve space for `owner`; see `CacheSpaceManager.reserve`."""
-        self._owners[key] = owner
-        return await self.space.reserve(key, size, existing_size)
-
-    def release(self, owner: object, key: IngestKey) -> None:
-        """Release a reservation of `owner`. Do nothing if another process has reserved the key since."""
-        if self._owners.get(key) is owner:
-            del self._owners[key]
-            self.space.release(key)
-
-    def release_all(self, owner: object) -> None:
-        """Release all reservations of a process that has exited."""
-        for key in [key for key, holder in self._owners.items() if holder is owner]:
-            self.release(owner, key)
-
-
-@define
-class LocalCacheSpace(CacheSpace):
-    """The cache space as the downloads of the main process use it."""
-
-    _reservations: ReservationTable
-
-    async def reserve(self, key: IngestKey, size: int, existing_size: int) -> bool:
-        return await self._reservations.reserve(self, key, size, existing_size)
-
-    async def record_commit(self, key: IngestKey, size: int) -> None:
-        await self._reservations.space.record_commit(key, size)
-
-    def release(self, key: IngestKey) -> None:
-        self._reservations.release(self, key)
-
-    async def record(self, digest: Digest, size: int) -> None:
-        await self._reservations.space.record(digest, size)
-
-    def pin(self, digest: Digest) -> None:
-        self._reservations.space.pin(digest)
-
-    def unpin(self, digest: Digest) -> None:
-        self._reservations.space.unpin(digest)
-
-    def record_files(self, count: int) -> None:
-        self._reservations.space.record_files(count)
-
-    async def usage(self) -> tuple[int, int]:
-        return await self._reservations.space.usage()
+    locks: LocalKeyedLock = field(factory=LocalKeyedLock)
+    owners: dict[IngestKey, LocalCoordinator] = field(factory=dict, init=False)
 
 
 @define(eq=False)
-class WorkerSession:
-    """The server side of one worker's RPC connection."""
+class LocalCoordinator(Coordinator):
+    """The coordinator of one process in the main process. `close` releases what the process holds."""
 
-    _reservations: ReservationTable
-    _locks: LocalKeyedLock
+    _shared: SharedState
     _waiting_locks: set[int] = field(factory=set, init=False)
     _held_locks: dict[int, Deferred[None]] = field(factory=dict, init=False)
 
-    @property
-    def handlers(self) -> dict[str, Callable[..., Any]]:
-        """The RPC methods that the worker may call."""
-        return {
-            "reserve": self._reserve,
-            "record_commit": lambda key, size: self._reservations.space.record_commit(IngestKey.parse(key), size),
-            "release": lambda key: self._reservations.release(self, IngestKey.parse(key)),
-            "record": lambda digest, size: self._reservations.space.record(Digest.parse(digest), size),
-            "mark_used": self._mark_used,
-            "record_files": self._reservations.space.record_files,
-            "usage": self._reservations.space.usage,
-            "lock": self._lock,
-            "unlock": self._unlock,
-        }
+    # cache space
 
-    def close(self) -> None:
-        """Release the reservations and locks of a worker that has exited."""
-        self._waiting_locks.clear()
-        self._reservations.release_all(self)
-        for lock_id in list(self._held_locks):
-            self._unlock(lock_id)
+    async def reserve(self, key: IngestKey, size: int, existing_size: int) -> bool:
+        self._shared.owners[key] = self
+        return await self._shared.space.reserve(key, size, existing_size)
 
-    async def _reserve(self, key: str, size: int, existing_size: int) -> bool:
-        return await self._reservations.reserve(self, IngestKey.parse(key), size, existing_size)
+    async def record_commit(self, key: IngestKey, size: int) -> None:
+        await self._shared.space.record_commit(key, size)
 
-    def _mark_used(self, digests: list[str]) -> None:
+    def release(self, key: IngestKey) -> None:
+        """Release a reservation. Do nothing if another process has reserved the key since."""
+        if self._shared.owners.get(key) is self:
+            del self._shared.owners[key]
+            self._shared.space.release(key)
+
+    async def record(self, digest: Digest, size: int) -> None:
+        await self._shared.space.record(digest, size)
+
+    def pin(self, digest: Digest) -> None:
+        self._shared.space.pin(digest)
+
+    def unpin(self, digest: Digest) -> None:
+        self._shared.space.unpin(digest)
+
+    def mark_used(self, digests: list[Digest]) -> None:
+        """Record uses of blobs, without preventing their eviction."""
         for digest in digests:
-            self._reservations.space.touch(Digest.parse(digest))
+            self._shared.space.touch(digest)
 
-    def _lock(self, key: str, lock_id: int) -> Deferred[bool]:
-        """Acquire a lock for the worker.
+    def record_files(self, count: int) -> None:
+        self._shared.space.record_files(count)
 
-        The worker releases it by `unlock` with the same `lock_id`. That also cancels a lock that is still waiting.
+    async def usage(self) -> tuple[int, int]:
+        return await self._shared.space.usage()
+
+    # locks
+
+    @asynccontextmanager
+    async def hold(self, key: str) -> AsyncIterator[bool]:
+        """Hold the lock of `key`; see `KeyedLock.hold`."""
+        async with self._shared.locks.hold(key) as waited:
+            yield waited
+
+    def lock(self, key: str, lock_id: int) -> Deferred[bool]:
+        """Acquire a lock for another process.
+
+        That process releases it by `unlock` with the same `lock_id`. That also cancels a lock that is still waiting.
         """
         acquired: Deferred[bool] = Deferred()
         self._waiting_locks.add(lock_id)
-        spawn(self._hold_lock(key, lock_id, acquired), f"locking {key} for a worker")
+        spawn(self._hold_until_unlocked(key, lock_id, acquired), f"locking {key} for a worker")
         return acquired
 
-    async def _hold_lock(self, key: str, lock_id: int, acquired: Deferred[bool]) -> None:
-        async with self._locks.hold(key) as waited:
+    def unlock(self, lock_id: int) -> None:
+        """Release a lock, or give it up if it is still waiting."""
+        self._waiting_locks.discard(lock_id)
+        released = self._held_locks.pop(lock_id, None)
+        if released is not None:
+            released.callback(None)
+
+    async def _hold_until_unlocked(self, key: str, lock_id: int, acquired: Deferred[bool]) -> None:
+        async with self._shared.locks.hold(key) as waited:
             if lock_id not in self._waiting_locks:
                 return
             self._waiting_locks.remove(lock_id)
@@ -130,8 +116,40 @@ class WorkerSession:
             acquired.callback(waited)
             await released
 
-    def _unlock(self, lock_id: int) -> None:
-        self._waiting_locks.discard(lock_id)
-        released = self._held_locks.pop(lock_id, None)
-        if released is not None:
-            released.callback(None)
+    # the end
+
+    def close(self) -> None:
+        """Release the reservations and locks of a process that has exited."""
+        self._waiting_locks.clear()
+        for key in [key for key, owner in self._shared.owners.items() if owner is self]:
+            self.release(key)
+        for lock_id in list(self._held_locks):
+            self.unlock(lock_id)
+
+
+def _digests(texts: list[str]) -> list[Digest]:
+    return [Digest.parse(text) for text in texts]
+
+
+_ARGUMENT_PARSERS: Mapping[str, tuple[Callable[[Any], Any], ...]] = {
+    "reserve": (IngestKey.parse, int, int),
+    "record_commit": (IngestKey.parse, int),
+    "release": (IngestKey.parse,),
+    "record": (Digest.parse, int),
+    "mark_used": (_digests,),
+    "record_files": (int,),
+    "usage": (),
+    "lock": (str, int),
+    "unlock": (int,),
+}
+"""The methods of `LocalCoordinator` that a worker calls by RPC, with the parsers of their arguments."""
+
+
+def rpc_handlers(coordinator: LocalCoordinator) -> dict[str, Callable[..., Any]]:
+    """Return the RPC handlers of a worker's coordinator."""
+
+    def handler(name: str) -> Callable[..., Any]:
+        method, parsers = getattr(coordinator, name), _ARGUMENT_PARSERS[name]
+        return lambda *arguments: method(*(parse(value) for parse, value in zip(parsers, arguments, strict=True)))
+
+    return {name: handler(name) for name in _ARGUMENT_PARSERS}

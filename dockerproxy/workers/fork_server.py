@@ -7,6 +7,7 @@ connections by then. The fork server only waits for requests, forks a worker for
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import os
@@ -18,17 +19,19 @@ import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 from attrs import field, frozen
 from twisted.application.service import Service
 from twisted.logger import Logger
 
 from dockerproxy.workers.log_relay import remove_log_observers
-from dockerproxy.workers.message_socket import MAX_MESSAGE_SIZE, MessageSocket, reject_descriptor, socketpair
+from dockerproxy.workers.message_socket import MAX_MESSAGE_SIZE, MessageSocket, socketpair
 
 # The terminal and systemd send these signals to all processes. Only the main process handles them.
 _MAIN_PROCESS_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+
+_MAX_DESCRIPTORS = 2  # in one request
 
 log = Logger()
 
@@ -46,6 +49,24 @@ class SpawnRequest:
     socket_fd: int
     log_fd: int | None
 
+    @property
+    def descriptors(self) -> list[int]:
+        """The descriptors that are sent with the request."""
+        return [self.socket_fd] if self.log_fd is None else [self.socket_fd, self.log_fd]
+
+
+class SpawnObserver(Protocol):
+    """Is told what happens to workers and to the fork server."""
+
+    def worker_started(self, number: int, pid: int) -> None:
+        """Worker `number` has started as process `pid`."""
+
+    def worker_exited(self, number: int, reason: str) -> None:
+        """Worker `number` has exited, or could not be started."""
+
+    def fork_server_lost(self) -> None:
+        """The fork server has exited. It reports nothing from now on."""
+
 
 class ForkServer(Service):
     """The main process's handle of the fork server. It must be the first service, because it forks when it starts.
@@ -60,12 +81,11 @@ class ForkServer(Service):
         self._keep_log_observers = keep_log_observers
         self._pid = 0
         self._message_socket: MessageSocket | None = None
-        self.on_started: Callable[[int, int], None]
-        """Called with the number and the process ID of a worker that started."""
-        self.on_exited: Callable[[int, str], None]
-        """Called with the number of a worker that exited or could not be started, and the reason."""
-        self.on_lost: Callable[[], None]
-        """Called when the fork server has exited."""
+        self._observers: list[SpawnObserver] = []
+
+    def subscribe(self, observer: SpawnObserver) -> None:
+        """Report to `observer` from now on."""
+        self._observers.append(observer)
 
     @property
     def alive(self) -> bool:
@@ -74,7 +94,8 @@ class ForkServer(Service):
 
     def startService(self) -> None:
         super().startService()  # type: ignore[no-untyped-call]
-        assert threading.active_count() == 1  # a lock that another thread holds would stay locked in the child
+        if threading.active_count() > 1:
+            raise RuntimeError("a lock that another thread holds would stay locked in the fork server")
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         gc.collect()
@@ -85,61 +106,58 @@ class ForkServer(Service):
             _removed_observers = [] if self._keep_log_observers else remove_log_observers()  # see `_close_all_but`
             _run_and_exit(partial(run_fork_server, child_socket, self._run))
         child_socket.close()
-        self._message_socket = MessageSocket(
-            self._reactor, parent_socket, self._on_message, reject_descriptor, self._on_closed
-        )
+        self._message_socket = MessageSocket(self._reactor, parent_socket, self._on_message, self._on_closed)
 
-    def start(self, number: int, changed_settings: Mapping[str, str], socket_fd: int, log_fd: int | None) -> bool:
-        """Request a worker; see `SpawnRequest`. Return whether the request was sent."""
-        request = json.dumps([number, changed_settings], separators=(",", ":")).encode()
-        descriptors = [socket_fd] if log_fd is None else [socket_fd, log_fd]
-        return self._message_socket is not None and self._message_socket.send_descriptors(request, *descriptors)
+    def start(self, request: SpawnRequest) -> None:
+        """Request a worker. The caller closes its descriptors of the request. Raise `OSError` if it was not sent."""
+        if self._message_socket is None:
+            raise BrokenPipeError("the fork server is not running")
+        message = [request.number, request.changed_settings, len(request.descriptors)]
+        self._message_socket.send_descriptors(message, request.descriptors)
 
     def close(self) -> None:
-        """Make the fork server exit. Its workers continue, but their exit is no longer reported."""
+        """Make the fork server exit. It kills the workers that still run."""
         if self._message_socket is not None:
             self._message_socket.close()
 
     def _on_message(self, message: Any) -> None:
         event, number, detail = message
-        (self.on_started if event == "started" else self.on_exited)(number, detail)
+        for observer in self._observers:
+            (observer.worker_started if event == "started" else observer.worker_exited)(number, detail)
 
     def _on_closed(self) -> None:
         with suppress(ChildProcessError):
             os.waitpid(self._pid, os.WNOHANG)
-        self.on_lost()
+        for observer in self._observers:
+            observer.fork_server_lost()
 
 
 def run_fork_server(sock: socket.socket, run: Callable[[SpawnRequest], object]) -> None:
     """Run the fork server on its end of the socket pair, until the other end is closed."""
     for signal_number in _MAIN_PROCESS_SIGNALS:
         signal.signal(signal_number, signal.SIG_IGN)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     _close_other_descriptors(sock.fileno())
     set_process_name("fork server")
-    workers: dict[int, tuple[int, int]] = {}  # pidfd: (worker number, process ID)
+    # A byte arrives in this pipe if a worker exits. A pidfd for each worker would need Linux 5.3, and gVisor has none.
+    child_exits, wakeup_fd = os.pipe()
+    os.set_blocking(child_exits, False)
+    os.set_blocking(wakeup_fd, False)
+    signal.set_wakeup_fd(wakeup_fd, warn_on_full_buffer=False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    workers: dict[int, int] = {}  # process ID: worker number
     poll = select.poll()
     poll.register(sock, select.POLLIN)
+    poll.register(child_exits, select.POLLIN)
     while True:
-        for descriptor, _ in poll.poll():
-            if descriptor != sock.fileno():
-                number, pid = workers.pop(descriptor)
-                poll.unregister(descriptor)
-                os.close(descriptor)
-                _notify(sock, "exited", number, _exit_reason(os.waitpid(pid, 0)[1]))
-                continue
-            request = _receive_request(sock)
-            if request is None:
-                return
-            try:
-                pid = _fork_worker(request, run)
-            except OSError as error:  # out of memory, or too many processes
-                _notify(sock, "exited", request.number, str(error))
-                continue
-            descriptor = os.pidfd_open(pid)
-            workers[descriptor] = request.number, pid
-            poll.register(descriptor, select.POLLIN)
-            _notify(sock, "started", request.number, pid)
+        ready = [descriptor for descriptor, _ in poll.poll()]
+        if child_exits in ready:
+            os.read(child_exits, 4096)
+            _report_exits(sock, workers)
+        if sock.fileno() in ready and not _fork_requested(sock, workers, run):
+            break
+    # The main process has exited, and a worker that hangs would keep its ports.
+    for pid in workers:
+        os.kill(pid, signal.SIGKILL)
 
 
 def set_process_name(name: str) -> None:
@@ -148,19 +166,46 @@ def set_process_name(name: str) -> None:
         file.write(name)
 
 
-def _fork_worker(request: SpawnRequest, run: Callable[[SpawnRequest], object]) -> int:
+def _report_exits(sock: socket.socket, workers: dict[int, int]) -> None:
+    with suppress(ChildProcessError):
+        while (result := os.waitpid(-1, os.WNOHANG))[0]:
+            pid, status = result
+            _notify(sock, "exited", workers.pop(pid), _exit_reason(status))
+
+
+def _fork_requested(sock: socket.socket, workers: dict[int, int], run: Callable[[SpawnRequest], object]) -> bool:
+    """Receive a request and fork its worker. Return False if the main process is gone."""
     try:
+        data, descriptors, _, _ = socket.recv_fds(sock, MAX_MESSAGE_SIZE, _MAX_DESCRIPTORS)
+    except ConnectionError:  # closed while messages of ours were unread
+        return False
+    if not data:
+        return False
+    number, changed_settings, descriptor_count = json.loads(data)
+    try:
+        if len(descriptors) < descriptor_count:  # the kernel dropped those that exceed this process's limit
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        log_fd = descriptors[1] if descriptor_count > 1 else None
+        request = SpawnRequest(number, changed_settings, descriptors[0], log_fd)
         pid = os.fork()
         if not pid:
             _run_and_exit(partial(_run_worker, request, run))
-        return pid
+    except OSError as error:  # out of memory, too many processes, or too many open files
+        event: tuple[str, int, int | str] = ("exited", number, f"not started: {error}")
+    else:
+        workers[pid] = number
+        event = ("started", number, pid)
     finally:
-        for descriptor in filter(None, (request.socket_fd, request.log_fd)):
+        for descriptor in descriptors:
             os.close(descriptor)
+    _notify(sock, *event)
+    return True
 
 
 def _run_worker(request: SpawnRequest, run: Callable[[SpawnRequest], object]) -> None:
-    _close_other_descriptors(request.socket_fd, *([] if request.log_fd is None else [request.log_fd]))
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    _close_other_descriptors(*request.descriptors)
     if request.log_fd is not None:
         os.dup2(request.log_fd, 1)
         os.dup2(request.log_fd, 2)
@@ -169,20 +214,9 @@ def _run_worker(request: SpawnRequest, run: Callable[[SpawnRequest], object]) ->
     run(request)
 
 
-def _receive_request(sock: socket.socket) -> SpawnRequest | None:
-    try:
-        data, descriptors, _, _ = socket.recv_fds(sock, MAX_MESSAGE_SIZE, 2)
-    except ConnectionError:  # closed while messages of ours were unread
-        return None
-    if not data:
-        return None
-    number, changed_settings = json.loads(data)
-    return SpawnRequest(number, changed_settings, descriptors[0], descriptors[1] if len(descriptors) > 1 else None)
-
-
 def _notify(sock: socket.socket, event: str, number: int, detail: int | str) -> None:
     with suppress(OSError):  # the main process is gone; the next read reports that
-        sock.send(b"{" + json.dumps([event, number, detail]).encode())
+        sock.send(json.dumps([event, number, detail]).encode())
 
 
 def _exit_reason(status: int) -> str:

@@ -41,7 +41,11 @@ class LogRelay:
         self._descriptor = descriptor
         self._partial_line = b""
         os.set_blocking(descriptor, False)
-        reactor.addReader(self)
+        try:
+            reactor.addReader(self)
+        except OSError:  # the kernel has no memory for another watched descriptor
+            os.close(descriptor)
+            raise
 
     def fileno(self) -> int:
         return self._descriptor

@@ -1,10 +1,11 @@
-"""A socket between two processes that carries JSON messages and file descriptors in order (AF_UNIX, SOCK_SEQPACKET)."""
+"""A socket between two processes that carries JSON messages and descriptors in order (AF_UNIX, SOCK_SEQPACKET)."""
 
 from __future__ import annotations
 
 import json
 import os
 import socket
+import sys
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -18,19 +19,23 @@ MAX_MESSAGE_SIZE = 192 * 1024
 """Maximum bytes of a message. A socket accepts that many at once by the default of net.core.wmem_default."""
 
 _MAX_QUEUED_MESSAGES = 10_000  # messages; a peer that is so far behind hangs, and is disconnected
+_MAX_QUEUED_HINTS = 1000  # messages; further hints are dropped while so many messages wait
 _MESSAGES_PER_READ = 64  # messages to receive before control returns to the reactor
 
+_encode = json.JSONEncoder(separators=(",", ":")).encode
+
 OnMessage = Callable[[Any], None]
-OnDescriptor = Callable[[bytes, int], None]
+OnDescriptor = Callable[[Any, int | None], None]
 
 
-def reject_descriptor(label: bytes, descriptor: int) -> None:
+def reject_descriptor(message: Any, descriptor: int | None) -> None:
     """Close a descriptor that was not expected."""
-    os.close(descriptor)
+    if descriptor is not None:
+        os.close(descriptor)
 
 
-class MessageTooLong(Exception):
-    """The message exceeds `MAX_MESSAGE_SIZE`."""
+class MessageNotSent(Exception):
+    """The message is too long, or the kernel refused it (no memory). Earlier and later messages are not affected."""
 
 
 def socketpair() -> tuple[socket.socket, socket.socket]:
@@ -43,8 +48,9 @@ def socketpair() -> tuple[socket.socket, socket.socket]:
 class MessageSocket:
     """One end of the connection.
 
-    `on_message` is called with each message, a JSON value. `on_descriptor` is called with the label of each descriptor
-    and the descriptor, which it must close. `on_closed` is called once, when either end has been closed.
+    `on_message` is called with each message, a JSON value. `on_descriptor` is called with each message that carries a
+    descriptor, and the descriptor, which it must close. The descriptor is None if the kernel dropped it, because this
+    process has too many open files. `on_closed` is called once, when either end has been closed.
     """
 
     def __init__(
@@ -52,25 +58,36 @@ class MessageSocket:
         reactor: Any,
         sock: socket.socket,
         on_message: OnMessage,
-        on_descriptor: OnDescriptor,
         on_closed: Callable[[], None],
+        on_descriptor: OnDescriptor = reject_descriptor,
     ) -> None:
         self._reactor = reactor
         self._socket = sock
         self._on_message = on_message
-        self._on_descriptor = on_descriptor
         self._on_closed = on_closed
+        self._on_descriptor = on_descriptor
         self._send_queue: deque[bytes] = deque()
         self._buffer = bytearray(MAX_MESSAGE_SIZE)
         self.connected = True
+        self.dropped_hints = 0
+        """Hints that were dropped because the peer was behind."""
         sock.setblocking(False)
-        reactor.addReader(self)
+        try:
+            reactor.addReader(self)
+        except OSError:  # the kernel has no memory for another watched descriptor
+            sock.close()
+            raise
+
+    @property
+    def queued(self) -> int:
+        """The number of messages that wait for the peer."""
+        return len(self._send_queue)
 
     def send(self, message: Any) -> None:
-        """Send `message`, or queue it if the socket is full. Raise `MessageTooLong`."""
-        data = b"{" + json.dumps(message, separators=(",", ":")).encode()
+        """Send `message`, or queue it if the socket is full. Do nothing if it is closed. Raise `MessageNotSent`."""
+        data = _encode(message).encode()
         if len(data) > MAX_MESSAGE_SIZE:
-            raise MessageTooLong(f"message of {len(data)} bytes exceeds {MAX_MESSAGE_SIZE} bytes")
+            raise MessageNotSent(f"message of {len(data)} bytes exceeds {MAX_MESSAGE_SIZE} bytes")
         if not self.connected:
             return
         if self._send_queue or not self._try_send(data):
@@ -79,18 +96,26 @@ class MessageSocket:
             if len(self._send_queue) > _MAX_QUEUED_MESSAGES:
                 self.close()
 
-    def send_descriptors(self, label: bytes, *descriptors: int) -> bool:
-        """Send copies of `descriptors`. Return False if messages are queued or the socket is full.
-
-        The caller closes its own descriptors. `label` must not begin with ``{``, which marks a message.
-        """
-        if not self.connected or self._send_queue:
-            return False
+    def hint(self, message: Any) -> None:
+        """Send a message that need not arrive. Drop it if the peer is behind, or if it cannot be sent."""
+        if len(self._send_queue) >= _MAX_QUEUED_HINTS:
+            self.dropped_hints += 1
+            return
         try:
-            socket.send_fds(self._socket, [label], descriptors)
-        except OSError:
-            return False
-        return True
+            self.send(message)
+        except MessageNotSent:
+            self.dropped_hints += 1
+
+    def send_descriptors(self, message: Any, descriptors: list[int]) -> None:
+        """Send `message` with copies of `descriptors`. The caller closes its own.
+
+        Raise `OSError` if the socket is full or closed.
+        """
+        if not self.connected:
+            raise BrokenPipeError("the other process is gone")
+        if self._send_queue:
+            raise BlockingIOError("the other process is behind")
+        socket.send_fds(self._socket, [_encode(message).encode()], descriptors)
 
     def close(self) -> None:
         """Close this end, and call `on_closed`, unless it is closed already."""
@@ -108,7 +133,7 @@ class MessageSocket:
     def doRead(self) -> Any:
         for _ in range(_MESSAGES_PER_READ):
             try:
-                size, ancillary, _, _ = self._socket.recvmsg_into(
+                size, ancillary, flags, _ = self._socket.recvmsg_into(
                     [self._buffer], socket.CMSG_SPACE(4), socket.MSG_CMSG_CLOEXEC
                 )
             except (BlockingIOError, InterruptedError):
@@ -117,12 +142,14 @@ class MessageSocket:
                 return CONNECTION_LOST
             if not size:
                 return CONNECTION_DONE
-            data = bytes(memoryview(self._buffer)[:size])
-            if data.startswith(b"{"):
-                self._on_message(json.loads(data[1:]))
+            message = json.loads(bytes(memoryview(self._buffer)[:size]))
+            if ancillary:
+                [(_, _, content)] = ancillary
+                self._on_descriptor(message, int.from_bytes(content[:4], sys.byteorder))
+            elif flags & socket.MSG_CTRUNC:
+                self._on_descriptor(message, None)
             else:
-                for _, _, content in ancillary:
-                    self._on_descriptor(data, int.from_bytes(content[:4], "little"))
+                self._on_message(message)
             if not self.connected:
                 return None
         return None
@@ -132,22 +159,26 @@ class MessageSocket:
             try:
                 if not self._try_send(self._send_queue[0]):
                     return None
-            except OSError:
+            except MessageNotSent:  # its sender has returned; the peer must not miss a message silently
                 return CONNECTION_LOST
             self._send_queue.popleft()
         self._reactor.removeWriter(self)
         return None
 
     def connectionLost(self, reason: Failure) -> None:
-        self._shut_down()
+        self.close()
 
     def _try_send(self, data: bytes) -> bool:
+        """Return whether the message needs no other attempt. Raise `MessageNotSent`."""
         try:
             self._socket.send(data)
         except (BlockingIOError, InterruptedError):
             return False
-        except OSError:  # the peer is gone; `doRead` reports that, so that `on_closed` is not called within `send`
+        except ConnectionError:
+            # The peer is gone. `doRead` reports that, so that `on_closed` is not called within `send`.
             return True
+        except OSError as error:  # EMSGSIZE, ENOBUFS, ENOMEM
+            raise MessageNotSent(f"message of {len(data)} bytes: {error.strerror}") from error
         return True
 
     def _shut_down(self) -> None:

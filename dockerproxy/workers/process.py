@@ -7,15 +7,15 @@ import socket
 import sys
 import time
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
-from attrs import evolve, field, frozen
+from attrs import field, frozen
 from twisted.internet.defer import Deferred
 from twisted.internet.main import installReactor
-from twisted.internet.task import LoopingCall
 from twisted.logger import Logger, globalLogPublisher
 
-from dockerproxy.app import ProxyServer, SharedServices, build_server
+from dockerproxy.app import SharedServices, build_server
 from dockerproxy.cache.identity import Bindings
 from dockerproxy.daemon.gc_tuning import freeze_startup_objects
 from dockerproxy.daemon.jsonlog import JsonLog
@@ -26,12 +26,11 @@ from dockerproxy.registry.htpasswd import HtpasswdError
 from dockerproxy.reload import describe_error
 from dockerproxy.settings import Settings, SettingsError
 from dockerproxy.store.state_directory import StateDirectory
-from dockerproxy.workers.dispatch import ConnectionReceiver
+from dockerproxy.workers.dispatch import ConnectionReceiver, NoPorts
 from dockerproxy.workers.fork_server import SpawnRequest
-from dockerproxy.workers.remote import RemoteCacheSpace, RemoteKeyedLock
+from dockerproxy.workers.remote import RemoteCoordinator
 from dockerproxy.workers.rpc import RPC, Handlers
-from dockerproxy.workers.scoreboard import Scoreboard
-from dockerproxy.workers.supervisor import HEARTBEAT_INTERVAL
+from dockerproxy.workers.scoreboard import Scoreboard, heartbeat_service
 
 log = Logger()
 
@@ -49,70 +48,64 @@ class ForkedState:
 
 
 class WorkerProcess:
-    """Worker `number`, which is this process. `sock` is connected to the main process."""
+    """The worker that `request` asks for, which is this process."""
 
-    def __init__(
-        self, reactor: Any, forked_state: ForkedState, settings: Settings, number: int, sock: socket.socket
-    ) -> None:
+    def __init__(self, reactor: Any, forked_state: ForkedState, settings: Settings, request: SpawnRequest) -> None:
         self._reactor = reactor
-        self._forked_state = forked_state
-        self._number = number
-        self._scoreboard = forked_state.scoreboard
+        self._environment = forked_state.environment
+        self._number = request.number
         self._stopping = self._ended = False
-        bindings = Bindings(lambda token, client: self._rpc.notify("token_bound", token, client))
+        slot = forked_state.scoreboard.slot(request.number)
+        bindings = Bindings()
         handlers: Handlers = {
             "reload": self._reload,
             "stop": self._stop,
             "abort": self._abort,
             "token_bound": bindings.add,
+            "debug": self._debug,
         }
-        self._rpc = RPC(reactor, sock, handlers, on_descriptor=self._on_descriptor, on_closed=self._parent_lost)
-        cache_space = RemoteCacheSpace(reactor, self._rpc)
+        sock = socket.socket(fileno=request.socket_fd)
+        self._rpc = RPC(reactor, sock, handlers, on_closed=self._parent_lost, on_descriptor=self._on_connection)
+        bindings.subscribe(partial(self._rpc.hint, "token_bound"))
+        coordinator = RemoteCoordinator(reactor, self._rpc)
         shared = SharedServices(
             forked_state.state,
-            cache_space,
-            forked_state.metrics.for_process(number),
-            RemoteKeyedLock(self._rpc),
+            coordinator,
+            forked_state.metrics.for_process(request.number),
+            coordinator,
             bindings,
             multi_process=True,
+            on_connection_closed=slot.count_closed,
         )
         self._server = build_server(reactor, settings, forked_state.authority, shared)
-        self._listener_service = self._build_listener_service(self._server)
-        self._receiver = ConnectionReceiver(
-            reactor, [listener.site for listener in self._server.listeners], self._on_connection_closed
+        self._listener_service = ListenerService(
+            reactor, self._server.listeners, NoPorts(), self._server.transfers, self._server.close, lambda abort: None
         )
+        sites = {listener.setting: listener.site for listener in self._server.listeners}
+        self._receiver = ConnectionReceiver(reactor, sites, slot.count_closed)
+        self._heartbeats = heartbeat_service(reactor, slot)
 
     def start(self) -> None:
         """Start to serve clients, and report that to the main process once the reactor runs."""
-        self._listener_service.startService()
         self._reactor.addSystemEventTrigger("before", "shutdown", self._drain)
-        heartbeats = LoopingCall(lambda: self._scoreboard.heartbeat(self._number, time.monotonic_ns()))
-        heartbeats.clock = self._reactor
-        heartbeats.start(HEARTBEAT_INTERVAL)
+        self._heartbeats.startService()  # type: ignore[no-untyped-call]
+        self._listener_service.startService()
         self._reactor.callWhenRunning(self._rpc.notify, "ready")
         self._reactor.callWhenRunning(freeze_startup_objects)
 
-    def _build_listener_service(self, server: ProxyServer) -> ListenerService:
-        for listener in server.listeners:
-            listener.site.on_closed = self._on_connection_closed
-        listeners = [evolve(listener, descriptions=()) for listener in server.listeners]
-        return ListenerService(self._reactor, listeners, server.transfers, server.close, lambda abort: None)
+    def _on_connection(self, setting: str, descriptor: int | None) -> None:
+        self._receiver(setting, descriptor)
 
-    def _on_connection_closed(self) -> None:
-        self._scoreboard.count_closed(self._number)
-
-    def _on_descriptor(self, label: bytes, descriptor: int) -> None:
-        self._receiver(label, descriptor)
-
-    def _reload(self, changed_settings: Mapping[str, str]) -> None:
+    def _reload(self, changed_settings: Mapping[str, str]) -> str:
+        """Apply changed settings. Return why that is impossible, or ``""``."""
         try:
-            self._server.reconfigure(Settings.from_environment({**self._forked_state.environment, **changed_settings}))
+            self._server.reconfigure(Settings.from_environment({**self._environment, **changed_settings}))
         except (SettingsError, HtpasswdError, OSError) as error:
-            log.error(
-                "worker {number} not reloaded, its settings are unchanged: {reason}",
-                number=self._number,
-                reason=str(error),
-            )
+            return describe_error(error)
+        return ""
+
+    def _debug(self) -> dict[str, Any]:
+        return self._server.debug_report()
 
     def _stop(self) -> None:
         if not self._stopping:
@@ -143,7 +136,7 @@ def run_worker(forked_state: ForkedState, request: SpawnRequest) -> None:
     reactor = _install_new_reactor(forked_state.reactor)
     try:
         settings = Settings.from_environment({**forked_state.environment, **request.changed_settings})
-        WorkerProcess(reactor, forked_state, settings, request.number, socket.socket(fileno=request.socket_fd)).start()
+        WorkerProcess(reactor, forked_state, settings, request).start()
     except (SettingsError, HtpasswdError, OSError) as error:
         log.error("worker {number} cannot start: {reason}", number=request.number, reason=describe_error(error))
         raise SystemExit(1) from None
@@ -155,7 +148,8 @@ def _install_new_reactor(reactor: Any) -> Any:
 
     A reactor cannot be used after fork(): parent and child would share one epoll set.
     """
-    del sys.modules["twisted.internet.reactor"]
-    new_reactor = type(reactor)()
+    del sys.modules["twisted.internet.reactor"]  # Twisted has no public way to replace an installed reactor
+    new_reactor: Any = type(reactor)()
+    new_reactor.seconds = time.monotonic  # see `dockerproxy.tap.makeService`
     installReactor(new_reactor)  # type: ignore[no-untyped-call]
     return new_reactor

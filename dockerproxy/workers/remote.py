@@ -1,4 +1,4 @@
-"""The worker's side of the state that all processes share: proxies that call the main process by RPC."""
+"""The worker's side of the state that all processes share, which calls the main process by RPC."""
 
 from __future__ import annotations
 
@@ -6,22 +6,23 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-from dockerproxy.cache.space import CacheSpace
 from dockerproxy.oci.names import Digest
 from dockerproxy.store.layout import IngestKey
+from dockerproxy.workers.coordinator import Coordinator
 from dockerproxy.workers.rpc import RPC, RemoteError
 
 _USE_REPORT_INTERVAL = 5.0  # seconds over which uses of blobs are collected into one message
 _MAX_USES_PER_REPORT = 1000  # uses in one message
 
 
-class RemoteCacheSpace(CacheSpace):
-    """Proxy of the `CacheSpaceManager` in the main process."""
+class RemoteCoordinator(Coordinator):
+    """Calls the worker's `LocalCoordinator` in the main process."""
 
     def __init__(self, reactor: Any, rpc: RPC) -> None:
         self._reactor = reactor
         self._rpc = rpc
         self._unreported_uses: set[Digest] = set()
+        self._last_lock_id = 0
 
     async def reserve(self, key: IngestKey, size: int, existing_size: int) -> bool:
         """Reserve space for a download; see `CacheSpaceManager.reserve`. Return False if the main process is gone."""
@@ -55,25 +56,12 @@ class RemoteCacheSpace(CacheSpace):
 
     def record_files(self, count: int) -> None:
         """Count new links and records."""
-        self._rpc.notify("record_files", count)
+        self._rpc.hint("record_files", count)
 
     async def usage(self) -> tuple[int, int]:
         """Return the bytes used by the cache, and their limit. Raise `RemoteError`."""
         used, limit = await self._rpc.call("usage")
         return int(used), int(limit)
-
-    def _report_uses(self) -> None:
-        digests, self._unreported_uses = self._unreported_uses, set()
-        if digests:
-            self._rpc.notify("mark_used", [str(digest) for digest in digests])
-
-
-class RemoteKeyedLock:
-    """Proxy of the `LocalKeyedLock` in the main process; implements `KeyedLock`."""
-
-    def __init__(self, rpc: RPC) -> None:
-        self._rpc = rpc
-        self._last_lock_id = 0
 
     @asynccontextmanager
     async def hold(self, key: str) -> AsyncIterator[bool]:
@@ -84,3 +72,8 @@ class RemoteKeyedLock:
             yield bool(await self._rpc.call("lock", key, lock_id))
         finally:
             self._rpc.notify("unlock", lock_id)  # also if the caller was cancelled while it waited
+
+    def _report_uses(self) -> None:
+        digests, self._unreported_uses = self._unreported_uses, set()
+        if digests:
+            self._rpc.hint("mark_used", [str(digest) for digest in digests])

@@ -12,7 +12,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from dockerproxy.concurrency import spawn
-from dockerproxy.workers.message_socket import MessageSocket, OnDescriptor, reject_descriptor
+from dockerproxy.workers.message_socket import MessageNotSent, MessageSocket, OnDescriptor, reject_descriptor
 
 log = Logger()
 
@@ -25,7 +25,10 @@ class RemoteError(Exception):
 
 
 class RPC:
-    """This process's end of the connection. The other process may call `handlers`. See `MessageSocket` for the rest."""
+    """This process's end of the connection. The other process may call `handlers`.
+
+    `on_closed` is called once, when either end has been closed. See `MessageSocket` for `on_descriptor`.
+    """
 
     def __init__(
         self,
@@ -33,14 +36,14 @@ class RPC:
         sock: socket.socket,
         handlers: Handlers,
         *,
-        on_descriptor: OnDescriptor = reject_descriptor,
         on_closed: Callable[[], None],
+        on_descriptor: OnDescriptor = reject_descriptor,
     ) -> None:
         self._handlers = handlers
-        self._on_lost = on_closed
+        self._on_closed = on_closed
         self._pending: dict[int, Deferred[Any]] = {}
         self._last_call_id = 0
-        self.message_socket = MessageSocket(reactor, sock, self._on_message, on_descriptor, self._on_closed)
+        self.message_socket = MessageSocket(reactor, sock, self._on_message, self._on_socket_closed, on_descriptor)
 
     async def call(self, name: str, *arguments: Any) -> Any:
         """Call a handler of the other process and return its result. Raise `RemoteError`."""
@@ -49,15 +52,31 @@ class RPC:
         self._last_call_id += 1
         call_id = self._last_call_id
         result = self._pending[call_id] = Deferred(lambda _: self._discard(call_id))
-        self.message_socket.send([name, call_id, *arguments])
+        try:
+            self.message_socket.send([name, call_id, *arguments])
+        except MessageNotSent as error:
+            self._discard(call_id)
+            raise RemoteError(f"{name} was not sent: {error}") from error
         return await result
 
     def _discard(self, call_id: int) -> None:
-        del self._pending[call_id]
+        self._pending.pop(call_id, None)
 
     def notify(self, name: str, *arguments: Any) -> None:
-        """Call a handler of the other process without waiting for a result."""
-        self.message_socket.send([name, 0, *arguments])
+        """Call a handler of the other process without waiting for a result.
+
+        If the message cannot be sent, disconnect: the other process would otherwise never learn, for example, that a
+        lock is free.
+        """
+        try:
+            self.message_socket.send([name, 0, *arguments])
+        except MessageNotSent as error:
+            log.error("{name} was not sent, disconnecting: {reason}", name=name, reason=str(error))
+            self.message_socket.close()
+
+    def hint(self, name: str, *arguments: Any) -> None:
+        """Like `notify`, but drop the message if the other process is behind."""
+        self.message_socket.hint([name, 0, *arguments])
 
     def _on_message(self, message: Any) -> None:
         name, call_id, *arguments = message
@@ -77,12 +96,22 @@ class RPC:
             log.failure("handler of the RPC {name} failed", name=name)
             reply = [f"{name} failed", True]
         if call_id:
-            self.message_socket.send(["", call_id, *reply])
+            self._reply(name, call_id, reply)
 
-    def _on_closed(self) -> None:
+    def _reply(self, name: str, call_id: int, reply: list[Any]) -> None:
+        try:
+            self.message_socket.send(["", call_id, *reply])
+        except MessageNotSent as error:
+            log.error("the result of {name} was not sent: {reason}", name=name, reason=str(error))
+            if not reply[1]:
+                self._reply(name, call_id, [f"the result of {name} was not sent", True])
+            else:
+                self.message_socket.close()  # the caller would wait for ever
+
+    def _on_socket_closed(self) -> None:
         # Call this first, because a worker exits in it. Otherwise its clients would receive an error response, which
         # they do not retry, instead of a broken connection.
-        self._on_lost()
+        self._on_closed()
         pending, self._pending = self._pending, {}
         for waiter in pending.values():
             waiter.errback(Failure(RemoteError("the other process is gone")))  # type: ignore[no-untyped-call]

@@ -1,36 +1,46 @@
-"""The supervisor of the workers in the main process: starts, replaces, reloads and stops them."""
+"""The supervisor of the workers in the main process: starts, replaces, reloads and stops them.
+
+A worker is one of a row of processes with the same number. `WorkerState` says what is known of the current process::
+
+    ENDED ──start──► STARTING ──ready──► SERVING ──stop──► STOPPING
+      ▲                 └────────────────────┴───its socket closes───┴──► DISCONNECTED
+      └── the fork server reports its exit, in any state; or the start failed
+
+The exit of a process is reported by its socket, which closes, and by the fork server. The first ends its reservations
+and locks, the second starts its successor. Without the fork server the socket alone tells of the exit, and there is no
+successor. A start that fails for any reason is an exit: it is retried with the same delays.
+"""
 
 from __future__ import annotations
 
+import enum
 import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Any, Protocol
 
-from attrs import define, evolve, field
+from attrs import define, field
 from twisted.application.service import Service
 from twisted.internet.defer import Deferred, TimeoutError
 from twisted.internet.task import LoopingCall
 from twisted.logger import Logger
 
-from dockerproxy.cache.identity import Bindings
-from dockerproxy.daemon.listener_service import Listener
-from dockerproxy.workers.dispatch import ConnectionDispatcher
+from dockerproxy.concurrency import spawn
+from dockerproxy.workers.coordinator import LocalCoordinator, rpc_handlers
+from dockerproxy.workers.fork_server import SpawnRequest
 from dockerproxy.workers.log_relay import LogRelay
-from dockerproxy.workers.message_socket import MessageSocket, socketpair
-from dockerproxy.workers.rpc import RPC
+from dockerproxy.workers.message_socket import socketpair
+from dockerproxy.workers.rpc import RPC, RemoteError
 from dockerproxy.workers.scoreboard import Scoreboard
-
-HEARTBEAT_INTERVAL = 1.0
-"""Seconds between two heartbeats of a worker."""
 
 _HEARTBEAT_TIMEOUT = 60.0  # seconds without a heartbeat after which a worker is killed
 _RESTART_DELAYS = (0.5, 1, 2, 4, 8, 16, 30)  # seconds before a dead worker is replaced
 _STABLE_AFTER = 60.0  # seconds after which the exit of a worker does not count as a failed start
+_REPLY_TIMEOUT = 10.0  # seconds that a worker has to answer
 
 _UNKNOWN_REASON = "exit status unknown"
 
@@ -38,26 +48,34 @@ log = Logger()
 
 
 class Spawner(Protocol):
-    """Starts worker processes; see `ForkServer`."""
-
-    on_started: Callable[[int, int], None]
-    on_exited: Callable[[int, str], None]
-    on_lost: Callable[[], None]
+    """Starts worker processes, and reports to a `SpawnObserver`; see `ForkServer`."""
 
     @property
     def alive(self) -> bool: ...
 
-    def start(self, number: int, changed_settings: Mapping[str, str], socket_fd: int, log_fd: int | None) -> bool: ...
+    def start(self, request: SpawnRequest) -> None: ...
 
     def close(self) -> None: ...
+
+
+class WorkerState(enum.Enum):
+    """The state of a worker's current process; see the module's docstring."""
+
+    ENDED = enum.auto()
+    STARTING = enum.auto()
+    SERVING = enum.auto()
+    STOPPING = enum.auto()
+    DISCONNECTED = enum.auto()
 
 
 class WorkerSupervisor(Service):
     """Supervises `count` workers. The number of the main process is 0, those of the workers begin at 1.
 
-    `new_session` returns a `WorkerSession` for a new worker. `grace` is the time in seconds that workers have to stop.
-    If `relay_logs` is true, workers send their log to this process through a pipe. A token binding that one process
-    adds to its `bindings` is sent to all others.
+    `new_coordinator` returns a `LocalCoordinator` for a new worker. `grace` is the time in seconds that workers have to
+    stop. If `relay_logs` is true, workers send their log to this process through a pipe.
+    `on_token_bound` is called with each token binding that a worker reports.
+
+    The supervisor is a `SpawnObserver`; the composition root subscribes it to the spawner.
     """
 
     def __init__(
@@ -66,58 +84,51 @@ class WorkerSupervisor(Service):
         count: int,
         spawner: Spawner,
         scoreboard: Scoreboard,
-        new_session: Callable[[], Any],
-        bindings: Bindings,
+        new_coordinator: Callable[[], LocalCoordinator],
+        on_token_bound: Callable[[str, str], None],
         grace: float,
         *,
         relay_logs: bool,
     ) -> None:
         self._reactor = reactor
         self._spawner = spawner
-        spawner.on_started, spawner.on_exited, spawner.on_lost = self._on_started, self._on_exited, self._spawner_lost
+        self._slots = [scoreboard.slot(number) for number in range(count + 1)]
+        self._accepted = [0] * (count + 1)  # connections that each process was given
+        self._new_coordinator = new_coordinator
+        self._on_token_bound = on_token_bound
+        self._grace = grace
         self._relay_logs = relay_logs
         self._changed_settings: dict[str, str] = {}
-        self._new_session = new_session
-        self._grace = grace
-        self._scoreboard = scoreboard
         self._workers = [WorkerHandle(number) for number in range(1, count + 1)]
-        self._dispatched = [0] * (count + 1)
         self._watchdog = LoopingCall(self._check_heartbeats)
         self._watchdog.clock = reactor
         self._stopping = False
-        self._bindings = bindings
-        bindings.on_bind = partial(self._broadcast_binding, None)
 
     # connections
 
-    def dispatching_listeners(self, listeners: Sequence[Listener]) -> list[Listener]:
-        """Return copies of `listeners` that pass their connections to workers."""
-        if not self._workers:
-            return list(listeners)
-        for listener in listeners:
-            listener.site.on_closed = partial(self._scoreboard.count_closed, 0)
-        return [
-            evolve(listener, factory=ConnectionDispatcher(number, listener.site, self.dispatch))
-            for number, listener in enumerate(listeners)
-        ]
+    def dispatch(self, setting: str, sock: socket.socket) -> bool:
+        """Hand over a connection to the process with the fewest. Return False if this process must serve it.
 
-    def dispatch(self, label: bytes, sock: socket.socket | None) -> bool:
-        """Pass a connection to the process with the fewest connections. Return False if this process must serve it.
-
-        That is the case if this process has the fewest, if no worker is ready, if `sock` is None (not TCP), or if the
-        daemon is stopping: the workers stop before the listeners close.
+        That is the case if this process has the fewest, or if no worker is serving: the workers stop before the
+        listeners close.
         """
-        scoreboard, dispatched = self._scoreboard, self._dispatched
-        chosen, fewest = None, dispatched[0] - scoreboard.closed_connections(0)
-        for worker in self._workers if sock is not None and not self._stopping else ():
-            open_connections = dispatched[worker.number] - scoreboard.closed_connections(worker.number)
-            if worker.ready and open_connections < fewest:
-                chosen, fewest = worker, open_connections
-        if chosen is not None and sock is not None and chosen.message_socket.send_descriptors(label, sock.fileno()):
-            dispatched[chosen.number] += 1
-            return True
-        dispatched[0] += 1
-        return False
+        chosen, fewest = None, self._open_connections(0)
+        for worker in self._workers:
+            if worker.state is WorkerState.SERVING:
+                open_connections = self._open_connections(worker.number)
+                if open_connections < fewest:
+                    chosen, fewest = worker, open_connections
+        if chosen is None or not chosen.hand_over(setting, sock):
+            return False
+        self._accepted[chosen.number] += 1
+        return True
+
+    def count_local_connection(self) -> None:
+        """Count a connection that this process serves."""
+        self._accepted[0] += 1
+
+    def _open_connections(self, number: int) -> int:
+        return self._accepted[number] - self._slots[number].closed_connections
 
     # the service
 
@@ -137,86 +148,89 @@ class WorkerSupervisor(Service):
                 worker.restart_timer.cancel()
         return Deferred.fromCoroutine(self._stop())
 
-    def reload(self, changed_settings: Mapping[str, str]) -> None:
-        """Send changed settings to the workers, and to those that start later."""
+    async def reload(self, changed_settings: Mapping[str, str]) -> list[str]:
+        """Send changed settings to the workers, and to those that start later.
+
+        A worker that cannot apply them would give access to removed users, so it is replaced. Return a sentence for
+        each of them.
+        """
         self._changed_settings.update(changed_settings)
-        for worker in self._workers:
-            worker.notify("reload", changed_settings)
+        answers = [
+            (worker, Deferred.fromCoroutine(self._reload_worker(worker, changed_settings)))
+            for worker in self._workers
+            if worker.running
+        ]
+        problems = []
+        for worker, answer in answers:
+            reason = await answer
+            if reason and worker.running:
+                problems.append(f"worker {worker.number} is restarted, because it could not reload: {reason}")
+                spawn(self._stop_worker(worker, self._grace), f"stopping worker {worker.number}")
+        return problems
+
+    async def debug(self) -> list[dict[str, Any]]:
+        """Return the state of each worker: what is known here, and what the worker itself reports."""
+        reports = [Deferred.fromCoroutine(self._report(worker)) for worker in self._workers]
+        return [await report for report in reports]
+
+    def broadcast_binding(self, token: str, client: str) -> None:
+        """Send a token binding of this process to the workers, as a hint: a worker that is behind gets none."""
+        self._send_binding(None, token, client)
 
     def abort(self) -> None:
         """Make the workers abort their open connections at once."""
         for worker in self._workers:
             worker.notify("abort")
 
-    async def _stop(self) -> None:
-        for worker in self._workers:
-            worker.notify("stop")
-        deadline = self._reactor.seconds() + self._grace
-        for worker in self._workers:
-            try:
-                await worker.wait_ended().addTimeout(max(0.0, deadline - self._reactor.seconds()), self._reactor)
-            except TimeoutError:
-                worker.kill()
-        self._spawner.close()
+    # SpawnObserver
 
-    def _start_worker(self, worker: WorkerHandle) -> None:
-        worker.restart_timer = None
-        worker.unresponsive = False
-        parent_socket, child_socket = socketpair()
-        session = self._new_session()
-        self._scoreboard.reset(worker.number, time.monotonic_ns())
-        self._dispatched[worker.number] = 0
-        worker.started_at = self._reactor.seconds()
-        worker.rpc = RPC(
-            self._reactor,
-            parent_socket,
-            {**session.handlers, "ready": worker.mark_ready, "token_bound": partial(self._on_token_bound, worker)},
-            on_closed=lambda: self._on_disconnected(worker, session),
-        )
-        log_fd = None
-        if self._relay_logs:
-            read_fd, log_fd = os.pipe()
-            LogRelay(self._reactor, read_fd)
-        with child_socket:
-            requested = self._spawner.start(worker.number, self._changed_settings, child_socket.fileno(), log_fd)
-        if log_fd is not None:
-            os.close(log_fd)
-        worker.running = True
-        if not requested:
-            self._on_worker_ended(worker, "the fork server did not accept the request")
-
-    def _on_token_bound(self, worker: WorkerHandle, token: str, client: str) -> None:
-        self._bindings.add(token, client)
-        self._broadcast_binding(worker, token, client)
-
-    def _broadcast_binding(self, source: WorkerHandle | None, token: str, client: str) -> None:
-        for worker in self._workers:
-            if worker is not source:
-                worker.notify("token_bound", token, client)
-
-    def _on_disconnected(self, worker: WorkerHandle, session: Any) -> None:
-        worker.ready = False
-        session.close()
-        if worker.running and not self._spawner.alive:
-            self._on_worker_ended(worker, _UNKNOWN_REASON)
-
-    def _on_started(self, number: int, pid: int) -> None:
+    def worker_started(self, number: int, pid: int) -> None:
         self._workers[number - 1].pid = pid
 
-    def _on_exited(self, number: int, reason: str) -> None:
-        self._on_worker_ended(self._workers[number - 1], reason)
+    def worker_exited(self, number: int, reason: str) -> None:
+        self._on_ended(self._workers[number - 1], reason)
 
-    def _spawner_lost(self) -> None:
+    def fork_server_lost(self) -> None:
         if not self._stopping:
             log.critical("the fork server has exited; workers that exit are not replaced until the daemon is restarted")
         for worker in self._workers:
-            if worker.running and not worker.message_socket.connected:
-                self._on_worker_ended(worker, _UNKNOWN_REASON)
+            if worker.state is WorkerState.DISCONNECTED:
+                self._on_ended(worker, _UNKNOWN_REASON)
 
-    def _on_worker_ended(self, worker: WorkerHandle, reason: str) -> None:
-        worker.running, worker.pid = False, None
-        worker.message_socket.close()
-        worker.notify_ended()
+    # start and end of a worker
+
+    def _start_worker(self, worker: WorkerHandle) -> None:
+        worker.restart_timer = None
+        worker.started_at = self._reactor.seconds()
+        self._slots[worker.number].reset()
+        self._accepted[worker.number] = 0
+        try:
+            self._request_worker(worker)
+        except OSError as error:  # EMFILE, ENOMEM; or the fork server is gone
+            self._on_ended(worker, f"not started: {error}")
+
+    def _request_worker(self, worker: WorkerHandle) -> None:
+        """Ask the fork server for a process. Raise `OSError`; then nothing is left open but `worker.rpc`."""
+        with ExitStack() as stack:
+            parent_socket, child_socket = socketpair()
+            stack.callback(child_socket.close)
+            on_binding = partial(self._on_binding, worker)
+            worker.connect(
+                self._reactor, parent_socket, self._new_coordinator(), self._on_worker_disconnected, on_binding
+            )
+            log_fd = None
+            if self._relay_logs:
+                read_fd, log_fd = os.pipe()
+                stack.callback(os.close, log_fd)
+                LogRelay(self._reactor, read_fd)
+            self._spawner.start(SpawnRequest(worker.number, self._changed_settings, child_socket.fileno(), log_fd))
+
+    def _on_worker_disconnected(self, worker: WorkerHandle) -> None:
+        if not self._spawner.alive:
+            self._on_ended(worker, _UNKNOWN_REASON)
+
+    def _on_ended(self, worker: WorkerHandle, reason: str) -> None:
+        worker.end()
         if self._stopping:
             return
         if not self._spawner.alive:
@@ -235,15 +249,28 @@ class WorkerSupervisor(Service):
         )  # fmt: skip
         worker.restart_timer = self._reactor.callLater(delay, self._start_worker, worker)
 
+    async def _stop(self) -> None:
+        stops = [Deferred.fromCoroutine(self._stop_worker(worker, self._grace)) for worker in self._workers]
+        for stop in stops:
+            await stop
+        self._spawner.close()
+
+    async def _stop_worker(self, worker: WorkerHandle, grace: float) -> None:
+        """Let the connections of a worker finish, and kill it if it still runs after `grace` seconds."""
+        worker.stop()
+        try:
+            await worker.wait_ended().addTimeout(grace, self._reactor)
+        except TimeoutError:
+            worker.kill()
+
     def _check_heartbeats(self) -> None:
+        now = time.monotonic_ns()
         for worker in self._workers:
-            was_unresponsive, worker.unresponsive = (
-                worker.unresponsive,
-                time.monotonic_ns() - self._scoreboard.last_heartbeat(worker.number) > _HEARTBEAT_TIMEOUT * 1e9,
-            )
+            last_heartbeat = self._slots[worker.number].last_heartbeat
+            was_unresponsive, worker.unresponsive = worker.unresponsive, now - last_heartbeat > _HEARTBEAT_TIMEOUT * 1e9
             # Kill only if the previous check failed as well. If the whole daemon was suspended (a frozen container),
             # this process may resume before the workers do.
-            if worker.running and worker.unresponsive and was_unresponsive:
+            if worker.state is not WorkerState.ENDED and worker.unresponsive and was_unresponsive:
                 log.error(
                     "worker {number} unresponsive for {seconds:.0f} s, sending SIGKILL",
                     number=worker.number,
@@ -251,34 +278,136 @@ class WorkerSupervisor(Service):
                 )
                 worker.kill()
 
+    # messages
+
+    async def _reload_worker(self, worker: WorkerHandle, changed_settings: Mapping[str, str]) -> str:
+        """Return why the worker could not reload, or ``""``."""
+        try:
+            return str(await worker.call(self._reactor, "reload", changed_settings))
+        except RemoteError as error:
+            return str(error)
+
+    async def _report(self, worker: WorkerHandle) -> dict[str, Any]:
+        report = {
+            "number": worker.number,
+            "state": worker.state.name.lower(),
+            "pid": worker.pid,
+            "connections": self._open_connections(worker.number),
+        }
+        if worker.state is not WorkerState.SERVING:
+            return report
+        report["queued messages"], report["dropped hints"] = worker.queued_messages, worker.dropped_hints
+        try:
+            answer: dict[str, Any] = await worker.call(self._reactor, "debug")
+        except RemoteError as error:
+            answer = {"error": str(error)}
+        return report | answer
+
+    def _on_binding(self, worker: WorkerHandle, token: str, client: str) -> None:
+        self._on_token_bound(token, client)
+        self._send_binding(worker, token, client)
+
+    def _send_binding(self, source: WorkerHandle | None, token: str, client: str) -> None:
+        for worker in self._workers:
+            if worker is not source and worker.rpc is not None:
+                worker.rpc.hint("token_bound", token, client)
+
 
 @define(eq=False)
 class WorkerHandle:
-    """A worker as the main process sees it."""
+    """A worker as the main process sees it. `rpc` is connected while it is `running`."""
 
     number: int
+    state: WorkerState = WorkerState.ENDED
     rpc: RPC | None = None
-    running: bool = False
     pid: int | None = None
     restart_timer: Any = None
     started_at: float = 0.0
     early_exits: int = 0
-    ready: bool = False
     unresponsive: bool = False
     _exit_waiters: list[Deferred[None]] = field(factory=list)
 
     @property
-    def message_socket(self) -> MessageSocket:
-        assert self.rpc is not None
-        return self.rpc.message_socket
+    def running(self) -> bool:
+        """Whether the process can be called."""
+        return self.state not in (WorkerState.ENDED, WorkerState.DISCONNECTED)
 
-    def mark_ready(self) -> None:
-        self.ready = True
+    @property
+    def queued_messages(self) -> int:
+        return 0 if self.rpc is None else self.rpc.message_socket.queued
+
+    @property
+    def dropped_hints(self) -> int:
+        return 0 if self.rpc is None else self.rpc.message_socket.dropped_hints
+
+    def connect(
+        self,
+        reactor: Any,
+        sock: Any,
+        coordinator: LocalCoordinator,
+        on_disconnected: Callable[[WorkerHandle], None],
+        on_binding: Callable[[str, str], None],
+    ) -> None:
+        """Connect to a process that is about to be started."""
+
+        def on_closed() -> None:
+            coordinator.close()
+            if self.running:
+                self.state = WorkerState.DISCONNECTED
+                on_disconnected(self)
+
+        self.state, self.unresponsive = WorkerState.STARTING, False
+        handlers: dict[str, Callable[..., Any]] = {
+            **rpc_handlers(coordinator),
+            "ready": self._on_ready,
+            "token_bound": on_binding,
+        }
+        self.rpc = RPC(reactor, sock, handlers, on_closed=on_closed)
+
+    def _on_ready(self) -> None:
+        if self.state is WorkerState.STARTING:
+            self.state = WorkerState.SERVING
         log.info("worker {number} serves", number=self.number)
+
+    def end(self) -> None:
+        """Note that the process has exited, or was not started."""
+        self.state, self.pid, rpc, self.rpc = WorkerState.ENDED, None, self.rpc, None
+        if rpc is not None:
+            rpc.message_socket.close()
+        waiters, self._exit_waiters = self._exit_waiters, []
+        for waiter in waiters:
+            waiter.callback(None)
+
+    def hand_over(self, setting: str, sock: socket.socket) -> bool:
+        """Send a copy of a connection to the worker. Return whether it was sent."""
+        if self.rpc is None:
+            return False
+        try:
+            self.rpc.message_socket.send_descriptors(setting, [sock.fileno()])
+        except OSError:  # the worker is behind, or gone
+            return False
+        return True
+
+    async def call(self, reactor: Any, name: str, *arguments: Any) -> Any:
+        """Call a handler of the worker. Raise `RemoteError`, also if it does not answer in time."""
+        if self.rpc is None or not self.running:
+            raise RemoteError("it is not running")
+        call = Deferred.fromCoroutine(self.rpc.call(name, *arguments))
+        try:
+            return await call.addTimeout(_REPLY_TIMEOUT, reactor)
+        except TimeoutError:
+            raise RemoteError(f"it did not answer within {_REPLY_TIMEOUT:.0f} s") from None
 
     def notify(self, name: str, *arguments: Any) -> None:
         if self.rpc is not None and self.running:
             self.rpc.notify(name, *arguments)
+
+    def stop(self) -> None:
+        """Make the process finish its requests and exit."""
+        if self.running:
+            self.notify("stop")
+        if self.running:
+            self.state = WorkerState.STOPPING
 
     def kill(self) -> None:
         if self.pid is not None:
@@ -287,13 +416,8 @@ class WorkerHandle:
 
     def wait_ended(self) -> Deferred[None]:
         waiter: Deferred[None] = Deferred(self._exit_waiters.remove)
-        if not self.running:
+        if self.state is WorkerState.ENDED:
             waiter.callback(None)
         else:
             self._exit_waiters.append(waiter)
         return waiter
-
-    def notify_ended(self) -> None:
-        waiters, self._exit_waiters = self._exit_waiters, []
-        for waiter in waiters:
-            waiter.callback(None)

@@ -10,7 +10,7 @@ from twisted.internet.defer import Deferred
 from twisted.internet.error import CannotListenError
 from twisted.internet.testing import MemoryReactorClock
 
-from dockerproxy.daemon.listener_service import SHUTDOWN_GRACE, Listener, ListenerService
+from dockerproxy.daemon.listener_service import SHUTDOWN_GRACE, EndpointOpener, Listener, ListenerService
 from dockerproxy.daemon.transfers import Transfers
 from dockerproxy.http.request import Request
 
@@ -49,6 +49,7 @@ class ListenerServiceHarness:
                 Listener("PROXY_LISTEN", ("tcp:3128", "tcp:3129"), self.sites[0]),
                 Listener("REGISTRY_LISTEN", ("tcp:5443",), self.sites[1]),
             ],
+            EndpointOpener(self.reactor),
             self.transfers,
             self.close,
             self.stop_handlers.append,
@@ -196,8 +197,8 @@ def test_connections_are_aborted_after_the_grace_period(
     harness.stop()
     harness.reactor.advance(SHUTDOWN_GRACE - 1)
     assert (harness.stopped, aborted, one.transport.closed) == ([], [], False)
-    for _ in range(4):  # the sites and the tunnels are drained one after another
-        harness.reactor.advance(1)
+    harness.reactor.advance(1)
+    harness.reactor.advance(0)
     assert one.transport.aborted and other.transport.aborted
     assert not one.read_response().complete
     assert aborted == ["tunnel"]
@@ -207,6 +208,26 @@ def test_connections_are_aborted_after_the_grace_period(
     assert harness.reactor.getDelayedCalls() == []
 
 
+def test_all_sites_drain_while_one_is_busy(harness: ListenerServiceHarness) -> None:
+    """Clients of a site whose requests have finished are not served on, although another site is still busy."""
+    harness.service.startService()
+    busy, other = harness.connect(0), harness.connect(1)
+    busy.send_request("GET", "/busy")
+    other.send_request("GET", "/other")
+    harness.stop()
+    harness.pending["/other"].callback(None)
+    harness.reactor.advance(0)
+    response = other.read_response()
+    assert response.complete
+    assert other.transport.closed
+    assert not busy.transport.closed
+    late = harness.connect(1)  # accepted just before the port was closed
+    late.send_request("GET", "/late")
+    harness.pending["/late"].callback(None)
+    harness.reactor.advance(0)
+    assert late.read_response().fields("Connection") == ["close"]
+
+
 def test_the_grace_period_is_shared(harness: ListenerServiceHarness) -> None:
     """The whole shutdown ends before systemd sends SIGKILL, regardless of the number of listeners and tunnels."""
     harness.service.startService()
@@ -214,8 +235,8 @@ def test_the_grace_period_is_shared(harness: ListenerServiceHarness) -> None:
         harness.connect(site).send_request("GET", f"/{site}")
     harness.transfers.add(lambda: None)
     harness.stop()
-    for _ in range(int(SHUTDOWN_GRACE) + 3):
-        harness.reactor.advance(1)
+    harness.reactor.advance(SHUTDOWN_GRACE)
+    harness.reactor.advance(0)
     assert len(harness.stopped) == 1
 
 

@@ -16,16 +16,15 @@ from twisted.python.failure import Failure
 
 from dockerproxy.cache.janitor import Janitor
 from dockerproxy.cache.space import CacheSpaceManager
-from dockerproxy.concurrency import LocalKeyedLock
 from dockerproxy.oci.names import Digest
 from dockerproxy.store.blobs import Blobs
 from dockerproxy.store.ingest import Ingest
 from dockerproxy.store.layout import IngestKey, Layout
 from dockerproxy.store.records import Records
 from dockerproxy.workers import remote
-from dockerproxy.workers.coordinator import LocalCacheSpace, ReservationTable, WorkerSession
+from dockerproxy.workers.coordinator import Coordinator, LocalCoordinator, SharedState, rpc_handlers
 from dockerproxy.workers.message_socket import socketpair
-from dockerproxy.workers.remote import RemoteCacheSpace, RemoteKeyedLock
+from dockerproxy.workers.remote import RemoteCoordinator
 from dockerproxy.workers.rpc import RPC
 from tests.workers.descriptor_reactor import DescriptorThreadReactor
 
@@ -34,16 +33,15 @@ ONE, OTHER, THIRD = (IngestKey("registry.example", Digest.of(name)) for name in 
 
 
 class WorkerStub:
-    """A worker's end of its socket, and the session in the main process."""
+    """A worker's end of its socket, and its coordinator in the main process."""
 
     def __init__(self, main_process: MainProcessStub) -> None:
         self.reactor = main_process.reactor
         main_socket, worker_socket = socketpair()
-        self.session = WorkerSession(main_process.reservations, main_process.lock)
-        self._main_rpc = RPC(self.reactor, main_socket, self.session.handlers, on_closed=self.session.close)
+        local = LocalCoordinator(main_process.shared)
+        self._main_rpc = RPC(self.reactor, main_socket, rpc_handlers(local), on_closed=local.close)
         self.rpc = RPC(self.reactor, worker_socket, {}, on_closed=lambda: None)
-        self.space = RemoteCacheSpace(self.reactor, self.rpc)
-        self.lock = RemoteKeyedLock(self.rpc)
+        self.space = self.lock = RemoteCoordinator(self.reactor, self.rpc)
 
     def reserve(self, key: IngestKey, size: int) -> list[Any]:
         return self.start(self.space.reserve(key, size, 0))
@@ -75,9 +73,8 @@ class MainProcessStub:
             self.reactor, self.layout, self.blobs, limit=LIMIT, inactive=1e9, clock=self.reactor.seconds,
             janitor=Janitor(self.layout, Records(directory / "records"), self.reactor.seconds),
         )  # fmt: skip
-        self.reservations = ReservationTable(self.cache_space)
-        self.space = LocalCacheSpace(self.reservations)
-        self.lock = LocalKeyedLock()
+        self.shared = SharedState(self.cache_space)
+        self.space = self.lock = LocalCoordinator(self.shared)
 
     @property
     def reserved_bytes(self) -> int:
@@ -273,9 +270,7 @@ def test_usage_is_the_same_in_all_processes(
 class LockHolder:
     """A coroutine that acquires a lock and holds it until `release`."""
 
-    def __init__(
-        self, reactor: DescriptorThreadReactor, lock: LocalKeyedLock | RemoteKeyedLock, key: str = "a/b"
-    ) -> None:
+    def __init__(self, reactor: DescriptorThreadReactor, lock: Coordinator, key: str = "a/b") -> None:
         self._reactor = reactor
         self._release: Deferred[None] = Deferred()
         self.holds_lock = False
@@ -284,7 +279,7 @@ class LockHolder:
         self.deferred.addErrback(self._on_failure)
         reactor.iterate_all()
 
-    async def _hold(self, lock: LocalKeyedLock | RemoteKeyedLock, key: str) -> None:
+    async def _hold(self, lock: Coordinator, key: str) -> None:
         async with lock.hold(key):
             self.holds_lock = True
             try:
@@ -315,7 +310,7 @@ def test_lock_is_granted_in_request_order(
     while holders:
         assert [holder.holds_lock for holder in holders] == [True] + [False] * (len(holders) - 1)
         holders.pop(0).release()
-    assert main_process.lock._locks == {}
+    assert main_process.shared.locks._locks == {}
 
 
 def test_locks_of_different_keys_are_independent(
@@ -338,7 +333,7 @@ def test_cancelled_waiter_does_not_get_the_lock(
     holder.release()
     assert next_one.holds_lock
     next_one.release()
-    assert main_process.lock._locks == {}
+    assert main_process.shared.locks._locks == {}
 
 
 def test_cancelled_holder_releases_the_lock(
@@ -361,7 +356,7 @@ def test_cancellation_crosses_the_grant(main_process: MainProcessStub, workers: 
     waiting = LockHolder(main_process.reactor, other.lock)
     assert waiting.holds_lock
     waiting.release()
-    assert main_process.lock._locks == {}
+    assert main_process.shared.locks._locks == {}
 
 
 def test_dead_worker_releases_its_locks(main_process: MainProcessStub, workers: tuple[WorkerStub, WorkerStub]) -> None:
@@ -372,7 +367,7 @@ def test_dead_worker_releases_its_locks(main_process: MainProcessStub, workers: 
     one.die()
     assert waiting.holds_lock
     waiting.release()
-    assert main_process.lock._locks == {}
+    assert main_process.shared.locks._locks == {}
 
 
 def test_failing_holder_releases_the_lock(

@@ -22,7 +22,7 @@ HERE = Path(__file__).parent
 _PRELUDE = """
 import json, os, select, signal, socket, sys, time
 from tests.workers.descriptor_reactor import DescriptorReactor
-from dockerproxy.workers.fork_server import ForkServer
+from dockerproxy.workers.fork_server import ForkServer, SpawnRequest
 from twisted.logger import globalLogPublisher
 
 reactor, events = DescriptorReactor(), []
@@ -32,11 +32,19 @@ ready, go = os.pipe()
 def run(request):
     {run}
 
+class Observer:
+    def worker_started(self, number, pid):
+        events.append(["started", number, pid])
+
+    def worker_exited(self, number, reason):
+        events.append(["exited", number, reason])
+
+    def fork_server_lost(self):
+        events.append(["lost"])
+
 def begin(keep_log_observers=True):
     server = ForkServer(reactor, run, keep_log_observers=keep_log_observers)
-    server.on_started = lambda number, pid: events.append(["started", number, pid])
-    server.on_exited = lambda number, reason: events.append(["exited", number, reason])
-    server.on_lost = lambda: events.append(["lost"])
+    server.subscribe(Observer())
     server.startService()
     return server
 
@@ -48,7 +56,7 @@ def wait_for(count):
 def start(server, number, changed_settings={{}}, log_fd=None):
     parent_socket, child_socket = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with child_socket:
-        assert server.start(number, changed_settings, child_socket.fileno(), log_fd)
+        server.start(SpawnRequest(number, changed_settings, child_socket.fileno(), log_fd))
     return parent_socket
 
 def descriptors(pid):
@@ -128,7 +136,7 @@ def test_descriptors_of_the_main_process_are_closed() -> None:
         "print(json.dumps([descriptors(server._pid), descriptors(events[0][2])]))",
     )
     assert [number for number in server if number <= 2] == [0, 1, 2]
-    assert len(server) == 3 + 2  # the socket to the main process, the pidfd of the worker
+    assert len(server) == 3 + 3  # the socket to the main process, and the pipe that tells of exits
     assert len(worker) == 3 + 1
 
 
@@ -155,13 +163,76 @@ def test_fork_server_exits_when_its_socket_closes() -> None:
 
 
 def test_killed_fork_server_is_noticed() -> None:
-    events, alive, requested, running = run_script(
+    events, alive, reason, running = run_script(
         WAIT_FOR_CLOSE,
         "server = begin(); sock = start(server, 1); wait_for(1); sock.recv(9); os.kill(server._pid, signal.SIGKILL)\n"
-        "wait_for(2); requested = server.start(2, {}, sock.fileno(), None)\n"
-        "print(json.dumps([events, server.alive, requested, os.path.exists(f'/proc/{events[0][2]}/exe')]))",
+        "wait_for(2)\n"
+        "try:\n"
+        "    server.start(SpawnRequest(2, {}, sock.fileno(), None))\n"
+        "except OSError as error:\n"
+        "    reason = str(error)\n"
+        "print(json.dumps([events, server.alive, reason, os.path.exists(f'/proc/{events[0][2]}/exe')]))",
     )
-    assert (events[1], alive, requested, running) == (["lost"], False, False, True)
+    assert (events[1], alive, reason, running) == (["lost"], False, "the other process is gone", True)
+
+
+def test_hung_worker_is_killed_with_the_main_process() -> None:
+    """It would otherwise keep its connections, which nobody serves."""
+    assert run_script(
+        "sock = socket.socket(fileno=request.socket_fd); sock.send(b'here'); time.sleep(600)",
+        "server = begin(); sock = start(server, 1); wait_for(1); sock.recv(9); server.close()\n"
+        "while os.path.exists(f'/proc/{events[0][2]}/exe'): time.sleep(0.01)\n"
+        "print('true')",
+    )
+
+
+@pytest.mark.parametrize("spare", [0, 1], ids=["no descriptor arrives", "one of two arrives"])
+def test_fork_server_at_its_limit_of_open_files(spare: int) -> None:
+    """The worker is reported as not started, so that the supervisor tries again, and no descriptor leaks."""
+    events, server = run_script(
+        WAIT_FOR_CLOSE,
+        "import resource\n"
+        "server = begin(); read_fd, write_fd = os.pipe(); sock = start(server, 1); wait_for(1); sock.recv(9)\n"
+        "limits = resource.prlimit(server._pid, resource.RLIMIT_NOFILE)\n"
+        "used = descriptors(server._pid)\n"
+        f"limit = [number for number in range(100) if number not in used][{spare}]\n"
+        "resource.prlimit(server._pid, resource.RLIMIT_NOFILE, (limit, limits[1]))\n"
+        "start(server, 2, log_fd=write_fd); wait_for(2)\n"
+        "count = len(descriptors(server._pid))\n"
+        "resource.prlimit(server._pid, resource.RLIMIT_NOFILE, limits)\n"
+        "other = start(server, 3, log_fd=write_fd); wait_for(3)\n"
+        "print(json.dumps([events, count]))",
+    )
+    assert events[1] == ["exited", 2, "not started: [Errno 24] Too many open files"]
+    assert events[2][:2] == ["started", 3]
+    assert server == 6
+
+
+def test_fork_failure_is_reported() -> None:
+    events = run_script(
+        WAIT_FOR_CLOSE,
+        "from dockerproxy.workers import fork_server\n"
+        "fork, processes = os.fork, []\n"
+        "def fork_once():\n"
+        "    processes.append(1)\n"
+        "    if len(processes) == 2: raise BlockingIOError(11, 'Resource temporarily unavailable')\n"
+        "    return fork()\n"
+        "os.fork = fork_once; server = begin(); start(server, 1); wait_for(1)\n"
+        "sock = start(server, 2); wait_for(2); print(json.dumps(events))",
+    )
+    assert events[0] == ["exited", 1, "not started: [Errno 11] Resource temporarily unavailable"]
+    assert events[1][:2] == ["started", 2]
+
+
+def test_simultaneous_exits_are_all_reported() -> None:
+    events = run_script(
+        "sock = socket.socket(fileno=request.socket_fd); sock.send(b'here'); select.select([sock], [], [])",
+        "server = begin(); socks = [start(server, number) for number in range(1, 11)]; wait_for(10)\n"
+        "[sock.recv(9) for sock in socks]; os.kill(server._pid, signal.SIGSTOP)\n"
+        "[sock.close() for sock in socks]; time.sleep(0.3); os.kill(server._pid, signal.SIGCONT)\n"
+        "wait_for(20); print(json.dumps(events))",
+    )
+    assert sorted(event[1] for event in events if event[0] == "exited") == list(range(1, 11))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])

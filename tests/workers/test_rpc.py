@@ -9,7 +9,7 @@ from twisted.internet.defer import CancelledError, Deferred
 from twisted.logger import LogEvent
 from twisted.python.failure import Failure
 
-from dockerproxy.workers.message_socket import socketpair
+from dockerproxy.workers.message_socket import MAX_MESSAGE_SIZE, socketpair
 from dockerproxy.workers.rpc import RPC, RemoteError
 from tests.workers.descriptor_reactor import DescriptorReactor
 
@@ -27,6 +27,7 @@ class RPCPair:
             "fail": lambda: 1 // 0,
             "note": self.notifications.append,
             "uppercase": self._uppercase,
+            "repeat": lambda text, count: text * count,
         }
         caller_socket, callee_socket = socketpair()
         self.on_lost = lambda: None
@@ -92,6 +93,34 @@ def test_cancelled_call(rpc_pair: RPCPair) -> None:
     rpc_pair.deferred_result.callback(1)
     rpc_pair.iterate()
     assert rpc_pair.call("sum", 1) == [1]
+
+
+def test_call_that_is_not_sent_fails(rpc_pair: RPCPair) -> None:
+    [failure] = rpc_pair.call("uppercase", "a" * MAX_MESSAGE_SIZE)
+    assert isinstance(failure.value, RemoteError)
+    assert rpc_pair.caller._pending == {}
+    assert rpc_pair.call("sum", 1) == [1]
+
+
+def test_result_that_is_not_sent_fails_the_call(rpc_pair: RPCPair, log_events: list[LogEvent]) -> None:
+    [failure] = rpc_pair.call("repeat", "a" * 1000, MAX_MESSAGE_SIZE)
+    assert isinstance(failure.value, RemoteError)
+    assert "the result of {name} was not sent: {reason}" in [event["log_format"] for event in log_events]
+    assert rpc_pair.call("sum", 1) == [1]
+
+
+def test_notification_that_is_not_sent_disconnects(rpc_pair: RPCPair, log_events: list[LogEvent]) -> None:
+    """The other process must not wait for ever, for example for a lock."""
+    rpc_pair.caller.notify("note", "a" * MAX_MESSAGE_SIZE)
+    assert not rpc_pair.caller.message_socket.connected
+    assert len(log_events) == 1
+
+
+def test_hint_that_is_not_sent_is_dropped(rpc_pair: RPCPair) -> None:
+    rpc_pair.caller.hint("note", "a" * MAX_MESSAGE_SIZE)
+    rpc_pair.caller.hint("note", "small")
+    rpc_pair.iterate()
+    assert rpc_pair.notifications == ["small"]
 
 
 def test_peer_closes(rpc_pair: RPCPair) -> None:

@@ -2,39 +2,40 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import pytest
 from attrs import define, field
 from twisted.internet.defer import Deferred
-from twisted.internet.task import Clock
 from twisted.logger import LogEvent, LogLevel
 
 from dockerproxy.cache.identity import Bindings
-from dockerproxy.daemon.listener_service import Listener
-from dockerproxy.http.site import ServerTimeouts, Site
+from dockerproxy.workers import message_socket as message_socket_module
+from dockerproxy.workers import scoreboard as scoreboard_module
 from dockerproxy.workers import supervisor as supervisor_module
+from dockerproxy.workers.coordinator import LocalCoordinator
+from dockerproxy.workers.fork_server import SpawnRequest
+from dockerproxy.workers.message_socket import MAX_MESSAGE_SIZE
 from dockerproxy.workers.rpc import RPC
 from dockerproxy.workers.scoreboard import Scoreboard
-from dockerproxy.workers.supervisor import WorkerSupervisor
+from dockerproxy.workers.supervisor import WorkerState, WorkerSupervisor
 from tests.workers.descriptor_reactor import DescriptorClockReactor
 
 GRACE = 25.0
-LABEL = b"\x00\x02"
+SETTING = "PROXY_LISTEN"
 UNUSED_PID = 2**22  # above the largest process ID of the kernel
 
 
 class FakeSpawner:
     """A fork server that starts no processes. `workers` are those that were requested."""
 
-    on_started: Any
-    on_exited: Any
-    on_lost: Any
+    observer: WorkerSupervisor
 
     def __init__(self, reactor: DescriptorClockReactor, scoreboard: Scoreboard) -> None:
         self.reactor = reactor
@@ -43,21 +44,19 @@ class FakeSpawner:
         self.alive = True
         self.refuse = False
 
-    def start(self, number: int, changed_settings: Mapping[str, str], socket_fd: int, log_fd: int | None) -> bool:
+    def start(self, request: SpawnRequest) -> None:
         if self.refuse or not self.alive:
-            return False
-        log_copy = None if log_fd is None else os.dup(log_fd)
-        self.workers.append(
-            FakeWorkerProcess(self, number, dict(changed_settings), socket.socket(fileno=os.dup(socket_fd)), log_copy)
-        )
-        return True
+            raise BrokenPipeError("refused")
+        log_copy = None if request.log_fd is None else os.dup(request.log_fd)
+        sock = socket.socket(fileno=os.dup(request.socket_fd))
+        self.workers.append(FakeWorkerProcess(self, request.number, dict(request.changed_settings), sock, log_copy))
 
     def close(self) -> None:
         self.alive = False
 
     def die(self) -> None:
         self.close()
-        self.on_lost()
+        self.observer.fork_server_lost()
 
 
 @define(eq=False, slots=False)
@@ -70,29 +69,38 @@ class FakeWorkerProcess:
     sock: socket.socket
     log_fd: int | None
     messages: list[Any] = field(factory=list)
-    connections: list[tuple[bytes, int]] = field(factory=list)
+    connections: list[str] = field(factory=list)
     signals: list[int] = field(factory=list)
+    reload_answer: Any = ""
 
     def __attrs_post_init__(self) -> None:
         # The same names as in dockerproxy.workers.process.
-        handlers = {name: partial(self._record, name) for name in ("reload", "stop", "abort", "token_bound")}
+        handlers: dict[str, Callable[..., Any]] = {
+            name: partial(self._record, name) for name in ("stop", "abort", "token_bound")
+        }
+        handlers |= {"reload": self._on_reload, "debug": lambda: {"pools": {}}}
         self.reactor = self.spawner.reactor
-        self.scoreboard = self.spawner.scoreboard
+        self.slot = self.spawner.scoreboard.slot(self.number)
         self.rpc = RPC(self.reactor, self.sock, handlers, on_descriptor=self._on_descriptor, on_closed=lambda: None)
 
     def _record(self, name: str, *arguments: Any) -> None:
         self.messages.append((name, *arguments))
 
-    def _on_descriptor(self, label: bytes, descriptor: int) -> None:
+    def _on_reload(self, changed_settings: dict[str, str]) -> Any:
+        self._record("reload", changed_settings)
+        return self.reload_answer
+
+    def _on_descriptor(self, setting: str, descriptor: int | None) -> None:
+        assert descriptor is not None
         os.close(descriptor)
-        self.connections.append((label, descriptor))
+        self.connections.append(setting)
 
     @property
     def pid(self) -> int:
         return UNUSED_PID + self.number
 
     def mark_ready(self) -> None:
-        self.spawner.on_started(self.number, self.pid)
+        self.spawner.observer.worker_started(self.number, self.pid)
         self.rpc.notify("ready")
         self.reactor.iterate_all()
 
@@ -106,7 +114,7 @@ class FakeWorkerProcess:
 
     def exit(self, reason: str = "exit status 1") -> None:
         self.close_silently()
-        self.spawner.on_exited(self.number, reason)
+        self.spawner.observer.worker_exited(self.number, reason)
 
     def write(self, data: bytes) -> None:
         assert self.log_fd is not None
@@ -115,19 +123,30 @@ class FakeWorkerProcess:
             self.reactor.iterate_all()
 
 
-class FakeSessions:
-    """Counts the sessions that were opened and closed."""
+class FakeCoordinators:
+    """Counts the coordinators that were opened and closed. Their `usage` is the number of those that were opened."""
 
     def __init__(self) -> None:
         self.opened = self.closed = 0
-        self.handlers = {"number": lambda: self.opened}
 
-    def make(self) -> FakeSessions:
+    def make(self) -> LocalCoordinator:
         self.opened += 1
+        return LocalCoordinator(self)  # type: ignore[arg-type]
+
+    # as the `SharedState` of the coordinators
+
+    @property
+    def owners(self) -> dict[Any, Any]:
+        """A coordinator looks for its reservations when it is closed."""
+        self.closed += 1
+        return {}
+
+    @property
+    def space(self) -> FakeCoordinators:
         return self
 
-    def close(self) -> None:
-        self.closed += 1
+    async def usage(self) -> tuple[int, int]:
+        return self.opened, 0
 
 
 class SupervisorHarness:
@@ -135,20 +154,23 @@ class SupervisorHarness:
 
     def __init__(self, count: int = 2, *, relay_logs: bool = False) -> None:
         self.reactor = DescriptorClockReactor()
-        self.sessions = FakeSessions()
+        self.coordinators = FakeCoordinators()
         self.bindings = Bindings()
         scoreboard = Scoreboard.create(count + 1)
+        self.local_slot = scoreboard.slot(0)
         self.spawner = FakeSpawner(self.reactor, scoreboard)
         self.supervisor = WorkerSupervisor(
             self.reactor,
             count,
             self.spawner,
             scoreboard,
-            self.sessions.make,
-            self.bindings,
+            self.coordinators.make,
+            self.bindings.add,
             GRACE,
             relay_logs=relay_logs,
         )
+        self.spawner.observer = self.supervisor
+        self.bindings.subscribe(self.supervisor.broadcast_binding)
         self._sockets: list[socket.socket] = []
 
     def start(self) -> list[FakeWorkerProcess]:
@@ -165,9 +187,18 @@ class SupervisorHarness:
         """Accept a connection. Return whether it was passed to a worker."""
         local, remote = socket.socketpair()
         self._sockets += [local, remote]
-        dispatched = self.supervisor.dispatch(LABEL, local)
+        dispatched = self.supervisor.dispatch(SETTING, local)
+        if not dispatched:
+            self.supervisor.count_local_connection()
         self.reactor.iterate_all()
         return dispatched
+
+    def reload(self, settings: dict[str, str]) -> list[Any]:
+        """Reload. Return a list to which the problems are appended."""
+        problems: list[Any] = []
+        Deferred.fromCoroutine(self.supervisor.reload(settings)).addBoth(problems.append)
+        self.reactor.iterate_all()
+        return problems
 
     def stop(self) -> list[Any]:
         results: list[Any] = []
@@ -208,7 +239,7 @@ def harness(make_harness: Any) -> SupervisorHarness:
 @pytest.fixture
 def fake_monotonic(monkeypatch: pytest.MonkeyPatch, harness: SupervisorHarness) -> None:
     """Make the clock of the heartbeats that of the reactor."""
-    monkeypatch.setattr(supervisor_module.time, "monotonic_ns", lambda: int(harness.reactor.seconds() * 1e9))
+    monkeypatch.setattr(scoreboard_module.time, "monotonic_ns", lambda: int(harness.reactor.seconds() * 1e9))
 
 
 @pytest.fixture
@@ -230,9 +261,9 @@ def test_workers_get_their_number_and_an_rpc_socket(harness: SupervisorHarness) 
     assert [worker.number for worker in workers] == [1, 2]
     results: list[Any] = []
     for worker in workers:
-        Deferred.fromCoroutine(worker.rpc.call("number")).addBoth(results.append)
+        Deferred.fromCoroutine(worker.rpc.call("usage")).addBoth(results.append)
     harness.reactor.iterate_all()
-    assert results == [2, 2]
+    assert results == [[2, 0], [2, 0]]
     assert {worker.log_fd for worker in workers} == {None}
 
 
@@ -244,17 +275,16 @@ def test_connection_goes_to_the_process_with_the_fewest(harness: SupervisorHarne
     assert [harness.connect() for _ in range(6)] == [False, True, True] * 2
     assert (len(one.connections), len(other.connections)) == (2, 2)
     for _ in range(2):
-        other.scoreboard.count_closed(2)
+        other.slot.count_closed()
     assert [harness.connect() for _ in range(3)] == [True, True, False]
     assert (len(one.connections), len(other.connections)) == (2, 4)
-    assert other.connections[0][0] == LABEL
+    assert other.connections[0] == SETTING
 
 
 def test_closed_local_connection_is_not_counted(harness: SupervisorHarness) -> None:
     harness.start_ready()
-    [listener] = harness.supervisor.dispatching_listeners([Listener("PROXY_LISTEN", (), _site())])
     assert [harness.connect() for _ in range(3)] == [False, True, True]
-    listener.site.on_closed()
+    harness.local_slot.count_closed()
     assert [harness.connect() for _ in range(2)] == [False, False]
 
 
@@ -282,7 +312,7 @@ def test_restarted_worker_starts_with_no_connections(harness: SupervisorHarness)
 
 def test_local_connection_is_counted(harness: SupervisorHarness) -> None:
     harness.start_ready()
-    assert not harness.supervisor.dispatch(LABEL, None)
+    harness.supervisor.count_local_connection()  # of a UNIX socket
     assert [harness.connect() for _ in range(3)] == [True, True, False]
 
 
@@ -291,7 +321,7 @@ def test_full_message_socket_means_local_handling(harness: SupervisorHarness) ->
     for worker in harness.spawner.workers:
         harness.reactor.removeReader(worker.rpc.message_socket)
     for worker in harness.supervisor._workers:
-        while not worker.message_socket._send_queue:
+        while not worker.queued_messages:
             worker.notify("abort")
     assert not harness.connect()
     assert not one.connections
@@ -299,8 +329,7 @@ def test_full_message_socket_means_local_handling(harness: SupervisorHarness) ->
 
 def test_no_dispatch_without_workers(make_harness: Any) -> None:
     harness = make_harness(0)
-    listeners = [Listener("PROXY_LISTEN", (), _site())]
-    assert harness.supervisor.dispatching_listeners(listeners) == listeners
+    assert not harness.connect()
     assert harness.start() == []
     assert harness.stop() == [None]
 
@@ -320,7 +349,7 @@ def test_dead_worker_is_replaced_with_backoff(harness: SupervisorHarness) -> Non
         assert harness.spawner.workers[-1].number == 2
         delays.append(seconds)
     assert delays == [1, 2, 4, 8, 16, 30, 30, 30, 30]
-    assert harness.sessions.closed == 9
+    assert harness.coordinators.closed == 9
 
 
 def test_backoff_resets_after_a_stable_run(harness: SupervisorHarness, fake_monotonic: None) -> None:
@@ -330,7 +359,7 @@ def test_backoff_resets_after_a_stable_run(harness: SupervisorHarness, fake_mono
         worker = harness.spawner.workers[-1]
         for _ in range(60):
             for running in harness.spawner.workers:
-                running.scoreboard.heartbeat(running.number, int(harness.reactor.seconds() * 1e9))
+                running.slot.heartbeat()
             harness.reactor.advance(1)
         worker.exit()
         started_before = harness.started_count
@@ -348,16 +377,71 @@ def test_failed_start_is_retried(make_harness: Any, log_events: list[LogEvent]) 
     harness.spawner.refuse = False
     harness.reactor.advance(2)
     assert harness.started_count == 1
-    assert harness.sessions.opened - harness.sessions.closed == 1
+    assert harness.coordinators.opened - harness.coordinators.closed == 1
+
+
+def fail_once(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> None:
+    """Make the first call of a function raise EMFILE."""
+    original, calls = getattr(owner, name), []
+
+    def function(*arguments: Any, **keywords: Any) -> Any:
+        calls.append(name)
+        if len(calls) == 1:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return original(*arguments, **keywords)
+
+    monkeypatch.setattr(owner, name, function)
+
+
+@pytest.mark.parametrize("failing", ["socketpair", "connection", "pipe", "log relay", "request"])
+def test_every_failure_to_start_is_retried(
+    make_harness: Any, monkeypatch: pytest.MonkeyPatch, log_events: list[LogEvent], failing: str
+) -> None:
+    """At the limit of open files any of these calls fails. The next attempt follows after the usual delay."""
+    harness = make_harness(1, relay_logs=True)
+    owner, name = {
+        "socketpair": (supervisor_module, "socketpair"),
+        "connection": (supervisor_module, "RPC"),
+        "pipe": (supervisor_module.os, "pipe"),
+        "log relay": (supervisor_module, "LogRelay"),
+        "request": (harness.spawner, "start"),
+    }[failing]
+    with monkeypatch.context() as patch:
+        fail_once(patch, owner, name)
+        harness.start()
+        harness.reactor.iterate_all()
+        assert harness.started_count == 0
+        reasons = [event["reason"] for event in log_events if "reason" in event]
+        assert reasons == ["not started: [Errno 24] Too many open files"]
+        assert harness.reactor.readers == set()
+        harness.reactor.advance(1)
+    assert harness.started_count == 1
+    harness.spawner.workers[0].mark_ready()
+    assert [harness.connect() for _ in range(2)] == [False, True]
+
+
+@pytest.mark.parametrize("first", ["socket", "fork server"])
+def test_exit_is_reported_twice_in_any_order(harness: SupervisorHarness, first: str) -> None:
+    """The socket closes, and the fork server reports the exit. The worker is replaced once."""
+    _, worker = harness.start_ready()
+    if first == "fork server":
+        harness.supervisor.worker_exited(2, "exit status 1")
+        worker.close_silently()
+    else:
+        worker.exit()
+    assert harness.coordinators.closed == 1
+    harness.reactor.advance(10)
+    assert harness.started_count == 3
+    assert len(harness.reactor.getDelayedCalls()) == 1  # the watchdog
 
 
 def test_session_closes_with_its_socket(harness: SupervisorHarness) -> None:
     one, _ = harness.start_ready()
     one.rpc.message_socket.close()
     harness.reactor.iterate_all()
-    assert harness.sessions.closed == 1
+    assert harness.coordinators.closed == 1
     one.exit()
-    assert harness.sessions.closed == 1
+    assert harness.coordinators.closed == 1
 
 
 # unresponsive workers
@@ -369,11 +453,11 @@ def test_worker_without_heartbeat_is_killed_and_replaced(
     alive, hung = harness.start_ready()
     for _ in range(60):
         harness.reactor.advance(1)
-        alive.scoreboard.heartbeat(1, int(harness.reactor.seconds() * 1e9))
+        alive.slot.heartbeat()
     assert hung.signals == []
     for _ in range(40):
         harness.reactor.advance(1)
-        alive.scoreboard.heartbeat(1, int(harness.reactor.seconds() * 1e9))
+        alive.slot.heartbeat()
     assert hung.signals[0] == signal.SIGKILL
     assert alive.signals == []
     hung.exit()
@@ -388,7 +472,7 @@ def test_suspended_daemon_kills_no_worker(
     harness.reactor.advance(300)
     for _ in range(60):
         for worker in workers:
-            worker.scoreboard.heartbeat(worker.number, int(harness.reactor.seconds() * 1e9))
+            worker.slot.heartbeat()
         harness.reactor.advance(1)
     assert [worker.signals for worker in workers] == [[], []]
 
@@ -453,14 +537,104 @@ def test_token_bindings_are_broadcast(harness: SupervisorHarness) -> None:
     assert [worker.messages[-1] for worker in (one, other)] == [("token_bound", "own:another", "own:client")] * 2
 
 
+def test_bindings_never_end_a_worker(harness: SupervisorHarness) -> None:
+    """A worker that is behind misses bindings, which are hints. It then gets messages as before."""
+    one, other = harness.start_ready()
+    harness.reactor.removeReader(one.rpc.message_socket)  # it is busy
+    for number in range(10_001):
+        harness.supervisor.broadcast_binding(f"own:{number}", "own:client")
+        if number % 50 == 0:
+            harness.reactor.iterate()
+    assert [handle.state for handle in harness.supervisor._workers] == [WorkerState.SERVING] * 2
+    assert harness.supervisor._workers[0].queued_messages == message_socket_module._MAX_QUEUED_HINTS
+    assert harness.supervisor._workers[0].dropped_hints > 0
+    harness.reactor.addReader(one.rpc.message_socket)
+    harness.supervisor.abort()
+    for _ in range(200):
+        harness.reactor.iterate()
+    assert one.messages[-1] == ("abort",)
+    assert len(other.messages) == 10_001 + 1
+
+
 # reload, abort, stop
+
+
+def test_worker_that_cannot_reload_is_replaced(harness: SupervisorHarness) -> None:
+    """It would give access to users that were removed. Its clients' requests may finish."""
+    one, other = harness.start_ready()
+    other.reload_answer = "HTPASSWD_FILE: /x: Permission denied."
+    problem = "worker 2 is restarted, because it could not reload: HTPASSWD_FILE: /x: Permission denied."
+    assert harness.reload({"ANONYMOUS_PULL": "true"}) == [[problem]]
+    harness.reactor.iterate_all()
+    assert (one.messages[1:], other.messages[1:]) == ([], [("stop",)])
+    assert [harness.connect() for _ in range(4)] == [False, True] * 2
+    assert other.connections == []
+    other.exit("exit status 0")
+    harness.reactor.advance(1)
+    [*_, replacement] = harness.spawner.workers
+    assert (replacement.number, replacement.changed_settings) == (2, {"ANONYMOUS_PULL": "true"})
+
+
+def test_worker_that_does_not_answer_a_reload_is_killed(harness: SupervisorHarness, recorded_kills: None) -> None:
+    one, other = harness.start_ready()
+    other.reload_answer = Deferred()
+    problems = harness.reload({"ANONYMOUS_PULL": "true"})
+    assert problems == []
+    harness.reactor.advance(supervisor_module._REPLY_TIMEOUT)
+    assert problems == [["worker 2 is restarted, because it could not reload: it did not answer within 10 s"]]
+    harness.reactor.advance(GRACE)
+    assert (one.signals, other.signals) == ([], [signal.SIGKILL])
+
+
+def test_reload_of_settings_that_do_not_fit_into_a_message(harness: SupervisorHarness) -> None:
+    harness.start_ready()
+    [problems] = harness.reload({"REGISTRIES": "a" * MAX_MESSAGE_SIZE})
+    assert len(problems) == 2
+    assert all("it could not reload: reload was not sent: " in problem for problem in problems)
+
+
+def test_reload_does_not_wait_for_a_dead_worker(harness: SupervisorHarness) -> None:
+    one, other = harness.start_ready()
+    other.reload_answer = Deferred()
+    problems = harness.reload({"ANONYMOUS_PULL": "true"})
+    other.exit()
+    assert problems == [[]]
+    one.exit()
+    assert harness.reload({"ANONYMOUS_PULL": "false"}) == [[]]
+
+
+def test_worker_stopped_while_it_starts_gets_no_connections(harness: SupervisorHarness) -> None:
+    one, _ = harness.start()
+    harness.stop()
+    one.mark_ready()
+    assert [harness.connect() for _ in range(2)] == [False, False]
+
+
+def test_debug_reports_each_worker(harness: SupervisorHarness) -> None:
+    one, other = harness.start_ready()
+    for _ in range(3):
+        harness.connect()
+    other.exit()
+    reports: list[Any] = []
+    Deferred.fromCoroutine(harness.supervisor.debug()).addBoth(reports.append)
+    harness.reactor.iterate_all()
+    [[first, second]] = reports
+    assert first == {
+        "number": 1,
+        "state": "serving",
+        "pid": one.pid,
+        "connections": 1,
+        "queued messages": 0,
+        "dropped hints": 0,
+        "pools": {},
+    }
+    assert (second["state"], second["pid"]) == ("ended", None)
 
 
 def test_changed_settings_reach_current_and_future_workers(make_harness: Any) -> None:
     harness = make_harness(2)
     workers = harness.start_ready()
-    harness.supervisor.reload({"REGISTRIES": "ghcr.io"})
-    harness.reactor.iterate_all()
+    assert harness.reload({"REGISTRIES": "ghcr.io"}) == [[]]
     assert [worker.messages for worker in workers] == [[("reload", {"REGISTRIES": "ghcr.io"})]] * 2
     workers[0].exit()
     harness.reactor.advance(1)
@@ -532,9 +706,3 @@ def test_worker_output_is_relayed_to_the_log(make_harness: Any, log_events: list
     worker.write(b"a line\nlast words")
     worker.exit()
     assert [event["line"] for event in log_events if "line" in event] == ["a line", "last words"]
-
-
-def _site() -> Site:
-    async def handle(request: Any) -> None: ...
-
-    return Site(Clock(), handle, timeouts=ServerTimeouts(), on_request_finished=lambda request, seconds: None)  # type: ignore[no-untyped-call]
