@@ -1,8 +1,8 @@
 """The exceptions of the registry API, in one tree.
 
 Each class carries its wire form: the HTTP status and the error code of distribution-spec 1.1, "Error Codes". The
-`error_renderer` of a request turns it into a response. `UpstreamError` and its subclasses are failures of another server. Their
-usual status is 502 or 504, because the client is not at fault.
+`error_renderer` of a request turns it into a response. `UpstreamError` and its subclasses are failures of another
+server. Their usual status is 502 or 504, because the client is not at fault.
 """
 
 from __future__ import annotations

@@ -41,13 +41,12 @@ class RegistryAPI:
 
         Raise `Unsupported` if `target` does not support the method.
         """
-        key = _operation_key(request, target)
-        operation = _OPERATIONS.get(key)
+        pull = self.handle_pull(request, target, backend)
+        if pull is not None:
+            return pull
+        operation = _OPERATIONS.get(_operation_key(request, target))
         if operation is not None:
             return operation(self, request, target, backend, principal)
-        pull = _PULL_OPERATIONS.get(key)
-        if pull is not None:
-            return pull(self, request, target, backend)
         allowed = ", ".join(allowed_methods(target.kind))
         raise Unsupported(f"{request.method} is not supported here; supported: {allowed}", headers=[("Allow", allowed)])
 
