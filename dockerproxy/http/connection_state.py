@@ -21,7 +21,7 @@ is ignored, and a response in progress is the last one. Three states end a conne
 `TRANSITIONS` has every event that may occur in a state. Any other is an error in the caller. Back-pressure is not part
 of the state: reading may be paused in each state that reads input, and writing in each state.
 
-What a state does with input, with the client's timeouts (`ServerTimeouts`), and with the end of the daemon:
+Each state treats input, the client's timeouts (`ServerTimeouts`) and the end of the daemon in its own way:
 
 ===============  ====================  ==================================  ==============================
 state            input                 deadline, if output is not blocked  `Site.drain`
