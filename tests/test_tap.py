@@ -6,6 +6,7 @@ import datetime
 import json
 import os
 import re
+import select
 import shutil
 import signal
 import socket
@@ -15,6 +16,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 import dockerproxy
+from dockerproxy.daemon.listener_service import SHUTDOWN_GRACE
 from tests.twistd import twistd_command
 
 pytestmark = pytest.mark.slow  # each test starts a daemon
@@ -449,6 +453,88 @@ def test_second_signal_aborts_transfers(start: Any, tunnel_target: TunnelTarget,
                 client.recv(1)
     assert daemon.wait_exit() in (0, -signal.SIGTERM)
     assert "another stop signal" in daemon.log_text
+
+
+SILENT_NAME_SERVER = """
+import socket, time
+socket.getaddrinfo = lambda *args, **kwargs: time.sleep(3600)
+"""
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_sigterm_is_not_held_up_by_name_lookups(start: Any, tmp_path: Path, workers: int) -> None:
+    """Their clients are gone. Sixteen of the look-ups block a thread each, the others wait for one."""
+    (tmp_path / "sitecustomize.py").write_text(SILENT_NAME_SERVER)
+    path = os.pathsep.join(filter(None, (str(tmp_path), environment(tmp_path, {}).get("PYTHONPATH"))))
+    daemon = start(PYTHONPATH=path, WORKERS=str(workers), TUNNEL_PORTS="443")
+    port = daemon.port()
+    if workers > 1:
+        daemon.wait_for("worker 1 serves")
+    with ExitStack() as stack:
+        clients = [
+            stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=TIMEOUT)) for _ in range(200)
+        ]
+        for number, client in enumerate(clients):
+            client.sendall(f"CONNECT name-{number}.example:443 HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        assert b" 200 " in exchange(port, GET % b"/healthz")  # behind the others; they have been accepted
+        assert not select.select(clients, [], [], 0)[0]
+    began = time.monotonic()
+    daemon.process.terminate()
+    assert daemon.wait_exit() in (0, -signal.SIGTERM)
+    assert time.monotonic() - began < SHUTDOWN_GRACE
+    assert "aborted" not in daemon.log_text
+
+
+# the clock
+
+
+def libfaketime() -> str:
+    """Return the path of libfaketime, which gives a process another wall clock."""
+    paths = sorted(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))
+    if not paths:
+        pytest.skip("libfaketime is missing (Debian package libfaketime)")
+    return str(paths[0])
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_clock_set_back_stops_no_timer(start: Any, tmp_path: Path, workers: int) -> None:
+    """The wall clock of all processes is set back by an hour. The watchdog is fed, and time-outs go on."""
+    clock, notify_path = tmp_path / "clock", tmp_path / "notify"
+    clock.write_text("+0")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify_socket:
+        notify_socket.bind(str(notify_path))
+        notify_socket.settimeout(TIMEOUT)
+        daemon = start(
+            LD_PRELOAD=libfaketime(), FAKETIME_TIMESTAMP_FILE=str(clock), FAKETIME_NO_CACHE="1",
+            FAKETIME_DONT_FAKE_MONOTONIC="1", NOTIFY_SOCKET=str(notify_path), WATCHDOG_USEC="1000000",
+            WORKERS=str(workers), CLIENT_HEADER_TIMEOUT="2s", KEEPALIVE_TIMEOUT="2s",
+        )  # fmt: skip
+        port = daemon.port()
+        if workers > 1:
+            daemon.wait_for("worker 1 serves")
+        while not notify_socket.recv(65536).startswith(b"READY=1"):
+            pass
+        with ExitStack() as stack:
+            clients = [
+                stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=TIMEOUT)) for _ in range(4)
+            ]
+            for client in clients:
+                client.sendall(b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n")
+                assert client.recv(65536).startswith(b"HTTP/1.1 200 ")
+            clock.write_text("-3600")
+            date = exchange(port, GET % b"/healthz").partition(b"\r\nDate: ")[2].partition(b"\r\n")[0].decode()
+            age = datetime.datetime.now(datetime.UTC) - parsedate_to_datetime(date)
+            assert age > datetime.timedelta(minutes=59)  # the clock has been set back
+            notify_socket.setblocking(False)
+            with suppress(BlockingIOError):
+                while notify_socket.recv(65536):
+                    pass
+            notify_socket.settimeout(TIMEOUT)
+            assert [notify_socket.recv(65536) for _ in range(4)] == [b"WATCHDOG=1"] * 4
+            for client in clients:
+                assert client.recv(1) == b""  # KEEPALIVE_TIMEOUT
+    daemon.process.terminate()
+    assert daemon.wait_exit() in (0, -signal.SIGTERM)
 
 
 def test_unknown_option(start: Any) -> None:

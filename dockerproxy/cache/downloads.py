@@ -171,8 +171,8 @@ class BlobDownload:
         info = self._info
         if info is None:
             return (principal.repository, principal.identity) == (self.repository, self._principal.identity)
-        age = self._reactor.seconds() - info.opened
-        return (principal.repository.key, principal.identity) == (info.key, info.identity) and age < max_age
+        age = self._reactor.seconds() - info.opened  # negative if the record is older than the start of the machine
+        return (principal.repository.key, principal.identity) == (info.key, info.identity) and 0 <= age < max_age
 
     def when_verified(self, principal: UpstreamPrincipal, hook: OnVerified) -> None:
         """Call `hook` for another principal as soon as the blob is verified. There is one hook for each principal."""

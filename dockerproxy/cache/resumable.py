@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -34,6 +35,7 @@ class ResumableGet:
     After `open`, `size` is the size of the whole blob in bytes, or None if upstream does not give it. It is always
     known after the last `read`. `read` resumes by Range if the connection breaks off or stalls. If upstream ignores
     the Range, the bytes before `offset` are skipped. About `read_ahead()` bytes may arrive between two reads.
+    `wall_clock` gives the Unix time that dates from upstream are compared with.
     """
 
     def __init__(
@@ -44,8 +46,10 @@ class ResumableGet:
         digest: Digest,
         offset: int = 0,
         read_ahead: Callable[[], int] = lambda: _READ_AHEAD,
+        wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self._clock = clock
+        self._wall_clock = wall_clock
         self._upstream = upstream
         self._repository = repository
         self._digest = digest
@@ -125,7 +129,7 @@ class ResumableGet:
 
     def _retry_after(self, error: UpstreamError) -> float:
         """Return the Retry-After of `error` in seconds, limited to _MAX_RETRY_AFTER because a client is waiting."""
-        return min(parse_retry_after(Headers(error.headers), self._clock.seconds()) or 0.0, _MAX_RETRY_AFTER)
+        return min(parse_retry_after(Headers(error.headers), self._wall_clock()) or 0.0, _MAX_RETRY_AFTER)
 
     async def _back_off(self, seconds: float, error: RegistryError) -> None:
         log.info(

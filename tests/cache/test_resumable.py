@@ -33,6 +33,7 @@ from tests.cache.support.upstream import (
 )
 
 DATA = bytes(range(256)) * 40
+NOON = 1795953600.0  # Sun, 29 Nov 2026 12:00:00 GMT
 REPOSITORY = UpstreamRepository(HUB, parse_repository("library/app"), Anonymous())
 
 
@@ -43,7 +44,9 @@ class ResumableGetHarness:
         self.reactor = ManualReactor()
         self.upstream = ScriptedUpstream(self.reactor)
         self.digest = self.upstream.repository(REPOSITORY.key).put_blob(data)
-        self.resumable_get = ResumableGet(self.reactor, self.upstream, REPOSITORY, self.digest, offset)
+        self.resumable_get = ResumableGet(
+            self.reactor, self.upstream, REPOSITORY, self.digest, offset, wall_clock=lambda: NOON
+        )
 
     def on(self, *responders: Any) -> None:
         for responder in responders:
@@ -152,7 +155,17 @@ def test_resumes_after_error_status(status: int) -> None:
     assert harness.read_all() == DATA
 
 
-@pytest.mark.parametrize(("retry_after", "delay"), [("3", 3.0), ("3600", 20.0), ("0", 0.2), ("soon", 0.2)])
+@pytest.mark.parametrize(
+    ("retry_after", "delay"),
+    [
+        ("3", 3.0),
+        ("3600", 20.0),
+        ("0", 0.2),
+        ("soon", 0.2),
+        ("Sun, 29 Nov 2026 12:00:04 GMT", 4.0),
+        ("Sun, 29 Nov 2026 11:59:00 GMT", 0.2),
+    ],
+)
 def test_retry_after_is_bounded(retry_after: str, delay: float) -> None:
     harness = ResumableGetHarness()
     harness.on(disconnect_after(3000), lambda _request, _data: ScriptedResponse(429, b"", {"retry-after": retry_after}))
