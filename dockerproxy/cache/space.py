@@ -167,8 +167,8 @@ class CacheSpaceManager(CacheSpace):
     async def maintain(self) -> None:
         """Remove abandoned downloads and rescan the disk.
 
-        Then evict blobs that were unused for `inactive` seconds, or that exceed the limit. Once an hour, and if the
-        disk has few free inodes, remove links and records.
+        Then evict blobs that were unused for `inactive` seconds, or that exceed the limit. Once an hour, and if there
+        are too many or the disk has few free inodes, remove links and records.
         """
         rescan = self.index.start_rescan()
         try:
@@ -179,7 +179,7 @@ class CacheSpaceManager(CacheSpace):
         await self._cooperative_thread.run(rescan.clear_incrementally())
         while expired := self.index.expire(self._inactive, self._clock()):
             await self._evict(expired)
-        is_due = self._reactor.seconds() - self._cleaned_at >= _CLEAN_INTERVAL
+        is_due = self._reactor.seconds() - self._cleaned_at >= _CLEAN_INTERVAL or self._file_count > self._max_files
         if is_due or await in_thread(self._reactor, self._missing_inodes):
             await self.clean()
 

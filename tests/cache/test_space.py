@@ -533,6 +533,18 @@ def test_janitor_walks_once_an_hour(harness: CacheHarness, monkeypatch: pytest.M
     service.stopService()
 
 
+def test_too_many_young_links_and_records_go_later(make_harness: Callable[..., CacheHarness]) -> None:
+    harness = make_harness(limit=1 << 20)
+    put_records(harness, 100)
+    for path in harness.records.root.rglob("*"):
+        os.utime(path, (harness.now(), harness.now()))
+    harness.reactor.advance(5)
+    assert count_records(harness) == 100
+    harness.reactor.advance(MAINTENANCE_INTERVAL)
+    harness.run(harness.space.maintain())
+    assert count_records(harness) <= 32
+
+
 def test_only_one_walk_at_a_time(harness: CacheHarness) -> None:
     put_records(harness, 3)
     harness.reactor.pool.hold()
