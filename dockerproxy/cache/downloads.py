@@ -231,14 +231,14 @@ class BlobDownload:
         Return None if the blob is in the store by now. Raise `IngestFailed`.
         """
         try:
-            while isinstance(ingest := await in_thread(self._reactor, self._ingests.acquire, self.key), FollowedIngest):
-                writer = await self._follow(ingest)
+            while (ingest := await in_thread(self._reactor, self._ingests.acquire, self.key)) is not None:
+                writer = await self._follow(ingest) if ingest.is_foreign else ingest
                 if writer is not None:
                     return await self._adopt(writer)
                 if self._ingests.is_stored(self.digest):
-                    return None
+                    break
                 self._change_state(DownloadState.CONNECTING)
-            return None if ingest is None else await self._adopt(ingest)
+            return None
         except OSError as error:
             log.error(
                 "cannot open the ingest file for {digest}: {reason}", digest=str(self.digest), reason=error.strerror

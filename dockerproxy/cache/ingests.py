@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from attrs import asdict, frozen
 from twisted.internet.defer import Deferred
@@ -53,6 +53,7 @@ class DownloadInfo:
 class IngestWriter(Protocol):
     """The exclusive right to write an ingest; `store.ingest.Ingest` has the details."""
 
+    is_foreign: ClassVar[Literal[False]]
     key: IngestKey
     size: int
 
@@ -77,9 +78,10 @@ class IngestWriter(Protocol):
     def duplicate(self) -> int: ...
 
 
-@runtime_checkable
 class FollowedIngest(Protocol):
     """An ingest that somebody else writes and this process reads; `store.ingest.ForeignIngest` has the details."""
+
+    is_foreign: ClassVar[Literal[True]]
 
     @property
     def size(self) -> int: ...

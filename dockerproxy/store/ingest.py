@@ -13,6 +13,7 @@ import fcntl
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from typing import ClassVar, Literal
 
 from attrs import define, frozen
 
@@ -32,6 +33,8 @@ class Ingest(HashedAppendFile):
     `size` is the number of bytes in the file. If an earlier run left some, the caller must `rehash` before it appends.
     Only one of `rehash`, `append`, `verify` and `commit` may run at a time, in any thread.
     """
+
+    is_foreign: ClassVar[Literal[False]] = False
 
     key: IngestKey
     _path: str
@@ -117,6 +120,8 @@ class Ingest(HashedAppendFile):
 @frozen
 class ForeignIngest:
     """An ingest that another process writes, opened to read it. It ends with `close` or a successful takeover."""
+
+    is_foreign: ClassVar[Literal[True]] = True
 
     key: IngestKey
     _fd: int

@@ -88,7 +88,7 @@ class ManualReactor(Clock):
             self.advance(0)
 
     def _read_available(self) -> bool:
-        ready = select.select(self.readers, [], [], 0)[0]
+        ready = select.select(self.readers, [], [], 0)[0] if self.readers else []
         for reader in ready:
             reader.doRead()
         return bool(ready)
