@@ -69,6 +69,8 @@ _LOOKUP_LIMITS = PoolLimits(threads=16, threads_per_client=6, waiting=4000, wait
 """Name look-ups. One silent name server must leave threads to other clients, and some to registries. Waiting ones cost
 little memory, and a NAT with 500 hosts behind it is one client."""
 
+_MAX_REPORTED = 200  # downloads in a report
+
 _PASSWORD_PRIORITY = 10
 """Nice value of threads that hash passwords: other work goes first, because anyone can send wrong passwords."""
 
@@ -116,7 +118,7 @@ class ThreadPools:
 
 @frozen
 class ProxyServer:
-    """The running parts of the server. `close` closes the connections to upstream registries."""
+    """The running parts of the server."""
 
     listeners: list[Listener]
     transfers: Transfers
@@ -127,7 +129,7 @@ class ProxyServer:
     hosted_tree: HostedTree
     pools: ThreadPools
     state: StateDirectory
-    close: Callable[[], Awaitable[None]]
+    agent: Agent
     _reactor: Any
 
     def reconfigure(self, settings: Settings) -> None:
@@ -141,10 +143,19 @@ class ProxyServer:
 
     def debug_report(self) -> dict[str, Any]:
         """Return what this process is doing, as a JSON value."""
-        pools = (self.pools.lookups, self.pools.passwords)
         return {
-            "pools": {pool.name: {"running": pool.running, "waiting": pool.waiting} for pool in pools},
-            "listeners": {listener.setting: listener.site.channel_count for listener in self.listeners},
+            "clients": {listener.setting: listener.site.channel_count for listener in self.listeners},
+            "tunnels": len(self.transfers),
+            "downloads": self.pull_through.blobs.downloads.report()[:_MAX_REPORTED],
+            "upstream connections": {"open": self.agent.open_connections, "idle": self.agent.idle_connections},
+            "threads": {
+                pool.name: {
+                    "running": pool.running,
+                    "waiting": pool.waiting,
+                    "clients": dict(pool.busiest_clients()),
+                }
+                for pool in (self.pools.lookups, self.pools.passwords)
+            },
         }
 
 
@@ -204,7 +215,7 @@ def build_server(
         hosted_tree,
         pools,
         shared.state,
-        connectors.agent.close,
+        connectors.agent,
         reactor,
     )
 

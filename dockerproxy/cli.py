@@ -116,6 +116,7 @@ def _build_parser() -> argparse.ArgumentParser:
     check_command = add_command("check", check, "verify the digest of every blob and move damaged ones to damaged/")
     check_command.add_argument("--cached", action="store_true", help="verify cached blobs instead of hosted ones")
     add_command("status", status, "show disk usage and running operations")
+    add_command("debug", debug, "show what each process is doing: downloads, connections, waiting work, locks")
     return parser
 
 
@@ -265,6 +266,43 @@ def status(client: ControlClient, options: argparse.Namespace, terminal: Termina
         print(f"{kind} in {store['directory']}{usage}{free}")
     print("idle" if operation is None else f"{operation['name']} running for {format_age(operation['since'])}")
     return 0
+
+
+def debug(client: ControlClient, options: argparse.Namespace, terminal: Terminal) -> int:
+    result = client.call("GET", "/v1/debug", None)
+    if terminal.as_json:
+        print(json.dumps(result))
+        return 0
+    for process in result["processes"]:
+        for line in _format_process(process):
+            print(line)
+    for key, waiting in result["locks"].items():
+        print(f"lock {key} held, {waiting} waiting")
+    return 0
+
+
+def _format_process(process: dict[str, Any]) -> Iterator[str]:
+    name = f"worker {process['number']}" if process["number"] else "main process"
+    yield f"{name} ({process['state']}, process ID {process['pid'] or 'none'})"
+    if "error" in process:
+        yield f"  no report: {process['error']}"
+    if "clients" not in process:
+        return
+    clients = ", ".join(f"{count} {setting}" for setting, count in process["clients"].items())
+    upstream = process["upstream connections"]
+    yield f"  clients: {clients}; tunnels: {process['tunnels']}"
+    yield f"  upstream connections: {upstream['open']}, {upstream['idle']} of them idle"
+    if "queued messages" in process:
+        yield f"  messages: {process['queued messages']} waiting, {process['dropped hints']} hints dropped"
+    for pool, work in process["threads"].items():
+        busiest = "".join(f", {client or 'the daemon'}: {count}" for client, count in work["clients"].items())
+        yield f"  {pool}: {work['running']} running, {work['waiting']} waiting{busiest}"
+    for download in process["downloads"]:
+        size = "?" if download["size"] is None else format_size(download["size"])
+        yield (
+            f"  download {download['registry']} {download['digest']}: {download['state']},"
+            f" {format_size(download['written'])} of {size}, {download['waiting']} waiting"
+        )
 
 
 def _format_objects(result: Event, name: str) -> str:

@@ -68,6 +68,10 @@ class LocalKeyedLock:
     def __init__(self) -> None:
         self._locks: dict[str, DeferredLock] = {}
 
+    def report(self) -> dict[str, int]:
+        """Return the keys of the locks that are held, and how many callers wait for each."""
+        return {key: len(lock.waiting) for key, lock in self._locks.items()}
+
     @asynccontextmanager
     async def hold(self, key: str) -> AsyncIterator[bool]:
         """Hold the lock of `key`; see `KeyedLock.hold`."""

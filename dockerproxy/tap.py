@@ -13,11 +13,11 @@ from twisted.application.service import IService, MultiService
 from twisted.logger import Logger
 from twisted.python import usage
 
-from dockerproxy.admin.control import Control
+from dockerproxy.admin.control import Control, DebugReport
 from dockerproxy.admin.deletion import Deleter
 from dockerproxy.admin.operations import Operations
 from dockerproxy.admin.resolver import CACHED, HOSTED, ImageResolver, StoreView
-from dockerproxy.app import ProxyServer, SharedServices, build_server, build_site, log_access, open_authority
+from dockerproxy.app import ProxyServer, build_server, build_site, log_access, open_authority
 from dockerproxy.cache.identity import Bindings
 from dockerproxy.cache.janitor import Janitor
 from dockerproxy.cache.space import CacheSpaceManager
@@ -25,8 +25,7 @@ from dockerproxy.daemon import jsonlog, textlog
 from dockerproxy.daemon.control_socket import ControlSocket
 from dockerproxy.daemon.gc_tuning import freeze_startup_objects
 from dockerproxy.daemon.listener_service import SHUTDOWN_GRACE, EndpointOpener, ListenerService, PortOpener
-from dockerproxy.daemon.metrics import Metrics
-from dockerproxy.daemon.signals import on_repeated_stop
+from dockerproxy.daemon.signals import DebugSignalService, on_repeated_stop
 from dockerproxy.daemon.systemd import Notifier, SystemdService
 from dockerproxy.proxy.issuer import AuthorityError
 from dockerproxy.registry.htpasswd import HtpasswdError
@@ -40,7 +39,6 @@ from dockerproxy.workers.coordinator import LocalCoordinator, SharedState
 from dockerproxy.workers.dispatch import DispatchingOpener
 from dockerproxy.workers.fork_server import ForkServer
 from dockerproxy.workers.process import ForkedState, run_worker
-from dockerproxy.workers.scoreboard import Scoreboard
 from dockerproxy.workers.supervisor import WorkerSupervisor
 
 _WORKER_EXTRA_GRACE = 2.0  # seconds that workers have to exit after their own shutdown grace period
@@ -84,41 +82,26 @@ def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifi
     for warning in (*settings.warnings, *state.warnings, *authority.warnings):
         log.warn("{warning}", warning=warning)
     cache_space = build_cache_space(reactor, settings, state)
-    shared_state, metrics, bindings = SharedState(cache_space), Metrics.make(settings.workers), Bindings()
-    scoreboard, coordinator = Scoreboard.create(settings.workers), LocalCoordinator(shared_state)
-    shared = SharedServices(
-        state,
-        coordinator,
-        metrics.for_process(0),
-        coordinator,
-        bindings,
-        multi_process=settings.workers > 1,
-        on_connection_closed=scoreboard.slot(0).count_closed,
-    )
+    shared_state, bindings = SharedState(cache_space), Bindings()
+    forked_state = ForkedState.create(reactor, configuration, state, authority)
+    shared = forked_state.shared_services(0, LocalCoordinator(shared_state), bindings)
     server = build_server(reactor, settings, authority, shared)
-    store = server.hosted_tree
-    forked_state = ForkedState(reactor, configuration.variables, state, authority, scoreboard, metrics)
     workers = build_workers(reactor, forked_state, settings, shared_state, bindings, twistd_options)
-    listener_service = ListenerService(
-        reactor,
-        server.listeners,
-        workers.opener,
-        server.transfers,
-        server.close,
-        partial(abort_on_repeated_stop, reactor, workers.supervisor),
-    )
+    listener_service = build_listener_service(reactor, server, workers)
     apply = partial(apply_configuration, server, workers.supervisor)
     reloader = Reloader(read, apply, settings, server.registries, notifier)
     operations = Operations(reactor, shared_state.locks, time.time)
+    report = partial(debug_report, server, shared_state, workers.supervisor)
     daemon = DaemonService(reactor, settings, state, twistd_options, notifier)
     for service in (
         *workers.services,  # first, because the fork server forks: no descriptors and no threads may exist yet
         cache_space.service(),
-        upload_purge_service(reactor, store.uploads, time.time),
+        upload_purge_service(reactor, server.hosted_tree.uploads, time.time),
         listener_service,
         workers.supervisor,
         operations,
-        build_control_socket(reactor, settings, state, store, cache_space, operations),
+        build_control_socket(reactor, settings, state, server.hosted_tree, cache_space, operations, report),
+        DebugSignalService(reactor, report),
         SystemdService(reactor, notifier, listener_service.listening, server.registries.status, reloader),
     ):
         daemon.addService(service)  # type: ignore[no-untyped-call]
@@ -164,6 +147,18 @@ def build_workers(
     return Workers(opener, [fork_server], supervisor)
 
 
+def build_listener_service(reactor: Any, server: ProxyServer, workers: Workers) -> ListenerService:
+    """Build the service that listens and drains connections."""
+    return ListenerService(
+        reactor,
+        server.listeners,
+        workers.opener,
+        server.transfers,
+        server.agent.close,
+        partial(abort_on_repeated_stop, reactor, workers.supervisor),
+    )
+
+
 def abort_on_repeated_stop(reactor: Any, supervisor: WorkerSupervisor, abort_connections: Callable[[], None]) -> None:
     """Make another stop signal abort the connections of all processes."""
 
@@ -183,6 +178,12 @@ async def apply_configuration(
     """
     server.reconfigure(configuration.settings)
     return await supervisor.reload(reloadable_variables(configuration.variables))
+
+
+async def debug_report(server: ProxyServer, shared_state: SharedState, supervisor: WorkerSupervisor) -> dict[str, Any]:
+    """Return what all processes are doing, as a JSON value."""
+    main_process = {"number": 0, "state": "serving", "pid": os.getpid(), **server.debug_report()}
+    return {"locks": shared_state.locks.report(), "processes": [main_process, *await supervisor.debug()]}
 
 
 class DaemonService(MultiService):
@@ -235,6 +236,7 @@ def build_control_socket(
     store: HostedTree,
     cache_space: CacheSpaceManager,
     operations: Operations,
+    debug_report: DebugReport,
 ) -> ControlSocket:
     """Build the control socket in RUNTIME_DIR, which serves the command `dockerproxy`."""
     stores = [StoreView(HOSTED, store.layout), StoreView(CACHED, state.cache)]
@@ -245,6 +247,7 @@ def build_control_socket(
         cache_space,
         Deleter(reactor, store, cache_space, state.open_records()),
         operations,
+        debug_report,
         time.time,
     )
     site = build_site(reactor, settings, control.handle, log_access)

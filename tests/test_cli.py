@@ -352,6 +352,17 @@ def test_import(daemon: DaemonProcess, tmp_path: Path) -> None:
     assert "own directory" in daemon.run("import", str(daemon.hosted.root), status=2)
 
 
+def test_debug(daemon: DaemonProcess) -> None:
+    result = daemon.json("debug")
+    assert result["locks"] == {}
+    main_process = result["processes"][0]
+    assert (main_process["number"], main_process["downloads"]) == (0, [])
+    assert main_process["threads"]["name look-ups"] == {"running": 0, "waiting": 0, "clients": {}}
+    text = daemon.run("debug")
+    assert "main process (serving, process ID " in text
+    assert "name look-ups: 0 running, 0 waiting" in text
+
+
 def test_status(daemon: DaemonProcess) -> None:
     result = daemon.json("status")
     assert result["operation"] is None

@@ -58,6 +58,10 @@ async def _ignore_event(event: Event) -> None:
     pass
 
 
+DebugReport = Callable[[], Awaitable[dict[str, Any]]]
+"""Returns what all processes are doing, as a JSON value."""
+
+
 @frozen
 class Control:
     """Handles the requests of the control API."""
@@ -67,6 +71,7 @@ class Control:
     _space: CacheSpaceManager
     _deleter: Deleter
     _operations: Operations
+    _debug_report: DebugReport
     _clock: Callable[[], float]
     _thread: CooperativeThread = field(init=False)
     _start_time: float = field(init=False)
@@ -107,6 +112,8 @@ class Control:
         match request.method, request.path:
             case "GET", "/v1/status":
                 request.respond(200, JSON_FIELDS, json.dumps(await in_thread(self._reactor, self._status)).encode())
+            case "GET", "/v1/debug":
+                request.respond(200, JSON_FIELDS, json.dumps(await self._debug_report()).encode())
             case "GET", "/v1/repositories":
                 await self._list(dict(parse_query(request.query)), response)
             case "POST", "/v1/remove":

@@ -53,7 +53,7 @@ class CachedBlobs:
         self._upstream = upstream
         self._blobs = blobs
         self._links = links
-        self._downloads = downloads
+        self.downloads = downloads
         self._access = access
         self._space = space
         self._upstream_checks: SingleFlight[tuple[object, ...], tuple[int | None, bool]] = SingleFlight()
@@ -75,7 +75,7 @@ class CachedBlobs:
             if response.content is not None:
                 response.content.close()
             return evolve(response, content=None)
-        download = self._downloads.get(principal.repository.ingest_key(digest))
+        download = self.downloads.get(principal.repository.ingest_key(digest))
         expected_size = None if download is None else download.size
         return BlobResponse(digest, await self._check_upstream(principal, digest, expected_size), None, "MISS")
 
@@ -90,7 +90,7 @@ class CachedBlobs:
         hit = self._open_stored(digest, "HIT") if granted else None
         if hit is not None:
             return hit
-        download = self._downloads.get(principal.repository.ingest_key(digest))
+        download = self.downloads.get(principal.repository.ingest_key(digest))
         if download is not None:
             return await self._join(download, principal, linked, granted, "JOINED")
         size = self._blobs.size(digest)
@@ -132,7 +132,7 @@ class CachedBlobs:
         started_at = self._access.now()
         # A 200 does not prove access, because a captive portal answers every request with 200. Record the grant only
         # once the digest has been verified.
-        return self._downloads.start(principal, digest, lambda: self._record_grant(principal, digest, started_at))
+        return self.downloads.start(principal, digest, lambda: self._record_grant(principal, digest, started_at))
 
     def _open_reader(
         self, download: BlobDownload, principal: UpstreamPrincipal, cache_status: str
@@ -255,7 +255,7 @@ class CachedBlobs:
         download from the same registry once that is verified.
         """
         stored_size = self._blobs.size(digest)
-        download = self._downloads.get(principal.repository.ingest_key(digest))
+        download = self.downloads.get(principal.repository.ingest_key(digest))
         if stored_size is not None and stored_size == size:
             await self._record_grant(principal, digest, checked_at)
         elif stored_size is None and download is not None:

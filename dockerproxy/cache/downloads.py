@@ -147,6 +147,11 @@ class BlobDownload:
         self._waiters.append(waiter)
         await waiter
 
+    @property
+    def waiting(self) -> int:
+        """The number of readers and other callers that wait for a change."""
+        return len(self._waiters)
+
     async def wait_started(self) -> None:
         """Wait until upstream has begun to send. Raise the error if it does not.
 
@@ -490,6 +495,20 @@ class Downloads:
         self._downloads[download.key] = download
         spawn(self._run(download), f"the download of {digest}")
         return download
+
+    def report(self) -> list[dict[str, Any]]:
+        """Return what the downloads are doing, as a JSON value."""
+        return [
+            {
+                "registry": key.host,
+                "digest": str(download.digest),
+                "state": download.state.name.lower(),
+                "written": download.written,
+                "size": download.size,
+                "waiting": download.waiting,
+            }
+            for key, download in self._downloads.items()
+        ]
 
     async def _run(self, download: BlobDownload) -> None:
         state = DownloadState.FAILED

@@ -27,6 +27,10 @@ class Transfers:
     _live: dict[TransferHandle, None] = field(init=False, factory=dict)
     _empty_waiters: list[Deferred[None]] = field(init=False, factory=list)
 
+    def __len__(self) -> int:
+        """Return the number of transfers in progress."""
+        return len(self._live)
+
     def add(self, abort: Callable[[], None]) -> TransferHandle:
         """Register a transfer that `abort` ends at once. Pass the returned handle to `remove` when it has ended."""
         handle = TransferHandle(abort)

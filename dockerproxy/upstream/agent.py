@@ -88,6 +88,16 @@ class Agent:
             self._close_waiters.append(closed)
             await closed
 
+    @property
+    def open_connections(self) -> int:
+        """The number of connections, including idle ones."""
+        return len(self._connections)
+
+    @property
+    def idle_connections(self) -> int:
+        """The number of connections that no request uses."""
+        return len(self._pool)
+
     def on_connection_idle(self, connection: UpstreamConnection) -> None:
         """Put `connection`, which is idle, into the pool."""
         self._pool.put(connection)

@@ -22,6 +22,10 @@ class Pool:
         self._clock = clock
         self._idle: dict[UpstreamConnection, Any] = {}  # connection to timer, oldest first
 
+    def __len__(self) -> int:
+        """Return the number of idle connections."""
+        return len(self._idle)
+
     def take(self, key: Hashable) -> UpstreamConnection | None:
         """Remove and return an idle connection for `key`, or return None."""
         for connection in reversed(self._idle):

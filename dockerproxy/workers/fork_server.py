@@ -29,7 +29,7 @@ from dockerproxy.workers.log_relay import remove_log_observers
 from dockerproxy.workers.message_socket import MAX_MESSAGE_SIZE, MessageSocket, socketpair
 
 # The terminal and systemd send these signals to all processes. Only the main process handles them.
-_MAIN_PROCESS_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+_MAIN_PROCESS_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 _MAX_DESCRIPTORS = 2  # in one request
 

@@ -23,9 +23,10 @@ from dockerproxy.daemon.listener_service import ListenerService
 from dockerproxy.daemon.metrics import Metrics
 from dockerproxy.proxy.authority import CertificateAuthority
 from dockerproxy.registry.htpasswd import HtpasswdError
-from dockerproxy.reload import describe_error
+from dockerproxy.reload import Configuration, describe_error
 from dockerproxy.settings import Settings, SettingsError
 from dockerproxy.store.state_directory import StateDirectory
+from dockerproxy.workers.coordinator import Coordinator
 from dockerproxy.workers.dispatch import ConnectionReceiver, NoPorts
 from dockerproxy.workers.fork_server import SpawnRequest
 from dockerproxy.workers.remote import RemoteCoordinator
@@ -37,7 +38,7 @@ log = Logger()
 
 @frozen
 class ForkedState:
-    """State a worker inherits through fork(). `environment` is the one the settings were parsed from at start-up."""
+    """State a worker inherits through fork(). `environment` has the variables that the settings were parsed from."""
 
     reactor: Any
     environment: Mapping[str, str] = field(repr=False)
@@ -45,6 +46,28 @@ class ForkedState:
     authority: CertificateAuthority
     scoreboard: Scoreboard
     metrics: Metrics
+
+    @classmethod
+    def create(
+        cls, reactor: Any, configuration: Configuration, state: StateDirectory, authority: CertificateAuthority
+    ) -> ForkedState:
+        """Return the state with shared memory for all processes, which must be forked from this one afterwards."""
+        processes = configuration.settings.workers
+        return cls(
+            reactor, configuration.variables, state, authority, Scoreboard.create(processes), Metrics.make(processes)
+        )
+
+    def shared_services(self, number: int, coordinator: Coordinator, bindings: Bindings) -> SharedServices:
+        """Return what process `number` shares with the others."""
+        return SharedServices(
+            self.state,
+            coordinator,
+            self.metrics.for_process(number),
+            coordinator,
+            bindings,
+            multi_process=self.scoreboard.processes > 1,
+            on_connection_closed=self.scoreboard.slot(number).count_closed,
+        )
 
 
 class WorkerProcess:
@@ -67,19 +90,15 @@ class WorkerProcess:
         sock = socket.socket(fileno=request.socket_fd)
         self._rpc = RPC(reactor, sock, handlers, on_closed=self._parent_lost, on_descriptor=self._on_connection)
         bindings.subscribe(partial(self._rpc.hint, "token_bound"))
-        coordinator = RemoteCoordinator(reactor, self._rpc)
-        shared = SharedServices(
-            forked_state.state,
-            coordinator,
-            forked_state.metrics.for_process(request.number),
-            coordinator,
-            bindings,
-            multi_process=True,
-            on_connection_closed=slot.count_closed,
-        )
+        shared = forked_state.shared_services(request.number, RemoteCoordinator(reactor, self._rpc), bindings)
         self._server = build_server(reactor, settings, forked_state.authority, shared)
         self._listener_service = ListenerService(
-            reactor, self._server.listeners, NoPorts(), self._server.transfers, self._server.close, lambda abort: None
+            reactor,
+            self._server.listeners,
+            NoPorts(),
+            self._server.transfers,
+            self._server.agent.close,
+            lambda abort: None,
         )
         sites = {listener.setting: listener.site for listener in self._server.listeners}
         self._receiver = ConnectionReceiver(reactor, sites, slot.count_closed)

@@ -31,6 +31,11 @@ class Scoreboard:
         """Create a scoreboard for `processes` processes, which must be forked from this one afterwards."""
         return cls(memoryview(mmap.mmap(-1, _WORD_SIZE * _WORDS_PER_PROCESS * processes)).cast("Q"))
 
+    @property
+    def processes(self) -> int:
+        """The number of slots."""
+        return len(self._words) // _WORDS_PER_PROCESS
+
     def slot(self, number: int) -> Slot:
         """Return the slot of process `number`."""
         return Slot(self._words, number * _WORDS_PER_PROCESS)

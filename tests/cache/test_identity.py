@@ -66,9 +66,12 @@ def test_bound_token_has_client_identity() -> None:
 
 def test_bindings_are_shared_between_processes() -> None:
     published: list[tuple[str, str]] = []
-    one = Identities(b"s" * 32, Bindings(lambda token, client: published.append((token, client))))
+    bindings = Bindings()
+    bindings.subscribe(lambda token, client: published.append((token, client)))
+    one = Identities(b"s" * 32, bindings)
     one.bind("abc", "Basic bWU6c2VjcmV0")
-    bindings = Bindings(lambda token, client: published.append(("again", token)))
+    bindings = Bindings()
+    bindings.subscribe(lambda token, client: published.append(("again", token)))
     for pair in list(published):
         bindings.add(*pair)
     other = Identities(b"s" * 32, bindings)

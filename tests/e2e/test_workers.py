@@ -202,6 +202,30 @@ def test_simultaneous_requests_share_one_download(upstreams: Upstreams, daemon: 
             assert len(upstreams.fake.find_requests("GET", digest)) == 1
 
 
+def test_debug_report_of_all_processes(upstreams: Upstreams, daemon: MultiProcessDaemon) -> None:
+    """It tells of downloads and clients in workers, in the command's output and in the log."""
+    blob = GatedBlob(upstreams, "debugged", 4 * MIB, 2 * MIB, times=1)
+    pids = daemon.serving_pids
+    with daemon.connection_to_each_process(FAKE) as connections:
+        response = blob.start_download(connections[pids[1]])
+        result = daemon.run_cli("debug", "--json")
+        assert result.returncode == 0, result.stderr
+        processes = json.loads(result.stdout)["processes"]
+        assert [(process["pid"], process["state"]) for process in processes] == [(pid, "serving") for pid in pids]
+        [download] = processes[1]["downloads"]
+        assert (download["digest"], download["state"], download["size"]) == (blob.digest, "downloading", 4 * MIB)
+        assert 0 < download["written"] <= 2 * MIB
+        assert all(process["clients"]["PROXY_LISTEN"] >= 1 for process in processes)
+        assert all(process["connections"] >= 1 for process in processes[1:])
+        text = daemon.run_cli("debug").stdout
+        assert f"worker 1 (serving, process ID {pids[1]})" in text
+        assert f"download fake.test {blob.digest}: downloading" in text
+        daemon.send_signal(signal.SIGUSR2)
+        wait_until(lambda: f'"digest": "{blob.digest}"' in daemon.output_text, "the report is in the log")
+        blob.gate.set()
+        assert response.read() == blob.data[MIB:]
+
+
 # killed processes
 
 
@@ -271,6 +295,134 @@ def wait_for(gate: threading.Event, asked: threading.Event) -> ResponseBehaviour
         respond_normally(exchange, content)
 
     return respond
+
+
+@pytest.mark.parametrize("state", ["started", "in a chunk", "after a chunk", "in the last chunk"])
+def test_worker_is_killed_during_a_blob_push(start_daemon: StartMultiProcessDaemon, state: str) -> None:
+    """Another process goes on with what is on the disk. The upload session's lock does not outlive the worker."""
+    daemon = start_daemon()
+    data = images.random_bytes(2 * HALF_UPLOAD, state)
+    pids = daemon.serving_pids
+    with daemon.hosted_connection_to_each_process() as connections:
+        doomed, other = connections[pids[1]], connections[pids[2]]
+        location = request_on(doomed, "POST", "/v2/killed/push/blobs/uploads/").headers["location"]
+        upload = upload_path(location)
+        if state == "after a chunk":
+            assert request_on(doomed, "PATCH", upload, data[:HALF_UPLOAD]).status == 202
+        elif state != "started":
+            method, target = (
+                ("PATCH", upload) if state == "in a chunk" else ("PUT", f"{upload}?digest={sha256_digest(data)}")
+            )
+            doomed.putrequest(method, target)
+            doomed.putheader("Content-Length", str(len(data)))
+            doomed.endheaders()
+            doomed.send(data[:HALF_UPLOAD])
+            wait_until(lambda: received_bytes(other, upload) > 0, "some of the data is written")
+        os.kill(pids[1], signal.SIGKILL)
+        if state.startswith("in "):
+            with pytest.raises((http.client.HTTPException, ConnectionError)):
+                doomed.getresponse()
+        wait_until(lambda: " exited (killed by SIGKILL)" in daemon.output_text, "the exit is noticed")
+        offset = received_bytes(other, upload)
+        assert offset == {"started": 0, "after a chunk": HALF_UPLOAD}.get(state, offset)
+        chunk_range = {"Content-Range": f"{offset}-{len(data) - 1}"}
+        assert request_on(other, "PATCH", upload, data[offset:], chunk_range).status == 202
+        assert request_on(other, "PUT", f"{upload}?digest={sha256_digest(data)}").status == 201
+        blob_path = f"/v2/killed/push/blobs/{sha256_digest(data)}"
+        assert [request_on(connections[pid], "GET", blob_path).body == data for pid in (pids[0], pids[2])] == [True] * 2
+    check_result = daemon.run_cli("check")
+    assert check_result.returncode == 0, check_result.stdout + check_result.stderr
+
+
+def received_bytes(connection: http.client.HTTPConnection, upload: str) -> int:
+    """Return how many bytes of an upload are on the disk."""
+    last = request_on(connection, "GET", upload).headers["range"].partition("-")[2]
+    return int(last) + 1 if last != "0" else 0
+
+
+def test_worker_is_killed_during_a_manifest_push(start_daemon: StartMultiProcessDaemon) -> None:
+    """The lock of the repository is free for others, also if the worker dies while others wait for it."""
+    daemon = start_daemon()
+    _push_blob(daemon, "killed/manifest", b"{}")
+    config = TypedContent("application/vnd.oci.image.config.v1+json", b"{}")
+    image, headers = images.build_image_from_blobs(config, []), {"Content-Type": OCI_MANIFEST}
+    pids = daemon.serving_pids
+    with daemon.hosted_connection_to_each_process() as connections, ThreadPoolExecutor(WORKERS) as pool:
+
+        def push(pid: int, number: int) -> int | None:
+            try:
+                target = f"/v2/killed/manifest/manifests/{number}"
+                return request_on(connections[pid], "PUT", target, image.manifest.data, headers).status
+            except (http.client.HTTPException, ConnectionError):
+                return None
+
+        def push_all(pid: int) -> list[int | None]:
+            return [push(pid, number) for number in range(60)]
+
+        pushes = {pid: pool.submit(push_all, pid) for pid in pids}
+        wait_until(lambda: daemon.output_text.count(" PUT ") > 30, "all processes push")
+        os.kill(pids[1], signal.SIGKILL)
+        assert [pushes[pid].result() for pid in (pids[0], pids[2])] == [[201] * 60] * 2
+        assert None in pushes[pids[1]].result()
+    check_result = daemon.run_cli("check")
+    assert check_result.returncode == 0, check_result.stdout + check_result.stderr
+
+
+def test_idle_worker_is_killed(start_daemon: StartMultiProcessDaemon) -> None:
+    """Clients that connect meanwhile are served by the other processes, and then by the successor too."""
+    daemon = start_daemon()
+    pids = daemon.serving_pids
+    os.kill(pids[1], signal.SIGKILL)
+    wait_until(lambda: " exited (killed by SIGKILL)" in daemon.output_text, "the exit is noticed")
+    for _ in range(4 * WORKERS):
+        assert request_directly("GET", daemon.url + "/healthz").status == 200
+    wait_until(lambda: daemon.output_text.count("worker 1 serves") == 2, "the worker is replaced")
+    with ExitStack() as stack:
+        served = []
+        for _ in range(4 * WORKERS):
+            connection = daemon.client.new_connection(FAKE)
+            stack.callback(connection.close)
+            served.append(daemon.connect_and_get_pid(connection))
+        assert {served.count(pid) for pid in daemon.serving_pids} == {4}
+
+
+def test_worker_that_cannot_reload_is_replaced(start_daemon: StartMultiProcessDaemon, tmp_path: Path) -> None:
+    """The htpasswd file is damaged after the main process has read it. No process serves the removed user."""
+    import bcrypt
+
+    def users(name: str) -> str:
+        return f"{name}:{bcrypt.hashpw(b'word', bcrypt.gensalt(4)).decode()}\n"
+
+    env_file, htpasswd, new_htpasswd = tmp_path / "environment", tmp_path / "htpasswd", tmp_path / "new"
+    htpasswd.write_text(users("alice"))
+    env_file.write_text(f"HTPASSWD_FILE={htpasswd}\n")
+    daemon = start_daemon(f"--env-file={env_file}")
+    pids = daemon.serving_pids
+    bob = {"Authorization": basic_authorization("bob", "word")}
+    alice = {"Authorization": basic_authorization("alice", "word")}
+    url = f"http://{daemon.http_address}/v2/"
+    with daemon.hosted_connection_to_each_process() as connections:
+
+        def has_reloaded(pid: int) -> bool:
+            return request_on(connections[pid], "GET", "/v2/", headers=bob).status == 200
+
+        os.kill(pids[1], signal.SIGSTOP)  # so that it reloads after the file is damaged
+        new_htpasswd.write_text(users("bob"))
+        env_file.write_text(f"HTPASSWD_FILE={new_htpasswd}\n")
+        daemon.send_signal(signal.SIGHUP)
+        for pid in (pids[0], pids[2]):
+            wait_until(partial(has_reloaded, pid), "the other processes have reloaded")
+        new_htpasswd.write_text("damaged")
+        os.kill(pids[1], signal.SIGCONT)
+    wait_until(
+        lambda: "worker 1 is restarted, because it could not reload: HTPASSWD_FILE: " in daemon.output_text,
+        "the failure is logged",
+    )
+    wait_until(lambda: "worker 1 cannot start: HTPASSWD_FILE: " in daemon.output_text, "the worker has ended")
+    assert request_directly("GET", url, headers=alice).status == 401
+    new_htpasswd.write_text(users("bob"))
+    wait_until(lambda: daemon.output_text.count("worker 1 serves") == 2, "the worker starts again", timeout=60)
+    assert request_directly("GET", url, headers=alice).status == 401
 
 
 def test_main_process_is_killed(upstreams: Upstreams, start_daemon: StartMultiProcessDaemon) -> None:

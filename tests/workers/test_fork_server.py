@@ -235,7 +235,7 @@ def test_simultaneous_exits_are_all_reported() -> None:
     assert sorted(event[1] for event in events if event[0] == "exited") == list(range(1, 11))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
 def test_workers_ignore_signals_to_the_process_group(number: int) -> None:
     events = run_script(
         f"os.kill(os.getppid(), {number:d}); os.kill(os.getpid(), {number:d})",
