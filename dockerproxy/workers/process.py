@@ -59,14 +59,15 @@ class ForkedState:
 
     def shared_services(self, number: int, coordinator: Coordinator, bindings: Bindings) -> SharedServices:
         """Return what process `number` shares with the others."""
+        multi_process = self.scoreboard.processes > 1
         return SharedServices(
             self.state,
             coordinator,
             self.metrics.for_process(number),
             coordinator,
             bindings,
-            multi_process=self.scoreboard.processes > 1,
-            on_connection_closed=self.scoreboard.slot(number).count_closed,
+            multi_process=multi_process,
+            on_connection_closed=self.scoreboard.slot(number).count_closed if multi_process else None,
         )
 
 

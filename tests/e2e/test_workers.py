@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 
@@ -113,6 +113,26 @@ def test_connections_are_balanced(daemon: MultiProcessDaemon) -> None:
             stack.callback(connection.close)
             pids.append(daemon.connect_and_get_pid(connection))
         assert {pids.count(pid) for pid in daemon.serving_pids} == {4}
+
+
+@pytest.mark.parametrize(("count", "at_once"), [(42, False), (300, True)], ids=["long connections", "a burst"])
+def test_any_number_of_connections_is_balanced(daemon: MultiProcessDaemon, count: int, at_once: bool) -> None:
+    """A process that gets more than its share of long downloads leaves a core idle."""
+    wait_until(lambda: sum(open_connections(daemon)) == 0, "the connections of other tests are closed")
+    with ExitStack() as stack:
+        clients = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for client in clients:
+            client.setblocking(not at_once)
+            with suppress(BlockingIOError):
+                client.connect(("127.0.0.1", daemon.http_port))
+        wait_until(lambda: sum(open_connections(daemon)) == count, "all connections are accepted")
+        assert open_connections(daemon) == [count // WORKERS] * WORKERS
+
+
+def open_connections(daemon: MultiProcessDaemon) -> list[int]:
+    """Return how many connections to the hosted registry each process has."""
+    report = daemon.run_cli("debug", "--json")
+    return [process["clients"]["REGISTRY_HTTP_LISTEN"] for process in json.loads(report.stdout)["processes"]]
 
 
 def test_metrics_are_aggregated(upstreams: Upstreams, start_daemon: StartMultiProcessDaemon) -> None:
