@@ -38,7 +38,7 @@ class PullBackend(Protocol):
         """Return the referrers of the manifest `subject`."""
 
 
-class BodyReader(Protocol):
+class UploadBody(Protocol):
     """The body of a request, as it arrives."""
 
     async def read_chunk(self, at_least: int = ...) -> bytes:
@@ -49,7 +49,7 @@ class BodyReader(Protocol):
 class UploadChunk:
     """A part of an upload: the body, and what the fields Content-Range and Content-Length say about it."""
 
-    body: BodyReader
+    body: UploadBody
     content_range: str | None
     content_length: int | None
 
@@ -76,7 +76,7 @@ class RegistryBackend(PullBackend, Protocol):
         """Remove a blob from the repository."""
 
     async def start_upload(
-        self, principal: Principal, name: Repository, parameters: UploadParameters, body: BodyReader
+        self, principal: Principal, name: Repository, parameters: UploadParameters, body: UploadBody
     ) -> UploadStatus | None:
         """Mount a blob, receive one at once, or begin a session. Return the session, None if the blob is complete."""
 

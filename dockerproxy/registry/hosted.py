@@ -33,7 +33,7 @@ from dockerproxy.oci.paging import NamePage, Page
 from dockerproxy.oci.pushed_manifest import PushedManifest
 from dockerproxy.oci.referrers import ReferrersIndex, ReferrersQuery, build_index
 from dockerproxy.oci.uploads import UploadParameters, UploadStatus, algorithm_for, declared_length
-from dockerproxy.registry.backend import BodyReader, UploadChunk
+from dockerproxy.registry.backend import UploadBody, UploadChunk
 from dockerproxy.registry.hosted_store import HostedStore, UploadSession
 from dockerproxy.registry.principal import Principal
 
@@ -136,12 +136,12 @@ class HostedRegistry:
     # uploads
 
     async def start_upload(
-        self, principal: Principal, name: Repository, parameters: UploadParameters, body: BodyReader
+        self, principal: Principal, name: Repository, parameters: UploadParameters, body: UploadBody
     ) -> UploadStatus | None:
         return await self._finish(principal, f"upload to {name}", self._start_upload(name, parameters, body))
 
     async def _start_upload(
-        self, name: Repository, parameters: UploadParameters, body: BodyReader
+        self, name: Repository, parameters: UploadParameters, body: UploadBody
     ) -> UploadStatus | None:
         mount, digest = parameters.mount, parameters.digest
         # Without a source, any repository will do, because a client that may push here may read all of them.
@@ -215,7 +215,7 @@ async def _report_failure(principal: Principal, description: str, operation: Cor
         raise StorageFailed(f"the registry cannot use its disk: {error.strerror}") from None
 
 
-async def _receive(upload: UploadSession, body: BodyReader, length: int | None) -> None:
+async def _receive(upload: UploadSession, body: UploadBody, length: int | None) -> None:
     """Append the body. Its length must be `length` bytes unless that is None.
 
     If the client disconnects, the bytes received so far stay. If the disk is full, the whole session is deleted,

@@ -1,4 +1,4 @@
-"""Who makes a request to the hosted registry."""
+"""The client of a request to the hosted registry."""
 
 from __future__ import annotations
 

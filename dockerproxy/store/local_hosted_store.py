@@ -1,7 +1,7 @@
 """The storage of the hosted registry on a local disk: a `registry.hosted_store.HostedStore` over a `HostedTree`.
 
-Reading a link or touching a blob takes some microseconds and happens in the reactor's thread. Whatever writes, or reads
-a directory or a large file, happens in other threads.
+Reading a link or touching a blob takes some microseconds and happens in the reactor's thread. Writes, and reads
+of a directory or a large file, happen in other threads.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from dockerproxy.oci.paging import NamePage, Page
 from dockerproxy.oci.pushed_manifest import PushedManifest
 from dockerproxy.oci.referrers import ReferrersIndex, ReferrersQuery
 from dockerproxy.oci.uploads import UploadParameters, UploadStatus
-from dockerproxy.registry.backend import BodyReader, UploadChunk
+from dockerproxy.registry.backend import UploadBody, UploadChunk
 from dockerproxy.registry.principal import Principal
 
 
@@ -139,7 +139,7 @@ class FakeRegistryBackend(FakePullBackend):
         self.calls.append(("delete_blob", principal, name, digest))
 
     async def start_upload(
-        self, principal: Principal, name: Repository, parameters: UploadParameters, body: BodyReader
+        self, principal: Principal, name: Repository, parameters: UploadParameters, body: UploadBody
     ) -> UploadStatus | None:
         self.calls.append(("start_upload", principal, name, parameters))
         return UploadStatus("session", 0)

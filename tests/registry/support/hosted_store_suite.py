@@ -1,4 +1,4 @@
-"""What every `HostedStore` must do. A subclass provides the fixture `store`, and `run`, which waits for a coroutine."""
+"""Tests that every `HostedStore` must pass. A subclass has the fixture `store`, and `run`, which awaits a coroutine."""
 
 from __future__ import annotations
 
