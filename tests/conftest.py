@@ -28,8 +28,20 @@ Fields = Iterable[tuple[str, str]]
 
 settings.register_profile("fast", max_examples=20)  # of `make check`
 
+MARKERS = (
+    "slow: takes more than a second",
+    "root: needs root, and programs that `make test-programs` installs",
+    "bench: tests the benchmarks",
+)
+"""Here and not in setup.cfg, because the Debian package's tests run without that. `make check` leaves them out."""
+
 DIRECTORY_MARKERS = {"e2e": pytest.mark.root, "bench": pytest.mark.bench}
 """Markers of all tests in a directory."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for marker in MARKERS:
+        config.addinivalue_line("markers", marker)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
