@@ -69,16 +69,16 @@ def twistd_stream(options: Mapping[str, Any], reactor: IReactorFromThreads) -> T
     if name == "-" and not options.get("nodaemon"):
         raise SystemExit("Daemons cannot log to stdout, exiting!")
     if logs_to_stdout(options):
-        return stdout_stream(reactor)
+        return json_stream(reactor, sys.stdout.fileno())
     file: LogFile = LogFile.fromFullPath(name or "twistd.log")  # type: ignore[no-untyped-call]
     if signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL:
         signal.signal(signal.SIGUSR1, lambda *_: reactor.callFromThread(file.rotate))
     return file
 
 
-def stdout_stream(reactor: Any) -> NonBlockingStream:
-    """Return a stream of JSON lines to standard output that does not block if nobody reads it."""
-    return NonBlockingStream(reactor, sys.stdout.fileno(), encoding="ascii", format_dropped=_format_dropped)
+def json_stream(reactor: Any, descriptor: int) -> NonBlockingStream:
+    """Return a stream of JSON lines to a copy of `descriptor` that does not block if nobody reads it."""
+    return NonBlockingStream(reactor, descriptor, encoding="ascii", format_dropped=_format_dropped)
 
 
 def _format_dropped(count: int) -> str:

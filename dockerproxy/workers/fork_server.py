@@ -16,6 +16,7 @@ import signal
 import socket
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
@@ -23,7 +24,7 @@ from typing import Any, NoReturn, Protocol
 
 from attrs import field, frozen
 from twisted.application.service import Service
-from twisted.logger import Logger
+from twisted.logger import Logger, globalLogPublisher
 
 from dockerproxy.workers.log_relay import remove_log_observers
 from dockerproxy.workers.message_socket import MAX_MESSAGE_SIZE, MessageSocket, socketpair
@@ -234,10 +235,19 @@ def _run_and_exit(run: Callable[[], object]) -> NoReturn:
         pass
     except BaseException:
         log.failure("process {pid} failed", pid=os.getpid())
+        if not _has_log():
+            os.write(2, traceback.format_exc().encode())
     finally:
         with suppress(Exception):
             sys.stdout.flush()
         os._exit(status)
+
+
+def _has_log() -> bool:
+    """Return whether somebody observes the log. A worker has none before its main function has added one."""
+    trace: list[object] = []
+    globalLogPublisher({"log_trace": trace})
+    return bool(trace)
 
 
 def _close_other_descriptors(*keep: int) -> None:

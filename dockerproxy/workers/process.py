@@ -18,7 +18,7 @@ from twisted.logger import Logger, globalLogPublisher
 from dockerproxy.app import SharedServices, build_server
 from dockerproxy.cache.identity import Bindings
 from dockerproxy.daemon.gc_tuning import freeze_startup_objects
-from dockerproxy.daemon.jsonlog import JsonLog, stdout_stream
+from dockerproxy.daemon.jsonlog import JsonLog, json_stream
 from dockerproxy.daemon.listener_service import ListenerService
 from dockerproxy.daemon.metrics import Metrics
 from dockerproxy.proxy.authority import CertificateAuthority
@@ -153,7 +153,8 @@ def run_worker(forked_state: ForkedState, request: SpawnRequest) -> None:
     """Run a worker until the main process stops it or exits."""
     reactor = _install_new_reactor(forked_state.reactor)
     if request.log_fd is not None:
-        globalLogPublisher.addObserver(JsonLog(stdout_stream(reactor)))
+        # Not sys.stdout, which is an object of the main process: twistd has replaced it if it runs in the background.
+        globalLogPublisher.addObserver(JsonLog(json_stream(reactor, 1)))
     try:
         settings = Settings.from_environment({**forked_state.environment, **request.changed_settings})
         WorkerProcess(reactor, forked_state, settings, request).start()

@@ -1,10 +1,15 @@
 """The supervisor of the workers in the main process: starts, replaces, reloads and stops them.
 
-A worker is one of a row of processes with the same number. `WorkerState` says what is known of the current process::
+A worker is a number; one process after the other has it. `WorkerState` is what is known of the current process:
 
-    ENDED ──start──► STARTING ──ready──► SERVING ──stop──► STOPPING
-      ▲                 └────────────────────┴───its socket closes───┴──► DISCONNECTED
-      └── the fork server reports its exit, in any state; or the start failed
+    state           event                                          next state
+    ENDED           the fork server is asked for a process         STARTING
+    STARTING        it reports that it is ready                    SERVING
+    STARTING, SERVING                it is told to stop            STOPPING
+    STARTING, SERVING, STOPPING      its socket closes             DISCONNECTED
+    any             the fork server reports its exit               ENDED
+    ENDED, STARTING the request fails                              ENDED
+    DISCONNECTED    the fork server exits, or is gone already      ENDED
 
 The exit of a process is reported by its socket, which closes, and by the fork server. The first ends its reservations
 and locks, the second starts its successor. Without the fork server the socket alone tells of the exit, and there is no

@@ -151,6 +151,18 @@ def test_worker_output_goes_to_the_log_pipe() -> None:
     assert text == "out\nerr"
 
 
+def test_failure_of_a_worker_without_a_log_goes_to_its_pipe() -> None:
+    """It would otherwise be restarted for ever, and nobody would learn why."""
+    text = run_script(
+        "raise RuntimeError('too early')",
+        "server = begin(keep_log_observers=False); read_fd, write_fd = os.pipe()\n"
+        "sock = start(server, 1, log_fd=write_fd)\n"
+        "wait_for(2); os.close(write_fd); print(json.dumps(os.read(read_fd, 10000).decode()))",
+    )
+    assert text.startswith("Traceback (most recent call last):")
+    assert text.endswith("RuntimeError: too early\n")
+
+
 def test_fork_server_exits_when_its_socket_closes() -> None:
     events, exit_status = run_script(
         WAIT_FOR_CLOSE,
