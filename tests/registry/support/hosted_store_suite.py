@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
@@ -52,12 +53,12 @@ async def read_all(content: Content) -> bytes:
     return data
 
 
-class HostedStoreSuite:
+class HostedStoreSuite(ABC):
     """The tests. Every one begins with an empty store."""
 
+    @abstractmethod
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Return the result of `coroutine`."""
-        raise NotImplementedError
 
     def push_blob(self, store: HostedStore, content: bytes, repository: Repository = APP) -> Digest:
         async def push() -> Digest:
