@@ -6,7 +6,6 @@ import re
 import socket
 import ssl
 import subprocess
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,34 +18,20 @@ from tests.e2e.harness.daemon import AccessLogEntry, StartDaemon, TwistdDaemon
 from tests.e2e.harness.http_server import HTTPExchange, StubServer
 from tests.e2e.harness.images import ACCEPT_MANIFESTS
 from tests.e2e.harness.process import require_programs, wait_until
+from tests.e2e.harness.threaded_server import ThreadedServer
 from tests.e2e.harness.upstreams import FAKE, REGISTRY, Upstreams, format_upstream_addresses
 
 # tunnels
 
 
-class EchoTLSServer:
+class EchoTLSServer(ThreadedServer):
     """A TLS server with its own certificate, which sends received data back in upper case."""
 
     def __init__(self, context: ssl.SSLContext) -> None:
+        super().__init__()
         self._context = context
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port: int = self._listener.getsockname()[1]
 
-    def start(self) -> None:
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def stop(self) -> None:
-        self._listener.close()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                client, _ = self._listener.accept()
-            except OSError:
-                return
-            threading.Thread(target=self._serve, args=(client,), daemon=True).start()
-
-    def _serve(self, client: socket.socket) -> None:
+    def serve(self, client: socket.socket) -> None:
         try:
             with self._context.wrap_socket(client, server_side=True) as connection:
                 while data := connection.recv(65536):

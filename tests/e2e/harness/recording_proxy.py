@@ -11,34 +11,19 @@ import threading
 from collections.abc import Mapping
 from urllib.parse import urlsplit
 
+from tests.e2e.harness.threaded_server import ThreadedServer
 
-class RecordingProxy:
+
+class RecordingProxy(ThreadedServer):
     """Connects only to the targets in `addresses` ("host:port" to a port of 127.0.0.1), and records the requests."""
 
     def __init__(self, addresses: Mapping[str, int]) -> None:
+        super().__init__()
         self.connected_targets: list[str] = []
         self.request_heads: list[bytes] = []
         self._addresses = addresses
-        self._listener = socket.create_server(("127.0.0.1", 0), backlog=64)
-        self.port: int = self._listener.getsockname()[1]
 
-    def start(self) -> None:
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def stop(self) -> None:
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                client, _ = self._listener.accept()
-            except OSError:
-                return
-            threading.Thread(target=self._serve, args=(client,), daemon=True).start()
-
-    def _serve(self, client: socket.socket) -> None:
+    def serve(self, client: socket.socket) -> None:
         with contextlib.suppress(OSError), client:
             head = b""
             while b"\r\n\r\n" not in head:
