@@ -10,7 +10,7 @@ from dockerproxy.store.blobs import OpenBlob
 
 
 class StoredBlobReader:
-    """An `oci.contents.Content` over an open blob on disk. Closing it calls `on_close` once."""
+    """An `oci.content.Content` over an open blob on disk. Closing it calls `on_close` once."""
 
     __slots__ = ("_blob", "_on_close", "_reactor", "size")
 
