@@ -6,7 +6,7 @@ import os
 import re
 import resource
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -51,6 +51,7 @@ from dockerproxy.registry.intercepted import Intercepted, Mirror
 from dockerproxy.registry.namespaces import NamespacedRegistries
 from dockerproxy.reload import RegistryTable
 from dockerproxy.settings import DOCKER_HUB, Settings, SettingsError
+from dockerproxy.shares import ClientShares
 from dockerproxy.store.blobs import Blobs
 from dockerproxy.store.hosted_tree import HostedTree
 from dockerproxy.store.links import Links
@@ -128,6 +129,8 @@ class ProxyServer:
     hosted_app: HostedRegistryApp
     hosted_tree: HostedTree
     pools: ThreadPools
+    bounds: Sequence[ClientShares]
+    """The bounds that `debug_report` shows."""
     state: StateDirectory
     agent: Agent
     _reactor: Any
@@ -148,14 +151,7 @@ class ProxyServer:
             "tunnels": len(self.transfers),
             "downloads": self.pull_through.blobs.downloads.report()[:_MAX_REPORTED],
             "upstream connections": {"open": self.agent.open_connections, "idle": self.agent.idle_connections},
-            "threads": {
-                pool.name: {
-                    "running": pool.running,
-                    "waiting": pool.waiting,
-                    "clients": dict(pool.busiest_clients()),
-                }
-                for pool in (self.pools.lookups, self.pools.passwords)
-            },
+            "bounds": [bound.report() for bound in self.bounds],
         }
 
 
@@ -214,6 +210,7 @@ def build_server(
         hosted_app,
         hosted_tree,
         pools,
+        [*pools.lookups.bounds, *pools.passwords.bounds],
         shared.state,
         connectors.agent,
         reactor,

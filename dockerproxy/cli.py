@@ -294,15 +294,20 @@ def _format_process(process: dict[str, Any]) -> Iterator[str]:
     yield f"  upstream connections: {upstream['open']}, {upstream['idle']} of them idle"
     if "queued messages" in process:
         yield f"  messages: {process['queued messages']} waiting, {process['dropped hints']} hints dropped"
-    for pool, work in process["threads"].items():
-        busiest = "".join(f", {client or 'the daemon'}: {count}" for client, count in work["clients"].items())
-        yield f"  {pool}: {work['running']} running, {work['waiting']} waiting{busiest}"
+    yield from map(_format_bound, process["bounds"])
     for download in process["downloads"]:
         size = "?" if download["size"] is None else format_size(download["size"])
         yield (
             f"  download {download['registry']} {download['digest']}: {download['state']},"
             f" {format_size(download['written'])} of {size}, {download['waiting']} waiting"
         )
+
+
+def _format_bound(bound: dict[str, Any]) -> str:
+    clients = "".join(f", {client or 'the daemon'}: {count}" for client, count in bound["clients"].items())
+    refused = f", {bound['refused']} refused" if bound["refused"] else ""
+    share = f"{bound['share']} for one client"
+    return f"  {bound['name']}: {bound['used']} of {bound['limit']}, {share}{refused}{clients}"
 
 
 def _format_objects(result: Event, name: str) -> str:

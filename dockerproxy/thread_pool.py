@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections import Counter, OrderedDict, deque
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -20,11 +20,9 @@ from twisted.internet.defer import Deferred
 from twisted.python.failure import Failure
 from twisted.python.threadpool import ThreadPool
 
-from dockerproxy.errors import ServiceOverloaded, TooManyRequests
+from dockerproxy.shares import ClientShares, client_key
 
 T = TypeVar("T")
-
-_RETRY_AFTER = ("Retry-After", "1")
 
 
 class Threads(Protocol):
@@ -76,7 +74,15 @@ class BoundedThreadPool:
     _threads: Threads
     _nice: int = 0
     _queues: OrderedDict[str, deque[_Job]] = field(factory=OrderedDict, init=False)  # the next client first
-    _running: Counter[str] = field(factory=Counter, init=False)
+    _running: ClientShares = field(init=False)
+    _waiting: ClientShares = field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        limits = self.limits
+        self._running = ClientShares(
+            f"running {self.name}", limits.threads, limits.threads_per_client, reserved=limits.reserved_threads
+        )
+        self._waiting = ClientShares(f"waiting {self.name}", limits.waiting, limits.waiting_per_client)
 
     @classmethod
     def start(cls, reactor: Any, name: str, limits: PoolLimits, *, nice: int = 0) -> BoundedThreadPool:
@@ -88,19 +94,17 @@ class BoundedThreadPool:
     @property
     def running(self) -> int:
         """The number of jobs in threads."""
-        return self._running.total()
+        return self._running.used
 
     @property
     def waiting(self) -> int:
         """The number of jobs that wait for a thread."""
-        return sum(map(len, self._queues.values()))
+        return self._waiting.used
 
-    def busiest_clients(self, count: int = 3) -> list[tuple[str, int]]:
-        """Return the clients with most jobs, running and waiting, and how many each has."""
-        jobs = Counter(self._running)
-        for client, queue in self._queues.items():
-            jobs[client] += len(queue)
-        return jobs.most_common(count)
+    @property
+    def bounds(self) -> tuple[ClientShares, ...]:
+        """The bounds of the jobs that run and of those that wait."""
+        return self._running, self._waiting
 
     async def run(self, function: Callable[..., T], *args: object, client: str = "") -> T:
         """Return what `function` returns in a thread.
@@ -108,11 +112,8 @@ class BoundedThreadPool:
         `client` is whom the job counts for, `""` for the daemon itself. Raise `TooManyRequests` if the client's share
         of waiting jobs is used up, `ServiceOverloaded` if too many jobs wait in all.
         """
-        queue = self._queues.get(client)
-        if client and queue is not None and len(queue) >= self.limits.waiting_per_client:
-            raise TooManyRequests(f"{len(queue)} {self.name} of {client} are waiting already", headers=[_RETRY_AFTER])
-        if self.waiting >= self.limits.waiting:
-            raise ServiceOverloaded(f"{self.waiting} {self.name} are waiting already", headers=[_RETRY_AFTER])
+        client = client_key(client)
+        self._waiting.acquire(client)
         job = _Job(client, partial(self._in_thread, function, args), Deferred(lambda _: self._drop(job)))
         self._queues.setdefault(client, deque()).append(job)
         self._dispatch()
@@ -128,7 +129,7 @@ class BoundedThreadPool:
     def _dispatch(self) -> None:
         """Start jobs while there are threads, one of each client in turn."""
         while self.running < self.limits.threads:
-            client = next((client for client in self._queues if self._may_start(client)), None)
+            client = next(filter(self._running.has_room, self._queues), None)
             if client is None:
                 return
             queue = self._queues[client]
@@ -137,23 +138,13 @@ class BoundedThreadPool:
             if queue:
                 self._queues[client] = queue  # behind the others
             job.started = True
-            self._running[client] += 1
+            self._waiting.release(client)
+            self._running.acquire(client)
             on_result = partial(self._reactor.callFromThread, self._finish, job)
             self._threads.callInThreadWithCallback(on_result, job.call)
 
-    def _may_start(self, client: str) -> bool:
-        if not client:
-            return True
-        running_for_clients = self.running - self._running[""]
-        return (
-            running_for_clients < self.limits.threads - self.limits.reserved_threads
-            and self._running[client] < self.limits.threads_per_client
-        )
-
     def _finish(self, job: _Job, success: bool, result: Any) -> None:
-        self._running[job.client] -= 1
-        if not self._running[job.client]:
-            del self._running[job.client]
+        self._running.release(job.client)
         if not job.done.called:
             if success:
                 job.done.callback(result)
@@ -168,5 +159,6 @@ class BoundedThreadPool:
             return
         queue = self._queues[job.client]
         queue.remove(job)
+        self._waiting.release(job.client)
         if not queue:
             del self._queues[job.client]

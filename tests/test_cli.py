@@ -357,10 +357,13 @@ def test_debug(daemon: DaemonProcess) -> None:
     assert result["locks"] == {}
     main_process = result["processes"][0]
     assert (main_process["number"], main_process["downloads"]) == (0, [])
-    assert main_process["threads"]["name look-ups"] == {"running": 0, "waiting": 0, "clients": {}}
+    bound = next(bound for bound in main_process["bounds"] if bound["name"] == "running name look-ups")
+    assert bound == {
+        "name": "running name look-ups", "used": 0, "limit": 16, "share": 6, "refused": 0, "clients": {},
+    }  # fmt: skip
     text = daemon.run("debug")
     assert "main process (serving, process ID " in text
-    assert "name look-ups: 0 running, 0 waiting" in text
+    assert "running name look-ups: 0 of 16, 6 for one client" in text
 
 
 def test_status(daemon: DaemonProcess) -> None:

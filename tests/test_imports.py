@@ -23,7 +23,8 @@ ALLOWED = {
     "concurrency": set(),
     "bounded_dict": set(),
     "durations": set(),
-    "thread_pool": {"errors"},
+    "shares": {"errors"},
+    "thread_pool": {"shares"},
     "oci": {"errors"},
     "http": {"oci", "errors"},
     "net": {"oci", "errors"},
@@ -44,7 +45,7 @@ ALLOWED = {
 }
 COMPOSITION_ROOTS = {"tap", "app", "workers.process"}  # they build the daemon and may import every part
 ENTRY_POINTS = {"tap"}  # the modules that twistd loads first
-ALLOWED_EVERYWHERE = {"concurrency", "bounded_dict"}  # helpers that depend on no part
+ALLOWED_EVERYWHERE = {"concurrency", "bounded_dict", "shares"}  # helpers that depend on no part but `errors`
 
 # No request needs these modules. Each one costs megabytes, together with the modules that it imports.
 UNWANTED = {
@@ -61,7 +62,7 @@ UNWANTED = {
 
 # These modules do no I/O. They may not import a reactor, sockets or files.
 PURE_MODULES = {
-    "oci", "errors", "bounded_dict", "durations", "net.addresses", "proxy.policy", "registry.login_throttle",
+    "oci", "errors", "bounded_dict", "shares", "durations", "net.addresses", "proxy.policy", "registry.login_throttle",
     "http.connection_state", "http.headers", "http.message", "upstream.http1",
     "upstream.retry", "upstream.urls", "cache.freshness", "store.eviction",
 }  # fmt: skip

@@ -102,7 +102,7 @@ def test_a_client_has_a_share_of_the_queue(pool: BoundedThreadPool, threads: Man
         start(pool, client="a")
     error = failure_of(start(pool, client="a"))
     assert isinstance(error, TooManyRequests)
-    assert error.message == "3 look-ups of a are waiting already"
+    assert error.message == "a has 3 of the 3 waiting look-ups that one client may have"
     assert error.headers == (("Retry-After", "1"),)
     threads.finish()
     assert not start(pool, client="a").called
@@ -113,7 +113,10 @@ def test_the_queue_has_a_bound(pool: BoundedThreadPool) -> None:
         start(pool, client=f"client {number}")
     error = failure_of(start(pool, client="another"))
     assert isinstance(error, ServiceOverloaded)
-    assert (error.status, error.message) == (503, "5 look-ups are waiting already")
+    assert (error.status, error.message) == (
+        503,
+        "all clients together have 5 of the 5 waiting look-ups that they may have",
+    )
 
 
 def test_the_daemon_itself_has_no_share_but_the_bound(pool: BoundedThreadPool) -> None:
@@ -154,10 +157,12 @@ def test_clients_leave_reserved_threads_to_the_daemon(threads: ManualThreads) ->
     assert (pool.running, pool.waiting) == (3, 1)
 
 
-def test_names_the_busiest_clients(pool: BoundedThreadPool) -> None:
+def test_its_bounds_name_the_busiest_clients(pool: BoundedThreadPool) -> None:
     for client in ("a", "a", "a", "b", "c"):
         start(pool, client=client)
-    assert pool.busiest_clients(2) == [("a", 3), ("b", 1)]
+    running, waiting = pool.bounds
+    assert running.report()["clients"] == {"a": 1, "b": 1}
+    assert waiting.report()["clients"] == {"a": 2, "c": 1}
 
 
 def test_errors_are_the_registrys() -> None:
