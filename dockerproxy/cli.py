@@ -115,7 +115,7 @@ def _build_parser() -> argparse.ArgumentParser:
     import_command.add_argument("--force", action="store_true", help="overwrite tags that exist in both")
     check_command = add_command("check", check, "verify the digest of every blob and move damaged ones to damaged/")
     check_command.add_argument("--cached", action="store_true", help="verify cached blobs instead of hosted ones")
-    add_command("status", status, "show disk usage and running operations")
+    add_command("status", status, "show disk usage, running operations and the CA's fingerprint")
     add_command("debug", debug, "show what each process is doing: downloads, connections, waiting work, locks")
     return parser
 
@@ -264,6 +264,7 @@ def status(client: ControlClient, options: argparse.Namespace, terminal: Termina
         free = "" if store["free"] is None else f", {format_size(store['free'])} free"
         usage = f", {format_size(cache['bytes'])} of {format_size(cache['limit'])} used" if kind == "cached" else ""
         print(f"{kind} in {store['directory']}{usage}{free}")
+    print(f"SHA-256 of the CA certificate: {result['ca']['sha256']}")
     print("idle" if operation is None else f"{operation['name']} running for {format_age(operation['since'])}")
     return 0
 

@@ -27,7 +27,7 @@ from dockerproxy.daemon.gc_tuning import freeze_startup_objects
 from dockerproxy.daemon.listener_service import SHUTDOWN_GRACE, EndpointOpener, ListenerService, PortOpener
 from dockerproxy.daemon.signals import DebugSignalService, on_repeated_stop
 from dockerproxy.daemon.systemd import Notifier, SystemdService
-from dockerproxy.proxy.issuer import AuthorityError
+from dockerproxy.proxy.authority import AuthorityError, CertificateAuthority
 from dockerproxy.registry.htpasswd import HtpasswdError
 from dockerproxy.reload import Configuration, Reloader, describe_error, reloadable_variables
 from dockerproxy.settings import DOCKER_HUB, Settings, SettingsError
@@ -100,12 +100,14 @@ def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifi
         listener_service,
         workers.supervisor,
         operations,
-        build_control_socket(reactor, settings, state, server.hosted_tree, cache_space, operations, report),
+        build_control_socket(
+            reactor, settings, state, server.hosted_tree, cache_space, operations, report, authority.fingerprint
+        ),
         DebugSignalService(reactor, report),
         SystemdService(reactor, notifier, listener_service.listening, server.registries.status, reloader),
     ):
         daemon.addService(service)  # type: ignore[no-untyped-call]
-    log_configuration(settings)
+    log_configuration(settings, authority)
     return daemon
 
 
@@ -237,6 +239,7 @@ def build_control_socket(
     cache_space: CacheSpaceManager,
     operations: Operations,
     debug_report: DebugReport,
+    ca_fingerprint: str,
 ) -> ControlSocket:
     """Build the control socket in RUNTIME_DIR, which serves the command `dockerproxy`."""
     stores = [StoreView(HOSTED, store.layout), StoreView(CACHED, state.cache)]
@@ -248,17 +251,19 @@ def build_control_socket(
         Deleter(reactor, store, cache_space, state.open_records()),
         operations,
         debug_report,
+        ca_fingerprint,
         time.time,
     )
     site = build_site(reactor, settings, control.handle, log_access)
     return ControlSocket(reactor, settings.runtime_dir / "control.sock", site)
 
 
-def log_configuration(settings: Settings) -> None:
-    """Log the intercepted registries and the directories."""
+def log_configuration(settings: Settings, authority: CertificateAuthority) -> None:
+    """Log the intercepted registries, the directories, and the CA's fingerprint, which the set-up script compares."""
     log.info("intercepting {hosts}", hosts=", ".join(str(registry) for registry in settings.intercepted))
     log.info(
         "cache in {cache} (up to {size} bytes), registry in {registry}, CA in {ca}",
         cache=settings.cache_dir, size=settings.cache_max_size,
         registry=settings.registry_dir, ca=settings.ca_crt_file or settings.ca_dir,
     )  # fmt: skip
+    log.info("the CA certificate's SHA-256 is {fingerprint}", fingerprint=authority.fingerprint)

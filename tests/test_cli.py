@@ -372,6 +372,10 @@ def test_status(daemon: DaemonProcess) -> None:
     assert result["shelves"]["hosted"]["directory"] == str(daemon.hosted.root)
     assert result["cache"]["limit"] == 32 * 2**30
     assert "idle" in daemon.run("status")
+    fingerprint = result["ca"]["sha256"]
+    assert re.fullmatch(r"([0-9A-F]{2}:){31}[0-9A-F]{2}", fingerprint)
+    assert f"SHA-256 of the CA certificate: {fingerprint}\n" in daemon.run("status")
+    assert f"the CA certificate's SHA-256 is {fingerprint}\n" in daemon.log
 
 
 def test_operations_are_exclusive_and_end_with_their_client(daemon: DaemonProcess) -> None:

@@ -19,6 +19,8 @@ Docker hosts use this as their HTTP and HTTPS proxy; images are served from its 
   /ca.crt           the CA certificate that clients must trust
   /setup            a script that sets up dockerd, containerd, CRI-O and podman on a host:
                     curl -fsS {url}setup | sudo sh
+                    curl -fsS {url}setup | sudo sh -s -- --ca-sha256 FINGERPRINT
+                    (the second form stops if the CA is not that of `dockerproxy status` on the server)
   /healthz          health check
   /metrics          metrics for Prometheus
 """

@@ -72,6 +72,7 @@ class Control:
     _deleter: Deleter
     _operations: Operations
     _debug_report: DebugReport
+    _ca_fingerprint: str
     _clock: Callable[[], float]
     _thread: CooperativeThread = field(init=False)
     _start_time: float = field(init=False)
@@ -139,6 +140,7 @@ class Control:
     def _status(self) -> dict[str, Any]:
         return {
             "started": self._start_time,
+            "ca": {"sha256": self._ca_fingerprint},
             "operation": self._operations.current,
             "cache": {"bytes": self._space.index.total, "limit": self._space.index.limit},
             "shelves": {store.kind: _storage_info(store) for store in self._resolver.stores},

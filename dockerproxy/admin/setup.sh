@@ -2,7 +2,8 @@
 # Configures the container engines on this host to pull through the proxy below, and the host to trust the proxy's CA
 # certificate. It supports dockerd, containerd and CRI-O under systemd or OpenRC, and podman, and configures only
 # installed ones. Run it as root. It is idempotent: another run changes only settings that differ, and restarts only the
-# services concerned. --remove undoes its changes.
+# services concerned. --remove undoes its changes. --ca-sha256 changes nothing if the proxy's CA certificate has another
+# fingerprint than the given one, which `dockerproxy status` prints on the server.
 
 set -eu
 umask 022
@@ -20,6 +21,7 @@ podman_conf=/etc/containers/containers.conf.d/$drop_in_name
 services='containerd docker crio' # in the order of restarts, because dockerd needs containerd
 pending=                          # services to restart
 new=                              # temporary file to remove on exit
+ca_sha256=                        # the expected fingerprint, in lower case without colons
 
 say() {
     printf '%s\n' "$*"
@@ -32,6 +34,7 @@ fail() {
 
 usage() {
     say "Usage: curl -fsS ${proxy}setup | sudo sh"
+    say "       curl -fsS ${proxy}setup | sudo sh -s -- --ca-sha256 FINGERPRINT"
     say "       curl -fsS ${proxy}setup | sudo sh -s -- --remove"
 }
 
@@ -112,9 +115,19 @@ is_certificate() {
     if has openssl; then openssl x509 -noout -in "$1" 2>/dev/null || return 1; fi
 }
 
+# Compares the SHA-256 of the certificate's DER with the expected one.
+check_fingerprint() {
+    { has sha256sum && has base64; } ||
+        fail 'cannot compare the CA certificate: sha256sum or base64 is not installed; nothing was changed'
+    sum=$(sed '1d;$d' "$1" | base64 -d | sha256sum) || fail 'cannot compute the SHA-256 of the CA certificate'
+    [ "${sum%% *}" = "$ca_sha256" ] ||
+        fail "${proxy}ca.crt is another CA certificate: its SHA-256 is ${sum%% *}, not $ca_sha256; nothing was changed"
+}
+
 install_certificate() {
     fetch "${proxy}ca.crt" "$work/ca.crt" || fail "cannot fetch ${proxy}ca.crt"
     is_certificate "$work/ca.crt" || fail "${proxy}ca.crt is not a certificate; nothing was changed"
+    if [ -n "$ca_sha256" ]; then check_fingerprint "$work/ca.crt"; fi
     if [ -z "$pending" ] && is_same "$work/ca.crt" "$anchor"; then
         say "The CA certificate is already trusted: $anchor"
         return
@@ -378,9 +391,22 @@ remove() {
     rm -f "$unfinished"
 }
 
+# Sets $ca_sha256 from a fingerprint of 64 hexadecimal digits, in any case, with or without colons.
+parse_fingerprint() {
+    ca_sha256=$(printf '%s' "$1" | tr -d ':' | tr A-F a-f)
+    case "$ca_sha256" in
+        '' | *[!0-9a-f]*) ;;
+        *) [ ${#ca_sha256} != 64 ] || return 0 ;;
+    esac
+    say "--ca-sha256 expects the 64 hexadecimal digits that \`dockerproxy status\` prints on the server, not '$1'." >&2
+    exit 2
+}
+
 main() {
-    case "$*" in
+    arguments=$*
+    case "$arguments" in
         '' | --remove) ;;
+        --ca-sha256[=\ ]*) parse_fingerprint "${arguments#--ca-sha256?}" ;;
         -h | --help) usage; exit 0 ;;
         *) usage >&2; exit 2 ;;
     esac
@@ -394,7 +420,7 @@ main() {
     trap 'rm -rf "$work" ${new:+"$new"}' EXIT
     trap 'exit 1' HUP INT TERM
     if [ -e "$unfinished" ]; then mark_all_changed; fi
-    if [ "$*" = --remove ]; then
+    if [ "$arguments" = --remove ]; then
         remove
     else
         set_up

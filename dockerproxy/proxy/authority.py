@@ -106,6 +106,11 @@ class CertificateAuthority:
         """The certificate that clients must trust, in PEM."""
         return self._issuer.trusted.public_bytes(serialization.Encoding.PEM)
 
+    @property
+    def fingerprint(self) -> str:
+        """The SHA-256 of that certificate (DER), as `openssl x509 -fingerprint -sha256` prints it."""
+        return self._issuer.trusted.fingerprint(hashes.SHA256()).hex(":").upper()
+
     def context_for(self, name: str) -> ServerContext:
         """Return the server context for the host `name`: a DNS name, or an IP address without brackets.
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from dockerproxy.proxy.issuer import (
     BACKDATE,
@@ -141,6 +141,9 @@ def _root_certificate(key: IssuerKey, now: float) -> x509.Certificate:
         .not_valid_after(to_datetime(now + _ROOT_LIFETIME))
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(key_usage(ca=True), critical=True)
+        # Limits the CA to TLS servers. OpenSSL and Go require that each certificate of a chain allows the
+        # purpose, so whoever steals the key cannot sign code, mail or client certificates for those who trust this CA.
+        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
         .add_extension(identifier, critical=False)
         .add_extension(x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(identifier), critical=False)
         .sign(key, hashes.SHA256())

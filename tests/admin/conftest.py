@@ -22,7 +22,7 @@ import pytest
 
 from dockerproxy.admin.setup import setup_script
 
-COMMANDS = "curl sed grep cat mkdir mv cp rm rmdir tr id mktemp openssl"
+COMMANDS = "curl sed grep cat mkdir mv cp rm rmdir tr id mktemp openssl base64 sha256sum"
 
 # A service is a sleeping process. Its environment is set by the unit's drop-ins, then by the EnvironmentFile= of
 # Debian's units.

@@ -258,6 +258,64 @@ def test_an_invalid_certificate_changes_nothing(host: Any, shell: list[str], con
     assert (host.calls, host.files()) == ([], before)
 
 
+def fingerprint(certificate: bytes) -> str:
+    """Return the fingerprint in the form in which openssl and `dockerproxy status` print it."""
+    command = ["openssl", "x509", "-noout", "-fingerprint", "-sha256"]
+    output = subprocess.run(command, input=certificate, capture_output=True, check=True).stdout.decode()
+    return output.strip().partition("=")[2]
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+@pytest.mark.parametrize("form", ["{0}", "{1}", "={0}", "={2}"])
+def test_the_expected_certificate_is_installed(host: Any, shell: list[str], form: str) -> None:
+    expected = fingerprint(host.certificate)
+    forms = expected, expected.replace(":", "").lower(), expected.lower()
+    argument = form.format(*forms)
+    arguments = [f"--ca-sha256{argument}"] if argument.startswith("=") else ["--ca-sha256", argument]
+    result = host.run(shell, *arguments)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert host.anchor.read_bytes() == host.certificate
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_another_certificate_than_the_expected_one_changes_nothing(
+    host: Any, shell: list[str], certificates: list[bytes]
+) -> None:
+    before = host.files()
+    result = host.run(shell, "--ca-sha256", fingerprint(certificates[1]))
+    found, expected = (fingerprint(certificate).replace(":", "").lower() for certificate in certificates)
+    reason = f"{host.url}ca.crt is another CA certificate: its SHA-256 is {found}, not {expected}; nothing was changed"
+    assert (result.returncode, result.stderr) == (1, f"Failed: {reason}\n")
+    assert (host.calls, host.files()) == ([], before)
+
+
+def test_a_trusted_certificate_is_compared_too(host: Any, certificates: list[bytes]) -> None:
+    assert host.run(["dash"]).returncode == 0
+    result = host.run(["dash"], "--ca-sha256", fingerprint(certificates[1]))
+    assert result.returncode == 1
+    assert "is another CA certificate" in result.stderr
+    assert host.calls == []
+
+
+@pytest.mark.parametrize("command", ["sha256sum", "base64"])
+def test_without_the_tools_to_compare_nothing_is_changed(host: Any, command: str) -> None:
+    (host.tools / command).unlink()
+    before = host.files()
+    result = host.run(["dash"], "--ca-sha256", fingerprint(host.certificate))
+    assert result.returncode == 1
+    assert "cannot compare the CA certificate" in result.stderr
+    assert (host.calls, host.files()) == ([], before)
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+@pytest.mark.parametrize("argument", ["", "AB", "0" * 63, "0" * 65, "g" * 64, "0" * 64 + " --remove", "x\n" + "0" * 64])
+def test_a_malformed_fingerprint_changes_nothing(host: Any, shell: list[str], argument: str) -> None:
+    result = host.run(shell, "--ca-sha256", argument)
+    assert result.returncode == 2
+    assert "expects the 64 hexadecimal digits" in result.stderr
+    assert host.calls == []
+
+
 @pytest.mark.parametrize("status", [0, 1])
 def test_trust_store_output_is_printed_on_failure(host: Any, status: int) -> None:
     """The output of a successful run is hidden, because Debian 12's tool warns about its own file at every run."""

@@ -20,6 +20,7 @@ from OpenSSL import SSL
 from dockerproxy.errors import NameInvalid
 from dockerproxy.http.tls import ServerContext
 from dockerproxy.proxy.authority import AuthorityError, CertificateAuthority
+from dockerproxy.proxy.issuer import to_datetime
 
 DAY = 86400.0
 LONG_NAME = ".".join(["a" * 60] * 4)
@@ -200,6 +201,41 @@ def test_openssl_verifies_the_leaf_strictly(authority: CertificateAuthority, tmp
     command = [*strict, "-CAfile", "ca.crt", check, name, "leaf.crt"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.stdout == "leaf.crt: OK\n", result.stderr
+
+
+@pytest.mark.parametrize(
+    ("purpose", "usage"),
+    [
+        ("sslclient", x509.OID_CLIENT_AUTH),
+        ("smimesign", x509.OID_EMAIL_PROTECTION),
+        ("sslserver", x509.OID_SERVER_AUTH),
+    ],
+)
+def test_the_root_vouches_for_tls_servers_only(
+    authority: CertificateAuthority, tmp_path: Path, purpose: str, usage: x509.ObjectIdentifier
+) -> None:
+    """A thief of the key cannot sign certificates for people, mail or programs."""
+    root = x509.load_pem_x509_certificate(authority.certificate_pem)
+    key = serialization.load_pem_private_key((tmp_path / "ca.key").read_bytes(), None)
+    assert isinstance(key, ec.EllipticCurvePrivateKey)
+    forged = (
+        x509.CertificateBuilder(root.subject, x509.Name([]), key.public_key(), 1)
+        .not_valid_before(to_datetime(time.time() - DAY))
+        .not_valid_after(to_datetime(time.time() + DAY))
+        .add_extension(x509.SubjectAlternativeName([x509.RFC822Name("ceo@example.com")]), critical=True)
+        .add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    (tmp_path / "forged.crt").write_bytes(forged.public_bytes(serialization.Encoding.PEM))
+    command = ["openssl", "verify", "-purpose", purpose, "-CAfile", "ca.crt", "forged.crt"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (result.stdout == "forged.crt: OK\n") is (purpose == "sslserver"), result.stderr
+
+
+def test_the_fingerprint_is_that_of_openssl(authority: CertificateAuthority, tmp_path: Path) -> None:
+    command = ["openssl", "x509", "-noout", "-fingerprint", "-sha256", "-in", "ca.crt"]
+    output = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert output.strip().partition("=")[2] == authority.fingerprint
 
 
 # The leaf.

@@ -16,6 +16,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from dockerproxy.proxy.issuer import DAY, AuthorityError, Issuer
 from dockerproxy.proxy.local_ca import load_or_create_issuer
@@ -58,6 +59,8 @@ def test_root_certificate_is_a_self_signed_ca(tmp_path: Path) -> None:
     assert usage.value.key_cert_sign
     assert usage.value.crl_sign
     assert not usage.value.digital_signature
+    purposes = root.extensions.get_extension_for_class(x509.ExtendedKeyUsage)
+    assert list(purposes.value) == [ExtendedKeyUsageOID.SERVER_AUTH]
 
 
 def test_root_is_valid_for_ten_years(tmp_path: Path) -> None:
