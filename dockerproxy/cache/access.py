@@ -117,7 +117,11 @@ class Access:
             return granted_at
         # Older grants count as saved, because another process may have recorded a denial.
         saved_at = self._saved_time(GRANT, key, identity)
-        return saved_at if saved_at > self._saved_time(DENIAL, key, identity) else None
+        if saved_at <= self._saved_time(DENIAL, key, identity):
+            return None
+        if 0 <= now - saved_at < GRANT_TTL:
+            self._grants[key, identity] = saved_at  # spares the next request two system calls
+        return saved_at
 
     def _evaluate(self, granted_at: float | None, now: float, identity: str) -> AccessState:
         if granted_at is None:

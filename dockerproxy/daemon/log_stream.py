@@ -48,6 +48,14 @@ class NonBlockingStream:
     def write(self, text: str) -> None:
         """Write `text`, one or more whole lines, or queue it. Raise OSError if the descriptor is broken."""
         data = text.encode(self._encoding, "backslashreplace")
+        if not self._queue and not self._dropped and len(data) <= select.PIPE_BUF:  # almost always: the descriptor takes the whole line
+            try:
+                written = self._write_some(data)
+            except BlockingIOError:
+                written = 0
+            if written == len(data):
+                return
+            data = data[written:]
         if self._queued_bytes + len(data) > _MAX_QUEUED:
             self._dropped += text.count("\n")
             return

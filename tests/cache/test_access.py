@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -185,6 +186,16 @@ def test_grant_from_another_process(harness: AccessHarness) -> None:
     assert harness.state(CLIENT) is AccessState.UNKNOWN
     other.record_grant(KEY, CLIENT, harness.now())
     assert harness.state(CLIENT) is AccessState.GRANTED
+
+
+def test_grant_from_another_process_is_read_once_while_it_is_fresh(harness: AccessHarness) -> None:
+    harness.grant(CLIENT)
+    harness.restart()
+    assert harness.state(CLIENT) is AccessState.GRANTED
+    shutil.rmtree(harness.root)
+    assert harness.state(CLIENT) is AccessState.GRANTED
+    harness.clock.advance(GRANT_TTL)
+    assert harness.state(CLIENT) is AccessState.UNKNOWN
 
 
 def test_memory_is_bounded(harness: AccessHarness, monkeypatch: pytest.MonkeyPatch) -> None:
