@@ -48,7 +48,8 @@ class NonBlockingStream:
     def write(self, text: str) -> None:
         """Write `text`, one or more whole lines, or queue it. Raise OSError if the descriptor is broken."""
         data = text.encode(self._encoding, "backslashreplace")
-        if not self._queue and not self._dropped and len(data) <= select.PIPE_BUF:  # almost always: the descriptor takes the whole line
+        if not self._queue and not self._dropped and len(data) <= select.PIPE_BUF:
+            # Almost always, the descriptor takes the whole line.
             try:
                 written = self._write_some(data)
             except BlockingIOError:
