@@ -6,7 +6,7 @@ import os
 import re
 import resource
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -34,6 +34,7 @@ from dockerproxy.http.request import Request
 from dockerproxy.http.site import ServerTimeouts, Site
 from dockerproxy.http.tls import ServerContext
 from dockerproxy.net.dial import Dialer
+from dockerproxy.net.own_addresses import is_own_address
 from dockerproxy.net.resolver import NameResolver
 from dockerproxy.oci.names import Digest
 from dockerproxy.proxy.authority import CertificateAuthority
@@ -162,7 +163,9 @@ def build_server(
     reactor.suggestThreadPoolSize(_DISK_THREADS)
     raise_descriptor_limit()
     pools = ThreadPools.start(reactor, settings.workers)
-    policy = Policy(settings.allow_clients, settings.tunnel_ports, settings.tunnel_allow, settings.tunnel_deny)
+    policy = Policy(
+        settings.allow_clients, settings.tunnel_ports, settings.tunnel_allow, settings.tunnel_deny, is_own_address
+    )
     connectors = build_connectors(reactor, settings, pools)
     registries = RegistryTable(settings)
     authorizer = Authorizer(connectors.agent, time.time, policy.check_upstream, settings.auth_registries)
@@ -190,6 +193,8 @@ def build_server(
         local=proxy_router.handle,
         hosted=direct_listener.handle,
         hosted_names=frozenset(settings.registry_hostname),
+        registry_ports=listening_ports(settings.registry_listen, 443),
+        registry_http_ports=listening_ports(settings.registry_http_listen, 80),
         timeouts=TunnelTimeouts(
             settings.proxy_connect_connect_timeout,
             settings.proxy_connect_read_timeout,
@@ -347,9 +352,15 @@ def build_access_control(reactor: Any, settings: Settings, pools: ThreadPools, s
 
 
 def proxy_port(settings: Settings) -> int:
-    """Return the port of the first endpoint of PROXY_LISTEN, or 3128 if that has none (a socket from systemd)."""
-    match = re.match(r"tcp6?:(?:.*?port=)?([0-9]+)", settings.proxy_listen[0])
-    return int(match[1]) if match else 3128
+    """Return the port of the first endpoint of PROXY_LISTEN."""
+    (port,) = listening_ports(settings.proxy_listen[:1], 3128)
+    return port
+
+
+def listening_ports(descriptions: Iterable[str], systemd_port: int) -> frozenset[int]:
+    """Return the ports of endpoints. A socket from systemd is taken for that of the package, with `systemd_port`."""
+    matches = (re.match(r"tcp6?:(?:.*?port=)?([0-9]+)", description) for description in descriptions)
+    return frozenset(int(match[1]) if match else systemd_port for match in matches)
 
 
 def build_listeners(
