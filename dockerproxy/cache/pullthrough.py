@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from attrs import define, field, frozen
+from attrs import define, evolve, field, frozen
 
 from dockerproxy.cache.blobs import CachedBlobs
 from dockerproxy.cache.challenges import TOKEN_PATH, Challenges
@@ -36,9 +36,18 @@ from dockerproxy.http.headers import Headers
 from dockerproxy.oci.challenge import Challenge
 from dockerproxy.oci.content import BlobResponse, ManifestResponse
 from dockerproxy.oci.credentials import BasicCredentials
-from dockerproxy.oci.manifests import EMPTY_INDEX, MAX_MANIFEST, OCI_INDEX, fallback_tag, filter_referrers
+from dockerproxy.oci.manifests import (
+    EMPTY_INDEX,
+    KNOWN_TYPES,
+    MAX_MANIFEST,
+    OCI_INDEX,
+    data_type,
+    fallback_tag,
+    filter_referrers,
+)
 from dockerproxy.oci.names import Digest, Reference, Registry, Repository
 from dockerproxy.oci.referrers import ReferrersIndex, ReferrersQuery
+from dockerproxy.oci.routes import LIST_KINDS, Kind, Target, is_pull_query
 from dockerproxy.upstream.credentials import Anonymous, ClientCredential, Credential
 
 
@@ -123,7 +132,10 @@ class CachedRegistry:
         self, name: Repository, reference: Reference, accept: list[str], *, head: bool
     ) -> ManifestResponse:
         """Return a manifest. Raise `UpstreamRefused`, `UpstreamError`."""
-        return await self.cache.manifests.get(await self.principal(name), reference, accept, head=head)
+        manifest = await self.cache.manifests.get(await self.principal(name), reference, accept, head=head)
+        if manifest.media_type not in KNOWN_TYPES:
+            manifest = evolve(manifest, media_type=data_type(manifest.media_type))
+        return manifest
 
     async def blob(self, name: Repository, digest: Digest, *, head: bool) -> BlobResponse:
         """Return a blob. Raise `UpstreamRefused`, `UpstreamError`."""
@@ -143,7 +155,7 @@ class CachedRegistry:
     async def _ping_upstream(self) -> None:
         """Let upstream check the client's credential. Ignore an outage, because each repository checks access again."""
         try:
-            response = await self.forward("GET", "/v2/", None, Headers())
+            response = await self.forward("GET", Target(Kind.BASE), "/v2/", Headers())
             if response.status == 401:
                 raise await error_from_response(self.registry, response)
             await response.discard()
@@ -167,9 +179,10 @@ class CachedRegistry:
         """Return the referrers of `subject`, from the fallback tag if upstream has no referrers API."""
         self._check_token()
         path = f"/v2/{name}/referrers/{subject}" + (f"?{query.text}" if query.text else "")
+        is_shared = self.authorization is not None or is_pull_query(query.text)
         response = await self.cache.upstream.request(
-            "GET", self.registry, path,
-            name=name, credential=self.credential, headers=Headers([("accept", OCI_INDEX)]),
+            "GET", self.registry, path, name=name,
+            credential=self.credential if is_shared else Anonymous(), headers=Headers([("accept", OCI_INDEX)]),
         )  # fmt: skip
         if response.status == 200:
             filtered = "artifactType" in (response.headers.get("oci-filters-applied") or "")
@@ -197,19 +210,30 @@ class CachedRegistry:
             raise UpstreamBroken(f"{self.registry} returned an invalid index of referrers") from None
 
     async def forward(
-        self, method: str, path: str, name: Repository | None, headers: Headers, body: Any = None
+        self, method: str, target: Target, path: str, headers: Headers, body: Any = None
     ) -> UpstreamResponse:
-        """Send a request upstream. Return the unmodified response, also a redirect; the caller reads its body."""
+        """Send a request for the API resource `target`. `path` is its path and query; the caller reads the body.
+
+        Redirects of lists are followed. The configured login is shared for lists only: not for writes, upload sessions,
+        or a query that is no pull's. Manifests, blobs and referrers have methods of their own.
+        """
         self._check_token()
+        is_list = target.kind in LIST_KINDS and method in ("GET", "HEAD")
         credential = self.credential
-        if self.authorization is None and (method not in ("GET", "HEAD") or not path.startswith("/v2/")):
-            # The configured login is shared for pulls only: not for writes, and not for paths outside the API.
+        if self.authorization is None and not (is_list and is_pull_query(path.partition("?")[2])):
             credential = Anonymous()
         return await self.cache.upstream.request(
             method, self.registry, path,
-            name=name, credential=credential, headers=headers, body=body, follow=False,
+            name=target.name or None, credential=credential, headers=headers, body=body, follow=is_list,
             actions="pull" if method in ("GET", "HEAD") else "pull,push",
         )  # fmt: skip
+
+    async def forward_page(self, method: str, path: str, headers: Headers, body: Any = None) -> UpstreamResponse:
+        """Send a request that is not of the API as it is, with the client's own credential or none."""
+        self._check_token()
+        if self.authorization is not None:
+            headers = Headers.from_lowercase([*headers, ("authorization", self.authorization)])
+        return await self.cache.upstream.send(method, self.registry, path, headers, body)
 
     def challenge(self, error: RegistryError, *, secure: bool) -> list[tuple[str, str]]:
         """Return the WWW-Authenticate fields for a 401: those of `error`, or the stored ones of the registry."""

@@ -93,6 +93,10 @@ class RegistryClient(Protocol):
         follow: bool = ...,
     ) -> UpstreamResponse: ...
 
+    async def send(
+        self, method: str, registry: Registry, path: str, headers: Headers, body: Any = ...
+    ) -> UpstreamResponse: ...
+
 
 async def error_from_response(
     registry: Registry, response: UpstreamResponse, not_found_code: str = "NAME_UNKNOWN"

@@ -37,6 +37,13 @@ EMPTY_INDEX = b'{"schemaVersion":2,"mediaType":"application/vnd.oci.image.index.
 # Types that servers send if they do not know the real one. The content then determines it.
 _GENERIC_TYPES = frozenset({"", "application/json", "application/octet-stream", "binary/octet-stream", "text/plain"})
 MEDIA_TYPE = re.compile(r"[a-z0-9][a-z0-9!#$&^_.+-]{0,126}/[a-z0-9][a-z0-9!#$&^_.+-]{0,126}", re.IGNORECASE | re.ASCII)
+
+# JSON of any kind, and media types of images and artifacts.
+_DATA_TYPE = re.compile(
+    r"application/(?:octet-stream|(?:[a-z0-9.-]+\+)?json|vnd\.[a-z0-9.-]+(?:\+(?:prettyjws|gzip|zstd))?)"
+    r"(?:[ \t]*;[ \t]*charset=\"?utf-8\"?)?",
+    re.IGNORECASE | re.ASCII,
+)
 _MEDIA_RANGE = re.compile(rf"\*/\*|[a-z0-9][a-z0-9!#$&^_.+-]{{0,126}}/\*|{MEDIA_TYPE.pattern}")
 _ZERO_QUALITY = re.compile(r";[ \t]*q[ \t]*=[ \t]*0(?:\.0*)?[ \t]*(?:;|$)", re.IGNORECASE)
 _MAX_MEDIA_RANGES = 100
@@ -71,6 +78,16 @@ class Manifest:
     manifests: tuple[Descriptor, ...] = ()
     subject: Descriptor | None = None
     artifact_type: str | None = None
+
+
+def data_type(content_type: str) -> str:
+    """Return `content_type` if it is one of data, else `application/octet-stream`.
+
+    Another server's content is sent under our name, where it must not be a page or a script for any browser.
+    """
+    if content_type in KNOWN_TYPES or _DATA_TYPE.fullmatch(content_type):
+        return content_type
+    return "application/octet-stream"
 
 
 def parse_manifest(content: bytes, media_type: str | None) -> Manifest:

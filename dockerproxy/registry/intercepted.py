@@ -10,10 +10,17 @@ from dockerproxy.errors import NameUnknown, RegistryError, Unsupported
 from dockerproxy.http.message import origin_form
 from dockerproxy.http.request import Request
 from dockerproxy.oci.names import Host, Registry
-from dockerproxy.oci.routes import Kind, Target, route
+from dockerproxy.oci.routes import Kind, Target, is_api_path, route
 from dockerproxy.registry.api import RegistryAPI
 from dockerproxy.registry.responses import cache_status_fields, respond_error, respond_ping
-from dockerproxy.registry.upstream import SAFE_METHODS, UpstreamRegistry, check_push, forward_request
+from dockerproxy.registry.upstream import (
+    SAFE_METHODS,
+    UpstreamRegistry,
+    check_push,
+    forward_page,
+    forward_request,
+    handle_list,
+)
 
 _MAX_FORM_SIZE = 64 * 1024
 
@@ -52,17 +59,20 @@ class Intercepted:
         request.error_renderer = partial(_respond_error, upstream)
         _check_path(request)
         target = _api_target(request.path)
-        is_safe = request.method in SAFE_METHODS
         if target is not None:
-            pull = self._api.handle_pull(request, target, upstream)
-            if pull is not None:
-                return pull
-        else:
-            token_registry = self._token_service.registry_for_realm(registry, request.path)
-            if token_registry is not None and request.method in ("GET", "POST"):
-                return self._handle_token(token_registry, request)
-            is_safe = is_safe or request.method == "OPTIONS"
-        if not is_safe:
+            return self._handle_api(request, target, upstream)
+        token_registry = self._token_service.registry_for_realm(registry, request.path)
+        if token_registry is not None and request.method in ("GET", "POST"):
+            return self._handle_token(token_registry, request)
+        if request.method not in (*SAFE_METHODS, "OPTIONS") and is_api_path(request.path):
+            check_push(request, self._allow_push)
+        return forward_page(request, upstream)
+
+    def _handle_api(self, request: Request, target: Target, upstream: UpstreamRegistry) -> Awaitable[None]:
+        pull = self._api.handle_pull(request, target, upstream) or handle_list(request, target, upstream)
+        if pull is not None:
+            return pull
+        if request.method not in SAFE_METHODS:
             check_push(request, self._allow_push)
         return forward_request(request, upstream, target)
 
@@ -110,8 +120,10 @@ class Mirror:
         if target.kind is Kind.BASE:
             return _respond_ping(request)
         upstream = self._open_registry(registry, None)
-        pull = self._api.handle_pull(request, target, upstream)
-        return pull if pull is not None else forward_request(request, upstream, target, namespace)
+        pull = self._api.handle_pull(request, target, upstream) or handle_list(request, target, upstream, namespace)
+        if pull is None:
+            raise NameUnknown("a mirror has no upload sessions")
+        return pull
 
 
 async def _respond_ping(request: Request) -> None:
@@ -130,7 +142,7 @@ def _check_path(request: Request) -> None:
 
 
 def _api_target(path: str) -> Target | None:
-    """Return the API resource of `path`. Return None if the API has no such path, so that the request is forwarded."""
+    """Return the API resource of `path`, None if the API has no such path. Raise `NameInvalid`, `DigestInvalid`."""
     try:
         return route(path)
     except NameUnknown:
