@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Awaitable, Callable
 from http import HTTPStatus
@@ -49,6 +50,8 @@ _MAX_BUFFERED = MAX_HEAD + 4
 _REQUESTS_PER_ITERATION = 32  # requests of one client per reactor iteration, so that other clients are served too
 _LINGER_TIMEOUT = 5.0  # seconds for a client to read a response that was sent before its request was complete
 
+_channel_numbers = itertools.count()
+
 log = Logger()
 
 
@@ -86,6 +89,7 @@ class HTTPChannel(Protocol):
         self.secure = secure
         self.client = "-"
         self.port = 0
+        self.number = next(_channel_numbers)
 
     # Protocol
 

@@ -36,6 +36,7 @@ class RequestChannel(Protocol):
     client: str
     port: int
     secure: bool
+    number: int
 
     def write(self, data: bytes | bytearray | memoryview) -> None: ...
 
@@ -223,6 +224,11 @@ class Request:
             return
         self.finished = True
         self._channel.on_response_finished()
+
+    @property
+    def connection_number(self) -> int:
+        """A number that no other client connection of this process has or had."""
+        return self._channel.number
 
     def abort(self) -> None:
         """Reset the connection, so that the client does not mistake a partial response for a complete one."""

@@ -11,7 +11,7 @@ GET /...              This server itself: the start page, /ca.crt, the set-up sc
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Hashable, Mapping
 from functools import partial
 from typing import Any, Protocol
 
@@ -44,6 +44,7 @@ class HTTPAgent(Protocol):
         *,
         address_check: AddressCheck | None = ...,
         client: str = ...,
+        client_connection: Hashable = ...,
     ) -> ForwardedResponse: ...
 
 
@@ -186,6 +187,7 @@ class ForwardProxy:
                 request_body_producer(request),
                 address_check=DestinationCheck(self.policy, server.host),
                 client=request.client,
+                client_connection=request.connection_number,
             )
         except OwnAddressDenied:
             if server.host.port == request.port:
