@@ -1,4 +1,4 @@
-"""The attacker: a local user who can write to a directory that the daemon reads, or who can reach its socket."""
+"""The attacker: a local user with a directory that the daemon reads, or with access to its socket."""
 
 from __future__ import annotations
 

@@ -183,7 +183,7 @@ def put_hostile_manifest(store: HostedTree, rng: random.Random, references: int)
 
 @pytest.mark.parametrize("delete_untagged", [False, True])
 def test_memory_of_a_collection_does_not_grow_with_references(folder: Path, delete_untagged: bool) -> None:
-    """Anyone who may push could otherwise decide whether garbage can be collected."""
+    """Otherwise anyone with leave to push could decide whether garbage can be collected."""
     rng, peaks = random.Random(0), list[int]()
     for count in (5, 50):
         store = HostedTree.from_layout(Layout(folder / f"{count}"))
