@@ -58,7 +58,7 @@ from dockerproxy.store.hosted_tree import HostedTree
 from dockerproxy.store.links import Links
 from dockerproxy.store.local_hosted_store import LocalHostedStore
 from dockerproxy.store.state_directory import StateDirectory
-from dockerproxy.thread_pool import BoundedThreadPool, PoolLimits
+from dockerproxy.thread_pool import PARSE_LIMITS, BoundedThreadPool, ContentParser, PoolLimits
 from dockerproxy.upstream.agent import Agent
 from dockerproxy.upstream.agent import UpstreamTimeouts as UpstreamTimeouts
 from dockerproxy.upstream.authorizer import Authorizer
@@ -105,6 +105,7 @@ class ThreadPools:
 
     lookups: BoundedThreadPool
     passwords: BoundedThreadPool
+    documents: BoundedThreadPool
 
     @classmethod
     def start(cls, reactor: Any, processes: int) -> ThreadPools:
@@ -115,6 +116,7 @@ class ThreadPools:
         return cls(
             BoundedThreadPool.start(reactor, "name look-ups", _LOOKUP_LIMITS),
             BoundedThreadPool.start(reactor, "password checks", password_limits, nice=_PASSWORD_PRIORITY),
+            BoundedThreadPool.start(reactor, "long documents", PARSE_LIMITS),
         )
 
 
@@ -169,11 +171,13 @@ def build_server(
     connectors = build_connectors(reactor, settings, pools)
     registries = RegistryTable(settings)
     authorizer = Authorizer(connectors.agent, time.time, policy.check_upstream, settings.auth_registries)
-    pull_through = build_cache(reactor, settings, shared, registries, policy, connectors.agent, authorizer)
+    parser = ContentParser(pools.documents)
+    pull_through = build_cache(reactor, settings, shared, registries, policy, connectors.agent, authorizer, parser)
     api = RegistryAPI(reactor)
     hosted_tree = HostedTree.from_layout(shared.state.registry, locks=shared.locks)
     access_control = build_access_control(reactor, settings, pools, shared.state)
-    hosted_app = HostedRegistryApp(api, HostedRegistry(reactor, LocalHostedStore(reactor, hosted_tree)), access_control)
+    hosted_store = LocalHostedStore(reactor, hosted_tree, parser)
+    hosted_app = HostedRegistryApp(api, HostedRegistry(hosted_store, parser), access_control)
     metrics_handler = partial(handle_metrics, shared)
     on_finished = partial(count_and_log, shared.metrics)
     mirror = Mirror(api, pull_through.registry, registries.mirrored, DOCKER_HUB)
@@ -215,7 +219,7 @@ def build_server(
         hosted_app,
         hosted_tree,
         pools,
-        [*pools.lookups.bounds, *pools.passwords.bounds],
+        [*pools.lookups.bounds, *pools.passwords.bounds, *pools.documents.bounds],
         shared.state,
         connectors.agent,
         reactor,
@@ -283,6 +287,7 @@ def build_cache(
     policy: Policy,
     agent: Agent,
     authorizer: Authorizer,
+    parser: ContentParser,
 ) -> PullThrough:
     """Build the cache in CACHE_DIR."""
     layout, cache_space = shared.state.cache, shared.cache_space
@@ -315,6 +320,7 @@ def build_cache(
         access,
         freshness,
         shared.locks,
+        parser,
         clock=time.time,
         on_stored=record_blob,
     )
@@ -333,6 +339,7 @@ def build_cache(
         token_endpoint,
         manifests,
         CachedBlobs(reactor, upstream, blobs, links, downloads, access, cache_space),
+        parser,
         registries.mirrored.values(),
         authorizer.effective_login if settings.share_auth_registries else lambda registry: None,
         time.time,

@@ -45,7 +45,12 @@ ALLOWED = {
 }
 COMPOSITION_ROOTS = {"tap", "app", "workers.process"}  # they build the daemon and may import every part
 ENTRY_POINTS = {"tap"}  # the modules that twistd loads first
-ALLOWED_EVERYWHERE = {"concurrency", "bounded_dict", "shares"}  # helpers that depend on no part but `errors`
+ALLOWED_EVERYWHERE = {
+    "concurrency",
+    "bounded_dict",
+    "shares",
+    "thread_pool",
+}  # helpers that depend on no part but `errors`
 
 # No request needs these modules. Each one costs megabytes, together with the modules that it imports.
 UNWANTED = {

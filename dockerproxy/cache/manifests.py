@@ -44,6 +44,7 @@ from dockerproxy.oci.names import Digest, Reference, Tag
 from dockerproxy.store.blobs import Blobs
 from dockerproxy.store.links import Links
 from dockerproxy.store.records import Records
+from dockerproxy.thread_pool import ContentParser
 
 _MAX_TAG_ENTRIES = 16  # per tag: one entry for each set of accepted media types
 _MEMORY_TTL = (
@@ -82,6 +83,7 @@ class CachedManifests:
         access: Access,
         freshness: Freshness,
         lock: KeyedLock,
+        parser: ContentParser,
         *,
         clock: Callable[[], float],
         on_stored: Callable[[Digest, int], None],
@@ -94,6 +96,7 @@ class CachedManifests:
         self._access = access
         self._freshness = freshness
         self._lock = lock
+        self._parser = parser
         self._clock = clock
         self._on_stored = on_stored
         self._requests: SingleFlight[tuple[object, ...], ManifestResponse] = SingleFlight()
@@ -285,7 +288,7 @@ class CachedManifests:
         registry = principal.repository.registry
         content = await response.read_all(MAX_MANIFEST)
         try:
-            body_type = media_type_of(content)
+            body_type = await self._parser.parse(media_type_of, content, client=str(registry))
             media_type = _media_type_field(response) or body_type
         except ManifestInvalid:
             raise UpstreamBroken(f"{registry} returned content for {reference} that is not a valid manifest") from None

@@ -48,6 +48,7 @@ from dockerproxy.oci.manifests import (
 from dockerproxy.oci.names import Digest, Reference, Registry, Repository
 from dockerproxy.oci.referrers import ReferrersIndex, ReferrersQuery
 from dockerproxy.oci.routes import LIST_KINDS, Kind, Target, is_pull_query
+from dockerproxy.thread_pool import ContentParser
 from dockerproxy.upstream.credentials import Anonymous, ClientCredential, Credential
 
 
@@ -65,6 +66,7 @@ class PullThrough:
     token_endpoint: TokenEndpoint
     manifests: CachedManifests
     blobs: CachedBlobs
+    parser: ContentParser
     registries: Iterable[Registry]
     login_for: Callable[[Registry], BasicCredentials | None]
     clock: Callable[[], float]
@@ -187,7 +189,7 @@ class CachedRegistry:
         if response.status == 200:
             filtered = "artifactType" in (response.headers.get("oci-filters-applied") or "")
             content = await response.read_all(MAX_MANIFEST)
-            self._filter_referrers(content, "")
+            await self._filter_referrers(content, "")
             return ReferrersIndex(content, filtered, "PASS")
         if response.status != 404:
             raise await error_from_response(self.registry, response)
@@ -201,11 +203,11 @@ class CachedRegistry:
             content = EMPTY_INDEX
         if query.artifact_type is None:
             return ReferrersIndex(content, False, "PASS")
-        return ReferrersIndex(self._filter_referrers(content, query.artifact_type), True, "PASS")
+        return ReferrersIndex(await self._filter_referrers(content, query.artifact_type), True, "PASS")
 
-    def _filter_referrers(self, index: bytes, artifact_type: str) -> bytes:
+    async def _filter_referrers(self, index: bytes, artifact_type: str) -> bytes:
         try:
-            return filter_referrers(index, artifact_type)
+            return await self.cache.parser.parse(filter_referrers, index, artifact_type, client=str(self.registry))
         except ManifestInvalid:
             raise UpstreamBroken(f"{self.registry} returned an invalid index of referrers") from None
 

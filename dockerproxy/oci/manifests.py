@@ -8,14 +8,15 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable
-from typing import Any, NoReturn
+from collections.abc import Iterable, Mapping
+from typing import Any
 
-from attrs import frozen
+from attrs import field, frozen
 
 from dockerproxy.errors import DigestInvalid, ManifestInvalid
 from dockerproxy.oci.lists import elements
 from dockerproxy.oci.names import Digest, Tag
+from dockerproxy.oci.untrusted_json import JSONInvalid, parse_json
 
 DOCKER_SCHEMA1 = "application/vnd.docker.distribution.manifest.v1+json"
 DOCKER_SCHEMA1_SIGNED = "application/vnd.docker.distribution.manifest.v1+prettyjws"
@@ -69,7 +70,8 @@ class Manifest:
     """The references of a manifest: `config` and `layers` are blobs, `manifests` (of an index) are manifests.
 
     `artifact_type` is the type that the referrers API reports (distribution-spec 1.1, "Listing Referrers"). It is the
-    manifest's own; if an image manifest has none, it is the media type of the config.
+    manifest's own; if an image manifest has none, it is the media type of the config. `annotations` has those that are
+    strings, as image-spec 1.1, "Annotations", requires.
     """
 
     media_type: str
@@ -78,6 +80,7 @@ class Manifest:
     manifests: tuple[Descriptor, ...] = ()
     subject: Descriptor | None = None
     artifact_type: str | None = None
+    annotations: Mapping[str, str] = field(factory=dict, hash=False)
 
 
 def data_type(content_type: str) -> str:
@@ -96,7 +99,7 @@ def parse_manifest(content: bytes, media_type: str | None) -> Manifest:
     If `media_type` is None or generic, the content determines the type. Raise `ManifestInvalid` if the content is not a
     manifest of that type.
     """
-    document = _parse_json(content)
+    document = _parse_object(content)
     actual_type = _essence(media_type or "")
     if actual_type in _GENERIC_TYPES:
         actual_type = _document_type(document)
@@ -122,6 +125,7 @@ def parse_manifest(content: bytes, media_type: str | None) -> Manifest:
         manifests=tuple(_parse_descriptor(item) for item in _get_list(document, "manifests")),
         subject=_get_descriptor(document, "subject"),
         artifact_type=artifact_type or None,
+        annotations=_get_annotations(document),
     )
 
 
@@ -139,7 +143,7 @@ def media_type_of(content: bytes) -> str:
 
     Raise `ManifestInvalid` if the content is not a manifest.
     """
-    return _document_type(_parse_json(content))
+    return _document_type(_parse_object(content))
 
 
 def _document_type(document: _Document) -> str:
@@ -157,30 +161,17 @@ def _document_type(document: _Document) -> str:
     raise ManifestInvalid("the content is not a manifest")
 
 
-def _parse_json(content: bytes) -> _Document:
-    """Return the JSON object in `content`. Raise `ManifestInvalid` if JSON parsers could read it differently."""
+def _parse_object(content: bytes) -> _Document:
+    """Return the JSON object in `content`. Raise `ManifestInvalid`."""
     if len(content) > MAX_MANIFEST:
         raise ManifestInvalid(f"the manifest is longer than {MAX_MANIFEST} bytes")
     try:
-        document = json.loads(
-            content.decode("utf-8"), object_pairs_hook=_unique_fields, parse_constant=_reject_constant
-        )
-    except (ValueError, RecursionError):
-        raise ManifestInvalid("the manifest is not JSON") from None
+        document = parse_json(content)
+    except JSONInvalid as error:
+        raise ManifestInvalid(f"the manifest {error}") from None
     if not isinstance(document, dict):
         raise ManifestInvalid("the manifest is not a JSON object")
     return document
-
-
-def _unique_fields(pairs: list[tuple[str, Any]]) -> _Document:
-    document = dict(pairs)
-    if len(document) != len(pairs):
-        raise ManifestInvalid("the manifest contains a field twice")
-    return document
-
-
-def _reject_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
 
 
 def _check_unambiguous(document: _Document) -> None:
@@ -209,6 +200,11 @@ def _get_list(document: _Document, name: str) -> list[Any]:
     if value is not None and not isinstance(value, list):
         raise ManifestInvalid(f"{name} is not a list")
     return value or []
+
+
+def _get_annotations(document: _Document) -> dict[str, str]:
+    value = document.get("annotations")
+    return {name: text for name, text in value.items() if isinstance(text, str)} if isinstance(value, dict) else {}
 
 
 def _get_descriptor(document: _Document, name: str) -> Descriptor | None:
@@ -279,7 +275,7 @@ def fallback_tag(digest: Digest) -> Tag:
 
 def filter_referrers(index: bytes, artifact_type: str) -> bytes:
     """Return the referrers `index` with only the descriptors of `artifact_type`. Raise `ManifestInvalid`."""
-    document = _parse_json(index)
+    document = _parse_object(index)
     descriptors = [item for item in _get_list(document, "manifests") if isinstance(item, dict)]
     matching = [item for item in descriptors if item.get("artifactType") == artifact_type]
     try:

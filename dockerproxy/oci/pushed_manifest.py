@@ -50,7 +50,7 @@ class PushedManifest:
             if declared_type.lower() in KNOWN_TYPES:
                 raise
             return cls(content, digest, declared_type)
-        return cls(content, digest, declared_type, manifest, make_referrer(manifest, content, digest))
+        return cls(content, digest, declared_type, manifest, make_referrer(manifest, digest, len(content)))
 
     @property
     def subject(self) -> Digest | None:

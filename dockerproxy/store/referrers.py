@@ -128,7 +128,7 @@ class Referrers:
             manifest = parse_manifest(content, self._links.manifest_media_type(repository, digest))
         except ManifestInvalid:
             return None
-        return make_referrer(manifest, content, digest)
+        return make_referrer(manifest, digest, len(content))
 
 
 def _directory_signature(path: str) -> tuple[int, int]:

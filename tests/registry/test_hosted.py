@@ -25,14 +25,13 @@ from dockerproxy.oci.manifests import (
 from dockerproxy.oci.names import Digest
 from dockerproxy.registry.access_control import AllowAll
 from dockerproxy.registry.api import RegistryAPI
-from dockerproxy.registry.hosted import HostedRegistry
 from dockerproxy.registry.hosted_app import HostedRegistryApp
 from dockerproxy.store import local_hosted_store as module
 from dockerproxy.store.hosted_tree import HostedTree
 from dockerproxy.store.layout import Layout
-from dockerproxy.store.local_hosted_store import LocalHostedStore
 from dockerproxy.store.referrers import Referrers
 from tests.registry.support.synchronous_reactor import SynchronousReactor
+from tests.support.hosted import make_hosted_registry
 
 JSON = dict[str, Any]
 NAME = "some/where"
@@ -106,7 +105,7 @@ def error_code(response: Any) -> tuple[int, str]:
 def registry(tmp_path: Path, connect_client: Any) -> RegistryHarness:
     reactor = SynchronousReactor()
     store = HostedTree.from_layout(Layout(tmp_path))
-    backend = HostedRegistry(reactor, LocalHostedStore(reactor, store))
+    backend = make_hosted_registry(reactor, store)
     app = HostedRegistryApp(RegistryAPI(reactor), backend, AllowAll())
 
     def connect() -> Any:
@@ -724,7 +723,7 @@ def test_a_tree_without_our_metadata_is_indexed(registry: RegistryHarness, tmp_p
     remove_our_metadata(tmp_path)
     store = HostedTree.from_layout(Layout(tmp_path))
     reactor = SynchronousReactor()
-    backend = HostedRegistry(reactor, LocalHostedStore(reactor, store))
+    backend = make_hosted_registry(reactor, store)
     app = HostedRegistryApp(RegistryAPI(reactor), backend, AllowAll())
     reopened = RegistryHarness(
         store, connect_client(app.handle, clock=reactor), lambda: connect_client(app.handle, clock=reactor)

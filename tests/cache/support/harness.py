@@ -39,6 +39,7 @@ from dockerproxy.store.records import Records
 from dockerproxy.upstream.credentials import Anonymous, ClientCredential
 from tests.cache.support.reactor import ManualReactor
 from tests.cache.support.upstream import ScriptedUpstream
+from tests.support.parsers import make_parser
 
 NO_HEADERS = Headers()
 EPOCH = 1_700_000_000.0
@@ -131,16 +132,17 @@ class CacheHarness:
         self.token_endpoint = TokenEndpoint(
             self.agent, self.identities, self.records, lambda host: None if host in hosts else address_check, self.now
         )
+        parser = make_parser(reactor)
         self.manifests = CachedManifests(
             reactor, self.upstream, self.blobs, self.links, self.records, self.access, freshness, self.lock,
-            clock=self.now, on_stored=lambda digest, size: spawn(self.space.record(digest, size), "counting"),
+            parser, clock=self.now, on_stored=lambda digest, size: spawn(self.space.record(digest, size), "counting"),
         )  # fmt: skip
         self.cached_blobs = CachedBlobs(
             reactor, self.upstream, self.blobs, self.links, self.downloads, self.access, self.space
         )
         self.pull_through = PullThrough(
             self.upstream, self.identities, self.challenges, self.token_endpoint, self.manifests, self.cached_blobs,
-            registries, lambda registry: login, self.now,
+            parser, registries, lambda registry: login, self.now,
         )  # fmt: skip
         self._deferreds: list[Deferred[Any]] = []
 
