@@ -86,8 +86,7 @@ class SharedServices:
     """The state and the services that all processes of the daemon share.
 
     `metrics` counts the requests of this process and renders the sum over all processes. `bindings` maps issued tokens
-    to the clients they were issued to. `multi_process` is true if the daemon has several processes;
-    `on_connection_closed` then counts the connections that this one has closed.
+    to the clients they were issued to. `multi_process` is true if the daemon has several processes.
     """
 
     state: StateDirectory
@@ -96,7 +95,6 @@ class SharedServices:
     locks: KeyedLock = field(factory=LocalKeyedLock)
     bindings: Bindings = field(factory=Bindings)
     multi_process: bool = False
-    on_connection_closed: Callable[[], None] | None = None
 
 
 @frozen
@@ -147,6 +145,11 @@ class ProxyServer:
         self.authorizer.set_logins(settings.auth_registries)
         self.pull_through.challenges.restore(settings.registries)
 
+    def close_idle(self, client: str) -> None:
+        """Close half of the idle connections of `client`, a `client_key`, those that are idle longest."""
+        for listener in self.listeners:
+            listener.site.close_idle(client)
+
     def debug_report(self) -> dict[str, Any]:
         """Return what this process is doing, as a JSON value."""
         return {
@@ -163,7 +166,6 @@ def build_server(
 ) -> ProxyServer:
     """Build the server. Raise `SettingsError`, `HtpasswdError` or OSError."""
     reactor.suggestThreadPoolSize(_DISK_THREADS)
-    raise_descriptor_limit()
     pools = ThreadPools.start(reactor, settings.workers)
     policy = Policy(
         settings.allow_clients, settings.tunnel_ports, settings.tunnel_allow, settings.tunnel_deny, is_own_address
@@ -207,9 +209,7 @@ def build_server(
         transfers=transfers,
         on_request_finished=on_finished,
     )
-    listeners = build_listeners(
-        reactor, settings, forward_proxy, direct_listener, authority, on_finished, shared.on_connection_closed
-    )
+    listeners = build_listeners(reactor, settings, forward_proxy, direct_listener, authority, on_finished)
     return ProxyServer(
         listeners,
         transfers,
@@ -237,13 +237,14 @@ def open_authority(settings: Settings) -> CertificateAuthority:
     )
 
 
-def raise_descriptor_limit() -> None:
-    """Raise the limit of open files to the hard limit.
+def raise_descriptor_limit() -> int:
+    """Raise the limit of open files of this process and its children to the hard limit, and return it.
 
     The usual soft limit of 1,024 is too low, because each client that reads a blob uses two descriptors.
     """
     _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
+    return hard_limit
 
 
 @frozen
@@ -377,7 +378,6 @@ def build_listeners(
     direct_listener: DirectRequestHandler,
     authority: CertificateAuthority,
     on_finished: OnRequestFinished,
-    on_connection_closed: Callable[[], None] | None,
 ) -> list[Listener]:
     """Build the configured listeners, which are not open yet. `on_finished` is called after each request."""
 
@@ -385,9 +385,7 @@ def build_listeners(
         return forward_proxy.handle(proxy_site, request)
 
     certificates = authority.sni_context(frozenset(settings.registry_hostname))
-    make_site = partial(
-        build_site, reactor, settings, on_finished=on_finished, on_connection_closed=on_connection_closed
-    )
+    make_site = partial(build_site, reactor, settings, on_finished=on_finished)
     proxy_site = make_site(handle)
     tls_site = make_site(direct_listener.handle, tls=lambda: certificates)
     plain_site = make_site(direct_listener.handle)
@@ -404,7 +402,6 @@ def build_site(
     handler: Handler,
     on_finished: OnRequestFinished,
     tls: Callable[[], ServerContext] | None = None,
-    on_connection_closed: Callable[[], None] | None = None,
 ) -> Site:
     """Build a site that passes its requests to `handler`. `tls`, if given, returns the TLS context of a connection."""
     timeouts = ServerTimeouts(
@@ -416,7 +413,6 @@ def build_site(
         timeouts=timeouts,
         on_request_finished=on_finished,
         get_tls_context=tls,
-        on_connection_closed=on_connection_closed,
     )
 
 

@@ -277,6 +277,10 @@ def debug(client: ControlClient, options: argparse.Namespace, terminal: Terminal
     for process in result["processes"]:
         for line in _format_process(process):
             print(line)
+    if result["bounds"]:
+        print("all processes")
+    for bound in result["bounds"]:
+        print(_format_bound(bound))
     for key, waiting in result["locks"].items():
         print(f"lock {key} held, {waiting} waiting")
     return 0

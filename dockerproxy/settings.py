@@ -92,6 +92,7 @@ class Settings:
     upstream_ca_file: Path | None = _setting(parsers.path)
     upstream_proxy: UpstreamProxy | None = _derived()
     allow_clients: AddressSet = _setting(AddressSet.parse, "private loopback link-local")
+    max_connections_per_client: int | None = _setting(parsers.integer(1, 1_000_000))
     tunnel_ports: frozenset[int] = _setting(parsers.ports, "443")
     tunnel_allow: Destinations = _setting(Destinations.parse, "all")
     tunnel_deny: Destinations = _setting(Destinations.parse, "loopback link-local metadata")

@@ -38,7 +38,7 @@ ALLOWED = {
     "settings": {"parsers", "net", "oci", "errors"},
     "reload": {"daemon", "registry", "settings", "oci"},
     "admin": {"cache", "registry", "proxy", "store", "http", "oci", "errors"},
-    "workers": {"cache", "store", "daemon", "http", "oci"},
+    "workers": {"cache", "store", "daemon", "http", "oci", "errors"},
     "operations": {"store"},  # a process of its own, which starts fast and takes little memory
     "terminal": set(),
     "cli": {"__init__", "durations", "terminal"},  # it must start fast, and the daemon does the work

@@ -82,6 +82,7 @@ def test_defaults_are_the_documented_ones(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert defaults.upstream_addresses == {}
     assert defaults.upstream_proxy is None
     assert defaults.tunnel_ports == {443}
+    assert defaults.max_connections_per_client is None
     assert "192.168.1.1" in defaults.allow_clients
     assert "203.0.113.1" not in defaults.allow_clients
     assert defaults.tunnel_allow.match_address("203.0.113.1") == "all"
@@ -483,6 +484,8 @@ INVALID = [
         "'example.com' is not an address, a network such as 10.0.0.0/8 or one of all, none, private",
     ),
     ("ALLOW_CLIENTS", "https://user:SECRET@x", "'…@x' is not an address"),
+    ("MAX_CONNECTIONS_PER_CLIENT", "0", "'0' is not a number from 1 to 1000000"),
+    ("MAX_CONNECTIONS_PER_CLIENT", "many", "'many' is not a number from 1 to 1000000"),
     ("TUNNEL_PORTS", "443 https", "'https' is not a port such as 443 or a range of ports such as 8000-8999"),
     ("TUNNEL_PORTS", "9-8", "'9-8' is not a port"),
     ("TUNNEL_PORTS", "0", "'0' is not a port"),

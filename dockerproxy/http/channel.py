@@ -135,6 +135,16 @@ class HTTPChannel(Protocol):
             handler_task.cancel()  # work shared with other requests continues: SingleFlight does not pass this on
         self._site.channel_closed(self)
 
+    @property
+    def idle(self) -> bool:
+        """Whether there is no request, or only a part of its head."""
+        return self._state is State.READING_HEAD
+
+    @property
+    def idle_since(self) -> float:
+        """The reactor's time at which the connection became idle, or the request head began."""
+        return self._timer.started_at
+
     def shutdown(self) -> None:
         """Close after the current response, or now if there is none."""
         if self._request is None:
