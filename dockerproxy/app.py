@@ -30,18 +30,21 @@ from dockerproxy.daemon.listener_service import Listener
 from dockerproxy.daemon.metrics import CONTENT_TYPE, Metrics
 from dockerproxy.daemon.transfers import Transfers
 from dockerproxy.http.channel import Handler
+from dockerproxy.http.cross_origin import CrossOriginProtection
 from dockerproxy.http.request import Request
 from dockerproxy.http.site import ServerTimeouts, Site
 from dockerproxy.http.tls import ServerContext
 from dockerproxy.net.dial import Dialer
+from dockerproxy.net.local_names import LocalNames
 from dockerproxy.net.own_addresses import is_own_address
 from dockerproxy.net.resolver import NameResolver
 from dockerproxy.oci.names import Digest
 from dockerproxy.proxy.authority import CertificateAuthority
 from dockerproxy.proxy.direct import DirectRequestHandler
 from dockerproxy.proxy.forward_proxy import ForwardProxy, Interception
+from dockerproxy.proxy.host_rule import HostRule
 from dockerproxy.proxy.policy import Policy
-from dockerproxy.proxy.router import Router
+from dockerproxy.proxy.router import BrowserProtection, Router
 from dockerproxy.proxy.tunnel import TunnelTimeouts
 from dockerproxy.registry.access_control import AccessControl, AllowAll, AnonymousPull, RequireLogin
 from dockerproxy.registry.api import RegistryAPI
@@ -50,6 +53,7 @@ from dockerproxy.registry.hosted_app import HostedRegistryApp
 from dockerproxy.registry.htpasswd import HtpasswdFile
 from dockerproxy.registry.intercepted import Intercepted, Mirror
 from dockerproxy.registry.namespaces import NamespacedRegistries
+from dockerproxy.registry.responses import respond_error
 from dockerproxy.reload import RegistryTable
 from dockerproxy.settings import DOCKER_HUB, Settings, SettingsError
 from dockerproxy.shares import ClientShares
@@ -127,6 +131,7 @@ class ProxyServer:
     registries: RegistryTable
     pull_through: PullThrough
     authorizer: Authorizer
+    browser_protection: BrowserProtection
     hosted_app: HostedRegistryApp
     hosted_tree: HostedTree
     pools: ThreadPools
@@ -141,6 +146,8 @@ class ProxyServer:
         # First, because it may raise.
         access_control = build_access_control(self._reactor, settings, self.pools, self.state)
         self.hosted_app.access_control = access_control
+        self.browser_protection.host_rule = build_host_rule(settings)
+        self.browser_protection.cross_origin.set_cors_origins(settings.cors_origins)
         self.registries.update(settings)
         self.authorizer.set_logins(settings.auth_registries)
         self.pull_through.challenges.restore(settings.registries)
@@ -182,13 +189,20 @@ def build_server(
     hosted_app = HostedRegistryApp(api, HostedRegistry(hosted_store, parser), access_control)
     metrics_handler = partial(handle_metrics, shared)
     on_finished = partial(count_and_log, shared.metrics)
-    mirror = Mirror(api, pull_through.registry, registries.mirrored, DOCKER_HUB)
+    cross_origin = CrossOriginProtection(settings.cors_origins)
+    browser_protection = BrowserProtection(build_host_rule(settings), cross_origin)
+    mirror = Mirror(api, pull_through.registry, registries.mirrored, DOCKER_HUB, cross_origin)
     registries_for = partial(NamespacedRegistries, hosted_app, mirror, frozenset(settings.registry_hostname))
     pages_for = partial(builtin_endpoints, authority.certificate_pem, metrics_handler)
-    proxy_router = Router(registries_for(mirror_by_default=True).handle, pages_for())
-    registry_router = Router(registries_for(mirror_by_default=False).handle, pages_for(proxy_port(settings)))
+    proxy_router = Router(registries_for(mirror_by_default=True).handle, pages_for(), browser_protection, respond_error)
+    registry_router = Router(
+        registries_for(mirror_by_default=False).handle,
+        pages_for(proxy_port(settings)),
+        browser_protection,
+        respond_error,
+    )
     direct_listener = DirectRequestHandler(policy, registry_router.handle)
-    intercepted = Intercepted(api, pull_through.registry, pull_through, allow_push=settings.allow_push)
+    intercepted = Intercepted(api, pull_through.registry, pull_through, cross_origin, allow_push=settings.allow_push)
     transfers = Transfers()
     forward_proxy = ForwardProxy(
         clock=reactor,
@@ -216,6 +230,7 @@ def build_server(
         registries,
         pull_through,
         authorizer,
+        browser_protection,
         hosted_app,
         hosted_tree,
         pools,
@@ -345,6 +360,12 @@ def build_cache(
         authorizer.effective_login if settings.share_auth_registries else lambda registry: None,
         time.time,
     )
+
+
+def build_host_rule(settings: Settings) -> HostRule:
+    """Return the rule for the Host of requests. It reads the files with this machine's names."""
+    local = LocalNames.read()
+    return HostRule(local.names | set(settings.registry_hostname), local.domains, settings.allowed_hosts)
 
 
 def build_access_control(reactor: Any, settings: Settings, pools: ThreadPools, state: StateDirectory) -> AccessControl:

@@ -116,6 +116,12 @@ class Denied(RegistryError):
     status, code = 403, "DENIED"
 
 
+class MisdirectedRequest(RegistryError):
+    """The request names a host that is not this server (RFC 9110, section 15.5.20)."""
+
+    status, code = 421, "DENIED"
+
+
 class Unsupported(RegistryError):
     """The method is disabled by a setting, or the resource does not support it."""
 

@@ -13,7 +13,7 @@ from typing import Any
 from attrs import Attribute, field, fields, frozen
 
 from dockerproxy import parsers
-from dockerproxy.net.addresses import AddressSet, Destinations
+from dockerproxy.net.addresses import AddressSet, Destinations, HostPattern
 from dockerproxy.net.upstream_proxy import UpstreamProxy
 from dockerproxy.oci.credentials import BasicCredentials
 from dockerproxy.oci.names import Host, Registry
@@ -93,6 +93,8 @@ class Settings:
     upstream_proxy: UpstreamProxy | None = _derived()
     allow_clients: AddressSet = _setting(AddressSet.parse, "private loopback link-local")
     max_connections_per_client: int | None = _setting(parsers.integer(1, 1_000_000))
+    allowed_hosts: tuple[HostPattern, ...] | None = _setting(parsers.allowed_hosts, "")
+    cors_origins: tuple[str, ...] = _setting(parsers.origins, "")
     tunnel_ports: frozenset[int] = _setting(parsers.ports, "443")
     tunnel_allow: Destinations = _setting(Destinations.parse, "all")
     tunnel_deny: Destinations = _setting(Destinations.parse, "loopback link-local metadata")

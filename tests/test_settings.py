@@ -81,6 +81,7 @@ def test_defaults_are_the_documented_ones(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert defaults.registry_hostname == ("docker-registry.local",)
     assert defaults.upstream_addresses == {}
     assert defaults.upstream_proxy is None
+    assert (defaults.allowed_hosts, defaults.cors_origins) == ((), ())
     assert defaults.tunnel_ports == {443}
     assert defaults.max_connections_per_client is None
     assert "192.168.1.1" in defaults.allow_clients
@@ -444,6 +445,21 @@ def test_upstream_proxy_variable_precedence() -> None:
     assert port(HTTP_PROXY="http://proxy.test:2") is None
 
 
+def test_allowed_hosts() -> None:
+    patterns = settings(ALLOWED_HOSTS="Mirror.Example.com. *.example.org .example.net 10.0.0.1 [::1]").allowed_hosts
+    assert patterns is not None
+    assert [pattern.name for pattern in patterns] == ["mirror.example.com", "example.org", "example.net"]
+    assert [pattern.matches("a.example.org") for pattern in patterns] == [False, True, False]
+    assert settings(ALLOWED_HOSTS="a.example ALL").allowed_hosts is None
+
+
+def test_cors_origins_are_written_as_browsers_write_them() -> None:
+    origins = settings(
+        CORS_ORIGINS="HTTPS://UI.Example.com:443/ http://ui.example.com:80 http://[::1]:8080 https://ui.example.com"
+    ).cors_origins
+    assert origins == ("https://ui.example.com", "http://ui.example.com", "http://[::1]:8080")
+
+
 # Invalid values
 
 INVALID = [
@@ -486,6 +502,16 @@ INVALID = [
     ("ALLOW_CLIENTS", "https://user:SECRET@x", "'…@x' is not an address"),
     ("MAX_CONNECTIONS_PER_CLIENT", "0", "'0' is not a number from 1 to 1000000"),
     ("MAX_CONNECTIONS_PER_CLIENT", "many", "'many' is not a number from 1 to 1000000"),
+    ("ALLOWED_HOSTS", "a.example:3128", "'a.example:3128' is not a host name without a port"),
+    ("ALLOWED_HOSTS", "http://a.example", "'http://a.example' is not a host name"),
+    ("ALLOWED_HOSTS", "*", "'*' is not a host name without a port, such as proxy.example.com or *.example.com, nor"),
+    ("ALLOWED_HOSTS", "a.*.example", "'a.*.example' is not a host name"),
+    ("CORS_ORIGINS", "*", "'*' is not allowed, because then every web page could read and change this registry"),
+    ("CORS_ORIGINS", "ui.example.com", "'ui.example.com' is not the origin of a web page, such as https://"),
+    ("CORS_ORIGINS", "https://ui.example.com/path", "'https://ui.example.com/path' is not the origin of a web page"),
+    ("CORS_ORIGINS", "https://*.example.com", "'https://*.example.com' is not the origin of a web page"),
+    ("CORS_ORIGINS", "null", "'null' is not the origin of a web page"),
+    ("CORS_ORIGINS", "file://x", "'file://x' is not the origin of a web page"),
     ("TUNNEL_PORTS", "443 https", "'https' is not a port such as 443 or a range of ports such as 8000-8999"),
     ("TUNNEL_PORTS", "9-8", "'9-8' is not a port"),
     ("TUNNEL_PORTS", "0", "'0' is not a port"),

@@ -38,6 +38,7 @@ from dockerproxy.oci.manifests import (
     accept_key,
     accept_set,
     accepts,
+    data_type,
     media_type_of,
 )
 from dockerproxy.oci.names import Digest, Reference, Tag
@@ -413,9 +414,10 @@ def _digest_field(response: UpstreamResponse) -> Digest | None:
 
 
 def _media_type_field(response: UpstreamResponse) -> str | None:
-    """Return the Content-Type of the response; None if it is missing or generic."""
+    """Return the Content-Type of the response; None if it is missing, generic or not that of a manifest."""
     media_type = (response.headers.get("content-type") or "").partition(";")[0].strip().lower()
-    return None if media_type in ("", "application/json", "application/octet-stream", "text/plain") else media_type
+    is_generic = media_type in ("application/json", "application/octet-stream") or data_type(media_type) != media_type
+    return None if is_generic else media_type
 
 
 class ManifestMemoryCache:

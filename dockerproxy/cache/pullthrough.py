@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from attrs import define, evolve, field, frozen
+from attrs import define, field, frozen
 
 from dockerproxy.cache.blobs import CachedBlobs
 from dockerproxy.cache.challenges import TOKEN_PATH, Challenges
@@ -38,10 +38,8 @@ from dockerproxy.oci.content import BlobResponse, ManifestResponse
 from dockerproxy.oci.credentials import BasicCredentials
 from dockerproxy.oci.manifests import (
     EMPTY_INDEX,
-    KNOWN_TYPES,
     MAX_MANIFEST,
     OCI_INDEX,
-    data_type,
     fallback_tag,
     filter_referrers,
 )
@@ -134,10 +132,7 @@ class CachedRegistry:
         self, name: Repository, reference: Reference, accept: list[str], *, head: bool
     ) -> ManifestResponse:
         """Return a manifest. Raise `UpstreamRefused`, `UpstreamError`."""
-        manifest = await self.cache.manifests.get(await self.principal(name), reference, accept, head=head)
-        if manifest.media_type not in KNOWN_TYPES:
-            manifest = evolve(manifest, media_type=data_type(manifest.media_type))
-        return manifest
+        return await self.cache.manifests.get(await self.principal(name), reference, accept, head=head)
 
     async def blob(self, name: Repository, digest: Digest, *, head: bool) -> BlobResponse:
         """Return a blob. Raise `UpstreamRefused`, `UpstreamError`."""

@@ -36,6 +36,7 @@ from dockerproxy.http.message import (
     render_head,
 )
 from dockerproxy.http.request import PLAIN_TEXT, ClientDisconnected, Request, respond_text_error
+from dockerproxy.http.security_fields import SECURITY_FIELDS
 from dockerproxy.http.stream import ByteStream
 from dockerproxy.http.timeouts import ConnectionTimer, Deadline
 from dockerproxy.http.tls import describe_handshake_error
@@ -335,7 +336,7 @@ class HTTPChannel(Protocol):
         """Respond to invalid input with `status` and `reason`, then close."""
         body = f"{reason}\n".encode()
         fields = [PLAIN_TEXT, ("Content-Length", str(len(body))), ("Connection", "close")]
-        self.write(render_head(status, fields) + body)
+        self.write(render_head(status, fields, SECURITY_FIELDS) + body)
         log.info("refused a request from {client}: {reason}", client=self.client, reason=reason)
         self._on_event(Event.INVALID_INPUT)
 

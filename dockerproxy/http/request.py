@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from dockerproxy.errors import RegistryError, SizeInvalid
 from dockerproxy.http.headers import Headers
 from dockerproxy.http.message import RequestHead, expects_continue, render_head
+from dockerproxy.http.security_fields import SECURITY_FIELDS
 
 if TYPE_CHECKING:
     from dockerproxy.http.stream import ByteStream
@@ -68,6 +69,9 @@ class Request:
     access log and in `X-Cache`. `host` is the host that the client addressed, `user` the user that logged in. Handlers
     set them and the access log reports them.
 
+    `security_fields` are rendered fields that the response gets besides those of the handler. A handler that forwards
+    the page of another server sets them to "", because that server's own rules for its pages apply.
+
     A handler raises an error instead of responding with it. The channel then aborts a response that has started, and
     otherwise calls `error_renderer`. The handler that knows the surface of the request sets it; the default is plain
     text.
@@ -94,6 +98,7 @@ class Request:
         "port",
         "query",
         "secure",
+        "security_fields",
         "status",
         "user",
     )  # fmt: skip
@@ -119,6 +124,7 @@ class Request:
         self.finished = False
         self.closing = False  # whether the connection is closed after this response
         self.error_renderer: ErrorRenderer = respond_text_error
+        self.security_fields = SECURITY_FIELDS
 
     @property
     def started(self) -> bool:
@@ -278,7 +284,7 @@ class Request:
         elif self.head.version == (1, 0):
             response_fields.append(("Connection", "keep-alive"))
         response_fields.append(("Date", _date.now()))
-        head = render_head(status, response_fields)
+        head = render_head(status, response_fields, self.security_fields)
         self.status, self._content_length, self._chunked = status, length, chunked
         self._body_suppressed = self.method == "HEAD" or status in _BODYLESS_STATUSES
         if content and not self._body_suppressed:

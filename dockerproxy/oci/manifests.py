@@ -41,7 +41,7 @@ MEDIA_TYPE = re.compile(r"[a-z0-9][a-z0-9!#$&^_.+-]{0,126}/[a-z0-9][a-z0-9!#$&^_
 
 # JSON of any kind, and media types of images and artifacts.
 _DATA_TYPE = re.compile(
-    r"application/(?:octet-stream|(?:[a-z0-9.-]+\+)?json|vnd\.[a-z0-9.-]+(?:\+(?:prettyjws|gzip|zstd))?)"
+    r"application/(?:octet-stream|(?:[a-z0-9!#$&^_.+-]+\+)?json|vnd\.[a-z0-9!#$&^_.+-]+(?<!xml))"
     r"(?:[ \t]*;[ \t]*charset=\"?utf-8\"?)?",
     re.IGNORECASE | re.ASCII,
 )
@@ -86,7 +86,8 @@ class Manifest:
 def data_type(content_type: str) -> str:
     """Return `content_type` if it is one of data, else `application/octet-stream`.
 
-    Another server's content is sent under our name, where it must not be a page or a script for any browser.
+    The content of others, such as another server or whoever pushed it, is sent under our name, where it must not be a
+    page or a script for any browser: no HTML, SVG or XML.
     """
     if content_type in KNOWN_TYPES or _DATA_TYPE.fullmatch(content_type):
         return content_type

@@ -196,4 +196,5 @@ class ForwardProxy:
                 return await self.hosted(request)
             raise
         request.cache_status = "PASS"
+        request.security_fields = ""  # the other server has its own
         await forward_response(request, response, forwarded_fields(response.headers))

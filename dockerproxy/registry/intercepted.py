@@ -7,14 +7,14 @@ from functools import partial
 from typing import Protocol
 
 from dockerproxy.errors import NameUnknown, RegistryError, Unsupported
-from dockerproxy.http.message import origin_form
+from dockerproxy.http.cross_origin import CrossOriginProtection, is_preflight, respond_preflight
+from dockerproxy.http.message import SAFE_METHODS, origin_form
 from dockerproxy.http.request import Request
 from dockerproxy.oci.names import Host, Registry
 from dockerproxy.oci.routes import Kind, Target, is_api_path, route
 from dockerproxy.registry.api import RegistryAPI
 from dockerproxy.registry.responses import cache_status_fields, respond_error, respond_ping
 from dockerproxy.registry.upstream import (
-    SAFE_METHODS,
     UpstreamRegistry,
     check_push,
     forward_page,
@@ -42,11 +42,18 @@ class Intercepted:
     """Handles requests to upstream registries under their own names."""
 
     def __init__(
-        self, api: RegistryAPI, open_registry: OpenRegistry, token_service: TokenService, *, allow_push: bool
+        self,
+        api: RegistryAPI,
+        open_registry: OpenRegistry,
+        token_service: TokenService,
+        cross_origin: CrossOriginProtection,
+        *,
+        allow_push: bool,
     ) -> None:
         self._api = api
         self._open_registry = open_registry
         self._token_service = token_service
+        self._cross_origin = cross_origin
         self._allow_push = allow_push
 
     def handle(self, registry: Registry, request: Request) -> Awaitable[None]:
@@ -63,12 +70,16 @@ class Intercepted:
             return self._handle_api(request, target, upstream)
         token_registry = self._token_service.registry_for_realm(registry, request.path)
         if token_registry is not None and request.method in ("GET", "POST"):
+            self._cross_origin.check(request)
             return self._handle_token(token_registry, request)
         if request.method not in (*SAFE_METHODS, "OPTIONS") and is_api_path(request.path):
             check_push(request, self._allow_push)
         return forward_page(request, upstream)
 
     def _handle_api(self, request: Request, target: Target, upstream: UpstreamRegistry) -> Awaitable[None]:
+        self._cross_origin.check(request, pull=target.kind is not Kind.BASE)
+        if is_preflight(request):
+            return respond_preflight(request)
         pull = self._api.handle_pull(request, target, upstream) or handle_list(request, target, upstream)
         if pull is not None:
             return pull
@@ -96,10 +107,16 @@ class Mirror:
     """
 
     def __init__(
-        self, api: RegistryAPI, open_registry: OpenRegistry, registries: Mapping[Host, Registry], hub: Registry
+        self,
+        api: RegistryAPI,
+        open_registry: OpenRegistry,
+        registries: Mapping[Host, Registry],
+        hub: Registry,
+        cross_origin: CrossOriginProtection,
     ) -> None:
         self._api = api
         self._open_registry = open_registry
+        self._cross_origin = cross_origin
         self._registries = registries
         self._hub = hub
 
@@ -113,6 +130,7 @@ class Mirror:
             raise NameUnknown(
                 f"'{namespace}' is not mirrored here; the administrator of this proxy can add it to REGISTRIES"
             )
+        self._cross_origin.check(request, pull=target.kind is not Kind.BASE)
         request.host = str(registry)
         if request.method not in SAFE_METHODS:
             message = "a mirror is read-only; push to the registry itself"

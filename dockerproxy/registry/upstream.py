@@ -10,13 +10,12 @@ from urllib.parse import quote
 from dockerproxy.errors import RegistryError, Unsupported, UpstreamError, UpstreamRefused
 from dockerproxy.http.forwarding import ForwardedResponse, forward_response, request_body_producer
 from dockerproxy.http.headers import Headers
+from dockerproxy.http.message import SAFE_METHODS
 from dockerproxy.http.request import Request
 from dockerproxy.oci.names import Host
 from dockerproxy.oci.routes import LIST_KINDS, Target
 from dockerproxy.registry.backend import PullBackend
 from dockerproxy.registry.responses import FieldList, cache_status_fields, page_fields, upstream_fields
-
-SAFE_METHODS = ("GET", "HEAD")
 
 # Request fields that are not forwarded: the login is handled elsewhere, and the framing of the body is our own.
 _NOT_FORWARDED = ("authorization", "host", "content-length", "expect", "accept-encoding")
@@ -106,6 +105,7 @@ async def forward_page(request: Request, upstream: UpstreamRegistry) -> None:
     request.cache_status = "PASS"
     headers, body = request.headers.end_to_end().without(*_NOT_FORWARDED), request_body_producer(request)
     response = await upstream.forward_page(request.method, _path_and_query(request), headers, body)
+    request.security_fields = ""  # the page has its own
     fields = [*page_fields(response.headers), *cache_status_fields(request.cache_status)]
     await forward_response(request, response, fields)
 

@@ -438,13 +438,27 @@ def test_manifest_size_limit(registry: RegistryHarness, size: int) -> None:
         assert error_code(response) == (413, "SIZE_INVALID")
 
 
-@pytest.mark.parametrize("media_type", ["application/vnd.unheard.of.v7+json", "text/plain", "application/x"])
+@pytest.mark.parametrize(
+    "media_type", ["application/vnd.unheard.of.v7+json", "application/vnd.x", "application/x+json"]
+)
 def test_unknown_media_types(registry: RegistryHarness, media_type: str) -> None:
     content = b"\x00 not even JSON"
     response = registry.request("PUT", f"/v2/{NAME}/manifests/odd", content, Content_Type=media_type)
     assert response.status == 201
     pulled = registry.request("GET", f"/v2/{NAME}/manifests/odd")
     assert (pulled.body, pulled.headers["Content-Type"]) == (content, media_type)
+
+
+@pytest.mark.parametrize("in_content", [False, True])
+@pytest.mark.parametrize("media_type", ["text/html", "image/svg+xml", "Text/XML", "application/xhtml+xml", "a/b"])
+def test_types_that_browsers_show_as_pages_are_not_manifests(
+    registry: RegistryHarness, media_type: str, in_content: bool
+) -> None:
+    content = json.dumps({"mediaType": media_type, "x": "<script>alert(1)</script>"}).encode()
+    fields = {} if in_content else {"Content_Type": f"{media_type}; charset=utf-8"}
+    response = registry.request("PUT", f"/v2/{NAME}/manifests/page", content, **fields)
+    assert error_code(response) == (400, "MANIFEST_INVALID")
+    assert registry.request("GET", f"/v2/{NAME}/manifests/page").status == 404
 
 
 @pytest.mark.parametrize(
