@@ -16,11 +16,12 @@ from dockerproxy.admin.builtin_endpoints import builtin_endpoints
 from dockerproxy.cache.access import Access
 from dockerproxy.cache.blobs import CachedBlobs
 from dockerproxy.cache.challenges import Challenges
-from dockerproxy.cache.downloads import Downloads
+from dockerproxy.cache.downloads import DownloadLimits, Downloads
 from dockerproxy.cache.freshness import Freshness
 from dockerproxy.cache.identity import Bindings, Identities
 from dockerproxy.cache.ingests import Ingests
 from dockerproxy.cache.manifests import CachedManifests
+from dockerproxy.cache.open_readers import OpenReaders
 from dockerproxy.cache.pullthrough import PullThrough
 from dockerproxy.cache.space import CacheSpace, FileCounter
 from dockerproxy.cache.token_endpoint import TokenEndpoint
@@ -74,6 +75,9 @@ _DISK_THREADS = 20  # the reactor's own pool: each download writes to the disk i
 _LOOKUP_LIMITS = PoolLimits(threads=16, threads_per_client=6, waiting=4000, waiting_per_client=1000, reserved_threads=4)
 """Name look-ups. One silent name server must leave threads to other clients, and some to registries. Waiting ones cost
 little memory, and a NAT with 500 hosts behind it is one client."""
+
+_HELD_PART = 8
+"""Readers of evicted blobs may hold one part in so many of CACHE_MAX_SIZE, beside the cache."""
 
 _MAX_REPORTED = 200  # downloads in a report
 
@@ -234,7 +238,12 @@ def build_server(
         hosted_app,
         hosted_tree,
         pools,
-        [*pools.lookups.bounds, *pools.passwords.bounds, *pools.documents.bounds],
+        [
+            *pools.lookups.bounds,
+            *pools.passwords.bounds,
+            *pools.documents.bounds,
+            *pull_through.blobs.downloads.bounds,
+        ],
         shared.state,
         connectors.agent,
         reactor,
@@ -340,7 +349,10 @@ def build_cache(
         clock=time.time,
         on_stored=record_blob,
     )
-    downloads = Downloads(reactor, upstream, cache_space, Ingests(layout, blobs, records, shared.multi_process))
+    open_readers = OpenReaders(reactor, settings.cache_max_size // _HELD_PART // settings.workers)
+    ingests = Ingests(layout, blobs, records, shared.multi_process)
+    limits = DownloadLimits.for_cache(settings.cache_max_size)
+    downloads = Downloads(reactor, upstream, cache_space, ingests, open_readers, limits)
     token_endpoint = TokenEndpoint(
         agent,
         identities,
@@ -354,7 +366,7 @@ def build_cache(
         challenges,
         token_endpoint,
         manifests,
-        CachedBlobs(reactor, upstream, blobs, links, downloads, access, cache_space),
+        CachedBlobs(reactor, upstream, blobs, links, downloads, access, cache_space, open_readers),
         parser,
         registries.mirrored.values(),
         authorizer.effective_login if settings.share_auth_registries else lambda registry: None,

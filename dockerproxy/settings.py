@@ -55,6 +55,7 @@ class Settings:
     auth_registry_delimiter: str = _setting(str, ":")
     allow_push: bool = _setting(parsers.boolean, "false")
     cache_max_size: int = _setting(parsers.size, "32g")
+    cache_max_blob_size: int | None = _setting(parsers.size)
     cache_inactive: float = _setting(parsers.positive_duration, "60d")
     enable_manifest_cache: bool = _setting(parsers.boolean, "false")
     manifest_cache_primary_regex: re.Pattern[str] = _setting(parsers.regex, "(stable|nightly|production|test)")
@@ -135,6 +136,12 @@ class Settings:
                     f"{present} is set and {missing} is not; set both CA_CRT_FILE and CA_KEY_FILE, or neither."
                 )
         return cls(**attributes)
+
+    @property
+    def max_blob_size(self) -> int:
+        """The bytes that one blob may take of the cache: CACHE_MAX_BLOB_SIZE, or three quarters of the cache."""
+        default = self.cache_max_size - self.cache_max_size // 4
+        return default if self.cache_max_blob_size is None else min(self.cache_max_blob_size, self.cache_max_size)
 
     @property
     def registries(self) -> tuple[Registry, ...]:

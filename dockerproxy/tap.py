@@ -242,6 +242,7 @@ def build_cache_space(reactor: Any, settings: Settings, state: StateDirectory) -
         state.cache,
         Blobs(state.cache, durable=False),
         limit=settings.cache_max_size,
+        max_blob_size=settings.max_blob_size,
         inactive=settings.cache_inactive,
         clock=time.time,
         janitor=Janitor(state.cache, state.open_records(), time.time),

@@ -369,6 +369,12 @@ def test_sizes(number: int, unit: tuple[str, int]) -> None:
     assert settings(CACHE_MAX_SIZE=f"{number}{unit[0]}").cache_max_size == number * unit[1]
 
 
+def test_one_blob_may_take_three_quarters_of_the_cache() -> None:
+    assert settings(CACHE_MAX_SIZE="4g").max_blob_size == 3 << 30
+    assert settings(CACHE_MAX_SIZE="4g", CACHE_MAX_BLOB_SIZE="1g").max_blob_size == 1 << 30
+    assert settings(CACHE_MAX_SIZE="4g", CACHE_MAX_BLOB_SIZE="8g").max_blob_size == 4 << 30
+
+
 @pytest.mark.parametrize(
     ("text", "value"),
     [
@@ -472,6 +478,8 @@ INVALID = [
     ("CACHE_MAX_SIZE", "32x", "'32x' is not a size such as 512m or 32g"),
     ("CACHE_MAX_SIZE", "0", "'0' is not a size"),
     ("CACHE_MAX_SIZE", "-1g", "'-1g' is not a size"),
+    ("CACHE_MAX_BLOB_SIZE", "0", "'0' is not a size"),
+    ("CACHE_MAX_BLOB_SIZE", "half", "'half' is not a size such as 512m or 32g"),
     ("CACHE_INACTIVE", "60 d", "'60 d' is not a time such as 90s, 10m, 1h or 60d"),
     ("CACHE_INACTIVE", "0s", "'0s' is not allowed; use a time greater than zero"),
     ("CACHE_INACTIVE", "999999d", "'999999d' is a time of more than 100 years"),

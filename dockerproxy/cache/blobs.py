@@ -5,7 +5,6 @@ A client gets a blob only if upstream would serve it to the same client from the
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 from attrs import evolve
@@ -14,6 +13,7 @@ from dockerproxy.cache.access import GRANT_TTL, Access, AccessState
 from dockerproxy.cache.best_effort import try_link
 from dockerproxy.cache.download_state import DownloadState
 from dockerproxy.cache.downloads import BlobDownload, Downloads
+from dockerproxy.cache.open_readers import OpenReaders
 from dockerproxy.cache.space import CacheSpace
 from dockerproxy.cache.upstream import (
     RegistryClient,
@@ -48,6 +48,7 @@ class CachedBlobs:
         downloads: Downloads,
         access: Access,
         space: CacheSpace,
+        open_readers: OpenReaders,
     ) -> None:
         self._reactor = reactor
         self._upstream = upstream
@@ -56,6 +57,7 @@ class CachedBlobs:
         self.downloads = downloads
         self._access = access
         self._space = space
+        self._open_readers = open_readers
         self._upstream_checks: SingleFlight[tuple[object, ...], tuple[int | None, bool]] = SingleFlight()
 
     async def get(self, principal: UpstreamPrincipal, digest: Digest) -> BlobResponse:
@@ -124,8 +126,9 @@ class CachedBlobs:
         blob = self._blobs.open(digest)
         if blob is None:
             return None
-        self._space.pin(digest)  # prevents eviction until the content is closed
-        content = StoredBlobReader(self._reactor, blob, partial(self._space.unpin, digest))
+        self._space.touch(digest)
+        content = StoredBlobReader(self._reactor, blob, self._open_readers.discard)
+        self._open_readers.add(content)
         return BlobResponse(digest, blob.size, content, cache_status)
 
     def _start_download(self, principal: UpstreamPrincipal, digest: Digest) -> BlobDownload:

@@ -69,8 +69,8 @@ class PullThrough:
     login_for: Callable[[Registry], BasicCredentials | None]
     clock: Callable[[], float]
 
-    def registry(self, registry: Registry, authorization: str | None) -> CachedRegistry:
-        """Return `registry` as seen by a client with the Authorization field `authorization`, if any.
+    def registry(self, registry: Registry, authorization: str | None, client: str = "") -> CachedRegistry:
+        """Return `registry` as seen by the client at the address `client`, with its Authorization field, if any.
 
         Every method raises `Unauthorized` if the client's token is local and expired, or was issued for another
         registry.
@@ -78,7 +78,8 @@ class PullThrough:
         fallback_identity = (
             self.identities.read_token(registry, authorization, self.clock()) if authorization is not None else None
         )
-        return CachedRegistry(self, registry, authorization if fallback_identity is None else None, fallback_identity)
+        own_authorization = authorization if fallback_identity is None else None
+        return CachedRegistry(self, registry, own_authorization, fallback_identity, client)
 
     def registry_for_realm(self, host: Registry, path: str) -> Registry | None:
         """Return the registry that has its token endpoint at `path` of `host`, if any."""
@@ -112,6 +113,7 @@ class CachedRegistry:
     registry: Registry
     authorization: str | None = field(repr=False)
     fallback_identity: str | None
+    client: str = ""
 
     @property
     def credential(self) -> Credential:
@@ -126,7 +128,8 @@ class CachedRegistry:
         await self.cache.challenges.ensure_known(self.registry)
         credential = self.credential
         identity = self.cache.identities.for_credential(self.registry, credential)
-        return UpstreamPrincipal(UpstreamRepository(self.registry, name, credential), identity, self.fallback_identity)
+        repository = UpstreamRepository(self.registry, name, credential)
+        return UpstreamPrincipal(repository, identity, self.fallback_identity, self.client)
 
     async def manifest(
         self, name: Repository, reference: Reference, accept: list[str], *, head: bool

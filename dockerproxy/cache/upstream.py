@@ -131,9 +131,11 @@ class UpstreamPrincipal:
     """A client that requests something from one repository.
 
     `repository` includes the credential that is used upstream for this client. Grants are recorded under `identity`.
-    `fallback_identity` is the identity in the client's local token. It counts only during an outage.
+    `fallback_identity` is the identity in the client's local token. It counts only during an outage. `client` is the
+    client's address, for its share of what is bounded.
     """
 
     repository: UpstreamRepository
     identity: str
     fallback_identity: str | None = None
+    client: str = ""

@@ -24,8 +24,8 @@ from dockerproxy.registry.upstream import (
 
 _MAX_FORM_SIZE = 64 * 1024
 
-OpenRegistry = Callable[[Registry, str | None], UpstreamRegistry]
-"""Returns the registry for a client with this Authorization value, or without one."""
+OpenRegistry = Callable[[Registry, str | None, str], UpstreamRegistry]
+"""Returns the registry for a client with this Authorization value, or without one, and with this address."""
 
 
 class TokenService(Protocol):
@@ -62,7 +62,7 @@ class Intercepted:
         This is no coroutine, because one around another costs memory for each slow client.
         """
         request.host = str(registry)
-        upstream = self._open_registry(registry, request.headers.get("authorization"))
+        upstream = self._open_registry(registry, request.headers.get("authorization"), request.client)
         request.error_renderer = partial(_respond_error, upstream)
         _check_path(request)
         target = _api_target(request.path)
@@ -137,7 +137,7 @@ class Mirror:
             raise Unsupported(message, headers=[("Allow", ", ".join(SAFE_METHODS))])
         if target.kind is Kind.BASE:
             return _respond_ping(request)
-        upstream = self._open_registry(registry, None)
+        upstream = self._open_registry(registry, None, request.client)
         pull = self._api.handle_pull(request, target, upstream) or handle_list(request, target, upstream, namespace)
         if pull is None:
             raise NameUnknown("a mirror has no upload sessions")

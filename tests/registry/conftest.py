@@ -240,7 +240,7 @@ class FakeUpstreamRegistry(FakePullBackend):
         self.realms: dict[tuple[str, str], Registry] = {}
         self.token_calls: list[Any] = []
 
-    def open_registry(self, registry: Registry, authorization: str | None) -> FakeUpstreamRegistry:
+    def open_registry(self, registry: Registry, authorization: str | None, client: str) -> FakeUpstreamRegistry:
         """Return this registry, as an `OpenRegistry` of intercepted.py."""
         self.open_calls.append((registry, authorization))
         return self
