@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import http.client
+import json
 import os
+import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
 
@@ -49,6 +53,22 @@ def directory(tmp_path: Path) -> ImportedDirectory:
     directory = ImportedDirectory(tmp_path / "stranger")
     directory.make()
     return directory
+
+
+class UnixConnection(http.client.HTTPConnection):
+    """A connection to the control socket at `host`."""
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.connect(self.host)
+
+
+@pytest.fixture(scope="module")
+def shared_daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RegistryDaemon]:
+    """A daemon for attacks after which it must be as before. At the end its log has no traceback."""
+    daemon = RegistryDaemon(tmp_path_factory.mktemp("shared"), {"WORKERS": "1"})
+    with daemon.run_and_check_log(list):
+        yield daemon
 
 
 def run_command(daemon: RegistryDaemon, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -161,3 +181,31 @@ def test_a_daemon_does_not_start_on_links_that_would_change_other_files(tmp_path
         daemon.stop()
     assert victim.read_bytes() == b"precious"
     assert f"{registry}/lock: is a symbolic link" in daemon.output_text
+
+
+@pytest.mark.parametrize(
+    ("target", "body"),
+    [
+        ("/v1/collect", b'{"grace": NaN}'),
+        ("/v1/collect", b'{"grace": -Infinity}'),
+        ("/v1/collect", b'{"grace": 1e999}'),
+        ("/v1/collect", b'{"grace": ' + b"9" * 400 + b"}"),
+        ("/v1/collect", b"[" * 30_000),
+        ("/v1/collect", b'{"a":' * 10_000),
+        ("/v1/collect", b'{"root": "/etc"}'),
+        ("/v1/remove", b'{"names": [["x"]]}'),
+        ("/v1/import", b'{"directory": "/\\ud800"}'),
+        ("/v1/import", b'{"directory": "/etc\\u0000"}'),
+        ("/v1/check", b" " * 70_000),
+    ],
+)
+def test_the_control_socket_answers_nonsense_with_a_sentence(
+    shared_daemon: RegistryDaemon, target: str, body: bytes
+) -> None:
+    """A process of the daemon's group may send anything. The fixture looks for tracebacks in the log."""
+    connection = UnixConnection(str(shared_daemon.state_folder / "run/control.sock"))
+    connection.request("POST", target, body)
+    response = connection.getresponse()
+    assert response.status in (400, 413)
+    assert " " in json.loads(response.read())["error"]["message"]
+    connection.close()
