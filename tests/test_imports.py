@@ -41,7 +41,8 @@ ALLOWED = {
     "workers": {"cache", "store", "daemon", "http", "oci", "errors"},
     "operations": {"store"},  # a process of its own, which starts fast and takes little memory
     "terminal": set(),
-    "cli": {"__init__", "durations", "terminal"},  # it must start fast, and the daemon does the work
+    "control_client": set(),
+    "cli": {"__init__", "control_client", "durations", "terminal"},  # it must start fast, and the daemon does the work
 }
 COMPOSITION_ROOTS = {"tap", "app", "workers.process"}  # they build the daemon and may import every part
 ENTRY_POINTS = {"tap"}  # the modules that twistd loads first

@@ -23,7 +23,7 @@ class InvalidArguments(Exception):
 
 @frozen
 class Argument:
-    """What an argument may be: `accepts` tells, and `description` says it to the user."""
+    """The values that an argument may have: `accepts` decides, and `description` tells the user."""
 
     accepts: Callable[[Any], bool]
     description: str

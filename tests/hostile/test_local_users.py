@@ -21,6 +21,8 @@ from tests.e2e.harness.process import wait_until
 from tests.e2e.harness.registry_daemon import RegistryDaemon
 from tests.hostile.conftest import StartRegistryDaemon
 
+NOBODY = 65534
+
 PUBLIC = b"a blob that everybody knows"
 
 
@@ -209,3 +211,38 @@ def test_the_control_socket_answers_nonsense_with_a_sentence(
     assert response.status in (400, 413)
     assert " " in json.loads(response.read())["error"]["message"]
     connection.close()
+
+
+@pytest.mark.root
+def test_the_command_asks_no_socket_in_a_strangers_directory(tmp_path: Path) -> None:
+    """An administrator runs the command in a directory of a user with a `var/run/control.sock`, which answers."""
+    run = tmp_path / "stranger/var/run"
+    run.mkdir(parents=True)
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": os.environ.get("PYTHONPATH", "")}
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(run / "control.sock"))
+        server.listen()
+        server.setblocking(False)
+        for path in (tmp_path / "stranger", run.parent, run, run / "control.sock"):
+            os.chown(path, NOBODY, -1)
+        command = [sys.executable, "-m", "dockerproxy.cli", "ls"]
+        result = subprocess.run(command, cwd=tmp_path / "stranger", env=environment, capture_output=True, text=True)
+        assert result.returncode == 3
+        assert "control.sock was not asked, because" in result.stderr
+        with pytest.raises(BlockingIOError):
+            server.accept()
+
+
+def test_names_do_not_reach_the_terminal_as_they_are(
+    shared_daemon: RegistryDaemon, directory: ImportedDirectory
+) -> None:
+    """An imported directory has a name with an escape sequence, which a message repeats."""
+    evil = directory.root / "docker/registry/v2/repositories/\x1b]0;owned\x07\u202e"
+    (evil / "_layers").mkdir(parents=True)
+    directory.data.unlink()
+    os.rename(directory.root, f"{directory.root}\x1b[31m")
+    for arguments in (["import", f"{directory.root}\x1b[31m"], ["ls", "\x1b[31m"], ["rm", "x\u202e"]):
+        result = run_command(shared_daemon, *arguments)
+        assert result.returncode != 0
+        assert all(line.isprintable() for line in (result.stdout + result.stderr).splitlines())
+        assert all(line.isascii() for line in run_command(shared_daemon, "--json", *arguments).stdout.splitlines())
