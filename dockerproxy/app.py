@@ -44,6 +44,7 @@ from dockerproxy.proxy.authority import CertificateAuthority
 from dockerproxy.proxy.direct import DirectRequestHandler
 from dockerproxy.proxy.forward_proxy import ForwardProxy, Interception
 from dockerproxy.proxy.host_rule import HostRule
+from dockerproxy.proxy.login import ProxyLogin
 from dockerproxy.proxy.policy import Policy
 from dockerproxy.proxy.router import BrowserProtection, Router
 from dockerproxy.proxy.tunnel import TunnelTimeouts
@@ -137,6 +138,7 @@ class ProxyServer:
     authorizer: Authorizer
     browser_protection: BrowserProtection
     hosted_app: HostedRegistryApp
+    proxy_login: ProxyLogin
     hosted_tree: HostedTree
     pools: ThreadPools
     bounds: Sequence[ClientShares]
@@ -149,9 +151,11 @@ class ProxyServer:
         """Apply `settings`. Raise `HtpasswdError` or OSError, and change nothing, if the htpasswd file is unusable."""
         # First, because it may raise.
         access_control = build_access_control(self._reactor, settings, self.pools, self.state)
+        proxy_users = open_proxy_users(self._reactor, settings, self.pools, self.state)
         self.hosted_app.access_control = access_control
         self.browser_protection.host_rule = build_host_rule(settings)
         self.browser_protection.cross_origin.set_cors_origins(settings.cors_origins)
+        self.proxy_login.users = proxy_users
         self.registries.update(settings)
         self.authorizer.set_logins(settings.auth_registries)
         self.pull_through.challenges.restore(settings.registries)
@@ -196,7 +200,9 @@ def build_server(
     cross_origin = CrossOriginProtection(settings.cors_origins)
     browser_protection = BrowserProtection(build_host_rule(settings), cross_origin)
     mirror = Mirror(api, pull_through.registry, registries.mirrored, DOCKER_HUB, cross_origin)
-    registries_for = partial(NamespacedRegistries, hosted_app, mirror, frozenset(settings.registry_hostname))
+    login = ProxyLogin(open_proxy_users(reactor, settings, pools, shared.state))
+    hosted_names = frozenset(settings.registry_hostname)
+    registries_for = partial(NamespacedRegistries, hosted_app, login.guard(mirror.handle), hosted_names)
     pages_for = partial(builtin_endpoints, authority.certificate_pem, metrics_handler)
     proxy_router = Router(registries_for(mirror_by_default=True).handle, pages_for(), browser_protection, respond_error)
     registry_router = Router(
@@ -211,12 +217,13 @@ def build_server(
     forward_proxy = ForwardProxy(
         clock=reactor,
         policy=policy,
+        login=login,
         interception=Interception(registries.intercepted, authority.context_for, intercepted.handle),
         dialer=connectors.tunnel_dialer,
         agent=connectors.agent,
         local=proxy_router.handle,
         hosted=direct_listener.handle,
-        hosted_names=frozenset(settings.registry_hostname),
+        hosted_names=hosted_names,
         registry_ports=listening_ports(settings.registry_listen, 443),
         registry_http_ports=listening_ports(settings.registry_http_listen, 80),
         timeouts=TunnelTimeouts(
@@ -236,6 +243,7 @@ def build_server(
         authorizer,
         browser_protection,
         hosted_app,
+        login,
         hosted_tree,
         pools,
         [
@@ -392,6 +400,16 @@ def build_access_control(reactor: Any, settings: Settings, pools: ThreadPools, s
     return AnonymousPull(users, realm, secret, time.time) if settings.anonymous_pull else RequireLogin(users, realm)
 
 
+def open_proxy_users(
+    reactor: Any, settings: Settings, pools: ThreadPools, state: StateDirectory
+) -> HtpasswdFile | None:
+    """Return the users in PROXY_HTPASSWD_FILE, or None if it is not set. Raise `HtpasswdError` or OSError."""
+    if settings.proxy_htpasswd_file is None:
+        return None
+    secret = state.registry_secret
+    return HtpasswdFile(reactor, pools.passwords, settings.proxy_htpasswd_file, secret, "PROXY_HTPASSWD_FILE")
+
+
 def proxy_port(settings: Settings) -> int:
     """Return the port of the first endpoint of PROXY_LISTEN."""
     (port,) = listening_ports(settings.proxy_listen[:1], 3128)
@@ -480,6 +498,6 @@ def log_access(request: Request, seconds: float) -> None:
         request.bytes_sent,
         seconds,
         request.cache_status,
-        request.user,
+        request.user or request.proxy_user,
         request.user_agent,
     )

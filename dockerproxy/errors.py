@@ -110,6 +110,12 @@ class Unauthorized(RegistryError):
     status, code = 401, "UNAUTHORIZED"
 
 
+class ProxyAuthenticationRequired(RegistryError):
+    """The client must authenticate to the proxy itself. `headers` contains the challenge."""
+
+    status, code = 407, "UNAUTHORIZED"
+
+
 class Denied(RegistryError):
     """The request is not permitted with any credential."""
 

@@ -96,6 +96,7 @@ class Settings:
     max_connections_per_client: int | None = _setting(parsers.integer(1, 1_000_000))
     allowed_hosts: tuple[HostPattern, ...] | None = _setting(parsers.allowed_hosts, "")
     cors_origins: tuple[str, ...] = _setting(parsers.origins, "")
+    proxy_htpasswd_file: Path | None = _setting(parsers.path)
     tunnel_ports: frozenset[int] = _setting(parsers.ports, "443")
     tunnel_allow: Destinations = _setting(Destinations.parse, "all")
     tunnel_deny: Destinations = _setting(Destinations.parse, "loopback link-local metadata")

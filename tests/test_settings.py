@@ -90,6 +90,7 @@ def test_defaults_are_the_documented_ones(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert defaults.tunnel_deny.match_address("169.254.169.254")
     assert not defaults.tunnel_deny.match_address("10.0.0.1")
     assert (defaults.share_auth_registries, defaults.anonymous_pull, defaults.htpasswd_file) == (True, False, None)
+    assert defaults.proxy_htpasswd_file is None
     assert 1 <= defaults.workers <= 8
     assert defaults.log_format == "text"
     assert defaults.warnings == ()

@@ -66,8 +66,8 @@ class Request:
     are ignored after the response has ended or the client has disconnected.
 
     `path` and `query` come from the origin-form target and are still percent-encoded. `cache_status` is reported in the
-    access log and in `X-Cache`. `host` is the host that the client addressed, `user` the user that logged in. Handlers
-    set them and the access log reports them.
+    access log and in `X-Cache`. `host` is the host that the client addressed, `user` the user that logged in there, and
+    `proxy_user` the user that logged in to the proxy. Handlers set them and the access log reports them.
 
     `security_fields` are rendered fields that the response gets besides those of the handler. A handler that forwards
     the page of another server sets them to "", because that server's own rules for its pages apply.
@@ -96,6 +96,7 @@ class Request:
         "method",
         "path",
         "port",
+        "proxy_user",
         "query",
         "secure",
         "security_fields",
@@ -119,6 +120,7 @@ class Request:
         self.host = ""
         self.cache_status = "-"
         self.user: str | None = None
+        self.proxy_user: str | None = None
         self.status = 0
         self.bytes_sent = 0  # bytes of the response body that were written
         self.finished = False

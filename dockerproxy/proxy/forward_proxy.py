@@ -26,6 +26,7 @@ from dockerproxy.http.site import Site
 from dockerproxy.http.tls import ServerContext, upgrade_to_tls
 from dockerproxy.net.dial import AddressCheck, Dialer, SingleProtocolFactory
 from dockerproxy.oci.names import Host, Registry
+from dockerproxy.proxy.login import ProxyLogin
 from dockerproxy.proxy.policy import OwnAddressDenied, Policy
 from dockerproxy.proxy.tunnel import Tunnel, TunnelTimeouts
 
@@ -89,6 +90,7 @@ class ForwardProxy:
 
     clock: Any
     policy: Policy
+    login: ProxyLogin
     interception: Interception
     dialer: Dialer
     agent: HTTPAgent
@@ -117,6 +119,7 @@ class ForwardProxy:
         request.path = request.query = ""
         host = authority_form(request.head.target)
         request.host = host.authority
+        await self.login.check(request)
         registry = self.interception.registries.get(host)
         if registry is not None:
             self._intercept(site, request, host.name, partial(self.interception.handle, registry))
@@ -136,6 +139,8 @@ class ForwardProxy:
 
     def _intercept(self, site: Site, request: Request, name: str, handler: Handler) -> None:
         context = self.interception.context_for(name)
+        if request.proxy_user is not None:
+            handler = partial(_handle_as, request.proxy_user, self.login.guard(handler))
         transport, received = request.detach()
         transport.write(_ESTABLISHED)
         upgrade_to_tls(transport, context, HTTPChannel(site, handler, secure=True), received)
@@ -167,6 +172,9 @@ class ForwardProxy:
         scheme, host, target = absolute_form(request.head.target)
         request.path, _, request.query = target.partition("?")
         request.host = str(host)
+        return self.login.guard(self._dispatch_absolute_form)(request, scheme, host)
+
+    def _dispatch_absolute_form(self, request: Request, scheme: str, host: Host) -> Awaitable[None]:
         registry = self.interception.registries.get(host)
         if registry is not None:
             return self.interception.handle(registry, request)
@@ -198,3 +206,9 @@ class ForwardProxy:
         request.cache_status = "PASS"
         request.security_fields = ""  # the other server has its own
         await forward_response(request, response, forwarded_fields(response.headers))
+
+
+def _handle_as(user: str, handler: Handler, request: Request) -> Awaitable[None]:
+    """Handle a request in a tunnel that `user` opened."""
+    request.proxy_user = user
+    return handler(request)

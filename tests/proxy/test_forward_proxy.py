@@ -16,6 +16,7 @@ from dockerproxy.net.addresses import AddressSet, Destinations
 from dockerproxy.net.dial import Dialer
 from dockerproxy.oci.names import Host, Registry
 from dockerproxy.proxy.forward_proxy import DestinationCheck, ForwardProxy, Interception
+from dockerproxy.proxy.login import ProxyLogin
 from dockerproxy.proxy.policy import Policy
 from dockerproxy.proxy.tunnel import TunnelTimeouts
 from dockerproxy.upstream.agent import Agent, UpstreamTimeouts
@@ -83,6 +84,7 @@ class ProxyHarness:
         return ForwardProxy(
             clock=self.reactor,
             policy=make_policy(**changes),
+            login=ProxyLogin(None),
             interception=Interception({QUAY.host: QUAY, PLAIN.host: PLAIN}, no_context, registry),
             dialer=dialer,
             agent=self.agent or Agent(self.reactor, dialer, ClientContext(verify=False), UpstreamTimeouts(20, 20, 20)),

@@ -31,6 +31,7 @@ from dockerproxy.net.own_addresses import is_own_address
 from dockerproxy.oci.names import Host, Registry
 from dockerproxy.proxy.authority import CertificateAuthority
 from dockerproxy.proxy.forward_proxy import ForwardProxy, Interception
+from dockerproxy.proxy.login import ProxyLogin
 from dockerproxy.proxy.policy import Policy
 from dockerproxy.proxy.tunnel import TunnelTimeouts
 from tests.support.resolvers import StaticResolver
@@ -134,6 +135,7 @@ class ForwardProxyLoopbackCase(TestCase):
                 Destinations.parse("none"),
                 is_own_address,
             ),
+            login=ProxyLogin(None),
             interception=Interception(registries, authority.context_for, registry),
             dialer=Dialer(
                 reactor,

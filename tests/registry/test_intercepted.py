@@ -76,7 +76,7 @@ def connect_mirror(connect_client: Any, upstream: Any) -> Any:
     def make(**options: Any) -> Any:
         clock = Clock()
         mirror = Mirror(RegistryAPI(clock), upstream.open_registry, MIRRORED, HUB, CrossOriginProtection())
-        registries = NamespacedRegistries(None, mirror, frozenset(), mirror_by_default=True)  # type: ignore[arg-type]
+        registries = NamespacedRegistries(None, mirror.handle, frozenset(), mirror_by_default=True)  # type: ignore[arg-type]
         return connect_client(registries.handle, clock=clock, **options)
 
     return make
@@ -108,7 +108,7 @@ def test_the_coroutine_that_streams_is_not_wrapped(connect_client: Any, upstream
         RegistryAPI(clock), upstream.open_registry, upstream, CrossOriginProtection(), allow_push=False
     )
     mirror = Mirror(RegistryAPI(clock), upstream.open_registry, MIRRORED, HUB, CrossOriginProtection())
-    registries = NamespacedRegistries(None, mirror, frozenset(), True)  # type: ignore[arg-type]
+    registries = NamespacedRegistries(None, mirror.handle, frozenset(), True)  # type: ignore[arg-type]
     protection = BrowserProtection(HostRule(allowed=None), CrossOriginProtection())
     router = Router(registries.handle, {}, protection, respond_error)
     for handler in (partial(intercepted.handle, QUAY), router.handle):
