@@ -3,6 +3,9 @@
 Only upstream grants access. Grants are stored per (registry, repository) and identity. They are kept on disk so that
 clients keep their access if the proxy restarts while upstream is down.
 
+A grant to PUBLIC counts for every identity, but only for public content: content that upstream has sent to a client
+without a credential. A repository that was public once may have private content now.
+
 A grant and a denial of one identity are two records, each with its time, and the later one counts. No process modifies
 a record that another one may modify as well, so none can overwrite a denial that it has not seen.
 """
@@ -51,11 +54,13 @@ class Access:
         self._shared = shared
         self._grants: BoundedDict[tuple[str, str], float] = BoundedDict(_MAX_GRANTS_IN_MEMORY)
 
-    def state(self, key: str, identity: str) -> AccessState:
-        """Return the access of `identity` to the repository `key`. A grant to PUBLIC counts for every identity."""
+    def state(self, key: str, identity: str, *, public: bool) -> AccessState:
+        """Return the access of `identity` to content of the repository `key`. `public` says whether that is public."""
         now = self._clock()
         best = AccessState.UNKNOWN
         for candidate in (identity, PUBLIC) if identity != PUBLIC else (PUBLIC,):
+            if candidate == PUBLIC and not public:
+                continue
             state = self._evaluate(self._granted_at(key, candidate, now), now, candidate)
             if state is AccessState.GRANTED:
                 return state
@@ -71,14 +76,19 @@ class Access:
         granted_at = max(self._grants.get((key, identity)) or -inf, self._saved_time(GRANT, key, identity))
         return granted_at >= since and granted_at > self._saved_time(DENIAL, key, identity)
 
-    def had_access(self, principal: UpstreamPrincipal) -> bool:
-        """Return whether upstream has granted access before. This is sufficient during an outage."""
-        identities = (
-            [principal.identity]
-            if principal.fallback_identity is None
-            else [principal.identity, principal.fallback_identity]
-        )
-        return any(self.state(principal.repository.key, identity) is not AccessState.UNKNOWN for identity in identities)
+    def outage_identity(self, principal: UpstreamPrincipal, *, public: bool) -> str | None:
+        """Return the identity that lets `principal` read content during an outage, because upstream granted it access.
+
+        Return None if there is none. `public` says whether the content is public.
+        """
+        now = self._clock()
+        for identity in (principal.identity, principal.fallback_identity, PUBLIC):
+            if identity is None or (identity == PUBLIC and not public):
+                continue
+            granted_at = self._granted_at(principal.repository.key, identity, now)
+            if self._evaluate(granted_at, now, identity) is not AccessState.UNKNOWN:
+                return identity
+        return None
 
     def now(self) -> float:
         """Return the current time, in the form that `record_grant` expects."""

@@ -1,10 +1,14 @@
 """Cached blobs: served from the store or from a download in progress, after checking the client's access.
 
-A client gets a blob only if upstream would serve it to the same client from the same repository.
+A client gets a blob only if upstream would serve it to the same client from the same repository. A link records that
+the repository has sent the blob, or has shown that it has it (`PossessionCheck`). Without a link, it has to do so, even
+if another registry has sent the blob: all that registries share is the file.
 """
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 from attrs import evolve
@@ -13,7 +17,8 @@ from dockerproxy.cache.access import GRANT_TTL, Access, AccessState
 from dockerproxy.cache.best_effort import try_link
 from dockerproxy.cache.download_state import DownloadState
 from dockerproxy.cache.downloads import BlobDownload, Downloads
-from dockerproxy.cache.open_readers import OpenReaders
+from dockerproxy.cache.identity import PUBLIC
+from dockerproxy.cache.possession import PossessionCheck
 from dockerproxy.cache.space import CacheSpace
 from dockerproxy.cache.upstream import (
     RegistryClient,
@@ -30,7 +35,8 @@ from dockerproxy.oci.names import Digest
 from dockerproxy.oci.ranges import parse_content_range
 from dockerproxy.store.blob_reader import StoredBlobReader
 from dockerproxy.store.blobs import Blobs
-from dockerproxy.store.links import Links
+from dockerproxy.store.links import Links, Visibility
+from dockerproxy.upstream.credentials import ClientCredential
 
 _NO_HEADERS = Headers()
 _MAX_ATTEMPTS = 3  # because a blob may be evicted between lookup and opening
@@ -48,7 +54,7 @@ class CachedBlobs:
         downloads: Downloads,
         access: Access,
         space: CacheSpace,
-        open_readers: OpenReaders,
+        possession: PossessionCheck,
     ) -> None:
         self._reactor = reactor
         self._upstream = upstream
@@ -57,8 +63,9 @@ class CachedBlobs:
         self.downloads = downloads
         self._access = access
         self._space = space
-        self._open_readers = open_readers
-        self._upstream_checks: SingleFlight[tuple[object, ...], tuple[int | None, bool]] = SingleFlight()
+        self._possession = possession
+        self._confirmations: SingleFlight[tuple[object, ...], bool] = SingleFlight(cancel_abandoned=True)
+        self._access_checks: SingleFlight[tuple[object, ...], int | None] = SingleFlight(cancel_abandoned=True)
 
     async def get(self, principal: UpstreamPrincipal, digest: Digest) -> BlobResponse:
         """Return the blob for `principal`. Raise the error that upstream responded with, or `UpstreamError`."""
@@ -71,38 +78,52 @@ class CachedBlobs:
         )
 
     async def head(self, principal: UpstreamPrincipal, digest: Digest) -> BlobResponse:
-        """Return the blob's size without fetching the blob."""
-        if self._blobs.exists(digest):
+        """Return the blob's size without fetching the blob.
+
+        The size is upstream's word, unless the repository has sent the blob. Upstream must not learn from the question
+        whether the cache has a blob of another registry.
+        """
+        if self._visibility(principal, digest) is not None and self._blobs.exists(digest):
             response = await self.get(principal, digest)
             if response.content is not None:
                 response.content.close()
             return evolve(response, content=None)
-        download = self.downloads.get(principal.repository.ingest_key(digest))
-        expected_size = None if download is None else download.size
-        return BlobResponse(digest, await self._check_upstream(principal, digest, expected_size), None, "MISS")
+        return BlobResponse(digest, await self._ask_size(principal, digest), None, "MISS")
 
     async def _find(self, principal: UpstreamPrincipal, digest: Digest) -> BlobResponse | None:
         """Return the blob; None if the caller should try again.
 
         That is the case if the blob was evicted during the search, or if a download for another client failed.
         """
-        key = principal.repository.key
-        linked = self._links.has_layer(key, digest)
-        granted = linked and self._access.state(key, principal.identity) is AccessState.GRANTED
+        visibility = self._visibility(principal, digest)
+        granted = visibility is not None and self._is_granted(principal, visibility)
         hit = self._open_stored(digest, "HIT") if granted else None
         if hit is not None:
             return hit
         download = self.downloads.get(principal.repository.ingest_key(digest))
         if download is not None:
-            return await self._join(download, principal, linked, granted, "JOINED")
-        size = self._blobs.size(digest)
-        if size is None:
-            return await self._join(self._start_download(principal, digest), principal, linked, granted, "MISS")
-        status = await self._authorize(principal, digest, size, linked)
+            return await self._join(download, principal, visibility, granted, "JOINED")
+        if not self._blobs.exists(digest):
+            return await self._join(self._start_download(principal, digest), principal, visibility, granted, "MISS")
+        check = partial(self._confirm, digest=digest, proven=visibility is not None)
+        status = await self._authorize(principal, visibility, check)
         return self._open_stored(digest, status)
 
+    def _visibility(self, principal: UpstreamPrincipal, digest: Digest) -> Visibility | None:
+        """Return for whom the repository has sent the blob; None if it has not."""
+        return self._links.layer_visibility(principal.repository.key, digest)
+
+    def _is_granted(self, principal: UpstreamPrincipal, visibility: Visibility) -> bool:
+        public = visibility is Visibility.PUBLIC
+        return self._access.state(principal.repository.key, principal.identity, public=public) is AccessState.GRANTED
+
     async def _join(
-        self, download: BlobDownload, principal: UpstreamPrincipal, linked: bool, granted: bool, cache_status: str
+        self,
+        download: BlobDownload,
+        principal: UpstreamPrincipal,
+        visibility: Visibility | None,
+        granted: bool,
+        cache_status: str,
     ) -> BlobResponse | None:
         """Return the blob of a download from the principal's registry; None if the caller should try again."""
         if not await self._wait_started(download, principal):
@@ -115,10 +136,10 @@ class CachedBlobs:
         await download.wait_size()
         if download.size is None:
             return None
-        status = await self._authorize(principal, download.digest, download.size, linked)
+        status = await self._authorize(principal, visibility, partial(self._ask_access, download=download))
         response = self._open_reader(download, principal, "JOINED")
-        # The check was for a blob of this size. The store may have another one, from another registry.
-        if response is None and self._blobs.size(download.digest) == download.size:
+        # The check was about the bytes of this download. The store may have those of another registry.
+        if response is None and download.verified:
             return self._open_stored(download.digest, status)
         return response
 
@@ -126,9 +147,8 @@ class CachedBlobs:
         blob = self._blobs.open(digest)
         if blob is None:
             return None
-        self._space.touch(digest)
-        content = StoredBlobReader(self._reactor, blob, self._open_readers.discard)
-        self._open_readers.add(content)
+        self._space.pin(digest)  # prevents eviction until the content is closed
+        content = StoredBlobReader(self._reactor, blob, partial(self._space.unpin, digest))
         return BlobResponse(digest, blob.size, content, cache_status)
 
     def _start_download(self, principal: UpstreamPrincipal, digest: Digest) -> BlobDownload:
@@ -157,60 +177,102 @@ class CachedBlobs:
             raise
         return True
 
-    async def _authorize(self, principal: UpstreamPrincipal, digest: Digest, expected_size: int, linked: bool) -> str:
-        """Check that `principal` may read the blob, which has `expected_size` bytes. Return the cache status."""
+    async def _authorize(
+        self,
+        principal: UpstreamPrincipal,
+        visibility: Visibility | None,
+        check: Callable[[UpstreamPrincipal], Awaitable[object]],
+    ) -> str:
+        """Let `check` ask upstream whether `principal` may read the blob. Return the cache status.
+
+        If upstream fails, an earlier grant is sufficient for a blob that the repository has sent.
+        """
         try:
-            await self._check_upstream(principal, digest, expected_size)
+            await check(principal)
+            return "REVALIDATED"
         except RegistryError as error:
-            if is_outage(error) and linked and self._access.had_access(principal):
-                return "STALE"
-            raise
-        return "REVALIDATED"
+            if visibility is None or not is_outage(error):
+                raise
+            identity = self._access.outage_identity(principal, public=visibility is Visibility.PUBLIC)
+            if identity is None:
+                raise
+        # Upstream may have failed only because of the credential, which the client chose.
+        if identity == PUBLIC and isinstance(principal.repository.credential, ClientCredential):
+            try:
+                await check(principal.without_credential())
+            except RegistryError as error:
+                if not is_outage(error):
+                    raise
+        return "STALE"
 
     # upstream access checks
 
-    async def _check_upstream(
-        self, principal: UpstreamPrincipal, digest: Digest, expected_size: int | None
-    ) -> int | None:
-        """Check upstream that `principal` may read the blob, sharing identical concurrent checks. Return the size.
-
-        `expected_size` is the size of the cached blob. A response proves access only if it has that size.
-        """
+    async def _confirm(self, principal: UpstreamPrincipal, digest: Digest, proven: bool) -> None:
+        """Check that upstream sends the stored blob to `principal`, sharing identical concurrent checks."""
         now = self._access.now()
-        size, conclusive = await self._upstream_checks.do(
-            (principal.repository.key, principal.identity, digest, expected_size),
-            lambda: self._head_upstream(principal, digest, expected_size),
-        )
-        if conclusive:
-            await self._record_check(principal, digest, size, now)
-        return size
+        try:
+            confirmed = await self._confirmations.do(
+                (principal.repository.key, principal.identity, digest, proven),
+                lambda: self._possession.confirm(principal, digest, proven=proven),
+            )
+        except RegistryError as error:
+            self._record_denial(principal, error)
+            raise
+        if confirmed:
+            await self._record_grant(principal, digest, now)
 
-    async def _head_upstream(
-        self, principal: UpstreamPrincipal, digest: Digest, expected_size: int | None
-    ) -> tuple[int | None, bool]:
+    async def _ask_access(self, principal: UpstreamPrincipal, download: BlobDownload) -> None:
+        """Ask upstream whether `principal` may read the blob of `download`, which is from the same registry.
+
+        The registry's word for its own content counts once the download is verified.
+        """
+        now, digest = self._access.now(), download.digest
+        await self._access_checks.do(
+            (principal.repository.key, principal.identity, digest, download.size),
+            lambda: self._probe(principal, digest, download.size),
+        )
+        if download.verified:
+            await self._record_grant(principal, digest, now)
+        else:
+            download.when_verified(principal, lambda: self._record_grant(principal, digest, now))
+
+    async def _ask_size(self, principal: UpstreamPrincipal, digest: Digest) -> int | None:
+        """Return the size of the blob upstream. It grants nothing, because a HEAD proves neither access nor content."""
         response = await self._request("HEAD", principal, digest, follow=False)
         if response.status == 200:
             await response.discard()
-            if response.length is not None and expected_size in (None, response.length):
-                digest_matches = response.headers.get("docker-content-digest") == str(digest)
-                return response.length, digest_matches or expected_size is not None
+            if response.length is not None:
+                return response.length
         elif 300 <= response.status < 400 or response.status in (405, 501):
             await response.discard()
         else:
             raise await self._error_from(principal, response)
-        # A redirect does not prove access: registry.k8s.io redirects every name and digest, and only the target
-        # decides. Follow it by GET, because a signed URL may be valid for GET only.
-        return await self._probe(principal, digest, expected_size)
+        # Follow a redirect by GET, because a signed URL may be valid for GET only.
+        return await self._probe(principal, digest, None)
 
-    async def _probe(
-        self, principal: UpstreamPrincipal, digest: Digest, expected_size: int | None
-    ) -> tuple[int | None, bool]:
-        """Request the first byte by GET, following redirects."""
+    async def _probe(self, principal: UpstreamPrincipal, digest: Digest, expected_size: int | None) -> int | None:
+        """Request the first byte by GET, following redirects. Return the size of the blob, which must be as expected.
+
+        registry.k8s.io redirects every name and digest, so only the response of the target counts.
+        """
         response = await self._request("GET", principal, digest, headers=Headers([("range", "bytes=0-0")]))
+        try:
+            size = await self._read_size(principal, digest, response)
+        finally:
+            response.abort()
+        if expected_size is not None and size != expected_size:
+            raise UpstreamBroken(
+                f"{principal.repository.registry} returned content of another size for {digest}: "
+                f"{'unknown' if size is None else size} instead of {expected_size} bytes"
+            )
+        return size
+
+    async def _read_size(self, principal: UpstreamPrincipal, digest: Digest, response: UpstreamResponse) -> int | None:
+        """Return the size that a response to a request of the first byte gives. Read or discard its body."""
         if response.status == 200:
             size = response.length
             if size is None:
-                return await _verify_and_measure(response, digest), True
+                return await _verify_and_measure(response, digest)
         elif response.status == 206:
             size = _total_size(response)
         elif response.status == 416:
@@ -218,12 +280,7 @@ class CachedBlobs:
         else:
             raise await self._error_from(principal, response)
         await response.discard()
-        if expected_size is not None and size != expected_size:
-            raise UpstreamBroken(
-                f"{principal.repository.registry} returned content of another size for {digest}: "
-                f"{'unknown' if size is None else size} instead of {expected_size} bytes"
-            )
-        return size, expected_size is not None
+        return size
 
     async def _request(
         self,
@@ -249,25 +306,12 @@ class CachedBlobs:
         self._record_denial(principal, error)
         return error
 
-    async def _record_check(
-        self, principal: UpstreamPrincipal, digest: Digest, size: int | None, checked_at: float
-    ) -> None:
-        """Record that upstream offers `principal` the blob with `size` bytes.
-
-        The offer is no proof that the registry has the content. It counts for a stored blob of this size, or for a
-        download from the same registry once that is verified.
-        """
-        stored_size = self._blobs.size(digest)
-        download = self.downloads.get(principal.repository.ingest_key(digest))
-        if stored_size is not None and stored_size == size:
-            await self._record_grant(principal, digest, checked_at)
-        elif stored_size is None and download is not None:
-            download.when_verified(principal, lambda: self._record_grant(principal, digest, checked_at))
-
     async def _record_grant(self, principal: UpstreamPrincipal, digest: Digest, granted_at: float) -> None:
-        self._access.record_grant(principal.repository.key, principal.identity, granted_at)
-        if not self._links.has_layer(principal.repository.key, digest):
-            await try_link(self._reactor, self._links.link_layer, principal.repository.key, digest)
+        key = principal.repository.key
+        self._access.record_grant(key, principal.identity, granted_at)
+        visibility = Visibility.PUBLIC if principal.identity == PUBLIC else Visibility.PRIVATE
+        if self._links.layer_visibility(key, digest) not in (visibility, Visibility.PUBLIC):
+            await try_link(self._reactor, self._links.link_layer, key, digest, visibility)
 
     def _record_denial(self, principal: UpstreamPrincipal, error: RegistryError) -> None:
         if is_denial(error):

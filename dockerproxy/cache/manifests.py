@@ -1,4 +1,8 @@
-"""Cached manifests and tags: served from the store if access and freshness allow it, otherwise from upstream."""
+"""Cached manifests and tags: served from the store if access and freshness allow it, otherwise from upstream.
+
+A repository serves only manifests that it has sent itself, in response to a GET. The response to a HEAD may name one of
+these. Any other manifest has to be fetched, even if another registry has sent it.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +11,13 @@ from contextlib import suppress
 from typing import Any
 
 from attrs import evolve, frozen
+from twisted.internet.defer import Deferred, TimeoutError
 from twisted.logger import Logger
 
 from dockerproxy.cache.access import Access, AccessState
 from dockerproxy.cache.best_effort import try_link, try_put, try_remove
 from dockerproxy.cache.freshness import Freshness
+from dockerproxy.cache.identity import PUBLIC
 from dockerproxy.cache.upstream import (
     RegistryClient,
     UpstreamPrincipal,
@@ -27,6 +33,7 @@ from dockerproxy.errors import (
     Unauthorized,
     UpstreamBroken,
     UpstreamRefused,
+    UpstreamUnreachable,
     is_outage,
 )
 from dockerproxy.http.headers import Headers
@@ -38,16 +45,17 @@ from dockerproxy.oci.manifests import (
     accept_key,
     accept_set,
     accepts,
-    data_type,
     media_type_of,
 )
 from dockerproxy.oci.names import Digest, Reference, Tag
 from dockerproxy.store.blobs import Blobs
-from dockerproxy.store.links import Links
+from dockerproxy.store.links import Links, Visibility
 from dockerproxy.store.records import Records
-from dockerproxy.thread_pool import ContentParser
 
-_MAX_TAG_ENTRIES = 16  # per tag: one entry for each set of accepted media types
+_MAX_TAG_ENTRIES = 16  # per tag and visibility: one entry for each set of accepted media types
+_PRIVATE_PREFIX = "private "  # of the keys of private entries in a record
+_OWN_ACCEPT = sorted(KNOWN_TYPES)
+_OUTAGE_CHECK_TIMEOUT = 10.0  # seconds
 _MEMORY_TTL = (
     30.0  # seconds; a new read updates the manifest's last use, and sees a media type that another process wrote
 )
@@ -60,11 +68,24 @@ log = Logger()
 
 @frozen
 class TagEntry:
-    """The digest that upstream returned for a tag and one set of accepted media types. `checked_at` is POSIX time."""
+    """The digest that upstream returned for a tag and one set of accepted media types. `checked_at` is POSIX time.
 
+    It is public if upstream has returned it to a client without a credential.
+    """
+
+    accept: str
     digest: Digest
     media_type: str
     checked_at: float
+    public: bool
+
+
+@frozen
+class _Loaded:
+    """A stored manifest. It is public if upstream has sent it to a client without a credential."""
+
+    manifest: ManifestResponse
+    public: bool
 
 
 class CachedManifests:
@@ -84,7 +105,6 @@ class CachedManifests:
         access: Access,
         freshness: Freshness,
         lock: KeyedLock,
-        parser: ContentParser,
         *,
         clock: Callable[[], float],
         on_stored: Callable[[Digest, int], None],
@@ -97,7 +117,6 @@ class CachedManifests:
         self._access = access
         self._freshness = freshness
         self._lock = lock
-        self._parser = parser
         self._clock = clock
         self._on_stored = on_stored
         self._requests: SingleFlight[tuple[object, ...], ManifestResponse] = SingleFlight()
@@ -116,19 +135,22 @@ class CachedManifests:
     async def _get_by_digest(
         self, principal: UpstreamPrincipal, digest: Digest, accept: list[str], head: bool
     ) -> ManifestResponse:
-        key = principal.repository.key
-        stored_manifest = await self._load(key, digest)
-        if stored_manifest is not None and self._access.state(key, principal.identity) is AccessState.GRANTED:
-            return stored_manifest
+        loaded = await self._load(principal.repository.key, digest)
+        if loaded is not None and self._is_granted(principal, loaded.public):
+            return loaded.manifest
         try:
-            if stored_manifest is not None or head:
+            if loaded is not None or head:
                 head_result = await self._request("HEAD", principal, digest, accept)
-                return _mark_revalidated(stored_manifest, head_result) if stored_manifest is not None else head_result
+                return _mark_revalidated(loaded.manifest, head_result) if loaded is not None else head_result
             return await self._request("GET", principal, digest, accept)
         except RegistryError as error:
-            if stored_manifest is not None and is_outage(error) and self._access.had_access(principal):
-                return evolve(stored_manifest, cache_status="STALE")
-            raise
+            if loaded is None or not is_outage(error):
+                raise
+            identity = self._access.outage_identity(principal, public=loaded.public)
+            if identity is None:
+                raise
+            current = await self._check_outage(principal, identity, digest, error)
+            return current or evolve(loaded.manifest, cache_status="STALE")
 
     # by tag: revalidated upstream, unless the entry is fresh or upstream is down
 
@@ -137,23 +159,28 @@ class CachedManifests:
     ) -> ManifestResponse:
         key = principal.repository.key
         media_types = accept_set(accept)
-        entry = self._tag_entries(key, tag).get(accept_key(media_types))
-        stored_manifest = await self._load(key, entry.digest, entry.media_type) if entry is not None else None
-        if entry is not None and stored_manifest is not None and self._is_fresh(principal, tag, entry):
-            return stored_manifest
+        stored_manifest = None
+        for entry in self._tag_entries(key, tag):
+            if entry.accept == accept_key(media_types):
+                loaded = await self._load(key, entry.digest, entry.media_type)
+                if loaded is not None and self._is_fresh(principal, tag, entry, loaded):
+                    return loaded.manifest
+                if loaded is not None:
+                    stored_manifest = stored_manifest or loaded.manifest
         try:
             return await self._revalidate(principal, tag, accept, stored_manifest, head)
         except RegistryError as error:
-            stale = await self._serve_stale(principal, tag, media_types) if is_outage(error) else None
+            stale = await self._serve_stale(principal, tag, media_types, error) if is_outage(error) else None
             if stale is None:
                 raise
             return stale
 
-    def _is_fresh(self, principal: UpstreamPrincipal, tag: Tag, entry: TagEntry) -> bool:
-        return (
-            self._freshness.is_fresh(tag, self._clock() - entry.checked_at)
-            and self._access.state(principal.repository.key, principal.identity) is AccessState.GRANTED
-        )
+    def _is_fresh(self, principal: UpstreamPrincipal, tag: Tag, entry: TagEntry, loaded: _Loaded) -> bool:
+        is_fresh = self._freshness.is_fresh(tag, self._clock() - entry.checked_at)
+        return is_fresh and self._is_granted(principal, entry.public and loaded.public)
+
+    def _is_granted(self, principal: UpstreamPrincipal, public: bool) -> bool:
+        return self._access.state(principal.repository.key, principal.identity, public=public) is AccessState.GRANTED
 
     async def _revalidate(
         self,
@@ -169,34 +196,57 @@ class CachedManifests:
         head_result = await self._request("HEAD", principal, tag, accept)
         if head_result.content is not None:
             return head_result  # the HEAD fell back to GET, which already counted as a pull
-        current = (
-            stored_manifest if stored_manifest is not None and head_result.digest == stored_manifest.digest else None
-        )
-        if current is None:
-            current = await self._load(principal.repository.key, head_result.digest, head_result.media_type)
+        if stored_manifest is not None and head_result.digest == stored_manifest.digest:
+            return _mark_revalidated(stored_manifest, head_result)
+        current = await self._load(principal.repository.key, head_result.digest, head_result.media_type)
         if current is not None:
-            return _mark_revalidated(current, head_result)
+            return _mark_revalidated(current.manifest, head_result)
         return head_result if head else await self._request("GET", principal, tag, accept)
 
     async def _serve_stale(
-        self, principal: UpstreamPrincipal, tag: Tag, media_types: frozenset[str]
+        self, principal: UpstreamPrincipal, tag: Tag, media_types: frozenset[str], error: RegistryError
     ) -> ManifestResponse | None:
         """Return a stored manifest of `tag` that the client accepts, an exact match first, then the newest.
 
-        Return None if there is none, or if the principal never had access.
+        Return None if there is none that the principal may read during an outage.
         """
-        key = principal.repository.key
-        if not self._access.had_access(principal):
-            return None
-        entries = self._tag_entries(key, tag)
-        exact = entries.pop(accept_key(media_types), None)
-        others = sorted(entries.values(), key=lambda entry: -entry.checked_at)
-        for entry in ([exact] if exact is not None else []) + others:
-            if entry is exact or accepts(media_types, entry.media_type):
-                stored_manifest = await self._load(key, entry.digest, entry.media_type)
-                if stored_manifest is not None:
-                    return evolve(stored_manifest, cache_status="STALE")
+        key, exact_key = principal.repository.key, accept_key(media_types)
+        for entry in sorted(self._tag_entries(key, tag), key=lambda entry: entry.accept != exact_key):
+            if entry.accept == exact_key or accepts(media_types, entry.media_type):
+                loaded = await self._load(key, entry.digest, entry.media_type)
+                if loaded is None:
+                    continue
+                identity = self._access.outage_identity(principal, public=entry.public and loaded.public)
+                if identity is not None:
+                    current = await self._check_outage(principal, identity, tag, error)
+                    accepted = current is not None and accepts(media_types, current.media_type)
+                    return current if accepted else evolve(loaded.manifest, cache_status="STALE")
         return None
+
+    async def _check_outage(
+        self, principal: UpstreamPrincipal, identity: str, reference: Reference, error: RegistryError
+    ) -> ManifestResponse | None:
+        """Ask upstream once more, in our own words, before a stale response is served because of `error`.
+
+        Upstream may have failed only because of the Accept fields or the credential, which the client chose. `identity`
+        is the one that may read the stored manifest during an outage. Return the manifest if upstream sends it, None if
+        there is an outage. Raise the error with which upstream refuses it.
+        """
+        if identity == PUBLIC and principal.identity != PUBLIC:
+            principal = principal.without_credential()
+        elif error.status == 429:
+            return None  # it is for the sender, whatever the fields
+        if isinstance(error, UpstreamUnreachable):
+            return None
+        request = Deferred.fromCoroutine(self._request("GET", principal, reference, _OWN_ACCEPT))
+        try:
+            return await request.addTimeout(_OUTAGE_CHECK_TIMEOUT, self._reactor)
+        except TimeoutError:
+            return None
+        except RegistryError as own_error:
+            if is_outage(own_error):
+                return None
+            raise
 
     # upstream
 
@@ -224,15 +274,17 @@ class CachedManifests:
         key = principal.repository.key
         if not self._access.granted_since(key, principal.identity, since):
             return None
+        public = principal.identity == PUBLIC
         if isinstance(reference, Digest):
-            stored_manifest = await self._load(key, reference)
+            loaded = await self._load(key, reference)
         else:
-            entry = self._tag_entries(key, reference).get(accept_key(accept_set(accept)))
-            fresh = entry is not None and entry.checked_at >= since
-            stored_manifest = (
-                await self._load(key, entry.digest, entry.media_type) if entry is not None and fresh else None
-            )
-        return evolve(stored_manifest, cache_status="JOINED") if stored_manifest is not None else None
+            accepted = accept_key(accept_set(accept))
+            entries = [entry for entry in self._tag_entries(key, reference) if entry.accept == accepted]
+            entry = next((entry for entry in entries if entry.checked_at >= since and entry.public >= public), None)
+            loaded = await self._load(key, entry.digest, entry.media_type) if entry is not None else None
+        if loaded is None or loaded.public < public:
+            return None
+        return evolve(loaded.manifest, cache_status="JOINED")
 
     async def _request_upstream(
         self, method: str, principal: UpstreamPrincipal, reference: Reference, accept: list[str]
@@ -264,7 +316,8 @@ class CachedManifests:
         header_digest, size, key = _digest_field(response), response.length, principal.repository.key
         await response.discard()
         digest = reference if isinstance(reference, Digest) else header_digest
-        stored_size = self._blobs.size(digest) if digest is not None else None
+        sent_before = digest is not None and self._links.has_manifest(key, digest)
+        stored_size = self._blobs.size(digest) if digest is not None and sent_before else None
         conclusive = header_digest == digest if header_digest is not None else stored_size is not None
         media_type = _media_type_field(response)
         if (
@@ -274,13 +327,13 @@ class CachedManifests:
         if digest is None or size is None or media_type is None or stored_size not in (None, size) or not conclusive:
             # The registry omits fields in HEAD responses, or a captive portal answers. Only the content is conclusive.
             return await self._request("GET", principal, reference, accept)
-        self._record_grant(principal)
-        # Do not record a tag whose manifest is not stored yet: the fetch may fail, and then the previous entry must
-        # remain.
-        if stored_size is not None and (isinstance(reference, Digest) or self._links.has_manifest(key, digest)):
-            await self._update_link(key, digest, media_type)
+        # A manifest that this repository has not sent yet is only claimed. Do not record a tag of it, because the fetch
+        # may fail, and then the previous entry must remain.
+        if stored_size is not None:
+            self._record_grant(principal)
+            await self._update_link(principal, digest, media_type)
             if not isinstance(reference, Digest):
-                self._record_tag(key, reference, accept, digest, media_type)
+                self._record_tag(principal, reference, accept, digest, media_type)
         return ManifestResponse(digest, media_type, size, None, "MISS")
 
     async def _handle_get(
@@ -289,7 +342,7 @@ class CachedManifests:
         registry = principal.repository.registry
         content = await response.read_all(MAX_MANIFEST)
         try:
-            body_type = await self._parser.parse(media_type_of, content, client=str(registry))
+            body_type = media_type_of(content)
             media_type = _media_type_field(response) or body_type
         except ManifestInvalid:
             raise UpstreamBroken(f"{registry} returned content for {reference} that is not a valid manifest") from None
@@ -302,9 +355,9 @@ class CachedManifests:
         if claimed_digest is not None and digest != claimed_digest:
             raise UpstreamBroken(f"{registry} returned content that does not match {claimed_digest}")
         self._record_grant(principal)
-        await self._store(principal.repository.key, digest, media_type, content)
+        await self._store(principal, digest, media_type, content)
         if not isinstance(reference, Digest):
-            self._record_tag(principal.repository.key, reference, accept, digest, media_type)
+            self._record_tag(principal, reference, accept, digest, media_type)
             await try_link(self._reactor, self._links.set_tag, principal.repository.key, reference, digest)
         return ManifestResponse(digest, media_type, len(content), content, "MISS")
 
@@ -316,30 +369,34 @@ class CachedManifests:
         if is_denial(error):
             self._access.record_denial(principal.repository.key, principal.identity)
         elif error.status == 404 and isinstance(error, UpstreamRefused) and not isinstance(reference, Digest):
-            # The tag was deleted upstream, and must not be served stale. Ignore a 404 to a client without access,
-            # because registries also send it to hide private repositories.
-            if self._access.had_access(principal):
-                try_remove(self._records, "tag", principal.repository.key, reference)
+            # The tag was deleted upstream, and must not be served stale. Ignore a 404 to a client that never had access
+            # of its own, because registries also send it to hide private repositories.
+            public = principal.identity == PUBLIC
+            key = principal.repository.key
+            if self._access.state(key, principal.identity, public=public) is not AccessState.UNKNOWN:
+                self._save_tag(
+                    key, reference, [one for one in self._tag_entries(key, reference) if one.public != public]
+                )
 
     # the store
 
-    async def _load(self, key: str, digest: Digest, media_type: str | None = None) -> ManifestResponse | None:
+    async def _load(self, key: str, digest: Digest, media_type: str | None = None) -> _Loaded | None:
         """Return a stored manifest of the repository, as a HIT. `media_type` is used if the store has no type."""
-        if not self._links.has_manifest(key, digest):
+        visibility = self._links.manifest_visibility(key, digest)
+        if visibility is None:
             return None
+        public = visibility is Visibility.PUBLIC
         cached = self._memory_cache.get(key, digest)
         if cached is not None:
-            return cached
+            return _Loaded(cached, public)
         linked_type = self._links.manifest_media_type(key, digest)
         manifest = await self._read_stored(digest, linked_type or media_type)
+        if manifest is None:
+            return None
         # Another process may have changed the type in the meantime.
-        if (
-            manifest is not None
-            and linked_type is not None
-            and linked_type == self._links.manifest_media_type(key, digest)
-        ):
+        if linked_type is not None and linked_type == self._links.manifest_media_type(key, digest):
             self._memory_cache.add(key, manifest)
-        return manifest
+        return _Loaded(manifest, public)
 
     async def _read_stored(self, digest: Digest, media_type: str | None) -> ManifestResponse | None:
         if media_type is None:
@@ -364,41 +421,64 @@ class CachedManifests:
             return None
         return ManifestResponse(digest, media_type, len(content), content, "HIT")
 
-    async def _update_link(self, key: str, digest: Digest, media_type: str) -> None:
+    async def _update_link(self, principal: UpstreamPrincipal, digest: Digest, media_type: str) -> None:
         """Link a stored manifest to the repository, with the media type that upstream gives now."""
-        if self._links.manifest_media_type(key, digest) != media_type or not self._links.has_manifest(key, digest):
-            await try_link(self._reactor, self._links.link_manifest, key, digest, media_type)
+        key, visibility = principal.repository.key, _visibility(principal)
+        is_linked = self._links.manifest_visibility(key, digest) in (visibility, Visibility.PUBLIC)
+        if not is_linked or self._links.manifest_media_type(key, digest) != media_type:
+            await try_link(self._reactor, self._links.link_manifest, key, digest, media_type, visibility)
             self._memory_cache.remove(key, digest)
 
-    async def _store(self, key: str, digest: Digest, media_type: str, content: bytes) -> None:
+    async def _store(self, principal: UpstreamPrincipal, digest: Digest, media_type: str, content: bytes) -> None:
+        key = principal.repository.key
         try:
             await in_thread(self._reactor, self._blobs.put, content, digest)
-            await in_thread(self._reactor, self._links.link_manifest, key, digest, media_type)
+            await in_thread(self._reactor, self._links.link_manifest, key, digest, media_type, _visibility(principal))
             self._memory_cache.remove(key, digest)  # because its media type may have changed
         except OSError as error:
             log.warn("{digest} was not cached: {reason}", digest=str(digest), reason=error.strerror)
         else:
             self._on_stored(digest, len(content))
 
-    def _tag_entries(self, key: str, tag: Tag) -> dict[str, TagEntry]:
-        """Return the entries of a tag, by the key of the accepted media types."""
-        entries = {}
+    def _tag_entries(self, key: str, tag: Tag) -> list[TagEntry]:
+        """Return the entries of a tag, the newest first."""
+        entries = []
         for name, entry in (self._records.get("tag", key, tag) or {}).items():
+            accept, public = name.removeprefix(_PRIVATE_PREFIX), not name.startswith(_PRIVATE_PREFIX)
             try:
-                entries[name] = TagEntry(Digest.parse(entry["digest"]), str(entry["type"]), float(entry["checked"]))
+                digest, checked_at = Digest.parse(entry["digest"]), float(entry["checked"])
+                entries.append(TagEntry(accept, digest, str(entry["type"]), checked_at, public))
             except (DigestInvalid, KeyError, TypeError, ValueError):
                 continue  # ignore a damaged entry; upstream is asked again
-        return entries
+        return sorted(entries, key=lambda entry: -entry.checked_at)
 
-    def _record_tag(self, key: str, tag: Tag, accept: list[str], digest: Digest, media_type: str) -> None:
-        entries = self._tag_entries(key, tag)
-        entries[accept_key(accept_set(accept))] = TagEntry(digest, media_type, self._clock())
-        newest = sorted(entries.items(), key=lambda item: -item[1].checked_at)[:_MAX_TAG_ENTRIES]
+    def _record_tag(
+        self, principal: UpstreamPrincipal, tag: Tag, accept: list[str], digest: Digest, media_type: str
+    ) -> None:
+        key, accepted, public = principal.repository.key, accept_key(accept_set(accept)), principal.identity == PUBLIC
+        entries = [entry for entry in self._tag_entries(key, tag) if (entry.accept, entry.public) != (accepted, public)]
+        self._save_tag(key, tag, [TagEntry(accepted, digest, media_type, self._clock(), public), *entries])
+
+    def _save_tag(self, key: str, tag: Tag, entries: list[TagEntry]) -> None:
+        """Save the entries of a tag, of which the newest are first."""
+        if not entries:
+            try_remove(self._records, "tag", key, tag)
+            return
+        public = [entry for entry in entries if entry.public][:_MAX_TAG_ENTRIES]
+        private = [entry for entry in entries if not entry.public][:_MAX_TAG_ENTRIES]
         record = {
-            name: {"digest": str(entry.digest), "type": entry.media_type, "checked": entry.checked_at}
-            for name, entry in newest
+            ("" if entry.public else _PRIVATE_PREFIX) + entry.accept: {
+                "digest": str(entry.digest),
+                "type": entry.media_type,
+                "checked": entry.checked_at,
+            }
+            for entry in public + private
         }
         try_put(self._records, record, "tag", key, tag)
+
+
+def _visibility(principal: UpstreamPrincipal) -> Visibility:
+    return Visibility.PUBLIC if principal.identity == PUBLIC else Visibility.PRIVATE
 
 
 def _mark_revalidated(stored_manifest: ManifestResponse, head_result: ManifestResponse) -> ManifestResponse:
@@ -414,10 +494,9 @@ def _digest_field(response: UpstreamResponse) -> Digest | None:
 
 
 def _media_type_field(response: UpstreamResponse) -> str | None:
-    """Return the Content-Type of the response; None if it is missing, generic or not that of a manifest."""
+    """Return the Content-Type of the response; None if it is missing or generic."""
     media_type = (response.headers.get("content-type") or "").partition(";")[0].strip().lower()
-    is_generic = media_type in ("application/json", "application/octet-stream") or data_type(media_type) != media_type
-    return None if is_generic else media_type
+    return None if media_type in ("", "application/json", "application/octet-stream", "text/plain") else media_type
 
 
 class ManifestMemoryCache:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 from typing import Any, Protocol
 
-from attrs import frozen
+from attrs import evolve, frozen
 
+from dockerproxy.cache.identity import PUBLIC
 from dockerproxy.errors import RegistryError, Unauthorized, UpstreamFailing, UpstreamRefused
 from dockerproxy.http.headers import Headers
 from dockerproxy.net.dial import AddressCheck
 from dockerproxy.oci.names import Digest, Registry, Repository
 from dockerproxy.store.layout import IngestKey
-from dockerproxy.upstream.credentials import Credential
+from dockerproxy.upstream.credentials import Anonymous, Credential
 
 _MAX_ERROR_BODY = 64 * 1024
 _ERROR_CODES = {401: "UNAUTHORIZED", 403: "DENIED", 405: "UNSUPPORTED", 416: "RANGE_INVALID"}
@@ -93,10 +94,6 @@ class RegistryClient(Protocol):
         follow: bool = ...,
     ) -> UpstreamResponse: ...
 
-    async def send(
-        self, method: str, registry: Registry, path: str, headers: Headers, body: Any = ...
-    ) -> UpstreamResponse: ...
-
 
 async def error_from_response(
     registry: Registry, response: UpstreamResponse, not_found_code: str = "NAME_UNKNOWN"
@@ -131,11 +128,13 @@ class UpstreamPrincipal:
     """A client that requests something from one repository.
 
     `repository` includes the credential that is used upstream for this client. Grants are recorded under `identity`.
-    `fallback_identity` is the identity in the client's local token. It counts only during an outage. `client` is the
-    client's address, for its share of what is bounded.
+    `fallback_identity` is the identity in the client's local token. It counts only during an outage.
     """
 
     repository: UpstreamRepository
     identity: str
     fallback_identity: str | None = None
-    client: str = ""
+
+    def without_credential(self) -> UpstreamPrincipal:
+        """Return the principal of a client without a credential at the same repository."""
+        return UpstreamPrincipal(evolve(self.repository, credential=Anonymous()), PUBLIC)

@@ -49,9 +49,9 @@ class LocalCoordinator(Coordinator):
 
     # cache space
 
-    async def reserve(self, key: IngestKey, size: int, expected_size: int, existing_size: int) -> str:
+    async def reserve(self, key: IngestKey, size: int, existing_size: int) -> bool:
         self._shared.owners[key] = self
-        return await self._shared.space.reserve(key, size, expected_size, existing_size)
+        return await self._shared.space.reserve(key, size, existing_size)
 
     async def record_commit(self, key: IngestKey, size: int) -> None:
         await self._shared.space.record_commit(key, size)
@@ -65,11 +65,14 @@ class LocalCoordinator(Coordinator):
     async def record(self, digest: Digest, size: int) -> None:
         await self._shared.space.record(digest, size)
 
-    def touch(self, digest: Digest) -> None:
-        self._shared.space.touch(digest)
+    def pin(self, digest: Digest) -> None:
+        self._shared.space.pin(digest)
 
-    def touch_all(self, digests: list[Digest]) -> None:
-        """Record that another process has used `digests`."""
+    def unpin(self, digest: Digest) -> None:
+        self._shared.space.unpin(digest)
+
+    def mark_used(self, digests: list[Digest]) -> None:
+        """Record uses of blobs, without preventing their eviction."""
         for digest in digests:
             self._shared.space.touch(digest)
 
@@ -129,11 +132,11 @@ def _digests(texts: list[str]) -> list[Digest]:
 
 
 _ARGUMENT_PARSERS: Mapping[str, tuple[Callable[[Any], Any], ...]] = {
-    "reserve": (IngestKey.parse, int, int, int),
+    "reserve": (IngestKey.parse, int, int),
     "record_commit": (IngestKey.parse, int),
     "release": (IngestKey.parse,),
     "record": (Digest.parse, int),
-    "touch_all": (_digests,),
+    "mark_used": (_digests,),
     "record_files": (int,),
     "usage": (),
     "lock": (str, int),

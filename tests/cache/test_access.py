@@ -35,7 +35,7 @@ class AccessHarness:
         self.access.record_grant(key, identity, self.now())
 
     def state(self, identity: str, key: str = KEY) -> AccessState:
-        return self.access.state(key, identity)
+        return self.access.state(key, identity, public=True)
 
 
 @pytest.fixture
@@ -116,9 +116,9 @@ def test_denial_from_another_process_counts_during_outage(harness: AccessHarness
     harness.access.record_denial(KEY, identity)
     harness.grant("own:another")
     harness.clock.advance(GRANT_TTL)
-    assert other.state(KEY, identity) is AccessState.UNKNOWN
+    assert other.state(KEY, identity, public=True) is AccessState.UNKNOWN
     other.record_grant(KEY, identity, harness.now())
-    assert harness.state(identity) is other.state(KEY, identity) is AccessState.GRANTED
+    assert harness.state(identity) is other.state(KEY, identity, public=True) is AccessState.GRANTED
 
 
 def test_denial_without_grant_writes_nothing(harness: AccessHarness) -> None:
@@ -239,7 +239,7 @@ def test_denial_is_not_overwritten_by_another_process(harness: AccessHarness, gr
     assert records.interrupt is None
     harness.clock.advance(GRANT_TTL)
     for access in (harness.access, other, Access(Records(harness.root), harness.now)):
-        assert access.state(KEY, CLIENT) is AccessState.UNKNOWN
+        assert access.state(KEY, CLIENT, public=True) is AccessState.UNKNOWN
     other.record_grant(KEY, CLIENT, harness.now())
     assert harness.state(CLIENT) is AccessState.GRANTED
 

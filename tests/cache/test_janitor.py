@@ -213,7 +213,7 @@ def test_a_denial_stays_as_long_as_the_grant(harness: JanitorHarness) -> None:
         harness.clean(max_inodes)
         harness.restart()
         assert len(list(harness.records.walk("denial"))) == 1
-        assert harness.access.state(REPOSITORY, PUBLIC) is AccessState.UNKNOWN
+        assert harness.access.state(REPOSITORY, PUBLIC, public=True) is AccessState.UNKNOWN
     harness.clean(0)
     assert list(harness.records.walk("grant")) == []
     harness.clean(0)
@@ -431,7 +431,7 @@ class JanitorMachine(RuleBasedStateMachine):
                 del self.tags[repository, content]
         self.harness.restart()
         for (repository, identity), granted_at in list(self.grants.items()):
-            state = self.harness.access.state(repository, identity)
+            state = self.harness.access.state(repository, identity, public=True)
             saved = self.harness.records.get("grant", repository, identity) is not None
             expires = identity.startswith("own:") and now - granted_at > STALE_GRANT_TTL - 20
             if (present.get(repository) and not expires) or now - granted_at < GRACE - 20:

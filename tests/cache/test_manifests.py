@@ -231,7 +231,7 @@ def test_stale_if_error(harness: CacheHarness, failure: Any, head: bool, referen
     for _ in range(2):
         assert result_of(harness.run(harness.manifest(reference, head=head))) == ("STALE", ONE)
     assert (
-        harness.access.state(f"{HUB}/{APP}", "public") is AccessState.GRANTED_STALE
+        harness.access.state(f"{HUB}/{APP}", "public", public=True) is AccessState.GRANTED_STALE
     )  # a stale response does not renew the grant
     with pytest.raises(RegistryError) as excinfo:
         harness.run(harness.manifest("unknown", head=head))
@@ -409,7 +409,7 @@ def test_invalid_manifest_is_rejected(harness: CacheHarness, responder: Any, ref
     with pytest.raises(UpstreamBroken):
         harness.run(harness.manifest(reference))
     assert list(harness.blobs.walk()) == []
-    assert harness.access.state(f"{HUB}/{APP}", "public") is AccessState.UNKNOWN
+    assert harness.access.state(f"{HUB}/{APP}", "public", public=True) is AccessState.UNKNOWN
     harness.upstream.reset()
     assert result_of(harness.run(harness.manifest(reference))) == ("MISS", ONE)
 
@@ -424,7 +424,7 @@ def test_captive_portal_grants_nothing(harness: CacheHarness) -> None:
         for head in (False, True):
             with pytest.raises(UpstreamError):
                 harness.run(harness.manifest(reference, head=head))
-    assert harness.access.state(f"{HUB}/{APP}", "public") is AccessState.UNKNOWN
+    assert harness.access.state(f"{HUB}/{APP}", "public", public=True) is AccessState.UNKNOWN
 
 
 def test_head_without_digest(harness: CacheHarness) -> None:

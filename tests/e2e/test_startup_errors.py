@@ -35,7 +35,6 @@ INVALID_SETTINGS = {
     "CA_CRT_FILE": "/nonexistent/ca.crt",
     "KEEPALIVE_TIMEOUT": "soon",
     "WORKERS": "0",
-    "MAX_CONNECTIONS_PER_CLIENT": "none",
 }
 
 

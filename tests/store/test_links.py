@@ -14,14 +14,14 @@ from dockerproxy.oci.names import Digest
 from dockerproxy.oci.paging import NamePage, sort_key, take_page
 from dockerproxy.store import links as module
 from dockerproxy.store.layout import Layout
-from dockerproxy.store.links import Links
-from dockerproxy.store.tree_reader import TreeReader
+from dockerproxy.store.links import Links, Visibility
 
 INDEX = "application/vnd.oci.image.index.v1+json"
 REPOSITORIES = st.sampled_from(["a", "a/b", "a/b/c", "a-b", "registry-1.docker.io/library/ubuntu", "host:5000/a"])
 POSITIONS = REPOSITORIES | st.sampled_from(["", "a/", "a/b/", "a/b/c/d", "a/a", "0", "h", "z", "../x", "a//b"])
 TAGS = st.sampled_from(["latest", "v1", "V1", "_x", "link", "current"])
 DIGESTS = st.sampled_from([Digest.of(b"1"), Digest.of(b"2"), Digest.of(b"1", "sha512")])
+VISIBILITIES = st.sampled_from(Visibility)
 TYPES = st.sampled_from([INDEX, "application/vnd.docker.distribution.manifest.v2+json"])
 
 
@@ -38,8 +38,8 @@ class LinksMachine(RuleBasedStateMachine):
         self.layout = Layout(Path(self.directory.name))
         self.links = Links(self.layout, False)
         self.other = Links(self.layout, True)
-        self.layers: set[tuple[str, Digest]] = set()
-        self.manifests: dict[tuple[str, Digest], str] = {}
+        self.layers: dict[tuple[str, Digest], Visibility] = {}
+        self.manifests: dict[tuple[str, Digest], tuple[str, Visibility]] = {}
         self.tags: dict[str, dict[str, Digest]] = {}
         self.repositories: set[str] = set()
 
@@ -47,27 +47,30 @@ class LinksMachine(RuleBasedStateMachine):
         assert not os.path.exists(self.layout.staging) or os.listdir(self.layout.staging) == []
         self.directory.cleanup()
 
-    @rule(repository=REPOSITORIES, digest=DIGESTS)
-    def link_layer(self, repository: str, digest: Digest) -> None:
-        self.links.link_layer(repository, digest)
-        self.layers.add((repository, digest))
+    @rule(repository=REPOSITORIES, digest=DIGESTS, visibility=VISIBILITIES)
+    def link_layer(self, repository: str, digest: Digest, visibility: Visibility) -> None:
+        self.links.link_layer(repository, digest, visibility)
+        if self.layers.get((repository, digest)) is not Visibility.PUBLIC:
+            self.layers[repository, digest] = visibility
         self.repositories.add(repository)
 
     @rule(repository=REPOSITORIES, digest=DIGESTS)
     def unlink_layer(self, repository: str, digest: Digest) -> None:
         assert self.links.unlink_layer(repository, digest) == ((repository, digest) in self.layers)
-        self.layers.discard((repository, digest))
+        self.layers.pop((repository, digest), None)
 
-    @rule(repository=REPOSITORIES, digest=DIGESTS, media_type=TYPES)
-    def link_manifest(self, repository: str, digest: Digest, media_type: str) -> None:
-        self.links.link_manifest(repository, digest, media_type)
-        self.manifests[repository, digest] = media_type
+    @rule(repository=REPOSITORIES, digest=DIGESTS, media_type=TYPES, visibility=VISIBILITIES)
+    def link_manifest(self, repository: str, digest: Digest, media_type: str, visibility: Visibility) -> None:
+        self.links.link_manifest(repository, digest, media_type, visibility)
+        if self.manifests.get((repository, digest), ("", visibility))[1] is Visibility.PUBLIC:
+            visibility = Visibility.PUBLIC
+        self.manifests[repository, digest] = media_type, visibility
         self.repositories.add(repository)
 
     @rule(repository=REPOSITORIES, digest=DIGESTS)
     def unlink_manifest(self, repository: str, digest: Digest) -> None:
-        media_type = self.manifests.pop((repository, digest), None)
-        assert self.links.unlink_manifest(repository, digest) == (media_type is not None)
+        manifest = self.manifests.pop((repository, digest), None)
+        assert self.links.unlink_manifest(repository, digest) == (manifest is not None)
 
     @rule(repository=REPOSITORIES, tag=TAGS, digest=DIGESTS)
     def set_tag(self, repository: str, tag: str, digest: Digest) -> None:
@@ -83,8 +86,11 @@ class LinksMachine(RuleBasedStateMachine):
     @rule(repository=REPOSITORIES, digest=DIGESTS, tag=TAGS)
     def query(self, repository: str, digest: Digest, tag: str) -> None:
         assert self.other.has_layer(repository, digest) == ((repository, digest) in self.layers)
-        assert self.other.has_manifest(repository, digest) == ((repository, digest) in self.manifests)
-        assert self.other.manifest_media_type(repository, digest) == self.manifests.get((repository, digest))
+        assert self.other.layer_visibility(repository, digest) is self.layers.get((repository, digest))
+        media_type, visibility = self.manifests.get((repository, digest), (None, None))
+        assert self.other.has_manifest(repository, digest) == (media_type is not None)
+        assert self.other.manifest_visibility(repository, digest) is visibility
+        assert self.other.manifest_media_type(repository, digest) == media_type
         assert self.other.tag(repository, tag) == self.tags.get(repository, {}).get(tag)
         assert self.other.tags(repository) == sorted(self.tags.get(repository, {}))
 
@@ -117,7 +123,7 @@ def test_a_page_of_tags_looks_only_at_its_own_links(layout: Layout, monkeypatch:
         links.set_tag("a", f"v{number:02}", digest)
     opened: list[str] = []
     link_exists = module._link_exists
-    monkeypatch.setattr(module, "_link_exists", lambda reader, path: opened.append(path) or link_exists(reader, path))
+    monkeypatch.setattr(module, "_link_exists", lambda path: opened.append(path) or link_exists(path))
     assert take_page(links.tags_after("a", "v04"), 3) == NamePage(["v05", "v06", "v07"], True)
     assert len(opened) == 4
 
@@ -127,8 +133,8 @@ def test_a_page_of_repositories_reads_only_its_own_directories(layout: Layout, m
     for number in range(20):
         links.link_layer(f"team{number:02}/app", digest)
     read: list[str] = []
-    list_names = TreeReader.list_names
-    monkeypatch.setattr(TreeReader, "list_names", lambda self, path: read.append(path) or list_names(self, path))
+    list_names = module.list_names
+    monkeypatch.setattr(module, "list_names", lambda path: read.append(path) or list_names(path))
     assert take_page(links.repositories_after("team04/app"), 2) == NamePage(["team05/app", "team06/app"], True)
     assert len(read) <= 10
 
