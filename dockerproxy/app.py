@@ -6,7 +6,7 @@ import os
 import re
 import resource
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,11 +16,12 @@ from dockerproxy.admin.builtin_endpoints import builtin_endpoints
 from dockerproxy.cache.access import Access
 from dockerproxy.cache.blobs import CachedBlobs
 from dockerproxy.cache.challenges import Challenges
-from dockerproxy.cache.downloads import Downloads
+from dockerproxy.cache.downloads import DownloadLimits, Downloads
 from dockerproxy.cache.freshness import Freshness
 from dockerproxy.cache.identity import Bindings, Identities
 from dockerproxy.cache.ingests import Ingests
 from dockerproxy.cache.manifests import CachedManifests
+from dockerproxy.cache.open_readers import OpenReaders
 from dockerproxy.cache.possession import PossessionCheck
 from dockerproxy.cache.pullthrough import PullThrough
 from dockerproxy.cache.space import CacheSpace, FileCounter
@@ -31,17 +32,22 @@ from dockerproxy.daemon.listener_service import Listener
 from dockerproxy.daemon.metrics import CONTENT_TYPE, Metrics
 from dockerproxy.daemon.transfers import Transfers
 from dockerproxy.http.channel import Handler
+from dockerproxy.http.cross_origin import CrossOriginProtection
 from dockerproxy.http.request import Request
 from dockerproxy.http.site import ServerTimeouts, Site
 from dockerproxy.http.tls import ServerContext
 from dockerproxy.net.dial import Dialer
+from dockerproxy.net.local_names import LocalNames
+from dockerproxy.net.own_addresses import is_own_address
 from dockerproxy.net.resolver import NameResolver
 from dockerproxy.oci.names import Digest
 from dockerproxy.proxy.authority import CertificateAuthority
 from dockerproxy.proxy.direct import DirectRequestHandler
 from dockerproxy.proxy.forward_proxy import ForwardProxy, Interception
+from dockerproxy.proxy.host_rule import HostRule
+from dockerproxy.proxy.login import ProxyLogin
 from dockerproxy.proxy.policy import Policy
-from dockerproxy.proxy.router import Router
+from dockerproxy.proxy.router import BrowserProtection, Router
 from dockerproxy.proxy.tunnel import TunnelTimeouts
 from dockerproxy.registry.access_control import AccessControl, AllowAll, AnonymousPull, RequireLogin
 from dockerproxy.registry.api import RegistryAPI
@@ -50,6 +56,7 @@ from dockerproxy.registry.hosted_app import HostedRegistryApp
 from dockerproxy.registry.htpasswd import HtpasswdFile
 from dockerproxy.registry.intercepted import Intercepted, Mirror
 from dockerproxy.registry.namespaces import NamespacedRegistries
+from dockerproxy.registry.responses import respond_error
 from dockerproxy.reload import RegistryTable
 from dockerproxy.settings import DOCKER_HUB, Settings, SettingsError
 from dockerproxy.shares import ClientShares
@@ -58,7 +65,7 @@ from dockerproxy.store.hosted_tree import HostedTree
 from dockerproxy.store.links import Links
 from dockerproxy.store.local_hosted_store import LocalHostedStore
 from dockerproxy.store.state_directory import StateDirectory
-from dockerproxy.thread_pool import BoundedThreadPool, PoolLimits
+from dockerproxy.thread_pool import PARSE_LIMITS, BoundedThreadPool, ContentParser, PoolLimits
 from dockerproxy.upstream.agent import Agent
 from dockerproxy.upstream.agent import UpstreamTimeouts as UpstreamTimeouts
 from dockerproxy.upstream.authorizer import Authorizer
@@ -70,6 +77,9 @@ _DISK_THREADS = 20  # the reactor's own pool: each download writes to the disk i
 _LOOKUP_LIMITS = PoolLimits(threads=16, threads_per_client=6, waiting=4000, waiting_per_client=1000, reserved_threads=4)
 """Name look-ups. One silent name server must leave threads to other clients, and some to registries. Waiting ones cost
 little memory, and a NAT with 500 hosts behind it is one client."""
+
+_HELD_PART = 8
+"""Readers of evicted blobs may hold one part in so many of CACHE_MAX_SIZE, beside the cache."""
 
 _MAX_REPORTED = 200  # downloads in a report
 
@@ -86,8 +96,7 @@ class SharedServices:
     """The state and the services that all processes of the daemon share.
 
     `metrics` counts the requests of this process and renders the sum over all processes. `bindings` maps issued tokens
-    to the clients they were issued to. `multi_process` is true if the daemon has several processes;
-    `on_connection_closed` then counts the connections that this one has closed.
+    to the clients they were issued to. `multi_process` is true if the daemon has several processes.
     """
 
     state: StateDirectory
@@ -96,7 +105,6 @@ class SharedServices:
     locks: KeyedLock = field(factory=LocalKeyedLock)
     bindings: Bindings = field(factory=Bindings)
     multi_process: bool = False
-    on_connection_closed: Callable[[], None] | None = None
 
 
 @frozen
@@ -105,6 +113,7 @@ class ThreadPools:
 
     lookups: BoundedThreadPool
     passwords: BoundedThreadPool
+    documents: BoundedThreadPool
 
     @classmethod
     def start(cls, reactor: Any, processes: int) -> ThreadPools:
@@ -115,6 +124,7 @@ class ThreadPools:
         return cls(
             BoundedThreadPool.start(reactor, "name look-ups", _LOOKUP_LIMITS),
             BoundedThreadPool.start(reactor, "password checks", password_limits, nice=_PASSWORD_PRIORITY),
+            BoundedThreadPool.start(reactor, "long documents", PARSE_LIMITS),
         )
 
 
@@ -127,7 +137,9 @@ class ProxyServer:
     registries: RegistryTable
     pull_through: PullThrough
     authorizer: Authorizer
+    browser_protection: BrowserProtection
     hosted_app: HostedRegistryApp
+    proxy_login: ProxyLogin
     hosted_tree: HostedTree
     pools: ThreadPools
     bounds: Sequence[ClientShares]
@@ -140,10 +152,19 @@ class ProxyServer:
         """Apply `settings`. Raise `HtpasswdError` or OSError, and change nothing, if the htpasswd file is unusable."""
         # First, because it may raise.
         access_control = build_access_control(self._reactor, settings, self.pools, self.state)
+        proxy_users = open_proxy_users(self._reactor, settings, self.pools, self.state)
         self.hosted_app.access_control = access_control
+        self.browser_protection.host_rule = build_host_rule(settings)
+        self.browser_protection.cross_origin.set_cors_origins(settings.cors_origins)
+        self.proxy_login.users = proxy_users
         self.registries.update(settings)
         self.authorizer.set_logins(settings.auth_registries)
         self.pull_through.challenges.restore(settings.registries)
+
+    def close_idle(self, client: str) -> None:
+        """Close half of the idle connections of `client`, a `client_key`, those that are idle longest."""
+        for listener in self.listeners:
+            listener.site.close_idle(client)
 
     def debug_report(self) -> dict[str, Any]:
         """Return what this process is doing, as a JSON value."""
@@ -161,36 +182,51 @@ def build_server(
 ) -> ProxyServer:
     """Build the server. Raise `SettingsError`, `HtpasswdError` or OSError."""
     reactor.suggestThreadPoolSize(_DISK_THREADS)
-    raise_descriptor_limit()
     pools = ThreadPools.start(reactor, settings.workers)
-    policy = Policy(settings.allow_clients, settings.tunnel_ports, settings.tunnel_allow, settings.tunnel_deny)
+    policy = Policy(
+        settings.allow_clients, settings.tunnel_ports, settings.tunnel_allow, settings.tunnel_deny, is_own_address
+    )
     connectors = build_connectors(reactor, settings, pools)
     registries = RegistryTable(settings)
     authorizer = Authorizer(connectors.agent, time.time, policy.check_upstream, settings.auth_registries)
-    pull_through = build_cache(reactor, settings, shared, registries, policy, connectors.agent, authorizer)
+    parser = ContentParser(pools.documents)
+    pull_through = build_cache(reactor, settings, shared, registries, policy, connectors.agent, authorizer, parser)
     api = RegistryAPI(reactor)
     hosted_tree = HostedTree.from_layout(shared.state.registry, locks=shared.locks)
     access_control = build_access_control(reactor, settings, pools, shared.state)
-    hosted_app = HostedRegistryApp(api, HostedRegistry(reactor, LocalHostedStore(reactor, hosted_tree)), access_control)
+    hosted_store = LocalHostedStore(reactor, hosted_tree, parser)
+    hosted_app = HostedRegistryApp(api, HostedRegistry(hosted_store, parser), access_control)
     metrics_handler = partial(handle_metrics, shared)
     on_finished = partial(count_and_log, shared.metrics)
-    mirror = Mirror(api, pull_through.registry, registries.mirrored, DOCKER_HUB)
-    registries_for = partial(NamespacedRegistries, hosted_app, mirror, frozenset(settings.registry_hostname))
+    cross_origin = CrossOriginProtection(settings.cors_origins)
+    browser_protection = BrowserProtection(build_host_rule(settings), cross_origin)
+    mirror = Mirror(api, pull_through.registry, registries.mirrored, DOCKER_HUB, cross_origin)
+    login = ProxyLogin(open_proxy_users(reactor, settings, pools, shared.state))
+    hosted_names = frozenset(settings.registry_hostname)
+    registries_for = partial(NamespacedRegistries, hosted_app, login.guard(mirror.handle), hosted_names)
     pages_for = partial(builtin_endpoints, authority.certificate_pem, metrics_handler)
-    proxy_router = Router(registries_for(mirror_by_default=True).handle, pages_for())
-    registry_router = Router(registries_for(mirror_by_default=False).handle, pages_for(proxy_port(settings)))
+    proxy_router = Router(registries_for(mirror_by_default=True).handle, pages_for(), browser_protection, respond_error)
+    registry_router = Router(
+        registries_for(mirror_by_default=False).handle,
+        pages_for(proxy_port(settings)),
+        browser_protection,
+        respond_error,
+    )
     direct_listener = DirectRequestHandler(policy, registry_router.handle)
-    intercepted = Intercepted(api, pull_through.registry, pull_through, allow_push=settings.allow_push)
+    intercepted = Intercepted(api, pull_through.registry, pull_through, cross_origin, allow_push=settings.allow_push)
     transfers = Transfers()
     forward_proxy = ForwardProxy(
         clock=reactor,
         policy=policy,
+        login=login,
         interception=Interception(registries.intercepted, authority.context_for, intercepted.handle),
         dialer=connectors.tunnel_dialer,
         agent=connectors.agent,
         local=proxy_router.handle,
         hosted=direct_listener.handle,
-        hosted_names=frozenset(settings.registry_hostname),
+        hosted_names=hosted_names,
+        registry_ports=listening_ports(settings.registry_listen, 443),
+        registry_http_ports=listening_ports(settings.registry_http_listen, 80),
         timeouts=TunnelTimeouts(
             settings.proxy_connect_connect_timeout,
             settings.proxy_connect_read_timeout,
@@ -199,19 +235,24 @@ def build_server(
         transfers=transfers,
         on_request_finished=on_finished,
     )
-    listeners = build_listeners(
-        reactor, settings, forward_proxy, direct_listener, authority, on_finished, shared.on_connection_closed
-    )
+    listeners = build_listeners(reactor, settings, forward_proxy, direct_listener, authority, on_finished)
     return ProxyServer(
         listeners,
         transfers,
         registries,
         pull_through,
         authorizer,
+        browser_protection,
         hosted_app,
+        login,
         hosted_tree,
         pools,
-        [*pools.lookups.bounds, *pools.passwords.bounds],
+        [
+            *pools.lookups.bounds,
+            *pools.passwords.bounds,
+            *pools.documents.bounds,
+            *pull_through.blobs.downloads.bounds,
+        ],
         shared.state,
         connectors.agent,
         reactor,
@@ -229,13 +270,14 @@ def open_authority(settings: Settings) -> CertificateAuthority:
     )
 
 
-def raise_descriptor_limit() -> None:
-    """Raise the limit of open files to the hard limit.
+def raise_descriptor_limit() -> int:
+    """Raise the limit of open files of this process and its children to the hard limit, and return it.
 
     The usual soft limit of 1,024 is too low, because each client that reads a blob uses two descriptors.
     """
     _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
+    return hard_limit
 
 
 @frozen
@@ -279,6 +321,7 @@ def build_cache(
     policy: Policy,
     agent: Agent,
     authorizer: Authorizer,
+    parser: ContentParser,
 ) -> PullThrough:
     """Build the cache in CACHE_DIR."""
     layout, cache_space = shared.state.cache, shared.cache_space
@@ -311,10 +354,14 @@ def build_cache(
         access,
         freshness,
         shared.locks,
+        parser,
         clock=time.time,
         on_stored=record_blob,
     )
-    downloads = Downloads(reactor, upstream, cache_space, Ingests(layout, blobs, records, shared.multi_process))
+    open_readers = OpenReaders(reactor, settings.cache_max_size // _HELD_PART // settings.workers)
+    ingests = Ingests(layout, blobs, records, shared.multi_process)
+    limits = DownloadLimits.for_cache(settings.cache_max_size)
+    downloads = Downloads(reactor, upstream, cache_space, ingests, open_readers, limits)
     token_endpoint = TokenEndpoint(
         agent,
         identities,
@@ -336,12 +383,20 @@ def build_cache(
             downloads,
             access,
             cache_space,
+            open_readers,
             PossessionCheck(reactor, upstream, blobs, shared.state.cache_secret),
         ),
+        parser,
         registries.mirrored.values(),
         authorizer.effective_login if settings.share_auth_registries else lambda registry: None,
         time.time,
     )
+
+
+def build_host_rule(settings: Settings) -> HostRule:
+    """Return the rule for the Host of requests. It reads the files with this machine's names."""
+    local = LocalNames.read()
+    return HostRule(local.names | set(settings.registry_hostname), local.domains, settings.allowed_hosts)
 
 
 def build_access_control(reactor: Any, settings: Settings, pools: ThreadPools, state: StateDirectory) -> AccessControl:
@@ -356,10 +411,26 @@ def build_access_control(reactor: Any, settings: Settings, pools: ThreadPools, s
     return AnonymousPull(users, realm, secret, time.time) if settings.anonymous_pull else RequireLogin(users, realm)
 
 
+def open_proxy_users(
+    reactor: Any, settings: Settings, pools: ThreadPools, state: StateDirectory
+) -> HtpasswdFile | None:
+    """Return the users in PROXY_HTPASSWD_FILE, or None if it is not set. Raise `HtpasswdError` or OSError."""
+    if settings.proxy_htpasswd_file is None:
+        return None
+    secret = state.registry_secret
+    return HtpasswdFile(reactor, pools.passwords, settings.proxy_htpasswd_file, secret, "PROXY_HTPASSWD_FILE")
+
+
 def proxy_port(settings: Settings) -> int:
-    """Return the port of the first endpoint of PROXY_LISTEN, or 3128 if that has none (a socket from systemd)."""
-    match = re.match(r"tcp6?:(?:.*?port=)?([0-9]+)", settings.proxy_listen[0])
-    return int(match[1]) if match else 3128
+    """Return the port of the first endpoint of PROXY_LISTEN."""
+    (port,) = listening_ports(settings.proxy_listen[:1], 3128)
+    return port
+
+
+def listening_ports(descriptions: Iterable[str], systemd_port: int) -> frozenset[int]:
+    """Return the ports of endpoints. A socket from systemd is taken for that of the package, with `systemd_port`."""
+    matches = (re.match(r"tcp6?:(?:.*?port=)?([0-9]+)", description) for description in descriptions)
+    return frozenset(int(match[1]) if match else systemd_port for match in matches)
 
 
 def build_listeners(
@@ -369,7 +440,6 @@ def build_listeners(
     direct_listener: DirectRequestHandler,
     authority: CertificateAuthority,
     on_finished: OnRequestFinished,
-    on_connection_closed: Callable[[], None] | None,
 ) -> list[Listener]:
     """Build the configured listeners, which are not open yet. `on_finished` is called after each request."""
 
@@ -377,9 +447,7 @@ def build_listeners(
         return forward_proxy.handle(proxy_site, request)
 
     certificates = authority.sni_context(frozenset(settings.registry_hostname))
-    make_site = partial(
-        build_site, reactor, settings, on_finished=on_finished, on_connection_closed=on_connection_closed
-    )
+    make_site = partial(build_site, reactor, settings, on_finished=on_finished)
     proxy_site = make_site(handle)
     tls_site = make_site(direct_listener.handle, tls=lambda: certificates)
     plain_site = make_site(direct_listener.handle)
@@ -396,7 +464,6 @@ def build_site(
     handler: Handler,
     on_finished: OnRequestFinished,
     tls: Callable[[], ServerContext] | None = None,
-    on_connection_closed: Callable[[], None] | None = None,
 ) -> Site:
     """Build a site that passes its requests to `handler`. `tls`, if given, returns the TLS context of a connection."""
     timeouts = ServerTimeouts(
@@ -408,7 +475,6 @@ def build_site(
         timeouts=timeouts,
         on_request_finished=on_finished,
         get_tls_context=tls,
-        on_connection_closed=on_connection_closed,
     )
 
 
@@ -443,6 +509,6 @@ def log_access(request: Request, seconds: float) -> None:
         request.bytes_sent,
         seconds,
         request.cache_status,
-        request.user,
+        request.user or request.proxy_user,
         request.user_agent,
     )

@@ -8,11 +8,9 @@ command failed, or the daemon stopped; 130 interrupted.
 from __future__ import annotations
 
 import argparse
-import grp
-import http.client
+import io
 import json
 import os
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,34 +18,35 @@ from typing import Any
 from urllib.parse import urlencode
 
 from dockerproxy import __version__
+from dockerproxy.control_client import (
+    DISCONNECTED,
+    FAILED,
+    INTERRUPTED,
+    NOT_OURS,
+    PROBLEMS,
+    USAGE,
+    CommandError,
+    ControlClient,
+    Event,
+)
 from dockerproxy.durations import parse_duration
-from dockerproxy.terminal import Terminal, format_age, format_ago, format_count, format_size, print_table
-
-PROBLEMS, USAGE, NOT_RUNNING, NOT_FOUND, NOT_PERMITTED, BUSY, FAILED, INTERRUPTED = 1, 2, 3, 4, 5, 6, 7, 130
+from dockerproxy.terminal import Terminal, format_age, format_ago, format_count, format_size, print_line, print_table
 
 _HIDDEN_DIRECTORY_HINT = (
     "the daemon cannot read it: it runs as another user, and its service hides /home, /root and /tmp"
 )
-_DISCONNECTED = "the daemon closed the connection before it finished"
-_EXIT_STATUS_BY_HTTP = {400: USAGE, 404: NOT_FOUND, 409: BUSY}
-
-Event = dict[str, Any]
-
-
-class CommandError(Exception):
-    """A command failed. `status` is the exit status, `message` a sentence, `suggestions` are similar names."""
-
-    def __init__(self, status: int, message: str, suggestions: Sequence[str] = ()) -> None:
-        super().__init__(message)
-        self.status, self.message, self.suggestions = status, message, tuple(suggestions)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     options = _build_parser().parse_args(arguments)
     terminal = Terminal(as_json=getattr(options, "json", False))
+    client = ControlClient(getattr(options, "socket", None))
     try:
-        status: int = options.run(ControlClient(getattr(options, "socket", None)), options, terminal)
+        status = _run(client, options, terminal)
         sys.stdout.flush()
     except CommandError as error:
         terminal.clear_progress()
@@ -55,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return error.status
     except KeyboardInterrupt:
         terminal.clear_progress()
-        print("dockerproxy: interrupted; changes made so far are kept", file=sys.stderr)
+        print_line("dockerproxy: interrupted; changes made so far are kept", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
         # The reader of our output closed the pipe. Replace stdout, because Python flushes it at exit and would print
@@ -65,12 +64,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return status
 
 
+def _run(client: ControlClient, options: argparse.Namespace, terminal: Terminal) -> int:
+    try:
+        status: int = options.run(client, options, terminal)
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError):
+        # The daemon's answer is not what this version of the command expects.
+        raise CommandError(FAILED, NOT_OURS) from None
+    return status
+
+
 def _print_error(error: CommandError, as_json: bool) -> None:
     if as_json:
-        print(json.dumps({"error": {"message": error.message, "suggestions": list(error.suggestions)}}))
-    print(f"dockerproxy: {error.message}", file=sys.stderr)
+        print_line(json.dumps({"error": {"message": error.message, "suggestions": list(error.suggestions)}}))
+    print_line(f"dockerproxy: {error.message}", file=sys.stderr)
     if error.suggestions:
-        print(f"Did you mean {' or '.join(error.suggestions)}? Nothing was changed.", file=sys.stderr)
+        print_line(f"Did you mean {' or '.join(error.suggestions)}? Nothing was changed.", file=sys.stderr)
 
 
 def _build_parser() -> argparse.ArgumentParser:
@@ -134,9 +142,9 @@ def list_(client: ControlClient, options: argparse.Namespace, terminal: Terminal
     query = {name: value for name, value in (("name", options.name), ("where", options.where)) if value}
     rows, result = _gather(client.stream_events("GET", f"/v1/repositories?{urlencode(query)}"), terminal)
     if terminal.as_json:
-        print(json.dumps({**result, "manifests" if options.name else "repositories": rows}))
+        print_line(json.dumps({**result, "manifests" if options.name else "repositories": rows}))
     elif options.name:
-        print(f"{result['name']} ({result['where']})")
+        print_line(f"{result['name']} ({result['where']})")
         print_table(("TAG", "DIGEST", "SIZE", "LAST USED"), [_manifest_row(row) for row in rows])
     else:
         print_table(
@@ -158,15 +166,15 @@ def remove(client: ControlClient, options: argparse.Namespace, terminal: Termina
     body = {"names": options.names} | ({"where": options.where} if options.where else {})
     result = client.call("POST", "/v1/remove", body)
     if terminal.as_json:
-        print(json.dumps(result))
+        print_line(json.dumps(result))
         return 0
     for entry in result["removed"]:
         summary = f"{format_count(entry['tags'], 'tag')}, {format_count(entry['manifests'], 'manifest')}"
         if entry["where"] == "cached":
             summary += f", {format_count(entry['blobs'], 'blob')} ({format_size(entry['bytes'])})"
-        print(f"removed {entry['name']} ({entry['where']}): {summary}")
+        print_line(f"removed {entry['name']} ({entry['where']}): {summary}")
     if any(entry["where"] == "hosted" for entry in result["removed"]):
-        print("Run `dockerproxy gc --delete-untagged` to free the space.")
+        print_line("Run `dockerproxy gc --delete-untagged` to free the space.")
     return 0
 
 
@@ -180,12 +188,12 @@ def collect(client: ControlClient, options: argparse.Namespace, terminal: Termin
         body["grace"] = options.grace
     removed, result = _gather(client.stream_events("POST", "/v1/collect", body), terminal)
     if terminal.as_json:
-        print(json.dumps({**result, "removed": removed}))
+        print_line(json.dumps({**result, "removed": removed}))
         return PROBLEMS if result["problems"] else 0
     if options.dry_run:
         for item in removed:
-            print(" ".join(filter(None, (item["kind"], item["repository"], item["digest"]))))
-    print(
+            print_line(" ".join(filter(None, (item["kind"], item["repository"], item["digest"]))))
+    print_line(
         f"{'would delete' if options.dry_run else 'deleted'} {format_count(result['manifests'], 'manifest')}, "
         f"{format_count(result['links'], 'link')} and {format_count(result['blobs'], 'blob')} "
         f"({format_size(result['bytes'])}); "
@@ -193,11 +201,11 @@ def collect(client: ControlClient, options: argparse.Namespace, terminal: Termin
     )
     if result["recent_manifests"] or result["recent"]:
         manifests = format_count(result["recent_manifests"], "untagged manifest")
-        print(f"kept, because used within the grace period: {manifests} and {_format_objects(result, 'recent')}")
+        print_line(f"kept, because used within the grace period: {manifests} and {_format_objects(result, 'recent')}")
     if result["foreign"]:
-        print(f"kept, because the file belongs to another user: {_format_objects(result, 'foreign')}")
+        print_line(f"kept, because the file belongs to another user: {_format_objects(result, 'foreign')}")
     for problem in result["problems"]:
-        print(problem)
+        print_line(problem)
     return PROBLEMS if result["problems"] else 0
 
 
@@ -211,18 +219,18 @@ def import_(client: ControlClient, options: argparse.Namespace, terminal: Termin
             error.message += f" ({_HIDDEN_DIRECTORY_HINT})"
         raise
     if terminal.as_json:
-        print(json.dumps({**result, "findings": findings}))
+        print_line(json.dumps({**result, "findings": findings}))
         return PROBLEMS if findings else 0
     for finding in findings:
-        print(finding["what"])
-    print(
+        print_line(finding["what"])
+    print_line(
         f"{format_count(result['repositories'], 'repository')}: "
         f"{format_count(result['hardlinked'], 'blob')} hard-linked, "
         f"{result['copied']} copied ({format_size(result['bytes'])}), {result['present']} already present; "
         f"{format_count(result['manifests'], 'manifest')} and {format_count(result['tags'], 'tag')} added"
     )
     if result["conflicts"]:
-        print("use --force to overwrite existing tags")
+        print_line("use --force to overwrite existing tags")
     return PROBLEMS if findings else 0
 
 
@@ -236,11 +244,11 @@ def _is_registry_directory(directory: str) -> bool:
 def check(client: ControlClient, options: argparse.Namespace, terminal: Terminal) -> int:
     findings, result = _gather(client.stream_events("POST", "/v1/check", {"cached": options.cached}), terminal)
     if terminal.as_json:
-        print(json.dumps({**result, "findings": findings}))
+        print_line(json.dumps({**result, "findings": findings}))
         return PROBLEMS if findings else 0
     for finding in findings:
-        print(finding["what"])
-    print(
+        print_line(finding["what"])
+    print_line(
         f"checked {format_count(result['blobs'], 'blob')} ({format_size(result['bytes'])}), "
         f"{format_count(result['links'], 'link')} and {format_count(result['tags'], 'tag')} "
         f"in {format_count(result['repositories'], 'repository')}: "
@@ -256,29 +264,33 @@ def check(client: ControlClient, options: argparse.Namespace, terminal: Terminal
 def status(client: ControlClient, options: argparse.Namespace, terminal: Terminal) -> int:
     result = client.call("GET", "/v1/status", None)
     if terminal.as_json:
-        print(json.dumps(result))
+        print_line(json.dumps(result))
         return 0
     cache, operation = result["cache"], result["operation"]
-    print(f"running since {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(result['started']))}")
+    print_line(f"running since {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(result['started']))}")
     for kind, store in result["shelves"].items():
         free = "" if store["free"] is None else f", {format_size(store['free'])} free"
         usage = f", {format_size(cache['bytes'])} of {format_size(cache['limit'])} used" if kind == "cached" else ""
-        print(f"{kind} in {store['directory']}{usage}{free}")
-    print(f"SHA-256 of the CA certificate: {result['ca']['sha256']}")
-    print("idle" if operation is None else f"{operation['name']} running for {format_age(operation['since'])}")
+        print_line(f"{kind} in {store['directory']}{usage}{free}")
+    print_line(f"SHA-256 of the CA certificate: {result['ca']['sha256']}")
+    print_line("idle" if operation is None else f"{operation['name']} running for {format_age(operation['since'])}")
     return 0
 
 
 def debug(client: ControlClient, options: argparse.Namespace, terminal: Terminal) -> int:
     result = client.call("GET", "/v1/debug", None)
     if terminal.as_json:
-        print(json.dumps(result))
+        print_line(json.dumps(result))
         return 0
     for process in result["processes"]:
         for line in _format_process(process):
-            print(line)
+            print_line(line)
+    if result["bounds"]:
+        print_line("all processes")
+    for bound in result["bounds"]:
+        print_line(_format_bound(bound))
     for key, waiting in result["locks"].items():
-        print(f"lock {key} held, {waiting} waiting")
+        print_line(f"lock {key} held, {waiting} waiting")
     return 0
 
 
@@ -329,106 +341,7 @@ def _gather(events: Iterator[Event], terminal: Terminal) -> tuple[list[Event], E
                 raise CommandError(FAILED, event["message"])
             case _:
                 items.append(event)
-    raise CommandError(FAILED, _DISCONNECTED)
-
-
-# the daemon
-
-
-class _UnixHTTPConnection(http.client.HTTPConnection):
-    """An HTTP connection over a UNIX socket."""
-
-    def __init__(self, path: str) -> None:
-        super().__init__("localhost")
-        self._path = path
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.connect(self._path)
-
-
-class ControlClient:
-    """Client of the daemon's control API, at the socket `path` or at the first default path that exists."""
-
-    def __init__(self, path: str | None) -> None:
-        self._paths = [path] if path else list(_default_socket_paths())
-
-    def call(self, method: str, target: str, body: Any) -> Event:
-        """Send a request and return the JSON object of the response. Raise `CommandError`."""
-        try:
-            result: Event = json.loads(self._request(method, target, body).read())
-        except (OSError, http.client.HTTPException, ValueError):
-            raise CommandError(FAILED, _DISCONNECTED) from None
-        return result
-
-    def stream_events(self, method: str, target: str, body: Any = None) -> Iterator[Event]:
-        """Send a request and yield the JSON objects of the response as they arrive. Raise `CommandError`."""
-        response = self._request(method, target, body)
-        try:
-            for line in response:
-                yield json.loads(line)
-        except (OSError, http.client.HTTPException, ValueError):
-            raise CommandError(FAILED, _DISCONNECTED) from None
-
-    def _request(self, method: str, target: str, body: Any) -> http.client.HTTPResponse:
-        connection = self._connect()
-        try:
-            connection.request(method, target, None if body is None else json.dumps(body))
-            response = connection.getresponse()
-            if response.status == 200:
-                return response
-            error = json.loads(response.read())["error"]
-        except OSError:  # including http.client.RemoteDisconnected
-            raise CommandError(FAILED, _DISCONNECTED) from None
-        except (http.client.HTTPException, ValueError, KeyError, TypeError):
-            raise CommandError(FAILED, "the process on the control socket is not docker-registry-proxy") from None
-        raise CommandError(
-            _EXIT_STATUS_BY_HTTP.get(response.status, FAILED), error["message"], error.get("suggestions", ())
-        )
-
-    def _connect(self) -> _UnixHTTPConnection:
-        for path in self._paths:
-            connection = _UnixHTTPConnection(path)
-            try:
-                connection.connect()
-            except FileNotFoundError:
-                continue
-            except PermissionError:
-                raise CommandError(NOT_PERMITTED, _permission_message(path)) from None
-            except ConnectionRefusedError:
-                raise CommandError(
-                    NOT_RUNNING, f"docker-registry-proxy is not running: no process listens on {path}"
-                ) from None
-            except OSError as error:
-                raise CommandError(
-                    NOT_RUNNING, f"{path} is not a control socket of docker-registry-proxy: {error}"
-                ) from None
-            return connection
-        raise CommandError(NOT_RUNNING, f"docker-registry-proxy is not running: {' and '.join(self._paths)} not found")
-
-
-def _default_socket_paths() -> Iterator[str]:
-    """Yield the default paths of the control socket.
-
-    They are those of the environment variables, of the Debian package, and of `make run`.
-    """
-    environment = os.environ
-    directories = [
-        environment.get("RUNTIME_DIR") or environment.get("RUNTIME_DIRECTORY", "").partition(":")[0],
-        os.path.join(environment["STATE_DIR"], "run") if environment.get("STATE_DIR") else "",
-        "/run/docker-registry-proxy",
-        "var/run",
-    ]
-    for directory in filter(None, directories):
-        yield os.path.join(directory, "control.sock")
-
-
-def _permission_message(path: str) -> str:
-    try:
-        group = grp.getgrgid(os.stat(os.path.dirname(path)).st_gid).gr_name
-    except (OSError, KeyError):
-        return f"permission denied for {path}: run this as root, or join the daemon's group"
-    return f"permission denied for {path}: run this as root, or join the group {group}"
+    raise CommandError(FAILED, DISCONNECTED)
 
 
 if __name__ == "__main__":

@@ -110,10 +110,22 @@ class Unauthorized(RegistryError):
     status, code = 401, "UNAUTHORIZED"
 
 
+class ProxyAuthenticationRequired(RegistryError):
+    """The client must authenticate to the proxy itself. `headers` contains the challenge."""
+
+    status, code = 407, "UNAUTHORIZED"
+
+
 class Denied(RegistryError):
     """The request is not permitted with any credential."""
 
     status, code = 403, "DENIED"
+
+
+class MisdirectedRequest(RegistryError):
+    """The request names a host that is not this server (RFC 9110, section 15.5.20)."""
+
+    status, code = 421, "DENIED"
 
 
 class Unsupported(RegistryError):

@@ -35,6 +35,7 @@ from dockerproxy.store.layout import Layout
 from dockerproxy.store.progress import Progress, Stopped
 from dockerproxy.store.scrub import Finding, scrub
 from dockerproxy.store.sweep import GRACE_PERIOD, InvalidGracePeriod, RemovedItem, sweep
+from dockerproxy.store.tree_reader import UnsafeFile
 
 _REPORT_INTERVAL = 0.2  # seconds between two progress lines, and between two checks whether to stop
 
@@ -50,8 +51,9 @@ _MEMORY_SHARE = 4  # it may use a fourth of the machine's memory if that is more
 _OOM_SCORE_ADJUSTMENT = "500"
 """If the machine runs out of memory, the kernel kills this process rather than the daemon (proc(5))."""
 
-_IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""The terminal and systemd send these signals to all processes. The daemon stops this one by closing its input."""
+_IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGIO)
+"""The terminal and systemd send the first three to all processes. The daemon stops this one by closing its input. The
+kernel sends SIGIO if somebody opens a file on which the importer has a lease."""
 
 
 class Daemon:
@@ -154,6 +156,8 @@ def run(daemon: Daemon, operation: Callable[[Daemon], Any], memory_limit: int) -
             result = attrs.asdict(operation(daemon))
         except (InvalidGracePeriod, NotARegistry) as error:
             send_error(code="NOT_UNDERSTOOD", message=str(error))
+        except UnsafeFile as error:
+            send_error(code="DISK", message=f"stopped, because {error}")
         except OSError as error:
             send_error(code="DISK", message=f"{error.filename or 'the disk'}: {error.strerror}")
         except MemoryError:

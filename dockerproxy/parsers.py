@@ -15,7 +15,7 @@ from urllib.parse import unquote_to_bytes, urlsplit
 
 from dockerproxy.durations import parse_duration
 from dockerproxy.errors import NameInvalid
-from dockerproxy.net.addresses import redacted_repr
+from dockerproxy.net.addresses import HostPattern, redacted_repr
 from dockerproxy.net.upstream_proxy import UpstreamProxy
 from dockerproxy.oci.credentials import BasicCredentials
 from dockerproxy.oci.names import Host, Registry
@@ -146,6 +146,50 @@ def _host_name(word: str) -> str:
     if word.endswith(f":{host.port}"):
         raise ValueError(f"{redacted_repr(word)} has a port; use the host name only")
     return host.name
+
+
+def allowed_hosts(text: str) -> tuple[HostPattern, ...] | None:
+    """Parse host names and patterns such as ``*.example.com``, separated by spaces. Return None for ``all``.
+
+    Addresses are left out, because requests to an address are always allowed.
+    """
+    words = text.split()
+    if "all" in (word.lower() for word in words):
+        return None
+    patterns = []
+    for word in words:
+        try:
+            if not Host.parse(word.removeprefix("*").removeprefix(".")).is_address:
+                patterns.append(HostPattern.parse(word))
+        except NameInvalid:
+            raise ValueError(
+                f"{redacted_repr(word)} is not a host name without a port, such as proxy.example.com or *.example.com, "
+                "nor the word all"
+            ) from None
+    return tuple(patterns)
+
+
+def origins(text: str) -> tuple[str, ...]:
+    """Parse origins of web pages, separated by spaces. Return them as browsers write them in Origin."""
+    return tuple(dict.fromkeys(_origin(word) for word in text.split()))
+
+
+def _origin(word: str) -> str:
+    if word == "*":
+        raise ValueError(
+            "'*' is not allowed, because then every web page could read and change this registry; list the origins of "
+            "the pages, such as https://ui.example.com"
+        )
+    try:
+        scheme, separator, authority = word.removesuffix("/").partition("://")
+        if not separator:
+            raise NameInvalid("an origin has a scheme")
+        return Registry.parse(f"{scheme.lower()}://{authority}").origin
+    except NameInvalid:
+        raise ValueError(
+            f"{redacted_repr(word)} is not the origin of a web page, such as https://ui.example.com or "
+            "http://ui.example.com:8080"
+        ) from None
 
 
 def registries(text: str) -> tuple[Registry, ...]:

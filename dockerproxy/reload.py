@@ -1,7 +1,8 @@
 """Reload on SIGHUP: read the settings again and apply those that may change in a running daemon.
 
-These are REGISTRIES, AUTH_REGISTRIES with its delimiters, HTPASSWD_FILE and ANONYMOUS_PULL. The code that uses them
-holds a mapping or an object that is modified in place, so a reload closes no connection and interrupts no transfer.
+These are REGISTRIES, AUTH_REGISTRIES with its delimiters, PROXY_HTPASSWD_FILE, HTPASSWD_FILE, ANONYMOUS_PULL,
+ALLOWED_HOSTS and CORS_ORIGINS. The code that uses them holds a mapping or an object that is modified in place, so a
+reload closes no connection and interrupts no transfer.
 """
 
 from __future__ import annotations
@@ -23,8 +24,11 @@ _RELOADABLE = {
     "auth_registries",
     "auth_registries_delimiter",
     "auth_registry_delimiter",
+    "proxy_htpasswd_file",
     "htpasswd_file",
     "anonymous_pull",
+    "allowed_hosts",
+    "cors_origins",
     "warnings",
 }
 

@@ -13,7 +13,7 @@ from typing import Any
 from attrs import Attribute, field, fields, frozen
 
 from dockerproxy import parsers
-from dockerproxy.net.addresses import AddressSet, Destinations
+from dockerproxy.net.addresses import AddressSet, Destinations, HostPattern
 from dockerproxy.net.upstream_proxy import UpstreamProxy
 from dockerproxy.oci.credentials import BasicCredentials
 from dockerproxy.oci.names import Host, Registry
@@ -55,6 +55,7 @@ class Settings:
     auth_registry_delimiter: str = _setting(str, ":")
     allow_push: bool = _setting(parsers.boolean, "false")
     cache_max_size: int = _setting(parsers.size, "32g")
+    cache_max_blob_size: int | None = _setting(parsers.size)
     cache_inactive: float = _setting(parsers.positive_duration, "60d")
     enable_manifest_cache: bool = _setting(parsers.boolean, "false")
     manifest_cache_primary_regex: re.Pattern[str] = _setting(parsers.regex, "(stable|nightly|production|test)")
@@ -92,6 +93,10 @@ class Settings:
     upstream_ca_file: Path | None = _setting(parsers.path)
     upstream_proxy: UpstreamProxy | None = _derived()
     allow_clients: AddressSet = _setting(AddressSet.parse, "private loopback link-local")
+    max_connections_per_client: int | None = _setting(parsers.integer(1, 1_000_000))
+    allowed_hosts: tuple[HostPattern, ...] | None = _setting(parsers.allowed_hosts, "")
+    cors_origins: tuple[str, ...] = _setting(parsers.origins, "")
+    proxy_htpasswd_file: Path | None = _setting(parsers.path)
     tunnel_ports: frozenset[int] = _setting(parsers.ports, "443")
     tunnel_allow: Destinations = _setting(Destinations.parse, "all")
     tunnel_deny: Destinations = _setting(Destinations.parse, "loopback link-local metadata")
@@ -132,6 +137,12 @@ class Settings:
                     f"{present} is set and {missing} is not; set both CA_CRT_FILE and CA_KEY_FILE, or neither."
                 )
         return cls(**attributes)
+
+    @property
+    def max_blob_size(self) -> int:
+        """The bytes that one blob may take of the cache: CACHE_MAX_BLOB_SIZE, or three quarters of the cache."""
+        default = self.cache_max_size - self.cache_max_size // 4
+        return default if self.cache_max_blob_size is None else min(self.cache_max_blob_size, self.cache_max_size)
 
     @property
     def registries(self) -> tuple[Registry, ...]:

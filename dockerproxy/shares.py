@@ -68,6 +68,10 @@ class ClientShares:
         if error is not None:
             self.refused += 1
             raise error
+        self.add(client, amount)
+
+    def add(self, client: str, amount: int = 1) -> None:
+        """Count `amount` more for `client`, even beyond its share and the limit."""
         self.used += amount
         self._held[client_key(client)] += amount
 
@@ -108,9 +112,9 @@ class ClientShares:
         return self._held[client_key(client)]  # a Counter does not store a missing key
 
     @property
-    def clients(self) -> int:
-        """The number of clients that hold something."""
-        return len(self._held)
+    def holders(self) -> list[str]:
+        """The clients that hold something."""
+        return list(self._held)
 
     def top_clients(self, count: int = _MAX_REPORTED) -> list[tuple[str, int]]:
         """Return the clients that hold most, and how much each holds."""

@@ -35,8 +35,9 @@ from dockerproxy.store.blobs import Blobs
 from dockerproxy.store.hosted_tree import HostedTree
 from dockerproxy.store.local_hosted_store import upload_purge_service
 from dockerproxy.store.state_directory import DirectoryInUse, StateDirectory
+from dockerproxy.workers.connection_table import ConnectionTable
 from dockerproxy.workers.coordinator import LocalCoordinator, SharedState
-from dockerproxy.workers.dispatch import DispatchingOpener
+from dockerproxy.workers.dispatch import ConnectionDispatcher
 from dockerproxy.workers.fork_server import ForkServer
 from dockerproxy.workers.process import ForkedState, run_worker
 from dockerproxy.workers.supervisor import WorkerSupervisor
@@ -86,12 +87,12 @@ def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifi
     forked_state = ForkedState.create(reactor, configuration, state, authority)
     shared = forked_state.shared_services(0, LocalCoordinator(shared_state), bindings)
     server = build_server(reactor, settings, authority, shared)
-    workers = build_workers(reactor, forked_state, settings, shared_state, bindings, twistd_options)
+    workers = build_workers(reactor, forked_state, settings, server, shared_state, bindings, twistd_options)
     listener_service = build_listener_service(reactor, server, workers)
     apply = partial(apply_configuration, server, workers.supervisor)
     reloader = Reloader(read, apply, settings, server.registries, notifier)
     operations = Operations(reactor, shared_state.locks, time.time)
-    report = partial(debug_report, server, shared_state, workers.supervisor)
+    report = partial(debug_report, server, shared_state, workers)
     daemon = DaemonService(reactor, settings, state, twistd_options, notifier)
     for service in (
         *workers.services,  # first, because the fork server forks: no descriptors and no threads may exist yet
@@ -113,22 +114,33 @@ def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifi
 
 @frozen
 class Workers:
-    """The worker processes: `opener` for the ports, and `services` to start before the others."""
+    """The worker processes: `opener` for the ports, and `services` to start before the others.
+
+    `table` has the connections of all processes, also of this one.
+    """
 
     opener: PortOpener
     services: list[IService]
     supervisor: WorkerSupervisor
+    table: ConnectionTable
 
 
 def build_workers(
     reactor: Any,
     forked_state: ForkedState,
     settings: Settings,
+    server: ProxyServer,
     shared_state: SharedState,
     bindings: Bindings,
     twistd_options: Any,
 ) -> Workers:
     """Build what starts the workers and hands connections to them. With WORKERS=1 there are no workers."""
+
+    def close_idle(client: str) -> None:
+        server.close_idle(client)
+        supervisor.close_idle(client)
+
+    table = ConnectionTable(reactor, forked_state.scoreboard, close_idle, settings.max_connections_per_client)
     keep_log_observers = jsonlog.logs_to_stdout(twistd_options)
     fork_server = ForkServer(reactor, partial(run_worker, forked_state), keep_log_observers=keep_log_observers)
     supervisor = WorkerSupervisor(
@@ -136,17 +148,18 @@ def build_workers(
         settings.workers - 1,
         fork_server,
         forked_state.scoreboard,
+        table,
         partial(LocalCoordinator, shared_state),
         bindings.add,
         SHUTDOWN_GRACE + _WORKER_EXTRA_GRACE,
         relay_logs=not keep_log_observers,
     )
+    opener = EndpointOpener(reactor, lambda listener: ConnectionDispatcher(listener, table, supervisor.dispatch))
     if settings.workers == 1:
-        return Workers(EndpointOpener(reactor), [], supervisor)
+        return Workers(opener, [], supervisor, table)
     fork_server.subscribe(supervisor)
     bindings.subscribe(supervisor.broadcast_binding)
-    opener = DispatchingOpener(reactor, supervisor.dispatch, supervisor.count_local_connection)
-    return Workers(opener, [fork_server], supervisor)
+    return Workers(opener, [fork_server], supervisor, table)
 
 
 def build_listener_service(reactor: Any, server: ProxyServer, workers: Workers) -> ListenerService:
@@ -182,10 +195,14 @@ async def apply_configuration(
     return await supervisor.reload(reloadable_variables(configuration.variables))
 
 
-async def debug_report(server: ProxyServer, shared_state: SharedState, supervisor: WorkerSupervisor) -> dict[str, Any]:
+async def debug_report(server: ProxyServer, shared_state: SharedState, workers: Workers) -> dict[str, Any]:
     """Return what all processes are doing, as a JSON value."""
     main_process = {"number": 0, "state": "serving", "pid": os.getpid(), **server.debug_report()}
-    return {"locks": shared_state.locks.report(), "processes": [main_process, *await supervisor.debug()]}
+    return {
+        "locks": shared_state.locks.report(),
+        "bounds": [workers.table.report()],
+        "processes": [main_process, *await workers.supervisor.debug()],
+    }
 
 
 class DaemonService(MultiService):
@@ -225,6 +242,7 @@ def build_cache_space(reactor: Any, settings: Settings, state: StateDirectory) -
         state.cache,
         Blobs(state.cache, durable=False),
         limit=settings.cache_max_size,
+        max_blob_size=settings.max_blob_size,
         inactive=settings.cache_inactive,
         clock=time.time,
         janitor=Janitor(state.cache, state.open_records(), time.time),

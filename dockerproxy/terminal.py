@@ -6,6 +6,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
+from typing import TextIO
 
 
 class Terminal:
@@ -30,7 +31,7 @@ class Terminal:
             filled = min(bar_width, bar_width * done // total)
             line += f" [{'#' * filled}{'.' * (bar_width - filled)}] {min(100, 100 * done // total)} %"
         self._progress_visible = True
-        print(f"\r\x1b[K{line[: width - 1]}", end="", file=sys.stderr, flush=True)
+        print(f"\r\x1b[K{printable(line)[: width - 1]}", end="", file=sys.stderr, flush=True)
 
     def clear_progress(self) -> None:
         """Erase the progress line."""
@@ -39,10 +40,27 @@ class Terminal:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
+def printable(text: str) -> str:
+    """Return `text` with Python's escapes for all that is not printable.
+
+    These are control characters, escape sequences, line separators, controls of bidirectional text and lone surrogates.
+    Names come from whoever may push or from a registry upstream, and could otherwise change what the terminal shows.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def print_line(text: str, file: TextIO | None = None) -> None:
+    """Print one line of printable text, to stdout by default."""
+    print(printable(text), file=file)
+
+
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print `header` and `rows` in aligned columns."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    for row in (header, *rows):
+    lines = [tuple(map(printable, row)) for row in (header, *rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for row in lines:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 

@@ -162,3 +162,26 @@ class BoundedThreadPool:
         self._waiting.release(job.client)
         if not queue:
             del self._queues[job.client]
+
+
+PARSE_LIMITS = PoolLimits(threads=1, threads_per_client=1, waiting=128, waiting_per_client=32)
+"""Long documents. Python parses in one thread at a time anyway, and each may take 40 MB meanwhile."""
+
+_INLINE_CONTENT = 64 * 1024  # bytes that are parsed in the reactor's thread, in a millisecond at most
+
+
+@frozen
+class ContentParser:
+    """Parses content that strangers sent: short content at once, long content in a thread of `pool`.
+
+    The thread has the usual priority. It holds the interpreter's lock while it parses, so if other programs displaced
+    it, the reactor would wait for them.
+    """
+
+    pool: BoundedThreadPool
+
+    async def parse(self, function: Callable[..., T], content: bytes, *args: object, client: str = "") -> T:
+        """Return what `function` returns for `content` and `args`. `client` is as for `BoundedThreadPool.run`."""
+        if len(content) <= _INLINE_CONTENT:
+            return function(content, *args)
+        return await self.pool.run(function, content, *args, client=client)

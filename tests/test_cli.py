@@ -21,6 +21,7 @@ import pytest
 from attrs import define, field
 
 from dockerproxy import cli
+from dockerproxy.control_client import NOT_OURS
 from dockerproxy.oci.manifests import OCI_INDEX, OCI_MANIFEST
 from dockerproxy.oci.names import Digest
 from dockerproxy.store.blobs import Blobs
@@ -460,7 +461,7 @@ def test_another_program_on_the_socket(tmp_path: Path, reply: bytes) -> None:
                 accepted.sendall(reply)
             _, text = process.communicate(timeout=20)
         assert process.returncode == 7
-        assert text == b"dockerproxy: the process on the control socket is not docker-registry-proxy\n"
+        assert text == f"dockerproxy: {NOT_OURS}\n".encode()
 
 
 @pytest.mark.parametrize("readable", [True, False])

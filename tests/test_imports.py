@@ -38,14 +38,20 @@ ALLOWED = {
     "settings": {"parsers", "net", "oci", "errors"},
     "reload": {"daemon", "registry", "settings", "oci"},
     "admin": {"cache", "registry", "proxy", "store", "http", "oci", "errors"},
-    "workers": {"cache", "store", "daemon", "http", "oci"},
+    "workers": {"cache", "store", "daemon", "http", "oci", "errors"},
     "operations": {"store"},  # a process of its own, which starts fast and takes little memory
     "terminal": set(),
-    "cli": {"__init__", "durations", "terminal"},  # it must start fast, and the daemon does the work
+    "control_client": set(),
+    "cli": {"__init__", "control_client", "durations", "terminal"},  # it must start fast, and the daemon does the work
 }
 COMPOSITION_ROOTS = {"tap", "app", "workers.process"}  # they build the daemon and may import every part
 ENTRY_POINTS = {"tap"}  # the modules that twistd loads first
-ALLOWED_EVERYWHERE = {"concurrency", "bounded_dict", "shares"}  # helpers that depend on no part but `errors`
+ALLOWED_EVERYWHERE = {
+    "concurrency",
+    "bounded_dict",
+    "shares",
+    "thread_pool",
+}  # helpers that depend on no part but `errors`
 
 # No request needs these modules. Each one costs megabytes, together with the modules that it imports.
 UNWANTED = {
@@ -62,8 +68,10 @@ UNWANTED = {
 
 # These modules do no I/O. They may not import a reactor, sockets or files.
 PURE_MODULES = {
-    "oci", "errors", "bounded_dict", "shares", "durations", "net.addresses", "proxy.policy", "registry.login_throttle",
-    "http.connection_state", "http.headers", "http.message", "upstream.http1",
+    "oci", "errors", "bounded_dict", "shares", "durations", "net.addresses", "proxy.policy", "proxy.host_rule",
+    "registry.login_throttle",
+    "http.connection_state", "http.headers", "http.message", "http.security_fields",
+    "http.cross_origin", "upstream.http1",
     "upstream.retry", "upstream.urls", "cache.freshness", "store.eviction",
 }  # fmt: skip
 IO_MODULES = {

@@ -351,6 +351,23 @@ def test_reload_changes_htpasswd_file(unit: SystemdUnit, listening_socket: socke
     assert get(listening_socket, hosted)[0] == 404
 
 
+def test_reload_changes_the_users_of_the_proxy(
+    unit: SystemdUnit, listening_socket: socket.socket, tmp_path: Path
+) -> None:
+    users = tmp_path / "htpasswd"
+    users.write_text(f"me:{bcrypt.hashpw(b'word', bcrypt.gensalt(4)).decode()}\n")
+    unit.start({"proxy": listening_socket}, REGISTRY_HOSTNAME="here", PROXY_LISTEN="systemd:domain=INET6:name=proxy")
+    unit.next_notification()
+    mirror = "/v2/a/tags/list?ns=not.listed"
+    assert get(listening_socket, mirror)[0] == 404
+    unit.reload(f"PROXY_HTPASSWD_FILE={users}\n")
+    assert get(listening_socket, mirror)[0] == 407
+    assert "not reloaded: PROXY_HTPASSWD_FILE: " in unit.reload("PROXY_HTPASSWD_FILE=/nowhere/htpasswd\n")
+    assert get(listening_socket, mirror)[0] == 407
+    unit.reload("")
+    assert get(listening_socket, mirror)[0] == 404
+
+
 def test_missing_registry_socket_is_not_fatal(
     unit: SystemdUnit, listening_socket: socket.socket, tmp_path: Path
 ) -> None:

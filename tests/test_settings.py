@@ -81,13 +81,16 @@ def test_defaults_are_the_documented_ones(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert defaults.registry_hostname == ("docker-registry.local",)
     assert defaults.upstream_addresses == {}
     assert defaults.upstream_proxy is None
+    assert (defaults.allowed_hosts, defaults.cors_origins) == ((), ())
     assert defaults.tunnel_ports == {443}
+    assert defaults.max_connections_per_client is None
     assert "192.168.1.1" in defaults.allow_clients
     assert "203.0.113.1" not in defaults.allow_clients
     assert defaults.tunnel_allow.match_address("203.0.113.1") == "all"
     assert defaults.tunnel_deny.match_address("169.254.169.254")
     assert not defaults.tunnel_deny.match_address("10.0.0.1")
     assert (defaults.share_auth_registries, defaults.anonymous_pull, defaults.htpasswd_file) == (True, False, None)
+    assert defaults.proxy_htpasswd_file is None
     assert 1 <= defaults.workers <= 8
     assert defaults.log_format == "text"
     assert defaults.warnings == ()
@@ -367,6 +370,12 @@ def test_sizes(number: int, unit: tuple[str, int]) -> None:
     assert settings(CACHE_MAX_SIZE=f"{number}{unit[0]}").cache_max_size == number * unit[1]
 
 
+def test_one_blob_may_take_three_quarters_of_the_cache() -> None:
+    assert settings(CACHE_MAX_SIZE="4g").max_blob_size == 3 << 30
+    assert settings(CACHE_MAX_SIZE="4g", CACHE_MAX_BLOB_SIZE="1g").max_blob_size == 1 << 30
+    assert settings(CACHE_MAX_SIZE="4g", CACHE_MAX_BLOB_SIZE="8g").max_blob_size == 4 << 30
+
+
 @pytest.mark.parametrize(
     ("text", "value"),
     [
@@ -443,6 +452,21 @@ def test_upstream_proxy_variable_precedence() -> None:
     assert port(HTTP_PROXY="http://proxy.test:2") is None
 
 
+def test_allowed_hosts() -> None:
+    patterns = settings(ALLOWED_HOSTS="Mirror.Example.com. *.example.org .example.net 10.0.0.1 [::1]").allowed_hosts
+    assert patterns is not None
+    assert [pattern.name for pattern in patterns] == ["mirror.example.com", "example.org", "example.net"]
+    assert [pattern.matches("a.example.org") for pattern in patterns] == [False, True, False]
+    assert settings(ALLOWED_HOSTS="a.example ALL").allowed_hosts is None
+
+
+def test_cors_origins_are_written_as_browsers_write_them() -> None:
+    origins = settings(
+        CORS_ORIGINS="HTTPS://UI.Example.com:443/ http://ui.example.com:80 http://[::1]:8080 https://ui.example.com"
+    ).cors_origins
+    assert origins == ("https://ui.example.com", "http://ui.example.com", "http://[::1]:8080")
+
+
 # Invalid values
 
 INVALID = [
@@ -455,6 +479,8 @@ INVALID = [
     ("CACHE_MAX_SIZE", "32x", "'32x' is not a size such as 512m or 32g"),
     ("CACHE_MAX_SIZE", "0", "'0' is not a size"),
     ("CACHE_MAX_SIZE", "-1g", "'-1g' is not a size"),
+    ("CACHE_MAX_BLOB_SIZE", "0", "'0' is not a size"),
+    ("CACHE_MAX_BLOB_SIZE", "half", "'half' is not a size such as 512m or 32g"),
     ("CACHE_INACTIVE", "60 d", "'60 d' is not a time such as 90s, 10m, 1h or 60d"),
     ("CACHE_INACTIVE", "0s", "'0s' is not allowed; use a time greater than zero"),
     ("CACHE_INACTIVE", "999999d", "'999999d' is a time of more than 100 years"),
@@ -483,6 +509,18 @@ INVALID = [
         "'example.com' is not an address, a network such as 10.0.0.0/8 or one of all, none, private",
     ),
     ("ALLOW_CLIENTS", "https://user:SECRET@x", "'…@x' is not an address"),
+    ("MAX_CONNECTIONS_PER_CLIENT", "0", "'0' is not a number from 1 to 1000000"),
+    ("MAX_CONNECTIONS_PER_CLIENT", "many", "'many' is not a number from 1 to 1000000"),
+    ("ALLOWED_HOSTS", "a.example:3128", "'a.example:3128' is not a host name without a port"),
+    ("ALLOWED_HOSTS", "http://a.example", "'http://a.example' is not a host name"),
+    ("ALLOWED_HOSTS", "*", "'*' is not a host name without a port, such as proxy.example.com or *.example.com, nor"),
+    ("ALLOWED_HOSTS", "a.*.example", "'a.*.example' is not a host name"),
+    ("CORS_ORIGINS", "*", "'*' is not allowed, because then every web page could read and change this registry"),
+    ("CORS_ORIGINS", "ui.example.com", "'ui.example.com' is not the origin of a web page, such as https://"),
+    ("CORS_ORIGINS", "https://ui.example.com/path", "'https://ui.example.com/path' is not the origin of a web page"),
+    ("CORS_ORIGINS", "https://*.example.com", "'https://*.example.com' is not the origin of a web page"),
+    ("CORS_ORIGINS", "null", "'null' is not the origin of a web page"),
+    ("CORS_ORIGINS", "file://x", "'file://x' is not the origin of a web page"),
     ("TUNNEL_PORTS", "443 https", "'https' is not a port such as 443 or a range of ports such as 8000-8999"),
     ("TUNNEL_PORTS", "9-8", "'9-8' is not a port"),
     ("TUNNEL_PORTS", "0", "'0' is not a port"),

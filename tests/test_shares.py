@@ -32,7 +32,7 @@ def test_neither_the_bound_nor_a_share_is_exceeded(uses: list[tuple[bool, str, i
             held[client] += amount
         assert shares.used == sum(held.values())
         assert {client: shares.held_by(client) for client in held} == held
-        assert shares.clients == sum(map(bool, held.values()))
+        assert set(shares.holders) == {client for client, amount in held.items() if amount}
 
 
 def test_the_refusal_of_a_client_names_its_share_and_the_setting() -> None:

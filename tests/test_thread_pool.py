@@ -13,7 +13,7 @@ from twisted.internet.defer import CancelledError, Deferred
 from twisted.python.failure import Failure
 
 from dockerproxy.errors import RegistryError, ServiceOverloaded, TooManyRequests
-from dockerproxy.thread_pool import BoundedThreadPool, PoolLimits
+from dockerproxy.thread_pool import BoundedThreadPool, ContentParser, PoolLimits
 
 
 @define(eq=False)
@@ -201,3 +201,13 @@ def test_real_threads_are_daemons_with_their_own_priority() -> None:
     assert priority == 10
     assert "checks" in name
     assert os.getpriority(os.PRIO_PROCESS, 0) == own_priority
+
+
+def test_only_long_content_is_parsed_in_a_thread(threads: ManualThreads) -> None:
+    parser = ContentParser(BoundedThreadPool(threads, "long documents", LIMITS, threads))
+    for size, jobs in ((0, 0), (64 * 1024, 0), (64 * 1024 + 1, 1)):
+        work = Deferred.fromCoroutine(parser.parse(lambda content, more: len(content) + more, bytes(size), 2))
+        assert len(threads.jobs) == jobs
+        if jobs:
+            threads.finish()
+        assert work.result == size + 2

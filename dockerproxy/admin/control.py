@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from typing import Any
 
 import attrs
@@ -28,6 +28,19 @@ from twisted.internet.defer import CancelledError
 from twisted.logger import Logger
 
 from dockerproxy.admin import inventory
+from dockerproxy.admin.arguments import (
+    FLAG,
+    MAX_BODY,
+    NAME,
+    NAMES,
+    PATH,
+    SECONDS,
+    Argument,
+    InvalidArguments,
+    one_of,
+    parse_body,
+    parse_pairs,
+)
 from dockerproxy.admin.deletion import Deleter
 from dockerproxy.admin.ndjson import JSON_FIELDS, NDJSONResponse
 from dockerproxy.admin.operations import Event, OperationError, Operations
@@ -40,7 +53,14 @@ from dockerproxy.oci.names import Digest
 from dockerproxy.oci.routes import parse_query
 from dockerproxy.store.cooperative import CooperativeThread
 
-_MAX_BODY = 64 * 1024
+_STORE = one_of(HOSTED, CACHED)
+LIST = {"name": NAME, "where": _STORE}
+REMOVE = {"names": NAMES, "where": _STORE}
+COLLECT = {"delete_untagged": FLAG, "dry_run": FLAG, "grace": SECONDS, "list": FLAG}
+IMPORT = {"directory": PATH, "force": FLAG}
+CHECK = {"cached": FLAG}
+"""The arguments of each request."""
+
 _OPERATION_STATUSES = {"NOT_UNDERSTOOD": 400, "BUSY": 409}  # by the code of an `OperationError`; otherwise 500
 
 log = Logger()
@@ -94,7 +114,7 @@ class Control:
             response.send_error(error.status, error.code, error.message, error.suggestions)
         except NotFound as error:
             response.send_error(404, "NOT_FOUND", str(error), error.suggestions)
-        except InvalidArgument as error:
+        except (InvalidArgument, InvalidArguments) as error:
             response.send_error(400, "NOT_UNDERSTOOD", str(error))
         except OperationError as error:
             response.send_error(_OPERATION_STATUSES.get(error.code, 500), error.code, error.message)
@@ -116,19 +136,17 @@ class Control:
             case "GET", "/v1/debug":
                 request.respond(200, JSON_FIELDS, json.dumps(await self._debug_report()).encode())
             case "GET", "/v1/repositories":
-                await self._list(dict(parse_query(request.query)), response)
+                await self._list(parse_pairs(parse_query(request.query), LIST), response)
             case "POST", "/v1/remove":
-                await self._delete(await _parse_arguments(request, "names", names=list, where=str), request)
+                await self._delete(await _parse_arguments(request, REMOVE, "names"), request)
             case "POST", "/v1/collect":
-                arguments = await _parse_arguments(
-                    request, delete_untagged=bool, dry_run=bool, grace=(int, float), list=bool
-                )
+                arguments = await _parse_arguments(request, COLLECT)
                 await self._run_operation("gc", {"root": self._root(HOSTED), **arguments}, response)
             case "POST", "/v1/import":
-                arguments = await _parse_arguments(request, "directory", directory=str, force=bool)
-                await self._import(arguments, response)
+                arguments = await _parse_arguments(request, IMPORT, "directory")
+                await self._run_operation("import", {"root": self._root(HOSTED), **arguments}, response)
             case "POST", "/v1/check":
-                arguments = await _parse_arguments(request, cached=bool)
+                arguments = await _parse_arguments(request, CHECK)
                 await self._check(CACHED if arguments.get("cached", False) else HOSTED, response)
             case _:
                 raise ControlError(
@@ -172,19 +190,13 @@ class Control:
     async def _delete(self, arguments: dict[str, Any], request: Request) -> None:
         kind = arguments.get("where")
         # Resolve all names first, so that an unknown name changes nothing.
-        refs = [await in_thread(self._reactor, self._resolver.resolve, str(name), kind) for name in arguments["names"]]
+        refs = [await in_thread(self._reactor, self._resolver.resolve, name, kind) for name in arguments["names"]]
         results = []
         for ref in refs:
             result = await self._deleter.delete(ref)
             log.info("removed {name} ({kind})", name=str(ref), kind=ref.store.kind)
             results.append({"where": ref.store.kind, "name": str(ref), **attrs.asdict(result)})
         request.respond(200, JSON_FIELDS, json.dumps({"removed": results}).encode())
-
-    async def _import(self, arguments: dict[str, Any], response: NDJSONResponse) -> None:
-        directory = arguments["directory"]
-        if not os.path.isabs(directory) or "\0" in directory:
-            raise InvalidArgument("the directory to import must be an absolute path")
-        await self._run_operation("import", {"root": self._root(HOSTED), **arguments}, response)
 
     async def _check(self, kind: str, response: NDJSONResponse) -> None:
         async def on_event(event: Event) -> None:
@@ -222,22 +234,7 @@ def _storage_info(store: StoreView) -> dict[str, Any]:
     return {"directory": str(store.layout.root), "free": status.f_bavail * status.f_frsize}
 
 
-async def _parse_arguments(request: Request, required: str | None = None, **types: Any) -> dict[str, Any]:
-    """Return the arguments in the JSON body of `request`.
-
-    `types` maps the known arguments to their types. Raise `ControlError` if an argument is unknown, has another type,
-    or if `required` is missing.
-    """
-    content = await request.read_all(_MAX_BODY)
-    try:
-        arguments = json.loads(content or b"{}")
-    except ValueError:
-        arguments = None
-    if not isinstance(arguments, dict):
-        raise ControlError(400, "NOT_UNDERSTOOD", "the request's body is not a JSON object")
-    for name, value in arguments.items():
-        if name not in types or not isinstance(value, types[name]):
-            raise ControlError(400, "NOT_UNDERSTOOD", f"the argument {name!r} is unknown or has a wrong type")
-    if required is not None and required not in arguments:
-        raise ControlError(400, "NOT_UNDERSTOOD", f"the argument {required!r} is missing")
-    return arguments
+async def _parse_arguments(
+    request: Request, known: Mapping[str, Argument], required: str | None = None
+) -> dict[str, Any]:
+    return parse_body(await request.read_all(MAX_BODY), known, required)

@@ -10,8 +10,8 @@ from dockerproxy.admin.resolver import CACHED, HOSTED, ImageRef, StoreView
 from dockerproxy.errors import ManifestInvalid
 from dockerproxy.oci.manifests import MAX_MANIFEST, media_type_of
 from dockerproxy.oci.names import Digest
-from dockerproxy.store.files import read_small
 from dockerproxy.store.references import References, extract_references
+from dockerproxy.store.tree_reader import read_small
 
 Row = dict[str, Any]
 

@@ -18,6 +18,7 @@ from dockerproxy.cache.best_effort import try_link
 from dockerproxy.cache.download_state import DownloadState
 from dockerproxy.cache.downloads import BlobDownload, Downloads
 from dockerproxy.cache.identity import PUBLIC
+from dockerproxy.cache.open_readers import OpenReaders
 from dockerproxy.cache.possession import PossessionCheck
 from dockerproxy.cache.space import CacheSpace
 from dockerproxy.cache.upstream import (
@@ -54,6 +55,7 @@ class CachedBlobs:
         downloads: Downloads,
         access: Access,
         space: CacheSpace,
+        open_readers: OpenReaders,
         possession: PossessionCheck,
     ) -> None:
         self._reactor = reactor
@@ -63,6 +65,7 @@ class CachedBlobs:
         self.downloads = downloads
         self._access = access
         self._space = space
+        self._open_readers = open_readers
         self._possession = possession
         self._confirmations: SingleFlight[tuple[object, ...], bool] = SingleFlight(cancel_abandoned=True)
         self._access_checks: SingleFlight[tuple[object, ...], int | None] = SingleFlight(cancel_abandoned=True)
@@ -147,8 +150,9 @@ class CachedBlobs:
         blob = self._blobs.open(digest)
         if blob is None:
             return None
-        self._space.pin(digest)  # prevents eviction until the content is closed
-        content = StoredBlobReader(self._reactor, blob, partial(self._space.unpin, digest))
+        self._space.touch(digest)
+        content = StoredBlobReader(self._reactor, blob, self._open_readers.discard)
+        self._open_readers.add(content)
         return BlobResponse(digest, blob.size, content, cache_status)
 
     def _start_download(self, principal: UpstreamPrincipal, digest: Digest) -> BlobDownload:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -22,10 +22,11 @@ _WRITES_PER_TAIL = 2
 
 
 class DownloadMemory:
-    """Divides a fixed number of bytes among the downloads that are active.
+    """Divides a fixed number of bytes among the registries from which downloads are active, and then among these.
 
     `transit_limit` is for bytes on their way from upstream to the disk: those that arrive and those that are being
-    written. The more downloads, the smaller are their writes; a download with a slow disk stops reading from upstream.
+    written. The more downloads from a registry, the smaller are their writes; a download with a slow disk stops reading
+    from upstream.
     With more than 200 downloads, each takes 192 KiB more at most. `tail_limit` is for bytes that are on disk, but that
     readers close behind still get from memory. The oldest are dropped first.
     """
@@ -33,29 +34,29 @@ class DownloadMemory:
     def __init__(self, transit_limit: int = 40 * _MIB, tail_limit: int = 24 * _MIB) -> None:
         self._transit_limit = transit_limit
         self._tail_limit = tail_limit
-        self._active = 0
+        self._active: Counter[str] = Counter()  # downloads by the host of their registry
         self._writes: OrderedDict[int, _Write] = OrderedDict()  # in all tails, the oldest first, by `id`
         self.tail_size = 0  # bytes
 
     @contextmanager
-    def share(self) -> Iterator[None]:
-        """Take part in the division during the ``with`` block."""
-        self._active += 1
+    def share(self, host: str) -> Iterator[None]:
+        """Take part in the division during the ``with`` block, as a download from `host`."""
+        self._active[host] += 1
         try:
             yield
         finally:
-            self._active -= 1
+            self._active[host] -= 1
+            if not self._active[host]:
+                del self._active[host]
 
-    @property
-    def write_size(self) -> int:
-        """The number of bytes that a download collects before it writes them."""
-        share = self._transit_limit // (2 * max(1, self._active)) - _CHUNK_SIZE
+    def write_size(self, host: str) -> int:
+        """Return the number of bytes that a download from `host` collects before it writes them."""
+        share = self._transit_limit // (2 * max(1, len(self._active)) * max(1, self._active[host])) - _CHUNK_SIZE
         return max(_MIN_WRITE_SIZE, min(_MAX_WRITE_SIZE, share))
 
-    @property
-    def read_ahead(self) -> int:
-        """The number of bytes that may arrive while a download writes."""
-        return min(_MAX_READ_AHEAD, self.write_size)
+    def read_ahead(self, host: str) -> int:
+        """Return the number of bytes that may arrive while a download from `host` writes."""
+        return min(_MAX_READ_AHEAD, self.write_size(host))
 
     def tail(self) -> TailBuffer:
         """Return the tail of a new download."""

@@ -15,6 +15,11 @@ If the file cannot be written further although upstream could continue, the down
 happens if the disk is full or the blob is larger than the cache. Each reader then fetches the rest directly from
 upstream, from the byte at which the file ends, with a copy of the hash.
 
+A download goes on if its readers leave, so that a client that tries again finds it. But then it ends after
+_MAX_UNREAD_TIME seconds or `DownloadLimits.unread_size` bytes. The file stays, and the next download continues with it.
+The number of downloads that write files is bounded, with a share for one registry and one client address. Beyond that,
+blobs are passed on without being cached.
+
 If another process already writes the file, the readers of this process read the same file. The download ends when the
 other process finishes. If that process dies, this one takes over the file and continues the download.
 """
@@ -22,17 +27,18 @@ other process finishes. If that process dies, this one takes over the file and c
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
-from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from attrs import field, frozen
-from twisted.internet.defer import Deferred, DeferredList, DeferredLock
+from twisted.internet.defer import CancelledError, Deferred, DeferredList, DeferredLock
 from twisted.logger import Logger
 
 from dockerproxy.cache.download_memory import DownloadMemory
 from dockerproxy.cache.download_state import DownloadState
 from dockerproxy.cache.ingests import DownloadInfo, FollowedIngest, IngestObserver, Ingests, IngestWriter
+from dockerproxy.cache.open_readers import OpenReaders
 from dockerproxy.cache.reader import WITHHELD_BYTES, BlobReader
 from dockerproxy.cache.resumable import PartialTooLong, ResumableGet
 from dockerproxy.cache.space import CacheSpace, Reservation
@@ -41,6 +47,7 @@ from dockerproxy.concurrency import in_thread, spawn
 from dockerproxy.errors import RegistryError, UpstreamBroken
 from dockerproxy.oci.content import VERIFY_FIRST_SIZE
 from dockerproxy.oci.names import Digest
+from dockerproxy.shares import ClientShares
 from dockerproxy.store.hashed_append_file import HashedAppendFile
 from dockerproxy.store.layout import IngestKey
 from dockerproxy.store.lru_index import CacheFull
@@ -49,11 +56,14 @@ if TYPE_CHECKING:
     from hashlib import _Hash
 
 _FSYNC_THRESHOLD = 64 * 1024 * 1024  # bytes; an NVMe disk needs 0.02 s for them
+_MAX_UNREAD_TIME = 60.0  # seconds for which a download goes on without a reader
 _LEND_TIMEOUT = 5.0  # seconds for which a failed download keeps its connection open for a reader
 _INTERNAL_ERROR = "the download failed because of an internal error; see the log of docker-registry-proxy"
 
 log = Logger()
 
+
+T = TypeVar("T")
 
 OnVerified = Callable[[], Coroutine[Any, Any, None]]
 """Called when a blob has been verified, before its last byte becomes readable. Records the grant."""
@@ -67,6 +77,29 @@ class IngestUnavailable(IngestFailed):
     """The ingest file cannot be opened or read."""
 
 
+class DownloadUnread(Exception):
+    """Nobody has read the download for too long, or it is too large for that. The next one continues with its file."""
+
+
+@frozen
+class DownloadLimits:
+    """The bounds of the downloads of one process: those that write files, and the bytes of one without a reader.
+
+    Each takes three descriptors, a file, and up to 192 KiB of memory. 500 hosts behind one address that pull different
+    images at once take fewer than its share.
+    """
+
+    downloads: int = 2000
+    downloads_per_registry: int = 1000
+    downloads_per_client: int = 1000
+    unread_size: int = 256 * 1024 * 1024
+
+    @classmethod
+    def for_cache(cls, size: int) -> DownloadLimits:
+        """Return the limits for a cache of `size` bytes: a download without a reader may take a sixteenth."""
+        return cls(unread_size=min(cls().unread_size, size // 16))
+
+
 @frozen
 class DownloadResources:
     """Services that all downloads of a process share."""
@@ -76,6 +109,8 @@ class DownloadResources:
     space: CacheSpace
     ingests: Ingests
     observer: IngestObserver
+    open_readers: OpenReaders
+    limits: DownloadLimits
     memory: DownloadMemory = field(factory=DownloadMemory)
     sync_lock: DeferredLock = field(factory=DeferredLock)
 
@@ -83,11 +118,17 @@ class DownloadResources:
 class BlobDownload:
     """The download of one blob, started for the first client that requested it, `principal`.
 
-    `state` is described at `DownloadState`. It implements `Download`.
+    `state` is described at `DownloadState`. It implements `Download`. A `refusal` is the reason why it must not write a
+    file: too many others do.
     """
 
     def __init__(
-        self, resources: DownloadResources, principal: UpstreamPrincipal, digest: Digest, on_verified: OnVerified
+        self,
+        resources: DownloadResources,
+        principal: UpstreamPrincipal,
+        digest: Digest,
+        on_verified: OnVerified,
+        refusal: str = "",
     ) -> None:
         self._reactor = resources.reactor
         self._upstream = resources.upstream
@@ -104,6 +145,14 @@ class BlobDownload:
         self._file: IngestWriter | HashedAppendFile | None = None
         self._fd = -1  # of the ingest file, to read it; each reader duplicates it
         self._lent: ResumableGet | None = None  # after a failure: open, at the byte where the file ends
+        self._open_readers = resources.open_readers
+        self._refusal = refusal
+        self._max_unread_size = resources.limits.unread_size
+        self._attendants = 0  # readers, and callers that wait for one
+        self._unread_since = resources.reactor.seconds()
+        self._unread_from = 0  # the bytes in the file when the last attendant left
+        self._unread_timer = resources.reactor.callLater(_MAX_UNREAD_TIME, self._end_if_unread)
+        self._waiting_for_upstream: Deferred[Any] | None = None
         self._memory = resources.memory
         self._tail = resources.memory.tail()
         self.key = principal.repository.ingest_key(digest)
@@ -121,9 +170,7 @@ class BlobDownload:
 
         Do not raise, but set `failure`.
         """
-        source = ResumableGet(
-            self._reactor, self._upstream, self.repository, self.digest, read_ahead=lambda: self._memory.read_ahead
-        )
+        source = ResumableGet(self._reactor, self._upstream, self.repository, self.digest, read_ahead=self._read_ahead)
         try:
             await self._transfer(source)
         except Exception as error:
@@ -139,6 +186,8 @@ class BlobDownload:
 
     def end(self, state: DownloadState) -> None:
         """Change to the final `state`, and wake all waiters."""
+        if self._unread_timer.active():
+            self._unread_timer.cancel()
         self._tail.clear()  # because a slow reader may keep this object alive for hours
         self._close_file()
         self._change_state(state)
@@ -159,15 +208,17 @@ class BlobDownload:
 
         A foreign download may be committed before this process has seen it start.
         """
-        while self.state.is_pending:
-            await self.wait_changed()
+        with self._attended():
+            while self.state.is_pending:
+                await self.wait_changed()
         if self.state is DownloadState.FAILED and self._info is None:
             raise self.failure if isinstance(self.failure, RegistryError) else RegistryError(_INTERNAL_ERROR)
 
     async def wait_size(self) -> None:
         """Wait until the size of the blob is known or the download has ended."""
-        while self.size is None and not self.state.is_end:
-            await self.wait_changed()
+        with self._attended():
+            while self.size is None and not self.state.is_end:
+                await self.wait_changed()
 
     def serves(self, principal: UpstreamPrincipal, max_age: float) -> bool:
         """Return whether the upstream request of this download also decides for `principal`.
@@ -201,7 +252,11 @@ class BlobDownload:
         """
         if self.state.is_end:
             return None
-        return BlobReader(self._reactor, self, os.dup(self._fd) if self._fd >= 0 else -1, repository)
+        fd = os.dup(self._fd) if self._fd >= 0 else -1
+        reader = BlobReader(self._reactor, self, fd, repository, self._close_reader)
+        self._open_readers.add(reader)
+        self._attend()
+        return reader
 
     def read_tail(self, offset: int, at_most: int) -> memoryview | None:
         """Return one or more bytes from `offset` on if they are still in memory."""
@@ -213,22 +268,78 @@ class BlobDownload:
         lent, self._lent = self._lent, None
         if lent is not None:
             return lent, hasher
-        source = ResumableGet(self._reactor, self._upstream, repository, self.digest, self.written)
+        source = ResumableGet(
+            self._reactor, self._upstream, repository, self.digest, self.written, read_ahead=self._read_ahead
+        )
         source.size = self.size
         return source, hasher
+
+    def _read_ahead(self) -> int:
+        return self._memory.read_ahead(self.key.host)
+
+    # attendants
+
+    def _attend(self) -> None:
+        self._attendants += 1
+        if self._unread_timer.active():
+            self._unread_timer.cancel()
+
+    def _leave(self) -> None:
+        self._attendants -= 1
+        if not self._attendants and not self.state.is_end:
+            self._unread_since, self._unread_from = self._reactor.seconds(), self.written
+            self._unread_timer = self._reactor.callLater(_MAX_UNREAD_TIME, self._end_if_unread)
+
+    @contextmanager
+    def _attended(self) -> Iterator[None]:
+        self._attend()
+        try:
+            yield
+        finally:
+            self._leave()
+
+    def _close_reader(self, reader: BlobReader) -> None:
+        self._open_readers.discard(reader)
+        self._leave()
+
+    def _check_read(self) -> None:
+        """Raise `DownloadUnread` if the download has been without attendants for too long."""
+        if self._attendants:
+            return
+        if self._reactor.seconds() - self._unread_since >= _MAX_UNREAD_TIME:
+            raise DownloadUnread(f"nobody has read it for {_MAX_UNREAD_TIME:g} s")
+        if self.written - self._unread_from > self._max_unread_size:
+            raise DownloadUnread(f"nobody has read it for {self.written - self._unread_from} bytes")
+
+    def _end_if_unread(self) -> None:
+        if self._waiting_for_upstream is not None:
+            self._waiting_for_upstream.cancel()
+
+    async def _unless_unread(self, work: Coroutine[Any, Any, T]) -> T:
+        """Return the result of `work`, which waits for upstream, or raise `DownloadUnread`."""
+        self._waiting_for_upstream = Deferred.fromCoroutine(work)
+        try:
+            return await self._waiting_for_upstream  # type: ignore[no-any-return]
+        except CancelledError:
+            self._check_read()
+            raise
+        finally:
+            self._waiting_for_upstream = None
 
     # the transfer
 
     async def _transfer(self, source: ResumableGet) -> None:
         """Bring the blob into the store, or return as soon as somebody else has."""
         try:
+            if self._refusal:
+                raise IngestUnavailable(self._refusal)
             while (ingest := await self._acquire_ingest()) is not None:
                 async with self._space.reservation(ingest) as reservation, self._holding(ingest):
                     if await self._open_upstream(source, ingest):
                         await self._receive(source, ingest, reservation)
                         return
         except IngestUnavailable:
-            await source.open()  # because upstream decides whether the clients get the blob
+            await self._unless_unread(source.open())  # because upstream decides whether the clients get the blob
             self._mark_started(self._describe(source))
             raise
 
@@ -286,6 +397,7 @@ class BlobDownload:
                     progress = self._update_from(foreign)
                     if ingest is not None:
                         return ingest
+                    self._check_read()
                     await changes.wait(progress=progress)
             self._update_from(foreign)
             self.verified = self._ingests.was_committed(foreign)
@@ -326,13 +438,13 @@ class BlobDownload:
     async def _holding(self, ingest: IngestWriter) -> AsyncIterator[None]:
         """Take part in the division of the memory, and release the ingest at the end.
 
-        The next download continues with the partial file.
+        The next download continues with the partial file, if it has any bytes.
 
         After a local failure, delete the partial file: a retry would fail in the same way, and the file may be what
         fills the disk.
         """
         try:
-            with self._memory.share():
+            with self._memory.share(self.key.host):
                 yield
         except IngestFailed:
             try:
@@ -342,7 +454,10 @@ class BlobDownload:
             raise
         finally:
             self._ingests.remove_info(self.key)
-            ingest.release()
+            if ingest.size:
+                ingest.release()
+            else:
+                ingest.discard()  # because upstream may have refused each of a million requests
 
     async def _open_upstream(self, source: ResumableGet, ingest: IngestWriter) -> bool:
         """Open `source` at the byte where the partial file ends.
@@ -351,7 +466,7 @@ class BlobDownload:
         """
         source.offset, source.size = ingest.size, self.size
         try:
-            await source.open()
+            await self._unless_unread(source.open())
         except PartialTooLong:
             pass
         else:
@@ -374,9 +489,8 @@ class BlobDownload:
         self._mark_started(info)
         if info.size is None or info.size > VERIFY_FIRST_SIZE:  # else it is served only when complete
             self._ingests.publish_info(ingest, info)
-        await self._reserve(reservation, self.written if info.size is None else info.size)
-        # The first writes are smaller, so that readers get the beginning at once.
-        while pieces := await source.read(min(self._memory.write_size, self.written)):
+        await self._reserve(reservation, self.written, info.size)
+        while pieces := await self._read(source):
             try:
                 await self._append(source, ingest, reservation, pieces)
             except IngestFailed:
@@ -399,6 +513,12 @@ class BlobDownload:
         except OSError as error:
             raise IngestFailed(f"cannot commit the file: {error.strerror}") from error
 
+    async def _read(self, source: ResumableGet) -> list[bytes]:
+        self._check_read()
+        # The first writes are smaller, so that readers get the beginning at once.
+        at_least = min(self._memory.write_size(self.key.host), self.written)
+        return await self._unless_unread(source.read(at_least))
+
     def _call(self, hooks: Iterable[OnVerified]) -> Deferred[Any]:
         return DeferredList([spawn(hook(), f"recording the grant of {self.digest}") for hook in hooks])
 
@@ -406,7 +526,7 @@ class BlobDownload:
         self, source: ResumableGet, ingest: IngestWriter, reservation: Reservation, pieces: list[bytes]
     ) -> None:
         end = self.written + sum(map(len, pieces))
-        await self._reserve(reservation, end if source.size is None else source.size)
+        await self._reserve(reservation, end, source.size)
         try:
             await in_thread(self._reactor, ingest.append, pieces)
         except OSError as error:
@@ -414,10 +534,10 @@ class BlobDownload:
         self._tail.add(self.written, pieces)
         self._grow(end)
 
-    async def _reserve(self, reservation: Reservation, size: int) -> None:
+    async def _reserve(self, reservation: Reservation, size: int, announced_size: int | None) -> None:
         """Reserve cache space for `size` bytes of the blob. Raise `IngestFailed`."""
         try:
-            await reservation.grow(size)
+            await reservation.grow(size, announced_size)
         except CacheFull as error:
             raise IngestFailed(str(error)) from error
         except OSError as error:
@@ -464,7 +584,7 @@ class BlobDownload:
     def _log_failure(self, error: Exception) -> None:
         if isinstance(error, RegistryError):
             reason = error.message
-        elif isinstance(error, IngestFailed):
+        elif isinstance(error, (IngestFailed, DownloadUnread)):
             reason = str(error)
         else:
             log.failure("download of {digest} failed", digest=str(self.digest))
@@ -485,19 +605,39 @@ class BlobDownload:
 class Downloads:
     """The active downloads, by registry and digest."""
 
-    def __init__(self, reactor: Any, upstream: RegistryClient, space: CacheSpace, ingests: Ingests) -> None:
-        self._resources = DownloadResources(reactor, upstream, space, ingests, IngestObserver(reactor))
+    def __init__(
+        self,
+        reactor: Any,
+        upstream: RegistryClient,
+        space: CacheSpace,
+        ingests: Ingests,
+        open_readers: OpenReaders,
+        limits: DownloadLimits,
+    ) -> None:
+        self._resources = DownloadResources(
+            reactor, upstream, space, ingests, IngestObserver(reactor), open_readers, limits
+        )
         self._downloads: dict[IngestKey, BlobDownload] = {}
+        self._of_registries = ClientShares("downloads by registry", limits.downloads, limits.downloads_per_registry)
+        self._of_clients = ClientShares("downloads", limits.downloads, limits.downloads_per_client)
+
+    @property
+    def bounds(self) -> tuple[ClientShares, ...]:
+        """The bounds of the downloads that write files."""
+        return self._of_registries, self._of_clients
 
     def get(self, key: IngestKey) -> BlobDownload | None:
         """Return the active download of `key`, if any."""
         return self._downloads.get(key)
 
     def start(self, principal: UpstreamPrincipal, digest: Digest, on_verified: OnVerified) -> BlobDownload:
-        """Start to download `digest` for `principal`. The download continues even if all readers close."""
-        download = BlobDownload(self._resources, principal, digest, on_verified)
+        """Start to download `digest` for `principal`. If too many downloads are running, do not cache it."""
+        host, client = str(principal.repository.registry.host), principal.client
+        refusal = _refusal(self._of_registries, host) or _refusal(self._of_clients, client)
+        download = BlobDownload(self._resources, principal, digest, on_verified, refusal)
         self._downloads[download.key] = download
-        spawn(self._run(download), f"the download of {digest}")
+        work = self._run(download) if refusal else self._run_counted(download, host, client)
+        spawn(work, f"the download of {digest}")
         return download
 
     def report(self) -> list[dict[str, Any]]:
@@ -514,6 +654,15 @@ class Downloads:
             for key, download in self._downloads.items()
         ]
 
+    async def _run_counted(self, download: BlobDownload, host: str, client: str) -> None:
+        self._of_registries.acquire(host)
+        self._of_clients.acquire(client)
+        try:
+            await self._run(download)
+        finally:
+            self._of_registries.release(host)
+            self._of_clients.release(client)
+
     async def _run(self, download: BlobDownload) -> None:
         state = DownloadState.FAILED
         try:
@@ -521,6 +670,17 @@ class Downloads:
         finally:
             del self._downloads[download.key]
             download.end(state)
+
+
+def _refusal(shares: ClientShares, holder: str) -> str:
+    """Return the reason why `holder` may not have another download that writes a file, or `""`."""
+    if shares.has_room(holder):
+        return ""
+    shares.refused += 1
+    return (
+        f"{shares.used} of {shares.limit} {shares.name} are running, {shares.held_by(holder)} of {shares.share} for"
+        f" {holder}"
+    )
 
 
 class BackgroundFsync:

@@ -45,12 +45,14 @@ from dockerproxy.oci.manifests import (
     accept_key,
     accept_set,
     accepts,
+    data_type,
     media_type_of,
 )
 from dockerproxy.oci.names import Digest, Reference, Tag
 from dockerproxy.store.blobs import Blobs
 from dockerproxy.store.links import Links, Visibility
 from dockerproxy.store.records import Records
+from dockerproxy.thread_pool import ContentParser
 
 _MAX_TAG_ENTRIES = 16  # per tag and visibility: one entry for each set of accepted media types
 _PRIVATE_PREFIX = "private "  # of the keys of private entries in a record
@@ -105,6 +107,7 @@ class CachedManifests:
         access: Access,
         freshness: Freshness,
         lock: KeyedLock,
+        parser: ContentParser,
         *,
         clock: Callable[[], float],
         on_stored: Callable[[Digest, int], None],
@@ -117,6 +120,7 @@ class CachedManifests:
         self._access = access
         self._freshness = freshness
         self._lock = lock
+        self._parser = parser
         self._clock = clock
         self._on_stored = on_stored
         self._requests: SingleFlight[tuple[object, ...], ManifestResponse] = SingleFlight()
@@ -342,7 +346,7 @@ class CachedManifests:
         registry = principal.repository.registry
         content = await response.read_all(MAX_MANIFEST)
         try:
-            body_type = media_type_of(content)
+            body_type = await self._parser.parse(media_type_of, content, client=str(registry))
             media_type = _media_type_field(response) or body_type
         except ManifestInvalid:
             raise UpstreamBroken(f"{registry} returned content for {reference} that is not a valid manifest") from None
@@ -494,9 +498,10 @@ def _digest_field(response: UpstreamResponse) -> Digest | None:
 
 
 def _media_type_field(response: UpstreamResponse) -> str | None:
-    """Return the Content-Type of the response; None if it is missing or generic."""
+    """Return the Content-Type of the response; None if it is missing, generic or not that of a manifest."""
     media_type = (response.headers.get("content-type") or "").partition(";")[0].strip().lower()
-    return None if media_type in ("", "application/json", "application/octet-stream", "text/plain") else media_type
+    is_generic = media_type in ("application/json", "application/octet-stream") or data_type(media_type) != media_type
+    return None if is_generic else media_type
 
 
 class ManifestMemoryCache:

@@ -36,9 +36,17 @@ from dockerproxy.http.headers import Headers
 from dockerproxy.oci.challenge import Challenge
 from dockerproxy.oci.content import BlobResponse, ManifestResponse
 from dockerproxy.oci.credentials import BasicCredentials
-from dockerproxy.oci.manifests import EMPTY_INDEX, MAX_MANIFEST, OCI_INDEX, fallback_tag, filter_referrers
+from dockerproxy.oci.manifests import (
+    EMPTY_INDEX,
+    MAX_MANIFEST,
+    OCI_INDEX,
+    fallback_tag,
+    filter_referrers,
+)
 from dockerproxy.oci.names import Digest, Reference, Registry, Repository
 from dockerproxy.oci.referrers import ReferrersIndex, ReferrersQuery
+from dockerproxy.oci.routes import LIST_KINDS, Kind, Target, is_pull_query
+from dockerproxy.thread_pool import ContentParser
 from dockerproxy.upstream.credentials import Anonymous, ClientCredential, Credential
 
 
@@ -56,12 +64,13 @@ class PullThrough:
     token_endpoint: TokenEndpoint
     manifests: CachedManifests
     blobs: CachedBlobs
+    parser: ContentParser
     registries: Iterable[Registry]
     login_for: Callable[[Registry], BasicCredentials | None]
     clock: Callable[[], float]
 
-    def registry(self, registry: Registry, authorization: str | None) -> CachedRegistry:
-        """Return `registry` as seen by a client with the Authorization field `authorization`, if any.
+    def registry(self, registry: Registry, authorization: str | None, client: str = "") -> CachedRegistry:
+        """Return `registry` as seen by the client at the address `client`, with its Authorization field, if any.
 
         Every method raises `Unauthorized` if the client's token is local and expired, or was issued for another
         registry.
@@ -69,7 +78,8 @@ class PullThrough:
         fallback_identity = (
             self.identities.read_token(registry, authorization, self.clock()) if authorization is not None else None
         )
-        return CachedRegistry(self, registry, authorization if fallback_identity is None else None, fallback_identity)
+        own_authorization = authorization if fallback_identity is None else None
+        return CachedRegistry(self, registry, own_authorization, fallback_identity, client)
 
     def registry_for_realm(self, host: Registry, path: str) -> Registry | None:
         """Return the registry that has its token endpoint at `path` of `host`, if any."""
@@ -103,6 +113,7 @@ class CachedRegistry:
     registry: Registry
     authorization: str | None = field(repr=False)
     fallback_identity: str | None
+    client: str = ""
 
     @property
     def credential(self) -> Credential:
@@ -117,7 +128,8 @@ class CachedRegistry:
         await self.cache.challenges.ensure_known(self.registry)
         credential = self.credential
         identity = self.cache.identities.for_credential(self.registry, credential)
-        return UpstreamPrincipal(UpstreamRepository(self.registry, name, credential), identity, self.fallback_identity)
+        repository = UpstreamRepository(self.registry, name, credential)
+        return UpstreamPrincipal(repository, identity, self.fallback_identity, self.client)
 
     async def manifest(
         self, name: Repository, reference: Reference, accept: list[str], *, head: bool
@@ -143,7 +155,7 @@ class CachedRegistry:
     async def _ping_upstream(self) -> None:
         """Let upstream check the client's credential. Ignore an outage, because each repository checks access again."""
         try:
-            response = await self.forward("GET", "/v2/", None, Headers())
+            response = await self.forward("GET", Target(Kind.BASE), "/v2/", Headers())
             if response.status == 401:
                 raise await error_from_response(self.registry, response)
             await response.discard()
@@ -167,14 +179,15 @@ class CachedRegistry:
         """Return the referrers of `subject`, from the fallback tag if upstream has no referrers API."""
         self._check_token()
         path = f"/v2/{name}/referrers/{subject}" + (f"?{query.text}" if query.text else "")
+        is_shared = self.authorization is not None or is_pull_query(query.text)
         response = await self.cache.upstream.request(
-            "GET", self.registry, path,
-            name=name, credential=self.credential, headers=Headers([("accept", OCI_INDEX)]),
+            "GET", self.registry, path, name=name,
+            credential=self.credential if is_shared else Anonymous(), headers=Headers([("accept", OCI_INDEX)]),
         )  # fmt: skip
         if response.status == 200:
             filtered = "artifactType" in (response.headers.get("oci-filters-applied") or "")
             content = await response.read_all(MAX_MANIFEST)
-            self._filter_referrers(content, "")
+            await self._filter_referrers(content, "")
             return ReferrersIndex(content, filtered, "PASS")
         if response.status != 404:
             raise await error_from_response(self.registry, response)
@@ -188,28 +201,39 @@ class CachedRegistry:
             content = EMPTY_INDEX
         if query.artifact_type is None:
             return ReferrersIndex(content, False, "PASS")
-        return ReferrersIndex(self._filter_referrers(content, query.artifact_type), True, "PASS")
+        return ReferrersIndex(await self._filter_referrers(content, query.artifact_type), True, "PASS")
 
-    def _filter_referrers(self, index: bytes, artifact_type: str) -> bytes:
+    async def _filter_referrers(self, index: bytes, artifact_type: str) -> bytes:
         try:
-            return filter_referrers(index, artifact_type)
+            return await self.cache.parser.parse(filter_referrers, index, artifact_type, client=str(self.registry))
         except ManifestInvalid:
             raise UpstreamBroken(f"{self.registry} returned an invalid index of referrers") from None
 
     async def forward(
-        self, method: str, path: str, name: Repository | None, headers: Headers, body: Any = None
+        self, method: str, target: Target, path: str, headers: Headers, body: Any = None
     ) -> UpstreamResponse:
-        """Send a request upstream. Return the unmodified response, also a redirect; the caller reads its body."""
+        """Send a request for the API resource `target`. `path` is its path and query; the caller reads the body.
+
+        Redirects of lists are followed. The configured login is shared for lists only: not for writes, upload sessions,
+        or a query that is no pull's. Manifests, blobs and referrers have methods of their own.
+        """
         self._check_token()
+        is_list = target.kind in LIST_KINDS and method in ("GET", "HEAD")
         credential = self.credential
-        if self.authorization is None and (method not in ("GET", "HEAD") or not path.startswith("/v2/")):
-            # The configured login is shared for pulls only: not for writes, and not for paths outside the API.
+        if self.authorization is None and not (is_list and is_pull_query(path.partition("?")[2])):
             credential = Anonymous()
         return await self.cache.upstream.request(
             method, self.registry, path,
-            name=name, credential=credential, headers=headers, body=body, follow=False,
+            name=target.name or None, credential=credential, headers=headers, body=body, follow=is_list,
             actions="pull" if method in ("GET", "HEAD") else "pull,push",
         )  # fmt: skip
+
+    async def forward_page(self, method: str, path: str, headers: Headers, body: Any = None) -> UpstreamResponse:
+        """Send a request that is not of the API as it is, with the client's own credential or none."""
+        self._check_token()
+        if self.authorization is not None:
+            headers = Headers.from_lowercase([*headers, ("authorization", self.authorization)])
+        return await self.cache.upstream.send(method, self.registry, path, headers, body)
 
     def challenge(self, error: RegistryError, *, secure: bool) -> list[tuple[str, str]]:
         """Return the WWW-Authenticate fields for a 401: those of `error`, or the stored ones of the registry."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from dockerproxy.cache.download_state import Download, DownloadState
 from dockerproxy.cache.resumable import ResumableGet
 from dockerproxy.cache.upstream import UpstreamRepository
 from dockerproxy.concurrency import in_thread
-from dockerproxy.errors import UpstreamBroken, UpstreamError
+from dockerproxy.errors import ServiceOverloaded, UpstreamBroken, UpstreamError
 from dockerproxy.oci.content import BytesLike
 from dockerproxy.oci.names import Digest
 from dockerproxy.store.blobs import read_blocking, read_cached
@@ -22,12 +23,25 @@ WITHHELD_BYTES = 1
 
 
 class BlobReader:
-    """Content of a blob that is being downloaded, readable from any offset. Each client has its own reader."""
+    """Content of a blob that is being downloaded, readable from any offset. Each client has its own reader.
 
-    def __init__(self, reactor: Any, download: Download, fd: int, repository: UpstreamRepository) -> None:
+    Closing it calls `on_close` once.
+    """
+
+    def __init__(
+        self,
+        reactor: Any,
+        download: Download,
+        fd: int,
+        repository: UpstreamRepository,
+        on_close: Callable[[BlobReader], None],
+    ) -> None:
         self._reactor = reactor
         self._download = download
-        self._fd = fd
+        self._on_close: Callable[[BlobReader], None] | None = on_close
+        self._is_reading_in_thread = False
+        self._given_up = False
+        self.fd = fd
         self._repository = repository
         self._direct_reader: _DirectReader | None = None
         self.digest = download.digest
@@ -62,22 +76,45 @@ class BlobReader:
         if isinstance(download.failure, UpstreamError):
             raise download.failure
 
+    def give_up(self) -> bool:
+        """Close the file now, so that the next read fails. Return False if a thread is reading it."""
+        if self._is_reading_in_thread:
+            return False
+        self._given_up = True
+        self._close_file()
+        return True
+
     def close(self) -> None:
-        """Close the descriptor, and the upstream connection if this reader has one."""
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
+        """Close the descriptor, and the upstream connection if this reader has one. A second call does nothing."""
+        self._close_file()
         if self._direct_reader is not None:
             self._direct_reader.close()
+        on_close, self._on_close = self._on_close, None
+        if on_close is not None:
+            on_close(self)
+
+    def _close_file(self) -> None:
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
 
     async def _read_file(self, offset: int, size: int) -> bytes | bytearray:
-        data: bytes | bytearray | None = read_cached(self._fd, offset, size)
+        if self._given_up:
+            raise ServiceOverloaded(f"{self.digest} was evicted while a slow client read it; try again")
+        data: bytes | bytearray | None = read_cached(self.fd, offset, size)
         if data is None:
-            data = await in_thread(self._reactor, read_blocking, self._fd, offset, size)
+            data = await self._read_in_thread(offset, size)
         if not data:
             # Another program truncated the file. This must not look like the end of the blob.
             raise UpstreamBroken(f"the partial download of {self.digest} was truncated by another program")
         return data
+
+    async def _read_in_thread(self, offset: int, size: int) -> bytes:
+        self._is_reading_in_thread = True
+        try:
+            return await in_thread(self._reactor, read_blocking, self.fd, offset, size)
+        finally:
+            self._is_reading_in_thread = False
 
     async def _read_direct(self, offset: int, at_most: int) -> BytesLike:
         """Read from upstream if the ingest failed. If upstream itself failed, raise its error for this reader, too."""

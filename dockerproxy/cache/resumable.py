@@ -10,13 +10,16 @@ from twisted.internet.task import deferLater
 from twisted.logger import Logger
 
 from dockerproxy.cache.upstream import RegistryClient, UpstreamRepository, UpstreamResponse, error_from_response
-from dockerproxy.errors import RegistryError, UpstreamBroken, UpstreamError
+from dockerproxy.errors import RegistryError, UpstreamBroken, UpstreamError, UpstreamTimeout
 from dockerproxy.http.headers import Headers
 from dockerproxy.oci.names import Digest
 from dockerproxy.oci.ranges import parse_content_range
 from dockerproxy.upstream.retry import parse_retry_after
 
 _RETRY_DELAYS = (0.2, 0.5, 1, 2, 4, 8)  # seconds before each retry; restarts at the first after progress
+_RATE_WINDOW = 60.0  # seconds of waiting for upstream, over which its rate is measured
+_MAX_COUNTED_WAIT = 20.0  # seconds; a longer silence counts as this one, because PROXY_READ_TIMEOUT allows it
+_MIN_RATE = 1024  # bytes a second; an upstream that sends less for so long is as good as silent
 _MAX_OPEN_ATTEMPTS = 2
 _READ_BATCH_TIME = 0.002  # seconds to wait for more bytes per read
 _READ_AHEAD = 256 * 1024  # bytes
@@ -27,6 +30,10 @@ log = Logger()
 
 class PartialTooLong(UpstreamBroken):
     """The partial download is longer than the blob upstream, so it is not a prefix of it."""
+
+
+class UpstreamTooSlow(UpstreamTimeout):
+    """Upstream sends less than _MIN_RATE. To try again would give it another minute."""
 
 
 class ResumableGet:
@@ -54,6 +61,8 @@ class ResumableGet:
         self._repository = repository
         self._digest = digest
         self._response: UpstreamResponse | None = None
+        self._waited = 0.0  # seconds of the current window
+        self._received = 0  # bytes in it
         self._buffer: list[bytes] = []  # read from the response, but not returned yet
         self.offset = offset
         self.size: int | None = None
@@ -91,7 +100,7 @@ class ResumableGet:
             except UpstreamError as error:
                 self.abort()
                 delay = next(delays, None)
-                if delay is None or isinstance(error, PartialTooLong):  # a retry cannot succeed
+                if delay is None or isinstance(error, (PartialTooLong, UpstreamTooSlow)):  # a retry cannot succeed
                     raise
                 await self._back_off(max(delay, self._retry_after(error)), error)
 
@@ -115,7 +124,9 @@ class ResumableGet:
                 return []
             assert self._response is not None
             self._response.limit_read_ahead(self._read_ahead())
+            started = self._clock.seconds()
             self._buffer = await self._response.read_pieces(at_least, _READ_BATCH_TIME)
+            self._check_rate(self._clock.seconds() - started)
         pieces, self._buffer = self._buffer, []
         end = self.offset + sum(map(len, pieces))
         if not pieces and self.size is None:
@@ -126,6 +137,19 @@ class ResumableGet:
             raise UpstreamBroken(f"{self._repository.registry} sent more than {self.size} bytes of {self._digest}")
         self.offset = end
         return pieces
+
+    def _check_rate(self, waited: float) -> None:
+        """Raise `UpstreamTooSlow` at the end of a window in which too few bytes have come."""
+        self._waited += min(waited, _MAX_COUNTED_WAIT)
+        self._received += sum(map(len, self._buffer))
+        if self._waited < _RATE_WINDOW:
+            return
+        if self._buffer and self._received < _MIN_RATE * self._waited:
+            raise UpstreamTooSlow(
+                f"{self._repository.registry} sent {self._received} bytes of {self._digest} in {self._waited:.0f} s,"
+                f" less than {_MIN_RATE} bytes a second"
+            )
+        self._waited, self._received = 0.0, 0
 
     def _retry_after(self, error: UpstreamError) -> float:
         """Return the Retry-After of `error` in seconds, limited to _MAX_RETRY_AFTER because a client is waiting."""

@@ -29,6 +29,7 @@ MAINTENANCE_INTERVAL = 600.0
 
 _STALE_INGEST_AGE = 86400.0  # seconds after which an abandoned partial download is deleted
 _MIN_FREE_BYTES = 16 * 1024 * 1024  # bytes kept free on the disk for other programs
+_MAX_PARTIALS = 500  # partial downloads that are kept for one registry; each takes an inode
 _MIN_FREE_INODES = 10_000  # files kept free on the disk for other programs, if it has 20 times as many
 
 _FILE_COST = 4096  # bytes that a link or record counts; it takes a block and an inode
@@ -36,6 +37,9 @@ _MAX_METADATA = 8  # links and records may take one part in so many of the cache
 _CLEAN_INTERVAL = 3600.0  # seconds between two walks of the janitor
 _EARLY_CLEAN = 10_000  # new files after which the janitor walks earlier, and those of more than 10 % growth
 _REPORT_INTERVAL = 5.0  # seconds over which new files are collected into one report
+
+_MIN_STEP = 128 * 1024  # bytes; a reservation begins with so many, and is then at most twice what has arrived
+_MAX_STEP = 16 * 1024 * 1024
 
 log = Logger()
 
@@ -47,7 +51,7 @@ class CacheSpace(Protocol):
     which calls `reserve`, `record_commit` and `release`.
     """
 
-    async def reserve(self, key: IngestKey, size: int, existing_size: int) -> bool: ...
+    async def reserve(self, key: IngestKey, size: int, expected_size: int, existing_size: int) -> str: ...
 
     async def record_commit(self, key: IngestKey, size: int) -> None: ...
 
@@ -55,9 +59,7 @@ class CacheSpace(Protocol):
 
     async def record(self, digest: Digest, size: int) -> None: ...
 
-    def pin(self, digest: Digest) -> None: ...
-
-    def unpin(self, digest: Digest) -> None: ...
+    def touch(self, digest: Digest) -> None: ...
 
     def record_files(self, count: int) -> None: ...
 
@@ -70,20 +72,32 @@ class CacheSpace(Protocol):
 
 @define
 class Reservation:
-    """The cache space of one download, used as ``async with``. At the end, the bytes that are on disk count."""
+    """The cache space of one download, used as ``async with``. At the end, the bytes that are on disk count.
+
+    It grows with what has arrived. An announced size reserves nothing, because anyone can announce one.
+    """
 
     _space: CacheSpace
     _ingest: IngestWriter
     _size: int | None = field(default=None, init=False)
 
-    async def grow(self, size: int) -> None:
-        """Reserve `size` bytes for the whole file. Raise `CacheFull` if they do not fit, or `OSError`."""
+    async def grow(self, size: int, announced_size: int | None) -> None:
+        """Reserve `size` bytes or a few more for the whole file, of which upstream has announced `announced_size`.
+
+        Raise `CacheFull` if they do not fit, or cannot be expected to; or `OSError`.
+        """
         if self._size is not None and size <= self._size:
             return
         self._size = self._size or 0  # from here on there is something to release, even if this fails
-        if not await self._space.reserve(self._ingest.key, size, self._ingest.size):
-            raise CacheFull(f"no cache space for {size} bytes; check CACHE_MAX_SIZE and the free disk space")
-        self._size = size
+        expected_size = size if announced_size is None else announced_size
+        step = min(max(size, _MIN_STEP), _MAX_STEP)
+        next_size = size + step if announced_size is None else min(size + step, announced_size)
+        for wanted in (next_size, size):
+            refusal = await self._space.reserve(self._ingest.key, wanted, expected_size, self._ingest.size)
+            if not refusal:
+                self._size = wanted
+                return
+        raise CacheFull(refusal)
 
     async def commit(self, size: int) -> None:
         """Count the blob of `size` bytes that the ingest has become, in place of the reserved bytes."""
@@ -126,9 +140,15 @@ class FileCounter:
 class CacheSpaceManager(CacheSpace):
     """Keeps the cache within its limit.
 
-    Space for a download is reserved before it is written. A reserved download is never evicted. Links and records count
-    as well. The janitor keeps them within their part of the limit; if there are more between two of its walks, they do
-    not take the space of blobs.
+    Space for a download is reserved before it is written. A reserved download is never evicted. A blob that is being
+    read may be, because its readers have it open.
+
+    Bytes that are not verified yet may take only a part of the cache, so that no registry can replace all blobs by
+    bytes that nobody will ever use: `max_blob_size` for one blob, as much for all of one registry, and seven eighths
+    (or `max_blob_size`) for all together. Partial downloads that nobody continues make room first.
+
+    Links and records count as well. The janitor keeps them within their part of the limit; if there are more between
+    two of its walks, they do not take the space of blobs.
     """
 
     def __init__(
@@ -138,6 +158,7 @@ class CacheSpaceManager(CacheSpace):
         blobs: Blobs,
         *,
         limit: int,
+        max_blob_size: int,
         inactive: float,
         clock: Callable[[], float],
         janitor: Janitor,
@@ -154,6 +175,8 @@ class CacheSpaceManager(CacheSpace):
         self._cleaned_at = -inf  # in the reactor's time
         self._is_cleaning = False
         self._reservations: set[IngestKey] = set()
+        self._max_blob_size = max_blob_size
+        self._max_unverified = max(limit - limit // 8, max_blob_size)
         self.index = LRUIndex(limit)
 
     def service(self) -> TimerService:
@@ -238,23 +261,55 @@ class CacheSpaceManager(CacheSpace):
         status = os.statvfs(self._layout.root)
         return max(0, min(_MIN_FREE_INODES, status.f_files // 20) - status.f_favail)
 
-    async def reserve(self, key: IngestKey, size: int, existing_size: int) -> bool:
-        """Reserve space for a download of `size` bytes, `existing_size` of which are already on disk.
+    async def reserve(self, key: IngestKey, size: int, expected_size: int, existing_size: int) -> str:
+        """Reserve space for the first `size` bytes of a download, `existing_size` of which are already on disk.
 
-        Return False if that is impossible. Call it again as a blob of unknown size grows. The caller must call
-        `release` at the end, even then.
+        Return the reason if that is impossible, or if the `expected_size` of the whole blob would be; otherwise `""`.
+        Call it again as the download grows. The caller must call `release` at the end, even after a refusal.
         """
         if key not in self._reservations:
             self._reservations.add(key)
             self.index.pin(key)
+        if max(size, expected_size) > self._max_blob_size:
+            return (
+                f"a blob may take {self._max_blob_size} bytes of the cache, and it has {max(size, expected_size)};"
+                " raise CACHE_MAX_BLOB_SIZE"
+            )
         try:
+            self._check_room(key, size, max(size, expected_size))
             # An earlier partial download, or a smaller reservation, is included in `size`.
-            evicted = self.index.evict(size - self.index.size(key))
-        except CacheFull:
-            return False
+            evicted = self._make_room(key, size - self.index.size(key))
+        except CacheFull as error:
+            return f"{error}; raise CACHE_MAX_SIZE"
         self.index.add(key, size, self._clock())
         await self._evict(evicted)
-        return await self._fits_on_disk(size - existing_size)
+        return await self._free_disk_space(size - existing_size, max(size, expected_size) - existing_size)
+
+    def _check_room(self, key: IngestKey, size: int, expected_size: int) -> None:
+        """Raise `CacheFull` if there is no room for `size` bytes, or none to be expected for the whole blob."""
+        index, growth = self.index, size - self.index.size(key)
+        if expected_size - index.size(key) > index.free + index.evictable:
+            raise CacheFull(
+                f"{expected_size} bytes do not fit into the cache, of whose {index.limit} bytes"
+                f" {index.total + index.overhead - index.evictable} are in use"
+            )
+        if index.reserved_bytes(key.host) + growth > self._max_blob_size:
+            raise CacheFull(
+                f"unfinished downloads from {key.host} have {index.reserved_bytes(key.host)} of the"
+                f" {self._max_blob_size} bytes that those of one registry may have"
+            )
+        if index.reserved_bytes() + growth > self._max_unverified:
+            raise CacheFull(
+                f"unfinished downloads have {index.reserved_bytes()} of the {self._max_unverified} bytes that they may"
+                " have"
+            )
+
+    def _make_room(self, key: IngestKey, growth: int) -> list[CacheKey]:
+        """Return what to remove for `growth` more bytes: abandoned downloads if they exceed their part, then blobs."""
+        index = self.index
+        evicted = index.evict_partials(index.partial_bytes(key.host) + growth - self._max_blob_size, key.host)
+        evicted += index.evict_partials(index.partial_bytes() + growth - self._max_unverified)
+        return evicted + index.evict(growth)
 
     def release(self, key: IngestKey) -> None:
         """End a reservation, if there is one. The bytes on disk then count, and may be evicted."""
@@ -266,8 +321,15 @@ class CacheSpaceManager(CacheSpace):
         partial_size, blob_size = _file_size(self._layout.ingest(key)), self._blobs.size(key.digest)
         if partial_size is not None:
             self._add(key, partial_size)
+            self._limit_partials(key.host)
         if blob_size is not None and key.digest not in self.index:
             self._add(key.digest, blob_size)  # its writer died before it could call `record_commit`
+
+    def _limit_partials(self, host: str) -> None:
+        excess = self.index.partials.count(host) - _MAX_PARTIALS
+        if excess > 0:
+            evicted = self.index.evict_partials(0, host, excess)
+            spawn(self._evict(evicted), f"removing partial downloads from {host}")
 
     async def record_commit(self, key: IngestKey, size: int) -> None:
         """Count the blob that a reserved download has become."""
@@ -275,17 +337,8 @@ class CacheSpaceManager(CacheSpace):
         await self.record(key.digest, size)
 
     def touch(self, digest: Digest) -> None:
-        """Mark a blob as used now."""
+        """Record that a blob is used now."""
         self.index.touch(digest, self._clock())
-
-    def pin(self, digest: Digest) -> None:
-        """Mark a blob as used now, and prevent its eviction until `unpin`."""
-        self.touch(digest)
-        self.index.pin(digest)
-
-    def unpin(self, digest: Digest) -> None:
-        """Undo one `pin`."""
-        self.index.unpin(digest)
 
     async def record(self, digest: Digest, size: int) -> None:
         """Count a blob that was written, and evict others if the limit is exceeded."""
@@ -317,16 +370,20 @@ class CacheSpaceManager(CacheSpace):
     def _add(self, key: CacheKey, size: int) -> None:
         self.index.add(key, size, self._clock())
 
-    async def _fits_on_disk(self, size: int) -> bool:
-        """Return whether the disk has `size` bytes free, after evicting blobs if necessary."""
-        shortfall = size + _MIN_FREE_BYTES - await in_thread(self._reactor, self._free_bytes)
-        if shortfall > 0:
+    async def _free_disk_space(self, size: int, expected_size: int) -> str:
+        """Evict blobs if the disk has less than `size` bytes free. Return the reason if that is impossible, or `""`.
+
+        It is impossible, too, if evictions could not free `expected_size` bytes.
+        """
+        free = await in_thread(self._reactor, self._free_bytes) - _MIN_FREE_BYTES
+        if free >= size and free + self.index.evictable >= expected_size:
+            return ""
+        if free + self.index.evictable >= expected_size:
             # Evict as if the limit were lower by the shortfall, so that the least recently used go first here too.
-            try:
-                await self._evict(self.index.evict(self.index.free + shortfall))
-            except CacheFull:
-                return False
-        return True
+            with suppress(CacheFull):
+                await self._evict(self.index.evict(self.index.free + size - free))
+                return ""
+        return f"the disk lacks {expected_size - free} bytes for it and for the 16 MiB that are kept free"
 
     def _free_bytes(self) -> int:
         status = os.statvfs(self._layout.root)

@@ -26,9 +26,10 @@ from dockerproxy.http.headers import Headers
 from dockerproxy.net.dial import AddressCheck
 from dockerproxy.oci.credentials import BasicCredentials
 from dockerproxy.oci.names import Host, Registry
+from dockerproxy.oci.untrusted_json import JSONInvalid, parse_json
 from dockerproxy.store.records import Records
 
-_MAX_RESPONSE = 256 * 1024
+_MAX_RESPONSE = 64 * 1024  # short enough to be parsed in the reactor's thread
 _SAVE_INTERVAL = 300.0
 _MAX_FORM_FIELDS = 50
 
@@ -140,8 +141,8 @@ class TokenEndpoint:
 def _parse_tokens(realm: Realm, content: bytes) -> list[str]:
     """Return the tokens in a realm's response, under both of their names. Raise `UpstreamBroken` if there is none."""
     try:
-        document = json.loads(content)
-    except (ValueError, RecursionError):
+        document = parse_json(content)
+    except JSONInvalid:
         document = None
     candidates = [document.get(name) for name in ("token", "access_token")] if isinstance(document, dict) else []
     tokens = [token for token in candidates if isinstance(token, str) and token]

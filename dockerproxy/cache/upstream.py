@@ -94,6 +94,10 @@ class RegistryClient(Protocol):
         follow: bool = ...,
     ) -> UpstreamResponse: ...
 
+    async def send(
+        self, method: str, registry: Registry, path: str, headers: Headers, body: Any = ...
+    ) -> UpstreamResponse: ...
+
 
 async def error_from_response(
     registry: Registry, response: UpstreamResponse, not_found_code: str = "NAME_UNKNOWN"
@@ -128,13 +132,15 @@ class UpstreamPrincipal:
     """A client that requests something from one repository.
 
     `repository` includes the credential that is used upstream for this client. Grants are recorded under `identity`.
-    `fallback_identity` is the identity in the client's local token. It counts only during an outage.
+    `fallback_identity` is the identity in the client's local token. It counts only during an outage. `client` is the
+    client's address, for its share of what is bounded.
     """
 
     repository: UpstreamRepository
     identity: str
     fallback_identity: str | None = None
+    client: str = ""
 
     def without_credential(self) -> UpstreamPrincipal:
         """Return the principal of a client without a credential at the same repository."""
-        return UpstreamPrincipal(evolve(self.repository, credential=Anonymous()), PUBLIC)
+        return UpstreamPrincipal(evolve(self.repository, credential=Anonymous()), PUBLIC, client=self.client)

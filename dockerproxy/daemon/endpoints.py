@@ -10,8 +10,7 @@ from typing import Any
 from twisted.internet.defer import maybeDeferred
 from twisted.internet.endpoints import AdoptedStreamServerEndpoint, serverFromString
 from twisted.internet.error import CannotListenError
-from twisted.internet.interfaces import IListeningPort
-from twisted.internet.protocol import Factory
+from twisted.internet.interfaces import IListeningPort, IProtocolFactory
 
 _BACKLOG = 4096
 """Connections that may wait in the accept queue. The kernel caps it at net.core.somaxconn, 4096 by default.
@@ -31,7 +30,9 @@ class SocketNotPassed(ListenError):
     """The endpoint names a systemd socket that was not passed to this process."""
 
 
-async def listen(reactor: Any, descriptions: Sequence[str], factory: Factory, setting: str) -> list[IListeningPort]:
+async def listen(
+    reactor: Any, descriptions: Sequence[str], factory: IProtocolFactory, setting: str
+) -> list[IListeningPort]:
     """Listen with `factory` on all endpoints of `descriptions`, the value of `setting`, and return their ports.
 
     If one endpoint fails, stop listening on the others and raise `ListenError` (`SocketNotPassed` for systemd's).
@@ -47,7 +48,7 @@ async def listen(reactor: Any, descriptions: Sequence[str], factory: Factory, se
     return ports
 
 
-async def _listen(reactor: Any, description: str, factory: Factory, setting: str) -> IListeningPort:
+async def _listen(reactor: Any, description: str, factory: IProtocolFactory, setting: str) -> IListeningPort:
     try:
         endpoint = serverFromString(reactor, _with_backlog(description))  # type: ignore[no-untyped-call]
         if isinstance(endpoint, AdoptedStreamServerEndpoint):

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from attrs import frozen
 from twisted.application.service import Service
 from twisted.internet.defer import Deferred, TimeoutError, gatherResults, maybeDeferred
-from twisted.internet.interfaces import IListeningPort
+from twisted.internet.interfaces import IListeningPort, IProtocolFactory
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
@@ -42,21 +42,17 @@ class PortOpener(Protocol):
 
 @frozen
 class EndpointOpener:
-    """Opens the endpoints that the settings describe."""
+    """Opens the endpoints that the settings describe. `factory_for` returns the factory that accepts connections."""
 
     _reactor: Any
+    _factory_for: Callable[[Listener], IProtocolFactory]
 
     async def open(self, listener: Listener) -> Sequence[IListeningPort]:
         """Listen on all endpoints of `listener`. Raise `ListenError`."""
-        ports = await listen(self._reactor, listener.descriptions, listener.site, listener.setting)
-        log_listening(listener, ports)
+        ports = await listen(self._reactor, listener.descriptions, self._factory_for(listener), listener.setting)
+        for port in ports:
+            log.info("listening on {address} ({setting})", address=format_address(port), setting=listener.setting)
         return ports
-
-
-def log_listening(listener: Listener, ports: Sequence[IListeningPort]) -> None:
-    """Log the addresses of open ports."""
-    for port in ports:
-        log.info("listening on {address} ({setting})", address=format_address(port), setting=listener.setting)
 
 
 class ListenerService(Service):

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Awaitable, Callable
 from http import HTTPStatus
@@ -35,6 +36,7 @@ from dockerproxy.http.message import (
     render_head,
 )
 from dockerproxy.http.request import PLAIN_TEXT, ClientDisconnected, Request, respond_text_error
+from dockerproxy.http.security_fields import SECURITY_FIELDS
 from dockerproxy.http.stream import ByteStream
 from dockerproxy.http.timeouts import ConnectionTimer, Deadline
 from dockerproxy.http.tls import describe_handshake_error
@@ -48,6 +50,8 @@ Handler = Callable[[Request], Awaitable[None]]
 _MAX_BUFFERED = MAX_HEAD + 4
 _REQUESTS_PER_ITERATION = 32  # requests of one client per reactor iteration, so that other clients are served too
 _LINGER_TIMEOUT = 5.0  # seconds for a client to read a response that was sent before its request was complete
+
+_channel_numbers = itertools.count()
 
 log = Logger()
 
@@ -86,6 +90,7 @@ class HTTPChannel(Protocol):
         self.secure = secure
         self.client = "-"
         self.port = 0
+        self.number = next(_channel_numbers)
 
     # Protocol
 
@@ -130,6 +135,16 @@ class HTTPChannel(Protocol):
         if handler_task is not None:
             handler_task.cancel()  # work shared with other requests continues: SingleFlight does not pass this on
         self._site.channel_closed(self)
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is no request, or only a part of its head."""
+        return self._state is State.READING_HEAD
+
+    @property
+    def idle_since(self) -> float:
+        """The reactor's time at which the connection became idle, or the request head began."""
+        return self._timer.started_at
 
     def shutdown(self) -> None:
         """Close after the current response, or now if there is none."""
@@ -321,7 +336,7 @@ class HTTPChannel(Protocol):
         """Respond to invalid input with `status` and `reason`, then close."""
         body = f"{reason}\n".encode()
         fields = [PLAIN_TEXT, ("Content-Length", str(len(body))), ("Connection", "close")]
-        self.write(render_head(status, fields) + body)
+        self.write(render_head(status, fields, SECURITY_FIELDS) + body)
         log.info("refused a request from {client}: {reason}", client=self.client, reason=reason)
         self._on_event(Event.INVALID_INPUT)
 

@@ -18,6 +18,9 @@ from dockerproxy.http.headers import Headers
 from dockerproxy.oci.lists import TOKEN
 from dockerproxy.oci.names import Host
 
+SAFE_METHODS = ("GET", "HEAD")
+"""The methods that only read (RFC 9110, section 9.2.1), of those that this server has."""
+
 MAX_HEAD = 32 * 1024
 MAX_FIELDS = 100
 
@@ -188,8 +191,8 @@ def origin_form(target: str) -> str:
     return target
 
 
-def render_head(status: int, fields: Iterable[tuple[str, str]]) -> bytes:
-    """Return the head of a response, including the empty line.
+def render_head(status: int, fields: Iterable[tuple[str, str]], rendered_fields: str = "") -> bytes:
+    """Return the head of a response, including the empty line. `rendered_fields` are lines, each with its CR LF.
 
     Raise ValueError if the status is outside 100 to 599, if a field name is not a token, or if a field value contains
     CR, LF or NUL or cannot be encoded in Latin-1.
@@ -202,7 +205,7 @@ def render_head(status: int, fields: Iterable[tuple[str, str]]) -> bytes:
     head = "\r\n".join(lines)
     if head.count("\r") != len(lines) - 1 or head.count("\n") != len(lines) - 1 or "\0" in head:
         raise ValueError("a header field value contains CR, LF or NUL")
-    return f"{head}\r\n\r\n".encode("latin-1")
+    return f"{head}\r\n{rendered_fields}\r\n".encode("latin-1")
 
 
 def _status_line(status: int) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from dockerproxy.errors import RegistryError, SizeInvalid
 from dockerproxy.http.headers import Headers
 from dockerproxy.http.message import RequestHead, expects_continue, render_head
+from dockerproxy.http.security_fields import SECURITY_FIELDS
 
 if TYPE_CHECKING:
     from dockerproxy.http.stream import ByteStream
@@ -36,6 +37,7 @@ class RequestChannel(Protocol):
     client: str
     port: int
     secure: bool
+    number: int
 
     def write(self, data: bytes | bytearray | memoryview) -> None: ...
 
@@ -64,8 +66,11 @@ class Request:
     are ignored after the response has ended or the client has disconnected.
 
     `path` and `query` come from the origin-form target and are still percent-encoded. `cache_status` is reported in the
-    access log and in `X-Cache`. `host` is the host that the client addressed, `user` the user that logged in. Handlers
-    set them and the access log reports them.
+    access log and in `X-Cache`. `host` is the host that the client addressed, `user` the user that logged in there, and
+    `proxy_user` the user that logged in to the proxy. Handlers set them and the access log reports them.
+
+    `security_fields` are rendered fields that the response gets besides those of the handler. A handler that forwards
+    the page of another server sets them to "", because that server's own rules for its pages apply.
 
     A handler raises an error instead of responding with it. The channel then aborts a response that has started, and
     otherwise calls `error_renderer`. The handler that knows the surface of the request sets it; the default is plain
@@ -91,8 +96,10 @@ class Request:
         "method",
         "path",
         "port",
+        "proxy_user",
         "query",
         "secure",
+        "security_fields",
         "status",
         "user",
     )  # fmt: skip
@@ -113,11 +120,13 @@ class Request:
         self.host = ""
         self.cache_status = "-"
         self.user: str | None = None
+        self.proxy_user: str | None = None
         self.status = 0
         self.bytes_sent = 0  # bytes of the response body that were written
         self.finished = False
         self.closing = False  # whether the connection is closed after this response
         self.error_renderer: ErrorRenderer = respond_text_error
+        self.security_fields = SECURITY_FIELDS
 
     @property
     def started(self) -> bool:
@@ -224,6 +233,11 @@ class Request:
         self.finished = True
         self._channel.on_response_finished()
 
+    @property
+    def connection_number(self) -> int:
+        """A number that no other client connection of this process has or had."""
+        return self._channel.number
+
     def abort(self) -> None:
         """Reset the connection, so that the client does not mistake a partial response for a complete one."""
         if not self.finished:
@@ -272,7 +286,7 @@ class Request:
         elif self.head.version == (1, 0):
             response_fields.append(("Connection", "keep-alive"))
         response_fields.append(("Date", _date.now()))
-        head = render_head(status, response_fields)
+        head = render_head(status, response_fields, self.security_fields)
         self.status, self._content_length, self._chunked = status, length, chunked
         self._body_suppressed = self.method == "HEAD" or status in _BODYLESS_STATUSES
         if content and not self._body_suppressed:

@@ -17,7 +17,9 @@ from dockerproxy.http.stream import BufferBudget
 from dockerproxy.http.timeouts import TimeoutReaper
 from dockerproxy.http.tls import ServerContext, TLSTransport
 from dockerproxy.http.transport import DetachedProtocol, SocketTransport
+from dockerproxy.shares import client_key
 
+_MIN_IDLE = 1.0  # seconds without a request after which a connection may be closed for others
 _MAX_BUFFERED_BODIES = 32 * 1024 * 1024  # bytes of all request bodies of a site that handlers have not read yet
 
 
@@ -40,8 +42,6 @@ class Site(Factory):
     """The factory of HTTP channels of one listener; `handler` responds to their requests.
 
     `on_request_finished` is called with each finished request and its duration in seconds. It writes the access log.
-    `on_connection_closed`, if given, is called whenever an accepted connection has closed, even if it was detached and
-    became a tunnel.
     """
 
     noisy = False
@@ -54,7 +54,6 @@ class Site(Factory):
         timeouts: ServerTimeouts,
         on_request_finished: Callable[[Request, float], None],
         get_tls_context: Callable[[], ServerContext] | None = None,
-        on_connection_closed: Callable[[], None] | None = None,
     ) -> None:
         self.reactor = reactor
         self.handler = handler
@@ -63,17 +62,28 @@ class Site(Factory):
         self.on_request_finished = on_request_finished
         self.body_budget = BufferBudget(_MAX_BUFFERED_BODIES)
         self.draining = False
-        self.on_connection_closed = on_connection_closed
         self._get_tls_context = get_tls_context
         self._channels: set[HTTPChannel] = set()
         self._drain_waiters: list[Deferred[None]] = []
 
     def buildProtocol(self, address: IAddress | None) -> Protocol:
-        return _AcceptedConnection(self)
+        return self.connection_protocol(_ignore_end)
+
+    def connection_protocol(self, on_closed: Callable[[], None]) -> Protocol:
+        """Return the protocol for a connection that Twisted accepted.
+
+        `on_closed` is called when it has closed, even if it was detached and became a tunnel.
+        """
+        return _AcceptedConnection(self, on_closed)
+
+    @property
+    def secure(self) -> bool:
+        """Whether its connections begin with TLS."""
+        return self._get_tls_context is not None
 
     def accept(self, tcp: Any) -> None:
         """Serve a connection accepted by Twisted; `tcp` is its transport."""
-        channel = HTTPChannel(self, self.handler, secure=self._get_tls_context is not None)
+        channel = HTTPChannel(self, self.handler, secure=self.secure)
         if self._get_tls_context is None:
             SocketTransport(self.reactor, tcp).take_over(channel)
         else:
@@ -93,6 +103,17 @@ class Site(Factory):
             waiters, self._drain_waiters = self._drain_waiters, []
             for deferred in waiters:
                 deferred.callback(None)
+
+    def close_idle(self, client: str) -> None:
+        """Close half of the connections of `client` (a `client_key`) without a request: those that are idle longest.
+
+        A connection that has just been opened, or has just had a response, is about to be used.
+        """
+        latest = self.reactor.seconds() - _MIN_IDLE
+        idle = [channel for channel in self._channels if channel.idle and channel.idle_since <= latest]
+        idle = sorted((channel for channel in idle if client_key(channel.client) == client), key=_idle_since)
+        for channel in idle[: (len(idle) + 1) // 2]:
+            channel.shutdown()
 
     def drain(self) -> Deferred[None]:
         """Close idle connections now and the others after their response; fires when all are closed."""
@@ -114,15 +135,23 @@ class Site(Factory):
         return len(channels)
 
 
+def _idle_since(channel: HTTPChannel) -> float:
+    return channel.idle_since
+
+
+def _ignore_end() -> None:
+    """Do nothing when a connection has closed."""
+
+
 class _AcceptedConnection(DetachedProtocol):
     """The protocol of a connection accepted by Twisted: it passes the connection to the site and reports its end."""
 
-    def __init__(self, site: Site) -> None:
+    def __init__(self, site: Site, on_closed: Callable[[], None]) -> None:
         self._site = site
+        self._on_closed = on_closed
 
     def connectionMade(self) -> None:
         self._site.accept(self.transport)
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
-        if self._site.on_connection_closed is not None:
-            self._site.on_connection_closed()
+        self._on_closed()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 
@@ -36,8 +36,16 @@ _ADDRESS_SYNTAX = f"an address, a network such as 10.0.0.0/8 or one of {', '.joi
 _DESTINATION_SYNTAX = f"a host name such as example.com or *.example.com, {_ADDRESS_SYNTAX}"
 
 _IPV4_MAPPED = IPv6Network("::ffff:0:0/96")
-# RFC 6052 and RFC 8215: a NAT64 gateway forwards these to the IPv4 address in their last 32 bits.
-_NAT64 = (IPv6Network("64:ff9b::/96"), IPv6Network("64:ff9b:1::/48"))
+_NAT64 = IPv6Network("64:ff9b::/96")  # RFC 6052: a gateway forwards it to the IPv4 address in the last 32 bits
+# RFC 8215: a network may use a prefix of any length within this one. RFC 6052, section 2.2, says which bytes hold the
+# IPv4 address behind a prefix of 48, 56, 64 and 96 bits. The ninth byte (8) is never part of it.
+_LOCAL_NAT64 = IPv6Network("64:ff9b:1::/48")
+_THIS_NETWORK = IPv4Network("0.0.0.0/8")
+_NAT64_BYTES = ((6, 7, 9, 10), (7, 9, 10, 11), (9, 10, 11, 12), (12, 13, 14, 15))
+
+
+def _parse_names(*texts: str) -> tuple[HostPattern, ...]:
+    return tuple(HostPattern.parse(text) for text in texts)
 
 
 def redacted_repr(text: str) -> str:
@@ -74,6 +82,19 @@ class AddressSet:
             if any(candidate in network for network in networks for candidate in candidates):
                 return entry
         return None
+
+    def match_own(self, address: str, is_own: Callable[[Address], bool], *, exact: bool = False) -> str | None:
+        """Return the entry ``loopback``, if there is one and `address` belongs to this machine as `is_own` says.
+
+        From this machine, a connection to any of its addresses is as good as one to the loopback address: it passes no
+        firewall. Networks such as 127.0.0.0/8 mean only what they say. `exact` and errors are as for `match`.
+        """
+        entry = next((entry for entry, _ in self.entries if entry.lower() == "loopback"), None)
+        if entry is None:
+            return None
+        parsed = _parse_address(address.partition("%")[0])
+        candidates = (parsed,) if exact else _effective_addresses(parsed)
+        return entry if any(is_own(candidate) for candidate in candidates) else None
 
     def __contains__(self, address: str) -> bool:
         return self.match(address) is not None
@@ -128,21 +149,44 @@ class Destinations:
                 addresses.append((entry, _parse_entry(entry, _DESTINATION_SYNTAX)))
         return cls(AddressSet(tuple(addresses)), tuple(names))
 
-    def match_name(self, name: str) -> str | None:
-        """Return the entry that matches the host `name` (lower-case, as `Host.name`), or None."""
+    def match_name(self, name: str, *, exact: bool = False) -> str | None:
+        """Return the entry that matches the host `name` (lower-case, as `Host.name`), or None.
+
+        The words ``loopback`` and ``metadata`` also match the well-known names of these addresses, because an upstream
+        proxy may resolve the name in our place. Allow lists pass `exact`, which turns that off.
+        """
         for pattern in self.names:
             if pattern.matches(name):
                 return pattern.entry
+        if not exact:
+            for entry, _ in self.addresses.entries:
+                if any(pattern.matches(name) for pattern in _KEYWORD_NAMES.get(entry.lower(), ())):
+                    return entry
         return next((entry for entry, _ in self.addresses.entries if entry.lower() == "all"), None)
 
     def match_address(self, address: str, *, exact: bool = False) -> str | None:
         """Return the entry that contains `address`, or None; see `AddressSet.match`."""
         return self.addresses.match(address, exact=exact)
 
+    def match_own(self, address: str, is_own: Callable[[Address], bool], *, exact: bool = False) -> str | None:
+        """Return the entry ``loopback`` if `address` belongs to this machine; see `AddressSet.match_own`."""
+        return self.addresses.match_own(address, is_own, exact=exact)
+
     @property
     def names_only(self) -> bool:
         """Whether no entry can match an address, so that the host name alone decides."""
         return not any(networks for _, networks in self.addresses.entries)
+
+
+_KEYWORD_NAMES = {
+    # RFC 6761, section 6.3, and the names in the hosts file of most distributions.
+    "loopback": _parse_names(".localhost", ".localhost.localdomain", "ip6-localhost", "ip6-loopback"),
+    # Google, AWS, Azure, Tencent and Equinix; short names for search domains.
+    "metadata": _parse_names(
+        "metadata", "metadata.google.internal", "metadata.goog", "instance-data", "instance-data.ec2.internal",
+        "metadata.azure.internal", "metadata.tencentyun.com", "metadata.platformequinix.com",
+    ),
+}  # fmt: skip
 
 
 def _parse_entry(entry: str, syntax: str) -> tuple[Network, ...]:
@@ -170,12 +214,22 @@ def _parse_address(address: str) -> Address:
 
 def _effective_addresses(address: Address) -> Iterator[Address]:
     yield address
-    embedded: IPv4Address | None = None
     if isinstance(address, IPv6Address):
-        embedded = address.sixtofour
-        if any(address in network for network in _NAT64):
-            embedded = IPv4Address(int(address) & 0xFFFFFFFF)
-    if embedded is not None:
-        yield from _effective_addresses(embedded)
+        for embedded in _embedded_addresses(address):
+            yield from _effective_addresses(embedded)
+        if address.is_unspecified:
+            yield IPv6Address("::1")
     elif address.is_unspecified:
-        yield IPv4Address("127.0.0.1") if isinstance(address, IPv4Address) else IPv6Address("::1")
+        yield IPv4Address("127.0.0.1")
+
+
+def _embedded_addresses(address: IPv6Address) -> Iterator[IPv4Address]:
+    if address.sixtofour is not None:
+        yield address.sixtofour
+    elif address in _NAT64:
+        yield IPv4Address(address.packed[12:])
+    elif address in _LOCAL_NAT64:
+        for positions in _NAT64_BYTES:
+            embedded = IPv4Address(bytes(address.packed[position] for position in positions))
+            if embedded not in _THIS_NETWORK:  # zeros, because the prefix is longer than these positions assume
+                yield embedded

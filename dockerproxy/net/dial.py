@@ -23,7 +23,10 @@ from dockerproxy.net.upstream_proxy import ConnectFactory, UpstreamProxy
 from dockerproxy.oci.names import Host
 
 AddressCheck = Callable[[str], None]
-"""Raises a `RegistryError` if connections to an address (as text) are forbidden."""
+"""Raises a `RegistryError` if connections to an address (as text) are forbidden.
+
+It is called with the host's name instead if the upstream proxy resolves that.
+"""
 
 _CONNECTION_ATTEMPT_DELAY = 0.25  # seconds until the next address is tried as well: RFC 8305, section 5
 
@@ -102,7 +105,7 @@ class Dialer:
         if override is not None:
             return await self._dial_parallel(host, [override], factory)
         if self._proxy is not None and self._proxy.applies_to(host):
-            if address_check is not None and host.is_address:
+            if address_check is not None:
                 address_check(host.name)
             return await self._connect_via_proxy(self._proxy, host, factory)
         addresses = filter_addresses(await self._resolve(host, client), address_check)

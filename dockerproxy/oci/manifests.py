@@ -8,14 +8,15 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable
-from typing import Any, NoReturn
+from collections.abc import Iterable, Mapping
+from typing import Any
 
-from attrs import frozen
+from attrs import field, frozen
 
 from dockerproxy.errors import DigestInvalid, ManifestInvalid
 from dockerproxy.oci.lists import elements
 from dockerproxy.oci.names import Digest, Tag
+from dockerproxy.oci.untrusted_json import JSONInvalid, parse_json
 
 DOCKER_SCHEMA1 = "application/vnd.docker.distribution.manifest.v1+json"
 DOCKER_SCHEMA1_SIGNED = "application/vnd.docker.distribution.manifest.v1+prettyjws"
@@ -37,6 +38,13 @@ EMPTY_INDEX = b'{"schemaVersion":2,"mediaType":"application/vnd.oci.image.index.
 # Types that servers send if they do not know the real one. The content then determines it.
 _GENERIC_TYPES = frozenset({"", "application/json", "application/octet-stream", "binary/octet-stream", "text/plain"})
 MEDIA_TYPE = re.compile(r"[a-z0-9][a-z0-9!#$&^_.+-]{0,126}/[a-z0-9][a-z0-9!#$&^_.+-]{0,126}", re.IGNORECASE | re.ASCII)
+
+# JSON of any kind, and media types of images and artifacts.
+_DATA_TYPE = re.compile(
+    r"application/(?:octet-stream|(?:[a-z0-9!#$&^_.+-]+\+)?json|vnd\.[a-z0-9!#$&^_.+-]+(?<!xml))"
+    r"(?:[ \t]*;[ \t]*charset=\"?utf-8\"?)?",
+    re.IGNORECASE | re.ASCII,
+)
 _MEDIA_RANGE = re.compile(rf"\*/\*|[a-z0-9][a-z0-9!#$&^_.+-]{{0,126}}/\*|{MEDIA_TYPE.pattern}")
 _ZERO_QUALITY = re.compile(r";[ \t]*q[ \t]*=[ \t]*0(?:\.0*)?[ \t]*(?:;|$)", re.IGNORECASE)
 _MAX_MEDIA_RANGES = 100
@@ -62,7 +70,8 @@ class Manifest:
     """The references of a manifest: `config` and `layers` are blobs, `manifests` (of an index) are manifests.
 
     `artifact_type` is the type that the referrers API reports (distribution-spec 1.1, "Listing Referrers"). It is the
-    manifest's own; if an image manifest has none, it is the media type of the config.
+    manifest's own; if an image manifest has none, it is the media type of the config. `annotations` has those that are
+    strings, as image-spec 1.1, "Annotations", requires.
     """
 
     media_type: str
@@ -71,6 +80,18 @@ class Manifest:
     manifests: tuple[Descriptor, ...] = ()
     subject: Descriptor | None = None
     artifact_type: str | None = None
+    annotations: Mapping[str, str] = field(factory=dict, hash=False)
+
+
+def data_type(content_type: str) -> str:
+    """Return `content_type` if it is one of data, else `application/octet-stream`.
+
+    The content of others, such as another server or whoever pushed it, is sent under our name, where it must not be a
+    page or a script for any browser: no HTML, SVG or XML.
+    """
+    if content_type in KNOWN_TYPES or _DATA_TYPE.fullmatch(content_type):
+        return content_type
+    return "application/octet-stream"
 
 
 def parse_manifest(content: bytes, media_type: str | None) -> Manifest:
@@ -79,7 +100,7 @@ def parse_manifest(content: bytes, media_type: str | None) -> Manifest:
     If `media_type` is None or generic, the content determines the type. Raise `ManifestInvalid` if the content is not a
     manifest of that type.
     """
-    document = _parse_json(content)
+    document = _parse_object(content)
     actual_type = _essence(media_type or "")
     if actual_type in _GENERIC_TYPES:
         actual_type = _document_type(document)
@@ -105,6 +126,7 @@ def parse_manifest(content: bytes, media_type: str | None) -> Manifest:
         manifests=tuple(_parse_descriptor(item) for item in _get_list(document, "manifests")),
         subject=_get_descriptor(document, "subject"),
         artifact_type=artifact_type or None,
+        annotations=_get_annotations(document),
     )
 
 
@@ -122,7 +144,7 @@ def media_type_of(content: bytes) -> str:
 
     Raise `ManifestInvalid` if the content is not a manifest.
     """
-    return _document_type(_parse_json(content))
+    return _document_type(_parse_object(content))
 
 
 def _document_type(document: _Document) -> str:
@@ -140,30 +162,17 @@ def _document_type(document: _Document) -> str:
     raise ManifestInvalid("the content is not a manifest")
 
 
-def _parse_json(content: bytes) -> _Document:
-    """Return the JSON object in `content`. Raise `ManifestInvalid` if JSON parsers could read it differently."""
+def _parse_object(content: bytes) -> _Document:
+    """Return the JSON object in `content`. Raise `ManifestInvalid`."""
     if len(content) > MAX_MANIFEST:
         raise ManifestInvalid(f"the manifest is longer than {MAX_MANIFEST} bytes")
     try:
-        document = json.loads(
-            content.decode("utf-8"), object_pairs_hook=_unique_fields, parse_constant=_reject_constant
-        )
-    except (ValueError, RecursionError):
-        raise ManifestInvalid("the manifest is not JSON") from None
+        document = parse_json(content)
+    except JSONInvalid as error:
+        raise ManifestInvalid(f"the manifest {error}") from None
     if not isinstance(document, dict):
         raise ManifestInvalid("the manifest is not a JSON object")
     return document
-
-
-def _unique_fields(pairs: list[tuple[str, Any]]) -> _Document:
-    document = dict(pairs)
-    if len(document) != len(pairs):
-        raise ManifestInvalid("the manifest contains a field twice")
-    return document
-
-
-def _reject_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
 
 
 def _check_unambiguous(document: _Document) -> None:
@@ -192,6 +201,11 @@ def _get_list(document: _Document, name: str) -> list[Any]:
     if value is not None and not isinstance(value, list):
         raise ManifestInvalid(f"{name} is not a list")
     return value or []
+
+
+def _get_annotations(document: _Document) -> dict[str, str]:
+    value = document.get("annotations")
+    return {name: text for name, text in value.items() if isinstance(text, str)} if isinstance(value, dict) else {}
 
 
 def _get_descriptor(document: _Document, name: str) -> Descriptor | None:
@@ -262,7 +276,7 @@ def fallback_tag(digest: Digest) -> Tag:
 
 def filter_referrers(index: bytes, artifact_type: str) -> bytes:
     """Return the referrers `index` with only the descriptors of `artifact_type`. Raise `ManifestInvalid`."""
-    document = _parse_json(index)
+    document = _parse_object(index)
     descriptors = [item for item in _get_list(document, "manifests") if isinstance(item, dict)]
     matching = [item for item in descriptors if item.get("artifactType") == artifact_type]
     try:

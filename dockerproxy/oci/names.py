@@ -107,8 +107,8 @@ class Host:
 
     @property
     def is_address(self) -> bool:
-        """Whether `name` is an IP address."""
-        return _parse_address(self.name) is not None
+        """Whether `name` is an IP address. The last label of a host name is no number; see `_canonical_hostname`."""
+        return ":" in self.name or self.name.rpartition(".")[2].isdigit()
 
     @property
     def authority(self) -> str:

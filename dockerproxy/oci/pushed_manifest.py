@@ -11,6 +11,7 @@ from dockerproxy.oci.manifests import (
     KNOWN_TYPES,
     MEDIA_TYPE,
     Manifest,
+    data_type,
     is_nondistributable,
     media_type_of,
     parse_manifest,
@@ -44,13 +45,17 @@ class PushedManifest:
             declared_type = media_type_of(content)
         if not MEDIA_TYPE.fullmatch(declared_type):
             raise ManifestInvalid("the manifest's Content-Type is not a media type")
+        if data_type(declared_type) != declared_type:
+            raise ManifestInvalid(
+                f"{declared_type} is not a type of a manifest, which is JSON; a web browser may show it as a page"
+            )
         try:
             manifest = parse_manifest(content, declared_type)
         except ManifestInvalid:
             if declared_type.lower() in KNOWN_TYPES:
                 raise
             return cls(content, digest, declared_type)
-        return cls(content, digest, declared_type, manifest, make_referrer(manifest, content, digest))
+        return cls(content, digest, declared_type, manifest, make_referrer(manifest, digest, len(content)))
 
     @property
     def subject(self) -> Digest | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from typing import Any
 
@@ -60,16 +59,15 @@ class ReferrersIndex:
     last: str | None = None
 
 
-def make_referrer(manifest: Manifest, content: bytes, digest: Digest) -> Referrer | None:
-    """Return the referrer that `manifest`, parsed from `content`, is of its subject; None if it has no subject."""
+def make_referrer(manifest: Manifest, digest: Digest, size: int) -> Referrer | None:
+    """Return the referrer that `manifest`, of `size` bytes, is of its subject; None if it has no subject."""
     if manifest.subject is None:
         return None
-    descriptor: dict[str, Any] = {"mediaType": manifest.media_type, "digest": str(digest), "size": len(content)}
+    descriptor: dict[str, Any] = {"mediaType": manifest.media_type, "digest": str(digest), "size": size}
     if manifest.artifact_type is not None:
         descriptor["artifactType"] = manifest.artifact_type
-    annotations = json.loads(content).get("annotations")
-    if isinstance(annotations, dict) and annotations:
-        descriptor["annotations"] = annotations
+    if manifest.annotations:
+        descriptor["annotations"] = dict(manifest.annotations)
     return Referrer(manifest.subject.digest, descriptor)
 
 

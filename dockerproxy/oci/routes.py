@@ -11,6 +11,9 @@
 
 A repository name may itself contain the components `blobs`, `manifests` or `tags`. A path is therefore read from its
 right end.
+
+A path must mean the same to us and to every server behind us. Below `/v2/` it therefore has one spelling: no dot
+segment, no empty one, no backslash, no `;parameter`, and no escape but those of visible characters that names contain.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from __future__ import annotations
 import re
 from enum import Enum, auto
 from functools import lru_cache
-from urllib.parse import unquote_plus
+from urllib.parse import unquote, unquote_plus
 
 from attrs import frozen
 
@@ -26,6 +29,7 @@ from dockerproxy.errors import BadRequest, NameInvalid, NameUnknown
 from dockerproxy.oci.names import Digest, Reference, Repository, Tag, parse_reference, parse_repository
 
 _VISIBLE = re.compile(r"[!-~]*")
+_AMBIGUOUS = re.compile(r"[;\\]|//")  # some servers cut off `;x`, read a backslash as a slash, or merge slashes
 _ESCAPE = re.compile(r"%([0-9A-Fa-f]{2})?")
 _SESSION = re.compile(r"[A-Za-z0-9_=.~-]{1,512}")
 
@@ -34,6 +38,10 @@ _NO_REFERENCE = Tag("")
 
 _MAX_QUERY = 8192
 _MAX_PARAMETERS = 100
+_MAX_DECODINGS = 8
+
+# Parameters of a pull: those of distribution-spec 1.1, and the one in the Link fields of Quay.
+_PULL_PARAMETERS = frozenset({"n", "last", "artifactType", "next_page"})
 
 
 class Kind(Enum):
@@ -47,6 +55,10 @@ class Kind(Enum):
     REFERRERS = auto()
     UPLOADS = auto()
     UPLOAD = auto()
+
+
+LIST_KINDS = frozenset({Kind.CATALOG, Kind.TAGS})
+"""The kinds that list names. They are pulls, and no cache answers them."""
 
 
 @frozen(slots=True)
@@ -77,9 +89,11 @@ def route(path: str) -> Target:
     Raise `NameInvalid` or `DigestInvalid` if a name does not match the grammar, and `NameUnknown` if this API has no
     such path.
     """
-    parts = _segments(path)
-    if len(parts) < 2 or parts[0] or parts[1] != "v2":
+    if not is_api_path(path):
         raise NameUnknown("the path is not below /v2/")
+    parts = _segments(path)
+    if parts[0] or parts[1] != "v2":
+        raise NameInvalid("the path contains an ambiguous spelling of /v2/")
     match parts[2:]:
         case [] | [""]:
             return Target(Kind.BASE)
@@ -98,6 +112,35 @@ def route(path: str) -> Target:
         case [*name, "blobs", "uploads", session]:
             return Target(Kind.UPLOAD, _parse_repository_parts(name), session=_parse_session(session))
     raise NameUnknown("the distribution API has no such path")
+
+
+def is_api_path(path: str) -> bool:
+    """Return whether `path` is `/v2` or below it, for us or for any server that may read it more liberally than we do.
+
+    Such a server may decode several times, merge slashes, and resolve dot segments, backslashes and `;parameters`.
+    """
+    if path.startswith("/v2/"):
+        return True
+    for _ in range(_MAX_DECODINGS):
+        resolved: list[str] = []
+        for part in path.replace("\\", "/").split("/"):
+            name = part.partition(";")[0]
+            if name == "..":
+                del resolved[-1:]
+            elif name not in ("", "."):
+                if not resolved and name == "v2":
+                    return True  # even if a later dot segment leaves it: not every server resolves those
+                resolved.append(name)
+        decoded = unquote(path, "latin-1")
+        if decoded == path:
+            return False
+        path = decoded
+    return True  # nobody encodes a path that often, except to have it misread
+
+
+def is_pull_query(query: str) -> bool:
+    """Return whether `query` has only parameters with which this API pulls. Raise `BadRequest` if it is malformed."""
+    return all(name in _PULL_PARAMETERS for name, _ in parse_query(query))
 
 
 def _parse_repository_parts(parts: list[str]) -> Repository:
@@ -120,6 +163,8 @@ def _segments(path: str) -> list[str]:
         raise NameInvalid("the path contains characters that are not allowed in a URL")
     if "%" in path:
         path = _ESCAPE.sub(_decode_octet, path)
+    if _AMBIGUOUS.search(path):
+        raise NameInvalid("the path contains a backslash, a semicolon or an empty segment")
     parts = path.split("/")
     if "." in parts or ".." in parts:
         raise NameInvalid("the path contains a dot segment")

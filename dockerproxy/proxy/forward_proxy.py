@@ -1,15 +1,17 @@
 """The forward proxy: dispatches the requests of the proxy port by their request line.
 
-CONNECT host:port     An intercepted registry or the hosted registry: terminate TLS and handle the requests here.
+CONNECT host:port     An intercepted registry or the hosted registry: terminate TLS and handle the requests here. An
+                      address of this machine with the port of the hosted registry is the hosted registry, too.
                       Any other host: open a tunnel, if the policy allows it.
 GET http://host/...   An intercepted registry: handle the request in its place. The hosted registry's name: handle it
-                      as `GET /...` if it has this port, else as the hosted registry. Any other host: forward.
+                      as `GET /...` if it has this port, else as the hosted registry. An address of this machine with a
+                      port of ours: the same. Any other host: forward.
 GET /...              This server itself: the start page, /ca.crt, the set-up script, and /v2/ as a mirror.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Hashable, Mapping
 from functools import partial
 from typing import Any, Protocol
 
@@ -24,7 +26,8 @@ from dockerproxy.http.site import Site
 from dockerproxy.http.tls import ServerContext, upgrade_to_tls
 from dockerproxy.net.dial import AddressCheck, Dialer, SingleProtocolFactory
 from dockerproxy.oci.names import Host, Registry
-from dockerproxy.proxy.policy import Policy
+from dockerproxy.proxy.login import ProxyLogin
+from dockerproxy.proxy.policy import OwnAddressDenied, Policy
 from dockerproxy.proxy.tunnel import Tunnel, TunnelTimeouts
 
 _ESTABLISHED = b"HTTP/1.1 200 Connection established\r\n\r\n"
@@ -42,6 +45,7 @@ class HTTPAgent(Protocol):
         *,
         address_check: AddressCheck | None = ...,
         client: str = ...,
+        client_connection: Hashable = ...,
     ) -> ForwardedResponse: ...
 
 
@@ -79,17 +83,22 @@ class ForwardProxy:
     """Handles the requests of the proxy port.
 
     `local` handles requests for this port itself. `hosted` handles requests for one of `hosted_names`, as the listeners
-    of the hosted registry would handle them without the proxy.
+    of the hosted registry would handle them without the proxy. `registry_ports` are the ports of its listeners with
+    TLS, and `registry_http_ports` those without. A client that asks for one of them at an address of this machine is
+    served here, because TUNNEL_DENY forbids connections to such addresses.
     """
 
     clock: Any
     policy: Policy
+    login: ProxyLogin
     interception: Interception
     dialer: Dialer
     agent: HTTPAgent
     local: Handler
     hosted: Handler
     hosted_names: frozenset[str]
+    registry_ports: frozenset[int]
+    registry_http_ports: frozenset[int]
     timeouts: TunnelTimeouts
     transfers: TransferTracker
     on_request_finished: Callable[[Request, float], None]
@@ -110,19 +119,28 @@ class ForwardProxy:
         request.path = request.query = ""
         host = authority_form(request.head.target)
         request.host = host.authority
+        await self.login.check(request)
         registry = self.interception.registries.get(host)
         if registry is not None:
-            self._intercept(site, request, host, partial(self.interception.handle, registry))
+            self._intercept(site, request, host.name, partial(self.interception.handle, registry))
             return
         if host.name in self.hosted_names:
-            self._intercept(site, request, host, self.hosted)
+            self._intercept(site, request, host.name, self.hosted)
             return
         self.policy.check_port(host)
-        self.policy.check_name(host)
-        await self._tunnel(request, host)
+        try:
+            self.policy.check_name(host)
+            await self._tunnel(request, host)
+        except OwnAddressDenied as denied:
+            if host.port not in self.registry_ports:
+                raise
+            # Not for `host`: anyone's name may lead here, and a certificate would make our content that name's.
+            self._intercept(site, request, denied.address, self.hosted)
 
-    def _intercept(self, site: Site, request: Request, host: Host, handler: Handler) -> None:
-        context = self.interception.context_for(host.name)
+    def _intercept(self, site: Site, request: Request, name: str, handler: Handler) -> None:
+        context = self.interception.context_for(name)
+        if request.proxy_user is not None:
+            handler = partial(_handle_as, request.proxy_user, self.login.guard(handler))
         transport, received = request.detach()
         transport.write(_ESTABLISHED)
         upgrade_to_tls(transport, context, HTTPChannel(site, handler, secure=True), received)
@@ -154,6 +172,9 @@ class ForwardProxy:
         scheme, host, target = absolute_form(request.head.target)
         request.path, _, request.query = target.partition("?")
         request.host = str(host)
+        return self.login.guard(self._dispatch_absolute_form)(request, scheme, host)
+
+    def _dispatch_absolute_form(self, request: Request, scheme: str, host: Host) -> Awaitable[None]:
         registry = self.interception.registries.get(host)
         if registry is not None:
             return self.interception.handle(registry, request)
@@ -163,16 +184,31 @@ class ForwardProxy:
 
     async def _forward_request(self, request: Request, server: Registry) -> None:
         self.policy.check_http_port(server.host)
-        self.policy.check_name(server.host)
-        request.cache_status = "PASS"
         url = server.origin + request.path + (f"?{request.query}" if request.query else "")
         headers = request.headers.end_to_end().without("host", "content-length", "expect")
-        response = await self.agent.request(
-            request.method,
-            url,
-            headers,
-            request_body_producer(request),
-            address_check=DestinationCheck(self.policy, server.host),
-            client=request.client,
-        )
+        try:
+            self.policy.check_name(server.host)
+            response = await self.agent.request(
+                request.method,
+                url,
+                headers,
+                request_body_producer(request),
+                address_check=DestinationCheck(self.policy, server.host),
+                client=request.client,
+                client_connection=request.connection_number,
+            )
+        except OwnAddressDenied:
+            if server.host.port == request.port:
+                return await self.local(request)
+            if server.host.port in self.registry_http_ports:
+                return await self.hosted(request)
+            raise
+        request.cache_status = "PASS"
+        request.security_fields = ""  # the other server has its own
         await forward_response(request, response, forwarded_fields(response.headers))
+
+
+def _handle_as(user: str, handler: Handler, request: Request) -> Awaitable[None]:
+    """Handle a request in a tunnel that `user` opened."""
+    request.proxy_user = user
+    return handler(request)

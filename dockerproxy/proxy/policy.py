@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from attrs import frozen
 
 from dockerproxy.errors import Denied, DestinationForbidden
-from dockerproxy.net.addresses import AddressSet, Destinations
+from dockerproxy.net.addresses import Address, AddressSet, Destinations
 from dockerproxy.oci.names import Host
 
 _HTTP_PORT = 80
 _FIRST_UNPRIVILEGED_PORT = 1024
+
+
+class OwnAddressDenied(Denied):
+    """TUNNEL_DENY forbids the connection because `address` belongs to this machine."""
+
+    def __init__(self, message: str, address: str) -> None:
+        super().__init__(message)
+        self.address = address
 
 
 @frozen
@@ -17,13 +27,15 @@ class Policy:
     """The access rules, from the settings of the same names.
 
     Each check raises `Denied` if the rules forbid it. The message is one sentence that names the setting and the entry
-    that forbids it. It never contains an address that a name resolved to.
+    that forbids it. It never contains an address that a name resolved to. `is_own_address` returns whether an address
+    belongs to this machine: the word ``loopback`` includes these.
     """
 
     allow_clients: AddressSet
     tunnel_ports: frozenset[int]
     tunnel_allow: Destinations
     tunnel_deny: Destinations
+    is_own_address: Callable[[Address], bool]
 
     def check_client(self, address: str) -> None:
         """Check that a client at `address` may use the proxy."""
@@ -53,22 +65,32 @@ class Policy:
         if host.is_address:
             return self.check_address(host, host.name)
         self._check_denied(host, self.tunnel_deny.match_name(host.name))
-        if self.tunnel_allow.names_only and self.tunnel_allow.match_name(host.name) is None:
+        if self.tunnel_allow.names_only and self.tunnel_allow.match_name(host.name, exact=True) is None:
             raise _not_allowed_error(host)
 
     def check_address(self, host: Host, address: str) -> None:
         """Check that a connection to `host` may use `address`, which its name resolved to.
 
-        It may if TUNNEL_ALLOW has the name or the address, and TUNNEL_DENY has neither.
+        It may if TUNNEL_ALLOW has the name or the address, and TUNNEL_DENY has neither. If an upstream proxy resolves
+        the name, `address` is the name, and only names count. Raise `OwnAddressDenied` if `address` is forbidden only
+        because it belongs to this machine.
         """
-        try:
-            deny_entry = self.tunnel_deny.match_name(host.name) or self.tunnel_deny.match_address(address)
-            allow_entry = self.tunnel_allow.match_name(host.name) or self.tunnel_allow.match_address(
-                address, exact=True
-            )
-        except ValueError:  # not an IP address, so no rule can allow it
-            deny_entry = allow_entry = None
-        self._check_denied(host, deny_entry)
+        allow, deny = self.tunnel_allow, self.tunnel_deny
+        self._check_denied(host, deny.match_name(host.name))
+        allow_entry = allow.match_name(host.name, exact=True)
+        if host.is_address or address != host.name:
+            try:
+                self._check_denied(host, deny.match_address(address))
+                own_entry = deny.match_own(address, self.is_own_address)
+                if own_entry is not None:
+                    raise OwnAddressDenied(_denial(own_entry, host), address)
+                allow_entry = (
+                    allow_entry
+                    or allow.match_address(address, exact=True)
+                    or allow.match_own(address, self.is_own_address, exact=True)
+                )
+            except ValueError:  # not an IP address, so no rule can allow it
+                allow_entry = None
         if allow_entry is None:
             raise _not_allowed_error(host)
 
@@ -76,16 +98,23 @@ class Policy:
         """Check that we may connect to `address`, which an upstream named in a redirect or as its token server.
 
         TUNNEL_DENY applies here too. TUNNEL_ALLOW does not, because it limits the destinations of clients, and content
-        delivery networks may have any address.
+        delivery networks may have any address. If an upstream proxy resolves the name, `address` is the name.
         """
-        entry = self.tunnel_deny.match_address(address)
+        try:
+            entry = self.tunnel_deny.match_address(address) or self.tunnel_deny.match_own(address, self.is_own_address)
+        except ValueError:
+            entry = self.tunnel_deny.match_name(address)
         if entry is not None:
             raise DestinationForbidden(f"TUNNEL_DENY ({entry}) forbids the address that the upstream refers to")
 
     @staticmethod
     def _check_denied(host: Host, entry: str | None) -> None:
         if entry is not None:
-            raise Denied(f"TUNNEL_DENY ({entry}) forbids connections to {host.authority}.")
+            raise Denied(_denial(entry, host))
+
+
+def _denial(entry: str, host: Host) -> str:
+    return f"TUNNEL_DENY ({entry}) forbids connections to {host.authority}."
 
 
 def _not_allowed_error(host: Host) -> Denied:

@@ -1,29 +1,63 @@
-"""Requests to this server itself: which handler serves a path of a port."""
+"""Requests to this server itself: which handler serves a path of a port, and which web pages may send them."""
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Mapping
 
-from attrs import frozen
+from attrs import define, frozen
 
 from dockerproxy.errors import NameUnknown, Unsupported
 from dockerproxy.http.channel import Handler
-from dockerproxy.http.request import Request
+from dockerproxy.http.cross_origin import CrossOriginProtection, is_preflight, respond_preflight
+from dockerproxy.http.message import SAFE_METHODS
+from dockerproxy.http.request import ErrorRenderer, Request
+from dockerproxy.proxy.host_rule import HostRule
+
+# A machine needs these before it is set up, and a monitoring system to see that we are alive. They contain no secret,
+# and a set-up must not fail because of the name that leads here.
+_FOR_ANY_HOST = frozenset({"/ca.crt", "/setup", "/setup/systemd", "/healthz"})
+
+_PUBLIC_PAGES = _FOR_ANY_HOST | {"/"}
+
+
+@define
+class BrowserProtection:
+    """Protects this server from the pages that browsers show. A newly set `host_rule` applies to later requests."""
+
+    host_rule: HostRule
+    cross_origin: CrossOriginProtection
+
+    def check(self, request: Request) -> None:
+        """Raise `RegistryError` if `request` may be that of a page of another origin and is not allowed to be."""
+        if not request.secure and request.path not in _FOR_ANY_HOST:
+            self.host_rule.check(request.host)
+        self.cross_origin.check(request, public=request.path in _PUBLIC_PAGES)
 
 
 @frozen
 class Router:
-    """The handlers of one port: `registry` for `/v2/` and everything below, and `pages` by path, for GET and HEAD."""
+    """The handlers of one port: `registry` for `/v2/` and everything below, and `pages` by path, for GET and HEAD.
+
+    `render_registry_error` responds with the errors of `/v2/`.
+    """
 
     registry: Handler
     pages: Mapping[str, Handler]
+    protection: BrowserProtection
+    render_registry_error: ErrorRenderer
 
     def handle(self, request: Request) -> Awaitable[None]:
         """Return the awaitable that responds to `request`. Raise `RegistryError`."""
         request.host = request.host or (request.headers.get("host") or "")
-        if request.path == "/v2" or request.path.startswith("/v2/"):
+        is_registry = request.path == "/v2" or request.path.startswith("/v2/")
+        if is_registry:
+            request.error_renderer = self.render_registry_error
+        self.protection.check(request)
+        if is_preflight(request):
+            return respond_preflight(request)
+        if is_registry:
             return self.registry(request)
-        if request.method not in ("GET", "HEAD"):
+        if request.method not in SAFE_METHODS:
             raise Unsupported(f"{request.path} supports only GET and HEAD", headers=[("Allow", "GET, HEAD")])
         page = self.pages.get(request.path)
         if page is None:

@@ -10,7 +10,7 @@ from dockerproxy.errors import DigestInvalid, RangeInvalid, SizeInvalid, Unsuppo
 from dockerproxy.http.message import body_framing
 from dockerproxy.http.request import Request
 from dockerproxy.oci.content import VERIFY_FIRST_SIZE, BlobResponse, Content, ManifestResponse
-from dockerproxy.oci.manifests import MAX_MANIFEST, OCI_INDEX
+from dockerproxy.oci.manifests import MAX_MANIFEST, OCI_INDEX, data_type
 from dockerproxy.oci.names import Digest, Repository, Tag, parse_tag
 from dockerproxy.oci.paging import NamePage, Page, next_link
 from dockerproxy.oci.ranges import ByteRange, content_range, parse_range
@@ -65,7 +65,7 @@ class RegistryAPI:
         accept, head_only = request.headers.all("accept"), request.method == "HEAD"
         manifest = await backend.manifest(target.name, target.reference, accept, head=head_only)
         request.cache_status = manifest.cache_status
-        fields = [("Content-Type", manifest.media_type), *_common_fields(manifest, manifest.cache_status)]
+        fields = [("Content-Type", data_type(manifest.media_type)), *_common_fields(manifest, manifest.cache_status)]
         if _is_not_modified(request, manifest.digest):
             request.respond(304, fields)
         elif manifest.content is None:

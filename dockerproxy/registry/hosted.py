@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from attrs import frozen
 from twisted.logger import Logger
 
-from dockerproxy.concurrency import in_thread, shield
+from dockerproxy.concurrency import shield
 from dockerproxy.errors import (
     BlobUnknown,
     BlobUploadInvalid,
@@ -36,6 +36,7 @@ from dockerproxy.oci.uploads import UploadParameters, UploadStatus, algorithm_fo
 from dockerproxy.registry.backend import UploadBody, UploadChunk
 from dockerproxy.registry.hosted_store import HostedStore, UploadSession
 from dockerproxy.registry.principal import Principal
+from dockerproxy.thread_pool import ContentParser
 
 _NO_CACHE_STATUS = "-"  # hosted content does not come from a cache
 
@@ -54,8 +55,8 @@ log = Logger()
 class HostedRegistry:
     """A `RegistryBackend` over a `HostedStore`."""
 
-    _reactor: Any
     _store: HostedStore
+    _parser: ContentParser
 
     # pulls
 
@@ -110,13 +111,14 @@ class HostedRegistry:
         self, principal: Principal, name: Repository, content: bytes, media_type: str, digest: Digest | None,
         tags: Sequence[Tag],
     ) -> PushedManifest:  # fmt: skip
-        operation = self._put_manifest(name, content, media_type, digest, tags)
+        operation = self._put_manifest(principal, name, content, media_type, digest, tags)
         return await self._finish(principal, f"push to {name}", operation)
 
     async def _put_manifest(
-        self, name: Repository, content: bytes, media_type: str, digest: Digest | None, tags: Sequence[Tag]
-    ) -> PushedManifest:
-        manifest = await in_thread(self._reactor, PushedManifest.parse, content, digest, media_type)
+        self, principal: Principal, name: Repository, content: bytes, media_type: str, digest: Digest | None,
+        tags: Sequence[Tag],
+    ) -> PushedManifest:  # fmt: skip
+        manifest = await self._parser.parse(PushedManifest.parse, content, digest, media_type, client=principal.address)
         await self._store.commit_manifest(name, manifest, tags)
         return manifest
 

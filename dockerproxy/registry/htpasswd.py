@@ -1,4 +1,4 @@
-"""The users of the hosted registry: HTPASSWD_FILE, in the format of Apache's htpasswd with bcrypt."""
+"""The users of the hosted registry and of the proxy: files in the format of Apache's htpasswd with bcrypt."""
 
 from __future__ import annotations
 
@@ -34,15 +34,18 @@ class HtpasswdError(ValueError):
     """The htpasswd file cannot be used. The message is one sentence and contains no part of a hash."""
 
 
-def parse_htpasswd(text: str, path: Path) -> dict[str, bytes]:
-    """Return the bcrypt hashes in `text`, the content of `path`, by user name. Raise `HtpasswdError`."""
+def parse_htpasswd(text: str, path: Path, setting: str = "HTPASSWD_FILE") -> dict[str, bytes]:
+    """Return the bcrypt hashes in `text`, the content of `path`, by user name.
+
+    `setting` has the name of the file. Raise `HtpasswdError`.
+    """
     users: dict[str, bytes] = {}
     for number, line in enumerate(text.splitlines(), 1):
         entry = line.strip()
         if not entry or entry.startswith("#"):
             continue
         user, colon, password_hash = entry.partition(":")
-        location = f"HTPASSWD_FILE: {path}, line {number}"
+        location = f"{setting}: {path}, line {number}"
         if not colon or not user:
             raise HtpasswdError(f"{location} is not of the form user:hash")
         if not _HASH.fullmatch(password_hash):
@@ -64,14 +67,17 @@ class HtpasswdFile:
 
     The file is read again when it changes. If the new file is invalid, the previous users stay. A password is hashed in
     `pool`, because the cost in its hash decides how long that takes. Verified logins are remembered under a key made
-    with `secret`, so that memory holds no password. `clock` is the reactor.
+    with `secret`, so that memory holds no password. `clock` is the reactor. Errors name the `setting` of the path.
     """
 
-    def __init__(self, clock: Any, pool: PasswordPool, path: Path, secret: bytes) -> None:
+    def __init__(
+        self, clock: Any, pool: PasswordPool, path: Path, secret: bytes, setting: str = "HTPASSWD_FILE"
+    ) -> None:
         self._clock = clock
         self._pool = pool
         self._path = path
         self._secret = secret
+        self._setting = setting
         self._throttle = LoginThrottle(clock.seconds)
         self._users: Mapping[str, bytes] = {}
         self._dummy_hash = b""
@@ -85,11 +91,11 @@ class HtpasswdFile:
         try:
             with self._path.open(encoding="utf-8") as file:
                 self._signature = _signature(os.fstat(file.fileno()))
-                users = parse_htpasswd(file.read(), self._path)
+                users = parse_htpasswd(file.read(), self._path, self._setting)
         except OSError as error:
-            raise HtpasswdError(f"HTPASSWD_FILE: {self._path} cannot be read: {error.strerror}") from None
+            raise HtpasswdError(f"{self._setting}: {self._path} cannot be read: {error.strerror}") from None
         except UnicodeDecodeError:
-            raise HtpasswdError(f"HTPASSWD_FILE: {self._path} is not UTF-8 text") from None
+            raise HtpasswdError(f"{self._setting}: {self._path} is not UTF-8 text") from None
         self._users = users
         self._verified.clear()
         # Unknown users are compared with this hash, which costs as much as the most expensive one in the file.

@@ -7,18 +7,25 @@ from functools import partial
 from typing import Protocol
 
 from dockerproxy.errors import NameUnknown, RegistryError, Unsupported
-from dockerproxy.http.message import origin_form
+from dockerproxy.http.cross_origin import CrossOriginProtection, is_preflight, respond_preflight
+from dockerproxy.http.message import SAFE_METHODS, origin_form
 from dockerproxy.http.request import Request
 from dockerproxy.oci.names import Host, Registry
-from dockerproxy.oci.routes import Kind, Target, route
+from dockerproxy.oci.routes import Kind, Target, is_api_path, route
 from dockerproxy.registry.api import RegistryAPI
 from dockerproxy.registry.responses import cache_status_fields, respond_error, respond_ping
-from dockerproxy.registry.upstream import SAFE_METHODS, UpstreamRegistry, check_push, forward_request
+from dockerproxy.registry.upstream import (
+    UpstreamRegistry,
+    check_push,
+    forward_page,
+    forward_request,
+    handle_list,
+)
 
 _MAX_FORM_SIZE = 64 * 1024
 
-OpenRegistry = Callable[[Registry, str | None], UpstreamRegistry]
-"""Returns the registry for a client with this Authorization value, or without one."""
+OpenRegistry = Callable[[Registry, str | None, str], UpstreamRegistry]
+"""Returns the registry for a client with this Authorization value, or without one, and with this address."""
 
 
 class TokenService(Protocol):
@@ -35,11 +42,18 @@ class Intercepted:
     """Handles requests to upstream registries under their own names."""
 
     def __init__(
-        self, api: RegistryAPI, open_registry: OpenRegistry, token_service: TokenService, *, allow_push: bool
+        self,
+        api: RegistryAPI,
+        open_registry: OpenRegistry,
+        token_service: TokenService,
+        cross_origin: CrossOriginProtection,
+        *,
+        allow_push: bool,
     ) -> None:
         self._api = api
         self._open_registry = open_registry
         self._token_service = token_service
+        self._cross_origin = cross_origin
         self._allow_push = allow_push
 
     def handle(self, registry: Registry, request: Request) -> Awaitable[None]:
@@ -48,21 +62,28 @@ class Intercepted:
         This is no coroutine, because one around another costs memory for each slow client.
         """
         request.host = str(registry)
-        upstream = self._open_registry(registry, request.headers.get("authorization"))
+        upstream = self._open_registry(registry, request.headers.get("authorization"), request.client)
         request.error_renderer = partial(_respond_error, upstream)
         _check_path(request)
         target = _api_target(request.path)
-        is_safe = request.method in SAFE_METHODS
         if target is not None:
-            pull = self._api.handle_pull(request, target, upstream)
-            if pull is not None:
-                return pull
-        else:
-            token_registry = self._token_service.registry_for_realm(registry, request.path)
-            if token_registry is not None and request.method in ("GET", "POST"):
-                return self._handle_token(token_registry, request)
-            is_safe = is_safe or request.method == "OPTIONS"
-        if not is_safe:
+            return self._handle_api(request, target, upstream)
+        token_registry = self._token_service.registry_for_realm(registry, request.path)
+        if token_registry is not None and request.method in ("GET", "POST"):
+            self._cross_origin.check(request)
+            return self._handle_token(token_registry, request)
+        if request.method not in (*SAFE_METHODS, "OPTIONS") and is_api_path(request.path):
+            check_push(request, self._allow_push)
+        return forward_page(request, upstream)
+
+    def _handle_api(self, request: Request, target: Target, upstream: UpstreamRegistry) -> Awaitable[None]:
+        self._cross_origin.check(request, pull=target.kind is not Kind.BASE)
+        if is_preflight(request):
+            return respond_preflight(request)
+        pull = self._api.handle_pull(request, target, upstream) or handle_list(request, target, upstream)
+        if pull is not None:
+            return pull
+        if request.method not in SAFE_METHODS:
             check_push(request, self._allow_push)
         return forward_request(request, upstream, target)
 
@@ -86,10 +107,16 @@ class Mirror:
     """
 
     def __init__(
-        self, api: RegistryAPI, open_registry: OpenRegistry, registries: Mapping[Host, Registry], hub: Registry
+        self,
+        api: RegistryAPI,
+        open_registry: OpenRegistry,
+        registries: Mapping[Host, Registry],
+        hub: Registry,
+        cross_origin: CrossOriginProtection,
     ) -> None:
         self._api = api
         self._open_registry = open_registry
+        self._cross_origin = cross_origin
         self._registries = registries
         self._hub = hub
 
@@ -103,15 +130,18 @@ class Mirror:
             raise NameUnknown(
                 f"'{namespace}' is not mirrored here; the administrator of this proxy can add it to REGISTRIES"
             )
+        self._cross_origin.check(request, pull=target.kind is not Kind.BASE)
         request.host = str(registry)
         if request.method not in SAFE_METHODS:
             message = "a mirror is read-only; push to the registry itself"
             raise Unsupported(message, headers=[("Allow", ", ".join(SAFE_METHODS))])
         if target.kind is Kind.BASE:
             return _respond_ping(request)
-        upstream = self._open_registry(registry, None)
-        pull = self._api.handle_pull(request, target, upstream)
-        return pull if pull is not None else forward_request(request, upstream, target, namespace)
+        upstream = self._open_registry(registry, None, request.client)
+        pull = self._api.handle_pull(request, target, upstream) or handle_list(request, target, upstream, namespace)
+        if pull is None:
+            raise NameUnknown("a mirror has no upload sessions")
+        return pull
 
 
 async def _respond_ping(request: Request) -> None:
@@ -130,7 +160,7 @@ def _check_path(request: Request) -> None:
 
 
 def _api_target(path: str) -> Target | None:
-    """Return the API resource of `path`. Return None if the API has no such path, so that the request is forwarded."""
+    """Return the API resource of `path`, None if the API has no such path. Raise `NameInvalid`, `DigestInvalid`."""
     try:
         return route(path)
     except NameUnknown:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 
 from attrs import frozen
 
@@ -10,8 +10,10 @@ from dockerproxy.http.request import Request
 from dockerproxy.oci.names import Host
 from dockerproxy.oci.routes import pop_parameter
 from dockerproxy.registry.hosted_app import HostedRegistryApp
-from dockerproxy.registry.intercepted import Mirror
 from dockerproxy.registry.responses import respond_error
+
+MirrorHandler = Callable[[Request, Host | None], Awaitable[None]]
+"""Responds to a request for an upstream registry, or for the default one; see `Mirror.handle`."""
 
 
 @frozen
@@ -23,7 +25,7 @@ class NamespacedRegistries:
     """
 
     hosted: HostedRegistryApp
-    mirror: Mirror
+    mirror: MirrorHandler
     hosted_names: frozenset[str]
     mirror_by_default: bool
 
@@ -33,4 +35,4 @@ class NamespacedRegistries:
         text, request.query = pop_parameter(request.query, "ns")
         namespace = None if text is None else Host.parse(text)
         is_mirrored = self.mirror_by_default if namespace is None else namespace.name not in self.hosted_names
-        return self.mirror.handle(request, namespace) if is_mirrored else self.hosted.handle(request)
+        return self.mirror(request, namespace) if is_mirrored else self.hosted.handle(request)

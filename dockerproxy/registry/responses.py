@@ -9,14 +9,23 @@ from dockerproxy.errors import RegistryError, UpstreamRefused
 from dockerproxy.http.forwarding import forwarded_fields
 from dockerproxy.http.headers import Headers
 from dockerproxy.http.request import Request
+from dockerproxy.oci.manifests import data_type
 
 API_VERSION = ("Docker-Distribution-Api-Version", "registry/2.0")
 
 FieldList = list[tuple[str, str]]
 
-# Fields that describe the upstream server, which the client does not talk to. Alt-Svc would lead clients past us, and
-# the X-Cache of a content delivery network describes another cache than ours.
-_NOT_FORWARDED = ("alt-svc", "server", "strict-transport-security", "x-cache")
+# The fields of the distribution API, and of HTTP as registries use it. An upstream sends whatever it likes under our
+# name: cookies, scripts, refreshes, permissions for other web pages. Everything that is not listed is left out.
+_API_FIELDS = frozenset({
+    "accept-ranges", "allow", "cache-status", "content-range", "content-type", "etag", "last-modified", "range",
+    "retry-after", "warning", "x-request-id",
+})  # fmt: skip
+_API_FIELD_PREFIXES = ("docker-", "oci-", "ratelimit", "x-ratelimit-")
+
+# Fields of web pages that are not passed on: Alt-Svc would lead clients past us, and the X-Cache of a content delivery
+# network describes another cache than ours.
+_NOT_FORWARDED = ("alt-svc", "x-cache")
 
 
 # Our member of Cache-Status (RFC 9211, section 2) for every value of X-Cache.
@@ -43,22 +52,27 @@ def cache_status_fields(cache_status: str) -> FieldList:
 
 
 def upstream_fields(headers: Headers) -> FieldList:
-    """Return the fields of an upstream response that the client gets.
+    """Return the fields of an upstream response to a request of the API that the client gets.
+
+    Link and Location are not among them, because it depends on the request whether they lead anywhere.
 
     Upstream's Cache-Status is among them: a cache that adds its member preserves the existing ones (RFC 9211,
     section 2). That holds only for a response to this client's own request. The field describes how caches handled one
     request, so it is neither stored with a blob or manifest nor repeated with the cached copy.
     """
-    return forwarded_fields(headers.without(*_NOT_FORWARDED))
+    return [
+        (name, data_type(value) if name == "content-type" else value)
+        for name, value in headers.end_to_end()
+        if name in _API_FIELDS or name.startswith(_API_FIELD_PREFIXES)
+    ]
 
 
-def without_cookies(headers: Headers) -> Headers:
-    """Return `headers` without cookies, which the API does not use.
+def page_fields(headers: Headers) -> FieldList:
+    """Return the fields of an upstream response to a request that is not of the API, such as a web page or git.
 
-    A cookie from upstream may be a session of our own login. A cookie from a client may be meant for another server
-    than the one that gets the request.
+    Browsers and git need all of them, cookies included. No login of ours was shown for such a request.
     """
-    return headers.without("cookie", "set-cookie")
+    return forwarded_fields(headers.without(*_NOT_FORWARDED))
 
 
 def respond_ping(request: Request) -> None:
@@ -77,7 +91,7 @@ def respond_error(request: Request, error: RegistryError, challenge: Iterable[tu
         if request.cache_status != "PASS":
             # One refusal may decide for several clients, and its Cache-Status describes the request of only one.
             headers = headers.without("cache-status")
-        fields, body = upstream_fields(without_cookies(headers)), error.content
+        fields, body = upstream_fields(headers), error.content
     else:
         fields = [("Content-Type", "application/json"), API_VERSION, *headers]
         body = json.dumps({"errors": [{"code": error.code, "message": error.message}]}).encode()

@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Awaitable
 from typing import Any, Protocol
 from urllib.parse import quote
 
 from dockerproxy.errors import RegistryError, Unsupported, UpstreamError, UpstreamRefused
 from dockerproxy.http.forwarding import ForwardedResponse, forward_response, request_body_producer
 from dockerproxy.http.headers import Headers
+from dockerproxy.http.message import SAFE_METHODS
 from dockerproxy.http.request import Request
-from dockerproxy.oci.names import Host, Repository
-from dockerproxy.oci.routes import Target
+from dockerproxy.oci.names import Host
+from dockerproxy.oci.routes import LIST_KINDS, Target
 from dockerproxy.registry.backend import PullBackend
-from dockerproxy.registry.responses import cache_status_fields, upstream_fields, without_cookies
+from dockerproxy.registry.responses import FieldList, cache_status_fields, page_fields, upstream_fields
 
 # Request fields that are not forwarded: the login is handled elsewhere, and the framing of the body is our own.
 _NOT_FORWARDED = ("authorization", "host", "content-length", "expect", "accept-encoding")
 
-SAFE_METHODS = ("GET", "HEAD")
+# Request fields of a list. Our own login may go along, so nothing else does: no cookie, and no X-HTTP-Method-Override.
+_LIST_REQUEST_FIELDS = frozenset({"accept", "if-modified-since", "if-none-match", "user-agent"})
 
 _MAX_ERROR_BODY = 64 * 1024
 
-# RFC 8288, section 3. A link whose target is only a path leads to us.
-_LINK = re.compile(r"<(/[^<>]*)>")
+# RFC 8288, section 3, as distribution-spec 1.1 has it: `</v2/NAME/tags/list?n=2&last=x>; rel="next"`.
+_NEXT_LINK = re.compile(r'<[^<>?#]*\?([^<>#]*)>[ \t]*;[ \t]*rel[ \t]*=[ \t]*(?:next|"next")', re.IGNORECASE)
 
 
 class RegistryResponse(ForwardedResponse, Protocol):
@@ -36,9 +39,12 @@ class UpstreamRegistry(PullBackend, Protocol):
     """An upstream registry for one client, implemented by the cache."""
 
     async def forward(
-        self, method: str, path: str, name: Repository | None, headers: Headers, body: Any = None
+        self, method: str, target: Target, path: str, headers: Headers, body: Any = None
     ) -> RegistryResponse:
-        """Send a request upstream and return the response."""
+        """Send a request for the API resource `target`. `path` is its path and query. Return the response."""
+
+    async def forward_page(self, method: str, path: str, headers: Headers, body: Any = None) -> RegistryResponse:
+        """Send a request that is not of the API as it is, with the client's own login. Return the response."""
 
     def challenge(self, error: RegistryError, *, secure: bool) -> list[tuple[str, str]]:
         """Return the challenge for a client that gets `error`, a 401."""
@@ -51,29 +57,66 @@ def check_push(request: Request, allow_push: bool) -> None:
         raise Unsupported("pushing through this proxy is disabled; its administrator can set ALLOW_PUSH=true")
 
 
-async def forward_request(
-    request: Request, upstream: UpstreamRegistry, target: Target | None, namespace: Host | None = None
-) -> None:
-    """Forward `request` to upstream, streaming its body and the response. Raise `UpstreamRefused` for a 401.
+def handle_list(
+    request: Request, target: Target, upstream: UpstreamRegistry, namespace: Host | None = None
+) -> Awaitable[None] | None:
+    """Return the awaitable that responds with a list of tags or repositories. Return None for anything else."""
+    if target.kind not in LIST_KINDS or request.method not in SAFE_METHODS:
+        return None
+    return _forward_list(request, upstream, target, namespace)
 
-    `target` is the API resource of its path, None if the path is not part of the API. `namespace` is the client's
-    `?ns=`, if it sent one.
+
+async def _forward_list(request: Request, upstream: UpstreamRegistry, target: Target, namespace: Host | None) -> None:
+    """Respond with upstream's list of tags or repositories. Raise `UpstreamRefused` for a 401.
+
+    Our own login may have been shown for it, so fields pass by allow lists in both directions. `namespace` is the
+    client's `?ns=`, if it sent one.
     """
     request.cache_status = "PASS"
-    path = request.path + (f"?{request.query}" if request.query else "")
-    headers = request.headers.end_to_end().without(*_NOT_FORWARDED)
-    repository = None
-    if target is not None:
-        repository, headers = target.name or None, without_cookies(headers)
-    response = await upstream.forward(request.method, path, repository, headers, request_body_producer(request))
+    headers = Headers.from_lowercase([field for field in request.headers if field[0] in _LIST_REQUEST_FIELDS])
+    response = await upstream.forward(request.method, target, _path_and_query(request), headers)
+    await _refuse_401(response)
+    fields = upstream_fields(response.headers)
+    fields += _next_page(request.path, namespace, response.headers.all("link"))
+    await forward_response(request, response, [*fields, *cache_status_fields(request.cache_status)])
+
+
+async def forward_request(request: Request, upstream: UpstreamRegistry, target: Target) -> None:
+    """Forward a request for the API resource `target`, such as a push, streaming its body and the response.
+
+    Our own login is never shown for it. Raise `UpstreamRefused` for a 401.
+    """
+    request.cache_status = "PASS"
+    headers = request.headers.end_to_end().without(*_NOT_FORWARDED, "cookie")
+    path, body = _path_and_query(request), request_body_producer(request)
+    response = await upstream.forward(request.method, target, path, headers, body)
+    await _refuse_401(response)
+    fields = upstream_fields(response.headers)
+    fields += [("location", value) for value in response.headers.all("location")]  # of an upload
+    await forward_response(request, response, [*fields, *cache_status_fields(request.cache_status)])
+
+
+async def forward_page(request: Request, upstream: UpstreamRegistry) -> None:
+    """Forward a request that is not of the API: to a web page, a git repository or another API of the same host.
+
+    The client deals with that server by itself, with its own login and cookies, as through a tunnel: only the fields of
+    single connections are left out, and no login of ours is ever shown.
+    """
+    request.cache_status = "PASS"
+    headers, body = request.headers.end_to_end().without(*_NOT_FORWARDED), request_body_producer(request)
+    response = await upstream.forward_page(request.method, _path_and_query(request), headers, body)
+    request.security_fields = ""  # the page has its own
+    fields = [*page_fields(response.headers), *cache_status_fields(request.cache_status)]
+    await forward_response(request, response, fields)
+
+
+def _path_and_query(request: Request) -> str:
+    return request.path + (f"?{request.query}" if request.query else "")
+
+
+async def _refuse_401(response: RegistryResponse) -> None:
     if response.status == 401:
         raise UpstreamRefused(401, await _read_error_body(response), tuple(response.headers))
-    response_headers = response.headers if target is None else without_cookies(response.headers)
-    fields = [
-        (name, _add_namespace(namespace, value) if name == "link" else value)
-        for name, value in upstream_fields(response_headers)
-    ]
-    await forward_response(request, response, [*fields, *cache_status_fields(request.cache_status)])
 
 
 async def _read_error_body(response: RegistryResponse) -> bytes:
@@ -84,12 +127,14 @@ async def _read_error_body(response: RegistryResponse) -> bytes:
         return b""
 
 
-def _add_namespace(namespace: Host | None, link: str) -> str:
-    """Return `link` with `ns=namespace` in its targets. Without it, the next page would be that of another registry."""
-    if namespace is None:
-        return link
+def _next_page(path: str, namespace: Host | None, links: list[str]) -> FieldList:
+    """Return the Link to the next page of the list at `path`, if one of upstream's `links` is such a link.
 
-    def substitute(match: re.Match[str]) -> str:
-        return f"<{match[1]}{'&' if '?' in match[1] else '?'}ns={quote(str(namespace))}>"
-
-    return _LINK.sub(substitute, link)
+    Only its query is upstream's: a link never leads to another list, another host, or out of the namespace.
+    """
+    for link in links:
+        match = _NEXT_LINK.fullmatch(link.strip())
+        if match is not None:
+            suffix = "" if namespace is None else f"&ns={quote(str(namespace))}"
+            return [("Link", f'<{path}?{match[1]}{suffix}>; rel="next"')]
+    return []

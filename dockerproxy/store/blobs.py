@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -15,8 +16,9 @@ from attrs import define, field
 from dockerproxy.errors import DigestInvalid
 from dockerproxy.oci.names import Digest
 from dockerproxy.store.eviction import Entry
-from dockerproxy.store.files import Staging, list_names, read_small
+from dockerproxy.store.files import Staging
 from dockerproxy.store.layout import Layout, digest_from_names
+from dockerproxy.store.tree_reader import Missing, TreeReader, UnsafeFile, open_regular, read_small
 
 # Seconds. A file's mtime records its last use, because atime is coarse under `relatime` and absent under `noatime`.
 # Eviction counts in days, so a blob that is read a thousand times a second needs no thousand inode updates.
@@ -74,11 +76,15 @@ class OpenBlob:
 
 @define
 class Blobs:
-    """The blobs of a store. If `durable`, a committed blob survives a power cut. `clock` gives the time of use."""
+    """The blobs of a store. If `durable`, a committed blob survives a power cut. `clock` gives the time of use.
+
+    `reader` lists them. A symbolic link, or anything else that is no regular file, counts as absent.
+    """
 
     _layout: Layout
     _durable: bool
     _clock: Callable[[], float] = time.time
+    _reader: TreeReader = field(factory=TreeReader)
     _staging: Staging = field(init=False)
 
     @_staging.default
@@ -92,8 +98,8 @@ class Blobs:
     def open(self, digest: Digest) -> OpenBlob | None:
         """Open the blob and record the use; return None if it does not exist."""
         try:
-            fd = os.open(self._layout.blob(digest), os.O_RDONLY | os.O_CLOEXEC)
-        except (FileNotFoundError, NotADirectoryError):
+            fd = open_regular(self._layout.blob(digest))
+        except (*Missing, UnsafeFile):
             return None
         status = os.fstat(fd)
         now = self._clock()
@@ -111,9 +117,8 @@ class Blobs:
         `safe_delete`).
         """
         path = self._layout.blob(digest)
-        try:
-            status = os.stat(path)
-        except (FileNotFoundError, NotADirectoryError):
+        status = _lstat_regular(path)
+        if status is None:
             return None
         now = self._clock()
         if not 0 <= now - status.st_mtime < _TOUCH_INTERVAL:
@@ -127,10 +132,8 @@ class Blobs:
 
     def size(self, digest: Digest) -> int | None:
         """Return the blob's size in bytes, or None if it does not exist."""
-        try:
-            return os.stat(self._layout.blob(digest)).st_size
-        except (FileNotFoundError, NotADirectoryError):
-            return None
+        status = _lstat_regular(self._layout.blob(digest))
+        return None if status is None else status.st_size
 
     def exists(self, digest: Digest) -> bool:
         """Return whether the blob exists."""
@@ -142,7 +145,7 @@ class Blobs:
         If the blob exists already, delete the staged file instead. An existing file of other content is damaged, and
         the staged file replaces it. If it raises `OSError`, the staged file remains.
         """
-        fd = os.open(staged_path, os.O_RDONLY | os.O_CLOEXEC)
+        fd = open_regular(staged_path)
         try:
             if self.touch(digest) == os.fstat(fd).st_size and _has_same_content(fd, self._layout.blob(digest)):
                 os.unlink(staged_path)
@@ -180,19 +183,28 @@ class Blobs:
     def walk(self) -> Iterator[Entry[Digest]]:
         """Yield all blobs, in no order. Blobs added or deleted meanwhile may or may not be included. Blocks."""
         for digest in self.digests():
-            with suppress(FileNotFoundError, NotADirectoryError):
-                status = os.stat(self._layout.blob(digest))
+            status = _lstat_regular(self._layout.blob(digest))
+            if status is not None:
                 yield Entry(digest, status.st_size, status.st_mtime)
 
     def digests(self, partition: int = 0, partitions: int = 1) -> Iterator[Digest]:
         """Yield the digests of all blobs, or of one of `partitions` partitions, in no order. Blocks."""
-        for algorithm in list_names(self._layout.blobs):
-            for prefix in list_names(f"{self._layout.blobs}/{algorithm}"):
+        for algorithm in self._reader.list_names(self._layout.blobs):
+            for prefix in self._reader.list_names(f"{self._layout.blobs}/{algorithm}"):
                 if _PREFIX.fullmatch(prefix) and int(prefix, 16) % partitions == partition:
-                    for encoded in list_names(f"{self._layout.blobs}/{algorithm}/{prefix}"):
+                    for encoded in self._reader.list_names(f"{self._layout.blobs}/{algorithm}/{prefix}"):
                         digest = digest_from_names(algorithm, encoded)
                         if digest is not None and encoded.startswith(prefix):
                             yield digest
+
+
+def _lstat_regular(path: str) -> os.stat_result | None:
+    """Return the status of the regular file at `path`, or None if there is none."""
+    try:
+        status = os.lstat(path)
+    except Missing:
+        return None
+    return status if stat.S_ISREG(status.st_mode) else None
 
 
 def _has_same_content(fd: int, path: str) -> bool:

@@ -11,6 +11,8 @@ from contextlib import contextmanager, suppress
 
 from attrs import frozen
 
+from dockerproxy.store.tree_reader import list_names
+
 # A directory may be removed between creating it and renaming into it, because its last file was deleted. Each further
 # attempt is needed only if that happens again.
 _ATTEMPTS = 8
@@ -184,18 +186,6 @@ def write_all(fd: int, chunks: Sequence[bytes], offset: int) -> int:
     return offset - start
 
 
-def read_small(path: str, limit: int) -> bytes | None:
-    """Return the first `limit` bytes of the file at `path`, or None if it does not exist."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    try:
-        return os.read(fd, limit)
-    finally:
-        os.close(fd)
-
-
 def fsync_directory(path: str) -> None:
     """Sync the directory at `path`, if it exists, so that its entries survive a power cut. Blocks.
 
@@ -212,14 +202,6 @@ def fsync_directory(path: str) -> None:
             raise
     finally:
         os.close(fd)
-
-
-def list_names(directory: str) -> list[str]:
-    """Return the names in `directory`, in no order; an empty list if it does not exist or is not a directory."""
-    try:
-        return os.listdir(directory)
-    except (FileNotFoundError, NotADirectoryError):
-        return []
 
 
 def try_remove(path: str) -> None:

@@ -1,12 +1,14 @@
 """Import of another registry's directory: one of `registry:2`, or one of this daemon.
 
-Blobs are verified by their digests. They are hard-linked if they are on our file system and belong to our user, and
-copied otherwise. Links follow, and tags come last, so that a tag always points to a complete image. Existing objects
-stay, so an import can be repeated, and a repeated one continues an interrupted one.
+The directory may be a stranger's: no symbolic link below it is followed, and only regular files are read (see
+`tree_reader`). Blobs are verified by their digests. They are hard-linked if they are on our file system and nobody else
+can still write to them, and copied otherwise. Links follow, and tags come last, so that a tag always points to a
+complete image. Existing objects stay, so an import can be repeated, and a repeated one continues an interrupted one.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import secrets
 from collections import Counter
@@ -21,10 +23,11 @@ from dockerproxy.errors import ManifestInvalid, NameInvalid
 from dockerproxy.oci.manifests import MAX_MANIFEST, media_type_of
 from dockerproxy.oci.names import Digest, parse_repository
 from dockerproxy.store.blobs import Blobs
-from dockerproxy.store.files import read_small, write_all
+from dockerproxy.store.files import write_all
 from dockerproxy.store.layout import Layout
 from dockerproxy.store.links import Links
 from dockerproxy.store.progress import Progress, RepositoryLock, locked_slices, no_lock
+from dockerproxy.store.tree_reader import Missing, StrictReader, UnsafeFile, read_small
 
 _CHUNK_SIZE = 1024 * 1024
 
@@ -72,14 +75,15 @@ def find_source_layout(directory: Path) -> Layout:
     if directory.parts[-3:] == ("docker", "registry", "v2"):
         candidates.append(directory.parents[2])
     for root in candidates:
-        layout = Layout(root)
+        layout, unsafe = Layout(root), list[UnsafeFile]()
+        reader = StrictReader((str(root),), unsafe.append)
         try:
-            if os.listdir(layout.repositories) and os.listdir(layout.blobs):
+            if reader.list_names(layout.repositories) and reader.list_names(layout.blobs):
                 return layout
-        except (FileNotFoundError, NotADirectoryError):
-            continue
         except OSError as error:
             raise NotARegistry(f"{error.filename} cannot be read: {error.strerror}") from None
+        for link in unsafe:
+            raise NotARegistry(f"{link}; import the directory that it leads to")
     reason = "it has no docker/registry/v2 with blobs and repositories"
     raise NotARegistry(f"{directory} is not a registry's directory: {reason}")
 
@@ -126,13 +130,18 @@ class _ImportRun:
     _blob_sizes: dict[Digest, int] = field(factory=dict, init=False)
     _total_bytes: int | None = field(default=None, init=False)  # None until `scan` has finished
     _processed_bytes: int = field(default=0, init=False)
+    _source_reader: StrictReader = field(init=False)
     _source_links: Links = field(init=False)
     _target_blobs: Blobs = field(init=False)
     _target_links: Links = field(init=False)
 
+    @_source_reader.default
+    def _make_source_reader(self) -> StrictReader:
+        return StrictReader((str(self._source.root),), self._record_unsafe)
+
     @_source_links.default
     def _make_source_links(self) -> Links:
-        return Links(self._source, durable=False)
+        return Links(self._source, durable=False, reader=self._source_reader)
 
     # Not durable, because `import_registry` syncs everything at the end.
 
@@ -146,8 +155,11 @@ class _ImportRun:
 
     def record(self, item: Skipped) -> None:
         """Count and report a skipped item."""
-        self.counts.update(untaken=1, conflicts=item.kind == "conflict")
+        self.counts.update(untaken=1, conflicts=int(item.kind == "conflict"))
         self._progress.emit(item)
+
+    def _record_unsafe(self, error: UnsafeFile) -> None:
+        self.record(Skipped("unreadable", str(error)))
 
     def scan(self) -> None:
         """Find the repositories, and the sizes of their blobs."""
@@ -162,11 +174,18 @@ class _ImportRun:
             for links in (self._source_links.layers, self._source_links.manifests):
                 for digest in links(repository):
                     if digest not in self._blob_sizes:
-                        with suppress(FileNotFoundError, NotADirectoryError):
-                            size = self._blob_sizes[digest] = os.stat(self._source.blob(digest)).st_size
+                        with suppress(*Missing):
+                            size = self._blob_sizes[digest] = self._size(digest)
                             total += size
                     self._report_bytes()
         self._total_bytes = total
+
+    def _size(self, digest: Digest) -> int:
+        """Return the size of a blob in the source; 0 if it cannot be read, which `_import_blob` reports."""
+        try:
+            return self._source_reader.stat(self._source.blob(digest)).st_size
+        except UnsafeFile:
+            return 0
 
     def import_blobs(self) -> None:
         """Import the blobs."""
@@ -233,30 +252,51 @@ class _ImportRun:
     def _import_blob(self, digest: Digest) -> None:
         os.makedirs(self._target.staging, exist_ok=True)
         staged_path = f"{self._target.staging}/{secrets.token_hex(8)}"
-        source_fd = _open_source(self._source.blob(digest))
+        source_fd = self._open_source(digest)
         copy_fd = -1
         try:
-            if not (is_hardlink := _hardlink(source_fd, self._source.blob(digest), staged_path)):
-                copy_fd = os.open(staged_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-            hasher, size = digest.hasher(), 0
-            while chunk := _read_source(source_fd):
-                hasher.update(chunk)
-                if not is_hardlink:
-                    write_all(copy_fd, [chunk], size)
-                size += len(chunk)
-                self._processed_bytes += len(chunk)
-                self._report_bytes()
-            if hasher.hexdigest() != digest.hex:
+            status = os.fstat(source_fd)
+            is_hardlink = _hardlink(source_fd, status, staged_path)
+            is_right = True
+            if not is_hardlink:
+                copy_fd = os.open(staged_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+                _check_room(copy_fd, status.st_size)
+                if status.st_blocks * 512 < status.st_size:
+                    # A sparse file is only as large as its owner says. Do not fill the disk with its zeros.
+                    is_right = self._read_blob(source_fd, digest, status.st_size, -1)
+            if not is_right or not self._read_blob(source_fd, digest, status.st_size, copy_fd):
                 self.record(Skipped("damaged", f"{digest} is damaged"))
                 return
+            self._processed_bytes += status.st_size
+            if is_hardlink and os.fstat(source_fd).st_size != status.st_size:
+                raise _SourceError("its size changed while it was read")
             self._target_blobs.commit(staged_path, digest)
-            self.counts.update(hardlinked=is_hardlink, copied=not is_hardlink, bytes=size)
+            self.counts.update(hardlinked=int(is_hardlink), copied=int(not is_hardlink), bytes=status.st_size)
         finally:
             os.close(source_fd)
             if copy_fd >= 0:
                 os.close(copy_fd)
             with suppress(FileNotFoundError):
                 os.unlink(staged_path)
+
+    def _open_source(self, digest: Digest) -> int:
+        try:
+            return self._source_reader.open(self._source.blob(digest))
+        except UnsafeFile as error:
+            raise _SourceError(str(error)) from None
+        except OSError as error:
+            raise _SourceError(error.strerror) from None
+
+    def _read_blob(self, fd: int, digest: Digest, size: int, copy_fd: int) -> bool:
+        """Return whether the first `size` bytes of the file have the digest. Copy them, unless `copy_fd` is -1."""
+        hasher, offset = digest.hasher(), 0
+        while chunk := _read_source(fd, min(_CHUNK_SIZE, size - offset), offset):
+            hasher.update(chunk)
+            if copy_fd >= 0:
+                write_all(copy_fd, [chunk], offset)
+            offset += len(chunk)
+            self._progress.report("contents", self._processed_bytes + offset, self._total_bytes)
+        return hasher.hexdigest() == digest.hex
 
     def _report_bytes(self) -> None:
         self._progress.report("contents", self._processed_bytes, self._total_bytes)
@@ -266,33 +306,54 @@ class _SourceError(Exception):
     """A file of the imported directory cannot be read."""
 
 
-def _open_source(path: str) -> int:
+def _read_source(fd: int, size: int, offset: int) -> bytes:
     try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        return os.pread(fd, size, offset)
     except OSError as error:
         raise _SourceError(error.strerror) from None
 
 
-def _read_source(fd: int) -> bytes:
-    try:
-        return os.read(fd, _CHUNK_SIZE)
-    except OSError as error:
-        raise _SourceError(error.strerror) from None
+def _check_room(fd: int, size: int) -> None:
+    """Raise `_SourceError` if the disk of `fd` has no room for `size` bytes."""
+    status = os.fstatvfs(fd)
+    free = status.f_bavail * status.f_frsize
+    if size > free:
+        raise _SourceError(f"a copy needs {size} bytes, and the disk has {free} free")
 
 
-def _hardlink(fd: int, path: str, staged_path: str) -> bool:
-    """Hard-link the open file to `staged_path`. Return whether that succeeded."""
-    status = os.fstat(fd)
-    # Another user could write to a file of theirs, and we could not set its mtime (see `SafeDelete`).
-    if status.st_uid != os.geteuid():
+def _hardlink(fd: int, status: os.stat_result, staged_path: str) -> bool:
+    """Hard-link the open file `fd` to `staged_path`. Return whether that succeeded.
+
+    Nobody else may be able to change the file afterwards, by its mode, by another name, or because it is open.
+    """
+    # We could not set the mtime of another user's file (see `SafeDelete`).
+    is_ours = status.st_uid == os.geteuid() and status.st_nlink == 1 and not status.st_mode & 0o022
+    if not is_ours or _is_open_for_writing(fd):
         return False
     try:
-        os.link(path, staged_path)
+        # By descriptor, because `path` may lead to another file by now. With `src_dir_fd`, Python uses linkat(2), which
+        # follows the link in /proc; link(2) does not.
+        directory_fd = os.open("/proc/self/fd", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.link(str(fd), staged_path, src_dir_fd=directory_fd, follow_symlinks=True)
+        finally:
+            os.close(directory_fd)
     except OSError:  # another file system; too many links; none allowed
         return False
-    if os.path.samestat(status, os.stat(staged_path)):
+    if os.path.samestat(status, os.lstat(staged_path)):
         return True
     os.unlink(staged_path)
+    return False
+
+
+def _is_open_for_writing(fd: int) -> bool:
+    """Return whether a process has the file open for writing, or maps it so. True if the file system cannot tell."""
+    try:
+        # The kernel refuses a read lease on such a file (fcntl(2), F_SETLEASE).
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    except OSError:
+        return True
     return False
 
 

@@ -21,9 +21,10 @@ from dockerproxy.errors import DigestInvalid
 from dockerproxy.oci.names import Digest
 from dockerproxy.store.blobs import Blobs
 from dockerproxy.store.eviction import Entry
-from dockerproxy.store.files import list_names, try_remove
+from dockerproxy.store.files import try_remove
 from dockerproxy.store.hashed_append_file import HashedAppendFile
 from dockerproxy.store.layout import IngestKey, Layout, digest_from_names, ingest_key_from_names
+from dockerproxy.store.tree_reader import list_names
 
 
 @define(eq=False)

@@ -94,6 +94,11 @@ class Layout:
     def _damaged(self) -> str:
         return f"{self.root}/damaged"
 
+    @property
+    def anchors(self) -> tuple[str, str]:
+        """The directories that an administrator may have put elsewhere, by symbolic links. There are none below."""
+        return self.blobs, self.repositories
+
     def blob(self, digest: Digest) -> str:
         """Return the data file of a blob."""
         return f"{self.blobs}/{digest.algorithm}/{digest.hex[:2]}/{digest.hex}/data"

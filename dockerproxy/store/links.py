@@ -10,6 +10,7 @@ registry are. CNCF distribution reads only public links.
 from __future__ import annotations
 
 import os
+import stat
 from bisect import bisect_right
 from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import suppress
@@ -21,8 +22,9 @@ from attrs import define, field, frozen
 from dockerproxy.errors import DigestInvalid, NameInvalid
 from dockerproxy.oci.names import Digest, parse_tag
 from dockerproxy.oci.paging import sort_key
-from dockerproxy.store.files import Staging, list_names, read_small, try_remove
+from dockerproxy.store.files import Staging, try_remove
 from dockerproxy.store.layout import Layout, digest_from_names
+from dockerproxy.store.tree_reader import Missing, TreeReader
 
 # The longest link contains a sha512 digest. A media type has at most 255 characters (RFC 6838, section 4.2: 127 + 1 +
 # 127); longer content is invalid.
@@ -56,13 +58,14 @@ class Links:
     Callers build `repository` from validated parts. Every method raises `NameInvalid` for an invalid name.
 
     If `clock`, which returns POSIX time, is given, the mtime of a link is its last use, at most a day late. `on_create`
-    is called after each new file or directory.
+    is called after each new file or directory. `reader` reads the tree.
     """
 
     _layout: Layout
     _durable: bool
     _clock: Callable[[], float] | None = None
     _on_create: Callable[[], object] | None = None
+    _reader: TreeReader = field(factory=TreeReader)
     _staging: Staging = field(init=False)
 
     @_staging.default
@@ -116,7 +119,7 @@ class Links:
 
     def manifest_media_type(self, repository: str, digest: Digest) -> str | None:
         """Return the manifest's media type, or None if it is not known (a tree that another registry wrote)."""
-        content = read_small(self._layout.media_type(repository, digest), _MEDIA_TYPE_LIMIT + 1)
+        content = self._reader.read_small(self._layout.media_type(repository, digest), _MEDIA_TYPE_LIMIT + 1)
         # The media type is sent in a header field, so reject the characters that a torn or foreign file may contain.
         if not content or len(content) > _MEDIA_TYPE_LIMIT or not content.isascii():
             return None
@@ -125,7 +128,7 @@ class Links:
 
     def tag(self, repository: str, tag: str) -> Digest | None:
         """Return the digest of the tag's manifest, or None if there is no such tag."""
-        return _read_link(self._layout.tag_current(repository, tag))
+        return _read_link(self._reader, self._layout.tag_current(repository, tag))
 
     def set_tag(self, repository: str, tag: str, digest: Digest) -> None:
         """Point the tag to the manifest `digest`."""
@@ -140,50 +143,56 @@ class Links:
 
     def tags(self, repository: str) -> list[str]:
         """Return the repository's tags, sorted. Blocks."""
-        names = list_names(self._layout.tags(repository))
-        return sorted(tag for tag in names if _is_tag(tag) and _link_exists(self._layout.tag_current(repository, tag)))
+        names = self._reader.list_names(self._layout.tags(repository))
+        return sorted(
+            tag
+            for tag in names
+            if _is_tag(tag) and _link_exists(self._reader, self._layout.tag_current(repository, tag))
+        )
 
     def tags_after(self, repository: str, after: str | None) -> Iterator[str]:
         """Yield the repository's tags behind `after` (None: all) in the order of `sort_key`. Blocks.
 
         Only the tags that are taken cost more than a directory entry.
         """
-        names = sorted(filter(_is_tag, list_names(self._layout.tags(repository))), key=sort_key)
+        names = sorted(filter(_is_tag, self._reader.list_names(self._layout.tags(repository))), key=sort_key)
         start = 0 if after is None else bisect_right(names, sort_key(after), key=sort_key)
         for tag in islice(names, start, None):
-            if _link_exists(self._layout.tag_current(repository, tag)):
+            if _link_exists(self._reader, self._layout.tag_current(repository, tag)):
                 yield tag
 
     def iter_tags(self, repository: str) -> Iterator[tuple[str, Digest | None]]:
         """Yield the repository's tags, in no order, each with its manifest (None if the link is torn). Blocks."""
-        for tag in filter(_is_tag, list_names(self._layout.tags(repository))):
-            content = read_small(self._layout.tag_current(repository, tag), _LINK_LIMIT)
+        for tag in filter(_is_tag, self._reader.list_names(self._layout.tags(repository))):
+            content = self._reader.read_small(self._layout.tag_current(repository, tag), _LINK_LIMIT)
             if content:
                 yield tag, _parse_link(content)
 
     def layers(self, repository: str) -> Iterator[Digest]:
         """Yield the blobs to which the repository has a link, even a torn one, in no order. Blocks."""
-        yield from _iter_digests(self._layout.layers(repository))
+        yield from _iter_digests(self._reader, self._layout.layers(repository))
 
     def manifests(self, repository: str) -> Iterator[Digest]:
         """Yield the manifests to which the repository has a link, even a torn one, in no order. Blocks."""
-        yield from _iter_digests(self._layout.revisions(repository))
+        yield from _iter_digests(self._reader, self._layout.revisions(repository))
 
     def layer_entries(self, repository: str) -> Iterator[LinkEntry]:
         """Yield the links of `layers`. Blocks."""
-        yield from _iter_entries(self._layout.layers(repository))
+        yield from _iter_entries(self._reader, self._layout.layers(repository))
 
     def manifest_entries(self, repository: str) -> Iterator[LinkEntry]:
         """Yield the links of `manifests`. Blocks."""
-        yield from _iter_entries(self._layout.revisions(repository))
+        yield from _iter_entries(self._reader, self._layout.revisions(repository))
 
     def tag_entries(self, repository: str) -> Iterator[LinkEntry]:
         """Yield the tags, in no order. A tag is used with its manifest. Blocks."""
-        for tag in filter(_is_tag, list_names(self._layout.tags(repository))):
+        for tag in filter(_is_tag, self._reader.list_names(self._layout.tags(repository))):
             digest = self.tag(repository, tag)
-            last_used = _mtime(self._layout.tag_current(repository, tag), self._layout.tag(repository, tag))
+            last_used = _mtime(
+                self._reader, self._layout.tag_current(repository, tag), self._layout.tag(repository, tag)
+            )
             if digest is not None:
-                last_used = max(last_used, _mtime(self._layout.manifest(repository, digest)))
+                last_used = max(last_used, _mtime(self._reader, self._layout.manifest(repository, digest)))
             yield LinkEntry(self._layout.tag(repository, tag), digest, last_used)
 
     def discard(self, entry: LinkEntry, is_needed: Callable[[], bool]) -> bool:
@@ -204,8 +213,8 @@ class Links:
 
     def prune_tag_index(self, repository: str, digests: Container[str]) -> Iterator[None]:
         """Remove the former manifests in `digests` from the index of every tag. Each step blocks briefly."""
-        for tag in filter(_is_tag, list_names(self._layout.tags(repository))):
-            for digest in _iter_digests(f"{self._layout.tag(repository, tag)}/index"):
+        for tag in filter(_is_tag, self._reader.list_names(self._layout.tags(repository))):
+            for digest in _iter_digests(self._reader, f"{self._layout.tag(repository, tag)}/index"):
                 if str(digest) in digests and self.tag(repository, tag) != digest:
                     self._staging.remove_tree(os.path.dirname(self._layout.tag_index(repository, tag, digest)))
                 yield None
@@ -219,11 +228,11 @@ class Links:
         revisions, tags = self._layout.revisions(repository), self._layout.tags(repository)
         layers, referrers = self._layout.layers(repository), f"{directory}/_referrers"
         for parent in (revisions, tags, layers):
-            yield from _remove_empty_children(parent)
-        if any(list_names(parent) for parent in (revisions, tags, layers)):
+            yield from _remove_empty_children(self._reader, parent)
+        if any(self._reader.list_names(parent) for parent in (revisions, tags, layers)):
             return
-        for algorithm in list_names(referrers):
-            yield from _remove_empty_children(f"{referrers}/{algorithm}")
+        for algorithm in self._reader.list_names(referrers):
+            yield from _remove_empty_children(self._reader, f"{referrers}/{algorithm}")
             _rmdir_if_empty(f"{referrers}/{algorithm}")
         for candidate in (
             revisions,
@@ -234,17 +243,17 @@ class Links:
             self._layout.uploads(repository),
         ):
             _rmdir_if_empty(candidate)
-        if list_names(revisions):
+        if self._reader.list_names(revisions):
             self._staging.makedirs(layers)
         remove_empty_directories(self._layout, directory)
 
     def repositories(self) -> Iterator[str]:
         """Yield the repositories that have, or had, a blob or manifest, in no order. Blocks."""
-        return iter_repositories(self._layout, *_CONTENT_DIRECTORIES)
+        return iter_repositories(self._layout, *_CONTENT_DIRECTORIES, reader=self._reader)
 
     def has_repository(self, repository: str) -> bool:
         """Return whether the repository has, or had, a blob or manifest."""
-        return _has_any(self._layout, repository, _CONTENT_DIRECTORIES)
+        return _has_any(self._reader, self._layout, repository, _CONTENT_DIRECTORIES)
 
     def repositories_after(self, after: str | None) -> Iterator[str]:
         """Yield the repositories behind `after` (None: all), like `repositories`, but in order. Blocks.
@@ -257,7 +266,7 @@ class Links:
             parent, passing, is_behind = pending.pop()
             if is_behind and self.has_repository(parent):
                 yield parent
-            for name in sorted(list_names(f"{self._layout.repositories}/{parent}"), reverse=True):
+            for name in sorted(self._reader.list_names(f"{self._layout.repositories}/{parent}"), reverse=True):
                 repository = f"{parent}/{name}" if parent else name
                 if (not passing or name >= passing[0]) and _is_repository(self._layout, repository):
                     on_path = bool(passing) and name == passing[0]
@@ -266,8 +275,10 @@ class Links:
     def _use_link(self, path: str, digest: Digest) -> Visibility | None:
         """Return the visibility of the link, None if it does not exist, and record its use."""
         try:
-            status = os.stat(path)
-        except (FileNotFoundError, NotADirectoryError):
+            status = self._reader.stat(path)
+        except Missing:
+            return None
+        if not stat.S_ISREG(status.st_mode):
             return None
         if self._clock is not None:
             now = self._clock()
@@ -279,24 +290,25 @@ class Links:
         return Visibility.PRIVATE if status.st_size else None
 
     def _link(self, path: str, digest: Digest, visibility: Visibility = Visibility.PUBLIC) -> None:
-        content = read_small(path, _LINK_LIMIT) or b""
+        content = self._reader.read_small(path, _LINK_LIMIT) or b""
         public_content = str(digest).encode()
         if content == public_content or (visibility is Visibility.PRIVATE and _parse_link(content) == digest):
             return
         self._staging.write(public_content + (b"\n" if visibility is Visibility.PRIVATE else b""), path)
 
 
-def iter_repositories(layout: Layout, *subdirectories: str) -> Iterator[str]:
+def iter_repositories(layout: Layout, *subdirectories: str, reader: TreeReader | None = None) -> Iterator[str]:
     """Yield the repositories that contain one of these directories, in no order. Blocks."""
+    reader = reader or TreeReader()
     pending = [""]
     while pending:
         parent = pending.pop()
-        for name in list_names(f"{layout.repositories}/{parent}"):
+        for name in reader.list_names(f"{layout.repositories}/{parent}"):
             # `_uploads` and other foreign names are not valid repository names.
             repository = f"{parent}/{name}" if parent else name
             if _is_repository(layout, repository):
                 pending.append(repository)
-                if _has_any(layout, repository, subdirectories):
+                if _has_any(reader, layout, repository, subdirectories):
                     yield repository
 
 
@@ -308,9 +320,9 @@ def _is_repository(layout: Layout, name: str) -> bool:
     return True
 
 
-def _has_any(layout: Layout, repository: str, subdirectories: Iterable[str]) -> bool:
+def _has_any(reader: TreeReader, layout: Layout, repository: str, subdirectories: Iterable[str]) -> bool:
     directory = layout.repository(repository)
-    return any(os.path.isdir(f"{directory}/{subdirectory}") for subdirectory in subdirectories)
+    return any(reader.is_directory(f"{directory}/{subdirectory}") for subdirectory in subdirectories)
 
 
 def remove_empty_directories(layout: Layout, directory: str) -> None:
@@ -319,16 +331,16 @@ def remove_empty_directories(layout: Layout, directory: str) -> None:
         directory = os.path.dirname(directory)
 
 
-def _link_exists(path: str) -> bool:
+def _link_exists(reader: TreeReader, path: str) -> bool:
     # The path determines the content, so one stat tells a good link from one that a power cut left empty.
     try:
-        return os.stat(path).st_size > 0
-    except (FileNotFoundError, NotADirectoryError):
+        return reader.stat(path).st_size > 0
+    except Missing:
         return False
 
 
-def _read_link(path: str) -> Digest | None:
-    return _parse_link(read_small(path, _LINK_LIMIT) or b"")
+def _read_link(reader: TreeReader, path: str) -> Digest | None:
+    return _parse_link(reader.read_small(path, _LINK_LIMIT) or b"")
 
 
 def _parse_link(content: bytes) -> Digest | None:
@@ -346,31 +358,31 @@ def _is_tag(name: str) -> bool:
     return True
 
 
-def _iter_digests(directory: str) -> Iterator[Digest]:
+def _iter_digests(reader: TreeReader, directory: str) -> Iterator[Digest]:
     """Yield the digests that the entries ``ALG/HEX`` below a directory stand for."""
-    for algorithm in list_names(directory):
-        for encoded in list_names(f"{directory}/{algorithm}"):
+    for algorithm in reader.list_names(directory):
+        for encoded in reader.list_names(f"{directory}/{algorithm}"):
             digest = digest_from_names(algorithm, encoded)
             if digest is not None:
                 yield digest
 
 
-def _iter_entries(directory: str) -> Iterator[LinkEntry]:
-    for digest in _iter_digests(directory):
+def _iter_entries(reader: TreeReader, directory: str) -> Iterator[LinkEntry]:
+    for digest in _iter_digests(reader, directory):
         path = f"{directory}/{digest.algorithm}/{digest.hex}"
-        yield LinkEntry(path, digest, _mtime(f"{path}/link", path))
+        yield LinkEntry(path, digest, _mtime(reader, f"{path}/link", path))
 
 
-def _mtime(*paths: str) -> float:
+def _mtime(reader: TreeReader, *paths: str) -> float:
     """Return the mtime of the first path that exists; 0 if none does."""
     for path in paths:
-        with suppress(FileNotFoundError, NotADirectoryError):
-            return os.stat(path).st_mtime
+        with suppress(*Missing):
+            return reader.stat(path).st_mtime
     return 0.0
 
 
-def _remove_empty_children(directory: str) -> Iterator[None]:
-    for name in list_names(directory):
+def _remove_empty_children(reader: TreeReader, directory: str) -> Iterator[None]:
+    for name in reader.list_names(directory):
         _rmdir_if_empty(f"{directory}/{name}")
         yield None
 

@@ -28,6 +28,7 @@ from dockerproxy.store.blob_reader import StoredBlobReader
 from dockerproxy.store.blobs import OpenBlob
 from dockerproxy.store.hosted_tree import HostedTree
 from dockerproxy.store.uploads import Upload, Uploads
+from dockerproxy.thread_pool import ContentParser
 
 _BATCH_SIZE = 100  # references that are checked before the reactor runs again
 _MAX_MISSING_LISTED = 10  # missing references that an error message lists
@@ -103,6 +104,7 @@ class LocalHostedStore:
 
     _reactor: Any
     _tree: HostedTree
+    _parser: ContentParser
     uploads: LocalUploads = field(init=False)
 
     @uploads.default
@@ -168,7 +170,9 @@ class LocalHostedStore:
                 repository=repository,
             )
             return None
-        return StoredManifest(digest, media_type or _detect_media_type(content), content)
+        if media_type is None:
+            media_type = await self._parser.parse(_detect_media_type, content)
+        return StoredManifest(digest, media_type, content)
 
     async def _read_verified(self, blob: OpenBlob) -> bytes | None:
         """Return the content of `blob`, or None if it does not match the digest."""

@@ -34,10 +34,47 @@ class CacheFull(Exception):
 
 
 @define
+class Partials:
+    """The bytes of partial downloads by host and `str(key)`, in the order of their last changes."""
+
+    _sizes: dict[str, dict[str, int]] = field(factory=dict, init=False)
+
+    def add(self, text: str, size: int) -> None:
+        """Add the entry `text`, unless it is a blob."""
+        if "/" in text:
+            self._sizes.setdefault(text.partition("/")[0], {})[text] = size
+
+    def remove(self, text: str) -> None:
+        """Remove the entry, if it is there."""
+        host = text.partition("/")[0]
+        sizes = self._sizes.get(host)
+        if sizes is not None:
+            sizes.pop(text, None)
+            if not sizes:
+                del self._sizes[host]
+
+    def items(self, host: str | None = None) -> Iterator[tuple[str, int]]:
+        """Yield the keys and sizes of those from `host` or from all, host by host, the least recently changed first."""
+        for sizes in self._of(host):
+            yield from sizes.items()
+
+    def total(self, host: str | None = None) -> int:
+        """Return the bytes of those from `host` or from all."""
+        return sum(sum(sizes.values()) for sizes in self._of(host))
+
+    def count(self, host: str) -> int:
+        """Return the number of those from `host`."""
+        return len(self._sizes.get(host, ()))
+
+    def _of(self, host: str | None) -> Iterable[dict[str, int]]:
+        return self._sizes.values() if host is None else [self._sizes.get(host, {})]
+
+
+@define
 class LRUIndex:
     """The blobs and partial downloads of a cache of at most `limit` bytes, least recently used first.
 
-    To reserve the bytes of a download, add it with its expected size and pin it. Evicted blobs are
+    To reserve the bytes of a download, add it with the reserved size and pin it. Evicted blobs are
     removed from the index at once, so that two callers never get the same bytes. The caller deletes them from disk.
     """
 
@@ -45,6 +82,7 @@ class LRUIndex:
     total: int = field(default=0, init=False)
     overhead: int = field(default=0, init=False)
     """Bytes of other files that count towards `limit`."""
+    partials: Partials = field(factory=Partials, init=False)
     _entries: OrderedDict[str, LRUEntry] = field(factory=OrderedDict, init=False)  # by `str(key)`
     _pins: dict[str, int] = field(factory=dict, init=False)
     # Keys changed since the running rescan began; None if no rescan is running.
@@ -53,7 +91,9 @@ class LRUIndex:
     def add(self, key: CacheKey, size: int, now: float) -> None:
         """Add a blob of `size` bytes that is used now, replacing its old entry."""
         self.remove(key)
-        self._entries[str(key)] = size, now
+        text = str(key)
+        self._entries[text] = size, now
+        self.partials.add(text, size)
         self.total += size
 
     def __contains__(self, key: CacheKey) -> bool:
@@ -72,8 +112,10 @@ class LRUIndex:
 
     def remove(self, key: CacheKey) -> None:
         """Remove the blob, if it is in the index. Its pins stay until they are released by `unpin`."""
-        entry = self._entries.pop(self._mark_dirty(key), None)
+        text = self._mark_dirty(key)
+        entry = self._entries.pop(text, None)
         if entry is not None:
+            self.partials.remove(text)
             self.total -= entry[0]
 
     def pin(self, key: CacheKey) -> None:
@@ -95,6 +137,35 @@ class LRUIndex:
         """The bytes that fit without an eviction."""
         return self.limit - self.total - self.overhead
 
+    @property
+    def evictable(self) -> int:
+        """The bytes that evictions could free."""
+        return self.total - sum(self._entries[key][0] for key in self._pins if key in self._entries)
+
+    def partial_bytes(self, host: str | None = None) -> int:
+        """The bytes of partial downloads, reserved or on disk, from `host` or from all."""
+        return self.partials.total(host)
+
+    def reserved_bytes(self, host: str | None = None) -> int:
+        """The bytes of pinned partial downloads from `host` or from all."""
+        prefix = "" if host is None else f"{host}/"
+        pinned = (text for text in self._pins if "/" in text and text.startswith(prefix))
+        return sum(self._entries[text][0] for text in pinned if text in self._entries)
+
+    def evict_partials(self, size: int, host: str | None = None, count: int = 0) -> list[CacheKey]:
+        """Remove and return partial downloads that are not pinned, from `host` or from all.
+
+        Those of each host go in the order of their last changes, until `size` bytes and at least `count` have gone.
+        """
+        chosen: list[str] = []
+        for text, partial_size in self.partials.items(host):
+            if size <= 0 and len(chosen) >= count:
+                break
+            if text not in self._pins:
+                chosen.append(text)
+                size -= partial_size
+        return self._remove_all(chosen)
+
     def evict(self, size: int) -> list[CacheKey]:
         """Remove and return the blobs to evict so that `size` more bytes fit, least recently used first.
 
@@ -103,7 +174,7 @@ class LRUIndex:
         minimum = size - self.free
         if minimum <= 0:
             return []
-        evictable = self._evictable_bytes()
+        evictable = self.evictable
         if evictable < minimum:
             in_use = self.total + self.overhead - evictable
             raise CacheFull(f"{size} bytes do not fit into a cache of {self.limit} bytes with {in_use} bytes in use")
@@ -139,13 +210,15 @@ class LRUIndex:
 
         Keep the current entries of blobs that changed since the rescan began, because it may have seen the old state.
         """
-        entries, total = rescan.entries, rescan.total
+        entries, partials, total = rescan.entries, rescan.partials, rescan.total
         for key in self._dirty or ():
             total -= entries.pop(key, (0, 0.0))[0]
+            partials.remove(key)
             if key in self._entries:
                 entries[key] = self._entries[key]
+                partials.add(key, entries[key][0])
                 total += entries[key][0]
-        rescan.entries, self._entries, self.total = self._entries, entries, total
+        rescan.entries, self._entries, self.partials, self.total = self._entries, entries, partials, total
         self._dirty = None
 
     def abort_rescan(self) -> None:
@@ -158,9 +231,6 @@ class LRUIndex:
             self._dirty.pop(text, None)
             self._dirty[text] = None
         return text
-
-    def _evictable_bytes(self) -> int:
-        return self.total - sum(self._entries[key][0] for key in self._pins if key in self._entries)
 
     def _remove_all(self, texts: Iterable[str]) -> list[CacheKey]:
         keys = [parse_key(text) for text in list(texts)]
@@ -179,6 +249,7 @@ class Rescan:
     _current: OrderedDict[str, LRUEntry]
     _pins: dict[str, int]
     entries: OrderedDict[str, LRUEntry] = field(factory=OrderedDict, init=False)
+    partials: Partials = field(factory=Partials, init=False)
     total: int = field(default=0, init=False)
     _runs: list[list[tuple[float, str, int]]] = field(factory=lambda: [[]], init=False)
 
@@ -202,6 +273,7 @@ class Rescan:
         for count, (last_used, key, size) in enumerate(heapq.merge(*self._runs)):
             self.total += size - self.entries.pop(key, (0, 0.0))[0]
             self.entries[key] = size, last_used
+            self.partials.add(key, size)
             if count % _YIELD_EVERY == 0:
                 yield None
         for run in self._runs:

@@ -15,6 +15,7 @@ from dockerproxy.store.blobs import Blobs
 from dockerproxy.store.layout import Layout
 from dockerproxy.store.links import Links
 from dockerproxy.store.references import References, extract_references
+from dockerproxy.store.tree_reader import Missing, StrictReader
 
 DigestText = str
 """A digest as a string, because sets of strings are smaller and faster than sets of `Digest`."""
@@ -65,6 +66,7 @@ class Mark:
 
     _layout: Layout
     _links: Links
+    _reader: StrictReader
     cutoff: float
     delete_untagged: bool
     on_step: Callable[[], object]
@@ -78,7 +80,7 @@ class Mark:
 
     def run(self) -> None:
         """Mark all repositories."""
-        for digest in Blobs(self._layout, durable=False).digests():
+        for digest in Blobs(self._layout, durable=False, reader=self._reader).digests():
             self.garbage.add(str(digest))
             self.on_step()
         self.blob_count = len(self.garbage)
@@ -227,7 +229,7 @@ class Mark:
             self.on_step()
 
     def _read(self, repository: str, text: DigestText) -> tuple[References, float]:
-        return load_references(self._layout, self._links, repository, Digest.parse(text))
+        return load_references(self._reader, self._layout, self._links, repository, Digest.parse(text))
 
 
 @define
@@ -269,17 +271,19 @@ class _Forest:
         self.parents[self.find(one)] = self.find(other)
 
 
-def load_references(layout: Layout, links: Links, repository: str, digest: Digest) -> tuple[References, float]:
+def load_references(
+    reader: StrictReader, layout: Layout, links: Links, repository: str, digest: Digest
+) -> tuple[References, float]:
     """Return the references of a manifest and its last use (POSIX time). Blocks. Raises `ManifestUnreadable`."""
     # Do not use `Blobs`, because it would record a use of every manifest.
     try:
-        with open(layout.blob(digest), "rb", buffering=0) as file:
+        with open(reader.open(layout.blob(digest)), "rb", buffering=0) as file:
             status = os.fstat(file.fileno())
             if status.st_size > MAX_MANIFEST:
                 size = f"{status.st_size} bytes, more than the {MAX_MANIFEST} allowed"
                 raise ManifestUnreadable(f"the manifest {digest} has {size}")
             content = file.read(status.st_size) or b""
-    except (FileNotFoundError, NotADirectoryError):
+    except Missing:
         raise ManifestUnreadable(f"the blob of the manifest {digest} is missing") from None
     except OSError as error:
         raise ManifestUnreadable(f"the manifest {digest} cannot be read ({error.strerror})") from None

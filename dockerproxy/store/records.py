@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -15,9 +16,12 @@ from urllib.parse import quote, unquote
 from attrs import define, field, frozen
 
 from dockerproxy.bounded_dict import BoundedDict
-from dockerproxy.store.files import Staging, list_names
+from dockerproxy.store.files import Staging
+from dockerproxy.store.tree_reader import Missing, UnsafeFile, list_names, open_regular
 
 _MAX_CACHED = 10_000
+_MAX_SIZE = 64 * 1024
+"""Bytes of a document. A larger file is not ours, and would take long to parse."""
 _MAX_COMPONENT = 120
 _SUFFIX, _STAGING = "~.json", "~staging"
 
@@ -75,20 +79,24 @@ class Records:
         return record.value
 
     def put(self, value: Mapping[str, Any], *key: str) -> None:
-        """Store `value`, which must be serializable as JSON, replacing the old document. Blocks."""
+        """Store `value`, which must be serializable as JSON, replacing the old document. Blocks.
+
+        A value that takes more than 64 KiB is not stored, because `get` would not read it.
+        """
         content = json.dumps({"key": key, "value": value}, separators=(",", ":")).encode()
-        self._staging.write(content, self._path(key))
+        if len(content) > _MAX_SIZE:
+            self.remove(*key)
+        else:
+            self._staging.write(content, self._path(key))
 
     def remove(self, *key: str) -> None:
         """Delete the document, if it exists. Blocks."""
-        try:
+        with suppress(*Missing):
             os.unlink(self._path(key))
-        except (FileNotFoundError, NotADirectoryError):
-            pass
 
     def exists(self, *key: str) -> bool:
         """Return whether the document exists, even a torn one."""
-        return os.path.exists(self._path(key))
+        return _signature(self._path(key)) is not None
 
     def kinds(self) -> list[str]:
         """Return the first components of all keys, sorted. Blocks."""
@@ -167,8 +175,8 @@ def _record_entry(path: str, names: tuple[str, ...]) -> RecordEntry | None:
 
 def _read_key(path: str) -> list[str]:
     try:
-        document = json.loads(Path(path).read_bytes())
-    except (OSError, ValueError):
+        document = json.loads(_read(path)[1])
+    except (OSError, ValueError, RecursionError):
         return []
     key = document.get("key") if isinstance(document, dict) else None
     return key if isinstance(key, list) and all(isinstance(component, str) for component in key) else []
@@ -176,9 +184,10 @@ def _read_key(path: str) -> list[str]:
 
 def _signature(path: str) -> _Signature | None:
     try:
-        return _signature_of(os.stat(path))
-    except (FileNotFoundError, NotADirectoryError):
+        status = os.lstat(path)
+    except Missing:
         return None
+    return _signature_of(status) if stat.S_ISREG(status.st_mode) else None
 
 
 def _signature_of(status: os.stat_result) -> _Signature:
@@ -188,18 +197,27 @@ def _signature_of(status: os.stat_result) -> _Signature:
 
 def _load(path: str, key: tuple[str, ...]) -> _CachedRecord:
     try:
-        with open(path, "rb") as file:
-            signature = _signature_of(os.fstat(file.fileno()))
-            content = file.read()
-    except (FileNotFoundError, NotADirectoryError):
+        signature, content = _read(path)
+    except (*Missing, UnsafeFile):
         return _CachedRecord(path, None, None)
     return _CachedRecord(path, signature, _parse(content, key))
+
+
+def _read(path: str) -> tuple[_Signature, bytes]:
+    """Return the signature and the content of a file; the content is empty if it is too large. Raises `OSError`."""
+    fd = open_regular(path)
+    try:
+        status = os.fstat(fd)
+        content = os.read(fd, status.st_size) if status.st_size <= _MAX_SIZE else b""
+    finally:
+        os.close(fd)
+    return _signature_of(status), content
 
 
 def _parse(content: bytes, key: tuple[str, ...]) -> Mapping[str, Any] | None:
     try:
         document = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     # The file contains the key, so that a case-insensitive file system does not mix up two tags.
     if not isinstance(document, dict) or document.get("key") != list(key):

@@ -19,9 +19,10 @@ from dockerproxy.oci.manifests import MAX_MANIFEST, parse_manifest
 from dockerproxy.oci.names import ALGORITHMS, Digest
 from dockerproxy.oci.referrers import Referrer, make_referrer
 from dockerproxy.store.blobs import Blobs
-from dockerproxy.store.files import Staging, list_names, read_small
+from dockerproxy.store.files import Staging
 from dockerproxy.store.layout import Layout, digest_from_names
 from dockerproxy.store.links import Links
+from dockerproxy.store.tree_reader import list_names, read_small
 
 _NO_SUBJECT = b"-"
 _MAX_SIGNATURES = 10_000  # repositories that are remembered as indexed; for others, the index is looked through again
@@ -127,7 +128,7 @@ class Referrers:
             manifest = parse_manifest(content, self._links.manifest_media_type(repository, digest))
         except ManifestInvalid:
             return None
-        return make_referrer(manifest, content, digest)
+        return make_referrer(manifest, digest, len(content))
 
 
 def _directory_signature(path: str) -> tuple[int, int]:

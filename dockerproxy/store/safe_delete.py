@@ -12,6 +12,7 @@ That is safe, because no client has been told yet that the blob exists.
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from enum import Enum
@@ -19,8 +20,9 @@ from enum import Enum
 from attrs import define, field
 
 from dockerproxy.oci.names import Digest
-from dockerproxy.store.files import Staging, fsync_directory, list_names, try_remove
+from dockerproxy.store.files import Staging, fsync_directory, try_remove
 from dockerproxy.store.layout import Layout
+from dockerproxy.store.tree_reader import Missing, UnsafeFile, list_names
 
 
 class DeleteOutcome(Enum):
@@ -35,7 +37,8 @@ class DeleteOutcome(Enum):
 class SafeDelete:
     """Deletes blobs, and links to blobs, that were last used before `cutoff` (POSIX time). Blocks. Thread-safe.
 
-    With `dry_run`, return the outcomes, but delete nothing. Only deleted links are synced, by `sync`. A blob that
+    With `dry_run`, return the outcomes, but delete nothing. Raise `UnsafeFile` if the directory to delete is a
+    symbolic link. Only deleted links are synced, by `sync`. A blob that
     reappears after a power cut is found by the next collection.
     """
 
@@ -55,6 +58,7 @@ class SafeDelete:
         outcome, size = self._check([path])
         if outcome is not DeleteOutcome.DELETED or self.dry_run:
             return outcome, size
+        _refuse_link(os.path.dirname(path))
         staged_path = self._staging.move_aside(path)
         if staged_path is not None:
             outcome, size = self._check([staged_path])
@@ -89,6 +93,7 @@ class SafeDelete:
         moves = []
         for link in links:
             directory = os.path.dirname(link)  # it also contains a manifest's media type
+            _refuse_link(directory)
             staged_path = self._staging.move_aside(directory)
             if staged_path is not None:
                 moves.append((staged_path, directory))
@@ -106,8 +111,8 @@ class SafeDelete:
         euid, size = os.geteuid(), 0
         for path in blob_paths:
             try:
-                status = os.stat(path)
-            except (FileNotFoundError, NotADirectoryError):
+                status = os.lstat(path)
+            except Missing:
                 continue
             size += status.st_size
             if status.st_mtime > self.cutoff:
@@ -115,6 +120,14 @@ class SafeDelete:
             if euid not in (0, status.st_uid):
                 return DeleteOutcome.NOT_OWNED, size
         return DeleteOutcome.DELETED, size
+
+
+def _refuse_link(directory: str) -> None:
+    """Raise `UnsafeFile` if the directory is a symbolic link, because what it leads to is not the store's."""
+    with suppress(*Missing):
+        mode = os.lstat(directory).st_mode
+        if stat.S_ISLNK(mode):
+            raise UnsafeFile.of(directory, mode)
 
 
 def _remove_link(staged_path: str) -> None:

@@ -15,10 +15,10 @@ from dockerproxy.errors import ManifestInvalid
 from dockerproxy.oci.manifests import KNOWN_TYPES, MAX_MANIFEST, is_nondistributable, parse_manifest
 from dockerproxy.oci.names import Digest
 from dockerproxy.store.blobs import Blobs
-from dockerproxy.store.files import read_small
 from dockerproxy.store.layout import Layout
 from dockerproxy.store.links import Links
 from dockerproxy.store.progress import Progress
+from dockerproxy.store.tree_reader import Missing, StrictReader, UnsafeFile
 
 _CHUNK_SIZE = 1024 * 1024
 _LINK_LIMIT = 256
@@ -72,20 +72,28 @@ class _ScrubRun:
     _progress: Progress[Finding]
     counts: Counter[str] = field(factory=Counter, init=False)
     _total_bytes: int | None = field(default=None, init=False)  # None until they are known
+    _reader: StrictReader = field(init=False)
     _blobs: Blobs = field(init=False)
     _links: Links = field(init=False)
 
+    @_reader.default
+    def _make_reader(self) -> StrictReader:
+        return StrictReader(self._layout.anchors, self._record_unsafe)
+
     @_blobs.default
     def _make_blobs(self) -> Blobs:
-        return Blobs(self._layout, durable=False)
+        return Blobs(self._layout, durable=False, reader=self._reader)
 
     @_links.default
     def _make_links(self) -> Links:
-        return Links(self._layout, durable=False)
+        return Links(self._layout, durable=False, reader=self._reader)
 
     def _record(self, kind: str, message: str, repository: str | None = None, digest: Digest | None = None) -> None:
-        self.counts.update(findings=1, damaged=kind == "damaged")
+        self.counts.update(findings=1, damaged=int(kind == "damaged"))
         self._progress.emit(Finding(kind, message, repository, digest))
+
+    def _record_unsafe(self, error: UnsafeFile) -> None:
+        self._record("unreadable", str(error))
 
     # Blobs.
 
@@ -100,17 +108,20 @@ class _ScrubRun:
         for digest in self._blobs.digests():
             try:
                 self._scrub_blob(digest)
-            except (FileNotFoundError, NotADirectoryError):
+            except Missing:
                 continue  # the blob was deleted meanwhile
             except OSError as error:
-                self._record("unreadable", f"{digest} cannot be read: {error.strerror}", digest=digest)
+                reason = str(error) if isinstance(error, UnsafeFile) else error.strerror
+                self._record("unreadable", f"{digest} cannot be read: {reason}", digest=digest)
             self.counts.update(blobs=1)
 
     def _scrub_blob(self, digest: Digest) -> None:
         hasher, path = digest.hasher(), self._layout.blob(digest)
-        with open(path, "rb", buffering=0) as file:
+        with open(self._reader.open(path), "rb", buffering=0) as file:
             file_id = _file_id(os.fstat(file.fileno()))
-            while chunk := file.read(_CHUNK_SIZE):
+            remaining = file_id[2]
+            while chunk := file.read(min(_CHUNK_SIZE, remaining)):
+                remaining -= len(chunk)
                 hasher.update(chunk)
                 self.counts.update(bytes=len(chunk))
                 self._report_bytes()
@@ -121,12 +132,12 @@ class _ScrubRun:
         """Move the blob to ROOT/damaged, unless its file has been replaced since it was read."""
         os.makedirs(self._layout.damaged, exist_ok=True)
         quarantine_path, number = f"{self._layout.damaged}/{digest.algorithm}-{digest.hex}", 0
-        while os.path.exists(quarantine_path):
+        while os.path.lexists(quarantine_path):
             number += 1
             quarantine_path = f"{self._layout.damaged}/{digest.algorithm}-{digest.hex}.{number}"
         path = self._layout.blob(digest)
         os.rename(path, quarantine_path)
-        if _file_id(os.stat(quarantine_path)) == file_id:
+        if _file_id(os.lstat(quarantine_path)) == file_id:
             return True
         os.rename(quarantine_path, path)
         return False
@@ -152,7 +163,7 @@ class _ScrubRun:
         """Check one link. Return false if there was a finding."""
         self._report_repositories()
         self.counts.update(links=1)
-        content = read_small(path, _LINK_LIMIT)
+        content = self._reader.read_small(path, _LINK_LIMIT)
         if content is None or content.strip() != str(digest).encode():
             # The link may be absent, because it is being written or removed, or because a crash interrupted that.
             if content is None:
@@ -165,7 +176,7 @@ class _ScrubRun:
         return False
 
     def _check_manifest(self, repository: str, digest: Digest) -> None:
-        content = read_small(self._layout.blob(digest), MAX_MANIFEST + 1)
+        content = self._reader.read_small(self._layout.blob(digest), MAX_MANIFEST + 1)
         if content is None:
             return
         media_type = self._links.manifest_media_type(repository, digest)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import secrets
 from pathlib import Path
 
-from dockerproxy.store.files import Staging, read_small
+from dockerproxy.store.files import Staging
+from dockerproxy.store.tree_reader import read_small
 
 _LENGTH = 32
 

@@ -3,6 +3,9 @@
 Two daemons in one directory would delete each other's temporary files and evict each other's blobs. The main process
 therefore locks both directories before it touches anything in them. The lock is a flock, which the kernel releases when
 that process ends, however it ends. Workers do not hold it.
+
+Both directories are private. If they belong to another user, that user can put anything in place of their files, so
+nothing there is opened through a symbolic link of theirs.
 """
 
 from __future__ import annotations
@@ -10,18 +13,35 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import stat
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from attrs import define, field
 
-from dockerproxy.store.files import Staging, read_small
+from dockerproxy.store.files import Staging
 from dockerproxy.store.layout import Layout
 from dockerproxy.store.records import Records
 from dockerproxy.store.secret import load_or_create_secret
+from dockerproxy.store.tree_reader import Missing, UnsafeFile, read_small
 
 _NO_FLOCK = (errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS, errno.EINVAL)
 _PID_LIMIT = 20
+
+_DIRECTORIES = (
+    "docker",
+    "docker/registry",
+    "docker/registry/v2",
+    "docker/registry/v2/blobs",
+    "docker/registry/v2/repositories",
+    "ingest",
+    "staging",
+    "damaged",
+    "records",
+    "records/~staging",
+)
+"""The directories of a store. An administrator may have put one on another disk, by a symbolic link."""
 
 
 class DirectoryInUse(Exception):
@@ -52,9 +72,10 @@ class StateDirectory:
         Only the main process calls this, before it forks. Raises `DirectoryInUse` or OSError. Blocks.
         """
         locks = []
+        warnings: list[str] = []
         try:
             for setting, root in (("CACHE_DIR", cache_dir), ("REGISTRY_DIR", registry_dir)):
-                _make_writable(root)
+                warnings.extend(_make_private(setting, root))
                 if setting != "CACHE_DIR" and root.samefile(cache_dir):
                     raise DirectoryInUse(f"CACHE_DIR and {setting} are both {root}; set one to another directory")
                 locks.append(_lock(setting, root))
@@ -67,9 +88,9 @@ class StateDirectory:
             for fd, _ in locks:
                 os.close(fd)
             raise
-        warnings = tuple(warning for _, warning in locks if warning)
+        warnings.extend(warning for _, warning in locks if warning)
         lock_fds = tuple(fd for fd, _ in locks)
-        return cls(cache, registry, cache_secret, registry_secret, warnings, lock_fds)
+        return cls(cache, registry, cache_secret, registry_secret, tuple(warnings), lock_fds)
 
     def open_records(self, on_create: Callable[[], object] | None = None) -> Records:
         """Return the records of the cache. `on_create` is called after each new file."""
@@ -85,16 +106,46 @@ def _records(cache: Layout, on_create: Callable[[], object] | None = None) -> Re
     return Records(cache.root / "records", on_create=on_create)
 
 
-def _make_writable(root: Path) -> None:
-    root.mkdir(parents=True, exist_ok=True)
+def _make_private(setting: str, root: Path) -> list[str]:
+    """Create `root`, or take it from all other local users. Return sentences for the log. Raises `OSError`."""
+    root.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not os.access(root, os.W_OK | os.X_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(root))
+    _refuse_links_of_others(root)
+    status = root.stat()
+    if status.st_uid not in (0, os.geteuid()):
+        return [
+            f"{setting} is {root}, which belongs to the user with ID {status.st_uid}: they can read and replace all "
+            f"files in it; give it to this daemon's user with chown"
+        ]
+    if not status.st_mode & 0o007:
+        return []
+    mode = stat.S_IMODE(status.st_mode)
+    with suppress(OSError):
+        root.chmod(mode & ~0o007)
+    if root.stat().st_mode & 0o007:
+        return [f"every local user can enter {setting}, which is {root} (mode {mode:04o}), and its mode cannot be set"]
+    return [f"every local user could enter {setting}, which is {root}: its mode was {mode:04o}, and is {mode & ~7:04o}"]
+
+
+def _refuse_links_of_others(root: Path) -> None:
+    """Raise `UnsafeFile` if a directory of the store is a symbolic link that belongs to another user than root."""
+    for name in _DIRECTORIES:
+        path = f"{root}/{name}"
+        with suppress(*Missing):
+            status = os.lstat(path)
+            if stat.S_ISLNK(status.st_mode) and status.st_uid not in (0, os.geteuid()):
+                reason = (
+                    f"is a symbolic link of the user with ID {status.st_uid}, who could make it lead anywhere; "
+                    "replace it by a directory, or give it to root with chown -h"
+                )
+                raise UnsafeFile(errno.ELOOP, reason, path)
 
 
 def _lock(setting: str, root: Path) -> tuple[int, str]:
     """Lock `root`. Return the open lock file, and a warning if the file system does not support locks."""
     path = f"{root}/lock"
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    fd = _open_lock(path)
     warning = ""
     try:
         try:
@@ -113,6 +164,23 @@ def _lock(setting: str, root: Path) -> tuple[int, str]:
         os.close(fd)
         raise
     return fd, warning
+
+
+def _open_lock(path: str) -> int:
+    """Open the lock file for writing. Raises `UnsafeFile` if writing to it could change another file."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise UnsafeFile.of(path, stat.S_IFLNK) from None
+        raise
+    status = os.fstat(fd)
+    if stat.S_ISREG(status.st_mode) and status.st_nlink == 1:
+        return fd
+    os.close(fd)
+    if stat.S_ISREG(status.st_mode):
+        raise UnsafeFile(errno.EMLINK, "is a hard link, so it is another file, too; delete it", path)
+    raise UnsafeFile.of(path, status.st_mode)
 
 
 def _describe_owner(setting: str, root: Path, path: str) -> str:

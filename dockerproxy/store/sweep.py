@@ -35,6 +35,7 @@ from dockerproxy.store.mark import DigestText, Mark
 from dockerproxy.store.progress import Progress, RepositoryLock, locked_slices, no_lock
 from dockerproxy.store.referrers import Referrers
 from dockerproxy.store.safe_delete import DeleteOutcome, SafeDelete
+from dockerproxy.store.tree_reader import StrictReader, UnsafeFile
 
 GRACE_PERIOD = 3600.0
 """Seconds for which a blob is kept after its last use, because a running push may rely on it."""
@@ -128,6 +129,7 @@ class _SweepRun:
     _delete_untagged: bool
     _progress: Progress[RemovedItem]
     _lock: RepositoryLock
+    _reader: StrictReader = field(init=False)
     _links: Links = field(init=False)
     _referrers: Referrers = field(init=False)
     _mark: Mark = field(init=False)
@@ -137,9 +139,13 @@ class _SweepRun:
     # By repository: the deleted manifests.
     _deleted_manifests: dict[str, set[DigestText]] = field(factory=dict, init=False)
 
+    @_reader.default
+    def _make_reader(self) -> StrictReader:
+        return StrictReader(self._layout.anchors, _refuse)
+
     @_links.default
     def _make_links(self) -> Links:
-        return Links(self._layout, durable=True)
+        return Links(self._layout, durable=True, reader=self._reader)
 
     @_referrers.default
     def _make_referrers(self) -> Referrers:
@@ -148,7 +154,7 @@ class _SweepRun:
     @_mark.default
     def _make_mark(self) -> Mark:
         cutoff = self._safe_delete.cutoff
-        return Mark(self._layout, self._links, cutoff, self._delete_untagged, on_step=self._report_mark)
+        return Mark(self._layout, self._links, self._reader, cutoff, self._delete_untagged, on_step=self._report_mark)
 
     def run(self) -> SweepResult:
         """Collect the garbage."""
@@ -258,3 +264,8 @@ class _SweepRun:
 
     def _report_sweep(self) -> None:
         self._progress.report("sweep", self._done, self._total)
+
+
+def _refuse(error: UnsafeFile) -> None:
+    """End the collection: what is behind a symbolic link would count as unreachable."""
+    raise error

@@ -23,10 +23,10 @@ from attrs import define, field
 from dockerproxy.errors import BlobUploadBusy, BlobUploadUnknown
 from dockerproxy.oci.names import Digest
 from dockerproxy.store.blobs import Blobs
-from dockerproxy.store.files import list_names
 from dockerproxy.store.hashed_append_file import HashedAppendFile
 from dockerproxy.store.layout import Layout
 from dockerproxy.store.links import iter_repositories, remove_empty_directories
+from dockerproxy.store.tree_reader import list_names
 
 if TYPE_CHECKING:
     from hashlib import _Hash

@@ -22,7 +22,9 @@ from dockerproxy.upstream.connection import (
     Response,
     UpstreamConnection,
     UpstreamTimeouts,
+    bound_key,
 )
+from dockerproxy.upstream.connection_auth import request_logs_in
 from dockerproxy.upstream.http1 import render_request_head
 from dockerproxy.upstream.pool import Pool
 from dockerproxy.upstream.tls import ClientContext, TLSClientFactory
@@ -59,23 +61,31 @@ class Agent:
         *,
         address_check: AddressCheck | None = None,
         client: str = "",
+        client_connection: Hashable = None,
     ) -> Response:
         """Send a request and return the response once its head is received. The caller reads or aborts its body.
 
         `address_check` checks every address before a connection is made (see `Dialer.endpoint`). Only requests with an
-        equal check share connections, so pass an equal object each time. Raise the dialer's errors,
-        `UpstreamUnreachable` (TLS), `UpstreamTimeout`, `UpstreamBroken` and the errors of `body`.
+        equal check share connections, so pass an equal object each time. `client_connection` identifies the client's
+        connection that the request came on, if there is one: a connection that it logged in is used for it alone. Raise
+        the dialer's errors, `UpstreamUnreachable` (TLS), `UpstreamTimeout`, `UpstreamBroken` and the errors of `body`.
         """
         origin, target = split_url(url)
-        request = OutgoingRequest(method, url, _render_head(method, origin, target, headers, body), body)
+        head = _render_head(method, origin, target, headers, body)
+        request = OutgoingRequest(method, url, head, body, client_connection, request_logs_in(headers))
         key = (origin, address_check)
         # The server may close an idle connection at this moment. A request must not be lost if it cannot be sent again.
-        idle = self._pool.take(key) if method in _RETRYABLE_METHODS and body is None else None
+        # On a connection that its client logged in, it is sent all the same, because only that one will do.
+        retryable = method in _RETRYABLE_METHODS and body is None
+        idle = None if client_connection is None else self._pool.take(bound_key(key, client_connection))
+        if idle is None and retryable:
+            idle = self._pool.take(key)
         if idle is not None:
             try:
                 return await idle.exchange(request)
             except ConnectionDropped:
-                pass
+                if not retryable:
+                    raise
         connection = await self._connect(key, origin, address_check, client)
         return await connection.exchange(request)
 

@@ -5,7 +5,6 @@ The protocol is distribution's "Token Authentication Specification" (docs/spec/a
 
 from __future__ import annotations
 
-import json
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -22,13 +21,14 @@ from dockerproxy.net.dial import AddressCheck
 from dockerproxy.oci.challenge import Challenge
 from dockerproxy.oci.credentials import BasicCredentials
 from dockerproxy.oci.names import Host, Registry
+from dockerproxy.oci.untrusted_json import JSONInvalid, parse_json
 from dockerproxy.upstream.agent import Agent, Response
 from dockerproxy.upstream.credentials import ClientCredential, Credential, LoginTable
 from dockerproxy.upstream.urls import split_url
 
 _MAX_TOKENS = 1024
 _MAX_REGISTRIES = 256
-_MAX_RESPONSE = 256 * 1024
+_MAX_RESPONSE = 64 * 1024  # short enough to be parsed in the reactor's thread
 _MAX_SCOPES = 8
 _TOKEN_PATTERN = re.compile(r"[!-~]{1,16384}")  # must fit in a header field; Amazon's and Google's have 2 to 5 KiB
 _SCOPE_PATTERN = re.compile(r"[!-~]{1,1024}")
@@ -200,8 +200,8 @@ class Authorizer:
     def _parse_token_response(self, key: TokenKey, content: bytes) -> tuple[Authorization, float]:
         """Return the token in a realm's response, and its remaining lifetime in seconds."""
         try:
-            payload = json.loads(content)
-        except (ValueError, RecursionError):
+            payload = parse_json(content)
+        except JSONInvalid:
             payload = None
         token = payload.get("token") or payload.get("access_token") if isinstance(payload, dict) else None
         if not isinstance(token, str) or not _TOKEN_PATTERN.fullmatch(token):

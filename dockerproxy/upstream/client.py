@@ -12,7 +12,7 @@ from dockerproxy.oci.challenge import parse_challenges
 from dockerproxy.oci.names import Registry, Repository
 from dockerproxy.upstream.agent import Agent, Response
 from dockerproxy.upstream.authorizer import Authorization, Authorizer
-from dockerproxy.upstream.credentials import Credential
+from dockerproxy.upstream.credentials import ClientCredential, Credential
 from dockerproxy.upstream.urls import resolve_location, split_url
 
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
@@ -77,6 +77,8 @@ class UpstreamClient:
         for _ in range(_MAX_AUTH_RETRIES):
             if response.status != 401 or split_url(response.url)[0] != registry:
                 break
+            if isinstance(credential, ClientCredential):
+                break  # the challenge answers this client's credential, and says nothing about other clients
             challenges = parse_challenges(response.headers.all("www-authenticate"))
             self._authorizer.add_challenges(registry, challenges)
             if body is not None:
@@ -96,6 +98,12 @@ class UpstreamClient:
             authorization = new_authorization
             response = await self._follow_redirects(request, authorization)
         return response
+
+    async def send(
+        self, method: str, registry: Registry, path: str, headers: Headers, body: IBodyProducer | None = None
+    ) -> Response:
+        """Send a request as it is: nothing is authorized, followed, or learned from the response."""
+        return await self._agent.request(method, registry.origin + path, headers, body)
 
     async def _initial_authorization(
         self, registry: Registry, scope: str | None, credential: Credential

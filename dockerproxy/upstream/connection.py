@@ -24,6 +24,7 @@ from dockerproxy.errors import UpstreamBroken, UpstreamError, UpstreamTimeout, U
 from dockerproxy.http.headers import Headers
 from dockerproxy.http.stream import ByteStream
 from dockerproxy.upstream.body_writer import BodyWriter
+from dockerproxy.upstream.connection_auth import response_logs_in
 from dockerproxy.upstream.http1 import (
     MAX_HEAD,
     BodyReader,
@@ -50,12 +51,23 @@ class UpstreamTimeouts:
 
 @frozen
 class OutgoingRequest:
-    """A request to send. `head` contains the bytes of the head; `url` is copied to the response."""
+    """A request to send. `head` contains the bytes of the head; `url` is copied to the response.
+
+    `client_connection` identifies the client's connection that it came on, or is None. `logs_in` is whether the request
+    may log the connection to the upstream in.
+    """
 
     method: str
     url: str
     head: bytes = field(repr=False)
     body: IBodyProducer | None = None
+    client_connection: Hashable = None
+    logs_in: bool = False
+
+
+def bound_key(key: Hashable, client_connection: Hashable) -> Hashable:
+    """Return the key of a connection that only requests of `client_connection` may use."""
+    return (key, client_connection)
 
 
 class ConnectionDropped(UpstreamBroken):
@@ -146,7 +158,9 @@ class UpstreamConnection(Protocol):
     """A connection to `authority`, the host and port in error messages. It uses TLS if `handshake` is given.
 
     `ready` fires once the connection can be used, or fails with an `UpstreamError`. After that, `exchange` may be
-    called if no other exchange is running and the connection is `alive`. The pool finds connections by `key`.
+    called if no other exchange is running and the connection is `alive`. The pool finds connections by `key`. Once a
+    client has logged the connection in (`connection_auth`), its key includes that client's connection; if that is
+    unknown, the connection is not reused.
     """
 
     transport: Any
@@ -180,6 +194,8 @@ class UpstreamConnection(Protocol):
         self._body_reader = BodyReader()
         self._stream = ByteStream()
         self._reusable = False
+        self._logged_in = False
+        self._client_connection: Hashable = None  # of the current exchange
 
     # opening
 
@@ -209,6 +225,9 @@ class UpstreamConnection(Protocol):
         """
         self._method, self._url = request.method, request.url
         self._buffer, self._interim_size = b"", 0
+        self._client_connection = request.client_connection
+        if request.logs_in:
+            self._bind_to_client()
         waiter: Deferred[Response] = Deferred(self._cancel_exchange)
         self._response_waiter = waiter
         self.transport.write(request.head)
@@ -282,7 +301,9 @@ class UpstreamConnection(Protocol):
         body_reader, stream = body_reader_for(self._method, head), ByteStream(self)
         response = Response(self._url, head, stream, self)
         self._body_reader, self._stream, self._response, self._response_waiter = body_reader, stream, response, None
-        self._reusable = should_keep_alive(head)
+        if response_logs_in(head.status, head.headers):
+            self._bind_to_client()
+        self._reusable = should_keep_alive(head) and not (self._logged_in and self._client_connection is None)
         if self._body_writer is not None and head.status >= 300:
             self._stop_sending()  # because the server refused the request and will not read the rest
             self._reusable = False
@@ -295,6 +316,11 @@ class UpstreamConnection(Protocol):
             if rest:
                 self._read_body(rest)
         waiter.callback(response)
+
+    def _bind_to_client(self) -> None:
+        if not self._logged_in:
+            self._logged_in = True
+            self.key = bound_key(self.key, self._client_connection)
 
     def _read_body(self, data: bytes) -> None:
         response = self._response

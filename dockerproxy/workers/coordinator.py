@@ -49,9 +49,9 @@ class LocalCoordinator(Coordinator):
 
     # cache space
 
-    async def reserve(self, key: IngestKey, size: int, existing_size: int) -> bool:
+    async def reserve(self, key: IngestKey, size: int, expected_size: int, existing_size: int) -> str:
         self._shared.owners[key] = self
-        return await self._shared.space.reserve(key, size, existing_size)
+        return await self._shared.space.reserve(key, size, expected_size, existing_size)
 
     async def record_commit(self, key: IngestKey, size: int) -> None:
         await self._shared.space.record_commit(key, size)
@@ -65,14 +65,11 @@ class LocalCoordinator(Coordinator):
     async def record(self, digest: Digest, size: int) -> None:
         await self._shared.space.record(digest, size)
 
-    def pin(self, digest: Digest) -> None:
-        self._shared.space.pin(digest)
+    def touch(self, digest: Digest) -> None:
+        self._shared.space.touch(digest)
 
-    def unpin(self, digest: Digest) -> None:
-        self._shared.space.unpin(digest)
-
-    def mark_used(self, digests: list[Digest]) -> None:
-        """Record uses of blobs, without preventing their eviction."""
+    def touch_all(self, digests: list[Digest]) -> None:
+        """Record that another process has used `digests`."""
         for digest in digests:
             self._shared.space.touch(digest)
 
@@ -132,11 +129,11 @@ def _digests(texts: list[str]) -> list[Digest]:
 
 
 _ARGUMENT_PARSERS: Mapping[str, tuple[Callable[[Any], Any], ...]] = {
-    "reserve": (IngestKey.parse, int, int),
+    "reserve": (IngestKey.parse, int, int, int),
     "record_commit": (IngestKey.parse, int),
     "release": (IngestKey.parse,),
     "record": (Digest.parse, int),
-    "mark_used": (_digests,),
+    "touch_all": (_digests,),
     "record_files": (int,),
     "usage": (),
     "lock": (str, int),

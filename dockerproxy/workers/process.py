@@ -15,7 +15,7 @@ from twisted.internet.defer import Deferred
 from twisted.internet.main import installReactor
 from twisted.logger import Logger, globalLogPublisher
 
-from dockerproxy.app import SharedServices, build_server
+from dockerproxy.app import SharedServices, build_server, raise_descriptor_limit
 from dockerproxy.cache.identity import Bindings
 from dockerproxy.daemon.gc_tuning import freeze_startup_objects
 from dockerproxy.daemon.jsonlog import JsonLog, json_stream
@@ -26,6 +26,7 @@ from dockerproxy.registry.htpasswd import HtpasswdError
 from dockerproxy.reload import Configuration, describe_error
 from dockerproxy.settings import Settings, SettingsError
 from dockerproxy.store.state_directory import StateDirectory
+from dockerproxy.workers.connection_table import connection_limit
 from dockerproxy.workers.coordinator import Coordinator
 from dockerproxy.workers.dispatch import ConnectionReceiver, NoPorts
 from dockerproxy.workers.fork_server import SpawnRequest
@@ -53,21 +54,18 @@ class ForkedState:
     ) -> ForkedState:
         """Return the state with shared memory for all processes, which must be forked from this one afterwards."""
         processes = configuration.settings.workers
-        return cls(
-            reactor, configuration.variables, state, authority, Scoreboard.create(processes), Metrics.make(processes)
-        )
+        scoreboard = Scoreboard.create(processes, connection_limit(raise_descriptor_limit(), processes))
+        return cls(reactor, configuration.variables, state, authority, scoreboard, Metrics.make(processes))
 
     def shared_services(self, number: int, coordinator: Coordinator, bindings: Bindings) -> SharedServices:
         """Return what process `number` shares with the others."""
-        multi_process = self.scoreboard.processes > 1
         return SharedServices(
             self.state,
             coordinator,
             self.metrics.for_process(number),
             coordinator,
             bindings,
-            multi_process=multi_process,
-            on_connection_closed=self.scoreboard.slot(number).count_closed if multi_process else None,
+            multi_process=self.scoreboard.processes > 1,
         )
 
 
@@ -87,6 +85,7 @@ class WorkerProcess:
             "abort": self._abort,
             "token_bound": bindings.add,
             "debug": self._debug,
+            "close_idle": self._close_idle,
         }
         sock = socket.socket(fileno=request.socket_fd)
         self._rpc = RPC(reactor, sock, handlers, on_closed=self._parent_lost, on_descriptor=self._on_connection)
@@ -113,8 +112,8 @@ class WorkerProcess:
         self._reactor.callWhenRunning(self._rpc.notify, "ready")
         self._reactor.callWhenRunning(freeze_startup_objects)
 
-    def _on_connection(self, setting: str, descriptor: int | None) -> None:
-        self._receiver(setting, descriptor)
+    def _on_connection(self, message: tuple[str, int], descriptor: int | None) -> None:
+        self._receiver(message, descriptor)
 
     def _reload(self, changed_settings: Mapping[str, str]) -> str:
         """Apply changed settings. Return why that is impossible, or ``""``."""
@@ -123,6 +122,9 @@ class WorkerProcess:
         except (SettingsError, HtpasswdError, OSError) as error:
             return describe_error(error)
         return ""
+
+    def _close_idle(self, client: str) -> None:
+        self._server.close_idle(client)
 
     def _debug(self) -> dict[str, Any]:
         return self._server.debug_report()

@@ -24,12 +24,12 @@ class RemoteCoordinator(Coordinator):
         self._unreported_uses: set[Digest] = set()
         self._last_lock_id = 0
 
-    async def reserve(self, key: IngestKey, size: int, existing_size: int) -> bool:
-        """Reserve space for a download; see `CacheSpaceManager.reserve`. Return False if the main process is gone."""
+    async def reserve(self, key: IngestKey, size: int, expected_size: int, existing_size: int) -> str:
+        """Reserve space for a download; see `CacheSpaceManager.reserve`. Refuse if the main process is gone."""
         try:
-            return bool(await self._rpc.call("reserve", str(key), size, existing_size))
-        except RemoteError:
-            return False  # the blob is not cached, but its clients still receive it
+            return str(await self._rpc.call("reserve", str(key), size, expected_size, existing_size))
+        except RemoteError as error:
+            return str(error)  # the blob is not cached, but its clients still receive it
 
     async def record_commit(self, key: IngestKey, size: int) -> None:
         """Count the blob that a reserved download has become."""
@@ -43,16 +43,13 @@ class RemoteCoordinator(Coordinator):
         """Count a blob that was written."""
         self._rpc.notify("record", str(digest), size)
 
-    def pin(self, digest: Digest) -> None:
-        """Record a use of the blob. It may still be evicted; an open reader can then read it to the end."""
+    def touch(self, digest: Digest) -> None:
+        """Record that a blob is used now."""
         if not self._unreported_uses:
             self._reactor.callLater(_USE_REPORT_INTERVAL, self._report_uses)
         self._unreported_uses.add(digest)
         if len(self._unreported_uses) >= _MAX_USES_PER_REPORT:
             self._report_uses()
-
-    def unpin(self, digest: Digest) -> None:
-        """Do nothing, because `pin` of a worker does not prevent eviction."""
 
     def record_files(self, count: int) -> None:
         """Count new links and records."""
@@ -76,4 +73,4 @@ class RemoteCoordinator(Coordinator):
     def _report_uses(self) -> None:
         digests, self._unreported_uses = self._unreported_uses, set()
         if digests:
-            self._rpc.hint("mark_used", [str(digest) for digest in digests])
+            self._rpc.hint("touch_all", [str(digest) for digest in digests])

@@ -35,6 +35,7 @@ from twisted.internet.task import LoopingCall
 from twisted.logger import Logger
 
 from dockerproxy.concurrency import spawn
+from dockerproxy.workers.connection_table import ConnectionTable
 from dockerproxy.workers.coordinator import LocalCoordinator, rpc_handlers
 from dockerproxy.workers.fork_server import SpawnRequest
 from dockerproxy.workers.log_relay import LogRelay
@@ -89,6 +90,7 @@ class WorkerSupervisor(Service):
         count: int,
         spawner: Spawner,
         scoreboard: Scoreboard,
+        table: ConnectionTable,
         new_coordinator: Callable[[], LocalCoordinator],
         on_token_bound: Callable[[str, str], None],
         grace: float,
@@ -98,7 +100,7 @@ class WorkerSupervisor(Service):
         self._reactor = reactor
         self._spawner = spawner
         self._slots = [scoreboard.slot(number) for number in range(count + 1)]
-        self._accepted = [0] * (count + 1)  # connections that each process was given
+        self._table = table
         self._new_coordinator = new_coordinator
         self._on_token_bound = on_token_bound
         self._grace = grace
@@ -111,29 +113,30 @@ class WorkerSupervisor(Service):
 
     # connections
 
-    def dispatch(self, setting: str, sock: socket.socket) -> bool:
+    def dispatch(self, setting: str, sock: socket.socket, client: str) -> bool:
         """Hand over a connection to the process with the fewest. Return False if this process must serve it.
 
         That is the case if this process has the fewest, or if no worker is serving: the workers stop before the
         listeners close.
         """
-        chosen, fewest = None, self._open_connections(0)
+        chosen, fewest = None, self._table.open_in(0)
         for worker in self._workers:
             if worker.state is WorkerState.SERVING:
-                open_connections = self._open_connections(worker.number)
+                open_connections = self._table.open_in(worker.number)
                 if open_connections < fewest:
                     chosen, fewest = worker, open_connections
-        if chosen is None or not chosen.hand_over(setting, sock):
+        if chosen is None:
             return False
-        self._accepted[chosen.number] += 1
+        index = self._table.index_of(chosen.number, client)
+        if not chosen.hand_over(setting, index, sock):
+            return False
+        self._table.add(chosen.number, client)
         return True
 
-    def count_local_connection(self) -> None:
-        """Count a connection that this process serves."""
-        self._accepted[0] += 1
-
-    def _open_connections(self, number: int) -> int:
-        return self._accepted[number] - self._slots[number].closed_connections
+    def close_idle(self, client: str) -> None:
+        """Make the workers close idle connections of `client`."""
+        for worker in self._workers:
+            worker.notify("close_idle", client)
 
     # the service
 
@@ -207,8 +210,7 @@ class WorkerSupervisor(Service):
     def _start_worker(self, worker: WorkerHandle) -> None:
         worker.restart_timer = None
         worker.started_at = self._reactor.seconds()
-        self._slots[worker.number].reset()
-        self._accepted[worker.number] = 0
+        self._table.reset(worker.number)
         try:
             self._request_worker(worker)
         except OSError as error:  # EMFILE, ENOMEM; or the fork server is gone
@@ -236,6 +238,7 @@ class WorkerSupervisor(Service):
 
     def _on_ended(self, worker: WorkerHandle, reason: str) -> None:
         worker.end()
+        self._table.reset(worker.number)
         if self._stopping:
             return
         if not self._spawner.alive:
@@ -297,7 +300,7 @@ class WorkerSupervisor(Service):
             "number": worker.number,
             "state": worker.state.name.lower(),
             "pid": worker.pid,
-            "connections": self._open_connections(worker.number),
+            "connections": self._table.open_in(worker.number),
         }
         if worker.state is not WorkerState.SERVING:
             return report
@@ -383,12 +386,12 @@ class WorkerHandle:
         for waiter in waiters:
             waiter.callback(None)
 
-    def hand_over(self, setting: str, sock: socket.socket) -> bool:
-        """Send a copy of a connection to the worker. Return whether it was sent."""
+    def hand_over(self, setting: str, index: int, sock: socket.socket) -> bool:
+        """Send a copy of a connection, and the index of its client's counter. Return whether it was sent."""
         if self.rpc is None:
             return False
         try:
-            self.rpc.message_socket.send_descriptors(setting, [sock.fileno()])
+            self.rpc.message_socket.send_descriptors([setting, index], [sock.fileno()])
         except OSError:  # the worker is behind, or gone
             return False
         return True

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 
 from dockerproxy.admin.builtin_endpoints import builtin_endpoints
-from dockerproxy.http.request import Request
+from dockerproxy.http.cross_origin import CrossOriginProtection
+from dockerproxy.http.request import Request, respond_text_error
 from dockerproxy.oci.names import Host
-from dockerproxy.proxy.router import Router
+from dockerproxy.proxy.host_rule import HostRule
+from dockerproxy.proxy.router import BrowserProtection, Router
 
 PEM = b"-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----\n"
 
@@ -52,7 +54,8 @@ def connect(connect_client: Any) -> Any:
             fields = [("Content-Type", "text/plain; version=0.0.4"), ("Cache-Control", "no-store")]
             request.respond(200, fields, b"# HELP")
 
-        router = Router(registry, builtin_endpoints(PEM, metrics, proxy_port))
+        protection = BrowserProtection(HostRule(allowed=None), CrossOriginProtection())
+        router = Router(registry, builtin_endpoints(PEM, metrics, proxy_port), protection, respond_text_error)
 
         def handle(request: Request) -> Awaitable[None]:
             request.host = name

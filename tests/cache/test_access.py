@@ -279,7 +279,7 @@ def test_damaged_records_grant_nothing(harness: AccessHarness, content: str) -> 
 
 
 def test_unwritable_records(harness: AccessHarness, log_lines: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The grant is then kept in memory, for GRANT_TTL seconds."""
+    """The grant is then kept in memory until GRANT_TTL ends."""
 
     def fail(*args: object, **more: object) -> None:
         raise OSError(28, os.strerror(28))

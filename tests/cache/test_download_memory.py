@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -97,14 +98,23 @@ def buffered_bytes(tail: TailBuffer) -> int:
 @pytest.mark.parametrize(("downloads", "expected"), [(1, 2 * MIB), (8, 2 * MIB), (20, MIB - LARGE), (1000, 32 * 1024)])
 def test_writes_are_smaller_with_more_downloads(downloads: int, expected: int) -> None:
     memory = DownloadMemory()
-    shares = [memory.share() for _ in range(downloads)]
-    for share in shares:
-        share.__enter__()
-    assert memory.write_size == expected
-    assert memory.read_ahead <= memory.write_size
-    for share in shares:
-        share.__exit__(None, None, None)
-    assert memory.write_size == 2 * MIB
+    with ExitStack() as stack:
+        for _ in range(downloads):
+            stack.enter_context(memory.share("one.example"))
+        assert memory.write_size("one.example") == expected
+        assert memory.read_ahead("one.example") <= memory.write_size("one.example")
+    assert memory.write_size("one.example") == 2 * MIB
+
+
+def test_many_downloads_from_one_registry_leave_memory_to_others() -> None:
+    memory = DownloadMemory()
+    with ExitStack() as stack:
+        for _ in range(100):
+            stack.enter_context(memory.share("evil.example"))
+        stack.enter_context(memory.share("good.example"))
+        assert memory.write_size("good.example") == 2 * MIB
+        in_transit = 100 * 2 * memory.write_size("evil.example") + 2 * memory.write_size("good.example")
+        assert in_transit <= 40 * MIB
 
 
 class GreedyResponse(Response):

@@ -9,18 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from attrs import evolve
 from twisted.internet.defer import Deferred
 
 from dockerproxy.cache.download_state import DownloadState
-from dockerproxy.cache.downloads import BlobDownload
+from dockerproxy.cache.downloads import BlobDownload, DownloadLimits, IngestFailed
 from dockerproxy.cache.ingests import Ingests
+from dockerproxy.cache.reader import BlobReader
 from dockerproxy.cache.upstream import UpstreamPrincipal, UpstreamRepository
 from dockerproxy.errors import RegistryError, UpstreamBroken, UpstreamError, UpstreamFailing, UpstreamRefused
 from dockerproxy.oci.names import Digest
 from dockerproxy.store.blobs import read_cached
 from dockerproxy.store.ingest import Ingest
 from dockerproxy.store.layout import IngestKey
-from tests.cache.support.harness import HUB, CacheHarness, ManualReader, do_nothing, ingest_key
+from tests.cache.support.harness import HUB, OTHER, CacheHarness, ManualReader, do_nothing, ingest_key
 from tests.cache.support.upstream import (
     Gate,
     ScriptedResponse,
@@ -356,9 +358,12 @@ def test_serves_same_principal_while_fresh(harness: CacheHarness) -> None:
     gate = Gate()
     harness.upstream.on("GET", "", gate.delay(respond_streaming))
     download = start(harness)
+    started = wait_started_outcome(download)
     harness.reactor.advance(1000)
     assert download.serves(harness.principal(), 300)  # upstream has not responded yet
     gate.open()
+    assert started == [None]
+    one = reader(harness, download)
     assert download.serves(harness.principal(), 300)
     assert not download.serves(harness.principal(authorization="Basic someone"), 300)
     assert not download.serves(harness.principal("library/other"), 300)
@@ -370,6 +375,7 @@ def test_serves_same_principal_while_fresh(harness: CacheHarness) -> None:
     assert not download.serves(harness.principal(), 300)
     harness.reactor.rightNow += 100_000
     end(harness, harness.upstream.responses[0])
+    one.disconnect()
 
 
 # upstream failures
@@ -806,6 +812,145 @@ def test_truncated_ingest_fails_reader(harness: CacheHarness) -> None:
     assert isinstance(one.error, UpstreamBroken)
     one.disconnect()
     end(harness, response)
+
+
+# downloads that nobody reads
+
+
+@pytest.fixture
+def limited(make_harness: Callable[..., CacheHarness]) -> CacheHarness:
+    """A cache in which a download without a reader ends after 40,000 bytes, and only two may write files."""
+    limits = DownloadLimits(downloads=3, downloads_per_registry=2, downloads_per_client=2, unread_size=40_000)
+    harness = make_harness(download_limits=limits)
+    harness.upstream.repository(f"{HUB}/{NAME}").put_blob(DATA)
+    return harness
+
+
+def test_small_fast_download_is_committed_without_readers(limited: CacheHarness) -> None:
+    download, response = start_streaming(limited, sent=1000)
+    one = reader(limited, download)
+    send(limited, response, len(DATA) - 41_000)
+    one.disconnect()
+    limited.reactor.advance(59)
+    end(limited, response)
+    assert limited.blobs.exists(DIGEST)
+
+
+def test_slow_download_ends_without_readers(limited: CacheHarness, log_lines: list[str]) -> None:
+    download, response = start_streaming(limited, sent=1000)
+    one, other = reader(limited, download), reader(limited, download)
+    limited.reactor.advance(1000)
+    assert download.state is DownloadState.DOWNLOADING
+    one.disconnect()
+    limited.reactor.advance(1000)
+    other.disconnect()
+    limited.reactor.advance(59)
+    assert download.state is DownloadState.DOWNLOADING
+    limited.reactor.advance(1)
+    assert download.state is DownloadState.FAILED and response.aborted
+    assert limited.active_download(DIGEST) is None
+    assert any("nobody has read it for 60 s" in line for line in log_lines)
+    assert limited.space.index.total == 1000
+    limited.upstream.reset()
+    assert limited.fetch(DIGEST) == ("MISS", DATA)
+    assert limited.upstream.requests[-1].range == "bytes=999-"
+
+
+def test_large_download_ends_without_readers(limited: CacheHarness) -> None:
+    download, response = start_streaming(limited, sent=10_000)
+    one = reader(limited, download)
+    send(limited, response, 30_000)
+    one.disconnect()
+    send(limited, response, 40_000)
+    assert download.state is DownloadState.DOWNLOADING
+    send(limited, response, 1)
+    assert download.state is DownloadState.FAILED and response.aborted
+
+
+def test_returning_reader_keeps_the_download(limited: CacheHarness) -> None:
+    download, response = start_streaming(limited, sent=1000)
+    reader(limited, download).disconnect()
+    limited.reactor.advance(59)
+    one = reader(limited, download)
+    send(limited, response, 50_000)
+    limited.reactor.advance(1000)
+    end(limited, response)
+    one.read_available()
+    assert one.data == DATA
+    one.disconnect()
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_silent_upstream_before_the_response(limited: CacheHarness, waits: bool) -> None:
+    gate = Gate()
+    limited.upstream.on("GET", "", gate.delay(respond_streaming))
+    download = start(limited)
+    waiting = Deferred.fromCoroutine(download.wait_started()) if waits else None
+    limited.reactor.advance(60)
+    limited.reactor.run_due_calls()
+    assert (download.state is DownloadState.CONNECTING) == waits
+    if waiting is not None:
+        waiting.addErrback(lambda _: None)
+        waiting.cancel()
+        limited.reactor.advance(60)
+        assert download.state is DownloadState.FAILED
+    assert limited.ingest_files == []
+
+
+@pytest.mark.parametrize("status", [404, 401, 503])
+def test_refused_download_leaves_no_file(harness: CacheHarness, status: int) -> None:
+    """One inode for each refused digest would fill the disk."""
+    harness.upstream.on("GET", "", respond_with(status))
+    with pytest.raises(RegistryError):
+        harness.fetch(DIGEST)
+    assert harness.ingest_files == []
+
+
+# the number of downloads
+
+
+def test_downloads_beyond_the_share_of_a_registry_are_not_cached(limited: CacheHarness, log_lines: list[str]) -> None:
+    limited.upstream.on("GET", "", respond_streaming)
+    blobs = [bytes([number]) * 30_000 for number in range(4)]
+    principals = [evolve(limited.principal(), client=f"192.0.2.{number}") for number in range(4)]
+    other = evolve(limited.principal("other/app", OTHER), client="192.0.2.9")
+    small = limited.upstream.repository(f"{OTHER.host}/other/app").put_blob(DATA[:1000])
+    for data in blobs:
+        limited.upstream.repository(f"{HUB}/{NAME}").put_blob(data)
+    downloads = [
+        limited.downloads.start(principal, Digest.of(data), do_nothing)
+        for principal, data in zip(principals, blobs, strict=True)
+    ]
+    downloads.append(limited.downloads.start(other, small, do_nothing))
+    limited.reactor.run_due_calls()
+    assert [download.failure is None for download in downloads] == [True, True, False, False, True]
+    assert any("2 of 2 for registry-1.docker.io" in line for line in log_lines)
+    passed_on = ManualReader(limited, BlobReader(limited.reactor, downloads[2], -1, limited.repository(), do_not_care))
+    passed_on.read_available()
+    for response in limited.upstream.responses:
+        response.send_rest()
+        limited.reactor.run_due_calls()
+    passed_on.read_available()
+    assert passed_on.data == blobs[2]
+    passed_on.disconnect()
+    assert [limited.blobs.exists(download.digest) for download in downloads] == [True, True, False, False, True]
+
+
+def do_not_care(reader: BlobReader) -> None:
+    """Do nothing when a reader is closed."""
+
+
+def test_downloads_beyond_the_share_of_a_client_are_not_cached(limited: CacheHarness) -> None:
+    limited.upstream.on("GET", "", respond_streaming)
+    limited.upstream.repository(f"{OTHER.host}/{NAME}").put_blob(DATA)
+    client = "192.0.2.1"
+    digests = [limited.upstream.repository(f"{HUB}/{NAME}").put_blob(bytes([number]) * 500) for number in range(2)]
+    for digest in digests:
+        limited.downloads.start(evolve(limited.principal(), client=client), digest, do_nothing)
+    refused = limited.downloads.start(evolve(limited.principal(NAME, OTHER), client=client), DIGEST, do_nothing)
+    limited.reactor.run_due_calls()
+    assert isinstance(refused.failure, IngestFailed)
+    assert [bound.report()["refused"] for bound in limited.downloads.bounds] == [0, 1]
 
 
 # cache space

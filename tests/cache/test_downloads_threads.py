@@ -14,6 +14,7 @@ from twisted.internet.task import deferLater
 from twisted.trial.unittest import TestCase
 
 from dockerproxy.cache import resumable
+from dockerproxy.cache.open_readers import OpenReaders
 from dockerproxy.cache.space import FileCounter
 from dockerproxy.oci.names import Digest
 from tests.cache.support.harness import HUB, CacheHarness
@@ -22,10 +23,10 @@ from tests.cache.support.upstream import ReceivedRequest, ScriptedResponse, Scri
 NAME = "library/app"
 
 
-def cancel_reports() -> None:
-    """Cancel the reports of new files, which a daemon drops when it ends."""
+def cancel_timers() -> None:
+    """Cancel the reports of new files and the checks of open readers, which a daemon drops when it ends."""
     for call in reactor.getDelayedCalls():
-        if isinstance(getattr(call.func, "__self__", None), FileCounter):
+        if isinstance(getattr(call.func, "__self__", None), (FileCounter, OpenReaders)):
             call.cancel()
 
 
@@ -36,7 +37,7 @@ class DownloadsTests(TestCase):
         self.patch(resumable, "_RETRY_DELAYS", (0.001,) * 6)
         self.folder = Path(tempfile.mkdtemp())
         self.addCleanup(shutil.rmtree, self.folder)
-        self.addCleanup(cancel_reports)
+        self.addCleanup(cancel_timers)
         self.random = random.Random(7)
         self.upstream = ScriptedUpstream(reactor)
         self.upstream.on("GET", "blobs", self.respond_in_pieces)

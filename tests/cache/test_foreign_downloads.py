@@ -15,7 +15,7 @@ import pytest
 from attrs import evolve
 
 from dockerproxy.cache.download_state import DownloadState
-from dockerproxy.cache.downloads import BlobDownload, Downloads
+from dockerproxy.cache.downloads import BlobDownload
 from dockerproxy.cache.identity import PUBLIC
 from dockerproxy.cache.ingests import DownloadInfo
 from dockerproxy.errors import UpstreamBroken
@@ -109,7 +109,7 @@ def test_follower_starts_after_info_and_ends_after_publish(harness: CacheHarness
     ingest = harness.ingests.acquire(KEY)
     assert isinstance(ingest, Ingest)
     ingest.append([DATA[:10]])
-    downloads = Downloads(harness.reactor, harness.upstream, harness.space, harness.ingests)
+    downloads = harness.new_downloads()
     download = downloads.start(harness.principal(), DIGEST, do_nothing)
     harness.advance(1)
     assert download.state is DownloadState.WAITING
@@ -273,9 +273,7 @@ def test_published_information_wakes_followers(harness: CacheHarness) -> None:
     harness.ingests = evolve(harness.ingests, shared=True)
     ingest = harness.ingests.acquire(KEY)
     assert isinstance(ingest, Ingest)
-    download = Downloads(harness.reactor, harness.upstream, harness.space, harness.ingests).start(
-        harness.principal(), DIGEST, do_nothing
-    )
+    download = harness.new_downloads().start(harness.principal(), DIGEST, do_nothing)
     harness.advance(0.1)
     harness.ingests.publish_info(ingest, DownloadInfo(len(DATA), "library/app", PUBLIC, 0.0))
     harness.reactor.run_due_calls()

@@ -26,14 +26,16 @@ from dockerproxy.http.headers import Headers
 from dockerproxy.oci.challenge import parse_challenges
 from dockerproxy.oci.credentials import BasicCredentials
 from dockerproxy.oci.manifests import EMPTY_INDEX, MAX_MANIFEST, OCI_INDEX
-from dockerproxy.oci.names import Digest, Registry, parse_repository
+from dockerproxy.oci.names import Digest, Registry, parse_reference, parse_repository
 from dockerproxy.oci.referrers import ReferrersQuery
+from dockerproxy.oci.routes import Kind, Target
 from dockerproxy.upstream.credentials import Anonymous, ClientCredential
 from tests.cache.support.harness import HUB, OTHER, CacheHarness, read_all
 from tests.cache.support.upstream import ScriptedResponse, error_response, raise_error, replace_with, respond_with
 
 APP, COPY = "library/app", "public/copy"
 NAME = parse_repository(APP)
+TAGS = Target(Kind.TAGS, NAME)
 ALICE, BOB = "Bearer alice", "Bearer bob"
 LOGIN = BasicCredentials("robot", "secret")
 DATA = bytes(range(256)) * 300
@@ -316,7 +318,11 @@ def test_invalid_local_token(harness: CacheHarness, target: tuple[str, str], def
     harness.upstream.clear_requests()
     assert isinstance(denied(harness, target, token), Unauthorized)
     client = harness.client(token)
-    for work in (client.ping(), client.forward("GET", "/v2/_catalog", None, Headers())):
+    for work in (
+        client.ping(),
+        client.forward("GET", Target(Kind.CATALOG), "/v2/_catalog", Headers()),
+        client.forward_page("GET", "/", Headers()),
+    ):
         with pytest.raises(Unauthorized):
             harness.run(work)
     assert harness.upstream.requests == []
@@ -436,11 +442,11 @@ def test_forward(make_harness: Callable[..., CacheHarness]) -> None:
         (local_token(harness, "public"), LOGIN),
     ):
         harness.run(
-            harness.client(authorization).forward("GET", f"/v2/{APP}/tags/list?n=2", NAME, Headers([("x", "1")]))
+            harness.client(authorization).forward("GET", TAGS, f"/v2/{APP}/tags/list?n=2", Headers([("x", "1")]))
         )
         request = harness.upstream.requests[-1]
         assert (request.method, request.path, request.credential) == ("GET", f"/v2/{APP}/tags/list?n=2", credential)
-        assert (request.follow, request.options) == (False, {"name": NAME, "actions": "pull"})
+        assert (request.follow, request.options) == (True, {"name": NAME, "actions": "pull"})
         assert request.headers.get("x") == "1"
 
 
@@ -448,19 +454,40 @@ def test_forward(make_harness: Callable[..., CacheHarness]) -> None:
 def test_shared_login_is_read_only(make_harness: Callable[..., CacheHarness], method: str) -> None:
     harness = make_harness(login=LOGIN)
     for authorization, credential in ((None, Anonymous()), (ALICE, ClientCredential(ALICE))):
-        harness.run(harness.client(authorization).forward(method, f"/v2/{APP}/blobs/uploads/", NAME, Headers(), "body"))
-        request = harness.upstream.requests[-1]
-        assert (request.credential, request.body, request.options["actions"]) == (credential, "body", "pull,push")
+        for target in (TAGS, Target(Kind.UPLOADS, NAME), Target(Kind.MANIFEST, NAME, parse_reference("1"))):
+            client = harness.client(authorization)
+            harness.run(client.forward(method, target, f"/v2/{APP}/blobs/uploads/", Headers(), "body"))
+            request = harness.upstream.requests[-1]
+            assert (request.credential, request.body, request.options["actions"]) == (credential, "body", "pull,push")
+            assert not request.follow
 
 
-@pytest.mark.parametrize("path", ["/api/v2.0/users", "/", "/service/token", "/v1/x", "/v2x/"])
-def test_shared_login_is_limited_to_v2(make_harness: Callable[..., CacheHarness], path: str) -> None:
+@pytest.mark.parametrize(
+    ("target", "path"),
+    [
+        (Target(Kind.UPLOAD, NAME, session="s"), f"/v2/{APP}/blobs/uploads/s"),
+        (TAGS, f"/v2/{APP}/tags/list?access_token=x"),
+        (Target(Kind.CATALOG), "/v2/_catalog?n=5&scope=repository:x:pull"),
+        (Target(Kind.BASE), "/v2/"),
+    ],
+)
+def test_shared_login_is_for_pulls_only(make_harness: Callable[..., CacheHarness], target: Target, path: str) -> None:
+    harness = make_harness(login=LOGIN)
+    for authorization, credential in ((None, Anonymous()), (ALICE, ClientCredential(ALICE))):
+        harness.run(harness.client(authorization).forward("GET", target, path, Headers()))
+        assert harness.upstream.requests[-1].credential == credential
+
+
+@pytest.mark.parametrize("path", ["/api/v2.0/users", "/", "/service/token", "/v1/x", "/v2x/", "/v2/token?scope=x"])
+def test_pages_are_sent_as_they_are(make_harness: Callable[..., CacheHarness], path: str) -> None:
     """Many registries have other APIs, in which the login may read more than images."""
     harness = make_harness(login=LOGIN)
-    harness.run(harness.client().forward("GET", path, None, Headers()))
-    assert harness.upstream.requests[-1].credential == Anonymous()
-    harness.run(harness.client(ALICE).forward("GET", path, None, Headers()))
-    assert harness.upstream.requests[-1].credential == ClientCredential(ALICE)
+    for authorization, expected in ((None, []), (local_token(harness, "public"), []), (ALICE, [ALICE])):
+        harness.run(harness.client(authorization).forward_page("POST", path, Headers([("cookie", "a=b")]), "body"))
+        request = harness.upstream.requests[-1]
+        assert (request.method, request.path, request.body, request.follow) == ("POST", path, "body", False)
+        assert (request.headers.all("authorization"), request.headers.get("cookie")) == (expected, "a=b")
+        assert request.credential == Anonymous()
 
 
 # referrers

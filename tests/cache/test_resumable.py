@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 from twisted.internet.defer import Deferred
+from twisted.python.failure import Failure
 
-from dockerproxy.cache.resumable import PartialTooLong, ResumableGet
+from dockerproxy.cache.resumable import PartialTooLong, ResumableGet, UpstreamTooSlow
 from dockerproxy.cache.upstream import UpstreamRepository
 from dockerproxy.errors import (
     RegistryError,
@@ -428,3 +429,49 @@ def test_cancel_while_skipping_closes_connection() -> None:
     opening.addErrback(lambda _: None)
     opening.cancel()
     assert harness.upstream.responses[0].aborted
+
+
+# slow upstreams
+
+
+def drip(harness: ResumableGetHarness, size: int, interval: float, times: int) -> Exception | None:
+    """Let `size` bytes arrive every `interval` seconds. Return the error of a read."""
+    for _ in range(times):
+        read = Deferred.fromCoroutine(harness.resumable_get.read())
+        outcome: list[Any] = []
+        read.addBoth(outcome.append)
+        harness.reactor.advance(interval)
+        harness.upstream.responses[-1].send(size)
+        harness.reactor.run_due_calls()
+        if isinstance(outcome[0], Failure):
+            return outcome[0].value  # type: ignore[no-any-return]
+    return None
+
+
+@pytest.mark.parametrize(("size", "interval", "times"), [(1, 1, 60), (1000, 1, 60), (1, 59, 3)])
+def test_slow_upstream_fails_without_a_retry(size: int, interval: float, times: int) -> None:
+    harness = ResumableGetHarness(data=bytes(200_000))
+    harness.on(respond_streaming)
+    harness.open()
+    assert drip(harness, size, interval, times - 1) is None
+    error = drip(harness, size, interval, 1)
+    assert isinstance(error, UpstreamTooSlow) and "less than 1024 bytes a second" in str(error)
+    assert len(harness.upstream.requests) == 1
+
+
+@pytest.mark.parametrize(("size", "interval", "times"), [(1100, 1, 150), (61_000, 59, 3)])
+def test_upstream_that_is_just_fast_enough(size: int, interval: float, times: int) -> None:
+    harness = ResumableGetHarness(data=bytes(200_000))
+    harness.on(respond_streaming)
+    harness.open()
+    assert drip(harness, size, interval, times) is None
+
+
+def test_time_of_slow_clients_does_not_count() -> None:
+    harness = ResumableGetHarness(data=bytes(200_000))
+    harness.on(respond_streaming)
+    harness.open()
+    for _ in range(10):
+        harness.upstream.responses[-1].send(10)
+        assert harness.read() == bytes(10)
+        harness.reactor.advance(100)

@@ -50,7 +50,14 @@ def leave_partial(harness: CacheHarness, number: int, size: int = 1000, partial_
 
 
 def reserve(harness: CacheHarness, key: IngestKey, size: int, existing_size: int = 0) -> bool:
-    return harness.run(harness.space.reserve(key, size, existing_size))  # type: ignore[no-any-return]
+    return refusal(harness, key, size, size, existing_size) == ""
+
+
+def refusal(
+    harness: CacheHarness, key: IngestKey, size: int, expected_size: int | None = None, existing_size: int = 0
+) -> str:
+    expected_size = size if expected_size is None else expected_size
+    return harness.run(harness.space.reserve(key, size, expected_size, existing_size))  # type: ignore[no-any-return]
 
 
 def stored_digests(harness: CacheHarness) -> set[Digest]:
@@ -77,28 +84,13 @@ NEW = ingest_key(Digest.of(b"new"))
 def test_least_recently_used_is_evicted(make_harness: Callable[..., CacheHarness]) -> None:
     harness = make_harness(limit=3000)
     one, two, three = put_blob(harness, 1), put_blob(harness, 2), put_blob(harness, 3)
-    harness.space.pin(one)  # used again, but not pinned any more
-    harness.space.unpin(one)
+    harness.space.touch(one)
     assert reserve(harness, NEW, 500)
     assert stored_digests(harness) == {one, three}
     assert harness.space.index.total == 2500
     assert not harness.blobs.exists(two)
     harness.space.release(NEW)
     assert harness.space.index.total == 2000
-
-
-def test_pinned_blob_is_not_evicted(make_harness: Callable[..., CacheHarness]) -> None:
-    harness = make_harness(limit=2000)
-    one, two = put_blob(harness, 1), put_blob(harness, 2)
-    harness.space.pin(one)
-    harness.space.pin(one)
-    harness.space.unpin(one)
-    assert not reserve(harness, NEW, 1500)
-    assert stored_digests(harness) == {one, two}  # nothing is evicted if it would not suffice
-    assert reserve(harness, NEW, 900)
-    assert stored_digests(harness) == {one}
-    harness.space.unpin(one)
-    harness.space.release(NEW)
 
 
 def test_reservations_do_not_overlap(make_harness: Callable[..., CacheHarness]) -> None:
@@ -156,7 +148,7 @@ def test_reservation_that_cannot_grow_keeps_its_bytes(make_harness: Callable[...
 async def use_reservation(harness: CacheHarness, ingest: Ingest, sizes: list[int], *, commit: bool) -> None:
     async with harness.space.reservation(ingest) as reservation:
         for size in sizes:
-            await reservation.grow(size)
+            await reservation.grow(size, size)
             assert harness.space.index.total == size
         if commit:
             ingest.commit(harness.blobs)
@@ -186,7 +178,7 @@ def test_commit_needs_no_space_beside_the_reservation(make_harness: Callable[...
 
     async def commit() -> None:
         async with harness.space.reservation(ingest) as reservation:
-            await reservation.grow(1000)
+            await reservation.grow(1000, 1000)
             ingest.commit(harness.blobs)
             await reservation.commit(1000)
 
@@ -213,19 +205,6 @@ def test_purge_removes_partial_downloads(harness: CacheHarness) -> None:
     assert not Path(harness.layout.ingest(partial)).exists()
     assert harness.ingest_files == [Path(harness.layout.ingest(other)).name]
     assert harness.space.index.total == 600
-
-
-def test_release_keeps_pins(make_harness: Callable[..., CacheHarness]) -> None:
-    """A reader's pin of the same blob is independent of the download."""
-    harness = make_harness(limit=2000)
-    one = put_blob(harness, 1)
-    harness.space.pin(one)
-    harness.space.release(ingest_key(one))
-    assert not reserve(harness, ingest_key(one), 5000)
-    harness.space.release(ingest_key(one))
-    harness.space.unpin(one)
-    with pytest.raises(KeyError):
-        harness.space.unpin(one)
 
 
 def test_disk_smaller_than_limit(make_harness: Callable[..., CacheHarness], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -353,6 +332,84 @@ def test_partial_downloads_without_a_registry_are_discarded(harness: CacheHarnes
     assert harness.space.index.total == 600
 
 
+# bytes that are not verified
+
+EVIL, GOOD = "evil.example", "good.example"
+
+
+def key_of(host: str, number: int) -> IngestKey:
+    return IngestKey(host, Digest.of(b"%d" % number))
+
+
+def leave(harness: CacheHarness, host: str, number: int, size: int) -> None:
+    """Leave a partial download of `size` bytes, as a failed download does."""
+    key = key_of(host, number)
+    assert refusal(harness, key, size) == ""
+    ingest = Ingest.open(harness.layout, key)
+    assert ingest is not None
+    ingest.append([bytes(size)])
+    ingest.release()
+    harness.space.release(key)
+    harness.reactor.advance(1)
+
+
+def test_blob_larger_than_its_part_of_the_cache(make_harness: Callable[..., CacheHarness]) -> None:
+    harness = make_harness(limit=2000, max_blob_size=1500)
+    one = put_blob(harness, 1)
+    for size, expected_size in ((100, 1501), (1501, 1501)):
+        assert "CACHE_MAX_BLOB_SIZE" in refusal(harness, NEW, size, expected_size)
+    assert refusal(harness, NEW, 100, 1500) == ""
+    assert stored_digests(harness) == {one}  # an announced size evicts nothing
+    assert harness.space.index.total == 1100
+    harness.space.release(NEW)
+
+
+def test_downloads_from_one_registry_have_a_share(make_harness: Callable[..., CacheHarness]) -> None:
+    harness = make_harness(limit=2000, max_blob_size=1500)
+    one = put_blob(harness, 1, 400)
+    assert refusal(harness, key_of(EVIL, 1), 1000) == ""
+    assert f"unfinished downloads from {EVIL} have 1000 of the 1500 bytes" in refusal(harness, key_of(EVIL, 2), 501)
+    assert refusal(harness, key_of(GOOD, 1), 500) == ""
+    assert refusal(harness, key_of(EVIL, 2), 250) == ""
+    assert "unfinished downloads have 1750 of the 1750 bytes" in refusal(harness, key_of(GOOD, 2), 1)
+    assert stored_digests(harness) == set()
+    assert not harness.blobs.exists(one)
+    for key in (key_of(EVIL, 1), key_of(EVIL, 2), key_of(GOOD, 1), key_of(GOOD, 2)):
+        harness.space.release(key)
+
+
+def test_abandoned_downloads_make_room_before_blobs(make_harness: Callable[..., CacheHarness]) -> None:
+    harness = make_harness(limit=3000, max_blob_size=1500)
+    blobs = {put_blob(harness, 1, 700), put_blob(harness, 2, 700)}
+    for number in range(10):
+        leave(harness, EVIL, number, 500)
+    assert len(harness.ingest_files) == 3
+    assert stored_digests(harness) == blobs
+    for number in range(10):
+        leave(harness, GOOD, number, 500)
+    assert len(harness.ingest_files) == 5  # 2,625 bytes for all
+    assert harness.space.index.partial_bytes(GOOD) == 1500
+    assert harness.space.index.partial_bytes() == 2500
+    assert stored_digests(harness) == set()
+
+
+def test_partial_downloads_of_one_registry_are_few(
+    make_harness: Callable[..., CacheHarness], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dockerproxy.cache.space._MAX_PARTIALS", 5)
+    harness = make_harness()
+    leave(harness, GOOD, 0, 1)
+    for number in range(20):
+        leave(harness, EVIL, number, 1)
+    assert len(harness.ingest_files) == 6
+    assert Path(harness.layout.ingest(key_of(GOOD, 0))).exists()
+    restarted = make_harness(upstream=harness.upstream)
+    restarted.run(restarted.space.maintain())
+    assert restarted.space.index.partials.count(EVIL) == 5
+    leave(restarted, EVIL, 30, 1)
+    assert len(restarted.ingest_files) == 6
+
+
 # maintenance
 
 
@@ -377,15 +434,13 @@ def test_lowered_limit(harness: CacheHarness, make_harness: Callable[..., CacheH
 def test_inactive_blob_is_evicted(make_harness: Callable[..., CacheHarness]) -> None:
     harness = make_harness(inactive=100)
     one, two, three = (put_blob(harness, number) for number in (1, 2, 3))
-    harness.space.pin(two)
     harness.reactor.advance(90)
-    harness.space.pin(three)
-    harness.space.unpin(three)
+    harness.space.touch(two)
+    harness.space.touch(three)
     harness.reactor.advance(90)
     harness.run(harness.space.maintain())
     assert stored_digests(harness) == {two, three}
     assert not harness.blobs.exists(one)
-    harness.space.unpin(two)
 
 
 def test_changes_during_rescan(harness: CacheHarness) -> None:

@@ -49,7 +49,7 @@ class ListenerServiceHarness:
                 Listener("PROXY_LISTEN", ("tcp:3128", "tcp:3129"), self.sites[0]),
                 Listener("REGISTRY_LISTEN", ("tcp:5443",), self.sites[1]),
             ],
-            EndpointOpener(self.reactor),
+            EndpointOpener(self.reactor, lambda listener: listener.site),
             self.transfers,
             self.close,
             self.stop_handlers.append,

@@ -5,7 +5,7 @@ Each attack runs against a daemon of one process and one of two, because what on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -21,7 +21,7 @@ GOOD = "https://good.test"
 EVIL = "https://evil.test"
 
 StartRegistryDaemon = Callable[..., RegistryDaemon]
-"""Starts a daemon: `start_daemon(**settings)`; see the fixture `start_daemon`."""
+"""Starts a daemon: `start_daemon(**settings)`, or `start_daemon(prefix=[...], **settings)`; see the fixture."""
 
 
 class HostileNetwork:
@@ -76,11 +76,15 @@ def workers(request: pytest.FixtureRequest) -> int:
 
 @pytest.fixture
 def start_daemon(network: HostileNetwork, workers: int, tmp_path: Path) -> Iterator[StartRegistryDaemon]:
-    """Return a function that starts a daemon with the given settings. At the end its log has no traceback."""
+    """Return a function that starts a daemon with the given settings. At the end its log has no traceback.
+
+    `prefix` is a command that runs the daemon, such as prlimit.
+    """
     group = ProcessGroup()
 
-    def start(name: str = "daemon", **settings: str) -> RegistryDaemon:
+    def start(name: str = "daemon", *, prefix: Sequence[str] = (), **settings: str) -> RegistryDaemon:
         daemon = RegistryDaemon(tmp_path / name, {**network.settings, "WORKERS": str(workers), **settings})
+        daemon.argv = [*prefix, *daemon.argv]
         group.add(daemon)
         daemon.start()
         return daemon

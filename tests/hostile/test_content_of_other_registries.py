@@ -241,7 +241,7 @@ def test_size_cannot_be_guessed(private: HostileNetwork, start_daemon: StartRegi
         private.evil.add_rule("HEAD", LARGE.digest, claim(fake))
         private.evil.add_rule("GET", LARGE.digest, respond_status(404))
         head = ask(daemon, "HEAD", f"/v2/x/y/blobs/{LARGE.digest}")
-        assert (head.status, head.headers["content-length"]) == (200, str(size))  # its own word, for its own client
+        assert (head.status, head.headers["content-length"]) == (200, str(size))  # its own word to its own client
         assert ask(daemon, "GET", f"/v2/x/y/blobs/{LARGE.digest}").status == 404
         requests = [(one.method, one.headers.get("range")) for one in private.evil.requests if LARGE.digest in one.path]
         assert requests[0] == ("HEAD", None)

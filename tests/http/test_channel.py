@@ -15,6 +15,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from dockerproxy.http.message import MAX_HEAD
 from dockerproxy.http.request import ClientDisconnected, Request
+from dockerproxy.shares import client_key
 from tests.http.support.in_memory import (
     GET,
     BlockingHandler,
@@ -516,6 +517,20 @@ class SiteDrainTests(SynchronousTestCase):
             client.disconnect()
         self.successResultOf(done)
         self.assertEqual(self.server.clock.getDelayedCalls(), [])
+
+    def test_half_of_a_clients_idle_connections_are_closed_the_oldest_first(self) -> None:
+        clients = []
+        for number in range(4):
+            clients.append(self.server.client())
+            self.server.clock.advance(1)
+            if number == 1:
+                clients[1].send(GET % 1)
+        clients[2].send(b"GET ")  # no head yet
+        just_opened, other = self.server.client(), self.server.client()
+        other.channel.client = "192.0.2.9"
+        self.server.site.close_idle(client_key(clients[0].channel.client))
+        closed = [client.closed_cleanly for client in (*clients, just_opened, other)]
+        self.assertEqual(closed, [True, False, True, False, False, False])
 
     def test_drain_without_connections_fires_immediately(self) -> None:
         self.successResultOf(self.server.site.drain())

@@ -160,7 +160,7 @@ class ForwardingTests(SynchronousTestCase):
             (forwarded,) = self.client.responses
             self.assertEqual(forwarded.body, body)
             self.assertNotEqual(forwarded.fields.pop("Date"), "then")
-            self.assertEqual(forwarded.fields, {"a": "b", **fields})
+            self.assertEqual({**forwarded.fields, "a": "b", **fields}, forwarded.fields)
             self.assertFalse(self.client.transport.disconnecting)
 
     def test_response_delimited_by_close_is_forwarded(self) -> None:

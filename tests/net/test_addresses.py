@@ -73,12 +73,37 @@ def test_match(text: str, address: str, entry: str | None) -> None:
         ("metadata", "::ffff:169.254.169.254"),
         ("metadata", "64:ff9b::a9fe:a9fe"),
         ("metadata", "64:ff9b:1::a9fe:a9fe"),
+        ("metadata", "64:ff9b:1:a9fe:a9:fe00::"),  # behind 48 bits (RFC 6052, section 2.2)
+        ("metadata", "64:ff9b:1:a9:fe:a9fe::"),  # behind 56 bits
+        ("metadata", "64:ff9b:1:abcd:a9:fea9:fe00:0"),  # behind 64 bits
+        ("metadata", "64:ff9b:1:abcd::a9fe:a9fe"),  # behind 96 bits
         ("metadata", "2002:a9fe:a9fe::1"),
         ("loopback", "64:ff9b::"),
     ],
 )
 def test_embedded_ipv4_addresses_match(text: str, address: str) -> None:
     assert address in AddressSet.parse(text)
+
+
+@pytest.mark.parametrize("address", ["64:ff9b:1::5db8:d822", "64:ff9b:1:5db8:d8:2200::", "64:ff9b:1:fffe::5db8:d822"])
+def test_a_local_nat64_prefix_is_no_loopback_address(address: str) -> None:
+    """The positions for shorter prefixes hold zeros, which are no address that a gateway forwards to."""
+    assert AddressSet.parse("loopback link-local metadata").match(address) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "address", "entry"),
+    [
+        ("metadata Loopback", "10.9.8.7", "Loopback"),
+        ("loopback", "10.9.8.8", None),
+        ("loopback", "64:ff9b::a09:807", "loopback"),
+        ("loopback", "::ffff:10.9.8.7", "loopback"),
+        ("127.0.0.0/8 private all", "10.9.8.7", None),
+        ("", "10.9.8.7", None),
+    ],
+)
+def test_match_own(text: str, address: str, entry: str | None) -> None:
+    assert AddressSet.parse(text).match_own(address, lambda candidate: str(candidate) == "10.9.8.7") == entry
 
 
 @given(NETWORK, IPV4)
@@ -137,6 +162,10 @@ def test_match_rejects_a_host_name() -> None:
         ("none", "example.com", None),
         ("private All", "example.com", "All"),
         ("127.0.0.1", "127.0.0.1", None),
+        ("loopback", "localhost", "loopback"),
+        ("loopback", "notlocalhost", None),
+        ("Metadata", "metadata.google.internal", "Metadata"),
+        ("loopback", "metadata.google.internal", None),
     ],
 )
 def test_match_name(text: str, name: str, entry: str | None) -> None:

@@ -17,6 +17,7 @@ from dockerproxy.oci.manifests import (
     DOCKER_SCHEMA1_SIGNED,
     EMPTY_INDEX,
     MAX_MANIFEST,
+    MEDIA_TYPE,
     OCI_INDEX,
     OCI_MANIFEST,
     Descriptor,
@@ -24,6 +25,7 @@ from dockerproxy.oci.manifests import (
     accept_key,
     accept_set,
     accepts,
+    data_type,
     fallback_tag,
     filter_referrers,
     media_type_of,
@@ -305,3 +307,39 @@ def test_filter_referrers() -> None:
 def test_filter_referrers_refuses(raw: bytes) -> None:
     with pytest.raises(ManifestInvalid):
         filter_referrers(raw, "a/one")
+
+
+@pytest.mark.parametrize(
+    ("content_type", "sent"),
+    [
+        (OCI_MANIFEST, OCI_MANIFEST),
+        (DOCKER_SCHEMA1_SIGNED, DOCKER_SCHEMA1_SIGNED),
+        ("application/vnd.cncf.helm.config.v1+json", "application/vnd.cncf.helm.config.v1+json"),
+        ("application/vnd.example", "application/vnd.example"),
+        ("application/JSON", "application/JSON"),
+        ("application/json;charset=UTF-8", "application/json;charset=UTF-8"),
+        ("application/vnd.a_b!c+d+json", "application/vnd.a_b!c+d+json"),
+        ("application/json; charset=utf-16", "application/octet-stream"),  # encodings other than UTF-8 hide scripts
+        *(
+            (dangerous, "application/octet-stream")
+            for dangerous in (
+                "", "text/plain", "text/html", "TEXT/HTML", "text/xml", "text/javascript", "text/css",
+                "text/event-stream", "image/svg+xml", "image/png", "application/xhtml+xml", "application/xml",
+                "application/rss+xml",
+                "application/vnd.wap.xhtml+xml", "application/vnd.mozilla.xul+XML", "application/vnd.xml",
+                "application/javascript", "application/x-javascript", "application/ecmascript", "application/pdf",
+                "multipart/x-mixed-replace", "multipart/related", "message/rfc822", "application/x-shockwave-flash",
+                "application/json, text/html", "text/html, application/json", "application/json text/html",
+                "application/json\x0b", "application/vnd.", "*/*", "json", "application/+json+xml",
+            )
+        ),
+    ],
+)  # fmt: skip
+def test_nothing_is_sent_as_a_page(content_type: str, sent: str) -> None:
+    assert data_type(content_type) == sent
+
+
+@given(st.text())
+def test_any_content_type_is_sent_as_data(text: str) -> None:
+    assert data_type(text) in (text, "application/octet-stream")
+    assert MEDIA_TYPE.fullmatch(data_type(text).partition(";")[0].strip())

@@ -17,7 +17,7 @@ CONFIG = {"mediaType": "application/vnd.config", "digest": str(Digest.of(b"c")),
 
 def make(media_type: str, **fields: Any) -> Any:
     content = json.dumps({"mediaType": media_type, "subject": {"digest": str(SUBJECT), "size": 9}, **fields}).encode()
-    return make_referrer(parse_manifest(content, media_type), content, Digest.of(content))
+    return make_referrer(parse_manifest(content, media_type), Digest.of(content), len(content))
 
 
 def test_artifact_type_of_an_image() -> None:
@@ -44,7 +44,7 @@ def test_annotations() -> None:
 
 def test_manifest_without_a_subject() -> None:
     content = json.dumps({"mediaType": OCI_INDEX, "manifests": []}).encode()
-    assert make_referrer(parse_manifest(content, OCI_INDEX), content, Digest.of(content)) is None
+    assert make_referrer(parse_manifest(content, OCI_INDEX), Digest.of(content), len(content)) is None
 
 
 def test_build_index() -> None:

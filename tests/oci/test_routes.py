@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from urllib.parse import parse_qsl, quote, urlencode
+import posixpath
+import re
+from collections.abc import Callable
+from urllib.parse import parse_qsl, quote, unquote, urlencode
 
 import pytest
 from hypothesis import given
@@ -10,7 +13,7 @@ from hypothesis import strategies as st
 
 from dockerproxy.errors import BadRequest, DigestInvalid, NameInvalid, NameUnknown, RegistryError
 from dockerproxy.oci.names import Digest, parse_reference, parse_repository
-from dockerproxy.oci.routes import Kind, Target, parse_query, pop_parameter, route
+from dockerproxy.oci.routes import Kind, Target, is_api_path, is_pull_query, parse_query, pop_parameter, route
 
 DIGEST = "sha256:" + "0a" * 32
 NAME = parse_repository("library/ubuntu")
@@ -71,12 +74,31 @@ def test_every_kind_by_any_name(name: str, tag: str, digest: str, session: str) 
     [
         ("", NameUnknown),
         ("/", NameUnknown),
-        ("v2/", NameUnknown),
-        ("//v2/", NameUnknown),
+        ("v2/", NameInvalid),
+        ("v2", NameInvalid),
+        ("//v2/", NameInvalid),
+        ("/x/../v2/", NameInvalid),
+        ("/%252576%32/_catalog", NameInvalid),
+        ("/\\v2/_catalog", NameInvalid),
+        ("/v2;x/_catalog", NameInvalid),
+        ("/caf%C3%A9/a%20b;c//d/../e", NameUnknown),
+        ("/a/v2/", NameUnknown),
         ("/v1/a/manifests/b", NameUnknown),
         ("/v2x/", NameUnknown),
         ("/V2/", NameUnknown),
-        ("/v2//", NameUnknown),
+        ("/v2//", NameInvalid),
+        ("/v2//admin", NameInvalid),
+        ("/v2/x//", NameInvalid),
+        ("/v2/..;/x", NameInvalid),
+        ("/v2/.;/x", NameInvalid),
+        ("/v2/..%3b/x", NameInvalid),
+        ("/v2/..%3B/x", NameInvalid),
+        ("/v2/..\\x", NameInvalid),
+        ("/v2/..%5cx", NameInvalid),
+        ("/v2/..%5Cx", NameInvalid),
+        ("/v2/%c0%ae%c0%ae/x", NameInvalid),
+        ("/v2/%252e%252e/x", NameInvalid),
+        ("/v2/a;x=1/tags/list", NameInvalid),
         ("/v2/a", NameUnknown),
         ("/v2/_catalog/", NameUnknown),
         ("/v2/a/tags", NameUnknown),
@@ -149,6 +171,42 @@ def test_any_path(path: str) -> None:
         assert parse_repository(target.name) == target.name
     if target.kind in (Kind.BLOB, Kind.REFERRERS):
         assert target.digest == target.reference
+
+
+escapes: st.SearchStrategy[Callable[[str], str]] = st.sampled_from(
+    [str, lambda c: f"%{ord(c):02x}", lambda c: f"%{ord(c):02X}", lambda c: f"%25{ord(c):02x}"]
+)
+tricks = st.sampled_from(["..", ".", "..;", ".;x", "", "..\\", "a\\b", ";", "a;b=c", "\0", "\r\n", "a/..", "\x7f"])
+
+
+@given(st.lists(words, max_size=3), tricks, st.lists(words, min_size=1, max_size=3), st.data())
+def test_ambiguous_segments_in_any_escaping(
+    before: list[str], trick: str, after: list[str], data: st.DataObject
+) -> None:
+    """Each character of the trick is escaped in a way of its own. No such path has a target, or leaves the API."""
+    spelled = "".join(data.draw(escapes)(character) for character in trick)
+    with pytest.raises(NameInvalid):
+        route("/v2/" + "/".join([*before, spelled, *after]))
+
+
+@given(st.lists(st.sampled_from(["v2", "..", ".", "", "x", ";", "..;", "%76%32", "%2e%2e", "%2f", "%5c"]), max_size=8))
+def test_no_path_is_below_v2_for_a_liberal_server_only(parts: list[str]) -> None:
+    """A path that leads to the API for a server that resolves everything is never passed on as a web page's."""
+    path = "/" + "/".join(parts)
+    liberal = posixpath.normpath(re.sub(r"/+", "/", unquote(path).replace("\\", "/").replace(";", "")))
+    if liberal == "/v2" or liberal.startswith("/v2/"):
+        assert is_api_path(path)
+
+
+@pytest.mark.parametrize(
+    ("query", "expected"),
+    [
+        ("", True), ("n=5&last=a%2Fb", True), ("artifactType=x&last=y", True), ("next_page=gAAA", True), ("n=", True),
+        ("n=5&access_token=x", False), ("_method=DELETE", False), ("scope=repository:x:pull", False),
+    ],
+)  # fmt: skip
+def test_pull_query(query: str, expected: bool) -> None:
+    assert is_pull_query(query) is expected
 
 
 def test_a_tag_is_no_digest() -> None:

@@ -18,6 +18,7 @@ from dockerproxy.errors import NameUnknown
 from dockerproxy.http.request import Request
 from dockerproxy.http.site import ServerTimeouts, Site
 from dockerproxy.net.addresses import AddressSet, Destinations
+from dockerproxy.net.own_addresses import is_own_address
 from dockerproxy.proxy.authority import CertificateAuthority
 from dockerproxy.proxy.direct import DirectRequestHandler
 from dockerproxy.proxy.policy import Policy
@@ -34,7 +35,11 @@ async def application(request: Request) -> None:
 @pytest.fixture
 def handler() -> DirectRequestHandler:
     policy = Policy(
-        AddressSet.parse("10.0.0.0/8"), frozenset(), Destinations.parse("all"), Destinations.parse("metadata")
+        AddressSet.parse("10.0.0.0/8"),
+        frozenset(),
+        Destinations.parse("all"),
+        Destinations.parse("metadata"),
+        is_own_address,
     )
     return DirectRequestHandler(policy, application)
 

@@ -16,6 +16,7 @@ from dockerproxy.net.addresses import AddressSet, Destinations
 from dockerproxy.net.dial import Dialer
 from dockerproxy.oci.names import Host, Registry
 from dockerproxy.proxy.forward_proxy import DestinationCheck, ForwardProxy, Interception
+from dockerproxy.proxy.login import ProxyLogin
 from dockerproxy.proxy.policy import Policy
 from dockerproxy.proxy.tunnel import TunnelTimeouts
 from dockerproxy.upstream.agent import Agent, UpstreamTimeouts
@@ -26,7 +27,9 @@ QUAY = Registry.parse("quay.io")
 PLAIN = Registry.parse("http://plain.example:5000")
 PORT = 3128
 
+OWN_ADDRESSES = ("203.0.113.7", "2001:db8::7")
 NAMES = {
+    "own.example": ["203.0.113.7"],
     "web.example": ["192.0.2.7"],
     "two.example": ["127.0.0.1", "192.0.2.8"],
     "cloud.example": ["169.254.169.254"],
@@ -48,6 +51,7 @@ def make_policy(**changes: str) -> Policy:
         frozenset(int(port) for port in rules["ports"].split()),
         Destinations.parse(rules["allow"]),
         Destinations.parse(rules["deny"]),
+        lambda address: str(address) in OWN_ADDRESSES,
     )
 
 
@@ -80,12 +84,15 @@ class ProxyHarness:
         return ForwardProxy(
             clock=self.reactor,
             policy=make_policy(**changes),
+            login=ProxyLogin(None),
             interception=Interception({QUAY.host: QUAY, PLAIN.host: PLAIN}, no_context, registry),
             dialer=dialer,
             agent=self.agent or Agent(self.reactor, dialer, ClientContext(verify=False), UpstreamTimeouts(20, 20, 20)),
             local=respond_with("local"),
             hosted=respond_with("hosted"),
             hosted_names=frozenset({"docker-registry.local"}),
+            registry_ports=frozenset({5443}),
+            registry_http_ports=frozenset({5000}),
             timeouts=TunnelTimeouts(),
             transfers=[],
             on_request_finished=lambda request, seconds: self.closed_tunnels.append((request, seconds)),
@@ -344,6 +351,24 @@ def test_head_request_is_forwarded(connect: Any, harness: ProxyHarness) -> None:
 
 
 @pytest.mark.parametrize(
+    ("target", "handler"),
+    [
+        (f"http://203.0.113.7:{PORT}/healthz", "local"),
+        (f"http://own.example:{PORT}/healthz", "local"),
+        ("http://203.0.113.7:5000/healthz", "hosted"),
+        ("http://[2001:db8::7]:5000/healthz", "hosted"),
+        ("http://own.example:5000/healthz", "hosted"),
+    ],
+)
+def test_our_own_ports_are_served_without_a_connection(
+    connect: Any, harness: ProxyHarness, target: str, handler: str
+) -> None:
+    assert connect().fetch("GET", target).body.decode() == handler
+    assert harness.handled == [(handler, "GET", "/healthz", "")]
+    assert harness.reactor.tcpClients == []
+
+
+@pytest.mark.parametrize(
     ("target", "rule"),
     [
         ("http://web.example:22/", "TUNNEL_PORTS has no entry for port 22"),
@@ -357,6 +382,10 @@ def test_head_request_is_forwarded(connect: Any, harness: ProxyHarness) -> None:
         ("http://100.100.100.200/", "TUNNEL_DENY (metadata)"),
         ("http://cloud.example/latest/meta-data/", "TUNNEL_DENY (link-local)"),
         ("http://self.example/", "TUNNEL_DENY (loopback)"),
+        ("http://203.0.113.7/", "TUNNEL_DENY (loopback)"),
+        ("http://203.0.113.7:5443/", "TUNNEL_DENY (loopback)"),  # a port with TLS
+        ("http://[2001:db8::7]:9090/", "TUNNEL_DENY (loopback)"),
+        ("http://own.example:9090/", "TUNNEL_DENY (loopback)"),
         ("http://six.example/", "TUNNEL_DENY (loopback)"),
         ("https://self.example/", "TUNNEL_DENY (loopback)"),
         ("http://forbidden.example/", "TUNNEL_DENY (forbidden.example)"),
@@ -485,6 +514,8 @@ def test_malformed_connect_target_is_refused(connect: Any, harness: ProxyHarness
         ("169.254.169.254:443", "TUNNEL_DENY (link-local)"),
         ("cloud.example:443", "TUNNEL_DENY (link-local)"),
         ("self.example:443", "TUNNEL_DENY (loopback)"),
+        ("203.0.113.7:443", "TUNNEL_DENY (loopback)"),
+        ("own.example:443", "TUNNEL_DENY (loopback)"),
         ("six.example:443", "TUNNEL_DENY (loopback)"),
         ("forbidden.example:443", "TUNNEL_DENY (forbidden.example)"),
     ],

@@ -27,9 +27,11 @@ from dockerproxy.http.request import Request
 from dockerproxy.http.site import ServerTimeouts, Site
 from dockerproxy.net.addresses import AddressSet, Destinations
 from dockerproxy.net.dial import Dialer
+from dockerproxy.net.own_addresses import is_own_address
 from dockerproxy.oci.names import Host, Registry
 from dockerproxy.proxy.authority import CertificateAuthority
 from dockerproxy.proxy.forward_proxy import ForwardProxy, Interception
+from dockerproxy.proxy.login import ProxyLogin
 from dockerproxy.proxy.policy import Policy
 from dockerproxy.proxy.tunnel import TunnelTimeouts
 from tests.support.resolvers import StaticResolver
@@ -131,7 +133,9 @@ class ForwardProxyLoopbackCase(TestCase):
                 frozenset({self.server_port}),
                 Destinations.parse("all"),
                 Destinations.parse("none"),
+                is_own_address,
             ),
+            login=ProxyLogin(None),
             interception=Interception(registries, authority.context_for, registry),
             dialer=Dialer(
                 reactor,
@@ -142,6 +146,8 @@ class ForwardProxyLoopbackCase(TestCase):
             local=hosted,
             hosted=hosted,
             hosted_names=frozenset({"docker-registry.local"}),
+            registry_ports=frozenset({5443}),
+            registry_http_ports=frozenset({5000}),
             timeouts=TunnelTimeouts(read=60, send=60),
             transfers=self.transfers,
             on_request_finished=lambda request, seconds: self.tunnels.append(request),

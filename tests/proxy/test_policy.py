@@ -6,10 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dockerproxy.errors import Denied
+from dockerproxy.errors import Denied, DestinationForbidden
 from dockerproxy.net.addresses import AddressSet, Destinations
 from dockerproxy.oci.names import Host
-from dockerproxy.proxy.policy import Policy
+from dockerproxy.proxy.policy import OwnAddressDenied, Policy
+
+OWN_ADDRESSES = ("10.9.8.7", "172.17.0.1", "2001:db8::7")
 
 
 def make_policy(
@@ -18,7 +20,13 @@ def make_policy(
     allow: str = "all",
     deny: str = "loopback link-local metadata",
 ) -> Policy:
-    return Policy(AddressSet.parse(clients), frozenset(ports), Destinations.parse(allow), Destinations.parse(deny))
+    return Policy(
+        AddressSet.parse(clients),
+        frozenset(ports),
+        Destinations.parse(allow),
+        Destinations.parse(deny),
+        lambda address: str(address) in OWN_ADDRESSES,
+    )
 
 
 def parse_host(text: str) -> Host:
@@ -77,6 +85,88 @@ def test_name_that_resolves_to_a_metadata_service_is_denied() -> None:
 def test_literal_addresses_are_checked_before_resolution(literal: str) -> None:
     with pytest.raises(Denied, match="TUNNEL_DENY"):
         make_policy().check_name(parse_host(literal))
+
+
+@pytest.mark.parametrize(
+    "address",
+    "10.9.8.7 172.17.0.1 2001:db8::7 ::ffff:10.9.8.7 64:ff9b::a09:807 64:ff9b:1::a09:807 2002:a09:807::1".split(),
+)
+def test_every_address_of_this_machine_is_loopback(address: str) -> None:
+    rules, host = make_policy(), parse_host("evil.example")
+    with pytest.raises(OwnAddressDenied) as caught:
+        rules.check_address(host, address)
+    assert str(caught.value) == "TUNNEL_DENY (loopback) forbids connections to evil.example:443."
+    assert caught.value.address == address
+    with pytest.raises(OwnAddressDenied):
+        rules.check_name(Host.parse(f"[{address}]" if ":" in address else address))
+    with pytest.raises(DestinationForbidden, match="loopback"):
+        rules.check_upstream(address)
+
+
+def test_networks_in_tunnel_deny_leave_other_addresses_of_this_machine() -> None:
+    rules = make_policy(deny="127.0.0.0/8 ::1 link-local metadata")
+    rules.check_address(parse_host("own.example"), "10.9.8.7")
+    rules.check_upstream("10.9.8.7")
+    with pytest.raises(Denied, match="127"):
+        rules.check_address(parse_host("own.example"), "127.0.0.1")
+
+
+def test_loopback_in_tunnel_allow_means_this_machine() -> None:
+    rules = make_policy(allow="loopback", deny="none")
+    for address in ("127.0.0.1", "10.9.8.7"):
+        rules.check_address(parse_host("own.example"), address)
+    for address in ("192.0.2.1", "64:ff9b::a09:807"):  # anyone can make up an address that embeds ours
+        with pytest.raises(Denied, match="TUNNEL_ALLOW"):
+            rules.check_address(parse_host("own.example"), address)
+
+
+def test_deny_wins_over_an_own_address_in_tunnel_allow() -> None:
+    with pytest.raises(OwnAddressDenied):
+        make_policy(allow="10.9.8.7").check_address(parse_host("own.example"), "10.9.8.7")
+
+
+@pytest.mark.parametrize(
+    ("name", "entry"),
+    [
+        ("localhost", "loopback"),
+        ("x.LOCALHOST.", "loopback"),
+        ("localhost.localdomain", "loopback"),
+        ("metadata.google.internal", "metadata"),
+        ("Metadata.Google.Internal.", "metadata"),
+        ("instance-data", "metadata"),
+        ("forbidden.example", "forbidden.example"),
+        ("169.254.169.254", "link-local"),
+    ],
+)
+def test_names_that_an_upstream_proxy_would_resolve(name: str, entry: str) -> None:
+    rules = make_policy(deny="loopback link-local metadata forbidden.example")
+    host = parse_host(name)
+    for check in (lambda: rules.check_name(host), lambda: rules.check_address(host, host.name)):
+        with pytest.raises(Denied) as caught:
+            check()
+        assert f"TUNNEL_DENY ({entry})" in str(caught.value)
+    with pytest.raises(DestinationForbidden) as forbidden:
+        rules.check_upstream(host.name)
+    assert f"TUNNEL_DENY ({entry})" in str(forbidden.value)
+
+
+def test_other_names_go_through_an_upstream_proxy() -> None:
+    make_policy().check_address(parse_host("cdn.example"), "cdn.example")
+    make_policy().check_upstream("cdn.example")
+    make_policy(allow="cdn.example").check_address(parse_host("cdn.example"), "cdn.example")
+
+
+def test_a_name_that_cannot_be_compared_with_addresses_is_not_allowed() -> None:
+    """TUNNEL_ALLOW has networks only, and nobody here knows the address that the upstream proxy will find."""
+    rules = make_policy(allow="192.0.2.0/24")
+    rules.check_name(parse_host("cdn.example"))
+    with pytest.raises(Denied, match="TUNNEL_ALLOW"):
+        rules.check_address(parse_host("cdn.example"), "cdn.example")
+
+
+def test_well_known_names_are_not_allowed_by_a_word_in_tunnel_allow() -> None:
+    with pytest.raises(Denied, match="TUNNEL_ALLOW"):
+        make_policy(allow="loopback", deny="none").check_address(parse_host("localhost"), "192.0.2.1")
 
 
 def test_denied_names_are_refused() -> None:

@@ -17,6 +17,7 @@ from dockerproxy.oci.names import Digest, Reference, Registry, Repository, Tag
 from dockerproxy.oci.paging import NamePage, Page
 from dockerproxy.oci.pushed_manifest import PushedManifest
 from dockerproxy.oci.referrers import ReferrersIndex, ReferrersQuery
+from dockerproxy.oci.routes import Target
 from dockerproxy.oci.uploads import UploadParameters, UploadStatus
 from dockerproxy.registry.backend import UploadBody, UploadChunk
 from dockerproxy.registry.principal import Principal
@@ -239,7 +240,7 @@ class FakeUpstreamRegistry(FakePullBackend):
         self.realms: dict[tuple[str, str], Registry] = {}
         self.token_calls: list[Any] = []
 
-    def open_registry(self, registry: Registry, authorization: str | None) -> FakeUpstreamRegistry:
+    def open_registry(self, registry: Registry, authorization: str | None, client: str) -> FakeUpstreamRegistry:
         """Return this registry, as an `OpenRegistry` of intercepted.py."""
         self.open_calls.append((registry, authorization))
         return self
@@ -256,7 +257,15 @@ class FakeUpstreamRegistry(FakePullBackend):
         return self.referrers_result
 
     async def forward(
-        self, method: str, path: str, name: Repository | None, headers: Headers, body: Any = None
+        self, method: str, target: Target, path: str, headers: Headers, body: Any = None
+    ) -> FakeRegistryResponse:
+        return await self._respond(method, path, target.name or None, headers, body)
+
+    async def forward_page(self, method: str, path: str, headers: Headers, body: Any = None) -> FakeRegistryResponse:
+        return await self._respond(method, path, None, headers, body)
+
+    async def _respond(
+        self, method: str, path: str, name: Repository | None, headers: Headers, body: Any
     ) -> FakeRegistryResponse:
         content = None
         if body is not None:

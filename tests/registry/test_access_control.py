@@ -194,7 +194,7 @@ def test_namespace_routing(connect_client: Any, query: str, expected: str, mirro
 
     registries = NamespacedRegistries(
         FakeRegistry("hosted"),  # type: ignore[arg-type]
-        FakeRegistry("mirror"),  # type: ignore[arg-type]
+        FakeRegistry("mirror").handle,
         frozenset([REALM]),
         mirror_by_default,
     )

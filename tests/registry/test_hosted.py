@@ -25,14 +25,13 @@ from dockerproxy.oci.manifests import (
 from dockerproxy.oci.names import Digest
 from dockerproxy.registry.access_control import AllowAll
 from dockerproxy.registry.api import RegistryAPI
-from dockerproxy.registry.hosted import HostedRegistry
 from dockerproxy.registry.hosted_app import HostedRegistryApp
 from dockerproxy.store import local_hosted_store as module
 from dockerproxy.store.hosted_tree import HostedTree
 from dockerproxy.store.layout import Layout
-from dockerproxy.store.local_hosted_store import LocalHostedStore
 from dockerproxy.store.referrers import Referrers
 from tests.registry.support.synchronous_reactor import SynchronousReactor
+from tests.support.hosted import make_hosted_registry
 
 JSON = dict[str, Any]
 NAME = "some/where"
@@ -106,7 +105,7 @@ def error_code(response: Any) -> tuple[int, str]:
 def registry(tmp_path: Path, connect_client: Any) -> RegistryHarness:
     reactor = SynchronousReactor()
     store = HostedTree.from_layout(Layout(tmp_path))
-    backend = HostedRegistry(reactor, LocalHostedStore(reactor, store))
+    backend = make_hosted_registry(reactor, store)
     app = HostedRegistryApp(RegistryAPI(reactor), backend, AllowAll())
 
     def connect() -> Any:
@@ -439,13 +438,27 @@ def test_manifest_size_limit(registry: RegistryHarness, size: int) -> None:
         assert error_code(response) == (413, "SIZE_INVALID")
 
 
-@pytest.mark.parametrize("media_type", ["application/vnd.unheard.of.v7+json", "text/plain", "application/x"])
+@pytest.mark.parametrize(
+    "media_type", ["application/vnd.unheard.of.v7+json", "application/vnd.x", "application/x+json"]
+)
 def test_unknown_media_types(registry: RegistryHarness, media_type: str) -> None:
     content = b"\x00 not even JSON"
     response = registry.request("PUT", f"/v2/{NAME}/manifests/odd", content, Content_Type=media_type)
     assert response.status == 201
     pulled = registry.request("GET", f"/v2/{NAME}/manifests/odd")
     assert (pulled.body, pulled.headers["Content-Type"]) == (content, media_type)
+
+
+@pytest.mark.parametrize("in_content", [False, True])
+@pytest.mark.parametrize("media_type", ["text/html", "image/svg+xml", "Text/XML", "application/xhtml+xml", "a/b"])
+def test_types_that_browsers_show_as_pages_are_not_manifests(
+    registry: RegistryHarness, media_type: str, in_content: bool
+) -> None:
+    content = json.dumps({"mediaType": media_type, "x": "<script>alert(1)</script>"}).encode()
+    fields = {} if in_content else {"Content_Type": f"{media_type}; charset=utf-8"}
+    response = registry.request("PUT", f"/v2/{NAME}/manifests/page", content, **fields)
+    assert error_code(response) == (400, "MANIFEST_INVALID")
+    assert registry.request("GET", f"/v2/{NAME}/manifests/page").status == 404
 
 
 @pytest.mark.parametrize(
@@ -724,7 +737,7 @@ def test_a_tree_without_our_metadata_is_indexed(registry: RegistryHarness, tmp_p
     remove_our_metadata(tmp_path)
     store = HostedTree.from_layout(Layout(tmp_path))
     reactor = SynchronousReactor()
-    backend = HostedRegistry(reactor, LocalHostedStore(reactor, store))
+    backend = make_hosted_registry(reactor, store)
     app = HostedRegistryApp(RegistryAPI(reactor), backend, AllowAll())
     reopened = RegistryHarness(
         store, connect_client(app.handle, clock=reactor), lambda: connect_client(app.handle, clock=reactor)

@@ -16,9 +16,9 @@ from dockerproxy.registry.hosted_store import HostedStore
 from dockerproxy.store import local_hosted_store as module
 from dockerproxy.store.hosted_tree import HostedTree
 from dockerproxy.store.layout import Layout
-from dockerproxy.store.local_hosted_store import LocalHostedStore
 from tests.registry.support.hosted_store_suite import APP, HostedStoreSuite
 from tests.registry.support.synchronous_reactor import SynchronousReactor
+from tests.support.hosted import make_hosted_store
 
 T = TypeVar("T")
 
@@ -32,7 +32,7 @@ class TestLocalHostedStore(HostedStoreSuite):
 
     @pytest.fixture
     def store(self, tree: HostedTree) -> HostedStore:
-        return LocalHostedStore(SynchronousReactor(), tree)
+        return make_hosted_store(SynchronousReactor(), tree)
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         results: list[Any] = []

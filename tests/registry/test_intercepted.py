@@ -17,15 +17,18 @@ from dockerproxy.errors import (
     UpstreamTimeout,
     UpstreamUnreachable,
 )
+from dockerproxy.http.cross_origin import CrossOriginProtection
 from dockerproxy.http.request import Request
 from dockerproxy.oci.content import ManifestResponse
 from dockerproxy.oci.manifests import EMPTY_INDEX, OCI_INDEX
 from dockerproxy.oci.names import Digest, Host, Registry
 from dockerproxy.oci.referrers import ReferrersIndex
-from dockerproxy.proxy.router import Router
+from dockerproxy.proxy.host_rule import HostRule
+from dockerproxy.proxy.router import BrowserProtection, Router
 from dockerproxy.registry.api import RegistryAPI
 from dockerproxy.registry.intercepted import Intercepted, Mirror
 from dockerproxy.registry.namespaces import NamespacedRegistries
+from dockerproxy.registry.responses import respond_error
 
 QUAY = Registry.parse("quay.io")
 HUB = Registry.parse("registry-1.docker.io")
@@ -56,7 +59,9 @@ def connect_intercepted(connect_client: Any, upstream: Any) -> Any:
 
     def make(allow_push: bool = False, registry: Registry = QUAY, **options: Any) -> Any:
         clock = Clock()
-        intercepted = Intercepted(RegistryAPI(clock), upstream.open_registry, upstream, allow_push=allow_push)
+        intercepted = Intercepted(
+            RegistryAPI(clock), upstream.open_registry, upstream, CrossOriginProtection(), allow_push=allow_push
+        )
         return connect_client(
             lambda request: intercepted.handle(registry, request), clock=clock, **{"secure": True, **options}
         )
@@ -70,8 +75,8 @@ def connect_mirror(connect_client: Any, upstream: Any) -> Any:
 
     def make(**options: Any) -> Any:
         clock = Clock()
-        mirror = Mirror(RegistryAPI(clock), upstream.open_registry, MIRRORED, HUB)
-        registries = NamespacedRegistries(None, mirror, frozenset(), mirror_by_default=True)  # type: ignore[arg-type]
+        mirror = Mirror(RegistryAPI(clock), upstream.open_registry, MIRRORED, HUB, CrossOriginProtection())
+        registries = NamespacedRegistries(None, mirror.handle, frozenset(), mirror_by_default=True)  # type: ignore[arg-type]
         return connect_client(registries.handle, clock=clock, **options)
 
     return make
@@ -99,9 +104,13 @@ def test_authorization_opens_the_registry(connect_intercepted: Any, upstream: An
 def test_the_coroutine_that_streams_is_not_wrapped(connect_client: Any, upstream: Any, fake_content: Any) -> None:
     """Every coroutine around it costs memory for each slow client."""
     clock, names = Clock(), []
-    intercepted = Intercepted(RegistryAPI(clock), upstream.open_registry, upstream, allow_push=False)
-    mirror = Mirror(RegistryAPI(clock), upstream.open_registry, MIRRORED, HUB)
-    router = Router(NamespacedRegistries(None, mirror, frozenset(), True).handle, {})  # type: ignore[arg-type]
+    intercepted = Intercepted(
+        RegistryAPI(clock), upstream.open_registry, upstream, CrossOriginProtection(), allow_push=False
+    )
+    mirror = Mirror(RegistryAPI(clock), upstream.open_registry, MIRRORED, HUB, CrossOriginProtection())
+    registries = NamespacedRegistries(None, mirror.handle, frozenset(), True)  # type: ignore[arg-type]
+    protection = BrowserProtection(HostRule(allowed=None), CrossOriginProtection())
+    router = Router(registries.handle, {}, protection, respond_error)
     for handler in (partial(intercepted.handle, QUAY), router.handle):
 
         def handle(request: Request, handler: Any = handler) -> Any:
@@ -154,11 +163,11 @@ def test_ping(connect_intercepted: Any, upstream: Any, path: str) -> None:
 
 def test_a_401_carries_the_registrys_challenge_once(connect_intercepted: Any, upstream: Any) -> None:
     """The realm leads to us, with the scheme of the client's connection."""
-    headers = [("www-authenticate", 'Bearer service="s"'), ("www-authenticate", "Basic realm2"), ("x-own", "1")]
+    headers = [("www-authenticate", 'Bearer service="s"'), ("www-authenticate", "Basic realm2"), ("oci-own", "1")]
     upstream.error = UpstreamRefused(401, b"upstream words", headers)
     for secure, scheme in ((True, "https"), (False, "http"), (True, "https")):  # the same error object every time
         response = connect_intercepted(secure=secure).fetch("GET", f"/v2/a/b/blobs/{DIGEST}")
-        assert (response.status, response.body, response.headers["X-Own"]) == (401, b"upstream words", "1")
+        assert (response.status, response.body, response.headers["OCI-Own"]) == (401, b"upstream words", "1")
         assert response.fields("WWW-Authenticate") == [
             f'Bearer service="s",realm="{scheme}://ours/token"',
             f'Basic realm2,realm="{scheme}://ours/token"',
@@ -324,22 +333,105 @@ def test_any_upstream_status_is_forwarded(
     connect_intercepted: Any, upstream: Any, fake_response: Any, status: int
 ) -> None:
     body = b"" if status in (204, 304) else b"upstream words"
-    upstream.response = fake_response(status, [("location", "https://elsewhere/x?sig=1")], body)
-    client = connect_intercepted()
-    response = client.fetch("GET", "/v2/a/b/tags/list")
-    assert (response.status, response.body, response.complete) == (status, body, True)
-    assert response.headers["Location"] == "https://elsewhere/x?sig=1"
+    for target, location in [
+        ("/v2/a/b/tags/list", None),
+        ("/v2/a/b/blobs/uploads/session", "https://elsewhere/x?sig=1"),
+        ("/v2/unknown", "https://elsewhere/x?sig=1"),
+        ("/signin", "https://elsewhere/x?sig=1"),
+    ]:
+        upstream.response = fake_response(status, [("location", "https://elsewhere/x?sig=1")], body)
+        response = connect_intercepted().fetch("GET", target)
+        assert (response.status, response.body, response.complete) == (status, body, True)
+        assert response.headers.get("Location") == location
 
 
 def test_forwarded_401_names_our_realm(connect_intercepted: Any, upstream: Any, fake_response: Any) -> None:
-    for target in ("/v2/a/b/tags/list", "/api/x"):
-        upstream.response = fake_response(
-            401, [("www-authenticate", 'Bearer realm="https://theirs"'), ("x-own", "1")], b"no"
-        )
+    fields = [("www-authenticate", 'Bearer realm="https://theirs"'), ("oci-own", "1"), ("set-cookie", "a=b")]
+    for target in ("/v2/a/b/tags/list", "/v2/a/b/blobs/uploads/session"):
+        upstream.response = fake_response(401, fields, b"no")
         response = connect_intercepted().fetch("GET", target)
-        assert (response.status, response.body, response.headers["X-Own"]) == (401, b"no", "1")
+        assert (response.status, response.body, response.headers["OCI-Own"]) == (401, b"no", "1")
         assert response.fields("WWW-Authenticate") == ['Bearer realm="https://theirs",realm="https://ours/token"']
-        assert response.fields("X-Cache") == ["PASS"]
+        assert (response.fields("X-Cache"), response.fields("Set-Cookie")) == (["PASS"], [])
+
+
+def test_a_page_deals_with_its_401_itself(connect_intercepted: Any, upstream: Any, fake_response: Any) -> None:
+    """Git asks for the password of the realm that it is told."""
+    fields = [("www-authenticate", 'Basic realm="Gitea"'), ("set-cookie", "a=b")]
+    upstream.response = fake_response(401, fields, b"log in")
+    response = connect_intercepted().fetch("GET", "/org/app.git/info/refs?service=git-upload-pack")
+    assert (response.status, response.body, response.fields("Set-Cookie")) == (401, b"log in", ["a=b"])
+    assert response.fields("WWW-Authenticate") == ['Basic realm="Gitea"']
+
+
+@pytest.mark.parametrize("allow_push", [False, True])
+def test_pages_take_any_method(connect_intercepted: Any, upstream: Any, fake_response: Any, allow_push: bool) -> None:
+    """ALLOW_PUSH is about images. A clone is a POST, and people log in to web pages by another."""
+    for method, target in [("POST", "/org/app.git/git-upload-pack"), ("PUT", "/api/v1/x"), ("PROPFIND", "/dav/a%20b")]:
+        upstream.response = fake_response(200, [("content-type", "text/html"), ("x-frame-options", "DENY")], b"a page")
+        client = connect_intercepted(allow_push)
+        response = client.fetch(method, target, [("Cookie", "a=b"), ("X-Csrf-Token", "t")], b"some bytes")
+        assert (response.status, response.body, response.headers["Content-Type"]) == (200, b"a page", "text/html")
+        assert response.headers["X-Frame-Options"] == "DENY"
+        forwarded = upstream.forwarded_requests[-1]
+        assert (forwarded.method, forwarded.path, forwarded.body) == (method, target, b"some bytes")
+        assert (forwarded.headers.get("cookie"), forwarded.headers.get("x-csrf-token")) == ("a=b", "t")
+        upstream.body_chunks.clear()
+
+
+HOSTILE_FIELDS = [
+    ("set-cookie", "session=of-our-own-login"), ("refresh", "0;url=//evil.test"), ("clear-site-data", "*"),
+    ("service-worker-allowed", "/"), ("access-control-allow-origin", "*"), ("access-control-allow-credentials", "true"),
+    ("content-encoding", "gzip"), ("strict-transport-security", "max-age=99999999"), ("location", "//evil.test/"),
+    ("content-security-policy", "default-src *"), ("cross-origin-resource-policy", "cross-origin"), ("nel", "{}"),
+    ("x-content-type-options", "none"), ("content-disposition", "inline"), ("link", "</x.js>; rel=preload"),
+    ("sourcemap", "/x"), ("public-key-pins", "x"), ("cache-control", "public"), ("server", "theirs"), ("alt-svc", "x"),
+    ("authentication-info", "x"), ("report-to", "{}"), ("document-policy", "x"), ("x-frame-options", "ALLOWALL"),
+]  # fmt: skip
+API_FIELDS = [
+    ("docker-content-digest", str(DIGEST)), ("ratelimit-limit", "100;w=21600"), ("ratelimit-remaining", "76;w=21600"),
+    ("docker-ratelimit-source", "192.0.2.1"), ("x-ratelimit-reset", "9"), ("retry-after", "7"), ("etag", '"x"'),
+    ("last-modified", "Tue, 14 Nov 2023 22:13:20 GMT"), ("accept-ranges", "bytes"), ("oci-tag", "1"),
+    ("oci-chunk-min-length", "5"), ("docker-upload-uuid", "u"), ("range", "0-9"), ("warning", '299 - "x"'),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("status", [200, 400, 401, 403, 404, 429, 503])
+@pytest.mark.parametrize("path", ["/v2/a/b/tags/list", "/v2/_catalog", "/v2/a/b/blobs/uploads/session"])
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_fields_of_lists_pass_by_an_allow_list(
+    connect_intercepted: Any, connect_mirror: Any, upstream: Any, fake_response: Any, status: int, path: str,
+    mirrored: bool,
+) -> None:  # fmt: skip
+    fields = [("content-type", "text/html"), *HOSTILE_FIELDS, *API_FIELDS]
+    upstream.response = fake_response(status, fields, b"<script>")
+    client = connect_mirror() if mirrored else connect_intercepted()
+    response = client.fetch("GET", path + ("?ns=quay.io" if mirrored else ""))
+    if mirrored and "uploads" in path:
+        assert (response.status, upstream.forwarded_requests) == (404, [])
+        return
+    assert response.fields("Content-Type") == ["application/octet-stream"]
+    for name, value in HOSTILE_FIELDS:
+        is_forwarded = name == "location" and "uploads" in path and status != 401
+        assert (value in response.fields(name)) is is_forwarded, name
+    for name, value in API_FIELDS:
+        assert response.fields(name) == [value], name
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_fields_of_refusals_pass_by_an_allow_list(
+    connect_intercepted: Any, connect_mirror: Any, upstream: Any, mirrored: bool
+) -> None:
+    fields = [("content-type", "image/svg+xml"), *HOSTILE_FIELDS, *API_FIELDS]
+    for status in (401, 403, 404):
+        upstream.error = UpstreamRefused(status, b"<svg>", fields)
+        for path in (f"/v2/a/b/blobs/{DIGEST}", "/v2/a/b/manifests/latest"):
+            client = connect_mirror() if mirrored else connect_intercepted()
+            response = client.fetch("GET", path + ("?ns=quay.io" if mirrored else ""))
+            assert (response.status, response.body) == (status, b"<svg>")
+            assert response.fields("Content-Type") == ["application/octet-stream"]
+            assert not [name for name, value in HOSTILE_FIELDS if value in response.fields(name)]
+            assert [response.fields(name) for name, _ in API_FIELDS] == [[value] for _, value in API_FIELDS]
 
 
 def test_long_401_body_is_dropped(connect_intercepted: Any, upstream: Any, fake_response: Any) -> None:
@@ -628,18 +720,26 @@ def test_lists_through_a_mirror(connect_mirror: Any, upstream: Any, path: str, f
 @pytest.mark.parametrize(
     ("query", "link", "expected"),
     [
-        ("?ns=quay.io", '</v2/a/tags/list?last=x>; rel="next"', '</v2/a/tags/list?last=x&ns=quay.io>; rel="next"'),
-        ("?ns=registry.example:5000", "</v2/a>; rel=next", "</v2/a?ns=registry.example%3A5000>; rel=next"),
-        ("", '</v2/a/tags/list?last=x>; rel="next"', '</v2/a/tags/list?last=x>; rel="next"'),
-        ("?ns=quay.io", "<https://quay.io/v2/a?last=x>; rel=next", "<https://quay.io/v2/a?last=x>; rel=next"),
+        ("?ns=quay.io", '</v2/a/b/tags/list?last=x>; rel="next"', "last=x&ns=quay.io"),
+        ("?ns=registry.example:5000", "</v2/a?last=1>; rel=next", "last=1&ns=registry.example%3A5000"),
+        ("", '</v2/a/b/tags/list?last=x>; rel="next"', "last=x"),
+        ("?ns=quay.io", "<https://quay.io/v2/a/b/tags/list?last=x>; rel=next", "last=x&ns=quay.io"),
+        ("?ns=quay.io", '<//evil.test/?n=1&last=%2e>;rel="next"', "n=1&last=%2e&ns=quay.io"),
+        ("?ns=quay.io", "<?next_page=gAAA>; rel=next", "next_page=gAAA&ns=quay.io"),
+        ("", "</evil.js?x>; rel=preload; as=script", None),
+        ("", '</v2/a/b/tags/list?last=x>; rel="next", </evil.js>; rel=preload', None),
+        ("", "</v2/a/b/tags/list>; rel=next", None),
+        ("", '</?"onerror=x>; rel=stylesheet; rel=next', None),
     ],
 )
 def test_the_next_page_is_of_the_same_registry(
-    connect_mirror: Any, upstream: Any, fake_response: Any, query: str, link: str, expected: str
+    connect_mirror: Any, upstream: Any, fake_response: Any, query: str, link: str, expected: str | None
 ) -> None:
+    """A link leads to the same list, whatever upstream writes."""
     upstream.response = fake_response(200, [("link", link)], b"{}")
     response = connect_mirror().fetch("GET", "/v2/a/b/tags/list" + query)
-    assert response.fields("Link") == [expected]
+    links = [] if expected is None else [f'</v2/a/b/tags/list?{expected}>; rel="next"']
+    assert response.fields("Link") == links
 
 
 def test_referrers_through_a_mirror(connect_mirror: Any, upstream: Any) -> None:
@@ -668,3 +768,58 @@ def test_mirror_serves_only_the_api(connect_mirror: Any, upstream: Any, path: st
         response = connect_mirror().fetch(method, path + "?ns=quay.io")
         assert (response.status, error_code(response)) == (404, "NAME_UNKNOWN")
     assert upstream.forwarded_requests == []
+
+
+# web browsers
+
+
+FOREIGN = [("Origin", "https://evil.example")]
+
+
+@pytest.mark.parametrize("status", [200, 401, 403, 404])
+def test_the_answers_of_a_registrys_api_are_no_pages(
+    connect_intercepted: Any, connect_mirror: Any, upstream: Any, fake_response: Any, status: int
+) -> None:
+    fields = [("content-type", "text/html"), ("content-security-policy", "default-src *")]
+    for client in (connect_intercepted(), connect_mirror()):
+        upstream.response = fake_response(status, fields, b"<script>")
+        response = client.fetch("GET", "/v2/a/b/tags/list?ns=quay.io")
+        assert (response.status, response.body) == (status, b"<script>")
+        assert response.headers["X-Content-Type-Options"] == "nosniff"
+        assert response.headers["Cross-Origin-Resource-Policy"] == "same-origin"
+        assert response.fields("Content-Security-Policy") == ["sandbox; default-src 'none'; frame-ancestors 'none'"]
+
+
+@pytest.mark.parametrize("status", [200, 401])
+def test_a_web_site_beside_the_api_keeps_its_fields(
+    connect_intercepted: Any, upstream: Any, fake_response: Any, status: int
+) -> None:
+    fields = [("content-type", "text/html"), ("content-security-policy", "default-src *")]
+    upstream.response = fake_response(status, fields, b"<html>")
+    response = connect_intercepted().fetch("GET", "/ui", FOREIGN)
+    assert (response.status, response.body, response.headers["Content-Type"]) == (status, b"<html>", "text/html")
+    assert response.fields("Content-Security-Policy") == ["default-src *"]
+    assert "X-Content-Type-Options" not in response.headers
+
+
+@pytest.mark.parametrize("path", ["/v2/", "/v2/a/b/tags/list", "/v2/a/b/manifests/latest", f"/v2/a/b/blobs/{DIGEST}"])
+def test_pages_of_other_sites_do_not_reach_upstream(
+    connect_intercepted: Any, connect_mirror: Any, upstream: Any, path: str
+) -> None:
+    for client in (connect_intercepted(), connect_mirror()):
+        for fields in (FOREIGN, [("Sec-Fetch-Site", "cross-site")], [("Sec-Fetch-Site", "same-site")]):
+            response = client.fetch("GET", path, fields)
+            assert (response.status, error_code(response)) == (403, "DENIED")
+            assert b"CORS_ORIGINS" in response.body
+    assert (upstream.calls, upstream.forwarded_requests) == ([], [])
+
+
+def test_an_image_on_a_page_over_plain_http_is_no_pull(
+    connect_intercepted: Any, connect_mirror: Any, upstream: Any
+) -> None:
+    browser = [("User-Agent", "Mozilla/5.0 (X11; Linux x86_64) Gecko/20100101 Firefox/140.0")]
+    for client in (connect_intercepted(secure=False, registry=PLAIN), connect_mirror()):
+        response = client.fetch("GET", "/v2/a/b/manifests/latest", browser)
+        assert (response.status, error_code(response)) == (403, "DENIED")
+        assert client.fetch("GET", "/v2/", browser).status == 200  # no pull, and a person may want to see it
+    assert (upstream.calls, upstream.forwarded_requests) == ([], [])

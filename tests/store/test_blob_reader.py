@@ -61,10 +61,10 @@ def test_sendfile_source_reads_into_the_page_cache_first(
 
 
 def test_on_close_is_called_once(blob: OpenBlob) -> None:
-    calls: list[None] = []
-    reader = StoredBlobReader(SynchronousThreadPool(), blob, lambda: calls.append(None))
+    calls: list[StoredBlobReader] = []
+    reader = StoredBlobReader(SynchronousThreadPool(), blob, calls.append)
     assert bytes(result(reader.read(0, len(DATA)))) == DATA
     assert calls == []
     reader.close()
     reader.close()
-    assert calls == [None] and blob.fd == -1
+    assert calls == [reader] and blob.fd == -1

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dockerproxy.store import files
-from dockerproxy.store.files import Staging, fsync_directory, read_small, write_all
+from dockerproxy.store.files import Staging, fsync_directory, write_all
+from dockerproxy.store.tree_reader import read_small
 
 
 @given(st.lists(st.binary(max_size=9), max_size=8), st.lists(st.integers(1, 7), max_size=40))
@@ -84,7 +84,7 @@ def test_private_files_are_readable_only_by_their_owner(tmp_path: Path) -> None:
     Staging(str(tmp_path / "s"), private=True).write(b"x", str(tmp_path / "a" / "b" / "c"))
     assert (tmp_path / "a" / "b" / "c").stat().st_mode & 0o777 == 0o600
     assert {(tmp_path / name).stat().st_mode & 0o777 for name in ("s", "a", "a/b")} == {0o700}
-    assert files.read_small(str(tmp_path / "a" / "b" / "c"), 9) == b"x"
+    assert read_small(str(tmp_path / "a" / "b" / "c"), 9) == b"x"
 
 
 def test_fsync_directory_ignores_unsupported_file_systems(tmp_path: Path) -> None:

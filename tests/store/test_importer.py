@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -102,7 +104,7 @@ def test_other_directories_are_rejected(store: HostedTree, other: HostedTree, tm
 def test_copies_if_hard_links_are_impossible(
     store: HostedTree, other: HostedTree, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def link(source: str, target: str) -> None:
+    def link(source: str, target: str, **options: object) -> None:
         raise OSError(18, "Invalid cross-device link")
 
     with monkeypatch.context() as patch:
@@ -226,3 +228,156 @@ def test_progress_reports_bytes_and_manifests(store: HostedTree, other: HostedTr
     assert byte_counts == sorted(byte_counts)
     assert byte_counts[-1] == size
     assert reports[-1] == ("manifests", 5, None)
+
+
+# A directory of a stranger.
+
+
+def blob_path(store: HostedTree, content: bytes) -> Path:
+    return Path(store.layout.blob(Digest.of(content)))
+
+
+def replace_by(make: Callable[[Path], object], path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    make(path)
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (os.mkfifo, "a FIFO"),
+        (os.mkdir, "a directory"),
+        (lambda path: path.symlink_to("/dev/zero"), "a symbolic link"),
+        (lambda path: path.symlink_to(path), "a symbolic link"),  # a loop
+        (lambda path: path.symlink_to(path.parent / "missing"), "a symbolic link"),
+        (lambda path: socket.socket(socket.AF_UNIX).bind(str(path)), "a socket"),
+    ],
+    ids=["FIFO", "directory", "device", "loop", "dangling", "socket"],
+)
+def test_what_is_no_file_is_not_a_blob(
+    store: HostedTree, other: HostedTree, monkeypatch: pytest.MonkeyPatch, make: Callable[[Path], object], reason: str
+) -> None:
+    path = blob_path(other, b"layer1")
+    monkeypatch.chdir(path.parent)  # the path of a socket has at most 107 bytes
+    replace_by(lambda path: make(Path("data")), Path("data")) if reason == "a socket" else replace_by(make, path)
+    _, skipped_items = import_from(store, other.layout.root)
+    message = next(item.message for item in skipped_items if item.kind == "unreadable")
+    assert f"{path} is {reason}" in message
+    assert not os.path.lexists(blob_path(store, b"layer1"))
+    assert store.links.tags(REPOSITORY) == ["latest", "v1"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["docker", "docker/registry/v2", "docker/registry/v2/blobs", "docker/registry/v2/repositories"],
+)
+def test_a_link_on_the_way_to_everything_is_refused_with_its_name(
+    store: HostedTree, other: HostedTree, tmp_path: Path, name: str
+) -> None:
+    path, elsewhere = other.layout.root / name, tmp_path / "elsewhere"
+    path.rename(elsewhere)
+    path.symlink_to(elsewhere)
+    with pytest.raises(NotARegistry, match=f"{path} is a symbolic link"):
+        import_from(store, other.layout.root)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_a_link_above_a_blob_is_not_followed(store: HostedTree, other: HostedTree, tmp_path: Path, depth: int) -> None:
+    path, elsewhere = blob_path(other, b"layer1").parents[depth - 1], tmp_path / "elsewhere"
+    path.rename(elsewhere)
+    path.symlink_to(elsewhere)
+    _, skipped_items = import_from(store, other.layout.root)
+    assert any(f"{path} is a symbolic link" in item.message for item in skipped_items)
+    assert not store.blobs.exists(Digest.of(b"layer1"))
+
+
+def test_links_in_repositories_are_reported_once_and_the_rest_is_imported(
+    store: HostedTree, other: HostedTree, tmp_path: Path
+) -> None:
+    repositories = Path(other.layout.repositories)
+    (repositories / "two").rename(tmp_path / "two")
+    (repositories / "two").symlink_to(tmp_path / "two")
+    tag = Path(other.layout.tag_current(REPOSITORY, "latest"))
+    tag.rename(tmp_path / "tag")
+    tag.symlink_to(tmp_path / "tag")
+    result, skipped_items = import_from(store, other.layout.root)
+    assert sorted(item.message for item in skipped_items) == sorted(
+        f"{path} is a symbolic link, which is not followed" for path in (repositories / "two", tag)
+    )
+    assert (result.repositories, store.links.tags(REPOSITORY)) == (1, ["v1"])
+
+
+def test_the_directory_itself_may_be_a_link(store: HostedTree, other: HostedTree, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(other.layout.root)
+    assert import_from(store, tmp_path / "link")[0].tags == 3
+
+
+def test_a_large_sparse_file_takes_no_room(store: HostedTree, other: HostedTree) -> None:
+    path = blob_path(other, b"layer1")
+    path.chmod(0o666)  # so that it would be copied
+    os.truncate(path, 1 << 43)
+    _, skipped_items = import_from(store, other.layout.root)
+    [message] = [item.message for item in skipped_items if item.kind == "unreadable"]
+    assert f"a copy needs {1 << 43} bytes" in message
+    os.truncate(path, 64 * 1024 * 1024)
+    written: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(importer, "write_all", lambda fd, chunks, offset: written.append(len(chunks[0])))
+        _, skipped_items = import_from(store, other.layout.root)
+    assert (written, skipped_items[0].kind) == ([], "damaged")
+
+
+@pytest.mark.parametrize("way", ["writable by the group", "writable by all", "open", "two names", "mapped"])
+def test_what_others_can_still_write_is_copied(store: HostedTree, other: HostedTree, tmp_path: Path, way: str) -> None:
+    path = blob_path(other, b"layer1")
+    with ExitStack() as stack:
+        if way == "open":
+            stack.enter_context(path.open("ab"))
+        elif way == "mapped":
+            with path.open("r+b") as file:
+                stack.enter_context(mmap.mmap(file.fileno(), 0))
+        elif way == "two names":
+            os.link(path, tmp_path / "name")
+        else:
+            path.chmod(0o664 if "group" in way else 0o646)
+        result, skipped_items = import_from(store, other.layout.root)
+    assert (skipped_items, result.copied) == ([], 1)
+    path.write_bytes(b"changed")
+    assert is_intact(store)
+
+
+def test_a_file_that_grows_or_shrinks_while_it_is_read_is_not_imported(
+    store: HostedTree, other: HostedTree, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = blob_path(other, b"layer1")
+    read_source = importer._read_source
+
+    def shrink(fd: int, size: int, offset: int) -> bytes:
+        if size and os.fstat(fd).st_ino == path.stat().st_ino:
+            os.truncate(path, 3)
+        return read_source(fd, size, offset)
+
+    def grow(fd: int, size: int, offset: int) -> bytes:
+        if os.fstat(fd).st_ino == path.stat().st_ino:
+            with path.open("ab") as file:
+                file.write(b"more")
+        return read_source(fd, size, offset)
+
+    for change in (grow, shrink):
+        with monkeypatch.context() as patch:
+            patch.setattr(importer, "_read_source", change)
+            import_from(store, other.layout.root)
+        assert not store.blobs.exists(Digest.of(b"layer1"))
+        path.write_bytes(b"layer1")
+
+
+def test_names_that_are_not_utf_8_are_reported(store: HostedTree, other: HostedTree) -> None:
+    os.makedirs(os.fsencode(other.layout.repositories) + b"/caf\xe9/_layers")
+    os.makedirs(os.fsencode(other.layout.tags(REPOSITORY)) + b"/\xff/current")
+    result, skipped_items = import_from(store, other.layout.root)
+    assert (result.repositories, skipped_items) == (2, [])
+
+
+def test_counts_are_numbers(store: HostedTree, other: HostedTree) -> None:
+    result, _ = import_from(store, other.layout.root)
+    assert type(result.hardlinked) is int and type(result.copied) is int

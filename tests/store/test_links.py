@@ -15,6 +15,7 @@ from dockerproxy.oci.paging import NamePage, sort_key, take_page
 from dockerproxy.store import links as module
 from dockerproxy.store.layout import Layout
 from dockerproxy.store.links import Links, Visibility
+from dockerproxy.store.tree_reader import TreeReader
 
 INDEX = "application/vnd.oci.image.index.v1+json"
 REPOSITORIES = st.sampled_from(["a", "a/b", "a/b/c", "a-b", "registry-1.docker.io/library/ubuntu", "host:5000/a"])
@@ -123,7 +124,7 @@ def test_a_page_of_tags_looks_only_at_its_own_links(layout: Layout, monkeypatch:
         links.set_tag("a", f"v{number:02}", digest)
     opened: list[str] = []
     link_exists = module._link_exists
-    monkeypatch.setattr(module, "_link_exists", lambda path: opened.append(path) or link_exists(path))
+    monkeypatch.setattr(module, "_link_exists", lambda reader, path: opened.append(path) or link_exists(reader, path))
     assert take_page(links.tags_after("a", "v04"), 3) == NamePage(["v05", "v06", "v07"], True)
     assert len(opened) == 4
 
@@ -133,8 +134,8 @@ def test_a_page_of_repositories_reads_only_its_own_directories(layout: Layout, m
     for number in range(20):
         links.link_layer(f"team{number:02}/app", digest)
     read: list[str] = []
-    list_names = module.list_names
-    monkeypatch.setattr(module, "list_names", lambda path: read.append(path) or list_names(path))
+    list_names = TreeReader.list_names
+    monkeypatch.setattr(TreeReader, "list_names", lambda self, path: read.append(path) or list_names(self, path))
     assert take_page(links.repositories_after("team04/app"), 2) == NamePage(["team05/app", "team06/app"], True)
     assert len(read) <= 10
 

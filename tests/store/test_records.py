@@ -110,3 +110,45 @@ def test_records_are_thread_safe(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert errors == []
+
+
+@pytest.mark.parametrize("kind", ["link", "FIFO", "directory", "large"])
+def test_what_is_no_document_of_ours_is_absent_and_replaced(tmp_path: Path, kind: str) -> None:
+    records, secret = Records(tmp_path / "records"), tmp_path / "secret"
+    records.put({"value": 1}, "tag", "a")
+    [entry] = records.walk("tag")
+    path = Path(entry.path)
+    content = path.read_bytes()
+    path.unlink()
+    if kind == "link":
+        secret.write_bytes(content)
+        path.symlink_to(secret)
+    elif kind == "FIFO":
+        os.mkfifo(path)
+    elif kind == "directory":
+        path.mkdir()
+    else:
+        path.write_bytes(content + b" " * 70_000)
+    assert records.get("tag", "a") is None
+    assert records.read(entry) is None
+    if kind != "directory":
+        records.put({"value": 2}, "tag", "a")
+        assert records.get("tag", "a") == {"value": 2}
+    assert not secret.exists() or secret.read_bytes() == content
+
+
+def test_a_document_that_could_not_be_read_back_is_not_stored(tmp_path: Path) -> None:
+    records = Records(tmp_path / "records")
+    records.put({"value": "old"}, "tag", "a")
+    records.put({"value": "x" * 70_000}, "tag", "a")
+    assert records.get("tag", "a") is None
+    assert list(records.walk("tag")) == []
+
+
+def test_a_deeply_nested_document_is_torn(tmp_path: Path) -> None:
+    records = Records(tmp_path / "records")
+    records.put({"value": 1}, "tag", "a")
+    [entry] = records.walk("tag")
+    Path(entry.path).write_bytes(b"[" * 60_000)
+    assert records.get("tag", "a") is None
+    assert len(list(records.walk("tag"))) == 1

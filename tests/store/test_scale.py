@@ -183,7 +183,7 @@ def put_hostile_manifest(store: HostedTree, rng: random.Random, references: int)
 
 @pytest.mark.parametrize("delete_untagged", [False, True])
 def test_memory_of_a_collection_does_not_grow_with_references(folder: Path, delete_untagged: bool) -> None:
-    """Anyone who may push could otherwise decide whether garbage can be collected."""
+    """Otherwise anyone with leave to push could decide whether garbage can be collected."""
     rng, peaks = random.Random(0), list[int]()
     for count in (5, 50):
         store = HostedTree.from_layout(Layout(folder / f"{count}"))
@@ -200,7 +200,7 @@ def test_memory_of_a_collection_does_not_grow_with_references(folder: Path, dele
 async def rescan(reactor: SteppedReactor, root: Path, thread: CooperativeThread) -> None:
     layout = Layout(root)
     space = CacheSpaceManager(
-        reactor, layout, Blobs(layout, False), limit=1 << 40, inactive=1e10, clock=time.time,
+        reactor, layout, Blobs(layout, False), limit=1 << 40, max_blob_size=1 << 40, inactive=1e10, clock=time.time,
         janitor=Janitor(layout, Records(root / "records"), time.time), cooperative_thread=thread,
     )  # fmt: skip
     await space.maintain()
@@ -210,7 +210,7 @@ async def rescan(reactor: SteppedReactor, root: Path, thread: CooperativeThread)
 async def expire(reactor: SteppedReactor, root: Path, thread: CooperativeThread) -> None:
     layout = Layout(root)
     space = CacheSpaceManager(
-        reactor, layout, Blobs(layout, False), limit=1 << 40, inactive=1, clock=time.time,
+        reactor, layout, Blobs(layout, False), limit=1 << 40, max_blob_size=1 << 40, inactive=1, clock=time.time,
         janitor=Janitor(layout, Records(root / "records"), time.time), cooperative_thread=thread,
     )  # fmt: skip
     await space.maintain()

@@ -149,3 +149,40 @@ def test_progress_and_stop(store: HostedTree) -> None:
 
     with pytest.raises(Stopped):
         scrub_layout(store.layout, progress=Progress(report=stop))
+
+
+@pytest.mark.parametrize("kind", ["FIFO", "device", "directory", "link to a blob"])
+def test_what_is_no_file_is_reported_and_stays(store: HostedTree, tmp_path: Path, kind: str) -> None:
+    path = Path(store.layout.blob(CONFIG))
+    path.rename(tmp_path / "elsewhere")
+    if kind == "FIFO":
+        os.mkfifo(path)
+    elif kind == "directory":
+        path.mkdir()
+    else:
+        path.symlink_to("/dev/zero" if kind == "device" else tmp_path / "elsewhere")
+    _, findings = scrub(store)
+    assert findings[0].kind == "unreadable"
+    assert f"{path} is a " in findings[0].message
+    assert os.path.lexists(path)
+    assert store.blobs.open(CONFIG) is None
+    assert not store.blobs.exists(CONFIG)
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_a_linked_directory_is_reported_and_not_entered(store: HostedTree, tmp_path: Path, depth: int) -> None:
+    path = Path(store.layout.blob(CONFIG)).parents[depth]
+    path.rename(tmp_path / "elsewhere")
+    [copy] = [file for file in (tmp_path / "elsewhere").rglob("data") if file.read_bytes() == b"config1"]
+    copy.write_bytes(b"damaged")
+    path.symlink_to(tmp_path / "elsewhere")
+    _, findings = scrub(store)
+    assert any(f"{path} is a symbolic link" in finding.message for finding in findings)
+    assert copy.read_bytes() == b"damaged"
+
+
+def test_the_blobs_may_be_on_another_disk(store: HostedTree, tmp_path: Path) -> None:
+    path = Path(store.layout.blobs)
+    path.rename(tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / "elsewhere")
+    assert scrub(store)[1] == []

@@ -3,14 +3,18 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import stat
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from attrs import define
 
+from dockerproxy.reload import describe_error
 from dockerproxy.store.state_directory import DirectoryInUse, StateDirectory
+from dockerproxy.store.tree_reader import UnsafeFile
 
 
 @define
@@ -101,6 +105,7 @@ def test_the_lock_survives_fork_and_ends_with_the_process(directories: Directori
     program = """
 import os, sys
 from pathlib import Path
+from dockerproxy.reload import describe_error
 from dockerproxy.store.state_directory import StateDirectory
 state = StateDirectory.open(Path(sys.argv[1]), Path(sys.argv[2]))
 if os.fork():
@@ -163,3 +168,103 @@ def test_one_directory_for_both_is_refused(directories: Directories) -> None:
     (directories.root / "alias").symlink_to(directories.cache)
     with pytest.raises(DirectoryInUse, match="CACHE_DIR and REGISTRY_DIR are both"):
         StateDirectory.open(directories.cache, directories.root / "alias")
+
+
+# Directories that other users may read, or have written.
+
+
+@pytest.fixture
+def umask() -> Iterator[None]:
+    previous = os.umask(0)
+    yield
+    os.umask(previous)
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.lstat().st_mode)
+
+
+def test_the_directories_are_private_whatever_the_umask(directories: Directories, umask: None) -> None:
+    close(directories.open())
+    assert {mode(directories.cache), mode(directories.registry)} == {0o700}
+    assert {mode(path / "lock") for path in (directories.cache, directories.registry)} == {0o600}
+
+
+def test_a_directory_that_every_local_user_could_enter_is_closed(directories: Directories) -> None:
+    directories.cache.mkdir(mode=0o700)
+    directories.registry.mkdir()
+    directories.registry.chmod(0o755)
+    state = directories.open()
+    [warning] = state.warnings
+    assert "REGISTRY_DIR" in warning and "its mode was 0755, and is 0750" in warning
+    assert mode(directories.registry) == 0o750
+    close(state)
+    state = directories.open()
+    assert state.warnings == ()
+    close(state)
+
+
+def test_a_mode_that_cannot_be_changed_is_reported(directories: Directories, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shared folder of a virtual machine has fixed modes."""
+    directories.cache.mkdir()
+    directories.cache.chmod(0o777)
+    monkeypatch.setattr(Path, "chmod", lambda path, mode: None)
+    state = directories.open()
+    assert ["its mode cannot be set" in warning for warning in state.warnings] == [True]
+    close(state)
+
+
+@pytest.mark.root
+def test_the_owner_of_the_directory_is_named(directories: Directories) -> None:
+    directories.registry.mkdir(mode=0o700)
+    os.chown(directories.registry, 12345, -1)
+    state = directories.open()
+    assert ["REGISTRY_DIR" in warning and "ID 12345" in warning for warning in state.warnings] == [True]
+    close(state)
+
+
+@pytest.mark.parametrize("name", ["lock", "secret"])
+@pytest.mark.parametrize("kind", ["link", "dangling link", "FIFO", "hard link"])
+def test_no_file_of_the_daemon_is_another_one(directories: Directories, name: str, kind: str) -> None:
+    victim = directories.root / "victim"
+    victim.write_bytes(b"precious" * 10)
+    directories.registry.mkdir(mode=0o700)
+    path = directories.registry / name
+    if kind == "FIFO":
+        os.mkfifo(path)
+    elif kind == "hard link":
+        os.link(victim, path)
+    else:
+        path.symlink_to(victim if kind == "link" else directories.root / "missing")
+    if (name, kind) == ("secret", "hard link"):
+        close(directories.open())
+    else:
+        with pytest.raises(UnsafeFile, match=str(path)):
+            directories.open()
+    assert victim.read_bytes() == b"precious" * 10
+    assert not (directories.root / "missing").exists()
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("name", ["staging", "docker", "docker/registry/v2/blobs", "damaged", "ingest"])
+def test_a_directory_may_be_a_link_of_root_and_of_nobody_else(directories: Directories, name: str) -> None:
+    elsewhere, path = directories.root / "elsewhere", directories.registry / name
+    elsewhere.mkdir()
+    (elsewhere / "file").touch()
+    path.parent.mkdir(parents=True)
+    directories.registry.chmod(0o700)
+    path.symlink_to(elsewhere)
+    os.chown(path, 12345, -1, follow_symlinks=False)
+    with pytest.raises(UnsafeFile, match=r"symbolic link of the user with ID 12345"):
+        directories.open()
+    assert (elsewhere / "file").exists()
+    os.chown(path, 0, -1, follow_symlinks=False)
+    close(directories.open())
+
+
+def test_what_is_wrong_is_said_in_one_sentence(directories: Directories) -> None:
+    directories.registry.mkdir()
+    (directories.registry / "lock").symlink_to("/etc/passwd")
+    with pytest.raises(UnsafeFile) as raised:
+        directories.open()
+    assert describe_error(raised.value) == (f"{directories.registry}/lock: is a symbolic link, which is not followed.")

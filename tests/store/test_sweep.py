@@ -21,6 +21,7 @@ from dockerproxy.store.layout import Layout
 from dockerproxy.store.progress import Progress, RepositoryLock, Stopped
 from dockerproxy.store.safe_delete import DeleteOutcome, SafeDelete
 from dockerproxy.store.sweep import InvalidGracePeriod, RemovedItem, SweepResult, sweep
+from dockerproxy.store.tree_reader import UnsafeFile
 from tests.store.support.images import BOTH, ONE, TWO, ManifestTree, age_blobs, descriptor, image, index, put_image
 from tests.store.support.reactor import SteppedReactor
 from tests.store.support.stepped_operation import SteppedOperation
@@ -532,3 +533,33 @@ def test_a_link_rewritten_during_deletion_is_retained(store: HostedTree, monkeyp
     assert store.links.has_manifest(REPOSITORY, ONE.digest)
     assert store.links.manifest_media_type(REPOSITORY, ONE.digest) == ONE.media_type
     assert os.listdir(store.layout.staging) == []
+
+
+# Symbolic links
+
+
+@pytest.mark.parametrize("part", ["repository", "tag", "blob prefix", "blob", "layer"])
+def test_a_symbolic_link_stops_the_collection_before_it_leads_anywhere(
+    store: HostedTree, tmp_path: Path, part: str
+) -> None:
+    put_image(store, REPOSITORY, ONE, "v1")
+    garbage = Digest.of(b"garbage")
+    store.blobs.put(b"garbage", garbage)
+    store.links.link_layer(REPOSITORY, garbage)
+    age_blobs(store)
+    path = Path(
+        {
+            "repository": store.layout.repository(REPOSITORY),
+            "tag": store.layout.tag_current(REPOSITORY, "v1"),
+            "blob prefix": Path(store.layout.blob(garbage)).parents[1],
+            "blob": Path(store.layout.blob(garbage)).parent,
+            "layer": Path(store.layout.layer(REPOSITORY, garbage)).parent,
+        }[part]
+    )
+    path.rename(tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / "elsewhere")
+    before = sorted((tmp_path / "elsewhere").rglob("*"))
+    with pytest.raises(UnsafeFile, match=f"{path} is a symbolic link, which is not followed"):
+        sweep(store.layout, delete_untagged=True)
+    assert sorted((tmp_path / "elsewhere").rglob("*")) == before
+    assert closure(ONE) <= stored_digests(store)

@@ -34,12 +34,12 @@ from dockerproxy.store import progress as progress_module
 from dockerproxy.store import sweep as sweep_module
 from dockerproxy.store.hosted_tree import HostedTree
 from dockerproxy.store.layout import Layout
-from dockerproxy.store.local_hosted_store import LocalHostedStore
 from dockerproxy.store.progress import Progress, RepositoryLock, Stopped
 from dockerproxy.store.sweep import RemovedItem, SweepResult, sweep
 from tests.store.support.images import ManifestTree, age_blobs, image, index
 from tests.store.support.reactor import SteppedReactor
 from tests.store.support.stepped_operation import SteppedOperation
+from tests.support.hosted import make_hosted_registry
 
 pytestmark = pytest.mark.slow  # a state machine on a real tree
 
@@ -91,7 +91,7 @@ class InMemoryRegistry:
 
     @hosted.default
     def _make_hosted(self) -> HostedRegistry:
-        return HostedRegistry(self.reactor, LocalHostedStore(self.reactor, self.store))
+        return make_hosted_registry(self.reactor, self.store)
 
     async def request(self, method: str, target: str, body: bytes = b"", media_type: str = "") -> int:
         """Send a request and return the status of the response."""

@@ -282,6 +282,30 @@ class PlainHTTPTests(AgentLoopbackCase):
         )
         self.assertEqual(server.accepted, 1)
 
+    async def test_a_connection_that_a_client_logged_in_is_that_clients(self) -> None:
+        server, port = self.serve(respond_with(OK))
+        agent, url = self.make_agent(), f"http://127.0.0.1:{port}/"
+
+        async def get(client_connection: int | None, *fields: tuple[str, str], method: str = "GET") -> None:
+            response = await agent.request(method, url, Headers(fields), client_connection=client_connection)
+            await response.read_all(10)
+
+        await get(1)
+        self.assertEqual(server.accepted, 1)
+        await get(1, ("Authorization", "NTLM TlRMTVNTUAAB"))  # on the idle connection
+        self.assertEqual(server.accepted, 1)
+        await get(1)
+        await get(1, method="POST")  # a login must not end because a client sends a form
+        self.assertEqual(server.accepted, 1)
+        await get(2)
+        await get(None)  # takes that of 2
+        self.assertEqual(server.accepted, 2)
+        await get(None, ("Authorization", "Negotiate YII="))  # belongs to nobody, so it is closed
+        await get(None)
+        self.assertEqual(server.accepted, 3)
+        await get(1)
+        self.assertEqual(server.accepted, 3)
+
     async def test_idle_connection_closed_by_server_is_replaced(self) -> None:
         # The server closes the connection on the second request, as if its keep-alive time-out had just expired.
         def respond(connection: Any, head: bytes) -> None:

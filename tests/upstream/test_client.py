@@ -217,6 +217,28 @@ class UpstreamClientTests(TestCase):
         self.assertEqual(self.servers.authorizations(), ["Bearer theirs", "Bearer wrong"])
         self.assertEqual(self.servers.tokens, 0)
 
+    async def test_a_challenge_to_a_clients_credential_is_not_learned(self) -> None:
+        """Some registries name another realm to clients with an expired token."""
+        await self.fetch()
+        self.servers.respond = require_authorization("Bearer t1", challenge=BEARER.replace("registry.example", "evil"))
+        self.assertEqual((await self.send_request(credential=ClientCredential("Bearer junk"))).status, 401)
+        self.assertEqual(self.authorizer.challenges_for(REGISTRY), ())
+
+    async def test_a_request_is_sent_as_it_is(self) -> None:
+        self.authorizer.add_challenges(REGISTRY, [Challenge("basic", {"realm": "x"})])
+        self.servers.respond = require_authorization("Basic never", challenge='Basic realm="page"')
+        for authorization in ([], [("authorization", "Basic theirs")]):
+            response = await self.client.send("GET", REGISTRY, "/signin?x", Headers([("cookie", "c"), *authorization]))
+            self.assertEqual(response.status, 401)
+            await response.discard()
+        self.assertEqual(self.servers.authorizations(), [None, "Basic theirs"])
+        self.assertEqual([request.headers.get("cookie") for request in self.servers.requests], ["c", "c"])
+        self.assertEqual(self.authorizer.challenges_for(REGISTRY)[0].parameters, {"realm": "x"})
+        self.servers.respond = redirect_from(signin="/y")
+        response = await self.client.send("GET", REGISTRY, "/signin", Headers())
+        self.assertEqual(response.status, 307)
+        await response.discard()
+
     async def test_a_body_is_sent_once(self) -> None:
         self.servers.respond = require_authorization("Bearer t1")
         for status in (401, 200):  # the challenge of the first response applies to the second request

@@ -44,7 +44,9 @@ class WorkerStub:
         self.space = self.lock = RemoteCoordinator(self.reactor, self.rpc)
 
     def reserve(self, key: IngestKey, size: int) -> list[Any]:
-        return self.start(self.space.reserve(key, size, 0))
+        """Return whether the reservation succeeds, as the only element of a list."""
+        outcome = self.start(self.space.reserve(key, size, size, 0))
+        return [result == "" for result in outcome]
 
     def release(self, key: IngestKey) -> None:
         self.space.release(key)
@@ -70,7 +72,8 @@ class MainProcessStub:
         self.layout = Layout(directory)
         self.blobs = Blobs(self.layout, durable=False, clock=self.reactor.seconds)
         self.cache_space = CacheSpaceManager(
-            self.reactor, self.layout, self.blobs, limit=LIMIT, inactive=1e9, clock=self.reactor.seconds,
+            self.reactor, self.layout, self.blobs,
+            limit=LIMIT, max_blob_size=LIMIT, inactive=1e9, clock=self.reactor.seconds,
             janitor=Janitor(self.layout, Records(directory / "records"), self.reactor.seconds),
         )  # fmt: skip
         self.shared = SharedState(self.cache_space)
@@ -148,7 +151,7 @@ def test_main_process_takes_over_a_reservation(
 ) -> None:
     one, _ = workers
     one.reserve(ONE, 300)
-    one.start(main_process.space.reserve(ONE, 300, 0))
+    one.start(main_process.space.reserve(ONE, 300, 300, 0))
     one.die()
     assert main_process.reserved_bytes == 300
     main_process.space.release(ONE)
@@ -175,7 +178,7 @@ def test_reservation_fails_without_the_main_process(workers: tuple[WorkerStub, W
 async def commit(worker: WorkerStub, blobs: Blobs, ingest: Ingest) -> None:
     """Commit an ingest as a download of the worker does."""
     async with worker.space.reservation(ingest) as reservation:
-        await reservation.grow(ingest.size)
+        await reservation.grow(ingest.size, ingest.size)
         ingest.commit(blobs)
         await reservation.commit(ingest.size)
 
@@ -227,8 +230,7 @@ def test_uses_are_reported_in_batches_and_prevent_eviction(
         one.start(one.space.record(Digest.of(content), 400))
         main_process.reactor.advance(100)
     for _ in range(3):
-        one.space.pin(Digest.of(b"a" * 400))
-        one.space.unpin(Digest.of(b"a" * 400))
+        one.space.touch(Digest.of(b"a" * 400))
     main_process.reactor.advance(10)
     main_process.reactor.iterate_all()
     one.reserve(THIRD, 400)
@@ -244,7 +246,7 @@ def test_use_reports_are_split(
     monkeypatch.setattr(main_process.cache_space, "touch", used.append)
     digests = [Digest.of(str(number).encode(), "sha512") for number in range(remote._MAX_USES_PER_REPORT + 1)]
     for digest in digests:
-        one.space.pin(digest)
+        one.space.touch(digest)
     main_process.reactor.iterate_all()
     assert len(used) == remote._MAX_USES_PER_REPORT
     main_process.reactor.advance(10)

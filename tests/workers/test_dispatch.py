@@ -18,11 +18,14 @@ from twisted.internet.threads import deferToThread
 from twisted.logger import LogEvent, globalLogPublisher
 from twisted.trial.unittest import TestCase
 
-from dockerproxy.daemon.listener_service import Listener
+from dockerproxy.daemon.listener_service import EndpointOpener, Listener
+from dockerproxy.errors import TooManyRequests
 from dockerproxy.http.request import Request
 from dockerproxy.http.site import ServerTimeouts, Site
-from dockerproxy.workers.dispatch import ConnectionReceiver, DispatchingOpener
+from dockerproxy.workers.connection_table import ConnectionTable
+from dockerproxy.workers.dispatch import ConnectionDispatcher, ConnectionReceiver
 from dockerproxy.workers.message_socket import MessageSocket, socketpair
+from dockerproxy.workers.scoreboard import Scoreboard
 
 reactor: Any = _reactor
 
@@ -31,10 +34,10 @@ GET = b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
 
 
 class SiteProcess:
-    """The sites of one process, which respond with their names. Counts the closed connections."""
+    """The sites of one process, which respond with their names. Notes the numbers of closed connections."""
 
     def __init__(self, *names: str) -> None:
-        self.closed_connections = 0
+        self.closed_connections: list[int] = []
         self.sites = [self._make_site(name) for name in names]
 
     def _make_site(self, name: str) -> Site:
@@ -46,11 +49,10 @@ class SiteProcess:
             handle,
             timeouts=ServerTimeouts(),
             on_request_finished=lambda request, seconds: None,
-            on_connection_closed=self.count_closed,
         )
 
-    def count_closed(self) -> None:
-        self.closed_connections += 1
+    def note_closed(self, index: int) -> None:
+        self.closed_connections.append(index)
 
 
 class DispatchTestCase(TestCase):
@@ -62,31 +64,38 @@ class DispatchTestCase(TestCase):
         self.local, self.remote = SiteProcess("here 0", "here 1"), SiteProcess("there 0", "there 1")
         parent_socket, child_socket = socketpair()
         sites = {f"LISTEN_{number}": site for number, site in enumerate(self.remote.sites)}
-        self.receiver = ConnectionReceiver(reactor, sites, self.remote.count_closed)
+        self.receiver = ConnectionReceiver(reactor, sites, self.remote.note_closed)
         self.sender = MessageSocket(reactor, parent_socket, lambda message: None, lambda: None)
         self.receiving_end = MessageSocket(reactor, child_socket, lambda message: None, lambda: None, self.receiver)
         self.addCleanup(self.sender.close)
         self.addCleanup(self.receiving_end.close)
         self.dispatched: list[bool] = []
         self.settings: list[str] = []
-        self.local_connections = 0
+        self.clients: list[str] = []
+        self.scoreboard = Scoreboard.create(1, 100)
+        self.idle_closed: list[str] = []
+        self.table = ConnectionTable(reactor, self.scoreboard, self.idle_closed.append, share=4)
 
-    def dispatch(self, setting: str, sock: socket.socket) -> bool:
+    @property
+    def local_connections(self) -> tuple[int, int]:
+        """The connections that this process serves, and those that it has closed."""
+        return self.table.open_in(0), self.scoreboard.slot(0).closed_connections
+
+    def dispatch(self, setting: str, sock: socket.socket, client: str) -> bool:
         self.settings.append(setting)
+        self.clients.append(client)
         try:
-            self.sender.send_descriptors(setting, [sock.fileno()])
+            self.sender.send_descriptors([setting, 5], [sock.fileno()])
         except OSError:
             self.dispatched.append(False)
         else:
             self.dispatched.append(True)
         return self.dispatched[-1]
 
-    def count_local(self) -> None:
-        self.local_connections += 1
-
     async def open(self, description: str, number: int) -> IListeningPort:
         listener = Listener(f"LISTEN_{number}", (description,), self.local.sites[number])
-        [port] = await DispatchingOpener(reactor, self.dispatch, self.count_local).open(listener)
+        opener = EndpointOpener(reactor, lambda listener: ConnectionDispatcher(listener, self.table, self.dispatch))
+        [port] = await opener.open(listener)
         self.addCleanup(port.stopListening)
         return port
 
@@ -117,9 +126,9 @@ def _get(family: int, address: Any) -> bytes:
 class ConnectionDispatcherTests(DispatchTestCase):
     async def test_connection_is_handled_by_the_other_process(self) -> None:
         self.assertEqual(await self.get("127.0.0.1", await self.listen()), b"there 0 127.0.0.1")
-        self.assertEqual((self.settings, self.local_connections), (["LISTEN_0"], 0))
+        self.assertEqual((self.settings, self.clients, self.local_connections), (["LISTEN_0"], ["127.0.0.1"], (0, 0)))
         await self.wait_until(lambda: self.remote.closed_connections)
-        self.assertEqual((self.local.closed_connections, self.remote.closed_connections), (0, 1))
+        self.assertEqual(self.remote.closed_connections, [5])
 
     async def test_each_listener_has_its_own_site(self) -> None:
         ports = [await self.listen(0), await self.listen(1)]
@@ -137,9 +146,9 @@ class ConnectionDispatcherTests(DispatchTestCase):
         port = await self.listen()
         self.sender.close()
         self.assertEqual(await self.get("127.0.0.1", port), b"here 0 127.0.0.1")
-        self.assertEqual((self.dispatched, self.local_connections), ([False], 1))
-        await self.wait_until(lambda: self.local.closed_connections)
-        self.assertEqual((self.local.closed_connections, self.remote.closed_connections), (1, 0))
+        self.assertEqual(self.dispatched, [False])
+        await self.wait_until(lambda: self.local_connections == (0, 1))
+        self.assertEqual(self.remote.closed_connections, [])
 
     async def test_full_message_socket(self) -> None:
         port = await self.listen()
@@ -156,7 +165,8 @@ class ConnectionDispatcherTests(DispatchTestCase):
         path = os.path.relpath(self.mktemp())  # because an absolute one may exceed the 107 bytes of a socket's address
         await self.open(f"unix:{path}", 1)
         self.assertTrue((await self.get(path, family=socket.AF_UNIX)).startswith(b"here 1 "))
-        self.assertEqual((self.dispatched, self.local_connections), ([], 1))
+        self.assertEqual(self.dispatched, [])
+        await self.wait_until(lambda: self.local_connections == (0, 1))
 
     async def test_client_disconnects_before_adoption(self) -> None:
         port = await self.listen()
@@ -167,7 +177,7 @@ class ConnectionDispatcherTests(DispatchTestCase):
         descriptors_before = _count_sockets()
         reactor.addReader(self.receiving_end)
         await self.wait_until(lambda: self.remote.closed_connections)
-        self.assertEqual(self.remote.closed_connections, 1)
+        self.assertEqual(self.remote.closed_connections, [5])
         self.assertEqual(_count_sockets() - descriptors_before, 0)
         self.assertEqual(await self.get("127.0.0.1", port), b"there 0 127.0.0.1")
 
@@ -197,7 +207,7 @@ class ConnectionDispatcherTests(DispatchTestCase):
                     os.close(descriptor)
             for client in clients:
                 self.assertEqual(await deferToThread(_read_until_closed, client), b"")
-        self.assertEqual(self.remote.closed_connections, 3)
+        self.assertEqual(self.remote.closed_connections, [5, 5, 5])
         lost = [event["count"] for event in events if "too many open files" in (event.get("log_format") or "")]
         self.assertEqual(lost, [1])  # further lines follow later, because each connection could be lost
         reactor.addReader(self.receiving_end)
@@ -208,7 +218,7 @@ class ConnectionDispatcherTests(DispatchTestCase):
         descriptors_before = _count_sockets()
         for _ in range(5):
             await self.get("127.0.0.1", port)
-        await self.wait_until(lambda: self.remote.closed_connections == 5)
+        await self.wait_until(lambda: len(self.remote.closed_connections) == 5)
         self.assertEqual(_count_sockets(), descriptors_before)
 
     async def test_dispatch_does_not_shut_the_connection_down(self) -> None:
@@ -219,9 +229,48 @@ class ConnectionDispatcherTests(DispatchTestCase):
             client.sendall(GET[:5])
             await self.wait_until(lambda: self.dispatched)
             reactor.addReader(self.receiving_end)
-            self.assertEqual(self.remote.closed_connections, 0)
+            self.assertEqual(self.remote.closed_connections, [])
             received = deferToThread(_send_rest, client)
             self.assertTrue((await received).endswith(b"there 0 127.0.0.1"))
+
+    async def test_a_client_at_its_share_is_told_so_and_another_is_served(self) -> None:
+        port = await self.listen()
+        self.sender.close()
+        with contextlib.ExitStack() as stack:
+            for _ in range(4):
+                stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=TIMEOUT))
+            await self.wait_until(lambda: self.local_connections == (4, 0))
+            response = await deferToThread(_converse, ("127.0.0.1", port), GET)
+            head, _, body = response.partition(b"\r\n\r\n")
+            self.assertEqual(head.split(b"\r\n")[0], b"HTTP/1.1 429 Too Many Requests")
+            self.assertIn(b"Retry-After: 1", head)
+            self.assertEqual(
+                body,
+                b"127.0.0.1 has 4 of the 4 open connections that one client may have (MAX_CONNECTIONS_PER_CLIENT)\n",
+            )
+            self.assertEqual(self.idle_closed, ["127.0.0.1"])
+            response = await deferToThread(_converse, ("127.0.0.1", port), GET, "127.0.0.2")
+            self.assertTrue(response.endswith(b"here 0 127.0.0.2"))
+        await self.wait_until(lambda: self.local_connections[0] == 0)
+        self.assertEqual(await self.get("127.0.0.1", port), b"here 0 127.0.0.1")
+
+    async def test_a_refused_connection_leaks_no_descriptor(self) -> None:
+        port = await self.listen()
+        self.sender.close()
+        with contextlib.ExitStack() as stack:
+            for _ in range(4):
+                stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=TIMEOUT))
+            await self.wait_until(lambda: self.local_connections == (4, 0))
+            descriptors_before = _count_sockets()
+            for _ in range(3):
+                self.assertIn(b"429", await deferToThread(_converse, ("127.0.0.1", port), GET))
+            self.assertEqual(_count_sockets(), descriptors_before)
+
+    async def test_a_refused_connection_gets_nothing_before_tls(self) -> None:
+        self.local.sites[1]._get_tls_context = lambda: None  # type: ignore[assignment,return-value]
+        port = await self.listen(1)
+        self.table.refusal = lambda client: TooManyRequests("no")  # type: ignore[method-assign]
+        self.assertEqual(await deferToThread(_converse, ("127.0.0.1", port), b""), b"")
 
     async def test_concurrent_connections(self) -> None:
         ports = [await self.listen(0), await self.listen(1)]
@@ -231,6 +280,14 @@ class ConnectionDispatcherTests(DispatchTestCase):
         for number, body in enumerate(bodies):
             self.assertEqual(await body, f"there {number % 2} 127.0.0.1".encode())
         self.assertEqual(self.dispatched, [True] * 40)
+
+
+def _converse(address: tuple[str, int], data: bytes, source: str = "127.0.0.1") -> bytes:
+    """Send `data` and return all that arrives until the end."""
+    with socket.create_connection(address, timeout=TIMEOUT, source_address=(source, 0)) as client:
+        with contextlib.suppress(ConnectionError):
+            client.sendall(data)
+        return b"".join(iter(lambda: _read_until_closed(client), b""))
 
 
 def _read_until_closed(client: socket.socket) -> bytes:

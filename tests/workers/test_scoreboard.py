@@ -21,7 +21,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 @pytest.fixture
 def slots(clock: Clock) -> list[Slot]:
-    scoreboard = Scoreboard.create(3)
+    scoreboard = Scoreboard.create(3, 2)
     return [scoreboard.slot(number) for number in range(3)]
 
 
@@ -30,18 +30,20 @@ def test_slots_are_independent(slots: list[Slot], clock: Clock) -> None:
         clock.advance(1)
         slot.reset()
         for _ in range(number):
-            slot.count_closed()
+            slot.count_closed(0)
     clock.advance(6)
     slots[1].heartbeat()
     assert [slot.closed_connections for slot in slots] == [0, 1, 2]
     assert [slot.last_heartbeat for slot in slots] == [1e9, 9e9, 3e9]
+    assert [(slot.closed_by_client(0), slot.closed_by_client(1)) for slot in slots] == [(0, 0), (1, 0), (2, 0)]
 
 
 def test_reset_clears_the_slot(slots: list[Slot], clock: Clock) -> None:
-    slots[2].count_closed()
+    slots[2].count_closed(1)
     clock.advance(5)
     slots[2].reset()
     assert (slots[2].closed_connections, slots[2].last_heartbeat) == (0, 5e9)
+    assert slots[2].closed_by_client(1) == 1, "the main process knows the difference to its last look"
 
 
 def test_heartbeat_service(slots: list[Slot], clock: Clock) -> None:
@@ -54,7 +56,7 @@ def test_heartbeat_service(slots: list[Slot], clock: Clock) -> None:
 def test_memory_is_shared_after_fork(slots: list[Slot]) -> None:
     pid = os.fork()
     if not pid:
-        slots[1].count_closed()
+        slots[1].count_closed(1)
         scoreboard_module.time.monotonic_ns = lambda: 2**60  # type: ignore[assignment]
         slots[1].heartbeat()
         os._exit(0)

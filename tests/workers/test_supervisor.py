@@ -19,6 +19,7 @@ from dockerproxy.cache.identity import Bindings
 from dockerproxy.workers import message_socket as message_socket_module
 from dockerproxy.workers import scoreboard as scoreboard_module
 from dockerproxy.workers import supervisor as supervisor_module
+from dockerproxy.workers.connection_table import ConnectionTable
 from dockerproxy.workers.coordinator import LocalCoordinator
 from dockerproxy.workers.fork_server import SpawnRequest
 from dockerproxy.workers.message_socket import MAX_MESSAGE_SIZE
@@ -29,6 +30,7 @@ from tests.workers.descriptor_reactor import DescriptorClockReactor
 
 GRACE = 25.0
 SETTING = "PROXY_LISTEN"
+CLIENT = "192.0.2.1"
 UNUSED_PID = 2**22  # above the largest process ID of the kernel
 
 
@@ -69,14 +71,14 @@ class FakeWorkerProcess:
     sock: socket.socket
     log_fd: int | None
     messages: list[Any] = field(factory=list)
-    connections: list[str] = field(factory=list)
+    connections: list[tuple[str, int]] = field(factory=list)
     signals: list[int] = field(factory=list)
     reload_answer: Any = ""
 
     def __attrs_post_init__(self) -> None:
         # The same names as in dockerproxy.workers.process.
         handlers: dict[str, Callable[..., Any]] = {
-            name: partial(self._record, name) for name in ("stop", "abort", "token_bound")
+            name: partial(self._record, name) for name in ("stop", "abort", "token_bound", "close_idle")
         }
         handlers |= {"reload": self._on_reload, "debug": lambda: {"pools": {}}}
         self.reactor = self.spawner.reactor
@@ -90,10 +92,10 @@ class FakeWorkerProcess:
         self._record("reload", changed_settings)
         return self.reload_answer
 
-    def _on_descriptor(self, setting: str, descriptor: int | None) -> None:
+    def _on_descriptor(self, message: tuple[str, int], descriptor: int | None) -> None:
         assert descriptor is not None
         os.close(descriptor)
-        self.connections.append(setting)
+        self.connections.append(message)
 
     @property
     def pid(self) -> int:
@@ -156,14 +158,16 @@ class SupervisorHarness:
         self.reactor = DescriptorClockReactor()
         self.coordinators = FakeCoordinators()
         self.bindings = Bindings()
-        scoreboard = Scoreboard.create(count + 1)
-        self.local_slot = scoreboard.slot(0)
+        scoreboard = Scoreboard.create(count + 1, 100)
+        self.table = ConnectionTable(self.reactor, scoreboard, lambda client: None)
+        self.closed_here: Callable[[], None] = lambda: None
         self.spawner = FakeSpawner(self.reactor, scoreboard)
         self.supervisor = WorkerSupervisor(
             self.reactor,
             count,
             self.spawner,
             scoreboard,
+            self.table,
             self.coordinators.make,
             self.bindings.add,
             GRACE,
@@ -187,9 +191,9 @@ class SupervisorHarness:
         """Accept a connection. Return whether it was passed to a worker."""
         local, remote = socket.socketpair()
         self._sockets += [local, remote]
-        dispatched = self.supervisor.dispatch(SETTING, local)
+        dispatched = self.supervisor.dispatch(SETTING, local, CLIENT)
         if not dispatched:
-            self.supervisor.count_local_connection()
+            self.closed_here = self.table.serve_here(CLIENT)
         self.reactor.iterate_all()
         return dispatched
 
@@ -275,16 +279,16 @@ def test_connection_goes_to_the_process_with_the_fewest(harness: SupervisorHarne
     assert [harness.connect() for _ in range(6)] == [False, True, True] * 2
     assert (len(one.connections), len(other.connections)) == (2, 2)
     for _ in range(2):
-        other.slot.count_closed()
+        other.slot.count_closed(0)
     assert [harness.connect() for _ in range(3)] == [True, True, False]
     assert (len(one.connections), len(other.connections)) == (2, 4)
-    assert other.connections[0] == SETTING
+    assert other.connections[0] == [SETTING, 0]
 
 
 def test_closed_local_connection_is_not_counted(harness: SupervisorHarness) -> None:
     harness.start_ready()
     assert [harness.connect() for _ in range(3)] == [False, True, True]
-    harness.local_slot.count_closed()
+    harness.closed_here()
     assert [harness.connect() for _ in range(2)] == [False, False]
 
 
@@ -312,8 +316,23 @@ def test_restarted_worker_starts_with_no_connections(harness: SupervisorHarness)
 
 def test_local_connection_is_counted(harness: SupervisorHarness) -> None:
     harness.start_ready()
-    harness.supervisor.count_local_connection()  # of a UNIX socket
+    harness.table.serve_here(CLIENT)  # of a UNIX socket
     assert [harness.connect() for _ in range(3)] == [True, True, False]
+
+
+def test_an_ended_worker_holds_no_connections(harness: SupervisorHarness) -> None:
+    one, _ = harness.start_ready()
+    for _ in range(6):
+        harness.connect()
+    one.exit()
+    assert harness.table.report()["clients"] == {CLIENT: 4}
+
+
+def test_idle_connections_are_closed_in_all_workers(harness: SupervisorHarness) -> None:
+    workers = harness.start_ready()
+    harness.supervisor.close_idle(CLIENT)
+    harness.reactor.iterate_all()
+    assert [worker.messages for worker in workers] == [[("close_idle", CLIENT)]] * 2
 
 
 def test_full_message_socket_means_local_handling(harness: SupervisorHarness) -> None:

@@ -16,12 +16,13 @@ from twisted.python.failure import Failure
 from dockerproxy.cache.access import Access
 from dockerproxy.cache.blobs import CachedBlobs
 from dockerproxy.cache.challenges import Challenges
-from dockerproxy.cache.downloads import BlobDownload, Downloads
+from dockerproxy.cache.downloads import BlobDownload, DownloadLimits, Downloads
 from dockerproxy.cache.freshness import Freshness
 from dockerproxy.cache.identity import Identities
 from dockerproxy.cache.ingests import Ingests
 from dockerproxy.cache.janitor import Janitor
 from dockerproxy.cache.manifests import CachedManifests
+from dockerproxy.cache.open_readers import OpenReaders
 from dockerproxy.cache.possession import PossessionCheck
 from dockerproxy.cache.pullthrough import CachedRegistry, PullThrough
 from dockerproxy.cache.space import CacheSpaceManager, FileCounter
@@ -40,6 +41,7 @@ from dockerproxy.store.records import Records
 from dockerproxy.upstream.credentials import Anonymous, ClientCredential
 from tests.cache.support.reactor import ManualReactor
 from tests.cache.support.upstream import ScriptedUpstream
+from tests.support.parsers import make_parser
 
 NO_HEADERS = Headers()
 EPOCH = 1_700_000_000.0
@@ -92,7 +94,9 @@ class CacheHarness:
         root: Path,
         *,
         limit: int = 1 << 30,
+        max_blob_size: int | None = None,
         inactive: float = 5e6,
+        download_limits: DownloadLimits | None = None,
         freshness: Freshness = NEVER_FRESH,
         login: BasicCredentials | None = None,
         upstream: ScriptedUpstream | None = None,
@@ -119,35 +123,45 @@ class CacheHarness:
             self.layout,
             self.blobs,
             limit=limit,
+            max_blob_size=limit if max_blob_size is None else max_blob_size,
             inactive=inactive,
             clock=self.now,
             janitor=Janitor(self.layout, Records(root / "records"), self.now),
             cooperative_thread=unsliced,
         )
         self.ingests = Ingests(self.layout, self.blobs, self.records, shared)
-        self.downloads = Downloads(reactor, self.upstream, self.space, self.ingests)
+        self.open_readers = OpenReaders(reactor, limit // 8)
+        self._download_limits = download_limits or DownloadLimits()
+        self.downloads = self.new_downloads()
         self.learned_challenges: dict[Registry, Any] = {}
         hosts = [registry.host for registry in registries] + [Registry.parse("auth.docker.io").host]
         self.challenges = Challenges(self.agent, self.records, hosts, self.learned_challenges.__setitem__, self.now)
         self.token_endpoint = TokenEndpoint(
             self.agent, self.identities, self.records, lambda host: None if host in hosts else address_check, self.now
         )
+        parser = make_parser(reactor)
         self.manifests = CachedManifests(
             reactor, self.upstream, self.blobs, self.links, self.records, self.access, freshness, self.lock,
-            clock=self.now, on_stored=lambda digest, size: spawn(self.space.record(digest, size), "counting"),
+            parser, clock=self.now, on_stored=lambda digest, size: spawn(self.space.record(digest, size), "counting"),
         )  # fmt: skip
         self.cached_blobs = CachedBlobs(
-            reactor, self.upstream, self.blobs, self.links, self.downloads, self.access, self.space,
+            reactor, self.upstream, self.blobs, self.links, self.downloads, self.access, self.space, self.open_readers,
             PossessionCheck(reactor, self.upstream, self.blobs, secret),
         )  # fmt: skip
         self.pull_through = PullThrough(
             self.upstream, self.identities, self.challenges, self.token_endpoint, self.manifests, self.cached_blobs,
-            registries, lambda registry: login, self.now,
+            parser, registries, lambda registry: login, self.now,
         )  # fmt: skip
         self._deferreds: list[Deferred[Any]] = []
 
     def now(self) -> float:
         return EPOCH + float(self.reactor.seconds())
+
+    def new_downloads(self) -> Downloads:
+        """Return downloads in the same cache, like those of another process."""
+        return Downloads(
+            self.reactor, self.upstream, self.space, self.ingests, self.open_readers, self._download_limits
+        )
 
     # clients
 
@@ -251,6 +265,8 @@ class CacheHarness:
             deferred.addErrback(lambda _: None)
         assert self.downloads._downloads == {}
         assert self.space.index._pins == {}
+        assert len(self.open_readers) == 0
+        assert all(bound.used == 0 for bound in self.downloads.bounds)
         assert self.open_files == []
         assert self.reactor.readers == []
         assert all(response.ended for response in self.upstream.responses)

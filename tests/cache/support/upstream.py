@@ -18,7 +18,7 @@ from dockerproxy.http.headers import Headers
 from dockerproxy.http.stream import ByteStream
 from dockerproxy.oci.credentials import BasicCredentials
 from dockerproxy.oci.names import Digest, Registry, Repository
-from dockerproxy.upstream.credentials import ClientCredential, Credential
+from dockerproxy.upstream.credentials import Anonymous, ClientCredential, Credential
 
 OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 
@@ -235,6 +235,13 @@ class ScriptedUpstream:
             response = await response
         self.responses.append(response)
         return response
+
+    async def send(
+        self, method: str, registry: Registry, path: str, headers: Headers, body: Any = None
+    ) -> ScriptedResponse:
+        return await self.request(
+            method, registry, path, name=None, credential=Anonymous(), headers=headers, body=body, follow=False
+        )
 
     def _respond(self, request: ReceivedRequest) -> Any:
         if self.down is not None:

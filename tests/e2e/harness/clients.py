@@ -14,7 +14,7 @@ from tests.e2e.harness.process import BackgroundProcess, require_programs
 
 
 def clean_environment(extra: Mapping[str, str]) -> dict[str, str]:
-    """Return an environment without the proxy, CA and login settings of the user who runs the tests."""
+    """Return an environment without the proxy, CA and login settings of the user that runs the tests."""
     return {"PATH": os.environ["PATH"], "LANG": "C.UTF-8", **extra}
 
 

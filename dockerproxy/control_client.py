@@ -1,0 +1,219 @@
+"""The client of the daemon's control socket.
+
+Without a path from the user, it asks only sockets that root or the user has put where they are: whoever else could put
+one into the current directory, or into a directory that everybody may write to, would be believed.
+"""
+
+from __future__ import annotations
+
+import grp
+import http.client
+import json
+import os
+import pwd
+import socket
+import stat
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+PROBLEMS, USAGE, NOT_RUNNING, NOT_FOUND, NOT_PERMITTED, BUSY, FAILED, INTERRUPTED = 1, 2, 3, 4, 5, 6, 7, 130
+
+DISCONNECTED = "the daemon closed the connection before it finished"
+NOT_OURS = "the process on the control socket is not docker-registry-proxy, or of another version"
+_EXIT_STATUS_BY_HTTP = {400: USAGE, 404: NOT_FOUND, 409: BUSY}
+
+_CONNECT_TIMEOUT = 10.0  # seconds
+_SILENCE_TIMEOUT = 600.0  # seconds between two answers; `import` syncs the disk at its end
+_MAX_LINE = 8 * 1024 * 1024  # bytes; the daemon's longest is a result with 1000 problems
+_MAX_RESPONSE = 64 * 1024 * 1024  # bytes
+
+Event = dict[str, Any]
+
+
+class CommandError(Exception):
+    """A command failed. `status` is the exit status, `message` a sentence, `suggestions` are similar names."""
+
+    def __init__(self, status: int, message: str, suggestions: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.status, self.message, self.suggestions = status, message, tuple(suggestions)
+
+
+class _UnixHTTPConnection(http.client.HTTPConnection):
+    """An HTTP connection over a UNIX socket."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__("localhost")
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(_CONNECT_TIMEOUT)
+        self.sock.connect(self._path)
+        self.sock.settimeout(_SILENCE_TIMEOUT)
+
+
+class ControlClient:
+    """Client of the daemon's control API, at the socket `path` or at the first default path that exists."""
+
+    def __init__(self, path: str | None) -> None:
+        self._path = path
+
+    def call(self, method: str, target: str, body: Any) -> Event:
+        """Send a request and return the JSON object of the response. Raise `CommandError`."""
+        return _parse_event(_read(self._request(method, target, body), _MAX_RESPONSE))
+
+    def stream_events(self, method: str, target: str, body: Any = None) -> Iterator[Event]:
+        """Send a request and yield the JSON objects of the response as they arrive. Raise `CommandError`."""
+        response = self._request(method, target, body)
+        while line := _read(response, _MAX_LINE, line=True):
+            yield _parse_event(line)
+
+    def _request(self, method: str, target: str, body: Any) -> http.client.HTTPResponse:
+        connection = self._connect()
+        try:
+            connection.request(method, target, None if body is None else json.dumps(body))
+            response = connection.getresponse()
+            if response.status == 200:
+                return response
+            error = json.loads(_read(response, _MAX_RESPONSE))["error"]
+            message, suggestions = str(error["message"]), [str(name) for name in error.get("suggestions", ())]
+        except TimeoutError:
+            raise CommandError(FAILED, _silence_message()) from None
+        except OSError:  # including http.client.RemoteDisconnected
+            raise CommandError(FAILED, DISCONNECTED) from None
+        except (http.client.HTTPException, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            raise CommandError(FAILED, NOT_OURS) from None
+        raise CommandError(_EXIT_STATUS_BY_HTTP.get(response.status, FAILED), message, suggestions)
+
+    def _connect(self) -> _UnixHTTPConnection:
+        reasons = []
+        for path in [self._path] if self._path else _default_socket_paths():
+            reason = None if self._path else distrust_reason(path)
+            if reason is not None:
+                reasons.append(f"{path} was not asked, because {reason}; give it with --socket if you trust it")
+                continue
+            connection = _UnixHTTPConnection(path)
+            try:
+                connection.connect()
+            except FileNotFoundError:
+                reasons.append(f"{path} not found")
+                continue
+            except PermissionError:
+                raise CommandError(NOT_PERMITTED, _permission_message(path)) from None
+            except ConnectionRefusedError:
+                raise CommandError(
+                    NOT_RUNNING, f"docker-registry-proxy is not running: no process listens on {path}"
+                ) from None
+            except TimeoutError:
+                message = f"the process that listens on {path} accepted no connection within {_CONNECT_TIMEOUT:.0f} s"
+                raise CommandError(FAILED, message) from None
+            except (OSError, ValueError) as error:
+                raise CommandError(
+                    NOT_RUNNING, f"{path} is not a control socket of docker-registry-proxy: {error}"
+                ) from None
+            return connection
+        raise CommandError(NOT_RUNNING, f"docker-registry-proxy is not running: {', and '.join(reasons)}")
+
+
+def distrust_reason(path: str) -> str | None:
+    """Return why the socket at `path` may be a stranger's, or None if root or this user has put it there.
+
+    Root may have given its directory to the daemon's user, as systemd does.
+    """
+    directory = os.path.dirname(os.path.abspath(path))
+    try:
+        owner = None
+        for candidate in (directory, os.path.realpath(directory)):
+            reason, owner = _check_directories(candidate)
+            if reason is not None:
+                return reason
+        status = os.lstat(path)
+    except OSError:
+        return None  # the connection fails for the same reason, with the better message
+    if not stat.S_ISSOCK(status.st_mode):
+        return "it is not a socket"
+    if status.st_uid not in (0, os.geteuid(), owner):
+        return f"it belongs to {_user_name(status.st_uid)}"
+    return None
+
+
+def _check_directories(directory: str) -> tuple[str | None, int]:
+    """Return why somebody else could replace `directory` or a file in it, or None; and its owner. Raises `OSError`."""
+    trusted = (0, os.geteuid())
+    paths = [directory]
+    while paths[-1] != "/":
+        paths.append(os.path.dirname(paths[-1]))
+    is_shared, owner = False, 0
+    for path in reversed(paths):
+        status = os.lstat(path)
+        owner = status.st_uid
+        if owner not in trusted and (path != directory or is_shared or stat.S_ISLNK(status.st_mode)):
+            return f"{path} belongs to {_user_name(owner)}", owner
+        is_shared = _is_writable_by_others(status) and not stat.S_ISLNK(status.st_mode)
+        if is_shared and (path == directory or not status.st_mode & stat.S_ISVTX):
+            return f"other users can write to {path}", owner
+    return None, owner
+
+
+def _is_writable_by_others(status: os.stat_result) -> bool:
+    # Many distributions give each user a group of their own.
+    own_group = status.st_gid in (0, os.getegid())
+    return bool(status.st_mode & (stat.S_IWOTH if own_group else stat.S_IWOTH | stat.S_IWGRP))
+
+
+def _user_name(uid: int) -> str:
+    try:
+        return f"the user {pwd.getpwuid(uid).pw_name}"
+    except KeyError:
+        return f"the user with ID {uid}"
+
+
+def _read(response: http.client.HTTPResponse, limit: int, *, line: bool = False) -> bytes:
+    """Return the response, or its next line. Raise `CommandError` if it is longer than `limit` bytes."""
+    try:
+        content = response.readline(limit + 1) if line else response.read(limit + 1)
+    except TimeoutError:
+        raise CommandError(FAILED, _silence_message()) from None
+    except (OSError, http.client.HTTPException, ValueError):
+        raise CommandError(FAILED, DISCONNECTED) from None
+    if len(content) > limit:
+        raise CommandError(FAILED, NOT_OURS)
+    return content
+
+
+def _parse_event(content: bytes) -> Event:
+    try:
+        event = json.loads(content)
+    except (ValueError, RecursionError):
+        raise CommandError(FAILED, DISCONNECTED) from None
+    if not isinstance(event, dict):
+        raise CommandError(FAILED, NOT_OURS)
+    return event
+
+
+def _silence_message() -> str:
+    return f"the daemon has sent nothing for {_SILENCE_TIMEOUT:.0f} s; see its log"
+
+
+def _default_socket_paths() -> Iterator[str]:
+    """Yield the default paths of the control socket.
+
+    They are those of the environment variables, of the Debian package, and of `make run`.
+    """
+    environment = os.environ
+    directories = [
+        environment.get("RUNTIME_DIR") or environment.get("RUNTIME_DIRECTORY", "").partition(":")[0],
+        os.path.join(environment["STATE_DIR"], "run") if environment.get("STATE_DIR") else "",
+        "/run/docker-registry-proxy",
+        "var/run",
+    ]
+    for directory in filter(None, directories):
+        yield os.path.join(directory, "control.sock")
+
+
+def _permission_message(path: str) -> str:
+    try:
+        group = grp.getgrgid(os.stat(os.path.dirname(path)).st_gid).gr_name
+    except (OSError, KeyError):
+        return f"permission denied for {path}: run this as root, or join the daemon's group"
+    return f"permission denied for {path}: run this as root, or join the group {group}"

@@ -1,0 +1,209 @@
+"""Reading of files that other users may have written: regular files only, and at most the size that they had.
+
+`open_regular` follows no symbolic link at the end of a path. `StrictReader` follows none below its directories, however
+the path leads to it. A FIFO, socket or device is never opened for longer than it takes to see that it is one.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Callable
+
+from attrs import define, field
+
+_OPEN = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY
+_WALK = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_LIST = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+_KINDS = (
+    (stat.S_ISLNK, "a symbolic link, which is not followed"),
+    (stat.S_ISDIR, "a directory, not a file"),
+    (stat.S_ISFIFO, "a FIFO, not a file"),
+    (stat.S_ISSOCK, "a socket, not a file"),
+)
+
+Missing = (FileNotFoundError, NotADirectoryError)
+"""The errors of a path that does not exist."""
+
+
+class UnsafeFile(OSError):
+    """The path is a symbolic link or no regular file, so it is not read. `strerror` says which."""
+
+    @classmethod
+    def of(cls, path: str, mode: int) -> UnsafeFile:
+        """Return the error for the path, which has this `st_mode`."""
+        kind = next((text for test, text in _KINDS if test(mode)), "a device, not a file")
+        return cls(errno.ELOOP if stat.S_ISLNK(mode) else errno.EINVAL, f"is {kind}", path)
+
+    def __str__(self) -> str:
+        return f"{self.filename} {self.strerror}"
+
+
+def open_regular(path: str, *, directory_fd: int | None = None, shown_path: str | None = None) -> int:
+    """Open the regular file at `path` for reading. Raises `UnsafeFile` and `OSError`.
+
+    `path` may be relative to `directory_fd`; errors then name `shown_path`.
+    """
+    try:
+        fd = os.open(path, _OPEN, dir_fd=directory_fd)
+    except OSError as error:
+        error.filename = shown_path or path
+        # ENXIO is the error of a socket, and of a device without a driver.
+        if error.errno in (errno.ELOOP, errno.ENXIO):
+            mode = os.stat(path, dir_fd=directory_fd, follow_symlinks=False).st_mode
+            if not stat.S_ISREG(mode):
+                raise UnsafeFile.of(shown_path or path, mode) from None
+        raise
+    mode = os.fstat(fd).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(fd)
+        raise UnsafeFile.of(shown_path or path, mode)
+    return fd
+
+
+def read_small(path: str, limit: int) -> bytes | None:
+    """Return the first `limit` bytes of the file at `path`, or None if it does not exist.
+
+    Raises `UnsafeFile` if it is not a regular file.
+    """
+    try:
+        fd = open_regular(path)
+    except Missing:
+        return None
+    return _read_and_close(fd, limit)
+
+
+def list_names(directory: str) -> list[str]:
+    """Return the names in `directory`, in no order; an empty list if it does not exist or is not a directory."""
+    try:
+        return os.listdir(directory)
+    except Missing:
+        return []
+
+
+class TreeReader:
+    """Reads the daemon's own trees: symbolic links to directories are followed, those to files are not."""
+
+    def read_small(self, path: str, limit: int) -> bytes | None:
+        """Return the first `limit` bytes of the file at `path`, or None if it does not exist or is unsafe."""
+        try:
+            return read_small(path, limit)
+        except UnsafeFile:
+            return None
+
+    def list_names(self, directory: str) -> list[str]:
+        """Return the names in `directory`; an empty list if it does not exist or is not a directory."""
+        return list_names(directory)
+
+    def stat(self, path: str) -> os.stat_result:
+        """Return the status of the file at `path`. Raises `OSError`."""
+        return os.lstat(path)
+
+    def is_directory(self, path: str) -> bool:
+        """Return whether there is a directory at `path`."""
+        return os.path.isdir(path)
+
+
+@define(eq=False)
+class StrictReader(TreeReader):
+    """Reads below `anchors`, which are directories, and follows no symbolic link there.
+
+    The anchors themselves, and the paths to them, are the administrator's choice and may have links. `on_unsafe` is
+    called once for each path that is skipped because it is a link or no regular file. It may raise, to end the work.
+    """
+
+    anchors: tuple[str, ...]
+    on_unsafe: Callable[[UnsafeFile], object]
+    _reported: set[str] = field(factory=set, init=False)
+
+    def open(self, path: str) -> int:
+        """Open the regular file at `path` for reading. Raises `UnsafeFile` and `OSError`."""
+        parent_fd, name = self._open_parent(path)
+        try:
+            return open_regular(name, directory_fd=parent_fd, shown_path=path)
+        finally:
+            os.close(parent_fd)
+
+    def read_small(self, path: str, limit: int) -> bytes | None:
+        """Return the first `limit` bytes of the file at `path`, or None if it does not exist or is unsafe."""
+        try:
+            fd = self.open(path)
+        except Missing:
+            return None
+        except UnsafeFile as error:
+            self._report(error)
+            return None
+        return _read_and_close(fd, limit)
+
+    def list_names(self, directory: str) -> list[str]:
+        """Return the names in `directory`; an empty list if it does not exist, is no directory, or is unsafe."""
+        try:
+            fd = self._open_directory(directory, _LIST)
+        except Missing:
+            return []
+        except UnsafeFile as error:
+            self._report(error)
+            return []
+        try:
+            return os.listdir(fd)
+        finally:
+            os.close(fd)
+
+    def stat(self, path: str) -> os.stat_result:
+        """Return the status of the file at `path`, which may be anything. Raises `UnsafeFile` and `OSError`."""
+        parent_fd, name = self._open_parent(path)
+        try:
+            return os.stat(name, dir_fd=parent_fd, follow_symlinks=False)
+        finally:
+            os.close(parent_fd)
+
+    def is_directory(self, path: str) -> bool:
+        """Return whether there is a directory at `path`."""
+        try:
+            return stat.S_ISDIR(self.stat(path).st_mode)
+        except Missing:
+            return False
+        except UnsafeFile as error:
+            self._report(error)
+            return False
+
+    def _report(self, error: UnsafeFile) -> None:
+        if error.filename not in self._reported:
+            self._reported.add(error.filename)
+            self.on_unsafe(error)
+
+    def _open_parent(self, path: str) -> tuple[int, str]:
+        parent, _, name = path.rpartition("/")
+        return self._open_directory(parent, _WALK), name
+
+    def _open_directory(self, path: str, flags: int) -> int:
+        """Open a directory from its anchor, one component after the other."""
+        anchor = next(anchor for anchor in self.anchors if path == anchor or path.startswith(f"{anchor}/"))
+        names = [name for name in path[len(anchor) :].split("/") if name]
+        if ".." in names:
+            raise ValueError(f"{path!r} leads out of {anchor}")
+        fd = os.open(anchor, (flags if not names else _WALK) & ~os.O_NOFOLLOW)
+        seen = anchor
+        for position, name in enumerate(names, 1):
+            seen = f"{seen}/{name}"
+            try:
+                next_fd = os.open(name, flags if position == len(names) else _WALK, dir_fd=fd)
+            except NotADirectoryError:
+                # The error of a symbolic link, too.
+                mode = os.stat(name, dir_fd=fd, follow_symlinks=False).st_mode
+                if stat.S_ISLNK(mode):
+                    raise UnsafeFile.of(seen, mode) from None
+                raise
+            finally:
+                os.close(fd)
+            fd = next_fd
+        return fd
+
+
+def _read_and_close(fd: int, limit: int) -> bytes:
+    try:
+        return os.read(fd, limit)
+    finally:
+        os.close(fd)

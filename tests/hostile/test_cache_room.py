@@ -1,0 +1,146 @@
+"""Room in the cache: a hostile registry and its clients cannot empty the cache, nor keep others' blobs out of it.
+
+The attackers are a hostile registry that announces, drips or never ends what it sends, and clients without a login that
+ask for it, leave, or do not read what they asked for.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import pytest
+
+from tests.e2e.harness.fake_registry import ResponseBehaviour
+from tests.e2e.harness.http_server import HTTPExchange
+from tests.e2e.harness.images import TypedContent, random_bytes, sha256_digest
+from tests.e2e.harness.process import wait_until
+from tests.e2e.harness.registry_daemon import RegistryDaemon
+from tests.hostile.conftest import EVIL, GOOD, HostileNetwork, StartRegistryDaemon
+
+MIB = 1 << 20
+
+CACHE = {"CACHE_MAX_SIZE": "10m"}
+
+
+class Cache:
+    """A daemon whose cache of 10 MiB has eight blobs of 1 MiB from the honest registry."""
+
+    def __init__(self, network: HostileNetwork, daemon: RegistryDaemon) -> None:
+        self._network = network
+        self.daemon = daemon
+        self.client = daemon.client
+        self.urls = [self.put(MIB, f"popular {number}") for number in range(8)]
+        for url in self.urls:
+            assert self.client.get(url).cache_status == "MISS"
+
+    def put(self, size: int, seed: str) -> str:
+        """Put a blob into the honest registry, and return its URL."""
+        return f"{GOOD}/v2/team/app/blobs/{self._network.good.put_blob('team/app', random_bytes(size, seed))}"
+
+    def hits(self) -> int:
+        """Return how many of the eight blobs are still in the cache, without downloading those that are not."""
+        digests = [url.rpartition(":")[2] for url in self.urls]
+        blobs = self.daemon.state_folder / "cache/docker/registry/v2/blobs/sha256"
+        return sum((blobs / digest[:2] / digest / "data").exists() for digest in digests)
+
+    def assert_caches(self) -> None:
+        """Check that the cache still takes blobs of the honest registry."""
+        url = self.put(MIB, "new")
+        assert self.client.get(url).cache_status == "MISS"
+        assert self.client.get(url).cache_status == "HIT"
+
+
+@pytest.fixture
+def cache(network: HostileNetwork, start_daemon: StartRegistryDaemon) -> Cache:
+    return Cache(network, start_daemon(**CACHE))
+
+
+@pytest.fixture
+def gate() -> Iterator[threading.Event]:
+    """Return the event that ends what the hostile registry does."""
+    event = threading.Event()
+    yield event
+    event.set()
+
+
+def evil_url(number: int = 0) -> str:
+    return f"{EVIL}/v2/x/y/blobs/{sha256_digest(b'%d' % number)}"
+
+
+def announce(size: int, gate: threading.Event) -> ResponseBehaviour:
+    """Announce `size` bytes, send 100, and then nothing."""
+
+    def respond(exchange: HTTPExchange, content: TypedContent | None) -> None:
+        exchange.send_head(200, {"Content-Length": str(size)})
+        exchange.send_body(b"x" * 100)
+        gate.wait(60)
+
+    return respond
+
+
+def send_endlessly(gate: threading.Event) -> ResponseBehaviour:
+    """Send chunks for as long as anybody reads them."""
+
+    def respond(exchange: HTTPExchange, content: TypedContent | None) -> None:
+        exchange.send_head(200, {"Transfer-Encoding": "chunked"})
+        while not gate.is_set():
+            exchange.send_chunk(b"x" * 65536)
+
+    return respond
+
+
+@pytest.mark.parametrize("size", [9 * MIB, 7 * MIB], ids=["too large", "large"])
+def test_an_announced_size_takes_no_room(
+    cache: Cache, network: HostileNetwork, gate: threading.Event, size: int
+) -> None:
+    network.evil.add_rule("GET", "/blobs/", announce(size, gate))
+    with ExitStack() as stack:
+        for number in range(12):
+            stack.enter_context(cache.client.stream("GET", evil_url(number))).read(10)
+        assert cache.hits() == 8
+        cache.assert_caches()
+        assert cache.hits() >= 6  # the new blob has taken the place of the oldest
+
+
+def test_an_endless_blob_ends_when_its_client_has_left(
+    cache: Cache, network: HostileNetwork, gate: threading.Event
+) -> None:
+    network.evil.add_rule("GET", "/blobs/", send_endlessly(gate))
+    with cache.client.stream("GET", evil_url()) as response:
+        response.read(100_000)
+    wait_until(lambda: network.evil.requests[-1].ended_event is not None, "the daemon closes the connection")
+    assert cache.hits() >= 6
+    cache.assert_caches()
+
+
+def test_an_endless_blob_leaves_a_part_of_the_cache(
+    cache: Cache, network: HostileNetwork, gate: threading.Event
+) -> None:
+    """The client goes on, and gets the rest past the cache."""
+    network.evil.add_rule("GET", "/blobs/", send_endlessly(gate))
+    with cache.client.stream("GET", evil_url()) as response:
+        read = 0
+        while read < 24 * MIB:
+            read += len(response.read(MIB))
+        assert cache.hits() >= 2
+        cache.assert_caches()
+
+
+def test_readers_do_not_keep_blobs_in_the_cache(cache: Cache) -> None:
+    with ExitStack() as stack:
+        for url in [*cache.urls, *cache.urls]:
+            stack.enter_context(cache.client.stream("GET", url)).read(10)
+        large = cache.put(6 * MIB, "large")
+        assert cache.client.get(large).cache_status == "MISS"
+        assert cache.client.get(large).cache_status == "HIT"
+
+
+def test_reader_of_an_evicted_blob_gets_all_of_it(cache: Cache) -> None:
+    with cache.client.stream("GET", cache.urls[0]) as response:
+        start = response.read(10)
+        for number in range(10):
+            cache.client.get(cache.put(MIB, f"newer {number}"))
+        assert cache.hits() < 8
+        assert start + response.read() == random_bytes(MIB, "popular 0")

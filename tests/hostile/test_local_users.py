@@ -1,0 +1,248 @@
+"""The attacker: a local user with a directory that the daemon reads, or with access to its socket."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+from attrs import define
+
+from dockerproxy.oci.names import Digest
+from tests.e2e.harness.http_client import request_directly
+from tests.e2e.harness.process import wait_until
+from tests.e2e.harness.registry_daemon import RegistryDaemon
+from tests.hostile.conftest import StartRegistryDaemon
+
+NOBODY = 65534
+
+PUBLIC = b"a blob that everybody knows"
+
+
+@define
+class ImportedDirectory:
+    """A directory that looks like a registry's, with one repository `x/y` that has one blob."""
+
+    root: Path
+    digest: ClassVar[Digest] = Digest.of(PUBLIC)
+
+    @property
+    def data(self) -> Path:
+        digest = self.digest
+        return self.root / "docker/registry/v2/blobs" / digest.algorithm / digest.hex[:2] / digest.hex / "data"
+
+    @property
+    def repository(self) -> Path:
+        return self.root / "docker/registry/v2/repositories/x/y"
+
+    def make(self) -> None:
+        self.data.parent.mkdir(parents=True)
+        self.data.write_bytes(PUBLIC)
+        link = self.repository / "_layers" / self.digest.algorithm / self.digest.hex / "link"
+        link.parent.mkdir(parents=True)
+        link.write_text(str(self.digest))
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> ImportedDirectory:
+    directory = ImportedDirectory(tmp_path / "stranger")
+    directory.make()
+    return directory
+
+
+class UnixConnection(http.client.HTTPConnection):
+    """A connection to the control socket at `host`."""
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.connect(self.host)
+
+
+@pytest.fixture(scope="module")
+def shared_daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RegistryDaemon]:
+    """A daemon for attacks after which it must be as before. At the end its log has no traceback."""
+    daemon = RegistryDaemon(tmp_path_factory.mktemp("shared"), {"WORKERS": "1"})
+    with daemon.run_and_check_log(list):
+        yield daemon
+
+
+def run_command(daemon: RegistryDaemon, *arguments: str) -> subprocess.CompletedProcess[str]:
+    socket_path = daemon.state_folder / "run/control.sock"
+    command = [sys.executable, "-m", "dockerproxy.cli", "--socket", str(socket_path), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=30)
+
+
+def get_blob(daemon: RegistryDaemon, digest: Digest) -> tuple[int, bytes]:
+    response = request_directly("GET", f"http://{daemon.http_address}/v2/x/y/blobs/{digest}")
+    return response.status, response.body
+
+
+def test_import_does_not_serve_what_a_link_leads_to_later(
+    start_daemon: StartRegistryDaemon, directory: ImportedDirectory, tmp_path: Path
+) -> None:
+    """The link leads to the public blob while the import hashes it, and to the CA's key afterwards."""
+    daemon = start_daemon()
+    flip = tmp_path / "flip"
+    public = daemon.state_folder / "cache/public"  # a file of the daemon's own user
+    public.write_bytes(PUBLIC)
+    flip.symlink_to(public)
+    directory.data.unlink()
+    directory.data.symlink_to(flip)
+    result = run_command(daemon, "import", str(directory.root))
+    flip.unlink()
+    flip.symlink_to(daemon.state_folder / "ca/ca.key")
+    assert get_blob(daemon, directory.digest)[0] == 404
+    assert result.returncode == 1
+    assert f"{directory.data} is a symbolic link, which is not followed" in result.stdout
+    assert "0 blobs hard-linked, 0 copied" in result.stdout
+
+
+@pytest.mark.parametrize("kind", ["FIFO", "/dev/zero", "loop"])
+def test_import_check_and_gc_end_whatever_lies_there(
+    start_daemon: StartRegistryDaemon, directory: ImportedDirectory, kind: str
+) -> None:
+    daemon = start_daemon()
+    directory.data.unlink()
+    if kind == "FIFO":
+        os.mkfifo(directory.data)
+    else:
+        directory.data.symlink_to(directory.data if kind == "loop" else kind)
+    result = run_command(daemon, "import", str(directory.root))
+    assert result.returncode == 1
+    assert str(directory.data) in result.stdout
+    # The same in the daemon's own directory, which a stranger may own.
+    own = ImportedDirectory(daemon.state_folder / "registry")
+    own.make()
+    own.data.unlink()
+    if kind == "FIFO":
+        os.mkfifo(own.data)
+    else:
+        own.data.symlink_to(own.data if kind == "loop" else kind)
+    result = run_command(daemon, "check")
+    assert (result.returncode, str(own.data) in result.stdout) == (1, True)
+    assert run_command(daemon, "gc").returncode == 0
+    assert get_blob(daemon, directory.digest)[0] == 404
+
+
+@pytest.mark.parametrize("way", ["open for writing", "writable by all", "a second name"])
+def test_what_the_stranger_changes_after_an_import_changes_no_blob(
+    start_daemon: StartRegistryDaemon, directory: ImportedDirectory, tmp_path: Path, way: str
+) -> None:
+    """An upload that goes on in the imported registry has its file open; a tree given to the daemon may be writable."""
+    daemon = start_daemon()
+    if way == "writable by all":
+        directory.data.chmod(0o666)
+    elif way == "a second name":
+        os.link(directory.data, tmp_path / "name")
+    with directory.data.open("ab", buffering=0) if way == "open for writing" else open(os.devnull, "ab") as file:
+        result = run_command(daemon, "import", str(directory.root))
+        assert "0 blobs hard-linked, 1 copied" in result.stdout
+        file.write(b" and more")
+    with directory.data.open("ab") as file:
+        file.write(b" and more")
+    assert get_blob(daemon, directory.digest) == (200, PUBLIC)
+
+
+def test_gc_deletes_nothing_outside_the_registry(start_daemon: StartRegistryDaemon, tmp_path: Path) -> None:
+    """A directory of blobs is replaced by a link to that of another registry."""
+    daemon = start_daemon()
+    other, own = ImportedDirectory(tmp_path / "other"), ImportedDirectory(daemon.state_folder / "registry")
+    other.make()
+    os.utime(other.data, (0, 0))
+    for depth in (0, 1):
+        place = own.data.parents[depth]
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.symlink_to(other.data.parents[depth])
+        result = run_command(daemon, "gc", "--delete-untagged")
+        assert result.returncode != 0
+        assert f"{place} is a symbolic link, which is not followed" in result.stderr
+        assert other.data.read_bytes() == PUBLIC
+        place.unlink()
+        place.parent.rmdir()
+
+
+def test_a_daemon_does_not_start_on_links_that_would_change_other_files(tmp_path: Path) -> None:
+    """The lock is written and truncated at each start."""
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"precious")
+    registry = tmp_path / "daemon/state/registry"
+    registry.mkdir(parents=True)
+    (registry / "lock").symlink_to(victim)
+    daemon = RegistryDaemon(tmp_path / "daemon", {"WORKERS": "1"})
+    daemon.launch()
+    try:
+        wait_until(lambda: not daemon.running, "the daemon's end")
+    finally:
+        daemon.stop()
+    assert victim.read_bytes() == b"precious"
+    assert f"{registry}/lock: is a symbolic link" in daemon.output_text
+
+
+@pytest.mark.parametrize(
+    ("target", "body"),
+    [
+        ("/v1/collect", b'{"grace": NaN}'),
+        ("/v1/collect", b'{"grace": -Infinity}'),
+        ("/v1/collect", b'{"grace": 1e999}'),
+        ("/v1/collect", b'{"grace": ' + b"9" * 400 + b"}"),
+        ("/v1/collect", b"[" * 30_000),
+        ("/v1/collect", b'{"a":' * 10_000),
+        ("/v1/collect", b'{"root": "/etc"}'),
+        ("/v1/remove", b'{"names": [["x"]]}'),
+        ("/v1/import", b'{"directory": "/\\ud800"}'),
+        ("/v1/import", b'{"directory": "/etc\\u0000"}'),
+        ("/v1/check", b" " * 70_000),
+    ],
+)
+def test_the_control_socket_answers_nonsense_with_a_sentence(
+    shared_daemon: RegistryDaemon, target: str, body: bytes
+) -> None:
+    """A process of the daemon's group may send anything. The fixture looks for tracebacks in the log."""
+    connection = UnixConnection(str(shared_daemon.state_folder / "run/control.sock"))
+    connection.request("POST", target, body)
+    response = connection.getresponse()
+    assert response.status in (400, 413)
+    assert " " in json.loads(response.read())["error"]["message"]
+    connection.close()
+
+
+@pytest.mark.root
+def test_the_command_asks_no_socket_in_a_strangers_directory(tmp_path: Path) -> None:
+    """An administrator runs the command in a directory of a user with a `var/run/control.sock`, which answers."""
+    run = tmp_path / "stranger/var/run"
+    run.mkdir(parents=True)
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": os.environ.get("PYTHONPATH", "")}
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(run / "control.sock"))
+        server.listen()
+        server.setblocking(False)
+        for path in (tmp_path / "stranger", run.parent, run, run / "control.sock"):
+            os.chown(path, NOBODY, -1)
+        command = [sys.executable, "-m", "dockerproxy.cli", "ls"]
+        result = subprocess.run(command, cwd=tmp_path / "stranger", env=environment, capture_output=True, text=True)
+        assert result.returncode == 3
+        assert "control.sock was not asked, because" in result.stderr
+        with pytest.raises(BlockingIOError):
+            server.accept()
+
+
+def test_names_do_not_reach_the_terminal_as_they_are(
+    shared_daemon: RegistryDaemon, directory: ImportedDirectory
+) -> None:
+    """An imported directory has a name with an escape sequence, which a message repeats."""
+    evil = directory.root / "docker/registry/v2/repositories/\x1b]0;owned\x07\u202e"
+    (evil / "_layers").mkdir(parents=True)
+    directory.data.unlink()
+    os.rename(directory.root, f"{directory.root}\x1b[31m")
+    for arguments in (["import", f"{directory.root}\x1b[31m"], ["ls", "\x1b[31m"], ["rm", "x\u202e"]):
+        result = run_command(shared_daemon, *arguments)
+        assert result.returncode != 0
+        assert all(line.isprintable() for line in (result.stdout + result.stderr).splitlines())
+        assert all(line.isascii() for line in run_command(shared_daemon, "--json", *arguments).stdout.splitlines())

@@ -1,0 +1,18 @@
+"""The hosted registry over a tree on disk: helpers of tests that have a reactor of their own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dockerproxy.registry.hosted import HostedRegistry
+from dockerproxy.store.hosted_tree import HostedTree
+from dockerproxy.store.local_hosted_store import LocalHostedStore
+from tests.support.parsers import make_parser
+
+
+def make_hosted_store(reactor: Any, tree: HostedTree) -> LocalHostedStore:
+    return LocalHostedStore(reactor, tree, make_parser(reactor))
+
+
+def make_hosted_registry(reactor: Any, tree: HostedTree) -> HostedRegistry:
+    return HostedRegistry(make_hosted_store(reactor, tree), make_parser(reactor))
