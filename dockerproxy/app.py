@@ -467,7 +467,11 @@ def build_site(
 ) -> Site:
     """Build a site that passes its requests to `handler`. `tls`, if given, returns the TLS context of a connection."""
     timeouts = ServerTimeouts(
-        settings.keepalive_timeout, settings.client_header_timeout, settings.client_body_timeout, settings.send_timeout
+        settings.keepalive_timeout,
+        settings.client_header_timeout,
+        settings.client_body_timeout,
+        settings.send_timeout,
+        settings.client_min_rate,
     )
     return Site(
         reactor,

@@ -64,6 +64,11 @@ def size(text: str) -> int:
     return int(match[1]) << 10 * " kmgt".index((match[2] or " ").lower())
 
 
+def size_or_zero(text: str) -> int:
+    """Parse a `size`, or 0."""
+    return 0 if text == "0" else size(text)
+
+
 def integer(minimum: int, maximum: int) -> Callable[[str], int]:
     """Return a parser of whole numbers from `minimum` to `maximum`."""
 

@@ -72,6 +72,7 @@ class Settings:
     client_header_timeout: float = _setting(parsers.positive_duration, "60s")
     client_body_timeout: float = _setting(parsers.positive_duration, "60s")
     send_timeout: float = _setting(parsers.positive_duration, "60s")
+    client_min_rate: int = _setting(parsers.size_or_zero, "500")
     proxy_connect_timeout: float = _setting(parsers.positive_duration, "60s")
     proxy_read_timeout: float = _setting(parsers.positive_duration, "60s")
     proxy_send_timeout: float = _setting(parsers.positive_duration, "60s")

@@ -64,6 +64,10 @@ class WindowedTransport(StringTransport):
 
     can_sendfile = False
 
+    @property
+    def acknowledged(self) -> int:
+        return self.sent
+
     def __init__(self, clock: Clock, client: str) -> None:
         super().__init__(peerAddress=IPv4Address("TCP", client, 50000), lenient=True)
         self.clock = clock

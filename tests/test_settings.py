@@ -84,6 +84,7 @@ def test_defaults_are_the_documented_ones(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert (defaults.allowed_hosts, defaults.cors_origins) == ((), ())
     assert defaults.tunnel_ports == {443}
     assert defaults.max_connections_per_client is None
+    assert defaults.client_min_rate == 500
     assert "192.168.1.1" in defaults.allow_clients
     assert "203.0.113.1" not in defaults.allow_clients
     assert defaults.tunnel_allow.match_address("203.0.113.1") == "all"
@@ -404,6 +405,8 @@ def test_tag_patterns_are_anchored_at_the_start_only() -> None:
 
 
 def test_ports_and_ranges() -> None:
+    assert settings(CLIENT_MIN_RATE="0").client_min_rate == 0
+    assert settings(CLIENT_MIN_RATE="2k").client_min_rate == 2048
     assert settings(TUNNEL_PORTS="443 8000-8002").tunnel_ports == {443, 8000, 8001, 8002}
 
 
@@ -509,6 +512,7 @@ INVALID = [
         "'example.com' is not an address, a network such as 10.0.0.0/8 or one of all, none, private",
     ),
     ("ALLOW_CLIENTS", "https://user:SECRET@x", "'…@x' is not an address"),
+    ("CLIENT_MIN_RATE", "slow", "'slow' is not a size such as 512m or 32g"),
     ("MAX_CONNECTIONS_PER_CLIENT", "0", "'0' is not a number from 1 to 1000000"),
     ("MAX_CONNECTIONS_PER_CLIENT", "many", "'many' is not a number from 1 to 1000000"),
     ("ALLOWED_HOSTS", "a.example:3128", "'a.example:3128' is not a host name without a port"),

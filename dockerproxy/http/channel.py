@@ -370,10 +370,15 @@ class HTTPChannel(Protocol):
         if self._state is State.LINGERING:
             return Deadline(_LINGER_TIMEOUT, timer.started_at, self._give_up)
         if self._state is State.CLOSING or self._flow_control.paused:
-            return Deadline(timeouts.send, timer.last_progress(("sent", self.transport.sent)), self.abort)
+            sent = self.transport.acknowledged
+            return timer.progress_deadline(
+                "sent", sent, timeouts.send, self.abort, timeouts.min_rate, self._on_slow_reader
+            )
         if self._body is not None and self._body.stream.starved:
-            wait_count = self._body.stream.wait_count
-            return Deadline(timeouts.body, timer.last_progress(("body", wait_count)), self._on_body_timeout)
+            received, of = self._body.stream.received, ("body", self._request_count)
+            return timer.progress_deadline(
+                of, received, timeouts.body, self._on_body_timeout, timeouts.min_rate, self._on_slow_body
+            )
         if self._state is State.DISCARDING_BODY:
             return Deadline(timeouts.body, timer.started_at, self._give_up)
         if self._state is State.READING_HEAD:
@@ -391,8 +396,23 @@ class HTTPChannel(Protocol):
         self._refuse(HTTPStatus.REQUEST_TIMEOUT, f"the request head was not complete within {seconds:g} seconds")
 
     def _on_body_timeout(self) -> None:
+        seconds = self._site.timeouts.body
+        self._fail_body(f"no more of the request body arrived within {seconds:g} seconds")
+
+    def _on_slow_body(self) -> None:
+        rate = self._site.timeouts.min_rate
+        self._fail_body(f"the request body arrived at less than {rate:g} bytes a second (CLIENT_MIN_RATE)")
+
+    def _fail_body(self, reason: str) -> None:
         if self._request is None or self._body is None:
             raise RuntimeError("no handler waits for a request body")
         self._request.closing = True
-        seconds = self._site.timeouts.body
-        self._body.stream.fail(_BodyTimeout(f"no more of the request body arrived within {seconds:g} seconds"))
+        self._body.stream.fail(_BodyTimeout(reason))
+
+    def _on_slow_reader(self) -> None:
+        log.info(
+            "closed a connection of {client}: it read less than {rate:g} bytes a second (CLIENT_MIN_RATE)",
+            client=self.client,
+            rate=self._site.timeouts.min_rate,
+        )
+        self.abort()

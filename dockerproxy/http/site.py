@@ -25,12 +25,13 @@ _MAX_BUFFERED_BODIES = 32 * 1024 * 1024  # bytes of all request bodies of a site
 
 @frozen
 class ServerTimeouts:
-    """Limits in seconds for a client to make progress. A timeout may fire up to `tick` seconds late."""
+    """Limits for a client to make progress, in seconds. A timeout may fire up to `tick` seconds late."""
 
     keepalive: float = 300  # until the next request begins
     header: float = 60  # until a request head is complete
     body: float = 60  # until more of a request body arrives
     send: float = 60  # until the client reads more of a response
+    min_rate: float = 500  # bytes per second, averaged over a minute, of a body or a response; 0 if there is no bound
 
     @property
     def tick(self) -> float:

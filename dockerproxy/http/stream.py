@@ -78,7 +78,7 @@ class ByteStream:
         self._failure: BaseException | None = None
         self._read_waiter: Deferred[None] | None = None
         self._min_read = 1
-        self.wait_count = 0  # how often the reader began to wait; a change means that bytes arrived
+        self.received = 0  # bytes from the producer
 
     @property
     def ended(self) -> bool:
@@ -94,6 +94,7 @@ class ByteStream:
         """Buffer bytes from the producer and wake the reader if it has enough."""
         self._chunks.append(data)
         self._buffered += len(data)
+        self.received += len(data)
         self._budget.used += len(data)
         self._budget.relieve()
         high_water = _SCARCE_HIGH_WATER if self._budget.exceeded else self.high_water
@@ -103,8 +104,6 @@ class ByteStream:
             self._producer.pauseProducing()
         if self._has_enough():
             self._wake_reader()
-        else:
-            self.wait_count += 1
 
     def finish(self) -> None:
         """End the stream."""
@@ -132,7 +131,6 @@ class ByteStream:
         while not self._has_enough() and not self._ended:
             self._resume_producer()  # it was paused at `high_water`, but this read needs more
             waiter = self._read_waiter = Deferred()
-            self.wait_count += 1
             if self._min_read > 1:
                 self._budget.add_waiting(self)
             try:

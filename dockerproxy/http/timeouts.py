@@ -1,4 +1,4 @@
-"""Deadlines of client connections."""
+"""Deadlines of client connections, and the lowest rate at which a client must send and read."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from attrs import define, field
 
+_RATE_WINDOW = 60.0  # seconds over which a rate is averaged
 _CHECKS_PER_ITERATION = 500  # connections checked per reactor iteration, so that a sweep does not block the reactor
 
 
@@ -19,6 +20,16 @@ class Deadline(NamedTuple):
     timeout: float
     started_at: float
     on_timeout: Callable[[], None]
+
+
+class _Progress(NamedTuple):
+    """The bytes that a client has sent or read, at the last check and at the beginning of the rate's window."""
+
+    of: object
+    size: int
+    changed_at: float  # the first check that saw this size
+    window_size: int
+    window_start: float
 
 
 class TimeoutReaper:
@@ -74,7 +85,7 @@ class ConnectionTimer:
     _reaper: TimeoutReaper
     _get_deadline: Callable[[], Deadline] | None
     _delayed_call: Any = field(default=None, init=False)
-    _last_progress: tuple[object, float] = field(default=(None, 0.0), init=False)  # value, time of its first check
+    _progress: _Progress | None = field(default=None, init=False)  # None if the last check did not ask for it
     started_at: float = field(default=0.0, init=False)
     """The time of the last `restart`."""
 
@@ -104,18 +115,42 @@ class ConnectionTimer:
         if self._get_deadline is not None:
             self._delayed_call = self._reaper.reactor.callLater(seconds, self.check)
 
-    def last_progress(self, progress: object) -> float:
-        """Return the time of the first check that saw the current value of `progress`."""
-        if progress != self._last_progress[0]:
-            self._last_progress = (progress, self.now())
-        return self._last_progress[1]
+    def progress_deadline(
+        self,
+        of: object,
+        size: int,
+        timeout: float,
+        on_timeout: Callable[[], None],
+        min_rate: float,
+        on_slow: Callable[[], None],
+    ) -> Deadline:
+        """Return the deadline of a client that must go on sending or reading; `size` has the bytes so far.
+
+        It is `timeout` seconds after the last change of `size`. It has passed if `size` grew by less than `min_rate`
+        bytes a second, on average over a minute in which every check asked for the progress `of` the same thing.
+        """
+        now, last = self.now(), self._progress
+        if last is None or last.of != of:
+            self._progress = _Progress(of, size, now, size, now)
+            return Deadline(timeout, now, on_timeout)
+        elapsed = now - last.window_start
+        if elapsed >= _RATE_WINDOW:
+            if size - last.window_size < min_rate * elapsed:
+                return Deadline(0.0, now, on_slow)
+            last = last._replace(window_size=size, window_start=now)
+        changed_at = now if size != last.size else last.changed_at
+        self._progress = last._replace(size=size, changed_at=changed_at)
+        return Deadline(timeout, changed_at, on_timeout)
 
     def check(self) -> None:
         """Call `on_timeout` if the deadline has passed; schedule a check if it passes before the next sweep."""
         if self._get_deadline is None:
             raise RuntimeError("the timer was stopped")
         self._cancel_delayed_call()
+        progress = self._progress
         deadline = self._get_deadline()
+        if self._progress is progress:
+            self._progress = None  # the client has nothing to do at the moment
         remaining = deadline.timeout - (self.now() - deadline.started_at)
         if remaining <= 0:
             deadline.on_timeout()

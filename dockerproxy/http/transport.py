@@ -16,6 +16,7 @@ import os
 import socket
 import struct
 import sys
+import termios
 from collections.abc import Iterable
 from enum import Enum, auto
 from typing import Any
@@ -50,6 +51,7 @@ _SO_MEMINFO = 55  # since Linux 4.12; not in socket(7), but in asm-generic/socke
 _MEMINFO = struct.Struct("@9I")
 _MEMINFO_SNDBUF, _MEMINFO_WMEM_QUEUED = 3, 5  # indexes SK_MEMINFO_SNDBUF, SK_MEMINFO_WMEM_QUEUED
 _TCP_NOTSENT_LOWAT = 25  # tcp(7); Python's socket module has it since 3.12
+_SIOCOUTQ = termios.TIOCOUTQ  # of a TCP socket the bytes that the peer has not acknowledged; see tcp(7)
 _SIOCOUTQNSD = 0x894B  # linux/sockios.h; not in tcp(7)
 
 
@@ -89,7 +91,7 @@ class SocketTransport:
 
     It is an `ITransport` for `protocol` and an `IConsumer` for one push producer. The producer is paused as soon as the
     kernel accepts no more, and resumed when the pending bytes are written. `sent` counts the bytes accepted by the
-    kernel; send timeouts check it for progress.
+    kernel.
     """
 
     __slots__ = (
@@ -159,6 +161,15 @@ class SocketTransport:
         self._state = TransportState.CLOSED
         self.protocol = DetachedProtocol()
         return self.reactor, self._tcp, pending
+
+    @property
+    def acknowledged(self) -> int:
+        """The bytes that the peer has received, as far as the kernel knows. With TLS it is an estimate."""
+        try:
+            queued = int.from_bytes(fcntl.ioctl(self._fileno, _SIOCOUTQ, bytes(4)), sys.byteorder)
+        except OSError:
+            return self.sent
+        return self.sent - queued
 
     @property
     def connected(self) -> bool:

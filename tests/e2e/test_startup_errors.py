@@ -35,6 +35,7 @@ INVALID_SETTINGS = {
     "CA_CRT_FILE": "/nonexistent/ca.crt",
     "KEEPALIVE_TIMEOUT": "soon",
     "WORKERS": "0",
+    "CLIENT_MIN_RATE": "-1",
     "MAX_CONNECTIONS_PER_CLIENT": "none",
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from twisted.trial.unittest import SynchronousTestCase
 
 from dockerproxy.http.request import ClientDisconnected, Request
+from dockerproxy.http.site import ServerTimeouts
 from tests.http.support.in_memory import (
     GET,
     TIMEOUTS,
@@ -15,6 +16,8 @@ from tests.http.support.in_memory import (
     UploadHandler,
     echo,
 )
+
+MIN_RATE = ServerTimeouts()
 
 
 class ChannelTimeoutTests(SynchronousTestCase):
@@ -160,6 +163,77 @@ class ChannelTimeoutTests(SynchronousTestCase):
             self.assert_open_for(TIMEOUTS.send - 1)
         self.server.clock.advance(1 + self.tick)
         self.assertTrue(self.client.transport.aborted)
+
+    def test_a_body_of_one_byte_each_59_seconds_keeps_nothing(self) -> None:
+        self.server = InMemoryServer(echo, MIN_RATE)
+        self.client = self.server.client()
+        self.client.send(b"POST /1 HTTP/1.1\r\nHost: a\r\nContent-Length: 1000\r\n\r\n")
+        self.assert_open_for(59, interval=1)
+        self.client.send(b"x")
+        self.server.clock.pump([1.0] * 30)
+        self.assertEqual(self.client.statuses, [408])
+        self.assertIn(b"less than 500 bytes a second (CLIENT_MIN_RATE)", self.client.transport.value())
+
+    def test_a_slow_link_may_send_a_body(self) -> None:
+        self.server = InMemoryServer(echo, MIN_RATE)
+        self.client = self.server.client()
+        self.client.send(b"POST /1 HTTP/1.1\r\nHost: a\r\nContent-Length: 10000000\r\n\r\n")
+        self.assert_open_for(1000, b"x" * 600)
+
+    def test_a_body_that_the_handler_does_not_read_has_no_lowest_rate(self) -> None:
+        """The handler is slow (a full disk queue, a slow upstream): the client has nothing to do."""
+        upload_handler = UploadHandler()
+        self.server = InMemoryServer(upload_handler, MIN_RATE)
+        self.client = self.server.client()
+        self.client.send(b"POST /1 HTTP/1.1\r\nHost: a\r\nContent-Length: 400000\r\n\r\n")
+        self.client.send(b"x" * 300_000)
+        self.assert_open_for(1000)
+        upload_handler.proceed.callback(None)
+        self.assert_open_for(30)
+        self.client.send(b"x" * 100_000)
+        self.assertEqual(self.client.statuses, [201])
+
+    def test_each_body_has_its_own_rate(self) -> None:
+        """A connection on which small requests with bodies follow each other is not slow."""
+        self.server = InMemoryServer(echo, MIN_RATE)
+        self.client = self.server.client()
+        for _ in range(20):
+            self.client.send(b"POST /1 HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\n\r\nx")
+            self.assert_open_for(20)
+            self.client.send(b"y")
+        self.assertEqual(self.client.statuses, [200] * 20)
+
+    def read_slowly(self, rate: int) -> float:
+        """Read `rate` bytes a second of an endless response. Return the seconds until the connection is closed."""
+        self.server = InMemoryServer(self.stalled_handler, MIN_RATE)
+        self.client = self.server.client()
+        self.client.send(GET % 1)
+        while not self.client.transport.aborted and self.server.clock.seconds() < 600:
+            self.server.clock.advance(1)
+            self.client.transport.sent += rate
+        return self.server.clock.seconds()
+
+    async def stalled_handler(self, request: Request) -> None:
+        self.client.stop_reading()
+        await DownloadHandler(1 << 40)(request)
+
+    def test_a_reader_slower_than_the_lowest_rate_is_closed(self) -> None:
+        self.assertLessEqual(self.read_slowly(499), 60 + 2 * MIN_RATE.tick)
+        self.assertEqual(self.read_slowly(501), 600)
+
+    def test_a_reader_is_measured_only_while_a_response_waits_for_it(self) -> None:
+        """A response that upstream delivers at 10 bytes a second is not the client's fault."""
+        handler = BlockingHandler()
+        self.server = InMemoryServer(handler, MIN_RATE)
+        self.client = self.server.client()
+        self.client.send(GET % 1)
+        for _ in range(100):
+            self.client.stop_reading()
+            self.server.clock.advance(1)
+            self.client.resume_reading()
+            self.assert_open_for(9)
+        handler.waiters[0].callback(None)
+        self.assertEqual(self.client.statuses, [200])
 
     def test_send_timeout_applies_while_closing(self) -> None:
         """The timeout also limits the flush after the last response of a connection."""

@@ -19,6 +19,7 @@ class TimerCase:
     clock: Clock = field(factory=Clock)
     timeouts: list[float] = field(factory=list)
     started_at: Callable[[], float] | None = None
+    get_deadline: Callable[[], Deadline] | None = None
     stays_open: bool = False
     timer: ConnectionTimer = field(init=False)
 
@@ -27,6 +28,8 @@ class TimerCase:
         self.timer.start()
 
     def deadline(self) -> Deadline:
+        if self.get_deadline is not None:
+            return self.get_deadline()
         started_at = self.timer.started_at if self.started_at is None else self.started_at()
         return Deadline(10.0, started_at, self.on_timeout)
 
@@ -53,9 +56,49 @@ def test_restart_extends_the_deadline() -> None:
 def test_progress_extends_the_deadline() -> None:
     """Progress is noticed at the checks only, so the deadline may be up to one tick late."""
     case = TimerCase()
-    case.started_at = lambda: case.timer.last_progress(min(20.0, case.clock.seconds()))
+    case.started_at = lambda: progress(case, lambda seconds: min(20, int(seconds))).started_at
     case.clock.pump([1.0] * 40)
     assert case.timeouts == [30.0]
+
+
+def progress(case: TimerCase, size: Callable[[float], int], of: str = "response") -> Deadline:
+    """Return the deadline of a client that has read `size(seconds)` bytes, and must read 10 bytes a second."""
+    received = size(case.clock.seconds())
+    return case.timer.progress_deadline(of, received, 1000.0, case.on_timeout, 10.0, case.on_timeout)
+
+
+@pytest.mark.parametrize(("rate", "is_slow"), [(9, True), (11, False)])
+def test_a_rate_is_averaged_over_a_minute(rate: int, is_slow: bool) -> None:
+    case = TimerCase()
+    case.get_deadline = lambda: progress(case, lambda seconds: int(seconds) * rate)
+    case.clock.pump([1.0] * 60)
+    assert not case.timeouts
+    case.clock.pump([1.0] * 10)
+    assert bool(case.timeouts) == is_slow
+
+
+def test_a_burst_in_each_minute_is_fast_enough() -> None:
+    case = TimerCase()
+    case.get_deadline = lambda: progress(case, lambda seconds: int(seconds) // 30 * 400)
+    case.clock.pump([1.0] * 600)
+    assert not case.timeouts
+
+
+@pytest.mark.parametrize("is_pause", [True, False])
+def test_a_pause_or_another_body_begins_a_new_minute(is_pause: bool) -> None:
+    case = TimerCase()
+    case.get_deadline = lambda: progress(case, lambda seconds: 0)
+    case.clock.pump([1.0] * 50)
+    if is_pause:
+        case.get_deadline = lambda: Deadline(math.inf, 0.0, case.on_timeout)  # the handler is working
+        case.clock.pump([1.0] * 4)
+        case.get_deadline = lambda: progress(case, lambda seconds: 0)
+    else:
+        case.get_deadline = lambda: progress(case, lambda seconds: 0, "another body")
+    case.clock.pump([1.0] * 60)
+    assert not case.timeouts
+    case.clock.pump([1.0] * 8)
+    assert case.timeouts
 
 
 def test_on_timeout_is_repeated_until_stopped() -> None:

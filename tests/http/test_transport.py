@@ -90,6 +90,23 @@ class TransportTestsMixin:
             sock = client_context(self.tls).wrap_socket(sock, server_hostname="a.test", suppress_ragged_eofs=False)
         return sock
 
+    async def test_acknowledged_bytes_are_those_that_the_peer_received(self: Any) -> None:
+        """They grow while the peer reads what the kernel has buffered, without another write."""
+        port, recorder, transports = self.serve(RecordingProtocol(keep=False))
+        sock = await self.in_thread(lambda: self.connect(port, receive_buffer=4096))
+        with sock:
+            await self.in_thread(lambda: sock.sendall(b"go"))
+            await recorder.wait_for(2)
+            transport = transports[0]
+            transport.write(bytes(OVER_KERNEL_BUFFERS))
+            before = transport.acknowledged
+            self.assertLess(before, transport.sent)
+            await self.in_thread(lambda: read_exactly(sock, 20_000))
+            while transport.acknowledged == before:
+                await deferLater(reactor, 0.001)
+            self.assertGreater(transport.acknowledged, before)
+            transport.abortConnection()
+
     async def test_large_transfers_both_ways_with_a_slow_reader(self: Any) -> None:
         port, recorder, transports = self.serve(RecordingProtocol(keep=False))
         reading = threading.Event()

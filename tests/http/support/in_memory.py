@@ -15,7 +15,7 @@ from dockerproxy.http.channel import Handler, HTTPChannel
 from dockerproxy.http.request import Request
 from dockerproxy.http.site import ServerTimeouts, Site
 
-TIMEOUTS = ServerTimeouts(keepalive=300, header=60, body=50, send=40)
+TIMEOUTS = ServerTimeouts(keepalive=300, header=60, body=50, send=40, min_rate=0)
 GET = b"GET /%d HTTP/1.1\r\nHost: a\r\n\r\n"
 DISCARD_LIMIT = 256 * 1024  # bytes of an unread body that are discarded to keep the connection open
 
@@ -29,6 +29,10 @@ class RecordingTransport(StringTransport):
         self.aborted = False
 
     can_sendfile = False
+
+    @property
+    def acknowledged(self) -> int:
+        return self.sent
 
     def write(self, data: bytes) -> None:
         if not self.disconnecting:
