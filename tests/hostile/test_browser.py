@@ -154,7 +154,7 @@ class AttackerSite(StubServer):
 
 
 class ReboundAddress(ThreadedServer):
-    """What the attacker's name resolves to: his site, and from its request for /rebind on the daemon."""
+    """The address of the attacker's name: his site, and from its request of /rebind on the daemon."""
 
     def __init__(self, site: AttackerSite, daemon_port: int) -> None:
         super().__init__()
@@ -177,7 +177,7 @@ class ReboundAddress(ThreadedServer):
 
 @frozen
 class BrowserRun:
-    """What the pages reported, and the servers as they are afterwards."""
+    """The reports of the pages, and the servers as they are afterwards."""
 
     reports: dict[str, dict[str, str]]
     site: AttackerSite
