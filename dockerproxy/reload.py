@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 
-from attrs import define, field, fields, frozen
+from attrs import define, evolve, field, fields, frozen
 from twisted.internet.defer import DeferredLock
 from twisted.logger import Logger
 
@@ -17,7 +17,7 @@ from dockerproxy.concurrency import spawn
 from dockerproxy.daemon.systemd import Notifier
 from dockerproxy.oci.names import Host, Registry
 from dockerproxy.registry.htpasswd import HtpasswdError
-from dockerproxy.settings import DOCKER_HUB, Settings, SettingsError, read_env_file, with_credentials
+from dockerproxy.settings import DOCKER_HUB, Settings, SettingsError, exposure_warnings, read_env_file, with_credentials
 
 _RELOADABLE = {
     "extra_registries",
@@ -50,7 +50,9 @@ class Configuration:
         """
         file = read_env_file(env_file) if env_file else {}
         environment = with_credentials(environment, file)
-        return cls(Settings.from_environment(environment, file), {**file, **environment})
+        settings = Settings.from_environment(environment, file)
+        warnings = (*settings.warnings, *exposure_warnings(settings, env_file, file))
+        return cls(evolve(settings, warnings=warnings), {**file, **environment})
 
 
 def reloadable_variables(variables: Mapping[str, str]) -> dict[str, str]:

@@ -13,6 +13,7 @@ from typing import Any
 from attrs import Attribute, field, fields, frozen
 
 from dockerproxy import parsers
+from dockerproxy.config_files import exposure_warning, read_config_file
 from dockerproxy.net.addresses import AddressSet, Destinations, HostPattern
 from dockerproxy.net.upstream_proxy import UpstreamProxy
 from dockerproxy.oci.credentials import BasicCredentials
@@ -206,7 +207,7 @@ def _systemd_credential(env: Mapping[str, str], name: str) -> dict[str, str]:
     directory = env.get("CREDENTIALS_DIRECTORY", "")
     path = Path(directory) / f"docker-registry-proxy.{name.lower()}"
     try:
-        return {name: path.read_text("utf-8")} if directory else {}
+        return {name: read_config_file(path)[0].decode("utf-8")} if directory else {}
     except FileNotFoundError:
         return {}
     except OSError as error:
@@ -284,6 +285,23 @@ def _override_warnings(env: Mapping[str, str], file: Mapping[str, str], setting_
     ]
 
 
+_SECRETS = ("AUTH_REGISTRIES", "CA_KEY_PASSPHRASE")
+_HASHES = "htpasswd_file"  # the end of the names of settings
+
+
+def exposure_warnings(settings: Settings, env_file: str | None, variables: Mapping[str, str]) -> tuple[str, ...]:
+    """Return sentences about files with secrets that every local user can read. `variables` are those of `env_file`."""
+    paths = {
+        Path(path): f"which {attribute.name.upper()} names"
+        for attribute in fields(Settings)
+        if attribute.name.endswith(_HASHES) and (path := getattr(settings, attribute.name)) is not None
+    }
+    if env_file is not None and any(variables.get(name) for name in _SECRETS):
+        paths[Path(env_file)] = "which has passwords"
+    warnings = (exposure_warning(description, path) for path, description in paths.items())
+    return tuple(warning for warning in warnings if warning is not None)
+
+
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
 _COMMENT = re.compile(r"\s+#.*")
 _QUOTED = re.compile(r"(['\"])(.*?)\1(?:\s+#.*)?")
@@ -298,7 +316,7 @@ def read_env_file(path: str | Path) -> dict[str, str]:
     because that may be a password.
     """
     try:
-        text = Path(path).read_text("utf-8-sig")
+        text = read_config_file(path)[0].decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except OSError as error:
         raise SettingsError(f"{path} cannot be read: {error.strerror}.") from None
     except UnicodeDecodeError:

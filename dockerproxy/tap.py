@@ -63,6 +63,8 @@ def makeService(options: Options) -> IService:
 
     # Timers go on if the wall clock is set back. Dates, which are stored and sent, are those of time.time.
     reactor.seconds = time.monotonic  # type: ignore[method-assign]
+    # All that the daemon writes is its own user's. twistd applies the --umask of an administrator later.
+    os.umask(0o077)
     notifier = Notifier(os.environ.get("NOTIFY_SOCKET", ""))
     try:
         return build_daemon(reactor, options["env-file"], options.parent or {}, notifier)

@@ -21,6 +21,7 @@ ALLOWED = {
     "__init__": set(),
     "errors": set(),
     "concurrency": set(),
+    "config_files": set(),
     "bounded_dict": set(),
     "durations": set(),
     "shares": {"errors"},
@@ -48,6 +49,7 @@ COMPOSITION_ROOTS = {"tap", "app", "workers.process"}  # they build the daemon a
 ENTRY_POINTS = {"tap"}  # the modules that twistd loads first
 ALLOWED_EVERYWHERE = {
     "concurrency",
+    "config_files",
     "bounded_dict",
     "shares",
     "thread_pool",

@@ -17,6 +17,7 @@ import pytest
 from twisted.internet.defer import Deferred
 
 import dockerproxy
+from dockerproxy import settings as settings_module
 from dockerproxy.daemon.systemd import Notifier
 from dockerproxy.oci.names import Host, Registry
 from dockerproxy.registry.htpasswd import HtpasswdError
@@ -191,8 +192,8 @@ def test_configuration_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     env_file.write_text("REGISTRIES=quay.io\nANONYMOUS_PULL=true\n")
     credential.write_text("quay.io:me:secret")
     reads: list[str] = []
-    read_text = Path.read_text
-    monkeypatch.setattr(Path, "read_text", lambda path, *args: reads.append(path.name) or read_text(path, *args))
+    read = settings_module.read_config_file
+    monkeypatch.setattr(settings_module, "read_config_file", lambda path: reads.append(Path(path).name) or read(path))
     configuration = Configuration.read(
         {"CREDENTIALS_DIRECTORY": str(tmp_path), "ANONYMOUS_PULL": "false"}, str(env_file)
     )

@@ -15,6 +15,8 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKeyTypes
 
+from dockerproxy.config_files import read_config_file
+
 DAY = 86400.0
 BACKDATE = 2 * DAY
 """Seconds by which a new certificate is backdated, because the clocks of clients may lag."""
@@ -176,7 +178,7 @@ def key_usage(*, ca: bool) -> x509.KeyUsage:
 
 def _read(path: Path, setting: str) -> bytes:
     try:
-        return path.read_bytes()
+        return read_config_file(path)[0]
     except OSError as error:
         raise AuthorityError(f"{setting}: {path} cannot be read: {error.strerror}") from error
 

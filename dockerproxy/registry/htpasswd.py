@@ -17,6 +17,7 @@ from twisted.logger import Logger
 
 from dockerproxy.bounded_dict import BoundedDict
 from dockerproxy.concurrency import SingleFlight
+from dockerproxy.config_files import read_config_file
 from dockerproxy.errors import TooManyRequests
 from dockerproxy.oci.credentials import BasicCredentials
 from dockerproxy.registry.login_throttle import LoginThrottle
@@ -89,9 +90,9 @@ class HtpasswdFile:
     def reload(self) -> None:
         """Read the file. If it cannot be used, raise `HtpasswdError` and keep the previous users."""
         try:
-            with self._path.open(encoding="utf-8") as file:
-                self._signature = _signature(os.fstat(file.fileno()))
-                users = parse_htpasswd(file.read(), self._path, self._setting)
+            content, status = read_config_file(self._path)
+            self._signature = _signature(status)
+            users = parse_htpasswd(content.decode("utf-8"), self._path, self._setting)
         except OSError as error:
             raise HtpasswdError(f"{self._setting}: {self._path} cannot be read: {error.strerror}") from None
         except UnicodeDecodeError:

@@ -15,13 +15,17 @@ from typing import ClassVar
 import pytest
 from attrs import define
 
+from dockerproxy.oci.manifests import EMPTY_INDEX, OCI_INDEX
 from dockerproxy.oci.names import Digest
 from tests.e2e.harness.http_client import request_directly
+from tests.e2e.harness.images import build_image
 from tests.e2e.harness.process import wait_until
 from tests.e2e.harness.registry_daemon import RegistryDaemon
-from tests.hostile.conftest import StartRegistryDaemon
+from tests.hostile.conftest import GOOD, HostileNetwork, StartRegistryDaemon
 
 NOBODY = 65534
+
+IMAGE = build_image([{"hello": b"private"}])
 
 PUBLIC = b"a blob that everybody knows"
 
@@ -246,3 +250,26 @@ def test_names_do_not_reach_the_terminal_as_they_are(
         assert result.returncode != 0
         assert all(line.isprintable() for line in (result.stdout + result.stderr).splitlines())
         assert all(line.isascii() for line in run_command(shared_daemon, "--json", *arguments).stdout.splitlines())
+
+
+def test_what_the_daemon_writes_is_its_users_alone(
+    start_daemon: StartRegistryDaemon, network: HostileNetwork, tmp_path: Path
+) -> None:
+    """Another local user looks for private images in the state directory of a daemon that was started by hand."""
+    network.good.put("private/app", "v1", IMAGE)
+    previous = os.umask(0)
+    try:
+        daemon = start_daemon()
+    finally:
+        os.umask(previous)
+    assert daemon.client.get(f"{GOOD}/v2/private/app/manifests/v1").status == 200
+    for blob in IMAGE.layers:
+        assert daemon.client.get(f"{GOOD}/v2/private/app/blobs/{blob.digest}").status == 200
+    connection = http.client.HTTPConnection("127.0.0.1", daemon.http_port)
+    connection.request("PUT", "/v2/a/manifests/v1", EMPTY_INDEX, {"Content-Type": OCI_INDEX})
+    assert connection.getresponse().status == 201
+    public = {"ca.crt", "run", "control.sock"}  # the certificate is for everybody, and the socket has a group
+    for path in daemon.state_folder.rglob("*"):
+        if path.name not in public:
+            assert not path.lstat().st_mode & 0o077, path
+    assert not daemon.state_folder.lstat().st_mode & 0o077
