@@ -59,12 +59,13 @@ from dockerproxy.registry.namespaces import NamespacedRegistries
 from dockerproxy.registry.responses import respond_error
 from dockerproxy.reload import RegistryTable
 from dockerproxy.settings import DOCKER_HUB, Settings, SettingsError
-from dockerproxy.shares import ClientShares
+from dockerproxy.shares import Bound
 from dockerproxy.store.blobs import Blobs
 from dockerproxy.store.hosted_tree import HostedTree
 from dockerproxy.store.links import Links
 from dockerproxy.store.local_hosted_store import LocalHostedStore
 from dockerproxy.store.state_directory import StateDirectory
+from dockerproxy.store.uploads import UploadLimits
 from dockerproxy.thread_pool import PARSE_LIMITS, BoundedThreadPool, ContentParser, PoolLimits
 from dockerproxy.upstream.agent import Agent
 from dockerproxy.upstream.agent import UpstreamTimeouts as UpstreamTimeouts
@@ -142,7 +143,7 @@ class ProxyServer:
     proxy_login: ProxyLogin
     hosted_tree: HostedTree
     pools: ThreadPools
-    bounds: Sequence[ClientShares]
+    bounds: Sequence[Bound]
     """The bounds that `debug_report` shows."""
     state: StateDirectory
     agent: Agent
@@ -192,9 +193,10 @@ def build_server(
     parser = ContentParser(pools.documents)
     pull_through = build_cache(reactor, settings, shared, registries, policy, connectors.agent, authorizer, parser)
     api = RegistryAPI(reactor)
-    hosted_tree = HostedTree.from_layout(shared.state.registry, locks=shared.locks)
+    upload_limits = UploadLimits(settings.max_uploads, settings.max_uploads_per_client)
+    hosted_tree = HostedTree.from_layout(shared.state.registry, time.time, shared.locks, upload_limits)
     access_control = build_access_control(reactor, settings, pools, shared.state)
-    hosted_store = LocalHostedStore(reactor, hosted_tree, parser)
+    hosted_store = LocalHostedStore.from_tree(reactor, hosted_tree, parser, shared.state.registry_secret, time.time)
     hosted_app = HostedRegistryApp(api, HostedRegistry(hosted_store, parser), access_control)
     metrics_handler = partial(handle_metrics, shared)
     on_finished = partial(count_and_log, shared.metrics)
@@ -252,6 +254,7 @@ def build_server(
             *pools.passwords.bounds,
             *pools.documents.bounds,
             *pull_through.blobs.downloads.bounds,
+            hosted_tree.uploads,
         ],
         shared.state,
         connectors.agent,

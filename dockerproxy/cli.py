@@ -199,6 +199,9 @@ def collect(client: ControlClient, options: argparse.Namespace, terminal: Termin
         f"({format_size(result['bytes'])}); "
         f"kept {format_count(result['needed'], 'blob')} in {format_count(result['repositories'], 'repository')}"
     )
+    if result["uploads"]:
+        verb = "would delete" if options.dry_run else "deleted"
+        print(f"{verb} {format_count(result['uploads'], 'unfinished upload')}, given up before the grace period")
     if result["recent_manifests"] or result["recent"]:
         manifests = format_count(result["recent_manifests"], "untagged manifest")
         print_line(f"kept, because used within the grace period: {manifests} and {_format_objects(result, 'recent')}")

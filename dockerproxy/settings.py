@@ -104,6 +104,8 @@ class Settings:
     tunnel_deny: Destinations = _setting(Destinations.parse, "loopback link-local metadata")
     share_auth_registries: bool = _setting(parsers.boolean, "true")
     htpasswd_file: Path | None = _setting(parsers.path)
+    max_uploads: int = _setting(parsers.integer(1, 1_000_000), "10000")
+    max_uploads_per_client: int = _setting(parsers.integer(1, 1_000_000), "3000")
     anonymous_pull: bool = _setting(parsers.boolean, "false")
     workers: int = _derived()
     log_format: str = _setting(parsers.one_of("text", "json"), "text")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 from collections import Counter
-from typing import TypedDict
+from typing import Protocol, TypedDict
 
 from attrs import define, field
 
@@ -27,6 +27,12 @@ class BoundReport(TypedDict):
     share: int
     refused: int
     clients: dict[str, int]
+
+
+class Bound(Protocol):
+    """A bound that `dockerproxy debug` shows."""
+
+    def report(self) -> BoundReport: ...
 
 
 def client_key(address: str) -> str:

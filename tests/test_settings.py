@@ -92,6 +92,7 @@ def test_defaults_are_the_documented_ones(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert not defaults.tunnel_deny.match_address("10.0.0.1")
     assert (defaults.share_auth_registries, defaults.anonymous_pull, defaults.htpasswd_file) == (True, False, None)
     assert defaults.proxy_htpasswd_file is None
+    assert (defaults.max_uploads, defaults.max_uploads_per_client) == (10_000, 3_000)
     assert 1 <= defaults.workers <= 8
     assert defaults.log_format == "text"
     assert defaults.warnings == ()
@@ -530,6 +531,8 @@ INVALID = [
     ("TUNNEL_PORTS", "0", "'0' is not a port"),
     ("TUNNEL_PORTS", "1-70000", "'1-70000' is not a port"),
     ("TUNNEL_DENY", "*", "'*' is not a host name such as example.com or *.example.com"),
+    ("MAX_UPLOADS", "0", "'0' is not a number from 1 to 1000000"),
+    ("MAX_UPLOADS_PER_CLIENT", "many", "'many' is not a number from 1 to 1000000"),
     ("WORKERS", "0", "'0' is not a number from 1 to 64"),
     ("WORKERS", "two", "'two' is not a number from 1 to 64"),
     ("LOG_FORMAT", "xml", "'xml' is not one of text, json"),

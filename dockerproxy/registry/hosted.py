@@ -22,6 +22,7 @@ from dockerproxy.errors import (
     DigestInvalid,
     InsufficientStorage,
     ManifestUnknown,
+    NameInvalid,
     NameUnknown,
     RegistryError,
     StorageFailed,
@@ -43,6 +44,8 @@ _NO_CACHE_STATUS = "-"  # hosted content does not come from a cache
 # Bytes that one call writes and hashes. With chunks of whatever size had arrived, a push over TLS took a fifth more CPU
 # time (3.1 s per GB instead of 2.6 s).
 _CHUNK_SIZE = 256 * 1024
+
+_MAX_COMPONENTS = 32  # GitLab, which has the deepest names, has groups of twenty levels
 
 _DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 
@@ -105,6 +108,12 @@ class HostedRegistry:
         if not await self._store.has_repository(name):
             raise NameUnknown(f"there is no repository {name}")
 
+    async def _check_depth(self, name: Repository) -> None:
+        """Raise `NameInvalid` if `name` would be a new repository with too many components: each is a directory."""
+        components = name.count("/") + 1
+        if components > _MAX_COMPONENTS and not await self._store.has_repository(name):
+            raise NameInvalid(f"a new repository's name may have {_MAX_COMPONENTS} components, not {components}")
+
     # manifests and deletions
 
     async def put_manifest(
@@ -118,6 +127,7 @@ class HostedRegistry:
         self, principal: Principal, name: Repository, content: bytes, media_type: str, digest: Digest | None,
         tags: Sequence[Tag],
     ) -> PushedManifest:  # fmt: skip
+        await self._check_depth(name)
         manifest = await self._parser.parse(PushedManifest.parse, content, digest, media_type, client=principal.address)
         await self._store.commit_manifest(name, manifest, tags)
         return manifest
@@ -140,16 +150,19 @@ class HostedRegistry:
     async def start_upload(
         self, principal: Principal, name: Repository, parameters: UploadParameters, body: UploadBody
     ) -> UploadStatus | None:
-        return await self._finish(principal, f"upload to {name}", self._start_upload(name, parameters, body))
+        operation = self._start_upload(principal, name, parameters, body)
+        return await self._finish(principal, f"upload to {name}", operation)
 
     async def _start_upload(
-        self, name: Repository, parameters: UploadParameters, body: UploadBody
+        self, principal: Principal, name: Repository, parameters: UploadParameters, body: UploadBody
     ) -> UploadStatus | None:
+        await self._check_depth(name)
         mount, digest = parameters.mount, parameters.digest
         # Without a source, any repository will do, because a client that may push here may read all of them.
         if mount is not None and await self._store.mount_blob(name, mount, parameters.source):
             return None
-        upload = await self._store.uploads.start(name, algorithm_for(digest, parameters.algorithm))
+        algorithm = algorithm_for(digest, parameters.algorithm)
+        upload = await self._store.uploads.start(name, algorithm, principal.owner)
         if digest is None or mount is not None:
             status = upload.status
             await upload.suspend()  # before the client continues it, perhaps in another process
@@ -213,7 +226,7 @@ async def _report_failure(principal: Principal, description: str, operation: Cor
             reason=str(error),
         )
         if error.errno in _DISK_FULL_ERRNOS:
-            raise InsufficientStorage("the registry's disk is full") from None
+            raise InsufficientStorage(f"the registry's disk is full: {error.strerror}") from None
         raise StorageFailed(f"the registry cannot use its disk: {error.strerror}") from None
 
 

@@ -46,8 +46,12 @@ class UploadSession(Protocol):
 class UploadSessions(Protocol):
     """The upload sessions of all repositories."""
 
-    async def start(self, repository: Repository, algorithm: str) -> UploadSession:
-        """Start a session whose bytes are hashed with `algorithm` as they arrive."""
+    async def start(self, repository: Repository, algorithm: str, owner: str) -> UploadSession:
+        """Start a session whose bytes are hashed with `algorithm` as they arrive.
+
+        Nothing is stored for it before the first byte. Its first `append` raises `TooManyRequests` or
+        `ServiceOverloaded` if `owner`, the repository, or all together have too many sessions with bytes.
+        """
 
     async def resume(self, repository: Repository, session: str) -> UploadSession:
         """Open a session to write to it. Raise `BlobUploadUnknown`, or `BlobUploadBusy` if another request does."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from attrs import frozen
 
 from dockerproxy.http.request import Request
+from dockerproxy.shares import client_key
 
 
 @frozen
@@ -19,6 +20,11 @@ class Principal:
     def of(cls, request: Request, user: str | None) -> Principal:
         """Return the principal of `request`, which authenticated as `user`."""
         return cls(user, request.client, request.user_agent)
+
+    @property
+    def owner(self) -> str:
+        """The text that this client's uploads are counted by: its user, or its address if it has not logged in."""
+        return client_key(self.address) if self.user is None else f"user {self.user}"
 
     def __str__(self) -> str:
         return self.address if self.user is None else f"{self.user} at {self.address}"

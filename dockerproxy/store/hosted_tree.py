@@ -11,10 +11,11 @@ from dockerproxy.concurrency import KeyedLock, LocalKeyedLock
 from dockerproxy.oci.names import Digest
 from dockerproxy.oci.referrers import Referrer
 from dockerproxy.store.blobs import Blobs
+from dockerproxy.store.disk_reserve import DiskReserve
 from dockerproxy.store.layout import Layout
 from dockerproxy.store.links import Links
 from dockerproxy.store.referrers import Referrers
-from dockerproxy.store.uploads import Uploads
+from dockerproxy.store.uploads import UploadLimits, Uploads
 
 
 @frozen
@@ -30,17 +31,37 @@ class HostedTree:
     links: Links
     uploads: Uploads
     referrers: Referrers
+    reserve: DiskReserve
     locks: KeyedLock = field(factory=LocalKeyedLock)
 
     @classmethod
     def from_layout(
-        cls, layout: Layout, clock: Callable[[], float] = time.time, locks: KeyedLock | None = None
+        cls,
+        layout: Layout,
+        clock: Callable[[], float] = time.time,
+        locks: KeyedLock | None = None,
+        upload_limits: UploadLimits | None = None,
     ) -> HostedTree:
         """Return the store in `layout`. `clock` returns POSIX time; pass `locks` if other processes use the store."""
         blobs, links = Blobs(layout, True, clock), Links(layout, True)
         return cls(
-            layout, blobs, links, Uploads(layout, clock), Referrers(layout, blobs, links), locks or LocalKeyedLock()
+            layout,
+            blobs,
+            links,
+            Uploads(layout, clock, limits=upload_limits or UploadLimits()),
+            Referrers(layout, blobs, links),
+            DiskReserve(str(layout.root)),
+            locks or LocalKeyedLock(),
         )
+
+    def check_free_space(self) -> None:
+        """Raise `OSError` (ENOSPC) if a push may store nothing more, even without the uploads that were given up."""
+        try:
+            self.reserve.check()
+        except OSError:
+            if not self.uploads.purge_given_up():
+                raise
+            self.reserve.check()
 
     def link_manifest(
         self, repository: str, digest: Digest, media_type: str, referrer: Referrer | None, tags: Sequence[str]

@@ -13,9 +13,8 @@
     │       │       ├── current/link                     the manifest of the tag
     │       │       └── index/ALG/HEX/link               all manifests that the tag has had
     │       ├── _referrers/ALG/HEX/ALG-HEX               (ours) the descriptor of the second, a referrer of the first
-    │       └── _uploads/UUID                            a blob that is being pushed
-    │           ├── data                                 the bytes received so far
-    │           └── startedat                            the start time (RFC 3339)
+    │       └── _uploads/UUID                            an upload session of another registry
+    ├── uploads/UUID                                     (ours) a blob that is being pushed; see `uploads`
     ├── ingest/HOST/ALG-HEX                              (ours) a partial download, resumable after a crash
     ├── damaged/ALG-HEX                                  (ours) a blob that did not match its digest; see `scrub`
     └── staging/                                         (ours) temporary files, renamed to their final paths
@@ -71,6 +70,7 @@ class Layout:
     blobs: str = field(init=False)
     repositories: str = field(init=False)
     ingests: str = field(init=False)
+    sessions: str = field(init=False)
     staging: str = field(init=False)
     damaged: str = field(init=False)
 
@@ -85,6 +85,10 @@ class Layout:
     @ingests.default
     def _ingests(self) -> str:
         return f"{self.root}/ingest"
+
+    @sessions.default
+    def _sessions(self) -> str:
+        return f"{self.root}/uploads"
 
     @staging.default
     def _staging(self) -> str:
@@ -143,8 +147,8 @@ class Layout:
         """Return the file that contains the descriptor of the manifest `digest`, a referrer of `subject`."""
         return f"{self.referrers(repository, subject)}/{digest.algorithm}-{digest.hex}"
 
-    def uploads(self, repository: str) -> str:
-        """Return the directory of a repository's upload sessions."""
+    def foreign_uploads(self, repository: str) -> str:
+        """Return the directory in which another registry keeps a repository's upload sessions."""
         return f"{self.repository(repository)}/_uploads"
 
     def tags(self, repository: str) -> str:

@@ -240,7 +240,7 @@ class Links:
             f"{directory}/_manifests",
             layers,
             referrers,
-            self._layout.uploads(repository),
+            self._layout.foreign_uploads(repository),
         ):
             _rmdir_if_empty(candidate)
         if self._reader.list_names(revisions):

@@ -10,24 +10,26 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from attrs import field, frozen
+from attrs import define, field, frozen
 from twisted.application.internet import TimerService
 from twisted.internet.task import deferLater
 from twisted.logger import Logger
 
+from dockerproxy.bounded_dict import BoundedDict
 from dockerproxy.concurrency import in_thread, spawn
-from dockerproxy.errors import DigestInvalid, ManifestBlobUnknown, ManifestInvalid
+from dockerproxy.errors import BlobUploadUnknown, DigestInvalid, ManifestBlobUnknown, ManifestInvalid
 from dockerproxy.oci.content import StoredManifest
 from dockerproxy.oci.manifests import MAX_MANIFEST, media_type_of
 from dockerproxy.oci.names import Digest, Reference, Repository, Tag
 from dockerproxy.oci.paging import NamePage, Page, take_page
 from dockerproxy.oci.pushed_manifest import PushedManifest
 from dockerproxy.oci.referrers import ReferrersPage
+from dockerproxy.oci.upload_ids import UploadIds, UploadOffer
 from dockerproxy.oci.uploads import UploadStatus
 from dockerproxy.store.blob_reader import StoredBlobReader
 from dockerproxy.store.blobs import OpenBlob
 from dockerproxy.store.hosted_tree import HostedTree
-from dockerproxy.store.uploads import Upload, Uploads
+from dockerproxy.store.uploads import Upload, Uploads, unknown_upload
 from dockerproxy.thread_pool import ContentParser
 
 _BATCH_SIZE = 100  # references that are checked before the reactor runs again
@@ -37,61 +39,124 @@ _MAX_REFERRERS_SIZE = 3 * 1024 * 1024  # bytes of descriptors per index: clients
 
 _PURGE_INTERVAL = 3600.0  # seconds between two searches for stale upload sessions
 _STALE_UPLOAD_AGE = 86400.0  # seconds without a byte after which a session is stale
+_MAX_ENDED = 10_000  # uploads that are remembered as ended
 
 log = Logger()
 
 
-@frozen
+@define(eq=False)
 class LocalUpload:
-    """An `UploadSession` in the tree."""
+    """An `UploadSession` in the tree. `_upload` is None as long as it has no bytes and no file.
 
-    _reactor: Any
-    _tree: HostedTree
+    `_session` is what the client calls it: an offer, or its identifier `_upload_id`.
+    """
+
+    _uploads: LocalUploads
     _repository: Repository
-    _upload: Upload
+    _session: str
+    _upload_id: str
+    _offer: UploadOffer | None
+    _upload: Upload | None = None
 
     @property
     def status(self) -> UploadStatus:
+        if self._upload is None:
+            return UploadStatus(self._session, 0)
         return UploadStatus(self._upload.session, self._upload.size)
 
     async def append(self, data: bytes) -> None:
-        await in_thread(self._reactor, self._upload.append, [data])
+        await in_thread(self._uploads.reactor, self._append, data)
+
+    def _append(self, data: bytes) -> None:
+        tree = self._uploads.tree
+        tree.check_free_space()
+        if self._upload is None:
+            assert self._offer is not None
+            self._upload = tree.uploads.create(self._upload_id, self._offer.algorithm)
+        self._upload.append([data])
 
     async def truncate(self, size: int) -> None:
-        await in_thread(self._reactor, self._upload.truncate, size)
+        if self._upload is None:
+            return
+        if size == 0 and self._offer is not None:
+            await in_thread(self._uploads.reactor, self._upload.cancel)
+            self._upload = None
+        else:
+            await in_thread(self._uploads.reactor, self._upload.truncate, size)
 
     async def commit(self, digest: Digest) -> None:
-        await in_thread(self._reactor, self._commit, digest)
+        await in_thread(self._uploads.reactor, self._commit, digest)
+        self._uploads.record_end(self._upload_id)
 
     def _commit(self, digest: Digest) -> None:
-        if not self._upload.verify(digest):
+        tree = self._uploads.tree
+        if not (digest == Digest.of(b"", digest.algorithm) if self._upload is None else self._upload.verify(digest)):
             raise DigestInvalid(f"the uploaded bytes do not match {digest}")
-        self._upload.commit(self._tree.blobs, digest)
-        self._tree.links.link_layer(self._repository, digest)
+        if self._upload is None:
+            tree.blobs.put(b"", digest)
+        else:
+            self._upload.commit(tree.blobs, digest)
+        tree.links.link_layer(self._repository, digest)
 
     async def suspend(self) -> None:
-        self._tree.uploads.suspend(self._upload)
+        if self._upload is not None:
+            self._uploads.tree.uploads.suspend(self._upload)
 
     async def cancel(self) -> None:
-        await in_thread(self._reactor, self._upload.cancel)
+        self._uploads.record_end(self._upload_id)
+        if self._upload is not None:
+            await in_thread(self._uploads.reactor, self._upload.cancel)
 
 
 @frozen
 class LocalUploads:
-    """The `UploadSessions` of the tree."""
+    """The `UploadSessions` of the tree. `clock` returns POSIX time."""
 
-    _reactor: Any
-    _tree: HostedTree
+    reactor: Any
+    tree: HostedTree
+    _ids: UploadIds
+    _clock: Callable[[], float]
+    # By identifier. Other processes do not know that these uploads ended, and take their offers for empty sessions.
+    _ended: BoundedDict[str, bool] = field(init=False)
 
-    async def start(self, repository: Repository, algorithm: str) -> LocalUpload:
-        upload = await in_thread(self._reactor, self._tree.uploads.start, repository, algorithm)
-        return LocalUpload(self._reactor, self._tree, repository, upload)
+    @_ended.default
+    def _make_ended(self) -> BoundedDict[str, bool]:
+        return BoundedDict(_MAX_ENDED)
+
+    async def start(self, repository: Repository, algorithm: str, owner: str) -> LocalUpload:
+        session = self._ids.make_offer(owner, repository, algorithm, self._clock())
+        return await self.resume(repository, session)
 
     async def resume(self, repository: Repository, session: str) -> LocalUpload:
-        return LocalUpload(self._reactor, self._tree, repository, self._tree.uploads.resume(repository, session))
+        offer, upload_id = self._read(repository, session)
+        try:
+            upload = self.tree.uploads.resume(upload_id)
+        except BlobUploadUnknown:
+            if offer is None:
+                raise
+            upload = None
+        return LocalUpload(self, repository, session, upload_id, offer, upload)
 
     async def status(self, repository: Repository, session: str) -> UploadStatus:
-        return UploadStatus(session, self._tree.uploads.size(repository, session))
+        offer, upload_id = self._read(repository, session)
+        try:
+            return UploadStatus(upload_id, self.tree.uploads.size(upload_id))
+        except BlobUploadUnknown:
+            if offer is None:
+                raise
+            return UploadStatus(session, 0)
+
+    def record_end(self, upload_id: str) -> None:
+        """Remember that an upload has ended, so that its offer is not valid any more."""
+        self._ended[upload_id] = True
+
+    def _read(self, repository: Repository, session: str) -> tuple[UploadOffer | None, str]:
+        """Return the offer that `session` is, if it is one, and the identifier. Raise `BlobUploadUnknown`."""
+        offer = self._ids.read_offer(session, repository, self._clock())
+        upload_id = session if offer is None else offer.upload_id
+        if upload_id in self._ended or not self._ids.is_of(upload_id, repository):
+            raise unknown_upload()
+        return offer, upload_id
 
 
 @frozen
@@ -105,11 +170,14 @@ class LocalHostedStore:
     _reactor: Any
     _tree: HostedTree
     _parser: ContentParser
-    uploads: LocalUploads = field(init=False)
+    uploads: LocalUploads
 
-    @uploads.default
-    def _make_uploads(self) -> LocalUploads:
-        return LocalUploads(self._reactor, self._tree)
+    @classmethod
+    def from_tree(
+        cls, reactor: Any, tree: HostedTree, parser: ContentParser, secret: bytes, clock: Callable[[], float]
+    ) -> LocalHostedStore:
+        """Return the store in `tree`. `secret` signs the identifiers of uploads; `clock` returns POSIX time."""
+        return cls(reactor, tree, parser, LocalUploads(reactor, tree, UploadIds(secret), clock))
 
     async def has_repository(self, repository: Repository) -> bool:
         return self._tree.links.has_repository(repository)
@@ -140,8 +208,12 @@ class LocalHostedStore:
         else:
             is_linked = await in_thread(self._reactor, self._is_in_any_repository, digest)
         if is_linked:
-            await in_thread(self._reactor, links.link_layer, repository, digest)
+            await in_thread(self._reactor, self._link_layer, repository, digest)
         return is_linked
+
+    def _link_layer(self, repository: Repository, digest: Digest) -> None:
+        self._tree.check_free_space()
+        self._tree.links.link_layer(repository, digest)
 
     def _is_in_any_repository(self, digest: Digest) -> bool:
         links = self._tree.links
@@ -189,6 +261,7 @@ class LocalHostedStore:
             await in_thread(self._reactor, self._commit_manifest, repository, manifest, tags)
 
     def _commit_manifest(self, repository: Repository, manifest: PushedManifest, tags: Sequence[Tag]) -> None:
+        self._tree.check_free_space()
         self._tree.blobs.put(manifest.content, manifest.digest)
         self._tree.link_manifest(repository, manifest.digest, manifest.media_type, manifest.referrer, tags)
 

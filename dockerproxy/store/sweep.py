@@ -36,6 +36,7 @@ from dockerproxy.store.progress import Progress, RepositoryLock, locked_slices, 
 from dockerproxy.store.referrers import Referrers
 from dockerproxy.store.safe_delete import DeleteOutcome, SafeDelete
 from dockerproxy.store.tree_reader import StrictReader, UnsafeFile
+from dockerproxy.store.uploads import Uploads
 
 GRACE_PERIOD = 3600.0
 """Seconds for which a blob is kept after its last use, because a running push may rely on it."""
@@ -81,7 +82,8 @@ class SweepResult:
 
     Some unreachable objects were kept. `recent_manifests` (with their references) and `recent` other blobs were used
     within the grace period. `foreign` blobs and groups of manifests belong to another user. `needed` is the number of
-    reachable blobs, and `problems` are messages for the user.
+    reachable blobs, `uploads` that of unfinished uploads that were given up before the grace period and are deleted.
+    `problems` are messages for the user.
     """
 
     dry_run: bool
@@ -96,6 +98,7 @@ class SweepResult:
     recent_bytes: int = 0
     foreign: int = 0
     foreign_bytes: int = 0
+    uploads: int = 0
     problems: tuple[str, ...] = ()
 
 
@@ -178,6 +181,7 @@ class _SweepRun:
             repositories=len(mark.repositories),
             needed=mark.blob_count - len(mark.garbage),
             recent_manifests=mark.recent_count,
+            uploads=Uploads(self._layout).purge(self._safe_delete.cutoff, dry_run=self._safe_delete.dry_run),
             problems=tuple(map(str, mark.problems[:_MAX_PROBLEMS])),
         )
 

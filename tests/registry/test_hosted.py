@@ -27,9 +27,11 @@ from dockerproxy.registry.access_control import AllowAll
 from dockerproxy.registry.api import RegistryAPI
 from dockerproxy.registry.hosted_app import HostedRegistryApp
 from dockerproxy.store import local_hosted_store as module
+from dockerproxy.store.disk_reserve import DiskReserve
 from dockerproxy.store.hosted_tree import HostedTree
 from dockerproxy.store.layout import Layout
 from dockerproxy.store.referrers import Referrers
+from dockerproxy.store.uploads import UploadLimits
 from tests.registry.support.synchronous_reactor import SynchronousReactor
 from tests.support.hosted import make_hosted_registry
 
@@ -81,6 +83,12 @@ class RegistryHarness:
         assert (response.status, response.headers["Range"]) == (202, "0-0")
         return str(response.headers["Location"])
 
+    def stored_uploads(self) -> list[str]:
+        try:
+            return os.listdir(self.store.layout.sessions)
+        except FileNotFoundError:
+            return []
+
     def referrers(self, subject: Digest, query: str = "", name: str = NAME) -> list[str]:
         response = self.request("GET", f"/v2/{name}/referrers/{subject}{query}")
         assert (response.status, response.headers["Content-Type"]) == (200, OCI_INDEX)
@@ -125,7 +133,7 @@ def test_a_blob_in_one_request(registry: RegistryHarness, algorithm: str) -> Non
     assert response.headers["Location"] == f"/v2/{NAME}/blobs/{digest}"
     assert response.headers["Docker-Content-Digest"] == str(digest)
     assert registry.request("GET", f"/v2/{NAME}/blobs/{digest}").body == b"data"
-    assert os.listdir(registry.store.layout.uploads(NAME)) == []
+    assert registry.stored_uploads() == []
 
 
 @pytest.mark.parametrize("query", ["", "?digest-algorithm=sha512"])
@@ -147,8 +155,7 @@ def test_a_blob_in_chunks(registry: RegistryHarness, query: str) -> None:
 @pytest.mark.parametrize("method", ["PATCH", "PUT"])
 @pytest.mark.parametrize("field", ["0-3", "3-6", "5-8", "100-103", "4-3"])
 def test_a_chunk_out_of_order(registry: RegistryHarness, method: str, field: str) -> None:
-    location = registry.start_upload()
-    assert registry.request("PATCH", location, b"1234").status == 202
+    location = registry.request("PATCH", registry.start_upload(), b"1234").headers["Location"]
     target = f"{location}?digest={Digest.of(b'12345678')}" if method == "PUT" else location
     response = registry.request(method, target, b"5678", Content_Range=field)
     assert error_code(response) == (416, "RANGE_INVALID")
@@ -161,7 +168,8 @@ def test_a_chunk_out_of_order(registry: RegistryHarness, method: str, field: str
 def test_inconsistent_chunk(registry: RegistryHarness, field: str) -> None:
     location = registry.start_upload()
     assert error_code(registry.request("PATCH", location, b"1234", Content_Range=field)) == (400, "BLOB_UPLOAD_INVALID")
-    assert registry.store.uploads.size(NAME, location.rpartition("/")[2]) == 0
+    assert registry.request("GET", location).headers["Range"] == "0-0"
+    assert registry.stored_uploads() == []
 
 
 def test_chunk_of_wrong_length_is_rolled_back(registry: RegistryHarness) -> None:
@@ -176,25 +184,117 @@ def test_chunk_of_wrong_length_is_rolled_back(registry: RegistryHarness) -> None
 
 
 def test_disconnect_keeps_the_bytes_received(registry: RegistryHarness) -> None:
-    location = registry.start_upload()
+    location = registry.request("PATCH", registry.start_upload(), b"a ").headers["Location"]
     registry.client.send(f"PATCH {location} HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\nsome of it".encode())
     busy = registry.connect().fetch("PATCH", location, (), b"x")
     assert error_code(busy) == (409, "BLOB_UPLOAD_INVALID")
     # The bytes are written together with the next ones, and are not reported before that.
-    assert registry.connect().fetch("HEAD", location).headers["Range"] == "0-0"
+    assert registry.connect().fetch("HEAD", location).headers["Range"] == "0-1"
+    registry.client.disconnect()
+    assert registry.request("GET", location).headers["Range"] == "0-11"
+    digest = Digest.of(b"a some of it and the rest")
+    assert registry.request("PUT", f"{location}?digest={digest}", b" and the rest", Content_Range="12-24").status == 201
+
+
+def test_disconnect_during_the_first_chunk(registry: RegistryHarness) -> None:
+    location = registry.start_upload()
+    registry.client.send(f"PATCH {location} HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\nsome of it".encode())
     registry.client.disconnect()
     assert registry.request("GET", location).headers["Range"] == "0-9"
     digest = Digest.of(b"some of it and the rest")
     assert registry.request("PUT", f"{location}?digest={digest}", b" and the rest", Content_Range="10-22").status == 201
 
 
+def test_nothing_is_stored_before_the_first_byte(registry: RegistryHarness) -> None:
+    before = list(registry.store.layout.root.rglob("*"))
+    for name in ("a", "a/b", "/".join(["deep"] * 32)):
+        location = registry.request("POST", f"/v2/{name}/blobs/uploads/").headers["Location"]
+        assert registry.request("GET", location).headers["Range"] == "0-0"
+        response = registry.request("PATCH", location, b"")
+        assert (response.status, response.headers["Range"], response.headers["Location"]) == (202, "0-0", location)
+        assert error_code(registry.request("PUT", f"{location}?digest={Digest.of(b'x')}")) == (400, "DIGEST_INVALID")
+        location = registry.request("POST", f"/v2/{name}/blobs/uploads/").headers["Location"]
+        assert registry.request("DELETE", location).status == 204
+        assert error_code(registry.request("GET", location)) == (404, "BLOB_UPLOAD_UNKNOWN")
+    assert list(registry.store.layout.root.rglob("*")) == before
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT"])
+def test_an_empty_blob(registry: RegistryHarness, method: str) -> None:
+    target = f"/v2/{NAME}/blobs/uploads/" if method == "POST" else registry.start_upload()
+    assert registry.request(method, f"{target}?digest={Digest.of(b'')}").status == 201
+    assert registry.request("GET", f"/v2/{NAME}/blobs/{Digest.of(b'')}").body == b""
+
+
+@pytest.mark.parametrize("content", [b"", b"data"])
+def test_a_failed_upload_leaves_no_directory(registry: RegistryHarness, content: bytes) -> None:
+    for query in (f"?digest={Digest.of(b'other')}", f"?digest={Digest.of(b'other', 'sha512')}"):
+        assert registry.request("POST", f"/v2/{NAME}/blobs/uploads/{query}", content).status == 400
+        location = registry.request("PATCH", registry.start_upload(), content).headers["Location"]
+        assert registry.request("PUT", location + query).status == 400
+    location = registry.request("PATCH", registry.start_upload(), content).headers["Location"]
+    assert registry.request("DELETE", location).status == 204
+    assert [path.name for path in registry.store.layout.root.rglob("*")] in ([], ["uploads"])
+
+
+def test_a_new_repository_has_a_bounded_depth(registry: RegistryHarness) -> None:
+    name, digest = "/".join(["a"] * 33), Digest.of(b"data")
+    for method, path in (
+        ("POST", f"/v2/{name}/blobs/uploads/"),
+        ("POST", f"/v2/{name}/blobs/uploads/?digest={digest}"),
+        ("POST", f"/v2/{name}/blobs/uploads/?mount={registry.push_blob(b'data')}"),
+        ("PUT", f"/v2/{name}/manifests/1"),
+    ):
+        response = registry.request(method, path, b"data")
+        assert error_code(response) == (400, "NAME_INVALID")
+        assert "32 components, not 33" in response.body.decode()
+    registry.store.links.link_layer(name, digest)  # an older version had no bound
+    assert registry.request("POST", f"/v2/{name}/blobs/uploads/?digest={digest}", b"data").status == 201
+
+
+def test_too_many_uploads(registry: RegistryHarness) -> None:
+    registry.store.uploads.limits = UploadLimits(total=20, per_client=2)
+    for _ in range(2):
+        assert registry.request("PATCH", registry.start_upload(), b"x").status == 202
+    location = registry.start_upload()  # which costs nothing
+    response = registry.request("PATCH", location, b"x")
+    assert error_code(response) == (429, "TOOMANYREQUESTS")
+    assert response.headers["Retry-After"] == "60"
+    assert "MAX_UPLOADS_PER_CLIENT" in response.body.decode()
+    assert len(registry.stored_uploads()) == 2
+
+
+def test_pushes_leave_a_reserve_on_the_disk(registry: RegistryHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+    digest, config = registry.push_blob(b"here"), registry.push_blob(b"config")
+    manifest = make_image(make_descriptor(config, b"config"))
+    location = registry.request("PATCH", registry.start_upload(), b"x").headers["Location"]
+
+    def check() -> None:
+        raise OSError(errno.ENOSPC, "1.0 MiB are free, and pushes leave 2.0 MiB to the daemon")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DiskReserve, "check", lambda self: check())
+        for method, path, content in (
+            ("POST", f"/v2/{NAME}/blobs/uploads/?digest={Digest.of(b'data')}", b"data"),
+            ("PATCH", registry.start_upload(), b"data"),
+            ("PATCH", location, b"data"),
+            ("POST", f"/v2/other/blobs/uploads/?mount={digest}", b""),
+            ("PUT", f"/v2/{NAME}/manifests/1", json.dumps(manifest).encode()),
+        ):
+            response = registry.request(method, path, content)
+            assert (response.status, error_code(response)[1]) == (507, "UNAVAILABLE"), (method, path)
+            assert "pushes leave 2.0 MiB" in response.body.decode()
+    assert registry.stored_uploads() == []
+    assert registry.push(manifest, "1")
+
+
 def test_disconnect_during_monolithic_upload_leaves_nothing(registry: RegistryHarness) -> None:
     digest = Digest.of(b"never whole")
-    head = f"POST /v2/{NAME}/blobs/uploads/?digest={digest} HTTP/1.1\r\nHost: x\r\nContent-Length: 11\r\n\r\n"
-    registry.client.send(head.encode() + b"never")
-    assert len(os.listdir(registry.store.layout.uploads(NAME))) == 1
+    head = f"POST /v2/{NAME}/blobs/uploads/?digest={digest} HTTP/1.1\r\nHost: x\r\nContent-Length: 900000\r\n\r\n"
+    registry.client.send(head.encode() + bytes(600_000))
+    assert len(registry.stored_uploads()) == 1
     registry.client.disconnect()
-    assert os.listdir(registry.store.layout.uploads(NAME)) == []
+    assert registry.stored_uploads() == []
 
 
 @pytest.mark.parametrize("operation", ["post", "put", "patch"])
@@ -208,7 +308,7 @@ def test_digest_mismatch(registry: RegistryHarness, operation: str) -> None:
             registry.request("PATCH", location, b"data")
         response = registry.request("PUT", f"{location}?digest={wrong}", b"data" if operation == "put" else b"")
     assert error_code(response) == (400, "DIGEST_INVALID")
-    assert os.listdir(registry.store.layout.uploads(NAME)) == []
+    assert registry.stored_uploads() == []
     assert not registry.store.blobs.exists(wrong)
     assert not registry.store.links.has_layer(NAME, wrong)
 
@@ -259,7 +359,7 @@ def test_a_full_disk_ends_the_upload_with_507(
     assert response.status == 507
     assert registry.request("GET", location).status == 404
     assert registry.request("HEAD", f"/v2/{NAME}/blobs/{Digest.of(b'data')}").status == 404
-    assert os.listdir(registry.store.layout.uploads(NAME)) == []
+    assert registry.stored_uploads() == []
 
 
 def test_an_unwritable_directory_is_logged_and_reported(
@@ -276,7 +376,7 @@ def test_an_unwritable_directory_is_logged_and_reported(
         patch.setattr(
             "dockerproxy.registry.hosted.log.error", lambda form, **fields: messages.append(form.format(**fields))
         )
-        response = registry.request("POST", f"/v2/{NAME}/blobs/uploads/")
+        response = registry.request("POST", f"/v2/{NAME}/blobs/uploads/?digest={Digest.of(b'data')}", b"data")
     assert error_code(response) == (500, "UNKNOWN")
     message = json.loads(response.body)["errors"][0]["message"]
     assert "Permission denied" in message

@@ -229,12 +229,12 @@ def test_prune_removes_only_empty_directories(tmp_path: Path) -> None:
     links.remove_tag("a/b/c", "v1")
     list(links.prune("a/b/c"))
     assert os.listdir(f"{layout.repositories}/a/b") == ["_layers"]
-    os.makedirs(f"{layout.uploads('a/b')}/session")
+    os.makedirs(f"{layout.foreign_uploads('a/b')}/session")
     links.unlink_layer("a/b", digest)
     list(links.prune("a/b"))
     assert os.listdir(f"{layout.repositories}/a/b") == ["_uploads"]
     assert list(links.repositories()) == []
-    os.rmdir(f"{layout.uploads('a/b')}/session")
+    os.rmdir(f"{layout.foreign_uploads('a/b')}/session")
     list(links.prune("a/b"))
     assert os.listdir(layout.repositories) == []
     list(links.prune("never/there"))

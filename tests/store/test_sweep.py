@@ -13,7 +13,8 @@ import pytest
 from twisted.internet.defer import Deferred
 
 from dockerproxy.oci.manifests import OCI_INDEX
-from dockerproxy.oci.names import Digest
+from dockerproxy.oci.names import Digest, parse_repository
+from dockerproxy.oci.upload_ids import UploadIds
 from dockerproxy.store import safe_delete as safe_delete_module
 from dockerproxy.store import sweep as sweep_module
 from dockerproxy.store.hosted_tree import HostedTree
@@ -124,15 +125,21 @@ def test_retains_every_digest_in_a_manifest_of_an_unknown_type(store: HostedTree
     assert stored_digests(store) == closure(strange)
 
 
-def test_retains_uploads_and_foreign_files(store: HostedTree) -> None:
-    upload = store.uploads.start(REPOSITORY)
-    upload.append([b"half"])
-    store.uploads.suspend(upload)
+def test_retains_running_uploads_and_foreign_files(store: HostedTree) -> None:
+    sessions = []
+    for age in (60, 4000):
+        upload = store.uploads.create(UploadIds(b"").make_offer("", parse_repository(REPOSITORY), "sha256", 0)[:36])
+        upload.append([b"half"])
+        store.uploads.suspend(upload)
+        os.utime(f"{store.layout.sessions}/{upload.session}", (time.time() - age, time.time() - age))
+        sessions.append(upload.session)
     other = Path(store.layout.blobs) / "sha256/ab/notes.txt"
     other.parent.mkdir(parents=True)
     other.write_text("mine")
-    sweep(store.layout, delete_untagged=True)
-    assert store.uploads.size(REPOSITORY, upload.session) == 4
+    for dry_run in (True, False):
+        assert store.uploads.size(sessions[1]) == 4
+        assert sweep(store.layout, delete_untagged=True, dry_run=dry_run).uploads == 1
+    assert os.listdir(store.layout.sessions) == [sessions[0]]  # the other was given up before the grace period
     assert other.read_text() == "mine"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from dockerproxy.registry.hosted import HostedRegistry
@@ -11,7 +12,7 @@ from tests.support.parsers import make_parser
 
 
 def make_hosted_store(reactor: Any, tree: HostedTree) -> LocalHostedStore:
-    return LocalHostedStore(reactor, tree, make_parser(reactor))
+    return LocalHostedStore.from_tree(reactor, tree, make_parser(reactor), b"secret", time.time)
 
 
 def make_hosted_registry(reactor: Any, tree: HostedTree) -> HostedRegistry:

@@ -15,6 +15,7 @@ from dockerproxy.oci.manifests import OCI_INDEX, OCI_MANIFEST
 from dockerproxy.oci.names import Digest, Repository, Tag, parse_repository, parse_tag
 from dockerproxy.oci.paging import NamePage, Page
 from dockerproxy.oci.pushed_manifest import PushedManifest
+from dockerproxy.oci.uploads import UploadStatus
 from dockerproxy.registry.hosted_store import HostedStore
 
 APP, OTHER = parse_repository("team/app"), parse_repository("other/place")
@@ -63,7 +64,7 @@ class HostedStoreSuite(ABC):
     def push_blob(self, store: HostedStore, content: bytes, repository: Repository = APP) -> Digest:
         async def push() -> Digest:
             digest = Digest.of(content)
-            upload = await store.uploads.start(repository, "sha256")
+            upload = await store.uploads.start(repository, "sha256", "someone")
             await upload.append(content)
             await upload.commit(digest)
             return digest
@@ -109,7 +110,7 @@ class HostedStoreSuite(ABC):
 
     @pytest.mark.parametrize("algorithm", ["sha256", "sha512"])
     def test_an_upload(self, store: HostedStore, algorithm: str) -> None:
-        upload = self.run(store.uploads.start(APP, algorithm))
+        upload = self.run(store.uploads.start(APP, algorithm, "someone"))
         session = upload.status.session
         for part in (b"first ", b"second"):
             self.run(upload.append(part))
@@ -127,18 +128,47 @@ class HostedStoreSuite(ABC):
             self.run(store.uploads.resume(APP, session))
 
     def test_a_blob_of_any_algorithm_may_end_an_upload(self, store: HostedStore) -> None:
-        upload = self.run(store.uploads.start(APP, "sha256"))
+        upload = self.run(store.uploads.start(APP, "sha256", "someone"))
         self.run(upload.append(b"data"))
         self.run(upload.commit(Digest.of(b"data", "sha512")))
         assert self.run(store.blob_size(APP, Digest.of(b"data", "sha512"))) == 4
 
     def test_an_empty_blob(self, store: HostedStore) -> None:
-        upload = self.run(store.uploads.start(APP, "sha256"))
+        upload = self.run(store.uploads.start(APP, "sha256", "someone"))
         self.run(upload.commit(Digest.of(b"")))
         assert self.run(store.blob_size(APP, Digest.of(b""))) == 0
 
+    def test_an_offer_without_bytes_is_resumed(self, store: HostedStore) -> None:
+        upload = self.run(store.uploads.start(APP, "sha512", "someone"))
+        session = upload.status.session
+        self.run(upload.suspend())
+        assert self.run(store.uploads.status(APP, session)) == UploadStatus(session, 0)
+        with pytest.raises(BlobUploadUnknown):
+            self.run(store.uploads.resume(OTHER, session))
+        resumed = self.run(store.uploads.resume(APP, session))
+        self.run(resumed.append(b"data"))
+        stored_session = resumed.status.session
+        self.run(resumed.suspend())
+        for name in (session, stored_session):
+            assert self.run(store.uploads.status(APP, name)) == UploadStatus(stored_session, 4)
+        resumed = self.run(store.uploads.resume(APP, session))
+        self.run(resumed.commit(Digest.of(b"data")))
+        for name in (session, stored_session):
+            with pytest.raises(BlobUploadUnknown):
+                self.run(store.uploads.status(APP, name))
+
+    def test_a_first_chunk_that_is_dropped_leaves_an_offer(self, store: HostedStore) -> None:
+        upload = self.run(store.uploads.start(APP, "sha256", "someone"))
+        session = upload.status.session
+        self.run(upload.append(b"data"))
+        self.run(upload.truncate(0))
+        assert upload.status == UploadStatus(session, 0)
+        with pytest.raises(DigestInvalid):
+            self.run(upload.commit(Digest.of(b"data")))
+        self.run(upload.commit(Digest.of(b"")))
+
     def test_a_session_is_resumed(self, store: HostedStore) -> None:
-        upload = self.run(store.uploads.start(APP, "sha256"))
+        upload = self.run(store.uploads.start(APP, "sha256", "someone"))
         session = upload.status.session
         self.run(upload.append(b"one "))
         with pytest.raises(BlobUploadBusy):
@@ -156,7 +186,7 @@ class HostedStoreSuite(ABC):
         assert self.run(store.blob_size(APP, Digest.of(b"one two"))) == 7
 
     def test_other_bytes_change_nothing(self, store: HostedStore) -> None:
-        upload = self.run(store.uploads.start(APP, "sha256"))
+        upload = self.run(store.uploads.start(APP, "sha256", "someone"))
         self.run(upload.append(b"data"))
         with pytest.raises(DigestInvalid):
             self.run(upload.commit(Digest.of(b"data and more")))
@@ -166,7 +196,7 @@ class HostedStoreSuite(ABC):
         assert self.run(store.blob_size(APP, Digest.of(b"data and more"))) == 13
 
     def test_cancel(self, store: HostedStore) -> None:
-        upload = self.run(store.uploads.start(APP, "sha256"))
+        upload = self.run(store.uploads.start(APP, "sha256", "someone"))
         for _ in range(2):
             self.run(upload.cancel())
         with pytest.raises(BlobUploadUnknown):
