@@ -26,6 +26,8 @@ _ORIGIN = re.compile(r"(https?)://([^/?#@\s]+)")
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 _SITES_OF_OUR_OWN = ("same-origin", "none")  # none: a person typed the URL
 
+_BROWSER_FIELDS = frozenset({"origin", "sec-fetch-site", "referer"})
+
 # PowerShell calls itself Mozilla, but runs no pages.
 _BROWSER = re.compile(r"Mozilla/(?!.*PowerShell)")
 
@@ -78,12 +80,14 @@ class CrossOriginProtection:
         a known initiator. The response gets the CORS fields of its page, if that is one of CORS_ORIGINS.
         """
         headers = request.headers
+        request.security_fields = self._fields
+        if _is_from_program(headers):
+            return
         origin = headers.get("origin")
         cors_fields = self._cors_fields.get(origin) if origin is not None else None
         if cors_fields is not None and len(headers.all("origin")) == 1:
             request.security_fields = cors_fields
             return
-        request.security_fields = self._fields
         initiator = self._initiator(headers, request.host, request.secure)
         is_read = request.method in SAFE_METHODS
         if initiator is Initiator.FOREIGN and not (public and is_read):
@@ -113,6 +117,14 @@ class CrossOriginProtection:
             return Initiator.UNKNOWN
         is_own = referer[0] in self._cors_fields or is_own_origin(referer[0], host, secure=secure)
         return Initiator.TRUSTED if is_own else Initiator.FOREIGN
+
+
+def _is_from_program(headers: Headers) -> bool:
+    """Return whether no browser sent a request. One pass over the fields, because every cached hit takes it."""
+    for name, value in headers:
+        if name in _BROWSER_FIELDS or (name == "user-agent" and value.startswith("Mozilla/")):
+            return False
+    return True
 
 
 def is_preflight(request: Request) -> bool:

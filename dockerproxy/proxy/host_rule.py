@@ -19,6 +19,15 @@ from dockerproxy.oci.names import Host
 _PRIVATE_SUFFIXES = (".local", ".localhost", ".lan", ".internal", ".home.arpa")
 
 
+def is_host(text: str) -> bool:
+    """Return whether `text`, a Host field, is a host name or an address, with or without a port."""
+    try:
+        Host.parse(text)
+    except NameInvalid:
+        return False
+    return True
+
+
 @frozen
 class HostRule:
     """`names` are this server's own, in lower case. `domains` are those of the network that it belongs to.

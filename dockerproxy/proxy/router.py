@@ -11,7 +11,7 @@ from dockerproxy.http.channel import Handler
 from dockerproxy.http.cross_origin import CrossOriginProtection, is_preflight, respond_preflight
 from dockerproxy.http.message import SAFE_METHODS
 from dockerproxy.http.request import ErrorRenderer, Request
-from dockerproxy.proxy.host_rule import HostRule
+from dockerproxy.proxy.host_rule import HostRule, is_host
 
 # A machine needs these before it is set up, and a monitoring system to see that we are alive. They contain no secret,
 # and a set-up must not fail because of the name that leads here.
@@ -28,9 +28,11 @@ class BrowserProtection:
     cross_origin: CrossOriginProtection
 
     def check(self, request: Request) -> None:
-        """Raise `RegistryError` if `request` may be that of a page of another origin and is not allowed to be."""
+        """Set `request.host`. Raise `RegistryError` if the request may be one that a web page may not send."""
+        host = request.host or request.headers.get("host") or ""
+        request.host = host if is_host(host) else ""  # anything else may be a login, which must not be logged
         if not request.secure and request.path not in _FOR_ANY_HOST:
-            self.host_rule.check(request.host)
+            self.host_rule.check(host)
         self.cross_origin.check(request, public=request.path in _PUBLIC_PAGES)
 
 
@@ -48,7 +50,6 @@ class Router:
 
     def handle(self, request: Request) -> Awaitable[None]:
         """Return the awaitable that responds to `request`. Raise `RegistryError`."""
-        request.host = request.host or (request.headers.get("host") or "")
         is_registry = request.path == "/v2" or request.path.startswith("/v2/")
         if is_registry:
             request.error_renderer = self.render_registry_error

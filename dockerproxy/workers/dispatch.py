@@ -21,6 +21,7 @@ from dockerproxy.daemon.listener_service import Listener
 from dockerproxy.errors import RegistryError
 from dockerproxy.http.message import MAX_HEAD, render_head
 from dockerproxy.http.request import PLAIN_TEXT
+from dockerproxy.http.security_fields import SECURITY_FIELDS
 from dockerproxy.http.site import Site
 from dockerproxy.workers.connection_table import ConnectionTable
 
@@ -81,7 +82,7 @@ class ConnectionDispatcher(Factory):
 def _render_refusal(error: RegistryError) -> bytes:
     body = f"{error.message}\n".encode()
     fields = [PLAIN_TEXT, ("Content-Length", str(len(body))), *error.headers, ("Connection", "close")]
-    return render_head(error.status, fields) + body
+    return render_head(error.status, fields, SECURITY_FIELDS) + body
 
 
 class _PendingConnection(Protocol):
