@@ -68,7 +68,7 @@ class AnonymousPull:
     With Basic alone, dockerd cannot do both. It requests `/v2/` once, without a login. If the response is 200, it never
     sends its login; if the response asks for Basic, it pulls nothing without one. The challenge therefore asks for a
     token, which dockerd fetches with its login if it has one. All tokens are our own; each is for one user, or for an
-    anonymous client. Basic is accepted as well.
+    anonymous client. A user's token ends with the password by which it was fetched. Basic is accepted as well.
     """
 
     def __init__(self, htpasswd: HtpasswdFile, realm: str, secret: bytes, clock: Callable[[], float]) -> None:
@@ -82,10 +82,10 @@ class AnonymousPull:
         has_authorization = bool(scheme)
         if scheme.lower() == "bearer":
             user = self._verify_token(token.strip())
-            if user and self._htpasswd.has_user(user):
+            if user:
                 return Principal.of(request, user)
             if user is None:
-                message = "the token has expired, or was not issued by this registry"
+                message = "the token has expired with its time or its password, or was not issued by this registry"
                 raise Unauthorized(message, headers=self._challenge(request, target))
         elif has_authorization:
             challenge = self._challenge(request, target)
@@ -131,22 +131,24 @@ class AnonymousPull:
 
     def _issue_token(self, user: str, now: float) -> str:
         payload = f"{int(now) + _TOKEN_LIFETIME}\n{user}".encode()
-        return urlsafe_b64encode(self._sign(payload) + payload).decode("ascii")
+        return urlsafe_b64encode(self._sign(payload, user) + payload).decode("ascii")
 
     def _verify_token(self, token: str) -> str | None:
-        """Return the user of a token, ``""`` for an anonymous client. Return None if it is invalid or expired."""
+        """Return the user of a token, ``""`` for an anonymous client. Return None if it is invalid or has ended."""
         try:
             data = urlsafe_b64decode(token)
+            signature, payload = data[:32], data[32:]
+            expiry, _, user = payload.decode().partition("\n")
         except ValueError:
             return None
-        signature, payload = data[:32], data[32:]
-        if not hmac.compare_digest(signature, self._sign(payload)):
+        if not hmac.compare_digest(signature, self._sign(payload, user)):
             return None
-        expiry, _, user = payload.decode().partition("\n")
         return user if self._clock() < int(expiry) else None
 
-    def _sign(self, payload: bytes) -> bytes:
-        return hmac.new(self._secret, b"hosted\n" + payload, hashlib.sha256).digest()
+    def _sign(self, payload: bytes, user: str) -> bytes:
+        """Return the signature of a token, which changes with the user's line in the htpasswd file."""
+        password_hash = self._htpasswd.password_hash(user) or b""
+        return hmac.new(self._secret, b"hosted\n" + payload + b"\n" + password_hash, hashlib.sha256).digest()
 
 
 async def _authenticate(htpasswd: HtpasswdFile, request: Request, challenge: FieldList) -> str:

@@ -105,8 +105,12 @@ class HtpasswdFile:
 
     def has_user(self, user: str) -> bool:
         """Return whether this user exists."""
+        return self.password_hash(user) is not None
+
+    def password_hash(self, user: str) -> bytes | None:
+        """Return the hash of the user's password, or None if there is no such user."""
         self._reload_if_changed()
-        return user in self._users
+        return self._users.get(user)
 
     async def check_password(self, credentials: BasicCredentials, client: str) -> bool:
         """Return whether user and password are correct.

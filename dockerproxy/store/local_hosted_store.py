@@ -6,7 +6,6 @@ of a directory or a large file, happen in other threads.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -36,6 +35,9 @@ _BATCH_SIZE = 100  # references that are checked before the reactor runs again
 _MAX_MISSING_LISTED = 10  # missing references that an error message lists
 _MAX_INLINE_MANIFEST = 256 * 1024  # bytes that are hashed in the reactor's thread, in 0.2 ms; most have some KiB
 _MAX_REFERRERS_SIZE = 3 * 1024 * 1024  # bytes of descriptors per index: clients read 4 MiB of a manifest
+
+_MAX_REFERRERS_READ = 2000  # per index, also if their type is not the requested one; it takes 50 ms
+_INDEXED_AT_ONCE = 20  # manifests that are read while others wait for the repository's lock
 
 _PURGE_INTERVAL = 3600.0  # seconds between two searches for stale upload sessions
 _STALE_UPLOAD_AGE = 86400.0  # seconds without a byte after which a session is stale
@@ -317,23 +319,35 @@ class LocalHostedStore:
         if not self._tree.links.has_repository(repository):
             return ReferrersPage([])  # and nothing is remembered for a name that anyone can invent
         if not self._tree.referrers.is_complete(repository):
-            async with self._tree.locks.hold(repository):
-                await in_thread(self._reactor, self._tree.referrers.index_missing, repository)
+            await self._index_referrers(repository)
         return await in_thread(self._reactor, self._list_referrers, repository, subject, artifact_type, after)
+
+    async def _index_referrers(self, repository: Repository) -> None:
+        """Index the manifests that another registry wrote, a few at a time, so that others can push meanwhile."""
+        referrers = self._tree.referrers
+        signature = referrers.signature(repository)
+        missing = await in_thread(self._reactor, referrers.missing, repository)
+        for start in range(0, len(missing), _INDEXED_AT_ONCE):
+            async with self._tree.locks.hold(repository):
+                batch = missing[start : start + _INDEXED_AT_ONCE]
+                await in_thread(self._reactor, referrers.index, repository, batch)
+        referrers.record_complete(repository, signature)
 
     def _list_referrers(
         self, repository: Repository, subject: Digest, artifact_type: str | None, after: str | None
     ) -> ReferrersPage:
         descriptors: list[bytes] = []
         size, last = 0, None
-        for entry, content in self._tree.referrers.list(repository, subject, after):
-            if artifact_type is not None and json.loads(content).get("artifactType") != artifact_type:
-                continue
-            size += len(content)
-            if descriptors and size > _MAX_REFERRERS_SIZE:
-                return ReferrersPage(descriptors, last)
-            descriptors.append(content)
+        entries = self._tree.referrers.list(repository, subject, after, artifact_type)
+        for count, (entry, descriptor) in enumerate(entries, 1):
+            if descriptor is not None:
+                size += len(descriptor)
+                if descriptors and size > _MAX_REFERRERS_SIZE:
+                    return ReferrersPage(descriptors, last)
+                descriptors.append(descriptor)
             last = entry
+            if count == _MAX_REFERRERS_READ:
+                return ReferrersPage(descriptors, last)
         return ReferrersPage(descriptors)
 
 

@@ -32,13 +32,13 @@ class FakeHtpasswd:
     """An htpasswd file with one user: alice, whose password is "wonder"."""
 
     def __init__(self) -> None:
-        self.users = {"alice"}
+        self.users = {"alice": b"hash of wonder"}
 
     async def check_password(self, credentials: BasicCredentials, client: str = "") -> bool:
         return credentials.user in self.users and credentials.password == "wonder"
 
-    def has_user(self, user: str) -> bool:
-        return user in self.users
+    def password_hash(self, user: str) -> bytes | None:
+        return self.users.get(user)
 
 
 def basic_fields(text: str) -> list[tuple[str, str]]:
@@ -148,7 +148,9 @@ class TestAnonymousPull:
         assert (response.status, response.headers["WWW-Authenticate"]) == (401, f'Basic realm="{REALM}"')
         assert client.fetch("POST", "/v2/token", [], b"grant_type=password").status == 405
 
-    @pytest.mark.parametrize("change", ["expired", "altered", "foreign", "empty", "deleted user"])
+    @pytest.mark.parametrize(
+        "change", ["expired", "altered", "foreign", "empty", "not UTF-8", "new password", "deleted user"]
+    )
     def test_invalid_tokens(self, client: Any, clock: Clock, connect: Any, htpasswd: Any, change: str) -> None:
         token = self.token(client, basic_fields("alice:wonder"))
         if change == "expired":
@@ -161,6 +163,10 @@ class TestAnonymousPull:
             )
         elif change == "empty":
             token = ""
+        elif change == "not UTF-8":
+            token = base64.urlsafe_b64encode(b"s" * 32 + b"\xff").decode()
+        elif change == "new password":
+            htpasswd.users["alice"] = b"hash of wonder with another salt"
         else:
             htpasswd.users.clear()
         client = connect(AnonymousPull(htpasswd, REALM, b"s" * 32, clock.seconds), secure=True)

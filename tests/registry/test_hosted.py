@@ -4,12 +4,14 @@ at once."""
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from attrs import define
@@ -27,6 +29,7 @@ from dockerproxy.registry.access_control import AllowAll
 from dockerproxy.registry.api import RegistryAPI
 from dockerproxy.registry.hosted_app import HostedRegistryApp
 from dockerproxy.store import local_hosted_store as module
+from dockerproxy.store import referrers as referrers_module
 from dockerproxy.store.disk_reserve import DiskReserve
 from dockerproxy.store.hosted_tree import HostedTree
 from dockerproxy.store.layout import Layout
@@ -825,6 +828,83 @@ def test_referrers_pagination(registry: RegistryHarness, monkeypatch: pytest.Mon
         assert sorted(digests) == sorted(pushed)
 
 
+def list_types(registry: RegistryHarness, subject: Digest, artifact_type: str) -> tuple[list[str], int]:
+    """Return the referrers of a type, and the number of responses that they took."""
+    digests: list[str] = []
+    responses = 0
+    target = f"/v2/{NAME}/referrers/{subject}?artifactType={artifact_type}"
+    while target:
+        response = registry.request("GET", target)
+        digests += [item["digest"] for item in json.loads(response.body)["manifests"]]
+        target = (response.headers["Link"] or "").partition(">")[0].removeprefix("<")
+        responses += 1
+    return digests, responses
+
+
+def test_a_list_of_one_type_does_not_read_the_others(
+    registry: RegistryHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subject = registry.image("subject")
+    wanted = str(registry.image(seed="wanted", subject=subject_of(subject), artifactType="a/wanted"))
+    for number in range(6):
+        registry.image(
+            seed=f"{number}", subject=subject_of(subject), artifactType=f"a/{number}", annotations={"k": "v" * 5000}
+        )
+    read_bytes = 0
+    read = io.BufferedReader.read
+
+    def count(path: int, *args: Any) -> Any:
+        file = io.BytesIO(os.read(path, 10_000))
+        os.close(path)
+        return Counting(file)
+
+    class Counting(io.BufferedReader):
+        def read(self, size: int | None = -1) -> bytes:
+            nonlocal read_bytes
+            content = read(self, size)
+            read_bytes += len(content)
+            return content
+
+    monkeypatch.setattr(referrers_module, "open", lambda fd, mode: count(fd), raising=False)
+    assert list_types(registry, subject, "a/wanted") == ([wanted], 1)
+    assert 0 < read_bytes < 1000
+    assert list_types(registry, subject, "a/none") == ([], 1)
+    # A response reads a bounded number of them, and its Link leads to the others.
+    monkeypatch.setattr(module, "_MAX_REFERRERS_READ", 3)
+    assert list_types(registry, subject, "a/wanted") == ([wanted], 3)
+
+
+def test_referrers_of_an_earlier_version(registry: RegistryHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = registry.image("subject")
+    signature = registry.image(seed="s", subject=subject_of(subject), artifactType="a/sig", annotations={"k": "ü"})
+    path = Path(registry.store.layout.referrer(NAME, subject, signature))
+    content = path.read_bytes()
+    descriptor = content.partition(b"\n")[2]
+    for artifact_type, expected in (("a/sig", [str(signature)]), ("a/other", [])):
+        path.write_bytes(descriptor)
+        assert list_types(registry, subject, artifact_type)[0] == expected
+        assert path.read_bytes() == content
+    path.write_bytes(descriptor)
+    assert registry.referrers(subject) == [str(signature)]
+
+
+@pytest.mark.parametrize("artifact_type", ["a\nb", "\ud800", "x" * 100_000, '"', "ü"])
+def test_any_artifact_type_is_listed(registry: RegistryHarness, artifact_type: str) -> None:
+    subject = registry.image("subject")
+    signature = registry.image(
+        seed="s", subject=subject_of(subject), artifactType=artifact_type, annotations={"k": "\udfff", "n": 5}
+    )
+    response = registry.request("GET", f"/v2/{NAME}/referrers/{subject}")
+    (descriptor,) = json.loads(response.body)["manifests"]
+    assert descriptor["digest"] == str(signature)
+    assert descriptor["artifactType"] == artifact_type
+    assert descriptor["annotations"] == {"k": "\udfff"}  # image-spec: annotations are strings
+    for other in ("", "null", "a"):
+        assert registry.referrers(subject, f"?artifactType={other}") == []
+    if artifact_type in ('"', "ü"):
+        assert registry.referrers(subject, f"?artifactType={quote(artifact_type)}") == [str(signature)]
+
+
 def test_a_tree_without_our_metadata_is_indexed(registry: RegistryHarness, tmp_path: Path, connect_client: Any) -> None:
     """The tree of another registry has no media types and no referrers; clients kept those under a fallback tag. An
     import may add more."""
@@ -861,7 +941,7 @@ def remove_our_metadata(root: Path) -> None:
 def test_listing_referrers_does_not_scan(registry: RegistryHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     subject = registry.image("subject")
     assert registry.referrers(subject) == []
-    monkeypatch.setattr(Referrers, "index_missing", None)
+    monkeypatch.setattr(Referrers, "missing", None)
     signature = registry.image(seed="signature", subject=subject_of(subject))
     assert registry.referrers(subject) == [str(signature)]
     registry.request("DELETE", f"/v2/{NAME}/manifests/{signature}")

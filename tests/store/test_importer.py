@@ -76,7 +76,7 @@ def test_imports_everything_in_repositories(store: HostedTree, other: HostedTree
     config = Digest.of(b"config1")
     assert os.path.samefile(store.layout.blob(config), other.layout.blob(config))
     # Referrers are found although the source has no referrers index.
-    store.referrers.index_missing(REPOSITORY)
+    store.referrers.index(REPOSITORY, store.referrers.missing(REPOSITORY))
     assert len(list(store.referrers.list(REPOSITORY, BOTH.digest, None))) == 1
 
 
