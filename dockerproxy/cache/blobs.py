@@ -29,7 +29,15 @@ from dockerproxy.cache.upstream import (
     is_denial,
 )
 from dockerproxy.concurrency import SingleFlight
-from dockerproxy.errors import RegistryError, Unauthorized, UpstreamBroken, UpstreamError, UpstreamFailing, is_outage
+from dockerproxy.errors import (
+    RegistryError,
+    Unauthorized,
+    UpstreamBroken,
+    UpstreamFailing,
+    UpstreamTimeout,
+    UpstreamUnreachable,
+    is_outage,
+)
 from dockerproxy.http.headers import Headers
 from dockerproxy.oci.content import BlobResponse
 from dockerproxy.oci.names import Digest
@@ -96,18 +104,20 @@ class CachedBlobs:
     async def _find(self, principal: UpstreamPrincipal, digest: Digest) -> BlobResponse | None:
         """Return the blob; None if the caller should try again.
 
-        That is the case if the blob was evicted during the search, or if a download for another client failed.
+        That is the case if the blob was evicted during the search, or if a download ended.
         """
         visibility = self._visibility(principal, digest)
         granted = visibility is not None and self._is_granted(principal, visibility)
         hit = self._open_stored(digest, "HIT") if granted else None
         if hit is not None:
             return hit
-        download = self.downloads.get(principal.repository.ingest_key(digest))
+        download = await self._wait_for_download(principal, digest)
         if download is not None:
             return await self._join(download, principal, visibility, granted, "JOINED")
         if not self._blobs.exists(digest):
-            return await self._join(self._start_download(principal, digest), principal, visibility, granted, "MISS")
+            download = self._start_download(principal, digest)
+            await self._wait_started(download, principal)
+            return await self._join(download, principal, visibility, granted, "MISS")
         check = partial(self._confirm, digest=digest, proven=visibility is not None)
         status = await self._authorize(principal, visibility, check)
         return self._open_stored(digest, status)
@@ -128,9 +138,7 @@ class CachedBlobs:
         granted: bool,
         cache_status: str,
     ) -> BlobResponse | None:
-        """Return the blob of a download from the principal's registry; None if the caller should try again."""
-        if not await self._wait_started(download, principal):
-            return None
+        """Return the blob of a started download from the principal's registry; None if the caller should try again."""
         # The upstream response for this repository and identity, pending or less than GRANT_TTL seconds old, also
         # decides for this client.
         if granted or download.serves(principal, GRANT_TTL):
@@ -166,6 +174,16 @@ class CachedBlobs:
     ) -> BlobResponse | None:
         content = download.open_reader(principal.repository)
         return None if content is None else BlobResponse(download.digest, download.size, content, cache_status)
+
+    async def _wait_for_download(self, principal: UpstreamPrincipal, digest: Digest) -> BlobDownload | None:
+        """Return the active download from the principal's registry as soon as it has started; None if there is none.
+
+        If downloads of other clients fail, the clients that wait start theirs in the order of their requests.
+        """
+        while (download := self.downloads.get(principal.repository.ingest_key(digest))) is not None:
+            if await self._wait_started(download, principal):
+                return download
+        return None
 
     async def _wait_started(self, download: BlobDownload, principal: UpstreamPrincipal) -> bool:
         """Wait until upstream has begun to send.
@@ -323,8 +341,11 @@ class CachedBlobs:
 
 
 def _is_shared_failure(error: RegistryError) -> bool:
-    """Return whether `error`, which failed a download, would hit all clients of that registry in the same way."""
-    return isinstance(error, UpstreamError) and error.status != 429
+    """Return whether `error`, which failed a download, would hit all clients of that registry in the same way.
+
+    Upstream may have broken off, or failed, only because of one client's credential.
+    """
+    return isinstance(error, UpstreamUnreachable | UpstreamTimeout)
 
 
 async def _verify_and_measure(response: UpstreamResponse, digest: Digest) -> int:

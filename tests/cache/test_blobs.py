@@ -25,6 +25,7 @@ from dockerproxy.oci.names import Digest
 from tests.cache.support.harness import HUB, OTHER, CacheHarness, ManualReader, await_deferred, read_all
 from tests.cache.support.upstream import (
     Gate,
+    ReceivedRequest,
     ScriptedResponse,
     captive_portal,
     disconnect_after,
@@ -237,6 +238,23 @@ def test_denial_of_first_client_does_not_affect_second(harness: CacheHarness) ->
     response.content.close()
 
 
+def test_many_denied_clients_do_not_fail_another(harness: CacheHarness) -> None:
+    """Each of them starts the download in turn, and is refused."""
+    harness.upstream.repository(f"{HUB}/{APP}").readers = {ALICE}
+    gate = Gate()
+    harness.upstream.on("GET", "blobs", gate.delay(respond_with(401)), times=1)
+    denied = [harness.start(harness.blob(DIGEST, authorization=f"Bearer junk{number}")) for number in range(10)]
+    good = harness.start(harness.blob(DIGEST, authorization=ALICE))
+    gate.open()
+    harness.advance(1)
+    for deferred in denied:
+        with pytest.raises(UpstreamRefused):
+            harness.run(await_deferred(deferred))
+    response = harness.run(await_deferred(good))
+    assert harness.run(read_all(response.content)) == DATA
+    response.content.close()
+
+
 @pytest.mark.parametrize("error", [UpstreamUnreachable("gone"), UpstreamFailing("limited", 429)])
 def test_failure_of_one_registry_does_not_affect_another(harness: CacheHarness, error: RegistryError) -> None:
     harness.upstream.repository(f"{OTHER}/{APP}").put_blob(DATA)
@@ -269,16 +287,25 @@ def test_unreachable_registry_is_tried_once(harness: CacheHarness) -> None:
     assert requested_methods(harness) == ["GET"]
 
 
-def test_rate_limit_of_one_client_does_not_affect_another(harness: CacheHarness) -> None:
+@pytest.mark.parametrize(
+    "failure", [respond_with(429), respond_with(500), raise_error(UpstreamBroken("closed the connection"))]
+)
+def test_failure_of_one_client_does_not_affect_another(harness: CacheHarness, failure: Any) -> None:
+    """A client may have caused it by a credential on which upstream breaks off."""
     harness.upstream.repository(f"{HUB}/{APP}").readers = {ALICE, BOB}
     gate = Gate()
-    harness.upstream.on("GET", "blobs", gate.delay(respond_with(429)), times=1)
+    gated = gate.delay(failure)
+
+    def fail_bob(request: ReceivedRequest, data: bytes | None) -> Any:
+        return gated(request, data) if request.requester == BOB else serve_response(request, data)
+
+    harness.upstream.on("GET", "blobs", fail_bob)
     limited = harness.start(harness.blob(DIGEST, authorization=BOB))
     good = harness.start(harness.blob(DIGEST, authorization=ALICE))
     gate.open()
     harness.reactor.run_due_calls()
-    with pytest.raises(UpstreamFailing):
-        harness.run(await_deferred(limited))
+    with pytest.raises(UpstreamError):
+        harness.run(await_deferred(limited), 60)
     response = harness.run(await_deferred(good))
     assert harness.run(read_all(response.content)) == DATA
     response.content.close()
