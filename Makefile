@@ -21,7 +21,7 @@ PIP_INSTALL = -m pip --disable-pip-version-check install --quiet
 EDITABLE = --config-settings editable_mode=compat --editable
 
 .PHONY: help venv run check test lint test-oldest test-conformance test-programs deb test-deb test-vagrant \
-    bench bench-programs profile soak clean
+    bench bench-programs profile soak fuzz clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -87,12 +87,15 @@ profile: venv bench-programs ## sample where the daemon's CPU time goes under lo
 soak: venv bench-programs ## load the daemon for 10 minutes; fail if memory or descriptors grow; MINUTES=N
 	.venv/bin/python -m bench.soak $(if $(MINUTES),--minutes $(MINUTES))
 
+fuzz: .venv-fuzz/made ## fuzz every parser and a running daemon, 10 minutes; MINUTES=N; NAMES="routes live"
+	.venv-fuzz/bin/python -m tests.fuzz $(if $(MINUTES),--minutes $(MINUTES)) $(NAMES)
+
 bench-programs:
 	@tools/apt-install $(foreach pair,$(BENCH_PROGRAMS),'$(pair)')
 	@$(HEADERS)
 
 clean: ## remove all generated files except ./var, which has the cache and the CA
-	rm -rf .venv .venv-oldest .cache build dist *.egg-info .hypothesis _trial_temp* tests.* twisted/plugins/dropin.cache
+	rm -rf .venv .venv-oldest .venv-fuzz .cache build dist *.egg-info .hypothesis _trial_temp* tests.* twisted/plugins/dropin.cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/made: $(METADATA)
@@ -107,4 +110,9 @@ clean: ## remove all generated files except ./var, which has the cache and the C
 .venv-oldest/made: $(METADATA) Makefile
 	@PYTHON=$(PYTHON) tools/make-venv .venv-oldest
 	.venv-oldest/bin/python $(PIP_INSTALL) $(EDITABLE) . pytest hypothesis $(OLDEST)
+	@touch $@
+
+.venv-fuzz/made: $(METADATA) Makefile
+	@PYTHON=$(PYTHON) tools/make-venv .venv-fuzz
+	.venv-fuzz/bin/python $(PIP_INSTALL) $(EDITABLE) . pytest atheris
 	@touch $@

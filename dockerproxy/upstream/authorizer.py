@@ -236,7 +236,7 @@ def remaining_lifetime(payload: Mapping[str, Any], now: float) -> float:
     lifetime = payload.get("expires_in")
     if isinstance(lifetime, bool) or not isinstance(lifetime, (int, float)) or not 0 < lifetime < float("inf"):
         lifetime = _DEFAULT_LIFETIME
-    lifetime = min(float(lifetime), _MAX_LIFETIME)
+    lifetime = float(min(lifetime, _MAX_LIFETIME))  # in this order: an integer may be too large for a float
     issued_at = _parse_timestamp(payload.get("issued_at"))
     age = 0.0 if issued_at is None else now - issued_at
     return lifetime - age if 0 < age < lifetime else lifetime
