@@ -42,6 +42,8 @@ from dockerproxy.net.own_addresses import is_own_address
 from dockerproxy.net.resolver import NameResolver
 from dockerproxy.oci.names import Digest
 from dockerproxy.proxy.authority import CertificateAuthority
+from dockerproxy.proxy.certificate_file import CertificateFile
+from dockerproxy.proxy.certificates import Certificates
 from dockerproxy.proxy.direct import DirectRequestHandler
 from dockerproxy.proxy.forward_proxy import ForwardProxy, Interception
 from dockerproxy.proxy.host_rule import HostRule
@@ -141,6 +143,7 @@ class ProxyServer:
     browser_protection: BrowserProtection
     hosted_app: HostedRegistryApp
     proxy_login: ProxyLogin
+    certificates: Certificates
     hosted_tree: HostedTree
     pools: ThreadPools
     bounds: Sequence[Bound]
@@ -158,6 +161,7 @@ class ProxyServer:
         self.browser_protection.host_rule = build_host_rule(settings)
         self.browser_protection.cross_origin.set_cors_origins(settings.cors_origins)
         self.proxy_login.users = proxy_users
+        self.certificates.check_files()
         self.registries.update(settings)
         self.authorizer.set_logins(settings.auth_registries)
         self.pull_through.challenges.restore(settings.registries)
@@ -178,12 +182,11 @@ class ProxyServer:
         }
 
 
-def build_server(
-    reactor: Any, settings: Settings, authority: CertificateAuthority, shared: SharedServices
-) -> ProxyServer:
+def build_server(reactor: Any, settings: Settings, certificates: Certificates, shared: SharedServices) -> ProxyServer:
     """Build the server. Raise `SettingsError`, `HtpasswdError` or OSError."""
     reactor.suggestThreadPoolSize(_DISK_THREADS)
     pools = ThreadPools.start(reactor, settings.workers)
+    authority = certificates.authority
     policy = Policy(
         settings.allow_clients, settings.tunnel_ports, settings.tunnel_allow, settings.tunnel_deny, is_own_address
     )
@@ -207,7 +210,8 @@ def build_server(
     hosted_names = frozenset(settings.registry_hostname)
     registries_for = partial(NamespacedRegistries, hosted_app, login.guard(mirror.handle), hosted_names)
     pages_for = partial(builtin_endpoints, authority.certificate_pem, metrics_handler)
-    proxy_router = Router(registries_for(mirror_by_default=True).handle, pages_for(), browser_protection, respond_error)
+    proxy_pages = pages_for(proxy_port(settings), on_proxy_port=True)
+    proxy_router = Router(registries_for(mirror_by_default=True).handle, proxy_pages, browser_protection, respond_error)
     registry_router = Router(
         registries_for(mirror_by_default=False).handle,
         pages_for(proxy_port(settings)),
@@ -227,6 +231,7 @@ def build_server(
         local=proxy_router.handle,
         hosted=direct_listener.handle,
         hosted_names=hosted_names,
+        hosted_context_for=partial(authority.own_context_for, file=certificates.registry_file),
         registry_ports=listening_ports(settings.registry_listen, 443),
         registry_http_ports=listening_ports(settings.registry_http_listen, 80),
         timeouts=TunnelTimeouts(
@@ -237,7 +242,8 @@ def build_server(
         transfers=transfers,
         on_request_finished=on_finished,
     )
-    listeners = build_listeners(reactor, settings, forward_proxy, direct_listener, authority, on_finished)
+    certificates.watch_files(reactor)
+    listeners = build_listeners(reactor, settings, forward_proxy, direct_listener, certificates, on_finished)
     return ProxyServer(
         listeners,
         transfers,
@@ -247,6 +253,7 @@ def build_server(
         browser_protection,
         hosted_app,
         login,
+        certificates,
         hosted_tree,
         pools,
         [
@@ -262,14 +269,19 @@ def build_server(
     )
 
 
-def open_authority(settings: Settings) -> CertificateAuthority:
-    """Load the CA, or create it if there is none. Raise `AuthorityError` or OSError."""
-    return CertificateAuthority.open(
+def open_certificates(settings: Settings) -> Certificates:
+    """Load the CA, or create it if there is none, and the certificates in files. Raise `AuthorityError` or OSError."""
+    authority = CertificateAuthority.open(
         settings.ca_dir,
         certificate_file=settings.ca_crt_file,
         key_file=settings.ca_key_file,
         passphrase=settings.ca_key_passphrase,
         clock=time.time,
+    )
+    return Certificates(
+        authority,
+        CertificateFile.open(settings.registry_crt_file, settings.registry_key_file, "REGISTRY", time.time),
+        CertificateFile.open(settings.proxy_crt_file, settings.proxy_key_file, "PROXY", time.time),
     )
 
 
@@ -441,23 +453,29 @@ def build_listeners(
     settings: Settings,
     forward_proxy: ForwardProxy,
     direct_listener: DirectRequestHandler,
-    authority: CertificateAuthority,
+    certificates: Certificates,
     on_finished: OnRequestFinished,
 ) -> list[Listener]:
     """Build the configured listeners, which are not open yet. `on_finished` is called after each request."""
 
-    def handle(request: Request) -> Awaitable[None]:
-        return forward_proxy.handle(proxy_site, request)
-
-    certificates = authority.sni_context(frozenset(settings.registry_hostname))
     make_site = partial(build_site, reactor, settings, on_finished=on_finished)
-    proxy_site = make_site(handle)
-    tls_site = make_site(direct_listener.handle, tls=lambda: certificates)
-    plain_site = make_site(direct_listener.handle)
+
+    def make_proxy_site(tls: Callable[[], ServerContext] | None = None) -> Site:
+        def handle(request: Request) -> Awaitable[None]:
+            return forward_proxy.handle(site, request)
+
+        site = make_site(handle, tls=tls)
+        return site
+
+    authority, registry_names = certificates.authority, frozenset(settings.registry_hostname)
+    registry_tls = authority.sni_context("REGISTRY_LISTEN", registry_names, certificates.registry_file)
+    proxy_names = registry_names | LocalNames.read().names
+    proxy_tls = authority.sni_context("PROXY_TLS_LISTEN", proxy_names, certificates.proxy_file)
     return [
-        Listener("PROXY_LISTEN", settings.proxy_listen, proxy_site),
-        Listener("REGISTRY_LISTEN", settings.registry_listen, tls_site),
-        Listener("REGISTRY_HTTP_LISTEN", settings.registry_http_listen, plain_site),
+        Listener("PROXY_LISTEN", settings.proxy_listen, make_proxy_site()),
+        Listener("PROXY_TLS_LISTEN", settings.proxy_tls_listen, make_proxy_site(lambda: proxy_tls)),
+        Listener("REGISTRY_LISTEN", settings.registry_listen, make_site(direct_listener.handle, lambda: registry_tls)),
+        Listener("REGISTRY_HTTP_LISTEN", settings.registry_http_listen, make_site(direct_listener.handle)),
     ]
 
 
@@ -465,8 +483,9 @@ def build_site(
     reactor: Any,
     settings: Settings,
     handler: Handler,
-    on_finished: OnRequestFinished,
     tls: Callable[[], ServerContext] | None = None,
+    *,
+    on_finished: OnRequestFinished,
 ) -> Site:
     """Build a site that passes its requests to `handler`. `tls`, if given, returns the TLS context of a connection."""
     timeouts = ServerTimeouts(

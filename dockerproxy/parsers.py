@@ -125,6 +125,11 @@ def endpoints(text: str) -> tuple[str, ...]:
     """Split Twisted endpoint descriptions at spaces. Check only their form; listening finds the other errors."""
     descriptions = tuple(text.split())
     for word in descriptions:
+        if word.startswith("ssl:"):
+            raise ValueError(
+                f"{redacted_repr(word)} cannot be used; for TLS to the proxy write tcp:PORT in PROXY_TLS_LISTEN, and "
+                "REGISTRY_LISTEN has TLS already"
+            )
         match = _ENDPOINT.fullmatch(word)
         if match is None or int(match["port"] or 0) > _MAX_PORT:
             raise ValueError(

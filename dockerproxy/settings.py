@@ -69,6 +69,10 @@ class Settings:
     ca_crt_file: Path | None = _setting(parsers.path)
     ca_key_file: Path | None = _setting(parsers.path)
     ca_key_passphrase: str | None = _setting(str, repr=False)
+    registry_crt_file: Path | None = _setting(parsers.path)
+    registry_key_file: Path | None = _setting(parsers.path)
+    proxy_crt_file: Path | None = _setting(parsers.path)
+    proxy_key_file: Path | None = _setting(parsers.path)
     keepalive_timeout: float = _setting(parsers.duration, "300s")
     client_header_timeout: float = _setting(parsers.positive_duration, "60s")
     client_body_timeout: float = _setting(parsers.positive_duration, "60s")
@@ -88,6 +92,7 @@ class Settings:
     ca_dir: Path = _derived()
     runtime_dir: Path = _derived()
     proxy_listen: tuple[str, ...] = _setting(parsers.endpoints, "tcp:3128")
+    proxy_tls_listen: tuple[str, ...] = _setting(parsers.optional_endpoints, "none")
     registry_listen: tuple[str, ...] = _setting(parsers.optional_endpoints, "tcp:5443")
     registry_http_listen: tuple[str, ...] = _setting(parsers.optional_endpoints, "none")
     registry_hostname: tuple[str, ...] = _setting(parsers.host_names, "docker-registry.local")
@@ -135,10 +140,13 @@ class Settings:
             *_typo_warnings(file, _variable_names(cls)),
             *_override_warnings(env, file, _variable_names(cls)),
         )
-        for present, missing in (("CA_CRT_FILE", "CA_KEY_FILE"), ("CA_KEY_FILE", "CA_CRT_FILE")):
-            if attributes[present.lower()] is not None and attributes[missing.lower()] is None:
+        for prefix in ("CA", "REGISTRY", "PROXY"):
+            pair = [f"{prefix}_CRT_FILE", f"{prefix}_KEY_FILE"]
+            is_set = [attributes[name.lower()] is not None for name in pair]
+            if any(is_set) and not all(is_set):
+                present, missing = pair if is_set[0] else reversed(pair)
                 raise SettingsError(
-                    f"{present} is set and {missing} is not; set both CA_CRT_FILE and CA_KEY_FILE, or neither."
+                    f"{present} is set and {missing} is not; set both {' and '.join(pair)}, or neither."
                 )
         return cls(**attributes)
 

@@ -17,7 +17,7 @@ from dockerproxy.admin.control import Control, DebugReport
 from dockerproxy.admin.deletion import Deleter
 from dockerproxy.admin.operations import Operations
 from dockerproxy.admin.resolver import CACHED, HOSTED, ImageResolver, StoreView
-from dockerproxy.app import ProxyServer, build_server, build_site, log_access, open_authority
+from dockerproxy.app import ProxyServer, build_server, build_site, log_access, open_certificates
 from dockerproxy.cache.identity import Bindings
 from dockerproxy.cache.janitor import Janitor
 from dockerproxy.cache.space import CacheSpaceManager
@@ -81,14 +81,15 @@ def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifi
     configuration = read()
     settings = configuration.settings
     state = StateDirectory.open(settings.cache_dir, settings.registry_dir)  # first, because another daemon may run
-    authority = open_authority(settings)
+    certificates = open_certificates(settings)
+    authority = certificates.authority
     for warning in (*settings.warnings, *state.warnings, *authority.warnings):
         log.warn("{warning}", warning=warning)
     cache_space = build_cache_space(reactor, settings, state)
     shared_state, bindings = SharedState(cache_space), Bindings()
-    forked_state = ForkedState.create(reactor, configuration, state, authority)
+    forked_state = ForkedState.create(reactor, configuration, state, certificates)
     shared = forked_state.shared_services(0, LocalCoordinator(shared_state), bindings)
-    server = build_server(reactor, settings, authority, shared)
+    server = build_server(reactor, settings, certificates, shared)
     workers = build_workers(reactor, forked_state, settings, server, shared_state, bindings, twistd_options)
     listener_service = build_listener_service(reactor, server, workers)
     apply = partial(apply_configuration, server, workers.supervisor)
@@ -274,7 +275,7 @@ def build_control_socket(
         ca_fingerprint,
         time.time,
     )
-    site = build_site(reactor, settings, control.handle, log_access)
+    site = build_site(reactor, settings, control.handle, on_finished=log_access)
     return ControlSocket(reactor, settings.runtime_dir / "control.sock", site)
 
 

@@ -93,6 +93,9 @@ def test_defaults_are_the_documented_ones(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert (defaults.share_auth_registries, defaults.anonymous_pull, defaults.htpasswd_file) == (True, False, None)
     assert defaults.proxy_htpasswd_file is None
     assert (defaults.max_uploads, defaults.max_uploads_per_client) == (10_000, 3_000)
+    assert defaults.proxy_tls_listen == ()
+    assert defaults.registry_crt_file is defaults.registry_key_file is None
+    assert defaults.proxy_crt_file is defaults.proxy_key_file is None
     assert 1 <= defaults.workers <= 8
     assert defaults.log_format == "text"
     assert defaults.warnings == ()
@@ -498,6 +501,12 @@ INVALID = [
     ("PROXY_LISTEN", "tcp:3128 tcp:http", "'tcp:http' is not an endpoint"),
     ("PROXY_LISTEN", "tcp:70000", "'tcp:70000' is not an endpoint"),
     ("PROXY_LISTEN", "none", "'none' is not an endpoint"),
+    (
+        "PROXY_LISTEN",
+        "ssl:3128:privateKey=k.pem:certKey=c.pem",
+        "for TLS to the proxy write tcp:PORT in PROXY_TLS_LISTEN",
+    ),
+    ("REGISTRY_LISTEN", "ssl:5443", "REGISTRY_LISTEN has TLS already"),
     ("REGISTRY_HOSTNAME", "a_b/c", "'a_b/c' is not a host name"),
     ("REGISTRY_HOSTNAME", "a.test:443", "'a.test:443' has a port; use the host name only"),
     ("UPSTREAM_ADDRESSES", "a.test", "'a.test' is not host=address:port"),
@@ -540,6 +549,16 @@ INVALID = [
     ("CA_KEY_PASSPHRASE", "\udce4SECRET", "is not UTF-8 text"),
     ("CA_CRT_FILE", "/etc/ca.crt", "is set and CA_KEY_FILE is not; set both CA_CRT_FILE and CA_KEY_FILE, or neither"),
     ("CA_KEY_FILE", "/etc/ca.key", "is set and CA_CRT_FILE is not"),
+    (
+        "REGISTRY_CRT_FILE",
+        "/etc/a.crt",
+        "is set and REGISTRY_KEY_FILE is not; set both REGISTRY_CRT_FILE and REGISTRY_KEY_FILE, or neither",
+    ),
+    ("REGISTRY_KEY_FILE", "/etc/a.key", "is set and REGISTRY_CRT_FILE is not"),
+    ("PROXY_CRT_FILE", "/etc/a.crt", "is set and PROXY_KEY_FILE is not"),
+    ("PROXY_KEY_FILE", "/etc/a.key", "is set and PROXY_CRT_FILE is not"),
+    ("PROXY_TLS_LISTEN", "3129", "'3129' is not an endpoint such as tcp:3128"),
+    ("PROXY_TLS_LISTEN", "ssl:3129", "write tcp:PORT in PROXY_TLS_LISTEN"),
 ]
 
 

@@ -26,10 +26,13 @@ Docker hosts use this as their HTTP and HTTPS proxy; images are served from its 
 """
 
 
-def builtin_endpoints(certificate_pem: bytes, metrics: Handler, proxy_port: int | None = None) -> dict[str, Handler]:
+def builtin_endpoints(
+    certificate_pem: bytes, metrics: Handler, proxy_port: int | None = None, *, on_proxy_port: bool = False
+) -> dict[str, Handler]:
     """Return the handlers of GET by path. `metrics` handles `/metrics`.
 
-    `proxy_port` is the proxy's port if these endpoints are served on another port.
+    `proxy_port` is the proxy's port without TLS. With `on_proxy_port` a request without TLS came to it, maybe under
+    another number (port forwarding), which then counts.
     """
 
     async def welcome(request: Request) -> None:
@@ -45,7 +48,8 @@ def builtin_endpoints(certificate_pem: bytes, metrics: Handler, proxy_port: int 
         request.respond(200, fields, certificate_pem)
 
     async def setup(request: Request) -> None:
-        script = setup_script(_base_url(request, proxy_port)).encode()
+        same_port = on_proxy_port and not request.secure
+        script = setup_script(_base_url(request, None if same_port else proxy_port)).encode()
         request.respond(200, [("Content-Type", "text/x-shellscript; charset=utf-8"), _NO_STORE], script)
 
     async def health(request: Request) -> None:

@@ -13,6 +13,7 @@ from OpenSSL import SSL
 from twisted.internet.interfaces import IHandshakeListener, IProtocol
 from twisted.internet.main import CONNECTION_DONE, CONNECTION_LOST
 
+from dockerproxy.http.nested_tls import open_inner_socket
 from dockerproxy.http.transport import READ_SIZE, RECORD_SIZE, SocketTransport, TransportState
 
 # Sent to a client that speaks plain HTTP on a TLS port. Go's net/http sends the same text, which users know.
@@ -311,11 +312,14 @@ def _redirected(descriptor: int, target: int) -> Iterator[None]:
 
 
 def upgrade_to_tls(transport: SocketTransport, context: ServerContext, protocol: IProtocol, received: bytes) -> None:
-    """Start TLS as the server on a plain transport and attach `protocol`.
+    """Start TLS as the server on `transport`, maybe within its TLS, and attach `protocol`.
 
     `received` holds bytes of the TLS stream that were already read from the socket. A client may send its ClientHello
     without waiting for the response to CONNECT.
     """
+    if isinstance(transport, TLSTransport):
+        TLSTransport.server(transport.reactor, open_inner_socket(transport, received), context).set_protocol(protocol)
+        return
     reactor, tcp, pending = transport.detach()
     TLSTransport.server(reactor, tcp, context, pending, received).set_protocol(protocol)
 

@@ -13,12 +13,13 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
-from OpenSSL import SSL, crypto
+from OpenSSL import SSL
 from twisted.logger import Logger
 
 from dockerproxy.errors import NameInvalid
-from dockerproxy.http.tls import ServerContext, set_mode
+from dockerproxy.http.tls import ServerContext
 from dockerproxy.oci.names import Host
+from dockerproxy.proxy.certificate_file import CertificateFile
 from dockerproxy.proxy.issuer import (
     BACKDATE,
     DAY,
@@ -30,16 +31,14 @@ from dockerproxy.proxy.issuer import (
     to_datetime,
 )
 from dockerproxy.proxy.local_ca import load_or_create_issuer
+from dockerproxy.proxy.tls_contexts import make_context, use_certificate
 
 __all__ = ["AuthorityError", "CertificateAuthority"]
 
 _LEAF_LIFETIME = 90 * DAY
 _MAX_CONTEXTS = 1000
+_SNI_LISTENERS = ("REGISTRY_LISTEN", "PROXY_TLS_LISTEN")
 _MAX_COMMON_NAME = 64  # characters, X.520's ub-common-name
-
-# For TLS 1.2, with EC keys only. The client's order applies, because the client knows whether its processor has AES.
-_CIPHERS = b"ECDHE-ECDSA-AES128-GCM-SHA256:ECDHE-ECDSA-AES256-GCM-SHA384:ECDHE-ECDSA-CHACHA20-POLY1305"
-
 
 log = Logger()
 
@@ -70,8 +69,10 @@ class CertificateAuthority:
         init=False, repr=False, factory=lambda: ec.generate_private_key(ec.SECP256R1())
     )
     _leaves: OrderedDict[Host, _Leaf] = field(init=False, repr=False, factory=OrderedDict)
-    _ticket_context: SSL.Context = field(init=False, repr=False, factory=lambda: _base_context())
-    _sni_context: SSL.Context = field(init=False, repr=False, factory=lambda: _base_context())
+    _ticket_context: SSL.Context = field(init=False, repr=False, factory=lambda: make_context())
+    _sni_contexts: dict[str, SSL.Context] = field(
+        init=False, repr=False, factory=lambda: {listener: make_context() for listener in _SNI_LISTENERS}
+    )
 
     @classmethod
     def open(
@@ -126,27 +127,47 @@ class CertificateAuthority:
         self._leaves.move_to_end(host)
         return leaf.context
 
-    def sni_context(self, names: Container[str]) -> ServerContext:
-        """Return a server context that selects the leaf by the server name (SNI) of each client. Call this only once.
+    def own_context_for(self, name: str, file: CertificateFile | None) -> ServerContext:
+        """Return the server context for a name or address of this server: that of `file` if it covers the name.
 
-        If the name is in `names` or ``localhost``, the client gets the leaf for that name. Otherwise it gets the leaf
-        for the local address of its connection, which must be a socket. Clients that connect to an IP address send no
-        name. A session can be resumed under any of the names, because OpenSSL resumes it before it looks at the name.
-        This is harmless because all the names belong to one server.
+        Raise as `context_for` does.
         """
+        if file is not None and file.covers(name):
+            return ServerContext(self._ticket_context, file.context)
+        return self.context_for(name)
+
+    def sni_context(self, listener: str, names: Container[str], file: CertificateFile | None = None) -> ServerContext:
+        """Return a server context that selects the certificate by the server name (SNI) of each client.
+
+        `listener` is the setting of the listener that uses it, ``REGISTRY_LISTEN`` or ``PROXY_TLS_LISTEN``.
+
+        If the name is in `names` or ``localhost``, the client gets the certificate for that name. Otherwise it gets the
+        one for the local address of its connection, which must be a socket. Clients that connect to an IP address send
+        no name. The certificate in `file` is used for everything that it covers, and for all other names.
+
+        A session can be resumed under any of the names, because OpenSSL resumes it before it looks at the name. This is
+        harmless because all the names belong to one server.
+        """
+
+        def select(name: str, address: str) -> ServerContext:
+            if name in names or name == "localhost" or (file is not None and file.covers(name)):
+                return self.own_context_for(name, file)
+            if name and file is not None:
+                return ServerContext(self._ticket_context, file.context)
+            return self.own_context_for(address, file)
 
         def select_certificate(connection: SSL.Connection) -> None:
             server_name = connection.get_servername()
             name = server_name.decode("ascii", "replace").lower() if server_name is not None else ""
-            is_known_name = name in names or name == "localhost"
             try:
-                self.context_for(name if is_known_name else _local_address(connection)).apply_to(connection)
+                select(name, _local_address(connection)).apply_to(connection)
             except (AuthorityError, NameInvalid) as error:
                 # Without a certificate the handshake fails. Nothing more can be reported to the client.
                 log.error("cannot issue a certificate, so a client's TLS handshake fails: {reason}", reason=str(error))
 
-        self._sni_context.set_tlsext_servername_callback(select_certificate)
-        return ServerContext(self._sni_context)
+        context = self._sni_contexts[listener]
+        context.set_tlsext_servername_callback(select_certificate)
+        return ServerContext(context)
 
     def _issue_leaf(self, host: Host, now: float) -> _Leaf:
         issuer = self._issuer
@@ -201,23 +222,10 @@ def _authority_key_identifier(issuer: x509.Certificate) -> x509.AuthorityKeyIden
 def _certificate_context(
     host: Host, certificate: x509.Certificate, key: ec.EllipticCurvePrivateKey, sent: Sequence[x509.Certificate]
 ) -> SSL.Context:
-    context = _base_context()
+    context = make_context()
     # A hash, because OpenSSL accepts at most 32 bytes. Certificates and sessions do not depend on the port.
     context.set_session_id(hashlib.sha256(host.name.encode()).digest())
-    _use_certificate(context, certificate, key, sent)
-    return context
-
-
-def _base_context() -> SSL.Context:
-    context = SSL.Context(SSL.TLS_SERVER_METHOD)
-    context.set_min_proto_version(SSL.TLS1_2_VERSION)
-    context.set_cipher_list(_CIPHERS)
-    context.set_options(SSL.OP_NO_COMPRESSION | SSL.OP_NO_RENEGOTIATION)
-    set_mode(context)
-    # Sessions are resumed by tickets, which clients store. The server-side cache would serve no client in use today.
-    context.set_session_cache_mode(SSL.SESS_CACHE_OFF)
-    context.set_session_id(b"docker-registry-proxy")
-    context.set_alpn_select_callback(_select_alpn)
+    use_certificate(context, certificate, key, sent)
     return context
 
 
@@ -227,28 +235,3 @@ def _local_address(connection: SSL.Connection) -> str:
     address = ipaddress.ip_address(host.partition("%")[0])
     mapped = getattr(address, "ipv4_mapped", None)
     return str(mapped or address)
-
-
-def _use_certificate(
-    context: SSL.Context,
-    certificate: x509.Certificate,
-    key: ec.EllipticCurvePrivateKey,
-    sent: Sequence[x509.Certificate],
-) -> None:
-    """Load key, certificate and chain into `context`, with the types that this pyOpenSSL accepts without a warning."""
-    try:
-        context.use_certificate(certificate)
-    except TypeError:  # pyOpenSSL < 24.3 accepts only its own wrappers; later versions deprecate them
-        context.use_certificate(crypto.X509.from_cryptography(certificate))  # noqa: TID251
-        context.use_privatekey(crypto.PKey.from_cryptography_key(key))
-        for intermediate in sent:
-            context.add_extra_chain_cert(crypto.X509.from_cryptography(intermediate))  # noqa: TID251
-    else:
-        context.use_privatekey(key)
-        for intermediate in sent:
-            context.add_extra_chain_cert(intermediate)
-
-
-def _select_alpn(connection: SSL.Connection, client_protocols: list[bytes]) -> bytes | SSL._NoOverlappingProtocols:
-    # Without an overlap continue without ALPN, because a client that offers only h2 still speaks HTTP/1.1.
-    return b"http/1.1" if b"http/1.1" in client_protocols else SSL.NO_OVERLAPPING_PROTOCOLS

@@ -83,7 +83,8 @@ class ForwardProxy:
     """Handles the requests of the proxy port.
 
     `local` handles requests for this port itself. `hosted` handles requests for one of `hosted_names`, as the listeners
-    of the hosted registry would handle them without the proxy. `registry_ports` are the ports of its listeners with
+    of the hosted registry would handle them without the proxy; `hosted_context_for` returns its TLS context for a name
+    or address. `registry_ports` are the ports of its listeners with
     TLS, and `registry_http_ports` those without. A client that asks for one of them at an address of this machine is
     served here, because TUNNEL_DENY forbids connections to such addresses.
     """
@@ -97,6 +98,7 @@ class ForwardProxy:
     local: Handler
     hosted: Handler
     hosted_names: frozenset[str]
+    hosted_context_for: Callable[[str], ServerContext]
     registry_ports: frozenset[int]
     registry_http_ports: frozenset[int]
     timeouts: TunnelTimeouts
@@ -122,10 +124,11 @@ class ForwardProxy:
         await self.login.check(request)
         registry = self.interception.registries.get(host)
         if registry is not None:
-            self._intercept(site, request, host.name, partial(self.interception.handle, registry))
+            context = self.interception.context_for(host.name)
+            self._intercept(site, request, context, partial(self.interception.handle, registry))
             return
         if host.name in self.hosted_names:
-            self._intercept(site, request, host.name, self.hosted)
+            self._intercept(site, request, self.hosted_context_for(host.name), self.hosted)
             return
         self.policy.check_port(host)
         try:
@@ -135,10 +138,9 @@ class ForwardProxy:
             if host.port not in self.registry_ports:
                 raise
             # Not for `host`: anyone's name may lead here, and a certificate would make our content that name's.
-            self._intercept(site, request, denied.address, self.hosted)
+            self._intercept(site, request, self.hosted_context_for(denied.address), self.hosted)
 
-    def _intercept(self, site: Site, request: Request, name: str, handler: Handler) -> None:
-        context = self.interception.context_for(name)
+    def _intercept(self, site: Site, request: Request, context: ServerContext, handler: Handler) -> None:
         if request.proxy_user is not None:
             handler = partial(_handle_as, request.proxy_user, self.login.guard(handler))
         transport, received = request.detach()

@@ -50,22 +50,22 @@ class Issuer:
     @property
     def trusted(self) -> x509.Certificate:
         """The certificate that clients must trust: the self-signed root if the path reaches one, else the issuer."""
-        return self.path[-1] if _is_self_signed(self.path[-1]) else self.certificate
+        return self.path[-1] if is_self_signed(self.path[-1]) else self.certificate
 
     @property
     def sent(self) -> tuple[x509.Certificate, ...]:
         """The certificates sent with a leaf: the path without its root, which clients either have or do not trust."""
-        return tuple(certificate for certificate in self.path if not _is_self_signed(certificate))
+        return tuple(certificate for certificate in self.path if not is_self_signed(certificate))
 
     @property
     def not_before(self) -> float:
         """The time from which all certificates of the path are valid."""
-        return max(_validity(certificate)[0] for certificate in self.path)
+        return max(validity(certificate)[0] for certificate in self.path)
 
     @property
     def not_after(self) -> float:
         """The time at which the first certificate of the path expires."""
-        return min(_validity(certificate)[1] for certificate in self.path)
+        return min(validity(certificate)[1] for certificate in self.path)
 
     def with_warning(self, message: str) -> Issuer:
         """Return a copy of this issuer with one more warning."""
@@ -81,6 +81,7 @@ class IssuerFiles:
     key: Path
     key_setting: str
     expiry_hint: str = ""
+    passphrase_setting: str | None = "CA_KEY_PASSPHRASE"
 
 
 def load_configured_issuer(certificate_file: Path, key_file: Path, passphrase: str | None, now: float) -> Issuer:
@@ -96,14 +97,14 @@ def load_configured_issuer(certificate_file: Path, key_file: Path, passphrase: s
 
 def load_issuer(files: IssuerFiles, passphrase: str | None, now: float) -> Issuer:
     """Load the issuer from `files`. Raise `AuthorityError` if it is not usable at `now`."""
-    certificates = _load_certificates(files)
+    certificates = load_certificates(files)
     key, warnings = load_key(files, passphrase)
-    if _spki(certificates[0].public_key()) != _spki(key.public_key()):
+    if not public_key_matches(certificates[0], key):
         raise AuthorityError(
             f"{files.key_setting}: {files.key} is not the key of the certificate in {files.certificate}"
         )
     _check_can_sign(files, certificates[0])
-    issuer = Issuer(key, _build_path(certificates), warnings)
+    issuer = Issuer(key, build_path(certificates), warnings)
     _check_validity(files, issuer.path, now)
     prefix = f"{files.certificate_setting}: {files.certificate}"
     unused = len(certificates) - len(issuer.path)
@@ -123,7 +124,9 @@ def load_key(files: IssuerFiles, passphrase: str | None) -> tuple[IssuerKey, tup
     prefix = f"{files.key_setting}: {files.key}"
     encrypted = b"ENCRYPTED" in content  # in the label of PKCS #8, in the Proc-Type header of the older formats
     if encrypted and not passphrase:
-        raise AuthorityError(f"{prefix} is encrypted, but CA_KEY_PASSPHRASE is not set")
+        if files.passphrase_setting is None:
+            raise AuthorityError(f"{prefix} is encrypted; it must be readable without a passphrase")
+        raise AuthorityError(f"{prefix} is encrypted, but {files.passphrase_setting} is not set")
     try:
         key = serialization.load_pem_private_key(content, passphrase.encode() if passphrase and encrypted else None)
     except (ValueError, TypeError, UnsupportedAlgorithm):
@@ -183,7 +186,8 @@ def _read(path: Path, setting: str) -> bytes:
         raise AuthorityError(f"{setting}: {path} cannot be read: {error.strerror}") from error
 
 
-def _load_certificates(files: IssuerFiles) -> list[x509.Certificate]:
+def load_certificates(files: IssuerFiles) -> list[x509.Certificate]:
+    """Return the certificates in the certificate file of `files`, at least one. Raise `AuthorityError`."""
     content = _read(files.certificate, files.certificate_setting)
     try:
         certificates = x509.load_pem_x509_certificates(content)
@@ -207,7 +211,7 @@ def _check_can_sign(files: IssuerFiles, issuer: x509.Certificate) -> None:
 
 def _check_validity(files: IssuerFiles, path: Sequence[x509.Certificate], now: float) -> None:
     for certificate in path:
-        not_before, not_after = _validity(certificate)
+        not_before, not_after = validity(certificate)
         description = (
             "the certificate" if certificate is path[0] else f"the issuer {certificate.subject.rfc4514_string()!r}"
         )
@@ -219,10 +223,10 @@ def _check_validity(files: IssuerFiles, path: Sequence[x509.Certificate], now: f
             raise AuthorityError(f"{prefix} is not valid before {start}; is this machine's clock right?")
 
 
-def _build_path(certificates: Sequence[x509.Certificate]) -> tuple[x509.Certificate, ...]:
+def build_path(certificates: Sequence[x509.Certificate]) -> tuple[x509.Certificate, ...]:
     """Return the first certificate and the ones above it, in order. The file may have them in any order."""
     path, candidates = [certificates[0]], list(certificates[1:])
-    while not _is_self_signed(path[-1]):
+    while not is_self_signed(path[-1]):
         issuer = next((certificate for certificate in candidates if _has_issued(certificate, path[-1])), None)
         if issuer is None:
             break
@@ -239,16 +243,23 @@ def _has_issued(issuer: x509.Certificate, certificate: x509.Certificate) -> bool
     return True
 
 
-def _is_self_signed(certificate: x509.Certificate) -> bool:
+def is_self_signed(certificate: x509.Certificate) -> bool:
+    """Return whether `certificate` is signed by its own key, as a root is."""
     return _has_issued(certificate, certificate)
 
 
-def _validity(certificate: x509.Certificate) -> tuple[float, float]:
+def validity(certificate: x509.Certificate) -> tuple[float, float]:
+    """Return the first and the last time at which `certificate` is valid, in seconds since the epoch."""
     try:
         return certificate.not_valid_before_utc.timestamp(), certificate.not_valid_after_utc.timestamp()
     except AttributeError:  # cryptography < 42
         not_before, not_after = certificate.not_valid_before, certificate.not_valid_after
         return not_before.replace(tzinfo=UTC).timestamp(), not_after.replace(tzinfo=UTC).timestamp()
+
+
+def public_key_matches(certificate: x509.Certificate, key: IssuerKey) -> bool:
+    """Return whether `key` is the private key of `certificate`."""
+    return _spki(certificate.public_key()) == _spki(key.public_key())
 
 
 def _spki(key: CertificatePublicKeyTypes) -> bytes:

@@ -21,7 +21,7 @@ from dockerproxy.daemon.gc_tuning import freeze_startup_objects
 from dockerproxy.daemon.jsonlog import JsonLog, json_stream
 from dockerproxy.daemon.listener_service import ListenerService
 from dockerproxy.daemon.metrics import Metrics
-from dockerproxy.proxy.authority import CertificateAuthority
+from dockerproxy.proxy.certificates import Certificates
 from dockerproxy.registry.htpasswd import HtpasswdError
 from dockerproxy.reload import Configuration, describe_error
 from dockerproxy.settings import Settings, SettingsError
@@ -44,18 +44,18 @@ class ForkedState:
     reactor: Any
     environment: Mapping[str, str] = field(repr=False)
     state: StateDirectory
-    authority: CertificateAuthority
+    certificates: Certificates
     scoreboard: Scoreboard
     metrics: Metrics
 
     @classmethod
     def create(
-        cls, reactor: Any, configuration: Configuration, state: StateDirectory, authority: CertificateAuthority
+        cls, reactor: Any, configuration: Configuration, state: StateDirectory, certificates: Certificates
     ) -> ForkedState:
         """Return the state with shared memory for all processes, which must be forked from this one afterwards."""
         processes = configuration.settings.workers
         scoreboard = Scoreboard.create(processes, connection_limit(raise_descriptor_limit(), processes))
-        return cls(reactor, configuration.variables, state, authority, scoreboard, Metrics.make(processes))
+        return cls(reactor, configuration.variables, state, certificates, scoreboard, Metrics.make(processes))
 
     def shared_services(self, number: int, coordinator: Coordinator, bindings: Bindings) -> SharedServices:
         """Return what process `number` shares with the others."""
@@ -91,7 +91,7 @@ class WorkerProcess:
         self._rpc = RPC(reactor, sock, handlers, on_closed=self._parent_lost, on_descriptor=self._on_connection)
         bindings.subscribe(partial(self._rpc.hint, "token_bound"))
         shared = forked_state.shared_services(request.number, RemoteCoordinator(reactor, self._rpc), bindings)
-        self._server = build_server(reactor, settings, forked_state.authority, shared)
+        self._server = build_server(reactor, settings, forked_state.certificates, shared)
         self._listener_service = ListenerService(
             reactor,
             self._server.listeners,

@@ -70,7 +70,7 @@ class SNICertificateTests(TestCase):
             directory, certificate_file=None, key_file=None, passphrase=None, clock=time.time
         )
         self.context = ssl.create_default_context(cadata=authority.certificate_pem.decode())
-        certificates = authority.sni_context({NAME, "registry"})
+        certificates = authority.sni_context("REGISTRY_LISTEN", {NAME, "registry"})
         site = Site(
             reactor,
             application,

@@ -91,6 +91,7 @@ class ProxyHarness:
             local=respond_with("local"),
             hosted=respond_with("hosted"),
             hosted_names=frozenset({"docker-registry.local"}),
+            hosted_context_for=no_context,
             registry_ports=frozenset({5443}),
             registry_http_ports=frozenset({5000}),
             timeouts=TunnelTimeouts(),

@@ -35,6 +35,7 @@ from dockerproxy.proxy.login import ProxyLogin
 from dockerproxy.proxy.policy import Policy
 from dockerproxy.proxy.tunnel import TunnelTimeouts
 from tests.support.resolvers import StaticResolver
+from tests.support.tls_tunnel import open_tls
 
 QUAY = Registry.parse("quay.io")
 PLAIN_HTTP = Registry.parse("http://plain.example:5000")
@@ -77,6 +78,7 @@ class TunnelServer(Factory):
 
 class ForwardProxyLoopbackCase(TestCase):
     timeout = 60
+    proxy_tls = False
 
     async def setUp(self) -> None:
         directory = Path(self.mktemp())
@@ -84,6 +86,7 @@ class ForwardProxyLoopbackCase(TestCase):
             directory / "ca", certificate_file=None, key_file=None, passphrase=None, clock=time.time
         )
         self.pem = authority.certificate_pem.decode()
+        proxy_context = authority.sni_context("PROXY_TLS_LISTEN", {"proxy.test"})
         self.handled: list[tuple[str, str, str]] = []
         self.requests: list[Request] = []  # the requests that the site reported as finished
         self.tunnels: list[Request] = []
@@ -103,6 +106,7 @@ class ForwardProxyLoopbackCase(TestCase):
             handle,
             timeouts=ServerTimeouts(),
             on_request_finished=lambda request, seconds: self.requests.append(request),
+            get_tls_context=(lambda: proxy_context) if self.proxy_tls else None,
         )
         port = await TCP4ServerEndpoint(reactor, 0, interface="127.0.0.1").listen(site)
         self.proxy_port = port.getHost().port
@@ -146,6 +150,7 @@ class ForwardProxyLoopbackCase(TestCase):
             local=hosted,
             hosted=hosted,
             hosted_names=frozenset({"docker-registry.local"}),
+            hosted_context_for=authority.context_for,
             registry_ports=frozenset({5443}),
             registry_http_ports=frozenset({5000}),
             timeouts=TunnelTimeouts(read=60, send=60),
@@ -158,7 +163,7 @@ class ForwardProxyLoopbackCase(TestCase):
     @contextmanager
     def connect(self, target: str, early_data: bytes = b"") -> Any:
         """Yield a socket after a successful CONNECT to `target`."""
-        with socket.create_connection(("127.0.0.1", self.proxy_port), timeout=30) as connection:
+        with self.connect_to_proxy() as connection:
             connection.sendall(f"CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n\r\n".encode() + early_data)
             head = b""
             while not head.endswith(b"\r\n\r\n"):
@@ -167,6 +172,19 @@ class ForwardProxyLoopbackCase(TestCase):
                 head += piece
             assert head.startswith(b"HTTP/1.1 200 "), head
             yield connection
+
+    def connect_to_proxy(self) -> socket.socket:
+        address = ("127.0.0.1", self.proxy_port)
+        if self.proxy_tls:
+            return open_tls(address, self.context(), "proxy.test")
+        return socket.create_connection(address, timeout=30)
+
+    def assert_reset(self, connection: socket.socket) -> None:
+        if self.proxy_tls:
+            self.assertEqual(connection.recv(100), b"")  # the client's TLS was reset, and the socket pair is closed
+        else:
+            with self.assertRaises(ConnectionResetError):
+                connection.recv(100)
 
     def context(self) -> ssl.SSLContext:
         return ssl.create_default_context(cadata=self.pem)
@@ -391,12 +409,11 @@ class TunnelLoopbackTests(ForwardProxyLoopbackCase):
         self.assertEqual(self.server.connections[0].received, b"x" * 300_000)
 
     async def test_idle_tunnel_is_closed(self) -> None:
-        def run_client(connection: socket.socket) -> bytes:
+        def run_client(connection: socket.socket) -> None:
             reactor.callFromThread(self.clock.advance, 61)
-            return read_all(connection)
+            self.assert_reset(connection)
 
-        with self.assertRaises(ConnectionResetError):
-            await self.run_through_tunnel(run_client)
+        await self.run_through_tunnel(run_client)
         self.assertEqual(len(self.tunnels), 1)
 
     async def test_draining_waits_for_tunnels_then_aborts_them(self) -> None:
@@ -417,8 +434,7 @@ class TunnelLoopbackTests(ForwardProxyLoopbackCase):
             while len(received) < 10:
                 received += connection.recv(100)
             reactor.callFromThread(clock.advance, 1)
-            with self.assertRaises(ConnectionResetError):
-                connection.recv(100)
+            self.assert_reset(connection)
             return received
 
         self.assertEqual(await self.run_through_tunnel(run_client), b"still here")
@@ -431,9 +447,19 @@ class TunnelLoopbackTests(ForwardProxyLoopbackCase):
         for port, status in ((forbidden_port, b"403"), (self.server_port, b"502")):
 
             def run_client(port: int = port) -> bytes:
-                with socket.create_connection(("127.0.0.1", self.proxy_port), timeout=30) as connection:
+                with self.connect_to_proxy() as connection:
                     connection.sendall(b"CONNECT nowhere.invalid:%d HTTP/1.1\r\nHost: x\r\n\r\n" % port)
                     return read_all(connection)
 
             response = await deferToThread(run_client)
             self.assertTrue(response.startswith(b"HTTP/1.1 " + status), response)
+
+
+class InterceptionOverTLSTests(InterceptionTests):
+    """The same through a proxy that clients reach over TLS: the registries' TLS is within that of the proxy."""
+
+    proxy_tls = True
+
+
+class TunnelOverTLSTests(TunnelLoopbackTests):
+    proxy_tls = True
