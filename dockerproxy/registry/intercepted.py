@@ -73,6 +73,7 @@ class Intercepted:
             self._cross_origin.check(request)
             return self._handle_token(token_registry, request)
         if request.method not in (*SAFE_METHODS, "OPTIONS") and is_api_path(request.path):
+            self._cross_origin.check(request)
             check_push(request, self._allow_push)
         return forward_page(request, upstream)
 

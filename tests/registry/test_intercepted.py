@@ -814,6 +814,25 @@ def test_pages_of_other_sites_do_not_reach_upstream(
     assert (upstream.calls, upstream.forwarded_requests) == ([], [])
 
 
+def test_pages_of_other_sites_do_not_push(connect_intercepted: Any, upstream: Any) -> None:
+    for method, path in WRITES:
+        response = connect_intercepted(allow_push=True).fetch(method, path, FOREIGN)
+        assert (response.status, error_code(response)) == (403, "DENIED"), path
+    assert upstream.forwarded_requests == []
+
+
+def test_a_page_of_cors_origins_reads(connect_client: Any, upstream: Any, fake_response: Any) -> None:
+    api, cross_origin = RegistryAPI(Clock()), CrossOriginProtection(["https://ui.example"])
+    intercepted = Intercepted(api, upstream.open_registry, upstream, cross_origin, allow_push=False)
+    client = connect_client(partial(intercepted.handle, QUAY), secure=True)
+    fields = [("Origin", "https://ui.example"), ("Access-Control-Request-Method", "GET")]
+    assert client.fetch("OPTIONS", "/v2/a/b/tags/list", fields).status == 204
+    upstream.response = fake_response(200, [("access-control-allow-origin", "*")], b"{}")
+    response = client.fetch("GET", "/v2/a/b/tags/list", fields[:1])
+    assert (response.status, response.fields("Access-Control-Allow-Origin")) == (200, ["https://ui.example"])
+    assert len(upstream.forwarded_requests) == 1
+
+
 def test_an_image_on_a_page_over_plain_http_is_no_pull(
     connect_intercepted: Any, connect_mirror: Any, upstream: Any
 ) -> None:
