@@ -342,7 +342,7 @@ def build_cache(
     layout, cache_space = shared.state.cache, shared.cache_space
     file_counter = FileCounter(reactor, cache_space.record_files)
     records = shared.state.open_records(file_counter.add)
-    identities = Identities(shared.state.cache_secret, shared.bindings)
+    identities = Identities(shared.state.cache_secret, time.time, shared.bindings)
     blobs, links = Blobs(layout, durable=False), Links(layout, False, time.time, file_counter.add)
     upstream = UpstreamClient(agent, authorizer, policy.check_upstream)
     challenges = Challenges(agent, records, registries.intercepted, authorizer.add_challenges, time.time)
@@ -404,7 +404,6 @@ def build_cache(
         parser,
         registries.mirrored.values(),
         authorizer.effective_login if settings.share_auth_registries else lambda registry: None,
-        time.time,
     )
 
 

@@ -3,11 +3,14 @@
 Clients start with `/v2/` and follow its challenge. The challenge is stored on disk so that clients reach the cache even
 if upstream is down. A realm on a host that is not intercepted would let clients bypass the proxy, and would fail during
 an outage. It is therefore replaced by a path on the registry's own host, at which this proxy acts as token server.
+
+A registry may name any URL as its realm, a page of another registry too. It is believed about an intercepted host if
+the two have one owner, or if a registry of that host's owner names the same realm.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 
 from attrs import frozen
@@ -20,6 +23,7 @@ from dockerproxy.http.headers import Headers
 from dockerproxy.oci.challenge import Challenge, parse_challenges
 from dockerproxy.oci.names import Host, Registry
 from dockerproxy.store.records import Records
+from dockerproxy.upstream.credentials import belong_together
 
 TOKEN_PATH = "/.well-known/docker-registry-proxy/token"
 """Path on a registry's host at which this proxy serves tokens for a realm on another host."""
@@ -49,11 +53,14 @@ class Realm:
         except NameInvalid:
             return None
 
+    def __str__(self) -> str:
+        return self.server.origin + self.path
+
 
 class Challenges:
     """The challenges of the intercepted registries.
 
-    `intercepted` is the live set of hosts that clients reach through this proxy. `on_challenge` is called with each
+    `intercepted` has the live servers that clients reach through this proxy. `on_challenge` is called with each
     challenge that upstream sends.
     """
 
@@ -61,7 +68,7 @@ class Challenges:
         self,
         agent: UpstreamAgent,
         records: Records,
-        intercepted: Container[Host],
+        intercepted: Mapping[Host, Registry],
         on_challenge: Callable[[Registry, list[Challenge]], None],
         clock: Callable[[], float],
     ) -> None:
@@ -115,6 +122,22 @@ class Challenges:
                 return Realm.parse(challenge.parameters.get("realm", ""))
         return None
 
+    def has_endpoint(self, registry: Registry, realm: Realm) -> bool:
+        """Return whether requests to the URL `realm`, which `registry` names, are requests to its token server.
+
+        The proxy then answers them itself. Clients need a realm that they reach through the proxy, and with TLS if the
+        registry has TLS.
+        """
+        server = realm.server
+        if self._intercepted.get(server.host) != server or (server.scheme == "http" and registry.scheme == "https"):
+            return False
+        if server == registry or belong_together(server.host.name, registry.host.name):
+            return True
+        return any(
+            self.realm(other) == realm and (other == server or belong_together(server.host.name, other.host.name))
+            for other in self._intercepted.values()
+        )
+
     def render_for(self, registry: Registry, fields: Iterable[str], *, secure: bool) -> list[tuple[str, str]]:
         """Return WWW-Authenticate fields for a client that addressed this proxy as `registry`, over TLS if `secure`."""
         rendered = []
@@ -126,7 +149,7 @@ class Challenges:
 
     def _with_local_realm(self, registry: Registry, challenge: Challenge, secure: bool) -> Challenge:
         realm = Realm.parse(challenge.parameters.get("realm", ""))
-        if realm is not None and realm.server.host in self._intercepted:
+        if realm is not None and self.has_endpoint(registry, realm):
             return challenge
         scheme = "https" if secure else "http"
         return challenge.with_parameter("realm", Registry(registry.host, scheme).origin + TOKEN_PATH)

@@ -8,16 +8,15 @@ token server is down, a client that has authenticated there before gets a local 
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 from base64 import urlsafe_b64decode, urlsafe_b64encode
-from collections import OrderedDict
 from collections.abc import Callable
 
-from attrs import define, field
+from attrs import define, field, frozen
 
+from dockerproxy.bounded_dict import BoundedDict
 from dockerproxy.oci.credentials import BasicCredentials
-from dockerproxy.oci.names import Registry
+from dockerproxy.oci.names import Registry, Repository
 from dockerproxy.upstream.credentials import Anonymous, Credential
 
 PUBLIC = "public"
@@ -30,73 +29,111 @@ _TOKEN_PREFIX = "drp."
 _MAX_BINDINGS = 10_000
 
 
+@frozen
+class Binding:
+    """The origin of an upstream token: the identity of the client that it was issued to, the repositories that it was
+    issued for, and the Unix time at which it ends."""
+
+    client: str
+    repositories: frozenset[str]
+    expires_at: float
+
+
+OnBind = Callable[[str, str, list[str], float], None]
+"""Gets a token's identity and the values of its `Binding`, which are JSON."""
+
+
 @define
 class Bindings:
-    """Maps the identity of an upstream token to the identity of its client. Keeps the latest _MAX_BINDINGS pairs.
+    """Maps the identity of an upstream token to its `Binding`. Keeps the _MAX_BINDINGS that were used last.
 
-    Functions that `subscribe` are called with each new pair so that other processes can `add` it.
+    Functions that `subscribe` are called with each new binding so that other processes can `add` it.
     """
 
-    _clients: OrderedDict[str, str] = field(factory=OrderedDict, init=False)
-    _subscribers: list[Callable[[str, str], None]] = field(factory=list, init=False)
+    _bindings: BoundedDict[str, Binding] = field(factory=lambda: BoundedDict(_MAX_BINDINGS), init=False)
+    _subscribers: list[OnBind] = field(factory=list, init=False)
 
-    def subscribe(self, on_bind: Callable[[str, str], None]) -> None:
-        """Call `on_bind` with each pair that this process binds from now on."""
+    def subscribe(self, on_bind: OnBind) -> None:
+        """Call `on_bind` with each token that this process binds from now on."""
         self._subscribers.append(on_bind)
 
-    def bind(self, token: str, client: str) -> None:
-        """Map `token` to `client`, here and in other processes."""
-        self.add(token, client)
+    def bind(self, token: str, binding: Binding) -> None:
+        """Bind `token`, here and in other processes."""
+        values = (token, binding.client, sorted(binding.repositories), binding.expires_at)
+        self.add(*values)
         for on_bind in self._subscribers:
-            on_bind(token, client)
+            on_bind(*values)
 
-    def add(self, token: str, client: str) -> None:
-        """Map `token` to `client` in this process only."""
-        self._clients[token] = client
-        while len(self._clients) > _MAX_BINDINGS:
-            self._clients.popitem(last=False)
+    def add(self, token: str, client: str, repositories: list[str], expires_at: float) -> None:
+        """Bind `token` in this process only."""
+        self._bindings[token] = Binding(client, frozenset(repositories), expires_at)
 
-    def resolve(self, identity: str) -> str:
-        """Return the client that `identity` belongs to; `identity` itself if it is not bound."""
-        return self._clients.get(identity, identity)
+    def get(self, token: str) -> Binding | None:
+        """Return the binding of `token`, None if it is not known."""
+        return self._bindings.get(token)
 
 
 class Identities:
     """Derives identities and local tokens from one secret.
 
-    They are therefore valid across restarts and in every worker process.
+    They are therefore valid across restarts and in every worker process. `clock` returns Unix time.
     """
 
-    def __init__(self, secret: bytes, bindings: Bindings | None = None) -> None:
+    def __init__(self, secret: bytes, clock: Callable[[], float], bindings: Bindings | None = None) -> None:
         self._secret = secret
+        self._clock = clock
         self._bindings = bindings or Bindings()
 
-    def for_credential(self, registry: Registry, credential: Credential) -> str:
-        """Return the identity of `credential` at `registry`."""
+    def for_credential(self, registry: Registry, name: Repository, credential: Credential) -> str:
+        """Return the identity of `credential` at the repository `name` of `registry`."""
         if isinstance(credential, Anonymous):
             return PUBLIC
         if isinstance(credential, BasicCredentials):
             return "login:" + self._hash(f"{registry}\n{credential.user}")
-        return self._bindings.resolve(self._client_identity(credential.authorization))
+        return self._for_client(registry, name, credential.authorization)
 
-    def bind(self, token: str, authorization: str) -> None:
-        """Record that upstream issued `token` for `authorization`: both belong to one client."""
-        self._bindings.bind(self._client_identity(f"Bearer {token}"), self._client_identity(authorization))
+    def _for_client(self, registry: Registry, name: Repository, authorization: str) -> str:
+        """Return the identity behind an Authorization field.
 
-    def for_authorization(self, authorization: str) -> str:
-        """Return the identity of a client's Authorization field."""
-        return self._client_identity(authorization)
+        A token counts as its client only for the repositories that it was issued for, and until its end. Otherwise it
+        has an identity of its own, about which upstream must be asked; after its end, another one.
+        """
+        scheme, _, token = authorization.partition(" ")
+        binding = self._bindings.get(self._for_token(token.strip())) if scheme.lower() == "bearer" else None
+        if binding is None:
+            return self.for_authorization(str(registry), authorization)
+        if binding.expires_at <= self._clock():
+            return self.for_authorization(f"{registry}\nexpired", authorization)
+        return binding.client if name in binding.repositories else self.for_authorization(str(registry), authorization)
 
-    def issue_token(self, registry: Registry, identity: str, now: float) -> str:
-        """Return a local token for `registry` that carries `identity` (PUBLIC if the client has none)."""
-        payload = f"{registry}\n{identity}\n{int(now) + TOKEN_LIFETIME}".encode()
+    def bind(
+        self, token: str, issuer: str, authorization: str, repositories: frozenset[Repository], expires_at: float
+    ) -> None:
+        """Record that the realm `issuer` issued `token` for `authorization` and `repositories`, until a time."""
+        binding = Binding(self.for_authorization(issuer, authorization), frozenset(repositories), expires_at)
+        self._bindings.bind(self._for_token(token), binding)
+
+    def for_authorization(self, issuer: str, authorization: str) -> str:
+        """Return the identity of a client's Authorization field at `issuer`, a realm or registry that verifies it.
+
+        Another issuer's word about the same credential is about another identity. Otherwise a hostile registry could
+        confirm a guessed password in place of the one whose password it is.
+        """
+        return "own:" + self._hash(f"{issuer}\n{authorization}")
+
+    def issue_token(self, identity: str) -> str:
+        """Return a local token that carries `identity` (PUBLIC if the client has none).
+
+        It names no registry. An identity belongs to a realm, and has grants only at registries that accept its tokens.
+        """
+        payload = f"{identity}\n{int(self._clock()) + TOKEN_LIFETIME}".encode()
         return _TOKEN_PREFIX + urlsafe_b64encode(payload + self._sign(payload)).decode()
 
-    def read_token(self, registry: Registry, authorization: str, now: float) -> str | None:
+    def read_token(self, authorization: str) -> str | None:
         """Return the identity in the local token of an Authorization field.
 
         Return None if it holds no local token but the client's own credential. Return ``""`` if the local token has
-        expired, was altered, or was issued for another registry.
+        expired or was altered.
         """
         scheme, _, token = authorization.partition(" ")
         token = token.strip()
@@ -107,16 +144,16 @@ class Identities:
             payload, signature = signed[:-32], signed[-32:]
             if not hmac.compare_digest(signature, self._sign(payload)):
                 return ""
-            host, identity, expires_at = payload.decode().split("\n")
+            identity, expires_at = payload.decode().split("\n")
         except ValueError:
             return ""
-        return identity if host == str(registry) and now < int(expires_at) else ""
+        return identity if self._clock() < int(expires_at) else ""
 
-    def _client_identity(self, authorization: str) -> str:
-        return "own:" + self._hash(authorization)
+    def _for_token(self, token: str) -> str:
+        return self._hash(f"bound\n{token}")
 
     def _hash(self, text: str) -> str:
-        return hmac.new(self._secret, text.encode("utf-8", "surrogateescape"), hashlib.sha256).hexdigest()[:32]
+        return hmac.digest(self._secret, text.encode("utf-8", "surrogateescape"), "sha256").hex()[:32]
 
     def _sign(self, payload: bytes) -> bytes:
-        return hmac.new(self._secret, b"token\n" + payload, hashlib.sha256).digest()
+        return hmac.digest(self._secret, b"token\n" + payload, "sha256")

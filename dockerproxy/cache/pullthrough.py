@@ -12,7 +12,7 @@ from typing import Any
 from attrs import define, field, frozen
 
 from dockerproxy.cache.blobs import CachedBlobs
-from dockerproxy.cache.challenges import TOKEN_PATH, Challenges
+from dockerproxy.cache.challenges import TOKEN_PATH, Challenges, Realm
 from dockerproxy.cache.identity import Identities
 from dockerproxy.cache.manifests import CachedManifests
 from dockerproxy.cache.token_endpoint import TokenEndpoint, TokenRequest
@@ -67,27 +67,26 @@ class PullThrough:
     parser: ContentParser
     registries: Iterable[Registry]
     login_for: Callable[[Registry], BasicCredentials | None]
-    clock: Callable[[], float]
 
     def registry(self, registry: Registry, authorization: str | None, client: str = "") -> CachedRegistry:
         """Return `registry` as seen by the client at the address `client`, with its Authorization field, if any.
 
-        Every method raises `Unauthorized` if the client's token is local and expired, or was issued for another
-        registry.
+        Every method raises `Unauthorized` if the client's token is local and expired.
         """
-        fallback_identity = (
-            self.identities.read_token(registry, authorization, self.clock()) if authorization is not None else None
-        )
+        fallback_identity = self.identities.read_token(authorization) if authorization is not None else None
         own_authorization = authorization if fallback_identity is None else None
         return CachedRegistry(self, registry, own_authorization, fallback_identity, client)
 
     def registry_for_realm(self, host: Registry, path: str) -> Registry | None:
-        """Return the registry that has its token endpoint at `path` of `host`, if any."""
+        """Return a registry that has its token endpoint at `path` of `host`, if any: the one at `host` itself first.
+
+        If several share the endpoint it does not matter which one is returned: tokens are of the realm.
+        """
         if path == TOKEN_PATH:
             return host if self.challenges.realm(host) is not None else None
-        for registry in self.registries:
+        for registry in (host, *self.registries):
             realm = self.challenges.realm(registry)
-            if realm is not None and realm.server.host == host.host and realm.path == path:
+            if realm == Realm(host, path) and self.challenges.has_endpoint(registry, realm):
                 return registry
         return None
 
@@ -127,7 +126,7 @@ class CachedRegistry:
         self._check_token()
         await self.cache.challenges.ensure_known(self.registry)
         credential = self.credential
-        identity = self.cache.identities.for_credential(self.registry, credential)
+        identity = self.cache.identities.for_credential(self.registry, name, credential)
         repository = UpstreamRepository(self.registry, name, credential)
         return UpstreamPrincipal(repository, identity, self.fallback_identity, self.client)
 
@@ -173,7 +172,7 @@ class CachedRegistry:
 
     def _check_token(self) -> None:
         if self.fallback_identity == "":
-            raise Unauthorized("the token has expired or is not valid for this registry")
+            raise Unauthorized("the token has expired")
 
     async def referrers(self, name: Repository, subject: Digest, query: ReferrersQuery) -> ReferrersIndex:
         """Return the referrers of `subject`, from the fallback tag if upstream has no referrers API."""

@@ -26,10 +26,10 @@ from dockerproxy.http.headers import Headers
 from dockerproxy.net.dial import AddressCheck
 from dockerproxy.oci.credentials import BasicCredentials
 from dockerproxy.oci.names import Host, Registry
-from dockerproxy.oci.untrusted_json import JSONInvalid, parse_json
+from dockerproxy.oci.routes import parse_query
+from dockerproxy.oci.tokens import MAX_TOKEN_RESPONSE, TokenResponse, readable_repositories
 from dockerproxy.store.records import Records
 
-_MAX_RESPONSE = 64 * 1024  # short enough to be parsed in the reactor's thread
 _SAVE_INTERVAL = 300.0
 _MAX_FORM_FIELDS = 50
 
@@ -50,13 +50,22 @@ class TokenRequest:
         if self.authorization is not None:
             return self.authorization
         try:
-            fields = dict(parse_qsl((self.form or b"").decode("utf-8", "replace"), max_num_fields=_MAX_FORM_FIELDS))
+            fields = dict(self._form_fields())
             if "username" in fields and "password" in fields:
                 return BasicCredentials(fields["username"], fields["password"]).authorization
         except ValueError:
             raise BadRequest(f"the form has more than {_MAX_FORM_FIELDS} fields, or an invalid username") from None
         refresh_token = fields.get("refresh_token")
         return f"Refresh {refresh_token}" if refresh_token else None
+
+    def scopes(self) -> list[str]:
+        """Return the scopes for which the client requests a token. Raise `BadRequest`."""
+        pairs = parse_query(self.query) if self.form is None else self._form_fields()
+        return [value for name, value in pairs if name == "scope"]
+
+    def _form_fields(self) -> list[tuple[str, str]]:
+        """Return the fields of the form. Raise ValueError if there are too many."""
+        return parse_qsl((self.form or b"").decode("utf-8", "replace"), max_num_fields=_MAX_FORM_FIELDS)
 
 
 class TokenEndpoint:
@@ -81,21 +90,28 @@ class TokenEndpoint:
         self._clock = clock
 
     async def token(self, registry: Registry, realm: Realm, request: TokenRequest) -> bytes:
-        """Return the JSON response of `realm`, or a local token. Raise the error that the realm responded with."""
+        """Return the JSON response of `realm`, the realm of `registry`, or a local token.
+
+        Raise the error that the realm responded with.
+        """
         authorization = request.client_authorization()
         if authorization is None:
-            return self._issue(registry, PUBLIC)
-        identity = self._identities.for_authorization(authorization)
+            return self._issue(PUBLIC)
+        _check_scheme(registry, realm)
+        identity = self._identities.for_authorization(str(realm), authorization)
         try:
             content = await self._request_token(realm, request)
-            tokens = _parse_tokens(realm, content)
+            issued = _parse_response(realm, content, self._clock())
         except RegistryError as error:
-            if is_outage(error) and self._authenticated_recently(registry, identity):
-                return self._issue(registry, identity)
+            if is_outage(error) and self._authenticated_recently(realm, identity):
+                return self._issue(identity)
             if is_denial(error):
-                try_remove(self._records, "client", str(registry), identity)
+                try_remove(self._records, "client", str(realm.server), identity)
             raise
-        self._record_tokens(registry, identity, authorization, tokens)
+        self._bind(realm, authorization, request.scopes(), issued)
+        now = self._clock()
+        if now - self._last_authenticated(realm, identity) > _SAVE_INTERVAL:
+            try_put(self._records, {"at": now}, "client", str(realm.server), identity)
         return content
 
     async def _request_token(self, realm: Realm, request: TokenRequest) -> bytes:
@@ -113,42 +129,47 @@ class TokenEndpoint:
         )
         if response.status != 200:
             raise await error_from_response(realm.server, response)
-        return await response.read_all(_MAX_RESPONSE)
+        return await response.read_all(MAX_TOKEN_RESPONSE)
 
-    def _record_tokens(self, registry: Registry, identity: str, authorization: str, tokens: list[str]) -> None:
-        for token in tokens:
-            self._identities.bind(token, authorization)
-        now = self._clock()
-        if now - self._last_authenticated(registry, identity) > _SAVE_INTERVAL:
-            try_put(self._records, {"at": now}, "client", str(registry), identity)
+    def _bind(self, realm: Realm, authorization: str, scopes: list[str], issued: TokenResponse) -> None:
+        """Bind the issued tokens to their client and to the repositories that it asked for and that were granted."""
+        repositories = readable_repositories(scopes)
+        if issued.scope is not None:
+            repositories &= readable_repositories([issued.scope])
+        for token in issued.tokens:
+            expires_at = self._clock() + issued.lifetime
+            self._identities.bind(token, str(realm), authorization, repositories, expires_at)
 
-    def _authenticated_recently(self, registry: Registry, identity: str) -> bool:
-        return 0 <= self._clock() - self._last_authenticated(registry, identity) < STALE_GRANT_TTL
+    def _authenticated_recently(self, realm: Realm, identity: str) -> bool:
+        return 0 <= self._clock() - self._last_authenticated(realm, identity) < STALE_GRANT_TTL
 
-    def _last_authenticated(self, registry: Registry, identity: str) -> float:
-        at = (self._records.get("client", str(registry), identity) or {}).get("at")
+    def _last_authenticated(self, realm: Realm, identity: str) -> float:
+        at = (self._records.get("client", str(realm.server), identity) or {}).get("at")
         return float(at) if isinstance(at, int | float) else 0.0
 
-    def _issue(self, registry: Registry, identity: str) -> bytes:
-        now = self._clock()
-        token = self._identities.issue_token(registry, identity, now)
-        issued = datetime.fromtimestamp(now, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    def _issue(self, identity: str) -> bytes:
+        token = self._identities.issue_token(identity)
+        issued = datetime.fromtimestamp(self._clock(), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         return json.dumps(
             {"token": token, "access_token": token, "expires_in": TOKEN_LIFETIME, "issued_at": issued}
         ).encode()
 
 
-def _parse_tokens(realm: Realm, content: bytes) -> list[str]:
-    """Return the tokens in a realm's response, under both of their names. Raise `UpstreamBroken` if there is none."""
+def _check_scheme(registry: Registry, realm: Realm) -> None:
+    """Raise `UpstreamBroken` if a client's login would leave TLS: it logs in to `registry`, which chose the realm."""
+    if realm.server.scheme == "http" and registry.scheme == "https":
+        raise UpstreamBroken(
+            f"{registry}: your login was not sent to its token server {realm.server.host.authority}, because that uses"
+            " plain HTTP; pull without a login, or ask the registry's administrator for a token server with TLS"
+        )
+
+
+def _parse_response(realm: Realm, content: bytes, now: float) -> TokenResponse:
+    """Return the realm's response. Raise `UpstreamBroken` if it has no usable token."""
     try:
-        document = parse_json(content)
-    except JSONInvalid:
-        document = None
-    candidates = [document.get(name) for name in ("token", "access_token")] if isinstance(document, dict) else []
-    tokens = [token for token in candidates if isinstance(token, str) and token]
-    if not tokens:
-        raise UpstreamBroken(f"{realm.server} returned a response without a token")
-    return tokens
+        return TokenResponse.parse(content, now)
+    except ValueError:
+        raise UpstreamBroken(f"{realm.server} returned a response without a token") from None
 
 
 @implementer(IBodyProducer)

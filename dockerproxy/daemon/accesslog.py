@@ -30,13 +30,13 @@ class AccessLog:
     ) -> None:
         """Log one finished request.
 
-        The query is dropped from `path`, because a signed URL is a credential. Characters that could forge or split a
-        line are escaped. `size` is the number of body bytes sent to the client. `user` and `user_agent` are not part of
-        the line, so that its form stays.
+        The query is dropped from `path`, because a signed URL is a credential, and a login from `host`. Characters that
+        could forge or split a line are escaped. `size` is the number of body bytes sent to the client. `user` and
+        `user_agent` are not part of the line, so that its form stays.
         """
         method, host, path = (
             _escape_unprintable(method),
-            _escape_unprintable(host),
+            _escape_unprintable(host.rpartition("@")[2]),
             _escape_unprintable(path.partition("?")[0]),
         )
         # The line and the event are built here, because Twisted's `Logger` and formatting take as long as the rest of a

@@ -115,7 +115,7 @@ def route(path: str) -> Target:
 
 
 def is_api_path(path: str) -> bool:
-    """Return whether `path` is `/v2` or below it, for us or for any server that may read it more liberally than we do.
+    """Return whether `path` is `/v2` or below it, as we read it or as a more liberal server may read it.
 
     Such a server may decode several times, merge slashes, and resolve dot segments, backslashes and `;parameters`.
     """

@@ -8,32 +8,27 @@ from __future__ import annotations
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from datetime import UTC, datetime
-from typing import Any
 from urllib.parse import quote, urlencode
 
 from attrs import evolve, field, frozen
 
 from dockerproxy.concurrency import SingleFlight
-from dockerproxy.errors import RegistryError, TooManyRequests, Unauthorized, UpstreamBroken
+from dockerproxy.errors import BadRequest, RegistryError, TooManyRequests, Unauthorized, UpstreamBroken
 from dockerproxy.http.headers import Headers
 from dockerproxy.net.dial import AddressCheck
 from dockerproxy.oci.challenge import Challenge
 from dockerproxy.oci.credentials import BasicCredentials
 from dockerproxy.oci.names import Host, Registry
-from dockerproxy.oci.untrusted_json import JSONInvalid, parse_json
+from dockerproxy.oci.routes import parse_query
+from dockerproxy.oci.tokens import MAX_TOKEN_RESPONSE, TokenResponse
 from dockerproxy.upstream.agent import Agent, Response
 from dockerproxy.upstream.credentials import ClientCredential, Credential, LoginTable
 from dockerproxy.upstream.urls import split_url
 
 _MAX_TOKENS = 1024
 _MAX_REGISTRIES = 256
-_MAX_RESPONSE = 64 * 1024  # short enough to be parsed in the reactor's thread
 _MAX_SCOPES = 8
-_TOKEN_PATTERN = re.compile(r"[!-~]{1,16384}")  # must fit in a header field; Amazon's and Google's have 2 to 5 KiB
 _SCOPE_PATTERN = re.compile(r"[!-~]{1,1024}")
-_DEFAULT_LIFETIME = 60.0
-_MAX_LIFETIME = 86400.0
 
 
 @frozen
@@ -131,9 +126,10 @@ class Authorizer:
     ) -> Authorization | None:
         """Return an authorization for one of `challenges`, or None if none of them can be answered.
 
-        A token is fetched for `scope` and the scopes of the challenge. `rejected_authorization` is one that the
-        registry refused; it is returned again if no other can be obtained. Raise `Unauthorized` if the realm refuses
-        the token, `TooManyRequests`, `UpstreamBroken`, and the errors of `Agent.request`.
+        A token is fetched for `scope`, and an anonymous one for the scopes of the challenge as well.
+        `rejected_authorization` is one that the registry refused; it is returned again if no other can be obtained.
+        Raise `Unauthorized` if the realm refuses the token, `TooManyRequests`, `UpstreamBroken`, and the errors of
+        `Agent.request`.
         """
         if isinstance(credential, ClientCredential):
             return Authorization(credential.authorization)
@@ -150,13 +146,15 @@ class Authorizer:
 
     def _token_key(self, registry: Registry, bearer: Challenge, scope: str | None, credential: Credential) -> TokenKey:
         realm = bearer.parameters["realm"]
-        origin, _ = split_url(realm)
-        if origin.scheme == "http" and registry.scheme == "https":
-            raise UpstreamBroken(f"{registry}: its token server {origin.host.authority} uses plain HTTP; refused")
-        # Add the registry's scope, because it may include more than ours, such as the source repository of a mount.
-        scopes = dict.fromkeys([*([scope] if scope else []), *bearer.parameters.get("scope", "").split()])
-        valid_scopes = tuple(candidate for candidate in scopes if _SCOPE_PATTERN.fullmatch(candidate))[:_MAX_SCOPES]
+        origin, path = split_url(realm)
         login = self._logins.login_for(credential, origin.host, registry)
+        scopes = dict.fromkeys([scope] if scope else [])
+        if login is None:
+            # Add the registry's scope, because it may include more than ours, such as the source repository of a mount.
+            scopes |= dict.fromkeys(bearer.parameters.get("scope", "").split())
+        else:
+            _check_realm_for_login(registry, origin, path)
+        valid_scopes = tuple(candidate for candidate in scopes if _SCOPE_PATTERN.fullmatch(candidate))[:_MAX_SCOPES]
         return TokenKey(registry, realm, bearer.parameters.get("service"), valid_scopes, login)
 
     async def _get_token(self, key: TokenKey, rejected_authorization: Authorization | None) -> Authorization:
@@ -193,20 +191,14 @@ class Authorizer:
         if response.status != 200:
             await response.discard()
             raise _refusal_error(key, response)
-        authorization, lifetime = self._parse_token_response(key, await response.read_all(_MAX_RESPONSE))
-        self._store(key, authorization, lifetime)
-        return authorization
-
-    def _parse_token_response(self, key: TokenKey, content: bytes) -> tuple[Authorization, float]:
-        """Return the token in a realm's response, and its remaining lifetime in seconds."""
+        content = await response.read_all(MAX_TOKEN_RESPONSE)
         try:
-            payload = parse_json(content)
-        except JSONInvalid:
-            payload = None
-        token = payload.get("token") or payload.get("access_token") if isinstance(payload, dict) else None
-        if not isinstance(token, str) or not _TOKEN_PATTERN.fullmatch(token):
-            raise UpstreamBroken(f"{key.host}: its response contains no token for {key.registry}")
-        return Authorization(f"Bearer {token}", key), remaining_lifetime(payload, self._clock())
+            issued = TokenResponse.parse(content, self._clock())
+        except ValueError:
+            raise UpstreamBroken(f"{key.host}: its response contains no token for {key.registry}") from None
+        authorization = Authorization(f"Bearer {issued.tokens[0]}", key)
+        self._store(key, authorization, issued.lifetime)
+        return authorization
 
     def _store(self, key: TokenKey, authorization: Authorization, lifetime: float) -> None:
         margin = min(max(lifetime / 10, 10.0), lifetime / 2)
@@ -227,31 +219,16 @@ class Authorizer:
 _DEFAULT_REALMS = {Host("registry-1.docker.io", 443): Host("auth.docker.io", 443)}
 
 
-def remaining_lifetime(payload: Mapping[str, Any], now: float) -> float:
-    """Return the remaining lifetime, in seconds, of the token in a realm's response that was received at `now`.
-
-    The lifetime counts from `issued_at`, which may be in the past because a server may return the same token twice. It
-    is ignored if the token would be expired or not yet valid, because that means that the clocks differ.
-    """
-    lifetime = payload.get("expires_in")
-    if isinstance(lifetime, bool) or not isinstance(lifetime, (int, float)) or not 0 < lifetime < float("inf"):
-        lifetime = _DEFAULT_LIFETIME
-    lifetime = float(min(lifetime, _MAX_LIFETIME))  # in this order: an integer may be too large for a float
-    issued_at = _parse_timestamp(payload.get("issued_at"))
-    age = 0.0 if issued_at is None else now - issued_at
-    return lifetime - age if 0 < age < lifetime else lifetime
-
-
-def _parse_timestamp(text: object) -> float | None:
-    """Convert an RFC 3339 timestamp to Unix time; return None if it is malformed."""
-    if not isinstance(text, str):
-        return None
-    # Go writes nanoseconds, but Python parses at most six digits.
+def _check_realm_for_login(registry: Registry, realm: Registry, path: str) -> None:
+    """Refuse a realm to which a login of ours must not go: one without TLS, or one that asks for scopes of its own."""
+    if realm.scheme == "http" and registry.scheme == "https":
+        raise UpstreamBroken(f"{registry}: its token server {realm.host.authority} uses plain HTTP; refused")
     try:
-        date = datetime.fromisoformat(re.sub(r"(\.\d{6})\d+", r"\1", text[:64]))
-    except ValueError:
-        return None
-    return (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp()
+        has_scope = any(name == "scope" for name, _ in parse_query(path.partition("?")[2]))
+    except BadRequest:
+        has_scope = True
+    if has_scope:
+        raise UpstreamBroken(f"{registry}: the URL of its token server {realm.host.authority} has a scope; refused")
 
 
 def _without_scope(challenge: Challenge) -> Challenge:

@@ -62,14 +62,14 @@ class UpstreamClient:
     ) -> Response:
         """Send a request to `registry` and return the final response, with any status. `path` includes the query.
 
-        Authorization for `actions` (``pull`` or ``pull,push``) on the repository `name` is added according to
-        `credential`, and replaces the one in `headers`. After a 401 the request is sent again with a new token, unless
-        it has a `body` or the credential is the client's own. Redirects of GET and HEAD are followed if `follow` is
-        true.
+        Authorization for `actions` (``pull`` or ``pull,push``) on the repository `name`, or for the catalog if it is
+        None, is added according to `credential`, and replaces the one in `headers`. After a 401 the request is sent
+        again with a new token, unless it has a `body` or the credential is the client's own. Redirects of GET and HEAD
+        are followed if `follow` is true.
 
         Raise `UpstreamError`, or `Unauthorized` or `TooManyRequests` if the token server refuses a token.
         """
-        scope = None if name is None else f"repository:{name}:{actions}"
+        scope = "registry:catalog:*" if name is None else f"repository:{name}:{actions}"
         follow = follow and method in ("GET", "HEAD")
         request = _Request(method, registry, path, headers.without("authorization"), body, follow)
         authorization = await self._initial_authorization(registry, scope, credential)

@@ -22,8 +22,8 @@ def parse_retry_after(headers: Headers, now: float) -> float | None:
         return float(min(int(value[:10]), MAX_RETRY_AFTER))
     try:
         date = parsedate_to_datetime(value[:64])
-    except (ValueError, OverflowError):  # OverflowError: a part of the date has too many digits
+        # A date without a time zone is GMT, the only zone in HTTP.
+        seconds = date.timestamp() if date.tzinfo else date.replace(tzinfo=UTC).timestamp()
+    except (ValueError, OverflowError):  # a time zone may have any number of digits
         return None
-    # A date without a time zone is GMT, the only zone in HTTP.
-    seconds = date.timestamp() if date.tzinfo else date.replace(tzinfo=UTC).timestamp()
     return min(max(seconds - now, 0.0), MAX_RETRY_AFTER)

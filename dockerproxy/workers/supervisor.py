@@ -23,7 +23,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Any, Protocol
@@ -79,7 +79,7 @@ class WorkerSupervisor(Service):
 
     `new_coordinator` returns a `LocalCoordinator` for a new worker. `grace` is the time in seconds that workers have to
     stop. If `relay_logs` is true, workers send their log to this process through a pipe.
-    `on_token_bound` is called with each token binding that a worker reports.
+    `on_token_bound` is called with the values of each token binding that a worker reports (`Bindings.add`).
 
     The supervisor is a `SpawnObserver`; the composition root subscribes it to the spawner.
     """
@@ -92,7 +92,7 @@ class WorkerSupervisor(Service):
         scoreboard: Scoreboard,
         table: ConnectionTable,
         new_coordinator: Callable[[], LocalCoordinator],
-        on_token_bound: Callable[[str, str], None],
+        on_token_bound: Callable[..., None],
         grace: float,
         *,
         relay_logs: bool,
@@ -181,9 +181,9 @@ class WorkerSupervisor(Service):
         reports = [Deferred.fromCoroutine(self._report(worker)) for worker in self._workers]
         return [await report for report in reports]
 
-    def broadcast_binding(self, token: str, client: str) -> None:
+    def broadcast_binding(self, *binding: Any) -> None:
         """Send a token binding of this process to the workers, as a hint: a worker that is behind gets none."""
-        self._send_binding(None, token, client)
+        self._send_binding(None, binding)
 
     def abort(self) -> None:
         """Make the workers abort their open connections at once."""
@@ -311,14 +311,14 @@ class WorkerSupervisor(Service):
             answer = {"error": str(error)}
         return report | answer
 
-    def _on_binding(self, worker: WorkerHandle, token: str, client: str) -> None:
-        self._on_token_bound(token, client)
-        self._send_binding(worker, token, client)
+    def _on_binding(self, worker: WorkerHandle, *binding: Any) -> None:
+        self._on_token_bound(*binding)
+        self._send_binding(worker, binding)
 
-    def _send_binding(self, source: WorkerHandle | None, token: str, client: str) -> None:
+    def _send_binding(self, source: WorkerHandle | None, binding: Iterable[Any]) -> None:
         for worker in self._workers:
             if worker is not source and worker.rpc is not None:
-                worker.rpc.hint("token_bound", token, client)
+                worker.rpc.hint("token_bound", *binding)
 
 
 @define(eq=False)
@@ -354,7 +354,7 @@ class WorkerHandle:
         sock: Any,
         coordinator: LocalCoordinator,
         on_disconnected: Callable[[WorkerHandle], None],
-        on_binding: Callable[[str, str], None],
+        on_binding: Callable[..., None],
     ) -> None:
         """Connect to a process that is about to be started."""
 

@@ -21,8 +21,8 @@ from dockerproxy.errors import (
     UpstreamRefused,
     UpstreamUnreachable,
 )
-from dockerproxy.oci.names import Digest
-from tests.cache.support.harness import HUB, OTHER, CacheHarness, ManualReader, await_deferred, read_all
+from dockerproxy.oci.names import Digest, parse_repository
+from tests.cache.support.harness import EPOCH, HUB, OTHER, CacheHarness, ManualReader, await_deferred, read_all
 from tests.cache.support.upstream import (
     Gate,
     ReceivedRequest,
@@ -215,7 +215,7 @@ def test_second_token_of_same_client_shares_grant(harness: CacheHarness) -> None
     """Access is per login. The token endpoint has recorded that both tokens were issued for it."""
     harness.upstream.repository(f"{HUB}/{APP}").readers = {ALICE, "Bearer second"}
     for token in ("alice", "second"):
-        harness.identities.bind(token, "Basic YWxpY2U6cHc=")
+        harness.identities.bind(token, "realm", "Basic YWxpY2U6cHc=", frozenset({parse_repository(APP)}), EPOCH + 60)
     harness.fetch(DIGEST, authorization=ALICE)
     assert harness.fetch(DIGEST, authorization="Bearer second") == ("HIT", DATA)
     assert requested_methods(harness) == ["GET"]

@@ -226,6 +226,51 @@ def test_invalid_realm_is_replaced(harness: CacheHarness, realm: str) -> None:
     assert TOKEN_PATH in field
 
 
+def learn(harness: CacheHarness, registry: Registry, realm: str) -> None:
+    challenge = f'Bearer realm="{realm}"'
+    harness.records.put({"fields": [challenge], "checked": harness.now()}, "challenge", str(registry))
+
+
+HOSTS = ["good.test", "evil.test", "auth.good.test", "http://plain.test", "victim.duckdns.org", "evil.duckdns.org"]
+
+
+@pytest.mark.parametrize(
+    ("name", "realm", "of_good", "believed"),
+    [
+        ("evil.test", "https://good.test/signin", None, False),
+        ("evil.test", "https://good.test/signin", "https://good.test/token", False),
+        ("evil.test", "https://good.test/token", "https://good.test/token", True),  # lscr.io and ghcr.io
+        ("evil.test", "https://auth.good.test/token", None, False),
+        ("evil.test", "https://auth.good.test/token", "https://auth.good.test/token", True),
+        ("evil.test", "https://auth.good.test/page", "https://auth.good.test/token", False),
+        ("good.test", "https://auth.good.test/token", None, True),
+        ("good.test", "https://good.test/token", None, True),
+        ("good.test", "http://good.test/token", None, False),
+        ("good.test", "http://good.test:443/token", None, False),
+        ("good.test", "http://plain.test/token", None, False),
+        ("http://plain.test", "http://plain.test/token", None, True),
+        ("evil.duckdns.org", "https://victim.duckdns.org/token", None, False),
+    ],
+)
+def test_a_registry_is_not_believed_about_hosts_of_others(
+    make_harness: Callable[..., CacheHarness], name: str, realm: str, of_good: str | None, believed: bool
+) -> None:
+    """Otherwise it could name a page of another host as its realm, and the proxy would answer that page."""
+    registries = tuple(map(Registry.parse, HOSTS))
+    harness, registry = make_harness(registries=registries), Registry.parse(name)
+    learn(harness, registry, realm)
+    if of_good is not None:
+        learn(harness, Registry.parse("good.test"), of_good)
+    [field] = rendered_challenges(harness, registry, f'Bearer realm="{realm}"')
+    assert (TOKEN_PATH not in field) is believed
+    endpoint = Realm.parse(realm)
+    assert endpoint is not None
+    for order in (registries, registries[::-1]):
+        harness.pull_through.registries = order
+        claimed = harness.pull_through.registry_for_realm(endpoint.server, endpoint.path)
+        assert (claimed is not None) is believed
+
+
 def test_several_challenges(harness: CacheHarness) -> None:
     fields = rendered_challenges(harness, OTHER, f'{BEARER}, Basic realm="x"', "Digest")
     assert [field.partition(" ")[0] for field in fields] == ["Bearer", "Basic", "Digest"]

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import hmac
 import inspect
+import json
 from base64 import urlsafe_b64decode, urlsafe_b64encode
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -12,138 +14,166 @@ from hypothesis import strategies as st
 from dockerproxy.cache import identity as module
 from dockerproxy.cache.identity import PUBLIC, TOKEN_LIFETIME, Bindings, Identities
 from dockerproxy.oci.credentials import BasicCredentials
-from dockerproxy.oci.names import Registry
+from dockerproxy.oci.names import Registry, parse_repository
 from dockerproxy.store.files import Staging
 from dockerproxy.store.secret import load_or_create_secret
 from dockerproxy.upstream.credentials import Anonymous, ClientCredential
 
 HUB, OTHER = Registry.parse("registry-1.docker.io"), Registry.parse("other.example:5000")
 NOW = 1_700_000_000.0
-IDENTITIES = Identities(b"s" * 32)
+IDENTITIES = Identities(b"s" * 32, lambda: NOW)
+ALICE, REALM = "Basic bWU6c2VjcmV0", "https://auth.docker.io/token"
+
+
+def identity_of(credential: Any, registry: Registry = HUB, name: str = "a/b", identities: Any = None) -> str:
+    return (identities or IDENTITIES).for_credential(registry, parse_repository(name), credential)  # type: ignore[no-any-return]
+
+
+def bind(
+    identities: Identities,
+    token: str,
+    authorization: str = ALICE,
+    *names: str,
+    issuer: str = REALM,
+    lifetime: float = 60,
+) -> None:
+    repositories = frozenset(map(parse_repository, names or ("a/b",)))
+    identities.bind(token, issuer, authorization, repositories, NOW + lifetime)
 
 
 def test_identity_per_credential() -> None:
-    assert IDENTITIES.for_credential(HUB, Anonymous()) == PUBLIC
-    one, other = (
-        IDENTITIES.for_credential(HUB, ClientCredential("Bearer a")),
-        IDENTITIES.for_credential(HUB, ClientCredential("Bearer b")),
-    )
-    assert one != other and one.startswith("own:") and one == IDENTITIES.for_authorization("Bearer a")
-    login = IDENTITIES.for_credential(HUB, BasicCredentials("me", "secret"))
+    assert identity_of(Anonymous()) == PUBLIC
+    one, other = identity_of(ClientCredential("Bearer a")), identity_of(ClientCredential("Bearer b"))
+    assert one != other and one.startswith("own:") and one == IDENTITIES.for_authorization(str(HUB), "Bearer a")
+    assert one != identity_of(ClientCredential("Bearer a"), OTHER)
+    login = identity_of(BasicCredentials("me", "secret"))
     assert login.startswith("login:")
-    assert login == IDENTITIES.for_credential(
-        HUB, BasicCredentials("me", "another")
-    )  # a new password does not change the identity
-    assert login != IDENTITIES.for_credential(HUB, BasicCredentials("you", "secret"))
-    assert login != IDENTITIES.for_credential(OTHER, BasicCredentials("me", "secret"))
+    assert login == identity_of(BasicCredentials("me", "another"))  # a new password does not change the identity
+    assert login != identity_of(BasicCredentials("you", "secret"))
+    assert login != identity_of(BasicCredentials("me", "secret"), OTHER)
 
 
 def test_identity_does_not_reveal_credential() -> None:
-    for text in (
-        IDENTITIES.for_credential(HUB, ClientCredential("Basic bWU6c2VjcmV0")),
-        IDENTITIES.for_credential(HUB, BasicCredentials("me", "secret")),
-    ):
+    for text in (identity_of(ClientCredential(ALICE)), identity_of(BasicCredentials("me", "secret"))):
         assert "secret" not in text and "bWU6" not in text and "me" not in text.partition(":")[2]
-    assert Identities(b"t" * 32).for_credential(HUB, ClientCredential("Bearer a")) != IDENTITIES.for_credential(
-        HUB, ClientCredential("Bearer a")
-    )
+    other = Identities(b"t" * 32, lambda: NOW)
+    assert identity_of(ClientCredential("Bearer a"), identities=other) != identity_of(ClientCredential("Bearer a"))
 
 
 def test_authorization_with_arbitrary_bytes() -> None:
-    assert IDENTITIES.for_authorization("Basic \xff\udc80") != IDENTITIES.for_authorization("Basic \xff")
+    one = IDENTITIES.for_authorization("realm", "Basic \xff\udc80")
+    assert one != IDENTITIES.for_authorization("realm", "Basic \xff")
 
 
-def test_bound_token_has_client_identity() -> None:
-    identities = Identities(b"s" * 32)
-    identities.bind("abc", "Basic bWU6c2VjcmV0")
-    assert identities.for_credential(HUB, ClientCredential("Bearer abc")) == identities.for_authorization(
-        "Basic bWU6c2VjcmV0"
+@pytest.mark.parametrize("scheme", ["Bearer", "bearer", "BEARER "])
+def test_bound_token_is_its_client(scheme: str) -> None:
+    identities = Identities(b"s" * 32, lambda: NOW)
+    bind(identities, "abc", ALICE, "a/b", "c")
+    alice = identities.for_authorization(REALM, ALICE)
+    for name in ("a/b", "c"):
+        assert identity_of(ClientCredential(f"{scheme} abc"), name=name, identities=identities) == alice
+    for authorization in (f"{scheme} abd", "Basic abc", "abc", ""):
+        assert identity_of(ClientCredential(authorization), identities=identities) != alice
+
+
+def test_token_is_its_client_only_where_it_may_be_used() -> None:
+    identities = Identities(b"s" * 32, lambda: NOW)
+    bind(identities, "abc", ALICE, "a/b")
+    alice = identities.for_authorization(REALM, ALICE)
+    for name in ("a", "a/b/c", "a/c", "b"):
+        identity = identity_of(ClientCredential("Bearer abc"), name=name, identities=identities)
+        assert identity == identities.for_authorization(str(HUB), "Bearer abc") != alice
+
+
+def test_token_that_has_ended_is_unknown() -> None:
+    """It is not what it was before either, because upstream may have granted access to it then."""
+    now = [NOW]
+    identities = Identities(b"s" * 32, lambda: now[0])
+    bind(identities, "abc", ALICE, "a/b", lifetime=60)
+    before = [identity_of(ClientCredential("Bearer abc"), name=name, identities=identities) for name in ("a/b", "c")]
+    now[0] += 59.9
+    assert identity_of(ClientCredential("Bearer abc"), identities=identities) == before[0]
+    now[0] += 0.1
+    after = {identity_of(ClientCredential("Bearer abc"), name=name, identities=identities) for name in ("a/b", "c")}
+    assert len(after) == 1 and not after & {*before, identities.for_authorization(str(HUB), "Bearer abc")}
+
+
+def test_another_realm_cannot_confirm_a_password() -> None:
+    """A hostile realm accepts every guess. Its tokens say nothing about the client of the honest realm."""
+    identities = Identities(b"s" * 32, lambda: NOW)
+    bind(identities, "honest", ALICE)
+    bind(identities, "hostile", ALICE, issuer="https://evil.test/token")
+    honest, hostile = (
+        identity_of(ClientCredential(f"Bearer {token}"), identities=identities) for token in ("honest", "hostile")
     )
-    assert identities.for_credential(HUB, ClientCredential("Bearer abd")) != identities.for_authorization(
-        "Basic bWU6c2VjcmV0"
-    )
+    assert honest != hostile
 
 
 def test_bindings_are_shared_between_processes() -> None:
-    published: list[tuple[str, str]] = []
+    published: list[Any] = []
     bindings = Bindings()
-    bindings.subscribe(lambda token, client: published.append((token, client)))
-    one = Identities(b"s" * 32, bindings)
-    one.bind("abc", "Basic bWU6c2VjcmV0")
-    bindings = Bindings()
-    bindings.subscribe(lambda token, client: published.append(("again", token)))
-    for pair in list(published):
-        bindings.add(*pair)
-    other = Identities(b"s" * 32, bindings)
-    assert other.for_credential(HUB, ClientCredential("Bearer abc")) == one.for_credential(
-        HUB, ClientCredential("Basic bWU6c2VjcmV0")
-    )
-    assert other.for_credential(HUB, ClientCredential("Bearer abcd")) != one.for_credential(
-        HUB, ClientCredential("Basic bWU6c2VjcmV0")
-    )
+    bindings.subscribe(lambda *binding: published.append(binding))
+    one = Identities(b"s" * 32, lambda: NOW, bindings)
+    bind(one, "abc")
+    others = Bindings()
+    others.subscribe(lambda *binding: published.append(("again", binding)))
+    others.add(*json.loads(json.dumps(published[0])))
+    other = Identities(b"s" * 32, lambda: NOW, others)
+    assert identity_of(ClientCredential("Bearer abc"), identities=other) == one.for_authorization(REALM, ALICE)
     assert len(published) == 1
-    assert not any("abc" in text or "bWU" in text for text in published[0])
+    assert not any("abc" in str(value) or "bWU" in str(value) for value in published[0])
 
 
 def test_bindings_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_MAX_BINDINGS", 3)
-    identities = Identities(b"s" * 32)
+    identities = Identities(b"s" * 32, lambda: NOW)
     for number in range(5):
-        identities.bind(str(number), "Basic x")
-    me = identities.for_authorization("Basic x")
-    assert [identities.for_credential(HUB, ClientCredential(f"Bearer {number}")) == me for number in range(5)] == [
-        False,
-        False,
-        True,
-        True,
-        True,
-    ]
+        bind(identities, str(number))
+    me = identities.for_authorization(REALM, ALICE)
+    bound = [identity_of(ClientCredential(f"Bearer {number}"), identities=identities) == me for number in range(5)]
+    assert bound == [False, False, True, True, True]
 
 
 @pytest.mark.parametrize("identity", [PUBLIC, "own:0123"])
 @pytest.mark.parametrize("scheme", ["Bearer", "bearer", "BEARER "])
 def test_local_token(identity: str, scheme: str) -> None:
-    token = IDENTITIES.issue_token(HUB, identity, NOW)
-    assert IDENTITIES.read_token(HUB, f"{scheme} {token}", NOW) == identity
-    assert IDENTITIES.read_token(HUB, f"{scheme} {token}", NOW + TOKEN_LIFETIME - 1) == identity
-    assert Identities(b"s" * 32).read_token(HUB, f"{scheme} {token}", NOW) == identity  # after a restart
+    now = [NOW]
+    identities = Identities(b"s" * 32, lambda: now[0])
+    token = identities.issue_token(identity)
+    assert identities.read_token(f"{scheme} {token}") == identity
+    assert IDENTITIES.read_token(f"{scheme} {token}") == identity  # after a restart
+    now[0] += TOKEN_LIFETIME - 1
+    assert identities.read_token(f"{scheme} {token}") == identity
+    now[0] += 1
+    assert identities.read_token(f"{scheme} {token}") == ""
 
 
 @pytest.mark.parametrize("authorization", ["Basic drp.x", "Bearer abc", "Bearer", "", "Bearer xdrp.", "drp.x"])
 def test_foreign_token(authorization: str) -> None:
-    assert IDENTITIES.read_token(HUB, authorization, NOW) is None
-
-
-def test_expired_token() -> None:
-    token = IDENTITIES.issue_token(HUB, PUBLIC, NOW)
-    assert IDENTITIES.read_token(HUB, f"Bearer {token}", NOW + TOKEN_LIFETIME) == ""
-
-
-def test_token_of_another_registry() -> None:
-    assert IDENTITIES.read_token(OTHER, f"Bearer {IDENTITIES.issue_token(HUB, PUBLIC, NOW)}", NOW) == ""
+    assert IDENTITIES.read_token(authorization) is None
 
 
 def test_token_with_another_secret() -> None:
-    assert IDENTITIES.read_token(HUB, f"Bearer {Identities(b't' * 32).issue_token(HUB, PUBLIC, NOW)}", NOW) == ""
+    assert IDENTITIES.read_token(f"Bearer {Identities(b't' * 32, lambda: NOW).issue_token(PUBLIC)}") == ""
 
 
 @given(st.integers(0, 10_000), st.integers(1, 255))
 def test_altered_token(position: int, mask: int) -> None:
-    signed = bytearray(urlsafe_b64decode(IDENTITIES.issue_token(HUB, "own:0123", NOW).removeprefix("drp.")))
+    signed = bytearray(urlsafe_b64decode(IDENTITIES.issue_token("own:0123").removeprefix("drp.")))
     signed[position % len(signed)] ^= mask
-    assert IDENTITIES.read_token(HUB, f"Bearer drp.{urlsafe_b64encode(bytes(signed)).decode()}", NOW) == ""
+    assert IDENTITIES.read_token(f"Bearer drp.{urlsafe_b64encode(bytes(signed)).decode()}") == ""
 
 
 @given(st.one_of(st.text(), st.binary().map(lambda data: urlsafe_b64encode(data).decode())))
 def test_forged_token(text: str) -> None:
-    assert IDENTITIES.read_token(HUB, f"Bearer drp.{text}", NOW) in ("", None)
+    assert IDENTITIES.read_token(f"Bearer drp.{text}") in ("", None)
 
 
 def test_identity_hash_is_not_a_token_signature() -> None:
     """The same secret is used for identities, but their hashes must not be valid signatures of tokens."""
-    payload = f"{HUB}\nown:0123\n{int(NOW) + TOKEN_LIFETIME}".encode()
+    payload = f"own:0123\n{int(NOW) + TOKEN_LIFETIME}".encode()
     plain = hmac.new(b"s" * 32, payload, "sha256").digest()
-    assert IDENTITIES.read_token(HUB, f"Bearer drp.{urlsafe_b64encode(payload + plain).decode()}", NOW) == ""
+    assert IDENTITIES.read_token(f"Bearer drp.{urlsafe_b64encode(payload + plain).decode()}") == ""
 
 
 def test_signatures_are_compared_in_constant_time() -> None:
@@ -154,11 +184,12 @@ def test_secret_is_persistent(tmp_path: Path) -> None:
     path = tmp_path / "secret"
 
     def identities() -> Identities:
-        return Identities(load_or_create_secret(path, Staging(str(tmp_path / "staging"), private=True)))
+        staging = Staging(str(tmp_path / "staging"), private=True)
+        return Identities(load_or_create_secret(path, staging), lambda: NOW)
 
-    token = identities().issue_token(HUB, PUBLIC, NOW)
+    token = identities().issue_token(PUBLIC)
     assert path.stat().st_mode & 0o777 == 0o600
-    assert identities().read_token(HUB, f"Bearer {token}", NOW) == PUBLIC
+    assert identities().read_token(f"Bearer {token}") == PUBLIC
     path.write_bytes(b"")  # a crash during its creation
-    assert identities().read_token(HUB, f"Bearer {token}", NOW) == ""
+    assert identities().read_token(f"Bearer {token}") == ""
     assert len(path.read_bytes()) == 32 and path.stat().st_mode & 0o777 == 0o600

@@ -22,13 +22,14 @@ from dockerproxy.errors import (
     UpstreamUnreachable,
 )
 from dockerproxy.oci.credentials import BasicCredentials
-from dockerproxy.oci.names import Registry
+from dockerproxy.oci.names import Registry, parse_repository
 from dockerproxy.upstream.credentials import ClientCredential
 from tests.cache.support.harness import EPOCH, HUB, CacheHarness
 from tests.cache.support.upstream import ScriptedResponse, raise_error, respond_with
 
 REALM = Realm(Registry.parse("auth.docker.io"), "/token")
-QUERY = "service=registry.docker.io&scope=repository:library/app:pull"
+SCOPE = "repository:library/app:pull"
+QUERY = f"service=registry.docker.io&scope={SCOPE}"
 ALICE = BasicCredentials("alice", "pw:with:colons").authorization
 TOKEN = b'{"token":"upstreams","expires_in":300}'
 DAY = 86400
@@ -49,15 +50,25 @@ def respond_with_token(content: bytes = TOKEN) -> Any:
 
 
 def ask(
-    harness: CacheHarness, authorization: str | None = None, form: bytes | None = None, realm: Realm = REALM
-) -> bytes:
-    return harness.run(harness.token_endpoint.token(HUB, realm, TokenRequest(QUERY, authorization, form)))  # type: ignore[no-any-return]
+    harness: CacheHarness, authorization: str | None = None, form: bytes | None = None, realm: Realm = REALM,
+    query: str = QUERY, registry: Registry = HUB,
+) -> bytes:  # fmt: skip
+    return harness.run(harness.token_endpoint.token(registry, realm, TokenRequest(query, authorization, form)))  # type: ignore[no-any-return]
+
+
+def identity_of(harness: CacheHarness, token: str, name: str = "library/app") -> str:
+    """Return the identity of a client that shows `token` for the repository `name`."""
+    return harness.identities.for_credential(HUB, parse_repository(name), ClientCredential(f"Bearer {token}"))
+
+
+def alice(harness: CacheHarness) -> str:
+    return harness.identities.for_authorization(str(REALM), ALICE)
 
 
 def local_identity(harness: CacheHarness, content: bytes) -> str | None:
     """Return the identity in a local token; None for a token from upstream."""
     token = json.loads(content)["token"]
-    return harness.identities.read_token(HUB, f"Bearer {token}", harness.now())
+    return harness.identities.read_token(f"Bearer {token}")
 
 
 def encode_form(**fields: str) -> bytes:
@@ -87,32 +98,26 @@ def test_login_is_forwarded(harness: CacheHarness) -> None:
     [request] = harness.upstream.requests
     assert (request.method, request.registry, request.path) == ("GET", REALM.server, f"/token?{QUERY}")
     assert request.headers.all("authorization") == [ALICE]
-    assert harness.identities.for_credential(
-        HUB, ClientCredential("Bearer upstreams")
-    ) == harness.identities.for_authorization(ALICE)
+    assert identity_of(harness, "upstreams") == alice(harness)
 
 
 @pytest.mark.parametrize("name", ["token", "access_token"])
 def test_token_or_access_token(harness: CacheHarness, name: str) -> None:
     script_realm(harness, respond_with_token(json.dumps({name: "t"}).encode()))
     ask(harness, ALICE)
-    assert harness.identities.for_credential(HUB, ClientCredential("Bearer t")) == harness.identities.for_authorization(
-        ALICE
-    )
+    assert identity_of(harness, "t") == alice(harness)
 
 
 def test_form_post(harness: CacheHarness) -> None:
     script_realm(harness, respond_with_token())
-    body = encode_form(grant_type="password", username="alice", password="pw:with:colons", service="x")
+    body = encode_form(grant_type="password", username="alice", password="pw:with:colons", scope=SCOPE)
     assert ask(harness, None, body) == TOKEN
     [request] = harness.upstream.requests
     assert (request.method, request.headers.get("content-type")) == ("POST", "application/x-www-form-urlencoded")
     assert harness.agent.bodies == [body]
     assert request.headers.get("authorization") is None
     # The identity is the same as for GET with the same login.
-    assert harness.identities.for_credential(
-        HUB, ClientCredential("Bearer upstreams")
-    ) == harness.identities.for_authorization(ALICE)
+    assert identity_of(harness, "upstreams") == alice(harness)
 
 
 def test_refresh_token(harness: CacheHarness) -> None:
@@ -142,7 +147,7 @@ def test_known_client_gets_local_token_during_outage(
     if restart:
         harness = make_harness(upstream=harness.upstream)
     authorization = ALICE if body is None else None
-    assert local_identity(harness, ask(harness, authorization, body)) == harness.identities.for_authorization(ALICE)
+    assert local_identity(harness, ask(harness, authorization, body)) == alice(harness)
     harness.reactor.advance(1)
     with pytest.raises(RegistryError):
         ask(harness, authorization, body)
@@ -182,8 +187,21 @@ def test_denied_client_is_forgotten(harness: CacheHarness, status: int) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"null", b"[]", b'"token"', b"{}", b'{"token":1}', b'{"token":""}', b"\xff", b"[" * 200_000],
-    ids=range(9),
+    [
+        b"",
+        b"null",
+        b"[]",
+        b'"token"',
+        b"{}",
+        b'{"token":1}',
+        b'{"token":""}',
+        b"\xff",
+        b"[" * 60_000,
+        b'{"token":"\\ud800"}',
+        b'{"token":"a\\r\\nX-Y: z"}',
+        b'{"token":"' + b"x" * 20_000 + b'"}',
+    ],
+    ids=range(12),
 )
 def test_invalid_token_response(harness: CacheHarness, content: bytes) -> None:
     script_realm(harness, respond_with_token(content))
@@ -194,8 +212,70 @@ def test_invalid_token_response(harness: CacheHarness, content: bytes) -> None:
         ask(harness, ALICE)
 
 
+@pytest.mark.parametrize("lifetime", ["1" * 400, "-" + "1" * 400, "1e999", '"x"', "[]", "null"])
+def test_odd_lifetime(harness: CacheHarness, lifetime: str) -> None:
+    script_realm(harness, respond_with_token(b'{"token":"t","expires_in":%b}' % lifetime.encode()))
+    ask(harness, ALICE)
+    harness.reactor.advance(59)
+    assert identity_of(harness, "t") == alice(harness)
+
+
+@pytest.mark.parametrize(
+    ("query", "names"),
+    [
+        ("service=x", []),
+        ("scope=repository:a:pull&scope=repository:b:pull,push", ["a", "b"]),
+        ("scope=repository:a:pull%20repository:b:pull", ["a", "b"]),
+        ("scope=repository%3Aa%3Apull+repository:b:*", ["a", "b"]),
+        ("scope=repository:a:push&scope=registry:catalog:*", []),
+    ],
+)
+@pytest.mark.parametrize("granted", [None, "repository:b:pull", ""])
+@pytest.mark.parametrize("posted", [False, True])
+def test_token_counts_for_the_scopes_that_were_asked_for_and_granted(
+    harness: CacheHarness, query: str, names: list[str], granted: str | None, posted: bool
+) -> None:
+    document = {"access_token": "t", "expires_in": 5} | ({} if granted is None else {"scope": granted})
+    script_realm(harness, respond_with_token(json.dumps(document).encode()))
+    form = f"grant_type=password&username=alice&password=pw%3Awith%3Acolons&{query}".encode()
+    ask(harness, None, form) if posted else ask(harness, ALICE, query=query)
+    counts = [name for name in ("a", "b", "c") if identity_of(harness, "t", name) == alice(harness)]
+    assert counts == [name for name in names if granted is None or name in granted]
+    harness.reactor.advance(5)
+    assert not [name for name in ("a", "b", "c") if identity_of(harness, "t", name) == alice(harness)]
+
+
+LOGINS = [
+    (ALICE, None),
+    ("Bearer x", None),
+    (None, encode_form(username="alice", password="pw", grant_type="password")),
+    (None, encode_form(grant_type="refresh_token", refresh_token="r")),
+]
+
+
+@pytest.mark.parametrize(("authorization", "form"), LOGINS, ids=range(4))
+def test_login_never_leaves_tls(harness: CacheHarness, authorization: str | None, form: bytes | None) -> None:
+    """A registry with TLS may name a token server without it. Our own login does not go there either."""
+    script_realm(harness, respond_with_token())
+    plain = Realm(Registry.parse("http://auth.docker.io:80"), "/token")
+    with pytest.raises(UpstreamBroken, match="plain HTTP"):
+        ask(harness, authorization, form, realm=plain)
+    assert harness.upstream.requests == []
+    assert local_identity(harness, ask(harness, None, realm=plain)) == "public"
+    ask(harness, authorization, form, realm=plain, registry=Registry.parse("http://plain.example"))
+    assert len(harness.upstream.requests) == 1
+
+
+def test_a_login_at_one_realm_is_none_at_another(harness: CacheHarness) -> None:
+    script_realm(harness, respond_with_token())
+    ask(harness, ALICE, realm=Realm(Registry.parse("other.example:5000"), "/token"))
+    script_realm(harness, raise_error(UpstreamUnreachable("gone")))
+    with pytest.raises(UpstreamUnreachable):
+        ask(harness, ALICE)
+
+
 def test_token_response_too_large(harness: CacheHarness) -> None:
-    script_realm(harness, respond_with_token(b" " * 300_000 + TOKEN))
+    script_realm(harness, respond_with_token(b" " * 65_536 + TOKEN))
     with pytest.raises(UpstreamBroken):
         ask(harness, ALICE)
 

@@ -76,5 +76,12 @@ def test_any_request_is_one_line_of_seven_fields(method: str, host: str, path: s
     line.encode()
 
 
+@pytest.mark.parametrize("host", ["user:s3cret@registry-1.docker.io", "s3cret@x@registry-1.docker.io"])
+def test_a_login_in_the_host_is_nowhere_in_the_event(host: str) -> None:
+    event = record_request(host=host)
+    assert event["host"] == "registry-1.docker.io"
+    assert "s3cret" not in repr(event)
+
+
 def test_a_secret_in_a_query_is_nowhere_in_the_event() -> None:
     assert "s3cret" not in repr(record_request(path="/v2/?token=s3cret"))

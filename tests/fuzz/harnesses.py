@@ -61,15 +61,20 @@ from dockerproxy.oci.pushed_manifest import PushedManifest
 from dockerproxy.oci.ranges import content_range, parse_content_range, parse_range
 from dockerproxy.oci.referrers import ReferrersQuery
 from dockerproxy.oci.routes import is_api_path, is_pull_query, parse_query, pop_parameter, route
-from dockerproxy.oci.untrusted_json import JSONInvalid, parse_json
+from dockerproxy.oci.tokens import TokenResponse, readable_repositories
 from dockerproxy.oci.uploads import UploadParameters, declared_length
 from dockerproxy.proxy.host_rule import HostRule
 from dockerproxy.registry.htpasswd import HtpasswdError, parse_htpasswd
 from dockerproxy.registry.responses import upstream_fields
 from dockerproxy.settings import Settings, SettingsError, read_env_file
 from dockerproxy.store.references import extract_references
-from dockerproxy.upstream.authorizer import remaining_lifetime
-from dockerproxy.upstream.http1 import BodyReader, body_reader_for, parse_response_head, should_keep_alive
+from dockerproxy.upstream.http1 import (
+    BodyReader,
+    body_reader_for,
+    parse_response_head,
+    render_request_head,
+    should_keep_alive,
+)
 from dockerproxy.upstream.retry import MAX_RETRY_AFTER, parse_retry_after
 from dockerproxy.upstream.urls import resolve_location, split_url
 
@@ -246,12 +251,15 @@ def manifests(data: bytes) -> None:
 
 def token_response(data: bytes) -> None:
     """The response of a token server."""
+    readable_repositories([data.decode("latin-1")])
     try:
-        document = parse_json(data)
-    except JSONInvalid:
+        response = TokenResponse.parse(data, NOW)
+    except ValueError:
         return
-    if isinstance(document, dict):
-        assert 0 < remaining_lifetime(document, NOW) < 10**9
+    assert 0 < response.lifetime < 10**9
+    for token in response.tokens:
+        render_request_head("GET", "/", [("Authorization", f"Bearer {token}")])
+    readable_repositories([response.scope or ""])
 
 
 def urls(data: bytes) -> None:
@@ -326,16 +334,16 @@ def setting_values(data: bytes) -> None:
 def tokens(data: bytes) -> None:
     """Authorization fields: tokens that we have issued, those that we have not, and logins."""
     text = data.decode("latin-1")
-    identities = Identities(b"secret")
-    assert identities.read_token(HUB, text, NOW) in (None, "")
-    assert identities.read_token(HUB, f"Bearer {text}", NOW) in (None, "")
-    issued = identities.issue_token(HUB, "own:x", NOW)
-    assert identities.read_token(HUB, f"Bearer {issued}", NOW) == "own:x"
+    identities = Identities(b"secret", lambda: NOW)
+    assert identities.read_token(text) in (None, "")
+    assert identities.read_token(f"Bearer {text}") in (None, "")
+    issued = identities.issue_token("own:x")
+    assert identities.read_token(f"Bearer {issued}") == "own:x"
     if data:
         position, bit = data[0] % len(issued), 1 << data[-1] % 7
         altered = issued[:position] + chr(ord(issued[position]) ^ bit) + issued[position + 1 :]
         # The last characters of base64 may have bits without a meaning.
-        assert identities.read_token(HUB, f"Bearer {altered}", NOW) in (None, "") or position >= len(issued) - 3
+        assert identities.read_token(f"Bearer {altered}") in (None, "") or position >= len(issued) - 3
     for field in (text, f"Basic {text}"):
         credentials = BasicCredentials.parse(field)
         if credentials is not None and ":" not in credentials.user:

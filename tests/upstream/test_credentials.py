@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+from twisted.logger import capturedLogs, formatEvent
 
 from dockerproxy.oci.credentials import BasicCredentials
 from dockerproxy.oci.names import Host, Registry
-from dockerproxy.upstream.credentials import Anonymous, ClientCredential, LoginTable, in_same_domain
+from dockerproxy.upstream.credentials import Anonymous, ClientCredential, LoginTable, belong_together
 
 HUB, AUTH, QUAY = Registry.parse("registry-1.docker.io"), Host.parse("auth.docker.io"), Registry.parse("quay.io")
 ONE, TWO = BasicCredentials("one", "pw1"), BasicCredentials("two", "pw2")
@@ -17,26 +20,45 @@ def test_repr_hides_secrets() -> None:
     assert ONE.authorization == "Basic b25lOnB3MQ=="
 
 
+@pytest.fixture
+def suffix_list(tmp_path: Path) -> Path:
+    file = tmp_path / "list.dat"
+    file.write_text("com\nio\norg\nduckdns.org\nazurecr.io\nco.uk\nuk\n")
+    return file
+
+
 @pytest.mark.parametrize(
-    ("one", "other", "expected"),
+    ("realm", "registry", "with_list", "without_list"),
     [
-        ("auth.docker.io", "registry-1.docker.io", True),
-        ("gitlab.com", "registry.gitlab.com", True),
-        ("registry.gitlab.com", "gitlab.com", True),
-        ("quay.io", "quay.io", True),
-        ("quay.io", "ghcr.io", False),
-        ("auth.docker.io", "auth.docker.io.evil.example", False),
-        ("docker.io", "evil-docker.io", False),
-        ("io", "quay.io", False),
-        ("quay.io", "io", False),
-        ("10.0.0.1", "10.0.0.1", True),
-        ("10.0.0.1", "11.0.0.1", False),
-        ("fd00::1", "fd00::2", False),
+        ("auth.docker.io", "registry-1.docker.io", True, True),
+        ("gitlab.com", "registry.gitlab.com", True, True),
+        ("docker-auth.elastic.co", "docker.elastic.co", True, True),
+        ("quay.io", "quay.io", True, True),
+        ("auth.registry.company.com", "registry.company.com", True, True),
+        ("gitlab.company.com", "registry.company.com", True, False),
+        ("company.com", "registry.company.com", True, False),
+        ("auth.company.lan", "registry.company.lan", True, False),
+        ("gitlab.lan", "registry.lan", False, False),
+        ("quay.io", "ghcr.io", False, False),
+        ("victim.duckdns.org", "evil.duckdns.org", False, False),
+        ("victim.co.uk", "evil.co.uk", False, False),
+        ("victim.azurecr.io", "evil.azurecr.io", False, False),
+        ("duckdns.org", "evil.duckdns.org", False, False),
+        ("gitlab.com", "registry.gitlab.com.evil.example", False, False),
+        ("auth.docker.io", "auth.docker.io.evil.example", False, False),
+        ("docker.io", "evil-docker.io", False, False),
+        ("quay.io", "io", False, False),
+        ("io", "quay.io", False, False),
+        ("a.localhost", "localhost", False, False),
+        ("10.0.0.1", "10.0.0.1", True, True),
+        ("10.0.0.1", "11.0.0.1", False, False),
+        ("5.10.0.0.1", "10.0.0.1", False, False),
+        ("fd00::1", "fd00::2", False, False),
     ],
 )
-def test_in_same_domain(one: str, other: str, expected: bool) -> None:
-    assert in_same_domain(one, other) is expected
-    assert in_same_domain(other, one) is expected
+def test_belong_together(suffix_list: Path, realm: str, registry: str, with_list: bool, without_list: bool) -> None:
+    assert belong_together(realm, registry, suffix_list) is with_list
+    assert belong_together(realm, registry, suffix_list.with_name("missing")) is without_list
 
 
 def test_login_is_sent_only_to_its_host() -> None:
@@ -61,7 +83,12 @@ def test_realm_receives_its_own_login() -> None:
 
 def test_foreign_realm_gets_no_login() -> None:
     evil = Registry.parse("evil.example")
-    assert LoginTable({AUTH: ONE}).effective_login(evil, AUTH) is None
+    with capturedLogs() as events:
+        logins = LoginTable({AUTH: ONE})
+        for _ in range(3):
+            assert logins.effective_login(evil, AUTH) is None
+    [text] = [formatEvent(event) for event in events]
+    assert "evil.example names auth.docker.io" in text and "evil.example:USER:PASSWORD" in text and "pw1" not in text
     assert LoginTable({AUTH: ONE, evil.host: TWO}).login_for(TWO, AUTH, evil) is None
     # The administrator configured the same login for both.
     assert LoginTable({AUTH: ONE, evil.host: ONE}).login_for(ONE, AUTH, evil) == ONE

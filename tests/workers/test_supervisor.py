@@ -15,7 +15,7 @@ from attrs import define, field
 from twisted.internet.defer import Deferred
 from twisted.logger import LogEvent, LogLevel
 
-from dockerproxy.cache.identity import Bindings
+from dockerproxy.cache.identity import Binding, Bindings
 from dockerproxy.workers import message_socket as message_socket_module
 from dockerproxy.workers import scoreboard as scoreboard_module
 from dockerproxy.workers import supervisor as supervisor_module
@@ -547,13 +547,13 @@ def test_fork_server_is_closed_after_all_workers(harness: SupervisorHarness) -> 
 
 def test_token_bindings_are_broadcast(harness: SupervisorHarness) -> None:
     one, other = harness.start_ready()
-    one.rpc.notify("token_bound", "own:token", "own:client")
+    one.rpc.notify("token_bound", "a token", "own:client", ["a/b"], 17.5)
     harness.reactor.iterate_all()
-    assert harness.bindings.resolve("own:token") == "own:client"
-    assert (one.messages, other.messages) == ([], [("token_bound", "own:token", "own:client")])
-    harness.bindings.bind("own:another", "own:client")
+    assert harness.bindings.get("a token") == Binding("own:client", frozenset({"a/b"}), 17.5)
+    assert (one.messages, other.messages) == ([], [("token_bound", "a token", "own:client", ["a/b"], 17.5)])
+    harness.bindings.bind("another", Binding("own:client", frozenset(), 18.0))
     harness.reactor.iterate_all()
-    assert [worker.messages[-1] for worker in (one, other)] == [("token_bound", "own:another", "own:client")] * 2
+    assert [worker.messages[-1] for worker in (one, other)] == [("token_bound", "another", "own:client", [], 18.0)] * 2
 
 
 def test_bindings_never_end_a_worker(harness: SupervisorHarness) -> None:
@@ -561,7 +561,7 @@ def test_bindings_never_end_a_worker(harness: SupervisorHarness) -> None:
     one, other = harness.start_ready()
     harness.reactor.removeReader(one.rpc.message_socket)  # it is busy
     for number in range(10_001):
-        harness.supervisor.broadcast_binding(f"own:{number}", "own:client")
+        harness.supervisor.broadcast_binding(f"token {number}", "own:client", [], 17.5)
         if number % 50 == 0:
             harness.reactor.iterate()
     assert [handle.state for handle in harness.supervisor._workers] == [WorkerState.SERVING] * 2

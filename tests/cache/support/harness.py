@@ -114,7 +114,7 @@ class CacheHarness:
         self.blobs = Blobs(self.layout, False, self.now)
         self.links = Links(self.layout, False, self.now, counter.add)
         self.records = Records(root / "records", on_create=counter.add)
-        self.identities = Identities(secret)
+        self.identities = Identities(secret, self.now)
         self.access = Access(self.records, self.now, shared)
         self.lock = lock or LocalKeyedLock()
         unsliced = CooperativeThread(reactor, slice_length=math.inf)  # because nothing else runs that it could delay
@@ -134,7 +134,7 @@ class CacheHarness:
         self._download_limits = download_limits or DownloadLimits()
         self.downloads = self.new_downloads()
         self.learned_challenges: dict[Registry, Any] = {}
-        hosts = [registry.host for registry in registries] + [Registry.parse("auth.docker.io").host]
+        hosts = {registry.host: registry for registry in (*registries, Registry.parse("auth.docker.io"))}
         self.challenges = Challenges(self.agent, self.records, hosts, self.learned_challenges.__setitem__, self.now)
         self.token_endpoint = TokenEndpoint(
             self.agent, self.identities, self.records, lambda host: None if host in hosts else address_check, self.now
@@ -150,7 +150,7 @@ class CacheHarness:
         )  # fmt: skip
         self.pull_through = PullThrough(
             self.upstream, self.identities, self.challenges, self.token_endpoint, self.manifests, self.cached_blobs,
-            parser, registries, lambda registry: login, self.now,
+            parser, registries, lambda registry: login,
         )  # fmt: skip
         self._deferreds: list[Deferred[Any]] = []
 
@@ -179,7 +179,8 @@ class CacheHarness:
         self, name: str = "library/app", registry: Registry = HUB, authorization: str | None = None
     ) -> UpstreamPrincipal:
         repository = self.repository(name, registry, authorization)
-        return UpstreamPrincipal(repository, self.identities.for_credential(registry, repository.credential))
+        identity = self.identities.for_credential(registry, repository.name, repository.credential)
+        return UpstreamPrincipal(repository, identity)
 
     def blob(
         self, digest: Digest, name: str = "library/app", authorization: str | None = None, *, head: bool = False,
