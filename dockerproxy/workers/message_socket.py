@@ -6,7 +6,7 @@ import json
 import os
 import socket
 import sys
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +19,7 @@ MAX_MESSAGE_SIZE = 192 * 1024
 """Maximum bytes of a message. A socket accepts that many at once by the default of net.core.wmem_default."""
 
 _MAX_QUEUED_MESSAGES = 10_000  # messages; a peer that is so far behind hangs, and is disconnected
-_MAX_QUEUED_HINTS = 1000  # messages; further hints are dropped while so many messages wait
+_MAX_QUEUED_HINTS = 1000  # messages of one kind; further ones are dropped while so many wait
 _MESSAGES_PER_READ = 64  # messages to receive before control returns to the reactor
 
 _encode = json.JSONEncoder(separators=(",", ":")).encode
@@ -66,7 +66,8 @@ class MessageSocket:
         self._on_message = on_message
         self._on_closed = on_closed
         self._on_descriptor = on_descriptor
-        self._send_queue: deque[bytes] = deque()
+        self._send_queue: deque[tuple[str, bytes]] = deque()  # the kinds of hints, and "" for others
+        self._queued_hints: Counter[str] = Counter()  # by kind
         self._buffer = bytearray(MAX_MESSAGE_SIZE)
         self.connected = True
         self.dropped_hints = 0
@@ -83,26 +84,34 @@ class MessageSocket:
         """The number of messages that wait for the peer."""
         return len(self._send_queue)
 
-    def send(self, message: Any) -> None:
-        """Send `message`, or queue it if the socket is full. Do nothing if it is closed. Raise `MessageNotSent`."""
+    def send(self, message: Any, kind: str = "") -> None:
+        """Send `message`, or queue it if the socket is full. Do nothing if it is closed. Raise `MessageNotSent`.
+
+        `kind` is that of a hint.
+        """
         data = _encode(message).encode()
         if len(data) > MAX_MESSAGE_SIZE:
             raise MessageNotSent(f"message of {len(data)} bytes exceeds {MAX_MESSAGE_SIZE} bytes")
         if not self.connected:
             return
         if self._send_queue or not self._try_send(data):
-            self._send_queue.append(data)
+            self._send_queue.append((kind, data))
+            if kind:
+                self._queued_hints[kind] += 1
             self._reactor.addWriter(self)
             if len(self._send_queue) > _MAX_QUEUED_MESSAGES:
                 self.close()
 
-    def hint(self, message: Any) -> None:
-        """Send a message that need not arrive. Drop it if the peer is behind, or if it cannot be sent."""
-        if len(self._send_queue) >= _MAX_QUEUED_HINTS:
+    def hint(self, kind: str, message: Any) -> None:
+        """Send a message that need not arrive. Drop it if the peer is behind, or if it cannot be sent.
+
+        Each `kind` of hints has its own place in the queue, so that clients who cause many of one cannot displace others.
+        """
+        if self._queued_hints[kind] >= _MAX_QUEUED_HINTS:
             self.dropped_hints += 1
             return
         try:
-            self.send(message)
+            self.send(message, kind)
         except MessageNotSent:
             self.dropped_hints += 1
 
@@ -156,12 +165,15 @@ class MessageSocket:
 
     def doWrite(self) -> Any:
         while self._send_queue:
+            kind, data = self._send_queue[0]
             try:
-                if not self._try_send(self._send_queue[0]):
+                if not self._try_send(data):
                     return None
             except MessageNotSent:  # its sender has returned; the peer must not miss a message silently
                 return CONNECTION_LOST
             self._send_queue.popleft()
+            if kind:
+                self._queued_hints[kind] -= 1
         self._reactor.removeWriter(self)
         return None
 

@@ -76,7 +76,7 @@ class RPC:
 
     def hint(self, name: str, *arguments: Any) -> None:
         """Like `notify`, but drop the message if the other process is behind."""
-        self.message_socket.hint([name, 0, *arguments])
+        self.message_socket.hint(name, [name, 0, *arguments])
 
     def _on_message(self, message: Any) -> None:
         name, call_id, *arguments = message

@@ -116,7 +116,7 @@ def test_hints_are_dropped_while_the_peer_is_behind(
     """However many hints wait for a peer, it is not disconnected; messages are still queued."""
     one, other = ends
     for number in range(10_001):
-        one.message_socket.hint(number)
+        one.message_socket.hint("binding", number)
     assert one.message_socket.connected
     assert one.message_socket.queued == message_socket._MAX_QUEUED_HINTS
     one.message_socket.send("message")
@@ -129,6 +129,25 @@ def test_hints_are_dropped_while_the_peer_is_behind(
     assert one.message_socket.dropped_hints > 0
 
 
+def test_hints_of_one_kind_do_not_displace_others(
+    reactor: DescriptorReactor, ends: tuple[RecordingEnd, RecordingEnd]
+) -> None:
+    """A client that asks for many tokens does not hide from the main process which blobs others use."""
+    one, other = ends
+    for number in range(5000):
+        one.message_socket.hint("binding", number)
+    one.message_socket.hint("use", "used")
+    assert one.message_socket.queued == message_socket._MAX_QUEUED_HINTS + 1
+    while one.message_socket.queued:
+        reactor.iterate()
+    for _ in range(5000 // 64 + 1):
+        reactor.iterate()
+    assert other.messages[-1] == "used"
+    one.message_socket.hint("binding", "again")  # the places are free again
+    reactor.iterate()
+    assert other.messages[-1] == "again"
+
+
 @pytest.mark.parametrize("number", [errno.EMSGSIZE, errno.ENOBUFS, errno.ENOMEM])
 def test_refused_message_is_reported(
     reactor: DescriptorReactor, ends: tuple[RecordingEnd, RecordingEnd], number: int
@@ -138,7 +157,7 @@ def test_refused_message_is_reported(
     one.message_socket._socket = refusing = RefusingSocket(one.message_socket._socket, number)  # type: ignore[assignment]
     with pytest.raises(MessageNotSent, match=os.strerror(number)):
         one.message_socket.send("refused")
-    one.message_socket.hint("refused")
+    one.message_socket.hint("kind", "refused")
     assert one.message_socket.dropped_hints == 1
     refusing.refuse = False
     one.message_socket.send("sent")
