@@ -7,11 +7,14 @@ if another registry has sent the blob: all that registries share is the file.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
 from attrs import evolve
+from twisted.logger import Logger
 
 from dockerproxy.cache.access import GRANT_TTL, Access, AccessState
 from dockerproxy.cache.best_effort import try_link
@@ -28,9 +31,10 @@ from dockerproxy.cache.upstream import (
     error_from_response,
     is_denial,
 )
-from dockerproxy.concurrency import SingleFlight
+from dockerproxy.concurrency import SingleFlight, in_thread, spawn
 from dockerproxy.errors import (
     RegistryError,
+    ServiceOverloaded,
     Unauthorized,
     UpstreamBroken,
     UpstreamFailing,
@@ -48,7 +52,10 @@ from dockerproxy.store.links import Links, Visibility
 from dockerproxy.upstream.credentials import ClientCredential
 
 _NO_HEADERS = Headers()
+_OVERLOAD_ERRNOS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # upstream cannot be reached either
 _MAX_ATTEMPTS = 3  # because a blob may be evicted between lookup and opening
+
+log = Logger()
 
 
 class CachedBlobs:
@@ -80,10 +87,13 @@ class CachedBlobs:
 
     async def get(self, principal: UpstreamPrincipal, digest: Digest) -> BlobResponse:
         """Return the blob for `principal`. Raise the error that upstream responded with, or `UpstreamError`."""
-        for _ in range(_MAX_ATTEMPTS):
-            response = await self._find(principal, digest)
-            if response is not None:
-                return response
+        try:
+            for _ in range(_MAX_ATTEMPTS):
+                response = await self._find(principal, digest)
+                if response is not None:
+                    return response
+        except OSError as error:
+            return await self._pass_on(principal, digest, error)
         raise UpstreamFailing(
             f"{digest} was evicted {_MAX_ATTEMPTS} times before it could be served; raise CACHE_MAX_SIZE"
         )
@@ -154,20 +164,44 @@ class CachedBlobs:
             return self._open_stored(download.digest, status)
         return response
 
+    async def _pass_on(self, principal: UpstreamPrincipal, digest: Digest, error: OSError) -> BlobResponse:
+        """Return the blob from upstream, because the cache cannot be used. Raise `ServiceOverloaded`."""
+        if error.errno not in _OVERLOAD_ERRNOS:
+            log.error("cannot open {digest} in the cache: {reason}", digest=str(digest), reason=error.strerror)
+            reason = f"the cache cannot be read ({error.strerror})"
+            download = self.downloads.get(principal.repository.ingest_key(digest))
+            if download is None:
+                download = self._start_download(principal, digest, reason)
+            with suppress(OSError):
+                response = await self._join(download, principal, None, False, "PASS")
+                if response is not None:
+                    return response
+        message = f"the proxy cannot open {digest}: {error.strerror}; try again"
+        raise ServiceOverloaded(message, headers=[("Retry-After", "1")]) from error
+
     def _open_stored(self, digest: Digest, cache_status: str) -> BlobResponse | None:
         blob = self._blobs.open(digest)
         if blob is None:
             return None
         self._space.touch(digest)
-        content = StoredBlobReader(self._reactor, blob, self._open_readers.discard)
+        content = StoredBlobReader(self._reactor, blob, self._close_reader)
         self._open_readers.add(content)
         return BlobResponse(digest, blob.size, content, cache_status)
 
-    def _start_download(self, principal: UpstreamPrincipal, digest: Digest) -> BlobDownload:
+    def _close_reader(self, reader: StoredBlobReader) -> None:
+        self._open_readers.discard(reader)
+        if reader.failure is not None:  # the next client gets the blob from upstream
+            spawn(
+                in_thread(self._reactor, self._blobs.remove, reader.digest), f"removing the unreadable {reader.digest}"
+            )
+
+    def _start_download(self, principal: UpstreamPrincipal, digest: Digest, refusal: str = "") -> BlobDownload:
         started_at = self._access.now()
         # A 200 does not prove access, because a captive portal answers every request with 200. Record the grant only
         # once the digest has been verified.
-        return self.downloads.start(principal, digest, lambda: self._record_grant(principal, digest, started_at))
+        return self.downloads.start(
+            principal, digest, lambda: self._record_grant(principal, digest, started_at), refusal
+        )
 
     def _open_reader(
         self, download: BlobDownload, principal: UpstreamPrincipal, cache_status: str

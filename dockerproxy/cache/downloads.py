@@ -630,10 +630,15 @@ class Downloads:
         """Return the active download of `key`, if any."""
         return self._downloads.get(key)
 
-    def start(self, principal: UpstreamPrincipal, digest: Digest, on_verified: OnVerified) -> BlobDownload:
-        """Start to download `digest` for `principal`. If too many downloads are running, do not cache it."""
+    def start(
+        self, principal: UpstreamPrincipal, digest: Digest, on_verified: OnVerified, refusal: str = ""
+    ) -> BlobDownload:
+        """Start to download `digest` for `principal`.
+
+        Do not cache it if there is a `refusal`, a reason, or if too many downloads are running.
+        """
         host, client = str(principal.repository.registry.host), principal.client
-        refusal = _refusal(self._of_registries, host) or _refusal(self._of_clients, client)
+        refusal = refusal or _refusal(self._of_registries, host) or _refusal(self._of_clients, client)
         download = BlobDownload(self._resources, principal, digest, on_verified, refusal)
         self._downloads[download.key] = download
         work = self._run(download) if refusal else self._run_counted(download, host, client)

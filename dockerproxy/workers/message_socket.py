@@ -105,7 +105,7 @@ class MessageSocket:
     def hint(self, kind: str, message: Any) -> None:
         """Send a message that need not arrive. Drop it if the peer is behind, or if it cannot be sent.
 
-        Each `kind` of hints has its own place in the queue, so that clients who cause many of one cannot displace others.
+        Each `kind` of hints has its own place in the queue. Clients that cause many of one kind cannot displace others.
         """
         if self._queued_hints[kind] >= _MAX_QUEUED_HINTS:
             self.dropped_hints += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,6 +15,8 @@ from twisted.internet.defer import CancelledError, Deferred
 from dockerproxy.cache.access import GRANT_TTL, AccessState
 from dockerproxy.errors import (
     RegistryError,
+    ServiceOverloaded,
+    StorageFailed,
     Unauthorized,
     UpstreamBroken,
     UpstreamError,
@@ -22,6 +25,7 @@ from dockerproxy.errors import (
     UpstreamUnreachable,
 )
 from dockerproxy.oci.names import Digest, parse_repository
+from dockerproxy.store.blobs import OpenBlob
 from tests.cache.support.harness import EPOCH, HUB, OTHER, CacheHarness, ManualReader, await_deferred, read_all
 from tests.cache.support.upstream import (
     Gate,
@@ -173,6 +177,69 @@ def test_open_blob_may_be_evicted(harness: CacheHarness) -> None:
     assert harness.run(read_all(content)) == DATA
     content.close()
     content.close()
+
+
+# errors of the disk
+
+
+@pytest.fixture
+def break_open(harness: CacheHarness, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Return a function after which stored blobs cannot be opened; the argument is an errno."""
+
+    def break_open(number: int) -> None:
+        def fail(blobs: Any, digest: Digest) -> Any:
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(type(harness.blobs), "open", fail)
+
+    return break_open
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.ENOSPC])
+def test_blob_that_cannot_be_opened_comes_from_upstream(
+    harness: CacheHarness, break_open: Callable[[int], None], log_lines: list[str], number: int
+) -> None:
+    harness.fetch(DIGEST)
+    break_open(number)
+    for _ in range(2):
+        assert harness.fetch(DIGEST) == ("PASS", DATA)
+    assert any("cannot open" in line and os.strerror(number) in line for line in log_lines)
+    assert any("was not cached: the cache cannot be read" in line for line in log_lines)
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE])
+def test_too_many_open_files(harness: CacheHarness, break_open: Callable[[int], None], number: int) -> None:
+    harness.fetch(DIGEST)
+    break_open(number)
+    with pytest.raises(ServiceOverloaded, match=os.strerror(number)) as caught:
+        harness.fetch(DIGEST)
+    assert dict(caught.value.headers) == {"Retry-After": "1"}
+
+
+def test_too_many_open_files_for_a_reader(harness: CacheHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(fd: int) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr("dockerproxy.cache.downloads.os.dup", fail)
+    with pytest.raises(ServiceOverloaded):
+        harness.fetch(DIGEST)
+    monkeypatch.undo()
+    assert harness.fetch(DIGEST)[1] == DATA
+
+
+def test_unreadable_blob_is_removed(harness: CacheHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise every client would be cut off at the same byte."""
+
+    def fail(blob: OpenBlob, offset: int, size: int) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    harness.fetch(DIGEST)
+    monkeypatch.setattr(OpenBlob, "read", lambda blob, offset, size: None)
+    monkeypatch.setattr(OpenBlob, "read_blocking", fail)
+    with pytest.raises(StorageFailed, match="cannot read"):
+        harness.fetch(DIGEST)
+    monkeypatch.undo()
+    assert harness.fetch(DIGEST) == ("MISS", DATA)
 
 
 # shared downloads
