@@ -2,14 +2,16 @@
 
 Eviction deletes blobs. The links to them, and the records about them, lose their use but stay, and a client can cause
 any number of them. Losing a link or record costs a request to upstream, never a wrong response.
+
+If there are too many, those of the registries that have most go, so that no registry displaces those of others.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections import Counter
-from collections.abc import Callable, Generator, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Generator, Iterator, Mapping
 from functools import partial
 
 from attrs import define, field, frozen
@@ -27,8 +29,11 @@ GRACE = 3600.0
 """Seconds for which links and records stay after their last use, even if nothing needs them. The blob of a link may be
 on its way."""
 
-_MIN_AGE = 60.0  # seconds for which they stay even if there are too many
+LINK_MIN_AGE = 60.0
+"""Seconds for which they stay even if there are too many, unless the disk runs out of inodes."""
+
 _UNKNOWN_TTL = 30 * 86400.0  # seconds after which a record of another version of the program is removed
+_MAX_AGE = 1e9  # seconds, for the count
 _LOW_WATERMARK = 0.9  # of the maximum, so that the next walk does not have to remove anything
 
 # Files and directories; see `store.layout`.
@@ -41,55 +46,86 @@ _REPOSITORY_INODES = 7  # NAME, _layers, ALG, _manifests, revisions, ALG, tags
 
 @frozen
 class _Item:
-    """A link, tag or record that takes `inodes` files and directories.
+    """A link, tag or record that takes `inodes` files and directories. `owner` is the host of its registry.
 
     `is_needed` tells whether something that is in the cache needs it. `discard` removes it, unless that has become
     true. `evict` removes it in any case; it is None if the item has to stay. Both return whether it is removed.
     """
 
     inodes: int
+    owner: str
     age: float
     is_needed: Callable[[], bool]
     discard: Callable[[], bool]
     evict: Callable[[], bool] | None
 
 
+@frozen
+class _Directories:
+    """The `inodes` directories around links or records of `owner`; negative if they were freed.
+
+    They stay until the youngest of these, which has this `age`, goes.
+    """
+
+    inodes: int
+    owner: str
+    age: float = 0.0
+
+
 @define
 class _Ages:
     """How many inodes have which age. Ages are rounded down by at most 9 %, so that a few hundred counters suffice."""
 
+    total: int = field(default=0, init=False)
     _counts: Counter[int] = field(factory=Counter, init=False)
 
     def add(self, age: float, inodes: int) -> None:
+        self.total += inodes
         self._counts[self._bucket(age)] += inodes
 
     def cutoff(self, inodes: int) -> _Cutoff:
         """Return what to remove so that the oldest `inodes` inodes go, or all if there are fewer."""
         for bucket in sorted(self._counts, reverse=True):
             if inodes <= self._counts[bucket]:
-                return _Cutoff(2 ** (bucket / 8), 2 ** ((bucket + 1) / 8), inodes)
+                return _Cutoff(2 ** (bucket / 8) if bucket else 0.0, 2 ** ((bucket + 1) / 8), inodes)
             inodes -= self._counts[bucket]
         return _Cutoff(0.0, 0.0, 0)
 
     def _bucket(self, age: float) -> int:
-        return int(8 * math.log2(max(age, 1.0)))
+        return int(8 * math.log2(min(max(age, 1.0), _MAX_AGE)))
 
 
 @define
 class _Cutoff:
-    """Everything that is at least `max_age` seconds old goes, and `rest` inodes of what is at least `min_age` old."""
+    """All that is at least `max_age` seconds old goes, and `rest` inodes of what is at least `min_age` old."""
 
     min_age: float
     max_age: float
     rest: int
 
     def includes(self, age: float) -> bool:
-        return age >= _MIN_AGE and (age >= self.max_age or (age >= self.min_age and self.rest > 0))
+        return age >= self.max_age or (age >= self.min_age and self.rest > 0)
 
     def count(self, age: float, inodes: int) -> None:
         """Count what was removed."""
         if age < self.max_age:
             self.rest -= inodes
+
+
+def divide_excess(counts: Mapping[str, int], excess: int) -> dict[str, int]:
+    """Return how many each of the owners of `counts` loses if all lose `excess` together.
+
+    Those that have most lose first, until they have as many as the next.
+    """
+    losses: dict[str, int] = {}
+    ordered = sorted(counts, key=lambda owner: counts[owner])
+    kept = max(0, sum(counts.values()) - excess)
+    for position, owner in enumerate(ordered):
+        share = min(counts[owner], kept // (len(ordered) - position))
+        kept -= share
+        if share < counts[owner]:
+            losses[owner] = counts[owner] - share
+    return losses
 
 
 class Janitor:
@@ -104,75 +140,84 @@ class Janitor:
         self.inodes = 0
         """The files and directories that links and records took at the end of the last `clean`."""
 
-    def clean(self, max_inodes: int) -> Iterator[None]:
-        """Remove what nothing needs, and then the least recently used until at most `max_inodes` are left.
+    def clean(self, max_inodes: int, min_age: float = LINK_MIN_AGE) -> Iterator[None]:
+        """Remove all that nothing needs, and then the least recently used until at most `max_inodes` are left.
 
-        Each step blocks briefly.
+        Keep those that were used in the last `min_age` seconds. Each step blocks briefly.
         """
-        ages, counted, now = _Ages(), 0, self._clock()
+        ages: defaultdict[str, _Ages] = defaultdict(_Ages)  # by owner
+        counted, now = 0, self._clock()
         for item in self._items(now):
-            if isinstance(item, int):
-                counted += max(item, 0)
+            if isinstance(item, _Directories):
+                counted += max(item.inodes, 0)
+                ages[item.owner].add(item.age, max(item.inodes, 0))
             elif item.age < GRACE or item.is_needed() or not item.discard():
                 counted += item.inodes
                 if item.evict is not None:
-                    ages.add(item.age, item.inodes)
+                    ages[item.owner].add(item.age, item.inodes)
             yield None
         if counted > max_inodes:
             excess = counted - int(max_inodes * _LOW_WATERMARK)
-            counted -= yield from self._evict(ages.cutoff(excess), now)
+            excesses = divide_excess({owner: of_owner.total for owner, of_owner in ages.items()}, excess)
+            cutoffs = {owner: ages[owner].cutoff(inodes) for owner, inodes in excesses.items()}
+            counted -= yield from self._evict(cutoffs, now, min_age)
         self.inodes = counted
 
-    def _evict(self, cutoff: _Cutoff, now: float) -> Generator[None, None, int]:
-        """Remove the items that `cutoff` includes. Return the number of inodes that are freed."""
+    def _evict(self, cutoffs: Mapping[str, _Cutoff], now: float, min_age: float) -> Generator[None, None, int]:
+        """Remove the items that the cutoff of their owner includes. Return the number of inodes that are freed."""
         removed = 0
         for item in self._items(now):
-            if isinstance(item, int):
-                freed, age = -min(item, 0), 0.0
-            else:
-                age = item.age
-                freed = item.inodes if item.evict is not None and cutoff.includes(age) and item.evict() else 0
-            cutoff.count(age, freed)
+            cutoff, freed = cutoffs.get(item.owner), 0
+            if isinstance(item, _Directories):
+                freed = -min(item.inodes, 0)
+            elif cutoff is not None and item.evict is not None and item.age >= min_age and cutoff.includes(item.age):
+                freed = item.inodes if item.evict() else 0
+            if cutoff is not None:
+                cutoff.count(item.age, freed)
             removed += freed
             yield None
         return removed
 
-    def _items(self, now: float) -> Iterator[_Item | int]:
-        """Yield all links, tags and records, and the numbers of other inodes, negative if they were freed."""
+    def _items(self, now: float) -> Iterator[_Item | _Directories]:
+        """Yield all links, tags and records, and the directories around them."""
         # "." makes it yield directories of which nothing is left as well.
         for repository in iter_repositories(self._layout, "."):
-            had_links = self._has_links(repository)
-            yield from self._links_of(repository, now)
+            had_links, age, owner = self._has_links(repository), math.inf, _host(repository)
+            for item in self._links_of(repository, now):
+                age = min(age, item.age)
+                yield item
             for _ in self._links.prune(repository):
-                yield 0
+                yield _Directories(0, owner)
             if self._has_links(repository):
-                yield _REPOSITORY_INODES
+                yield _Directories(_REPOSITORY_INODES, owner, 0.0 if age == math.inf else age)
             else:
-                yield -_REPOSITORY_INODES if had_links else 1
+                yield _Directories(-_REPOSITORY_INODES if had_links else 1, owner)
         # Denials come last, because a denial without a grant says nothing.
         for kind in sorted(self._records.kinds(), key=lambda kind: (kind == DENIAL, kind)):
             directory = ""
             for entry in self._records.walk(kind):
+                item = self._record(entry, now)
                 if os.path.dirname(entry.path) != directory:
-                    yield 1 if directory else 2  # that of the kind as well
+                    yield _Directories(1 if directory else 2, item.owner, item.age)  # that of the kind as well
                     directory = os.path.dirname(entry.path)
-                yield self._record(entry, now)
+                yield item
 
     # links
 
-    def _links_of(self, repository: str, now: float) -> Iterator[_Item | int]:
+    def _links_of(self, repository: str, now: float) -> Iterator[_Item | _Directories]:
         for entry in self._links.layer_entries(repository):
-            yield self._link(entry, _LAYER_INODES, now, partial(self._is_present, entry.digest))
+            yield self._link(repository, entry, _LAYER_INODES, now, partial(self._is_present, entry.digest))
         for entry in self._links.manifest_entries(repository):
-            yield self._link(entry, _MANIFEST_INODES, now, partial(self._is_present, entry.digest))
+            yield self._link(repository, entry, _MANIFEST_INODES, now, partial(self._is_present, entry.digest))
         for entry in self._links.tag_entries(repository):
-            yield self._link(entry, _TAG_INODES, now, partial(self._has_manifest, repository, entry.digest))
+            yield self._link(repository, entry, _TAG_INODES, now, partial(self._has_manifest, repository, entry.digest))
         for _ in self._links.prune_tag_index(repository, _Unlinked(self._links, repository)):
-            yield _TAG_INDEX_INODES
+            yield _Directories(_TAG_INDEX_INODES, _host(repository), math.inf)
 
-    def _link(self, entry: LinkEntry, inodes: int, now: float, is_needed: Callable[[], bool]) -> _Item:
+    def _link(self, repository: str, entry: LinkEntry, inodes: int, now: float, is_needed: Callable[[], bool]) -> _Item:
         return _Item(
             inodes,
+            _host(repository),
             abs(now - entry.last_used),
             is_needed,
             discard=partial(self._links.discard, entry, is_needed),
@@ -192,7 +237,9 @@ class Janitor:
         age = abs(now - entry.mtime_ns / 1e9)
         is_needed, can_be_evicted = self._record_rule(entry, age)
         discard = partial(self._records.discard, entry)
-        return _Item(1, age, is_needed, discard, discard if can_be_evicted else None)
+        name = entry.key[1] if len(entry.key) > 1 else ""
+        owner = "" if name.startswith("~") else _host(name)  # a hash stands for a long name
+        return _Item(1, owner, age, is_needed, discard, discard if can_be_evicted else None)
 
     def _record_rule(self, entry: RecordEntry, age: float) -> tuple[Callable[[], bool], bool]:
         """Return what tells whether a record is needed, and whether it may be evicted even if it is."""
@@ -251,6 +298,10 @@ class _Unlinked:
 
     def __contains__(self, digest: object) -> bool:
         return not self._links.has_manifest(self._repository, Digest.parse(str(digest)))
+
+
+def _host(repository: str) -> str:
+    return repository.partition("/")[0]
 
 
 def _yes() -> bool:

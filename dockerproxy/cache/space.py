@@ -14,7 +14,7 @@ from twisted.application.internet import TimerService
 from twisted.logger import Logger
 
 from dockerproxy.cache.ingests import IngestWriter
-from dockerproxy.cache.janitor import Janitor
+from dockerproxy.cache.janitor import LINK_MIN_AGE, Janitor
 from dockerproxy.concurrency import in_thread, spawn
 from dockerproxy.oci.names import Digest
 from dockerproxy.store.blobs import Blobs
@@ -36,6 +36,7 @@ _FILE_COST = 4096  # bytes that a link or record counts; it takes a block and an
 _MAX_METADATA = 8  # links and records may take one part in so many of the cache, because losing them costs little
 _CLEAN_INTERVAL = 3600.0  # seconds between two walks of the janitor
 _EARLY_CLEAN = 10_000  # new files after which the janitor walks earlier, and those of more than 10 % growth
+_RETRY_CLEAN_INTERVAL = 60.0  # seconds before the next walk if inodes are still missing; by then, more may be removed
 _REPORT_INTERVAL = 5.0  # seconds over which new files are collected into one report
 
 _MIN_STEP = 128 * 1024  # bytes; a reservation begins with so many, and is then at most twice what has arrived
@@ -174,6 +175,7 @@ class CacheSpaceManager(CacheSpace):
         self._new_files = 0  # since the janitor's last walk
         self._cleaned_at = -inf  # in the reactor's time
         self._is_cleaning = False
+        self._next_clean: Any = None  # a delayed call
         self._reservations: set[IngestKey] = set()
         self._max_blob_size = max_blob_size
         self._max_unverified = max(limit - limit // 8, max_blob_size)
@@ -219,19 +221,22 @@ class CacheSpaceManager(CacheSpace):
             missing = await in_thread(self._reactor, self._missing_inodes)
             if missing:
                 log.warn("{root} has few free inodes left; evicting from the cache", root=str(self._layout.root))
-                await self._clean(max(0, min(self._max_files, self._janitor.inodes - missing)))
+                # New ones as well: otherwise whoever causes many of them would displace the blobs of others.
+                await self._clean(max(0, min(self._max_files, self._janitor.inodes - missing)), min_age=0)
             while missing := await in_thread(self._reactor, self._missing_inodes):
                 evicted = self.index.evict_count(missing // 2 + 1)  # a blob has a directory of its own
                 if not evicted:
                     break
                 await self._evict(evicted)
+            if missing:
+                self._clean_later(_RETRY_CLEAN_INTERVAL)
         finally:
             self._is_cleaning = False
             self._cleaned_at = self._reactor.seconds()
 
-    async def _clean(self, max_files: int) -> None:
+    async def _clean(self, max_files: int, min_age: float = LINK_MIN_AGE) -> None:
         new_files = self._new_files
-        await self._cooperative_thread.run(self._janitor.clean(max_files))
+        await self._cooperative_thread.run(self._janitor.clean(max_files, min_age))
         self._new_files -= new_files  # those written meanwhile may be counted twice, until the next walk
         self._update_overhead()
 
@@ -244,14 +249,28 @@ class CacheSpaceManager(CacheSpace):
         return self._janitor.inodes + self._new_files
 
     def record_files(self, count: int) -> None:
-        """Count new links and records. If there are too many, start `clean`."""
+        """Count new links and records. Start `clean` if there are too many, or if the disk has few free inodes."""
         self._new_files += count
         self._update_overhead()
         threshold = self._file_count // 10
         if self._file_count <= self._max_files:
             threshold = max(threshold, _EARLY_CLEAN)
         if self._new_files > threshold:
-            spawn(self.clean(), "removing links and records from the cache")
+            self._clean_later(0)
+        elif not self._is_cleaning and self._next_clean is None:
+            spawn(self._clean_if_inodes_are_missing(), "counting the free inodes of the cache's disk")
+
+    async def _clean_if_inodes_are_missing(self) -> None:
+        if await in_thread(self._reactor, self._missing_inodes):
+            self._clean_later(max(0.0, self._cleaned_at + _RETRY_CLEAN_INTERVAL - self._reactor.seconds()))
+
+    def _clean_later(self, seconds: float) -> None:
+        if self._next_clean is None:
+            self._next_clean = self._reactor.callLater(seconds, self._start_cleaning)
+
+    def _start_cleaning(self) -> None:
+        self._next_clean = None
+        spawn(self.clean(), "removing links and records from the cache")
 
     def _update_overhead(self) -> None:
         self.index.overhead = min(self._file_count, self._max_files) * _FILE_COST

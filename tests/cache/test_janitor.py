@@ -4,16 +4,17 @@ import os
 import shutil
 import tempfile
 import time
+from collections import deque
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from dockerproxy.cache.access import GRANT_TTL, STALE_GRANT_TTL, Access, AccessState
 from dockerproxy.cache.identity import PUBLIC
-from dockerproxy.cache.janitor import GRACE, Janitor
+from dockerproxy.cache.janitor import GRACE, Janitor, divide_excess
 from dockerproxy.oci.names import Digest
 from dockerproxy.store.blobs import Blobs
 from dockerproxy.store.files import Staging
@@ -300,6 +301,41 @@ def test_any_load_ends_with_few_files(harness: JanitorHarness, load: str) -> Non
     harness.clean(100)
     assert len(harness.files) <= 130
     assert harness.janitor.inodes <= 130
+
+
+def test_links_of_the_registry_with_most_go(harness: JanitorHarness) -> None:
+    """A registry that answers everything does not displace what is known about another, although that is older."""
+    digest = harness.pull(REPOSITORY, "latest")
+    harness.records.put({"at": 1.0}, "client", "quay.io", "own:1")
+    harness.offset = 120
+    for number in range(60):
+        harness.pull(f"evil.test/{number}", "latest")
+    harness.records.put({"at": 1.0}, "client", "evil.test", "own:1")
+    harness.offset = 240
+    for _ in range(3):  # directories that have become empty go in the next walk
+        harness.clean(400)
+    assert 200 < harness.janitor.inodes <= 400
+    assert harness.is_complete(REPOSITORY, "latest", digest)
+    assert harness.records.get("client", "quay.io", "own:1") is not None
+
+
+def test_young_links_go_if_they_have_to(harness: JanitorHarness) -> None:
+    for number in range(30):
+        harness.pull(f"evil.test/{number}", "latest")
+    harness.clean(100)
+    assert harness.janitor.inodes > 100
+    for _ in range(3):
+        deque(harness.janitor.clean(100, min_age=0), maxlen=0)
+    assert harness.janitor.inodes <= 100
+
+
+@given(counts=st.dictionaries(st.text(), st.integers(1, 1000), max_size=8), excess=st.integers(0, 5000))
+def test_owners_of_most_lose_first(counts: dict[str, int], excess: int) -> None:
+    losses = divide_excess(counts, excess)
+    assert sum(losses.values()) == min(excess, sum(counts.values()))
+    left = {owner: count - losses.get(owner, 0) for owner, count in counts.items()}
+    assert all(count >= 0 for count in left.values())
+    assert all(left[owner] >= max(left.values()) - 1 for owner in losses)
 
 
 def test_a_used_link_outlives_others(harness: JanitorHarness) -> None:

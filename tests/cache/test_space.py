@@ -642,6 +642,49 @@ def test_few_free_inodes(
     assert any("few free inodes" in line for line in log_lines)
 
 
+def test_new_records_go_before_blobs(
+    make_harness: Callable[..., CacheHarness], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client that causes many of them does not displace blobs. The count of new files starts the walk."""
+    harness = make_harness(limit=1 << 40)
+    blobs = {put_blob(harness, number) for number in range(20)}
+    file_system = FakeFreeSpace(monkeypatch, 1 << 40)
+    file_system.inodes = 1_000_000
+    file_system.free_inodes = lambda: 10_200 - count_records(harness)
+    put_records(harness, 500)
+    for path in harness.records.root.rglob("*"):
+        os.utime(path, (harness.now(), harness.now()))
+    harness.reactor.advance(5)
+    harness.reactor.run_due_calls()
+    assert stored_digests(harness) == blobs
+    assert 100 <= count_records(harness) <= 200
+
+
+def test_walk_is_repeated_while_inodes_are_missing(harness: CacheHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+    walks: list[float] = []
+    clean = harness.space.clean
+
+    async def count() -> None:
+        walks.append(harness.reactor.seconds())
+        await clean()
+
+    monkeypatch.setattr(harness.space, "clean", count)
+    file_system = FakeFreeSpace(monkeypatch, 1 << 40)
+    file_system.inodes = 1_000_000
+    for number in range(3):
+        put_records(harness, 1, number)
+        harness.reactor.advance(5)  # files are new, and inodes are missing
+        harness.reactor.advance(0)
+    assert walks == [5]
+    for _ in range(60):
+        harness.reactor.advance(1)
+    assert walks == [5, 65]
+    file_system.free_inodes = lambda: 500_000
+    for _ in range(300):
+        harness.reactor.advance(1)
+    assert walks == [5, 65, 125]
+
+
 def test_file_systems_that_do_not_count_inodes(harness: CacheHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     FakeFreeSpace(monkeypatch, 1 << 40)
     one = put_blob(harness, 1)

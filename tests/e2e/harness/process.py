@@ -23,6 +23,7 @@ _DEBIAN_PACKAGES = {
     "podman": "podman",
     "curl": "curl",
     "gcc": "gcc",
+    "mkfs.ext4": "e2fsprogs",
 }
 
 
@@ -52,6 +53,22 @@ def mount_tmpfs(folder: Path, size: str) -> Iterator[Path]:
     argv = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
     if subprocess.run(argv, capture_output=True, check=False).returncode:
         pytest.skip("no tmpfs can be mounted here")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@contextmanager
+def mount_ext4(folder: Path, size: str, inodes: int) -> Iterator[Path]:
+    """Mount a new ext4 of `size` ("64M") with about `inodes` inodes on `folder`, which is created, or skip the test."""
+    require_programs("mkfs.ext4", "mount", root=True)
+    folder.mkdir()
+    image = folder.with_suffix(".img")
+    subprocess.run(["truncate", "-s", size, str(image)], check=True)
+    subprocess.run(["mkfs.ext4", "-q", "-m", "0", "-N", str(inodes), str(image)], check=True)
+    if subprocess.run(["mount", "-o", "loop", str(image), str(folder)], capture_output=True, check=False).returncode:
+        pytest.skip("no loop device can be mounted here")
     try:
         yield folder
     finally:
