@@ -33,7 +33,6 @@ LINK_MIN_AGE = 60.0
 """Seconds for which they stay even if there are too many, unless the disk runs out of inodes."""
 
 _UNKNOWN_TTL = 30 * 86400.0  # seconds after which a record of another version of the program is removed
-_MAX_AGE = 1e9  # seconds, for the count
 _LOW_WATERMARK = 0.9  # of the maximum, so that the next walk does not have to remove anything
 
 # Files and directories; see `store.layout`.
@@ -64,7 +63,7 @@ class _Item:
 class _Directories:
     """The `inodes` directories around links or records of `owner`; negative if they were freed.
 
-    They stay until the youngest of these, which has this `age`, goes.
+    They stay until the youngest of these, which has this `age`, goes. 0 is for those whose age is not known.
     """
 
     inodes: int
@@ -92,7 +91,7 @@ class _Ages:
         return _Cutoff(0.0, 0.0, 0)
 
     def _bucket(self, age: float) -> int:
-        return int(8 * math.log2(min(max(age, 1.0), _MAX_AGE)))
+        return int(8 * math.log2(max(age, 1.0)))
 
 
 @define
@@ -184,7 +183,7 @@ class Janitor:
         for repository in iter_repositories(self._layout, "."):
             had_links, age, owner = self._has_links(repository), math.inf, _host(repository)
             for item in self._links_of(repository, now):
-                age = min(age, item.age)
+                age = min(age, item.age) if isinstance(item, _Item) else age
                 yield item
             for _ in self._links.prune(repository):
                 yield _Directories(0, owner)
@@ -212,7 +211,7 @@ class Janitor:
         for entry in self._links.tag_entries(repository):
             yield self._link(repository, entry, _TAG_INODES, now, partial(self._has_manifest, repository, entry.digest))
         for _ in self._links.prune_tag_index(repository, _Unlinked(self._links, repository)):
-            yield _Directories(_TAG_INDEX_INODES, _host(repository), math.inf)
+            yield _Directories(_TAG_INDEX_INODES, _host(repository))
 
     def _link(self, repository: str, entry: LinkEntry, inodes: int, now: float, is_needed: Callable[[], bool]) -> _Item:
         return _Item(

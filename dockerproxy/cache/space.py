@@ -262,7 +262,7 @@ class CacheSpaceManager(CacheSpace):
 
     async def _clean_if_inodes_are_missing(self) -> None:
         if await in_thread(self._reactor, self._missing_inodes):
-            self._clean_later(max(0.0, self._cleaned_at + _RETRY_CLEAN_INTERVAL - self._reactor.seconds()))
+            self._clean_later(0)  # unless another walk is scheduled, because the last one could not free enough
 
     def _clean_later(self, seconds: float) -> None:
         if self._next_clean is None:
