@@ -12,13 +12,13 @@ from pathlib import Path
 from attrs import frozen
 
 from dockerproxy.errors import NameInvalid
-from dockerproxy.net.public_suffix import is_public_suffix, read_list, relevant_rules
+from dockerproxy.net.public_suffix import domains_of_one_owner, read_list
 from dockerproxy.oci.names import Host
 
 _HOSTS = Path("/etc/hosts")
 _RESOLV_CONF = Path("/etc/resolv.conf")
 
-_MAX_FILE = 1024 * 1024  # bytes that are read of one file
+_MAX_FILE = 128 * 1024  # bytes that are read of one file; the own names are the first ones
 
 
 @frozen
@@ -41,10 +41,9 @@ def find_local_names(hostname: str, hosts: str, resolv_conf: str, public_suffixe
     """
     names = frozenset(filter(None, map(_host_name, (hostname, *_aliases(hostname, hosts)))))
     label = hostname.lower().partition(".")[0]
-    candidates = {domain for first, _, domain in (name.partition(".") for name in names) if first == label}
-    candidates = {domain for domain in (*candidates, *_search_domains(resolv_conf)) if "." in domain}
-    rules = relevant_rules(candidates, public_suffixes) if candidates else frozenset()
-    return LocalNames(names, frozenset(domain for domain in candidates if not is_public_suffix(domain, rules)))
+    own_domains = [domain for first, _, domain in (name.partition(".") for name in names) if first == label]
+    domains = frozenset(domain for domain in (*own_domains, *_search_domains(resolv_conf)) if "." in domain)
+    return LocalNames(names, domains_of_one_owner(domains, public_suffixes))
 
 
 def _aliases(hostname: str, hosts: str) -> Iterator[str]:

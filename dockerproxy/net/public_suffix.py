@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 
 LIST_FILE = Path("/usr/share/publicsuffix/public_suffix_list.dat")
@@ -60,6 +61,29 @@ def is_public_suffix(domain: str, rules: frozenset[str]) -> bool:
     label, _, parent = domain.partition(".")
     is_second_level = label in _SECOND_LEVELS and len(parent) == 2
     return is_second_level or domain in rules or f"*.{parent}" in rules or domain in _NAME_SERVICES
+
+
+def domains_of_one_owner(domains: frozenset[str], lines: Iterable[str]) -> frozenset[str]:
+    """Return those of `domains` below which nobody else can have a name, by the `lines` of the list.
+
+    Others have names not only below a public suffix, but also below every parent domain of one.
+    """
+    if not domains:
+        return domains
+    shared = {domain for domain in domains if is_public_suffix(domain, frozenset())}
+    exceptions = set()
+    children = tuple(f".{domain}" for domain in domains)
+    parents = {domain.partition(".")[2] for domain in domains}
+    for line in chain(_NAME_SERVICES, lines):
+        rule = line.strip().lower()
+        suffix = rule.removeprefix("*.")
+        if rule.startswith("!"):
+            exceptions.add(rule[1:])
+        elif suffix in domains or suffix.endswith(children):
+            shared.update(domain for domain in domains if f".{suffix}".endswith(f".{domain}"))
+        elif suffix != rule and suffix in parents:
+            shared.update(domain for domain in domains if domain.partition(".")[2] == suffix)
+    return domains - (shared - exceptions)
 
 
 def read_list() -> Iterator[str]:

@@ -8,7 +8,17 @@ from hypothesis import strategies as st
 
 from dockerproxy.net.local_names import LocalNames, find_local_names
 
-SUFFIXES = ["// comment", "com", "uk", "co.uk", "duckdns.org", "*.ck", "!www.ck", "shared.example.com"]
+SUFFIXES = [
+    "// comment",
+    "com",
+    "uk",
+    "co.uk",
+    "duckdns.org",
+    "*.ck",
+    "!www.ck",
+    "shared.example.com",
+    "*.compute.cloud.example",
+]
 
 
 def find(hostname: str = "vm", hosts: str = "", resolv_conf: str = "") -> LocalNames:
@@ -18,32 +28,32 @@ def find(hostname: str = "vm", hosts: str = "", resolv_conf: str = "") -> LocalN
 def test_names_are_those_of_the_machine_only() -> None:
     hosts = """
 127.0.0.1 localhost
-127.0.1.1 proxy.corp.example.com proxy cache.corp.example.com  # comment proxy.evil.example
+127.0.1.1 proxy.corp.example.net proxy cache.corp.example.net  # comment proxy.evil.example
 10.0.0.9 other.example.net other
 0.0.0.0 ads.example
 """
     found = find("proxy", hosts)
-    assert found.names == {"proxy", "proxy.corp.example.com", "cache.corp.example.com"}
-    assert found.domains == {"corp.example.com"}
-    assert find("Proxy.Corp.Example.com").domains == {"corp.example.com"}
+    assert found.names == {"proxy", "proxy.corp.example.net", "cache.corp.example.net"}
+    assert found.domains == {"corp.example.net"}
+    assert find("Proxy.Corp.Example.net").domains == {"corp.example.net"}
 
 
 def test_the_domain_is_that_of_the_name_whose_first_label_is_the_hostname() -> None:
-    hosts = "127.0.1.1 proxy proxy.corp.example.com registry.example.org"
+    hosts = "127.0.1.1 proxy proxy.corp.example.net registry.example.org"
     assert find("proxy", hosts) == LocalNames(
-        frozenset({"proxy", "proxy.corp.example.com", "registry.example.org"}), frozenset({"corp.example.com"})
+        frozenset({"proxy", "proxy.corp.example.net", "registry.example.org"}), frozenset({"corp.example.net"})
     )
 
 
 @pytest.mark.parametrize(
     ("resolv_conf", "domains"),
     [
-        ("nameserver 10.0.0.1\nsearch corp.example.com lab.example.com\n", {"corp.example.com", "lab.example.com"}),
-        ("domain corp.example.com", {"corp.example.com"}),
-        ("search a.example.com\ndomain b.example.com\n", {"b.example.com"}),  # the last one counts
-        ("search Corp.Example.COM.", {"corp.example.com"}),
+        ("nameserver 10.0.0.1\nsearch corp.example.net lab.example.net\n", {"corp.example.net", "lab.example.net"}),
+        ("domain corp.example.net", {"corp.example.net"}),
+        ("search a.example.net\ndomain b.example.net\n", {"b.example.net"}),  # the last one counts
+        ("search Corp.Example.NET.", {"corp.example.net"}),
         ("search ns.svc.cluster.local svc.cluster.local", {"ns.svc.cluster.local", "svc.cluster.local"}),
-        ("# search corp.example.com", set()),
+        ("# search corp.example.net", set()),
         ("search", set()),
         ("search .", set()),
         ("search 10.0.0.1 a:80 bad_:name *.x.example -", set()),
@@ -57,13 +67,13 @@ def test_search_domains(resolv_conf: str, domains: set[str]) -> None:
     "domain",
     [
         "com", "lan", "co.uk", "duckdns.org", "shared.example.com", "anything.ck",  # by the list
-        "com.br", "gov.pl", "nip.io", "myfritz.net", "eu-west-1.example.com.",  # without it, but for the last one
+        "region.compute.cloud.example", "compute.cloud.example", "cloud.example", "example.com",  # it is above a suffix
+        "com.br", "gov.pl", "nip.io", "myfritz.net", "azure.com",  # without it
     ],
 )  # fmt: skip
 def test_a_domain_below_which_anybody_registers_names_is_not_ours(domain: str) -> None:
-    expected = {"eu-west-1.example.com"} if domain.startswith("eu-") else set()
-    assert find(resolv_conf=f"search {domain}").domains == expected
-    assert find(hostname=f"proxy.{domain}").domains == expected
+    assert find(resolv_conf=f"search {domain} corp.example.net").domains == {"corp.example.net"}
+    assert find(hostname=f"proxy.{domain}").domains == frozenset()
 
 
 def test_exceptions_of_the_list() -> None:
