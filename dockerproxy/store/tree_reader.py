@@ -56,11 +56,7 @@ def open_regular(path: str, *, directory_fd: int | None = None, shown_path: str 
             if not stat.S_ISREG(mode):
                 raise UnsafeFile.of(shown_path or path, mode) from None
         raise
-    mode = os.fstat(fd).st_mode
-    if not stat.S_ISREG(mode):
-        os.close(fd)
-        raise UnsafeFile.of(shown_path or path, mode)
-    return fd
+    return _check_regular(fd, shown_path or path)
 
 
 def read_small(path: str, limit: int) -> bytes | None:
@@ -117,9 +113,13 @@ class StrictReader(TreeReader):
     anchors: tuple[str, ...]
     on_unsafe: Callable[[UnsafeFile], object]
     _reported: set[str] = field(factory=set, init=False)
+    _real_anchors: dict[str, str] = field(factory=dict, init=False)
 
     def open(self, path: str) -> int:
         """Open the regular file at `path` for reading. Raises `UnsafeFile` and `OSError`."""
+        fd = self._open_unlinked(path, _OPEN)
+        if fd >= 0:
+            return _check_regular(fd, path)
         parent_fd, name = self._open_parent(path)
         try:
             return open_regular(name, directory_fd=parent_fd, shown_path=path)
@@ -140,7 +140,9 @@ class StrictReader(TreeReader):
     def list_names(self, directory: str) -> list[str]:
         """Return the names in `directory`; an empty list if it does not exist, is no directory, or is unsafe."""
         try:
-            fd = self._open_directory(directory, _LIST)
+            fd = self._open_unlinked(directory, _LIST)
+            if fd < 0:
+                fd = self._open_directory(directory, _LIST)
         except Missing:
             return []
         except UnsafeFile as error:
@@ -153,6 +155,12 @@ class StrictReader(TreeReader):
 
     def stat(self, path: str) -> os.stat_result:
         """Return the status of the file at `path`, which may be anything. Raises `UnsafeFile` and `OSError`."""
+        fd = self._open_unlinked(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+        if fd >= 0:
+            try:
+                return os.fstat(fd)
+            finally:
+                os.close(fd)
         parent_fd, name = self._open_parent(path)
         try:
             return os.stat(name, dir_fd=parent_fd, follow_symlinks=False)
@@ -174,13 +182,39 @@ class StrictReader(TreeReader):
             self._reported.add(error.filename)
             self.on_unsafe(error)
 
+    def _open_unlinked(self, path: str, flags: int) -> int:
+        """Open `path` at once. Return -1 if that fails, or if a symbolic link on the way was followed.
+
+        The kernel tells where the open file really is. This takes a third of the time of `_open_directory`, which
+        finds out the reason for a failure.
+        """
+        try:
+            fd = os.open(path, flags)
+        except OSError:
+            return -1
+        if os.readlink(f"/proc/self/fd/{fd}") == self._real_path(path):
+            return fd
+        os.close(fd)
+        return -1
+
+    def _real_path(self, path: str) -> str:
+        """Return the path of a file below an anchor, with links on the way to that anchor replaced."""
+        anchor = self._anchor_of(path)
+        real_anchor = self._real_anchors.get(anchor)
+        if real_anchor is None:
+            real_anchor = self._real_anchors[anchor] = os.path.realpath(anchor)
+        return real_anchor + path[len(anchor) :]
+
+    def _anchor_of(self, path: str) -> str:
+        return next(anchor for anchor in self.anchors if path == anchor or path.startswith(f"{anchor}/"))
+
     def _open_parent(self, path: str) -> tuple[int, str]:
         parent, _, name = path.rpartition("/")
         return self._open_directory(parent, _WALK), name
 
     def _open_directory(self, path: str, flags: int) -> int:
         """Open a directory from its anchor, one component after the other."""
-        anchor = next(anchor for anchor in self.anchors if path == anchor or path.startswith(f"{anchor}/"))
+        anchor = self._anchor_of(path)
         names = [name for name in path[len(anchor) :].split("/") if name]
         if ".." in names:
             raise ValueError(f"{path!r} leads out of {anchor}")
@@ -200,6 +234,15 @@ class StrictReader(TreeReader):
                 os.close(fd)
             fd = next_fd
         return fd
+
+
+def _check_regular(fd: int, path: str) -> int:
+    """Return `fd` if it is a regular file; otherwise close it and raise `UnsafeFile`."""
+    mode = os.fstat(fd).st_mode
+    if stat.S_ISREG(mode):
+        return fd
+    os.close(fd)
+    raise UnsafeFile.of(path, mode)
 
 
 def _read_and_close(fd: int, limit: int) -> bytes:
