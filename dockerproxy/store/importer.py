@@ -197,6 +197,8 @@ class _ImportRun:
                 continue
             try:
                 self._import_blob(digest)
+            except UnsafeFile as error:
+                self._source_reader.report(error)
             except _SourceError as error:
                 self.record(Skipped("unreadable", f"{digest} cannot be read: {error}"))
 
@@ -282,8 +284,8 @@ class _ImportRun:
     def _open_source(self, digest: Digest) -> int:
         try:
             return self._source_reader.open(self._source.blob(digest))
-        except UnsafeFile as error:
-            raise _SourceError(str(error)) from None
+        except UnsafeFile:
+            raise
         except OSError as error:
             raise _SourceError(error.strerror) from None
 

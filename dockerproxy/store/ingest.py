@@ -133,7 +133,7 @@ class ForeignIngest:
         """Open the ingest of `key`, or return None if there is none. Raises `OSError`."""
         path = layout.ingest(key)
         try:
-            return cls(key, os.open(path, os.O_RDWR | os.O_CLOEXEC), path)
+            return cls(key, os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK), path)
         except FileNotFoundError:
             return None
 
@@ -202,7 +202,7 @@ def remove_ingests_without_host(layout: Layout) -> None:
 
 
 def _open_writable(path: str) -> int:
-    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
     try:
         return os.open(path, flags, 0o666)
     except FileNotFoundError:
@@ -212,7 +212,7 @@ def _open_writable(path: str) -> int:
 
 def _is_same_file(path: str, fd: int) -> bool:
     try:
-        status = os.stat(path)
+        status = os.lstat(path)
     except FileNotFoundError:
         return False
     return os.path.samestat(status, os.fstat(fd))

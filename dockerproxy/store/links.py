@@ -24,7 +24,7 @@ from dockerproxy.oci.names import Digest, parse_tag
 from dockerproxy.oci.paging import sort_key
 from dockerproxy.store.files import Staging, try_remove
 from dockerproxy.store.layout import Layout, digest_from_names
-from dockerproxy.store.tree_reader import Missing, TreeReader
+from dockerproxy.store.tree_reader import Missing, TreeReader, UnsafeFile
 
 # The longest link contains a sha512 digest. A media type has at most 255 characters (RFC 6838, section 4.2: 127 + 1 +
 # 127); longer content is invalid.
@@ -276,7 +276,7 @@ class Links:
         """Return the visibility of the link, None if it does not exist, and record its use."""
         try:
             status = self._reader.stat(path)
-        except Missing:
+        except (*Missing, UnsafeFile):
             return None
         if not stat.S_ISREG(status.st_mode):
             return None
@@ -335,7 +335,7 @@ def _link_exists(reader: TreeReader, path: str) -> bool:
     # The path determines the content, so one stat tells a good link from one that a power cut left empty.
     try:
         return reader.stat(path).st_size > 0
-    except Missing:
+    except (*Missing, UnsafeFile):
         return False
 
 
@@ -376,7 +376,7 @@ def _iter_entries(reader: TreeReader, directory: str) -> Iterator[LinkEntry]:
 def _mtime(reader: TreeReader, *paths: str) -> float:
     """Return the mtime of the first path that exists; 0 if none does."""
     for path in paths:
-        with suppress(*Missing):
+        with suppress(*Missing, UnsafeFile):
             return reader.stat(path).st_mtime
     return 0.0
 

@@ -36,6 +36,7 @@ _DIRECTORIES = (
     "docker/registry/v2/blobs",
     "docker/registry/v2/repositories",
     "ingest",
+    "uploads",
     "staging",
     "damaged",
     "records",

@@ -133,7 +133,7 @@ class StrictReader(TreeReader):
         except Missing:
             return None
         except UnsafeFile as error:
-            self._report(error)
+            self.report(error)
             return None
         return _read_and_close(fd, limit)
 
@@ -146,7 +146,7 @@ class StrictReader(TreeReader):
         except Missing:
             return []
         except UnsafeFile as error:
-            self._report(error)
+            self.report(error)
             return []
         try:
             return os.listdir(fd)
@@ -154,7 +154,31 @@ class StrictReader(TreeReader):
             os.close(fd)
 
     def stat(self, path: str) -> os.stat_result:
-        """Return the status of the file at `path`, which may be anything. Raises `UnsafeFile` and `OSError`."""
+        """Return the status of the file or directory at `path`. Raises `UnsafeFile` and `OSError`."""
+        status = self._stat(path)
+        if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+            error = UnsafeFile.of(path, status.st_mode)
+            self.report(error)
+            raise error
+        return status
+
+    def is_directory(self, path: str) -> bool:
+        """Return whether there is a directory at `path`."""
+        try:
+            return stat.S_ISDIR(self._stat(path).st_mode)
+        except Missing:
+            return False
+        except UnsafeFile as error:
+            self.report(error)
+            return False
+
+    def report(self, error: UnsafeFile) -> None:
+        """Call `on_unsafe`, unless it was called for this path before."""
+        if error.filename not in self._reported:
+            self._reported.add(error.filename)
+            self.on_unsafe(error)
+
+    def _stat(self, path: str) -> os.stat_result:
         fd = self._open_unlinked(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
         if fd >= 0:
             try:
@@ -166,21 +190,6 @@ class StrictReader(TreeReader):
             return os.stat(name, dir_fd=parent_fd, follow_symlinks=False)
         finally:
             os.close(parent_fd)
-
-    def is_directory(self, path: str) -> bool:
-        """Return whether there is a directory at `path`."""
-        try:
-            return stat.S_ISDIR(self.stat(path).st_mode)
-        except Missing:
-            return False
-        except UnsafeFile as error:
-            self._report(error)
-            return False
-
-    def _report(self, error: UnsafeFile) -> None:
-        if error.filename not in self._reported:
-            self._reported.add(error.filename)
-            self.on_unsafe(error)
 
     def _open_unlinked(self, path: str, flags: int) -> int:
         """Open `path` at once. Return -1 if that fails, or if a symbolic link on the way was followed.

@@ -273,3 +273,30 @@ def test_what_the_daemon_writes_is_its_users_alone(
         if path.name not in public:
             assert not path.lstat().st_mode & 0o077, path
     assert not daemon.state_folder.lstat().st_mode & 0o077
+
+
+@pytest.mark.root
+def test_another_user_reaches_neither_the_control_socket_nor_the_files(
+    shared_daemon: RegistryDaemon, tmp_path: Path
+) -> None:
+    """A user without the daemon's group connects, and looks for the secrets and the images."""
+    state = shared_daemon.state_folder
+    for parent in state.parents:
+        parent.chmod(parent.stat().st_mode | 0o011)  # so that only the daemon's own directories keep them out
+    attempts = f"""
+import os, pathlib, socket, sys
+os.setgroups([]); os.setgid({NOBODY}); os.setuid({NOBODY})
+def attempt(function, *arguments):
+    try:
+        function(*arguments)
+    except PermissionError:
+        return
+    sys.exit(f"{{function}} {{arguments}} succeeded")
+attempt(socket.socket(socket.AF_UNIX).connect, "{state}/run/control.sock")
+for name in ("cache/secret", "registry/secret", "ca/ca.key", "registry/lock"):
+    attempt(pathlib.Path("{state}", name).read_bytes)
+for name in ("", "cache", "registry", "cache/records", "run"):
+    attempt(os.listdir, os.path.join("{state}", name))
+"""
+    result = subprocess.run([sys.executable, "-c", attempts], capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")

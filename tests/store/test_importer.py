@@ -307,6 +307,20 @@ def test_links_in_repositories_are_reported_once_and_the_rest_is_imported(
     assert (result.repositories, store.links.tags(REPOSITORY)) == (1, ["v1"])
 
 
+@pytest.mark.parametrize("kind", ["layer", "manifest", "media type", "tag"])
+def test_a_link_file_that_is_a_fifo_is_reported(store: HostedTree, other: HostedTree, kind: str) -> None:
+    path = Path({
+        "layer": other.layout.layer(REPOSITORY, Digest.of(b"layer1")),
+        "manifest": other.layout.manifest(REPOSITORY, BOTH.digest),
+        "media type": other.layout.media_type(REPOSITORY, BOTH.digest),
+        "tag": other.layout.tag_current(REPOSITORY, "latest"),
+    }[kind])  # fmt: skip
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    _, skipped_items = import_from(store, other.layout.root)
+    assert [item.message for item in skipped_items if item.kind == "unreadable"] == [f"{path} is a FIFO, not a file"]
+
+
 def test_the_directory_itself_may_be_a_link(store: HostedTree, other: HostedTree, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(other.layout.root)
     assert import_from(store, tmp_path / "link")[0].tags == 3

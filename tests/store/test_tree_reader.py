@@ -87,6 +87,9 @@ def test_special_files_are_refused_without_waiting(tree: Tree, kind: str) -> Non
     assert tree.reader.read_small(str(path), 4) is None
     with pytest.raises(UnsafeFile):
         read_small(str(path), 4)
+    if kind != "directory":
+        with pytest.raises(UnsafeFile):
+            tree.reader.stat(str(path))
     assert tree.unsafe == [str(path)]
 
 
