@@ -10,13 +10,20 @@ import http.client
 import json
 import signal
 from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 
-from tests.e2e.harness.http_client import BufferedResponse, read_response, request_directly, send_raw_request
+from tests.e2e.harness.http_client import (
+    BufferedResponse,
+    basic_authorization,
+    read_response,
+    request_directly,
+    send_raw_request,
+)
 from tests.e2e.harness.images import TypedContent, sha256_digest
 from tests.e2e.harness.process import wait_until
-from tests.e2e.harness.registry_daemon import HOSTED_REGISTRY_HOST, RegistryDaemon
+from tests.e2e.harness.registry_daemon import HOSTED_REGISTRY_HOST, USERS, RegistryDaemon, write_htpasswd
 from tests.hostile.conftest import HostileNetwork, StartRegistryDaemon
 
 HOSTED = f"https://{HOSTED_REGISTRY_HOST}"
@@ -150,8 +157,9 @@ def test_a_foreign_page_writes_nothing(start_daemon: StartRegistryDaemon, fields
             send(daemon.http_port, method, path, headers, body),
             send(daemon.port, method, path, headers, body),
             daemon.client.request(method, HOSTED + path, headers, body),
+            daemon.client.request(method, f"http://{HOSTED_REGISTRY_HOST}{path}", headers, body),
         ]
-        assert [response.status for response in responses] == [403] * 3, (method, path)
+        assert [response.status for response in responses] == [403] * 4, (method, path)
         assert not [name for response in responses for name in response.headers if name.startswith("access-control")]
     for path in ("/", "/ca.crt", "/setup", "/healthz"):
         assert send(daemon.port, "GET", path, fields).status == 200
@@ -199,6 +207,19 @@ def test_only_the_pages_of_cors_origins_use_the_registry(start_daemon: StartRegi
         assert send(daemon.http_port, "OPTIONS", path, {"Origin": origin, **preflight}).status == 403
         assert send(daemon.http_port, "DELETE", path, {"Origin": origin}).status == 403
     assert send(daemon.http_port, "DELETE", path, {"Origin": UI}).status == 202
+
+
+def test_a_ui_logs_in(start_daemon: StartRegistryDaemon, tmp_path: Path) -> None:
+    """A preflight comes without the login, and the page has to see that it needs one."""
+    daemon = start_daemon(CORS_ORIGINS=UI, HTPASSWD_FILE=str(write_htpasswd(tmp_path)))
+    preflight = {"Origin": UI, "Access-Control-Request-Method": "GET"}
+    assert send(daemon.http_port, "OPTIONS", "/v2/_catalog", preflight).status == 204
+    login = {"Authorization": basic_authorization("alice", USERS["alice"])}
+    for fields, status in (({}, 401), (login, 200)):
+        response = send(daemon.http_port, "GET", "/v2/_catalog", {"Origin": UI, **fields})
+        assert (response.status, response.headers["access-control-allow-origin"]) == (status, UI)
+    # A browser that remembers the login sends it for any page.
+    assert send(daemon.http_port, "GET", "/v2/_catalog", {"Origin": "https://evil.example", **login}).status == 403
 
 
 def test_what_others_wrote_is_no_page(network: HostileNetwork, start_daemon: StartRegistryDaemon) -> None:
