@@ -296,17 +296,22 @@ def _override_warnings(env: Mapping[str, str], file: Mapping[str, str], setting_
 
 
 _SECRETS = ("AUTH_REGISTRIES", "CA_KEY_PASSPHRASE")
-_HASHES = "htpasswd_file"  # the end of the names of settings
+_PROXIES = ("UPSTREAM_PROXY", "HTTPS_PROXY", "https_proxy")
+# Files of hashes and keys. The CA's key has a warning of its own.
+_SECRET_FILES = ("htpasswd_file", "proxy_htpasswd_file", "registry_key_file", "proxy_key_file")
 
 
 def exposure_warnings(settings: Settings, env_file: str | None, variables: Mapping[str, str]) -> tuple[str, ...]:
     """Return sentences about files with secrets that every local user can read. `variables` are those of `env_file`."""
     paths = {
-        Path(path): f"which {attribute.name.upper()} names"
-        for attribute in fields(Settings)
-        if attribute.name.endswith(_HASHES) and (path := getattr(settings, attribute.name)) is not None
+        Path(path): f"which {name.upper()} names"
+        for name in _SECRET_FILES
+        if (path := getattr(settings, name)) is not None
     }
-    if env_file is not None and any(variables.get(name) for name in _SECRETS):
+    has_secret = any(variables.get(name) for name in _SECRETS) or any(
+        "@" in variables.get(name, "") for name in _PROXIES
+    )
+    if env_file is not None and has_secret:
         paths[Path(env_file)] = "which has passwords"
     warnings = (exposure_warning(description, path) for path, description in paths.items())
     return tuple(warning for warning in warnings if warning is not None)

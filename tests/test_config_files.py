@@ -70,6 +70,25 @@ def test_secrets_that_every_local_user_can_read_are_named(tmp_path: Path) -> Non
     assert Configuration.read({}, str(env_file)).settings.warnings == ()
 
 
+@pytest.mark.parametrize("line", ["CA_KEY_PASSPHRASE=x", "UPSTREAM_PROXY=http://user:password@proxy.test:3128"])
+def test_an_env_file_with_any_password_is_named(tmp_path: Path, line: str) -> None:
+    env_file = tmp_path / ".env"
+    env_file.write_text(line)
+    env_file.chmod(0o644)
+    [warning] = Configuration.read({}, str(env_file)).settings.warnings
+    assert str(env_file) in warning and "password@" not in warning
+
+
+@pytest.mark.parametrize("prefix", ["REGISTRY", "PROXY"])
+def test_a_key_that_every_local_user_can_read_is_named(tmp_path: Path, prefix: str) -> None:
+    key = tmp_path / "key.pem"
+    key.touch()
+    key.chmod(0o644)
+    variables = {f"{prefix}_CRT_FILE": str(tmp_path / "crt.pem"), f"{prefix}_KEY_FILE": str(key)}
+    [warning] = Configuration.read(variables, None).settings.warnings
+    assert f"{key}, which {prefix}_KEY_FILE names" in warning
+
+
 def test_a_file_without_secrets_may_be_public(tmp_path: Path) -> None:
     (tmp_path / ".env").write_text("WORKERS=1\n")
     (tmp_path / ".env").chmod(0o644)

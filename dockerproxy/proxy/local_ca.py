@@ -83,7 +83,7 @@ def _create(files: IssuerFiles, passphrase: str | None, now: float) -> None:
 @contextmanager
 def _file_lock(path: Path) -> Iterator[None]:
     # O_RDWR, because over NFS an exclusive lock requires a file that is open for writing.
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield

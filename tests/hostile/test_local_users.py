@@ -17,6 +17,7 @@ from attrs import define
 
 from dockerproxy.oci.manifests import EMPTY_INDEX, OCI_INDEX
 from dockerproxy.oci.names import Digest
+from tests.e2e.harness.daemon import CLEAN_EXIT_STATUSES
 from tests.e2e.harness.http_client import request_directly
 from tests.e2e.harness.images import build_image
 from tests.e2e.harness.process import wait_until
@@ -133,6 +134,21 @@ def test_import_check_and_gc_end_whatever_lies_there(
     assert (result.returncode, str(own.data) in result.stdout) == (1, True)
     assert run_command(daemon, "gc").returncode == 0
     assert get_blob(daemon, directory.digest)[0] == 404
+
+
+def test_a_signal_ends_the_import_of_a_file_without_end(
+    start_daemon: StartRegistryDaemon, directory: ImportedDirectory
+) -> None:
+    """A sparse file of 8 TiB takes hours to read, and no room."""
+    daemon = start_daemon()
+    os.truncate(directory.data, 1 << 43)
+    socket_path = str(daemon.state_folder / "run/control.sock")
+    command = [sys.executable, "-m", "dockerproxy.cli", "--socket", socket_path, "import", str(directory.root)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        wait_until(lambda: "import running" in run_command(daemon, "status").stdout, "the import's start")
+        assert daemon.stop(timeout=8) in CLEAN_EXIT_STATUSES
+        assert "the daemon closed the connection" in process.communicate(timeout=5)[1]
+    assert os.listdir(daemon.state_folder / "registry/staging") == []
 
 
 @pytest.mark.parametrize("way", ["open for writing", "writable by all", "a second name"])
