@@ -34,7 +34,8 @@ from dockerproxy.daemon.transfers import Transfers
 from dockerproxy.http.channel import Handler
 from dockerproxy.http.cross_origin import CrossOriginProtection
 from dockerproxy.http.request import Request
-from dockerproxy.http.site import ServerTimeouts, Site
+from dockerproxy.http.site import ServerTimeouts, Site, make_body_budget
+from dockerproxy.http.stream import BufferBudget
 from dockerproxy.http.tls import ServerContext
 from dockerproxy.net.dial import Dialer
 from dockerproxy.net.local_names import LocalNames
@@ -243,7 +244,10 @@ def build_server(reactor: Any, settings: Settings, certificates: Certificates, s
         on_request_finished=on_finished,
     )
     certificates.watch_files(reactor)
-    listeners = build_listeners(reactor, settings, forward_proxy, direct_listener, certificates, on_finished)
+    body_budget = make_body_budget()
+    listeners = build_listeners(
+        reactor, settings, forward_proxy, direct_listener, certificates, on_finished, body_budget
+    )
     return ProxyServer(
         listeners,
         transfers,
@@ -257,6 +261,7 @@ def build_server(reactor: Any, settings: Settings, certificates: Certificates, s
         hosted_tree,
         pools,
         [
+            body_budget.shares,
             *pools.lookups.bounds,
             *pools.passwords.bounds,
             *pools.documents.bounds,
@@ -454,10 +459,11 @@ def build_listeners(
     direct_listener: DirectRequestHandler,
     certificates: Certificates,
     on_finished: OnRequestFinished,
+    body_budget: BufferBudget,
 ) -> list[Listener]:
     """Build the configured listeners, which are not open yet. `on_finished` is called after each request."""
 
-    make_site = partial(build_site, reactor, settings, on_finished=on_finished)
+    make_site = partial(build_site, reactor, settings, on_finished=on_finished, body_budget=body_budget)
 
     def make_proxy_site(tls: Callable[[], ServerContext] | None = None) -> Site:
         def handle(request: Request) -> Awaitable[None]:
@@ -485,6 +491,7 @@ def build_site(
     tls: Callable[[], ServerContext] | None = None,
     *,
     on_finished: OnRequestFinished,
+    body_budget: BufferBudget | None = None,
 ) -> Site:
     """Build a site that passes its requests to `handler`. `tls`, if given, returns the TLS context of a connection."""
     timeouts = ServerTimeouts(
@@ -500,6 +507,7 @@ def build_site(
         timeouts=timeouts,
         on_request_finished=on_finished,
         get_tls_context=tls,
+        body_budget=body_budget,
     )
 
 

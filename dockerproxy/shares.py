@@ -70,10 +70,8 @@ class ClientShares:
 
     def acquire(self, client: str, amount: int = 1) -> None:
         """Count `amount` more for `client`. Raise `TooManyRequests` or `ServiceOverloaded`; then count nothing."""
-        error = self.refusal(client, amount)
-        if error is not None:
-            self.refused += 1
-            raise error
+        if not self.has_room(client, amount):
+            raise self.refuse(client, amount)
         self.add(client, amount)
 
     def add(self, client: str, amount: int = 1) -> None:
@@ -95,10 +93,9 @@ class ClientShares:
             return self.used + amount <= self.limit
         return self.used + amount <= self.limit - self.reserved and self.held_by(client) + amount <= self.share
 
-    def refusal(self, client: str, amount: int = 1) -> RegistryError | None:
-        """Return the error that says why `client` may not acquire `amount` more, or None if it may."""
-        if self.has_room(client, amount):
-            return None
+    def refuse(self, client: str, amount: int = 1) -> RegistryError:
+        """Count a refusal, and return the error that says why `client` may not acquire `amount` more."""
+        self.refused += 1
         headers = [("Retry-After", str(self.retry_after))]
         held = self.held_by(client)
         if client and held + amount > self.share:
@@ -116,6 +113,11 @@ class ClientShares:
     def held_by(self, client: str) -> int:
         """Return how much `client` holds."""
         return self._held[client_key(client)]  # a Counter does not store a missing key
+
+    @property
+    def clients(self) -> int:
+        """The number of clients that hold something."""
+        return len(self._held)
 
     @property
     def holders(self) -> list[str]:

@@ -68,6 +68,9 @@ class WindowedTransport(StringTransport):
     def acknowledged(self) -> int:
         return self.sent
 
+    def limit_reads(self, limited: bool) -> None:
+        self.reads_limited = limited
+
     def __init__(self, clock: Clock, client: str) -> None:
         super().__init__(peerAddress=IPv4Address("TCP", client, 50000), lenient=True)
         self.clock = clock

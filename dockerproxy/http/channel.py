@@ -101,6 +101,7 @@ class HTTPChannel(Protocol):
         self.port = getattr(self.transport.getHost(), "port", 0)
         self._site.channel_opened(self)
         self._timer.start()
+        self.transport.limit_reads(True)  # heads are short, and a long piece would be in memory before its body counts
         self.transport.registerProducer(self._flow_control, True)
 
     def dataReceived(self, data: bytes) -> None:
@@ -186,6 +187,7 @@ class HTTPChannel(Protocol):
         request, self._request, self._handler_task = self._request, None, None
         if request is None:
             raise RuntimeError("there is no response that could end")
+        request.drop_body()
         self._request_count += 1
         self._timer.restart()
         self._site.on_request_finished(request, self._timer.started_at - self._request_started_at)
@@ -204,6 +206,7 @@ class HTTPChannel(Protocol):
         """Stop using the transport; return it together with the bytes received after the request head."""
         self._on_event(Event.DETACH)
         self._timer.stop()
+        self.transport.limit_reads(False)
         self.transport.unregisterProducer()
         self._flow_control.fail(ClientDisconnected())
         self._request = self._handler_task = None
@@ -265,18 +268,19 @@ class HTTPChannel(Protocol):
 
     def _start_request(self, head: RequestHead) -> None:
         framing = 0 if head.method == "CONNECT" else body_framing(head)
-        stream = None
+        rest, stream = b"", None
         if framing != 0:
-            stream = ByteStream(self.transport, budget=self._site.body_budget)
+            rest, self._buffer = self._buffer, b""
+            self._apply_back_pressure()  # with an empty buffer: from here on the body's stream pauses the transport
+            buffers = self._site.body_budget.of_client(self.client)
+            stream = ByteStream(self.transport, buffers=buffers, limit_reads=self.transport.limit_reads)
             self._body = RequestBody(stream, framing)
         self._on_event(Event.REQUEST)
         request = self._request = Request(self, head, stream)
         request.closing = self._site.draining or not keeps_alive(head)
         self._request_started_at = self._timer.now()
-        if self._body is not None:
-            rest, self._buffer = self._buffer, b""
-            self._apply_back_pressure()  # with an empty buffer: from here on the body's stream pauses the transport
-            self._buffer = self._feed_body(self._body, rest) if rest else b""
+        if self._body is not None and rest:
+            self._buffer = self._feed_body(self._body, rest)
         handler_task = Deferred.fromCoroutine(self._run_handler(request))
         if not handler_task.called and self._request is request:
             self._handler_task = handler_task

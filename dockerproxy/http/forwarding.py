@@ -59,6 +59,7 @@ class RequestBodyProducer:
     async def _produce(self, consumer: IConsumer) -> None:
         while data := await self._request.read_chunk():
             consumer.write(data)
+            del data  # while the client sends nothing, it takes no memory
             if self._resume_waiter is not None:
                 await self._resume_waiter
             if self._stopped:  # `write` called stopProducing, when the coroutine waited for nothing it could cancel
@@ -85,6 +86,7 @@ async def forward_response(request: Request, response: ForwardedResponse, fields
         request.start(response.status, fields, response.length)
         while data := await response.read_chunk():
             request.write(data)
+            del data
             await request.drain()
         request.finish()
     except BaseException:

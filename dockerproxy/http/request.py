@@ -160,14 +160,24 @@ class Request:
         return await self._body.read(at_least)
 
     async def read_all(self, limit: int) -> bytes:
-        """Return the whole body; raise `SizeInvalid` if it is longer than `limit` bytes."""
+        """Return the whole body; raise `SizeInvalid` if it is longer than `limit` bytes.
+
+        Raise `TooManyRequests` or `ServiceOverloaded` if the bodies of this client, or of all, take too much memory.
+        """
         parts, size = [], 0
         while data := await self.read_chunk():
             size += len(data)
             if size > limit:
                 raise SizeInvalid(f"the request body is longer than {limit} bytes")
             parts.append(data)
+            if self._body is not None:
+                self._body.retain()
         return b"".join(parts)
+
+    def drop_body(self) -> None:
+        """Release the memory of the body, because the request has ended."""
+        if self._body is not None:
+            self._body.discard()
 
     # Response
 

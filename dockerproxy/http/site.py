@@ -20,7 +20,7 @@ from dockerproxy.http.transport import DetachedProtocol, SocketTransport
 from dockerproxy.shares import client_key
 
 _MIN_IDLE = 1.0  # seconds without a request after which a connection may be closed for others
-_MAX_BUFFERED_BODIES = 32 * 1024 * 1024  # bytes of all request bodies of a site that handlers have not read yet
+_MAX_UNREAD_BODIES = 64 * 1024 * 1024  # bytes of request bodies; half of it for one client
 
 
 @frozen
@@ -39,10 +39,16 @@ class ServerTimeouts:
         return min(self.keepalive, self.header, self.body, self.send) / 4
 
 
+def make_body_budget() -> BufferBudget:
+    """Return the budget for the request bodies of a process."""
+    return BufferBudget(_MAX_UNREAD_BODIES, _MAX_UNREAD_BODIES // 2)
+
+
 class Site(Factory):
     """The factory of HTTP channels of one listener; `handler` responds to their requests.
 
     `on_request_finished` is called with each finished request and its duration in seconds. It writes the access log.
+    `body_budget` limits the memory that request bodies take, of this site and others.
     """
 
     noisy = False
@@ -55,13 +61,14 @@ class Site(Factory):
         timeouts: ServerTimeouts,
         on_request_finished: Callable[[Request, float], None],
         get_tls_context: Callable[[], ServerContext] | None = None,
+        body_budget: BufferBudget | None = None,
     ) -> None:
         self.reactor = reactor
         self.handler = handler
         self.timeouts = timeouts
         self.timeout_reaper = TimeoutReaper(reactor, timeouts.tick)
         self.on_request_finished = on_request_finished
-        self.body_budget = BufferBudget(_MAX_BUFFERED_BODIES)
+        self.body_budget = body_budget or make_body_budget()
         self.draining = False
         self._get_tls_context = get_tls_context
         self._channels: set[HTTPChannel] = set()

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 from typing import Protocol
 
+from attrs import frozen
 from twisted.internet.defer import Deferred
+
+from dockerproxy.errors import RegistryError
+from dockerproxy.shares import ClientShares, client_key
 
 _MAX_CHUNKS = 4096  # buffered chunks: a tiny chunk takes many times its length in memory
 _SCARCE_HIGH_WATER = 16 * 1024
+_SHORT_BODY = 64 * 1024
 
 
 class Producer(Protocol):
@@ -20,39 +25,76 @@ class Producer(Protocol):
 
 
 class BufferBudget:
-    """A limit in bytes for the buffers of several streams together.
+    """A limit in bytes for the buffers of several streams together, with a `share` for those of one client.
 
     A read of many bytes saves threads and system calls. But if clients stop just before the last of them, each takes
-    that much memory. If the streams together exceed `limit`, such reads therefore return what there is, the oldest
-    first. Streams whose reader is busy are then paused at `_SCARCE_HIGH_WATER` bytes.
+    that much memory. If a client exceeds its share, or has more than its part of the limit while all together exceed
+    that, its streams are *scarce*: such reads return what there is, the transport is read in small pieces, and a stream
+    whose reader is busy is paused. Bytes count until the reader asks for the next ones, because
+    until then it holds them.
     """
 
-    def __init__(self, limit: float) -> None:
-        self._limit = limit
-        self._waiting: dict[ByteStream, None] = {}  # with a pending read of more than a byte, the oldest first
-        self.used = 0
-        """The number of bytes that the streams buffer."""
+    def __init__(self, limit: int, share: int) -> None:
+        self.shares = ClientShares("bytes of unread request bodies", limit, share)
+        self._waiting: dict[str, set[ByteStream]] = {}  # with a pending read of more than a byte
+
+    def of_client(self, client: str) -> ClientBuffers:
+        """Return the buffers of the streams of `client`, an address."""
+        return ClientBuffers(self, client_key(client))
+
+    def is_scarce(self, client: str) -> bool:
+        """Return whether `client` may buffer no more than what its readers wait for."""
+        shares, held = self.shares, self.shares.held_by(client)
+        return held > shares.share or (shares.used > shares.limit and held * shares.clients > shares.limit)
+
+    def relieve(self, client: str) -> None:
+        """Make all pending reads of `client` return what there is if its streams are scarce."""
+        waiting = self._waiting.get(client)
+        if waiting and self.is_scarce(client):
+            for stream in list(waiting):
+                stream.return_available()
+
+    def add_waiting(self, client: str, stream: ByteStream) -> None:
+        """Count `stream` among those with a pending read of more than a byte."""
+        self._waiting.setdefault(client, set()).add(stream)
+
+    def remove_waiting(self, client: str, stream: ByteStream) -> None:
+        """Forget what `add_waiting` said."""
+        waiting = self._waiting.get(client)
+        if waiting is not None:
+            waiting.discard(stream)
+            if not waiting:
+                del self._waiting[client]
+
+
+@frozen
+class ClientBuffers:
+    """The part of a `BufferBudget` that the streams of one client use."""
+
+    _budget: BufferBudget
+    _client: str
 
     @property
-    def exceeded(self) -> bool:
-        """Whether the streams buffer more than the limit."""
-        return self.used > self._limit
+    def scarce(self) -> bool:
+        return self._budget.is_scarce(self._client)
 
-    def relieve(self) -> None:
-        """Make pending reads return what there is until the limit is no longer exceeded."""
-        while self._waiting and self.exceeded:
-            next(iter(self._waiting)).return_available()
+    def add(self, size: int) -> None:
+        """Count bytes that a stream buffers, and make room if that is too much."""
+        self._budget.shares.add(self._client, size)
+        self._budget.relieve(self._client)
+
+    def release(self, size: int) -> None:
+        self._budget.shares.release(self._client, size)
+
+    def refusal(self) -> RegistryError:
+        """Return the error for a request whose body takes memory that is scarce."""
+        return self._budget.shares.refuse(self._client)
 
     def add_waiting(self, stream: ByteStream) -> None:
-        """Count `stream` among those with a pending read of more than a byte."""
-        self._waiting[stream] = None
+        self._budget.add_waiting(self._client, stream)
 
     def remove_waiting(self, stream: ByteStream) -> None:
-        """Forget what `add_waiting` said."""
-        self._waiting.pop(stream, None)
-
-
-_UNLIMITED = BufferBudget(math.inf)
+        self._budget.remove_waiting(self._client, stream)
 
 
 class ByteStream:
@@ -62,23 +104,36 @@ class ByteStream:
 
     The producer is paused while the stream buffers more than `high_water` bytes and more than the last read asked for,
     or more than `_MAX_CHUNKS` chunks. It is resumed after a read. It is also resumed at the end of the stream, because
-    its further bytes belong to the next message. `budget` may lower these limits.
+    its further bytes belong to the next message. `buffers` may lower these limits. `limit_reads` is called with False
+    while it does not, and with True while it does, and at the end.
     """
 
     def __init__(
-        self, producer: Producer | None = None, *, high_water: int = 256 * 1024, budget: BufferBudget = _UNLIMITED
+        self,
+        producer: Producer | None = None,
+        *,
+        high_water: int = 256 * 1024,
+        buffers: ClientBuffers | None = None,
+        limit_reads: Callable[[bool], None] | None = None,
     ) -> None:
         self._producer = producer
         self.high_water = high_water
-        self._budget = budget
+        self._buffers = buffers
+        self._limit_reads = limit_reads
+        self._scarce: bool | None = None  # as `limit_reads` was told; None if it was not
         self._chunks: list[bytes] = []
-        self._buffered = 0
+        self.buffered = 0
+        """The number of bytes that the reader has not got yet."""
+        self._taken = 0  # bytes of the last read, which the reader holds until it asks for more
+        self._retained = 0  # bytes of reads before it, which the reader collects
         self._paused = False
         self._ended = False
         self._failure: BaseException | None = None
         self._read_waiter: Deferred[None] | None = None
         self._min_read = 1
         self.received = 0  # bytes from the producer
+        if self._is_scarce():
+            self._pause_producer()  # until the reader waits
 
     @property
     def ended(self) -> bool:
@@ -93,15 +148,16 @@ class ByteStream:
     def feed(self, data: bytes) -> None:
         """Buffer bytes from the producer and wake the reader if it has enough."""
         self._chunks.append(data)
-        self._buffered += len(data)
+        self.buffered += len(data)
         self.received += len(data)
-        self._budget.used += len(data)
-        self._budget.relieve()
-        high_water = _SCARCE_HIGH_WATER if self._budget.exceeded else self.high_water
-        full = self._buffered > max(high_water, self._min_read) or len(self._chunks) > _MAX_CHUNKS
-        if full and not self._paused and self._producer is not None:
-            self._paused = True
-            self._producer.pauseProducing()
+        if self._buffers is not None:
+            self._buffers.add(len(data))
+        if self._is_scarce():
+            full = self.buffered + self._taken > _SCARCE_HIGH_WATER
+        else:
+            full = self.buffered > max(self.high_water, self._min_read) or len(self._chunks) > _MAX_CHUNKS
+        if full:
+            self._pause_producer()
         if self._has_enough():
             self._wake_reader()
 
@@ -109,6 +165,8 @@ class ByteStream:
         """End the stream."""
         self._resume_producer()
         self._ended = True
+        if self._limit_reads is not None:
+            self._limit_reads(True)
         self._wake_reader()
 
     def fail(self, error: BaseException) -> None:
@@ -127,22 +185,25 @@ class ByteStream:
 
         Wait until they hold `at_least` bytes, there are more than `_MAX_CHUNKS` of them, or the stream has ended.
         """
-        self._min_read = 1 if self._budget.exceeded else max(1, at_least)
+        self._release_taken()
+        self._min_read = 1 if self._is_scarce() else max(1, at_least)
         while not self._has_enough() and not self._ended:
             self._resume_producer()  # it was paused at `high_water`, but this read needs more
             waiter = self._read_waiter = Deferred()
-            if self._min_read > 1:
-                self._budget.add_waiting(self)
+            if self._min_read > 1 and self._buffers is not None:
+                self._buffers.add_waiting(self)
             try:
                 await waiter
             finally:
-                self._budget.remove_waiting(self)
+                if self._buffers is not None:
+                    self._buffers.remove_waiting(self)
                 if self._read_waiter is waiter:  # cancelled
                     self._read_waiter = None
         if self._chunks:
             pieces, self._chunks = self._chunks, []
-            self._empty()
-            self._resume_producer()
+            self._taken, self.buffered = self.buffered, 0
+            if not self._is_scarce():
+                self._resume_producer()
             return pieces
         if self._failure is not None:
             raise self._failure
@@ -151,9 +212,20 @@ class ByteStream:
     def return_available(self) -> None:
         """Make a pending read return the buffered bytes now, or the next ones as soon as they arrive."""
         self._min_read = 1
-        self._budget.remove_waiting(self)
+        if self._buffers is not None:
+            self._buffers.remove_waiting(self)
+            self._is_scarce()
         if self._has_enough():
             self._wake_reader()
+
+    def retain(self) -> None:
+        """Count the bytes of the last read until `discard`, because the reader collects them.
+
+        Raise `TooManyRequests` or `ServiceOverloaded` if that is too much memory. A short body is always accepted.
+        """
+        self._retained, self._taken = self._retained + self._taken, 0
+        if self._retained > _SHORT_BODY and self._buffers is not None and self._buffers.scarce:
+            raise self._buffers.refusal()
 
     def discard(self) -> None:
         """Drop the buffered bytes and resume the producer, because there is no reader any more."""
@@ -165,11 +237,33 @@ class ByteStream:
         self._empty()  # bytes that nobody read
 
     def _empty(self) -> None:
-        self._budget.used -= self._buffered
-        self._buffered = 0
+        self._taken += self.buffered + self._retained
+        self.buffered = self._retained = 0
+        self._release_taken()
+
+    def _release_taken(self) -> None:
+        if self._taken and self._buffers is not None:
+            self._buffers.release(self._taken)
+        self._taken = 0
+
+    def _is_scarce(self) -> bool:
+        """Return whether the limits are lowered. Call `limit_reads` if that has changed."""
+        if self._buffers is None:
+            return False
+        scarce = self._buffers.scarce
+        if scarce != self._scarce and not self._ended:
+            self._scarce = scarce
+            if self._limit_reads is not None:
+                self._limit_reads(scarce)
+        return scarce
 
     def _has_enough(self) -> bool:
-        return self._buffered >= self._min_read or len(self._chunks) > _MAX_CHUNKS
+        return self.buffered >= self._min_read or len(self._chunks) > _MAX_CHUNKS
+
+    def _pause_producer(self) -> None:
+        if not self._paused and self._producer is not None:
+            self._paused = True
+            self._producer.pauseProducing()
 
     def _resume_producer(self) -> None:
         if self._paused and self._producer is not None:

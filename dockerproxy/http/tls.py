@@ -24,7 +24,7 @@ _TLS_EXPECTED_RESPONSE = (
 _PLAIN_HTTP_ERRORS = ("http request", "https proxy request")  # OpenSSL's reasons for this error
 
 _SMALL_RECORD = 1024  # bytes: a shorter record is probably a request, and a longer one content
-_MAX_READ = 512 * 1024  # bytes per reactor iteration, so that other connections are served too
+_MAX_READ = 512 * 1024  # bytes per reactor iteration
 # Modes of SSL_CTX_set_mode(3). pyOpenSSL has no names for them.
 _MODE_ENABLE_PARTIAL_WRITE, _MODE_ACCEPT_MOVING_WRITE_BUFFER = 0x1, 0x2
 # Whether one call can write several records. This requires clearing a mode that pyOpenSSL sets on every context.
@@ -111,6 +111,8 @@ class TLSTransport(SocketTransport):
 
     __slots__ = ("_received", "_tls", "_unencrypted")
 
+    max_read = _MAX_READ
+
     def __init__(
         self, reactor: Any, tcp: Any, tls: SSL.Connection, plaintext: bytes = b"", received: bytes = b""
     ) -> None:
@@ -165,7 +167,7 @@ class TLSTransport(SocketTransport):
         size = 0
         reason: Exception | None = None
         try:
-            while size <= _MAX_READ - RECORD_SIZE:
+            while size <= self._read_size - RECORD_SIZE:
                 received = _read_record(self._tls, size)
                 size += received
                 if received < _SMALL_RECORD:

@@ -103,6 +103,7 @@ class SocketTransport:
         "_pending",
         "_producer",
         "_producer_paused",
+        "_read_size",
         "_reading",
         "_retry_size",
         "_socket",
@@ -115,6 +116,9 @@ class SocketTransport:
         "write_immediately",
     )  # fmt: skip
 
+    max_read = READ_SIZE
+    """Bytes to read in one reactor iteration, at most, so that other connections are served too."""
+
     def __init__(self, reactor: Any, tcp: Any) -> None:
         self.reactor = reactor
         self._tcp = tcp
@@ -124,6 +128,7 @@ class SocketTransport:
         self._producer: IPushProducer | None = None
         self._producer_paused = False
         self._reading = self._writing = False
+        self._read_size = self.max_read
         self._retry_size = 0  # bytes of a failed SSL_write, which OpenSSL requires to be retried; 0 if there is none
         self._state = TransportState.OPEN
         self._is_unix = self._socket.family == socket.AF_UNIX  # cached because `family` creates an enum on each access
@@ -315,6 +320,10 @@ class SocketTransport:
             self._reading = True
             self.reactor.addReader(self)
 
+    def limit_reads(self, limited: bool) -> None:
+        """Read pieces of at most `RECORD_SIZE` bytes, or of up to `max_read` bytes, as a new transport does."""
+        self._read_size = RECORD_SIZE if limited else self.max_read
+
     def stopProducing(self) -> None:
         self.loseConnection()
 
@@ -328,7 +337,7 @@ class SocketTransport:
 
     def doRead(self) -> Any:
         try:
-            data = self._socket.recv(READ_SIZE)
+            data = self._socket.recv(self._read_size)
         except (BlockingIOError, InterruptedError):
             return None
         except OSError:

@@ -240,6 +240,7 @@ async def _receive(upload: UploadSession, body: UploadBody, length: int | None) 
     try:
         while data := await body.read_chunk(_CHUNK_SIZE):
             await upload.append(data)
+            del data  # while the client sends nothing, only what `body` buffers takes memory
     except OSError:
         await upload.cancel()
         raise

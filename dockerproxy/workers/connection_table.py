@@ -141,12 +141,10 @@ class ConnectionTable:
                 self._relieve(None)
             if free > (0 if held < _FEW else self._shares.reserved):
                 return None
-        error = self._shares.refusal(client)
-        if error is not None:
-            self._shares.refused += 1
-            if client not in self._logged:
-                self._logged[client] = True
-                log.warn("refused a connection of {client}: {reason}", client=client, reason=error.message)
+        error = self._shares.refuse(client)
+        if client not in self._logged:
+            self._logged[client] = True
+            log.warn("refused a connection of {client}: {reason}", client=client, reason=error.message)
         return error
 
     def index_of(self, process: int, client: str) -> int:

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import resource
 import select
 import socket
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
 
 import pytest
 
 from tests.e2e.harness.process import require_programs, wait_until
 from tests.e2e.harness.registry_daemon import HOSTED_REGISTRY_HOST, RegistryDaemon
 from tests.hostile.conftest import GOOD, HostileNetwork, StartRegistryDaemon
+from tests.hostile.processes import connections, debug_bounds, descriptors
+
+__all__ = ["descriptors"]
 
 ATTACKER, ACCOMPLICE = "127.0.0.2", "127.0.0.3"
 DESCRIPTORS = 300  # of each process
@@ -25,30 +21,6 @@ UNFINISHED_UPLOAD = (
     f"Host: {HOSTED_REGISTRY_HOST}\r\nContent-Length: 1000\r\n\r\n"
 ).encode()
 FEW_DESCRIPTORS = ["prlimit", f"--nofile={DESCRIPTORS}:{DESCRIPTORS}"]
-
-
-@pytest.fixture(autouse=True)
-def descriptors() -> Iterator[None]:
-    """Give this process enough descriptors for its clients."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 8192), hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-
-
-@contextmanager
-def connections(port: int, count: int, source: str = "127.0.0.1", data: bytes = b"") -> Iterator[list[socket.socket]]:
-    """Open `count` connections from the address `source`, and send `data` on each of them."""
-    with ExitStack() as stack:
-        clients = []
-        for _ in range(count):
-            client = stack.enter_context(socket.create_connection(("127.0.0.1", port), 20, (source, 0)))
-            clients.append(client)
-            try:
-                client.sendall(data)
-            except ConnectionError:
-                pass
-        yield clients
 
 
 def is_closed(client: socket.socket) -> bool:
@@ -73,14 +45,6 @@ def read_all(client: socket.socket) -> bytes:
     except ConnectionResetError:
         pass
     return received
-
-
-def debug(daemon: RegistryDaemon) -> dict[str, dict[str, object]]:
-    """Return the bounds of all processes, by name."""
-    socket_path = daemon.state_folder / "run" / "control.sock"
-    command = [sys.executable, "-m", "dockerproxy.cli", "debug", "--json", "--socket", str(socket_path)]
-    output = subprocess.run(command, capture_output=True, check=True, cwd=Path(__file__).parents[2]).stdout
-    return {bound["name"]: bound for bound in json.loads(output)["bounds"]}
 
 
 def check_pulls(daemon: RegistryDaemon, network: HostileNetwork, name: str) -> None:
@@ -133,10 +97,10 @@ def test_a_refused_client_is_told_the_bound_and_debug_shows_it(
         assert "\r\nRetry-After: 1\r\n" in response
         assert "127.0.0.2 has 20 of the 20 open connections that one client may have" in response
         assert "MAX_CONNECTIONS_PER_CLIENT" in response
-        bound = debug(daemon)["open connections"]
+        [bound] = debug_bounds(daemon)["open connections"]
         assert (bound["share"], bound["refused"], bound["clients"]) == (20, 1, {"127.0.0.2": 20})
         check_pulls(daemon, network, "team/another")
-    wait_until(lambda: debug(daemon)["open connections"]["used"] == 0, "no connection is open")
+    wait_until(lambda: debug_bounds(daemon)["open connections"][0]["used"] == 0, "no connection is open")
 
 
 def test_idle_connections_of_a_client_make_room_for_its_own(start_daemon: StartRegistryDaemon) -> None:

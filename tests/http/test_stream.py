@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.trial.unittest import SynchronousTestCase
 
+from dockerproxy.errors import TooManyRequests
 from dockerproxy.http.stream import BufferBudget, ByteStream
 
 
@@ -178,8 +179,11 @@ class ByteStreamTests(SynchronousTestCase):
 
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 60)), max_size=60))
 def test_budget_bounds_streams_with_pending_reads(steps: list[tuple[int, int]]) -> None:
-    """A step feeds bytes to a stream, or for 0 bytes ends it. A reader asks each stream for at least 50 bytes."""
-    budget = BufferBudget(100)
+    """A step feeds bytes to a stream, or for 0 bytes ends it. A reader asks each stream for at least 50 bytes.
+
+    A client with less than its part may exceed the limit by that, until the others read.
+    """
+    budget = BufferBudget(100, 80)
     received: dict[int, int] = {}
 
     async def read(number: int, stream: ByteStream) -> None:
@@ -188,7 +192,7 @@ def test_budget_bounds_streams_with_pending_reads(steps: list[tuple[int, int]]) 
 
     def new_stream(number: int) -> ByteStream:
         received[number] = fed[number] = 0
-        stream = ByteStream(budget=budget)
+        stream = ByteStream(buffers=budget.of_client(f"client {number % 2}"))
         Deferred.fromCoroutine(read(number, stream))
         return stream
 
@@ -202,52 +206,149 @@ def test_budget_bounds_streams_with_pending_reads(steps: list[tuple[int, int]]) 
             streams[number].finish()
             assert received[number] == fed[number]
             streams[number] = new_stream(number)
-        assert budget.used == sum(fed.values()) - sum(received.values()) <= 100
+        assert budget.shares.used == sum(fed.values()) - sum(received.values()) <= 130
+        assert all(budget.shares.held_by(f"client {client}") <= 80 for client in (0, 1))
+
+
+class LimitedProducer(RecordingProducer):
+    """A producer that records whether it must read small pieces."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.limited = True
+
+    def limit_reads(self, limited: bool) -> None:
+        self.limited = limited
 
 
 class BufferBudgetTests(SynchronousTestCase):
     def setUp(self) -> None:
-        self.budget = BufferBudget(64 * 1024)
+        self.budget = BufferBudget(128 * 1024, 64 * 1024)
+
+    def stream(self, producer: LimitedProducer | None = None, client: str = "192.0.2.1") -> ByteStream:
+        limit_reads = None if producer is None else producer.limit_reads
+        return ByteStream(producer, buffers=self.budget.of_client(client), limit_reads=limit_reads)
 
     def read(self, stream: ByteStream) -> Deferred[bytes]:
         return Deferred.fromCoroutine(stream.read(40 * 1024))
 
-    def test_the_oldest_read_returns_first(self) -> None:
-        streams = [ByteStream(budget=self.budget) for _ in range(3)]
-        reads = [self.read(stream) for stream in streams]
-        for stream in streams[1:]:
-            stream.feed(bytes(30 * 1024))
-        self.assertFalse(self.budget.exceeded)
-        streams[0].feed(bytes(10 * 1024))
-        self.assertEqual(len(self.successResultOf(reads[0])), 10 * 1024)
-        self.assertNoResult(reads[1])
-        self.assertNoResult(reads[2])
+    def use(self, size: int, client: str = "192.0.2.1") -> None:
+        """Buffer bytes of another stream of `client`."""
+        self.budget.of_client(client).add(size)
 
-    def test_streams_with_a_busy_reader_are_paused_early(self) -> None:
-        self.budget.used = 1024 * 1024
-        producer = RecordingProducer()
-        stream = ByteStream(producer, budget=self.budget)
+    def is_limited(self, client: str) -> bool:
+        return self.budget.of_client(client).scarce
+
+    def test_pending_reads_of_the_client_return_what_there_is(self) -> None:
+        producers = [LimitedProducer() for _ in range(4)]
+        streams = [self.stream(producer) for producer in producers[:3]]
+        other = self.stream(producers[3], "192.0.2.2")
+        reads = [self.read(stream) for stream in (*streams, other)]
+        for stream in (*streams[1:], other):
+            stream.feed(bytes(30 * 1024))
+        self.assertFalse(self.is_limited("192.0.2.1"))
+        streams[1].feed(bytes(5 * 1024))
+        self.assertEqual([len(self.successResultOf(read)) for read in reads[1:3]], [35 * 1024, 30 * 1024])
+        self.assertNoResult(reads[0])
+        self.assertNoResult(reads[3])
+        self.assertEqual([producer.limited for producer in producers], [True, True, True, False])
+
+    def test_streams_with_a_busy_reader_are_paused_early_and_read_in_small_pieces(self) -> None:
+        producer = LimitedProducer()
+        stream = self.stream(producer)
+        self.use(64 * 1024)
         stream.feed(bytes(16 * 1024))
-        self.assertTrue(producer.resumed)
+        self.assertEqual((producer.resumed, producer.limited), (True, True))
         stream.feed(b"x")
         self.assertFalse(producer.resumed)
         self.assertEqual(len(self.successResultOf(self.read(stream))), 16 * 1024 + 1)
+        self.assertFalse(producer.resumed, "the reader has not stored the bytes yet")
+        self.assertNoResult(self.read(stream))
         self.assertTrue(producer.resumed)
+
+    def test_a_new_stream_is_paused_until_its_reader_waits(self) -> None:
+        self.use(65 * 1024)
+        producer = LimitedProducer()
+        stream = self.stream(producer)
+        self.assertFalse(producer.resumed)
+        reading = self.read(stream)
+        self.assertEqual((producer.resumed, producer.limited), (True, True))
+        stream.feed(b"x")
+        self.assertEqual(self.successResultOf(reading), b"x")
+
+    def test_the_head_of_the_next_message_is_read_in_small_pieces(self) -> None:
+        producer = LimitedProducer()
+        stream = self.stream(producer)
+        self.assertFalse(producer.limited)
+        stream.feed(b"x")
+        stream.finish()
+        self.assertEqual((producer.resumed, producer.limited), (True, True))
+        self.assertEqual(self.successResultOf(self.read(stream)), b"x")
+
+    def test_one_client_beyond_its_share_does_not_limit_another(self) -> None:
+        self.use(65 * 1024, "192.0.2.1")
+        self.assertTrue(self.is_limited("192.0.2.1"))
+        self.assertFalse(self.is_limited("192.0.2.2"))
+
+    def test_clients_with_little_are_not_limited_when_others_have_all(self) -> None:
+        for client in ("192.0.2.1", "192.0.2.2"):
+            self.use(64 * 1024, client)
+        self.use(1024, "192.0.2.3")
+        self.assertTrue(self.is_limited("192.0.2.1"))
+        self.assertFalse(self.is_limited("192.0.2.3"))
+        self.use(60 * 1024, "192.0.2.3")
+        self.assertTrue(self.is_limited("192.0.2.3"))
+
+    def test_bytes_count_until_the_reader_asks_for_more(self) -> None:
+        stream = self.stream()
+        stream.feed(bytes(1000))
+        self.successResultOf(self.read_some(stream))
+        self.assertEqual(self.budget.shares.used, 1000)
+        self.assertNoResult(self.read_some(stream))
+        self.assertEqual(self.budget.shares.used, 0)
+
+    def read_some(self, stream: ByteStream) -> Deferred[bytes]:
+        return Deferred.fromCoroutine(stream.read())
+
+    def test_collected_bytes_count_until_the_stream_is_dropped(self) -> None:
+        stream = self.stream()
+        for _ in range(3):
+            stream.feed(bytes(1000))
+            self.successResultOf(self.read_some(stream))
+            stream.retain()
+        self.assertEqual(self.budget.shares.used, 3000)
+        stream.finish()
+        self.assertEqual(self.successResultOf(self.read_some(stream)), b"")
+        self.assertEqual(self.budget.shares.used, 3000)
+        stream.discard()
+        self.assertEqual(self.budget.shares.used, 0)
+
+    def test_a_long_body_that_a_reader_collects_is_refused_if_memory_is_scarce(self) -> None:
+        stream = self.stream()
+        stream.feed(bytes(63 * 1024))
+        self.successResultOf(self.read_some(stream))
+        self.use(10 * 1024)
+        stream.retain()  # a short one is not
+        stream.feed(bytes(2 * 1024))
+        self.successResultOf(self.read_some(stream))
+        with self.assertRaises(TooManyRequests) as caught:
+            stream.retain()
+        self.assertIn("65536 bytes of unread request bodies that one client may have", caught.exception.message)
 
     def test_bytes_that_nobody_reads_are_released(self) -> None:
         for drop in (ByteStream.discard, lambda stream: None):
-            stream = ByteStream(budget=self.budget)
+            stream = self.stream()
             stream.feed(bytes(1000))
-            self.assertEqual(self.budget.used, 1000)
+            self.assertEqual(self.budget.shares.used, 1000)
             drop(stream)
             del stream
-            self.assertEqual(self.budget.used, 0)
+            self.assertEqual(self.budget.shares.used, 0)
 
     def test_cancelled_reads_are_forgotten(self) -> None:
-        stream = ByteStream(budget=self.budget)
+        stream = self.stream()
         reading = self.read(stream)
         reading.cancel()
         self.failureResultOf(reading, CancelledError)
         stream.feed(bytes(65 * 1024))  # would make a forgotten read return
-        self.assertEqual(len(self.budget._waiting), 0)
-        self.assertEqual(self.budget.used, 65 * 1024)
+        self.assertEqual(self.budget._waiting, {})
+        self.assertEqual(self.budget.shares.used, 65 * 1024)

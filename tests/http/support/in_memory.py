@@ -34,6 +34,9 @@ class RecordingTransport(StringTransport):
     def acknowledged(self) -> int:
         return self.sent
 
+    def limit_reads(self, limited: bool) -> None:
+        self.reads_limited = limited
+
     def write(self, data: bytes) -> None:
         if not self.disconnecting:
             super().write(data)
