@@ -120,6 +120,12 @@ class BoundedThreadPool:
         result: T = await job.done
         return result
 
+    def refuse_waiting(self, client: str, error: Exception) -> None:
+        """Fail the jobs of `client` that wait for a thread with `error`."""
+        for job in self._queues.pop(client_key(client), ()):
+            self._waiting.release(client)
+            job.done.errback(Failure(error))  # type: ignore[no-untyped-call]
+
     def _in_thread(self, function: Callable[..., T], args: tuple[object, ...]) -> T:
         if self._nice:
             with suppress(OSError):  # a container engine's seccomp filter may forbid it

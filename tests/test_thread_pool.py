@@ -138,6 +138,19 @@ def test_a_waiting_job_is_dropped_if_its_client_leaves(pool: BoundedThreadPool, 
     assert (calls, threads.jobs, pool.running) == ([], [], 0)
 
 
+def test_waiting_jobs_of_a_client_are_refused(pool: BoundedThreadPool, threads: ManualThreads) -> None:
+    running, *waiting = [start(pool, client="a") for _ in range(3)]
+    other = [start(pool, client="b") for _ in range(2)]
+    pool.refuse_waiting("a", TooManyRequests("too many"))
+    pool.refuse_waiting("unknown", TooManyRequests("too many"))
+    assert [str(failure_of(work)) for work in waiting] == ["too many"] * 2
+    assert pool.waiting == 1
+    while threads.jobs:
+        threads.finish()
+    assert all(work.called for work in (running, *other))
+    assert (pool.running, pool.waiting) == (0, 0)
+
+
 def test_a_running_job_ends_although_its_client_leaves(pool: BoundedThreadPool, threads: ManualThreads) -> None:
     calls: list[int] = []
     work = start(pool, lambda: calls.append(1), client="a")

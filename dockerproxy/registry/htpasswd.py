@@ -62,6 +62,8 @@ class PasswordPool(Protocol):
 
     async def run(self, function: Callable[..., Any], *args: object, client: str = "") -> Any: ...
 
+    def refuse_waiting(self, client: str, error: Exception) -> None: ...
+
 
 class HtpasswdFile:
     """Checks user names and passwords against an htpasswd file.
@@ -128,15 +130,22 @@ class HtpasswdFile:
         return await self._checks.do((client, key), lambda: self._check(credentials, key, client))
 
     async def _delay(self, client: str) -> None:
+        error = self._refusal(client)
+        if error is not None:
+            raise error
         delay = self._throttle.remaining_delay(client)
-        if delay > _MAX_DELAY:
-            seconds = math.ceil(delay)
-            raise TooManyRequests(
-                f"too many failed logins from {client}: try again in {seconds} s",
-                headers=[("Retry-After", str(seconds))],
-            )
         if delay:
             await deferLater(self._clock, delay)
+
+    def _refusal(self, client: str) -> TooManyRequests | None:
+        """Return the error for a login of `client` if it would have to wait too long."""
+        delay = self._throttle.remaining_delay(client)
+        if delay <= _MAX_DELAY:
+            return None
+        seconds = math.ceil(delay)
+        return TooManyRequests(
+            f"too many failed logins from {client}: try again in {seconds} s", headers=[("Retry-After", str(seconds))]
+        )
 
     async def _check(self, credentials: BasicCredentials, key: bytes, client: str) -> bool:
         password_hash = self._users.get(credentials.user)
@@ -145,6 +154,9 @@ class HtpasswdFile:
         )
         if not is_match or password_hash is None or self._users.get(credentials.user) != password_hash:
             self._throttle.record_failure(client)
+            error = self._refusal(client)
+            if error is not None:  # those that came before the failures were known
+                self._pool.refuse_waiting(client, error)
             return False
         self._verified[key] = True
         return True

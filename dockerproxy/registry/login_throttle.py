@@ -7,6 +7,7 @@ from collections.abc import Callable
 from attrs import frozen
 
 from dockerproxy.bounded_dict import BoundedDict
+from dockerproxy.shares import client_key
 
 _MAX_CLIENTS = 10_000
 _FREE_FAILURES = 5  # a person mistypes; a host behind a NAT has an old password
@@ -22,7 +23,7 @@ class _Failures:
 
 
 class LoginThrottle:
-    """Counts failed logins of each client address. `clock` is monotonic, in seconds.
+    """Counts failed logins of each client address (of each network for IPv6). `clock` is monotonic, in seconds.
 
     The delay doubles with each failure beyond the fifth, up to 30 s. A login that succeeds does not reset it: an
     attacker with one account of his own would otherwise guess without delay.
@@ -34,7 +35,7 @@ class LoginThrottle:
 
     def remaining_delay(self, client: str) -> float:
         """Return the seconds until the next password of `client` is checked; 0 if it is checked at once."""
-        failures = self._failures.get(client)
+        failures = self._failures.get(client_key(client))
         if failures is None or failures.count < _FREE_FAILURES:
             return 0.0
         delay = min(_MAX_DELAY, _FIRST_DELAY * 2.0 ** min(failures.count - _FREE_FAILURES, 10))
@@ -42,5 +43,6 @@ class LoginThrottle:
 
     def record_failure(self, client: str) -> None:
         """Count a wrong password of `client`."""
+        client = client_key(client)
         failures = self._failures.get(client)
         self._failures[client] = _Failures(1 if failures is None else failures.count + 1, self._clock())

@@ -178,6 +178,21 @@ class HtpasswdFileTests(TestCase):
         self.assertEqual(len(threads), 8)
         self.assertFalse(await self.htpasswd.check_password(wrong[8], "192.0.2.2"))
 
+    async def test_wrong_passwords_that_came_at_once_are_refused_too(self) -> None:
+        threads = self.record_hash_threads()
+        refusals: list[str] = []
+        checks = [
+            Deferred.fromCoroutine(self.htpasswd.check_password(BasicCredentials("alice", f"wrong {number}"), CLIENT))
+            for number in range(10)
+        ]
+        for check in checks:
+            try:
+                self.assertFalse(await check)
+            except TooManyRequests as error:
+                refusals.append(error.message)
+        self.assertEqual(refusals, ["too many failed logins from 192.0.2.7: try again in 4 s"] * 2)
+        self.assertEqual((len(threads), self.pool.waiting), (8, 0))
+
     async def test_a_verified_login_is_not_delayed_by_failures_of_its_address(self) -> None:
         self.assertTrue(await self.htpasswd.check_password(BasicCredentials("alice", "wonder"), CLIENT))
         for number in range(9):

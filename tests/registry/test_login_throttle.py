@@ -58,3 +58,10 @@ def test_a_million_clients_take_a_bounded_table(throttle: LoginThrottle) -> None
     for number in range(20_000):
         throttle.record_failure(str(number))
     assert len(throttle._failures) == 10_000
+
+
+def test_a_network_of_ipv6_is_one_client(throttle: LoginThrottle) -> None:
+    for number in range(5):
+        fail(throttle, 1, f"2001:db8::{number}")
+    assert throttle.remaining_delay("2001:db8::ffff") == 0.5
+    assert throttle.remaining_delay("2001:db8:0:1::1") == 0
