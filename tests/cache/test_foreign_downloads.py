@@ -410,3 +410,45 @@ def test_follower_client_is_granted(processes: TwoProcesses) -> None:
     processes.end()
     assert results == [("JOINED", DATA)]
     assert processes.requested_ranges == [None, "bytes=0-0"]
+
+
+@pytest.mark.parametrize("sent", [0, 1000])
+def test_follower_with_a_reader_goes_on_if_the_writer_has_none(processes: TwoProcesses, sent: int) -> None:
+    """The writer does not know of the other's readers. It ends, and the other process continues with its file if it has
+    any bytes. Otherwise the readers get the blob from upstream.
+    """
+    processes.upstream.on("GET", str(DIGEST), respond_streaming)
+    reader = processes.reader()
+    processes.response.send(sent)
+    processes.advance(61)
+    assert processes.download.state is DownloadState.FAILED
+    assert processes.foreign_download.state is (DownloadState.DOWNLOADING if sent else DownloadState.FAILED)
+    reader.read()
+    processes.advance()
+    processes.upstream.responses[-1].send_rest()
+    processes.advance()
+    reader.read_available()
+    assert (reader.data, reader.ended) == (DATA, True)
+    assert processes.requested_ranges == [None, f"bytes={sent - 1}-" if sent else None]
+    reader.disconnect()
+
+
+def test_both_processes_end_without_readers(processes: TwoProcesses) -> None:
+    processes.send(1000)
+    processes.advance(62)
+    for download in (processes.download, processes.foreign_download):
+        assert download.state is DownloadState.FAILED
+    assert len(processes.writer.ingest_files) == 1
+    processes.upstream.reset()
+    assert processes.follower.fetch(DIGEST) == ("MISS", DATA)
+
+
+def test_follower_without_a_reader_ends_before_the_writer(processes: TwoProcesses) -> None:
+    reader = ManualReader(processes.writer, processes.download.open_reader(processes.writer.repository()))
+    processes.send(1000)
+    processes.advance(62)
+    assert processes.foreign_download.state is DownloadState.FAILED
+    processes.end()
+    reader.read_available()
+    assert (reader.data, reader.ended) == (DATA, True)
+    reader.disconnect()

@@ -6,9 +6,14 @@ ask for it, leave, or do not read what they asked for.
 
 from __future__ import annotations
 
+import http.client
+import json
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
+from typing import Any
 
 import pytest
 
@@ -144,3 +149,51 @@ def test_reader_of_an_evicted_blob_gets_all_of_it(cache: Cache) -> None:
             cache.client.get(cache.put(MIB, f"newer {number}"))
         assert cache.hits() < 8
         assert start + response.read() == random_bytes(MIB, "popular 0")
+
+
+def read_debug(daemon: RegistryDaemon) -> list[dict[str, Any]]:
+    """Return what `dockerproxy debug` says of each process."""
+    socket_path = daemon.state_folder / "run" / "control.sock"
+    command = [sys.executable, "-m", "dockerproxy.cli", "debug", "--json", "--socket", str(socket_path)]
+    result = subprocess.run(command, capture_output=True, check=True, env={**daemon.environment})
+    processes: list[dict[str, Any]] = json.loads(result.stdout)["processes"]
+    return processes
+
+
+def drip(gate: threading.Event) -> ResponseBehaviour:
+    """Announce 1 MiB, and send a byte from time to time."""
+
+    def respond(exchange: HTTPExchange, content: TypedContent | None) -> None:
+        exchange.send_head(200, {"Content-Length": str(MIB)})
+        while not gate.wait(0.5):
+            exchange.send_body(b"x")
+
+    return respond
+
+
+def test_dripping_downloads_leave_room_to_others(cache: Cache, network: HostileNetwork, gate: threading.Event) -> None:
+    """Half of their clients stay and half have left."""
+    network.evil.add_rule("GET", "/blobs/", drip(gate))
+    with ExitStack() as stack:
+        for number in range(60):
+            clients = stack.enter_context(ExitStack())
+            clients.enter_context(cache.client.stream("GET", evil_url(number)))
+            if number % 2:
+                clients.close()
+        cache.assert_caches()
+        large = cache.put(2 * MIB, "large")
+        assert cache.client.get(large).body == random_bytes(2 * MIB, "large")
+        debug = read_debug(cache.daemon)
+        assert sum(len(process["downloads"]) for process in debug) >= 60
+        bounds = [bound for process in debug for bound in process["bounds"] if bound["name"] == "downloads by registry"]
+        assert sum(bound["clients"].get("evil.test", 0) for bound in bounds) >= 60
+
+
+def test_no_digest_of_another_leaves_its_bytes(cache: Cache, network: HostileNetwork) -> None:
+    """A registry that sends other bytes than the digest's, again and again, fills nothing."""
+    network.evil.add_rule("GET", "/blobs/", lambda exchange, content: exchange.respond(200, {}, bytes(MIB)))
+    for number in range(20):
+        with pytest.raises((http.client.IncompleteRead, OSError)):
+            cache.client.get(evil_url(number))
+    assert cache.hits() >= 6
+    cache.assert_caches()
