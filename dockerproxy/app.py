@@ -380,7 +380,7 @@ def build_cache(
     )
     open_readers = OpenReaders(reactor, settings.cache_max_size // _HELD_PART // settings.workers)
     ingests = Ingests(layout, blobs, records, shared.multi_process)
-    limits = DownloadLimits.for_cache(settings.cache_max_size)
+    limits = DownloadLimits.derive(settings.cache_max_size, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
     downloads = Downloads(reactor, upstream, cache_space, ingests, open_readers, limits)
     token_endpoint = TokenEndpoint(
         agent,

@@ -85,8 +85,8 @@ class DownloadUnread(Exception):
 class DownloadLimits:
     """The bounds of the downloads of one process: those that write files, and the bytes of one without a reader.
 
-    Each takes three descriptors, a file, and up to 192 KiB of memory. 500 hosts behind one address that pull different
-    images at once take fewer than its share.
+    Each takes up to 192 KiB of memory. One registry and one client address may have half of them; the share is for 500
+    hosts behind one address that pull different images at once.
     """
 
     downloads: int = 2000
@@ -95,9 +95,14 @@ class DownloadLimits:
     unread_size: int = 256 * 1024 * 1024
 
     @classmethod
-    def for_cache(cls, size: int) -> DownloadLimits:
-        """Return the limits for a cache of `size` bytes: a download without a reader may take a sixteenth."""
-        return cls(unread_size=min(cls().unread_size, size // 16))
+    def derive(cls, cache_size: int, descriptors: int) -> DownloadLimits:
+        """Return the limits for a cache of `cache_size` bytes and a process that may open `descriptors` files.
+
+        A download without a reader may take a sixteenth of the cache. Each download takes three descriptors, and all of
+        them together an eighth (see `workers.connection_table.connection_limit`).
+        """
+        downloads = max(2, min(2000, descriptors // 8 // 3))
+        return cls(downloads, downloads // 2, downloads // 2, min(256 * 1024 * 1024, cache_size // 16))
 
 
 @frozen

@@ -909,6 +909,16 @@ def test_refused_download_leaves_no_file(harness: CacheHarness, status: int) -> 
 # the number of downloads
 
 
+@pytest.mark.parametrize(
+    ("descriptors", "downloads"), [(20, 2), (300, 12), (1024, 42), (65_536, 2000), (1 << 20, 2000)]
+)
+def test_downloads_are_bounded_by_descriptors(descriptors: int, downloads: int) -> None:
+    limits = DownloadLimits.derive(1 << 40, descriptors)
+    share = downloads // 2
+    assert limits == DownloadLimits(downloads, share, share, 256 << 20)
+    assert DownloadLimits.derive(1 << 20, descriptors).unread_size == 1 << 16
+
+
 def test_downloads_beyond_the_share_of_a_registry_are_not_cached(limited: CacheHarness, log_lines: list[str]) -> None:
     limited.upstream.on("GET", "", respond_streaming)
     blobs = [bytes([number]) * 30_000 for number in range(4)]
