@@ -6,7 +6,7 @@ that is used upstream for the client, and delegates to `manifests` and `blobs`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
 from attrs import define, field, frozen
@@ -227,12 +227,19 @@ class CachedRegistry:
             actions="pull" if method in ("GET", "HEAD") else "pull,push",
         )  # fmt: skip
 
-    async def forward_page(self, method: str, path: str, headers: Headers, body: Any = None) -> UpstreamResponse:
-        """Send a request that is not of the API as it is, with the client's own credential or none."""
+    async def forward_page(
+        self, method: str, path: str, headers: Headers, body: Any = None, *, client_connection: Hashable = None
+    ) -> UpstreamResponse:
+        """Send a request that is not of the API as it is, with the client's own credential or none.
+
+        A connection that its login holds for is used for the client's connection alone.
+        """
         self._check_token()
         if self.authorization is not None:
             headers = Headers.from_lowercase([*headers, ("authorization", self.authorization)])
-        return await self.cache.upstream.send(method, self.registry, path, headers, body)
+        return await self.cache.upstream.send(
+            method, self.registry, path, headers, body, client_connection=client_connection
+        )
 
     def challenge(self, error: RegistryError, *, secure: bool) -> list[tuple[str, str]]:
         """Return the WWW-Authenticate fields for a 401: those of `error`, or the stored ones of the registry."""

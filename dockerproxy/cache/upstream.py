@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Hashable
 from typing import Any, Protocol
 
 from attrs import evolve, frozen
@@ -95,7 +96,14 @@ class RegistryClient(Protocol):
     ) -> UpstreamResponse: ...
 
     async def send(
-        self, method: str, registry: Registry, path: str, headers: Headers, body: Any = ...
+        self,
+        method: str,
+        registry: Registry,
+        path: str,
+        headers: Headers,
+        body: Any = ...,
+        *,
+        client_connection: Hashable = ...,
     ) -> UpstreamResponse: ...
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Hashable
 from typing import Any, Protocol
 from urllib.parse import quote
 
@@ -43,7 +43,9 @@ class UpstreamRegistry(PullBackend, Protocol):
     ) -> RegistryResponse:
         """Send a request for the API resource `target`. `path` is its path and query. Return the response."""
 
-    async def forward_page(self, method: str, path: str, headers: Headers, body: Any = None) -> RegistryResponse:
+    async def forward_page(
+        self, method: str, path: str, headers: Headers, body: Any = None, *, client_connection: Hashable = None
+    ) -> RegistryResponse:
         """Send a request that is not of the API as it is, with the client's own login. Return the response."""
 
     def challenge(self, error: RegistryError, *, secure: bool) -> list[tuple[str, str]]:
@@ -104,7 +106,9 @@ async def forward_page(request: Request, upstream: UpstreamRegistry) -> None:
     """
     request.cache_status = "PASS"
     headers, body = request.headers.end_to_end().without(*_NOT_FORWARDED), request_body_producer(request)
-    response = await upstream.forward_page(request.method, _path_and_query(request), headers, body)
+    response = await upstream.forward_page(
+        request.method, _path_and_query(request), headers, body, client_connection=request.connection_number
+    )
     request.security_fields = ""  # the page has its own
     fields = [*page_fields(response.headers), *cache_status_fields(request.cache_status)]
     await forward_response(request, response, fields)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 from attrs import frozen
 from twisted.web.iweb import IBodyProducer
 
@@ -100,10 +102,21 @@ class UpstreamClient:
         return response
 
     async def send(
-        self, method: str, registry: Registry, path: str, headers: Headers, body: IBodyProducer | None = None
+        self,
+        method: str,
+        registry: Registry,
+        path: str,
+        headers: Headers,
+        body: IBodyProducer | None = None,
+        *,
+        client_connection: Hashable = None,
     ) -> Response:
-        """Send a request as it is: nothing is authorized, followed, or learned from the response."""
-        return await self._agent.request(method, registry.origin + path, headers, body)
+        """Send a request as it is: nothing is authorized, followed, or learned from the response.
+
+        `client_connection` is as for `Agent.request`.
+        """
+        url = registry.origin + path
+        return await self._agent.request(method, url, headers, body, client_connection=client_connection)
 
     async def _initial_authorization(
         self, registry: Registry, scope: str | None, credential: Credential

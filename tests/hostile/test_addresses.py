@@ -1,4 +1,5 @@
-"""A client without a login reaches, through the proxy, what a firewall keeps from him: the server's own services.
+"""A client without a login, or a hostile registry, reaches through the proxy what a firewall keeps from both: the
+server's own services.
 
 The server and the client are network namespaces that a cable joins. The server's firewall drops what comes from the
 client, but for the daemon's ports.
@@ -44,6 +45,27 @@ done
 """
 
 
+HOSTILE_REGISTRY = f"""
+import http.server
+
+class Registry(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        if "/token-server/" in self.path:
+            self.send_response(401)
+            self.send_header("WWW-Authenticate", 'Bearer realm="http://{ADDRESS}:{SERVICE_PORT}/",service="x"')
+        else:
+            self.send_response(307)
+            self.send_header("Location", "http://{ADDRESS}:{SERVICE_PORT}/")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_HEAD = do_GET
+
+http.server.ThreadingHTTPServer(("{CLIENT}", 5000), Registry).serve_forever()
+"""
+DIGEST = f"sha256:{'0' * 64}"
+
+
 class Namespaces:
     """The two machines: `on(machine, …)` is the command line that runs a program there."""
 
@@ -56,7 +78,7 @@ class Namespaces:
         environment = {**os.environ, "server": self.server, "client": self.client}
         subprocess.run(["sh", "-c", SETUP], env=environment, check=True)
         self._hosts.mkdir(parents=True)  # `ip netns exec` mounts these files on those in /etc
-        (self._hosts / "hosts").write_text(f"{ADDRESS} own.test\n{IPV6} own6.test\n{CLIENT} other.test\n")
+        (self._hosts / "hosts").write_text(f"{ADDRESS} own.test\n{IPV6} own6.test\n{CLIENT} other.test evil.test\n")
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -74,6 +96,13 @@ class Namespaces:
         (folder / "index.html").write_text(SECRET)
         command = [sys.executable, "-m", "http.server", "--bind", "::", str(SERVICE_PORT)]
         process = BackgroundProcess(self.on(machine, *command), folder / "log", os.environ, folder)
+        process.launch()
+        return process
+
+    def serve_hostile_registry(self) -> BackgroundProcess:
+        """Start a registry on the client that names the server's own service in redirects and as its token server."""
+        command = self.on(self.client, sys.executable, "-c", HOSTILE_REGISTRY)
+        process = BackgroundProcess(command, self.folder / "hostile registry", os.environ, self.folder)
         process.launch()
         return process
 
@@ -113,7 +142,9 @@ def namespaces(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Namespaces]
         pytest.skip("no network namespaces here")
     with Namespaces(tmp_path_factory.mktemp("namespaces")) as namespaces:
         services = [namespaces.serve_secret(machine) for machine in (namespaces.server, namespaces.client)]
+        services.append(namespaces.serve_hostile_registry())
         wait_until(lambda: SECRET in namespaces.curl(f"http://{CLIENT}:{SERVICE_PORT}/"), "a service on the client")
+        wait_until(lambda: "Failed to connect" not in namespaces.curl(f"http://{CLIENT}:5000/"), "the hostile registry")
         yield namespaces
         for service in services:
             service.stop()
@@ -121,7 +152,8 @@ def namespaces(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Namespaces]
 
 @pytest.fixture(params=[1, 2], ids=["one process", "two processes"], scope="module")
 def daemon(request: pytest.FixtureRequest, namespaces: Namespaces) -> Iterator[ServerDaemon]:
-    daemon = ServerDaemon(namespaces, TUNNEL_PORTS=f"443 {SERVICE_PORT}", WORKERS=str(request.param))
+    settings = {"TUNNEL_PORTS": f"443 {SERVICE_PORT}", "REGISTRIES": "http://evil.test:5000"}
+    daemon = ServerDaemon(namespaces, **settings, WORKERS=str(request.param))
     with daemon.run_and_check_log(list):
         yield daemon
 
@@ -159,6 +191,18 @@ def test_the_firewall_refuses_the_client_and_the_proxy_serves_it(namespaces: Nam
     assert SECRET not in namespaces.curl(f"http://{ADDRESS}:{SERVICE_PORT}/")
     for url in (f"http://{CLIENT}:{SERVICE_PORT}/", f"http://other.test:{SERVICE_PORT}/"):
         assert curl(url) == curl("--proxytunnel", url) == SECRET
+
+
+@pytest.mark.parametrize("path", [f"redirect/blobs/{DIGEST}", "redirect/manifests/1", "token-server/manifests/1"])
+def test_a_hostile_registry_cannot_send_the_proxy_there(
+    namespaces: Namespaces, daemon: ServerDaemon, path: str
+) -> None:
+    service_log = namespaces.folder / namespaces.server / "log"
+    before = service_log.read_text()
+    output = namespaces.curl(f"http://{ADDRESS}:3128/v2/x/{path}?ns=evil.test:5000")
+    assert SECRET not in output
+    assert "TUNNEL_DENY (loopback) forbids the address that the upstream refers to" in output
+    assert service_log.read_text() == before
 
 
 @pytest.mark.parametrize(

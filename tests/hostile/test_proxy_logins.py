@@ -11,7 +11,7 @@ import pytest
 
 from tests.e2e.harness.registry_daemon import RegistryDaemon
 from tests.e2e.harness.threaded_server import ThreadedServer
-from tests.hostile.conftest import StartRegistryDaemon
+from tests.hostile.conftest import HostileNetwork, StartRegistryDaemon
 
 FIRST, SECOND, THIRD = "TlRMTVNTUAAB", "TlRMTVNTUAAC", "TlRMTVNTUAADYWxpY2U="  # alice's
 
@@ -58,16 +58,24 @@ def server(scheme: str) -> Iterator[ConnectionLoginServer]:
 
 
 @pytest.fixture
-def daemon(start_daemon: StartRegistryDaemon) -> RegistryDaemon:
-    return start_daemon(TUNNEL_DENY="none")
+def daemon(start_daemon: StartRegistryDaemon, network: HostileNetwork, server: ConnectionLoginServer) -> RegistryDaemon:
+    """Return a daemon that intercepts `mail.test` and forwards requests for the server's address."""
+    addresses = f"{network.settings['UPSTREAM_ADDRESSES']} mail.test:8080=127.0.0.1:{server.port}"
+    return start_daemon(TUNNEL_DENY="none", REGISTRIES="http://mail.test:8080", UPSTREAM_ADDRESSES=addresses)
+
+
+@pytest.fixture(params=["forwarded", "intercepted"])
+def url(request: pytest.FixtureRequest, server: ConnectionLoginServer) -> str:
+    host = "mail.test:8080" if request.param == "intercepted" else f"127.0.0.1:{server.port}"
+    return f"http://{host}/mail"
 
 
 class Client:
     """A connection to the proxy and its requests to the mail server."""
 
-    def __init__(self, daemon: RegistryDaemon, server: ConnectionLoginServer) -> None:
+    def __init__(self, daemon: RegistryDaemon, url: str) -> None:
         self._connection = http.client.HTTPConnection("127.0.0.1", daemon.port, timeout=10)
-        self._url = f"http://127.0.0.1:{server.port}/mail"
+        self._url = url
 
     def ask(self, authorization: str = "", method: str = "GET") -> bytes:
         headers = {"Authorization": authorization} if authorization else {}
@@ -84,10 +92,8 @@ class Client:
         self._connection.close()
 
 
-def test_a_login_serves_the_connection_that_made_it(
-    daemon: RegistryDaemon, server: ConnectionLoginServer, scheme: str
-) -> None:
-    alice = Client(daemon, server)
+def test_a_login_serves_the_connection_that_made_it(daemon: RegistryDaemon, url: str, scheme: str) -> None:
+    alice = Client(daemon, url)
     assert alice.log_in(scheme) == b"the mail of alice"
     assert alice.ask() == alice.ask(method="POST") == alice.ask() == b"the mail of alice"
     alice.close()
@@ -95,13 +101,13 @@ def test_a_login_serves_the_connection_that_made_it(
 
 @pytest.mark.parametrize("alice_leaves", [False, True])
 def test_nobody_else_uses_a_connection_that_a_client_logged_in(
-    daemon: RegistryDaemon, server: ConnectionLoginServer, scheme: str, alice_leaves: bool
+    daemon: RegistryDaemon, url: str, scheme: str, alice_leaves: bool
 ) -> None:
-    alice = Client(daemon, server)
+    alice = Client(daemon, url)
     assert alice.log_in(scheme) == b"the mail of alice"
     if alice_leaves:
         alice.close()
-    strangers = [Client(daemon, server) for _ in range(4)]  # enough for both processes
+    strangers = [Client(daemon, url) for _ in range(4)]  # enough for both processes
     for stranger in strangers:
         for answer in (stranger.ask(), stranger.ask(method="POST"), stranger.ask("Basic eDp5"), stranger.ask()):
             assert answer == b"log in"
@@ -109,13 +115,11 @@ def test_nobody_else_uses_a_connection_that_a_client_logged_in(
     alice.close()
 
 
-def test_a_half_made_login_is_finished_by_nobody_else(
-    daemon: RegistryDaemon, server: ConnectionLoginServer, scheme: str
-) -> None:
+def test_a_half_made_login_is_finished_by_nobody_else(daemon: RegistryDaemon, url: str, scheme: str) -> None:
     """A stranger on the connection would be logged in as alice, or could take her challenge."""
-    alice = Client(daemon, server)
+    alice = Client(daemon, url)
     assert alice.ask(f"{scheme} {FIRST}") == b"log in"
-    strangers = [Client(daemon, server) for _ in range(4)]
+    strangers = [Client(daemon, url) for _ in range(4)]
     for stranger in strangers:
         assert stranger.ask(f"{scheme} {THIRD}") == b"log in"
         stranger.close()

@@ -261,7 +261,9 @@ class FakeUpstreamRegistry(FakePullBackend):
     ) -> FakeRegistryResponse:
         return await self._respond(method, path, target.name or None, headers, body)
 
-    async def forward_page(self, method: str, path: str, headers: Headers, body: Any = None) -> FakeRegistryResponse:
+    async def forward_page(
+        self, method: str, path: str, headers: Headers, body: Any = None, *, client_connection: object = None
+    ) -> FakeRegistryResponse:
         return await self._respond(method, path, None, headers, body)
 
     async def _respond(

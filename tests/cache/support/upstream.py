@@ -237,7 +237,14 @@ class ScriptedUpstream:
         return response
 
     async def send(
-        self, method: str, registry: Registry, path: str, headers: Headers, body: Any = None
+        self,
+        method: str,
+        registry: Registry,
+        path: str,
+        headers: Headers,
+        body: Any = None,
+        *,
+        client_connection: object = None,
     ) -> ScriptedResponse:
         return await self.request(
             method, registry, path, name=None, credential=Anonymous(), headers=headers, body=body, follow=False
