@@ -109,7 +109,10 @@ class CachedBlobs:
             if response.content is not None:
                 response.content.close()
             return evolve(response, content=None)
-        return BlobResponse(digest, await self._ask_size(principal, digest), None, "MISS")
+        size = await self._access_checks.do(
+            (principal.repository.key, principal.identity, digest, "HEAD"), lambda: self._ask_size(principal, digest)
+        )
+        return BlobResponse(digest, size, None, "MISS")
 
     async def _find(self, principal: UpstreamPrincipal, digest: Digest) -> BlobResponse | None:
         """Return the blob; None if the caller should try again.
