@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import hmac
 from base64 import urlsafe_b64decode, urlsafe_b64encode
+from collections import OrderedDict
 from collections.abc import Callable
 
 from attrs import define, field, frozen
 
-from dockerproxy.bounded_dict import BoundedDict
 from dockerproxy.oci.credentials import BasicCredentials
 from dockerproxy.oci.names import Registry, Repository
 from dockerproxy.upstream.credentials import Anonymous, Credential
@@ -31,26 +31,30 @@ _MAX_BINDINGS = 10_000
 
 @frozen
 class Binding:
-    """The origin of an upstream token: the identity of the client that it was issued to, the repositories that it was
-    issued for, and the Unix time at which it ends."""
+    """The origin of an upstream token: the realm that issued it, the identity of the client that it was issued to, the
+    repositories that it was issued for, and the Unix time at which it ends."""
 
+    realm: str
     client: str
     repositories: frozenset[str]
     expires_at: float
 
 
-OnBind = Callable[[str, str, list[str], float], None]
+OnBind = Callable[[str, str, str, list[str], float], None]
 """Gets a token's identity and the values of its `Binding`, which are JSON."""
 
 
 @define
 class Bindings:
-    """Maps the identity of an upstream token to its `Binding`. Keeps the _MAX_BINDINGS that were used last.
+    """Maps the identity of an upstream token to its `Binding`. Keeps _MAX_BINDINGS.
 
-    Functions that `subscribe` are called with each new binding so that other processes can `add` it.
+    Beyond that, the realm with the most tokens loses the one that was used least recently. So a hostile realm, which
+    can issue any number, displaces no others. Functions that `subscribe` are called with each new binding so that other
+    processes can `add` it.
     """
 
-    _bindings: BoundedDict[str, Binding] = field(factory=lambda: BoundedDict(_MAX_BINDINGS), init=False)
+    _by_token: dict[str, Binding] = field(factory=dict, init=False)
+    _by_realm: dict[str, OrderedDict[str, None]] = field(factory=dict, init=False)
     _subscribers: list[OnBind] = field(factory=list, init=False)
 
     def subscribe(self, on_bind: OnBind) -> None:
@@ -59,18 +63,34 @@ class Bindings:
 
     def bind(self, token: str, binding: Binding) -> None:
         """Bind `token`, here and in other processes."""
-        values = (token, binding.client, sorted(binding.repositories), binding.expires_at)
+        values = (token, binding.realm, binding.client, sorted(binding.repositories), binding.expires_at)
         self.add(*values)
         for on_bind in self._subscribers:
             on_bind(*values)
 
-    def add(self, token: str, client: str, repositories: list[str], expires_at: float) -> None:
+    def add(self, token: str, realm: str, client: str, repositories: list[str], expires_at: float) -> None:
         """Bind `token` in this process only."""
-        self._bindings[token] = Binding(client, frozenset(repositories), expires_at)
+        self._remove(token)
+        if len(self._by_token) >= _MAX_BINDINGS:
+            largest = max(self._by_realm.values(), key=len)
+            self._remove(next(iter(largest)))
+        self._by_token[token] = Binding(realm, client, frozenset(repositories), expires_at)
+        self._by_realm.setdefault(realm, OrderedDict())[token] = None
 
     def get(self, token: str) -> Binding | None:
         """Return the binding of `token`, None if it is not known."""
-        return self._bindings.get(token)
+        binding = self._by_token.get(token)
+        if binding is not None:
+            self._by_realm[binding.realm].move_to_end(token)
+        return binding
+
+    def _remove(self, token: str) -> None:
+        binding = self._by_token.pop(token, None)
+        if binding is not None:
+            tokens = self._by_realm[binding.realm]
+            del tokens[token]
+            if not tokens:
+                del self._by_realm[binding.realm]
 
 
 class Identities:
@@ -110,7 +130,8 @@ class Identities:
         self, token: str, issuer: str, authorization: str, repositories: frozenset[Repository], expires_at: float
     ) -> None:
         """Record that the realm `issuer` issued `token` for `authorization` and `repositories`, until a time."""
-        binding = Binding(self.for_authorization(issuer, authorization), frozenset(repositories), expires_at)
+        client = self.for_authorization(issuer, authorization)
+        binding = Binding(issuer, client, frozenset(repositories), expires_at)
         self._bindings.bind(self._for_token(token), binding)
 
     def for_authorization(self, issuer: str, authorization: str) -> str:

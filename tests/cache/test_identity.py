@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dockerproxy.cache import identity as module
-from dockerproxy.cache.identity import PUBLIC, TOKEN_LIFETIME, Bindings, Identities
+from dockerproxy.cache.identity import PUBLIC, TOKEN_LIFETIME, Binding, Bindings, Identities
 from dockerproxy.oci.credentials import BasicCredentials
 from dockerproxy.oci.names import Registry, parse_repository
 from dockerproxy.store.files import Staging
@@ -132,6 +132,47 @@ def test_bindings_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     me = identities.for_authorization(REALM, ALICE)
     bound = [identity_of(ClientCredential(f"Bearer {number}"), identities=identities) == me for number in range(5)]
     assert bound == [False, False, True, True, True]
+
+
+def test_the_token_that_was_used_last_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_MAX_BINDINGS", 2)
+    identities = Identities(b"s" * 32, lambda: NOW)
+    me = identities.for_authorization(REALM, ALICE)
+    for token in ("a", "b", "a"):
+        bind(identities, token)
+    assert identity_of(ClientCredential("Bearer b"), identities=identities) == me
+    bind(identities, "c")
+    bound = [identity_of(ClientCredential(f"Bearer {token}"), identities=identities) == me for token in "abc"]
+    assert bound == [False, True, True]
+
+
+def test_a_hostile_realm_displaces_no_other_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_MAX_BINDINGS", 10)
+    bindings = Bindings()
+    identities = Identities(b"s" * 32, lambda: NOW, bindings)
+    for number in range(4):
+        bind(identities, f"honest {number}")
+    for number in range(100):
+        bind(identities, f"hostile {number}", f"Basic {number}", issuer="https://evil.test/token")
+    me = identities.for_authorization(REALM, ALICE)
+    for number in range(4):
+        assert identity_of(ClientCredential(f"Bearer honest {number}"), identities=identities) == me
+    assert len(bindings._by_token) == sum(map(len, bindings._by_realm.values())) == 10
+
+
+@given(st.lists(st.tuples(st.sampled_from("abcdefgh"), st.sampled_from("xyz"), st.booleans())))
+def test_any_bindings_stay_bounded(steps: list[tuple[str, str, bool]]) -> None:
+    bindings = Bindings()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_MAX_BINDINGS", 4)
+        for token, realm, is_read in steps:
+            if is_read:
+                bindings.get(token)
+            else:
+                bindings.add(token, realm, "own:x", [], NOW)
+                assert bindings.get(token) == Binding(realm, "own:x", frozenset(), NOW)
+            tokens = [token for tokens in bindings._by_realm.values() for token in tokens]
+            assert len(tokens) <= 4 and set(tokens) == set(bindings._by_token)
 
 
 @pytest.mark.parametrize("identity", [PUBLIC, "own:0123"])

@@ -177,6 +177,8 @@ def test_our_login_gets_tokens_of_our_scopes_only(network: HostileNetwork, start
     client = start_daemon(AUTH_REGISTRIES="auth.good.test:admin:of-everything").client
     assert client.get(f"{GOOD}/v2/app/blobs/{digest}").body == b"private"
     assert client.get(f"{GOOD}/v2/token?scope=repository:secret:pull,push").status == 401
+    asked = f"{realm_url(client, GOOD)}?scope=repository:secret:pull,push"
+    assert client.get(asked).json["token"].startswith("drp.")  # which says that the client has no login
     assert client.get(f"{GOOD}/v2/_catalog").status == 404  # the fake registry has none, but takes the token
     scopes = [parse_qs(request.path.partition("?")[2]).get("scope") for request in tokens.requests]
     assert sorted(map(str, scopes)) == ["['registry:catalog:*']", "['repository:app:pull']"]

@@ -547,13 +547,15 @@ def test_fork_server_is_closed_after_all_workers(harness: SupervisorHarness) -> 
 
 def test_token_bindings_are_broadcast(harness: SupervisorHarness) -> None:
     one, other = harness.start_ready()
-    one.rpc.notify("token_bound", "a token", "own:client", ["a/b"], 17.5)
+    one.rpc.notify("token_bound", "a token", "realm", "own:client", ["a/b"], 17.5)
     harness.reactor.iterate_all()
-    assert harness.bindings.get("a token") == Binding("own:client", frozenset({"a/b"}), 17.5)
-    assert (one.messages, other.messages) == ([], [("token_bound", "a token", "own:client", ["a/b"], 17.5)])
-    harness.bindings.bind("another", Binding("own:client", frozenset(), 18.0))
+    assert harness.bindings.get("a token") == Binding("realm", "own:client", frozenset({"a/b"}), 17.5)
+    assert (one.messages, other.messages) == ([], [("token_bound", "a token", "realm", "own:client", ["a/b"], 17.5)])
+    harness.bindings.bind("another", Binding("realm", "own:client", frozenset(), 18.0))
     harness.reactor.iterate_all()
-    assert [worker.messages[-1] for worker in (one, other)] == [("token_bound", "another", "own:client", [], 18.0)] * 2
+    assert [worker.messages[-1] for worker in (one, other)] == [
+        ("token_bound", "another", "realm", "own:client", [], 18.0)
+    ] * 2
 
 
 def test_bindings_never_end_a_worker(harness: SupervisorHarness) -> None:
@@ -561,7 +563,7 @@ def test_bindings_never_end_a_worker(harness: SupervisorHarness) -> None:
     one, other = harness.start_ready()
     harness.reactor.removeReader(one.rpc.message_socket)  # it is busy
     for number in range(10_001):
-        harness.supervisor.broadcast_binding(f"token {number}", "own:client", [], 17.5)
+        harness.supervisor.broadcast_binding(f"token {number}", "realm", "own:client", [], 17.5)
         if number % 50 == 0:
             harness.reactor.iterate()
     assert [handle.state for handle in harness.supervisor._workers] == [WorkerState.SERVING] * 2
