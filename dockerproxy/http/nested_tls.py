@@ -12,6 +12,7 @@ Time limits are those of the inner channel, which sees progress only while the r
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable
 from typing import Any
 
 from twisted.internet.interfaces import IAddress
@@ -24,16 +25,17 @@ _BUFFER = 64 * 1024  # bytes that the kernel may buffer in the pair, in each dir
 _FLUSH_TIMEOUT = 60.0  # seconds in which a client must read something of the last bytes
 
 
-def open_inner_socket(outer: SocketTransport, received: bytes) -> PairEnd:
+def open_inner_socket(outer: SocketTransport, received: bytes, on_closed: Callable[[], None]) -> PairEnd:
     """Relay between `outer`, a transport with TLS, and a new socket; return that socket for the inner TLS.
 
-    `received` is the start of the inner stream that was read with the request head.
+    `received` is the start of the inner stream that was read with the request head. `on_closed` is called when the
+    client has its last bytes, or is gone: the inner connection ends earlier.
     """
     near, far = socket.socketpair()
     for end in (near, far):
         end.setblocking(False)
         end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER)
-    _Relay(outer, SocketTransport(outer.reactor, PairEnd(near, outer)), received)
+    _Relay(outer, SocketTransport(outer.reactor, PairEnd(near, outer)), received, on_closed)
     return PairEnd(far, outer)
 
 
@@ -63,8 +65,11 @@ class PairEnd:
 class _Relay:
     """Copies bytes between the outer TLS and the pair. If one ends, the other is closed."""
 
-    def __init__(self, outer: SocketTransport, pair: SocketTransport, received: bytes) -> None:
+    def __init__(
+        self, outer: SocketTransport, pair: SocketTransport, received: bytes, on_closed: Callable[[], None]
+    ) -> None:
         self._outer, self._pair = outer, pair
+        self._on_closed = on_closed
         self._flush_timer: Any = None
         outer.set_protocol(_RelaySide(pair, self._on_outer_lost))
         pair.set_protocol(_RelaySide(outer, self._on_pair_lost))
@@ -84,6 +89,7 @@ class _Relay:
             self._flush_timer = None
         self._pair.unregisterProducer()
         self._pair.abortConnection()
+        self._on_closed()
 
     def _await_flush(self) -> None:
         self._flush_timer = self._outer.reactor.callLater(_FLUSH_TIMEOUT, self._check_flush, self._outer.sent)
@@ -97,7 +103,7 @@ class _Relay:
 
 
 class _RelaySide(Protocol):
-    def __init__(self, other: SocketTransport, on_lost: Any) -> None:
+    def __init__(self, other: SocketTransport, on_lost: Callable[[], None]) -> None:
         self._other = other
         self._on_lost = on_lost
 

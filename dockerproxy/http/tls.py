@@ -314,16 +314,24 @@ def _redirected(descriptor: int, target: int) -> Iterator[None]:
 
 
 def upgrade_to_tls(transport: SocketTransport, context: ServerContext, protocol: IProtocol, received: bytes) -> None:
-    """Start TLS as the server on `transport`, maybe within its TLS, and attach `protocol`.
+    """Start TLS as the server on a plain transport and attach `protocol`.
 
     `received` holds bytes of the TLS stream that were already read from the socket. A client may send its ClientHello
     without waiting for the response to CONNECT.
     """
-    if isinstance(transport, TLSTransport):
-        TLSTransport.server(transport.reactor, open_inner_socket(transport, received), context).set_protocol(protocol)
-        return
     reactor, tcp, pending = transport.detach()
     TLSTransport.server(reactor, tcp, context, pending, received).set_protocol(protocol)
+
+
+def start_inner_tls(
+    outer: TLSTransport, context: ServerContext, protocol: IProtocol, received: bytes, on_closed: Callable[[], None]
+) -> None:
+    """Start TLS as the server within the TLS of `outer`, and attach `protocol`; otherwise as `upgrade_to_tls`.
+
+    `on_closed` is called when `outer` has closed.
+    """
+    inner = open_inner_socket(outer, received, on_closed)
+    TLSTransport.server(outer.reactor, inner, context).set_protocol(protocol)
 
 
 def set_mode(context: SSL.Context) -> None:

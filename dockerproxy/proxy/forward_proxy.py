@@ -23,7 +23,7 @@ from dockerproxy.http.headers import Headers
 from dockerproxy.http.message import absolute_form, authority_form
 from dockerproxy.http.request import Request
 from dockerproxy.http.site import Site
-from dockerproxy.http.tls import ServerContext, upgrade_to_tls
+from dockerproxy.http.tls import ServerContext, TLSTransport, start_inner_tls, upgrade_to_tls
 from dockerproxy.net.dial import AddressCheck, Dialer, SingleProtocolFactory
 from dockerproxy.oci.names import Host, Registry
 from dockerproxy.proxy.login import ProxyLogin
@@ -50,7 +50,7 @@ class HTTPAgent(Protocol):
 
 
 class TransferTracker(Protocol):
-    """Tracks open tunnels, so that the daemon can wait for them when it stops."""
+    """Tracks open tunnels, and TLS within the proxy's TLS, so that the daemon can wait for them when it stops."""
 
     def add(self, abort: Callable[[], None]) -> Any: ...
 
@@ -145,7 +145,12 @@ class ForwardProxy:
             handler = partial(_handle_as, request.proxy_user, self.login.guard(handler))
         transport, received = request.detach()
         transport.write(_ESTABLISHED)
-        upgrade_to_tls(transport, context, HTTPChannel(site, handler, secure=True), received)
+        channel = HTTPChannel(site, handler, secure=True)
+        if isinstance(transport, TLSTransport):
+            transfer = self.transfers.add(transport.abortConnection)
+            start_inner_tls(transport, context, channel, received, partial(self.transfers.remove, transfer))
+        else:
+            upgrade_to_tls(transport, context, channel, received)
 
     async def _tunnel(self, request: Request, host: Host) -> None:
         started_at = self.clock.seconds()

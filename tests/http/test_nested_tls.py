@@ -92,7 +92,7 @@ def outer() -> OuterTransport:
 
 
 def open_pair(outer: OuterTransport, received: bytes = b"") -> tuple[PairEnd, socket.socket]:
-    end = open_inner_socket(outer, received)  # type: ignore[arg-type]
+    end = open_inner_socket(outer, received, lambda: outer.calls.append("closed"))  # type: ignore[arg-type]
     return end, end.getHandle()
 
 
@@ -171,5 +171,7 @@ def test_a_closed_client_ends_the_wait_for_the_last_bytes(outer: OuterTransport)
     inner.close()
     outer.reactor.iterate()
     assert outer.reactor.getDelayedCalls()
+    assert "closed" not in outer.calls
     outer.lose()
     assert outer.reactor.getDelayedCalls() == []
+    assert outer.calls.count("closed") == 1
