@@ -43,7 +43,7 @@ from dockerproxy.cache.reader import WITHHELD_BYTES, BlobReader
 from dockerproxy.cache.resumable import PartialTooLong, ResumableGet
 from dockerproxy.cache.space import CacheSpace, Reservation
 from dockerproxy.cache.upstream import RegistryClient, UpstreamPrincipal, UpstreamRepository
-from dockerproxy.concurrency import in_thread, spawn
+from dockerproxy.concurrency import LocalKeyedLock, in_thread, spawn
 from dockerproxy.errors import RegistryError, UpstreamBroken
 from dockerproxy.oci.content import VERIFY_FIRST_SIZE
 from dockerproxy.oci.names import Digest
@@ -57,6 +57,7 @@ if TYPE_CHECKING:
 
 _FSYNC_THRESHOLD = 64 * 1024 * 1024  # bytes; an NVMe disk needs 0.02 s for them
 _MAX_UNREAD_TIME = 60.0  # seconds for which a download goes on without a reader
+_MAX_HOOKS = 1000  # principals whose grants wait for a download
 _LEND_TIMEOUT = 5.0  # seconds for which a failed download keeps its connection open for a reader
 _INTERNAL_ERROR = "the download failed because of an internal error; see the log of docker-registry-proxy"
 
@@ -118,6 +119,7 @@ class DownloadResources:
     limits: DownloadLimits
     memory: DownloadMemory = field(factory=DownloadMemory)
     sync_lock: DeferredLock = field(factory=DeferredLock)
+    rehash_locks: LocalKeyedLock = field(factory=LocalKeyedLock)
 
 
 class BlobDownload:
@@ -145,12 +147,13 @@ class BlobDownload:
         self._background_fsync = BackgroundFsync(resources.reactor, resources.sync_lock)
         self._principal = principal
         self._info: DownloadInfo | None = None  # what is known of upstream's response
-        self._waiters: list[Deferred[None]] = []
+        self._waiters: dict[Deferred[None], None] = {}  # in the order of their calls
         # The partial file and its hash: the ingest, or the file that another process gave up.
         self._file: IngestWriter | HashedAppendFile | None = None
         self._fd = -1  # of the ingest file, to read it; each reader duplicates it
         self._lent: ResumableGet | None = None  # after a failure: open, at the byte where the file ends
         self._open_readers = resources.open_readers
+        self._rehash_locks = resources.rehash_locks
         self._refusal = refusal
         self._max_unread_size = resources.limits.unread_size
         self._attendants = 0  # readers, and callers that wait for one
@@ -199,9 +202,12 @@ class BlobDownload:
 
     async def wait_changed(self) -> None:
         """Wait until more is written, or the state has changed."""
-        waiter: Deferred[None] = Deferred()
-        self._waiters.append(waiter)
+        waiter: Deferred[None] = Deferred(self._forget_waiter)
+        self._waiters[waiter] = None
         await waiter
+
+    def _forget_waiter(self, waiter: Deferred[None]) -> None:
+        self._waiters.pop(waiter, None)  # a cancelled one; a silent download would otherwise keep any number of them
 
     @property
     def waiting(self) -> int:
@@ -238,8 +244,11 @@ class BlobDownload:
         return (principal.repository.key, principal.identity) == (info.key, info.identity) and 0 <= age < max_age
 
     def when_verified(self, principal: UpstreamPrincipal, hook: OnVerified) -> None:
-        """Call `hook` for another principal as soon as the blob is verified. There is one hook for each principal."""
-        if not self.state.is_end:
+        """Call `hook` for another principal as soon as the blob is verified. There is one hook for each principal.
+
+        Beyond _MAX_HOOKS, a principal is asked for again with its next request.
+        """
+        if not self.state.is_end and len(self._other_hooks) < _MAX_HOOKS:
             self._other_hooks.setdefault((principal.repository.key, principal.identity), hook)
 
     @property
@@ -377,7 +386,7 @@ class BlobDownload:
                 self._fd = ingest.reader()
             self._ingests.remove_info(self.key)
             if ingest.size:
-                await in_thread(self._reactor, ingest.rehash)
+                await self._rehash(ingest)
         except BaseException:
             ingest.release()
             raise
@@ -385,6 +394,14 @@ class BlobDownload:
         if self.state is not DownloadState.CONNECTING:  # the writer died
             self._change_state(DownloadState.DOWNLOADING if self._info else DownloadState.CONNECTING)
         return ingest
+
+    async def _rehash(self, file: IngestWriter | HashedAppendFile) -> None:
+        """Hash what is in the file, which takes a second for each GiB.
+
+        The files of one registry take turns, because a registry and its clients could otherwise occupy all threads.
+        """
+        async with self._rehash_locks.hold(self.key.host):
+            await in_thread(self._reactor, file.rehash)
 
     async def _follow(self, foreign: FollowedIngest) -> IngestWriter | None:
         """Pass the progress of another writer on to the readers here. Return the ingest if that writer died.
@@ -412,7 +429,7 @@ class BlobDownload:
             elif self._info is not None:
                 # It is unknown whether the content was wrong or the disk full. The readers' hash decides.
                 self._file = HashedAppendFile(self.written, self._fd, self.digest.hasher())
-                await in_thread(self._reactor, self._file.rehash)
+                await self._rehash(self._file)
                 raise IngestFailed("another process gave up the download")
         except BaseException:
             if ingest is not None:
@@ -570,7 +587,7 @@ class BlobDownload:
         self._wake()
 
     def _wake(self) -> None:
-        waiters, self._waiters = self._waiters, []
+        waiters, self._waiters = self._waiters, {}
         for waiter in waiters:
             waiter.callback(None)
 

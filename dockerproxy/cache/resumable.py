@@ -22,6 +22,8 @@ _MAX_COUNTED_WAIT = 20.0  # seconds; a longer silence counts as this one, becaus
 _MIN_RATE = 1024  # bytes a second; an upstream that sends less for so long is as good as silent
 _MAX_OPEN_ATTEMPTS = 2
 _READ_BATCH_TIME = 0.002  # seconds to wait for more bytes per read
+_SLOW_READ_BATCH_TIME = 0.1  # the same after a read of less than _SMALL_READ; each read costs a write in a thread
+_SMALL_READ = 2048  # bytes
 _READ_AHEAD = 256 * 1024  # bytes
 _MAX_RETRY_AFTER = 20.0  # seconds; upper limit for an upstream's Retry-After
 
@@ -61,6 +63,7 @@ class ResumableGet:
         self._repository = repository
         self._digest = digest
         self._response: UpstreamResponse | None = None
+        self._batch_time = _READ_BATCH_TIME
         self._waited = 0.0  # seconds of the current window
         self._received = 0  # bytes in it
         self._buffer: list[bytes] = []  # read from the response, but not returned yet
@@ -91,7 +94,7 @@ class ResumableGet:
     async def read(self, at_least: int = 1) -> list[bytes]:
         """Return the next pieces; none at the end. Raise `UpstreamError` after too many retries.
 
-        Wait up to _READ_BATCH_TIME seconds for `at_least` bytes.
+        Wait a few milliseconds for `at_least` bytes; if upstream is slow, up to _SLOW_READ_BATCH_TIME seconds.
         """
         delays = iter(_RETRY_DELAYS)
         while True:
@@ -125,8 +128,10 @@ class ResumableGet:
             assert self._response is not None
             self._response.limit_read_ahead(self._read_ahead())
             started = self._clock.seconds()
-            self._buffer = await self._response.read_pieces(at_least, _READ_BATCH_TIME)
-            self._check_rate(self._clock.seconds() - started)
+            self._buffer = await self._response.read_pieces(at_least, self._batch_time)
+            size = sum(map(len, self._buffer))
+            self._batch_time = _READ_BATCH_TIME if size >= _SMALL_READ else _SLOW_READ_BATCH_TIME
+            self._check_rate(size, self._clock.seconds() - started)
         pieces, self._buffer = self._buffer, []
         end = self.offset + sum(map(len, pieces))
         if not pieces and self.size is None:
@@ -138,10 +143,10 @@ class ResumableGet:
         self.offset = end
         return pieces
 
-    def _check_rate(self, waited: float) -> None:
+    def _check_rate(self, size: int, waited: float) -> None:
         """Raise `UpstreamTooSlow` at the end of a window in which too few bytes have come."""
         self._waited += min(waited, _MAX_COUNTED_WAIT)
-        self._received += sum(map(len, self._buffer))
+        self._received += size
         if self._waited < _RATE_WINDOW:
             return
         if self._buffer and self._received < _MIN_RATE * self._waited:

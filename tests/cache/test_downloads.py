@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -904,6 +905,49 @@ def test_refused_download_leaves_no_file(harness: CacheHarness, status: int) -> 
     with pytest.raises(RegistryError):
         harness.fetch(DIGEST)
     assert harness.ingest_files == []
+
+
+def test_cancelled_waiters_are_forgotten(harness: CacheHarness) -> None:
+    harness.upstream.on("GET", "", Gate().delay(respond_streaming))
+    download = start(harness)
+    for _ in range(100):
+        waiting = Deferred.fromCoroutine(download.wait_started())
+        waiting.addErrback(lambda _: None)
+        waiting.cancel()
+    assert download.waiting == 0
+
+
+def test_grants_that_wait_for_a_download_are_bounded(harness: CacheHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dockerproxy.cache.downloads._MAX_HOOKS", 2)
+    download, response = start_streaming(harness)
+    granted: list[int] = []
+
+    async def grant(number: int) -> None:
+        granted.append(number)
+
+    for number in range(4):
+        download.when_verified(evolve(harness.principal(), identity=f"own:{number}"), partial(grant, number))
+    end(harness, response)
+    assert granted == [0, 1]
+
+
+def test_partial_files_of_one_registry_are_hashed_in_turn(harness: CacheHarness) -> None:
+    """A registry that left large files, and its clients, could otherwise occupy all threads of the pool."""
+    for registry, number in ((HUB, 1), (HUB, 2), (HUB, 3), (OTHER, 4)):
+        ingest = Ingest.open(harness.layout, ingest_key(Digest.of(b"%d" % number), registry))
+        assert ingest is not None
+        ingest.append([b"?"])
+        ingest.release()
+    harness.reactor.pool.hold()
+    for registry, number in ((HUB, 1), (HUB, 2), (HUB, 3), (OTHER, 4)):
+        repository = harness.repository(NAME, registry)
+        start(harness, Digest.of(b"%d" % number), repository)
+    for _ in range(4):
+        harness.reactor.pool.step()  # opens a file
+        harness.reactor.run_due_calls()
+    assert harness.reactor.pool.waiting == 2  # one for each registry
+    harness.reactor.pool.release()
+    harness.reactor.run_due_calls()
 
 
 # the number of downloads

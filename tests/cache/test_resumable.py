@@ -475,3 +475,22 @@ def test_time_of_slow_clients_does_not_count() -> None:
         harness.upstream.responses[-1].send(10)
         assert harness.read() == bytes(10)
         harness.reactor.advance(100)
+
+
+def test_slow_upstream_is_read_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each read costs a write in a thread, and a hostile registry could cause any number of them."""
+    harness = ResumableGetHarness(data=bytes(200_000))
+    harness.on(respond_streaming)
+    harness.open()
+    timeouts: list[float] = []
+    read_pieces = ScriptedResponse.read_pieces
+
+    async def record(response: ScriptedResponse, at_least: int, timeout: float) -> list[bytes]:
+        timeouts.append(timeout)
+        return await read_pieces(response, at_least, timeout)
+
+    monkeypatch.setattr(ScriptedResponse, "read_pieces", record)
+    for size in (10, 10, 5000, 5000):
+        harness.upstream.responses[-1].send(size)
+        harness.read()
+    assert timeouts == [0.002, 0.1, 0.1, 0.002]
