@@ -515,7 +515,7 @@ async def handle_metrics(shared: SharedServices, request: Request) -> None:
     """Respond with the metrics of all processes."""
     used, limit = await shared.cache_space.usage()
     gauges = [
-        ("cache_bytes", "Bytes of the cache, with 4 KiB for each link and record.", used),
+        ("cache_bytes", "Bytes of the cache, with 8 KiB more for each blob, and 4 KiB for each link and record.", used),
         ("cache_limit_bytes", "Maximum bytes of the cache (CACHE_MAX_SIZE).", limit),
     ]
     fields = [("Content-Type", CONTENT_TYPE), ("Cache-Control", "no-store")]

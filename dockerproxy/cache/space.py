@@ -27,6 +27,9 @@ from dockerproxy.store.lru_index import CacheFull, LRUIndex, Rescan
 MAINTENANCE_INTERVAL = 600.0
 """Seconds between two rounds of maintenance, which expires blobs and rescans the disk."""
 
+BLOB_COST = 8192
+"""Bytes that a blob counts beside its size: its directory, and the blocks that it does not fill."""
+
 _STALE_INGEST_AGE = 86400.0  # seconds after which an abandoned partial download is deleted
 _MIN_FREE_BYTES = 16 * 1024 * 1024  # bytes kept free on the disk for other programs
 _MAX_PARTIALS = 500  # partial downloads that are kept for one registry; each takes an inode
@@ -163,6 +166,7 @@ class CacheSpaceManager(CacheSpace):
         inactive: float,
         clock: Callable[[], float],
         janitor: Janitor,
+        blob_cost: int = BLOB_COST,
         cooperative_thread: CooperativeThread | None = None,
     ) -> None:
         self._reactor = reactor
@@ -179,7 +183,7 @@ class CacheSpaceManager(CacheSpace):
         self._reservations: set[IngestKey] = set()
         self._max_blob_size = max_blob_size
         self._max_unverified = max(limit - limit // 8, max_blob_size)
-        self.index = LRUIndex(limit)
+        self.index = LRUIndex(limit, blob_cost)
 
     def service(self) -> TimerService:
         """Return the service that runs `maintain`, first at start."""
@@ -310,7 +314,7 @@ class CacheSpaceManager(CacheSpace):
         if expected_size - index.size(key) > index.free + index.evictable:
             raise CacheFull(
                 f"{expected_size} bytes do not fit into the cache, of whose {index.limit} bytes"
-                f" {index.total + index.overhead - index.evictable} are in use"
+                f" {index.used - index.evictable} are in use"
             )
         if index.reserved_bytes(key.host) + growth > self._max_blob_size:
             raise CacheFull(
@@ -371,7 +375,7 @@ class CacheSpaceManager(CacheSpace):
 
     async def usage(self) -> tuple[int, int]:
         """Return the bytes used, also by links and records, and the limit."""
-        return self.index.total + self._file_count * _FILE_COST, self.index.limit
+        return self.index.used - self.index.overhead + self._file_count * _FILE_COST, self.index.limit
 
     async def purge(self, digests: Iterable[Digest]) -> None:
         """Remove blobs and their partial downloads even if they are in use. Open readers can still read to the end."""

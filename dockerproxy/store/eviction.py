@@ -53,18 +53,18 @@ def inactive_since(entries: Mapping[str, LRUEntry], pins: Container[str], since:
 
 
 def least_recently_used(
-    entries: Mapping[str, LRUEntry], pins: Container[str], minimum: int, target: int
+    entries: Mapping[str, LRUEntry], pins: Container[str], minimum: int, target: int, entry_cost: int = 0
 ) -> Iterator[str]:
     """Yield unpinned keys, in the order of `entries`, until their blobs have `target` bytes.
 
-    After `BATCH_SIZE` keys, stop as soon as they have `minimum` bytes.
+    Each counts `entry_cost` more than its size. After `BATCH_SIZE` keys, stop as soon as they have `minimum` bytes.
     """
     count = freed_bytes = 0
     for key, (size, _) in entries.items():
         if freed_bytes >= (target if count < BATCH_SIZE else minimum):
             return
         if key not in pins:
-            count, freed_bytes = count + 1, freed_bytes + size
+            count, freed_bytes = count + 1, freed_bytes + size + entry_cost
             yield key
 
 

@@ -79,6 +79,8 @@ class LRUIndex:
     """
 
     limit: int
+    entry_cost: int = 0
+    """Bytes that each entry counts beside its size, because its file takes whole blocks and a directory."""
     total: int = field(default=0, init=False)
     overhead: int = field(default=0, init=False)
     """Bytes of other files that count towards `limit`."""
@@ -133,14 +135,20 @@ class LRUIndex:
             del self._pins[text]
 
     @property
+    def used(self) -> int:
+        """The bytes that count towards `limit`."""
+        return self.total + self.overhead + self.entry_cost * len(self._entries)
+
+    @property
     def free(self) -> int:
         """The bytes that fit without an eviction."""
-        return self.limit - self.total - self.overhead
+        return self.limit - self.used
 
     @property
     def evictable(self) -> int:
         """The bytes that evictions could free."""
-        return self.total - sum(self._entries[key][0] for key in self._pins if key in self._entries)
+        pinned = [self._entries[key][0] for key in self._pins if key in self._entries]
+        return self.total - sum(pinned) + self.entry_cost * (len(self._entries) - len(pinned))
 
     def partial_bytes(self, host: str | None = None) -> int:
         """The bytes of partial downloads, reserved or on disk, from `host` or from all."""
@@ -176,13 +184,11 @@ class LRUIndex:
             return []
         evictable = self.evictable
         if evictable < minimum:
-            in_use = self.total + self.overhead - evictable
+            in_use = self.used - evictable
             raise CacheFull(f"{size} bytes do not fit into a cache of {self.limit} bytes with {in_use} bytes in use")
         # Evict down to 95 %, unless `size` and the pinned blobs alone exceed that.
-        target = excess_bytes(self.total + self.overhead + size, self.limit)
-        return self._remove_all(
-            least_recently_used(self._entries, self._pins, minimum, target if target <= evictable else minimum)
-        )
+        target = excess_bytes(self.used + size, self.limit)
+        return self._remove_least_recently_used(minimum, target if target <= evictable else minimum)
 
     def expire(self, inactive: float, now: float) -> list[CacheKey]:
         """Remove and return blobs that were not used for `inactive` seconds, or that exceed `limit`.
@@ -190,9 +196,9 @@ class LRUIndex:
         This handles one batch. Call it again until it returns an empty list.
         """
         expired = self._remove_all(inactive_since(self._entries, self._pins, now - inactive))
-        excess = excess_bytes(self.total + self.overhead, self.limit)
+        excess = excess_bytes(self.used, self.limit)
         if len(expired) < BATCH_SIZE and excess > 0:
-            expired += self._remove_all(least_recently_used(self._entries, self._pins, 0, excess))
+            expired += self._remove_least_recently_used(0, excess)
         return expired
 
     def evict_count(self, count: int) -> list[CacheKey]:
@@ -231,6 +237,9 @@ class LRUIndex:
             self._dirty.pop(text, None)
             self._dirty[text] = None
         return text
+
+    def _remove_least_recently_used(self, minimum: int, target: int) -> list[CacheKey]:
+        return self._remove_all(least_recently_used(self._entries, self._pins, minimum, target, self.entry_cost))
 
     def _remove_all(self, texts: Iterable[str]) -> list[CacheKey]:
         keys = [parse_key(text) for text in list(texts)]

@@ -332,6 +332,15 @@ def test_partial_downloads_without_a_registry_are_discarded(harness: CacheHarnes
     assert harness.space.index.total == 600
 
 
+def test_small_blobs_take_room(make_harness: Callable[..., CacheHarness]) -> None:
+    """A blob of one byte takes a directory and a block. Without counting them, blobs could fill the disk."""
+    harness = make_harness(limit=100_000, blob_cost=8192)
+    for number in range(30):
+        put_blob(harness, number, 1)
+    assert len(stored_digests(harness)) <= 12
+    assert harness.run(harness.space.usage()) == (len(stored_digests(harness)) * 8193, 100_000)
+
+
 # bytes that are not verified
 
 EVIL, GOOD = "evil.example", "good.example"

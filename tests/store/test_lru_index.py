@@ -204,6 +204,22 @@ def test_eviction_works_in_batches() -> None:
     assert [len(index.expire(0, 30_000)) for _ in range(3)] == [500] * 3
 
 
+def test_small_blobs_count_what_their_files_take() -> None:
+    """Blobs of one byte take two inodes and two blocks each; without a cost, any number of them would fit."""
+    index = LRUIndex(1000, entry_cost=100)
+    for number in range(9):
+        index.add(digest(number), 1, number)
+        assert index.evict(0) == []
+    assert (index.used, index.free, index.evictable) == (909, 91, 909)
+    assert index.evict(92) == [digest(0)]
+    index.pin(digest(1))
+    assert index.evictable == 7 * 101
+    with pytest.raises(CacheFull, match="1000 bytes with 101 bytes in use"):
+        index.evict(900)
+    index.add(digest(20), 500, 20)
+    assert index.expire(1e9, 20) == [digest(number) for number in range(2, 7)]
+
+
 def test_other_files_count_towards_the_limit() -> None:
     index = LRUIndex(1000)
     for number in range(5):

@@ -73,7 +73,7 @@ class MainProcessStub:
         self.blobs = Blobs(self.layout, durable=False, clock=self.reactor.seconds)
         self.cache_space = CacheSpaceManager(
             self.reactor, self.layout, self.blobs,
-            limit=LIMIT, max_blob_size=LIMIT, inactive=1e9, clock=self.reactor.seconds,
+            limit=LIMIT, max_blob_size=LIMIT, blob_cost=0, inactive=1e9, clock=self.reactor.seconds,
             janitor=Janitor(self.layout, Records(directory / "records"), self.reactor.seconds),
         )  # fmt: skip
         self.shared = SharedState(self.cache_space)

@@ -95,6 +95,7 @@ class CacheHarness:
         *,
         limit: int = 1 << 30,
         max_blob_size: int | None = None,
+        blob_cost: int = 0,
         inactive: float = 5e6,
         download_limits: DownloadLimits | None = None,
         freshness: Freshness = NEVER_FRESH,
@@ -127,6 +128,7 @@ class CacheHarness:
             inactive=inactive,
             clock=self.now,
             janitor=Janitor(self.layout, Records(root / "records"), self.now),
+            blob_cost=blob_cost,
             cooperative_thread=unsliced,
         )
         self.ingests = Ingests(self.layout, self.blobs, self.records, shared)
