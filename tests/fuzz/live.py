@@ -240,10 +240,13 @@ def fuzzed_daemon(folder: Path, workers: int, seed: int) -> Iterator[RegistryDae
     """Run a daemon with a mutating upstream. At the end it must be as well as at the start."""
     network = HostileNetwork(folder / "network")
     network.registries.append(_ATTACKER)
-    upstream = MutatingUpstream(network.ca.leaf(_ATTACKER).server_context(), seed)
-    network.add_server(f"{_ATTACKER}:443", upstream)  # type: ignore[arg-type]
+    # No connection leaves this machine: Docker Hub is a mutating upstream, too, and no other host is allowed.
+    for host in (_ATTACKER, "registry-1.docker.io", "auth.docker.io"):
+        upstream = MutatingUpstream(network.ca.leaf(host).server_context(), seed)
+        network.add_server(f"{host}:443", upstream)  # type: ignore[arg-type]
     settings = {
         **network.settings,
+        "TUNNEL_ALLOW": _ATTACKER,
         "WORKERS": str(workers),
         "ENABLE_MANIFEST_CACHE": "true",
         "CLIENT_HEADER_TIMEOUT": "2s",
