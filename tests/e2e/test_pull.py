@@ -340,17 +340,24 @@ def test_blobs_behind_a_redirect(upstreams: Upstreams, daemon: TwistdDaemon, bas
 
 
 def test_blob_is_shared_between_registries(upstreams: Upstreams, daemon: TwistdDaemon) -> None:
-    layer = push_image_and_get_layer(upstreams, "shared/blob")
-    upstreams.push_to_plain("other/name", "1", images.build_small_image("shared/blob"))
+    """Each of the others has to send two small parts of it."""
+    image = images.build_small_image("shared/blob", size=200_000)
+    layer = upstreams.push_to_registry("shared/blob", "1", image).layers[0]
+    upstreams.push_to_plain("other/name", "1", image)
     assert daemon.client.get(f"{REDIRECTING_ABSOLUTE}/v2/shared/blob/blobs/{layer.digest}").cache_status == "MISS"
     for url in (f"{REGISTRY}/v2/shared/blob", f"{PLAIN}/v2/other/name"):
         upstreams.registry.clear_log()
         upstreams.plain.clear_log()
-        response = daemon.client.get(f"{url}/blobs/{layer.digest}")
-        assert response.body == layer.data
-        assert not upstreams.registry.find_requests("GET", "/blobs/") and not upstreams.plain.find_requests(
-            "GET", "/blobs/"
-        )
+        for cache_status in ("REVALIDATED", "HIT"):
+            response = daemon.client.get(f"{url}/blobs/{layer.digest}")
+            assert (response.cache_status, response.body) == (cache_status, layer.data)
+        requests = [
+            request
+            for registry in (upstreams.registry, upstreams.plain)
+            for request in registry.find_requests("GET", "/blobs/")
+        ]
+        assert [request.status for request in requests] == [206, 206]
+        assert sum(request.size for request in requests) < 40_000
 
 
 def test_sha512(upstreams: Upstreams, daemon: TwistdDaemon) -> None:
