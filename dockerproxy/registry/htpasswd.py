@@ -24,7 +24,7 @@ from dockerproxy.registry.login_throttle import LoginThrottle
 
 _HASH = re.compile(r"\$2[aby]\$(0[4-9]|[12][0-9]|3[01])\$[./A-Za-z0-9]{53}")
 _MAX_PASSWORD = 72  # bytes; bcrypt ignores the rest, and its Python library refuses longer passwords
-_CACHE_SECONDS = 300.0  # seconds for which a verified login is not hashed again
+_CACHE_SECONDS = 300.0  # seconds after its last use for which a verified login is not hashed again
 _MAX_CACHED = 1000
 _MAX_DELAY = 2.0  # seconds that a throttled login waits; a longer delay is refused with 429
 
@@ -125,6 +125,9 @@ class HtpasswdFile:
             self._secret, f"{credentials.user}\n".encode() + credentials.password_bytes, hashlib.sha256
         ).digest()
         if self._verified.get(key):
+            # Keep it while it is used: a fleet with one login behind a NAT must not wait because one host of it has
+            # an old password. A change of the file forgets all.
+            self._verified[key] = True
             return True
         await self._delay(client)
         return await self._checks.do((client, key), lambda: self._check(credentials, key, client))

@@ -101,6 +101,10 @@ class HtpasswdFileTests(TestCase):
             self.assertTrue(await self.htpasswd.check_password(BasicCredentials("alice", "wonder"), CLIENT))
         self.assertEqual(len(threads), 1)
         self.assertIsNot(threads[0], threading.main_thread())
+        for _ in range(5):  # while it is used
+            self.clock.advance(module._CACHE_SECONDS - 1)
+            self.assertTrue(await self.htpasswd.check_password(BasicCredentials("alice", "wonder"), CLIENT))
+        self.assertEqual(len(threads), 1)
         self.clock.advance(module._CACHE_SECONDS)
         self.assertTrue(await self.htpasswd.check_password(BasicCredentials("alice", "wonder"), CLIENT))
         self.assertEqual(len(threads), 2)
