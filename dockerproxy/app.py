@@ -262,6 +262,7 @@ def build_server(reactor: Any, settings: Settings, certificates: Certificates, s
         pools,
         [
             body_budget.shares,
+            api.long_responses,
             *pools.lookups.bounds,
             *pools.passwords.bounds,
             *pools.documents.bounds,

@@ -91,7 +91,7 @@ class WindowedTransport(StringTransport):
             self.producer.pauseProducing()
 
     def write_some(self, data: bytes | bytearray) -> int:
-        self.write(data)
+        self.write(bytes(data))
         return len(data)
 
     def extend_window(self, size: float) -> None:

@@ -62,8 +62,8 @@ class RequestChannel(Protocol):
 class Request:
     """A request and its response.
 
-    To respond, call either `respond`, or `start`, then `write` and `drain` any number of times, then `finish`. Writes
-    are ignored after the response has ended or the client has disconnected.
+    To respond, call `respond` or `respond_long`, or else `start`, then `write` and `drain` any number of times, then
+    `finish`. Writes are ignored after the response has ended or the client has disconnected.
 
     `path` and `query` come from the origin-form target and are still percent-encoded. `cache_status` is reported in the
     access log and in `X-Cache`. `host` is the host that the client addressed, `user` the user that logged in there, and
@@ -184,6 +184,15 @@ class Request:
     def respond(self, status: int, fields: Fields, content: bytes = b"") -> None:
         """Send a complete response."""
         self._send_head(status, fields, len(content), content)
+        self.finish()
+
+    async def respond_long(self, status: int, fields: Fields, content: bytes) -> None:
+        """Send a complete response whose content is too long to be copied for a client that reads slowly."""
+        self.start(status, fields, len(content))
+        remaining = memoryview(content)
+        while remaining:
+            remaining = remaining[self.write_some(remaining) :]
+            await self.drain()
         self.finish()
 
     def start(self, status: int, fields: Fields, length: int | None) -> None:

@@ -18,6 +18,7 @@ import struct
 import sys
 import termios
 from collections.abc import Iterable
+from contextlib import suppress
 from enum import Enum, auto
 from typing import Any
 
@@ -53,6 +54,12 @@ _MEMINFO_SNDBUF, _MEMINFO_WMEM_QUEUED = 3, 5  # indexes SK_MEMINFO_SNDBUF, SK_ME
 _TCP_NOTSENT_LOWAT = 25  # tcp(7); Python's socket module has it since 3.12
 _SIOCOUTQ = termios.TIOCOUTQ  # of a TCP socket the bytes that the peer has not acknowledged; see tcp(7)
 _SIOCOUTQNSD = 0x894B  # linux/sockios.h; not in tcp(7)
+
+
+def limit_unsent(sock: socket.socket) -> None:
+    """Make the kernel accept only so many bytes that little of them is unsent, unless the socket is a Unix socket."""
+    with suppress(OSError):
+        sock.setsockopt(socket.IPPROTO_TCP, _TCP_NOTSENT_LOWAT, _SLOW_SEND_BUFFER)
 
 
 class TransportState(Enum):
@@ -187,6 +194,9 @@ class SocketTransport:
         """Pass `data` to the kernel, and buffer the bytes that it does not accept yet."""
         if self._state not in _WRITABLE or not data:
             return
+        if len(data) > RECORD_SIZE and not self._fast_client and not self._notsent_lowat:
+            self._notsent_lowat = _SLOW_SEND_BUFFER
+            limit_unsent(self._socket)
         if self.write_immediately and self._can_send_now():
             sent = self._send(data)
             if sent == len(data):

@@ -9,6 +9,8 @@ from attrs import frozen
 from twisted.internet.protocol import Protocol, connectionDone
 from twisted.python.failure import Failure
 
+from dockerproxy.http.transport import limit_unsent
+
 
 @frozen
 class TunnelTimeouts:
@@ -39,6 +41,7 @@ class Tunnel:
 
     def start(self) -> None:
         """Start copying. Both sides must be connected."""
+        limit_unsent(self.server.transport.getHandle())  # a server that reads nothing may be the client's accomplice
         self.client.transport.registerProducer(self.server.transport, True)
         self.server.transport.registerProducer(self.client.transport, True)
         self.client.start()

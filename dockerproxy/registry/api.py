@@ -21,10 +21,13 @@ from dockerproxy.registry.backend import PullBackend, RegistryBackend, UploadChu
 from dockerproxy.registry.principal import Principal
 from dockerproxy.registry.responses import API_VERSION, FieldList, cache_status_fields, respond_ping
 from dockerproxy.registry.streaming import stream_content
+from dockerproxy.shares import ClientShares
 
 # distribution-spec 1.1, "Warnings": the code is 299, the agent "-"; clients print the text.
 _STALE_WARNING = ("Warning", '299 - "Stale: the registry did not respond, so the cached copy is used"')
 
+_SHORT_CONTENT = 64 * 1024  # bytes of a response that the kernel accepts at once
+_MAX_IN_MEMORY = 64 * 1024 * 1024  # bytes of longer responses that clients have not read yet
 _MAX_ENTRIES = 10_000  # of a list per response; its Link leads to the rest
 
 
@@ -33,6 +36,10 @@ class RegistryAPI:
 
     def __init__(self, clock: Any) -> None:
         self._clock = clock
+        self.long_responses = ClientShares(
+            "bytes of manifests and lists that are being sent", _MAX_IN_MEMORY, _MAX_IN_MEMORY // 2
+        )
+        """The contents of responses that are in memory until slow clients have read them."""
 
     def handle(
         self, request: Request, target: Target, backend: RegistryBackend, principal: Principal
@@ -72,12 +79,15 @@ class RegistryAPI:
             request.start(200, fields, manifest.size)
             request.finish()
         else:
+            status, content = 200, manifest.content
             byte_range = _requested_range(request, manifest.digest, manifest.size)
-            if byte_range is None:
-                request.respond(200, fields, manifest.content)
-            else:
+            if byte_range is not None:
+                status, content = 206, content[byte_range.start : byte_range.stop]
                 fields.append(("Content-Range", content_range(byte_range, manifest.size)))
-                request.respond(206, fields, manifest.content[byte_range.start : byte_range.stop])
+            if len(content) <= _SHORT_CONTENT:  # almost always
+                request.respond(status, fields, content)
+            else:
+                await self._respond_content(request, status, fields, content)
 
     async def _blob(self, request: Request, target: Target, backend: PullBackend) -> None:
         blob = await backend.blob(target.name, target.digest, head=request.method == "HEAD")
@@ -104,17 +114,36 @@ class RegistryAPI:
             parameters["artifactType"] = query.artifact_type
         if index.last is not None:
             fields.append(next_link(f"/v2/{target.name}/referrers/{target.digest}", {**parameters, "last": index.last}))
-        request.respond(200, fields, index.content)
+        await self._respond_content(request, 200, fields, index.content)
+
+    async def _respond_page(self, request: Request, path: str, page: NamePage, document: dict[str, Any]) -> None:
+        fields = [("Content-Type", "application/json"), API_VERSION]
+        if page.more:
+            fields.append(next_link(path, {"n": str(len(page.names)), "last": page.names[-1]}))
+        await self._respond_content(request, 200, fields, json.dumps(document).encode())
+
+    async def _respond_content(self, request: Request, status: int, fields: FieldList, content: bytes) -> None:
+        """Send `content`. It is in memory until the client has read it, so raise the errors of `ClientShares`."""
+        if len(content) <= _SHORT_CONTENT:
+            request.respond(status, fields, content)
+            return
+        self.long_responses.acquire(request.client, len(content))
+        try:
+            await request.respond_long(status, fields, content)
+        finally:
+            self.long_responses.release(request.client, len(content))
 
     # lists
 
     async def _catalog(self, request: Request, target: Target, backend: RegistryBackend, principal: Principal) -> None:
         page = await backend.catalog(Page.parse(request.query, _MAX_ENTRIES))
-        _respond_page(request, "/v2/_catalog", page, {"repositories": page.names})
+        await self._respond_page(request, "/v2/_catalog", page, {"repositories": page.names})
 
     async def _tags(self, request: Request, target: Target, backend: RegistryBackend, principal: Principal) -> None:
         page = await backend.tags(target.name, Page.parse(request.query, _MAX_ENTRIES))
-        _respond_page(request, f"/v2/{target.name}/tags/list", page, {"name": target.name, "tags": page.names})
+        await self._respond_page(
+            request, f"/v2/{target.name}/tags/list", page, {"name": target.name, "tags": page.names}
+        )
 
     # manifests and deletions
 
@@ -227,13 +256,6 @@ def allowed_methods(kind: Kind) -> list[str]:
     """Return the methods that targets of this kind support."""
     methods = [method for key, method in (*_PULL_OPERATIONS, *_OPERATIONS) if key is kind]
     return ["GET", "HEAD", *methods[1:]] if methods[0] == "GET" else methods
-
-
-def _respond_page(request: Request, path: str, page: NamePage, document: dict[str, Any]) -> None:
-    fields = [("Content-Type", "application/json"), API_VERSION]
-    if page.more:
-        fields.append(next_link(path, {"n": str(len(page.names)), "last": page.names[-1]}))
-    request.respond(200, fields, json.dumps(document).encode())
 
 
 def _tag_parameters(query: str) -> list[Tag]:

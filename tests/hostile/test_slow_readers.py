@@ -3,16 +3,19 @@ memory, in the daemon and in the kernel, however its TLS connections began."""
 
 from __future__ import annotations
 
+import socket
 import ssl
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
 
 from tests.e2e.harness.process import wait_until
-from tests.e2e.harness.registry_daemon import RegistryDaemon
+from tests.e2e.harness.registry_daemon import HOSTED_REGISTRY_HOST, RegistryDaemon
+from tests.e2e.harness.threaded_server import ThreadedServer
 from tests.hostile.conftest import GOOD, HostileNetwork, StartRegistryDaemon
-from tests.hostile.processes import client_connection, resident_bytes
+from tests.hostile.processes import client_connection, connections, debug_bounds, resident_bytes
 from tests.http.support.loopback import MemoryBIOClient, read_exactly
 
 KIB = 1024
@@ -55,3 +58,49 @@ def test_readers_that_do_not_read(network: HostileNetwork, start_daemon: StartRe
         assert sum(bytes_in_kernel(daemon)) <= CLIENTS * 384 * KIB
         assert resident_bytes(daemon) - before <= CLIENTS * 64 * KIB + 16 * KIB * KIB
         assert daemon.client.get(f"{GOOD}/v2/team/large/blobs/{blob}").cache_status == "HIT"
+
+
+def test_manifests_that_are_not_read(network: HostileNetwork, start_daemon: StartRegistryDaemon, workers: int) -> None:
+    """The content of each response is in memory until its client has read it."""
+    daemon = start_daemon()
+    path = "/v2/team/long/manifests/latest"
+    content = b'{"a": "' + b"x" * 4_000_000 + b'"}'
+    url, media_type = f"http://{HOSTED_REGISTRY_HOST}{path}", {"Content-Type": "application/vnd.example"}
+    assert daemon.client.request("PUT", url, media_type, content).status == 201
+    request = f"GET {path} HTTP/1.1\r\nHost: {HOSTED_REGISTRY_HOST}\r\n\r\n".encode()
+    with connections(daemon.http_port, CLIENTS, "127.0.0.2", request) as clients:
+        statuses = [client.recv(12) for client in clients]
+        assert statuses.count(b"HTTP/1.1 200") == workers * 8  # the share of 32 MiB
+        assert statuses.count(b"HTTP/1.1 429") == CLIENTS - workers * 8
+        assert daemon.client.get(url).body == content
+        bounds = debug_bounds(daemon)["bytes of manifests and lists that are being sent"]
+        assert [bound["clients"] for bound in bounds] == [{"127.0.0.2": 8 * len(content)}] * workers
+
+
+class FloodingServer(ThreadedServer):
+    """The accomplice behind a tunnel: it sends without end."""
+
+    def serve(self, client: socket.socket) -> None:
+        with client, suppress(OSError):
+            while True:
+                client.sendall(bytes(64 * KIB))
+
+
+@pytest.fixture
+def flooding_server() -> Iterator[FloodingServer]:
+    server = FloodingServer()
+    server.start()
+    yield server
+    server.stop()
+
+
+def test_tunnels_that_are_not_read(start_daemon: StartRegistryDaemon, flooding_server: FloodingServer) -> None:
+    daemon = start_daemon(TUNNEL_DENY="none", TUNNEL_PORTS=str(flooding_server.port))
+    before = resident_bytes(daemon)
+    request = f"CONNECT 127.0.0.1:{flooding_server.port} HTTP/1.1\r\nHost: x\r\n\r\n".encode()
+    with connections(daemon.port, CLIENTS, "127.0.0.2", request) as clients:
+        for client in clients:
+            assert read_exactly(client, len(ESTABLISHED)) == ESTABLISHED
+        wait_until(lambda: sum(size > 64 * KIB for size in bytes_in_kernel(daemon)) == CLIENTS, "all tunnels are full")
+        assert sum(bytes_in_kernel(daemon)) <= CLIENTS * 384 * KIB
+        assert resident_bytes(daemon) - before < CLIENTS * 192 * KIB

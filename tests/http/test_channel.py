@@ -365,6 +365,17 @@ class ResponseFramingTests(SynchronousTestCase):
         self.assertTrue(self.get_response(handle).endswith(b"\r\n\r\n"))
         self.assertTrue(self.client.transport.aborted)
 
+    def test_a_long_response_is_sent_as_the_client_reads(self) -> None:
+        for method, expected in (("GET", bytes(100_000)), ("HEAD", b"")):
+
+            async def handle(request: Request) -> None:
+                await request.respond_long(200, [], bytes(100_000))
+
+            raw = self.get_response(handle, f"{method} / HTTP/1.1\r\nHost: a".encode())
+            head, _, body = raw.partition(b"\r\n\r\n")
+            self.assertIn(b"Content-Length: 100000\r\n", head)
+            self.assertEqual(body, expected)
+
     def test_write_after_the_response_is_ignored(self) -> None:
         async def handle(request: Request) -> None:
             request.respond(200, [], b"ok")

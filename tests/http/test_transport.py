@@ -90,6 +90,17 @@ class TransportTestsMixin:
             sock = client_context(self.tls).wrap_socket(sock, server_hostname="a.test", suppress_ragged_eofs=False)
         return sock
 
+    async def test_little_is_unsent_in_the_kernel_after_a_long_write(self: Any) -> None:
+        port, recorder, transports = self.serve(RecordingProtocol(keep=False))
+        sock = await self.in_thread(lambda: self.connect(port))
+        with sock:
+            await self.in_thread(lambda: sock.sendall(b"go"))
+            await recorder.wait_for(2)
+            for _ in range(3):
+                transports[0].write(bytes(OVER_KERNEL_BUFFERS))
+            self.assertLessEqual(unsent_bytes(transports[0]), 256 * 1024)
+            transports[0].abortConnection()
+
     async def test_acknowledged_bytes_are_those_that_the_peer_received(self: Any) -> None:
         """They grow while the peer reads what the kernel has buffered, without another write."""
         port, recorder, transports = self.serve(RecordingProtocol(keep=False))

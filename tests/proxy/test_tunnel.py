@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from typing import Any
 
 import pytest
@@ -29,6 +30,7 @@ class FakeTransport:
         self.producer: Any = None
         self.paused = self.reading_paused = self.disconnecting = self.closed = self.aborted = False
         self.protocol: Any = None
+        self.socket = socket.socket()
 
     def connect(self, protocol: Any) -> None:
         self.protocol = protocol
@@ -76,6 +78,10 @@ class FakeTransport:
         assert streaming
         assert self.producer is None
         self.producer = producer
+
+    def getHandle(self) -> socket.socket:
+        """Return a socket with the options of the connection."""
+        return self.socket
 
     def unregisterProducer(self) -> None:
         self.producer = None
@@ -136,6 +142,11 @@ def test_bytes_are_relayed_in_order_and_counted(messages: list[tuple[bool, bytes
     harness.run()
     assert harness.byte_counts == [len(down)]
     assert harness.is_over
+
+
+def test_little_is_unsent_in_the_kernel_for_the_server(harness: TunnelHarness) -> None:
+    """TCP_NOTSENT_LOWAT (25 in tcp.h) limits it. `SocketTransport.write` sets it for the client."""
+    assert harness.server.socket.getsockopt(socket.IPPROTO_TCP, 25) == 128 * 1024
 
 
 def test_data_before_start_is_buffered() -> None:

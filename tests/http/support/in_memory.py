@@ -42,7 +42,7 @@ class RecordingTransport(StringTransport):
             super().write(data)
 
     def write_some(self, data: bytes) -> int:
-        self.write(data)
+        self.write(bytes(data))
         return len(data)
 
     def abortConnection(self) -> None:
