@@ -93,6 +93,21 @@ class Bindings:
                 del self._by_realm[binding.realm]
 
 
+@frozen
+class LocalToken:
+    """A local token that a client shows. It carries `identity` at `repositories`, and PUBLIC at all others."""
+
+    identity: str
+    repositories: frozenset[str] = frozenset()
+
+    def identity_at(self, name: Repository) -> str:
+        """Return the identity of the client at the repository `name`."""
+        return self.identity if name in self.repositories else PUBLIC
+
+
+INVALID_TOKEN = LocalToken("")
+
+
 class Identities:
     """Derives identities and local tokens from one secret.
 
@@ -142,19 +157,19 @@ class Identities:
         """
         return "own:" + self._hash(f"{issuer}\n{authorization}")
 
-    def issue_token(self, identity: str) -> str:
-        """Return a local token that carries `identity` (PUBLIC if the client has none).
+    def issue_token(self, identity: str, repositories: frozenset[Repository] = frozenset()) -> str:
+        """Return a local token that carries `identity` (PUBLIC if the client has none) at `repositories`.
 
         It names no registry. An identity belongs to a realm, and has grants only at registries that accept its tokens.
         """
-        payload = f"{identity}\n{int(self._clock()) + TOKEN_LIFETIME}".encode()
+        expires_at = int(self._clock()) + TOKEN_LIFETIME
+        payload = f"{identity}\n{expires_at}\n{' '.join(sorted(repositories))}".encode()
         return _TOKEN_PREFIX + urlsafe_b64encode(payload + self._sign(payload)).decode()
 
-    def read_token(self, authorization: str) -> str | None:
-        """Return the identity in the local token of an Authorization field.
+    def read_token(self, authorization: str) -> LocalToken | None:
+        """Return the local token of an Authorization field. Return None if it holds the client's own credential.
 
-        Return None if it holds no local token but the client's own credential. Return ``""`` if the local token has
-        expired or was altered.
+        Return `INVALID_TOKEN` if the local token has expired or was altered.
         """
         scheme, _, token = authorization.partition(" ")
         token = token.strip()
@@ -164,11 +179,11 @@ class Identities:
             signed = urlsafe_b64decode(token.removeprefix(_TOKEN_PREFIX))
             payload, signature = signed[:-32], signed[-32:]
             if not hmac.compare_digest(signature, self._sign(payload)):
-                return ""
-            identity, expires_at = payload.decode().split("\n")
+                return INVALID_TOKEN
+            identity, expires_at, names = payload.decode().split("\n")
         except ValueError:
-            return ""
-        return identity if self._clock() < int(expires_at) else ""
+            return INVALID_TOKEN
+        return LocalToken(identity, frozenset(names.split())) if self._clock() < int(expires_at) else INVALID_TOKEN
 
     def _for_token(self, token: str) -> str:
         return self._hash(f"bound\n{token}")

@@ -13,7 +13,7 @@ from attrs import define, field, frozen
 
 from dockerproxy.cache.blobs import CachedBlobs
 from dockerproxy.cache.challenges import TOKEN_PATH, Challenges, Realm
-from dockerproxy.cache.identity import Identities
+from dockerproxy.cache.identity import INVALID_TOKEN, Identities, LocalToken
 from dockerproxy.cache.manifests import CachedManifests
 from dockerproxy.cache.token_endpoint import TokenEndpoint, TokenRequest
 from dockerproxy.cache.upstream import (
@@ -73,9 +73,9 @@ class PullThrough:
 
         Every method raises `Unauthorized` if the client's token is local and expired.
         """
-        fallback_identity = self.identities.read_token(authorization) if authorization is not None else None
-        own_authorization = authorization if fallback_identity is None else None
-        return CachedRegistry(self, registry, own_authorization, fallback_identity, client)
+        local_token = self.identities.read_token(authorization) if authorization is not None else None
+        own_authorization = authorization if local_token is None else None
+        return CachedRegistry(self, registry, own_authorization, local_token, client)
 
     def registry_for_realm(self, host: Registry, path: str) -> Registry | None:
         """Return a registry that has its token endpoint at `path` of `host`, if any: the one at `host` itself first.
@@ -104,14 +104,13 @@ class CachedRegistry:
 
     It is the backend of the HTTP API for pulls (`registry.backend.PullBackend`, `registry.upstream.UpstreamRegistry`).
 
-    `authorization` is the client's own credential. `fallback_identity` is the result of `Identities.read_token`: None
-    if the client sent no local token, "" if the local token is invalid.
+    `authorization` is the client's own credential. `local_token` is the result of `Identities.read_token`.
     """
 
     cache: PullThrough
     registry: Registry
     authorization: str | None = field(repr=False)
-    fallback_identity: str | None
+    local_token: LocalToken | None
     client: str = ""
 
     @property
@@ -128,7 +127,8 @@ class CachedRegistry:
         credential = self.credential
         identity = self.cache.identities.for_credential(self.registry, name, credential)
         repository = UpstreamRepository(self.registry, name, credential)
-        return UpstreamPrincipal(repository, identity, self.fallback_identity, self.client)
+        fallback_identity = None if self.local_token is None else self.local_token.identity_at(name)
+        return UpstreamPrincipal(repository, identity, fallback_identity, self.client)
 
     async def manifest(
         self, name: Repository, reference: Reference, accept: list[str], *, head: bool
@@ -146,9 +146,7 @@ class CachedRegistry:
         self._check_token()
         if self.authorization is not None:
             await self._ping_upstream()
-        elif self.fallback_identity is None and not self._allows_anonymous(
-            await self.cache.challenges.get(self.registry)
-        ):
+        elif self.local_token is None and not self._allows_anonymous(await self.cache.challenges.get(self.registry)):
             raise Unauthorized("authentication required")
 
     async def _ping_upstream(self) -> None:
@@ -171,7 +169,7 @@ class CachedRegistry:
         return not challenges or (has_shared_login and all(challenge.scheme == "basic" for challenge in challenges))
 
     def _check_token(self) -> None:
-        if self.fallback_identity == "":
+        if self.local_token == INVALID_TOKEN:
             raise Unauthorized("the token has expired")
 
     async def referrers(self, name: Repository, subject: Digest, query: ReferrersQuery) -> ReferrersIndex:

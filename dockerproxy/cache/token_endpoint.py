@@ -25,7 +25,7 @@ from dockerproxy.errors import BadRequest, RegistryError, UpstreamBroken, is_out
 from dockerproxy.http.headers import Headers
 from dockerproxy.net.dial import AddressCheck
 from dockerproxy.oci.credentials import BasicCredentials
-from dockerproxy.oci.names import Host, Registry
+from dockerproxy.oci.names import Host, Registry, Repository
 from dockerproxy.oci.routes import parse_query
 from dockerproxy.oci.tokens import MAX_TOKEN_RESPONSE, TokenResponse, readable_repositories
 from dockerproxy.store.records import Records
@@ -96,7 +96,7 @@ class TokenEndpoint:
         """
         authorization = request.client_authorization()
         if authorization is None:
-            return self._issue(PUBLIC)
+            return self._issue(PUBLIC, frozenset())
         _check_scheme(registry, realm)
         identity = self._identities.for_authorization(str(realm), authorization)
         try:
@@ -104,7 +104,7 @@ class TokenEndpoint:
             issued = _parse_response(realm, content, self._clock())
         except RegistryError as error:
             if is_outage(error) and self._authenticated_recently(realm, identity):
-                return self._issue(identity)
+                return self._issue(identity, readable_repositories(request.scopes()))
             if is_denial(error):
                 try_remove(self._records, "client", str(realm.server), identity)
             raise
@@ -147,8 +147,8 @@ class TokenEndpoint:
         at = (self._records.get("client", str(realm.server), identity) or {}).get("at")
         return float(at) if isinstance(at, int | float) else 0.0
 
-    def _issue(self, identity: str) -> bytes:
-        token = self._identities.issue_token(identity)
+    def _issue(self, identity: str, repositories: frozenset[Repository]) -> bytes:
+        token = self._identities.issue_token(identity, repositories)
         issued = datetime.fromtimestamp(self._clock(), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         return json.dumps(
             {"token": token, "access_token": token, "expires_in": TOKEN_LIFETIME, "issued_at": issued}

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dockerproxy.cache import identity as module
-from dockerproxy.cache.identity import PUBLIC, TOKEN_LIFETIME, Binding, Bindings, Identities
+from dockerproxy.cache.identity import INVALID_TOKEN, PUBLIC, TOKEN_LIFETIME, Binding, Bindings, Identities, LocalToken
 from dockerproxy.oci.credentials import BasicCredentials
-from dockerproxy.oci.names import Registry, parse_repository
+from dockerproxy.oci.names import Registry, Repository, parse_repository
 from dockerproxy.store.files import Staging
 from dockerproxy.store.secret import load_or_create_secret
 from dockerproxy.upstream.credentials import Anonymous, ClientCredential
@@ -177,16 +177,17 @@ def test_any_bindings_stay_bounded(steps: list[tuple[str, str, bool]]) -> None:
 
 @pytest.mark.parametrize("identity", [PUBLIC, "own:0123"])
 @pytest.mark.parametrize("scheme", ["Bearer", "bearer", "BEARER "])
-def test_local_token(identity: str, scheme: str) -> None:
+@pytest.mark.parametrize("names", [frozenset(), frozenset({parse_repository("a/b"), parse_repository("c")})])
+def test_local_token(identity: str, scheme: str, names: frozenset[Repository]) -> None:
     now = [NOW]
     identities = Identities(b"s" * 32, lambda: now[0])
-    token = identities.issue_token(identity)
-    assert identities.read_token(f"{scheme} {token}") == identity
-    assert IDENTITIES.read_token(f"{scheme} {token}") == identity  # after a restart
+    token = identities.issue_token(identity, names)
+    assert identities.read_token(f"{scheme} {token}") == LocalToken(identity, names)
+    assert IDENTITIES.read_token(f"{scheme} {token}") == LocalToken(identity, names)  # after a restart
     now[0] += TOKEN_LIFETIME - 1
-    assert identities.read_token(f"{scheme} {token}") == identity
+    assert identities.read_token(f"{scheme} {token}") == LocalToken(identity, names)
     now[0] += 1
-    assert identities.read_token(f"{scheme} {token}") == ""
+    assert identities.read_token(f"{scheme} {token}") == INVALID_TOKEN
 
 
 @pytest.mark.parametrize("authorization", ["Basic drp.x", "Bearer abc", "Bearer", "", "Bearer xdrp.", "drp.x"])
@@ -195,26 +196,26 @@ def test_foreign_token(authorization: str) -> None:
 
 
 def test_token_with_another_secret() -> None:
-    assert IDENTITIES.read_token(f"Bearer {Identities(b't' * 32, lambda: NOW).issue_token(PUBLIC)}") == ""
+    assert IDENTITIES.read_token(f"Bearer {Identities(b't' * 32, lambda: NOW).issue_token(PUBLIC)}") == INVALID_TOKEN
 
 
 @given(st.integers(0, 10_000), st.integers(1, 255))
 def test_altered_token(position: int, mask: int) -> None:
     signed = bytearray(urlsafe_b64decode(IDENTITIES.issue_token("own:0123").removeprefix("drp.")))
     signed[position % len(signed)] ^= mask
-    assert IDENTITIES.read_token(f"Bearer drp.{urlsafe_b64encode(bytes(signed)).decode()}") == ""
+    assert IDENTITIES.read_token(f"Bearer drp.{urlsafe_b64encode(bytes(signed)).decode()}") == INVALID_TOKEN
 
 
 @given(st.one_of(st.text(), st.binary().map(lambda data: urlsafe_b64encode(data).decode())))
 def test_forged_token(text: str) -> None:
-    assert IDENTITIES.read_token(f"Bearer drp.{text}") in ("", None)
+    assert IDENTITIES.read_token(f"Bearer drp.{text}") in (INVALID_TOKEN, None)
 
 
 def test_identity_hash_is_not_a_token_signature() -> None:
     """The same secret is used for identities, but their hashes must not be valid signatures of tokens."""
-    payload = f"own:0123\n{int(NOW) + TOKEN_LIFETIME}".encode()
+    payload = f"own:0123\n{int(NOW) + TOKEN_LIFETIME}\n".encode()
     plain = hmac.new(b"s" * 32, payload, "sha256").digest()
-    assert IDENTITIES.read_token(f"Bearer drp.{urlsafe_b64encode(payload + plain).decode()}") == ""
+    assert IDENTITIES.read_token(f"Bearer drp.{urlsafe_b64encode(payload + plain).decode()}") == INVALID_TOKEN
 
 
 def test_signatures_are_compared_in_constant_time() -> None:
@@ -230,7 +231,7 @@ def test_secret_is_persistent(tmp_path: Path) -> None:
 
     token = identities().issue_token(PUBLIC)
     assert path.stat().st_mode & 0o777 == 0o600
-    assert identities().read_token(f"Bearer {token}") == PUBLIC
+    assert identities().read_token(f"Bearer {token}") == LocalToken(PUBLIC)
     path.write_bytes(b"")  # a crash during its creation
-    assert identities().read_token(f"Bearer {token}") == ""
+    assert identities().read_token(f"Bearer {token}") == INVALID_TOKEN
     assert len(path.read_bytes()) == 32 and path.stat().st_mode & 0o777 == 0o600

@@ -81,7 +81,7 @@ def denied(
 
 
 def local_token(harness: CacheHarness, identity: str) -> str:
-    return f"Bearer {harness.identities.issue_token(identity)}"
+    return f"Bearer {harness.identities.issue_token(identity, frozenset({NAME}))}"
 
 
 def pull(harness: CacheHarness, authorization: str | None = None, **options: Any) -> None:
@@ -426,10 +426,38 @@ def test_token_flow_during_outage(harness: CacheHarness) -> None:
     make_unreachable(harness)
     harness.upstream.down = UpstreamUnreachable("gone")
     harness.reactor.advance(GRANT_TTL)
-    token = "Bearer " + json.loads(harness.run(harness.pull_through.token(HUB, "service=x", login, None)))["token"]
-    harness.run(harness.client(token).ping())
-    for target in PATHS_TO_CONTENT:
-        assert ask(harness, target, token)[0] == "STALE"
+    for query, expected in (
+        (f"scope=repository:{APP}:pull", True),
+        ("scope=repository:library/other:pull", False),
+        ("service=x", False),
+    ):
+        token = "Bearer " + json.loads(harness.run(harness.pull_through.token(HUB, query, login, None)))["token"]
+        harness.run(harness.client(token).ping())
+        for target in PATHS_TO_CONTENT:
+            if expected:
+                assert ask(harness, target, token)[0] == "STALE"
+            else:
+                assert denied(harness, target, token).status == 502
+
+
+@every_target
+@pytest.mark.parametrize("hours", [0, 1])
+@pytest.mark.parametrize("reachable", [True, False])
+def test_bound_token_counts_for_its_repositories_until_its_end(
+    harness: CacheHarness, target: tuple[str, str], hours: int, reachable: bool
+) -> None:
+    """Alice herself may read. Upstream refuses the tokens, if it can be asked."""
+    fill_repository(harness, readers={ALICE})
+    for token, name, lifetime in (("alice", APP, 86400), ("other", "library/other", 86400), ("short", APP, 60)):
+        expires_at = harness.now() + lifetime
+        harness.identities.bind(token, "realm", "Basic alice", frozenset({parse_repository(name)}), expires_at)
+    pull(harness, ALICE)
+    harness.reactor.advance(61 + hours * 3600)
+    if not reachable:
+        make_unreachable(harness)
+    for token in ("Bearer other", "Bearer short", "Bearer unknown"):
+        assert denied(harness, target, token).status == (401 if reachable else 502)
+    assert ask(harness, target, ALICE)[1] in (DATA, MANIFEST)
 
 
 # forwarded requests

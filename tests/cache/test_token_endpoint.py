@@ -68,7 +68,8 @@ def alice(harness: CacheHarness) -> str:
 def local_identity(harness: CacheHarness, content: bytes) -> str | None:
     """Return the identity in a local token; None for a token from upstream."""
     token = json.loads(content)["token"]
-    return harness.identities.read_token(f"Bearer {token}")
+    local_token = harness.identities.read_token(f"Bearer {token}")
+    return None if local_token is None else local_token.identity
 
 
 def encode_form(**fields: str) -> bytes:
@@ -264,6 +265,19 @@ def test_login_never_leaves_tls(harness: CacheHarness, authorization: str | None
     assert local_identity(harness, ask(harness, None, realm=plain)) == "public"
     ask(harness, authorization, form, realm=plain, registry=Registry.parse("http://plain.example"))
     assert len(harness.upstream.requests) == 1
+
+
+def test_local_token_counts_for_the_scopes_that_were_asked_for(harness: CacheHarness) -> None:
+    script_realm(harness, respond_with_token())
+    ask(harness, ALICE)
+    script_realm(harness, raise_error(UpstreamUnreachable("gone")))
+    content = ask(
+        harness, ALICE, query="scope=repository:a:pull&scope=repository:b/c:pull,push&scope=repository:d:push"
+    )
+    token = harness.identities.read_token(f"Bearer {json.loads(content)['token']}")
+    assert token is not None
+    identities = [token.identity_at(parse_repository(name)) for name in ("a", "b/c", "d", "b")]
+    assert identities == [alice(harness)] * 2 + ["public"] * 2
 
 
 def test_a_login_at_one_realm_is_none_at_another(harness: CacheHarness) -> None:

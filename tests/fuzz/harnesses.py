@@ -17,7 +17,7 @@ from dockerproxy.admin.arguments import InvalidArguments, parse_body, parse_pair
 from dockerproxy.admin.control import CHECK, COLLECT, IMPORT, LIST, REMOVE
 from dockerproxy.admin.setup import setup_script
 from dockerproxy.cache.challenges import Realm
-from dockerproxy.cache.identity import Identities
+from dockerproxy.cache.identity import INVALID_TOKEN, Identities, LocalToken
 from dockerproxy.errors import (
     BadRequest,
     DigestInvalid,
@@ -335,15 +335,15 @@ def tokens(data: bytes) -> None:
     """Authorization fields: tokens that we have issued, those that we have not, and logins."""
     text = data.decode("latin-1")
     identities = Identities(b"secret", lambda: NOW)
-    assert identities.read_token(text) in (None, "")
-    assert identities.read_token(f"Bearer {text}") in (None, "")
+    assert identities.read_token(text) in (None, INVALID_TOKEN)
+    assert identities.read_token(f"Bearer {text}") in (None, INVALID_TOKEN)
     issued = identities.issue_token("own:x")
-    assert identities.read_token(f"Bearer {issued}") == "own:x"
+    assert identities.read_token(f"Bearer {issued}") == LocalToken("own:x")
     if data:
         position, bit = data[0] % len(issued), 1 << data[-1] % 7
         altered = issued[:position] + chr(ord(issued[position]) ^ bit) + issued[position + 1 :]
         # The last characters of base64 may have bits without a meaning.
-        assert identities.read_token(f"Bearer {altered}") in (None, "") or position >= len(issued) - 3
+        assert identities.read_token(f"Bearer {altered}") in (None, INVALID_TOKEN) or position >= len(issued) - 3
     for field in (text, f"Basic {text}"):
         credentials = BasicCredentials.parse(field)
         if credentials is not None and ":" not in credentials.user:
