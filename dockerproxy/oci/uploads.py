@@ -10,7 +10,7 @@ import re
 
 from attrs import frozen
 
-from dockerproxy.errors import BlobUploadInvalid, DigestInvalid, RangeInvalid
+from dockerproxy.errors import BadRequest, BlobUploadInvalid, DigestInvalid, NameInvalid, RangeInvalid
 from dockerproxy.oci.names import ALGORITHMS, Digest, Repository, parse_repository
 from dockerproxy.oci.routes import parse_query
 
@@ -24,6 +24,9 @@ class UploadParameters:
 
     It may mount a blob of another repository (of `source`, or of any) or upload the blob `digest` at once. `algorithm`
     is the digest algorithm that the client announces.
+
+    A mount is a hint (distribution-spec 1.1, "Mounting a blob from another repository"): a registry that cannot use it
+    starts a session. So `mount` is None if it, or the source, is not valid.
     """
 
     mount: Digest | None = None
@@ -33,15 +36,29 @@ class UploadParameters:
 
     @classmethod
     def parse(cls, query: str) -> UploadParameters:
-        """Return the parameters in a URL's query. Raise `DigestInvalid`, `NameInvalid`, `BadRequest`."""
+        """Return the parameters in a URL's query. Raise `DigestInvalid`, `BadRequest`."""
+        hints: list[str] = []
+        others: list[str] = []
+        for part in query.split("&"):
+            (hints if part.partition("=")[0] in ("mount", "from") else others).append(part)
+        parameters = dict(parse_query("&".join(others)))
+        digest = None if "digest" not in parameters else Digest.parse(parameters["digest"])
+        algorithm = parameters.get("digest-algorithm")
+        if not any(part.startswith("mount") for part in hints):
+            return cls(digest=digest, algorithm=algorithm)
+        # A client that asks for a mount sends no content, so `digest` says only how a session will be hashed.
+        mount, source = _parse_mount("&".join(hints))
+        return cls(mount, source, algorithm=algorithm if digest is None else digest.algorithm)
+
+
+def _parse_mount(query: str) -> tuple[Digest | None, Repository | None]:
+    """Return the blob to mount and its repository; no blob if one of them is not valid."""
+    try:
         parameters = dict(parse_query(query))
-        mount, source, digest = (parameters.get(name) for name in ("mount", "from", "digest"))
-        return cls(
-            None if mount is None else Digest.parse(mount),
-            None if mount is None or source is None else parse_repository(source),
-            None if digest is None else Digest.parse(digest),
-            parameters.get("digest-algorithm"),
-        )
+        source = parameters.get("from")
+        return Digest.parse(parameters.get("mount", "")), None if source is None else parse_repository(source)
+    except (BadRequest, DigestInvalid, NameInvalid):
+        return None, None
 
 
 @frozen

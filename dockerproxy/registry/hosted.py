@@ -163,7 +163,7 @@ class HostedRegistry:
             return None
         algorithm = algorithm_for(digest, parameters.algorithm)
         upload = await self._store.uploads.start(name, algorithm, principal.owner)
-        if digest is None or mount is not None:
+        if digest is None:
             status = upload.status
             await upload.suspend()  # before the client continues it, perhaps in another process
             return status
