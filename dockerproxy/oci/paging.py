@@ -31,10 +31,10 @@ class Page:
     def parse(cls, query: str, max_entries: int) -> Page:
         """Return the page that a URL's query requests, of at most `max_entries`. Raise `PaginationInvalid`."""
         parameters = dict(parse_query(query))
-        text = parameters.get("n")
-        if text is not None and not (text.isascii() and text.isdigit() and len(text) <= 18):
+        text = parameters.get("n", "")  # an empty one counts as none, as in CNCF distribution
+        if text and not (text.isascii() and text.isdigit() and len(text) <= 18):
             raise PaginationInvalid("n is not a valid number of entries")
-        return cls(max_entries if text is None else min(int(text), max_entries), parameters.get("last"))
+        return cls(min(int(text), max_entries) if text else max_entries, parameters.get("last"))
 
 
 @frozen

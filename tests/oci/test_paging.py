@@ -42,12 +42,14 @@ def test_the_order_is_total(names: list[str]) -> None:
 
 def test_parse() -> None:
     assert Page.parse("", 100) == Page(100, None)
+    assert Page.parse("n=", 100) == Page.parse("n", 100) == Page(100, None)
+    assert Page.parse("n=&last=a", 100) == Page(100, "a")
     assert Page.parse("n=0", 100) == Page(0, None)
     assert Page.parse("n=101", 100) == Page(100, None)
     assert Page.parse("last=a%2Fb&n=10", 100) == Page(10, "a/b")
 
 
-@pytest.mark.parametrize("n", ["", "-1", "x", "1.0", "1e3", "%D9%A1", "1" * 19])
+@pytest.mark.parametrize("n", ["%20", "+", "-1", "x", "1.0", "1e3", "%D9%A1", "1" * 19])
 def test_invalid_page_size(n: str) -> None:
     with pytest.raises(PaginationInvalid):
         Page.parse(f"n={n}", 100)
