@@ -12,8 +12,9 @@
 A repository name may itself contain the components `blobs`, `manifests` or `tags`. A path is therefore read from its
 right end.
 
-A path must mean the same to us and to every server behind us. Below `/v2/` it therefore has one spelling: no dot
-segment, no empty one, no backslash, no `;parameter`, and no escape but those of visible characters that names contain.
+A path must mean the same to us and to every server behind us (only the hosted registry has none, see `route_hosted`).
+Below `/v2/` it therefore has one spelling: no dot segment, no empty one, no backslash, no `;parameter`, and no escape
+but those of visible characters that names contain.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ _SESSION = re.compile(r"[A-Za-z0-9_=.~-]{1,512}")
 
 _NO_NAME = Repository("")
 _NO_REFERENCE = Tag("")
+
+_ESCAPED_SLASH = re.compile("%2[Ff]")
 
 _MAX_QUERY = 8192
 _MAX_PARAMETERS = 100
@@ -112,6 +115,20 @@ def route(path: str) -> Target:
         case [*name, "blobs", "uploads", session]:
             return Target(Kind.UPLOAD, _parse_repository_parts(name), session=_parse_session(session))
     raise NameUnknown("the distribution API has no such path")
+
+
+def route_hosted(path: str) -> Target:
+    """Return the target of `path` like `route`, but accept an escaped slash within a repository's name.
+
+    Azure's clients and Portainer quote names so. A path of the hosted registry is not sent to another server, which
+    might split it differently.
+    """
+    if "%2" in path:
+        parts = path.split("/")
+        end = -3 if parts[-3:-1] == ["blobs", "uploads"] else -2
+        parts[2:end] = [_ESCAPED_SLASH.sub("/", part) for part in parts[2:end]]
+        path = "/".join(parts)
+    return route(path)
 
 
 def is_api_path(path: str) -> bool:

@@ -6,7 +6,7 @@ from attrs import define
 
 from dockerproxy.errors import RegistryError
 from dockerproxy.http.request import Request
-from dockerproxy.oci.routes import route
+from dockerproxy.oci.routes import route_hosted
 from dockerproxy.registry.access_control import HOSTED_TOKEN_PATH, AccessControl
 from dockerproxy.registry.api import RegistryAPI
 from dockerproxy.registry.backend import RegistryBackend
@@ -26,7 +26,7 @@ class HostedRegistryApp:
         request.error_renderer = _respond_error
         if request.path == HOSTED_TOKEN_PATH and await self.access_control.handle_token(request):
             return
-        target = route(request.path)
+        target = route_hosted(request.path)
         principal = await self.access_control.check(request, target)
         request.user = principal.user
         await self.api.handle(request, target, self.backend, principal)

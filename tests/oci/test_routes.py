@@ -13,7 +13,16 @@ from hypothesis import strategies as st
 
 from dockerproxy.errors import BadRequest, DigestInvalid, NameInvalid, NameUnknown, RegistryError
 from dockerproxy.oci.names import Digest, parse_reference, parse_repository
-from dockerproxy.oci.routes import Kind, Target, is_api_path, is_pull_query, parse_query, pop_parameter, route
+from dockerproxy.oci.routes import (
+    Kind,
+    Target,
+    is_api_path,
+    is_pull_query,
+    parse_query,
+    pop_parameter,
+    route,
+    route_hosted,
+)
 
 DIGEST = "sha256:" + "0a" * 32
 NAME = parse_repository("library/ubuntu")
@@ -67,6 +76,34 @@ def test_every_kind_by_any_name(name: str, tag: str, digest: str, session: str) 
     assert route(f"/v2/{name}/referrers/{digest}") == Target(Kind.REFERRERS, repository, Digest.parse(digest))
     assert route(f"/v2/{name}/blobs/uploads/") == Target(Kind.UPLOADS, repository)
     assert route(f"/v2/{name}/blobs/uploads/{session}") == Target(Kind.UPLOAD, repository, session=session)
+
+
+@given(names, tags, digests, sessions, st.sampled_from(["%2F", "%2f"]))
+def test_an_escaped_slash_in_a_name_of_the_hosted_registry(
+    name: str, tag: str, digest: str, session: str, slash: str
+) -> None:
+    rests = ("tags/list", f"manifests/{tag}", f"manifests/{digest}", f"blobs/{digest}", f"referrers/{digest}",
+             "blobs/uploads", "blobs/uploads/", f"blobs/uploads/{session}")  # fmt: skip
+    for rest in rests:
+        path = f"/v2/{name.replace('/', slash)}/{rest}"
+        assert route_hosted(path) == route_hosted(f"/v2/{name}/{rest}") == route(f"/v2/{name}/{rest}")
+        if slash in path:
+            with pytest.raises(NameInvalid):
+                route(path)
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/v2%2Fa/tags/list", "/v2/a%2Ftags/list", "/v2/a/tags%2Flist", "/v2/a%2Ftags%2Flist", "/v2%2Fa%2Ftags%2Flist",
+     "/v2/a/manifests%2Fb", "/v2/a/manifests/b%2Fc", f"/v2/a/blobs%2F{DIGEST}", f"/v2/a/blobs%2Fuploads/{DIGEST}",
+     "/v2/a/blobs/uploads%2Fx", "/v2/a/blobs/uploads/x%2Fy", "/v2/a%252Fb/tags/list", "/v2/a%2F%2Fb/tags/list",
+     "/v2/%2Fa/tags/list", "/v2/a%2F/tags/list", "/v2/a%2F..%2Fb/tags/list", "/v2/a%2F.%2Fb/tags/list",
+     "/v2/%2e%2e/tags/list", "/v2/a%2F%2e%2e/tags/list", "/v2/a%5Cb/tags/list", "/v2/a%2F;b/tags/list", "/v2/%2F",
+     "/v2/%2F/tags/list", "/v2/a%2FB/tags/list", "/v2/a%2F_uploads/tags/list", "/%2Fv2/a/tags/list"],
+)  # fmt: skip
+def test_other_escaped_slashes_are_refused(path: str) -> None:
+    with pytest.raises((NameInvalid, NameUnknown, DigestInvalid)):
+        route_hosted(path)
 
 
 @pytest.mark.parametrize(

@@ -409,11 +409,24 @@ def test_failed_mount_starts_an_upload(registry: RegistryHarness, source: str) -
     assert registry.request("PUT", f"{location}?digest={digest}", b"shared").status == 201
 
 
-def test_mount_with_invalid_parameters(registry: RegistryHarness) -> None:
-    assert error_code(registry.request("POST", f"/v2/{NAME}/blobs/uploads/?mount=x&from=a")) == (400, "DIGEST_INVALID")
+@pytest.mark.parametrize(
+    "hint", ["mount=x&from=a", "mount=", "mount=sha256:00&from=from/here", "mount=md5:00", "mount=%zz", "mount",
+             "from=a", "mount={}&from=", "mount={}&from=../x", "mount={}&from=A", "mount={}&from=%ff",
+             "mount={}&from=%2", "mount={}&from=a:1/b", f"mount={{}}&from={'a/' * 200}b", "mount=x&digest={}"],
+)  # fmt: skip
+def test_a_mount_that_cannot_be_used_starts_an_upload(registry: RegistryHarness, hint: str) -> None:
     digest = registry.push_blob(b"shared", "from/here")
-    response = registry.request("POST", f"/v2/{NAME}/blobs/uploads/?mount={digest}&from=../x")
-    assert error_code(response) == (400, "NAME_INVALID")
+    location = registry.start_upload("?" + hint.format(digest))
+    assert registry.request("HEAD", f"/v2/{NAME}/blobs/{digest}").status == 404
+    assert registry.request("PUT", f"{location}?digest={digest}", b"shared").status == 201
+
+
+def test_what_is_no_hint_is_still_checked(registry: RegistryHarness) -> None:
+    digest = registry.push_blob(b"shared", "from/here")
+    mount = f"?mount={digest}&from=not/there"
+    for query in (f"{mount}&digest=x", f"{mount}&digest-algorithm=md5"):
+        response = registry.request("POST", f"/v2/{NAME}/blobs/uploads/{query}")
+        assert error_code(response) == (400, "DIGEST_INVALID")
 
 
 # blobs
@@ -663,6 +676,16 @@ def test_tags_pagination(registry: RegistryHarness) -> None:
     assert json.loads(registry.request("GET", f"/v2/{NAME}/tags/list?last=B").body)["tags"] == ["b", "C", "d"]
     assert error_code(registry.request("GET", f"/v2/{NAME}/tags/list?n=x")) == (400, "PAGINATION_NUMBER_INVALID")
     assert error_code(registry.request("GET", "/v2/no/such/tags/list")) == (404, "NAME_UNKNOWN")
+
+
+def test_an_empty_number_of_entries_and_an_escaped_slash(registry: RegistryHarness) -> None:
+    registry.image("v1")
+    for name in (NAME, NAME.replace("/", "%2F"), NAME.replace("/", "%2f")):
+        response = registry.request("GET", f"/v2/{name}/tags/list?n=")
+        assert (response.status, json.loads(response.body)) == (200, {"name": NAME, "tags": ["v1"]})
+        assert registry.request("HEAD", f"/v2/{name}/manifests/v1").status == 200
+    assert json.loads(registry.request("GET", "/v2/_catalog?n=").body) == {"repositories": [NAME]}
+    assert error_code(registry.request("GET", "/v2/some%252Fwhere/tags/list")) == (400, "NAME_INVALID")
 
 
 def test_a_repository_without_tags(registry: RegistryHarness) -> None:
