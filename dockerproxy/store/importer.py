@@ -11,6 +11,7 @@ from __future__ import annotations
 import fcntl
 import os
 import secrets
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
@@ -235,6 +236,10 @@ class _ImportRun:
                 continue
             if not self._target_links.has_manifest(repository, digest):
                 self._target_links.link_manifest(repository, digest, media_type)
+                # Referrers are listed by this time. A future one would make a manifest the newest one for long.
+                linked_at = self._source_links.manifest_time(repository, digest)
+                if linked_at is not None:
+                    self._target_links.set_manifest_time(repository, digest, min(linked_at, time.time_ns()))
                 self.counts.update(manifests=1)
             yield None
 

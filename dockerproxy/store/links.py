@@ -113,6 +113,18 @@ class Links:
         # `_layers` (catalog.go, handleRepository). It would sweep the manifests of a repository without that directory.
         self._staging.makedirs(self._layout.layers(repository))
 
+    def manifest_time(self, repository: str, digest: Digest) -> int | None:
+        """Return when the manifest was linked, in POSIX nanoseconds. Return None if the repository does not have it."""
+        try:
+            status = self._reader.stat(self._layout.manifest(repository, digest))
+        except (*Missing, UnsafeFile):
+            return None
+        return max(0, status.st_mtime_ns) if status.st_size and stat.S_ISREG(status.st_mode) else None
+
+    def set_manifest_time(self, repository: str, digest: Digest, time: int) -> None:
+        """Set when the manifest was linked, as `manifest_time` returns it."""
+        os.utime(self._layout.manifest(repository, digest), ns=(time, time))
+
     def unlink_manifest(self, repository: str, digest: Digest) -> bool:
         """Unlink the manifest from the repository. Return whether it was linked. The caller removes its tags."""
         return self._staging.remove_tree(os.path.dirname(self._layout.manifest(repository, digest)))

@@ -14,6 +14,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
+from operator import itemgetter
 
 from attrs import define, field
 
@@ -79,22 +80,25 @@ class Referrers:
     def list(
         self, repository: str, subject: Digest, after: str | None, artifact_type: str | None = None
     ) -> Iterator[tuple[str, bytes | None]]:
-        """Yield the names of `subject`'s referrers and their descriptors as JSON, sorted by name.
+        """Yield the entries of `subject`'s referrers and their descriptors as JSON, the oldest first.
 
-        Skip names up to and including `after`, and referrers that are no longer linked. If `artifact_type` is given,
-        the descriptors of others are None.
+        The age is that of the link, because some clients take the last one for the newest. An entry is a text that
+        sorts so. Skip those up to and including `after`, and referrers that are no longer linked. If `artifact_type` is
+        given, the descriptors of others are None.
         """
         directory = self._layout.referrers(repository, subject)
-        for name in sorted(list_names(directory)):
+        entries: list[tuple[str, Digest]] = []
+        for name in list_names(directory):
             digest = digest_from_names(*name.split("-", 1)) if "-" in name else None
-            if (
-                digest is None
-                or (after is not None and name <= after)
-                or not self._links.has_manifest(repository, digest)
-            ):
-                continue
+            time = None if digest is None else self._links.manifest_time(repository, digest)
+            if digest is not None and time is not None:
+                entry = f"{time:020}-{name}"
+                if after is None or entry > after:
+                    entries.append((entry, digest))
+        for entry, digest in sorted(entries, key=itemgetter(0)):
+            path = self._layout.referrer(repository, subject, digest)
             try:
-                yield name, self._read_descriptor(repository, f"{directory}/{name}", digest, artifact_type)
+                yield entry, self._read_descriptor(repository, path, digest, artifact_type)
             except Missing:
                 continue
 

@@ -851,6 +851,57 @@ def test_referrers_pagination(registry: RegistryHarness, monkeypatch: pytest.Mon
         assert sorted(digests) == sorted(pushed)
 
 
+def set_link_time(registry: RegistryHarness, digest: str, seconds: int) -> None:
+    registry.store.links.set_manifest_time(NAME, Digest.parse(digest), seconds * 10**9)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3, 4), (4, 2, 0, 1, 3)])
+@pytest.mark.parametrize("size_limit", [400, 10**6])
+def test_the_oldest_referrers_are_listed_first(
+    registry: RegistryHarness, monkeypatch: pytest.MonkeyPatch, order: tuple[int, ...], size_limit: int
+) -> None:
+    subject = registry.image("subject")
+    pushed = [str(registry.image(seed=f"{number}", subject=subject_of(subject))) for number in range(5)]
+    for time, number in enumerate(order):
+        set_link_time(registry, pushed[number], 10 ** (2 * time))
+    monkeypatch.setattr(module, "_MAX_REFERRERS_SIZE", size_limit)
+    expected = [pushed[number] for number in order]
+    assert list_types(registry, subject, "application/vnd.test")[0] == expected
+    registry.image(seed="2", subject=subject_of(subject))  # pushed again: it is not new
+    registry.image(seed="2", tag="signature", subject=subject_of(subject))
+    assert list_types(registry, subject, "application/vnd.test")[0] == expected
+
+
+def test_a_referrer_that_is_pushed_or_deleted_between_two_pages(
+    registry: RegistryHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subject = registry.image("subject")
+    pushed = [str(registry.image(seed=f"{number}", subject=subject_of(subject))) for number in range(4)]
+    for time, digest in enumerate(pushed):
+        set_link_time(registry, digest, time)
+    monkeypatch.setattr(module, "_MAX_REFERRERS_SIZE", 1)
+    listed, target = [], f"/v2/{NAME}/referrers/{subject}"
+    while target:
+        response = registry.request("GET", target)
+        listed += [item["digest"] for item in json.loads(response.body)["manifests"]]
+        target = (response.headers["Link"] or "").partition(">")[0].removeprefix("<")
+        if len(listed) == 2:
+            assert registry.request("DELETE", f"/v2/{NAME}/manifests/{pushed[1]}").status == 202
+            pushed.append(str(registry.image(seed="new", subject=subject_of(subject))))
+    assert listed == pushed
+
+
+def test_referrers_with_the_same_time_are_all_listed(
+    registry: RegistryHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subject = registry.image("subject")
+    pushed = [str(registry.image(seed=f"{number}", subject=subject_of(subject))) for number in range(4)]
+    for digest in pushed:
+        set_link_time(registry, digest, 5)
+    monkeypatch.setattr(module, "_MAX_REFERRERS_SIZE", 1)
+    assert list_types(registry, subject, "application/vnd.test") == (sorted(pushed), 4)
+
+
 def list_types(registry: RegistryHarness, subject: Digest, artifact_type: str) -> tuple[list[str], int]:
     """Return the referrers of a type, and the number of responses that they took."""
     digests: list[str] = []

@@ -80,6 +80,18 @@ def test_imports_everything_in_repositories(store: HostedTree, other: HostedTree
     assert len(list(store.referrers.list(REPOSITORY, BOTH.digest, None))) == 1
 
 
+def test_referrers_keep_their_order(store: HostedTree, other: HostedTree) -> None:
+    signatures = [image(b"sig", b"%d" % number, subject=ONE) for number in range(5)]
+    for number, signature in enumerate(signatures):
+        put_image(other, "two", signature)
+        other.links.set_manifest_time("two", signature.digest, number if number < 4 else 2**62)
+    import_from(store, other.layout.root)
+    store.referrers.index("two", store.referrers.missing("two"))
+    entries = [entry for entry, _ in store.referrers.list("two", ONE.digest, None)]
+    assert [entry.partition("-")[2] for entry in entries] == [f"sha256-{item.digest.hex}" for item in signatures]
+    assert (store.links.manifest_time("two", signatures[4].digest) or 0) < 2**62  # a future time counts as now
+
+
 def test_a_second_import_is_a_no_op(store: HostedTree, other: HostedTree) -> None:
     import_from(store, other.layout.root)
     result, skipped_items = import_from(store, other.layout.root)
