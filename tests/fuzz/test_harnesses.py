@@ -7,6 +7,9 @@ import pytest
 from tests.fuzz.corpus import FOLDER, mutations, seeds
 from tests.fuzz.harnesses import HARNESSES
 
+# Python warns of regular expressions that a later version may read differently.
+pytestmark = pytest.mark.filterwarnings("ignore:Possible:FutureWarning")
+
 _MUTATIONS = 300
 _MAX_SEED = 8192
 
