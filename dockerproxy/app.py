@@ -26,7 +26,7 @@ from dockerproxy.cache.possession import PossessionCheck
 from dockerproxy.cache.pullthrough import PullThrough
 from dockerproxy.cache.space import CacheSpace, FileCounter
 from dockerproxy.cache.token_endpoint import TokenEndpoint
-from dockerproxy.concurrency import KeyedLock, LocalKeyedLock, spawn
+from dockerproxy.concurrency import KeyedLock, LocalKeyedLock, fair_threads, spawn
 from dockerproxy.daemon.accesslog import AccessLog
 from dockerproxy.daemon.listener_service import Listener
 from dockerproxy.daemon.metrics import CONTENT_TYPE, Metrics
@@ -69,14 +69,12 @@ from dockerproxy.store.links import Links
 from dockerproxy.store.local_hosted_store import LocalHostedStore
 from dockerproxy.store.state_directory import StateDirectory
 from dockerproxy.store.uploads import UploadLimits
-from dockerproxy.thread_pool import PARSE_LIMITS, BoundedThreadPool, ContentParser, PoolLimits
+from dockerproxy.thread_pool import DISK_THREADS, PARSE_LIMITS, BoundedThreadPool, ContentParser, PoolLimits
 from dockerproxy.upstream.agent import Agent
 from dockerproxy.upstream.agent import UpstreamTimeouts as UpstreamTimeouts
 from dockerproxy.upstream.authorizer import Authorizer
 from dockerproxy.upstream.client import UpstreamClient
 from dockerproxy.upstream.tls import ClientContext
-
-_DISK_THREADS = 20  # the reactor's own pool: each download writes to the disk in a thread of its own
 
 _LOOKUP_LIMITS = PoolLimits(threads=16, threads_per_client=6, waiting=4000, waiting_per_client=1000, reserved_threads=4)
 """Name look-ups. One silent name server must leave threads to other clients, and some to registries. Waiting ones cost
@@ -185,7 +183,7 @@ class ProxyServer:
 
 def build_server(reactor: Any, settings: Settings, certificates: Certificates, shared: SharedServices) -> ProxyServer:
     """Build the server. Raise `SettingsError`, `HtpasswdError` or OSError."""
-    reactor.suggestThreadPoolSize(_DISK_THREADS)
+    reactor.suggestThreadPoolSize(DISK_THREADS)
     pools = ThreadPools.start(reactor, settings.workers)
     authority = certificates.authority
     policy = Policy(
@@ -266,6 +264,7 @@ def build_server(reactor: Any, settings: Settings, certificates: Certificates, s
             *pools.lookups.bounds,
             *pools.passwords.bounds,
             *pools.documents.bounds,
+            fair_threads(reactor).running,
             *pull_through.blobs.downloads.bounds,
             hosted_tree.uploads,
         ],

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Hashable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextvars import ContextVar
+from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
+from weakref import WeakKeyDictionary
 
 from attrs import define, field
 from twisted.internet.defer import Deferred, DeferredLock
-from twisted.internet.threads import deferToThreadPool
 from twisted.logger import Logger
 from twisted.python.failure import Failure
+
+from dockerproxy.thread_pool import FairThreads
 
 log = Logger()
 
@@ -28,9 +32,29 @@ def spawn(coroutine: Coroutine[Any, Any, object], description: str) -> Deferred[
     return deferred.addErrback(report)
 
 
+current_client: ContextVar[str] = ContextVar("current_client", default="")
+"""The address of the client whose request a coroutine serves; `""` for the daemon's own work.
+
+A coroutine that another one starts inherits it.
+"""
+
+_fair_threads: WeakKeyDictionary[Any, FairThreads] = WeakKeyDictionary()
+
+
+def fair_threads(reactor: Any) -> FairThreads:
+    """Return the threads of the reactor's pool, in which clients take turns."""
+    threads = _fair_threads.get(reactor)
+    if threads is None:
+        threads = _fair_threads[reactor] = FairThreads()
+    return threads
+
+
 async def in_thread(reactor: Any, function: Callable[..., T], *args: object) -> T:
-    """Call `function`, which may block, in a thread of the reactor's pool, and return its result."""
-    return await deferToThreadPool(reactor, reactor.getThreadPool(), function, *args)
+    """Call `function`, which may block, in a thread of the reactor's pool, and return its result.
+
+    It counts for `current_client`.
+    """
+    return await fair_threads(reactor).run(reactor, current_client.get(), partial(function, *args))
 
 
 async def shield(

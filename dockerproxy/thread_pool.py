@@ -170,6 +170,55 @@ class BoundedThreadPool:
             del self._queues[job.client]
 
 
+DISK_THREADS = 20  # of the reactor's pool: each download writes to the disk in a thread of its own
+_DISK_THREADS_PER_CLIENT = 12
+
+
+@define(eq=False)
+class FairThreads:
+    """Lets clients take turns in the threads of the reactor's pool, each with a share of them.
+
+    Unlike a `BoundedThreadPool` it refuses and drops no job: some clean up, and a request waits for each.
+    """
+
+    running: ClientShares = field(init=False)
+    _queues: OrderedDict[str, deque[Callable[[], None]]] = field(factory=OrderedDict, init=False)
+
+    @running.default
+    def _make_running(self) -> ClientShares:
+        return ClientShares("running disk jobs", DISK_THREADS, _DISK_THREADS_PER_CLIENT)
+
+    def run(self, reactor: Any, client: str, function: Callable[[], T]) -> Deferred[T]:
+        """Return what `function` returns in a thread. `client` is whom the job counts for, `""` for the daemon."""
+        client = client_key(client)
+        done: Deferred[T] = Deferred()
+
+        def start() -> None:
+            self.running.acquire(client)
+            on_result = partial(reactor.callFromThread, self._finish, client, done)
+            reactor.getThreadPool().callInThreadWithCallback(on_result, function)
+
+        self._queues.setdefault(client, deque()).append(start)
+        self._dispatch()
+        return done
+
+    def _dispatch(self) -> None:
+        while (client := next(filter(self.running.has_room, self._queues), None)) is not None:
+            queue = self._queues.pop(client)
+            start = queue.popleft()
+            if queue:
+                self._queues[client] = queue  # behind the others
+            start()
+
+    def _finish(self, client: str, done: Deferred[Any], success: bool, result: Any) -> None:
+        self.running.release(client)
+        self._dispatch()
+        if success:
+            done.callback(result)
+        else:
+            done.errback(result)
+
+
 PARSE_LIMITS = PoolLimits(threads=1, threads_per_client=1, waiting=128, waiting_per_client=32)
 """Long documents. Python parses in one thread at a time anyway, and each may take 40 MB meanwhile."""
 

@@ -12,8 +12,9 @@ from attrs import define, field
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.python.failure import Failure
 
+from dockerproxy.concurrency import current_client, fair_threads, in_thread
 from dockerproxy.errors import RegistryError, ServiceOverloaded, TooManyRequests
-from dockerproxy.thread_pool import BoundedThreadPool, ContentParser, PoolLimits
+from dockerproxy.thread_pool import BoundedThreadPool, ContentParser, FairThreads, PoolLimits
 
 
 @define(eq=False)
@@ -21,6 +22,9 @@ class ManualThreads:
     """Threads whose jobs the test runs; it is the reactor as well, which gets their results at once."""
 
     jobs: list[tuple[Callable[[bool, Any], object], Callable[[], Any]]] = field(factory=list)
+
+    def getThreadPool(self) -> ManualThreads:
+        return self
 
     def callInThreadWithCallback(self, onResult: Any, func: Any, *args: Any) -> None:
         self.jobs.append((onResult, lambda: func(*args)))
@@ -224,3 +228,51 @@ def test_only_long_content_is_parsed_in_a_thread(threads: ManualThreads) -> None
         if jobs:
             threads.finish()
         assert work.result == size + 2
+
+
+def test_clients_have_a_share_of_the_disk_threads(threads: ManualThreads) -> None:
+    fair = FairThreads()
+    work = [fair.run(threads, "a", lambda: "a") for _ in range(30)]
+    assert fair.running.report()["clients"] == {"a": 12}
+    other = [fair.run(threads, "b", lambda: "b") for _ in range(10)]
+    assert fair.running.report()["clients"] == {"a": 12, "b": 8}
+    own = fair.run(threads, "", lambda: "own")
+    threads.finish(12)  # one of b; then the clients that wait take turns, and the daemon is one of them
+    assert own.called is False
+    while threads.jobs:
+        threads.finish()
+    assert [job.result for job in (*work, *other, own)] == ["a"] * 30 + ["b"] * 10 + ["own"]
+    assert fair.running.used == 0
+
+
+def test_a_disk_job_that_fails_or_is_given_up_frees_its_thread(threads: ManualThreads) -> None:
+    fair = FairThreads()
+    failed = fair.run(threads, "a", lambda: 1 // 0)
+    given_up = fair.run(threads, "a", lambda: 5)
+    given_up.addErrback(lambda failure: failure.trap(CancelledError))
+    given_up.cancel()
+    assert len(threads.jobs) == 2  # it runs nevertheless, because it may clean up
+    threads.finish()
+    threads.finish()
+    assert isinstance(failure_of(failed), ZeroDivisionError)
+    assert fair.running.used == 0
+
+
+def test_work_in_threads_counts_for_the_client_of_the_request() -> None:
+    clients: list[str] = []
+
+    threads = ManualThreads()
+
+    async def serve() -> None:
+        await in_thread(threads, lambda: None)
+        await in_thread(threads, lambda: None)
+
+    token = current_client.set("192.0.2.7")
+    Deferred.fromCoroutine(serve())
+    current_client.reset(token)
+    for _ in range(2):
+        clients += fair_threads(threads).running.report()["clients"]
+        threads.finish()
+    Deferred.fromCoroutine(serve())
+    clients += fair_threads(threads).running.report()["clients"]
+    assert clients == ["192.0.2.7", "192.0.2.7", ""]

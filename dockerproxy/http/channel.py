@@ -21,6 +21,7 @@ from twisted.internet.protocol import Protocol, connectionDone
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
+from dockerproxy.concurrency import current_client
 from dockerproxy.errors import BadRequest, RegistryError
 from dockerproxy.http.connection_state import READS_INPUT, next_state
 from dockerproxy.http.connection_state import ConnectionEvent as Event
@@ -281,7 +282,9 @@ class HTTPChannel(Protocol):
         self._request_started_at = self._timer.now()
         if self._body is not None and rest:
             self._buffer = self._feed_body(self._body, rest)
+        token = current_client.set(self.client)  # for the handler, whose context is a copy of this one
         handler_task = Deferred.fromCoroutine(self._run_handler(request))
+        current_client.reset(token)
         if not handler_task.called and self._request is request:
             self._handler_task = handler_task
 

@@ -5,6 +5,7 @@ Without HTPASSWD_FILE, this is any client of the network. His work must cost oth
 
 from __future__ import annotations
 
+import hashlib
 import http.client
 import json
 import os
@@ -29,6 +30,7 @@ from tests.hostile.conftest import EVIL, GOOD, HostileNetwork, StartRegistryDaem
 MIB = 1024 * 1024
 OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 OCI_INDEX = "application/vnd.oci.image.index.v1+json"
+PROJECT = Path(__file__).parents[2]
 DEEP = "/".join(["d"] * 30)
 
 
@@ -205,6 +207,44 @@ def test_a_full_disk(network: HostileNetwork, start_daemon: StartRegistryDaemon,
     for name in os.listdir(small_disk / "registry/uploads"):
         os.utime(small_disk / "registry/uploads" / name, (0, 0))
     assert Pusher(daemon).push_blob("large", bytes(44 * MIB)).status == 201
+
+
+SLOW_DISK = """
+import os, time
+from dockerproxy.store.hashed_append_file import HashedAppendFile
+def rehash(self, algorithm=None, original=HashedAppendFile.rehash):
+    while not os.path.exists({flag!r}):
+        time.sleep(0.02)
+    original(self, algorithm)
+HashedAppendFile.rehash = rehash
+"""
+
+
+def test_slow_disk_jobs_of_one_client(
+    network: HostileNetwork, start_daemon: StartRegistryDaemon, workers: int, tmp_path: Path
+) -> None:
+    """He ends uploads by another algorithm than they began with, so that each is read and hashed again."""
+    code, flag = tmp_path / "code", tmp_path / "flag"
+    code.mkdir()
+    (code / "sitecustomize.py").write_text(SLOW_DISK.format(flag=str(flag)))
+    daemon = start_daemon(PYTHONPATH=os.pathsep.join((str(code), str(PROJECT))))
+    digest = "sha512:" + hashlib.sha512(b"data").hexdigest()
+    starter, hogs = Pusher(daemon, "127.0.0.2"), []
+    locations = [starter.start_upload(f"slow/{number}", b"data").headers["location"] for number in range(30 * workers)]
+    try:
+        for location in locations:
+            hog = socket.create_connection(("127.0.0.1", daemon.http_port), 60, source_address=("127.0.0.2", 0))
+            head = f"PUT {location}?digest={digest} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n"
+            hog.sendall(head.encode())
+            hogs.append(hog)
+        check_honest_clients(daemon, network, "others")
+    finally:
+        flag.touch()
+    for hog in hogs:
+        response = http.client.HTTPResponse(hog)
+        response.begin()
+        assert response.status == 201
+        hog.close()
 
 
 # documents
