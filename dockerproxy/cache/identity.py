@@ -12,6 +12,7 @@ import hmac
 from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections import OrderedDict
 from collections.abc import Callable
+from hashlib import blake2b
 
 from attrs import define, field, frozen
 
@@ -26,6 +27,7 @@ TOKEN_LIFETIME = 3600
 """Lifetime of a local token in seconds."""
 
 _TOKEN_PREFIX = "drp."
+_SIGNATURE_SIZE = 32
 _MAX_BINDINGS = 10_000
 
 
@@ -133,13 +135,13 @@ class Identities:
         A token counts as its client only for the repositories that it was issued for, and until its end. Otherwise it
         has an identity of its own, about which upstream must be asked; after its end, another one.
         """
-        scheme, _, token = authorization.partition(" ")
-        binding = self._bindings.get(self._for_token(token.strip())) if scheme.lower() == "bearer" else None
-        if binding is None:
-            return self.for_authorization(str(registry), authorization)
-        if binding.expires_at <= self._clock():
-            return self.for_authorization(f"{registry}\nexpired", authorization)
-        return binding.client if name in binding.repositories else self.for_authorization(str(registry), authorization)
+        hashed = self._hash(_canonical(authorization))
+        binding = self._bindings.get(hashed)
+        if binding is not None and binding.expires_at <= self._clock():
+            return self._own_identity(f"{registry}\nexpired", hashed)
+        if binding is not None and name in binding.repositories:
+            return binding.client
+        return self._own_identity(str(registry), hashed)
 
     def bind(
         self, token: str, issuer: str, authorization: str, repositories: frozenset[Repository], expires_at: float
@@ -147,7 +149,7 @@ class Identities:
         """Record that the realm `issuer` issued `token` for `authorization` and `repositories`, until a time."""
         client = self.for_authorization(issuer, authorization)
         binding = Binding(issuer, client, frozenset(repositories), expires_at)
-        self._bindings.bind(self._for_token(token), binding)
+        self._bindings.bind(self._hash(f"Bearer {token}"), binding)
 
     def for_authorization(self, issuer: str, authorization: str) -> str:
         """Return the identity of a client's Authorization field at `issuer`, a realm or registry that verifies it.
@@ -155,7 +157,7 @@ class Identities:
         Another issuer's word about the same credential is about another identity. Otherwise a hostile registry could
         confirm a guessed password in place of the one whose password it is.
         """
-        return "own:" + self._hash(f"{issuer}\n{authorization}")
+        return self._own_identity(issuer, self._hash(_canonical(authorization)))
 
     def issue_token(self, identity: str, repositories: frozenset[Repository] = frozenset()) -> str:
         """Return a local token that carries `identity` (PUBLIC if the client has none) at `repositories`.
@@ -177,7 +179,7 @@ class Identities:
             return None
         try:
             signed = urlsafe_b64decode(token.removeprefix(_TOKEN_PREFIX))
-            payload, signature = signed[:-32], signed[-32:]
+            payload, signature = signed[:-_SIGNATURE_SIZE], signed[-_SIGNATURE_SIZE:]
             if not hmac.compare_digest(signature, self._sign(payload)):
                 return INVALID_TOKEN
             identity, expires_at, names = payload.decode().split("\n")
@@ -185,11 +187,19 @@ class Identities:
             return INVALID_TOKEN
         return LocalToken(identity, frozenset(names.split())) if self._clock() < int(expires_at) else INVALID_TOKEN
 
-    def _for_token(self, token: str) -> str:
-        return self._hash(f"bound\n{token}")
+    def _own_identity(self, issuer: str, hashed: str) -> str:
+        return "own:" + self._hash(f"{issuer}\n{hashed}")
 
     def _hash(self, text: str) -> str:
-        return hmac.digest(self._secret, text.encode("utf-8", "surrogateescape"), "sha256").hex()[:32]
+        # BLAKE2 with a key takes a fourth of the time of HMAC for short texts.
+        content = text.encode("utf-8", "surrogateescape")
+        return blake2b(content, digest_size=16, key=self._secret, person=b"identity").hexdigest()
 
     def _sign(self, payload: bytes) -> bytes:
-        return hmac.digest(self._secret, b"token\n" + payload, "sha256")
+        return blake2b(payload, digest_size=_SIGNATURE_SIZE, key=self._secret, person=b"token").digest()
+
+
+def _canonical(authorization: str) -> str:
+    """Return one spelling of an Authorization field with a token, and any other field as it is."""
+    scheme, _, token = authorization.partition(" ")
+    return f"Bearer {token.strip()}" if scheme.lower() == "bearer" else authorization

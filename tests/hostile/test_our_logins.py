@@ -54,6 +54,10 @@ TRICKS = [
     "/.;/v2/_catalog",
     "/\\v2\\_catalog",
     "/%5cv2/_catalog",
+    "/v2%2f_catalog",
+    "/v2%5c_catalog",
+    "/v2/app%2ftags%2flist",
+    "/v2/_catalog%2f..%2f..%2fapi",
 ]
 
 
