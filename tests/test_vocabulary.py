@@ -92,3 +92,13 @@ def test_the_architecture_names_every_module() -> None:
     words = set(re.findall(r"\w+", (ROOT / "docs" / "architecture.md").read_text("utf-8")))
     modules = {path.stem for path in (ROOT / "dockerproxy").rglob("*.py")} - {"__init__"}
     assert modules - words == set()
+
+
+def test_the_threat_model_names_every_attack() -> None:
+    """SECURITY.md names each module of attacks, and none that does not exist. Networks without attacks are honest."""
+    cells = re.findall(r"\| ([^|]+) \|$", (ROOT / "SECURITY.md").read_text("utf-8"), re.MULTILINE)
+    named = {name for cell in cells for name in re.findall(r"(?:tests/\w+/)?test_\w+", cell)}
+    attacks = {path.stem for path in (ROOT / "tests" / "hostile").glob("test_*.py")} - {"test_network"}
+    assert attacks - named == set()
+    paths = {name if name.startswith("tests/") else f"tests/hostile/{name}" for name in named}
+    assert [path for path in sorted(paths) if not (ROOT / f"{path}.py").exists()] == []
