@@ -18,7 +18,7 @@ from dockerproxy.oci.names import Digest
 from dockerproxy.store.eviction import Entry
 from dockerproxy.store.files import Staging
 from dockerproxy.store.layout import Layout, digest_from_names
-from dockerproxy.store.tree_reader import Missing, TreeReader, UnsafeFile, open_regular, read_small
+from dockerproxy.store.tree_reader import Missing, TreeReader, UnsafeFile, open_regular, open_with_status, read_small
 
 # Seconds. A file's mtime records its last use, because atime is coarse under `relatime` and absent under `noatime`.
 # Eviction counts in days, so a blob that is read a thousand times a second needs no thousand inode updates.
@@ -98,10 +98,9 @@ class Blobs:
     def open(self, digest: Digest) -> OpenBlob | None:
         """Open the blob and record the use; return None if it does not exist."""
         try:
-            fd = open_regular(self._layout.blob(digest))
+            fd, status = open_with_status(self._layout.blob(digest))
         except (*Missing, UnsafeFile):
             return None
-        status = os.fstat(fd)
         now = self._clock()
         # An mtime in the future (the clock was set back) would keep the blob forever.
         if not 0 <= now - status.st_mtime < _TOUCH_INTERVAL:

@@ -46,6 +46,13 @@ def open_regular(path: str, *, directory_fd: int | None = None, shown_path: str 
 
     `path` may be relative to `directory_fd`; errors then name `shown_path`.
     """
+    return open_with_status(path, directory_fd=directory_fd, shown_path=shown_path)[0]
+
+
+def open_with_status(
+    path: str, *, directory_fd: int | None = None, shown_path: str | None = None
+) -> tuple[int, os.stat_result]:
+    """Do the same as `open_regular`, and return the status of the file as well."""
     try:
         fd = os.open(path, _OPEN, dir_fd=directory_fd)
     except OSError as error:
@@ -56,7 +63,7 @@ def open_regular(path: str, *, directory_fd: int | None = None, shown_path: str 
             if not stat.S_ISREG(mode):
                 raise UnsafeFile.of(shown_path or path, mode) from None
         raise
-    return _check_regular(fd, shown_path or path)
+    return fd, _check_regular(fd, shown_path or path)
 
 
 def read_small(path: str, limit: int) -> bytes | None:
@@ -119,7 +126,8 @@ class StrictReader(TreeReader):
         """Open the regular file at `path` for reading. Raises `UnsafeFile` and `OSError`."""
         fd = self._open_unlinked(path, _OPEN)
         if fd >= 0:
-            return _check_regular(fd, path)
+            _check_regular(fd, path)
+            return fd
         parent_fd, name = self._open_parent(path)
         try:
             return open_regular(name, directory_fd=parent_fd, shown_path=path)
@@ -245,13 +253,13 @@ class StrictReader(TreeReader):
         return fd
 
 
-def _check_regular(fd: int, path: str) -> int:
-    """Return `fd` if it is a regular file; otherwise close it and raise `UnsafeFile`."""
-    mode = os.fstat(fd).st_mode
-    if stat.S_ISREG(mode):
-        return fd
+def _check_regular(fd: int, path: str) -> os.stat_result:
+    """Return the status of `fd` if it is a regular file; otherwise close it and raise `UnsafeFile`."""
+    status = os.fstat(fd)
+    if stat.S_ISREG(status.st_mode):
+        return status
     os.close(fd)
-    raise UnsafeFile.of(path, mode)
+    raise UnsafeFile.of(path, status.st_mode)
 
 
 def _read_and_close(fd: int, limit: int) -> bytes:
