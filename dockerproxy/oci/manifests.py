@@ -52,6 +52,7 @@ _NONDISTRIBUTABLE = re.compile(
     r"application/vnd\.(?:oci\.image\.layer\.nondistributable\.v1|docker\.image\.rootfs\.foreign\.diff)\b"
 )
 
+_FALLBACK_TAG = re.compile(r"((?:sha256|sha512)-[0-9a-f]{64})(?:\.[\w.-]+)?", re.ASCII)
 _Document = dict[str, Any]
 
 
@@ -272,6 +273,15 @@ def fallback_tag(digest: Digest) -> Tag:
     A longer encoding is cut to 64 characters (distribution-spec 1.1, "Referrers Tag Schema").
     """
     return Tag(f"{digest.algorithm}-{digest.hex[:64]}")
+
+
+def fallback_base(tag: str) -> str | None:
+    """Return the `fallback_tag` of the digest that a tag's name is derived from. Return None if it is another name.
+
+    Besides the tag of the referrers themselves there are those of cosign: ``.sig``, ``.att``, ``.sbom``.
+    """
+    match = _FALLBACK_TAG.fullmatch(tag)
+    return None if match is None else match[1]
 
 
 def filter_referrers(index: bytes, artifact_type: str) -> bytes:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from attrs import field, frozen
 
 from dockerproxy.concurrency import KeyedLock, LocalKeyedLock
+from dockerproxy.oci.manifests import fallback_base, fallback_tag
 from dockerproxy.oci.names import Digest
 from dockerproxy.oci.referrers import Referrer
 from dockerproxy.store.blobs import Blobs
@@ -82,6 +83,8 @@ class HostedTree:
         for tag in self.links.tags(repository):
             if self.links.tag(repository, tag) == digest:
                 self.links.remove_tag(repository, tag)
+            elif fallback_base(tag) == fallback_tag(digest):
+                self.links.mark_orphaned(repository, tag)  # gc deletes it, and what it leads to
         old_signature = self.referrers.signature(repository)
         subject = self.referrers.subject(repository, digest)
         was_linked = self.links.unlink_manifest(repository, digest)

@@ -11,6 +11,7 @@
     │       │   ├── revisions/ALG/HEX/subject            (ours) its subject, or ``-`` if it has none; see `referrers`
     │       │   └── tags/TAG
     │       │       ├── current/link                     the manifest of the tag
+    │       │       ├── orphaned                         (ours) the tag is named after a digest that is gone; see `mark`
     │       │       └── index/ALG/HEX/link               all manifests that the tag has had
     │       ├── _referrers/ALG/HEX/ALG-HEX               (ours) the descriptor of the second, a referrer of the first
     │       └── _uploads/UUID                            an upload session of another registry
@@ -134,6 +135,10 @@ class Layout:
     def media_type(self, repository: str, digest: Digest) -> str:
         """Return the file that contains a manifest's media type."""
         return f"{self._revision(repository, digest)}/media-type"
+
+    def orphaned_tag(self, repository: str, tag: str) -> str:
+        """Return the file that exists if the name of a tag is derived from a digest that the repository had once."""
+        return f"{self.tag(repository, tag)}/orphaned"
 
     def subject(self, repository: str, digest: Digest) -> str:
         """Return the file that contains a manifest's subject. Its existence shows that the manifest is indexed."""

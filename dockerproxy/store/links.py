@@ -153,6 +153,14 @@ class Links:
         existed = self.tag(repository, tag) is not None
         return self._staging.remove_tree(self._layout.tag(repository, tag)) and existed
 
+    def mark_orphaned(self, repository: str, tag: str) -> None:
+        """Record that the repository had a manifest, and that the name of the tag is derived from its digest."""
+        self._staging.write(b"-", self._layout.orphaned_tag(repository, tag))
+
+    def is_orphaned(self, repository: str, tag: str) -> bool:
+        """Return whether `mark_orphaned` was called for the tag."""
+        return _link_exists(self._reader, self._layout.orphaned_tag(repository, tag))
+
     def tags(self, repository: str) -> list[str]:
         """Return the repository's tags, sorted. Blocks."""
         names = self._reader.list_names(self._layout.tags(repository))

@@ -9,7 +9,7 @@ from contextlib import suppress
 from attrs import define, field, frozen
 
 from dockerproxy.errors import ManifestInvalid
-from dockerproxy.oci.manifests import MAX_MANIFEST
+from dockerproxy.oci.manifests import MAX_MANIFEST, fallback_base, fallback_tag
 from dockerproxy.oci.names import Digest
 from dockerproxy.store.blobs import Blobs
 from dockerproxy.store.layout import Layout
@@ -22,17 +22,29 @@ DigestText = str
 
 
 @frozen
+class DerivedTag:
+    """A tag that points to `target`. Its name is derived from the digest `subject`; None if only a part is known."""
+
+    tag: str
+    target: DigestText
+    subject: DigestText | None
+
+
+@frozen
 class Unreferenced:
     """The unreachable objects of a repository.
 
     `groups` holds the manifests. The manifests of a group are connected by references, such as an index, its images
     and their signatures. In each group, manifests with children come first. `subjects` has the subjects of those that
-    have one, and `layers` the unreachable blob links.
+    have one, and `layers` the unreachable blob links. `tags` has the tags to delete, because their names are derived
+    from the digests of unreachable or former manifests. `orphans` are such tags that stay for now.
     """
 
     groups: list[list[DigestText]]
     subjects: dict[DigestText, DigestText]
     layers: set[DigestText]
+    tags: list[DerivedTag]
+    orphans: list[DerivedTag]
 
 
 @frozen
@@ -57,6 +69,9 @@ class Mark:
     A tag reaches its manifest. A manifest reaches its references, its subject and its referrers. If `delete_untagged`
     is false, every manifest is a root. A manifest used after `cutoff` (POSIX time) is always a root. If a manifest of
     a repository cannot be read, all objects of that repository count as reachable, because its references are unknown.
+
+    If the name of a tag is derived from the digest of a manifest that the repository has, or had, the tag is no root:
+    its manifest counts as a referrer of that one, such as a signature, and both end together.
 
     `garbage` first has all blobs, and loses those that are reached. A blob that is written meanwhile is not in it, and
     stays. Memory grows with the number of blobs, manifests and links on disk, but not with the number of references:
@@ -107,8 +122,8 @@ class Mark:
             layers.add(str(layer))
             self.on_step()
         try:
-            roots = self._read_tags(repository)
-            catalog = self._read_catalog(repository, roots)
+            roots, derived = self._read_tags(repository)
+            catalog = self._read_catalog(repository, roots, derived)
             live: set[DigestText] = set()
             self._reach(repository, catalog, roots, live, layers)
             self.recent_count += len(catalog.recent - live)
@@ -118,25 +133,43 @@ class Mark:
             self.problems.append(Problem(repository, f"{error}; nothing was deleted from this repository"))
             self._mark_all(repository)
             return
-        if groups or layers:
+        tags, orphans = catalog.former, list[DerivedTag]()
+        for item in catalog.derived:
+            if item.subject not in live:
+                (orphans if item.target in catalog.recent else tags).append(item)
+            self.on_step()
+        if groups or layers or tags:
             subjects = {digest: subject for digest, subject in catalog.subjects.items() if digest not in live}
-            self.unreferenced[repository] = Unreferenced(groups, subjects, layers)
+            self.unreferenced[repository] = Unreferenced(groups, subjects, layers, tags, orphans)
 
-    def _read_tags(self, repository: str) -> dict[DigestText, str]:
-        """Return the repository's tagged manifests, each with one of its tags."""
+    def _read_tags(self, repository: str) -> tuple[dict[DigestText, str], dict[str, DigestText]]:
+        """Return the repository's tagged manifests, each with one of its tags.
+
+        If untagged manifests are deleted, the tags with names derived from a digest are returned by themselves.
+        """
         roots: dict[DigestText, str] = {}
+        derived: dict[str, DigestText] = {}
         for tag, target in self._links.iter_tags(repository):
             if target is None:
                 raise ManifestUnreadable(f"the link of the tag {tag} cannot be read")
-            roots[str(target)] = tag
+            if self.delete_untagged and fallback_base(tag) is not None:
+                derived[tag] = str(target)
+            else:
+                roots[str(target)] = tag
             self.on_step()
-        return roots
+        return roots, derived
 
-    def _read_catalog(self, repository: str, roots: dict[DigestText, str]) -> _Catalog:
-        """Read the repository's manifests, unless each of them is a root. Check that the tagged ones exist."""
+    def _read_catalog(self, repository: str, roots: dict[DigestText, str], derived: dict[str, DigestText]) -> _Catalog:
+        """Read the repository's manifests, unless each of them is a root. Check that the tagged ones exist.
+
+        Add the `derived` tags to `roots` if their digests were never seen here.
+        """
         catalog = _Catalog()
+        subjects: dict[str | None, DigestText | None] = {base: _subject(base) for base in map(fallback_base, derived)}
         for digest in self._links.manifests(repository):
             text = str(digest)
+            if subjects and (base := fallback_tag(digest)) in subjects:
+                subjects[base] = text
             if self.delete_untagged:
                 references, last_used = self._read(repository, text)
                 if references.subject is not None:
@@ -147,7 +180,19 @@ class Mark:
             catalog.digests.add(text)
             self.manifest_count += 1
             self.on_step()
-        for text, tag in roots.items():
+        for tag, text in derived.items():
+            item = DerivedTag(tag, text, subjects[fallback_base(tag)])
+            if item.subject == text:  # a person may give an image its own digest as a name
+                roots[text] = tag
+            elif item.subject in catalog.digests:
+                catalog.derived.append(item)
+                catalog.referrers.setdefault(item.subject, []).append(text)
+            elif text in catalog.digests and not self._links.is_orphaned(repository, tag):
+                roots[text] = tag
+            elif text not in catalog.recent:
+                catalog.former.append(item)
+            self.on_step()
+        for tag, text in (*((tag, text) for text, tag in roots.items()), *((i.tag, i.target) for i in catalog.derived)):
             target = Digest.parse(text)
             if text not in catalog.digests and not self._links.has_manifest(repository, target):
                 if self._links.tag(repository, tag) == target:
@@ -203,6 +248,10 @@ class Mark:
                 if subject is not None and subject in catalog.digests:
                     forest.join(digest, subject)
             self.on_step()
+        for item in catalog.derived:
+            if item.subject is not None and item.subject not in live and item.target not in live:
+                forest.join(item.subject, item.target)
+            self.on_step()
         groups: dict[DigestText, tuple[list[DigestText], list[DigestText]]] = {}
         for digest in forest.parents:
             groups.setdefault(forest.find(digest), ([], []))[digest not in parents].append(digest)
@@ -237,13 +286,16 @@ class _Catalog:
     """The manifests of a repository, without their references.
 
     If untagged manifests are deleted, it has also the `recent` ones, and the `subjects` of those that have one.
-    `referrers` has the manifests by subject; the subject need not be a manifest of the repository.
+    `referrers` has the manifests by subject; the subject need not be a manifest of the repository. `derived` are the
+    tags with names derived from the digests of others, `former` those of digests that are not there any more.
     """
 
     digests: set[DigestText] = field(factory=set, init=False)
     recent: set[DigestText] = field(factory=set, init=False)
     subjects: dict[DigestText, DigestText] = field(factory=dict, init=False)
     referrers: dict[DigestText, list[DigestText]] = field(factory=dict, init=False)
+    derived: list[DerivedTag] = field(factory=list, init=False)
+    former: list[DerivedTag] = field(factory=list, init=False)
 
     def leads_on(self, digest: DigestText) -> bool:
         """Return whether other manifests may be reached from `digest`."""
@@ -269,6 +321,11 @@ class _Forest:
     def join(self, one: DigestText, other: DigestText) -> None:
         """Unite the sets of two manifests."""
         self.parents[self.find(one)] = self.find(other)
+
+
+def _subject(base: str | None) -> DigestText | None:
+    """Return the digest that a `fallback_base` was derived from, if it has all of it."""
+    return base.replace("-", ":") if base is not None and base.startswith("sha256-") else None
 
 
 def load_references(

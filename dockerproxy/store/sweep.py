@@ -213,6 +213,7 @@ class _SweepRun:
             self._report_sweep()
 
     def _clean_up_steps(self, repository: str) -> Iterator[None]:
+        yield from self._clean_up_derived_tags(repository)
         deleted = self._deleted_manifests.get(repository)
         if deleted is not None:
             for text, subject_text in self._mark.unreferenced[repository].subjects.items():
@@ -224,6 +225,21 @@ class _SweepRun:
                 yield None
             yield from self._links.prune_tag_index(repository, deleted)
         yield from self._links.prune(repository)
+
+    def _clean_up_derived_tags(self, repository: str) -> Iterator[None]:
+        """Delete the tags with names derived from digests that are gone, and record those that stay for now."""
+        unreferenced = self._mark.unreferenced.get(repository)
+        if unreferenced is None:
+            return
+        for items, act in (
+            (unreferenced.tags, self._links.remove_tag), (unreferenced.orphans, self._links.mark_orphaned)
+        ):  # fmt: skip
+            for item in items:
+                subject = None if item.subject is None else Digest.parse(item.subject)
+                is_gone = subject is None or not self._links.has_manifest(repository, subject)
+                if is_gone and self._links.tag(repository, item.tag) == Digest.parse(item.target):
+                    act(repository, item.tag)
+                yield None
 
     def _delete_in_threads(self, items: Iterable[T], delete: Callable[[T], DeleteResult | None]) -> None:
         """Call `delete` with each item in `_THREADS` threads, and record the results."""

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from twisted.internet.defer import Deferred
 
-from dockerproxy.oci.manifests import OCI_INDEX
+from dockerproxy.oci.manifests import OCI_INDEX, fallback_tag
 from dockerproxy.oci.names import Digest, parse_repository
 from dockerproxy.oci.upload_ids import UploadIds
 from dockerproxy.store import safe_delete as safe_delete_module
@@ -92,6 +92,142 @@ def test_a_subject_in_another_repository_only_is_not_retained(store: HostedTree)
     age_blobs(store)
     sweep(store.layout, delete_untagged=True)
     assert not store.links.has_manifest(REPOSITORY, ONE.digest)
+
+
+# Tags whose names are derived from a digest
+
+SIGNATURE = image(b"sig", b"signature")  # cosign's have no subject
+REFERRER = image(b"sig", b"referrer", subject=BOTH)
+
+
+def put_signatures(store: HostedTree) -> list[str]:
+    """Sign BOTH as cosign, oras and notation do at a registry without referrers. Return the tags."""
+    base = fallback_tag(BOTH.digest)
+    tags = [base, *(f"{base}.{extension}" for extension in ("sig", "att", "sbom"))]
+    put_image(store, REPOSITORY, REFERRER)
+    put_image(store, REPOSITORY, index(REFERRER), base)
+    for tag in tags[1:]:
+        put_image(store, REPOSITORY, SIGNATURE, tag)
+    # And a signature of the signature.
+    of_signature = f"{fallback_tag(SIGNATURE.digest)}.sig"
+    put_image(store, REPOSITORY, image(b"sig", b"of a signature"), of_signature)
+    return sorted([*tags, of_signature])
+
+
+def test_signatures_live_with_their_image(store: HostedTree) -> None:
+    put_image(store, REPOSITORY, BOTH, "v1")
+    signatures = put_signatures(store)
+    before = stored_digests(store)
+    age_blobs(store)
+    for _ in range(2):
+        assert sweep(store.layout, delete_untagged=True).problems == ()
+        assert stored_digests(store) == before
+        assert store.links.tags(REPOSITORY) == sorted([*signatures, "v1"])
+
+
+@pytest.mark.parametrize("removal", ["tag", "manifest", "manifest, and two collections"])
+def test_signatures_end_with_their_image(store: HostedTree, removal: str) -> None:
+    put_image(store, REPOSITORY, BOTH, "v1")
+    signatures = put_signatures(store)
+    if removal == "tag":
+        store.links.remove_tag(REPOSITORY, "v1")
+    else:
+        store.remove_manifest(REPOSITORY, BOTH.digest)
+    if "two" in removal:
+        sweep(store.layout, delete_untagged=True)  # all of it was used a moment ago
+        assert store.links.tags(REPOSITORY) == signatures
+    age_blobs(store)
+    assert sweep(store.layout).problems == ()
+    assert store.links.tags(REPOSITORY) == signatures
+    assert sweep(store.layout, delete_untagged=True).problems == ()
+    assert store.links.tags(REPOSITORY) == []
+    assert stored_digests(store) == set()
+    assert list(store.links.repositories()) == []
+
+
+def test_a_signature_that_was_used_ends_with_a_later_collection(store: HostedTree) -> None:
+    put_image(store, REPOSITORY, BOTH, "v1")
+    put_signatures(store)
+    store.links.remove_tag(REPOSITORY, "v1")
+    age_blobs(store)
+    store.blobs.touch(SIGNATURE.digest)
+    sweep(store.layout, delete_untagged=True)
+    assert not store.links.has_manifest(REPOSITORY, BOTH.digest)
+    assert f"{fallback_tag(BOTH.digest)}.sig" in store.links.tags(REPOSITORY)
+    age_blobs(store)
+    assert sweep(store.layout, delete_untagged=True).problems == ()
+    assert store.links.tags(REPOSITORY) == []
+    assert stored_digests(store) == set()
+
+
+def test_signatures_of_what_was_never_here_are_spared(store: HostedTree) -> None:
+    """COSIGN_REPOSITORY: signatures have a repository of their own."""
+    put_image(store, "images", BOTH, "v1")
+    signatures = put_signatures(store)
+    put_image(store, REPOSITORY, ONE, fallback_tag(ONE.digest))  # a person may give an image its own digest as a name
+    put_image(store, REPOSITORY, TWO, f"sha256-{'0' * 63}", "sha256-latest", f"x{fallback_tag(ONE.digest)}")
+    store.remove_manifest("images", BOTH.digest)
+    before = store.links.tags(REPOSITORY)
+    for _ in range(2):
+        age_blobs(store)
+        assert sweep(store.layout, delete_untagged=True).problems == ()
+        assert store.links.tags(REPOSITORY) == before
+    assert set(signatures) < set(before)
+    assert closure(SIGNATURE, REFERRER, ONE, TWO) <= stored_digests(store)
+
+
+def test_an_index_that_two_images_share_lives_with_one(store: HostedTree) -> None:
+    """Clients leave an empty index behind if they remove the last signature."""
+    for image_, tag in ((ONE, "one"), (TWO, "two")):
+        put_image(store, REPOSITORY, image_, tag)
+        put_image(store, REPOSITORY, index(), fallback_tag(image_.digest))
+    store.links.remove_tag(REPOSITORY, "two")
+    age_blobs(store)
+    sweep(store.layout, delete_untagged=True)
+    assert store.links.tags(REPOSITORY) == sorted(["one", fallback_tag(ONE.digest)])
+    assert stored_digests(store) == closure(ONE, index())
+
+
+def test_the_image_of_a_sha512_digest(store: HostedTree) -> None:
+    """The tag has half of the digest."""
+    digest = Digest.of(ONE.data, "sha512")
+    put_image(store, REPOSITORY, ONE)
+    store.remove_manifest(REPOSITORY, ONE.digest)
+    store.blobs.put(ONE.data, digest)
+    store.link_manifest(REPOSITORY, digest, ONE.media_type, None, ["v1"])
+    put_image(store, REPOSITORY, SIGNATURE, f"{fallback_tag(digest)}.sig")
+    age_blobs(store)
+    sweep(store.layout, delete_untagged=True)
+    assert store.links.tags(REPOSITORY) == [f"{fallback_tag(digest)}.sig", "v1"]
+    store.links.remove_tag(REPOSITORY, "v1")
+    sweep(store.layout, delete_untagged=True)
+    assert store.links.tags(REPOSITORY) == []
+    assert stored_digests(store) == set()
+
+
+def test_a_crash_before_the_tags_of_signatures_were_deleted(store: HostedTree, monkeypatch: pytest.MonkeyPatch) -> None:
+    put_image(store, REPOSITORY, BOTH, "v1")
+    put_signatures(store)
+    store.links.remove_tag(REPOSITORY, "v1")
+    age_blobs(store)
+    with monkeypatch.context() as crash:
+        crash.setattr(sweep_module._SweepRun, "_clean_up", lambda run, repository: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            sweep(store.layout, delete_untagged=True)
+    assert store.links.tags(REPOSITORY) != []
+    assert sweep(store.layout, delete_untagged=True).problems == ()
+    assert store.links.tags(REPOSITORY) == []
+    assert stored_digests(store) == set()
+
+
+def test_an_image_that_is_pushed_again_keeps_its_signatures(store: HostedTree) -> None:
+    put_image(store, REPOSITORY, BOTH, "v1")
+    signatures = put_signatures(store)
+    store.remove_manifest(REPOSITORY, BOTH.digest)
+    put_image(store, REPOSITORY, BOTH, "v1")
+    age_blobs(store)
+    sweep(store.layout, delete_untagged=True)
+    assert store.links.tags(REPOSITORY) == sorted([*signatures, "v1"])
 
 
 def test_untagged_manifests_are_deleted_only_on_request(store: HostedTree) -> None:
