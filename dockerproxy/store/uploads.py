@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 _MAX_HASHERS = 1000  # suspended sessions whose hash is kept in memory; the others are hashed again at the end
 _GIVEN_UP_AGE = 600.0  # seconds without a byte after which a session makes room for another one
+_ROOM_INTERVAL = 1.0  # seconds between two searches for sessions that were given up
 _RETRY_AFTER = ("Retry-After", "60")
 
 
@@ -109,6 +110,7 @@ class Uploads:
     limits: UploadLimits = field(factory=UploadLimits, kw_only=True)
     _hashers: OrderedDict[str, tuple[_Hash, int]] = field(factory=OrderedDict, init=False)
     _refused: int = field(default=0, init=False)
+    _made_room_at: float = field(default=0.0, init=False)
 
     def create(self, session: str, algorithm: str = "sha256") -> Upload:
         """Create the file of a new session, whose bytes are hashed with `algorithm` as they arrive. Blocks.
@@ -158,9 +160,9 @@ class Uploads:
     def purge_given_up(self) -> int:
         """Delete the sessions that nobody has used for a while, although they are not stale yet, to make room. Blocks.
 
-        Return their number.
+        Return their number. Do nothing if this was done a moment ago.
         """
-        return self._purge(self._sessions(), self._clock() - _GIVEN_UP_AGE)
+        return self._purge_given_up(self._sessions())
 
     def report(self) -> BoundReport:
         """Return the state of the bounds for `dockerproxy debug`. Clients are given by their part of the identifier."""
@@ -179,7 +181,7 @@ class Uploads:
         sessions = self._sessions()
         error = self._refusal(session, sessions)
         if error is not None:
-            self._purge(sessions, self._clock() - _GIVEN_UP_AGE)
+            self._purge_given_up(sessions)
             error = self._refusal(session, self._sessions())
         if error is not None:
             self._refused += 1
@@ -208,6 +210,14 @@ class Uploads:
 
     def _sessions(self) -> list[str]:
         return [name for name in list_names(self._layout.sessions) if UPLOAD_ID.fullmatch(name)]
+
+    def _purge_given_up(self, sessions: Iterable[str]) -> int:
+        # Not for each request that is refused: it looks at all sessions.
+        now = self._clock()
+        if abs(now - self._made_room_at) < _ROOM_INTERVAL:
+            return 0
+        self._made_room_at = now
+        return self._purge(sessions, now - _GIVEN_UP_AGE)
 
     def _purge(self, sessions: Iterable[str], before: float, dry_run: bool = False) -> int:
         count = 0

@@ -206,7 +206,8 @@ def test_a_full_disk(network: HostileNetwork, start_daemon: StartRegistryDaemon,
     # If nobody has continued partial uploads for a while, they make room.
     for name in os.listdir(small_disk / "registry/uploads"):
         os.utime(small_disk / "registry/uploads" / name, (0, 0))
-    assert Pusher(daemon).push_blob("large", bytes(44 * MIB)).status == 201
+    large = bytes(44 * MIB)
+    wait_until(lambda: Pusher(daemon).push_blob("large", large).status == 201, "the push has room")
 
 
 SLOW_DISK = """
