@@ -388,7 +388,7 @@ class BlobDownload:
             if ingest.size:
                 await self._rehash(ingest)
         except BaseException:
-            ingest.release()
+            _give_back(ingest)
             raise
         self._file, self.written = ingest, ingest.size
         if self.state is not DownloadState.CONNECTING:  # the writer died
@@ -476,10 +476,7 @@ class BlobDownload:
             raise
         finally:
             self._ingests.remove_info(self.key)
-            if ingest.size:
-                ingest.release()
-            else:
-                ingest.discard()  # because upstream may have refused each of a million requests
+            _give_back(ingest)
 
     async def _open_upstream(self, source: ResumableGet, ingest: IngestWriter) -> bool:
         """Open `source` at the byte where the partial file ends.
@@ -697,6 +694,14 @@ class Downloads:
         finally:
             del self._downloads[download.key]
             download.end(state)
+
+
+def _give_back(ingest: IngestWriter) -> None:
+    """Leave the partial file to the next download, or delete it if it is empty: each failure would leave an inode."""
+    if ingest.size:
+        ingest.release()
+    else:
+        ingest.discard()
 
 
 def _refusal(shares: ClientShares, holder: str) -> str:
