@@ -11,7 +11,7 @@ from twisted.internet.defer import Deferred
 from dockerproxy.errors import RegistryError
 from dockerproxy.shares import ClientShares, client_key
 
-_MAX_CHUNKS = 4096  # buffered chunks: a tiny chunk takes many times its length in memory
+_MIN_CHUNK = 512  # bytes; smaller ones are joined, because a tiny chunk takes many times its length in memory
 _SCARCE_HIGH_WATER = 16 * 1024
 _SHORT_BODY = 64 * 1024
 
@@ -102,8 +102,8 @@ class ByteStream:
 
     The producer side calls `feed`, then `finish` or `fail` once. The reader awaits `read` until it returns ``b""``.
 
-    The producer is paused while the stream buffers more than `high_water` bytes and more than the last read asked for,
-    or more than `_MAX_CHUNKS` chunks. It is resumed after a read. It is also resumed at the end of the stream, because
+    The producer is paused while the stream buffers more than `high_water` bytes and more than the last read asked for.
+    It is resumed after a read. It is also resumed at the end of the stream, because
     its further bytes belong to the next message. `buffers` may lower these limits. `limit_reads` is called with False
     while it does not, and with True while it does, and at the end.
     """
@@ -147,7 +147,10 @@ class ByteStream:
 
     def feed(self, data: bytes) -> None:
         """Buffer bytes from the producer and wake the reader if it has enough."""
-        self._chunks.append(data)
+        if self._chunks and len(self._chunks[-1]) + len(data) <= _MIN_CHUNK:
+            self._chunks[-1] += data
+        else:
+            self._chunks.append(data)
         self.buffered += len(data)
         self.received += len(data)
         if self._buffers is not None:
@@ -155,7 +158,7 @@ class ByteStream:
         if self._is_scarce():
             full = self.buffered + self._taken > _SCARCE_HIGH_WATER
         else:
-            full = self.buffered > max(self.high_water, self._min_read) or len(self._chunks) > _MAX_CHUNKS
+            full = self.buffered > max(self.high_water, self._min_read)
         if full:
             self._pause_producer()
         if self._has_enough():
@@ -183,7 +186,7 @@ class ByteStream:
     async def read_pieces(self, at_least: int = 1) -> list[bytes]:
         """Return all buffered chunks, or an empty list at the end. Raise the exception given to `fail`.
 
-        Wait until they hold `at_least` bytes, there are more than `_MAX_CHUNKS` of them, or the stream has ended.
+        Wait until they hold `at_least` bytes, or the stream has ended.
         """
         self._release_taken()
         self._min_read = 1 if self._is_scarce() else max(1, at_least)
@@ -258,7 +261,7 @@ class ByteStream:
         return scarce
 
     def _has_enough(self) -> bool:
-        return self.buffered >= self._min_read or len(self._chunks) > _MAX_CHUNKS
+        return self.buffered >= self._min_read
 
     def _pause_producer(self) -> None:
         if not self._paused and self._producer is not None:

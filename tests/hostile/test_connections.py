@@ -82,6 +82,7 @@ def test_a_flood_of_two_clients_makes_room_for_a_third(
         check_pulls(daemon, network, "team/two")
         with connections(daemon.port, 5) as others:  # all at the same time
             check_pulls(daemon, network, "team/three")
+            assert {ATTACKER, ACCOMPLICE} < set(debug_bounds(daemon)["open connections"][0]["clients"])
             assert not any(map(is_closed, others))
 
 
