@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from dockerproxy.oci.names import parse_repository
 from dockerproxy.oci.routes import Kind, route
-from dockerproxy.oci.upload_ids import UPLOAD_ID, UploadIds, UploadOffer, owner_of, repository_of
+from dockerproxy.oci.upload_ids import UPLOAD_ID, UploadIds, UploadOffer, owner_of, repository_of, started_at
 
 IDS = UploadIds(b"secret")
 APP, OTHER = parse_repository("team/app"), parse_repository("team/other")
@@ -22,6 +22,7 @@ def test_an_offer_is_read_by_every_process() -> None:
     assert UploadIds(b"secret").read_offer(offer, APP, NOW) == UploadOffer(offer[:36], "sha512")
     assert route(f"/v2/{APP}/blobs/uploads/{offer}").kind is Kind.UPLOAD
     assert uuid.UUID(offer[:36]).version == 8
+    assert started_at(offer[:36]) == int(NOW)
 
 
 @pytest.mark.parametrize(("age", "valid"), [(0, True), (-200, True), (3599, True), (3601, False), (-400, False)])
@@ -37,7 +38,7 @@ def test_an_offer_is_for_one_repository_and_one_registry() -> None:
     assert IDS.is_of(offer[:36], APP) and not IDS.is_of(offer[:36], OTHER)
 
 
-@given(st.integers(0, 87), st.characters(codec="ascii"))
+@given(st.integers(0, 75), st.characters(codec="ascii"))
 def test_an_altered_offer_is_none(position: int, character: str) -> None:
     offer = IDS.make_offer("alice", APP, "sha256", NOW)
     altered = offer[:position] + character + offer[position + 1 :]
