@@ -298,15 +298,12 @@ class CachedBlobs:
     async def _ask_size(self, principal: UpstreamPrincipal, digest: Digest) -> int | None:
         """Return the size of the blob upstream. It grants nothing, because a HEAD proves neither access nor content."""
         response = await self._request("HEAD", principal, digest, follow=False)
-        if response.status == 200:
-            await response.discard()
-            if response.length is not None:
-                return response.length
-        elif 300 <= response.status < 400 or response.status in (405, 501):
-            await response.discard()
-        else:
+        if response.status == 429:
             raise await self._error_from(principal, response)
-        # Follow a redirect by GET, because a signed URL may be valid for GET only.
+        await response.discard()
+        if response.status == 200 and response.length is not None:
+            return response.length
+        # A registry may refuse HEAD only, and a signed URL may be valid for GET only.
         return await self._probe(principal, digest, None)
 
     async def _probe(self, principal: UpstreamPrincipal, digest: Digest, expected_size: int | None) -> int | None:

@@ -303,7 +303,9 @@ class CachedManifests:
         except Unauthorized as error:
             self._record_error(principal, reference, error)
             raise
-        if response.status in (405, 501) and method == "HEAD":
+        if method == "HEAD" and response.status not in (200, 429):
+            # Registries and the walls before them refuse HEAD in many ways. Only the answer to GET counts: it decides
+            # about grants and tags, and if it is a refusal too, it is no counted pull.
             await response.discard()
             return await self._request("GET", principal, reference, accept)
         if response.status != 200:

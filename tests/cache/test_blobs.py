@@ -130,6 +130,16 @@ def test_head(harness: CacheHarness) -> None:
     assert requested_methods(harness) == ["HEAD", "GET"]
 
 
+@pytest.mark.parametrize("status", [302, 400, 401, 403, 404, 405, 500, 501])
+def test_refused_head(harness: CacheHarness, status: int) -> None:
+    """Only the answer to GET counts."""
+    harness.upstream.on("HEAD", "blobs", respond_with(status))
+    assert harness.run(harness.blob(DIGEST, head=True)).size == len(DATA)
+    with pytest.raises(UpstreamRefused) as excinfo:
+        harness.run(harness.blob(Digest.of(b"never seen"), head=True))
+    assert excinfo.value.status == 404
+
+
 @pytest.mark.parametrize("algorithm", ["sha256", "sha512"])
 def test_both_algorithms(harness: CacheHarness, algorithm: str) -> None:
     digest = harness.upstream.repository(f"{HUB}/{APP}").put_blob(b"content", algorithm)

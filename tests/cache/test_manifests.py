@@ -281,7 +281,8 @@ def test_404_to_unauthorized_client_deletes_nothing(harness: CacheHarness) -> No
 @pytest.mark.parametrize("denial", [respond_with(401), respond_with(403), raise_error(Unauthorized("no token"))])
 def test_denial_revokes_grant(harness: CacheHarness, denial: Any) -> None:
     harness.run(harness.manifest("1"))
-    harness.upstream.on("HEAD", "", denial)
+    for method in ("HEAD", "GET"):
+        harness.upstream.on(method, "", denial)
     with pytest.raises(RegistryError) as excinfo:
         harness.run(harness.manifest("1"))
     assert excinfo.value.status in (401, 403)
@@ -454,6 +455,48 @@ def test_upstream_without_head(harness: CacheHarness, status: int, reference: st
     requested_methods(harness)
     assert harness.run(harness.manifest(reference)).content == ONE
     assert requested_methods(harness) == ["HEAD", "GET"]
+
+
+REFUSALS = [304, 400, 401, 403, 404, 405, 406, 410, 451, 500, 501, 502, 503]
+
+
+@pytest.mark.parametrize("status", REFUSALS)
+@pytest.mark.parametrize("reference", ["1", str(Digest.of(ONE))])
+@pytest.mark.parametrize("head", [False, True])
+def test_refused_head(harness: CacheHarness, status: int, reference: str, head: bool) -> None:
+    """A registry that refuses HEAD is asked by GET, cold and warm, before a client is refused."""
+    harness.upstream.on("HEAD", "manifests", respond_with(status))
+    for authorization in (None, ALICE, None):
+        response = harness.run(harness.manifest(reference, authorization=authorization, head=head))
+        assert (response.digest, response.size) == (Digest.of(ONE), len(ONE))
+        harness.reactor.advance(GRANT_TTL)
+    harness.upstream.go_down()  # no tag was forgotten, and no grant was withdrawn
+    assert result_of(harness.run(harness.manifest(reference, head=head))) == ("STALE", ONE)
+
+
+@pytest.mark.parametrize("head", [False, True])
+@pytest.mark.parametrize("status", [400, 401, 403, 404])
+def test_refused_head_of_missing_tag(harness: CacheHarness, status: int, head: bool) -> None:
+    """The status of the GET counts, and deletes the tag."""
+    harness.run(harness.manifest("1"))
+    del app_repository(harness).manifests["1"]
+    harness.upstream.on("HEAD", "manifests", respond_with(status))
+    requested_methods(harness)
+    with pytest.raises(UpstreamRefused) as excinfo:
+        harness.run(harness.manifest("1", head=head))
+    assert excinfo.value.status == 404
+    assert requested_methods(harness) == ["HEAD", "GET"]
+    assert harness.records.get("tag", f"{HUB}/{APP}", "1") is None
+    harness.upstream.go_down()
+    with pytest.raises(UpstreamUnreachable):
+        harness.run(harness.manifest("1", head=head))
+
+
+def test_limited_head_costs_no_pull(harness: CacheHarness) -> None:
+    harness.upstream.on("HEAD", "manifests", respond_with(429))
+    with pytest.raises(UpstreamFailing):
+        harness.run(harness.manifest("1", head=True))
+    assert requested_methods(harness) == ["HEAD"]
 
 
 @pytest.mark.parametrize("length", [{"length": None}, {"length": 0}, {"length": 3}])

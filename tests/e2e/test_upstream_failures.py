@@ -87,6 +87,29 @@ def test_upstream_without_head_support(upstreams: Upstreams, daemon: TwistdDaemo
         assert (response.status, response.headers.get("docker-content-digest")) == (200, image.digest)
 
 
+@pytest.mark.parametrize("status", [400, 401, 403, 404])
+def test_upstream_that_refuses_head(
+    upstreams: Upstreams, daemon: TwistdDaemon, clients: ClientFactory, status: int
+) -> None:
+    """Cold and warm pulls succeed, as they do without the proxy; a missing tag is a 404."""
+    name = f"refused/head-{status}"
+    image = images.build_small_image(name)
+    upstreams.fake.put(name, "1", image)
+    upstreams.fake.add_rule("HEAD", f"/v2/{name}/", fake_registry.respond_status(status, "DENIED"))
+    url = f"{FAKE}/v2/{name}"
+    for method in ("HEAD", "GET", "GET", "HEAD"):
+        response = daemon.client.request(method, f"{url}/manifests/1", {"Accept": ACCEPT_MANIFESTS})
+        assert (response.status, response.headers.get("docker-content-digest")) == (200, image.digest)
+    layer = image.layers[0]
+    assert daemon.client.head(f"{url}/blobs/{layer.digest}").headers["content-length"] == str(len(layer.data))
+    skopeo = clients.skopeo(daemon)
+    for _ in range(2):
+        skopeo.pull(f"fake.test/{name}:1")
+    upstreams.fake.add_rule("GET", f"/v2/{name}/manifests/1", fake_registry.respond_status(404, "MANIFEST_UNKNOWN"))
+    for method in ("GET", "HEAD"):
+        assert daemon.client.request(method, f"{url}/manifests/1", {"Accept": ACCEPT_MANIFESTS}).status == 404
+
+
 def test_head_without_docker_content_digest(upstreams: Upstreams, daemon: TwistdDaemon) -> None:
     image = images.build_small_image("no digest")
     upstreams.fake.put("no/digest", "1", image)
