@@ -109,6 +109,7 @@ def _build_parser() -> argparse.ArgumentParser:
     add_store_options(ls)
     rm = add_command("rm", remove, "remove images, or all images of a repository; gc frees the space of hosted ones")
     rm.add_argument("names", nargs="+", metavar="NAME", help="REPO:TAG, REPO@DIGEST or REPO; HOST/REPO… if cached")
+    rm.add_argument("--force", action="store_true", help="also remove what the index of a tag needs")
     add_store_options(rm)
     gc = add_command("gc", collect, "delete hosted blobs that no manifest needs")
     gc.add_argument("--dry-run", action="store_true", help="only report what would be deleted")
@@ -159,11 +160,18 @@ def _repository_row(row: Event) -> tuple[str, ...]:
 
 
 def _manifest_row(row: Event) -> tuple[str, ...]:
-    return (row["tag"] or "-", row["digest"], format_size(row["size"]), format_ago(row["last_used"]))
+    return (
+        row["tag"] or row["needed_by"] or "-",
+        row["digest"],
+        format_size(row["size"]),
+        format_ago(row["last_used"]),
+    )
 
 
 def remove(client: ControlClient, options: argparse.Namespace, terminal: Terminal) -> int:
     body = {"names": options.names} | ({"where": options.where} if options.where else {})
+    if options.force:
+        body["force"] = True
     result = client.call("POST", "/v1/remove", body)
     if terminal.as_json:
         print_line(json.dumps(result))

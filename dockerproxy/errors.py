@@ -56,6 +56,12 @@ class ManifestInvalid(RegistryError):
     status, code = 400, "MANIFEST_INVALID"
 
 
+class ManifestNeeded(RegistryError):
+    """The manifest cannot be deleted, because the index of a tag needs it."""
+
+    status, code = 409, "DENIED"
+
+
 class BlobUnknown(RegistryError):
     """The repository has no blob with this digest."""
 

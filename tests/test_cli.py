@@ -25,9 +25,11 @@ from dockerproxy.control_client import NOT_OURS
 from dockerproxy.oci.manifests import OCI_INDEX, OCI_MANIFEST
 from dockerproxy.oci.names import Digest
 from dockerproxy.store.blobs import Blobs
+from dockerproxy.store.hosted_tree import HostedTree
 from dockerproxy.store.layout import Layout
 from dockerproxy.store.links import Links
 from dockerproxy.store.records import Records
+from tests.store.support.images import BOTH, image, put_image
 from tests.twistd import twistd_command
 
 pytestmark = pytest.mark.slow  # each test starts a daemon
@@ -254,6 +256,29 @@ def test_rm_of_a_digest_and_of_a_repository(daemon: DaemonProcess) -> None:
     daemon.run("gc")
     assert list(daemon.hosted.links.repositories()) == ["foo/bar/deep"]
     assert "foo/bar/deep" in daemon.run("ls", "--hosted")
+
+
+def test_rm_of_what_a_tag_needs(daemon: DaemonProcess) -> None:
+    links, tree = daemon.hosted.links, HostedTree.from_layout(daemon.hosted.layout)
+    signature = image(b"sig", b"signature", subject=BOTH)
+    put_image(tree, "multi/platform", BOTH, "v1")
+    put_image(tree, "multi/platform", signature)
+    rows = {row["digest"]: row for row in daemon.json("ls", "multi/platform")["manifests"]}
+    assert [rows[str(digest)]["needed_by"] for digest in (BOTH.digest, BOTH.children[0].digest, signature.digest)] == [
+        None, "of v1", "signs v1"
+    ]  # fmt: skip
+    text = daemon.run("ls", "multi/platform")
+    assert f"of v1     {BOTH.children[0].digest}  " in text
+    assert f"signs v1  {signature.digest}  " in text
+    name = f"multi/platform@{BOTH.children[0].digest}"
+    message = daemon.run("rm", "foo/bar:latest", name, status=7)
+    assert f"multi/platform:v1 needs {BOTH.children[0].digest}" in message and "--force" in message
+    assert links.tags("foo/bar") == ["latest", "v1.2.3.4"], "nothing is removed if one is refused"
+    daemon.run("rm", f"multi/platform@{signature.digest}")
+    daemon.run("rm", "--force", name)
+    assert not links.has_manifest("multi/platform", BOTH.children[0].digest)
+    daemon.run("rm", f"multi/platform@{BOTH.digest}")
+    daemon.run("rm", f"multi/platform@{BOTH.children[1].digest}")
 
 
 def test_rm_of_cached_images(daemon: DaemonProcess) -> None:

@@ -3,7 +3,7 @@
     GET  /v1/status
     GET  /v1/repositories                       ls                        lines
     GET  /v1/repositories?name=NAME[&where=W]   ls REPO                   lines
-    POST /v1/remove   {"names", "where"?}       rm
+    POST /v1/remove   {"names", "where"?, "force"?}  rm
     POST /v1/collect  {"delete_untagged"?, "dry_run"?, "grace"?, "list"?}  gc  lines
     POST /v1/import   {"directory", "force"?}   import                    lines
     POST /v1/check    {"cached"?}               check                     lines
@@ -55,7 +55,7 @@ from dockerproxy.store.cooperative import CooperativeThread
 
 _STORE = one_of(HOSTED, CACHED)
 LIST = {"name": NAME, "where": _STORE}
-REMOVE = {"names": NAMES, "where": _STORE}
+REMOVE = {"names": NAMES, "where": _STORE, "force": FLAG}
 COLLECT = {"delete_untagged": FLAG, "dry_run": FLAG, "grace": SECONDS, "list": FLAG}
 IMPORT = {"directory": PATH, "force": FLAG}
 CHECK = {"cached": FLAG}
@@ -189,8 +189,13 @@ class Control:
 
     async def _delete(self, arguments: dict[str, Any], request: Request) -> None:
         kind = arguments.get("where")
-        # Resolve all names first, so that an unknown name changes nothing.
+        # Resolve and check all names first, so that a wrong one changes nothing.
         refs = [await in_thread(self._reactor, self._resolver.resolve, name, kind) for name in arguments["names"]]
+        for ref in refs:
+            tag = None if arguments.get("force", False) else await self._deleter.tag_that_needs(ref)
+            if tag is not None:
+                message = f"{ref.repository}:{tag} needs {ref.digest}; remove that tag first, or use --force"
+                raise ControlError(403, "NEEDED", f"{message} (nothing was removed)")
         results = []
         for ref in refs:
             result = await self._deleter.delete(ref)

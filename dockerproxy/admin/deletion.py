@@ -17,6 +17,7 @@ from dockerproxy.cache.space import CacheSpaceManager
 from dockerproxy.oci.names import Digest
 from dockerproxy.store.cooperative import CooperativeThread
 from dockerproxy.store.hosted_tree import HostedTree
+from dockerproxy.store.needs import find_needs
 from dockerproxy.store.records import Records
 
 
@@ -52,6 +53,21 @@ class Deleter:
         async with self._hosted_store.locks.hold(ref.repository):
             await self._thread.run(self._unlink_hosted(ref, counts))
         return DeletionResult(**counts)
+
+    async def tag_that_needs(self, ref: ImageRef) -> str | None:
+        """Return a tag with an index that needs the hosted manifest `ref`. Return None if there is none."""
+        if ref.store.kind != HOSTED or ref.digest is None:
+            return None
+        found: list[str] = []
+        await self._thread.run(self._find_tag_that_needs(ref, found))
+        return found[0] if found else None
+
+    def _find_tag_that_needs(self, ref: ImageRef, found: list[str]) -> Iterator[None]:
+        for need in find_needs(self._hosted_store.layout, self._hosted_store.links, ref.repository):
+            if need is not None and need.digest == ref.digest:
+                found.append(need.tag)
+                return
+            yield None
 
     # Hosted: runs in a thread while `delete` holds the repository's lock.
 

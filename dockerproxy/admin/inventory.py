@@ -10,7 +10,8 @@ from dockerproxy.admin.resolver import CACHED, HOSTED, ImageRef, StoreView
 from dockerproxy.errors import ManifestInvalid
 from dockerproxy.oci.manifests import MAX_MANIFEST, media_type_of
 from dockerproxy.oci.names import Digest
-from dockerproxy.store.references import References, extract_references
+from dockerproxy.store.needs import find_needs, read_references
+from dockerproxy.store.references import References
 from dockerproxy.store.tree_reader import read_small
 
 Row = dict[str, Any]
@@ -42,23 +43,36 @@ def list_repositories(store: StoreView, rows: list[Row]) -> Iterator[None]:
 def list_manifests(ref: ImageRef, rows: list[Row]) -> Iterator[None]:
     """Append a row for each tag of a repository, then for each untagged manifest, to `rows`. Each step blocks briefly.
 
-    If `ref` has a tag or a digest, list only that. An untagged manifest's row has the `tag` None.
+    If `ref` has a tag or a digest, list only that. An untagged manifest's row has the `tag` None, and `needed_by` is
+    "of v1" if it is a part of an index, "signs v1" if it refers to what the tag leads to.
     """
     store, repository = ref.store, ref.repository
-    tagged_digests: set[Digest] = set()
+    tagged_digests: dict[Digest, str] = {}
     for tag in store.links.tags(repository):
         digest = store.links.tag(repository, tag)
         if digest is None:
             continue
-        tagged_digests.add(digest)
+        tagged_digests.setdefault(digest, tag)
         if ref.tag in (None, tag) and ref.digest in (None, digest):
-            yield from _add_row(ref, tag, digest, rows)
+            yield from _add_row(ref, tag, digest, None, rows)
+    if ref.tag is not None:
+        return
+    needs: dict[Digest, str] = {}
+    for need in find_needs(store.layout, store.links, repository):
+        if need is not None:
+            needs.setdefault(need.digest, need.tag)
+        yield None
     for digest in store.links.manifests(repository):
-        if digest not in tagged_digests and ref.tag is None and ref.digest in (None, digest):
-            yield from _add_row(ref, None, digest, rows)
+        if digest not in tagged_digests and ref.digest in (None, digest):
+            needed_by = f"of {needs[digest]}" if digest in needs else None
+            subject = read_references(store.layout, store.links, repository, digest).subject
+            if needed_by is None and subject is not None:
+                signed = tagged_digests.get(subject, needs.get(subject))
+                needed_by = None if signed is None else f"signs {signed}"
+            yield from _add_row(ref, None, digest, needed_by, rows)
 
 
-def _add_row(ref: ImageRef, tag: str | None, digest: Digest, rows: list[Row]) -> Iterator[None]:
+def _add_row(ref: ImageRef, tag: str | None, digest: Digest, needed_by: str | None, rows: list[Row]) -> Iterator[None]:
     store = ref.store
     usage = _DiskUsage(store)
     yield from usage.add([digest])
@@ -71,6 +85,7 @@ def _add_row(ref: ImageRef, tag: str | None, digest: Digest, rows: list[Row]) ->
     media_type = store.links.manifest_media_type(ref.repository, digest)
     rows.append({
         "tag": tag,
+        "needed_by": needed_by,
         "digest": str(digest),
         "media_type": media_type or _media_type_in_content(store, digest),
         "size": sum(usage.sizes.values()),
@@ -126,11 +141,7 @@ class Closure:
         return self._store.links.has_layer(self._repository, digest) or self._store.blobs.exists(digest)
 
     def _read(self, digest: Digest) -> References:
-        content = read_small(self._store.layout.blob(digest), MAX_MANIFEST + 1)
-        try:
-            return extract_references(content or b"", self._store.links.manifest_media_type(self._repository, digest))
-        except ManifestInvalid:
-            return References()
+        return read_references(self._store.layout, self._store.links, self._repository, digest)
 
 
 class _DiskUsage:

@@ -97,7 +97,10 @@ class HostedStore(Protocol):
         """Remove a tag. Return whether it existed."""
 
     async def remove_manifest(self, repository: Repository, digest: Digest) -> bool:
-        """Remove a manifest from the repository, with its tags. Return whether the repository had it."""
+        """Remove a manifest from the repository, with its tags. Return whether the repository had it.
+
+        Raise `ManifestNeeded` if another manifest, which has a tag, is an index with this one.
+        """
 
     async def tags(self, repository: Repository, page: Page) -> NamePage:
         """Return a page of the repository's tags, in the order of `sort_key`."""

@@ -16,7 +16,7 @@ from twisted.logger import Logger
 
 from dockerproxy.bounded_dict import BoundedDict
 from dockerproxy.concurrency import in_thread, spawn
-from dockerproxy.errors import BlobUploadUnknown, DigestInvalid, ManifestBlobUnknown, ManifestInvalid
+from dockerproxy.errors import BlobUploadUnknown, DigestInvalid, ManifestBlobUnknown, ManifestInvalid, ManifestNeeded
 from dockerproxy.oci.content import StoredManifest
 from dockerproxy.oci.manifests import MAX_MANIFEST, media_type_of
 from dockerproxy.oci.names import Digest, Reference, Repository, Tag
@@ -28,6 +28,7 @@ from dockerproxy.oci.uploads import UploadStatus
 from dockerproxy.store.blob_reader import StoredBlobReader
 from dockerproxy.store.blobs import OpenBlob
 from dockerproxy.store.hosted_tree import HostedTree
+from dockerproxy.store.needs import find_needs
 from dockerproxy.store.uploads import Upload, Uploads, unknown_upload
 from dockerproxy.thread_pool import ContentParser
 
@@ -294,7 +295,16 @@ class LocalHostedStore:
 
     async def remove_manifest(self, repository: Repository, digest: Digest) -> bool:
         async with self._tree.locks.hold(repository):
-            return await in_thread(self._reactor, self._tree.remove_manifest, repository, digest)
+            return await in_thread(self._reactor, self._remove_manifest, repository, digest)
+
+    def _remove_manifest(self, repository: Repository, digest: Digest) -> bool:
+        for need in find_needs(self._tree.layout, self._tree.links, repository):
+            if need is not None and need.digest == digest:
+                raise ManifestNeeded(
+                    f"the index {repository}:{need.tag} needs {digest}; delete that tag first, or run"
+                    f" `dockerproxy rm --force {repository}@{digest}`"
+                )
+        return self._tree.remove_manifest(repository, digest)
 
     # lists
 

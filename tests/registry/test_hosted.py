@@ -656,6 +656,42 @@ def test_delete_a_digest_takes_its_tags(registry: RegistryHarness) -> None:
     assert json.loads(registry.request("GET", f"/v2/{NAME}/tags/list").body)["tags"] == ["other"]
 
 
+def make_index(*children: Digest, **extra: Any) -> JSON:
+    manifests = [{"mediaType": OCI_MANIFEST, "digest": str(child), "size": 1} for child in children]
+    return {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": manifests, **extra}
+
+
+@pytest.mark.parametrize("media_type_is_known", [True, False])
+def test_what_the_index_of_a_tag_needs_is_not_deleted(registry: RegistryHarness, media_type_is_known: bool) -> None:
+    child = registry.image("child", seed="child")  # a tag of its own changes nothing
+    inner = registry.push(make_index(child))
+    outer = registry.push(make_index(inner), "v1")
+    signature = registry.image(seed="signature", subject=subject_of(outer))
+    if not media_type_is_known:
+        for path in registry.store.layout.root.rglob("media-type"):
+            path.unlink()
+    for needed in (child, inner):
+        response = registry.request("DELETE", f"/v2/{NAME}/manifests/{needed}")
+        assert error_code(response) == (409, "DENIED")
+        assert f"{NAME}:v1 needs {needed}" in json.loads(response.body)["errors"][0]["message"]
+        assert registry.request("GET", f"/v2/{NAME}/manifests/{needed}").status == 200
+    assert registry.request("GET", f"/v2/{NAME}/manifests/child").status == 200
+    # Neither its own tag, nor what refers to the image, nor the index itself is needed.
+    assert registry.request("DELETE", f"/v2/{NAME}/manifests/child").status == 202
+    assert registry.request("DELETE", f"/v2/{NAME}/manifests/{signature}").status == 202
+    assert registry.request("DELETE", f"/v2/{NAME}/manifests/{outer}").status == 202
+    for free in (child, inner):
+        assert registry.request("DELETE", f"/v2/{NAME}/manifests/{free}").status == 202
+
+
+def test_what_only_untagged_indexes_and_other_repositories_list_is_deleted(registry: RegistryHarness) -> None:
+    child = registry.image(seed="child")
+    registry.push(make_index(child))
+    registry.push(make_index(registry.image(name="other/place", seed="child")), "v1", "other/place")
+    registry.push(make_index(child), fallback_tag(registry.image(seed="subject")))  # a list of signatures
+    assert registry.request("DELETE", f"/v2/{NAME}/manifests/{child}").status == 202
+
+
 # lists
 
 

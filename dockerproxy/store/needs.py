@@ -1,0 +1,64 @@
+"""Which manifests of a repository the indexes of its tags need."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from attrs import frozen
+
+from dockerproxy.errors import ManifestInvalid
+from dockerproxy.oci.manifests import INDEX_TYPES, KNOWN_TYPES, MAX_MANIFEST, fallback_base
+from dockerproxy.oci.names import Digest
+from dockerproxy.store.layout import Layout
+from dockerproxy.store.links import Links
+from dockerproxy.store.references import References, extract_references
+from dockerproxy.store.tree_reader import read_small
+
+_BATCH = 200  # children that one step looks at
+
+
+@frozen
+class Need:
+    """The manifest `digest` is a part of an index, to which the tag `tag` leads."""
+
+    digest: Digest
+    tag: str
+
+
+def find_needs(layout: Layout, links: Links, repository: str) -> Iterator[Need | None]:
+    """Yield a need for each manifest of the repository that an index of a tag leads to. Each step blocks briefly.
+
+    The lists of referrers that clients keep under a tag named after a digest do not count: a signature may be removed.
+    """
+    seen: set[Digest] = set()
+    for tag in links.tags(repository):
+        digest = None if fallback_base(tag) else links.tag(repository, tag)
+        pending = [] if digest is None else [digest]
+        while pending:
+            parent = pending.pop()
+            if parent in seen:
+                continue
+            seen.add(parent)
+            for count, child in enumerate(_children(layout, links, repository, parent)):
+                if links.has_manifest(repository, child):
+                    pending.append(child)
+                    yield Need(child, tag)
+                elif count % _BATCH == 0:
+                    yield None
+        yield None
+
+
+def read_references(layout: Layout, links: Links, repository: str, digest: Digest) -> References:
+    """Return the references of a manifest; none if it cannot be read. Blocks."""
+    content = read_small(layout.blob(digest), MAX_MANIFEST + 1)
+    try:
+        return extract_references(content or b"", links.manifest_media_type(repository, digest))
+    except ManifestInvalid:
+        return References()
+
+
+def _children(layout: Layout, links: Links, repository: str, digest: Digest) -> tuple[Digest, ...]:
+    media_type = (links.manifest_media_type(repository, digest) or "").lower()
+    if media_type in KNOWN_TYPES and media_type not in INDEX_TYPES:
+        return ()  # most are images, which need not be read
+    return read_references(layout, links, repository, digest).manifests
