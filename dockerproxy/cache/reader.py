@@ -142,7 +142,11 @@ class _DirectReader:
         self._verified = False
 
     async def read(self, offset: int, at_most: int) -> bytes:
-        """Return bytes from `offset` on. `offset` must never decrease."""
+        """Return bytes from `offset` on. Raise `UpstreamBroken` if they are behind, because none are kept."""
+        if offset < self._start:
+            raise UpstreamBroken(
+                f"{self._digest} cannot be stored now, so its ranges can be read in ascending order only; try again"
+            )
         while True:
             if offset > self._start:
                 drop = min(offset - self._start, len(self._buffer))

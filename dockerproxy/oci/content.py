@@ -25,7 +25,8 @@ class Content(Protocol):
     async def read(self, offset: int, max_bytes: int) -> BytesLike:
         """Return at least one byte from `offset` on, waiting for it if necessary; ``b""`` at the end.
 
-        `offset` increases from call to call. Raise `UpstreamError`.
+        `offset` may be smaller than in the call before, if a client asked for ranges in another order. Raise
+        `UpstreamError`.
         """
 
     async def sendfile_source(self, offset: int, max_bytes: int) -> tuple[int, int] | None:

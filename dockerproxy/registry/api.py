@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable
+import secrets
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
-from dockerproxy.errors import DigestInvalid, RangeInvalid, SizeInvalid, Unsupported, UpstreamBroken
+from dockerproxy.errors import DigestInvalid, RangeInvalid, SizeInvalid, Unsupported
 from dockerproxy.http.message import body_framing
 from dockerproxy.http.request import Request
-from dockerproxy.oci.content import VERIFY_FIRST_SIZE, BlobResponse, Content, ManifestResponse
+from dockerproxy.oci.content import VERIFY_FIRST_SIZE, BlobResponse, ManifestResponse
 from dockerproxy.oci.manifests import MAX_MANIFEST, OCI_INDEX, data_type
 from dockerproxy.oci.names import Digest, Repository, Tag, parse_tag
 from dockerproxy.oci.paging import NamePage, Page, next_link
-from dockerproxy.oci.ranges import ByteRange, content_range, parse_range
+from dockerproxy.oci.ranges import ByteRange, MultipartRanges, Segment, content_range, parse_ranges
 from dockerproxy.oci.referrers import ReferrersQuery
 from dockerproxy.oci.routes import Kind, Target, parse_query
 from dockerproxy.oci.uploads import UploadParameters, UploadStatus, range_header
 from dockerproxy.registry.backend import PullBackend, RegistryBackend, UploadChunk
 from dockerproxy.registry.principal import Principal
 from dockerproxy.registry.responses import API_VERSION, FieldList, cache_status_fields, respond_ping
-from dockerproxy.registry.streaming import stream_content
+from dockerproxy.registry.streaming import WHOLE_OF_UNKNOWN_SIZE, read_segments, stream_content
 from dockerproxy.shares import ClientShares
 
 # distribution-spec 1.1, "Warnings": the code is 299, the agent "-"; clients print the text.
 _STALE_WARNING = ("Warning", '299 - "Stale: the registry did not respond, so the cached copy is used"')
+
+_BLOB_TYPE = ("Content-Type", "application/octet-stream")
 
 _SHORT_CONTENT = 64 * 1024  # bytes of a response that the kernel accepts at once
 _MAX_IN_MEMORY = 64 * 1024 * 1024  # bytes of longer responses that clients have not read yet
@@ -80,10 +83,10 @@ class RegistryAPI:
             request.finish()
         else:
             status, content = 200, manifest.content
-            byte_range = _requested_range(request, manifest.digest, manifest.size)
-            if byte_range is not None:
-                status, content = 206, content[byte_range.start : byte_range.stop]
-                fields.append(("Content-Range", content_range(byte_range, manifest.size)))
+            ranges = _requested_ranges(request, manifest.digest, manifest.size)
+            if ranges:
+                segments, _ = _select_ranges(fields, ranges, manifest.size)
+                status, content = 206, b"".join(_bytes_of(segment, content) for segment in segments)
             if len(content) <= _SHORT_CONTENT:  # almost always
                 request.respond(status, fields, content)
             else:
@@ -94,10 +97,10 @@ class RegistryAPI:
         request.cache_status = blob.cache_status
         content = blob.content
         try:
-            remaining = await _start_blob(request, blob)
+            segments = await _start_blob(request, blob)
             del blob  # to free it: streaming to a slow client takes long, and each client has one
-            if content is not None and remaining is not None:
-                await stream_content(request, content, *remaining, self._clock)
+            if content is not None and segments is not None:
+                await stream_content(request, content, segments, self._clock)
         finally:
             if content is not None:
                 content.close()
@@ -286,12 +289,12 @@ def _created_fields(location: str, digest: Digest) -> FieldList:
     return [API_VERSION, ("Location", location), ("Docker-Content-Digest", str(digest))]
 
 
-async def _start_blob(request: Request, blob: BlobResponse) -> tuple[int, int | None] | None:
+async def _start_blob(request: Request, blob: BlobResponse) -> Iterable[Segment] | None:
     """Send the head of a blob's response, and the body if it is small.
 
-    Return the offsets at which the remaining body starts and stops. Return None if the response is complete.
+    Return the segments of the remaining body, or None if the response is complete.
     """
-    fields = [("Content-Type", "application/octet-stream"), *_common_fields(blob, blob.cache_status)]
+    fields = [_BLOB_TYPE, *_common_fields(blob, blob.cache_status)]
     if _is_not_modified(request, blob.digest):
         request.respond(304, fields)
         return None
@@ -302,32 +305,42 @@ async def _start_blob(request: Request, blob: BlobResponse) -> tuple[int, int | 
         return None
     if size is not None and size <= VERIFY_FIRST_SIZE:
         await content.wait_verified()
-    byte_range = _requested_range(request, blob.digest, size) if size is not None else None
-    if byte_range is not None and size is not None:
-        fields.append(("Content-Range", content_range(byte_range, size)))
-    start, stop = (byte_range.start, byte_range.stop) if byte_range is not None else (0, size)
-    status = 200 if byte_range is None else 206
-    length = None if stop is None else stop - start
+    status, length, segments = 200, size, _whole(size)
+    ranges = _requested_ranges(request, blob.digest, size) if size is not None else []
+    if ranges and size is not None:
+        status = 206
+        segments, length = _select_ranges(fields, ranges, size)
     if request.method == "HEAD":
         request.start(status, fields, length)
         request.finish()
     elif length is not None and length <= VERIFY_FIRST_SIZE:
         # Head and body in one write: one system call, and one packet for the client to wait for.
-        request.respond(status, fields, await _read_exactly(content, start, length))
+        request.respond(status, fields, await read_segments(content, segments))
     else:
         request.start(status, fields, length)
-        return start, stop
+        return segments
     return None
 
 
-async def _read_exactly(content: Content, start: int, length: int) -> bytes:
-    data = b""
-    while len(data) < length:
-        chunk = await content.read(start + len(data), length - len(data))
-        if not chunk:
-            raise UpstreamBroken(f"the blob ends {length - len(data)} bytes early")
-        data = data + chunk if data else bytes(chunk)
-    return data
+def _whole(size: int | None) -> Iterable[Segment]:
+    return [WHOLE_OF_UNKNOWN_SIZE if size is None else ByteRange(0, size)]
+
+
+def _select_ranges(fields: FieldList, ranges: list[ByteRange], size: int) -> tuple[Iterable[Segment], int]:
+    """Return the segments and the length of a 206 response's body with `ranges` of `size` bytes, and set its `fields`.
+
+    Several ranges become a multipart body. Nobody who pushes content can know its boundary, which is random.
+    """
+    if len(ranges) == 1:
+        fields.append(("Content-Range", content_range(ranges[0], size)))
+        return ranges, ranges[0].size
+    body = MultipartRanges(ranges, size, dict(fields)["Content-Type"], secrets.token_hex(16))
+    fields[:] = [("Content-Type", body.content_type), *(field for field in fields if field[0] != "Content-Type")]
+    return body, body.length
+
+
+def _bytes_of(segment: Segment, content: bytes) -> bytes:
+    return segment if isinstance(segment, bytes) else content[segment.start : segment.stop]
 
 
 def _common_fields(response: BlobResponse | ManifestResponse, cache_status: str) -> FieldList:
@@ -352,11 +365,11 @@ def _is_not_modified(request: Request, digest: Digest) -> bool:
     return condition.strip() == "*" or str(digest) in etags
 
 
-def _requested_range(request: Request, digest: Digest, size: int) -> ByteRange | None:
-    """Return the range that the client requests, None for the whole content. Raise `RangeInvalid`."""
+def _requested_ranges(request: Request, digest: Digest, size: int) -> list[ByteRange]:
+    """Return the ranges that the client requests, an empty list for the whole content. Raise `RangeInvalid`."""
     if request.method != "GET":  # RFC 9110, section 14.2
-        return None
+        return []
     if_range = request.headers.get("if-range")
     if if_range is not None and if_range.strip('"') != str(digest):
-        return None
-    return parse_range(request.headers.joined("range"), size)
+        return []
+    return parse_ranges(request.headers.joined("range"), size)

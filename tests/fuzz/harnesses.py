@@ -58,7 +58,7 @@ from dockerproxy.oci.manifests import (
 from dockerproxy.oci.names import Digest, Host, Registry, parse_reference, parse_repository, parse_tag
 from dockerproxy.oci.paging import Page
 from dockerproxy.oci.pushed_manifest import PushedManifest
-from dockerproxy.oci.ranges import content_range, parse_content_range, parse_range
+from dockerproxy.oci.ranges import content_range, parse_content_range, parse_ranges
 from dockerproxy.oci.referrers import ReferrersQuery
 from dockerproxy.oci.routes import is_api_path, is_pull_query, parse_query, pop_parameter, route
 from dockerproxy.oci.tokens import TokenResponse, readable_repositories
@@ -216,8 +216,7 @@ def routes(data: bytes) -> None:
             parse(query)
     for size in (0, 1, 1000, 2**63 - 1):
         with suppress(RangeInvalid):
-            selected = parse_range(text, size)
-            if selected is not None:
+            for selected in parse_ranges(text, size):
                 assert 0 <= selected.start < selected.stop <= size
                 parsed = parse_content_range(content_range(selected, size))
                 assert parsed == (selected.start, selected.stop, size)

@@ -181,7 +181,7 @@ def test_a_range(client: Any, backend: Any, fake_content: Any, range_field: str)
     assert content.close_count == 1
 
 
-@pytest.mark.parametrize("range_field", ["bytes=0-1,5-6", "bytes=0-0, -1", "bytes=a-b", "lines=0-1", "bytes=-"])
+@pytest.mark.parametrize("range_field", ["bytes=0-1,5-6,a", "bytes=0-99999,-1", "bytes=a-b", "lines=0-1", "bytes=-"])
 def test_unsupported_range_gets_the_whole(client: Any, backend: Any, fake_content: Any, range_field: str) -> None:
     digest = backend.put(fake_content(make_bytes(100_000)))
     response = client.fetch("GET", blob_path(digest), [("Range", range_field)])
@@ -189,8 +189,141 @@ def test_unsupported_range_gets_the_whole(client: Any, backend: Any, fake_conten
     assert "Content-Range" not in response.headers
 
 
+def read_parts(response: Any) -> list[tuple[str, bytes]]:
+    """Return the Content-Range and the bytes of each part of a multipart response."""
+    assert (response.status, response.complete) == (206, True)
+    assert "Content-Range" not in response.headers
+    assert response.headers["Content-Length"] == str(len(response.body))
+    media_type, _, boundary = response.headers["Content-Type"].partition("; boundary=")
+    assert media_type == "multipart/byteranges"
+    parts = (b"\r\n" + response.body).split(f"\r\n--{boundary}".encode())
+    assert (parts[0], parts[-1]) == (b"", b"--\r\n")
+    received = []
+    for part in parts[1:-1]:
+        head, _, data = part.partition(b"\r\n\r\n")
+        fields = dict(line.split(": ") for line in head.decode().split("\r\n")[1:])
+        assert "/" in fields["Content-Type"] and len(fields) == 2
+        received.append((fields["Content-Range"], data))
+    return received
+
+
+@pytest.mark.parametrize(
+    "spans",
+    [
+        [(0, 4), (100, 104)],
+        [(0, 4), (4, 8)],  # podman counts the parts
+        [(99_999, 100_000), (0, 1)],
+        [(0, 40_000), (50_000, 50_001), (50_010, 90_000)],
+        [(90_000, 100_000), (0, 20_000), (20_001, 20_002), (20_010, 85_000)],
+        [(index * 90, index * 90 + 1) for index in range(1024)],
+        [(index * 90, index * 90 + 80) for index in range(1024)],
+    ],
+)
+def test_several_ranges(client: Any, backend: Any, fake_content: Any, spans: list[tuple[int, int]]) -> None:
+    data = make_bytes(100_000)
+    for _ in range(2):  # the connection stays usable
+        content = fake_content(data, chunk_size=30_000)
+        field = "bytes=" + ",".join(f"{start}-{stop - 1}" for start, stop in spans)
+        response = client.fetch("GET", blob_path(backend.put(content)), [("Range", field)])
+        expected = [(f"bytes {start}-{stop - 1}/100000", data[start:stop]) for start, stop in spans]
+        assert read_parts(response) == expected
+        assert response.headers["Docker-Content-Digest"] == str(Digest.of(data))
+        assert content.close_count == 1
+        assert all(any(start <= offset < stop for start, stop in spans) for offset, _ in content.reads)
+
+
+def test_boundary_is_random(client: Any, backend: Any, fake_content: Any) -> None:
+    digest = backend.put(fake_content(make_bytes(1000)))
+    boundaries = set()
+    for _ in range(5):
+        backend.put(fake_content(make_bytes(1000)))
+        response = client.fetch("GET", blob_path(digest), [("Range", "bytes=0-0,5-5")])
+        boundaries.add(response.headers["Content-Type"].partition("boundary=")[2])
+    assert len(boundaries) == 5 and all(len(boundary) == 32 for boundary in boundaries)
+
+
+@pytest.mark.parametrize("field", ["bytes=5-9,200000-", "bytes=200000-,5-9", "bytes=5-8,7-9", "bytes=,5-9"])
+def test_one_range_that_remains_is_sent_plainly(client: Any, backend: Any, fake_content: Any, field: str) -> None:
+    response = client.fetch("GET", blob_path(backend.put(fake_content(make_bytes(100_000)))), [("Range", field)])
+    assert (response.status, response.headers["Content-Range"]) == (206, "bytes 5-9/100000")
+    assert response.headers["Content-Type"] == "application/octet-stream"
+    assert response.body == make_bytes(100_000)[5:10]
+
+
+def test_several_ranges_with_conditions(connect_api: Any, backend: Any, fake_content: Any) -> None:
+    data = make_bytes(100_000)
+    digest = Digest.of(data)
+    for method, condition, status in [
+        ("GET", ("If-Range", f'"{digest}"'), 206),
+        ("GET", ("If-Range", '"something else"'), 200),
+        ("GET", ("If-None-Match", f'"{digest}"'), 304),
+        ("HEAD", ("If-Range", f'"{digest}"'), 200),
+    ]:
+        backend.put(fake_content(data))
+        response = connect_api().fetch(method, blob_path(digest), [("Range", "bytes=0-3,100-103"), condition])
+        assert response.status == status, condition
+        if status == 200:
+            assert response.headers["Content-Length"] == "100000"
+
+
+@pytest.mark.parametrize(
+    ("field", "fails_at", "status"),
+    [
+        ("bytes=0-9,100-109", 105, 502),  # a clean error, because the response has not started
+        ("bytes=0-19999,30000-89999", 15_000, 206),
+        ("bytes=0-19999,30000-89999", 70_000, 206),
+        ("bytes=80000-99999,0-59999,60001-60001", 60_001, 206),
+    ],
+)
+def test_several_ranges_of_a_blob_that_cannot_be_read(
+    client: Any, backend: Any, fake_content: Any, field: str, fails_at: int, status: int
+) -> None:
+    content = fake_content(make_bytes(100_000), errors={fails_at: FAILURE})
+    response = client.fetch("GET", blob_path(backend.put(content)), [("Range", field)])
+    assert (response.status, response.complete, content.close_count) == (status, status == 502, 1)
+
+
+def test_several_ranges_of_a_blob_that_ends_early(connect_api: Any, backend: Any, fake_content: Any) -> None:
+    for field in ("bytes=0-9,99990-99999", "bytes=0-9,20000-99999,11-12", "bytes=10000-69999,99990-99999"):
+        content = fake_content(make_bytes(100_000))
+        digest = backend.put(content)
+        content.data = content.data[:99_995]
+        client = connect_api()
+        response = client.fetch("GET", blob_path(digest), [("Range", field)])
+        assert response.status == 502 or (not response.complete and client.transport.aborted)
+
+
+def test_stalled_client_of_several_ranges(connect_api: Any, backend: Any, fake_content: Any) -> None:
+    """Reading stops with the client, within a part and between parts."""
+    for step in (1000, 200_000):
+        content = fake_content(make_bytes(700_000))
+        spans = [(start, start + step - 10) for start in range(0, 600_000, step)]
+        field = "bytes=" + ",".join(f"{start}-{stop - 1}" for start, stop in spans)
+        client = connect_api()
+        client.transport.window = 1000
+        client.send_request("GET", blob_path(backend.put(content)), [("Range", field)])
+        client.advance(1)
+        assert sum(size for _, size in content.reads) <= 200_000
+        client.extend_window(math.inf)
+        assert [data for _, data in read_parts(client.read_response())] == [
+            make_bytes(700_000)[start:stop] for start, stop in spans
+        ]
+        assert content.close_count == 1
+
+
 @pytest.mark.parametrize("size", [1, 1000, SMALL, 100_000])
-@pytest.mark.parametrize("form", ["bytes={}-", "bytes={}-9999999", "bytes=9999999999999999999-", "bytes=-0"])
+@pytest.mark.parametrize(
+    "form",
+    [
+        "bytes={}-",
+        "bytes={}-,-0",
+        "bytes=9999999-,{}-9999999",
+        "bytes=0-0,2-1",
+        "bytes={}-9999999",
+        "bytes=9999999999999999999-",
+        "bytes=-0",
+    ],
+)
 def test_unsatisfiable_range(client: Any, backend: Any, fake_content: Any, size: int, form: str) -> None:
     content = fake_content(make_bytes(size))
     digest = backend.put(content)
@@ -464,7 +597,8 @@ def test_a_manifest_by_range(client: Any, backend: Any) -> None:
     assert (response.status, response.body) == (206, MANIFEST[-5:])
     response = client.fetch("GET", path, [("Range", f"bytes={size}-")])
     assert (response.status, response.headers["Content-Range"]) == (416, f"bytes */{size}")
-    assert client.fetch("GET", path, [("Range", "bytes=0-1,3-4")]).status == 200
+    response = client.fetch("GET", path, [("Range", "bytes=0-1,3-4")])
+    assert read_parts(response) == [(f"bytes 0-1/{size}", MANIFEST[:2]), (f"bytes 3-4/{size}", MANIFEST[3:5])]
 
 
 # routes

@@ -16,7 +16,8 @@ from twisted.internet.task import Clock
 from dockerproxy.errors import UpstreamBroken
 from dockerproxy.http.request import Request
 from dockerproxy.http.site import ServerTimeouts
-from dockerproxy.registry.streaming import ChunkSizer, stream_content
+from dockerproxy.oci.ranges import ByteRange
+from dockerproxy.registry.streaming import WHOLE_OF_UNKNOWN_SIZE, ChunkSizer, stream_content
 
 MIN_CHUNK, INITIAL_CHUNK, MAX_CHUNK = 16 * 1024, 128 * 1024, 1024 * 1024
 DATA = bytes(range(256)) * 4096  # 1 MiB
@@ -67,7 +68,8 @@ class StreamingClient:
         async def handle(request: Request) -> None:
             request.start(200, [], length)
             try:
-                await stream_content(request, content, start, stop, self.clock)
+                whole = WHOLE_OF_UNKNOWN_SIZE if stop is None else ByteRange(start, stop)
+                await stream_content(request, content, [whole], self.clock)
             except BaseException as error:
                 self.outcomes.append(error)
                 raise
@@ -234,6 +236,9 @@ class SendfileRequest:
         self.finished = False
         self._step = step
 
+    def write(self, data: bytes) -> None:
+        self.sent += data
+
     def sendfile(self, descriptor: int, offset: int, size: int) -> int:
         data = os.pread(descriptor, min(size, self._step), offset)
         self.sent += data
@@ -250,7 +255,7 @@ def test_a_file_is_sent_without_being_read(tmp_path: Path, step: int) -> None:
     request: Any = SendfileRequest(step)
     clock = Clock()
     content: Any = FileContent(tmp_path, DATA)
-    streaming = Deferred.fromCoroutine(stream_content(request, content, 10, len(DATA) - 5, clock))
+    streaming = Deferred.fromCoroutine(stream_content(request, content, [ByteRange(10, len(DATA) - 5)], clock))
     while not streaming.called:
         clock.advance(0)
     assert request.sent == DATA[10:-5] and request.finished
@@ -260,8 +265,20 @@ def test_truncated_file_ends_the_response(tmp_path: Path) -> None:
     request: Any = SendfileRequest(1 << 30)
     content: Any = FileContent(tmp_path, DATA[:1000])
     clock = Clock()
-    streaming = Deferred.fromCoroutine(stream_content(request, content, 0, len(DATA), clock))
+    streaming = Deferred.fromCoroutine(stream_content(request, content, [ByteRange(0, len(DATA))], clock))
     for _ in range(10):
         clock.advance(0)
     assert streaming.called and request.sent == DATA[:1000]
     assert request.finished  # this aborts a response that is too short
+
+
+def test_long_ranges_of_a_file_are_sent_without_being_read(tmp_path: Path) -> None:
+    request: Any = SendfileRequest(100_000)
+    clock = Clock()
+    content: Any = FileContent(tmp_path, DATA)
+    segments = [b"first", ByteRange(500_000, 700_000), b"second", ByteRange(10, 300_000), b"end"]
+    streaming = Deferred.fromCoroutine(stream_content(request, content, segments, clock))
+    while not streaming.called:
+        clock.advance(0)
+    assert request.sent == b"first" + DATA[500_000:700_000] + b"second" + DATA[10:300_000] + b"end"
+    assert request.finished

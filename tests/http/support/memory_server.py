@@ -22,6 +22,7 @@ from dockerproxy.http.channel import HTTPChannel
 from dockerproxy.http.request import Request
 from dockerproxy.http.site import ServerTimeouts, Site
 from dockerproxy.http.tls import upgrade_to_tls
+from dockerproxy.oci.ranges import ByteRange
 from dockerproxy.proxy.authority import CertificateAuthority
 from dockerproxy.registry.streaming import stream_content
 
@@ -65,7 +66,7 @@ def main() -> None:
     async def handle(request: Request) -> None:
         if request.path == "/large":
             request.start(200, [], SIZE)
-            await stream_content(request, content, 0, SIZE, reactor)
+            await stream_content(request, content, [ByteRange(0, SIZE)], reactor)
             return
         if request.path == "/blocked":
             while len(sockets := blocked_sockets()) < int(request.query):
