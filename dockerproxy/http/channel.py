@@ -36,7 +36,7 @@ from dockerproxy.http.message import (
     parse_head,
     render_head,
 )
-from dockerproxy.http.request import PLAIN_TEXT, ClientDisconnected, Request, respond_text_error
+from dockerproxy.http.request import PLAIN_TEXT, ClientDisconnected, Fields, Request, respond_text_error
 from dockerproxy.http.security_fields import SECURITY_FIELDS
 from dockerproxy.http.stream import ByteStream
 from dockerproxy.http.timeouts import ConnectionTimer, Deadline
@@ -49,6 +49,7 @@ Handler = Callable[[Request], Awaitable[None]]
 
 # Bytes, including the empty line that ends a head. A full buffer holds a complete head, or its head is too long.
 _MAX_BUFFERED = MAX_HEAD + 4
+_SHORT_HEAD = 4 * 1024  # bytes
 _REQUESTS_PER_ITERATION = 32  # requests of one client per reactor iteration, so that other clients are served too
 _LINGER_TIMEOUT = 5.0  # seconds for a client to read a response that was sent before its request was complete
 
@@ -78,6 +79,7 @@ class HTTPChannel(Protocol):
         self._site = site
         self._handler = handler
         self._buffer = b""
+        self._counted_buffer = 0  # bytes of it in the budget of the site
         self._request: Request | None = None
         self._handler_task: Deferred[None] | None = None
         self._body: RequestBody | None = None
@@ -125,6 +127,8 @@ class HTTPChannel(Protocol):
                 reason=describe_handshake_error(reason.value),
             )
         self._on_event(Event.LOST)
+        self._buffer = b""
+        self._count_buffer()
         self._timer.stop()
         request, self._request = self._request, None
         if request is not None:
@@ -213,6 +217,7 @@ class HTTPChannel(Protocol):
         self._request = self._handler_task = None
         self._site.channel_closed(self)
         rest, self._buffer = self._buffer, b""
+        self._count_buffer()
         return self.transport, rest
 
     # Heads and bodies
@@ -233,6 +238,7 @@ class HTTPChannel(Protocol):
         else:
             self._site.reactor.callLater(0, self._start_buffered_requests)
         self._apply_back_pressure()
+        self._count_buffer()
 
     def _can_start_request(self) -> bool:
         return self._state is State.READING_HEAD and bool(self._buffer) and not self._flow_control.paused
@@ -245,6 +251,21 @@ class HTTPChannel(Protocol):
                 self.transport.pauseProducing()
             else:
                 self.transport.resumeProducing()
+
+    def _count_buffer(self) -> None:
+        """Count a long part of a head among the bytes of unread requests. Refuse it if they take too much memory."""
+        size = len(self._buffer) if len(self._buffer) > _SHORT_HEAD else 0
+        if size == self._counted_buffer:
+            return
+        buffers = self._site.body_budget.of_client(self.client)
+        if self._counted_buffer:
+            buffers.release(self._counted_buffer)
+        self._counted_buffer = size
+        if size:
+            buffers.add(size)
+            if buffers.scarce and self._state is State.READING_HEAD:
+                error = buffers.refusal()
+                self._refuse(error.status, error.message, error.headers)
 
     def _parse_next_head(self) -> RequestHead | None:
         """Parse and return the head at the start of the buffer, or None if it is incomplete or was refused."""
@@ -339,10 +360,10 @@ class HTTPChannel(Protocol):
             self._on_event(Event.CLOSE)
         return rest
 
-    def _refuse(self, status: int, reason: str) -> None:
-        """Respond to invalid input with `status` and `reason`, then close."""
+    def _refuse(self, status: int, reason: str, fields: Fields = ()) -> None:
+        """Respond to invalid input with `status`, `reason` and `fields`, then close."""
         body = f"{reason}\n".encode()
-        fields = [PLAIN_TEXT, ("Content-Length", str(len(body))), ("Connection", "close")]
+        fields = [PLAIN_TEXT, ("Content-Length", str(len(body))), *fields, ("Connection", "close")]
         self.write(render_head(status, fields, SECURITY_FIELDS) + body)
         log.info("refused a request from {client}: {reason}", client=self.client, reason=reason)
         self._on_event(Event.INVALID_INPUT)
@@ -358,6 +379,7 @@ class HTTPChannel(Protocol):
 
     def _start_lingering(self) -> None:
         self._buffer = b""
+        self._count_buffer()
         if self._body is not None:
             self._body.discard(ClientDisconnected())
             self._body = None
@@ -367,6 +389,7 @@ class HTTPChannel(Protocol):
 
     def _start_closing(self) -> None:
         self._buffer = b""
+        self._count_buffer()
         self.transport.unregisterProducer()
         self.transport.loseConnection()
 

@@ -35,7 +35,7 @@ class BufferBudget:
     """
 
     def __init__(self, limit: int, share: int) -> None:
-        self.shares = ClientShares("bytes of unread request bodies", limit, share)
+        self.shares = ClientShares("bytes of unread requests", limit, share)
         self._waiting: dict[str, set[ByteStream]] = {}  # with a pending read of more than a byte
 
     def of_client(self, client: str) -> ClientBuffers:

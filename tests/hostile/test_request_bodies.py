@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from tests.e2e.harness.process import wait_until
 from tests.e2e.harness.registry_daemon import HOSTED_REGISTRY_HOST, RegistryDaemon
 from tests.hostile.conftest import StartRegistryDaemon
-from tests.hostile.processes import client_connection, debug_bounds, descriptors, resident_bytes
+from tests.hostile.processes import client_connection, connections, debug_bounds, descriptors, resident_bytes
 
 __all__ = ["descriptors"]
 
@@ -81,14 +81,14 @@ def check_push(daemon: RegistryDaemon, name: str) -> None:
 def test_many_half_uploads(start_daemon: StartRegistryDaemon, workers: int) -> None:
     """Each has sent all but a byte of what the daemon writes at a time."""
     daemon = start_daemon()
-    before = resident_bytes(daemon)
-    with unfinished_requests(daemon.http_port, [upload(number) for number in range(800)], 300_000, sent=250_000):
-        used = debug_bounds(daemon)["bytes of unread request bodies"]
-        assert sum(bound["used"] for bound in used) <= SHARE * workers + 800 * 32 * 1024
+    before, count = resident_bytes(daemon), 600 * workers
+    with unfinished_requests(daemon.http_port, [upload(number) for number in range(count)], 300_000, sent=250_000):
+        used = debug_bounds(daemon)["bytes of unread requests"]
+        assert sum(bound["used"] for bound in used) <= SHARE * workers + count * 32 * 1024
         check_push(daemon, "team/others")
-        assert resident_bytes(daemon) - before < SHARE * workers + 800 * 64 * 1024
+        assert resident_bytes(daemon) - before < 2 * SHARE * workers + count * 64 * 1024
     wait_until(
-        lambda: all(not bound["clients"] for bound in debug_bounds(daemon)["bytes of unread request bodies"]),
+        lambda: all(not bound["clients"] for bound in debug_bounds(daemon)["bytes of unread requests"]),
         "no body is in memory",
     )
 
@@ -98,11 +98,11 @@ def test_fast_uploads_over_tls(start_daemon: StartRegistryDaemon, workers: int) 
     daemon = start_daemon()
     context = daemon.client_context
     context.check_hostname = False
-    before = resident_bytes(daemon)
-    lines = [upload(number) for number in range(400)]
+    before, count = resident_bytes(daemon), 400 * workers
+    lines = [upload(number) for number in range(count)]
     with unfinished_requests(daemon.registry_port, lines, 10 * MIB, context, sent=MIB):
         check_push(daemon, "team/tls")
-        assert resident_bytes(daemon) - before < 2 * SHARE * workers + 400 * 64 * 1024
+        assert resident_bytes(daemon) - before < 3 * SHARE * workers + count * 64 * 1024
 
 
 def test_manifests_that_are_not_finished(start_daemon: StartRegistryDaemon, workers: int) -> None:
@@ -119,7 +119,25 @@ def test_manifests_that_are_not_finished(start_daemon: StartRegistryDaemon, work
         received = answered[0].recv(65536)
         assert received.startswith(b"HTTP/1.1 429 ")
         assert b"retry-after: 1\r\n" in received.lower()
-        assert b"bytes of unread request bodies that one client may have" in received
+        assert b"bytes of unread requests that one client may have" in received
+
+
+def test_heads_that_are_not_finished(start_daemon: StartRegistryDaemon, workers: int) -> None:
+    """A head has up to 32 KiB. Those of more than 4 KiB count for the client."""
+    daemon = start_daemon()
+    before = resident_bytes(daemon)
+    head = b"GET / HTTP/1.1\r\nX: " + bytes(b"x" * 32_000)
+    with connections(daemon.http_port, 2400 * workers, ATTACKER, head) as clients:
+        check_push(daemon, "team/heads")
+        wait_until(lambda: any(map(_is_readable, clients)), "a head is refused")
+        [refused, *_] = [client for client in clients if _is_readable(client)]
+        received = refused.recv(65536)
+        assert received.startswith(b"HTTP/1.1 429 ")
+        assert b"Retry-After: 1\r\n" in received
+        assert b"bytes of unread requests that one client may have" in received
+        used = debug_bounds(daemon)["bytes of unread requests"]
+        assert all(bound["used"] <= SHARE + MIB for bound in used)
+        assert resident_bytes(daemon) - before < 2 * SHARE * workers
 
 
 def _is_readable(client: socket.socket) -> bool:

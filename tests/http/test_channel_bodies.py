@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 
 from twisted.trial.unittest import SynchronousTestCase
 
@@ -12,6 +13,7 @@ from tests.http.support.in_memory import (
     DISCARD_LIMIT,
     GET,
     DownloadHandler,
+    InMemoryClient,
     InMemoryServer,
     UploadHandler,
     echo,
@@ -55,6 +57,38 @@ class RequestBodyTests(SynchronousTestCase):
         clients.clear()
         gc.collect()
         self.assertEqual(budget.used, 0)
+
+    def test_long_heads_count_until_they_are_complete_or_given_up(self) -> None:
+        server = InMemoryServer(echo)
+        budget = server.site.body_budget.shares
+        part = b"GET /1 HTTP/1.1\r\nHost: a\r\nX: " + b"x" * 8000
+        endings: dict[str, Callable[[InMemoryClient], object]] = {
+            "complete": lambda client: client.send(b"\r\n\r\n"),
+            "invalid": lambda client: client.send(b"\r\n : \r\n\r\n"),
+            "lost": lambda client: client.disconnect(),
+            "timeout": lambda client: server.clock.advance(100),
+            "drain": lambda client: server.site.drain(),
+        }
+        for name, end in endings.items():
+            client = server.client()
+            client.send(part)
+            self.assertEqual(budget.used, len(part), name)
+            end(client)
+            self.assertEqual(budget.used, 0, name)
+
+    def test_a_long_head_is_refused_if_others_take_too_much_memory(self) -> None:
+        server = InMemoryServer(echo)
+        clients = [server.client() for _ in range(3)]
+        budget = server.site.body_budget
+        budget.of_client(clients[0].channel.client).add(budget.shares.share)
+        clients[0].send(b"GET /1 HTTP/1.1\r\nHost: a\r\nX: " + b"x" * 3000)
+        self.assertEqual(clients[0].transport.value(), b"")
+        clients[1].send(b"GET /1 HTTP/1.1\r\nHost: a\r\nX: " + b"x" * 5000)
+        self.assertEqual(clients[1].statuses, [429])
+        self.assertEqual(clients[1].responses[0].fields["Retry-After"], "1")
+        self.assertEqual(budget.shares.used, budget.shares.share)
+        clients[2].send(b"GET /1 HTTP/1.1\r\nHost: a\r\nX: " + b"x" * 5000 + b"\r\n\r\n")  # it was not incomplete
+        self.assertEqual(clients[2].statuses, [200])
 
     def test_broken_framing_raises_in_the_reader(self) -> None:
         upload_handler = UploadHandler()

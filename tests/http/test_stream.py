@@ -336,7 +336,7 @@ class BufferBudgetTests(SynchronousTestCase):
         self.successResultOf(self.read_some(stream))
         with self.assertRaises(TooManyRequests) as caught:
             stream.retain()
-        self.assertIn("65536 bytes of unread request bodies that one client may have", caught.exception.message)
+        self.assertIn("65536 bytes of unread requests that one client may have", caught.exception.message)
 
     def test_bytes_that_nobody_reads_are_released(self) -> None:
         for drop in (ByteStream.discard, lambda stream: None):
