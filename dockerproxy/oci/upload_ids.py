@@ -41,7 +41,7 @@ class UploadIds:
 
     def make_offer(self, owner: str, repository: Repository, algorithm: str, now: float) -> str:
         """Return a new offer. `owner` stands for the client. `now` is POSIX time."""
-        owner_part, repository_part = self._hash("owner", owner)[:8], self._repository_part(repository)
+        owner_part, repository_part = self._hash("owner", owner)[:8], self.repository_part(repository)
         variant, random = secrets.choice("89ab"), secrets.token_hex(4)
         upload_id = f"{owner_part}-{repository_part}-{variant}{random[:3]}-{int(now):08x}{random[3:7]}"
         offer = f"{upload_id}.{algorithm}"
@@ -59,9 +59,10 @@ class UploadIds:
 
     def is_of(self, upload_id: str, repository: Repository) -> bool:
         """Return whether a session of this identifier is one of `repository`."""
-        return repository_of(upload_id) == self._repository_part(repository)
+        return repository_of(upload_id) == self.repository_part(repository)
 
-    def _repository_part(self, repository: Repository) -> str:
+    def repository_part(self, repository: str) -> str:
+        """Return what `repository_of` returns for the sessions of a repository."""
         repository_hash = self._hash("repository", repository)
         return f"{repository_hash[:4]}-8{repository_hash[4:7]}"
 

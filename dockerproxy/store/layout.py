@@ -100,6 +100,11 @@ class Layout:
         return f"{self.root}/damaged"
 
     @property
+    def secret(self) -> str:
+        """The secret that signs tokens and identifiers of uploads."""
+        return f"{self.root}/secret"
+
+    @property
     def anchors(self) -> tuple[str, str]:
         """The directories that an administrator may have put elsewhere, by symbolic links. There are none below."""
         return self.blobs, self.repositories

@@ -67,8 +67,11 @@ class Mark:
     """Finds the blobs that no repository reaches, and the `unreferenced` objects of each repository.
 
     A tag reaches its manifest. A manifest reaches its references, its subject and its referrers. If `delete_untagged`
-    is false, every manifest is a root. A manifest used after `cutoff` (POSIX time) is always a root. If a manifest of
-    a repository cannot be read, all objects of that repository count as reachable, because its references are unknown.
+    is false, every manifest is a root. A manifest used after the cutoff is always a root. If a manifest of a repository
+    cannot be read, all objects of that repository count as reachable, because its references are unknown.
+
+    The cutoff is `cutoff` (POSIX time), or earlier while a push to the repository is under way: `cutoff_of` returns it.
+    Then its blobs that were used after it stay, too.
 
     If the name of a tag is derived from the digest of a manifest that the repository has, or had, the tag is no root:
     its manifest counts as a referrer of that one, such as a signature, and both end together.
@@ -83,6 +86,7 @@ class Mark:
     _links: Links
     _reader: StrictReader
     cutoff: float
+    _cutoff_of: Callable[[str], float]
     delete_untagged: bool
     on_step: Callable[[], object]
     garbage: set[DigestText] = field(factory=set, init=False)
@@ -129,6 +133,7 @@ class Mark:
             self.recent_count += len(catalog.recent - live)
             self._reach(repository, catalog, catalog.recent if self.delete_untagged else catalog.digests, live, layers)
             groups = self._group(repository, catalog, live)
+            self._retain_recent(repository, layers)
         except ManifestUnreadable as error:
             self.problems.append(Problem(repository, f"{error}; nothing was deleted from this repository"))
             self._mark_all(repository)
@@ -141,6 +146,18 @@ class Mark:
         if groups or layers or tags:
             subjects = {digest: subject for digest, subject in catalog.subjects.items() if digest not in live}
             self.unreferenced[repository] = Unreferenced(groups, subjects, layers, tags, orphans)
+
+    def _retain_recent(self, repository: str, layers: set[DigestText]) -> None:
+        """Mark the blobs among `layers` that were used after the cutoff of the repository."""
+        cutoff = self._cutoff_of(repository)
+        if cutoff >= self.cutoff:
+            return  # `SafeDelete` keeps them
+        for text in list(layers):
+            with suppress(*Missing):
+                if self._reader.stat(self._layout.blob(Digest.parse(text))).st_mtime > cutoff:
+                    layers.discard(text)
+                    self.garbage.discard(text)
+            self.on_step()
 
     def _read_tags(self, repository: str) -> tuple[dict[DigestText, str], dict[str, DigestText]]:
         """Return the repository's tagged manifests, each with one of its tags.
@@ -164,7 +181,7 @@ class Mark:
 
         Add the `derived` tags to `roots` if their digests were never seen here.
         """
-        catalog = _Catalog()
+        catalog, cutoff = _Catalog(), self._cutoff_of(repository)
         subjects: dict[str | None, DigestText | None] = {base: _subject(base) for base in map(fallback_base, derived)}
         for digest in self._links.manifests(repository):
             text = str(digest)
@@ -175,7 +192,7 @@ class Mark:
                 if references.subject is not None:
                     subject = catalog.subjects[text] = str(references.subject)
                     catalog.referrers.setdefault(subject, []).append(text)
-                if last_used > self.cutoff:
+                if last_used > cutoff:
                     catalog.recent.add(text)
             catalog.digests.add(text)
             self.manifest_count += 1

@@ -8,7 +8,7 @@ from pathlib import Path
 from dockerproxy.store.files import Staging
 from dockerproxy.store.tree_reader import read_small
 
-_LENGTH = 32
+SECRET_LENGTH = 32
 
 
 def load_or_create_secret(path: Path, staging: Staging) -> bytes:
@@ -16,12 +16,12 @@ def load_or_create_secret(path: Path, staging: Staging) -> bytes:
 
     If several processes create it at the same time, all return the same secret. `staging` is private, and syncs.
     """
-    secret = read_small(str(path), _LENGTH)
+    secret = read_small(str(path), SECRET_LENGTH)
     if secret is None:
-        staging.write_new(secrets.token_bytes(_LENGTH), str(path))
-    elif len(secret) < _LENGTH:
+        staging.write_new(secrets.token_bytes(SECRET_LENGTH), str(path))
+    elif len(secret) < SECRET_LENGTH:
         # A power cut has torn the file. It can be replaced, because nothing was signed with it yet.
-        staging.write(secrets.token_bytes(_LENGTH), str(path))
+        staging.write(secrets.token_bytes(SECRET_LENGTH), str(path))
     else:
         return secret
     return load_or_create_secret(path, staging)

@@ -198,4 +198,4 @@ def _write_pid(fd: int) -> None:
 
 def _open_secret(layout: Layout) -> bytes:
     staging = Staging(layout.staging, sync_data=True, sync_names=True, private=True)
-    return load_or_create_secret(layout.root / "secret", staging)
+    return load_or_create_secret(Path(layout.secret), staging)

@@ -7,6 +7,8 @@ and the blob's mtime (see `safe_delete`):
 - No object is deleted if its blob was used after the cutoff, which is `grace` seconds before the start. Objects that a
   push found, wrote or linked during the collection therefore stay. A client has the grace period from its HEAD request
   to the push of its manifest.
+- A push may last longer than that. While a repository has an upload session that is used, its cutoff is so long
+  before the start of the session, but at most a day earlier than that of the others.
 - A manifest that is pushed meanwhile refers to blobs, which the push has used, and to manifests. All unreachable
   manifests are decided, with their references, before the first blob is deleted. If such a manifest was used before
   its deletion, it stays with all its references. If it was deleted first, the push does not find it and must push it
@@ -15,6 +17,7 @@ and the blob's mtime (see `safe_delete`):
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections import Counter
@@ -28,6 +31,7 @@ from typing import TypeVar
 from attrs import define, field, frozen
 
 from dockerproxy.oci.names import Digest
+from dockerproxy.oci.upload_ids import UploadIds
 from dockerproxy.store.blobs import Blobs
 from dockerproxy.store.layout import Layout
 from dockerproxy.store.links import Links
@@ -35,7 +39,8 @@ from dockerproxy.store.mark import DigestText, Mark
 from dockerproxy.store.progress import Progress, RepositoryLock, locked_slices, no_lock
 from dockerproxy.store.referrers import Referrers
 from dockerproxy.store.safe_delete import DeleteOutcome, SafeDelete
-from dockerproxy.store.tree_reader import StrictReader, UnsafeFile
+from dockerproxy.store.secret import SECRET_LENGTH
+from dockerproxy.store.tree_reader import StrictReader, UnsafeFile, read_small
 from dockerproxy.store.uploads import Uploads
 
 GRACE_PERIOD = 3600.0
@@ -53,6 +58,8 @@ deletion takes 0.1 to 0.4 ms on ext4 without a journal, mounted with `discard`."
 
 _BATCH = 200
 """Links or blobs that these threads delete in one step."""
+
+_MAX_HOLD = 86400.0  # seconds by which an upload session can delay the deletion of what its repository does not need
 
 _MAX_PROBLEMS = 1000
 
@@ -119,8 +126,8 @@ def sweep(
     if not grace >= MIN_GRACE_PERIOD:  # also true for NaN
         message = f"a grace period of {grace:g} seconds is too short; use at least {MIN_GRACE_PERIOD:g}"
         raise InvalidGracePeriod(message)
-    cutoff = clock() - grace
-    return _SweepRun(layout, SafeDelete(layout, cutoff, dry_run), delete_untagged, progress or Progress(), lock).run()
+    safe_delete = SafeDelete(layout, clock() - grace, dry_run)
+    return _SweepRun(layout, safe_delete, delete_untagged, progress or Progress(), lock, grace).run()
 
 
 @define
@@ -132,6 +139,7 @@ class _SweepRun:
     _delete_untagged: bool
     _progress: Progress[RemovedItem]
     _lock: RepositoryLock
+    _grace: float
     _reader: StrictReader = field(init=False)
     _links: Links = field(init=False)
     _referrers: Referrers = field(init=False)
@@ -156,8 +164,24 @@ class _SweepRun:
 
     @_mark.default
     def _make_mark(self) -> Mark:
+        return Mark(
+            self._layout, self._links, self._reader, self._safe_delete.cutoff, self._make_cutoffs(),
+            self._delete_untagged, on_step=self._report_mark,
+        )  # fmt: skip
+
+    def _make_cutoffs(self) -> Callable[[str], float]:
+        """Return a function that returns the cutoff of a repository."""
         cutoff = self._safe_delete.cutoff
-        return Mark(self._layout, self._links, self._reader, cutoff, self._delete_untagged, on_step=self._report_mark)
+        secret = read_small(str(self._layout.secret), SECRET_LENGTH)
+        if secret is None:
+            return lambda repository: cutoff  # the daemon has not run yet
+        ids, oldest = UploadIds(secret), Uploads(self._layout).oldest(cutoff)
+
+        def cutoff_of(repository: str) -> float:
+            start = oldest.get(ids.repository_part(repository), math.inf)
+            return min(cutoff, max(start - self._grace, cutoff - _MAX_HOLD))
+
+        return cutoff_of
 
     def run(self) -> SweepResult:
         """Collect the garbage."""

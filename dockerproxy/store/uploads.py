@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import math
 import os
 import re
 import shutil
@@ -22,7 +23,7 @@ from attrs import define, field, frozen
 
 from dockerproxy.errors import BlobUploadBusy, BlobUploadUnknown, ServiceOverloaded, TooManyRequests
 from dockerproxy.oci.names import Digest
-from dockerproxy.oci.upload_ids import UPLOAD_ID, owner_of, repository_of
+from dockerproxy.oci.upload_ids import UPLOAD_ID, owner_of, repository_of, started_at
 from dockerproxy.shares import BoundReport
 from dockerproxy.store.blobs import Blobs
 from dockerproxy.store.hashed_append_file import HashedAppendFile
@@ -156,6 +157,18 @@ class Uploads:
         Also delete those that another registry left in its own directories. With `dry_run`, only count.
         """
         return self._purge(self._sessions(), before, dry_run) + self._purge_foreign(before, dry_run)
+
+    def oldest(self, used_after: float) -> dict[str, float]:
+        """Return the start of the oldest session of each repository (POSIX time). Blocks.
+
+        The keys are those of `repository_of`. Sessions that were not used after `used_after` do not count.
+        """
+        oldest: dict[str, float] = {}
+        for session in self._sessions():
+            if _mtime(self._path(session)) > used_after:
+                part = repository_of(session)
+                oldest[part] = min(oldest.get(part, math.inf), started_at(session))
+        return oldest
 
     def purge_given_up(self) -> int:
         """Delete the sessions that nobody has used for a while, although they are not stale yet, to make room. Blocks.

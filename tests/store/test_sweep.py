@@ -17,12 +17,15 @@ from dockerproxy.oci.names import Digest, parse_repository
 from dockerproxy.oci.upload_ids import UploadIds
 from dockerproxy.store import safe_delete as safe_delete_module
 from dockerproxy.store import sweep as sweep_module
+from dockerproxy.store.files import Staging
 from dockerproxy.store.hosted_tree import HostedTree
 from dockerproxy.store.layout import Layout
 from dockerproxy.store.progress import Progress, RepositoryLock, Stopped
 from dockerproxy.store.safe_delete import DeleteOutcome, SafeDelete
+from dockerproxy.store.secret import load_or_create_secret
 from dockerproxy.store.sweep import InvalidGracePeriod, RemovedItem, SweepResult, sweep
 from dockerproxy.store.tree_reader import UnsafeFile
+from dockerproxy.store.uploads import Upload
 from tests.store.support.images import BOTH, ONE, TWO, ManifestTree, age_blobs, descriptor, image, index, put_image
 from tests.store.support.reactor import SteppedReactor
 from tests.store.support.stepped_operation import SteppedOperation
@@ -277,6 +280,52 @@ def test_retains_running_uploads_and_foreign_files(store: HostedTree) -> None:
         assert sweep(store.layout, delete_untagged=True, dry_run=dry_run).uploads == 1
     assert os.listdir(store.layout.sessions) == [sessions[0]]  # the other was given up before the grace period
     assert other.read_text() == "mine"
+
+
+def start_upload(store: HostedTree, repository: str, age: float, last_used: float = 0) -> Upload:
+    """Begin an upload `age` seconds ago."""
+    ids = UploadIds(load_or_create_secret(Path(store.layout.secret), Staging(store.layout.staging)))
+    offer = ids.make_offer("", parse_repository(repository), "sha256", time.time() - age)
+    upload = store.uploads.create(offer[:36])
+    upload.append([b"half"])
+    store.uploads.suspend(upload)
+    os.utime(f"{store.layout.sessions}/{upload.session}", (time.time() - last_used,) * 2)
+    return upload
+
+
+@pytest.mark.parametrize("delete_untagged", [False, True])
+def test_a_push_that_lasts_longer_than_the_grace_period(store: HostedTree, delete_untagged: bool) -> None:
+    store.blobs.put(b"before", Digest.of(b"before"))
+    store.links.link_layer(REPOSITORY, Digest.of(b"before"))
+    age_blobs(store, 3 * 3600)
+    put_image(store, REPOSITORY, ONE)  # pushed two hours ago, and its index is not there yet
+    for blob in (b"first layer", b"second layer"):
+        store.blobs.put(blob, Digest.of(blob))
+        store.links.link_layer(REPOSITORY, Digest.of(blob))
+    put_image(store, "other", TWO)
+    age_blobs(store, 2 * 3600)
+    session = start_upload(store, REPOSITORY, 1.9 * 3600, last_used=600)
+    start_upload(store, REPOSITORY, 60)
+    for _ in range(2):
+        sweep(store.layout, delete_untagged=delete_untagged)
+        held = {Digest.of(b"first layer"), Digest.of(b"second layer")} | closure(ONE)
+        assert stored_digests(store) == held if delete_untagged else held | closure(TWO)
+        assert all(store.links.has_layer(REPOSITORY, Digest.of(blob)) for blob in (b"first layer", b"second layer"))
+        assert store.links.has_manifest(REPOSITORY, ONE.digest)
+    store.uploads.resume(session.session).cancel()
+    sweep(store.layout, delete_untagged=delete_untagged)
+    assert stored_digests(store) == (set() if delete_untagged else closure(ONE, TWO))
+
+
+@pytest.mark.parametrize(("age", "last_used"), [(30 * 3600, 0), (1.9 * 3600, 2 * 3600), (-(10**6), 0)])
+def test_an_upload_holds_what_is_a_day_old_at_most_and_only_while_it_is_used(
+    store: HostedTree, age: float, last_used: float
+) -> None:
+    put_image(store, REPOSITORY, ONE)
+    age_blobs(store, 26 * 3600)
+    start_upload(store, REPOSITORY, age, last_used)
+    sweep(store.layout, delete_untagged=True)
+    assert stored_digests(store) == set()
 
 
 # Deleted objects
