@@ -239,6 +239,29 @@ class CachedRegistry:
             method, self.registry, path, headers, body, client_connection=client_connection
         )
 
+    def request_login(self, error: RegistryError, name: Repository) -> RegistryError:
+        """Return the 401 for a client without a login if `error` is an outage of a registry with logins, else `error`.
+
+        containerd and oras do not begin with `/v2/`. They fetch a token, which reads what is cached of `name`, only if
+        the request for the content itself gets a challenge.
+        """
+        if self.authorization is not None or self.local_token is not None:
+            return error
+        if not is_outage(error) or error.status == 429:
+            return error
+        challenges = self.cache.challenges.cached(self.registry)
+        if self._allows_anonymous(challenges):
+            return error
+        scope = f"repository:{name}:pull"
+        fields = [
+            challenge.with_parameter("scope", scope) if challenge.scheme == "bearer" else challenge
+            for challenge in challenges
+        ]
+        return Unauthorized(
+            f"authentication required, because only cached content of {name} can be served: {error.message}",
+            headers=[("WWW-Authenticate", challenge.render()) for challenge in fields],
+        )
+
     def challenge(self, error: RegistryError, *, secure: bool) -> list[tuple[str, str]]:
         """Return the WWW-Authenticate fields for a 401: those of `error`, or the stored ones of the registry."""
         fields = [value for name, value in error.headers if name.lower() == "www-authenticate"]

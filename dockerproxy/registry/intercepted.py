@@ -81,6 +81,8 @@ class Intercepted:
         self._cross_origin.check(request, pull=target.kind is not Kind.BASE)
         if is_preflight(request):
             return respond_preflight(request)
+        if target.kind in (Kind.MANIFEST, Kind.BLOB) and request.method in SAFE_METHODS:
+            request.error_renderer = partial(_respond_pull_error, upstream, target)
         pull = self._api.handle_pull(request, target, upstream) or handle_list(request, target, upstream)
         if pull is not None:
             return pull
@@ -152,6 +154,11 @@ async def _respond_ping(request: Request) -> None:
 def _respond_error(upstream: UpstreamRegistry, request: Request, error: RegistryError) -> None:
     """Respond with `error`. A 401 has the registry's challenge."""
     respond_error(request, error, upstream.challenge(error, secure=request.secure) if error.status == 401 else [])
+
+
+def _respond_pull_error(upstream: UpstreamRegistry, target: Target, request: Request, error: RegistryError) -> None:
+    """Respond with `error`, or with a request for a login that the content may be served to from the cache."""
+    _respond_error(upstream, request, upstream.request_login(error, target.name))
 
 
 def _check_path(request: Request) -> None:

@@ -12,7 +12,7 @@ from dockerproxy.http.forwarding import ForwardedResponse, forward_response, req
 from dockerproxy.http.headers import Headers
 from dockerproxy.http.message import SAFE_METHODS
 from dockerproxy.http.request import Request
-from dockerproxy.oci.names import Host
+from dockerproxy.oci.names import Host, Repository
 from dockerproxy.oci.routes import LIST_KINDS, Target
 from dockerproxy.registry.backend import PullBackend
 from dockerproxy.registry.responses import FieldList, cache_status_fields, page_fields, upstream_fields
@@ -47,6 +47,9 @@ class UpstreamRegistry(PullBackend, Protocol):
         self, method: str, path: str, headers: Headers, body: Any = None, *, client_connection: Hashable = None
     ) -> RegistryResponse:
         """Send a request that is not of the API as it is, with the client's own login. Return the response."""
+
+    def request_login(self, error: RegistryError, name: Repository) -> RegistryError:
+        """Return the error for a client whose pull from `name` failed with `error`: a 401 if a login would help."""
 
     def challenge(self, error: RegistryError, *, secure: bool) -> list[tuple[str, str]]:
         """Return the challenge for a client that gets `error`, a 401."""

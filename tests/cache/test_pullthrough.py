@@ -343,6 +343,53 @@ def test_ping_without_credential(harness: CacheHarness) -> None:
     assert challenge.parameters["realm"] == "https://auth.docker.io/token"
 
 
+OUTAGES = [UpstreamUnreachable("gone"), UpstreamTimeout("silent"), UpstreamFailing("503")]
+
+
+@pytest.mark.parametrize("error", OUTAGES)
+@pytest.mark.parametrize("target", PATHS_TO_CONTENT)
+@pytest.mark.parametrize("head", [False, True])
+def test_outage_asks_for_login(harness: CacheHarness, error: Any, target: tuple[str, str], head: bool) -> None:
+    """containerd fetches a token only if the request for the manifest gets a challenge."""
+    fill_repository(harness, readers={ALICE})
+    pull(harness, ALICE)
+    for method in ("GET", "HEAD"):
+        harness.upstream.on(method, "", raise_error(error))
+    client = harness.client()
+    with pytest.raises(RegistryError) as excinfo:
+        ask(harness, target, head=head)
+    refusal = client.request_login(excinfo.value, NAME)
+    assert isinstance(refusal, Unauthorized) and error.message in refusal.message
+    [(_, value)] = client.challenge(refusal, secure=True)
+    [challenge] = parse_challenges([value])
+    assert challenge.scheme == "bearer"
+    assert challenge.parameters == {
+        "realm": "https://auth.docker.io/token", "service": "registry.docker.io", "scope": f"repository:{NAME}:pull"
+    }  # fmt: skip
+    assert (
+        ask(harness, target, local_token(harness, harness.principal(authorization=ALICE).identity), head=head)[0]
+        == "STALE"
+    )
+
+
+def test_outage_asks_only_clients_that_a_login_may_help(
+    harness: CacheHarness, make_harness: Callable[..., CacheHarness]
+) -> None:
+    error = UpstreamUnreachable("gone")
+    for authorization in (ALICE, local_token(harness, "public")):  # no second challenge, which would be no cause
+        assert harness.client(authorization).request_login(error, NAME) is error
+    assert harness.client(registry=OTHER).request_login(error, NAME) is error  # its challenge is not known
+    for other_error in (UpstreamFailing("too many", 429), TooManyRequests("of tokens"), UpstreamRefused(404, b"", [])):
+        assert harness.client().request_login(other_error, NAME) is other_error
+    harness.upstream.on("GET", "^/v2/$", lambda request, data: error_response(401, www_authenticate='Basic realm="x"'))
+    with pytest.raises(Unauthorized):
+        harness.run(harness.client(registry=OTHER).ping())
+    refusal = harness.client(registry=OTHER).request_login(error, NAME)
+    assert refusal.headers == (("WWW-Authenticate", 'Basic realm="x"'),)
+    with_login = make_harness(login=LOGIN)
+    assert with_login.client(registry=OTHER).request_login(error, NAME) is error  # the configured login serves it
+
+
 def test_ping_with_local_token(harness: CacheHarness) -> None:
     harness.run(harness.client(local_token(harness, "public")).ping())
     assert harness.upstream.requests == []

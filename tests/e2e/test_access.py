@@ -103,6 +103,34 @@ def test_clients_log_in_with_their_own_credentials(
     docker.run_checked("pull", "alice/cli:1")
 
 
+def test_private_image_pulls_while_upstream_is_down(
+    upstreams: Upstreams, start_daemon: StartDaemon, clients: ClientFactory
+) -> None:
+    """Also with clients that do not begin with /v2/: containerd requests the manifest, and waits for a challenge."""
+    daemon = start_daemon()
+    image = images.build_small_image("alice/outage", oci=False)
+    upstreams.push_to_hub("alice/outage", "1", image, owners={"alice"})
+    name, login = "docker.io/alice/outage:1", f"alice:{upstreams.users['alice']}"
+    skopeo, docker, containerd = clients.skopeo(daemon), clients.docker(daemon), clients.containerd(daemon)
+    docker.write_login("https://index.docker.io/v1/", "alice", upstreams.users["alice"])
+    for _ in range(2):  # containerd asks for a tag by HEAD only, which counts once the manifest is cached
+        containerd.pull(name, "--user", login)
+        containerd.remove_all_images()
+    path = f"{HUB}/v2/alice/outage"
+    with upstreams.stopped():
+        containerd.pull(name, "--user", login)
+        skopeo.pull(name, "--src-creds", login)
+        docker.run_checked("pull", "alice/outage:1")
+        for method in ("HEAD", "GET"):
+            for target in ("manifests/1", f"manifests/{image.digest}", f"blobs/{image.layers[0].digest}"):
+                response = daemon.client.request(method, f"{path}/{target}", {"Accept": ACCEPT_MANIFESTS})
+                assert response.status == 401
+                assert 'scope="repository:alice/outage:pull"' in response.headers["www-authenticate"]
+        assert containerd.try_pull("docker.io/alice/never:1", "--user", login).returncode != 0
+    containerd.remove_all_images()
+    assert containerd.try_pull(name).returncode != 0
+
+
 def test_repository_that_became_private_is_refused(upstreams: Upstreams, start_daemon: StartDaemon) -> None:
     daemon = start_daemon()
     image = upstreams.push_to_hub("alice/shy", "1", images.build_small_image("shy"))

@@ -9,7 +9,14 @@ import pytest
 from attrs import frozen
 from twisted.internet.defer import Deferred
 
-from dockerproxy.errors import BlobUnknown, ManifestUnknown, RegistryError, UpstreamBroken
+from dockerproxy.errors import (
+    BlobUnknown,
+    ManifestUnknown,
+    RegistryError,
+    Unauthorized,
+    UpstreamBroken,
+    UpstreamUnreachable,
+)
 from dockerproxy.http.headers import Headers
 from dockerproxy.oci.content import BlobResponse, ManifestResponse
 from dockerproxy.oci.manifests import EMPTY_INDEX
@@ -226,7 +233,7 @@ class FakeUpstreamRegistry(FakePullBackend):
     """An `UpstreamRegistry` and `TokenService` on top of `FakePullBackend`.
 
     It responds to forwarded requests with `response`, to pings with `ping_error`, and to referrers with
-    `referrers_result`.
+    `referrers_result`. It has content that needs a login if `has_login` is set.
     """
 
     def __init__(self) -> None:
@@ -235,6 +242,7 @@ class FakeUpstreamRegistry(FakePullBackend):
         self.forwarded_requests: list[ForwardedRequest] = []
         self.response: Any = FakeRegistryResponse(200, [("content-type", "text/plain")], b"from upstream")
         self.ping_error: Exception | None = None
+        self.has_login = False
         self.referrers_result: Any = None
         self.body_chunks: list[bytes] = []
         self.realms: dict[tuple[str, str], Registry] = {}
@@ -281,6 +289,12 @@ class FakeUpstreamRegistry(FakePullBackend):
 
     def write(self, data: bytes) -> None:
         self.body_chunks.append(data)
+
+    def request_login(self, error: RegistryError, name: Repository) -> RegistryError:
+        """Return a 401 for `name` in place of an unreachable upstream, if `has_login` is set."""
+        if self.has_login and isinstance(error, UpstreamUnreachable):
+            return Unauthorized("log in", headers=[("WWW-Authenticate", f'Bearer scope="{name}"')])
+        return error
 
     def challenge(self, error: RegistryError, *, secure: bool) -> list[tuple[str, str]]:
         """Return the challenges of `error` with our realm added, or a remembered challenge if it has none."""

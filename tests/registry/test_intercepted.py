@@ -174,6 +174,19 @@ def test_a_401_carries_the_registrys_challenge_once(connect_intercepted: Any, up
         ]
 
 
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_pull_during_outage_gets_a_challenge(
+    connect_intercepted: Any, connect_mirror: Any, upstream: Any, method: str
+) -> None:
+    """A mirror has no logins, and sends none."""
+    upstream.has_login, upstream.error = True, UpstreamUnreachable("gone")
+    for path in ("blobs/" + str(DIGEST), "manifests/latest"):
+        response = connect_intercepted().fetch(method, f"/v2/a/b/{path}")
+        assert response.status == 401
+        assert response.fields("WWW-Authenticate") == ['Bearer scope="a/b",realm="https://ours/token"']
+        assert connect_mirror().fetch(method, f"/v2/a/b/{path}?ns=quay.io").status == 502
+
+
 def test_only_401_carries_a_challenge(connect_intercepted: Any, upstream: Any) -> None:
     for error in (BlobUnknown("no"), UpstreamRefused(403, b"", [("www-authenticate", "Basic")])):
         upstream.error = error
