@@ -670,6 +670,7 @@ def test_push_alternates_between_processes(daemon: MultiProcessDaemon) -> None:
                 response = request_on(next(connection_cycle), "PATCH", upload, chunk, {"Content-Range": content_range})
                 size += len(chunk)
                 assert (response.status, response.headers["range"]) == (202, f"0-{size - 1}")
+                upload = upload_path(response.headers["location"])
             assert request_on(next(connection_cycle), "GET", upload).headers["range"] == f"0-{size - 1}"
             rejection = request_on(
                 next(connection_cycle), "PATCH", upload, b"x", {"Content-Range": f"{size + 5}-{size + 5}"}
