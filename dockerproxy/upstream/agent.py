@@ -27,6 +27,7 @@ from dockerproxy.upstream.connection import (
 from dockerproxy.upstream.connection_auth import request_logs_in
 from dockerproxy.upstream.http1 import render_request_head
 from dockerproxy.upstream.pool import Pool
+from dockerproxy.upstream.silent_servers import SilentServers
 from dockerproxy.upstream.tls import ClientContext, TLSClientFactory
 from dockerproxy.upstream.urls import split_url
 
@@ -49,6 +50,7 @@ class Agent:
         self._context = context
         self._timeouts = timeouts
         self._pool = Pool(reactor)
+        self._silent_servers = SilentServers(reactor)
         self._connections: set[UpstreamConnection] = set()
         self._close_waiters: list[Deferred[None]] = []
 
@@ -91,6 +93,7 @@ class Agent:
 
     async def close(self) -> None:
         """Abort all connections; return once all are closed."""
+        self._silent_servers.close()
         for connection in list(self._connections):
             connection.abort()
         if self._connections:
@@ -122,6 +125,17 @@ class Agent:
                 waiter.callback(None)
 
     async def _connect(
+        self, key: Hashable, origin: Registry, address_check: AddressCheck | None, client: str
+    ) -> UpstreamConnection:
+        """Connect within the time limit, or fail at once if the server did not answer a moment ago."""
+        return await self._silent_servers.connect(
+            key,
+            origin.host.authority,
+            lambda: self._connect_in_time(key, origin, address_check, client),
+            self.on_connection_idle,
+        )
+
+    async def _connect_in_time(
         self, key: Hashable, origin: Registry, address_check: AddressCheck | None, client: str
     ) -> UpstreamConnection:
         work = Deferred.fromCoroutine(self._open_connection(key, origin, address_check, client))
