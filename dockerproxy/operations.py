@@ -142,7 +142,8 @@ def check(daemon: Daemon, root: str, *, links: bool) -> Any:
         digest = None if item.digest is None else str(item.digest)
         daemon.send("finding", kind=item.kind, what=item.message, repository=item.repository, digest=digest)
 
-    return scrub(Layout(Path(root)), check_links=links, progress=Progress(daemon.report, send_item))
+    progress = Progress(daemon.report, send_item)
+    return scrub(Layout(Path(root)), check_links=links, progress=progress, lock=daemon.lock)
 
 
 OPERATIONS: dict[str, Callable[..., Any]] = {"gc": collect_garbage, "import": import_directory, "check": check}

@@ -258,6 +258,22 @@ def test_rm_of_a_digest_and_of_a_repository(daemon: DaemonProcess) -> None:
     assert "foo/bar/deep" in daemon.run("ls", "--hosted")
 
 
+@pytest.mark.parametrize("fault", [b"", b"sha256:12", None])
+def test_a_tag_without_its_manifest(daemon: DaemonProcess, fault: bytes | None) -> None:
+    path = Path(daemon.hosted.layout.tag_current("foo/bar", "latest"))
+    if fault is None:
+        daemon.hosted.links.unlink_manifest("foo/bar", Digest.of(TWO))
+    else:
+        path.write_bytes(fault)
+        daemon.hosted.links.unlink_manifest("foo/bar", Digest.of(TWO))
+    for arguments in (("gc",), ("check",)):
+        assert "dockerproxy rm foo/bar:latest" in daemon.run(*arguments, status=1)
+    daemon.run("rm", "foo/bar:latest")
+    assert not path.parent.parent.exists()
+    assert "no problems" in daemon.run("check")
+    daemon.run("gc")
+
+
 def test_rm_of_what_a_tag_needs(daemon: DaemonProcess) -> None:
     links, tree = daemon.hosted.links, HostedTree.from_layout(daemon.hosted.layout)
     signature = image(b"sig", b"signature", subject=BOTH)

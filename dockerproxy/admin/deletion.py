@@ -73,12 +73,13 @@ class Deleter:
 
     def _unlink_hosted(self, ref: ImageRef, counts: dict[str, int]) -> Iterator[None]:
         store, repository = self._hosted_store, ref.repository
-        for tag in store.links.tags(repository):
-            if ref.tag in (None, tag) and ref.digest in (None, store.links.tag(repository, tag)):
+        if ref.tag is not None:
+            counts["tags"] += store.links.remove_tag(repository, ref.tag)
+            return
+        for tag, digest in store.links.iter_tags(repository):
+            if ref.digest in (None, digest):
                 counts["tags"] += store.links.remove_tag(repository, tag)
             yield None
-        if ref.tag is not None:
-            return
         for digest in store.links.manifests(repository):
             if ref.digest in (None, digest):
                 counts["manifests"] += store.remove_manifest(repository, digest)

@@ -164,6 +164,6 @@ def _parse_name(text: str) -> tuple[str, str | None, Digest | None]:
 
 
 def _check_tag(store: StoreView, repository: str, tag: str) -> None:
-    tags = store.links.tags(repository)
-    if tag not in tags:
+    if not store.links.has_tag(repository, tag):
+        tags = store.links.tags(repository)
         raise NotFound(f"{repository} has no tag {tag}", [f"{repository}:{name}" for name in _close_matches(tag, tags)])

@@ -26,7 +26,7 @@ from dockerproxy.oci.names import Digest, parse_repository
 from dockerproxy.store.blobs import Blobs
 from dockerproxy.store.files import write_all
 from dockerproxy.store.layout import Layout
-from dockerproxy.store.links import Links
+from dockerproxy.store.links import Links, LinkState
 from dockerproxy.store.progress import Progress, RepositoryLock, locked_slices, no_lock
 from dockerproxy.store.tree_reader import Missing, StrictReader, UnsafeFile, read_small
 
@@ -206,10 +206,14 @@ class _ImportRun:
     def link_layers(self, repository: str) -> None:
         """Link the blobs of the repository."""
         for digest in self._source_links.layers(repository):
-            if self._source_links.has_layer(repository, digest):
-                if self._target_blobs.exists(digest):
+            state = self._source_links.layer_state(repository, digest)
+            if state is not LinkState.ABSENT:
+                is_here = self._target_blobs.exists(digest)
+                if is_here:
                     self._target_links.link_layer(repository, digest)
-                else:
+                if state is LinkState.TORN:
+                    self.record(_torn(repository, f"the link to the blob {digest}", is_here))
+                elif not is_here:
                     self.record(Skipped("missing", f"{repository}: the blob {digest} is missing"))
             self.report_manifests()
 
@@ -222,7 +226,8 @@ class _ImportRun:
     def link_manifests(self, repository: str) -> Iterator[Skipped | None]:
         """Link the manifests of the repository, one per step."""
         for digest in self._source_links.manifests(repository):
-            if not self._source_links.has_manifest(repository, digest):
+            state = self._source_links.manifest_state(repository, digest)
+            if state is LinkState.ABSENT:
                 yield None
                 continue
             content = read_small(self._target.blob(digest), MAX_MANIFEST + 1)
@@ -241,13 +246,19 @@ class _ImportRun:
                 if linked_at is not None:
                     self._target_links.set_manifest_time(repository, digest, min(linked_at, time.time_ns()))
                 self.counts.update(manifests=1)
-            yield None
+            is_torn = state is LinkState.TORN
+            yield _torn(repository, f"the link to the manifest {digest}", True) if is_torn else None
 
     def set_tags(self, repository: str) -> Iterator[Skipped | None]:
         """Set the tags of the repository, one per step."""
         for tag, digest in self._source_links.iter_tags(repository):
             current = self._target_links.tag(repository, tag)
-            if digest is None or not self._target_links.has_manifest(repository, digest):
+            if digest is None:
+                digest = self._only_target(repository, tag)
+                yield _torn(repository, f"the tag {tag}", digest is not None)
+            if digest is None:
+                continue
+            if not self._target_links.has_manifest(repository, digest):
                 yield Skipped("missing", f"{repository}:{tag}: the manifest of the tag is missing")
             elif current is not None and current != digest and not self._force:
                 yield Skipped("conflict", f"{repository}:{tag} points to {current} here, but to {digest} in the import")
@@ -255,6 +266,11 @@ class _ImportRun:
                 self._target_links.set_tag(repository, tag, digest)
                 self.counts.update(tags=1)
             yield None
+
+    def _only_target(self, repository: str, tag: str) -> Digest | None:
+        """Return the manifest of a torn tag, if it has had no other one and it was imported."""
+        targets = self._source_links.former_targets(repository, tag)
+        return targets[0] if len(targets) == 1 and self._target_links.has_manifest(repository, targets[0]) else None
 
     def _import_blob(self, digest: Digest) -> None:
         os.makedirs(self._target.staging, exist_ok=True)
@@ -307,6 +323,11 @@ class _ImportRun:
 
     def _report_bytes(self) -> None:
         self._progress.report("contents", self._processed_bytes, self._total_bytes)
+
+
+def _torn(repository: str, name: str, is_mended: bool) -> Skipped:
+    outcome = "it was mended, because its content is here" if is_mended else "it was not imported"
+    return Skipped("torn", f"{repository}: {name} is torn; {outcome}")
 
 
 class _SourceError(Exception):

@@ -1,6 +1,6 @@
 """Links: small files that contain a digest. They record the blobs, manifests and tags of each repository.
 
-A link that a power cut left empty or torn counts as absent.
+A link that a power cut left empty or torn counts as absent for clients. Import, check and gc tell the two apart.
 
 A private link has a newline after its digest. The cache makes one for content that upstream sent to a client with a
 credential. If upstream has also sent it to a client without one, the link is public, as all links of the hosted
@@ -40,6 +40,14 @@ class Visibility(Enum):
 
     PRIVATE = "clients with access of their own"
     PUBLIC = "clients without a credential as well"
+
+
+class LinkState(Enum):
+    """The state of a link, for code that mends it."""
+
+    ABSENT = "there is no link: it was never written, or removed"
+    TORN = "a crash left it without its digest"
+    WHOLE = "the repository has what it leads to"
 
 
 @frozen(slots=True)
@@ -125,6 +133,10 @@ class Links:
         """Set when the manifest was linked, as `manifest_time` returns it."""
         os.utime(self._layout.manifest(repository, digest), ns=(time, time))
 
+    def mend_manifest(self, repository: str, digest: Digest) -> None:
+        """Write the link to the manifest again."""
+        self._link(self._layout.manifest(repository, digest), digest)
+
     def unlink_manifest(self, repository: str, digest: Digest) -> bool:
         """Unlink the manifest from the repository. Return whether it was linked. The caller removes its tags."""
         return self._staging.remove_tree(os.path.dirname(self._layout.manifest(repository, digest)))
@@ -142,6 +154,36 @@ class Links:
         """Return the digest of the tag's manifest, or None if there is no such tag."""
         return _read_link(self._reader, self._layout.tag_current(repository, tag))
 
+    def has_tag(self, repository: str, tag: str) -> bool:
+        """Return whether the tag exists, even with a torn link."""
+        try:
+            return stat.S_ISREG(self._reader.stat(self._layout.tag_current(repository, tag)).st_mode)
+        except (*Missing, UnsafeFile):
+            return False
+
+    def former_targets(self, repository: str, tag: str) -> list[Digest]:
+        """Return all manifests that the tag has had, including the current one, in no order. Blocks."""
+        return list(_iter_digests(self._reader, f"{self._layout.tag(repository, tag)}/index"))
+
+    def only_target(self, repository: str, tag: str) -> Digest | None:
+        """Return the only manifest that the tag has had, if the repository has it. Return None otherwise. Blocks."""
+        targets = self.former_targets(repository, tag)
+        return targets[0] if len(targets) == 1 and self.has_manifest(repository, targets[0]) else None
+
+    def layer_state(self, repository: str, digest: Digest) -> LinkState:
+        """Return the state of the link to a blob."""
+        return self._state(self._layout.layer(repository, digest), digest)
+
+    def manifest_state(self, repository: str, digest: Digest) -> LinkState:
+        """Return the state of the link to a manifest."""
+        return self._state(self._layout.manifest(repository, digest), digest)
+
+    def _state(self, path: str, digest: Digest) -> LinkState:
+        content = self._reader.read_small(path, _LINK_LIMIT)
+        if content is None:
+            return LinkState.ABSENT
+        return LinkState.WHOLE if _parse_link(content) == digest else LinkState.TORN
+
     def set_tag(self, repository: str, tag: str, digest: Digest) -> None:
         """Point the tag to the manifest `digest`."""
         # Same order as distribution (tagstore.go, Tag): the current manifest is always in the index.
@@ -149,8 +191,8 @@ class Links:
         self._link(self._layout.tag_current(repository, tag), digest)
 
     def remove_tag(self, repository: str, tag: str) -> bool:
-        """Remove the tag, but not its manifest. Return whether the tag existed."""
-        existed = self.tag(repository, tag) is not None
+        """Remove the tag, but not its manifest. Return whether the tag existed, even with a torn link."""
+        existed = self.has_tag(repository, tag)
         return self._staging.remove_tree(self._layout.tag(repository, tag)) and existed
 
     def mark_orphaned(self, repository: str, tag: str) -> None:
@@ -185,7 +227,7 @@ class Links:
         """Yield the repository's tags, in no order, each with its manifest (None if the link is torn). Blocks."""
         for tag in filter(_is_tag, self._reader.list_names(self._layout.tags(repository))):
             content = self._reader.read_small(self._layout.tag_current(repository, tag), _LINK_LIMIT)
-            if content:
+            if content is not None:
                 yield tag, _parse_link(content)
 
     def layers(self, repository: str) -> Iterator[Digest]:

@@ -59,7 +59,14 @@ class Problem:
 
 
 class ManifestUnreadable(Exception):
-    """A manifest cannot be read or parsed. The message names the manifest, but not the repository."""
+    """A manifest cannot be read or parsed. The message names the manifest, but not the repository.
+
+    `tag` is one that has to be removed or pushed again; "" if that would not help.
+    """
+
+    def __init__(self, message: str, tag: str = "") -> None:
+        super().__init__(message)
+        self.tag = tag
 
 
 @define
@@ -135,7 +142,8 @@ class Mark:
             groups = self._group(repository, catalog, live)
             self._retain_recent(repository, layers)
         except ManifestUnreadable as error:
-            self.problems.append(Problem(repository, f"{error}; nothing was deleted from this repository"))
+            remedy = f"; push the tag again, or run `dockerproxy rm {repository}:{error.tag}`" if error.tag else ""
+            self.problems.append(Problem(repository, f"{error}; nothing was deleted from this repository{remedy}"))
             self._mark_all(repository)
             return
         tags, orphans = catalog.former, list[DerivedTag]()
@@ -168,7 +176,7 @@ class Mark:
         derived: dict[str, DigestText] = {}
         for tag, target in self._links.iter_tags(repository):
             if target is None:
-                raise ManifestUnreadable(f"the link of the tag {tag} cannot be read")
+                raise ManifestUnreadable(f"the link of the tag {tag} is torn", tag)
             if self.delete_untagged and fallback_base(tag) is not None:
                 derived[tag] = str(target)
             else:
@@ -213,7 +221,7 @@ class Mark:
             target = Digest.parse(text)
             if text not in catalog.digests and not self._links.has_manifest(repository, target):
                 if self._links.tag(repository, tag) == target:
-                    raise ManifestUnreadable(f"the tag {tag} points to {text}, which is not a manifest here")
+                    raise ManifestUnreadable(f"the tag {tag} points to {text}, which is not a manifest here", tag)
             self.on_step()
         return catalog
 

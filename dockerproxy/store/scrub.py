@@ -1,7 +1,8 @@
 """Verification of a store: checks every blob against its digest, and every link against its target.
 
 Move a blob that does not match its digest to ROOT/damaged, so that clients do not receive it and a push can restore it.
-Change and delete nothing else. Only report dangling links, because an administrator must decide about them.
+Mend a torn link if its content is there and matches. Change and delete nothing else. Only report dangling links,
+because an administrator must decide about them.
 """
 
 from __future__ import annotations
@@ -16,12 +17,11 @@ from dockerproxy.oci.manifests import KNOWN_TYPES, MAX_MANIFEST, is_nondistribut
 from dockerproxy.oci.names import Digest
 from dockerproxy.store.blobs import Blobs
 from dockerproxy.store.layout import Layout
-from dockerproxy.store.links import Links
-from dockerproxy.store.progress import Progress
+from dockerproxy.store.links import Links, LinkState
+from dockerproxy.store.progress import Progress, RepositoryLock, no_lock
 from dockerproxy.store.tree_reader import Missing, StrictReader, UnsafeFile
 
 _CHUNK_SIZE = 1024 * 1024
-_LINK_LIMIT = 256
 
 _FileID = tuple[int, int, int]
 
@@ -53,13 +53,19 @@ class ScrubResult:
     findings: int = 0
 
 
-def scrub(layout: Layout, *, check_links: bool = True, progress: Progress[Finding] | None = None) -> ScrubResult:
+def scrub(
+    layout: Layout,
+    *,
+    check_links: bool = True,
+    progress: Progress[Finding] | None = None,
+    lock: RepositoryLock = no_lock,
+) -> ScrubResult:
     """Verify the store in `layout`. Blocks. Raises `OSError` and `Stopped`.
 
     `progress` reports bytes, and then repositories. If `check_links` is false, skip the repositories, because in a
     cache they may refer to evicted blobs.
     """
-    run = _ScrubRun(layout, progress or Progress())
+    run = _ScrubRun(layout, progress or Progress(), lock)
     run.scrub_blobs()
     if check_links:
         run.check_repositories()
@@ -70,6 +76,7 @@ def scrub(layout: Layout, *, check_links: bool = True, progress: Progress[Findin
 class _ScrubRun:
     _layout: Layout
     _progress: Progress[Finding]
+    _lock: RepositoryLock
     counts: Counter[str] = field(factory=Counter, init=False)
     _total_bytes: int | None = field(default=None, init=False)  # None until they are known
     _reader: StrictReader = field(init=False)
@@ -86,7 +93,7 @@ class _ScrubRun:
 
     @_links.default
     def _make_links(self) -> Links:
-        return Links(self._layout, durable=False, reader=self._reader)
+        return Links(self._layout, durable=True, reader=self._reader)
 
     def _record(self, kind: str, message: str, repository: str | None = None, digest: Digest | None = None) -> None:
         self.counts.update(findings=1, damaged=int(kind == "damaged"))
@@ -151,34 +158,40 @@ class _ScrubRun:
         """Check the links, tags and manifests of all repositories."""
         for repository in self._links.repositories():
             for layer in self._links.layers(repository):
-                self._check_link(repository, layer, self._layout.layer(repository, layer), "blob")
+                self._check_link(repository, layer, "blob")
             for digest in self._links.manifests(repository):
-                if self._check_link(repository, digest, self._layout.manifest(repository, digest), "manifest"):
-                    self._check_manifest(repository, digest)
+                self._check_link(repository, digest, "manifest")
+            for digest in self._links.manifests(repository):
+                self._check_manifest(repository, digest)
             self._check_tags(repository)
             self.counts.update(repositories=1)
             self._report_repositories()
 
-    def _check_link(self, repository: str, digest: Digest, path: str, kind: str) -> bool:
-        """Check one link. Return false if there was a finding."""
+    def _check_link(self, repository: str, digest: Digest, kind: str) -> None:
+        """Check one link, and mend it if it is torn."""
         self._report_repositories()
         self.counts.update(links=1)
-        content = self._reader.read_small(path, _LINK_LIMIT)
-        if content is None or content.strip() != str(digest).encode():
-            # The link may be absent, because it is being written or removed, or because a crash interrupted that.
-            if content is None:
-                return True
-            self._record("torn", f"{repository}: the link to the {kind} {digest} is torn", repository, digest)
-            return False
-        if self._blobs.exists(digest) or not os.path.exists(path):
-            return True
-        self._record("missing", f"{repository}: the {kind} {digest} is missing", repository, digest)
-        return False
+        state_of = self._links.layer_state if kind == "blob" else self._links.manifest_state
+        # The link may be absent, because it is being written or removed, or because a crash interrupted that.
+        state, is_here = state_of(repository, digest), self._blobs.exists(digest)
+        if state is LinkState.TORN and is_here:
+            with self._lock(repository):
+                if state_of(repository, digest) is LinkState.TORN:
+                    (self._links.link_layer if kind == "blob" else self._links.mend_manifest)(repository, digest)
+            self._record_torn(repository, f"the link to the {kind} {digest}", True, digest)
+        elif state is LinkState.TORN:
+            self._record_torn(repository, f"the link to the {kind} {digest}", False, digest)
+        elif not is_here and state_of(repository, digest) is LinkState.WHOLE:
+            self._record("missing", f"{repository}: the {kind} {digest} is missing", repository, digest)
+
+    def _record_torn(self, repository: str, name: str, is_mended: bool, digest: Digest | None) -> None:
+        outcome = "was torn; it was mended, because its content is here" if is_mended else "is torn"
+        self._record("torn", f"{repository}: {name} {outcome}", repository, digest)
 
     def _check_manifest(self, repository: str, digest: Digest) -> None:
         content = self._reader.read_small(self._layout.blob(digest), MAX_MANIFEST + 1)
         if content is None:
-            return
+            return  # `_check_link` has reported it
         media_type = self._links.manifest_media_type(repository, digest)
         try:
             manifest = parse_manifest(content, media_type)
@@ -210,12 +223,26 @@ class _ScrubRun:
     def _check_tags(self, repository: str) -> None:
         for tag, digest in self._links.iter_tags(repository):
             self.counts.update(tags=1)
+            remedy = f"; push the tag again, or run `dockerproxy rm {repository}:{tag}`"
             if digest is None:
-                self._record("torn", f"{repository}:{tag}: the tag's link is torn", repository)
+                mended = self._mend_tag(repository, tag)
+                suffix = "" if mended else remedy
+                outcome = "was torn; it was mended, because it has had one manifest only" if mended else "is torn"
+                self._record("torn", f"{repository}:{tag}: the tag's link {outcome}{suffix}", repository, mended)
             elif not self._links.has_manifest(repository, digest) and self._links.tag(repository, tag) == digest:
                 message = f"{repository}:{tag}: the tag points to {digest}, which is not a manifest of the repository"
-                self._record("missing", message, repository, digest)
+                self._record("missing", message + remedy, repository, digest)
             self._report_repositories()
+
+    def _mend_tag(self, repository: str, tag: str) -> Digest | None:
+        """Point a torn tag to its manifest again, if it has had one only. Return that."""
+        with self._lock(repository):
+            digest = self._links.only_target(repository, tag)
+            if digest is None or not self._blobs.exists(digest):
+                return None
+            if self._links.tag(repository, tag) is None:
+                self._links.set_tag(repository, tag, digest)
+            return digest
 
     def _report_repositories(self) -> None:
         self._progress.report("repositories", self.counts["repositories"], None)

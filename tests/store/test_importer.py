@@ -177,6 +177,29 @@ def test_import_repairs_a_damaged_target_blob(store: HostedTree, other: HostedTr
     assert is_intact(store)
 
 
+@pytest.mark.parametrize("content", [b"", b"sha256:12"])
+def test_torn_links_are_reported_and_mended(store: HostedTree, other: HostedTree, content: bytes) -> None:
+    base, missing = Digest.of(b"base"), Digest.of(b"layer2")
+    for path in (other.layout.layer(REPOSITORY, base), other.layout.layer(REPOSITORY, missing),
+                 other.layout.manifest(REPOSITORY, BOTH.children[0].digest),
+                 other.layout.tag_current(REPOSITORY, "v1"), other.layout.tag_current("two", "v1")):  # fmt: skip
+        Path(path).write_bytes(content)
+    os.unlink(other.layout.blob(missing))
+    other.links._link(other.layout.tag_index("two", "v1", BOTH.digest), BOTH.digest)  # it has had two manifests
+    messages = {item.message for item in import_from(store, other.layout.root)[1] if item.kind == "torn"}
+    mended = "is torn; it was mended, because its content is here"
+    assert messages == {
+        f"{REPOSITORY}: the link to the blob {base} {mended}",
+        f"{REPOSITORY}: the link to the blob {missing} is torn; it was not imported",
+        f"{REPOSITORY}: the link to the manifest {BOTH.children[0].digest} {mended}",
+        f"{REPOSITORY}: the tag v1 {mended}",
+        "two: the tag v1 is torn; it was not imported",
+    }
+    assert store.links.has_layer(REPOSITORY, base) and not store.links.has_layer(REPOSITORY, missing)
+    assert store.links.tag(REPOSITORY, "v1") == BOTH.digest
+    assert store.links.tag("two", "v1") is None
+
+
 def test_an_invalid_repository_name_is_skipped(store: HostedTree, other: HostedTree) -> None:
     os.rename(f"{other.layout.repositories}/two", f"{other.layout.repositories}/Two")
     result, skipped_items = import_from(store, other.layout.root)

@@ -96,18 +96,50 @@ def test_missing_and_torn_links_are_reported(store: HostedTree) -> None:
     children = [child.digest for child in BOTH.children]
     assert messages == sorted([
         f"the blob {second} is missing",
-        f"the link to the blob {base} is torn",
-        f"the manifest {children[0]} refers to {base}, which is missing",
+        f"the link to the blob {base} was torn; it was mended, because its content is here",
         f"the manifest {children[0]} refers to {first}, which is missing",
-        f"the manifest {children[1]} refers to {base}, which is missing",
         f"the manifest {children[1]} refers to {second}, which is missing",
-        f"the tag points to {Digest.of(b'nothing')}, which is not a manifest of the repository",
-        "the tag's link is torn",
+        f"the tag points to {Digest.of(b'nothing')}, which is not a manifest of the repository; "
+        f"push the tag again, or run `dockerproxy rm {REPOSITORY}:nowhere`",
+        "the tag's link was torn; it was mended, because it has had one manifest only",
         f"the manifest {Digest.of(odd)} is invalid (the manifest has no config)",
     ])  # fmt: skip
     assert result.findings == len(findings)
     assert result.damaged == 0
     assert not os.path.exists(store.layout.damaged)
+
+
+@pytest.mark.parametrize("content", [b"", b"sha256:12", b"\0" * 71])
+def test_torn_links_are_mended(store: HostedTree, content: bytes) -> None:
+    paths = [store.layout.layer(REPOSITORY, CONFIG), store.layout.manifest(REPOSITORY, BOTH.children[0].digest),
+             store.layout.manifest(REPOSITORY, BOTH.digest), store.layout.tag_current(REPOSITORY, "v1")]  # fmt: skip
+    before = [Path(path).read_bytes() for path in paths]
+    for path in paths:
+        Path(path).write_bytes(content)
+    findings = scrub(store)[1]
+    assert [finding.kind for finding in findings] == ["torn"] * 4
+    assert all("mended" in finding.message for finding in findings)
+    assert [Path(path).read_bytes() for path in paths] == before
+    assert scrub(store)[1] == []
+
+
+def test_torn_links_that_cannot_be_mended(store: HostedTree) -> None:
+    other = image(b"other")
+    put_image(store, REPOSITORY, other, "v1")  # the tag has had two manifests
+    damaged, missing = Digest.of(b"config1"), Digest.of(b"base")
+    for path in (store.layout.tag_current(REPOSITORY, "v1"), store.layout.layer(REPOSITORY, damaged),
+                 store.layout.layer(REPOSITORY, missing)):  # fmt: skip
+        Path(path).write_bytes(b"")
+    Path(store.layout.blob(damaged)).write_bytes(b"damaged")
+    os.unlink(store.layout.blob(missing))
+    messages = {finding.message for finding in scrub(store)[1] if finding.kind == "torn"}
+    assert messages == {
+        f"{REPOSITORY}:v1: the tag's link is torn; push the tag again, or run `dockerproxy rm {REPOSITORY}:v1`",
+        f"{REPOSITORY}: the link to the blob {damaged} is torn",
+        f"{REPOSITORY}: the link to the blob {missing} is torn",
+    }
+    assert store.links.tag(REPOSITORY, "v1") is None
+    assert not store.links.has_layer(REPOSITORY, damaged)
 
 
 def test_nondistributable_layers_may_be_missing(store: HostedTree) -> None:

@@ -328,6 +328,24 @@ def test_an_upload_holds_what_is_a_day_old_at_most_and_only_while_it_is_used(
     assert stored_digests(store) == set()
 
 
+@pytest.mark.parametrize("fault", ["torn", "empty", "dangling"])
+def test_a_tag_without_its_manifest_is_told_with_the_remedy(store: HostedTree, fault: str) -> None:
+    put_image(store, REPOSITORY, ONE, "v1")
+    put_image(store, REPOSITORY, TWO)
+    if fault == "dangling":
+        store.links.unlink_manifest(REPOSITORY, ONE.digest)
+    else:
+        Path(store.layout.tag_current(REPOSITORY, "v1")).write_bytes(b"sha256:12" if fault == "torn" else b"")
+    age_blobs(store)
+    (problem,) = sweep(store.layout, delete_untagged=True).problems
+    assert problem.startswith(f"{REPOSITORY}: the ")
+    assert problem.endswith(f"run `dockerproxy rm {REPOSITORY}:v1`")
+    assert closure(ONE, TWO) <= stored_digests(store)
+    assert store.links.remove_tag(REPOSITORY, "v1")
+    assert sweep(store.layout, delete_untagged=True).problems == ()
+    assert stored_digests(store) == set()
+
+
 # Deleted objects
 
 
