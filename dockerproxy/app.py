@@ -207,7 +207,14 @@ def build_server(reactor: Any, settings: Settings, certificates: Certificates, s
     mirror = Mirror(api, pull_through.registry, registries.mirrored, DOCKER_HUB, cross_origin)
     login = ProxyLogin(open_proxy_users(reactor, settings, pools, shared.state))
     hosted_names = frozenset(settings.registry_hostname)
-    registries_for = partial(NamespacedRegistries, hosted_app, login.guard(mirror.handle), hosted_names)
+    registries_for = partial(
+        NamespacedRegistries,
+        hosted_app,
+        login.guard(mirror.handle),
+        hosted_names,
+        registries.mirrored,
+        hosted_store.has_repository,
+    )
     pages_for = partial(builtin_endpoints, authority.certificate_pem, metrics_handler)
     proxy_pages = pages_for(proxy_port(settings), on_proxy_port=True)
     proxy_router = Router(registries_for(mirror_by_default=True).handle, proxy_pages, browser_protection, respond_error)

@@ -123,12 +123,33 @@ def route_hosted(path: str) -> Target:
     Azure's clients and Portainer quote names so. A path of the hosted registry is not sent to another server, which
     might split it differently.
     """
-    if "%2" in path:
-        parts = path.split("/")
-        end = -3 if parts[-3:-1] == ["blobs", "uploads"] else -2
-        parts[2:end] = [_ESCAPED_SLASH.sub("/", part) for part in parts[2:end]]
-        path = "/".join(parts)
-    return route(path)
+    return route(unescape_slashes(path))
+
+
+def unescape_slashes(path: str) -> str:
+    """Return `path` with the escaped slashes within its repository's name as slashes."""
+    if "%2" not in path:
+        return path
+    parts = path.split("/")
+    end = -3 if parts[-3:-1] == ["blobs", "uploads"] else -2
+    parts[2:end] = [_ESCAPED_SLASH.sub("/", part) for part in parts[2:end]]
+    return "/".join(parts)
+
+
+def split_registry(path: str) -> tuple[str | None, str]:
+    """Return the registry that the first component below `/v2/` names, and `path` without it; None if it names none.
+
+    It names one if it has a dot or a port, or is `localhost`, as in the reference of an image. No name of Docker Hub
+    starts with such a component. Raise `NameInvalid` if it has an escape that no name needs.
+    """
+    if not path.startswith("/v2/"):
+        return None, path
+    component, _, rest = path[4:].partition("/")
+    if "%" in component:
+        component = _ESCAPE.sub(_decode_octet, component)
+    if "." in component or ":" in component or component == "localhost":
+        return component, f"/v2/{rest}"
+    return None, path
 
 
 def is_api_path(path: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from typing import Protocol
@@ -15,6 +16,7 @@ from dockerproxy.oci.routes import Kind, Target, is_api_path, route
 from dockerproxy.registry.api import RegistryAPI
 from dockerproxy.registry.responses import cache_status_fields, respond_error, respond_ping
 from dockerproxy.registry.upstream import (
+    Namespace,
     UpstreamRegistry,
     check_push,
     forward_page,
@@ -23,6 +25,9 @@ from dockerproxy.registry.upstream import (
 )
 
 _MAX_FORM_SIZE = 64 * 1024
+
+# User-Agents of containers/image and of the programs that set one of their own. skopeo can put another one before it.
+_CONTAINERS_IMAGE = re.compile(r"(?:^|\s)(?:containers|skopeo|buildah|cri-o|podman|libpod)/", re.IGNORECASE)
 
 OpenRegistry = Callable[[Registry, str | None, str], UpstreamRegistry]
 """Returns the registry for a client with this Authorization value, or without one, and with this address."""
@@ -105,6 +110,9 @@ class Intercepted:
 class Mirror:
     """Handles requests as a mirror: the namespace names one of `registries`; the default is `hub`.
 
+    The default is for dockerd, which mirrors Docker Hub only. The clients of containers/image mirror any registry and
+    send no `?ns=`, so that they must name it in the path: Docker Hub's image of the same name may be another one.
+
     The client of a mirror has no login for upstream. Its Authorization is therefore not forwarded, and the proxy's own
     login is used, if there is one.
     """
@@ -123,16 +131,14 @@ class Mirror:
         self._registries = registries
         self._hub = hub
 
-    def handle(self, request: Request, namespace: Host | None) -> Awaitable[None]:
+    def handle(self, request: Request, namespace: Namespace | None) -> Awaitable[None]:
         """Return the awaitable that responds to a request to `/v2/`. Raise `RegistryError`."""
         # Without a challenge: the client must not send us its login for the mirrored registry.
         request.error_renderer = respond_error
+        registry = self._hub if namespace is None else self._find(namespace.host)
         target = route(request.path)
-        registry = self._hub if namespace is None else self._registries.get(namespace)
-        if registry is None:
-            raise NameUnknown(
-                f"'{namespace}' is not mirrored here; the administrator of this proxy can add it to REGISTRIES"
-            )
+        if namespace is None and target.kind is not Kind.BASE:
+            _check_default(request)
         self._cross_origin.check(request, pull=target.kind is not Kind.BASE)
         request.host = str(registry)
         if request.method not in SAFE_METHODS:
@@ -145,6 +151,24 @@ class Mirror:
         if pull is None:
             raise NameUnknown("a mirror has no upload sessions")
         return pull
+
+    def _find(self, host: Host) -> Registry:
+        registry = self._registries.get(host)
+        if registry is None:
+            raise NameUnknown(
+                f"'{host}' is not mirrored here; the administrator of this proxy can add it to REGISTRIES"
+            )
+        return registry
+
+
+def _check_default(request: Request) -> None:
+    """Refuse a client of containers/image that names no registry: it would take the default's image for another's."""
+    if _CONTAINERS_IMAGE.search(request.headers.get("user-agent") or ""):
+        location = f"{request.host or 'docker-registry.local:3128'}/"
+        raise NameUnknown(
+            "a mirror for podman, CRI-O, buildah or skopeo has to name its registry, because they do not: write "
+            f'location = "{location}quay.io" into registries.conf for quay.io, "{location}docker.io" for Docker Hub'
+        )
 
 
 async def _respond_ping(request: Request) -> None:

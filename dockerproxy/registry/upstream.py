@@ -7,6 +7,8 @@ from collections.abc import Awaitable, Hashable
 from typing import Any, Protocol
 from urllib.parse import quote
 
+from attrs import frozen
+
 from dockerproxy.errors import RegistryError, Unsupported, UpstreamError, UpstreamRefused
 from dockerproxy.http.forwarding import ForwardedResponse, forward_response, request_body_producer
 from dockerproxy.http.headers import Headers
@@ -27,6 +29,20 @@ _MAX_ERROR_BODY = 64 * 1024
 
 # RFC 8288, section 3, as distribution-spec 1.1 has it: `</v2/NAME/tags/list?n=2&last=x>; rel="next"`.
 _NEXT_LINK = re.compile(r'<[^<>?#]*\?([^<>#]*)>[ \t]*;[ \t]*rel[ \t]*=[ \t]*(?:next|"next")', re.IGNORECASE)
+
+
+@frozen
+class Namespace:
+    """The name by which a client of the mirror names a registry: `?ns=HOST`, or `/v2/HOST/…` if `in_path`."""
+
+    host: Host
+    in_path: bool = False
+
+    def url(self, path: str, query: str) -> str:
+        """Return the URL by which the client requests `path` and `query` of the registry."""
+        if self.in_path:
+            return f"/v2/{quote(str(self.host), safe=':')}{path.removeprefix('/v2')}?{query}"
+        return f"{path}?{query}&ns={quote(str(self.host))}"
 
 
 class RegistryResponse(ForwardedResponse, Protocol):
@@ -63,7 +79,7 @@ def check_push(request: Request, allow_push: bool) -> None:
 
 
 def handle_list(
-    request: Request, target: Target, upstream: UpstreamRegistry, namespace: Host | None = None
+    request: Request, target: Target, upstream: UpstreamRegistry, namespace: Namespace | None = None
 ) -> Awaitable[None] | None:
     """Return the awaitable that responds with a list of tags or repositories. Return None for anything else."""
     if target.kind not in LIST_KINDS or request.method not in SAFE_METHODS:
@@ -71,11 +87,13 @@ def handle_list(
     return _forward_list(request, upstream, target, namespace)
 
 
-async def _forward_list(request: Request, upstream: UpstreamRegistry, target: Target, namespace: Host | None) -> None:
+async def _forward_list(
+    request: Request, upstream: UpstreamRegistry, target: Target, namespace: Namespace | None
+) -> None:
     """Respond with upstream's list of tags or repositories. Raise `UpstreamRefused` for a 401.
 
     Our own login may have been shown for it, so fields pass by allow lists in both directions. `namespace` is the
-    client's `?ns=`, if it sent one.
+    client's name for the registry, if it is a mirror's.
     """
     request.cache_status = "PASS"
     headers = Headers.from_lowercase([field for field in request.headers if field[0] in _LIST_REQUEST_FIELDS])
@@ -134,7 +152,7 @@ async def _read_error_body(response: RegistryResponse) -> bytes:
         return b""
 
 
-def _next_page(path: str, namespace: Host | None, links: list[str]) -> FieldList:
+def _next_page(path: str, namespace: Namespace | None, links: list[str]) -> FieldList:
     """Return the Link to the next page of the list at `path`, if one of upstream's `links` is such a link.
 
     Only its query is upstream's: a link never leads to another list, another host, or out of the namespace.
@@ -142,6 +160,6 @@ def _next_page(path: str, namespace: Host | None, links: list[str]) -> FieldList
     for link in links:
         match = _NEXT_LINK.fullmatch(link.strip())
         if match is not None:
-            suffix = "" if namespace is None else f"&ns={quote(str(namespace))}"
-            return [("Link", f'<{path}?{match[1]}{suffix}>; rel="next"')]
+            url = f"{path}?{match[1]}" if namespace is None else namespace.url(path, match[1])
+            return [("Link", f'<{url}>; rel="next"')]
     return []

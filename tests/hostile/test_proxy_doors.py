@@ -71,11 +71,11 @@ def test_nothing_is_served_without_the_right_login(daemon: RegistryDaemon, netwo
 def test_the_mirror_on_the_other_ports_asks_too(daemon: RegistryDaemon) -> None:
     for url, context in ((f"http://{daemon.http_address}", None), (f"https://{daemon.https_address}", True)):
         tls = ssl.create_default_context(cafile=str(daemon.ca_file)) if context else None
-        mirror, hosted = (f"{url}/v2/{path}" for path in ("team/app/tags/list?ns=good.test", ""))
-        assert request_directly("GET", mirror, context=tls).status == 407
-        assert request_directly("GET", hosted, context=tls).status == 200
+        assert request_directly("GET", f"{url}/v2/", context=tls).status == 200
         login = {"Proxy-Authorization": ALICE}
-        assert request_directly("GET", mirror, login, context=tls).status != 407
+        for path in ("team/app/tags/list?ns=good.test", "good.test/team/app/tags/list", "good.test/"):
+            assert request_directly("GET", f"{url}/v2/{path}", context=tls).status == 407
+            assert request_directly("GET", f"{url}/v2/{path}", login, context=tls).status != 407
 
 
 def test_set_up_needs_no_login(daemon: RegistryDaemon) -> None:

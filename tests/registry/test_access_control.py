@@ -12,11 +12,12 @@ from twisted.internet.task import Clock
 from dockerproxy.oci.content import ManifestResponse
 from dockerproxy.oci.credentials import BasicCredentials
 from dockerproxy.oci.manifests import OCI_MANIFEST
-from dockerproxy.oci.names import Digest, Host
+from dockerproxy.oci.names import Digest, Host, Repository
 from dockerproxy.registry.access_control import AccessControl, AllowAll, AnonymousPull, RequireLogin
 from dockerproxy.registry.api import RegistryAPI
 from dockerproxy.registry.hosted_app import HostedRegistryApp
 from dockerproxy.registry.namespaces import NamespacedRegistries
+from dockerproxy.registry.upstream import Namespace
 
 REALM = "docker-registry.local"
 MANIFEST = "/v2/a/manifests/1"
@@ -177,6 +178,31 @@ class TestAnonymousPull:
         assert response.status == 400 or f"https://{REALM}/v2/token" in response.headers["WWW-Authenticate"]
 
 
+class NamedRegistry:
+    """Responds with its name, the namespace and the target."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    async def handle(self, request: Any, namespace: Namespace | None = None) -> None:
+        target = request.path + (f"?{request.query}" if request.query else "")
+        words = [self.name, *([] if namespace is None else [str(namespace.host)]), target]
+        request.respond(200, [], " ".join(words).encode())
+
+
+def named_registries(mirror_by_default: bool) -> NamespacedRegistries:
+    """Return a hosted registry with the repositories `quay.io/old/app` and `quay.io`, and a mirror of quay.io."""
+
+    async def has_repository(repository: Repository) -> bool:
+        return repository in ("quay.io/old/app", "quay.io", "my.app/x")
+
+    mirrored = {Host.parse("quay.io"), Host.parse("docker.io"), Host.parse("registry.example:5000")}
+    hosted: Any = NamedRegistry("hosted")
+    return NamespacedRegistries(
+        hosted, NamedRegistry("mirror").handle, frozenset([REALM]), mirrored, has_repository, mirror_by_default
+    )
+
+
 @pytest.mark.parametrize("mirror_by_default", [False, True])
 @pytest.mark.parametrize(
     ("query", "expected"),
@@ -190,28 +216,57 @@ class TestAnonymousPull:
     ],
 )
 def test_namespace_routing(connect_client: Any, query: str, expected: str, mirror_by_default: bool) -> None:
-    class FakeRegistry:
-        def __init__(self, name: str) -> None:
-            self.name = name
-
-        async def handle(self, request: Any, namespace: Host | None = None) -> None:
-            target = request.path + (f"?{request.query}" if request.query else "")
-            request.respond(200, [], f"{self.name} {'' if namespace is None else f'{namespace} '}{target}".encode())
-
-    registries = NamespacedRegistries(
-        FakeRegistry("hosted"),  # type: ignore[arg-type]
-        FakeRegistry("mirror").handle,
-        frozenset([REALM]),
-        mirror_by_default,
-    )
-    response = connect_client(registries.handle).fetch("GET", "/v2/" + query)
+    response = connect_client(named_registries(mirror_by_default).handle).fetch("GET", "/v2/" + query)
     assert response.body.decode() == expected.replace("default", "mirror" if mirror_by_default else "hosted")
+
+
+@pytest.mark.parametrize(
+    ("path", "at_hosted_port", "at_proxy_port"),
+    [
+        ("quay.io/team/app/tags/list?n=1", "mirror quay.io /v2/team/app/tags/list?n=1", None),
+        ("docker.io/library/x/manifests/1", "mirror docker.io /v2/library/x/manifests/1", None),
+        ("registry.example:5000/a/tags/list", "mirror registry.example:5000 /v2/a/tags/list", None),
+        ("registry.example%3A5000/a/tags/list", "mirror registry.example:5000 /v2/a/tags/list", None),
+        ("QUAY.io/a/tags/list", "mirror quay.io /v2/a/tags/list", None),
+        ("quay%2eio/a/tags/list", "mirror quay.io /v2/a/tags/list", None),
+        ("quay.io/", "mirror quay.io /v2/", None),
+        ("quay.io", "mirror quay.io /v2/", None),
+        ("quay.io/_catalog", "mirror quay.io /v2/_catalog", None),
+        ("quay.io/new/blobs/uploads/", "mirror quay.io /v2/new/blobs/uploads/", None),
+        ("quay.io/old/tags/list", "mirror quay.io /v2/old/tags/list", None),
+        # repositories of the hosted registry that exist, and those that are not below a mirrored host
+        ("quay.io/old/app/tags/list", "hosted /v2/quay.io/old/app/tags/list", "mirror quay.io /v2/old/app/tags/list"),
+        ("quay.io/old/app/blobs/uploads/", "hosted /v2/quay.io/old/app/blobs/uploads/",
+         "mirror quay.io /v2/old/app/blobs/uploads/"),
+        ("quay.io/tags/list", "hosted /v2/quay.io/tags/list", "mirror quay.io /v2/tags/list"),
+        ("my.app/x/tags/list", "hosted /v2/my.app/x/tags/list", "mirror my.app /v2/x/tags/list"),
+        ("localhost/x/tags/list", "hosted /v2/localhost/x/tags/list", "mirror localhost /v2/x/tags/list"),
+        ("quay.io:444/x/tags/list", "hosted /v2/quay.io:444/x/tags/list", "mirror quay.io:444 /v2/x/tags/list"),
+        ("1.2/x/tags/list", "hosted /v2/1.2/x/tags/list", "400"),
+        ("a/quay.io/tags/list", "hosted /v2/a/quay.io/tags/list", "mirror /v2/a/quay.io/tags/list"),
+        # an escaped slash, which the hosted registry accepts, is no way round the mirrored name
+        ("quay.io%2Fnew/blobs/uploads/", "mirror quay.io /v2/new/blobs/uploads/", "400"),
+        ("quay.io%2Fold%2Fapp/tags/list", "hosted /v2/quay.io%2Fold%2Fapp/tags/list", "400"),
+        ("quay.io/old/app/tags/list?ns=" + REALM, "hosted /v2/quay.io/old/app/tags/list", None),
+        ("quay.io/new/blobs/uploads/?ns=" + REALM, "mirror quay.io /v2/new/blobs/uploads/", None),
+        ("quay.io/a/tags/list?ns=quay.io", "mirror quay.io /v2/a/tags/list", None),
+        ("quay.io:443/a/tags/list?n=1&ns=Quay.io", "mirror quay.io /v2/a/tags/list?n=1", None),
+        ("quay.io/old/app/tags/list?ns=quay.io", "mirror quay.io /v2/old/app/tags/list", None),
+        ("quay.io/a/tags/list?ns=docker.io", "mirror docker.io /v2/quay.io/a/tags/list", None),
+    ],
+)  # fmt: skip
+def test_a_path_names_a_registry(
+    connect_client: Any, path: str, at_hosted_port: str, at_proxy_port: str | None
+) -> None:
+    for mirror_by_default, expected in ((False, at_hosted_port), (True, at_proxy_port or at_hosted_port)):
+        response = connect_client(named_registries(mirror_by_default).handle).fetch("GET", "/v2/" + path)
+        assert expected == (response.body.decode() if response.status == 200 else str(response.status))
 
 
 @pytest.mark.parametrize(
     ("query", "code"), [("?ns=a&ns=b", "UNSUPPORTED"), ("?ns=a/b", "NAME_INVALID"), ("?ns=", "NAME_INVALID")]
 )
 def test_invalid_namespace(connect_client: Any, query: str, code: str) -> None:
-    registries = NamespacedRegistries(None, None, frozenset(), False)  # type: ignore[arg-type]
+    registries = NamespacedRegistries(None, None, frozenset(), frozenset(), None, False)  # type: ignore[arg-type]
     response = connect_client(registries.handle).fetch("GET", f"/v2/{query}")
     assert (response.status, json.loads(response.body)["errors"][0]["code"]) == (400, code)

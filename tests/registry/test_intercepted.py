@@ -21,7 +21,7 @@ from dockerproxy.http.cross_origin import CrossOriginProtection
 from dockerproxy.http.request import Request
 from dockerproxy.oci.content import ManifestResponse
 from dockerproxy.oci.manifests import EMPTY_INDEX, OCI_INDEX
-from dockerproxy.oci.names import Digest, Host, Registry
+from dockerproxy.oci.names import Digest, Host, Registry, Repository
 from dockerproxy.oci.referrers import ReferrersIndex
 from dockerproxy.proxy.host_rule import HostRule
 from dockerproxy.proxy.router import BrowserProtection, Router
@@ -76,10 +76,21 @@ def connect_mirror(connect_client: Any, upstream: Any) -> Any:
     def make(**options: Any) -> Any:
         clock = Clock()
         mirror = Mirror(RegistryAPI(clock), upstream.open_registry, MIRRORED, HUB, CrossOriginProtection())
-        registries = NamespacedRegistries(None, mirror.handle, frozenset(), mirror_by_default=True)  # type: ignore[arg-type]
+        registries = NamespacedRegistries(
+            None,  # type: ignore[arg-type]
+            mirror.handle,
+            frozenset(),
+            MIRRORED,
+            has_no_repository,
+            mirror_by_default=True,
+        )
         return connect_client(registries.handle, clock=clock, **options)
 
     return make
+
+
+async def has_no_repository(repository: Repository) -> bool:
+    return False
 
 
 def error_code(response: Any) -> str:
@@ -108,7 +119,7 @@ def test_the_coroutine_that_streams_is_not_wrapped(connect_client: Any, upstream
         RegistryAPI(clock), upstream.open_registry, upstream, CrossOriginProtection(), allow_push=False
     )
     mirror = Mirror(RegistryAPI(clock), upstream.open_registry, MIRRORED, HUB, CrossOriginProtection())
-    registries = NamespacedRegistries(None, mirror.handle, frozenset(), True)  # type: ignore[arg-type]
+    registries = NamespacedRegistries(None, mirror.handle, frozenset(), MIRRORED, has_no_repository, True)  # type: ignore[arg-type]
     protection = BrowserProtection(HostRule(allowed=None), CrossOriginProtection())
     router = Router(registries.handle, {}, protection, respond_error)
     for handler in (partial(intercepted.handle, QUAY), router.handle):
@@ -667,6 +678,122 @@ def test_unknown_ns_is_never_dialled(connect_mirror: Any, upstream: Any, query: 
         assert "REGISTRIES" in response.body.decode()
 
 
+@pytest.mark.parametrize(
+    ("host", "registry"),
+    [
+        ("docker.io", HUB),
+        ("registry-1.docker.io", HUB),
+        ("quay.io", QUAY),
+        ("Quay.IO", QUAY),
+        ("quay.io.", QUAY),
+        ("quay.io:443", QUAY),
+        ("quay%2Eio", QUAY),
+        ("registry.example:5000", PORTED),
+        ("registry.example%3A5000", PORTED),
+        ("plain.example:8080", PLAIN),
+    ],
+)
+@pytest.mark.parametrize("user_agent", ["containers/5.30.0 (github.com/containers/image)", "docker/28.0.0"])
+def test_the_path_names_a_registry(
+    connect_mirror: Any, upstream: Any, fake_content: Any, host: str, registry: Registry, user_agent: str
+) -> None:
+    digest = upstream.put(fake_content(b"layer"))
+    client = connect_mirror()
+    response = client.fetch("GET", f"/v2/{host}/a/b/blobs/{digest}", [("User-Agent", user_agent)])
+    assert (response.status, response.body) == (200, b"layer")
+    assert upstream.open_calls == [(registry, None)]
+    finished = client.finished_requests[0]
+    assert (finished.host, finished.path) == (str(registry), f"/v2/a/b/blobs/{digest}")
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("evil.example", 404),
+        ("quay.io:444", 404),
+        ("registry.example", 404),
+        ("localhost", 404),
+        ("localhost:5000", 404),
+        ("169.254.169.254", 404),
+        ("my.app", 404),
+        ("evil%2Eexample", 404),
+        ("quay.io%2Fa", 400),
+        ("quay%252Eio", 400),
+        ("user@quay.io", 400),
+        ("quay.io:x", 400),
+        ("a..b", 400),
+        (".", 400),
+        ("..", 400),
+        ("http:", 400),
+        ("1.2", 400),
+    ],
+)
+def test_an_unknown_registry_in_the_path_is_never_dialled(
+    connect_mirror: Any, upstream: Any, host: str, status: int
+) -> None:
+    """It is not a repository of Docker Hub either."""
+    for path in (f"a/b/blobs/{DIGEST}", "", "tags/list", "a/b/manifests/latest", "_catalog"):
+        response = connect_mirror().fetch("GET", f"/v2/{host}/{path}")
+        assert response.status == status, path
+        assert json.loads(response.body)["errors"][0]["message"]
+        assert upstream.open_calls == upstream.calls == upstream.forwarded_requests == []
+
+
+def test_the_registry_in_the_query_has_precedence(connect_mirror: Any, upstream: Any, fake_content: Any) -> None:
+    """The registry may itself be a mirror of this kind."""
+    upstream.manifests["latest"] = ManifestResponse(DIGEST, OCI_INDEX, 2, b"{}", "HIT")
+    assert connect_mirror().fetch("GET", "/v2/quay.io/a/manifests/latest?ns=registry.example:5000").status == 200
+    assert upstream.open_calls == [(PORTED, None)]
+    assert upstream.calls[0][0] == "quay.io/a"
+
+
+@pytest.mark.parametrize(
+    "user_agent",
+    [
+        "containers/5.23.1 (github.com/containers/image)",
+        "Buildah/1.33.7",
+        "skopeo/1.9.3",
+        "bootc/1.1 skopeo/1.18.0",
+        "cri-o/1.31.0 go/go1.22.5 os/linux arch/amd64",
+        "libpod/4.3.1",
+        "podman/5.4.2",
+    ],
+)
+def test_a_client_that_may_mean_any_registry_has_to_name_it(
+    connect_mirror: Any, upstream: Any, fake_content: Any, user_agent: str
+) -> None:
+    """Docker Hub may have an image of the same name: nobody would see that it is another one."""
+    digest = upstream.put(fake_content(b"layer"))
+    upstream.manifests["latest"] = ManifestResponse(DIGEST, OCI_INDEX, 2, b"{}", "HIT")
+    fields = [("User-Agent", user_agent)]
+    for path in ("manifests/latest", f"blobs/{digest}", "tags/list", f"referrers/{DIGEST}"):
+        response = connect_mirror().fetch("GET", f"/v2/a/b/{path}", fields)
+        assert (response.status, error_code(response)) == (404, "NAME_UNKNOWN")
+        message = json.loads(response.body)["errors"][0]["message"]
+        assert 'location = "docker-registry.local:3128/quay.io"' in message
+    assert connect_mirror().fetch("GET", "/v2/_catalog", fields).status == 404
+    assert upstream.open_calls == upstream.calls == upstream.forwarded_requests == []
+    assert connect_mirror().fetch("GET", "/v2/", fields).status == 200  # the ping, before a pull that names it
+    assert connect_mirror().fetch("GET", f"/v2/docker.io/a/b/blobs/{digest}", fields).status == 200
+    assert connect_mirror().fetch("GET", "/v2/a/b/manifests/latest?ns=quay.io", fields).status == 200
+    assert upstream.open_calls == [(HUB, None), (QUAY, None)]
+
+
+@pytest.mark.parametrize(
+    "user_agent",
+    [
+        "docker/28.0.1 go/go1.23.6 git-commit/bbd0a17 kernel/6.1 os/linux arch/amd64 UpstreamClient(containers/5.0)",
+        "containerd/v1.7.2",
+        "buildkit/v0.13",
+        "curl/8.14.1",
+    ],
+)
+def test_other_clients_mean_docker_hub(connect_mirror: Any, upstream: Any, fake_content: Any, user_agent: str) -> None:
+    digest = upstream.put(fake_content(b"layer"))
+    assert connect_mirror().fetch("GET", f"/v2/a/b/blobs/{digest}", [("User-Agent", user_agent)]).status == 200
+    assert upstream.open_calls == [(HUB, None)]
+
+
 def test_mirror_drops_client_credentials(connect_mirror: Any, upstream: Any, fake_content: Any) -> None:
     digest = upstream.put(fake_content(b"layer"))
     credentials = [("Authorization", "Basic secret"), ("Cookie", "session=1"), ("Proxy-Authorization", "Basic secret")]
@@ -755,6 +882,22 @@ def test_the_next_page_is_of_the_same_registry(
     assert response.fields("Link") == links
 
 
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [("quay.io", "quay.io"), ("docker.io", "docker.io"), ("registry.example%3A5000", "registry.example:5000")],
+)
+def test_the_next_page_names_the_registry_in_its_path(
+    connect_mirror: Any, upstream: Any, fake_response: Any, host: str, expected: str
+) -> None:
+    for path in ("a/b/tags/list", "_catalog"):
+        upstream.response = fake_response(200, [("link", f'</v2/{path}?last=x&n=1>; rel="next"')], b"{}")
+        response = connect_mirror().fetch("GET", f"/v2/{host}/{path}?n=1")
+        assert upstream.forwarded_requests[-1].path == f"/v2/{path}?n=1"
+        assert response.fields("Link") == [f'</v2/{expected}/{path}?last=x&n=1>; rel="next"']
+    upstream.referrers_result = ReferrersIndex(EMPTY_INDEX, False, "PASS")
+    assert connect_mirror().fetch("GET", f"/v2/{host}/a/b/referrers/{DIGEST}").status == 200
+
+
 def test_referrers_through_a_mirror(connect_mirror: Any, upstream: Any) -> None:
     upstream.referrers_result = ReferrersIndex(EMPTY_INDEX, False, "PASS")
     assert connect_mirror().fetch("GET", f"/v2/a/b/referrers/{DIGEST}?artifactType=x&ns=quay.io").status == 200
@@ -762,14 +905,16 @@ def test_referrers_through_a_mirror(connect_mirror: Any, upstream: Any) -> None:
 
 
 @pytest.mark.parametrize(("method", "target"), [write for write in WRITES if "unknown" not in write[1]])
-@pytest.mark.parametrize("namespace", ["", "ns=quay.io"])
+@pytest.mark.parametrize("namespace", ["", "ns=quay.io", "quay.io"])
 def test_mirror_rejects_push(connect_mirror: Any, upstream: Any, method: str, target: str, namespace: str) -> None:
     if "reference" in target:
         return
     client = connect_mirror()
-    response = client.fetch(
-        method, target + ("&" if "?" in target else "?") + namespace, [("Content-Length", "1000000")]
-    )
+    if namespace == "quay.io":
+        url = f"/v2/{namespace}{target.removeprefix('/v2')}"
+    else:
+        url = target + ("&" if "?" in target else "?") + namespace
+    response = client.fetch(method, url, [("Content-Length", "1000000")])
     assert (response.status, error_code(response), response.headers["Allow"]) == (405, "UNSUPPORTED", "GET, HEAD")
     assert "ALLOW_PUSH" not in response.body.decode()  # because that setting would not help
     assert upstream.forwarded_requests == upstream.open_calls == []

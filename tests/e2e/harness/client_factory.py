@@ -12,6 +12,10 @@ from tests.e2e.harness.process import BackgroundProcess
 EngineT = TypeVar("EngineT", Docker, Containerd)
 
 
+_UNREACHABLE_PROXY = {"HTTPS_PROXY": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9"}
+"""The environment of clients that can reach servers on this machine only, such as a mirror."""
+
+
 class ClientFactory:
     """Creates clients. Each has empty storage of its own, like a new machine."""
 
@@ -26,14 +30,21 @@ class ClientFactory:
     def podman(self, daemon: TwistdDaemon) -> Podman:
         return Podman(self._new_folder("p"), daemon.client_environment)
 
+    def skopeo_without_proxy(self) -> Skopeo:
+        """Return a skopeo that reaches only what is on this machine. The test configures mirrors."""
+        return Skopeo(self._new_folder("skopeo"), _UNREACHABLE_PROXY)
+
+    def podman_without_proxy(self) -> Podman:
+        """Return a podman that reaches only what is on this machine. The test configures mirrors."""
+        return Podman(self._new_folder("p"), _UNREACHABLE_PROXY)
+
     def docker(self, daemon: TwistdDaemon) -> Docker:
         """Start a dockerd that uses the daemon as its proxy."""
         return self._start(Docker(self._new_folder("docker"), daemon.client_environment, insecure=["plain.test:8080"]))
 
     def docker_with_mirror(self, daemon: TwistdDaemon) -> Docker:
         """Start a dockerd that uses the daemon as its mirror of Docker Hub, and cannot reach any other server."""
-        unreachable_proxy = {"HTTPS_PROXY": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9"}
-        return self._start(Docker(self._new_folder("docker"), unreachable_proxy, mirrors=[daemon.url]))
+        return self._start(Docker(self._new_folder("docker"), _UNREACHABLE_PROXY, mirrors=[daemon.url]))
 
     def containerd(self, daemon: TwistdDaemon | None = None) -> Containerd:
         """Start a containerd, with `daemon` as its proxy if given. Otherwise the test configures mirrors."""

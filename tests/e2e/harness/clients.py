@@ -34,6 +34,17 @@ def check_output(result: subprocess.CompletedProcess[str]) -> str:
     return result.stdout
 
 
+def mirror_table(host: str, location: str) -> str:
+    """Return the table of a registries.conf by which images of `host` are pulled from the mirror at `location`."""
+    return f"""
+[[registry]]
+location = "{host}"
+[[registry.mirror]]
+location = "{location}"
+insecure = true
+"""
+
+
 class Skopeo:
     """skopeo with its home in `folder`."""
 
@@ -49,13 +60,18 @@ class Skopeo:
                 "HOME": str(folder),
                 "XDG_RUNTIME_DIR": str(folder),
                 "TMPDIR": str(folder),
-                "CONTAINERS_REGISTRIES_CONF": str(folder / "registries.conf"),
             }
         )
         self._pull_count = 0
 
+    def configure_mirror(self, host: str, location: str) -> None:
+        """Pull images of `host` from the mirror at `location`, over plain HTTP."""
+        with (self._folder / "registries.conf").open("a") as file:
+            file.write(mirror_table(host, location))
+
     def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         base = ["skopeo", "--policy", str(self._folder / "policy.json"), "--registries.d", str(self._folder)]
+        base += ["--registries-conf", str(self._folder / "registries.conf")]
         return run([*base, *arguments], self._environment)
 
     def pull(self, image: str, *options: str, plain_http: bool = False) -> Path:
@@ -82,10 +98,22 @@ class Podman:
         require_programs("podman", root=True)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "policy.json").write_text('{"default": [{"type": "insecureAcceptAnything"}]}')
+        (folder / "registries.conf").write_text('unqualified-search-registries = ["docker.io"]\n')
         self._folder = folder
         self._environment = clean_environment(
-            {**environment, "HOME": str(folder), "XDG_RUNTIME_DIR": str(folder), "TMPDIR": str(folder)}
+            {
+                **environment,
+                "HOME": str(folder),
+                "XDG_RUNTIME_DIR": str(folder),
+                "TMPDIR": str(folder),
+                "CONTAINERS_REGISTRIES_CONF": str(folder / "registries.conf"),
+            }
         )
+
+    def configure_mirror(self, host: str, location: str) -> None:
+        """Pull images of `host` from the mirror at `location`, over plain HTTP."""
+        with (self._folder / "registries.conf").open("a") as file:
+            file.write(mirror_table(host, location))
 
     def run(self, command: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         storage_options = ["--root", f"{self._folder}/root", "--runroot", f"{self._folder}/run", "--storage-driver=vfs"]
