@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import product
 from typing import Any
 
 from attrs import evolve, frozen
@@ -54,8 +55,8 @@ from dockerproxy.store.links import Links, Visibility
 from dockerproxy.store.records import Records
 from dockerproxy.thread_pool import ContentParser
 
-_MAX_TAG_ENTRIES = 16  # per tag and visibility: one entry for each set of accepted media types
-_PRIVATE_PREFIX = "private "  # of the keys of private entries in a record
+_MAX_TAG_ENTRIES = 16  # of one kind per tag (public or private, claimed or not): one for each set of media types
+_PRIVATE_PREFIX, _CLAIMED_PREFIX = "private ", "claimed "  # of the keys of such entries in a record
 _OWN_ACCEPT = sorted(KNOWN_TYPES)
 _OUTAGE_CHECK_TIMEOUT = 10.0  # seconds
 _MEMORY_TTL = (
@@ -72,7 +73,8 @@ log = Logger()
 class TagEntry:
     """The digest that upstream returned for a tag and one set of accepted media types. `checked_at` is POSIX time.
 
-    It is public if upstream has returned it to a client without a credential.
+    It is public if upstream has returned it to a client without a credential. It is claimed if upstream has named a
+    digest that it had not sent at that time, in response to a HEAD; it counts as soon as the manifest has been sent.
     """
 
     accept: str
@@ -80,6 +82,11 @@ class TagEntry:
     media_type: str
     checked_at: float
     public: bool
+    claimed: bool = False
+
+    @property
+    def record_key(self) -> str:
+        return ("" if self.public else _PRIVATE_PREFIX) + (_CLAIMED_PREFIX if self.claimed else "") + self.accept
 
 
 @frozen
@@ -333,13 +340,12 @@ class CachedManifests:
         if digest is None or size is None or media_type is None or stored_size not in (None, size) or not conclusive:
             # The registry omits fields in HEAD responses, or a captive portal answers. Only the content is conclusive.
             return await self._request("GET", principal, reference, accept)
-        # A manifest that this repository has not sent yet is only claimed. Do not record a tag of it, because the fetch
-        # may fail, and then the previous entry must remain.
         if stored_size is not None:
             self._record_grant(principal)
             await self._update_link(principal, digest, media_type)
-            if not isinstance(reference, Digest):
-                self._record_tag(principal, reference, accept, digest, media_type)
+        if not isinstance(reference, Digest):
+            # containerd asks for a tag by HEAD only, and then for its digest. That request may fail.
+            self._record_tag(principal, reference, accept, digest, media_type, claimed=stored_size is None)
         return ManifestResponse(digest, media_type, size, None, "MISS")
 
     async def _handle_get(
@@ -450,36 +456,49 @@ class CachedManifests:
         """Return the entries of a tag, the newest first."""
         entries = []
         for name, entry in (self._records.get("tag", key, tag) or {}).items():
-            accept, public = name.removeprefix(_PRIVATE_PREFIX), not name.startswith(_PRIVATE_PREFIX)
+            public, name = not name.startswith(_PRIVATE_PREFIX), name.removeprefix(_PRIVATE_PREFIX)
+            claimed, accept = name.startswith(_CLAIMED_PREFIX), name.removeprefix(_CLAIMED_PREFIX)
             try:
                 digest, checked_at = Digest.parse(entry["digest"]), float(entry["checked"])
-                entries.append(TagEntry(accept, digest, str(entry["type"]), checked_at, public))
+                entries.append(TagEntry(accept, digest, str(entry["type"]), checked_at, public, claimed))
             except (DigestInvalid, KeyError, TypeError, ValueError):
                 continue  # ignore a damaged entry; upstream is asked again
         return sorted(entries, key=lambda entry: -entry.checked_at)
 
     def _record_tag(
-        self, principal: UpstreamPrincipal, tag: Tag, accept: list[str], digest: Digest, media_type: str
+        self,
+        principal: UpstreamPrincipal,
+        tag: Tag,
+        accept: list[str],
+        digest: Digest,
+        media_type: str,
+        *,
+        claimed: bool = False,
     ) -> None:
-        key, accepted, public = principal.repository.key, accept_key(accept_set(accept)), principal.identity == PUBLIC
-        entries = [entry for entry in self._tag_entries(key, tag) if (entry.accept, entry.public) != (accepted, public)]
-        self._save_tag(key, tag, [TagEntry(accepted, digest, media_type, self._clock(), public), *entries])
+        """Record what upstream returned for a tag. A claimed entry leaves the last one that is not claimed in place."""
+        public = principal.identity == PUBLIC
+        new = TagEntry(accept_key(accept_set(accept)), digest, media_type, self._clock(), public, claimed)
+        key = principal.repository.key
+        entries = [
+            entry
+            for entry in self._tag_entries(key, tag)
+            if (entry.accept, entry.public) != (new.accept, public) or (claimed and not entry.claimed)
+        ]
+        self._save_tag(key, tag, [new, *entries])
 
     def _save_tag(self, key: str, tag: Tag, entries: list[TagEntry]) -> None:
         """Save the entries of a tag, of which the newest are first."""
         if not entries:
             try_remove(self._records, "tag", key, tag)
             return
-        public = [entry for entry in entries if entry.public][:_MAX_TAG_ENTRIES]
-        private = [entry for entry in entries if not entry.public][:_MAX_TAG_ENTRIES]
-        record = {
-            ("" if entry.public else _PRIVATE_PREFIX) + entry.accept: {
-                "digest": str(entry.digest),
-                "type": entry.media_type,
-                "checked": entry.checked_at,
-            }
-            for entry in public + private
-        }
+        record = {}
+        for kind in product((True, False), repeat=2):
+            for entry in [one for one in entries if (one.public, one.claimed) == kind][:_MAX_TAG_ENTRIES]:
+                record[entry.record_key] = {
+                    "digest": str(entry.digest),
+                    "type": entry.media_type,
+                    "checked": entry.checked_at,
+                }
         try_put(self._records, record, "tag", key, tag)
 
 

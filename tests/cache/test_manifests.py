@@ -325,6 +325,45 @@ def test_head_of_missing_manifest(harness: CacheHarness) -> None:
     assert requested_methods(harness) == ["HEAD", "HEAD"]
 
 
+@pytest.mark.parametrize("authorization", [None, ALICE])
+def test_tag_of_head_and_digest_is_served_stale(harness: CacheHarness, authorization: str | None) -> None:
+    """containerd asks for a tag by HEAD, and then for its digest."""
+    harness.run(harness.manifest("1", authorization=authorization, head=True))
+    harness.run(harness.manifest(Digest.of(ONE), authorization=authorization))
+    harness.upstream.go_down()
+    for head in (True, False):
+        assert result_of(harness.run(harness.manifest("1", authorization=authorization, head=head))) == ("STALE", ONE)
+    if authorization is not None:  # the claim was not made to others
+        with pytest.raises(UpstreamUnreachable):
+            harness.run(harness.manifest("1"))
+
+
+def test_claim_of_unsent_manifest_does_not_count(harness: CacheHarness) -> None:
+    """The previous manifest of the tag remains until the new one has been sent."""
+    harness.run(harness.manifest("1"))
+    app_repository(harness).put_manifest(TWO, "1")
+    for _ in range(2):
+        assert harness.run(harness.manifest("1", head=True)).digest == Digest.of(TWO)
+    harness.upstream.go_down()
+    for head in (True, False):
+        assert result_of(harness.run(harness.manifest("1", head=head))) == ("STALE", ONE)
+    harness.upstream.reset()
+    harness.run(harness.manifest(Digest.of(TWO)))
+    harness.upstream.go_down()
+    assert result_of(harness.run(harness.manifest("1"))) == ("STALE", TWO)
+
+
+def test_claims_displace_no_entries(harness: CacheHarness) -> None:
+    harness.run(harness.manifest("1"))
+    app_repository(harness).put_manifest(TWO, "1")
+    for number in range(40):
+        harness.run(harness.manifest("1", accept=[f"application/x{number}"], head=True))
+        harness.reactor.advance(1)
+    assert len(harness.records.get("tag", f"{HUB}/{APP}", "1") or {}) == 17
+    harness.upstream.go_down()
+    assert result_of(harness.run(harness.manifest("1"))) == ("STALE", ONE)
+
+
 def test_sha512(harness: CacheHarness) -> None:
     digest = app_repository(harness).put_manifest(TWO, algorithm="sha512")
     response = harness.run(harness.manifest(digest))
