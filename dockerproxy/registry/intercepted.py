@@ -26,8 +26,9 @@ from dockerproxy.registry.upstream import (
 
 _MAX_FORM_SIZE = 64 * 1024
 
-# User-Agents of containers/image and of the programs that set one of their own. skopeo can put another one before it.
-_CONTAINERS_IMAGE = re.compile(r"(?:^|\s)(?:containers|skopeo|buildah|cri-o|podman|libpod)/", re.IGNORECASE)
+# User-Agents of containers/image, and of the programs that set one of their own.
+_CONTAINERS_IMAGE = re.compile(r"(?:containers|skopeo|buildah|cri-o|podman|libpod)/", re.IGNORECASE)
+_SKOPEO_WITH_PREFIX = " skopeo/"  # its option --user-agent-prefix, as bootc uses it
 
 OpenRegistry = Callable[[Registry, str | None, str], UpstreamRegistry]
 """Returns the registry for a client with this Authorization value, or without one, and with this address."""
@@ -163,7 +164,8 @@ class Mirror:
 
 def _check_default(request: Request) -> None:
     """Refuse a client of containers/image that names no registry: it would take the default's image for another's."""
-    if _CONTAINERS_IMAGE.search(request.headers.get("user-agent") or ""):
+    user_agent = request.headers.get("user-agent") or ""
+    if _CONTAINERS_IMAGE.match(user_agent) or _SKOPEO_WITH_PREFIX in user_agent:
         location = f"{request.host or 'docker-registry.local:3128'}/"
         raise NameUnknown(
             "a mirror for podman, CRI-O, buildah or skopeo has to name its registry, because they do not: write "

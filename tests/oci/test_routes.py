@@ -22,6 +22,8 @@ from dockerproxy.oci.routes import (
     pop_parameter,
     route,
     route_hosted,
+    split_registry,
+    unescape_slashes,
 )
 
 DIGEST = "sha256:" + "0a" * 32
@@ -90,6 +92,29 @@ def test_an_escaped_slash_in_a_name_of_the_hosted_registry(
         if slash in path:
             with pytest.raises(NameInvalid):
                 route(path)
+
+
+hosts = st.sampled_from(["quay.io", "localhost", "localhost:5000", "registry.example:5000", "a:1", "10.0.0.1", "x.y.z"])
+
+
+@given(hosts, names, st.data())
+def test_a_host_in_the_path_is_split_off(host: str, name: str, data: st.DataObject) -> None:
+    """In every spelling that a component may have."""
+    spelled = "".join(data.draw(st.sampled_from([c, f"%{ord(c):02x}", f"%{ord(c):02X}"])) for c in host)
+    for rest in (f"{name}/tags/list", f"{name}/manifests/1", "", "_catalog"):
+        assert split_registry(f"/v2/{spelled}/{rest}") == (host, f"/v2/{rest}")
+    path = unescape_slashes(f"/v2/{spelled}%2F{name}/tags/list")
+    assert split_registry(path) == (host, f"/v2/{name}/tags/list")
+    assert split_registry(f"/v2/{spelled}") == (host, "/v2/")
+
+
+@given(names)
+def test_a_repository_is_no_host(name: str) -> None:
+    path = f"/v2/{name}/tags/list"
+    first = name.partition("/")[0]
+    assert split_registry(path) == ((first, f"/v2/{path[4:].partition('/')[2]}") if "." in first else (None, path))
+    for other in ("/v2/", "/v2", "/v2/_catalog", "/v2/token", f"/x/{name}"):
+        assert split_registry(other) == (None, other)
 
 
 @pytest.mark.parametrize(
