@@ -670,6 +670,22 @@ def test_direct_reader_withholds_last_byte(harness: CacheHarness, monkeypatch: p
     one.disconnect()
 
 
+def test_direct_reader_cannot_go_back(harness: CacheHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranges in descending order: what is in the file is read from there, and nothing else is kept in memory."""
+    FullDisk(monkeypatch, 10_000)
+    download, response = start_streaming(harness, sent=9000)
+    one = reader(harness, download)
+    send(harness, response, 60_000)
+    for offset in (50_000, 1000, 50_100):
+        one.start, one.data = offset, b""
+        one.read(100)
+        assert one.data == DATA[offset : offset + 100]
+    one.start, one.data = 20_000, b""
+    one.read(100)
+    assert isinstance(one.error, UpstreamBroken) and "ascending order" in one.error.message
+    one.disconnect()
+
+
 def test_full_disk_and_disconnect(harness: CacheHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     FullDisk(monkeypatch, 10_000)
     harness.upstream.on("GET", "", disconnect_after(20_000), times=1)

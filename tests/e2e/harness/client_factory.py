@@ -38,6 +38,10 @@ class ClientFactory:
         """Return a podman that reaches only what is on this machine. The test configures mirrors."""
         return Podman(self._new_folder("p"), _UNREACHABLE_PROXY)
 
+    def partial_podman(self, daemon: TwistdDaemon) -> Podman:
+        """Return a podman that downloads only the missing parts of a zstd:chunked layer."""
+        return Podman(self._new_folder("p"), daemon.client_environment, partial_images=True)
+
     def docker(self, daemon: TwistdDaemon) -> Docker:
         """Start a dockerd that uses the daemon as its proxy."""
         return self._start(Docker(self._new_folder("docker"), daemon.client_environment, insecure=["plain.test:8080"]))

@@ -94,9 +94,19 @@ class Skopeo:
 class Podman:
     """podman with its home and storage in `folder`. The path must be short."""
 
-    def __init__(self, folder: Path, environment: Mapping[str, str]) -> None:
+    def __init__(self, folder: Path, environment: Mapping[str, str], *, partial_images: bool = False) -> None:
         require_programs("podman", root=True)
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / "storage.conf").write_text(
+            f"""
+            [storage]
+            driver = "{"overlay" if partial_images else "vfs"}"
+            graphroot = "{folder}/root"
+            runroot = "{folder}/run"
+            [storage.options]
+            pull_options = {{enable_partial_images = "{str(partial_images).lower()}"}}
+            """
+        )
         (folder / "policy.json").write_text('{"default": [{"type": "insecureAcceptAnything"}]}')
         (folder / "registries.conf").write_text('unqualified-search-registries = ["docker.io"]\n')
         self._folder = folder
@@ -107,6 +117,7 @@ class Podman:
                 "XDG_RUNTIME_DIR": str(folder),
                 "TMPDIR": str(folder),
                 "CONTAINERS_REGISTRIES_CONF": str(folder / "registries.conf"),
+                "CONTAINERS_STORAGE_CONF": str(folder / "storage.conf"),
             }
         )
 
@@ -116,9 +127,8 @@ class Podman:
             file.write(mirror_table(host, location))
 
     def run(self, command: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-        storage_options = ["--root", f"{self._folder}/root", "--runroot", f"{self._folder}/run", "--storage-driver=vfs"]
         policy = [f"--signature-policy={self._folder}/policy.json"] if command == "pull" else []
-        return run(["podman", *storage_options, command, *policy, *arguments], self._environment)
+        return run(["podman", command, *policy, *arguments], self._environment)
 
 
 class Docker(BackgroundProcess):

@@ -1,0 +1,154 @@
+"""Requests for several ranges of a blob, hosted, cached and downloading: beside docker-registry, and by podman."""
+
+from __future__ import annotations
+
+import ssl
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from tests.e2e.harness import fake_registry, images
+from tests.e2e.harness.client_factory import ClientFactory
+from tests.e2e.harness.clients import check_output
+from tests.e2e.harness.http_client import BufferedResponse, request_directly
+from tests.e2e.harness.registry_daemon import HOSTED_REGISTRY_HOST, RegistryDaemon, write_image_folder
+from tests.e2e.harness.upstreams import FAKE, REGISTRY, Upstreams
+
+KIB = 1024
+SIZE = 2_000_000
+DATA = images.random_bytes(SIZE, "several ranges")
+DIGEST = images.sha256_digest(DATA)
+HOSTED = f"https://{HOSTED_REGISTRY_HOST}"
+
+
+@pytest.fixture(scope="module")
+def daemon(upstreams: Upstreams, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RegistryDaemon]:
+    registry_daemon = RegistryDaemon(tmp_path_factory.mktemp("ranges"), {**upstreams.settings, "ALLOW_PUSH": "true"})
+    with registry_daemon.run_and_check_log(lambda: upstreams.secrets):
+        response = registry_daemon.client.request(
+            "POST", f"{HOSTED}/v2/ranges/app/blobs/uploads/?digest={DIGEST}",
+            {"Content-Type": "application/octet-stream"}, DATA,
+        )  # fmt: skip
+        assert response.status == 201
+        layer = images.TypedContent(images.OCI_LAYER, DATA)
+        config = images.TypedContent(images.OCI_CONFIG, b"{}")
+        upstreams.push_to_registry("ranges/app", "1", images.build_image_from_blobs(config, [layer]))
+        yield registry_daemon
+
+
+def read_parts(response: BufferedResponse) -> list[tuple[str, bytes]]:
+    """Return the Content-Range and the bytes of each part, in their order."""
+    assert response.status == 206 and "content-range" not in response.headers
+    assert response.headers["content-length"] == str(len(response.body))
+    media_type, _, boundary = response.headers["content-type"].partition("; boundary=")
+    assert media_type == "multipart/byteranges"
+    parts = (b"\r\n" + response.body).split(f"\r\n--{boundary}".encode())
+    assert (parts[0], parts[-1]) == (b"", b"--\r\n")
+    received = []
+    for part in parts[1:-1]:
+        head, _, data = part.partition(b"\r\n\r\n")
+        fields = dict(line.lower().split(": ") for line in head.decode().split("\r\n")[1:])
+        received.append((fields["content-range"], data))
+    return received
+
+
+CHUNKS = [(start, start + 300) for start in range(0, SIZE, SIZE // 1000)]
+
+REQUESTS = {
+    "two": [(0, 4), (100, 104)],
+    "adjacent": [(1000, 2000), (2000, 3000), (3008, 4000)],  # podman: a table of contents, and what follows it
+    "descending": [(SIZE - 10, SIZE), (500_000, 900_000), (0, 100)],
+    "a lazy puller's": [(SIZE - 47, SIZE), (0, 50 * KIB), (1_000_000, 1_000_000 + 4 * KIB)],
+    "podman's": CHUNKS,
+}
+
+
+def range_field(spans: list[tuple[int, int]]) -> str:
+    return "bytes=" + ",".join(f"{start}-{stop - 1}" for start, stop in spans)
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_several_ranges_as_docker_registry_sends_them(upstreams: Upstreams, daemon: RegistryDaemon, name: str) -> None:
+    spans = REQUESTS[name]
+    expected = [(f"bytes {start}-{stop - 1}/{SIZE}", DATA[start:stop]) for start, stop in spans]
+    fields = {"Range": range_field(spans)}
+    path = f"/v2/ranges/app/blobs/{DIGEST}"
+    directly = request_directly(
+        "GET", f"https://127.0.0.1:{upstreams.registry.port}{path}", fields, ssl._create_unverified_context()
+    )
+    assert read_parts(directly) == expected
+    for _ in range(2):  # uncached, then cached
+        cached = daemon.client.request("GET", f"{REGISTRY}{path}", fields)
+        assert read_parts(cached) == expected
+    assert read_parts(daemon.client.request("GET", f"{HOSTED}{path}", fields)) == expected
+    plain = request_directly("GET", f"http://{daemon.http_address}{path}", fields)
+    assert read_parts(plain) == expected
+    assert len(plain.body) < len(directly.body) + 1000
+
+
+@pytest.mark.parametrize("url", [HOSTED, REGISTRY])
+def test_unusual_lists_of_ranges(daemon: RegistryDaemon, url: str) -> None:
+    blob = f"{url}/v2/ranges/app/blobs/{DIGEST}"
+
+    def get(ranges: str, **headers: str) -> BufferedResponse:
+        return daemon.client.get(blob, Range=f"bytes={ranges}", **headers)
+
+    unsatisfiable = get(f"{SIZE}-,{SIZE + 5}-{SIZE + 9}")
+    assert (unsatisfiable.status, unsatisfiable.headers["content-range"]) == (416, f"bytes */{SIZE}")
+    one = get(f"{SIZE}-,5-9")
+    assert (one.status, one.headers["content-range"], one.body) == (206, f"bytes 5-9/{SIZE}", DATA[5:10])
+    overlapping = get("500-599,0-9,550-649")
+    assert [field for field, _ in read_parts(overlapping)] == [f"bytes 500-649/{SIZE}", f"bytes 0-9/{SIZE}"]
+    for ranges in ("0-,0-,0-", ",".join(["0-0"] * 1025)):
+        assert (get(ranges).status, get(ranges).body) == (200, DATA)
+    assert get("0-0,5-5", If_Range='"another"').status == 200
+    assert len(read_parts(get("0-0,5-5", If_Range=f'"{DIGEST}"'))) == 2
+    head = daemon.client.head(blob, Range="bytes=0-0,5-5")
+    assert (head.status, head.headers["content-length"]) == (200, str(SIZE))
+
+
+def test_parts_of_a_growing_file(upstreams: Upstreams, daemon: RegistryDaemon) -> None:
+    """The bytes that have arrived are sent at once, in any order, but the last one only after the verification."""
+    data = images.random_bytes(600_000, "growing")
+    digest = upstreams.fake.put_blob("growing", data)
+    gate = threading.Event()
+    upstreams.fake.add_rule("GET", digest, fake_registry.pause_after(400_000, gate), times=1)
+    url = f"{FAKE}/v2/growing/blobs/{digest}"
+    try:
+        first = daemon.client.get(url, Range="bytes=300000-399998,100-199")
+        assert [part for _, part in read_parts(first)] == [data[300_000:399_999], data[100:200]]
+        with daemon.client.stream("GET", url, {"Range": "bytes=0-99999,599999-599999"}) as response:
+            assert response.status == 206
+            assert data[:50_000] in response.read(60_000)
+            gate.set()
+            assert data[599_999:] + b"\r\n--" in response.read()[-60:]
+    finally:
+        gate.set()
+    assert len(upstreams.fake.find_requests("GET", digest)) == 1
+    assert daemon.client.get(url).body == data
+
+
+def build_files(changed: int) -> dict[str, bytes]:
+    """Return 40 files, `changed` of which differ. They are in no folder: podman 4.3 may write files before folders."""
+    return {f"file-{index}": images.random_bytes(200_000, f"partial {index} {index < changed}") for index in range(40)}
+
+
+@pytest.mark.parametrize("registry", [HOSTED_REGISTRY_HOST, "registry.test:5443"])
+def test_podman_downloads_only_what_changed(
+    daemon: RegistryDaemon, clients: ClientFactory, tmp_path_factory: pytest.TempPathFactory, registry: str
+) -> None:
+    """zstd:chunked layers with `enable_partial_images`: 2 of 40 files differ."""
+    folder = tmp_path_factory.mktemp("partial")
+    push_client = clients.podman(daemon)
+    for tag, changed in (("1", 0), ("2", 2)):
+        image = write_image_folder(images.build_image([build_files(changed)]), folder / tag)
+        image_id = check_output(push_client.run("pull", f"dir:{image}")).strip()
+        target = f"docker://{registry}/podman/partial:{tag}"
+        check_output(push_client.run("push", "--format=oci", "--compression-format=zstd:chunked", image_id, target))
+    pull_client = clients.partial_podman(daemon)
+    check_output(pull_client.run("pull", f"{registry}/podman/partial:1"))
+    offset = daemon.log_offset()
+    check_output(pull_client.run("pull", f"{registry}/podman/partial:2"))
+    entries = [entry for entry in daemon.access_log(offset) if "/blobs/" in entry.target and entry.method == "GET"]
+    assert 400_000 < sum(entry.size for entry in entries) < 500_000
