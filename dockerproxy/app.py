@@ -56,6 +56,7 @@ from dockerproxy.registry.access_control import AccessControl, AllowAll, Anonymo
 from dockerproxy.registry.api import RegistryAPI
 from dockerproxy.registry.hosted import HostedRegistry
 from dockerproxy.registry.hosted_app import HostedRegistryApp
+from dockerproxy.registry.hosted_rules import HostedRules
 from dockerproxy.registry.htpasswd import HtpasswdFile
 from dockerproxy.registry.intercepted import Intercepted, Mirror
 from dockerproxy.registry.namespaces import NamespacedRegistries
@@ -157,6 +158,7 @@ class ProxyServer:
         access_control = build_access_control(self._reactor, settings, self.pools, self.state)
         proxy_users = open_proxy_users(self._reactor, settings, self.pools, self.state)
         self.hosted_app.access_control = access_control
+        set_hosted_rules(self.hosted_app.rules, settings)
         self.browser_protection.host_rule = build_host_rule(settings)
         self.browser_protection.cross_origin.set_cors_origins(settings.cors_origins)
         self.proxy_login.users = proxy_users
@@ -199,7 +201,9 @@ def build_server(reactor: Any, settings: Settings, certificates: Certificates, s
     hosted_tree = HostedTree.from_layout(shared.state.registry, time.time, shared.locks, upload_limits)
     access_control = build_access_control(reactor, settings, pools, shared.state)
     hosted_store = LocalHostedStore.from_tree(reactor, hosted_tree, parser, shared.state.registry_secret, time.time)
-    hosted_app = HostedRegistryApp(api, HostedRegistry(hosted_store, parser), access_control)
+    rules = HostedRules()
+    set_hosted_rules(rules, settings)
+    hosted_app = HostedRegistryApp(api, HostedRegistry(hosted_store, parser, rules), access_control, rules)
     metrics_handler = partial(handle_metrics, shared)
     on_finished = partial(count_and_log, shared.metrics)
     cross_origin = CrossOriginProtection(settings.cors_origins)
@@ -435,6 +439,13 @@ def build_access_control(reactor: Any, settings: Settings, pools: ThreadPools, s
     realm, secret = settings.registry_hostname[0], state.registry_secret
     users = HtpasswdFile(reactor, pools.passwords, settings.htpasswd_file, secret)
     return AnonymousPull(users, realm, secret, time.time) if settings.anonymous_pull else RequireLogin(users, realm)
+
+
+def set_hosted_rules(rules: HostedRules, settings: Settings) -> None:
+    """Apply REGISTRY_READ_ONLY, ALLOW_DELETE and ALLOW_SPARSE_INDEXES."""
+    rules.read_only = settings.registry_read_only
+    rules.allow_delete = settings.allow_delete
+    rules.allow_sparse_indexes = settings.allow_sparse_indexes
 
 
 def open_proxy_users(

@@ -135,15 +135,15 @@ def import_directory(daemon: Daemon, root: str, *, directory: str, force: bool =
     return import_registry(Layout(Path(root)), Path(directory), force=force, progress=progress, lock=daemon.lock)
 
 
-def check(daemon: Daemon, root: str, *, links: bool) -> Any:
-    """Run ``check``. Check the repositories if `links` is true."""
+def check(daemon: Daemon, root: str, *, links: bool, sparse: bool = False) -> Any:
+    """Run ``check``. Check the repositories if `links` is true. With `sparse`, indexes may lack manifests."""
 
     def send_item(item: Finding) -> None:
         digest = None if item.digest is None else str(item.digest)
         daemon.send("finding", kind=item.kind, what=item.message, repository=item.repository, digest=digest)
 
     progress = Progress(daemon.report, send_item)
-    return scrub(Layout(Path(root)), check_links=links, progress=progress, lock=daemon.lock)
+    return scrub(Layout(Path(root)), check_links=links, sparse=sparse, progress=progress, lock=daemon.lock)
 
 
 OPERATIONS: dict[str, Callable[..., Any]] = {"gc": collect_garbage, "import": import_directory, "check": check}

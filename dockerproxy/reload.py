@@ -1,8 +1,8 @@
 """Reload on SIGHUP: read the settings again and apply those that may change in a running daemon.
 
 These are REGISTRIES, AUTH_REGISTRIES with its delimiters, PROXY_HTPASSWD_FILE, HTPASSWD_FILE, ANONYMOUS_PULL,
-ALLOWED_HOSTS and CORS_ORIGINS. The code that uses them holds a mapping or an object that is modified in place, so a
-reload closes no connection and interrupts no transfer.
+REGISTRY_READ_ONLY, ALLOW_DELETE, ALLOW_SPARSE_INDEXES, ALLOWED_HOSTS and CORS_ORIGINS. The code that uses them holds a
+mapping or an object that is modified in place, so a reload closes no connection and interrupts no transfer.
 """
 
 from __future__ import annotations
@@ -27,6 +27,9 @@ _RELOADABLE = {
     "proxy_htpasswd_file",
     "htpasswd_file",
     "anonymous_pull",
+    "registry_read_only",
+    "allow_delete",
+    "allow_sparse_indexes",
     "allowed_hosts",
     "cors_origins",
     "warnings",

@@ -112,6 +112,9 @@ class Settings:
     max_uploads: int = _setting(parsers.integer(1, 1_000_000), "10000")
     max_uploads_per_client: int = _setting(parsers.integer(1, 1_000_000), "3000")
     anonymous_pull: bool = _setting(parsers.boolean, "false")
+    registry_read_only: bool = _setting(parsers.boolean, "false")
+    allow_delete: bool = _setting(parsers.boolean, "true")
+    allow_sparse_indexes: bool = _setting(parsers.boolean, "false")
     workers: int = _derived()
     log_format: str = _setting(parsers.one_of("text", "json"), "text")
 

@@ -28,6 +28,7 @@ from dockerproxy.daemon.listener_service import SHUTDOWN_GRACE, EndpointOpener, 
 from dockerproxy.daemon.signals import DebugSignalService, on_repeated_stop
 from dockerproxy.daemon.systemd import Notifier, SystemdService
 from dockerproxy.proxy.authority import AuthorityError, CertificateAuthority
+from dockerproxy.registry.hosted_rules import HostedRules
 from dockerproxy.registry.htpasswd import HtpasswdError
 from dockerproxy.reload import Configuration, Reloader, describe_error, reloadable_variables
 from dockerproxy.settings import DOCKER_HUB, Settings, SettingsError
@@ -105,7 +106,15 @@ def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifi
         workers.supervisor,
         operations,
         build_control_socket(
-            reactor, settings, state, server.hosted_tree, cache_space, operations, report, authority.fingerprint
+            reactor,
+            settings,
+            state,
+            server.hosted_tree,
+            cache_space,
+            operations,
+            server.hosted_app.rules,
+            report,
+            authority.fingerprint,
         ),
         DebugSignalService(reactor, report),
         SystemdService(reactor, notifier, listener_service.listening, server.registries.status, reloader),
@@ -259,6 +268,7 @@ def build_control_socket(
     store: HostedTree,
     cache_space: CacheSpaceManager,
     operations: Operations,
+    rules: HostedRules,
     debug_report: DebugReport,
     ca_fingerprint: str,
 ) -> ControlSocket:
@@ -271,6 +281,7 @@ def build_control_socket(
         cache_space,
         Deleter(reactor, store, cache_space, state.open_records()),
         operations,
+        rules,
         debug_report,
         ca_fingerprint,
         time.time,

@@ -93,6 +93,7 @@ def test_defaults_are_the_documented_ones(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert (defaults.share_auth_registries, defaults.anonymous_pull, defaults.htpasswd_file) == (True, False, None)
     assert defaults.proxy_htpasswd_file is None
     assert (defaults.max_uploads, defaults.max_uploads_per_client) == (10_000, 3_000)
+    assert (defaults.registry_read_only, defaults.allow_delete, defaults.allow_sparse_indexes) == (False, True, False)
     assert defaults.proxy_tls_listen == ()
     assert defaults.registry_crt_file is defaults.registry_key_file is None
     assert defaults.proxy_crt_file is defaults.proxy_key_file is None
@@ -542,6 +543,9 @@ INVALID = [
     ("TUNNEL_DENY", "*", "'*' is not a host name such as example.com or *.example.com"),
     ("MAX_UPLOADS", "0", "'0' is not a number from 1 to 1000000"),
     ("MAX_UPLOADS_PER_CLIENT", "many", "'many' is not a number from 1 to 1000000"),
+    ("REGISTRY_READ_ONLY", "perhaps", "'perhaps' is "),
+    ("ALLOW_DELETE", "none", "'none' is "),
+    ("ALLOW_SPARSE_INDEXES", "2", "'2' is "),
     ("WORKERS", "0", "'0' is not a number from 1 to 64"),
     ("WORKERS", "two", "'two' is not a number from 1 to 64"),
     ("LOG_FORMAT", "xml", "'xml' is not one of text, json"),

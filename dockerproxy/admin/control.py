@@ -51,6 +51,7 @@ from dockerproxy.errors import RegistryError
 from dockerproxy.http.request import ClientDisconnected, Request
 from dockerproxy.oci.names import Digest
 from dockerproxy.oci.routes import parse_query
+from dockerproxy.registry.hosted_rules import HostedRules
 from dockerproxy.store.cooperative import CooperativeThread
 
 _STORE = one_of(HOSTED, CACHED)
@@ -91,6 +92,7 @@ class Control:
     _space: CacheSpaceManager
     _deleter: Deleter
     _operations: Operations
+    _rules: HostedRules
     _debug_report: DebugReport
     _ca_fingerprint: str
     _clock: Callable[[], float]
@@ -209,7 +211,8 @@ class Control:
             if kind == CACHED and event.get("kind") == "damaged":
                 await self._space.purge([Digest.parse(event["digest"])])
 
-        options = {"root": self._root(kind), "links": kind == HOSTED}
+        sparse = self._rules.allow_sparse_indexes
+        options = {"root": self._root(kind), "links": kind == HOSTED, "sparse": sparse}
         await self._run_operation("check", options, response, on_event)
 
     async def _run_operation(

@@ -12,7 +12,7 @@ import errno
 from collections.abc import Coroutine, Sequence
 from typing import Any, TypeVar
 
-from attrs import frozen
+from attrs import field, frozen
 from twisted.logger import Logger
 
 from dockerproxy.concurrency import shield
@@ -35,6 +35,7 @@ from dockerproxy.oci.pushed_manifest import PushedManifest
 from dockerproxy.oci.referrers import ReferrersIndex, ReferrersQuery, build_index
 from dockerproxy.oci.uploads import UploadParameters, UploadStatus, algorithm_for, declared_length
 from dockerproxy.registry.backend import UploadBody, UploadChunk
+from dockerproxy.registry.hosted_rules import HostedRules
 from dockerproxy.registry.hosted_store import HostedStore, UploadSession
 from dockerproxy.registry.principal import Principal
 from dockerproxy.thread_pool import ContentParser
@@ -60,6 +61,7 @@ class HostedRegistry:
 
     _store: HostedStore
     _parser: ContentParser
+    _rules: HostedRules = field(factory=HostedRules)
 
     # pulls
 
@@ -129,7 +131,8 @@ class HostedRegistry:
     ) -> PushedManifest:  # fmt: skip
         await self._check_depth(name)
         manifest = await self._parser.parse(PushedManifest.parse, content, digest, media_type, client=principal.address)
-        await self._store.commit_manifest(name, manifest, tags)
+        sparse = self._rules.allow_sparse_indexes
+        await self._store.commit_manifest(name, manifest, tags, sparse=sparse)
         return manifest
 
     async def delete_manifest(self, principal: Principal, name: Repository, reference: Reference) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from attrs import define
+from attrs import define, field
 
 from dockerproxy.errors import RegistryError
 from dockerproxy.http.request import Request
@@ -10,6 +10,7 @@ from dockerproxy.oci.routes import route_hosted
 from dockerproxy.registry.access_control import HOSTED_TOKEN_PATH, AccessControl
 from dockerproxy.registry.api import RegistryAPI
 from dockerproxy.registry.backend import RegistryBackend
+from dockerproxy.registry.hosted_rules import HostedRules
 from dockerproxy.registry.responses import respond_error
 
 
@@ -20,6 +21,7 @@ class HostedRegistryApp:
     api: RegistryAPI
     backend: RegistryBackend
     access_control: AccessControl
+    rules: HostedRules = field(factory=HostedRules)
 
     async def handle(self, request: Request) -> None:
         """Respond to `request`. Raise `RegistryError`."""
@@ -29,6 +31,7 @@ class HostedRegistryApp:
         target = route_hosted(request.path)
         principal = await self.access_control.check(request, target)
         request.user = principal.user
+        self.rules.check(request, target)
         await self.api.handle(request, target, self.backend, principal)
 
 

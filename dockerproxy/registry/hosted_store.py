@@ -87,10 +87,13 @@ class HostedStore(Protocol):
     async def manifest(self, repository: Repository, reference: Reference) -> StoredManifest | None:
         """Return a manifest whose content matches its digest. Return None if there is none."""
 
-    async def commit_manifest(self, repository: Repository, manifest: PushedManifest, tags: Sequence[Tag]) -> None:
+    async def commit_manifest(
+        self, repository: Repository, manifest: PushedManifest, tags: Sequence[Tag], *, sparse: bool = False
+    ) -> None:
         """Store a manifest in the repository, and point `tags` to it.
 
-        Raise `ManifestBlobUnknown` if the repository lacks a reference of the manifest.
+        Raise `ManifestBlobUnknown` if the repository lacks a reference of the manifest. With `sparse`, it may lack
+        those of an index.
         """
 
     async def remove_tag(self, repository: Repository, tag: Tag) -> bool:

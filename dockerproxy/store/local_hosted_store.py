@@ -258,8 +258,10 @@ class LocalHostedStore:
                 return content if _matches(content, blob.digest) else None
         return await in_thread(self._reactor, _read_and_verify, blob)
 
-    async def commit_manifest(self, repository: Repository, manifest: PushedManifest, tags: Sequence[Tag]) -> None:
-        await self._touch_references(repository, manifest)
+    async def commit_manifest(
+        self, repository: Repository, manifest: PushedManifest, tags: Sequence[Tag], *, sparse: bool = False
+    ) -> None:
+        await self._touch_references(repository, manifest, sparse)
         async with self._tree.locks.hold(repository):
             await in_thread(self._reactor, self._commit_manifest, repository, manifest, tags)
 
@@ -268,11 +270,12 @@ class LocalHostedStore:
         self._tree.blobs.put(manifest.content, manifest.digest)
         self._tree.link_manifest(repository, manifest.digest, manifest.media_type, manifest.referrer, tags)
 
-    async def _touch_references(self, repository: Repository, manifest: PushedManifest) -> None:
+    async def _touch_references(self, repository: Repository, manifest: PushedManifest, sparse: bool) -> None:
         """Touch all references of `manifest`, so that gc keeps them. Raise `ManifestBlobUnknown` if any is missing."""
         missing = []
         for count, (digest, is_manifest) in enumerate(manifest.required_references(), 1):
-            if self._tree.blobs.touch(digest) is None or not self._is_linked(repository, digest, is_manifest):
+            is_here = self._tree.blobs.touch(digest) is not None and self._is_linked(repository, digest, is_manifest)
+            if not is_here and not (sparse and is_manifest):
                 missing.append(str(digest))
             if count % _BATCH_SIZE == 0:
                 await deferLater(self._reactor, 0)

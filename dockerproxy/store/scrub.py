@@ -57,15 +57,16 @@ def scrub(
     layout: Layout,
     *,
     check_links: bool = True,
+    sparse: bool = False,
     progress: Progress[Finding] | None = None,
     lock: RepositoryLock = no_lock,
 ) -> ScrubResult:
     """Verify the store in `layout`. Blocks. Raises `OSError` and `Stopped`.
 
     `progress` reports bytes, and then repositories. If `check_links` is false, skip the repositories, because in a
-    cache they may refer to evicted blobs.
+    cache they may refer to evicted blobs. With `sparse`, an index may lack manifests.
     """
-    run = _ScrubRun(layout, progress or Progress(), lock)
+    run = _ScrubRun(layout, progress or Progress(), lock, sparse)
     run.scrub_blobs()
     if check_links:
         run.check_repositories()
@@ -77,6 +78,7 @@ class _ScrubRun:
     _layout: Layout
     _progress: Progress[Finding]
     _lock: RepositoryLock
+    _sparse: bool
     counts: Counter[str] = field(factory=Counter, init=False)
     _total_bytes: int | None = field(default=None, init=False)  # None until they are known
     _reader: StrictReader = field(init=False)
@@ -206,7 +208,7 @@ class _ScrubRun:
             if not self._has_blob(repository, blob.digest) and not is_nondistributable(blob.media_type):
                 self._record_missing_reference(repository, digest, blob.digest)
             self._report_repositories()
-        for child in manifest.manifests:
+        for child in () if self._sparse else manifest.manifests:
             is_manifest = self._links.has_manifest(repository, child.digest) and self._blobs.exists(child.digest)
             if not is_manifest and not self._has_blob(repository, child.digest):
                 self._record_missing_reference(repository, digest, child.digest)

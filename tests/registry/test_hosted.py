@@ -28,12 +28,16 @@ from dockerproxy.oci.names import Digest
 from dockerproxy.registry.access_control import AllowAll
 from dockerproxy.registry.api import RegistryAPI
 from dockerproxy.registry.hosted_app import HostedRegistryApp
+from dockerproxy.registry.hosted_rules import HostedRules
 from dockerproxy.store import local_hosted_store as module
 from dockerproxy.store import referrers as referrers_module
 from dockerproxy.store.disk_reserve import DiskReserve
 from dockerproxy.store.hosted_tree import HostedTree
 from dockerproxy.store.layout import Layout
+from dockerproxy.store.progress import Progress
 from dockerproxy.store.referrers import Referrers
+from dockerproxy.store.scrub import Finding, scrub
+from dockerproxy.store.sweep import sweep
 from dockerproxy.store.uploads import UploadLimits
 from tests.registry.support.synchronous_reactor import SynchronousReactor
 from tests.support.hosted import make_hosted_registry
@@ -48,6 +52,7 @@ class RegistryHarness:
     """The hosted registry, and a client connected to it."""
 
     store: HostedTree
+    rules: HostedRules
     client: Any
     connect: Callable[[], Any]
 
@@ -116,13 +121,14 @@ def error_code(response: Any) -> tuple[int, str]:
 def registry(tmp_path: Path, connect_client: Any) -> RegistryHarness:
     reactor = SynchronousReactor()
     store = HostedTree.from_layout(Layout(tmp_path))
-    backend = make_hosted_registry(reactor, store)
-    app = HostedRegistryApp(RegistryAPI(reactor), backend, AllowAll())
+    rules = HostedRules()
+    backend = make_hosted_registry(reactor, store, rules)
+    app = HostedRegistryApp(RegistryAPI(reactor), backend, AllowAll(), rules)
 
     def connect() -> Any:
         return connect_client(app.handle, clock=reactor)
 
-    return RegistryHarness(store, connect(), connect)
+    return RegistryHarness(store, rules, connect(), connect)
 
 
 # uploads
@@ -1030,7 +1036,10 @@ def test_a_tree_without_our_metadata_is_indexed(registry: RegistryHarness, tmp_p
     backend = make_hosted_registry(reactor, store)
     app = HostedRegistryApp(RegistryAPI(reactor), backend, AllowAll())
     reopened = RegistryHarness(
-        store, connect_client(app.handle, clock=reactor), lambda: connect_client(app.handle, clock=reactor)
+        store,
+        HostedRules(),
+        connect_client(app.handle, clock=reactor),
+        lambda: connect_client(app.handle, clock=reactor),
     )
     assert reopened.request("HEAD", f"/v2/{NAME}/manifests/subject").headers["Content-Type"] == OCI_MANIFEST
     assert reopened.request("GET", f"/v2/{NAME}/manifests/{fallback_tag(subject)}").headers["Content-Type"] == OCI_INDEX
@@ -1056,6 +1065,68 @@ def test_listing_referrers_does_not_scan(registry: RegistryHarness, monkeypatch:
     assert registry.referrers(subject) == [str(signature)]
     registry.request("DELETE", f"/v2/{NAME}/manifests/{signature}")
     assert registry.referrers(subject) == []
+
+
+# rules
+
+
+def test_a_read_only_registry(registry: RegistryHarness) -> None:
+    digest = registry.image("v1")
+    session = registry.start_upload()
+    registry.rules.read_only = True
+    for method, path in (
+        ("PUT", "manifests/v2"), ("DELETE", "manifests/v1"), ("DELETE", f"manifests/{digest}"),
+        ("DELETE", f"blobs/{Digest.of(b'layer ')}"), ("POST", "blobs/uploads/"),
+        ("POST", f"blobs/uploads/?mount={Digest.of(b'layer ')}"), ("PATCH", session.partition(f"{NAME}/")[2]),
+        ("PUT", f"{session.partition(f'{NAME}/')[2]}?digest={digest}"), ("DELETE", session.partition(f"{NAME}/")[2]),
+    ):  # fmt: skip
+        response = registry.request(method, f"/v2/{NAME}/{path}", b"x")
+        assert error_code(response) == (405, "UNSUPPORTED"), (method, path)
+        assert "REGISTRY_READ_ONLY" in response.body.decode()
+        assert response.headers["Allow"] == "GET, HEAD"
+    for path in ("manifests/v1", "tags/list", f"blobs/{Digest.of(b'layer ')}", f"referrers/{digest}"):
+        assert registry.request("GET", f"/v2/{NAME}/{path}").status == 200
+    assert registry.request("GET", session).status == 204
+    registry.rules.read_only = False
+    assert registry.request("DELETE", f"/v2/{NAME}/manifests/v1").status == 202
+
+
+def test_a_registry_without_deletions(registry: RegistryHarness) -> None:
+    registry.rules.allow_delete = False
+    digest = registry.image("v1")
+    for path in ("manifests/v1", f"manifests/{digest}", f"blobs/{Digest.of(b'layer ')}", "manifests/none"):
+        response = registry.request("DELETE", f"/v2/{NAME}/{path}")
+        assert error_code(response) == (405, "UNSUPPORTED")
+        assert "ALLOW_DELETE" in response.body.decode()
+    assert registry.request("GET", f"/v2/{NAME}/manifests/v1").status == 200
+    assert registry.request("DELETE", registry.start_upload()).status == 204, "the end of a push is no deletion"
+
+
+def test_a_sparse_index(registry: RegistryHarness) -> None:
+    here, absent = registry.image(seed="here"), Digest.of(b"another platform")
+    content = json.dumps(make_index(here, absent)).encode()
+    response = registry.request("PUT", f"/v2/{NAME}/manifests/v1", content, Content_Type=OCI_INDEX)
+    assert error_code(response) == (404, "MANIFEST_BLOB_UNKNOWN")
+    registry.rules.allow_sparse_indexes = True
+    assert registry.request("PUT", f"/v2/{NAME}/manifests/v1", content, Content_Type=OCI_INDEX).status == 201
+    assert registry.request("GET", f"/v2/{NAME}/manifests/v1").body == content
+    assert registry.request("GET", f"/v2/{NAME}/manifests/{absent}").status == 404
+    assert registry.request("GET", f"/v2/{NAME}/manifests/{here}").status == 200
+    # An image needs all of its blobs.
+    image_content = json.dumps(make_image(make_descriptor(absent, b"config"))).encode()
+    response = registry.request("PUT", f"/v2/{NAME}/manifests/v2", image_content, Content_Type=OCI_MANIFEST)
+    assert error_code(response) == (404, "MANIFEST_BLOB_UNKNOWN")
+    # Neither check nor gc takes the gap for damage.
+    assert [finding.kind for finding in list_findings(registry, sparse=True)] == []
+    assert [finding.kind for finding in list_findings(registry, sparse=False)] == ["missing"]
+    result = sweep(registry.store.layout, delete_untagged=True)
+    assert (result.problems, result.manifests) == ((), 0)
+
+
+def list_findings(registry: RegistryHarness, *, sparse: bool) -> list[Finding]:
+    findings: list[Finding] = []
+    scrub(registry.store.layout, sparse=sparse, progress=Progress(emit=findings.append))
+    return findings
 
 
 # other requests

@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 from dockerproxy.registry.hosted import HostedRegistry
+from dockerproxy.registry.hosted_rules import HostedRules
 from dockerproxy.store.hosted_tree import HostedTree
 from dockerproxy.store.local_hosted_store import LocalHostedStore
 from tests.support.parsers import make_parser
@@ -15,5 +16,5 @@ def make_hosted_store(reactor: Any, tree: HostedTree) -> LocalHostedStore:
     return LocalHostedStore.from_tree(reactor, tree, make_parser(reactor), b"secret", time.time)
 
 
-def make_hosted_registry(reactor: Any, tree: HostedTree) -> HostedRegistry:
-    return HostedRegistry(make_hosted_store(reactor, tree), make_parser(reactor))
+def make_hosted_registry(reactor: Any, tree: HostedTree, rules: HostedRules | None = None) -> HostedRegistry:
+    return HostedRegistry(make_hosted_store(reactor, tree), make_parser(reactor), rules or HostedRules())
