@@ -41,6 +41,7 @@ from dockerproxy.net.dial import Dialer
 from dockerproxy.net.local_names import LocalNames
 from dockerproxy.net.own_addresses import is_own_address
 from dockerproxy.net.resolver import NameResolver
+from dockerproxy.oci.docker_hub import DOCKER_HUB
 from dockerproxy.oci.names import Digest
 from dockerproxy.proxy.authority import CertificateAuthority
 from dockerproxy.proxy.certificate_file import CertificateFile
@@ -62,7 +63,7 @@ from dockerproxy.registry.intercepted import Intercepted, Mirror
 from dockerproxy.registry.namespaces import NamespacedRegistries
 from dockerproxy.registry.responses import respond_error
 from dockerproxy.reload import RegistryTable
-from dockerproxy.settings import DOCKER_HUB, Settings, SettingsError
+from dockerproxy.settings import Settings, SettingsError
 from dockerproxy.shares import Bound
 from dockerproxy.store.blobs import Blobs
 from dockerproxy.store.hosted_tree import HostedTree

@@ -23,6 +23,7 @@ from dockerproxy.oci.names import Host, Registry
 _BOOLEANS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
 _MAX_PORT = 65535
 _MAX_DURATION = 100 * 365 * 86400.0
+_LOGIN_KEY_PATH = re.compile(r"(?:/v[12])?/?\Z")
 _SIZE = re.compile(r"([0-9]{1,15})(?:([kmgt])(?:i?b)?)?", re.IGNORECASE)
 _ENDPOINT = re.compile(r"(?!tcp6?:)[a-z][a-z0-9+-]*:\S+|tcp6?:(?:\S*=\S*|(?P<port>[0-9]{1,5})(?::\S*)?)")
 
@@ -272,6 +273,7 @@ def logins(
     """Parse ``host:user:password`` entries. `field_delimiter` separates the three parts of an entry.
 
     The password is the rest of the entry and may contain delimiters of fields. Spaces around an entry are removed.
+    A host may end as in the keys of docker's login file: ``https://index.docker.io/v1/``.
     An error message shows a host only if it is in `known_hosts` (the other settings name it) or in the first entry. Any
     other entry may begin with the rest of a password that contains `entry_delimiter`.
     """
@@ -281,7 +283,7 @@ def logins(
     for position, entry in enumerate(entries, 1):
         host_text, user, password = _split_login(entry, field_delimiter)
         try:
-            host = Registry.parse(host_text).host
+            host = Registry.parse(_LOGIN_KEY_PATH.sub("", host_text)).host
         except NameInvalid:
             raise ValueError(
                 f"entry {position} does not begin with a host; expected {_login_format(field_delimiter)}"
@@ -307,7 +309,7 @@ def _split_login(entry: str, field_delimiter: str) -> tuple[str, str, str]:
     bracket = rest.find("]") + 1 if rest.startswith("[") else 0
     name, _, rest = rest[bracket:].partition(field_delimiter)
     user, _, password = rest.partition(field_delimiter)
-    if field_delimiter == ":" and _is_port(user) and ":" in password:
+    if field_delimiter == ":" and _is_port(_LOGIN_KEY_PATH.sub("", user)) and ":" in password:
         name, (user, _, password) = f"{name}:{user}", password.partition(":")
     return f"{scheme}{entry.removeprefix(scheme)[:bracket]}{name.strip()}", user, password
 

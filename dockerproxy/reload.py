@@ -15,9 +15,11 @@ from twisted.logger import Logger
 
 from dockerproxy.concurrency import spawn
 from dockerproxy.daemon.systemd import Notifier
+from dockerproxy.oci.docker_hub import DOCKER_HUB, DOCKER_HUB_ALIASES
 from dockerproxy.oci.names import Host, Registry
 from dockerproxy.registry.htpasswd import HtpasswdError
-from dockerproxy.settings import DOCKER_HUB, Settings, SettingsError, exposure_warnings, read_env_file, with_credentials
+from dockerproxy.settings import Settings, SettingsError, exposure_warnings, read_env_file, with_credentials
+from dockerproxy.upstream.credentials import login_warnings
 
 _RELOADABLE = {
     "extra_registries",
@@ -54,7 +56,11 @@ class Configuration:
         file = read_env_file(env_file) if env_file else {}
         environment = with_credentials(environment, file)
         settings = Settings.from_environment(environment, file)
-        warnings = (*settings.warnings, *exposure_warnings(settings, env_file, file))
+        warnings = (
+            *settings.warnings,
+            *exposure_warnings(settings, env_file, file),
+            *login_warnings(settings.auth_registries, settings.registries),
+        )
         return cls(evolve(settings, warnings=warnings), {**file, **environment})
 
 
@@ -70,9 +76,9 @@ class RegistryTable:
 
     def __init__(self, settings: Settings) -> None:
         self.intercepted: dict[Host, Registry] = {}
-        """Registries by the host that clients connect to."""
+        """Servers by the host that clients connect to. Docker Hub is here under each of its names."""
         self.mirrored: dict[Host, Registry] = {}
-        """Registries by the value of `?ns=`. Docker Hub also has the name docker.io, which is not one of its hosts."""
+        """Registries by the value of `?ns=`."""
         self.update(settings)
 
     def update(self, settings: Settings) -> None:
@@ -81,12 +87,12 @@ class RegistryTable:
         self.intercepted.update((registry.host, registry) for registry in settings.intercepted)
         self.mirrored.clear()
         self.mirrored.update((registry.host, registry) for registry in settings.registries)
-        self.mirrored[Host.parse("docker.io")] = DOCKER_HUB
+        self.mirrored.update((alias.host, DOCKER_HUB) for alias in DOCKER_HUB_ALIASES)
 
     @property
     def status(self) -> str:
         """The text that `systemctl status` shows."""
-        return f"serving {', '.join(str(registry) for registry in self.mirrored if registry.name != 'docker.io')}"
+        return f"serving {', '.join(dict.fromkeys(map(str, self.mirrored.values())))}"
 
 
 @define

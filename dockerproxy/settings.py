@@ -17,11 +17,10 @@ from dockerproxy.config_files import exposure_warning, read_config_file
 from dockerproxy.net.addresses import AddressSet, Destinations, HostPattern
 from dockerproxy.net.upstream_proxy import UpstreamProxy
 from dockerproxy.oci.credentials import BasicCredentials
+from dockerproxy.oci.docker_hub import DOCKER_HUB, DOCKER_HUB_ALIASES, DOCKER_HUB_TOKENS
 from dockerproxy.oci.names import Host, Registry
 
-DOCKER_HUB = Registry.parse("registry-1.docker.io")
-DOCKER_HUB_TOKENS = Registry.parse("auth.docker.io")
-_DOCKER_HUB_NAMES = {DOCKER_HUB, DOCKER_HUB_TOKENS, Registry.parse("docker.io")}
+_DOCKER_HUB_NAMES = (DOCKER_HUB, DOCKER_HUB_TOKENS, *DOCKER_HUB_ALIASES)
 
 _PARSER = "dockerproxy"  # the attrs metadata key of a setting's (parser, default as text)
 
@@ -166,8 +165,8 @@ class Settings:
 
     @property
     def intercepted(self) -> tuple[Registry, ...]:
-        """The hosts to intercept: the cached registries, and the token server of Docker Hub."""
-        return (*self.registries, DOCKER_HUB_TOKENS)
+        """The hosts to intercept: the cached registries, and the token server and other names of Docker Hub."""
+        return (*self.registries, DOCKER_HUB_TOKENS, *DOCKER_HUB_ALIASES)
 
 
 class _Environment:

@@ -27,11 +27,12 @@ from dockerproxy.daemon.gc_tuning import freeze_startup_objects
 from dockerproxy.daemon.listener_service import SHUTDOWN_GRACE, EndpointOpener, ListenerService, PortOpener
 from dockerproxy.daemon.signals import DebugSignalService, on_repeated_stop
 from dockerproxy.daemon.systemd import Notifier, SystemdService
+from dockerproxy.oci.docker_hub import DOCKER_HUB, DOCKER_HUB_ALIASES
 from dockerproxy.proxy.authority import AuthorityError, CertificateAuthority
 from dockerproxy.registry.hosted_rules import HostedRules
 from dockerproxy.registry.htpasswd import HtpasswdError
 from dockerproxy.reload import Configuration, Reloader, describe_error, reloadable_variables
-from dockerproxy.settings import DOCKER_HUB, Settings, SettingsError
+from dockerproxy.settings import Settings, SettingsError
 from dockerproxy.store.blobs import Blobs
 from dockerproxy.store.hosted_tree import HostedTree
 from dockerproxy.store.local_hosted_store import upload_purge_service
@@ -274,7 +275,8 @@ def build_control_socket(
 ) -> ControlSocket:
     """Build the control socket in RUNTIME_DIR, which serves the command `dockerproxy`."""
     stores = [StoreView(HOSTED, store.layout), StoreView(CACHED, state.cache)]
-    resolver = ImageResolver(stores, frozenset(settings.registry_hostname), {"docker.io": str(DOCKER_HUB)})
+    hub_names = {str(alias): str(DOCKER_HUB) for alias in DOCKER_HUB_ALIASES}
+    resolver = ImageResolver(stores, frozenset(settings.registry_hostname), hub_names)
     control = Control(
         reactor,
         resolver,

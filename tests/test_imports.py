@@ -37,7 +37,7 @@ ALLOWED = {
     "daemon": {"http"},
     "parsers": {"durations", "net", "oci", "errors"},
     "settings": {"parsers", "net", "oci", "errors"},
-    "reload": {"daemon", "registry", "settings", "oci"},
+    "reload": {"daemon", "registry", "settings", "upstream", "oci"},
     "admin": {"cache", "registry", "proxy", "store", "http", "oci", "errors"},
     "workers": {"cache", "store", "daemon", "http", "oci", "errors"},
     "operations": {"store"},  # a process of its own, which starts fast and takes little memory

@@ -19,7 +19,7 @@ from twisted.internet.defer import Deferred
 import dockerproxy
 from dockerproxy import settings as settings_module
 from dockerproxy.daemon.systemd import Notifier
-from dockerproxy.oci.names import Host, Registry
+from dockerproxy.oci.names import Registry
 from dockerproxy.registry.htpasswd import HtpasswdError
 from dockerproxy.reload import Configuration, RegistryTable, Reloader, describe_error, reloadable_variables
 from dockerproxy.settings import Settings, SettingsError
@@ -30,6 +30,7 @@ pytestmark = pytest.mark.slow  # each test starts a daemon
 
 ROOT = Path(dockerproxy.__file__).parent.parent
 HUB, TOKENS = Registry.parse("registry-1.docker.io"), Registry.parse("auth.docker.io")
+ALIASES = [Registry.parse(name) for name in ("index.docker.io", "docker.io", "registry.hub.docker.com")]
 QUAY, LOCAL = Registry.parse("quay.io"), Registry.parse("http://registry.test:5000")
 
 
@@ -88,8 +89,9 @@ def harness(monkeypatch: pytest.MonkeyPatch) -> ReloadHarness:
 
 def test_registry_table_from_settings() -> None:
     registries = RegistryTable(settings(REGISTRIES="quay.io http://registry.test:5000"))
-    assert list(registries.intercepted.values()) == [HUB, QUAY, LOCAL, TOKENS]
-    assert registries.mirrored == {HUB.host: HUB, QUAY.host: QUAY, LOCAL.host: LOCAL, Host.parse("docker.io"): HUB}
+    assert list(registries.intercepted.values()) == [HUB, QUAY, LOCAL, TOKENS, *ALIASES]
+    served = {registry.host: registry for registry in (HUB, QUAY, LOCAL)}
+    assert registries.mirrored == served | {alias.host: HUB for alias in ALIASES}
     assert registries.status == "serving registry-1.docker.io, quay.io, registry.test:5000"
 
 
@@ -97,7 +99,7 @@ def test_update_changes_the_mappings_in_place() -> None:
     table = RegistryTable(settings(REGISTRIES="quay.io"))
     intercepted, mirrored, registries = table.intercepted, table.mirrored, table.mirrored.values()
     table.update(settings(REGISTRIES="http://registry.test:5000"))
-    assert list(intercepted.values()) == [HUB, LOCAL, TOKENS]
+    assert list(intercepted.values()) == [HUB, LOCAL, TOKENS, *ALIASES]
     assert set(mirrored.values()) == set(registries) == {HUB, LOCAL}
 
 
@@ -138,7 +140,7 @@ def test_failed_reload_changes_nothing(harness: ReloadHarness, error: Exception,
     assert describe_error(error) == reason
     harness.error = error
     harness.reload()
-    assert list(harness.registries.intercepted.values()) == [HUB, QUAY, TOKENS]
+    assert list(harness.registries.intercepted.values()) == [HUB, QUAY, TOKENS, *ALIASES]
     status = "serving registry-1.docker.io, quay.io"
     assert harness.notifier.messages == ["RELOADING", f"READY {status}; not reloaded: {reason}"]
     assert harness.log_lines == [f"error not reloaded, the settings are unchanged: {reason}"]

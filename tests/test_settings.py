@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dockerproxy.oci.credentials import BasicCredentials
+from dockerproxy.oci.docker_hub import DOCKER_HUB, DOCKER_HUB_ALIASES, DOCKER_HUB_TOKENS
 from dockerproxy.oci.names import Host, Registry
-from dockerproxy.settings import DOCKER_HUB, DOCKER_HUB_TOKENS, Settings, SettingsError, read_env_file
+from dockerproxy.settings import Settings, SettingsError, read_env_file
 
 ROOT = Path(__file__).parent.parent
 NAMES = [
@@ -55,7 +56,7 @@ def test_defaults_are_the_documented_ones(monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.chdir(tmp_path)
     defaults = settings()
     assert defaults.registries == (Registry.parse("registry-1.docker.io"),)
-    assert defaults.intercepted == (DOCKER_HUB, DOCKER_HUB_TOKENS)
+    assert defaults.intercepted == (DOCKER_HUB, DOCKER_HUB_TOKENS, *DOCKER_HUB_ALIASES)
     assert defaults.extra_registries == ()
     assert defaults.auth_registries == {}
     assert defaults.cache_max_size == 32 * 1024**3
@@ -255,9 +256,10 @@ def test_registries_in_each_form_without_duplicates() -> None:
 
 
 def test_docker_hub_is_always_included() -> None:
-    parsed = settings(REGISTRIES="docker.io auth.docker.io ghcr.io registry-1.docker.io")
+    names = "docker.io auth.docker.io registry-1.docker.io index.docker.io registry.hub.docker.com"
+    parsed = settings(REGISTRIES=f"{names} ghcr.io")
     assert parsed.registries == (DOCKER_HUB, Registry.parse("ghcr.io"))
-    assert parsed.intercepted == (DOCKER_HUB, Registry.parse("ghcr.io"), DOCKER_HUB_TOKENS)
+    assert parsed.intercepted == (DOCKER_HUB, Registry.parse("ghcr.io"), DOCKER_HUB_TOKENS, *DOCKER_HUB_ALIASES)
 
 
 def test_registry_with_both_http_and_https_is_rejected() -> None:
@@ -286,6 +288,10 @@ def parse_logins(text: str, entry_delimiter: str = "", field_delimiter: str = ""
         ("[::1]:5000:user:pass [::1]:user:pass", "", "", {"[::1]:5000": ("user", "pass"), "[::1]": ("user", "pass")}),
         ("https://quay.io:u:p", "", "", {"quay.io": ("u", "p")}),
         ("http://plain.test:u:p", "", "", {"plain.test:80": ("u", "p")}),
+        ("https://index.docker.io/v1/:u:p:/v1/", "", "", {"index.docker.io": ("u", "p:/v1/")}),
+        ("index.docker.io/v1/:u:p quay.io/:u:p", "", "", {"index.docker.io": ("u", "p"), "quay.io": ("u", "p")}),
+        ("https://host:5000/v2/:u:p [::1]:5000/v1:u:p", "", "", {"host:5000": ("u", "p"), "[::1]:5000": ("u", "p")}),
+        ("https://host:5000/v1/|u|p", "", "|", {"host:5000": ("u", "p")}),
         ("quay.io:u:p quay.io:u:p", "", "", {"quay.io": ("u", "p")}),
         (
             'gcr.io:_json_key:{"a": "b c"};;;quay.io:u:p',
@@ -312,6 +318,7 @@ def test_logins(text: str, entry_delimiter: str, field_delimiter: str, expected:
         ),
         ("quay.io:u:p SECRET:x", "entry 2 has no password; expected host:user:password"),
         ("quay.io:u:SECRET SECRET", "entry 2 has no user; expected host:user:password"),
+        ("quay.io:u:SECRET SECRET/v1/x/:a:b", "entry 2 does not begin with a host; expected host:user:password"),
         ("quay.io:u:SECRET SEC/RET:a:b", "entry 2 does not begin with a host; expected host:user:password"),
         ("quay.io:u:SECRET quay.io:u:SECRET2", "entry 2 repeats the host of an earlier entry with another login"),
     ],

@@ -21,6 +21,7 @@ from dockerproxy.concurrency import SingleFlight
 from dockerproxy.errors import NameInvalid, RegistryError, UpstreamBroken, is_outage
 from dockerproxy.http.headers import Headers
 from dockerproxy.oci.challenge import Challenge, parse_challenges
+from dockerproxy.oci.docker_hub import DOCKER_HUB
 from dockerproxy.oci.names import Host, Registry
 from dockerproxy.store.records import Records
 from dockerproxy.upstream.credentials import belong_together
@@ -30,7 +31,6 @@ TOKEN_PATH = "/.well-known/docker-registry-proxy/token"
 
 _CHALLENGE_TTL = 3600.0
 
-_HUB = "registry-1.docker.io"
 _HUB_CHALLENGE = 'Bearer realm="https://auth.docker.io/token",service="registry.docker.io"'
 
 
@@ -122,6 +122,17 @@ class Challenges:
                 return Realm.parse(challenge.parameters.get("realm", ""))
         return None
 
+    def names_service(self, registry: Registry, realm: Realm, services: set[str]) -> bool:
+        """Return whether `registry` sends clients to `realm` for a token for `services`.
+
+        A challenge without a service leaves it to clients which one they name.
+        """
+        for challenge in self.cached(registry):
+            if challenge.scheme == "bearer":
+                service = challenge.parameters.get("service")
+                return self.realm(registry) == realm and (not service or services <= {service})
+        return False
+
     def has_endpoint(self, registry: Registry, realm: Realm) -> bool:
         """Return whether requests to the URL `realm`, which `registry` names, are requests to its token server.
 
@@ -157,7 +168,7 @@ class Challenges:
     def _load(self, registry: Registry) -> tuple[list[str] | None, float]:
         record = self._records.get("challenge", str(registry))
         if record is None:
-            return ([_HUB_CHALLENGE], _CHALLENGE_TTL) if str(registry) == _HUB else (None, 0.0)
+            return ([_HUB_CHALLENGE], _CHALLENGE_TTL) if registry == DOCKER_HUB else (None, 0.0)
         fields, checked_at = record.get("fields"), record.get("checked")
         if not isinstance(fields, list) or not isinstance(checked_at, int | float):
             return None, 0.0

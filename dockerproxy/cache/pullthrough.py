@@ -91,11 +91,19 @@ class PullThrough:
         return None
 
     async def token(self, registry: Registry, query: str, authorization: str | None, form: bytes | None) -> bytes:
-        """Return the JSON response of the realm of `registry`, or a local token in its place."""
+        """Return the JSON response of the realm of `registry`, or a local token in its place.
+
+        Only tokens for a service that a registry names in its challenge are ours to issue.
+        """
         realm = self.challenges.realm(registry)
         if realm is None:
             raise NameUnknown(f"{registry} has no token server")
-        return await self.token_endpoint.token(registry, realm, TokenRequest(query, authorization, form))
+        request = TokenRequest(query, authorization, form)
+        services = request.services()
+        for other in {registry, *self.registries}:
+            if self.challenges.names_service(other, realm, services):
+                return await self.token_endpoint.token(registry, realm, request)
+        return await self.token_endpoint.forward(registry, realm, request)
 
 
 @frozen

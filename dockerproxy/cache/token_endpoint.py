@@ -1,6 +1,7 @@
 """The token endpoint for clients.
 
-Requests with a credential are forwarded to the realm. Clients without one get a local token.
+Requests with a credential are forwarded to the realm. Clients without one get a local token. A realm may also issue
+tokens for other services than registries, such as notary.docker.io. Requests for those are forwarded.
 """
 
 from __future__ import annotations
@@ -49,23 +50,33 @@ class TokenRequest:
         """
         if self.authorization is not None:
             return self.authorization
+        fields = dict(self._form_fields())
         try:
-            fields = dict(self._form_fields())
             if "username" in fields and "password" in fields:
                 return BasicCredentials(fields["username"], fields["password"]).authorization
         except ValueError:
-            raise BadRequest(f"the form has more than {_MAX_FORM_FIELDS} fields, or an invalid username") from None
+            raise BadRequest("the form has an invalid username") from None
         refresh_token = fields.get("refresh_token")
         return f"Refresh {refresh_token}" if refresh_token else None
 
     def scopes(self) -> list[str]:
         """Return the scopes for which the client requests a token. Raise `BadRequest`."""
+        return self._values("scope")
+
+    def services(self) -> set[str]:
+        """Return the services for which the client requests a token: one at most, by the book. Raise `BadRequest`."""
+        return {*self._values("service")} - {""}
+
+    def _values(self, field_name: str) -> list[str]:
         pairs = parse_query(self.query) if self.form is None else self._form_fields()
-        return [value for name, value in pairs if name == "scope"]
+        return [value for name, value in pairs if name == field_name]
 
     def _form_fields(self) -> list[tuple[str, str]]:
-        """Return the fields of the form. Raise ValueError if there are too many."""
-        return parse_qsl((self.form or b"").decode("utf-8", "replace"), max_num_fields=_MAX_FORM_FIELDS)
+        """Return the fields of the form. Raise `BadRequest` if there are too many."""
+        try:
+            return parse_qsl((self.form or b"").decode("utf-8", "replace"), max_num_fields=_MAX_FORM_FIELDS)
+        except ValueError:
+            raise BadRequest(f"the form has more than {_MAX_FORM_FIELDS} fields") from None
 
 
 class TokenEndpoint:
@@ -113,6 +124,12 @@ class TokenEndpoint:
         if now - self._last_authenticated(realm, identity) > _SAVE_INTERVAL:
             try_put(self._records, {"at": now}, "client", str(realm.server), identity)
         return content
+
+    async def forward(self, registry: Registry, realm: Realm, request: TokenRequest) -> bytes:
+        """Return the response of `realm` to a request for a service that is no registry of ours, or raise its error."""
+        if request.client_authorization() is not None:
+            _check_scheme(registry, realm)
+        return await self._request_token(realm, request)
 
     async def _request_token(self, realm: Realm, request: TokenRequest) -> bytes:
         fields = [("authorization", request.authorization)] if request.authorization is not None else []

@@ -11,6 +11,7 @@ from dockerproxy.errors import NameUnknown, RegistryError, Unsupported
 from dockerproxy.http.cross_origin import CrossOriginProtection, is_preflight, respond_preflight
 from dockerproxy.http.message import SAFE_METHODS, origin_form
 from dockerproxy.http.request import Request
+from dockerproxy.oci.docker_hub import canonical_registry
 from dockerproxy.oci.names import Host, Registry
 from dockerproxy.oci.routes import Kind, Target, is_api_path, route
 from dockerproxy.registry.api import RegistryAPI
@@ -62,12 +63,14 @@ class Intercepted:
         self._cross_origin = cross_origin
         self._allow_push = allow_push
 
-    def handle(self, registry: Registry, request: Request) -> Awaitable[None]:
-        """Return the awaitable that responds to a request for `registry`. Raise `RegistryError`.
+    def handle(self, server: Registry, request: Request) -> Awaitable[None]:
+        """Return the awaitable that responds to a request for `server`. Raise `RegistryError`.
 
+        If `server` is another name of a registry, its API is that of the registry, and its pages are its own.
         This is no coroutine, because one around another costs memory for each slow client.
         """
-        request.host = str(registry)
+        request.host = str(server)
+        registry = canonical_registry(server)
         upstream = self._open_registry(registry, request.headers.get("authorization"), request.client)
         request.error_renderer = partial(_respond_error, upstream)
         _check_path(request)
@@ -81,6 +84,8 @@ class Intercepted:
         if request.method not in (*SAFE_METHODS, "OPTIONS") and is_api_path(request.path):
             self._cross_origin.check(request)
             check_push(request, self._allow_push)
+        if registry != server:
+            upstream = self._open_registry(server, request.headers.get("authorization"), request.client)
         return forward_page(request, upstream)
 
     def _handle_api(self, request: Request, target: Target, upstream: UpstreamRegistry) -> Awaitable[None]:

@@ -18,6 +18,7 @@ from dockerproxy.http.headers import Headers
 from dockerproxy.net.dial import AddressCheck
 from dockerproxy.oci.challenge import Challenge
 from dockerproxy.oci.credentials import BasicCredentials
+from dockerproxy.oci.docker_hub import DOCKER_HUB, DOCKER_HUB_TOKENS
 from dockerproxy.oci.names import Host, Registry
 from dockerproxy.oci.routes import parse_query
 from dockerproxy.oci.tokens import MAX_TOKEN_RESPONSE, TokenResponse
@@ -216,7 +217,7 @@ class Authorizer:
 
 
 # For the time before the first request, when no challenge is known yet.
-_DEFAULT_REALMS = {Host("registry-1.docker.io", 443): Host("auth.docker.io", 443)}
+_DEFAULT_REALMS = {DOCKER_HUB.host: DOCKER_HUB_TOKENS.host}
 
 
 def _check_realm_for_login(registry: Registry, realm: Registry, path: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from attrs import field, frozen
@@ -11,6 +11,7 @@ from twisted.logger import Logger
 from dockerproxy.bounded_dict import BoundedDict
 from dockerproxy.net.public_suffix import LIST_FILE, registrable_domain
 from dockerproxy.oci.credentials import BasicCredentials
+from dockerproxy.oci.docker_hub import DOCKER_HUB, DOCKER_HUB_ALIASES, DOCKER_HUB_TOKENS
 from dockerproxy.oci.names import Host, Registry
 
 _MAX_WARNINGS = 256
@@ -40,10 +41,13 @@ class LoginTable:
     for. For a request to a registry it is sent to the host of the realm only if the two belong together: by their names
     (see `belong_together`), or because the administrator configured the same login for both. Otherwise any registry
     could name ``auth.docker.io`` as its realm and receive the token that our login there obtains.
+
+    A login for a registry is also that of its realm if it is known to have this one (see `_KNOWN_REALMS`). A login for
+    another name of Docker Hub is one for Docker Hub.
     """
 
     def __init__(self, logins: Mapping[Host, BasicCredentials]) -> None:
-        self._by_host = logins
+        self._by_host = _with_hub_login(logins)
         self._unused: BoundedDict[tuple[Host, Host], bool] = BoundedDict(_MAX_WARNINGS)
 
     def effective_login(self, registry: Registry, realm: Host | None) -> BasicCredentials | None:
@@ -60,20 +64,73 @@ class LoginTable:
         return self._realm_login(host, registry)
 
     def _realm_login(self, realm: Host, registry: Registry) -> BasicCredentials | None:
-        login = self._by_host.get(realm)
+        login, registry_login = self._by_host.get(realm), self._by_host.get(registry.host)
         if login is None:
+            if registry_login is None or _is_known_realm(realm, registry):
+                return registry_login
+            self._warn_once(
+                "{registry} names {realm} as its token server, so the login for {registry} in AUTH_REGISTRIES is not"
+                " used. If the two have one owner, add the login for the token server: {realm}:USER:PASSWORD",
+                registry, realm,
+            )  # fmt: skip
             return None
-        if self._by_host.get(registry.host) == login or belong_together(realm.name, registry.host.name):
+        if registry_login == login or belong_together(realm.name, registry.host.name):
             return login
+        self._warn_once(
+            "{registry} names {realm} as its token server, but the login for {realm} in AUTH_REGISTRIES is not"
+            " used for it, because nothing shows that the two have one owner. If they do, add the same login for"
+            " the registry: {registry}:USER:PASSWORD",
+            registry, realm,
+        )  # fmt: skip
+        return None
+
+    def _warn_once(self, message: str, registry: Registry, realm: Host) -> None:
         if (realm, registry.host) not in self._unused:
             self._unused[realm, registry.host] = True
-            log.warn(
-                "{registry} names {realm} as its token server, but the login for {realm} in AUTH_REGISTRIES is not"
-                " used for it, because nothing shows that the two have one owner. If they do, add the same login for"
-                " the registry: {registry}:USER:PASSWORD",
-                registry=str(registry), realm=str(realm),
-            )  # fmt: skip
-        return None
+            log.warn(message, registry=str(registry), realm=str(realm))
+
+
+_HUB_HOSTS = tuple(registry.host for registry in (DOCKER_HUB_TOKENS, DOCKER_HUB, *DOCKER_HUB_ALIASES))
+"""The hosts of Docker Hub. The login for the first one that has a login is used."""
+
+
+def _with_hub_login(logins: Mapping[Host, BasicCredentials]) -> Mapping[Host, BasicCredentials]:
+    """Return `logins` with one for Docker Hub itself if there is one for another of its names."""
+    hub_login = next((logins[host] for host in _HUB_HOSTS if host in logins), None)
+    if hub_login is None or DOCKER_HUB_TOKENS.host in logins:
+        return logins
+    return {**logins, DOCKER_HUB.host: hub_login}
+
+
+def login_warnings(logins: Mapping[Host, BasicCredentials], registries: Iterable[Registry]) -> list[str]:
+    """Return sentences about logins of AUTH_REGISTRIES that are never used, if `registries` are those that are served.
+
+    A host is named only if another setting names it, or if it is the first. Any other may be the rest of a password
+    that contains the delimiter of logins.
+    """
+    registries = tuple(registries)
+    used, *ignored = [host for host in _HUB_HOSTS if host in logins] or [DOCKER_HUB.host]
+    warnings = [
+        f"AUTH_REGISTRIES has different logins for {used} and {host}, which are both Docker Hub. The login for {used} "
+        "is used; remove the other."
+        for host in ignored
+        if logins[host] != logins[used]
+    ]
+    shared_logins = [logins[registry.host] for registry in registries if registry.host in logins]
+    for position, (host, login) in enumerate(logins.items(), 1):
+        is_used = host in _HUB_HOSTS or login in shared_logins
+        if not is_used and not any(belong_together(host.name, registry.host.name) for registry in registries):
+            label = f"entry {position} ({host})" if position == 1 else f"entry {position}"
+            warnings.append(
+                f"AUTH_REGISTRIES: {label} is never used, because its host is neither Docker Hub, nor in REGISTRIES, "
+                "nor the token server of a registry that is. Add the registry to REGISTRIES, or write the host of one "
+                f"that is served: {', '.join(map(str, registries))}."
+            )
+    return warnings
+
+
+def _is_known_realm(realm: Host, registry: Registry) -> bool:
+    return realm.port == registry.host.port == 443 and _KNOWN_REALMS.get(registry.host.name) == realm.name
 
 
 # Realms of public registries on a host of another name. Most registries issue tokens on their own.

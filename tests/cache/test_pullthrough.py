@@ -34,6 +34,7 @@ from tests.cache.support.harness import HUB, OTHER, CacheHarness, read_all
 from tests.cache.support.upstream import ScriptedResponse, error_response, raise_error, replace_with, respond_with
 
 APP, COPY = "library/app", "public/copy"
+SERVICE = "registry.docker.io"
 NAME = parse_repository(APP)
 TAGS = Target(Kind.TAGS, NAME)
 ALICE, BOB = "Bearer alice", "Bearer bob"
@@ -468,7 +469,7 @@ def test_token_flow_during_outage(harness: CacheHarness) -> None:
         "GET", "^/token", lambda request, data: ScriptedResponse(200, b'{"token":"alice","expires_in":300}')
     )
     login = BasicCredentials("alice", "pw").authorization
-    harness.run(harness.pull_through.token(HUB, f"service=x&scope=repository:{APP}:pull", login, None))
+    harness.run(harness.pull_through.token(HUB, f"service={SERVICE}&scope=repository:{APP}:pull", login, None))
     pull(harness, ALICE)
     make_unreachable(harness)
     harness.upstream.down = UpstreamUnreachable("gone")
@@ -476,7 +477,7 @@ def test_token_flow_during_outage(harness: CacheHarness) -> None:
     for query, expected in (
         (f"scope=repository:{APP}:pull", True),
         ("scope=repository:library/other:pull", False),
-        ("service=x", False),
+        (f"service={SERVICE}", False),
     ):
         token = "Bearer " + json.loads(harness.run(harness.pull_through.token(HUB, query, login, None)))["token"]
         harness.run(harness.client(token).ping())
@@ -485,6 +486,37 @@ def test_token_flow_during_outage(harness: CacheHarness) -> None:
                 assert ask(harness, target, token)[0] == "STALE"
             else:
                 assert denied(harness, target, token).status == 502
+
+
+@pytest.mark.parametrize("login", [None, BasicCredentials("alice", "pw").authorization])
+@pytest.mark.parametrize(
+    ("query", "form"),
+    [
+        ("service=notary.docker.io&scope=repository:library/app:pull", None),
+        (f"service={SERVICE}&service=notary.docker.io", None),
+        ("service=%6eotary.docker.io", None),
+        (f"service={SERVICE}", b"service=notary.docker.io&scope=repository:library/app:pull"),
+    ],
+)
+def test_token_for_another_service_is_the_realms(
+    harness: CacheHarness, query: str, form: bytes | None, login: str | None
+) -> None:
+    content = b'{"token":"theirs","expires_in":300}'
+    for method in ("GET", "POST"):
+        harness.upstream.on(method, "^/token", lambda request, data: ScriptedResponse(200, content))
+    harness.run(harness.pull_through.token(HUB, f"service={SERVICE}", login, None))
+    assert harness.run(harness.pull_through.token(HUB, query, login, form)) == content
+    assert harness.upstream.requests[-1].headers.all("authorization") == ([] if login is None else [login])
+    harness.upstream.down = UpstreamUnreachable("gone")
+    with pytest.raises(UpstreamUnreachable):
+        harness.run(harness.pull_through.token(HUB, query, login, form))
+
+
+@pytest.mark.parametrize("query", ["", "service=", f"service={SERVICE}", f"service={SERVICE}&service="])
+def test_local_token_for_a_registrys_service(harness: CacheHarness, query: str) -> None:
+    token = json.loads(harness.run(harness.pull_through.token(HUB, query, None, None)))["token"]
+    assert harness.identities.read_token(f"Bearer {token}") is not None
+    assert harness.upstream.requests == []
 
 
 @every_target

@@ -403,6 +403,31 @@ def test_pages_take_any_method(connect_intercepted: Any, upstream: Any, fake_res
         upstream.body_chunks.clear()
 
 
+ALIASES = [Registry.parse(name) for name in ("index.docker.io", "docker.io", "registry.hub.docker.com")]
+
+
+@pytest.mark.parametrize("alias", ALIASES, ids=str)
+def test_another_name_of_docker_hub(
+    connect_intercepted: Any, upstream: Any, fake_content: Any, fake_response: Any, alias: Registry
+) -> None:
+    """Its API is Docker Hub's, its pages are those of the host that was asked."""
+    digest = upstream.put(fake_content(b"layer"))
+    upstream.manifests["latest"] = ManifestResponse(DIGEST, OCI_INDEX, 2, b"{}", "HIT")
+    upstream.realms = {("registry-1.docker.io", "/token"): HUB}
+    client = connect_intercepted(registry=alias)
+    for path in ("/v2/", f"/v2/a/b/blobs/{digest}", "/v2/a/b/manifests/latest", "/v2/a/b/tags/list", "/token"):
+        assert client.fetch("GET", path).status == 200, path
+    assert {registry for registry, _ in upstream.open_calls} == {HUB}
+    assert {request.host for request in client.finished_requests} == {str(alias)}
+    login = [("Authorization", "Basic mine")]
+    pages = ["/", "/v1/search?q=nginx&n=25", "/v1/_ping", "/v1/", "/v2/repositories/library/nginx/tags?page_size=9"]
+    for path in pages:
+        upstream.response = fake_response(200, [("content-type", "text/html")], b"from upstream")
+        assert client.fetch("GET", path, login).body == b"from upstream"
+        assert upstream.open_calls[-1] == (alias, "Basic mine"), path
+    assert [request.path for request in upstream.forwarded_requests[-len(pages) :]] == pages
+
+
 HOSTILE_FIELDS = [
     ("set-cookie", "session=of-our-own-login"), ("refresh", "0;url=//evil.test"), ("clear-site-data", "*"),
     ("service-worker-allowed", "/"), ("access-control-allow-origin", "*"), ("access-control-allow-credentials", "true"),

@@ -9,7 +9,7 @@ from twisted.logger import capturedLogs, formatEvent
 
 from dockerproxy.oci.credentials import BasicCredentials
 from dockerproxy.oci.names import Host, Registry
-from dockerproxy.upstream.credentials import Anonymous, ClientCredential, LoginTable, belong_together
+from dockerproxy.upstream.credentials import Anonymous, ClientCredential, LoginTable, belong_together, login_warnings
 
 HUB, AUTH, QUAY = Registry.parse("registry-1.docker.io"), Host.parse("auth.docker.io"), Registry.parse("quay.io")
 ONE, TWO = BasicCredentials("one", "pw1"), BasicCredentials("two", "pw2")
@@ -98,3 +98,64 @@ def test_unconfigured_login_is_sent_only_to_the_registry() -> None:
     logins = LoginTable({AUTH: ONE})
     assert logins.login_for(TWO, HUB.host, HUB) == TWO
     assert logins.login_for(TWO, AUTH, HUB) is None
+
+
+HUB_NAMES = ["registry-1.docker.io", "index.docker.io", "docker.io", "registry.hub.docker.com"]
+
+
+@pytest.mark.parametrize("name", HUB_NAMES)
+def test_login_for_any_name_of_docker_hub(name: str) -> None:
+    logins = LoginTable({QUAY.host: TWO, Host.parse(name): ONE})
+    assert logins.effective_login(HUB, None) == logins.effective_login(HUB, AUTH) == ONE
+    assert logins.login_for(ONE, AUTH, HUB) == ONE
+    assert logins.login_for(ONE, Host("auth.docker.io", 8443), HUB) is None
+    assert logins.login_for(ONE, AUTH, QUAY) is None
+    assert logins.login_for(ONE, Host.parse("evil.example"), HUB) is None
+    assert login_warnings({QUAY.host: TWO, Host.parse(name): ONE}, [HUB, QUAY]) == []
+
+
+@pytest.mark.parametrize("name", HUB_NAMES)
+def test_different_logins_for_names_of_docker_hub(name: str) -> None:
+    logins = {Host.parse(name): ONE, AUTH: TWO}
+    table = LoginTable(logins)
+    login = table.effective_login(HUB, AUTH)
+    assert login is not None
+    assert table.login_for(login, AUTH, HUB) == TWO
+    [warning] = login_warnings(logins, [HUB])
+    assert f"different logins for auth.docker.io and {name}" in warning and "pw" not in warning
+    assert login_warnings({Host.parse(name): ONE, AUTH: ONE}, [HUB]) == []
+
+
+def test_different_logins_for_other_names_of_docker_hub() -> None:
+    logins = {Host.parse("docker.io"): ONE, Host.parse("index.docker.io"): TWO}
+    assert LoginTable(logins).effective_login(HUB, AUTH) == TWO
+    [warning] = login_warnings(logins, [HUB])
+    assert "The login for index.docker.io is used" in warning
+
+
+def test_login_for_a_registry_is_used_at_its_known_realm() -> None:
+    gitlab, realm = Registry.parse("registry.gitlab.com"), Host.parse("gitlab.com")
+    assert LoginTable({gitlab.host: ONE}).login_for(ONE, realm, gitlab) == ONE
+    assert LoginTable({gitlab.host: ONE, realm: TWO}).login_for(ONE, realm, gitlab) == TWO
+    assert LoginTable({gitlab.host: ONE}).login_for(ONE, AUTH, gitlab) is None
+
+
+def test_login_for_a_registry_with_another_realm_is_reported_once() -> None:
+    logins = LoginTable({QUAY.host: ONE})
+    with capturedLogs() as events:
+        for _ in range(3):
+            assert logins.login_for(ONE, Host.parse("login.example"), QUAY) is None
+    [text] = [formatEvent(event) for event in events]
+    assert "quay.io names login.example as its token server" in text
+    assert "login.example:USER:PASSWORD" in text and "pw1" not in text
+
+
+def test_unused_logins_are_reported() -> None:
+    ghcr, realm = Host.parse("ghcr.io"), Host.parse("login.example")
+    [warning] = login_warnings({ghcr: ONE}, [HUB, QUAY])
+    assert "entry 1 (ghcr.io) is never used" in warning and "registry-1.docker.io, quay.io" in warning
+    [warning] = login_warnings({QUAY.host: ONE, ghcr: TWO}, [HUB, QUAY])
+    assert "entry 2 is never used" in warning  # without the host, which may be a part of a password
+    assert "ghcr" not in warning
+    for logins in ({QUAY.host: ONE, realm: ONE}, {Host.parse("auth.quay.io"): ONE}, {Host.parse("quay.io:444"): ONE}):
+        assert login_warnings(logins, [HUB, QUAY]) == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import ctypes
+import json
 import secrets
 import ssl
 from collections.abc import Iterator, Mapping
@@ -14,13 +15,14 @@ from bench.servers import free_port
 from tests.e2e.harness.docker_registry import DockerRegistry, RedirectingRegistry, SignedURLStore, push_image
 from tests.e2e.harness.fake_registry import FakeRegistry
 from tests.e2e.harness.http_client import basic_authorization
-from tests.e2e.harness.http_server import HTTPExchange
+from tests.e2e.harness.http_server import HTTPExchange, StubServer
 from tests.e2e.harness.images import SampleImage
 from tests.e2e.harness.pki import UpstreamCA
 from tests.e2e.harness.process import require_programs
 from tests.e2e.harness.token_server import SERVICE, TokenServer
 
 HUB = "https://registry-1.docker.io"
+HUB_ALIASES = ("index.docker.io", "docker.io", "registry.hub.docker.com")
 TOKEN_URL = "https://auth.docker.io/token"
 REGISTRY = "https://registry.test:5443"
 PLAIN = "http://plain.test:8080"
@@ -50,6 +52,7 @@ class Upstreams:
         self.hub = DockerRegistry(
             folder / "hub", "registry-1.docker.io", leaf("registry-1.docker.io"), token_auth_config(self.token_server)
         )
+        self.hub_pages = HubPages(leaf(*HUB_ALIASES).server_context())
         self.basic = DockerRegistry(
             folder / "basic", "basic.test", leaf("basic.test"), basic_auth_config(folder / "htpasswd", self.users)
         )
@@ -69,7 +72,7 @@ class Upstreams:
         self._registries = (self.registry, self.plain, self.hub, self.basic)
         self._stub_servers = (
             self.token_server, self.store, self.redirecting, self.relative, self.fake, self.self_signed,
-            self.wrong_name, self.expired,
+            self.wrong_name, self.expired, self.hub_pages,
         )  # fmt: skip
 
     def start(self) -> None:
@@ -98,6 +101,7 @@ class Upstreams:
         """The address of each host: "name:port" to a port of 127.0.0.1."""
         return {
             "registry-1.docker.io:443": self.hub.port,
+            **{f"{name}:443": self.hub_pages.port for name in HUB_ALIASES},
             "auth.docker.io:443": self.token_server.port,
             "registry.test:5443": self.registry.port,
             "plain.test:8080": self.plain.port,
@@ -153,6 +157,17 @@ class Upstreams:
 
     def push_to_basic(self, name: str, tag: str, image: SampleImage) -> SampleImage:
         return push_image(self.basic, name, tag, image, self.client_context, self.basic_authorization("alice"))
+
+
+class HubPages(StubServer):
+    """The other names of Docker Hub: their web pages and the search, without a registry."""
+
+    def handle(self, exchange: HTTPExchange) -> None:
+        host = exchange.request.headers["host"]
+        if exchange.path == "/":
+            return exchange.respond(301, {"Location": "https://www.docker.com/"}, b"")
+        content = {"host": host, "path": exchange.request.path}
+        exchange.respond(200, {"Content-Type": "application/json"}, json.dumps(content).encode())
 
 
 class RelativeRedirectingRegistry(RedirectingRegistry):

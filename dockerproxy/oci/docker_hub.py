@@ -1,0 +1,19 @@
+"""The hosts of Docker Hub, which is one registry with several names."""
+
+from __future__ import annotations
+
+from dockerproxy.oci.names import Registry
+
+DOCKER_HUB = Registry.parse("registry-1.docker.io")
+DOCKER_HUB_TOKENS = Registry.parse("auth.docker.io")
+
+DOCKER_HUB_ALIASES = tuple(map(Registry.parse, ("index.docker.io", "docker.io", "registry.hub.docker.com")))
+"""Its other names. crane, kaniko, cosign and others pull from index.docker.io; containerd's `?ns=` is docker.io.
+
+Their `/v2/` is the registry. Other paths of each are its own, such as the search at index.docker.io/v1/search.
+"""
+
+
+def canonical_registry(server: Registry) -> Registry:
+    """Return the registry at `server`: Docker Hub for one of its other names, else `server` itself."""
+    return DOCKER_HUB if server in DOCKER_HUB_ALIASES else server
