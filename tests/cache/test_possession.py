@@ -129,7 +129,19 @@ def test_wrong_byte(harness: CacheHarness, where: str, whole: bool) -> None:
         lambda request, data: error_response(404),
         lambda request, data: error_response(500),
     ],
-    ids=str,
+    ids=[
+        "206 without content",
+        "206 that is short",
+        "206 that is long",
+        "200 without content",
+        "200 that is long",
+        "200 that is short",
+        "416 with the size",
+        "304",
+        "204",
+        "404",
+        "500",
+    ],
 )
 def test_claims_prove_nothing(harness: CacheHarness, respond: Responder) -> None:
     harness.upstream.on("GET", "blobs", respond)
