@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import signal
 import socket
 import ssl
 import threading
@@ -270,6 +271,49 @@ def test_anonymous_pull_with_docker(
     url = f"https://{HOSTED_REGISTRY_HOST}/v2/readers/image/manifests/1"
     assert daemon.client.request("DELETE", url).status == 401
     assert daemon.client.request("DELETE", url, login).status == 202
+
+
+def test_skopeo_and_the_rules_of_the_registry(tmp_path: Path, start_daemon: StartDaemon) -> None:
+    daemon = start_daemon("rules")
+    daemon.stop()
+    env_file = tmp_path / "environment"
+    env_file.write_text("")
+    daemon.argv += ["--env-file", str(env_file)]
+    daemon.start()
+
+    def reload(text: str) -> None:
+        log_offset = daemon.log_offset()
+        env_file.write_text(text)
+        daemon.send_signal(signal.SIGHUP)
+        wait_until(lambda: "reloaded: " in daemon.output_text[log_offset:], "the reload")
+
+    platforms = {name: images.build_small_image(f"rules-{name}") for name in ("amd64", "arm64")}
+    image = images.build_index(platforms)
+    folder = write_image_folder(image, tmp_path / "image")
+    skopeo = Skopeo(tmp_path / "skopeo", daemon.client_environment)
+    target = f"{HOSTED_REGISTRY_HOST}/rules/image:1"
+    push_folder(skopeo, image, folder, target)
+    # What the tag needs, by its digest: `skopeo delete` sends DELETE.
+    child = f"{HOSTED_REGISTRY_HOST}/rules/image@{image.children[0].digest}"
+    refused = skopeo.run("delete", f"docker://{child}")
+    assert refused.returncode != 0 and "needs" in refused.stdout + refused.stderr
+    skopeo.pull(target, "--all")
+    for settings, command in (
+        ("ALLOW_DELETE=false", ("delete", f"docker://{target}")),
+        ("REGISTRY_READ_ONLY=true", ("delete", f"docker://{target}")),
+        ("REGISTRY_READ_ONLY=true", ("copy", "--all", f"dir:{folder}", f"docker://{HOSTED_REGISTRY_HOST}/rules/b:1")),
+        (
+            "",
+            ("copy", "--multi-arch", "index-only", f"docker://{target}", f"docker://{HOSTED_REGISTRY_HOST}/rules/c:1"),
+        ),
+    ):
+        reload(f"{settings}\n")
+        assert skopeo.run(*command).returncode != 0, command
+        skopeo.pull(target, "--all")
+    reload("ALLOW_SPARSE_INDEXES=true\n")
+    check_output(skopeo.run(*command))
+    assert skopeo.inspect_raw(f"{HOSTED_REGISTRY_HOST}/rules/c:1") == image.manifest.data
+    check_output(skopeo.run("delete", f"docker://{target}"))
 
 
 def test_invalid_htpasswd_prevents_startup(tmp_path: Path, upstreams: Upstreams) -> None:
