@@ -274,6 +274,16 @@ def test_a_tag_without_its_manifest(daemon: DaemonProcess, fault: bytes | None) 
     daemon.run("gc")
 
 
+def test_rm_of_a_torn_tag_in_an_empty_repository(daemon: DaemonProcess) -> None:
+    path = Path(daemon.hosted.layout.tag_current("torn/repository", "v1"))
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"")
+    daemon.run("rm", "torn/repository:v2", status=4)
+    daemon.run("rm", "torn/repository:v1")
+    assert not path.exists()
+    daemon.run("rm", "torn/repository:v1", status=4)
+
+
 def test_rm_of_what_a_tag_needs(daemon: DaemonProcess) -> None:
     links, tree = daemon.hosted.links, HostedTree.from_layout(daemon.hosted.layout)
     signature = image(b"sig", b"signature", subject=BOTH)

@@ -48,13 +48,14 @@ class StoreView:
         return Links(self.layout, durable=False)
 
     def has_repository(self, repository: str) -> bool:
-        """Return whether the repository has a tag, a manifest or a layer. Blocks."""
+        """Return whether the repository has a tag, even a torn one, a manifest or a layer. Blocks."""
         try:
-            listings: tuple[Iterator[object], ...] = (
-                iter(self.links.tags(repository)), self.links.manifests(repository), self.links.layers(repository)
-            )  # fmt: skip
+            self.layout.repository(repository)
         except NameInvalid:
             return False
+        listings: tuple[Iterator[object], ...] = (
+            self.links.iter_tags(repository), self.links.manifests(repository), self.links.layers(repository)
+        )  # fmt: skip
         return any(next(entries, None) is not None for entries in listings)
 
 

@@ -293,7 +293,7 @@ def test_skopeo_and_the_rules_of_the_registry(tmp_path: Path, start_daemon: Star
     skopeo = Skopeo(tmp_path / "skopeo", daemon.client_environment)
     target = f"{HOSTED_REGISTRY_HOST}/rules/image:1"
     push_folder(skopeo, image, folder, target)
-    # What the tag needs, by its digest: `skopeo delete` sends DELETE.
+    # A part of the index of a tag, by its digest: `skopeo delete` sends DELETE.
     child = f"{HOSTED_REGISTRY_HOST}/rules/image@{image.children[0].digest}"
     refused = skopeo.run("delete", f"docker://{child}")
     assert refused.returncode != 0 and "needs" in refused.stdout + refused.stderr
