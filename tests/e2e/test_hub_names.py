@@ -7,6 +7,7 @@ import re
 import pytest
 
 from tests.e2e.harness import http_client, images
+from tests.e2e.harness.client_factory import ClientFactory
 from tests.e2e.harness.daemon import StartDaemon, TwistdDaemon
 from tests.e2e.harness.images import ACCEPT_MANIFESTS, SampleImage
 from tests.e2e.harness.upstreams import HUB, HUB_ALIASES, TOKEN_URL, Upstreams
@@ -59,16 +60,30 @@ def test_pull_under_another_name_after_docker_hubs_own(upstreams: Upstreams, dae
 def test_mirror_by_each_name(upstreams: Upstreams, daemon: TwistdDaemon, host: str) -> None:
     name = f"library/ns-{host.replace('.', '-')}"
     image = upstreams.push_to_hub(name, "1", images.build_small_image(f"ns-{host}"))
-    url = f"http://127.0.0.1:{daemon.port}/v2/{name}/manifests/1?ns={host}"
-    assert http_client.request_directly("GET", url, {"Accept": ACCEPT_MANIFESTS}).body == image.manifest.data
+    for path in (f"{name}/manifests/1?ns={host}", f"{host}/{name}/manifests/1"):
+        url = f"http://127.0.0.1:{daemon.port}/v2/{path}"
+        assert http_client.request_directly("GET", url, {"Accept": ACCEPT_MANIFESTS}).body == image.manifest.data
 
 
 @pytest.mark.parametrize("host", HUB_ALIASES)
 def test_pages_are_those_of_the_host(daemon: TwistdDaemon, host: str) -> None:
     for path in ("/v1/search?q=nginx&n=25", "/v1/_ping", "/v2/repositories/library/nginx/tags?page_size=9"):
-        assert daemon.client.get(f"https://{host}{path}").json == {"host": host, "path": path}
+        page = daemon.client.get(f"https://{host}{path}").json
+        assert (page["host"], page["path"]) == (host, path)
     redirect = daemon.client.get(f"https://{host}/")
     assert (redirect.status, redirect.headers["location"]) == (301, "https://www.docker.com/")
+
+
+def test_docker_search(daemon: TwistdDaemon, clients: ClientFactory) -> None:
+    assert "found-at/index.docker.io" in clients.docker(daemon).run_checked("search", "nginx")
+
+
+@pytest.mark.parametrize("host", HUB_ALIASES)
+def test_push_needs_permission_under_each_name(upstreams: Upstreams, daemon: TwistdDaemon, host: str) -> None:
+    login = {"Authorization": upstreams.basic_authorization("alice")}
+    response = daemon.client.request("POST", f"https://{host}/v2/alice/x/blobs/uploads/", login, b"")
+    assert response.status == 405
+    assert "ALLOW_PUSH" in response.error_message
 
 
 def test_registries_may_name_docker_hub(upstreams: Upstreams, start_daemon: StartDaemon) -> None:

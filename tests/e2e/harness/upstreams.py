@@ -166,7 +166,8 @@ class HubPages(StubServer):
         host = exchange.request.headers["host"]
         if exchange.path == "/":
             return exchange.respond(301, {"Location": "https://www.docker.com/"}, b"")
-        content = {"host": host, "path": exchange.request.path}
+        found = {"name": f"found-at/{host}", "description": "", "star_count": 1, "is_official": False}
+        content = {"host": host, "path": exchange.request.path, "num_results": 1, "results": [found]}
         exchange.respond(200, {"Content-Type": "application/json"}, json.dumps(content).encode())
 
 
