@@ -24,6 +24,7 @@ from dockerproxy.errors import ManifestInvalid, NameInvalid
 from dockerproxy.oci.manifests import MAX_MANIFEST, media_type_of
 from dockerproxy.oci.names import Digest, parse_repository
 from dockerproxy.store.blobs import Blobs
+from dockerproxy.store.disk_reserve import DiskReserve
 from dockerproxy.store.files import write_all
 from dockerproxy.store.layout import Layout
 from dockerproxy.store.links import Links, LinkState
@@ -135,6 +136,7 @@ class _ImportRun:
     _source_links: Links = field(init=False)
     _target_blobs: Blobs = field(init=False)
     _target_links: Links = field(init=False)
+    _reserve: DiskReserve = field(init=False)
 
     @_source_reader.default
     def _make_source_reader(self) -> StrictReader:
@@ -153,6 +155,10 @@ class _ImportRun:
     @_target_links.default
     def _make_target_links(self) -> Links:
         return Links(self._target, durable=False)
+
+    @_reserve.default
+    def _make_reserve(self) -> DiskReserve:
+        return DiskReserve(str(self._target.root))
 
     def record(self, item: Skipped) -> None:
         """Count and report a skipped item."""
@@ -190,6 +196,7 @@ class _ImportRun:
 
     def import_blobs(self) -> None:
         """Import the blobs."""
+        os.makedirs(self._target.staging, exist_ok=True)
         for digest, size in self._blob_sizes.items():
             if self._target_blobs.touch(digest) == size:
                 self.counts.update(present=1)
@@ -210,6 +217,7 @@ class _ImportRun:
             if state is not LinkState.ABSENT:
                 is_here = self._target_blobs.exists(digest)
                 if is_here:
+                    self._reserve.check()
                     self._target_links.link_layer(repository, digest)
                 if state is LinkState.TORN:
                     self.record(_torn(repository, f"the link to the blob {digest}", is_here))
@@ -240,6 +248,7 @@ class _ImportRun:
                 yield Skipped("invalid", f"{repository}: {digest} is not a manifest ({error.message})")
                 continue
             if not self._target_links.has_manifest(repository, digest):
+                self._reserve.check()
                 self._target_links.link_manifest(repository, digest, media_type)
                 # Referrers are listed by this time. A future one would make a manifest the newest one for long.
                 linked_at = self._source_links.manifest_time(repository, digest)
@@ -263,6 +272,7 @@ class _ImportRun:
             elif current is not None and current != digest and not self._force:
                 yield Skipped("conflict", f"{repository}:{tag} points to {current} here, but to {digest} in the import")
             elif current != digest:
+                self._reserve.check()
                 self._target_links.set_tag(repository, tag, digest)
                 self.counts.update(tags=1)
             yield None
@@ -273,7 +283,6 @@ class _ImportRun:
         return targets[0] if len(targets) == 1 and self._target_links.has_manifest(repository, targets[0]) else None
 
     def _import_blob(self, digest: Digest) -> None:
-        os.makedirs(self._target.staging, exist_ok=True)
         staged_path = f"{self._target.staging}/{secrets.token_hex(8)}"
         source_fd = self._open_source(digest)
         copy_fd = -1
@@ -283,7 +292,7 @@ class _ImportRun:
             is_right = True
             if not is_hardlink:
                 copy_fd = os.open(staged_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-                _check_room(copy_fd, status.st_size)
+                self._check_room(status.st_size)
                 if status.st_blocks * 512 < status.st_size:
                     # A sparse file is only as large as its owner says. Do not fill the disk with its zeros.
                     is_right = self._read_blob(source_fd, digest, status.st_size, -1)
@@ -309,6 +318,13 @@ class _ImportRun:
             raise
         except OSError as error:
             raise _SourceError(error.strerror) from None
+
+    def _check_room(self, size: int) -> None:
+        """Raise `_SourceError` if the disk has no room for a copy of `size` bytes."""
+        try:
+            self._reserve.check(size)
+        except OSError as error:
+            raise _SourceError(f"a copy needs {size} bytes, but {error.strerror}") from None
 
     def _read_blob(self, fd: int, digest: Digest, size: int, copy_fd: int) -> bool:
         """Return whether the first `size` bytes of the file have the digest. Copy them, unless `copy_fd` is -1."""
@@ -339,14 +355,6 @@ def _read_source(fd: int, size: int, offset: int) -> bytes:
         return os.pread(fd, size, offset)
     except OSError as error:
         raise _SourceError(error.strerror) from None
-
-
-def _check_room(fd: int, size: int) -> None:
-    """Raise `_SourceError` if the disk of `fd` has no room for `size` bytes."""
-    status = os.fstatvfs(fd)
-    free = status.f_bavail * status.f_frsize
-    if size > free:
-        raise _SourceError(f"a copy needs {size} bytes, and the disk has {free} free")
 
 
 def _hardlink(fd: int, status: os.stat_result, staged_path: str) -> bool:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import ClassVar
 
 import pytest
 from attrs import define
@@ -29,6 +29,7 @@ NOBODY = 65534
 IMAGE = build_image([{"hello": b"private"}])
 
 PUBLIC = b"a blob that everybody knows"
+PUBLIC_DIGEST = Digest.of(PUBLIC)
 
 
 @define
@@ -36,7 +37,7 @@ class ImportedDirectory:
     """A directory that looks like a registry's, with one repository `x/y` that has one blob."""
 
     root: Path
-    digest: ClassVar[Digest] = Digest.of(PUBLIC)
+    digest: Digest = PUBLIC_DIGEST
 
     @property
     def data(self) -> Path:
@@ -60,6 +61,16 @@ def directory(tmp_path: Path) -> ImportedDirectory:
     directory = ImportedDirectory(tmp_path / "stranger")
     directory.make()
     return directory
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 MiB with 2,000 inodes."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m,nr_inodes=2000", "tmpfs", str(folder)], check=True)
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 class UnixConnection(http.client.HTTPConnection):
@@ -107,6 +118,32 @@ def test_import_does_not_serve_what_a_link_leads_to_later(
     assert result.returncode == 1
     assert f"{directory.data} is a symbolic link, which is not followed" in result.stdout
     assert "0 blobs hard-linked, 0 copied" in result.stdout
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("kind", ["bytes", "inodes"])
+def test_import_leaves_room_on_the_disk(
+    start_daemon: StartRegistryDaemon, directory: ImportedDirectory, small_disk: Path, kind: str
+) -> None:
+    """The daemon needs the rest for the cache, its records and the pushes that continue."""
+    daemon = start_daemon(REGISTRY_DIR=str(small_disk / "registry"))
+    if kind == "bytes":
+        large = ImportedDirectory(directory.root, digest=Digest.of(bytes(62 << 20)))
+        large.make()
+        large.data.write_bytes(bytes(62 << 20))
+    else:
+        for number in range(500):  # each takes six inodes
+            shutil.copytree(directory.repository, directory.repository.with_name(f"y{number}"))
+    result = run_command(daemon, "import", str(directory.root))
+    assert result.returncode != 0
+    assert (
+        f"{'MiB' if kind == 'bytes' else 'inodes'} are free, and pushes and imports leave"
+        in result.stdout + result.stderr
+    )
+    disk = os.statvfs(small_disk)
+    assert disk.f_bavail * disk.f_frsize > 3 << 20
+    assert disk.f_favail > 90
+    assert request_directly("GET", daemon.url + "/healthz").status == 200
 
 
 @pytest.mark.parametrize("kind", ["FIFO", "/dev/zero", "loop"])

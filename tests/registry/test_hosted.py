@@ -279,7 +279,7 @@ def test_pushes_leave_a_reserve_on_the_disk(registry: RegistryHarness, monkeypat
     location = registry.request("PATCH", registry.start_upload(), b"x").headers["Location"]
 
     def check() -> None:
-        raise OSError(errno.ENOSPC, "1.0 MiB are free, and pushes leave 2.0 MiB to the daemon")
+        raise OSError(errno.ENOSPC, "1.0 MiB are free, and pushes and imports leave 2.0 MiB to the daemon")
 
     with monkeypatch.context() as patch:
         patch.setattr(DiskReserve, "check", lambda self: check())
@@ -292,7 +292,7 @@ def test_pushes_leave_a_reserve_on_the_disk(registry: RegistryHarness, monkeypat
         ):
             response = registry.request(method, path, content)
             assert (response.status, error_code(response)[1]) == (507, "UNAVAILABLE"), (method, path)
-            assert "pushes leave 2.0 MiB" in response.body.decode()
+            assert "imports leave 2.0 MiB" in response.body.decode()
     assert registry.stored_uploads() == []
     assert registry.push(manifest, "1")
 

@@ -1,4 +1,4 @@
-"""The part of a file system that pushes leave free."""
+"""The part of a file system that pushes and imports leave free."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def disk(size: int, free: int, inodes: int = 0, free_inodes: int = 0) -> Any:
     ("status", "reason"),
     [
         (disk(1000 * GIB, 65 * MIB), None),
-        (disk(1000 * GIB, 63 * MIB), "63.0 MiB are free, and pushes leave 64.0 MiB to the daemon"),
+        (disk(1000 * GIB, 63 * MIB), "63.0 MiB are free, and pushes and imports leave 64.0 MiB"),
         (disk(64 * MIB, 4 * MIB), None),
-        (disk(64 * MIB, 3 * MIB), "3.0 MiB are free, and pushes leave 3.2 MiB to the daemon"),
+        (disk(64 * MIB, 3 * MIB), "3.0 MiB are free, and pushes and imports leave 3.2 MiB"),
         (disk(64 * MIB, 4 * MIB, 128_000, 6_400), None),
-        (disk(64 * MIB, 4 * MIB, 128_000, 6_399), "6399 inodes are free, and pushes leave 6400 to the daemon"),
-        (disk(64 * MIB, 4 * MIB, 10**9, 19_999), "19999 inodes are free, and pushes leave 20000 to the daemon"),
+        (disk(64 * MIB, 4 * MIB, 128_000, 6_399), "6399 inodes are free, and pushes and imports leave 6400"),
+        (disk(64 * MIB, 4 * MIB, 10**9, 19_999), "19999 inodes are free, and pushes and imports leave 20000"),
     ],
 )
 def test_reserve(monkeypatch: pytest.MonkeyPatch, status: Any, reason: str | None) -> None:
