@@ -135,7 +135,7 @@ class Identities:
         A token counts as its client only for the repositories that it was issued for, and until its end. Otherwise it
         has an identity of its own, about which upstream must be asked; after its end, another one.
         """
-        hashed = self._hash(_canonical(authorization))
+        hashed = self._hash(canonical_authorization(authorization))
         binding = self._bindings.get(hashed)
         if binding is not None and binding.expires_at <= self._clock():
             return self._own_identity(f"{registry}\nexpired", hashed)
@@ -157,7 +157,7 @@ class Identities:
         Another issuer's word about the same credential is about another identity. Otherwise a hostile registry could
         confirm a guessed password in place of the one whose password it is.
         """
-        return self._own_identity(issuer, self._hash(_canonical(authorization)))
+        return self._own_identity(issuer, self._hash(canonical_authorization(authorization)))
 
     def issue_token(self, identity: str, repositories: frozenset[Repository] = frozenset()) -> str:
         """Return a local token that carries `identity` (PUBLIC if the client has none) at `repositories`.
@@ -199,7 +199,11 @@ class Identities:
         return blake2b(payload, digest_size=_SIGNATURE_SIZE, key=self._secret, person=b"token").digest()
 
 
-def _canonical(authorization: str) -> str:
-    """Return one spelling of an Authorization field with a token, and any other field as it is."""
+def canonical_authorization(authorization: str) -> str:
+    """Return one spelling of an Authorization field with a token, and any other field as it is.
+
+    All spellings have one identity, so they have to be one request to upstream too. Otherwise a client could pad its
+    token until upstream fails on it, and get what is served during an outage.
+    """
     scheme, _, token = authorization.partition(" ")
     return f"Bearer {token.strip()}" if scheme.lower() == "bearer" else authorization

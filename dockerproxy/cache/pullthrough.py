@@ -13,7 +13,7 @@ from attrs import define, field, frozen
 
 from dockerproxy.cache.blobs import CachedBlobs
 from dockerproxy.cache.challenges import TOKEN_PATH, Challenges, Realm
-from dockerproxy.cache.identity import INVALID_TOKEN, Identities, LocalToken
+from dockerproxy.cache.identity import INVALID_TOKEN, Identities, LocalToken, canonical_authorization
 from dockerproxy.cache.manifests import CachedManifests
 from dockerproxy.cache.token_endpoint import TokenEndpoint, TokenRequest
 from dockerproxy.cache.upstream import (
@@ -73,7 +73,10 @@ class PullThrough:
 
         Every method raises `Unauthorized` if the client's token is local and expired.
         """
-        local_token = self.identities.read_token(authorization) if authorization is not None else None
+        local_token = None
+        if authorization is not None:
+            authorization = canonical_authorization(authorization)
+            local_token = self.identities.read_token(authorization)
         own_authorization = authorization if local_token is None else None
         return CachedRegistry(self, registry, own_authorization, local_token, client)
 
@@ -98,6 +101,8 @@ class PullThrough:
         realm = self.challenges.realm(registry)
         if realm is None:
             raise NameUnknown(f"{registry} has no token server")
+        if authorization is not None:
+            authorization = canonical_authorization(authorization)
         request = TokenRequest(query, authorization, form)
         services = request.services()
         for other in {registry, *self.registries}:

@@ -155,7 +155,8 @@ def split_registry(path: str) -> tuple[str | None, str]:
 def is_api_path(path: str) -> bool:
     """Return whether `path` is `/v2` or below it, as we read it or as a more liberal server may read it.
 
-    Such a server may decode several times, merge slashes, and resolve dot segments, backslashes and `;parameters`.
+    Such a server may decode several times, ignore case, merge slashes, and resolve dot segments, backslashes and
+    `;parameters`.
     """
     if path.startswith("/v2/"):
         return True
@@ -166,7 +167,7 @@ def is_api_path(path: str) -> bool:
             if name == "..":
                 del resolved[-1:]
             elif name not in ("", "."):
-                if not resolved and name == "v2":
+                if not resolved and name in ("v2", "V2"):
                     return True  # even if a later dot segment leaves it: not every server resolves those
                 resolved.append(name)
         decoded = unquote(path, "latin-1")

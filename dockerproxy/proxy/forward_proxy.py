@@ -141,8 +141,7 @@ class ForwardProxy:
             self._intercept(site, request, self.hosted_context_for(denied.address), self.hosted)
 
     def _intercept(self, site: Site, request: Request, context: ServerContext, handler: Handler) -> None:
-        if request.proxy_user is not None:
-            handler = partial(_handle_as, request.proxy_user, self.login.guard(handler))
+        handler = partial(self._handle_in_tunnel, request.proxy_user, self.login.guard(handler))
         transport, received = request.detach()
         transport.write(_ESTABLISHED)
         channel = HTTPChannel(site, handler, secure=True)
@@ -151,6 +150,13 @@ class ForwardProxy:
             start_inner_tls(transport, context, channel, received, partial(self.transfers.remove, transfer))
         else:
             upgrade_to_tls(transport, context, channel, received)
+
+    def _handle_in_tunnel(self, user: str | None, handler: Handler, request: Request) -> Awaitable[None]:
+        """Handle a request in a tunnel that `user` opened, or a client without a login while none was needed."""
+        request.proxy_user = user
+        if user is None and self.login.users is not None:
+            request.closing = True  # so that the client opens another tunnel, with a login
+        return handler(request)
 
     async def _tunnel(self, request: Request, host: Host) -> None:
         started_at = self.clock.seconds()
@@ -213,9 +219,3 @@ class ForwardProxy:
         request.cache_status = "PASS"
         request.security_fields = ""  # the other server has its own
         await forward_response(request, response, forwarded_fields(response.headers))
-
-
-def _handle_as(user: str, handler: Handler, request: Request) -> Awaitable[None]:
-    """Handle a request in a tunnel that `user` opened."""
-    request.proxy_user = user
-    return handler(request)

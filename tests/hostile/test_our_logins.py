@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import pytest
@@ -165,3 +166,20 @@ def test_clients_log_in_to_web_pages_by_themselves(network: HostileNetwork, daem
     response = daemon.client.get(f"{GOOD}/caf%C3%A9/a%20b;c//d?x=%2e", Authorization=ADMIN, Cookie="mine=1")
     assert (response.status, response.headers["set-cookie"]) == (200, SESSION)
     assert network.good.requests[-1].path == "/caf%C3%A9/a%20b;c//d?x=%2e"
+
+
+def test_another_case_of_the_path_is_asked_of_nobody(
+    network: HostileNetwork, start_daemon: StartRegistryDaemon
+) -> None:
+    """Some servers ignore case. By such a path a client would push although ALLOW_PUSH is false."""
+    daemon = start_daemon()
+    offset = len(network.good.requests)
+    paths = [
+        ("GET", "/_catalog"),
+        ("PUT", "/app/manifests/latest"),
+        ("POST", "/app/blobs/uploads/"),
+        ("DELETE", "/app/manifests/latest"),
+    ]
+    for prefix, (method, path) in product(("/V2", "/%562", "//V2", "/x/../V2", "/V2;x", "/%2556%32"), paths):
+        assert send(daemon.client, method, prefix + path).status == 400, (method, prefix + path)
+    assert network.good.requests[offset:] == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import socket
 import ssl
 from pathlib import Path
@@ -142,3 +143,31 @@ def test_a_removed_user_loses_access_at_once(daemon: RegistryDaemon, network: Ho
             while b"HTTP/1.1 407" not in received:
                 received += tunnel.recv(4096)
     assert send(daemon.port, "CONNECT good.test:443", [ALICE]).status == 407
+
+
+@pytest.mark.parametrize("host", ["good.test", "docker-registry.local"])
+def test_a_tunnel_from_before_the_logins_needs_one_too(
+    start_daemon: StartRegistryDaemon, network: HostileNetwork, tmp_path: Path, host: str
+) -> None:
+    """The administrator sets PROXY_HTPASSWD_FILE and reloads while a client without a login keeps its tunnel."""
+    daemon = start_daemon()
+    env_file = daemon.folder / ".env"
+    env_file.write_text("")
+    daemon.stop()
+    daemon.argv += ["--env-file", str(env_file)]
+    daemon.start()
+    digest = network.good.put_blob("team/app", b"content")
+    request = f"GET /v2/team/app/blobs/{digest}?ns=good.test HTTP/1.1\r\nHost: {host}\r\n\r\n".encode()
+    with socket.create_connection(("127.0.0.1", daemon.port), timeout=20) as connection:
+        connection.sendall(f"CONNECT {host}:443 HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        assert b" 200 " in connection.recv(4096)
+        with daemon.client_context.wrap_socket(connection, server_hostname=host) as tunnel:
+            tunnel.sendall(request)
+            received = b""
+            while not received.endswith(b"content"):
+                received += tunnel.recv(4096)
+            env_file.write_text(f"PROXY_HTPASSWD_FILE={write_htpasswd(tmp_path)}\n")
+            daemon.send_signal(signal.SIGHUP)
+            wait_until(lambda: "reloaded: serving" in daemon.output_text, "the reload")
+            tunnel.sendall(request)
+            assert tunnel.recv(4096).startswith(b"HTTP/1.1 407 ")

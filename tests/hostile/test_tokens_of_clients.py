@@ -15,7 +15,7 @@ import pytest
 from tests.e2e.harness.fake_registry import FakeRegistry, respond_error, respond_normally
 from tests.e2e.harness.http_client import ProxyClient, basic_authorization
 from tests.e2e.harness.http_server import HTTPExchange, StubServer
-from tests.e2e.harness.images import TypedContent
+from tests.e2e.harness.images import ACCEPT_MANIFESTS, TypedContent, build_small_image
 from tests.hostile.conftest import EVIL, GOOD, HostileNetwork, StartRegistryDaemon
 
 ALICE = basic_authorization("alice", "wonderland")
@@ -149,3 +149,30 @@ def test_an_odd_token_is_502(
     url = challenge.partition('realm="')[2].partition('"')[0]
     response = client.get(f"{url}?scope=repository:b:pull", Authorization=ALICE)
     assert (response.status, response.error_code) == (502, "UNAVAILABLE")
+
+
+@pytest.mark.parametrize("scheme", ["Bearer" + " " * 12_000, "bEARER" + " " * 12_000])
+def test_a_padded_token_makes_no_outage(
+    network: HostileNetwork, realm: Realm, start_daemon: StartRegistryDaemon, scheme: str
+) -> None:
+    """Alice may read no more. Upstream fails on fields that are too long, but the padding does not get there."""
+    network.good.put("b", "latest", build_small_image("private"))
+    client = start_daemon().client
+    token = token_of(client, GOOD, ALICE, "b")
+    url = f"{GOOD}/v2/b/manifests/latest"
+    assert client.get(url, Authorization=token, Accept=ACCEPT_MANIFESTS).status == 200
+    network.good.reset_rules()
+    for method in ("GET", "HEAD"):
+        network.good.add_rule(method, "^/v2/", refuse_or_fail)
+    padded = f"{scheme} {token.removeprefix('Bearer ')}"
+    for _ in range(3):  # by each of the processes
+        response = client.get(url, Authorization=padded, Accept=ACCEPT_MANIFESTS)
+        assert (response.status, response.cache_status) == (401, None), response
+
+
+def refuse_or_fail(exchange: HTTPExchange, _: TypedContent | None) -> None:
+    """Fail on a long field as some front servers do, and refuse all others."""
+    if len(exchange.request.headers.get("authorization", "")) > 8000:
+        exchange.close_after_response()
+    else:
+        respond_error(exchange, 401, "UNAUTHORIZED", WWW_Authenticate='Bearer realm="https://auth.good.test/token"')
