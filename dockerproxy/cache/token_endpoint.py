@@ -34,6 +34,11 @@ from dockerproxy.store.records import Records
 _SAVE_INTERVAL = 300.0
 _MAX_FORM_FIELDS = 50
 
+# Fields with which a client can log in (RFC 6749 and RFC 7521). Some servers ignore case.
+_LOGIN_FIELDS = frozenset({
+    "username", "password", "refresh_token", "access_token", "code", "assertion", "client_assertion", "client_secret",
+})  # fmt: skip
+
 
 @frozen
 class TokenRequest:
@@ -58,6 +63,20 @@ class TokenRequest:
             raise BadRequest("the form has an invalid username") from None
         refresh_token = fields.get("refresh_token")
         return f"Refresh {refresh_token}" if refresh_token else None
+
+    def has_one_credential(self) -> bool:
+        """Return whether each token server takes `client_authorization()` from the request, and no other credential.
+
+        Otherwise a client could log in by one credential and have the token bound to another one, which it guesses.
+        Raise `BadRequest`.
+        """
+        form = (self.form or b"").decode("utf-8", "replace")
+        if ";" in self.query + form:  # which separates fields for some servers
+            return False
+        if any(name.lower() in _LOGIN_FIELDS for name, _ in parse_query(self.query)):
+            return False
+        names = sorted(name.lower() for name, _ in self._form_fields() if name.lower() in _LOGIN_FIELDS)
+        return not names if self.authorization is not None else names in (["password", "username"], ["refresh_token"])
 
     def scopes(self) -> list[str]:
         """Return the scopes for which the client requests a token. Raise `BadRequest`."""
@@ -109,6 +128,8 @@ class TokenEndpoint:
         if authorization is None:
             return self._issue(PUBLIC, frozenset())
         _check_scheme(registry, realm)
+        if not request.has_one_credential():
+            return await self._request_token(realm, request)
         identity = self._identities.for_authorization(str(realm), authorization)
         try:
             content = await self._request_token(realm, request)

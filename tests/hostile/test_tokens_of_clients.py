@@ -30,15 +30,22 @@ class Realm(StubServer):
         self.next_token: str | None = None
         self.valid: dict[str, set[str]] = {}
         self._hostile = hostile
+        self._next_is_another = False
         self._names = (f"token-{number}-of-{host}" for number in range(1000))
         network.add_server(f"{host}:443", self)
 
+    def accept_next_as_another(self) -> None:
+        """Take the next request as one of another user, who logs in, but may read nothing."""
+        self._next_is_another = True
+
     def handle(self, exchange: HTTPExchange) -> None:
         b"".join(exchange.read_body())
-        if exchange.request.headers.get("authorization") != ALICE and not self._hostile:
+        is_another, self._next_is_another = self._next_is_another, False
+        if exchange.request.headers.get("authorization") != ALICE and not self._hostile and not is_another:
             return respond_error(exchange, 401, "UNAUTHORIZED")
         token = self.next_token or next(self._names)
-        names = {scope.split(":")[1] for scope in parse_qs(exchange.query).get("scope", [])}
+        scopes = [] if is_another else parse_qs(exchange.query).get("scope", [])
+        names = {scope.split(":")[1] for scope in scopes}
         self.valid[token] = names
         document = {"token": token, "expires_in": self.lifetime}
         exchange.respond(200, {"Content-Type": "application/json"}, json.dumps(document).encode())
@@ -176,3 +183,36 @@ def refuse_or_fail(exchange: HTTPExchange, _: TypedContent | None) -> None:
         exchange.close_after_response()
     else:
         respond_error(exchange, 401, "UNAUTHORIZED", WWW_Authenticate='Bearer realm="https://auth.good.test/token"')
+
+
+FORM = "service=registry&scope=repository:b:pull"
+MALLORY, GUESS = "username=mallory&password=hers", "username=alice&password=wonderland"
+MIXED_LOGINS: dict[str, tuple[str, str, dict[str, str]]] = {
+    "a field of the head": ("", f"{FORM}&grant_type=password&{MALLORY}", {"Authorization": ALICE}),
+    "a refresh token": ("", f"{FORM}&grant_type=refresh_token&refresh_token=hers&{GUESS}", {}),
+    "two names": ("", f"{FORM}&grant_type=password&{MALLORY}&{GUESS}", {}),
+    "another case": ("", f"{FORM}&grant_type=password&{MALLORY.replace('user', 'User')}&{GUESS}", {}),
+    "a semicolon": ("", f"{FORM}&grant_type=password&x=;{MALLORY.replace('&', ';')};y=&{GUESS}", {}),
+    "the query": (MALLORY, f"{FORM}&grant_type=password&{GUESS}", {}),
+    "a client's secret": ("", f"{FORM}&grant_type=client_credentials&client_secret=hers&{GUESS}", {}),
+}
+
+
+@pytest.mark.parametrize("form", MIXED_LOGINS)
+def test_a_login_beside_another_tells_nothing(
+    network: HostileNetwork, realm: Realm, start_daemon: StartRegistryDaemon, form: str
+) -> None:
+    """Mallory logs in as herself, and adds a guess at alice's password. If it is right, no HIT must say so."""
+    digest = network.good.put_blob("b", b"private")
+    client = start_daemon().client
+    url = f"{GOOD}/v2/b/blobs/{digest}"
+    assert client.get(url, Authorization=token_of(client, GOOD, ALICE, "b")).body == b"private"
+    realm.accept_next_as_another()
+    challenge = client.get(f"{GOOD}/v2/").headers["www-authenticate"]
+    query, body, headers = MIXED_LOGINS[form]
+    realm_url = challenge.partition('realm="')[2].partition('"')[0]
+    response = client.request("POST", f"{realm_url}?{query}", headers, body.encode())
+    assert response.status == 200
+    for _ in range(3):  # by each of the processes
+        response_to_mallory = client.get(url, Authorization=f"Bearer {response.json['token']}")
+        assert (response_to_mallory.status, response_to_mallory.body.count(b"private")) == (401, 0)
