@@ -58,7 +58,7 @@ def test_a_private_file_needs_no_warning(tmp_path: Path, mode: int) -> None:
 def test_secrets_that_every_local_user_can_read_are_named(tmp_path: Path) -> None:
     htpasswd, env_file = tmp_path / "htpasswd", tmp_path / ".env"
     htpasswd.touch()
-    env_file.write_text(f"HTPASSWD_FILE={htpasswd}\nAUTH_REGISTRIES=quay.io:user:password\n")
+    env_file.write_text(f"HTPASSWD_FILE={htpasswd}\nREGISTRIES=quay.io\nAUTH_REGISTRIES=quay.io:user:password\n")
     for path in (htpasswd, env_file):
         path.chmod(0o644)
     assert Configuration.read({}, str(env_file)).settings.warnings == (

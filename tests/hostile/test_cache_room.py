@@ -85,11 +85,15 @@ def announce(size: int, gate: threading.Event) -> ResponseBehaviour:
     return respond
 
 
-def send_endlessly(gate: threading.Event) -> ResponseBehaviour:
-    """Send chunks for as long as anybody reads them."""
+def send_endlessly(gate: threading.Event, pause: threading.Event | None = None) -> ResponseBehaviour:
+    """Send chunks for as long as anybody reads them. After the first ones, wait for `pause`."""
 
     def respond(exchange: HTTPExchange, content: TypedContent | None) -> None:
         exchange.send_head(200, {"Transfer-Encoding": "chunked"})
+        for _ in range(4):
+            exchange.send_chunk(b"x" * 65536)
+        if pause is not None:
+            pause.wait(60)
         while not gate.is_set():
             exchange.send_chunk(b"x" * 65536)
 
@@ -112,9 +116,11 @@ def test_an_announced_size_takes_no_room(
 def test_an_endless_blob_ends_when_its_client_has_left(
     cache: Cache, network: HostileNetwork, gate: threading.Event
 ) -> None:
-    network.evil.add_rule("GET", "/blobs/", send_endlessly(gate))
+    has_left = threading.Event()
+    network.evil.add_rule("GET", "/blobs/", send_endlessly(gate, has_left))
     with cache.client.stream("GET", evil_url()) as response:
         response.read(100_000)
+    has_left.set()
     wait_until(lambda: network.evil.requests[-1].ended_event is not None, "the daemon closes the connection")
     assert cache.hits() >= 6
     cache.assert_caches()
