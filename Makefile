@@ -32,11 +32,12 @@ run: venv ## run the proxy in the foreground, on port 3128, state in ./var
 	exec .venv/bin/twistd --nodaemon --pidfile= dockerproxy $(if $(wildcard .env),--env-file .env)
 
 test: .venv/made-test lint test-programs ## run all tests; as root, install the Debian packages they need
+	.venv/bin/python -m pytest -ra --numprocesses=auto --ignore=tests/e2e --ignore=tests/bench
+	.venv/bin/python -m pytest -ra tests/bench
 ifeq ($(ROOT),0)
-	.venv/bin/python -m pytest -ra
+	.venv/bin/python -m pytest -ra tests/e2e
 else
 	@echo "tests/e2e is skipped because it needs root, to start dockerd and containerd and install Debian packages."
-	.venv/bin/python -m pytest -ra --ignore=tests/e2e
 endif
 
 check: .venv/made-test ## check style, types and what the fast tests cover, in less than a minute
@@ -50,7 +51,7 @@ lint: .venv/made-test ## check style and types
 	.venv/bin/mypy
 
 test-oldest: .venv-oldest/made ## run the unit tests with the oldest supported versions of the dependencies
-	.venv-oldest/bin/python -m pytest -ra --ignore=tests/e2e
+	.venv-oldest/bin/python -m pytest -ra --numprocesses=auto --ignore=tests/e2e --ignore=tests/hostile --ignore=tests/bench
 
 test-conformance: .venv/made-test ## run the OCI conformance suite SUITE=PATH against the hosted registry
 	@.venv/bin/python -m tests.conformance.run $(SUITE)
@@ -109,7 +110,7 @@ clean: ## remove all generated files except ./var, which has the cache and the C
 
 .venv-oldest/made: $(METADATA) Makefile
 	@PYTHON=$(PYTHON) tools/make-venv .venv-oldest
-	.venv-oldest/bin/python $(PIP_INSTALL) $(EDITABLE) . pytest hypothesis $(OLDEST)
+	.venv-oldest/bin/python $(PIP_INSTALL) $(EDITABLE) . pytest pytest-xdist hypothesis $(OLDEST)
 	@touch $@
 
 .venv-fuzz/made: $(METADATA) Makefile

@@ -21,6 +21,7 @@ _STOP_TIMEOUT = 30.0
 
 # Below the ephemeral ports of the kernel, because a benchmark opens thousands of connections.
 _FIRST_PORT, _PORTS = 20000, 11000
+_port_numbers = range(_FIRST_PORT, _FIRST_PORT + _PORTS)
 _ports = count(random.randrange(_PORTS))
 
 _POLL_INTERVAL = 0.002  # seconds between two checks whether a program listens; limits the precision of startup_seconds
@@ -231,14 +232,21 @@ def is_listening(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
+def share_ports(part: int, parts: int) -> None:
+    """Make `free_port` use part number `part` of `parts`, because other processes of the same run use the others."""
+    global _port_numbers
+    size = _PORTS // parts
+    _port_numbers = range(_FIRST_PORT + part * size, _FIRST_PORT + (part + 1) * size)
+
+
 def free_port() -> int:
     """Return a port on which nothing listens; each call returns another one."""
-    for number in islice(_ports, _PORTS):
-        port = _FIRST_PORT + number % _PORTS
+    for number in islice(_ports, len(_port_numbers)):
+        port = _port_numbers[number % len(_port_numbers)]
         with socket.socket() as probe:
             try:
                 probe.bind(("127.0.0.1", port))
             except OSError:
                 continue
             return port
-    raise BenchError(f"no port is free between {_FIRST_PORT} and {_FIRST_PORT + _PORTS}")
+    raise BenchError(f"no port is free between {_port_numbers.start} and {_port_numbers.stop}")

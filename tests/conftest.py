@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import io
 import math
+import os
 import signal
 from collections.abc import Iterable, Iterator
 from email.message import Message
@@ -43,6 +44,10 @@ DIRECTORY_MARKERS = {"e2e": pytest.mark.root, "hostile": pytest.mark.slow, "benc
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+        from bench.servers import share_ports  # not at the top: the Debian package's tests run without it
+
+        share_ports(int(worker.removeprefix("gw")), int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
     for marker in MARKERS:
         config.addinivalue_line("markers", marker)
 

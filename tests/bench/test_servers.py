@@ -6,7 +6,10 @@ import socket
 import sys
 from pathlib import Path
 
-from bench.servers import BenchServer, free_port
+import pytest
+
+from bench import servers
+from bench.servers import BenchServer, free_port, share_ports
 
 _SIZE = 64 << 20
 # The child ends with its parent, because the parent's end of the pipe is closed then.
@@ -37,3 +40,13 @@ def test_free_ports_are_unique() -> None:
     with socket.create_server(("127.0.0.1", first_port + 1)):
         other_ports = [free_port() for _ in range(100)]
     assert len({first_port, first_port + 1, *other_ports}) == 102
+
+
+def test_processes_that_share_the_ports_choose_different_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(servers, "_port_numbers", servers._port_numbers)
+    chosen = []
+    for part in range(3):
+        share_ports(part, 3)
+        chosen.append({free_port() for _ in range(100)})
+    assert len(set().union(*chosen)) == 300
+    assert max(chosen[0]) < min(chosen[1]) and max(chosen[1]) < min(chosen[2])
