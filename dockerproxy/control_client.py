@@ -22,6 +22,8 @@ DISCONNECTED = "the daemon closed the connection before it finished"
 NOT_OURS = "the process on the control socket is not docker-registry-proxy, or of another version"
 _EXIT_STATUS_BY_HTTP = {400: USAGE, 404: NOT_FOUND, 409: BUSY}
 
+_PACKAGE_DIRECTORY = "/run/docker-registry-proxy"
+
 _CONNECT_TIMEOUT = 10.0  # seconds
 _SILENCE_TIMEOUT = 600.0  # seconds between two answers; `import` syncs the disk at its end
 _MAX_LINE = 8 * 1024 * 1024  # bytes; the daemon's longest is a result with 1000 problems
@@ -204,7 +206,7 @@ def _default_socket_paths() -> Iterator[str]:
     directories = [
         environment.get("RUNTIME_DIR") or environment.get("RUNTIME_DIRECTORY", "").partition(":")[0],
         os.path.join(environment["STATE_DIR"], "run") if environment.get("STATE_DIR") else "",
-        "/run/docker-registry-proxy",
+        _PACKAGE_DIRECTORY,
         "var/run",
     ]
     for directory in filter(None, directories):

@@ -18,9 +18,10 @@ NOBODY = 65534
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A directory that is the current one, with a control socket in var/run. No variable names another one."""
+    """A directory that is the current one, with a control socket in var/run. No other default path has one."""
     for name in ("RUNTIME_DIR", "RUNTIME_DIRECTORY", "STATE_DIR"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(control_client, "_PACKAGE_DIRECTORY", str(tmp_path / "none"))
     (tmp_path / "var/run").mkdir(parents=True)
     for path in (tmp_path, tmp_path / "var", tmp_path / "var/run"):
         path.chmod(0o755)
@@ -171,6 +172,7 @@ def test_a_full_backlog_is_given_up(server: socket.socket, monkeypatch: pytest.M
         b"{}",
         b'{"started": 1e300, "cache": 1}',
     ],
+    ids=["list", "cut", "deep", "not a number", "not UTF-8", "no time", "empty", "no size"],
 )
 def test_an_unexpected_answer_is_one_sentence(
     server: socket.socket, content: bytes, capsys: pytest.CaptureFixture[str]
