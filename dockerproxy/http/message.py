@@ -211,11 +211,11 @@ def render_head(status: int, fields: Iterable[tuple[str, str]], rendered_fields:
 def _status_line(status: int) -> str:
     if not 100 <= status <= 599:
         raise ValueError(f"{status} is not an HTTP status")
-    try:
-        phrase = HTTPStatus(status).phrase
-    except ValueError:
-        phrase = ""  # RFC 9112, section 4: the phrase may be empty, but the space before it is required
-    return f"HTTP/1.1 {status} {phrase}"
+    # RFC 9112, section 4: the phrase may be empty, but the space before it is required.
+    return f"HTTP/1.1 {status} {_PHRASES.get(status, '')}"
+
+
+_PHRASES = {status.value: status.phrase for status in HTTPStatus}
 
 
 class ChunkedDecoder:

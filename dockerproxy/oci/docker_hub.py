@@ -16,4 +16,7 @@ Their `/v2/` is the registry. Other paths of each are its own, such as the searc
 
 def canonical_registry(server: Registry) -> Registry:
     """Return the registry at `server`: Docker Hub for one of its other names, else `server` itself."""
-    return DOCKER_HUB if server in DOCKER_HUB_ALIASES else server
+    return _CANONICAL.get(server, server)
+
+
+_CANONICAL = dict.fromkeys(DOCKER_HUB_ALIASES, DOCKER_HUB)

@@ -85,11 +85,13 @@ class Authorizer:
         self._logins = LoginTable(logins)
         self._tokens: OrderedDict[TokenKey, _CachedToken] = OrderedDict()  # least recently used first
         self._challenges: OrderedDict[Registry, tuple[Challenge, ...]] = OrderedDict()
+        self._effective_logins: dict[Registry, BasicCredentials | None] = {}  # of these logins and challenges
         self._fetches: SingleFlight[TokenKey, Authorization] = SingleFlight()
 
     def set_logins(self, logins: Mapping[Host, BasicCredentials]) -> None:
         """Replace the logins of AUTH_REGISTRIES."""
         self._logins = LoginTable(logins)
+        self._effective_logins.clear()
 
     # challenges
 
@@ -98,6 +100,7 @@ class Authorizer:
         # Drop the scope, because it applies only to the request that was refused.
         usable = tuple(_without_scope(challenge) for challenge in challenges if challenge.scheme in ("bearer", "basic"))
         if usable:
+            self._effective_logins.clear()
             self._challenges[registry] = usable
             self._challenges.move_to_end(registry)
             if len(self._challenges) > _MAX_REGISTRIES:
@@ -109,11 +112,19 @@ class Authorizer:
 
     def remove_challenges(self, registry: Registry) -> None:
         """Forget the challenges of `registry`, because its token server failed."""
+        self._effective_logins.clear()
         self._challenges.pop(registry, None)
 
     def effective_login(self, registry: Registry) -> BasicCredentials | None:
         """Return the login of AUTH_REGISTRIES for `registry`: its own, or else the login for its realm's host."""
-        return self._logins.effective_login(registry, self._realm_host(registry))
+        try:
+            return self._effective_logins[registry]  # each cached request asks for it
+        except KeyError:
+            if len(self._effective_logins) >= _MAX_REGISTRIES:
+                self._effective_logins.clear()
+        login = self._logins.effective_login(registry, self._realm_host(registry))
+        self._effective_logins[registry] = login
+        return login
 
     # authorization
 
