@@ -13,20 +13,13 @@ from typing import Any
 from attrs import field, frozen
 
 from dockerproxy.admin.builtin_endpoints import builtin_endpoints
-from dockerproxy.cache.access import Access
-from dockerproxy.cache.blobs import CachedBlobs
-from dockerproxy.cache.challenges import Challenges
-from dockerproxy.cache.downloads import DownloadLimits, Downloads
+from dockerproxy.cache.composition import CachePolicy, CacheServices, compose_cache
+from dockerproxy.cache.downloads import DownloadLimits
 from dockerproxy.cache.freshness import Freshness
-from dockerproxy.cache.identity import Bindings, Identities
-from dockerproxy.cache.ingests import Ingests
-from dockerproxy.cache.manifests import CachedManifests
-from dockerproxy.cache.open_readers import OpenReaders
-from dockerproxy.cache.possession import PossessionCheck
+from dockerproxy.cache.identity import Bindings
 from dockerproxy.cache.pullthrough import PullThrough
 from dockerproxy.cache.space import CacheSpace, FileCounter
-from dockerproxy.cache.token_endpoint import TokenEndpoint
-from dockerproxy.concurrency import KeyedLock, LocalKeyedLock, fair_threads, spawn
+from dockerproxy.concurrency import KeyedLock, LocalKeyedLock, fair_threads
 from dockerproxy.daemon.accesslog import AccessLog
 from dockerproxy.daemon.listener_service import Listener
 from dockerproxy.daemon.metrics import CONTENT_TYPE, Metrics
@@ -42,7 +35,6 @@ from dockerproxy.net.local_names import LocalNames
 from dockerproxy.net.own_addresses import is_own_address
 from dockerproxy.net.resolver import NameResolver
 from dockerproxy.oci.docker_hub import DOCKER_HUB
-from dockerproxy.oci.names import Digest
 from dockerproxy.proxy.authority import CertificateAuthority
 from dockerproxy.proxy.certificate_file import CertificateFile
 from dockerproxy.proxy.certificates import Certificates
@@ -65,9 +57,7 @@ from dockerproxy.registry.responses import respond_error
 from dockerproxy.reload import RegistryTable
 from dockerproxy.settings import Settings, SettingsError
 from dockerproxy.shares import Bound
-from dockerproxy.store.blobs import Blobs
 from dockerproxy.store.hosted_tree import HostedTree
-from dockerproxy.store.links import Links
 from dockerproxy.store.local_hosted_store import LocalHostedStore
 from dockerproxy.store.state_directory import StateDirectory
 from dockerproxy.store.uploads import UploadLimits
@@ -356,72 +346,42 @@ def build_cache(
     parser: ContentParser,
 ) -> PullThrough:
     """Build the cache in CACHE_DIR."""
-    layout, cache_space = shared.state.cache, shared.cache_space
-    file_counter = FileCounter(reactor, cache_space.record_files)
-    records = shared.state.open_records(file_counter.add)
-    identities = Identities(shared.state.cache_secret, time.time, shared.bindings)
-    blobs, links = Blobs(layout, durable=False), Links(layout, False, time.time, file_counter.add)
-    upstream = UpstreamClient(agent, authorizer, policy.check_upstream)
-    challenges = Challenges(agent, records, registries.intercepted, authorizer.add_challenges, time.time)
-    challenges.restore(settings.registries)
-    access = Access(records, time.time, shared.multi_process)
-    freshness = Freshness(
-        settings.enable_manifest_cache,
-        settings.manifest_cache_primary_regex,
-        settings.manifest_cache_primary_time,
-        settings.manifest_cache_secondary_regex,
-        settings.manifest_cache_secondary_time,
-        settings.manifest_cache_default_time,
-    )
-
-    def record_blob(digest: Digest, size: int) -> None:
-        spawn(cache_space.record(digest, size), f"recording {digest} in the cache space")
-
-    manifests = CachedManifests(
-        reactor,
-        upstream,
-        blobs,
-        links,
-        records,
-        access,
-        freshness,
-        shared.locks,
-        parser,
+    file_counter = FileCounter(reactor, shared.cache_space.record_files)
+    services = CacheServices(
+        reactor=reactor,
         clock=time.time,
-        on_stored=record_blob,
+        layout=shared.state.cache,
+        records=shared.state.open_records(file_counter.add),
+        on_file_created=file_counter.add,
+        space=shared.cache_space,
+        secret=shared.state.cache_secret,
+        bindings=shared.bindings,
+        locks=shared.locks,
+        parser=parser,
+        multi_process=shared.multi_process,
+        upstream=UpstreamClient(agent, authorizer, policy.check_upstream),
+        agent=agent,
     )
-    open_readers = OpenReaders(reactor, settings.cache_max_size // _HELD_PART // settings.workers)
-    ingests = Ingests(layout, blobs, records, shared.multi_process)
-    limits = DownloadLimits.derive(settings.cache_max_size, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
-    downloads = Downloads(reactor, upstream, cache_space, ingests, open_readers, limits)
-    token_endpoint = TokenEndpoint(
-        agent,
-        identities,
-        records,
-        lambda host: None if host in registries.intercepted else policy.check_upstream,
-        time.time,
-    )
-    return PullThrough(
-        upstream,
-        identities,
-        challenges,
-        token_endpoint,
-        manifests,
-        CachedBlobs(
-            reactor,
-            upstream,
-            blobs,
-            links,
-            downloads,
-            access,
-            cache_space,
-            open_readers,
-            PossessionCheck(reactor, upstream, blobs, shared.state.cache_secret),
+    cache_policy = CachePolicy(
+        registries=registries.mirrored.values(),
+        intercepted=registries.intercepted,
+        on_challenges=authorizer.add_challenges,
+        address_check=policy.check_upstream,
+        login_for=authorizer.effective_login if settings.share_auth_registries else lambda registry: None,
+        freshness=Freshness(
+            settings.enable_manifest_cache,
+            settings.manifest_cache_primary_regex,
+            settings.manifest_cache_primary_time,
+            settings.manifest_cache_secondary_regex,
+            settings.manifest_cache_secondary_time,
+            settings.manifest_cache_default_time,
         ),
-        parser,
-        registries.mirrored.values(),
-        authorizer.effective_login if settings.share_auth_registries else lambda registry: None,
+        download_limits=DownloadLimits.derive(settings.cache_max_size, resource.getrlimit(resource.RLIMIT_NOFILE)[0]),
+        evicted_bytes=settings.cache_max_size // _HELD_PART // settings.workers,
     )
+    pull_through = compose_cache(services, cache_policy).pull_through
+    pull_through.challenges.restore(settings.registries)
+    return pull_through
 
 
 def build_host_rule(settings: Settings) -> HostRule:

@@ -1,4 +1,4 @@
-"""A complete cache with its own store, a scripted upstream and a manual reactor; built like in `dockerproxy.app`."""
+"""A complete cache, composed as in the daemon, with its own store, a scripted upstream and a manual reactor."""
 
 from __future__ import annotations
 
@@ -13,22 +13,15 @@ from typing import Any
 from twisted.internet.defer import Deferred
 from twisted.python.failure import Failure
 
-from dockerproxy.cache.access import Access
-from dockerproxy.cache.blobs import CachedBlobs
-from dockerproxy.cache.challenges import Challenges
+from dockerproxy.cache.composition import CachePolicy, CacheServices, compose_cache
 from dockerproxy.cache.downloads import BlobDownload, DownloadLimits, Downloads
 from dockerproxy.cache.freshness import Freshness
-from dockerproxy.cache.identity import Identities
-from dockerproxy.cache.ingests import Ingests
+from dockerproxy.cache.identity import Bindings
 from dockerproxy.cache.janitor import Janitor
-from dockerproxy.cache.manifests import CachedManifests
-from dockerproxy.cache.open_readers import OpenReaders
-from dockerproxy.cache.possession import PossessionCheck
-from dockerproxy.cache.pullthrough import CachedRegistry, PullThrough
+from dockerproxy.cache.pullthrough import CachedRegistry
 from dockerproxy.cache.space import CacheSpaceManager, FileCounter
-from dockerproxy.cache.token_endpoint import TokenEndpoint
 from dockerproxy.cache.upstream import UpstreamPrincipal, UpstreamRepository
-from dockerproxy.concurrency import LocalKeyedLock, spawn
+from dockerproxy.concurrency import LocalKeyedLock
 from dockerproxy.http.headers import Headers
 from dockerproxy.oci.content import BlobResponse, ManifestResponse
 from dockerproxy.oci.credentials import BasicCredentials
@@ -36,7 +29,6 @@ from dockerproxy.oci.names import Digest, Registry, parse_reference, parse_repos
 from dockerproxy.store.blobs import Blobs
 from dockerproxy.store.cooperative import CooperativeThread
 from dockerproxy.store.layout import IngestKey, Layout
-from dockerproxy.store.links import Links
 from dockerproxy.store.records import Records
 from dockerproxy.upstream.credentials import Anonymous, ClientCredential
 from tests.cache.support.reactor import ManualReactor
@@ -112,17 +104,13 @@ class CacheHarness:
         self.agent = ScriptedAgent(self.upstream)
         self.layout = Layout(root)
         counter = FileCounter(reactor, lambda count: self.space.record_files(count))
-        self.blobs = Blobs(self.layout, False, self.now)
-        self.links = Links(self.layout, False, self.now, counter.add)
         self.records = Records(root / "records", on_create=counter.add)
-        self.identities = Identities(secret, self.now)
-        self.access = Access(self.records, self.now, shared)
         self.lock = lock or LocalKeyedLock()
         unsliced = CooperativeThread(reactor, slice_length=math.inf)  # because nothing else runs that it could delay
         self.space = CacheSpaceManager(
             reactor,
             self.layout,
-            self.blobs,
+            Blobs(self.layout, False, self.now),
             limit=limit,
             max_blob_size=limit if max_blob_size is None else max_blob_size,
             inactive=inactive,
@@ -131,29 +119,40 @@ class CacheHarness:
             blob_cost=blob_cost,
             cooperative_thread=unsliced,
         )
-        self.ingests = Ingests(self.layout, self.blobs, self.records, shared)
-        self.open_readers = OpenReaders(reactor, limit // 8)
         self._download_limits = download_limits or DownloadLimits()
-        self.downloads = self.new_downloads()
         self.learned_challenges: dict[Registry, Any] = {}
-        hosts = {registry.host: registry for registry in (*registries, Registry.parse("auth.docker.io"))}
-        self.challenges = Challenges(self.agent, self.records, hosts, self.learned_challenges.__setitem__, self.now)
-        self.token_endpoint = TokenEndpoint(
-            self.agent, self.identities, self.records, lambda host: None if host in hosts else address_check, self.now
+        services = CacheServices(
+            reactor=reactor,
+            clock=self.now,
+            layout=self.layout,
+            records=self.records,
+            on_file_created=counter.add,
+            space=self.space,
+            secret=secret,
+            bindings=Bindings(),
+            locks=self.lock,
+            parser=make_parser(reactor),
+            multi_process=shared,
+            upstream=self.upstream,
+            agent=self.agent,
         )
-        parser = make_parser(reactor)
-        self.manifests = CachedManifests(
-            reactor, self.upstream, self.blobs, self.links, self.records, self.access, freshness, self.lock,
-            parser, clock=self.now, on_stored=lambda digest, size: spawn(self.space.record(digest, size), "counting"),
-        )  # fmt: skip
-        self.cached_blobs = CachedBlobs(
-            reactor, self.upstream, self.blobs, self.links, self.downloads, self.access, self.space, self.open_readers,
-            PossessionCheck(reactor, self.upstream, self.blobs, secret),
-        )  # fmt: skip
-        self.pull_through = PullThrough(
-            self.upstream, self.identities, self.challenges, self.token_endpoint, self.manifests, self.cached_blobs,
-            parser, registries, lambda registry: login,
-        )  # fmt: skip
+        policy = CachePolicy(
+            registries=registries,
+            intercepted={registry.host: registry for registry in (*registries, Registry.parse("auth.docker.io"))},
+            on_challenges=self.learned_challenges.__setitem__,
+            address_check=address_check,
+            login_for=lambda registry: login,
+            freshness=freshness,
+            download_limits=self._download_limits,
+            evicted_bytes=limit // 8,
+        )
+        parts = compose_cache(services, policy)
+        self.blobs, self.links, self.access = parts.blobs, parts.links, parts.access
+        self.ingests, self.open_readers, self.pull_through = parts.ingests, parts.open_readers, parts.pull_through
+        self.identities, self.challenges = self.pull_through.identities, self.pull_through.challenges
+        self.token_endpoint, self.manifests = self.pull_through.token_endpoint, self.pull_through.manifests
+        self.cached_blobs = self.pull_through.blobs
+        self.downloads = self.cached_blobs.downloads
         self._deferreds: list[Deferred[Any]] = []
 
     def now(self) -> float:

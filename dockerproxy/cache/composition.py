@@ -1,0 +1,133 @@
+"""The composition of the cache: which parts it has, and which of them each part uses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from attrs import frozen
+
+from dockerproxy.cache.access import Access
+from dockerproxy.cache.blobs import CachedBlobs
+from dockerproxy.cache.challenges import Challenges
+from dockerproxy.cache.downloads import DownloadLimits, Downloads
+from dockerproxy.cache.freshness import Freshness
+from dockerproxy.cache.identity import Bindings, Identities
+from dockerproxy.cache.ingests import Ingests
+from dockerproxy.cache.manifests import CachedManifests
+from dockerproxy.cache.open_readers import OpenReaders
+from dockerproxy.cache.possession import PossessionCheck
+from dockerproxy.cache.pullthrough import PullThrough
+from dockerproxy.cache.space import CacheSpace
+from dockerproxy.cache.token_endpoint import TokenEndpoint
+from dockerproxy.cache.upstream import RegistryClient, UpstreamAgent
+from dockerproxy.concurrency import KeyedLock, spawn
+from dockerproxy.net.dial import AddressCheck
+from dockerproxy.oci.challenge import Challenge
+from dockerproxy.oci.credentials import BasicCredentials
+from dockerproxy.oci.names import Digest, Host, Registry
+from dockerproxy.store.blobs import Blobs
+from dockerproxy.store.layout import Layout
+from dockerproxy.store.links import Links
+from dockerproxy.store.records import Records
+from dockerproxy.thread_pool import ContentParser
+
+
+@frozen(kw_only=True)
+class CacheServices:
+    """The services that the parts of a cache use. `clock` returns POSIX time.
+
+    `on_file_created` is called after each new link. `multi_process` is true if other processes use the same files; then
+    they share `bindings`, `locks` and `space` too.
+    """
+
+    reactor: Any
+    clock: Callable[[], float]
+    layout: Layout
+    records: Records
+    on_file_created: Callable[[], object]
+    space: CacheSpace
+    secret: bytes
+    bindings: Bindings
+    locks: KeyedLock
+    parser: ContentParser
+    multi_process: bool
+    upstream: RegistryClient
+    agent: UpstreamAgent
+
+
+@frozen(kw_only=True)
+class CachePolicy:
+    """The decisions about a cache that settings make.
+
+    `registries` is the live table of served registries, `intercepted` that of intercepted hosts. `on_challenges` is
+    called with the challenges of a registry. `address_check` is that of realms on hosts that are not intercepted.
+    `login_for` returns the login that serves every client. `evicted_bytes` bounds evicted blobs that are still read.
+    """
+
+    registries: Iterable[Registry]
+    intercepted: Mapping[Host, Registry]
+    on_challenges: Callable[[Registry, list[Challenge]], None]
+    address_check: AddressCheck | None
+    login_for: Callable[[Registry], BasicCredentials | None]
+    freshness: Freshness
+    download_limits: DownloadLimits
+    evicted_bytes: int
+
+
+@frozen
+class CacheParts:
+    """The parts of a cache. `pull_through` is the one that serves requests."""
+
+    blobs: Blobs
+    links: Links
+    access: Access
+    ingests: Ingests
+    open_readers: OpenReaders
+    pull_through: PullThrough
+
+
+def compose_cache(services: CacheServices, policy: CachePolicy) -> CacheParts:
+    """Return a cache with new parts, which share nothing with those of another one but files and `services`."""
+    reactor, upstream, agent, clock = services.reactor, services.upstream, services.agent, services.clock
+    records, space = services.records, services.space
+    identities = Identities(services.secret, clock, services.bindings)
+    blobs = Blobs(services.layout, durable=False, clock=clock)
+    links = Links(services.layout, False, clock, services.on_file_created)
+    access = Access(records, clock, services.multi_process)
+    ingests = Ingests(services.layout, blobs, records, services.multi_process)
+    open_readers = OpenReaders(reactor, policy.evicted_bytes)
+    downloads = Downloads(reactor, upstream, space, ingests, open_readers, policy.download_limits)
+
+    def address_check_for(host: Host) -> AddressCheck | None:
+        return None if host in policy.intercepted else policy.address_check
+
+    def record_blob(digest: Digest, size: int) -> None:
+        spawn(space.record(digest, size), f"recording {digest} in the cache space")
+
+    manifests = CachedManifests(
+        reactor,
+        upstream,
+        blobs,
+        links,
+        records,
+        access,
+        policy.freshness,
+        services.locks,
+        services.parser,
+        clock=clock,
+        on_stored=record_blob,
+    )
+    possession = PossessionCheck(reactor, upstream, blobs, services.secret)
+    pull_through = PullThrough(
+        upstream,
+        identities,
+        Challenges(agent, records, policy.intercepted, policy.on_challenges, clock),
+        TokenEndpoint(agent, identities, records, address_check_for, clock),
+        manifests,
+        CachedBlobs(reactor, upstream, blobs, links, downloads, access, space, open_readers, possession),
+        services.parser,
+        policy.registries,
+        policy.login_for,
+    )
+    return CacheParts(blobs, links, access, ingests, open_readers, pull_through)
