@@ -47,7 +47,7 @@ class AccessLog:
             "log_time": time.time(),
             "log_source": None,
             "log_format": "{line}",
-            "line": f"{client} {method} {host}{path} {status} {size} {seconds:.3f} {cache_status}",
+            "line": f"{client} {method or '-'} {host + path or '-'} {status} {size} {seconds:.3f} {cache_status}",
             "client": client,
             "method": method,
             "host": host,
