@@ -277,6 +277,7 @@ def test_the_oldest_records_go_first(harness: JanitorHarness) -> None:
     assert max(left) < 300  # of 500; ages are known to 9 %
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("load", ["repositories", "tags", "logins", "identities"])
 def test_any_load_ends_with_few_files(harness: JanitorHarness, load: str) -> None:
     """The manifest is always the same one, and its blob stays in the cache."""
