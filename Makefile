@@ -40,7 +40,7 @@ else
 	@echo "tests/e2e is skipped because it needs root, to start dockerd and containerd and install Debian packages."
 endif
 
-check: .venv/made-test ## check style, types and what the fast tests cover, in less than a minute
+check: .venv/made-test ## check style, types and what the fast tests cover, in little more than a minute
 	.venv/bin/ruff check --quiet
 	.venv/bin/ruff format --quiet --check
 	.venv/bin/mypy
