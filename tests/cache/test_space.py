@@ -580,7 +580,8 @@ def test_tree_is_bounded_whatever_clients_do(make_harness: Callable[..., CacheHa
     assert sum(path.stat().st_size for path in Path(harness.layout.blobs).rglob("data")) + len(files) * 4096 <= limit
 
 
-def test_janitor_walks_once_an_hour(harness: CacheHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+def record_walks(harness: CacheHarness, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Return a list that grows by the time of each walk."""
     walks: list[float] = []
     clean = harness.space.clean
 
@@ -589,6 +590,11 @@ def test_janitor_walks_once_an_hour(harness: CacheHarness, monkeypatch: pytest.M
         await clean()
 
     monkeypatch.setattr(harness.space, "clean", count)
+    return walks
+
+
+def test_janitor_walks_once_an_hour(harness: CacheHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+    walks = record_walks(harness, monkeypatch)
     service = harness.space.service()
     service.startService()
     for _ in range(12):
@@ -670,14 +676,7 @@ def test_new_records_go_before_blobs(
 
 
 def test_walk_is_repeated_while_inodes_are_missing(harness: CacheHarness, monkeypatch: pytest.MonkeyPatch) -> None:
-    walks: list[float] = []
-    clean = harness.space.clean
-
-    async def count() -> None:
-        walks.append(harness.reactor.seconds())
-        await clean()
-
-    monkeypatch.setattr(harness.space, "clean", count)
+    walks = record_walks(harness, monkeypatch)
     file_system = FakeFreeSpace(monkeypatch, 1 << 40)
     file_system.inodes = 1_000_000
     for number in range(3):

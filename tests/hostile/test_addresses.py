@@ -138,8 +138,9 @@ class ServerDaemon(TwistdDaemon):
 @pytest.fixture(scope="module")
 def namespaces(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Namespaces]:
     require_programs("ip", "iptables", "ip6tables", "curl", root=True)
-    if subprocess.run(["unshare", "-n", "true"], capture_output=True, check=False).returncode:
-        pytest.skip("no network namespaces here")
+    unshare = subprocess.run(["unshare", "-n", "true"], capture_output=True, check=False, text=True)
+    if unshare.returncode:
+        pytest.skip(f"no network namespace can be made here: {unshare.stderr.strip()}")
     with Namespaces(tmp_path_factory.mktemp("namespaces")) as namespaces:
         services = [namespaces.serve_secret(machine) for machine in (namespaces.server, namespaces.client)]
         services.append(namespaces.serve_hostile_registry())

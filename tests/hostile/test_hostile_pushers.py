@@ -14,7 +14,6 @@ import signal
 import socket
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import bcrypt
@@ -23,7 +22,7 @@ import pytest
 from tests.e2e.harness import images
 from tests.e2e.harness.http_client import BufferedResponse, basic_authorization, read_response
 from tests.e2e.harness.images import TypedContent
-from tests.e2e.harness.process import require_programs, wait_until
+from tests.e2e.harness.process import mount_ext4, wait_until
 from tests.e2e.harness.registry_daemon import RegistryDaemon
 from tests.hostile.conftest import EVIL, GOOD, HostileNetwork, StartRegistryDaemon
 
@@ -127,31 +126,15 @@ def test_uploads_that_fail_leave_nothing(start_daemon: StartRegistryDaemon) -> N
     assert stored_paths(daemon) - before <= {str(daemon.state_folder / "registry/uploads")}
 
 
-@contextmanager
-def loop_mount(folder: Path, size: str, *mkfs_options: str) -> Iterator[Path]:
-    """Mount a new ext4 file system of `size` on `folder`. Skip the test if this is not possible."""
-    require_programs("mkfs.ext4", "mount", root=True)
-    folder.mkdir()
-    image = folder.with_suffix(".img")
-    subprocess.run(["truncate", "-s", size, str(image)], check=True)
-    subprocess.run(["mkfs.ext4", "-q", "-m", "0", "-O", "^has_journal", *mkfs_options, str(image)], check=True)
-    if subprocess.run(["mount", "-o", "loop", str(image), str(folder)], capture_output=True).returncode:
-        pytest.skip("no loop device can be mounted here")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
 @pytest.fixture
 def disk_of_few_inodes(tmp_path: Path) -> Iterator[Path]:
-    with loop_mount(tmp_path / "inodes", "2g", "-N", "128000") as folder:
+    with mount_ext4(tmp_path / "inodes", "2G", 128_000) as folder:
         yield folder
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    with loop_mount(tmp_path / "small", "64m") as folder:
+    with mount_ext4(tmp_path / "small", "64m") as folder:
         yield folder
 
 

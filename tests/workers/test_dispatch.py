@@ -233,13 +233,17 @@ class ConnectionDispatcherTests(DispatchTestCase):
             received = deferToThread(_send_rest, client)
             self.assertTrue((await received).endswith(b"there 0 127.0.0.1"))
 
+    async def use_whole_share(self, stack: contextlib.ExitStack, port: int) -> None:
+        """Open the four connections that 127.0.0.1 may have, all of which stay in this process."""
+        self.sender.close()
+        for _ in range(4):
+            stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=TIMEOUT))
+        await self.wait_until(lambda: self.local_connections == (4, 0))
+
     async def test_a_client_at_its_share_is_told_so_and_another_is_served(self) -> None:
         port = await self.listen()
-        self.sender.close()
         with contextlib.ExitStack() as stack:
-            for _ in range(4):
-                stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=TIMEOUT))
-            await self.wait_until(lambda: self.local_connections == (4, 0))
+            await self.use_whole_share(stack, port)
             response = await deferToThread(_converse, ("127.0.0.1", port), GET)
             head, _, body = response.partition(b"\r\n\r\n")
             self.assertEqual(head.split(b"\r\n")[0], b"HTTP/1.1 429 Too Many Requests")
@@ -256,11 +260,8 @@ class ConnectionDispatcherTests(DispatchTestCase):
 
     async def test_a_refused_connection_leaks_no_descriptor(self) -> None:
         port = await self.listen()
-        self.sender.close()
         with contextlib.ExitStack() as stack:
-            for _ in range(4):
-                stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=TIMEOUT))
-            await self.wait_until(lambda: self.local_connections == (4, 0))
+            await self.use_whole_share(stack, port)
             descriptors_before = _count_sockets()
             for _ in range(3):
                 self.assertIn(b"429", await deferToThread(_converse, ("127.0.0.1", port), GET))

@@ -49,28 +49,30 @@ def wait_until(condition: Callable[[], object], description: str, timeout: float
 def mount_tmpfs(folder: Path, size: str) -> Iterator[Path]:
     """Mount a tmpfs of `size` ("8m") on `folder`, which is created. Skip the test if this is not possible."""
     require_programs("mount", root=True)
-    folder.mkdir()
-    argv = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
-    if subprocess.run(argv, capture_output=True, check=False).returncode:
-        pytest.skip("no tmpfs can be mounted here")
-    try:
+    with _mounted(folder, "-t", "tmpfs", "-o", f"size={size}", "tmpfs"):
         yield folder
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 @contextmanager
-def mount_ext4(folder: Path, size: str, inodes: int) -> Iterator[Path]:
+def mount_ext4(folder: Path, size: str, inodes: int | None = None) -> Iterator[Path]:
     """Mount a new ext4 of `size` ("64M") with about `inodes` inodes on `folder`, which is created, or skip the test."""
     require_programs("mkfs.ext4", "mount", root=True)
-    folder.mkdir()
     image = folder.with_suffix(".img")
     subprocess.run(["truncate", "-s", size, str(image)], check=True)
-    subprocess.run(["mkfs.ext4", "-q", "-m", "0", "-N", str(inodes), str(image)], check=True)
-    if subprocess.run(["mount", "-o", "loop", str(image), str(folder)], capture_output=True, check=False).returncode:
-        pytest.skip("no loop device can be mounted here")
-    try:
+    options = [] if inodes is None else ["-N", str(inodes)]
+    subprocess.run(["mkfs.ext4", "-q", "-m", "0", "-O", "^has_journal", *options, str(image)], check=True)
+    with _mounted(folder, "-o", "loop", str(image)):
         yield folder
+
+
+@contextmanager
+def _mounted(folder: Path, *arguments: str) -> Iterator[None]:
+    folder.mkdir()
+    mount = subprocess.run(["mount", *arguments, str(folder)], capture_output=True, check=False, text=True)
+    if mount.returncode:
+        pytest.skip(f"mount {' '.join(arguments)} fails here: {mount.stderr.strip()}")
+    try:
+        yield
     finally:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
