@@ -14,6 +14,7 @@ from tests.e2e.harness.clients import check_output
 from tests.e2e.harness.http_client import BufferedResponse, request_directly
 from tests.e2e.harness.registry_daemon import HOSTED_REGISTRY_HOST, RegistryDaemon, write_image_folder
 from tests.e2e.harness.upstreams import FAKE, REGISTRY, Upstreams
+from tests.support.multipart import split_byteranges
 
 KIB = 1024
 SIZE = 2_000_000
@@ -41,16 +42,8 @@ def read_parts(response: BufferedResponse) -> list[tuple[str, bytes]]:
     """Return the Content-Range and the bytes of each part, in their order."""
     assert response.status == 206 and "content-range" not in response.headers
     assert response.headers["content-length"] == str(len(response.body))
-    media_type, _, boundary = response.headers["content-type"].partition("; boundary=")
-    assert media_type == "multipart/byteranges"
-    parts = (b"\r\n" + response.body).split(f"\r\n--{boundary}".encode())
-    assert (parts[0], parts[-1]) == (b"", b"--\r\n")
-    received = []
-    for part in parts[1:-1]:
-        head, _, data = part.partition(b"\r\n\r\n")
-        fields = dict(line.lower().split(": ") for line in head.decode().split("\r\n")[1:])
-        received.append((fields["content-range"], data))
-    return received
+    parts = split_byteranges(response.headers["content-type"], response.body)
+    return [(fields["content-range"], data) for fields, data in parts]
 
 
 CHUNKS = [(start, start + 300) for start in range(0, SIZE, SIZE // 1000)]

@@ -22,6 +22,7 @@ from dockerproxy.oci.routes import Kind, route
 from dockerproxy.registry.api import RegistryAPI
 from dockerproxy.registry.principal import Principal
 from dockerproxy.registry.responses import respond_error
+from tests.support.multipart import split_byteranges
 
 SMALL = 64 * 1024
 SIZES = [0, 1, 1000, SMALL - 1, SMALL, SMALL + 1, 700_000]
@@ -194,17 +195,9 @@ def read_parts(response: Any) -> list[tuple[str, bytes]]:
     assert (response.status, response.complete) == (206, True)
     assert "Content-Range" not in response.headers
     assert response.headers["Content-Length"] == str(len(response.body))
-    media_type, _, boundary = response.headers["Content-Type"].partition("; boundary=")
-    assert media_type == "multipart/byteranges"
-    parts = (b"\r\n" + response.body).split(f"\r\n--{boundary}".encode())
-    assert (parts[0], parts[-1]) == (b"", b"--\r\n")
-    received = []
-    for part in parts[1:-1]:
-        head, _, data = part.partition(b"\r\n\r\n")
-        fields = dict(line.split(": ") for line in head.decode().split("\r\n")[1:])
-        assert "/" in fields["Content-Type"] and len(fields) == 2
-        received.append((fields["Content-Range"], data))
-    return received
+    parts = split_byteranges(response.headers["Content-Type"], response.body)
+    assert all("/" in fields["content-type"] and len(fields) == 2 for fields, _ in parts)
+    return [(fields["content-range"], data) for fields, data in parts]
 
 
 @pytest.mark.parametrize(
