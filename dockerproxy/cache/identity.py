@@ -16,7 +16,7 @@ from hashlib import blake2b
 
 from attrs import define, field, frozen
 
-from dockerproxy.oci.credentials import BasicCredentials
+from dockerproxy.oci.credentials import BasicCredentials, is_empty_login
 from dockerproxy.oci.names import Registry, Repository
 from dockerproxy.upstream.credentials import Anonymous, Credential
 
@@ -207,3 +207,8 @@ def canonical_authorization(authorization: str) -> str:
     """
     scheme, _, token = authorization.partition(" ")
     return f"Bearer {token.strip()}" if scheme.lower() == "bearer" else authorization
+
+
+def client_authorization(authorization: str) -> str | None:
+    """Return the `canonical_authorization` of a client's Authorization field; None if it holds no login."""
+    return None if is_empty_login(authorization) else canonical_authorization(authorization)

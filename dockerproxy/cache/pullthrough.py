@@ -13,7 +13,7 @@ from attrs import define, field, frozen
 
 from dockerproxy.cache.blobs import CachedBlobs
 from dockerproxy.cache.challenges import TOKEN_PATH, Challenges, Realm
-from dockerproxy.cache.identity import INVALID_TOKEN, Identities, LocalToken, canonical_authorization
+from dockerproxy.cache.identity import INVALID_TOKEN, Identities, LocalToken, client_authorization
 from dockerproxy.cache.manifests import CachedManifests
 from dockerproxy.cache.token_endpoint import TokenEndpoint, TokenRequest
 from dockerproxy.cache.upstream import (
@@ -75,7 +75,8 @@ class PullThrough:
         """
         local_token = None
         if authorization is not None:
-            authorization = canonical_authorization(authorization)
+            authorization = client_authorization(authorization)
+        if authorization is not None:
             local_token = self.identities.read_token(authorization)
         own_authorization = authorization if local_token is None else None
         return CachedRegistry(self, registry, own_authorization, local_token, client)
@@ -102,7 +103,7 @@ class PullThrough:
         if realm is None:
             raise NameUnknown(f"{registry} has no token server")
         if authorization is not None:
-            authorization = canonical_authorization(authorization)
+            authorization = client_authorization(authorization)
         request = TokenRequest(query, authorization, form)
         services = request.services()
         for other in {registry, *self.registries}:
@@ -176,10 +177,12 @@ class CachedRegistry:
     def _allows_anonymous(self, challenges: list[Challenge]) -> bool:
         """Return whether a client without a credential may continue.
 
-        It may if upstream requires no authentication, or if it requires Basic and there is a configured login.
+        It may if upstream requires no authentication, or if it accepts Basic and there is a configured login. Schemes
+        such as Negotiate beside Basic change nothing. With Bearer, a client gets a token of ours first.
         """
+        schemes = {challenge.scheme for challenge in challenges}
         has_shared_login = self.cache.login_for(self.registry) is not None
-        return not challenges or (has_shared_login and all(challenge.scheme == "basic" for challenge in challenges))
+        return not schemes or (has_shared_login and "basic" in schemes and "bearer" not in schemes)
 
     def _check_token(self) -> None:
         if self.local_token == INVALID_TOKEN:

@@ -8,6 +8,7 @@ import binascii
 from attrs import field, frozen
 
 _MAX_FIELD = 4096
+_MAX_EMPTY_FIELD = 64  # characters of spaces and padding that an empty login may have
 
 
 @frozen
@@ -40,3 +41,18 @@ class BasicCredentials:
         if ":" in self.user:
             raise ValueError("a user name must not contain a colon")
         return "Basic " + base64.b64encode(self.user.encode() + b":" + self.password_bytes).decode("ascii")
+
+
+def is_empty_login(authorization: str) -> bool:
+    """Return whether an Authorization field is Basic without a user and a password, which is no login.
+
+    skopeo, podman and others send ``Basic Og==``, an empty user and password, if they have no login.
+    """
+    scheme, _, encoded = authorization.strip().partition(" ")
+    if scheme.lower() != "basic" or len(encoded) > _MAX_EMPTY_FIELD:
+        return False
+    text = encoded.strip().rstrip("=")
+    try:
+        return base64.b64decode(text + "=" * (-len(text) % 4), validate=True) in (b"", b":")
+    except (binascii.Error, ValueError):
+        return False

@@ -9,7 +9,7 @@ from attrs import define
 
 from dockerproxy.errors import ProxyAuthenticationRequired
 from dockerproxy.http.request import Request
-from dockerproxy.oci.credentials import BasicCredentials
+from dockerproxy.oci.credentials import BasicCredentials, is_empty_login
 
 _CHALLENGE = [("Proxy-Authenticate", 'Basic realm="docker-registry-proxy"')]
 
@@ -47,7 +47,7 @@ class ProxyLogin:
                 return
             raise _refusal("the user that opened this tunnel was removed")
         values = request.headers.all("proxy-authorization")
-        if not values:
+        if all(map(is_empty_login, values)):
             raise _refusal("this proxy needs a user name and a password, such as http://USER:PASSWORD@HOST:PORT/")
         credentials = BasicCredentials.parse(values[0]) if len(values) == 1 else None
         if credentials is None or not await users.check_password(credentials, request.client):

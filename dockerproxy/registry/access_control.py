@@ -12,7 +12,7 @@ from typing import Protocol
 
 from dockerproxy.errors import NameInvalid, Unauthorized, Unsupported
 from dockerproxy.http.request import Request
-from dockerproxy.oci.credentials import BasicCredentials
+from dockerproxy.oci.credentials import BasicCredentials, is_empty_login
 from dockerproxy.oci.names import Host
 from dockerproxy.oci.routes import Kind, Target
 from dockerproxy.registry.htpasswd import HtpasswdFile
@@ -78,7 +78,7 @@ class AnonymousPull:
         self._clock = clock
 
     async def check(self, request: Request, target: Target) -> Principal:
-        scheme, _, token = (request.headers.get("authorization") or "").partition(" ")
+        scheme, _, token = (_login(request) or "").partition(" ")
         has_authorization = bool(scheme)
         if scheme.lower() == "bearer":
             user = self._verify_token(token.strip())
@@ -108,7 +108,7 @@ class AnonymousPull:
         if request.method != "GET":
             raise Unsupported("tokens are requested with GET", headers=[("Allow", "GET")])
         user = ""
-        if "authorization" in request.headers:
+        if _login(request) is not None:
             user = await _authenticate(self._htpasswd, request, [_basic_challenge(self._realm)])
         now = self._clock()
         token = self._issue_token(user, now)
@@ -156,15 +156,19 @@ async def _authenticate(htpasswd: HtpasswdFile, request: Request, challenge: Fie
 
     Raise `Unauthorized` with `challenge` otherwise, or `TooManyRequests`.
     """
-    authorization = request.headers.get("authorization")
+    authorization = _login(request)
     if authorization is None:
         raise Unauthorized("authentication required", headers=challenge)
     credentials = BasicCredentials.parse(authorization)
-    if credentials == BasicCredentials("", ""):  # podman and skopeo send this if they have no login
-        raise Unauthorized("authentication required", headers=challenge)
     if credentials is None or not await htpasswd.check_password(credentials, request.client):
         raise Unauthorized("the user name or the password is wrong", headers=challenge)
     return credentials.user
+
+
+def _login(request: Request) -> str | None:
+    """Return the Authorization field of `request`, or None if it holds no login."""
+    authorization = request.headers.get("authorization")
+    return None if authorization is None or is_empty_login(authorization) else authorization
 
 
 def _basic_challenge(realm: str) -> tuple[str, str]:

@@ -409,6 +409,46 @@ def test_ping_with_basic_challenge(make_harness: Callable[..., CacheHarness], lo
             harness.run(ping)
 
 
+@pytest.mark.parametrize(
+    ("field", "is_served"),
+    [
+        ('Negotiate, Basic realm="x"', True),
+        ('Basic realm="x", Negotiate', True),
+        ('NTLM, nEGOTIATE, bASIC realm="x"', True),
+        ('Digest realm="x", nonce="y", Basic realm="x"', True),
+        ('Negotiate oYG2MIGzoAM=, Basic realm="x"', True),
+        ("Negotiate", False),
+        ("NTLM, Negotiate", False),
+        ('Negotiate, Basic realm="x", Bearer realm="https://auth.docker.io/token"', False),
+        ('Bearer realm="https://auth.docker.io/token", Basic realm="x"', False),
+    ],
+)
+def test_ping_with_several_challenges(make_harness: Callable[..., CacheHarness], field: str, is_served: bool) -> None:
+    """A login of AUTH_REGISTRIES serves clients wherever the registry accepts Basic; with Bearer they get a token."""
+    harness = make_harness(login=LOGIN)
+    harness.upstream.on("GET", "^/v2/$", lambda request, data: error_response(401, www_authenticate=field))
+    ping = harness.client(registry=OTHER).ping()
+    if is_served:
+        harness.run(ping)
+    else:
+        with pytest.raises(Unauthorized):
+            harness.run(ping)
+
+
+@every_target
+@pytest.mark.parametrize("empty", ["Basic Og==", "basic  Og== ", "Basic Og", "Basic", "Basic "])
+def test_an_empty_login_is_none(make_harness: Callable[..., CacheHarness], target: tuple[str, str], empty: str) -> None:
+    """skopeo and podman send one if they have no login. It must not win over that of AUTH_REGISTRIES."""
+    harness = make_harness(login=LOGIN)
+    fill_repository(harness, readers={"login robot"})
+    harness.upstream.on("GET", "^/v2/$", lambda request, data: error_response(401, www_authenticate='Basic realm="x"'))
+    harness.run(harness.client(empty, registry=OTHER).ping())
+    assert harness.client(empty).credential == LOGIN
+    assert ask(harness, target, empty)[1] in (DATA, MANIFEST)
+    harness.run(harness.client(empty).forward_page("GET", "/", Headers()))
+    assert "authorization" not in harness.upstream.requests[-1].headers
+
+
 def test_ping_without_challenge(harness: CacheHarness) -> None:
     harness.run(harness.client(registry=OTHER).ping())
 

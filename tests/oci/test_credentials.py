@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from dockerproxy.oci.credentials import BasicCredentials
+from dockerproxy.oci.credentials import BasicCredentials, is_empty_login
 
 
 def basic_field(text: bytes) -> str:
@@ -63,3 +63,31 @@ def test_a_user_with_a_colon_cannot_be_sent() -> None:
 
 def test_neither_user_nor_password_is_shown() -> None:
     assert repr(BasicCredentials("alice", "wonder")) == "BasicCredentials()"
+
+
+EMPTY_LOGINS = [
+    "Basic Og==", "basic Og==", "BASIC  Og== ", "Basic Og", "Basic Og=", "Basic",
+    "Basic ", "Basic =", " Basic Og==",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("field", EMPTY_LOGINS)
+def test_empty_logins(field: str) -> None:
+    assert is_empty_login(field)
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        "", "Og==", "Bearer Og==", "Bearer", "Bearer ", "Negotiate Og==", "Basic !", "Basic Og==x", "Basic Og== Og==",
+        basic_field(b"alice:"), basic_field(b":secret"), basic_field(b"alice"), basic_field(b"::"), basic_field(b" : "),
+    ],
+)  # fmt: skip
+def test_no_empty_logins(field: str) -> None:
+    assert not is_empty_login(field)
+
+
+@given(st.text())
+def test_a_login_with_a_user_or_a_password_is_not_empty(field: str) -> None:
+    credentials = BasicCredentials.parse(field)
+    assert credentials is None or is_empty_login(field) == (credentials == BasicCredentials("", ""))

@@ -97,8 +97,12 @@ def test_require_login(connect: Any, htpasswd: Any) -> None:
         assert 200 <= client.fetch(method, path, basic_fields("alice:wonder")).status < 300
         assert client.finished_requests[-1].user == "alice"
     assert client.fetch("GET", "/v2/token").status == 404
-    # Without a login, podman and skopeo send an empty user and password.
-    assert b"authentication required" in client.fetch("GET", "/v2/", basic_fields(":")).body
+    for fields in NO_LOGINS:
+        assert b"authentication required" in client.fetch("GET", "/v2/", fields).body
+
+
+# Without a login, podman and skopeo send an empty user and password.
+NO_LOGINS = [[], basic_fields(":"), basic_fields(""), [("Authorization", "Basic")]]
 
 
 class TestAnonymousPull:
@@ -114,9 +118,13 @@ class TestAnonymousPull:
         return str(document["token"])
 
     def test_read_needs_no_login(self, client: Any) -> None:
-        for method, path in READ_REQUESTS:
-            assert client.fetch(method, path).status == 200
-            assert client.finished_requests[-1].user is None
+        for fields in (*NO_LOGINS, bearer_fields(self.token(client, basic_fields(":")))):
+            for method, path in READ_REQUESTS:
+                assert client.fetch(method, path, fields).status == 200
+                assert client.finished_requests[-1].user is None
+            assert client.fetch("PUT", "/v2/a/manifests/1", fields).status == 401
+        for fields in NO_LOGINS:  # docker and podman log in only after a challenge
+            assert client.fetch("GET", "/v2/", fields).status == 401
 
     def test_write_needs_a_login(self, client: Any) -> None:
         for method, path in WRITE_REQUESTS:

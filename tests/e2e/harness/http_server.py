@@ -51,8 +51,11 @@ class HTTPExchange:
         self.path = request.path.partition("?")[0]
         self.query = request.path.partition("?")[2]
 
-    def respond(self, status: int, headers: Mapping[str, str] | None = None, body: bytes = b"") -> None:
-        """Send a whole response. A Content-Length is added if `headers` do not determine the framing."""
+    def respond(self, status: int, headers: Mapping[str, str | list[str]] | None = None, body: bytes = b"") -> None:
+        """Send a whole response. A Content-Length is added if `headers` do not determine the framing.
+
+        A field whose value is a list has several lines.
+        """
         fields = dict(headers or {})
         if not {"Content-Length", "Transfer-Encoding"} & set(fields) and status not in (204, 304):
             fields["Content-Length"] = str(len(body))
@@ -60,10 +63,11 @@ class HTTPExchange:
         if self.method != "HEAD":
             self.send_body(body)
 
-    def send_head(self, status: int, headers: Mapping[str, str]) -> None:
+    def send_head(self, status: int, headers: Mapping[str, str | list[str]]) -> None:
         self.request.response_status = status
         head = f"HTTP/1.1 {status} {self._handler.responses.get(status, ('Odd',))[0]}\r\n"
-        head += "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+        for name, value in headers.items():
+            head += "".join(f"{name}: {line}\r\n" for line in ([value] if isinstance(value, str) else value))
         self._handler.wfile.write((head + "\r\n").encode("latin-1"))
         self._handler.wfile.flush()
 
