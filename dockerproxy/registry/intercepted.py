@@ -15,7 +15,7 @@ from dockerproxy.oci.docker_hub import canonical_registry
 from dockerproxy.oci.names import Host, Registry
 from dockerproxy.oci.routes import Kind, Target, is_api_path, route
 from dockerproxy.registry.api import RegistryAPI
-from dockerproxy.registry.responses import cache_status_fields, respond_error, respond_ping
+from dockerproxy.registry.responses import respond_error, respond_ping, x_cache_fields
 from dockerproxy.registry.upstream import (
     Namespace,
     UpstreamRegistry,
@@ -108,7 +108,7 @@ class Intercepted:
         fields = [
             ("Content-Type", "application/json"),
             ("Cache-Control", "no-store"),
-            *cache_status_fields(request.cache_status),
+            *x_cache_fields(request.cache_status),  # the token may be one of ours
         ]
         request.respond(200, fields, content)
 

@@ -48,7 +48,15 @@ def cache_status_fields(cache_status: str) -> FieldList:
     """
     if cache_status == "-":
         return []
-    return [("X-Cache", cache_status), ("Cache-Status", _CACHE_STATUS_MEMBERS[cache_status])]
+    return [*x_cache_fields(cache_status), ("Cache-Status", _CACHE_STATUS_MEMBERS[cache_status])]
+
+
+def x_cache_fields(cache_status: str) -> FieldList:
+    """Return the only field that reports a cache status in a response that this server generates, such as an error.
+
+    Cache-Status is not sent with those, because it says how a cache handled the request (RFC 9211, section 2).
+    """
+    return [] if cache_status == "-" else [("X-Cache", cache_status)]
 
 
 def upstream_fields(headers: Headers) -> FieldList:
@@ -92,7 +100,9 @@ def respond_error(request: Request, error: RegistryError, challenge: Iterable[tu
             # One refusal may decide for several clients, and its Cache-Status describes the request of only one.
             headers = headers.without("cache-status")
         fields, body = upstream_fields(headers), error.content
+        cache_fields = cache_status_fields(request.cache_status)
     else:
         fields = [("Content-Type", "application/json"), API_VERSION, *headers]
+        cache_fields = x_cache_fields(request.cache_status)
         body = json.dumps({"errors": [{"code": error.code, "message": error.message}]}).encode()
-    request.respond(error.status, [*fields, *challenge, *cache_status_fields(request.cache_status)], body)
+    request.respond(error.status, [*fields, *challenge, *cache_fields], body)

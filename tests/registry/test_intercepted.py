@@ -139,17 +139,17 @@ def test_cache_status_of_every_kind_of_response(connect_intercepted: Any, upstre
     upstream.referrers_result = ReferrersIndex(EMPTY_INDEX, False, "PASS")
     upstream.realms = {("quay.io", "/token"): QUAY}
     upstream.cache_status = "JOINED"
-    for path, expected in [
-        (f"/v2/a/b/blobs/{upstream.put(fake_content(b'layer'))}", ["docker-registry-proxy;fwd=miss;collapsed"]),
-        ("/v2/a/b/manifests/latest", ["docker-registry-proxy;fwd=stale"]),
-        (f"/v2/a/b/referrers/{DIGEST}", ["docker-registry-proxy;fwd=bypass"]),
-        ("/v2/a/b/tags/list", ["docker-registry-proxy;fwd=bypass"]),
-        ("/token", ["docker-registry-proxy;fwd=bypass"]),
-        ("/v2/", []),
+    for path, expected, x_cache in [
+        (f"/v2/a/b/blobs/{upstream.put(fake_content(b'layer'))}", ["docker-registry-proxy;fwd=miss;collapsed"], ["JOINED"]),
+        ("/v2/a/b/manifests/latest", ["docker-registry-proxy;fwd=stale"], ["REVALIDATED"]),
+        (f"/v2/a/b/referrers/{DIGEST}", ["docker-registry-proxy;fwd=bypass"], ["PASS"]),
+        ("/v2/a/b/tags/list", ["docker-registry-proxy;fwd=bypass"], ["PASS"]),
+        ("/token", [], ["PASS"]),  # the response may be one of ours
+        ("/v2/", [], []),
     ]:
         response = connect_intercepted().fetch("GET", path)
         assert (response.status, response.fields("Cache-Status")) == (200, expected), path
-        assert len(response.fields("X-Cache")) == len(expected), path
+        assert response.fields("X-Cache") == x_cache, path
 
 
 def test_manifest_comes_from_upstream(connect_intercepted: Any, upstream: Any) -> None:
