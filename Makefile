@@ -20,6 +20,9 @@ PIP_INSTALL = -m pip --disable-pip-version-check install --quiet
 # The other editable modes of setuptools hide twisted/plugins from Twisted, which searches sys.path for it.
 EDITABLE = --config-settings editable_mode=compat --editable
 
+# The tests of the store sync thousands of small files, and a disk needs longer for that than the tests for all else.
+MEMORY = $(shell [ "$$(df --output=avail -B1M /dev/shm 2>&1 | tail -n1)" -gt 1000 ] 2>&- && echo --tmpdir=/dev/shm)
+
 .PHONY: help venv run check test lint test-oldest test-conformance test-programs deb test-deb test-vagrant \
     bench bench-programs profile soak fuzz clean
 
@@ -40,11 +43,14 @@ else
 	@echo "tests/e2e is skipped because it needs root, to start dockerd and containerd and install Debian packages."
 endif
 
-check: .venv/made-test ## check style, types and what the fast tests cover, in little more than a minute
+# Python rewrites each test module before it runs, and keeps the result for the next time only if it may write bytecode.
+check: export PYTHONDONTWRITEBYTECODE =
+check: .venv/made-test ## check style, types and what the fast tests cover, in 40 seconds on two cores
 	.venv/bin/ruff check --quiet
 	.venv/bin/ruff format --quiet --check
 	.venv/bin/mypy
-	.venv/bin/python -m pytest -q --numprocesses=auto --hypothesis-profile=fast -m "not slow and not root and not bench"
+	@files=$$(mktemp --directory $(MEMORY)) && trap 'rm -rf "$$files"' EXIT && TMPDIR=$$files \
+	    .venv/bin/python -m pytest -q -rs --numprocesses=auto --hypothesis-profile=fast -m "not slow and not root and not bench"
 
 lint: .venv/made-test ## check style and types
 	.venv/bin/ruff check

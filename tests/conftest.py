@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import http.client
 import io
 import math
@@ -57,6 +58,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for directory, marker in DIRECTORY_MARKERS.items():
             if Path(__file__).parent / directory in item.path.parents:
                 item.add_marker(marker)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # the collected tests live as long as the process: collections need not look at them
 
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

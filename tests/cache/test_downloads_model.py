@@ -19,6 +19,7 @@ from dockerproxy.oci.names import Digest
 from dockerproxy.store.ingest import Ingest
 from tests.cache.support.harness import HUB, CacheHarness, ManualReader, do_nothing, ingest_key
 from tests.cache.support.upstream import ReceivedRequest, ScriptedResponse, serve_content
+from tests.support.examples import examples
 
 pytestmark = pytest.mark.slow  # many examples
 
@@ -152,7 +153,7 @@ class DownloadModel:
 _append = Ingest.append
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(300), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     steps=st.lists(operations, max_size=60),
     wrong=st.booleans(),

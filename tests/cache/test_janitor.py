@@ -22,6 +22,7 @@ from dockerproxy.store.ingest import Ingest
 from dockerproxy.store.layout import IngestKey, Layout
 from dockerproxy.store.links import Links
 from dockerproxy.store.records import Records
+from tests.support.examples import examples
 
 MANY = 1 << 40
 DAY = 86400.0
@@ -483,4 +484,4 @@ class JanitorMachine(RuleBasedStateMachine):
 
 
 TestJanitorMachine = JanitorMachine.TestCase
-TestJanitorMachine.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+TestJanitorMachine.settings = settings(max_examples=examples(40), stateful_step_count=30, deadline=None)

@@ -19,6 +19,7 @@ from dockerproxy.http.headers import Headers
 from dockerproxy.oci.names import Digest
 from tests.cache.support.harness import HUB, OTHER, CacheHarness
 from tests.cache.support.upstream import OCI_MANIFEST, ReceivedRequest, ScriptedResponse, error_response, serve_content
+from tests.support.examples import examples
 
 APP, EVILS = "private/app", "x/y"
 ALICE, BOB = "Basic alice", "Basic bob"
@@ -159,4 +160,4 @@ class IsolationMachine(RuleBasedStateMachine):
 
 
 TestIsolation = IsolationMachine.TestCase
-TestIsolation.settings = settings(max_examples=30, stateful_step_count=25, deadline=None)
+TestIsolation.settings = settings(max_examples=examples(30), stateful_step_count=25, deadline=None)

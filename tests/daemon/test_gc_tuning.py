@@ -12,8 +12,7 @@ import pytest
 from dockerproxy.daemon.gc_tuning import freeze_startup_objects
 
 
-def test_existing_objects_are_frozen(request: pytest.FixtureRequest) -> None:
-    request.addfinalizer(gc.unfreeze)
+def test_existing_objects_are_frozen() -> None:
     existing = [object()]
     freeze_startup_objects()
     assert gc.get_freeze_count() > 1000

@@ -22,6 +22,7 @@ from dockerproxy.oci.routes import Kind, route
 from dockerproxy.registry.api import RegistryAPI
 from dockerproxy.registry.principal import Principal
 from dockerproxy.registry.responses import respond_error
+from tests.support.examples import examples
 from tests.support.multipart import split_byteranges
 
 SMALL = 64 * 1024
@@ -331,7 +332,7 @@ def test_range_of_an_empty_blob(client: Any, backend: Any, fake_content: Any) ->
     assert (response.status, response.body, response.headers["Content-Length"]) == (200, b"", "0")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(size=st.integers(0, 200_000), first=st.integers(0, 200_000), length=st.none() | st.integers(1, 200_000))
 def test_any_range(connect_client: Any, fake_content: Any, size: int, first: int, length: int | None) -> None:
     content = fake_content(make_bytes(size), chunk_size=50_000)
@@ -640,7 +641,7 @@ class RecordingBackend:
         return call
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(200), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(kind=st.sampled_from(Kind), method=st.sampled_from(METHODS) | st.text("ABCDEFGHIJKLMNOPQRSTUVWXYZ", min_size=1))
 def test_each_kind_and_method_has_one_operation(
     connect_client: Any, backend: Any, fake_content: Any, kind: Kind, method: str

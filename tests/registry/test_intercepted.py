@@ -139,8 +139,9 @@ def test_cache_status_of_every_kind_of_response(connect_intercepted: Any, upstre
     upstream.referrers_result = ReferrersIndex(EMPTY_INDEX, False, "PASS")
     upstream.realms = {("quay.io", "/token"): QUAY}
     upstream.cache_status = "JOINED"
+    blob = upstream.put(fake_content(b"layer"))
     for path, expected, x_cache in [
-        (f"/v2/a/b/blobs/{upstream.put(fake_content(b'layer'))}", ["docker-registry-proxy;fwd=miss;collapsed"], ["JOINED"]),
+        (f"/v2/a/b/blobs/{blob}", ["docker-registry-proxy;fwd=miss;collapsed"], ["JOINED"]),
         ("/v2/a/b/manifests/latest", ["docker-registry-proxy;fwd=stale"], ["REVALIDATED"]),
         (f"/v2/a/b/referrers/{DIGEST}", ["docker-registry-proxy;fwd=bypass"], ["PASS"]),
         ("/v2/a/b/tags/list", ["docker-registry-proxy;fwd=bypass"], ["PASS"]),

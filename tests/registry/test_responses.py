@@ -48,9 +48,7 @@ def render_error(connect_client: Any) -> Any:
 
 @pytest.mark.parametrize("cache_status", ["MISS", "PASS", "STALE"])
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
-def test_every_error_is_rendered_as_registry_json(
-    render_error: Any, error: RegistryError, cache_status: str
-) -> None:
+def test_every_error_is_rendered_as_registry_json(render_error: Any, error: RegistryError, cache_status: str) -> None:
     """RFC 9211, section 2: a response that this server generates has no Cache-Status, and says so in X-Cache only."""
     response = render_error(error, cache_status=cache_status)
     assert response.status == error.status

@@ -14,6 +14,7 @@ from dockerproxy.errors import DigestInvalid
 from dockerproxy.oci.names import Digest
 from dockerproxy.store.blobs import Blobs, OpenBlob, fill_cached, read_cached
 from dockerproxy.store.layout import Layout
+from tests.support.examples import examples
 
 CONTENTS = [b"", b"a", b"bb", b"c" * 5000]
 
@@ -109,7 +110,7 @@ class BlobsMachine(RuleBasedStateMachine):
 
 
 TestBlobs = BlobsMachine.TestCase
-TestBlobs.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+TestBlobs.settings = settings(max_examples=examples(40), stateful_step_count=30, deadline=None)
 
 
 @pytest.fixture

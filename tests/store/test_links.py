@@ -16,6 +16,7 @@ from dockerproxy.store import links as module
 from dockerproxy.store.layout import Layout
 from dockerproxy.store.links import Links, Visibility
 from dockerproxy.store.tree_reader import TreeReader
+from tests.support.examples import examples
 
 INDEX = "application/vnd.oci.image.index.v1+json"
 REPOSITORIES = st.sampled_from(["a", "a/b", "a/b/c", "a-b", "registry-1.docker.io/library/ubuntu", "host:5000/a"])
@@ -115,7 +116,7 @@ class LinksMachine(RuleBasedStateMachine):
 
 
 TestLinks = LinksMachine.TestCase
-TestLinks.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
+TestLinks.settings = settings(max_examples=examples(40), stateful_step_count=40, deadline=None)
 
 
 def test_a_page_of_tags_looks_only_at_its_own_links(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:

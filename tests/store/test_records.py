@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 
 from dockerproxy.store import records as module
 from dockerproxy.store.records import Records
+from tests.support.examples import examples
 
 KEYS = st.lists(st.text(max_size=200), min_size=1, max_size=3).map(tuple)
 AWKWARD = ["", ".", "..", "a", "A", "a~.json", "a~", "~", "~staging", "%7E", "a/b", "é", "\ud800", "a" * 300, "a\0b"]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=examples(60))
 @given(st.lists(st.tuples(KEYS, st.one_of(st.none(), st.integers())), max_size=12))
 def test_get_returns_the_last_put(writes: list[tuple[tuple[str, ...], int | None]]) -> None:
     model: dict[tuple[str, ...], dict[str, int]] = {}

@@ -39,6 +39,7 @@ from dockerproxy.store.sweep import RemovedItem, SweepResult, sweep
 from tests.store.support.images import ManifestTree, age_blobs, image, index
 from tests.store.support.reactor import SteppedReactor
 from tests.store.support.stepped_operation import SteppedOperation
+from tests.support.examples import examples
 from tests.support.hosted import make_hosted_registry
 
 pytestmark = pytest.mark.slow  # a state machine on a real tree
@@ -300,5 +301,5 @@ def short_steps() -> Iterator[None]:
 
 TestSweep = SweepMachine.TestCase
 TestSweep.settings = settings(
-    max_examples=100, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=examples(100), stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )

@@ -33,6 +33,7 @@ from dockerproxy.store.hosted_tree import HostedTree
 from dockerproxy.store.layout import Layout
 from dockerproxy.store.links import Links
 from dockerproxy.store.uploads import Upload, UploadLimits, Uploads
+from tests.support.examples import examples
 
 NAME = "some/where"
 DAY = 86400.0
@@ -176,7 +177,7 @@ class UploadsMachine(RuleBasedStateMachine):
         self.folder.cleanup()
 
 
-UploadsMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=20, deadline=None)
+UploadsMachine.TestCase.settings = settings(max_examples=examples(60), stateful_step_count=20, deadline=None)
 TestUploads = UploadsMachine.TestCase
 
 

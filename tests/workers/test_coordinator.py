@@ -26,6 +26,7 @@ from dockerproxy.workers.coordinator import Coordinator, LocalCoordinator, Share
 from dockerproxy.workers.message_socket import socketpair
 from dockerproxy.workers.remote import RemoteCoordinator
 from dockerproxy.workers.rpc import RPC
+from tests.support.examples import examples
 from tests.workers.descriptor_reactor import DescriptorThreadReactor
 
 LIMIT = 1000
@@ -426,4 +427,4 @@ class LockOrderMachine(RuleBasedStateMachine):
 
 
 TestLockOrder = LockOrderMachine.TestCase
-TestLockOrder.settings = settings(max_examples=25, stateful_step_count=25, deadline=None)
+TestLockOrder.settings = settings(max_examples=examples(25), stateful_step_count=25, deadline=None)

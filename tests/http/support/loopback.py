@@ -31,6 +31,7 @@ T = TypeVar("T")
 
 MIB = 1 << 20
 RECORD_SIZE = 16 * 1024
+_BACKLOG = 256  # connections that may wait to be accepted
 TIMEOUT = 20  # seconds after which a blocking client operation fails
 LARGE = 50 * MIB
 CHUNK = 64 * 1024
@@ -163,7 +164,8 @@ class SocketTestCase(TestCase):
 
     def listen(self, on_connection: Callable[[Any], None]) -> int:
         """Listen, call `on_connection` with the Twisted transport of each connection, and return the port."""
-        port = reactor.listenTCP(0, _CallbackFactory(on_connection), interface="127.0.0.1")
+        # The kernel delays a connection that finds the backlog full for a second.
+        port = reactor.listenTCP(0, _CallbackFactory(on_connection), backlog=_BACKLOG, interface="127.0.0.1")
         self.addCleanup(port.stopListening)
         number: int = port.getHost().port
         return number
