@@ -523,4 +523,5 @@ def log_access(request: Request, seconds: float) -> None:
         request.cache_status,
         request.user or request.proxy_user,
         request.user_agent,
+        request.because,
     )

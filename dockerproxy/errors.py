@@ -14,11 +14,13 @@ class RegistryError(Exception):
     """A request that failed. Base class of all errors that a client receives.
 
     `message` is a sentence for a person. It never contains a credential, a path of this machine or the query of a URL.
-    `headers` are additional response fields as (name, value), for example a challenge or Retry-After.
+    `headers` are additional response fields as (name, value), for example a challenge or Retry-After. `forwarded` says
+    whether the response is that of another server, so that its status line is as usual.
     """
 
     status = 500
     code = "UNKNOWN"
+    forwarded = False
 
     def __init__(self, message: str, *, headers: Sequence[tuple[str, str]] = ()) -> None:
         super().__init__(message)
@@ -208,6 +210,8 @@ class UpstreamRefused(RegistryError):
 
     `content` is the body of its response, `headers` are the fields, with names in lower case.
     """
+
+    forwarded = True
 
     def __init__(self, status: int, content: bytes, headers: Sequence[tuple[str, str]]) -> None:
         super().__init__(f"upstream responded with {status}", headers=headers)

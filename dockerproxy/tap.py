@@ -37,6 +37,7 @@ from dockerproxy.store.blobs import Blobs
 from dockerproxy.store.hosted_tree import HostedTree
 from dockerproxy.store.local_hosted_store import upload_purge_service
 from dockerproxy.store.state_directory import DirectoryInUse, StateDirectory
+from dockerproxy.terminal import format_size
 from dockerproxy.workers.connection_table import ConnectionTable
 from dockerproxy.workers.coordinator import LocalCoordinator, SharedState
 from dockerproxy.workers.dispatch import ConnectionDispatcher
@@ -296,8 +297,8 @@ def log_configuration(settings: Settings, authority: CertificateAuthority) -> No
     """Log the intercepted registries, the directories, and the CA's fingerprint, which the set-up script compares."""
     log.info("intercepting {hosts}", hosts=", ".join(str(registry) for registry in settings.intercepted))
     log.info(
-        "cache in {cache} (up to {size} bytes), registry in {registry}, CA in {ca}",
-        cache=settings.cache_dir, size=settings.cache_max_size,
+        "cache in {cache} (up to {size}), registry in {registry}, CA in {ca}",
+        cache=settings.cache_dir, size=format_size(settings.cache_max_size),
         registry=settings.registry_dir, ca=settings.ca_crt_file or settings.ca_dir,
     )  # fmt: skip
     log.info("the CA certificate's SHA-256 is {fingerprint}", fingerprint=authority.fingerprint)

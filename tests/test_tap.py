@@ -320,19 +320,20 @@ def test_startup_log(start: Any, tmp_path: Path) -> None:
     text = daemon.log_text
     for expected in (
         "intercepting registry-1.docker.io, quay.io, plain.example:5000, auth.docker.io",
-        f"cache in {tmp_path}/state/cache (up to 5242880 bytes)",
+        f"cache in {tmp_path}/state/cache (up to 5.24 MB)",
         f"registry in {tmp_path}/state/registry",
         f"CA in {tmp_path}/state/ca",
         "REGISTRYS is not a setting",
+        f"docker-registry-proxy {dockerproxy.__version__} is ready, serving registry-1.docker.io, quay.io",
     ):
         assert text.count(expected) == 1, expected
-    assert "REGISTRY_HTTP_LISTEN" not in text
+    assert "REGISTRY_HTTP_LISTEN" not in text and "starting on" not in text
 
 
 def test_environment_overrides_env_file(start: Any, tmp_path: Path) -> None:
     (tmp_path / "x.env").write_text("CACHE_MAX_SIZE=5m\n")
     daemon = start("--env-file", str(tmp_path / "x.env"), CACHE_MAX_SIZE="6m")
-    daemon.wait_for(r"up to 6291456 bytes")
+    daemon.wait_for(r"up to 6\.29 MB")
 
 
 def test_requests_are_served_and_logged(start: Any, tmp_path: Path) -> None:

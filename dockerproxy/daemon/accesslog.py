@@ -8,7 +8,7 @@ from twisted.logger import LogEvent, LogLevel, globalLogPublisher
 
 NAMESPACE = "dockerproxy.access"
 
-FIELDS = ("client", "method", "host", "path", "status", "size", "seconds", "verdict", "user", "user_agent")
+FIELDS = ("client", "method", "host", "path", "status", "size", "seconds", "verdict", "user", "user_agent", "because")
 """Keys of an access event beside `line`. The JSON log writes them under the same names."""
 
 
@@ -27,18 +27,24 @@ class AccessLog:
         cache_status: str,
         user: str | None = None,
         user_agent: str | None = None,
+        because: str = "",
     ) -> None:
         """Log one finished request.
 
         The query is dropped from `path`, because a signed URL is a credential, and a login from `host`. Characters that
-        could forge or split a line are escaped. `size` is the number of body bytes sent to the client. `user` and
-        `user_agent` are not part of the line, so that its form stays.
+        could forge or split a line are escaped. `size` is the number of body bytes sent to the client. `because` is the
+        sentence of an error, the last field of the line. `user` and `user_agent` are not part of the line, so that its
+        form stays.
         """
         method, host, path = (
             _escape_unprintable(method),
             _escape_unprintable(host.rpartition("@")[2]),
             _escape_unprintable(path.partition("?")[0]),
         )
+        line = f"{client} {method or '-'} {host + path or '-'} {status} {size} {seconds:.3f} {cache_status}"
+        if because:
+            because = _escape_unprintable(because, "")
+            line = f"{line} {because}"
         # The line and the event are built here, because Twisted's `Logger` and formatting take as long as the rest of a
         # small request.
         event: LogEvent = {
@@ -47,7 +53,7 @@ class AccessLog:
             "log_time": time.time(),
             "log_source": None,
             "log_format": "{line}",
-            "line": f"{client} {method or '-'} {host + path or '-'} {status} {size} {seconds:.3f} {cache_status}",
+            "line": line,
             "client": client,
             "method": method,
             "host": host,
@@ -58,12 +64,13 @@ class AccessLog:
             "verdict": cache_status,
             "user": user,
             "user_agent": user_agent,
+            "because": because or None,
         }
         globalLogPublisher(event)
 
 
-def _escape_unprintable(text: str) -> str:
-    """Return `text` with Python's escapes for spaces, which separate the fields, and for unprintable characters."""
-    if text.isprintable() and " " not in text:
+def _escape_unprintable(text: str, also: str = " ") -> str:
+    """Return `text` with Python's escapes for unprintable characters, and for `also`: a space separates the fields."""
+    if text.isprintable() and not (also and also in text):
         return text
-    return "".join(c if c.isprintable() and c != " " else f"\\x{ord(c):02x}" for c in text)
+    return "".join(c if c.isprintable() and c != also else f"\\x{ord(c):02x}" for c in text)

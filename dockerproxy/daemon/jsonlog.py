@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import sys
 from collections.abc import Mapping
@@ -20,6 +21,9 @@ from zope.interface import implementer
 
 from dockerproxy.daemon.accesslog import FIELDS, NAMESPACE
 from dockerproxy.daemon.log_stream import DROPPED_MESSAGE, NonBlockingStream
+
+# What Twisted logs when a port is opened or closed. It names a class, and the listener's own line says more.
+_PORT_MESSAGE = re.compile(r"\S+ starting on \S+|\(\w+ Port \S+ Closed\)")
 
 
 class TextStream(Protocol):
@@ -96,6 +100,12 @@ def logs_to_stdout(options: Mapping[str, Any]) -> bool:
     return bool(options.get("nodaemon")) and options.get("logfile") in (None, "", "-") and not options.get("syslog")
 
 
+def is_port_message(event: LogEvent) -> bool:
+    """Return whether `event` is one of those that Twisted itself logs when a port is opened or closed."""
+    message = event.get("message") or ("",)
+    return _PORT_MESSAGE.fullmatch(str(message[0])) is not None
+
+
 def parse_event(line: bytes) -> LogEvent | None:
     """Return the event that a `JsonLog` wrote as `line`, or None if `line` is not such an object."""
     try:
@@ -119,7 +129,7 @@ def parse_event(line: bytes) -> LogEvent | None:
 def _format_event(event: LogEvent) -> str | None:
     failure: Failure | None = event.get("log_failure")
     message = formatEvent(event)
-    if not message and failure is None:
+    if (not message and failure is None) or is_port_message(event):
         return None
     time, level = event.get("log_time"), event.get("log_level")
     entry = {

@@ -16,7 +16,7 @@ from twisted.python.components import Componentized
 from zope.interface import implementer
 
 from dockerproxy.daemon.accesslog import NAMESPACE
-from dockerproxy.daemon.jsonlog import TextStream, logs_to_stdout
+from dockerproxy.daemon.jsonlog import TextStream, is_port_message, logs_to_stdout
 from dockerproxy.daemon.log_stream import DROPPED_MESSAGE, NonBlockingStream
 
 # Syslog levels, as sd-daemon(3) defines them. Lines without one get the unit's SyslogLevel=.
@@ -41,7 +41,10 @@ class TextLog:
     def __call__(self, event: LogEvent) -> None:
         # A full disk or a closed pipe must not end the transfer that is being logged.
         with suppress(Exception):
-            text = self._format_access(event) if event.get("log_namespace") == NAMESPACE else self._format(event)
+            if event.get("log_namespace") == NAMESPACE:
+                text: str | None = self._format_access(event)
+            else:
+                text = None if is_port_message(event) else self._format(event)
             if text:
                 self._stream.write(text)
                 self._stream.flush()

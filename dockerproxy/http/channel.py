@@ -34,6 +34,7 @@ from dockerproxy.http.message import (
     keeps_alive,
     may_become_head,
     parse_head,
+    reason_phrase,
     render_head,
 )
 from dockerproxy.http.request import PLAIN_TEXT, ClientDisconnected, Fields, Request, respond_text_error
@@ -331,6 +332,7 @@ class HTTPChannel(Protocol):
             log.failure("{method} {path} failed", method=request.method, path=request.path)
             request.closing = True
             error = RegistryError("internal error")
+        request.set_error(error)
         if request.started:
             request.abort()
         elif not request.finished:
@@ -364,7 +366,7 @@ class HTTPChannel(Protocol):
         """Respond to invalid input with `status`, `reason` and `fields`, then close."""
         body = f"{reason}\n".encode()
         fields = [PLAIN_TEXT, ("Content-Length", str(len(body))), *fields, ("Connection", "close")]
-        self.write(render_head(status, fields, SECURITY_FIELDS) + body)
+        self.write(render_head(status, fields, SECURITY_FIELDS, reason=reason_phrase(reason)) + body)
         log.info("refused a request from {client}: {reason}", client=self.client, reason=reason)
         self._on_event(Event.INVALID_INPUT)
 

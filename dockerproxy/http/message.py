@@ -34,6 +34,9 @@ _ABSOLUTE_FORM = re.compile(r"(https?)://([^/?@]+)([/?].*)?", re.IGNORECASE)
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 _CONTENT_LENGTH = re.compile(r"[0-9]{1,18}")
 
+_MAX_REASON = 120  # characters
+_SERVER_SUFFIX = " (docker-registry-proxy)"
+
 # Chunked coding. Whitespace before an extension (BWS) is refused: no client sends it, and parsers disagree about it.
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:;[\t\x20-\x7e\x80-\xff]*)?")
 _TRAILER = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*")
@@ -191,13 +194,30 @@ def origin_form(target: str) -> str:
     return target
 
 
-def render_head(status: int, fields: Iterable[tuple[str, str]], rendered_fields: str = "") -> bytes:
+def reason_phrase(sentence: str) -> str:
+    """Return `sentence` as a reason phrase: at most 120 characters of printable ASCII that end in the server's name.
+
+    docker, containerd, podman and skopeo print the reason phrase of a refused CONNECT and of most other errors, and
+    nothing else of the response. It may be any text (RFC 9112, section 4). The name tells a person which server of
+    several on the way refused.
+    """
+    text = "".join(character if " " <= character <= "~" else "?" for character in sentence)
+    room = _MAX_REASON - len(_SERVER_SUFFIX)
+    if len(text) > room:
+        text = text[: room - 3].rstrip() + "..."
+    return text + _SERVER_SUFFIX
+
+
+def render_head(
+    status: int, fields: Iterable[tuple[str, str]], rendered_fields: str = "", *, reason: str = ""
+) -> bytes:
     """Return the head of a response, including the empty line. `rendered_fields` are lines, each with its CR LF.
 
-    Raise ValueError if the status is outside 100 to 599, if a field name is not a token, or if a field value contains
-    CR, LF or NUL or cannot be encoded in Latin-1.
+    `reason` is the reason phrase; the default is the standard one of the status. Raise ValueError if the status is
+    outside 100 to 599, if a field name is not a token, or if `reason` or a field value contains CR, LF or NUL or cannot
+    be encoded in Latin-1.
     """
-    lines = [_status_line(status)]
+    lines = [_status_line(status, reason)]
     for name, value in fields:
         if not _TOKEN.fullmatch(name):
             raise ValueError("a header field name is not a token")
@@ -208,11 +228,11 @@ def render_head(status: int, fields: Iterable[tuple[str, str]], rendered_fields:
     return f"{head}\r\n{rendered_fields}\r\n".encode("latin-1")
 
 
-def _status_line(status: int) -> str:
+def _status_line(status: int, reason: str) -> str:
     if not 100 <= status <= 599:
         raise ValueError(f"{status} is not an HTTP status")
     # RFC 9112, section 4: the phrase may be empty, but the space before it is required.
-    return f"HTTP/1.1 {status} {_PHRASES.get(status, '')}"
+    return f"HTTP/1.1 {status} {reason or _PHRASES.get(status, '')}"
 
 
 _PHRASES = {status.value: status.phrase for status in HTTPStatus}

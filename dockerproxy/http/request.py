@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from dockerproxy.errors import RegistryError, SizeInvalid
 from dockerproxy.http.headers import Headers
-from dockerproxy.http.message import RequestHead, expects_continue, render_head
+from dockerproxy.http.message import RequestHead, expects_continue, reason_phrase, render_head
 from dockerproxy.http.security_fields import SECURITY_FIELDS
 
 if TYPE_CHECKING:
@@ -69,6 +69,9 @@ class Request:
     access log and in `X-Cache`. `host` is the host that the client addressed, `user` the user that logged in there, and
     `proxy_user` the user that logged in to the proxy. Handlers set them and the access log reports them.
 
+    `because` is the sentence of the error that the request ended in, for the access log, "" if there was none. `reason`
+    is the reason phrase of the response, "" for the standard one.
+
     `security_fields` are rendered fields that the response gets besides those of the handler. A handler that forwards
     the page of another server sets them to "", because that server's own rules for its pages apply.
 
@@ -84,6 +87,7 @@ class Request:
         "_channel",
         "_chunked",
         "_content_length",
+        "because",
         "bytes_sent",
         "cache_status",
         "client",
@@ -98,6 +102,7 @@ class Request:
         "port",
         "proxy_user",
         "query",
+        "reason",
         "secure",
         "security_fields",
         "status",
@@ -119,6 +124,7 @@ class Request:
         self.secure = channel.secure
         self.host = ""
         self.cache_status = "-"
+        self.because = self.reason = ""
         self.user: str | None = None
         self.proxy_user: str | None = None
         self.status = 0
@@ -138,6 +144,11 @@ class Request:
         """The start of the User-Agent field, None if there is none."""
         value = self.headers.get("user-agent")
         return None if value is None else value[:_MAX_USER_AGENT]
+
+    def set_error(self, error: RegistryError) -> None:
+        """Put the sentence of `error` into the access log and, unless it is forwarded, into the status line."""
+        self.because = error.message
+        self.reason = "" if error.forwarded else reason_phrase(error.message)
 
     # Request body
 
@@ -305,7 +316,7 @@ class Request:
         elif self.head.version == (1, 0):
             response_fields.append(("Connection", "keep-alive"))
         response_fields.append(("Date", _date.now()))
-        head = render_head(status, response_fields, self.security_fields)
+        head = render_head(status, response_fields, self.security_fields, reason=self.reason)
         self.status, self._content_length, self._chunked = status, length, chunked
         self._body_suppressed = self.method == "HEAD" or status in _BODYLESS_STATUSES
         if content and not self._body_suppressed:

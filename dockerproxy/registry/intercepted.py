@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from typing import Protocol
 
-from dockerproxy.errors import NameUnknown, RegistryError, Unsupported
+from dockerproxy.errors import NameUnknown, RegistryError, Unauthorized, Unsupported
 from dockerproxy.http.cross_origin import CrossOriginProtection, is_preflight, respond_preflight
 from dockerproxy.http.message import SAFE_METHODS, origin_form
 from dockerproxy.http.request import Request
@@ -94,6 +94,8 @@ class Intercepted:
             return respond_preflight(request)
         if target.kind in (Kind.MANIFEST, Kind.BLOB) and request.method in SAFE_METHODS:
             request.error_renderer = partial(_respond_pull_error, upstream, target)
+        elif target.kind is Kind.BASE and _is_containers_image(request):
+            request.error_renderer = partial(_respond_ping_error, upstream)
         pull = self._api.handle_pull(request, target, upstream) or handle_list(request, target, upstream)
         if pull is not None:
             return pull
@@ -169,13 +171,17 @@ class Mirror:
 
 def _check_default(request: Request) -> None:
     """Refuse a client of containers/image that names no registry: it would take the default's image for another's."""
-    user_agent = request.headers.get("user-agent") or ""
-    if _CONTAINERS_IMAGE.match(user_agent) or _SKOPEO_WITH_PREFIX in user_agent:
+    if _is_containers_image(request):
         location = f"{request.host or 'docker-registry.local:3128'}/"
         raise NameUnknown(
             "a mirror for podman, CRI-O, buildah or skopeo has to name its registry, because they do not: write "
             f'location = "{location}quay.io" into registries.conf for quay.io, "{location}docker.io" for Docker Hub'
         )
+
+
+def _is_containers_image(request: Request) -> bool:
+    user_agent = request.headers.get("user-agent") or ""
+    return _CONTAINERS_IMAGE.match(user_agent) is not None or _SKOPEO_WITH_PREFIX in user_agent
 
 
 async def _respond_ping(request: Request) -> None:
@@ -190,6 +196,17 @@ def _respond_error(upstream: UpstreamRegistry, request: Request, error: Registry
 def _respond_pull_error(upstream: UpstreamRegistry, target: Target, request: Request, error: RegistryError) -> None:
     """Respond with `error`, or with a request for a login that the content may be served to from the cache."""
     _respond_error(upstream, request, upstream.request_login(error, target.name))
+
+
+def _respond_ping_error(upstream: UpstreamRegistry, request: Request, error: RegistryError) -> None:
+    """Respond with `error`, which a client of containers/image has to print.
+
+    Its older versions print nothing of a failed ping but the status (`httpResponseToError`), so that nobody would learn
+    the cause. After a 401 without a challenge they request the content, and print the error of that.
+    """
+    if error.forwarded or error.status == 401:
+        return _respond_error(upstream, request, error)
+    respond_error(request, Unauthorized(error.message, headers=error.headers))
 
 
 def _check_path(request: Request) -> None:

@@ -19,7 +19,7 @@ from twisted.logger import Logger
 
 from dockerproxy.daemon.listener_service import Listener
 from dockerproxy.errors import RegistryError
-from dockerproxy.http.message import MAX_HEAD, render_head
+from dockerproxy.http.message import MAX_HEAD, reason_phrase, render_head
 from dockerproxy.http.request import PLAIN_TEXT
 from dockerproxy.http.security_fields import SECURITY_FIELDS
 from dockerproxy.http.site import Site
@@ -82,7 +82,7 @@ class ConnectionDispatcher(Factory):
 def _render_refusal(error: RegistryError) -> bytes:
     body = f"{error.message}\n".encode()
     fields = [PLAIN_TEXT, ("Content-Length", str(len(body))), *error.headers, ("Connection", "close")]
-    return render_head(error.status, fields, SECURITY_FIELDS) + body
+    return render_head(error.status, fields, SECURITY_FIELDS, reason=reason_phrase(error.message)) + body
 
 
 class _PendingConnection(Protocol):

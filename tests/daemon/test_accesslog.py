@@ -51,6 +51,14 @@ def test_the_user_is_in_the_event_only() -> None:
     assert formatEvent(event) == formatEvent(record_request())
 
 
+def test_the_line_of_an_error_ends_in_its_sentence() -> None:
+    event = record_request(status=502, because="quay.io:443: no such name\r\n192.0.2.1 GET forged 200 1 0.1 HIT")
+    sentence = "quay.io:443: no such name\\x0d\\x0a192.0.2.1 GET forged 200 1 0.1 HIT"
+    assert formatEvent(event).endswith(f" 502 1234 0.123 HIT {sentence}")
+    assert event["because"] == sentence
+    assert record_request()["because"] is None
+
+
 @pytest.mark.parametrize(
     ("path", "expected"),
     [

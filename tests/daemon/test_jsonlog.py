@@ -60,9 +60,8 @@ def test_time_is_iso_8601_in_utc() -> None:
 
 
 def test_an_access_event_has_its_fields() -> None:
-    fields = dict(
-        zip(FIELDS, ("::1", "GET", "quay.io", "/v2/", 200, 2, 0.25, "HIT", "alice", "docker/29"), strict=True)
-    )
+    values = ("::1", "GET", "quay.io", "/v2/", 502, 2, 0.25, "HIT", "alice", "docker/29", "no such name")
+    fields = dict(zip(FIELDS, values, strict=True))
     entry = emit("{line}", "dockerproxy.access", line="the line", **fields)
     assert entry["message"] == "the line"
     assert {name: entry[name] for name in FIELDS} == fields
@@ -88,6 +87,13 @@ def test_a_failure_has_its_traceback() -> None:
 
 def test_an_event_without_a_message_is_left_out() -> None:
     assert log_event(log_time=1.0) == []
+
+
+@pytest.mark.parametrize("text", ["Site starting on '/run/a.sock'", "(TCP Port 3128 Closed)"])
+def test_twisteds_lines_about_ports_are_left_out(text: str) -> None:
+    assert log_event(log_format="{log_legacy}", log_legacy=text, message=(text,), log_time=1.0) == []
+    assert len(log_event(log_format="{x}", x=text, log_time=1.0)) == 1
+    assert len(log_event(log_format="{x}", x=text, message=("worker 1: " + text,), log_time=1.0)) == 1
 
 
 @pytest.mark.parametrize(

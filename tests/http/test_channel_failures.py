@@ -8,7 +8,7 @@ from twisted.internet.defer import CancelledError, Deferred
 from twisted.trial.unittest import SynchronousTestCase
 
 from dockerproxy.concurrency import SingleFlight
-from dockerproxy.errors import Denied, RegistryError
+from dockerproxy.errors import Denied, RegistryError, UpstreamRefused
 from dockerproxy.http.request import ClientDisconnected, Request
 from tests.http.support.in_memory import (
     GET,
@@ -221,6 +221,29 @@ class HandlerFailureTests(SynchronousTestCase):
         (response,) = self.run_failing(handler_of(KeyError("secret")), [KeyError]).responses
         self.assertEqual((response.status, response.body, response.fields["A"]), (500, b"internal error", "UNKNOWN"))
 
+    def test_the_status_line_of_our_own_error_has_its_sentence(self) -> None:
+        """An error that another server sent has the usual status line."""
+        requests: list[Request] = []
+
+        def handler_of(error: RegistryError) -> Handler:
+            async def handle(request: Request) -> None:
+                requests.append(request)
+                raise error
+
+            return handle
+
+        client = self.run_failing(handler_of(Denied("ALLOW_CLIENTS has no entry for you.")), [])
+        status_line = b"HTTP/1.1 403 ALLOW_CLIENTS has no entry for you. (docker-registry-proxy)\r\n"
+        self.assertEqual(client.transport.value().count(status_line), 2)
+        client = self.run_failing(handler_of(Denied("a\r\nX-Forged: \u00e9")), [])
+        self.assertIn(b"HTTP/1.1 403 a??X-Forged: ? (docker-registry-proxy)\r\n", client.transport.value())
+        client = self.run_failing(handler_of(UpstreamRefused(403, b"no", [])), [])
+        self.assertIn(b"HTTP/1.1 403 Forbidden\r\n", client.transport.value())
+        self.assertEqual(
+            [request.because for request in requests[::2]],
+            ["ALLOW_CLIENTS has no entry for you.", "a\r\nX-Forged: \u00e9", "upstream responded with 403"],
+        )
+
     def test_error_after_the_start_of_the_response_is_not_rendered(self) -> None:
         def render(request: Request, error: RegistryError) -> None:
             raise AssertionError
@@ -228,10 +251,13 @@ class HandlerFailureTests(SynchronousTestCase):
         async def handle(request: Request) -> None:
             request.error_renderer = render
             request.start(200, [], 5)
+            requests.append(request)
             raise Denied("not for you")
 
+        requests: list[Request] = []
         client = self.run_failing(handle, [])
         self.assertTrue(client.transport.aborted)
+        self.assertEqual(requests[0].because, "not for you")
         self.assertNotIn(b"not for you", client.transport.value())
 
     def test_failing_renderer_is_a_500(self) -> None:

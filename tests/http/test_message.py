@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dockerproxy.errors import BadRequest, NameInvalid
@@ -19,6 +19,7 @@ from dockerproxy.http.message import (
     keeps_alive,
     origin_form,
     parse_head,
+    reason_phrase,
     render_head,
 )
 from dockerproxy.oci.names import Host
@@ -344,6 +345,25 @@ def test_render_head() -> None:
     assert render_head(200, fields) == b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nX-Latin: caf\xe9\r\n\r\n"
     assert render_head(404, Headers([("A", "b")])) == b"HTTP/1.1 404 Not Found\r\na: b\r\n\r\n"
     assert render_head(599, []) == b"HTTP/1.1 599 \r\n\r\n"
+    assert render_head(502, [], reason="no such name") == b"HTTP/1.1 502 no such name\r\n\r\n"
+    for reason in ("a\r\nB: c", "a\nb", "a\0"):
+        with pytest.raises(ValueError, match="CR, LF or NUL"):
+            render_head(502, [], reason=reason)
+
+
+@given(st.text(max_size=300))
+@example("quay.io:443: connection refused")
+@example("a\r\nX-Forged: b")
+def test_a_reason_phrase_is_one_line_of_bounded_length(sentence: str) -> None:
+    phrase = reason_phrase(sentence)
+    assert len(phrase) <= 120 and phrase.isascii() and phrase.isprintable()
+    assert phrase.endswith(" (docker-registry-proxy)")
+    if len(sentence) <= 96 and sentence.isascii() and sentence.isprintable():
+        assert phrase == f"{sentence} (docker-registry-proxy)"
+
+
+def test_a_long_reason_phrase_says_that_it_is_cut() -> None:
+    assert reason_phrase("x" * 97) == "x" * 93 + "... (docker-registry-proxy)"
 
 
 @pytest.mark.parametrize(

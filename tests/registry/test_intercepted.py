@@ -173,6 +173,22 @@ def test_ping(connect_intercepted: Any, upstream: Any, path: str) -> None:
     assert upstream.forwarded_requests == []
 
 
+@pytest.mark.parametrize("error", [UpstreamUnreachable("quay.io:443: no such name"), UpstreamTimeout("quay.io: late")])
+def test_a_failed_ping_of_containers_image(connect_intercepted: Any, upstream: Any, error: UpstreamUnreachable) -> None:
+    """It prints only the status of a failed ping. After a 401 without a challenge it requests the manifest."""
+    upstream.ping_error = error
+    for user_agent in ("containers/5.22 (github.com/containers/image)", "skopeo/1.9.3", "bootc/1 skopeo/1.9.3"):
+        response = connect_intercepted().fetch("GET", "/v2/", [("User-Agent", user_agent)])
+        assert (response.status, response.fields("WWW-Authenticate")) == (401, [])
+        assert error.message.encode() in response.body
+    for user_agent in ("docker/28.0.0", "containerd/1.6", "mypodman/1"):
+        response = connect_intercepted().fetch("GET", "/v2/", [("User-Agent", user_agent)])
+        assert response.status == error.status
+    upstream.ping_error = UpstreamRefused(403, b"no", [])
+    response = connect_intercepted().fetch("GET", "/v2/", [("User-Agent", "skopeo/1.9.3")])
+    assert (response.status, response.body) == (403, b"no")
+
+
 def test_a_401_carries_the_registrys_challenge_once(connect_intercepted: Any, upstream: Any) -> None:
     """The realm leads to us, with the scheme of the client's connection."""
     headers = [("www-authenticate", 'Bearer service="s"'), ("www-authenticate", "Basic realm2"), ("oci-own", "1")]

@@ -246,7 +246,11 @@ class ConnectionDispatcherTests(DispatchTestCase):
             await self.use_whole_share(stack, port)
             response = await deferToThread(_converse, ("127.0.0.1", port), GET)
             head, _, body = response.partition(b"\r\n\r\n")
-            self.assertEqual(head.split(b"\r\n")[0], b"HTTP/1.1 429 Too Many Requests")
+            self.assertEqual(
+                head.split(b"\r\n")[0],
+                b"HTTP/1.1 429 127.0.0.1 has 4 of the 4 open connections that one client may have "
+                b"(MAX_CONNECTIONS_PER_CLIENT) (docker-registry-proxy)",
+            )
             self.assertIn(b"Retry-After: 1", head)
             self.assertEqual(
                 body,

@@ -23,9 +23,10 @@ _PROJECT = Path(__file__).resolve().parents[3]
 CLEAN_EXIT_STATUSES = (0, -signal.SIGTERM)
 """Exit statuses of a daemon after SIGTERM: twistd ends by sending itself the signal that it received."""
 
-# CLIENT METHOD HOST/PATH STATUS BYTES SECONDS CACHE_STATUS, after the prefix of the log line
+# CLIENT METHOD HOST/PATH STATUS BYTES SECONDS CACHE_STATUS [BECAUSE], after the prefix of the log line
 _ACCESS_LINE = re.compile(
-    r"([0-9a-f.:]+) ([A-Z]+) (\S+) (\d{3}) (\d+) [\d.]+ (HIT|MISS|JOINED|REVALIDATED|STALE|PASS|-)$", re.MULTILINE
+    r"([0-9a-f.:]+) ([A-Z]+) (\S+) (\d{3}) (\d+) [\d.]+ (HIT|MISS|JOINED|REVALIDATED|STALE|PASS|-)(?: (.+))?$",
+    re.MULTILINE,
 )
 _TRACEBACK = re.compile(
     r"Traceback \(most recent call last\)|Unhandled (?:E|e)rror|Unhandled exception|was never awaited"
@@ -42,6 +43,7 @@ class AccessLogEntry:
     status: int
     size: int
     cache_status: str
+    because: str
 
 
 class TwistdDaemon(BackgroundProcess):
@@ -122,8 +124,10 @@ class TwistdDaemon(BackgroundProcess):
     def access_log(self, offset: int = 0) -> list[AccessLogEntry]:
         """Return the requests logged since `offset`."""
         return [
-            AccessLogEntry(client, method, target, int(status), int(size), cache_status)
-            for client, method, target, status, size, cache_status in _ACCESS_LINE.findall(self.output_text[offset:])
+            AccessLogEntry(client, method, target, int(status), int(size), cache_status, because)
+            for client, method, target, status, size, cache_status, because in _ACCESS_LINE.findall(
+                self.output_text[offset:]
+            )
         ]
 
     def check_log(self, secrets: list[str]) -> None:
