@@ -44,6 +44,7 @@ from dockerproxy.proxy.host_rule import HostRule
 from dockerproxy.proxy.login import ProxyLogin
 from dockerproxy.proxy.policy import Policy
 from dockerproxy.proxy.router import BrowserProtection, Router
+from dockerproxy.proxy.trusted_proxies import TrustedProxies
 from dockerproxy.proxy.tunnel import TunnelTimeouts
 from dockerproxy.registry.access_control import AccessControl, AllowAll, AnonymousPull, RequireLogin
 from dockerproxy.registry.api import RegistryAPI
@@ -219,7 +220,7 @@ def build_server(reactor: Any, settings: Settings, certificates: Certificates, s
         browser_protection,
         respond_error,
     )
-    direct_listener = DirectRequestHandler(policy, registry_router.handle)
+    direct_listener = DirectRequestHandler(policy, registry_router.handle, TrustedProxies(settings.trusted_proxies))
     intercepted = Intercepted(api, pull_through.registry, pull_through, cross_origin, allow_push=settings.allow_push)
     transfers = Transfers()
     forward_proxy = ForwardProxy(
@@ -230,7 +231,8 @@ def build_server(reactor: Any, settings: Settings, certificates: Certificates, s
         dialer=connectors.tunnel_dialer,
         agent=connectors.agent,
         local=proxy_router.handle,
-        hosted=direct_listener.handle,
+        # Clients of the proxy reach it without a reverse proxy, also those on the machine of one.
+        hosted=DirectRequestHandler(policy, registry_router.handle).handle,
         hosted_names=hosted_names,
         hosted_context_for=partial(authority.own_context_for, file=certificates.registry_file),
         registry_ports=listening_ports(settings.registry_listen, 443),
@@ -387,7 +389,8 @@ def build_cache(
 def build_host_rule(settings: Settings) -> HostRule:
     """Return the rule for the Host of requests. It reads the files with this machine's names."""
     local = LocalNames.read()
-    return HostRule(local.names | set(settings.registry_hostname), local.domains, settings.allowed_hosts)
+    public = set() if settings.registry_url is None else {settings.registry_url.host.name}
+    return HostRule(local.names | set(settings.registry_hostname) | public, local.domains, settings.allowed_hosts)
 
 
 def build_access_control(reactor: Any, settings: Settings, pools: ThreadPools, state: StateDirectory) -> AccessControl:
@@ -399,7 +402,9 @@ def build_access_control(reactor: Any, settings: Settings, pools: ThreadPools, s
         return AllowAll()
     realm, secret = settings.registry_hostname[0], state.registry_secret
     users = HtpasswdFile(reactor, pools.passwords, settings.htpasswd_file, secret)
-    return AnonymousPull(users, realm, secret, time.time) if settings.anonymous_pull else RequireLogin(users, realm)
+    if not settings.anonymous_pull:
+        return RequireLogin(users, realm)
+    return AnonymousPull(users, settings.registry_hostname, secret, time.time, settings.registry_url)
 
 
 def set_hosted_rules(rules: HostedRules, settings: Settings) -> None:

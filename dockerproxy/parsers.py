@@ -15,7 +15,7 @@ from urllib.parse import unquote_to_bytes, urlsplit
 
 from dockerproxy.durations import parse_duration
 from dockerproxy.errors import NameInvalid
-from dockerproxy.net.addresses import HostPattern, redacted_repr
+from dockerproxy.net.addresses import AddressSet, HostPattern, redacted_repr
 from dockerproxy.net.upstream_proxy import UpstreamProxy
 from dockerproxy.oci.credentials import BasicCredentials
 from dockerproxy.oci.names import Host, Registry
@@ -201,6 +201,38 @@ def _origin(word: str) -> str:
             f"{redacted_repr(word)} is not the origin of a web page, such as https://ui.example.com or "
             "http://ui.example.com:8080"
         ) from None
+
+
+def registry_url(text: str) -> Registry:
+    """Parse the URL of a registry, ``https://reg.example.com[:port]``, perhaps with a slash at the end."""
+    scheme, separator, rest = text.partition("://")
+    authority, _, path = rest.partition("/")
+    try:
+        if not separator:
+            raise NameInvalid("a URL has a scheme")
+        url = Registry.parse(f"{scheme.lower()}://{authority}")
+    except NameInvalid:
+        raise ValueError(
+            f"{redacted_repr(text)} is not the URL of a registry, such as https://reg.example.com or "
+            "https://reg.example.com:8443"
+        ) from None
+    if path:
+        raise ValueError(
+            f"{redacted_repr(text)} has a path, but clients ask for /v2/ directly below the host; write {url.origin}"
+        )
+    return url
+
+
+def trusted_proxies(text: str) -> AddressSet:
+    """Parse addresses and networks, separated by spaces, or ``none``. Raise for those that contain every address."""
+    proxies = AddressSet.parse(text)
+    for entry, networks in proxies.entries:
+        if any(network.prefixlen == 0 for network in networks):
+            raise ValueError(
+                f"{redacted_repr(entry)} contains all clients, each of which could then claim any address; list the "
+                "addresses of the reverse proxies, such as 127.0.0.1 or 10.0.0.5"
+            )
+    return AddressSet(tuple((entry, networks) for entry, networks in proxies.entries if networks))
 
 
 def registries(text: str) -> tuple[Registry, ...]:

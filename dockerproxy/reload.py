@@ -1,8 +1,9 @@
 """Reload on SIGHUP: read the settings again and apply those that may change in a running daemon.
 
 These are REGISTRIES, AUTH_REGISTRIES with its delimiters, PROXY_HTPASSWD_FILE, HTPASSWD_FILE, ANONYMOUS_PULL,
-REGISTRY_READ_ONLY, ALLOW_DELETE, ALLOW_SPARSE_INDEXES, ALLOWED_HOSTS and CORS_ORIGINS. The code that uses them holds a
-mapping or an object that is modified in place, so a reload closes no connection and interrupts no transfer.
+REGISTRY_READ_ONLY, ALLOW_DELETE, ALLOW_SPARSE_INDEXES, ALLOWED_HOSTS, CORS_ORIGINS and REGISTRY_URL. The code that
+uses them holds a mapping or an object that is modified in place, so a reload closes no connection and interrupts no
+transfer.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ _RELOADABLE = {
     "allow_delete",
     "allow_sparse_indexes",
     "allowed_hosts",
+    "registry_url",
     "cors_origins",
     "warnings",
 }

@@ -95,6 +95,8 @@ class Settings:
     registry_listen: tuple[str, ...] = _setting(parsers.optional_endpoints, "tcp:5443")
     registry_http_listen: tuple[str, ...] = _setting(parsers.optional_endpoints, "none")
     registry_hostname: tuple[str, ...] = _setting(parsers.host_names, "docker-registry.local")
+    registry_url: Registry | None = _setting(parsers.registry_url)
+    trusted_proxies: AddressSet = _setting(parsers.trusted_proxies, "none")
     upstream_addresses: Mapping[Host, Host] = _setting(parsers.addresses, "")
     upstream_ca_file: Path | None = _setting(parsers.path)
     upstream_proxy: UpstreamProxy | None = _derived()
@@ -282,7 +284,7 @@ def _typo_warnings(file: Mapping[str, str], setting_names: list[str]) -> list[st
         if name in setting_names or upper in _UNRELATED_VARIABLES:
             continue
         candidates = (
-            [upper] if upper in setting_names else difflib.get_close_matches(upper, setting_names, n=2, cutoff=0.77)
+            [upper] if upper in setting_names else difflib.get_close_matches(upper, setting_names, n=3, cutoff=0.77)
         )
         if candidates:
             warnings.append(f"{name} is not a setting and has no effect. Did you mean {' or '.join(candidates)}?")

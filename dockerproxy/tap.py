@@ -29,6 +29,7 @@ from dockerproxy.daemon.signals import DebugSignalService, on_repeated_stop
 from dockerproxy.daemon.systemd import Notifier, SystemdService
 from dockerproxy.oci.docker_hub import DOCKER_HUB, DOCKER_HUB_ALIASES
 from dockerproxy.proxy.authority import AuthorityError, CertificateAuthority
+from dockerproxy.proxy.trusted_proxies import TrustedProxies
 from dockerproxy.registry.hosted_rules import HostedRules
 from dockerproxy.registry.htpasswd import HtpasswdError
 from dockerproxy.reload import Configuration, Reloader, describe_error, reloadable_variables
@@ -154,7 +155,10 @@ def build_workers(
         server.close_idle(client)
         supervisor.close_idle(client)
 
-    table = ConnectionTable(reactor, forked_state.scoreboard, close_idle, settings.max_connections_per_client)
+    trusted_proxies = TrustedProxies(settings.trusted_proxies)
+    table = ConnectionTable(
+        reactor, forked_state.scoreboard, close_idle, settings.max_connections_per_client, trusted_proxies
+    )
     keep_log_observers = jsonlog.logs_to_stdout(twistd_options)
     fork_server = ForkServer(reactor, partial(run_worker, forked_state), keep_log_observers=keep_log_observers)
     supervisor = WorkerSupervisor(

@@ -71,7 +71,7 @@ UNWANTED = {
 # These modules do no I/O. They may not import a reactor, sockets or files.
 PURE_MODULES = {
     "oci", "errors", "bounded_dict", "shares", "durations", "net.addresses", "proxy.policy", "proxy.host_rule",
-    "registry.login_throttle",
+    "proxy.trusted_proxies", "registry.login_throttle",
     "http.connection_state", "http.headers", "http.message", "http.security_fields",
     "http.cross_origin", "upstream.http1",
     "upstream.retry", "upstream.urls", "cache.freshness", "store.eviction",

@@ -11,6 +11,7 @@ from attrs import fields
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dockerproxy.net.addresses import AddressSet
 from dockerproxy.oci.credentials import BasicCredentials
 from dockerproxy.oci.docker_hub import DOCKER_HUB, DOCKER_HUB_ALIASES, DOCKER_HUB_TOKENS
 from dockerproxy.oci.names import Host, Registry
@@ -238,7 +239,7 @@ def test_typo_in_env_file_gives_a_warning() -> None:
     }
     parsed = Settings.from_environment({"REGISTRYS": "not in the file"}, file)
     assert parsed.warnings == (
-        "REGISTRY is not a setting and has no effect. Did you mean REGISTRY_DIR or REGISTRIES?",
+        "REGISTRY is not a setting and has no effect. Did you mean REGISTRY_URL or REGISTRY_DIR or REGISTRIES?",
         "AUTH_REGISTRY is not a setting and has no effect. Did you mean AUTH_REGISTRIES?",
         "cache_max_size is not a setting and has no effect. Did you mean CACHE_MAX_SIZE?",
     )
@@ -482,6 +483,23 @@ def test_cors_origins_are_written_as_browsers_write_them() -> None:
     assert origins == ("https://ui.example.com", "http://ui.example.com", "http://[::1]:8080")
 
 
+def test_registry_url_and_trusted_proxies() -> None:
+    assert settings().registry_url is None
+    url = settings(REGISTRY_URL="HTTPS://Reg.Example.com:8443/").registry_url
+    assert url is not None
+    assert url.origin == "https://reg.example.com:8443"
+    assert settings(REGISTRY_URL="https://reg.example.com:443").registry_url == Registry.parse("reg.example.com")
+    assert settings(REGISTRY_URL="http://[::1]").registry_url == Registry.parse("http://[::1]:80")
+    assert settings().trusted_proxies == settings(TRUSTED_PROXIES="none").trusted_proxies == AddressSet()
+    proxies = settings(TRUSTED_PROXIES="loopback 10.0.0.0/24 2001:db8::5").trusted_proxies
+    assert [proxies.match(address) for address in ("127.0.0.1", "10.0.0.9", "10.0.1.9", "2001:db8::5")] == [
+        "loopback",
+        "10.0.0.0/24",
+        None,
+        "2001:db8::5",
+    ]
+
+
 # Invalid values
 
 INVALID = [
@@ -543,6 +561,25 @@ INVALID = [
     ("CORS_ORIGINS", "https://*.example.com", "'https://*.example.com' is not the origin of a web page"),
     ("CORS_ORIGINS", "null", "'null' is not the origin of a web page"),
     ("CORS_ORIGINS", "file://x", "'file://x' is not the origin of a web page"),
+    (
+        "REGISTRY_URL",
+        "reg.example.com",
+        "'reg.example.com' is not the URL of a registry, such as https://reg.example.com",
+    ),
+    ("REGISTRY_URL", "ftp://reg.example.com", "is not the URL of a registry"),
+    ("REGISTRY_URL", "https://user:SECRET@reg.example.com", "'…@reg.example.com' is not the URL of a registry"),
+    ("REGISTRY_URL", "https://reg.example.com?x=1", "is not the URL of a registry"),
+    (
+        "REGISTRY_URL",
+        "https://reg.example.com/hub",
+        "has a path, but clients ask for /v2/ directly below the host; write",
+    ),
+    ("REGISTRY_URL", "https://reg.example.com:0", "is not the URL of a registry"),
+    ("REGISTRY_URL", "https:///", "is not the URL of a registry"),
+    ("TRUSTED_PROXIES", "nginx.example.com", "'nginx.example.com' is not an address, a network such as 10.0.0.0/8"),
+    ("TRUSTED_PROXIES", "all", "'all' contains all clients, each of which could then claim any address"),
+    ("TRUSTED_PROXIES", "127.0.0.1 ::/0", "'::/0' contains all clients"),
+    ("TRUSTED_PROXIES", "0.0.0.0/0", "'0.0.0.0/0' contains all clients"),
     ("TUNNEL_PORTS", "443 https", "'https' is not a port such as 443 or a range of ports such as 8000-8999"),
     ("TUNNEL_PORTS", "9-8", "'9-8' is not a port"),
     ("TUNNEL_PORTS", "0", "'0' is not a port"),

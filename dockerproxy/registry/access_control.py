@@ -7,13 +7,13 @@ import hmac
 import json
 import time
 from base64 import urlsafe_b64decode, urlsafe_b64encode
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from dockerproxy.errors import NameInvalid, Unauthorized, Unsupported
 from dockerproxy.http.request import Request
 from dockerproxy.oci.credentials import BasicCredentials, is_empty_login
-from dockerproxy.oci.names import Host
+from dockerproxy.oci.names import Host, Registry
 from dockerproxy.oci.routes import Kind, Target
 from dockerproxy.registry.htpasswd import HtpasswdFile
 from dockerproxy.registry.principal import Principal
@@ -69,13 +69,25 @@ class AnonymousPull:
     sends its login; if the response asks for Basic, it pulls nothing without one. The challenge therefore asks for a
     token, which dockerd fetches with its login if it has one. All tokens are our own; each is for one user, or for an
     anonymous client. A user's token ends with the password by which it was fetched. Basic is accepted as well.
+
+    The challenge leads a client to `public_url` (REGISTRY_URL) if that is set, and otherwise to the address that it has
+    used. Clients that reach one of `own_names` over TLS stay there, because this name may be the only one they know.
     """
 
-    def __init__(self, htpasswd: HtpasswdFile, realm: str, secret: bytes, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        htpasswd: HtpasswdFile,
+        own_names: Sequence[str],
+        secret: bytes,
+        clock: Callable[[], float],
+        public_url: Registry | None = None,
+    ) -> None:
         self._htpasswd = htpasswd
-        self._realm = realm
+        self._own_names = own_names
+        self._realm = own_names[0]
         self._secret = secret
         self._clock = clock
+        self._public_url = public_url
 
     async def check(self, request: Request, target: Target) -> Principal:
         scheme, _, token = (_login(request) or "").partition(" ")
@@ -97,8 +109,7 @@ class AnonymousPull:
         return Principal.of(request, None)
 
     def _challenge(self, request: Request, target: Target) -> FieldList:
-        scheme = "https" if request.secure else "http"
-        value = f'Bearer realm="{scheme}://{self._host(request)}{HOSTED_TOKEN_PATH}",service="{self._realm}"'
+        value = f'Bearer realm="{self._base_url(request)}{HOSTED_TOKEN_PATH}",service="{self._realm}"'
         if target.name:
             actions = "pull" if request.method in ("GET", "HEAD") else "pull,push"
             value += f',scope="repository:{target.name}:{actions}"'
@@ -122,12 +133,16 @@ class AnonymousPull:
         request.respond(200, fields, json.dumps(document).encode())
         return True
 
-    def _host(self, request: Request) -> str:
-        """Return the address at which the client reaches us, from its Host field. Only this client uses it."""
+    def _base_url(self, request: Request) -> str:
+        """Return the URL at which the client gets its token. Only this client uses the Host that it has sent."""
+        scheme, default_port = ("https", 443) if request.secure else ("http", 80)
         try:
-            return str(Host.parse(request.headers.get("host") or "", 443 if request.secure else 80).authority)
+            host = Host.parse(request.host or request.headers.get("host") or "", default_port)
         except NameInvalid:
-            return self._realm
+            host = Host(self._realm, default_port)
+        if self._public_url is not None and not (request.secure and host.name in self._own_names):
+            return self._public_url.origin
+        return Registry(host, scheme).origin
 
     def _issue_token(self, user: str, now: float) -> str:
         payload = f"{int(now) + _TOKEN_LIFETIME}\n{user}".encode()

@@ -7,7 +7,7 @@ at these counters when it needs them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from functools import partial
 from typing import Any
 
@@ -102,10 +102,18 @@ class ConnectionTable:
     """The connections of all processes. `share` is how many one client may have; by default half of all.
 
     If seven eighths of all are in use, only clients with a few connections get more. Then, and if a client exceeds its
-    share, `close_idle` is called with the client that has most. `clock` is the reactor.
+    share, `close_idle` is called with the client that has most. `clock` is the reactor. `shared_addresses` are those of
+    reverse proxies, which have no share, because each stands for many clients.
     """
 
-    def __init__(self, clock: Any, scoreboard: Scoreboard, close_idle: CloseIdle, share: int | None = None) -> None:
+    def __init__(
+        self,
+        clock: Any,
+        scoreboard: Scoreboard,
+        close_idle: CloseIdle,
+        share: int | None = None,
+        shared_addresses: Container[str] = (),
+    ) -> None:
         limit = scoreboard.clients  # each connection may be another client's
         self._shares = ClientShares(
             "open connections",
@@ -117,6 +125,7 @@ class ConnectionTable:
         )
         self._clock = clock
         self._close_idle = close_idle
+        self._shared_addresses = shared_addresses
         self._slots = [scoreboard.slot(number) for number in range(scoreboard.processes)]
         self._given = [GivenConnections(slot) for slot in self._slots]
         self._accepted = [0] * scoreboard.processes  # connections that each process was given
@@ -129,10 +138,11 @@ class ConnectionTable:
 
     def refusal(self, client: str) -> RegistryError | None:
         """Return why a new connection of `client` is to be refused, or None. Log a refusal, once a minute a client."""
+        has_share = client not in self._shared_addresses
         client = client_key(client)
         self._collect(client)
         held = self._shares.held_by(client)
-        if held >= self._shares.share:
+        if has_share and held >= self._shares.share:
             self._relieve(client)
         else:
             open_connections = sum(map(self.open_in, range(len(self._slots))))
@@ -141,7 +151,7 @@ class ConnectionTable:
                 self._relieve(None)
             if free > (0 if held < _FEW else self._shares.reserved):
                 return None
-        error = self._shares.refuse(client)
+        error = self._shares.refuse(client if has_share else "")
         if client not in self._logged:
             self._logged[client] = True
             log.warn("refused a connection of {client}: {reason}", client=client, reason=error.message)

@@ -14,6 +14,7 @@ from twisted.internet.endpoints import serverFromString
 from twisted.internet.threads import deferToThread
 from twisted.trial.unittest import TestCase
 
+from dockerproxy.concurrency import current_client
 from dockerproxy.errors import NameUnknown
 from dockerproxy.http.request import Request
 from dockerproxy.http.site import ServerTimeouts, Site
@@ -22,6 +23,7 @@ from dockerproxy.net.own_addresses import is_own_address
 from dockerproxy.proxy.authority import CertificateAuthority
 from dockerproxy.proxy.direct import DirectRequestHandler
 from dockerproxy.proxy.policy import Policy
+from dockerproxy.proxy.trusted_proxies import TrustedProxies
 
 NAME = "docker-registry.local"
 
@@ -59,6 +61,74 @@ def test_allow_clients_is_enforced(connect_client: Any, handler: DirectRequestHa
 
 def test_connect_is_refused(connect_client: Any, handler: DirectRequestHandler) -> None:
     assert connect_client(handler.handle).fetch("CONNECT", f"{NAME}:443").status == 405
+
+
+@pytest.fixture
+def proxied(handler: DirectRequestHandler) -> DirectRequestHandler:
+    """Return a handler behind reverse proxies at 192.0.2.0/24, which are not among ALLOW_CLIENTS."""
+
+    async def describe(request: Request) -> None:
+        client = current_client.get()
+        request.respond(200, [], f"{request.client} {client} {request.secure} {request.host}".encode())
+
+    return DirectRequestHandler(handler.policy, describe, TrustedProxies(AddressSet.parse("192.0.2.0/24")))
+
+
+X_FIELDS = [
+    ("X-Forwarded-For", "10.9.9.9, 10.0.0.7"),
+    ("X-Forwarded-Proto", "https"),
+    ("X-Forwarded-Host", "reg.example:8443"),
+]
+
+
+def test_a_trusted_proxy_describes_the_client(connect_client: Any, proxied: DirectRequestHandler) -> None:
+    http_client = connect_client(proxied.handle, client="192.0.2.1")
+    response = http_client.fetch("GET", "/v2/", X_FIELDS)
+    assert response.body == b"10.0.0.7 10.0.0.7 True reg.example:8443"
+    assert http_client.finished_requests[-1].client == "10.0.0.7"  # for the log
+    forwarded = [("Forwarded", "for=10.0.0.7;proto=https;host=reg.example")]
+    assert http_client.fetch("GET", "/v2/", forwarded).body == b"10.0.0.7 10.0.0.7 True reg.example"
+    absolute = http_client.fetch("GET", "http://inner:5000/v2/", [("X-Forwarded-For", "10.0.0.7")])
+    assert absolute.body == b"10.0.0.7 10.0.0.7 False inner:5000"
+    assert http_client.fetch("GET", "http://inner:5000/v2/", X_FIELDS).body.endswith(b"True reg.example:8443")
+
+
+def test_fields_of_others_are_ignored(connect_client: Any, handler: Any, proxied: DirectRequestHandler) -> None:
+    for fields in (X_FIELDS, [("Forwarded", "for=10.0.0.7;proto=https;host=x")], [("X-Forwarded-Proto", "gopher")]):
+        response = connect_client(proxied.handle, client="10.0.0.1").fetch("GET", "/v2/", fields)
+        assert response.body == b"10.0.0.1 10.0.0.1 False "
+    untrusting = DirectRequestHandler(handler.policy, proxied.handler)
+    assert connect_client(untrusting.handle, client="10.0.0.1").fetch("GET", "/v2/", X_FIELDS).body.endswith(b"False ")
+
+
+def test_allow_clients_is_about_the_client_behind_the_proxy(connect_client: Any, proxied: DirectRequestHandler) -> None:
+    http_client = connect_client(proxied.handle, client="192.0.2.1")
+    for chain in ("198.51.100.7", "10.0.0.7, 198.51.100.7", "10.0.0.7, 198.51.100.7, 192.0.2.5", ""):
+        response = http_client.fetch("GET", "/v2/", [("X-Forwarded-For", chain)])
+        assert (response.status, b"ALLOW_CLIENTS" in response.body) == (403, True)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        [("X-Forwarded-Proto", "gopher")],
+        [("X-Forwarded-Proto", "https, ")],
+        [("X-Forwarded-Host", "a b")],
+        [("X-Forwarded-Host", "reg.example/path")],
+        [("Forwarded", "for=10.0.0.7;proto=gopher")],
+        [("Forwarded", "for=10.0.0.7;host=user@reg")],
+        [("Forwarded", "for=10.0.0.7 proto=https")],
+        [("Forwarded", 'for="10.0.0.7')],
+        [("Forwarded", "for=10.0.0.7;for=10.0.0.8")],
+        [("X-Forwarded-For", "10.0.0.7"), ("Forwarded", "for=10.0.0.8")],
+        [*X_FIELDS, ("Forwarded", "for=10.0.0.7;proto=http")],
+        [*X_FIELDS, ("Forwarded", "for=10.0.0.7;host=evil.example")],
+    ],
+)
+def test_contradictions_and_garbage_of_a_trusted_proxy_are_refused(
+    connect_client: Any, proxied: DirectRequestHandler, fields: list[tuple[str, str]]
+) -> None:
+    assert connect_client(proxied.handle, client="192.0.2.1").fetch("GET", "/v2/", fields).status == 400
 
 
 class SNICertificateTests(TestCase):

@@ -12,7 +12,7 @@ from twisted.internet.task import Clock
 from dockerproxy.oci.content import ManifestResponse
 from dockerproxy.oci.credentials import BasicCredentials
 from dockerproxy.oci.manifests import OCI_MANIFEST
-from dockerproxy.oci.names import Digest, Host, Repository
+from dockerproxy.oci.names import Digest, Host, Registry, Repository
 from dockerproxy.registry.access_control import AccessControl, AllowAll, AnonymousPull, RequireLogin
 from dockerproxy.registry.api import RegistryAPI
 from dockerproxy.registry.hosted_app import HostedRegistryApp
@@ -108,7 +108,7 @@ NO_LOGINS = [[], basic_fields(":"), basic_fields(""), [("Authorization", "Basic"
 class TestAnonymousPull:
     @pytest.fixture
     def client(self, connect: Any, htpasswd: Any, clock: Clock) -> Any:
-        return connect(AnonymousPull(htpasswd, REALM, b"s" * 32, clock.seconds), secure=True)
+        return connect(AnonymousPull(htpasswd, [REALM], b"s" * 32, clock.seconds), secure=True)
 
     def token(self, client: Any, fields: list[tuple[str, str]] | None = None) -> str:
         response = client.fetch("GET", f"/v2/token?service={REALM}&scope=repository:a:pull", fields or [])
@@ -168,7 +168,7 @@ class TestAnonymousPull:
             token = token[:50] + ("A" if token[50] != "A" else "B") + token[51:]
         elif change == "foreign":
             token = self.token(
-                connect(AnonymousPull(htpasswd, REALM, b"t" * 32, clock.seconds)), basic_fields("alice:wonder")
+                connect(AnonymousPull(htpasswd, [REALM], b"t" * 32, clock.seconds)), basic_fields("alice:wonder")
             )
         elif change == "empty":
             token = ""
@@ -178,8 +178,34 @@ class TestAnonymousPull:
             htpasswd.users["alice"] = b"hash of wonder with another salt"
         else:
             htpasswd.users.clear()
-        client = connect(AnonymousPull(htpasswd, REALM, b"s" * 32, clock.seconds), secure=True)
+        client = connect(AnonymousPull(htpasswd, [REALM], b"s" * 32, clock.seconds), secure=True)
         assert client.fetch("PUT", "/v2/a/manifests/1", bearer_fields(token)).status == 401
+
+    @pytest.mark.parametrize(
+        ("public_url", "secure", "host", "base_url"),
+        [
+            (None, True, "192.0.2.1", "https://192.0.2.1"),
+            (None, False, "192.0.2.1:5000", "http://192.0.2.1:5000"),
+            (None, False, "reg.example.com:80", "http://reg.example.com"),
+            ("https://reg.example.com", False, "reg.example.com", "https://reg.example.com"),
+            ("https://reg.example.com:8443", False, "127.0.0.1:5000", "https://reg.example.com:8443"),
+            ("https://reg.example.com", True, "127.0.0.1:5443", "https://reg.example.com"),
+            ("https://reg.example.com", True, REALM, f"https://{REALM}"),
+            ("https://reg.example.com", False, REALM, "https://reg.example.com"),
+            ("https://reg.example.com", False, 'x"y', "https://reg.example.com"),
+        ],
+    )
+    def test_challenge_names_the_public_url(
+        self, connect: Any, htpasswd: Any, clock: Clock, public_url: str | None, secure: bool, host: str, base_url: str
+    ) -> None:
+        url = None if public_url is None else Registry.parse(public_url)
+        access_control = AnonymousPull(htpasswd, [REALM], b"s" * 32, clock.seconds, url)
+        response = connect(access_control, secure=secure).fetch("GET", "/v2/", [("Host", host)])
+        if response.status == 401:  # the parser of request heads may refuse the Host
+            challenge = f'Bearer realm="{base_url}/v2/token",service="{REALM}"'
+            assert response.fields("WWW-Authenticate") == [challenge]
+        else:
+            assert '"' in host
 
     def test_invalid_host(self, client: Any) -> None:
         response = client.fetch("GET", "/v2/", [("Host", 'x"y')])

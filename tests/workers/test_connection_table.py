@@ -27,6 +27,7 @@ class Processes:
     limit: int
     share: int | None = None
     count: int = 2
+    shared_addresses: frozenset[str] = frozenset()
     clock: Clock = field(factory=Clock)
     relieved: list[str] = field(factory=list)
     scoreboard: Scoreboard = field(init=False)
@@ -34,7 +35,9 @@ class Processes:
 
     def __attrs_post_init__(self) -> None:
         self.scoreboard = Scoreboard.create(self.count, self.limit)
-        self.table = ConnectionTable(self.clock, self.scoreboard, self.relieved.append, self.share)
+        self.table = ConnectionTable(
+            self.clock, self.scoreboard, self.relieved.append, self.share, self.shared_addresses
+        )
 
     def give(self, process: int, client: str) -> Callable[[], None]:
         """Give a connection to a process, and return the function that closes it."""
@@ -88,6 +91,18 @@ def test_one_client_may_have_half_of_all() -> None:
     processes.connect("192.0.2.2")
     close[1]()
     processes.connect("192.0.2.1")
+
+
+def test_a_reverse_proxy_has_no_share() -> None:
+    processes = Processes(80, 2, shared_addresses=frozenset({"192.0.2.1"}))
+    for _ in range(70):
+        processes.connect("192.0.2.1")
+    with pytest.raises(ServiceOverloaded):
+        processes.connect("192.0.2.1")
+    processes.connect("192.0.2.2")
+    processes.connect("192.0.2.2")
+    with pytest.raises(TooManyRequests):
+        processes.connect("192.0.2.2")
 
 
 def test_ipv6_clients_count_by_network() -> None:

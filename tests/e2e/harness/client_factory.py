@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -49,6 +50,10 @@ class ClientFactory:
     def docker_with_mirror(self, daemon: TwistdDaemon) -> Docker:
         """Start a dockerd that uses the daemon as its mirror of Docker Hub, and cannot reach any other server."""
         return self._start(Docker(self._new_folder("docker"), _UNREACHABLE_PROXY, mirrors=[daemon.url]))
+
+    def docker_with(self, environment: Mapping[str, str]) -> Docker:
+        """Start a dockerd that reaches other servers as `environment` says."""
+        return self._start(Docker(self._new_folder("docker"), environment))
 
     def containerd(self, daemon: TwistdDaemon | None = None) -> Containerd:
         """Start a containerd, with `daemon` as its proxy if given. Otherwise the test configures mirrors."""

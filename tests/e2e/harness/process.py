@@ -24,6 +24,8 @@ _DEBIAN_PACKAGES = {
     "curl": "curl",
     "gcc": "gcc",
     "mkfs.ext4": "e2fsprogs",
+    "nginx": "nginx-light",
+    "caddy": "caddy",
 }
 
 
