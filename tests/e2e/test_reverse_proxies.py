@@ -213,7 +213,7 @@ def test_no_client_chooses_its_address(site: Site, family: str) -> None:
     )
 
 
-def test_whoever_reaches_the_daemon_without_the_reverse_proxy_stays_there(site: Site) -> None:
+def test_a_client_without_the_reverse_proxy_stays_there(site: Site) -> None:
     response = site.daemon.client.get(f"https://{HOSTED_REGISTRY_HOST}/v2/", X_Forwarded_For="10.0.0.9")
     assert f'realm="https://{HOSTED_REGISTRY_HOST}/v2/token"' in response.headers["www-authenticate"]
     # Even from the address of the reverse proxy, the proxy port believes nothing; its client is allowed by itself.
