@@ -13,6 +13,7 @@ from twisted.application.service import IService, MultiService
 from twisted.logger import Logger
 from twisted.python import usage
 
+from dockerproxy import __version__
 from dockerproxy.admin.control import Control, DebugReport
 from dockerproxy.admin.deletion import Deleter
 from dockerproxy.admin.operations import Operations
@@ -124,6 +125,7 @@ def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifi
     ):
         daemon.addService(service)  # type: ignore[no-untyped-call]
     log_configuration(settings, authority)
+    listener_service.listening.addCallback(lambda _: log_ready(server.registries.status))
     return daemon
 
 
@@ -295,6 +297,11 @@ def build_control_socket(
     )
     site = build_site(reactor, settings, control.handle, on_finished=log_access)
     return ControlSocket(reactor, settings.runtime_dir / "control.sock", site)
+
+
+def log_ready(status: str) -> None:
+    """Log that the daemon serves, with its version and the text that `systemctl status` shows, too."""
+    log.info("docker-registry-proxy {version} is ready, {status}", version=__version__, status=status)
 
 
 def log_configuration(settings: Settings, authority: CertificateAuthority) -> None:

@@ -317,6 +317,9 @@ def test_startup_log(start: Any, tmp_path: Path) -> None:
     daemon = start("--env-file", str(tmp_path / "x.env"))
     daemon.port("PROXY_LISTEN")
     daemon.port("REGISTRY_LISTEN")
+    daemon.wait_for(
+        rf"docker-registry-proxy {dockerproxy.__version__} is ready, serving registry-1\.docker\.io, quay\.io"
+    )
     text = daemon.log_text
     for expected in (
         "intercepting registry-1.docker.io, quay.io, plain.example:5000, auth.docker.io",
@@ -324,7 +327,6 @@ def test_startup_log(start: Any, tmp_path: Path) -> None:
         f"registry in {tmp_path}/state/registry",
         f"CA in {tmp_path}/state/ca",
         "REGISTRYS is not a setting",
-        f"docker-registry-proxy {dockerproxy.__version__} is ready, serving registry-1.docker.io, quay.io",
     ):
         assert text.count(expected) == 1, expected
     assert "REGISTRY_HTTP_LISTEN" not in text and "starting on" not in text

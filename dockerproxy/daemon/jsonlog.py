@@ -22,7 +22,7 @@ from zope.interface import implementer
 from dockerproxy.daemon.accesslog import FIELDS, NAMESPACE
 from dockerproxy.daemon.log_stream import DROPPED_MESSAGE, NonBlockingStream
 
-# What Twisted logs when a port is opened or closed. It names a class, and the listener's own line says more.
+# Twisted logs these when a port is opened or closed. They name a class, and the listener's own line says more.
 _PORT_MESSAGE = re.compile(r"\S+ starting on \S+|\(\w+ Port \S+ Closed\)")
 
 

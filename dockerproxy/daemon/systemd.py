@@ -13,7 +13,6 @@ from twisted.internet.defer import Deferred
 from twisted.internet.task import LoopingCall
 from twisted.logger import Logger
 
-from dockerproxy import __version__
 from dockerproxy.daemon.signals import on_hangup
 
 _SEND_TIMEOUT = 1.0  # seconds to wait if the queue of systemd's socket is full
@@ -99,14 +98,10 @@ class SystemdService(Service):
     def startService(self) -> None:
         super().startService()  # type: ignore[no-untyped-call]
         on_hangup(self._reactor, self._reload)
-        self._listening.addCallback(lambda _: self._reactor.callWhenRunning(self._report_ready))
+        self._listening.addCallback(lambda _: self._reactor.callWhenRunning(self._notifier.ready, self._status))
         interval = watchdog_interval(os.environ, os.getpid())
         if interval is not None:
             self._watchdog_loop.start(interval)
-
-    def _report_ready(self) -> None:
-        log.info("docker-registry-proxy {version} is ready, {status}", version=__version__, status=self._status)
-        self._notifier.ready(self._status)
 
     def stopService(self) -> None:
         super().stopService()  # type: ignore[no-untyped-call]
