@@ -7,6 +7,7 @@ server. Their usual status is 502 or 504, because the client is not at fault.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
 
@@ -196,6 +197,10 @@ class DestinationForbidden(UpstreamError):
     status, code = 403, "DENIED"
 
 
+class CaptivePortalSuspected(UpstreamBroken):
+    """A web page came in place of the content, or a redirect leads to plain HTTP or to a forbidden address."""
+
+
 class UpstreamFailing(UpstreamError):
     """The upstream registry responded with 5xx, or with 429 and perhaps Retry-After."""
 
@@ -219,7 +224,21 @@ class UpstreamRefused(RegistryError):
         self.content = content
 
 
+class IntermediaryRefused(UpstreamRefused):
+    """Something before the upstream server responded with 4xx: a firewall, a CDN, a captive portal.
+
+    It is no word of the registry. Public content that is cached is served instead, and nothing is forgotten. A client
+    that gets nothing from the cache gets the refusal, as it would without the proxy.
+    """
+
+    @classmethod
+    def in_our_words(cls, status: int, message: str) -> IntermediaryRefused:
+        """Return the error with a response of our own, because the intermediary's says nothing to the client."""
+        content = json.dumps({"errors": [{"code": "UNAVAILABLE", "message": message}]}).encode()
+        return cls(status, content, [("content-type", "application/json")])
+
+
 def is_outage(error: RegistryError) -> bool:
     """Return whether upstream is unavailable, so that a stale response may be served instead of the error."""
-    outage = isinstance(error, UpstreamError | TooManyRequests)
+    outage = isinstance(error, UpstreamError | TooManyRequests | IntermediaryRefused)
     return outage and not isinstance(error, DestinationForbidden)

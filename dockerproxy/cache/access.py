@@ -19,7 +19,8 @@ from math import inf
 from dockerproxy.bounded_dict import BoundedDict
 from dockerproxy.cache.best_effort import try_put, try_remove
 from dockerproxy.cache.identity import PUBLIC
-from dockerproxy.cache.upstream import UpstreamPrincipal
+from dockerproxy.cache.upstream import UpstreamPrincipal, may_be_guard
+from dockerproxy.errors import RegistryError
 from dockerproxy.store.records import Records
 
 GRANT_TTL = 300.0
@@ -76,13 +77,15 @@ class Access:
         granted_at = max(self._grants.get((key, identity)) or -inf, self._saved_time(GRANT, key, identity))
         return granted_at >= since and granted_at > self._saved_time(DENIAL, key, identity)
 
-    def outage_identity(self, principal: UpstreamPrincipal, *, public: bool) -> str | None:
+    def outage_identity(self, principal: UpstreamPrincipal, error: RegistryError, *, public: bool) -> str | None:
         """Return the identity that lets `principal` read content during an outage, because upstream granted it access.
 
-        Return None if there is none. `public` says whether the content is public.
+        Return None if there is none. `public` says whether the content is public. `error` is the outage: if
+        something before the registry refuses, or leads to a web page, only the public may read, because that may be
+        the registry's guard.
         """
         now = self._clock()
-        for identity in (principal.identity, principal.fallback_identity, PUBLIC):
+        for identity in (PUBLIC,) if may_be_guard(error) else (principal.identity, principal.fallback_identity, PUBLIC):
             if identity is None or (identity == PUBLIC and not public):
                 continue
             granted_at = self._granted_at(principal.repository.key, identity, now)

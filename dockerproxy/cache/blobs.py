@@ -28,15 +28,16 @@ from dockerproxy.cache.upstream import (
     RegistryClient,
     UpstreamPrincipal,
     UpstreamResponse,
+    error_for_content,
     error_from_response,
     is_denial,
 )
 from dockerproxy.concurrency import SingleFlight, in_thread, spawn
 from dockerproxy.errors import (
+    IntermediaryRefused,
     RegistryError,
     ServiceOverloaded,
     Unauthorized,
-    UpstreamBroken,
     UpstreamFailing,
     UpstreamTimeout,
     UpstreamUnreachable,
@@ -252,7 +253,7 @@ class CachedBlobs:
         except RegistryError as error:
             if visibility is None or not is_outage(error):
                 raise
-            identity = self._access.outage_identity(principal, public=visibility is Visibility.PUBLIC)
+            identity = self._access.outage_identity(principal, error, public=visibility is Visibility.PUBLIC)
             if identity is None:
                 raise
         # Upstream may have failed only because of the credential, which the client chose.
@@ -317,9 +318,10 @@ class CachedBlobs:
         finally:
             response.abort()
         if expected_size is not None and size != expected_size:
-            raise UpstreamBroken(
+            raise error_for_content(
+                response,
                 f"{principal.repository.registry} returned content of another size for {digest}: "
-                f"{'unknown' if size is None else size} instead of {expected_size} bytes"
+                f"{'unknown' if size is None else size} instead of {expected_size} bytes",
             )
         return size
 
@@ -353,7 +355,7 @@ class CachedBlobs:
                 method, repository.registry, repository.blob_path(digest),
                 name=repository.name, credential=repository.credential, headers=headers, follow=follow,
             )  # fmt: skip
-        except Unauthorized as error:
+        except (Unauthorized, IntermediaryRefused) as error:
             self._record_denial(principal, error)
             raise
 
@@ -370,7 +372,7 @@ class CachedBlobs:
             await try_link(self._reactor, self._links.link_layer, key, digest, visibility)
 
     def _record_denial(self, principal: UpstreamPrincipal, error: RegistryError) -> None:
-        if is_denial(error):
+        if is_denial(error, principal.identity):
             self._access.record_denial(principal.repository.key, principal.identity)
 
 
@@ -389,7 +391,7 @@ async def _verify_and_measure(response: UpstreamResponse, digest: Digest) -> int
         hasher.update(data)
         size += len(data)
     if hasher.hexdigest() != digest.hex:
-        raise UpstreamBroken(f"upstream returned content that does not match {digest}")
+        raise error_for_content(response, f"upstream returned content that does not match {digest}")
     return size
 
 

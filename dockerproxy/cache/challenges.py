@@ -25,11 +25,13 @@ from dockerproxy.oci.docker_hub import DOCKER_HUB
 from dockerproxy.oci.names import Host, Registry
 from dockerproxy.store.records import Records
 from dockerproxy.upstream.credentials import belong_together
+from dockerproxy.upstream.refusals import is_page
 
 TOKEN_PATH = "/.well-known/docker-registry-proxy/token"
 """Path on a registry's host at which this proxy serves tokens for a realm on another host."""
 
 _CHALLENGE_TTL = 3600.0
+_OLD_CHALLENGE = 7 * 86400.0
 
 _HUB_CHALLENGE = 'Bearer realm="https://auth.docker.io/token",service="registry.docker.io"'
 
@@ -177,12 +179,17 @@ class Challenges:
     async def _fetch(self, registry: Registry) -> list[str]:
         response = await self._agent.request("GET", registry.origin + "/v2/", Headers())
         fields = response.headers.all("www-authenticate") if response.status == 401 else []
-        # A redirect (registry.k8s.io) leads to a server that requires no authentication.
         if response.status != 401 and not 200 <= response.status < 400:
             raise await error_from_response(registry, response)
         await response.discard()
-        if response.status == 200 and (response.headers.get("content-type") or "").lower().startswith("text/html"):
-            raise UpstreamBroken(f"{registry} returned an HTML page for /v2/; it is not a registry")
-        try_put(self._records, {"fields": fields, "checked": self._clock()}, "challenge", str(registry))
+        # A redirect (registry.k8s.io) leads to a server that requires no authentication, and a page may be a static
+        # registry's. Both, and a 401 without a challenge, may also be a captive portal's or a firewall's, which must
+        # not replace a challenge until that is old.
+        is_odd = not fields and (response.status == 401 or is_page(response.headers))
+        known_fields, age = self._load(registry)
+        if known_fields and (is_odd or 300 <= response.status < 400) and 0 <= age < _OLD_CHALLENGE:
+            raise UpstreamBroken(f"{registry} answered /v2/ without its challenge (status {response.status})")
+        checked = 0.0 if is_odd else self._clock()  # ask again next time
+        try_put(self._records, {"fields": fields, "checked": checked}, "challenge", str(registry))
         self._on_challenge(registry, parse_challenges(fields))
         return fields

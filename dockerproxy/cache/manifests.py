@@ -23,17 +23,19 @@ from dockerproxy.cache.upstream import (
     RegistryClient,
     UpstreamPrincipal,
     UpstreamResponse,
+    error_for_content,
     error_from_response,
     is_denial,
+    rate_limit_fields,
 )
 from dockerproxy.concurrency import KeyedLock, SingleFlight, in_thread
 from dockerproxy.errors import (
     DigestInvalid,
+    IntermediaryRefused,
     ManifestInvalid,
     RegistryError,
     Unauthorized,
     UpstreamBroken,
-    UpstreamRefused,
     UpstreamUnreachable,
     is_outage,
 )
@@ -54,6 +56,7 @@ from dockerproxy.store.blobs import Blobs
 from dockerproxy.store.links import Links, Visibility
 from dockerproxy.store.records import Records
 from dockerproxy.thread_pool import ContentParser
+from dockerproxy.upstream.refusals import is_page
 
 _MAX_TAG_ENTRIES = 16  # of one kind per tag (public or private, claimed or not): one for each set of media types
 _PRIVATE_PREFIX, _CLAIMED_PREFIX = "private ", "claimed "  # of the keys of such entries in a record
@@ -157,7 +160,7 @@ class CachedManifests:
         except RegistryError as error:
             if loaded is None or not is_outage(error):
                 raise
-            identity = self._access.outage_identity(principal, public=loaded.public)
+            identity = self._access.outage_identity(principal, error, public=loaded.public)
             if identity is None:
                 raise
             current = await self._check_outage(principal, identity, digest, error)
@@ -227,7 +230,8 @@ class CachedManifests:
                 loaded = await self._load(key, entry.digest, entry.media_type)
                 if loaded is None:
                     continue
-                identity = self._access.outage_identity(principal, public=entry.public and loaded.public)
+                public = entry.public and loaded.public
+                identity = self._access.outage_identity(principal, error, public=public)
                 if identity is not None:
                     current = await self._check_outage(principal, identity, tag, error)
                     accepted = current is not None and accepts(media_types, current.media_type)
@@ -307,7 +311,7 @@ class CachedManifests:
                 method, repository.registry, repository.manifest_path(reference),
                 name=repository.name, credential=repository.credential, headers=headers,
             )  # fmt: skip
-        except Unauthorized as error:
+        except (Unauthorized, IntermediaryRefused) as error:
             self._record_error(principal, reference, error)
             raise
         if method == "HEAD" and response.status not in (200, 429):
@@ -331,7 +335,8 @@ class CachedManifests:
         digest = reference if isinstance(reference, Digest) else header_digest
         sent_before = digest is not None and self._links.has_manifest(key, digest)
         stored_size = self._blobs.size(digest) if digest is not None and sent_before else None
-        conclusive = header_digest == digest if header_digest is not None else stored_size is not None
+        is_same = stored_size is not None and not is_page(response.headers)
+        conclusive = header_digest == digest if header_digest is not None else is_same
         media_type = _media_type_field(response)
         if (
             digest is not None and media_type not in KNOWN_TYPES
@@ -346,7 +351,7 @@ class CachedManifests:
         if not isinstance(reference, Digest):
             # containerd asks for a tag by HEAD only, and then for its digest. That request may fail.
             self._record_tag(principal, reference, accept, digest, media_type, claimed=stored_size is None)
-        return ManifestResponse(digest, media_type, size, None, "MISS")
+        return ManifestResponse(digest, media_type, size, None, "MISS", rate_limit_fields(response))
 
     async def _handle_get(
         self, principal: UpstreamPrincipal, reference: Reference, accept: list[str], response: UpstreamResponse
@@ -357,12 +362,14 @@ class CachedManifests:
             body_type = await self._parser.parse(media_type_of, content, client=str(registry))
             media_type = _media_type_field(response) or body_type
         except ManifestInvalid:
-            raise UpstreamBroken(f"{registry} returned content for {reference} that is not a valid manifest") from None
+            message = f"{registry} returned content for {reference} that is not a valid manifest"
+            raise error_for_content(response, message) from None
         claimed_digest = reference if isinstance(reference, Digest) else _digest_field(response)
         if media_type == body_type == DOCKER_SCHEMA1_SIGNED and claimed_digest is not None:
             # Not cached, because its digest covers only a part of the content, the JWS payload.
             self._record_grant(principal)
-            return ManifestResponse(claimed_digest, media_type, len(content), content, "PASS")
+            limits = rate_limit_fields(response)
+            return ManifestResponse(claimed_digest, media_type, len(content), content, "PASS", limits)
         digest = Digest.of(content, claimed_digest.algorithm if claimed_digest is not None else "sha256")
         if claimed_digest is not None and digest != claimed_digest:
             raise UpstreamBroken(f"{registry} returned content that does not match {claimed_digest}")
@@ -371,16 +378,16 @@ class CachedManifests:
         if not isinstance(reference, Digest):
             self._record_tag(principal, reference, accept, digest, media_type)
             await try_link(self._reactor, self._links.set_tag, principal.repository.key, reference, digest)
-        return ManifestResponse(digest, media_type, len(content), content, "MISS")
+        return ManifestResponse(digest, media_type, len(content), content, "MISS", rate_limit_fields(response))
 
     def _record_grant(self, principal: UpstreamPrincipal) -> None:
         # Called only after the response has been checked, because a captive portal answers every request.
         self._access.record_grant(principal.repository.key, principal.identity, self._access.now(), write_through=True)
 
     def _record_error(self, principal: UpstreamPrincipal, reference: Reference, error: RegistryError) -> None:
-        if is_denial(error):
+        if is_denial(error, principal.identity):
             self._access.record_denial(principal.repository.key, principal.identity)
-        elif error.status == 404 and isinstance(error, UpstreamRefused) and not isinstance(reference, Digest):
+        elif error.status == 404 and not is_outage(error) and not isinstance(reference, Digest):
             # The tag was deleted upstream, and must not be served stale. Ignore a 404 to a client that never had access
             # of its own, because registries also send it to hide private repositories.
             public = principal.identity == PUBLIC
@@ -508,7 +515,12 @@ def _visibility(principal: UpstreamPrincipal) -> Visibility:
 
 def _mark_revalidated(stored_manifest: ManifestResponse, head_result: ManifestResponse) -> ManifestResponse:
     """Return the stored manifest with the media type of `head_result`, which confirms that it is current."""
-    return evolve(stored_manifest, media_type=head_result.media_type, cache_status="REVALIDATED")
+    return evolve(
+        stored_manifest,
+        media_type=head_result.media_type,
+        cache_status="REVALIDATED",
+        rate_limit_fields=head_result.rate_limit_fields,
+    )
 
 
 def _digest_field(response: UpstreamResponse) -> Digest | None:

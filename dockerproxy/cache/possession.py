@@ -19,7 +19,13 @@ from typing import Any
 
 from attrs import frozen
 
-from dockerproxy.cache.upstream import RegistryClient, UpstreamPrincipal, UpstreamResponse, error_from_response
+from dockerproxy.cache.upstream import (
+    RegistryClient,
+    UpstreamPrincipal,
+    UpstreamResponse,
+    error_for_content,
+    error_from_response,
+)
 from dockerproxy.concurrency import in_thread
 from dockerproxy.errors import UpstreamBroken
 from dockerproxy.http.headers import Headers
@@ -103,7 +109,7 @@ class PossessionCheck:
         while offset < len(content):
             data = await response.read_chunk()
             if not data or data[: len(content) - offset] != content[offset : offset + len(data)]:
-                raise _other_content(principal, digest)
+                raise _other_content(principal, digest, response)
             offset += len(data)
 
     async def _confirm_whole(self, principal: UpstreamPrincipal, digest: Digest, size: int) -> None:
@@ -117,9 +123,9 @@ class PossessionCheck:
                 hasher.update(data)
                 received += len(data)
                 if received > size:
-                    raise _other_content(principal, digest)
+                    raise _other_content(principal, digest, response)
             if hasher.hexdigest() != digest.hex:
-                raise _other_content(principal, digest)
+                raise _other_content(principal, digest, response)
         finally:
             response.abort()
 
@@ -162,5 +168,6 @@ def _read_part(blob: OpenBlob, start: int) -> _Part:
     return _Part(start, blob.read_blocking(start, _PART_SIZE))
 
 
-def _other_content(principal: UpstreamPrincipal, digest: Digest) -> UpstreamBroken:
-    return UpstreamBroken(f"{principal.repository.registry} returned content that does not match {digest}")
+def _other_content(principal: UpstreamPrincipal, digest: Digest, response: UpstreamResponse) -> UpstreamBroken:
+    message = f"{principal.repository.registry} returned content that does not match {digest}"
+    return error_for_content(response, message)

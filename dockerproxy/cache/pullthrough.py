@@ -24,6 +24,7 @@ from dockerproxy.cache.upstream import (
     error_from_response,
 )
 from dockerproxy.errors import (
+    IntermediaryRefused,
     ManifestInvalid,
     NameUnknown,
     RegistryError,
@@ -263,8 +264,8 @@ class CachedRegistry:
         """
         if self.authorization is not None or self.local_token is not None:
             return error
-        if not is_outage(error) or error.status == 429:
-            return error
+        if not is_outage(error) or error.status == 429 or isinstance(error, IntermediaryRefused):
+            return error  # a login helps only if it lets the client read what is cached
         challenges = self.cache.challenges.cached(self.registry)
         if self._allows_anonymous(challenges):
             return error

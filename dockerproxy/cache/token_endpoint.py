@@ -21,8 +21,8 @@ from dockerproxy.cache.access import STALE_GRANT_TTL
 from dockerproxy.cache.best_effort import try_put, try_remove
 from dockerproxy.cache.challenges import Realm
 from dockerproxy.cache.identity import PUBLIC, TOKEN_LIFETIME, Identities
-from dockerproxy.cache.upstream import UpstreamAgent, error_from_response, is_denial
-from dockerproxy.errors import BadRequest, RegistryError, UpstreamBroken, is_outage
+from dockerproxy.cache.upstream import UpstreamAgent, error_from_response, is_denial, may_be_guard
+from dockerproxy.errors import BadRequest, CaptivePortalSuspected, RegistryError, UpstreamBroken, is_outage
 from dockerproxy.http.headers import Headers
 from dockerproxy.net.dial import AddressCheck
 from dockerproxy.oci.credentials import BasicCredentials
@@ -135,16 +135,28 @@ class TokenEndpoint:
             content = await self._request_token(realm, request)
             issued = _parse_response(realm, content, self._clock())
         except RegistryError as error:
-            if is_outage(error) and self._authenticated_recently(realm, identity):
-                return self._issue(identity, readable_repositories(request.scopes()))
-            if is_denial(error):
-                try_remove(self._records, "client", str(realm.server), identity)
-            raise
+            return self._issue_after(error, realm, identity, request)
         self._bind(realm, authorization, request.scopes(), issued)
-        now = self._clock()
-        if now - self._last_authenticated(realm, identity) > _SAVE_INTERVAL:
+        now, (authenticated_at, guarded) = self._clock(), self._last_authenticated(realm, identity)
+        if guarded or now - authenticated_at > _SAVE_INTERVAL:
             try_put(self._records, {"at": now}, "client", str(realm.server), identity)
         return content
+
+    def _issue_after(self, error: RegistryError, realm: Realm, identity: str, request: TokenRequest) -> bytes:
+        """Return a local token in place of the realm's, if the client logged in a while ago. Raise `error` otherwise.
+
+        Once a guard may have refused the login, the token only says "no login" until the realm accepts it again.
+        """
+        authenticated_at, guarded = self._last_authenticated(realm, identity)
+        if is_outage(error) and 0 <= self._clock() - authenticated_at < STALE_GRANT_TTL:
+            if may_be_guard(error) and not guarded:
+                try_put(self._records, {"at": authenticated_at, "guarded": True}, "client", str(realm.server), identity)
+            if guarded or may_be_guard(error):
+                return self._issue(PUBLIC, frozenset())
+            return self._issue(identity, readable_repositories(request.scopes()))
+        if is_denial(error, identity):
+            try_remove(self._records, "client", str(realm.server), identity)
+        raise error
 
     async def forward(self, registry: Registry, realm: Realm, request: TokenRequest) -> bytes:
         """Return the response of `realm` to a request for a service that is no registry of ours, or raise its error."""
@@ -178,12 +190,11 @@ class TokenEndpoint:
             expires_at = self._clock() + issued.lifetime
             self._identities.bind(token, str(realm), authorization, repositories, expires_at)
 
-    def _authenticated_recently(self, realm: Realm, identity: str) -> bool:
-        return 0 <= self._clock() - self._last_authenticated(realm, identity) < STALE_GRANT_TTL
-
-    def _last_authenticated(self, realm: Realm, identity: str) -> float:
-        at = (self._records.get("client", str(realm.server), identity) or {}).get("at")
-        return float(at) if isinstance(at, int | float) else 0.0
+    def _last_authenticated(self, realm: Realm, identity: str) -> tuple[float, bool]:
+        """Return when the realm accepted the login last, and whether a guard may have refused it since."""
+        record = self._records.get("client", str(realm.server), identity) or {}
+        at = record.get("at")
+        return float(at) if isinstance(at, int | float) else 0.0, bool(record.get("guarded"))
 
     def _issue(self, identity: str, repositories: frozenset[Repository]) -> bytes:
         token = self._identities.issue_token(identity, repositories)
@@ -207,6 +218,8 @@ def _parse_response(realm: Realm, content: bytes, now: float) -> TokenResponse:
     try:
         return TokenResponse.parse(content, now)
     except ValueError:
+        if content.lstrip().startswith(b"<"):
+            raise CaptivePortalSuspected(f"{realm.server} returned a web page instead of a token") from None
         raise UpstreamBroken(f"{realm.server} returned a response without a token") from None
 
 

@@ -9,14 +9,27 @@ from typing import Any, Protocol
 from attrs import evolve, frozen
 
 from dockerproxy.cache.identity import PUBLIC
-from dockerproxy.errors import RegistryError, Unauthorized, UpstreamFailing, UpstreamRefused
+from dockerproxy.errors import (
+    CaptivePortalSuspected,
+    IntermediaryRefused,
+    RegistryError,
+    Unauthorized,
+    UpstreamBroken,
+    UpstreamError,
+    UpstreamFailing,
+    UpstreamRefused,
+)
 from dockerproxy.http.headers import Headers
 from dockerproxy.net.dial import AddressCheck
 from dockerproxy.oci.names import Digest, Registry, Repository
 from dockerproxy.store.layout import IngestKey
 from dockerproxy.upstream.credentials import Anonymous, Credential
+from dockerproxy.upstream.refusals import is_own_refusal, is_page
 
 _MAX_ERROR_BODY = 64 * 1024
+# draft-ietf-httpapi-ratelimit-headers, versions before and after 08, and Docker Hub's own names.
+_RATE_LIMIT_FIELDS = frozenset({"retry-after", "ratelimit", "docker-ratelimit-source"})
+_RATE_LIMIT_PREFIXES = ("ratelimit-", "x-ratelimit-")
 _ERROR_CODES = {401: "UNAUTHORIZED", 403: "DENIED", 405: "UNSUPPORTED", 416: "RANGE_INVALID"}
 
 
@@ -107,6 +120,15 @@ class RegistryClient(Protocol):
     ) -> UpstreamResponse: ...
 
 
+def rate_limit_fields(response: UpstreamResponse) -> tuple[tuple[str, str], ...]:
+    """Return the fields that tell the sender of the request how many more upstream allows, and when."""
+    return tuple(
+        field
+        for field in response.headers
+        if field[0] in _RATE_LIMIT_FIELDS or field[0].startswith(_RATE_LIMIT_PREFIXES)
+    )
+
+
 async def error_from_response(
     registry: Registry, response: UpstreamResponse, not_found_code: str = "NAME_UNKNOWN"
 ) -> RegistryError:
@@ -114,24 +136,50 @@ async def error_from_response(
 
     `not_found_code` is the error code for a 404 without a body. A response to HEAD never has a body.
     """
-    retry_fields = tuple(field for field in response.headers if field[0] == "retry-after" or "ratelimit" in field[0])
+    retry_fields = rate_limit_fields(response)
     if response.status == 429:
         await response.discard()
         return UpstreamFailing(f"{registry} limits the rate of pulls", 429, headers=retry_fields)
     if response.status >= 500 or response.status < 400:
         await response.discard()
         return UpstreamFailing(f"{registry} answered {response.status}", headers=retry_fields)
-    content, fields = await response.read_all(_MAX_ERROR_BODY), tuple(response.headers)
+    try:
+        content = await response.read_all(_MAX_ERROR_BODY)
+    except UpstreamError:
+        content = b""  # too long or incomplete; the status is upstream's word all the same
+    fields = tuple(response.headers)
+    error_class = UpstreamRefused if is_own_refusal(response.status, response.headers, content) else IntermediaryRefused
     if not content:
         code = not_found_code if response.status == 404 else _ERROR_CODES.get(response.status, "UNKNOWN")
         message = f"{registry} answered {response.status}"
         content = json.dumps({"errors": [{"code": code, "message": message}]}).encode()
         fields = (*response.headers.without("content-type"), ("content-type", "application/json"))
-    return UpstreamRefused(response.status, content, fields)
+    return error_class(response.status, content, fields)
 
 
-def is_denial(error: RegistryError) -> bool:
-    """Return whether upstream or its token server denied access, as opposed to not having the content."""
+def error_for_content(response: UpstreamResponse, message: str) -> UpstreamBroken:
+    """Return the error for a success whose content is not what was asked for; `message` says so."""
+    if not is_page(response.headers):
+        return UpstreamBroken(message)
+    return CaptivePortalSuspected(f"{message}; it is a web page, perhaps of a captive portal")
+
+
+def may_be_guard(error: RegistryError) -> bool:
+    """Return whether `error` is of something before the registry, which may be its guard, and may have refused access.
+
+    Earlier grants then count for the public only.
+    """
+    return isinstance(error, CaptivePortalSuspected | IntermediaryRefused)
+
+
+def is_denial(error: RegistryError, identity: str) -> bool:
+    """Return whether upstream or its token server denied access to `identity`, as opposed to not having the content.
+
+    An intermediary's refusal is none to the public. It is one to a client with a credential, because the intermediary
+    may guard the registry, and have the credential checked.
+    """
+    if isinstance(error, IntermediaryRefused) and identity == PUBLIC:
+        return False
     return isinstance(error, Unauthorized) or (isinstance(error, UpstreamRefused) and error.status in (401, 403))
 
 

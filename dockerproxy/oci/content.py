@@ -55,13 +55,17 @@ class BlobResponse:
 
 @frozen
 class ManifestResponse:
-    """A manifest to send. `content` may be None if only the head was requested."""
+    """A manifest to send. `content` may be None if only the head was requested.
+
+    `rate_limit_fields` are those of upstream's response to this request, with names in lower case.
+    """
 
     digest: Digest
     media_type: str
     size: int
     content: bytes | None
     cache_status: str
+    rate_limit_fields: tuple[tuple[str, str], ...] = ()
 
 
 @frozen

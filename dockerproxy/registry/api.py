@@ -76,6 +76,7 @@ class RegistryAPI:
         manifest = await backend.manifest(target.name, target.reference, accept, head=head_only)
         request.cache_status = manifest.cache_status
         fields = [("Content-Type", data_type(manifest.media_type)), *_common_fields(manifest, manifest.cache_status)]
+        fields += manifest.rate_limit_fields
         if _is_not_modified(request, manifest.digest):
             request.respond(304, fields)
         elif manifest.content is None:

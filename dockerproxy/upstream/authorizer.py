@@ -13,7 +13,16 @@ from urllib.parse import quote, urlencode
 from attrs import evolve, field, frozen
 
 from dockerproxy.concurrency import SingleFlight
-from dockerproxy.errors import BadRequest, RegistryError, TooManyRequests, Unauthorized, UpstreamBroken
+from dockerproxy.errors import (
+    BadRequest,
+    CaptivePortalSuspected,
+    IntermediaryRefused,
+    RegistryError,
+    TooManyRequests,
+    Unauthorized,
+    UpstreamBroken,
+    UpstreamError,
+)
 from dockerproxy.http.headers import Headers
 from dockerproxy.net.dial import AddressCheck
 from dockerproxy.oci.challenge import Challenge
@@ -24,6 +33,7 @@ from dockerproxy.oci.routes import parse_query
 from dockerproxy.oci.tokens import MAX_TOKEN_RESPONSE, TokenResponse
 from dockerproxy.upstream.agent import Agent, Response
 from dockerproxy.upstream.credentials import ClientCredential, Credential, LoginTable
+from dockerproxy.upstream.refusals import is_own_refusal, is_page
 from dockerproxy.upstream.urls import split_url
 
 _MAX_TOKENS = 1024
@@ -201,13 +211,15 @@ class Authorizer:
         address_check = None if key.host == key.registry.host else self._address_check
         response = await self._agent.request("GET", url, Headers(fields), address_check=address_check)
         if response.status != 200:
-            await response.discard()
-            raise _refusal_error(key, response)
+            raise await _refusal_error(key, response)
         content = await response.read_all(MAX_TOKEN_RESPONSE)
         try:
             issued = TokenResponse.parse(content, self._clock())
         except ValueError:
-            raise UpstreamBroken(f"{key.host}: its response contains no token for {key.registry}") from None
+            message = f"{key.host}: its response contains no token for {key.registry}"
+            if is_page(response.headers):
+                raise CaptivePortalSuspected(f"{message}; it is a web page, perhaps of a captive portal") from None
+            raise UpstreamBroken(message) from None
         authorization = Authorization(f"Bearer {issued.tokens[0]}", key)
         self._store(key, authorization, issued.lifetime)
         return authorization
@@ -247,8 +259,19 @@ def _without_scope(challenge: Challenge) -> Challenge:
     return evolve(challenge, parameters={key: value for key, value in challenge.parameters.items() if key != "scope"})
 
 
-def _refusal_error(key: TokenKey, response: Response) -> RegistryError:
+async def _refusal_error(key: TokenKey, response: Response) -> RegistryError:
+    """Return the error for a response that is not a success. Read its body."""
     host, status = key.host, response.status
+    try:
+        content = await response.read_all(MAX_TOKEN_RESPONSE)
+    except UpstreamError:
+        content = b""  # too long or incomplete; the status is the token server's word all the same
+    if 400 <= status < 500 and status != 429 and not is_own_refusal(status, response.headers, content):
+        return IntermediaryRefused.in_our_words(
+            status,
+            f"{host}: no token for {key.registry}, because a firewall, a CDN or a captive portal answered in its place"
+            f" (status {status})",
+        )
     if status in (401, 403):
         login_phrase = "anonymously" if key.login is None else "with the login of AUTH_REGISTRIES"
         return Unauthorized(f"{host} refuses a token for {key.registry} {login_phrase} (status {status})")

@@ -7,7 +7,7 @@ from collections.abc import Hashable
 from attrs import frozen
 from twisted.web.iweb import IBodyProducer
 
-from dockerproxy.errors import UpstreamBroken, UpstreamError
+from dockerproxy.errors import CaptivePortalSuspected, DestinationForbidden, UpstreamBroken, UpstreamError
 from dockerproxy.http.headers import Headers
 from dockerproxy.net.dial import AddressCheck
 from dockerproxy.oci.challenge import parse_challenges
@@ -141,9 +141,16 @@ class UpstreamClient:
             if origin != registry:
                 headers = Headers.from_lowercase([field for field in headers if field[0] in _CROSS_ORIGIN_FIELDS])
             address_check = None if origin.host == registry.host else self._redirect_address_check
-            response = await self._agent.request(
-                request.method, url, headers, request.body, address_check=address_check
-            )
+            try:
+                response = await self._agent.request(
+                    request.method, url, headers, request.body, address_check=address_check
+                )
+            except DestinationForbidden as error:
+                if origin == registry:
+                    raise
+                raise CaptivePortalSuspected(
+                    f"{registry}: it redirects to {origin.host.authority}; {error.message}"
+                ) from None
             location = response.headers.get("location")
             if not request.follow or response.status not in _REDIRECTS or location is None:
                 return response
@@ -158,4 +165,4 @@ class UpstreamClient:
 def _check_downgrade(registry: Registry, url: str) -> None:
     target, _ = split_url(url)
     if target.scheme == "http" and registry.scheme == "https":
-        raise UpstreamBroken(f"{registry}: it redirects to plain HTTP at {target.host.authority}; refused")
+        raise CaptivePortalSuspected(f"{registry}: it redirects to plain HTTP at {target.host.authority}; refused")

@@ -10,7 +10,6 @@ from twisted.internet.defer import Deferred
 from dockerproxy.cache.challenges import TOKEN_PATH, Realm
 from dockerproxy.errors import (
     RegistryError,
-    UpstreamBroken,
     UpstreamFailing,
     UpstreamRefused,
     UpstreamUnreachable,
@@ -18,7 +17,14 @@ from dockerproxy.errors import (
 from dockerproxy.oci.challenge import Challenge
 from dockerproxy.oci.names import Registry
 from tests.cache.support.harness import HUB, OTHER, CacheHarness
-from tests.cache.support.upstream import Gate, ScriptedResponse, error_response, replace_with, respond_with
+from tests.cache.support.upstream import (
+    Gate,
+    ScriptedResponse,
+    captive_portal,
+    error_response,
+    replace_with,
+    respond_with,
+)
 
 BEARER = 'Bearer realm="https://auth.other.example/token",service="other",scope="repository:a:pull,push"'
 HOUR = 3600
@@ -116,11 +122,45 @@ def test_error_response_is_not_cached(harness: CacheHarness, status: int, kind: 
 
 
 @pytest.mark.parametrize("media_type", ["text/html", "text/html; charset=utf-8", "Text/HTML"])
-def test_html_page_is_rejected(harness: CacheHarness, media_type: str) -> None:
-    harness.upstream.on("GET", "^/v2/$", replace_with(b"<h1>Sign in</h1>", content_type=media_type))
-    with pytest.raises(UpstreamBroken, match="not a registry"):
-        get_challenges(harness)
-    assert harness.records.get("challenge", str(OTHER)) is None
+def test_html_page(harness: CacheHarness, media_type: str) -> None:
+    """A static registry answers /v2/ with a page. So does a captive portal, so that it is asked again next time."""
+    harness.upstream.on("GET", "^/v2/$", replace_with(b"<h1>Index</h1>", content_type=media_type), times=2)
+    for _ in range(2):
+        assert get_challenges(harness) == []
+    harness.upstream.go_down()
+    assert get_challenges(harness) == []
+    harness.upstream.reset()
+    harness.upstream.on("GET", "^/v2/$", respond_with_challenge(BEARER))
+    assert len(get_challenges(harness)) == 1
+
+
+@pytest.mark.parametrize(
+    "wall",
+    [
+        captive_portal,
+        lambda request, data: ScriptedResponse(302, b"", {"location": "https://login.example/"}),
+        lambda request, data: ScriptedResponse(401, b"<html>", {"content-type": "text/html"}),
+        lambda request, data: ScriptedResponse(403, b"<html>", {"content-type": "text/html"}),
+        lambda request, data: ScriptedResponse(451),
+    ],
+    ids=["page", "redirect", "401 without a challenge", "403", "451"],
+)
+def test_a_wall_replaces_no_challenge(harness: CacheHarness, wall: Any) -> None:
+    harness.upstream.on("GET", "^/v2/$", respond_with_challenge(BEARER), times=1)
+    get_challenges(harness)
+    harness.upstream.on("GET", "^/v2/$", wall)
+    for _ in range(3):
+        harness.reactor.advance(HOUR)
+        assert [challenge.scheme for challenge in get_challenges(harness)] == ["bearer"]
+    assert len(harness.upstream.requests_matching("GET", "^/v2/$")) == 4
+
+
+def test_a_registry_that_has_become_open(harness: CacheHarness) -> None:
+    harness.upstream.on("GET", "^/v2/$", respond_with_challenge(BEARER), times=1)
+    get_challenges(harness)
+    harness.reactor.advance(8 * 24 * HOUR)
+    harness.upstream.on("GET", "^/v2/$", respond_with(307))
+    assert get_challenges(harness) == []
 
 
 def test_damaged_records_are_fetched_again(harness: CacheHarness) -> None:

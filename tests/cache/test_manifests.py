@@ -26,6 +26,7 @@ from dockerproxy.errors import (
     UpstreamTimeout,
     UpstreamUnreachable,
 )
+from dockerproxy.http.headers import Headers
 from dockerproxy.oci.content import ManifestResponse
 from dockerproxy.oci.manifests import DOCKER_MANIFEST, DOCKER_SCHEMA1_SIGNED, MAX_MANIFEST, OCI_INDEX
 from dockerproxy.oci.names import Digest
@@ -824,3 +825,45 @@ def test_processes_do_not_share_responses_between_clients(make_harness: Callable
     assert [one.run(await_deferred(response)).cache_status for response in deferreds] == ["MISS", "MISS"]
     requests = one.upstream.requests_matching(pattern="manifests")
     assert sorted(str(request.requester) for request in requests) == [ALICE, BOB]
+
+
+# rate limits
+
+
+LIMITS = {
+    "ratelimit-limit": "100;w=21600",
+    "ratelimit-remaining": "99;w=21600",
+    "docker-ratelimit-source": "192.0.2.1",
+    "x-ratelimit-reset": "7",
+    "retry-after": "3",
+}
+
+
+@pytest.mark.parametrize("head", [False, True])
+def test_rate_limit_fields_of_upstream_are_passed_on(make_harness: Callable[..., CacheHarness], head: bool) -> None:
+    """They are fields of an answer that upstream has just given, never of the cached copy."""
+    harness = make_harness(freshness=TIERS)
+    app_repository(harness).put_manifest(ONE, "1")
+
+    def answer(request: Any, data: bytes) -> ScriptedResponse:
+        response = serve_content(request, OCI, data)
+        response.headers = Headers([*response.headers, *LIMITS.items(), ("set-cookie", "a=b"), ("x-more", "1")])
+        return response
+
+    for method in ("GET", "HEAD"):
+        harness.upstream.on(method, "manifests", answer)
+    harness.run(harness.manifest("1"))
+    harness.reactor.advance(6000)
+    response = harness.run(harness.manifest("1", head=head))
+    assert (response.cache_status, dict(response.rate_limit_fields)) == ("REVALIDATED", LIMITS)
+    harness.blobs.remove(Digest.of(ONE))
+    harness.manifests._memory_cache.remove(f"{HUB}/{APP}", Digest.of(ONE))
+    response = harness.run(harness.manifest("1", head=head))
+    assert (response.cache_status, dict(response.rate_limit_fields)) == ("MISS", LIMITS)
+    harness.run(harness.manifest("1"))
+    response = harness.run(harness.manifest("1", head=head))
+    assert (response.cache_status, response.rate_limit_fields) == ("HIT", ())
+    harness.upstream.go_down()
+    harness.reactor.advance(6000)
+    response = harness.run(harness.manifest("1", head=head))
+    assert (response.cache_status, response.rate_limit_fields) == ("STALE", ())

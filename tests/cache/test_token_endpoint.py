@@ -40,7 +40,7 @@ FAILURES = [
     respond_with(500),
     respond_with(503),
     respond_with(429),
-    lambda request, data: ScriptedResponse(200, b"<h1>Sign in</h1>"),
+    lambda request, data: ScriptedResponse(200, b"no JSON"),
     lambda request, data: ScriptedResponse(200, b"{}"),
 ]
 

@@ -5,12 +5,12 @@ import json
 import pytest
 from twisted.internet.defer import Deferred
 
+from dockerproxy.cache.identity import PUBLIC
 from dockerproxy.cache.upstream import UpstreamRepository, error_from_response, is_denial
 from dockerproxy.errors import (
     RegistryError,
     TooManyRequests,
     Unauthorized,
-    UpstreamBroken,
     UpstreamFailing,
     UpstreamRefused,
     is_outage,
@@ -41,7 +41,7 @@ def test_client_error_is_passed_through(status: int) -> None:
     assert isinstance(mapped_error, UpstreamRefused) and not is_outage(mapped_error)
     assert (mapped_error.status, mapped_error.content) == (status, b'{"errors":[{"code":"UPSTREAM","message":"no"}]}')
     assert ("x-more", "1") in mapped_error.headers
-    assert is_denial(mapped_error) == (status in (401, 403))
+    assert is_denial(mapped_error, PUBLIC) == (status in (401, 403))
 
 
 @pytest.mark.parametrize(
@@ -66,8 +66,13 @@ def test_error_without_body(status: int, code: str) -> None:
 
 
 def test_error_body_too_large() -> None:
-    with pytest.raises(UpstreamBroken):
-        error_for(ScriptedResponse(403, b"x" * 100_000))
+    """The status alone is the registry's word, so that no body turns a refusal into an outage."""
+    for response in (ScriptedResponse(403, b"x" * 100_000), ScriptedResponse(403, b"{", length=100, sent=1)):
+        if not response.ended:
+            response.disconnect()
+        mapped_error = error_for(response)
+        assert is_denial(mapped_error, PUBLIC) and not is_outage(mapped_error)
+        assert json.loads(mapped_error.content)["errors"][0]["code"] == "DENIED"  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(
@@ -78,7 +83,7 @@ def test_outage_statuses(status: int, expected_status: int) -> None:
         status, b"x", {"retry-after": "5", "ratelimit-remaining": "0;w=1", "x-more": "1"}, sent=0
     )
     mapped_error = error_for(response)
-    assert isinstance(mapped_error, UpstreamFailing) and is_outage(mapped_error) and not is_denial(mapped_error)
+    assert isinstance(mapped_error, UpstreamFailing) and is_outage(mapped_error) and not is_denial(mapped_error, PUBLIC)
     assert (mapped_error.status, dict(mapped_error.headers)) == (
         expected_status,
         {"retry-after": "5", "ratelimit-remaining": "0;w=1"},
@@ -87,5 +92,5 @@ def test_outage_statuses(status: int, expected_status: int) -> None:
 
 
 def test_token_server_errors() -> None:
-    assert is_denial(Unauthorized("no token"))
-    assert not is_denial(TooManyRequests("of tokens"))
+    assert is_denial(Unauthorized("no token"), PUBLIC)
+    assert not is_denial(TooManyRequests("of tokens"), PUBLIC)

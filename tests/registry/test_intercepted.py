@@ -160,6 +160,16 @@ def test_manifest_comes_from_upstream(connect_intercepted: Any, upstream: Any) -
     assert upstream.calls == [("a/b", "latest", [OCI_INDEX], False)]
 
 
+@pytest.mark.parametrize(("method", "content"), [("GET", b"{}"), ("HEAD", b"{}"), ("HEAD", None)])
+def test_rate_limit_fields_of_a_manifest(
+    connect_intercepted: Any, upstream: Any, method: str, content: bytes | None
+) -> None:
+    fields = (("ratelimit-remaining", "99;w=21600"), ("docker-ratelimit-source", "192.0.2.1"))
+    upstream.manifests["latest"] = ManifestResponse(DIGEST, OCI_INDEX, 2, content, "MISS", fields)
+    response = connect_intercepted().fetch(method, "/v2/a/b/manifests/latest")
+    assert [(name, *response.fields(name)) for name, _ in fields] == list(fields)
+
+
 @pytest.mark.parametrize("path", ["/v2/", "/v2"])
 def test_ping(connect_intercepted: Any, upstream: Any, path: str) -> None:
     for method in ("GET", "HEAD"):

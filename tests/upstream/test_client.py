@@ -14,7 +14,13 @@ from twisted.logger import formatEvent, globalLogPublisher
 from twisted.python.failure import Failure
 from twisted.trial.unittest import TestCase
 
-from dockerproxy.errors import DestinationForbidden, Unauthorized, UpstreamBroken, UpstreamUnreachable
+from dockerproxy.errors import (
+    CaptivePortalSuspected,
+    DestinationForbidden,
+    Unauthorized,
+    UpstreamBroken,
+    UpstreamUnreachable,
+)
 from dockerproxy.http.headers import Headers
 from dockerproxy.net.dial import Dialer
 from dockerproxy.oci.challenge import Challenge
@@ -335,7 +341,7 @@ class UpstreamClientTests(TestCase):
         port = self.port.getHost().port
         for location in (f"http://127.0.0.1:{port}/y", f"http://localhost:{port}/y"):
             self.servers.respond = redirect_from(x=location)
-            await self.assertFailure(Deferred.fromCoroutine(self.send_request()), DestinationForbidden)
+            await self.assertFailure(Deferred.fromCoroutine(self.send_request()), CaptivePortalSuspected)
 
     async def test_registry_on_the_local_network_is_allowed(self) -> None:
         registry = Registry(Host("127.0.0.1", self.port.getHost().port), "http")
