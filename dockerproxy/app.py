@@ -67,6 +67,7 @@ from dockerproxy.upstream.agent import Agent
 from dockerproxy.upstream.agent import UpstreamTimeouts as UpstreamTimeouts
 from dockerproxy.upstream.authorizer import Authorizer
 from dockerproxy.upstream.client import UpstreamClient
+from dockerproxy.upstream.shared_logins import OnLoginChanged, SharedLogins
 from dockerproxy.upstream.tls import ClientContext
 
 _LOOKUP_LIMITS = PoolLimits(threads=16, threads_per_client=6, waiting=4000, waiting_per_client=1000, reserved_threads=4)
@@ -90,13 +91,15 @@ OnRequestFinished = Callable[[Request, float], None]
 class SharedServices:
     """The state and the services that all processes of the daemon share.
 
-    `metrics` counts the requests of this process and renders the sum over all processes. `bindings` maps issued tokens
-    to the clients they were issued to. `multi_process` is true if the daemon has several processes.
+    `metrics` counts the requests of this process and renders the sum over all processes. `report_login` is told of
+    logins that are refused. `bindings` maps issued tokens to the clients they were issued to. `multi_process` is true
+    if the daemon has several processes.
     """
 
     state: StateDirectory
     cache_space: CacheSpace
     metrics: Metrics
+    report_login: OnLoginChanged
     locks: KeyedLock = field(factory=LocalKeyedLock)
     bindings: Bindings = field(factory=Bindings)
     multi_process: bool = False
@@ -157,6 +160,7 @@ class ProxyServer:
         self.certificates.check_files()
         self.registries.update(settings)
         self.authorizer.set_logins(settings.auth_registries)
+        self.pull_through.logins.clear()
         self.pull_through.challenges.restore(settings.registries)
 
     def close_idle(self, client: str) -> None:
@@ -369,7 +373,7 @@ def build_cache(
         intercepted=registries.intercepted,
         on_challenges=authorizer.add_challenges,
         address_check=policy.check_upstream,
-        login_for=authorizer.effective_login if settings.share_auth_registries else lambda registry: None,
+        logins=SharedLogins(authorizer, reactor.seconds, shared.report_login, shared=settings.share_auth_registries),
         freshness=Freshness(
             settings.enable_manifest_cache,
             settings.manifest_cache_primary_regex,

@@ -285,7 +285,16 @@ def status(client: ControlClient, options: argparse.Namespace, terminal: Termina
         print_line(f"{kind} in {store['directory']}{usage}{free}")
     print_line(f"SHA-256 of the CA certificate: {result['ca']['sha256']}")
     print_line("idle" if operation is None else f"{operation['name']} running for {format_age(operation['since'])}")
+    _print_refused_logins(result["refused_logins"])
     return 0
+
+
+def _print_refused_logins(logins: Sequence[dict[str, Any]]) -> None:
+    for login in logins:
+        print_line(
+            f"login for {login['registry']} ({login['setting']}) refused since {format_ago(login['since'])}: "
+            f"{login['reason']}"
+        )
 
 
 def debug(client: ControlClient, options: argparse.Namespace, terminal: Terminal) -> int:
@@ -302,6 +311,7 @@ def debug(client: ControlClient, options: argparse.Namespace, terminal: Terminal
         print_line(_format_bound(bound))
     for key, waiting in result["locks"].items():
         print_line(f"lock {key} held, {waiting} waiting")
+    _print_refused_logins(result["refused_logins"])
     return 0
 
 

@@ -19,6 +19,7 @@ from dockerproxy.admin.deletion import Deleter
 from dockerproxy.admin.operations import Operations
 from dockerproxy.admin.resolver import CACHED, HOSTED, ImageResolver, StoreView
 from dockerproxy.app import ProxyServer, build_server, build_site, log_access, open_certificates
+from dockerproxy.cache.ended_logins import EndedLogins
 from dockerproxy.cache.identity import Bindings
 from dockerproxy.cache.janitor import Janitor
 from dockerproxy.cache.space import CacheSpaceManager
@@ -91,13 +92,13 @@ def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifi
     for warning in (*settings.warnings, *state.warnings, *authority.warnings):
         log.warn("{warning}", warning=warning)
     cache_space = build_cache_space(reactor, settings, state)
-    shared_state, bindings = SharedState(cache_space), Bindings()
+    shared_state, bindings = SharedState(cache_space, EndedLogins(time.time)), Bindings()
     forked_state = ForkedState.create(reactor, configuration, state, certificates)
     shared = forked_state.shared_services(0, LocalCoordinator(shared_state), bindings)
     server = build_server(reactor, settings, certificates, shared)
     workers = build_workers(reactor, forked_state, settings, server, shared_state, bindings, twistd_options)
     listener_service = build_listener_service(reactor, server, workers)
-    apply = partial(apply_configuration, server, workers.supervisor)
+    apply = partial(apply_configuration, server, workers.supervisor, shared_state.ended_logins)
     reloader = Reloader(read, apply, settings, server.registries, notifier)
     operations = Operations(reactor, shared_state.locks, time.time)
     report = partial(debug_report, server, shared_state, workers)
@@ -117,6 +118,7 @@ def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifi
             cache_space,
             operations,
             server.hosted_app.rules,
+            shared_state.ended_logins,
             report,
             authority.fingerprint,
         ),
@@ -205,13 +207,14 @@ def abort_on_repeated_stop(reactor: Any, supervisor: WorkerSupervisor, abort_con
 
 
 async def apply_configuration(
-    server: ProxyServer, supervisor: WorkerSupervisor, configuration: Configuration
+    server: ProxyServer, supervisor: WorkerSupervisor, ended_logins: EndedLogins, configuration: Configuration
 ) -> list[str]:
     """Apply the settings that may change in all processes. Return a sentence for each worker that failed.
 
     Raise `HtpasswdError` or OSError if they cannot be applied here. Then they change nothing.
     """
     server.reconfigure(configuration.settings)
+    ended_logins.clear()
     return await supervisor.reload(reloadable_variables(configuration.variables))
 
 
@@ -220,6 +223,7 @@ async def debug_report(server: ProxyServer, shared_state: SharedState, workers: 
     main_process = {"number": 0, "state": "serving", "pid": os.getpid(), **server.debug_report()}
     return {
         "locks": shared_state.locks.report(),
+        "refused_logins": shared_state.ended_logins.report_list(),
         "bounds": [workers.table.report()],
         "processes": [main_process, *await workers.supervisor.debug()],
     }
@@ -277,6 +281,7 @@ def build_control_socket(
     cache_space: CacheSpaceManager,
     operations: Operations,
     rules: HostedRules,
+    ended_logins: EndedLogins,
     debug_report: DebugReport,
     ca_fingerprint: str,
 ) -> ControlSocket:
@@ -291,6 +296,7 @@ def build_control_socket(
         Deleter(reactor, store, cache_space, state.open_records()),
         operations,
         rules,
+        ended_logins,
         debug_report,
         ca_fingerprint,
         time.time,

@@ -45,6 +45,7 @@ from dockerproxy.admin.deletion import Deleter
 from dockerproxy.admin.ndjson import JSON_FIELDS, NDJSONResponse
 from dockerproxy.admin.operations import Event, OperationError, Operations
 from dockerproxy.admin.resolver import CACHED, HOSTED, ImageResolver, InvalidArgument, NotFound, StoreView
+from dockerproxy.cache.ended_logins import EndedLogins
 from dockerproxy.cache.space import CacheSpaceManager
 from dockerproxy.concurrency import in_thread
 from dockerproxy.errors import RegistryError
@@ -93,6 +94,7 @@ class Control:
     _deleter: Deleter
     _operations: Operations
     _rules: HostedRules
+    _ended_logins: EndedLogins
     _debug_report: DebugReport
     _ca_fingerprint: str
     _clock: Callable[[], float]
@@ -162,6 +164,7 @@ class Control:
             "started": self._start_time,
             "ca": {"sha256": self._ca_fingerprint},
             "operation": self._operations.current,
+            "refused_logins": self._ended_logins.report_list(),
             "cache": {"bytes": self._space.index.total, "limit": self._space.index.limit},
             "shelves": {store.kind: _storage_info(store) for store in self._resolver.stores},
         }

@@ -24,13 +24,13 @@ from dockerproxy.cache.upstream import RegistryClient, UpstreamAgent
 from dockerproxy.concurrency import KeyedLock, spawn
 from dockerproxy.net.dial import AddressCheck
 from dockerproxy.oci.challenge import Challenge
-from dockerproxy.oci.credentials import BasicCredentials
 from dockerproxy.oci.names import Digest, Host, Registry
 from dockerproxy.store.blobs import Blobs
 from dockerproxy.store.layout import Layout
 from dockerproxy.store.links import Links
 from dockerproxy.store.records import Records
 from dockerproxy.thread_pool import ContentParser
+from dockerproxy.upstream.shared_logins import SharedLogins
 
 
 @frozen(kw_only=True)
@@ -62,14 +62,14 @@ class CachePolicy:
 
     `registries` is the live table of served registries, `intercepted` that of intercepted hosts. `on_challenges` is
     called with the challenges of a registry. `address_check` is that of realms on hosts that are not intercepted.
-    `login_for` returns the login that serves every client. `evicted_bytes` bounds evicted blobs that are still read.
+    `logins` serve every client. `evicted_bytes` bounds evicted blobs that are still read.
     """
 
     registries: Iterable[Registry]
     intercepted: Mapping[Host, Registry]
     on_challenges: Callable[[Registry, list[Challenge]], None]
     address_check: AddressCheck | None
-    login_for: Callable[[Registry], BasicCredentials | None]
+    logins: SharedLogins
     freshness: Freshness
     download_limits: DownloadLimits
     evicted_bytes: int
@@ -128,6 +128,6 @@ def compose_cache(services: CacheServices, policy: CachePolicy) -> CacheParts:
         CachedBlobs(reactor, upstream, blobs, links, downloads, access, space, open_readers, possession),
         services.parser,
         policy.registries,
-        policy.login_for,
+        policy.logins,
     )
     return CacheParts(blobs, links, access, ingests, open_readers, pull_through)

@@ -16,7 +16,7 @@ from hashlib import blake2b
 
 from attrs import define, field, frozen
 
-from dockerproxy.oci.credentials import BasicCredentials, is_empty_login
+from dockerproxy.oci.credentials import BasicCredentials, IdentityToken, is_empty_login
 from dockerproxy.oci.names import Registry, Repository
 from dockerproxy.upstream.credentials import Anonymous, Credential
 
@@ -125,7 +125,7 @@ class Identities:
         """Return the identity of `credential` at the repository `name` of `registry`."""
         if isinstance(credential, Anonymous):
             return PUBLIC
-        if isinstance(credential, BasicCredentials):
+        if isinstance(credential, BasicCredentials | IdentityToken):
             return "login:" + self._hash(f"{registry}\n{credential.user}")
         return self._for_client(registry, name, credential.authorization)
 

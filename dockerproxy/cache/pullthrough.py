@@ -6,14 +6,14 @@ that is used upstream for the client, and delegates to `manifests` and `blobs`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable
-from typing import Any
+from collections.abc import Awaitable, Callable, Hashable, Iterable
+from typing import Any, TypeVar
 
 from attrs import define, field, frozen
 
 from dockerproxy.cache.blobs import CachedBlobs
 from dockerproxy.cache.challenges import TOKEN_PATH, Challenges, Realm
-from dockerproxy.cache.identity import INVALID_TOKEN, Identities, LocalToken, client_authorization
+from dockerproxy.cache.identity import INVALID_TOKEN, PUBLIC, Identities, LocalToken, client_authorization
 from dockerproxy.cache.manifests import CachedManifests
 from dockerproxy.cache.token_endpoint import TokenEndpoint, TokenRequest
 from dockerproxy.cache.upstream import (
@@ -22,6 +22,7 @@ from dockerproxy.cache.upstream import (
     UpstreamRepository,
     UpstreamResponse,
     error_from_response,
+    is_denial,
 )
 from dockerproxy.errors import (
     IntermediaryRefused,
@@ -36,7 +37,6 @@ from dockerproxy.errors import (
 from dockerproxy.http.headers import Headers
 from dockerproxy.oci.challenge import Challenge
 from dockerproxy.oci.content import BlobResponse, ManifestResponse
-from dockerproxy.oci.credentials import BasicCredentials
 from dockerproxy.oci.manifests import (
     EMPTY_INDEX,
     MAX_MANIFEST,
@@ -49,14 +49,16 @@ from dockerproxy.oci.referrers import ReferrersIndex, ReferrersQuery
 from dockerproxy.oci.routes import LIST_KINDS, Kind, Target, is_pull_query
 from dockerproxy.thread_pool import ContentParser
 from dockerproxy.upstream.credentials import Anonymous, ClientCredential, Credential
+from dockerproxy.upstream.shared_logins import SharedLogins
+
+T = TypeVar("T")
 
 
 @define
 class PullThrough:
     """The parts of the cache, shared by all registries and clients.
 
-    `registries` is the live table of served registries. `login_for` returns the configured login at a registry, which
-    serves every client, or None.
+    `registries` is the live table of served registries. `logins` are the administrator's, which serve every client.
     """
 
     upstream: RegistryClient
@@ -67,7 +69,7 @@ class PullThrough:
     blobs: CachedBlobs
     parser: ContentParser
     registries: Iterable[Registry]
-    login_for: Callable[[Registry], BasicCredentials | None]
+    logins: SharedLogins
 
     def registry(self, registry: Registry, authorization: str | None, client: str = "") -> CachedRegistry:
         """Return `registry` as seen by the client at the address `client`, with its Authorization field, if any.
@@ -133,13 +135,14 @@ class CachedRegistry:
         """The credential used upstream: the client's own if it has one, else the configured login, else none."""
         if self.authorization is not None:
             return ClientCredential(self.authorization)
-        return self.cache.login_for(self.registry) or Anonymous()
+        return self.cache.logins.login_for(self.registry) or Anonymous()
 
-    async def principal(self, name: Repository) -> UpstreamPrincipal:
-        """Return the principal for the repository `name`. Raise `Unauthorized`."""
+    async def _prepare(self) -> None:
+        """Check the client's token, and learn what the choice of a login depends on. Raise `Unauthorized`."""
         self._check_token()
         await self.cache.challenges.ensure_known(self.registry)
-        credential = self.credential
+
+    def _principal(self, name: Repository, credential: Credential) -> UpstreamPrincipal:
         identity = self.cache.identities.for_credential(self.registry, name, credential)
         repository = UpstreamRepository(self.registry, name, credential)
         fallback_identity = None if self.local_token is None else self.local_token.identity_at(name)
@@ -149,12 +152,45 @@ class CachedRegistry:
         self, name: Repository, reference: Reference, accept: list[str], *, head: bool
     ) -> ManifestResponse:
         """Return a manifest. Raise `UpstreamRefused`, `UpstreamError`."""
-        return await self.cache.manifests.get(await self.principal(name), reference, accept, head=head)
+        await self._prepare()
+
+        def get(credential: Credential) -> Awaitable[ManifestResponse]:
+            return self.cache.manifests.get(self._principal(name, credential), reference, accept, head=head)
+
+        return await self._try(self.credential, get)
 
     async def blob(self, name: Repository, digest: Digest, *, head: bool) -> BlobResponse:
         """Return a blob. Raise `UpstreamRefused`, `UpstreamError`."""
-        blobs, principal = self.cache.blobs, await self.principal(name)
-        return await (blobs.head(principal, digest) if head else blobs.get(principal, digest))
+        await self._prepare()
+        get = self.cache.blobs.head if head else self.cache.blobs.get
+        return await self._try(self.credential, lambda credential: get(self._principal(name, credential), digest))
+
+    async def _try(self, credential: Credential, attempt: Callable[[Credential], Awaitable[T]]) -> T:
+        """Return the result of `attempt` with `credential`.
+
+        If that is a login of the administrator's and upstream denies access, which may be because it has ended, the
+        attempt is repeated with what else the client may use, at last without a login: public images go on.
+        """
+        try:
+            return await attempt(credential)
+        except RegistryError as error:
+            if self.authorization is not None or not _is_denial_of(credential, error):
+                raise
+            denial = error
+        for other in await self.cache.logins.alternatives(self.registry, credential):
+            try:
+                return await attempt(other)
+            except RegistryError as error:
+                if not _is_denial_of(other, error):
+                    raise
+        raise self._explained_denial(denial)
+
+    def _explained_denial(self, error: RegistryError) -> RegistryError:
+        """Return `error`, or one that names the setting if the reason for it is that its login is refused."""
+        reason = self.cache.logins.reason(self.registry)
+        if not reason:
+            return error
+        return Unauthorized(f"{reason}, and upstream denies access without a login; the administrator has to renew it")
 
     async def ping(self) -> None:
         """Check the client for `/v2/`. Raise `Unauthorized` if it must authenticate first."""
@@ -182,7 +218,7 @@ class CachedRegistry:
         such as Negotiate beside Basic change nothing. With Bearer, a client gets a token of ours first.
         """
         schemes = {challenge.scheme for challenge in challenges}
-        has_shared_login = self.cache.login_for(self.registry) is not None
+        has_shared_login = self.cache.logins.configured_login(self.registry) is not None
         return not schemes or (has_shared_login and "basic" in schemes and "bearer" not in schemes)
 
     def _check_token(self) -> None:
@@ -194,8 +230,8 @@ class CachedRegistry:
         self._check_token()
         path = f"/v2/{name}/referrers/{subject}" + (f"?{query.text}" if query.text else "")
         is_shared = self.authorization is not None or is_pull_query(query.text)
-        response = await self.cache.upstream.request(
-            "GET", self.registry, path, name=name,
+        response = await self._request(
+            "GET", path, name=name,
             credential=self.credential if is_shared else Anonymous(), headers=Headers([("accept", OCI_INDEX)]),
         )  # fmt: skip
         if response.status == 200:
@@ -236,11 +272,25 @@ class CachedRegistry:
         credential = self.credential
         if self.authorization is None and not (is_list and is_pull_query(path.partition("?")[2])):
             credential = Anonymous()
+        if is_list:
+            return await self._request(method, path, name=target.name or None, credential=credential, headers=headers)
         return await self.cache.upstream.request(
             method, self.registry, path,
-            name=target.name or None, credential=credential, headers=headers, body=body, follow=is_list,
+            name=target.name or None, credential=credential, headers=headers, body=body, follow=False,
             actions="pull" if method in ("GET", "HEAD") else "pull,push",
         )  # fmt: skip
+
+    async def _request(self, method: str, path: str, *, credential: Credential, **options: Any) -> UpstreamResponse:
+        """Send a request for a list with `credential`, or as `_try` does with another one."""
+        logins = self.cache.logins
+
+        async def send(credential: Credential) -> UpstreamResponse:
+            response = await self.cache.upstream.request(method, self.registry, path, credential=credential, **options)
+            if response.status in (401, 403) and self.authorization is None and logins.configured_login(self.registry):
+                raise await error_from_response(self.registry, response)
+            return response
+
+        return await self._try(credential, send)
 
     async def forward_page(
         self, method: str, path: str, headers: Headers, body: Any = None, *, client_connection: Hashable = None
@@ -285,3 +335,7 @@ class CachedRegistry:
         if not fields:
             fields = [challenge.render() for challenge in self.cache.challenges.cached(self.registry)]
         return self.cache.challenges.render_for(self.registry, fields, secure=secure)
+
+
+def _is_denial_of(credential: Credential, error: RegistryError) -> bool:
+    return is_denial(error, PUBLIC if isinstance(credential, Anonymous) else "login")

@@ -12,10 +12,6 @@ from datetime import UTC, datetime
 from urllib.parse import parse_qsl
 
 from attrs import field, frozen
-from twisted.internet.defer import Deferred, succeed
-from twisted.internet.interfaces import IConsumer
-from twisted.web.iweb import IBodyProducer
-from zope.interface import implementer
 
 from dockerproxy.cache.access import STALE_GRANT_TTL
 from dockerproxy.cache.best_effort import try_put, try_remove
@@ -30,6 +26,7 @@ from dockerproxy.oci.names import Host, Registry, Repository
 from dockerproxy.oci.routes import parse_query
 from dockerproxy.oci.tokens import MAX_TOKEN_RESPONSE, TokenResponse, readable_repositories
 from dockerproxy.store.records import Records
+from dockerproxy.upstream.form_body import FormBody
 
 _SAVE_INTERVAL = 300.0
 _MAX_FORM_FIELDS = 50
@@ -169,7 +166,7 @@ class TokenEndpoint:
         body = None
         if request.form is not None:
             fields.append(("content-type", "application/x-www-form-urlencoded"))
-            body = _FormBody(request.form)
+            body = FormBody(request.form)
         response = await self._agent.request(
             "GET" if body is None else "POST",
             realm.server.origin + realm.path + (f"?{request.query}" if request.query else ""),
@@ -221,22 +218,3 @@ def _parse_response(realm: Realm, content: bytes, now: float) -> TokenResponse:
         if content.lstrip().startswith(b"<"):
             raise CaptivePortalSuspected(f"{realm.server} returned a web page instead of a token") from None
         raise UpstreamBroken(f"{realm.server} returned a response without a token") from None
-
-
-@implementer(IBodyProducer)
-class _FormBody:
-    """A request body that is in memory."""
-
-    def __init__(self, form: bytes) -> None:
-        self.length = len(form)
-        self._form = form
-
-    def startProducing(self, consumer: IConsumer) -> Deferred[None]:
-        consumer.write(self._form)
-        return succeed(None)
-
-    def pauseProducing(self) -> None: ...
-
-    def resumeProducing(self) -> None: ...
-
-    def stopProducing(self) -> None: ...

@@ -1,4 +1,4 @@
-"""User names and passwords as HTTP's Basic scheme has them (RFC 7617)."""
+"""Logins: user names and passwords as HTTP's Basic scheme has them (RFC 7617), and identity tokens."""
 
 from __future__ import annotations
 
@@ -41,6 +41,23 @@ class BasicCredentials:
         if ":" in self.user:
             raise ValueError("a user name must not contain a colon")
         return "Basic " + base64.b64encode(self.user.encode() + b":" + self.password_bytes).decode("ascii")
+
+
+@frozen
+class IdentityToken:
+    """An OAuth 2 refresh token, which docker calls an identity token. Token servers take it, registries do not."""
+
+    token: str = field(repr=False)
+
+    @property
+    def user(self) -> str:
+        """The user name that docker's credential helpers return with an identity token."""
+        return IDENTITY_TOKEN_USER
+
+
+IDENTITY_TOKEN_USER = "<token>"
+
+Login = BasicCredentials | IdentityToken
 
 
 def is_empty_login(authorization: str) -> bool:

@@ -26,19 +26,23 @@ from dockerproxy.errors import (
 from dockerproxy.http.headers import Headers
 from dockerproxy.net.dial import AddressCheck
 from dockerproxy.oci.challenge import Challenge
-from dockerproxy.oci.credentials import BasicCredentials
+from dockerproxy.oci.credentials import BasicCredentials, IdentityToken, Login
 from dockerproxy.oci.docker_hub import DOCKER_HUB, DOCKER_HUB_TOKENS
 from dockerproxy.oci.names import Host, Registry
 from dockerproxy.oci.routes import parse_query
 from dockerproxy.oci.tokens import MAX_TOKEN_RESPONSE, TokenResponse
+from dockerproxy.oci.untrusted_json import JSONInvalid, parse_json
 from dockerproxy.upstream.agent import Agent, Response
 from dockerproxy.upstream.credentials import ClientCredential, Credential, LoginTable
+from dockerproxy.upstream.form_body import FormBody
 from dockerproxy.upstream.refusals import is_own_refusal, is_page
 from dockerproxy.upstream.urls import split_url
 
 _MAX_TOKENS = 1024
 _MAX_REGISTRIES = 256
 _MAX_SCOPES = 8
+_CLIENT_ID = "docker-registry-proxy"
+_OAUTH_REFUSALS = frozenset({"invalid_grant", "invalid_client", "unauthorized_client"})  # RFC 6749, section 5.2
 _SCOPE_PATTERN = re.compile(r"[!-~]{1,1024}")
 
 
@@ -50,7 +54,7 @@ class TokenKey:
     realm: str
     service: str | None
     scopes: tuple[str, ...]
-    login: BasicCredentials | None
+    login: Login | None
 
     @property
     def host(self) -> Host:
@@ -87,7 +91,7 @@ class Authorizer:
         agent: Agent,
         clock: Callable[[], float],
         address_check: AddressCheck | None,
-        logins: Mapping[Host, BasicCredentials],
+        logins: Mapping[Host, Login],
     ) -> None:
         self._agent = agent
         self._clock = clock
@@ -95,10 +99,10 @@ class Authorizer:
         self._logins = LoginTable(logins)
         self._tokens: OrderedDict[TokenKey, _CachedToken] = OrderedDict()  # least recently used first
         self._challenges: OrderedDict[Registry, tuple[Challenge, ...]] = OrderedDict()
-        self._effective_logins: dict[Registry, BasicCredentials | None] = {}  # of these logins and challenges
+        self._effective_logins: dict[Registry, Login | None] = {}  # of these logins and challenges
         self._fetches: SingleFlight[TokenKey, Authorization] = SingleFlight()
 
-    def set_logins(self, logins: Mapping[Host, BasicCredentials]) -> None:
+    def set_logins(self, logins: Mapping[Host, Login]) -> None:
         """Replace the logins of AUTH_REGISTRIES."""
         self._logins = LoginTable(logins)
         self._effective_logins.clear()
@@ -125,7 +129,7 @@ class Authorizer:
         self._effective_logins.clear()
         self._challenges.pop(registry, None)
 
-    def effective_login(self, registry: Registry) -> BasicCredentials | None:
+    def effective_login(self, registry: Registry) -> Login | None:
         """Return the login of AUTH_REGISTRIES for `registry`: its own, or else the login for its realm's host."""
         try:
             return self._effective_logins[registry]  # each cached request asks for it
@@ -155,15 +159,40 @@ class Authorizer:
         """
         if isinstance(credential, ClientCredential):
             return Authorization(credential.authorization)
-        bearer = next(
-            (challenge for challenge in challenges if challenge.scheme == "bearer" and "realm" in challenge.parameters),
-            None,
-        )
+        bearer = _bearer_challenge(challenges)
         if bearer is not None:
             return await self._get_token(self._token_key(registry, bearer, scope, credential), rejected_authorization)
         login = self._logins.login_for(credential, registry.host, registry)
-        if login is not None and any(challenge.scheme == "basic" for challenge in challenges):
+        if isinstance(login, BasicCredentials) and _accepts_basic(challenges):
             return Authorization(login.authorization)
+        return None
+
+    async def refusal(self, registry: Registry, login: Login) -> str | None:
+        """Ask `registry`, or its token server, about `login` itself, for no repository.
+
+        Return which server refuses it and how, as a clause; None if none does. Raise the errors of `Agent.request`, and
+        `UpstreamBroken` or `TooManyRequests` if the server did not say. An identity token cannot be used at a registry
+        without a token server, which is a refusal too.
+        """
+        challenges = self.challenges_for(registry)
+        bearer = _bearer_challenge(challenges)
+        if bearer is not None:
+            key = self._token_key(registry, bearer, None, login)
+            try:
+                if key.login is not None:
+                    await self._fetches.do(key, lambda: self._fetch_token(key))
+            except Unauthorized as error:
+                return error.message
+        elif _accepts_basic(challenges):
+            if isinstance(login, IdentityToken):
+                return f"{registry} has no token server for an identity token"
+            headers = Headers([("Authorization", login.authorization)])
+            response = await self._agent.request("GET", f"{registry.origin}/v2/", headers)
+            content = await response.read_all(MAX_TOKEN_RESPONSE)
+            if response.status in (401, 403):
+                if not is_own_refusal(response.status, response.headers, content):
+                    raise UpstreamBroken(f"{registry}: something before it answered {response.status}")
+                return f"{registry} answered {response.status}"
         return None
 
     def _token_key(self, registry: Registry, bearer: Challenge, scope: str | None, credential: Credential) -> TokenKey:
@@ -199,17 +228,9 @@ class Authorizer:
         return await self._fetches.do(key, lambda: self._fetch_token(key))
 
     async def _fetch_token(self, key: TokenKey) -> Authorization:
-        parameters = [] if key.service is None else [("service", key.service)]
-        parameters += [("scope", scope) for scope in key.scopes]
-        query = urlencode(parameters, quote_via=quote)
-        url = key.realm.partition("#")[0]
-        if query:
-            url += ("&" if "?" in url else "?") + query
-        fields = [("Accept", "application/json")]
-        if key.login is not None:
-            fields.append(("Authorization", key.login.authorization))
         address_check = None if key.host == key.registry.host else self._address_check
-        response = await self._agent.request("GET", url, Headers(fields), address_check=address_check)
+        method, url, headers, body = _token_request(key)
+        response = await self._agent.request(method, url, headers, body, address_check=address_check)
         if response.status != 200:
             raise await _refusal_error(key, response)
         content = await response.read_all(MAX_TOKEN_RESPONSE)
@@ -255,6 +276,37 @@ def _check_realm_for_login(registry: Registry, realm: Registry, path: str) -> No
         raise UpstreamBroken(f"{registry}: the URL of its token server {realm.host.authority} has a scope; refused")
 
 
+def _bearer_challenge(challenges: Sequence[Challenge]) -> Challenge | None:
+    return next((one for one in challenges if one.scheme == "bearer" and "realm" in one.parameters), None)
+
+
+def _accepts_basic(challenges: Sequence[Challenge]) -> bool:
+    return any(challenge.scheme == "basic" for challenge in challenges)
+
+
+def _token_request(key: TokenKey) -> tuple[str, str, Headers, FormBody | None]:
+    """Return the method, URL, fields and body of the request for a token.
+
+    It is a GET with Basic, or for an identity token the POST of distribution's "OAuth2 Token Authentication"
+    (docs/spec/auth/oauth.md).
+    """
+    parameters = [] if key.service is None else [("service", key.service)]
+    url = key.realm.partition("#")[0]
+    fields = [("Accept", "application/json")]
+    if isinstance(key.login, IdentityToken):
+        parameters += [("scope", " ".join(key.scopes))] if key.scopes else []
+        parameters += [("client_id", _CLIENT_ID), ("grant_type", "refresh_token"), ("refresh_token", key.login.token)]
+        fields.append(("Content-Type", "application/x-www-form-urlencoded"))
+        return "POST", url, Headers(fields), FormBody(urlencode(parameters).encode())
+    parameters += [("scope", scope) for scope in key.scopes]
+    query = urlencode(parameters, quote_via=quote)
+    if query:
+        url += ("&" if "?" in url else "?") + query
+    if key.login is not None:
+        fields.append(("Authorization", key.login.authorization))
+    return "GET", url, Headers(fields), None
+
+
 def _without_scope(challenge: Challenge) -> Challenge:
     return evolve(challenge, parameters={key: value for key, value in challenge.parameters.items() if key != "scope"})
 
@@ -272,11 +324,21 @@ async def _refusal_error(key: TokenKey, response: Response) -> RegistryError:
             f"{host}: no token for {key.registry}, because a firewall, a CDN or a captive portal answered in its place"
             f" (status {status})",
         )
-    if status in (401, 403):
-        login_phrase = "anonymously" if key.login is None else "with the login of AUTH_REGISTRIES"
+    if status in (401, 403) or (status == 400 and _is_oauth_refusal(content)):
+        login_phrase = "anonymously" if key.login is None else "with its configured login"
         return Unauthorized(f"{host} refuses a token for {key.registry} {login_phrase} (status {status})")
     if status == 429:
         retry_after = response.headers.get("retry-after")
         headers = [] if retry_after is None else [("Retry-After", retry_after)]
         return TooManyRequests(f"{host} limits the rate of tokens for {key.registry}", headers=headers)
     return UpstreamBroken(f"{host} returned no token for {key.registry} (status {status})")
+
+
+def _is_oauth_refusal(content: bytes) -> bool:
+    """Return whether a token server answered 400 because it does not accept the login (RFC 6749, section 5.2)."""
+    try:
+        document = parse_json(content)
+    except JSONInvalid:
+        return False
+    error = document.get("error") if isinstance(document, dict) else None
+    return isinstance(error, str) and error in _OAUTH_REFUSALS

@@ -10,7 +10,7 @@ from twisted.logger import Logger
 
 from dockerproxy.bounded_dict import BoundedDict
 from dockerproxy.net.public_suffix import LIST_FILE, registrable_domain
-from dockerproxy.oci.credentials import BasicCredentials
+from dockerproxy.oci.credentials import BasicCredentials, IdentityToken, Login
 from dockerproxy.oci.docker_hub import DOCKER_HUB, DOCKER_HUB_ALIASES, DOCKER_HUB_TOKENS
 from dockerproxy.oci.names import Host, Registry
 
@@ -31,7 +31,7 @@ class ClientCredential:
     authorization: str = field(repr=False)
 
 
-Credential = Anonymous | BasicCredentials | ClientCredential
+Credential = Anonymous | Login | ClientCredential
 
 
 class LoginTable:
@@ -46,24 +46,24 @@ class LoginTable:
     another name of Docker Hub is one for Docker Hub.
     """
 
-    def __init__(self, logins: Mapping[Host, BasicCredentials]) -> None:
+    def __init__(self, logins: Mapping[Host, Login]) -> None:
         self._by_host = _with_hub_login(logins)
         self._unused: BoundedDict[tuple[Host, Host], bool] = BoundedDict(_MAX_WARNINGS)
 
-    def effective_login(self, registry: Registry, realm: Host | None) -> BasicCredentials | None:
+    def effective_login(self, registry: Registry, realm: Host | None) -> Login | None:
         """Return the login for requests to `registry`, if `realm` is the host of its token server."""
         login = self._by_host.get(registry.host)
         return self._realm_login(realm, registry) if login is None and realm is not None else login
 
-    def login_for(self, credential: Credential, host: Host, registry: Registry) -> BasicCredentials | None:
+    def login_for(self, credential: Credential, host: Host, registry: Registry) -> Login | None:
         """Return the login to send to `host` for a request to `registry` with `credential`, or None."""
-        if not isinstance(credential, BasicCredentials):
+        if not isinstance(credential, BasicCredentials | IdentityToken):
             return None
         if credential not in self._by_host.values():
             return credential if host == registry.host else None
         return self._realm_login(host, registry)
 
-    def _realm_login(self, realm: Host, registry: Registry) -> BasicCredentials | None:
+    def _realm_login(self, realm: Host, registry: Registry) -> Login | None:
         login, registry_login = self._by_host.get(realm), self._by_host.get(registry.host)
         if login is None:
             if registry_login is None or _is_known_realm(realm, registry):
@@ -94,7 +94,7 @@ _HUB_HOSTS = tuple(registry.host for registry in (DOCKER_HUB_TOKENS, DOCKER_HUB,
 """The hosts of Docker Hub. The login for the first one that has a login is used."""
 
 
-def _with_hub_login(logins: Mapping[Host, BasicCredentials]) -> Mapping[Host, BasicCredentials]:
+def _with_hub_login(logins: Mapping[Host, Login]) -> Mapping[Host, Login]:
     """Return `logins` with one for Docker Hub itself if there is one for another of its names."""
     hub_login = next((logins[host] for host in _HUB_HOSTS if host in logins), None)
     if hub_login is None or DOCKER_HUB_TOKENS.host in logins:

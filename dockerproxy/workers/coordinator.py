@@ -1,4 +1,4 @@
-"""The state that all processes share: the space of the cache, and locks.
+"""The state that all processes share: the space of the cache, locks, and which logins are refused.
 
 Every process sees it as a `Coordinator`. The main process owns the state, so its `LocalCoordinator` works directly. A
 worker's `RemoteCoordinator` (`remote`) calls the methods of a `LocalCoordinator` that the main process has for it.
@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from attrs import define, field
 from twisted.internet.defer import Deferred
 
+from dockerproxy.cache.ended_logins import EndedLogins
 from dockerproxy.cache.space import CacheSpace, CacheSpaceManager
 from dockerproxy.concurrency import LocalKeyedLock, spawn
 from dockerproxy.oci.names import Digest
@@ -20,9 +21,11 @@ from dockerproxy.store.layout import IngestKey
 
 
 class Coordinator(CacheSpace, Protocol):
-    """The shared state as one process sees it: a `CacheSpace` and a `KeyedLock`."""
+    """The shared state as one process sees it: a `CacheSpace`, a `KeyedLock`, and reports to `EndedLogins`."""
 
     def hold(self, key: str) -> AbstractAsyncContextManager[bool]: ...
+
+    def report_login(self, registry: str, setting: str, reason: str) -> None: ...
 
 
 @define
@@ -35,6 +38,7 @@ class SharedState:
     """
 
     space: CacheSpaceManager
+    ended_logins: EndedLogins
     locks: LocalKeyedLock = field(factory=LocalKeyedLock)
     owners: dict[IngestKey, LocalCoordinator] = field(factory=dict, init=False)
 
@@ -113,6 +117,12 @@ class LocalCoordinator(Coordinator):
             acquired.callback(waited)
             await released
 
+    # logins
+
+    def report_login(self, registry: str, setting: str, reason: str) -> None:
+        """Record that a login is refused, or works again; see `EndedLogins.report`."""
+        self._shared.ended_logins.report(registry, setting, reason)
+
     # the end
 
     def close(self) -> None:
@@ -138,6 +148,7 @@ _ARGUMENT_PARSERS: Mapping[str, tuple[Callable[[Any], Any], ...]] = {
     "usage": (),
     "lock": (str, int),
     "unlock": (int,),
+    "report_login": (str, str, str),
 }
 """The methods of `LocalCoordinator` that a worker calls by RPC, with the parsers of their arguments."""
 

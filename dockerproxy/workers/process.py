@@ -63,6 +63,7 @@ class ForkedState:
             self.state,
             coordinator,
             self.metrics.for_process(number),
+            coordinator.report_login,
             coordinator,
             bindings,
             multi_process=self.scoreboard.processes > 1,

@@ -70,6 +70,10 @@ class RemoteCoordinator(Coordinator):
         finally:
             self._rpc.notify("unlock", lock_id)  # also if the caller was cancelled while it waited
 
+    def report_login(self, registry: str, setting: str, reason: str) -> None:
+        """Report a login that is refused, or works again."""
+        self._rpc.hint("report_login", registry, setting, reason)
+
     def _report_uses(self) -> None:
         digests, self._unreported_uses = self._unreported_uses, set()
         if digests:

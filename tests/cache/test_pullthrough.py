@@ -25,13 +25,21 @@ from dockerproxy.errors import (
 from dockerproxy.http.headers import Headers
 from dockerproxy.oci.challenge import parse_challenges
 from dockerproxy.oci.credentials import BasicCredentials
-from dockerproxy.oci.manifests import EMPTY_INDEX, MAX_MANIFEST, OCI_INDEX
+from dockerproxy.oci.manifests import EMPTY_INDEX, MAX_MANIFEST, OCI_INDEX, OCI_MANIFEST
 from dockerproxy.oci.names import Digest, Registry, parse_reference, parse_repository
 from dockerproxy.oci.referrers import ReferrersQuery
 from dockerproxy.oci.routes import Kind, Target
 from dockerproxy.upstream.credentials import Anonymous, ClientCredential
+from dockerproxy.upstream.shared_logins import LAST_RETRY
 from tests.cache.support.harness import HUB, OTHER, CacheHarness, read_all
-from tests.cache.support.upstream import ScriptedResponse, error_response, raise_error, replace_with, respond_with
+from tests.cache.support.upstream import (
+    ScriptedResponse,
+    error_response,
+    raise_error,
+    replace_with,
+    respond_with,
+    serve_content,
+)
 
 APP, COPY = "library/app", "public/copy"
 SERVICE = "registry.docker.io"
@@ -199,6 +207,110 @@ def test_shared_login_serves_all(make_harness: Callable[..., CacheHarness], targ
 
 def test_without_shared_login(harness: CacheHarness) -> None:
     assert harness.client().credential == Anonymous()
+
+
+# logins that have ended
+
+
+def end_login(harness: CacheHarness) -> None:
+    """Make upstream refuse the configured login everywhere. Content without `readers` needs none."""
+
+    def respond(request: Any, data: bytes | None) -> Any:
+        if request.requester == "login robot":
+            return error_response(401)
+        assert data is not None
+        is_manifest = "/manifests/" in request.path
+        return serve_content(request, OCI_MANIFEST if is_manifest else "application/octet-stream", data)
+
+    for method in ("GET", "HEAD"):
+        harness.upstream.on(method, "^/v2/.+", respond)
+    harness.login_source.refusal_reason = "auth.docker.io answered 401"
+
+
+@every_target
+@get_and_head
+def test_an_ended_login_takes_nothing_public_away(
+    make_harness: Callable[..., CacheHarness], target: tuple[str, str], head: bool
+) -> None:
+    harness = make_harness(login=LOGIN)
+    fill_repository(harness)
+    end_login(harness)
+    for _ in range(2):
+        ask(harness, target, head=head)
+    pull(harness)
+    harness.upstream.clear_requests()
+    assert ask(harness, ("blob", str(BLOB)))[0] == "HIT"
+    ask(harness, target, local_token(harness, "own:someone"), head=head)
+    assert {request.requester for request in harness.upstream.requests} <= {None}
+    assert harness.login_source.questions == 1
+    [(registry, setting, reason)] = harness.login_source.changes
+    assert (registry, setting, reason) == (str(HUB), "AUTH_REGISTRIES", "auth.docker.io answered 401")
+
+
+@every_target
+@get_and_head
+@pytest.mark.parametrize("cached", [False, True])
+def test_an_ended_login_refuses_what_is_private_and_says_so(
+    make_harness: Callable[..., CacheHarness], target: tuple[str, str], head: bool, cached: bool
+) -> None:
+    harness = make_harness(login=LOGIN)
+    fill_repository(harness, readers={"login robot"})
+    if cached:
+        pull(harness)
+        harness.reactor.advance(GRANT_TTL)
+    harness.upstream.on("GET", "^/v2/.+", respond_with(401))
+    harness.upstream.on("HEAD", "^/v2/.+", respond_with(401))
+    harness.login_source.refusal_reason = "auth.docker.io answered 401"
+    for _ in range(2):
+        error = denied(harness, target, head=head)
+        assert error.status == 401
+        assert "registry-1.docker.io in AUTH_REGISTRIES is refused (auth.docker.io answered 401)" in error.message
+        assert LOGIN.password not in error.message
+    assert "AUTH_REGISTRIES" not in denied(harness, target, ALICE, head=head).message
+    harness.upstream.reset()
+    fill_repository(harness, readers={"login robot"})
+    harness.login_source.refusal_reason = None
+    harness.reactor.advance(LAST_RETRY)
+    denied(harness, target, head=head)  # it is tried again in the background
+    assert ask(harness, target, head=head)[1] in (None, DATA, MANIFEST)
+
+
+def test_a_denied_repository_is_asked_for_without_the_login(make_harness: Callable[..., CacheHarness]) -> None:
+    """GitHub's registry refuses public images to a login without the permission to read packages."""
+    harness = make_harness(login=LOGIN)
+    fill_repository(harness, readers={"someone else"})
+    fill_repository(harness, COPY, readers={None})
+    pull(harness, name=COPY)
+    for target in PATHS_TO_CONTENT:
+        assert "AUTH_REGISTRIES" not in denied(harness, target).message
+    assert harness.login_source.changes == []
+    assert harness.client().credential == LOGIN
+
+
+def test_an_ended_login_and_lists(make_harness: Callable[..., CacheHarness]) -> None:
+    harness = make_harness(login=LOGIN)
+    path = f"/v2/{APP}/tags/list"
+    answers = {"login robot": 403, None: 200}
+    harness.upstream.on("GET", path, lambda request, data: ScriptedResponse(answers[request.requester], b"[]"))
+    harness.login_source.refusal_reason = "registry-1.docker.io answered 403"
+    for _ in range(2):
+        assert harness.run(harness.client().forward("GET", TAGS, path, Headers())).status == 200
+    answers[None] = 401
+    with pytest.raises(Unauthorized, match="AUTH_REGISTRIES"):
+        harness.run(harness.client().forward("GET", TAGS, path, Headers()))
+    harness.upstream.on("POST", "", respond_with(401))
+    pushed = harness.run(harness.client().forward("POST", Target(Kind.UPLOADS, NAME), path, Headers()))
+    assert pushed.status == 401  # upstream's own words: the login would not be used for it
+
+
+def test_a_ping_while_the_login_is_refused(make_harness: Callable[..., CacheHarness]) -> None:
+    """docker without a login pulls nothing at all from a registry that asks for Basic, not even public images."""
+    harness = make_harness(login=LOGIN)
+    harness.upstream.on("GET", "^/v2/$", lambda request, data: error_response(401, www_authenticate='Basic realm="x"'))
+    harness.login_source.refusal_reason = "it answered 401"
+    fill_repository(harness, registry=OTHER, readers={"someone else"})
+    denied(harness, ("manifest", "1"), registry=OTHER)
+    harness.run(harness.client(registry=OTHER).ping())
 
 
 # outage

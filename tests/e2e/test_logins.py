@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
 
 from tests.e2e.harness import images
 from tests.e2e.harness.client_factory import ClientFactory
-from tests.e2e.harness.daemon import StartDaemon
+from tests.e2e.harness.daemon import StartDaemon, TwistdDaemon
+from tests.e2e.harness.http_client import BufferedResponse
+from tests.e2e.harness.images import ACCEPT_MANIFESTS
 from tests.e2e.harness.login_registry import BASIC_CHALLENGE, LoginRegistry
 from tests.e2e.harness.upstreams import Upstreams, format_upstream_addresses
 
 HOST = "login.test"
 USER, PASSWORD = "robot", "pw-of-the-robot-5150"
+IMAGES = {name: images.build_small_image(f"login-{name}") for name in ("private", "public")}
+PRIVATE, PUBLIC = (
+    [f"{name}/app/manifests/1", f"{name}/app/blobs/{image.layers[0].digest}"] for name, image in IMAGES.items()
+)
 
 
 @pytest.fixture(scope="module")
 def registry(upstreams: Upstreams) -> Iterator[LoginRegistry]:
     registry = LoginRegistry(upstreams.ca.leaf(HOST, "*.login.test").server_context(), USER, PASSWORD)
-    registry.put("private/app", "1", images.build_small_image("login-private"))
-    registry.put("public/app", "1", images.build_small_image("login-public"))
+    for name, image in IMAGES.items():
+        registry.put(f"{name}/app", "1", image)
     registry.start()
     yield registry
     registry.stop()
@@ -60,3 +68,44 @@ def test_basic_beside_other_schemes(
         assert daemon.client.get(f"https://{HOST}/v2/", Authorization=empty).status == 200
         response = daemon.client.get(f"https://{HOST}/v2/private/app/tags/list", Authorization=empty)
         assert response.status != 401, empty
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_an_ended_login(
+    start_daemon: StartDaemon, registry: LoginRegistry, settings: dict[str, str], status: int
+) -> None:
+    """Public images go on, private ones are refused with the reason, and each process says nothing twice."""
+    daemon = start_daemon(**settings, WORKERS="2", AUTH_REGISTRIES=f"{HOST}:{USER}:{PASSWORD}")
+    assert [_get(daemon, path).status for path in PUBLIC + PRIVATE] == [200] * 4
+    registry.requests.clear()
+    registry.password = "pw-another-one-77"
+    registry.refusal_status = status
+    registry.public.add("public/app")
+    for _ in range(4):  # by both processes
+        assert [_get(daemon, path).status for path in PUBLIC] == [200, 200]
+        for path in PRIVATE:
+            response = _get(daemon, path)
+            assert response.status == 401
+            assert (
+                f"the login for {HOST} in AUTH_REGISTRIES is refused ({HOST} answered {status})"
+                in response.body.decode()
+            )
+            assert PASSWORD.encode() not in response.body
+    assert daemon.output_text.count(f"THE LOGIN FOR {HOST} IN AUTH_REGISTRIES IS REFUSED") == 1
+    refused = [request for request in registry.requests if "authorization" in request.headers]
+    assert len(refused) < 15  # the first requests of each process, and one question about the login
+    for command in ("status", "debug"):
+        text = _run_command(daemon, command)
+        assert f"login for {HOST} (AUTH_REGISTRIES) refused since" in text
+        assert PASSWORD not in text
+    daemon.check_log([PASSWORD])
+
+
+def _run_command(daemon: TwistdDaemon, command: str) -> str:
+    socket = str(daemon.state_folder / "run/control.sock")
+    argv = [sys.executable, "-m", "dockerproxy.cli", command, "--socket", socket]
+    return subprocess.run(argv, env=daemon.environment, capture_output=True, text=True, check=True, timeout=60).stdout
+
+
+def _get(daemon: TwistdDaemon, path: str) -> BufferedResponse:
+    return daemon.client.get(f"https://{HOST}/v2/{path}", Accept=ACCEPT_MANIFESTS)

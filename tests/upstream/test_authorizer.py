@@ -16,7 +16,7 @@ from twisted.trial.unittest import TestCase
 from dockerproxy.errors import DestinationForbidden, TooManyRequests, Unauthorized, UpstreamBroken, UpstreamUnreachable
 from dockerproxy.net.dial import Dialer
 from dockerproxy.oci.challenge import Challenge
-from dockerproxy.oci.credentials import BasicCredentials
+from dockerproxy.oci.credentials import BasicCredentials, IdentityToken
 from dockerproxy.oci.names import Host, Registry
 from dockerproxy.upstream.agent import Agent, ClientContext, UpstreamTimeouts
 from dockerproxy.upstream.authorizer import Authorizer
@@ -41,6 +41,7 @@ class FakeTokenServer(Factory):
 
     def __init__(self) -> None:
         self.requests: list[tuple[str, dict[str, str], list[str]]] = []  # host, query, Authorization fields
+        self.forms: list[list[tuple[str, str]]] = []
         self.respond: Callable[[int], tuple[int, Any]] = lambda number: (200, {"token": f"token-{number}"})
         self.fields = ""
         self.pending_responses: list[Callable[[], None]] | None = None
@@ -61,7 +62,10 @@ class _FakeTokenServerProtocol(Protocol):
         self.token_server.connections.discard(self)
 
     def dataReceived(self, data: bytes) -> None:
-        first, *lines = data.decode().removesuffix("\r\n\r\n").split("\r\n")
+        request_head, _, form = data.decode().partition("\r\n\r\n")
+        first, *lines = request_head.split("\r\n")
+        if first.startswith("POST "):
+            self.token_server.forms.append(parse_qsl(form))
         fields = [tuple(line.split(": ", 1)) for line in lines]
         query = parse_qsl(first.split(" ")[1].partition("?")[2])
         self.token_server.requests.append(
@@ -331,3 +335,54 @@ class AuthorizerTests(TestCase):
             self.authorizer.add_challenges(Registry(Host("h", number + 1)), bearer())
         self.assertEqual(self.authorizer.challenges_for(Registry(Host("h", 44))), ())
         self.assertEqual(len(self.authorizer.challenges_for(Registry(Host("h", 45)))), 1)
+
+    async def test_an_identity_token_is_exchanged_for_a_token(self) -> None:
+        """This is the "OAuth2 Token Authentication" of distribution, as docker does it for Azure's registry."""
+        login = IdentityToken("the-identity-token")
+        self.authorizer = self.make_authorizer({REGISTRY.host: login})
+        self.token_server.respond = lambda number: (200, {"access_token": f"access-{number}"})
+        self.assertEqual(await self.authorize(login), "Bearer access-1")
+        [(host, query, authorizations)] = self.token_server.requests
+        self.assertEqual((host, query, authorizations), ("registry.example", [], []))
+        [form] = self.token_server.forms
+        self.assertEqual(
+            dict(form),
+            {
+                "grant_type": "refresh_token", "refresh_token": "the-identity-token", "service": "the registry",
+                "scope": SCOPE, "client_id": "docker-registry-proxy",
+            },
+        )  # fmt: skip
+        self.assertEqual(await self.authorize(login), "Bearer access-1")
+        self.assertIsNone(await self.authorize(login, challenges=[Challenge("basic")]))
+
+    async def test_a_login_is_refused_or_not(self) -> None:
+        for challenges, login in ((bearer(), LOGIN), (bearer(), IdentityToken("x")), ([Challenge("basic")], LOGIN)):
+            self.authorizer = self.make_authorizer({REGISTRY.host: login})
+            self.authorizer.add_challenges(REGISTRY, challenges)
+            refusals = [(401, {}), (403, {})]
+            if challenges == bearer():
+                refusals += [(400, {"error": "invalid_grant"}), (400, {"error": "invalid_client", "x": 1})]
+            for answer in refusals:
+                self.token_server.respond = lambda number, answer=answer: answer
+                reason = await self.authorizer.refusal(REGISTRY, login)
+                assert reason is not None
+                self.assertIn(str(answer[0]), reason)
+                self.assertIn("registry.example", reason)
+                self.assertNotIn("secret", reason)
+            self.token_server.respond = lambda number: (200, {"token": "t"})
+            self.assertIsNone(await self.authorizer.refusal(REGISTRY, login))
+            for query in (query for _, query, _ in self.token_server.requests):
+                self.assertNotIn("scope", dict(query))  # the question is about the login, not about a repository
+
+    async def test_an_answer_that_is_no_refusal_of_a_login(self) -> None:
+        self.authorizer.add_challenges(REGISTRY, bearer())
+        for answer in [(500, {}), (404, {}), (429, {}), (400, {}), (400, b"<html>"), (400, {"error": []}), (400, [1])]:
+            self.token_server.respond = lambda number, answer=answer: answer
+            with self.assertRaises((UpstreamBroken, TooManyRequests)):
+                await self.authorizer.refusal(REGISTRY, LOGIN)
+
+    async def test_an_identity_token_for_a_registry_without_a_token_server(self) -> None:
+        self.authorizer.add_challenges(REGISTRY, [Challenge("basic")])
+        reason = await self.authorizer.refusal(REGISTRY, IdentityToken("x"))
+        self.assertEqual(reason, "registry.example:80 has no token server for an identity token")
+        self.assertEqual(self.token_server.requests, [])

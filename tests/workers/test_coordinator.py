@@ -14,6 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.python.failure import Failure
 
+from dockerproxy.cache.ended_logins import EndedLogins
 from dockerproxy.cache.janitor import Janitor
 from dockerproxy.cache.space import CacheSpaceManager
 from dockerproxy.oci.names import Digest
@@ -77,7 +78,7 @@ class MainProcessStub:
             limit=LIMIT, max_blob_size=LIMIT, blob_cost=0, inactive=1e9, clock=self.reactor.seconds,
             janitor=Janitor(self.layout, Records(directory / "records"), self.reactor.seconds),
         )  # fmt: skip
-        self.shared = SharedState(self.cache_space)
+        self.shared = SharedState(self.cache_space, EndedLogins(self.reactor.seconds))
         self.space = self.lock = LocalCoordinator(self.shared)
 
     @property

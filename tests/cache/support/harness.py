@@ -24,13 +24,14 @@ from dockerproxy.cache.upstream import UpstreamPrincipal, UpstreamRepository
 from dockerproxy.concurrency import LocalKeyedLock
 from dockerproxy.http.headers import Headers
 from dockerproxy.oci.content import BlobResponse, ManifestResponse
-from dockerproxy.oci.credentials import BasicCredentials
+from dockerproxy.oci.credentials import Login
 from dockerproxy.oci.names import Digest, Registry, parse_reference, parse_repository
 from dockerproxy.store.blobs import Blobs
 from dockerproxy.store.cooperative import CooperativeThread
 from dockerproxy.store.layout import IngestKey, Layout
 from dockerproxy.store.records import Records
 from dockerproxy.upstream.credentials import Anonymous, ClientCredential
+from dockerproxy.upstream.shared_logins import SharedLogins
 from tests.cache.support.reactor import ManualReactor
 from tests.cache.support.upstream import ScriptedUpstream
 from tests.support.parsers import make_parser
@@ -78,6 +79,26 @@ class ScriptedAgent:
         )
 
 
+class ScriptedLogins:
+    """One login for all registries. A question about it is answered with `refusal`: why it is refused, or None."""
+
+    def __init__(self, login: Login | None) -> None:
+        self.login = login
+        self.refusal_reason: str | None = None
+        self.questions = 0
+        self.changes: list[tuple[str, str, str]] = []
+
+    def record(self, registry: str, setting: str, reason: str) -> None:
+        self.changes.append((registry, setting, reason))
+
+    def effective_login(self, registry: Registry) -> Login | None:
+        return self.login
+
+    async def refusal(self, registry: Registry, login: Login) -> str | None:
+        self.questions += 1
+        return self.refusal_reason
+
+
 class CacheHarness:
     """A cache and its parts. Time starts at `EPOCH`."""
 
@@ -91,7 +112,7 @@ class CacheHarness:
         inactive: float = 5e6,
         download_limits: DownloadLimits | None = None,
         freshness: Freshness = NEVER_FRESH,
-        login: BasicCredentials | None = None,
+        login: Login | None = None,
         upstream: ScriptedUpstream | None = None,
         registries: tuple[Registry, ...] = (HUB, OTHER),
         address_check: Any = None,
@@ -120,6 +141,7 @@ class CacheHarness:
             cooperative_thread=unsliced,
         )
         self._download_limits = download_limits or DownloadLimits()
+        self.login_source = ScriptedLogins(login)
         self.learned_challenges: dict[Registry, Any] = {}
         services = CacheServices(
             reactor=reactor,
@@ -141,7 +163,7 @@ class CacheHarness:
             intercepted={registry.host: registry for registry in (*registries, Registry.parse("auth.docker.io"))},
             on_challenges=self.learned_challenges.__setitem__,
             address_check=address_check,
-            login_for=lambda registry: login,
+            logins=SharedLogins(self.login_source, reactor.seconds, self.login_source.record),
             freshness=freshness,
             download_limits=self._download_limits,
             evicted_bytes=limit // 8,
