@@ -13,7 +13,14 @@ from twisted.internet.protocol import Factory, Protocol
 from twisted.internet.task import Clock, deferLater
 from twisted.trial.unittest import TestCase
 
-from dockerproxy.errors import DestinationForbidden, TooManyRequests, Unauthorized, UpstreamBroken, UpstreamUnreachable
+from dockerproxy.errors import (
+    DestinationForbidden,
+    IntermediaryRefused,
+    TooManyRequests,
+    Unauthorized,
+    UpstreamBroken,
+    UpstreamUnreachable,
+)
 from dockerproxy.net.dial import Dialer
 from dockerproxy.oci.challenge import Challenge
 from dockerproxy.oci.credentials import BasicCredentials, IdentityToken
@@ -378,8 +385,12 @@ class AuthorizerTests(TestCase):
         self.authorizer.add_challenges(REGISTRY, bearer())
         for answer in [(500, {}), (404, {}), (429, {}), (400, {}), (400, b"<html>"), (400, {"error": []}), (400, [1])]:
             self.token_server.respond = lambda number, answer=answer: answer
-            with self.assertRaises((UpstreamBroken, TooManyRequests)):
+            with self.assertRaises((UpstreamBroken, TooManyRequests, IntermediaryRefused)):
                 await self.authorizer.refusal(REGISTRY, LOGIN)
+        self.authorizer.add_challenges(REGISTRY, [Challenge("basic")])
+        self.token_server.respond = lambda number: (403, b"<html>blocked</html>")
+        with self.assertRaises(UpstreamBroken):
+            await self.authorizer.refusal(REGISTRY, LOGIN)
 
     async def test_an_identity_token_for_a_registry_without_a_token_server(self) -> None:
         self.authorizer.add_challenges(REGISTRY, [Challenge("basic")])
