@@ -25,8 +25,8 @@ from dockerproxy.cache.janitor import Janitor
 from dockerproxy.cache.space import CacheSpaceManager
 from dockerproxy.daemon import jsonlog, textlog
 from dockerproxy.daemon.control_socket import ControlSocket
-from dockerproxy.daemon.gc_tuning import freeze_startup_objects
 from dockerproxy.daemon.listener_service import SHUTDOWN_GRACE, EndpointOpener, ListenerService, PortOpener
+from dockerproxy.daemon.memory_tuning import freeze_startup_objects, tune_malloc
 from dockerproxy.daemon.signals import DebugSignalService, on_repeated_stop
 from dockerproxy.daemon.systemd import Notifier, SystemdService
 from dockerproxy.oci.docker_hub import DOCKER_HUB, DOCKER_HUB_ALIASES
@@ -69,6 +69,7 @@ def makeService(options: Options) -> IService:
 
     # Timers go on if the wall clock is set back. Dates, which are stored and sent, are those of time.time.
     reactor.seconds = time.monotonic  # type: ignore[method-assign]
+    tune_malloc()  # before there are threads
     # All that the daemon writes is its own user's. twistd applies the --umask of an administrator later.
     os.umask(0o077)
     notifier = Notifier(os.environ.get("NOTIFY_SOCKET", ""))

@@ -30,13 +30,14 @@ class BufferBudget:
     A read of many bytes saves threads and system calls. But if clients stop just before the last of them, each takes
     that much memory. If a client exceeds its share, or has more than its part of the limit while all together exceed
     that, its streams are *scarce*: such reads return what there is, the transport is read in small pieces, and a stream
-    whose reader is busy is paused. Bytes count until the reader asks for the next ones, because
-    until then it holds them.
+    whose reader is busy is paused. While all together exceed the limit, the transports of all clients are read in small
+    pieces. Bytes count until the reader asks for the next ones, because until then it holds them.
     """
 
     def __init__(self, limit: int, share: int) -> None:
         self.shares = ClientShares("bytes of unread requests", limit, share)
         self._waiting: dict[str, set[ByteStream]] = {}  # with a pending read of more than a byte
+        self._unlimited: dict[str, set[ByteStream]] = {}  # read in large pieces
 
     def of_client(self, client: str) -> ClientBuffers:
         """Return the buffers of the streams of `client`, an address."""
@@ -47,8 +48,19 @@ class BufferBudget:
         shares, held = self.shares, self.shares.held_by(client)
         return held > shares.share or (shares.used > shares.limit and held * shares.clients > shares.limit)
 
+    def requires_small_reads(self, client: str) -> bool:
+        """Return whether the transports of `client` are to be read in small pieces."""
+        return self.shares.used > self.shares.limit or self.shares.held_by(client) > self.shares.share
+
     def relieve(self, client: str) -> None:
-        """Make all pending reads of `client` return what there is if its streams are scarce."""
+        """If memory has become scarce, limit reads at once, and make pending reads of `client` return what there is.
+
+        Otherwise each of its transports could still read a large piece, because it is told only when it has read one.
+        """
+        if self.shares.used > self.shares.limit:
+            self._limit_reads_of(list(self._unlimited))
+        elif client in self._unlimited and self.requires_small_reads(client):
+            self._limit_reads_of([client])
         waiting = self._waiting.get(client)
         if waiting and self.is_scarce(client):
             for stream in list(waiting):
@@ -60,11 +72,28 @@ class BufferBudget:
 
     def remove_waiting(self, client: str, stream: ByteStream) -> None:
         """Forget what `add_waiting` said."""
-        waiting = self._waiting.get(client)
-        if waiting is not None:
-            waiting.discard(stream)
-            if not waiting:
-                del self._waiting[client]
+        _discard(self._waiting, client, stream)
+
+    def add_unlimited(self, client: str, stream: ByteStream) -> None:
+        """Count `stream` among those that are read in large pieces, until it ends."""
+        self._unlimited.setdefault(client, set()).add(stream)
+
+    def remove_unlimited(self, client: str, stream: ByteStream) -> None:
+        """Forget what `add_unlimited` said."""
+        _discard(self._unlimited, client, stream)
+
+    def _limit_reads_of(self, clients: list[str]) -> None:
+        for client in clients:
+            for stream in list(self._unlimited[client]):
+                stream.apply_read_limit()
+
+
+def _discard(streams: dict[str, set[ByteStream]], client: str, stream: ByteStream) -> None:
+    of_client = streams.get(client)
+    if of_client is not None:
+        of_client.discard(stream)
+        if not of_client:
+            del streams[client]
 
 
 @frozen
@@ -77,6 +106,10 @@ class ClientBuffers:
     @property
     def scarce(self) -> bool:
         return self._budget.is_scarce(self._client)
+
+    @property
+    def requires_small_reads(self) -> bool:
+        return self._budget.requires_small_reads(self._client)
 
     def add(self, size: int) -> None:
         """Count bytes that a stream buffers, and make room if that is too much."""
@@ -96,6 +129,12 @@ class ClientBuffers:
     def remove_waiting(self, stream: ByteStream) -> None:
         self._budget.remove_waiting(self._client, stream)
 
+    def add_unlimited(self, stream: ByteStream) -> None:
+        self._budget.add_unlimited(self._client, stream)
+
+    def remove_unlimited(self, stream: ByteStream) -> None:
+        self._budget.remove_unlimited(self._client, stream)
+
 
 class ByteStream:
     """A bounded queue of bytes between one producer and one reader.
@@ -103,9 +142,9 @@ class ByteStream:
     The producer side calls `feed`, then `finish` or `fail` once. The reader awaits `read` until it returns ``b""``.
 
     The producer is paused while the stream buffers more than `high_water` bytes and more than the last read asked for.
-    It is resumed after a read. It is also resumed at the end of the stream, because
-    its further bytes belong to the next message. `buffers` may lower these limits. `limit_reads` is called with False
-    while it does not, and with True while it does, and at the end.
+    It is resumed after a read. It is also resumed at the end of the stream, because its further bytes belong to the
+    next message. `buffers` may lower these limits. `limit_reads` is called with False as long as memory is plentiful,
+    and with True when it is not, and at the end.
     """
 
     def __init__(
@@ -120,7 +159,7 @@ class ByteStream:
         self.high_water = high_water
         self._buffers = buffers
         self._limit_reads = limit_reads
-        self._scarce: bool | None = None  # as `limit_reads` was told; None if it was not
+        self._reads_limited: bool | None = None  # as `limit_reads` was told; None if it was not
         self._chunks: list[bytes] = []
         self.buffered = 0
         """The number of bytes that the reader has not got yet."""
@@ -168,6 +207,8 @@ class ByteStream:
         """End the stream."""
         self._resume_producer()
         self._ended = True
+        if self._buffers is not None:
+            self._buffers.remove_unlimited(self)
         if self._limit_reads is not None:
             self._limit_reads(True)
         self._wake_reader()
@@ -217,7 +258,6 @@ class ByteStream:
         self._min_read = 1
         if self._buffers is not None:
             self._buffers.remove_waiting(self)
-            self._is_scarce()
         if self._has_enough():
             self._wake_reader()
 
@@ -249,16 +289,23 @@ class ByteStream:
             self._buffers.release(self._taken)
         self._taken = 0
 
+    def apply_read_limit(self) -> None:
+        """Call `limit_reads` if the transport has to be read in other pieces than before."""
+        if self._buffers is None or self._limit_reads is None or self._ended:
+            return
+        limited = self._buffers.requires_small_reads
+        if limited != self._reads_limited:
+            self._reads_limited = limited
+            if limited:
+                self._buffers.remove_unlimited(self)
+            else:
+                self._buffers.add_unlimited(self)
+            self._limit_reads(limited)
+
     def _is_scarce(self) -> bool:
-        """Return whether the limits are lowered. Call `limit_reads` if that has changed."""
-        if self._buffers is None:
-            return False
-        scarce = self._buffers.scarce
-        if scarce != self._scarce and not self._ended:
-            self._scarce = scarce
-            if self._limit_reads is not None:
-                self._limit_reads(scarce)
-        return scarce
+        """Return whether the limits are lowered."""
+        self.apply_read_limit()
+        return self._buffers is not None and self._buffers.scarce
 
     def _has_enough(self) -> bool:
         return self.buffered >= self._min_read

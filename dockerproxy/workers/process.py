@@ -17,9 +17,9 @@ from twisted.logger import Logger, globalLogPublisher
 
 from dockerproxy.app import SharedServices, build_server, raise_descriptor_limit
 from dockerproxy.cache.identity import Bindings
-from dockerproxy.daemon.gc_tuning import freeze_startup_objects
 from dockerproxy.daemon.jsonlog import JsonLog, json_stream
 from dockerproxy.daemon.listener_service import ListenerService
+from dockerproxy.daemon.memory_tuning import freeze_startup_objects
 from dockerproxy.daemon.metrics import Metrics
 from dockerproxy.proxy.certificates import Certificates
 from dockerproxy.registry.htpasswd import HtpasswdError

@@ -76,7 +76,7 @@ def test_twenty_clients_share_one_download(upstreams: Upstreams, daemon: TwistdD
     ended_event = upstream_request.ended_event
     assert ended_event is not None
     assert all(downloader.first_byte_event < ended_event for downloader in downloaders)
-    assert daemon.resident_bytes - memory_before < 96 * MIB
+    assert daemon.resident_bytes - memory_before < 96 * MIB  # measured: 7 MB; the blob is 256 MiB, once for all or each
     first_byte_times = [downloader.first_byte_time for downloader in downloaders]
     last_byte_times = [downloader.last_byte_time for downloader in downloaders]
     first_byte_spread = max(first_byte_times) - min(first_byte_times)

@@ -386,7 +386,7 @@ def test_memory_stays_flat_during_upload(daemon: RegistryDaemon) -> None:
     response = http_client.read_response(connection.getresponse())
     connection.close()
     assert (response.status, response.headers["range"]) == (202, f"0-{size - 1}")
-    assert peak - memory_before < 24 << 20
+    assert peak - memory_before < 64 << 20  # measured: 2 MB; the blob is 256 MiB
     assert daemon.client.request("PUT", f"{url}?digest=sha256:{hasher.hexdigest()}").status == 201
 
 

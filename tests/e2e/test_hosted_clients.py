@@ -277,7 +277,7 @@ def test_memory_stays_flat_while_curl_pushes_a_gigabyte(daemon: RegistryDaemon, 
                 continue
         assert curl.stdout is not None
         assert curl.stdout.read() == b"201"
-    assert peak - memory_before < 24 * MIB
+    assert peak - memory_before < 64 * MIB  # measured: 3 MB; the blob is a GiB
     response = http_client.request_directly(
         "HEAD", f"http://{daemon.http_address}/v2/curl/blob/blobs/sha256:{hasher.hexdigest()}"
     )

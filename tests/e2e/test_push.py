@@ -192,7 +192,7 @@ def test_memory_stays_flat_while_upstream_is_slow(upstreams: Upstreams, push_ena
     finally:
         connection.close()
     assert response.status == 202
-    assert memory_growth < 24 << 20
+    assert memory_growth < 64 << 20  # measured: 2 MB; without back-pressure 128 MiB
     assert upstreams.fake.find_requests("PATCH", "/push/big/")[0].received_bytes == 128 << 20
 
 

@@ -224,6 +224,44 @@ class LimitedProducer(RecordingProducer):
         self.limited = limited
 
 
+@given(
+    st.integers(1, 12),
+    st.lists(st.tuples(st.integers(0, 11), st.sampled_from(["transport", "reader", "end"])), max_size=100),
+)
+def test_budget_bounds_the_transports_of_busy_readers(clients: int, steps: list[tuple[int, str]]) -> None:
+    """Each transport reads as much as it may. No reader need wait for bytes: it may be busy with its first ones.
+
+    All clients together exceed their limit by a large piece, and by a small one and what it may buffer for each stream.
+    """
+    small, large, limit, streams = 16 * 1024, 512 * 1024, 2048 * 1024, 12
+    pieces = {True: bytes(small), False: bytes(large)}
+    budget = BufferBudget(limit, limit // 2)
+    buffers = [budget.of_client(f"192.0.2.{number % clients}") for number in range(streams)]
+    producers = [LimitedProducer() for _ in buffers]
+
+    def new_stream(number: int) -> ByteStream:
+        producer = producers[number] = LimitedProducer()
+        return ByteStream(producer, buffers=buffers[number], limit_reads=producer.limit_reads)
+
+    bodies = [new_stream(number) for number in range(streams)]
+    for number, actor in steps:
+        if actor == "transport" and producers[number].resumed:
+            bodies[number].feed(pieces[producers[number].limited])
+        elif actor == "reader" and bodies[number].buffered:
+            reading = Deferred.fromCoroutine(bodies[number].read())
+            assert reading.called
+        elif actor == "end":
+            bodies[number].finish()
+            bodies[number].discard()
+            bodies[number] = new_stream(number)
+        assert budget.shares.used <= limit + large + streams * 2 * small
+        held = [budget.shares.held_by(f"192.0.2.{number}") for number in range(clients)]
+        assert max(held) <= limit // 2 + large + streams * 2 * small
+    for body in bodies:
+        body.finish()
+    assert budget._unlimited == {}, "an ended stream is still known"
+
+
 class BufferBudgetTests(SynchronousTestCase):
     def setUp(self) -> None:
         self.budget = BufferBudget(128 * 1024, 64 * 1024)
@@ -268,6 +306,17 @@ class BufferBudgetTests(SynchronousTestCase):
         self.assertFalse(producer.resumed, "the reader has not stored the bytes yet")
         self.assertNoResult(self.read(stream))
         self.assertTrue(producer.resumed)
+
+    def test_streams_with_a_busy_reader_are_limited_as_soon_as_another_one_takes_too_much(self) -> None:
+        producers = [LimitedProducer() for _ in range(3)]
+        first, second = self.stream(producers[0]), self.stream(producers[1])
+        self.stream(producers[2], "192.0.2.2")
+        first.feed(b"x")
+        self.assertEqual([producer.limited for producer in producers], [False, False, False])
+        second.feed(bytes(65 * 1024))
+        self.assertEqual([producer.limited for producer in producers], [True, True, False])
+        self.use(128 * 1024, "192.0.2.3")  # more than all together may have
+        self.assertEqual([producer.limited for producer in producers], [True, True, True])
 
     def test_a_new_stream_is_paused_until_its_reader_waits(self) -> None:
         self.use(65 * 1024)
