@@ -284,7 +284,10 @@ def status(client: ControlClient, options: argparse.Namespace, terminal: Termina
         usage = f", {format_size(cache['bytes'])} of {format_size(cache['limit'])} used" if kind == "cached" else ""
         print_line(f"{kind} in {store['directory']}{usage}{free}")
     print_line(f"SHA-256 of the CA certificate: {result['ca']['sha256']}")
-    print_line("idle" if operation is None else f"{operation['name']} running for {format_age(operation['since'])}")
+    if operation is None:
+        print_line("idle")
+    else:
+        print_line(f"{operation['name']} of {operation['user']} running for {format_age(operation['since'])}")
     _print_refused_logins(result["refused_logins"])
     return 0
 

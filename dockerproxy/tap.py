@@ -14,7 +14,7 @@ from twisted.logger import Logger
 from twisted.python import usage
 
 from dockerproxy import __version__
-from dockerproxy.admin.control import Control, DebugReport
+from dockerproxy.admin.control import Control, DebugReport, UserName, local_user_name
 from dockerproxy.admin.deletion import Deleter
 from dockerproxy.admin.operations import Operations
 from dockerproxy.admin.resolver import CACHED, HOSTED, ImageResolver, StoreView
@@ -122,6 +122,7 @@ def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifi
             shared_state.ended_logins,
             report,
             authority.fingerprint,
+            partial(server.pools.lookups.run, local_user_name),
         ),
         DebugSignalService(reactor, report),
         SystemdService(reactor, notifier, listener_service.listening, server.registries.status, reloader),
@@ -285,6 +286,7 @@ def build_control_socket(
     ended_logins: EndedLogins,
     debug_report: DebugReport,
     ca_fingerprint: str,
+    user_name: UserName,
 ) -> ControlSocket:
     """Build the control socket in RUNTIME_DIR, which serves the command `dockerproxy`."""
     stores = [StoreView(HOSTED, store.layout), StoreView(CACHED, state.cache)]
@@ -300,6 +302,7 @@ def build_control_socket(
         ended_logins,
         debug_report,
         ca_fingerprint,
+        user_name,
         time.time,
     )
     site = build_site(reactor, settings, control.handle, on_finished=log_access)

@@ -21,6 +21,7 @@ import pytest
 from attrs import define, field
 
 from dockerproxy import cli
+from dockerproxy.admin.control import local_user_name
 from dockerproxy.control_client import NOT_OURS
 from dockerproxy.oci.manifests import OCI_INDEX, OCI_MANIFEST
 from dockerproxy.oci.names import Digest
@@ -35,6 +36,7 @@ from tests.twistd import twistd_command
 pytestmark = pytest.mark.slow  # each test starts a daemon
 
 ROOT = Path(__file__).parent.parent
+USER = local_user_name(os.geteuid())
 HUB = "registry-1.docker.io/library/ubuntu"
 
 
@@ -442,7 +444,8 @@ def test_operations_are_exclusive_and_end_with_their_client(daemon: DaemonProces
     with subprocess.Popen(argv, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as checking:
         wait_for(lambda: daemon.json("status")["operation"] is not None)
         assert "check" in daemon.run("gc", status=6)
-        assert "check running for" in daemon.run("status")
+        assert f"check of {USER} running for" in daemon.run("status")
+        assert daemon.json("status")["operation"]["user"] == USER
         daemon.run("ls")
         daemon.run("rm", "foo/bar:latest")
         checking.send_signal(2)

@@ -19,7 +19,9 @@ from __future__ import annotations
 
 import json
 import os
+import pwd
 from collections.abc import Awaitable, Callable, Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 import attrs
@@ -53,7 +55,7 @@ from dockerproxy.http.request import ClientDisconnected, Request
 from dockerproxy.oci.names import Digest
 from dockerproxy.oci.routes import parse_query
 from dockerproxy.registry.hosted_rules import HostedRules
-from dockerproxy.store.cooperative import CooperativeThread
+from dockerproxy.registry.principal import CONTROL_SOCKET, Principal
 
 _STORE = one_of(HOSTED, CACHED)
 LIST = {"name": NAME, "where": _STORE}
@@ -62,6 +64,8 @@ COLLECT = {"delete_untagged": FLAG, "dry_run": FLAG, "grace": SECONDS, "list": F
 IMPORT = {"directory": PATH, "force": FLAG}
 CHECK = {"cached": FLAG}
 """The arguments of each request."""
+
+_ROWS_AT_ONCE = 50  # of a list: they are read in a thread, then sent
 
 _OPERATION_STATUSES = {"NOT_UNDERSTOOD": 400, "BUSY": 409}  # by the code of an `OperationError`; otherwise 500
 
@@ -80,6 +84,9 @@ async def _ignore_event(event: Event) -> None:
     pass
 
 
+UserName = Callable[[int], Awaitable[str]]
+"""Returns the name of the local user with an ID."""
+
 DebugReport = Callable[[], Awaitable[dict[str, Any]]]
 """Returns what all processes are doing, as a JSON value."""
 
@@ -97,13 +104,9 @@ class Control:
     _ended_logins: EndedLogins
     _debug_report: DebugReport
     _ca_fingerprint: str
+    _user_name: UserName
     _clock: Callable[[], float]
-    _thread: CooperativeThread = field(init=False)
     _start_time: float = field(init=False)
-
-    @_thread.default
-    def _make_thread(self) -> CooperativeThread:
-        return CooperativeThread(self._reactor)
 
     @_start_time.default
     def _now(self) -> float:
@@ -142,16 +145,16 @@ class Control:
             case "GET", "/v1/repositories":
                 await self._list(parse_pairs(parse_query(request.query), LIST), response)
             case "POST", "/v1/remove":
-                await self._delete(await _parse_arguments(request, REMOVE, "names"), request)
+                await self._delete(request, await _parse_arguments(request, REMOVE, "names"))
             case "POST", "/v1/collect":
                 arguments = await _parse_arguments(request, COLLECT)
-                await self._run_operation("gc", {"root": self._root(HOSTED), **arguments}, response)
+                await self._run_operation(request, "gc", {"root": self._root(HOSTED), **arguments}, response)
             case "POST", "/v1/import":
                 arguments = await _parse_arguments(request, IMPORT, "directory")
-                await self._run_operation("import", {"root": self._root(HOSTED), **arguments}, response)
+                await self._run_operation(request, "import", {"root": self._root(HOSTED), **arguments}, response)
             case "POST", "/v1/check":
                 arguments = await _parse_arguments(request, CHECK)
-                await self._check(CACHED if arguments.get("cached", False) else HOSTED, response)
+                await self._check(request, CACHED if arguments.get("cached", False) else HOSTED, response)
             case _:
                 raise ControlError(
                     404,
@@ -170,29 +173,34 @@ class Control:
         }
 
     async def _list(self, query: dict[str, str], response: NDJSONResponse) -> None:
-        rows: list[inventory.Row] = []
+        async def stream_rows(event: str, rows: Iterator[inventory.Row]) -> None:
+            def read_some() -> list[inventory.Row]:
+                return list(islice(rows, _ROWS_AT_ONCE))
 
-        async def stream_rows(event: str, steps: Iterator[None]) -> None:
-            async def send_rows() -> None:
-                for row in rows:
+            while batch := await in_thread(self._reactor, read_some):
+                for row in batch:
                     response.send(event, **row)
-                rows.clear()
                 await response.drain()
-
-            await self._thread.run(steps, after_slice=send_rows)
 
         kind = query.get("where")
         if "name" in query:
             ref = await in_thread(self._reactor, self._resolver.resolve, query["name"], kind)
-            await stream_rows("manifest", inventory.list_manifests(ref, rows))
+            await stream_rows("manifest", inventory.list_manifests(ref))
             response.finish(where=ref.store.kind, name=ref.repository)
         else:
             for store in self._resolver.stores:
                 if kind in (None, store.kind):
-                    await stream_rows("repository", inventory.list_repositories(store, rows))
+                    await stream_rows("repository", inventory.list_repositories(store))
             response.finish()
 
-    async def _delete(self, arguments: dict[str, Any], request: Request) -> None:
+    async def _principal(self, request: Request) -> Principal:
+        """Return the local user that sent the request, and report it in the access log."""
+        uid = request.peer_uid
+        request.user = None if uid is None else await self._user_name(uid)
+        return Principal(request.user, CONTROL_SOCKET, request.user_agent)
+
+    async def _delete(self, request: Request, arguments: dict[str, Any]) -> None:
+        principal = await self._principal(request)
         kind = arguments.get("where")
         # Resolve and check all names first, so that a wrong one changes nothing.
         refs = [await in_thread(self._reactor, self._resolver.resolve, name, kind) for name in arguments["names"]]
@@ -203,12 +211,11 @@ class Control:
                 raise ControlError(403, "NEEDED", f"{message} (nothing was removed)")
         results = []
         for ref in refs:
-            result = await self._deleter.delete(ref)
-            log.info("removed {name} ({kind})", name=str(ref), kind=ref.store.kind)
+            result = await self._deleter.delete(principal, ref)
             results.append({"where": ref.store.kind, "name": str(ref), **attrs.asdict(result)})
         request.respond(200, JSON_FIELDS, json.dumps({"removed": results}).encode())
 
-    async def _check(self, kind: str, response: NDJSONResponse) -> None:
+    async def _check(self, request: Request, kind: str, response: NDJSONResponse) -> None:
         async def on_event(event: Event) -> None:
             # The file is in quarantine already, but the index of the cache still counts the blob.
             if kind == CACHED and event.get("kind") == "damaged":
@@ -216,10 +223,11 @@ class Control:
 
         sparse = self._rules.allow_sparse_indexes
         options = {"root": self._root(kind), "links": kind == HOSTED, "sparse": sparse}
-        await self._run_operation("check", options, response, on_event)
+        await self._run_operation(request, "check", options, response, on_event)
 
     async def _run_operation(
         self,
+        request: Request,
         name: str,
         options: dict[str, Any],
         response: NDJSONResponse,
@@ -230,10 +238,19 @@ class Control:
             response.send(**event)
             await response.drain()
 
-        response.finish(**await self._operations.run(name, options, relay))
+        principal = await self._principal(request)
+        response.finish(**await self._operations.run(principal, name, options, relay))
 
     def _root(self, kind: str) -> str:
         return next(str(store.layout.root) for store in self._resolver.stores if store.kind == kind)
+
+
+def local_user_name(uid: int) -> str:
+    """Return the name of the user of this machine with the ID `uid`. Blocks, as another machine may know the names."""
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return f"uid {uid}"
 
 
 def _storage_info(store: StoreView) -> dict[str, Any]:

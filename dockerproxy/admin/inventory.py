@@ -16,32 +16,30 @@ from dockerproxy.store.tree_reader import read_small
 
 Row = dict[str, Any]
 
-_BATCH = 200  # files that one step looks at
 
-
-def list_repositories(store: StoreView, rows: list[Row]) -> Iterator[None]:
-    """Append a row for each repository to `rows`. Each step blocks briefly."""
+def list_repositories(store: StoreView) -> Iterator[Row]:
+    """Yield a row for each repository. Blocks."""
     for repository in sorted(store.links.repositories()):
         manifests = list(store.links.manifests(repository))
         tags = len(store.links.tags(repository))
         usage = _DiskUsage(store)
-        yield from usage.add(manifests)
+        usage.add(manifests)
         last_used = usage.last_used
-        yield from usage.add(store.links.layers(repository))
+        usage.add(store.links.layers(repository))
         # Skip empty repositories: the cache keeps links to evicted blobs, and the hosted store empty directories.
         if usage.sizes or (store.kind == HOSTED and (tags or manifests)):
-            rows.append({
+            yield {
                 "where": store.kind,
                 "name": repository,
                 "tags": tags,
                 "manifests": sum(digest in usage.sizes for digest in manifests),
                 "size": sum(usage.sizes.values()),
                 "last_used": last_used or usage.last_used,
-            })  # fmt: skip
+            }
 
 
-def list_manifests(ref: ImageRef, rows: list[Row]) -> Iterator[None]:
-    """Append a row for each tag of a repository, then for each untagged manifest, to `rows`. Each step blocks briefly.
+def list_manifests(ref: ImageRef) -> Iterator[Row]:
+    """Yield a row for each tag of a repository, then for each untagged manifest. Blocks.
 
     If `ref` has a tag or a digest, list only that. An untagged manifest's row has the `tag` None, and `needed_by` is
     "of v1" if it is a part of an index, "signs v1" if it refers to what the tag leads to.
@@ -54,14 +52,12 @@ def list_manifests(ref: ImageRef, rows: list[Row]) -> Iterator[None]:
             continue
         tagged_digests.setdefault(digest, tag)
         if ref.tag in (None, tag) and ref.digest in (None, digest):
-            yield from _add_row(ref, tag, digest, None, rows)
+            yield from _manifest_row(ref, tag, digest, None)
     if ref.tag is not None:
         return
     needs: dict[Digest, str] = {}
     for need in find_needs(store.layout, store.links, repository):
-        if need is not None:
-            needs.setdefault(need.digest, need.tag)
-        yield None
+        needs.setdefault(need.digest, need.tag)
     for digest in store.links.manifests(repository):
         if digest not in tagged_digests and ref.digest in (None, digest):
             needed_by = f"of {needs[digest]}" if digest in needs else None
@@ -69,28 +65,28 @@ def list_manifests(ref: ImageRef, rows: list[Row]) -> Iterator[None]:
             if needed_by is None and subject is not None:
                 signed = tagged_digests.get(subject, needs.get(subject))
                 needed_by = None if signed is None else f"signs {signed}"
-            yield from _add_row(ref, None, digest, needed_by, rows)
+            yield from _manifest_row(ref, None, digest, needed_by)
 
 
-def _add_row(ref: ImageRef, tag: str | None, digest: Digest, needed_by: str | None, rows: list[Row]) -> Iterator[None]:
+def _manifest_row(ref: ImageRef, tag: str | None, digest: Digest, needed_by: str | None) -> Iterator[Row]:
     store = ref.store
     usage = _DiskUsage(store)
-    yield from usage.add([digest])
+    usage.add([digest])
     last_used = usage.last_used
     if not usage.sizes and store.kind == CACHED:
         return  # the manifest was evicted
     closure = Closure(store, ref.repository)
-    yield from closure.reach([digest])
-    yield from usage.add(closure.manifests | closure.blobs)
+    closure.reach([digest])
+    usage.add(closure.manifests | closure.blobs)
     media_type = store.links.manifest_media_type(ref.repository, digest)
-    rows.append({
+    yield {
         "tag": tag,
         "needed_by": needed_by,
         "digest": str(digest),
         "media_type": media_type or _media_type_in_content(store, digest),
         "size": sum(usage.sizes.values()),
         "last_used": last_used,
-    })  # fmt: skip
+    }
 
 
 def _media_type_in_content(store: StoreView, digest: Digest) -> str | None:
@@ -113,8 +109,8 @@ class Closure:
         self.manifests: set[Digest] = set()
         self.blobs: set[Digest] = set()
 
-    def reach(self, roots: Iterable[Digest]) -> Iterator[None]:
-        """Add the objects reachable from `roots`. Each step blocks briefly."""
+    def reach(self, roots: Iterable[Digest]) -> None:
+        """Add the objects reachable from `roots`. Blocks."""
         pending = [*roots]
         while pending:
             digest = pending.pop()
@@ -122,20 +118,14 @@ class Closure:
                 continue
             self.manifests.add(digest)
             references = self._read(digest)
-            yield None
-            children: set[Digest] = set()
-            for count, child in enumerate(references.manifests):
-                # An index may refer to blobs instead of manifests (BuildKit's cache).
-                if self._store.links.has_manifest(self._repository, child):
-                    children.add(child)
-                if count % _BATCH == 0:
-                    yield None
+            # An index may refer to blobs instead of manifests (BuildKit's cache).
+            children = {
+                child for child in references.manifests if self._store.links.has_manifest(self._repository, child)
+            }
             pending.extend(children - self.manifests)
-            for count, digest in enumerate(references.objects):
-                if digest not in children and self._has_blob(digest):
-                    self.blobs.add(digest)
-                if count % _BATCH == 0:
-                    yield None
+            self.blobs.update(
+                digest for digest in references.objects if digest not in children and self._has_blob(digest)
+            )
 
     def _has_blob(self, digest: Digest) -> bool:
         return self._store.links.has_layer(self._repository, digest) or self._store.blobs.exists(digest)
@@ -152,9 +142,9 @@ class _DiskUsage:
         self.sizes: dict[Digest, int] = {}
         self.last_used: float | None = None
 
-    def add(self, digests: Iterable[Digest]) -> Iterator[None]:
-        """Add the blobs of `digests`, ignoring missing ones. Each step blocks briefly."""
-        for count, digest in enumerate(digests):
+    def add(self, digests: Iterable[Digest]) -> None:
+        """Add the blobs of `digests`, ignoring missing ones. Blocks."""
+        for digest in digests:
             if digest not in self.sizes:
                 try:
                     status = os.stat(self._store.layout.blob(digest))
@@ -162,5 +152,3 @@ class _DiskUsage:
                     continue
                 self.sizes[digest] = status.st_size
                 self.last_used = max(self.last_used or 0.0, status.st_mtime)
-            if count % _BATCH == 0:
-                yield None

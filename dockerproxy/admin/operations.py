@@ -18,6 +18,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from dockerproxy.concurrency import KeyedLock
+from dockerproxy.registry.principal import Principal
 
 _STOP_TIMEOUT = 10.0  # seconds that the process has to end before it is killed
 _MAX_LINE = 4 * 1024 * 1024  # bytes; the longest line is a result with 1000 problems
@@ -39,8 +40,8 @@ class OperationError(Exception):
 class Operations(Service):
     """Runs long operations one at a time, because concurrent ones would invalidate each other's results.
 
-    `locks` are those of the hosted store's repositories. `current` has the name of the running operation and when it
-    started, as POSIX time by `clock`.
+    `locks` are those of the hosted store's repositories. `current` has the name of the running operation, the user that
+    started it, and when, as POSIX time by `clock`.
     """
 
     def __init__(self, reactor: Any, locks: KeyedLock, clock: Callable[[], float]) -> None:
@@ -50,20 +51,27 @@ class Operations(Service):
         self._process: OperationProcess | None = None
         self.current: dict[str, Any] | None = None
 
-    async def run(self, name: str, options: Mapping[str, Any], on_event: Callable[[Event], Awaitable[None]]) -> Event:
-        """Run an operation and return its result. If the caller is cancelled, the operation stops.
+    async def run(
+        self,
+        principal: Principal,
+        name: str,
+        options: Mapping[str, Any],
+        on_event: Callable[[Event], Awaitable[None]],
+    ) -> Event:
+        """Run an operation for `principal` and return its result. If the caller is cancelled, the operation stops.
 
         `on_event` gets each progress report and item; the operation waits while it does. Raise `OperationError`.
         """
         if self.current is not None:
-            raise OperationError("BUSY", f"the daemon is busy: {self.current['name']} is running; try again later")
-        self.current = {"name": name, "since": self._clock()}
-        log.info("{operation} started", operation=name)
+            running = f"{self.current['name']} of {self.current['user']} is running"
+            raise OperationError("BUSY", f"the daemon is busy: {running}; try again later")
+        self.current = {"name": name, "user": principal.user, "since": self._clock()}
+        log.info("{principal} started {operation}", operation=name, principal=str(principal))
         try:
             return await self._run_process(name, options, on_event)
         finally:
             self.current = None
-            log.info("{operation} ended", operation=name)
+            log.info("{operation} of {principal} ended", operation=name, principal=str(principal))
 
     def stopService(self) -> Deferred[None] | None:
         """Wait until the operation has ended, which the control socket stops by closing its client's connection."""

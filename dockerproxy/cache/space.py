@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import suppress
 from math import inf
 from typing import Any, Protocol
 
 from attrs import define, field
 from twisted.application.internet import TimerService
+from twisted.internet.defer import Deferred
 from twisted.logger import Logger
 
 from dockerproxy.cache.ingests import IngestWriter
@@ -23,6 +24,7 @@ from dockerproxy.store.eviction import CacheKey
 from dockerproxy.store.ingest import Ingest, ingests_of, remove_ingests_without_host, walk_ingests
 from dockerproxy.store.layout import IngestKey, Layout
 from dockerproxy.store.lru_index import CacheFull, LRUIndex, Rescan
+from dockerproxy.store.progress import Stopped
 
 MAINTENANCE_INTERVAL = 600.0
 """Seconds between two rounds of maintenance, which expires blobs and rescans the disk."""
@@ -187,11 +189,15 @@ class CacheSpaceManager(CacheSpace):
 
     def service(self) -> TimerService:
         """Return the service that runs `maintain`, first at start."""
-        timer = TimerService(  # type: ignore[no-untyped-call]
-            MAINTENANCE_INTERVAL, lambda: spawn(self.maintain(), "cache maintenance")
-        )
-        timer.clock = self._reactor
-        return timer
+        return _MaintenanceService(self._reactor, self._start_maintenance, self._cooperative_thread.stop)
+
+    def _start_maintenance(self) -> Deferred[None]:
+        return spawn(self._until_stopped(self.maintain()), "cache maintenance")
+
+    @staticmethod
+    async def _until_stopped(work: Awaitable[None]) -> None:
+        with suppress(Stopped):
+            await work
 
     async def maintain(self) -> None:
         """Remove abandoned downloads and rescan the disk.
@@ -274,7 +280,7 @@ class CacheSpaceManager(CacheSpace):
 
     def _start_cleaning(self) -> None:
         self._next_clean = None
-        spawn(self.clean(), "removing links and records from the cache")
+        spawn(self._until_stopped(self.clean()), "removing links and records from the cache")
 
     def _update_overhead(self) -> None:
         self.index.overhead = min(self._file_count, self._max_files) * _FILE_COST
@@ -448,6 +454,19 @@ class CacheSpaceManager(CacheSpace):
             rescan.add(entry)
             yield None
         yield from rescan.sort()
+
+
+class _MaintenanceService(TimerService):
+    """Starts the maintenance at intervals. When it stops, it calls `stop`, which ends a walk after its current step."""
+
+    def __init__(self, reactor: Any, maintain: Callable[[], Deferred[None]], stop: Callable[[], object]) -> None:
+        super().__init__(MAINTENANCE_INTERVAL, maintain)  # type: ignore[no-untyped-call]
+        self.clock = reactor
+        self._stop = stop
+
+    def stopService(self) -> Any:
+        self._stop()
+        return super().stopService()  # type: ignore[no-untyped-call]
 
 
 def _log_removal_error(key: CacheKey, error: OSError) -> None:

@@ -162,6 +162,11 @@ class HTTPChannel(Protocol):
 
     # RequestChannel
 
+    @property
+    def peer_uid(self) -> int | None:
+        uid: int | None = self.transport.peer_uid
+        return uid
+
     def write(self, data: bytes | bytearray | memoryview) -> None:
         self.transport.write(data)
 

@@ -39,6 +39,9 @@ class RequestChannel(Protocol):
     secure: bool
     number: int
 
+    @property
+    def peer_uid(self) -> int | None: ...
+
     def write(self, data: bytes | bytearray | memoryview) -> None: ...
 
     def write_some(self, data: bytes | bytearray | memoryview) -> int: ...
@@ -138,6 +141,11 @@ class Request:
     def started(self) -> bool:
         """Whether the status was sent, so that no other response is possible."""
         return self.status != 0
+
+    @property
+    def peer_uid(self) -> int | None:
+        """The ID of the local user that connected to our Unix socket; None for TCP."""
+        return self._channel.peer_uid
 
     @property
     def user_agent(self) -> str | None:

@@ -50,6 +50,7 @@ _FAST_AFTER = 4 * 1024 * 1024
 
 _SO_MEMINFO = 55  # since Linux 4.12; not in socket(7), but in asm-generic/socket.h and linux/sock_diag.h
 _MEMINFO = struct.Struct("@9I")
+_UCRED = struct.Struct("@iII")  # of SO_PEERCRED, see unix(7): process ID, user ID, group ID
 _MEMINFO_SNDBUF, _MEMINFO_WMEM_QUEUED = 3, 5  # indexes SK_MEMINFO_SNDBUF, SK_MEMINFO_WMEM_QUEUED
 _TCP_NOTSENT_LOWAT = 25  # tcp(7); Python's socket module has it since 3.12
 _SIOCOUTQ = termios.TIOCOUTQ  # of a TCP socket the bytes that the peer has not acknowledged; see tcp(7)
@@ -285,6 +286,15 @@ class SocketTransport:
     def getHost(self) -> IAddress:
         address: IAddress = self._tcp.getHost()
         return address
+
+    @property
+    def peer_uid(self) -> int | None:
+        """The user ID of the process that connected to our Unix socket (SO_PEERCRED, unix(7)); None if it is TCP."""
+        if not self._is_unix:
+            return None
+        credentials = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+        uid: int = _UCRED.unpack(credentials)[1]
+        return uid
 
     def _can_send_now(self) -> bool:
         return not self._pending and self._state is TransportState.OPEN

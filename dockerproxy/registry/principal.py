@@ -1,4 +1,4 @@
-"""The client of a request to the hosted registry."""
+"""The client of a request to the hosted registry, or of a command on the control socket."""
 
 from __future__ import annotations
 
@@ -7,10 +7,15 @@ from attrs import frozen
 from dockerproxy.http.request import Request
 from dockerproxy.shares import client_key
 
+CONTROL_SOCKET = "the control socket"
+
 
 @frozen
 class Principal:
-    """The client of a request: its user, or None if it has not logged in, and where the request comes from."""
+    """The client of a request: its user, or None if it has not logged in, and where the request comes from.
+
+    The user of a command on the control socket is a user of this machine, and its address is `CONTROL_SOCKET`.
+    """
 
     user: str | None
     address: str

@@ -8,7 +8,7 @@ The hosted registry adds `uploads` (blobs that are being pushed) and `referrers`
 `hosted_tree` combines its parts. `sweep` collects garbage: `mark` finds the reachable blobs, `safe_delete` deletes
 the others. `scrub` verifies the store, and `importer` imports the directory of another registry. All three are plain
 loops that run in a process of their own (`dockerproxy.operations`) and report their `progress`. Walks in the daemon run
-beside requests, in short slices (`cooperative`).
+beside requests, in a thread that pauses often (`cooperative`).
 
 All writes go through `files`, which writes a staged file and renames it. Neither a reader nor a crash ever sees a
 partial file.

@@ -302,7 +302,7 @@ class LocalHostedStore:
 
     def _remove_manifest(self, repository: Repository, digest: Digest) -> bool:
         for need in find_needs(self._tree.layout, self._tree.links, repository):
-            if need is not None and need.digest == digest:
+            if need.digest == digest:
                 raise ManifestNeeded(
                     f"the index {repository}:{need.tag} needs {digest}; delete that tag first, or run"
                     f" `dockerproxy rm --force {repository}@{digest}`"

@@ -14,8 +14,6 @@ from dockerproxy.store.links import Links
 from dockerproxy.store.references import References, extract_references
 from dockerproxy.store.tree_reader import read_small
 
-_BATCH = 200  # children that one step looks at
-
 
 @frozen
 class Need:
@@ -25,8 +23,8 @@ class Need:
     tag: str
 
 
-def find_needs(layout: Layout, links: Links, repository: str) -> Iterator[Need | None]:
-    """Yield a need for each manifest of the repository that an index of a tag leads to. Each step blocks briefly.
+def find_needs(layout: Layout, links: Links, repository: str) -> Iterator[Need]:
+    """Yield a need for each manifest of the repository that an index of a tag leads to. Blocks.
 
     The lists of referrers that clients keep under a tag named after a digest do not count: a signature may be removed.
     """
@@ -39,13 +37,10 @@ def find_needs(layout: Layout, links: Links, repository: str) -> Iterator[Need |
             if parent in seen:
                 continue
             seen.add(parent)
-            for count, child in enumerate(_children(layout, links, repository, parent)):
+            for child in _children(layout, links, repository, parent):
                 if links.has_manifest(repository, child):
                     pending.append(child)
                     yield Need(child, tag)
-                elif count % _BATCH == 0:
-                    yield None
-        yield None
 
 
 def read_references(layout: Layout, links: Links, repository: str, digest: Digest) -> References:

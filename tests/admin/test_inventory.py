@@ -30,19 +30,16 @@ def test_a_closure_has_only_blobs_that_exist_or_are_linked(tmp_path: Path) -> No
     put_image(tree, REPOSITORY, evicted)
     tree.blobs.remove(Digest.of(b"evicted"))
     closure = Closure(StoreView(HOSTED, tree.layout), REPOSITORY)
-    steps = list(closure.reach([manifest.digest, evicted.digest]))
+    closure.reach([manifest.digest, evicted.digest])
     assert closure.manifests == {manifest.digest, evicted.digest, *(part.digest for part in BOTH.walk())}
     blobs = {Digest.of(blob) for part in BOTH.walk() for blob in part.blobs}
     assert closure.blobs == blobs | {Digest.of(b"named"), Digest.of(b"evicted")}
-    assert len(steps) > 10, "one step looks at a bounded number of digests"
 
 
 def test_the_size_of_an_image_counts_what_exists(tmp_path: Path) -> None:
     tree = HostedTree.from_layout(Layout(tmp_path))
     manifest = hostile_manifest(tree, 10)
-    rows: list[dict[str, object]] = []
     ref = ImageRef(StoreView(HOSTED, tree.layout), REPOSITORY, "strange", None)
-    for _ in list_manifests(ref, rows):
-        pass
+    rows = list(list_manifests(ref))
     contents = {content for part in (*BOTH.walk(), manifest) for content in (part.data, *part.blobs)}
     assert [row["size"] for row in rows] == [sum(map(len, contents))]

@@ -11,11 +11,14 @@ import pytest
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.error import ProcessDone, ProcessExitedAlready, ProcessTerminated
 from twisted.internet.task import Clock
-from twisted.logger import globalLogPublisher
+from twisted.logger import formatEvent, globalLogPublisher
 from twisted.python.failure import Failure
 
 from dockerproxy.admin.operations import OperationError, Operations
 from dockerproxy.concurrency import LocalKeyedLock
+from dockerproxy.registry.principal import CONTROL_SOCKET, Principal
+
+ALICE = Principal("alice", CONTROL_SOCKET, None)
 
 
 class FakeProcess:
@@ -84,7 +87,7 @@ class Harness:
 
     def start(self, name: str = "gc", **options: Any) -> tuple[Deferred[Any], list[Any]]:
         outcomes: list[Any] = []
-        job = Deferred.fromCoroutine(self.operations.run(name, options, self.on_event))
+        job = Deferred.fromCoroutine(self.operations.run(ALICE, name, options, self.on_event))
         job.addBoth(outcomes.append)
         return job, outcomes
 
@@ -107,7 +110,7 @@ def test_events_and_the_result_are_relayed(harness: Harness) -> None:
     assert harness.process.arguments[1:4] == ["-m", "dockerproxy.operations", "gc"]
     assert json.loads(harness.process.arguments[4]) == {"root": "/srv", "dry_run": True}
     assert harness.process.environment["PYTHONPATH"] == os.pathsep.join(filter(None, sys.path))
-    assert harness.operations.current == {"name": "gc", "since": 1234.5}
+    assert harness.operations.current == {"name": "gc", "user": "alice", "since": 1234.5}
     item = {"event": "removed", "kind": "blob"}
     harness.process.send(PROGRESS, item)
     assert harness.events == [PROGRESS, item]
@@ -117,6 +120,19 @@ def test_events_and_the_result_are_relayed(harness: Harness) -> None:
     assert outcomes == [{"blobs": 3}]
     assert harness.operations.current is None
     assert not harness.reactor.getDelayedCalls()
+
+
+def test_the_log_names_the_user(harness: Harness) -> None:
+    logged: list[Any] = []
+    globalLogPublisher.addObserver(logged.append)
+    try:
+        harness.start("import")
+        harness.process.end()
+    finally:
+        globalLogPublisher.removeObserver(logged.append)
+    lines = [formatEvent(event) for event in logged]
+    assert lines[0] == "alice at the control socket started import"
+    assert lines[-1] == "import of alice at the control socket ended"
 
 
 def test_lines_may_arrive_in_pieces(harness: Harness) -> None:
@@ -187,7 +203,7 @@ def test_only_one_operation_runs_at_a_time(harness: Harness) -> None:
     job, _ = harness.start("check")
     _, outcomes = harness.start("gc")
     assert (outcomes[0].value.code, len(harness.reactor.processes)) == ("BUSY", 1)
-    assert "check is running" in outcomes[0].value.message
+    assert "check of alice is running" in outcomes[0].value.message
     job.cancel()
     _, outcomes = harness.start("gc")
     assert outcomes[0].value.code == "BUSY", "the first has not ended yet"

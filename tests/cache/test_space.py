@@ -8,16 +8,21 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from twisted.logger import LogEvent, globalLogPublisher
 
-from dockerproxy.cache.space import MAINTENANCE_INTERVAL, FileCounter
+from dockerproxy.cache.janitor import Janitor
+from dockerproxy.cache.space import MAINTENANCE_INTERVAL, CacheSpaceManager, FileCounter
 from dockerproxy.errors import UpstreamBroken
 from dockerproxy.oci.names import Digest
+from dockerproxy.store.blobs import Blobs
 from dockerproxy.store.ingest import Ingest
-from dockerproxy.store.layout import IngestKey
+from dockerproxy.store.layout import IngestKey, Layout
 from dockerproxy.store.lru_index import CacheFull
+from dockerproxy.store.records import Records
 from tests.cache.support.harness import HUB, CacheHarness, ingest_key
 from tests.cache.support.reactor import ManualReactor
 from tests.cache.support.upstream import disconnect_after, raise_error, respond_streaming
+from tests.store.support.reactor import SteppedReactor
 
 APP = "library/app"
 DAY = 86400
@@ -715,3 +720,28 @@ def test_files_are_counted_in_threads_and_reported_together() -> None:
     counter.add()
     reactor.advance(5)
     assert reports == [4000, 1]
+
+
+def test_a_stop_ends_the_walk_of_the_cache(tmp_path: Path) -> None:
+    """The daemon does not wait for it: a large cache, or a slow disk, takes minutes."""
+    reactor, layout = SteppedReactor(), Layout(tmp_path)
+    blobs = Blobs(layout, False)
+    for number in range(10):
+        blobs.put(b"%d" % number, Digest.of(b"%d" % number))
+    space = CacheSpaceManager(
+        reactor, layout, blobs, limit=1 << 40, max_blob_size=1 << 40, inactive=1e10, clock=reactor.seconds,
+        janitor=Janitor(layout, Records(tmp_path / "records"), reactor.seconds),
+    )  # fmt: skip
+    failures: list[LogEvent] = []
+    globalLogPublisher.addObserver(failures.append)
+    service = space.service()
+    service.startService()
+    stopped: list[object] = []
+    service.stopService().addCallback(stopped.append)
+    try:
+        while reactor.busy:
+            reactor.run_one()
+    finally:
+        globalLogPublisher.removeObserver(failures.append)
+    assert (space.index.total, len(stopped)) == (0, 1), "it ended at its first step"
+    assert not failures

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from attrs import define
 
+from dockerproxy.admin.control import local_user_name
 from dockerproxy.oci.manifests import EMPTY_INDEX, OCI_INDEX
 from dockerproxy.oci.names import Digest
 from tests.e2e.harness.daemon import CLEAN_EXIT_STATUSES
@@ -326,6 +327,36 @@ def test_what_the_daemon_writes_is_its_users_alone(
         if path.name not in public:
             assert not path.lstat().st_mode & 0o077, path
     assert not daemon.state_folder.lstat().st_mode & 0o077
+
+
+@pytest.mark.root
+def test_the_log_says_which_user_of_the_group_gave_a_command(shared_daemon: RegistryDaemon) -> None:
+    """The kernel names the user that connected (SO_PEERCRED), whatever the command claims."""
+    socket_path = shared_daemon.state_folder / "run/control.sock"
+    for path in (socket_path.parent, socket_path):
+        os.chown(path, -1, NOBODY)
+    for parent in shared_daemon.state_folder.parents:
+        parent.chmod(parent.stat().st_mode | 0o011)
+    shared_daemon.state_folder.chmod(0o711)
+    try:
+        command = f"""
+import os, socket
+os.setgroups([]); os.setgid({NOBODY}); os.setuid({NOBODY})
+connection = socket.socket(socket.AF_UNIX)
+connection.connect("{socket_path}")
+connection.sendall(b"POST /v1/collect HTTP/1.1\\r\\nHost: root\\r\\nUser-Agent: root\\r\\nConnection: close\\r\\n"
+    b"Authorization: Basic cm9vdDo=\\r\\nContent-Length: 2\\r\\n\\r\\n{{}}")
+while connection.recv(65536): pass
+"""
+        result = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, timeout=30)
+        assert (result.returncode, result.stderr) == (0, "")
+    finally:
+        shared_daemon.state_folder.chmod(0o700)
+        for path in (socket_path.parent, socket_path):
+            os.chown(path, -1, 0)
+    name = local_user_name(NOBODY)
+    assert f"{name} at the control socket started gc" in shared_daemon.output_text
+    assert f"gc of {name} at the control socket ended" in shared_daemon.output_text
 
 
 @pytest.mark.root

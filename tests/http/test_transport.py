@@ -31,6 +31,7 @@ from tests.http.support.loopback import (
     OVER_KERNEL_BUFFERS,
     SERVER_CONTEXT,
     TIMEOUT,
+    CallbackFactory,
     RecordingProtocol,
     SocketTestCase,
     ZerosProducer,
@@ -594,6 +595,27 @@ class TransportTestsMixin:
 
 
 class PlainTransportTests(TransportTestsMixin, SocketTestCase):
+    async def test_peer_of_a_unix_socket(self) -> None:
+        """The kernel says which local user connected to a Unix socket. That of a TCP connection is not known."""
+        uids: list[int | None] = []
+        connected: Deferred[None] = Deferred()
+
+        def on_connection(tcp: Any) -> None:
+            transport = SocketTransport(reactor, tcp)
+            transport.take_over(RecordingProtocol())
+            uids.append(transport.peer_uid)
+            if len(uids) == 2:
+                connected.callback(None)
+
+        path = f"{self.mktemp()}.sock"  # relative, because the path of a socket is short
+        unix_port = reactor.listenUNIX(path, CallbackFactory(on_connection))
+        self.addCleanup(unix_port.stopListening)
+        with socket.socket(socket.AF_UNIX) as local, socket.socket() as tcp:
+            local.connect(path)
+            tcp.connect(("127.0.0.1", self.listen(on_connection)))
+            await connected
+        self.assertCountEqual(uids, [os.geteuid(), None])
+
     async def test_sendfile_to_a_client_that_reads_late(self) -> None:
         """A client that reads late gets the complete file, and at most one record is buffered in memory."""
         port, recorder, transports = self.serve()

@@ -7,7 +7,7 @@ system calls. It must not grow with the registry.
 
 from __future__ import annotations
 
-import math
+import itertools
 import os
 import random
 import sys
@@ -55,11 +55,12 @@ def folder() -> Iterator[Path]:
 
 
 class CallCountingReactor(SteppedReactor):
-    """Records the maximum number of calls made by a thread job and by a reactor iteration."""
+    """Records the maximum number of calls made by a step in a thread and by a reactor iteration."""
 
     def __init__(self) -> None:
         super().__init__()
         self.max_calls = {"thread": 0, "reactor": 0}
+        self._calls = 0
 
     def run_one(self, number: int = 0) -> None:
         if self.jobs:
@@ -69,18 +70,24 @@ class CallCountingReactor(SteppedReactor):
 
     def count_calls(self, place: str, function: Callable[..., Any], *arguments: Any) -> Any:
         """Call `function` and count the calls it makes, but not those of a job that runs within it."""
-        calls, outer = 0, sys.getprofile()
+        outer, outer_calls = sys.getprofile(), self._calls
+        self._calls = 0
 
         def profile(frame: Any, event: str, argument: Any) -> None:
-            nonlocal calls
-            calls += event in ("call", "c_call")
+            self._calls += event in ("call", "c_call")
 
         sys.setprofile(profile)
         try:
             return function(*arguments)
         finally:
             sys.setprofile(outer)
-            self.max_calls[place] = max(self.max_calls[place], calls)
+            self.end_step(place)
+            self._calls = outer_calls
+
+    def end_step(self, place: str) -> None:
+        """Count the calls since the last step."""
+        self.max_calls[place] = max(self.max_calls[place], self._calls)
+        self._calls = 0
 
 
 def put_manifest(store: HostedTree, content: ManifestTree, *tags: str) -> None:
@@ -217,18 +224,21 @@ async def expire(reactor: SteppedReactor, root: Path, thread: CooperativeThread)
     assert space.index.total == 0
 
 
-def max_calls(folder: Path, work: CooperativeWork, size: int, slice_length: float) -> dict[str, int]:
+def max_calls(folder: Path, work: CooperativeWork, size: int) -> dict[str, int]:
     root = folder / f"{size}"
     make_registry(root, size)
     reactor = CallCountingReactor()
-    reactor.run(work(reactor, root, CooperativeThread(reactor, slice_length=slice_length)))
+    # Each step takes a second, so that it is followed by a pause.
+    thread = CooperativeThread(
+        reactor, clock=itertools.count().__next__, sleep=lambda seconds: reactor.end_step("thread")
+    )
+    reactor.run(work(reactor, root, thread))
     return reactor.max_calls
 
 
 def test_step_cost_of_a_rescan_does_not_grow_with_the_cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lru_index, "_RUN_LENGTH", 50)  # so that even a small cache has several runs to merge
-    # A negative slice length makes each step a slice of its own.
-    small, large = (max_calls(folder, rescan, size, -1) for size in (SMALL, LARGE))
+    small, large = (max_calls(folder, rescan, size) for size in (SMALL, LARGE))
     assert large["thread"] <= small["thread"] * 1.1
     assert large["reactor"] <= small["reactor"] * 1.1
     assert small["thread"] < 3000
@@ -236,6 +246,5 @@ def test_step_cost_of_a_rescan_does_not_grow_with_the_cache(folder: Path, monkey
 
 @pytest.mark.parametrize("work", [rescan, expire])
 def test_reactor_iteration_cost_does_not_grow_with_the_cache(folder: Path, work: CooperativeWork) -> None:
-    # One slice does all the work.
-    small, large = (max_calls(folder, work, size, math.inf) for size in (LARGE, 2 * LARGE))
+    small, large = (max_calls(folder, work, size) for size in (LARGE, 2 * LARGE))
     assert large["reactor"] <= small["reactor"] * 1.1

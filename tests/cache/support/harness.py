@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Coroutine
@@ -127,7 +126,8 @@ class CacheHarness:
         counter = FileCounter(reactor, lambda count: self.space.record_files(count))
         self.records = Records(root / "records", on_create=counter.add)
         self.lock = lock or LocalKeyedLock()
-        unsliced = CooperativeThread(reactor, slice_length=math.inf)  # because nothing else runs that it could delay
+        # Nothing else runs that its pauses could be for.
+        restless = CooperativeThread(reactor, sleep=lambda seconds: None)
         self.space = CacheSpaceManager(
             reactor,
             self.layout,
@@ -138,7 +138,7 @@ class CacheHarness:
             clock=self.now,
             janitor=Janitor(self.layout, Records(root / "records"), self.now),
             blob_cost=blob_cost,
-            cooperative_thread=unsliced,
+            cooperative_thread=restless,
         )
         self._download_limits = download_limits or DownloadLimits()
         self.login_source = ScriptedLogins(login)

@@ -144,7 +144,7 @@ class _CallbackProtocol(Protocol):
         self._on_connection(self.transport)
 
 
-class _CallbackFactory(Factory):
+class CallbackFactory(Factory):
     noisy = False
 
     def __init__(self, on_connection: Callable[[Any], None]) -> None:
@@ -165,7 +165,7 @@ class SocketTestCase(TestCase):
     def listen(self, on_connection: Callable[[Any], None]) -> int:
         """Listen, call `on_connection` with the Twisted transport of each connection, and return the port."""
         # The kernel delays a connection that finds the backlog full for a second.
-        port = reactor.listenTCP(0, _CallbackFactory(on_connection), backlog=_BACKLOG, interface="127.0.0.1")
+        port = reactor.listenTCP(0, CallbackFactory(on_connection), backlog=_BACKLOG, interface="127.0.0.1")
         self.addCleanup(port.stopListening)
         number: int = port.getHost().port
         return number

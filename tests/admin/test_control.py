@@ -1,0 +1,103 @@
+"""Tests of `Control`: the local user that sent a command is the principal of the operation."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from twisted.logger import LogEvent, formatEvent, globalLogPublisher
+
+from dockerproxy.admin.control import Control, local_user_name
+from dockerproxy.admin.deletion import Deleter
+from dockerproxy.admin.operations import Event
+from dockerproxy.admin.resolver import CACHED, HOSTED, ImageResolver, StoreView
+from dockerproxy.registry.hosted_rules import HostedRules
+from dockerproxy.registry.principal import CONTROL_SOCKET, Principal
+from dockerproxy.store.hosted_tree import HostedTree
+from dockerproxy.store.layout import Layout
+from tests.registry.support.synchronous_reactor import SynchronousReactor
+from tests.store.support.images import BOTH, put_image
+
+
+class OperationsStub:
+    """Records the operations and their principals."""
+
+    current = None
+
+    def __init__(self) -> None:
+        self.started: list[tuple[Principal, str]] = []
+
+    async def run(self, principal: Principal, name: str, options: Any, on_event: Any) -> Event:
+        self.started.append((principal, name))
+        return {}
+
+
+@pytest.fixture
+def operations() -> OperationsStub:
+    return OperationsStub()
+
+
+@pytest.fixture
+def client(tmp_path: Path, operations: OperationsStub, connect_client: Any) -> Any:
+    """A client of a control socket, whose process has the user ID 1000. The user's name is alice."""
+    clock = SynchronousReactor()
+    tree, cache = HostedTree.from_layout(Layout(tmp_path / "hosted")), Layout(tmp_path / "cache")
+    for name in ("one", "two"):
+        put_image(tree, name, BOTH, "v1")
+    unused: Any = None
+
+    async def user_name(uid: int) -> str:
+        return {1000: "alice"}[uid]
+
+    resolver = ImageResolver([StoreView(HOSTED, tree.layout), StoreView(CACHED, cache)], frozenset(), {})
+    deleter = Deleter(clock, tree, unused, unused)
+    running: Any = operations
+    control = Control(
+        clock, resolver, unused, deleter, running, HostedRules(), unused, unused, "AB", user_name, clock.seconds
+    )
+    client = connect_client(control.handle, clock=clock, client="-")
+    client.transport.peer_uid = 1000
+    return client
+
+
+def logged_lines(client: Any, path: str, arguments: dict[str, Any]) -> list[str]:
+    events: list[LogEvent] = []
+    globalLogPublisher.addObserver(events.append)
+    try:
+        response = client.fetch("POST", path, body=json.dumps(arguments).encode())
+    finally:
+        globalLogPublisher.removeObserver(events.append)
+    assert response.status == 200, response.body
+    return [formatEvent(event) for event in events]
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "arguments"),
+    [
+        ("gc", "/v1/collect", {}),
+        ("import", "/v1/import", {"directory": "/srv"}),
+        ("check", "/v1/check", {}),
+        ("check", "/v1/check", {"cached": True}),
+    ],
+)
+def test_the_user_is_the_principal_of_an_operation(
+    client: Any, operations: OperationsStub, name: str, path: str, arguments: dict[str, Any]
+) -> None:
+    logged_lines(client, path, arguments)
+    assert operations.started == [(Principal("alice", CONTROL_SOCKET, None), name)]
+    assert [request.user for request in client.finished_requests] == ["alice"], "for the access log"
+
+
+def test_the_log_says_which_user_removed_an_image(client: Any) -> None:
+    lines = logged_lines(client, "/v1/remove", {"names": ["one:v1", "two"]})
+    assert [line for line in lines if "removed" in line] == [
+        "alice at the control socket removed one:v1 (hosted)",
+        "alice at the control socket removed two (hosted)",
+    ]
+
+
+def test_the_name_of_a_user() -> None:
+    assert local_user_name(0) == "root"
+    assert local_user_name(3_999_999_999) == "uid 3999999999"
