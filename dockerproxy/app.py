@@ -373,6 +373,7 @@ def build_cache(
         intercepted=registries.intercepted,
         on_challenges=authorizer.add_challenges,
         address_check=policy.check_upstream,
+        allows_client_to=policy.allows_client_to,
         logins=SharedLogins(authorizer, reactor.seconds, shared.report_login, shared=settings.share_auth_registries),
         freshness=Freshness(
             settings.enable_manifest_cache,

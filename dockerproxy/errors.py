@@ -119,6 +119,10 @@ class Unauthorized(RegistryError):
     status, code = 401, "UNAUTHORIZED"
 
 
+class LocalTokenRequired(Unauthorized):
+    """The client must authenticate at the token endpoint of this proxy, because upstream's own would not do."""
+
+
 class ProxyAuthenticationRequired(RegistryError):
     """The client must authenticate to the proxy itself. `headers` contains the challenge."""
 

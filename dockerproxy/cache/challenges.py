@@ -1,8 +1,10 @@
 """Authentication challenges of upstream registries: learned from `/v2/`, stored, and rendered for clients.
 
 Clients start with `/v2/` and follow its challenge. The challenge is stored on disk so that clients reach the cache even
-if upstream is down. A realm on a host that is not intercepted would let clients bypass the proxy, and would fail during
-an outage. It is therefore replaced by a path on the registry's own host, at which this proxy acts as token server.
+if upstream is down. While upstream can be asked, clients get its own challenge, because the program that fetches the
+token need not use the proxy: BuildKit has the docker command do it, while the daemon requests the content. If upstream
+cannot be asked, or if a client could not log in safely at the realm, the realm is replaced by a path on the registry's
+own host, at which this proxy acts as token server.
 
 A registry may name any URL as its realm, a page of another registry too. It is believed about an intercepted host if
 the two have one owner, or if a registry of that host's owner names the same realm.
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from urllib.parse import parse_qsl, quote
 
 from attrs import frozen
 
@@ -20,6 +23,7 @@ from dockerproxy.cache.upstream import UpstreamAgent, error_from_response
 from dockerproxy.concurrency import SingleFlight
 from dockerproxy.errors import NameInvalid, RegistryError, UpstreamBroken, is_outage
 from dockerproxy.http.headers import Headers
+from dockerproxy.net.dial import AddressCheck
 from dockerproxy.oci.challenge import Challenge, parse_challenges
 from dockerproxy.oci.docker_hub import DOCKER_HUB
 from dockerproxy.oci.names import Host, Registry
@@ -32,16 +36,21 @@ TOKEN_PATH = "/.well-known/docker-registry-proxy/token"
 
 _CHALLENGE_TTL = 3600.0
 _OLD_CHALLENGE = 7 * 86400.0
+_CHECK_INTERVAL = 30.0  # seconds for which a realm on a host that is not intercepted counts as answering, or as silent
 
 _HUB_CHALLENGE = 'Bearer realm="https://auth.docker.io/token",service="registry.docker.io"'
 
 
 @frozen
 class Realm:
-    """A token server: its origin, and the path of its token endpoint without the query."""
+    """A token server: its origin, and the path and query of its token endpoint.
+
+    Clients add their parameters to the query, which may say which tenant's users the server is for.
+    """
 
     server: Registry
     path: str
+    query: str = ""
 
     @classmethod
     def parse(cls, url: str) -> Realm | None:
@@ -50,20 +59,41 @@ class Realm:
         authority, _, path = rest.partition("/")
         if not separator:
             return None
+        path, _, query = path.partition("#")[0].partition("?")
         try:
-            return cls(Registry.parse(f"{scheme.lower()}://{authority}"), "/" + path.partition("?")[0])
+            return cls(Registry.parse(f"{scheme.lower()}://{authority}"), f"/{path}", query)
         except NameInvalid:
             return None
 
     def __str__(self) -> str:
-        return self.server.origin + self.path
+        return self.url(self.query)
+
+    def url(self, query: str) -> str:
+        """Return the URL of the endpoint with another `query`."""
+        return self.server.origin + self.path + (f"?{query}" if query else "")
+
+    def has_endpoint_of(self, other: Realm | None) -> bool:
+        """Return whether `other` is at the same URL, apart from the query."""
+        return other is not None and (self.server, self.path) == (other.server, other.path)
+
+    @property
+    def parameters(self) -> set[tuple[str, str]]:
+        """The decoded parameters of the query."""
+        return {*parse_qsl(self.query, keep_blank_values=True)}
+
+    def complete(self, query: str) -> str:
+        """Return a client's `query` with the parameters of the realm's that it lacks."""
+        present = {*parse_qsl(query, keep_blank_values=True)}
+        missing = [part for part in self.query.split("&") if not {*parse_qsl(part, keep_blank_values=True)} <= present]
+        return "&".join([*missing, *([query] if query else [])])
 
 
 class Challenges:
     """The challenges of the intercepted registries.
 
     `intercepted` has the live servers that clients reach through this proxy. `on_challenge` is called with each
-    challenge that upstream sends.
+    challenge that upstream sends. `allows_client_to` returns whether clients may connect to a server through this
+    proxy, and `address_check_for` the check for our own connections to a realm.
     """
 
     def __init__(
@@ -72,15 +102,22 @@ class Challenges:
         records: Records,
         intercepted: Mapping[Host, Registry],
         on_challenge: Callable[[Registry, list[Challenge]], None],
+        allows_client_to: Callable[[Registry], bool],
+        address_check_for: Callable[[Host], AddressCheck | None],
         clock: Callable[[], float],
     ) -> None:
         self._agent = agent
+        self._allows_client_to = allows_client_to
+        self._address_check_for = address_check_for
         self._on_challenge = on_challenge
         self._records = records
         self._intercepted = intercepted
         self._clock = clock
         self._requests: SingleFlight[Registry, list[str]] = SingleFlight()
-        self._known_registries: set[Registry] = set()  # bounded, because only intercepted registries are added
+        # Both are bounded, because only intercepted registries are added.
+        self._known_registries: set[Registry] = set()
+        self._checks: dict[Registry, tuple[bool, float]] = {}  # whether the realm answered, and when that is forgotten
+        self._running_checks: SingleFlight[Registry, bool] = SingleFlight()
 
     async def get(self, registry: Registry) -> list[Challenge]:
         """Return the challenges of `registry`; an empty list if it requires no authentication.
@@ -95,6 +132,41 @@ class Challenges:
                 if fields is None or not is_outage(error):
                     raise
         return parse_challenges(fields)
+
+    async def can_be_asked(self, registry: Registry) -> bool:
+        """Return whether clients can get tokens of `registry`: because we answer for its realm, or because both answer.
+
+        Each is asked every _CHECK_INTERVAL at most.
+        """
+        realm = self.realm(registry)
+        if realm is None or self.has_endpoint(registry, realm):
+            return True
+        answers, forgotten_at = self._checks.get(registry, (False, 0.0))
+        if not 0 < forgotten_at - self._clock() <= _CHECK_INTERVAL:
+            answers = await self._running_checks.do(registry, lambda: self._check(registry, realm))
+        return answers
+
+    async def _check(self, registry: Registry, realm: Realm) -> bool:
+        if realm.server in self._intercepted.values() and _is_safe(registry, realm):
+            await self.ensure_known(realm.server)  # because it may confirm that the realm is its own
+        try:
+            if self._is_clients_own(registry, realm):
+                await self._requests.do(registry, lambda: self._fetch(registry))
+                await self._ask(self.realm(registry) or realm, self._service(registry))
+            answers = True
+        except RegistryError:
+            answers = False
+        self._checks[registry] = answers, self._clock() + _CHECK_INTERVAL
+        return answers
+
+    async def _ask(self, realm: Realm, service: str | None) -> None:
+        """Raise the error of an outage if `realm` does not answer a request without a login."""
+        query = realm.complete(f"service={quote(service)}" if service else "")
+        address_check = self._address_check_for(realm.server.host)
+        response = await self._agent.request("GET", realm.url(query), Headers(), address_check=address_check)
+        if response.status == 429 or response.status >= 500:
+            raise await error_from_response(realm.server, response)
+        await response.discard()
 
     def cached(self, registry: Registry) -> list[Challenge]:
         """Return the stored challenges of `registry`, without a request."""
@@ -127,13 +199,13 @@ class Challenges:
     def names_service(self, registry: Registry, realm: Realm, services: set[str]) -> bool:
         """Return whether `registry` sends clients to `realm` for a token for `services`.
 
-        A challenge without a service leaves it to clients which one they name.
+        A challenge without a service leaves it to clients which one they name. The realm's own query may name more.
         """
-        for challenge in self.cached(registry):
-            if challenge.scheme == "bearer":
-                service = challenge.parameters.get("service")
-                return self.realm(registry) == realm and (not service or services <= {service})
-        return False
+        own_realm = self.realm(registry)
+        if own_realm is None or not own_realm.has_endpoint_of(realm):
+            return False
+        service = self._service(registry)
+        return not service or services <= {service, *(value for name, value in realm.parameters if name == "service")}
 
     def has_endpoint(self, registry: Registry, realm: Realm) -> bool:
         """Return whether requests to the URL `realm`, which `registry` names, are requests to its token server.
@@ -142,30 +214,49 @@ class Challenges:
         registry has TLS.
         """
         server = realm.server
-        if self._intercepted.get(server.host) != server or (server.scheme == "http" and registry.scheme == "https"):
+        if self._intercepted.get(server.host) != server or not _is_safe(registry, realm):
             return False
         if server == registry or belong_together(server.host.name, registry.host.name):
             return True
         return any(
-            self.realm(other) == realm and (other == server or belong_together(server.host.name, other.host.name))
+            realm.has_endpoint_of(self.realm(other))
+            and (other == server or belong_together(server.host.name, other.host.name))
             for other in self._intercepted.values()
         )
 
-    def render_for(self, registry: Registry, fields: Iterable[str], *, secure: bool) -> list[tuple[str, str]]:
-        """Return WWW-Authenticate fields for a client that addressed this proxy as `registry`, over TLS if `secure`."""
+    def render_for(
+        self, registry: Registry, fields: Iterable[str], *, secure: bool, local: bool = False
+    ) -> list[tuple[str, str]]:
+        """Return WWW-Authenticate fields for a client that addressed this proxy as `registry`, over TLS if `secure`.
+
+        `local` says that the client must get its token from this proxy.
+        """
         rendered = []
         for challenge in parse_challenges(fields):
             if challenge.scheme == "bearer":
-                challenge = self._with_local_realm(registry, challenge, secure)
+                challenge = self._with_usable_realm(registry, challenge, secure, local)
             rendered.append(("WWW-Authenticate", challenge.render()))
         return rendered
 
-    def _with_local_realm(self, registry: Registry, challenge: Challenge, secure: bool) -> Challenge:
+    def _with_usable_realm(self, registry: Registry, challenge: Challenge, secure: bool, local: bool) -> Challenge:
         realm = Realm.parse(challenge.parameters.get("realm", ""))
-        if realm is not None and self.has_endpoint(registry, realm):
+        if realm is not None and (
+            self.has_endpoint(registry, realm) or (not local and self._is_clients_own(registry, realm))
+        ):
             return challenge
-        scheme = "https" if secure else "http"
-        return challenge.with_parameter("realm", Registry(registry.host, scheme).origin + TOKEN_PATH)
+        server = Registry(registry.host, "https" if secure else "http")
+        return challenge.with_parameter("realm", str(Realm(server, TOKEN_PATH, "" if realm is None else realm.query)))
+
+    def _is_clients_own(self, registry: Registry, realm: Realm) -> bool:
+        """Return whether clients of `registry` use `realm` by themselves: nobody listed its host, and it is safe."""
+        server = realm.server
+        return server.host not in self._intercepted and _is_safe(registry, realm) and self._allows_client_to(server)
+
+    def _service(self, registry: Registry) -> str | None:
+        for challenge in self.cached(registry):
+            if challenge.scheme == "bearer":
+                return challenge.parameters.get("service")
+        return None
 
     def _load(self, registry: Registry) -> tuple[list[str] | None, float]:
         record = self._records.get("challenge", str(registry))
@@ -193,3 +284,8 @@ class Challenges:
         try_put(self._records, {"fields": fields, "checked": checked}, "challenge", str(registry))
         self._on_challenge(registry, parse_challenges(fields))
         return fields
+
+
+def _is_safe(registry: Registry, realm: Realm) -> bool:
+    """Return whether logins stay in TLS: a registry with TLS may name a realm without it."""
+    return realm.server.scheme == "https" or registry.scheme == "http"

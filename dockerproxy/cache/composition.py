@@ -61,14 +61,16 @@ class CachePolicy:
     """The decisions about a cache that settings make.
 
     `registries` is the live table of served registries, `intercepted` that of intercepted hosts. `on_challenges` is
-    called with the challenges of a registry. `address_check` is that of realms on hosts that are not intercepted.
-    `logins` serve every client. `evicted_bytes` bounds evicted blobs that are still read.
+    called with the challenges of a registry. `address_check` is that of realms on hosts that are not intercepted, and
+    `allows_client_to` returns whether clients may connect to a server through this proxy. `logins` serve every client.
+    `evicted_bytes` bounds evicted blobs that are still read.
     """
 
     registries: Iterable[Registry]
     intercepted: Mapping[Host, Registry]
     on_challenges: Callable[[Registry, list[Challenge]], None]
     address_check: AddressCheck | None
+    allows_client_to: Callable[[Registry], bool]
     logins: SharedLogins
     freshness: Freshness
     download_limits: DownloadLimits
@@ -118,11 +120,14 @@ def compose_cache(services: CacheServices, policy: CachePolicy) -> CacheParts:
         clock=clock,
         on_stored=record_blob,
     )
+    challenges = Challenges(
+        agent, records, policy.intercepted, policy.on_challenges, policy.allows_client_to, address_check_for, clock
+    )
     possession = PossessionCheck(reactor, upstream, blobs, services.secret)
     pull_through = PullThrough(
         upstream,
         identities,
-        Challenges(agent, records, policy.intercepted, policy.on_challenges, clock),
+        challenges,
         TokenEndpoint(agent, identities, records, address_check_for, clock),
         manifests,
         CachedBlobs(reactor, upstream, blobs, links, downloads, access, space, open_readers, possession),

@@ -1,9 +1,9 @@
 """Client identities: keyed hashes of credentials, and tokens issued by this proxy ("local tokens").
 
-Credentials are never stored; an identity is a keyed hash. A client without a credential gets a local token from the
-token endpoint, not one from upstream. The token means "no credential of its own". A login from AUTH_REGISTRIES can
-therefore serve the client without being exposed to it, and the token exchange succeeds even if upstream is down. If the
-token server is down, a client that has authenticated there before gets a local token that carries its identity.
+Credentials are never stored; an identity is a keyed hash. A token that upstream issued to a client without a credential
+is bound to PUBLIC: it means "no credential of its own", so that a login from AUTH_REGISTRIES can serve the client. If
+the token server is down, the client gets a local token, which means the same, and one that has authenticated there
+before gets a local token that carries its identity.
 """
 
 from __future__ import annotations
@@ -108,6 +108,7 @@ class LocalToken:
 
 
 INVALID_TOKEN = LocalToken("")
+PUBLIC_TOKEN = LocalToken(PUBLIC)
 
 
 class Identities:
@@ -151,6 +152,14 @@ class Identities:
         binding = Binding(issuer, client, frozenset(repositories), expires_at)
         self._bindings.bind(self._hash(f"Bearer {token}"), binding)
 
+    def bind_public(self, token: str, issuer: str, expires_at: float) -> None:
+        """Record that the realm `issuer` issued `token` to a client without a credential, until a time."""
+        self._bindings.bind(self._hash(f"Bearer {token}"), Binding(issuer, PUBLIC, frozenset(), expires_at))
+
+    def is_bound(self, authorization: str) -> bool:
+        """Return whether an Authorization field holds a token that was bound."""
+        return self._bindings.get(self._hash(canonical_authorization(authorization))) is not None
+
     def for_authorization(self, issuer: str, authorization: str) -> str:
         """Return the identity of a client's Authorization field at `issuer`, a realm or registry that verifies it.
 
@@ -171,12 +180,17 @@ class Identities:
     def read_token(self, authorization: str) -> LocalToken | None:
         """Return the local token of an Authorization field. Return None if it holds the client's own credential.
 
-        Return `INVALID_TOKEN` if the local token has expired or was altered.
+        Return `INVALID_TOKEN` if the local token has expired or was altered, and `PUBLIC_TOKEN` for upstream's token of
+        a client without a credential.
         """
         scheme, _, token = authorization.partition(" ")
         token = token.strip()
-        if scheme.lower() != "bearer" or not token.startswith(_TOKEN_PREFIX):
+        if scheme.lower() != "bearer":
             return None
+        if not token.startswith(_TOKEN_PREFIX):
+            binding = self._bindings.get(self._hash(f"Bearer {token}"))
+            is_public = binding is not None and binding.client == PUBLIC and self._clock() < binding.expires_at
+            return PUBLIC_TOKEN if is_public else None
         try:
             signed = urlsafe_b64decode(token.removeprefix(_TOKEN_PREFIX))
             payload, signature = signed[:-_SIGNATURE_SIZE], signed[-_SIGNATURE_SIZE:]

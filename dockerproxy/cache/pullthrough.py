@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Hashable, Iterable
 from typing import Any, TypeVar
+from urllib.parse import parse_qsl
 
-from attrs import define, field, frozen
+from attrs import define, evolve, field, frozen
 
 from dockerproxy.cache.blobs import CachedBlobs
 from dockerproxy.cache.challenges import TOKEN_PATH, Challenges, Realm
@@ -26,6 +27,7 @@ from dockerproxy.cache.upstream import (
 )
 from dockerproxy.errors import (
     IntermediaryRefused,
+    LocalTokenRequired,
     ManifestInvalid,
     NameUnknown,
     RegistryError,
@@ -91,9 +93,10 @@ class PullThrough:
         """
         if path == TOKEN_PATH:
             return host if self.challenges.realm(host) is not None else None
+        endpoint = Realm(host, path)
         for registry in (host, *self.registries):
             realm = self.challenges.realm(registry)
-            if realm == Realm(host, path) and self.challenges.has_endpoint(registry, realm):
+            if realm is not None and endpoint.has_endpoint_of(realm) and self.challenges.has_endpoint(registry, realm):
                 return registry
         return None
 
@@ -102,17 +105,29 @@ class PullThrough:
 
         Only tokens for a service that a registry names in its challenge are ours to issue.
         """
+        realm = self._realm_for(registry, query)
+        if authorization is not None:
+            authorization = client_authorization(authorization)
+        request = TokenRequest(realm.complete(query), authorization, form)
+        services = request.services()
+        served = [one for one in {registry, *self.registries} if self.challenges.names_service(one, realm, services)]
+        if not served:
+            return await self.token_endpoint.forward(registry, realm, request)
+        serves_all = any(self.logins.login_for(one) is not None for one in served)
+        return await self.token_endpoint.token(registry, realm, request, serves_all=serves_all)
+
+    def _realm_for(self, registry: Registry, query: str) -> Realm:
+        """Return the realm of `registry`; of those at the same URL, the one with parameters that `query` has.
+
+        Raise `NameUnknown` if `registry` has no realm.
+        """
         realm = self.challenges.realm(registry)
         if realm is None:
             raise NameUnknown(f"{registry} has no token server")
-        if authorization is not None:
-            authorization = client_authorization(authorization)
-        request = TokenRequest(query, authorization, form)
-        services = request.services()
-        for other in {registry, *self.registries}:
-            if self.challenges.names_service(other, realm, services):
-                return await self.token_endpoint.token(registry, realm, request)
-        return await self.token_endpoint.forward(registry, realm, request)
+        present = {*parse_qsl(query, keep_blank_values=True)}
+        candidates = [realm, *(other for one in self.registries if (other := self.challenges.realm(one)) is not None)]
+        named = [one for one in candidates if realm.has_endpoint_of(one) and one.parameters <= present]
+        return max(named, key=lambda one: len(one.parameters), default=realm)
 
 
 @frozen
@@ -146,7 +161,20 @@ class CachedRegistry:
         identity = self.cache.identities.for_credential(self.registry, name, credential)
         repository = UpstreamRepository(self.registry, name, credential)
         fallback_identity = None if self.local_token is None else self.local_token.identity_at(name)
+        if (login := self._login_beside_token()) is not None:
+            fallback_identity = self.cache.identities.for_credential(self.registry, name, login)
         return UpstreamPrincipal(repository, identity, fallback_identity, self.client)
+
+    def _login_beside_token(self) -> Credential | None:
+        """Return the configured login if it serves the client, should its token be refused; else None.
+
+        A token that was fetched without this proxy may be one for clients without a login, which the configured login
+        serves. A login of the client's own is not replaced.
+        """
+        if self.authorization is None or not self.authorization.startswith("Bearer "):
+            return None
+        login = self.cache.logins.login_for(self.registry)
+        return None if login is None or self.cache.identities.is_bound(self.authorization) else login
 
     async def manifest(
         self, name: Repository, reference: Reference, accept: list[str], *, head: bool
@@ -169,14 +197,18 @@ class CachedRegistry:
         """Return the result of `attempt` with `credential`.
 
         If that is a login of the administrator's and upstream denies access, which may be because it has ended, the
-        attempt is repeated with what else the client may use, at last without a login: public images go on.
+        attempt is repeated with what else the client may use, at last without a login: public images go on. A token
+        that may be nobody's is not the client's only credential either.
         """
         try:
             return await attempt(credential)
         except RegistryError as error:
-            if self.authorization is not None or not _is_denial_of(credential, error):
+            login = self._login_beside_token()
+            if not _is_denial_of(credential, error) or (self.authorization is not None and login is None):
                 raise
             denial = error
+        if login is not None:
+            return await evolve(self, authorization=None)._try(login, attempt)
         for other in await self.cache.logins.alternatives(self.registry, credential):
             try:
                 return await attempt(other)
@@ -198,6 +230,9 @@ class CachedRegistry:
         if self.authorization is not None:
             await self._ping_upstream()
         elif self.local_token is None and not self._allows_anonymous(await self.cache.challenges.get(self.registry)):
+            has_shared_login = self.cache.logins.configured_login(self.registry) is not None
+            if has_shared_login or not await self.cache.challenges.can_be_asked(self.registry):
+                raise LocalTokenRequired("authentication required")
             raise Unauthorized("authentication required")
 
     async def _ping_upstream(self) -> None:
@@ -223,7 +258,7 @@ class CachedRegistry:
 
     def _check_token(self) -> None:
         if self.local_token == INVALID_TOKEN:
-            raise Unauthorized("the token has expired")
+            raise LocalTokenRequired("the token has expired")
 
     async def referrers(self, name: Repository, subject: Digest, query: ReferrersQuery) -> ReferrersIndex:
         """Return the referrers of `subject`, from the fallback tag if upstream has no referrers API."""
@@ -286,7 +321,8 @@ class CachedRegistry:
 
         async def send(credential: Credential) -> UpstreamResponse:
             response = await self.cache.upstream.request(method, self.registry, path, credential=credential, **options)
-            if response.status in (401, 403) and self.authorization is None and logins.configured_login(self.registry):
+            has_other = self.authorization is None or self._login_beside_token() is not None
+            if response.status in (401, 403) and has_other and logins.configured_login(self.registry):
                 raise await error_from_response(self.registry, response)
             return response
 
@@ -324,7 +360,7 @@ class CachedRegistry:
             challenge.with_parameter("scope", scope) if challenge.scheme == "bearer" else challenge
             for challenge in challenges
         ]
-        return Unauthorized(
+        return LocalTokenRequired(
             f"authentication required, because only cached content of {name} can be served: {error.message}",
             headers=[("WWW-Authenticate", challenge.render()) for challenge in fields],
         )
@@ -334,7 +370,8 @@ class CachedRegistry:
         fields = [value for name, value in error.headers if name.lower() == "www-authenticate"]
         if not fields:
             fields = [challenge.render() for challenge in self.cache.challenges.cached(self.registry)]
-        return self.cache.challenges.render_for(self.registry, fields, secure=secure)
+        local = isinstance(error, LocalTokenRequired)
+        return self.cache.challenges.render_for(self.registry, fields, secure=secure, local=local)
 
 
 def _is_denial_of(credential: Credential, error: RegistryError) -> bool:

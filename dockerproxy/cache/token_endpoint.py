@@ -1,7 +1,9 @@
 """The token endpoint for clients.
 
-Requests with a credential are forwarded to the realm. Clients without one get a local token. A realm may also issue
-tokens for other services than registries, such as notary.docker.io. Requests for those are forwarded.
+Requests with a credential are forwarded to the realm. Clients without one get the realm's token for such clients, which
+is good without this proxy too, because another program may use it. If the realm cannot be asked, both may get a local
+token. A realm may also issue tokens for other services than registries, such as notary.docker.io. Requests
+for those are forwarded.
 """
 
 from __future__ import annotations
@@ -9,11 +11,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from datetime import UTC, datetime
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, urlencode
 
 from attrs import field, frozen
 
 from dockerproxy.cache.access import STALE_GRANT_TTL
+from dockerproxy.cache.anonymous_tokens import AnonymousTokens
 from dockerproxy.cache.best_effort import try_put, try_remove
 from dockerproxy.cache.challenges import Realm
 from dockerproxy.cache.identity import PUBLIC, TOKEN_LIFETIME, Identities
@@ -35,6 +38,9 @@ _MAX_FORM_FIELDS = 50
 _LOGIN_FIELDS = frozenset({
     "username", "password", "refresh_token", "access_token", "code", "assertion", "client_assertion", "client_secret",
 })  # fmt: skip
+
+# Parameters that have no influence on the token of a client without a login.
+_CLIENT_PARAMETERS = frozenset({"account", "client_id", "offline_token"})
 
 
 @frozen
@@ -67,13 +73,26 @@ class TokenRequest:
         Otherwise a client could log in by one credential and have the token bound to another one, which it guesses.
         Raise `BadRequest`.
         """
+        names = self._login_fields()
+        return not names if self.authorization is not None else names in (["password", "username"], ["refresh_token"])
+
+    def has_no_credential(self) -> bool:
+        """Return whether no token server takes a credential from the request. Raise `BadRequest`."""
+        return self.authorization is None and self._login_fields() == []
+
+    def anonymous_key(self) -> str:
+        """Return the parameters that make a difference for a client without a credential. Raise `BadRequest`."""
+        pairs = {*parse_query(self.query), *self._form_fields()}
+        return urlencode(sorted(pair for pair in pairs if pair[0] not in _CLIENT_PARAMETERS))
+
+    def _login_fields(self) -> list[str] | None:
+        """Return the names of the form's fields with credentials; None if there may be a credential elsewhere."""
         form = (self.form or b"").decode("utf-8", "replace")
         if ";" in self.query + form:  # which separates fields for some servers
-            return False
+            return None
         if any(name.lower() in _LOGIN_FIELDS for name, _ in parse_query(self.query)):
-            return False
-        names = sorted(name.lower() for name, _ in self._form_fields() if name.lower() in _LOGIN_FIELDS)
-        return not names if self.authorization is not None else names in (["password", "username"], ["refresh_token"])
+            return None
+        return sorted(name.lower() for name, _ in self._form_fields() if name.lower() in _LOGIN_FIELDS)
 
     def scopes(self) -> list[str]:
         """Return the scopes for which the client requests a token. Raise `BadRequest`."""
@@ -115,15 +134,19 @@ class TokenEndpoint:
         self._records = records
         self._address_check_for = address_check_for
         self._clock = clock
+        self._anonymous_tokens = AnonymousTokens(clock)
 
-    async def token(self, registry: Registry, realm: Realm, request: TokenRequest) -> bytes:
+    async def token(
+        self, registry: Registry, realm: Realm, request: TokenRequest, *, serves_all: bool = False
+    ) -> bytes:
         """Return the JSON response of `realm`, the realm of `registry`, or a local token.
 
-        Raise the error that the realm responded with.
+        `serves_all` says that a login of ours serves all clients of `registry`, which need no token of the realm. Raise
+        the error that the realm responded with.
         """
         authorization = request.client_authorization()
         if authorization is None:
-            return self._issue(PUBLIC, frozenset())
+            return await self._anonymous_token(realm, request, serves_all)
         _check_scheme(registry, realm)
         if not request.has_one_credential():
             return await self._request_token(realm, request)
@@ -155,6 +178,26 @@ class TokenEndpoint:
             try_remove(self._records, "client", str(realm.server), identity)
         raise error
 
+    async def _anonymous_token(self, realm: Realm, request: TokenRequest, serves_all: bool) -> bytes:
+        """Return the realm's token for clients without a credential, or a local token if there is none."""
+        is_anonymous, key = request.has_no_credential(), f"{realm}\n{request.anonymous_key()}"
+
+        async def ask() -> TokenResponse:
+            issued = _parse_response(realm, await self._request_token(realm, request), self._clock())
+            for token in issued.tokens:
+                self._identities.bind_public(token, str(realm), self._clock() + issued.lifetime)
+            return issued
+
+        try:
+            if not is_anonymous:  # it may be a login, which only the realm knows how to read
+                return await self._request_token(realm, request)
+            issued = await self._anonymous_tokens.get(key, ask)
+        except RegistryError as error:
+            if is_outage(error) or serves_all:
+                return self._issue(PUBLIC, frozenset())
+            raise
+        return _render_response(issued.tokens[0], issued.tokens[-1], issued.lifetime, self._clock())
+
     async def forward(self, registry: Registry, realm: Realm, request: TokenRequest) -> bytes:
         """Return the response of `realm` to a request for a service that is no registry of ours, or raise its error."""
         if request.client_authorization() is not None:
@@ -169,7 +212,7 @@ class TokenEndpoint:
             body = FormBody(request.form)
         response = await self._agent.request(
             "GET" if body is None else "POST",
-            realm.server.origin + realm.path + (f"?{request.query}" if request.query else ""),
+            realm.url(request.query),
             Headers(fields),
             body,
             address_check=self._address_check_for(realm.server.host),
@@ -195,10 +238,13 @@ class TokenEndpoint:
 
     def _issue(self, identity: str, repositories: frozenset[Repository]) -> bytes:
         token = self._identities.issue_token(identity, repositories)
-        issued = datetime.fromtimestamp(self._clock(), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-        return json.dumps(
-            {"token": token, "access_token": token, "expires_in": TOKEN_LIFETIME, "issued_at": issued}
-        ).encode()
+        return _render_response(token, token, TOKEN_LIFETIME, self._clock())
+
+
+def _render_response(token: str, access_token: str, lifetime: float, now: float) -> bytes:
+    issued_at = datetime.fromtimestamp(now, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    document = {"token": token, "access_token": access_token, "expires_in": int(lifetime), "issued_at": issued_at}
+    return json.dumps(document).encode()
 
 
 def _check_scheme(registry: Registry, realm: Realm) -> None:

@@ -8,7 +8,7 @@ from attrs import frozen
 
 from dockerproxy.errors import Denied, DestinationForbidden
 from dockerproxy.net.addresses import Address, AddressSet, Destinations
-from dockerproxy.oci.names import Host
+from dockerproxy.oci.names import Host, Registry
 
 _HTTP_PORT = 80
 _FIRST_UNPRIVILEGED_PORT = 1024
@@ -59,6 +59,18 @@ class Policy:
         """
         if host.port != _HTTP_PORT and host.port < _FIRST_UNPRIVILEGED_PORT:
             self.check_port(host)
+
+    def allows_client_to(self, server: Registry) -> bool:
+        """Return whether a client may use `server` through this proxy, as far as its name and port decide."""
+        try:
+            if server.scheme == "https":
+                self.check_port(server.host)
+            else:
+                self.check_http_port(server.host)
+            self.check_name(server.host)
+        except Denied:
+            return False
+        return True
 
     def check_name(self, host: Host) -> None:
         """Check `host` before its name is resolved. Refuse it if no address could make it allowed."""

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
+from urllib.parse import parse_qsl
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from twisted.internet.defer import Deferred
 
 from dockerproxy.cache.challenges import TOKEN_PATH, Realm
@@ -16,12 +20,13 @@ from dockerproxy.errors import (
 )
 from dockerproxy.oci.challenge import Challenge
 from dockerproxy.oci.names import Registry
-from tests.cache.support.harness import HUB, OTHER, CacheHarness
+from tests.cache.support.harness import HUB, OTHER, CacheHarness, result
 from tests.cache.support.upstream import (
     Gate,
     ScriptedResponse,
     captive_portal,
     error_response,
+    raise_error,
     replace_with,
     respond_with,
 )
@@ -219,8 +224,10 @@ def test_cancel_does_not_abort_fetch(harness: CacheHarness) -> None:
 # rendered challenges
 
 
-def rendered_challenges(harness: CacheHarness, registry: Registry, *fields: str, secure: bool = True) -> list[str]:
-    fields_with_names = harness.challenges.render_for(registry, fields, secure=secure)
+def rendered_challenges(
+    harness: CacheHarness, registry: Registry, *fields: str, secure: bool = True, local: bool = False
+) -> list[str]:
+    fields_with_names = harness.challenges.render_for(registry, fields, secure=secure, local=local)
     assert {name for name, _ in fields_with_names} <= {"WWW-Authenticate"}
     return [value for _, value in fields_with_names]
 
@@ -237,9 +244,82 @@ def rendered_challenges(harness: CacheHarness, registry: Registry, *fields: str,
         (Registry.parse("10.0.0.1:80"), False, "http://10.0.0.1" + TOKEN_PATH),
     ],
 )
-def test_foreign_realm_is_replaced(harness: CacheHarness, registry: Registry, secure: bool, realm: str) -> None:
-    [field] = rendered_challenges(harness, registry, BEARER, secure=secure)
-    assert field == f'Bearer realm="{realm}",service="other",scope="repository:a:pull,push"'
+@pytest.mark.parametrize("query", ["", "?tenant=blue", "?service=x&scope=repository:y:pull"])
+def test_foreign_realm_is_replaced_if_need_be(
+    harness: CacheHarness, registry: Registry, secure: bool, realm: str, query: str
+) -> None:
+    """Otherwise it is upstream's own, because the program that fetches the token need not use the proxy."""
+    challenge = BEARER.replace("/token", f"/token{query}")
+    assert rendered_challenges(harness, registry, challenge, secure=secure) == [challenge]
+    [field] = rendered_challenges(harness, registry, challenge, secure=secure, local=True)
+    assert field == f'Bearer realm="{realm}{query}",service="other",scope="repository:a:pull,push"'
+
+
+@pytest.mark.parametrize(
+    ("registry", "realm", "kept"),
+    [
+        ("other.example", "https://auth.example/token", True),
+        ("other.example", "https://auth.example:444/token", False),  # the proxy opens no tunnel to it
+        ("other.example", "http://auth.example/token", False),  # a login would leave TLS
+        ("http://other.example", "http://auth.example:443/token", True),
+        ("other.example", "https://registry-1.docker.io/token", False),  # which does not confirm it
+    ],
+)
+def test_realm_that_clients_cannot_use_is_replaced(
+    harness: CacheHarness, registry: str, realm: str, kept: bool
+) -> None:
+    [field] = rendered_challenges(harness, Registry.parse(registry), f'Bearer realm="{realm}"')
+    assert (TOKEN_PATH not in field) is kept
+
+
+def count_paths(harness: CacheHarness) -> dict[str, int]:
+    return dict(Counter(f"{request.registry}{request.path}" for request in harness.upstream.requests))
+
+
+@pytest.mark.parametrize("silent", ["nobody", "other.example:5000", "auth.other.example"])
+@pytest.mark.parametrize(
+    "failure", [respond_with(500), respond_with(429), raise_error(UpstreamUnreachable("gone"))], ids=range(3)
+)
+def test_whether_a_foreign_realm_can_be_asked(harness: CacheHarness, silent: str, failure: Any) -> None:
+    def respond(request: Any, data: Any) -> ScriptedResponse:
+        if str(request.registry) == silent:
+            return failure(request, data)  # type: ignore[no-any-return]
+        return respond_with_challenge(field)(request, data)  # type: ignore[no-any-return]
+
+    field = 'Bearer realm="https://auth.other.example/token?tenant=blue",service="a b"'
+    learn(harness, OTHER, "https://auth.other.example/token")
+    harness.upstream.on("GET", "", respond)
+    for number in (1, 2):
+        pending = [harness.start(harness.challenges.can_be_asked(OTHER)) for _ in range(3)]
+        assert {result(one, harness.reactor) for one in pending} == {silent == "nobody"}
+        assert harness.run(harness.challenges.can_be_asked(OTHER)) is (silent == "nobody")
+        paths = count_paths(harness)
+        assert paths.pop("other.example:5000/v2/") == number
+        assert sum(paths.values()) == (0 if silent == "other.example:5000" else number)
+        assert {*paths} <= {"auth.other.example/token?tenant=blue&service=a%20b"}
+        harness.reactor.advance(30)
+
+
+def test_a_realm_of_ours_can_always_be_asked(harness: CacheHarness) -> None:
+    harness.upstream.go_down()
+    assert harness.run(harness.challenges.can_be_asked(HUB))
+    assert harness.run(harness.challenges.can_be_asked(OTHER))  # has no realm that is known
+    assert harness.upstream.requests == []
+
+
+def test_a_listed_server_is_asked_whether_the_realm_is_its_own(make_harness: Callable[..., CacheHarness]) -> None:
+    """lscr.io names the token server of ghcr.io."""
+    front, proper = Registry.parse("lscr.example"), Registry.parse("ghcr.example")
+    harness = make_harness(registries=(front, proper))
+    field = 'Bearer realm="https://ghcr.example/token",service="ghcr.example"'
+    harness.upstream.on("GET", "^/v2/$", respond_with_challenge(field))
+    get_challenges(harness, front)
+    assert TOKEN_PATH in rendered_challenges(harness, front, field)[0]
+    assert harness.run(harness.challenges.can_be_asked(front))
+    assert rendered_challenges(harness, front, field) == rendered_challenges(harness, proper, field) == [field]
+    for order in ((front, proper), (proper, front)):
+        harness.pull_through.registries = order
+        assert harness.pull_through.registry_for_realm(proper, "/token") == proper
 
 
 @pytest.mark.parametrize(
@@ -259,7 +339,7 @@ def test_other_challenges_are_unchanged(harness: CacheHarness, field: str) -> No
 
 @pytest.mark.parametrize(
     "realm", ["", "https://", "ftp://x.example/token", "https://user:pw@other.example:5000/token", "nonsense",
-              "https://other.example:99999/token", "https://other.example:5001/token", "//other.example:5000/token"]
+              "https://other.example:99999/token", "//other.example:5000/token"]
 )  # fmt: skip
 def test_invalid_realm_is_replaced(harness: CacheHarness, realm: str) -> None:
     [field] = rendered_challenges(harness, OTHER, f'Bearer realm="{realm}"')
@@ -320,7 +400,8 @@ def test_several_challenges(harness: CacheHarness) -> None:
     ("url", "realm"),
     [
         ("https://auth.docker.io/token", Realm(Registry.parse("auth.docker.io"), "/token")),
-        ("HTTPS://auth.docker.io/token?service=x", Realm(Registry.parse("auth.docker.io"), "/token")),
+        ("HTTPS://auth.docker.io/token?service=x#y", Realm(Registry.parse("auth.docker.io"), "/token", "service=x")),
+        ("https://auth.docker.io/token#x?y", Realm(Registry.parse("auth.docker.io"), "/token")),
         ("http://a.example:5000", Realm(Registry.parse("http://a.example:5000"), "/")),
         ("https://[::1]:5000/x/y", Realm(Registry.parse("[::1]:5000"), "/x/y")),
         ("auth.docker.io/token", None),
@@ -331,6 +412,33 @@ def test_several_challenges(harness: CacheHarness) -> None:
 )
 def test_realm_parse(url: str, realm: Realm | None) -> None:
     assert Realm.parse(url) == realm
+
+
+@pytest.mark.parametrize(
+    ("realm", "query", "completed"),
+    [
+        ("", "", ""),
+        ("", "service=a", "service=a"),
+        ("tenant=blue", "", "tenant=blue"),
+        ("tenant=blue", "service=a", "tenant=blue&service=a"),
+        ("tenant=blue", "service=a&tenant=blue", "service=a&tenant=blue"),
+        ("tenant=blue+%31", "tenant=blue%201", "tenant=blue%201"),
+        ("tenant=blue", "tenant=green", "tenant=blue&tenant=green"),
+        ("service=a&scope=x", "service=b", "service=a&scope=x&service=b"),
+        ("a&b=&%ff=%zz", "a=", "b=&%ff=%zz&a="),
+    ],
+)
+def test_a_clients_query_has_the_realms_parameters(realm: str, query: str, completed: str) -> None:
+    assert Realm(OTHER, "/token", realm).complete(query) == completed
+
+
+@given(st.text("a=&%2+;b"), st.text("a=&%2+;b"))
+def test_completed_query_is_complete(realm: str, query: str) -> None:
+    completed = Realm(OTHER, "/token", realm).complete(query)
+    assert completed.endswith(query)
+    parameters = {*parse_qsl(completed, keep_blank_values=True)}
+    assert parameters == {*parse_qsl(f"{realm}&{query}", keep_blank_values=True)}
+    assert Realm(OTHER, "/token", realm).complete(completed) == completed
 
 
 def test_realm_comes_from_challenge(harness: CacheHarness) -> None:

@@ -184,15 +184,84 @@ def test_grant_expires(harness: CacheHarness, target: tuple[str, str]) -> None:
     assert isinstance(denied(harness, target, ALICE), UpstreamUnreachable)
 
 
-def test_client_credential_wins_over_shared_login(make_harness: Callable[..., CacheHarness]) -> None:
+@every_target
+@get_and_head
+@pytest.mark.parametrize("authorization", [ALICE, "Basic YWxpY2U6cHc="])
+def test_client_login_wins_over_shared_login(
+    make_harness: Callable[..., CacheHarness], target: tuple[str, str], head: bool, authorization: str
+) -> None:
+    harness = make_harness(login=LOGIN)
+    fill_repository(harness, readers={"login robot"})
+    harness.identities.bind("alice", "realm", "Basic alice", frozenset({NAME}), harness.now() + 300)
+    pull(harness)
+    assert denied(harness, target, authorization, head=head).status == 401
+    assert ask(harness, target, head=head)[1] in (DATA, MANIFEST, None)
+    assert harness.client(authorization).credential == ClientCredential(authorization)
+    assert harness.client().credential == LOGIN
+
+
+@every_target
+@get_and_head
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("status", [401, 403])
+def test_shared_login_serves_the_bearer_of_nobodys_token(
+    make_harness: Callable[..., CacheHarness], target: tuple[str, str], head: bool, cached: bool, status: int
+) -> None:
+    """The token was fetched without the proxy, which cannot know that it is one of a client without a login."""
+    harness = make_harness(login=LOGIN)
+    repository = fill_repository(harness, readers={"login robot"}, denial_status=status)
+    if cached:
+        pull(harness)
+    assert ask(harness, target, BOB, head=head)[1] in (DATA, MANIFEST, None)
+    pull(harness, BOB)
+    repository.readers = {BOB}  # upstream is asked with the token first
+    harness.reactor.advance(GRANT_TTL)
+    harness.upstream.clear_requests()
+    ask(harness, target, BOB, head=head)
+    assert {one.requester for one in harness.upstream.requests} == {BOB}
+    repository.readers = set()
+    harness.reactor.advance(GRANT_TTL)
+    assert denied(harness, target, BOB, head=head).status == status
+
+
+@every_target
+def test_shared_login_serves_the_bearer_of_nobodys_token_during_outage(
+    make_harness: Callable[..., CacheHarness], target: tuple[str, str]
+) -> None:
     harness = make_harness(login=LOGIN)
     fill_repository(harness, readers={"login robot"})
     pull(harness)
+    make_unreachable(harness)
+    harness.reactor.advance(GRANT_TTL + 1000 * 86400)
+    assert ask(harness, target, BOB)[0] == "STALE"
+    harness.identities.bind("bob", "realm", "Basic bob", frozenset({NAME}), harness.now() + 300)
+    assert denied(harness, target, BOB).status == 502
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("login", [None, LOGIN])
+def test_bearer_of_upstreams_anonymous_token_is_nobody(
+    make_harness: Callable[..., CacheHarness], cached: bool, login: BasicCredentials | None
+) -> None:
+    """The cache, and a configured login, serve it as a client without a token."""
+    harness = make_harness(login=login)
+    fill_repository(harness, readers=None if login is None else {"login robot"})
+    if cached:
+        pull(harness)
+    content = b'{"token":"nobodys","expires_in":300}'
+    harness.upstream.on("GET", "^/token", lambda request, data: ScriptedResponse(200, content))
+    harness.run(harness.pull_through.token(HUB, f"service={SERVICE}&scope=repository:{APP}:pull", None, None))
+    harness.upstream.clear_requests()
+    pull(harness, "bearer  nobodys")
+    pull(harness, "Bearer nobodys")
+    requesters = {one.requester for one in harness.upstream.requests}
+    assert requesters == {None if login is None else "login robot"}
+    if cached:
+        assert [str(one) for one in harness.upstream.requests] == ["HEAD 1", "HEAD 1"]
+    make_unreachable(harness)
+    harness.reactor.advance(299)
     for target in PATHS_TO_CONTENT:
-        assert denied(harness, target, ALICE).status == 401
-        assert ask(harness, target)[1] in (DATA, MANIFEST)
-    assert harness.client(ALICE).credential == ClientCredential(ALICE)
-    assert harness.client().credential == LOGIN
+        assert ask(harness, target, "Bearer nobodys")[0] in ("HIT", "STALE")
 
 
 @every_target
@@ -503,6 +572,43 @@ def test_outage_asks_only_clients_that_a_login_may_help(
     assert with_login.client(registry=OTHER).request_login(error, NAME) is error  # the configured login serves it
 
 
+FOREIGN = 'realm="https://auth.other.example/token?tenant=blue"'
+
+
+@pytest.mark.parametrize("state", ["up", "registry down", "realm down", "shared login"])
+def test_realm_that_a_ping_names(make_harness: Callable[..., CacheHarness], state: str) -> None:
+    """Upstream's own while it can be asked: its client need not use the proxy.
+
+    A configured login serves clients that begin with /v2/ by tokens of ours, because the realm may refuse them.
+    """
+    harness = make_harness(login=LOGIN if state == "shared login" else None)
+    learn_challenge(harness, OTHER, FOREIGN)
+    failing = {"registry down": "^/v2/$", "realm down": "^/token"}.get(state)
+    if failing is not None:
+        harness.upstream.on("GET", failing, raise_error(UpstreamUnreachable("gone")))
+    harness.upstream.on("GET", "^/v2/$", respond_with(401, www_authenticate=f"Bearer {FOREIGN}"))
+    client = harness.client(registry=OTHER)
+    with pytest.raises(Unauthorized) as excinfo:
+        harness.run(client.ping())
+    [(_, value)] = client.challenge(excinfo.value, secure=True)
+    local_realm = f"https://{OTHER}{TOKEN_PATH}?tenant=blue"
+    assert value == f"Bearer {FOREIGN}" if state == "up" else value == f'Bearer realm="{local_realm}"'
+
+
+def test_realm_that_an_outage_names(harness: CacheHarness) -> None:
+    """The realm cannot be asked about a login during an outage, and this proxy may know it. See upstream's own else."""
+    learn_challenge(harness, OTHER, FOREIGN)
+    client, outage = harness.client(registry=OTHER), UpstreamUnreachable("gone")
+    [(_, value)] = client.challenge(client.request_login(outage, NAME), secure=True)
+    assert f"https://{OTHER}{TOKEN_PATH}?tenant=blue" in value
+    refusal = UpstreamRefused(401, b"", [("www-authenticate", f'Bearer {FOREIGN},scope="x"')])
+    for error, expected in ((refusal, f'Bearer {FOREIGN},scope="x"'), (Unauthorized("no"), f"Bearer {FOREIGN}")):
+        assert client.challenge(error, secure=True) == [("WWW-Authenticate", expected)]
+    with pytest.raises(Unauthorized) as excinfo:
+        harness.run(harness.client("Bearer drp.x", registry=OTHER).ping())
+    assert TOKEN_PATH in client.challenge(excinfo.value, secure=True)[0][1]
+
+
 def test_ping_with_local_token(harness: CacheHarness) -> None:
     harness.run(harness.client(local_token(harness, "public")).ping())
     assert harness.upstream.requests == []
@@ -665,10 +771,63 @@ def test_token_for_another_service_is_the_realms(
 
 
 @pytest.mark.parametrize("query", ["", "service=", f"service={SERVICE}", f"service={SERVICE}&service="])
-def test_local_token_for_a_registrys_service(harness: CacheHarness, query: str) -> None:
+def test_local_token_for_a_registrys_service_during_outage(harness: CacheHarness, query: str) -> None:
+    harness.upstream.go_down()
     token = json.loads(harness.run(harness.pull_through.token(HUB, query, None, None)))["token"]
+    assert token.startswith("drp.")
     assert harness.identities.read_token(f"Bearer {token}") is not None
-    assert harness.upstream.requests == []
+
+
+def learn_challenge(harness: CacheHarness, registry: Registry, *parameters: str) -> None:
+    fields = [f"Bearer {','.join(parameters)}"]
+    harness.records.put({"fields": fields, "checked": harness.now()}, "challenge", str(registry))
+
+
+TENANTS = tuple(map(Registry.parse, ("one.example", "blue.example", "green.example", "auth.example")))
+
+
+@pytest.mark.parametrize("order", [TENANTS, TENANTS[::-1]])
+@pytest.mark.parametrize("login", [None, BasicCredentials("alice", "pw").authorization])
+@pytest.mark.parametrize(
+    ("query", "sent", "identity"),
+    [
+        ("scope=x", "scope=x", "https://auth.example/token"),
+        ("tenant=blue&scope=x", "tenant=blue&scope=x", "https://auth.example/token?tenant=blue"),
+        ("scope=x&tenant=green&b=c", "scope=x&tenant=green&b=c", "https://auth.example/token?b=c&tenant=green"),
+        ("tenant=green", "tenant=green", "https://auth.example/token"),
+    ],
+)
+def test_registries_with_one_realm_and_a_query_each(
+    make_harness: Callable[..., CacheHarness], order: Any, login: str | None, query: str, sent: str, identity: str
+) -> None:
+    """A user of one tenant is not the user of that name of another."""
+    harness = make_harness(registries=order)
+    for registry, own in zip(TENANTS, ("", "?tenant=blue", "?b=c&tenant=green", ""), strict=True):
+        learn_challenge(harness, registry, f'realm="https://auth.example/token{own}"')
+    harness.upstream.on("GET", "^/token", lambda request, data: ScriptedResponse(200, b'{"token":"t"}'))
+    registry = harness.pull_through.registry_for_realm(TENANTS[3], "/token")
+    assert registry is not None
+    harness.run(harness.pull_through.token(registry, query, login, None))
+    [request] = harness.upstream.requests
+    assert (request.path, request.headers.get("authorization")) == (f"/token?{sent}", login)
+    if login is not None:
+        client = harness.identities.for_authorization(identity, login)
+        assert harness.records.get("client", "auth.example", client) is not None
+
+
+@pytest.mark.parametrize("login", [None, BasicCredentials("alice", "pw").authorization])
+def test_a_realms_own_service_and_scope_stay(make_harness: Callable[..., CacheHarness], login: str | None) -> None:
+    """Also where the client drops them; a token for both services is one for the registry."""
+    harness = make_harness()
+    learn_challenge(harness, OTHER, 'realm="https://auth.example/token?service=a&scope=b"', 'service="c"')
+    harness.upstream.on("GET", "^/token", lambda request, data: ScriptedResponse(200, b'{"token":"t"}'))
+    for query in ("service=a&scope=b&service=c&scope=d", "service=c&scope=d"):
+        harness.upstream.clear_requests()
+        harness.reactor.advance(60)
+        harness.run(harness.pull_through.token(OTHER, query, login, None))
+        [request] = harness.upstream.requests
+        assert request.path == "/token?service=a&scope=b&service=c&scope=d"
+        assert harness.identities.is_bound("Bearer t")
 
 
 @every_target

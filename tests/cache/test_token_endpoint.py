@@ -3,14 +3,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import urlencode
 
 import pytest
 
 from dockerproxy.cache.challenges import Realm
-from dockerproxy.cache.identity import TOKEN_LIFETIME
+from dockerproxy.cache.identity import PUBLIC_TOKEN, TOKEN_LIFETIME
 from dockerproxy.cache.token_endpoint import TokenRequest
 from dockerproxy.errors import (
     BadRequest,
@@ -24,8 +24,8 @@ from dockerproxy.errors import (
 from dockerproxy.oci.credentials import BasicCredentials
 from dockerproxy.oci.names import Registry, parse_repository
 from dockerproxy.upstream.credentials import ClientCredential
-from tests.cache.support.harness import EPOCH, HUB, CacheHarness
-from tests.cache.support.upstream import ScriptedResponse, raise_error, respond_with
+from tests.cache.support.harness import EPOCH, HUB, CacheHarness, result
+from tests.cache.support.upstream import Gate, ScriptedResponse, raise_error, respond_with
 
 REALM = Realm(Registry.parse("auth.docker.io"), "/token")
 SCOPE = "repository:library/app:pull"
@@ -82,15 +82,117 @@ def script_realm(harness: CacheHarness, responder: Any) -> None:
         harness.upstream.on(method, "^/token", responder)
 
 
-@pytest.mark.parametrize("body", [None, b"", encode_form(grant_type="password", service="x"), b"\xff\xfe=&&&;"])
-def test_anonymous_client_gets_local_token(harness: CacheHarness, body: bytes | None) -> None:
+ANONYMOUS_FORMS = [None, b"", encode_form(grant_type="password", service="x"), b"\xff\xfe=&&&"]
+
+
+def read_times(content: bytes) -> tuple[float, float]:
+    """Return the lifetime of the token, and the time that it counts from."""
+    response = json.loads(content)
+    return response["expires_in"], datetime.fromisoformat(response["issued_at"]).timestamp()
+
+
+@pytest.mark.parametrize("body", ANONYMOUS_FORMS)
+def test_anonymous_client_gets_upstreams_token(harness: CacheHarness, body: bytes | None) -> None:
+    """It is good without this proxy, too, and says here that its client has no login."""
+    script_realm(harness, respond_with_token(b'{"access_token":"a","token":"t","expires_in":300}'))
+    content = ask(harness, None, body)
+    response = json.loads(content)
+    assert (response["token"], response["access_token"]) == ("t", "a")
+    assert read_times(content) == (300, EPOCH)
+    [request] = harness.upstream.requests
+    assert (request.method, request.path) == ("GET" if body is None else "POST", f"/token?{QUERY}")
+    assert request.headers.get("authorization") is None
+    for token in ("t", "a"):
+        assert harness.identities.read_token(f"Bearer {token}") == PUBLIC_TOKEN
+    harness.reactor.advance(300)
+    assert harness.identities.read_token("Bearer t") is None
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+@pytest.mark.parametrize("body", ANONYMOUS_FORMS)
+def test_anonymous_client_gets_local_token_during_outage(
+    harness: CacheHarness, body: bytes | None, failure: Any
+) -> None:
+    script_realm(harness, failure)
     content = ask(harness, None, body)
     assert local_identity(harness, content) == "public"
-    assert harness.upstream.requests == []
     response = json.loads(content)
     assert response["token"] == response["access_token"]
-    assert response["expires_in"] == TOKEN_LIFETIME
-    assert datetime.fromisoformat(response["issued_at"]).timestamp() == EPOCH
+    assert read_times(content) == (TOKEN_LIFETIME, EPOCH)
+    script_realm(harness, respond_with_token())
+    assert json.loads(ask(harness, None, body))["token"] == "upstreams"
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404])
+def test_realm_without_anonymous_tokens(harness: CacheHarness, status: int) -> None:
+    """Its refusal is the client's answer, unless a login of ours serves the client."""
+    script_realm(harness, respond_with(status))
+    with pytest.raises(UpstreamRefused) as excinfo:
+        ask(harness)
+    assert excinfo.value.status == status
+    request = TokenRequest(QUERY, None)
+    content = harness.run(harness.token_endpoint.token(HUB, REALM, request, serves_all=True))
+    assert local_identity(harness, content) == "public"
+
+
+@pytest.mark.parametrize(
+    "query", [f"{QUERY}&password=x", f"{QUERY}&Access_Token=x", f"{QUERY};password=x", f"{QUERY}&client_secret="]
+)
+def test_a_credential_elsewhere_is_the_realms_business(harness: CacheHarness, query: str) -> None:
+    """Its token may be more than nobody's, so it is neither bound nor handed out to others."""
+    script_realm(harness, respond_with_token())
+    for number in (1, 2):
+        assert ask(harness, query=query) == TOKEN
+        assert len(harness.upstream.requests) == number
+    assert harness.identities.read_token("Bearer upstreams") is None
+
+
+def test_one_request_for_a_fleet(harness: CacheHarness) -> None:
+    gate = Gate()
+    script_realm(harness, gate.delay(respond_with_token()))
+    queries = [
+        QUERY, f"scope={SCOPE}&service=registry.docker.io", f"{QUERY}&client_id=docker&account=a&offline_token=true",
+        f"{QUERY}&scope={SCOPE}", f"service=registry.docker.io&scope={SCOPE.replace(':', '%3A')}",
+    ]  # fmt: skip
+    endpoint = harness.token_endpoint
+    pending = [harness.start(endpoint.token(HUB, REALM, TokenRequest(query, None))) for query in queries]
+    leaving = harness.start(endpoint.token(HUB, REALM, TokenRequest(QUERY, None)))
+    leaving.addErrback(lambda _: None)
+    leaving.cancel()
+    gate.open()
+    harness.reactor.run_due_calls()
+    assert {json.loads(result(one, harness.reactor))["token"] for one in pending} == {"upstreams"}
+    assert len(harness.upstream.requests) == 1
+    others = [f"{QUERY}x", f"{QUERY}&service=other", "", "service=registry.docker.io", f"{QUERY}&tenant=blue"]
+    for number, query in enumerate(others, 2):
+        ask(harness, query=query)
+        assert len(harness.upstream.requests) == number
+    ask(harness, realm=Realm(REALM.server, REALM.path, "tenant=blue"))
+    assert len(harness.upstream.requests) == number + 1
+
+
+@pytest.mark.parametrize(
+    ("lifetime", "handed_out"), [(300, 150), (3600, 1800), (130, 65), (100, 40), (61, 1), (60, 0), (20, None)]
+)
+def test_a_token_that_is_handed_out_has_enough_life(
+    harness: CacheHarness, lifetime: int, handed_out: float | None
+) -> None:
+    """At least half of it, and a minute if it ever had one."""
+    script_realm(harness, respond_with_token(b'{"token":"t","expires_in":%d}' % lifetime))
+    ask(harness)
+    if handed_out is not None:
+        harness.reactor.advance(handed_out)
+        assert read_times(ask(harness)) == (lifetime - handed_out, EPOCH + handed_out)
+        assert len(harness.upstream.requests) == 1
+    harness.reactor.advance(1)
+    assert read_times(ask(harness))[0] == lifetime
+    assert len(harness.upstream.requests) == 2
+
+
+def test_a_token_whose_life_began_earlier(harness: CacheHarness) -> None:
+    issued_at = datetime.fromtimestamp(EPOCH - 200, UTC).isoformat()
+    script_realm(harness, respond_with_token(b'{"token":"t","expires_in":300,"issued_at":"%b"}' % issued_at.encode()))
+    assert read_times(ask(harness)) == (100, EPOCH)
 
 
 def test_login_is_forwarded(harness: CacheHarness) -> None:
@@ -262,9 +364,9 @@ def test_login_never_leaves_tls(harness: CacheHarness, authorization: str | None
     with pytest.raises(UpstreamBroken, match="plain HTTP"):
         ask(harness, authorization, form, realm=plain)
     assert harness.upstream.requests == []
-    assert local_identity(harness, ask(harness, None, realm=plain)) == "public"
+    assert json.loads(ask(harness, None, realm=plain))["token"] == "upstreams"
     ask(harness, authorization, form, realm=plain, registry=Registry.parse("http://plain.example"))
-    assert len(harness.upstream.requests) == 1
+    assert len(harness.upstream.requests) == 2
 
 
 def test_local_token_counts_for_the_scopes_that_were_asked_for(harness: CacheHarness) -> None:

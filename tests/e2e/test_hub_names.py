@@ -104,10 +104,15 @@ def test_login_under_each_name(upstreams: Upstreams, start_daemon: StartDaemon, 
 
 
 def test_token_for_another_service_is_the_token_servers(upstreams: Upstreams, daemon: TwistdDaemon) -> None:
-    """A token of ours would mean nothing to notary."""
+    """A token of ours would mean nothing to notary, and one that works without the proxy is better anywhere."""
     query = "scope=repository:docker.io/library/x:pull"
     token = daemon.client.get(f"{TOKEN_URL}?service=notary.docker.io&{query}").json["token"]
     assert token in upstreams.token_server.issued_tokens
     assert daemon.client.get(f"{HUB}/v2/").status == 401
     token = daemon.client.get(f"{TOKEN_URL}?service=registry.docker.io&{query}").json["token"]
-    assert token not in upstreams.token_server.issued_tokens
+    assert token in upstreams.token_server.issued_tokens
+    with upstreams.stopped():
+        query += "-2"
+        assert daemon.client.get(f"{TOKEN_URL}?service=notary.docker.io&{query}").status == 502
+        token = daemon.client.get(f"{TOKEN_URL}?service=registry.docker.io&{query}").json["token"]
+        assert token.startswith("drp.")

@@ -33,6 +33,7 @@ class Realm(StubServer):
         self._next_is_another = False
         self._names = (f"token-{number}-of-{host}" for number in range(1000))
         network.add_server(f"{host}:443", self)
+        network.registries.append(host)  # so that the proxy learns of the tokens
 
     def accept_next_as_another(self) -> None:
         """Take the next request as one of another user, who logs in, but may read nothing."""
