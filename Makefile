@@ -12,7 +12,7 @@ BENCH_PROGRAMS = nginx=nginx-light docker-registry=docker-registry skopeo=skopeo
 HEADERS = [ -e /usr/include/openssl/ssl.h ] || tools/apt-install openssl-headers=libssl-dev
 
 # The oldest versions that setup.cfg allows. They are not newer than those of Ubuntu 24.04.
-OLDEST = twisted==24.3.0 pyopenssl==23.2.0 cryptography==41.0.7 service-identity==23.1.0 attrs==23.2.0 bcrypt==3.2.2
+OLDEST = twisted==24.3.0 pyopenssl==23.2.0 cryptography==41.0.7 service-identity==23.1.0 attrs==23.2.0 bcrypt==3.2.2 prometheus_client==0.16.0
 
 ROOT := $(filter 0,$(shell id -u))
 METADATA = setup.cfg setup.py pyproject.toml

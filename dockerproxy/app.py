@@ -6,7 +6,7 @@ import os
 import re
 import resource
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,10 +19,10 @@ from dockerproxy.cache.freshness import Freshness
 from dockerproxy.cache.identity import Bindings
 from dockerproxy.cache.pullthrough import PullThrough
 from dockerproxy.cache.space import CacheSpace, FileCounter
-from dockerproxy.concurrency import KeyedLock, LocalKeyedLock, fair_threads
+from dockerproxy.concurrency import KeyedLock, LocalKeyedLock, fair_threads, in_thread
 from dockerproxy.daemon.accesslog import AccessLog
 from dockerproxy.daemon.listener_service import Listener
-from dockerproxy.daemon.metrics import CONTENT_TYPE, Metrics
+from dockerproxy.daemon.metrics import Metrics
 from dockerproxy.daemon.transfers import Transfers
 from dockerproxy.http.channel import Handler
 from dockerproxy.http.cross_origin import CrossOriginProtection
@@ -145,6 +145,7 @@ class ProxyServer:
     """The bounds that `debug_report` shows."""
     state: StateDirectory
     agent: Agent
+    metrics: Metrics
     _reactor: Any
 
     def reconfigure(self, settings: Settings) -> None:
@@ -158,6 +159,7 @@ class ProxyServer:
         self.browser_protection.cross_origin.set_cors_origins(settings.cors_origins)
         self.proxy_login.users = proxy_users
         self.certificates.check_files()
+        self.metrics.read_registries()
         self.registries.update(settings)
         self.authorizer.set_logins(settings.auth_registries)
         self.pull_through.logins.clear()
@@ -200,7 +202,7 @@ def build_server(reactor: Any, settings: Settings, certificates: Certificates, s
     rules = HostedRules()
     set_hosted_rules(rules, settings)
     hosted_app = HostedRegistryApp(api, HostedRegistry(hosted_store, parser, rules), access_control, rules)
-    metrics_handler = partial(handle_metrics, shared)
+    metrics_handler = partial(handle_metrics, reactor, shared)
     on_finished = partial(count_and_log, shared.metrics)
     cross_origin = CrossOriginProtection(settings.cors_origins)
     browser_protection = BrowserProtection(build_host_rule(settings), cross_origin)
@@ -278,6 +280,7 @@ def build_server(reactor: Any, settings: Settings, certificates: Certificates, s
         ],
         shared.state,
         connectors.agent,
+        shared.metrics,
         reactor,
     )
 
@@ -500,15 +503,23 @@ def build_site(
     )
 
 
-async def handle_metrics(shared: SharedServices, request: Request) -> None:
-    """Respond with the metrics of all processes."""
+async def handle_metrics(reactor: Any, shared: SharedServices, request: Request) -> None:
+    """Respond with the metrics of all processes, in the format that the client prefers."""
     used, limit = await shared.cache_space.usage()
-    gauges = [
-        ("cache_bytes", "Bytes of the cache, with 8 KiB more for each blob, and 4 KiB for each link and record.", used),
-        ("cache_limit_bytes", "Maximum bytes of the cache (CACHE_MAX_SIZE).", limit),
-    ]
-    fields = [("Content-Type", CONTENT_TYPE), ("Cache-Control", "no-store")]
-    request.respond(200, fields, shared.metrics.render(gauges))
+    gauges = {
+        "cache_bytes": ("Bytes of the cache, with 8 KiB more for each blob, and 4 KiB for each link and record.", used),
+        "cache_limit_bytes": ("Maximum bytes of the cache (CACHE_MAX_SIZE).", limit),
+    }
+    accept = request.headers.get("accept") or ""
+    content_type, content = await in_thread(reactor, partial(_render_metrics, shared.metrics, gauges, accept))
+    fields = [("Content-Type", content_type), ("Cache-Control", "no-store")]
+    await request.respond_long(200, fields, content)
+
+
+def _render_metrics(metrics: Metrics, gauges: Mapping[str, tuple[str, float]], accept: str) -> tuple[str, bytes]:
+    from dockerproxy.daemon.exposition import render  # loaded in a thread, and only if somebody asks for metrics
+
+    return render(metrics, gauges, accept)
 
 
 _access_log = AccessLog()
@@ -516,7 +527,9 @@ _access_log = AccessLog()
 
 def count_and_log(metrics: Metrics, request: Request, seconds: float) -> None:
     """Count a finished request in the metrics and log it."""
-    metrics.count(request.cache_status, request.status, request.bytes_sent, seconds)
+    metrics.count_request(
+        request.registry, request.kind, request.cache_status, request.status, request.bytes_sent, request.latency
+    )
     log_access(request, seconds)
 
 

@@ -29,7 +29,7 @@ from dockerproxy.daemon.listener_service import SHUTDOWN_GRACE, EndpointOpener, 
 from dockerproxy.daemon.memory_tuning import freeze_startup_objects, tune_malloc
 from dockerproxy.daemon.signals import DebugSignalService, on_repeated_stop
 from dockerproxy.daemon.systemd import Notifier, SystemdService
-from dockerproxy.oci.docker_hub import DOCKER_HUB, DOCKER_HUB_ALIASES
+from dockerproxy.oci.docker_hub import DOCKER_HUB, DOCKER_HUB_ALIASES, registry_label
 from dockerproxy.proxy.authority import AuthorityError, CertificateAuthority
 from dockerproxy.proxy.trusted_proxies import TrustedProxies
 from dockerproxy.registry.hosted_rules import HostedRules
@@ -215,6 +215,7 @@ async def apply_configuration(
 
     Raise `HtpasswdError` or OSError if they cannot be applied here. Then they change nothing.
     """
+    server.metrics.add_registries(map(registry_label, configuration.settings.intercepted))
     server.reconfigure(configuration.settings)
     ended_logins.clear()
     return await supervisor.reload(reloadable_variables(configuration.variables))

@@ -351,10 +351,11 @@ def test_requests_are_served_and_logged(start: Any, tmp_path: Path) -> None:
     assert "secret" not in daemon.log_text
     daemon.wait_for(r"GET proxy\.example/ca\.crt 200 ")
     metrics = exchange(port, (GET % b"/metrics").replace(b"proxy.example", b"localhost")).decode()
-    assert 'dockerproxy_requests_total{verdict="-",code="2xx"} 2\n' in metrics
-    assert 'dockerproxy_requests_total{verdict="-",code="4xx"} 1\n' in metrics
+    assert 'dockerproxy_requests_total{kind="other",registry="own",verdict="-"} 3.0\n' in metrics
+    assert 'dockerproxy_responses_total{code="2xx",registry="own"} 2.0\n' in metrics
+    assert 'dockerproxy_responses_total{code="4xx",registry="own"} 1.0\n' in metrics
     sent = len(b"ok\n") + len(pem) + len(plain)
-    assert f'dockerproxy_sent_bytes_total{{verdict="-"}} {sent}\n' in metrics
+    assert f'dockerproxy_sent_bytes_total{{registry="own",verdict="-"}} {sent}.0\n' in metrics
     # The hosted registry has a certificate of the CA that /ca.crt returned.
     context = ssl.create_default_context(cadata=pem.decode())
     with (

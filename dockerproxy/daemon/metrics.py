@@ -1,82 +1,216 @@
-"""Prometheus metrics of all processes, in shared memory.
+"""Counters of all processes, in shared memory. Any process can read their sums.
 
-Each process increments its own counters, and any process can render the sums. A worker that replaces a dead one
-continues with its counters, so a counter never decreases while the daemon runs.
+Each process increments its own counters, so that counting needs no lock. A worker that replaces a dead one continues
+with its counters, so a counter never decreases while the daemon runs. `dockerproxy.daemon.exposition` renders them for
+Prometheus.
+
+Every counter exists once for each registry. The label `registry` has one of a fixed number of values: the registries in
+the settings, and three more. No client can add one by asking for a host.
 """
 
 from __future__ import annotations
 
+import math
 import mmap
-from collections.abc import Iterable, Iterator
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate, product
 
-from attrs import frozen
-
-CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-"""Media type of Prometheus's text format (prometheus.io/docs/instrumenting/exposition_formats)."""
+from attrs import field, frozen
+from twisted.logger import Logger
 
 CACHE_STATUSES = ("HIT", "MISS", "JOINED", "REVALIDATED", "STALE", "PASS", "-")
 """Values of the label `verdict`, as in the access log."""
 
+KINDS = ("manifest", "blob", "tags", "referrers", "token", "other")
+"""Values of the label `kind`: the resource that a request is about."""
+
+_KIND_LABELS = {"uploads": "blob", "upload": "blob"} | {kind: kind for kind in KINDS}  # by `oci.routes.Kind`
+
+HOSTED, OWN, OTHER = "hosted", "own", "other"
+"""Values of the label `registry` that are no upstream registry: the hosted one, the daemon's pages, everything else."""
+
+BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+"""Upper bounds of the buckets of all histograms, in seconds."""
+
 # "other" counts clients that disconnected before the response, and statuses outside 100..599.
 _STATUS_CLASSES = ("other", "1xx", "2xx", "3xx", "4xx", "5xx")
-_BYTES, _MICROSECONDS = len(_STATUS_CLASSES), len(_STATUS_CLASSES) + 1  # indices of the two sums, behind the classes
-_COUNTERS_PER_STATUS = len(_STATUS_CLASSES) + 2
-_OFFSETS = {cache_status: index * _COUNTERS_PER_STATUS for index, cache_status in enumerate(CACHE_STATUSES)}
-_COUNTERS_PER_PROCESS = _COUNTERS_PER_STATUS * len(CACHE_STATUSES)
+
 _COUNTER_SIZE = 8  # bytes; an aligned 64-bit word is read and written atomically
+_NAME_SIZE = 264  # bytes of a registry's name and its length; a DNS name has at most 253 characters, and a port follows
+_SPARE_REGISTRIES = 64  # registries that a reload can add
+
+log = Logger()
+
+
+@frozen(eq=False)
+class Family:
+    """The counters of one metric for one registry: a block of one cell for each combination of label values.
+
+    A cell of a counter is one word. A cell of a histogram is one word for each bucket, the last of which is unlimited,
+    and one for the sum in microseconds.
+    """
+
+    name: str
+    help_text: str
+    labels: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    is_histogram: bool = False
+
+    @property
+    def words_per_cell(self) -> int:
+        return len(BUCKETS) + 2 if self.is_histogram else 1
+
+    @property
+    def words(self) -> int:
+        """The size of the block in words."""
+        return math.prod(len(values) for _, values in self.labels) * self.words_per_cell
+
+    @property
+    def combinations(self) -> Iterator[tuple[str, ...]]:
+        """The values of the labels, in the order of the cells."""
+        return product(*(values for _, values in self.labels))
+
+
+REQUESTS = Family(
+    "requests_total",
+    "Finished requests by registry, kind of resource and cache status.",
+    (("kind", KINDS), ("verdict", CACHE_STATUSES)),
+)
+RESPONSES = Family(
+    "responses_total",
+    "Responses to clients by registry and class of the status.",
+    (("code", _STATUS_CLASSES),),
+)
+SENT_BYTES = Family(
+    "sent_bytes_total",
+    "Bytes of response bodies sent to clients, by registry and cache status.",
+    (("verdict", CACHE_STATUSES),),
+)
+REQUEST_SECONDS = Family(
+    "request_seconds",
+    "Seconds from the head of a request to the head of its response.",
+    (("kind", KINDS),),
+    is_histogram=True,
+)
+
+FAMILIES = (REQUESTS, RESPONSES, SENT_BYTES, REQUEST_SECONDS)
+"""All families that exist once for each registry."""
+
+# Indices of words, relative to a registry's first one. They are computed here, because a hit pays for the rest.
+*_STARTS, _WORDS_PER_REGISTRY = accumulate((family.words for family in FAMILIES), initial=0)
+_START = dict(zip(FAMILIES, _STARTS, strict=True))
+_RESPONSES = _START[RESPONSES]
+_SENT_BYTES = {verdict: _START[SENT_BYTES] + index for index, verdict in enumerate(CACHE_STATUSES)}
+_REQUESTS = {labels: _START[REQUESTS] + index for index, labels in enumerate(REQUESTS.combinations)}
+_LATENCY = {kind: _START[REQUEST_SECONDS] + index * (len(BUCKETS) + 2) for index, kind in enumerate(KINDS)}
 
 
 @frozen
+class Sample:
+    """The sum of one cell over all processes.
+
+    `buckets` are the counts of a histogram, not cumulated. Its `value` is the sum of what it observed.
+    """
+
+    family: Family
+    registry: str
+    labels: tuple[str, ...]
+    value: float
+    buckets: tuple[int, ...] = ()
+
+
+@frozen(eq=False)
 class Metrics:
     """Counters in an anonymous shared mapping that forked processes inherit.
 
-    Each process counts with its own `for_process(index)`, and can render the totals of all.
+    Each process counts with its own `for_process(index)`, and can read the totals of all.
     """
 
     _counters: memoryview
-    _offset: int = 0  # index of this process's first counter
+    _names: memoryview
+    _words_per_process: int
+    _first_word: int = 0  # of this process
+    _registries: dict[str, int] = field(factory=dict)  # the index of each registry that this process knows
 
     @classmethod
-    def make(cls, processes: int) -> Metrics:
-        """Return metrics for that many processes, all zero."""
-        return cls(memoryview(mmap.mmap(-1, _COUNTER_SIZE * _COUNTERS_PER_PROCESS * processes)).cast("Q"))
+    def make(cls, processes: int, registries: Iterable[str] = ()) -> Metrics:
+        """Return metrics for that many processes, all zero, with the label values `registries`."""
+        names = list(dict.fromkeys((OTHER, HOSTED, OWN, *registries)))
+        slots = len(names) + _SPARE_REGISTRIES
+        words_per_process = _WORDS_PER_REGISTRY * slots
+        counters = memoryview(mmap.mmap(-1, _COUNTER_SIZE * words_per_process * processes)).cast("Q")
+        metrics = cls(counters, memoryview(mmap.mmap(-1, _NAME_SIZE * slots)), words_per_process)
+        metrics.add_registries(names)
+        return metrics
 
     def for_process(self, process: int) -> Metrics:
         """Return a view that counts for the process with index `process`."""
-        return Metrics(self._counters, process * _COUNTERS_PER_PROCESS)
+        first_word = process * self._words_per_process
+        metrics = Metrics(self._counters, self._names, self._words_per_process, first_word)
+        metrics.read_registries()
+        return metrics
 
-    def count(self, cache_status: str, status: int, size: int, seconds: float) -> None:
-        """Count a finished request that sent `size` bytes of body. `status` is 0 if no response was sent."""
-        offset, status_class = self._offset + _OFFSETS[cache_status], status // 100
-        self._counters[offset + (status_class if status_class < len(_STATUS_CLASSES) else 0)] += 1
-        self._counters[offset + _BYTES] += size
-        self._counters[offset + _MICROSECONDS] += int(seconds * 1_000_000)
+    def add_registries(self, names: Iterable[str]) -> None:
+        """Add values of the label `registry`. Call this in the main process; the others call `read_registries` then.
 
-    def render(self, gauges: Iterable[tuple[str, str, float]] = ()) -> bytes:
-        """Return all metrics in Prometheus's text format. `gauges` are (name, help text, value)."""
-        lines: list[str] = []
-        seconds = ((labels, microseconds / 1_000_000) for labels, microseconds in self._sums(_MICROSECONDS))
-        for name, help_text, samples in (
-            ("requests_total", "Finished requests by cache status and status class.", self._requests()),
-            ("sent_bytes_total", "Bytes of response bodies sent to clients.", self._sums(_BYTES)),
-            ("request_seconds_total", "Seconds from the request's head to the end of the response.", seconds),
-        ):
-            lines += _metadata(name, help_text, "counter")
-            lines += (f"dockerproxy_{name}{{{labels}}} {value}" for labels, value in samples)
-        for name, help_text, value in gauges:
-            lines += [*_metadata(name, help_text, "gauge"), f"dockerproxy_{name} {value}"]
-        return "".join(f"{line}\n" for line in lines).encode()
+        A name for which there is no room is counted as other, and logged.
+        """
+        for name in names:
+            index, encoded = len(self._registries), name.encode()
+            if name in self._registries:
+                continue
+            if (index + 1) * _NAME_SIZE > len(self._names) or len(encoded) >= _NAME_SIZE - 2:
+                log.warn('the metrics count {name} as registry="other" until the next restart', name=name)
+                continue
+            start = index * _NAME_SIZE
+            self._names[start + 2 : start + 2 + len(encoded)] = encoded
+            self._names[start : start + 2] = len(encoded).to_bytes(2, "little")
+            self._registries[name] = index
 
-    def _requests(self) -> Iterator[tuple[str, float]]:
-        for counter, code in enumerate(_STATUS_CLASSES):
-            yield from ((f'{labels},code="{code}"', count) for labels, count in self._sums(counter))
+    def read_registries(self) -> None:
+        """Learn the values of the label `registry` that the main process has added."""
+        for start in range(len(self._registries) * _NAME_SIZE, len(self._names), _NAME_SIZE):
+            size = int.from_bytes(self._names[start : start + 2], "little")
+            if not size:
+                return
+            name = bytes(self._names[start + 2 : start + 2 + size]).decode()
+            self._registries[name] = start // _NAME_SIZE
 
-    def _sums(self, counter: int) -> Iterator[tuple[str, int]]:
-        """Yield each cache status as a label, with the sum of `counter` over all processes."""
-        for cache_status, offset in _OFFSETS.items():
-            values = self._counters[offset + counter :: _COUNTERS_PER_PROCESS]
-            yield f'verdict="{cache_status}"', sum(values)
+    def count_request(
+        self, registry: str, kind: str, cache_status: str, status: int, size: int, latency: float | None
+    ) -> None:
+        """Count a finished request that sent `size` bytes of body. An unknown `registry` or `kind` counts as other.
 
+        `status` is 0 and `latency` None if no response was sent. Otherwise `latency` are the seconds until its head.
+        """
+        counters, base, status_class = self._counters, self._base(registry), status // 100
+        kind = _KIND_LABELS.get(kind, "other")
+        counters[base + _REQUESTS[kind, cache_status]] += 1
+        counters[base + _RESPONSES + (status_class if status_class < len(_STATUS_CLASSES) else 0)] += 1
+        counters[base + _SENT_BYTES[cache_status]] += size
+        if latency is not None:
+            self._observe(base + _LATENCY[kind], latency)
 
-def _metadata(name: str, help_text: str, metric_type: str) -> list[str]:
-    return [f"# HELP dockerproxy_{name} {help_text}", f"# TYPE dockerproxy_{name} {metric_type}"]
+    def samples(self, family: Family) -> Iterator[Sample]:
+        """Yield the sums over all processes of every cell of `family`, for every registry."""
+        for registry, index in list(self._registries.items()):
+            words = self._sums(index * _WORDS_PER_REGISTRY + _START[family], family.words)
+            for number, labels in enumerate(family.combinations):
+                cell = words[number * family.words_per_cell : (number + 1) * family.words_per_cell]
+                if family.is_histogram:
+                    yield Sample(family, registry, labels, cell[-1] / 1_000_000, tuple(cell[:-1]))
+                else:
+                    yield Sample(family, registry, labels, cell[0])
+
+    def _base(self, registry: str) -> int:
+        """Return the index of this process's first counter of `registry`."""
+        return self._first_word + self._registries.get(registry, 0) * _WORDS_PER_REGISTRY
+
+    def _observe(self, cell: int, seconds: float) -> None:
+        self._counters[cell + bisect_left(BUCKETS, seconds)] += 1
+        self._counters[cell + len(BUCKETS) + 1] += int(seconds * 1_000_000)
+
+    def _sums(self, start: int, words: int) -> Sequence[int]:
+        starts = range(start, len(self._counters), self._words_per_process)
+        blocks = [self._counters[first : first + words] for first in starts]
+        return [sum(values) for values in zip(*blocks, strict=True)]

@@ -193,6 +193,11 @@ class HTTPChannel(Protocol):
         """Whether the rest of the request body is too long to discard in order to reuse the connection."""
         return self._body is not None and self._body.exceeds_discard_limit
 
+    def on_response_started(self) -> None:
+        """Note how long the client waited for the response."""
+        if self._request is not None:
+            self._request.latency = self._timer.now() - self._request_started_at
+
     def on_response_finished(self) -> None:
         """Log the request whose response has ended, then process the next request or close."""
         request, self._request, self._handler_task = self._request, None, None

@@ -57,6 +57,8 @@ class RequestChannel(Protocol):
 
     def exceeds_discard_limit(self) -> bool: ...
 
+    def on_response_started(self) -> None: ...
+
     def on_response_finished(self) -> None: ...
 
     def detach(self) -> tuple[Any, bytes]: ...
@@ -74,6 +76,9 @@ class Request:
 
     `because` is the sentence of the error that the request ended in, for the access log, "" if there was none. `reason`
     is the reason phrase of the response, "" for the standard one.
+
+    `registry` and `kind` are the labels by which the request is counted in the metrics. `latency` are the seconds from
+    its head to the head of the response, None before that.
 
     `security_fields` are rendered fields that the response gets besides those of the handler. A handler that forwards
     the page of another server sets them to "", because that server's own rules for its pages apply.
@@ -100,12 +105,15 @@ class Request:
         "head",
         "headers",
         "host",
+        "kind",
+        "latency",
         "method",
         "path",
         "port",
         "proxy_user",
         "query",
         "reason",
+        "registry",
         "secure",
         "security_fields",
         "status",
@@ -128,6 +136,8 @@ class Request:
         self.host = ""
         self.cache_status = "-"
         self.because = self.reason = ""
+        self.registry, self.kind = "own", "other"
+        self.latency: float | None = None
         self.user: str | None = None
         self.proxy_user: str | None = None
         self.status = 0
@@ -326,6 +336,7 @@ class Request:
         response_fields.append(("Date", _date.now()))
         head = render_head(status, response_fields, self.security_fields, reason=self.reason)
         self.status, self._content_length, self._chunked = status, length, chunked
+        self._channel.on_response_started()
         self._body_suppressed = self.method == "HEAD" or status in _BODYLESS_STATUSES
         if content and not self._body_suppressed:
             self.bytes_sent = len(content)

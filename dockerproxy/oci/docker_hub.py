@@ -19,4 +19,10 @@ def canonical_registry(server: Registry) -> Registry:
     return _CANONICAL.get(server, server)
 
 
+def registry_label(server: Registry) -> str:
+    """Return the name of a registry as people write it: ``docker.io`` for Docker Hub, its aliases and its tokens."""
+    return "docker.io" if canonical_registry(server) in _HUB_SERVERS else str(server)
+
+
+_HUB_SERVERS = frozenset({DOCKER_HUB, DOCKER_HUB_TOKENS})
 _CANONICAL = dict.fromkeys(DOCKER_HUB_ALIASES, DOCKER_HUB)

@@ -20,7 +20,7 @@ but those of visible characters that names contain.
 from __future__ import annotations
 
 import re
-from enum import Enum, auto
+from enum import Enum
 from functools import lru_cache
 from urllib.parse import unquote, unquote_plus
 
@@ -50,14 +50,14 @@ _PULL_PARAMETERS = frozenset({"n", "last", "artifactType", "next_page"})
 class Kind(Enum):
     """The resources of distribution-spec 1.1, "Endpoints", and the catalog of CNCF distribution."""
 
-    BASE = auto()
-    CATALOG = auto()
-    TAGS = auto()
-    MANIFEST = auto()
-    BLOB = auto()
-    REFERRERS = auto()
-    UPLOADS = auto()
-    UPLOAD = auto()
+    BASE = "base"
+    CATALOG = "catalog"
+    TAGS = "tags"
+    MANIFEST = "manifest"
+    BLOB = "blob"
+    REFERRERS = "referrers"
+    UPLOADS = "uploads"
+    UPLOAD = "upload"
 
 
 LIST_KINDS = frozenset({Kind.CATALOG, Kind.TAGS})

@@ -159,7 +159,7 @@ class ForwardProxy:
         return handler(request)
 
     async def _tunnel(self, request: Request, host: Host) -> None:
-        started_at = self.clock.seconds()
+        started_at, request.registry = self.clock.seconds(), "other"
 
         def on_closed(size: int) -> None:
             request.bytes_sent = size
@@ -196,6 +196,7 @@ class ForwardProxy:
         return self._forward_request(request, Registry(host, scheme))
 
     async def _forward_request(self, request: Request, server: Registry) -> None:
+        request.registry = "other"
         self.policy.check_http_port(server.host)
         url = server.origin + request.path + (f"?{request.query}" if request.query else "")
         headers = request.headers.end_to_end().without("host", "content-length", "expect")

@@ -26,9 +26,11 @@ class HostedRegistryApp:
     async def handle(self, request: Request) -> None:
         """Respond to `request`. Raise `RegistryError`."""
         request.error_renderer = _respond_error
+        request.registry = "hosted"
         if request.path == HOSTED_TOKEN_PATH and await self.access_control.handle_token(request):
             return
         target = route_hosted(request.path)
+        request.kind = target.kind.value
         principal = await self.access_control.check(request, target)
         request.user = principal.user
         self.rules.check(request, target)

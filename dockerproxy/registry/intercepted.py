@@ -11,7 +11,7 @@ from dockerproxy.errors import NameUnknown, RegistryError, Unauthorized, Unsuppo
 from dockerproxy.http.cross_origin import CrossOriginProtection, is_preflight, respond_preflight
 from dockerproxy.http.message import SAFE_METHODS, origin_form
 from dockerproxy.http.request import Request
-from dockerproxy.oci.docker_hub import canonical_registry
+from dockerproxy.oci.docker_hub import canonical_registry, registry_label
 from dockerproxy.oci.names import Host, Registry
 from dockerproxy.oci.routes import Kind, Target, is_api_path, route
 from dockerproxy.registry.api import RegistryAPI
@@ -71,6 +71,7 @@ class Intercepted:
         """
         request.host = str(server)
         registry = canonical_registry(server)
+        request.registry = registry_label(server)
         upstream = self._open_registry(registry, request.headers.get("authorization"), request.client)
         request.error_renderer = partial(_respond_error, upstream)
         _check_path(request)
@@ -89,6 +90,7 @@ class Intercepted:
         return forward_page(request, upstream)
 
     def _handle_api(self, request: Request, target: Target, upstream: UpstreamRegistry) -> Awaitable[None]:
+        request.kind = target.kind.value
         self._cross_origin.check(request, pull=target.kind is not Kind.BASE)
         if is_preflight(request):
             return respond_preflight(request)
@@ -104,7 +106,7 @@ class Intercepted:
         return forward_request(request, upstream, target)
 
     async def _handle_token(self, registry: Registry, request: Request) -> None:
-        request.cache_status = "PASS"
+        request.cache_status, request.kind = "PASS", "token"
         form = await request.read_all(_MAX_FORM_SIZE) if request.method == "POST" else None
         content = await self._token_service.token(registry, request.query, request.headers.get("authorization"), form)
         fields = [
@@ -148,7 +150,7 @@ class Mirror:
         if namespace is None and target.kind is not Kind.BASE:
             _check_default(request)
         self._cross_origin.check(request, pull=target.kind is not Kind.BASE)
-        request.host = str(registry)
+        request.host, request.registry, request.kind = str(registry), registry_label(registry), target.kind.value
         if request.method not in SAFE_METHODS:
             message = "a mirror is read-only; push to the registry itself"
             raise Unsupported(message, headers=[("Allow", ", ".join(SAFE_METHODS))])

@@ -21,6 +21,7 @@ from dockerproxy.daemon.jsonlog import JsonLog, json_stream
 from dockerproxy.daemon.listener_service import ListenerService
 from dockerproxy.daemon.memory_tuning import freeze_startup_objects
 from dockerproxy.daemon.metrics import Metrics
+from dockerproxy.oci.docker_hub import registry_label
 from dockerproxy.proxy.certificates import Certificates
 from dockerproxy.registry.htpasswd import HtpasswdError
 from dockerproxy.reload import Configuration, describe_error
@@ -55,7 +56,8 @@ class ForkedState:
         """Return the state with shared memory for all processes, which must be forked from this one afterwards."""
         processes = configuration.settings.workers
         scoreboard = Scoreboard.create(processes, connection_limit(raise_descriptor_limit(), processes))
-        return cls(reactor, configuration.variables, state, certificates, scoreboard, Metrics.make(processes))
+        metrics = Metrics.make(processes, map(registry_label, configuration.settings.intercepted))
+        return cls(reactor, configuration.variables, state, certificates, scoreboard, metrics)
 
     def shared_services(self, number: int, coordinator: Coordinator, bindings: Bindings) -> SharedServices:
         """Return what process `number` shares with the others."""

@@ -1,65 +1,67 @@
-"""The metrics: their text format, and the sums over processes."""
+"""The metrics: counters of all processes, their sums, and the formats in which Prometheus reads them."""
 
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Iterator
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
+from prometheus_client.parser import text_string_to_metric_families as parse_text
 
-from dockerproxy.daemon.metrics import CACHE_STATUSES, Metrics
+from dockerproxy.daemon.exposition import render
+from dockerproxy.daemon.metrics import BUCKETS, CACHE_STATUSES, KINDS, Metrics
 
-# The text format of prometheus.io/docs/instrumenting/exposition_formats, without escapes.
-COMMENT = re.compile(r"# (HELP ([a-z_]+) \S.*|TYPE ([a-z_]+) (counter|gauge))")
-SAMPLE = re.compile(r"([a-z_]+)(\{[a-z]+=\"[^\"\\\n]*\"(?:,[a-z]+=\"[^\"\\\n]*\")*\})? ([0-9.e+-]+)")
+OPENMETRICS = "application/openmetrics-text; version=1.0.0"
+
+Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
 
-def parse(exposition: bytes) -> dict[str, float]:
-    """Return the samples by name and labels as written, and assert that every line is valid."""
-    text, samples, types = exposition.decode(), {}, {}
-    assert text.endswith("\n")
-    for line in text.splitlines():
-        if line.startswith("#"):
-            match = COMMENT.fullmatch(line)
-            assert match, line
-            if match[3]:
-                assert match[3] not in types  # a TYPE line occurs once, before its samples
-                types[match[3]] = match[4]
-            continue
-        match = SAMPLE.fullmatch(line)
-        assert match, line
-        assert types[match[1]] == ("counter" if match[1].endswith("_total") else "gauge")
-        name = match[1] + (match[2] or "")
-        assert name not in samples
-        samples[name] = float(match[3])
+def scrape(metrics: Metrics, accept: str = "", gauges: dict[str, tuple[str, float]] | None = None) -> Samples:
+    """Return the samples by name and labels. A sample that occurs twice, or has no metadata, is an error."""
+    content_type, content = render(metrics, gauges or {}, accept)
+    is_openmetrics = content_type.startswith("application/openmetrics-text")
+    assert is_openmetrics or content_type.startswith("text/plain; version=0.0.4")
+    samples: Samples = {}
+    for family in (parse_openmetrics if is_openmetrics else parse_text)(content.decode()):
+        assert family.name.startswith("dockerproxy_") and family.documentation
+        assert family.type in ("counter", "gauge", "histogram")
+        for sample in family.samples:
+            key = sample.name, frozenset(sample.labels.items())
+            assert key not in samples
+            samples[key] = sample.value
     return samples
 
 
-def nonzero_samples(metrics: Metrics) -> dict[str, float]:
-    """Return the samples with a value other than 0."""
-    return {name: value for name, value in parse(metrics.render()).items() if value}
-
-
-def test_all_samples_start_at_zero() -> None:
-    samples = parse(Metrics.make(2).render())
-    assert set(samples.values()) == {0}
-    assert {name for name in samples if "requests" in name and "HIT" in name} == {
-        f'dockerproxy_requests_total{{verdict="HIT",code="{code}"}}'
-        for code in ("other", "1xx", "2xx", "3xx", "4xx", "5xx")
+def nonzero(samples: Samples) -> dict[str, float]:
+    """Return the samples other than 0 without buckets, with their labels in alphabetical order."""
+    return {
+        f"{name.removeprefix('dockerproxy_')} {' '.join(value for _, value in sorted(labels))}": number
+        for (name, labels), number in samples.items()
+        if number and not name.endswith("_bucket")
     }
-    assert len(samples) == 7 * (6 + 2)
 
 
-def test_a_request_is_counted() -> None:
-    metrics = Metrics.make(1)
-    metrics.for_process(0).count("MISS", 206, 1000, 1.25)
-    assert nonzero_samples(metrics) == {
-        'dockerproxy_requests_total{verdict="MISS",code="2xx"}': 1,
-        'dockerproxy_sent_bytes_total{verdict="MISS"}': 1000,
-        'dockerproxy_request_seconds_total{verdict="MISS"}': 1.25,
+def test_counters_with_few_labels_start_at_zero() -> None:
+    """`increase()` does not see the step from nothing to 1."""
+    samples = scrape(Metrics.make(2, ["docker.io"]))
+    assert set(samples.values()) == {0}
+    for registry in ("docker.io", "hosted", "own", "other"):
+        assert ("dockerproxy_responses_total", frozenset({("registry", registry), ("code", "5xx")})) in samples
+        assert ("dockerproxy_sent_bytes_total", frozenset({("registry", registry), ("verdict", "HIT")})) in samples
+
+
+@pytest.mark.parametrize("accept", ["", "text/plain", OPENMETRICS, "*/*"])
+def test_a_request_is_counted(accept: str) -> None:
+    metrics = Metrics.make(1, ["quay.io"])
+    metrics.for_process(0).count_request("quay.io", "blob", "MISS", 206, 1000, 1.25)
+    assert nonzero(scrape(metrics, accept)) == {
+        "requests_total blob quay.io MISS": 1,
+        "responses_total 2xx quay.io": 1,
+        "sent_bytes_total quay.io MISS": 1000,
+        "request_seconds_count blob quay.io": 1,
+        "request_seconds_sum blob quay.io": 1.25,
     }
 
 
@@ -67,55 +69,110 @@ def test_a_request_is_counted() -> None:
 def test_codes_are_counted_by_class(status: int, code: str) -> None:
     """An upstream may send any three digits, and the status is 0 if the client left before the response."""
     metrics = Metrics.make(1)
-    metrics.for_process(0).count("-", status, 0, 0.0)
-    assert nonzero_samples(metrics) == {f'dockerproxy_requests_total{{verdict="-",code="{code}"}}': 1}
+    metrics.for_process(0).count_request("own", "other", "-", status, 0, None)
+    assert nonzero(scrape(metrics)) == {"requests_total other own -": 1, f"responses_total {code} own": 1}
+
+
+def test_other_registries_and_kinds_count_as_other() -> None:
+    """No client can add a value of a label by asking for a host."""
+    metrics = Metrics.make(1, ["quay.io"])
+    for registry in ("evil.example", "", "docker.io", 'a"\n'):
+        metrics.for_process(0).count_request(registry, "catalog", "PASS", 200, 0, None)
+    assert nonzero(scrape(metrics)) == {"requests_total other other PASS": 4, "responses_total 2xx other": 4}
+
+
+def test_uploads_are_blobs() -> None:
+    metrics = Metrics.make(1)
+    for kind in ("uploads", "upload", "blob"):
+        metrics.for_process(0).count_request("hosted", kind, "-", 201, 0, None)
+    assert nonzero(scrape(metrics))["requests_total blob hosted -"] == 3
 
 
 REQUESTS = st.lists(
     st.tuples(
         st.integers(0, 2),
-        st.sampled_from(CACHE_STATUSES),
-        st.integers(0, 999),
-        st.integers(0, 1 << 40),
-        st.floats(0, 1e5),
-    )
+        st.tuples(
+            st.sampled_from(["quay.io", "hosted", "other"]),
+            st.sampled_from(KINDS),
+            st.sampled_from(CACHE_STATUSES),
+            st.integers(0, 999),
+            st.integers(0, 1 << 40),
+            st.none() | st.floats(0, 100) | st.sampled_from(BUCKETS),
+        ),
+    ),
+    max_size=30,
 )
 
 
 @given(REQUESTS)
-def test_totals_are_summed_over_all_processes(requests: list[tuple[int, str, int, int, float]]) -> None:
-    metrics = Metrics.make(3)
-    for process, *request in requests:
-        metrics.for_process(process).count(*request)  # type: ignore[arg-type]
-    samples = parse(metrics.render())
-    assert sum(value for name, value in samples.items() if "requests" in name) == len(requests)
-    for cache_status in CACHE_STATUSES:
-        matching = [request for request in requests if request[1] == cache_status]
-        assert samples[f'dockerproxy_sent_bytes_total{{verdict="{cache_status}"}}'] == sum(
-            request[3] for request in matching
-        )
-        seconds = samples[f'dockerproxy_request_seconds_total{{verdict="{cache_status}"}}']
-        assert seconds == pytest.approx(sum(request[4] for request in matching), abs=1e-5 * (len(matching) + 1))
+def test_totals_are_summed_over_all_processes(
+    requests: list[tuple[int, tuple[str, str, str, int, int, float | None]]],
+) -> None:
+    metrics = Metrics.make(3, ["quay.io"])
+    for process, request in requests:
+        metrics.for_process(process).count_request(*request)
+    samples = scrape(metrics)
+    assert sum(value for (name, _), value in samples.items() if name.endswith("requests_total")) == len(requests)
+    assert sum(value for (name, _), value in samples.items() if name.endswith("responses_total")) == len(requests)
+    for registry, kind in {(request[0], request[1]) for _, request in requests}:
+        labels = {("registry", registry), ("kind", kind)}
+        latencies = [
+            request[5] for _, request in requests if request[:2] == (registry, kind) and request[5] is not None
+        ]
+        if not latencies:
+            continue
+        for bound in BUCKETS:
+            key = "dockerproxy_request_seconds_bucket", frozenset({*labels, ("le", str(bound))})
+            assert samples[key] == sum(latency <= bound for latency in latencies)
+        total = samples["dockerproxy_request_seconds_sum", frozenset(labels)]
+        assert total == pytest.approx(sum(latencies), abs=1e-6 * len(latencies) + 1e-9)
+        assert samples["dockerproxy_request_seconds_count", frozenset(labels)] == len(latencies)
 
 
 def test_a_forked_process_counts_in_shared_memory() -> None:
     metrics = Metrics.make(2)
-    metrics.for_process(0).count("HIT", 200, 1, 0.0)
+    metrics.for_process(0).count_request("hosted", "blob", "-", 200, 1, None)
     pid = os.fork()
     if not pid:
-        metrics.for_process(1).count("HIT", 200, 2, 0.0)
+        metrics.for_process(1).count_request("hosted", "blob", "-", 200, 2, None)
         os._exit(0)
     os.waitpid(pid, 0)
-    assert nonzero_samples(metrics) == {
-        'dockerproxy_requests_total{verdict="HIT",code="2xx"}': 2,
-        'dockerproxy_sent_bytes_total{verdict="HIT"}': 3,
+    assert nonzero(scrape(metrics)) == {
+        "requests_total blob hosted -": 2,
+        "responses_total 2xx hosted": 2,
+        "sent_bytes_total hosted -": 3,
+    }
+
+
+def test_a_registry_that_a_reload_adds_is_counted_by_all_processes() -> None:
+    main = Metrics.make(2, ["quay.io"])
+    worker = main.for_process(1)
+    main.add_registries(["quay.io", "ghcr.io"])
+    worker.read_registries()
+    replacement = main.for_process(1)  # of a worker that died
+    for process in (worker, replacement, main):
+        process.count_request("ghcr.io", "manifest", "HIT", 200, 0, None)
+    assert nonzero(scrape(main)) == {"requests_total manifest ghcr.io HIT": 3, "responses_total 2xx ghcr.io": 3}
+
+
+def test_too_many_registries_count_as_other() -> None:
+    main = Metrics.make(1)
+    main.add_registries(f"r{number}.example" for number in range(1000))
+    main.add_registries(["x" * 300])
+    worker = main.for_process(0)
+    worker.count_request("r0.example", "blob", "HIT", 200, 0, None)
+    worker.count_request("r999.example", "blob", "HIT", 200, 0, None)
+    assert nonzero(scrape(main)) == {
+        "requests_total blob r0.example HIT": 1,
+        "requests_total blob other HIT": 1,
+        "responses_total 2xx r0.example": 1,
+        "responses_total 2xx other": 1,
     }
 
 
 def test_gauges_are_rendered() -> None:
-    def gauges() -> Iterator[tuple[str, str, float]]:
-        yield "cache_bytes", "Bytes in the cache.", 12
-        yield "cache_limit_bytes", "Limit of the cache in bytes.", 2**63
-
-    samples = parse(Metrics.make(1).render(gauges()))
-    assert (samples["dockerproxy_cache_bytes"], samples["dockerproxy_cache_limit_bytes"]) == (12, 2**63)
+    gauges = {"cache_bytes": ("Bytes in the cache.", 12.0), "cache_limit_bytes": ("Limit of the cache.", float(2**63))}
+    for accept in ("", OPENMETRICS):
+        samples = scrape(Metrics.make(1), accept, gauges)
+        assert samples["dockerproxy_cache_bytes", frozenset()] == 12
+        assert samples["dockerproxy_cache_limit_bytes", frozenset()] == 2**63

@@ -17,7 +17,9 @@ def classes() -> list[type[RegistryError]]:
     return [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, RegistryError)]
 
 
-ERRORS = [kind("a sentence", headers=[("Retry-After", "7")]) for kind in classes() if kind is not UpstreamRefused]
+ERRORS = [
+    kind("a sentence", headers=[("Retry-After", "7")]) for kind in classes() if not issubclass(kind, UpstreamRefused)
+]
 STATUSES = {
     "NameInvalid": (400, "NAME_INVALID"),
     "NameUnknown": (404, "NAME_UNKNOWN"),
