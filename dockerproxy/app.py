@@ -30,11 +30,12 @@ from dockerproxy.http.request import Request
 from dockerproxy.http.site import ServerTimeouts, Site, make_body_budget
 from dockerproxy.http.stream import BufferBudget
 from dockerproxy.http.tls import ServerContext
-from dockerproxy.net.dial import Dialer
+from dockerproxy.net.dial import AddressCheck, Dialer
 from dockerproxy.net.local_names import LocalNames
 from dockerproxy.net.own_addresses import is_own_address
 from dockerproxy.net.resolver import NameResolver
 from dockerproxy.oci.docker_hub import DOCKER_HUB
+from dockerproxy.oci.names import Host
 from dockerproxy.proxy.authority import CertificateAuthority
 from dockerproxy.proxy.certificate_file import CertificateFile
 from dockerproxy.proxy.certificates import Certificates
@@ -189,8 +190,16 @@ def build_server(reactor: Any, settings: Settings, certificates: Certificates, s
     policy = Policy(
         settings.allow_clients, settings.tunnel_ports, settings.tunnel_allow, settings.tunnel_deny, is_own_address
     )
-    connectors = build_connectors(reactor, settings, pools)
     registries = RegistryTable(settings)
+
+    def check_for(host: Host) -> AddressCheck | None:
+        return None if registries.intercepted.covering(host) is None else CoveredHostCheck(policy, host)
+
+    def context_for(host: Host) -> ServerContext:
+        wildcard = registries.intercepted.covering(host)
+        return authority.context_for(host.name) if wildcard is None else authority.wildcard_context_for(wildcard)
+
+    connectors = build_connectors(reactor, settings, pools, check_for)
     authorizer = Authorizer(connectors.agent, time.time, policy.check_upstream, settings.auth_registries)
     parser = ContentParser(pools.documents)
     pull_through = build_cache(reactor, settings, shared, registries, policy, connectors.agent, authorizer, parser)
@@ -233,7 +242,7 @@ def build_server(reactor: Any, settings: Settings, certificates: Certificates, s
         clock=reactor,
         policy=policy,
         login=login,
-        interception=Interception(registries.intercepted, authority.context_for, intercepted.handle),
+        interception=Interception(registries.intercepted, context_for, intercepted.handle),
         dialer=connectors.tunnel_dialer,
         agent=connectors.agent,
         local=proxy_router.handle,
@@ -319,8 +328,27 @@ class Connectors:
     tunnel_dialer: Dialer
 
 
-def build_connectors(reactor: Any, settings: Settings, pools: ThreadPools) -> Connectors:
-    """Build the connectors. Raise `SettingsError` if UPSTREAM_CA_FILE cannot be used."""
+@frozen
+class CoveredHostCheck:
+    """Checks the addresses of a host that only a wildcard of REGISTRIES covers. Checks for the same host are equal."""
+
+    policy: Policy
+    host: Host
+
+    def __call__(self, address: str) -> None:
+        self.policy.check_covered(self.host, address)
+
+
+def build_connectors(
+    reactor: Any,
+    settings: Settings,
+    pools: ThreadPools,
+    check_for: Callable[[Host], AddressCheck | None],
+) -> Connectors:
+    """Build the connectors. Raise `SettingsError` if UPSTREAM_CA_FILE cannot be used.
+
+    `check_for` returns the check of a registry's addresses.
+    """
     resolver = NameResolver(pools.lookups, reactor.seconds, ipv6=not settings.disable_ipv6)
 
     def dialer(connect_timeout: float) -> Dialer:
@@ -340,7 +368,7 @@ def build_connectors(reactor: Any, settings: Settings, pools: ThreadPools) -> Co
         tls = ClientContext(verify=settings.verify_ssl, ca_file=str(settings.upstream_ca_file or "") or None)
     except ValueError as error:
         raise SettingsError(str(error)) from None
-    agent = Agent(reactor, dialer(settings.proxy_connect_timeout), tls, timeouts)
+    agent = Agent(reactor, dialer(settings.proxy_connect_timeout), tls, timeouts, check_for)
     return Connectors(agent, dialer(settings.proxy_connect_connect_timeout))
 
 

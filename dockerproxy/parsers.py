@@ -16,8 +16,10 @@ from urllib.parse import unquote_to_bytes, urlsplit
 from dockerproxy.durations import parse_duration
 from dockerproxy.errors import NameInvalid
 from dockerproxy.net.addresses import AddressSet, HostPattern, redacted_repr
+from dockerproxy.net.public_suffix import has_names_of_everybody
 from dockerproxy.net.upstream_proxy import UpstreamProxy
 from dockerproxy.oci.credentials import BasicCredentials
+from dockerproxy.oci.host_table import HostKey, RegistryWildcard, Wildcard
 from dockerproxy.oci.names import Host, Registry
 
 _BOOLEANS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
@@ -235,20 +237,42 @@ def trusted_proxies(text: str) -> AddressSet:
     return AddressSet(tuple((entry, networks) for entry, networks in proxies.entries if networks))
 
 
-def registries(text: str) -> tuple[Registry, ...]:
-    """Parse registries as ``host``, ``host:port`` or ``http://host:port``, separated by spaces. Remove duplicates."""
-    by_host: dict[Host, Registry] = {}
+def registries(text: str) -> tuple[Registry | RegistryWildcard, ...]:
+    """Parse registries as ``host``, ``host:port`` or ``http://host:port``, separated by spaces. Remove duplicates.
+
+    A host may be a wildcard such as ``*.pkg.dev``.
+    """
+    by_host: dict[HostKey, Registry | RegistryWildcard] = {}
     for word in text.split():
         try:
-            registry = Registry.parse(word.removesuffix("/"))
+            registry, key = _registry(word.removesuffix("/"))
         except NameInvalid:
             raise ValueError(
-                f"{_quoted_host(word)} is not a registry such as quay.io, registry.example.com:5000 or "
-                "http://registry.example.com:5000"
+                f"{_quoted_host(word)} is not a registry such as quay.io, registry.example.com:5000, "
+                "http://registry.example.com:5000 or *.pkg.dev"
             ) from None
-        if by_host.setdefault(registry.host, registry) != registry:
-            raise ValueError(f"{registry.host.authority!r} is given both with http:// and without")
+        if by_host.setdefault(key, registry) != registry:
+            authority = key.authority if isinstance(key, Host) else str(key)
+            raise ValueError(f"{authority!r} is given both with http:// and without")
     return tuple(by_host.values())
+
+
+def _registry(word: str) -> tuple[Registry | RegistryWildcard, HostKey]:
+    if "*" not in word:
+        registry = Registry.parse(word)
+        return registry, registry.host
+    wildcard = RegistryWildcard.parse(word)
+    _check_wildcard(wildcard.hosts)
+    return wildcard, wildcard.hosts
+
+
+def _check_wildcard(wildcard: Wildcard) -> None:
+    """Raise ValueError if the hosts below `wildcard` belong to everybody."""
+    if has_names_of_everybody(wildcard.suffix):
+        raise ValueError(
+            f"{str(wildcard)!r} is not allowed, because everybody can register a domain below {wildcard.suffix}; write "
+            "more of the name, such as *.dkr.ecr.eu-west-1.amazonaws.com or *.pkg.dev"
+        )
 
 
 def _quoted_host(word: str) -> str:
@@ -300,23 +324,23 @@ def upstream_proxy(text: str, no_proxy: str) -> UpstreamProxy | None:
 
 
 def logins(
-    text: str, entry_delimiter: str, field_delimiter: str, known_hosts: Iterable[Host]
-) -> Mapping[Host, BasicCredentials]:
+    text: str, entry_delimiter: str, field_delimiter: str, known_hosts: Iterable[HostKey]
+) -> Mapping[HostKey, BasicCredentials]:
     """Parse ``host:user:password`` entries. `field_delimiter` separates the three parts of an entry.
 
     The password is the rest of the entry and may contain delimiters of fields. Spaces around an entry are removed.
-    A host may end as in the keys of docker's login file: ``https://index.docker.io/v1/``.
+    A host may end as in the keys of docker's login file: ``https://index.docker.io/v1/``. It may be a wildcard.
     An error message shows a host only if it is in `known_hosts` (the other settings name it) or in the first entry. Any
     other entry may begin with the rest of a password that contains `entry_delimiter`.
     """
     printable_hosts = set(known_hosts)
-    by_host: dict[Host, BasicCredentials] = {}
+    by_host: dict[HostKey, BasicCredentials] = {}
     entries = filter(None, (entry.strip() for entry in text.split(None if entry_delimiter == " " else entry_delimiter)))
     for position, entry in enumerate(entries, 1):
         host_text, user, password = _split_login(entry, field_delimiter)
         try:
-            host = Registry.parse(_LOGIN_KEY_PATH.sub("", host_text)).host
-        except NameInvalid:
+            _, host = _registry(_LOGIN_KEY_PATH.sub("", host_text))
+        except (NameInvalid, ValueError):
             raise ValueError(
                 f"entry {position} does not begin with a host; expected {_login_format(field_delimiter)}"
             ) from None

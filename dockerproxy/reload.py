@@ -17,13 +17,21 @@ from twisted.logger import Logger
 from dockerproxy.concurrency import spawn
 from dockerproxy.daemon.systemd import Notifier
 from dockerproxy.oci.docker_hub import DOCKER_HUB, DOCKER_HUB_ALIASES
-from dockerproxy.oci.names import Host, Registry
+from dockerproxy.oci.host_table import RegistryMap
 from dockerproxy.registry.htpasswd import HtpasswdError
-from dockerproxy.settings import Settings, SettingsError, exposure_warnings, read_env_file, with_credentials
+from dockerproxy.settings import (
+    Settings,
+    SettingsError,
+    exposure_warnings,
+    read_env_file,
+    variable_name,
+    with_credentials,
+)
 from dockerproxy.upstream.credentials import login_warnings
 
 _RELOADABLE = {
     "extra_registries",
+    "registry_wildcards",
     "auth_registries",
     "auth_registries_delimiter",
     "auth_registry_delimiter",
@@ -61,7 +69,7 @@ class Configuration:
         warnings = (
             *settings.warnings,
             *exposure_warnings(settings, env_file, file),
-            *login_warnings(settings.auth_registries, settings.registries),
+            *login_warnings(settings.auth_registries, settings.registries, settings.registry_wildcards),
         )
         return cls(evolve(settings, warnings=warnings), {**file, **environment})
 
@@ -69,32 +77,32 @@ class Configuration:
 def reloadable_variables(variables: Mapping[str, str]) -> dict[str, str]:
     """Return the environment variables that a reload applies. The value is empty if a variable is not set."""
     attributes = _RELOADABLE - {"warnings"}
-    names = ["REGISTRIES" if name == "extra_registries" else name.upper() for name in attributes]
-    return {name: variables.get(name, "") for name in names}
+    return {name: variables.get(name, "") for name in map(variable_name, attributes)}
 
 
 class RegistryTable:
     """The registries that are served now. `update` modifies the two mappings in place."""
 
     def __init__(self, settings: Settings) -> None:
-        self.intercepted: dict[Host, Registry] = {}
+        self.intercepted = RegistryMap()
         """Servers by the host that clients connect to. Docker Hub is here under each of its names."""
-        self.mirrored: dict[Host, Registry] = {}
+        self.mirrored = RegistryMap()
         """Registries by the value of `?ns=`."""
         self.update(settings)
 
     def update(self, settings: Settings) -> None:
         """Replace the entries by the registries of `settings`."""
-        self.intercepted.clear()
-        self.intercepted.update((registry.host, registry) for registry in settings.intercepted)
-        self.mirrored.clear()
-        self.mirrored.update((registry.host, registry) for registry in settings.registries)
-        self.mirrored.update((alias.host, DOCKER_HUB) for alias in DOCKER_HUB_ALIASES)
+        self._wildcards, own_names = settings.registry_wildcards, settings.registry_hostname
+        intercepted = [(registry.host, registry) for registry in settings.intercepted]
+        self.intercepted.replace(intercepted, self._wildcards, own_names)
+        mirrored = [(registry.host, registry) for registry in settings.registries]
+        mirrored += [(alias.host, DOCKER_HUB) for alias in DOCKER_HUB_ALIASES]
+        self.mirrored.replace(mirrored, self._wildcards, own_names)
 
     @property
     def status(self) -> str:
         """The text that `systemctl status` shows."""
-        return f"serving {', '.join(dict.fromkeys(map(str, self.mirrored.values())))}"
+        return f"serving {', '.join(dict.fromkeys(map(str, [*self.mirrored.values(), *self._wildcards])))}"
 
 
 @define

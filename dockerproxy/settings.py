@@ -18,6 +18,7 @@ from dockerproxy.net.addresses import AddressSet, Destinations, HostPattern
 from dockerproxy.net.upstream_proxy import UpstreamProxy
 from dockerproxy.oci.credentials import BasicCredentials
 from dockerproxy.oci.docker_hub import DOCKER_HUB, DOCKER_HUB_ALIASES, DOCKER_HUB_TOKENS
+from dockerproxy.oci.host_table import HostKey, RegistryWildcard
 from dockerproxy.oci.names import Host, Registry
 
 _DOCKER_HUB_NAMES = (DOCKER_HUB, DOCKER_HUB_TOKENS, *DOCKER_HUB_ALIASES)
@@ -45,12 +46,14 @@ def _derived(**options: Any) -> Any:
 class Settings:
     """The administrator's settings. Durations are in seconds, sizes in bytes. None or empty means not set.
 
-    Each attribute has the name of its variable in lower case. The exception is `extra_registries`, which is REGISTRIES
-    without Docker Hub. docs/settings.md describes each setting.
+    Each attribute has the name of its variable in lower case. The exceptions are parts of REGISTRIES: in
+    `registry_wildcards` its wildcards, and in `extra_registries` the others without Docker Hub. docs/settings.md
+    describes each setting.
     """
 
     extra_registries: tuple[Registry, ...] = _derived()
-    auth_registries: Mapping[Host, BasicCredentials] = _derived()
+    registry_wildcards: tuple[RegistryWildcard, ...] = _derived()
+    auth_registries: Mapping[HostKey, BasicCredentials] = _derived()
     auth_registries_delimiter: str = _setting(str, " ")
     auth_registry_delimiter: str = _setting(str, ":")
     allow_push: bool = _setting(parsers.boolean, "false")
@@ -233,9 +236,12 @@ def _systemd_credential(env: Mapping[str, str], name: str) -> dict[str, str]:
 def _upstreams(environment: _Environment, entry_delimiter: str, field_delimiter: str) -> dict[str, Any]:
     registries = environment.read("REGISTRIES", parsers.registries, "")
     no_proxy = environment.text("NO_PROXY") or environment.text("no_proxy")
-    known_hosts = [registry.host for registry in (*_DOCKER_HUB_NAMES, *registries)]
+    wildcards = tuple(entry for entry in registries if isinstance(entry, RegistryWildcard))
+    listed = tuple(entry for entry in registries if isinstance(entry, Registry))
+    known_hosts = [registry.host for registry in (*_DOCKER_HUB_NAMES, *listed)] + [entry.hosts for entry in wildcards]
     return {
-        "extra_registries": tuple(registry for registry in registries if registry not in _DOCKER_HUB_NAMES),
+        "extra_registries": tuple(registry for registry in listed if registry not in _DOCKER_HUB_NAMES),
+        "registry_wildcards": wildcards,
         "auth_registries": environment.read(
             "AUTH_REGISTRIES", lambda text: parsers.logins(text, entry_delimiter, field_delimiter, known_hosts), ""
         ),
@@ -268,7 +274,12 @@ def _default_workers() -> int:
 
 def _variable_names(settings: type[Settings]) -> list[str]:
     attributes = [attribute.name for attribute in fields(settings) if attribute.name != "warnings"]
-    return ["REGISTRIES" if name == "extra_registries" else name.upper() for name in attributes]
+    return list(dict.fromkeys(map(variable_name, attributes)))
+
+
+def variable_name(attribute: str) -> str:
+    """Return the name of the variable that `attribute` of `Settings` is parsed from."""
+    return "REGISTRIES" if attribute in ("extra_registries", "registry_wildcards") else attribute.upper()
 
 
 # Variables of other programs that resemble a setting. A warning about them would be wrong.

@@ -317,7 +317,7 @@ def log_ready(status: str) -> None:
 
 def log_configuration(settings: Settings, authority: CertificateAuthority) -> None:
     """Log the intercepted registries, the directories, and the CA's fingerprint, which the set-up script compares."""
-    log.info("intercepting {hosts}", hosts=", ".join(str(registry) for registry in settings.intercepted))
+    log.info("intercepting {hosts}", hosts=", ".join(map(str, [*settings.intercepted, *settings.registry_wildcards])))
     log.info(
         "cache in {cache} (up to {size}), registry in {registry}, CA in {ca}",
         cache=settings.cache_dir, size=format_size(settings.cache_max_size),

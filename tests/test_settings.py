@@ -23,7 +23,7 @@ NAMES = [
     *(
         attribute.name.upper()
         for attribute in fields(Settings)
-        if attribute.name not in ("extra_registries", "warnings")
+        if attribute.name not in ("extra_registries", "registry_wildcards", "warnings")
     ),
 ]
 SECRET = "Pa55wOrd"
@@ -261,6 +261,40 @@ def test_docker_hub_is_always_included() -> None:
     parsed = settings(REGISTRIES=f"{names} ghcr.io")
     assert parsed.registries == (DOCKER_HUB, Registry.parse("ghcr.io"))
     assert parsed.intercepted == (DOCKER_HUB, Registry.parse("ghcr.io"), DOCKER_HUB_TOKENS, *DOCKER_HUB_ALIASES)
+
+
+@pytest.mark.parametrize("text", ["*.pkg.dev", "*.dkr.ecr.eu-west-1.amazonaws.com", "*.azurecr.io", "*.company.lan"])
+def test_registry_wildcards(text: str) -> None:
+    parsed = settings(REGISTRIES=f"quay.io {text}:443 {text}", AUTH_REGISTRIES=f"{text}:user:pass:word quay.io:a:b")
+    assert list(map(str, parsed.extra_registries)) == ["quay.io"]
+    assert list(map(str, parsed.registry_wildcards)) == [text]
+    assert [str(key) for key in parsed.auth_registries] == [text, "quay.io"]
+    assert next(iter(parsed.auth_registries.values())) == BasicCredentials("user", "pass:word")
+
+
+@pytest.mark.parametrize("name", ["REGISTRIES", "AUTH_REGISTRIES"])
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("*.com", "everybody can register a domain below com"),
+        ("*.co.uk", "everybody can register a domain below co.uk"),
+        ("*.lan", "everybody can register a domain below lan"),
+        ("*", None),
+        ("*.", None),
+        ("*pkg.dev", None),
+        ("a.*.pkg.dev", None),
+        ("*.10.1.2.3", None),
+        ("*.*.pkg.dev", None),
+    ],
+)
+def test_bad_wildcards(name: str, text: str, reason: str | None) -> None:
+    with pytest.raises(SettingsError) as excinfo:
+        settings(**{name: text if name == "REGISTRIES" else f"{text}:user:secret"})
+    message = str(excinfo.value)
+    assert message.startswith(f"{name}: ")
+    assert "secret" not in message
+    if reason is not None and name == "REGISTRIES":
+        assert reason in message
 
 
 def test_registry_with_both_http_and_https_is_rejected() -> None:

@@ -18,6 +18,7 @@ from urllib.parse import parse_qsl, quote
 
 from attrs import frozen
 
+from dockerproxy.bounded_dict import BoundedDict
 from dockerproxy.cache.best_effort import try_put
 from dockerproxy.cache.upstream import UpstreamAgent, error_from_response
 from dockerproxy.concurrency import SingleFlight
@@ -35,6 +36,7 @@ TOKEN_PATH = "/.well-known/docker-registry-proxy/token"
 """Path on a registry's host at which this proxy serves tokens for a realm on another host."""
 
 _CHALLENGE_TTL = 3600.0
+_MAX_KNOWN = 1000  # registries; wildcards of REGISTRIES cover any number
 _OLD_CHALLENGE = 7 * 86400.0
 _CHECK_INTERVAL = 30.0  # seconds for which a realm on a host that is not intercepted counts as answering, or as silent
 
@@ -114,9 +116,9 @@ class Challenges:
         self._intercepted = intercepted
         self._clock = clock
         self._requests: SingleFlight[Registry, list[str]] = SingleFlight()
-        # Both are bounded, because only intercepted registries are added.
-        self._known_registries: set[Registry] = set()
-        self._checks: dict[Registry, tuple[bool, float]] = {}  # whether the realm answered, and when that is forgotten
+        self._known_registries: BoundedDict[Registry, bool] = BoundedDict(_MAX_KNOWN)
+        # Whether the realm answered, and when that is forgotten.
+        self._checks: BoundedDict[Registry, tuple[bool, float]] = BoundedDict(_MAX_KNOWN)
         self._running_checks: SingleFlight[Registry, bool] = SingleFlight()
 
     async def get(self, registry: Registry) -> list[Challenge]:
@@ -141,13 +143,13 @@ class Challenges:
         realm = self.realm(registry)
         if realm is None or self.has_endpoint(registry, realm):
             return True
-        answers, forgotten_at = self._checks.get(registry, (False, 0.0))
+        answers, forgotten_at = self._checks.get(registry) or (False, 0.0)
         if not 0 < forgotten_at - self._clock() <= _CHECK_INTERVAL:
             answers = await self._running_checks.do(registry, lambda: self._check(registry, realm))
         return answers
 
     async def _check(self, registry: Registry, realm: Realm) -> bool:
-        if realm.server in self._intercepted.values() and _is_safe(registry, realm):
+        if self._intercepted.get(realm.server.host) == realm.server and _is_safe(registry, realm):
             await self.ensure_known(realm.server)  # because it may confirm that the realm is its own
         try:
             if self._is_clients_own(registry, realm):
@@ -179,9 +181,9 @@ class Challenges:
         if self._load(registry)[0] is None:
             with suppress(RegistryError):
                 await self.get(registry)
-                self._known_registries.add(registry)
+                self._known_registries[registry] = True
         else:
-            self._known_registries.add(registry)
+            self._known_registries[registry] = True
             self.restore([registry])  # because another process may have learned it
 
     def restore(self, registries: Iterable[Registry]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
-from itertools import chain
+from itertools import chain, takewhile
 from pathlib import Path
 
 LIST_FILE = Path("/usr/share/publicsuffix/public_suffix_list.dat")
@@ -46,6 +46,23 @@ def registrable_domain(name: str, list_file: Path = LIST_FILE) -> str | None:
         if is_public_suffix(domain, rules) or index == len(domains) - 1:
             return domains[index - 1] if index else None
     return None
+
+
+def has_names_of_everybody(name: str, list_file: Path = LIST_FILE) -> bool:
+    """Return whether `name` is a top-level domain, or one such as ``co.uk`` below which everybody registers domains.
+
+    Domains of which one company gives names to its customers (``pkg.dev``, ``azurecr.io``) are none of these.
+    """
+    label, _, parent = name.partition(".")
+    if not parent or (label in _SECOND_LEVELS and len(parent) == 2):
+        return True
+    try:
+        with list_file.open(encoding="utf-8", errors="replace") as lines:
+            registered = takewhile(lambda line: "===END ICANN DOMAINS===" not in line, lines)
+            rules = relevant_rules([name.encode("ascii").decode("idna")], registered)
+    except (OSError, UnicodeError):
+        return False
+    return bool(rules) and not any(rule.startswith("!") for rule in rules)
 
 
 def relevant_rules(domains: Iterable[str], lines: Iterable[str]) -> frozenset[str]:

@@ -18,6 +18,7 @@ from twisted.logger import Logger
 
 from dockerproxy.errors import NameInvalid
 from dockerproxy.http.tls import ServerContext
+from dockerproxy.oci.host_table import Wildcard
 from dockerproxy.oci.names import Host
 from dockerproxy.proxy.certificate_file import CertificateFile
 from dockerproxy.proxy.issuer import (
@@ -117,7 +118,16 @@ class CertificateAuthority:
 
         Raise `NameInvalid` if `name` is neither, and `AuthorityError` if the CA certificate is not valid now.
         """
-        host = Host.parse(f"[{name}]" if ":" in name else name)
+        return self._context(Host.parse(f"[{name}]" if ":" in name else name))
+
+    def wildcard_context_for(self, wildcard: Wildcard) -> ServerContext:
+        """Return the server context for all hosts that `wildcard` covers. They have one certificate.
+
+        Raise `AuthorityError` as `context_for` does.
+        """
+        return self._context(Host(wildcard.name, 443))
+
+    def _context(self, host: Host) -> ServerContext:
         now = self._clock()
         leaf = self._leaves.get(host)
         if leaf is None or not leaf.not_before <= now < leaf.renew_at:

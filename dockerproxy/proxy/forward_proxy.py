@@ -71,10 +71,10 @@ class DestinationCheck:
 
 @frozen
 class Interception:
-    """The intercepted registries. `context_for` returns the TLS context for a host name, `handle` handles a request."""
+    """The intercepted registries. `context_for` returns the TLS context for a host, `handle` handles a request."""
 
     registries: Mapping[Host, Registry]
-    context_for: Callable[[str], ServerContext]
+    context_for: Callable[[Host], ServerContext]
     handle: Callable[[Registry, Request], Awaitable[None]]
 
 
@@ -124,7 +124,7 @@ class ForwardProxy:
         await self.login.check(request)
         registry = self.interception.registries.get(host)
         if registry is not None:
-            context = self.interception.context_for(host.name)
+            context = self.interception.context_for(host)
             self._intercept(site, request, context, partial(self.interception.handle, registry))
             return
         if host.name in self.hosted_names:

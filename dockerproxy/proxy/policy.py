@@ -106,6 +106,16 @@ class Policy:
         if allow_entry is None:
             raise _not_allowed_error(host)
 
+    def check_covered(self, host: Host, address: str) -> None:
+        """Check that we may connect to `address` for `host`, which is a registry only by a wildcard of REGISTRIES.
+
+        A client chose the name, and anybody may own it, so TUNNEL_DENY applies to both. TUNNEL_ALLOW does not, as for
+        all registries. If an upstream proxy resolves the name, `address` is the name.
+        """
+        self._check_denied(host, self.tunnel_deny.match_name(host.name))
+        if address != host.name:
+            self.check_upstream(address)
+
     def check_upstream(self, address: str) -> None:
         """Check that we may connect to `address`, which an upstream named in a redirect or as its token server.
 

@@ -5,7 +5,7 @@ The module `client` adds redirects and authorization.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 from twisted.internet.defer import CancelledError, Deferred, TimeoutError
@@ -14,7 +14,7 @@ from twisted.web.iweb import IBodyProducer
 from dockerproxy.errors import BadRequest, UpstreamTimeout
 from dockerproxy.http.headers import Headers
 from dockerproxy.net.dial import AddressCheck, Dialer, SingleProtocolFactory
-from dockerproxy.oci.names import Registry
+from dockerproxy.oci.names import Host, Registry
 from dockerproxy.upstream.body_writer import framing_field
 from dockerproxy.upstream.connection import (
     ConnectionDropped,
@@ -42,13 +42,24 @@ _NO_HEADERS = Headers()
 
 
 class Agent:
-    """Sends requests over connections from `dialer`, and pools idle connections for later requests."""
+    """Sends requests over connections from `dialer`, and pools idle connections for later requests.
 
-    def __init__(self, reactor: Any, dialer: Dialer, context: ClientContext, timeouts: UpstreamTimeouts) -> None:
+    `default_address_check` returns the check of a host for requests without one of their own.
+    """
+
+    def __init__(
+        self,
+        reactor: Any,
+        dialer: Dialer,
+        context: ClientContext,
+        timeouts: UpstreamTimeouts,
+        default_address_check: Callable[[Host], AddressCheck | None] = lambda host: None,
+    ) -> None:
         self._reactor = reactor
         self._dialer = dialer
         self._context = context
         self._timeouts = timeouts
+        self._default_address_check = default_address_check
         self._pool = Pool(reactor)
         self._silent_servers = SilentServers(reactor)
         self._connections: set[UpstreamConnection] = set()
@@ -73,6 +84,8 @@ class Agent:
         the dialer's errors, `UpstreamUnreachable` (TLS), `UpstreamTimeout`, `UpstreamBroken` and the errors of `body`.
         """
         origin, target = split_url(url)
+        if address_check is None:
+            address_check = self._default_address_check(origin.host)
         head = _render_head(method, origin, target, headers, body)
         request = OutgoingRequest(method, url, head, body, client_connection, request_logs_in(headers))
         key = (origin, address_check)

@@ -28,6 +28,7 @@ from dockerproxy.net.dial import AddressCheck
 from dockerproxy.oci.challenge import Challenge
 from dockerproxy.oci.credentials import BasicCredentials, IdentityToken, Login
 from dockerproxy.oci.docker_hub import DOCKER_HUB, DOCKER_HUB_TOKENS
+from dockerproxy.oci.host_table import HostKey
 from dockerproxy.oci.names import Host, Registry
 from dockerproxy.oci.routes import parse_query
 from dockerproxy.oci.tokens import MAX_TOKEN_RESPONSE, TokenResponse
@@ -91,7 +92,7 @@ class Authorizer:
         agent: Agent,
         clock: Callable[[], float],
         address_check: AddressCheck | None,
-        logins: Mapping[Host, Login],
+        logins: Mapping[HostKey, Login] | Mapping[Host, Login],
     ) -> None:
         self._agent = agent
         self._clock = clock
@@ -102,7 +103,7 @@ class Authorizer:
         self._effective_logins: dict[Registry, Login | None] = {}  # of these logins and challenges
         self._fetches: SingleFlight[TokenKey, Authorization] = SingleFlight()
 
-    def set_logins(self, logins: Mapping[Host, Login]) -> None:
+    def set_logins(self, logins: Mapping[HostKey, Login] | Mapping[Host, Login]) -> None:
         """Replace the logins of AUTH_REGISTRIES."""
         self._logins = LoginTable(logins)
         self._effective_logins.clear()

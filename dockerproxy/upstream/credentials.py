@@ -12,6 +12,7 @@ from dockerproxy.bounded_dict import BoundedDict
 from dockerproxy.net.public_suffix import LIST_FILE, registrable_domain
 from dockerproxy.oci.credentials import BasicCredentials, IdentityToken, Login
 from dockerproxy.oci.docker_hub import DOCKER_HUB, DOCKER_HUB_ALIASES, DOCKER_HUB_TOKENS
+from dockerproxy.oci.host_table import HostKey, HostTable, RegistryWildcard, Wildcard
 from dockerproxy.oci.names import Host, Registry
 
 _MAX_WARNINGS = 256
@@ -46,8 +47,10 @@ class LoginTable:
     another name of Docker Hub is one for Docker Hub.
     """
 
-    def __init__(self, logins: Mapping[Host, Login]) -> None:
-        self._by_host = _with_hub_login(logins)
+    def __init__(self, logins: Mapping[HostKey, Login] | Mapping[Host, Login]) -> None:
+        with_hub = _with_hub_login(logins)
+        self._by_host = HostTable(with_hub)
+        self._logins = frozenset(with_hub.values())
         self._unused: BoundedDict[tuple[Host, Host], bool] = BoundedDict(_MAX_WARNINGS)
 
     def effective_login(self, registry: Registry, realm: Host | None) -> Login | None:
@@ -59,7 +62,7 @@ class LoginTable:
         """Return the login to send to `host` for a request to `registry` with `credential`, or None."""
         if not isinstance(credential, BasicCredentials | IdentityToken):
             return None
-        if credential not in self._by_host.values():
+        if credential not in self._logins:
             return credential if host == registry.host else None
         return self._realm_login(host, registry)
 
@@ -94,21 +97,28 @@ _HUB_HOSTS = tuple(registry.host for registry in (DOCKER_HUB_TOKENS, DOCKER_HUB,
 """The hosts of Docker Hub. The login for the first one that has a login is used."""
 
 
-def _with_hub_login(logins: Mapping[Host, Login]) -> Mapping[Host, Login]:
+def _with_hub_login(logins: Mapping[HostKey, Login] | Mapping[Host, Login]) -> Mapping[HostKey, Login]:
     """Return `logins` with one for Docker Hub itself if there is one for another of its names."""
-    hub_login = next((logins[host] for host in _HUB_HOSTS if host in logins), None)
-    if hub_login is None or DOCKER_HUB_TOKENS.host in logins:
-        return logins
-    return {**logins, DOCKER_HUB.host: hub_login}
+    by_key: dict[HostKey, Login] = dict(logins.items())
+    hub_login = next((by_key[host] for host in _HUB_HOSTS if host in by_key), None)
+    if hub_login is not None and DOCKER_HUB_TOKENS.host not in by_key:
+        by_key[DOCKER_HUB.host] = hub_login
+    return by_key
 
 
-def login_warnings(logins: Mapping[Host, BasicCredentials], registries: Iterable[Registry]) -> list[str]:
-    """Return sentences about logins of AUTH_REGISTRIES that are never used, if `registries` are those that are served.
+def login_warnings(
+    logins: Mapping[HostKey, BasicCredentials],
+    registries: Iterable[Registry],
+    wildcards: Iterable[RegistryWildcard] = (),
+) -> list[str]:
+    """Return sentences about logins of AUTH_REGISTRIES that are never used.
+
+    `registries` and `wildcards` are those that are served.
 
     A host is named only if another setting names it, or if it is the first. Any other may be the rest of a password
     that contains the delimiter of logins.
     """
-    registries = tuple(registries)
+    registries, served = tuple(registries), [wildcard.hosts for wildcard in wildcards]
     used, *ignored = [host for host in _HUB_HOSTS if host in logins] or [DOCKER_HUB.host]
     warnings = [
         f"AUTH_REGISTRIES has different logins for {used} and {host}, which are both Docker Hub. The login for {used} "
@@ -116,15 +126,17 @@ def login_warnings(logins: Mapping[Host, BasicCredentials], registries: Iterable
         for host in ignored
         if logins[host] != logins[used]
     ]
-    shared_logins = [logins[registry.host] for registry in registries if registry.host in logins]
+    table = HostTable(logins)
+    shared_logins = [table[registry.host] for registry in registries if registry.host in table]
     for position, (host, login) in enumerate(logins.items(), 1):
-        is_used = host in _HUB_HOSTS or login in shared_logins
+        is_covered = (Wildcard.above(host) if isinstance(host, Host) else host) in served
+        is_used = is_covered or host in _HUB_HOSTS or login in shared_logins
         if not is_used and not any(belong_together(host.name, registry.host.name) for registry in registries):
             label = f"entry {position} ({host})" if position == 1 else f"entry {position}"
             warnings.append(
                 f"AUTH_REGISTRIES: {label} is never used, because its host is neither Docker Hub, nor in REGISTRIES, "
                 "nor the token server of a registry that is. Add the registry to REGISTRIES, or write the host of one "
-                f"that is served: {', '.join(map(str, registries))}."
+                f"that is served: {', '.join(map(str, [*registries, *served]))}."
             )
     return warnings
 

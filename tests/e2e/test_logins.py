@@ -11,7 +11,7 @@ import pytest
 from tests.e2e.harness import images
 from tests.e2e.harness.client_factory import ClientFactory
 from tests.e2e.harness.daemon import StartDaemon, TwistdDaemon
-from tests.e2e.harness.http_client import BufferedResponse
+from tests.e2e.harness.http_client import BufferedResponse, request_directly
 from tests.e2e.harness.images import ACCEPT_MANIFESTS
 from tests.e2e.harness.login_registry import BASIC_CHALLENGE, LoginRegistry
 from tests.e2e.harness.upstreams import Upstreams, format_upstream_addresses
@@ -99,6 +99,34 @@ def test_an_ended_login(
         assert f"login for {HOST} (AUTH_REGISTRIES) refused since" in text
         assert PASSWORD not in text
     daemon.check_log([PASSWORD])
+
+
+def test_wildcards(
+    start_daemon: StartDaemon, clients: ClientFactory, registry: LoginRegistry, settings: dict[str, str]
+) -> None:
+    """A wildcard covers exactly one label: such hosts are intercepted, mirrored, and get its login."""
+    settings["REGISTRIES"] = "*.login.test http://plain.test:8080"
+    daemon = start_daemon(**settings, AUTH_REGISTRIES=f"*.login.test:{USER}:{PASSWORD}")
+    for host in ("one.login.test", "two.login.test"):
+        clients.skopeo(daemon).pull(f"{host}/private/app:1")
+        for url in (f"{daemon.url}/v2/{host}/{PRIVATE[0]}", f"{daemon.url}/v2/{PRIVATE[0]}?ns={host}"):
+            response = request_directly("GET", url, {"Accept": ACCEPT_MANIFESTS})
+            assert (response.status, response.body) == (200, IMAGES["private"].manifest.data)
+    registry.requests.clear()
+    response = daemon.client.get(f"https://one.login.test/v2/{PRIVATE[1]}")
+    assert (response.status, response.headers["x-cache"], registry.requests) == (200, "HIT", [])
+    certificates = set()
+    for host in ("one.login.test", "two.login.test"):
+        connection = daemon.client.new_connection(f"https://{host}/")
+        connection.connect()
+        certificates.add(connection.sock.getpeercert(binary_form=True))
+        connection.close()
+    assert len(certificates) == 1  # nothing is made for a host that a client names
+    for host in (HOST, "a.one.login.test", "login.test.example"):
+        assert request_directly("GET", f"{daemon.url}/v2/{host}/{PRIVATE[0]}").status == 404
+    assert daemon.client.get("https://no-such-name.login.test/v2/").status == 502
+    assert not list((daemon.state_folder / "cache").rglob("*no-such-name*"))
+    assert "serving" in daemon.output_text and "*.login.test" in daemon.output_text
 
 
 def _run_command(daemon: TwistdDaemon, command: str) -> str:

@@ -140,7 +140,7 @@ class ForwardProxyLoopbackCase(TestCase):
                 is_own_address,
             ),
             login=ProxyLogin(None),
-            interception=Interception(registries, authority.context_for, registry),
+            interception=Interception(registries, lambda host: authority.context_for(host.name), registry),
             dialer=Dialer(
                 reactor,
                 StaticResolver(),

@@ -252,3 +252,26 @@ def test_name_check_agrees_with_address_check(allow: str, deny: str, name: str, 
         rules.check_name(parse_host(name))
     except Denied:
         assert not is_allowed(rules, name, address)
+
+
+@pytest.mark.parametrize(
+    ("name", "address", "is_allowed"),
+    [
+        ("a.pkg.dev", "203.0.113.5", True),
+        ("a.pkg.dev", "10.1.2.3", True),
+        ("a.pkg.dev", "a.pkg.dev", True),  # an upstream proxy resolves it
+        ("a.pkg.dev", "127.0.0.1", False),
+        ("a.pkg.dev", "169.254.169.254", False),
+        ("a.pkg.dev", OWN_ADDRESSES[0], False),
+        ("denied.pkg.dev", "203.0.113.5", False),
+        ("denied.pkg.dev", "denied.pkg.dev", False),
+    ],
+)
+def test_a_host_that_a_wildcard_covers(name: str, address: str, is_allowed: bool) -> None:
+    """A client chose it, and its name may lead anywhere."""
+    policy = make_policy(allow="none", deny="loopback link-local metadata denied.pkg.dev")
+    if is_allowed:
+        policy.check_covered(parse_host(name), address)
+    else:
+        with pytest.raises((Denied, DestinationForbidden), match="TUNNEL_DENY"):
+            policy.check_covered(parse_host(name), address)

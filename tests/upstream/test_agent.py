@@ -226,9 +226,10 @@ class AgentLoopbackCase(TestCase):
         self.servers.append(server)
         return server, port.getHost().port
 
-    def make_agent(self, overrides: Any = None, **tls: Any) -> Agent:
+    def make_agent(self, overrides: Any = None, check_for: Any = lambda host: None, **tls: Any) -> Agent:
         dialer = Dialer(reactor, StaticResolver(), overrides=overrides)
-        agent = Agent(self.clock, dialer, ClientContext(**tls), UpstreamTimeouts(connect=20, read=30, send=40))
+        timeouts = UpstreamTimeouts(connect=20, read=30, send=40)
+        agent = Agent(self.clock, dialer, ClientContext(**tls), timeouts, check_for)
         self.agents.append(agent)
         return agent
 
@@ -281,6 +282,20 @@ class PlainHTTPTests(AgentLoopbackCase):
             Denied, agent.request("GET", f"http://127.0.0.1:{port}/", address_check=address_check), "127.0.0.1"
         )
         self.assertEqual(server.accepted, 1)
+
+    async def test_a_host_may_have_a_check_for_all_requests(self) -> None:
+        _, port = self.serve(respond_with(OK))
+
+        def check_for(host: Host) -> Any:
+            def address_check(address: str) -> None:
+                raise Denied(f"{address} is forbidden for {host}")
+
+            return address_check
+
+        agent = self.make_agent(check_for=check_for)
+        await self.assert_fails(Denied, agent.request("GET", f"http://127.0.0.1:{port}/"), f"for 127.0.0.1:{port}")
+        response = await agent.request("GET", f"http://127.0.0.1:{port}/", address_check=lambda address: None)
+        self.assertEqual(await response.read_all(9), b"hello")
 
     async def test_a_connection_that_a_client_logged_in_is_that_clients(self) -> None:
         server, port = self.serve(respond_with(OK))
