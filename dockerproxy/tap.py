@@ -227,7 +227,7 @@ async def debug_report(server: ProxyServer, shared_state: SharedState, workers: 
     return {
         "locks": shared_state.locks.report(),
         "refused_logins": shared_state.ended_logins.report_list(),
-        "bounds": [workers.table.report()],
+        "bounds": [workers.table.report(), *shared_state.space.report_bounds()],
         "processes": [main_process, *await workers.supervisor.debug()],
     }
 

@@ -104,8 +104,8 @@ def compose_cache(services: CacheServices, policy: CachePolicy) -> CacheParts:
     def address_check_for(host: Host) -> AddressCheck | None:
         return None if host in policy.intercepted else policy.address_check
 
-    def record_blob(digest: Digest, size: int) -> None:
-        spawn(space.record(digest, size), f"recording {digest} in the cache space")
+    def record_manifest(digest: Digest, size: int, client: str, registry: str) -> None:
+        spawn(space.record(digest, size, client, registry), f"recording {digest} in the cache space")
 
     manifests = CachedManifests(
         reactor,
@@ -118,7 +118,8 @@ def compose_cache(services: CacheServices, policy: CachePolicy) -> CacheParts:
         services.locks,
         services.parser,
         clock=clock,
-        on_stored=record_blob,
+        on_stored=record_manifest,
+        on_used=space.touch,
     )
     challenges = Challenges(
         agent, records, policy.intercepted, policy.on_challenges, policy.allows_client_to, address_check_for, clock

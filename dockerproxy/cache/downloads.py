@@ -157,6 +157,7 @@ class BlobDownload:
         self._refusal = refusal
         self._max_unread_size = resources.limits.unread_size
         self._attendants = 0  # readers, and callers that wait for one
+        self._requests = 0  # requests that got a reader
         self._unread_since = resources.reactor.seconds()
         self._unread_from = 0  # the bytes in the file when the last attendant left
         self._unread_timer = resources.reactor.callLater(_MAX_UNREAD_TIME, self._end_if_unread)
@@ -270,6 +271,7 @@ class BlobDownload:
         reader = BlobReader(self._reactor, self, fd, repository, self._close_reader)
         self._open_readers.add(reader)
         self._attend()
+        self._requests += 1
         return reader
 
     def read_tail(self, offset: int, at_most: int) -> memoryview | None:
@@ -348,7 +350,10 @@ class BlobDownload:
             if self._refusal:
                 raise IngestUnavailable(self._refusal)
             while (ingest := await self._acquire_ingest()) is not None:
-                async with self._space.reservation(ingest) as reservation, self._holding(ingest):
+                async with (
+                    self._space.reservation(ingest, self._principal.client) as reservation,
+                    self._holding(ingest),
+                ):
                     if await self._open_upstream(source, ingest):
                         await self._receive(source, ingest, reservation)
                         return
@@ -424,6 +429,8 @@ class BlobDownload:
             self._update_from(foreign)
             self.verified = self._ingests.was_committed(foreign)
             if self.verified:
+                if self._requests:  # beside the one that the other process downloads it for
+                    self._space.touch(self.digest)
                 # Not `_on_verified`: this process has not sent the request of its principal.
                 await self._call(self._other_hooks.values())
             elif self._info is not None:
@@ -529,6 +536,8 @@ class BlobDownload:
                 await verified_hooks  # first, because other processes check the grant as soon as they find the blob
             await in_thread(self._reactor, self._ingests.commit, ingest)
             await reservation.commit(ingest.size)
+            if self._requests > 1:
+                self._space.touch(self.digest)
         except OSError as error:
             raise IngestFailed(f"cannot commit the file: {error.strerror}") from error
 

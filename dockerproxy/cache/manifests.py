@@ -103,7 +103,8 @@ class _Loaded:
 class CachedManifests:
     """Serves manifests of upstream repositories.
 
-    `clock` returns POSIX time. `on_stored` is called with digest and size of each stored manifest. `lock` may span
+    `clock` returns POSIX time. `on_stored` is called with the digest and size of each stored manifest, and with the
+    client and registry that it is from; `on_used` with the digest of each one that is read again. `lock` may span
     processes: identical upstream requests are sent one at a time.
     """
 
@@ -120,7 +121,8 @@ class CachedManifests:
         parser: ContentParser,
         *,
         clock: Callable[[], float],
-        on_stored: Callable[[Digest, int], None],
+        on_stored: Callable[[Digest, int, str, str], None],
+        on_used: Callable[[Digest], None],
     ) -> None:
         self._reactor = reactor
         self._upstream = upstream
@@ -133,6 +135,7 @@ class CachedManifests:
         self._parser = parser
         self._clock = clock
         self._on_stored = on_stored
+        self._on_used = on_used
         self._requests: SingleFlight[tuple[object, ...], ManifestResponse] = SingleFlight()
         self._memory_cache = ManifestMemoryCache(clock)
 
@@ -438,6 +441,7 @@ class CachedManifests:
             with suppress(OSError):
                 self._blobs.remove(digest)
             return None
+        self._on_used(digest)
         return ManifestResponse(digest, media_type, len(content), content, "HIT")
 
     async def _update_link(self, principal: UpstreamPrincipal, digest: Digest, media_type: str) -> None:
@@ -457,7 +461,7 @@ class CachedManifests:
         except OSError as error:
             log.warn("{digest} was not cached: {reason}", digest=str(digest), reason=error.strerror)
         else:
-            self._on_stored(digest, len(content))
+            self._on_stored(digest, len(content), principal.client, str(principal.repository.registry.host))
 
     def _tag_entries(self, key: str, tag: Tag) -> list[TagEntry]:
         """Return the entries of a tag, the newest first."""

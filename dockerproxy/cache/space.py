@@ -18,6 +18,7 @@ from dockerproxy.cache.ingests import IngestWriter
 from dockerproxy.cache.janitor import LINK_MIN_AGE, Janitor
 from dockerproxy.concurrency import in_thread, spawn
 from dockerproxy.oci.names import Digest
+from dockerproxy.shares import BoundReport, client_key
 from dockerproxy.store.blobs import Blobs
 from dockerproxy.store.cooperative import CooperativeThread
 from dockerproxy.store.eviction import CacheKey
@@ -47,6 +48,8 @@ _REPORT_INTERVAL = 5.0  # seconds over which new files are collected into one re
 _MIN_STEP = 128 * 1024  # bytes; a reservation begins with so many, and is then at most twice what has arrived
 _MAX_STEP = 16 * 1024 * 1024
 
+_MAX_REPORTED = 5  # clients and registries in a report
+
 log = Logger()
 
 
@@ -57,13 +60,13 @@ class CacheSpace(Protocol):
     which calls `reserve`, `record_commit` and `release`.
     """
 
-    async def reserve(self, key: IngestKey, size: int, expected_size: int, existing_size: int) -> str: ...
+    async def reserve(self, key: IngestKey, size: int, expected_size: int, existing_size: int, client: str) -> str: ...
 
     async def record_commit(self, key: IngestKey, size: int) -> None: ...
 
     def release(self, key: IngestKey) -> None: ...
 
-    async def record(self, digest: Digest, size: int) -> None: ...
+    async def record(self, digest: Digest, size: int, client: str, registry: str) -> None: ...
 
     def touch(self, digest: Digest) -> None: ...
 
@@ -71,9 +74,9 @@ class CacheSpace(Protocol):
 
     async def usage(self) -> tuple[int, int]: ...
 
-    def reservation(self, ingest: IngestWriter) -> Reservation:
-        """Return the reservation for `ingest`. It reserves nothing before its first `grow`."""
-        return Reservation(self, ingest)
+    def reservation(self, ingest: IngestWriter, client: str) -> Reservation:
+        """Return the reservation for `ingest`, which `client` requested. The first `grow` reserves."""
+        return Reservation(self, ingest, client)
 
 
 @define
@@ -85,6 +88,7 @@ class Reservation:
 
     _space: CacheSpace
     _ingest: IngestWriter
+    _client: str
     _size: int | None = field(default=None, init=False)
 
     async def grow(self, size: int, announced_size: int | None) -> None:
@@ -99,7 +103,9 @@ class Reservation:
         step = min(max(size, _MIN_STEP), _MAX_STEP)
         next_size = size + step if announced_size is None else min(size + step, announced_size)
         for wanted in (next_size, size):
-            refusal = await self._space.reserve(self._ingest.key, wanted, expected_size, self._ingest.size)
+            refusal = await self._space.reserve(
+                self._ingest.key, wanted, expected_size, self._ingest.size, self._client
+            )
             if not refusal:
                 self._size = wanted
                 return
@@ -151,7 +157,10 @@ class CacheSpaceManager(CacheSpace):
 
     Bytes that are not verified yet may take only a part of the cache, so that no registry can replace all blobs by
     bytes that nobody will ever use: `max_blob_size` for one blob, as much for all of one registry, and seven eighths
-    (or `max_blob_size`) for all together. Partial downloads that nobody continues make room first.
+    (or `max_blob_size`) for all together. What one client downloads from one registry may have half of the cache, or
+    be one blob. Partial downloads that nobody continues make room first.
+
+    What is evicted then is decided by `store.eviction`: blobs that were used once before those that were used again.
 
     Links and records count as well. The janitor keeps them within their part of the limit; if there are more between
     two of its walks, they do not take the space of blobs.
@@ -182,7 +191,10 @@ class CacheSpaceManager(CacheSpace):
         self._cleaned_at = -inf  # in the reactor's time
         self._is_cleaning = False
         self._next_clean: Any = None  # a delayed call
-        self._reservations: set[IngestKey] = set()
+        self._reservations: dict[IngestKey, str] = {}  # the clients
+        self._used_again: set[Digest] = set()  # whose files do not say so yet
+        self._is_marking = False
+        self._refused = 0  # reservations beyond the share of a client
         self._max_blob_size = max_blob_size
         self._max_unverified = max(limit - limit // 8, max_blob_size)
         self.index = LRUIndex(limit, blob_cost)
@@ -290,15 +302,17 @@ class CacheSpaceManager(CacheSpace):
         status = os.statvfs(self._layout.root)
         return max(0, min(_MIN_FREE_INODES, status.f_files // 20) - status.f_favail)
 
-    async def reserve(self, key: IngestKey, size: int, expected_size: int, existing_size: int) -> str:
+    async def reserve(self, key: IngestKey, size: int, expected_size: int, existing_size: int, client: str) -> str:
         """Reserve space for the first `size` bytes of a download, `existing_size` of which are already on disk.
+
+        `client` is the address of the client that requested it.
 
         Return the reason if that is impossible, or if the `expected_size` of the whole blob would be; otherwise `""`.
         Call it again as the download grows. The caller must call `release` at the end, even after a refusal.
         """
         if key not in self._reservations:
-            self._reservations.add(key)
             self.index.pin(key)
+        self._reservations[key] = client_key(client)
         if max(size, expected_size) > self._max_blob_size:
             return (
                 f"a blob may take {self._max_blob_size} bytes of the cache, and it has {max(size, expected_size)};"
@@ -310,7 +324,7 @@ class CacheSpaceManager(CacheSpace):
             evicted = self._make_room(key, size - self.index.size(key))
         except CacheFull as error:
             return f"{error}; raise CACHE_MAX_SIZE"
-        self.index.add(key, size, self._clock())
+        self._add(key, size, self._reservations[key], key.host)
         await self._evict(evicted)
         return await self._free_disk_space(size - existing_size, max(size, expected_size) - existing_size)
 
@@ -326,6 +340,18 @@ class CacheSpaceManager(CacheSpace):
             raise CacheFull(
                 f"unfinished downloads from {key.host} have {index.reserved_bytes(key.host)} of the"
                 f" {self._max_blob_size} bytes that those of one registry may have"
+            )
+        client = self._reservations[key]
+        others = sum(
+            index.size(other)
+            for other, owner in self._reservations.items()
+            if (owner, other.host) == (client, key.host) and other != key
+        )
+        if client and others and others + size > index.limit // 2 and growth > index.free:
+            self._refused += 1
+            raise CacheFull(
+                f"unfinished downloads from {key.host} that {client} has requested have {others} of the"
+                f" {index.limit // 2} bytes that those of one client may have"
             )
         if index.reserved_bytes() + growth > self._max_unverified:
             raise CacheFull(
@@ -344,15 +370,15 @@ class CacheSpaceManager(CacheSpace):
         """End a reservation, if there is one. The bytes on disk then count, and may be evicted."""
         if key not in self._reservations:
             return
-        self._reservations.remove(key)
+        client = self._reservations.pop(key)
         self.index.unpin(key)
         self.index.remove(key)
         partial_size, blob_size = _file_size(self._layout.ingest(key)), self._blobs.size(key.digest)
         if partial_size is not None:
-            self._add(key, partial_size)
+            self._add(key, partial_size, client, key.host)
             self._limit_partials(key.host)
         if blob_size is not None and key.digest not in self.index:
-            self._add(key.digest, blob_size)  # its writer died before it could call `record_commit`
+            self._add(key.digest, blob_size, client, key.host)  # its writer died before it could call `record_commit`
 
     def _limit_partials(self, host: str) -> None:
         excess = self.index.partials.count(host) - _MAX_PARTIALS
@@ -363,15 +389,37 @@ class CacheSpaceManager(CacheSpace):
     async def record_commit(self, key: IngestKey, size: int) -> None:
         """Count the blob that a reserved download has become."""
         self.index.remove(key)
-        await self.record(key.digest, size)
+        await self.record(key.digest, size, self._reservations.get(key, ""), key.host)
 
     def touch(self, digest: Digest) -> None:
         """Record that a blob is used now."""
-        self.index.touch(digest, self._clock())
+        if self.index.touch(digest, self._clock()):
+            self._mark_used_again(digest)
 
-    async def record(self, digest: Digest, size: int) -> None:
-        """Count a blob that was written, and evict others if the limit is exceeded."""
-        self._add(digest, size)
+    def _mark_used_again(self, digest: Digest) -> None:
+        self._used_again.add(digest)
+        if not self._is_marking:
+            self._is_marking = True
+            spawn(self._mark_files(), "noting which blobs were used again")
+
+    async def _mark_files(self) -> None:
+        try:
+            while self._used_again:
+                digests, self._used_again = self._used_again, set()
+                await in_thread(self._reactor, self._mark_all, digests)
+        finally:
+            self._is_marking = False
+
+    def _mark_all(self, digests: set[Digest]) -> None:
+        for digest in digests:
+            self._blobs.mark_used_again(digest)
+
+    async def record(self, digest: Digest, size: int, client: str, registry: str) -> None:
+        """Count a blob that was written, and evict others if the limit is exceeded.
+
+        `client` is the address of the client that requested it, and `registry` the host that sent it.
+        """
+        self._add(digest, size, client, registry)
         self.index.pin(digest)
         try:
             with suppress(CacheFull):
@@ -382,6 +430,21 @@ class CacheSpaceManager(CacheSpace):
     async def usage(self) -> tuple[int, int]:
         """Return the bytes used, also by links and records, and the limit."""
         return self.index.used - self.index.overhead + self._file_count * _FILE_COST, self.index.limit
+
+    def report_bounds(self) -> list[BoundReport]:
+        """Return for `dockerproxy debug` how much of the cache each client and registry has brought."""
+        used, limit = self.index.used, self.index.limit
+        by_client, by_registry = self.index.held_bytes()
+        return [
+            BoundReport(
+                name=name, used=used, limit=limit, share=limit // 2, refused=refused,
+                clients={owner: size for owner, size in held.most_common(_MAX_REPORTED) if owner},
+            )
+            for name, held, refused in (
+                ("bytes of the cache by client", by_client, self._refused),
+                ("bytes of the cache by registry", by_registry, 0),
+            )
+        ]  # fmt: skip
 
     async def purge(self, digests: Iterable[Digest]) -> None:
         """Remove blobs and their partial downloads even if they are in use. Open readers can still read to the end."""
@@ -396,8 +459,10 @@ class CacheSpaceManager(CacheSpace):
     def _find_ingests(self, digests: list[Digest]) -> list[IngestKey]:
         return [key for digest in digests for key in ingests_of(self._layout, digest)]
 
-    def _add(self, key: CacheKey, size: int) -> None:
-        self.index.add(key, size, self._clock())
+    def _add(self, key: CacheKey, size: int, client: str, registry: str) -> None:
+        is_second_use = self.index.add(key, size, self._clock(), client_key(client), registry)
+        if is_second_use and isinstance(key, Digest):
+            self._mark_used_again(key)
 
     async def _free_disk_space(self, size: int, expected_size: int) -> str:
         """Evict blobs if the disk has less than `size` bytes free. Return the reason if that is impossible, or `""`.

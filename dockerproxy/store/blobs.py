@@ -25,6 +25,10 @@ from dockerproxy.store.tree_reader import Missing, TreeReader, UnsafeFile, open_
 _TOUCH_INTERVAL = 60
 _SAMPLE_INTERVAL = 128 * 1024  # bytes: Linux's default readahead
 
+# The sticky bit, which Linux ignores for files, says that a cached blob was used again, because the evictions after
+# a restart depend on it. If the file system does not store it, the blob counts as used once.
+_USED_AGAIN = stat.S_ISVTX
+
 _COMPARED_CHUNK = 1024 * 1024  # bytes
 
 _PREFIX = re.compile(r"[0-9a-f]{2}")
@@ -129,6 +133,18 @@ class Blobs:
                 pass  # as in `open`; `SafeDelete` keeps files whose mtime this process cannot set
         return status.st_size
 
+    def mark_used_again(self, digest: Digest) -> None:
+        """Note in the file that the blob was used again, for `walk`. Do nothing if that is impossible."""
+        try:
+            fd, status = open_with_status(self._layout.blob(digest))
+        except (*Missing, UnsafeFile):
+            return
+        try:
+            with suppress(OSError):
+                os.fchmod(fd, stat.S_IMODE(status.st_mode) | _USED_AGAIN)
+        finally:
+            os.close(fd)
+
     def size(self, digest: Digest) -> int | None:
         """Return the blob's size in bytes, or None if it does not exist."""
         status = _lstat_regular(self._layout.blob(digest))
@@ -184,7 +200,7 @@ class Blobs:
         for digest in self.digests():
             status = _lstat_regular(self._layout.blob(digest))
             if status is not None:
-                yield Entry(digest, status.st_size, status.st_mtime)
+                yield Entry(digest, status.st_size, status.st_mtime, bool(status.st_mode & _USED_AGAIN))
 
     def digests(self, partition: int = 0, partitions: int = 1) -> Iterator[Digest]:
         """Yield the digests of all blobs, or of one of `partitions` partitions, in no order. Blocks."""

@@ -6,7 +6,7 @@ Its methods run in the reactor's thread, and take no longer if the cache is larg
 from __future__ import annotations
 
 import heapq
-from collections import OrderedDict
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import islice
 
@@ -18,9 +18,12 @@ from dockerproxy.store.eviction import (
     CacheKey,
     Entry,
     LRUEntry,
+    Segment,
     excess_bytes,
+    first_keys,
     inactive_since,
-    least_recently_used,
+    order_of_excess,
+    order_of_rest,
     parse_key,
 )
 from dockerproxy.store.layout import IngestKey
@@ -71,8 +74,35 @@ class Partials:
 
 
 @define
+class Segments:
+    """The entries of the cache: blobs that were used once, with all partial downloads, and blobs that were used again.
+
+    A blob's first use is the request that brought it.
+    """
+
+    once: Segment = field(factory=Segment, init=False)
+    again: Segment = field(factory=Segment, init=False)
+
+    @property
+    def total(self) -> int:
+        """The bytes of all entries."""
+        return self.once.total + self.again.total
+
+    def __len__(self) -> int:
+        return len(self.once.entries) + len(self.again.entries)
+
+    def get(self, text: str) -> LRUEntry | None:
+        """Return the entry, or None if it is not there."""
+        return self.once.entries.get(text) or self.again.entries.get(text)
+
+    def pop(self, text: str) -> LRUEntry | None:
+        """Remove and return the entry; return None if it is not there."""
+        return self.once.pop(text) or self.again.pop(text)
+
+
+@define
 class LRUIndex:
-    """The blobs and partial downloads of a cache of at most `limit` bytes, least recently used first.
+    """The blobs and partial downloads of a cache of at most `limit` bytes, and who uses them.
 
     To reserve the bytes of a download, add it with the reserved size and pin it. Evicted blobs are
     removed from the index at once, so that two callers never get the same bytes. The caller deletes them from disk.
@@ -81,44 +111,64 @@ class LRUIndex:
     limit: int
     entry_cost: int = 0
     """Bytes that each entry counts beside its size, because its file takes whole blocks and a directory."""
-    total: int = field(default=0, init=False)
     overhead: int = field(default=0, init=False)
     """Bytes of other files that count towards `limit`."""
     partials: Partials = field(factory=Partials, init=False)
-    _entries: OrderedDict[str, LRUEntry] = field(factory=OrderedDict, init=False)  # by `str(key)`
+    _segments: Segments = field(factory=Segments, init=False)
     _pins: dict[str, int] = field(factory=dict, init=False)
     # Keys changed since the running rescan began; None if no rescan is running.
     _dirty: dict[str, None] | None = field(default=None, init=False)
 
-    def add(self, key: CacheKey, size: int, now: float) -> None:
-        """Add a blob of `size` bytes that is used now, replacing its old entry."""
-        self.remove(key)
-        text = str(key)
-        self._entries[text] = size, now
+    @property
+    def total(self) -> int:
+        """The bytes of all blobs and partial downloads."""
+        return self._segments.total
+
+    def add(self, key: CacheKey, size: int, now: float, client: str = "", registry: str = "") -> bool:
+        """Add a blob of `size` bytes, which `client` brings from `registry` now.
+
+        If the blob is there already, this is another use; return whether it is the second one.
+        """
+        text = self._mark_dirty(key)
+        was_used_again = text in self._segments.again.entries
+        old = self._segments.pop(text)
+        is_blob = "/" not in text
+        if old is not None:
+            self.partials.remove(text)
+            client, registry = old[2] or client, old[3] or registry
+        segment = self._segments.again if old is not None and is_blob else self._segments.once
+        segment.add(text, (size, now, client, registry))
         self.partials.add(text, size)
-        self.total += size
+        return old is not None and is_blob and not was_used_again
 
     def __contains__(self, key: CacheKey) -> bool:
-        return str(key) in self._entries
+        return self._segments.get(str(key)) is not None
 
-    def touch(self, key: CacheKey, now: float) -> None:
-        """Record a use of the blob. Does nothing if the blob is not in the index."""
+    def touch(self, key: Digest, now: float) -> bool:
+        """Record a use of the blob, if it is in the index. Return whether it is the second one."""
         text = self._mark_dirty(key)
-        if text in self._entries:
-            self._entries[text] = self._entries[text][0], now
-            self._entries.move_to_end(text)
+        again = self._segments.again
+        entry = again.entries.get(text)
+        if entry is not None:
+            again.entries[text] = entry[0], now, entry[2], entry[3]
+            again.entries.move_to_end(text)
+            return False
+        entry = self._segments.once.pop(text)
+        if entry is None:
+            return False
+        again.add(text, (entry[0], now, entry[2], entry[3]))
+        return True
 
     def size(self, key: CacheKey) -> int:
         """Return the bytes that count for `key`; 0 if it is not in the index."""
-        return self._entries.get(str(key), (0, 0.0))[0]
+        entry = self._segments.get(str(key))
+        return 0 if entry is None else entry[0]
 
     def remove(self, key: CacheKey) -> None:
         """Remove the blob, if it is in the index. Its pins stay until they are released by `unpin`."""
         text = self._mark_dirty(key)
-        entry = self._entries.pop(text, None)
-        if entry is not None:
+        if self._segments.pop(text) is not None:
             self.partials.remove(text)
-            self.total -= entry[0]
 
     def pin(self, key: CacheKey) -> None:
         """Protect the blob from eviction until `unpin` has been called as often as `pin`."""
@@ -137,7 +187,7 @@ class LRUIndex:
     @property
     def used(self) -> int:
         """The bytes that count towards `limit`."""
-        return self.total + self.overhead + self.entry_cost * len(self._entries)
+        return self.total + self.overhead + self.entry_cost * len(self._segments)
 
     @property
     def free(self) -> int:
@@ -147,8 +197,13 @@ class LRUIndex:
     @property
     def evictable(self) -> int:
         """The bytes that evictions could free."""
-        pinned = [self._entries[key][0] for key in self._pins if key in self._entries]
-        return self.total - sum(pinned) + self.entry_cost * (len(self._entries) - len(pinned))
+        pinned = [entry[0] for text in self._pins if (entry := self._segments.get(text)) is not None]
+        return self.total - sum(pinned) + self.entry_cost * (len(self._segments) - len(pinned))
+
+    def held_bytes(self) -> tuple[Counter[str], Counter[str]]:
+        """Return the bytes that each client, and each registry, has brought. Those of unknown ones count for `""`."""
+        once, again = self._segments.once, self._segments.again
+        return once.by_client + again.by_client, once.by_registry + again.by_registry
 
     def partial_bytes(self, host: str | None = None) -> int:
         """The bytes of partial downloads, reserved or on disk, from `host` or from all."""
@@ -157,8 +212,8 @@ class LRUIndex:
     def reserved_bytes(self, host: str | None = None) -> int:
         """The bytes of pinned partial downloads from `host` or from all."""
         prefix = "" if host is None else f"{host}/"
-        pinned = (text for text in self._pins if "/" in text and text.startswith(prefix))
-        return sum(self._entries[text][0] for text in pinned if text in self._entries)
+        pinned = (self._segments.get(text) for text in self._pins if "/" in text and text.startswith(prefix))
+        return sum(entry[0] for entry in pinned if entry is not None)
 
     def evict_partials(self, size: int, host: str | None = None, count: int = 0) -> list[CacheKey]:
         """Remove and return partial downloads that are not pinned, from `host` or from all.
@@ -175,7 +230,7 @@ class LRUIndex:
         return self._remove_all(chosen)
 
     def evict(self, size: int) -> list[CacheKey]:
-        """Remove and return the blobs to evict so that `size` more bytes fit, least recently used first.
+        """Remove and return the blobs to evict so that `size` more bytes fit (see `eviction`).
 
         Raises `CacheFull`, and removes nothing, if the bytes do not fit beside the pinned blobs.
         """
@@ -188,43 +243,49 @@ class LRUIndex:
             raise CacheFull(f"{size} bytes do not fit into a cache of {self.limit} bytes with {in_use} bytes in use")
         # Evict down to 95 %, unless `size` and the pinned blobs alone exceed that.
         target = excess_bytes(self.used + size, self.limit)
-        return self._remove_least_recently_used(minimum, target if target <= evictable else minimum)
+        return self._free_space(size, minimum, target if target <= evictable else minimum)
 
     def expire(self, inactive: float, now: float) -> list[CacheKey]:
         """Remove and return blobs that were not used for `inactive` seconds, or that exceed `limit`.
 
         This handles one batch. Call it again until it returns an empty list.
         """
-        expired = self._remove_all(inactive_since(self._entries, self._pins, now - inactive))
+        since, segments = now - inactive, self._segments
+        expired = self._remove_all(inactive_since(segments.once.entries, self._pins, since))
+        if len(expired) < BATCH_SIZE:
+            expired += self._remove_all(inactive_since(segments.again.entries, self._pins, since))
         excess = excess_bytes(self.used, self.limit)
         if len(expired) < BATCH_SIZE and excess > 0:
-            expired += self._remove_least_recently_used(0, excess)
+            expired += self._free_space(0, 0, excess)
         return expired
 
     def evict_count(self, count: int) -> list[CacheKey]:
-        """Remove and return `count` blobs, but at most one batch, least recently used first."""
-        unpinned = (key for key in self._entries if key not in self._pins)
-        return self._remove_all(islice(unpinned, min(count, BATCH_SIZE)))
+        """Remove and return `count` blobs, but at most one batch. Those that were used once go first."""
+        count, segments = min(count, BATCH_SIZE), self._segments
+        removed = self._remove_all(islice(order_of_excess(segments.once, self._pins, self.limit), count))
+        rest = order_of_rest(segments.once, segments.again, self._pins)
+        return removed + self._remove_all(islice(rest, count - len(removed)))
 
     def start_rescan(self) -> Rescan:
         """Begin to rebuild the index from disk. End the rescan with `apply_rescan` or `abort_rescan`."""
         self._dirty = {}
-        return Rescan(self._entries, self._pins)
+        return Rescan(self._segments, self._pins)
 
     def apply_rescan(self, rescan: Rescan) -> None:
         """Replace the entries by those of the rescan.
 
         Keep the current entries of blobs that changed since the rescan began, because it may have seen the old state.
         """
-        entries, partials, total = rescan.entries, rescan.partials, rescan.total
+        found = rescan.segments
         for key in self._dirty or ():
-            total -= entries.pop(key, (0, 0.0))[0]
-            partials.remove(key)
-            if key in self._entries:
-                entries[key] = self._entries[key]
-                partials.add(key, entries[key][0])
-                total += entries[key][0]
-        rescan.entries, self._entries, self.partials, self.total = self._entries, entries, partials, total
+            found.pop(key)
+            rescan.partials.remove(key)
+            for current, new in ((self._segments.once, found.once), (self._segments.again, found.again)):
+                entry = current.entries.get(key)
+                if entry is not None:
+                    new.add(key, entry)
+                    rescan.partials.add(key, entry[0])
+        rescan.segments, self._segments, self.partials = self._segments, found, rescan.partials
         self._dirty = None
 
     def abort_rescan(self) -> None:
@@ -238,8 +299,22 @@ class LRUIndex:
             self._dirty[text] = None
         return text
 
-    def _remove_least_recently_used(self, minimum: int, target: int) -> list[CacheKey]:
-        return self._remove_all(least_recently_used(self._entries, self._pins, minimum, target, self.entry_cost))
+    def _free_space(self, needed: int, minimum: int, target: int) -> list[CacheKey]:
+        """Remove and return blobs of `target` bytes; of `minimum` bytes if a batch has less.
+
+        Beyond the excess of blobs that were used once, do so only if `needed` bytes would not be free otherwise.
+        """
+        segments, used = self._segments, self.used
+        removed = self._remove_first(order_of_excess(segments.once, self._pins, self.limit), minimum, target)
+        freed = used - self.used
+        if self.free < needed and (len(removed) < BATCH_SIZE or freed < minimum):
+            rest = order_of_rest(segments.once, segments.again, self._pins)
+            removed += self._remove_first(rest, minimum - freed, target - freed)
+        return removed
+
+    def _remove_first(self, order: Iterator[str], minimum: int, target: int) -> list[CacheKey]:
+        sizes = ((text, entry[0]) for text in order if (entry := self._segments.get(text)) is not None)
+        return self._remove_all(first_keys(sizes, minimum, target, self.entry_cost))
 
     def _remove_all(self, texts: Iterable[str]) -> list[CacheKey]:
         keys = [parse_key(text) for text in list(texts)]
@@ -255,33 +330,35 @@ class Rescan:
     It runs in a thread, in short steps, because sorting 100,000 entries at once would block the whole process.
     """
 
-    _current: OrderedDict[str, LRUEntry]
+    _current: Segments
     _pins: dict[str, int]
-    entries: OrderedDict[str, LRUEntry] = field(factory=OrderedDict, init=False)
+    segments: Segments = field(factory=Segments, init=False)
     partials: Partials = field(factory=Partials, init=False)
-    total: int = field(default=0, init=False)
-    _runs: list[list[tuple[float, str, int]]] = field(factory=lambda: [[]], init=False)
+    _runs: list[list[tuple[float, str, int, str, str, bool]]] = field(factory=lambda: [[]], init=False)
 
     def add(self, entry: Entry[Digest] | Entry[IngestKey]) -> None:
         """Add a blob found on disk. A pinned blob keeps its current entry, because it may still be downloading."""
         key = str(entry.key)
         current = self._current.get(key)
         if current is None:
-            self._append(key, entry.size, entry.last_used)
+            self._append(key, (entry.size, entry.last_used, "", ""), entry.used_again)
         elif key not in self._pins:
             # The mtime on disk is updated only once a minute.
-            self._append(key, entry.size, max(entry.last_used, current[1]))
+            merged = entry.size, max(entry.last_used, current[1]), current[2], current[3]
+            self._append(key, merged, entry.used_again or key in self._current.again.entries)
 
     def sort(self) -> Iterator[None]:
         """Sort the entries by last use, the least recent first, in short steps."""
         for key in list(self._pins):
             current = self._current.get(key)
             if current is not None:
-                self._append(key, *current)
+                self._append(key, current, key in self._current.again.entries)
         self._runs[-1].sort()
-        for count, (last_used, key, size) in enumerate(heapq.merge(*self._runs)):
-            self.total += size - self.entries.pop(key, (0, 0.0))[0]
-            self.entries[key] = size, last_used
+        segments = self.segments
+        for count, (last_used, key, size, client, registry, used_again) in enumerate(heapq.merge(*self._runs)):
+            segments.pop(key)
+            segment = segments.again if used_again else segments.once
+            segment.add(key, (size, last_used, client, registry))
             self.partials.add(key, size)
             if count % _YIELD_EVERY == 0:
                 yield None
@@ -291,14 +368,16 @@ class Rescan:
 
     def clear_incrementally(self) -> Iterator[None]:
         """Free the replaced entries in short steps. Freeing 100,000 at once would take 10 ms."""
-        while self.entries:
-            for _ in range(min(_YIELD_EVERY, len(self.entries))):
-                self.entries.popitem()
-            yield None
+        for entries in (self.segments.once.entries, self.segments.again.entries):
+            while entries:
+                for _ in range(min(_YIELD_EVERY, len(entries))):
+                    entries.popitem()
+                yield None
 
-    def _append(self, key: str, size: int, last_used: float) -> None:
+    def _append(self, key: str, entry: LRUEntry, used_again: bool) -> None:
+        size, last_used, client, registry = entry
         run = self._runs[-1]
-        run.append((last_used, key, size))
+        run.append((last_used, key, size, client, registry, used_again))
         if len(run) == _RUN_LENGTH:
             run.sort()
             self._runs.append([])

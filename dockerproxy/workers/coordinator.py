@@ -53,9 +53,9 @@ class LocalCoordinator(Coordinator):
 
     # cache space
 
-    async def reserve(self, key: IngestKey, size: int, expected_size: int, existing_size: int) -> str:
+    async def reserve(self, key: IngestKey, size: int, expected_size: int, existing_size: int, client: str) -> str:
         self._shared.owners[key] = self
-        return await self._shared.space.reserve(key, size, expected_size, existing_size)
+        return await self._shared.space.reserve(key, size, expected_size, existing_size, client)
 
     async def record_commit(self, key: IngestKey, size: int) -> None:
         await self._shared.space.record_commit(key, size)
@@ -66,8 +66,8 @@ class LocalCoordinator(Coordinator):
             del self._shared.owners[key]
             self._shared.space.release(key)
 
-    async def record(self, digest: Digest, size: int) -> None:
-        await self._shared.space.record(digest, size)
+    async def record(self, digest: Digest, size: int, client: str, registry: str) -> None:
+        await self._shared.space.record(digest, size, client, registry)
 
     def touch(self, digest: Digest) -> None:
         self._shared.space.touch(digest)
@@ -139,10 +139,10 @@ def _digests(texts: list[str]) -> list[Digest]:
 
 
 _ARGUMENT_PARSERS: Mapping[str, tuple[Callable[[Any], Any], ...]] = {
-    "reserve": (IngestKey.parse, int, int, int),
+    "reserve": (IngestKey.parse, int, int, int, str),
     "record_commit": (IngestKey.parse, int),
     "release": (IngestKey.parse,),
-    "record": (Digest.parse, int),
+    "record": (Digest.parse, int, str, str),
     "touch_all": (_digests,),
     "record_files": (int,),
     "usage": (),

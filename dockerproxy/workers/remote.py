@@ -24,10 +24,10 @@ class RemoteCoordinator(Coordinator):
         self._unreported_uses: set[Digest] = set()
         self._last_lock_id = 0
 
-    async def reserve(self, key: IngestKey, size: int, expected_size: int, existing_size: int) -> str:
+    async def reserve(self, key: IngestKey, size: int, expected_size: int, existing_size: int, client: str) -> str:
         """Reserve space for a download; see `CacheSpaceManager.reserve`. Refuse if the main process is gone."""
         try:
-            return str(await self._rpc.call("reserve", str(key), size, expected_size, existing_size))
+            return str(await self._rpc.call("reserve", str(key), size, expected_size, existing_size, client))
         except RemoteError as error:
             return str(error)  # the blob is not cached, but its clients still receive it
 
@@ -39,9 +39,9 @@ class RemoteCoordinator(Coordinator):
         """Release the reservation of `key`."""
         self._rpc.notify("release", str(key))
 
-    async def record(self, digest: Digest, size: int) -> None:
+    async def record(self, digest: Digest, size: int, client: str, registry: str) -> None:
         """Count a blob that was written."""
-        self._rpc.notify("record", str(digest), size)
+        self._rpc.notify("record", str(digest), size, client, registry)
 
     def touch(self, digest: Digest) -> None:
         """Record that a blob is used now."""

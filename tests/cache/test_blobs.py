@@ -94,6 +94,20 @@ def test_concurrent_requests_share_one_download(harness: CacheHarness) -> None:
         reader.disconnect()
     assert cache_statuses == ["MISS"] + ["JOINED"] * 24
     assert requested_methods(harness) == ["GET"]
+    assert used_again(harness) == {DIGEST}
+
+
+def used_again(harness: CacheHarness) -> set[Digest]:
+    """Return the blobs whose files say that they were used again."""
+    harness.reactor.run_due_calls()
+    return {entry.key for entry in harness.blobs.walk() if entry.used_again}
+
+
+def test_second_request_is_another_use(harness: CacheHarness) -> None:
+    harness.fetch(DIGEST)
+    assert used_again(harness) == set()
+    harness.fetch(DIGEST)
+    assert used_again(harness) == {DIGEST}
 
 
 def test_request_at_completion_is_a_hit(harness: CacheHarness) -> None:

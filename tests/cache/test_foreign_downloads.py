@@ -103,6 +103,24 @@ def test_both_processes_read_one_download(processes: TwoProcesses) -> None:
     reader.disconnect()
 
 
+def test_readers_of_another_process_are_another_use(processes: TwoProcesses, monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[Digest] = []
+    monkeypatch.setattr(processes.follower.space, "touch", used.append)
+    reader = processes.reader()
+    processes.end()
+    assert used == [DIGEST]
+    reader.disconnect()
+
+
+def test_download_without_a_reader_here_is_no_other_use(
+    processes: TwoProcesses, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[Digest] = []
+    monkeypatch.setattr(processes.follower.space, "touch", used.append)
+    processes.end()
+    assert used == []
+
+
 @pytest.mark.parametrize("size", [None, len(DATA)])
 def test_follower_starts_after_info_and_ends_after_publish(harness: CacheHarness, size: int | None) -> None:
     harness.ingests = evolve(harness.ingests, shared=True)

@@ -91,6 +91,12 @@ def test_tag_is_fetched_once_then_revalidated(harness: CacheHarness) -> None:
         assert requested_methods(harness) == ["HEAD"]
 
 
+def test_manifest_that_is_read_again_was_used_again(harness: CacheHarness) -> None:
+    for uses in range(2):
+        harness.run(harness.manifest("1"))
+        assert [entry.used_again for entry in harness.blobs.walk()] == [uses > 0]
+
+
 def test_moved_tag_costs_one_pull(harness: CacheHarness) -> None:
     harness.run(harness.manifest("1"))
     app_repository(harness).put_manifest(TWO, "1")

@@ -26,19 +26,20 @@ from tests.store.support.reactor import SteppedReactor
 
 APP = "library/app"
 DAY = 86400
+CLIENT = "192.0.2.1"
 
 
 def content(number: int, size: int = 1000) -> bytes:
     return bytes([number]) * size
 
 
-def put_blob(harness: CacheHarness, number: int, size: int = 1000) -> Digest:
+def put_blob(harness: CacheHarness, number: int, size: int = 1000, client: str = "", registry: str = "") -> Digest:
     """Store a blob like a manifest, and record it."""
     data = content(number, size)
     digest = Digest.of(data)
     harness.blobs.put(data, digest)
     os.utime(harness.layout.blob(digest), (harness.now(), harness.now()))
-    harness.run(harness.space.record(digest, size))
+    harness.run(harness.space.record(digest, size, client, registry))
     harness.reactor.advance(1)
     return digest
 
@@ -59,10 +60,15 @@ def reserve(harness: CacheHarness, key: IngestKey, size: int, existing_size: int
 
 
 def refusal(
-    harness: CacheHarness, key: IngestKey, size: int, expected_size: int | None = None, existing_size: int = 0
+    harness: CacheHarness,
+    key: IngestKey,
+    size: int,
+    expected_size: int | None = None,
+    existing_size: int = 0,
+    client: str = "",
 ) -> str:
     expected_size = size if expected_size is None else expected_size
-    return harness.run(harness.space.reserve(key, size, expected_size, existing_size))  # type: ignore[no-any-return]
+    return harness.run(harness.space.reserve(key, size, expected_size, existing_size, client))  # type: ignore[no-any-return]
 
 
 def stored_digests(harness: CacheHarness) -> set[Digest]:
@@ -151,7 +157,7 @@ def test_reservation_that_cannot_grow_keeps_its_bytes(make_harness: Callable[...
 
 
 async def use_reservation(harness: CacheHarness, ingest: Ingest, sizes: list[int], *, commit: bool) -> None:
-    async with harness.space.reservation(ingest) as reservation:
+    async with harness.space.reservation(ingest, CLIENT) as reservation:
         for size in sizes:
             await reservation.grow(size, size)
             assert harness.space.index.total == size
@@ -182,7 +188,7 @@ def test_commit_needs_no_space_beside_the_reservation(make_harness: Callable[...
     ingest.append([content(1)])
 
     async def commit() -> None:
-        async with harness.space.reservation(ingest) as reservation:
+        async with harness.space.reservation(ingest, CLIENT) as reservation:
             await reservation.grow(1000, 1000)
             ingest.commit(harness.blobs)
             await reservation.commit(1000)
@@ -378,6 +384,58 @@ def test_blob_larger_than_its_part_of_the_cache(make_harness: Callable[..., Cach
     harness.space.release(NEW)
 
 
+def test_downloads_of_one_client_have_half_if_others_would_have_to_go(
+    make_harness: Callable[..., CacheHarness],
+) -> None:
+    harness = make_harness(limit=2000, max_blob_size=1500)
+    keys = [key_of(registry, number) for registry in (EVIL, GOOD) for number in (1, 2)]
+    assert refusal(harness, keys[0], 700, client=CLIENT) == ""
+    assert refusal(harness, keys[1], 700, client=CLIENT) == ""  # into free space
+    harness.space.release(keys[1])
+    one = put_blob(harness, 1, 1000)
+    reason = f"unfinished downloads from {EVIL} that {CLIENT} has requested have 700 of the 1000 bytes that"
+    for _ in range(2):
+        assert reason in refusal(harness, keys[1], 301, client=CLIENT)
+    assert refusal(harness, keys[1], 300, client=CLIENT) == ""
+    assert stored_digests(harness) == {one}
+    assert harness.space.report_bounds()[0] == {
+        "name": "bytes of the cache by client", "used": 2000, "limit": 2000, "share": 1000, "refused": 2,
+        "clients": {CLIENT: 1000},
+    }  # fmt: skip
+    assert refusal(harness, keys[2], 301, client=CLIENT) == ""
+    assert refusal(harness, keys[3], 301, client="192.0.2.2") == ""
+    for key in keys:
+        harness.space.release(key)
+
+
+def test_one_blob_may_be_larger_than_the_share_of_a_client(make_harness: Callable[..., CacheHarness]) -> None:
+    harness = make_harness(limit=2000, max_blob_size=1500)
+    put_blob(harness, 1, 1000)
+    assert refusal(harness, NEW, 1500, client=CLIENT) == ""
+    harness.space.release(NEW)
+
+
+def test_a_second_use_survives_a_restart(make_harness: Callable[..., CacheHarness]) -> None:
+    harness = make_harness(limit=3000)
+    one, two = put_blob(harness, 1), put_blob(harness, 2)
+    harness.space.touch(one)
+    harness.reactor.advance(0)
+    restarted = make_harness(limit=3000)
+    assert restarted.layout.root == harness.layout.root
+    restarted.run(restarted.space.maintain())
+    assert {entry.key for entry in restarted.blobs.walk() if entry.used_again} == {one}
+    put_blob(restarted, 3, 1500)
+    assert stored_digests(restarted) == {one, Digest.of(content(3, 1500))}
+    assert two not in restarted.space.index
+
+
+def test_a_manifest_that_is_stored_again_is_used_again(make_harness: Callable[..., CacheHarness]) -> None:
+    harness = make_harness(limit=3000)
+    one = put_blob(harness, 1)
+    put_blob(harness, 1)
+    assert {entry.key for entry in harness.blobs.walk() if entry.used_again} == {one}
+
+
 def test_downloads_from_one_registry_have_a_share(make_harness: Callable[..., CacheHarness]) -> None:
     harness = make_harness(limit=2000, max_blob_size=1500)
     one = put_blob(harness, 1, 400)
@@ -465,12 +523,12 @@ def test_changes_during_rescan(harness: CacheHarness) -> None:
     assert harness.reactor.pool.waiting == 1  # the scan has finished, but its result is delayed
     two = Digest.of(content(2))
     harness.blobs.put(content(2), two)
-    harness.start(harness.space.record(two, 1000))
+    harness.start(harness.space.record(two, 1000, CLIENT, str(HUB)))
     harness.start(harness.space.purge([one]))
     harness.reactor.pool.release()
     assert maintaining.called
     assert harness.space.index.total == 1000
-    assert list(harness.space.index._entries) == [str(two)]
+    assert (one in harness.space.index, two in harness.space.index) == (False, True)
 
 
 def test_failing_scan(harness: CacheHarness, monkeypatch: pytest.MonkeyPatch) -> None:

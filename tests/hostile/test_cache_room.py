@@ -7,13 +7,12 @@ ask for it, leave, or do not read what they asked for.
 from __future__ import annotations
 
 import http.client
-import json
-import subprocess
-import sys
+import stat
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from typing import Any
+from pathlib import Path
 
 import pytest
 
@@ -23,6 +22,7 @@ from tests.e2e.harness.images import TypedContent, random_bytes, sha256_digest
 from tests.e2e.harness.process import wait_until
 from tests.e2e.harness.registry_daemon import RegistryDaemon
 from tests.hostile.conftest import EVIL, GOOD, HostileNetwork, StartRegistryDaemon
+from tests.hostile.processes import debug, debug_bounds
 
 MIB = 1 << 20
 
@@ -44,11 +44,21 @@ class Cache:
         """Put a blob into the honest registry, and return its URL."""
         return f"{GOOD}/v2/team/app/blobs/{self._network.good.put_blob('team/app', random_bytes(size, seed))}"
 
-    def hits(self) -> int:
-        """Return how many of the eight blobs are still in the cache, without downloading those that are not."""
-        digests = [url.rpartition(":")[2] for url in self.urls]
-        blobs = self.daemon.state_folder / "cache/docker/registry/v2/blobs/sha256"
-        return sum((blobs / digest[:2] / digest / "data").exists() for digest in digests)
+    def hits(self, count: int = 8) -> int:
+        """Return how many of the first `count` blobs are still in the cache, without downloading those that are not."""
+        return sum(self.file(url).exists() for url in self.urls[:count])
+
+    def use_again(self, urls: list[str]) -> None:
+        """Request these cached blobs again, and wait until the cache has noted it in their files."""
+        for url in urls:
+            assert self.client.get(url).cache_status in ("HIT", "JOINED")
+        files = [self.file(url) for url in urls]
+        wait_until(lambda: all(file.stat().st_mode & stat.S_ISVTX for file in files), "the files show the second uses")
+
+    def file(self, url: str) -> Path:
+        """Return the path of the blob's file."""
+        digest = url.rpartition(":")[2]
+        return self.daemon.state_folder / "cache/docker/registry/v2/blobs/sha256" / digest[:2] / digest / "data"
 
     def assert_caches(self) -> None:
         """Check that the cache still takes blobs of the honest registry."""
@@ -157,13 +167,59 @@ def test_reader_of_an_evicted_blob_gets_all_of_it(cache: Cache) -> None:
         assert start + response.read() == random_bytes(MIB, "popular 0")
 
 
-def read_debug(daemon: RegistryDaemon) -> list[dict[str, Any]]:
-    """Return what `dockerproxy debug` says of each process."""
-    socket_path = daemon.state_folder / "run" / "control.sock"
-    command = [sys.executable, "-m", "dockerproxy.cli", "debug", "--json", "--socket", str(socket_path)]
-    result = subprocess.run(command, capture_output=True, check=True, env={**daemon.environment})
-    processes: list[dict[str, Any]] = json.loads(result.stdout)["processes"]
-    return processes
+def evil_blobs(network: HostileNetwork, count: int) -> list[str]:
+    """Put `count` blobs of 1 MiB into the hostile registry, with the right digests, and return their URLs."""
+    digests = [network.evil.put_blob("x/y", random_bytes(MIB, f"new {number}")) for number in range(count)]
+    return [f"{EVIL}/v2/x/y/blobs/{digest}" for digest in digests]
+
+
+def test_ever_new_blobs_replace_themselves(cache: Cache, network: HostileNetwork) -> None:
+    """A client pulls ten times the cache from its own registry, which sends what it should."""
+    cache.use_again(cache.urls[:6])
+    for url in evil_blobs(network, 100):
+        assert cache.client.get(url).cache_status == "MISS"
+    assert cache.hits(6) == 6
+    assert [cache.client.get(url).cache_status for url in cache.urls[:6]] == ["HIT"] * 6
+    cache.assert_caches()
+
+
+def test_ever_new_blobs_at_once_have_half_of_the_cache(cache: Cache, network: HostileNetwork) -> None:
+    cache.use_again(cache.urls[:6])
+    with ThreadPoolExecutor(20) as threads:
+        statuses = [response.status for response in threads.map(cache.client.get, evil_blobs(network, 100))]
+    assert statuses == [200] * 100
+    assert cache.hits() >= 3  # half of the cache, without links, unfinished downloads and what is freed in advance
+
+
+def test_blobs_that_one_client_requests_twice_have_half_of_the_cache(cache: Cache, network: HostileNetwork) -> None:
+    cache.use_again(cache.urls[:6])
+    for url in evil_blobs(network, 30):
+        cache.client.get(url)
+        cache.client.get(url)
+    assert cache.hits() >= 3  # half of the cache, without links, unfinished downloads and what is freed in advance
+    names = ("bytes of the cache by client", "bytes of the cache by registry")
+    by_client, by_registry = (debug_bounds(cache.daemon)[name][0] for name in names)
+    assert by_client["share"] == by_registry["share"] == 5 * MIB
+    assert 0 < by_registry["clients"]["evil.test"] <= 6 * MIB
+
+
+def test_new_images_of_a_fleet_replace_the_old_ones(cache: Cache) -> None:
+    """Two nodes pull each image, which replaces those used longest ago, whether or not they were used again."""
+    cache.use_again(cache.urls)
+    urls = [cache.put(MIB, f"new image {number}") for number in range(24)]
+    for url in urls:
+        cache.client.get(url)
+        cache.use_again([url])
+    assert cache.hits() == 0
+    assert [cache.client.get(url).cache_status for url in urls[-6:]] == ["HIT"] * 6
+
+
+def test_second_uses_count_after_a_restart(cache: Cache, network: HostileNetwork) -> None:
+    cache.use_again(cache.urls[:6])
+    cache.daemon.restart()
+    for url in evil_blobs(network, 30):
+        cache.client.get(url)
+    assert cache.hits(6) == 6
 
 
 def drip(gate: threading.Event) -> ResponseBehaviour:
@@ -189,10 +245,9 @@ def test_dripping_downloads_leave_room_to_others(cache: Cache, network: HostileN
         cache.assert_caches()
         large = cache.put(2 * MIB, "large")
         assert cache.client.get(large).body == random_bytes(2 * MIB, "large")
-        debug = read_debug(cache.daemon)
-        assert sum(len(process["downloads"]) for process in debug) >= 60
-        bounds = [bound for process in debug for bound in process["bounds"] if bound["name"] == "downloads by registry"]
-        assert sum(bound["clients"].get("evil.test", 0) for bound in bounds) >= 60
+        assert sum(len(process["downloads"]) for process in debug(cache.daemon)["processes"]) >= 40
+        bounds = debug_bounds(cache.daemon)["downloads by registry"]
+        assert sum(bound["clients"].get("evil.test", 0) for bound in bounds) >= 40
 
 
 def test_no_digest_of_another_leaves_its_bytes(cache: Cache, network: HostileNetwork) -> None:

@@ -285,3 +285,28 @@ def test_is_cached_samples_the_page_cache(layout: Layout, monkeypatch: pytest.Mo
         missing.add(263_144)
         assert not blob.is_cached(1000, 270_000)
         assert blob.is_cached(1000, 1)
+
+
+def test_second_use_is_noted_in_the_file(layout: Layout) -> None:
+    blobs, content = Blobs(layout, False), b"content"
+    digest, other = Digest.of(content), Digest.of(b"other")
+    blobs.put(content, digest)
+    blobs.mark_used_again(other)  # it may have been evicted
+    assert [entry.used_again for entry in blobs.walk()] == [False]
+    blobs.mark_used_again(digest)
+    assert [entry.used_again for entry in blobs.walk()] == [True]
+    assert os.stat(layout.blob(digest)).st_mode & 0o777 == 0o600
+    blobs.touch(digest)
+    assert [entry.used_again for entry in blobs.walk()] == [True]
+
+
+def test_second_use_is_not_noted_in_another_file(layout: Layout, tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    target.write_bytes(b"content")
+    digest = Digest.of(b"content")
+    path = Path(layout.blob(digest))
+    path.parent.mkdir(parents=True)
+    path.symlink_to(target)
+    mode = target.stat().st_mode
+    Blobs(layout, False).mark_used_again(digest)
+    assert target.stat().st_mode == mode

@@ -11,6 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from dockerproxy.oci.names import Digest
 from dockerproxy.store import lru_index
 from dockerproxy.store.eviction import Entry
+from dockerproxy.store.layout import IngestKey
 from dockerproxy.store.lru_index import CacheFull, LRUIndex
 
 
@@ -32,7 +33,10 @@ SIZES = st.integers(0, 60)
 
 
 class LRUIndexMachine(RuleBasedStateMachine):
-    """Compare `LRUIndex` with a dict of sizes and last uses, and a dict of pins. Each use advances the time by one."""
+    """Compare `LRUIndex` with a dict of sizes and last uses, the set of those used again, and a dict of pins.
+
+    Each use advances the time by one.
+    """
 
     @initialize(limit=st.integers(0, 200))
     def start(self, limit: int) -> None:
@@ -40,6 +44,7 @@ class LRUIndexMachine(RuleBasedStateMachine):
         self.limit = limit
         self.now = 0.0
         self.model: dict[Digest, tuple[int, float]] = {}
+        self.again: set[Digest] = set()
         self.pins: dict[Digest, int] = {}
 
     def tick(self) -> float:
@@ -48,12 +53,20 @@ class LRUIndexMachine(RuleBasedStateMachine):
 
     @rule(digest=DIGESTS, size=SIZES)
     def add(self, digest: Digest, size: int) -> None:
+        is_second_use = self.use_again(digest)
         self.model[digest] = (size, self.tick())
-        self.index.add(digest, size, self.now)
+        assert self.index.add(digest, size, self.now) is is_second_use
+
+    def use_again(self, digest: Digest) -> bool:
+        """Record a use of `digest` in `again`, and return whether it is the second one."""
+        is_second_use = digest in self.model and digest not in self.again
+        if is_second_use:
+            self.again.add(digest)
+        return is_second_use
 
     @rule(digest=DIGESTS)
     def touch(self, digest: Digest) -> None:
-        self.index.touch(digest, self.tick())
+        assert self.index.touch(digest, self.tick()) is self.use_again(digest)
         if digest in self.model:
             self.model[digest] = (self.model[digest][0], self.now)
 
@@ -61,6 +74,7 @@ class LRUIndexMachine(RuleBasedStateMachine):
     def remove(self, digest: Digest) -> None:
         self.index.remove(digest)
         self.model.pop(digest, None)
+        self.again.discard(digest)
 
     @rule(digest=DIGESTS)
     def pin(self, digest: Digest) -> None:
@@ -76,9 +90,16 @@ class LRUIndexMachine(RuleBasedStateMachine):
             self.index.unpin(digest)
             self.pins[digest] -= 1
 
-    @rule(found=st.dictionaries(DIGESTS, st.tuples(SIZES, st.integers(0, 20))))
-    def rescan(self, found: dict[Digest, tuple[int, int]]) -> None:
-        rescan(self.index, [Entry(digest, size, float(last_used)) for digest, (size, last_used) in found.items()])
+    @rule(found=st.dictionaries(DIGESTS, st.tuples(SIZES, st.integers(0, 20))), again=st.sets(DIGESTS))
+    def rescan(self, found: dict[Digest, tuple[int, int]], again: set[Digest]) -> None:
+        rescan(
+            self.index,
+            [Entry(digest, size, float(last), digest in again) for digest, (size, last) in found.items()],
+        )
+        again = {digest for digest in found if digest in again or digest in self.again}
+        self.again = {digest for digest in self.again if self.is_pinned(digest)} | {
+            digest for digest in again if not (digest in self.model and self.is_pinned(digest))
+        }
         model = {digest: entry for digest, entry in self.model.items() if self.is_pinned(digest)}
         for digest, (size, last) in found.items():
             if digest not in model:
@@ -111,12 +132,19 @@ class LRUIndexMachine(RuleBasedStateMachine):
         return self.pins.get(digest, 0) > 0
 
     def check_evicted(self, evicted: list[Digest]) -> None:
-        lasts = [self.model.pop(digest)[1] for digest in evicted]
         assert not any(map(self.is_pinned, evicted))
-        assert lasts == sorted(lasts)
-        assert all(
-            last >= lasts[-1] for digest, (_, last) in self.model.items() if lasts and not self.is_pinned(digest)
-        )
+        for again in (False, True):
+            lasts = [self.model[digest][1] for digest in evicted if (digest in self.again) is again]
+            assert lasts == sorted(lasts)
+            left = [
+                last
+                for digest, (_, last) in self.model.items()
+                if (digest in self.again) is again and digest not in evicted and not self.is_pinned(digest)
+            ]
+            assert not lasts or not left or min(left) >= lasts[-1]
+        for digest in evicted:
+            del self.model[digest]
+        self.again -= set(evicted)
 
     @invariant()
     def check_total(self) -> None:
@@ -179,7 +207,7 @@ def test_changes_during_a_rescan_are_retained() -> None:
     index.unpin(digest(7))
     assert index.total == 20 + 4 * 10 + 70 + 5
     index.limit = 0
-    assert index.evict(0) == list(map(digest, (3, 4, 5, 1, 2, 6, 7)))
+    assert index.evict(0) == list(map(digest, (3, 4, 5, 6, 7, 1, 2)))  # 1 and 2 were used again
     # After the rescan, changes are no longer recorded.
     index.touch(digest(1), 20)
     assert index._dirty is None
@@ -231,7 +259,7 @@ def test_other_files_count_towards_the_limit() -> None:
     with pytest.raises(CacheFull, match="1000 bytes with 300 bytes in use"):
         index.evict(701)
     index.overhead = 900
-    assert index.expire(1e9, 10) == [digest(1), digest(2), digest(3), digest(4)]
+    assert index.expire(1e9, 10) == [digest(1), digest(2), digest(3)]
 
 
 def test_eviction_by_number() -> None:
@@ -262,3 +290,69 @@ def test_gc_tracked_objects_do_not_grow_with_the_index() -> None:
         tracked[count] = len(gc.get_objects()) - before
         assert index.total == count
     assert abs(tracked[3000] - tracked[10]) < 20
+
+
+def test_new_blobs_replace_themselves_and_not_those_used_again() -> None:
+    index = LRUIndex(100)
+    for number in range(8):
+        index.add(digest(number), 10, number, "fleet", "good.test")
+    assert [index.touch(digest(number), 10 + number) for number in range(8)] == [True] * 8
+    assert index.touch(digest(0), 20) is False
+    for number in range(100, 200):
+        index.evict(10)
+        assert index.add(digest(number), 10, number, "scan", "evil.test") is False
+    assert all(digest(number) in index for number in range(8))
+    assert index.held_bytes() == ({"fleet": 80, "scan": 20}, {"good.test": 80, "evil.test": 20})
+
+
+def test_blobs_used_once_only_are_a_plain_lru() -> None:
+    index = LRUIndex(100)
+    for number in range(50):
+        index.evict(10)
+        index.add(digest(number), 10, number, "fleet", "good.test")
+    assert [digest(number) in index for number in range(50)] == [False] * 40 + [True] * 10
+
+
+def test_new_blobs_used_again_replace_those_used_longest_ago() -> None:
+    index = LRUIndex(100)
+    for number in range(50):
+        index.evict(10)
+        index.add(digest(number), 10, number, "fleet", "good.test")
+        index.touch(digest(number), number)
+    assert [digest(number) in index for number in range(50)] == [False] * 40 + [True] * 10
+
+
+@pytest.mark.parametrize("owner", ["client", "registry"])
+def test_who_requests_each_blob_twice_has_half(owner: str) -> None:
+    def owners(name: str, number: int) -> dict[str, str]:
+        return {key: name if key == owner else f"{name} {number}" for key in ("client", "registry")}
+
+    index = LRUIndex(100)
+    for number in range(8):
+        index.add(digest(number), 10, number, **owners("fleet", number % 4))
+        index.touch(digest(number), 10 + number)
+    for number in range(100, 200):
+        index.evict(10)
+        index.add(digest(number), 10, number, **owners("scan", number))
+        index.touch(digest(number), number)
+    assert sum(digest(number) in index for number in range(8)) >= 4
+
+
+def test_a_blob_keeps_who_brought_it() -> None:
+    index = LRUIndex(1000)
+    index.add(digest(1), 10, 1, "first", "a.test")
+    index.add(digest(1), 10, 2, "second", "b.test")
+    rescan(index, [Entry(digest(1), 10, 3.0), Entry(digest(2), 5, 4.0, used_again=True)])
+    assert index.held_bytes() == ({"first": 10, "": 5}, {"a.test": 10, "": 5})
+    assert index.touch(digest(2), 5) is False
+
+
+def test_a_partial_download_is_never_used_again() -> None:
+    index = LRUIndex(100)
+    key = IngestKey("evil.test", digest(1))
+    for size in (10, 20, 30):
+        assert index.add(key, size, size) is False
+    index.add(digest(2), 10, 1)
+    index.touch(digest(2), 40)
+    index.limit = 35
+    assert index.evict(0) == [key]

@@ -47,7 +47,7 @@ class WorkerStub:
 
     def reserve(self, key: IngestKey, size: int) -> list[Any]:
         """Return whether the reservation succeeds, as the only element of a list."""
-        outcome = self.start(self.space.reserve(key, size, size, 0))
+        outcome = self.start(self.space.reserve(key, size, size, 0, "192.0.2.1"))
         return [result == "" for result in outcome]
 
     def release(self, key: IngestKey) -> None:
@@ -153,7 +153,7 @@ def test_main_process_takes_over_a_reservation(
 ) -> None:
     one, _ = workers
     one.reserve(ONE, 300)
-    one.start(main_process.space.reserve(ONE, 300, 300, 0))
+    one.start(main_process.space.reserve(ONE, 300, 300, 0, "192.0.2.1"))
     one.die()
     assert main_process.reserved_bytes == 300
     main_process.space.release(ONE)
@@ -179,7 +179,7 @@ def test_reservation_fails_without_the_main_process(workers: tuple[WorkerStub, W
 
 async def commit(worker: WorkerStub, blobs: Blobs, ingest: Ingest) -> None:
     """Commit an ingest as a download of the worker does."""
-    async with worker.space.reservation(ingest) as reservation:
+    async with worker.space.reservation(ingest, "192.0.2.1") as reservation:
         await reservation.grow(ingest.size, ingest.size)
         ingest.commit(blobs)
         await reservation.commit(ingest.size)
@@ -219,7 +219,7 @@ def test_worker_dies_between_commit_and_its_report(
 
 def test_recorded_blob_is_counted(main_process: MainProcessStub, workers: tuple[WorkerStub, WorkerStub]) -> None:
     one, _ = workers
-    one.start(one.space.record(ONE.digest, 250))
+    one.start(one.space.record(ONE.digest, 250, "192.0.2.1", "registry.example"))
     assert main_process.reserved_bytes == 250
 
 
@@ -229,7 +229,7 @@ def test_uses_are_reported_in_batches_and_prevent_eviction(
     one, _ = workers
     for content in (b"a" * 400, b"b" * 400):
         main_process.blobs.put(content, Digest.of(content))
-        one.start(one.space.record(Digest.of(content), 400))
+        one.start(one.space.record(Digest.of(content), 400, "192.0.2.1", "registry.example"))
         main_process.reactor.advance(100)
     for _ in range(3):
         one.space.touch(Digest.of(b"a" * 400))
