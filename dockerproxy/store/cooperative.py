@@ -30,8 +30,7 @@ class CooperativeThread:
 
     reactor: Any
     _clock: Callable[[], float] = field(default=time.thread_time, kw_only=True)
-    _sleep: Callable[[float], object] = field(default=time.sleep, kw_only=True)
-    _stopping: Event = field(factory=Event, init=False)
+    _stopping: Event = field(factory=Event, kw_only=True)
 
     async def run(self, steps: Iterator[None]) -> None:
         """Exhaust `steps` in a thread. Each step may block briefly.
@@ -50,5 +49,5 @@ class CooperativeThread:
             if self._stopping.is_set():
                 raise Stopped
             if self._clock() >= pause_at:
-                self._sleep(_SLICE)
+                self._stopping.wait(_SLICE)
                 pause_at = self._clock() + _SLICE
