@@ -157,10 +157,10 @@ class CacheSpaceManager(CacheSpace):
 
     Bytes that are not verified yet may take only a part of the cache, so that no registry can replace all blobs by
     bytes that nobody will ever use: `max_blob_size` for one blob, as much for all of one registry, and seven eighths
-    (or `max_blob_size`) for all together. What one client downloads from one registry may have half of the cache, or
+    (or `max_blob_size`) for all together. The downloads of one client from one registry may have half of the cache, or
     be one blob. Partial downloads that nobody continues make room first.
 
-    What is evicted then is decided by `store.eviction`: blobs that were used once before those that were used again.
+    `store.eviction` decides which are evicted then: blobs that were used once before those that were used again.
 
     Links and records count as well. The janitor keeps them within their part of the limit; if there are more between
     two of its walks, they do not take the space of blobs.

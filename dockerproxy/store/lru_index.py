@@ -102,7 +102,7 @@ class Segments:
 
 @define
 class LRUIndex:
-    """The blobs and partial downloads of a cache of at most `limit` bytes, and who uses them.
+    """The blobs and partial downloads of a cache of at most `limit` bytes, and their users.
 
     To reserve the bytes of a download, add it with the reserved size and pin it. Evicted blobs are
     removed from the index at once, so that two callers never get the same bytes. The caller deletes them from disk.
