@@ -195,6 +195,10 @@ class UpstreamBroken(UpstreamError):
     """The response was truncated or invalid: wrong digest, length or type."""
 
 
+class ResponseCutOff(UpstreamBroken):
+    """The connection ended within the body, or at its end if nothing tells where that is. Only a digest can tell."""
+
+
 class DestinationForbidden(UpstreamError):
     """The settings forbid connections to the address."""
 

@@ -22,7 +22,7 @@ from dockerproxy.cache.download_state import DownloadState
 from dockerproxy.cache.downloads import BlobDownload, Downloads
 from dockerproxy.cache.identity import PUBLIC
 from dockerproxy.cache.open_readers import OpenReaders
-from dockerproxy.cache.possession import PossessionCheck
+from dockerproxy.cache.possession import PossessionCheck, verified_size
 from dockerproxy.cache.space import CacheSpace
 from dockerproxy.cache.upstream import (
     RegistryClient,
@@ -50,10 +50,12 @@ from dockerproxy.oci.ranges import parse_content_range
 from dockerproxy.store.blob_reader import StoredBlobReader
 from dockerproxy.store.blobs import Blobs
 from dockerproxy.store.links import Links, Visibility
+from dockerproxy.upstream.content_coding import content_codings
 from dockerproxy.upstream.credentials import ClientCredential
 
 _NO_HEADERS = Headers()
 _OVERLOAD_ERRNOS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # upstream cannot be reached either
+_MAX_MEASURED = 1 << 36  # bytes
 _MAX_ATTEMPTS = 3  # because a blob may be evicted between lookup and opening
 
 log = Logger()
@@ -302,7 +304,7 @@ class CachedBlobs:
         if response.status == 429:
             raise await self._error_from(principal, response)
         await response.discard()
-        if response.status == 200 and response.length is not None:
+        if response.status == 200 and response.length is not None and not content_codings(response.headers):
             return response.length
         # A registry may refuse HEAD only, and a signed URL may be valid for GET only.
         return await self._probe(principal, digest, None)
@@ -327,10 +329,12 @@ class CachedBlobs:
 
     async def _read_size(self, principal: UpstreamPrincipal, digest: Digest, response: UpstreamResponse) -> int | None:
         """Return the size that a response to a request of the first byte gives. Read or discard its body."""
+        if response.status in (200, 206) and content_codings(response.headers):
+            return await self._measure(principal, digest)
         if response.status == 200:
             size = response.length
             if size is None:
-                return await _verify_and_measure(response, digest)
+                return await self._verify(response, digest)
         elif response.status == 206:
             size = _total_size(response)
         elif response.status == 416:
@@ -338,6 +342,23 @@ class CachedBlobs:
         else:
             raise await self._error_from(principal, response)
         await response.discard()
+        return size
+
+    async def _measure(self, principal: UpstreamPrincipal, digest: Digest) -> int:
+        """Return the size of a blob that upstream sends with codings: all that it says is about the coded content."""
+        response = await self._request("GET", principal, digest)
+        try:
+            if response.status != 200:
+                raise await self._error_from(principal, response)
+            return await self._verify(response, digest)
+        finally:
+            response.abort()
+
+    async def _verify(self, response: UpstreamResponse, digest: Digest) -> int:
+        """Read a response of unknown length and return its size. Raise `UpstreamBroken` if the digest differs."""
+        size = await verified_size(self._reactor, response, digest, _MAX_MEASURED)
+        if size is None:
+            raise error_for_content(response, f"upstream returned content that does not match {digest}")
         return size
 
     async def _request(
@@ -382,17 +403,6 @@ def _is_shared_failure(error: RegistryError) -> bool:
     Upstream may have broken off, or failed, only because of one client's credential.
     """
     return isinstance(error, UpstreamUnreachable | UpstreamTimeout)
-
-
-async def _verify_and_measure(response: UpstreamResponse, digest: Digest) -> int:
-    """Read a response of unknown length and return its size. Raise `UpstreamBroken` if the digest differs."""
-    hasher, size = digest.hasher(), 0
-    while data := await response.read_chunk():
-        hasher.update(data)
-        size += len(data)
-    if hasher.hexdigest() != digest.hex:
-        raise error_for_content(response, f"upstream returned content that does not match {digest}")
-    return size
 
 
 def _total_size(response: UpstreamResponse) -> int | None:

@@ -22,7 +22,7 @@ from dockerproxy.bounded_dict import BoundedDict
 from dockerproxy.cache.best_effort import try_put
 from dockerproxy.cache.upstream import UpstreamAgent, error_from_response
 from dockerproxy.concurrency import SingleFlight
-from dockerproxy.errors import NameInvalid, RegistryError, UpstreamBroken, is_outage
+from dockerproxy.errors import CaptivePortalSuspected, NameInvalid, RegistryError, UpstreamBroken, is_outage
 from dockerproxy.http.headers import Headers
 from dockerproxy.net.dial import AddressCheck
 from dockerproxy.oci.challenge import Challenge, parse_challenges
@@ -166,8 +166,12 @@ class Challenges:
         query = realm.complete(f"service={quote(service)}" if service else "")
         address_check = self._address_check_for(realm.server.host)
         response = await self._agent.request("GET", realm.url(query), Headers(), address_check=address_check)
-        if response.status == 429 or response.status >= 500:
-            raise await error_from_response(realm.server, response)
+        if response.status >= 400:
+            error = await error_from_response(realm.server, response)
+            if is_outage(error):
+                raise error
+        elif is_page(response.headers):
+            raise CaptivePortalSuspected(f"{realm.server} returned a web page instead of a token")
         await response.discard()
 
     def cached(self, registry: Registry) -> list[Challenge]:

@@ -56,6 +56,7 @@ from dockerproxy.store.blobs import Blobs
 from dockerproxy.store.links import Links, Visibility
 from dockerproxy.store.records import Records
 from dockerproxy.thread_pool import ContentParser
+from dockerproxy.upstream.content_coding import content_codings
 from dockerproxy.upstream.refusals import is_page
 
 _MAX_TAG_ENTRIES = 16  # of one kind per tag (public or private, claimed or not): one for each set of media types
@@ -333,12 +334,14 @@ class CachedManifests:
     async def _handle_head(
         self, principal: UpstreamPrincipal, reference: Reference, accept: list[str], response: UpstreamResponse
     ) -> ManifestResponse:
-        header_digest, size, key = _digest_field(response), response.length, principal.repository.key
+        header_digest, key = _digest_field(response), principal.repository.key
         await response.discard()
         digest = reference if isinstance(reference, Digest) else header_digest
         sent_before = digest is not None and self._links.has_manifest(key, digest)
         stored_size = self._blobs.size(digest) if digest is not None and sent_before else None
         is_same = stored_size is not None and not is_page(response.headers)
+        # With a coding, the length is that of the coded content.
+        size = stored_size if content_codings(response.headers) else response.length
         conclusive = header_digest == digest if header_digest is not None else is_same
         media_type = _media_type_field(response)
         if (
@@ -360,14 +363,14 @@ class CachedManifests:
         self, principal: UpstreamPrincipal, reference: Reference, accept: list[str], response: UpstreamResponse
     ) -> ManifestResponse:
         registry = principal.repository.registry
-        content = await response.read_all(MAX_MANIFEST)
+        claimed_digest = reference if isinstance(reference, Digest) else _digest_field(response)
+        content = await response.read_all(MAX_MANIFEST, claimed_digest)
         try:
             body_type = await self._parser.parse(media_type_of, content, client=str(registry))
             media_type = _media_type_field(response) or body_type
         except ManifestInvalid:
             message = f"{registry} returned content for {reference} that is not a valid manifest"
             raise error_for_content(response, message) from None
-        claimed_digest = reference if isinstance(reference, Digest) else _digest_field(response)
         if media_type == body_type == DOCKER_SCHEMA1_SIGNED and claimed_digest is not None:
             # Not cached, because its digest covers only a part of the content, the JWS payload.
             self._record_grant(principal)

@@ -14,10 +14,12 @@ from __future__ import annotations
 import hmac
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from hashlib import sha256
 from typing import Any
 
 from attrs import frozen
+from twisted.internet.task import deferLater
 
 from dockerproxy.cache.upstream import (
     RegistryClient,
@@ -27,10 +29,11 @@ from dockerproxy.cache.upstream import (
     error_from_response,
 )
 from dockerproxy.concurrency import in_thread
-from dockerproxy.errors import UpstreamBroken
+from dockerproxy.errors import ResponseCutOff, UpstreamBroken
 from dockerproxy.http.headers import Headers
 from dockerproxy.oci.names import Digest
 from dockerproxy.store.blobs import Blobs, OpenBlob
+from dockerproxy.upstream.content_coding import Decoder, can_decode, content_codings
 
 _MAX_WHOLE = 64 * 1024  # bytes; smaller blobs are requested as a whole, because a part of them proves little
 _PART_SIZE = 16 * 1024  # bytes
@@ -91,7 +94,12 @@ class PossessionCheck:
         response = await self._request(principal, digest, Headers([("range", part.range)]))
         try:
             if response.status == 206 or (response.status == 200 and part.start == 0):
-                await self._compare(principal, digest, response, part.content)
+                try:
+                    await self._compare(principal, digest, response, part.content)
+                except UpstreamBroken:
+                    if content_codings(response.headers):
+                        return False  # it is perhaps a part of the coded content
+                    raise
                 await response.discard()
                 return True
             if response.status == 200 or response.status in _RANGE_REFUSED:
@@ -118,13 +126,7 @@ class PossessionCheck:
         try:
             if response.status != 200:
                 raise await error_from_response(principal.repository.registry, response, "BLOB_UNKNOWN")
-            hasher, received = digest.hasher(), 0
-            while data := await response.read_chunk():
-                hasher.update(data)
-                received += len(data)
-                if received > size:
-                    raise _other_content(principal, digest, response)
-            if hasher.hexdigest() != digest.hex:
+            if await verified_size(self._reactor, response, digest, size) is None:
                 raise _other_content(principal, digest, response)
         finally:
             response.abort()
@@ -162,6 +164,36 @@ class PossessionCheck:
             text = f"possession\n{principal.repository.registry.host}\n{blob.digest}\n{number}"
             value = hmac.new(self._secret, text.encode(), sha256).digest()
             yield int.from_bytes(value, "big") % (blob.size - _PART_SIZE) + 1
+
+
+async def verified_size(reactor: Any, response: UpstreamResponse, digest: Digest, limit: int) -> int | None:
+    """Read a whole response. Return the size of its content if that matches `digest`; None if it does not.
+
+    The framing does not matter, and codings are undone if the content does not match as it was sent. Content of more
+    than `limit` bytes does not match.
+    """
+    sent, decoded, sent_size, decoded_size = digest.hasher(), digest.hasher(), 0, 0
+    codings = content_codings(response.headers)
+    decoder = Decoder(codings) if codings and can_decode(codings) else None
+    with suppress(ResponseCutOff):
+        while data := await response.read_chunk():
+            sent.update(data)
+            sent_size += len(data)
+            if sent_size > limit + (limit // 64 + 1024 if decoder is not None else 0):  # a coding may add bytes
+                return None
+            try:
+                for piece in decoder.feed(data) if decoder is not None else ():
+                    decoded.update(piece)
+                    decoded_size += len(piece)
+                    if decoded_size > limit:
+                        decoder = None
+                        break
+                    await deferLater(reactor, 0)  # a little of coded content may be a lot of work
+            except ValueError:
+                decoder = None
+    if sent.hexdigest() == digest.hex:
+        return sent_size
+    return decoded_size if decoder is not None and decoded.hexdigest() == digest.hex else None
 
 
 def _read_part(blob: OpenBlob, start: int) -> _Part:

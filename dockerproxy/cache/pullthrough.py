@@ -18,6 +18,7 @@ from dockerproxy.cache.identity import INVALID_TOKEN, PUBLIC, Identities, LocalT
 from dockerproxy.cache.manifests import CachedManifests
 from dockerproxy.cache.token_endpoint import TokenEndpoint, TokenRequest
 from dockerproxy.cache.upstream import (
+    DecodedResponse,
     RegistryClient,
     UpstreamPrincipal,
     UpstreamRepository,
@@ -50,6 +51,7 @@ from dockerproxy.oci.names import Digest, Reference, Registry, Repository
 from dockerproxy.oci.referrers import ReferrersIndex, ReferrersQuery
 from dockerproxy.oci.routes import LIST_KINDS, Kind, Target, is_pull_query
 from dockerproxy.thread_pool import ContentParser
+from dockerproxy.upstream.content_coding import can_decode, content_codings
 from dockerproxy.upstream.credentials import Anonymous, ClientCredential, Credential
 from dockerproxy.upstream.shared_logins import SharedLogins
 
@@ -308,12 +310,20 @@ class CachedRegistry:
         if self.authorization is None and not (is_list and is_pull_query(path.partition("?")[2])):
             credential = Anonymous()
         if is_list:
-            return await self._request(method, path, name=target.name or None, credential=credential, headers=headers)
-        return await self.cache.upstream.request(
+            return self._decoded(
+                await self._request(method, path, name=target.name or None, credential=credential, headers=headers)
+            )
+        response = await self.cache.upstream.request(
             method, self.registry, path,
             name=target.name or None, credential=credential, headers=headers, body=body, follow=False,
             actions="pull" if method in ("GET", "HEAD") else "pull,push",
         )  # fmt: skip
+        return self._decoded(response)
+
+    def _decoded(self, response: UpstreamResponse) -> UpstreamResponse:
+        """Return the response without its codings, because clients get no Content-Encoding."""
+        codings = content_codings(response.headers)
+        return DecodedResponse(response, self.registry, codings) if codings and can_decode(codings) else response
 
     async def _request(self, method: str, path: str, *, credential: Credential, **options: Any) -> UpstreamResponse:
         """Send a request for a list with `credential`, or as `_try` does with another one."""

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from itertools import islice
 from typing import Any
 
 from twisted.internet.task import deferLater
 from twisted.logger import Logger
 
 from dockerproxy.cache.upstream import RegistryClient, UpstreamRepository, UpstreamResponse, error_from_response
-from dockerproxy.errors import RegistryError, UpstreamBroken, UpstreamError, UpstreamTimeout
+from dockerproxy.errors import RegistryError, ResponseCutOff, UpstreamBroken, UpstreamError, UpstreamTimeout
 from dockerproxy.http.headers import Headers
 from dockerproxy.oci.names import Digest
 from dockerproxy.oci.ranges import parse_content_range
+from dockerproxy.upstream.content_coding import (
+    PIECE_SIZE,
+    Decoder,
+    can_decode,
+    content_codings,
+    decode,
+    is_probably_coded,
+)
 from dockerproxy.upstream.retry import parse_retry_after
 
 _RETRY_DELAYS = (0.2, 0.5, 1, 2, 4, 8)  # seconds before each retry; restarts at the first after progress
@@ -25,6 +35,8 @@ _READ_BATCH_TIME = 0.002  # seconds to wait for more bytes per read
 _SLOW_READ_BATCH_TIME = 0.1  # the same after a read of less than _SMALL_READ; each read costs a write in a thread
 _SMALL_READ = 2048  # bytes
 _READ_AHEAD = 256 * 1024  # bytes
+_SHORT_CODED = 256 * 1024  # bytes; a shorter response with codings is read as a whole, so that its digest decides
+_SHORT_DECODED = 8 * 1024 * 1024  # bytes
 _MAX_RETRY_AFTER = 20.0  # seconds; upper limit for an upstream's Retry-After
 
 log = Logger()
@@ -43,7 +55,9 @@ class ResumableGet:
 
     After `open`, `size` is the size of the whole blob in bytes, or None if upstream does not give it. It is always
     known after the last `read`. `read` resumes by Range if the connection breaks off or stalls. If upstream ignores
-    the Range, the bytes before `offset` are skipped. About `read_ahead()` bytes may arrive between two reads.
+    the Range, the bytes before `offset` are skipped. A response of unknown length that is cut off twice at one byte
+    ends there; its digest tells whether that is so. A content coding is undone if the digest says so, or for a longer
+    blob if that is likely (`is_probably_coded`). About `read_ahead()` bytes may arrive between two reads.
     `wall_clock` gives the Unix time that dates from upstream are compared with.
     """
 
@@ -67,6 +81,11 @@ class ResumableGet:
         self._waited = 0.0  # seconds of the current window
         self._received = 0  # bytes in it
         self._buffer: list[bytes] = []  # read from the response, but not returned yet
+        self._codings: Sequence[str] | None = None  # to be undone; None until a response has had some
+        self._decoder: Decoder | None = None  # of the response, if its codings are undone
+        self._sent: list[bytes] = []  # read from the response, but not decoded yet
+        self._decoded: Iterator[bytes] = iter(())
+        self._cut_off_at = -1  # the offset at which the connection was cut off last
         self.offset = offset
         self.size: int | None = None
         self._read_ahead = read_ahead
@@ -101,6 +120,12 @@ class ResumableGet:
             try:
                 return await self._read(at_least)
             except UpstreamError as error:
+                if isinstance(error, ResponseCutOff) and self.size is None and self._response is not None:
+                    if self._cut_off_at == self.offset:
+                        self.size = self.offset
+                        self.abort()
+                        return []
+                    self._cut_off_at = self.offset
                 self.abort()
                 delay = next(delays, None)
                 if delay is None or isinstance(error, (PartialTooLong, UpstreamTooSlow)):  # a retry cannot succeed
@@ -128,7 +153,7 @@ class ResumableGet:
             assert self._response is not None
             self._response.limit_read_ahead(self._read_ahead())
             started = self._clock.seconds()
-            self._buffer = await self._response.read_pieces(at_least, self._batch_time)
+            self._buffer = await self._read_content(self._response, at_least, self._batch_time)
             size = sum(map(len, self._buffer))
             self._batch_time = _READ_BATCH_TIME if size >= _SMALL_READ else _SLOW_READ_BATCH_TIME
             self._check_rate(size, self._clock.seconds() - started)
@@ -171,7 +196,8 @@ class ResumableGet:
         repository = self._repository
         # Start at the last byte that is present, not at the next one: if the partial download is already complete,
         # upstream could only respond with 416 to the latter.
-        headers = Headers([("range", f"bytes={self.offset - 1}-")] if self.offset else [])
+        # Offsets in a response with codings are those of its coded content.
+        headers = Headers([("range", f"bytes={self.offset - 1}-")] if self.offset and not self._codings else [])
         response = await self._upstream.request(
             "GET", repository.registry, repository.blob_path(self._digest),
             name=repository.name, credential=repository.credential, headers=headers,
@@ -186,6 +212,10 @@ class ResumableGet:
     async def _check_response(self, response: UpstreamResponse) -> None:
         registry = self._repository.registry
         start, size = 0, response.length
+        self._decoder, self._sent, self._decoded = None, [], iter(())
+        codings = content_codings(response.headers)
+        if response.status == 200 and codings and can_decode(codings):
+            size = await self._choose_reading(response, codings)
         if response.status == 206 and self.offset:
             start, size = self._parse_range(response)
         elif response.status == 416 and self.offset:
@@ -205,6 +235,50 @@ class ResumableGet:
             self.size = size
         await self._skip(response, self.offset - start)
 
+    async def _choose_reading(self, response: UpstreamResponse, codings: Sequence[str]) -> int | None:
+        """Decide whether to undo the codings of a response to a request of the whole blob. Return the blob's size."""
+        content, ended = b"", False
+        try:
+            while len(content) <= _SHORT_CODED and not ended:
+                data = await response.read_chunk()
+                content, ended = content + data, not data
+        except ResponseCutOff:
+            if not content:
+                raise
+            ended = True
+        self._sent, size = [content], None if self._codings else response.length
+        if ended and self._codings is None:
+            with suppress(ValueError):
+                decoded = decode(content, codings, _SHORT_DECODED)
+                if Digest.of(decoded, self._digest.algorithm) == self._digest:
+                    self._codings, size = codings, len(decoded)
+            if Digest.of(content, self._digest.algorithm) == self._digest:
+                self._codings, size = (), len(content)
+        elif self._codings is None:
+            self._codings = codings if is_probably_coded(content, codings, response.headers) else ()
+        if self._codings:
+            self._decoder = Decoder(codings)
+            size = size if ended else None
+        return size
+
+    async def _read_content(self, response: UpstreamResponse, at_least: int, timeout: float) -> list[bytes]:
+        """Return the next pieces of the blob; none at the end."""
+        if self._decoder is None:
+            sent, self._sent = self._sent, []
+            return sent or await response.read_pieces(at_least, timeout)
+        try:
+            while True:
+                pieces = list(islice(self._decoded, _READ_AHEAD // PIECE_SIZE))
+                if pieces:
+                    return pieces
+                sent, self._sent = self._sent or await response.read_pieces(1, timeout), []
+                if not sent:
+                    self._decoder.finish()
+                    return []
+                self._decoded = self._decoder.feed(b"".join(sent))
+        except ValueError as error:
+            raise UpstreamBroken(f"{self._repository.registry} sent {self._digest} badly: {error}") from None
+
     def _parse_range(self, response: UpstreamResponse) -> tuple[int, int | None]:
         try:
             start, _, size = parse_content_range(response.headers.get("content-range") or "")
@@ -220,14 +294,16 @@ class ResumableGet:
 
     async def _skip(self, response: UpstreamResponse, count: int) -> None:
         """Skip `count` bytes that are already present. Keep the rest of the last piece."""
-        remainder = b""
+        remainder: list[bytes] = []
         while count:
-            data = await response.read_chunk()
-            if not data:
+            remainder = await self._read_content(response, 1, 0.0)
+            if not remainder:
                 # A complete response is shorter than the partial download; a 206 may have been cut anywhere.
                 error_class = PartialTooLong if response.status == 200 else UpstreamBroken
                 raise error_class(
                     f"{self._repository.registry} ended its response before byte {self.offset} of {self._digest}"
                 )
-            remainder, count = data[count:], max(0, count - len(data))
-        self._buffer, self._response = [remainder] if remainder else [], response
+            while remainder and count:
+                count, rest = max(0, count - len(remainder[0])), remainder[0][count:]
+                remainder[:1] = [rest] if rest else []
+        self._buffer, self._response = remainder, response

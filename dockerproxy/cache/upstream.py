@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, Protocol
 
 from attrs import evolve, frozen
@@ -23,10 +23,12 @@ from dockerproxy.http.headers import Headers
 from dockerproxy.net.dial import AddressCheck
 from dockerproxy.oci.names import Digest, Registry, Repository
 from dockerproxy.store.layout import IngestKey
+from dockerproxy.upstream.content_coding import Decoder
 from dockerproxy.upstream.credentials import Anonymous, Credential
 from dockerproxy.upstream.refusals import is_own_refusal, is_page
 
 _MAX_ERROR_BODY = 64 * 1024
+_MAX_DECODED = 64 * 1024 * 1024  # bytes; a list of a million tags is shorter
 # draft-ietf-httpapi-ratelimit-headers, versions before and after 08, and Docker Hub's own names.
 _RATE_LIMIT_FIELDS = frozenset({"retry-after", "ratelimit", "docker-ratelimit-source"})
 _RATE_LIMIT_PREFIXES = ("ratelimit-", "x-ratelimit-")
@@ -70,11 +72,57 @@ class UpstreamResponse(Protocol):
 
     async def read_pieces(self, at_least: int, timeout: float) -> list[bytes]: ...
 
-    async def read_all(self, limit: int) -> bytes: ...
+    async def read_all(self, limit: int, digest: Digest | None = ...) -> bytes: ...
 
     async def discard(self) -> None: ...
 
     def abort(self) -> None: ...
+
+
+class DecodedResponse(UpstreamResponse):
+    """A response that is passed on to a client, without its codings, because the client has not asked for any."""
+
+    def __init__(self, response: UpstreamResponse, registry: Registry, codings: Sequence[str]) -> None:
+        self.status, self.headers, self.length = response.status, response.headers.without("content-encoding"), None
+        self._response = response
+        self._registry = registry
+        self._decoder = Decoder(codings)
+        self._pieces: Iterator[bytes] = iter(())
+        self._size = 0
+
+    async def read_chunk(self) -> bytes:
+        """Return the next piece of the content; ``b""`` at the end. Raise `UpstreamError`."""
+        try:
+            while not (piece := next(self._pieces, b"")):
+                data = await self._response.read_chunk()
+                if not data:
+                    if self._size:
+                        self._decoder.finish()
+                    return b""
+                self._pieces = self._decoder.feed(data)
+        except ValueError as error:
+            raise UpstreamBroken(f"{self._registry}: {error}") from None
+        self._size += len(piece)
+        if self._size > _MAX_DECODED:
+            raise UpstreamBroken(f"{self._registry}: its decoded content exceeds {_MAX_DECODED} bytes")
+        return piece
+
+    async def read_pieces(self, at_least: int, timeout: float) -> list[bytes]:
+        """Return the next piece in a list; an empty list at the end."""
+        piece = await self.read_chunk()
+        return [piece] if piece else []
+
+    async def read_all(self, limit: int, digest: Digest | None = None) -> bytes:
+        return await self._response.read_all(limit, digest)
+
+    def limit_read_ahead(self, size: int) -> None:
+        self._response.limit_read_ahead(size)
+
+    async def discard(self) -> None:
+        await self._response.discard()
+
+    def abort(self) -> None:
+        self._response.abort()
 
 
 class UpstreamAgent(Protocol):

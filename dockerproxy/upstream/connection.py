@@ -20,11 +20,13 @@ from twisted.python.failure import Failure
 from twisted.web.iweb import IBodyProducer
 from zope.interface import implementer
 
-from dockerproxy.errors import UpstreamBroken, UpstreamError, UpstreamTimeout, UpstreamUnreachable
+from dockerproxy.errors import ResponseCutOff, UpstreamBroken, UpstreamError, UpstreamTimeout, UpstreamUnreachable
 from dockerproxy.http.headers import Headers
 from dockerproxy.http.stream import ByteStream
+from dockerproxy.oci.names import Digest
 from dockerproxy.upstream.body_writer import BodyWriter
 from dockerproxy.upstream.connection_auth import response_logs_in
+from dockerproxy.upstream.content_coding import can_decode, content_codings, decode
 from dockerproxy.upstream.http1 import (
     MAX_HEAD,
     BodyReader,
@@ -78,7 +80,8 @@ class Response:
     """A response whose head has been received. Read its body with `read_chunk` or `read_pieces`, or call `discard` or
     `abort`.
 
-    `length` is the Content-Length, or None. In a response to HEAD it is the length that GET would return.
+    `length` is the Content-Length, or None. In a response to HEAD it is the length that GET would return. `read_chunk`
+    and `read_pieces` return the content as it was sent, `read_all` undoes its codings (`content_coding`).
     Back-pressure limits the buffered body to 768 KiB, or to 512 KiB more than `read_pieces` requested.
     """
 
@@ -113,16 +116,40 @@ class Response:
             if timer.active():
                 timer.cancel()
 
-    async def read_all(self, limit: int) -> bytes:
-        """Return the whole body. Raise as `read_chunk` does, and `UpstreamBroken` if it exceeds `limit` bytes."""
+    async def read_all(self, limit: int, digest: Digest | None = None) -> bytes:
+        """Return the whole content. Raise as `read_chunk` does, and `UpstreamBroken` if it exceeds `limit` bytes.
+
+        With a `digest`, content that matches it is returned whatever the framing and coding: also if the connection was
+        cut off, and as it was sent if only that matches.
+        """
         parts, size = [], 0
-        while data := await self.read_chunk():
-            size += len(data)
-            if size > limit:
-                self.abort()
-                raise UpstreamBroken(f"{self._connection.authority}: its response exceeds {limit} bytes")
-            parts.append(data)
-        return b"".join(parts)
+        cut_off = None
+        try:
+            while data := await self.read_chunk():
+                size += len(data)
+                if size > limit:
+                    self.abort()
+                    raise UpstreamBroken(f"{self._connection.authority}: its response exceeds {limit} bytes")
+                parts.append(data)
+        except ResponseCutOff as error:
+            if digest is None:
+                raise
+            cut_off = error
+        content = self._decode(b"".join(parts), limit, digest)
+        if cut_off is not None and not _matches(content, digest):
+            raise cut_off
+        return content
+
+    def _decode(self, content: bytes, limit: int, digest: Digest | None) -> bytes:
+        codings = content_codings(self.headers)
+        if not codings or not can_decode(codings) or _matches(content, digest):
+            return content
+        try:
+            return decode(content, codings, limit)
+        except ValueError as error:
+            if content.startswith(b"{"):  # JSON as it is, so that the field is wrong
+                return content
+            raise UpstreamBroken(f"{self._connection.authority}: {error}") from None
 
     async def discard(self) -> None:
         """Read the rest of the body if it is small, so that the connection can be reused; otherwise abort."""
@@ -141,6 +168,10 @@ class Response:
     def abort(self) -> None:
         """Abort the connection. This has no effect once the body is complete."""
         self._connection.abort_response(self)
+
+
+def _matches(content: bytes, digest: Digest | None) -> bool:
+    return digest is not None and Digest.of(content, digest.algorithm) == digest
 
 
 class ConnectionOwner(TypingProtocol):
@@ -379,7 +410,7 @@ class UpstreamConnection(Protocol):
             if shortfall is None:
                 self._finish_response()
             else:
-                self._fail(UpstreamBroken(f"{self.authority}: {shortfall}"))
+                self._fail(ResponseCutOff(f"{self.authority}: {shortfall}"))
         self._owner.on_connection_lost(self)
 
     def _on_read_timeout(self) -> None:

@@ -873,3 +873,25 @@ def test_rate_limit_fields_of_upstream_are_passed_on(make_harness: Callable[...,
     harness.reactor.advance(6000)
     response = harness.run(harness.manifest("1", head=head))
     assert (response.cache_status, response.rate_limit_fields) == ("STALE", ())
+
+
+@pytest.mark.parametrize("with_digest", [True, False])
+def test_head_with_a_coding(harness: CacheHarness, with_digest: bool) -> None:
+    """The length that a HEAD gives is that of the coded content."""
+
+    def answer(request: Any, data: bytes) -> ScriptedResponse:
+        fields = {"content-type": OCI, "content-encoding": "gzip"}
+        if with_digest:
+            fields["docker-content-digest"] = str(Digest.of(data))
+        if request.method == "HEAD":
+            return ScriptedResponse(200, b"", fields, length=len(data) - 1)
+        return ScriptedResponse(200, data, fields)
+
+    for method in ("GET", "HEAD"):
+        harness.upstream.on(method, "manifests/1", answer)
+    first = harness.run(harness.manifest("1", head=True))
+    assert (first.digest, first.size) == (Digest.of(ONE), len(ONE))
+    assert requested_methods(harness) == ["HEAD", "GET"]
+    second = harness.run(harness.manifest("1"))
+    assert (second.digest, second.content) == (Digest.of(ONE), ONE)
+    assert requested_methods(harness) == (["HEAD"] if with_digest else ["HEAD", "GET"])

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import gzip
 import random
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from dockerproxy.errors import RegistryError, UpstreamBroken, UpstreamRefused
+from dockerproxy.errors import RegistryError, ResponseCutOff, UpstreamBroken, UpstreamRefused
+from dockerproxy.http.headers import Headers
 from dockerproxy.oci.names import Digest
 from tests.cache.support.harness import HUB, OTHER, CacheHarness
 from tests.cache.support.upstream import (
@@ -228,3 +230,62 @@ def test_check_ends_with_its_last_client(harness: CacheHarness) -> None:
         deferred.addErrback(lambda _: None)
         deferred.cancel()
     assert response.aborted
+
+
+# framing and codings
+
+
+def compress(request: ReceivedRequest, data: bytes | None) -> ScriptedResponse:
+    """Send the content with a coding, of which the parts are those of the coded content."""
+    coded = gzip.compress(data or b"")
+    response = serve_content(request, "", coded)
+    response.headers = Headers([*response.headers, ("content-encoding", "gzip")])
+    return response
+
+
+def mislabel(request: ReceivedRequest, data: bytes | None) -> ScriptedResponse:
+    response = serve_content(request, "", data or b"")
+    response.headers = Headers([*response.headers, ("content-encoding", "gzip")])
+    return response
+
+
+def cut_off(request: ReceivedRequest, data: bytes | None) -> ScriptedResponse:
+    """Send the whole without a length, and no end of it."""
+    response = ScriptedResponse(200, data or b"", length=None, sent=0)
+    response.send()
+    response.disconnect(ResponseCutOff("cut off"))
+    return response
+
+
+@pytest.mark.parametrize("respond", [compress, mislabel, cut_off])
+@pytest.mark.parametrize("proven", [False, True])
+def test_the_digest_decides_about_framing_and_codings(harness: CacheHarness, respond: Responder, proven: bool) -> None:
+    if proven:
+        fetch(harness)
+        harness.reactor.advance(1000)
+    for method in ("GET", "HEAD"):
+        harness.upstream.on(method, "blobs", respond)
+    assert fetch(harness) == ("REVALIDATED", DATA)
+
+
+@pytest.mark.parametrize("position", [0, 200_000, -1])
+def test_other_content_in_a_coding(harness: CacheHarness, position: int) -> None:
+    harness.upstream.on("GET", "blobs", alter(position, compress))
+    with pytest.raises(UpstreamBroken, match="does not match"):
+        fetch(harness)
+
+
+def test_a_bomb_is_no_proof(harness: CacheHarness) -> None:
+    """Work ends as soon as there is more of it than of the blob."""
+    bomb = gzip.compress(bytes(64 << 20))
+    harness.upstream.on("GET", "blobs", lambda request, data: mislabel(request, bomb))
+    with pytest.raises(UpstreamBroken, match="does not match"):
+        fetch(harness)
+
+
+@pytest.mark.parametrize("respond", [compress, mislabel])
+def test_the_size_of_a_blob_with_a_coding(harness: CacheHarness, respond: Responder) -> None:
+    """HEAD, and the size of a download of another client, are about the blob and not about its coded content."""
+    for method in ("GET", "HEAD"):
+        harness.upstream.on(method, "blobs", respond)
+    assert harness.run(harness.blob(DIGEST, head=True, registry=OTHER)).size == len(DATA)

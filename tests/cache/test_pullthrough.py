@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Callable
 from typing import Any
@@ -990,3 +991,45 @@ def test_repr_hides_credentials(make_harness: Callable[..., CacheHarness]) -> No
     harness = make_harness(login=LOGIN)
     text = repr(harness.client("Basic c2VjcmV0OnNlY3JldA==")) + repr(harness.principal(authorization="Bearer secret"))
     assert "secret" not in text and "c2VjcmV0" not in text
+
+
+# content codings of what is passed on
+
+
+@pytest.mark.parametrize("coding", ["gzip", "identity", "br"])
+def test_lists_are_passed_on_without_a_coding(harness: CacheHarness, coding: str) -> None:
+    content = json.dumps({"name": APP, "tags": [f"tag-{number}" for number in range(20_000)]}).encode()
+    sent = gzip.compress(content) if coding == "gzip" else content
+    harness.upstream.on("GET", "tags/list", replace_with(sent, content_encoding=coding))
+    response = harness.run(harness.client().forward("GET", TAGS, f"/v2/{APP}/tags/list", Headers()))
+
+    async def read() -> bytes:
+        received = b""
+        while piece := await response.read_chunk():
+            assert len(piece) <= 65_536 or coding != "gzip"
+            received += piece
+        return received
+
+    assert harness.run(read()) == content
+    assert response.length == (None if coding == "gzip" else len(content))
+    assert ("content-encoding" in response.headers) == (coding != "gzip")
+
+
+@pytest.mark.parametrize(
+    ("sent", "message"),
+    [
+        (gzip.compress(b"x" * 100)[:-3], "incomplete"),
+        (b"no gzip", "not gzip"),
+        (gzip.compress(bytes(65 << 20)), "exceeds 67108864 bytes"),
+    ],
+)
+def test_lists_with_a_bad_coding(harness: CacheHarness, sent: bytes, message: str) -> None:
+    harness.upstream.on("GET", "tags/list", replace_with(sent, content_encoding="gzip"))
+    response = harness.run(harness.client().forward("GET", TAGS, f"/v2/{APP}/tags/list", Headers()))
+
+    async def read() -> None:
+        while await response.read_chunk():
+            pass
+
+    with pytest.raises(UpstreamBroken, match=message):
+        harness.run(read())

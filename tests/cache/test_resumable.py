@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import gzip
+import random
+import zlib
 from typing import Any
 
 import pytest
@@ -10,6 +13,7 @@ from dockerproxy.cache.resumable import PartialTooLong, ResumableGet, UpstreamTo
 from dockerproxy.cache.upstream import UpstreamRepository
 from dockerproxy.errors import (
     RegistryError,
+    ResponseCutOff,
     UpstreamBroken,
     UpstreamFailing,
     UpstreamRefused,
@@ -494,3 +498,129 @@ def test_slow_upstream_is_read_less_often(monkeypatch: pytest.MonkeyPatch) -> No
         harness.upstream.responses[-1].send(size)
         harness.read()
     assert timeouts == [0.002, 0.1, 0.1, 0.002]
+
+
+# framing and codings: the digest decides
+
+
+def cut_off(size: int, *, ranges: bool = True, total: str | None = None) -> Any:
+    """Send `size` bytes in a response of unknown length, and break the connection."""
+
+    def respond(request: Any, data: bytes) -> ScriptedResponse:
+        start, fields, status = 0, {}, 200
+        if request.range is not None and ranges:
+            start, status = int(request.range[6:].rstrip("-")), 206
+            fields = {"content-range": f"bytes {start}-{len(data) - 1}/{total or len(data)}"}
+        response = ScriptedResponse(status, data[start:], fields, length=None, sent=0)
+        response.send(max(0, size - start))
+        response.disconnect(ResponseCutOff("cut off"))
+        return response
+
+    return respond
+
+
+@pytest.mark.parametrize("total", [None, "*"])
+@pytest.mark.parametrize("ranges", [True, False])
+def test_the_end_without_a_length(ranges: bool, total: str | None) -> None:
+    """TLS that ends without close_notify may be cut off. A second response ends there, too, or tells the size."""
+    harness = ResumableGetHarness()
+    harness.on(*[cut_off(len(DATA), ranges=ranges, total=total)] * 2)
+    assert harness.read_all() == DATA
+    assert harness.resumable_get.size == len(DATA)
+    assert harness.ranges == [None, f"bytes={len(DATA) - 1}-"]
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_response_without_a_length_is_resumed(ranges: bool) -> None:
+    harness = ResumableGetHarness()
+    harness.on(*(cut_off(size, ranges=ranges, total="*") for size in (1, 500, 200, 5000, 5001, len(DATA), len(DATA))))
+    assert harness.read_all() == DATA
+
+
+def coded(
+    *coders: Any, coding: str = "gzip", length: bool = True, cut: bool = False, head_start: int | None = None
+) -> Any:
+    """Send the content in codings. Ranges are those of the coded content, as RFC 9110 has them."""
+
+    def respond(request: Any, data: bytes) -> ScriptedResponse:
+        for coder in coders:
+            data = coder(data)
+        fields, status, start = {"content-encoding": coding}, 200, 0
+        if request.range is not None:
+            start = int(request.range[6:].partition("-")[0])
+            status, fields["content-range"] = 206, f"bytes {start}-{len(data) - 1}/{len(data)}"
+        response = ScriptedResponse(status, data[start:], fields, length=len(data) - start if length else None, sent=0)
+        response.send(head_start)
+        if cut:
+            response.disconnect()
+        else:
+            response.send_rest()
+        return response
+
+    return respond
+
+
+RANDOM = random.Random(1).randbytes(700_000)
+LAYER = gzip.compress(RANDOM)
+CODED = {
+    "gzip": coded(gzip.compress),
+    "x-gzip": coded(gzip.compress, coding="x-gzip"),
+    "without a length": coded(gzip.compress, length=False),
+    "deflate": coded(zlib.compress, coding="deflate"),
+    "stacked": coded(zlib.compress, gzip.compress, coding="deflate, gzip"),
+    "a wrong field": coded(),
+    "identity": coded(coding="identity"),
+    "another wrong field": coded(coding="gzip, deflate"),
+    "unknown, and wrong": coded(coding="br"),
+}
+
+
+@pytest.mark.parametrize("answer", CODED.values(), ids=CODED)
+@pytest.mark.parametrize("data", [DATA, LAYER, gzip.compress(DATA), b""], ids=["short", "layer", "short gzip", "empty"])
+def test_content_coding(answer: Any, data: bytes) -> None:
+    harness = ResumableGetHarness(data=data)
+    harness.on(answer)
+    assert harness.read_all() == data
+    assert harness.resumable_get.size == len(data)
+    assert harness.ranges == [None]
+
+
+def test_resuming_within_coded_content() -> None:
+    """Offsets in coded content are no offsets of the blob, so that it is sent from the start again."""
+    harness = ResumableGetHarness(data=LAYER)
+    harness.on(
+        coded(gzip.compress, cut=True, head_start=400_000),
+        coded(gzip.compress, cut=True, head_start=600_000),
+        respond_with(503),
+        coded(gzip.compress),
+    )
+    assert harness.read_all() == LAYER
+    assert harness.ranges == [None] * 4
+
+
+def test_resuming_within_content_that_is_gzip_itself() -> None:
+    harness = ResumableGetHarness(data=LAYER)
+    harness.on(coded(cut=True, head_start=400_000), coded(cut=True, head_start=100_000), coded())
+    assert harness.read_all() == LAYER
+    assert harness.ranges == [None, "bytes=399999-", "bytes=499998-"]
+
+
+@pytest.mark.parametrize("end", [1, 300_000])
+def test_coded_content_that_ends_early(end: int) -> None:
+    harness = ResumableGetHarness(data=LAYER)
+    for _ in range(10):
+        harness.on(coded(gzip.compress, lambda data: data[:-end], length=False))
+    with pytest.raises(UpstreamBroken, match="incomplete"):
+        harness.read_all()
+
+
+def test_a_bomb_is_read_in_small_pieces() -> None:
+    """It is evicted or passed on like any other blob of unknown length. Only a little of it is ever in memory."""
+    zeros = bytes(64 << 20)
+    bomb = gzip.compress(zeros)
+    harness = ResumableGetHarness(data=gzip.compress(RANDOM))
+    harness.on(coded(lambda data: gzip.compress(b"\x1f\x8b" + zeros) + gzip.compress(RANDOM[:300_000])))
+    harness.open()
+    assert len(bomb) < 1 << 17
+    sizes = [len(harness.read()) for _ in range(200)]
+    assert max(sizes) <= 256 * 1024 and sum(sizes) > 30 << 20

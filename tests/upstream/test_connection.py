@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import zlib
 from typing import Any
 
 from twisted.internet.defer import CancelledError, Deferred
@@ -11,7 +13,8 @@ from twisted.internet.testing import StringTransport
 from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 
-from dockerproxy.errors import UpstreamBroken, UpstreamTimeout
+from dockerproxy.errors import ResponseCutOff, UpstreamBroken, UpstreamTimeout
+from dockerproxy.oci.names import Digest
 from dockerproxy.upstream.connection import (
     ConnectionDropped,
     OutgoingRequest,
@@ -328,3 +331,71 @@ class ConnectionTests(SynchronousTestCase):
         self.clock.advance(40)
         self.failureResultOf(pending, UpstreamTimeout)
         self.assertEqual(body.calls[-1], "stop")
+
+    # content: what its digest decides
+
+    def receive_all(self, head: str, body: bytes, error_type: type[Exception] = ConnectionLost) -> Response:
+        """Receive a response, after which the connection is lost."""
+        pending = self.exchange()
+        self.receive(f"HTTP/1.1 200 OK\r\n{head}\r\n".encode() + body)
+        response = self.successResultOf(pending)
+        self.lose_connection(error_type)
+        return response
+
+    def read_digest(self, response: Response, digest: Digest | None, limit: int = 1 << 20) -> Deferred[bytes]:
+        return Deferred.fromCoroutine(response.read_all(limit, digest))
+
+    def test_content_with_a_digest_is_complete_whatever_its_framing(self) -> None:
+        chunked = b"5\r\nhello\r\n"
+        for head, body in (
+            ("", b"hello"),  # TLS that ends without close_notify
+            ("Content-Length: 9\r\n", b"hello"),
+            ("Transfer-Encoding: chunked\r\n", chunked),
+            ("Transfer-Encoding: chunked\r\n", chunked + b"0\r\n"),
+            ("Content-Encoding: gzip\r\n", gzip.compress(b"hello")),
+            ("Content-Encoding: gzip\r\nContent-Length: 99\r\n", gzip.compress(b"hello")),
+        ):
+            self.setUp()
+            response = self.receive_all(head, body)
+            self.assertEqual(self.successResultOf(self.read_digest(response, Digest.of(b"hello"))), b"hello")
+            for digest in (None, Digest.of(b"hell")):
+                self.setUp()
+                response = self.receive_all(head, body)
+                self.failureResultOf(self.read_digest(response, digest), ResponseCutOff)
+
+    def test_codings_are_undone(self) -> None:
+        content = b"hello" * 1000
+        for coding, coded in (
+            ("gzip", gzip.compress(content)),
+            ("X-Gzip", gzip.compress(content)),
+            ("deflate", zlib.compress(content)),
+            ("deflate, gzip", gzip.compress(zlib.compress(content))),
+            ("identity", content),
+            ("", content),
+        ):
+            for digest in (None, Digest.of(content)):
+                self.setUp()
+                head = f"Content-Encoding: {coding}\r\nContent-Length: {len(coded)}\r\n"
+                response = self.receive_all(head, coded, ConnectionDone)
+                self.assertEqual(self.successResultOf(self.read_digest(response, digest)), content)
+
+    def test_a_coding_that_is_not_there(self) -> None:
+        """Files that are gzip themselves, of which an object store says so, and JSON with a wrong field."""
+        for content, digest in (
+            (gzip.compress(b"hello"), Digest.of(gzip.compress(b"hello"))),
+            (b"plain", Digest.of(b"plain")),
+            (b'{"a": 1}', None),
+        ):
+            self.setUp()
+            response = self.receive_all("Content-Encoding: gzip\r\n", content, ConnectionDone)
+            self.assertEqual(self.successResultOf(self.read_digest(response, digest)), content)
+
+    def test_bad_codings(self) -> None:
+        for body in (b"plain", gzip.compress(b"hello")[:-1], gzip.compress(bytes(1 << 20)), b""):
+            self.setUp()
+            response = self.receive_all(f"Content-Encoding: gzip\r\nContent-Length: {len(body)}\r\n", body)
+            self.failureResultOf(self.read_digest(response, Digest.of(b"hello"), 10_000), UpstreamBroken)
+
+    def test_an_unknown_coding_is_the_content(self) -> None:
+        response = self.receive_all("Content-Encoding: br\r\n", b"hello", ConnectionDone)
+        self.assertEqual(self.successResultOf(self.read_digest(response, None)), b"hello")

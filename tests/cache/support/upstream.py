@@ -91,7 +91,7 @@ class ScriptedResponse:
         self.bytes_read += sum(map(len, pieces))
         return pieces
 
-    async def read_all(self, limit: int) -> bytes:
+    async def read_all(self, limit: int, digest: Digest | None = None) -> bytes:
         content = b""
         while data := await self.read_chunk():
             content += data

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 import ssl
 import threading
 import time
+import zlib
 from collections.abc import Callable
 
 from attrs import define, field
@@ -233,6 +235,75 @@ def respond_chunked(exchange: HTTPExchange, content: TypedContent | None) -> Non
     for start in range(0, len(content.data), 50_000):
         exchange.send_chunk(content.data[start : start + 50_000])
     exchange.send_chunk(b"")
+
+
+def respond_encoded(*codings: str, ranges: bool = True) -> ResponseBehaviour:
+    """Respond with these content codings, though none was asked for. A coding `LIE:gzip` is in the field only."""
+
+    def respond(exchange: HTTPExchange, content: TypedContent | None) -> None:
+        if content is None:
+            return respond_normally(exchange, content)
+        data = content.data
+        for coding in codings:
+            data = _CODERS.get(coding, bytes)(data)
+        fields = {
+            "Content-Type": content.media_type,
+            "Docker-Content-Digest": content.digest,
+            "Content-Encoding": ", ".join(coding.removeprefix("LIE:") for coding in codings),
+        }
+        range_match = _RANGE.fullmatch(exchange.request.headers.get("range", "")) if ranges else None
+        if range_match is not None and range_match[1]:
+            start, stop = int(range_match[1]), int(range_match[2] or len(data) - 1) + 1
+            fields["Content-Range"] = f"bytes {start}-{min(stop, len(data)) - 1}/{len(data)}"
+            exchange.respond(206, fields, data[start:stop])
+        elif exchange.method == "HEAD":
+            exchange.respond(200, fields | {"Content-Length": str(len(data))})
+        else:
+            exchange.respond(200, fields, data)
+
+    return respond
+
+
+_CODERS: dict[str, Callable[[bytes], bytes]] = {
+    "gzip": gzip.compress, "x-gzip": gzip.compress, "deflate": zlib.compress,
+}  # fmt: skip
+
+
+def respond_without_end(exchange: HTTPExchange, content: TypedContent | None) -> None:
+    """Send the content without a length, and close the connection. Python closes TLS without close_notify."""
+    if content is None:
+        return respond_normally(exchange, content)
+    fields = {"Content-Type": content.media_type, "Docker-Content-Digest": content.digest, "Connection": "close"}
+    exchange.send_head(200, fields)
+    exchange.send_body(content.data)
+    exchange.close_after_response()
+
+
+def respond_http10(exchange: HTTPExchange, content: TypedContent | None) -> None:
+    """Respond with HTTP/1.0, without a length; the end of the connection is the end of the content."""
+    if content is None:
+        return respond_normally(exchange, content)
+    head = f"HTTP/1.0 200 OK\r\nContent-Type: {content.media_type}\r\nDocker-Content-Digest: {content.digest}\r\n\r\n"
+    exchange.send_body(head.encode() + content.data)
+    exchange.close_after_response()
+
+
+def respond_chunked_with_trailers(exchange: HTTPExchange, content: TypedContent | None) -> None:
+    """Send the whole content in chunks with extensions, and trailers."""
+    assert content is not None
+    exchange.send_head(
+        200, {"Content-Type": content.media_type, "Transfer-Encoding": "chunked", "Trailer": "Digest, X-Time"}
+    )
+    for start in range(0, len(content.data), 50_000):
+        piece = content.data[start : start + 50_000]
+        exchange.send_body(b"%x;part=%d\r\n%b\r\n" % (len(piece), start, piece))
+    exchange.send_body(b"0;end\r\nDigest: sha-256=x\r\nX-Time: 1\r\n\r\n")
+
+
+def respond_wall(status: int, body: bytes = b"<html><h1>Blocked</h1></html>", **headers: str) -> ResponseBehaviour:
+    """Respond as a firewall or a content delivery network in the place of the registry."""
+    fields = {name.replace("_", "-"): value for name, value in headers.items()} or {"Content-Type": "text/html"}
+    return lambda exchange, content: exchange.respond(status, fields, body)
 
 
 def pause_after(size: int, gate: threading.Event, then: ResponseBehaviour | None = None) -> ResponseBehaviour:

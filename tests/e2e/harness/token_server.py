@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import base64
 import datetime
+import gzip
 import json
 import secrets
 import ssl
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
@@ -37,6 +39,10 @@ class TokenServer(StubServer):
         self.owners: dict[str, set[str]] = {}
         self.token_lifetime = 300
         self.failure_status: int | None = None
+        self.behaviour: Callable[[HTTPExchange, None], None] | None = None
+        """A response in the place of the token server's: a wall's, for example."""
+        self.coding = ""
+        """A content coding of tokens, though none was asked for."""
         self.issued_tokens: list[str] = []
         self._key = ec.generate_private_key(ec.SECP256R1())
         self._certificate = _self_signed(self._key)
@@ -45,6 +51,8 @@ class TokenServer(StubServer):
 
     def handle(self, exchange: HTTPExchange) -> None:
         body = b"".join(exchange.read_body())
+        if self.behaviour is not None:
+            return self.behaviour(exchange, None)
         if self.failure_status is not None:
             return exchange.respond(self.failure_status, {"Content-Type": "application/json"}, b'{"details":"no"}')
         if exchange.path != "/token" or exchange.method != "GET" or body:
@@ -57,7 +65,10 @@ class TokenServer(StubServer):
         token = self.issue_token(user, query.get("scope", []))
         now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         token_response = {"token": token, "access_token": token, "expires_in": self.token_lifetime, "issued_at": now}
-        exchange.respond(200, {"Content-Type": "application/json"}, json.dumps(token_response).encode())
+        fields, content = {"Content-Type": "application/json"}, json.dumps(token_response).encode()
+        if self.coding == "gzip":
+            fields["Content-Encoding"], content = self.coding, gzip.compress(content)
+        exchange.respond(200, fields, content)
 
     def issue_token(self, user: str, scopes: list[str], *, grant_all: bool = False) -> str:
         """Return a token with the requested `scopes`, reduced to the access that `user` has."""

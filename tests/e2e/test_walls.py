@@ -1,0 +1,213 @@
+"""Firewalls, content delivery networks and captive portals in the place of a registry, and odd ways to send content.
+
+Each case is also tried by the same client directly, which may fail where the proxy has the image.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+
+import pytest
+
+from tests.e2e.harness import fake_registry, images
+from tests.e2e.harness.client_factory import ClientFactory
+from tests.e2e.harness.clients import Skopeo
+from tests.e2e.harness.daemon import StartDaemon, TwistdDaemon
+from tests.e2e.harness.fake_registry import ResponseBehaviour, respond_encoded, respond_wall
+from tests.e2e.harness.http_client import request_directly
+from tests.e2e.harness.images import ACCEPT_MANIFESTS
+from tests.e2e.harness.upstreams import FAKE, HUB, TOKEN_URL, Upstreams
+
+PORTAL = fake_registry.redirect_to("https://fake.test/login", 302)
+WALLS = {
+    "403": respond_wall(403),
+    "404": respond_wall(404),
+    "451": respond_wall(451, b"blocked", Content_Type="text/plain"),
+    "401": respond_wall(401),
+    "503": respond_wall(503),
+    "page": fake_registry.respond_html,
+    "portal": PORTAL,
+    "portal without TLS": fake_registry.redirect_to("http://fake.test/login", 302),
+    "portal in the local network": fake_registry.redirect_to("https://127.0.0.1/login", 302),
+}
+
+
+def raise_wall(upstreams: Upstreams, behaviour: ResponseBehaviour) -> None:
+    for method in ("GET", "HEAD"):
+        upstreams.fake.add_rule(method, "^/v2/", behaviour)
+        upstreams.fake.add_rule(method, "^/login", fake_registry.respond_html)
+
+
+def pulls_directly(upstreams: Upstreams, skopeo: Skopeo, name: str) -> bool:
+    """Return whether the client can pull without the proxy."""
+    image = f"127.0.0.1:{upstreams.fake.port}/{name}:1"
+    return skopeo.try_pull(image, "--src-tls-verify=false").returncode == 0
+
+
+@pytest.mark.parametrize("wall", WALLS)
+def test_cached_image_behind_a_wall(
+    upstreams: Upstreams, daemon: TwistdDaemon, clients: ClientFactory, wall: str
+) -> None:
+    name = f"walled/by-{wall.replace(' ', '-').lower()}"
+    image = images.build_small_image(name)
+    upstreams.fake.put(name, "1", image)
+    skopeo, direct = clients.skopeo(daemon), clients.skopeo_without_proxy()
+    skopeo.pull(f"fake.test/{name}:1")
+    raise_wall(upstreams, WALLS[wall])
+    assert not pulls_directly(upstreams, direct, name)
+    for _ in range(2):
+        skopeo.pull(f"fake.test/{name}:1")
+        for method in ("GET", "HEAD"):
+            response = daemon.client.request(method, f"{FAKE}/v2/{name}/manifests/1", {"Accept": ACCEPT_MANIFESTS})
+            assert (response.status, response.cache_status) == (200, "STALE")
+            assert response.headers["docker-content-digest"] == image.digest
+    upstreams.fake.reset_rules()
+    response = daemon.client.get(f"{FAKE}/v2/{name}/manifests/1", Accept=ACCEPT_MANIFESTS)
+    assert (response.status, response.cache_status) == (200, "MISS")  # the first with these Accept fields
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 451])
+def test_the_walls_page_is_passed_on(upstreams: Upstreams, daemon: TwistdDaemon, status: int) -> None:
+    raise_wall(upstreams, respond_wall(status))
+    for path in ("/v2/walled/never/manifests/1", f"/v2/walled/never/blobs/sha256:{'1' * 64}", "/v2/walled/tags/list"):
+        response = daemon.client.get(f"{FAKE}{path}")
+        direct = request_directly("GET", f"http://127.0.0.1:{daemon.port}/v2/fake.test{path.removeprefix('/v2')}")
+        assert response.status == direct.status == status
+        assert b"Blocked" in response.body
+
+
+@pytest.mark.parametrize(
+    "behaviour",
+    [
+        fake_registry.respond_status(403, "DENIED"),
+        fake_registry.respond_status(401, "UNAUTHORIZED"),
+        respond_wall(403, b"", Server="nginx"),
+        respond_wall(404, b"", Server="nginx"),
+        respond_wall(401, WWW_Authenticate='Basic realm="x"'),
+        respond_wall(403, Docker_Distribution_Api_Version="registry/2.0"),
+    ],
+    ids=["JSON", "JSON without a challenge", "bare 403", "bare 404", "challenge", "version"],
+)
+def test_the_registrys_own_refusal_counts(
+    upstreams: Upstreams, daemon: TwistdDaemon, behaviour: ResponseBehaviour, request: pytest.FixtureRequest
+) -> None:
+    name = f"walled/own-{request.node.callspec.id.replace(' ', '-').lower()}"
+    upstreams.fake.put(name, "1", images.build_small_image(name))
+    url = f"{FAKE}/v2/{name}/manifests/1"
+    assert daemon.client.get(url, Accept=ACCEPT_MANIFESTS).status == 200
+    raise_wall(upstreams, behaviour)
+    assert daemon.client.get(url, Accept=ACCEPT_MANIFESTS).status in (401, 403, 404)
+    upstreams.fake.reset_rules()
+    raise_wall(upstreams, respond_wall(503))
+    assert daemon.client.get(url, Accept=ACCEPT_MANIFESTS).status >= 500  # it has not been forgotten either
+
+
+def test_cached_image_while_a_wall_is_before_the_token_server(
+    upstreams: Upstreams, start_daemon: StartDaemon, clients: ClientFactory
+) -> None:
+    daemon = start_daemon()
+    upstreams.push_to_hub("library/walledtoken", "1", images.build_small_image("walledtoken"))
+    skopeo = clients.skopeo(daemon)
+    skopeo.pull("docker.io/library/walledtoken:1")
+    scope = "service=registry.docker.io&scope=repository:library/walledtoken:pull"
+    login = upstreams.basic_authorization("alice")
+    assert daemon.client.get(f"{TOKEN_URL}?{scope}", Authorization=login).status == 200
+    daemon.restart()  # drops the tokens, which are only in memory
+    upstreams.token_server.behaviour = respond_wall(403)
+    try:
+        skopeo.pull("docker.io/library/walledtoken:1")
+        # A client that has logged in before may read what is public; nobody has checked its password.
+        response = daemon.client.get(f"{TOKEN_URL}?{scope}", Authorization=login)
+        assert response.status == 200
+        manifest = daemon.client.get(
+            f"{HUB}/v2/library/walledtoken/manifests/1",
+            Authorization=f"Bearer {response.json['token']}",
+            Accept=ACCEPT_MANIFESTS,
+        )
+        assert (manifest.status, manifest.cache_status) == (200, "STALE")
+        assert daemon.client.get(f"{TOKEN_URL}?{scope}", Authorization="Basic eDp5").status == 403
+        response = daemon.client.get(f"{HUB}/v2/library/never/manifests/1")
+        assert response.status == 403
+        assert "a firewall, a CDN or a captive portal" in response.error_message
+    finally:
+        upstreams.token_server.behaviour = None
+
+
+def test_static_registry(upstreams: Upstreams, start_daemon: StartDaemon, clients: ClientFactory) -> None:
+    """A web server with files, of which /v2/ is an index page."""
+    daemon = start_daemon()
+    upstreams.fake.put("static/app", "1", images.build_small_image("static"))
+    upstreams.fake.add_rule("GET", "^/v2/$", fake_registry.respond_html)
+    upstreams.fake.add_rule("HEAD", "^/v2/$", fake_registry.respond_html)
+    skopeo = clients.skopeo(daemon)
+    assert pulls_directly(upstreams, clients.skopeo_without_proxy(), "static/app")
+    for _ in range(2):
+        skopeo.pull("fake.test/static/app:1")
+    upstreams.fake.stop()
+    try:
+        skopeo.pull("fake.test/static/app:1")
+    finally:
+        upstreams.fake.start()
+
+
+WAYS = {
+    "no end of TLS": fake_registry.respond_without_end,
+    "HTTP/1.0": fake_registry.respond_http10,
+    "trailers": fake_registry.respond_chunked_with_trailers,
+    "gzip": respond_encoded("gzip"),
+    "gzip without ranges": respond_encoded("x-gzip", ranges=False),
+    "deflate": respond_encoded("deflate"),
+    "stacked": respond_encoded("deflate", "gzip"),
+    "identity": respond_encoded("identity"),
+    "a wrong field": respond_encoded("LIE:gzip"),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_content_with_the_right_digest_is_taken(
+    upstreams: Upstreams, daemon: TwistdDaemon, clients: ClientFactory, way: str
+) -> None:
+    """Small and large layers, cold and warm, for two repositories: each has to show that it has the layer."""
+    name = f"odd/{way.replace(' ', '-').replace('/', '-').lower()}"
+    image = images.build_small_image(name)
+    layer = gzip.compress(images.random_bytes(600_000, name))
+    skopeo = clients.skopeo(daemon)
+    for repository in (f"{name}/a", f"{name}/b"):
+        upstreams.fake.put(repository, "1", image)
+        digest = upstreams.fake.put_blob(repository, layer)
+        upstreams.fake.add_rule("GET", f"/v2/{repository}/(manifests|blobs)/", WAYS[way])
+        for _ in range(2):
+            skopeo.pull(f"fake.test/{repository}:1")
+            assert daemon.client.get(f"{FAKE}/v2/{repository}/blobs/{digest}").body == layer
+
+
+def test_token_and_list_with_a_coding(upstreams: Upstreams, start_daemon: StartDaemon, clients: ClientFactory) -> None:
+    daemon = start_daemon()
+    upstreams.push_to_hub("library/codedtoken", "1", images.build_small_image("codedtoken"))
+    upstreams.token_server.coding = "gzip"
+    try:
+        clients.skopeo(daemon).pull("docker.io/library/codedtoken:1")
+    finally:
+        upstreams.token_server.coding = ""
+    tags = json.dumps({"name": "odd", "tags": ["1"] * 1000}).encode()
+    upstreams.fake.add_rule(
+        "GET",
+        "/v2/odd/tags/list",
+        lambda exchange, content: exchange.respond(200, {"Content-Encoding": "gzip"}, gzip.compress(tags)),
+    )
+    response = daemon.client.get(f"{FAKE}/v2/odd/tags/list")
+    assert (response.body, response.headers.get("content-encoding")) == (tags, None)
+
+
+def test_a_bomb_is_refused(upstreams: Upstreams, daemon: TwistdDaemon) -> None:
+    """64 MiB in 64 KiB: more than a manifest or a token may have."""
+    bomb = gzip.compress(bytes(64 << 20))
+    upstreams.fake.add_rule(
+        "GET",
+        "/v2/bomb/",
+        lambda exchange, content: exchange.respond(200, {"Content-Encoding": "gzip"}, bomb),
+    )
+    response = daemon.client.get(f"{FAKE}/v2/bomb/manifests/1", Accept=ACCEPT_MANIFESTS)
+    assert response.status == 502
+    assert "decoded content exceeds" in response.error_message
