@@ -166,7 +166,7 @@ class ForwardProxy:
             self.transfers.remove(transfer)
             self.on_request_finished(request, self.clock.seconds() - started_at)
 
-        tunnel = Tunnel(self.clock, self.timeouts, on_closed)
+        tunnel = Tunnel(self.clock, self.timeouts, on_closed, partial(self.login.allows, request.proxy_user))
         endpoint = self.dialer.endpoint(host, DestinationCheck(self.policy, host), request.client)
         await endpoint.connect(SingleProtocolFactory(tunnel.server))
         request.status, request.cache_status = 200, "PASS"

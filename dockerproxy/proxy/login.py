@@ -43,7 +43,7 @@ class ProxyLogin:
         if users is None:
             return
         if request.proxy_user is not None:
-            if users.has_user(request.proxy_user):
+            if self.allows(request.proxy_user):
                 return
             raise _refusal("the user that opened this tunnel was removed")
         values = request.headers.all("proxy-authorization")
@@ -53,6 +53,10 @@ class ProxyLogin:
         if credentials is None or not await users.check_password(credentials, request.client):
             raise _refusal("the user name or the password for this proxy is wrong")
         request.proxy_user = credentials.user
+
+    def allows(self, user: str | None) -> bool:
+        """Return whether a tunnel may go on that `user` opened; None is a client without a login."""
+        return self.users is None or (user is not None and self.users.has_user(user))
 
     def guard(
         self, handler: Callable[Concatenate[Request, _Arguments], Awaitable[None]]

@@ -11,6 +11,8 @@ from twisted.python.failure import Failure
 
 from dockerproxy.http.transport import limit_unsent
 
+_CHECK_INTERVAL = 60.0  # seconds
+
 
 @frozen
 class TunnelTimeouts:
@@ -25,14 +27,17 @@ class Tunnel:
     """Two connections that receive each other's bytes.
 
     Back-pressure applies in both directions. If one side closes or half-closes its connection, the other is closed once
-    all pending data has been written. If no byte moves in either direction for too long, both are aborted. `on_closed`
-    is called once, with the number of bytes sent to the client.
+    all pending data has been written. If no byte moves in either direction for too long, both are aborted, and within a
+    minute if `may_go_on` returns False. `on_closed` is called once, with the number of bytes sent to the client.
     """
 
-    def __init__(self, clock: Any, timeouts: TunnelTimeouts, on_closed: Callable[[int], None]) -> None:
+    def __init__(
+        self, clock: Any, timeouts: TunnelTimeouts, on_closed: Callable[[int], None], may_go_on: Callable[[], bool]
+    ) -> None:
         self._clock = clock
         self._idle_timeout = max(timeouts.read, timeouts.send)
         self._on_closed = on_closed
+        self._may_go_on = may_go_on
         self._last_activity = clock.seconds()
         self._timer: Any = None
         self.client = _TunnelSide(self)
@@ -46,7 +51,7 @@ class Tunnel:
         self.server.transport.registerProducer(self.client.transport, True)
         self.client.start()
         self.server.start()
-        self._timer = self._clock.callLater(self._idle_timeout, self._check_idle)
+        self._schedule_check(0)
 
     def abort(self) -> None:
         """Abort both connections."""
@@ -65,13 +70,16 @@ class Tunnel:
                 timer.cancel()
             self._on_closed(self.server.bytes_received)
 
-    def _check_idle(self) -> None:
+    def _check(self) -> None:
         self._timer = None
         idle = self._clock.seconds() - self._last_activity
-        if idle >= self._idle_timeout:
+        if idle >= self._idle_timeout or not self._may_go_on():
             self.abort()
         else:
-            self._timer = self._clock.callLater(self._idle_timeout - idle, self._check_idle)
+            self._schedule_check(idle)
+
+    def _schedule_check(self, idle: float) -> None:
+        self._timer = self._clock.callLater(min(self._idle_timeout - idle, _CHECK_INTERVAL), self._check)
 
 
 class _TunnelSide(Protocol):

@@ -150,12 +150,7 @@ def test_a_tunnel_from_before_the_logins_needs_one_too(
     start_daemon: StartRegistryDaemon, network: HostileNetwork, tmp_path: Path, host: str
 ) -> None:
     """The administrator sets PROXY_HTPASSWD_FILE and reloads while a client without a login keeps its tunnel."""
-    daemon = start_daemon()
-    env_file = daemon.folder / ".env"
-    env_file.write_text("")
-    daemon.stop()
-    daemon.argv += ["--env-file", str(env_file)]
-    daemon.start()
+    daemon, env_file = start_with_env_file(start_daemon)
     digest = network.good.put_blob("team/app", b"content")
     request = f"GET /v2/team/app/blobs/{digest}?ns=good.test HTTP/1.1\r\nHost: {host}\r\n\r\n".encode()
     with socket.create_connection(("127.0.0.1", daemon.port), timeout=20) as connection:
@@ -166,8 +161,56 @@ def test_a_tunnel_from_before_the_logins_needs_one_too(
             received = b""
             while not received.endswith(b"content"):
                 received += tunnel.recv(4096)
-            env_file.write_text(f"PROXY_HTPASSWD_FILE={write_htpasswd(tmp_path)}\n")
-            daemon.send_signal(signal.SIGHUP)
-            wait_until(lambda: "reloaded: serving" in daemon.output_text, "the reload")
+            require_logins(daemon, env_file, tmp_path)
             tunnel.sendall(request)
             assert tunnel.recv(4096).startswith(b"HTTP/1.1 407 ")
+
+
+def test_an_opaque_tunnel_from_before_the_logins_ends(
+    start_daemon: StartRegistryDaemon, network: HostileNetwork, tmp_path: Path
+) -> None:
+    """Although it is in use all the time. Without a reload, a removed user's tunnel ends in the same way."""
+    network.add_server("other.test:443", RecordingServer())
+    daemon, env_file = start_with_env_file(
+        start_daemon, PROXY_CONNECT_READ_TIMEOUT="1s", PROXY_CONNECT_SEND_TIMEOUT="1s"
+    )
+
+    def is_alive(tunnel: socket.socket) -> bool:
+        try:
+            tunnel.sendall(b"GET / HTTP/1.1\r\nHost: other.test\r\n\r\n")
+            return tunnel.recv(4096) != b""
+        except ConnectionError:
+            return False
+
+    def connect(fields: str = "") -> socket.socket:
+        tunnel = socket.create_connection(("127.0.0.1", daemon.port), timeout=20)
+        tunnel.sendall(f"CONNECT other.test:443 HTTP/1.1\r\nHost: x\r\n{fields}\r\n".encode())
+        assert b" 200 " in tunnel.recv(4096)
+        return tunnel
+
+    with connect() as tunnel:
+        assert is_alive(tunnel)
+        require_logins(daemon, env_file, tmp_path)
+        wait_until(lambda: not is_alive(tunnel), "the tunnel without a login ends")
+    with connect(f"Proxy-Authorization: {ALICE}\r\n") as tunnel:
+        assert is_alive(tunnel)
+        (tmp_path / "htpasswd").write_text("")
+        wait_until(lambda: not is_alive(tunnel), "the tunnel of the removed user ends")
+
+
+def start_with_env_file(start_daemon: StartRegistryDaemon, **settings: str) -> tuple[RegistryDaemon, Path]:
+    """Start a daemon that reads an environment file, which is empty. Return both."""
+    daemon = start_daemon(**settings)
+    env_file = daemon.folder / ".env"
+    env_file.write_text("")
+    daemon.stop()
+    daemon.argv += ["--env-file", str(env_file)]
+    daemon.start()
+    return daemon, env_file
+
+
+def require_logins(daemon: RegistryDaemon, env_file: Path, folder: Path) -> None:
+    """Set PROXY_HTPASSWD_FILE, and reload."""
+    env_file.write_text(f"PROXY_HTPASSWD_FILE={write_htpasswd(folder)}\n")
+    daemon.send_signal(signal.SIGHUP)
+    wait_until(lambda: "reloaded: serving" in daemon.output_text, "the reload")

@@ -57,3 +57,8 @@ def test_an_empty_login_is_none(client: Any, users: CountingUsers, text: str) ->
     response = fetch(client, text)
     assert (response.status, users.checks) == (407, 0)
     assert b"needs a user name and a password" in response.body
+
+
+def test_a_tunnel_may_go_on(users: CountingUsers) -> None:
+    assert [ProxyLogin(users).allows(user) for user in ("alice", "bob", None)] == [True, False, False]
+    assert [ProxyLogin(None).allows(user) for user in ("alice", None)] == [True, True]

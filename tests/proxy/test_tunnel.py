@@ -109,7 +109,10 @@ class TunnelHarness:
     def __init__(self, *, start: bool = True, timeouts: TunnelTimeouts | None = None) -> None:
         self.clock = Clock()
         self.byte_counts: list[int] = []
-        self.tunnel = Tunnel(self.clock, timeouts or TunnelTimeouts(read=60, send=30), self.byte_counts.append)
+        self.may_go_on = True
+        self.tunnel = Tunnel(
+            self.clock, timeouts or TunnelTimeouts(read=60, send=30), self.byte_counts.append, lambda: self.may_go_on
+        )
         self.client, self.server = FakeTransport(self.clock), FakeTransport(self.clock)
         self.server.connect(SingleProtocolFactory(self.tunnel.server).buildProtocol(None))
         self.client.connect(self.tunnel.client)
@@ -220,6 +223,21 @@ def test_idle_tunnel_is_aborted(harness: TunnelHarness) -> None:
     assert harness.client.aborted and harness.server.aborted
     harness.run()
     assert harness.byte_counts == [0]
+    assert harness.is_over
+
+
+def test_tunnel_that_may_not_go_on_ends_within_a_minute_though_it_is_used() -> None:
+    harness = TunnelHarness(timeouts=TunnelTimeouts(read=3600))
+    for _ in range(5):
+        harness.run(40)
+        harness.client.peer_sends(b".")
+    assert not harness.client.aborted
+    harness.may_go_on = False
+    for _ in range(6):
+        harness.client.peer_sends(b".")
+        harness.run(10)
+    harness.run()
+    assert harness.client.aborted and harness.server.aborted
     assert harness.is_over
 
 
