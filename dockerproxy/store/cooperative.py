@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from threading import Event
 from typing import Any
 
-from attrs import field, frozen
+from attrs import Factory, field, frozen
 
 from dockerproxy.concurrency import in_thread
 from dockerproxy.store.progress import Stopped
@@ -30,7 +30,10 @@ class CooperativeThread:
 
     reactor: Any
     _clock: Callable[[], float] = field(default=time.thread_time, kw_only=True)
-    _stopping: Event = field(factory=Event, kw_only=True)
+    _stopping: Event = field(factory=Event, init=False)
+    _sleep: Callable[[float], object] = field(
+        default=Factory(lambda thread: thread._stopping.wait, takes_self=True), kw_only=True
+    )
 
     async def run(self, steps: Iterator[None]) -> None:
         """Exhaust `steps` in a thread. Each step may block briefly.
@@ -49,5 +52,5 @@ class CooperativeThread:
             if self._stopping.is_set():
                 raise Stopped
             if self._clock() >= pause_at:
-                self._stopping.wait(_SLICE)
+                self._sleep(_SLICE)
                 pause_at = self._clock() + _SLICE

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from threading import Event
 
 import pytest
 
@@ -12,24 +11,19 @@ from dockerproxy.store.progress import Stopped
 from tests.store.support.reactor import SteppedReactor
 
 
-class ProcessorClock(Event):
-    """The processor time of a thread with steps of 0.4 ms. Records the number of steps before each pause.
-
-    It is also the event that the thread waits for in its pauses.
-    """
+class ProcessorClock:
+    """The processor time of a thread with steps of 0.4 ms. Records the number of steps before each pause."""
 
     def __init__(self) -> None:
-        super().__init__()
         self.steps = 0
         self.pauses: list[int] = []
 
     def __call__(self) -> float:
         return self.steps * 0.0004
 
-    def wait(self, timeout: float | None = None) -> bool:
-        assert timeout == 0.001
+    def sleep(self, seconds: float) -> None:
+        assert seconds == 0.001
         self.pauses.append(self.steps)
-        return False
 
     def iterate(self, count: int) -> Iterator[None]:
         for _ in range(count):
@@ -39,7 +33,7 @@ class ProcessorClock(Event):
 
 def test_the_thread_sleeps_after_each_millisecond_of_processor_time() -> None:
     reactor, clock = SteppedReactor(), ProcessorClock()
-    thread = CooperativeThread(reactor, clock=clock, stopping=clock)
+    thread = CooperativeThread(reactor, clock=clock, sleep=clock.sleep)
     reactor.run(thread.run(clock.iterate(10)))
     assert clock.steps == 10
     assert clock.pauses == [3, 6, 9]
