@@ -212,7 +212,7 @@ class CachedBlobs:
     def _open_reader(
         self, download: BlobDownload, principal: UpstreamPrincipal, cache_status: str
     ) -> BlobResponse | None:
-        content = download.open_reader(principal.repository)
+        content = download.open_reader(principal.repository, principal.client)
         return None if content is None else BlobResponse(download.digest, download.size, content, cache_status)
 
     async def _wait_for_download(self, principal: UpstreamPrincipal, digest: Digest) -> BlobDownload | None:

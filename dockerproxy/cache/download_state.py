@@ -5,9 +5,11 @@ from __future__ import annotations
 from enum import Enum
 from typing import TYPE_CHECKING, Protocol
 
+from dockerproxy.cache.ahead import AheadRange
 from dockerproxy.cache.resumable import ResumableGet
 from dockerproxy.cache.upstream import UpstreamRepository
 from dockerproxy.oci.names import Digest
+from dockerproxy.oci.ranges import ByteRange
 
 if TYPE_CHECKING:
     from hashlib import _Hash
@@ -90,6 +92,9 @@ class Download(Protocol):
 
     async def wait_changed(self) -> None:
         """Wait until more is written, or the state has changed."""
+
+    def fetch_ahead(self, span: ByteRange, repository: UpstreamRepository, client: str) -> AheadRange | None:
+        """Return `span`, fetched by a request of its own, if the download is far from it. Otherwise return None."""
 
     def detach_reader(self, repository: UpstreamRepository) -> tuple[ResumableGet, _Hash]:
         """Return the upstream source of the bytes after `written`, and the hash of those before."""

@@ -20,6 +20,9 @@ _MAX_UNREAD_TIME seconds or `DownloadLimits.unread_size` bytes. The file stays, 
 The number of downloads that write files is bounded, with a share for one registry and one client address. Beyond that,
 blobs are passed on without being cached.
 
+A range far ahead of the file is fetched by itself for the client that asked for it (`ahead`). The download goes on
+meanwhile, and is compared with that range at its end.
+
 If another process already writes the file, the readers of this process read the same file. The download ends when the
 other process finishes. If that process dies, this one takes over the file and continues the download.
 """
@@ -35,6 +38,7 @@ from attrs import field, frozen
 from twisted.internet.defer import CancelledError, Deferred, DeferredList, DeferredLock
 from twisted.logger import Logger
 
+from dockerproxy.cache.ahead import AheadFetcher, AheadRange, AheadRanges
 from dockerproxy.cache.download_memory import DownloadMemory
 from dockerproxy.cache.download_state import DownloadState
 from dockerproxy.cache.ingests import DownloadInfo, FollowedIngest, IngestObserver, Ingests, IngestWriter
@@ -47,6 +51,7 @@ from dockerproxy.concurrency import LocalKeyedLock, in_thread, spawn
 from dockerproxy.errors import RegistryError, UpstreamBroken
 from dockerproxy.oci.content import VERIFY_FIRST_SIZE
 from dockerproxy.oci.names import Digest
+from dockerproxy.oci.ranges import ByteRange
 from dockerproxy.shares import ClientShares
 from dockerproxy.store.hashed_append_file import HashedAppendFile
 from dockerproxy.store.layout import IngestKey
@@ -116,6 +121,7 @@ class DownloadResources:
     ingests: Ingests
     observer: IngestObserver
     open_readers: OpenReaders
+    ahead_fetcher: AheadFetcher
     limits: DownloadLimits
     memory: DownloadMemory = field(factory=DownloadMemory)
     sync_lock: DeferredLock = field(factory=DeferredLock)
@@ -153,6 +159,9 @@ class BlobDownload:
         self._fd = -1  # of the ingest file, to read it; each reader duplicates it
         self._lent: ResumableGet | None = None  # after a failure: open, at the byte where the file ends
         self._open_readers = resources.open_readers
+        self._ahead_fetcher = resources.ahead_fetcher
+        self._ahead_ranges: AheadRanges | None = None
+        self._written_before = 0  # bytes in the file when upstream began to send
         self._rehash_locks = resources.rehash_locks
         self._refusal = refusal
         self._max_unread_size = resources.limits.unread_size
@@ -260,15 +269,15 @@ class BlobDownload:
         complete = self.size is None or self.written == self.size  # possibly, if the size is unknown
         return max(0, self.written - WITHHELD_BYTES) if complete else self.written
 
-    def open_reader(self, repository: UpstreamRepository) -> BlobReader | None:
-        """Return a reader, which would fetch the rest from `repository` if the ingest failed.
+    def open_reader(self, repository: UpstreamRepository, client: str = "") -> BlobReader | None:
+        """Return a reader for `client`, which would fetch the rest from `repository` if the ingest failed.
 
         Return None if the download has ended; the store then has the result. Raise `OSError` (too many open files).
         """
         if self.state.is_end:
             return None
         fd = os.dup(self._fd) if self._fd >= 0 else -1
-        reader = BlobReader(self._reactor, self, fd, repository, self._close_reader)
+        reader = BlobReader(self._reactor, self, fd, repository, self._close_reader, client)
         self._open_readers.add(reader)
         self._attend()
         self._requests += 1
@@ -277,6 +286,22 @@ class BlobDownload:
     def read_tail(self, offset: int, at_most: int) -> memoryview | None:
         """Return one or more bytes from `offset` on if they are still in memory."""
         return self._tail.get(offset, at_most)
+
+    def fetch_ahead(self, span: ByteRange, repository: UpstreamRepository, client: str) -> AheadRange | None:
+        """Return `span`, fetched from `repository` by a request of its own, if the download is far from it, else None.
+
+        It is compared with the blob as soon as that is verified.
+        """
+        is_active = self.state in (DownloadState.DOWNLOADING, DownloadState.FOLLOWING)
+        if not is_active or self._info is None or self.size is None:
+            return None
+        elapsed = self._reactor.seconds() - self._info.opened
+        rate = (self.written - self._written_before) / elapsed if elapsed > 0 else 0.0
+        ranges = self._ahead_ranges or AheadRanges(self._ahead_fetcher, self.digest)
+        ahead = ranges.fetch(repository, client, span, written=self.written, rate=rate, size=self.size)
+        if ahead is not None:
+            self._ahead_ranges = ranges
+        return ahead
 
     def detach_reader(self, repository: UpstreamRepository) -> tuple[ResumableGet, _Hash]:
         """Return the upstream source of the remaining bytes, and the hash of the bytes before them."""
@@ -431,6 +456,7 @@ class BlobDownload:
             if self.verified:
                 if self._requests:  # beside the one that the other process downloads it for
                     self._space.touch(self.digest)
+                await self._compare_ahead()
                 # Not `_on_verified`: this process has not sent the request of its principal.
                 await self._call(self._other_hooks.values())
             elif self._info is not None:
@@ -528,6 +554,7 @@ class BlobDownload:
             await in_thread(self._reactor, ingest.discard)
             raise UpstreamBroken(f"{self.repository.registry} returned content that does not match {self.digest}")
         self.verified = True
+        await self._compare_ahead()
         verified_hooks = self._call([self._on_verified, *self._other_hooks.values()])
         try:
             try:
@@ -546,6 +573,11 @@ class BlobDownload:
         # The first writes are smaller, so that readers get the beginning at once.
         at_least = min(self._memory.write_size(self.key.host), self.written)
         return await self._unless_unread(source.read(at_least))
+
+    async def _compare_ahead(self) -> None:
+        """Compare the ranges that were fetched ahead with the verified file."""
+        if self._ahead_ranges is not None:
+            await self._ahead_ranges.compare(self._fd)
 
     def _call(self, hooks: Iterable[OnVerified]) -> Deferred[Any]:
         return DeferredList([spawn(hook(), f"recording the grant of {self.digest}") for hook in hooks])
@@ -578,7 +610,7 @@ class BlobDownload:
 
     def _mark_started(self, info: DownloadInfo) -> None:
         """Record that upstream has begun to send, and wake the callers of `wait_started`."""
-        self._info, self.size = info, info.size
+        self._info, self.size, self._written_before = info, info.size, self.written
         self._change_state(DownloadState.DOWNLOADING)
 
     def _grow(self, size: int) -> None:
@@ -642,9 +674,12 @@ class Downloads:
         open_readers: OpenReaders,
         limits: DownloadLimits,
     ) -> None:
+        ranges = max(2, limits.downloads // 4)  # each takes a connection
+        self._of_ranges = ClientShares("ranges fetched ahead of downloads", ranges, ranges // 2)
         self._resources = DownloadResources(
-            reactor, upstream, space, ingests, IngestObserver(reactor), open_readers, limits
-        )
+            reactor, upstream, space, ingests, IngestObserver(reactor), open_readers,
+            AheadFetcher(reactor, upstream, self._of_ranges), limits,
+        )  # fmt: skip
         self._downloads: dict[IngestKey, BlobDownload] = {}
         self._of_registries = ClientShares("downloads by registry", limits.downloads, limits.downloads_per_registry)
         self._of_clients = ClientShares("downloads", limits.downloads, limits.downloads_per_client)
@@ -652,7 +687,7 @@ class Downloads:
     @property
     def bounds(self) -> tuple[ClientShares, ...]:
         """The bounds of the downloads that write files."""
-        return self._of_registries, self._of_clients
+        return self._of_registries, self._of_clients, self._of_ranges
 
     def get(self, key: IngestKey) -> BlobDownload | None:
         """Return the active download of `key`, if any."""

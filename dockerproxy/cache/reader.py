@@ -1,18 +1,26 @@
-"""Readers of blobs that are being downloaded. They read the growing file; if that fails, directly from upstream."""
+"""Readers of blobs that are being downloaded. They read the growing file; if that fails, directly from upstream.
+
+If the client has asked for a range far ahead of the growing file, they read that by a request of its own (`ahead`).
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from twisted.internet.defer import Deferred, race
+from twisted.logger import Logger
+
+from dockerproxy.cache.ahead import MAX_RANGES, AheadRange, merge_close
 from dockerproxy.cache.download_state import Download, DownloadState
 from dockerproxy.cache.resumable import ResumableGet
 from dockerproxy.cache.upstream import UpstreamRepository
 from dockerproxy.concurrency import in_thread
-from dockerproxy.errors import ServiceOverloaded, UpstreamBroken, UpstreamError
+from dockerproxy.errors import RegistryError, ServiceOverloaded, UpstreamBroken, UpstreamError
 from dockerproxy.oci.content import BytesLike
 from dockerproxy.oci.names import Digest
+from dockerproxy.oci.ranges import ByteRange
 from dockerproxy.store.blobs import read_blocking, read_cached
 
 if TYPE_CHECKING:
@@ -20,6 +28,8 @@ if TYPE_CHECKING:
 
 WITHHELD_BYTES = 1
 """Bytes at the end of a blob that are withheld until it is verified, so that no client completes a corrupt blob."""
+
+log = Logger()
 
 
 class BlobReader:
@@ -35,6 +45,7 @@ class BlobReader:
         fd: int,
         repository: UpstreamRepository,
         on_close: Callable[[BlobReader], None],
+        client: str = "",
     ) -> None:
         self._reactor = reactor
         self._download = download
@@ -43,6 +54,10 @@ class BlobReader:
         self._given_up = False
         self.fd = fd
         self._repository = repository
+        self._client = client
+        self._expected: list[ByteRange] = []  # that may be fetched ahead
+        self._ahead: AheadRange | None = None  # that is being read
+        self._used_ahead: list[AheadRange] = []
         self._direct_reader: _DirectReader | None = None
         self.digest = download.digest
 
@@ -51,10 +66,22 @@ class BlobReader:
         """The blob's size in bytes; None while it is unknown."""
         return self._download.size
 
+    def expect(self, ranges: Sequence[ByteRange]) -> None:
+        """Fetch those of `ranges` by themselves that are far ahead when they are read.
+
+        If they are all of the blob, its end has to wait for the verification, as in any other response.
+        """
+        merged = merge_close(ranges)
+        if len(merged) <= MAX_RANGES and sum(byte_range.size for byte_range in ranges) != self.size:
+            self._expected = merged
+
     async def read(self, offset: int, at_most: int) -> BytesLike:
         """Return one or more bytes from `offset` on; ``b""`` at the end. Raise `UpstreamError`."""
         download = self._download
         while True:
+            for used in self._used_ahead:
+                if used.failure is not None:
+                    raise used.failure
             available = min(download.readable - offset, at_most)
             if available > 0:
                 return download.read_tail(offset, available) or await self._read_file(offset, available)
@@ -62,6 +89,9 @@ class BlobReader:
                 return b""
             if download.state is DownloadState.FAILED:
                 return await self._read_direct(offset, at_most)
+            data = await self._read_ahead(offset, at_most) if self._expected or self._ahead else b""
+            if data:
+                return data
             await download.wait_changed()
 
     async def sendfile_source(self, offset: int, at_most: int) -> tuple[int, int] | None:
@@ -87,6 +117,7 @@ class BlobReader:
     def close(self) -> None:
         """Close the descriptor, and the upstream connection if this reader has one. A second call does nothing."""
         self._close_file()
+        self._close_ahead()
         if self._direct_reader is not None:
             self._direct_reader.close()
         on_close, self._on_close = self._on_close, None
@@ -115,6 +146,59 @@ class BlobReader:
             return await in_thread(self._reactor, read_blocking, self.fd, offset, size)
         finally:
             self._is_reading_in_thread = False
+
+    async def _read_ahead(self, offset: int, at_most: int) -> bytes:
+        """Return bytes from `offset` on that were fetched by themselves; ``b""`` if the download has to be waited for.
+
+        They are not waited for any longer than the download.
+        """
+        ahead = self._find_ahead(offset)
+        if ahead is None:
+            return b""
+        reading = Deferred.fromCoroutine(self._try_read_ahead(ahead, offset, at_most))
+        index, data = await race([reading, Deferred.fromCoroutine(self._wait_readable(offset))])
+        if index or not data:
+            self._close_ahead()
+            return b""
+        return data
+
+    async def _try_read_ahead(self, ahead: AheadRange, offset: int, at_most: int) -> bytes:
+        try:
+            return await ahead.read(offset, at_most)
+        except RegistryError as error:
+            log.info(
+                "a client waits for byte {offset} of {digest}, which {registry} did not send by itself: {reason}",
+                digest=str(self.digest),
+                offset=offset,
+                registry=str(self._repository.registry),
+                reason=error.message,
+            )
+            return b""
+
+    async def _wait_readable(self, offset: int) -> bytes:
+        while self._download.readable <= offset and not self._download.state.is_end:
+            await self._download.wait_changed()
+        return b""
+
+    def _find_ahead(self, offset: int) -> AheadRange | None:
+        """Return the open range that has the byte at `offset`. Start to fetch it if it is far ahead."""
+        if self._ahead is not None and self._ahead.span.start <= offset < self._ahead.span.stop:
+            return self._ahead
+        expected = next((span for span in self._expected if span.start <= offset < span.stop), None)
+        if expected is None:
+            return None
+        ahead = self._download.fetch_ahead(ByteRange(offset, expected.stop), self._repository, self._client)
+        if ahead is not None:
+            self._close_ahead()
+            self._expected.remove(expected)  # it is requested once, even if that fails
+            self._ahead = ahead
+            self._used_ahead.append(ahead)
+        return ahead
+
+    def _close_ahead(self) -> None:
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            ahead.close()
 
     async def _read_direct(self, offset: int, at_most: int) -> BytesLike:
         """Read from upstream if the ingest failed. If upstream itself failed, raise its error for this reader, too."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from attrs import frozen
 
 from dockerproxy.oci.names import Digest
+from dockerproxy.oci.ranges import ByteRange
 
 VERIFY_FIRST_SIZE = 64 * 1024
 """Blobs of up to this many bytes are verified before they are sent, so that a bad one is a clean error."""
@@ -21,6 +23,9 @@ class Content(Protocol):
     @property
     def size(self) -> int | None:
         """The total size in bytes, or None if it is not known yet."""
+
+    def expect(self, ranges: Sequence[ByteRange]) -> None:
+        """Prepare to `read` only these ranges, in this order. They do not overlap."""
 
     async def read(self, offset: int, max_bytes: int) -> BytesLike:
         """Return at least one byte from `offset` on, waiting for it if necessary; ``b""`` at the end.

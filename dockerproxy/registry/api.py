@@ -310,6 +310,7 @@ async def _start_blob(request: Request, blob: BlobResponse) -> Iterable[Segment]
     ranges = _requested_ranges(request, blob.digest, size) if size is not None else []
     if ranges and size is not None:
         status = 206
+        content.expect(ranges)
         segments, length = _select_ranges(fields, ranges, size)
     if request.method == "HEAD":
         request.start(status, fields, length)

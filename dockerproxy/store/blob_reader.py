@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from twisted.logger import Logger
@@ -10,6 +10,7 @@ from twisted.logger import Logger
 from dockerproxy.concurrency import in_thread
 from dockerproxy.errors import ServiceOverloaded, StorageFailed
 from dockerproxy.oci.names import Digest
+from dockerproxy.oci.ranges import ByteRange
 from dockerproxy.store.blobs import OpenBlob
 
 log = Logger()
@@ -32,6 +33,9 @@ class StoredBlobReader:
         self._is_reading_in_thread = False
         self.failure: OSError | None = None
         self.size: int | None = blob.size
+
+    def expect(self, ranges: Sequence[ByteRange]) -> None:
+        """Do nothing, because everything can be read at once."""
 
     async def read(self, offset: int, max_bytes: int) -> bytes | bytearray:
         """Return 1 to `max_bytes` bytes from `offset`, or ``b""`` at the end of the blob.

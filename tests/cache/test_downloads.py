@@ -1020,7 +1020,7 @@ def test_downloads_beyond_the_share_of_a_client_are_not_cached(limited: CacheHar
     refused = limited.downloads.start(evolve(limited.principal(NAME, OTHER), client=client), DIGEST, do_nothing)
     limited.reactor.run_due_calls()
     assert isinstance(refused.failure, IngestFailed)
-    assert [bound.report()["refused"] for bound in limited.downloads.bounds] == [0, 1]
+    assert [bound.report()["refused"] for bound in limited.downloads.bounds] == [0, 1, 0]
 
 
 # cache space

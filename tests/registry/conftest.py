@@ -23,6 +23,7 @@ from dockerproxy.oci.manifests import EMPTY_INDEX
 from dockerproxy.oci.names import Digest, Reference, Registry, Repository, Tag
 from dockerproxy.oci.paging import NamePage, Page
 from dockerproxy.oci.pushed_manifest import PushedManifest
+from dockerproxy.oci.ranges import ByteRange
 from dockerproxy.oci.referrers import ReferrersIndex, ReferrersQuery
 from dockerproxy.oci.routes import Target
 from dockerproxy.oci.uploads import UploadParameters, UploadStatus
@@ -67,6 +68,9 @@ class FakeBlobContent:
             raise self._errors[offset]
         stop = min([offset + max_bytes, offset + self._chunk_size, *stops])
         return bytearray(self.data[offset:stop])
+
+    def expect(self, ranges: Sequence[ByteRange]) -> None:
+        pass
 
     async def sendfile_source(self, offset: int, max_bytes: int) -> tuple[int, int] | None:
         return None

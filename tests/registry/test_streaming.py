@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -218,6 +219,9 @@ class FileContent:
         self._file = path.open("rb")
         self.reads: list[tuple[int, int]] = []
         self.size: int | None = len(data)
+
+    def expect(self, ranges: Sequence[ByteRange]) -> None:
+        pass
 
     async def sendfile_source(self, offset: int, max_bytes: int) -> tuple[int, int] | None:
         self.reads.append((offset, max_bytes))

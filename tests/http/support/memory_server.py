@@ -12,6 +12,7 @@ import socket
 import struct
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,9 @@ class Zeros:
 
     async def read(self, offset: int, max_bytes: int) -> bytes:
         return os.pread(self._file.fileno(), max_bytes, offset)
+
+    def expect(self, ranges: Sequence[ByteRange]) -> None:
+        pass
 
     async def sendfile_source(self, offset: int, max_bytes: int) -> tuple[int, int] | None:
         return self._file.fileno(), min(max_bytes, SIZE - offset)
