@@ -37,8 +37,10 @@ if TYPE_CHECKING:
 MAX_RANGES = 8
 """Ranges of one request that may be fetched ahead. A request for more, such as podman's for chunks, waits."""
 
+MAX_WAIT = 0.3
+"""Seconds. A download that needs less to get to a range is about as fast as another request."""
+
 _MIN_GAP = 1024 * 1024  # bytes between the download and a range, from which on the range is far ahead
-_MAX_WAIT = 0.3  # seconds; a download that needs less for the gap is about as fast as another request
 _MAX_MERGED_GAP = 128 * 1024  # bytes between two ranges that one request fetches; a round trip costs as much
 _MAX_FETCHED = 64 * 1024 * 1024  # bytes of one download, all of which are hashed a second time
 _MAX_REQUESTS = 1000  # for one download
@@ -213,10 +215,11 @@ class AheadRanges:
     ) -> AheadRange | None:
         """Return the range `span` of the blob with `size` bytes if it is far ahead of its download, else None.
 
-        The download has `written` bytes, and gets `rate` bytes a second. To wait would then cost less than to fetch it.
+        The download has `written` bytes, and gets `rate` bytes a second. A range that is longer than what is missing
+        before it is not far, because to fetch it costs more than to wait.
         """
         gap = span.start - written
-        if gap <= max(_MIN_GAP, rate * _MAX_WAIT) or span.size > gap or self._fetched + span.size > _MAX_FETCHED:
+        if gap <= max(_MIN_GAP, rate * MAX_WAIT) or span.size > gap or self._fetched + span.size > _MAX_FETCHED:
             return None
         if len(self._ranges) >= _MAX_REQUESTS or not self._fetcher.may_ask(repository.registry, client):
             return None

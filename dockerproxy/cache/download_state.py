@@ -93,7 +93,9 @@ class Download(Protocol):
     async def wait_changed(self) -> None:
         """Wait until more is written, or the state has changed."""
 
-    def fetch_ahead(self, span: ByteRange, repository: UpstreamRepository, client: str) -> AheadRange | None:
+    def fetch_ahead(
+        self, span: ByteRange, repository: UpstreamRepository, client: str, *, has_waited: bool
+    ) -> AheadRange | None:
         """Return `span`, fetched by a request of its own, if the download is far from it. Otherwise return None."""
 
     def detach_reader(self, repository: UpstreamRepository) -> tuple[ResumableGet, _Hash]:

@@ -287,16 +287,19 @@ class BlobDownload:
         """Return one or more bytes from `offset` on if they are still in memory."""
         return self._tail.get(offset, at_most)
 
-    def fetch_ahead(self, span: ByteRange, repository: UpstreamRepository, client: str) -> AheadRange | None:
+    def fetch_ahead(
+        self, span: ByteRange, repository: UpstreamRepository, client: str, *, has_waited: bool
+    ) -> AheadRange | None:
         """Return `span`, fetched from `repository` by a request of its own, if the download is far from it, else None.
 
-        It is compared with the blob as soon as that is verified.
+        It is compared with the blob as soon as that is verified. If the client `has_waited` for MAX_WAIT, the rate of
+        the download was misleading.
         """
         is_active = self.state in (DownloadState.DOWNLOADING, DownloadState.FOLLOWING)
         if not is_active or self._info is None or self.size is None:
             return None
         elapsed = self._reactor.seconds() - self._info.opened
-        rate = (self.written - self._written_before) / elapsed if elapsed > 0 else 0.0
+        rate = 0.0 if has_waited or elapsed <= 0 else (self.written - self._written_before) / elapsed
         ranges = self._ahead_ranges or AheadRanges(self._ahead_fetcher, self.digest)
         ahead = ranges.fetch(repository, client, span, written=self.written, rate=rate, size=self.size)
         if ahead is not None:

@@ -10,9 +10,10 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from twisted.internet.defer import Deferred, race
+from twisted.internet.task import deferLater
 from twisted.logger import Logger
 
-from dockerproxy.cache.ahead import MAX_RANGES, AheadRange, merge_close
+from dockerproxy.cache.ahead import MAX_RANGES, MAX_WAIT, AheadRange, merge_close
 from dockerproxy.cache.download_state import Download, DownloadState
 from dockerproxy.cache.resumable import ResumableGet
 from dockerproxy.cache.upstream import UpstreamRepository
@@ -58,6 +59,7 @@ class BlobReader:
         self._expected: list[ByteRange] = []  # that may be fetched ahead
         self._ahead: AheadRange | None = None  # that is being read
         self._used_ahead: list[AheadRange] = []
+        self._waited_for: ByteRange | None = None  # that was expected to be downloaded soon
         self._direct_reader: _DirectReader | None = None
         self.digest = download.digest
 
@@ -89,9 +91,12 @@ class BlobReader:
                 return b""
             if download.state is DownloadState.FAILED:
                 return await self._read_direct(offset, at_most)
-            data = await self._read_ahead(offset, at_most) if self._expected or self._ahead else b""
-            if data:
-                return data
+            if self._expected or self._ahead is not None:
+                data = await self._read_ahead(offset, at_most)
+                if data:
+                    return data
+                if self._is_reached(offset):  # meanwhile
+                    continue
             await download.wait_changed()
 
     async def sendfile_source(self, offset: int, at_most: int) -> tuple[int, int] | None:
@@ -153,6 +158,13 @@ class BlobReader:
         They are not waited for any longer than the download.
         """
         ahead = self._find_ahead(offset)
+        if ahead is None and self._waited_for is not (expected := self._find_expected(offset)):
+            # The download may be fast enough. If it is not, or stops, the range is fetched after all.
+            self._waited_for = expected
+            timeout = deferLater(self._reactor, MAX_WAIT, bytes)
+            await race([timeout, Deferred.fromCoroutine(self._wait_readable(offset))])
+            if not self._is_reached(offset):
+                ahead = self._find_ahead(offset)
         if ahead is None:
             return b""
         reading = Deferred.fromCoroutine(self._try_read_ahead(ahead, offset, at_most))
@@ -176,24 +188,32 @@ class BlobReader:
             return b""
 
     async def _wait_readable(self, offset: int) -> bytes:
-        while self._download.readable <= offset and not self._download.state.is_end:
+        while not self._is_reached(offset):
             await self._download.wait_changed()
         return b""
+
+    def _is_reached(self, offset: int) -> bool:
+        """Return whether the download has the byte at `offset`, or has ended."""
+        return self._download.readable > offset or self._download.state.is_end
 
     def _find_ahead(self, offset: int) -> AheadRange | None:
         """Return the open range that has the byte at `offset`. Start to fetch it if it is far ahead."""
         if self._ahead is not None and self._ahead.span.start <= offset < self._ahead.span.stop:
             return self._ahead
-        expected = next((span for span in self._expected if span.start <= offset < span.stop), None)
+        expected = self._find_expected(offset)
         if expected is None:
             return None
-        ahead = self._download.fetch_ahead(ByteRange(offset, expected.stop), self._repository, self._client)
+        span, has_waited = ByteRange(offset, expected.stop), self._waited_for is expected
+        ahead = self._download.fetch_ahead(span, self._repository, self._client, has_waited=has_waited)
         if ahead is not None:
             self._close_ahead()
             self._expected.remove(expected)  # it is requested once, even if that fails
             self._ahead = ahead
             self._used_ahead.append(ahead)
         return ahead
+
+    def _find_expected(self, offset: int) -> ByteRange | None:
+        return next((span for span in self._expected if span.start <= offset < span.stop), None)
 
     def _close_ahead(self) -> None:
         ahead, self._ahead = self._ahead, None
