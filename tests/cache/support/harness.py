@@ -128,7 +128,7 @@ class CacheHarness:
         self.records = Records(root / "records", on_create=counter.add)
         self.lock = lock or LocalKeyedLock()
         # Nothing else runs that its pauses could be for.
-        restless = CooperativeThread(reactor, sleep=lambda seconds: None)
+        restless = CooperativeThread(reactor, clock=lambda: 0.0)
         self.space = CacheSpaceManager(
             reactor,
             self.layout,
