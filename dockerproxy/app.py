@@ -27,8 +27,7 @@ from dockerproxy.daemon.transfers import Transfers
 from dockerproxy.http.channel import Handler
 from dockerproxy.http.cross_origin import CrossOriginProtection
 from dockerproxy.http.request import Request
-from dockerproxy.http.site import ServerTimeouts, Site, make_body_budget
-from dockerproxy.http.stream import BufferBudget
+from dockerproxy.http.site import ServerTimeouts, Site, SiteBudgets
 from dockerproxy.http.tls import ServerContext
 from dockerproxy.net.dial import AddressCheck, Dialer
 from dockerproxy.net.local_names import LocalNames
@@ -261,10 +260,8 @@ def build_server(reactor: Any, settings: Settings, certificates: Certificates, s
         on_request_finished=on_finished,
     )
     certificates.watch_files(reactor)
-    body_budget = make_body_budget()
-    listeners = build_listeners(
-        reactor, settings, forward_proxy, direct_listener, certificates, on_finished, body_budget
-    )
+    budgets = SiteBudgets()
+    listeners = build_listeners(reactor, settings, forward_proxy, direct_listener, certificates, on_finished, budgets)
     return ProxyServer(
         listeners,
         transfers,
@@ -278,7 +275,8 @@ def build_server(reactor: Any, settings: Settings, certificates: Certificates, s
         hosted_tree,
         pools,
         [
-            body_budget.shares,
+            budgets.requests.shares,
+            budgets.responses.shares,
             api.long_responses,
             *pools.lookups.bounds,
             *pools.passwords.bounds,
@@ -479,11 +477,11 @@ def build_listeners(
     direct_listener: DirectRequestHandler,
     certificates: Certificates,
     on_finished: OnRequestFinished,
-    body_budget: BufferBudget,
+    budgets: SiteBudgets,
 ) -> list[Listener]:
     """Build the configured listeners, which are not open yet. `on_finished` is called after each request."""
 
-    make_site = partial(build_site, reactor, settings, on_finished=on_finished, body_budget=body_budget)
+    make_site = partial(build_site, reactor, settings, on_finished=on_finished, budgets=budgets)
 
     def make_proxy_site(tls: Callable[[], ServerContext] | None = None) -> Site:
         def handle(request: Request) -> Awaitable[None]:
@@ -511,7 +509,7 @@ def build_site(
     tls: Callable[[], ServerContext] | None = None,
     *,
     on_finished: OnRequestFinished,
-    body_budget: BufferBudget | None = None,
+    budgets: SiteBudgets | None = None,
 ) -> Site:
     """Build a site that passes its requests to `handler`. `tls`, if given, returns the TLS context of a connection."""
     timeouts = ServerTimeouts(
@@ -527,7 +525,7 @@ def build_site(
         timeouts=timeouts,
         on_request_finished=on_finished,
         get_tls_context=tls,
-        body_budget=body_budget,
+        budgets=budgets,
     )
 
 

@@ -20,6 +20,7 @@ from dockerproxy.errors import (
     UpstreamRefused,
 )
 from dockerproxy.http.headers import Headers
+from dockerproxy.http.stream import ClientBuffers
 from dockerproxy.net.dial import AddressCheck
 from dockerproxy.oci.names import Digest, Registry, Repository
 from dockerproxy.store.layout import IngestKey
@@ -67,6 +68,8 @@ class UpstreamResponse(Protocol):
     length: int | None
 
     def limit_read_ahead(self, size: int) -> None: ...
+
+    def count_for(self, buffers: ClientBuffers) -> None: ...
 
     async def read_chunk(self) -> bytes: ...
 

@@ -39,7 +39,7 @@ from dockerproxy.http.message import (
 )
 from dockerproxy.http.request import PLAIN_TEXT, ClientDisconnected, Fields, Request, respond_text_error
 from dockerproxy.http.security_fields import SECURITY_FIELDS
-from dockerproxy.http.stream import ByteStream
+from dockerproxy.http.stream import ByteStream, ClientBuffers
 from dockerproxy.http.timeouts import ConnectionTimer, Deadline
 from dockerproxy.http.tls import describe_handshake_error
 
@@ -182,6 +182,10 @@ class HTTPChannel(Protocol):
         sent: int = self.transport.sendfile(descriptor, offset, size)
         return sent
 
+    @property
+    def response_buffers(self) -> ClientBuffers:
+        return self._site.budgets.responses.of_client(self.client)
+
     def drain(self) -> Awaitable[None]:
         return self._flow_control.drain()  # no `async def`: every coroutine around it costs memory per slow client
 
@@ -268,7 +272,7 @@ class HTTPChannel(Protocol):
         size = len(self._buffer) if len(self._buffer) > _SHORT_HEAD else 0
         if size == self._counted_buffer:
             return
-        buffers = self._site.body_budget.of_client(self.client)
+        buffers = self._site.budgets.requests.of_client(self.client)
         if self._counted_buffer:
             buffers.release(self._counted_buffer)
         self._counted_buffer = size
@@ -305,7 +309,7 @@ class HTTPChannel(Protocol):
         if framing != 0:
             rest, self._buffer = self._buffer, b""
             self._apply_back_pressure()  # with an empty buffer: from here on the body's stream pauses the transport
-            buffers = self._site.body_budget.of_client(self.client)
+            buffers = self._site.budgets.requests.of_client(self.client)
             stream = ByteStream(self.transport, buffers=buffers, limit_reads=self.transport.limit_reads)
             self._body = RequestBody(stream, framing)
         self._on_event(Event.REQUEST)

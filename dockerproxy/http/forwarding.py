@@ -13,6 +13,7 @@ from zope.interface import implementer
 from dockerproxy.http.headers import Headers
 from dockerproxy.http.message import body_framing
 from dockerproxy.http.request import Request
+from dockerproxy.http.stream import ClientBuffers
 
 
 class ForwardedResponse(Protocol):
@@ -24,6 +25,9 @@ class ForwardedResponse(Protocol):
     @property
     def length(self) -> int | None:
         """The Content-Length (in a response to HEAD, the one that GET would have), or None if it has none."""
+
+    def count_for(self, buffers: ClientBuffers) -> None:
+        """Count what is buffered of the body among `buffers`, which may limit it."""
 
     async def read_chunk(self) -> bytes: ...
 
@@ -81,7 +85,11 @@ class RequestBodyProducer:
 
 
 async def forward_response(request: Request, response: ForwardedResponse, fields: Iterable[tuple[str, str]]) -> None:
-    """Respond to `request` with the status and body of `response` and with the header fields `fields`."""
+    """Respond to `request` with the status and body of `response` and with the header fields `fields`.
+
+    The bytes that wait for the client count for it: each connection of it would otherwise take a MiB.
+    """
+    response.count_for(request.response_buffers)
     try:
         request.start(response.status, fields, response.length)
         while data := await response.read_chunk():

@@ -13,7 +13,7 @@ from dockerproxy.http.message import RequestHead, expects_continue, reason_phras
 from dockerproxy.http.security_fields import SECURITY_FIELDS
 
 if TYPE_CHECKING:
-    from dockerproxy.http.stream import ByteStream
+    from dockerproxy.http.stream import ByteStream, ClientBuffers
 
 Fields = Iterable[tuple[str, str]]
 
@@ -50,6 +50,9 @@ class RequestChannel(Protocol):
     def can_sendfile(self) -> bool: ...
 
     def sendfile(self, descriptor: int, offset: int, size: int) -> int: ...
+
+    @property
+    def response_buffers(self) -> ClientBuffers: ...
 
     def drain(self) -> Awaitable[None]: ...
 
@@ -264,6 +267,11 @@ class Request:
         sent = self._channel.sendfile(descriptor, offset, size)
         self.bytes_sent += sent
         return sent
+
+    @property
+    def response_buffers(self) -> ClientBuffers:
+        """The client's part of the memory for responses that are forwarded."""
+        return self._channel.response_buffers
 
     def drain(self) -> Awaitable[None]:
         """Wait until the transport accepts more data; raise `ClientDisconnected`."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-from attrs import frozen
+from attrs import field, frozen
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IAddress
 from twisted.internet.protocol import Factory, Protocol, connectionDone
@@ -20,7 +21,7 @@ from dockerproxy.http.transport import DetachedProtocol, SocketTransport
 from dockerproxy.shares import client_key
 
 _MIN_IDLE = 1.0  # seconds without a request after which a connection may be closed for others
-_MAX_UNREAD_BODIES = 64 * 1024 * 1024  # bytes of request bodies; half of it for one client
+_MAX_UNREAD = 64 * 1024 * 1024  # bytes of bodies in each direction; half of it for one client
 
 
 @frozen
@@ -39,16 +40,23 @@ class ServerTimeouts:
         return min(self.keepalive, self.header, self.body, self.send) / 4
 
 
-def make_body_budget() -> BufferBudget:
-    """Return the budget for the request bodies of a process."""
-    return BufferBudget(_MAX_UNREAD_BODIES, _MAX_UNREAD_BODIES // 2)
+def _make_budget(name: str) -> BufferBudget:
+    return BufferBudget(name, _MAX_UNREAD, _MAX_UNREAD // 2)
+
+
+@frozen
+class SiteBudgets:
+    """The memory that bodies of a process take: those of requests, and those of responses that it forwards."""
+
+    requests: BufferBudget = field(factory=partial(_make_budget, "bytes of unread requests"))
+    responses: BufferBudget = field(factory=partial(_make_budget, "bytes of forwarded responses that are being sent"))
 
 
 class Site(Factory):
     """The factory of HTTP channels of one listener; `handler` responds to their requests.
 
     `on_request_finished` is called with each finished request and its duration in seconds. It writes the access log.
-    `body_budget` limits the memory that request bodies take, of this site and others.
+    `budgets` limit the memory that bodies take, of this site and others.
     """
 
     noisy = False
@@ -61,14 +69,14 @@ class Site(Factory):
         timeouts: ServerTimeouts,
         on_request_finished: Callable[[Request, float], None],
         get_tls_context: Callable[[], ServerContext] | None = None,
-        body_budget: BufferBudget | None = None,
+        budgets: SiteBudgets | None = None,
     ) -> None:
         self.reactor = reactor
         self.handler = handler
         self.timeouts = timeouts
         self.timeout_reaper = TimeoutReaper(reactor, timeouts.tick)
         self.on_request_finished = on_request_finished
-        self.body_budget = body_budget or make_body_budget()
+        self.budgets = budgets or SiteBudgets()
         self.draining = False
         self._get_tls_context = get_tls_context
         self._channels: set[HTTPChannel] = set()

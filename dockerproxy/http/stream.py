@@ -12,6 +12,7 @@ from dockerproxy.errors import RegistryError
 from dockerproxy.shares import ClientShares, client_key
 
 _MIN_CHUNK = 512  # bytes; smaller ones are joined, because a tiny chunk takes many times its length in memory
+_HIGH_WATER = 256 * 1024
 _SCARCE_HIGH_WATER = 16 * 1024
 _SHORT_BODY = 64 * 1024
 
@@ -27,6 +28,8 @@ class Producer(Protocol):
 class BufferBudget:
     """A limit in bytes for the buffers of several streams together, with a `share` for those of one client.
 
+    `name` is what they hold, for `ClientShares`.
+
     A read of many bytes saves threads and system calls. But if clients stop just before the last of them, each takes
     that much memory. If a client exceeds its share, or has more than its part of the limit while all together exceed
     that, its streams are *scarce*: such reads return what there is, the transport is read in small pieces, and a stream
@@ -34,8 +37,8 @@ class BufferBudget:
     pieces. Bytes count until the reader asks for the next ones, because until then it holds them.
     """
 
-    def __init__(self, limit: int, share: int) -> None:
-        self.shares = ClientShares("bytes of unread requests", limit, share)
+    def __init__(self, name: str, limit: int, share: int) -> None:
+        self.shares = ClientShares(name, limit, share)
         self._waiting: dict[str, set[ByteStream]] = {}  # with a pending read of more than a byte
         self._unlimited: dict[str, set[ByteStream]] = {}  # read in large pieces
 
@@ -144,20 +147,20 @@ class ByteStream:
     The producer is paused while the stream buffers more than `high_water` bytes and more than the last read asked for.
     It is resumed after a read. It is also resumed at the end of the stream, because its further bytes belong to the
     next message. `buffers` may lower these limits. `limit_reads` is called with False as long as memory is plentiful,
-    and with True when it is not, and at the end.
+    and with True when it is not, and at the end. Before the first call, the producer is read in small pieces.
     """
 
     def __init__(
         self,
         producer: Producer | None = None,
         *,
-        high_water: int = 256 * 1024,
+        high_water: int = _HIGH_WATER,
         buffers: ClientBuffers | None = None,
         limit_reads: Callable[[bool], None] | None = None,
     ) -> None:
         self._producer = producer
-        self.high_water = high_water
-        self._buffers = buffers
+        self._high_water = high_water
+        self._buffers: ClientBuffers | None = None
         self._limit_reads = limit_reads
         self._reads_limited: bool | None = None  # as `limit_reads` was told; None if it was not
         self._chunks: list[bytes] = []
@@ -171,8 +174,8 @@ class ByteStream:
         self._read_waiter: Deferred[None] | None = None
         self._min_read = 1
         self.received = 0  # bytes from the producer
-        if self._is_scarce():
-            self._pause_producer()  # until the reader waits
+        if buffers is not None:
+            self.count_for(buffers)
 
     @property
     def ended(self) -> bool:
@@ -183,6 +186,20 @@ class ByteStream:
     def starved(self) -> bool:
         """Whether a reader waits for bytes from the producer."""
         return self._read_waiter is not None and not self._ended
+
+    def count_for(self, buffers: ClientBuffers) -> None:
+        """Count all that is buffered among `buffers`, which may lower the limits. It counted for nobody before."""
+        self._buffers = buffers
+        if self.buffered:
+            buffers.add(self.buffered)
+        if self._is_scarce():
+            self._pause_producer()  # until the reader waits
+
+    def limit_read_ahead(self, size: int) -> None:
+        """Set `high_water` to `size`. Allow for long reads if that is not less than usual."""
+        self._high_water = size
+        if self._limit_reads is not None and not self._ended:
+            self._limit_reads(size < _HIGH_WATER)
 
     def feed(self, data: bytes) -> None:
         """Buffer bytes from the producer and wake the reader if it has enough."""
@@ -197,7 +214,7 @@ class ByteStream:
         if self._is_scarce():
             full = self.buffered + self._taken > _SCARCE_HIGH_WATER
         else:
-            full = self.buffered > max(self.high_water, self._min_read)
+            full = self.buffered > max(self._high_water, self._min_read)
         if full:
             self._pause_producer()
         if self._has_enough():

@@ -22,7 +22,8 @@ from zope.interface import implementer
 
 from dockerproxy.errors import ResponseCutOff, UpstreamBroken, UpstreamError, UpstreamTimeout, UpstreamUnreachable
 from dockerproxy.http.headers import Headers
-from dockerproxy.http.stream import ByteStream
+from dockerproxy.http.stream import ByteStream, ClientBuffers
+from dockerproxy.http.transport import READ_SIZE, RECORD_SIZE, SocketTransport
 from dockerproxy.oci.names import Digest
 from dockerproxy.upstream.body_writer import BodyWriter
 from dockerproxy.upstream.connection_auth import response_logs_in
@@ -82,7 +83,8 @@ class Response:
 
     `length` is the Content-Length, or None. In a response to HEAD it is the length that GET would return. `read_chunk`
     and `read_pieces` return the content as it was sent, `read_all` undoes its codings (`content_coding`).
-    Back-pressure limits the buffered body to 768 KiB, or to 512 KiB more than `read_pieces` requested.
+    Back-pressure limits the buffered body to 768 KiB, or to 512 KiB more than `read_pieces` requested. The connection
+    is read in small pieces unless `limit_read_ahead` or `count_for` allows for long ones.
     """
 
     def __init__(self, url: str, head: ResponseHead, stream: ByteStream, connection: UpstreamConnection) -> None:
@@ -94,8 +96,12 @@ class Response:
         self._connection = connection
 
     def limit_read_ahead(self, size: int) -> None:
-        """Stop to receive while more than `size` bytes wait for the next read, instead of 256 KiB."""
-        self._stream.high_water = size
+        """Stop to receive while more than `size` bytes wait for the next read. Otherwise it is 256 KiB."""
+        self._stream.limit_read_ahead(size)
+
+    def count_for(self, buffers: ClientBuffers) -> None:
+        """Count what is buffered of the body among `buffers`, which may limit it."""
+        self._stream.count_for(buffers)
 
     async def read_chunk(self) -> bytes:
         """Return the data received so far, at least one byte, or ``b""`` at the end of the body.
@@ -166,8 +172,9 @@ class Response:
             self.abort()
 
     def abort(self) -> None:
-        """Abort the connection. This has no effect once the body is complete."""
+        """Drop the rest of the body, and abort the connection unless the body is complete."""
         self._connection.abort_response(self)
+        self._stream.discard()
 
 
 def _matches(content: bytes, digest: Digest | None) -> bool:
@@ -235,6 +242,7 @@ class UpstreamConnection(Protocol):
         if ITCPTransport.providedBy(self.transport):
             self.transport.setTcpNoDelay(True)
             self.transport.setTcpKeepAlive(True)
+        self._limit_reads(True)
         if self._handshake is None:
             self.ready.callback(None)
 
@@ -329,7 +337,7 @@ class UpstreamConnection(Protocol):
         if head.status < 200:  # RFC 9110, section 15.2: a client may ignore interim responses
             self._interim_size += size + 4
             return
-        body_reader, stream = body_reader_for(self._method, head), ByteStream(self)
+        body_reader, stream = body_reader_for(self._method, head), ByteStream(self, limit_reads=self._limit_reads)
         response = Response(self._url, head, stream, self)
         self._body_reader, self._stream, self._response, self._response_waiter = body_reader, stream, response, None
         if response_logs_in(head.status, head.headers):
@@ -378,6 +386,12 @@ class UpstreamConnection(Protocol):
             if self._connected:
                 self.transport.loseConnection()
         stream.finish()
+
+    def _limit_reads(self, limited: bool) -> None:
+        if isinstance(self.transport, SocketTransport):
+            self.transport.limit_reads(limited)
+        else:  # Twisted's, without TLS
+            self.transport.bufferSize = RECORD_SIZE if limited else READ_SIZE
 
     # IPushProducer: called by the stream
 

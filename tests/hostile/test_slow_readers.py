@@ -11,12 +11,15 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e.harness.http_server import HTTPExchange, StubServer
 from tests.e2e.harness.process import wait_until
 from tests.e2e.harness.registry_daemon import HOSTED_REGISTRY_HOST, RegistryDaemon
 from tests.e2e.harness.threaded_server import ThreadedServer
 from tests.hostile.conftest import GOOD, HostileNetwork, StartRegistryDaemon
-from tests.hostile.processes import client_connection, connections, debug_bounds, resident_bytes
+from tests.hostile.processes import client_connection, connections, debug_bounds, descriptors, resident_bytes
 from tests.http.support.loopback import MemoryBIOClient, read_exactly
+
+__all__ = ["descriptors"]
 
 KIB = 1024
 CLIENTS = 100
@@ -79,6 +82,35 @@ def test_manifests_that_are_not_read(network: HostileNetwork, start_daemon: Star
         assert [bound["clients"] for bound in bounds] == [{"127.0.0.2": 8 * len(content)}] * workers
         # Measured: 33 MB in each process, the content that is being sent; 130 to 160 MB if each thread has a heap
         assert resident_bytes(daemon) - before < workers * 2 * 32 * KIB * KIB
+
+
+class ListServer(StubServer):
+    """A registry with a long list of tags."""
+
+    def handle(self, exchange: HTTPExchange) -> None:
+        is_list = exchange.request.path.endswith("/tags/list")
+        content = b'{"tags": ["' + bytes(8 * KIB * KIB) + b'"]}' if is_list else b"{}"
+        exchange.respond(200, {"Content-Type": "application/json"}, content)
+
+
+def test_forwarded_lists_that_are_not_read(
+    network: HostileNetwork, start_daemon: StartRegistryDaemon, workers: int
+) -> None:
+    """The daemon reads long responses of others only as fast as its client, and little ahead if it has many."""
+    network.registries.append("long.test")
+    network.add_server("long.test:443", ListServer(network.ca.leaf("long.test").server_context()))
+    daemon = start_daemon()
+    path = "/v2/team/long/tags/list?ns=long.test"
+    request = f"GET {path} HTTP/1.1\r\nHost: {HOSTED_REGISTRY_HOST}\r\n\r\n".encode()
+    before, count = resident_bytes(daemon), 200 * workers
+    with connections(daemon.http_port, count, "127.0.0.2", request) as clients:
+        assert [client.recv(12) for client in clients] == [b"HTTP/1.1 200"] * count
+        used = debug_bounds(daemon)["bytes of forwarded responses that are being sent"]
+        share = 32 * KIB * KIB
+        assert all(bound["used"] <= share + 512 * KIB + count // workers * 32 * KIB for bound in used)
+        # Measured: a share, and 60 KiB for each connection with that to upstream; 1.1 MB for each without the budget
+        assert resident_bytes(daemon) - before < workers * 2 * share + count * 128 * KIB
+        assert len(daemon.client.get(f"http://{HOSTED_REGISTRY_HOST}{path}").body) > 8 * KIB * KIB
 
 
 class FloodingServer(ThreadedServer):

@@ -40,7 +40,7 @@ class RequestBodyTests(SynchronousTestCase):
                 stored += len(data)
 
         server = InMemoryServer(handle)
-        budget = server.site.body_budget.shares
+        budget = server.site.budgets.requests.shares
         clients = [server.client() for _ in range(300)]
         sent, piece = 0, bytes(64 * 1024)
         for client in clients:
@@ -60,7 +60,7 @@ class RequestBodyTests(SynchronousTestCase):
 
     def test_long_heads_count_until_they_are_complete_or_given_up(self) -> None:
         server = InMemoryServer(echo)
-        budget = server.site.body_budget.shares
+        budget = server.site.budgets.requests.shares
         part = b"GET /1 HTTP/1.1\r\nHost: a\r\nX: " + b"x" * 8000
         endings: dict[str, Callable[[InMemoryClient], object]] = {
             "complete": lambda client: client.send(b"\r\n\r\n"),
@@ -79,7 +79,7 @@ class RequestBodyTests(SynchronousTestCase):
     def test_a_long_head_is_refused_if_others_take_too_much_memory(self) -> None:
         server = InMemoryServer(echo)
         clients = [server.client() for _ in range(3)]
-        budget = server.site.body_budget
+        budget = server.site.budgets.requests
         budget.of_client(clients[0].channel.client).add(budget.shares.share)
         clients[0].send(b"GET /1 HTTP/1.1\r\nHost: a\r\nX: " + b"x" * 3000)
         self.assertEqual(clients[0].transport.value(), b"")

@@ -199,6 +199,30 @@ class ForwardingTests(SynchronousTestCase):
         self.feed_response(b"x" * (3_000_000 - sent))
         self.assertEqual(len(self.client.responses[0].body), 3_000_000)
 
+    def test_the_bytes_that_wait_for_a_client_count_for_it(self) -> None:
+        shares = self.server.site.budgets.responses.shares
+        self.get(b"HTTP/1.1 200 OK\r\nContent-Length: 3000000\r\n\r\n")
+        self.client.stop_reading()
+        self.feed_response(bytes(10_000))
+        self.feed_response(bytes(10_000))
+        self.assertEqual(shares.held_by(self.client.channel.client), 20_000)
+        self.client.disconnect()
+        self.assertEqual(shares.used, 0)
+
+    def test_a_client_with_too_many_bytes_waiting_gets_its_responses_in_small_pieces(self) -> None:
+        self.server.site.budgets.responses.of_client(self.client.channel.client).add(33 * 1024 * 1024)
+        self.get(b"HTTP/1.1 200 OK\r\nContent-Length: 3000000\r\n\r\n")
+        self.assertFalse(self.upstream.paused)
+        self.assertEqual(self.upstream.bufferSize, 16 * 1024)
+        self.client.stop_reading()
+        self.feed_response(bytes(16 * 1024))
+        self.feed_response(b"x")
+        self.assertTrue(self.upstream.paused, "the first piece has not been sent yet")
+        self.client.resume_reading()
+        self.assertFalse(self.upstream.paused)
+        self.feed_response(bytes(3_000_000 - 16 * 1024 - 1))
+        self.assertEqual(len(self.client.responses[0].body), 3_000_000)
+
     def test_disconnect_during_response_aborts_upstream(self) -> None:
         self.get(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nhello")
         self.client.disconnect()

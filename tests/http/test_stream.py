@@ -186,7 +186,7 @@ def test_budget_bounds_streams_with_pending_reads(steps: list[tuple[int, int]]) 
 
     A client with less than its part may exceed the limit by that, until the others read.
     """
-    budget = BufferBudget(100, 80)
+    budget = BufferBudget("bytes", 100, 80)
     received: dict[int, int] = {}
 
     async def read(number: int, stream: ByteStream) -> None:
@@ -235,7 +235,7 @@ def test_budget_bounds_the_transports_of_busy_readers(clients: int, steps: list[
     """
     small, large, limit, streams = 16 * 1024, 512 * 1024, 2048 * 1024, 12
     pieces = {True: bytes(small), False: bytes(large)}
-    budget = BufferBudget(limit, limit // 2)
+    budget = BufferBudget("bytes", limit, limit // 2)
     buffers = [budget.of_client(f"192.0.2.{number % clients}") for number in range(streams)]
     producers = [LimitedProducer() for _ in buffers]
 
@@ -264,7 +264,7 @@ def test_budget_bounds_the_transports_of_busy_readers(clients: int, steps: list[
 
 class BufferBudgetTests(SynchronousTestCase):
     def setUp(self) -> None:
-        self.budget = BufferBudget(128 * 1024, 64 * 1024)
+        self.budget = BufferBudget("bytes of unread requests", 128 * 1024, 64 * 1024)
 
     def stream(self, producer: LimitedProducer | None = None, client: str = "192.0.2.1") -> ByteStream:
         limit_reads = None if producer is None else producer.limit_reads
@@ -361,6 +361,17 @@ class BufferBudgetTests(SynchronousTestCase):
 
     def read_some(self, stream: ByteStream) -> Deferred[bytes]:
         return Deferred.fromCoroutine(stream.read())
+
+    def test_a_stream_may_count_for_a_client_later(self) -> None:
+        producer = LimitedProducer()
+        stream = ByteStream(producer, limit_reads=producer.limit_reads)
+        stream.feed(bytes(1000))
+        self.assertTrue(producer.limited)
+        stream.count_for(self.budget.of_client("192.0.2.1"))
+        self.assertEqual((self.budget.shares.used, producer.limited), (1000, False))
+        self.successResultOf(self.read_some(stream))
+        self.assertNoResult(self.read_some(stream))
+        self.assertEqual(self.budget.shares.used, 0)
 
     def test_collected_bytes_count_until_the_stream_is_dropped(self) -> None:
         stream = self.stream()

@@ -18,6 +18,7 @@ from dockerproxy.errors import (
     UpstreamUnreachable,
 )
 from dockerproxy.http.headers import Headers
+from dockerproxy.http.stream import ClientBuffers
 from dockerproxy.oci.content import BlobResponse, ManifestResponse
 from dockerproxy.oci.manifests import EMPTY_INDEX
 from dockerproxy.oci.names import Digest, Reference, Registry, Repository, Tag
@@ -206,6 +207,8 @@ class FakeRegistryResponse:
         self._remaining = body
         self._error = error
         self._chunk_size = chunk_size
+
+    def count_for(self, buffers: ClientBuffers) -> None: ...
 
     async def read_chunk(self) -> bytes:
         if not self._remaining and self._error is not None:

@@ -14,6 +14,7 @@ from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 
 from dockerproxy.errors import ResponseCutOff, UpstreamBroken, UpstreamTimeout
+from dockerproxy.http.stream import BufferBudget
 from dockerproxy.oci.names import Digest
 from dockerproxy.upstream.connection import (
     ConnectionDropped,
@@ -192,6 +193,27 @@ class ConnectionTests(SynchronousTestCase):
         self.assertEqual(self.transport.producerState, "producing")
         self.receive(b"1")
         self.assertEqual(self.transport.producerState, "paused")
+
+    def test_the_connection_is_read_in_small_pieces_unless_memory_for_long_ones_is_counted(self) -> None:
+        """Thousands of responses can arrive at the same time. Each could otherwise take half a MiB at once."""
+        small, large = 16 * 1024, 64 * 1024  # without TLS
+        scarce = BufferBudget("bytes", 10, 5).of_client("192.0.2.1")
+        scarce.add(6)
+        for allow, size in (
+            (lambda response: response.limit_read_ahead(256 * 1024), large),
+            (lambda response: response.limit_read_ahead(100 * 1024), small),
+            (lambda response: response.count_for(BufferBudget("bytes", 10, 5).of_client("192.0.2.1")), large),
+            (lambda response: response.count_for(scarce), small),
+        ):
+            self.setUp()
+            pending = self.exchange()
+            self.receive(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n")
+            response = self.successResultOf(pending)
+            self.assertEqual(self.transport.bufferSize, small)
+            allow(response)
+            self.assertEqual(self.transport.bufferSize, size)
+            self.receive(b"hello")
+            self.assertEqual(self.transport.bufferSize, small)
 
     def test_read_pieces_waits_briefly_for_more(self) -> None:
         pending = self.exchange()

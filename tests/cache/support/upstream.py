@@ -15,7 +15,7 @@ from twisted.internet.task import deferLater
 
 from dockerproxy.errors import RegistryError, UpstreamBroken, UpstreamUnreachable
 from dockerproxy.http.headers import Headers
-from dockerproxy.http.stream import ByteStream
+from dockerproxy.http.stream import ByteStream, ClientBuffers
 from dockerproxy.oci.credentials import BasicCredentials
 from dockerproxy.oci.names import Digest, Registry, Repository
 from dockerproxy.upstream.credentials import Anonymous, ClientCredential, Credential
@@ -81,7 +81,10 @@ class ScriptedResponse:
     # cache.upstream.UpstreamResponse
 
     def limit_read_ahead(self, size: int) -> None:
-        self._stream.high_water = size
+        self._stream.limit_read_ahead(size)
+
+    def count_for(self, buffers: ClientBuffers) -> None:
+        self._stream.count_for(buffers)
 
     async def read_chunk(self) -> bytes:
         return b"".join(await self.read_pieces(1, 0.0))
