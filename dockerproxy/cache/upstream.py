@@ -121,6 +121,9 @@ class DecodedResponse(UpstreamResponse):
     def limit_read_ahead(self, size: int) -> None:
         self._response.limit_read_ahead(size)
 
+    def count_for(self, buffers: ClientBuffers) -> None:
+        self._response.count_for(buffers)
+
     async def discard(self) -> None:
         await self._response.discard()
 
