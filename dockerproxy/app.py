@@ -400,7 +400,7 @@ def build_cache(
     cache_policy = CachePolicy(
         registries=registries.mirrored.values(),
         intercepted=registries.intercepted,
-        on_challenges=authorizer.add_challenges,
+        on_challenges=authorizer.set_ping_target,
         address_check=policy.check_upstream,
         allows_client_to=policy.allows_client_to,
         logins=SharedLogins(authorizer, reactor.seconds, shared.report_login, shared=settings.share_auth_registries),

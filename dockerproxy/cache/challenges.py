@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from typing import Any
 from urllib.parse import parse_qsl, quote
 
 from attrs import frozen
@@ -30,7 +31,9 @@ from dockerproxy.oci.docker_hub import DOCKER_HUB
 from dockerproxy.oci.names import Host, Registry
 from dockerproxy.store.records import Records
 from dockerproxy.upstream.credentials import belong_together
+from dockerproxy.upstream.redirects import REDIRECTS, follow
 from dockerproxy.upstream.refusals import is_page
+from dockerproxy.upstream.urls import resolve_location
 
 TOKEN_PATH = "/.well-known/docker-registry-proxy/token"
 """Path on a registry's host at which this proxy serves tokens for a realm on another host."""
@@ -39,6 +42,9 @@ _CHALLENGE_TTL = 3600.0
 _MAX_KNOWN = 1000  # registries; wildcards of REGISTRIES cover any number
 _OLD_CHALLENGE = 7 * 86400.0
 _CHECK_INTERVAL = 30.0  # seconds for which a realm on a host that is not intercepted counts as answering, or as silent
+
+OnChallenge = Callable[[Registry, Registry | None, list[Challenge]], None]
+"""Gets a registry, the server that it redirects `/v2/` to, or None, and the challenges of that one."""
 
 _HUB_CHALLENGE = 'Bearer realm="https://auth.docker.io/token",service="registry.docker.io"'
 
@@ -103,7 +109,7 @@ class Challenges:
         agent: UpstreamAgent,
         records: Records,
         intercepted: Mapping[Host, Registry],
-        on_challenge: Callable[[Registry, list[Challenge]], None],
+        on_challenge: OnChallenge,
         allows_client_to: Callable[[Registry], bool],
         address_check_for: Callable[[Host], AddressCheck | None],
         clock: Callable[[], float],
@@ -193,7 +199,7 @@ class Challenges:
     def restore(self, registries: Iterable[Registry]) -> None:
         """Call `on_challenge` with the stored challenges of `registries`."""
         for registry in registries:
-            self._on_challenge(registry, self.cached(registry))
+            self._on_challenge(registry, self._load_target(registry), self.cached(registry))
 
     def realm(self, registry: Registry) -> Realm | None:
         """Return the realm in the stored Bearer challenge of `registry`; None if there is none."""
@@ -273,23 +279,56 @@ class Challenges:
             return None, 0.0
         return [str(field) for field in fields], self._clock() - checked_at
 
+    def _load_target(self, registry: Registry) -> Registry | None:
+        """Return the server that the stored challenges are of, if `registry` redirects to it."""
+        target = (self._records.get("challenge", str(registry)) or {}).get("target")
+        try:
+            return Registry.parse(target) if isinstance(target, str) else None
+        except NameInvalid:
+            return None
+
     async def _fetch(self, registry: Registry) -> list[str]:
-        response = await self._agent.request("GET", registry.origin + "/v2/", Headers())
-        fields = response.headers.all("www-authenticate") if response.status == 401 else []
+        url = registry.origin + "/v2/"
+        response = await self._agent.request("GET", url, Headers())
+        fields, target = response.headers.all("www-authenticate") if response.status == 401 else [], None
         if response.status != 401 and not 200 <= response.status < 400:
             raise await error_from_response(registry, response)
         await response.discard()
-        # A redirect (registry.k8s.io) leads to a server that requires no authentication, and a page may be a static
+        if response.status in REDIRECTS:
+            target, fields = await self._challenge_of_target(url, response.headers.get("location") or "")
+        # A redirect (registry.k8s.io) may lead to a server that requires no authentication, and a page may be a static
         # registry's. Both, and a 401 without a challenge, may also be a captive portal's or a firewall's, which must
         # not replace a challenge until that is old.
         is_odd = not fields and (response.status == 401 or is_page(response.headers))
         known_fields, age = self._load(registry)
-        if known_fields and (is_odd or 300 <= response.status < 400) and 0 <= age < _OLD_CHALLENGE:
+        is_elsewhere = not fields and 300 <= response.status < 400
+        if known_fields and (is_odd or is_elsewhere) and 0 <= age < _OLD_CHALLENGE:
             raise UpstreamBroken(f"{registry} answered /v2/ without its challenge (status {response.status})")
         checked = 0.0 if is_odd else self._clock()  # ask again next time
-        try_put(self._records, {"fields": fields, "checked": checked}, "challenge", str(registry))
-        self._on_challenge(registry, parse_challenges(fields))
+        record: dict[str, Any] = {"fields": fields, "checked": checked}
+        if target is not None:
+            record["target"] = target.origin
+        try_put(self._records, record, "challenge", str(registry))
+        self._on_challenge(registry, target, parse_challenges(fields))
         return fields
+
+    async def _challenge_of_target(self, url: str, location: str) -> tuple[Registry | None, list[str]]:
+        """Follow the redirect of `url`, as docker does. Return the server that it leads to, and its Bearer challenge.
+
+        Return None if it leads to no such challenge: each request for content shows what it needs.
+        """
+        try:
+            location = resolve_location(url, location)
+            if location.startswith("http:") and url.startswith("https:"):
+                return None, []
+            response, followed = await follow(self._agent, "GET", location, Headers(), None, self._address_check_for)
+            await response.discard()
+        except RegistryError:
+            return None, []
+        fields = response.headers.all("www-authenticate") if response.status == 401 else []
+        if not any(challenge.scheme == "bearer" for challenge in parse_challenges(fields)):
+            return None, []
+        return None if followed.server.origin + "/v2/" == url else followed.server, fields
 
 
 def _is_safe(registry: Registry, realm: Realm) -> bool:

@@ -9,7 +9,7 @@ from attrs import frozen
 
 from dockerproxy.cache.access import Access
 from dockerproxy.cache.blobs import CachedBlobs
-from dockerproxy.cache.challenges import Challenges
+from dockerproxy.cache.challenges import Challenges, OnChallenge
 from dockerproxy.cache.downloads import DownloadLimits, Downloads
 from dockerproxy.cache.freshness import Freshness
 from dockerproxy.cache.identity import Bindings, Identities
@@ -23,7 +23,6 @@ from dockerproxy.cache.token_endpoint import TokenEndpoint
 from dockerproxy.cache.upstream import RegistryClient, UpstreamAgent
 from dockerproxy.concurrency import KeyedLock, spawn
 from dockerproxy.net.dial import AddressCheck
-from dockerproxy.oci.challenge import Challenge
 from dockerproxy.oci.names import Digest, Host, Registry
 from dockerproxy.store.blobs import Blobs
 from dockerproxy.store.layout import Layout
@@ -68,7 +67,7 @@ class CachePolicy:
 
     registries: Iterable[Registry]
     intercepted: Mapping[Host, Registry]
-    on_challenges: Callable[[Registry, list[Challenge]], None]
+    on_challenges: OnChallenge
     address_check: AddressCheck | None
     allows_client_to: Callable[[Registry], bool]
     logins: SharedLogins

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from urllib.parse import parse_qsl, urlencode
 
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 
 from dockerproxy.cache.access import STALE_GRANT_TTL
 from dockerproxy.cache.anonymous_tokens import AnonymousTokens
@@ -21,7 +21,15 @@ from dockerproxy.cache.best_effort import try_put, try_remove
 from dockerproxy.cache.challenges import Realm
 from dockerproxy.cache.identity import PUBLIC, TOKEN_LIFETIME, Identities
 from dockerproxy.cache.upstream import UpstreamAgent, error_from_response, is_denial, may_be_guard
-from dockerproxy.errors import BadRequest, CaptivePortalSuspected, RegistryError, UpstreamBroken, is_outage
+from dockerproxy.errors import (
+    BadRequest,
+    CaptivePortalSuspected,
+    RegistryError,
+    UpstreamBroken,
+    UpstreamTimeout,
+    UpstreamUnreachable,
+    is_outage,
+)
 from dockerproxy.http.headers import Headers
 from dockerproxy.net.dial import AddressCheck
 from dockerproxy.oci.credentials import BasicCredentials
@@ -30,6 +38,8 @@ from dockerproxy.oci.routes import parse_query
 from dockerproxy.oci.tokens import MAX_TOKEN_RESPONSE, TokenResponse, readable_repositories
 from dockerproxy.store.records import Records
 from dockerproxy.upstream.form_body import FormBody
+from dockerproxy.upstream.redirects import follow
+from dockerproxy.upstream.urls import with_tls_at_usual_port
 
 _SAVE_INTERVAL = 300.0
 _MAX_FORM_FIELDS = 50
@@ -147,12 +157,13 @@ class TokenEndpoint:
         authorization = request.client_authorization()
         if authorization is None:
             return await self._anonymous_token(realm, request, serves_all)
-        _check_scheme(registry, realm)
         if not request.has_one_credential():
-            return await self._request_token(realm, request)
+            return (await self._log_in(registry, realm, request))[0]
         identity = self._identities.for_authorization(str(realm), authorization)
         try:
-            content = await self._request_token(realm, request)
+            content, with_login = await self._log_in(registry, realm, request)
+            if not with_login:
+                return content  # a token of a client without a login: nobody checked this one
             issued = _parse_response(realm, content, self._clock())
         except RegistryError as error:
             return self._issue_after(error, realm, identity, request)
@@ -183,14 +194,15 @@ class TokenEndpoint:
         is_anonymous, key = request.has_no_credential(), f"{realm}\n{request.anonymous_key()}"
 
         async def ask() -> TokenResponse:
-            issued = _parse_response(realm, await self._request_token(realm, request), self._clock())
+            content, _ = await self._request_token(realm, request)
+            issued = _parse_response(realm, content, self._clock())
             for token in issued.tokens:
                 self._identities.bind_public(token, str(realm), self._clock() + issued.lifetime)
             return issued
 
         try:
             if not is_anonymous:  # it may be a login, which only the realm knows how to read
-                return await self._request_token(realm, request)
+                return (await self._request_token(realm, request))[0]
             issued = await self._anonymous_tokens.get(key, ask)
         except RegistryError as error:
             if is_outage(error) or serves_all:
@@ -201,25 +213,43 @@ class TokenEndpoint:
     async def forward(self, registry: Registry, realm: Realm, request: TokenRequest) -> bytes:
         """Return the response of `realm` to a request for a service that is no registry of ours, or raise its error."""
         if request.client_authorization() is not None:
-            _check_scheme(registry, realm)
-        return await self._request_token(realm, request)
+            return (await self._log_in(registry, realm, request))[0]
+        return (await self._request_token(realm, request))[0]
 
-    async def _request_token(self, realm: Realm, request: TokenRequest) -> bytes:
+    async def _log_in(self, registry: Registry, realm: Realm, request: TokenRequest) -> tuple[bytes, bool]:
+        """Return the same as `_request_token`. Raise `UpstreamBroken` if the login would leave TLS.
+
+        The client logs in to `registry`, which chose the realm. If that is without TLS, its host is tried with TLS.
+        """
+        if realm.server.scheme == "https" or registry.scheme == "http":
+            return await self._request_token(realm, request)
+        message = (
+            f"{registry}: your login was not sent to its token server {realm.server.host.authority}, because that uses"
+            " plain HTTP; pull without a login, or ask the registry's administrator for a token server with TLS"
+        )
+        server = with_tls_at_usual_port(realm.server)
+        if server is None:
+            raise UpstreamBroken(message)
+        try:
+            return await self._request_token(evolve(realm, server=server), request)
+        except (UpstreamUnreachable, UpstreamTimeout):
+            raise UpstreamBroken(message) from None
+
+    async def _request_token(self, realm: Realm, request: TokenRequest) -> tuple[bytes, bool]:
+        """Return the body of the realm's response, and whether the server that sent it was shown the login.
+
+        Raise the error of a response that is no success.
+        """
         fields = [("authorization", request.authorization)] if request.authorization is not None else []
         body = None
         if request.form is not None:
             fields.append(("content-type", "application/x-www-form-urlencoded"))
             body = FormBody(request.form)
-        response = await self._agent.request(
-            "GET" if body is None else "POST",
-            realm.url(request.query),
-            Headers(fields),
-            body,
-            address_check=self._address_check_for(realm.server.host),
-        )
+        method, url = "GET" if body is None else "POST", realm.url(request.query)
+        response, followed = await follow(self._agent, method, url, Headers(fields), body, self._address_check_for)
         if response.status != 200:
-            raise await error_from_response(realm.server, response)
-        return await response.read_all(MAX_TOKEN_RESPONSE)
+            raise await error_from_response(followed.server, response)
+        return await response.read_all(MAX_TOKEN_RESPONSE), followed.with_login
 
     def _bind(self, realm: Realm, authorization: str, scopes: list[str], issued: TokenResponse) -> None:
         """Bind the issued tokens to their client and to the repositories that it asked for and that were granted."""
@@ -245,15 +275,6 @@ def _render_response(token: str, access_token: str, lifetime: float, now: float)
     issued_at = datetime.fromtimestamp(now, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     document = {"token": token, "access_token": access_token, "expires_in": int(lifetime), "issued_at": issued_at}
     return json.dumps(document).encode()
-
-
-def _check_scheme(registry: Registry, realm: Realm) -> None:
-    """Raise `UpstreamBroken` if a client's login would leave TLS: it logs in to `registry`, which chose the realm."""
-    if realm.server.scheme == "http" and registry.scheme == "https":
-        raise UpstreamBroken(
-            f"{registry}: your login was not sent to its token server {realm.server.host.authority}, because that uses"
-            " plain HTTP; pull without a login, or ask the registry's administrator for a token server with TLS"
-        )
 
 
 def _parse_response(realm: Realm, content: bytes, now: float) -> TokenResponse:

@@ -12,6 +12,7 @@ from urllib.parse import quote, urlencode
 
 from attrs import evolve, field, frozen
 
+from dockerproxy.bounded_dict import BoundedDict
 from dockerproxy.concurrency import SingleFlight
 from dockerproxy.errors import (
     BadRequest,
@@ -34,14 +35,16 @@ from dockerproxy.oci.routes import parse_query
 from dockerproxy.oci.tokens import MAX_TOKEN_RESPONSE, TokenResponse
 from dockerproxy.oci.untrusted_json import JSONInvalid, parse_json
 from dockerproxy.upstream.agent import Agent, Response
-from dockerproxy.upstream.credentials import ClientCredential, Credential, LoginTable
+from dockerproxy.upstream.credentials import Anonymous, ClientCredential, Credential, LoginTable
 from dockerproxy.upstream.form_body import FormBody
+from dockerproxy.upstream.redirects import follow
 from dockerproxy.upstream.refusals import is_own_refusal, is_page
-from dockerproxy.upstream.urls import split_url
+from dockerproxy.upstream.urls import split_url, with_tls_at_usual_port
 
 _MAX_TOKENS = 1024
 _MAX_REGISTRIES = 256
 _MAX_SCOPES = 8
+_MAX_TARGETS = 8  # of the redirects of one registry
 _CLIENT_ID = "docker-registry-proxy"
 _OAUTH_REFUSALS = frozenset({"invalid_grant", "invalid_client", "unauthorized_client"})  # RFC 6749, section 5.2
 _SCOPE_PATTERN = re.compile(r"[!-~]{1,1024}")
@@ -49,13 +52,17 @@ _SCOPE_PATTERN = re.compile(r"[!-~]{1,1024}")
 
 @frozen
 class TokenKey:
-    """The key of a cached token: the parameters of the request for it. `login` is None for an anonymous token."""
+    """The key of a cached token: the parameters of the request for it. `login` is None for an anonymous token.
+
+    `front` is the registry that redirects to `registry`, if one does.
+    """
 
     registry: Registry
     realm: str
     service: str | None
     scopes: tuple[str, ...]
     login: Login | None
+    front: Registry | None = None
 
     @property
     def host(self) -> Host:
@@ -100,6 +107,9 @@ class Authorizer:
         self._logins = LoginTable(logins)
         self._tokens: OrderedDict[TokenKey, _CachedToken] = OrderedDict()  # least recently used first
         self._challenges: OrderedDict[Registry, tuple[Challenge, ...]] = OrderedDict()
+        self._redirects: BoundedDict[Registry, dict[Registry, Challenge]] = BoundedDict(_MAX_REGISTRIES)
+        self._pinged: BoundedDict[Registry, Registry] = BoundedDict(_MAX_REGISTRIES)
+        self._logins_of_targets: BoundedDict[Registry, Login] = BoundedDict(_MAX_REGISTRIES)
         self._effective_logins: dict[Registry, Login | None] = {}  # of these logins and challenges
         self._fetches: SingleFlight[TokenKey, Authorization] = SingleFlight()
 
@@ -130,16 +140,85 @@ class Authorizer:
         self._effective_logins.clear()
         self._challenges.pop(registry, None)
 
+    # redirects: a front such as lscr.io leads to the registry proper, which has a challenge and a login of its own
+
+    def add_redirect(self, registry: Registry, target: Registry, challenges: Sequence[Challenge]) -> None:
+        """Remember that `registry` redirects requests to `target`, which has these `challenges`."""
+        bearer = _bearer_challenge(challenges)
+        if bearer is None:
+            return
+        targets = self._redirects.get(registry) or {}
+        if target in targets or len(targets) < _MAX_TARGETS:
+            self._redirects[registry] = {**targets, target: _without_scope(bearer)}
+            self._effective_logins.clear()
+
+    def set_ping_target(self, registry: Registry, target: Registry | None, challenges: Sequence[Challenge]) -> None:
+        """Remember the `challenges` of `registry` itself, or of `target` if `registry` redirects `/v2/` there."""
+        if target is None:
+            self._pinged.pop(registry)
+            self.add_challenges(registry, challenges)
+        else:
+            self._pinged[registry] = target
+            self.add_redirect(registry, target, challenges)
+
+    def ping_target(self, registry: Registry) -> Registry | None:
+        """Return the server to which `registry` redirects `/v2/`, and for which clients get their tokens; else None."""
+        return self._pinged.get(registry)
+
+    def redirect_challenges(self, registry: Registry, target: Registry) -> tuple[Challenge, ...]:
+        """Return the challenge of `target` in answer to requests that `registry` redirected; empty if not known."""
+        bearer = (self._redirects.get(registry) or {}).get(target)
+        return () if bearer is None else (bearer,)
+
+    def remove_redirect(self, registry: Registry, target: Registry) -> None:
+        """Forget the challenge of `target`, because its token server failed."""
+        targets = self._redirects.get(registry) or {}
+        self._redirects[registry] = {one: bearer for one, bearer in targets.items() if one != target}
+
+    async def get_redirect_authorization(
+        self,
+        registry: Registry,
+        target: Registry,
+        challenges: Sequence[Challenge],
+        scope: str,
+        credential: Credential,
+        rejected_authorization: Authorization | None = None,
+    ) -> Authorization | None:
+        """Return a bearer token for `target`, to which `registry` redirects; None if none of `challenges` is Bearer.
+
+        `credential` is that of the request to `registry`, and is not sent. In place of a login of ours, the login for
+        `target` is used, if there is one. See `get_authorization` for the rest.
+        """
+        bearer = _bearer_challenge(challenges)
+        if bearer is None:
+            return None
+        login = None
+        if isinstance(credential, BasicCredentials | IdentityToken):
+            login = self._logins.effective_login(target, _bearer_host(bearer))
+        key = self._token_key(target, bearer, scope, login or Anonymous(), registry)
+        return await self._get_token(key, rejected_authorization)
+
     def effective_login(self, registry: Registry) -> Login | None:
-        """Return the login of AUTH_REGISTRIES for `registry`: its own, or else the login for its realm's host."""
+        """Return the login of AUTH_REGISTRIES for `registry`: its own, or else the login for its realm's host.
+
+        A registry that has none and redirects has the login of its target. It is sent there only.
+        """
         try:
             return self._effective_logins[registry]  # each cached request asks for it
         except KeyError:
             if len(self._effective_logins) >= _MAX_REGISTRIES:
                 self._effective_logins.clear()
         login = self._logins.effective_login(registry, self._realm_host(registry))
+        self._logins_of_targets.pop(registry)
+        if login is None and (login := self._login_of_targets(registry)) is not None:
+            self._logins_of_targets[registry] = login
         self._effective_logins[registry] = login
         return login
+
+    def _login_of_targets(self, registry: Registry) -> Login | None:
+        targets = (self._redirects.get(registry) or {}).items()
+        logins = (self._logins.effective_login(target, _bearer_host(bearer)) for target, bearer in targets)
+        return next((login for login in logins if login is not None), None)
 
     # authorization
 
@@ -160,6 +239,8 @@ class Authorizer:
         """
         if isinstance(credential, ClientCredential):
             return Authorization(credential.authorization)
+        if self._logins_of_targets.get(registry) == credential:
+            credential = Anonymous()
         bearer = _bearer_challenge(challenges)
         if bearer is not None:
             return await self._get_token(self._token_key(registry, bearer, scope, credential), rejected_authorization)
@@ -196,7 +277,14 @@ class Authorizer:
                 return f"{registry} answered {response.status}"
         return None
 
-    def _token_key(self, registry: Registry, bearer: Challenge, scope: str | None, credential: Credential) -> TokenKey:
+    def _token_key(
+        self,
+        registry: Registry,
+        bearer: Challenge,
+        scope: str | None,
+        credential: Credential,
+        front: Registry | None = None,
+    ) -> TokenKey:
         realm = bearer.parameters["realm"]
         origin, path = split_url(realm)
         login = self._logins.login_for(credential, origin.host, registry)
@@ -205,9 +293,9 @@ class Authorizer:
             # Add the registry's scope, because it may include more than ours, such as the source repository of a mount.
             scopes |= dict.fromkeys(bearer.parameters.get("scope", "").split())
         else:
-            _check_realm_for_login(registry, origin, path)
+            realm = _realm_for_login(registry, origin, path)
         valid_scopes = tuple(candidate for candidate in scopes if _SCOPE_PATTERN.fullmatch(candidate))[:_MAX_SCOPES]
-        return TokenKey(registry, realm, bearer.parameters.get("service"), valid_scopes, login)
+        return TokenKey(registry, realm, bearer.parameters.get("service"), valid_scopes, login, front)
 
     async def _get_token(self, key: TokenKey, rejected_authorization: Authorization | None) -> Authorization:
         if (
@@ -229,9 +317,12 @@ class Authorizer:
         return await self._fetches.do(key, lambda: self._fetch_token(key))
 
     async def _fetch_token(self, key: TokenKey) -> Authorization:
-        address_check = None if key.host == key.registry.host else self._address_check
-        method, url, headers, body = _token_request(key)
-        response = await self._agent.request(method, url, headers, body, address_check=address_check)
+        trusted = (key.front or key.registry).host  # the administrator chose it
+
+        def address_check_for(host: Host) -> AddressCheck | None:
+            return None if host == trusted else self._address_check
+
+        response, _ = await follow(self._agent, *_token_request(key), address_check_for)
         if response.status != 200:
             raise await _refusal_error(key, response)
         content = await response.read_all(MAX_TOKEN_RESPONSE)
@@ -265,16 +356,31 @@ class Authorizer:
 _DEFAULT_REALMS = {DOCKER_HUB.host: DOCKER_HUB_TOKENS.host}
 
 
-def _check_realm_for_login(registry: Registry, realm: Registry, path: str) -> None:
-    """Refuse a realm to which a login of ours must not go: one without TLS, or one that asks for scopes of its own."""
+def _realm_for_login(registry: Registry, realm: Registry, path: str) -> str:
+    """Return the URL of a realm to which a login of ours may go. Refuse one that asks for scopes of its own.
+
+    A realm without TLS of a registry with TLS is taken at its host with TLS, or refused if its port is not the usual.
+    """
     if realm.scheme == "http" and registry.scheme == "https":
-        raise UpstreamBroken(f"{registry}: its token server {realm.host.authority} uses plain HTTP; refused")
+        with_tls = with_tls_at_usual_port(realm)
+        if with_tls is None:
+            raise UpstreamBroken(f"{registry}: its token server {realm.host.authority} uses plain HTTP; refused")
+        realm = with_tls
     try:
         has_scope = any(name == "scope" for name, _ in parse_query(path.partition("?")[2]))
     except BadRequest:
         has_scope = True
     if has_scope:
         raise UpstreamBroken(f"{registry}: the URL of its token server {realm.host.authority} has a scope; refused")
+    return realm.origin + path
+
+
+def _bearer_host(bearer: Challenge) -> Host | None:
+    """Return the host of the realm that `bearer` names; None if it names no URL."""
+    try:
+        return split_url(bearer.parameters["realm"])[0].host
+    except RegistryError:
+        return None
 
 
 def _bearer_challenge(challenges: Sequence[Challenge]) -> Challenge | None:

@@ -40,3 +40,8 @@ def resolve_location(base: str, location: str) -> str:
         return urljoin(base, location)
     except ValueError:  # because of brackets, which Python parses as an IPv6 address
         raise UpstreamBroken("an upstream sent a malformed URL") from None
+
+
+def with_tls_at_usual_port(server: Registry) -> Registry | None:
+    """Return the server with TLS at the host of `server`, if that is without TLS at the usual port; else None."""
+    return Registry(Host(server.host.name, 443), "https") if server.host.port == 80 else None

@@ -118,6 +118,72 @@ def test_registry_without_authentication(harness: CacheHarness, status: int) -> 
     assert get_challenges(harness) == []
 
 
+def redirect_to_proper(harness: CacheHarness, status: int, location: str, *fields: str, final: int = 401) -> None:
+    """Redirect `/v2/` of the registry to `location`. There are `fields` as the challenge."""
+
+    def respond(request: Any, data: Any) -> ScriptedResponse:
+        if request.registry == OTHER and request.path == "/v2/":
+            return ScriptedResponse(status, b"", {"location": location})
+        return respond_with_challenge(*fields, status=final)(request, data)  # type: ignore[no-any-return]
+
+    harness.upstream.on("GET", "", respond)
+
+
+PROPER = Registry.parse("proper.example")
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_front_has_the_challenge_of_the_registry_proper(
+    harness: CacheHarness, make_harness: Callable[..., CacheHarness], status: int
+) -> None:
+    """docker takes it too: lscr.io and cr.fluentbit.io are such fronts."""
+    redirect_to_proper(harness, status, "https://proper.example/v2/", BEARER)
+    assert [challenge.parameters["service"] for challenge in get_challenges(harness)] == ["other"]
+    assert harness.ping_targets[OTHER] == PROPER
+    harness.upstream.go_down()
+    harness.reactor.advance(1000 * HOUR)
+    restarted = make_harness(upstream=harness.upstream)
+    assert len(get_challenges(restarted)) == 1
+    restarted.challenges.restore([OTHER])
+    assert restarted.ping_targets[OTHER] == PROPER
+    harness.upstream.reset()
+    assert get_challenges(harness) == [] and harness.ping_targets[OTHER] is None  # it is a front no more
+
+
+@pytest.mark.parametrize(
+    ("location", "fields", "final"),
+    [
+        ("https://proper.example/v2/", ('Basic realm="x"',), 401),
+        ("https://proper.example/v2/", (), 401),
+        ("https://proper.example/v2/", (), 200),
+        ("https://proper.example/v2/", (), 503),
+        ("http://proper.example/v2/", (BEARER,), 401),
+        ("https://other.example:5000/v2/", (BEARER,), 401),  # a loop
+        ("ftp://proper.example/", (BEARER,), 401),
+        ("", (BEARER,), 401),
+    ],
+)
+def test_front_without_a_challenge(harness: CacheHarness, location: str, fields: tuple[str, ...], final: int) -> None:
+    """A request for content shows what it needs."""
+    redirect_to_proper(harness, 302, location, *fields, final=final)
+    assert get_challenges(harness) == []
+    assert harness.ping_targets[OTHER] is None
+
+
+@pytest.mark.parametrize("location", ["/v2", "https://other.example:5000/x"])
+def test_redirect_within_a_registry(harness: CacheHarness, location: str) -> None:
+    redirect_to_proper(harness, 302, location, BEARER)
+    assert len(get_challenges(harness)) == 1
+    assert harness.ping_targets[OTHER] is None
+
+
+def test_damaged_target(harness: CacheHarness) -> None:
+    for target in ("https://a b", 5, "", "ftp://x"):
+        harness.records.put({"fields": [BEARER], "checked": harness.now(), "target": target}, "challenge", str(OTHER))
+        harness.challenges.restore([OTHER])
+        assert harness.ping_targets[OTHER] is None
+
+
 @pytest.mark.parametrize(("status", "kind"), [(403, UpstreamRefused), (404, UpstreamRefused), (500, UpstreamFailing)])
 def test_error_response_is_not_cached(harness: CacheHarness, status: int, kind: type[RegistryError]) -> None:
     harness.upstream.on("GET", "^/v2/$", respond_with(status))

@@ -360,10 +360,20 @@ LOGINS = [
 def test_login_never_leaves_tls(harness: CacheHarness, authorization: str | None, form: bytes | None) -> None:
     """A registry with TLS may name a token server without it. Our own login does not go there either."""
     script_realm(harness, respond_with_token())
+    other_port = Realm(Registry.parse("http://auth.docker.io:81"), "/token")
+    with pytest.raises(UpstreamBroken, match="plain HTTP"):
+        ask(harness, authorization, form, realm=other_port)
+    assert harness.upstream.requests == []
     plain = Realm(Registry.parse("http://auth.docker.io:80"), "/token")
+    assert ask(harness, authorization, form, realm=plain) == TOKEN  # the same host has TLS
+    [request] = harness.upstream.requests
+    assert str(request.registry) == "auth.docker.io"
+    harness.reactor.advance(DAY)  # so that no earlier login counts
+    script_realm(harness, raise_error(UpstreamUnreachable("no such port")))
     with pytest.raises(UpstreamBroken, match="plain HTTP"):
         ask(harness, authorization, form, realm=plain)
-    assert harness.upstream.requests == []
+    script_realm(harness, respond_with_token())
+    harness.upstream.clear_requests()
     assert json.loads(ask(harness, None, realm=plain))["token"] == "upstreams"
     ask(harness, authorization, form, realm=plain, registry=Registry.parse("http://plain.example"))
     assert len(harness.upstream.requests) == 2
@@ -417,6 +427,44 @@ def test_unwritable_records(harness: CacheHarness, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("dockerproxy.store.files.Staging.write", fail)
     script_realm(harness, respond_with_token())
     assert ask(harness, ALICE) == TOKEN
+
+
+def redirect(status: int, location: str) -> Any:
+    return lambda request, data: ScriptedResponse(status, b"", {"location": location})
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+@pytest.mark.parametrize("posted", [False, True])
+@pytest.mark.parametrize("location", ["/token/", "https://auth.docker.io/token/x", "https://other.example/token/"])
+def test_token_server_redirects(harness: CacheHarness, status: int, posted: bool, location: str) -> None:
+    """The login goes along within the host. A token that is got without it counts as nobody's in particular."""
+    harness.upstream.on("GET", "^/token/", respond_with_token())
+    harness.upstream.on("POST", "^/token/", respond_with_token())
+    for method in ("GET", "POST"):
+        harness.upstream.on(method, r"^/token\?", redirect(status, location))
+    form = encode_form(grant_type="password", username="alice", password="pw:with:colons", scope=SCOPE)
+    is_shown = "other" not in location and (not posted or status in (307, 308))
+    if posted and "other" in location and status in (307, 308):
+        with pytest.raises(UpstreamBroken):
+            ask(harness, None, form)
+        return
+    assert ask(harness, None, form) == TOKEN if posted else ask(harness, ALICE) == TOKEN
+    last = harness.upstream.requests[-1]
+    if not posted:
+        assert last.headers.get("authorization") == (ALICE if is_shown else None)
+    assert len(harness.agent.bodies) == (0 if not posted else 2 if is_shown else 1)
+    assert (identity_of(harness, "upstreams") == alice(harness)) is is_shown
+    client_record = harness.records.get("client", str(REALM.server), alice(harness))
+    assert (client_record is not None) is is_shown
+
+
+@pytest.mark.parametrize("location", ["/token/", "https://other.example/token/"])
+def test_token_server_redirects_clients_without_a_login(harness: CacheHarness, location: str) -> None:
+    harness.upstream.on("GET", "^/token/", respond_with_token())
+    harness.upstream.on("GET", r"^/token\?", redirect(302, location))
+    assert json.loads(ask(harness))["token"] == "upstreams"
+    assert harness.identities.read_token("Bearer upstreams") == PUBLIC_TOKEN
+    assert harness.agent.address_checks == [None, None]
 
 
 def test_realm_address_is_checked(make_harness: Callable[..., CacheHarness]) -> None:

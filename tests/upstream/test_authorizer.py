@@ -272,7 +272,13 @@ class AuthorizerTests(TestCase):
         self.assertEqual(authorization.value, "Bearer token-1")
 
     async def test_realm_without_tls_is_refused(self) -> None:
-        work = self.authorizer.get_authorization(Registry.parse("registry.example"), bearer(), SCOPE, LOGIN)
+        """At the usual port, its host is asked with TLS."""
+        registry = Registry.parse("registry.example")
+        usual = Deferred.fromCoroutine(self.authorizer.get_authorization(registry, bearer(), SCOPE, LOGIN))
+        await self.assertFailure(usual, UpstreamUnreachable)
+        challenges = bearer("http://registry.example:81/token")
+        self.authorizer = self.make_authorizer({Host("registry.example", 81): LOGIN})
+        work = self.authorizer.get_authorization(registry, challenges, SCOPE, LOGIN)
         error = await self.assertFailure(Deferred.fromCoroutine(work), UpstreamBroken)
         self.assertIn("plain HTTP", error.message)
         self.assertEqual(self.token_server.requests, [])

@@ -23,7 +23,7 @@ from dockerproxy.errors import (
 )
 from dockerproxy.http.headers import Headers
 from dockerproxy.net.dial import Dialer
-from dockerproxy.oci.challenge import Challenge
+from dockerproxy.oci.challenge import Challenge, parse_challenges
 from dockerproxy.oci.credentials import BasicCredentials
 from dockerproxy.oci.names import Host, Registry, parse_repository
 from dockerproxy.upstream.agent import Agent, ClientContext, Response, UpstreamTimeouts
@@ -35,6 +35,10 @@ from tests.support.resolvers import StaticResolver
 REGISTRY = Registry.parse("http://registry.example")
 NAME = parse_repository("library/ubuntu")
 LOGIN = BasicCredentials("me", "secret")
+FRONT, PROPER = "registry.example", "proper.example"
+ANONYMOUS = Anonymous()
+PROPER_BEARER = 'Bearer realm="http://proper.example/token",service="p"'
+PROPER_QUERY = "service=p&scope=repository%3Alibrary%2Fubuntu%3Apull"
 BEARER = 'Bearer realm="http://registry.example/token",service="s",scope="repository:library/ubuntu:pull"'
 
 
@@ -56,6 +60,7 @@ class FakeServers(Factory):
     def __init__(self) -> None:
         self.requests: list[ServedRequest] = []
         self.tokens = 0
+        self.token_requests: list[tuple[str, str | None]] = []  # URL and Authorization
         self.respond: Callable[[ServedRequest], ResponseTuple] = lambda request: (200, {}, b"ok")
         self.connections: set[Any] = set()
 
@@ -87,6 +92,7 @@ class _FakeServersProtocol(Protocol):
         request = ServedRequest(method, f"{headers.get('host')}{target}", headers)
         if target.startswith("/token"):
             self.servers.tokens += 1
+            self.servers.token_requests.append((request.url, headers.get("authorization")))
             status, fields, body = 200, {}, b'{"token": "t%d", "expires_in": 300}' % self.servers.tokens
         else:
             self.servers.requests.append(request)
@@ -143,11 +149,16 @@ class UpstreamClientTests(TestCase):
         self.servers = FakeServers()
         self.port = reactor.listenTCP(0, self.servers, interface="127.0.0.1")
         place = ("127.0.0.1", self.port.getHost().port)
-        hosts = [Host(name, port) for name in ("registry.example", "cdn.example") for port in (80, 443, 5000)]
+        hosts = [
+            Host(name, port)
+            for name in ("registry.example", "cdn.example", "proper.example")
+            for port in (80, 443, 5000)
+        ]
         resolver = StaticResolver({"localhost": ["127.0.0.1", "::1"]})
         dialer = Dialer(reactor, resolver, overrides=dict.fromkeys(hosts, place))
         self.agent = Agent(clock, dialer, ClientContext(verify=False), UpstreamTimeouts())
-        self.authorizer = Authorizer(self.agent, clock.seconds, None, {REGISTRY.host: LOGIN})
+        self.make_authorizer = lambda: Authorizer(self.agent, clock.seconds, None, {REGISTRY.host: LOGIN})
+        self.authorizer = self.make_authorizer()
         self.client = UpstreamClient(self.agent, self.authorizer, self.check_address)
 
     def check_address(self, address: str) -> None:
@@ -371,6 +382,148 @@ class UpstreamClientTests(TestCase):
         self.assertEqual((await self.send_request()).status, 304)
         self.servers.respond = lambda request: (302, {}, b"")
         self.assertEqual((await self.send_request()).status, 302)
+
+    # fronts, such as lscr.io: they redirect to the registry proper, which wants a token of its own realm
+
+    def redirect_to_proper(self, *accepted: str, path: str = "/v2/library/ubuntu/manifests/1", **more: str) -> None:
+        """Redirect to `path` of the registry proper. It accepts these Authorization values only."""
+
+        def respond(request: ServedRequest) -> ResponseTuple:
+            if request.url.startswith("registry.example"):
+                return 307, {"Location": f"http://proper.example{path}"}, b""
+            return require_authorization(*accepted, challenge=more.get("challenge", PROPER_BEARER))(request)
+
+        self.servers.respond = respond
+
+    async def pull(
+        self, credential: Any = ANONYMOUS, status: int = 200, **options: Any
+    ) -> list[tuple[str, str | None]]:
+        """Pull a manifest from the front. Return the hosts that were asked for it, with the Authorization of each."""
+        self.servers.requests.clear()
+        response = await self.send_request("/v2/library/ubuntu/manifests/1", credential=credential, **options)
+        self.assertEqual(response.status, status)
+        await response.discard()
+        return [(one.url.partition("/")[0], one.headers.get("authorization")) for one in self.servers.requests]
+
+    async def test_registry_proper_gets_a_token_of_its_own(self) -> None:
+        self.redirect_to_proper("Bearer t1")
+        cold = [(FRONT, None), (PROPER, None), (FRONT, None), (PROPER, "Bearer t1")]
+        self.assertEqual(await self.pull(), cold)
+        for method in ("GET", "HEAD"):
+            self.assertEqual(await self.pull(method=method), [(FRONT, None), (PROPER, "Bearer t1")])
+        self.assertEqual(self.servers.token_requests, [(f"proper.example/token?{PROPER_QUERY}", None)])
+        self.assertEqual(self.authorizer.challenges_for(REGISTRY), ())
+        self.assertEqual(self.authorizer.challenges_for(Registry.parse("http://proper.example")), ())
+
+    async def test_a_token_that_the_registry_proper_rejects_is_replaced(self) -> None:
+        self.redirect_to_proper("Bearer t1")
+        await self.pull()
+        self.redirect_to_proper("Bearer t2")
+        self.assertEqual((await self.pull())[-1], (PROPER, "Bearer t2"))
+        self.redirect_to_proper("Bearer never")
+        await self.pull(status=401)
+
+    async def test_login_for_the_front_is_not_for_the_registry_proper(self) -> None:
+        self.redirect_to_proper("Bearer t1")
+        self.assertEqual((await self.pull(LOGIN))[-1], (PROPER, "Bearer t1"))
+        self.assertEqual(await self.pull(LOGIN), [(FRONT, None), (PROPER, "Bearer t1")])
+        self.assertEqual({login for _, login in self.servers.token_requests}, {None})
+
+    async def test_login_for_the_registry_proper(self) -> None:
+        """It is used once it is known that the front leads there, and is not sent to the front."""
+        login, host = BasicCredentials("proper", "x"), Host("proper.example", 80)
+        self.authorizer.set_logins({host: login})
+        self.redirect_to_proper("Bearer t2")
+        self.assertIs(self.authorizer.effective_login(REGISTRY), None)
+        await self.pull(status=401)
+        self.assertEqual(self.authorizer.effective_login(REGISTRY), login)
+        self.assertEqual((await self.pull(login))[-1], (PROPER, "Bearer t2"))
+        self.assertEqual([login for _, login in self.servers.token_requests], [None, login.authorization])
+        for challenge in (BEARER, 'Basic realm="x"'):  # the front would like it, too
+            self.servers.respond = require_authorization("never", challenge=challenge)
+            self.servers.token_requests.clear()
+            self.assertNotIn(login.authorization, [sent for _, sent in await self.pull(login, status=401)])
+            self.assertNotIn(login.authorization, [sent for _, sent in self.servers.token_requests])
+            self.authorizer.set_logins({})  # a request that began before
+
+    async def test_login_for_the_registry_proper_is_for_pulls_alone(self) -> None:
+        login, host = BasicCredentials("proper", "x"), Host("proper.example", 80)
+        self.authorizer.set_logins({host: login})
+        for path in ("/v2/library/ubuntu/manifests/1?x=y", "/v2/library/ubuntu/manifests/1?%zz"):
+            self.redirect_to_proper("Bearer never", path=path)
+            await self.pull(login, status=401)
+        self.assertEqual({login for _, login in self.servers.token_requests}, {None})
+        self.servers.token_requests.clear()
+        for path in ("/v2/", "/v2/x/blobs/uploads/", "/v2/a/../b/manifests/1", "/page", "/v2/%61//manifests/1"):
+            self.redirect_to_proper("Bearer never", path=path)
+            await self.pull(login, status=401)
+        self.assertEqual(self.servers.token_requests, [])
+
+    async def test_registry_proper_has_another_name_for_the_repository(self) -> None:
+        digest = f"sha256:{'0' * 64}"
+        for path in ("a/b/manifests/1", f"a/b/blobs/{digest}", f"a/b/referrers/{digest}", "a/b/tags/list?n=5"):
+            self.servers.token_requests.clear()
+            self.authorizer = self.client._authorizer = self.make_authorizer()
+            self.redirect_to_proper(*(f"Bearer t{number}" for number in range(9)), path=f"/v2/{path}")
+            await self.pull()
+            query = PROPER_QUERY.replace("library%2Fubuntu", "a%2Fb")
+            self.assertEqual(self.servers.token_requests, [(f"proper.example/token?{query}", None)])
+
+    async def test_another_hosts_401_without_bearer_stays(self) -> None:
+        for challenge in ('Basic realm="x"', "Negotiate", ""):
+            self.redirect_to_proper("Bearer t1", challenge=challenge)
+            self.assertEqual(await self.pull(LOGIN, 401), [(FRONT, None), (PROPER, None)])
+        self.assertEqual(self.servers.token_requests, [])
+
+    async def test_clients_token_is_for_the_server_that_answered_the_ping(self) -> None:
+        """The client got it by the challenge of that server, as without the proxy."""
+        mine = ClientCredential("Bearer mine")
+        self.redirect_to_proper("Bearer mine")
+        proper, challenges = Registry.parse("http://proper.example"), parse_challenges([PROPER_BEARER])
+        self.authorizer.set_ping_target(REGISTRY, proper, challenges)
+        self.assertEqual(await self.pull(mine), [(FRONT, None), (PROPER, "Bearer mine")])
+        self.redirect_to_proper("Bearer t1")
+        self.assertEqual(await self.pull(mine, 401), [(FRONT, None), (PROPER, "Bearer mine")])
+        self.assertEqual(self.servers.token_requests, [])
+        basic = ClientCredential("Basic mine")  # which is for the front
+        self.assertEqual(await self.pull(basic), [(FRONT, "Basic mine"), (PROPER, "Bearer t1")])
+        self.authorizer.set_ping_target(REGISTRY, None, [])
+        self.assertEqual(await self.pull(mine), [(FRONT, "Bearer mine"), (PROPER, "Bearer t1")])
+
+    async def test_token_goes_no_further(self) -> None:
+        def respond(request: ServedRequest) -> ResponseTuple:
+            host, _, path = request.url.partition("/")
+            if host == FRONT:
+                return 302, {"Location": "http://proper.example/v2/library/ubuntu/manifests/1"}, b""
+            if host == PROPER and "authorization" not in request.headers:
+                return 401, {"WWW-Authenticate": PROPER_BEARER}, b"{}"
+            if host == PROPER:
+                return 302, {"Location": f"http://cdn.example/{path}"}, b""
+            return 200, {}, b"ok"
+
+        self.servers.respond = respond
+        self.assertEqual((await self.pull())[-2:], [(PROPER, "Bearer t1"), ("cdn.example", None)])
+        self.assertEqual(await self.pull(), [(FRONT, None), (PROPER, "Bearer t1"), ("cdn.example", None)])
+
+    async def test_refused_token_of_the_registry_proper(self) -> None:
+        self.redirect_to_proper("x", challenge='Bearer realm="http://proper.example/denied"')
+        for _ in range(2):
+            error = await self.assertFailure(Deferred.fromCoroutine(self.pull()), Unauthorized)
+            self.assertIn("proper.example", error.message)
+            self.assertIn("/denied", dict(error.headers)["WWW-Authenticate"])
+
+    async def test_nobody_is_refused_because_of_an_earlier_challenge(self) -> None:
+        """A realm that refuses is not believed to be that of the registry any more."""
+        denied = Challenge("bearer", {"realm": "http://registry.example/denied"})
+        self.authorizer.add_challenges(REGISTRY, [denied])
+
+        def respond(request: ServedRequest) -> ResponseTuple:
+            if "/denied" in request.url:
+                return 401, {"WWW-Authenticate": BEARER}, b"{}"
+            return require_authorization("Bearer t1")(request)
+
+        self.servers.respond = respond
+        self.assertEqual(await self.fetch(), b"ok")
 
 
 class DowngradeTests(TestCase):

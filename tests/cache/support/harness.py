@@ -144,6 +144,7 @@ class CacheHarness:
         self._download_limits = download_limits or DownloadLimits()
         self.login_source = ScriptedLogins(login)
         self.learned_challenges: dict[Registry, Any] = {}
+        self.ping_targets: dict[Registry, Registry | None] = {}
         services = CacheServices(
             reactor=reactor,
             clock=self.now,
@@ -162,7 +163,7 @@ class CacheHarness:
         policy = CachePolicy(
             registries=registries,
             intercepted={registry.host: registry for registry in (*registries, Registry.parse("auth.docker.io"))},
-            on_challenges=self.learned_challenges.__setitem__,
+            on_challenges=self.learn_challenge,
             address_check=address_check,
             allows_client_to=lambda server: server.host.port in tunnel_ports,
             logins=SharedLogins(self.login_source, reactor.seconds, self.login_source.record),
@@ -178,6 +179,10 @@ class CacheHarness:
         self.cached_blobs = self.pull_through.blobs
         self.downloads = self.cached_blobs.downloads
         self._deferreds: list[Deferred[Any]] = []
+
+    def learn_challenge(self, registry: Registry, target: Registry | None, challenges: Any) -> None:
+        self.learned_challenges[registry] = challenges
+        self.ping_targets[registry] = target
 
     def now(self) -> float:
         return EPOCH + float(self.reactor.seconds())
