@@ -59,7 +59,7 @@ class EndedLogins:
         self._logins.clear()
 
     def report_list(self) -> list[dict[str, Any]]:
-        """Return the refused logins, for `dockerproxy status` and `debug`."""
+        """Return the refused logins. `dockerproxy status` and `debug` show them."""
         logins = [login for name in list(self._logins) if (login := self._logins.get(name)) is not None]
         return [
             {"registry": login.registry, "setting": login.setting, "reason": login.reason, "since": login.since}

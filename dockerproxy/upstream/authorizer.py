@@ -162,7 +162,7 @@ class Authorizer:
             self.add_redirect(registry, target, challenges)
 
     def ping_target(self, registry: Registry) -> Registry | None:
-        """Return the server to which `registry` redirects `/v2/`, and for which clients get their tokens; else None."""
+        """Return the server that `registry` redirects `/v2/` to, if any. Clients get their tokens by its challenge."""
         return self._pinged.get(registry)
 
     def redirect_challenges(self, registry: Registry, target: Registry) -> tuple[Challenge, ...]:

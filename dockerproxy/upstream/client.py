@@ -27,8 +27,7 @@ from dockerproxy.upstream.credentials import Anonymous, ClientCredential, Creden
 from dockerproxy.upstream.redirects import MAX_REDIRECTS, REDIRECTS
 from dockerproxy.upstream.urls import resolve_location, split_url
 
-# For the registry, and for the server that it redirects to: once with the cached token, and once with a new one if that
-# is rejected.
+# The registry, and the one it redirects to: once with the cached token, once with a new one if that is rejected.
 _MAX_AUTH_RETRIES = 4
 # Fields that are sent to other hosts after a redirect. All others are omitted, because they may contain credentials.
 _CROSS_ORIGIN_FIELDS = frozenset(

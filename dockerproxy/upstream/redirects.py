@@ -66,8 +66,8 @@ async def follow(
     """Send a request, follow its redirects, and return the final response.
 
     Within the host, the Authorization field and the form go along, also from plain HTTP to TLS. To another host, there
-    is no Authorization, and a form goes nowhere. Raise `UpstreamBroken` for a form that is sent to another host, for a
-    loop, and after MAX_REDIRECTS; `CaptivePortalSuspected` for a redirect from TLS to plain HTTP; and the errors of
+    is no Authorization, and a form goes nowhere. Raise `UpstreamBroken` if a form would go to another host, in a loop,
+    and after MAX_REDIRECTS; `CaptivePortalSuspected` for a redirect from TLS to plain HTTP; and the errors of
     `Agent.request`.
     """
     visited = {url}
