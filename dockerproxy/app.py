@@ -221,7 +221,7 @@ def build_server(reactor: Any, settings: Settings, certificates: Certificates, s
         NamespacedRegistries,
         hosted_app,
         login.guard(mirror.handle),
-        hosted_names,
+        registries.hosted_names,
         registries.mirrored,
         hosted_store.has_repository,
     )

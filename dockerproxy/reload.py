@@ -81,18 +81,24 @@ def reloadable_variables(variables: Mapping[str, str]) -> dict[str, str]:
 
 
 class RegistryTable:
-    """The registries that are served now. `update` modifies the two mappings in place."""
+    """The registries that are served now. `update` modifies the mappings and the set in place."""
 
     def __init__(self, settings: Settings) -> None:
         self.intercepted = RegistryMap()
         """Servers by the host that clients connect to. Docker Hub is here under each of its names."""
         self.mirrored = RegistryMap()
         """Registries by the value of `?ns=`."""
+        self.hosted_names: set[str] = set()
+        """Values of `?ns=` that mean the hosted registry."""
         self.update(settings)
 
     def update(self, settings: Settings) -> None:
         """Replace the entries by the registries of `settings`."""
-        self._wildcards, own_names = settings.registry_wildcards, settings.registry_hostname
+        public_names = [] if settings.registry_url is None else [settings.registry_url.host.name]
+        own_names = (*settings.registry_hostname, *public_names)
+        self.hosted_names.clear()
+        self.hosted_names.update(own_names)
+        self._wildcards = settings.registry_wildcards
         intercepted = [(registry.host, registry) for registry in settings.intercepted]
         self.intercepted.replace(intercepted, self._wildcards, own_names)
         mirrored = [(registry.host, registry) for registry in settings.registries]

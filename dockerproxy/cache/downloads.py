@@ -38,7 +38,7 @@ from attrs import field, frozen
 from twisted.internet.defer import CancelledError, Deferred, DeferredList, DeferredLock
 from twisted.logger import Logger
 
-from dockerproxy.cache.ahead import AheadFetcher, AheadRange, AheadRanges
+from dockerproxy.cache.ahead import MAX_WAIT, AheadFetcher, AheadRange, AheadRanges
 from dockerproxy.cache.download_memory import DownloadMemory
 from dockerproxy.cache.download_state import DownloadState
 from dockerproxy.cache.ingests import DownloadInfo, FollowedIngest, IngestObserver, Ingests, IngestWriter
@@ -293,13 +293,14 @@ class BlobDownload:
         """Return `span`, fetched from `repository` by a request of its own, if the download is far from it, else None.
 
         It is compared with the blob as soon as that is verified. If the client `has_waited` for MAX_WAIT, the rate of
-        the download was misleading.
+        the download was misleading. So it is in its first moments.
         """
         is_active = self.state in (DownloadState.DOWNLOADING, DownloadState.FOLLOWING)
         if not is_active or self._info is None or self.size is None:
             return None
         elapsed = self._reactor.seconds() - self._info.opened
-        rate = 0.0 if has_waited or elapsed <= 0 else (self.written - self._written_before) / elapsed
+        has_rate = elapsed >= MAX_WAIT and not has_waited
+        rate = (self.written - self._written_before) / elapsed if has_rate else 0.0
         ranges = self._ahead_ranges or AheadRanges(self._ahead_fetcher, self.digest)
         ahead = ranges.fetch(repository, client, span, written=self.written, rate=rate, size=self.size)
         if ahead is not None:

@@ -34,7 +34,7 @@ class NamespacedRegistries:
 
     hosted: HostedRegistryApp
     mirror: MirrorHandler
-    hosted_names: frozenset[str]
+    hosted_names: Container[str]
     mirrored: Container[Host]
     has_repository: Callable[[Repository], Awaitable[bool]]
     mirror_by_default: bool

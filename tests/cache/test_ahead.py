@@ -155,13 +155,17 @@ def test_a_range_that_is_not_worth_it_waits(harness: CacheHarness, byte_range: B
     reader.content.close()
 
 
+FAST = 4 * MIB, ByteRange(5 * MIB + 500_000, 5 * MIB + 501_000)
+"""Bytes that have come in half a second, and a range that would come in 0.2 s at that rate."""
+
+
 def test_a_fast_download_is_waited_for(harness: CacheHarness) -> None:
-    """2 MiB in a tenth of a second: the next 3 MiB would take 0.15 s."""
-    download, response = start(harness, 2 * MIB)
-    byte_range = ByteRange(5 * MIB, 5 * MIB + 100)
+    sent, byte_range = FAST
+    download, response = start(harness, sent)
+    harness.advance(0.4)
     reader = open_reader(harness, download, byte_range)
     assert read(harness, reader, byte_range) == b""
-    response.send(4 * MIB)
+    response.send(2 * MIB)
     harness.advance(0.1)
     assert reader.data == bytes_of(byte_range)
     assert requested_ranges(harness) == [None]
@@ -170,8 +174,9 @@ def test_a_fast_download_is_waited_for(harness: CacheHarness) -> None:
 
 
 def test_a_fast_download_that_stops_is_not_waited_for(harness: CacheHarness) -> None:
-    download, response = start(harness, 2 * MIB)
-    byte_range = ByteRange(5 * MIB, 5 * MIB + 100)
+    sent, byte_range = FAST
+    download, response = start(harness, sent)
+    harness.advance(0.4)
     reader = open_reader(harness, download, byte_range)
     assert read(harness, reader, byte_range) == b""
     harness.advance(0.2)
@@ -179,6 +184,15 @@ def test_a_fast_download_that_stops_is_not_waited_for(harness: CacheHarness) -> 
     harness.advance(0.2)
     assert reader.data == bytes_of(byte_range)
     assert len(requested_ranges(harness)) == 2
+    reader.content.close()
+    finish(harness, download, response)
+
+
+def test_the_first_moments_of_a_download_say_nothing_about_its_rate(harness: CacheHarness) -> None:
+    sent, byte_range = FAST
+    download, response = start(harness, sent)
+    reader = open_reader(harness, download, byte_range)
+    assert read(harness, reader, byte_range) == bytes_of(byte_range)
     reader.content.close()
     finish(harness, download, response)
 

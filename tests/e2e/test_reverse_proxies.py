@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import socket
 from collections.abc import Iterator
 from http.client import HTTPResponse
@@ -186,6 +187,8 @@ def test_the_challenge_and_all_locations_lead_to_the_public_url(site: Site) -> N
     authorization = basic_authorization("alice", PASSWORD)
     upload = site.request("/v2/locations/app/blobs/uploads/", "POST", Authorization=authorization)
     assert (upload.status, upload.headers["location"][:4]) == (202, "/v2/")
+    # containerd adds the name to which the image belongs if it has the address of another server for it.
+    assert site.request(f"/v2/_catalog?ns={NAME}").status == 200
     # A page that the browser shows under the public name may read; one of another site may not.
     own = site.request("/v2/_catalog", Origin=f"https://{NAME}", Sec_Fetch_Site="same-origin")
     foreign = site.request("/v2/_catalog", Origin="https://evil.example", Sec_Fetch_Site="cross-site")
@@ -230,3 +233,50 @@ def test_a_rebound_name_is_refused_over_plain_http(site: Site) -> None:
     url = f"http://{site.daemon.http_address}/v2/"
     assert request_directly("GET", url, {"Host": "evil.example"}).status == 421
     assert request_directly("GET", url, {"Host": NAME}).status == 401
+
+
+def test_without_a_public_url_a_trusted_proxy_names_it(upstreams: Upstreams, tmp_path: Path) -> None:
+    """This test takes the part of the reverse proxy. REGISTRY_URL is set by a reload."""
+    env_file = tmp_path / "env"
+    env_file.write_text("")
+    settings = {
+        **upstreams.settings,
+        "HTPASSWD_FILE": str(write_htpasswd(tmp_path)),
+        "ANONYMOUS_PULL": "true",
+        "TRUSTED_PROXIES": "127.0.0.1",
+        "WORKERS": "2",
+    }
+    daemon = RegistryDaemon(tmp_path / "daemon", settings)
+    daemon.argv += ["--env-file", str(env_file)]
+
+    def challenge(source: str, **fields: str) -> str:
+        """Return the status, or the realm of the 401, of a request from the address `source`."""
+        with socket.create_connection(("127.0.0.1", daemon.http_port), 20, (source, 0)) as sock:
+            lines = "".join(f"{name.replace('_', '-')}: {value}\r\n" for name, value in fields.items())
+            sock.sendall(f"GET /v2/ HTTP/1.1\r\n{lines}\r\n".encode())
+            response = HTTPResponse(sock)
+            response.begin()
+            realm = re.search('realm="(.*?)/v2/token"', response.headers["WWW-Authenticate"] or "")
+            return realm[1] if realm is not None else str(response.status)
+
+    with daemon.run_and_check_log(lambda: upstreams.secrets):
+        tls = {"Host": NAME, "X_Forwarded_Proto": "https"}
+        assert challenge("127.0.0.1", **tls) == f"https://{NAME}"
+        assert (
+            challenge("127.0.0.1", Host="inner:80", Forwarded=f'proto=https;host="{NAME}:8443"')
+            == f"https://{NAME}:8443"
+        )
+        assert challenge("127.0.0.5", **tls) == "421"  # it is plain HTTP, with a name that anybody can have
+        assert challenge("127.0.0.1", Host=NAME, X_Forwarded_Proto="http") == "421"
+        assert challenge("127.0.0.1", Host=NAME, X_Forwarded_Proto="gopher") == "400"
+        env_file.write_text(f"REGISTRY_URL=https://{NAME}\n")
+        daemon.send_signal(signal.SIGHUP)
+        wait_until(lambda: "reloaded: serving" in daemon.output_text, "the reload")
+        for _ in range(4):  # in each process
+            assert challenge("127.0.0.5", Host=NAME) == f"https://{NAME}"
+            assert challenge("127.0.0.5", Host="evil.example") == "421"
+        env_file.write_text("REGISTRY_URL=https://user:secret-word@reg.example.com/x\n")
+        daemon.send_signal(signal.SIGHUP)
+        wait_until(lambda: "not reloaded" in daemon.output_text, "the refusal")
+        assert "secret-word" not in daemon.output_text
+        assert challenge("127.0.0.5", Host=NAME) == f"https://{NAME}"
