@@ -84,6 +84,8 @@ class WindowedTransport(StringTransport):
     def limit_reads(self, limited: bool) -> None:
         self.reads_limited = limited
 
+    def read_for_relay(self) -> None: ...
+
     def __init__(self, clock: Clock, client: str) -> None:
         super().__init__(peerAddress=IPv4Address("TCP", client, 50000), lenient=True)
         self.clock = clock

@@ -226,7 +226,7 @@ class HTTPChannel(Protocol):
         """Stop using the transport; return it together with the bytes received after the request head."""
         self._on_event(Event.DETACH)
         self._timer.stop()
-        self.transport.limit_reads(False)
+        self.transport.read_for_relay()
         self.transport.unregisterProducer()
         self._flow_control.fail(ClientDisconnected())
         self._request = self._handler_task = None

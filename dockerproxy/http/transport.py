@@ -344,6 +344,10 @@ class SocketTransport:
         """Read pieces of at most `RECORD_SIZE` bytes, or of up to `max_read` bytes, as a new transport does."""
         self._read_size = RECORD_SIZE if limited else self.max_read
 
+    def read_for_relay(self) -> None:
+        """Read pieces of at most `READ_SIZE` bytes, because a slow connection to which they are copied takes less."""
+        self._read_size = READ_SIZE
+
     def stopProducing(self) -> None:
         self.loseConnection()
 

@@ -3,14 +3,17 @@ memory, in the daemon and in the kernel, however its TLS connections began."""
 
 from __future__ import annotations
 
+import selectors
 import socket
 import ssl
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
 
+from bench.servers import free_port
 from tests.e2e.harness.http_server import HTTPExchange, StubServer
 from tests.e2e.harness.process import wait_until
 from tests.e2e.harness.registry_daemon import HOSTED_REGISTRY_HOST, RegistryDaemon
@@ -111,6 +114,62 @@ def test_forwarded_lists_that_are_not_read(
         # Measured: a share, and 60 KiB for each connection with that to upstream; 1.1 MB for each without the budget
         assert resident_bytes(daemon) - before < workers * 2 * share + count * 128 * KIB
         assert len(daemon.client.get(f"http://{HOSTED_REGISTRY_HOST}{path}").body) > 8 * KIB * KIB
+
+
+class SilentServer(ThreadedServer):
+    """The accomplice behind a tunnel: it reads nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._stopped = threading.Event()
+
+    def stop(self) -> None:
+        self._stopped.set()
+        super().stop()
+
+    def serve(self, client: socket.socket) -> None:
+        with client:
+            self._stopped.wait()
+
+
+def send_until_blocked(clients: list[socket.socket]) -> None:
+    """Send on all of `clients` until none of them can send anything for a second."""
+    with selectors.DefaultSelector() as selector:
+        for client in clients:
+            client.setblocking(False)
+            selector.register(client, selectors.EVENT_WRITE)
+        piece = bytes(256 * KIB)
+        while events := selector.select(1):
+            for key, _ in events:
+                assert isinstance(key.fileobj, socket.socket)
+                with suppress(BlockingIOError, ssl.SSLWantWriteError):
+                    key.fileobj.send(piece)
+
+
+@pytest.mark.parametrize("secure", [False, True], ids=["plain", "TLS"])
+def test_tunnels_to_a_server_that_does_not_read(start_daemon: StartRegistryDaemon, secure: bool) -> None:
+    server, tls_port = SilentServer(), free_port()
+    server.start()
+    daemon = start_daemon(
+        TUNNEL_DENY="none",
+        TUNNEL_PORTS=str(server.port),
+        PROXY_TLS_LISTEN=f"tcp:{tls_port}:interface=127.0.0.1",
+    )
+    context = daemon.client_context
+    context.check_hostname = False
+    request = f"CONNECT 127.0.0.1:{server.port} HTTP/1.1\r\nHost: x\r\n\r\n".encode()
+    before = resident_bytes(daemon)
+    with ExitStack() as stack:
+        stack.callback(server.stop)
+        clients = []
+        for _ in range(CLIENTS):
+            port, client_context = (tls_port, context) if secure else (daemon.port, None)
+            clients.append(stack.enter_context(client_connection(port, "127.0.0.2", client_context)))
+            clients[-1].sendall(request)
+            assert read_exactly(clients[-1], len(ESTABLISHED)) == ESTABLISHED
+        send_until_blocked(clients)
+        # Measured: a read of 64 KiB for each tunnel, and its objects; 400 KB if the daemon reads half a MiB over TLS
+        assert resident_bytes(daemon) - before < CLIENTS * 256 * KIB
 
 
 class FloodingServer(ThreadedServer):

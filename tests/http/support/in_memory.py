@@ -37,6 +37,8 @@ class RecordingTransport(StringTransport):
     def limit_reads(self, limited: bool) -> None:
         self.reads_limited = limited
 
+    def read_for_relay(self) -> None: ...
+
     def write(self, data: bytes) -> None:
         if not self.disconnecting:
             super().write(data)
