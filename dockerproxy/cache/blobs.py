@@ -115,7 +115,7 @@ class CachedBlobs:
         size = await self._access_checks.do(
             (principal.repository.key, principal.identity, digest, "HEAD"), lambda: self._ask_size(principal, digest)
         )
-        return BlobResponse(digest, size, None, "MISS")
+        return BlobResponse(digest, size, None, "MISS", "new")
 
     async def _find(self, principal: UpstreamPrincipal, digest: Digest) -> BlobResponse | None:
         """Return the blob; None if the caller should try again.
@@ -135,8 +135,8 @@ class CachedBlobs:
             await self._wait_started(download, principal)
             return await self._join(download, principal, visibility, granted, "MISS")
         check = partial(self._confirm, digest=digest, proven=visibility is not None)
-        status = await self._authorize(principal, visibility, check)
-        return self._open_stored(digest, status)
+        status, because = await self._authorize(principal, visibility, check)
+        return self._open_stored(digest, status, because)
 
     def _visibility(self, principal: UpstreamPrincipal, digest: Digest) -> Visibility | None:
         """Return for whom the repository has sent the blob; None if it has not."""
@@ -163,11 +163,12 @@ class CachedBlobs:
         await download.wait_size()
         if download.size is None:
             return None
-        status = await self._authorize(principal, visibility, partial(self._ask_access, download=download))
+        check = partial(self._ask_access, download=download)
+        status, because = await self._authorize(principal, visibility, check)
         response = self._open_reader(download, principal, "JOINED")
         # The check was about the bytes of this download. The store may have those of another registry.
         if response is None and download.verified:
-            return self._open_stored(download.digest, status)
+            return self._open_stored(download.digest, status, because)
         return response
 
     async def _pass_on(self, principal: UpstreamPrincipal, digest: Digest, error: OSError) -> BlobResponse:
@@ -185,14 +186,14 @@ class CachedBlobs:
         message = f"the proxy cannot open {digest}: {error.strerror}; try again"
         raise ServiceOverloaded(message, headers=[("Retry-After", "1")]) from error
 
-    def _open_stored(self, digest: Digest, cache_status: str) -> BlobResponse | None:
+    def _open_stored(self, digest: Digest, cache_status: str, because: str = "") -> BlobResponse | None:
         blob = self._blobs.open(digest)
         if blob is None:
             return None
         self._space.touch(digest)
         content = StoredBlobReader(self._reactor, blob, self._close_reader)
         self._open_readers.add(content)
-        return BlobResponse(digest, blob.size, content, cache_status)
+        return BlobResponse(digest, blob.size, content, cache_status, because)
 
     def _close_reader(self, reader: StoredBlobReader) -> None:
         self._open_readers.discard(reader)
@@ -213,7 +214,10 @@ class CachedBlobs:
         self, download: BlobDownload, principal: UpstreamPrincipal, cache_status: str
     ) -> BlobResponse | None:
         content = download.open_reader(principal.repository, principal.client)
-        return None if content is None else BlobResponse(download.digest, download.size, content, cache_status)
+        if content is None:
+            return None
+        because = "new" if cache_status == "MISS" else ""
+        return BlobResponse(download.digest, download.size, content, cache_status, because)
 
     async def _wait_for_download(self, principal: UpstreamPrincipal, digest: Digest) -> BlobDownload | None:
         """Return the active download from the principal's registry as soon as it has started; None if there is none.
@@ -244,15 +248,16 @@ class CachedBlobs:
         principal: UpstreamPrincipal,
         visibility: Visibility | None,
         check: Callable[[UpstreamPrincipal], Awaitable[object]],
-    ) -> str:
-        """Let `check` ask upstream whether `principal` may read the blob. Return the cache status.
+    ) -> tuple[str, str]:
+        """Let `check` ask upstream whether `principal` may read the blob. Return the cache status and its cause.
 
         If upstream fails, an earlier grant is sufficient for a blob that the repository has sent.
         """
         try:
             await check(principal)
-            return "REVALIDATED"
+            return "REVALIDATED", "unproven"
         except RegistryError as error:
+            outage = error
             if visibility is None or not is_outage(error):
                 raise
             identity = self._access.outage_identity(principal, error, public=visibility is Visibility.PUBLIC)
@@ -265,7 +270,7 @@ class CachedBlobs:
             except RegistryError as error:
                 if not is_outage(error):
                     raise
-        return "STALE"
+        return "STALE", outage.message
 
     # upstream access checks
 

@@ -159,8 +159,10 @@ class CachedManifests:
         try:
             if loaded is not None or head:
                 head_result = await self._request("HEAD", principal, digest, accept)
-                return _mark_revalidated(loaded.manifest, head_result) if loaded is not None else head_result
-            return await self._request("GET", principal, digest, accept)
+                if loaded is not None:
+                    return evolve(_mark_revalidated(loaded.manifest, head_result), because="unchanged")
+                return evolve(head_result, because="new")
+            return evolve(await self._request("GET", principal, digest, accept), because="new")
         except RegistryError as error:
             if loaded is None or not is_outage(error):
                 raise
@@ -168,7 +170,7 @@ class CachedManifests:
             if identity is None:
                 raise
             current = await self._check_outage(principal, identity, digest, error)
-            return current or evolve(loaded.manifest, cache_status="STALE")
+            return current or _mark_stale(loaded.manifest, error)
 
     # by tag: revalidated upstream, unless the entry is fresh or upstream is down
 
@@ -178,7 +180,8 @@ class CachedManifests:
         key = principal.repository.key
         media_types = accept_set(accept)
         stored_manifest = None
-        for entry in self._tag_entries(key, tag):
+        entries = self._tag_entries(key, tag)
+        for entry in entries:
             if entry.accept == accept_key(media_types):
                 loaded = await self._load(key, entry.digest, entry.media_type)
                 if loaded is not None and self._is_fresh(principal, tag, entry, loaded):
@@ -186,7 +189,8 @@ class CachedManifests:
                 if loaded is not None:
                     stored_manifest = stored_manifest or loaded.manifest
         try:
-            return await self._revalidate(principal, tag, accept, stored_manifest, head)
+            current = await self._revalidate(principal, tag, accept, stored_manifest, head)
+            return evolve(current, because=_describe_change(stored_manifest, current, is_known=bool(entries)))
         except RegistryError as error:
             stale = await self._serve_stale(principal, tag, media_types, error) if is_outage(error) else None
             if stale is None:
@@ -239,7 +243,7 @@ class CachedManifests:
                 if identity is not None:
                     current = await self._check_outage(principal, identity, tag, error)
                     accepted = current is not None and accepts(media_types, current.media_type)
-                    return current if accepted else evolve(loaded.manifest, cache_status="STALE")
+                    return current if accepted else _mark_stale(loaded.manifest, error)
         return None
 
     async def _check_outage(
@@ -528,6 +532,24 @@ def _mark_revalidated(stored_manifest: ManifestResponse, head_result: ManifestRe
         cache_status="REVALIDATED",
         rate_limit_fields=head_result.rate_limit_fields,
     )
+
+
+def _mark_stale(stored_manifest: ManifestResponse, error: RegistryError) -> ManifestResponse:
+    return evolve(stored_manifest, cache_status="STALE", because=error.message)
+
+
+def _describe_change(stored: ManifestResponse | None, current: ManifestResponse, *, is_known: bool) -> str:
+    """Return how a tag has changed since it was `stored`. `is_known` says whether other media types of it are."""
+    if stored is None:
+        return "accept" if is_known else "new"
+    if current.digest == stored.digest:
+        return "unchanged"
+    return f"moved {_abbreviate(stored.digest)} {_abbreviate(current.digest)}"
+
+
+def _abbreviate(digest: Digest) -> str:
+    algorithm, _, value = str(digest).partition(":")
+    return f"{algorithm}:{value[:12]}"
 
 
 def _digest_field(response: UpstreamResponse) -> Digest | None:

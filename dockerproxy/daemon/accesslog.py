@@ -32,9 +32,9 @@ class AccessLog:
         """Log one finished request.
 
         The query is dropped from `path`, because a signed URL is a credential, and a login from `host`. Characters that
-        could forge or split a line are escaped. `size` is the number of body bytes sent to the client. `because` is the
-        sentence of an error, the last field of the line. `user` and `user_agent` are not part of the line, so that its
-        form stays.
+        could forge or split a line are escaped. `size` is the number of body bytes sent to the client. `because` says
+        why the request failed or was no hit. It is the last field of the line, and the only one with spaces. `user` and
+        `user_agent` are not part of the line, so that its form stays.
         """
         method, host, path = (
             _escape_unprintable(method),

@@ -194,6 +194,11 @@ def origin_form(target: str) -> str:
     return target
 
 
+def printable_ascii(text: str) -> str:
+    """Return `text` with a question mark for each character that a line of a response head cannot have."""
+    return "".join(character if " " <= character <= "~" else "?" for character in text)
+
+
 def reason_phrase(sentence: str) -> str:
     """Return `sentence` as a reason phrase: at most 120 characters of printable ASCII that end in the server's name.
 
@@ -201,7 +206,7 @@ def reason_phrase(sentence: str) -> str:
     nothing else of the response. It may be any text (RFC 9112, section 4). The name tells a person which server of
     several on the way refused.
     """
-    text = "".join(character if " " <= character <= "~" else "?" for character in sentence)
+    text = printable_ascii(sentence)
     room = _MAX_REASON - len(_SERVER_SUFFIX)
     if len(text) > room:
         text = text[: room - 3].rstrip() + "..."

@@ -77,8 +77,8 @@ class Request:
     access log and in `X-Cache`. `host` is the host that the client addressed, `user` the user that logged in there, and
     `proxy_user` the user that logged in to the proxy. Handlers set them and the access log reports them.
 
-    `because` is the sentence of the error that the request ended in, for the access log, "" if there was none. `reason`
-    is the reason phrase of the response, "" for the standard one.
+    `because` goes to the access log: the sentence of the error that the request ended in, or why the cache could not
+    just serve it. `reason` is the reason phrase of the response, "" for the standard one.
 
     `registry` and `kind` are the labels by which the request is counted in the metrics. `latency` are the seconds from
     its head to the head of the response, None before that.

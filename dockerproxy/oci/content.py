@@ -50,19 +50,26 @@ class Content(Protocol):
 
 @frozen
 class BlobResponse:
-    """A blob to send. The receiver closes `content`. It may be None if only the head was requested."""
+    """A blob to send. The receiver closes `content`. It may be None if only the head was requested.
+
+    `because` says why it is no HIT: ``new`` (it was not here), ``unproven`` (upstream was asked whether this client may
+    have it), or the sentence of the error for which it is STALE.
+    """
 
     digest: Digest
     size: int | None
     content: Content | None
     cache_status: str
+    because: str = ""
 
 
 @frozen
 class ManifestResponse:
     """A manifest to send. `content` may be None if only the head was requested.
 
-    `rate_limit_fields` are those of upstream's response to this request, with names in lower case.
+    `rate_limit_fields` are those of upstream's response to this request, with names in lower case. `because` says why
+    it is no HIT: ``new`` (it was not here), ``unchanged``, ``moved OLD NEW`` (the tag), ``accept`` (the tag was not
+    known for these media types), or the sentence of the error for which it is STALE.
     """
 
     digest: Digest
@@ -71,6 +78,7 @@ class ManifestResponse:
     content: bytes | None
     cache_status: str
     rate_limit_fields: tuple[tuple[str, str], ...] = ()
+    because: str = ""
 
 
 @frozen

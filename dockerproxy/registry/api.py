@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
 from dockerproxy.errors import DigestInvalid, RangeInvalid, SizeInvalid, Unsupported
-from dockerproxy.http.message import body_framing
+from dockerproxy.http.message import body_framing, printable_ascii
 from dockerproxy.http.request import Request
 from dockerproxy.oci.content import VERIFY_FIRST_SIZE, BlobResponse, ManifestResponse
 from dockerproxy.oci.manifests import MAX_MANIFEST, OCI_INDEX, data_type
@@ -74,8 +74,8 @@ class RegistryAPI:
     async def _manifest(self, request: Request, target: Target, backend: PullBackend) -> None:
         accept, head_only = request.headers.all("accept"), request.method == "HEAD"
         manifest = await backend.manifest(target.name, target.reference, accept, head=head_only)
-        request.cache_status = manifest.cache_status
-        fields = [("Content-Type", data_type(manifest.media_type)), *_common_fields(manifest, manifest.cache_status)]
+        request.cache_status, request.because = manifest.cache_status, manifest.because
+        fields = [("Content-Type", data_type(manifest.media_type)), *_common_fields(manifest)]
         fields += manifest.rate_limit_fields
         if _is_not_modified(request, manifest.digest):
             request.respond(304, fields)
@@ -95,7 +95,7 @@ class RegistryAPI:
 
     async def _blob(self, request: Request, target: Target, backend: PullBackend) -> None:
         blob = await backend.blob(target.name, target.digest, head=request.method == "HEAD")
-        request.cache_status = blob.cache_status
+        request.cache_status, request.because = blob.cache_status, blob.because
         content = blob.content
         try:
             segments = await _start_blob(request, blob)
@@ -295,7 +295,7 @@ async def _start_blob(request: Request, blob: BlobResponse) -> Iterable[Segment]
 
     Return the segments of the remaining body, or None if the response is complete.
     """
-    fields = [_BLOB_TYPE, *_common_fields(blob, blob.cache_status)]
+    fields = [_BLOB_TYPE, *_common_fields(blob)]
     if _is_not_modified(request, blob.digest):
         request.respond(304, fields)
         return None
@@ -345,15 +345,17 @@ def _bytes_of(segment: Segment, content: bytes) -> bytes:
     return segment if isinstance(segment, bytes) else content[segment.start : segment.stop]
 
 
-def _common_fields(response: BlobResponse | ManifestResponse, cache_status: str) -> FieldList:
+def _common_fields(response: BlobResponse | ManifestResponse) -> FieldList:
     fields = [
         ("Docker-Content-Digest", str(response.digest)),
         ("Etag", f'"{response.digest}"'),
         ("Accept-Ranges", "bytes"),
         API_VERSION,
-        *cache_status_fields(cache_status),
+        *cache_status_fields(response.cache_status),
     ]
-    if cache_status == "STALE":
+    if response.because:
+        fields.append(("X-Cache-Because", printable_ascii(response.because)))
+    if response.cache_status == "STALE":
         fields.append(_STALE_WARNING)
     return fields
 

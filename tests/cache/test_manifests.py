@@ -91,6 +91,26 @@ def test_tag_is_fetched_once_then_revalidated(harness: CacheHarness) -> None:
         assert requested_methods(harness) == ["HEAD"]
 
 
+def test_the_response_says_why_it_is_no_hit(harness: CacheHarness) -> None:
+    def cause_of(reference: Any, **options: Any) -> str:
+        return harness.run(harness.manifest(reference, **options)).because
+
+    one, two = (str(Digest.of(content))[: len("sha256:") + 12] for content in (ONE, TWO))
+    assert cause_of("1", head=True) == "new"
+    assert cause_of("1") == "accept"  # containerd's HEAD has told the digest only
+    assert cause_of("1") == cause_of("1", head=True) == "unchanged"
+    assert cause_of("1", accept=["application/other", OCI]) == "accept"
+    app_repository(harness).put_manifest(TWO, "1")
+    assert cause_of("1", head=True) == cause_of("1") == f"moved {one} {two}"
+    assert cause_of("1") == "unchanged"
+    app_repository(harness).put_manifest(ONE, "1")
+    assert cause_of("1") == f"moved {two} {one}"
+    assert cause_of(str(Digest.of(ONE))) == ""  # a hit
+    harness.upstream.on("HEAD", "", raise_error(UpstreamTimeout("registry-1.docker.io: timed out")))
+    harness.upstream.on("GET", "", raise_error(UpstreamTimeout("registry-1.docker.io: timed out")))
+    assert cause_of("1") == "registry-1.docker.io: timed out"
+
+
 def test_manifest_that_is_read_again_was_used_again(harness: CacheHarness) -> None:
     for uses in range(2):
         harness.run(harness.manifest("1"))

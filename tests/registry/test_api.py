@@ -62,10 +62,14 @@ def blob_path(digest: Digest) -> str:
 
 
 def put_manifest(
-    backend: Any, content: bytes = MANIFEST, cache_status: str = "HIT", media_type: str = OCI_MANIFEST
+    backend: Any,
+    content: bytes = MANIFEST,
+    cache_status: str = "HIT",
+    media_type: str = OCI_MANIFEST,
+    because: str = "",
 ) -> Digest:
     digest = Digest.of(content)
-    response = ManifestResponse(digest, media_type, len(content), content, cache_status)
+    response = ManifestResponse(digest, media_type, len(content), content, cache_status, because=because)
     backend.manifests |= {"latest": response, str(digest): response}
     return digest
 
@@ -422,6 +426,15 @@ def test_stale_content_carries_a_warning(client: Any, backend: Any, fake_content
         assert (response.status, response.headers["X-Cache"]) == (200, "STALE")
         assert response.headers["Cache-Status"] == "docker-registry-proxy;hit;detail=stale"
         assert response.headers["Warning"].startswith('299 - "Stale: ')
+
+
+def test_a_response_says_why_it_is_no_hit(client: Any, backend: Any) -> None:
+    put_manifest(backend, cache_status="STALE", because="quay.io: closed\r\nX-Forged: \u20ac")
+    response = client.fetch("GET", "/v2/library/busybox/manifests/latest")
+    assert (response.status, response.headers["X-Cache-Because"]) == (200, "quay.io: closed??X-Forged: ?")
+    assert client.finished_requests[-1].because.startswith("quay.io: closed")
+    put_manifest(backend)
+    assert client.fetch("GET", "/v2/library/busybox/manifests/latest").fields("X-Cache-Because") == []
 
 
 # errors
