@@ -58,6 +58,7 @@ from dockerproxy.registry.responses import respond_error
 from dockerproxy.reload import RegistryTable
 from dockerproxy.settings import Settings, SettingsError
 from dockerproxy.shares import Bound
+from dockerproxy.store.disk_access import DiskAccess, LocalDisk, NetworkDisk
 from dockerproxy.store.hosted_tree import HostedTree
 from dockerproxy.store.local_hosted_store import LocalHostedStore
 from dockerproxy.store.state_directory import StateDirectory
@@ -140,6 +141,7 @@ class ProxyServer:
     proxy_login: ProxyLogin
     certificates: Certificates
     hosted_tree: HostedTree
+    registry_disk: DiskAccess
     pools: ThreadPools
     bounds: Sequence[Bound]
     """The bounds that `debug_report` shows."""
@@ -206,7 +208,10 @@ def build_server(reactor: Any, settings: Settings, certificates: Certificates, s
     upload_limits = UploadLimits(settings.max_uploads, settings.max_uploads_per_client)
     hosted_tree = HostedTree.from_layout(shared.state.registry, time.time, shared.locks, upload_limits)
     access_control = build_access_control(reactor, settings, pools, shared.state)
-    hosted_store = LocalHostedStore.from_tree(reactor, hosted_tree, parser, shared.state.registry_secret, time.time)
+    disk, disk_bounds = open_registry_disk(reactor, shared.state, hosted_tree)
+    hosted_store = LocalHostedStore.from_tree(
+        reactor, disk, hosted_tree, parser, shared.state.registry_secret, time.time
+    )
     rules = HostedRules()
     set_hosted_rules(rules, settings)
     hosted_app = HostedRegistryApp(api, HostedRegistry(hosted_store, parser, rules), access_control, rules)
@@ -273,6 +278,7 @@ def build_server(reactor: Any, settings: Settings, certificates: Certificates, s
         login,
         certificates,
         hosted_tree,
+        disk,
         pools,
         [
             budgets.requests.shares,
@@ -283,13 +289,21 @@ def build_server(reactor: Any, settings: Settings, certificates: Certificates, s
             *pools.documents.bounds,
             fair_threads(reactor).running,
             *pull_through.blobs.downloads.bounds,
-            hosted_tree.uploads,
+            *disk_bounds,
         ],
         shared.state,
         connectors.agent,
         shared.metrics,
         reactor,
     )
+
+
+def open_registry_disk(reactor: Any, state: StateDirectory, tree: HostedTree) -> tuple[DiskAccess, Sequence[Bound]]:
+    """Return the access to REGISTRY_DIR, and the bounds that a report may show without waiting for it."""
+    if state.registry_file_system is None:
+        return LocalDisk(reactor), [tree.uploads]
+    network_disk = NetworkDisk.start(reactor, "REGISTRY_DIR", state.registry_file_system)
+    return network_disk, network_disk.bounds
 
 
 def open_certificates(settings: Settings) -> Certificates:

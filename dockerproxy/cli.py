@@ -282,7 +282,9 @@ def status(client: ControlClient, options: argparse.Namespace, terminal: Termina
     for kind, store in result["shelves"].items():
         free = "" if store["free"] is None else f", {format_size(store['free'])} free"
         usage = f", {format_size(cache['bytes'])} of {format_size(cache['limit'])} used" if kind == "cached" else ""
-        print_line(f"{kind} in {store['directory']}{usage}{free}")
+        problem = f" on {store['file_system']}" if store["file_system"] else ""
+        problem += f": {store['error']}" if "error" in store else ""
+        print_line(f"{kind} in {store['directory']}{problem}{usage}{free}")
     print_line(f"SHA-256 of the CA certificate: {result['ca']['sha256']}")
     if operation is None:
         print_line("idle")

@@ -37,6 +37,7 @@ from dockerproxy.registry.htpasswd import HtpasswdError
 from dockerproxy.reload import Configuration, Reloader, describe_error, reloadable_variables
 from dockerproxy.settings import Settings, SettingsError
 from dockerproxy.store.blobs import Blobs
+from dockerproxy.store.disk_access import DiskAccess
 from dockerproxy.store.hosted_tree import HostedTree
 from dockerproxy.store.local_hosted_store import upload_purge_service
 from dockerproxy.store.state_directory import DirectoryInUse, StateDirectory
@@ -107,7 +108,7 @@ def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifi
     for service in (
         *workers.services,  # first, because the fork server forks: no descriptors and no threads may exist yet
         cache_space.service(),
-        upload_purge_service(reactor, server.hosted_tree.uploads, time.time),
+        upload_purge_service(reactor, server.registry_disk, server.hosted_tree.uploads, time.time),
         listener_service,
         workers.supervisor,
         operations,
@@ -119,6 +120,7 @@ def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifi
             cache_space,
             operations,
             server.hosted_app.rules,
+            server.registry_disk,
             shared_state.ended_logins,
             report,
             authority.fingerprint,
@@ -128,7 +130,7 @@ def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifi
         SystemdService(reactor, notifier, listener_service.listening, server.registries.status, reloader),
     ):
         daemon.addService(service)  # type: ignore[no-untyped-call]
-    log_configuration(settings, authority)
+    log_configuration(settings, state, authority)
     listener_service.listening.addCallback(lambda _: log_ready(server.registries.status))
     return daemon
 
@@ -284,6 +286,7 @@ def build_control_socket(
     cache_space: CacheSpaceManager,
     operations: Operations,
     rules: HostedRules,
+    registry_disk: DiskAccess,
     ended_logins: EndedLogins,
     debug_report: DebugReport,
     ca_fingerprint: str,
@@ -297,9 +300,10 @@ def build_control_socket(
         reactor,
         resolver,
         cache_space,
-        Deleter(reactor, store, cache_space, state.open_records()),
+        Deleter(registry_disk, store, cache_space, state.open_records()),
         operations,
         rules,
+        registry_disk,
         ended_logins,
         debug_report,
         ca_fingerprint,
@@ -315,7 +319,7 @@ def log_ready(status: str) -> None:
     log.info("docker-registry-proxy {version} is ready, {status}", version=__version__, status=status)
 
 
-def log_configuration(settings: Settings, authority: CertificateAuthority) -> None:
+def log_configuration(settings: Settings, state: StateDirectory, authority: CertificateAuthority) -> None:
     """Log the intercepted registries, the directories, and the CA's fingerprint, which the set-up script compares."""
     log.info("intercepting {hosts}", hosts=", ".join(map(str, [*settings.intercepted, *settings.registry_wildcards])))
     log.info(
@@ -323,4 +327,9 @@ def log_configuration(settings: Settings, authority: CertificateAuthority) -> No
         cache=settings.cache_dir, size=format_size(settings.cache_max_size),
         registry=settings.registry_dir, ca=settings.ca_crt_file or settings.ca_dir,
     )  # fmt: skip
+    if state.registry_file_system is not None:
+        log.info(
+            "REGISTRY_DIR is on {type}, which may hang: the hosted registry has threads of its own for it",
+            type=state.registry_file_system,
+        )
     log.info("the CA certificate's SHA-256 is {fingerprint}", fingerprint=authority.fingerprint)

@@ -56,6 +56,7 @@ from dockerproxy.oci.names import Digest
 from dockerproxy.oci.routes import parse_query
 from dockerproxy.registry.hosted_rules import HostedRules
 from dockerproxy.registry.principal import CONTROL_SOCKET, Principal
+from dockerproxy.store.disk_access import DiskAccess
 
 _STORE = one_of(HOSTED, CACHED)
 LIST = {"name": NAME, "where": _STORE}
@@ -101,6 +102,7 @@ class Control:
     _deleter: Deleter
     _operations: Operations
     _rules: HostedRules
+    _registry_disk: DiskAccess
     _ended_logins: EndedLogins
     _debug_report: DebugReport
     _ca_fingerprint: str
@@ -139,7 +141,7 @@ class Control:
     async def _dispatch(self, request: Request, response: NDJSONResponse) -> None:
         match request.method, request.path:
             case "GET", "/v1/status":
-                request.respond(200, JSON_FIELDS, json.dumps(await in_thread(self._reactor, self._status)).encode())
+                request.respond(200, JSON_FIELDS, json.dumps(await self._status()).encode())
             case "GET", "/v1/debug":
                 request.respond(200, JSON_FIELDS, json.dumps(await self._debug_report()).encode())
             case "GET", "/v1/repositories":
@@ -162,29 +164,39 @@ class Control:
                     f"this daemon does not support {request.method} {request.path}; is the command of another version?",
                 )
 
-    def _status(self) -> dict[str, Any]:
+    async def _status(self) -> dict[str, Any]:
         return {
             "started": self._start_time,
             "ca": {"sha256": self._ca_fingerprint},
             "operation": self._operations.current,
             "refused_logins": self._ended_logins.report_list(),
             "cache": {"bytes": self._space.index.total, "limit": self._space.index.limit},
-            "shelves": {store.kind: _storage_info(store) for store in self._resolver.stores},
+            "shelves": {store.kind: await self._storage_info(store) for store in self._resolver.stores},
         }
+
+    async def _storage_info(self, store: StoreView) -> dict[str, Any]:
+        info = {"directory": str(store.layout.root), "file_system": None, "free": None}
+        try:
+            if store.kind != HOSTED:
+                return {**info, "free": await in_thread(self._reactor, _free_bytes, store)}
+            info["file_system"] = self._registry_disk.file_system
+            return {**info, "free": await self._registry_disk.read(_free_bytes, store)}
+        except RegistryError as error:
+            return {**info, "error": error.message}
 
     async def _list(self, query: dict[str, str], response: NDJSONResponse) -> None:
         async def stream_rows(event: str, rows: Iterator[inventory.Row]) -> None:
             def read_some() -> list[inventory.Row]:
                 return list(islice(rows, _ROWS_AT_ONCE))
 
-            while batch := await in_thread(self._reactor, read_some):
+            while batch := await self._registry_disk.run(read_some):
                 for row in batch:
                     response.send(event, **row)
                 await response.drain()
 
         kind = query.get("where")
         if "name" in query:
-            ref = await in_thread(self._reactor, self._resolver.resolve, query["name"], kind)
+            ref = await self._registry_disk.run(self._resolver.resolve, query["name"], kind)
             await stream_rows("manifest", inventory.list_manifests(ref))
             response.finish(where=ref.store.kind, name=ref.repository)
         else:
@@ -203,7 +215,7 @@ class Control:
         principal = await self._principal(request)
         kind = arguments.get("where")
         # Resolve and check all names first, so that a wrong one changes nothing.
-        refs = [await in_thread(self._reactor, self._resolver.resolve, name, kind) for name in arguments["names"]]
+        refs = [await self._registry_disk.run(self._resolver.resolve, name, kind) for name in arguments["names"]]
         for ref in refs:
             tag = None if arguments.get("force", False) else await self._deleter.tag_that_needs(ref)
             if tag is not None:
@@ -253,13 +265,13 @@ def local_user_name(uid: int) -> str:
         return f"uid {uid}"
 
 
-def _storage_info(store: StoreView) -> dict[str, Any]:
-    """Return the directory of `store` and the free bytes of its disk. Blocks."""
+def _free_bytes(store: StoreView) -> int | None:
+    """Return the free bytes of the disk of `store`; None if they are not known. Blocks."""
     try:
         status = os.statvfs(store.layout.root)
     except OSError:
-        return {"directory": str(store.layout.root), "free": None}
-    return {"directory": str(store.layout.root), "free": status.f_bavail * status.f_frsize}
+        return None
+    return status.f_bavail * status.f_frsize
 
 
 async def _parse_arguments(

@@ -6,17 +6,16 @@ garbage collection, so its blobs are deleted at once. A later pull fetches them 
 
 from __future__ import annotations
 
-from typing import Any
-
 from attrs import frozen
 from twisted.logger import Logger
 
 from dockerproxy.admin.inventory import Closure
 from dockerproxy.admin.resolver import HOSTED, ImageRef
 from dockerproxy.cache.space import CacheSpaceManager
-from dockerproxy.concurrency import in_thread, shield
+from dockerproxy.concurrency import shield
 from dockerproxy.oci.names import Digest
 from dockerproxy.registry.principal import Principal
+from dockerproxy.store.disk_access import DiskAccess
 from dockerproxy.store.hosted_tree import HostedTree
 from dockerproxy.store.needs import find_needs
 from dockerproxy.store.records import Records
@@ -36,9 +35,9 @@ class DeletionResult:
 
 @frozen
 class Deleter:
-    """Deletes images from both stores. `records` are the cache's."""
+    """Deletes images from both stores. `disk` accesses the hosted one; `records` are the cache's."""
 
-    _reactor: Any
+    _disk: DiskAccess
     _hosted_store: HostedTree
     _space: CacheSpaceManager
     _records: Records
@@ -55,7 +54,7 @@ class Deleter:
         """Return a tag with an index that needs the hosted manifest `ref`. Return None if there is none."""
         if ref.store.kind != HOSTED or ref.digest is None:
             return None
-        return await in_thread(self._reactor, self._find_tag_that_needs, ref)
+        return await self._disk.run(self._find_tag_that_needs, ref)
 
     def _find_tag_that_needs(self, ref: ImageRef) -> str | None:
         needs = find_needs(self._hosted_store.layout, self._hosted_store.links, ref.repository)
@@ -65,7 +64,7 @@ class Deleter:
 
     async def _delete_hosted(self, ref: ImageRef) -> DeletionResult:
         async with self._hosted_store.locks.hold(ref.repository):
-            return await in_thread(self._reactor, self._unlink_hosted, ref)
+            return await self._disk.run(self._unlink_hosted, ref)
 
     def _unlink_hosted(self, ref: ImageRef) -> DeletionResult:
         store, repository = self._hosted_store, ref.repository
@@ -83,8 +82,8 @@ class Deleter:
     # Cached.
 
     async def _delete_cached(self, ref: ImageRef) -> DeletionResult:
-        plan = await in_thread(self._reactor, _DeletionPlan.compute, ref)
-        await in_thread(self._reactor, self._unlink_cached, ref, plan)
+        plan = await self._disk.run(_DeletionPlan.compute, ref)
+        await self._disk.run(self._unlink_cached, ref, plan)
         await self._space.purge(plan.sizes)
         present_sizes = [size for size in plan.sizes.values() if size is not None]
         return DeletionResult(len(plan.tags), len(plan.manifests), len(present_sizes), sum(present_sizes))

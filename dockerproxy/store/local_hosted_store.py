@@ -1,12 +1,14 @@
-"""The storage of the hosted registry on a local disk: a `registry.hosted_store.HostedStore` over a `HostedTree`.
+"""The storage of the hosted registry in a directory: a `registry.hosted_store.HostedStore` over a `HostedTree`.
 
-Reading a link or touching a blob takes some microseconds and happens in the reactor's thread. Writes, and reads
-of a directory or a large file, happen in other threads.
+On a local disk, reading a link or touching a blob takes some microseconds and happens in the reactor's thread. Writes,
+and reads of a directory or a large file, happen in other threads. On a file system that may hang, all of it happens in
+threads that nothing else needs (`store.disk_access`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import Any
 
 from attrs import define, field, frozen
@@ -15,9 +17,9 @@ from twisted.internet.task import deferLater
 from twisted.logger import Logger
 
 from dockerproxy.bounded_dict import BoundedDict
-from dockerproxy.concurrency import in_thread, spawn
+from dockerproxy.concurrency import spawn
 from dockerproxy.errors import BlobUploadUnknown, DigestInvalid, ManifestBlobUnknown, ManifestInvalid, ManifestNeeded
-from dockerproxy.oci.content import StoredManifest
+from dockerproxy.oci.content import Content, StoredManifest
 from dockerproxy.oci.manifests import MAX_MANIFEST, media_type_of
 from dockerproxy.oci.names import Digest, Reference, Repository, Tag
 from dockerproxy.oci.paging import NamePage, Page, take_page
@@ -25,8 +27,8 @@ from dockerproxy.oci.pushed_manifest import PushedManifest
 from dockerproxy.oci.referrers import ReferrersPage
 from dockerproxy.oci.upload_ids import UploadIds, UploadOffer
 from dockerproxy.oci.uploads import UploadStatus
-from dockerproxy.store.blob_reader import StoredBlobReader
 from dockerproxy.store.blobs import OpenBlob
+from dockerproxy.store.disk_access import DiskAccess
 from dockerproxy.store.hosted_tree import HostedTree
 from dockerproxy.store.needs import find_needs
 from dockerproxy.store.uploads import Upload, Uploads, unknown_upload
@@ -34,7 +36,6 @@ from dockerproxy.thread_pool import ContentParser
 
 _BATCH_SIZE = 100  # references that are checked before the reactor runs again
 _MAX_MISSING_LISTED = 10  # missing references that an error message lists
-_MAX_INLINE_MANIFEST = 256 * 1024  # bytes that are hashed in the reactor's thread, in 0.2 ms; most have some KiB
 _MAX_REFERRERS_SIZE = 3 * 1024 * 1024  # bytes of descriptors per index: clients read 4 MiB of a manifest
 
 _MAX_REFERRERS_READ = 2000  # per index, also if their type is not the requested one; it takes 50 ms
@@ -68,7 +69,7 @@ class LocalUpload:
         return UploadStatus(self._upload.session, self._upload.size)
 
     async def append(self, data: bytes) -> None:
-        await in_thread(self._uploads.reactor, self._append, data)
+        await self._uploads.disk.run(self._append, data)
 
     def _append(self, data: bytes) -> None:
         tree = self._uploads.tree
@@ -82,13 +83,13 @@ class LocalUpload:
         if self._upload is None:
             return
         if size == 0 and self._offer is not None:
-            await in_thread(self._uploads.reactor, self._upload.cancel)
+            await self._uploads.disk.run(self._upload.cancel)
             self._upload = None
         else:
-            await in_thread(self._uploads.reactor, self._upload.truncate, size)
+            await self._uploads.disk.run(self._upload.truncate, size)
 
     async def commit(self, digest: Digest) -> None:
-        await in_thread(self._uploads.reactor, self._commit, digest)
+        await self._uploads.disk.run(self._commit, digest)
         self._uploads.record_end(self._upload_id)
 
     def _commit(self, digest: Digest) -> None:
@@ -103,19 +104,19 @@ class LocalUpload:
 
     async def suspend(self) -> None:
         if self._upload is not None:
-            self._uploads.tree.uploads.suspend(self._upload)
+            await self._uploads.disk.run(self._uploads.tree.uploads.suspend, self._upload, quick=True, required=True)
 
     async def cancel(self) -> None:
         self._uploads.record_end(self._upload_id)
         if self._upload is not None:
-            await in_thread(self._uploads.reactor, self._upload.cancel)
+            await self._uploads.disk.run(self._upload.cancel, required=True)
 
 
 @frozen
 class LocalUploads:
     """The `UploadSessions` of the tree. `clock` returns POSIX time."""
 
-    reactor: Any
+    disk: DiskAccess
     tree: HostedTree
     _ids: UploadIds
     _clock: Callable[[], float]
@@ -133,7 +134,7 @@ class LocalUploads:
     async def resume(self, repository: Repository, session: str) -> LocalUpload:
         offer, upload_id = self._read(repository, session)
         try:
-            upload = self.tree.uploads.resume(upload_id)
+            upload = await self.disk.run(self.tree.uploads.resume, upload_id, quick=True)
         except BlobUploadUnknown:
             if offer is None:
                 raise
@@ -143,7 +144,7 @@ class LocalUploads:
     async def status(self, repository: Repository, session: str) -> UploadStatus:
         offer, upload_id = self._read(repository, session)
         try:
-            return UploadStatus(upload_id, self.tree.uploads.size(upload_id))
+            return UploadStatus(upload_id, await self.disk.read(self.tree.uploads.size, upload_id))
         except BlobUploadUnknown:
             if offer is None:
                 raise
@@ -163,6 +164,19 @@ class LocalUploads:
 
 
 @frozen
+class _FoundManifest:
+    """A manifest that the repository has: its content, or an open blob to read it from.
+
+    Neither if the content does not match the digest.
+    """
+
+    digest: Digest
+    media_type: str | None
+    content: bytes | None
+    blob: OpenBlob | None
+
+
+@frozen
 class LocalHostedStore:
     """A `HostedStore` over a `HostedTree`.
 
@@ -171,47 +185,60 @@ class LocalHostedStore:
     """
 
     _reactor: Any
+    _disk: DiskAccess
     _tree: HostedTree
     _parser: ContentParser
     uploads: LocalUploads
 
     @classmethod
     def from_tree(
-        cls, reactor: Any, tree: HostedTree, parser: ContentParser, secret: bytes, clock: Callable[[], float]
+        cls,
+        reactor: Any,
+        disk: DiskAccess,
+        tree: HostedTree,
+        parser: ContentParser,
+        secret: bytes,
+        clock: Callable[[], float],
     ) -> LocalHostedStore:
         """Return the store in `tree`. `secret` signs the identifiers of uploads; `clock` returns POSIX time."""
-        return cls(reactor, tree, parser, LocalUploads(reactor, tree, UploadIds(secret), clock))
+        return cls(reactor, disk, tree, parser, LocalUploads(disk, tree, UploadIds(secret), clock))
 
     async def has_repository(self, repository: Repository) -> bool:
-        return self._tree.links.has_repository(repository)
+        return await self._disk.read(self._tree.links.has_repository, repository)
 
     # blobs
 
     async def blob_size(self, repository: Repository, digest: Digest) -> int | None:
+        return await self._disk.read(self._touch_blob, repository, digest)
+
+    def _touch_blob(self, repository: Repository, digest: Digest) -> int | None:
         size = self._tree.blobs.touch(digest)
         return size if size is not None and self._tree.links.has_layer(repository, digest) else None
 
-    async def open_blob(self, repository: Repository, digest: Digest) -> StoredBlobReader | None:
+    async def open_blob(self, repository: Repository, digest: Digest) -> Content | None:
+        return await self._disk.read(self._open_blob, repository, digest)
+
+    def _open_blob(self, repository: Repository, digest: Digest) -> Content | None:
         blob = self._tree.blobs.open(digest)
         if blob is None:
             return None
         if not self._tree.links.has_layer(repository, digest):
             blob.close()
             return None
-        return StoredBlobReader(self._reactor, blob)
+        return self._disk.open_content(self._tree.blobs, blob)
 
     async def mount_blob(self, repository: Repository, digest: Digest, source: Repository | None) -> bool:
         links = self._tree.links
-        if self._tree.blobs.touch(digest) is None:
+        if await self._disk.run(self._tree.blobs.touch, digest, quick=True) is None:
             return False
-        if links.has_layer(repository, digest):
+        if await self._disk.run(links.has_layer, repository, digest, quick=True):
             return True
         if source is not None:
-            is_linked = links.has_layer(source, digest)
+            is_linked = await self._disk.run(links.has_layer, source, digest, quick=True)
         else:
-            is_linked = await in_thread(self._reactor, self._is_in_any_repository, digest)
+            is_linked = await self._disk.run(self._is_in_any_repository, digest)
         if is_linked:
-            await in_thread(self._reactor, self._link_layer, repository, digest)
+            await self._disk.run(self._link_layer, repository, digest)
         return is_linked
 
     def _link_layer(self, repository: Repository, digest: Digest) -> None:
@@ -223,47 +250,52 @@ class LocalHostedStore:
         return any(links.has_layer(repository, digest) for repository in links.repositories())
 
     async def unlink_blob(self, repository: Repository, digest: Digest) -> bool:
-        return await in_thread(self._reactor, self._tree.links.unlink_layer, repository, digest)
+        return await self._disk.run(self._tree.links.unlink_layer, repository, digest)
 
     # manifests
 
     async def manifest(self, repository: Repository, reference: Reference) -> StoredManifest | None:
+        found = await self._disk.read(self._find_manifest, repository, reference)
+        if found is None:
+            return None
+        content = found.content
+        if found.blob is not None:
+            with found.blob:
+                content = await self._disk.run(_read_and_verify, found.blob)
+        if content is None:
+            log.error(
+                "the manifest {digest} of {repository} is damaged; push it again, or run `dockerproxy check`",
+                digest=str(found.digest),
+                repository=repository,
+            )
+            return None
+        media_type = found.media_type
+        if media_type is None:
+            media_type = await self._parser.parse(_detect_media_type, content)
+        return StoredManifest(found.digest, media_type, content)
+
+    def _find_manifest(self, repository: Repository, reference: Reference) -> _FoundManifest | None:
         links = self._tree.links
         digest = reference if isinstance(reference, Digest) else links.tag(repository, reference)
         blob = None if digest is None else self._tree.blobs.open(digest)
         if digest is None or blob is None:
             return None
-        with blob:
-            if not links.has_manifest(repository, digest):
-                return None
-            media_type = links.manifest_media_type(repository, digest)
-            content = await self._read_verified(blob) if blob.size <= MAX_MANIFEST else None
-        if content is None:
-            log.error(
-                "the manifest {digest} of {repository} is damaged; push it again, or run `dockerproxy check`",
-                digest=str(digest),
-                repository=repository,
-            )
+        if not links.has_manifest(repository, digest):
+            blob.close()
             return None
-        if media_type is None:
-            media_type = await self._parser.parse(_detect_media_type, content)
-        return StoredManifest(digest, media_type, content)
-
-    async def _read_verified(self, blob: OpenBlob) -> bytes | None:
-        """Return the content of `blob`, or None if it does not match the digest."""
-        if blob.size <= _MAX_INLINE_MANIFEST:
-            cached = blob.read(0, blob.size)
-            if cached is not None and len(cached) == blob.size:
-                content = bytes(cached)
-                return content if _matches(content, blob.digest) else None
-        return await in_thread(self._reactor, _read_and_verify, blob)
+        media_type = links.manifest_media_type(repository, digest)
+        content = self._disk.read_at_once(blob) if blob.size <= MAX_MANIFEST else b""
+        if content is None:
+            return _FoundManifest(digest, media_type, None, blob)
+        blob.close()
+        return _FoundManifest(digest, media_type, content if _matches(content, digest) else None, None)
 
     async def commit_manifest(
         self, repository: Repository, manifest: PushedManifest, tags: Sequence[Tag], *, sparse: bool = False
     ) -> None:
         await self._touch_references(repository, manifest, sparse)
         async with self._tree.locks.hold(repository):
-            await in_thread(self._reactor, self._commit_manifest, repository, manifest, tags)
+            await self._disk.run(self._commit_manifest, repository, manifest, tags)
 
     def _commit_manifest(self, repository: Repository, manifest: PushedManifest, tags: Sequence[Tag]) -> None:
         self._tree.check_free_space()
@@ -272,12 +304,11 @@ class LocalHostedStore:
 
     async def _touch_references(self, repository: Repository, manifest: PushedManifest, sparse: bool) -> None:
         """Touch all references of `manifest`, so that gc keeps them. Raise `ManifestBlobUnknown` if any is missing."""
-        missing = []
-        for count, (digest, is_manifest) in enumerate(manifest.required_references(), 1):
-            is_here = self._tree.blobs.touch(digest) is not None and self._is_linked(repository, digest, is_manifest)
-            if not is_here and not (sparse and is_manifest):
-                missing.append(str(digest))
-            if count % _BATCH_SIZE == 0:
+        missing: list[str] = []
+        references = iter(manifest.required_references())
+        while batch := list(islice(references, _BATCH_SIZE)):
+            missing += await self._disk.run(self._find_missing, repository, batch, sparse, quick=True)
+            if len(batch) == _BATCH_SIZE:
                 await deferLater(self._reactor, 0)
         if missing:
             more = f" and {len(missing) - _MAX_MISSING_LISTED} more" if len(missing) > _MAX_MISSING_LISTED else ""
@@ -285,7 +316,16 @@ class LocalHostedStore:
                 f"{repository} lacks references of the manifest: {', '.join(missing[:_MAX_MISSING_LISTED])}{more}"
             )
         if manifest.subject is not None:
-            self._tree.blobs.touch(manifest.subject)  # it may be missing; if it exists, gc keeps it
+            # It may be missing. If it exists, gc keeps it.
+            await self._disk.run(self._tree.blobs.touch, manifest.subject, quick=True)
+
+    def _find_missing(self, repository: Repository, batch: list[tuple[Digest, bool]], sparse: bool) -> list[str]:
+        missing = []
+        for digest, is_manifest in batch:
+            is_here = self._tree.blobs.touch(digest) is not None and self._is_linked(repository, digest, is_manifest)
+            if not is_here and not (sparse and is_manifest):
+                missing.append(str(digest))
+        return missing
 
     def _is_linked(self, repository: Repository, digest: Digest, is_manifest: bool) -> bool:
         # BuildKit's cache is an index of blobs. A child may therefore be a blob too, as in CNCF distribution.
@@ -294,11 +334,11 @@ class LocalHostedStore:
 
     async def remove_tag(self, repository: Repository, tag: Tag) -> bool:
         async with self._tree.locks.hold(repository):
-            return await in_thread(self._reactor, self._tree.links.remove_tag, repository, tag)
+            return await self._disk.run(self._tree.links.remove_tag, repository, tag)
 
     async def remove_manifest(self, repository: Repository, digest: Digest) -> bool:
         async with self._tree.locks.hold(repository):
-            return await in_thread(self._reactor, self._remove_manifest, repository, digest)
+            return await self._disk.run(self._remove_manifest, repository, digest)
 
     def _remove_manifest(self, repository: Repository, digest: Digest) -> bool:
         for need in find_needs(self._tree.layout, self._tree.links, repository):
@@ -312,13 +352,13 @@ class LocalHostedStore:
     # lists
 
     async def tags(self, repository: Repository, page: Page) -> NamePage:
-        return await in_thread(self._reactor, self._list_tags, repository, page)
+        return await self._disk.run(self._list_tags, repository, page)
 
     def _list_tags(self, repository: Repository, page: Page) -> NamePage:
         return take_page(self._tree.links.tags_after(repository, page.last), page.limit)
 
     async def repositories(self, page: Page) -> NamePage:
-        return await in_thread(self._reactor, self._list_repositories, page)
+        return await self._disk.run(self._list_repositories, page)
 
     def _list_repositories(self, page: Page) -> NamePage:
         # A repository is left out if all its manifests were deleted, although its blobs stay until gc runs.
@@ -329,21 +369,21 @@ class LocalHostedStore:
     async def referrers(
         self, repository: Repository, subject: Digest, artifact_type: str | None, after: str | None
     ) -> ReferrersPage:
-        if not self._tree.links.has_repository(repository):
+        if not await self.has_repository(repository):
             return ReferrersPage([])  # and nothing is remembered for a name that anyone can invent
-        if not self._tree.referrers.is_complete(repository):
+        if not await self._disk.read(self._tree.referrers.is_complete, repository):
             await self._index_referrers(repository)
-        return await in_thread(self._reactor, self._list_referrers, repository, subject, artifact_type, after)
+        return await self._disk.run(self._list_referrers, repository, subject, artifact_type, after)
 
     async def _index_referrers(self, repository: Repository) -> None:
         """Index the manifests that another registry wrote, a few at a time, so that others can push meanwhile."""
         referrers = self._tree.referrers
-        signature = referrers.signature(repository)
-        missing = await in_thread(self._reactor, referrers.missing, repository)
+        signature = await self._disk.run(referrers.signature, repository, quick=True)
+        missing = await self._disk.run(referrers.missing, repository)
         for start in range(0, len(missing), _INDEXED_AT_ONCE):
             async with self._tree.locks.hold(repository):
                 batch = missing[start : start + _INDEXED_AT_ONCE]
-                await in_thread(self._reactor, referrers.index, repository, batch)
+                await self._disk.run(referrers.index, repository, batch)
         referrers.record_complete(repository, signature)
 
     def _list_referrers(
@@ -364,11 +404,11 @@ class LocalHostedStore:
         return ReferrersPage(descriptors)
 
 
-def upload_purge_service(reactor: Any, uploads: Uploads, clock: Callable[[], float]) -> TimerService:
+def upload_purge_service(reactor: Any, disk: DiskAccess, uploads: Uploads, clock: Callable[[], float]) -> TimerService:
     """Return the service that removes stale upload sessions at start-up and then hourly. `clock` returns POSIX time."""
 
     async def purge() -> None:
-        count = await in_thread(reactor, uploads.purge, clock() - _STALE_UPLOAD_AGE)
+        count = await disk.run(uploads.purge, clock() - _STALE_UPLOAD_AGE)
         if count:
             log.info("removed {count} stale upload sessions", count=count)
 

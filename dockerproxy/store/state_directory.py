@@ -22,6 +22,7 @@ from attrs import define, field
 
 from dockerproxy.store.files import Staging
 from dockerproxy.store.layout import Layout
+from dockerproxy.store.mounts import remote_file_system
 from dockerproxy.store.records import Records
 from dockerproxy.store.secret import load_or_create_secret
 from dockerproxy.store.tree_reader import Missing, UnsafeFile, read_small
@@ -53,8 +54,9 @@ class DirectoryInUse(Exception):
 class StateDirectory:
     """The stores, records and secrets in CACHE_DIR and REGISTRY_DIR.
 
-    `warnings` are sentences for the log. `cache_secret` signs tokens of the cache, `registry_secret` those of the
-    hosted registry.
+    `warnings` are sentences for the log. `registry_file_system` is the type of the file system of REGISTRY_DIR if that
+    may hang (see `mounts`), and None if it is local. `cache_secret` signs tokens of the cache, `registry_secret` those
+    of the hosted registry.
     """
 
     cache: Layout
@@ -62,6 +64,7 @@ class StateDirectory:
     cache_secret: bytes = field(repr=False)
     registry_secret: bytes = field(repr=False)
     warnings: tuple[str, ...]
+    registry_file_system: str | None
     # Open until the process ends, because closing them would release the locks. Forked processes inherit the numbers,
     # but have closed the files.
     _lock_fds: tuple[int, ...]
@@ -90,8 +93,15 @@ class StateDirectory:
                 os.close(fd)
             raise
         warnings.extend(warning for _, warning in locks if warning)
+        cache_file_system = remote_file_system(_paths(cache_dir))
+        if cache_file_system is not None:
+            warnings.append(
+                f"CACHE_DIR is {cache_dir}, which is on {cache_file_system}: if that does not answer, the daemon"
+                " answers no client; set CACHE_DIR to a directory on a local disk"
+            )
+        registry_file_system = remote_file_system(_paths(registry_dir))
         lock_fds = tuple(fd for fd, _ in locks)
-        return cls(cache, registry, cache_secret, registry_secret, tuple(warnings), lock_fds)
+        return cls(cache, registry, cache_secret, registry_secret, tuple(warnings), registry_file_system, lock_fds)
 
     def open_records(self, on_create: Callable[[], object] | None = None) -> Records:
         """Return the records of the cache. `on_create` is called after each new file."""
@@ -129,10 +139,14 @@ def _make_private(setting: str, root: Path) -> list[str]:
     return [f"every local user could enter {setting}, which is {root}: its mode was {mode:04o}, and is {mode & ~7:04o}"]
 
 
+def _paths(root: Path) -> list[str]:
+    """Return `root` and the directories of the store in it."""
+    return [str(root), *(f"{root}/{name}" for name in _DIRECTORIES)]
+
+
 def _refuse_links_of_others(root: Path) -> None:
     """Raise `UnsafeFile` if a directory of the store is a symbolic link that belongs to another user than root."""
-    for name in _DIRECTORIES:
-        path = f"{root}/{name}"
+    for path in _paths(root)[1:]:
         with suppress(*Missing):
             status = os.lstat(path)
             if stat.S_ISLNK(status.st_mode) and status.st_uid not in (0, os.geteuid()):

@@ -15,6 +15,7 @@ from dockerproxy.admin.operations import Event
 from dockerproxy.admin.resolver import CACHED, HOSTED, ImageResolver, StoreView
 from dockerproxy.registry.hosted_rules import HostedRules
 from dockerproxy.registry.principal import CONTROL_SOCKET, Principal
+from dockerproxy.store.disk_access import LocalDisk
 from dockerproxy.store.hosted_tree import HostedTree
 from dockerproxy.store.layout import Layout
 from tests.registry.support.synchronous_reactor import SynchronousReactor
@@ -52,10 +53,11 @@ def client(tmp_path: Path, operations: OperationsStub, connect_client: Any) -> A
         return {1000: "alice"}[uid]
 
     resolver = ImageResolver([StoreView(HOSTED, tree.layout), StoreView(CACHED, cache)], frozenset(), {})
-    deleter = Deleter(clock, tree, unused, unused)
+    disk = LocalDisk(clock)
+    deleter = Deleter(disk, tree, unused, unused)
     running: Any = operations
     control = Control(
-        clock, resolver, unused, deleter, running, HostedRules(), unused, unused, "AB", user_name, clock.seconds
+        clock, resolver, unused, deleter, running, HostedRules(), disk, unused, unused, "AB", user_name, clock.seconds
     )
     client = connect_client(control.handle, clock=clock, client="-")
     client.transport.peer_uid = 1000

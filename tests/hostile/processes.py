@@ -52,6 +52,13 @@ def connections(port: int, count: int, source: str = "127.0.0.1", data: bytes = 
         yield clients
 
 
+def run_command(daemon: RegistryDaemon, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run `dockerproxy` with `arguments` for the daemon."""
+    socket_path = daemon.state_folder / "run/control.sock"
+    command = [sys.executable, "-m", "dockerproxy.cli", "--socket", str(socket_path), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=30)
+
+
 def debug(daemon: RegistryDaemon) -> dict[str, Any]:
     """Return what `dockerproxy debug` reports."""
     socket_path = daemon.state_folder / "run" / "control.sock"

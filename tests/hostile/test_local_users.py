@@ -24,6 +24,7 @@ from tests.e2e.harness.images import build_image
 from tests.e2e.harness.process import wait_until
 from tests.e2e.harness.registry_daemon import RegistryDaemon
 from tests.hostile.conftest import GOOD, HostileNetwork, StartRegistryDaemon
+from tests.hostile.processes import run_command
 
 NOBODY = 65534
 
@@ -88,12 +89,6 @@ def shared_daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry
     daemon = RegistryDaemon(tmp_path_factory.mktemp("shared"), {"WORKERS": "1"})
     with daemon.run_and_check_log(list):
         yield daemon
-
-
-def run_command(daemon: RegistryDaemon, *arguments: str) -> subprocess.CompletedProcess[str]:
-    socket_path = daemon.state_folder / "run/control.sock"
-    command = [sys.executable, "-m", "dockerproxy.cli", "--socket", str(socket_path), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=30)
 
 
 def get_blob(daemon: RegistryDaemon, digest: Digest) -> tuple[int, bytes]:
@@ -183,7 +178,7 @@ def test_a_signal_ends_the_import_of_a_file_without_end(
     socket_path = str(daemon.state_folder / "run/control.sock")
     command = [sys.executable, "-m", "dockerproxy.cli", "--socket", socket_path, "import", str(directory.root)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        wait_until(lambda: "import running" in run_command(daemon, "status").stdout, "the import's start")
+        wait_until(lambda: "import of " in run_command(daemon, "status").stdout, "the import's start")
         assert daemon.stop(timeout=8) in CLEAN_EXIT_STATUSES
         assert "the daemon closed the connection" in process.communicate(timeout=5)[1]
     assert os.listdir(daemon.state_folder / "registry/staging") == []

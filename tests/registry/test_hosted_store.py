@@ -13,9 +13,12 @@ from twisted.python.failure import Failure
 
 from dockerproxy.oci.names import Digest
 from dockerproxy.registry.hosted_store import HostedStore
+from dockerproxy.store import disk_access
 from dockerproxy.store import local_hosted_store as module
+from dockerproxy.store.disk_access import NETWORK_DISK_LIMITS, DiskAccess, LocalDisk, NetworkDisk
 from dockerproxy.store.hosted_tree import HostedTree
 from dockerproxy.store.layout import Layout
+from dockerproxy.thread_pool import BoundedThreadPool
 from tests.registry.support.hosted_store_suite import APP, HostedStoreSuite
 from tests.registry.support.synchronous_reactor import SynchronousReactor
 from tests.support.hosted import make_hosted_store
@@ -31,8 +34,12 @@ class TestLocalHostedStore(HostedStoreSuite):
         return HostedTree.from_layout(Layout(tmp_path))
 
     @pytest.fixture
-    def store(self, tree: HostedTree) -> HostedStore:
-        return make_hosted_store(SynchronousReactor(), tree)
+    def disk(self) -> DiskAccess:
+        return LocalDisk(SynchronousReactor())
+
+    @pytest.fixture
+    def store(self, tree: HostedTree, disk: DiskAccess) -> HostedStore:
+        return make_hosted_store(SynchronousReactor(), tree, disk)
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         results: list[Any] = []
@@ -72,10 +79,20 @@ class TestLocalHostedStore(HostedStoreSuite):
         assert self.run(store.manifest(APP, digest)) is not None
 
     def test_a_large_manifest_is_verified_in_a_thread(
-        self, store: HostedStore, monkeypatch: pytest.MonkeyPatch
+        self, store: HostedStore, disk: DiskAccess, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(module, "_MAX_INLINE_MANIFEST", 10)
+        monkeypatch.setattr(disk_access, "_MAX_INLINE_MANIFEST", 10)
         digest = self.push_image(store, "x", "1")
-        monkeypatch.setattr(module, "in_thread", None)
+        monkeypatch.setattr(type(disk), "run", None)
         with pytest.raises(TypeError):
             self.run(store.manifest(APP, digest))
+
+
+class TestNetworkHostedStore(TestLocalHostedStore):
+    """The tree on a file system that may hang: each access is one of its threads'."""
+
+    @pytest.fixture
+    def disk(self) -> DiskAccess:
+        reactor = SynchronousReactor()
+        pool = BoundedThreadPool(reactor, "accesses to REGISTRY_DIR", NETWORK_DISK_LIMITS, reactor)
+        return NetworkDisk(reactor, "REGISTRY_DIR", "nfs4", pool)

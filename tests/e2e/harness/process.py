@@ -24,6 +24,7 @@ _DEBIAN_PACKAGES = {
     "curl": "curl",
     "gcc": "gcc",
     "mkfs.ext4": "e2fsprogs",
+    "bindfs": "bindfs",
     "nginx": "nginx-light",
     "caddy": "caddy",
 }
@@ -65,6 +66,36 @@ def mount_ext4(folder: Path, size: str, inodes: int | None = None) -> Iterator[P
     subprocess.run(["mkfs.ext4", "-q", "-m", "0", "-O", "^has_journal", *options, str(image)], check=True)
     with _mounted(folder, "-o", "loop", str(image)):
         yield folder
+
+
+@contextmanager
+def mount_fuse(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """Mount a file system of FUSE on `folder`, which is created. Yield the process that serves it, or skip the test.
+
+    While that process is stopped, every access that is not answered from the kernel's memory hangs.
+    """
+    require_programs("bindfs", root=True)
+    content = folder.with_suffix(".content")
+    for directory in (folder, content):
+        directory.mkdir()
+    no_cache = "attr_timeout=0,entry_timeout=0,negative_timeout=0"
+    with subprocess.Popen(
+        ["bindfs", "-f", "-o", no_cache, str(content), str(folder)], stderr=subprocess.PIPE
+    ) as server:
+        try:
+            try:
+                wait_until(lambda: server.poll() is not None or os.path.ismount(folder), "bindfs mounts")
+            except AssertionError:
+                server.kill()
+                raise
+            if server.poll() is not None:
+                assert server.stderr is not None
+                pytest.skip(f"bindfs fails here: {server.stderr.read().decode()}")
+            yield server
+        finally:
+            server.send_signal(signal.SIGCONT)
+            subprocess.run(["umount", "-l", str(folder)], check=False)
+            server.terminate()
 
 
 @contextmanager
