@@ -43,7 +43,7 @@ class Deleter:
     _records: Records
 
     async def delete(self, principal: Principal, ref: ImageRef) -> DeletionResult:
-        """Delete the tag, manifest, blob or repository that `ref` names, for `principal`."""
+        """Delete the tag, manifest, blob or repository that `ref` names. Log it with `principal`."""
         deletion = self._delete_hosted(ref) if ref.store.kind == HOSTED else self._delete_cached(ref)
         # To its end even if the command is interrupted: a thread cannot be, and the lock is held as long as it works.
         result = await shield(deletion, f"deletion of {ref}")
