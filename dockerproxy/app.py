@@ -68,6 +68,7 @@ from dockerproxy.upstream.agent import Agent
 from dockerproxy.upstream.agent import UpstreamTimeouts as UpstreamTimeouts
 from dockerproxy.upstream.authorizer import Authorizer
 from dockerproxy.upstream.client import UpstreamClient
+from dockerproxy.upstream.login_provider import LoginProvider
 from dockerproxy.upstream.shared_logins import OnLoginChanged, SharedLogins
 from dockerproxy.upstream.tls import ClientContext
 
@@ -93,14 +94,15 @@ class SharedServices:
     """The state and the services that all processes of the daemon share.
 
     `metrics` counts the requests of this process and renders the sum over all processes. `report_login` is told of
-    logins that are refused. `bindings` maps issued tokens to the clients they were issued to. `multi_process` is true
-    if the daemon has several processes.
+    logins that are refused, and `logins` has those of credential helpers. `bindings` maps issued tokens to the clients
+    they were issued to. `multi_process` is true if the daemon has several processes.
     """
 
     state: StateDirectory
     cache_space: CacheSpace
     metrics: Metrics
     report_login: OnLoginChanged
+    logins: LoginProvider
     locks: KeyedLock = field(factory=LocalKeyedLock)
     bindings: Bindings = field(factory=Bindings)
     multi_process: bool = False
@@ -163,8 +165,7 @@ class ProxyServer:
         self.certificates.check_files()
         self.metrics.read_registries()
         self.registries.update(settings)
-        self.authorizer.set_logins(settings.auth_registries)
-        self.pull_through.logins.clear()
+        configure_logins(self.pull_through.logins, settings)
         self.pull_through.challenges.restore(settings.registries)
 
     def close_idle(self, client: str) -> None:
@@ -417,7 +418,9 @@ def build_cache(
         on_challenges=authorizer.set_ping_target,
         address_check=policy.check_upstream,
         allows_client_to=policy.allows_client_to,
-        logins=SharedLogins(authorizer, reactor.seconds, shared.report_login, shared=settings.share_auth_registries),
+        logins=SharedLogins(
+            authorizer, reactor.seconds, shared.report_login, shared.logins, shared=settings.share_auth_registries
+        ),
         freshness=Freshness(
             settings.enable_manifest_cache,
             settings.manifest_cache_primary_regex,
@@ -429,9 +432,16 @@ def build_cache(
         download_limits=DownloadLimits.derive(settings.cache_max_size, resource.getrlimit(resource.RLIMIT_NOFILE)[0]),
         evicted_bytes=settings.cache_max_size // _HELD_PART // settings.workers,
     )
+    configure_logins(cache_policy.logins, settings)
     pull_through = compose_cache(services, cache_policy).pull_through
     pull_through.challenges.restore(settings.registries)
     return pull_through
+
+
+def configure_logins(logins: SharedLogins, settings: Settings) -> None:
+    """Apply AUTH_REGISTRIES, CREDENTIAL_HELPERS and DOCKER_CONFIG_FILE."""
+    has_provider = bool(settings.credential_helpers) or settings.docker_config_file is not None
+    logins.configure(settings.auth_registries, asks_provider=has_provider)
 
 
 def build_host_rule(settings: Settings) -> HostRule:

@@ -19,6 +19,7 @@ from dockerproxy.net.addresses import AddressSet, HostPattern, redacted_repr
 from dockerproxy.net.public_suffix import has_names_of_everybody
 from dockerproxy.net.upstream_proxy import UpstreamProxy
 from dockerproxy.oci.credentials import BasicCredentials
+from dockerproxy.oci.docker_hub import canonical_host
 from dockerproxy.oci.host_table import HostKey, RegistryWildcard, Wildcard
 from dockerproxy.oci.names import Host, Registry
 
@@ -26,6 +27,7 @@ _BOOLEANS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "
 _MAX_PORT = 65535
 _MAX_DURATION = 100 * 365 * 86400.0
 _LOGIN_KEY_PATH = re.compile(r"(?:/v[12])?/?\Z")
+_HELPER = re.compile(r"[A-Za-z0-9_.-]+")
 _SIZE = re.compile(r"([0-9]{1,15})(?:([kmgt])(?:i?b)?)?", re.IGNORECASE)
 _ENDPOINT = re.compile(r"(?!tcp6?:)[a-z][a-z0-9+-]*:\S+|tcp6?:(?:\S*=\S*|(?P<port>[0-9]{1,5})(?::\S*)?)")
 
@@ -354,6 +356,27 @@ def logins(
         credentials = BasicCredentials(user, password)
         if by_host.setdefault(host, credentials) != credentials:
             raise ValueError(f"{label} repeats the host of an earlier entry with another login")
+    return MappingProxyType(by_host)
+
+
+def credential_helpers(text: str) -> Mapping[HostKey, str]:
+    """Parse ``host:helper`` entries, separated by spaces. A host is as in `logins`; the program of a helper is
+    ``docker-credential-HELPER``."""
+    by_host: dict[HostKey, str] = {}
+    for word in text.split():
+        host_text, _, helper = word.rpartition(":")
+        try:
+            if not _HELPER.fullmatch(helper) or helper.isdigit():
+                raise NameInvalid("it names no helper")
+            _, key = _registry(_LOGIN_KEY_PATH.sub("", host_text))
+        except NameInvalid:
+            raise ValueError(
+                f"{redacted_repr(word)} is not host:helper, such as *.dkr.ecr.eu-west-1.amazonaws.com:ecr-login, where"
+                " docker-credential-ecr-login is a program in PATH"
+            ) from None
+        host = canonical_host(key)
+        if by_host.setdefault(host, helper) != helper:
+            raise ValueError(f"{str(host)!r} is given twice, with different helpers")
     return MappingProxyType(by_host)
 
 

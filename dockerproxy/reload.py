@@ -1,23 +1,26 @@
 """Reload on SIGHUP: read the settings again and apply those that may change in a running daemon.
 
-These are REGISTRIES, AUTH_REGISTRIES with its delimiters, PROXY_HTPASSWD_FILE, HTPASSWD_FILE, ANONYMOUS_PULL,
-REGISTRY_READ_ONLY, ALLOW_DELETE, ALLOW_SPARSE_INDEXES, ALLOWED_HOSTS, CORS_ORIGINS and REGISTRY_URL. The code that
-uses them holds a mapping or an object that is modified in place, so a reload closes no connection and interrupts no
-transfer.
+These are REGISTRIES, AUTH_REGISTRIES with its delimiters, CREDENTIAL_HELPERS, DOCKER_CONFIG_FILE, PROXY_HTPASSWD_FILE,
+HTPASSWD_FILE, ANONYMOUS_PULL, REGISTRY_READ_ONLY, ALLOW_DELETE, ALLOW_SPARSE_INDEXES, ALLOWED_HOSTS, CORS_ORIGINS and
+REGISTRY_URL. The code that uses them holds a mapping or an object that is modified in place, so a reload closes no
+connection and interrupts no transfer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 
 from attrs import define, evolve, field, fields, frozen
 from twisted.internet.defer import DeferredLock
 from twisted.logger import Logger
 
 from dockerproxy.concurrency import spawn
+from dockerproxy.config_files import read_config_file
 from dockerproxy.daemon.systemd import Notifier
 from dockerproxy.oci.docker_hub import DOCKER_HUB, DOCKER_HUB_ALIASES
-from dockerproxy.oci.host_table import RegistryMap
+from dockerproxy.oci.host_table import RegistryMap, Wildcard
+from dockerproxy.oci.names import Host
 from dockerproxy.registry.htpasswd import HtpasswdError
 from dockerproxy.settings import (
     Settings,
@@ -27,7 +30,9 @@ from dockerproxy.settings import (
     variable_name,
     with_credentials,
 )
+from dockerproxy.upstream.credential_helper import PROGRAM_PREFIX, helper_environment, helper_program
 from dockerproxy.upstream.credentials import login_warnings
+from dockerproxy.upstream.docker_config import DockerConfig
 
 _RELOADABLE = {
     "extra_registries",
@@ -35,6 +40,8 @@ _RELOADABLE = {
     "auth_registries",
     "auth_registries_delimiter",
     "auth_registry_delimiter",
+    "credential_helpers",
+    "docker_config_file",
     "proxy_htpasswd_file",
     "htpasswd_file",
     "anonymous_pull",
@@ -52,10 +59,14 @@ log = Logger()
 
 @frozen
 class Configuration:
-    """The settings, and the variables that they were parsed from. Other processes parse the same variables."""
+    """The settings, and the variables that they were parsed from. Other processes parse the same variables.
+
+    `docker_config` is the content of DOCKER_CONFIG_FILE, which is empty if that is not set.
+    """
 
     settings: Settings
     variables: Mapping[str, str] = field(repr=False)
+    docker_config: DockerConfig = field(factory=DockerConfig, repr=False)
 
     @classmethod
     def read(cls, environment: Mapping[str, str], env_file: str | None) -> Configuration:
@@ -66,12 +77,56 @@ class Configuration:
         file = read_env_file(env_file) if env_file else {}
         environment = with_credentials(environment, file)
         settings = Settings.from_environment(environment, file)
+        docker_config = read_docker_config(settings.docker_config_file)
+        variables = {**file, **environment}
         warnings = (
             *settings.warnings,
+            *(f"DOCKER_CONFIG_FILE: {warning}." for warning in docker_config.warnings),
+            *helper_warnings(settings, docker_config, variables),
             *exposure_warnings(settings, env_file, file),
             *login_warnings(settings.auth_registries, settings.registries, settings.registry_wildcards),
         )
-        return cls(evolve(settings, warnings=warnings), {**file, **environment})
+        return cls(evolve(settings, warnings=warnings), variables, docker_config)
+
+
+def read_docker_config(path: Path | None) -> DockerConfig:
+    """Return the content of DOCKER_CONFIG_FILE. Raise `SettingsError`."""
+    if path is None:
+        return DockerConfig()
+    try:
+        return DockerConfig.parse(read_config_file(path)[0])
+    except OSError as error:
+        raise SettingsError(f"DOCKER_CONFIG_FILE: {path} cannot be read: {error.strerror}.") from None
+    except ValueError as error:
+        raise SettingsError(f"DOCKER_CONFIG_FILE: {path} {error}.") from None
+
+
+def helper_warnings(settings: Settings, config: DockerConfig, variables: Mapping[str, str]) -> list[str]:
+    """Return sentences about credential helpers that cannot be run, and about those that are never asked."""
+    environment = helper_environment(variables)
+    sources = [(name, "CREDENTIAL_HELPERS") for name in settings.credential_helpers.values()]
+    names = [*config.helpers.values(), *filter(None, [config.default_helper])]
+    sources += [(name, "DOCKER_CONFIG_FILE") for name in names]
+    warnings = [
+        f"{setting}: there is no program {PROGRAM_PREFIX}{name} in PATH ({environment.get('PATH', '')}) that the"
+        " daemon can execute; its registries are used without a login."
+        for name, setting in dict.fromkeys(sources)
+        if helper_program(name, environment) is None
+    ]
+    registries = RegistryTable(settings).intercepted
+    wildcards = {wildcard.hosts for wildcard in settings.registry_wildcards}
+    for key in settings.credential_helpers:
+        is_served = key in registries if isinstance(key, Host) else key in wildcards or _covers_any(key, registries)
+        if not is_served:
+            warnings.append(
+                f"CREDENTIAL_HELPERS: the helper for {key} is never asked, because that is neither Docker Hub nor in"
+                " REGISTRIES."
+            )
+    return warnings
+
+
+def _covers_any(wildcard: Wildcard, hosts: Iterable[Host]) -> bool:
+    return any(Wildcard.above(host) == wildcard for host in hosts)
 
 
 def reloadable_variables(variables: Mapping[str, str]) -> dict[str, str]:

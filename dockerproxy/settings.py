@@ -56,6 +56,8 @@ class Settings:
     auth_registries: Mapping[HostKey, BasicCredentials] = _derived()
     auth_registries_delimiter: str = _setting(str, " ")
     auth_registry_delimiter: str = _setting(str, ":")
+    credential_helpers: Mapping[HostKey, str] = _setting(parsers.credential_helpers, "")
+    docker_config_file: Path | None = _setting(parsers.path)
     allow_push: bool = _setting(parsers.boolean, "false")
     cache_max_size: int = _setting(parsers.size, "32g")
     cache_max_blob_size: int | None = _setting(parsers.size)
@@ -210,13 +212,23 @@ class _Environment:
 
 
 def with_credentials(env: Mapping[str, str], file: Mapping[str, str]) -> Mapping[str, str]:
-    """Return `env` with AUTH_REGISTRIES from a systemd credential if it is unset in `env` and `file`.
+    """Return `env` with AUTH_REGISTRIES and DOCKER_CONFIG_FILE from systemd credentials if `env` and `file` lack them.
 
     Raise `SettingsError`.
     """
-    if {**file, **env}.get("AUTH_REGISTRIES", "").strip():
-        return env
-    return {**env, **_systemd_credential(env, "AUTH_REGISTRIES")}
+    variables = {**file, **env}
+    if not variables.get("AUTH_REGISTRIES", "").strip():
+        env = {**env, **_systemd_credential(env, "AUTH_REGISTRIES")}
+    if not variables.get("DOCKER_CONFIG_FILE", "").strip():
+        env = {**env, **_systemd_credential_path(env, "DOCKER_CONFIG_FILE")}
+    return env
+
+
+def _systemd_credential_path(env: Mapping[str, str], name: str) -> dict[str, str]:
+    """Return `name` with the path of the systemd credential docker-registry-proxy.NAME, if there is one."""
+    directory = env.get("CREDENTIALS_DIRECTORY", "")
+    path = Path(directory) / f"docker-registry-proxy.{name.lower()}"
+    return {name: str(path)} if directory and path.exists() else {}
 
 
 def _systemd_credential(env: Mapping[str, str], name: str) -> dict[str, str]:
@@ -313,7 +325,7 @@ def _override_warnings(env: Mapping[str, str], file: Mapping[str, str], setting_
 _SECRETS = ("AUTH_REGISTRIES", "CA_KEY_PASSPHRASE")
 _PROXIES = ("UPSTREAM_PROXY", "HTTPS_PROXY", "https_proxy")
 # Files of hashes and keys. The CA's key has a warning of its own.
-_SECRET_FILES = ("htpasswd_file", "proxy_htpasswd_file", "registry_key_file", "proxy_key_file")
+_SECRET_FILES = ("docker_config_file", "htpasswd_file", "proxy_htpasswd_file", "registry_key_file", "proxy_key_file")
 
 
 def exposure_warnings(settings: Settings, env_file: str | None, variables: Mapping[str, str]) -> tuple[str, ...]:

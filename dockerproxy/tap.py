@@ -42,6 +42,8 @@ from dockerproxy.store.hosted_tree import HostedTree
 from dockerproxy.store.local_hosted_store import upload_purge_service
 from dockerproxy.store.state_directory import DirectoryInUse, StateDirectory
 from dockerproxy.terminal import format_size
+from dockerproxy.upstream.credential_helper import CredentialHelpers
+from dockerproxy.upstream.login_provider import LocalLoginProvider
 from dockerproxy.workers.connection_table import ConnectionTable
 from dockerproxy.workers.coordinator import LocalCoordinator, SharedState
 from dockerproxy.workers.dispatch import ConnectionDispatcher
@@ -94,13 +96,16 @@ def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifi
     for warning in (*settings.warnings, *state.warnings, *authority.warnings):
         log.warn("{warning}", warning=warning)
     cache_space = build_cache_space(reactor, settings, state)
-    shared_state, bindings = SharedState(cache_space, EndedLogins(time.time)), Bindings()
+    helpers = CredentialHelpers(reactor, configuration.variables)
+    logins = LocalLoginProvider(helpers.run, reactor.seconds)
+    reactor.callWhenRunning(configure_provider, logins, configuration)
+    shared_state, bindings = SharedState(cache_space, EndedLogins(time.time), logins), Bindings()
     forked_state = ForkedState.create(reactor, configuration, state, certificates)
     shared = forked_state.shared_services(0, LocalCoordinator(shared_state), bindings)
     server = build_server(reactor, settings, certificates, shared)
     workers = build_workers(reactor, forked_state, settings, server, shared_state, bindings, twistd_options)
     listener_service = build_listener_service(reactor, server, workers)
-    apply = partial(apply_configuration, server, workers.supervisor, shared_state.ended_logins)
+    apply = partial(apply_configuration, server, workers.supervisor, shared_state)
     reloader = Reloader(read, apply, settings, server.registries, notifier)
     operations = Operations(reactor, shared_state.locks, time.time)
     report = partial(debug_report, server, shared_state, workers)
@@ -112,6 +117,7 @@ def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifi
         listener_service,
         workers.supervisor,
         operations,
+        helpers,
         build_control_socket(
             reactor,
             settings,
@@ -211,7 +217,7 @@ def abort_on_repeated_stop(reactor: Any, supervisor: WorkerSupervisor, abort_con
 
 
 async def apply_configuration(
-    server: ProxyServer, supervisor: WorkerSupervisor, ended_logins: EndedLogins, configuration: Configuration
+    server: ProxyServer, supervisor: WorkerSupervisor, shared_state: SharedState, configuration: Configuration
 ) -> list[str]:
     """Apply the settings that may change in all processes. Return a sentence for each worker that failed.
 
@@ -219,8 +225,16 @@ async def apply_configuration(
     """
     server.metrics.add_registries(map(registry_label, configuration.settings.intercepted))
     server.reconfigure(configuration.settings)
-    ended_logins.clear()
+    configure_provider(shared_state.logins, configuration)
+    shared_state.ended_logins.clear()
     return await supervisor.reload(reloadable_variables(configuration.variables))
+
+
+def configure_provider(logins: LocalLoginProvider, configuration: Configuration) -> None:
+    """Apply CREDENTIAL_HELPERS and DOCKER_CONFIG_FILE, and get the logins of listed registries in the background."""
+    logins.configure(configuration.settings.credential_helpers, configuration.docker_config)
+    hosts = [registry.host for registry in configuration.settings.registries]
+    logins.prefetch(hosts)
 
 
 async def debug_report(server: ProxyServer, shared_state: SharedState, workers: Workers) -> dict[str, Any]:
@@ -229,7 +243,11 @@ async def debug_report(server: ProxyServer, shared_state: SharedState, workers: 
     return {
         "locks": shared_state.locks.report(),
         "refused_logins": shared_state.ended_logins.report_list(),
-        "bounds": [workers.table.report(), *shared_state.space.report_bounds()],
+        "bounds": [
+            workers.table.report(),
+            *shared_state.space.report_bounds(),
+            shared_state.logins.running.report(),
+        ],
         "processes": [main_process, *await workers.supervisor.debug()],
     }
 

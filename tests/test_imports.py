@@ -39,7 +39,7 @@ ALLOWED = {
     "settings": {"parsers", "net", "oci", "errors"},
     "reload": {"daemon", "registry", "settings", "upstream", "oci"},
     "admin": {"cache", "registry", "proxy", "store", "http", "oci", "errors"},
-    "workers": {"cache", "store", "daemon", "http", "oci", "errors"},
+    "workers": {"cache", "store", "upstream", "daemon", "http", "oci", "errors"},
     "operations": {"store"},  # a process of its own, which starts fast and takes little memory
     "terminal": set(),
     "control_client": set(),

@@ -158,6 +158,9 @@ class CachedRegistry:
         """Check the client's token, and learn what the choice of a login depends on. Raise `Unauthorized`."""
         self._check_token()
         await self.cache.challenges.ensure_known(self.registry)
+        if self.authorization is None and self.cache.logins.needs_provider(self.registry):
+            is_open = not self.cache.challenges.cached(self.registry)
+            await self.cache.logins.obtain(self.registry, self.client, is_open=is_open)
 
     def _principal(self, name: Repository, credential: Credential) -> UpstreamPrincipal:
         identity = self.cache.identities.for_credential(self.registry, name, credential)
@@ -211,7 +214,7 @@ class CachedRegistry:
             denial = error
         if login is not None:
             return await evolve(self, authorization=None)._try(login, attempt)
-        for other in await self.cache.logins.alternatives(self.registry, credential):
+        for other in await self.cache.logins.alternatives(self.registry, credential, self.client):
             try:
                 return await attempt(other)
             except RegistryError as error:
@@ -231,7 +234,13 @@ class CachedRegistry:
         self._check_token()
         if self.authorization is not None:
             await self._ping_upstream()
-        elif self.local_token is None and not self._allows_anonymous(await self.cache.challenges.get(self.registry)):
+        elif self.local_token is None:
+            await self._ping_without_login()
+
+    async def _ping_without_login(self) -> None:
+        challenges = await self.cache.challenges.get(self.registry)
+        await self._prepare()
+        if not self._allows_anonymous(challenges):
             has_shared_login = self.cache.logins.configured_login(self.registry) is not None
             if has_shared_login or not await self.cache.challenges.can_be_asked(self.registry):
                 raise LocalTokenRequired("authentication required")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dockerproxy.oci.host_table import HostKey
 from dockerproxy.oci.names import Registry
 
 DOCKER_HUB = Registry.parse("registry-1.docker.io")
@@ -25,4 +26,13 @@ def registry_label(server: Registry) -> str:
 
 
 _HUB_SERVERS = frozenset({DOCKER_HUB, DOCKER_HUB_TOKENS})
+
+
+def canonical_host(key: HostKey) -> HostKey:
+    """Return the host that a login is for: the registry's for all hosts of Docker Hub, else `key` itself."""
+    return DOCKER_HUB.host if key in _HUB_HOSTS else key
+
+
+_HUB_HOSTS = frozenset(registry.host for registry in (DOCKER_HUB, DOCKER_HUB_TOKENS, *DOCKER_HUB_ALIASES))
+
 _CANONICAL = dict.fromkeys(DOCKER_HUB_ALIASES, DOCKER_HUB)

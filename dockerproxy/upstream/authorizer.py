@@ -250,7 +250,7 @@ class Authorizer:
         return None
 
     async def refusal(self, registry: Registry, login: Login) -> str | None:
-        """Ask `registry`, or its token server, about `login` itself, for no repository.
+        """Ask `registry`, or its token server, about `login` itself and no repository.
 
         Return which server refuses it and how, as a clause; None if none does. Raise the errors of `Agent.request`, and
         `UpstreamBroken` or `TooManyRequests` if the server did not say. An identity token cannot be used at a registry

@@ -7,22 +7,27 @@ passwords. Clients do not wait for that.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
-from attrs import define, field
+from attrs import define, field, frozen
 from twisted.logger import Logger
 
 from dockerproxy.bounded_dict import BoundedDict
 from dockerproxy.concurrency import SingleFlight, spawn
 from dockerproxy.errors import RegistryError
 from dockerproxy.oci.credentials import BasicCredentials, IdentityToken, Login
+from dockerproxy.oci.host_table import HostKey
 from dockerproxy.oci.names import Registry
 from dockerproxy.upstream.credentials import Anonymous, Credential
+from dockerproxy.upstream.login_provider import LoginProvider
 
 FIRST_RETRY = 60.0
 LAST_RETRY = 900.0
 """Seconds from one attempt with a refused login to the next: at first, and after several."""
+
+LOGIN_TTL = 60.0
+"""Seconds for which a login of the provider is used, and its answer that there is none."""
 
 _ACCEPTED_TTL = 60.0  # seconds; meanwhile a refusal is about a repository, not about the login
 _MAX_REGISTRIES = 256
@@ -33,8 +38,10 @@ OnLoginChanged = Callable[[str, str, str], None]
 """Gets a registry, the setting of its login, and how that is refused; or an empty text if it works again."""
 
 
-class LoginSource(Protocol):
-    """The configured logins, and what servers say about them; see `Authorizer`."""
+class LoginRules(Protocol):
+    """The rules about which login is for which registry, and what servers say about them; see `Authorizer`."""
+
+    def set_logins(self, logins: Mapping[HostKey, Login]) -> None: ...
 
     def effective_login(self, registry: Registry) -> Login | None: ...
 
@@ -51,27 +58,56 @@ class _Refusal:
     delay: float = FIRST_RETRY
 
 
+@frozen
+class _ProvidedLogin:
+    """The answer of the provider about a registry, its setting, and until when that counts."""
+
+    login: Login | None = field(repr=False)
+    setting: str
+    ends_at: float
+
+
 class SharedLogins:
     """The logins that serve clients without one. Each process has its own. `clock` is monotonic, in seconds.
 
     `on_change` is called if a login is refused, each time that it was tried, and if it works again. Unless `shared`,
-    no login serves clients (SHARE_AUTH_REGISTRIES).
+    no login serves clients (SHARE_AUTH_REGISTRIES). A `provider` is asked for registries without a login.
     """
 
     def __init__(
-        self, source: LoginSource, clock: Callable[[], float], on_change: OnLoginChanged, *, shared: bool = True
+        self,
+        rules: LoginRules,
+        clock: Callable[[], float],
+        on_change: OnLoginChanged,
+        provider: LoginProvider,
+        *,
+        shared: bool = True,
     ) -> None:
-        self._source = source
+        self._rules = rules
         self._shared = shared
         self._clock = clock
         self._on_change = on_change
+        self._provider = provider
+        self._asks_provider = False
+        self._configured: Mapping[HostKey, Login] = {}
+        self._provided: BoundedDict[Registry, _ProvidedLogin] = BoundedDict(_MAX_REGISTRIES)
         self._refusals: BoundedDict[Registry, _Refusal] = BoundedDict(_MAX_REGISTRIES)
         self._accepted: BoundedDict[Registry, Login] = BoundedDict(_MAX_REGISTRIES, ttl=_ACCEPTED_TTL, clock=clock)
         self._checks: SingleFlight[Registry, None] = SingleFlight()
 
+    def configure(self, logins: Mapping[HostKey, Login], *, asks_provider: bool) -> None:
+        """Use `logins` (AUTH_REGISTRIES), and the provider if it has any. Forget what is known about earlier ones."""
+        self._configured, self._asks_provider = logins, asks_provider and self._shared
+        self._provided.clear()
+        self._refusals.clear()
+        self._accepted.clear()
+        self._rules.set_logins(logins)
+
+    # the logins
+
     def configured_login(self, registry: Registry) -> Login | None:
         """Return the login for `registry`, even if it is refused."""
-        return self._source.effective_login(registry) if self._shared else None
+        return self._rules.effective_login(registry) if self._shared else None
 
     def login_for(self, registry: Registry) -> Login | None:
         """Return the login for `registry`; None if there is none, or if it is refused."""
@@ -86,6 +122,55 @@ class SharedLogins:
             spawn(self._check(registry, login), f"trying the login for {registry}")
         return None
 
+    def setting(self, registry: Registry) -> str:
+        """Return the name of the setting that has the login for `registry`."""
+        provided = self._provided.get(registry)
+        return "AUTH_REGISTRIES" if provided is None or provided.login is None else provided.setting
+
+    # the provider
+
+    def needs_provider(self, registry: Registry) -> bool:
+        """Return whether `obtain` has to be called before the login for `registry` is known."""
+        if not self._asks_provider:
+            return False
+        provided = self._provided.get(registry)
+        if provided is None:
+            return self._rules.effective_login(registry) is None
+        return self._clock() >= provided.ends_at
+
+    async def obtain(self, registry: Registry, client: str, *, is_open: bool) -> None:
+        """Get the login for `registry` for the client at the address `client`. It waits for the first one only.
+
+        A registry that `is_open` needs none.
+        """
+        known = self._provided.get(registry)
+        if known is None and not is_open:
+            return await self._ask_provider(registry, None, client)
+        login, setting = (None, "") if known is None else (known.login, known.setting)
+        self._provided[registry] = _ProvidedLogin(login, setting, self._clock() + LOGIN_TTL)
+        if not is_open:
+            spawn(self._ask_provider(registry, None, client), f"getting the login for {registry}")
+
+    async def _ask_provider(self, registry: Registry, refused: Login | None, client: str) -> None:
+        provided = await self._provider.get_login(registry.host, refused, client)
+        known = self._provided.get(registry)
+        login, setting = (None, "") if provided is None else (provided.login, provided.setting)
+        drops_another = known is None and len(self._provided) >= _MAX_REGISTRIES
+        self._provided[registry] = _ProvidedLogin(login, setting, self._clock() + LOGIN_TTL)
+        if login == (None if known is None else known.login) and not drops_another:
+            return
+        logins = {**self._configured}
+        for other in list(self._provided):
+            entry = self._provided.get(other)
+            if entry is not None and entry.login is not None:
+                logins[other.host] = entry.login
+        self._rules.set_logins(logins)
+        if login is not None and registry in self._refusals:
+            self._refusals.pop(registry)
+            self._on_change(str(registry), setting, "")
+
+    # refused logins
+
     def reason(self, registry: Registry) -> str:
         """Return why the login for `registry` is not used: a clause for an error message. It is empty if it is used."""
         login = self.configured_login(registry)
@@ -94,25 +179,22 @@ class SharedLogins:
             return ""
         return f"the login for {registry} in {self.setting(registry)} is refused ({refusal.reason})"
 
-    def setting(self, registry: Registry) -> str:
-        """Return the name of the setting that has the login for `registry`."""
-        return "AUTH_REGISTRIES"
-
-    async def alternatives(self, registry: Registry, refused: Credential) -> list[Credential]:
+    async def alternatives(self, registry: Registry, refused: Credential, client: str = "") -> list[Credential]:
         """Return the credentials to try if `registry` denied something to `refused`. There are none for no login.
 
-        Find out whether the login itself is refused.
+        Find out whether the provider has a new login, or else whether the login itself is refused.
         """
         if not isinstance(refused, BasicCredentials | IdentityToken):
             return []
+        provided = self._provided.get(registry)
+        if provided is not None and provided.login is not None and self._accepted.get(registry) != refused:
+            await self._ask_provider(registry, refused, client)
+            login = self.configured_login(registry)
+            if login is not None and login != refused:
+                return [login, Anonymous()]
         if self._accepted.get(registry) != refused and self._refusal(registry, refused) is None:
             await self._check(registry, refused)
         return [Anonymous()]
-
-    def clear(self) -> None:
-        """Forget everything, because the settings are new."""
-        self._refusals.clear()
-        self._accepted.clear()
 
     def _refusal(self, registry: Registry, login: Login) -> _Refusal | None:
         refusal = self._refusals.get(registry)
@@ -122,11 +204,15 @@ class SharedLogins:
         await self._checks.do(registry, lambda: self._check_now(registry, login))
 
     async def _check_now(self, registry: Registry, login: Login) -> None:
+        known = self._refusal(registry, login)
+        if known is not None and self._provided.get(registry) is not None:
+            await self._ask_provider(registry, login, "")
+            if self.configured_login(registry) != login:
+                return
         try:
-            reason = await self._source.refusal(registry, login)
+            reason = await self._rules.refusal(registry, login)
         except RegistryError:
             return  # upstream did not say
-        known = self._refusal(registry, login)
         if reason is None:
             self._accepted[registry] = login
             if known is not None:

@@ -1,4 +1,4 @@
-"""The state that all processes share: the space of the cache, locks, and which logins are refused.
+"""The state that all processes share: the space of the cache, locks, and logins.
 
 Every process sees it as a `Coordinator`. The main process owns the state, so its `LocalCoordinator` works directly. A
 worker's `RemoteCoordinator` (`remote`) calls the methods of a `LocalCoordinator` that the main process has for it.
@@ -16,14 +16,18 @@ from twisted.internet.defer import Deferred
 from dockerproxy.cache.ended_logins import EndedLogins
 from dockerproxy.cache.space import CacheSpace, CacheSpaceManager
 from dockerproxy.concurrency import LocalKeyedLock, spawn
-from dockerproxy.oci.names import Digest
+from dockerproxy.oci.credentials import IDENTITY_TOKEN_USER, BasicCredentials, IdentityToken, Login
+from dockerproxy.oci.names import Digest, Host
 from dockerproxy.store.layout import IngestKey
+from dockerproxy.upstream.login_provider import LocalLoginProvider, ProvidedLogin
 
 
 class Coordinator(CacheSpace, Protocol):
-    """The shared state as one process sees it: a `CacheSpace`, a `KeyedLock`, and reports to `EndedLogins`."""
+    """The shared state as one process sees it: a `CacheSpace`, a `KeyedLock`, a `LoginProvider`, and `EndedLogins`."""
 
     def hold(self, key: str) -> AbstractAsyncContextManager[bool]: ...
+
+    async def get_login(self, host: Host, refused: Login | None, client: str) -> ProvidedLogin | None: ...
 
     def report_login(self, registry: str, setting: str, reason: str) -> None: ...
 
@@ -39,6 +43,7 @@ class SharedState:
 
     space: CacheSpaceManager
     ended_logins: EndedLogins
+    logins: LocalLoginProvider
     locks: LocalKeyedLock = field(factory=LocalKeyedLock)
     owners: dict[IngestKey, LocalCoordinator] = field(factory=dict, init=False)
 
@@ -119,6 +124,15 @@ class LocalCoordinator(Coordinator):
 
     # logins
 
+    async def get_login(self, host: Host, refused: Login | None, client: str) -> ProvidedLogin | None:
+        """Return the login for a registry; see `LoginProvider.get_login`."""
+        return await self._shared.logins.get_login(host, refused, client)
+
+    async def get_login_values(self, host: Host, refused: Login | None, client: str) -> list[str] | None:
+        """Return the values of `get_login` for another process: the setting, and those of `login_values`."""
+        provided = await self.get_login(host, refused, client)
+        return None if provided is None else [provided.setting, *login_values(provided.login)]
+
     def report_login(self, registry: str, setting: str, reason: str) -> None:
         """Record that a login is refused, or works again; see `EndedLogins.report`."""
         self._shared.ended_logins.report(registry, setting, reason)
@@ -132,6 +146,19 @@ class LocalCoordinator(Coordinator):
             self.release(key)
         for lock_id in list(self._held_locks):
             self.unlock(lock_id)
+
+
+def login_values(login: Login) -> list[str]:
+    """Return `login` as a list for a message to another process of the daemon."""
+    return [login.user, login.token if isinstance(login, IdentityToken) else login.password]
+
+
+def parse_login(values: list[str] | None) -> Login | None:
+    """Return the login that `login_values` returned the values of."""
+    if values is None:
+        return None
+    user, secret = values
+    return IdentityToken(secret) if user == IDENTITY_TOKEN_USER else BasicCredentials(user, secret)
 
 
 def _digests(texts: list[str]) -> list[Digest]:
@@ -148,6 +175,7 @@ _ARGUMENT_PARSERS: Mapping[str, tuple[Callable[[Any], Any], ...]] = {
     "usage": (),
     "lock": (str, int),
     "unlock": (int,),
+    "get_login_values": (Host.parse, parse_login, str),
     "report_login": (str, str, str),
 }
 """The methods of `LocalCoordinator` that a worker calls by RPC, with the parsers of their arguments."""

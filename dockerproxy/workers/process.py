@@ -67,6 +67,7 @@ class ForkedState:
             self.metrics.for_process(number),
             coordinator.report_login,
             coordinator,
+            coordinator,
             bindings,
             multi_process=self.scoreboard.processes > 1,
         )

@@ -6,9 +6,11 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-from dockerproxy.oci.names import Digest
+from dockerproxy.oci.credentials import Login
+from dockerproxy.oci.names import Digest, Host
 from dockerproxy.store.layout import IngestKey
-from dockerproxy.workers.coordinator import Coordinator
+from dockerproxy.upstream.login_provider import ProvidedLogin
+from dockerproxy.workers.coordinator import Coordinator, login_values, parse_login
 from dockerproxy.workers.rpc import RPC, RemoteError
 
 _USE_REPORT_INTERVAL = 5.0  # seconds over which uses of blobs are collected into one message
@@ -69,6 +71,16 @@ class RemoteCoordinator(Coordinator):
             yield bool(await self._rpc.call("lock", key, lock_id))
         finally:
             self._rpc.notify("unlock", lock_id)  # also if the caller was cancelled while it waited
+
+    async def get_login(self, host: Host, refused: Login | None, client: str) -> ProvidedLogin | None:
+        """Return the login for a registry; see `LoginProvider.get_login`. Return None if the main process is gone."""
+        values = None if refused is None else login_values(refused)
+        try:
+            answer = await self._rpc.call("get_login_values", host.authority, values, client)
+        except RemoteError:
+            return None
+        login = None if answer is None else parse_login(answer[1:])
+        return None if login is None else ProvidedLogin(login, str(answer[0]))
 
     def report_login(self, registry: str, setting: str, reason: str) -> None:
         """Report a login that is refused, or works again."""

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import json
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +19,7 @@ from tests.e2e.harness.daemon import StartDaemon, TwistdDaemon
 from tests.e2e.harness.http_client import BufferedResponse, request_directly
 from tests.e2e.harness.images import ACCEPT_MANIFESTS
 from tests.e2e.harness.login_registry import BASIC_CHALLENGE, LoginRegistry
+from tests.e2e.harness.process import wait_until
 from tests.e2e.harness.upstreams import Upstreams, format_upstream_addresses
 
 HOST = "login.test"
@@ -99,6 +105,156 @@ def test_an_ended_login(
         assert f"login for {HOST} (AUTH_REGISTRIES) refused since" in text
         assert PASSWORD not in text
     daemon.check_log([PASSWORD])
+
+
+@pytest.fixture
+def helper(tmp_path: Path, registry: LoginRegistry) -> HelperScript:
+    return HelperScript(tmp_path / "helpers", registry)
+
+
+class HelperScript:
+    """A credential helper ``docker-credential-test``, which knows the registry's password of the moment."""
+
+    def __init__(self, folder: Path, registry: LoginRegistry) -> None:
+        folder.mkdir()
+        self._registry = registry
+        self._password_file = folder / "password"
+        self._runs_file = folder / "runs"
+        self.path = f"{folder}:{os.environ['PATH']}"
+        self.change_password(PASSWORD)
+        self.write(
+            f"server=$(cat); echo $server >>{self._runs_file}\n"
+            f'printf \'{{"ServerURL":"%s","Username":"{USER}","Secret":"%s"}}\' $server $(cat {self._password_file})'
+        )
+
+    def write(self, text: str) -> None:
+        """Replace the shell script."""
+        file = Path(self.path.partition(":")[0]) / "docker-credential-test"
+        file.write_text(f"#!/bin/sh\n{text}\n")
+        file.chmod(0o755)
+
+    def change_password(self, password: str) -> None:
+        self._password_file.write_text(password)
+        self._registry.password = password
+
+    @property
+    def runs(self) -> list[str]:
+        """The servers that it was asked for."""
+        return self._runs_file.read_text().split() if self._runs_file.exists() else []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", ["CREDENTIAL_HELPERS", "wildcard", "credHelpers", "credsStore"])
+def test_clients_pull_with_the_login_of_a_helper(
+    start_daemon: StartDaemon, clients: ClientFactory, settings: dict[str, str], helper: HelperScript, tmp_path: Path,
+    source: str,
+) -> None:  # fmt: skip
+    config_file = tmp_path / "config.json"
+    config_file.write_text(
+        json.dumps({"credsStore": "test"} if source == "credsStore" else {"credHelpers": {HOST: "test"}})
+    )
+    settings |= {
+        "CREDENTIAL_HELPERS": {"CREDENTIAL_HELPERS": f"{HOST}:test"},
+        "wildcard": {"CREDENTIAL_HELPERS": "*.login.test:test", "REGISTRIES": "*.login.test"},
+    }.get(source, {"DOCKER_CONFIG_FILE": str(config_file)})
+    host = "one.login.test" if source == "wildcard" else HOST
+    daemon = start_daemon(**settings, WORKERS="2", PATH=helper.path)
+    clients.skopeo(daemon).pull(f"{host}/private/app:1")
+    clients.docker(daemon).run_checked("pull", f"{host}/private/app:1")
+    assert clients.podman(daemon).run("pull", f"{host}/private/app:1").returncode == 0
+    assert helper.runs.count(host) == 1  # for all processes
+    assert set(helper.runs) <= {host, "https://index.docker.io/v1/"}
+    daemon.check_log([PASSWORD])
+
+
+def test_a_password_that_changes_all_the_time(
+    start_daemon: StartDaemon, registry: LoginRegistry, settings: dict[str, str], helper: HelperScript
+) -> None:
+    """Like ECR with tokens of a few requests: no request fails, cold or cached, and the helper is asked when needed."""
+    daemon = start_daemon(**settings, WORKERS="2", PATH=helper.path, CREDENTIAL_HELPERS=f"{HOST}:test")
+    passwords = [PASSWORD]
+
+    def count_down() -> None:
+        countdown.pop()
+        if not countdown:
+            passwords.append(f"pw-of-the-robot-{len(passwords)}")
+            helper.change_password(passwords[-1])
+            countdown.extend(range(5))
+
+    countdown = list(range(5))
+    registry.on_login = count_down
+    for status in (401, 403):
+        registry.refusal_status = status
+        for _ in range(15):
+            assert [_get(daemon, path).status for path in PRIVATE] == [200, 200]
+            assert _get(daemon, "private/app/manifests/none").status == 404
+    assert len(passwords) > 5
+    assert len(helper.runs) <= len(passwords) + 2
+    assert "IS REFUSED" not in daemon.output_text
+    daemon.check_log(passwords)
+
+
+@pytest.mark.parametrize(
+    ("script", "log_text"),
+    [
+        ("exit 1", "docker-credential-test failed (exit status 1); login.test is used without a login"),
+        ("echo no cloud here; exit 1", "docker-credential-test failed (exit status 1): no cloud here"),
+        ("echo garbage", "docker-credential-test printed something else than JSON"),
+        ("yes", "docker-credential-test printed more than 65536 bytes and was killed"),
+        ("echo credentials not found in native keychain; exit 1", ""),
+        (None, "CREDENTIAL_HELPERS: there is no program docker-credential-test in PATH"),
+    ],
+    ids=["fails", "says why", "garbage", "floods", "not found", "not there"],
+)
+def test_a_helper_without_a_login(
+    start_daemon: StartDaemon, registry: LoginRegistry, settings: dict[str, str], helper: HelperScript,
+    script: str | None, log_text: str,
+) -> None:  # fmt: skip
+    """The registry is used without a login, and what is public is pulled."""
+    registry.public.add("public/app")
+    if script is None:
+        helper.path = os.environ["PATH"]
+    else:
+        helper.write(script)
+    daemon = start_daemon(**settings, PATH=helper.path, CREDENTIAL_HELPERS=f"{HOST}:test")
+    for _ in range(2):
+        assert [_get(daemon, path).status for path in PUBLIC] == [200, 200]
+        assert [_get(daemon, path).status for path in PRIVATE] == [401, 401]
+    assert log_text in daemon.output_text
+
+
+def test_docker_config_file(
+    start_daemon: StartDaemon, registry: LoginRegistry, settings: dict[str, str], tmp_path: Path
+) -> None:
+    """It is read at the start and at a reload; a broken one changes nothing, and stops a start."""
+    file = tmp_path / "config.json"
+
+    def write(password: str, mode: int = 0o600) -> None:
+        auth = base64.b64encode(f"{USER}:{password}".encode()).decode()
+        file.write_text(json.dumps({"auths": {f"https://{HOST}/v2/": {"auth": auth}, "quay.io/org": {"auth": auth}}}))
+        file.chmod(mode)
+
+    write(PASSWORD, 0o644)
+    daemon = start_daemon(**settings, WORKERS="2", DOCKER_CONFIG_FILE=str(file))
+    assert [_get(daemon, path).status for path in PRIVATE] == [200, 200]
+    assert f"every local user can read {file}, which DOCKER_CONFIG_FILE names" in daemon.output_text
+    assert "its entry 'quay.io/org' is not used" in daemon.output_text
+    registry.password = "pw-number-two-42"
+    assert _get(daemon, PRIVATE[0]).status == 401
+    assert f"THE LOGIN FOR {HOST} IN DOCKER_CONFIG_FILE IS REFUSED" in daemon.output_text
+    write(registry.password)
+    _reload(daemon, "reloaded: ")
+    assert [_get(daemon, path).status for path in PRIVATE * 2] == [200] * 4
+    file.write_text("{")
+    _reload(daemon, f"not reloaded, the settings are unchanged: DOCKER_CONFIG_FILE: {file} is not JSON")
+    assert [_get(daemon, path).status for path in PRIVATE * 2] == [200] * 4
+    daemon.check_log([PASSWORD, registry.password])
+
+
+def _reload(daemon: TwistdDaemon, text: str) -> None:
+    offset = daemon.log_offset()
+    daemon.send_signal(signal.SIGHUP)
+    wait_until(lambda: text in daemon.output_text[offset:], f"the log has {text!r}")
 
 
 def test_wildcards(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from typing import Any
 
 import pytest
@@ -13,9 +13,11 @@ from twisted.logger import LogLevel, capturedLogs
 from dockerproxy.cache.ended_logins import REPORT_TTL, EndedLogins
 from dockerproxy.errors import RegistryError, UpstreamUnreachable
 from dockerproxy.oci.credentials import BasicCredentials, IdentityToken, Login
-from dockerproxy.oci.names import Registry
+from dockerproxy.oci.host_table import HostKey
+from dockerproxy.oci.names import Host, Registry
 from dockerproxy.upstream.credentials import Anonymous, ClientCredential, Credential
-from dockerproxy.upstream.shared_logins import FIRST_RETRY, LAST_RETRY, SharedLogins
+from dockerproxy.upstream.login_provider import ProvidedLogin
+from dockerproxy.upstream.shared_logins import FIRST_RETRY, LAST_RETRY, LOGIN_TTL, SharedLogins
 
 QUAY, OTHER = Registry.parse("quay.io"), Registry.parse("other.example")
 OLD, NEW = BasicCredentials("robot", "old-secret"), BasicCredentials("robot", "new-secret")
@@ -29,7 +31,19 @@ class Source:
         self.logins: dict[Registry, Login] = {QUAY: OLD}
         self.answer: str | RegistryError | None = REFUSED
         self.questions: list[Login] = []
+        self.provided: dict[Host, Login] = {}
+        self.provider_questions: list[tuple[Host, Login | None]] = []
         self.pending: Deferred[None] | None = None
+
+    def set_logins(self, logins: Mapping[HostKey, Login]) -> None:
+        self.logins = {Registry(host): login for host, login in logins.items() if isinstance(host, Host)}
+
+    async def get_login(self, host: Host, refused: Login | None, client: str) -> ProvidedLogin | None:
+        self.provider_questions.append((host, refused))
+        if self.pending is not None:
+            await self.pending
+        login = self.provided.get(host)
+        return None if login is None else ProvidedLogin(login, "CREDENTIAL_HELPERS")
 
     def effective_login(self, registry: Registry) -> Login | None:
         return self.logins.get(registry)
@@ -48,7 +62,7 @@ class Logins:
         self.clock = Clock()
         self.source = Source()
         self.changes: list[tuple[str, str, str]] = []
-        self.shared = SharedLogins(self.source, self.clock.seconds, self.record, shared=shared)
+        self.shared = SharedLogins(self.source, self.clock.seconds, self.record, self.source, shared=shared)
 
     def record(self, *change: str) -> None:
         self.changes.append(change)  # type: ignore[arg-type]
@@ -139,7 +153,7 @@ def test_another_login_is_used_at_once(logins: Logins) -> None:
     logins.source.logins[QUAY] = NEW
     assert (logins.shared.login_for(QUAY), logins.shared.reason(QUAY)) == (NEW, "")
     logins.source.logins[QUAY] = OLD
-    logins.shared.clear()  # after a reload
+    logins.shared.configure({QUAY.host: OLD}, asks_provider=False)  # after a reload
     assert logins.shared.login_for(QUAY) == OLD
 
 
@@ -154,6 +168,86 @@ def test_no_secret_is_printed(logins: Logins) -> None:
     logins.refuse(IdentityToken("old-secret"))
     for value in (OLD, IdentityToken("old-secret"), logins.shared._refusals.get(QUAY)):
         assert "secret" not in repr(value)
+
+
+class TestProvider:
+    """Logins that the provider has: of credential helpers, or in docker's file."""
+
+    @pytest.fixture
+    def logins(self) -> Logins:
+        logins = Logins()
+        logins.shared.configure({QUAY.host: OLD}, asks_provider=True)
+        logins.source.provided = {OTHER.host: OLD}
+        return logins
+
+    def obtain(self, logins: Logins, registry: Registry = OTHER, *, is_open: bool = False) -> None:
+        if logins.shared.needs_provider(registry):
+            result_of(logins.shared.obtain(registry, "10.0.0.1", is_open=is_open))
+
+    def test_it_is_asked_only_if_there_is_no_other_login(self, logins: Logins) -> None:
+        self.obtain(logins, QUAY)
+        self.obtain(logins, OTHER)
+        self.obtain(logins, OTHER)
+        assert logins.source.provider_questions == [(OTHER.host, None)]
+        assert (logins.shared.login_for(QUAY), logins.shared.login_for(OTHER)) == (OLD, OLD)
+        assert logins.shared.setting(OTHER) == "CREDENTIAL_HELPERS"
+        assert logins.shared.setting(QUAY) == "AUTH_REGISTRIES"
+
+    def test_an_open_registry_needs_no_login(self, logins: Logins) -> None:
+        for _ in range(3):
+            self.obtain(logins, is_open=True)
+            logins.clock.advance(LOGIN_TTL)
+        assert (logins.source.provider_questions, logins.shared.login_for(OTHER)) == ([], None)
+
+    def test_later_requests_do_not_wait_for_it(self, logins: Logins) -> None:
+        self.obtain(logins)
+        logins.clock.advance(LOGIN_TTL)
+        logins.source.pending = Deferred()
+        logins.source.provided = {OTHER.host: NEW}
+        for _ in range(3):
+            self.obtain(logins)
+            assert logins.shared.login_for(OTHER) == OLD
+        assert len(logins.source.provider_questions) == 2
+        logins.source.pending.callback(None)
+        assert logins.shared.login_for(OTHER) == NEW
+
+    def test_a_refused_login_is_replaced(self, logins: Logins) -> None:
+        self.obtain(logins)
+        logins.source.provided = {OTHER.host: NEW}
+        assert result_of(logins.shared.alternatives(OTHER, OLD)) == [NEW, Anonymous()]
+        assert logins.source.provider_questions[-1] == (OTHER.host, OLD)
+        assert (logins.shared.login_for(OTHER), logins.changes) == (NEW, [])
+
+    def test_a_refused_login_without_another_has_ended(self, logins: Logins) -> None:
+        self.obtain(logins)
+        assert result_of(logins.shared.alternatives(OTHER, OLD)) == [Anonymous()]
+        assert logins.shared.login_for(OTHER) is None
+        assert logins.changes == [("other.example", "CREDENTIAL_HELPERS", REFUSED)]
+        logins.source.provided = {OTHER.host: NEW}
+        logins.clock.advance(FIRST_RETRY)
+        logins.shared.login_for(OTHER)  # another one is asked for in the background
+        assert logins.shared.login_for(OTHER) == NEW
+        assert logins.changes[-1] == ("other.example", "CREDENTIAL_HELPERS", "")
+
+    def test_the_number_of_registries_is_bounded(self, logins: Logins) -> None:
+        """A client can name any number of hosts that a wildcard covers."""
+        registries = [Registry.parse(f"h{number}.example") for number in range(600)]
+        logins.source.provided = {registry.host: OLD for registry in registries}
+        for registry in registries:
+            self.obtain(logins, registry)
+        assert len(logins.source.logins) == 257
+        self.obtain(logins, registries[0])
+        assert logins.shared.login_for(registries[0]) == OLD
+
+    def test_a_reload_asks_again(self, logins: Logins) -> None:
+        self.obtain(logins)
+        logins.shared.configure({}, asks_provider=True)
+        assert logins.shared.login_for(OTHER) is None
+        self.obtain(logins)
+        assert logins.shared.login_for(OTHER) == OLD
+        logins.shared.configure({}, asks_provider=False)
+        self.obtain(logins)
+        assert logins.shared.login_for(OTHER) is None
 
 
 class TestEndedLogins:

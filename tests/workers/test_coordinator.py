@@ -17,11 +17,14 @@ from twisted.python.failure import Failure
 from dockerproxy.cache.ended_logins import EndedLogins
 from dockerproxy.cache.janitor import Janitor
 from dockerproxy.cache.space import CacheSpaceManager
-from dockerproxy.oci.names import Digest
+from dockerproxy.oci.credentials import BasicCredentials, IdentityToken, Login
+from dockerproxy.oci.names import Digest, Host
 from dockerproxy.store.blobs import Blobs
 from dockerproxy.store.ingest import Ingest
 from dockerproxy.store.layout import IngestKey, Layout
 from dockerproxy.store.records import Records
+from dockerproxy.upstream.docker_config import DockerConfig
+from dockerproxy.upstream.login_provider import LocalLoginProvider, ProvidedLogin
 from dockerproxy.workers import remote
 from dockerproxy.workers.coordinator import Coordinator, LocalCoordinator, SharedState, rpc_handlers
 from dockerproxy.workers.message_socket import socketpair
@@ -78,8 +81,13 @@ class MainProcessStub:
             limit=LIMIT, max_blob_size=LIMIT, blob_cost=0, inactive=1e9, clock=self.reactor.seconds,
             janitor=Janitor(self.layout, Records(directory / "records"), self.reactor.seconds),
         )  # fmt: skip
-        self.shared = SharedState(self.cache_space, EndedLogins(self.reactor.seconds))
+        self.ended_logins = EndedLogins(self.reactor.seconds)
+        self.logins = LocalLoginProvider(self.run_helper, self.reactor.seconds)
+        self.shared = SharedState(self.cache_space, self.ended_logins, self.logins)
         self.space = self.lock = LocalCoordinator(self.shared)
+
+    async def run_helper(self, helper: str, server: str) -> Login | None:
+        return BasicCredentials("AWS", f"{helper} {server}") if helper == "ecr" else IdentityToken(f"{helper} {server}")
 
     @property
     def reserved_bytes(self) -> int:
@@ -103,6 +111,37 @@ def workers(main_process: MainProcessStub) -> Iterator[tuple[WorkerStub, WorkerS
     yield one, other
     one.die()
     other.die()
+
+
+# logins
+
+
+def test_logins_of_helpers(main_process: MainProcessStub, workers: tuple[WorkerStub, WorkerStub]) -> None:
+    one, acr = Host.parse("one.example"), Host.parse("acr.example:5000")
+    main_process.logins.configure({one: "ecr", acr: "acr-env"}, DockerConfig())
+    expected = BasicCredentials("AWS", "ecr one.example")
+    for coordinator in (main_process.space, workers[0].space, workers[1].space):
+        for refused in (None, expected, IdentityToken("x")):
+            work = coordinator.get_login(one, refused, "10.0.0.1")
+            assert workers[0].start(work) == [ProvidedLogin(expected, "CREDENTIAL_HELPERS")]
+        [provided] = workers[0].start(coordinator.get_login(acr, None, ""))
+        assert provided.login == IdentityToken("acr-env acr.example:5000")
+        assert workers[0].start(coordinator.get_login(Host.parse("other.example"), None, "")) == [None]
+
+
+def test_a_worker_without_a_main_process_has_no_logins(workers: tuple[WorkerStub, WorkerStub]) -> None:
+    workers[0].die()
+    assert workers[0].start(workers[0].space.get_login(Host.parse("one.example"), None, "")) == [None]
+
+
+def test_refused_logins_are_reported(main_process: MainProcessStub, workers: tuple[WorkerStub, WorkerStub]) -> None:
+    for worker in workers:
+        worker.space.report_login("quay.io", "AUTH_REGISTRIES", "quay.io answered 401")
+    main_process.reactor.iterate_all()
+    assert [login["registry"] for login in main_process.ended_logins.report_list()] == ["quay.io"]
+    workers[1].space.report_login("quay.io", "AUTH_REGISTRIES", "")
+    main_process.reactor.iterate_all()
+    assert main_process.ended_logins.report_list() == []
 
 
 # cache space

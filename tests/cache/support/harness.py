@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,14 @@ from dockerproxy.concurrency import LocalKeyedLock
 from dockerproxy.http.headers import Headers
 from dockerproxy.oci.content import BlobResponse, ManifestResponse
 from dockerproxy.oci.credentials import Login
-from dockerproxy.oci.names import Digest, Registry, parse_reference, parse_repository
+from dockerproxy.oci.host_table import HostKey
+from dockerproxy.oci.names import Digest, Host, Registry, parse_reference, parse_repository
 from dockerproxy.store.blobs import Blobs
 from dockerproxy.store.cooperative import CooperativeThread
 from dockerproxy.store.layout import IngestKey, Layout
 from dockerproxy.store.records import Records
 from dockerproxy.upstream.credentials import Anonymous, ClientCredential
+from dockerproxy.upstream.login_provider import ProvidedLogin
 from dockerproxy.upstream.shared_logins import SharedLogins
 from tests.cache.support.reactor import ManualReactor
 from tests.cache.support.upstream import ScriptedUpstream
@@ -90,8 +92,14 @@ class ScriptedLogins:
     def record(self, registry: str, setting: str, reason: str) -> None:
         self.changes.append((registry, setting, reason))
 
+    def set_logins(self, logins: Mapping[HostKey, Login]) -> None:
+        self.login = next(iter(logins.values()), None)
+
     def effective_login(self, registry: Registry) -> Login | None:
         return self.login
+
+    async def get_login(self, host: Host, refused: Login | None, client: str) -> ProvidedLogin | None:
+        return None
 
     async def refusal(self, registry: Registry, login: Login) -> str | None:
         self.questions += 1
@@ -166,7 +174,7 @@ class CacheHarness:
             on_challenges=self.learn_challenge,
             address_check=address_check,
             allows_client_to=lambda server: server.host.port in tunnel_ports,
-            logins=SharedLogins(self.login_source, reactor.seconds, self.login_source.record),
+            logins=SharedLogins(self.login_source, reactor.seconds, self.login_source.record, self.login_source),
             freshness=freshness,
             download_limits=self._download_limits,
             evicted_bytes=limit // 8,
