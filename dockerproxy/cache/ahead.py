@@ -148,17 +148,20 @@ class AheadRange:
         if self._is_open:
             self._is_open = False
             self._fetcher.bound.release(self._client)
-            if self._response is not None:
-                self._response.abort()
+            response, self._response = self._response, None
+            if response is not None:
+                response.abort()
 
     async def _receive(self) -> None:
         """Add what arrives next to the buffer."""
-        if self._response is None:
-            self._response = await self._open()
+        response = self._response
+        if response is None:
+            response = await self._open()
             if not self._is_open:
-                self._response.abort()
-                raise UpstreamBroken("the reader was closed")
-        data = b"".join(await self._response.read_pieces(1, _READ_BATCH_TIME))
+                response.abort()
+                raise UpstreamBroken(f"the client of a range of {self._digest} has left")
+            self._response = response
+        data = b"".join(await response.read_pieces(1, _READ_BATCH_TIME))
         if not data or self.received + len(data) > self.span.size:
             raise UpstreamBroken(f"{self._repository.registry} sent another length for a range of {self._digest}")
         self.received += len(data)

@@ -293,13 +293,12 @@ class BlobDownload:
         """Return `span`, fetched from `repository` by a request of its own, if the download is far from it, else None.
 
         It is compared with the blob as soon as that is verified. If the client `has_waited` for MAX_WAIT, the rate of
-        the download was misleading. So it is in its first moments.
+        the download was misleading. So it is in its first moments. A blob that cannot be stored is not compared.
         """
-        is_active = self.state in (DownloadState.DOWNLOADING, DownloadState.FOLLOWING)
-        if not is_active or self._info is None or self.size is None:
+        if self._info is None or self.size is None or self.state is DownloadState.COMMITTED:
             return None
         elapsed = self._reactor.seconds() - self._info.opened
-        has_rate = elapsed >= MAX_WAIT and not has_waited
+        has_rate = elapsed >= MAX_WAIT and not (has_waited or self.state.is_end)
         rate = (self.written - self._written_before) / elapsed if has_rate else 0.0
         ranges = self._ahead_ranges or AheadRanges(self._ahead_fetcher, self.digest)
         ahead = ranges.fetch(repository, client, span, written=self.written, rate=rate, size=self.size)

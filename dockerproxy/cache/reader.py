@@ -95,7 +95,7 @@ class BlobReader:
                 data = await self._read_ahead(offset, at_most)
                 if data:
                     return data
-                if self._is_reached(offset):  # meanwhile
+                if self._is_reached(offset) or download.state.is_end:  # meanwhile
                     continue
             await download.wait_changed()
 
@@ -193,8 +193,13 @@ class BlobReader:
         return b""
 
     def _is_reached(self, offset: int) -> bool:
-        """Return whether the download has the byte at `offset`, or has ended."""
-        return self._download.readable > offset or self._download.state.is_end
+        """Return whether the download has the byte at `offset`, or will not have it because of upstream.
+
+        If the blob can only not be stored, a range ahead is still the fastest way to this byte.
+        """
+        download = self._download
+        has_failed = download.state is DownloadState.FAILED and isinstance(download.failure, UpstreamError)
+        return has_failed or download.state is DownloadState.COMMITTED or download.readable > offset
 
     def _find_ahead(self, offset: int) -> AheadRange | None:
         """Return the open range that has the byte at `offset`. Start to fetch it if it is far ahead."""
@@ -225,6 +230,12 @@ class BlobReader:
         failure = self._download.failure
         if isinstance(failure, UpstreamError):
             raise failure
+        ahead = self._find_ahead(offset)
+        if ahead is not None:
+            data = await self._try_read_ahead(ahead, offset, at_most)
+            if data:
+                return data
+            self._close_ahead()
         if self._direct_reader is None:
             withheld = self._download.written - self._download.readable
             tail = bytes(await self._read_file(self._download.readable, withheld)) if withheld else b""

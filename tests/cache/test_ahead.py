@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import random
 from collections.abc import Callable
 from typing import Any
@@ -462,6 +463,79 @@ def test_true_ranges_of_a_corrupt_blob_are_no_lie(harness: CacheHarness, log_lin
     harness.advance(0.5)
     assert download.state is DownloadState.FAILED
     assert not any("sent other bytes" in line for line in log_lines)
+    reader.content.close()
+
+
+# blobs that cannot be stored
+
+
+def test_a_range_of_a_blob_that_is_too_large_for_the_cache(make_harness: Callable[..., CacheHarness]) -> None:
+    harness = prepare(make_harness(max_blob_size=MIB))
+    download = harness.downloads.start(harness.principal(), DIGEST, do_nothing)
+    reader_of_all = download.open_reader(harness.repository())
+    readers = []
+    for byte_range in (END, ByteRange(5 * MIB, 5 * MIB + 1000), ByteRange(100, 200)):
+        content = download.open_reader(harness.repository())
+        assert content is not None
+        content.expect([byte_range])
+        readers.append((ManualReader(harness, content, byte_range.start), byte_range))
+    harness.reactor.run_due_calls()
+    assert download.state is DownloadState.FAILED
+    for reader, byte_range in readers[:2]:
+        assert read(harness, reader, byte_range) == bytes_of(byte_range)
+        assert requested_ranges(harness)[-1] == f"bytes={byte_range.start}-{byte_range.stop - 1}"
+    assert len(requested_ranges(harness)) == 3
+    near, byte_range = readers[2]
+    near.read()  # takes over the connection of the download
+    harness.upstream.responses[0].send_rest()
+    harness.reactor.run_due_calls()
+    assert read(harness, near, byte_range) == bytes_of(byte_range)
+    for reader, _ in readers:
+        reader.content.close()
+    assert reader_of_all is not None
+    reader_of_all.close()
+
+
+def test_a_download_that_fails_to_store_the_blob_does_not_end_a_range(
+    harness: CacheHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    byte_range = ByteRange(6 * MIB, 6 * MIB + 300_000)
+    download, response = start(harness)
+    harness.upstream.on("GET", str(DIGEST), respond_streaming, times=1)
+    reader = open_reader(harness, download, byte_range)
+    reader.read()
+    ahead = harness.upstream.responses[-1]
+    ahead.send(1000)
+    harness.reactor.run_due_calls()
+
+    def fail(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+    monkeypatch.setattr("dockerproxy.store.ingest.Ingest.append", fail)
+    reader.read()
+    response.send(1000)
+    harness.advance(0.1)
+    assert download.state is DownloadState.FAILED
+    ahead.send_rest()
+    harness.reactor.run_due_calls()
+    rest = ByteRange(byte_range.start + 1000, byte_range.stop)
+    assert read(harness, reader, rest) == bytes_of(rest)
+    assert len(requested_ranges(harness)) == 2
+    reader.content.close()
+
+
+def test_a_corrupt_download_ends_a_range(harness: CacheHarness) -> None:
+    download, response = start(harness)
+    harness.upstream.on("GET", str(DIGEST), respond_streaming, times=1)
+    reader = open_reader(harness, download, END)
+    reader.read()
+    response._body = bytes(len(response._body))
+    response.send_rest()
+    harness.advance(0.5)
+    assert download.state is DownloadState.FAILED
+    assert len(reader.data) < END.size
+    reader.read()
+    assert isinstance(reader.error, UpstreamBroken)
     reader.content.close()
 
 
