@@ -158,7 +158,8 @@ class CachedRegistry:
         """Check the client's token, and learn what the choice of a login depends on. Raise `Unauthorized`."""
         self._check_token()
         await self.cache.challenges.ensure_known(self.registry)
-        if self.authorization is None and self.cache.logins.needs_provider(self.registry):
+        has_own_login = self.authorization is not None and not self.authorization.startswith("Bearer ")
+        if not has_own_login and self.cache.logins.needs_provider(self.registry):
             is_open = not self.cache.challenges.cached(self.registry)
             await self.cache.logins.obtain(self.registry, self.client, is_open=is_open)
 

@@ -121,10 +121,15 @@ class HelperScript:
         self._password_file = folder / "password"
         self._runs_file = folder / "runs"
         self.path = f"{folder}:{os.environ['PATH']}"
+        self.user = USER
         self.change_password(PASSWORD)
+        self.write_answer()
+
+    def write_answer(self) -> None:
+        """Make the helper answer with the user and the password."""
+        answer = f'{{"ServerURL":"%s","Username":"{self.user}","Secret":"%s"}}'
         self.write(
-            f"server=$(cat); echo $server >>{self._runs_file}\n"
-            f'printf \'{{"ServerURL":"%s","Username":"{USER}","Secret":"%s"}}\' $server $(cat {self._password_file})'
+            f"server=$(cat); echo $server >>{self._runs_file}\nprintf '{answer}' $server $(cat {self._password_file})"
         )
 
     def write(self, text: str) -> None:
@@ -165,6 +170,53 @@ def test_clients_pull_with_the_login_of_a_helper(
     assert helper.runs.count(host) == 1  # for all processes
     assert set(helper.runs) <= {host, "https://index.docker.io/v1/"}
     daemon.check_log([PASSWORD])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["password", "identity token"])
+def test_docker_hub_with_the_login_of_a_helper(
+    start_daemon: StartDaemon, clients: ClientFactory, upstreams: Upstreams, helper: HelperScript, kind: str
+) -> None:
+    """It has docker's name for helpers, and a token server. An identity token that ends is renewed."""
+    name = f"alice/helper-{kind.partition(' ')[0]}"
+    upstreams.push_to_hub(name, "1", images.build_small_image(name, oci=False), owners={"alice"})
+    helper.user, password = "alice", upstreams.users["alice"]
+    if kind == "identity token":
+        helper.user, password = "<token>", "identity-token-0815"
+        upstreams.token_server.identity_tokens[password] = "alice"
+    helper.write_answer()
+    helper.change_password(password)
+    daemon = start_daemon(WORKERS="2", PATH=helper.path, CREDENTIAL_HELPERS="https://index.docker.io/v1/:test")
+    clients.docker(daemon).run_checked("pull", f"{name}:1")
+    clients.skopeo(daemon).pull(f"docker.io/{name}:1")
+    assert set(helper.runs) == {"https://index.docker.io/v1/"}
+    if kind == "identity token":
+        del upstreams.token_server.identity_tokens[password]
+        upstreams.token_server.identity_tokens["identity-token-4711"] = "alice"
+        helper.change_password("identity-token-4711")
+        other = f"{name}-other"
+        upstreams.push_to_hub(other, "1", images.build_small_image(other), owners={"alice"})
+        clients.skopeo(daemon).pull(f"docker.io/{other}:1")
+        daemon.check_log(["identity-token-0815", "identity-token-4711"])
+
+
+@pytest.mark.slow
+def test_an_ended_login_of_docker_hub(start_daemon: StartDaemon, clients: ClientFactory, upstreams: Upstreams) -> None:
+    """Its token server refuses it. Public images go on with real clients, cold and cached."""
+    upstreams.push_to_hub("library/goes-on", "1", images.build_small_image("goes-on", oci=False))
+    upstreams.push_to_hub("alice/ended", "1", images.build_small_image("ended", oci=False), owners={"alice"})
+    daemon = start_daemon(WORKERS="2", AUTH_REGISTRIES="auth.docker.io:alice:pw-that-has-ended")
+    docker = clients.docker(daemon)
+    for _ in ("cold", "cached"):
+        docker.run_checked("pull", "goes-on:1")
+        clients.skopeo(daemon).pull("docker.io/library/goes-on:1")
+        docker.remove_all_images()
+    private = clients.skopeo(daemon).try_pull("docker.io/alice/ended:1")
+    assert private.returncode != 0
+    assert "the login for registry-1.docker.io in AUTH_REGISTRIES is refused" in private.stderr
+    assert docker.run("pull", "alice/ended:1").returncode != 0
+    assert daemon.output_text.count("THE LOGIN FOR registry-1.docker.io IN AUTH_REGISTRIES IS REFUSED") == 1
+    daemon.check_log(["pw-that-has-ended"])
 
 
 def test_a_password_that_changes_all_the_time(
@@ -283,6 +335,23 @@ def test_wildcards(
     assert daemon.client.get("https://no-such-name.login.test/v2/").status == 502
     assert not list((daemon.state_folder / "cache").rglob("*no-such-name*"))
     assert "serving" in daemon.output_text and "*.login.test" in daemon.output_text
+
+
+def test_rules_for_hosts_that_a_wildcard_covers(start_daemon: StartDaemon) -> None:
+    """TUNNEL_DENY applies, because a client chooses them. The name of the hosted registry is never covered."""
+    daemon = start_daemon(
+        REGISTRIES="*.wild.test listed.wild.test",
+        REGISTRY_HOSTNAME="own.wild.test",
+        TUNNEL_ALLOW="none",
+        TUNNEL_DENY="denied.wild.test listed.wild.test",
+        UPSTREAM_PROXY="http://127.0.0.1:9",
+    )
+    denied = daemon.client.get("https://denied.wild.test/v2/app/manifests/1")
+    assert denied.status == 403
+    assert b"TUNNEL_DENY (denied.wild.test)" in denied.body
+    for host in ("other.wild.test", "listed.wild.test"):
+        assert daemon.client.get(f"https://{host}/v2/app/manifests/1").status == 502
+    assert daemon.client.get("https://own.wild.test/v2/").status == 200
 
 
 def _run_command(daemon: TwistdDaemon, command: str) -> str:

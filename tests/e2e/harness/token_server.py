@@ -36,6 +36,7 @@ class TokenServer(StubServer):
     def __init__(self, context: ssl.SSLContext, folder: Path) -> None:
         super().__init__(context)
         self.users: dict[str, str] = {}
+        self.identity_tokens: dict[str, str] = {}  # identity tokens and their users
         self.owners: dict[str, set[str]] = {}
         self.token_lifetime = 300
         self.failure_status: int | None = None
@@ -55,14 +56,26 @@ class TokenServer(StubServer):
             return self.behaviour(exchange, None)
         if self.failure_status is not None:
             return exchange.respond(self.failure_status, {"Content-Type": "application/json"}, b'{"details":"no"}')
-        if exchange.path != "/token" or exchange.method != "GET" or body:
+        form = {name: values[0] for name, values in parse_qs(body.decode()).items()}
+        if exchange.path != "/token" or exchange.method != ("POST" if form.get("refresh_token") else "GET"):
             return exchange.respond(404, {"Content-Type": "text/plain"}, b"404 page not found\n")
+        if form:
+            return self._exchange_identity_token(exchange, form)
         user = self._authenticate(exchange.request.headers.get("authorization"))
         if user is None:
             error_body = {"details": "incorrect username or password"}
             return exchange.respond(401, {"Content-Type": "application/json"}, json.dumps(error_body).encode())
-        query = parse_qs(exchange.query)
-        token = self.issue_token(user, query.get("scope", []))
+        self._respond_with_token(exchange, user, parse_qs(exchange.query).get("scope", []))
+
+    def _exchange_identity_token(self, exchange: HTTPExchange, form: dict[str, str]) -> None:
+        """Respond to the POST of OAuth 2 with a refresh token, as Azure's registry does."""
+        user = self.identity_tokens.get(form["refresh_token"])
+        if user is None or form.get("grant_type") != "refresh_token":
+            return exchange.respond(400, {"Content-Type": "application/json"}, b'{"error":"invalid_grant"}')
+        self._respond_with_token(exchange, user, form.get("scope", "").split())
+
+    def _respond_with_token(self, exchange: HTTPExchange, user: str, scopes: list[str]) -> None:
+        token = self.issue_token(user, scopes)
         now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         token_response = {"token": token, "access_token": token, "expires_in": self.token_lifetime, "issued_at": now}
         fields, content = {"Content-Type": "application/json"}, json.dumps(token_response).encode()
