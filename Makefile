@@ -4,7 +4,7 @@ PYTHON ?= python3
 
 # Programs that the tests use, as program=Debian package; | separates the package names of different releases.
 TEST_PROGRAMS = dockerd=docker.io docker=docker-cli|docker.io containerd=containerd ctr=containerd skopeo=skopeo \
-    docker-registry=docker-registry podman=podman curl=curl gcc=gcc update-ca-certificates=ca-certificates \
+    docker-registry=docker-registry podman=podman buildah=buildah curl=curl gcc=gcc update-ca-certificates=ca-certificates \
     iptables=iptables perf=linux-perf nginx=nginx-light shellcheck=shellcheck busybox=busybox vagrant=vagrant \
     faketime=faketime chromium=chromium bindfs=bindfs caddy=caddy
 BENCH_PROGRAMS = nginx=nginx-light docker-registry=docker-registry skopeo=skopeo gcc=gcc taskset=util-linux
@@ -23,8 +23,8 @@ EDITABLE = --config-settings editable_mode=compat --editable
 # The tests of the store sync thousands of small files, and a disk needs longer for that than the tests for all else.
 MEMORY = $(shell [ "$$(df --output=avail -B1M /dev/shm 2>&1 | tail -n1)" -gt 1000 ] 2>&- && echo --tmpdir=/dev/shm)
 
-.PHONY: help venv run check test lint test-oldest test-conformance test-programs deb test-deb test-vagrant \
-    bench bench-programs profile soak fuzz clean
+.PHONY: help venv run check test lint test-oldest test-conformance test-programs test-clients deb test-deb \
+    test-vagrant bench bench-programs profile soak fuzz clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -77,6 +77,10 @@ deb: ## build dist/docker-registry-proxy_VERSION_all.deb for Debian 13; needs ro
 test-deb: ## build the package and test it on machines that boot Debian 13; needs root
 	@rm -rf dist
 	@timeout 30m tests/deb/run
+
+test-clients: .venv/made-test ## run every client of Debian 13 and sid, 10 minutes; write docs/clients.md; ONLY=NAME; needs root
+	@tools/apt-install docker-registry=docker-registry unshare=util-linux
+	@timeout 30m .venv/bin/python -m tests.clients $(if $(ONLY),--only $(ONLY))
 
 test-vagrant: ## bring up the machine of the Vagrantfile and test it, 15 minutes without KVM; needs root
 	@rm -rf dist

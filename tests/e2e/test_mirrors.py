@@ -1,4 +1,4 @@
-"""The daemon as the mirror of podman and skopeo, which name a registry in the location of its mirror only."""
+"""The daemon as the mirror of podman, buildah and skopeo, which name a registry in the location of its mirror only."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ def daemon(upstreams: Upstreams, tmp_path_factory: pytest.TempPathFactory) -> It
         yield registry_daemon
 
 
-@pytest.fixture(params=["podman", "skopeo"])
+@pytest.fixture(params=["podman", "buildah", "skopeo"])
 def make_client(request: pytest.FixtureRequest, clients: ClientFactory) -> object:
     """Return a function that returns a client with empty storage, which reaches only what is on this machine."""
-    return clients.podman_without_proxy if request.param == "podman" else clients.skopeo_without_proxy
+    return getattr(clients, f"{request.param}_without_proxy")
 
 
 def check_pull(client: Podman | Skopeo, reference: str, image: SampleImage) -> None:
     """Pull `reference`, and check that it is `image`."""
     if isinstance(client, Podman):
-        image_id = check_output(client.run("pull", "-q", reference)).strip()
+        image_id = check_output(client.run("pull", "-q", reference)).strip().removeprefix("sha256:")
         assert image_id == image.blobs[0].digest.removeprefix("sha256:")
     else:
         assert (client.pull(reference) / "manifest.json").read_bytes() == image.manifest.data

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeVar
 
-from tests.e2e.harness.clients import Containerd, Docker, Podman, Skopeo
+from tests.e2e.harness.clients import Buildah, Containerd, Docker, Podman, Skopeo
 from tests.e2e.harness.daemon import TwistdDaemon
 from tests.e2e.harness.process import BackgroundProcess
 
@@ -38,6 +38,10 @@ class ClientFactory:
     def podman_without_proxy(self) -> Podman:
         """Return a podman that reaches only what is on this machine. The test configures mirrors."""
         return Podman(self._new_folder("p"), _UNREACHABLE_PROXY)
+
+    def buildah_without_proxy(self) -> Buildah:
+        """Return a buildah that reaches only what is on this machine. The test configures mirrors."""
+        return Buildah(self._new_folder("b"), _UNREACHABLE_PROXY)
 
     def partial_podman(self, daemon: TwistdDaemon) -> Podman:
         """Return a podman that downloads only the missing parts of a zstd:chunked layer."""

@@ -1,16 +1,47 @@
-"""Real clients with storage of their own: skopeo, podman, dockerd and containerd, configured with a proxy only."""
+"""Real clients with storage of their own, configured with a proxy or a mirror only."""
 
 from __future__ import annotations
 
 import base64
 import json
 import os
+import platform
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from attrs import frozen
+
 from bench.servers import free_port
 from tests.e2e.harness.process import BackgroundProcess, require_programs
+
+_ENTER = Path(__file__).resolve().parents[2] / "clients" / "enter"
+
+
+@frozen
+class Machine:
+    """The place of a client's programs: this machine, or the root directory `tree` of another Debian release.
+
+    Programs in a tree see `folder`, which has all files of the test, at its own path.
+    """
+
+    tree: Path | None = None
+    folder: Path = Path("/nonexistent")
+
+    def require(self, *programs: str, root: bool = False) -> None:
+        """Skip the test with a reason if a program, or root's rights, are missing."""
+        if self.tree is None:
+            require_programs(*programs, root=root)
+
+    def command(self, argv: Sequence[str]) -> list[str]:
+        """Return the command that runs `argv` on this machine."""
+        return list(argv) if self.tree is None else [str(_ENTER), str(self.tree), str(self.folder), *argv]
+
+
+THIS_MACHINE = Machine()
+
+_ARCHITECTURE = {"x86_64": "amd64", "aarch64": "arm64"}.get(platform.machine(), platform.machine())
+"""The architecture of this machine in the words of OCI."""
 
 
 def clean_environment(extra: Mapping[str, str]) -> dict[str, str]:
@@ -48,8 +79,9 @@ insecure = true
 class Skopeo:
     """skopeo with its home in `folder`."""
 
-    def __init__(self, folder: Path, environment: Mapping[str, str]) -> None:
-        require_programs("skopeo")
+    def __init__(self, folder: Path, environment: Mapping[str, str], machine: Machine = THIS_MACHINE) -> None:
+        machine.require("skopeo")
+        self._machine = machine
         self._folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "registries.conf").write_text('unqualified-search-registries = ["docker.io"]\n')
@@ -72,7 +104,7 @@ class Skopeo:
     def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         base = ["skopeo", "--policy", str(self._folder / "policy.json"), "--registries.d", str(self._folder)]
         base += ["--registries-conf", str(self._folder / "registries.conf")]
-        return run([*base, *arguments], self._environment)
+        return run(self._machine.command([*base, *arguments]), self._environment)
 
     def pull(self, image: str, *options: str, plain_http: bool = False) -> Path:
         """Copy `image` to a new folder and return the folder. skopeo verifies every digest."""
@@ -94,9 +126,19 @@ class Skopeo:
 class Podman:
     """podman with its home and storage in `folder`. The path must be short."""
 
-    def __init__(self, folder: Path, environment: Mapping[str, str], *, partial_images: bool = False) -> None:
-        require_programs("podman", root=True)
-        folder.mkdir(parents=True, exist_ok=True)
+    PROGRAM = "podman"
+
+    def __init__(
+        self,
+        folder: Path,
+        environment: Mapping[str, str],
+        machine: Machine = THIS_MACHINE,
+        *,
+        partial_images: bool = False,
+    ) -> None:
+        machine.require(self.PROGRAM, root=True)
+        self._machine = machine
+        (folder / ".config/containers").mkdir(parents=True, exist_ok=True)
         (folder / "storage.conf").write_text(
             f"""
             [storage]
@@ -107,7 +149,7 @@ class Podman:
             pull_options = {{enable_partial_images = "{str(partial_images).lower()}"}}
             """
         )
-        (folder / "policy.json").write_text('{"default": [{"type": "insecureAcceptAnything"}]}')
+        (folder / ".config/containers/policy.json").write_text('{"default": [{"type": "insecureAcceptAnything"}]}')
         (folder / "registries.conf").write_text('unqualified-search-registries = ["docker.io"]\n')
         self._folder = folder
         self._environment = clean_environment(
@@ -126,18 +168,37 @@ class Podman:
         with (self._folder / "registries.conf").open("a") as file:
             file.write(mirror_table(host, location))
 
-    def run(self, command: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-        policy = [f"--signature-policy={self._folder}/policy.json"] if command == "pull" else []
-        return run(["podman", command, *policy, *arguments], self._environment)
+    def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return run(self._machine.command([self.PROGRAM, *arguments]), self._environment)
+
+
+class Buildah(Podman):
+    """buildah, which reads the same configuration as podman."""
+
+    PROGRAM = "buildah"
 
 
 class Docker(BackgroundProcess):
-    """A dockerd with its own storage and socket."""
+    """A dockerd with its own storage and socket.
+
+    `environment` is that of dockerd. The docker command has none of it, unless `command_environment` is given.
+    `containerd_store` makes dockerd keep images in containerd, the default of Docker 29, instead of a graph driver.
+    """
 
     def __init__(
-        self, folder: Path, environment: Mapping[str, str], *, insecure: Sequence[str] = (), mirrors: Sequence[str] = ()
+        self,
+        folder: Path,
+        environment: Mapping[str, str],
+        machine: Machine = THIS_MACHINE,
+        *,
+        insecure: Sequence[str] = (),
+        mirrors: Sequence[str] = (),
+        command_environment: Mapping[str, str] | None = None,
+        containerd_store: bool = False,
     ) -> None:
-        require_programs("dockerd", "docker", "containerd", root=True)
+        machine.require("dockerd", "docker", "containerd", root=True)
+        self._machine = machine
+        self._command_environment = dict(command_environment or {})
         folder.mkdir(parents=True, exist_ok=True)
         self._host = f"unix://{folder}/docker.sock"
         self._home = folder / "home"
@@ -149,7 +210,8 @@ class Docker(BackgroundProcess):
                     "exec-root": str(folder / "exec"),
                     "hosts": [self._host],
                     "pidfile": str(folder / "pid"),
-                    "storage-driver": "vfs",
+                    "storage-driver": "native" if containerd_store else "vfs",
+                    "features": {"containerd-snapshotter": containerd_store},
                     "bridge": "none",
                     "iptables": False,
                     "ip6tables": False,
@@ -158,7 +220,7 @@ class Docker(BackgroundProcess):
                 }
             )
         )
-        argv = ["dockerd", "--config-file", str(folder / "daemon.json")]
+        argv = machine.command(["dockerd", "--config-file", str(folder / "daemon.json")])
         super().__init__(argv, folder / "log", clean_environment({**environment, "HOME": str(self._home)}), folder)
 
     def start(self) -> None:
@@ -166,8 +228,8 @@ class Docker(BackgroundProcess):
         self.wait_until_ready(lambda: self.run("version").returncode == 0)
 
     def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        environment = clean_environment({"HOME": str(self._home), "DOCKER_HOST": self._host})
-        return run(["docker", *arguments], environment)
+        environment = {**self._command_environment, "HOME": str(self._home), "DOCKER_HOST": self._host}
+        return run(self._machine.command(["docker", *arguments]), clean_environment(environment))
 
     def run_checked(self, *arguments: str) -> str:
         """Run a docker command that must succeed, and return its output."""
@@ -195,24 +257,39 @@ class Docker(BackgroundProcess):
 class Containerd(BackgroundProcess):
     """A containerd with its own storage and socket, controlled with ctr."""
 
-    def __init__(self, folder: Path, environment: Mapping[str, str] | None = None) -> None:
-        require_programs("containerd", "ctr", root=True)
+    def __init__(
+        self,
+        folder: Path,
+        environment: Mapping[str, str] | None = None,
+        machine: Machine = THIS_MACHINE,
+        *,
+        cri: bool = False,
+    ) -> None:
+        machine.require("containerd", "ctr", root=True)
+        self._machine = machine
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
-        self._address = str(folder / "sock")
+        self.address = str(folder / "sock")
         self._environment = clean_environment(environment or {})
+        disabled_plugins = [f"io.containerd.snapshotter.v1.{name}" for name in ("aufs", "btrfs", "devmapper", "zfs")]
+        if not cri:
+            disabled_plugins.append("io.containerd.grpc.v1.cri")
         (folder / "config.toml").write_text(f"""\
 version = 2
 root = "{folder}/root"
 state = "{folder}/state"
-disabled_plugins = [
-  "io.containerd.grpc.v1.cri", "io.containerd.snapshotter.v1.aufs", "io.containerd.snapshotter.v1.btrfs",
-  "io.containerd.snapshotter.v1.devmapper", "io.containerd.snapshotter.v1.zfs",
-]
+disabled_plugins = {json.dumps(disabled_plugins)}
 [grpc]
-address = "{self._address}"
+address = "{self.address}"
+[plugins."io.containerd.grpc.v1.cri".containerd]
+snapshotter = "native"
+[plugins."io.containerd.grpc.v1.cri".registry]
+config_path = "{folder}/hosts"
+[[plugins."io.containerd.transfer.v1.local".unpack_config]]
+platform = "linux/{_ARCHITECTURE}"
+snapshotter = "native"
 """)
-        argv = ["containerd", "--config", str(folder / "config.toml")]
+        argv = machine.command(["containerd", "--config", str(folder / "config.toml")])
         super().__init__(argv, folder / "log", self._environment, folder)
 
     def start(self) -> None:
@@ -220,7 +297,7 @@ address = "{self._address}"
         self.wait_until_ready(lambda: self.ctr("version").returncode == 0)
 
     def ctr(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        return run(["ctr", "--address", self._address, *arguments], self._environment)
+        return run(self._machine.command(["ctr", "--address", self.address, *arguments]), self._environment)
 
     def configure_mirror(self, host: str, url: str) -> None:
         """Make containerd fetch images of `host` only from the mirror `url`; the host itself is a closed port."""
@@ -251,11 +328,12 @@ address = "{self._address}"
         """Pull and unpack `image`."""
         check_output(self.try_pull(image, *options))
 
-    def remove_all_images(self) -> None:
+    def remove_all_images(self, namespace: str = "default") -> None:
         """Remove every image and its content, so that the next pull downloads all layers."""
-        names = check_output(self.ctr("images", "ls", "-q")).split()
+        options = ("--namespace", namespace)
+        names = check_output(self.ctr(*options, "images", "ls", "-q")).split()
         if names:
-            check_output(self.ctr("images", "rm", "--sync", *names))
+            check_output(self.ctr(*options, "images", "rm", "--sync", *names))
 
     def image_digest(self, image: str) -> str:
         for line in check_output(self.ctr("images", "ls")).splitlines()[1:]:

@@ -21,6 +21,7 @@ _DEBIAN_PACKAGES = {
     "containerd": "containerd",
     "ctr": "containerd",
     "podman": "podman",
+    "buildah": "buildah",
     "curl": "curl",
     "gcc": "gcc",
     "mkfs.ext4": "e2fsprogs",

@@ -190,9 +190,9 @@ def format_upstream_addresses(addresses: Mapping[str, int]) -> str:
     return " ".join(f"{host}=127.0.0.1:{port}" for host, port in addresses.items())
 
 
-def token_auth_config(token_server: TokenServer) -> dict[str, object]:
+def token_auth_config(token_server: TokenServer, realm: str = TOKEN_URL) -> dict[str, object]:
     token_options = {
-        "realm": TOKEN_URL,
+        "realm": realm,
         "service": SERVICE,
         "issuer": "auth.docker.io",
         "rootcertbundle": str(token_server.certificate_bundle),
