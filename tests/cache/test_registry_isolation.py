@@ -272,3 +272,18 @@ def test_follower_of_a_wrong_download_fails(make_harness: Callable[..., CacheHar
     assert len(reader.data) < len(WRONG)
     reader.disconnect()
     evil.content.close()
+
+
+def test_blob_that_is_evicted_before_the_check_is_not_linked(harness: CacheHarness) -> None:
+    """A link is a proof. Without the blob, nothing can be proved, even by a registry that responds to everything."""
+    harness.fetch(DIGEST)
+    script_evil(harness, raise_error(UpstreamBroken("nothing")))
+    harness.reactor.pool.hold()
+    pending = harness.start(harness.blob(DIGEST, registry=EVIL))
+    assert harness.reactor.pool.waiting == 1  # the check is about to read the blob
+    harness.blobs.remove(DIGEST)
+    harness.reactor.pool.release()
+    with pytest.raises(UpstreamBroken):
+        result(pending, harness.reactor, 60)
+    assert not harness.links.has_layer(f"{EVIL}/{APP}", DIGEST)
+    assert harness.links.has_layer(f"{HUB}/{APP}", DIGEST)
