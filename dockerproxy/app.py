@@ -70,6 +70,7 @@ from dockerproxy.upstream.authorizer import Authorizer
 from dockerproxy.upstream.client import UpstreamClient
 from dockerproxy.upstream.login_provider import LoginProvider
 from dockerproxy.upstream.shared_logins import OnLoginChanged, SharedLogins
+from dockerproxy.upstream.silent_servers import SilentServers
 from dockerproxy.upstream.tls import ClientContext
 
 _LOOKUP_LIMITS = PoolLimits(threads=16, threads_per_client=6, waiting=4000, waiting_per_client=1000, reserved_threads=4)
@@ -94,8 +95,9 @@ class SharedServices:
     """The state and the services that all processes of the daemon share.
 
     `metrics` counts the requests of this process and renders the sum over all processes. `report_login` is told of
-    logins that are refused, and `logins` has those of credential helpers. `bindings` maps issued tokens to the clients
-    they were issued to. `multi_process` is true if the daemon has several processes.
+    logins that are refused, and `logins` has those of credential helpers. `silent_servers` remembers servers that do
+    not answer. `bindings` maps issued tokens to the clients they were issued to. `multi_process` is true if the daemon
+    has several processes.
     """
 
     state: StateDirectory
@@ -103,6 +105,7 @@ class SharedServices:
     metrics: Metrics
     report_login: OnLoginChanged
     logins: LoginProvider
+    silent_servers: SilentServers
     locks: KeyedLock = field(factory=LocalKeyedLock)
     bindings: Bindings = field(factory=Bindings)
     multi_process: bool = False
@@ -201,7 +204,7 @@ def build_server(reactor: Any, settings: Settings, certificates: Certificates, s
         wildcard = registries.intercepted.covering(host)
         return authority.context_for(host.name) if wildcard is None else authority.wildcard_context_for(wildcard)
 
-    connectors = build_connectors(reactor, settings, pools, check_for)
+    connectors = build_connectors(reactor, settings, pools, check_for, shared.silent_servers)
     authorizer = Authorizer(connectors.agent, time.time, policy.check_upstream, settings.auth_registries)
     parser = ContentParser(pools.documents)
     pull_through = build_cache(reactor, settings, shared, registries, policy, connectors.agent, authorizer, parser)
@@ -357,6 +360,7 @@ def build_connectors(
     settings: Settings,
     pools: ThreadPools,
     check_for: Callable[[Host], AddressCheck | None],
+    silent_servers: SilentServers,
 ) -> Connectors:
     """Build the connectors. Raise `SettingsError` if UPSTREAM_CA_FILE cannot be used.
 
@@ -374,15 +378,23 @@ def build_connectors(
             connect_timeout=connect_timeout,
         )
 
-    timeouts = UpstreamTimeouts(
-        settings.proxy_connect_timeout, settings.proxy_read_timeout, settings.proxy_send_timeout
-    )
+    timeouts = upstream_timeouts(settings)
     try:
         tls = ClientContext(verify=settings.verify_ssl, ca_file=str(settings.upstream_ca_file or "") or None)
     except ValueError as error:
         raise SettingsError(str(error)) from None
-    agent = Agent(reactor, dialer(settings.proxy_connect_timeout), tls, timeouts, check_for)
+    agent = Agent(reactor, dialer(settings.proxy_connect_timeout), tls, timeouts, check_for, silent_servers)
     return Connectors(agent, dialer(settings.proxy_connect_connect_timeout))
+
+
+def upstream_timeouts(settings: Settings) -> UpstreamTimeouts:
+    """Return the limits of PROXY_CONNECT_TIMEOUT, PROXY_READ_TIMEOUT and PROXY_SEND_TIMEOUT."""
+    return UpstreamTimeouts(settings.proxy_connect_timeout, settings.proxy_read_timeout, settings.proxy_send_timeout)
+
+
+def build_silent_servers(reactor: Any, settings: Settings) -> SilentServers:
+    """Return what one process knows of silent servers."""
+    return SilentServers(reactor, upstream_timeouts(settings).probe)
 
 
 def build_cache(

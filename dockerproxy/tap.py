@@ -18,7 +18,15 @@ from dockerproxy.admin.control import Control, DebugReport, UserName, local_user
 from dockerproxy.admin.deletion import Deleter
 from dockerproxy.admin.operations import Operations
 from dockerproxy.admin.resolver import CACHED, HOSTED, ImageResolver, StoreView
-from dockerproxy.app import ProxyServer, build_server, build_site, log_access, open_certificates
+from dockerproxy.app import (
+    ProxyServer,
+    SharedServices,
+    build_server,
+    build_silent_servers,
+    build_site,
+    log_access,
+    open_certificates,
+)
 from dockerproxy.cache.ended_logins import EndedLogins
 from dockerproxy.cache.identity import Bindings
 from dockerproxy.cache.janitor import Janitor
@@ -48,7 +56,7 @@ from dockerproxy.workers.connection_table import ConnectionTable
 from dockerproxy.workers.coordinator import LocalCoordinator, SharedState
 from dockerproxy.workers.dispatch import ConnectionDispatcher
 from dockerproxy.workers.fork_server import ForkServer
-from dockerproxy.workers.process import ForkedState, run_worker
+from dockerproxy.workers.process import SERVER_SILENT, TOKEN_BOUND, ForkedState, run_worker
 from dockerproxy.workers.supervisor import WorkerSupervisor
 
 _WORKER_EXTRA_GRACE = 2.0  # seconds that workers have to exit after their own shutdown grace period
@@ -101,9 +109,10 @@ def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifi
     reactor.callWhenRunning(configure_provider, logins, configuration)
     shared_state, bindings = SharedState(cache_space, EndedLogins(time.time), logins), Bindings()
     forked_state = ForkedState.create(reactor, configuration, state, certificates)
-    shared = forked_state.shared_services(0, LocalCoordinator(shared_state), bindings)
+    silent_servers = build_silent_servers(reactor, settings)
+    shared = forked_state.shared_services(0, LocalCoordinator(shared_state), bindings, silent_servers)
     server = build_server(reactor, settings, certificates, shared)
-    workers = build_workers(reactor, forked_state, settings, server, shared_state, bindings, twistd_options)
+    workers = build_workers(reactor, forked_state, settings, server, shared_state, shared, twistd_options)
     listener_service = build_listener_service(reactor, server, workers)
     apply = partial(apply_configuration, server, workers.supervisor, shared_state)
     reloader = Reloader(read, apply, settings, server.registries, notifier)
@@ -160,7 +169,7 @@ def build_workers(
     settings: Settings,
     server: ProxyServer,
     shared_state: SharedState,
-    bindings: Bindings,
+    shared: SharedServices,
     twistd_options: Any,
 ) -> Workers:
     """Build what starts the workers and hands connections to them. With WORKERS=1 there are no workers."""
@@ -182,7 +191,7 @@ def build_workers(
         forked_state.scoreboard,
         table,
         partial(LocalCoordinator, shared_state),
-        bindings.add,
+        {TOKEN_BOUND: shared.bindings.add, SERVER_SILENT: shared.silent_servers.add},
         SHUTDOWN_GRACE + _WORKER_EXTRA_GRACE,
         relay_logs=not keep_log_observers,
     )
@@ -190,7 +199,8 @@ def build_workers(
     if settings.workers == 1:
         return Workers(opener, [], supervisor, table)
     fork_server.subscribe(supervisor)
-    bindings.subscribe(supervisor.broadcast_binding)
+    shared.bindings.subscribe(partial(supervisor.broadcast, TOKEN_BOUND))
+    shared.silent_servers.subscribe(partial(supervisor.broadcast, SERVER_SILENT))
     return Workers(opener, [fork_server], supervisor, table)
 
 

@@ -6,6 +6,7 @@ The module `client` adds redirects and authorization.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from functools import partial
 from typing import Any
 
 from twisted.internet.defer import CancelledError, Deferred, TimeoutError
@@ -39,12 +40,14 @@ _BODY_METHODS = frozenset({"POST", "PUT", "PATCH"})  # RFC 9110, section 8.6: th
 # a body in another coding would not match its digest.
 _REPLACED_FIELDS = ("host", "content-length", "expect", "accept-encoding")
 _NO_HEADERS = Headers()
+_SLOW_DROP = 1.0  # seconds
 
 
 class Agent:
     """Sends requests over connections from `dialer`, and pools idle connections for later requests.
 
-    `default_address_check` returns the check of a host for requests without one of their own.
+    `default_address_check` returns the check of a host for requests without one of their own. `silent_servers` may be
+    shared with other processes.
     """
 
     def __init__(
@@ -54,6 +57,7 @@ class Agent:
         context: ClientContext,
         timeouts: UpstreamTimeouts,
         default_address_check: Callable[[Host], AddressCheck | None] = lambda host: None,
+        silent_servers: SilentServers | None = None,
     ) -> None:
         self._reactor = reactor
         self._dialer = dialer
@@ -61,7 +65,8 @@ class Agent:
         self._timeouts = timeouts
         self._default_address_check = default_address_check
         self._pool = Pool(reactor)
-        self._silent_servers = SilentServers(reactor)
+        self._silent_servers = silent_servers or SilentServers(reactor, timeouts.probe)
+        self._silent_servers.set_on_silent(self._close_idle)
         self._connections: set[UpstreamConnection] = set()
         self._close_waiters: list[Deferred[None]] = []
 
@@ -80,8 +85,10 @@ class Agent:
 
         `address_check` checks every address before a connection is made (see `Dialer.endpoint`). Only requests with an
         equal check share connections, so pass an equal object each time. `client_connection` identifies the client's
-        connection that the request came on, if there is one: a connection that it logged in is used for it alone. Raise
-        the dialer's errors, `UpstreamUnreachable` (TLS), `UpstreamTimeout`, `UpstreamBroken` and the errors of `body`.
+        connection that the request came on, if there is one: a connection that it logged in is used for it alone.
+        `client` is the address of the client that chose the server, if a client did: such a server is no registry, and
+        not remembered if it is silent. Raise the dialer's errors, `UpstreamUnreachable` (TLS), `UpstreamTimeout`,
+        `UpstreamBroken` and the errors of `body`.
         """
         origin, target = split_url(url)
         if address_check is None:
@@ -95,14 +102,27 @@ class Agent:
         idle = None if client_connection is None else self._pool.take(bound_key(key, client_connection))
         if idle is None and retryable:
             idle = self._pool.take(key)
+        probe = partial(self._probe, key, origin, address_check)
+
+        async def send(connection: UpstreamConnection) -> Response:
+            if client or not retryable:
+                return await connection.exchange(request)
+            return await self._silent_servers.exchange(origin, lambda: connection.exchange(request), probe)
+
         if idle is not None:
+            started = self._reactor.seconds()
             try:
-                return await idle.exchange(request)
+                return await send(idle)
             except ConnectionDropped:
                 if not retryable:
                     raise
-        connection = await self._connect(key, origin, address_check, client)
-        return await connection.exchange(request)
+                if (
+                    self._reactor.seconds() - started >= _SLOW_DROP
+                ):  # nothing was acknowledged: the others are dead, too
+                    self._close_idle(origin.origin)
+        connect = partial(self._connect_in_time, key, origin, address_check, client)
+        connection = await (connect() if client else self._silent_servers.connect(origin, connect, probe))
+        return await send(connection)
 
     async def close(self) -> None:
         """Abort all connections; return once all are closed."""
@@ -137,16 +157,16 @@ class Agent:
             for waiter in waiters:
                 waiter.callback(None)
 
-    async def _connect(
-        self, key: Hashable, origin: Registry, address_check: AddressCheck | None, client: str
-    ) -> UpstreamConnection:
-        """Connect within the time limit, or fail at once if the server did not answer a moment ago."""
-        return await self._silent_servers.connect(
-            key,
-            origin.host.authority,
-            lambda: self._connect_in_time(key, origin, address_check, client),
-            self.on_connection_idle,
-        )
+    async def _probe(self, key: Hashable, origin: Registry, address_check: AddressCheck | None) -> None:
+        """Raise the error of a server that does not answer `GET /v2/` without a credential, with any status."""
+        connection = await self._connect_in_time(key, origin, address_check, "")
+        head = _render_head("GET", origin, "/v2/", _NO_HEADERS, None)
+        response = await connection.exchange(OutgoingRequest("GET", f"{origin.origin}/v2/", head))
+        await response.discard()
+
+    def _close_idle(self, origin: str) -> None:
+        """Close the idle connections to `origin`, because its server no longer answers on them."""
+        self._pool.close_all(Registry.parse(origin).host.authority)
 
     async def _connect_in_time(
         self, key: Hashable, origin: Registry, address_check: AddressCheck | None, client: str

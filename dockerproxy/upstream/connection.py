@@ -7,6 +7,7 @@ alone as the key, so a request could use a connection to an address that its add
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Hashable
 from typing import Any
 from typing import Protocol as TypingProtocol
@@ -40,6 +41,7 @@ from dockerproxy.upstream.http1 import (
 from dockerproxy.upstream.idle_timer import IdleTimer
 from dockerproxy.upstream.tls import ClientHandshake
 
+_UNACKNOWLEDGED_HEAD = 10.0  # seconds
 _MAX_DISCARD = 64 * 1024  # bytes of an unwanted body that are read so that the connection can be reused
 
 
@@ -50,6 +52,11 @@ class UpstreamTimeouts:
     connect: float = 60.0
     read: float = 60.0
     send: float = 60.0
+
+    @property
+    def probe(self) -> float:
+        """The longest time that a new connection and the head of a response on it may take."""
+        return self.connect + self.read
 
 
 @frozen
@@ -242,6 +249,7 @@ class UpstreamConnection(Protocol):
         if ITCPTransport.providedBy(self.transport):
             self.transport.setTcpNoDelay(True)
             self.transport.setTcpKeepAlive(True)
+            self._limit_unacknowledged(_UNACKNOWLEDGED_HEAD)
         self._limit_reads(True)
         if self._handshake is None:
             self.ready.callback(None)
@@ -265,6 +273,8 @@ class UpstreamConnection(Protocol):
         self._method, self._url = request.method, request.url
         self._buffer, self._interim_size = b"", 0
         self._client_connection = request.client_connection
+        if request.body is not None:
+            self._limit_unacknowledged(self._timeouts.send)  # which a receiver that pauses may need
         if request.logs_in:
             self._bind_to_client()
         waiter: Deferred[Response] = Deferred(self._cancel_exchange)
@@ -278,6 +288,16 @@ class UpstreamConnection(Protocol):
             )
             self._body_writer.start().addCallbacks(self._on_request_sent, self._on_body_failed)
         return waiter
+
+    def _limit_unacknowledged(self, seconds: float) -> None:
+        """Make the kernel end the connection if the peer acknowledges nothing of what was sent for so many seconds.
+
+        A request on a connection that is dead, because a router or a firewall has forgotten it, then costs less than
+        the time for an answer. See TCP_USER_TIMEOUT in tcp(7).
+        """
+        transport = self.transport
+        if ITCPTransport.providedBy(self.transport):
+            transport.getHandle().setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(seconds * 1000))
 
     def call_later(self, seconds: float, callback: Callable[[], None]) -> Any:
         """Schedule `callback` on the connection's clock and return the delayed call."""

@@ -43,6 +43,11 @@ class Pool:
             self._evict(next(iter(self._idle)))
         self._idle[connection] = self._clock.callLater(_IDLE_TIMEOUT, self._evict, connection)
 
+    def close_all(self, authority: str) -> None:
+        """Close all idle connections to the host and port `authority`."""
+        for connection in [one for one in self._idle if one.authority == authority]:
+            self._evict(connection)
+
     def remove(self, connection: UpstreamConnection) -> None:
         """Remove a connection, because it is in use or closed."""
         timer = self._idle.pop(connection, None)

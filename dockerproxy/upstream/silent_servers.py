@@ -1,26 +1,39 @@
-"""Servers that did not let us connect a moment ago, so that only one request waits for the time-out.
+"""Servers that do not answer, so that only one request waits for the time-out.
 
-A firewall that drops packets costs each request the whole time-out, and a cached image has many of them. Only attempts
-to connect count: no request has been sent yet, so no client can make a server look silent to others.
+A firewall that drops packets, or a server that accepts connections and says nothing, costs each request the whole
+time-out, and a cached image has many of them. The process in which a request has found that out connects again and
+again in the background, with a request of its own. All processes fail other requests at once until the server answers.
+
+Clients cannot make a server look silent to others: only attempts to connect count, and requests without a body, while
+no other request gets an answer. Before a request counts, `GET /v2/` is sent without anybody's credential, so a path
+that hangs says nothing about its server.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Coroutine, Hashable
+from collections.abc import Awaitable, Callable
+from math import inf
 from typing import Any, TypeVar
 
-from attrs import define
+from attrs import define, field
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.logger import Logger
 
 from dockerproxy.bounded_dict import BoundedDict
-from dockerproxy.errors import DestinationForbidden, UpstreamError, UpstreamTimeout
+from dockerproxy.errors import DestinationForbidden, RegistryError, UpstreamError, UpstreamTimeout
+from dockerproxy.oci.names import Registry
 
 SILENCE_TTL = 30.0
-"""Seconds for which a failed attempt to connect counts for other requests."""
+"""Seconds for which a silence counts after the last news of it."""
 
 PROBE_INTERVAL = 5.0
-"""Seconds from a failed attempt until a request starts the next one, in the background."""
+"""Seconds from a failed attempt to the next one in the background."""
+
+SUSPECT_AFTER = 5.0
+"""Seconds without an answer after which a request makes us send one of our own."""
+
+PROBE_TTL = 600.0
+"""Seconds after the last request for a server for which we go on asking whether it answers."""
 
 _SLOW = 1.0  # seconds; a server that refuses at once makes nobody wait, and may be back at any moment
 _MAX_SERVERS = 256
@@ -28,93 +41,231 @@ _MAX_SERVERS = 256
 log = Logger()
 T = TypeVar("T")
 
+Probe = Callable[[], Awaitable[object]]
+"""Connects to a server and sends it a request of our own. Raises `UpstreamError` if there is no answer."""
 
-@define
+OnChanged = Callable[[str, str, float], object]
+"""Gets the arguments of `SilentServers.add`."""
+
+
+@define(eq=False)
 class _Server:
-    """The last attempts to connect to a server. Times are `clock.seconds()`."""
+    """The last news of a server. Times are `clock.seconds()`."""
 
-    name: str
-    connected_at: float = 0.0
-    failed_at: float = 0.0
+    origin: str
+    connected_at: float = -inf
+    answered_at: float = -inf
+    asked_at: float = -inf
+    failed_at: float = -inf
+    silent_until: float = -inf
     error: UpstreamError | None = None  # None if it answers
     probe: Deferred[None] | None = None
+    next_probe: Any = None  # the delayed call of the next one
+    waiting: set[Deferred[Any]] = field(factory=set)  # requests that end if another one has found out the silence
+    ended: set[Deferred[Any]] = field(factory=set)  # those of them that were ended so
+
+    @property
+    def name(self) -> str:
+        return self.origin.partition("://")[2]
 
 
 class SilentServers:
-    """Remembers servers that do not answer. Each process has its own."""
+    """Remembers servers that do not answer. Other processes `add` what this one finds out, if they `subscribe`.
 
-    def __init__(self, clock: Any) -> None:
+    `probe_limit` is the number of seconds that a probe may take.
+    """
+
+    def __init__(self, clock: Any, probe_limit: float) -> None:
         self._clock = clock
-        self._servers: BoundedDict[Hashable, _Server] = BoundedDict(_MAX_SERVERS)
-        self._probes: set[Deferred[None]] = set()
+        self._probe_limit = probe_limit
+        self._servers: BoundedDict[str, _Server] = BoundedDict(_MAX_SERVERS)
+        self._active: set[_Server] = set()  # those with a probe, or a next one
+        self._subscribers: list[OnChanged] = []
+        self._on_silent: Callable[[str], object] = lambda origin: None
 
-    async def connect(
-        self,
-        key: Hashable,
-        name: str,
-        attempt: Callable[[], Coroutine[Any, Any, T]],
-        on_probe_connected: Callable[[T], object],
-    ) -> T:
-        """Return the connection that `attempt` makes to the server `name`. Raise its error.
+    def subscribe(self, on_changed: OnChanged) -> None:
+        """Call `on_changed` with what this process finds out from now on."""
+        self._subscribers.append(on_changed)
 
-        If an attempt with this `key` failed after a wait a moment ago, raise that error at once. One request then makes
-        another attempt in the background, and `on_probe_connected` gets the connection.
-        """
-        server = self._servers.get(key)
-        if server is None:
-            server = self._servers[key] = _Server(name)
-        error = server.error
-        if error is None or (server.probe is None and self._clock.seconds() - server.failed_at >= SILENCE_TTL):
-            return await self._attempt(server, attempt)
-        seconds = self._clock.seconds() - server.failed_at
-        if server.probe is None and seconds >= PROBE_INTERVAL:
-            self._start_probe(server, attempt, on_probe_connected)
-        raise type(error)(f"{error.message} (tried {seconds:.0f} s ago, and again in the background)")
+    def set_on_silent(self, on_silent: Callable[[str], object]) -> None:
+        """Call `on_silent` with the origin of each server that becomes silent, because its connections are dead."""
+        self._on_silent = on_silent
 
-    def close(self) -> None:
-        """Cancel the attempts in the background."""
-        for probe in list(self._probes):
-            probe.cancel()
+    def add(self, origin: str, message: str, seconds: float) -> None:
+        """Note that another process has found a server silent, which counts for some seconds; 0 if it answers again."""
+        server = self._server(origin)
+        if seconds <= 0:
+            self._end_silence(server)
+        elif server not in self._active:
+            self._begin_silence(server, UpstreamTimeout(message), seconds)
 
-    async def _attempt(self, server: _Server, attempt: Callable[[], Awaitable[T]]) -> T:
+    async def connect(self, origin: Registry, attempt: Callable[[], Awaitable[T]], probe: Probe) -> T:
+        """Return the connection that `attempt` makes. Raise its error, or at once the error of a silent server."""
+        server = self._server(origin.origin)
+        self._check(server)
         started = self._clock.seconds()
         try:
-            connection = await attempt()
+            connection = await self._race(server, attempt)
         except DestinationForbidden:
             raise
         except UpstreamError as error:
-            now = self._clock.seconds()
-            is_slow = isinstance(error, UpstreamTimeout) or now - started >= _SLOW
-            if is_slow and server.connected_at <= started:  # else another attempt has succeeded since
-                if server.error is None:
-                    log.warn(
-                        "{server} does not answer ({reason}); requests get what is cached, at once, until it does",
-                        server=server.name, reason=error.message,
-                    )  # fmt: skip
-                server.error, server.failed_at = error, now
-            elif not is_slow:
-                server.error = None
+            is_slow = isinstance(error, UpstreamTimeout) or self._clock.seconds() - started >= _SLOW
+            # Otherwise another attempt has succeeded since: this one has lost a packet.
+            if is_slow and max(server.connected_at, server.answered_at) <= started and server.error is None:
+                self._find_silent(server, error, probe)
             raise
-        if server.error is not None:
-            log.info("{server} answers again", server=server.name)
-        server.error, server.connected_at = None, self._clock.seconds()
+        server.connected_at = self._clock.seconds()
         return connection
 
-    def _start_probe(
-        self, server: _Server, attempt: Callable[[], Awaitable[T]], on_connected: Callable[[T], object]
-    ) -> None:
-        async def run() -> None:
-            try:
-                on_connected(await self._attempt(server, attempt))
-            except (UpstreamError, CancelledError):
-                pass
-            finally:
-                server.probe = None
+    async def exchange(self, origin: Registry, send: Callable[[], Awaitable[T]], probe: Probe) -> T:
+        """Return the response to a request without a body that `send` sends. Raise its error."""
+        server = self._server(origin.origin)
+        started = server.asked_at = self._clock.seconds()
+        suspicion = self._clock.callLater(SUSPECT_AFTER, self._suspect, server, started, probe)
+        try:
+            response = await self._race(server, send)
+        except UpstreamTimeout as error:
+            if server.answered_at <= started and server.error is None:
+                self._find_silent(server, error, probe)
+            raise
+        finally:
+            if suspicion.active():
+                suspicion.cancel()
+        self._answer(server)
+        return response
 
-        server.probe = probe = Deferred.fromCoroutine(run())
-        if probe.called:
-            server.probe = None
+    def close(self) -> None:
+        """End all work in the background."""
+        for server in list(self._active):
+            self._stop_probing(server)
+
+    # what is known
+
+    def _server(self, origin: str) -> _Server:
+        server = self._servers.get(origin)
+        if server is None:
+            server = self._servers[origin] = _Server(origin)
+        return server
+
+    def _check(self, server: _Server) -> None:
+        """Raise the error of a server that is silent."""
+        now = server.asked_at = self._clock.seconds()
+        if server.error is not None and now >= server.silent_until:
+            server.error = None  # the process that asked has ended
+        if server.error is not None:
+            raise self._repeat(server, server.error)
+
+    def _repeat(self, server: _Server, error: UpstreamError) -> UpstreamError:
+        seconds = self._clock.seconds() - server.failed_at
+        return type(error)(f"{error.message} (tried {seconds:.0f} s ago, and again in the background)")
+
+    async def _race(self, server: _Server, begin: Callable[[], Awaitable[T]]) -> T:
+        """Return the result of the work, or raise its error, or that of the server if it becomes silent before."""
+
+        async def run() -> T:
+            return await begin()
+
+        work: Deferred[T] = Deferred.fromCoroutine(run())
+        server.waiting.add(work)
+        try:
+            return await work
+        except CancelledError:
+            if work in server.ended and server.error is not None:
+                raise self._repeat(server, server.error) from None
+            raise
+        finally:
+            server.waiting.discard(work)
+            server.ended.discard(work)
+
+    def _answer(self, server: _Server) -> None:
+        """Note that a server has answered."""
+        server.answered_at = self._clock.seconds()
+        if server.error is not None:
+            self._end_silence(server)
+            self._publish(server, "", 0.0)
+
+    def _find_silent(self, server: _Server, error: UpstreamError, probe: Probe) -> None:
+        self._begin_silence(server, error, SILENCE_TTL)
+        self._publish(server, error.message, SILENCE_TTL)
+        if server.probe is None and server.next_probe is None:
+            self._schedule_probe(server, probe)
+
+    def _begin_silence(self, server: _Server, error: UpstreamError, seconds: float) -> None:
+        if server.error is None:
+            log.warn(
+                "{server} does not answer ({reason}); requests get what is cached, at once, until it does",
+                server=server.name, reason=error.message,
+            )  # fmt: skip
+        server.error, server.failed_at = error, self._clock.seconds()
+        server.silent_until = server.failed_at + seconds
+        self._on_silent(server.origin)
+        for work in list(server.waiting):
+            server.ended.add(work)
+            work.cancel()
+
+    def _end_silence(self, server: _Server) -> None:
+        if server.error is not None:
+            log.info("{server} answers again", server=server.name)
+        server.error = None
+        if server.next_probe is not None:
+            self._stop_probing(server)
+
+    def _publish(self, server: _Server, message: str, seconds: float) -> None:
+        for on_changed in self._subscribers:
+            on_changed(server.origin, message, seconds)
+
+    # probes
+
+    def _suspect(self, server: _Server, started: float, probe: Probe) -> None:
+        """Ask a server that has not answered since a request was sent, unless it has answered another one."""
+        if server.answered_at <= started and server.probe is None and server.next_probe is None:
+            self._start_probe(server, probe)
+
+    def _schedule_probe(self, server: _Server, probe: Probe) -> None:
+        self._active.add(server)
+        server.next_probe = self._clock.callLater(PROBE_INTERVAL, self._start_probe, server, probe)
+
+    def _start_probe(self, server: _Server, probe: Probe) -> None:
+        server.next_probe = None
+        if self._clock.seconds() - server.asked_at > PROBE_TTL:
+            self._stop_probing(server)  # nobody wants to know; the silence ends soon
             return
-        self._probes.add(probe)
-        probe.addErrback(lambda failure: log.failure("connecting to {server} failed", failure, server=server.name))
-        probe.addBoth(lambda _: self._probes.discard(probe))
+        if server.error is not None:
+            server.silent_until = self._clock.seconds() + self._probe_limit + SILENCE_TTL
+            self._publish(server, server.error.message, self._probe_limit + SILENCE_TTL)
+        self._active.add(server)
+        work = Deferred.fromCoroutine(self._probe(server, probe))
+        if not work.called:
+            server.probe = work
+        work.addErrback(lambda failure: log.failure("asking {server} failed", failure, server=server.name))
+
+    async def _probe(self, server: _Server, probe: Probe) -> None:
+        started = self._clock.seconds()
+        try:
+            await probe()
+        except CancelledError:
+            return
+        except RegistryError as error:
+            server.probe = None
+            is_slow = isinstance(error, UpstreamTimeout) or self._clock.seconds() - started >= _SLOW
+            if max(server.connected_at, server.answered_at) > started or not is_slow:
+                self._answer(server)  # it is there, if only to refuse connections
+            elif isinstance(error, UpstreamError):
+                self._find_silent(server, error, probe)
+            else:
+                self._schedule_probe(server, probe)
+        else:
+            server.probe = None
+            self._answer(server)
+        finally:
+            if server.probe is None and server.next_probe is None:
+                self._active.discard(server)
+
+    def _stop_probing(self, server: _Server) -> None:
+        self._active.discard(server)
+        call, server.next_probe = server.next_probe, None
+        if call is not None and call.active():
+            call.cancel()
+        work, server.probe = server.probe, None
+        if work is not None:
+            work.cancel()

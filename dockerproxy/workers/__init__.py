@@ -7,8 +7,8 @@ passes it, unread, to the process with the fewest open connections (`dispatch`, 
 
 State that concerns several processes is in the main process: the space of the cache, and the locks of repositories
 (`coordinator`). A worker accesses it by RPC (`remote`, `rpc`) over a socket pair (`message_socket`). The main process
-also forwards token bindings from one worker to the others. All other state is shared through the files of the store;
-a download is shared through its ingest file.
+also forwards news from one worker to the others: token bindings, and silent servers. All other state is shared through
+the files of the store; a download is shared through its ingest file.
 
 If a worker dies, the main process starts another one (`supervisor`). If the main process dies, its workers exit. If the
 fork server dies, the other processes continue, but workers that die are not replaced until the daemon is restarted.

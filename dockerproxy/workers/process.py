@@ -15,7 +15,7 @@ from twisted.internet.defer import Deferred
 from twisted.internet.main import installReactor
 from twisted.logger import Logger, globalLogPublisher
 
-from dockerproxy.app import SharedServices, build_server, raise_descriptor_limit
+from dockerproxy.app import SharedServices, build_server, build_silent_servers, raise_descriptor_limit
 from dockerproxy.cache.identity import Bindings
 from dockerproxy.daemon.jsonlog import JsonLog, json_stream
 from dockerproxy.daemon.listener_service import ListenerService
@@ -27,6 +27,7 @@ from dockerproxy.registry.htpasswd import HtpasswdError
 from dockerproxy.reload import Configuration, describe_error
 from dockerproxy.settings import Settings, SettingsError
 from dockerproxy.store.state_directory import StateDirectory
+from dockerproxy.upstream.silent_servers import SilentServers
 from dockerproxy.workers.connection_table import connection_limit
 from dockerproxy.workers.coordinator import Coordinator
 from dockerproxy.workers.dispatch import ConnectionReceiver, NoPorts
@@ -34,6 +35,9 @@ from dockerproxy.workers.fork_server import SpawnRequest
 from dockerproxy.workers.remote import RemoteCoordinator
 from dockerproxy.workers.rpc import RPC, Handlers
 from dockerproxy.workers.scoreboard import Scoreboard, heartbeat_service
+
+TOKEN_BOUND, SERVER_SILENT = "token_bound", "server_silent"
+"""News that each process tells the others: the calls of `Bindings.add` and `SilentServers.add`."""
 
 log = Logger()
 
@@ -59,7 +63,9 @@ class ForkedState:
         metrics = Metrics.make(processes, map(registry_label, configuration.settings.intercepted))
         return cls(reactor, configuration.variables, state, certificates, scoreboard, metrics)
 
-    def shared_services(self, number: int, coordinator: Coordinator, bindings: Bindings) -> SharedServices:
+    def shared_services(
+        self, number: int, coordinator: Coordinator, bindings: Bindings, silent_servers: SilentServers
+    ) -> SharedServices:
         """Return what process `number` shares with the others."""
         return SharedServices(
             self.state,
@@ -67,6 +73,7 @@ class ForkedState:
             self.metrics.for_process(number),
             coordinator.report_login,
             coordinator,
+            silent_servers,
             coordinator,
             bindings,
             multi_process=self.scoreboard.processes > 1,
@@ -82,19 +89,22 @@ class WorkerProcess:
         self._number = request.number
         self._stopping = self._ended = False
         slot = forked_state.scoreboard.slot(request.number)
-        bindings = Bindings()
+        bindings, silent_servers = Bindings(), build_silent_servers(reactor, settings)
         handlers: Handlers = {
             "reload": self._reload,
             "stop": self._stop,
             "abort": self._abort,
-            "token_bound": bindings.add,
+            TOKEN_BOUND: bindings.add,
+            SERVER_SILENT: silent_servers.add,
             "debug": self._debug,
             "close_idle": self._close_idle,
         }
         sock = socket.socket(fileno=request.socket_fd)
         self._rpc = RPC(reactor, sock, handlers, on_closed=self._parent_lost, on_descriptor=self._on_connection)
-        bindings.subscribe(partial(self._rpc.hint, "token_bound"))
-        shared = forked_state.shared_services(request.number, RemoteCoordinator(reactor, self._rpc), bindings)
+        bindings.subscribe(partial(self._rpc.hint, TOKEN_BOUND))
+        silent_servers.subscribe(partial(self._rpc.hint, SERVER_SILENT))
+        coordinator = RemoteCoordinator(reactor, self._rpc)
+        shared = forked_state.shared_services(request.number, coordinator, bindings, silent_servers)
         self._server = build_server(reactor, settings, forked_state.certificates, shared)
         self._listener_service = ListenerService(
             reactor,

@@ -79,7 +79,8 @@ class WorkerSupervisor(Service):
 
     `new_coordinator` returns a `LocalCoordinator` for a new worker. `grace` is the time in seconds that workers have to
     stop. If `relay_logs` is true, workers send their log to this process through a pipe.
-    `on_token_bound` is called with the values of each token binding that a worker reports (`Bindings.add`).
+    `news` has a function for each kind of news that a worker reports, which gets its values; the other workers get them
+    too (`Bindings.add`, `SilentServers.add`).
 
     The supervisor is a `SpawnObserver`; the composition root subscribes it to the spawner.
     """
@@ -92,7 +93,7 @@ class WorkerSupervisor(Service):
         scoreboard: Scoreboard,
         table: ConnectionTable,
         new_coordinator: Callable[[], LocalCoordinator],
-        on_token_bound: Callable[..., None],
+        news: Mapping[str, Callable[..., None]],
         grace: float,
         *,
         relay_logs: bool,
@@ -102,7 +103,7 @@ class WorkerSupervisor(Service):
         self._slots = [scoreboard.slot(number) for number in range(count + 1)]
         self._table = table
         self._new_coordinator = new_coordinator
-        self._on_token_bound = on_token_bound
+        self._news = news
         self._grace = grace
         self._relay_logs = relay_logs
         self._changed_settings: dict[str, str] = {}
@@ -181,9 +182,9 @@ class WorkerSupervisor(Service):
         reports = [Deferred.fromCoroutine(self._report(worker)) for worker in self._workers]
         return [await report for report in reports]
 
-    def broadcast_binding(self, *binding: Any) -> None:
-        """Send a token binding of this process to the workers, as a hint: a worker that is behind gets none."""
-        self._send_binding(None, binding)
+    def broadcast(self, kind: str, *values: Any) -> None:
+        """Send news of this process to the workers, as a hint: a worker that is behind gets none."""
+        self._send_news(None, kind, values)
 
     def abort(self) -> None:
         """Make the workers abort their open connections at once."""
@@ -221,10 +222,8 @@ class WorkerSupervisor(Service):
         with ExitStack() as stack:
             parent_socket, child_socket = socketpair()
             stack.callback(child_socket.close)
-            on_binding = partial(self._on_binding, worker)
-            worker.connect(
-                self._reactor, parent_socket, self._new_coordinator(), self._on_worker_disconnected, on_binding
-            )
+            on_news = {kind: partial(self._on_worker_news, worker, kind) for kind in self._news}
+            worker.connect(self._reactor, parent_socket, self._new_coordinator(), self._on_worker_disconnected, on_news)
             log_fd = None
             if self._relay_logs:
                 read_fd, log_fd = os.pipe()
@@ -311,14 +310,14 @@ class WorkerSupervisor(Service):
             answer = {"error": str(error)}
         return report | answer
 
-    def _on_binding(self, worker: WorkerHandle, *binding: Any) -> None:
-        self._on_token_bound(*binding)
-        self._send_binding(worker, binding)
+    def _on_worker_news(self, worker: WorkerHandle, kind: str, *values: Any) -> None:
+        self._news[kind](*values)
+        self._send_news(worker, kind, values)
 
-    def _send_binding(self, source: WorkerHandle | None, binding: Iterable[Any]) -> None:
+    def _send_news(self, source: WorkerHandle | None, kind: str, values: Iterable[Any]) -> None:
         for worker in self._workers:
             if worker is not source and worker.rpc is not None:
-                worker.rpc.hint("token_bound", *binding)
+                worker.rpc.hint(kind, *values)
 
 
 @define(eq=False)
@@ -354,7 +353,7 @@ class WorkerHandle:
         sock: Any,
         coordinator: LocalCoordinator,
         on_disconnected: Callable[[WorkerHandle], None],
-        on_binding: Callable[..., None],
+        on_news: Mapping[str, Callable[..., None]],
     ) -> None:
         """Connect to a process that is about to be started."""
 
@@ -368,7 +367,7 @@ class WorkerHandle:
         handlers: dict[str, Callable[..., Any]] = {
             **rpc_handlers(coordinator),
             "ready": self._on_ready,
-            "token_bound": on_binding,
+            **on_news,
         }
         self.rpc = RPC(reactor, sock, handlers, on_closed=on_closed)
 

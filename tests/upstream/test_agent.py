@@ -6,6 +6,7 @@ Sockets and TLS are real, but the agent's clock is fake: it stands still until a
 from __future__ import annotations
 
 import os
+import socket
 import tempfile
 import tracemalloc
 from collections.abc import Callable
@@ -335,6 +336,86 @@ class PlainHTTPTests(AgentLoopbackCase):
             response = await agent.request("GET", f"http://127.0.0.1:{port}/")
             self.assertEqual(await response.read_all(9), b"hello")
         self.assertEqual(server.accepted, 2)
+
+    async def test_kernel_ends_connections_on_which_nothing_is_acknowledged(self) -> None:
+        """The time is short for requests of a single packet, and that of a pause for bodies."""
+        _, port = self.serve(respond_with(OK))
+        agent, url = self.make_agent(), f"http://127.0.0.1:{port}/"
+        for method, body, milliseconds in (("GET", None, 10_000), ("PUT", PiecewiseBodyProducer(b"x"), 40_000)):
+            response = await agent.request(method, url, body=body)
+            await response.read_all(9)
+            [connection] = agent._connections
+            sock = connection.transport.getHandle()
+            self.assertEqual(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT), milliseconds)
+            connection.abort()
+
+    async def test_connections_that_died_cost_one_wait_together(self) -> None:
+        """A firewall has forgotten the idle connections. One request finds it out, and the others get new ones."""
+        server, port = self.serve(respond_with(OK))
+        agent, url = self.make_agent(), f"http://127.0.0.1:{port}/"
+        works = [Deferred.fromCoroutine(agent.request("GET", url)) for _ in range(3)]
+        for work in works:
+            await (await work).read_all(9)
+        self.assertEqual((server.accepted, agent.idle_connections), (3, 3))
+        held: list[Any] = []
+        server.respond = lambda connection, head: held.append(connection)
+        waiting = Deferred.fromCoroutine(agent.request("GET", url))
+        await wait_until(lambda: len(held) == 1)
+        self.clock.advance(3)  # the kernel gives up after 10 s
+        server.respond = respond_with(OK)
+        held[0].transport.abortConnection()
+        response = await waiting
+        self.assertEqual(await response.read_all(9), b"hello")
+        self.assertEqual((server.accepted, len(agent._connections)), (4, 1))
+
+    async def test_a_server_that_says_nothing_is_remembered(self) -> None:
+        held: list[Any] = []
+        server, port = self.serve(lambda connection, head: held.append(head))
+        agent, url = self.make_agent(), f"http://127.0.0.1:{port}/v2/secret/manifests/1"
+        headers = Headers([("Authorization", "Basic secret"), ("Accept", "x")])
+        first = Deferred.fromCoroutine(agent.request("GET", url, headers))
+        await wait_until(lambda: len(held) == 1)
+        self.clock.advance(5)
+        await wait_until(lambda: len(held) == 2)
+        self.assertTrue(held[1].startswith(b"GET /v2/ HTTP/1.1\r\n"))
+        self.assertNotIn(b"secret", held[1])
+        self.clock.advance(25)
+        await self.assertFailure(first, UpstreamTimeout)
+        for method in ("GET", "HEAD", "PUT"):
+            await self.assert_fails(UpstreamTimeout, agent.request(method, url), "tried 0 s ago")
+        # A server that a client chose, and no registry did, is not remembered, and the client waits as without us.
+        own = Deferred.fromCoroutine(agent.request("GET", url, client="192.0.2.1"))
+        await wait_until(lambda: len(held) == 3)
+        own.cancel()
+        await self.assertFailure(own, CancelledError)
+        server.respond = respond_with(OK)
+        self.clock.advance(30)  # the first probe fails
+        self.clock.advance(5)
+        await wait_until(lambda: server.heads.count(held[1]) == 2)
+        response = None
+        while response is None:
+            try:
+                response = await agent.request("GET", url)
+            except UpstreamTimeout:
+                await deferLater(reactor, 0.01)
+        self.assertEqual(await response.read_all(9), b"hello")
+
+    async def test_a_path_that_hangs_does_not_make_its_server_silent(self) -> None:
+        def respond(connection: Any, head: bytes) -> None:
+            if b"/hang" not in head:
+                connection.transport.write(OK)
+
+        server, port = self.serve(respond)
+        agent, url = self.make_agent(), f"http://127.0.0.1:{port}"
+        hanging = [Deferred.fromCoroutine(agent.request("GET", f"{url}/hang/{number}")) for number in range(5)]
+        await wait_until(lambda: len(server.heads) == 5)
+        self.clock.advance(5)
+        await wait_until(lambda: len(server.heads) == 6 and agent.idle_connections == 1)
+        self.clock.advance(25)
+        for work in hanging:
+            await self.assertFailure(work, UpstreamTimeout)
+        response = await agent.request("GET", f"{url}/v2/")
+        self.assertEqual(await response.read_all(9), b"hello")
 
     async def test_new_connection_closed_by_server_is_an_error(self) -> None:
         server, port = self.serve(respond_with(close=True))

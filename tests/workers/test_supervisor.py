@@ -78,7 +78,8 @@ class FakeWorkerProcess:
     def __attrs_post_init__(self) -> None:
         # The same names as in dockerproxy.workers.process.
         handlers: dict[str, Callable[..., Any]] = {
-            name: partial(self._record, name) for name in ("stop", "abort", "token_bound", "close_idle")
+            name: partial(self._record, name)
+            for name in ("stop", "abort", "token_bound", "server_silent", "close_idle")
         }
         handlers |= {"reload": self._on_reload, "debug": lambda: {"pools": {}}}
         self.reactor = self.spawner.reactor
@@ -158,6 +159,7 @@ class SupervisorHarness:
         self.reactor = DescriptorClockReactor()
         self.coordinators = FakeCoordinators()
         self.bindings = Bindings()
+        self.silences: list[tuple[object, ...]] = []
         scoreboard = Scoreboard.create(count + 1, 100)
         self.table = ConnectionTable(self.reactor, scoreboard, lambda client: None)
         self.closed_here: Callable[[], None] = lambda: None
@@ -169,12 +171,12 @@ class SupervisorHarness:
             scoreboard,
             self.table,
             self.coordinators.make,
-            self.bindings.add,
+            {"token_bound": self.bindings.add, "server_silent": lambda *values: self.silences.append(values)},
             GRACE,
             relay_logs=relay_logs,
         )
         self.spawner.observer = self.supervisor
-        self.bindings.subscribe(self.supervisor.broadcast_binding)
+        self.bindings.subscribe(partial(self.supervisor.broadcast, "token_bound"))
         self._sockets: list[socket.socket] = []
 
     def start(self) -> list[FakeWorkerProcess]:
@@ -558,12 +560,22 @@ def test_token_bindings_are_broadcast(harness: SupervisorHarness) -> None:
     ] * 2
 
 
+def test_silent_servers_are_broadcast(harness: SupervisorHarness) -> None:
+    one, other = harness.start_ready()
+    one.rpc.hint("server_silent", "https://quay.io", "quay.io:443: timed out", 30.0)
+    harness.supervisor.broadcast("server_silent", "https://ghcr.io", "", 0.0)
+    harness.reactor.iterate_all()
+    assert harness.silences == [("https://quay.io", "quay.io:443: timed out", 30.0)]
+    assert ("server_silent", "https://quay.io", "quay.io:443: timed out", 30.0) in other.messages
+    assert one.messages == [("server_silent", "https://ghcr.io", "", 0.0)]
+
+
 def test_bindings_never_end_a_worker(harness: SupervisorHarness) -> None:
     """A worker that is behind misses bindings, which are hints. It then gets messages as before."""
     one, other = harness.start_ready()
     harness.reactor.removeReader(one.rpc.message_socket)  # it is busy
     for number in range(10_001):
-        harness.supervisor.broadcast_binding(f"token {number}", "realm", "own:client", [], 17.5)
+        harness.supervisor.broadcast("token_bound", f"token {number}", "realm", "own:client", [], 17.5)
         if number % 50 == 0:
             harness.reactor.iterate()
     assert [handle.state for handle in harness.supervisor._workers] == [WorkerState.SERVING] * 2
