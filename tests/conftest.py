@@ -44,6 +44,12 @@ DIRECTORY_MARKERS = {"e2e": pytest.mark.root, "hostile": pytest.mark.slow, "benc
 """Markers of all tests in a directory."""
 
 
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Name a parameter of binary data by its argument: compressed data has the time in it, and the name must not."""
+    is_binary = isinstance(val, bytes) and not val.isascii()
+    return argname if is_binary else None
+
+
 def pytest_configure(config: pytest.Config) -> None:
     if worker := os.environ.get("PYTEST_XDIST_WORKER"):
         from bench.servers import share_ports  # not at the top: the Debian package's tests run without it

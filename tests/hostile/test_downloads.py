@@ -14,7 +14,8 @@ import pytest
 from tests.e2e.harness.images import sha256_digest
 from tests.e2e.harness.process import require_programs, wait_until
 from tests.hostile.conftest import GOOD, HostileNetwork, StartRegistryDaemon
-from tests.hostile.test_cache_room import drip, read_debug
+from tests.hostile.processes import debug_bounds
+from tests.hostile.test_cache_room import drip
 from tests.hostile.test_connections import ATTACKER, FEW_DESCRIPTORS, connections, is_closed
 
 
@@ -47,10 +48,9 @@ def test_dripping_downloads_leave_descriptors_to_others(
                     client.close()
         if not leaves:
             wait_until(lambda: "was not cached" in daemon.output_text, "some are not cached")
-            report = read_debug(daemon)
+            bounds = debug_bounds(daemon)
             for name, holder in (("downloads by registry", "evil.test"), ("downloads", "127.0.0.2")):
-                bounds = [bound for process in report for bound in process["bounds"] if bound["name"] == name]
-                assert any(bound["clients"].get(holder) == bound["share"] for bound in bounds)
+                assert any(bound["clients"].get(holder) == bound["share"] for bound in bounds[name])
         blob = network.good.put_blob("team/app", b"wanted" * 10_000)
         for status in ("MISS", "HIT"):
             response = daemon.client.get(f"{GOOD}/v2/team/app/blobs/{blob}")
