@@ -157,6 +157,18 @@ def test_write_through_grant_is_saved_at_once(harness: AccessHarness, shared: bo
     assert other.granted_since(KEY, CLIENT, granted_at) is shared
 
 
+@pytest.mark.parametrize("denied_by", ["this process", "another process"])
+def test_a_denial_ends_the_grant_that_another_request_waited_for(harness: AccessHarness, denied_by: str) -> None:
+    since = harness.now()
+    other = Access(Records(harness.root), harness.now, shared=True)
+    harness.grant(CLIENT)
+    assert harness.access.granted_since(KEY, CLIENT, since)
+    harness.clock.advance(1)
+    (harness.access if denied_by == "this process" else other).record_denial(KEY, CLIENT)
+    assert not harness.access.granted_since(KEY, CLIENT, since)
+    assert not other.granted_since(KEY, CLIENT, since)
+
+
 def test_grant_counts_from_its_own_time(harness: AccessHarness) -> None:
     """A grant dates from the upstream response, which precedes the end of a long download."""
     before = harness.now()
