@@ -17,9 +17,14 @@ _REMOTE_TYPES = frozenset({
 def remote_file_system(paths: Iterable[str], mountinfo: str = "/proc/self/mountinfo") -> str | None:
     """Return the type of the first file system among those of `paths` that may hang, or None if all are local. Blocks.
 
-    `mountinfo` is described in proc_pid_mountinfo(5). Paths that do not exist count as their parents.
+    `mountinfo` is described in proc_pid_mountinfo(5). Without it, all count as local. Paths that do not exist count as
+    their parents.
     """
-    mounts = [_parse_mount(line) for line in Path(mountinfo).read_text("utf-8", "surrogateescape").splitlines()]
+    try:
+        lines = Path(mountinfo).read_text("utf-8", "surrogateescape").splitlines()
+    except OSError:  # a sandbox without /proc
+        return None
+    mounts = [_parse_mount(line) for line in lines]
     for path in paths:
         resolved = f"{os.path.realpath(path)}/"
         above = [(len(point), number) for number, (point, _) in enumerate(mounts) if resolved.startswith(point)]

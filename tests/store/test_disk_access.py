@@ -12,12 +12,14 @@ from twisted.internet.task import Clock
 
 from dockerproxy.concurrency import current_client
 from dockerproxy.errors import RegistryError, ServiceOverloaded, StorageFailed, TooManyRequests
-from dockerproxy.oci.names import Digest
+from dockerproxy.oci.names import Digest, parse_repository
 from dockerproxy.store.blobs import Blobs
 from dockerproxy.store.disk_access import NETWORK_DISK_LIMITS, READ_TIMEOUT, LocalDisk, NetworkDisk
+from dockerproxy.store.hosted_tree import HostedTree
 from dockerproxy.store.layout import Layout
 from dockerproxy.thread_pool import BoundedThreadPool, PoolLimits
 from tests.store.support.reactor import SteppedReactor
+from tests.support.hosted import make_hosted_store
 
 SMALL = PoolLimits(threads=4, threads_per_client=2, waiting=6, waiting_per_client=3)
 
@@ -149,3 +151,17 @@ def test_a_local_disk_needs_no_thread_for_what_is_quick() -> None:
     disk = LocalDisk(Clock())
     assert start(disk.read(lambda: 1), "") == [1]
     assert start(disk.run(lambda: 2, quick=True), "") == [2]
+
+
+def test_an_upload_is_unlocked_however_many_requests_wait(reactor: HangingReactor, tmp_path: Path) -> None:
+    disk, repository = make_disk(reactor), parse_repository("team/app")
+    uploads = make_hosted_store(reactor, HostedTree.from_layout(Layout(tmp_path)), disk).uploads
+    upload = reactor.run(uploads.start(repository, "sha256", "10.0.0.1"))
+    reactor.run(upload.append(b"abc"))
+    for number in range(10):
+        start(disk.run(int), f"10.0.0.{number}")
+    suspended = start(upload.suspend(), "10.0.0.1")
+    while reactor.busy:
+        reactor.run_one()
+    assert suspended == [None]
+    assert reactor.run(uploads.resume(repository, upload.status.session)).status.size == 3

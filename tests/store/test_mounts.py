@@ -57,3 +57,7 @@ def test_one_remote_directory_of_a_store_is_enough(tmp_path: Path, mountinfo: st
 
 def test_the_real_file_is_understood(tmp_path: Path) -> None:
     assert remote_file_system(["/proc"]) is None
+
+
+def test_without_proc_all_is_local(tmp_path: Path) -> None:
+    assert remote_file_system([str(tmp_path)], str(tmp_path / "missing")) is None
