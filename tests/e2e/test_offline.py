@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import socket
-import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -14,7 +11,6 @@ from tests.e2e.harness.client_factory import ClientFactory
 from tests.e2e.harness.clients import Containerd, Docker, Skopeo
 from tests.e2e.harness.daemon import StartDaemon, TwistdDaemon
 from tests.e2e.harness.images import ACCEPT_MANIFESTS
-from tests.e2e.harness.process import wait_until
 from tests.e2e.harness.upstreams import FAKE, HUB, REGISTRY, TOKEN_URL, Upstreams
 
 ON_HUB = "docker.io/offline/hub:1"
@@ -189,64 +185,3 @@ def test_cached_pull_needs_no_upstream_token(upstreams: Upstreams, start_daemon:
         assert (response.status, response.cache_status) == (200, "HIT")
     assert upstreams.hub.find_requests("GET", "/library/") == upstreams.hub.find_requests("HEAD", "/library/") == []
     assert len(upstreams.token_server.requests) == token_request_count
-
-
-class _SilentServer:
-    """Takes the place of a server, and lets nobody finish the TLS handshake, as if packets were dropped."""
-
-    def __init__(self, port: int) -> None:
-        self._socket = socket.socket()
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self._socket.bind(("127.0.0.1", port))
-        self._socket.listen(128)
-        self._socket.setblocking(False)
-        self._connections: list[socket.socket] = []
-
-    def count_connections(self) -> int:
-        """Return the number of connections so far."""
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                self._connections.append(self._socket.accept()[0])
-        return len(self._connections)
-
-    def close(self) -> None:
-        for connection in (self._socket, *self._connections):
-            connection.close()
-
-
-def test_pull_while_upstream_is_silent(upstreams: Upstreams, start_daemon: StartDaemon, clients: ClientFactory) -> None:
-    """Each process waits once: all requests of all pulls together make one connection, or probe in the background."""
-    daemon = start_daemon(WORKERS="1", PROXY_CONNECT_TIMEOUT="2s")
-    image = images.build_small_image("silent", oci=False)
-    upstreams.fake.put("silent/app", "1", image)
-    url, name = f"{FAKE}/v2/silent/app", "fake.test/silent/app:1"
-    skopeo, docker, containerd = clients.skopeo(daemon), clients.docker(daemon), clients.containerd(daemon)
-    skopeo.pull(name)
-    docker.run_checked("pull", name)
-    docker.remove_all_images()
-    containerd.pull(name)
-    containerd.remove_all_images()
-    upstreams.fake.stop()
-    started = time.monotonic()
-    silent_server = _SilentServer(upstreams.fake.port)
-    try:
-        response = daemon.client.get(f"{url}/manifests/1", Accept=ACCEPT_MANIFESTS)
-        assert (response.status, response.cache_status, response.body) == (200, "STALE", image.manifest.data)
-        assert silent_server.count_connections() == 1
-        for _ in range(10):
-            assert daemon.client.get(f"{url}/manifests/1", Accept=ACCEPT_MANIFESTS).cache_status == "STALE"
-        response = daemon.client.get(f"{url}/manifests/never", Accept=ACCEPT_MANIFESTS)
-        assert response.status == 504
-        assert "fake.test:443: timed out, not connected after 2 s (tried" in response.error_message
-        containerd.pull(name)
-        skopeo.pull(name)
-        docker.run_checked("pull", name)
-        # One request has waited. Each further connection is one in the background, 5 s after the last one failed.
-        assert silent_server.count_connections() <= 2 + (time.monotonic() - started) / 5
-    finally:
-        silent_server.close()
-        upstreams.fake.start()
-    wait_until(
-        lambda: daemon.client.get(f"{url}/manifests/1", Accept=ACCEPT_MANIFESTS).cache_status == "REVALIDATED",
-        "the daemon asks upstream again",
-    )
