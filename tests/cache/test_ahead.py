@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import errno
 import random
+import tempfile
 from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dockerproxy.cache import ahead
 from dockerproxy.cache.ahead import merge_close
 from dockerproxy.cache.download_state import DownloadState
 from dockerproxy.cache.downloads import BlobDownload, DownloadLimits
 from dockerproxy.errors import UpstreamBroken
 from dockerproxy.oci.names import Digest
-from dockerproxy.oci.ranges import ByteRange
+from dockerproxy.oci.ranges import ByteRange, parse_ranges
 from tests.cache.support.harness import HUB, OTHER, CacheHarness, ManualReader, do_nothing
 from tests.cache.support.upstream import (
     ReceivedRequest,
@@ -25,6 +30,7 @@ from tests.cache.support.upstream import (
     disconnect_after,
     ignore_range,
     raise_error,
+    respond_normally,
     respond_streaming,
     respond_with,
     serve_content,
@@ -504,8 +510,8 @@ def test_a_download_that_fails_to_store_the_blob_does_not_end_a_range(
     harness.upstream.on("GET", str(DIGEST), respond_streaming, times=1)
     reader = open_reader(harness, download, byte_range)
     reader.read()
-    ahead = harness.upstream.responses[-1]
-    ahead.send(1000)
+    ahead_response = harness.upstream.responses[-1]
+    ahead_response.send(1000)
     harness.reactor.run_due_calls()
 
     def fail(*args: object) -> None:
@@ -516,7 +522,7 @@ def test_a_download_that_fails_to_store_the_blob_does_not_end_a_range(
     response.send(1000)
     harness.advance(0.1)
     assert download.state is DownloadState.FAILED
-    ahead.send_rest()
+    ahead_response.send_rest()
     harness.reactor.run_due_calls()
     rest = ByteRange(byte_range.start + 1000, byte_range.stop)
     assert read(harness, reader, rest) == bytes_of(rest)
@@ -578,3 +584,92 @@ def test_merging_keeps_all_ranges_and_adds_little(pairs: list[tuple[int, int]]) 
         assert all(any(m.start <= r.start and r.stop <= m.stop for m in merged) for r in order)
         added = sum(m.size for m in merged) - sum(r.size for r in order)
         assert 0 <= added <= 128 * 1024 * (len(order) - len(merged))
+
+
+SMALL = DATA[:60_000]
+SMALL_DIGEST = Digest.of(SMALL)
+
+BEHAVIOURS: list[Responder] = [
+    respond_normally,
+    respond_normally,
+    respond_streaming,
+    disconnect_after(500),
+    ignore_range,
+    respond_with(403),
+    raise_error(UpstreamBroken("the connection broke")),
+]
+
+STEPS = st.one_of(
+    st.tuples(st.just("send"), st.integers(1, 20_000)),
+    st.tuples(st.just("send ahead"), st.integers(1, 3000)),
+    st.tuples(st.just("read"), st.integers(1, 5000)),
+    st.tuples(st.just("wait"), st.integers(1, 5)),
+    st.tuples(st.just("break"), st.just(0)),
+    st.tuples(st.just("full disk"), st.just(0)),
+)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 59_000), st.integers(1, 1000)), min_size=1, max_size=4),
+    st.lists(st.sampled_from(BEHAVIOURS), max_size=6),
+    st.lists(STEPS, max_size=25),
+)
+def test_every_client_gets_its_ranges(
+    starts: list[tuple[int, int]], behaviours: list[Responder], steps: list[tuple[str, int]]
+) -> None:
+    """The download, the requests ahead and the clients are slow, and fail, in any order: nobody waits for ever."""
+    field = "bytes=" + ",".join(f"{start}-{start + size - 1}" for start, size in starts)
+    ranges = parse_ranges(field, len(SMALL))
+    with tempfile.TemporaryDirectory() as folder, patch.object(ahead, "_MIN_GAP", 1000):
+        harness = CacheHarness(Path(folder))
+        harness.upstream.repository(f"{HUB}/{NAME}").put_blob(SMALL)
+        remaining = iter(behaviours)
+
+        def respond(request: ReceivedRequest, data: bytes | None) -> Any:
+            is_ahead = request.range is not None and not request.range.endswith("-")
+            return (next(remaining, respond_normally) if is_ahead else respond_streaming)(request, data)
+
+        harness.upstream.on("GET", str(SMALL_DIGEST), respond)
+        download = harness.downloads.start(harness.principal(), SMALL_DIGEST, do_nothing)
+        harness.reactor.run_due_calls()
+        reader_of_range = []
+        for byte_range in ranges:
+            content = download.open_reader(harness.repository(), "10.0.0.1")
+            assert content is not None
+            content.expect([byte_range])
+            reader_of_range.append((ManualReader(harness, content, byte_range.start), byte_range))
+
+        def read_on(size: int) -> None:
+            for reader, byte_range in reader_of_range:
+                missing = byte_range.size - len(reader.data)
+                if missing:
+                    reader.read(min(size, missing))
+
+        with ExitStack() as stack:
+            for step, number in steps:
+                if step == "read":
+                    read_on(number)
+                elif step == "wait":
+                    harness.advance(number / 10)
+                elif step == "full disk":
+                    append = patch("dockerproxy.store.ingest.Ingest.append", side_effect=OSError(errno.ENOSPC, "full"))
+                    stack.enter_context(append)
+                else:
+                    responses = [response for response in harness.upstream.responses if not response.ended]
+                    chosen = responses[-1:] if step == "send ahead" else responses[:1]
+                    for response in chosen:
+                        response.disconnect() if step == "break" else response.send(number)
+                harness.reactor.run_due_calls()
+            for _ in range(200):
+                if all(len(reader.data) == byte_range.size for reader, byte_range in reader_of_range):
+                    break
+                for response in harness.upstream.responses:
+                    if not response.ended:
+                        response.send_rest()
+                harness.advance(0.5)
+                read_on(60_000)
+            for reader, byte_range in reader_of_range:
+                assert reader.error is None
+                assert reader.data == SMALL[byte_range.start : byte_range.stop]
+                reader.content.close()
+            harness.assert_no_leaks()
