@@ -19,6 +19,7 @@ from twisted.internet.defer import Deferred
 import dockerproxy
 from dockerproxy import settings as settings_module
 from dockerproxy.daemon.systemd import Notifier
+from dockerproxy.oci.credentials import BasicCredentials
 from dockerproxy.oci.names import Registry
 from dockerproxy.registry.htpasswd import HtpasswdError
 from dockerproxy.reload import Configuration, RegistryTable, Reloader, describe_error, reloadable_variables
@@ -207,6 +208,59 @@ def test_configuration_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for name in ("extra_registries", "auth_registries", "anonymous_pull"):
         assert getattr(worker_settings, name) == getattr(configuration.settings, name)
     assert [login.password for login in worker_settings.auth_registries.values()] == ["secret"]
+
+
+def read_configuration(**variables: str) -> Configuration:
+    return Configuration.read({"PATH": "/usr/bin:/bin", **variables}, None)
+
+
+def test_docker_config_is_read_with_the_settings(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text('{"auths": {"quay.io": {"username": "me", "password": "secret"}, "quay.io/team": {}}}')
+    file.chmod(0o604)
+    configuration = read_configuration(DOCKER_CONFIG_FILE=str(file))
+    assert configuration.docker_config.logins == {QUAY.host: BasicCredentials("me", "secret")}
+    assert "secret" not in repr(configuration)
+    exposed, unused = sorted(configuration.settings.warnings, key=lambda text: "every local user" not in text)
+    assert f"every local user can read {file}" in exposed
+    assert unused.startswith("DOCKER_CONFIG_FILE: its entry 'quay.io/team' is not used")
+    assert read_configuration().docker_config.logins == {}
+
+
+@pytest.mark.parametrize(
+    "content", [None, "", "{", "[]", '{"auths": 7}', '{"credsStore": "a/b"}', "{" + " " * (1 << 20)]
+)
+def test_an_unusable_docker_config(tmp_path: Path, content: str | None) -> None:
+    file = tmp_path / "config.json"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(SettingsError) as excinfo:
+        read_configuration(DOCKER_CONFIG_FILE=str(file))
+    assert str(excinfo.value).startswith(f"DOCKER_CONFIG_FILE: {file} ")
+    with pytest.raises(SettingsError, match="cannot be read"):
+        read_configuration(DOCKER_CONFIG_FILE=str(tmp_path))
+
+
+def test_warnings_about_helpers(tmp_path: Path) -> None:
+    program = tmp_path / "docker-credential-there"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    file = tmp_path / "config.json"
+    file.write_text('{"credsStore": "missing-too", "credHelpers": {"quay.io": "there"}}')
+    file.chmod(0o600)
+    never_asked = "other.test:there *.x.test:there"
+    warnings = read_configuration(
+        PATH=str(tmp_path),
+        REGISTRIES="quay.io *.pkg.dev a.example.com",
+        CREDENTIAL_HELPERS=f"quay.io:missing a.pkg.dev:there *.example.com:there docker.io:there {never_asked}",
+        DOCKER_CONFIG_FILE=str(file),
+    ).settings.warnings
+    assert [warning.partition(",")[0].partition(" in PATH")[0] for warning in warnings] == [
+        "CREDENTIAL_HELPERS: there is no program docker-credential-missing",
+        "DOCKER_CONFIG_FILE: there is no program docker-credential-missing-too",
+        "CREDENTIAL_HELPERS: the helper for other.test is never asked",
+        "CREDENTIAL_HELPERS: the helper for *.x.test is never asked",
+    ]
 
 
 def test_reload_replaces_logins() -> None:

@@ -731,6 +731,40 @@ def test_environment_and_file_override_a_systemd_credential(credentials_director
     }
 
 
+def test_docker_config_from_a_systemd_credential(credentials_directory: Path) -> None:
+    assert settings(CREDENTIALS_DIRECTORY=str(credentials_directory)).docker_config_file is None
+    file = credentials_directory / "docker-registry-proxy.docker_config_file"
+    file.write_text("{}")
+    env = {"CREDENTIALS_DIRECTORY": str(credentials_directory)}
+    assert settings(**env).docker_config_file == file
+    assert settings(**env, DOCKER_CONFIG_FILE="/etc/docker.json").docker_config_file == Path("/etc/docker.json")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("quay.io:pass", {"quay.io": "pass"}),
+        ("*.pkg.dev:gcr registry.test:5000:ecr-login", {"*.pkg.dev": "gcr", "registry.test:5000": "ecr-login"}),
+        ("https://index.docker.io/v1/:desktop docker.io:desktop", {"registry-1.docker.io": "desktop"}),
+        ("[::1]:5000:a.b_c-D9", {"[::1]:5000": "a.b_c-D9"}),
+        ("quay.io:pass quay.io:443:pass", {"quay.io": "pass"}),
+    ],
+)
+def test_credential_helpers(text: str, expected: dict[str, str]) -> None:
+    parsed = settings(CREDENTIAL_HELPERS=text).credential_helpers
+    assert {str(host): helper for host, helper in parsed.items()} == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["quay.io", "quay.io:", ":pass", "quay.io:5000", "quay.io:/bin/sh", "quay.io:../x", "quay.io:a/b", "quay.io:$(x)",
+     "*:pass", "*.com:pass", "quay.io/team:pass", "quay.io:a quay.io:b", "docker.io:a index.docker.io:b"],
+)  # fmt: skip
+def test_bad_credential_helpers(text: str) -> None:
+    with pytest.raises(SettingsError, match="CREDENTIAL_HELPERS: "):
+        settings(CREDENTIAL_HELPERS=text)
+
+
 def test_delimiters_apply_to_a_systemd_credential(credentials_directory: Path) -> None:
     (credentials_directory / "docker-registry-proxy.auth_registries").write_text(
         'gcr.io:::_json_key:::{"a": "b"};;;quay.io:::me:::word\n'

@@ -187,7 +187,7 @@ class SharedLogins:
         if not isinstance(refused, BasicCredentials | IdentityToken):
             return []
         provided = self._provided.get(registry)
-        if provided is not None and provided.login is not None and self._accepted.get(registry) != refused:
+        if provided is not None and provided.login is not None:
             await self._ask_provider(registry, refused, client)
             login = self.configured_login(registry)
             if login is not None and login != refused:

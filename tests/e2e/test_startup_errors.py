@@ -36,6 +36,8 @@ INVALID_SETTINGS = {
     "KEEPALIVE_TIMEOUT": "soon",
     "WORKERS": "0",
     "CLIENT_MIN_RATE": "-1",
+    "CREDENTIAL_HELPERS": "quay.io:/bin/sh",
+    "DOCKER_CONFIG_FILE": "/nonexistent/config.json",
     "MAX_CONNECTIONS_PER_CLIENT": "none",
 }
 

@@ -89,11 +89,13 @@ class CredentialHelperTests(TestCase):
         self.write_helper(
             "import json\n"
             f"with open({str(record)!r}, 'w') as file:\n"
-            "    json.dump([sys.argv[1:], sys.stdin.read(), sorted(os.environ), os.getpgid(0) == os.getpid()], file)\n"
+            "    json.dump([sys.argv[1:], sys.stdin.read(), sorted(os.environ), os.getpgid(0) == os.getpid(),"
+            " sorted(map(int, os.listdir('/proc/self/fd')))], file)\n"
             f"print({json.dumps(ANSWER)!r})"
         )
         self.assertEqual(await self.helpers.run("test", "quay.io"), BasicCredentials("AWS", SECRET))
-        arguments, stdin, variables, leads_group = json.loads(record.read_text())
+        arguments, stdin, variables, leads_group, descriptors = json.loads(record.read_text())
+        self.assertEqual(descriptors, [0, 1, 2, 3, 4])  # 3 and 4 are of the record and of the list itself
         self.assertEqual((arguments, stdin, leads_group), (["get"], "quay.io\n", True))
         self.assertEqual(set(variables) - {"LC_CTYPE"}, {"PATH", "HOME"})
 

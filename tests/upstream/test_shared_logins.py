@@ -218,6 +218,13 @@ class TestProvider:
         assert logins.source.provider_questions[-1] == (OTHER.host, OLD)
         assert (logins.shared.login_for(OTHER), logins.changes) == (NEW, [])
 
+    def test_it_is_asked_even_if_the_login_was_accepted_a_moment_ago(self, logins: Logins) -> None:
+        self.obtain(logins)
+        logins.source.answer = None
+        assert result_of(logins.shared.alternatives(OTHER, OLD)) == [Anonymous()]  # about a repository
+        logins.source.provided = {OTHER.host: NEW}
+        assert result_of(logins.shared.alternatives(OTHER, OLD)) == [NEW, Anonymous()]
+
     def test_a_refused_login_without_another_has_ended(self, logins: Logins) -> None:
         self.obtain(logins)
         assert result_of(logins.shared.alternatives(OTHER, OLD)) == [Anonymous()]
