@@ -7,11 +7,14 @@ import re
 import resource
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
 from attrs import field, frozen
+from twisted.application.internet import TimerService
 
+from dockerproxy import __version__
 from dockerproxy.admin.builtin_endpoints import builtin_endpoints
 from dockerproxy.cache.composition import CachePolicy, CacheServices, compose_cache
 from dockerproxy.cache.downloads import DownloadLimits
@@ -22,8 +25,9 @@ from dockerproxy.cache.space import CacheSpace, FileCounter
 from dockerproxy.concurrency import KeyedLock, LocalKeyedLock, fair_threads, in_thread
 from dockerproxy.daemon.accesslog import AccessLog
 from dockerproxy.daemon.listener_service import Listener
-from dockerproxy.daemon.metrics import Metrics
+from dockerproxy.daemon.metrics import DOWNLOADS, TUNNELS, Metrics
 from dockerproxy.daemon.transfers import Transfers
+from dockerproxy.errors import RegistryError
 from dockerproxy.http.channel import Handler
 from dockerproxy.http.cross_origin import CrossOriginProtection
 from dockerproxy.http.request import Request
@@ -80,6 +84,7 @@ little memory, and a NAT with 500 hosts behind it is one client."""
 _HELD_PART = 8
 """Readers of evicted blobs may hold one part in so many of CACHE_MAX_SIZE, beside the cache."""
 
+_SAMPLE_INTERVAL = 1.0  # seconds between two samples of the gauges
 _MAX_REPORTED = 200  # downloads in a report
 
 _PASSWORD_PRIORITY = 10
@@ -171,6 +176,17 @@ class ProxyServer:
         configure_logins(self.pull_through.logins, settings)
         self.pull_through.challenges.restore(settings.registries)
 
+    def sample_gauges(self) -> None:
+        """Write what this process is doing into the metrics, which any process can be asked for."""
+        self.metrics.set(TUNNELS, len(self.transfers))
+        self.metrics.set(DOWNLOADS, len(self.pull_through.blobs.downloads))
+
+    def gauge_service(self) -> TimerService:
+        """Return the service that samples the gauges every second."""
+        service = TimerService(_SAMPLE_INTERVAL, self.sample_gauges)  # type: ignore[no-untyped-call]
+        service.clock = self._reactor
+        return service
+
     def close_idle(self, client: str) -> None:
         """Close half of the idle connections of `client`, a `client_key`, those that are idle longest."""
         for listener in self.listeners:
@@ -219,7 +235,7 @@ def build_server(reactor: Any, settings: Settings, certificates: Certificates, s
     rules = HostedRules()
     set_hosted_rules(rules, settings)
     hosted_app = HostedRegistryApp(api, HostedRegistry(hosted_store, parser, rules), access_control, rules)
-    metrics_handler = partial(handle_metrics, reactor, shared)
+    metrics_handler = partial(handle_metrics, reactor, shared, authority, disk)
     on_finished = partial(count_and_log, shared.metrics)
     cross_origin = CrossOriginProtection(settings.cors_origins)
     browser_protection = BrowserProtection(build_host_rule(settings), cross_origin)
@@ -565,23 +581,32 @@ def build_site(
     )
 
 
-async def handle_metrics(reactor: Any, shared: SharedServices, request: Request) -> None:
+async def handle_metrics(
+    reactor: Any, shared: SharedServices, authority: CertificateAuthority, registry_disk: DiskAccess, request: Request
+) -> None:
     """Respond with the metrics of all processes, in the format that the client prefers."""
     used, limit = await shared.cache_space.usage()
-    gauges = {
-        "cache_bytes": ("Bytes of the cache, with 8 KiB more for each blob, and 4 KiB for each link and record.", used),
-        "cache_limit_bytes": ("Maximum bytes of the cache (CACHE_MAX_SIZE).", limit),
+    measured = {
+        "cache_bytes": used,
+        "cache_limit_bytes": limit,
+        "certificate_expiry_timestamp_seconds": authority.expires_at,
     }
+    disks = {"cached": await in_thread(reactor, os.statvfs, shared.state.cache.root)}
+    with suppress(OSError, RegistryError):  # it may be on a server that does not answer
+        disks["hosted"] = await registry_disk.read(os.statvfs, shared.state.registry.root)
     accept = request.headers.get("accept") or ""
-    content_type, content = await in_thread(reactor, partial(_render_metrics, shared.metrics, gauges, accept))
+    content_type, content = await in_thread(reactor, _render_metrics, shared.metrics, measured, disks, accept)
     fields = [("Content-Type", content_type), ("Cache-Control", "no-store")]
     await request.respond_long(200, fields, content)
 
 
-def _render_metrics(metrics: Metrics, gauges: Mapping[str, tuple[str, float]], accept: str) -> tuple[str, bytes]:
-    from dockerproxy.daemon.exposition import render  # loaded in a thread, and only if somebody asks for metrics
+def _render_metrics(
+    metrics: Metrics, measured: Mapping[str, float], disks: Mapping[str, os.statvfs_result], accept: str
+) -> tuple[str, bytes]:
+    # Loaded in a thread, and only if somebody asks for metrics.
+    from dockerproxy.daemon.exposition import measured_gauges, render
 
-    return render(metrics, gauges, accept)
+    return render(metrics, measured_gauges(__version__, measured, disks), accept)
 
 
 _access_log = AccessLog()
@@ -589,6 +614,8 @@ _access_log = AccessLog()
 
 def count_and_log(metrics: Metrics, request: Request, seconds: float) -> None:
     """Count a finished request in the metrics and log it."""
+    if request.because and request.status >= 400:
+        metrics.count_refusal(request.because)
     metrics.count_request(
         request.registry, request.kind, request.cache_status, request.status, request.bytes_sent, request.latency
     )

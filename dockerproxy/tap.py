@@ -35,6 +35,7 @@ from dockerproxy.daemon import jsonlog, textlog
 from dockerproxy.daemon.control_socket import ControlSocket
 from dockerproxy.daemon.listener_service import SHUTDOWN_GRACE, EndpointOpener, ListenerService, PortOpener
 from dockerproxy.daemon.memory_tuning import freeze_startup_objects, tune_malloc
+from dockerproxy.daemon.metrics import Metrics
 from dockerproxy.daemon.signals import DebugSignalService, on_repeated_stop
 from dockerproxy.daemon.systemd import Notifier, SystemdService
 from dockerproxy.oci.docker_hub import DOCKER_HUB, DOCKER_HUB_ALIASES, registry_label
@@ -103,12 +104,13 @@ def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifi
     authority = certificates.authority
     for warning in (*settings.warnings, *state.warnings, *authority.warnings):
         log.warn("{warning}", warning=warning)
-    cache_space = build_cache_space(reactor, settings, state)
+    metrics = Metrics.make(settings.workers, map(registry_label, settings.intercepted))
+    cache_space = build_cache_space(reactor, settings, state, metrics.count_evictions)
     helpers = CredentialHelpers(reactor, configuration.variables)
     logins = LocalLoginProvider(helpers.run, reactor.seconds)
     reactor.callWhenRunning(configure_provider, logins, configuration)
     shared_state, bindings = SharedState(cache_space, EndedLogins(time.time), logins), Bindings()
-    forked_state = ForkedState.create(reactor, configuration, state, certificates)
+    forked_state = ForkedState.create(reactor, configuration, state, certificates, metrics)
     silent_servers = build_silent_servers(reactor, settings)
     shared = forked_state.shared_services(0, LocalCoordinator(shared_state), bindings, silent_servers)
     server = build_server(reactor, settings, certificates, shared)
@@ -122,6 +124,7 @@ def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifi
     for service in (
         *workers.services,  # first, because the fork server forks: no descriptors and no threads may exist yet
         cache_space.service(),
+        server.gauge_service(),
         upload_purge_service(reactor, server.registry_disk, server.hosted_tree.uploads, time.time),
         listener_service,
         workers.supervisor,
@@ -292,7 +295,9 @@ class DaemonService(MultiService):
         super().setServiceParent(parent)  # type: ignore[no-untyped-call]
 
 
-def build_cache_space(reactor: Any, settings: Settings, state: StateDirectory) -> CacheSpaceManager:
+def build_cache_space(
+    reactor: Any, settings: Settings, state: StateDirectory, on_evicted: Callable[[str, int], None]
+) -> CacheSpaceManager:
     """Build the manager of the cache's disk space in CACHE_DIR."""
     return CacheSpaceManager(
         reactor,
@@ -303,6 +308,7 @@ def build_cache_space(reactor: Any, settings: Settings, state: StateDirectory) -
         inactive=settings.cache_inactive,
         clock=time.time,
         janitor=Janitor(state.cache, state.open_records(), time.time),
+        on_evicted=on_evicted,
     )
 
 

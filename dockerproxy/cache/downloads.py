@@ -711,6 +711,10 @@ class Downloads:
         spawn(work, f"the download of {digest}")
         return download
 
+    def __len__(self) -> int:
+        """Return the number of downloads in progress."""
+        return len(self._downloads)
+
     def report(self) -> list[dict[str, Any]]:
         """Return what the downloads are doing, as a JSON value."""
         return [

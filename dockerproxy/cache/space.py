@@ -149,6 +149,10 @@ class FileCounter:
         self._report(count)
 
 
+def _ignore_evictions(reason: str, count: int) -> None:
+    """Do nothing about evictions."""
+
+
 class CacheSpaceManager(CacheSpace):
     """Keeps the cache within its limit.
 
@@ -161,6 +165,8 @@ class CacheSpaceManager(CacheSpace):
     be one blob. Partial downloads that nobody continues make room first.
 
     `store.eviction` decides which are evicted then: blobs that were used once before those that were used again.
+
+    `on_evicted` is called with the reason, ``room`` or ``inactive``, and the number of blobs and partial downloads.
 
     Links and records count as well. The janitor keeps them within their part of the limit; if there are more between
     two of its walks, they do not take the space of blobs.
@@ -179,8 +185,10 @@ class CacheSpaceManager(CacheSpace):
         janitor: Janitor,
         blob_cost: int = BLOB_COST,
         cooperative_thread: CooperativeThread | None = None,
+        on_evicted: Callable[[str, int], None] | None = None,
     ) -> None:
         self._reactor = reactor
+        self._on_evicted = on_evicted or _ignore_evictions
         self._cooperative_thread = cooperative_thread or CooperativeThread(reactor)
         self._layout = layout
         self._blobs = blobs
@@ -225,7 +233,7 @@ class CacheSpaceManager(CacheSpace):
             self.index.abort_rescan()
         await self._cooperative_thread.run(rescan.clear_incrementally())
         while expired := self.index.expire(self._inactive, self._clock()):
-            await self._evict(expired)
+            await self._evict(expired, "inactive")
         is_due = self._reactor.seconds() - self._cleaned_at >= _CLEAN_INTERVAL or self._file_count > self._max_files
         if is_due or await in_thread(self._reactor, self._missing_inodes):
             await self.clean()
@@ -454,7 +462,7 @@ class CacheSpaceManager(CacheSpace):
         ingests = await in_thread(self._reactor, self._find_ingests, blobs)
         for key in ingests:
             self.index.remove(key)
-        await self._evict([*ingests, *blobs])
+        await self._remove([*ingests, *blobs])
 
     def _find_ingests(self, digests: list[Digest]) -> list[IngestKey]:
         return [key for digest in digests for key in ingests_of(self._layout, digest)]
@@ -483,7 +491,11 @@ class CacheSpaceManager(CacheSpace):
         status = os.statvfs(self._layout.root)
         return status.f_bavail * status.f_frsize
 
-    async def _evict(self, keys: list[CacheKey]) -> None:
+    async def _evict(self, keys: list[CacheKey], reason: str = "room") -> None:
+        self._on_evicted(reason, len(keys))
+        await self._remove(keys)
+
+    async def _remove(self, keys: list[CacheKey]) -> None:
         if keys:
             log.info("evicting {count} blobs", count=len(keys))
             await in_thread(self._reactor, self._remove_all, keys)

@@ -6,7 +6,9 @@ keeps files for each of them. The names are the families of `dockerproxy.daemon.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 
 from attrs import frozen
@@ -15,42 +17,81 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
-from dockerproxy.daemon.metrics import BUCKETS, FAMILIES, Family, Metrics
+import twisted
+from dockerproxy.daemon.metrics import BUCKETS, GLOBAL_FAMILIES, REGISTRY_FAMILIES, Family, Metrics, Sample
+
+_MEASURED = {
+    "cache_bytes": "Bytes of the cache, with 8 KiB more for each blob, and 4 KiB for each link and record.",
+    "cache_limit_bytes": "Maximum bytes of the cache (CACHE_MAX_SIZE).",
+    "certificate_expiry_timestamp_seconds": "The end of the CA's certificate, in POSIX time.",
+}
 
 _BOUNDS = (*map(str, BUCKETS), "+Inf")
+
+
+@frozen
+class Gauge:
+    """A gauge that was measured for this exposition, with the values of its `labels`."""
+
+    name: str
+    help_text: str
+    values: Mapping[tuple[str, ...], float]
+    labels: tuple[str, ...] = ()
+
+
+def measured_gauges(
+    version: str, values: Mapping[str, float], disks: Mapping[str, os.statvfs_result]
+) -> Iterator[Gauge]:
+    """Yield the gauges that were measured for this exposition: `values` by name, and the `disks` of stores.
+
+    `version` is that of the daemon.
+    """
+    versions = version, ".".join(map(str, sys.version_info[:3])), twisted.__version__
+    yield Gauge("build_info", "The version of the daemon; always 1.", {versions: 1}, ("version", "python", "twisted"))
+    for name, value in values.items():
+        yield Gauge(name, _MEASURED[name], {(): value})
+    free: dict[tuple[str, ...], float] = {}
+    inodes: dict[tuple[str, ...], float] = {}
+    for store, disk in disks.items():
+        free[store,], inodes[store,] = disk.f_bavail * disk.f_frsize, disk.f_favail
+    yield Gauge("store_free_bytes", "Free bytes on the disk of a store.", free, ("store",))
+    yield Gauge("store_free_inodes", "Free inodes of the file system of a store.", inodes, ("store",))
 
 
 @frozen(eq=False)
 class _Collector(Collector):
     metrics: Metrics
-    gauges: Mapping[str, tuple[str, float]]
+    gauges: Sequence[Gauge]
 
     def collect(self) -> Iterator[Metric]:
-        for family in FAMILIES:
-            yield _histogram(self.metrics, family) if family.is_histogram else _counter(self.metrics, family)
-        for name, (help_text, value) in self.gauges.items():
-            yield GaugeMetricFamily(f"dockerproxy_{name}", help_text, value)
+        for family in (*REGISTRY_FAMILIES, *GLOBAL_FAMILIES):
+            yield _histogram(self.metrics, family) if family.is_histogram else _simple(self.metrics, family)
+        for gauge in self.gauges:
+            metric = GaugeMetricFamily(f"dockerproxy_{gauge.name}", gauge.help_text, labels=gauge.labels)
+            for values, number in gauge.values.items():
+                metric.add_metric(values, number)
+            yield metric
 
 
-def render(metrics: Metrics, gauges: Mapping[str, tuple[str, float]], accept: str) -> tuple[str, bytes]:
+def render(metrics: Metrics, gauges: Iterable[Gauge], accept: str) -> tuple[str, bytes]:
     """Return the media type and the exposition: OpenMetrics if `accept` prefers it, otherwise Prometheus's text format.
 
-    `gauges` have their help text and value by name. See prometheus.io/docs/instrumenting/exposition_formats. It takes
-    milliseconds, so call it in a thread.
+    See prometheus.io/docs/instrumenting/exposition_formats. It takes milliseconds, so call it in a thread.
     """
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Collector(metrics, gauges))
+    registry.register(_Collector(metrics, tuple(gauges)))
     encode, content_type = choose_encoder(accept)
     return content_type, encode(registry)
 
 
-def _counter(metrics: Metrics, family: Family) -> Metric:
-    metric = CounterMetricFamily(f"dockerproxy_{family.name}", family.help_text, labels=_label_names(family))
-    # Combinations that never occur would be most of the lines. A counter with one label more than the registry's has
+def _simple(metrics: Metrics, family: Family) -> Metric:
+    metric_class = GaugeMetricFamily if family.is_gauge else CounterMetricFamily
+    metric = metric_class(f"dockerproxy_{family.name}", family.help_text, labels=_label_names(family))
+    # Combinations that never occur would be most of the lines. A counter with at most one label beside the registry has
     # all its values from the start, because `increase()` does not see the step from nothing to 1.
     for sample in metrics.samples(family):
         if sample.value or len(family.labels) < 2:
-            metric.add_metric((sample.registry, *sample.labels), sample.value)
+            metric.add_metric(_label_values(sample), sample.value)
     return metric
 
 
@@ -59,9 +100,14 @@ def _histogram(metrics: Metrics, family: Family) -> Metric:
     for sample in metrics.samples(family):
         if any(sample.buckets):
             buckets = list(zip(_BOUNDS, accumulate(sample.buckets), strict=True))
-            metric.add_metric((sample.registry, *sample.labels), buckets, sample.value)
+            metric.add_metric(_label_values(sample), buckets, sample.value)
     return metric
 
 
 def _label_names(family: Family) -> tuple[str, ...]:
-    return ("registry", *(name for name, _ in family.labels))
+    names = tuple(name for name, _ in family.labels)
+    return ("registry", *names) if family in REGISTRY_FAMILIES else names
+
+
+def _label_values(sample: Sample) -> tuple[str, ...]:
+    return (sample.registry, *sample.labels) if sample.registry else sample.labels

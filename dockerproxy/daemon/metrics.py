@@ -4,14 +4,15 @@ Each process increments its own counters, so that counting needs no lock. A work
 with its counters, so a counter never decreases while the daemon runs. `dockerproxy.daemon.exposition` renders them for
 Prometheus.
 
-Every counter exists once for each registry. The label `registry` has one of a fixed number of values: the registries in
-the settings, and three more. No client can add one by asking for a host.
+Counters of requests exist once for each registry. The label `registry` has one of a fixed number of values: the
+registries in the settings, and three more. No client can add one by asking for a host.
 """
 
 from __future__ import annotations
 
 import math
 import mmap
+import re
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate, product
@@ -33,6 +34,17 @@ HOSTED, OWN, OTHER = "hosted", "own", "other"
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 """Upper bounds of the buckets of all histograms, in seconds."""
 
+EVICTION_REASONS = ("room", "inactive")
+
+REFUSING_SETTINGS = (
+    "ALLOW_CLIENTS", "ALLOW_DELETE", "ALLOW_PUSH", "ALLOWED_HOSTS", "CACHE_MAX_BLOB_SIZE", "CACHE_MAX_SIZE",
+    "CLIENT_MIN_RATE", "CORS_ORIGINS", "MAX_UPLOADS", "MAX_UPLOADS_PER_CLIENT", "REGISTRIES", "REGISTRY_READ_ONLY",
+    "TUNNEL_ALLOW", "TUNNEL_DENY", "TUNNEL_PORTS",
+)  # fmt: skip
+"""Settings for which requests are refused. The sentence of such an error names its setting."""
+
+_SETTING = re.compile(r"\b(?:" + "|".join(sorted(REFUSING_SETTINGS, key=len, reverse=True)) + r")\b")
+
 # "other" counts clients that disconnected before the response, and statuses outside 100..599.
 _STATUS_CLASSES = ("other", "1xx", "2xx", "3xx", "4xx", "5xx")
 
@@ -45,16 +57,17 @@ log = Logger()
 
 @frozen(eq=False)
 class Family:
-    """The counters of one metric for one registry: a block of one cell for each combination of label values.
+    """The values of one metric: a block of one cell for each combination of label values, for each registry or once.
 
-    A cell of a counter is one word. A cell of a histogram is one word for each bucket, the last of which is unlimited,
-    and one for the sum in microseconds.
+    A cell of a counter or a gauge is one word. A cell of a histogram is one word for each bucket, the last of which is
+    unlimited, and one for the sum in microseconds.
     """
 
     name: str
     help_text: str
     labels: tuple[tuple[str, tuple[str, ...]], ...] = ()
     is_histogram: bool = False
+    is_gauge: bool = False
 
     @property
     def words_per_cell(self) -> int:
@@ -93,12 +106,36 @@ REQUEST_SECONDS = Family(
     is_histogram=True,
 )
 
-FAMILIES = (REQUESTS, RESPONSES, SENT_BYTES, REQUEST_SECONDS)
-"""All families that exist once for each registry."""
+REFUSALS = Family(
+    "refusals_total",
+    "Requests that a setting forbade, by its name.",
+    (("setting", REFUSING_SETTINGS),),
+)
+EVICTIONS = Family(
+    "cache_evictions_total",
+    "Blobs and partial downloads that left the cache: to make room, or because they were inactive (CACHE_INACTIVE).",
+    (("reason", EVICTION_REASONS),),
+)
+TUNNELS = Family("tunnels", "Open tunnels.", is_gauge=True)
+DOWNLOADS = Family("downloads", "Downloads from registries in progress.", is_gauge=True)
 
-# Indices of words, relative to a registry's first one. They are computed here, because a hit pays for the rest.
-*_STARTS, _WORDS_PER_REGISTRY = accumulate((family.words for family in FAMILIES), initial=0)
-_START = dict(zip(FAMILIES, _STARTS, strict=True))
+REGISTRY_FAMILIES = (REQUESTS, RESPONSES, SENT_BYTES, REQUEST_SECONDS)
+"""The families that exist once for each registry, with the label `registry`."""
+
+GLOBAL_FAMILIES = (REFUSALS, EVICTIONS, TUNNELS, DOWNLOADS)
+"""The families that exist once."""
+
+
+def _starts(families: Sequence[Family]) -> tuple[dict[Family, int], int]:
+    """Return the index of each family's first word in a block of all `families`, and the size of the block."""
+    *starts, size = accumulate((family.words for family in families), initial=0)
+    return dict(zip(families, starts, strict=True)), size
+
+
+# Indices of words, relative to a registry's first one, or to those of the process. They are computed here, because a
+# hit pays for the rest.
+_START, _WORDS_PER_REGISTRY = _starts(REGISTRY_FAMILIES)
+_GLOBAL_START, _GLOBAL_WORDS = _starts(GLOBAL_FAMILIES)
 _RESPONSES = _START[RESPONSES]
 _SENT_BYTES = {verdict: _START[SENT_BYTES] + index for index, verdict in enumerate(CACHE_STATUSES)}
 _REQUESTS = {labels: _START[REQUESTS] + index for index, labels in enumerate(REQUESTS.combinations)}
@@ -137,17 +174,20 @@ class Metrics:
         """Return metrics for that many processes, all zero, with the label values `registries`."""
         names = list(dict.fromkeys((OTHER, HOSTED, OWN, *registries)))
         slots = len(names) + _SPARE_REGISTRIES
-        words_per_process = _WORDS_PER_REGISTRY * slots
+        words_per_process = _GLOBAL_WORDS + _WORDS_PER_REGISTRY * slots
         counters = memoryview(mmap.mmap(-1, _COUNTER_SIZE * words_per_process * processes)).cast("Q")
         metrics = cls(counters, memoryview(mmap.mmap(-1, _NAME_SIZE * slots)), words_per_process)
         metrics.add_registries(names)
         return metrics
 
     def for_process(self, process: int) -> Metrics:
-        """Return a view that counts for the process with index `process`."""
+        """Return a view that counts for the process with index `process`, whose gauges are 0 now."""
         first_word = process * self._words_per_process
         metrics = Metrics(self._counters, self._names, self._words_per_process, first_word)
         metrics.read_registries()
+        for family in GLOBAL_FAMILIES:
+            if family.is_gauge:
+                metrics.set(family, 0)
         return metrics
 
     def add_registries(self, names: Iterable[str]) -> None:
@@ -191,10 +231,29 @@ class Metrics:
         if latency is not None:
             self._observe(base + _LATENCY[kind], latency)
 
+    def count_refusal(self, sentence: str) -> None:
+        """Count an error whose `sentence` names the setting that forbade the request; others are not counted."""
+        setting = _SETTING.search(sentence)
+        if setting is not None:
+            self._add(REFUSALS, REFUSING_SETTINGS.index(setting[0]), 1)
+
+    def count_evictions(self, reason: str, count: int) -> None:
+        """Count blobs and partial downloads that left the cache for one of `EVICTION_REASONS`."""
+        self._add(EVICTIONS, EVICTION_REASONS.index(reason), count)
+
+    def set(self, gauge: Family, value: int) -> None:
+        """Set a gauge of this process. Its value is the sum over all processes."""
+        self._counters[self._first_word + _GLOBAL_START[gauge]] = value
+
     def samples(self, family: Family) -> Iterator[Sample]:
-        """Yield the sums over all processes of every cell of `family`, for every registry."""
+        """Yield the sums over all processes of every cell of `family`, for every registry if it has them."""
+        if family in _GLOBAL_START:
+            values = self._sums(_GLOBAL_START[family], family.words)
+            for labels, value in zip(family.combinations, values, strict=True):
+                yield Sample(family, "", labels, value)
+            return
         for registry, index in list(self._registries.items()):
-            words = self._sums(index * _WORDS_PER_REGISTRY + _START[family], family.words)
+            words = self._sums(_GLOBAL_WORDS + index * _WORDS_PER_REGISTRY + _START[family], family.words)
             for number, labels in enumerate(family.combinations):
                 cell = words[number * family.words_per_cell : (number + 1) * family.words_per_cell]
                 if family.is_histogram:
@@ -202,9 +261,12 @@ class Metrics:
                 else:
                     yield Sample(family, registry, labels, cell[0])
 
+    def _add(self, family: Family, index: int, amount: int) -> None:
+        self._counters[self._first_word + _GLOBAL_START[family] + index] += amount
+
     def _base(self, registry: str) -> int:
         """Return the index of this process's first counter of `registry`."""
-        return self._first_word + self._registries.get(registry, 0) * _WORDS_PER_REGISTRY
+        return self._first_word + _GLOBAL_WORDS + self._registries.get(registry, 0) * _WORDS_PER_REGISTRY
 
     def _observe(self, cell: int, seconds: float) -> None:
         self._counters[cell + bisect_left(BUCKETS, seconds)] += 1

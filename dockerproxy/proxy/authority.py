@@ -30,6 +30,7 @@ from dockerproxy.proxy.issuer import (
     key_usage,
     load_configured_issuer,
     to_datetime,
+    validity,
 )
 from dockerproxy.proxy.local_ca import load_or_create_issuer
 from dockerproxy.proxy.tls_contexts import make_context, use_certificate
@@ -112,6 +113,11 @@ class CertificateAuthority:
     def fingerprint(self) -> str:
         """The SHA-256 of that certificate (DER), as `openssl x509 -fingerprint -sha256` prints it."""
         return self._issuer.trusted.fingerprint(hashes.SHA256()).hex(":").upper()
+
+    @property
+    def expires_at(self) -> float:
+        """The POSIX time at which clients stop to trust the CA: the end of that certificate or of the issuing one."""
+        return min(validity(certificate)[1] for certificate in (self._issuer.trusted, self._issuer.certificate))
 
     def context_for(self, name: str) -> ServerContext:
         """Return the server context for the host `name`: a DNS name, or an IP address without brackets.

@@ -21,7 +21,6 @@ from dockerproxy.daemon.jsonlog import JsonLog, json_stream
 from dockerproxy.daemon.listener_service import ListenerService
 from dockerproxy.daemon.memory_tuning import freeze_startup_objects
 from dockerproxy.daemon.metrics import Metrics
-from dockerproxy.oci.docker_hub import registry_label
 from dockerproxy.proxy.certificates import Certificates
 from dockerproxy.registry.htpasswd import HtpasswdError
 from dockerproxy.reload import Configuration, describe_error
@@ -55,12 +54,16 @@ class ForkedState:
 
     @classmethod
     def create(
-        cls, reactor: Any, configuration: Configuration, state: StateDirectory, certificates: Certificates
+        cls,
+        reactor: Any,
+        configuration: Configuration,
+        state: StateDirectory,
+        certificates: Certificates,
+        metrics: Metrics,
     ) -> ForkedState:
         """Return the state with shared memory for all processes, which must be forked from this one afterwards."""
         processes = configuration.settings.workers
         scoreboard = Scoreboard.create(processes, connection_limit(raise_descriptor_limit(), processes))
-        metrics = Metrics.make(processes, map(registry_label, configuration.settings.intercepted))
         return cls(reactor, configuration.variables, state, certificates, scoreboard, metrics)
 
     def shared_services(
@@ -122,6 +125,7 @@ class WorkerProcess:
         """Start to serve clients, and report that to the main process once the reactor runs."""
         self._reactor.addSystemEventTrigger("before", "shutdown", self._drain)
         self._heartbeats.startService()  # type: ignore[no-untyped-call]
+        self._server.gauge_service().startService()  # type: ignore[no-untyped-call]
         self._listener_service.startService()
         self._reactor.callWhenRunning(self._rpc.notify, "ready")
         self._reactor.callWhenRunning(freeze_startup_objects)

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 
 import pytest
+from attrs import fields_dict
 from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
-from dockerproxy.daemon.exposition import render
-from dockerproxy.daemon.metrics import BUCKETS, CACHE_STATUSES, KINDS, Metrics
+from dockerproxy.daemon.exposition import Gauge, measured_gauges, render
+from dockerproxy.daemon.metrics import BUCKETS, CACHE_STATUSES, KINDS, REFUSING_SETTINGS, TUNNELS, Metrics
+from dockerproxy.settings import Settings
 
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
 
-def scrape(metrics: Metrics, accept: str = "", gauges: dict[str, tuple[str, float]] | None = None) -> Samples:
+def scrape(metrics: Metrics, accept: str = "", gauges: Iterable[Gauge] = ()) -> Samples:
     """Return the samples by name and labels. A sample that occurs twice, or has no metadata, is an error."""
-    content_type, content = render(metrics, gauges or {}, accept)
+    content_type, content = render(metrics, gauges, accept)
     is_openmetrics = content_type.startswith("application/openmetrics-text")
     assert is_openmetrics or content_type.startswith("text/plain; version=0.0.4")
     samples: Samples = {}
@@ -170,9 +173,49 @@ def test_too_many_registries_count_as_other() -> None:
     }
 
 
-def test_gauges_are_rendered() -> None:
-    gauges = {"cache_bytes": ("Bytes in the cache.", 12.0), "cache_limit_bytes": ("Limit of the cache.", float(2**63))}
-    for accept in ("", OPENMETRICS):
-        samples = scrape(Metrics.make(1), accept, gauges)
-        assert samples["dockerproxy_cache_bytes", frozenset()] == 12
-        assert samples["dockerproxy_cache_limit_bytes", frozenset()] == 2**63
+@pytest.mark.parametrize("accept", ["", OPENMETRICS])
+def test_measured_gauges(accept: str) -> None:
+    disk = os.statvfs("/")
+    values = {"cache_bytes": 12.0, "cache_limit_bytes": float(2**63), "certificate_expiry_timestamp_seconds": 2.1e9}
+    samples = scrape(Metrics.make(1), accept, measured_gauges("1.2", values, {"cached": disk}))
+    for name, value in values.items():
+        assert samples[f"dockerproxy_{name}", frozenset()] == value
+    free = samples["dockerproxy_store_free_bytes", frozenset({("store", "cached")})]
+    assert free == disk.f_bavail * disk.f_frsize
+    assert ("dockerproxy_store_free_bytes", frozenset({("store", "hosted")})) not in samples
+    (build,) = [labels for name, labels in samples if name == "dockerproxy_build_info"]
+    assert ("version", "1.2") in build
+
+
+def test_refusals_are_counted_by_setting() -> None:
+    metrics = Metrics.make(2)
+    for sentence in (
+        "ALLOW_CLIENTS has no entry for your address, 192.0.2.1.",
+        "TUNNEL_DENY (loopback) forbids connections to localhost:443.",
+        "alice has 8 of the 8 unfinished uploads that one client may have (MAX_UPLOADS_PER_CLIENT)",
+        "no such page; / lists the pages",
+        "XALLOW_CLIENTS, ALLOW_CLIENTSX",
+    ):
+        metrics.for_process(1).count_refusal(sentence)
+    assert nonzero(scrape(metrics)) == {
+        "refusals_total ALLOW_CLIENTS": 1, "refusals_total TUNNEL_DENY": 1, "refusals_total MAX_UPLOADS_PER_CLIENT": 1,
+    }  # fmt: skip
+    assert set(REFUSING_SETTINGS) <= {"REGISTRIES", *(name.upper() for name in fields_dict(Settings))}
+
+
+def test_evictions_are_counted_by_reason() -> None:
+    metrics = Metrics.make(2)
+    metrics.count_evictions("room", 3)
+    metrics.count_evictions("inactive", 0)
+    metrics.for_process(1).count_evictions("inactive", 1)
+    assert nonzero(scrape(metrics)) == {"cache_evictions_total room": 3, "cache_evictions_total inactive": 1}
+
+
+def test_a_gauge_is_the_sum_of_all_processes() -> None:
+    """A worker that replaces a dead one has none of its tunnels."""
+    metrics = Metrics.make(3)
+    for process in range(3):
+        metrics.for_process(process).set(TUNNELS, 10 + process)
+    assert nonzero(scrape(metrics)) == {"tunnels ": 33}
+    metrics.for_process(1)
+    assert nonzero(scrape(metrics)) == {"tunnels ": 22}

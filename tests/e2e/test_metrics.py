@@ -1,0 +1,82 @@
+"""The metrics equal what clients did and what upstream served, and name no host that is not configured."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from tests.e2e.harness import images
+from tests.e2e.harness.daemon import StartDaemon, TwistdDaemon
+from tests.e2e.harness.fake_registry import pause_after
+from tests.e2e.harness.http_client import request_directly
+from tests.e2e.harness.images import ACCEPT_MANIFESTS
+from tests.e2e.harness.process import wait_until
+from tests.e2e.harness.upstreams import FAKE, Upstreams
+
+MIB = 1 << 20
+
+
+def scrape(daemon: TwistdDaemon) -> dict[str, float]:
+    """Return the samples by name and labels as written, without the prefix of the names."""
+    response = request_directly("GET", daemon.url + "/metrics")
+    assert response.status == 200
+    lines = [line for line in response.body.decode().splitlines() if not line.startswith("#")]
+    samples = (line.removeprefix("dockerproxy_").rpartition(" ") for line in lines)
+    return {name: float(value) for name, _, value in samples}
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_requests_are_counted_by_registry_and_kind(
+    upstreams: Upstreams, start_daemon: StartDaemon, workers: str
+) -> None:
+    daemon = start_daemon(WORKERS=workers)
+    image = images.build_small_image("metrics")
+    upstreams.fake.put("metrics/app", "1", image)
+    layer = image.layers[0]
+    for _ in range(3):
+        manifest = daemon.client.get(f"{FAKE}/v2/metrics/app/manifests/1", Accept=ACCEPT_MANIFESTS)
+        assert manifest.status == 200
+        assert daemon.client.get(f"{FAKE}/v2/metrics/app/blobs/{layer.digest}").body == layer.data
+    assert daemon.client.get(f"{FAKE}/v2/metrics/app/manifests/none", Accept=ACCEPT_MANIFESTS).status == 404
+    samples = scrape(daemon)
+    labels = 'registry="fake.test"'
+    assert samples[f'requests_total{{kind="manifest",{labels},verdict="REVALIDATED"}}'] == 2
+    assert samples[f'requests_total{{kind="blob",{labels},verdict="MISS"}}'] == 1
+    assert samples[f'requests_total{{kind="blob",{labels},verdict="HIT"}}'] == 2
+    assert samples[f'responses_total{{code="2xx",{labels}}}'] == 6
+    assert samples[f'responses_total{{code="4xx",{labels}}}'] == 1
+    assert samples[f'sent_bytes_total{{{labels},verdict="HIT"}}'] == 2 * len(layer.data)
+    assert samples[f'request_seconds_count{{kind="blob",{labels}}}'] == 3
+
+
+def test_no_host_that_a_client_names_becomes_a_label(daemon: TwistdDaemon) -> None:
+    for host in ("evil.invalid", "registry-1.docker.io.evil.invalid"):
+        assert daemon.client.get(f"http://{host}/v2/a/b/manifests/1").status == 502
+        assert request_directly("GET", f"{daemon.url}/v2/a/b/manifests/1?ns={host}").status == 404
+    assert not [name for name in scrape(daemon) if "evil" in name]
+
+
+def test_refusals_tunnels_and_downloads(upstreams: Upstreams, start_daemon: StartDaemon) -> None:
+    daemon, gate = start_daemon(), threading.Event()
+    with pytest.raises(OSError, match="403"):
+        daemon.client.get("https://elsewhere.example:5000/")
+    assert scrape(daemon)['refusals_total{setting="TUNNEL_PORTS"}'] == 1
+    digest = upstreams.fake.put_blob("metrics/slow", images.random_bytes(4 * MIB, "slow"))
+    upstreams.fake.add_rule("GET", digest, pause_after(MIB, gate), times=1)
+    pull = threading.Thread(target=daemon.client.get, args=(f"{FAKE}/v2/metrics/slow/blobs/{digest}",))
+    pull.start()
+    try:
+        wait_until(lambda: scrape(daemon)["downloads"] == 1, "the download is counted")
+    finally:
+        gate.set()
+        pull.join()
+    wait_until(lambda: scrape(daemon)["downloads"] == 0, "no download is left")
+
+
+def test_evictions_are_counted(upstreams: Upstreams, start_daemon: StartDaemon) -> None:
+    daemon = start_daemon(CACHE_MAX_SIZE="5m")
+    for number in range(3):
+        digest = upstreams.fake.put_blob("metrics/evicted", images.random_bytes(3 * MIB, f"evicted {number}"))
+        assert daemon.client.get(f"{FAKE}/v2/metrics/evicted/blobs/{digest}").status == 200
+    wait_until(lambda: scrape(daemon)['cache_evictions_total{reason="room"}'] == 2, "two blobs are evicted")
