@@ -64,6 +64,7 @@ from dockerproxy.oci.routes import is_api_path, is_pull_query, parse_query, pop_
 from dockerproxy.oci.tokens import TokenResponse, readable_repositories
 from dockerproxy.oci.uploads import UploadParameters, declared_length
 from dockerproxy.proxy.host_rule import HostRule
+from dockerproxy.proxy.trusted_proxies import TrustedProxies
 from dockerproxy.registry.htpasswd import HtpasswdError, parse_htpasswd
 from dockerproxy.registry.responses import upstream_fields
 from dockerproxy.settings import Settings, SettingsError, read_env_file
@@ -171,6 +172,26 @@ def header_lists(data: bytes) -> None:
     assert all(element.strip(" \t") == element for element in elements(text))
     accept_key(accept_set([text]))
     assert data_type(data_type(text)) == data_type(text)
+
+
+_REVERSE_PROXY = "10.0.0.5"
+_TRUSTED_PROXIES = TrustedProxies(AddressSet.parse(_REVERSE_PROXY))
+
+
+def forwarded_fields(data: bytes) -> None:
+    """The fields of a reverse proxy, which appends the client to what the client claims."""
+    text = data.decode("latin-1")
+    for fields in (
+        [("X-Forwarded-For", f"{text}, 192.0.2.7")],
+        [("Forwarded", f"{text}, for=192.0.2.7")],
+        [("X-Forwarded-For", "192.0.2.7"), ("X-Forwarded-Proto", text), ("X-Forwarded-Host", text)],
+    ):
+        with suppress(BadRequest):
+            client = _TRUSTED_PROXIES.client_of(_REVERSE_PROXY, Headers(fields))
+            assert client is not None and client.address == "192.0.2.7"
+            assert client.scheme in (None, "http", "https")
+            assert client.host is None or Host.parse(client.host)
+        assert _TRUSTED_PROXIES.client_of("192.0.2.1", Headers(fields)) is None
 
 
 def names(data: bytes) -> None:
@@ -311,6 +332,8 @@ def setting_values(data: bytes) -> None:
         Destinations.parse,
         parsers.addresses,
         parsers.origins,
+        parsers.registry_url,
+        parsers.trusted_proxies,
         parsers.allowed_hosts,
         parsers.registries,
         parsers.duration,
@@ -371,6 +394,7 @@ HARNESSES: dict[str, Harness] = {
         chunked,
         response_head,
         header_lists,
+        forwarded_fields,
         names,
         routes,
         manifests,
