@@ -80,7 +80,9 @@ class LocalLoginProvider(LoginProvider):
         self._config_helpers: HostTable[str] = HostTable({})
         self._config_logins: HostTable[Login] = HostTable({})
         self._default_helper: str | None = None
-        self._logins: BoundedDict[tuple[str, str], _HelperLogin] = BoundedDict(_MAX_LOGINS)
+        self._listed: frozenset[Host] = frozenset()
+        self._listed_logins: dict[tuple[str, str], _HelperLogin] = {}
+        self._covered_logins: BoundedDict[tuple[str, str], _HelperLogin] = BoundedDict(_MAX_LOGINS)
         self._runs: SingleFlight[tuple[str, str], None] = SingleFlight()
         self._semaphore = DeferredSemaphore(_MAX_PROCESSES)
         # Registries wait for their helpers; a client can name any number of hosts that a wildcard covers.
@@ -92,13 +94,18 @@ class LocalLoginProvider(LoginProvider):
         self._config_helpers = HostTable(config.helpers)
         self._config_logins = HostTable(config.logins)
         self._default_helper = config.default_helper
-        for key in list(self._logins):
-            if (known := self._logins.get(key)) is not None:
+        covered = [self._covered_logins.get(key) for key in list(self._covered_logins)]
+        for known in (*self._listed_logins.values(), *covered):
+            if known is not None:
                 known.asked_at = float("-inf")
 
     def prefetch(self, hosts: Iterable[Host]) -> None:
-        """Get the logins for `hosts`, so that the first client need not wait, and the log says what fails."""
-        for host in hosts:
+        """Get the logins for `hosts`, so that the first client need not wait, and the log says what fails.
+
+        These are the listed registries. Hosts that a wildcard covers, which clients name, never displace their logins.
+        """
+        self._listed = frozenset(hosts)
+        for host in self._listed:
             spawn(self.get_login(host, None, ""), f"getting the login for {host}")
 
     async def get_login(self, host: Host, refused: Login | None, client: str) -> ProvidedLogin | None:
@@ -111,9 +118,10 @@ class LocalLoginProvider(LoginProvider):
 
     async def _ask(self, helper: str, host: Host, refused: Login | None, client: str) -> Login | None:
         key = helper, HUB_SERVER if host == DOCKER_HUB.host else str(host)
-        known = self._logins.get(key)
+        logins = self._listed_logins if host in self._listed else self._covered_logins
+        known = logins.get(key)
         if known is None:
-            known = self._logins[key] = _HelperLogin()
+            known = logins[key] = _HelperLogin()
         if self._is_due(known, refused):
             try:
                 self.running.acquire(client)

@@ -137,7 +137,7 @@ def test_the_number_of_runs_is_bounded(provider: Provider) -> None:
     for number in range(1000):
         provider.pending = None
         provider.get(Host.parse(f"x{number}.pkg.dev"))
-    assert len(provider.provider._logins) == 256
+    assert len(provider.provider._covered_logins) == 256
 
 
 def test_the_order_of_sources(provider: Provider) -> None:
@@ -173,3 +173,14 @@ def test_logins_are_fetched_ahead(provider: Provider) -> None:
     assert provider.runs == [("ecr-login", "quay.io")]
     assert provider.get() == ONE
     assert len(provider.runs) == 1
+
+
+def test_hosts_that_clients_name_displace_no_listed_ones(provider: Provider) -> None:
+    provider.provider.configure({QUAY: "ecr-login", Wildcard("pkg.dev"): "gcr"}, DockerConfig())
+    provider.provider.prefetch([QUAY])
+    for number in range(1000):
+        provider.get(Host.parse(f"x{number}.pkg.dev"))
+    runs = len(provider.runs)
+    provider.answer = HelperFailed("fails")
+    assert provider.get() == ONE
+    assert len(provider.runs) == runs
