@@ -239,6 +239,11 @@ class IntermediaryRefused(UpstreamRefused):
     that gets nothing from the cache gets the refusal, as it would without the proxy.
     """
 
+    def __init__(self, status: int, content: bytes, headers: Sequence[tuple[str, str]]) -> None:
+        super().__init__(status, content, headers)
+        self.message = f"a firewall, a CDN or a captive portal answered in upstream's place (status {status})"
+        self.args = (self.message,)
+
     @classmethod
     def in_our_words(cls, status: int, message: str) -> IntermediaryRefused:
         """Return the error with a response of our own, because the intermediary's says nothing to the client."""
