@@ -61,6 +61,7 @@ class ReloadHarness:
         self.apply_error: Exception | None = None
         self.problems: list[str] = []
         self.applied: Deferred[None] | None = None
+        self.reads = 0
         self.log_lines: list[str] = []
         for level in ("info", "warn", "error"):
             monkeypatch.setattr(f"dockerproxy.reload.log.{level}", self._log(level))
@@ -70,6 +71,7 @@ class ReloadHarness:
         return lambda form, **fields: self.log_lines.append(f"{level} {form.format(**fields)}")
 
     def _read(self) -> Configuration:
+        self.reads += 1
         if self.error is not None:
             raise self.error
         return Configuration(self.current, {})
@@ -107,6 +109,7 @@ def test_update_changes_the_mappings_in_place() -> None:
 def test_reload_applies_new_settings(harness: ReloadHarness) -> None:
     harness.current = settings(REGISTRIES="http://registry.test:5000", AUTH_REGISTRIES="quay.io:me:secret")
     harness.reload()
+    assert harness.reads == 1, "another read could differ"
     assert LOCAL.host in harness.registries.intercepted
     assert harness.notifier.messages == ["RELOADING", "READY serving registry-1.docker.io, registry.test:5000"]
     assert harness.log_lines == ["info reloaded: serving registry-1.docker.io, registry.test:5000"]
