@@ -158,6 +158,11 @@ class CachedRegistry:
         """Check the client's token, and learn what the choice of a login depends on. Raise `Unauthorized`."""
         self._check_token()
         await self.cache.challenges.ensure_known(self.registry)
+        if self.cache.logins.asks_provider:
+            await self._obtain_login()
+
+    async def _obtain_login(self) -> None:
+        """Get the login for the registry from a credential helper or docker's file, if the client may need it."""
         has_own_login = self.authorization is not None and not self.authorization.startswith("Bearer ")
         if not has_own_login and self.cache.logins.needs_provider(self.registry):
             is_open = not self.cache.challenges.cached(self.registry)

@@ -256,10 +256,10 @@ class Authorizer:
         `UpstreamBroken` or `TooManyRequests` if the server did not say. An identity token cannot be used at a registry
         without a token server, which is a refusal too.
         """
-        challenges = self.challenges_for(registry)
+        front, (registry, challenges) = registry, self._owner_of_login(registry, login)
         bearer = _bearer_challenge(challenges)
         if bearer is not None:
-            key = self._token_key(registry, bearer, None, login)
+            key = self._token_key(registry, bearer, None, login, None if front == registry else front)
             try:
                 if key.login is not None:
                     await self._fetches.do(key, lambda: self._fetch_token(key))
@@ -276,6 +276,14 @@ class Authorizer:
                     raise UpstreamBroken(f"{registry}: something before it answered {response.status}")
                 return f"{registry} answered {response.status}"
         return None
+
+    def _owner_of_login(self, registry: Registry, login: Login) -> tuple[Registry, Sequence[Challenge]]:
+        """Return the registry that `login` is for, which may be a target of `registry`, and its challenges."""
+        if self._logins_of_targets.get(registry) == login:
+            for target, bearer in (self._redirects.get(registry) or {}).items():
+                if self._logins.effective_login(target, _bearer_host(bearer)) == login:
+                    return target, (bearer,)
+        return registry, self.challenges_for(registry)
 
     def _token_key(
         self,

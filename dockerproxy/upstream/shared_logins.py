@@ -71,7 +71,8 @@ class SharedLogins:
     """The logins that serve clients without one. Each process has its own. `clock` is monotonic, in seconds.
 
     `on_change` is called if a login is refused, each time that it was tried, and if it works again. Unless `shared`,
-    no login serves clients (SHARE_AUTH_REGISTRIES). A `provider` is asked for registries without a login.
+    no login serves clients (SHARE_AUTH_REGISTRIES). If `asks_provider`, the `provider` may have the login for a
+    registry that has no other one.
     """
 
     def __init__(
@@ -88,7 +89,7 @@ class SharedLogins:
         self._clock = clock
         self._on_change = on_change
         self._provider = provider
-        self._asks_provider = False
+        self.asks_provider = False
         self._configured: Mapping[HostKey, Login] = {}
         self._provided: BoundedDict[Registry, _ProvidedLogin] = BoundedDict(_MAX_REGISTRIES)
         self._refusals: BoundedDict[Registry, _Refusal] = BoundedDict(_MAX_REGISTRIES)
@@ -97,7 +98,7 @@ class SharedLogins:
 
     def configure(self, logins: Mapping[HostKey, Login], *, asks_provider: bool) -> None:
         """Use `logins` (AUTH_REGISTRIES), and the provider if it has any. Forget what is known about earlier ones."""
-        self._configured, self._asks_provider = logins, asks_provider and self._shared
+        self._configured, self.asks_provider = logins, asks_provider and self._shared
         self._provided.clear()
         self._refusals.clear()
         self._accepted.clear()
@@ -111,7 +112,7 @@ class SharedLogins:
 
     def login_for(self, registry: Registry) -> Login | None:
         """Return the login for `registry`; None if there is none, or if it is refused."""
-        login = self.configured_login(registry)
+        login = self._rules.effective_login(registry) if self._shared else None
         if login is None or not len(self._refusals):  # each cached request asks
             return login
         refusal = self._refusal(registry, login)
@@ -131,7 +132,7 @@ class SharedLogins:
 
     def needs_provider(self, registry: Registry) -> bool:
         """Return whether `obtain` has to be called before the login for `registry` is known."""
-        if not self._asks_provider:
+        if not self.asks_provider:
             return False
         provided = self._provided.get(registry)
         if provided is None:

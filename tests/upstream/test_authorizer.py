@@ -403,3 +403,17 @@ class AuthorizerTests(TestCase):
         reason = await self.authorizer.refusal(REGISTRY, IdentityToken("x"))
         self.assertEqual(reason, "registry.example:80 has no token server for an identity token")
         self.assertEqual(self.token_server.requests, [])
+
+    async def test_a_login_of_a_redirects_target_is_refused_there(self) -> None:
+        """A front such as lscr.io has the login of the registry that it redirects to."""
+        front = Registry.parse("http://evil.test")
+        self.authorizer.add_redirect(front, REGISTRY, bearer())
+        self.assertEqual(self.authorizer.effective_login(front), LOGIN)
+        self.token_server.respond = lambda number: (401, {})
+        reason = await self.authorizer.refusal(front, LOGIN)
+        assert reason is not None
+        self.assertIn("registry.example:80 refuses a token", reason)
+        [(host, _, authorizations)] = self.token_server.requests
+        self.assertEqual((host, authorizations), ("registry.example", [LOGIN.authorization]))
+        self.token_server.respond = lambda number: (200, {"token": "t"})
+        self.assertIsNone(await self.authorizer.refusal(front, LOGIN))
