@@ -10,6 +10,7 @@ from attrs import frozen
 from dockerproxy.cache.access import Access
 from dockerproxy.cache.blobs import CachedBlobs
 from dockerproxy.cache.challenges import Challenges, OnChallenge
+from dockerproxy.cache.companions import Companions
 from dockerproxy.cache.downloads import DownloadLimits, Downloads
 from dockerproxy.cache.freshness import Freshness
 from dockerproxy.cache.identity import Bindings, Identities
@@ -96,6 +97,7 @@ def compose_cache(services: CacheServices, policy: CachePolicy) -> CacheParts:
     blobs = Blobs(services.layout, durable=False, clock=clock)
     links = Links(services.layout, False, clock, services.on_file_created)
     access = Access(records, clock, services.multi_process)
+    companions = Companions(records, links, access)
     ingests = Ingests(services.layout, blobs, records, services.multi_process)
     open_readers = OpenReaders(reactor, policy.evicted_bytes)
     downloads = Downloads(reactor, upstream, space, ingests, open_readers, policy.download_limits)
@@ -113,6 +115,7 @@ def compose_cache(services: CacheServices, policy: CachePolicy) -> CacheParts:
         links,
         records,
         access,
+        companions,
         policy.freshness,
         services.locks,
         services.parser,
@@ -130,6 +133,7 @@ def compose_cache(services: CacheServices, policy: CachePolicy) -> CacheParts:
         challenges,
         TokenEndpoint(agent, identities, records, address_check_for, clock),
         manifests,
+        companions,
         CachedBlobs(reactor, upstream, blobs, links, downloads, access, space, open_readers, possession),
         services.parser,
         policy.registries,

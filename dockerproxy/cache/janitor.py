@@ -17,6 +17,7 @@ from functools import partial
 from attrs import define, field, frozen
 
 from dockerproxy.cache.access import DENIAL, GRANT, STALE_GRANT_TTL
+from dockerproxy.cache.companions import companion_base
 from dockerproxy.errors import DigestInvalid, NameInvalid
 from dockerproxy.oci.names import Digest
 from dockerproxy.store.blobs import Blobs
@@ -246,6 +247,10 @@ class Janitor:
         match kind, *names:
             case "tag", repository, _:
                 return partial(self._has_tag, repository, entry), True
+            case "absence", repository, tag:
+                return partial(self._has_companions, repository, str(companion_base(tag))), True
+            case "referrers", repository, digest:
+                return partial(self._has_companions, repository, digest), True
             case "grant", _, identity if identity.startswith("own:") and age >= STALE_GRANT_TTL:
                 return _no, True
             case "grant", repository, _:
@@ -259,6 +264,13 @@ class Janitor:
             case "challenge", *_:
                 return _yes, False
         return (lambda: age < _UNKNOWN_TTL), True
+
+    def _has_companions(self, repository: str, digest: str) -> bool:
+        """Return whether the repository has the manifest to which signatures and other referrers belong."""
+        try:
+            return self._has_manifest(repository, Digest.parse(digest))
+        except (DigestInvalid, NameInvalid):
+            return False
 
     def _has_links(self, repository: str) -> bool:
         try:

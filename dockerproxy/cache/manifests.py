@@ -17,6 +17,7 @@ from twisted.logger import Logger
 
 from dockerproxy.cache.access import Access, AccessState
 from dockerproxy.cache.best_effort import try_link, try_put, try_remove
+from dockerproxy.cache.companions import Companions
 from dockerproxy.cache.freshness import Freshness
 from dockerproxy.cache.identity import PUBLIC
 from dockerproxy.cache.upstream import (
@@ -117,6 +118,7 @@ class CachedManifests:
         links: Links,
         records: Records,
         access: Access,
+        companions: Companions,
         freshness: Freshness,
         lock: KeyedLock,
         parser: ContentParser,
@@ -131,6 +133,7 @@ class CachedManifests:
         self._links = links
         self._records = records
         self._access = access
+        self._companions = companions
         self._freshness = freshness
         self._lock = lock
         self._parser = parser
@@ -192,8 +195,11 @@ class CachedManifests:
             current = await self._revalidate(principal, tag, accept, stored_manifest, head)
             return evolve(current, because=_describe_change(stored_manifest, current, is_known=bool(entries)))
         except RegistryError as error:
-            stale = await self._serve_stale(principal, tag, media_types, error) if is_outage(error) else None
+            if not is_outage(error):
+                raise
+            stale = await self._serve_stale(principal, tag, media_types, error)
             if stale is None:
+                self._companions.check_absence(principal, tag, error)
                 raise
             return stale
 
@@ -406,6 +412,7 @@ class CachedManifests:
                 self._save_tag(
                     key, reference, [one for one in self._tag_entries(key, reference) if one.public != public]
                 )
+                self._companions.record_absence(principal, reference)
 
     # the store
 
@@ -503,6 +510,7 @@ class CachedManifests:
             if (entry.accept, entry.public) != (new.accept, public) or (claimed and not entry.claimed)
         ]
         self._save_tag(key, tag, [new, *entries])
+        self._companions.forget_absence(principal, tag)
 
     def _save_tag(self, key: str, tag: Tag, entries: list[TagEntry]) -> None:
         """Save the entries of a tag, of which the newest are first."""

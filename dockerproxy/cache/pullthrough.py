@@ -14,6 +14,7 @@ from attrs import define, evolve, field, frozen
 
 from dockerproxy.cache.blobs import CachedBlobs
 from dockerproxy.cache.challenges import TOKEN_PATH, Challenges, Realm
+from dockerproxy.cache.companions import Companions
 from dockerproxy.cache.identity import INVALID_TOKEN, PUBLIC, Identities, LocalToken, client_authorization
 from dockerproxy.cache.manifests import CachedManifests
 from dockerproxy.cache.token_endpoint import TokenEndpoint, TokenRequest
@@ -70,6 +71,7 @@ class PullThrough:
     challenges: Challenges
     token_endpoint: TokenEndpoint
     manifests: CachedManifests
+    companions: Companions
     blobs: CachedBlobs
     parser: ContentParser
     registries: Iterable[Registry]
@@ -278,21 +280,35 @@ class CachedRegistry:
             raise LocalTokenRequired("the token has expired")
 
     async def referrers(self, name: Repository, subject: Digest, query: ReferrersQuery) -> ReferrersIndex:
-        """Return the referrers of `subject`, from the fallback tag if upstream has no referrers API."""
+        """Return the referrers of `subject`, from the fallback tag if upstream has no referrers API.
+
+        During an outage they are those that upstream has listed before.
+        """
         self._check_token()
         path = f"/v2/{name}/referrers/{subject}" + (f"?{query.text}" if query.text else "")
         is_shared = self.authorization is not None or is_pull_query(query.text)
-        response = await self._request(
-            "GET", path, name=name,
-            credential=self.credential if is_shared else Anonymous(), headers=Headers([("accept", OCI_INDEX)]),
-        )  # fmt: skip
+        credential = self.credential if is_shared else Anonymous()
+        principal = self._principal(name, credential)
+        try:
+            response = await self._request(
+                "GET", path, name=name, credential=credential, headers=Headers([("accept", OCI_INDEX)])
+            )
+            if response.status not in (200, 404):
+                raise await error_from_response(self.registry, response)
+        except RegistryError as error:
+            stale = self.cache.companions.stale_referrers(principal, subject, error) if is_outage(error) else None
+            if stale is None or query.last is not None:
+                raise
+            if query.artifact_type is None:
+                return ReferrersIndex(stale, False, "STALE")
+            return ReferrersIndex(await self._filter_referrers(stale, query.artifact_type), True, "STALE")
         if response.status == 200:
             filtered = "artifactType" in (response.headers.get("oci-filters-applied") or "")
             content = await response.read_all(MAX_MANIFEST)
             await self._filter_referrers(content, "")
+            if not filtered and query.last is None and response.headers.get("link") is None:
+                self.cache.companions.record_referrers(principal, subject, content)
             return ReferrersIndex(content, filtered, "PASS")
-        if response.status != 404:
-            raise await error_from_response(self.registry, response)
         await response.discard()
         try:
             manifest = await self.manifest(name, fallback_tag(subject), [OCI_INDEX], head=False)
@@ -301,6 +317,7 @@ class CachedRegistry:
             if error.status != 404:
                 raise
             content = EMPTY_INDEX
+        self.cache.companions.record_referrers(principal, subject, content)
         if query.artifact_type is None:
             return ReferrersIndex(content, False, "PASS")
         return ReferrersIndex(await self._filter_referrers(content, query.artifact_type), True, "PASS")

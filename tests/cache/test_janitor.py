@@ -222,6 +222,21 @@ def test_a_denial_stays_as_long_as_the_grant(harness: JanitorHarness) -> None:
     assert list(harness.records.walk("denial")) == []
 
 
+def test_records_of_signatures_go_with_their_image(harness: JanitorHarness) -> None:
+    digest = harness.pull(REPOSITORY, "1.0")
+    for kept in (True, False):
+        for subject in (str(digest), f"sha256:{'0' * 64}", "no digest"):
+            harness.records.put({"public": True}, "absence", REPOSITORY, subject.replace(":", "-") + ".sig")
+            harness.records.put({"public": True, "index": ""}, "referrers", REPOSITORY, subject)
+        harness.offset += 100 * DAY
+        harness.clean()
+        assert [entry.key[2] for entry in harness.records.walk("referrers")] == [str(digest)] * kept
+        assert len(list(harness.records.walk("absence"))) == kept
+        harness.evict_all()
+        harness.offset += GRACE + 60
+        harness.clean()
+
+
 def test_challenges_stay_and_unknown_records_go_after_a_month(harness: JanitorHarness) -> None:
     harness.records.put({"fields": []}, "challenge", "https://quay.io")
     harness.records.put({PUBLIC: 1.0}, "access", REPOSITORY)  # of an earlier version

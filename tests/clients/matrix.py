@@ -29,7 +29,9 @@ HOSTED, PUSH, ENGINE = "hosted", "push", "engine"
 The last one has a failure of the client's engine to start.
 """
 
-SOURCES_WITH_TOKENS = ("hub-private", "token")
+_NEEDS_TOKEN_SERVER = "token"
+"""A token server that the proxy only tunnels to: it never sees the logins, so it cannot take the server's place."""
+_SOURCES_WITH_TOKENS = ("hub-private", "token", "listed")
 _PARALLEL_CLIENTS = 4
 _UNREACHABLE = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"), "http://127.0.0.1:9")
 
@@ -92,7 +94,10 @@ class MatrixRow:
         outcome = self.outcomes.get((column, step))
         if outcome is None or outcome.verdict is Verdict.GOOD or step == DIRECT:
             return False
-        if step == OFF and self.client.FETCHES_TOKENS_BY_ITSELF and column in SOURCES_WITH_TOKENS:
+        has_no_token = column == _NEEDS_TOKEN_SERVER or (
+            self.client.FETCHES_TOKENS_BY_ITSELF and column in _SOURCES_WITH_TOKENS
+        )
+        if step == OFF and has_no_token:
             return False
         direct = self.outcomes.get((PUSH if column == HOSTED else column, DIRECT))
         return outcome.verdict is Verdict.DOWNLOADED_AGAIN or direct is None or direct.verdict is Verdict.GOOD

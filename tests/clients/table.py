@@ -33,6 +33,7 @@ _HEADINGS = {
     "redirecting": "redirecting",
     "hub-private": "Docker Hub, private",
     "token": "private, tokens",
+    "listed": "private, listed tokens",
     "basic": "private, Basic",
     "shared": "shared login",
     HOSTED: "hosted: push, pull, off",

@@ -47,21 +47,27 @@ def test_a_step_is_red_if_only_the_proxy_fails(
 
 
 def test_a_command_that_fetches_tokens_itself_cannot_do_so_while_the_token_server_is_down() -> None:
-    outcomes = {(source, step): FAILED for source in ("token", "basic") for step in (COLD, OFF)}
-    assert make_row(outcomes, BuildxClient).red_steps == [("token", COLD), ("basic", COLD), ("basic", OFF)]
+    outcomes = {(source, step): FAILED for source in ("listed", "basic") for step in (COLD, OFF)}
+    assert make_row(outcomes, BuildxClient).red_steps == [("listed", COLD), ("basic", COLD), ("basic", OFF)]
+    assert make_row(outcomes).red_steps == list(outcomes)
+
+
+def test_the_proxy_is_no_token_server_for_logins_that_it_has_not_seen() -> None:
+    outcomes = {("token", step): FAILED for step in (COLD, OFF)}
+    assert make_row(outcomes).red_steps == [("token", COLD)]
 
 
 def test_sources_of_a_mirror() -> None:
     """It is used without a login of the client's own."""
     assert [source.key for source in make_row({}, MirroredDockerClient).sources] == ["hub"]
-    assert len(make_row({}).sources) == 6
+    assert len(make_row({}).sources) == 7
 
 
 def test_table() -> None:
     outcomes = {("hub", DIRECT): GOOD, ("hub", COLD): GOOD, ("hub", WARM): FAILED, ("basic", COLD): GOOD}
     row = make_row(outcomes)
     text = render([row], ["a note"])
-    assert "| skopeo copy | 1.2 | + **X** |  |  |  | + |" in text
+    assert "| skopeo copy | 1.2 | + **X** |  |  |  |  | + |" in text
     assert r"- **X**: skopeo copy 1.2: Docker Hub, warm: a \| b" in text
     assert len(list(describe([row]))) == 1
 

@@ -48,6 +48,7 @@ SOURCES = (
     Source("redirecting", "a registry that redirects blobs to a store", "redirecting.test"),
     Source("hub-private", "Docker Hub, a private image", "docker.io", has_login=True),
     Source("token", "private, with a token server on a host that is not in REGISTRIES", "private.test", has_login=True),
+    Source("listed", "private, with a token server on a host in REGISTRIES", "listed.test", has_login=True),
     Source("basic", "private, with Basic authentication", "basic.test", has_login=True),
     Source("shared", "private, with the login in AUTH_REGISTRIES", "shared.test", has_login=True, shared_login=True),
 )
@@ -78,9 +79,11 @@ class UpstreamSet:
         leaf = self.ca.leaf
         (folder / "hub-tokens").mkdir()
         (folder / "tokens").mkdir()
+        (folder / "listed-tokens").mkdir()
         self._hub_tokens = TokenServer(leaf("auth.docker.io").server_context(), folder / "hub-tokens")
         self._tokens = TokenServer(leaf("tokens.test").server_context(), folder / "tokens")
-        for server in (self._hub_tokens, self._tokens):
+        self._listed_tokens = TokenServer(leaf("logins.test").server_context(), folder / "listed-tokens")
+        for server in (self._hub_tokens, self._tokens, self._listed_tokens):
             server.users.update(users)
         self._hub = DockerRegistry(
             folder / "hub",
@@ -93,6 +96,12 @@ class UpstreamSet:
             "private.test",
             leaf("private.test"),
             token_auth_config(self._tokens, realm="https://tokens.test/token"),
+        )
+        self._listed = DockerRegistry(
+            folder / "listed",
+            "listed.test",
+            leaf("listed.test"),
+            token_auth_config(self._listed_tokens, realm="https://logins.test/token"),
         )
         self._basic, self._shared = (
             DockerRegistry(
@@ -111,8 +120,8 @@ class UpstreamSet:
             self._context,
             f"https://{STORE_HOST}/blobs/{{digest}}?Expires=1&Signature={{signature}}",
         )
-        self._stubs = (self._hub_tokens, self._tokens, self._store, self._redirecting)
-        self._registries = (self._hub, self._private, self._basic, self._shared, self._stored)
+        self._stubs = (self._hub_tokens, self._tokens, self._listed_tokens, self._store, self._redirecting)
+        self._registries = (self._hub, self._private, self._listed, self._basic, self._shared, self._stored)
         self.internet: RecordingProxy | None = None
 
     @property
@@ -123,6 +132,8 @@ class UpstreamSet:
             "auth.docker.io:443": self._hub_tokens.port,
             "private.test:443": self._private.port,
             "tokens.test:443": self._tokens.port,
+            "listed.test:443": self._listed.port,
+            "logins.test:443": self._listed_tokens.port,
             "basic.test:443": self._basic.port,
             "shared.test:443": self._shared.port,
             "redirecting.test:443": self._redirecting.port,
@@ -133,7 +144,7 @@ class UpstreamSet:
     def settings(self) -> dict[str, str]:
         """The settings with which the daemon reaches all of them."""
         return {
-            "REGISTRIES": "redirecting.test private.test basic.test shared.test",
+            "REGISTRIES": "redirecting.test private.test listed.test logins.test basic.test shared.test",
             "AUTH_REGISTRIES": f"shared.test:{USER}:{self.password}",
             "ALLOW_PUSH": "true",
             "UPSTREAM_ADDRESSES": format_upstream_addresses(self.addresses),
@@ -194,11 +205,16 @@ class UpstreamSet:
             "docker.io": self._hub,
             "redirecting.test": self._stored,
             "private.test": self._private,
+            "listed.test": self._listed,
             "basic.test": self._basic,
             "shared.test": self._shared,
         }[source.host]
         authorization: str | None = None
-        tokens = {"docker.io": self._hub_tokens, "private.test": self._tokens}.get(source.host)
+        tokens = {
+            "docker.io": self._hub_tokens,
+            "private.test": self._tokens,
+            "listed.test": self._listed_tokens,
+        }.get(source.host)
         if tokens is not None:
             if source.has_login:
                 tokens.owners[name] = {USER}
