@@ -40,7 +40,7 @@ def companion_base(tag: str) -> Digest | None:
 class Companions:
     """Remembers the companions of cached manifests: one record for each tag, and one for the list of referrers.
 
-    During an outage a client may know of them if it could read public or private content of the repository, as they are.
+    During an outage a client may know of them if it may read content of the repository that is as public as they are.
     """
 
     _records: Records
