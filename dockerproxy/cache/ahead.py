@@ -30,6 +30,7 @@ from dockerproxy.http.headers import Headers
 from dockerproxy.oci.names import Digest, Registry
 from dockerproxy.oci.ranges import ByteRange, parse_content_range
 from dockerproxy.shares import ClientShares
+from dockerproxy.upstream.content_coding import content_codings
 
 if TYPE_CHECKING:
     from hashlib import _Hash
@@ -198,9 +199,9 @@ class AheadRange:
             start, stop, size = parse_content_range(response.headers.get("content-range") or "")
         except ValueError:
             start, stop, size = 0, 0, None
-        encoding = response.headers.get("content-encoding") or "identity"
-        is_range = response.status == 206 and encoding == "identity"
-        if not is_range or ByteRange(start, stop) != self.span or size not in (None, self._size):
+        # Some stores say `gzip` of layers that are gzip themselves. With the right size, these are the layer's bytes.
+        is_size = size == self._size or (size is None and not content_codings(response.headers))
+        if response.status != 206 or ByteRange(start, stop) != self.span or not is_size:
             raise RangesUnsupported(f"{registry} does not send the requested range of {self._digest}")
 
 
