@@ -37,8 +37,9 @@ from dockerproxy.net.dial import AddressCheck, Dialer
 from dockerproxy.net.local_names import LocalNames
 from dockerproxy.net.own_addresses import is_own_address
 from dockerproxy.net.resolver import NameResolver
-from dockerproxy.oci.docker_hub import DOCKER_HUB
-from dockerproxy.oci.names import Host
+from dockerproxy.oci.docker_hub import DOCKER_HUB, registry_label
+from dockerproxy.oci.names import Host, Registry
+from dockerproxy.oci.routes import kind_of
 from dockerproxy.proxy.authority import CertificateAuthority
 from dockerproxy.proxy.certificate_file import CertificateFile
 from dockerproxy.proxy.certificates import Certificates
@@ -73,6 +74,7 @@ from dockerproxy.upstream.agent import UpstreamTimeouts as UpstreamTimeouts
 from dockerproxy.upstream.authorizer import Authorizer
 from dockerproxy.upstream.client import UpstreamClient
 from dockerproxy.upstream.login_provider import LoginProvider
+from dockerproxy.upstream.metered_client import MeteredClient
 from dockerproxy.upstream.shared_logins import OnLoginChanged, SharedLogins
 from dockerproxy.upstream.silent_servers import SilentServers
 from dockerproxy.upstream.tls import ClientContext
@@ -437,7 +439,9 @@ def build_cache(
         locks=shared.locks,
         parser=parser,
         multi_process=shared.multi_process,
-        upstream=UpstreamClient(agent, authorizer, policy.check_upstream),
+        upstream=MeteredClient(
+            UpstreamClient(agent, authorizer, policy.check_upstream), RegistryMeter(shared.metrics), reactor.seconds
+        ),
         agent=agent,
     )
     cache_policy = CachePolicy(
@@ -607,6 +611,22 @@ def _render_metrics(
     from dockerproxy.daemon.exposition import measured_gauges, render
 
     return render(metrics, measured_gauges(__version__, measured, disks), accept)
+
+
+@frozen
+class RegistryMeter:
+    """Counts what registries do in the metrics, by the names that people write."""
+
+    metrics: Metrics
+
+    def count_upstream(self, registry: Registry, path: str, method: str, status: int, seconds: float) -> None:
+        self.metrics.count_upstream(registry_label(registry), kind_of(path), method, status, seconds)
+
+    def count_failure(self, registry: Registry, reason: str) -> None:
+        self.metrics.count_failure(registry_label(registry), reason)
+
+    def count_received(self, registry: Registry, size: int) -> None:
+        self.metrics.count_received(registry_label(registry), size)
 
 
 _access_log = AccessLog()

@@ -176,23 +176,34 @@ class StorageFailed(RegistryError):
 
 
 class UpstreamError(RegistryError):
-    """Another server failed. Base class of upstream errors."""
+    """Another server failed. Base class of upstream errors. `reason` is the kind of the failure, one of a few words."""
 
     status, code = 502, "UNAVAILABLE"
+    reason = "other"
 
 
 class UpstreamUnreachable(UpstreamError):
-    """The connection failed: unknown host name, refused, or an invalid TLS certificate."""
+    """The connection failed: unknown host name, refused, or an invalid TLS certificate.
+
+    The `reason` is ``dns``, ``refused``, ``tls``, ``reset``, ``proxy`` or ``unreachable``.
+    """
+
+    def __init__(self, message: str, reason: str = "unreachable") -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class UpstreamTimeout(UpstreamError):
     """The server sent nothing within the timeout."""
 
     status = 504
+    reason = "timeout"
 
 
 class UpstreamBroken(UpstreamError):
     """The response was truncated or invalid: wrong digest, length or type."""
+
+    reason = "invalid"
 
 
 class ResponseCutOff(UpstreamBroken):

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import mmap
 import re
+import time
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate, product
@@ -33,6 +34,11 @@ HOSTED, OWN, OTHER = "hosted", "own", "other"
 
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 """Upper bounds of the buckets of all histograms, in seconds."""
+
+METHODS = ("GET", "HEAD", "other")
+
+FAILURE_REASONS = ("timeout", "dns", "refused", "unreachable", "tls", "reset", "proxy", "invalid", "other")
+"""Values of the label `reason` of failures; see `UpstreamError.reason`."""
 
 EVICTION_REASONS = ("room", "inactive")
 
@@ -60,7 +66,8 @@ class Family:
     """The values of one metric: a block of one cell for each combination of label values, for each registry or once.
 
     A cell of a counter or a gauge is one word. A cell of a histogram is one word for each bucket, the last of which is
-    unlimited, and one for the sum in microseconds.
+    unlimited, and one for the sum in microseconds. A gauge that is the latest of all processes, not their sum, has one
+    bit that is its value, and before it the time at which it was set.
     """
 
     name: str
@@ -68,6 +75,7 @@ class Family:
     labels: tuple[tuple[str, tuple[str, ...]], ...] = ()
     is_histogram: bool = False
     is_gauge: bool = False
+    is_latest: bool = False
 
     @property
     def words_per_cell(self) -> int:
@@ -106,6 +114,30 @@ REQUEST_SECONDS = Family(
     is_histogram=True,
 )
 
+UPSTREAM_REQUESTS = Family(
+    "upstream_requests_total",
+    "Responses of registries, by the kind of resource, the method and the class of the status.",
+    (("kind", KINDS), ("method", METHODS), ("code", _STATUS_CLASSES)),
+)
+UPSTREAM_FAILURES = Family(
+    "upstream_failures_total",
+    "Requests to registries that got no valid response, by the reason.",
+    (("reason", FAILURE_REASONS),),
+)
+RECEIVED_BYTES = Family("upstream_received_bytes_total", "Bytes of response bodies that registries sent.")
+UPSTREAM_SECONDS = Family(
+    "upstream_seconds", "Seconds from a request to a registry to the head of its response.", is_histogram=True
+)
+UPSTREAM_UP = Family(
+    "upstream_up", "Whether a registry responded when it was last asked.", is_gauge=True, is_latest=True
+)
+
+REGISTRY_FAMILIES = (
+    REQUESTS, RESPONSES, SENT_BYTES, REQUEST_SECONDS,
+    UPSTREAM_REQUESTS, UPSTREAM_FAILURES, RECEIVED_BYTES, UPSTREAM_SECONDS, UPSTREAM_UP,
+)  # fmt: skip
+"""The families that exist once for each registry, with the label `registry`."""
+
 REFUSALS = Family(
     "refusals_total",
     "Requests that a setting forbade, by its name.",
@@ -118,9 +150,6 @@ EVICTIONS = Family(
 )
 TUNNELS = Family("tunnels", "Open tunnels.", is_gauge=True)
 DOWNLOADS = Family("downloads", "Downloads from registries in progress.", is_gauge=True)
-
-REGISTRY_FAMILIES = (REQUESTS, RESPONSES, SENT_BYTES, REQUEST_SECONDS)
-"""The families that exist once for each registry, with the label `registry`."""
 
 GLOBAL_FAMILIES = (REFUSALS, EVICTIONS, TUNNELS, DOWNLOADS)
 """The families that exist once."""
@@ -139,6 +168,9 @@ _GLOBAL_START, _GLOBAL_WORDS = _starts(GLOBAL_FAMILIES)
 _RESPONSES = _START[RESPONSES]
 _SENT_BYTES = {verdict: _START[SENT_BYTES] + index for index, verdict in enumerate(CACHE_STATUSES)}
 _REQUESTS = {labels: _START[REQUESTS] + index for index, labels in enumerate(REQUESTS.combinations)}
+_UPSTREAM_REQUESTS = {
+    labels: _START[UPSTREAM_REQUESTS] + index for index, labels in enumerate(UPSTREAM_REQUESTS.combinations)
+}
 _LATENCY = {kind: _START[REQUEST_SECONDS] + index * (len(BUCKETS) + 2) for index, kind in enumerate(KINDS)}
 
 
@@ -231,6 +263,29 @@ class Metrics:
         if latency is not None:
             self._observe(base + _LATENCY[kind], latency)
 
+    def count_upstream(self, registry: str, kind: str, method: str, status: int, seconds: float) -> None:
+        """Count a response of a registry, whose head came `seconds` after the request."""
+        base, status_class = self._base(registry), status // 100
+        code = _STATUS_CLASSES[status_class if status_class < len(_STATUS_CLASSES) else 0]
+        labels = _KIND_LABELS.get(kind, "other"), method if method in METHODS else "other", code
+        self._counters[base + _UPSTREAM_REQUESTS[labels]] += 1
+        self._observe(base + _START[UPSTREAM_SECONDS], seconds)
+        self._set_up(base, True)
+
+    def count_failure(self, registry: str, reason: str) -> None:
+        """Count a request to a registry that got no valid response, for one of `FAILURE_REASONS`."""
+        base = self._base(registry)
+        index = FAILURE_REASONS.index(reason if reason in FAILURE_REASONS else "other")
+        self._counters[base + _START[UPSTREAM_FAILURES] + index] += 1
+        self._set_up(base, False)
+
+    def count_received(self, registry: str, size: int) -> None:
+        """Count `size` bytes of a body that a registry sent."""
+        self._counters[self._base(registry) + _START[RECEIVED_BYTES]] += size
+
+    def _set_up(self, base: int, is_up: bool) -> None:
+        self._counters[base + _START[UPSTREAM_UP]] = time.monotonic_ns() // 1000 << 1 | is_up
+
     def count_refusal(self, sentence: str) -> None:
         """Count an error whose `sentence` names the setting that forbade the request; others are not counted."""
         setting = _SETTING.search(sentence)
@@ -253,7 +308,13 @@ class Metrics:
                 yield Sample(family, "", labels, value)
             return
         for registry, index in list(self._registries.items()):
-            words = self._sums(_GLOBAL_WORDS + index * _WORDS_PER_REGISTRY + _START[family], family.words)
+            start = _GLOBAL_WORDS + index * _WORDS_PER_REGISTRY + _START[family]
+            if family.is_latest:
+                latest = max(self._counters[start :: self._words_per_process])
+                if latest:
+                    yield Sample(family, registry, (), latest & 1)
+                continue
+            words = self._sums(start, family.words)
             for number, labels in enumerate(family.combinations):
                 cell = words[number * family.words_per_cell : (number + 1) * family.words_per_cell]
                 if family.is_histogram:

@@ -121,7 +121,7 @@ class Dialer:
             )
         except UpstreamUnreachable as error:
             raise UpstreamUnreachable(
-                f"{host.authority}: cannot connect to the upstream proxy {error.message}"
+                f"{host.authority}: cannot connect to the upstream proxy {error.message}", "proxy"
             ) from None
         try:
             return await connect_factory.done
@@ -139,7 +139,7 @@ class Dialer:
             return [host.name]
         addresses = interleave_families(await self._resolver.resolve(host.name, client), ipv6=self._ipv6)
         if not addresses:
-            raise UpstreamUnreachable(f"{host.authority}: no such name, DNS returned no address")
+            raise UpstreamUnreachable(f"{host.authority}: no such name, DNS returned no address", "dns")
         return addresses
 
     async def _dial_parallel(
@@ -153,7 +153,8 @@ class Dialer:
         except (TimeoutError, CancelledError):
             raise
         except Exception as error:
-            raise UpstreamUnreachable(f"{host.authority}: {_explain(error)}") from None
+            reason = "refused" if isinstance(error, ConnectionRefusedError) else "unreachable"
+            raise UpstreamUnreachable(f"{host.authority}: {_explain(error)}", reason) from None
 
 
 def filter_addresses(addresses: Iterable[str], address_check: AddressCheck | None) -> list[str]:

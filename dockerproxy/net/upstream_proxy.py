@@ -53,7 +53,9 @@ class UpstreamProxy:
             reason = "forbids the connection"
         else:
             reason = "refused the connection"
-        return UpstreamUnreachable(f"{host.authority}: the upstream proxy {self._authority} {reason} (status {status})")
+        return UpstreamUnreachable(
+            f"{host.authority}: the upstream proxy {self._authority} {reason} (status {status})", "proxy"
+        )
 
 
 def _matches_no_proxy(entry: str, host: Host) -> bool:
@@ -134,7 +136,7 @@ class _ConnectProtocol(Protocol):
         authority = self._connect_factory.proxy._authority
         self._fail(
             UpstreamUnreachable(
-                f"{self._connect_factory.host.authority}: the upstream proxy {authority} closed the connection"
+                f"{self._connect_factory.host.authority}: the upstream proxy {authority} closed the connection", "proxy"
             )
         )
 

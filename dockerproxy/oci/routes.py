@@ -26,7 +26,7 @@ from urllib.parse import unquote, unquote_plus
 
 from attrs import frozen
 
-from dockerproxy.errors import BadRequest, NameInvalid, NameUnknown
+from dockerproxy.errors import BadRequest, NameInvalid, NameUnknown, RegistryError
 from dockerproxy.oci.names import Digest, Reference, Repository, Tag, parse_reference, parse_repository
 
 _VISIBLE = re.compile(r"[!-~]*")
@@ -86,6 +86,14 @@ class Target:
 
 
 @lru_cache(1024)  # nodes of a fleet request the same paths; a valid path has at most 3 KiB
+def kind_of(path: str) -> str:
+    """Return the kind of resource at `path`, which may have a query; "other" if it is none of the API."""
+    try:
+        return route(path.partition("?")[0]).kind.value
+    except RegistryError:
+        return "other"
+
+
 def route(path: str) -> Target:
     """Return the target of `path` (without its query, percent-encoded as received).
 

@@ -83,6 +83,8 @@ def bound_key(key: Hashable, client_connection: Hashable) -> Hashable:
 class ConnectionDropped(UpstreamBroken):
     """The connection was closed before the first byte of the response."""
 
+    reason = "reset"
+
 
 class Response:
     """A response whose head has been received. Read its body with `read_chunk` or `read_pieces`, or call `discard` or
@@ -91,7 +93,8 @@ class Response:
     `length` is the Content-Length, or None. In a response to HEAD it is the length that GET would return. `read_chunk`
     and `read_pieces` return the content as it was sent, `read_all` undoes its codings (`content_coding`).
     Back-pressure limits the buffered body to 768 KiB, or to 512 KiB more than `read_pieces` requested. The connection
-    is read in small pieces unless `limit_read_ahead` or `count_for` allows for long ones.
+    is read in small pieces unless `limit_read_ahead` or `count_for` allows for long ones. `on_received` is called with
+    the number of bytes that are read.
     """
 
     def __init__(self, url: str, head: ResponseHead, stream: ByteStream, connection: UpstreamConnection) -> None:
@@ -99,6 +102,7 @@ class Response:
         self.status = head.status
         self.headers: Headers = head.headers
         self.length = None if "transfer-encoding" in head.headers else parse_content_length(head.headers)
+        self.on_received: Callable[[int], None] | None = None
         self._stream = stream
         self._connection = connection
 
@@ -115,7 +119,10 @@ class Response:
 
         Raise `UpstreamBroken` if the body is truncated and `UpstreamTimeout` if no byte arrives in time.
         """
-        return await self._stream.read()
+        data = await self._stream.read()
+        if self.on_received is not None:
+            self.on_received(len(data))
+        return data
 
     async def read_pieces(self, at_least: int, timeout: float) -> list[bytes]:
         """Return the received pieces of the body, or an empty list at its end. Raise as `read_chunk` does.
@@ -124,10 +131,13 @@ class Response:
         """
         timer = self._connection.call_later(timeout, self._stream.return_available)
         try:
-            return await self._stream.read_pieces(at_least)
+            pieces = await self._stream.read_pieces(at_least)
         finally:
             if timer.active():
                 timer.cancel()
+        if self.on_received is not None:
+            self.on_received(sum(map(len, pieces)))
+        return pieces
 
     async def read_all(self, limit: int, digest: Digest | None = None) -> bytes:
         """Return the whole content. Raise as `read_chunk` does, and `UpstreamBroken` if it exceeds `limit` bytes.
@@ -432,8 +442,11 @@ class UpstreamConnection(Protocol):
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         self._connected = self.alive = False
         if not self.ready.called:
-            detail = "closed the connection" if self._handshake is None else self._handshake.describe_failure(reason)
-            self._fail(UpstreamUnreachable(f"{self.authority}: {detail}"))
+            if self._handshake is None:
+                self._fail(UpstreamUnreachable(f"{self.authority}: closed the connection", "reset"))
+            else:
+                detail = self._handshake.describe_failure(reason)
+                self._fail(UpstreamUnreachable(f"{self.authority}: {detail}", "tls"))
         elif self._response_waiter is not None:
             error_type = UpstreamBroken if self._buffer or self._interim_size else ConnectionDropped
             self._fail(error_type(f"{self.authority}: closed the connection before a complete response head"))

@@ -88,7 +88,7 @@ class ClientHandshake:
         try:
             verify_name(connection, self._host.name)
         except (VerificationError, CertificateError):
-            raise UpstreamUnreachable(f"{self._host.authority}: its certificate is for another name") from None
+            raise UpstreamUnreachable(f"{self._host.authority}: its certificate is for another name", "tls") from None
 
     def describe_failure(self, reason: Failure) -> str:
         """Describe the failure of the handshake, as a phrase to put after the host."""

@@ -219,3 +219,29 @@ def test_a_gauge_is_the_sum_of_all_processes() -> None:
     assert nonzero(scrape(metrics)) == {"tunnels ": 33}
     metrics.for_process(1)
     assert nonzero(scrape(metrics)) == {"tunnels ": 22}
+
+
+def test_what_registries_do() -> None:
+    metrics = Metrics.make(2, ["quay.io"])
+    worker = metrics.for_process(1)
+    worker.count_upstream("quay.io", "manifest", "HEAD", 200, 0.2)
+    worker.count_upstream("quay.io", "upload", "PATCH", 202, 0.2)
+    worker.count_received("quay.io", 1000)
+    assert nonzero(scrape(metrics)) == {
+        "upstream_requests_total 2xx manifest HEAD quay.io": 1,
+        "upstream_requests_total 2xx blob other quay.io": 1,
+        "upstream_received_bytes_total quay.io": 1000,
+        "upstream_seconds_count quay.io": 2,
+        "upstream_seconds_sum quay.io": 0.4,
+        "upstream_up quay.io": 1,
+    }
+    metrics.count_failure("quay.io", "dns")
+    metrics.count_failure("quay.io", "anything else")
+    samples = nonzero(scrape(metrics))
+    assert samples["upstream_failures_total dns quay.io"] == samples["upstream_failures_total other quay.io"] == 1
+    assert "upstream_up quay.io" not in samples
+    up = "dockerproxy_upstream_up", frozenset({("registry", "quay.io")})
+    assert scrape(metrics)[up] == 0
+    worker.count_upstream("quay.io", "blob", "GET", 503, 0.1)  # it responds
+    assert scrape(metrics)[up] == 1
+    assert ("dockerproxy_upstream_up", frozenset({("registry", "hosted")})) not in scrape(metrics)

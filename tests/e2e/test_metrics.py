@@ -32,13 +32,14 @@ def test_requests_are_counted_by_registry_and_kind(
 ) -> None:
     daemon = start_daemon(WORKERS=workers)
     image = images.build_small_image("metrics")
-    upstreams.fake.put("metrics/app", "1", image)
+    repository = f"metrics/app-{workers}"
+    upstreams.fake.put(repository, "1", image)
     layer = image.layers[0]
     for _ in range(3):
-        manifest = daemon.client.get(f"{FAKE}/v2/metrics/app/manifests/1", Accept=ACCEPT_MANIFESTS)
+        manifest = daemon.client.get(f"{FAKE}/v2/{repository}/manifests/1", Accept=ACCEPT_MANIFESTS)
         assert manifest.status == 200
-        assert daemon.client.get(f"{FAKE}/v2/metrics/app/blobs/{layer.digest}").body == layer.data
-    assert daemon.client.get(f"{FAKE}/v2/metrics/app/manifests/none", Accept=ACCEPT_MANIFESTS).status == 404
+        assert daemon.client.get(f"{FAKE}/v2/{repository}/blobs/{layer.digest}").body == layer.data
+    assert daemon.client.get(f"{FAKE}/v2/{repository}/manifests/none", Accept=ACCEPT_MANIFESTS).status == 404
     samples = scrape(daemon)
     labels = 'registry="fake.test"'
     assert samples[f'requests_total{{kind="manifest",{labels},verdict="REVALIDATED"}}'] == 2
@@ -48,6 +49,33 @@ def test_requests_are_counted_by_registry_and_kind(
     assert samples[f'responses_total{{code="4xx",{labels}}}'] == 1
     assert samples[f'sent_bytes_total{{{labels},verdict="HIT"}}'] == 2 * len(layer.data)
     assert samples[f'request_seconds_count{{kind="blob",{labels}}}'] == 3
+    for method in ("GET", "HEAD"):
+        counted = [
+            value
+            for name, value in samples.items()
+            if name.startswith("upstream_requests_total") and 'kind="manifest"' in name and f'"{method}"' in name
+        ]
+        assert sum(counted) == len(upstreams.fake.find_requests(method, f"/v2/{repository}/manifests/"))
+    # The missing manifest has a body, too.
+    received = samples[f"upstream_received_bytes_total{{{labels}}}"]
+    assert len(layer.data) + len(manifest.body) <= received < len(layer.data) + len(manifest.body) + 500
+    assert samples[f"upstream_up{{{labels}}}"] == 1
+
+
+@pytest.mark.parametrize(
+    ("host", "reason"),
+    [
+        ("closed.test", "refused"),
+        ("no-such-name.invalid", "dns"),
+        ("selfsigned.test", "tls"),
+        ("wrongname.test", "tls"),
+    ],
+)
+def test_failures_are_counted_by_reason(daemon: TwistdDaemon, host: str, reason: str) -> None:
+    assert daemon.client.get(f"https://{host}/v2/a/b/manifests/1").status == 502
+    samples = scrape(daemon)
+    assert samples[f'upstream_failures_total{{reason="{reason}",registry="{host}"}}'] >= 1
+    assert samples[f'upstream_up{{registry="{host}"}}'] == 0
 
 
 def test_no_host_that_a_client_names_becomes_a_label(daemon: TwistdDaemon) -> None:
