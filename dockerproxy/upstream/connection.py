@@ -305,9 +305,9 @@ class UpstreamConnection(Protocol):
         A request on a connection that is dead, because a router or a firewall has forgotten it, then costs less than
         the time for an answer. See TCP_USER_TIMEOUT in tcp(7).
         """
-        transport = self.transport
+        transport, milliseconds = self.transport, min(int(seconds * 1000), 2**31 - 1)
         if ITCPTransport.providedBy(self.transport):
-            transport.getHandle().setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(seconds * 1000))
+            transport.getHandle().setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
 
     def call_later(self, seconds: float, callback: Callable[[], None]) -> Any:
         """Schedule `callback` on the connection's clock and return the delayed call."""

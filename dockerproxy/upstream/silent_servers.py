@@ -80,6 +80,7 @@ class SilentServers:
         self._probe_limit = probe_limit
         self._servers: BoundedDict[str, _Server] = BoundedDict(_MAX_SERVERS)
         self._active: set[_Server] = set()  # those with a probe, or a next one
+        self._closed = False
         self._subscribers: list[OnChanged] = []
         self._on_silent: Callable[[str], object] = lambda origin: None
 
@@ -135,7 +136,8 @@ class SilentServers:
         return response
 
     def close(self) -> None:
-        """End all work in the background."""
+        """End all work in the background, and begin none."""
+        self._closed = True
         for server in list(self._active):
             self._stop_probing(server)
 
@@ -185,6 +187,8 @@ class SilentServers:
             self._publish(server, "", 0.0)
 
     def _find_silent(self, server: _Server, error: UpstreamError, probe: Probe) -> None:
+        if self._closed:
+            return  # it is our own end
         self._begin_silence(server, error, SILENCE_TTL)
         self._publish(server, error.message, SILENCE_TTL)
         if server.probe is None and server.next_probe is None:
@@ -218,10 +222,17 @@ class SilentServers:
 
     def _suspect(self, server: _Server, started: float, probe: Probe) -> None:
         """Ask a server that has not answered since a request was sent, unless it has answered another one."""
-        if server.answered_at <= started and server.probe is None and server.next_probe is None:
+        is_idle = server.probe is None and server.next_probe is None
+        if server.answered_at <= started and is_idle and self._can_probe(server):
             self._start_probe(server, probe)
 
+    def _can_probe(self, server: _Server) -> bool:
+        """Return whether the server may be asked in the background. Beyond a bound, a silence ends by itself."""
+        return not self._closed and (server in self._active or len(self._active) < _MAX_SERVERS)
+
     def _schedule_probe(self, server: _Server, probe: Probe) -> None:
+        if not self._can_probe(server):
+            return
         self._active.add(server)
         server.next_probe = self._clock.callLater(PROBE_INTERVAL, self._start_probe, server, probe)
 

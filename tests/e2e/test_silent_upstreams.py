@@ -166,7 +166,7 @@ def test_pull_while_nobody_finishes_the_handshake(
 ) -> None:
     """All requests of all pulls together make one connection, or probe in the background."""
     daemon = start_daemon(WORKERS=str(workers), PROXY_CONNECT_TIMEOUT=f"{CONNECT_TIMEOUT:g}s")
-    image = images.build_small_image("silent", oci=False)
+    image = images.build_small_image("silent", oci=False, layers=8)
     upstreams.fake.put("silent/app", "1", image)
     url, name = f"{FAKE}/v2/silent/app", "fake.test/silent/app:1"
     skopeo, docker, containerd = clients.skopeo(daemon), clients.docker(daemon), clients.containerd(daemon)

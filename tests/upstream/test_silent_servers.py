@@ -324,13 +324,23 @@ def test_close(silent_network: Network) -> None:
     assert silent_network.clock.calls == []
 
 
+def test_nothing_begins_after_the_end(network: Network) -> None:
+    """Attempts that end with the daemon say nothing about their servers."""
+    waiting = [network.connect(), network.exchange()]
+    network.clock.advance(TIMEOUT)
+    network.processes[0].close()
+    network.fail(network.connects, UpstreamBroken("the connection was aborted"))
+    network.fail(network.heads)
+    assert all(waiting) and network.clock.calls == [] and not network.probes
+
+
 def test_any_number_of_servers(network: Network) -> None:
     """The table is bounded, and a server that leaves it leaves no work behind for ever."""
     for number in range(270):
         network.connect(Registry.parse(f"host{number}.example"))
     network.clock.advance(TIMEOUT)
     network.fail(network.connects)
-    assert len(network.processes[0]._servers) == 256
+    assert len(network.processes[0]._servers) == len(network.processes[0]._active) == 256
     for _ in range(200):
         network.clock.advance(PROBE_INTERVAL)
         network.fail(network.probes)
