@@ -32,12 +32,14 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from attrs import field, frozen
 from twisted.internet.defer import CancelledError, Deferred, DeferredList, DeferredLock
 from twisted.logger import Logger
 
+from dockerproxy.bounded_dict import BoundedDict
 from dockerproxy.cache.ahead import MAX_WAIT, AheadFetcher, AheadRange, AheadRanges
 from dockerproxy.cache.download_memory import DownloadMemory
 from dockerproxy.cache.download_state import DownloadState
@@ -63,6 +65,7 @@ if TYPE_CHECKING:
 _FSYNC_THRESHOLD = 64 * 1024 * 1024  # bytes; an NVMe disk needs 0.02 s for them
 _MAX_UNREAD_TIME = 60.0  # seconds for which a download goes on without a reader
 _MAX_HOOKS = 1000  # principals whose grants wait for a download
+_MAX_CODINGS = 256  # blobs of which a registry's Content-Encoding was read the wrong way
 _LEND_TIMEOUT = 5.0  # seconds for which a failed download keeps its connection open for a reader
 _INTERNAL_ERROR = "the download failed because of an internal error; see the log of docker-registry-proxy"
 
@@ -126,6 +129,8 @@ class DownloadResources:
     memory: DownloadMemory = field(factory=DownloadMemory)
     sync_lock: DeferredLock = field(factory=DeferredLock)
     rehash_locks: LocalKeyedLock = field(factory=LocalKeyedLock)
+    codings: BoundedDict[IngestKey, bool] = field(factory=partial(BoundedDict, _MAX_CODINGS))
+    """Whether to undo content codings of a blob, because the other reading of it was wrong."""
 
 
 class BlobDownload:
@@ -172,6 +177,7 @@ class BlobDownload:
         self._unread_timer = resources.reactor.callLater(_MAX_UNREAD_TIME, self._end_if_unread)
         self._waiting_for_upstream: Deferred[Any] | None = None
         self._memory = resources.memory
+        self._codings = resources.codings
         self._tail = resources.memory.tail()
         self.key = principal.repository.ingest_key(digest)
         self.repository = principal.repository
@@ -188,7 +194,14 @@ class BlobDownload:
 
         Do not raise, but set `failure`.
         """
-        source = ResumableGet(self._reactor, self._upstream, self.repository, self.digest, read_ahead=self._read_ahead)
+        source = ResumableGet(
+            self._reactor,
+            self._upstream,
+            self.repository,
+            self.digest,
+            read_ahead=self._read_ahead,
+            undo_codings=self._codings.get(self.key),
+        )
         try:
             await self._transfer(source)
         except Exception as error:
@@ -554,6 +567,8 @@ class BlobDownload:
             self._background_fsync.start_if_due(ingest)
         self.size = source.size
         if not ingest.verify():
+            if source.guessed_coding is not None:
+                self._codings[self.key] = not source.guessed_coding  # the next attempt reads it the other way
             await in_thread(self._reactor, ingest.discard)
             raise UpstreamBroken(f"{self.repository.registry} returned content that does not match {self.digest}")
         self.verified = True

@@ -57,7 +57,8 @@ class ResumableGet:
     known after the last `read`. `read` resumes by Range if the connection breaks off or stalls. If upstream ignores
     the Range, the bytes before `offset` are skipped. A response of unknown length that is cut off twice at one byte
     ends there; its digest tells whether that is so. A content coding is undone if the digest says so, or for a longer
-    blob if that is likely (`is_probably_coded`). About `read_ahead()` bytes may arrive between two reads.
+    blob if that is likely (`is_probably_coded`), or as `undo_codings` says because the other reading was wrong. About
+    `read_ahead()` bytes may arrive between two reads.
     `wall_clock` gives the Unix time that dates from upstream are compared with.
     """
 
@@ -70,6 +71,7 @@ class ResumableGet:
         offset: int = 0,
         read_ahead: Callable[[], int] = lambda: _READ_AHEAD,
         wall_clock: Callable[[], float] = time.time,
+        undo_codings: bool | None = None,
     ) -> None:
         self._clock = clock
         self._wall_clock = wall_clock
@@ -81,7 +83,11 @@ class ResumableGet:
         self._waited = 0.0  # seconds of the current window
         self._received = 0  # bytes in it
         self._buffer: list[bytes] = []  # read from the response, but not returned yet
+        self._undo_codings = undo_codings
+        self.guessed_coding: bool | None = None
+        """Whether codings are undone, if that is a guess. None if it is not."""
         self._codings: Sequence[str] | None = None  # to be undone; None until a response has had some
+        self._needs_start = False  # to decide about codings
         self._decoder: Decoder | None = None  # of the response, if its codings are undone
         self._sent: list[bytes] = []  # read from the response, but not decoded yet
         self._decoded: Iterator[bytes] = iter(())
@@ -197,12 +203,18 @@ class ResumableGet:
         # Start at the last byte that is present, not at the next one: if the partial download is already complete,
         # upstream could only respond with 416 to the latter.
         # Offsets in a response with codings are those of its coded content.
-        headers = Headers([("range", f"bytes={self.offset - 1}-")] if self.offset and not self._codings else [])
+        needs_start = self._codings or (self._codings is None and self._needs_start)
+        headers = Headers([("range", f"bytes={self.offset - 1}-")] if self.offset and not needs_start else [])
         response = await self._upstream.request(
             "GET", repository.registry, repository.blob_path(self._digest),
             name=repository.name, credential=repository.credential, headers=headers,
         )  # fmt: skip
         response.limit_read_ahead(self._read_ahead())
+        if response.status == 206 and self._codings is None and _is_coded(response):
+            response.abort()
+            self._needs_start = True
+            await self._connect()
+            return
         try:
             await self._check_response(response)
         except BaseException:
@@ -214,7 +226,7 @@ class ResumableGet:
         start, size = 0, response.length
         self._decoder, self._sent, self._decoded = None, [], iter(())
         codings = content_codings(response.headers)
-        if response.status == 200 and codings and can_decode(codings):
+        if response.status == 200 and _is_coded(response):
             size = await self._choose_reading(response, codings)
         if response.status == 206 and self.offset:
             start, size = self._parse_range(response)
@@ -255,7 +267,9 @@ class ResumableGet:
             if Digest.of(content, self._digest.algorithm) == self._digest:
                 self._codings, size = (), len(content)
         elif self._codings is None:
-            self._codings = codings if is_probably_coded(content, codings, response.headers) else ()
+            undo = self._undo_codings
+            self.guessed_coding = is_probably_coded(content, codings, response.headers) if undo is None else undo
+            self._codings = codings if self.guessed_coding else ()
         if self._codings:
             self._decoder = Decoder(codings)
             size = size if ended else None
@@ -307,3 +321,8 @@ class ResumableGet:
                 count, rest = max(0, count - len(remainder[0])), remainder[0][count:]
                 remainder[:1] = [rest] if rest else []
         self._buffer, self._response = remainder, response
+
+
+def _is_coded(response: UpstreamResponse) -> bool:
+    codings = content_codings(response.headers)
+    return bool(codings) and can_decode(codings)

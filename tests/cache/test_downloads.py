@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import os
+import random
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -1139,3 +1141,16 @@ def test_failing_cleanup_wakes_readers(harness: CacheHarness, monkeypatch: pytes
     monkeypatch.undo()
     release(ingest_key(DIGEST))
     one.disconnect()
+
+
+@pytest.mark.parametrize("is_coded", [True, False])
+def test_a_content_coding_that_was_read_the_wrong_way(harness: CacheHarness, is_coded: bool) -> None:
+    """A long response is read in the likelier way. If its digest shows that this is wrong, the next is read right."""
+    noise = random.Random(0).randbytes(600_000)
+    data = b"a tar" + noise if is_coded else gzip.compress(gzip.compress(noise))  # neither looks like what it is
+    sent = gzip.compress(data) if is_coded else data
+    digest = harness.upstream.repository(f"{HUB}/library/app").put_blob(data)
+    harness.upstream.on("GET", "blobs", replace_with(sent, content_encoding="gzip"))
+    with pytest.raises(UpstreamBroken, match="does not match"):
+        harness.fetch(digest)
+    assert harness.fetch(digest) == ("MISS", data)

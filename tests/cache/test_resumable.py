@@ -624,3 +624,15 @@ def test_a_bomb_is_read_in_small_pieces() -> None:
     assert len(bomb) < 1 << 17
     sizes = [len(harness.read()) for _ in range(200)]
     assert max(sizes) <= 256 * 1024 and sum(sizes) > 30 << 20
+
+
+def test_a_partial_download_of_unknown_reading_is_sent_from_the_start() -> None:
+    """A part of coded content is of no use, and nobody knows yet whether the content is coded."""
+    harness = ResumableGetHarness(offset=5000, data=LAYER)
+    harness.on(coded(gzip.compress), coded(gzip.compress))
+    assert harness.read_all() == LAYER[5000:]
+    assert harness.ranges == ["bytes=4999-", None]
+    harness = ResumableGetHarness(offset=5000, data=LAYER)
+    harness.on(coded(), coded(cut=True, head_start=400_000), coded())
+    assert harness.read_all() == LAYER[5000:]
+    assert harness.ranges == ["bytes=4999-", None, "bytes=399999-"]
