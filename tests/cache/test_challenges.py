@@ -366,6 +366,30 @@ def test_whether_a_foreign_realm_can_be_asked(harness: CacheHarness, silent: str
         harness.reactor.advance(30)
 
 
+@pytest.mark.parametrize(
+    ("answer", "answers"),
+    [
+        (lambda request, data: ScriptedResponse(403, b"<html>", {"content-type": "text/html"}), False),
+        (lambda request, data: ScriptedResponse(451), False),
+        (captive_portal, False),
+        (lambda request, data: ScriptedResponse(401, b'{"details":"no"}'), True),
+        (lambda request, data: ScriptedResponse(403), True),
+    ],
+    ids=["403 page", "451", "portal", "401 JSON", "bare 403"],
+)
+def test_a_wall_before_a_foreign_realm_is_no_answer(harness: CacheHarness, answer: Any, answers: bool) -> None:
+    """Clients then get their tokens from this proxy, because they would get the wall's page from the realm."""
+
+    def respond(request: Any, data: Any) -> ScriptedResponse:
+        is_realm = request.path.startswith("/token")
+        return answer(request, data) if is_realm else respond_with_challenge(field)(request, data)  # type: ignore[no-any-return]
+
+    field = 'Bearer realm="https://auth.other.example/token"'
+    learn(harness, OTHER, "https://auth.other.example/token")
+    harness.upstream.on("GET", "", respond)
+    assert harness.run(harness.challenges.can_be_asked(OTHER)) is answers
+
+
 def test_a_realm_of_ours_can_always_be_asked(harness: CacheHarness) -> None:
     harness.upstream.go_down()
     assert harness.run(harness.challenges.can_be_asked(HUB))
