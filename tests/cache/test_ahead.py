@@ -19,7 +19,7 @@ from dockerproxy.cache import ahead
 from dockerproxy.cache.ahead import merge_close
 from dockerproxy.cache.download_state import DownloadState
 from dockerproxy.cache.downloads import BlobDownload, DownloadLimits
-from dockerproxy.errors import UpstreamBroken
+from dockerproxy.errors import UpstreamBroken, UpstreamRefused
 from dockerproxy.oci.names import Digest
 from dockerproxy.oci.ranges import ByteRange, parse_ranges
 from tests.cache.support.harness import HUB, OTHER, CacheHarness, ManualReader, do_nothing
@@ -217,6 +217,31 @@ def test_the_bytes_before_the_resumption_of_a_download_say_nothing_about_its_rat
     assert read(harness, reader, END) == bytes_of(END)
     reader.content.close()
     finish(harness, download, harness.upstream.responses[1])
+
+
+def test_a_private_blob(make_harness: Callable[..., CacheHarness]) -> None:
+    """Each client asks with its own credential, and gets a range only if the registry lets it read the blob."""
+    harness = make_harness()
+    repository = harness.upstream.repository(f"{HUB}/{NAME}", readers={"Bearer alice", "Bearer carol"})
+    repository.put_blob(DATA)
+    harness.upstream.on("GET", str(DIGEST), respond_streaming, times=1)
+    alice = harness.run(harness.blob(DIGEST, authorization="Bearer alice"))
+    response = harness.upstream.responses[-1]
+    with pytest.raises(UpstreamRefused):
+        harness.run(harness.blob(DIGEST, authorization="Bearer bob"))
+    with pytest.raises(UpstreamRefused):
+        harness.run(harness.blob(DIGEST))
+    carol = harness.run(harness.blob(DIGEST, authorization="Bearer carol"))
+    for content, requester in ((alice.content, "Bearer alice"), (carol.content, "Bearer carol")):
+        content.expect([END])
+        reader = ManualReader(harness, content, END.start)
+        assert read(harness, reader, END) == bytes_of(END)
+        request = harness.upstream.requests[-1]
+        assert (request.range, request.requester) == (f"bytes={END.start}-{SIZE - 1}", requester)
+        content.close()
+    response.send_rest()
+    harness.advance(0.5)
+    assert is_stored(harness)
 
 
 # failures: the client waits for the download
