@@ -935,6 +935,21 @@ def test_referrers_from_upstream(harness: CacheHarness) -> None:
     assert request.headers.get("accept") == OCI_INDEX
 
 
+@pytest.mark.parametrize(
+    ("query", "is_shared"),
+    [("", True), ("artifactType=a%2Fb", True), ("access_token=x", False), ("n=1&scope=x", False)],
+)
+def test_shared_login_is_for_referrers_of_a_pull(
+    make_harness: Callable[..., CacheHarness], query: str, is_shared: bool
+) -> None:
+    harness = make_harness(login=LOGIN)
+    harness.upstream.on("GET", "referrers", replace_with(EMPTY_INDEX))
+    referrers(harness, query)
+    assert harness.upstream.requests[-1].credential == (LOGIN if is_shared else Anonymous())
+    harness.run(harness.client(ALICE).referrers(NAME, SUBJECT, ReferrersQuery(query, None)))
+    assert harness.upstream.requests[-1].credential == ClientCredential(ALICE)
+
+
 def test_referrers_redirect(harness: CacheHarness) -> None:
     """registry.k8s.io redirects these requests too."""
     content = index(ONE)
