@@ -31,6 +31,7 @@ from dockerproxy.errors import (
     IntermediaryRefused,
     LocalTokenRequired,
     ManifestInvalid,
+    ManifestUnknown,
     NameUnknown,
     RegistryError,
     Unauthorized,
@@ -313,6 +314,8 @@ class CachedRegistry:
         try:
             manifest = await self.manifest(name, fallback_tag(subject), [OCI_INDEX], head=False)
             content = manifest.content or EMPTY_INDEX
+        except ManifestUnknown:  # remembered, because there is an outage since a moment ago
+            return ReferrersIndex(EMPTY_INDEX, query.artifact_type is not None, "STALE")
         except UpstreamRefused as error:
             if error.status != 404:
                 raise

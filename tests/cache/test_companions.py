@@ -132,6 +132,15 @@ def test_no_referrers_in_an_outage(harness: CacheHarness) -> None:
     assert referrers(harness).content == EMPTY_INDEX
 
 
+def test_outage_between_the_api_and_the_fallback_tag(harness: CacheHarness) -> None:
+    harness.run(harness.manifest("1"))
+    assert status_of(harness, f"sha256-{SUBJECT.hex}") == 404
+    harness.upstream.on("GET", "referrers", respond_with(404))
+    harness.upstream.on("GET", "manifests", respond_with(503))
+    result = referrers(harness, "artifactType=a%2Fb", "a/b")
+    assert (result.content, result.filtered, result.cache_status) == (EMPTY_INDEX, True, "STALE")
+
+
 @pytest.mark.parametrize("incomplete", ["filtered", "paged", "large", "unknown image"])
 def test_referrers_that_are_not_remembered(harness: CacheHarness, incomplete: str) -> None:
     fields = {"filtered": {"oci_filters_applied": "artifactType"}, "paged": {"link": '</next>; rel="next"'}}

@@ -363,12 +363,13 @@ class ContainerdClient(MatrixClient):
 
     TITLE, PACKAGE = "ctr images pull", "containerd"
     USES_CRI: ClassVar[bool] = False
+    MIRROR_PATH: ClassVar[str] = ""
 
     def start(self) -> None:
         super().start()
         self.containerd = Containerd(self.folder / "c", self.network.engine, self.machine, cri=self.USES_CRI)
         for host in self.MIRRORED_HOSTS if self.uses_mirror else ():
-            self.containerd.configure_mirror(host, f"http://{self.network.mirror}")
+            self.containerd.configure_mirror(host, f"http://{self.network.mirror}{self.MIRROR_PATH}")
         self.containerd.start()
 
     def stop(self) -> None:
@@ -416,9 +417,9 @@ class CRIClient(ContainerdClient):
 
 
 class MirroredCRIClient(CRIClient):
-    """The same with hosts.toml."""
+    """The same with hosts.toml, in which the URL of the mirror ends as k3s and RKE2 write it."""
 
-    TITLE, MIRRORED_HOSTS = "PullImage of the CRI, hosts.toml", _WITHOUT_LOGIN
+    TITLE, MIRRORED_HOSTS, MIRROR_PATH = "PullImage of the CRI, hosts.toml", _WITHOUT_LOGIN, "/v2"
 
 
 def write_build_context(folder: Path, reference: str) -> str:

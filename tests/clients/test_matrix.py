@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -70,6 +72,13 @@ def test_table() -> None:
     assert "| skopeo copy | 1.2 | + **X** |  |  |  |  | + |" in text
     assert r"- **X**: skopeo copy 1.2: Docker Hub, warm: a \| b" in text
     assert len(list(describe([row]))) == 1
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+def test_shellcheck_passes() -> None:
+    script = Path(__file__).with_name("enter")
+    result = subprocess.run(["shellcheck", str(script)], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout
 
 
 def test_document_has_every_client() -> None:

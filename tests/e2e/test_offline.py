@@ -185,3 +185,24 @@ def test_cached_pull_needs_no_upstream_token(upstreams: Upstreams, start_daemon:
         assert (response.status, response.cache_status) == (200, "HIT")
     assert upstreams.hub.find_requests("GET", "/library/") == upstreams.hub.find_requests("HEAD", "/library/") == []
     assert len(upstreams.token_server.requests) == token_request_count
+
+
+def test_signatures_of_a_cached_image_while_upstream_is_down(upstreams: Upstreams, daemon: TwistdDaemon) -> None:
+    """cosign asks for them with every image. It goes on if there are none, and fails if nobody can tell."""
+    image = upstreams.push_to_registry("unsigned", "1", images.build_small_image("unsigned"))
+    other = upstreams.push_to_registry("other-unsigned", "1", images.build_small_image("other-unsigned"))
+    url = f"{REGISTRY}/v2/unsigned"
+    paths = [f"manifests/{image.digest.replace(':', '-')}{suffix}" for suffix in ("", ".sig", ".att")]
+    assert daemon.client.get(f"{url}/manifests/1", Accept=ACCEPT_MANIFESTS).status == 200
+    for path in paths:
+        assert daemon.client.get(f"{url}/{path}", Accept=ACCEPT_MANIFESTS).status == 404
+    assert daemon.client.get(f"{url}/referrers/{image.digest}").json["manifests"] == []
+    with upstreams.stopped():
+        daemon.restart()
+        for path in paths:
+            response = daemon.client.get(f"{url}/{path}", Accept=ACCEPT_MANIFESTS)
+            assert (response.status, response.error_code) == (404, "MANIFEST_UNKNOWN")
+            assert "cannot be asked now" in response.error_message
+        assert daemon.client.get(f"{url}/referrers/{image.digest}").json["manifests"] == []
+        for path in (f"manifests/{image.digest.replace(':', '-')}.sbom", f"referrers/{other.digest}"):
+            assert daemon.client.get(f"{url}/{path}", Accept=ACCEPT_MANIFESTS).status == 502
