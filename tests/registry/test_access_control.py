@@ -17,6 +17,7 @@ from dockerproxy.registry.access_control import AccessControl, AllowAll, Anonymo
 from dockerproxy.registry.api import RegistryAPI
 from dockerproxy.registry.hosted_app import HostedRegistryApp
 from dockerproxy.registry.namespaces import NamespacedRegistries
+from dockerproxy.registry.principal import Principal
 from dockerproxy.registry.upstream import Namespace
 
 REALM = "docker-registry.local"
@@ -80,6 +81,18 @@ def test_allow_all(connect: Any) -> None:
     for method, path in [("GET", "/v2/"), *READ_REQUESTS, *WRITE_REQUESTS]:
         assert 200 <= client.fetch(method, path).status < 300
     assert client.fetch("GET", "/v2/token").status == 404
+
+
+@pytest.mark.parametrize(("method", "path"), [("POST", "/v2/a/blobs/uploads/"), ("DELETE", MANIFEST), ("DELETE", BLOB)])
+def test_the_user_that_logged_in_reaches_the_backend(
+    connect: Any, backend: Any, htpasswd: Any, clock: Clock, method: str, path: str
+) -> None:
+    for access_control in (
+        RequireLogin(htpasswd, REALM),
+        AnonymousPull(htpasswd, REALM, b"secret", lambda: 1_750_000_000.0),
+    ):
+        connect(access_control).fetch(method, path, basic_fields("alice:wonder"))
+        assert backend.calls.pop()[1] == Principal("alice", "10.1.2.3", None)
 
 
 def test_require_login(connect: Any, htpasswd: Any) -> None:
