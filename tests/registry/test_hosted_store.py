@@ -11,7 +11,9 @@ import pytest
 from twisted.internet.defer import Deferred
 from twisted.python.failure import Failure
 
-from dockerproxy.oci.names import Digest
+from dockerproxy.oci.manifests import EMPTY_INDEX, OCI_INDEX
+from dockerproxy.oci.names import Digest, parse_tag
+from dockerproxy.oci.pushed_manifest import PushedManifest
 from dockerproxy.registry.hosted_store import HostedStore
 from dockerproxy.store import disk_access
 from dockerproxy.store import local_hosted_store as module
@@ -19,7 +21,7 @@ from dockerproxy.store.disk_access import NETWORK_DISK_LIMITS, DiskAccess, Local
 from dockerproxy.store.hosted_tree import HostedTree
 from dockerproxy.store.layout import Layout
 from dockerproxy.thread_pool import BoundedThreadPool
-from tests.registry.support.hosted_store_suite import APP, HostedStoreSuite
+from tests.registry.support.hosted_store_suite import APP, HostedStoreSuite, make_tags
 from tests.registry.support.synchronous_reactor import SynchronousReactor
 from tests.support.hosted import make_hosted_store
 
@@ -77,6 +79,28 @@ class TestLocalHostedStore(HostedStoreSuite):
         assert str(digest) in messages[0] and APP in messages[0]
         self.push_image(store, "x", "1")
         assert self.run(store.manifest(APP, digest)) is not None
+
+    @pytest.mark.parametrize("change", ["push", "removal of a tag", "removal of a manifest"])
+    def test_a_change_waits_for_the_lock_of_the_repository(
+        self, store: HostedStore, tree: HostedTree, change: str
+    ) -> None:
+        """Another process of the daemon, gc or `dockerproxy rm` has the lock of the repository."""
+        digest = self.push_image(store, "x", "1")
+        changes: dict[str, Coroutine[Any, Any, object]] = {
+            "push": store.commit_manifest(APP, PushedManifest.parse(EMPTY_INDEX, None, OCI_INDEX), make_tags("2")),
+            "removal of a tag": store.remove_tag(APP, parse_tag("1")),
+            "removal of a manifest": store.remove_manifest(APP, digest),
+        }
+        lock = tree.locks.hold(APP)
+        self.run(lock.__aenter__())
+        results: list[object] = []
+        Deferred.fromCoroutine(changes.pop(change)).addBoth(results.append)
+        for other in changes.values():
+            other.close()
+        assert (results, tree.links.tags(APP)) == ([], ["1"])
+        self.run(lock.__aexit__(None, None, None))
+        assert len(results) == 1
+        assert tree.links.tags(APP) == (["1", "2"] if change == "push" else [])
 
     def test_a_large_manifest_is_verified_in_a_thread(
         self, store: HostedStore, disk: DiskAccess, monkeypatch: pytest.MonkeyPatch

@@ -58,6 +58,20 @@ def test_open_creates_the_directories_and_secrets(directories: Directories) -> N
     close(reopened)
 
 
+def test_new_secrets_survive_a_power_cut(directories: Directories, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tokens and upload sessions that they sign are valid after it."""
+    synced: list[str] = []
+    for name in ("fsync", "fdatasync"):
+        sync = getattr(os, name)
+        monkeypatch.setattr(
+            os, name, lambda fd, sync=sync: (synced.append(os.readlink(f"/proc/self/fd/{fd}")), sync(fd))
+        )
+    directories.open()
+    for root in (directories.cache, directories.registry):
+        assert any(path.startswith(f"{root}/staging/") for path in synced), "the content, before it gets its name"
+        assert str(root) in synced, "the name"
+
+
 def test_open_deletes_temporary_files_only(directories: Directories) -> None:
     for folder in ("cache/staging", "registry/staging", "cache/records/~staging", "cache/ingest"):
         (directories.root / folder).mkdir(parents=True)
