@@ -123,14 +123,11 @@ class LocalLoginProvider(LoginProvider):
         if known is None:
             known = logins[key] = _HelperLogin()
         if self._is_due(known, refused):
-            try:
-                self.running.acquire(client)
-            except RegistryError:
-                return known.login
-            try:
-                await self._runs.do(key, lambda: self._run(key, known, refused))
-            finally:
-                self.running.release(client)
+            run = self._runs.do(key, lambda: self._run_if_allowed(key, known, refused, client))
+            if known.login is None or known.login == refused:
+                await run
+            else:
+                spawn(run, f"asking {PROGRAM_PREFIX}{helper}")
         return known.login
 
     def _is_due(self, known: _HelperLogin, refused: Login | None) -> bool:
@@ -138,6 +135,18 @@ class LocalLoginProvider(LoginProvider):
         if not known.is_useful:
             return age >= RETRY_INTERVAL
         return known.login == refused or age >= RENEWAL_INTERVAL
+
+    async def _run_if_allowed(
+        self, key: tuple[str, str], known: _HelperLogin, refused: Login | None, client: str
+    ) -> None:
+        try:
+            self.running.acquire(client)
+        except RegistryError:
+            return
+        try:
+            await self._run(key, known, refused)
+        finally:
+            self.running.release(client)
 
     async def _run(self, key: tuple[str, str], known: _HelperLogin, refused: Login | None) -> None:
         helper, server = key

@@ -95,6 +95,7 @@ class SharedLogins:
         self._refusals: BoundedDict[Registry, _Refusal] = BoundedDict(_MAX_REGISTRIES)
         self._accepted: BoundedDict[Registry, Login] = BoundedDict(_MAX_REGISTRIES, ttl=_ACCEPTED_TTL, clock=clock)
         self._checks: SingleFlight[Registry, None] = SingleFlight()
+        self._questions: SingleFlight[tuple[Registry, Login | None], None] = SingleFlight()  # to the provider
 
     def configure(self, logins: Mapping[HostKey, Login], *, asks_provider: bool) -> None:
         """Use `logins` (AUTH_REGISTRIES), and the provider if it has any. Forget what is known about earlier ones."""
@@ -153,6 +154,9 @@ class SharedLogins:
             spawn(self._ask_provider(registry, None, client), f"getting the login for {registry}")
 
     async def _ask_provider(self, registry: Registry, refused: Login | None, client: str) -> None:
+        await self._questions.do((registry, refused), lambda: self._ask_provider_now(registry, refused, client))
+
+    async def _ask_provider_now(self, registry: Registry, refused: Login | None, client: str) -> None:
         provided = await self._provider.get_login(registry.host, refused, client)
         known = self._provided.get(registry)
         login, setting = (None, "") if provided is None else (provided.login, provided.setting)

@@ -114,11 +114,12 @@ def test_a_helper_without_the_login_takes_it_away(provider: Provider) -> None:
 
 
 def test_requests_share_a_run(provider: Provider) -> None:
+    """Also those of the many hosts behind one address."""
     provider.pending = []
-    results = [provider.start(client=f"10.0.0.{number}") for number in range(10)]
+    results = [provider.start(client="10.0.0.1") for _ in range(500)]
     assert len(provider.runs) == 1
     provider.pending[0].callback(None)
-    assert [provided.login for [provided] in results] == [ONE] * 10
+    assert [provided.login for [provided] in results] == [ONE] * 500
 
 
 def test_the_number_of_runs_is_bounded(provider: Provider) -> None:
@@ -184,3 +185,16 @@ def test_hosts_that_clients_name_displace_no_listed_ones(provider: Provider) -> 
     provider.answer = HelperFailed("fails")
     assert provider.get() == ONE
     assert len(provider.runs) == runs
+
+
+def test_nobody_waits_for_a_renewal(provider: Provider) -> None:
+    assert provider.get() == ONE
+    provider.pending = []
+    provider.clock.advance(RENEWAL_INTERVAL)
+    assert provider.get() == provider.get() == ONE
+    assert len(provider.runs) == 2
+    provider.answer = TWO
+    provider.pending[0].callback(None)
+    assert provider.get() == TWO
+    provider.provider.configure({QUAY: "ecr-login"}, DockerConfig())
+    assert provider.get() == TWO  # after a reload too

@@ -211,6 +211,14 @@ class TestProvider:
         logins.source.pending.callback(None)
         assert logins.shared.login_for(OTHER) == NEW
 
+    def test_requests_share_a_question(self, logins: Logins) -> None:
+        logins.source.pending = Deferred()
+        waiting = [Deferred.fromCoroutine(logins.shared.obtain(OTHER, "10.0.0.1", is_open=False)) for _ in range(500)]
+        assert len(logins.source.provider_questions) == 1
+        logins.source.pending.callback(None)
+        assert all(deferred.called for deferred in waiting)
+        assert logins.shared.login_for(OTHER) == OLD
+
     def test_a_refused_login_is_replaced(self, logins: Logins) -> None:
         self.obtain(logins)
         logins.source.provided = {OTHER.host: NEW}
