@@ -16,6 +16,7 @@ from tests.e2e.harness import images
 from tests.e2e.harness.client_factory import ClientFactory
 from tests.e2e.harness.daemon import StartDaemon, TwistdDaemon
 from tests.e2e.harness.fake_registry import FakeRegistry
+from tests.e2e.harness.http_server import StubServer
 from tests.e2e.harness.images import ACCEPT_MANIFESTS
 from tests.e2e.harness.process import require_programs, wait_until
 from tests.e2e.harness.upstreams import FAKE, Upstreams
@@ -95,7 +96,7 @@ class _Firewall(_Silence):
 
 
 @contextlib.contextmanager
-def silent(server: FakeRegistry, kind: type[_Silence]) -> Iterator[_Silence]:
+def silent(server: StubServer, kind: type[_Silence]) -> Iterator[_Silence]:
     silence = kind(server.port)
     if kind.stops_server:
         server.stop()
@@ -195,6 +196,25 @@ def test_pull_while_nobody_finishes_the_handshake(
         lambda: daemon.client.get(f"{url}/manifests/1", Accept=ACCEPT_MANIFESTS).cache_status == "REVALIDATED",
         "the daemon asks upstream again",
     )
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_silent_token_server(
+    upstreams: Upstreams, start_daemon: StartDaemon, clients: ClientFactory, workers: int
+) -> None:
+    daemon = start_daemon(WORKERS=str(workers), PROXY_CONNECT_TIMEOUT=f"{CONNECT_TIMEOUT:g}s")
+    upstreams.push_to_hub("library/silenttoken", "1", images.build_small_image("silenttoken", layers=8))
+    skopeo = clients.skopeo(daemon)
+    skopeo.pull("docker.io/library/silenttoken:1")
+    daemon.restart()  # drops the tokens, which are only in memory
+    started = time.monotonic()
+    with silent(upstreams.token_server, _SaysNothing) as silence:
+        assert isinstance(silence, _SaysNothing)
+        for _ in range(3):
+            skopeo.pull("docker.io/library/silenttoken:1")
+        # Before the first has found it out, another process may be asked, too.
+        assert silence.count_connections() <= 1 + workers + (time.monotonic() - started) / 5
+    skopeo.pull("docker.io/library/silenttoken:1")
 
 
 @pytest.mark.slow

@@ -12,11 +12,12 @@ import pytest
 
 from tests.e2e.harness import fake_registry, images
 from tests.e2e.harness.client_factory import ClientFactory
-from tests.e2e.harness.clients import Skopeo
+from tests.e2e.harness.clients import Skopeo, check_output
 from tests.e2e.harness.daemon import StartDaemon, TwistdDaemon
 from tests.e2e.harness.fake_registry import ResponseBehaviour, respond_encoded, respond_wall
 from tests.e2e.harness.http_client import request_directly
-from tests.e2e.harness.images import ACCEPT_MANIFESTS
+from tests.e2e.harness.http_server import HTTPExchange
+from tests.e2e.harness.images import ACCEPT_MANIFESTS, TypedContent
 from tests.e2e.harness.upstreams import FAKE, HUB, TOKEN_URL, Upstreams
 
 PORTAL = fake_registry.redirect_to("https://fake.test/login", 302)
@@ -65,6 +66,37 @@ def test_cached_image_behind_a_wall(
     upstreams.fake.reset_rules()
     response = daemon.client.get(f"{FAKE}/v2/{name}/manifests/1", Accept=ACCEPT_MANIFESTS)
     assert (response.status, response.cache_status) == (200, "MISS")  # the first with these Accept fields
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wall", ["403", "401", "portal"])
+def test_engines_behind_a_wall(
+    upstreams: Upstreams, start_daemon: StartDaemon, clients: ClientFactory, wall: str
+) -> None:
+    """Engines ask /v2/ first, of which the answer is known, and for tokens, also after a restart of the daemon."""
+    daemon = start_daemon()
+    image = images.build_small_image(f"engines-{wall}", oci=False)
+    upstreams.fake.put(f"engines/{wall}", "1", image)
+    upstreams.push_to_hub(f"library/engines{wall}", "1", image)
+    names = [f"fake.test/engines/{wall}:1", f"docker.io/library/engines{wall}:1"]
+    docker, containerd, podman = clients.docker(daemon), clients.containerd(daemon), clients.podman(daemon)
+    for name in names:
+        docker.run_checked("pull", name)
+        containerd.pull(name)
+        check_output(podman.run("pull", name))
+    docker.remove_all_images()
+    containerd.remove_all_images()
+    check_output(podman.run("rmi", "--all", "--force"))
+    daemon.restart()
+    raise_wall(upstreams, WALLS[wall])
+    upstreams.token_server.behaviour = WALLS[wall]
+    try:
+        for name in names:
+            docker.run_checked("pull", name)
+            containerd.pull(name)
+            check_output(podman.run("pull", name))
+    finally:
+        upstreams.token_server.behaviour = None
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 451])
@@ -211,3 +243,29 @@ def test_a_bomb_is_refused(upstreams: Upstreams, daemon: TwistdDaemon) -> None:
     response = daemon.client.get(f"{FAKE}/v2/bomb/manifests/1", Accept=ACCEPT_MANIFESTS)
     assert response.status == 502
     assert "decoded content exceeds" in response.error_message
+
+
+def test_rate_limit_fields(upstreams: Upstreams, start_daemon: StartDaemon) -> None:
+    """The usual check of one's budget at Docker Hub: a HEAD, and its fields. A cached copy has none."""
+    daemon = start_daemon(ENABLE_MANIFEST_CACHE="true")
+    upstreams.fake.put("limits/app", "1", images.build_small_image("limits"))
+    limits = {
+        "RateLimit-Limit": "100;w=21600",
+        "RateLimit-Remaining": "76;w=21600",
+        "Docker-RateLimit-Source": "192.0.2.1",
+    }
+
+    def respond(exchange: HTTPExchange, content: TypedContent | None) -> None:
+        assert content is not None
+        fields = {"Content-Type": content.media_type, "Docker-Content-Digest": content.digest, "Set-Cookie": "a=b"}
+        exchange.respond(200, {**fields, **limits, "Content-Length": str(len(content.data))}, content.data)
+
+    for method in ("GET", "HEAD"):
+        upstreams.fake.add_rule(method, "/limits/app/manifests/", respond)
+    url = f"{FAKE}/v2/limits/app/manifests/1"
+    for method, status in (("HEAD", "MISS"), ("GET", "MISS"), ("GET", "HIT"), ("HEAD", "HIT")):
+        response = daemon.client.request(method, url, {"Accept": ACCEPT_MANIFESTS})
+        assert (response.status, response.cache_status) == (200, status)
+        sent = {name: response.headers.get(name.lower()) for name in limits}
+        assert sent == (limits if status == "MISS" else dict.fromkeys(limits))
+        assert "set-cookie" not in response.headers
