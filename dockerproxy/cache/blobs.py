@@ -34,6 +34,7 @@ from dockerproxy.cache.upstream import (
 )
 from dockerproxy.concurrency import SingleFlight, in_thread, spawn
 from dockerproxy.errors import (
+    CaptivePortalSuspected,
     IntermediaryRefused,
     RegistryError,
     ServiceOverloaded,
@@ -325,11 +326,13 @@ class CachedBlobs:
         finally:
             response.abort()
         if expected_size is not None and size != expected_size:
-            raise error_for_content(
+            error = error_for_content(
                 response,
                 f"{principal.repository.registry} returned content of another size for {digest}: "
                 f"{'unknown' if size is None else size} instead of {expected_size} bytes",
             )
+            self._record_denial(principal, error)
+            raise error
         return size
 
     async def _read_size(self, principal: UpstreamPrincipal, digest: Digest, response: UpstreamResponse) -> int | None:
@@ -381,7 +384,7 @@ class CachedBlobs:
                 method, repository.registry, repository.blob_path(digest),
                 name=repository.name, credential=repository.credential, headers=headers, follow=follow,
             )  # fmt: skip
-        except (Unauthorized, IntermediaryRefused) as error:
+        except (CaptivePortalSuspected, IntermediaryRefused, Unauthorized) as error:
             self._record_denial(principal, error)
             raise
 

@@ -31,6 +31,7 @@ from dockerproxy.cache.upstream import (
 )
 from dockerproxy.concurrency import KeyedLock, SingleFlight, in_thread
 from dockerproxy.errors import (
+    CaptivePortalSuspected,
     DigestInvalid,
     IntermediaryRefused,
     ManifestInvalid,
@@ -325,7 +326,7 @@ class CachedManifests:
                 method, repository.registry, repository.manifest_path(reference),
                 name=repository.name, credential=repository.credential, headers=headers,
             )  # fmt: skip
-        except (Unauthorized, IntermediaryRefused) as error:
+        except (CaptivePortalSuspected, IntermediaryRefused, Unauthorized) as error:
             self._record_error(principal, reference, error)
             raise
         if method == "HEAD" and response.status not in (200, 429):
@@ -379,8 +380,11 @@ class CachedManifests:
             body_type = await self._parser.parse(media_type_of, content, client=str(registry))
             media_type = _media_type_field(response) or body_type
         except ManifestInvalid:
-            message = f"{registry} returned content for {reference} that is not a valid manifest"
-            raise error_for_content(response, message) from None
+            error = error_for_content(
+                response, f"{registry} returned content for {reference} that is not a valid manifest"
+            )
+            self._record_error(principal, reference, error)
+            raise error from None
         if media_type == body_type == DOCKER_SCHEMA1_SIGNED and claimed_digest is not None:
             # Not cached, because its digest covers only a part of the content, the JWS payload.
             self._record_grant(principal)

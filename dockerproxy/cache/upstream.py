@@ -229,11 +229,11 @@ def may_be_guard(error: RegistryError) -> bool:
 def is_denial(error: RegistryError, identity: str) -> bool:
     """Return whether upstream or its token server denied access to `identity`, as opposed to not having the content.
 
-    An intermediary's refusal is none to the public. It is one to a client with a credential, because the intermediary
-    may guard the registry, and have the credential checked.
+    The answer of something before the registry is no denial to the public. It is one to a client with a credential,
+    because a guard may have checked that.
     """
-    if isinstance(error, IntermediaryRefused) and identity == PUBLIC:
-        return False
+    if may_be_guard(error):
+        return identity != PUBLIC
     return isinstance(error, Unauthorized) or (isinstance(error, UpstreamRefused) and error.status in (401, 403))
 
 
