@@ -19,6 +19,7 @@ from dockerproxy.cache.manifests import CachedManifests
 from dockerproxy.cache.open_readers import OpenReaders
 from dockerproxy.cache.possession import PossessionCheck
 from dockerproxy.cache.pullthrough import PullThrough
+from dockerproxy.cache.rate_limits import RateLimits
 from dockerproxy.cache.space import CacheSpace
 from dockerproxy.cache.token_endpoint import TokenEndpoint
 from dockerproxy.cache.upstream import RegistryClient, UpstreamAgent
@@ -98,6 +99,7 @@ def compose_cache(services: CacheServices, policy: CachePolicy) -> CacheParts:
     links = Links(services.layout, False, clock, services.on_file_created)
     access = Access(records, clock, services.multi_process)
     companions = Companions(records, links, access)
+    rate_limits = RateLimits(records, clock)
     ingests = Ingests(services.layout, blobs, records, services.multi_process)
     open_readers = OpenReaders(reactor, policy.evicted_bytes)
     downloads = Downloads(reactor, upstream, space, ingests, open_readers, policy.download_limits)
@@ -117,6 +119,7 @@ def compose_cache(services: CacheServices, policy: CachePolicy) -> CacheParts:
         access,
         companions,
         policy.freshness,
+        rate_limits,
         services.locks,
         services.parser,
         clock=clock,

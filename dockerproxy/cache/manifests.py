@@ -20,6 +20,7 @@ from dockerproxy.cache.best_effort import try_link, try_put, try_remove
 from dockerproxy.cache.companions import Companions
 from dockerproxy.cache.freshness import Freshness
 from dockerproxy.cache.identity import PUBLIC
+from dockerproxy.cache.rate_limits import RateLimits
 from dockerproxy.cache.upstream import (
     RegistryClient,
     UpstreamPrincipal,
@@ -121,6 +122,7 @@ class CachedManifests:
         access: Access,
         companions: Companions,
         freshness: Freshness,
+        rate_limits: RateLimits,
         lock: KeyedLock,
         parser: ContentParser,
         *,
@@ -136,6 +138,7 @@ class CachedManifests:
         self._access = access
         self._companions = companions
         self._freshness = freshness
+        self._rate_limits = rate_limits
         self._lock = lock
         self._parser = parser
         self._clock = clock
@@ -193,7 +196,9 @@ class CachedManifests:
                 if loaded is not None:
                     stored_manifest = stored_manifest or loaded.manifest
         try:
-            current = await self._revalidate(principal, tag, accept, stored_manifest, head)
+            current = await self._revalidate(
+                principal, tag, accept, stored_manifest, head_first=head or bool(entries), head=head
+            )
             return evolve(current, because=_describe_change(stored_manifest, current, is_known=bool(entries)))
         except RegistryError as error:
             if not is_outage(error):
@@ -217,11 +222,13 @@ class CachedManifests:
         tag: Tag,
         accept: list[str],
         stored_manifest: ManifestResponse | None,
+        *,
+        head_first: bool,
         head: bool,
     ) -> ManifestResponse:
-        if stored_manifest is None and not head:
+        if not head_first:
             return await self._request("GET", principal, tag, accept)
-        # HEAD first: Docker Hub counts no HEAD as a pull.
+        # Docker Hub counts no HEAD as a pull. Clients that accept other media types mostly get the same manifest.
         head_result = await self._request("HEAD", principal, tag, accept)
         if head_result.content is not None:
             return head_result  # the HEAD fell back to GET, which already counted as a pull
@@ -321,6 +328,8 @@ class CachedManifests:
     ) -> ManifestResponse:
         repository = principal.repository
         headers = Headers([("accept", value) for value in accept])
+        if method == "GET":
+            self._rate_limits.check(repository.registry, principal.identity)
         try:
             response = await self._upstream.request(
                 method, repository.registry, repository.manifest_path(reference),
@@ -329,6 +338,7 @@ class CachedManifests:
         except (CaptivePortalSuspected, IntermediaryRefused, Unauthorized) as error:
             self._record_error(principal, reference, error)
             raise
+        self._rate_limits.note(repository.registry, principal.identity, method, response.status, response.headers)
         if method == "HEAD" and response.status not in (200, 429):
             # Registries and the walls before them refuse HEAD in many ways. Only the answer to GET counts: it decides
             # about grants and tags, and if it is a refusal too, it is no counted pull.

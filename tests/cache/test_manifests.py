@@ -204,6 +204,32 @@ def test_tag_entries_per_accept(harness: CacheHarness) -> None:
     assert set(requested_methods(harness)) == {"HEAD"}
 
 
+def test_clients_with_other_media_types_cost_no_pull(harness: CacheHarness) -> None:
+    """Docker Hub counts GET, and engines differ in the types that they accept."""
+    for accept in ([OCI], [OCI, OCI_INDEX], ["*/*"], [OCI, "application/other"], []):
+        assert result_of(harness.run(harness.manifest("1", accept=accept)))[1] == ONE
+    assert requested_methods(harness) == ["GET", "HEAD", "HEAD", "HEAD", "HEAD"]
+
+
+def test_a_rate_limit_is_believed_until_it_ends(harness: CacheHarness) -> None:
+    app_repository(harness).put_manifest(TWO, "2")
+    harness.run(harness.manifest("1"))
+    harness.upstream.on("GET", "manifests", respond_with(429, retry_after="600"))
+    for _ in range(3):
+        with pytest.raises(UpstreamFailing) as excinfo:
+            harness.run(harness.manifest("2"))
+        assert excinfo.value.status == 429
+    assert requested_methods(harness) == ["GET", "GET"]
+    assert result_of(harness.run(harness.manifest("1")))[1] == ONE
+    app_repository(harness).put_manifest(TWO, "1")
+    assert result_of(harness.run(harness.manifest("1"))) == ("STALE", ONE)
+    assert requested_methods(harness) == ["HEAD", "HEAD"]
+    harness.upstream.reset()
+    harness.reactor.advance(601)
+    assert result_of(harness.run(harness.manifest("2")))[1] == TWO
+    assert requested_methods(harness) == ["GET"]
+
+
 def test_accept_fields_are_forwarded_unchanged(harness: CacheHarness) -> None:
     fields = [f"{OCI};q=0.5", "*/*;q=0.1", "application/x, application/y"]
     harness.run(harness.manifest("1", accept=fields))

@@ -1,0 +1,180 @@
+"""The rate limits of registries: how many pulls are left, and until when a registry refuses more.
+
+Docker Hub counts each GET of a manifest. Once a registry has answered 429, every further GET would be refused as well,
+and may prolong the refusal. So the proxy answers for it, until the time that it named; HEAD and blobs are not counted,
+and go on. Then one request asks again.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from attrs import asdict, evolve, frozen
+from twisted.logger import Logger
+
+from dockerproxy.bounded_dict import BoundedDict
+from dockerproxy.cache.best_effort import try_put
+from dockerproxy.cache.identity import PUBLIC
+from dockerproxy.errors import UpstreamFailing
+from dockerproxy.http.headers import Headers
+from dockerproxy.oci.docker_hub import DOCKER_HUB, registry_label
+from dockerproxy.oci.names import Registry
+from dockerproxy.store.records import Records
+from dockerproxy.upstream.retry import parse_retry_after
+
+LIMIT = "limit"
+"""The kind of the records, one for each registry."""
+
+_DEFAULT_REFUSAL = 60.0  # seconds, if a 429 does not say how long it lasts
+_PROBE_TIME = 10.0  # seconds for which one request asks whether the refusal has ended
+_WRITE_INTERVAL = 30.0  # seconds between two records that only count down
+_MAX_REGISTRIES = 1000  # in memory; a wildcard has any number of them
+_MAX_LOGINS = 10_000  # logins of clients that have limits of their own
+
+# Docker Hub: ratelimit-limit: 100;w=21600, ratelimit-remaining: 76;w=21600
+_QUOTA = re.compile(r"\s*([0-9]{1,9})\s*(?:;\s*w=([0-9]{1,9})\s*)?")
+
+log = Logger()
+
+
+@frozen
+class RateLimit:
+    """The word of a registry: `limit` pulls in `window` seconds, of which `remaining` are left, for `source`.
+
+    Each is None if it has not said so. It said it at `seen`, and refuses pulls until `refused_until` (POSIX times).
+    """
+
+    limit: int | None = None
+    window: int | None = None
+    remaining: int | None = None
+    source: str | None = None
+    seen: float = 0.0
+    refused_until: float = 0.0
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> RateLimit:
+        """Return the limit that `asdict` turned into `record`. Raise ValueError if it is another document."""
+        try:
+            limit = cls(**record)
+        except TypeError:
+            raise ValueError("not a rate limit") from None
+        numbers = (limit.limit, limit.window, limit.remaining)
+        times = (limit.seen, limit.refused_until)
+        is_valid = all(number is None or isinstance(number, int) for number in numbers)
+        if not is_valid or not all(isinstance(moment, int | float) for moment in times):
+            raise ValueError("not a rate limit")
+        return limit
+
+    def after(self, headers: Headers, now: float) -> RateLimit:
+        """Return the limit after a response with `headers`."""
+        limit, remaining = _quota(headers.get("ratelimit-limit")), _quota(headers.get("ratelimit-remaining"))
+        if limit is None and remaining is None:
+            return self
+        source = (headers.get("docker-ratelimit-source") or "")[:64]
+        return evolve(
+            self,
+            limit=limit[0] if limit else self.limit,
+            window=(limit and limit[1]) or (remaining and remaining[1]) or self.window,
+            remaining=remaining[0] if remaining else self.remaining,
+            source=source if source.isascii() and source.isprintable() and source else self.source,
+            seen=now,
+        )
+
+    def describe(self, registry: Registry) -> str:
+        """Return the sentence for a client whose pull is refused."""
+        name = "Docker Hub" if registry == DOCKER_HUB else str(registry)
+        if self.limit is None:
+            allowed = f"{name} limits the rate of pulls"
+        else:
+            window = f" in {_format_window(self.window)}" if self.window else ""
+            allowed = f"{name} allows {self.limit} pulls{window}" + (f" for {self.source}" if self.source else "")
+        until = time.strftime("%H:%M:%S", time.gmtime(self.refused_until))
+        advice = "a login for auth.docker.io in AUTH_REGISTRIES raises the limit" if registry == DOCKER_HUB else ""
+        return "; ".join(
+            filter(None, (allowed, f"it refuses more until about {until} UTC", "what is cached goes on", advice))
+        )
+
+
+class RateLimits:
+    """The limits of all registries, as every process knows them, also after a restart.
+
+    `identity` is that of the client. Clients without a credential share one limit, which a record holds. A client's own
+    login has its own, which is known to this process only.
+    """
+
+    def __init__(self, records: Records, clock: Callable[[], float]) -> None:
+        self._records = records
+        self._clock = clock
+        self._of_logins: BoundedDict[tuple[str, str], RateLimit] = BoundedDict(_MAX_LOGINS)
+        # By registry, newer than the record by `_WRITE_INTERVAL` at most.
+        self._current: BoundedDict[str, RateLimit] = BoundedDict(_MAX_REGISTRIES)
+
+    def get(self, registry: Registry, identity: str = PUBLIC) -> RateLimit:
+        """Return what is known."""
+        name = str(registry.host)
+        if identity != PUBLIC:
+            return self._of_logins.get((name, identity)) or RateLimit()
+        record = self._records.get(LIMIT, name)
+        try:
+            stored = RateLimit() if record is None else RateLimit.from_record(record)
+        except ValueError:
+            stored = RateLimit()
+        current = self._current.get(name)
+        return current if current is not None and current.seen > stored.seen else stored
+
+    def check(self, registry: Registry, identity: str) -> None:
+        """Raise `UpstreamFailing` (429) if `registry` refuses pulls now.
+
+        After that time, the first caller asks whether it still does, and the others wait for the answer.
+        """
+        limit, now = self.get(registry, identity), self._clock()
+        if now < limit.refused_until <= now + 2 * 3600:  # a time far ahead is from a clock that was wrong
+            seconds = int(limit.refused_until - now) + 1
+            raise UpstreamFailing(limit.describe(registry), 429, headers=[("Retry-After", str(seconds))])
+        if limit.refused_until:
+            self._set(registry, identity, evolve(limit, refused_until=now + _PROBE_TIME, seen=now))
+
+    def note(self, registry: Registry, identity: str, method: str, status: int, headers: Headers) -> None:
+        """Note what the response to a request for a manifest says. GET is a pull, HEAD only tells what is left."""
+        if method != "GET" and "ratelimit-remaining" not in headers:
+            return
+        known, now = self.get(registry, identity), self._clock()
+        limit = known.after(headers, now)
+        if method != "GET":
+            pass
+        elif status == 429:
+            seconds = parse_retry_after(headers, now)
+            limit = evolve(limit, refused_until=now + (seconds or _DEFAULT_REFUSAL), seen=now)
+            if now >= known.refused_until or not known.refused_until:
+                log.warn("{sentence}", sentence=limit.describe(registry))
+        elif known.refused_until:
+            limit = evolve(limit, refused_until=0.0, seen=now)
+            log.info("{registry} accepts pulls again", registry=registry_label(registry))
+        if limit is not known:
+            self._set(registry, identity, limit)
+
+    def _set(self, registry: Registry, identity: str, limit: RateLimit) -> None:
+        name = str(registry.host)
+        if identity != PUBLIC:
+            self._of_logins[name, identity] = limit
+            return
+        stored = self._records.get(LIMIT, name) or {}
+        self._current[name] = limit
+        is_new = stored.get("refused_until") != limit.refused_until or stored.get("limit") != limit.limit
+        if is_new or limit.seen - float(stored.get("seen") or 0.0) >= _WRITE_INTERVAL:
+            try_put(self._records, asdict(limit), LIMIT, name)
+
+
+def _quota(value: str | None) -> tuple[int, int | None] | None:
+    match = _QUOTA.fullmatch(value or "")
+    return None if match is None else (int(match[1]), int(match[2]) if match[2] else None)
+
+
+def _format_window(seconds: int) -> str:
+    for unit, length in (("h", 3600), ("min", 60)):
+        if seconds >= length and not seconds % length:
+            return f"{seconds // length} {unit}"
+    return f"{seconds} s"
