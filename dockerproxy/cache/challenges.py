@@ -41,7 +41,11 @@ TOKEN_PATH = "/.well-known/docker-registry-proxy/token"
 _CHALLENGE_TTL = 3600.0
 _MAX_KNOWN = 1000  # registries; wildcards of REGISTRIES cover any number
 _OLD_CHALLENGE = 7 * 86400.0
-_CHECK_INTERVAL = 30.0  # seconds for which a realm on a host that is not intercepted counts as answering, or as silent
+# Seconds for which a realm that clients use by themselves counts as answering, or as silent.
+_ANSWER_TTL = 5.0
+_SILENCE_TTL = 30.0
+_FOREIGN_TTL = 60.0  # seconds for which it is remembered whether a realm is foreign
+_MAX_REGISTRIES = 256
 
 OnChallenge = Callable[[Registry, Registry | None, list[Challenge]], None]
 """Gets a registry, the server that it redirects `/v2/` to, or None, and the challenges of that one."""
@@ -126,6 +130,7 @@ class Challenges:
         # Whether the realm answered, and when that is forgotten.
         self._checks: BoundedDict[Registry, tuple[bool, float]] = BoundedDict(_MAX_KNOWN)
         self._running_checks: SingleFlight[Registry, bool] = SingleFlight()
+        self._foreign: BoundedDict[Registry, bool] = BoundedDict(_MAX_REGISTRIES, ttl=_FOREIGN_TTL, clock=clock)
 
     async def get(self, registry: Registry) -> list[Challenge]:
         """Return the challenges of `registry`; an empty list if it requires no authentication.
@@ -144,13 +149,13 @@ class Challenges:
     async def can_be_asked(self, registry: Registry) -> bool:
         """Return whether clients can get tokens of `registry`: because we answer for its realm, or because both answer.
 
-        Each is asked every _CHECK_INTERVAL at most.
+        Each is asked once in _ANSWER_TTL at most, and in an outage once in _SILENCE_TTL.
         """
         realm = self.realm(registry)
         if realm is None or self.has_endpoint(registry, realm):
             return True
         answers, forgotten_at = self._checks.get(registry) or (False, 0.0)
-        if not 0 < forgotten_at - self._clock() <= _CHECK_INTERVAL:
+        if not 0 < forgotten_at - self._clock() <= _SILENCE_TTL:
             answers = await self._running_checks.do(registry, lambda: self._check(registry, realm))
         return answers
 
@@ -164,7 +169,7 @@ class Challenges:
             answers = True
         except RegistryError:
             answers = False
-        self._checks[registry] = answers, self._clock() + _CHECK_INTERVAL
+        self._checks[registry] = answers, self._clock() + (_ANSWER_TTL if answers else _SILENCE_TTL)
         return answers
 
     async def _ask(self, realm: Realm, service: str | None) -> None:
@@ -219,6 +224,15 @@ class Challenges:
         service = self._service(registry)
         return not service or services <= {service, *(value for name, value in realm.parameters if name == "service")}
 
+    def has_foreign_realm(self, registry: Registry) -> bool:
+        """Return whether clients of `registry` get tokens of which this proxy learns nothing."""
+        is_foreign = self._foreign.get(registry)
+        if is_foreign is None:
+            realm = self.realm(registry)
+            is_foreign = realm is not None and not self.has_endpoint(registry, realm)
+            self._foreign[registry] = is_foreign
+        return is_foreign
+
     def has_endpoint(self, registry: Registry, realm: Realm) -> bool:
         """Return whether requests to the URL `realm`, which `registry` names, are requests to its token server.
 
@@ -260,9 +274,13 @@ class Challenges:
         return challenge.with_parameter("realm", str(Realm(server, TOKEN_PATH, "" if realm is None else realm.query)))
 
     def _is_clients_own(self, registry: Registry, realm: Realm) -> bool:
-        """Return whether clients of `registry` use `realm` by themselves: nobody listed its host, and it is safe."""
-        server = realm.server
-        return server.host not in self._intercepted and _is_safe(registry, realm) and self._allows_client_to(server)
+        """Return whether clients of `registry` can use `realm` by themselves, and safely.
+
+        If its server is intercepted, this proxy forwards the requests as those to any page, like a tunnel.
+        """
+        server = self._intercepted.get(realm.server.host)
+        is_reachable = self._allows_client_to(realm.server) if server is None else server == realm.server
+        return is_reachable and _is_safe(registry, realm)
 
     def _service(self, registry: Registry) -> str | None:
         for challenge in self.cached(registry):

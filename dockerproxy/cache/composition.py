@@ -7,7 +7,8 @@ from typing import Any
 
 from attrs import frozen
 
-from dockerproxy.cache.access import Access
+from dockerproxy.bounded_dict import BoundedDict
+from dockerproxy.cache.access import GRANT_TTL, Access
 from dockerproxy.cache.blobs import CachedBlobs
 from dockerproxy.cache.challenges import Challenges, OnChallenge
 from dockerproxy.cache.companions import Companions
@@ -32,6 +33,8 @@ from dockerproxy.store.links import Links
 from dockerproxy.store.records import Records
 from dockerproxy.thread_pool import ContentParser
 from dockerproxy.upstream.shared_logins import SharedLogins
+
+_MAX_PRIVATE_REPOSITORIES = 10_000
 
 
 @frozen(kw_only=True)
@@ -141,5 +144,6 @@ def compose_cache(services: CacheServices, policy: CachePolicy) -> CacheParts:
         services.parser,
         policy.registries,
         policy.logins,
+        BoundedDict(_MAX_PRIVATE_REPOSITORIES, ttl=GRANT_TTL, clock=clock),
     )
     return CacheParts(blobs, links, access, ingests, open_readers, pull_through)

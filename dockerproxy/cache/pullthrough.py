@@ -12,6 +12,7 @@ from urllib.parse import parse_qsl
 
 from attrs import define, evolve, field, frozen
 
+from dockerproxy.bounded_dict import BoundedDict
 from dockerproxy.cache.blobs import CachedBlobs
 from dockerproxy.cache.challenges import TOKEN_PATH, Challenges, Realm
 from dockerproxy.cache.companions import Companions
@@ -65,6 +66,7 @@ class PullThrough:
     """The parts of the cache, shared by all registries and clients.
 
     `registries` is the live table of served registries. `logins` are the administrator's, which serve every client.
+    `private_repositories` has those that denied something to a client without a login lately.
     """
 
     upstream: RegistryClient
@@ -77,6 +79,7 @@ class PullThrough:
     parser: ContentParser
     registries: Iterable[Registry]
     logins: SharedLogins
+    private_repositories: BoundedDict[str, bool]
 
     def registry(self, registry: Registry, authorization: str | None, client: str = "") -> CachedRegistry:
         """Return `registry` as seen by the client at the address `client`, with its Authorization field, if any.
@@ -199,13 +202,44 @@ class CachedRegistry:
         def get(credential: Credential) -> Awaitable[ManifestResponse]:
             return self.cache.manifests.get(self._principal(name, credential), reference, accept, head=head)
 
+        if self._may_hold_public_token():
+            return await self._try_as_public(name, get)
         return await self._try(self.credential, get)
 
     async def blob(self, name: Repository, digest: Digest, *, head: bool) -> BlobResponse:
         """Return a blob. Raise `UpstreamRefused`, `UpstreamError`."""
         await self._prepare()
-        get = self.cache.blobs.head if head else self.cache.blobs.get
-        return await self._try(self.credential, lambda credential: get(self._principal(name, credential), digest))
+        blobs = self.cache.blobs
+
+        def get(credential: Credential) -> Awaitable[BlobResponse]:
+            return (blobs.head if head else blobs.get)(self._principal(name, credential), digest)
+
+        if self._may_hold_public_token():
+            return await self._try_as_public(name, get)
+        return await self._try(self.credential, get)
+
+    def _may_hold_public_token(self) -> bool:
+        """Return whether the client's token may be one of clients without a login, from a realm that it used itself."""
+        return (
+            self.authorization is not None
+            and self.authorization.startswith("Bearer ")
+            and self.cache.challenges.has_foreign_realm(self.registry)
+            and not self.cache.identities.is_bound(self.authorization)
+        )
+
+    async def _try_as_public(self, name: Repository, attempt: Callable[[Credential], Awaitable[T]]) -> T:
+        """Return the result of `attempt` without the client's token if that suffices, else with it.
+
+        Content that only unknown tokens have fetched could be served to no other client, nor in an outage.
+        """
+        key = f"{self.registry}/{name}"
+        if key not in self.cache.private_repositories:
+            try:
+                return await attempt(Anonymous())
+            except RegistryError as error:
+                if is_denial(error, PUBLIC):
+                    self.cache.private_repositories[key] = True
+        return await self._try(self.credential, attempt)
 
     async def _try(self, credential: Credential, attempt: Callable[[Credential], Awaitable[T]]) -> T:
         """Return the result of `attempt` with `credential`.

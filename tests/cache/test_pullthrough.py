@@ -239,6 +239,43 @@ def test_shared_login_serves_the_bearer_of_nobodys_token_during_outage(
     assert denied(harness, target, BOB).status == 502
 
 
+def test_tokens_of_a_realm_elsewhere_are_not_needed_for_public_content(harness: CacheHarness) -> None:
+    """Otherwise each client's token would have to be shown upstream, and an outage would take the images away."""
+    learn_challenge(harness, OTHER, FOREIGN)
+    fill_repository(harness, registry=OTHER)
+    pull(harness, BOB, registry=OTHER)
+    assert {one.requester for one in harness.upstream.requests} == {None}
+    make_unreachable(harness)
+    for authorization in (None, ALICE):
+        harness.reactor.advance(GRANT_TTL)
+        for target in PATHS_TO_CONTENT:
+            assert ask(harness, target, authorization, registry=OTHER)[0] == "STALE"
+
+
+@every_target
+@get_and_head
+@pytest.mark.parametrize("status", [401, 403])
+def test_tokens_of_a_realm_elsewhere_read_private_content(
+    harness: CacheHarness, target: tuple[str, str], head: bool, status: int
+) -> None:
+    """That a repository is private is remembered for a while."""
+    learn_challenge(harness, OTHER, FOREIGN)
+    fill_repository(harness, registry=OTHER, readers={ALICE}, denial_status=status)
+    for expected in ({None, ALICE}, {ALICE}):
+        harness.upstream.clear_requests()
+        ask(harness, target, ALICE, head=head, registry=OTHER)
+        requesters = {one.requester for one in harness.upstream.requests}
+        assert requesters <= expected and (None in requesters) is (None in expected)
+        for authorization in (None, BOB):
+            assert denied(harness, target, authorization, head=head, registry=OTHER).status == status
+    pull(harness, ALICE, registry=OTHER)
+    make_unreachable(harness)
+    harness.reactor.advance(GRANT_TTL)
+    assert ask(harness, target, ALICE, head=head, registry=OTHER)[0] == "STALE"
+    for authorization in (None, BOB):
+        assert denied(harness, target, authorization, head=head, registry=OTHER).status == 502
+
+
 @pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("login", [None, LOGIN])
 def test_bearer_of_upstreams_anonymous_token_is_nobody(
