@@ -105,7 +105,7 @@ class Segment:
 
         While a client or a registry has more than half of the bytes, its blobs leave, and then the rest. If there are a
         client and a registry with more than half, the blobs that this client brought from this registry leave first.
-        To look for its blobs among 100,000 older ones of others takes 4 ms, once for each batch.
+        To find its blobs behind 100,000 older ones of others takes 15 ms, once for each batch that is evicted.
         """
         client, registry = _greediest(self.by_client), _greediest(self.by_registry)
         chosen: set[str] = set()
@@ -113,19 +113,27 @@ class Segment:
         for of_client, of_registry in ((True, True), (True, False), (False, True)):
             if (of_client and not client) or (of_registry and not registry):
                 continue
-            for text, entry in self.entries.items():
+            for text, entry in self._entries_of(client if of_client else "", registry if of_registry else ""):
                 if (of_client and held_by_client * 2 <= total) or (of_registry and held_by_registry * 2 <= total):
                     break
-                size, is_clients, is_registrys = entry[0], entry[2] == client, entry[3] == registry
-                if is_clients >= of_client and is_registrys >= of_registry and text not in pins and text not in chosen:
+                if text not in pins and text not in chosen:
                     chosen.add(text)
-                    total -= size
-                    held_by_client -= size * is_clients
-                    held_by_registry -= size * is_registrys
+                    total -= entry[0]
+                    held_by_client -= entry[0] if entry[2] == client else 0
+                    held_by_registry -= entry[0] if entry[3] == registry else 0
                     yield text
         for text in self.entries:
             if text not in pins and text not in chosen:
                 yield text
+
+    def _entries_of(self, client: str, registry: str) -> Iterator[tuple[str, LRUEntry]]:
+        """Return the entries of one client from one registry, or of either if the other is `""`."""
+        items = self.entries.items()
+        if client and registry:
+            return (item for item in items if item[1][2] == client and item[1][3] == registry)
+        if client:
+            return (item for item in items if item[1][2] == client)
+        return (item for item in items if item[1][3] == registry)
 
 
 def _greediest(held: Counter[str]) -> str:
