@@ -124,7 +124,7 @@ def _build_parser() -> argparse.ArgumentParser:
     import_command.add_argument("--force", action="store_true", help="overwrite tags that exist in both")
     check_command = add_command("check", check, "verify the digest of every blob and move damaged ones to damaged/")
     check_command.add_argument("--cached", action="store_true", help="verify cached blobs instead of hosted ones")
-    add_command("status", status, "show disk usage, running operations and the CA's fingerprint")
+    add_command("status", status, "show disk usage, running operations, refused logins and the CA's fingerprint")
     add_command("debug", debug, "show what each process is doing: downloads, connections, waiting work, locks")
     return parser
 
