@@ -188,8 +188,8 @@ class UpstreamUnreachable(UpstreamError):
     The `reason` is ``dns``, ``refused``, ``tls``, ``reset``, ``proxy`` or ``unreachable``.
     """
 
-    def __init__(self, message: str, reason: str = "unreachable") -> None:
-        super().__init__(message)
+    def __init__(self, message: str, reason: str = "unreachable", *, headers: Sequence[tuple[str, str]] = ()) -> None:
+        super().__init__(message, headers=headers)
         self.reason = reason
 
 
