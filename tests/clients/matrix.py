@@ -94,13 +94,15 @@ class MatrixRow:
         outcome = self.outcomes.get((column, step))
         if outcome is None or outcome.verdict is Verdict.GOOD or step == DIRECT:
             return False
-        has_no_token = column == _NEEDS_TOKEN_SERVER or (
-            self.client.FETCHES_TOKENS_BY_ITSELF and column in _SOURCES_WITH_TOKENS
-        )
-        if step == OFF and has_no_token:
+        if self.needs_token_server(column, step):
             return False
         direct = self.outcomes.get((PUSH if column == HOSTED else column, DIRECT))
         return outcome.verdict is Verdict.DOWNLOADED_AGAIN or direct is None or direct.verdict is Verdict.GOOD
+
+    def needs_token_server(self, column: str, step: str) -> bool:
+        """True for a pull that cannot work, because the client needs a token of a server that is stopped."""
+        fetches_token = self.client.FETCHES_TOKENS_BY_ITSELF and column in _SOURCES_WITH_TOKENS
+        return step == OFF and (column == _NEEDS_TOKEN_SERVER or fetches_token)
 
     @property
     def red_steps(self) -> list[tuple[str, str]]:

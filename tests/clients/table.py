@@ -53,7 +53,7 @@ def render(rows: Sequence[MatrixRow], notes: Iterable[str]) -> str:
         lines.append(f"| {row.client.TITLE} | {row.version} | {' | '.join(cells)} |")
     lines += ["", *notes, "", "Not run:", ""]
     lines += [f"- {client.title}: {client.reason}" for client in ABSENT_CLIENTS]
-    failures = [f"- {line}" for line in describe(rows)]
+    failures = [f"- {line}" for line in describe(rows, explained=False)]
     if failures:
         lines += ["", "Steps that failed:", "", *failures]
     return "\n".join(lines) + "\n"
@@ -72,11 +72,11 @@ def _render_step(row: MatrixRow, column: str, step: str) -> str:
     return GOOD if outcome.verdict is Verdict.GOOD else NOT_OURS
 
 
-def describe(rows: Iterable[MatrixRow]) -> Iterator[str]:
-    """Yield a sentence for each step that did not go well."""
+def describe(rows: Iterable[MatrixRow], *, explained: bool = True) -> Iterator[str]:
+    """Yield a line for each step that did not go well; without `explained`, not for those that cannot work."""
     for row in rows:
         for (column, step), outcome in row.outcomes.items():
-            if outcome.verdict is not Verdict.GOOD:
+            if outcome.verdict is not Verdict.GOOD and (explained or not row.needs_token_server(column, step)):
                 mark = RED if row.is_red(column, step) else "directly" if step == DIRECT else NOT_OURS
                 message = outcome.message.replace("|", "\\|")
                 yield f"{mark}: {row.client.TITLE} {row.version}: {_HEADINGS[column]}, {step}: {message}"

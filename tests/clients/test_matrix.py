@@ -57,6 +57,8 @@ def test_a_command_that_fetches_tokens_itself_cannot_do_so_while_the_token_serve
 def test_the_proxy_is_no_token_server_for_logins_that_it_has_not_seen() -> None:
     outcomes = {("token", step): FAILED for step in (COLD, OFF)}
     assert make_row(outcomes).red_steps == [("token", COLD)]
+    assert len(list(describe([make_row(outcomes)]))) == 2
+    assert len(list(describe([make_row(outcomes)], explained=False))) == 1
 
 
 def test_sources_of_a_mirror() -> None:

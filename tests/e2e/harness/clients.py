@@ -43,6 +43,12 @@ THIS_MACHINE = Machine()
 _ARCHITECTURE = {"x86_64": "amd64", "aarch64": "arm64"}.get(platform.machine(), platform.machine())
 """The architecture of this machine in the words of OCI."""
 
+_UNPACK_BY_NATIVE_SNAPSHOTTER = f"""
+[[plugins."io.containerd.transfer.v1.local".unpack_config]]
+platform = "linux/{_ARCHITECTURE}"
+snapshotter = "native"
+"""
+
 
 def clean_environment(extra: Mapping[str, str]) -> dict[str, str]:
     """Return an environment without the proxy, CA and login settings of the user that runs the tests."""
@@ -274,6 +280,8 @@ class Containerd(BackgroundProcess):
         disabled_plugins = [f"io.containerd.snapshotter.v1.{name}" for name in ("aufs", "btrfs", "devmapper", "zfs")]
         if not cri:
             disabled_plugins.append("io.containerd.grpc.v1.cri")
+        # ctr of containerd 2 lets the daemon unpack. The CRI of containerd 2 unpacks with the default snapshotter.
+        unpacking = "" if cri else _UNPACK_BY_NATIVE_SNAPSHOTTER
         (folder / "config.toml").write_text(f"""\
 version = 2
 root = "{folder}/root"
@@ -285,10 +293,7 @@ address = "{self.address}"
 snapshotter = "native"
 [plugins."io.containerd.grpc.v1.cri".registry]
 config_path = "{folder}/hosts"
-[[plugins."io.containerd.transfer.v1.local".unpack_config]]
-platform = "linux/{_ARCHITECTURE}"
-snapshotter = "native"
-""")
+{unpacking}""")
         argv = machine.command(["containerd", "--config", str(folder / "config.toml")])
         super().__init__(argv, folder / "log", self._environment, folder)
 
