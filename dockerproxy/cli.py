@@ -30,7 +30,16 @@ from dockerproxy.control_client import (
     Event,
 )
 from dockerproxy.durations import parse_duration
-from dockerproxy.terminal import Terminal, format_age, format_ago, format_count, format_size, print_line, print_table
+from dockerproxy.terminal import (
+    Terminal,
+    format_age,
+    format_ago,
+    format_count,
+    format_size,
+    format_window,
+    print_line,
+    print_table,
+)
 
 _HIDDEN_DIRECTORY_HINT = (
     "the daemon cannot read it: it runs as another user, and its service hides /home, /root and /tmp"
@@ -125,6 +134,7 @@ def _build_parser() -> argparse.ArgumentParser:
     check_command = add_command("check", check, "verify the digest of every blob and move damaged ones to damaged/")
     check_command.add_argument("--cached", action="store_true", help="verify cached blobs instead of hosted ones")
     add_command("status", status, "show disk usage, running operations, refused logins and the CA's fingerprint")
+    add_command("budget", budget, "show how many pulls registries still allow, and until when they refuse more")
     add_command("debug", debug, "show what each process is doing: downloads, connections, waiting work, locks")
     return parser
 
@@ -300,6 +310,30 @@ def _print_refused_logins(logins: Sequence[dict[str, Any]]) -> None:
             f"login for {login['registry']} ({login['setting']}) refused since {format_ago(login['since'])}: "
             f"{login['reason']}"
         )
+
+
+def budget(client: ControlClient, options: argparse.Namespace, terminal: Terminal) -> int:
+    result = client.call("GET", "/v1/budget", None)
+    if terminal.as_json:
+        print_line(json.dumps(result))
+        return 0
+    for limit in result["limits"]:
+        print_line(f"{limit['registry']}: {_format_rate_limit(limit)}")
+    if not result["limits"]:
+        print_line("no registry has named a limit of pulls yet")
+    return 0
+
+
+def _format_rate_limit(limit: dict[str, Any]) -> str:
+    parts = []
+    if limit["remaining"] is not None:
+        of_all = "" if limit["limit"] is None else f" of {limit['limit']}"
+        window = "" if limit["window"] is None else f" in {format_window(limit['window'])}"
+        source = "" if limit["source"] is None else f" for {limit['source']}"
+        parts.append(f"{limit['remaining']}{of_all} pulls left{window}{source}, {format_ago(limit['seen'])}")
+    if limit["refused_until"] > time.time():
+        parts.append(f"refuses more until {time.strftime('%H:%M:%S', time.localtime(limit['refused_until']))}")
+    return "; ".join(parts) or "refuses no more pulls"
 
 
 def debug(client: ControlClient, options: argparse.Namespace, terminal: Terminal) -> int:

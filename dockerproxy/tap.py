@@ -339,6 +339,7 @@ def build_control_socket(
         rules,
         registry_disk,
         ended_logins,
+        state.open_records(),
         debug_report,
         ca_fingerprint,
         user_name,

@@ -79,6 +79,14 @@ def format_size(number: float) -> str:
     return f"{number:.0f} {unit}" if unit == "B" or number >= 100 else f"{number:.3g} {unit}"
 
 
+def format_window(seconds: float) -> str:
+    """Return a span of time in the largest unit that divides it."""
+    for noun, length in (("day", 86400), ("hour", 3600), ("minute", 60)):
+        if seconds >= length and not seconds % length:
+            return format_count(int(seconds // length), noun)
+    return format_count(int(seconds), "second")
+
+
 def format_ago(timestamp: float | None) -> str:
     """Return the age of `timestamp` (POSIX time) with "ago", or "-" if it is None."""
     return "-" if timestamp is None else f"{format_age(timestamp)} ago"

@@ -22,9 +22,11 @@ from attrs import define, field
 
 from dockerproxy import cli
 from dockerproxy.admin.control import local_user_name
+from dockerproxy.cache.rate_limits import RateLimits
 from dockerproxy.control_client import NOT_OURS
+from dockerproxy.http.headers import Headers
 from dockerproxy.oci.manifests import OCI_INDEX, OCI_MANIFEST
-from dockerproxy.oci.names import Digest
+from dockerproxy.oci.names import Digest, Registry
 from dockerproxy.store.blobs import Blobs
 from dockerproxy.store.hosted_tree import HostedTree
 from dockerproxy.store.layout import Layout
@@ -430,6 +432,24 @@ def test_status(daemon: DaemonProcess) -> None:
     assert re.fullmatch(r"([0-9A-F]{2}:){31}[0-9A-F]{2}", fingerprint)
     assert f"SHA-256 of the CA certificate: {fingerprint}\n" in daemon.run("status")
     assert f"the CA certificate's SHA-256 is {fingerprint}\n" in daemon.log
+
+
+def test_budget(daemon: DaemonProcess) -> None:
+    assert daemon.run("budget") == "no registry has named a limit of pulls yet\n"
+    records = Records(daemon.cached.root / "records")
+    limits = RateLimits(records, time.time)
+    fields = [
+        ("ratelimit-limit", "100;w=21600"),
+        ("ratelimit-remaining", "34;w=21600"),
+        ("docker-ratelimit-source", "192.0.2.7"),
+    ]
+    limits.note(Registry.parse("registry-1.docker.io"), "public", "GET", 200, Headers(fields))
+    assert re.fullmatch(
+        r"docker\.io: 34 of 100 pulls left in 6 hours for 192\.0\.2\.7, \d seconds? ago\n", daemon.run("budget")
+    )
+    limits.note(Registry.parse("registry-1.docker.io"), "public", "GET", 429, Headers([("Retry-After", "600")]))
+    assert re.search(r"; refuses more until \d\d:\d\d:\d\d\n", daemon.run("budget"))
+    assert daemon.json("budget")["limits"][0]["remaining"] == 34
 
 
 def test_operations_are_exclusive_and_end_with_their_client(daemon: DaemonProcess) -> None:

@@ -25,7 +25,7 @@ from itertools import islice
 from typing import Any
 
 import attrs
-from attrs import field, frozen
+from attrs import asdict, field, frozen
 from twisted.internet.defer import CancelledError
 from twisted.logger import Logger
 
@@ -48,15 +48,18 @@ from dockerproxy.admin.ndjson import JSON_FIELDS, NDJSONResponse
 from dockerproxy.admin.operations import Event, OperationError, Operations
 from dockerproxy.admin.resolver import CACHED, HOSTED, ImageResolver, InvalidArgument, NotFound, StoreView
 from dockerproxy.cache.ended_logins import EndedLogins
+from dockerproxy.cache.rate_limits import stored_limits
 from dockerproxy.cache.space import CacheSpaceManager
 from dockerproxy.concurrency import in_thread
 from dockerproxy.errors import RegistryError
 from dockerproxy.http.request import ClientDisconnected, Request
-from dockerproxy.oci.names import Digest
+from dockerproxy.oci.docker_hub import registry_label
+from dockerproxy.oci.names import Digest, Registry
 from dockerproxy.oci.routes import parse_query
 from dockerproxy.registry.hosted_rules import HostedRules
 from dockerproxy.registry.principal import CONTROL_SOCKET, Principal
 from dockerproxy.store.disk_access import DiskAccess
+from dockerproxy.store.records import Records
 
 _STORE = one_of(HOSTED, CACHED)
 LIST = {"name": NAME, "where": _STORE}
@@ -104,6 +107,7 @@ class Control:
     _rules: HostedRules
     _registry_disk: DiskAccess
     _ended_logins: EndedLogins
+    _records: Records
     _debug_report: DebugReport
     _ca_fingerprint: str
     _user_name: UserName
@@ -144,6 +148,8 @@ class Control:
                 request.respond(200, JSON_FIELDS, json.dumps(await self._status()).encode())
             case "GET", "/v1/debug":
                 request.respond(200, JSON_FIELDS, json.dumps(await self._debug_report()).encode())
+            case "GET", "/v1/budget":
+                request.respond(200, JSON_FIELDS, json.dumps(await self._budget()).encode())
             case "GET", "/v1/repositories":
                 await self._list(parse_pairs(parse_query(request.query), LIST), response)
             case "POST", "/v1/remove":
@@ -163,6 +169,12 @@ class Control:
                     "UNSUPPORTED",
                     f"this daemon does not support {request.method} {request.path}; is the command of another version?",
                 )
+
+    async def _budget(self) -> dict[str, Any]:
+        limits = await in_thread(self._reactor, stored_limits, self._records)
+        return {
+            "limits": [{"registry": registry_label(Registry.parse(host)), **asdict(limit)} for host, limit in limits]
+        }
 
     async def _status(self) -> dict[str, Any]:
         return {

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 from attrs import asdict, evolve, frozen
@@ -166,6 +167,15 @@ class RateLimits:
         is_new = stored.get("refused_until") != limit.refused_until or stored.get("limit") != limit.limit
         if is_new or limit.seen - float(stored.get("seen") or 0.0) >= _WRITE_INTERVAL:
             try_put(self._records, asdict(limit), LIMIT, name)
+
+
+def stored_limits(records: Records) -> list[tuple[str, RateLimit]]:
+    """Return what is recorded: the hosts of registries, and their limits for clients without a credential. Blocks."""
+    limits = []
+    for entry in records.walk(LIMIT):
+        with suppress(ValueError):
+            limits.append((entry.key[1], RateLimit.from_record(records.read(entry) or {})))
+    return sorted(limits)
 
 
 def _quota(value: str | None) -> tuple[int, int | None] | None:

@@ -13,11 +13,16 @@ from dockerproxy.admin.control import Control, local_user_name
 from dockerproxy.admin.deletion import Deleter
 from dockerproxy.admin.operations import Event
 from dockerproxy.admin.resolver import CACHED, HOSTED, ImageResolver, StoreView
+from dockerproxy.cache.identity import PUBLIC
+from dockerproxy.cache.rate_limits import LIMIT, RateLimits
+from dockerproxy.http.headers import Headers
+from dockerproxy.oci.names import Registry
 from dockerproxy.registry.hosted_rules import HostedRules
 from dockerproxy.registry.principal import CONTROL_SOCKET, Principal
 from dockerproxy.store.disk_access import LocalDisk
 from dockerproxy.store.hosted_tree import HostedTree
 from dockerproxy.store.layout import Layout
+from dockerproxy.store.records import Records
 from tests.registry.support.synchronous_reactor import SynchronousReactor
 from tests.store.support.images import BOTH, put_image
 
@@ -53,11 +58,23 @@ def client(tmp_path: Path, operations: OperationsStub, connect_client: Any) -> A
         return {1000: "alice"}[uid]
 
     resolver = ImageResolver([StoreView(HOSTED, tree.layout), StoreView(CACHED, cache)], frozenset(), {})
-    disk = LocalDisk(clock)
+    disk, records = LocalDisk(clock), Records(tmp_path / "records")
     deleter = Deleter(disk, tree, unused, unused)
     running: Any = operations
     control = Control(
-        clock, resolver, unused, deleter, running, HostedRules(), disk, unused, unused, "AB", user_name, clock.seconds
+        clock,
+        resolver,
+        unused,
+        deleter,
+        running,
+        HostedRules(),
+        disk,
+        unused,
+        records,
+        unused,
+        "AB",
+        user_name,
+        clock.seconds,
     )
     client = connect_client(control.handle, clock=clock, client="-")
     client.transport.peer_uid = 1000
@@ -103,3 +120,25 @@ def test_the_log_says_which_user_removed_an_image(client: Any) -> None:
 def test_the_name_of_a_user() -> None:
     assert local_user_name(0) == "root"
     assert local_user_name(3_999_999_999) == "uid 3999999999"
+
+
+def test_the_budget_has_the_limits_of_all_registries(tmp_path: Path, client: Any) -> None:
+    records = Records(tmp_path / "records")
+    limits = RateLimits(records, lambda: 1_800_000_000.0)
+    fields = [("ratelimit-limit", "100;w=21600"), ("ratelimit-remaining", "34;w=21600")]
+    limits.note(Registry.parse("registry-1.docker.io"), PUBLIC, "GET", 200, Headers(fields))
+    limits.note(Registry.parse("quay.io"), PUBLIC, "GET", 429, Headers([("Retry-After", "60")]))
+    records.put({"limit": "many"}, LIMIT, "odd.example")
+    response = client.fetch("GET", "/v1/budget")
+    assert json.loads(response.body) == {
+        "limits": [
+            {
+                "registry": "quay.io", "limit": None, "window": None, "remaining": None, "source": None,
+                "seen": 1_800_000_000.0, "refused_until": 1_800_000_060.0,
+            },
+            {
+                "registry": "docker.io", "limit": 100, "window": 21600, "remaining": 34, "source": None,
+                "seen": 1_800_000_000.0, "refused_until": 0.0,
+            },
+        ]
+    }  # fmt: skip
