@@ -4,9 +4,9 @@ A firewall that drops packets, or a server that accepts connections and says not
 time-out, and a cached image has many of them. The process in which a request has found that out connects again and
 again in the background, with a request of its own. All processes fail other requests at once until the server answers.
 
-Clients cannot make a server look silent to others: only attempts to connect count, and requests without a body, while
-no other request gets an answer. Before a request counts, `GET /v2/` is sent without anybody's credential, so a path
-that hangs says nothing about its server.
+Clients cannot make a server look silent to others, because their requests do not count. An attempt to connect counts,
+and `GET /v2/` without anybody's credential, which we send if a request is not answered soon. So a path that hangs says
+nothing about its server.
 """
 
 from __future__ import annotations
@@ -125,9 +125,8 @@ class SilentServers:
         suspicion = self._clock.callLater(SUSPECT_AFTER, self._suspect, server, started, probe)
         try:
             response = await self._race(server, send)
-        except UpstreamTimeout as error:
-            if server.answered_at <= started and server.error is None:
-                self._find_silent(server, error, probe)
+        except UpstreamTimeout:
+            self._suspect(server, started, probe)  # if that has not happened yet
             raise
         finally:
             if suspicion.active():
@@ -222,7 +221,7 @@ class SilentServers:
 
     def _suspect(self, server: _Server, started: float, probe: Probe) -> None:
         """Ask a server that has not answered since a request was sent, unless it has answered another one."""
-        is_idle = server.probe is None and server.next_probe is None
+        is_idle = server.error is None and server.probe is None and server.next_probe is None
         if server.answered_at <= started and is_idle and self._can_probe(server):
             self._start_probe(server, probe)
 

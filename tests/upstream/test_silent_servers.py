@@ -233,14 +233,28 @@ def test_a_server_that_says_nothing(network: Network) -> None:
     assert len(network.probes) == 1  # our own request, which says nothing about any client
     network.clock.advance(TIMEOUT)
     network.heads[0].errback(ERROR)
-    assert first == [ERROR]
+    assert (first, second) == ([ERROR], [])  # a time-out alone says nothing
+    network.fail(network.probes)
     assert isinstance(second[0], UpstreamTimeout)
     assert isinstance(network.connect()[0], UpstreamTimeout)
-    assert len(network.probes) == 1
+    network.clock.advance(PROBE_INTERVAL)
     network.answer(network.probes)
     assert network.connect() == []
     network.answer(network.connects)
     assert network.clock.calls == []
+
+
+def test_a_request_that_times_out_before_the_suspicion(network: Network) -> None:
+    """PROXY_READ_TIMEOUT may be shorter. Our own request has to fail as well."""
+    hanging = network.exchange()
+    network.clock.advance(SUSPECT_AFTER - 1)
+    network.fail(network.heads)
+    assert hanging == [ERROR] and len(network.probes) == 1
+    request = network.connect()
+    assert request == []
+    network.answer(network.probes)
+    network.answer(network.connects)
+    assert request == ["response"] and network.clock.calls == []
 
 
 def test_a_path_that_hangs_says_nothing_about_its_server(network: Network) -> None:
