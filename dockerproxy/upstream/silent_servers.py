@@ -258,7 +258,7 @@ class SilentServers:
         except RegistryError as error:
             server.probe = None
             is_slow = isinstance(error, UpstreamTimeout) or self._clock.seconds() - started >= _SLOW
-            if max(server.connected_at, server.answered_at) > started or not is_slow:
+            if server.answered_at > started or not is_slow:
                 self._answer(server)  # it is there, if only to refuse connections
             elif isinstance(error, UpstreamError):
                 self._find_silent(server, error, probe)

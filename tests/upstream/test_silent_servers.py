@@ -234,6 +234,9 @@ def test_a_server_that_says_nothing(network: Network) -> None:
     network.clock.advance(TIMEOUT)
     network.heads[0].errback(ERROR)
     assert (first, second) == ([ERROR], [])  # a time-out alone says nothing
+    third = network.connect()
+    network.answer(network.connects)
+    assert third == ["response"]  # and neither does a connection
     network.fail(network.probes)
     assert isinstance(second[0], UpstreamTimeout)
     assert isinstance(network.connect()[0], UpstreamTimeout)
