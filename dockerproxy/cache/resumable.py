@@ -212,6 +212,8 @@ class ResumableGet:
         response.limit_read_ahead(self._read_ahead())
         if response.status == 206 and self._codings is None and _is_coded(response):
             response.abort()
+            if "range" not in headers:
+                raise UpstreamBroken(f"{repository.registry} sent a part of coded content in place of {self._digest}")
             self._needs_start = True
             await self._connect()
             return

@@ -15,6 +15,10 @@ PIECE_SIZE = 64 * 1024
 """The most bytes that one step of decoding returns."""
 
 _MAX_CODINGS = 3
+_FREE_CODED = 256 * 1024  # bytes that may be decoded to nothing; beyond that, two bytes have to become one at least
+_MAX_CODED_PER_BYTE = 2
+_FREE_MEMBERS = 64  # members of a gzip file that may be short; beyond that, they need _MIN_MEMBER bytes on average
+_MIN_MEMBER = 256
 _GZIP, _ZLIB, _RAW_DEFLATE = 31, zlib.MAX_WBITS, -zlib.MAX_WBITS  # values of zlib's wbits
 _ALIASES = {"x-gzip": "gzip"}  # RFC 9110, section 8.4.1.3
 _COMPRESSED = (b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"BZh", b"\xfd7zXZ\x00")  # gzip, zstd, bzip2, xz
@@ -32,14 +36,20 @@ def can_decode(codings: Sequence[str]) -> bool:
 
 
 class Decoder:
-    """Undoes `codings`, which `can_decode` accepts. Errors are `ValueError`, and say what is wrong with the content."""
+    """Undoes `codings`, which `can_decode` accepts. Errors are `ValueError`, and say what is wrong with the content.
+
+    The work is bounded by what is sent and by the content: coded content that becomes (almost) nothing is refused. With
+    several codings, a few KiB could otherwise become gigabytes in between.
+    """
 
     def __init__(self, codings: Sequence[str]) -> None:
         self._layers = [_Inflater(coding) for coding in reversed(codings)]
+        self._size = 0  # bytes of the content
 
     def feed(self, data: bytes) -> Iterator[bytes]:
         """Yield the next pieces of the content, each of 1 to PIECE_SIZE bytes. Exhaust it before the next call."""
-        return self._feed(data, self._layers)
+        for start in range(0, len(data), PIECE_SIZE):  # the inflater copies what it has not consumed, each time
+            yield from self._feed(data[start : start + PIECE_SIZE], self._layers)
 
     def finish(self) -> None:
         """Raise ValueError if the coded content is incomplete."""
@@ -48,8 +58,12 @@ class Decoder:
 
     def _feed(self, data: bytes, layers: list[_Inflater]) -> Iterator[bytes]:
         if not layers:
+            self._size += len(data)
             yield data
             return
+        layers[0].received += len(data)
+        if layers[0].received > _FREE_CODED + _MAX_CODED_PER_BYTE * self._size:
+            raise ValueError("its coded content decodes to almost nothing")
         for piece in layers[0].feed(data):
             yield from self._feed(piece, layers[1:])
 
@@ -61,6 +75,9 @@ class _Inflater:
         self._coding = coding
         self._inflate = zlib.decompressobj(_GZIP) if coding == "gzip" else None
         self._start = b""
+        self._members = 1
+        self._size = 0
+        self.received = 0  # bytes of its coded content
 
     @property
     def complete(self) -> bool:
@@ -80,9 +97,13 @@ class _Inflater:
                 if self._coding != "gzip":
                     raise ValueError("its coded content has bytes after the end")
                 self._inflate = zlib.decompressobj(_GZIP)  # RFC 1952, section 2.2: a file may have several members
+                self._members += 1
+                if (self._members - _FREE_MEMBERS) * _MIN_MEMBER > self._size:
+                    raise ValueError("its coded content has too many members")
             try:
                 piece = self._inflate.decompress(data, PIECE_SIZE)
                 while piece:
+                    self._size += len(piece)
                     yield piece
                     data = self._inflate.unconsumed_tail
                     piece = self._inflate.decompress(data, PIECE_SIZE) if not self._inflate.eof else b""

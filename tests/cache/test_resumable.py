@@ -598,6 +598,22 @@ def test_resuming_within_coded_content() -> None:
     assert harness.ranges == [None] * 4
 
 
+@pytest.mark.parametrize("offset", [0, 1000])
+def test_a_coded_part_that_nobody_asked_for(offset: int) -> None:
+    """A registry that sends parts of coded content whatever it is asked for is not asked for ever."""
+    harness = ResumableGetHarness(offset, data=LAYER)
+
+    def respond(request: Any, data: bytes) -> ScriptedResponse:
+        fields = {"content-encoding": "gzip", "content-range": f"bytes 0-{len(data) - 1}/{len(data)}"}
+        return ScriptedResponse(206, data, fields)
+
+    harness.upstream.on("GET", str(harness.digest), respond)
+    with pytest.raises(UpstreamBroken, match="a part of coded content"):
+        harness.open()
+    assert len(harness.ranges) <= 4
+    assert all(response.ended for response in harness.upstream.responses)
+
+
 def test_resuming_within_content_that_is_gzip_itself() -> None:
     harness = ResumableGetHarness(data=LAYER)
     harness.on(coded(cut=True, head_start=400_000), coded(cut=True, head_start=100_000), coded())

@@ -31,7 +31,7 @@ def raw_deflate(content: bytes) -> bytes:
 
 
 def members(content: bytes) -> bytes:
-    return b"".join(gzip.compress(content[start : start + 100]) for start in range(0, len(content), 100))
+    return b"".join(gzip.compress(content[start : start + 400]) for start in range(0, len(content), 400))
 
 
 CODERS = {
@@ -109,6 +109,31 @@ def test_bytes_after_the_end() -> None:
         decode(gzip.compress(CONTENT) + b"more", ["gzip"], 1 << 20)
     with pytest.raises(ValueError, match="after the end"):
         decode(zlib.compress(CONTENT) + b"more", ["deflate"], 1 << 20)
+
+
+EMPTY_BLOCKS = b"\x00\x00\x00\xff\xff" * 200_000  # of deflate: a megabyte that is nothing
+
+
+@pytest.mark.parametrize(
+    ("coded", "codings", "message"),
+    [
+        (gzip.compress(b"") * 100, ["gzip"], "too many members"),
+        (gzip.compress(b"x") * 100, ["gzip"], "too many members"),
+        (gzip.compress(gzip.compress(b"") * 200_000), ["gzip", "gzip"], "too many members"),
+        (EMPTY_BLOCKS, ["deflate"], "almost nothing"),
+        (gzip.compress(EMPTY_BLOCKS), ["deflate", "gzip"], "almost nothing"),
+        (gzip.compress(gzip.compress(EMPTY_BLOCKS)), ["deflate", "gzip", "gzip"], "almost nothing"),
+        (gzip.compress(gzip.compress(b"x" * 300) + b"\0" * 10), ["gzip", "gzip"], "not gzip"),
+    ],
+)
+def test_content_that_is_all_work_and_no_bytes(coded: bytes, codings: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        decode(coded, codings, 1 << 20)
+
+
+def test_a_few_empty_members_are_usual() -> None:
+    coded = gzip.compress(CONTENT) + gzip.compress(b"") * 3  # as in the footer of eStargz and of BGZF
+    assert decode(coded, ["gzip"], 1 << 20) == CONTENT
 
 
 def test_limit() -> None:
