@@ -63,7 +63,8 @@ class LoginTable:
         if not isinstance(credential, BasicCredentials | IdentityToken):
             return None
         if credential not in self._logins:
-            return credential if host == registry.host else None
+            # It is one of before a change, and of the registry itself only if that has one of its own.
+            return credential if host == registry.host and host in self._by_host else None
         return self._realm_login(host, registry)
 
     def _realm_login(self, realm: Host, registry: Registry) -> Login | None:

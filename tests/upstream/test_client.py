@@ -444,6 +444,19 @@ class UpstreamClientTests(TestCase):
             self.servers.token_requests.clear()
             self.assertNotIn(login.authorization, [sent for _, sent in await self.pull(login, status=401)])
             self.assertNotIn(login.authorization, [sent for _, sent in self.servers.token_requests])
+
+    async def test_login_that_is_renewed_while_the_front_lets_a_request_wait(self) -> None:
+        old, host = BasicCredentials("proper", "x"), Host("proper.example", 80)
+        self.authorizer.set_logins({host: old})
+        self.redirect_to_proper("Bearer t1")
+        await self.pull()
+        self.assertEqual(self.authorizer.effective_login(REGISTRY), old)
+        self.authorizer.set_logins({host: BasicCredentials("proper", "renewed")})
+        self.authorizer.effective_login(REGISTRY)  # for another request
+        for challenge in (BEARER, 'Basic realm="x"'):
+            self.servers.respond = require_authorization("never", challenge=challenge)
+            self.assertNotIn(old.authorization, [sent for _, sent in await self.pull(old, status=401)])
+            self.assertNotIn(old.authorization, [sent for _, sent in self.servers.token_requests])
             self.authorizer.set_logins({})  # a request that began before
 
     async def test_login_for_the_registry_proper_is_for_pulls_alone(self) -> None:

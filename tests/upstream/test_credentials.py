@@ -94,10 +94,13 @@ def test_foreign_realm_gets_no_login() -> None:
     assert LoginTable({AUTH: ONE, evil.host: ONE}).login_for(ONE, AUTH, evil) == ONE
 
 
-def test_unconfigured_login_is_sent_only_to_the_registry() -> None:
-    logins = LoginTable({AUTH: ONE})
-    assert logins.login_for(TWO, HUB.host, HUB) == TWO
-    assert logins.login_for(TWO, AUTH, HUB) is None
+def test_a_login_of_before_a_change_is_sent_only_to_a_registry_that_has_one_of_its_own() -> None:
+    """The login of another one may have been that of a server to which it redirects."""
+    logins = LoginTable({QUAY.host: ONE, AUTH: ONE})
+    assert logins.login_for(TWO, QUAY.host, QUAY) == TWO
+    assert logins.login_for(TWO, AUTH, QUAY) is None
+    front = Registry.parse("front.example")
+    assert logins.login_for(TWO, front.host, front) is None
 
 
 HUB_NAMES = ["registry-1.docker.io", "index.docker.io", "docker.io", "registry.hub.docker.com"]
