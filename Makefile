@@ -45,7 +45,7 @@ endif
 
 # Python rewrites each test module before it runs, and keeps the result for the next time only if it may write bytecode.
 check: export PYTHONDONTWRITEBYTECODE =
-check: .venv/made-test ## check style, types and what the fast tests cover, in 40 seconds on two cores
+check: .venv/made-test ## check style, types and what the fast tests cover, in about 45 seconds on two cores
 	.venv/bin/ruff check --quiet
 	.venv/bin/ruff format --quiet --check
 	.venv/bin/mypy
