@@ -17,7 +17,7 @@ from tests.clients.matrix_clients import (
     MirroredDockerClient,
     SkopeoClient,
 )
-from tests.clients.table import describe, render
+from tests.clients.table import RED, describe, render
 from tests.e2e.harness.clients import Machine
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs/clients.md"
@@ -89,3 +89,4 @@ def test_document_has_every_client() -> None:
         assert f"\n| {client.TITLE} | " in text
     for absent in ABSENT_CLIENTS:
         assert f"\n- {absent.title}: {absent.reason}\n" in text
+    assert RED not in text.partition("<!-- last run: begin -->")[2]
