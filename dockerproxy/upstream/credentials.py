@@ -136,8 +136,9 @@ def login_warnings(
             label = f"entry {position} ({host})" if position == 1 else f"entry {position}"
             warnings.append(
                 f"AUTH_REGISTRIES: {label} is never used, because its host is neither Docker Hub, nor in REGISTRIES, "
-                "nor the token server of a registry that is. Add the registry to REGISTRIES, or write the host of one "
-                f"that is served: {', '.join(map(str, [*registries, *served]))}."
+                "nor the token server of a registry that is (unless one of them redirects to it). Add the registry to "
+                "REGISTRIES, or write the host of one that is served: "
+                f"{', '.join(map(str, [*registries, *served]))}."
             )
     return warnings
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +16,17 @@ from tests.e2e.harness.clients import Podman, Skopeo, check_output
 from tests.e2e.harness.images import ACCEPT_MANIFESTS, SampleImage
 from tests.e2e.harness.registry_daemon import RegistryDaemon, write_image_folder
 from tests.e2e.harness.upstreams import Upstreams
+
+README = Path(__file__).parents[2] / "README.md"
+
+
+def documented(language: str, daemon: RegistryDaemon) -> list[str]:
+    """Return the README's recipes for mirrors in `language`, with the daemon's address, and fake.test for quay.io."""
+    section = README.read_text().partition("### As a mirror")[2].partition("\n### ")[0]
+    blocks: list[str] = re.findall(rf"```{language}\n(.*?)```", section, re.DOTALL)
+    assert blocks and all("docker-registry.local:3128" in block for block in blocks)
+    address = f"127.0.0.1:{daemon.port}"
+    return [block.replace("docker-registry.local:3128", address).replace("quay.io", "fake.test") for block in blocks]
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +86,36 @@ def test_each_registry_sends_its_own_image(
     check_pulls()
     with upstreams.stopped():
         check_pulls()
+
+
+def test_recipe_of_the_readme_for_registries_conf(
+    upstreams: Upstreams, daemon: RegistryDaemon, make_client: type[Podman]
+) -> None:
+    name = f"library/recipe-{make_client.__name__}".replace("_", "-")
+    hub_image, other_image = put_twins(upstreams, name)
+    client = make_client()
+    client.configure_registries(documented("toml", daemon)[1])
+    check_pull(client, f"fake.test/{name}:1", other_image)
+    check_pull(client, f"docker.io/{name}:1", hub_image)
+
+
+def test_recipes_of_the_readme_for_containerd_and_dockerd(
+    upstreams: Upstreams, daemon: RegistryDaemon, clients: ClientFactory
+) -> None:
+    hub_image, other_image = put_twins(upstreams, "library/recipe")
+    containerd = clients.containerd()
+    recipe = documented("toml", daemon)[0]
+    containerd.configure_host("fake.test", recipe)
+    containerd.configure_host("docker.io", recipe.replace("fake.test", "docker.io"))
+    for host, image in (("fake.test", other_image), ("docker.io", hub_image)):
+        containerd.pull(f"{host}/library/recipe:1")
+        assert containerd.image_digest(f"{host}/library/recipe:1") == image.digest
+    [recipe] = documented("json", daemon)
+    settings = json.loads(recipe)
+    docker = clients.docker_with_mirrors(settings.pop("registry-mirrors"), settings.pop("insecure-registries"))
+    assert not settings
+    docker.run_checked("pull", "recipe:1")
+    assert docker.image_digest("recipe:1") == hub_image.digest
 
 
 def test_a_mirror_without_a_registry_in_its_location_is_refused(

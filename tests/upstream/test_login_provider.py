@@ -151,6 +151,12 @@ def test_the_order_of_sources(provider: Provider) -> None:
     assert provider.start(DOCKER_HUB.host) == [ProvidedLogin(IdentityToken("x"), "DOCKER_CONFIG_FILE")]
     assert provider.runs == [("ecr-login", "quay.io"), ("gcloud", "europe-docker.pkg.dev")]
     assert provider.get(Host.parse("other.example")) is None
+    wildcard = Wildcard.parse("*.pkg.dev")
+    provider.provider.configure({}, DockerConfig(logins={wildcard: TWO}, helpers={PKG: "gcloud"}))
+    assert provider.start(Host.parse("us-docker.pkg.dev")) == [ProvidedLogin(TWO, "DOCKER_CONFIG_FILE")]
+    assert provider.start(PKG) == [ProvidedLogin(ONE, "DOCKER_CONFIG_FILE")]
+    provider.provider.configure({}, DockerConfig(helpers={wildcard: "gcr"}))
+    assert provider.start(Host.parse("asia-docker.pkg.dev")) == [ProvidedLogin(ONE, "DOCKER_CONFIG_FILE")]
     provider.provider.configure({}, DockerConfig(logins={QUAY: TWO}, default_helper="pass"))
     assert provider.get(DOCKER_HUB.host) == ONE
     assert provider.runs[-1] == ("pass", "https://index.docker.io/v1/")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -53,7 +53,11 @@ class ClientFactory:
 
     def docker_with_mirror(self, daemon: TwistdDaemon) -> Docker:
         """Start a dockerd that uses the daemon as its mirror of Docker Hub, and cannot reach any other server."""
-        return self._start(Docker(self._new_folder("docker"), _UNREACHABLE_PROXY, mirrors=[daemon.url]))
+        return self.docker_with_mirrors([daemon.url])
+
+    def docker_with_mirrors(self, mirrors: Sequence[str], insecure: Sequence[str] = ()) -> Docker:
+        """Start a dockerd with these settings of daemon.json, which cannot reach another server."""
+        return self._start(Docker(self._new_folder("docker"), _UNREACHABLE_PROXY, mirrors=mirrors, insecure=insecure))
 
     def docker_with(self, environment: Mapping[str, str]) -> Docker:
         """Start a dockerd that reaches other servers as `environment` says."""

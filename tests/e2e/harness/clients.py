@@ -104,8 +104,12 @@ class Skopeo:
 
     def configure_mirror(self, host: str, location: str) -> None:
         """Pull images of `host` from the mirror at `location`, over plain HTTP."""
+        self.configure_registries(mirror_table(host, location))
+
+    def configure_registries(self, text: str) -> None:
+        """Append `text` to registries.conf."""
         with (self._folder / "registries.conf").open("a") as file:
-            file.write(mirror_table(host, location))
+            file.write(text)
 
     def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         base = ["skopeo", "--policy", str(self._folder / "policy.json"), "--registries.d", str(self._folder)]
@@ -171,8 +175,12 @@ class Podman:
 
     def configure_mirror(self, host: str, location: str) -> None:
         """Pull images of `host` from the mirror at `location`, over plain HTTP."""
+        self.configure_registries(mirror_table(host, location))
+
+    def configure_registries(self, text: str) -> None:
+        """Append `text` to registries.conf."""
         with (self._folder / "registries.conf").open("a") as file:
-            file.write(mirror_table(host, location))
+            file.write(text)
 
     def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         return run(self._machine.command([self.PROGRAM, *arguments]), self._environment)
@@ -307,14 +315,15 @@ config_path = "{folder}/hosts"
     def configure_mirror(self, host: str, url: str) -> None:
         """Make containerd fetch images of `host` only from the mirror `url`; the host itself is a closed port."""
         unreachable_server = f'server = "http://127.0.0.1:{free_port()}"\n'
-        self._write_hosts_file(host, f'{unreachable_server}[host."{url}"]\n  capabilities = ["pull", "resolve"]\n')
+        self.configure_host(host, f'{unreachable_server}[host."{url}"]\n  capabilities = ["pull", "resolve"]\n')
 
     def configure_ca(self, host: str, ca_file: Path) -> None:
         """Make containerd use TLS for `host`, and trust the CA in `ca_file`."""
         capabilities = f'capabilities = ["pull", "resolve", "push"]\n  ca = "{ca_file}"'
-        self._write_hosts_file(host, f'server = "https://{host}"\n[host."https://{host}"]\n  {capabilities}\n')
+        self.configure_host(host, f'server = "https://{host}"\n[host."https://{host}"]\n  {capabilities}\n')
 
-    def _write_hosts_file(self, host: str, content: str) -> None:
+    def configure_host(self, host: str, content: str) -> None:
+        """Write the hosts.toml of `host`."""
         folder = self._folder / "hosts" / host
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "hosts.toml").write_text(content)
